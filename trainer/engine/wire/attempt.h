@@ -1,0 +1,42 @@
+/* The attempt file: what a plan does not know. Written by the agent (mode 0600) before START, read once by
+ * every rank of the node. Little-endian, hs_attempt followed by positions*replicas hs_attempt_rank.
+ * Refused (exit 78) where magic, version, sizes, or crc (CRC-32C of everything after the first 16 bytes) fail.
+ */
+#ifndef HS_WIRE_ATTEMPT_H
+#define HS_WIRE_ATTEMPT_H
+
+#include <stdint.h>
+
+#define HS_ATTEMPT_MAGIC "HSATTM\r\n"
+#define HS_ATTEMPT_VERSION 1u
+
+enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1 };
+
+typedef struct hs_attempt {
+    char magic[8];
+    uint32_t version;
+    uint32_t crc;
+    char run[64];            /* NUL-terminated */
+    uint64_t epoch;
+    uint8_t plan_digest[32];
+    uint8_t key[32];         /* of this attempt: HMAC of the handshakes */
+    uint8_t nonce[16];       /* of this gang */
+    uint32_t ranks;          /* records that follow */
+    uint32_t kernel_path;    /* 0 automatic, 1 ref, 2 portable, 3 avx2, 4 avx512; recorded, one a gang */
+    int64_t start_step;      /* steps done at the restore point; -1: fresh start */
+    int64_t stop_after;      /* leave with DONE after this step; -1: the plan's last (a debugging aid) */
+    uint32_t connect_ms;     /* deadline to find and greet all peers */
+    uint32_t stall_ms;       /* deadline of every wait inside a step */
+    uint32_t commit_ms;      /* deadline of the wait for the last commit */
+    uint32_t trace;          /* HS_TRACE_*: instruction times of the last steps into trace_dir */
+    char data_dir[512];      /* shards: <data_dir>/00000.bin ... */
+    char work_dir[512];      /* of the node: traces go here */
+} hs_attempt;
+
+typedef struct hs_attempt_rank {
+    char host[256]; /* NUL-terminated name or address; resolved again until connect_ms */
+    uint32_t port;
+    uint32_t node;
+} hs_attempt_rank;
+
+#endif

@@ -1,0 +1,241 @@
+/* The plan file: flat tables, little-endian, fixed-size records, mapped and checked before use.
+ *
+ *   offset  size  what
+ *        0   224  hs_plan_header
+ *   then the sections in the order of HS_SECTION_*, each starting on a multiple of 64, zero-padded between
+ *
+ * Validity: magic, version and file_bytes match; digest = SHA-256 of bytes [64, file_bytes); every section
+ * lies inside the file, in order, without overlap; every index, offset and size below is inside its
+ * table or memory space; every call's operands hold the bytes that its kernel needs (kernels/extent.c).
+ * A file that fails any of these is refused with exit 78 and the first failure named.
+ *
+ * A plan knows no run, epoch, address or key: those come in the attempt file (attempt.h).
+ */
+#ifndef HS_WIRE_PLAN_H
+#define HS_WIRE_PLAN_H
+
+#include <stdint.h>
+
+#include "wire/kernels.h"
+
+#define HS_PLAN_MAGIC "HSPLAN\r\n" /* 8 bytes, no terminator */
+#define HS_PLAN_VERSION 1u
+
+enum {
+    HS_SECTION_CONFIG = 0, /* one hs_plan_config */
+    HS_SECTION_STRINGS,    /* bytes; names are (offset, length) into it, UTF-8, not terminated */
+    HS_SECTION_TENSORS,    /* hs_plan_tensor: the state tensors, in the table's order */
+    HS_SECTION_SHARDS,     /* hs_plan_shard */
+    HS_SECTION_POSITIONS,  /* hs_plan_position: one a pipeline position; rank r runs position r % positions */
+    HS_SECTION_STATES,     /* hs_plan_state: which position owns which tensor, and where */
+    HS_SECTION_PROGRAMS,   /* hs_plan_program */
+    HS_SECTION_CALLS,      /* hs_plan_call */
+    HS_SECTION_ACTIONS,    /* hs_plan_action */
+    HS_SECTION_CHANNELS,   /* hs_plan_channel */
+    HS_SECTION_COUNT
+};
+
+typedef struct hs_plan_section {
+    uint64_t offset; /* from the start of the file */
+    uint64_t count;  /* records (bytes for STRINGS) */
+} hs_plan_section;
+
+typedef struct hs_plan_header {
+    char magic[8];
+    uint32_t version;
+    uint32_t sections; /* HS_SECTION_COUNT */
+    uint64_t file_bytes;
+    uint64_t reserved; /* 0 */
+    uint8_t digest[32]; /* SHA-256 of everything from byte 64 on */
+    hs_plan_section section[HS_SECTION_COUNT];
+} hs_plan_header;
+
+/* kinds of run */
+enum { HS_MODE_TRAIN = 1, HS_MODE_INFER = 2 };
+/* learning-rate schedules: constant after warm-up; cosine to min; warm-up, stable, linear decay to min */
+enum { HS_LR_CONSTANT = 1, HS_LR_COSINE = 2, HS_LR_WSD = 3 };
+
+typedef struct hs_plan_config {
+    uint32_t mode;             /* HS_MODE_* */
+    uint32_t numerics_version; /* 1 */
+    uint32_t dtype;            /* HS_F32 or HS_BF16: of activations and weight matrices */
+    uint32_t positions;        /* P, pipeline positions = ranks of one replica */
+    uint32_t replicas;         /* D; 1 in this version */
+    uint32_t microbatches;     /* M of a step */
+    uint32_t microbatch;       /* B, sequences */
+    uint32_t sequence;         /* T, tokens */
+    uint32_t vocab;            /* V: every token is < V */
+    uint32_t token_bytes;      /* 2 or 4: of the shards */
+    int64_t steps;             /* the run ends after this many optimizer steps */
+    uint64_t seed;
+    double lr, min_lr;         /* peak, floor */
+    int64_t warmup_steps;      /* linear from lr/warmup to lr over these steps */
+    int64_t decay_steps;       /* WSD: length of the final decay; COSINE: steps of the whole curve */
+    uint32_t lr_schedule;      /* HS_LR_* */
+    uint32_t threads;          /* of a rank; 0: cores of the node / its ranks, at least 1 */
+    double clip;               /* global gradient norm; 0: off */
+    double beta1, beta2;       /* for the bias corrections */
+    int64_t checkpoint_every;  /* snapshot after every step s with s % this == 0, and after the last; 0: last only */
+    uint32_t slots;            /* snapshot slots of a rank */
+    uint32_t data_shuffled;    /* 1: keyed permutation, 0: in order */
+    uint64_t data_samples;     /* of one pass over the shards */
+    uint32_t data_block;       /* samples a block */
+    uint32_t data_window;      /* blocks a window */
+    uint8_t dataset_digest[32];
+    uint8_t what_digest[32];   /* of the What half of the spec */
+    uint64_t reserved[6];
+} hs_plan_config;
+
+typedef struct hs_plan_tensor {
+    uint32_t name_offset, name_length;
+    uint32_t rank; /* dimensions used, 1..4 */
+    uint32_t decay; /* 1: weight decay applies */
+    int64_t shape[4]; /* unused ones are 1 */
+    int64_t elements;
+    uint64_t reserved;
+} hs_plan_tensor;
+
+typedef struct hs_plan_shard {
+    uint64_t tokens;
+    uint64_t first_sample; /* samples of all shards before; a shard has (tokens - 1) / T */
+} hs_plan_shard;
+
+/* Memory of a rank: one arena of arena_bytes. A reference names a space and an offset into it:
+ *   STATIC  arena + offset
+ *   ACT     arena + act_offset + slot * act_stride + offset           (slot: of the action)
+ *   MB      arena + mb_offset + microbatch * mb_stride + offset       (microbatch: of the action)
+ * Every reference of 64-byte alignment at its start of buffer; sub-buffers may start at any element. */
+enum { HS_SPACE_NONE = 0, HS_SPACE_STATIC = 1, HS_SPACE_ACT = 2, HS_SPACE_MB = 3 };
+
+typedef struct hs_plan_ref {
+    uint32_t space;
+    uint32_t reserved; /* 0 */
+    uint64_t offset;
+    uint64_t bytes; /* that may be touched from offset on; inside the space (ACT: inside act_stride) */
+} hs_plan_ref;
+
+/* Action lists of a position, each a range of ACTIONS:
+ *   init   once, on a fresh start, before load: fills master weights (moments are zero: the arena is)
+ *   load   once, at every start: what follows from the master weights (compute copies, tables, tied copies)
+ *   step   once a step
+ * Infer mode: load once, then step for each request (tokens in MB 0, logits out). */
+typedef struct hs_plan_position {
+    uint32_t stage;          /* = its index in this table */
+    uint32_t reserved0;
+    uint64_t arena_bytes;
+    uint64_t act_offset, act_stride;
+    uint32_t act_slots, mb_count;
+    uint64_t mb_offset, mb_stride;
+    uint64_t tokens_offset;  /* inside an MB: i32[R] inputs; UINT64_MAX: this position reads none */
+    uint64_t targets_offset; /* inside an MB: i32[R] targets; UINT64_MAX: none */
+    uint64_t loss_offset;    /* inside an MB: f32[R] losses written by the classifier; UINT64_MAX: none */
+    uint64_t sumsq_offset;   /* STATIC: f64[tensors] squared norms by tensor, zero where not owned */
+    uint64_t control_offset; /* STATIC: hs_step_control */
+    uint64_t logits_offset;  /* infer mode, STATIC: f32[R,V]; else UINT64_MAX */
+    uint64_t slot_bytes;     /* of a snapshot slot: header, checksums and data (slot.h) */
+    uint32_t first_state, states;
+    uint32_t first_init, inits;
+    uint32_t first_load, loads;
+    uint32_t first_step, steps;
+    uint64_t bytes_by_kind[8]; /* weights, moments, gradients, activations, scratch, slots, channels, other: for show */
+} hs_plan_position;
+
+/* A state tensor at its owner. Exactly one position owns each tensor. Offsets are STATIC; f32. */
+typedef struct hs_plan_state {
+    uint32_t tensor;
+    uint32_t reserved;
+    uint64_t master_offset, m_offset, v_offset;
+    uint64_t grad_offset; /* f32; as summed over microbatches (a tied tensor: over both uses after the exchange) */
+    uint64_t slot_offset; /* in a slot's data: master, then m, then v, each elements*4 bytes rounded up to 64 */
+} hs_plan_state;
+
+typedef struct hs_plan_program {
+    uint32_t first_call, calls;
+    uint32_t name_offset, name_length; /* for traces: "F", "B", "adamw", ... */
+} hs_plan_program;
+
+typedef struct hs_plan_call {
+    uint16_t kernel; /* HS_K_* */
+    uint16_t dtype;
+    uint32_t layer; /* for traces; UINT32_MAX: none */
+    hs_plan_ref ptr[HS_CALL_PTRS];
+    int64_t dim[HS_CALL_DIMS];
+    double real[HS_CALL_REALS];
+} hs_plan_call;
+
+enum {
+    HS_A_RUN = 1,   /* program, with slot and microbatch */
+    HS_A_SEND,      /* ref over channel */
+    HS_A_RECV,      /* ref over channel */
+    HS_A_DATA,      /* fill tokens and targets of every microbatch of this step */
+    HS_A_COMBINE,   /* position 0 only: add the others' reports to its own, decide, write the control block
+                     * (reports lie at ref, one hs_step_report each, in order of position; own first) */
+    HS_A_REPORT,    /* write this position's hs_step_report at ref */
+    HS_A_APPLY,     /* take the control block at ref as this step's: learning rate, clip, snapshot, stop */
+    HS_A_SNAPSHOT,  /* fill a slot where the control block says so */
+    HS_A_COUNT
+};
+
+typedef struct hs_plan_action {
+    uint8_t kind;  /* HS_A_* */
+    char op;       /* 'F' 'I' 'W' 'B' for RUN and its messages; 'O' optimizer; '-' else */
+    uint16_t reserved;
+    uint32_t program;    /* RUN; else UINT32_MAX */
+    uint32_t channel;    /* SEND, RECV; else UINT32_MAX */
+    uint32_t stage;
+    uint32_t microbatch; /* UINT32_MAX: none */
+    uint32_t slot;       /* UINT32_MAX: none */
+    hs_plan_ref ref;
+} hs_plan_action;
+
+/* A directed edge and kind. Messages on it are matched in order, one at a time. */
+enum { HS_CH_FORWARD = 1, HS_CH_BACKWARD, HS_CH_TIED_GRAD, HS_CH_TIED_WEIGHT, HS_CH_REPORT, HS_CH_CONTROL };
+
+typedef struct hs_plan_channel {
+    uint32_t from, to; /* positions */
+    uint32_t kind;     /* HS_CH_* */
+    uint32_t reserved;
+    uint64_t bytes;    /* of a message */
+} hs_plan_channel;
+
+/* What a position tells position 0 before the optimizer. Followed at once by f64 sumsq[tensors]. */
+typedef struct hs_step_report {
+    int64_t step;        /* 1-based number of the step being finished */
+    double loss_sum;     /* sum of the losses of every token (last position; else 0), in the fixed order */
+    uint64_t loss_count; /* tokens counted in it */
+    uint32_t free_slot;  /* 1: a snapshot slot is free here */
+    uint32_t stop;       /* 1: this position was asked to stop (SIGTERM) */
+    uint32_t not_finite; /* 1: a loss here is not finite */
+    uint32_t position;
+    uint64_t reserved[3];
+} hs_step_report;
+
+/* What position 0 answers; read by ADAMW. */
+typedef struct hs_step_control {
+    int64_t step;
+    double loss;        /* mean over tokens */
+    double norm;        /* of the gradient, before clipping */
+    double lr;
+    float clip_scale;   /* 1, or clip / norm */
+    float step_size;    /* lr / (1 - beta1^step) */
+    float v_scale;      /* 1 / sqrt(1 - beta2^step) */
+    float lr_decay;     /* lr, in f32: multiplies weight decay */
+    uint32_t snapshot;  /* 1: save after this step */
+    uint32_t stop;      /* 1: save and leave after this step */
+    uint32_t not_finite;/* 1: the gang ends with HS_EXIT_DIVERGED before it applies anything */
+    uint32_t skipped;   /* 1: a snapshot was due and a slot was missing */
+    uint64_t reserved[4];
+} hs_step_control;
+
+#if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
+_Static_assert(sizeof(hs_plan_header) == 64 + 16 * HS_SECTION_COUNT, "header");
+_Static_assert(sizeof(hs_plan_tensor) == 64, "tensor");
+_Static_assert(sizeof(hs_plan_ref) == 24, "ref");
+_Static_assert(sizeof(hs_plan_state) == 48, "state");
+_Static_assert(sizeof(hs_plan_call) == 8 + 24 * HS_CALL_PTRS + 8 * HS_CALL_DIMS + 8 * HS_CALL_REALS, "call");
+_Static_assert(sizeof(hs_plan_action) == 48, "action");
+_Static_assert(sizeof(hs_step_report) == 64, "report");
+_Static_assert(sizeof(hs_step_control) == 96, "control");
+#endif
+
+#endif

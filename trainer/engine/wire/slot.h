@@ -1,0 +1,52 @@
+/* A snapshot slot: a sealed memfd (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL), one a slot and rank, made and
+ * pre-faulted by the agent, mapped by the rank.
+ *
+ *   offset              size                  what
+ *        0              4096                  hs_slot_header
+ *     4096              8 * chunks            u64 checksums, one a chunk of data, padded to 4096
+ *   data_offset         data_bytes            the state: hs_plan_state.slot_offset counts from here
+ *
+ * chunks = ceil(data_bytes / HS_SLOT_CHUNK); a checksum is CRC-32C of the chunk (zero-extended to u64).
+ *
+ * Who writes what: the rank everything but `hold`; the agent `hold`, and everything while it restores a slot
+ * before it sends START. Order of a save (the rank): generation += 1 with state = FILLING (release), then check
+ * hold == 0 again, else put state back and take another slot; data, checksums, step, epoch, header_crc; state = READY
+ * (release). The rank reuses a slot that is EMPTY, or READY but not its newest, and not held.
+ * A reader (the agent) sets hold = 1, reads generation and state (must be READY), header_crc, data, checks
+ * checksums, reads generation again: unchanged, or what it read is void. Then hold = 0.
+ */
+#ifndef HS_WIRE_SLOT_H
+#define HS_WIRE_SLOT_H
+
+#include <stdint.h>
+
+#define HS_SLOT_MAGIC "HSSLOT\r\n"
+#define HS_SLOT_VERSION 1u
+#define HS_SLOT_HEADER_BYTES 4096u
+#define HS_SLOT_CHUNK (4u << 20)
+
+enum { HS_SLOT_EMPTY = 0, HS_SLOT_FILLING = 1, HS_SLOT_READY = 2 };
+
+typedef struct hs_slot_header {
+    char magic[8];
+    uint32_t version;
+    uint32_t position;       /* of the rank */
+    uint32_t state;          /* HS_SLOT_* ; offset 16 */
+    uint32_t hold;           /* 1: the agent reads it; offset 20 */
+    uint64_t generation;     /* +1 a fill; offset 24 */
+    int64_t step;            /* optimizer steps done; offset 32 */
+    uint64_t epoch;          /* of the attempt that filled it; offset 40 */
+    uint64_t data_offset;    /* offset 48 */
+    uint64_t data_bytes;     /* offset 56 */
+    uint64_t chunks;         /* offset 64 */
+    uint8_t plan_digest[32]; /* layout; offset 72 */
+    uint8_t what_digest[32]; /* offset 104 */
+    uint32_t header_crc;     /* CRC-32C of bytes [24, 136) then of the checksum table; offset 136 */
+    uint32_t final;          /* 1: last of the attempt (done or preempted): the rank waits for its commit; offset 140 */
+} hs_slot_header;
+
+#if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
+_Static_assert(sizeof(hs_slot_header) == 144, "slot header");
+#endif
+
+#endif

@@ -1,0 +1,452 @@
+"""The engine's byte formats, as Python sees them: a mirror of ``trainer/engine/wire/*.h``.
+
+The headers are the manual; this module holds the same records as ctypes structures and the same numbers as
+constants, and ``tests/trainer/test_wire.py`` compares both with what ``hotstage-engine wire`` prints (names, offsets,
+sizes), so neither can drift. It depends on nothing but the standard library: the agent's image carries it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
+i32, i64, f32, f64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+char = ctypes.c_char
+
+# --- exit.h -----------------------------------------------------------------------------------------------
+
+
+class Exit(NamedTuple):
+    """An exit code of the engine: what it is called, what the driver does about it, what it means."""
+
+    name: str
+    cls: str
+    text: str
+
+
+EXITS: dict[int, Exit] = {
+    0: Exit("DONE", "done", "finished"),
+    64: Exit("USAGE", "config", "wrong command line"),
+    65: Exit("DATA", "data", "bad training data"),
+    70: Exit("BUG", "bug", "internal error"),
+    75: Exit("LOST", "infra", "a peer or the store was lost"),
+    76: Exit("RESTORE", "restore", "the restore point is damaged"),
+    78: Exit("CONFIG", "config", "refused configuration or plan"),
+    85: Exit("PREEMPTED", "preempted", "stopped on request, state saved"),
+    86: Exit("STALLED", "stall", "a wait passed its deadline"),
+    87: Exit("DIVERGED", "numeric", "loss or gradient norm is not finite"),
+}
+
+# --- kernels.h --------------------------------------------------------------------------------------------
+
+CALL_PTRS, CALL_DIMS, CALL_REALS = 12, 16, 6
+F32, BF16, F64, I32 = 1, 2, 3, 4
+DTYPE_BYTES = {F32: 4, BF16: 2, F64: 8, I32: 4}
+
+
+class Kernel(NamedTuple):
+    """A row of the table of kernels: its number and how many pointers, dims and reals it takes."""
+
+    number: int
+    ptrs: int
+    dims: int
+    reals: int
+
+
+KERNELS: dict[str, Kernel] = {
+    "embed_fwd": Kernel(1, 4, 4, 0),
+    "embed_wgrad": Kernel(2, 4, 4, 0),
+    "layernorm_fwd": Kernel(3, 6, 2, 1),
+    "layernorm_igrad": Kernel(4, 6, 3, 0),
+    "layernorm_wgrad": Kernel(5, 6, 2, 0),
+    "rmsnorm_fwd": Kernel(6, 4, 5, 1),
+    "rmsnorm_igrad": Kernel(7, 5, 7, 0),
+    "rmsnorm_wgrad": Kernel(8, 4, 5, 0),
+    "linear_fwd": Kernel(9, 5, 6, 0),
+    "linear_igrad": Kernel(10, 3, 6, 0),
+    "linear_wgrad": Kernel(11, 4, 5, 0),
+    "attention_fwd": Kernel(12, 5, 9, 1),
+    "attention_igrad": Kernel(13, 10, 13, 1),
+    "rope_table": Kernel(14, 1, 2, 1),
+    "rope_fwd": Kernel(15, 2, 5, 0),
+    "rope_igrad": Kernel(16, 2, 5, 0),
+    "gelu_fwd": Kernel(17, 2, 1, 0),
+    "gelu_igrad": Kernel(18, 3, 1, 0),
+    "swiglu_fwd": Kernel(19, 2, 2, 0),
+    "swiglu_igrad": Kernel(20, 3, 2, 0),
+    "classifier_fwd": Kernel(21, 5, 4, 0),
+    "classifier_grad": Kernel(22, 8, 4, 1),
+    "logits": Kernel(23, 3, 3, 0),
+    "add_acc": Kernel(24, 2, 1, 0),
+    "sumsq": Kernel(25, 3, 1, 0),
+    "adamw": Kernel(26, 6, 2, 4),
+    "zero": Kernel(27, 1, 1, 0),
+    "init_normal": Kernel(28, 1, 3, 2),
+    "init_const": Kernel(29, 1, 1, 1),
+    "cast": Kernel(30, 2, 1, 0),
+}
+
+# --- plan.h -----------------------------------------------------------------------------------------------
+
+PLAN_MAGIC, PLAN_VERSION = b"HSPLAN\r\n", 1
+SECTIONS = (
+    "config",
+    "strings",
+    "tensors",
+    "shards",
+    "positions",
+    "states",
+    "programs",
+    "calls",
+    "actions",
+    "channels",
+)
+MODE_TRAIN, MODE_INFER = 1, 2
+LR_CONSTANT, LR_COSINE, LR_WSD = 1, 2, 3
+SPACE_NONE, SPACE_STATIC, SPACE_ACT, SPACE_MB = 0, 1, 2, 3
+(
+    A_RUN,
+    A_SEND,
+    A_RECV,
+    A_DATA,
+    A_COMBINE,
+    A_REPORT,
+    A_APPLY,
+    A_SNAPSHOT,
+) = range(1, 9)
+(
+    CH_FORWARD,
+    CH_BACKWARD,
+    CH_TIED_GRAD,
+    CH_TIED_WEIGHT,
+    CH_REPORT,
+    CH_CONTROL,
+) = range(1, 7)
+NONE32, NONE64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+MEMORY_KINDS = ("weights", "moments", "gradients", "activations", "scratch", "slots", "channels", "other")
+
+
+class PlanSection(ctypes.LittleEndianStructure):
+    _fields_ = [("offset", u64), ("count", u64)]
+
+
+class PlanHeader(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("sections", u32),
+        ("file_bytes", u64),
+        ("reserved", u64),
+        ("digest", u8 * 32),
+        ("section", PlanSection * len(SECTIONS)),
+    ]
+
+
+class PlanConfig(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("mode", u32),
+        ("numerics_version", u32),
+        ("dtype", u32),
+        ("positions", u32),
+        ("replicas", u32),
+        ("microbatches", u32),
+        ("microbatch", u32),
+        ("sequence", u32),
+        ("vocab", u32),
+        ("token_bytes", u32),
+        ("steps", i64),
+        ("seed", u64),
+        ("lr", f64),
+        ("min_lr", f64),
+        ("warmup_steps", i64),
+        ("decay_steps", i64),
+        ("lr_schedule", u32),
+        ("threads", u32),
+        ("clip", f64),
+        ("beta1", f64),
+        ("beta2", f64),
+        ("checkpoint_every", i64),
+        ("slots", u32),
+        ("data_shuffled", u32),
+        ("data_samples", u64),
+        ("data_block", u32),
+        ("data_window", u32),
+        ("dataset_digest", u8 * 32),
+        ("what_digest", u8 * 32),
+        ("reserved", u64 * 6),
+    ]
+
+
+class PlanTensor(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("name_offset", u32),
+        ("name_length", u32),
+        ("rank", u32),
+        ("decay", u32),
+        ("shape", i64 * 4),
+        ("elements", i64),
+        ("reserved", u64),
+    ]
+
+
+class PlanShard(ctypes.LittleEndianStructure):
+    _fields_ = [("tokens", u64), ("first_sample", u64)]
+
+
+class PlanRef(ctypes.LittleEndianStructure):
+    _fields_ = [("space", u32), ("reserved", u32), ("offset", u64), ("bytes", u64)]
+
+
+class PlanPosition(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("stage", u32),
+        ("reserved0", u32),
+        ("arena_bytes", u64),
+        ("act_offset", u64),
+        ("act_stride", u64),
+        ("act_slots", u32),
+        ("mb_count", u32),
+        ("mb_offset", u64),
+        ("mb_stride", u64),
+        ("tokens_offset", u64),
+        ("targets_offset", u64),
+        ("loss_offset", u64),
+        ("sumsq_offset", u64),
+        ("control_offset", u64),
+        ("logits_offset", u64),
+        ("slot_bytes", u64),
+        ("first_state", u32),
+        ("states", u32),
+        ("first_init", u32),
+        ("inits", u32),
+        ("first_load", u32),
+        ("loads", u32),
+        ("first_step", u32),
+        ("steps", u32),
+        ("bytes_by_kind", u64 * 8),
+    ]
+
+
+class PlanState(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("tensor", u32),
+        ("reserved", u32),
+        ("master_offset", u64),
+        ("m_offset", u64),
+        ("v_offset", u64),
+        ("grad_offset", u64),
+        ("slot_offset", u64),
+    ]
+
+
+class PlanProgram(ctypes.LittleEndianStructure):
+    _fields_ = [("first_call", u32), ("calls", u32), ("name_offset", u32), ("name_length", u32)]
+
+
+class PlanCall(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("kernel", u16),
+        ("dtype", u16),
+        ("layer", u32),
+        ("ptr", PlanRef * CALL_PTRS),
+        ("dim", i64 * CALL_DIMS),
+        ("real", f64 * CALL_REALS),
+    ]
+
+
+class PlanAction(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("kind", u8),
+        ("op", u8),
+        ("reserved", u16),
+        ("program", u32),
+        ("channel", u32),
+        ("stage", u32),
+        ("microbatch", u32),
+        ("slot", u32),
+        ("ref", PlanRef),
+    ]
+
+
+class PlanChannel(ctypes.LittleEndianStructure):
+    _fields_ = [("from_", u32), ("to", u32), ("kind", u32), ("reserved", u32), ("bytes", u64)]
+
+
+class StepReport(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("step", i64),
+        ("loss_sum", f64),
+        ("loss_count", u64),
+        ("free_slot", u32),
+        ("stop", u32),
+        ("not_finite", u32),
+        ("position", u32),
+        ("reserved", u64 * 3),
+    ]
+
+
+class StepControl(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("step", i64),
+        ("loss", f64),
+        ("norm", f64),
+        ("lr", f64),
+        ("clip_scale", f32),
+        ("step_size", f32),
+        ("v_scale", f32),
+        ("lr_decay", f32),
+        ("snapshot", u32),
+        ("stop", u32),
+        ("not_finite", u32),
+        ("skipped", u32),
+        ("reserved", u64 * 4),
+    ]
+
+
+# --- slot.h -----------------------------------------------------------------------------------------------
+
+SLOT_MAGIC, SLOT_VERSION = b"HSSLOT\r\n", 1
+SLOT_HEADER_BYTES, SLOT_CHUNK = 4096, 4 << 20
+SLOT_EMPTY, SLOT_FILLING, SLOT_READY = 0, 1, 2
+
+
+class SlotHeader(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("position", u32),
+        ("state", u32),
+        ("hold", u32),
+        ("generation", u64),
+        ("step", i64),
+        ("epoch", u64),
+        ("data_offset", u64),
+        ("data_bytes", u64),
+        ("chunks", u64),
+        ("plan_digest", u8 * 32),
+        ("what_digest", u8 * 32),
+        ("header_crc", u32),
+        ("final", u32),
+    ]
+
+
+# --- attempt.h --------------------------------------------------------------------------------------------
+
+ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 1
+PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4}
+
+
+class Attempt(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("crc", u32),
+        ("run", char * 64),
+        ("epoch", u64),
+        ("plan_digest", u8 * 32),
+        ("key", u8 * 32),
+        ("nonce", u8 * 16),
+        ("ranks", u32),
+        ("kernel_path", u32),
+        ("start_step", i64),
+        ("stop_after", i64),
+        ("connect_ms", u32),
+        ("stall_ms", u32),
+        ("commit_ms", u32),
+        ("trace", u32),
+        ("data_dir", char * 512),
+        ("work_dir", char * 512),
+    ]
+
+
+class AttemptRank(ctypes.LittleEndianStructure):
+    _fields_ = [("host", char * 256), ("port", u32), ("node", u32)]
+
+
+# --- agent.h ----------------------------------------------------------------------------------------------
+
+MSG_MAGIC, MSG_MAX = 0x4D475348, 65536
+MSGS = {
+    "HELLO": 1,
+    "PREPARE": 2,
+    "PORTS": 3,
+    "START": 4,
+    "SLOTS": 5,
+    "METRICS": 6,
+    "READY": 7,
+    "WORDS": 8,
+    "TRACE": 9,
+    "OUTPUT": 10,
+    "EXIT": 11,
+    "IDLE": 12,
+    "COMMITTED": 13,
+    "STOP": 14,
+    "KILL": 15,
+    "END": 16,
+}
+
+
+class Msg(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u32),
+        ("type", u32),
+        ("rank", i32),
+        ("bytes", u32),
+        ("epoch", u64),
+        ("a", i64),
+        ("b", i64),
+        ("c", i64),
+    ]
+
+
+class MsgPrepare(ctypes.LittleEndianStructure):
+    _fields_ = [("local_ranks", u32), ("port_base", u32), ("bind", char * 64)]
+
+
+# --- frame.h, shard.h -------------------------------------------------------------------------------------
+
+HELLO_MAGIC, HELLO_VERSION, FRAME_MAGIC = b"HSHELO\r\n", 1, 0x52465348
+
+
+class Hello(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("channel", u32),
+        ("from_", u32),
+        ("to", u32),
+        ("epoch", u64),
+        ("run", char * 64),
+        ("plan_digest", u8 * 32),
+        ("gang_nonce", u8 * 16),
+        ("nonce", u8 * 16),
+        ("start_step", i64),
+        ("mac", u8 * 32),
+    ]
+
+
+class Frame(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u32),
+        ("channel", u32),
+        ("sequence", u64),
+        ("bytes", u64),
+        ("crc", u32),
+        ("microbatch", u32),
+    ]
+
+
+SHARD_MAGIC, SHARD_VERSION = b"HSSHRD\r\n", 1
+
+
+class ShardHeader(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("token_bytes", u32),
+        ("tokens", u64),
+        ("vocab", u32),
+        ("reserved0", u32),
+        ("reserved", u8 * 32),
+    ]
