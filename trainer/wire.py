@@ -309,6 +309,7 @@ class StepControl(ctypes.LittleEndianStructure):
 SLOT_MAGIC, SLOT_VERSION = b"HSSLOT\r\n", 1
 SLOT_HEADER_BYTES, SLOT_CHUNK = 4096, 4 << 20
 SLOT_EMPTY, SLOT_FILLING, SLOT_READY = 0, 1, 2
+SUM_CRC32C, SUM_SHA256 = 0, 1
 
 
 class SlotHeader(ctypes.LittleEndianStructure):
@@ -328,6 +329,8 @@ class SlotHeader(ctypes.LittleEndianStructure):
         ("what_digest", u8 * 32),
         ("header_crc", u32),
         ("final", u32),
+        ("checksum_kind", u32),
+        ("reserved", u32),
     ]
 
 

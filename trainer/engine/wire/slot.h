@@ -6,7 +6,10 @@
  *     4096              8 * chunks            u64 checksums, one a chunk of data, padded to 4096
  *   data_offset         data_bytes            the state: hs_plan_state.slot_offset counts from here
  *
- * chunks = ceil(data_bytes / HS_SLOT_CHUNK); a checksum is CRC-32C of the chunk (zero-extended to u64).
+ * chunks = ceil(data_bytes / HS_SLOT_CHUNK); a checksum is, by checksum_kind, CRC-32C of the chunk zero-extended to
+ * u64 (what a rank writes), or the first 8 bytes of the chunk's SHA-256 read as little-endian u64 (what the agent
+ * writes when it restores a slot: Python has no fast CRC-32C). The engine verifies both; the agent, when it
+ * reads, verifies header_crc and the generation, and leaves the data's checksums to the engine.
  *
  * Who writes what: the rank everything but `hold`; the agent `hold`, and everything while it restores a slot
  * before it sends START. Order of a save (the rank): generation += 1 with state = FILLING (release), then check
@@ -26,6 +29,7 @@
 #define HS_SLOT_CHUNK (4u << 20)
 
 enum { HS_SLOT_EMPTY = 0, HS_SLOT_FILLING = 1, HS_SLOT_READY = 2 };
+enum { HS_SLOT_SUM_CRC32C = 0, HS_SLOT_SUM_SHA256 = 1 };
 
 typedef struct hs_slot_header {
     char magic[8];
@@ -43,10 +47,12 @@ typedef struct hs_slot_header {
     uint8_t what_digest[32]; /* offset 104 */
     uint32_t header_crc;     /* CRC-32C of bytes [24, 136) then of the checksum table; offset 136 */
     uint32_t final;          /* 1: last of the attempt (done or preempted): the rank waits for its commit; offset 140 */
+    uint32_t checksum_kind;  /* HS_SLOT_SUM_*; offset 144 */
+    uint32_t reserved;       /* 0 */
 } hs_slot_header;
 
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
-_Static_assert(sizeof(hs_slot_header) == 144, "slot header");
+_Static_assert(sizeof(hs_slot_header) == 152, "slot header");
 #endif
 
 #endif
