@@ -12,19 +12,22 @@ hs_status hs_arena_create(size_t bytes, hs_arena *arena, hs_why *why) {
         return hs_fail(why, HS_E_MEMORY, "cannot reserve an arena of %zu bytes", bytes);
     }
     const size_t slack = bytes >= HUGE_PAGE ? HUGE_PAGE : 0;
-    void *map = mmap(NULL, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *map =
+        mmap(NULL, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) {
-        return hs_fail(why, HS_E_MEMORY,
-                       "cannot reserve %zu bytes for the plan's memory: %s; use more stages, a smaller "
-                       "microbatch, or a machine with more memory",
-                       bytes, strerror(errno));
+        return hs_fail(
+            why, HS_E_MEMORY,
+            "cannot reserve %zu bytes for the plan's memory: %s; use more stages, a smaller "
+            "microbatch, or a machine with more memory",
+            bytes, strerror(errno));
     }
     uintptr_t base = (uintptr_t)map;
     if (slack) {
         base = (base + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);
         (void)madvise((void *)base, bytes, MADV_HUGEPAGE); /* a wish: refused is fine */
     }
-    *arena = (hs_arena){.base = (uint8_t *)base, .bytes = bytes, .map = map, .map_bytes = bytes + slack};
+    *arena =
+        (hs_arena){.base = (uint8_t *)base, .bytes = bytes, .map = map, .map_bytes = bytes + slack};
     return HS_OK;
 }
 

@@ -1,5 +1,6 @@
-/* Memory that is planned, reserved once, and never grows: one anonymous mapping, zero, in huge pages where the
- * system gives them. Owner: whoever created it. Pages are taken when first touched. */
+/* Memory that is planned, reserved once, and never grows: one anonymous mapping, zero, in huge
+ * pages where the system gives them. Owner: whoever created it. Pages are taken when first touched.
+ */
 #ifndef HS_CORE_ARENA_H
 #define HS_CORE_ARENA_H
 

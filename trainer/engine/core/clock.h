@@ -12,10 +12,14 @@ static inline int64_t hs_clock_ns(void) {
     (void)clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
-static inline int64_t hs_clock_us(void) { return hs_clock_ns() / 1000; }
+static inline int64_t hs_clock_us(void) {
+    return hs_clock_ns() / 1000;
+}
 
 /* A point in monotonic time, `ms` from now. */
-static inline int64_t hs_deadline_ns(int64_t ms) { return hs_clock_ns() + ms * 1000000; }
+static inline int64_t hs_deadline_ns(int64_t ms) {
+    return hs_clock_ns() + ms * 1000000;
+}
 
 /* Milliseconds left, rounded up, at least 0, at most INT_MAX: what poll(2) takes. */
 static inline int hs_deadline_poll_ms(int64_t deadline_ns) {

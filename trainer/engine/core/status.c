@@ -8,8 +8,8 @@ const char *hs_status_text(hs_status status) {
     switch (status) {
     case HS_OK:
         return "done";
-#define X(number, NAME, code, text) \
-    case HS_E_##NAME:               \
+#define X(number, NAME, code, text)                                                                \
+    case HS_E_##NAME:                                                                              \
         return text;
         HS_STATUSES(X)
 #undef X
@@ -22,8 +22,8 @@ const char *hs_status_name(hs_status status) {
     switch (status) {
     case HS_OK:
         return "OK";
-#define X(number, NAME, code, text) \
-    case HS_E_##NAME:               \
+#define X(number, NAME, code, text)                                                                \
+    case HS_E_##NAME:                                                                              \
         return #NAME;
         HS_STATUSES(X)
 #undef X
@@ -36,8 +36,8 @@ int hs_status_exit(hs_status status) {
     switch (status) {
     case HS_OK:
         return 0;
-#define X(number, NAME, code, text) \
-    case HS_E_##NAME:               \
+#define X(number, NAME, code, text)                                                                \
+    case HS_E_##NAME:                                                                              \
         return code;
         HS_STATUSES(X)
 #undef X

@@ -38,10 +38,14 @@ static void put(hs_text *text, const char *bytes, size_t n) {
     text->at[text->used] = 0;
 }
 
-/* Length of the well-formed UTF-8 sequence at s (2..4), or 0. Surrogates and overlong forms are not well-formed. */
+/* Length of the well-formed UTF-8 sequence at s (2..4), or 0. Surrogates and overlong forms are not
+ * well-formed. */
 static size_t utf8_length(const unsigned char *s) {
     const unsigned c = s[0];
-    const size_t n = c >= 0xC2 && c < 0xE0 ? 2 : c >= 0xE0 && c < 0xF0 ? 3 : c >= 0xF0 && c < 0xF5 ? 4 : 0;
+    const size_t n = c >= 0xC2 && c < 0xE0   ? 2
+                     : c >= 0xE0 && c < 0xF0 ? 3
+                     : c >= 0xF0 && c < 0xF5 ? 4
+                                             : 0;
     for (size_t i = 1; i < n; i++) {
         if ((s[i] & 0xC0) != 0x80) return 0; /* also ends at the NUL */
     }
