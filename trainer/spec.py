@@ -1,0 +1,522 @@
+"""RunSpec: everything that a user says about a run, in two halves.
+
+**What** is trained (``model``, ``data``, ``train``) alone determines the bits; it is immutable for a run and its
+digest is the run's identity. **How** (``parallel``, ``checkpoint``, ``launch``, ``recovery``) may change from attempt
+to attempt. Three doors lead here: a TOML file with ``--set`` (``load_spec``), the form that Prefect draws from the
+model, and plain Python. Every refusal is a ``SpecError`` line that names the value, the limit and the mend.
+
+Example::
+
+    spec = load_spec("examples/demo.toml", ["train.steps=20", "parallel.stages=2"])
+    spec = spec.resolve(dataset)            # fills model.vocab
+    run_id(spec, dataset)                   # "demo-1f0c3a"
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from trainer.dataset import DatasetRef
+from trainer.errors import SpecError
+
+SPEC_SCHEMA = 1
+"""Version of the What half; part of its digest."""
+
+MAX_INT32 = (1 << 31) - 1
+
+Family = Literal["gpt2", "llama", "qwen3"]
+Precision = Literal["fp32", "bf16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def _size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str) -> Any:
+    return Field(default, ge=low, le=high, description=text, strict=True)
+
+
+class ModelSpec(_Section):
+    """The model: a family and its sizes (in elements, heads, tokens)."""
+
+    family: Family = Field(description="model family")
+    layers: int = _size(high=10_000, text="transformer layers")
+    width: int = _size(high=1 << 20, text="size of the residual stream")
+    heads: int = _size(high=1 << 16, text="query heads")
+    kv_heads: int | None = _size(None, high=1 << 16, text="key/value heads (llama, qwen3); unset: as many as heads")
+    head_size: int | None = _size(None, high=1024, text="elements of a head; unset: width / heads")
+    hidden: int | None = _size(
+        None, high=1 << 22, text="width inside the MLP; unset: 4*width (gpt2), else 8/3*width rounded up to 64"
+    )
+    vocab: int = _size(0, low=0, text="vocabulary; 0: that of the dataset")
+    context: int = _size(high=1 << 24, text="longest sequence that the model takes, in tokens")
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in norms")
+    rope_base: float = Field(10_000.0, gt=1, description="base of the rotary angles (llama, qwen3)")
+    tied: bool = Field(True, description="the head shares the token embedding's weights")
+    init_std: float = Field(0.02, gt=0, lt=10, description="standard deviation of initial weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if self.family == "gpt2":
+            if self.kv_heads not in (None, self.heads):
+                raise ValueError(
+                    f"kv_heads {self.kv_heads}: gpt2 has as many key/value heads as heads ({self.heads}); "
+                    "leave kv_heads out or take family = 'llama'"
+                )
+            if self.head_size is not None and self.head_size * self.heads != self.width:
+                raise ValueError(
+                    f"head_size {self.head_size}: gpt2 needs heads * head_size = width, {self.heads} * "
+                    f"{self.head_size} is not {self.width}; leave head_size out"
+                )
+        if self.head_size is None and self.width % self.heads:
+            below = max(h for h in range(1, self.heads + 1) if self.width % h == 0)
+            raise ValueError(
+                f"heads {self.heads} do not divide width {self.width}; take heads = {below} or a width that is a "
+                f"multiple of {self.heads}"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads {self.kv_heads} do not divide heads {self.heads}; every key/value head serves the same "
+                "number of query heads"
+            )
+        if self.family != "gpt2" and self.size_of_head % 2:
+            raise ValueError(
+                f"head size {self.size_of_head} is odd; rotary positions turn pairs: take an even head_size"
+            )
+        return self
+
+    @property
+    def size_of_head(self) -> int:
+        """``head_size``, or width / heads where it is unset."""
+        return self.head_size if self.head_size is not None else self.width // self.heads
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.kv_heads if self.kv_heads is not None else self.heads
+
+    @property
+    def size_of_hidden(self) -> int:
+        """``hidden``, or the family's usual size where it is unset."""
+        if self.hidden is not None:
+            return self.hidden
+        return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // 3 // 64) * 64
+
+
+class DataSpec(_Section):
+    """Where the text comes from and in which order its samples are read."""
+
+    source: str = Field(
+        "python-stdlib", description='"python-stdlib", "text:<glob>", "jsonl:<glob>" (field text) or "dataset:<digest>"'
+    )
+    vocab_size: int = _size(4096, low=257, high=1 << 24, text="vocabulary of the tokenizer to train")
+    tokenizer: str | None = Field(None, description="path of a tokenizer.json; unset: train a byte-level BPE")
+    shuffled: bool = Field(True, description="keyed permutation of blocks and samples; false: in order")
+    block: int = _size(64, text="samples a block of the shuffle")
+    window: int = _size(64, text="blocks a window of the shuffle")
+    shard_tokens: int = _size(1 << 24, low=2, text="tokens a shard file")
+    packing: Literal["across"] = Field("across", description="documents are packed, attention crosses their borders")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSpec:
+        kind, _, rest = self.source.partition(":")
+        if self.source == "python-stdlib" or (kind in ("text", "jsonl") and rest):
+            return self
+        if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
+            return self
+        raise ValueError(
+            f"source {self.source!r} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>' or "
+            "'dataset:<64 hex digits>'"
+        )
+
+
+class OptimizerSpec(_Section):
+    """AdamW. Decay applies to tensors of two and more dimensions."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(3e-4, gt=0, le=10, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, le=10, description="floor of the learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0, lt=1)
+    weight_decay: float = Field(0.1, ge=0, le=10)
+    clip: float = Field(1.0, ge=0, description="limit of the global gradient norm; 0: off")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSpec:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; lower it")
+        return self
+
+
+class ScheduleSpec(_Section):
+    """Learning rate over steps."""
+
+    kind: Literal["constant", "cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, linear decay")
+    warmup: int = _size(0, low=0, text="steps of the linear warm-up")
+    decay: int = _size(0, low=0, text="steps of the final decay (wsd) or of the whole curve (cosine); 0: from steps")
+
+
+class TrainSpec(_Section):
+    """How long and with which batches, precision and optimizer."""
+
+    steps: int = _size(high=1 << 40, text="optimizer steps of the run")
+    batch: int = _size(text="sequences a step")
+    microbatch: int = _size(text="sequences a microbatch")
+    sequence: int = _size(high=1 << 24, text="tokens a sequence")
+    precision: Precision = Field("fp32", description="of activations and weight matrices; masters are fp32")
+    seed: int = _size(0, low=0, high=(1 << 63) - 1, text="of initial weights and the order of samples")
+    reduction_groups: int = _size(1, text="groups of microbatches whose gradients join in a tree")
+    vocab_blocks: int = _size(1, text="blocks of the head's sums")
+    classifier_chunk: int = _size(64, text="rows of logits that exist at a time")
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSpec:
+        if self.batch % self.microbatch:
+            best = max(b for b in range(1, min(self.microbatch, self.batch) + 1) if self.batch % b == 0)
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of microbatch {self.microbatch}; take microbatch = {best}"
+            )
+        if self.reduction_groups != 1:
+            raise ValueError(f"reduction_groups {self.reduction_groups}: this version runs 1; set it to 1")
+        if self.vocab_blocks != 1:
+            raise ValueError(f"vocab_blocks {self.vocab_blocks}: this version runs 1; set it to 1")
+        if self.schedule.warmup > self.steps:
+            raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than steps {self.steps}; lower it")
+        if self.schedule.kind == "wsd" and self.schedule.warmup + self.schedule.decay > self.steps:
+            raise ValueError(
+                f"schedule.warmup {self.schedule.warmup} and decay {self.schedule.decay} exceed steps {self.steps}; "
+                "shorten one"
+            )
+        if self.batch * self.sequence > MAX_INT32:
+            raise ValueError(
+                f"batch * sequence is {self.batch * self.sequence} tokens a step; the limit is {MAX_INT32}; lower batch"
+            )
+        return self
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches a step."""
+        return self.batch // self.microbatch
+
+    @property
+    def rows(self) -> int:
+        """Tokens a microbatch."""
+        return self.microbatch * self.sequence
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.sequence
+
+
+class ParallelSpec(_Section):
+    """How the work is split. Never changes the bits."""
+
+    stages: int = _size(1, high=4096, text="pipeline stages")
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    replicas: int = _size(1, text="data-parallel replicas")
+    threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSpec:
+        if self.replicas != 1:
+            raise ValueError(f"replicas {self.replicas}: this version runs 1; set it to 1")
+        return self
+
+
+class CheckpointSpec(_Section):
+    """When state is saved and how long saving may take."""
+
+    every: int = _size(100, low=0, high=1 << 40, text="steps between snapshots; 0: only after the last step")
+    slots: int = _size(3, low=2, high=16, text="snapshot slots of a rank in memory")
+    deadline_s: float = Field(600.0, gt=0, le=86_400, description="of one upload")
+    commit_s: float = Field(120.0, gt=0, le=86_400, description="wait of the last step for its commit")
+
+
+class LaunchSpec(_Section):
+    """Where the ranks run."""
+
+    target: Literal["local", "kubernetes"] = "local"
+    nodes: int = _size(1, high=4096, text="nodes (local: groups of processes; kubernetes: pods)")
+    kernel_path: Literal["auto", "ref", "portable", "avx2", "avx512"] = "auto"
+    memory_gib: float = Field(0.0, ge=0, description="memory budget of a node; a plan above it is refused; 0: none")
+    connect_s: float = Field(60.0, gt=0, le=3600, description="deadline for all ranks to find each other")
+    stall_s: float = Field(120.0, gt=0, le=86_400, description="deadline of every wait inside a step")
+    trace: bool = Field(False, description="record the time of every instruction")
+    host: str = Field("127.0.0.1", min_length=1, max_length=253, description="address that local ranks listen on")
+    port_base: int = _size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones")
+    namespace: str = Field("default", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="kubernetes")
+    image: str = Field("", description="kubernetes: image of the engine")
+    agent_image: str = Field("", description="kubernetes: image of the agent; unset: same as image")
+    service_account: str = Field("", description="kubernetes: service account of the pods; unset: the default one")
+    resources: dict[str, str] = Field(default_factory=dict, description="kubernetes: of the engine, e.g. cpu, memory")
+    agent_resources: dict[str, str] = Field(default_factory=dict, description="kubernetes: of the agent")
+    store_secret: str = Field("", description="kubernetes: Secret with the store's credentials, for the agent only")
+    pod_patch: dict[str, Any] = Field(default_factory=dict, description="kubernetes: strategic-merge patch of the pod")
+    fabric: Literal["tcp", "infiniband", "roce", "efa", "nvl72"] = "tcp"
+
+
+class RecoverySpec(_Section):
+    """What the driver does after a failure."""
+
+    max_same_step: int = _size(2, high=100, text="crashes at the same step before it gives up")
+    backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
+    backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
+    max_rollbacks: int = _size(3, low=0, high=100, text="rollbacks after a divergence")
+
+
+class RunSpec(_Section):
+    """A run. See the module's text for the two halves."""
+
+    name: str = Field(
+        pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$", description="lower-case letters, digits, '-'; at most 40"
+    )
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    train: TrainSpec
+    parallel: ParallelSpec = ParallelSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    launch: LaunchSpec = LaunchSpec()
+    recovery: RecoverySpec = RecoverySpec()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSpec:
+        if self.parallel.stages > self.model.layers:
+            raise ValueError(
+                f"parallel.stages {self.parallel.stages} is more than model.layers {self.model.layers}; every stage "
+                f"needs a layer: take at most {self.model.layers} stages"
+            )
+        if self.train.sequence > self.model.context:
+            raise ValueError(
+                f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}; "
+                "shorten the sequence or widen the context"
+            )
+        ranks = self.parallel.stages * self.parallel.replicas
+        if ranks % self.launch.nodes:
+            raise ValueError(
+                f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks (stages * replicas); every node "
+                "runs the same number of ranks"
+            )
+        return self
+
+    def resolve(self, dataset: DatasetRef) -> RunSpec:
+        """The spec with ``model.vocab`` filled from the dataset; refuses data that do not fit. Idempotent."""
+        problems: list[str] = []
+        if self.model.vocab and self.model.vocab < dataset.vocab:
+            problems.append(
+                f"model.vocab {self.model.vocab} is smaller than the dataset's vocabulary {dataset.vocab}; set it to 0 "
+                f"(the dataset's) or to at least {dataset.vocab}"
+            )
+        if dataset.samples(self.train.sequence) == 0:
+            problems.append(
+                f"train.sequence {self.train.sequence} needs a shard of {self.train.sequence + 1} tokens, the longest "
+                f"has {max(dataset.shards)}; shorten the sequence or add text"
+            )
+        if problems:
+            raise SpecError(problems)
+        if self.model.vocab:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab": dataset.vocab})})
+
+
+def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str = "spec") -> RunSpec:
+    """A RunSpec from plain values plus ``a.b=value`` overrides; every problem becomes a line of the SpecError."""
+    tree = _copy(value)
+    for text in sets:
+        _apply_set(tree, text)
+    try:
+        return RunSpec.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{origin}: {line}" for details in error.errors(include_url=False) for line in _explain(details)]
+        raise SpecError(lines) from error
+
+
+def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
+    """Read a TOML file and apply ``--set`` overrides (``train.steps=20``; the value is TOML, else a string).
+
+    A shortened key is taken where one key below fits: ``train.lr`` is ``train.optimizer.lr``.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"{file}: there is no such file; 'hotstage init' writes a spec to start from") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file}: cannot be read: {error}") from error
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{file}: is not TOML: {error}") from error
+    return parse_spec(tree, sets, origin=str(file))
+
+
+def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
+    """The What half as plain values: all that determines the bits, and nothing else."""
+    resolved = spec.resolve(dataset)
+    return {
+        "schema": SPEC_SCHEMA,
+        "model": resolved.model.model_dump(mode="json"),
+        "data": {
+            "digest": dataset.digest,
+            "shuffled": resolved.data.shuffled,
+            "block": resolved.data.block,
+            "window": resolved.data.window,
+            "packing": resolved.data.packing,
+        },
+        "train": resolved.train.model_dump(mode="json"),
+    }
+
+
+def what_bytes(spec: RunSpec, dataset: DatasetRef) -> bytes:
+    """Canonical msgpack of ``what_map``: keys sorted at every level, so equal specs give equal bytes."""
+    return canonical(what_map(spec, dataset))
+
+
+def what_digest(spec: RunSpec, dataset: DatasetRef) -> bytes:
+    """SHA-256 of ``what_bytes``."""
+    return hashlib.sha256(what_bytes(spec, dataset)).digest()
+
+
+def run_id(spec: RunSpec, dataset: DatasetRef) -> str:
+    """``<name>-<first 6 hex digits of the What's digest>``."""
+    return f"{spec.name}-{what_digest(spec, dataset).hex()[:6]}"
+
+
+def how_map(spec: RunSpec) -> dict[str, Any]:
+    """The How half as plain values, for the attempt record."""
+    return spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
+
+
+def canonical(value: Any) -> bytes:
+    """msgpack with the keys of every map sorted."""
+    packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True)
+    return packed
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [_sorted(item) for item in value]
+    return value
+
+
+def _copy(value: Any) -> Any:
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+# --- --set --------------------------------------------------------------------------------------------------
+
+
+def _apply_set(tree: dict[str, Any], text: str) -> None:
+    key, sep, raw = text.partition("=")
+    if not sep or not key.strip():
+        raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.steps=100")
+    path = _full_path(tuple(part.strip() for part in key.split(".")), text)
+    node = tree
+    for part in path[:-1]:
+        below = node.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise SpecError(f"--set {text!r}: {part} is a value, not a section")
+        node = below
+    try:
+        node[path[-1]] = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        node[path[-1]] = raw.strip()
+
+
+def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
+    known = list(_paths(RunSpec))
+    if path in known or any(p == path[: len(p)] for p in known if p[-1] in ("pod_patch", "resources")):
+        return path
+    if path[-2:-1] == ("agent_resources",):
+        return path
+    fits = [p for p in known if p[-1] == path[-1] and p[: len(path) - 1] == path[:-1]]
+    if len(fits) == 1:
+        return fits[0]
+    names = [".".join(p) for p in known]
+    near = [".".join(p) for p in fits] or [n for n in names if n.endswith("." + path[-1])]
+    near = near or difflib.get_close_matches(".".join(path), names, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; 'hotstage schema' lists all keys"
+    raise SpecError(f"--set {text!r}: there is no key {'.'.join(path)}{hint}")
+
+
+def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+_TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a string in quotes",
+    "dict_type": "a section of keys",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+}
+
+
+def _explain(details: ErrorDetails) -> list[str]:
+    """A pydantic error as lines for people: value, limit, mend."""
+    kind, value, where = details["type"], details["input"], ".".join(str(part) for part in details["loc"])
+    context = details.get("ctx", {})
+    if kind == "extra_forbidden":
+        return [_unknown_key(tuple(str(part) for part in details["loc"]))]
+    if kind == "missing":
+        return [f"{where} is missing; it has no default: add it"]
+    if kind in _BOUNDS:
+        key, word = _BOUNDS[kind]
+        mend = "raise it" if key in ("gt", "ge") else "lower it"
+        return [f"{where} {value!r} must be {word} {context[key]}; {mend}"]
+    if kind in _TYPES:
+        return [f"{where} {value!r} is not {_TYPES[kind]}; write {_TYPES[kind]}"]
+    if kind == "literal_error":
+        return [f"{where} {value!r} is unknown; take one of {context['expected']}"]
+    if kind == "string_pattern_mismatch":
+        return [f"{where} {value!r} does not match {context['pattern']}; rename it"]
+    if kind == "value_error":
+        return [f"{where}.{context['error']}" if where else str(context["error"])]
+    return [f"{where} {value!r}: {details['msg']}; correct it"]
+
+
+def _unknown_key(loc: tuple[str, ...]) -> str:
+    model: type[BaseModel] = RunSpec
+    for part in loc[:-1]:
+        field = model.model_fields[part]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    keys = list(model.model_fields)
+    near = difflib.get_close_matches(loc[-1], keys, n=1)
+    elsewhere = [".".join(p) for p in _paths(RunSpec) if p[-1] == loc[-1]]
+    hint = f"did you mean {near[0]}?" if near else f"it belongs at {elsewhere[0]}" if elsewhere else "remove it"
+    return f"{'.'.join(loc)} is an unknown key; {hint} (known here: {', '.join(keys)})"
