@@ -1,0 +1,46 @@
+# hotstage: `make demo` is the whole job in front of your eyes, `make test` proves it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench nightly golden clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make the environment .venv and build the C engine into it
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml $(ENGINE_SOURCES) | $(VENV)/bin/python
+	@echo "installing hotstage and building its engine into $(VENV) (about a minute the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup ## the main job end to end: prepare, train on two stages, lose one, recover, prove, export, report
+	$(BIN)/hotstage demo
+
+test: setup ## the tests, at most 10 minutes on 2 cores
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: setup ## format, lint, types, layering, warnings as errors, sanitizers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find trainer/engine tests -name '*.[ch]')
+	$(BIN)/python -m tests.tools.sanitize
+
+bench: setup ## figures into out/bench.json
+	$(BIN)/python -m tests.bench
+
+nightly: setup ## the long campaigns: every test, also the slow ones
+	$(BIN)/python -m pytest -q
+
+clean: ## remove what was built and run here (not the caches of the user's folder)
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
