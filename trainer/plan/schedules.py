@@ -189,15 +189,14 @@ def in_flight(rows: Rows) -> list[int]:
                 last[action.stage, action.microbatch] = place
     peak: dict[int, int] = {}
     for row in rows:
-        held: set[tuple[int, int]] = set()
+        held: dict[int, set[int]] = {}
         for place, action in enumerate(row):
-            key = (action.stage, action.microbatch)
+            mine = held.setdefault(action.stage, set())
             if action.op in ("RECV_F", "F"):
-                held.add(key)
-                count = sum(stage == action.stage for stage, _ in held)
-                peak[action.stage] = max(peak.get(action.stage, 0), count)
-            elif last.get(key) == place:
-                held.discard(key)
+                mine.add(action.microbatch)
+                peak[action.stage] = max(peak.get(action.stage, 0), len(mine))
+            elif last.get((action.stage, action.microbatch)) == place:
+                mine.discard(action.microbatch)
     return [peak.get(stage, 0) for stage in range(max(peak, default=-1) + 1)]
 
 
