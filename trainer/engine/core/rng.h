@@ -1,17 +1,18 @@
-/* Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
+/* Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+ * 1, 2, 3").
  *
- * A number depends on (seed, tensor, use, element) and on nothing else: no state, no order, no rank. Layout:
+ * A number depends on (seed, tensor, use, element) and on nothing else: no state, no order, no
+ * rank. Layout:
  *
  *   key      k0 = low 32 bits of seed ^ tensor * 0x9E3779B9 (mod 2^32)
  *            k1 = high 32 bits of seed ^ use                         use: HS_RNG_USE_*
  *   counter  c0, c1 = low, high 32 bits of element / 4;  c2, c3 = 0  (left for step and microbatch)
  *   output   four words x0..x3, one for each of the elements 4q .. 4q+3
  *
- * Standard normals (hs_rng_normal), by Box-Muller: words (0,1) give elements 4q and 4q+1, words (2,3) give
- * 4q+2 and 4q+3. Of a pair (a, b):
- *   u = (a + 1) * 2^-32, in (0, 1];  r = sqrt(-2 log u);  angle = 2 pi b 2^-32
- *   the even element is r cos(angle), the odd one r sin(angle)
- * so |normal| <= sqrt(64 log 2) = 6.66. Computed here in double; a kernel that works in f32 takes the same
+ * Standard normals (hs_rng_normal), by Box-Muller: words (0,1) give elements 4q and 4q+1, words
+ * (2,3) give 4q+2 and 4q+3. Of a pair (a, b): u = (a + 1) * 2^-32, in (0, 1];  r = sqrt(-2 log u);
+ * angle = 2 pi b 2^-32 the even element is r cos(angle), the odd one r sin(angle) so |normal| <=
+ * sqrt(64 log 2) = 6.66. Computed here in double; a kernel that works in f32 takes the same
  * integers and agrees to 1e-6. Pure functions, thread-safe.
  */
 #ifndef HS_CORE_RNG_H
@@ -28,15 +29,13 @@ typedef struct hs_rng_key {
     uint32_t k0, k1;
 } hs_rng_key;
 
-static inline hs_rng_key hs_rng_make_key(uint64_t seed, uint32_t tensor, uint32_t use)
-{
+static inline hs_rng_key hs_rng_make_key(uint64_t seed, uint32_t tensor, uint32_t use) {
     hs_rng_key key = {(uint32_t)seed ^ tensor * 0x9E3779B9u, (uint32_t)(seed >> 32) ^ use};
     return key;
 }
 
 /* One block: ten rounds over the counter in c[4], the result replaces it. */
-static inline void hs_philox4x32_10(uint32_t c[4], hs_rng_key key)
-{
+static inline void hs_philox4x32_10(uint32_t c[4], hs_rng_key key) {
     for (int round = 0; round < 10; round++) {
         uint64_t a = (uint64_t)0xD2511F53u * c[0];
         uint64_t b = (uint64_t)0xCD9E8D57u * c[2];
@@ -51,8 +50,7 @@ static inline void hs_philox4x32_10(uint32_t c[4], hs_rng_key key)
 }
 
 /* The four words of elements 4*quad .. 4*quad+3. */
-static inline void hs_rng_words(hs_rng_key key, uint64_t quad, uint32_t out[4])
-{
+static inline void hs_rng_words(hs_rng_key key, uint64_t quad, uint32_t out[4]) {
     out[0] = (uint32_t)quad;
     out[1] = (uint32_t)(quad >> 32);
     out[2] = 0;
@@ -61,8 +59,7 @@ static inline void hs_rng_words(hs_rng_key key, uint64_t quad, uint32_t out[4])
 }
 
 /* Standard normal of one element. */
-static inline double hs_rng_normal(hs_rng_key key, uint64_t element)
-{
+static inline double hs_rng_normal(hs_rng_key key, uint64_t element) {
     uint32_t x[4];
     hs_rng_words(key, element / 4, x);
     uint32_t a = x[element & 2], b = x[(element & 2) + 1];

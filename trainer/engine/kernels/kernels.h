@@ -2,9 +2,10 @@
  * instruction sets), indexed by HS_K_* of wire/kernels.h, which fixes operands, dims and reals.
  * kernels/<op>.h says what an op computes and in which order the sums are taken.
  *
- * A kernel writes only the operands that wire/kernels.h marks as outputs, touches no byte outside the extents
- * below, allocates nothing, keeps nothing between calls, and never fails for a call that hs_kernel_extent
- * accepts. Operands do not overlap except where the table says "in place" or "may be".
+ * A kernel writes only the operands that wire/kernels.h marks as outputs, touches no byte outside
+ * the extents below, allocates nothing, keeps nothing between calls, and never fails for a call
+ * that hs_kernel_extent accepts. Operands do not overlap except where the table says "in place" or
+ * "may be".
  */
 #ifndef HS_KERNELS_KERNELS_H
 #define HS_KERNELS_KERNELS_H
@@ -18,7 +19,8 @@
 
 struct hs_pool;
 
-/* One call: wire/plan.h's hs_plan_call with addresses in place of references. An absent operand is NULL. */
+/* One call: wire/plan.h's hs_plan_call with addresses in place of references. An absent operand is
+ * NULL. */
 typedef struct hs_args {
     void *ptr[HS_CALL_PTRS];
     int64_t dim[HS_CALL_DIMS];
@@ -40,21 +42,23 @@ typedef struct hs_kernel_set {
     hs_kernel_fn fn[HS_K_COUNT]; /* [0] is NULL; all others are set */
 } hs_kernel_set;
 
-extern const hs_kernel_set hs_kernels_ref;      /* the oracle: double inside, any dtype, one thread */
-extern const hs_kernel_set hs_kernels_portable; /* the fast set in plain C; same bits as the two below */
-extern const hs_kernel_set hs_kernels_avx2;     /* AVX2 and FMA */
-extern const hs_kernel_set hs_kernels_avx512;   /* AVX-512 F, BW, DQ, VL */
+extern const hs_kernel_set hs_kernels_ref; /* the oracle: double inside, any dtype, one thread */
+extern const hs_kernel_set
+    hs_kernels_portable; /* the fast set in plain C; same bits as the two below */
+extern const hs_kernel_set hs_kernels_avx2;   /* AVX2 and FMA */
+extern const hs_kernel_set hs_kernels_avx512; /* AVX-512 F, BW, DQ, VL */
 
-/* hs_attempt.kernel_path (wire/attempt.h) to a set: 0 the best that this CPU runs, 1 ref, 2 portable, 3 avx2,
- * 4 avx512. NULL: the CPU lacks it, or no such path. */
+/* hs_attempt.kernel_path (wire/attempt.h) to a set: 0 the best that this CPU runs, 1 ref, 2
+ * portable, 3 avx2, 4 avx512. NULL: the CPU lacks it, or no such path. */
 const hs_kernel_set *hs_kernels_pick(uint32_t path);
 
 /* Workspace that every kernel of every set fits in, for each call, with this many threads. */
 size_t hs_kernels_scratch_bytes(int threads);
 
-/* Bytes that a call may touch from the start of one operand on (operand: 0 .. pointers-1 of the table).
- * Also checks the dims themselves: HS_OK only for a call that the kernels can run.
- * HS_E_CONFIG: no such kernel, dtype or operand, or a dim out of range; HS_E_OVERFLOW: beyond int64. */
+/* Bytes that a call may touch from the start of one operand on (operand: 0 .. pointers-1 of the
+ * table). Also checks the dims themselves: HS_OK only for a call that the kernels can run.
+ * HS_E_CONFIG: no such kernel, dtype or operand, or a dim out of range; HS_E_OVERFLOW: beyond
+ * int64. */
 hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
                            uint64_t *bytes);
 
