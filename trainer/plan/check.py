@@ -136,7 +136,7 @@ def insert_messages(rows: Rows, stages: int) -> list[list[Action]]:
 
     >>> from trainer.plan.schedules import one_f_one_b
     >>> [str(a) for a in insert_messages(one_f_one_b(2, 2), 2)[1]]
-    ['1RECV_F0', '1F0', '1B0', '1SEND_B0', '1RECV_F1', '1F1', '1B1', '1SEND_B1']
+    ['1RECV_F0', '1F0', '1B0', '1RECV_F1', '1SEND_B0', '1F1', '1B1', '1SEND_B1']
     """
     for rank, row in enumerate(rows):
         for place, action in enumerate(row):
