@@ -28,6 +28,7 @@
 
 typedef struct hs_comm hs_comm; /* opaque, a transport's own */
 struct hs_comm_loop;            /* loop.c: what the contexts of one process share */
+struct hs_stop;                 /* core/stop.h */
 
 /* All pointers stay the caller's and must outlive create; `channels`, `peers`, `log` must outlive
  * close. */
@@ -42,6 +43,9 @@ typedef struct hs_comm_config {
     int listen_fd;  /* tcp: a listening socket, owned by the communicator from here; -1: open one
                      * on peers[rank].port */
     struct hs_comm_loop *loop; /* loop only */
+    struct hs_stop *stop; /* NULL: none. hs_stop_lost ends every wait at once with HS_E_LOST;
+                           * hs_stop_requested ends create with HS_E_STOPPED (there is nothing to
+                           * save yet) and no other wait (the gang agrees on the step to stop at) */
     const hs_log *log;
 } hs_comm_config;
 
