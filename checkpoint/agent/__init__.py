@@ -1,0 +1,13 @@
+"""The checkpoint agent: one process a node, beside the engine, that talks to the store so that the engine need not.
+
+It owns the snapshot slots, runs attempts that the log orders, uploads what the ranks snapshot, and commits. The engine
+holds no credentials and never waits for storage. Who does what:
+
+    link.py     the Unix socket: connections, messages, descriptors
+    slots.py    the shared-memory slots: creation, reading under hold, filling for a restore
+    upload.py   a held snapshot into chunks in the store, and this node's part manifest
+    commit.py   all parts seen -> manifest -> log record, by whichever agent gets there first
+    output.py   metrics segments and the ring of each rank's output
+    status.py   the live hint that the driver watches
+    service.py  the loop that ties them together; __main__.py the command line
+"""

@@ -1,0 +1,356 @@
+"""Launching a run's nodes: the seam (``Launcher``), and the local one, where a node is a group of processes.
+
+A node is one checkpoint agent and one supervisor, both in a session of their own, so that they survive whoever started
+them. The launcher starts what is missing and kills what it recorded; it never decides. Who calls, in order:
+
+    driver   ensure(launch)       starts every node that does not run, adopts what runs; again after a loss: a dead agent
+                                  is started anew (the supervisor reconnects), so is a dead supervisor
+    driver   observe(launch_id)   any time: what runs, without touching it
+    driver   stop(launch_id)      a launch that is over or superseded. The orderly end is the log's ``ended`` record,
+                                  on which the nodes leave by themselves
+
+Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``launch.key`` (0600, the key from which the
+attempts' keys derive), and for each node ``node<i>/`` with ``start.lock`` (held while somebody starts this node),
+``agent.lock`` (held by the agent while it lives), ``agent.pid`` and ``supervisor.pid`` (with the process's start time, so that a
+reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once the node has left for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from trainer.engine_path import engine_binary
+from trainer.errors import LaunchError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+_ENGINE_ENV = re.compile(
+    r"(PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|(A|L|UB|T)SAN_OPTIONS|HOTSTAGE_ENGINE_\w+)\Z"
+)
+"""All that the engine inherits: it holds no credentials and needs no other variable."""
+_TAIL_BYTES = 2000
+_RESTARTS, _RESTART_WINDOW_S = 8, 60.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Nodes to run: everything that a launcher must know, nothing that the log says already."""
+
+    run: str
+    launch_id: str
+    nodes: int
+    store_url: str
+    work_root: Path
+    """Of this machine: everything that the run writes outside the store goes below it (usually ``out``)."""
+    ranks_per_node: int = 1
+    how: Mapping[str, Any] = field(default_factory=dict)
+    """The How half of the spec, for launchers that render more than processes."""
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node as the launcher sees it; a pid is None where the process is gone."""
+
+    node: int
+    agent_pid: int | None
+    supervisor_pid: int | None
+    done: str | None
+    """Why the node left for good: ``ended``, ``fenced``, ``stopped`` …; None while it should be running."""
+    words: str
+    """The last lines of what is gone, for a diagnosis."""
+
+
+@dataclass(frozen=True)
+class LaunchView:
+    """A launch as the launcher sees it. ``unknown`` (the API does not answer) is never failure."""
+
+    launch_id: str
+    state: Literal["absent", "running", "partial", "gone", "done", "unknown"]
+    nodes: tuple[NodeView, ...] = ()
+    detail: str = ""
+
+
+class Launcher(Protocol):
+    """What the driver needs of a place where nodes run. Errors are LaunchError."""
+
+    def ensure(self, launch: Launch) -> None:
+        """Start what does not run, adopt what does. Idempotent."""
+
+    def observe(self, launch_id: str) -> LaunchView:
+        """What runs now."""
+
+    def stop(self, launch_id: str, grace_s: float) -> None:
+        """End the launch: ask, wait at most ``grace_s`` for snapshots to be saved, then kill. Idempotent."""
+
+
+@dataclass(frozen=True)
+class ProcessMark:
+    """A process that was started: its number, and its start time, which no later process of that number shares."""
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessMark | None:
+        """The running process of this number; None where there is none or it is only waiting to be reaped."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        if fields[0] in (b"Z", b"X"):
+            return None
+        return cls(pid, int(fields[19]))
+
+    def alive(self) -> bool:
+        return ProcessMark.of(self.pid) == self
+
+    def write(self, path: Path) -> None:
+        text = json.dumps(asdict(self)).encode()
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_bytes(text)
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> ProcessMark | None:
+        """What the file names, running or not; None where it is missing or cut."""
+        try:
+            value = json.loads(path.read_bytes())
+            return cls(int(value["pid"]), int(value["started"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+class LocalLauncher:
+    """Nodes as processes of this machine. See the module's text for files and order.
+
+    ``python`` and ``engine`` are the programs to run; ``clock`` and ``sleep`` may be injected.
+    """
+
+    def __init__(
+        self,
+        work_root: Path | str = "out",
+        *,
+        python: str = sys.executable,
+        engine: Path | None = None,
+        agent_args: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._root = Path(work_root).absolute()
+        self._python, self._engine, self._agent_args = python, engine, tuple(agent_args)
+        self._clock, self._sleep = clock, sleep
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._starts: dict[Path, list[float]] = {}
+
+    # --- the seam -----------------------------------------------------------------------------------------
+
+    def ensure(self, launch: Launch) -> None:
+        for name, value in (("run", launch.run), ("launch", launch.launch_id)):
+            if not _NAME.match(value):
+                raise LaunchError(
+                    f"{name} {value!r} is no plain name; take letters, digits, '.', '_', '-', at most 100"
+                )
+        if launch.nodes < 1:
+            raise LaunchError(f"a launch of {launch.nodes} nodes; it needs at least 1")
+        engine = self._engine or engine_binary()
+        folder = self._root / "runs" / launch.run / launch.launch_id
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            key = _launch_key(folder)
+            _write_once(folder / "launch.json", json.dumps({"run": launch.run, "nodes": launch.nodes}).encode(), 0o644)
+            for node in range(launch.nodes):
+                self._ensure_node(launch, node, folder / f"node{node}", key, engine)
+        except OSError as error:
+            raise LaunchError(f"the launch {launch.launch_id} cannot be started under {folder}: {error}") from error
+
+    def observe(self, launch_id: str) -> LaunchView:
+        self._reap()
+        folder = self._folder(launch_id)
+        if folder is None:
+            return LaunchView(launch_id, "absent", detail=f"no launch {launch_id} under {self._root}")
+        nodes = tuple(_view(node, folder / f"node{node}") for node in range(_nodes(folder)))
+        up = sum(n.agent_pid is not None and n.supervisor_pid is not None for n in nodes)
+        any_up = any(n.agent_pid is not None or n.supervisor_pid is not None for n in nodes)
+        state: Literal["running", "partial", "gone", "done"]
+        if nodes and all(n.done is not None for n in nodes) and not any_up:
+            state = "done"
+        elif up == len(nodes):
+            state = "running"
+        else:
+            state = "partial" if any_up else "gone"
+        return LaunchView(launch_id, state, nodes)
+
+    def stop(self, launch_id: str, grace_s: float) -> None:
+        folder = self._folder(launch_id)
+        if folder is None:
+            return
+        nodes = [folder / f"node{node}" for node in range(_nodes(folder))]
+        for node in nodes:
+            if node.is_dir() and not (node / "done").exists():
+                _write_done(node, "stopped")
+        deadline = self._clock() + grace_s
+        if grace_s > 0:
+            # first the engine, so that it can save; then the agent, which uploads what was saved
+            for which in ("supervisor", "agent"):
+                marks = self._marks(nodes, which)
+                for mark in marks:
+                    _signal(mark, signal.SIGTERM)
+                self._await(marks, deadline)
+        for which in ("supervisor", "agent"):
+            marks = self._marks(nodes, which)
+            for mark in marks:
+                _signal(mark, signal.SIGKILL, group=True)
+            self._await(marks, self._clock() + 10)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _folder(self, launch_id: str) -> Path | None:
+        if not _NAME.match(launch_id):
+            return None
+        found = sorted(self._root.glob(f"runs/*/{launch_id}/launch.json"))
+        return found[0].parent if found else None
+
+    def _ensure_node(self, launch: Launch, node: int, folder: Path, key: Path, engine: Path) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._reap()
+        with _locked(folder / "start.lock"):
+            if (folder / "done").exists():
+                return
+            if _alive(folder / "agent.pid") is None:
+                root = str(Path(__file__).resolve().parent.parent)
+                env = dict(os.environ)
+                env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+                args = [self._python, "-m", "checkpoint.agent", "--store", launch.store_url, "--run", launch.run]
+                args += ["--launch", launch.launch_id, "--node", str(node), "--nodes", str(launch.nodes)]
+                args += ["--socket", "agent.sock", "--work", str(folder), "--key-file", str(key), *self._agent_args]
+                self._start(args, env, folder, "agent")
+            if _alive(folder / "supervisor.pid") is None:
+                env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}
+                self._start([str(engine), "node", "--agent", "agent.sock"], env, folder, "supervisor")
+
+    def _start(self, args: Sequence[str], env: Mapping[str, str], folder: Path, which: str) -> None:
+        pid_file, log_file = folder / f"{which}.pid", folder / f"{which}.log"
+        starts = [t for t in self._starts.get(pid_file, []) if self._clock() - t < _RESTART_WINDOW_S]
+        if len(starts) >= _RESTARTS:
+            raise LaunchError(
+                f"the {which} of {folder} died {len(starts)} times within {_RESTART_WINDOW_S:.0f} s; its last words: "
+                f"{_tail(log_file) or 'none'}"
+            )
+        self._starts[pid_file] = [*starts, self._clock()]
+        with open(log_file, "ab") as log:
+            # relative to the node's folder: a socket's name may have only 107 bytes
+            child = subprocess.Popen(
+                args,
+                env=dict(env),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._children.append(child)
+        mark = ProcessMark.of(child.pid)
+        if mark is not None:
+            mark.write(pid_file)
+
+    def _reap(self) -> None:
+        self._children = [child for child in self._children if child.poll() is None]
+
+    @staticmethod
+    def _marks(nodes: Sequence[Path], which: str) -> list[ProcessMark]:
+        marks = (_alive(node / f"{which}.pid") for node in nodes)
+        return [mark for mark in marks if mark is not None]
+
+    def _await(self, marks: Sequence[ProcessMark], deadline: float) -> None:
+        while any(mark.alive() for mark in marks) and self._clock() < deadline:
+            self._sleep(0.01)
+            self._reap()
+        self._reap()
+
+
+def _signal(mark: ProcessMark, number: signal.Signals, *, group: bool = False) -> None:
+    if mark.alive():
+        with contextlib.suppress(ProcessLookupError):
+            # started in a session of its own, so the group is this process and what it forked
+            (os.killpg if group else os.kill)(mark.pid, number)
+
+
+def _alive(pid_file: Path) -> ProcessMark | None:
+    mark = ProcessMark.read(pid_file)
+    return mark if mark is not None and mark.alive() else None
+
+
+def _nodes(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "launch.json").read_bytes())["nodes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(
+            f"{folder / 'launch.json'} cannot be read: {error}; remove the folder if nothing runs"
+        ) from error
+
+
+def _view(node: int, folder: Path) -> NodeView:
+    agent, supervisor = _alive(folder / "agent.pid"), _alive(folder / "supervisor.pid")
+    try:
+        done: str | None = (folder / "done").read_text()
+    except OSError:
+        done = None
+    gone = [which for which, mark in (("agent", agent), ("supervisor", supervisor)) if mark is None]
+    words = "\n".join(filter(None, (_tail(folder / f"{which}.log") for which in gone)))
+    return NodeView(node, agent.pid if agent else None, supervisor.pid if supervisor else None, done, words)
+
+
+def _tail(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _write_once(path: Path, data: bytes, mode: int) -> None:
+    """Create the file whole, unless it is there: written beside it, then linked."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)
+    os.unlink(temporary)
+
+
+def _launch_key(folder: Path) -> Path:
+    path = folder / "launch.key"
+    if not path.exists():
+        _write_once(path, secrets.token_bytes(32), 0o600)
+    return path
+
+
+def _write_done(folder: Path, reason: str) -> None:
+    _write_once(folder / "done", reason.encode(), 0o644)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
