@@ -1,0 +1,50 @@
+#include "data/order.h"
+
+#define GOLDEN UINT64_C(0x9E3779B97F4A7C15)
+
+uint64_t hs_order_mix(uint64_t z) {
+    z ^= z >> 30;
+    z *= UINT64_C(0xBF58476D1CE4E5B9);
+    z ^= z >> 27;
+    z *= UINT64_C(0x94D049BB133111EB);
+    return z ^ z >> 31;
+}
+
+uint64_t hs_order_key(uint64_t seed, uint64_t pass, uint64_t use) {
+    return hs_order_mix(hs_order_mix(hs_order_mix(seed) + pass) + use);
+}
+
+uint64_t hs_order_permute(uint64_t key, uint64_t n, uint64_t x) {
+    if (n <= 1) return 0;
+    unsigned bits = 0;
+    while (bits < 64 && (n - 1) >> bits) bits++;
+    const unsigned half = bits > 1 ? (bits + 1) / 2 : 1;
+    const uint64_t mask = (UINT64_C(1) << half) - 1; /* half <= 32 */
+    /* Cycle walking: the network permutes 0 .. 4^half - 1, less than 4n places, so few turns are
+     * needed. */
+    do {
+        uint64_t left = x >> half, right = x & mask;
+        for (uint64_t round = 0; round < 6; round++) {
+            const uint64_t mixed = left ^ (hs_order_mix(right + key + round * GOLDEN) & mask);
+            left = right;
+            right = mixed;
+        }
+        x = left << half | right;
+    } while (x >= n);
+    return x;
+}
+
+uint64_t hs_order_sample(const hs_plan_config *config, uint64_t index) {
+    const uint64_t samples = config->data_samples;
+    if (!config->data_shuffled) return index % samples;
+    const uint64_t block = config->data_block < samples ? config->data_block : samples;
+    const uint64_t blocks = samples / block, used = blocks * block;
+    const uint64_t pass = index / used, place = index % used;
+    const uint64_t window = (uint64_t)config->data_window * block; /* samples */
+    const uint64_t q = place / window, first = q * window;
+    const uint64_t in_window = window < used - first ? window : used - first;
+    const uint64_t k =
+        hs_order_permute(hs_order_key(config->seed, pass, 1 + q), in_window, place - first);
+    const uint64_t slot = q * config->data_window + k / block;
+    return hs_order_permute(hs_order_key(config->seed, pass, 0), blocks, slot) * block + k % block;
+}

@@ -1,0 +1,21 @@
+/* The order in which a run reads its samples: arithmetic, no state (wire/shard.h has the
+ * definition; trainer/dataset.py the Python mirror). Pure functions, thread-safe. */
+#ifndef HS_DATA_ORDER_H
+#define HS_DATA_ORDER_H
+
+#include <stdint.h>
+
+#include "wire/plan.h"
+
+/* x -> its place in the keyed permutation of 0..n-1; n >= 1, x < n. */
+uint64_t hs_order_permute(uint64_t key, uint64_t n, uint64_t x);
+
+/* SplitMix64's finalizer, and the key of (seed, pass, use). */
+uint64_t hs_order_mix(uint64_t z);
+uint64_t hs_order_key(uint64_t seed, uint64_t pass, uint64_t use);
+
+/* Number of the sample (in the shards' order, 0 .. data_samples-1) that sample `index` of the run
+ * reads. config: data_samples >= 1, data_block >= 1, data_window >= 1. */
+uint64_t hs_order_sample(const hs_plan_config *config, uint64_t index);
+
+#endif

@@ -1,0 +1,75 @@
+/* The plan file of wire/plan.h, read into memory of our own, checked wholly, then only read.
+ *
+ * The file is copied, not mapped: nobody can change or cut it after the checks. What hs_plan_open
+ * accepts holds these invariants, by which the rest of the engine indexes without looking again:
+ *
+ *   I1  header, section table, sizes and digest agree with the bytes; padding is zero
+ *   I2  every number of the configuration is in its range, and the shards add up to data_samples
+ *   I3  names lie in the strings; tensors' names are there and unique; elements = product of the
+ * shape I4  act slots and microbatch areas lie in the arena; tokens, targets and losses lie in a
+ * microbatch area I5  every state tensor is owned exactly once; master, m, v, grad lie in STATIC,
+ * overlap neither one another nor the act, microbatch, sumsq and control areas; the slot layout is
+ * dense enough to hold no overlap and slot_bytes is what slot.h says for it I6  every action names
+ * a program, channel, slot and microbatch that exist, only where its kind uses them, and its
+ * reference lies in its space; messages have their channel's length; a channel joins two positions,
+ *       and its sends at one end are as many as its receives at the other, in init, load and step
+ * apart I7  every call of a program that a position runs has a kernel, operands that lie in that
+ * position's spaces and hold the bytes that the kernel touches, and aligned to their elements I8
+ * what a kernel uses as an index is data that was checked: token and target operands point into the
+ *       microbatch's tokens and targets, and the vocabulary of the call is at least the plan's
+ *   I9  reports and control blocks have their room; only position 0 combines
+ */
+#ifndef HS_RUN_PLAN_H
+#define HS_RUN_PLAN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/status.h"
+#include "wire/plan.h"
+
+typedef struct hs_plan {
+    uint8_t *bytes; /* the file; owned */
+    size_t size;
+    const hs_plan_header *header;
+    const hs_plan_config *config;
+    const char *strings;
+    const hs_plan_tensor *tensors;
+    const hs_plan_shard *shards;
+    const hs_plan_position *positions;
+    const hs_plan_state *states;
+    const hs_plan_program *programs;
+    const hs_plan_call *calls;
+    const hs_plan_action *actions;
+    const hs_plan_channel *channels;
+    size_t count[HS_SECTION_COUNT]; /* records of each section */
+} hs_plan;
+
+/* Reads and checks. HS_E_CONFIG with the first failure named (file, section, record, value, limit),
+ * or HS_E_MEMORY. On failure *plan is zero. */
+hs_status hs_plan_open(const char *path, hs_plan *plan, hs_why *why);
+/* The same on bytes in memory, which the plan takes over (malloc'ed) also on failure. */
+hs_status hs_plan_adopt(uint8_t *bytes, size_t size, const char *name, hs_plan *plan, hs_why *why);
+/* Safe on a zeroed plan. */
+void hs_plan_close(hs_plan *plan);
+
+/* Rows of a microbatch, B*T. */
+static inline int64_t hs_plan_rows(const hs_plan *plan) {
+    return (int64_t)plan->config->microbatch * plan->config->sequence;
+}
+
+/* Bytes of a slot's data for a position, and of the whole slot with header and checksums (slot.h).
+ */
+uint64_t hs_plan_slot_data_bytes(const hs_plan *plan, const hs_plan_position *position);
+uint64_t hs_plan_slot_data_offset(uint64_t data_bytes);
+
+/* Bytes of one position's report: hs_step_report, then f64 sumsq[tensors]. */
+static inline uint64_t hs_plan_report_bytes(const hs_plan *plan) {
+    return sizeof(hs_step_report) + 8u * (uint64_t)plan->count[HS_SECTION_TENSORS];
+}
+
+/* "2F0", "SEND_F3", "optimizer": what a trace, a log line or last words call an action. At most 39
+ * characters. */
+void hs_plan_action_name(const hs_plan *plan, const hs_plan_action *action, char name[40]);
+
+#endif
