@@ -1,0 +1,205 @@
+"""Draws timelines and tables: text for a terminal, SVG for a page. Planned and measured ones draw alike.
+
+Pure functions from data to strings; ``timeline.to_chrome`` makes the Perfetto form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from trainer.plan.timeline import KINDS, Event, Timeline
+
+_FILL = {"F": "-", "I": "=", "W": "~", "B": "=", "O": "#", "other": ":"}
+_LEGEND = {
+    "F": "F- forward",
+    "B": "B= backward",
+    "I": "I= input gradient",
+    "W": "W~ weight gradient",
+    "O": "# optimizer",
+    "other": ": data, reports, snapshot",
+}
+
+
+def _seconds(value: float) -> str:
+    """A time in the unit that reads best.
+
+    >>> [_seconds(x) for x in (0.0000125, 0.0042, 1.5)]
+    ['12.5 us', '4.2 ms', '1.5 s']
+    """
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if value * factor < 1000:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value:.4g} s"
+
+
+def _cells(events: Sequence[Event], seconds: float, columns: int) -> str:
+    """One rank's row: every column shows the event that fills most of it; messages and waits stay blank."""
+    scale = columns / seconds if seconds > 0 else 0.0
+    owner: list[Event | None] = [None] * columns
+    share = [0.0] * columns
+    for event in events:
+        if event.kind in ("send", "recv"):
+            continue
+        first, last = event.start * scale, event.end * scale
+        for column in range(int(first), min(columns, int(last) + 1)):
+            covered = min(last, column + 1) - max(first, column)
+            if covered > share[column] and (covered >= 0.3 or event.kind in "FIWB"):
+                owner[column], share[column] = event, covered
+    out: list[str] = []
+    column = 0
+    while column < columns:
+        event = owner[column]
+        end = column + 1
+        while end < columns and owner[end] is event:
+            end += 1
+        width = end - column
+        if event is None:
+            out.append(" " * width)
+        else:
+            label = "" if event.microbatch is None or event.kind not in "FIWB" else str(event.microbatch)
+            text = event.kind + label if label and len(label) < width else label
+            if len(text) > width:
+                text = label[-1:]
+            out.append((text + _FILL[event.kind] * width)[:width])
+        column = end
+    return "".join(out)
+
+
+def timeline_text(timeline: Timeline, columns: int = 100) -> str:
+    """One row a rank on a common scale, at most ``columns`` wide, bubble at the end, legend below.
+
+    ``F3---`` is the forward of microbatch 3; where a block is one column wide only the microbatch's last digit shows.
+    """
+    width = max(20, columns - len("rank 00 |") - len("| 99.9%"))
+    lines = [f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else "a step"]
+    lines[0] = lines[0].ljust(len("rank 00 |") + width) + " bubble"
+    for rank, row in enumerate(timeline.rows):
+        cells = _cells(row, timeline.seconds, width)
+        lines.append(f"rank {rank:2d} |{cells}|{timeline.bubble[rank] * 100:5.1f}%")
+    used = {event.kind for event in timeline.events}
+    legend = "   ".join(text for kind, text in _LEGEND.items() if kind in used)
+    lines.append(f"        {legend}   blank: waiting")
+    return "\n".join(lines) + "\n"
+
+
+_STYLE = """
+.hs-tl{font:12px system-ui,sans-serif;color-scheme:light dark;--ink:#1c1e21;--rule:#c9ccd1;--lane:#f1f2f4;--on:#fff;
+--F:#2563c9;--I:#b4540a;--W:#8a6a00;--B:#b4540a;--O:#187a4b;--send:#7d5bb5;--recv:#c3c7cd;--other:#6b7280}
+@media (prefers-color-scheme:dark){.hs-tl{--ink:#e6e8eb;--rule:#4a4f57;--lane:#22262b;--on:#10131a;
+--F:#7db0ff;--I:#ffab66;--W:#e5c453;--B:#ffab66;--O:#62d39b;--send:#bda4ee;--recv:#454b54;--other:#9aa3ae}}
+.hs-tl text{fill:var(--ink)}.hs-tl .on{fill:var(--on);pointer-events:none}
+.hs-tl .lane{fill:var(--lane)}.hs-tl .rule{stroke:var(--rule);stroke-width:1}
+"""
+_STYLE += "".join(f".hs-tl .k-{kind}{{fill:var(--{kind})}}" for kind in KINDS)
+
+
+def timeline_svg(timelines: Timeline | Sequence[Timeline], width: int = 960) -> str:
+    """A self-contained SVG: one lane a rank, a legend, an axis, a tooltip on every block; several timelines are stacked
+    on one scale, so that a planned and a measured step compare by eye. Follows the reader's light or dark setting.
+    """
+    many = [timelines] if isinstance(timelines, Timeline) else list(timelines)
+    longest = max((t.seconds for t in many), default=0.0) or 1.0
+    left, right, lane, gap = 64, 64, 22, 5
+    scale = (width - left - right) / longest
+    body: list[str] = []
+    y = 8
+    for timeline in many:
+        title = (
+            f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else _seconds(timeline.seconds)
+        )
+        y += 14
+        body.append(f'<text x="{left}" y="{y}" font-weight="600">{escape(title)}</text>')
+        y += 8
+        for rank, row in enumerate(timeline.rows):
+            body.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">rank {rank}</text>')
+            span = timeline.seconds * scale
+            body.append(f'<rect class="lane" x="{left}" y="{y}" width="{span:.2f}" height="{lane}"/>')
+            body.extend(_svg_block(event, left, y, lane, scale) for event in row)
+            idle = f"{timeline.bubble[rank] * 100:.1f}%"
+            tip = f"rank {rank}: {idle} of the step without computing (the bubble)"
+            body.append(f'<text x="{left + span + 6:.2f}" y="{y + 15}">{idle}<title>{tip}</title></text>')
+            y += lane + gap
+        y += 6
+    body.append(_svg_axis(longest, left, y, width - left - right))
+    y += 34
+    used = {event.kind for timeline in many for event in timeline.events}
+    x = left
+    for kind, name in KINDS.items():
+        if kind in used:
+            body.append(f'<rect class="k-{kind}" x="{x}" y="{y - 10}" width="11" height="11" rx="2"/>')
+            body.append(f'<text x="{x + 16}" y="{y}">{escape(name)}</text>')
+            x += 30 + 7 * len(name)
+    height = y + 10
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="hs-tl" viewBox="0 0 {width} {height}" width="100%" '
+        f'style="max-width:{width}px" role="img" aria-label="pipeline timeline"><style>{_STYLE}</style>'
+        + "".join(body)
+        + "</svg>\n"
+    )
+
+
+def _svg_block(event: Event, left: int, y: int, lane: int, scale: float) -> str:
+    x, wide = left + event.start * scale, event.seconds * scale
+    thin = event.kind in ("send", "recv")
+    top, high = (y + lane // 2 - 2, 4) if thin else (y, lane)
+    tip = (
+        f"rank {event.rank} {event.action}: {KINDS[event.kind]}, {_seconds(event.seconds)} from {_seconds(event.start)}"
+    )
+    block = (
+        f'<rect class="k-{event.kind}" x="{x:.2f}" y="{top}" width="{max(wide - 0.5, 0.4):.2f}" height="{high}" '
+        f'rx="{1 if thin else 2}"><title>{escape(tip)}</title></rect>'
+    )
+    label = "" if event.microbatch is None else str(event.microbatch)
+    if not thin and label and wide >= 7 * len(label) + 3:
+        block += f'<text class="on" x="{x + wide / 2:.2f}" y="{y + 15}" text-anchor="middle">{label}</text>'
+    return block
+
+
+def _svg_axis(longest: float, left: int, y: int, span: int) -> str:
+    marks = []
+    for tick in range(5):
+        x = left + span * tick / 4
+        marks.append(f'<line class="rule" x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 4}"/>')
+        marks.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="middle">{_seconds(longest * tick / 4)}</text>')
+    rule = f'<line class="rule" x1="{left}" y1="{y}" x2="{left + span}" y2="{y}"/>'
+    return rule + "".join(marks)
+
+
+def bytes_text(count: int) -> str:
+    """Bytes in the unit that reads best.
+
+    >>> [bytes_text(x) for x in (0, 900, 2048, 3 << 20, 5 << 30)]
+    ['0', '900 B', '2.0 KiB', '3.0 MiB', '5.0 GiB']
+    """
+    if count == 0:
+        return "0"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = None) -> str:
+    """The memory of every position by kind, aligned, with totals; over ``budget`` bytes a rank is marked.
+
+    >>> print(memory_text([{"weights": 2048, "slots": 900}, {"weights": 3 << 20, "slots": 0}]))
+    position   weights    slots      total
+           0   2.0 KiB    900 B    2.9 KiB
+           1   3.0 MiB        0    3.0 MiB
+         all   3.0 MiB    900 B    3.0 MiB
+    <BLANKLINE>
+    """
+    kinds = [kind for kind in dict.fromkeys(k for row in by_position for k in row)]
+    head = ["position", *kinds, "total"]
+    lines = [head]
+    for position, row in enumerate(by_position):
+        total = sum(row.values())
+        over = "  over the budget of " + bytes_text(budget) if budget is not None and total > budget else ""
+        lines.append([str(position), *(bytes_text(row.get(kind, 0)) for kind in kinds), bytes_text(total) + over])
+    sums = [sum(row.get(kind, 0) for row in by_position) for kind in kinds]
+    lines.append(["all", *(bytes_text(value) for value in sums), bytes_text(sum(sums))])
+    widths = [max(9 if 0 < i else 8, *(len(line[i].split("  over")[0]) for line in lines)) for i in range(len(head))]
+    return "\n".join("".join(cell.rjust(widths[i] + (i > 0)) for i, cell in enumerate(line)) for line in lines) + "\n"

@@ -1,0 +1,147 @@
+"""A timeline: who did what from when to when. The simulator makes planned ones, the engine's traces measured ones.
+
+Both have the same form, so one set of drawings serves both and the two lie side by side. Times are seconds from the
+start of the timeline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+COMPUTE_KINDS = ("F", "I", "W", "B")
+KINDS = {
+    "F": "forward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "B": "backward",
+    "O": "optimizer",
+    "send": "send",
+    "recv": "receive and wait",
+    "other": "data, reports, snapshot",
+}
+"""Kind of an event to its name in legends. ``recv`` includes the wait for the sender."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One action of a rank; ``action`` is its text, such as ``2F0`` or ``SEND_F``; ``start <= end``, in seconds."""
+
+    rank: int
+    action: str
+    kind: str
+    start: float
+    end: float
+    microbatch: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Events of ``ranks`` ranks, each rank's ascending and without overlap."""
+
+    events: tuple[Event, ...]
+    ranks: int
+    title: str = ""
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Event, ...], ...]:
+        """Events by rank, by start."""
+        rows: list[list[Event]] = [[] for _ in range(self.ranks)]
+        for event in self.events:
+            rows[event.rank].append(event)
+        return tuple(tuple(sorted(row, key=lambda event: event.start)) for row in rows)
+
+    @cached_property
+    def seconds(self) -> float:
+        """From 0 to the last end."""
+        return max((event.end for event in self.events), default=0.0)
+
+    def busy(self, rank: int, kinds: Iterable[str] = (*COMPUTE_KINDS, "O")) -> float:
+        """Seconds that a rank spends in ``kinds``."""
+        wanted = frozenset(kinds)
+        return sum(event.seconds for event in self.rows[rank] if event.kind in wanted)
+
+    @cached_property
+    def bubble(self) -> tuple[float, ...]:
+        """Of each rank, the part of the time in which it neither computes nor updates weights: 0 to 1."""
+        if self.seconds == 0.0:
+            return (0.0,) * self.ranks
+        return tuple(1.0 - self.busy(rank) / self.seconds for rank in range(self.ranks))
+
+
+def kind_of(name: str) -> str:
+    """The kind of an event by its name in a trace: ``2F0`` is F, ``SEND_F`` and ``3SEND_F1`` are send.
+
+    >>> [kind_of(n) for n in ("2F0", "12B7", "B", "1RECV_B4", "SEND", "adamw", "data")]
+    ['F', 'B', 'B', 'recv', 'send', 'O', 'other']
+    """
+    bare = name.strip("0123456789")
+    if bare in COMPUTE_KINDS:
+        return bare
+    for prefix, kind in (("SEND", "send"), ("RECV", "recv"), ("ADAMW", "O"), ("OPT", "O"), ("O", "O")):
+        if bare.upper() == prefix or (len(prefix) > 1 and bare.upper().startswith(prefix)):
+            return kind
+    return "other"
+
+
+def to_chrome(timeline: Timeline) -> str:
+    """The timeline as a Chrome trace (Perfetto opens it): one process a rank, microseconds."""
+    events: list[dict[str, object]] = [
+        {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
+        for rank in range(timeline.ranks)
+    ]
+    for event in timeline.events:
+        events.append(
+            {
+                "name": event.action,
+                "cat": event.kind,
+                "ph": "X",
+                "ts": event.start * 1e6,
+                "dur": event.seconds * 1e6,
+                "pid": event.rank,
+                "tid": 0,
+                "args": {} if event.microbatch is None else {"mb": event.microbatch},
+            }
+        )
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+def from_chrome(traces: Mapping[int, str], step: int | None = None, title: str = "measured") -> Timeline:
+    """The timeline of one step from the traces that ranks wrote (rank to JSON text).
+
+    ``step`` None takes the last step that every rank has. The ranks of one machine share a clock; the timeline starts
+    with the step's first event. Raises ValueError where a trace cannot be read or no step is common to all.
+    """
+    rows: dict[int, dict[int, list[Event]]] = {}
+    for rank, text in traces.items():
+        steps = rows.setdefault(rank, {})
+        try:
+            for item in json.loads(text)["traceEvents"]:
+                if item.get("ph") != "X":
+                    continue
+                args = item.get("args", {})
+                microbatch = args.get("mb")
+                start, length = float(item["ts"]) * 1e-6, float(item["dur"]) * 1e-6
+                event = Event(rank, str(item["name"]), kind_of(str(item["name"])), start, start + length, microbatch)
+                steps.setdefault(int(args.get("step", 0)), []).append(event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the trace of rank {rank} is not a Chrome trace: {error}") from error
+    common = set.intersection(*(set(steps) for steps in rows.values())) if rows else set()
+    if step is not None:
+        common &= {step}
+    if not common:
+        raise ValueError(f"no step is in every trace (ranks {sorted(rows)}, step wanted: {step or 'any'})")
+    chosen = max(common)
+    events = [event for steps in rows.values() for event in steps[chosen]]
+    zero = min(event.start for event in events)
+    moved = tuple(
+        Event(e.rank, e.action, e.kind, e.start - zero, e.end - zero, e.microbatch)
+        for e in sorted(events, key=lambda event: (event.rank, event.start))
+    )
+    return Timeline(moved, max(rows) + 1, f"{title}, step {chosen}")
