@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from trainer.plan.timeline import KINDS, Event, Timeline
+from trainer.plan.timeline import COMPUTE_KINDS, KINDS, Event, Timeline
 
 _FILL = {"F": "-", "I": "=", "W": "~", "B": "=", "O": "#", "other": ":"}
 _LEGEND = {
@@ -44,24 +44,23 @@ def _cells(events: Sequence[Event], seconds: float, columns: int) -> str:
         first, last = event.start * scale, event.end * scale
         for column in range(int(first), min(columns, int(last) + 1)):
             covered = min(last, column + 1) - max(first, column)
-            if covered > share[column] and (covered >= 0.3 or event.kind in "FIWB"):
+            if covered > share[column] and (covered >= 0.3 or event.kind in COMPUTE_KINDS):
                 owner[column], share[column] = event, covered
     out: list[str] = []
     column = 0
     while column < columns:
-        event = owner[column]
+        shown = owner[column]
         end = column + 1
-        while end < columns and owner[end] is event:
+        while end < columns and owner[end] is shown:
             end += 1
         width = end - column
-        if event is None:
+        if shown is None:
             out.append(" " * width)
         else:
-            label = "" if event.microbatch is None or event.kind not in "FIWB" else str(event.microbatch)
-            text = event.kind + label if label and len(label) < width else label
-            if len(text) > width:
-                text = label[-1:]
-            out.append((text + _FILL[event.kind] * width)[:width])
+            label = shown.kind if shown.kind in COMPUTE_KINDS else ""
+            if label and shown.microbatch is not None and len(f"{label}{shown.microbatch}") <= width:
+                label += str(shown.microbatch)
+            out.append((label + _FILL[shown.kind] * width)[:width])
         column = end
     return "".join(out)
 
@@ -69,7 +68,7 @@ def _cells(events: Sequence[Event], seconds: float, columns: int) -> str:
 def timeline_text(timeline: Timeline, columns: int = 100) -> str:
     """One row a rank on a common scale, at most ``columns`` wide, bubble at the end, legend below.
 
-    ``F3---`` is the forward of microbatch 3; where a block is one column wide only the microbatch's last digit shows.
+    ``F3---`` is the forward of microbatch 3; where a block is too narrow for the number, only ``F`` shows.
     """
     width = max(20, columns - len("rank 00 |") - len("| 99.9%"))
     lines = [f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else "a step"]
@@ -105,9 +104,7 @@ def timeline_svg(timelines: Timeline | Sequence[Timeline], width: int = 960) -> 
     body: list[str] = []
     y = 8
     for timeline in many:
-        title = (
-            f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else _seconds(timeline.seconds)
-        )
+        title = f"{timeline.title or 'step'}: {_seconds(timeline.seconds)}"
         y += 14
         body.append(f'<text x="{left}" y="{y}" font-weight="600">{escape(title)}</text>')
         y += 8
@@ -185,21 +182,21 @@ def bytes_text(count: int) -> str:
 def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = None) -> str:
     """The memory of every position by kind, aligned, with totals; over ``budget`` bytes a rank is marked.
 
-    >>> print(memory_text([{"weights": 2048, "slots": 900}, {"weights": 3 << 20, "slots": 0}]))
-    position   weights    slots      total
-           0   2.0 KiB    900 B    2.9 KiB
-           1   3.0 MiB        0    3.0 MiB
-         all   3.0 MiB    900 B    3.0 MiB
+    >>> print(memory_text([{"weights": 2048, "slots": 900}, {"weights": 3 << 20, "slots": 0}], budget=2 << 20))
+    position   weights     slots     total
+           0   2.0 KiB     900 B   2.9 KiB
+           1   3.0 MiB         0   3.0 MiB  over the budget of 2.0 MiB
+         all   3.0 MiB     900 B   3.0 MiB
     <BLANKLINE>
     """
-    kinds = [kind for kind in dict.fromkeys(k for row in by_position for k in row)]
-    head = ["position", *kinds, "total"]
-    lines = [head]
-    for position, row in enumerate(by_position):
-        total = sum(row.values())
-        over = "  over the budget of " + bytes_text(budget) if budget is not None and total > budget else ""
-        lines.append([str(position), *(bytes_text(row.get(kind, 0)) for kind in kinds), bytes_text(total) + over])
-    sums = [sum(row.get(kind, 0) for row in by_position) for kind in kinds]
-    lines.append(["all", *(bytes_text(value) for value in sums), bytes_text(sum(sums))])
-    widths = [max(9 if 0 < i else 8, *(len(line[i].split("  over")[0]) for line in lines)) for i in range(len(head))]
-    return "\n".join("".join(cell.rjust(widths[i] + (i > 0)) for i, cell in enumerate(line)) for line in lines) + "\n"
+    kinds = list(dict.fromkeys(kind for row in by_position for kind in row))
+    widths = [8, *(max(10, len(kind) + 2) for kind in kinds), 10]
+    sums = {kind: sum(row.get(kind, 0) for row in by_position) for kind in kinds}
+    lines = [["position", *kinds, "total"]]
+    for name, row in [*((str(number), row) for number, row in enumerate(by_position)), ("all", sums)]:
+        lines.append([name, *(bytes_text(row.get(kind, 0)) for kind in kinds), bytes_text(sum(row.values()))])
+    text = ["".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    for number, row in enumerate(by_position):
+        if budget is not None and sum(row.values()) > budget:
+            text[number + 1] += f"  over the budget of {bytes_text(budget)}"
+    return "\n".join(text) + "\n"

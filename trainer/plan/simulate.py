@@ -142,7 +142,7 @@ class CostModel:
 
     @classmethod
     def from_timeline(cls, timeline: Timeline, sheet: CostModel) -> CostModel:
-        """``sheet``, with the median seconds of every (stage, operation) of a measured timeline in place of estimates."""
+        """``sheet``, with a measured timeline's median seconds of every (stage, operation) in place of estimates."""
         found: dict[str, list[float]] = {}
         for event in timeline.events:
             if event.kind in (*COMPUTE_KINDS, "O"):
