@@ -26,6 +26,7 @@ import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 
@@ -34,7 +35,6 @@ SPEC_SCHEMA = 1
 
 MAX_INT32 = (1 << 31) - 1
 
-Family = Literal["gpt2", "llama", "qwen3"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -49,7 +49,7 @@ def _size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str)
 class ModelSpec(_Section):
     """The model: a family and its sizes (in elements, heads, tokens)."""
 
-    family: Family = Field(description="model family")
+    family: str = Field(description="model family: a module of trainer/models (gpt2, llama, qwen3)")
     layers: int = _size(high=10_000, text="transformer layers")
     width: int = _size(high=1 << 20, text="size of the residual stream")
     heads: int = _size(high=1 << 16, text="query heads")
@@ -67,17 +67,8 @@ class ModelSpec(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
-        if self.family == "gpt2":
-            if self.kv_heads not in (None, self.heads):
-                raise ValueError(
-                    f"kv_heads {self.kv_heads}: gpt2 has as many key/value heads as heads ({self.heads}); "
-                    "leave kv_heads out or take family = 'llama'"
-                )
-            if self.head_size is not None and self.head_size * self.heads != self.width:
-                raise ValueError(
-                    f"head_size {self.head_size}: gpt2 needs heads * head_size = width, {self.heads} * "
-                    f"{self.head_size} is not {self.width}; leave head_size out"
-                )
+        if self.family not in models.names():
+            raise ValueError(f"family {self.family!r} is unknown; take one of {', '.join(models.names())}")
         if self.head_size is None and self.width % self.heads:
             below = max(h for h in range(1, self.heads + 1) if self.width % h == 0)
             raise ValueError(
@@ -89,10 +80,7 @@ class ModelSpec(_Section):
                 f"kv_heads {self.kv_heads} do not divide heads {self.heads}; every key/value head serves the same "
                 "number of query heads"
             )
-        if self.family != "gpt2" and self.size_of_head % 2:
-            raise ValueError(
-                f"head size {self.size_of_head} is odd; rotary positions turn pairs: take an even head_size"
-            )
+        models.family(self.family).check(self)
         return self
 
     @property

@@ -1,0 +1,317 @@
+"""Pass 0: a family's calls into the forward and backward programs of a stage.
+
+Every kernel declares its own gradients here, as one rule: which call gives the gradient of its inputs (part ``I``) and
+which the gradient of its weights (part ``W``). Backward is the rules in reverse order, each W right after the I of the
+same op, because residual gradients are updated in place. Knows nothing of precision, addresses, slots or messages.
+
+The gradient of the residual stream is one buffer: ``linear``'s residual operand passes it on unchanged, and the norms
+add to it in place. On a stage that sends its output on, that buffer is the output itself: the output is not needed once
+sent, and the gradient that comes back has its shape.
+
+Invariants, asserted while expanding:
+
+I1  a forward value that backward reads is never overwritten before that read
+I2  a gradient is read only when all of its columns are written, and written again only by adding
+I3  a value has one gradient buffer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from trainer.errors import PlanError
+from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensor, View, Weight
+from trainer.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The programs of one stage for one microbatch, with symbolic operands.
+
+    ``received`` and ``sent`` are the activation that comes from and goes to the neighbours, ``gradient_received`` and
+    ``gradient_sent`` likewise on the way back; None where there is no neighbour (or nothing goes back: inference).
+    """
+
+    index: int
+    layers: range
+    first: bool
+    last: bool
+    buffers: dict[str, Buffer]
+    forward: tuple[Call, ...]
+    backward: tuple[Call, ...]
+    received: View | None
+    sent: View | None
+    gradient_received: View | None
+    gradient_sent: View | None
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Buffers that live from forward to backward, or meet a message: those of a slot."""
+        ahead = {view.buffer for call in self.forward for view in call.views()}
+        back = {view.buffer for call in self.backward for view in call.views()}
+        messages = {view.buffer for view in (self.received, self.sent, self.gradient_received) if view is not None}
+        return frozenset(ahead & back | messages)
+
+
+def expand_stage(
+    family: Family,
+    model: ModelSpec,
+    tensors: tuple[Tensor, ...],
+    layers: range,
+    microbatch: int,
+    sequence: int,
+    classifier_chunk: int,
+    scale: float,
+    infer: bool = False,
+) -> Stage:
+    """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
+
+    ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
+    is no backward and the head gives logits.
+    """
+    first, last = layers.start == 0, layers.stop == model.layers
+    b = Builder(model, tensors, microbatch, sequence)
+    received = None if first else b.value("input", model.width)
+    x = family.embed(b) if received is None else received
+    for number in layers:
+        b.layer = number
+        x = family.layer(b, x)
+    b.layer = None
+    head: Call | None = None
+    if last:
+        family.head(b, x)
+        head = b.calls.pop()
+        if head.kernel != "classifier_fwd":
+            raise PlanError(f"family {family.name}: head() ends with {head.kernel}; it must end with classify()")
+    forward = list(b.calls)
+    if infer:
+        assert head is not None
+        forward.append(replace(head, kernel="logits", ptr=(Given("logits"), *head.ptr[1:3])))
+        return Stage(0, layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
+    tape = Tape(b, forward, received, None if last else x, min(classifier_chunk, b.rows), scale)
+    backward = tape.run(head)
+    return Stage(
+        index=0,
+        layers=layers,
+        first=first,
+        last=last,
+        buffers=b.buffers,
+        forward=tuple(forward),
+        backward=tuple(backward),
+        received=received,
+        sent=None if last else x,
+        gradient_received=None if last else tape.gradient(x),
+        gradient_sent=None if received is None else tape.gradient(received),
+    )
+
+
+class Tape:
+    """Derives backward calls; the rules below speak to it in its verbs."""
+
+    def __init__(
+        self, b: Builder, forward: list[Call], received: View | None, sent: View | None, chunk: int, scale: float
+    ) -> None:
+        self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
+        self.calls: list[Call] = []
+        self.layer: int | None = None
+        self.home: dict[str, str] = {}  # value's buffer -> its gradient's buffer
+        self.written: dict[str, set[tuple[int, int]]] = {}  # value's buffer -> columns of its gradient that are set
+        self.lost: set[str] = set()  # forward values that a gradient has replaced
+        if sent is not None:
+            self.home[sent.buffer] = sent.buffer
+            self.written[sent.buffer] = {(sent.first, sent.cols)}
+            self.lost.add(sent.buffer)
+
+    def run(self, head: Call | None) -> list[Call]:
+        """All backward calls, in order."""
+        for call in ([] if head is None else [head]) + self.forward[::-1]:
+            self.layer = call.layer
+            rule = RULES.get(call.kernel)
+            if rule is None:
+                raise PlanError(f"kernel {call.kernel} declares no gradient; add a rule to trainer/plan/expand.py")
+            rule(call, self)
+        return self.calls
+
+    # the verbs of the rules
+
+    def keep(self, view: View) -> View:
+        """A forward value, read in backward (I1)."""
+        if view.buffer in self.lost:
+            raise PlanError(f"{view.buffer} is needed in backward, but a gradient has taken its place")
+        return view
+
+    def gradient(self, view: View) -> View:
+        """The finished gradient of a value, to be read or to be changed in place (I2)."""
+        end, at = view.first + view.cols, view.first
+        for first, cols in sorted(self.written.get(view.buffer, ())):
+            if first <= at < first + cols:
+                at = first + cols
+        if at < end:
+            raise PlanError(f"columns {at}..{end} of {view.buffer} have no gradient; something computes them in vain")
+        return replace(view, buffer=self.home[view.buffer])
+
+    def into(self, view: View) -> tuple[View, int]:
+        """Where the gradient of a value goes, and ACCUM: 1 if something is there already (I2)."""
+        if view.buffer not in self.home:
+            like = self.b.buffers[view.buffer]
+            self._settle(view, self._new(f"d.{view.buffer}", like.elements, "dt").buffer)
+        return replace(view, buffer=self.home[view.buffer]), self._mark(view)
+
+    def only(self, view: View) -> View:
+        """Like ``into``, for kernels that cannot add."""
+        target, accum = self.into(view)
+        if accum:
+            raise PlanError(f"{view.buffer} has a gradient already, and the kernel that gives another cannot add")
+        return target
+
+    def share(self, view: View, gradient: View) -> View:
+        """The value's gradient starts out as (and in the buffer of) a gradient that is there already."""
+        if view.buffer in self.home:
+            raise PlanError(f"{view.buffer} has a gradient already; it can not take over that of another value too")
+        self._settle(view, gradient.buffer)
+        self._mark(view)
+        return replace(view, buffer=gradient.buffer)
+
+    def overwrite(self, view: View) -> View | None:
+        """The value's own memory for its gradient, if no other op reads the value in backward; else None."""
+        readers = [call for call in self.forward if view in call.ptr[1:]]
+        if len(readers) != 1 or view.buffer in self.home:
+            return None
+        self._settle(view, view.buffer)
+        self._mark(view)
+        self.lost.add(view.buffer)
+        return view
+
+    def weight_gradient(self, weight: Operand) -> Weight | None:
+        """The gradient of a weight; None for an operand that is absent."""
+        if weight is None:
+            return None
+        assert isinstance(weight, Weight)
+        return replace(weight, use="head_gradient" if weight.use == "head" else "gradient")
+
+    def scratch(self, name: str, elements: int, kind: str = "acc") -> View:
+        """Memory for the next call alone."""
+        return self._new(name, elements, kind)
+
+    def emit(self, part: str, kernel: str, ptr: tuple[Operand, ...], dim: tuple[int, ...], *real: float) -> None:
+        """Append a backward call."""
+        assert part in ("I", "W")
+        self.calls.append(Call(kernel, ptr, dim, real, self.layer, "I" if part == "I" else "W"))
+
+    # bookkeeping
+
+    def _new(self, name: str, elements: int, kind: str) -> View:
+        unique = f"{name}.{len(self.b.buffers)}"
+        self.b.buffers[unique] = Buffer(unique, elements, "dt" if kind == "dt" else "acc")
+        return View(unique, 0, 1, elements, elements)
+
+    def _settle(self, view: View, home: str) -> None:
+        self.home[view.buffer] = home
+        self.written.setdefault(view.buffer, set())
+
+    def _mark(self, view: View) -> int:
+        done, mine = self.written[view.buffer], (view.first, view.cols)
+        if mine in done:
+            return 1
+        if any(view.first < first + cols and first < view.first + view.cols for first, cols in done):
+            raise PlanError(f"the gradients of overlapping columns of {view.buffer} cannot be joined")
+        done.add(mine)
+        return 0
+
+
+# --- the rules: one a kernel --------------------------------------------------------------------------------
+
+
+def _view(operand: Operand) -> View:
+    assert isinstance(operand, View)
+    return operand
+
+
+def _embed(call: Call, t: Tape) -> None:
+    y, tokens, wte, wpe = call.ptr
+    dy = t.gradient(_view(y))
+    t.emit("W", "embed_wgrad", (t.weight_gradient(wte), t.weight_gradient(wpe), dy, tokens), call.dim)
+
+
+def _layernorm(call: Call, t: Tape) -> None:
+    y, mean, rstd, x, w, bias = call.ptr
+    dy, x, (rows, cols) = t.gradient(_view(y)), t.keep(_view(x)), call.dim
+    dx, accum = t.into(x)
+    t.emit("I", "layernorm_igrad", (dx, dy, x, w, mean, rstd), (rows, cols, accum))
+    weights = (t.weight_gradient(w), t.weight_gradient(bias))
+    t.emit("W", "layernorm_wgrad", (*weights, dy, x, mean, rstd), (rows, cols))
+
+
+def _rmsnorm(call: Call, t: Tape) -> None:
+    y, rstd, x, w = call.ptr
+    dy, x, (rows, groups, cols, ldx, _) = t.gradient(_view(y)), t.keep(_view(x)), call.dim
+    dx, accum = t.into(x)
+    t.emit("I", "rmsnorm_igrad", (dx, dy, x, w, rstd), (rows, groups, cols, dx.ld, dy.ld, ldx, accum))
+    t.emit("W", "rmsnorm_wgrad", (t.weight_gradient(w), dy, x, rstd), (rows, groups, cols, dy.ld, ldx))
+
+
+def _linear(call: Call, t: Tape) -> None:
+    y, x, w, bias, residual = call.ptr
+    dy, x, (rows, out, inner, _, ldx, _) = t.gradient(_view(y)), t.keep(_view(x)), call.dim
+    dx, accum = t.into(x)
+    t.emit("I", "linear_igrad", (dx, dy, w), (rows, out, inner, dx.ld, dy.ld, accum))
+    t.emit("W", "linear_wgrad", (t.weight_gradient(w), t.weight_gradient(bias), dy, x), (rows, out, inner, dy.ld, ldx))
+    if residual is not None:
+        t.share(_view(residual), dy)
+
+
+def _attention(call: Call, t: Tape) -> None:
+    o, lse, q, k, v = (_view(p) for p in call.ptr)
+    do = t.gradient(o)
+    o, q, k, v = t.keep(o), t.keep(q), t.keep(k), t.keep(v)
+    batch, sequence, heads, groups, size, ldo, ldq, ldk, ldv = call.dim
+    dq, dk, dv = t.only(q), t.only(k), t.only(v)
+    delta = t.scratch("delta", batch * heads * sequence)
+    lds = (dq.ld, dk.ld, dv.ld, do.ld, ldo, ldq, ldk, ldv)
+    dim = (batch, sequence, heads, groups, size, *lds)
+    t.emit("I", "attention_igrad", (dq, dk, dv, do, o, q, k, v, lse, delta), dim, *call.real)
+
+
+def _rope(call: Call, t: Tape) -> None:
+    x, table = call.ptr
+    dx, (rows, sequence, heads, size, _) = t.gradient(_view(x)), call.dim
+    t.emit("I", "rope_igrad", (dx, table), (rows, sequence, heads, size, dx.ld))
+
+
+def _gelu(call: Call, t: Tape) -> None:
+    y, x = (_view(p) for p in call.ptr)
+    dy = t.gradient(y)
+    dx = t.share(t.keep(x), dy)  # dx may be dy: the gradient of y has no other reader
+    t.emit("I", "gelu_igrad", (dx, dy, x), call.dim)
+
+
+def _swiglu(call: Call, t: Tape) -> None:
+    y, x = (_view(p) for p in call.ptr)
+    dy = t.gradient(y)
+    x = t.keep(x)
+    dx = t.overwrite(x) or t.only(x)
+    t.emit("I", "swiglu_igrad", (dx, dy, x), call.dim)
+
+
+def _classifier(call: Call, t: Tape) -> None:
+    loss, x, w, targets, _ = call.ptr
+    x, (rows, width, vocab) = t.keep(_view(x)), call.dim
+    dx = t.only(x)
+    logits = t.scratch("logits", t.chunk * vocab)
+    dlogits = t.scratch("dlogits", t.chunk * vocab, "dt")
+    ptr = (loss, dx, t.weight_gradient(w), x, w, targets, logits, dlogits)
+    t.emit("I", "classifier_grad", ptr, (rows, width, vocab, t.chunk), t.scale)
+
+
+RULES: dict[str, Callable[[Call, Tape], None]] = {
+    "embed_fwd": _embed,
+    "layernorm_fwd": _layernorm,
+    "rmsnorm_fwd": _rmsnorm,
+    "linear_fwd": _linear,
+    "attention_fwd": _attention,
+    "rope_fwd": _rope,
+    "gelu_fwd": _gelu,
+    "swiglu_fwd": _swiglu,
+    "classifier_fwd": _classifier,
+}
