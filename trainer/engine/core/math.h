@@ -5,10 +5,11 @@
  * fma may come from the instruction or from libm's exact emulation: link with -lm where the target
  * lacks it.
  *
- * Errors against the true value, in units in the last place of a normal result (tested at these
- * bounds): exp, log, sin, cos, pow  1 ulp        tanh  3 ulp NaN in, NaN out; infinities and
- * overflow as in C's math.h. No errno, no floating-point exceptions promised. Thread-safe, never
- * blocks.
+ * Errors against the true value (tested at these bounds, in units in the last place of a normal
+ * result): 1 for exp, log, sin, cos and pow; 3 for tanh.
+ *
+ * NaN in, NaN out; infinities and overflow as in C's math.h. No errno, no floating-point exceptions
+ * promised. Thread-safe, never blocks.
  */
 #ifndef HS_CORE_MATH_H
 #define HS_CORE_MATH_H

@@ -10,10 +10,13 @@
  *   output   four words x0..x3, one for each of the elements 4q .. 4q+3
  *
  * Standard normals (hs_rng_normal), by Box-Muller: words (0,1) give elements 4q and 4q+1, words
- * (2,3) give 4q+2 and 4q+3. Of a pair (a, b): u = (a + 1) * 2^-32, in (0, 1];  r = sqrt(-2 log u);
- * angle = 2 pi b 2^-32 the even element is r cos(angle), the odd one r sin(angle) so |normal| <=
- * sqrt(64 log 2) = 6.66. Computed here in double; a kernel that works in f32 takes the same
- * integers and agrees to 1e-6. Pure functions, thread-safe.
+ * (2,3) give 4q+2 and 4q+3. Of a pair (a, b):
+ *
+ *   u = (a + 1) * 2^-32, in (0, 1]     r = sqrt(-2 log u)     angle = 2 pi b 2^-32
+ *   even element: r cos(angle)         odd element: r sin(angle)
+ *
+ * so |normal| <= sqrt(64 log 2) = 6.66. Computed here in double; a kernel that works in f32 takes
+ * the same integers and agrees to 1e-6. Pure functions, thread-safe.
  */
 #ifndef HS_CORE_RNG_H
 #define HS_CORE_RNG_H
