@@ -1,0 +1,81 @@
+"""What can go wrong with checkpoints, drawn as a tree; a class says what the caller should do.
+
+    CheckpointError
+      StoreError                the store did not do what was asked; nothing was lost
+        StoreUnavailable        wait and try again (time-outs, 5xx, a full disk)              exit 75
+        StoreRefused            a person must mend it (rights, address, a store without create-if-absent)   exit 78
+        NotFound                no such object
+      Conflict                  another writer won this log number: read its ``state``, decide again
+      Damaged                   bytes are not what their digest, size or schema says: go to an older one    exit 76
+      Halted                    stop writing: a newer epoch holds the run, or the log has an unreadable record
+
+Everything that boto3, the file system or msgpack can raise is turned into one of these at one boundary each
+(``store/s3.py``, ``store/file.py``, ``codec.py``); the cause stays attached.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from checkpoint.log import RunState
+
+
+class CheckpointError(Exception):
+    """Base of this package's errors; ``exit_code`` is what a process that ends because of it should say."""
+
+    exit_code = 70
+
+
+class StoreError(CheckpointError):
+    """The store did not do what was asked."""
+
+    exit_code = 75
+
+
+class StoreUnavailable(StoreError):
+    """Not now: the same call may work later."""
+
+    exit_code = 75
+
+
+class StoreRefused(StoreError):
+    """Not until somebody mends it; the text says how."""
+
+    exit_code = 78
+
+
+class NotFound(StoreError):
+    """There is no object of this name."""
+
+    exit_code = 66
+
+    def __init__(self, key: str, store: str = "") -> None:
+        super().__init__(f"no object {key!r}" + (f" in {store}" if store else ""))
+        self.key = key
+
+
+class Damaged(CheckpointError):
+    """Bytes that are not what they should be; said loudly, never used."""
+
+    exit_code = 76
+
+
+class Conflict(CheckpointError):
+    """Another writer created this log record first; ``state`` is the run folded up to now."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, state: RunState) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+class Halted(CheckpointError):
+    """This writer must not write any more; ``state`` is the run as far as it can be read."""
+
+    exit_code = 78
+
+    def __init__(self, message: str, state: RunState | None = None) -> None:
+        super().__init__(message)
+        self.state = state

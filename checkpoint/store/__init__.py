@@ -1,0 +1,42 @@
+"""Stores by address: ``file:///abs/folder``, ``s3://bucket/prefix[?endpoint=…&region=…&path_style=1]``, ``memory:``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from checkpoint.errors import StoreRefused
+from checkpoint.store.base import Data, Info, Store
+from checkpoint.store.file import FileStore
+from checkpoint.store.memory import MemoryStore
+
+__all__ = ["Data", "Info", "Store", "open_store"]
+
+
+def open_store(url: str) -> Store:
+    """The store at this address; no request is made yet. ``memory:`` gives a new, empty one each time.
+
+    >>> open_store("memory:").create("probe/a", b"1")
+    True
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme == "memory":
+        if url != "memory:":
+            raise StoreRefused(f"store {url!r}: a memory store has no name, write memory:")
+        return MemoryStore()
+    if scheme == "s3":
+        from checkpoint.store.s3 import open_s3  # boto3 takes 0.3 s to import: only where it is used
+
+        return open_s3(url)
+    if scheme == "file":
+        parts = urlsplit(url)
+        if parts.query or parts.fragment or parts.netloc not in ("", "localhost"):
+            raise StoreRefused(f"store {url!r}: a file store is file:///absolute/path, without host or query")
+        if not parts.path.startswith("/") or parts.path == "/":
+            raise StoreRefused(
+                f"store {url!r}: a file store is file:///absolute/path (three slashes), and not the root folder"
+            )
+        return FileStore(Path(unquote(parts.path)))
+    raise StoreRefused(
+        f"store {url[:80].split('@')[-1]!r}: the schemes are file:///absolute/path and s3://bucket/prefix"
+    )

@@ -1,0 +1,130 @@
+"""The seam between checkpoints and storage: a handful of verbs over flat keys, and what each of them promises.
+
+A key is a relative path of plain names, ``runs/r-0a1b2c/log/00000000000000000001``. The only primitive that orders
+anything is ``create``; objects are never changed once created, except hints (``runs/<run>/live/...``), which ``put``
+replaces. Stores are safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from checkpoint.errors import StoreRefused
+
+Data = bytes | bytearray | memoryview
+
+MAX_OBJECT_BYTES = 5 << 30  # of one single PUT on S3
+MAX_KEY_BYTES = 900  # S3 takes 1024, prefix included
+_NAME = re.compile(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,199}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """An object as a listing shows it."""
+
+    key: str
+    bytes: int
+
+
+class Store(Protocol):
+    """Storage of one root. Every call raises only ``checkpoint.errors``."""
+
+    @property
+    def url(self) -> str:
+        """The address that opens it again, without credentials."""
+
+    def describe(self) -> str:
+        """One phrase for people."""
+
+    def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        """Create the object if there is none; atomic, durable, never visible in part.
+
+        True: the object holds exactly these bytes, because this call (or an identical one) made it. False: another
+        one was there first. An unclear answer (time-out, 409, 412, 5xx, reset) is settled inside by reading
+        back and comparing, so writers who must know who won put an owner token into their bytes. With ``sha256``
+        the store checks what arrived and refuses what differs.
+        """
+
+    def put(self, key: str, data: Data) -> None:
+        """Create or replace a hint atomically; only for keys under ``runs/<run>/live/``. Safe to lose."""
+
+    def get(
+        self, key: str, *, max_bytes: int | None = None, first: int | None = None, length: int | None = None
+    ) -> bytes:
+        """The whole object, or the ``length`` bytes from ``first`` on (all that follow, without ``length``).
+
+        NotFound where there is none; Damaged where it is larger than ``max_bytes`` or the range is not inside it.
+        """
+
+    def head(self, key: str) -> Info | None:
+        """Name and size, or None where there is none."""
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
+        """Objects whose key starts with the prefix and sorts after ``start_after``, in byte order of their keys."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; no error where there is none. Only the collector's identity may."""
+
+    def local_path(self, key: str) -> Path | None:
+        """Where the object's bytes lie as a file on this machine, if they do; read only."""
+
+
+def check_key(key: str) -> str:
+    """The key itself, or StoreRefused: relative, of plain names, without '.', '..' or hidden parts."""
+    if not isinstance(key, str) or not key or len(key.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
+        raise StoreRefused(f"object key {str(key)[:80]!r}: must have 1 to {MAX_KEY_BYTES} bytes")
+    for name in key.split("/"):
+        if _NAME.match(name) is None:
+            raise StoreRefused(
+                f"object key {key[:200]!r}: {name[:80]!r} is not a plain name of letters, digits and ._+=@- "
+                "(200 at most, not starting with a dot); keys are relative paths of such names"
+            )
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """A listing's prefix: a key, or one cut anywhere, or nothing."""
+    whole, _, last = prefix.rpartition("/")
+    if whole:
+        check_key(whole)
+    if last:
+        check_key(last)
+    elif prefix == "/":
+        raise StoreRefused("listing prefix '/': keys are relative, leave the slash out")
+    return prefix
+
+
+def is_hint(key: str) -> bool:
+    """True for what may be overwritten and lost: ``runs/<run>/live/...``."""
+    parts = key.split("/", 3)
+    return len(parts) == 4 and parts[0] == "runs" and parts[2] == "live"
+
+
+def check_hint(key: str) -> str:
+    """The key, or StoreRefused where it is not a hint's."""
+    check_key(key)
+    if not is_hint(key):
+        raise StoreRefused(f"object {key!r} may not be overwritten: only hints under runs/<run>/live/ may; create it")
+    return key
+
+
+def check_size(key: str, data: Data) -> int:
+    """Bytes of the data, or StoreRefused where one PUT cannot carry them."""
+    size = data.nbytes if isinstance(data, memoryview) else len(data)
+    if size > MAX_OBJECT_BYTES:
+        raise StoreRefused(f"object {key!r} has {size} bytes, the limit is {MAX_OBJECT_BYTES}: cut it into chunks")
+    return size
+
+
+def check_sha256(key: str, data: Data, sha256: bytes | None) -> None:
+    """StoreRefused where the data is not what the digest says."""
+    if sha256 is not None and hashlib.sha256(data).digest() != sha256:
+        raise StoreRefused(
+            f"object {key!r}: its bytes do not have the SHA-256 {sha256.hex()} that came with them; "
+            "they changed between hashing and writing, so nothing was written: hash and write again"
+        )

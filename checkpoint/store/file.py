@@ -1,0 +1,296 @@
+"""A store in a folder: ``file:///abs/path``.
+
+create = write a temporary file under ``.tmp/`` of the same root, fsync it, ``link`` it to its name (EEXIST: lost), fsync
+the folder. A reader therefore sees an object whole or not at all, and a crash leaves at most a temporary file. Hints
+(``live/``) are renamed into place and not fsynced. A folder shared over a network works where the file system has atomic
+``link``; the probe (``checkpoint/probe.py``) finds out.
+
+Invariants
+  F1  a name under the root outside ``.tmp/`` is a whole object or a folder;
+  F2  an object's file is never opened for writing after it has its name;
+  F3  ``create`` returns True only after file and folder are on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
+from checkpoint.store.base import Data, Info, check_hint, check_key, check_prefix, check_sha256, check_size, is_hint
+from checkpoint.store.memory import window
+
+_TMP = ".tmp"
+_TMP_AGE_S = 24 * 3600.0  # a temporary file this old belongs to nobody alive
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_SHAPE = {
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EXDEV,
+}
+
+
+def translate(error: OSError, what: str, root: Path) -> StoreError:
+    """The one place where an OSError becomes one of ours."""
+    code, text = error.errno, error.strerror or str(error)
+    if code in _FULL:
+        return StoreUnavailable(
+            f"{what}: the file store {root} is full or over its quota ({text}); nothing that was there is lost: free space and it goes on"
+        )
+    if code in _RIGHTS:
+        return StoreRefused(
+            f"{what}: the file store {root} refuses it ({text}); give the user {os.geteuid()} rights to write there, "
+            "mount it writable, or choose another folder with --store"
+        )
+    if code in _SHAPE:
+        return StoreRefused(
+            f"{what}: {root} cannot hold it ({text}); the store must be a folder on a file system with hard links and long names: "
+            "choose another with --store"
+        )
+    return StoreUnavailable(f"{what}: the file store {root} answered {errno.errorcode.get(code or 0, code)} ({text})")
+
+
+class FileStore:
+    """Objects as files below ``root``; made at the first write where it is missing."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_absolute():
+            raise StoreRefused(f"file store {root}: the path must be absolute, as in file:///home/me/runs")
+        self.root = root
+        self._numbers = itertools.count()
+        self._token = secrets.token_hex(4)
+
+    @property
+    def url(self) -> str:
+        return self.root.as_uri()
+
+    def describe(self) -> str:
+        return f"folder {self.root}"
+
+    def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        path = self._path(key)
+        check_size(key, data)
+        check_sha256(key, data, sha256)
+        durable = not is_hint(key)
+        try:
+            if os.path.lexists(path):  # the common way to lose: no need to write first
+                return self._holds(path, key, data)
+            temporary = self._write(data, durable)
+            try:
+                self._into_place(os.link, temporary, path, durable)
+            except FileExistsError:
+                return self._holds(path, key, data)
+            finally:
+                os.unlink(temporary)
+        except OSError as error:
+            raise translate(error, f"creating {key!r}", self.root) from error
+        return True
+
+    def put(self, key: str, data: Data) -> None:
+        path = self._path(check_hint(key))
+        check_size(key, data)
+        try:
+            temporary = self._write(data, durable=False)
+            try:
+                self._into_place(os.replace, temporary, path, durable=False)
+            except OSError:
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            raise translate(error, f"writing {key!r}", self.root) from error
+
+    def get(
+        self, key: str, *, max_bytes: int | None = None, first: int | None = None, length: int | None = None
+    ) -> bytes:
+        path = self._path(key)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                begin, count = window(key, os.fstat(file.fileno()).st_size, max_bytes, first, length)
+                file.seek(begin)
+                data = _read(file.fileno(), count)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFound(key, self.describe()) from error
+        except OSError as error:
+            raise translate(error, f"reading {key!r}", self.root) from error
+        if len(data) != count:
+            raise Damaged(
+                f"object {key!r}: its file {path} became shorter while it was read; objects never change: who writes there?"
+            )
+        return data
+
+    def head(self, key: str) -> Info | None:
+        path = self._path(key)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise translate(error, f"looking at {key!r}", self.root) from error
+        return None if os.path.isdir(path) else Info(key, status.st_size)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
+        check_prefix(prefix)
+        folder = prefix.rpartition("/")[0]
+        try:
+            yield from self._walk(folder + "/" if folder else "", prefix, start_after)
+        except OSError as error:
+            raise translate(error, f"listing {prefix!r}", self.root) from error
+
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[Info]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                names = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in names:  # a folder sorts by its name with the slash: byte order of the keys
+            if name.startswith("."):
+                continue
+            key = folder + name
+            if not (key.startswith(prefix) or prefix.startswith(key)):
+                continue
+            if name.endswith("/"):
+                if key > start_after or start_after.startswith(key):
+                    yield from self._walk(key, prefix, start_after)
+            elif key > start_after and key.startswith(prefix):
+                info = self.head(key)
+                if info is not None:  # gone meanwhile
+                    yield info
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise translate(error, f"deleting {key!r}", self.root) from error
+        for parent in path.parents:  # folders are not objects: empty ones go; a creator makes them anew
+            if parent == self.root:
+                break
+            try:
+                os.rmdir(parent)
+            except OSError:
+                break
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def sweep(self, *, age_s: float = _TMP_AGE_S) -> int:
+        """Remove temporary files of crashed writers that are older than ``age_s``; how many went."""
+        gone, limit = 0, time.time() - age_s
+        try:
+            with os.scandir(self.root / _TMP) as entries:
+                for entry in entries:
+                    try:
+                        if entry.stat().st_mtime < limit:
+                            os.unlink(entry.path)
+                            gone += 1
+                    except FileNotFoundError:
+                        continue
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise translate(error, "sweeping temporary files", self.root) from error
+        return gone
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _write(self, data: Data, durable: bool) -> Path:
+        """A new temporary file with the data; removed again where it cannot be written whole."""
+        path = self.root / _TMP / f"{os.getpid()}-{self._token}-{next(self._numbers)}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            self._make_folders(path.parent, durable)
+            descriptor = os.open(path, flags, 0o666)
+        try:
+            try:
+                rest = memoryview(data).cast("B")
+                while rest:
+                    rest = rest[os.write(descriptor, rest[: 16 << 20]) :]
+                if durable:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            os.unlink(path)
+            raise
+        return path
+
+    def _into_place(self, move: object, temporary: Path, path: Path, durable: bool) -> None:
+        assert callable(move)
+        for attempt in itertools.count():
+            try:
+                move(temporary, path)
+                break
+            except FileNotFoundError:  # the folder is missing, or a collector has just removed it as empty
+                if attempt == 10:
+                    raise
+                self._make_folders(path.parent, durable)
+        if durable:
+            _fsync_folder(path.parent)
+
+    def _make_folders(self, folder: Path, durable: bool) -> None:
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for folder in reversed(missing):
+            try:
+                os.mkdir(folder)
+            except FileExistsError:
+                pass
+            if durable:
+                _fsync_folder(folder.parent)
+
+    def _holds(self, path: Path, key: str, data: Data) -> bool:
+        """Whether the object that was there first has exactly these bytes."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != memoryview(data).nbytes:
+                    return False
+                rest = memoryview(data).cast("B")
+                while rest:
+                    block = os.read(file.fileno(), 1 << 20)
+                    if not block or block != rest[: len(block)]:
+                        return False
+                    rest = rest[len(block) :]
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def _read(descriptor: int, count: int) -> bytes:
+    """Up to ``count`` bytes from here on, in as few calls as the kernel allows."""
+    block = os.read(descriptor, count)
+    if len(block) == count or not block:
+        return block
+    parts, have = [block], len(block)
+    while have < count and (block := os.read(descriptor, count - have)):
+        parts.append(block)
+        have += len(block)
+    return b"".join(parts)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,84 @@
+"""A store in this process's memory: the contract at its shortest, for tests and for reading."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoint.errors import Damaged, NotFound
+from checkpoint.store.base import Data, Info, check_hint, check_key, check_prefix, check_sha256, check_size
+
+
+class MemoryStore:
+    """Objects in a dict; lives as long as this value does."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return "memory:"
+
+    def describe(self) -> str:
+        return "this process's memory"
+
+    def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        check_key(key)
+        check_size(key, data)
+        check_sha256(key, data, sha256)
+        with self._lock:
+            return self._objects.setdefault(key, copy := bytes(data)) == copy
+
+    def put(self, key: str, data: Data) -> None:
+        check_hint(key)
+        check_size(key, data)
+        with self._lock:
+            self._objects[key] = bytes(data)
+
+    def get(
+        self, key: str, *, max_bytes: int | None = None, first: int | None = None, length: int | None = None
+    ) -> bytes:
+        check_key(key)
+        with self._lock:
+            data = self._objects.get(key)
+        if data is None:
+            raise NotFound(key, self.describe())
+        begin, size = window(key, len(data), max_bytes, first, length)
+        return data[begin : begin + size]
+
+    def head(self, key: str) -> Info | None:
+        check_key(key)
+        with self._lock:
+            data = self._objects.get(key)
+        return None if data is None else Info(key, len(data))
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
+        check_prefix(prefix)
+        with self._lock:
+            found = sorted((k, len(v)) for k, v in self._objects.items() if k.startswith(prefix) and k > start_after)
+        for key, size in found:
+            yield Info(key, size)
+
+    def delete(self, key: str) -> None:
+        check_key(key)
+        with self._lock:
+            self._objects.pop(key, None)
+
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+
+def window(key: str, size: int, max_bytes: int | None, first: int | None, length: int | None) -> tuple[int, int]:
+    """First byte and number of bytes that a ``get`` answers for an object of this size; Damaged where it cannot."""
+    begin = 0 if first is None else first
+    count = size - begin if length is None else length
+    if begin < 0 or count < 0 or begin + count > size:
+        raise Damaged(
+            f"object {key!r} has {size} bytes, but bytes {begin} to {begin + max(count, 0)} were asked for: it was cut short"
+        )
+    if max_bytes is not None and count > max_bytes:
+        raise Damaged(f"object {key!r} has {count} bytes to read, the reader takes at most {max_bytes}")
+    return begin, count

@@ -1,0 +1,423 @@
+"""S3 and what speaks it, through boto3: ``s3://bucket/prefix[?endpoint=http://…&region=…&path_style=1]``.
+
+create = PutObject with ``If-None-Match: *`` and the SHA-256 of the body, which the server verifies. The SDK's own retries
+are off: after an unclear answer a blind retry of one's own success looks like a loss, so the retries are here, and
+whenever the answer is unclear the object is read back and compared (``base.Store.create``).
+
+Credentials come from where boto3 finds them (environment, profile, web identity, instance role), never from the
+address; they are not logged and not in any error. Every exception of the SDK becomes one of ours in ``translate``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+import boto3
+import boto3.exceptions
+import botocore.config
+import botocore.exceptions
+import urllib3.exceptions
+
+from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
+from checkpoint.store.base import (
+    Data,
+    Info,
+    check_hint,
+    check_key,
+    check_prefix,
+    check_sha256,
+    check_size,
+)
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
+
+FOREIGN = (
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    boto3.exceptions.Boto3Error,
+    urllib3.exceptions.HTTPError,
+    OSError,
+    ValueError,
+)
+"""What a call of the SDK can raise for a reason outside this program."""
+
+_RETRY = (
+    botocore.exceptions.HTTPClientError,  # connect, read and proxy errors, closed connections
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.IncompleteReadError,
+    botocore.exceptions.ResponseStreamingError,
+    botocore.exceptions.MetadataRetrievalError,  # the credentials' service did not answer
+    botocore.exceptions.CredentialRetrievalError,
+    botocore.exceptions.ChecksumError,
+    botocore.exceptions.FlexibleChecksumError,
+    urllib3.exceptions.HTTPError,
+    OSError,
+)
+_NO_RETRY = (botocore.exceptions.SSLError, botocore.exceptions.InvalidProxiesConfigError)
+_CREDENTIALS = (
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.PartialCredentialsError,
+    botocore.exceptions.ProfileNotFound,
+)
+_RETRY_CODES = {
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "TooManyRequests",
+    "InternalError",
+    "ServiceUnavailable",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "BadDigest",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "QuotaExceeded",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+_RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
+_MEND = {
+    "NoSuchBucket": "create the bucket, or correct its name in the address",
+    "AccessDenied": "the agent and the driver need s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket",
+    "403": "the agent and the driver need s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket",
+    "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
+    "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
+    "NotImplemented": "the server lacks what hotstage needs (conditional writes): use another one",
+    "PermanentRedirect": "the bucket is in another region: add ?region=… to the address",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: add ?region=… to the address",
+    "MethodNotAllowed": "the address does not lead to an S3 bucket",
+}
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how long one call is tried: at most ``attempts``, none begun after ``deadline_s``."""
+
+    attempts: int = 6
+    first_s: float = 0.1  # the wait before the second attempt is up to this, then twice as long each time ...
+    most_s: float = 5.0  # ... up to this
+    deadline_s: float = 60.0
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    jitter: Callable[[], float] = field(default=random.random, repr=False)
+
+    def run(self, what: str, call: Callable[[], T]) -> T:
+        """The call's result; StoreUnavailable of the last attempt where none succeeded."""
+        end = self.clock() + self.deadline_s
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return call()
+            except StoreUnavailable as error:
+                wait = min(self.most_s, self.first_s * 2 ** (attempt - 1)) * (0.5 + 0.5 * self.jitter())
+                if attempt == self.attempts or self.clock() + wait >= end:
+                    raise
+                logger.warning("%s, attempt %d of %d: %s; again in %.2f s", what, attempt, self.attempts, error, wait)
+            self.sleep(wait)
+        raise AssertionError("unreachable")
+
+
+def translate(error: BaseException, what: str, store: str, key: str = "") -> StoreError | Damaged:
+    """The one place where an exception of the SDK, or below it, becomes one of ours."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        answer = error.response if isinstance(getattr(error, "response", None), dict) else {}
+        code = str(answer.get("Error", {}).get("Code", "?"))
+        text = str(answer.get("Error", {}).get("Message", ""))[:300]
+        meta = answer.get("ResponseMetadata", {})
+        status = int(meta.get("HTTPStatusCode", 0) or 0)
+        request = str(meta.get("RequestId", "") or "none")
+        said = f"{what}: {store} answered {status} {code} ({text}; request {request})"
+        if code in ("NoSuchKey", "404", "NotFound"):
+            return NotFound(key, store)
+        if code == "InvalidRange" or status == 416:
+            return Damaged(f"{said}: the object was cut short")
+        if code in _RETRY_CODES or (status in _RETRY_STATUS and code not in _MEND):
+            return StoreUnavailable(said)
+        return StoreRefused(f"{said}: {_MEND.get(code, 'check the address, the rights and what the server supports')}")
+    said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
+    if isinstance(error, _CREDENTIALS):
+        return StoreRefused(
+            f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role (never in the address)"
+        )
+    if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
+        return StoreUnavailable(said)
+    return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")
+
+
+def open_s3(url: str, retry: Retry | None = None) -> S3Store:
+    """The store at this address; StoreRefused for an address that is not one, with what is wrong."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or "@" in parts.query:
+        raise StoreRefused(
+            f"store s3://…{parts.path}: an address holds no credentials; take them out, and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead (and change them: addresses end up in logs)"
+        )
+    shown = f"s3://{parts.netloc}{parts.path}"
+    if parts.fragment or _BUCKET.match(parts.netloc) is None:
+        raise StoreRefused(
+            f"store {shown}: must be s3://bucket/prefix, the bucket of 3 to 63 letters, digits, dots and dashes"
+        )
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = sorted(options.keys() - {"endpoint", "region", "path_style"})
+    if unknown:
+        raise StoreRefused(
+            f"store {shown}: unknown option {unknown[0][:40]!r}; there are endpoint, region and path_style (credentials never)"
+        )
+    prefix = parts.path.strip("/")
+    if prefix:
+        check_key(prefix)
+    endpoint = options.get("endpoint")
+    if endpoint is not None:
+        at = urlsplit(endpoint)
+        if at.scheme not in ("http", "https") or not at.hostname or at.path not in ("", "/") or at.query or at.fragment:
+            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
+    style = options.get("path_style", "1" if endpoint else "0")
+    if style not in ("0", "1"):
+        raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
+    return S3Store(
+        parts.netloc, prefix, endpoint=endpoint, region=options.get("region"), path_style=style == "1", retry=retry
+    )
+
+
+class S3Store:
+    """Objects under a prefix of a bucket."""
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint: str | None = None,
+        region: str | None = None,
+        path_style: bool = False,
+        retry: Retry | None = None,
+        connect_s: float = 5.0,
+        read_s: float = 30.0,
+    ) -> None:
+        self._bucket, self._root = bucket, prefix + "/" if prefix else ""
+        self._retry = retry if retry is not None else Retry()
+        query = {"endpoint": endpoint, "region": region, "path_style": "1" if path_style else "0"}
+        plain = {
+            k: v for k, v in query.items() if v is not None and (k != "path_style" or (v == "1") != bool(endpoint))
+        }
+        self._url = f"s3://{bucket}/{quote(prefix)}".rstrip("/") + (f"?{urlencode(plain, safe=':/')}" if plain else "")
+        try:
+            self.client: Any = boto3.session.Session().client(
+                "s3",
+                endpoint_url=endpoint,
+                region_name=region,
+                config=botocore.config.Config(
+                    connect_timeout=connect_s,
+                    read_timeout=read_s,
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                    signature_version="s3v4",
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                    max_pool_connections=32,
+                    tcp_keepalive=True,
+                    s3={"addressing_style": "path" if path_style else "auto"},
+                    user_agent_extra="hotstage",
+                ),
+            )
+        except FOREIGN as error:
+            mend = (
+                "; name the region with ?region=… or AWS_REGION"
+                if isinstance(error, botocore.exceptions.NoRegionError)
+                else ""
+            )
+            raise StoreRefused(f"opening {self._url}: {error}{mend}") from error
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def describe(self) -> str:
+        return self._url
+
+    def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        check_key(key)
+        check_size(key, data)
+        body = bytes(data) if isinstance(data, memoryview) else data  # the SDK takes no views
+        checksum = base64.b64encode(hashlib.sha256(body).digest() if sha256 is None else sha256).decode()
+
+        def put() -> bool:
+            try:
+                answer = self._ask(
+                    "put_object",
+                    f"creating {key!r}",
+                    key,
+                    Key=self._root + key,
+                    Body=body,
+                    IfNoneMatch="*",
+                    ChecksumSHA256=checksum,
+                )
+            except _Lost:
+                gone = StoreUnavailable(f"creating {key!r}: {self._url} has such an object, but does not show it")
+                return self._made(key, body, gone)
+            except _Mismatch:
+                check_sha256(key, body, sha256)  # ours to say, where the caller's digest is wrong
+                raise StoreUnavailable(f"creating {key!r}: {self._url} received other bytes than were sent") from None
+            except StoreUnavailable as unclear:
+                return self._made(key, body, unclear)
+            if answer.get("ChecksumSHA256", checksum) != checksum:
+                raise StoreUnavailable(f"creating {key!r}: {self._url} says that it stored other bytes than were sent")
+            return True
+
+        return self._retry.run(f"creating {key!r}", put)
+
+    def put(self, key: str, data: Data) -> None:
+        check_hint(key)
+        check_size(key, data)
+        body = bytes(data) if isinstance(data, memoryview) else data
+        self._retry.run(
+            f"writing {key!r}",
+            lambda: self._ask("put_object", f"writing {key!r}", key, Key=self._root + key, Body=body),
+        )
+
+    def get(
+        self, key: str, *, max_bytes: int | None = None, first: int | None = None, length: int | None = None
+    ) -> bytes:
+        check_key(key)
+        begin = 0 if first is None else first
+        if begin < 0 or (length is not None and length < 0):
+            raise Damaged(f"object {key!r}: {length} bytes from byte {begin} on cannot be read")
+        if max_bytes is not None and length is not None and length > max_bytes:
+            raise Damaged(f"object {key!r}: {length} bytes asked for, the reader takes at most {max_bytes}")
+        if length == 0 or (
+            first is not None and length is None
+        ):  # S3 has no range of nothing, and none that may be empty
+            info = self.head(key)
+            if info is None:
+                raise NotFound(key, self._url)
+            length = info.bytes - begin if length is None else length
+            if length < 0 or begin + length > info.bytes:
+                raise Damaged(
+                    f"object {key!r} has {info.bytes} bytes, but byte {begin} and on was asked for: it was cut short"
+                )
+            if max_bytes is not None and length > max_bytes:
+                raise Damaged(f"object {key!r} has {length} bytes to read, the reader takes at most {max_bytes}")
+            if length == 0:
+                return b""
+        return self._retry.run(f"reading {key!r}", lambda: self._get(key, begin, length, max_bytes))
+
+    def head(self, key: str) -> Info | None:
+        check_key(key)
+        try:
+            answer = self._retry.run(
+                f"looking at {key!r}",
+                lambda: self._ask("head_object", f"looking at {key!r}", key, Key=self._root + key),
+            )
+        except NotFound:
+            return None
+        return Info(key, int(answer["ContentLength"]))
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
+        check_prefix(prefix)
+        what = f"listing {prefix!r}"
+        more: dict[str, Any] = {"StartAfter": self._root + start_after} if start_after else {}
+        while True:
+            page = self._retry.run(
+                what, lambda: self._ask("list_objects_v2", what, prefix, Prefix=self._root + prefix, **more)
+            )
+            for entry in page.get("Contents", ()):
+                key = str(entry["Key"])[len(self._root) :]
+                if key > start_after:
+                    yield Info(key, int(entry["Size"]))
+            if not page.get("IsTruncated"):
+                return
+            if not page.get("NextContinuationToken"):
+                raise StoreUnavailable(f"{what}: {self._url} cut the listing and did not say how to go on")
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, key: str) -> None:
+        check_key(key)
+        try:
+            self._retry.run(
+                f"deleting {key!r}", lambda: self._ask("delete_object", f"deleting {key!r}", key, Key=self._root + key)
+            )
+        except NotFound:
+            return
+
+    def local_path(self, key: str) -> Path | None:
+        check_key(key)
+        return None
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _ask(self, operation: str, what: str, key: str, **arguments: Any) -> dict[str, Any]:
+        """One request: its answer, or one of our errors."""
+        try:
+            answer: dict[str, Any] = getattr(self.client, operation)(Bucket=self._bucket, **arguments)
+            return answer
+        except FOREIGN as error:
+            if isinstance(error, botocore.exceptions.ClientError) and operation == "put_object":
+                code = error.response.get("Error", {}).get("Code")
+                if (
+                    code == "PreconditionFailed"
+                    or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412
+                ):
+                    raise _Lost from error
+                if code in ("BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "InvalidDigest"):
+                    raise _Mismatch from error
+            raise translate(error, what, self._url, key) from error
+
+    def _get(self, key: str, begin: int, length: int | None, max_bytes: int | None) -> bytes:
+        what = f"reading {key!r}"
+        some: dict[str, Any] = {} if length is None else {"Range": f"bytes={begin}-{begin + length - 1}"}
+        answer = self._ask("get_object", what, key, Key=self._root + key, **some)
+        body = answer["Body"]
+        try:
+            size = int(answer["ContentLength"])
+            if max_bytes is not None and size > max_bytes:
+                raise Damaged(f"object {key!r} has {size} bytes to read, the reader takes at most {max_bytes}")
+            if length is not None and size != length:
+                raise Damaged(
+                    f"object {key!r}: {length} bytes from byte {begin} on were asked for, {size} came: it was cut short"
+                )
+            data = bytes(body.read())
+        except FOREIGN as error:
+            raise translate(error, what, self._url, key) from error
+        finally:
+            body.close()
+        if len(data) != size:
+            raise StoreUnavailable(f"{what}: {self._url} promised {size} bytes and sent {len(data)}")
+        return data
+
+    def _holds(self, key: str, body: bytes | bytearray) -> bool:
+        """Whether the object that is there has exactly these bytes; NotFound where there is none."""
+        answer = self._ask("head_object", f"looking at {key!r}", key, Key=self._root + key)
+        if int(answer["ContentLength"]) != len(body):
+            return False
+        return self._get(key, 0, None, None) == body
+
+    def _made(self, key: str, body: bytes | bytearray, unclear: StoreUnavailable) -> bool:
+        """After an unclear answer: whether the object is ours; where there is none, ``unclear``, so that it is tried again."""
+        try:
+            return self._holds(key, body)
+        except NotFound:
+            raise unclear from None
+
+
+class _Lost(Exception):
+    """412: another object has the name."""
+
+
+class _Mismatch(Exception):
+    """The server's digest of the body differs from the one that was sent."""
