@@ -1,0 +1,515 @@
+"""What a checkpoint consists of: plain data in, plain data out; nothing here touches a store.
+
+A checkpoint is a table of tensors in global coordinates and the pieces of them that lie in chunk objects. A piece is a
+range of elements of one tensor and one kind (param, exp_avg, exp_avg_sq; float32, little-endian) that starts on a border
+of the digest's blocks and ends on one, or with the tensor. Each block's digest is in the manifest, so whatever reads a
+range of blocks, of whatever layout, can check exactly what it read.
+
+Who calls what, in order
+  each agent            plan_chunks(segments) once a layout; at a checkpoint, for each chunk: gather, Chunk.of(key, data),
+                        create the object; then PartManifest.build(...), create ``keys.part_name`` with its bytes
+  any agent             when all parts are there: merge(parts) -> Manifest; create ``keys.manifest_name``; append the record
+                        with ``checkpoint_body``; whoever loses reads what is there
+  who restores          Manifest.parse(bytes, info); ``read.StateReader`` or pieces() of the tensors that it owns
+
+Part manifest (sealed msgpack, codec.py; at most 64 MiB)
+    v 1, run, step, epoch, samples, what (32 bytes), part, parts, meta {text: text},
+    tensors [[name, [dims]]...]                        the whole table, in order: the same in every part
+    chunks  [[name relative to the run, bytes, sha256 (32 bytes)]...]
+    pieces  [[tensor, kind, first, elements, chunk, offset]...]   indices into tensors, KINDS and chunks; bytes into the chunk
+    leaves  the digests of the pieces' blocks, 32 bytes each, piece after piece
+Manifest: the same with ``sources`` [[name of the part manifest, bytes, sha256]...] in place of part and parts, pieces in
+order of (tensor, kind, first) covering every element once, and so the leaves in the digest's order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from checkpoint import codec, keys
+from checkpoint.digest import BLOCK_ELEMENTS, DIGEST_BYTES, KINDS, blocks, leaf_digests, state_root, tree_root
+from checkpoint.errors import Damaged
+
+VERSION = 1
+MAX_BYTES = 64 << 20
+MAX_CHUNK_BYTES = 64 << 20
+MAX_TENSORS = 1 << 20
+MAX_CHUNKS = 1 << 20
+MAX_ELEMENTS = 1 << 48
+PARAM, EXP_AVG, EXP_AVG_SQ = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A row of the table: a tensor as the model knows it, whatever rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of a tensor's elements in somebody's memory: where ``source`` is a byte offset there (of a slot's data)."""
+
+    tensor: int
+    kind: int
+    first: int
+    elements: int
+    source: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What goes into one chunk object: segments, one after the other without gaps."""
+
+    index: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(s.bytes for s in self.segments)
+
+
+def plan_chunks(segments: Iterable[Segment], limit: int = MAX_CHUNK_BYTES) -> tuple[ChunkPlan, ...]:
+    """Segments packed into chunks of at most ``limit`` bytes, cut on block borders only; order and elements are kept.
+
+    A segment must start on a block border of its tensor, as every layout's cuts do.
+
+    >>> [c.bytes for c in plan_chunks([Segment(0, 0, 0, 600000, 0), Segment(1, 0, 0, 10, 2400000)], limit=2 << 20)]
+    [2097152, 302888]
+    """
+    block = BLOCK_ELEMENTS * 4
+    if limit < block:
+        raise ValueError(f"a chunk of {limit} bytes is smaller than one block of {block}")
+    chunks: list[ChunkPlan] = []
+    held: list[Segment] = []
+    room = limit
+
+    def close() -> None:
+        nonlocal held, room
+        if held:
+            chunks.append(ChunkPlan(len(chunks), tuple(held)))
+        held, room = [], limit
+
+    for segment in segments:
+        if segment.first % BLOCK_ELEMENTS or segment.elements <= 0:
+            raise ValueError(f"{segment} does not start on a block border, or is empty")
+        first, source, left = segment.first, segment.source, segment.elements
+        while left:
+            take = left if left * 4 <= room else room // block * BLOCK_ELEMENTS
+            if take == 0:
+                close()
+                continue
+            held.append(Segment(segment.tensor, segment.kind, first, take, source))
+            first, source, left, room = first + take, source + take * 4, left - take, room - take * 4
+            if room == 0:
+                close()
+    close()
+    return tuple(chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk object: name relative to the run, size, SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: bytes
+
+    @classmethod
+    def of(cls, name: str, data: bytes | bytearray | memoryview) -> Chunk:
+        """The chunk that these bytes make."""
+        return cls(name, memoryview(data).nbytes, hashlib.sha256(data).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements [first, first + elements) of a tensor and kind, at a byte offset of a chunk, with their blocks' digests."""
+
+    tensor: int
+    kind: int
+    first: int
+    elements: int
+    chunk: int
+    offset: int
+    leaves: tuple[bytes, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * 4
+
+
+def chunk_pieces(plan: ChunkPlan, data: bytes | bytearray | memoryview) -> tuple[Piece, ...]:
+    """The pieces of a chunk with their leaves, from its bytes (``data`` must be exactly the plan's)."""
+    view = memoryview(data).cast("B")
+    if len(view) != plan.bytes:
+        raise ValueError(f"chunk {plan.index} has {len(view)} bytes, its plan says {plan.bytes}")
+    found, at = [], 0
+    for s in plan.segments:
+        leaves = tuple(leaf_digests(view[at : at + s.bytes]))
+        found.append(Piece(s.tensor, s.kind, s.first, s.elements, plan.index, at, leaves))
+        at += s.bytes
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class PartManifest:
+    """What one agent saved of a checkpoint."""
+
+    run: str
+    step: int
+    epoch: int
+    samples: int
+    what: bytes
+    part: int
+    parts: int
+    tensors: tuple[Tensor, ...]
+    chunks: tuple[Chunk, ...]
+    pieces: tuple[Piece, ...]
+    meta: Mapping[str, str]
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        run: str,
+        step: int,
+        epoch: int,
+        samples: int,
+        what: bytes,
+        part: int,
+        parts: int,
+        tensors: Sequence[Tensor],
+        saved: Iterable[tuple[Chunk, Sequence[Piece]]],
+        meta: Mapping[str, str] | None = None,
+    ) -> PartManifest:
+        """The part of ``saved`` chunks, each with its pieces (whose ``chunk`` numbers are given anew here).
+
+        ``part`` of ``parts`` is the node's number; ``meta`` is for people and checks: plan, dataset, kernel path, version.
+        """
+        chunks: list[Chunk] = []
+        pieces: list[Piece] = []
+        for chunk, held in saved:
+            pieces.extend(Piece(p.tensor, p.kind, p.first, p.elements, len(chunks), p.offset, p.leaves) for p in held)
+            chunks.append(chunk)
+        made = cls(
+            run, step, epoch, samples, what, part, parts, tuple(tensors), tuple(chunks), tuple(pieces), dict(meta or {})
+        )
+        _check_table(made.tensors, "part manifest")
+        _check_pieces(made.tensors, made.chunks, made.pieces, "part manifest")
+        return made
+
+    def to_bytes(self) -> bytes:
+        return _to_bytes(self, {"part": self.part, "parts": self.parts})
+
+    @classmethod
+    def parse(cls, data: bytes, what: str = "part manifest") -> PartManifest:
+        """The part of hostile bytes; Damaged for anything that is not one."""
+        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_BYTES), what)
+        common = _parse_common(f, what)
+        parts = f.integer("parts", 1, 1 << 20)
+        part = f.integer("part", 0, parts - 1)
+        f.done()
+        return cls(part=part, parts=parts, **common)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint."""
+
+    run: str
+    step: int
+    epoch: int
+    samples: int
+    what: bytes
+    tensors: tuple[Tensor, ...]
+    chunks: tuple[Chunk, ...]
+    pieces: tuple[Piece, ...]  # in order of (tensor, kind, first); every element of every tensor-kind once
+    sources: tuple[Chunk, ...]  # the part manifests, as objects
+    meta: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        return _to_bytes(self, {"sources": [[s.name, s.bytes, s.sha256] for s in self.sources]})
+
+    @classmethod
+    def parse(cls, data: bytes, what: str = "manifest") -> Manifest:
+        """The manifest of hostile bytes; Damaged for anything that is not a whole one."""
+        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_BYTES), what)
+        common = _parse_common(f, what)
+        sources = _parse_objects(f, "sources", "manifests", what)
+        f.done()
+        made = cls(sources=sources, **common)
+        _check_complete(made.tensors, made.pieces, what)
+        return made
+
+    @cached_property
+    def _index(self) -> dict[tuple[int, int], tuple[Piece, ...]]:
+        found: dict[tuple[int, int], list[Piece]] = {}
+        for piece in self.pieces:
+            found.setdefault((piece.tensor, piece.kind), []).append(piece)
+        return {key: tuple(value) for key, value in found.items()}
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {t.name: i for i, t in enumerate(self.tensors)}
+
+    def number(self, name: str) -> int:
+        """The tensor's place in the table; KeyError where there is none of this name."""
+        return self._numbers[name]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[self._numbers[name]]
+
+    def pieces_of(self, name: str, kind: int, first: int = 0, elements: int | None = None) -> tuple[Piece, ...]:
+        """The pieces that hold any of the elements [first, first + elements) of a tensor and kind, in order."""
+        all_pieces = self._index[self._numbers[name], kind]
+        end = self.tensor(name).elements if elements is None else first + elements
+        low = max(bisect_right(all_pieces, first, key=lambda p: p.first) - 1, 0)
+        return tuple(p for p in all_pieces[low:] if p.first < end and p.first + p.elements > first)
+
+    def leaves(self, name: str, kind: int) -> tuple[bytes, ...]:
+        """The digests of all blocks of a tensor and kind."""
+        return tuple(leaf for p in self._index[self._numbers[name], kind] for leaf in p.leaves)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Of all chunks."""
+        return sum(c.bytes for c in self.chunks)
+
+    @cached_property
+    def state_digest(self) -> bytes:
+        return state_digest(self)
+
+
+def state_digest(manifest: Manifest) -> bytes:
+    """The state digest (digest.py) that the manifest's leaves give."""
+    roots = (
+        tree_root([leaf for p in manifest._index[t, k] for leaf in p.leaves])
+        for t in range(len(manifest.tensors))
+        for k in range(len(KINDS))
+    )
+    return state_root(manifest.step, manifest.samples, manifest.what, roots)
+
+
+def merge(parts: Iterable[tuple[str, bytes]]) -> Manifest:
+    """The manifest of all parts, given as (name relative to the run, bytes); the same bytes whoever merges.
+
+    Damaged where a part is damaged, is of another checkpoint, or where together they do not cover every tensor once.
+    """
+    read = [(Chunk.of(name, data), PartManifest.parse(data, f"part manifest {name}")) for name, data in parts]
+    if not read:
+        raise Damaged("a checkpoint without parts")
+    read.sort(key=lambda item: item[1].part)
+    head = read[0][1]
+    numbers = [part.part for _, part in read]
+    if numbers != list(range(head.parts)):
+        raise Damaged(f"checkpoint of step {head.step}: has the parts {numbers[:20]} of {head.parts}")
+    meta: dict[str, str] = {}
+    chunks: list[Chunk] = []
+    pieces: list[Piece] = []
+    for source, part in read:
+        for name in ("run", "step", "epoch", "samples", "what", "parts", "tensors"):
+            if getattr(part, name) != getattr(head, name):
+                raise Damaged(
+                    f"{source.name}: its {name} differs from that of {read[0][0].name}: not of one checkpoint"
+                )
+        for key, value in part.meta.items():
+            if meta.setdefault(key, value) != value:
+                raise Damaged(f"{source.name}: its {key} is {value[:80]!r}, another part says {meta[key][:80]!r}")
+        base = len(chunks)
+        chunks.extend(part.chunks)
+        pieces.extend(
+            Piece(p.tensor, p.kind, p.first, p.elements, base + p.chunk, p.offset, p.leaves) for p in part.pieces
+        )
+    pieces.sort(key=lambda p: (p.tensor, p.kind, p.first))
+    what = f"checkpoint of step {head.step}, epoch {head.epoch}"
+    _check_names(chunks, what)
+    _check_complete(head.tensors, pieces, what)
+    return Manifest(
+        head.run, head.step, head.epoch, head.samples, head.what, head.tensors, tuple(chunks), tuple(pieces),
+        tuple(source for source, _ in read), meta,
+    )  # fmt: skip
+
+
+def checkpoint_body(manifest: Manifest, data: bytes) -> dict[str, Any]:
+    """The body of the log record that commits this manifest, whose object holds ``data``."""
+    return {
+        "step": manifest.step,
+        "manifest": keys.manifest_name(manifest.step, manifest.epoch),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "state_digest": manifest.state_digest.hex(),
+        "parts": len(manifest.sources),
+        "data_position": manifest.samples,
+    }
+
+
+# --- bytes ------------------------------------------------------------------------------------------------
+
+
+def _to_bytes(m: PartManifest | Manifest, own: Mapping[str, object]) -> bytes:
+    data = codec.seal(
+        {
+            "v": VERSION,
+            "run": m.run,
+            "step": m.step,
+            "epoch": m.epoch,
+            "samples": m.samples,
+            "what": m.what,
+            "meta": dict(m.meta),
+            "tensors": [[t.name, t.shape] for t in m.tensors],
+            "chunks": [[c.name, c.bytes, c.sha256] for c in m.chunks],
+            "pieces": [[p.tensor, p.kind, p.first, p.elements, p.chunk, p.offset] for p in m.pieces],
+            "leaves": b"".join(leaf for p in m.pieces for leaf in p.leaves),
+            **own,
+        }
+    )
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"a manifest of {len(data)} bytes; the limit is {MAX_BYTES}")
+    return data
+
+
+def _parse_common(f: codec.Fields, what: str) -> dict[str, Any]:
+    version = f.integer("v", 1)
+    if version != VERSION:
+        raise Damaged(f"{what}: schema version {version}, this program reads {VERSION}: use a newer hotstage")
+    run = f.text("run", 100)
+    step, epoch, samples = f.integer("step", 0), f.integer("epoch", 1), f.integer("samples", 0)
+    digest = f.raw("what", DIGEST_BYTES)
+    meta = f.map("meta")
+    if len(meta) > 64 or not all(isinstance(v, str) and len(k) + len(v) <= 1000 for k, v in meta.items()):
+        raise Damaged(f"{what}: 'meta' must be at most 64 short texts")
+    tensors = []
+    for row in f.array("tensors", MAX_TENSORS):
+        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], list)):
+            raise Damaged(f"{what}: a row of 'tensors' is not a name and its dimensions")
+        if not all(isinstance(d, int) and not isinstance(d, bool) for d in row[1]):
+            raise Damaged(f"{what}: tensor {row[0][:80]!r} has a dimension that is no number")
+        tensors.append(Tensor(row[0], tuple(row[1])))
+    _check_table(tensors, what)
+    chunks = _parse_objects(f, "chunks", "chunks", what)
+    _check_names(chunks, what)
+    leaves, at = f.raw("leaves"), 0
+    pieces = []
+    for row in f.array("pieces", MAX_TENSORS * len(KINDS) + MAX_CHUNKS):
+        if not (isinstance(row, list) and len(row) == 6 and all(type(x) is int and 0 <= x < 1 << 62 for x in row)):
+            raise Damaged(f"{what}: a row of 'pieces' is not six numbers")
+        count = blocks(row[3])
+        if count * DIGEST_BYTES > len(leaves) - at:
+            raise Damaged(f"{what}: 'leaves' is too short for its pieces")
+        own = tuple(leaves[at + i * DIGEST_BYTES : at + (i + 1) * DIGEST_BYTES] for i in range(count))
+        at += count * DIGEST_BYTES
+        pieces.append(Piece(row[0], row[1], row[2], row[3], row[4], row[5], own))
+    if at != len(leaves):
+        raise Damaged(f"{what}: 'leaves' is longer than its pieces need")
+    _check_pieces(tensors, chunks, pieces, what)
+    return {
+        "run": run,
+        "step": step,
+        "epoch": epoch,
+        "samples": samples,
+        "what": digest,
+        "meta": meta,
+        "tensors": tuple(tensors),
+        "chunks": chunks,
+        "pieces": tuple(pieces),
+    }
+
+
+def _parse_objects(f: codec.Fields, key: str, folder: str, what: str) -> tuple[Chunk, ...]:
+    found = []
+    for row in f.array(key, MAX_CHUNKS):
+        if not (
+            isinstance(row, list)
+            and len(row) == 3
+            and isinstance(row[0], str)
+            and type(row[1]) is int
+            and 0 < row[1] <= MAX_CHUNK_BYTES
+            and isinstance(row[2], bytes)
+            and len(row[2]) == DIGEST_BYTES
+        ):
+            raise Damaged(f"{what}: a row of {key!r} is not a name, 1 to {MAX_CHUNK_BYTES} bytes and a SHA-256")
+        found.append(Chunk(keys.check_relative(row[0], folder, what), row[1], row[2]))
+    return tuple(found)
+
+
+# --- what must hold ---------------------------------------------------------------------------------------
+
+
+def _check_table(tensors: Sequence[Tensor], what: str) -> None:
+    """M1: names are unique, 1 to 500 bytes; 1 to 8 dimensions from 1 up; no product passes 2^48."""
+    if not tensors or len({t.name for t in tensors}) != len(tensors):
+        raise Damaged(f"{what}: the table of tensors is empty, or has a name twice")
+    for t in tensors:
+        if not 1 <= len(t.name.encode()) <= 500 or not 1 <= len(t.shape) <= 8:
+            raise Damaged(f"{what}: tensor {t.name[:80]!r} needs a name of 1 to 500 bytes and 1 to 8 dimensions")
+        if any(not 1 <= d <= MAX_ELEMENTS for d in t.shape) or t.elements > MAX_ELEMENTS:
+            raise Damaged(f"{what}: tensor {t.name[:80]!r} of shape {t.shape} has no size that can be")
+
+
+def _check_names(chunks: Sequence[Chunk], what: str) -> None:
+    """M2: no object is named twice."""
+    if len({c.name for c in chunks}) != len(chunks):
+        raise Damaged(f"{what}: a chunk is named twice")
+
+
+def _check_pieces(tensors: Sequence[Tensor], chunks: Sequence[Chunk], pieces: Sequence[Piece], what: str) -> None:
+    """M3: a piece lies in its tensor, on block borders, with its leaves. M4: the pieces of a chunk fill it, in order, without gaps."""
+    ends = [0] * len(chunks)
+    for p in pieces:
+        if not (p.tensor < len(tensors) and p.kind < len(KINDS) and p.chunk < len(chunks)):
+            raise Damaged(
+                f"{what}: a piece names tensor {p.tensor}, kind {p.kind}, chunk {p.chunk}, which are not there"
+            )
+        name, whole = tensors[p.tensor].name[:80], tensors[p.tensor].elements
+        end = p.first + p.elements
+        if p.elements < 1 or end > whole or p.first % BLOCK_ELEMENTS or (end % BLOCK_ELEMENTS and end != whole):
+            raise Damaged(
+                f"{what}: elements {p.first} to {end} of tensor {name!r} ({whole}) are not on block borders inside it"
+            )
+        if len(p.leaves) != blocks(p.elements) or any(len(leaf) != DIGEST_BYTES for leaf in p.leaves):
+            raise Damaged(
+                f"{what}: a piece of tensor {name!r} has {len(p.leaves)} digests for {blocks(p.elements)} blocks"
+            )
+    for p in sorted(pieces, key=lambda p: (p.chunk, p.offset)):
+        if p.offset != ends[p.chunk]:
+            raise Damaged(
+                f"{what}: the pieces of chunk {chunks[p.chunk].name} overlap or leave a gap at byte {ends[p.chunk]}"
+            )
+        ends[p.chunk] += p.bytes
+    for chunk, end in zip(chunks, ends, strict=True):
+        if end != chunk.bytes or end > MAX_CHUNK_BYTES:
+            raise Damaged(
+                f"{what}: chunk {chunk.name} has {chunk.bytes} bytes, its pieces {end}, the limit is {MAX_CHUNK_BYTES}"
+            )
+
+
+def _check_complete(tensors: Sequence[Tensor], pieces: Sequence[Piece], what: str) -> None:
+    """M5: in order of (tensor, kind, first), every element of every tensor-kind comes exactly once."""
+    at = iter(pieces)
+    for number, tensor in enumerate(tensors):
+        for kind, label in enumerate(KINDS):
+            covered = 0
+            while covered < tensor.elements:
+                p = next(at, None)
+                if p is None or (p.tensor, p.kind, p.first) != (number, kind, covered):
+                    raise Damaged(
+                        f"{what}: {label} of tensor {tensor.name[:80]!r} is not covered from element {covered} on"
+                    )
+                covered += p.elements
+    if next(at, None) is not None:
+        raise Damaged(f"{what}: a piece comes twice, or out of order")
