@@ -121,7 +121,6 @@ static size_t find_shard(const hs_shards *shards, uint64_t sample) {
             high = middle;
         }
     }
-    while (!shards->maps[low] && low > 0) low--; /* an empty shard at the end */
     return low;
 }
 

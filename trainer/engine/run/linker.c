@@ -1,0 +1,126 @@
+#include "run/linker.h"
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct linked_call {
+    hs_kernel_fn run;
+    hs_args args;                  /* STATIC operands are addresses, ACT and MB ones NULL */
+    uint64_t offset[HS_CALL_PTRS]; /* of ACT and MB operands in their area */
+    uint8_t space[HS_CALL_PTRS];
+    uint32_t number; /* in the plan's table, for messages */
+    uint16_t kernel;
+    bool moves; /* has an ACT or MB operand */
+} linked_call;
+
+struct hs_linked {
+    const hs_plan *plan;
+    const hs_plan_position *position;
+    uint8_t *base;
+    uint32_t *first; /* by program: index into calls */
+    linked_call *calls;
+};
+
+static uint8_t *area(const hs_linked *linked, uint32_t space, uint32_t slot, uint32_t microbatch) {
+    const hs_plan_position *p = linked->position;
+    if (space == HS_SPACE_ACT) return linked->base + p->act_offset + slot * p->act_stride;
+    if (space == HS_SPACE_MB) return linked->base + p->mb_offset + microbatch * p->mb_stride;
+    return linked->base;
+}
+
+void *hs_linked_address(const hs_linked *linked, const hs_plan_ref *ref, uint32_t slot,
+                        uint32_t microbatch) {
+    return area(linked, ref->space, slot, microbatch) + ref->offset;
+}
+
+static void link_call(const hs_linked *linked, uint32_t number, const hs_kernel_set *kernels,
+                      linked_call *out) {
+    const hs_plan_call *call = &linked->plan->calls[number];
+    *out =
+        (linked_call){.run = kernels->fn[call->kernel], .number = number, .kernel = call->kernel};
+    memcpy(out->args.dim, call->dim, sizeof out->args.dim);
+    memcpy(out->args.real, call->real, sizeof out->args.real);
+    out->args.dtype = call->dtype;
+    for (int o = 0; o < HS_CALL_PTRS; o++) {
+        const hs_plan_ref *ref = &call->ptr[o];
+        out->space[o] = (uint8_t)ref->space;
+        out->offset[o] = ref->offset;
+        if (ref->space == HS_SPACE_STATIC) out->args.ptr[o] = linked->base + ref->offset;
+        out->moves |= ref->space == HS_SPACE_ACT || ref->space == HS_SPACE_MB;
+    }
+}
+
+/* Marks the programs that the position's lists run; returns their calls. */
+static size_t count_calls(const hs_plan *plan, const hs_plan_position *p, uint8_t *used) {
+    const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
+    const uint32_t counts[3] = {p->inits, p->loads, p->steps};
+    size_t calls = 0;
+    for (int list = 0; list < 3; list++) {
+        for (uint32_t k = 0; k < counts[list]; k++) {
+            const hs_plan_action *a = &plan->actions[firsts[list] + k];
+            if (a->kind != HS_A_RUN || used[a->program]) continue;
+            used[a->program] = 1;
+            calls += plan->programs[a->program].calls;
+        }
+    }
+    return calls;
+}
+
+hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, const hs_arena *arena,
+                  const hs_kernel_set *kernels, hs_linked **out, hs_why *why) {
+    *out = NULL;
+    const size_t programs = plan->count[HS_SECTION_PROGRAMS];
+    uint8_t *used = calloc(programs + 1, 1);
+    hs_linked *linked = calloc(1, sizeof *linked);
+    if (!used || !linked) goto no_memory;
+    *linked = (hs_linked){.plan = plan, .position = position, .base = arena->base};
+    const size_t calls = count_calls(plan, position, used);
+    linked->first = calloc(programs + 1, sizeof *linked->first);
+    linked->calls = calloc(calls + 1, sizeof *linked->calls);
+    if (!linked->first || !linked->calls) goto no_memory;
+    uint32_t next = 0;
+    for (size_t p = 0; p < programs; p++) {
+        if (!used[p]) continue;
+        linked->first[p] = next;
+        for (uint32_t i = 0; i < plan->programs[p].calls; i++) {
+            link_call(linked, plan->programs[p].first_call + i, kernels, &linked->calls[next++]);
+        }
+    }
+    free(used);
+    *out = linked;
+    return HS_OK;
+
+no_memory:
+    free(used);
+    hs_linked_destroy(linked);
+    return hs_fail(why, HS_E_MEMORY, "no memory to link the plan's calls");
+}
+
+void hs_linked_destroy(hs_linked *linked) {
+    if (!linked) return;
+    free(linked->first);
+    free(linked->calls);
+    free(linked);
+}
+
+hs_status hs_linked_run(const hs_linked *linked, uint32_t program, uint32_t slot,
+                        uint32_t microbatch, hs_kernel_ctx *ctx, hs_why *why) {
+    const linked_call *call = &linked->calls[linked->first[program]];
+    const uint32_t count = linked->plan->programs[program].calls;
+    uint8_t *const act = area(linked, HS_SPACE_ACT, slot == UINT32_MAX ? 0 : slot, 0);
+    uint8_t *const mb = area(linked, HS_SPACE_MB, 0, microbatch == UINT32_MAX ? 0 : microbatch);
+    for (const linked_call *const end = call + count; call < end; call++) {
+        hs_args args = call->args;
+        for (int o = 0; call->moves && o < HS_CALL_PTRS; o++) {
+            if (call->space[o] == HS_SPACE_ACT) args.ptr[o] = act + call->offset[o];
+            if (call->space[o] == HS_SPACE_MB) args.ptr[o] = mb + call->offset[o];
+        }
+        const hs_status st = call->run(ctx, &args);
+        if (st != HS_OK) {
+            return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,
+                           hs_status_text(st));
+        }
+    }
+    return HS_OK;
+}

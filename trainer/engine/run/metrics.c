@@ -1,0 +1,106 @@
+#include "run/metrics.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "core/clock.h"
+
+static const char *const time_names[HS_TIME_COUNT] = {"F",    "B",    "opt",     "send",
+                                                      "recv", "data", "snapshot"};
+
+void hs_metrics_open(hs_metrics *metrics, const char *run, uint64_t epoch, uint32_t rank,
+                     uint64_t tokens) {
+    *metrics = (hs_metrics){.run = run, .epoch = epoch, .rank = rank, .tokens = tokens};
+    metrics->statm_fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+    metrics->page_bytes = sysconf(_SC_PAGESIZE);
+}
+
+void hs_metrics_close(hs_metrics *metrics) {
+    if (metrics->statm_fd >= 0) (void)close(metrics->statm_fd);
+    metrics->statm_fd = -1;
+}
+
+void hs_metrics_begin(hs_metrics *metrics) {
+    memset(metrics->ns, 0, sizeof metrics->ns);
+    metrics->step_start_ns = hs_clock_ns();
+}
+
+int hs_metrics_kind(const hs_plan_action *action) {
+    switch (action->kind) {
+    case HS_A_RUN:
+        return action->op == 'F'                   ? HS_TIME_F
+               : strchr("BIW", action->op) != NULL ? HS_TIME_B
+                                                   : HS_TIME_OPT;
+    case HS_A_SEND:
+        return HS_TIME_SEND;
+    case HS_A_RECV:
+        return HS_TIME_RECV;
+    case HS_A_DATA:
+        return HS_TIME_DATA;
+    case HS_A_SNAPSHOT:
+        return HS_TIME_SNAPSHOT;
+    default: /* REPORT, COMBINE, APPLY */
+        return HS_TIME_OPT;
+    }
+}
+
+int64_t hs_metrics_rss_bytes(const hs_metrics *metrics) {
+    char text[128];
+    const ssize_t n =
+        metrics->statm_fd < 0 ? -1 : pread(metrics->statm_fd, text, sizeof text - 1, 0);
+    if (n <= 0) return 0;
+    text[n] = 0;
+    const char *second = strchr(text, ' ');
+    return second ? strtoll(second, NULL, 10) * metrics->page_bytes : 0;
+}
+
+void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *text) {
+    hs_text_printf(text, "{\"event\":\"%s\",\"run\":", event);
+    hs_text_json_string(text, metrics->run);
+    hs_text_printf(text, ",\"epoch\":%" PRIu64 ",\"rank\":%" PRIu32, metrics->epoch, metrics->rank);
+}
+
+void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, hs_text *text) {
+    const int64_t ns = hs_clock_ns() - metrics->step_start_ns;
+    metrics->skipped += control->skipped;
+    hs_metrics_event(metrics, "step", text);
+    hs_text_printf(text, ",\"step\":%" PRId64 ",\"loss\":", control->step);
+    hs_text_json_real(text, control->loss);
+    hs_text_printf(text, ",\"grad_norm\":");
+    hs_text_json_real(text, control->norm);
+    hs_text_printf(text, ",\"lr\":");
+    hs_text_json_real(text, control->lr);
+    hs_text_printf(
+        text, ",\"tokens\":%" PRIu64 ",\"step_us\":%" PRId64 ",\"tokens_per_s\":%.1f,\"us\":{",
+        metrics->tokens, ns / 1000, (double)metrics->tokens * 1e9 / (double)(ns > 0 ? ns : 1));
+    for (int k = 0; k < HS_TIME_COUNT; k++) {
+        hs_text_printf(text, "%s\"%s\":%" PRId64, k ? "," : "", time_names[k],
+                       metrics->ns[k] / 1000);
+    }
+    hs_text_printf(text,
+                   "},\"rss_bytes\":%" PRId64 ",\"snapshot\":%" PRIu32 ",\"skipped\":%" PRIu64 "}",
+                   hs_metrics_rss_bytes(metrics), control->snapshot, metrics->skipped);
+}
+
+void hs_metrics_print(const hs_text *text) {
+    struct iovec parts[2] = {{.iov_base = text->at, .iov_len = text->used},
+                             {.iov_base = (char[]){'\n'}, .iov_len = 1}};
+    size_t left = text->used + 1;
+    while (left > 0) {
+        const ssize_t n = writev(STDOUT_FILENO, parts, 2);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return; /* nobody reads the metrics: that is no reason to stop */
+        left -= (size_t)n;
+        for (size_t i = 0, gone = (size_t)n; i < 2; i++) {
+            const size_t part = gone < parts[i].iov_len ? gone : parts[i].iov_len;
+            parts[i].iov_base = (char *)parts[i].iov_base + part;
+            parts[i].iov_len -= part;
+            gone -= part;
+        }
+    }
+}

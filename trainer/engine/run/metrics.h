@@ -1,0 +1,56 @@
+/* What a step cost and gave, as one JSON line (the contract's "step", "start" and "end" objects).
+ * Time is counted by kind of instruction on every rank; position 0 prints. Nothing allocates after
+ * hs_metrics_open. */
+#ifndef HS_RUN_METRICS_H
+#define HS_RUN_METRICS_H
+
+#include <stdint.h>
+
+#include "core/text.h"
+#include "run/plan.h"
+
+enum {
+    HS_TIME_F,
+    HS_TIME_B, /* B, I and W */
+    HS_TIME_OPT,
+    HS_TIME_SEND,
+    HS_TIME_RECV,
+    HS_TIME_DATA,
+    HS_TIME_SNAPSHOT,
+    HS_TIME_COUNT
+};
+
+typedef struct hs_metrics {
+    const char *run;
+    uint64_t epoch;
+    uint32_t rank;
+    uint64_t tokens; /* of a step */
+    int statm_fd;    /* /proc/self/statm, or -1 */
+    int64_t page_bytes;
+    int64_t step_start_ns;
+    int64_t ns[HS_TIME_COUNT];
+    uint64_t skipped; /* snapshots that were due and had no slot, so far in this attempt */
+} hs_metrics;
+
+void hs_metrics_open(hs_metrics *metrics, const char *run, uint64_t epoch, uint32_t rank,
+                     uint64_t tokens);
+void hs_metrics_close(hs_metrics *metrics);
+
+/* Zeroes the step's times and starts its clock. */
+void hs_metrics_begin(hs_metrics *metrics);
+/* HS_TIME_* that an action counts as, or -1. */
+int hs_metrics_kind(const hs_plan_action *action);
+
+/* The step's object, into text (no newline); counts control->skipped. */
+void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, hs_text *text);
+/* The same beginning for any other event: {"event":...,"run":...,"epoch":...,"rank":... (no closing
+ * brace). */
+void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *text);
+
+/* Resident bytes of this process, 0 where the system does not say. */
+int64_t hs_metrics_rss_bytes(const hs_metrics *metrics);
+
+/* Writes text and a newline to standard output in one go. */
+void hs_metrics_print(const hs_text *text);
+
+#endif

@@ -1,0 +1,44 @@
+/* The numbers of a step's end, in double and by our own arithmetic, so that every machine gets the
+ * same bits: learning rate, bias corrections, the sum of the losses, and position 0's decision for
+ * the gang. Pure; no I/O. */
+#ifndef HS_RUN_STEP_MATH_H
+#define HS_RUN_STEP_MATH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "wire/plan.h"
+
+/* Learning rate of 1-based step s. W = warmup_steps, N = steps, D = decay_steps:
+ *   s <= W             lr * s / W
+ *   CONSTANT           lr
+ *   COSINE             over s in (W, D], D = 0 meaning N: x = (s - W) / (D - W), at most 1;
+ *                      min_lr + (lr - min_lr) * (1 + cos(pi x)) / 2
+ *   WSD                lr up to step N - D; then min_lr + (lr - min_lr) * (N - s) / D, at least
+ * min_lr */
+double hs_step_lr(const hs_plan_config *config, int64_t step);
+
+/* x^n by repeated squaring, n >= 0: a fixed order of multiplications. */
+double hs_step_pow(double x, int64_t n);
+
+/* Sum of the losses of rows [0, rows) of one microbatch added to *sum in ascending order; rows
+ * whose target is negative are left out of *count. Returns false where a loss is not finite. */
+bool hs_step_add_losses(const float *losses, const int32_t *targets, int64_t rows, double *sum,
+                        uint64_t *count);
+
+typedef struct hs_step_policy {
+    const hs_plan_config *config;
+    size_t tensors;
+    int64_t last_step; /* the run or the attempt ends after it */
+    bool slots;        /* this gang has snapshot slots */
+} hs_step_policy;
+
+/* Position 0's decision from `positions` reports of report_bytes each, in order of position, each
+ * followed by its f64 sumsq[tensors]. Norm: the positions' sums of each tensor in order of
+ * position, then tensors in the table's order, plain ascending adds. A snapshot is due at multiples
+ * of checkpoint_every; the last one of an attempt is taken in any case. */
+void hs_step_decide(const hs_step_policy *policy, const uint8_t *reports, size_t positions,
+                    hs_step_control *control);
+
+#endif

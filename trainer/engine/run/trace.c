@@ -1,0 +1,101 @@
+#include "run/trace.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core/text.h"
+
+typedef struct event {
+    int64_t step, start_ns, end_ns;
+    uint32_t action;
+} event;
+
+struct hs_trace {
+    const hs_plan *plan;
+    uint32_t pid; /* stage */
+    size_t capacity, added;
+    event *events; /* ring: number n lies at n % capacity */
+    char buffer[65536];
+};
+
+hs_status hs_trace_create(const hs_plan *plan, const hs_plan_position *position, hs_trace **out,
+                          hs_why *why) {
+    *out = NULL;
+    hs_trace *trace = calloc(1, sizeof *trace);
+    const size_t capacity = (size_t)position->steps * HS_TRACE_STEPS + 1;
+    event *events = calloc(capacity, sizeof *events);
+    if (!trace || !events) {
+        free(trace);
+        free(events);
+        return hs_fail(why, HS_E_MEMORY, "no memory for a trace of %zu instructions", capacity);
+    }
+    trace->plan = plan;
+    trace->pid = position->stage;
+    trace->capacity = capacity;
+    trace->events = events;
+    *out = trace;
+    return HS_OK;
+}
+
+void hs_trace_destroy(hs_trace *trace) {
+    if (!trace) return;
+    free(trace->events);
+    free(trace);
+}
+
+void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
+                  int64_t end_ns) {
+    if (!trace) return;
+    trace->events[trace->added++ % trace->capacity] =
+        (event){.step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action};
+}
+
+static bool flush(int fd, hs_text *text) {
+    for (size_t at = 0; at < text->used;) {
+        const ssize_t n = write(fd, text->at + at, text->used - at);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return false;
+        at += (size_t)n;
+    }
+    text->used = 0;
+    return true;
+}
+
+static bool write_events(const hs_trace *trace, int fd, hs_text *text) {
+    const size_t kept = trace->added < trace->capacity ? trace->added : trace->capacity;
+    hs_text_printf(text, "{\"traceEvents\":[\n");
+    for (size_t n = trace->added - kept; n < trace->added; n++) {
+        const event *e = &trace->events[n % trace->capacity];
+        const hs_plan_action *action = &trace->plan->actions[e->action];
+        char name[40];
+        hs_plan_action_name(trace->plan, action, name);
+        hs_text_printf(text, "%s{\"name\":", n == trace->added - kept ? "" : ",\n");
+        hs_text_json_string(text, name);
+        hs_text_printf(text,
+                       ",\"ph\":\"X\",\"ts\":%.3f,\"dur\":%.3f,\"pid\":%" PRIu32
+                       ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "}}",
+                       (double)e->start_ns / 1000.0, (double)(e->end_ns - e->start_ns) / 1000.0,
+                       trace->pid, e->step, (int32_t)action->microbatch);
+        if (text->used > text->size - 1024 && !flush(fd, text)) return false;
+    }
+    hs_text_printf(text, "\n]}\n");
+    return flush(fd, text);
+}
+
+hs_status hs_trace_write(hs_trace *trace, const char *path, hs_why *why) {
+    const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0)
+        return hs_fail(why, HS_E_IO, "trace %s cannot be written: %s", path, strerror(errno));
+    hs_text text = hs_text_over(trace->buffer, sizeof trace->buffer);
+    const bool written = write_events(trace, fd, &text);
+    const int code = errno;
+    if (close(fd) != 0 || !written) {
+        return hs_fail(why, HS_E_IO, "trace %s cannot be written: %s", path, strerror(code));
+    }
+    return HS_OK;
+}

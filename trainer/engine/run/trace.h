@@ -1,0 +1,28 @@
+/* Instruction times of the last steps, as a Chrome trace (chrome://tracing, Perfetto): the same
+ * form as the planner's drawing. One ring, allocated at start; written out once at the end, through
+ * a buffer of its own. One thread. */
+#ifndef HS_RUN_TRACE_H
+#define HS_RUN_TRACE_H
+
+#include <stdint.h>
+
+#include "core/status.h"
+#include "run/plan.h"
+
+#define HS_TRACE_STEPS 8 /* at most so many are kept */
+
+typedef struct hs_trace hs_trace;
+
+/* HS_E_MEMORY. */
+hs_status hs_trace_create(const hs_plan *plan, const hs_plan_position *position, hs_trace **out,
+                          hs_why *why);
+void hs_trace_destroy(hs_trace *trace); /* NULL is fine */
+
+/* One finished action of the step list (its index in the plan's table). A NULL trace does nothing.
+ */
+void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns, int64_t end_ns);
+
+/* Writes the file. HS_E_IO names path and reason; nothing was added: an empty, valid trace. */
+hs_status hs_trace_write(hs_trace *trace, const char *path, hs_why *why);
+
+#endif

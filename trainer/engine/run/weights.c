@@ -1,0 +1,93 @@
+#include "run/weights.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static hs_status read_at(int fd, const char *path, uint8_t *to, uint64_t bytes, uint64_t from,
+                         hs_why *why) {
+    while (bytes > 0) {
+        const ssize_t n = pread(fd, to, bytes, (off_t)from);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {
+            return hs_fail(why, HS_E_CONFIG, "weights %s cannot be read at byte %" PRIu64 ": %s",
+                           path, from, n < 0 ? strerror(errno) : "the file ends there");
+        }
+        to += n;
+        from += (uint64_t)n;
+        bytes -= (uint64_t)n;
+    }
+    return HS_OK;
+}
+
+/* First byte of a tensor in the file, or the file's size for tensor = count. */
+static uint64_t place(const hs_plan *plan, uint32_t tensor) {
+    uint64_t at = 0;
+    for (uint32_t t = 0; t < tensor; t++) {
+        at += (uint64_t)plan->tensors[t].elements * 4;
+        if (t + 1 < plan->count[HS_SECTION_TENSORS]) at = (at + 63) & ~UINT64_C(63);
+    }
+    return at;
+}
+
+hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_position *position,
+                          const hs_arena *arena, hs_why *why) {
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat info;
+    if (fd < 0 || fstat(fd, &info) != 0) {
+        const int code = errno;
+        if (fd >= 0) (void)close(fd);
+        return hs_fail(why, HS_E_CONFIG, "weights %s cannot be opened: %s", path, strerror(code));
+    }
+    /* the file may end with the last tensor or with its padding */
+    const uint64_t size = place(plan, (uint32_t)plan->count[HS_SECTION_TENSORS]);
+    const uint64_t padded = (size + 63) & ~UINT64_C(63), has = (uint64_t)info.st_size;
+    hs_status st = HS_OK;
+    if (has != size && has != padded) {
+        st = hs_fail(why, HS_E_CONFIG,
+                     "weights %s have %" PRIu64 " bytes, this model's take %" PRIu64, path, has,
+                     size);
+    }
+    for (uint32_t i = 0; st == HS_OK && i < position->states; i++) {
+        const hs_plan_state *state = &plan->states[position->first_state + i];
+        st = read_at(fd, path, arena->base + state->master_offset,
+                     (uint64_t)plan->tensors[state->tensor].elements * 4,
+                     place(plan, state->tensor), why);
+    }
+    (void)close(fd);
+    return st;
+}
+
+hs_status hs_weights_dump(const char *dir, int64_t step, int what, const hs_plan *plan,
+                          const hs_plan_position *position, const hs_arena *arena, hs_why *why) {
+    char path[4300];
+    (void)snprintf(path, sizeof path, "%s/%" PRId64 "-%" PRIu32 ".%s", dir, step, position->stage,
+                   what == HS_DUMP_GRADS ? "grads" : "weights");
+    const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0)
+        return hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));
+    hs_status st = HS_OK;
+    for (uint32_t i = 0; st == HS_OK && i < position->states; i++) {
+        const hs_plan_state *state = &plan->states[position->first_state + i];
+        const uint8_t *from =
+            arena->base + (what == HS_DUMP_GRADS ? state->grad_offset : state->master_offset);
+        uint64_t left = (uint64_t)plan->tensors[state->tensor].elements * 4;
+        while (st == HS_OK && left > 0) {
+            const ssize_t n = write(fd, from, left);
+            if (n > 0) {
+                from += n;
+                left -= (uint64_t)n;
+            } else if (n == 0 || errno != EINTR) {
+                st = hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));
+            }
+        }
+    }
+    if (close(fd) != 0 && st == HS_OK) {
+        st = hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));
+    }
+    return st;
+}
