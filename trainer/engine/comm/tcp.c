@@ -1,0 +1,271 @@
+/* Ranks over TCP: one connection a directed channel, frames of wire/frame.h on it.
+ *
+ * I1  After the greeting bytes go one way only, from `from` to `to`; so a readable sender's end
+ * means that the peer is gone. I2  A frame is whole or the communicator has failed: nothing is read
+ * or written after half a frame. I3  failed != HS_OK is final; send and recv then return it without
+ * touching a socket.
+ */
+#include <errno.h>
+#include <linux/sockios.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "comm/comm_internal.h"
+#include "core/clock.h"
+#include "core/hash.h"
+#include "core/stop.h"
+#include "wire/frame.h"
+
+struct hs_comm {
+    const hs_plan_channel *channels;
+    uint32_t channel_count, rank, stall_ms;
+    const hs_log *log;
+    struct hs_stop *stop;
+    hs_status failed; /* I3 */
+    hs_why failed_why;
+    hs_comm_wait wait;
+    int *fds;            /* by channel; -1: not ours */
+    uint64_t *sequences; /* by channel: of the next frame */
+};
+
+static hs_status fail(hs_comm *comm, hs_status st, hs_why *why) {
+    comm->failed = st;
+    if (why) comm->failed_why = *why;
+    return st;
+}
+
+/* Waits until the channel's socket has one of `events`. deadline_ns moves with every byte, in the
+ * caller. */
+static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t deadline_ns,
+                       hs_why *why) {
+    const uint32_t peer = comm->wait.peer;
+    for (;;) {
+        if (hs_stop_lost(comm->stop))
+            return hs_fail(why, HS_E_LOST,
+                           "the supervisor says that a peer was lost (while in %s on channel %u)",
+                           comm->wait.doing, channel);
+        if (hs_clock_ns() >= deadline_ns)
+            return hs_fail(
+                why, HS_E_STALLED,
+                "no byte moved for %u ms: %s of microbatch %d on channel %u with rank %u",
+                comm->stall_ms, comm->wait.doing, (int)comm->wait.microbatch, channel, peer);
+        struct pollfd polls[2] = {{.fd = comm->fds[channel], .events = events},
+                                  {.fd = hs_stop_fd(comm->stop), .events = POLLIN}};
+        const int n = poll(polls, 2, hs_deadline_poll_ms(deadline_ns));
+        if (n < 0 && errno != EINTR) return hs_fail(why, HS_E_IO, "poll: %s", strerror(errno));
+        if (n > 0 && polls[0].revents) return HS_OK;
+    }
+}
+
+static hs_status lost(hs_comm *comm, uint32_t channel, const char *how, hs_why *why) {
+    return hs_fail(why, HS_E_LOST, "rank %u is gone: %s during %s of microbatch %d on channel %u",
+                   comm->wait.peer, how, comm->wait.doing, (int)comm->wait.microbatch, channel);
+}
+
+static hs_status put_all(hs_comm *comm, uint32_t channel, struct iovec *parts, size_t count,
+                         hs_why *why) {
+    const int fd = comm->fds[channel];
+    int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
+    while (count) {
+        const struct msghdr message = {.msg_iov = parts, .msg_iovlen = count};
+        ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno == EAGAIN) {
+            HS_TRY(await(comm, channel, POLLOUT | POLLRDHUP, deadline_ns, why));
+            struct pollfd end = {.fd = fd, .events = POLLRDHUP};
+            if (poll(&end, 1, 0) == 1 && (end.revents & POLLRDHUP)) /* I1 */
+                return lost(comm, channel, "the connection was closed", why);
+            continue;
+        }
+        if (n < 0) return lost(comm, channel, strerror(errno), why);
+        deadline_ns = hs_deadline_ns(comm->stall_ms);
+        for (; count && (size_t)n >= parts->iov_len; parts++, count--) n -= (ssize_t)parts->iov_len;
+        if (count) {
+            parts->iov_base = (uint8_t *)parts->iov_base + n;
+            parts->iov_len -= (size_t)n;
+        }
+    }
+    return HS_OK;
+}
+
+static hs_status get_all(hs_comm *comm, uint32_t channel, void *buffer, size_t bytes, hs_why *why) {
+    uint8_t *at = buffer;
+    int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
+    while (bytes) {
+        const ssize_t n = recv(comm->fds[channel], at, bytes, 0);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno == EAGAIN) {
+            HS_TRY(await(comm, channel, POLLIN, deadline_ns, why));
+            continue;
+        }
+        if (n <= 0)
+            return lost(comm, channel, n ? strerror(errno) : "the connection was closed", why);
+        at += n;
+        bytes -= (size_t)n;
+        deadline_ns = hs_deadline_ns(comm->stall_ms);
+    }
+    return HS_OK;
+}
+
+static hs_status enter(hs_comm *comm, const char *doing, uint32_t channel, size_t bytes,
+                       uint32_t microbatch, hs_why *why) {
+    if (comm->failed != HS_OK) {
+        (void)hs_fail(why, comm->failed, "%s", comm->failed_why.text);
+        return comm->failed;
+    }
+    HS_ASSERT(channel < comm->channel_count && comm->fds[channel] >= 0);
+    const hs_plan_channel *ch = &comm->channels[channel];
+    const bool sends = doing[0] == 's';
+    HS_ASSERT((sends ? ch->from : ch->to) == comm->rank && bytes == ch->bytes);
+    comm->wait = (hs_comm_wait){.doing = doing,
+                                .channel = channel,
+                                .peer = sends ? ch->to : ch->from,
+                                .microbatch = microbatch,
+                                .since_ns = hs_clock_ns()};
+    return HS_OK;
+}
+
+static hs_status tcp_send(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
+                          uint32_t microbatch, hs_why *why) {
+    hs_why local = {.text = ""};
+    HS_TRY(enter(comm, "send", channel, bytes, microbatch, why));
+    hs_frame frame = {.magic = HS_FRAME_MAGIC,
+                      .channel = channel,
+                      .sequence = comm->sequences[channel]++,
+                      .bytes = bytes,
+                      .crc = hs_crc32c(0, buf, bytes),
+                      .microbatch = microbatch};
+    struct iovec parts[2] = {{.iov_base = &frame, .iov_len = sizeof frame},
+                             {.iov_base = (void *)(uintptr_t)buf, .iov_len = bytes}};
+    const hs_status st = put_all(comm, channel, parts, 2, &local);
+    if (st == HS_OK) return HS_OK;
+    (void)hs_fail(why, st, "%s", local.text);
+    return fail(comm, st, &local);
+}
+
+static hs_status check_frame(const hs_comm *comm, uint32_t channel, const hs_frame *frame,
+                             size_t bytes, uint32_t microbatch, hs_why *why) {
+    const uint32_t peer = comm->wait.peer;
+    if (frame->magic != HS_FRAME_MAGIC || frame->channel != channel)
+        return hs_fail(why, HS_E_LOST,
+                       "rank %u sent no frame of channel %u (magic %08x, channel %u)", peer,
+                       channel, frame->magic, frame->channel);
+    if (frame->sequence != comm->sequences[channel])
+        return hs_fail(why, HS_E_LOST, "rank %u sent frame %llu of channel %u, not %llu", peer,
+                       (unsigned long long)frame->sequence, channel,
+                       (unsigned long long)comm->sequences[channel]);
+    if (frame->bytes != bytes || frame->microbatch != microbatch)
+        return hs_fail(why, HS_E_LOST,
+                       "rank %u sent %llu bytes of microbatch %d on channel %u, not %zu of %d",
+                       peer, (unsigned long long)frame->bytes, (int)frame->microbatch, channel,
+                       bytes, (int)microbatch);
+    return HS_OK;
+}
+
+static hs_status tcp_recv(hs_comm *comm, uint32_t channel, void *buf, size_t bytes,
+                          uint32_t microbatch, hs_why *why) {
+    hs_why local = {.text = ""};
+    hs_frame frame;
+    HS_TRY(enter(comm, "recv", channel, bytes, microbatch, why));
+    hs_status st = get_all(comm, channel, &frame, sizeof frame, &local);
+    if (st == HS_OK) st = check_frame(comm, channel, &frame, bytes, microbatch, &local);
+    if (st == HS_OK) st = get_all(comm, channel, buf, bytes, &local);
+    if (st == HS_OK && hs_crc32c(0, buf, bytes) != frame.crc)
+        st = hs_fail(&local, HS_E_LOST,
+                     "frame %llu of channel %u from rank %u was damaged on its way (checksum)",
+                     (unsigned long long)frame.sequence, channel, comm->wait.peer);
+    if (st == HS_OK) {
+        comm->sequences[channel]++;
+        return HS_OK;
+    }
+    (void)hs_fail(why, st, "%s", local.text);
+    return fail(comm, st, &local);
+}
+
+static void tcp_last_wait(const hs_comm *comm, hs_comm_wait *wait) {
+    *wait = comm->wait;
+}
+
+/* What the kernel took is on its way; give it until stall_ms to be acknowledged, then go. */
+static void flush(const hs_comm *comm) {
+    const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
+    for (uint32_t c = 0; c < comm->channel_count; c++) {
+        if (comm->fds[c] < 0 || comm->channels[c].from != comm->rank) continue;
+        (void)shutdown(comm->fds[c], SHUT_WR);
+        int left = 0;
+        while (ioctl(comm->fds[c], SIOCOUTQ, &left) == 0 && left > 0 &&
+               hs_clock_ns() < deadline_ns && !hs_stop_lost(comm->stop)) {
+            struct pollfd end = {.fd = comm->fds[c], .events = POLLRDHUP};
+            if (poll(&end, 1, 1) == 1) break; /* the other end closed: nothing more to hand over */
+        }
+    }
+}
+
+static void tcp_close(hs_comm *comm) {
+    if (!comm) return;
+    if (comm->failed == HS_OK && comm->fds) flush(comm);
+    for (uint32_t c = 0; comm->fds && c < comm->channel_count; c++)
+        if (comm->fds[c] >= 0) close(comm->fds[c]);
+    free(comm->fds);
+    free(comm->sequences);
+    free(comm);
+}
+
+static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why *why) {
+    *out = NULL;
+    int listen_fd = config->listen_fd;
+    bool receives = false;
+    for (uint32_t c = 0; c < config->channel_count; c++)
+        receives |= config->channels[c].to == config->rank;
+    hs_comm *comm = calloc(1, sizeof *comm);
+    if (comm) {
+        comm->fds = malloc(((size_t)config->channel_count + 1) * sizeof *comm->fds);
+        comm->sequences = calloc((size_t)config->channel_count + 1, sizeof *comm->sequences);
+    }
+    if (!comm || !comm->fds || !comm->sequences) {
+        if (comm) {
+            free(comm->fds);
+            free(comm->sequences);
+        }
+        free(comm);
+        if (listen_fd >= 0) close(listen_fd);
+        return hs_fail(why, HS_E_MEMORY, "no memory for %u channels", config->channel_count);
+    }
+    comm->channels = config->channels;
+    comm->channel_count = config->channel_count;
+    comm->rank = config->rank;
+    comm->stall_ms = config->attempt->stall_ms;
+    comm->log = config->log;
+    comm->stop = config->stop;
+    comm->wait = (hs_comm_wait){.doing = "connect",
+                                .channel = UINT32_MAX,
+                                .peer = UINT32_MAX,
+                                .microbatch = UINT32_MAX,
+                                .since_ns = hs_clock_ns()};
+    for (uint32_t c = 0; c < comm->channel_count; c++) comm->fds[c] = -1;
+    hs_status st = HS_OK;
+    if (receives && listen_fd < 0) st = hs_greet_listen(config, &listen_fd, why);
+    if (st == HS_OK) st = hs_greet_all(config, listen_fd, comm->fds, why);
+    if (st != HS_OK) {
+        comm->failed = st;
+        tcp_close(comm);
+        return st;
+    }
+    HS_LOG(comm->log, HS_LOG_INFO, "gang complete", HS_I("channels", comm->channel_count),
+           HS_I("ms", (hs_clock_ns() - comm->wait.since_ns) / 1000000));
+    *out = comm;
+    return HS_OK;
+}
+
+const hs_comm_table hs_comm_tcp = {
+    .name = "tcp",
+    .create = tcp_create,
+    .send = tcp_send,
+    .recv = tcp_recv,
+    .last_wait = tcp_last_wait,
+    .close = tcp_close,
+};
