@@ -1,0 +1,79 @@
+/* A rank's snapshot slots (wire/slot.h): shared memory that the checkpoint agent owns and reads,
+ * that this rank fills between steps and restores from. The slots outlive the rank: a crashed gang
+ * starts again from them.
+ *
+ * Order of calls, all from the rank's main thread: create (with the plan's tables), attach (with
+ * the descriptors from the agent), perhaps restore, then can_fill and fill as the gang decides,
+ * destroy. Without attach (a rank without an agent) there are no slots: can_fill is false and fill
+ * returns HS_E_AGAIN.
+ *
+ * I1  A slot that the agent holds is never written.
+ * I2  The newest READY slot (restored from, or filled last) is never written; so with two slots or
+ * more there is always one whole snapshot, whenever the rank dies. I3  READY is stored after
+ * everything it stands for.
+ *
+ * Threads: copying and checksums run on the pool. Nothing allocates after attach.
+ */
+#ifndef HS_SNAPSHOT_SNAPSHOT_H
+#define HS_SNAPSHOT_SNAPSHOT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "core/log.h"
+#include "core/status.h"
+#include "core/threads.h"
+#include "wire/plan.h"
+#include "wire/slot.h"
+
+#define HS_SNAPSHOT_SLOTS_MAX 16
+
+typedef struct hs_snapshot hs_snapshot;
+struct hs_stop;
+
+/* states and tensors must outlive create only; arena, pool and log outlive the snapshot. */
+typedef struct hs_snapshot_config {
+    uint32_t position;           /* of this rank */
+    const hs_plan_state *states; /* this position's, `state_count` of them */
+    uint32_t state_count;
+    const hs_plan_tensor *tensors; /* the plan's table; states index it */
+    uint64_t slot_bytes;           /* of the position, from the plan */
+    uint8_t *arena;                /* STATIC offset 0 */
+    const uint8_t *plan_digest;    /* 32 bytes */
+    const uint8_t *what_digest;    /* 32 bytes */
+    uint64_t epoch;
+    hs_pool *pool; /* NULL: this thread alone */
+    const hs_log *log;
+} hs_snapshot_config;
+
+/* HS_E_CONFIG where the states do not fit slot_bytes. */
+hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out, hs_why *why);
+/* Unmaps, and closes the descriptors. NULL is fine. */
+void hs_snapshot_destroy(hs_snapshot *snapshot);
+
+/* Maps the slots. Takes the descriptors (closes them also on failure). A slot that a dead rank left
+ * half filled becomes EMPTY. HS_E_CONFIG where a slot is too small, not sealed, of another
+ * position, or more than HS_SNAPSHOT_SLOTS_MAX come. */
+hs_status hs_snapshot_attach(hs_snapshot *snapshot, const int *fds, int count, hs_why *why);
+/* The descriptors, for an agent that was restarted; theirs stay the snapshot's. Returns how many.
+ */
+int hs_snapshot_fds(const hs_snapshot *snapshot, int fds[HS_SNAPSHOT_SLOTS_MAX]);
+
+/* True where fill would find a slot now (hs_step_report.free_slot). */
+bool hs_snapshot_can_fill(const hs_snapshot *snapshot);
+
+/* Copies the state of `step` done steps into a free slot, with checksums, and marks it READY; *slot
+ * is its index. Where none is free it waits for the agent to let go until deadline_ns (hs_clock_ns;
+ * 0: does not wait), then HS_E_AGAIN. hs_stop_lost ends that wait with HS_E_LOST. */
+hs_status hs_snapshot_fill(hs_snapshot *snapshot, int64_t step, bool final, int64_t deadline_ns,
+                           struct hs_stop *stop, int *slot, hs_why *why);
+
+/* Verifies every checksum of the slot and copies it into the arena. HS_E_RESTORE where it is not
+ * READY, not of `step`, of another layout or What, or damaged; the arena's states are then garbage.
+ */
+hs_status hs_snapshot_restore(hs_snapshot *snapshot, int slot, int64_t step, hs_why *why);
+
+/* What the slot holds: step, or -1 where it is not READY. */
+int64_t hs_snapshot_step(const hs_snapshot *snapshot, int slot);
+
+#endif
