@@ -27,10 +27,10 @@ typedef struct piece {
     uint8_t *arena;
 } piece;
 
-typedef struct slot {
+typedef struct mapping {
     int fd;
     uint8_t *map; /* hs_slot_header, checksums, data */
-} slot;
+} mapping;
 
 struct hs_snapshot {
     uint32_t position;
@@ -41,7 +41,7 @@ struct hs_snapshot {
     uint32_t piece_count;
     piece *pieces;
     int count, newest; /* slots; I2, -1: none */
-    slot slots[HS_SNAPSHOT_SLOTS_MAX];
+    mapping slots[HS_SNAPSHOT_SLOTS_MAX];
 };
 
 /* header_crc covers [24, 136) and the checksums. */
@@ -175,7 +175,7 @@ hs_status hs_snapshot_attach(hs_snapshot *s, const int *fds, int count, hs_why *
         return hs_fail(why, HS_E_CONFIG, "%d snapshot slots came, at most %d are taken, once",
                        count, HS_SNAPSHOT_SLOTS_MAX);
     }
-    for (int i = 0; i < count; i++) s->slots[i] = (slot){.fd = fds[i], .map = NULL};
+    for (int i = 0; i < count; i++) s->slots[i] = (mapping){.fd = fds[i], .map = NULL};
     s->count = count;
     for (int i = 0; i < count; i++) HS_TRY(map_slot(s, i, why));
     return HS_OK;
