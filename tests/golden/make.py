@@ -1,9 +1,9 @@
 """Golden cases from an independent implementation: Hugging Face transformers, computed in float64 on the CPU.
 
 usage: make.py OUT CASE...   (CASE: a name from CASES)
-Writes OUT/CASE/: config.json and model.safetensors (float32, as save_pretrained), batches.safetensors (tokens, int64 [steps, B, T+1]),
-first.safetensors (logits [B, T, V] and the gradient of every parameter for batch 0, float64), train.json (loss and gradient norm of
-10 AdamW steps, float64), after.safetensors (weights after them, float64).
+Writes OUT/CASE/: config.json and model.safetensors (float32, as save_pretrained), batches.safetensors (tokens, int64
+[steps, B, T+1]), first.safetensors (logits [B, T, V] and the gradient of every parameter for batch 0, float64),
+train.json (loss and gradient norm of 10 AdamW steps, float64), after.safetensors (weights after them, float64).
 """
 
 import json
@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-OPT = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+OPT = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 CLIP, STEPS = 1.0, 10
-L = dict(attention_dropout=0.0, attn_implementation="eager")
+L = {"attention_dropout": 0.0, "attn_implementation": "eager"}
 CASES = {
     "gpt2-tied": (
         GPT2LMHeadModel,

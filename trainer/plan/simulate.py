@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from trainer import wire
 from trainer.errors import PlanError
+from trainer.plan.records import Plan, PlanAction
 from trainer.plan.schedules import Action, Rows, stage_ranks
 from trainer.plan.timeline import COMPUTE_KINDS, Event, Timeline, kind_of
 
@@ -286,3 +288,53 @@ def from_rows(
         return Instruction(text, kind_of(text), 0.0, channel, message_bytes, action.microbatch)
 
     return [[one(rank, action) for action in row] for rank, row in enumerate(rows)]
+
+
+_MESSAGE_NAMES = {
+    wire.CH_FORWARD: "F",
+    wire.CH_BACKWARD: "B",
+    wire.CH_TIED_GRAD: "TIED_GRAD",
+    wire.CH_TIED_WEIGHT: "TIED_WEIGHT",
+    wire.CH_REPORT: "REPORT",
+    wire.CH_CONTROL: "CONTROL",
+}
+_OTHER_NAMES = {
+    wire.A_DATA: "data",
+    wire.A_COMBINE: "combine",
+    wire.A_REPORT: "report",
+    wire.A_APPLY: "apply",
+    wire.A_SNAPSHOT: "snapshot",
+}
+
+
+def from_plan(plan: Plan, cost: CostModel) -> list[list[Instruction]]:
+    """Instructions of one step of a compiled plan, one list a position; without snapshots, which few steps have."""
+    lists: list[list[Instruction]] = []
+    for position in plan.positions:
+        programs = {}
+        for name, program in position.programs.items():
+            seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)
+            flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls)
+            programs[name] = (seconds, flops)
+
+        def one(
+            action: PlanAction, stage: int = position.stage, programs: Mapping[str, tuple[float, float]] = programs
+        ) -> Instruction:
+            place = "" if action.microbatch is None else str(action.microbatch)
+            if action.kind == wire.A_RUN:
+                assert action.program is not None
+                compute = action.op in COMPUTE_KINDS
+                text = f"{stage}{action.op}{place}" if compute else action.program
+                kind = action.op if compute or action.op == "O" else kind_of(action.program)
+                estimate, flops = programs[action.program]
+                spent = cost.action_seconds(text, kind, stage, estimate)
+                return Instruction(text, kind, spent, microbatch=action.microbatch, model_flops=flops)
+            if action.channel is not None:
+                channel = plan.channels[action.channel]
+                verb = "SEND" if action.kind == wire.A_SEND else "RECV"
+                text = f"{stage}{verb}_{_MESSAGE_NAMES[channel.kind]}{place}"
+                return Instruction(text, verb.lower(), 0.0, action.channel, channel.bytes, action.microbatch)
+            return Instruction(_OTHER_NAMES[action.kind], "other")
+
+        lists.append([one(action) for action in position.step])
+    return lists

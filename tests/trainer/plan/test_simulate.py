@@ -1,0 +1,179 @@
+"""The simulator against what can be worked out by hand, and the drawings of what it says."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from xml.dom import minidom
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import wire
+from trainer.errors import PlanError
+from trainer.plan import draw, simulate, timeline
+from trainer.plan.check import insert_messages
+from trainer.plan.draw import memory_text, timeline_svg, timeline_text
+from trainer.plan.schedules import GENERATORS, gpipe, one_f_one_b
+from trainer.plan.simulate import CostModel, Instruction, from_rows, kernel_flops
+from trainer.plan.timeline import from_chrome, to_chrome
+
+FREE_LINKS = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("module", [simulate, timeline, draw])
+def test_examples_in_the_docstrings_run(module: object) -> None:
+    failed, ran = doctest.testmod(module)  # type: ignore[arg-type]
+    assert ran > 0
+    assert failed == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(GENERATORS)), st.integers(1, 8), st.integers(1, 16), st.booleans())
+def test_step_time_and_bubble_are_the_textbook_s(name: str, stages: int, microbatches: int, rendezvous: bool) -> None:
+    """(M + P - 1) (F + B), a bubble of (P - 1) / (M + P - 1), for both schedules where messages cost nothing."""
+    cost = CostModel(1.0, 1.0, 1e18, 0.0, 0.0, rendezvous)
+    rows = from_rows(insert_messages(GENERATORS[name](stages, microbatches), stages), cost, {"F": 1.0, "B": 2.0})
+    result = simulate.simulate(rows, cost)
+    assert result.step_seconds == pytest.approx(3 * (microbatches + stages - 1))
+    assert result.bubble == pytest.approx([(stages - 1) / (microbatches + stages - 1)] * stages)
+
+
+def test_messages_cost_latency_and_bandwidth() -> None:
+    cost = CostModel(1.0, 1.0, link_bytes_per_s=100.0, link_latency_s=0.25)
+    rows = from_rows(insert_messages(gpipe(2, 1), 2), cost, {"F": 1.0, "B": 2.0}, message_bytes=50)
+    result = simulate.simulate(rows, cost)
+    # F, half a second on the wire and the latency, F and B, the same again, B
+    assert result.step_seconds == pytest.approx(1 + 0.75 + 3 + 0.75 + 2)
+    assert result.link_bytes == {(0, 1): 50, (1, 0): 50}
+
+
+def test_mfu_counts_model_operations_of_all_ranks() -> None:
+    rows = [[Instruction("0F0", "F", 2.0, model_flops=30.0)], [Instruction("1F0", "F", 1.0, model_flops=10.0)]]
+    result = simulate.simulate(rows, FREE_LINKS, peak_flops=100.0)
+    assert result.model_flops == 40.0
+    assert result.mfu == pytest.approx(40.0 / (2.0 * 200.0))
+
+
+def test_ranks_that_block_are_named() -> None:
+    rows = [[Instruction("0RECV_B0", "recv", channel=1), Instruction("0SEND_F0", "send", channel=0)]]
+    rows += [[Instruction("1RECV_F0", "recv", channel=0), Instruction("1SEND_B0", "send", channel=1)]]
+    with pytest.raises(PlanError, match="rank 0 at 0RECV_B0 on channel 1; rank 1 at 1RECV_F0 on channel 0"):
+        simulate.simulate(rows, FREE_LINKS)
+
+
+def test_every_kernel_of_the_table_has_a_count() -> None:
+    for name, kernel in wire.KERNELS.items():
+        count = kernel_flops(name, [2] * kernel.dims)
+        assert count.done >= count.model >= 0, name
+    with pytest.raises(PlanError, match="does not know kernel 'fused_magic'"):
+        kernel_flops("fused_magic", [])
+
+
+def test_operations_of_a_transformer_are_six_a_weight_and_token() -> None:
+    rows, out, inner = 7, 11, 13
+    total = sum(kernel_flops(f"linear_{part}", (rows, out, inner)).model for part in ("fwd", "igrad", "wgrad"))
+    assert total == 6 * rows * out * inner
+    assert kernel_flops("classifier_grad", (rows, inner, out, 4)).model == 6 * rows * out * inner
+
+
+def test_measured_times_replace_the_sheet() -> None:
+    sheet = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
+    lists = from_rows(insert_messages(one_f_one_b(2, 4), 2), sheet, {"F": 1.0, "B": 2.0})
+    slow = [
+        [i if i.kind != "B" else Instruction(i.action, "B", 5.0, microbatch=i.microbatch) for i in row] for row in lists
+    ]
+    seen = simulate.simulate(slow, sheet).timeline
+    learned = CostModel.from_timeline(seen, sheet)
+    assert learned.measured == {"0F": 1.0, "0B": 5.0, "1F": 1.0, "1B": 5.0}
+    again = from_rows(insert_messages(one_f_one_b(2, 4), 2), learned, {"F": 1.0, "B": 2.0})
+    assert simulate.simulate(again, learned).step_seconds == simulate.simulate(slow, sheet).step_seconds
+
+
+def test_a_cost_model_without_speed_is_refused() -> None:
+    with pytest.raises(PlanError, match="flops_per_s is 0"):
+        CostModel(0.0, 1.0)
+
+
+def planned(stages: int, microbatches: int) -> timeline.Timeline:
+    cost = CostModel(1.0, 1.0, 1e9, 1e-4)
+    rows = from_rows(insert_messages(one_f_one_b(stages, microbatches), stages), cost, {"F": 0.01, "B": 0.02}, 1000)
+    return simulate.simulate(rows, cost).timeline
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (2, 4), (4, 8), (8, 32)])
+def test_text_is_aligned_and_fits(stages: int, microbatches: int) -> None:
+    lines = timeline_text(planned(stages, microbatches)).splitlines()
+    assert max(len(line) for line in lines) <= 100
+    rows = [line for line in lines if line.startswith("rank")]
+    assert len(rows) == stages
+    assert len({line.index("|") for line in rows}) == len({line.rindex("|") for line in rows}) == 1
+
+
+def test_text_shows_the_schedule() -> None:
+    cost = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
+    rows = from_rows(insert_messages(one_f_one_b(2, 2), 2), cost, {"F": 1.0, "B": 2.0})
+    assert timeline_text(simulate.simulate(rows, cost).timeline, 52).splitlines() == [
+        "planned: 9 s a step                           bubble",
+        "rank  0 |F0--F1--        B0======    B1======| 33.3%",
+        "rank  1 |    F0--B0======F1--B1======        | 33.3%",
+        "        F- forward   B= backward   blank: waiting",
+    ]
+
+
+def test_svg_is_whole_and_safe() -> None:
+    shown = planned(4, 8)
+    named = timeline.Timeline(shown.events, shown.ranks, 'a <script>"&')
+    text = timeline_svg([shown, named])
+    tree = minidom.parseString(text)
+    blocks = [r for r in tree.getElementsByTagName("rect") if r.getElementsByTagName("title")]
+    assert len(blocks) == 2 * len(shown.events)
+    assert "<script>" not in text
+    assert "prefers-color-scheme" in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", ""), "self-contained"
+    used = {r.getAttribute("class") for r in blocks}
+    assert used == {"k-F", "k-B", "k-send", "k-recv"}
+
+
+def test_empty_timelines_draw() -> None:
+    empty = timeline.Timeline((), 2)
+    assert "rank  1" in timeline_text(empty)
+    minidom.parseString(timeline_svg(empty))
+
+
+def test_planned_and_measured_have_one_form() -> None:
+    shown = planned(2, 4)
+    whole = json.loads(to_chrome(shown))
+    names = {e["args"]["name"] for e in whole["traceEvents"] if e["ph"] == "M"}
+    assert names == {"rank 0", "rank 1"}
+    traces = {}
+    for rank in range(2):  # as the engine writes them: one file a rank, absolute times, several steps
+        events = []
+        for step in (6, 7):
+            for e in whole["traceEvents"]:
+                if e["ph"] == "X" and e["pid"] == rank:
+                    moved = e | {"ts": e["ts"] + 5e6 + step * 1e6, "args": e["args"] | {"step": step}}
+                    events.append(moved)
+        events.append({"name": "2F0", "ph": "X", "ts": 9e6, "dur": 1.0, "args": {"step": 8 + rank}})
+        traces[rank] = json.dumps({"traceEvents": events})
+    measured = from_chrome(traces)
+    assert measured.title == "measured, step 7"
+    assert measured.seconds == pytest.approx(shown.seconds)
+    assert [e.action for e in measured.events] == [e.action for e in shown.events]
+    assert [e.start for e in measured.events] == pytest.approx([e.start for e in shown.events], abs=1e-9)
+    body = [timeline_text(t).splitlines()[1:] for t in (shown, measured)]
+    assert body[0] == body[1]
+
+
+def test_traces_that_cannot_be_read_are_named() -> None:
+    with pytest.raises(ValueError, match="trace of rank 3 is not a Chrome trace"):
+        from_chrome({3: "[]"})
+    with pytest.raises(ValueError, match="no step is in every trace"):
+        from_chrome({0: '{"traceEvents": []}'})
+
+
+def test_memory_over_budget_is_marked() -> None:
+    text = memory_text([{"weights": 10, "slots": 4096}, {"weights": 0, "slots": 1}], budget=4000)
+    assert "over the budget of 3.9 KiB" in text.splitlines()[1]
+    assert "over" not in text.splitlines()[2]
