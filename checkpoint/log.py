@@ -71,7 +71,8 @@ class Record:
         )
         if len(data) > MAX_RECORD_BYTES:
             raise ValueError(
-                f"a {self.kind} record of {len(data)} bytes; the limit is {MAX_RECORD_BYTES}: put the bulk in an object and name it"
+                f"a {self.kind} record of {len(data)} bytes; the limit is {MAX_RECORD_BYTES}: "
+                "put the bulk in an object and name it"
             )
         return data
 
@@ -247,7 +248,7 @@ class RunState:
     # --- the fold, one record at a time -------------------------------------------------------------------
 
     def apply(self, record: Record) -> RunState:
-        """The state after this record, which must be number n + 1; Damaged where its body is not what its kind needs."""
+        """The state after this record, number n + 1; Damaged where its body is not what its kind needs."""
         return _Fold(self).add(record).freeze()
 
     def to_bytes(self) -> bytes:
@@ -414,7 +415,7 @@ class _Fold:
             case "ended":
                 self.ended = _ended(r.n, r.epoch, r.time, r.body)
             case "fold":
-                _fold_body(r)
+                fold_target(r)
         self.n = r.n
         return self
 
@@ -489,7 +490,7 @@ def _intervention(n: int, body: Any) -> Mapping[str, Any]:
     return MappingProxyType(dict(body))
 
 
-def _fold_body(record: Record) -> tuple[str, int, str]:
+def fold_target(record: Record) -> tuple[str, int, str]:
     what = f"log record {record.n} (fold)"
     f = codec.Fields(dict(record.body), what)
     found = (
@@ -535,7 +536,7 @@ class RunLog:
         return self.store.head(keys.log_key(self.run, 1)) is not None
 
     def fold(self, since: RunState | None = None) -> RunState:
-        """The state now. With the state from before, one request for each new record and one to see that there is no more.
+        """The state now. With the state from before: a request for each new record, and one to see that it is the last.
 
         Without, it starts at the newest fold record (found by probing, not by listing) and looks once whether a
         record is missing in the middle. A record that cannot be read ends the fold: ``state.unreadable`` says why.
@@ -554,7 +555,7 @@ class RunLog:
                 if later is not None and self.store.head(keys.log_key(self.run, fold.n + 1)) is None:
                     return self._halted(
                         fold,
-                        f"log record {fold.n + 1} of run {self.run} is missing, but {later} exists: a record was deleted",
+                        f"log record {fold.n + 1} is missing, but {later} exists: a record was deleted",
                     )
             except Damaged as error:
                 return self._halted(fold, str(error))
@@ -585,7 +586,7 @@ class RunLog:
             n = k * FOLD_EVERY
             try:
                 record = self.read(n)
-                name, size, sha256 = _fold_body(record)
+                name, size, sha256 = fold_target(record)
                 data = self.store.get(keys.run_key(self.run, name), max_bytes=size)
                 if hashlib.sha256(data).hexdigest() != sha256:
                     raise Damaged(f"folded state {name}: its bytes do not have the digest that log record {n} names")
@@ -599,10 +600,10 @@ class RunLog:
     def append(self, kind: str, body: Mapping[str, Any], state: RunState, *, epoch: int | None = None) -> RunState:
         """Create record ``state.n + 1`` and return the state with it.
 
-        ``epoch`` is the writer's own: an agent passes its attempt's, and gets Halted once a newer attempt is in the log.
-        Without it the record is of the newest epoch (the driver, people). Conflict where another writer won the
-        number: its ``state`` has that record folded in. ValueError or Damaged where the body is not what its kind needs:
-        nothing is written then.
+        ``epoch`` is the writer's own: an agent passes its attempt's, and gets Halted once a newer attempt is in the
+        log. Without it the record is of the newest epoch (the driver, people). Conflict where another writer won the
+        number: its ``state`` has that record folded in. ValueError or Damaged where the body is not what its kind
+        needs: nothing is written then.
         """
         if kind == "fold" or kind not in KINDS:
             raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS[:-1])}")
@@ -623,7 +624,7 @@ class RunLog:
         *,
         epoch: int | None = None,
     ) -> RunState:
-        """Fold, ask ``decide`` for a record, append it; on a conflict ask again with the newer state. None: nothing to write."""
+        """Fold, ask ``decide`` for a record, append it; on a conflict ask again. None: nothing to write (any more)."""
         state = self.fold(state)
         while (wanted := decide(state)) is not None:
             try:

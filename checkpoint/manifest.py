@@ -1,25 +1,25 @@
 """What a checkpoint consists of: plain data in, plain data out; nothing here touches a store.
 
-A checkpoint is a table of tensors in global coordinates and the pieces of them that lie in chunk objects. A piece is a
-range of elements of one tensor and one kind (param, exp_avg, exp_avg_sq; float32, little-endian) that starts on a border
-of the digest's blocks and ends on one, or with the tensor. Each block's digest is in the manifest, so whatever reads a
-range of blocks, of whatever layout, can check exactly what it read.
+A checkpoint is a table of tensors in global coordinates and the pieces of them that lie in chunk objects. A piece is
+a range of elements of one tensor and one kind (param, exp_avg, exp_avg_sq; float32, little-endian) that starts on a
+border of the digest's blocks and ends on one, or with the tensor. Each block's digest is in the manifest, so whatever
+reads a range of blocks, of whatever layout, can check exactly what it read.
 
 Who calls what, in order
-  each agent            plan_chunks(segments) once a layout; at a checkpoint, for each chunk: gather, Chunk.of(key, data),
-                        create the object; then PartManifest.build(...), create ``keys.part_name`` with its bytes
-  any agent             when all parts are there: merge(parts) -> Manifest; create ``keys.manifest_name``; append the record
-                        with ``checkpoint_body``; whoever loses reads what is there
-  who restores          Manifest.parse(bytes, info); ``read.StateReader`` or pieces() of the tensors that it owns
+  each agent     plan_chunks(segments) once a layout; at a checkpoint, for each chunk: gather the bytes, Chunk.of,
+                 chunk_pieces, create the object; then PartManifest.build(...), create ``keys.part_name`` with its bytes
+  any agent      when all parts are there: merge(parts) -> Manifest; create ``keys.manifest_name``; append the
+                 record with ``checkpoint_body``; whoever loses reads what is there
+  who restores   ``read.load_manifest``, then ``read.StateReader`` for the tensors that it owns
 
 Part manifest (sealed msgpack, codec.py; at most 64 MiB)
     v 1, run, step, epoch, samples, what (32 bytes), part, parts, meta {text: text},
     tensors [[name, [dims]]...]                        the whole table, in order: the same in every part
     chunks  [[name relative to the run, bytes, sha256 (32 bytes)]...]
-    pieces  [[tensor, kind, first, elements, chunk, offset]...]   indices into tensors, KINDS and chunks; bytes into the chunk
+    pieces  [[tensor, kind, first, elements, chunk, offset]...]   numbers in tensors, KINDS, chunks; offset in bytes
     leaves  the digests of the pieces' blocks, 32 bytes each, piece after piece
-Manifest: the same with ``sources`` [[name of the part manifest, bytes, sha256]...] in place of part and parts, pieces in
-order of (tensor, kind, first) covering every element once, and so the leaves in the digest's order.
+Manifest: the same with ``sources`` [[name of the part manifest, bytes, sha256]...] in place of part and parts, pieces
+in order of (tensor, kind, first) covering every element once, and so the leaves in the digest's order.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any
 from checkpoint import codec, keys
 from checkpoint.digest import BLOCK_ELEMENTS, DIGEST_BYTES, KINDS, blocks, leaf_digests, state_root, tree_root
 from checkpoint.errors import Damaged
+from checkpoint.store.base import Data
 
 VERSION = 1
 MAX_BYTES = 64 << 20
@@ -43,6 +44,7 @@ MAX_TENSORS = 1 << 20
 MAX_CHUNKS = 1 << 20
 MAX_ELEMENTS = 1 << 48
 PARAM, EXP_AVG, EXP_AVG_SQ = range(3)
+Digest = bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A range of a tensor's elements in somebody's memory: where ``source`` is a byte offset there (of a slot's data)."""
+    """A range of a tensor's elements in somebody's memory: ``source`` is a byte offset there (of a slot's data)."""
 
     tensor: int
     kind: int
@@ -128,17 +130,17 @@ class Chunk:
 
     name: str
     bytes: int
-    sha256: bytes
+    sha256: Digest
 
     @classmethod
-    def of(cls, name: str, data: bytes | bytearray | memoryview) -> Chunk:
+    def of(cls, name: str, data: Data) -> Chunk:
         """The chunk that these bytes make."""
         return cls(name, memoryview(data).nbytes, hashlib.sha256(data).digest())
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements [first, first + elements) of a tensor and kind, at a byte offset of a chunk, with their blocks' digests."""
+    """Elements [first, first + elements) of a tensor and kind, at a byte offset of a chunk; their blocks' digests."""
 
     tensor: int
     kind: int
@@ -153,7 +155,7 @@ class Piece:
         return self.elements * 4
 
 
-def chunk_pieces(plan: ChunkPlan, data: bytes | bytearray | memoryview) -> tuple[Piece, ...]:
+def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:
     """The pieces of a chunk with their leaves, from its bytes (``data`` must be exactly the plan's)."""
     view = memoryview(data).cast("B")
     if len(view) != plan.bytes:
@@ -199,7 +201,7 @@ class PartManifest:
     ) -> PartManifest:
         """The part of ``saved`` chunks, each with its pieces (whose ``chunk`` numbers are given anew here).
 
-        ``part`` of ``parts`` is the node's number; ``meta`` is for people and checks: plan, dataset, kernel path, version.
+        ``part`` of ``parts`` is the node's number; ``meta`` is for people and checks: plan, dataset, kernel path.
         """
         chunks: list[Chunk] = []
         pieces: list[Piece] = []
@@ -468,7 +470,7 @@ def _check_names(chunks: Sequence[Chunk], what: str) -> None:
 
 
 def _check_pieces(tensors: Sequence[Tensor], chunks: Sequence[Chunk], pieces: Sequence[Piece], what: str) -> None:
-    """M3: a piece lies in its tensor, on block borders, with its leaves. M4: the pieces of a chunk fill it, in order, without gaps."""
+    """M3: a piece lies in its tensor, on block borders, with its leaves. M4: its pieces fill a chunk, without gaps."""
     ends = [0] * len(chunks)
     for p in pieces:
         if not (p.tensor < len(tensors) and p.kind < len(KINDS) and p.chunk < len(chunks)):

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_manifest(store: Store, run: str, info: CheckpointInfo) -> Manifest:
-    """The manifest that a checkpoint record names, and that agrees with it in size, digest and content; Damaged otherwise."""
+    """The manifest that a checkpoint record names; Damaged where it does not agree in size, digest and content."""
     what = f"manifest {info.manifest} of run {run}"
     try:
         data = store.get(keys.run_key(run, info.manifest), max_bytes=min(info.bytes, MAX_BYTES))
@@ -34,7 +34,7 @@ def load_manifest(store: Store, run: str, info: CheckpointInfo) -> Manifest:
         raise Damaged(f"{what}: says (run, step, epoch, samples, parts) {said}, log record {info.n} says otherwise")
     if manifest.state_digest.hex() != info.state_digest:
         raise Damaged(
-            f"{what}: gives the state digest {manifest.state_digest.hex()}, log record {info.n} says {info.state_digest}"
+            f"{what}: gives the state digest {manifest.state_digest.hex()}, record {info.n} says {info.state_digest}"
         )
     return manifest
 
@@ -49,7 +49,7 @@ class StateReader:
     def stream(
         self, name: str, kind: int = PARAM, first: int = 0, elements: int | None = None
     ) -> Iterator[tuple[int, memoryview]]:
-        """(first element, float32 bytes) of what covers [first, first + elements), in order, cut to it; 64 MiB at most each.
+        """(first element, float32 bytes) of what covers [first, first + elements), in order, cut to it; 64 MiB at most.
 
         Damaged where a chunk is gone, short, or holds other bytes than its blocks' digests say.
         """

@@ -1,9 +1,9 @@
 """A store in a folder: ``file:///abs/path``.
 
-create = write a temporary file under ``.tmp/`` of the same root, fsync it, ``link`` it to its name (EEXIST: lost), fsync
-the folder. A reader therefore sees an object whole or not at all, and a crash leaves at most a temporary file. Hints
-(``live/``) are renamed into place and not fsynced. A folder shared over a network works where the file system has atomic
-``link``; the probe (``checkpoint/probe.py``) finds out.
+create = write a temporary file under ``.tmp/`` of the same root, fsync it, ``link`` it to its name (EEXIST: lost),
+fsync the folder. A reader therefore sees an object whole or not at all, and a crash leaves at most a temporary file.
+Hints (``live/``) are renamed into place and not fsynced. A folder shared over a network works where the file system has
+atomic ``link``; the probe (``checkpoint/probe.py``) finds out.
 
 Invariants
   F1  a name under the root outside ``.tmp/`` is a whole object or a folder;
@@ -13,6 +13,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -47,7 +48,8 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
     code, text = error.errno, error.strerror or str(error)
     if code in _FULL:
         return StoreUnavailable(
-            f"{what}: the file store {root} is full or over its quota ({text}); nothing that was there is lost: free space and it goes on"
+            f"{what}: the file store {root} is full or over its quota ({text}); "
+            "nothing that was there is lost: free space and it goes on"
         )
     if code in _RIGHTS:
         return StoreRefused(
@@ -56,8 +58,8 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
         )
     if code in _SHAPE:
         return StoreRefused(
-            f"{what}: {root} cannot hold it ({text}); the store must be a folder on a file system with hard links and long names: "
-            "choose another with --store"
+            f"{what}: {root} cannot hold it ({text}); the store must be a folder on a file system with hard links and "
+            "long names: choose another with --store"
         )
     return StoreUnavailable(f"{what}: the file store {root} answered {errno.errorcode.get(code or 0, code)} ({text})")
 
@@ -126,7 +128,8 @@ class FileStore:
             raise translate(error, f"reading {key!r}", self.root) from error
         if len(data) != count:
             raise Damaged(
-                f"object {key!r}: its file {path} became shorter while it was read; objects never change: who writes there?"
+                f"object {key!r}: its file {path} became shorter while it was read; objects never change: "
+                "who else writes there?"
             )
         return data
 
@@ -252,10 +255,8 @@ class FileStore:
             missing.append(folder)
             folder = folder.parent
         for folder in reversed(missing):
-            try:
+            with contextlib.suppress(FileExistsError):  # another creator's
                 os.mkdir(folder)
-            except FileExistsError:
-                pass
             if durable:
                 _fsync_folder(folder.parent)
 

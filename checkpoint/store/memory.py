@@ -77,7 +77,8 @@ def window(key: str, size: int, max_bytes: int | None, first: int | None, length
     count = size - begin if length is None else length
     if begin < 0 or count < 0 or begin + count > size:
         raise Damaged(
-            f"object {key!r} has {size} bytes, but bytes {begin} to {begin + max(count, 0)} were asked for: it was cut short"
+            f"object {key!r} has {size} bytes, but bytes {begin} to {begin + max(count, 0)} were asked for: "
+            "it was cut short"
         )
     if max_bytes is not None and count > max_bytes:
         raise Damaged(f"object {key!r} has {count} bytes to read, the reader takes at most {max_bytes}")

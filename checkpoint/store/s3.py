@@ -1,8 +1,8 @@
 """S3 and what speaks it, through boto3: ``s3://bucket/prefix[?endpoint=http://…&region=…&path_style=1]``.
 
-create = PutObject with ``If-None-Match: *`` and the SHA-256 of the body, which the server verifies. The SDK's own retries
-are off: after an unclear answer a blind retry of one's own success looks like a loss, so the retries are here, and
-whenever the answer is unclear the object is read back and compared (``base.Store.create``).
+create = PutObject with ``If-None-Match: *`` and the SHA-256 of the body, which the server verifies. The SDK's own
+retries are off: after an unclear answer a blind retry of one's own success looks like a loss, so the retries are here,
+and whenever the answer is unclear the object is read back and compared (``base.Store.create``).
 
 Credentials come from where boto3 finds them (environment, profile, web identity, instance role), never from the
 address; they are not logged and not in any error. Every exception of the SDK becomes one of ours in ``translate``.
@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -93,10 +94,11 @@ _RETRY_CODES = {
     "XAmzContentSHA256Mismatch",
 }
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
+_RIGHTS = "this identity needs s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket"
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
-    "AccessDenied": "the agent and the driver need s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket",
-    "403": "the agent and the driver need s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket",
+    "AccessDenied": _RIGHTS,
+    "403": _RIGHTS,
     "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
@@ -154,7 +156,8 @@ def translate(error: BaseException, what: str, store: str, key: str = "") -> Sto
     said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
     if isinstance(error, _CREDENTIALS):
         return StoreRefused(
-            f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role (never in the address)"
+            f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "
+            "(never in the address)"
         )
     if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
         return StoreUnavailable(said)
@@ -178,7 +181,8 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
     unknown = sorted(options.keys() - {"endpoint", "region", "path_style"})
     if unknown:
         raise StoreRefused(
-            f"store {shown}: unknown option {unknown[0][:40]!r}; there are endpoint, region and path_style (credentials never)"
+            f"store {shown}: unknown option {unknown[0][:40]!r}; there are endpoint, region and path_style "
+            "(credentials never)"
         )
     prefix = parts.path.strip("/")
     if prefix:
@@ -331,11 +335,10 @@ class S3Store:
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         check_prefix(prefix)
         what = f"listing {prefix!r}"
-        more: dict[str, Any] = {"StartAfter": self._root + start_after} if start_after else {}
+        more = {"StartAfter": self._root + start_after} if start_after else {}
         while True:
-            page = self._retry.run(
-                what, lambda: self._ask("list_objects_v2", what, prefix, Prefix=self._root + prefix, **more)
-            )
+            ask = partial(self._ask, "list_objects_v2", what, prefix, Prefix=self._root + prefix, **more)
+            page = self._retry.run(what, ask)
             for entry in page.get("Contents", ()):
                 key = str(entry["Key"])[len(self._root) :]
                 if key > start_after:
@@ -344,7 +347,7 @@ class S3Store:
                 return
             if not page.get("NextContinuationToken"):
                 raise StoreUnavailable(f"{what}: {self._url} cut the listing and did not say how to go on")
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            more = {"ContinuationToken": str(page["NextContinuationToken"])}
 
     def delete(self, key: str) -> None:
         check_key(key)
@@ -408,7 +411,7 @@ class S3Store:
         return self._get(key, 0, None, None) == body
 
     def _made(self, key: str, body: bytes | bytearray, unclear: StoreUnavailable) -> bool:
-        """After an unclear answer: whether the object is ours; where there is none, ``unclear``, so that it is tried again."""
+        """After an unclear answer: whether the object is ours; ``unclear`` where there is none: it is tried again."""
         try:
             return self._holds(key, body)
         except NotFound:

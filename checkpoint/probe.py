@@ -1,0 +1,95 @@
+"""Does this store keep the one promise that everything rests on? Asked before a run's first write.
+
+A store that takes ``If-None-Match: *`` and ignores it lets two drivers own one run; several do. So: 16 threads create
+one object at the same moment, a few rounds; exactly one may win, every loser must be told, all must read the winner's
+bytes, a late creator must lose, and an object must be seen by name and in the listing once its create has answered.
+
+The objects lie under ``probe/`` of the root; they are tiny and stay, since nobody here may delete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from checkpoint.errors import StoreRefused, StoreUnavailable
+from checkpoint.store.base import Store
+
+logger = logging.getLogger(__name__)
+
+CREATORS = 16
+ROUNDS = 4
+
+
+def probe(store: Store, *, rounds: int = ROUNDS, creators: int = CREATORS) -> None:
+    """Return where the store keeps its promise; StoreRefused with what went wrong where not.
+
+    StoreUnavailable where it does not answer: that says nothing about it.
+    """
+    token = secrets.token_hex(8)
+    with ThreadPoolExecutor(creators, thread_name_prefix="probe") as pool:
+        for number in range(rounds):
+            _round(store, pool, f"probe/{token}/{number:04d}", creators)
+    logger.info("store %s: %d rounds of %d racing creators had one winner each", store.describe(), rounds, creators)
+
+
+def ensure_probed(store: Store) -> None:
+    """``probe`` once a store address: a marker object says that it passed.
+
+    The marker is named by the address, so a copy of the store elsewhere is probed anew.
+    """
+    marker = f"probe/passed-{hashlib.sha256(store.url.encode()).hexdigest()[:32]}"
+    if store.head(marker) is not None:
+        return
+    probe(store)
+    store.create(marker, b"one winner each\n")
+
+
+def _round(store: Store, pool: ThreadPoolExecutor, key: str, creators: int) -> None:
+    refuse = _Refuse(store)
+    if store.head(key) is not None:
+        raise refuse(f"object {key} is there before anybody has created it")
+    start = threading.Barrier(creators)
+    tokens = [f"{number:04d} {secrets.token_hex(16)}".encode() for number in range(creators)]
+
+    def create(data: bytes) -> bool:
+        start.wait()
+        return store.create(key, data)
+
+    waiting = [pool.submit(create, data) for data in tokens]
+    unclear: StoreUnavailable | None = None
+    won: list[bytes] = []
+    for data, future in zip(tokens, waiting, strict=True):
+        try:
+            if future.result():
+                won.append(data)
+        except StoreUnavailable as error:
+            unclear = error
+    if len(won) > 1:
+        raise refuse(f"{len(won)} of {creators} racing creators of one object were told that they made it")
+    if unclear is not None:
+        raise unclear
+    if not won:
+        raise refuse(f"none of {creators} racing creators of one object made it")
+    if store.get(key, max_bytes=1 << 20) != won[0]:
+        raise refuse("the object does not hold the bytes of the creator that was told that it made it")
+    if store.create(key, b"late " + secrets.token_hex(16).encode()):
+        raise refuse("a second create of an object that exists was told that it made it")
+    if store.get(key, max_bytes=1 << 20) != won[0]:
+        raise refuse("a create that lost changed the object")
+    if [info.key for info in store.list(key)] != [key]:
+        raise refuse("an object that was just created is not in the listing")
+
+
+class _Refuse:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __call__(self, why: str) -> StoreRefused:
+        return StoreRefused(
+            f"store {self._store.describe()} cannot order writers: {why}. hotstage needs atomic create-if-absent "
+            "(S3: PutObject with If-None-Match: *; a folder: link(2)): use a store that has it, with --store"
+        )

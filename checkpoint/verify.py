@@ -1,0 +1,256 @@
+"""Is everything that a run has written still what was written?
+
+    quick   every record, fold, manifest and part is read and checked; every chunk exists with its size
+    full    and every chunk's bytes are hashed, whole and block by block, and the state digest is worked out again
+
+A problem is a finding, not an exception; a store that does not answer is an exception (StoreUnavailable), since it says
+nothing about the bytes. Reads only. Memory: one chunk (64 MiB) and one manifest at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from checkpoint import keys
+from checkpoint.digest import leaf_digests
+from checkpoint.errors import Damaged, NotFound
+from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
+from checkpoint.manifest import MAX_BYTES, Chunk, Manifest, Piece, merge
+from checkpoint.read import load_manifest
+from checkpoint.store.base import Store
+from trainer import wire
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["quick", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One object that is not what it should be."""
+
+    key: str
+    reason: str
+    checkpoint: int | None = None  # record number of the checkpoint that it spoils
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was looked at and what was found."""
+
+    run: str
+    level: Level
+    records: int
+    checkpoints: int
+    objects: int
+    bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.objects = 0
+        self.bytes = 0
+        self.problems: list[Problem] = []
+
+    def saw(self, size: int) -> None:
+        self.objects += 1
+        self.bytes += size
+
+    def found(self, key: str, reason: str, checkpoint: int | None = None) -> None:
+        logger.error("%s: %s", key, reason)
+        self.problems.append(Problem(key, reason, checkpoint))
+
+
+def verify_checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level = "full") -> tuple[Problem, ...]:
+    """What is wrong with one checkpoint; empty where nothing is."""
+    tally = _Tally()
+    _checkpoint(store, run, info, level, tally)
+    return tuple(tally.problems)
+
+
+def first_sound(
+    store: Store, run: str, candidates: Iterable[CheckpointInfo], level: Level = "quick"
+) -> CheckpointInfo | None:
+    """The first of the restore candidates that verifies; every one passed over is said loudly."""
+    for info in candidates:
+        problems = verify_checkpoint(store, run, info, level)
+        if not problems:
+            return info
+        logger.warning(
+            "run %s: the checkpoint of step %d (record %d) is DAMAGED, the one before it is used: %s: %s",
+            run, info.step, info.n, problems[0].key, problems[0].reason,
+        )  # fmt: skip
+    return None
+
+
+def verify_run(
+    store: Store, run: str, level: Level = "quick", *, progress: Callable[[str], None] | None = None
+) -> Report:
+    """Check everything of a run: its log, folds, spec, plans and all checkpoints that should be there."""
+    tally = _Tally()
+    state = _log(store, run, tally)
+    _spec_and_plans(store, run, state, tally)
+    wanted = [c for c in state.checkpoints if c.n not in state.tombstones]
+    for info in wanted:
+        if progress is not None:
+            progress(f"step {info.step}, record {info.n}")
+        _checkpoint(store, run, info, level, tally)
+    return Report(run, level, state.n, len(wanted), tally.objects, tally.bytes, tuple(tally.problems))
+
+
+# --- inside -----------------------------------------------------------------------------------------------
+
+
+def _log(store: Store, run: str, tally: _Tally) -> RunState:
+    """Every record, from the first; the state up to the first that cannot be read."""
+    log = RunLog(store, run, writer="verify")
+    state, whole, expected = RunState(run), True, 1
+    for entry in store.list(keys.log_prefix(run)):
+        name = entry.key.rpartition("/")[2]
+        if len(name) != 20 or not name.isdigit():
+            tally.found(entry.key, "not a log record's name")
+            continue
+        n = int(name)
+        if n != expected:
+            tally.found(keys.log_key(run, expected), f"missing: the next record is {n}")
+            whole = False
+        expected = n + 1
+        tally.saw(entry.bytes)
+        try:
+            record = log.read(n)
+            if record.kind == "fold":
+                _fold(store, run, record, state if whole else None, tally)
+            if whole:
+                state = state.apply(record)
+        except (Damaged, NotFound) as error:
+            tally.found(entry.key, str(error))
+            whole = False
+    if expected == 1:
+        raise NotFound(keys.log_key(run, 1), store.describe())
+    return state
+
+
+def _fold(store: Store, run: str, record: Record, state: RunState | None, tally: _Tally) -> None:
+    """The folded state that a fold record names is there, and is what folding gives."""
+    name, size, sha256 = fold_target(record)
+    key = keys.run_key(run, name)
+    try:
+        data = store.get(key, max_bytes=size)
+        tally.saw(len(data))
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise Damaged(f"not the bytes that log record {record.n} names")
+        found = RunState.parse(data, run, record.n - 1)
+    except (Damaged, NotFound) as error:
+        tally.found(key, str(error))
+        return
+    if state is not None and found != state:
+        tally.found(
+            key, f"says something else than the {record.n - 1} records before it (a fold comes every {FOLD_EVERY})"
+        )
+
+
+def _spec_and_plans(store: Store, run: str, state: RunState, tally: _Tally) -> None:
+    for what in sorted({a.what for a in state.attempts}):
+        _check(store, keys.spec_key(run), tally, lambda data, what=what: hashlib.sha256(data).hexdigest() == what)  # type: ignore[misc]
+    for plan in sorted({a.plan for a in state.attempts}):
+        _check(store, keys.plan_key(run, plan), tally, lambda data, plan=plan: is_plan(data, plan))  # type: ignore[misc]
+
+
+def is_plan(data: bytes, digest: str) -> bool:
+    """Whether these are a plan file's bytes with this digest (trainer/engine/wire/plan.h)."""
+    if len(data) < 224:
+        return False
+    header = wire.PlanHeader.from_buffer_copy(data)
+    return (
+        bytes(header.magic) == wire.PLAN_MAGIC
+        and header.version == wire.PLAN_VERSION
+        and header.sections == len(wire.SECTIONS)
+        and header.file_bytes == len(data)
+        and header.reserved == 0
+        and bytes(header.digest).hex() == digest
+        and hashlib.sha256(data[64:]).hexdigest() == digest
+    )
+
+
+def _check(store: Store, key: str, tally: _Tally, good: Callable[[bytes], bool]) -> None:
+    try:
+        data = store.get(key)
+    except NotFound:
+        tally.found(key, "gone, but attempt records name it")
+        return
+    tally.saw(len(data))
+    if not good(data):
+        tally.found(key, "its bytes do not have the digest that attempt records name")
+
+
+def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tally: _Tally) -> None:
+    try:
+        manifest = load_manifest(store, run, info)
+    except Damaged as error:
+        tally.found(keys.run_key(run, info.manifest), str(error), info.n)
+        return
+    tally.saw(info.bytes)
+    parts: list[tuple[str, bytes]] = []
+    for source in manifest.sources:
+        data = _object(store, run, source, info, tally)
+        if data is not None:
+            parts.append((source.name, data))
+    if len(parts) == len(manifest.sources):
+        try:
+            if merge(parts) != manifest:
+                raise Damaged("says something else than its parts")
+        except Damaged as error:
+            tally.found(keys.run_key(run, info.manifest), str(error), info.n)
+    del parts
+    for number, (chunk, pieces) in enumerate(_by_chunk(manifest)):
+        if level == "quick":
+            _size(store, run, chunk, info, tally)
+            continue
+        found = _object(store, run, chunk, info, tally)
+        if found is None:
+            continue
+        view = memoryview(found)
+        if any(tuple(leaf_digests(view[p.offset : p.offset + p.bytes])) != p.leaves for p in pieces):
+            tally.found(keys.run_key(run, chunk.name), f"chunk {number}: its blocks give another state digest", info.n)
+
+
+def _by_chunk(manifest: Manifest) -> Iterator[tuple[Chunk, list[Piece]]]:
+    held: list[list[Piece]] = [[] for _ in manifest.chunks]
+    for piece in manifest.pieces:
+        held[piece.chunk].append(piece)
+    yield from zip(manifest.chunks, held, strict=True)
+
+
+def _size(store: Store, run: str, chunk: Chunk, info: CheckpointInfo, tally: _Tally) -> None:
+    key = keys.run_key(run, chunk.name)
+    seen = store.head(key)
+    if seen is None:
+        tally.found(key, "gone, but the manifest names it", info.n)
+        return
+    tally.saw(0)
+    if seen.bytes != chunk.bytes:
+        tally.found(key, f"has {seen.bytes} bytes, the manifest says {chunk.bytes}", info.n)
+
+
+def _object(store: Store, run: str, chunk: Chunk, info: CheckpointInfo, tally: _Tally) -> bytes | None:
+    """The bytes of an object that a manifest names, where they are what it says."""
+    key = keys.run_key(run, chunk.name)
+    try:
+        data = store.get(key, max_bytes=min(chunk.bytes, MAX_BYTES))
+    except (NotFound, Damaged) as error:
+        tally.found(key, str(error), info.n)
+        return None
+    tally.saw(len(data))
+    if len(data) != chunk.bytes or hashlib.sha256(data).digest() != chunk.sha256:
+        tally.found(key, f"has {len(data)} bytes that are not those that the manifest names", info.n)
+        return None
+    return data
