@@ -1,0 +1,21 @@
+"""The plan compiler: RunSpec to Plan, in passes of pure functions.
+
+    expand      a family's calls into forward and backward programs of a stage
+    layout      layers to stages, by cost
+    schedules   computations of every rank, in order
+    lower       buffers, messages, optimizer step, snapshot
+    check       order, messages, deadlock
+    memory      static placement, the account of bytes, the budget
+    simulate    seconds of a step; draw: pictures of it
+    binary      the flat file that the engine reads
+
+Example::
+
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
+    path.write_bytes(plan.to_bytes())
+"""
+
+from trainer.plan.compile import compile_plan
+from trainer.plan.records import Plan
+
+__all__ = ["Plan", "compile_plan"]

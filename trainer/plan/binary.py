@@ -1,0 +1,253 @@
+"""The plan file: ``Plan`` to bytes and back. The format's manual is ``engine/wire/plan.h``, its records ``wire.py``.
+
+``to_bytes`` is canonical: equal plans give equal bytes, so the file's digest names the plan. ``parse`` reads a file as
+hostile input (sizes, then the digest, then records) for tools and tests; the engine has its own reader.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from trainer import wire
+from trainer.errors import PlanError
+from trainer.models.base import Tensor
+from trainer.plan.records import BoundCall, Config, Plan, PlanAction, Position, Ref
+
+_Record = TypeVar("_Record", bound=ctypes.LittleEndianStructure)
+_RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
+    "config": wire.PlanConfig,
+    "tensors": wire.PlanTensor,
+    "shards": wire.PlanShard,
+    "positions": wire.PlanPosition,
+    "states": wire.PlanState,
+    "programs": wire.PlanProgram,
+    "calls": wire.PlanCall,
+    "actions": wire.PlanAction,
+    "channels": wire.PlanChannel,
+}
+
+
+class _Strings:
+    """Names, one after the other, each stored once."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray()
+        self.places: dict[str, tuple[int, int]] = {}
+
+    def add(self, text: str) -> tuple[int, int]:
+        if text not in self.places:
+            raw = text.encode()
+            self.places[text] = (len(self.bytes), len(raw))
+            self.bytes += raw
+        return self.places[text]
+
+
+def to_bytes(plan: Plan) -> bytes:
+    """The plan file."""
+    strings = _Strings()
+    tables: dict[str, list[bytes]] = {name: [] for name in wire.SECTIONS}
+    tables["config"].append(bytes(_config(plan.config)))
+    tables["tensors"] = [bytes(_tensor(tensor, strings)) for tensor in plan.tensors]
+    samples = 0
+    for tokens in plan.shards:
+        tables["shards"].append(bytes(wire.PlanShard(tokens=tokens, first_sample=samples)))
+        samples += max(0, tokens - 1) // plan.config.sequence
+    for position in plan.positions:
+        tables["positions"].append(bytes(_position(position, tables, strings)))
+    for channel in plan.channels:
+        record = wire.PlanChannel(to=channel.target, kind=channel.kind, bytes=channel.bytes)
+        record.from_ = channel.source
+        tables["channels"].append(bytes(record))
+    return _file(tables, bytes(strings.bytes))
+
+
+def _file(tables: dict[str, list[bytes]], strings: bytes) -> bytes:
+    header = wire.PlanHeader(version=wire.PLAN_VERSION, sections=len(wire.SECTIONS))
+    header.magic[:] = wire.PLAN_MAGIC
+    body = bytearray(ctypes.sizeof(header))
+    for number, name in enumerate(wire.SECTIONS):
+        body += bytes(-len(body) % 64)
+        data = strings if name == "strings" else b"".join(tables[name])
+        header.section[number].offset = len(body)
+        header.section[number].count = len(data) if name == "strings" else len(tables[name])
+        body += data
+    body += bytes(-len(body) % 64)
+    header.file_bytes = len(body)
+    body[: ctypes.sizeof(header)] = bytes(header)
+    header.digest[:] = hashlib.sha256(body[64:]).digest()
+    body[: ctypes.sizeof(header)] = bytes(header)
+    return bytes(body)
+
+
+def _config(c: Config) -> wire.PlanConfig:
+    record = wire.PlanConfig()
+    for name in c.__dataclass_fields__:
+        value = getattr(c, name)
+        if name in ("dataset_digest", "what_digest"):
+            getattr(record, name)[:] = value
+        else:
+            setattr(record, name, int(value) if isinstance(value, bool) else value)
+    return record
+
+
+def _tensor(tensor: Tensor, strings: _Strings) -> wire.PlanTensor:
+    offset, length = strings.add(tensor.name)
+    record = wire.PlanTensor(
+        name_offset=offset,
+        name_length=length,
+        rank=len(tensor.shape),
+        decay=int(tensor.decay),
+        elements=tensor.elements,
+    )
+    record.shape[:] = (*tensor.shape, 1, 1, 1, 1)[:4]
+    return record
+
+
+def _or64(value: int | None) -> int:
+    return wire.NONE64 if value is None else value
+
+
+def _or32(value: int | None) -> int:
+    return wire.NONE32 if value is None else value
+
+
+def _position(p: Position, tables: dict[str, list[bytes]], strings: _Strings) -> wire.PlanPosition:
+    record = wire.PlanPosition(
+        stage=p.stage,
+        arena_bytes=p.arena_bytes,
+        act_offset=p.act_offset,
+        act_stride=p.act_stride,
+        act_slots=p.act_slots,
+        mb_count=p.mb_count,
+        mb_offset=p.mb_offset,
+        mb_stride=p.mb_stride,
+        tokens_offset=_or64(p.tokens_offset),
+        targets_offset=_or64(p.targets_offset),
+        loss_offset=_or64(p.loss_offset),
+        sumsq_offset=_or64(p.sumsq_offset),
+        control_offset=_or64(p.control_offset),
+        logits_offset=_or64(p.logits_offset),
+        slot_bytes=p.slot_bytes,
+        first_state=len(tables["states"]),
+        states=len(p.states),
+    )
+    for state in p.states:
+        tables["states"].append(
+            bytes(
+                wire.PlanState(
+                    tensor=state.tensor,
+                    master_offset=state.master,
+                    m_offset=_or64(state.m),
+                    v_offset=_or64(state.v),
+                    grad_offset=_or64(state.grad),
+                    slot_offset=state.slot,
+                )
+            )
+        )
+    numbers: dict[str, int] = {}
+    for name, program in p.programs.items():
+        numbers[name] = len(tables["programs"])
+        offset, length = strings.add(program.name)
+        first = len(tables["calls"])
+        tables["calls"] += [bytes(_call(call)) for call in program.calls]
+        tables["programs"].append(
+            bytes(wire.PlanProgram(first_call=first, calls=len(program.calls), name_offset=offset, name_length=length))
+        )
+    for name in ("init", "load", "step"):
+        actions: Sequence[PlanAction] = getattr(p, name)
+        setattr(record, f"first_{name}", len(tables["actions"]))
+        setattr(record, f"{name}s", len(actions))
+        tables["actions"] += [bytes(_action(action, p.stage, numbers)) for action in actions]
+    record.bytes_by_kind[:] = [p.bytes_by_kind[kind] for kind in wire.MEMORY_KINDS]
+    return record
+
+
+def _ref(ref: Ref | None) -> wire.PlanRef:
+    return wire.PlanRef() if ref is None else wire.PlanRef(space=ref.space, offset=ref.offset, bytes=ref.bytes)
+
+
+def _call(call: BoundCall) -> wire.PlanCall:
+    record = wire.PlanCall(kernel=wire.KERNELS[call.kernel].number, dtype=call.dtype, layer=_or32(call.layer))
+    for number, ref in enumerate(call.ptr):
+        record.ptr[number] = _ref(ref)
+    record.dim[: len(call.dim)] = call.dim
+    record.real[: len(call.real)] = call.real
+    return record
+
+
+def _action(action: PlanAction, stage: int, programs: dict[str, int]) -> wire.PlanAction:
+    return wire.PlanAction(
+        kind=action.kind,
+        op=ord(action.op),
+        program=wire.NONE32 if action.program is None else programs[action.program],
+        channel=_or32(action.channel),
+        stage=stage,
+        microbatch=_or32(action.microbatch),
+        slot=_or32(action.slot),
+        ref=_ref(action.ref),
+    )
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan file's tables, as records. ``digest`` is the hex digest that the header holds and the bytes have."""
+
+    digest: str
+    strings: bytes
+    config: wire.PlanConfig
+    tables: dict[str, tuple[ctypes.LittleEndianStructure, ...]]
+
+    def name(self, record: wire.PlanTensor | wire.PlanProgram) -> str:
+        """The name of a tensor or program."""
+        raw = self.strings[record.name_offset : record.name_offset + record.name_length]
+        return raw.decode()
+
+    def records(self, name: str, kind: type[_Record]) -> tuple[_Record, ...]:
+        """A section's records, typed."""
+        return tuple(record for record in self.tables[name] if isinstance(record, kind))
+
+
+def parse(data: bytes) -> PlanFile:
+    """Reads a plan file; PlanError names the first thing that does not hold."""
+    size = ctypes.sizeof(wire.PlanHeader)
+    if len(data) < size:
+        raise PlanError(f"a plan file of {len(data)} bytes is cut: its header alone takes {size}; compile it again")
+    header = wire.PlanHeader.from_buffer_copy(data)
+    if bytes(header.magic) != wire.PLAN_MAGIC:
+        raise PlanError("the file does not start with the magic of a plan; compile it again")
+    if header.version != wire.PLAN_VERSION or header.sections != len(wire.SECTIONS):
+        raise PlanError(f"plan version {header.version}, this one reads {wire.PLAN_VERSION}; compile it again")
+    if header.file_bytes != len(data):
+        raise PlanError(f"the plan file has {len(data)} bytes, its header says {header.file_bytes}; compile it again")
+    digest = hashlib.sha256(data[64:]).digest()
+    if digest != bytes(header.digest):
+        raise PlanError("the plan file's bytes do not have the digest that its header says; compile it again")
+    strings, tables, end = b"", {}, size
+    for number, name in enumerate(wire.SECTIONS):
+        section = header.section[number]
+        record = _RECORDS.get(name)
+        bytes_each = 1 if record is None else ctypes.sizeof(record)
+        stop = section.offset + section.count * bytes_each
+        if section.offset % 64 or section.offset < end or stop > len(data):
+            raise PlanError(f"section {name} of the plan file lies outside it or over another; compile it again")
+        end = stop
+        if record is None:
+            strings = data[section.offset : stop]
+        else:
+            tables[name] = tuple(_read(record, data, section.offset, section.count))
+    if len(tables["config"]) != 1:
+        raise PlanError(f"the plan file has {len(tables['config'])} configurations, not 1; compile it again")
+    config = tables["config"][0]
+    assert isinstance(config, wire.PlanConfig)
+    return PlanFile(digest.hex(), strings, config, tables)
+
+
+def _read(
+    record: type[ctypes.LittleEndianStructure], data: bytes, offset: int, count: int
+) -> Iterable[ctypes.LittleEndianStructure]:
+    size = ctypes.sizeof(record)
+    return (record.from_buffer_copy(data, offset + n * size) for n in range(count))

@@ -1,0 +1,109 @@
+"""RunSpec to Plan: the passes in order, nothing else. Pure: the same input gives the same plan, byte for byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from trainer import models, wire
+from trainer.dataset import DatasetRef
+from trainer.errors import PlanError
+from trainer.models.base import tensor_table
+from trainer.plan.expand import Stage, expand_stage
+from trainer.plan.layout import call_cost, split_layers
+from trainer.plan.lower import Job, lower
+from trainer.plan.memory import check_budget
+from trainer.plan.records import Config, Plan
+from trainer.spec import RunSpec
+
+_LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
+WSD_DECAY_SHARE = 5
+"""A warmup-stable-decay schedule whose decay is 0 in the spec decays over a fifth of the steps."""
+
+
+def compile_plan(
+    spec: RunSpec, dataset: DatasetRef, what_digest: bytes, mode: Literal["train", "infer"] = "train"
+) -> Plan:
+    """The plan of a resolved spec (``spec.resolve(dataset)``). PlanError where none can be made or none fits.
+
+    Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
+    """
+    if not spec.model.vocab:
+        raise PlanError("model.vocab is 0: call spec.resolve(dataset) before compile_plan")
+    if len(what_digest) != 32:
+        raise PlanError(f"what_digest has {len(what_digest)} bytes; it is a SHA-256 of 32")
+    infer = mode == "infer"
+    if infer:
+        train = spec.train.model_copy(update={"batch": 1, "microbatch": 1})
+        parallel = spec.parallel.model_copy(update={"stages": 1})
+        spec = spec.model_copy(update={"train": train, "parallel": parallel})
+    stages = expand(spec, infer)
+    tensors = tensor_table(models.family(spec.model.family), spec.model)
+    job = Job(spec, tensors, stages, infer)
+    positions, channels, schedule = lower(job)
+    if not infer:
+        check_budget(positions, spec.launch.nodes, int(spec.launch.memory_gib * (1 << 30)))
+    shards = () if infer else dataset.shards
+    return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+
+
+def expand(spec: RunSpec, infer: bool = False) -> tuple[Stage, ...]:
+    """The stages of a resolved spec: layers laid out by cost, then expanded."""
+    family, train = models.family(spec.model.family), spec.train
+    tensors = tensor_table(family, spec.model)
+
+    def stage(layers: range, forward_only: bool) -> Stage:
+        scale = 1.0 / train.tokens
+        sizes = (train.microbatch, train.sequence, train.classifier_chunk)
+        return expand_stage(family, spec.model, tensors, layers, *sizes, scale, forward_only)
+
+    whole = stage(range(spec.model.layers), True)
+    costs = [0] * spec.model.layers
+    head = 0
+    for call in whole.forward:
+        if call.layer is None:
+            head += call_cost(call)
+        else:
+            costs[call.layer] += call_cost(call)
+    ranges = split_layers(costs, head, spec.parallel.stages)
+    return tuple(replace(stage(layers, infer), index=number) for number, layers in enumerate(ranges))
+
+
+def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
+    spec, train, infer = job.spec, job.spec.train, job.infer
+    o, s = train.optimizer, train.schedule
+    decay = s.decay
+    if not decay and s.kind == "cosine":
+        decay = train.steps
+    if not decay and s.kind == "wsd":
+        decay = max(1, min(train.steps // WSD_DECAY_SHARE, train.steps - s.warmup))
+    return Config(
+        mode=wire.MODE_INFER if infer else wire.MODE_TRAIN,
+        dtype=job.dtype,
+        positions=len(job.stages),
+        replicas=spec.parallel.replicas,
+        microbatches=train.microbatches,
+        microbatch=train.microbatch,
+        sequence=train.sequence,
+        vocab=spec.model.vocab,
+        token_bytes=dataset.token_bytes,
+        steps=0 if infer else train.steps,
+        seed=train.seed,
+        lr=o.lr,
+        min_lr=o.min_lr,
+        warmup_steps=s.warmup,
+        decay_steps=decay,
+        lr_schedule=_LR[s.kind],
+        threads=spec.parallel.threads,
+        clip=o.clip,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        checkpoint_every=spec.checkpoint.every,
+        slots=0 if infer else spec.checkpoint.slots,
+        data_shuffled=spec.data.shuffled,
+        data_samples=0 if infer else dataset.samples(train.sequence),
+        data_block=spec.data.block,
+        data_window=spec.data.window,
+        dataset_digest=bytes.fromhex(dataset.digest),
+        what_digest=what_digest,
+    )

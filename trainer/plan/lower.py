@@ -1,0 +1,562 @@
+"""Pass 3: stages and a schedule into positions: every buffer placed, every operand bound, every message in its list.
+
+A position's arena, in order (all offsets multiples of 64):
+
+    reports and control block | rotary tables | master weights | compute copies | moments | gradients
+    | gradient that is sent back (last stage) | scratch of the running program | activation slots | microbatches' tokens
+
+What a slot of activations holds: all that lives from a microbatch's forward to its backward, and what is received and
+sent (``Stage.kept``). Scratch is shared by the programs, which never run at once; inside a program buffers share it by
+lifetime. A step list is: data, computations with their messages, tied gradient, norms, reports, control, optimizer,
+tied weights, snapshot. Every message appears; nothing is decided by the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from trainer import wire
+from trainer.errors import PlanError
+from trainer.models.base import Call, Given, Normal, Operand, RopeTable, Tensor, View, Weight
+from trainer.plan import memory
+from trainer.plan.check import Message, check_channels, check_lowered, insert_messages
+from trainer.plan.expand import Stage
+from trainer.plan.memory import align
+from trainer.plan.records import BoundCall, Channel, PlanAction, Position, Program, Ref, State
+from trainer.plan.schedules import GENERATORS, Action
+from trainer.spec import RunSpec
+
+SUMSQ_BLOCK = 65536
+REPORT_BYTES, CONTROL_BYTES = 64, 96
+
+# Kernels whose arithmetic is f32 whatever the precision of activations
+_F32_KERNELS = {"rope_table", "add_acc", "sumsq", "zero", "init_normal", "init_const"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all positions of a plan share."""
+
+    spec: RunSpec
+    tensors: tuple[Tensor, ...]
+    stages: tuple[Stage, ...]
+    infer: bool = False
+
+    @property
+    def dtype(self) -> int:
+        """``wire.F32`` or ``wire.BF16``."""
+        return wire.BF16 if self.spec.train.precision == "bf16" else wire.F32
+
+    @property
+    def dt_bytes(self) -> int:
+        """Bytes of an activation's element."""
+        return wire.DTYPE_BYTES[self.dtype]
+
+    @property
+    def last(self) -> int:
+        """The last position."""
+        return len(self.stages) - 1
+
+    @property
+    def tied_tensor(self) -> int | None:
+        """The embedding, where it is the head's weight too."""
+        names = {
+            w.tensor for s in self.stages for c in (*s.forward, *s.backward) for w in _weights(c) if w.use == "head"
+        }
+        return next((number for number, t in enumerate(self.tensors) if t.name in names), None)
+
+    def owner(self, tensor: Tensor) -> int:
+        """The position that keeps a tensor's state."""
+        if tensor.part == "embed":
+            return 0
+        if tensor.part == "head":
+            return self.last
+        return next(s.index for s in self.stages if tensor.layer in s.layers)
+
+
+def _weights(call: Call) -> Iterable[Weight]:
+    return (p for p in call.ptr if isinstance(p, Weight))
+
+
+class _Arena:
+    """Hands out bytes from the start, 64 apart, and counts them by kind."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self.by_kind = dict.fromkeys(wire.MEMORY_KINDS, 0)
+
+    def take(self, size: int, kind: str) -> int:
+        at = self.end
+        self.end += align(size)
+        self.by_kind[kind] += align(size)
+        return at
+
+    def ref(self, size: int, kind: str) -> Ref:
+        return Ref(wire.SPACE_STATIC, self.take(size, kind), size)
+
+
+class _Lowering:
+    """Places the memory of one position, then binds its programs and writes its lists."""
+
+    def __init__(self, job: Job, stage: Stage, channels: Channels, row: Sequence[Action]) -> None:
+        self.job, self.stage, self.channels, self.row = job, stage, channels, row
+        self.train = job.spec.train
+        self.rows = 4 * self.train.rows
+        self.arena = _Arena()
+        self.first, self.last = stage.index == 0, stage.index == job.last
+        self.tied = job.tied_tensor
+        self.owned = [n for n, tensor in enumerate(job.tensors) if job.owner(tensor) == stage.index]
+        self.number = {tensor.name: n for n, tensor in enumerate(job.tensors)}
+        self.tables: dict[RopeTable, Ref] = {}
+        self.masters: dict[int, Ref] = {}
+        self.copies: dict[int, Ref] = {}
+        self.moments: dict[int, tuple[Ref, Ref]] = {}
+        self.gradients: dict[int, Ref] = {}
+        self.given: dict[str, Ref] = {}
+        self.buffers: dict[str, Ref] = {}
+        self.head_weight: Ref | None = None
+        self.head_gradient: Ref | None = None
+        self.tied_received: Ref | None = None
+        self._place()
+
+    # memory
+
+    def _place(self) -> None:
+        job, arena = self.job, self.arena
+        report = REPORT_BYTES + 8 * len(job.tensors)
+        count = len(job.stages) if self.first else 1
+        if not job.infer:
+            self.reports = arena.ref(count * report, "other")
+            self.report = replace(self.reports, bytes=report)
+            self.control = arena.ref(CONTROL_BYTES, "other")
+        for table in self._rope_tables():
+            self.tables[table] = arena.ref(4 * table.rows * table.size, "other")
+        for n in self.owned:
+            self.masters[n] = arena.ref(4 * job.tensors[n].elements, "weights")
+        for n in self.owned:
+            if job.dtype != wire.F32 and job.tensors[n].decay:
+                self.copies[n] = arena.ref(job.dt_bytes * job.tensors[n].elements, "weights")
+        if self.tied is not None and self.last:
+            alone = self.first
+            size = job.dt_bytes * job.tensors[self.tied].elements
+            self.head_weight = self._compute(self.tied) if alone else arena.ref(size, "weights")
+        if not job.infer:
+            self._place_training(arena)
+        self._place_scratch(arena)
+        self._place_slots(arena)
+
+    def _place_training(self, arena: _Arena) -> None:
+        tensors = self.job.tensors
+        for n in self.owned:
+            size = 4 * tensors[n].elements
+            self.moments[n] = (arena.ref(size, "moments"), arena.ref(size, "moments"))
+        for n in self.owned:
+            self.gradients[n] = arena.ref(4 * tensors[n].elements, "gradients")
+        if self.tied is not None and self.last:
+            self.head_gradient = arena.ref(4 * tensors[self.tied].elements, "gradients")
+        sent = self.stage.gradient_sent
+        if sent is not None and sent.buffer not in self.stage.kept:
+            self.buffers[sent.buffer] = arena.ref(self._size(sent.buffer), "activations")
+
+    def _place_scratch(self, arena: _Arena) -> None:
+        kept = self.stage.kept
+        sizes = {name: self._size(name) for name in self.stage.buffers if name not in kept and name not in self.buffers}
+        places: dict[str, int] = {}
+        most = 0
+        for calls in (self.stage.forward, self.stage.backward):
+            offsets, end = memory.place(memory.lifetimes(calls, sizes))
+            places |= offsets
+            most = max(most, end)
+        received = 0
+        if not self.job.infer:
+            if self.tied is not None and self.first and not self.last:
+                received = align(4 * self.job.tensors[self.tied].elements)
+            largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
+            partials = 8 * -(-largest // SUMSQ_BLOCK)
+            most = max(most, received + partials)
+        base = arena.take(most, "scratch")
+        for name, offset in places.items():
+            self.buffers[name] = Ref(wire.SPACE_STATIC, base + offset, sizes[name])
+        if received:
+            assert self.tied is not None
+            self.tied_received = Ref(wire.SPACE_STATIC, base, 4 * self.job.tensors[self.tied].elements)
+        self.partials = base + received
+
+    def _place_slots(self, arena: _Arena) -> None:
+        offset = 0
+        kept = self.stage.kept
+        for name in self.stage.buffers:
+            if name in kept:
+                size = self._size(name)
+                self.buffers[name] = Ref(wire.SPACE_ACT, offset, size)
+                offset += align(size)
+        self.slots, self.slot_of = assign_slots(self.row)
+        self.act_stride, self.act_slots = offset, self.slots if offset else 0
+        self.act_offset = arena.take(offset * self.act_slots, "activations")
+        stride = 0
+        if self.first or self.job.infer:
+            self.given["tokens"], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
+        if self.last and not self.job.infer:
+            for name in ("targets", "loss"):
+                self.given[name], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
+        self.mb_stride, self.mb_count = stride, self.train.microbatches
+        self.mb_offset = arena.take(stride * self.mb_count, "activations")
+        if self.job.infer:
+            size = self.rows * self.job.spec.model.vocab
+            self.given["logits"] = arena.ref(size, "activations")
+
+    def _rope_tables(self) -> list[RopeTable]:
+        calls = (*self.stage.forward, *self.stage.backward)
+        return list(dict.fromkeys(p for call in calls for p in call.ptr if isinstance(p, RopeTable)))
+
+    def _size(self, name: str) -> int:
+        buffer = self.stage.buffers[name]
+        return buffer.elements * (self.job.dt_bytes if buffer.kind == "dt" else 4)
+
+    # operands
+
+    def _compute(self, n: int) -> Ref:
+        """What kernels read of a tensor: its copy in the precision of activations, else its master."""
+        return self.copies.get(n, self.masters[n])
+
+    def _bind(self, operand: Operand) -> Ref | None:
+        if operand is None:
+            return None
+        if isinstance(operand, View):
+            buffer, ref = self.stage.buffers[operand.buffer], self.buffers[operand.buffer]
+            size = self.job.dt_bytes if buffer.kind == "dt" else 4
+            return Ref(ref.space, ref.offset + operand.first * size, operand.extent * size)
+        if isinstance(operand, Given):
+            return self.given[operand.name]
+        if isinstance(operand, RopeTable):
+            return self.tables[operand]
+        return self._weight(operand)
+
+    def _weight(self, weight: Weight) -> Ref:
+        n = self.number[weight.tensor]
+        if weight.use == "weight":
+            return self._compute(n)
+        if weight.use == "gradient":
+            return self.gradients[n]
+        found = self.head_weight if weight.use == "head" else self.head_gradient
+        assert found is not None
+        return found
+
+    def _call(
+        self,
+        kernel: str,
+        ptr: tuple[Ref | None, ...],
+        dim: tuple[int, ...],
+        *real: float,
+        dtype: int | None = None,
+        layer: int | None = None,
+        part: str = "O",
+    ) -> BoundCall:
+        chosen = wire.F32 if kernel in _F32_KERNELS else self.job.dtype if dtype is None else dtype
+        table = wire.KERNELS[kernel]
+        if (len(ptr), len(dim), len(real)) != (table.ptrs, table.dims, table.reals):
+            raise PlanError(
+                f"{kernel} takes {table.ptrs} operands, {table.dims} dims, {table.reals} reals; it was given "
+                f"{len(ptr)}, {len(dim)}, {len(real)}"
+            )
+        return BoundCall(kernel, chosen, ptr, dim, real, layer, part)
+
+    # programs
+
+    def programs(self) -> dict[str, Program]:
+        """All programs of the position; empty ones are left out."""
+        named = {"F": self._bound(self.stage.forward), "B": self._bound(self.stage.backward), "load": self._load()}
+        if not self.job.infer:
+            named |= {"init": self._init(), "sumsq": self._sumsq(), "adamw": self._adamw()}
+        return {name: Program(name, tuple(calls)) for name, calls in named.items() if calls}
+
+    def _bound(self, calls: Iterable[Call]) -> list[BoundCall]:
+        return [
+            self._call(c.kernel, tuple(self._bind(p) for p in c.ptr), c.dim, *c.real, layer=c.layer, part=c.part)
+            for c in calls
+        ]
+
+    def _init(self) -> list[BoundCall]:
+        calls = []
+        for n in self.owned:
+            tensor = self.job.tensors[n]
+            if isinstance(tensor.init, Normal):
+                dim = (tensor.elements, n, self.train.seed)
+                calls.append(self._call("init_normal", (self.masters[n],), dim, 0.0, tensor.init.std))
+            else:
+                calls.append(self._call("init_const", (self.masters[n],), (tensor.elements,), tensor.init.value))
+        return calls
+
+    def _load(self) -> list[BoundCall]:
+        calls = [
+            self._call("rope_table", (ref,), (table.rows, table.size), table.base) for table, ref in self.tables.items()
+        ]
+        for n, copy in self.copies.items():
+            calls.append(self._call("cast", (copy, self.masters[n]), (self.job.tensors[n].elements,)))
+        return calls
+
+    def _sumsq(self) -> list[BoundCall]:
+        """The head's share of a tied gradient is added, then every tensor's squared norm taken, in table order."""
+        calls = []
+        if self.tied is not None and self.first:
+            share = self.head_gradient if self.last else self.tied_received
+            assert share is not None
+            elements = self.job.tensors[self.tied].elements
+            calls.append(self._call("add_acc", (self.gradients[self.tied], share), (elements,)))
+        for n in self.owned:
+            elements = self.job.tensors[n].elements
+            out = Ref(wire.SPACE_STATIC, self.report.offset + REPORT_BYTES + 8 * n, 8)
+            partials = Ref(wire.SPACE_STATIC, self.partials, 8 * -(-elements // SUMSQ_BLOCK))
+            calls.append(self._call("sumsq", (out, self.gradients[n], partials), (elements,)))
+        return calls
+
+    def _adamw(self) -> list[BoundCall]:
+        o = self.train.optimizer
+        calls = []
+        for n in self.owned:
+            tensor, (m, v) = self.job.tensors[n], self.moments[n]
+            ptr = (self.masters[n], m, v, self.gradients[n], self.copies.get(n), self.control)
+            dtype = self.job.dtype if n in self.copies else wire.F32
+            decay = o.weight_decay if tensor.decay else 0.0
+            real = (o.beta1, o.beta2, o.eps, decay)
+            calls.append(self._call("adamw", ptr, (tensor.elements, 1), *real, dtype=dtype))
+        if self.head_gradient is not None:
+            calls.append(self._call("zero", (self.head_gradient,), (self.head_gradient.bytes,)))
+        return calls
+
+    # lists
+
+    def position(self) -> Position:
+        """The position, complete."""
+        programs = self.programs()
+        states, data_bytes = self._states()
+        spec, infer = self.job.spec, self.job.infer
+        self.arena.end = align(self.arena.end, memory.PAGE)
+        by_kind = dict(self.arena.by_kind)
+        size = 0 if infer else memory.slot_bytes(data_bytes)
+        by_kind["slots"] = 0 if infer else size * spec.checkpoint.slots
+        by_kind["other"] += memory.RUNTIME_BYTES + memory.workspace_bytes(spec.parallel.threads)
+        steps, load = self._step(programs), self._load_list(programs)
+
+        def given(name: str) -> int | None:
+            return self.given[name].offset if name in self.given else None
+
+        return Position(
+            stage=self.stage.index,
+            layers=self.stage.layers,
+            arena_bytes=self.arena.end,
+            act_offset=self.act_offset,
+            act_stride=self.act_stride,
+            act_slots=self.act_slots,
+            mb_offset=self.mb_offset,
+            mb_stride=self.mb_stride,
+            mb_count=self.mb_count,
+            tokens_offset=given("tokens"),
+            targets_offset=given("targets"),
+            loss_offset=given("loss"),
+            sumsq_offset=None if infer else self.report.offset + REPORT_BYTES,
+            control_offset=None if infer else self.control.offset,
+            logits_offset=given("logits"),
+            slot_bytes=size,
+            states=states,
+            programs=programs,
+            init=(PlanAction(wire.A_RUN, program="init"),) if "init" in programs else (),
+            load=load,
+            step=steps,
+            bytes_by_kind=by_kind,
+        )
+
+    def _states(self) -> tuple[tuple[State, ...], int]:
+        states, offset = [], 0
+        for n in self.owned:
+            if self.job.infer:
+                states.append(State(n, self.masters[n].offset, None, None, None, 0))
+                continue
+            m, v = self.moments[n]
+            states.append(State(n, self.masters[n].offset, m.offset, v.offset, self.gradients[n].offset, offset))
+            offset += 3 * align(4 * self.job.tensors[n].elements)
+        return tuple(states), offset
+
+    def _send(
+        self, target: int, kind: int, ref: Ref | None, op: str = "O", mb: int | None = None, slot: int | None = None
+    ) -> PlanAction:
+        assert ref is not None
+        return PlanAction(wire.A_SEND, op, None, self.channels.of(self.stage.index, target, kind), mb, slot, ref)
+
+    def _receive(
+        self, source: int, kind: int, ref: Ref | None, op: str = "O", mb: int | None = None, slot: int | None = None
+    ) -> PlanAction:
+        assert ref is not None
+        return PlanAction(wire.A_RECV, op, None, self.channels.of(source, self.stage.index, kind), mb, slot, ref)
+
+    def _load_list(self, programs: Mapping[str, Program]) -> tuple[PlanAction, ...]:
+        run = [PlanAction(wire.A_RUN, program="load")] if "load" in programs else []
+        return (*run, *self._tied_weights())
+
+    def _tied_weights(self) -> list[PlanAction]:
+        if self.tied is None or self.first == self.last:
+            return []
+        if self.first:
+            return [self._send(self.job.last, wire.CH_TIED_WEIGHT, self._compute(self.tied))]
+        return [self._receive(0, wire.CH_TIED_WEIGHT, self.head_weight)] if self.last else []
+
+    def _tied_gradient(self) -> list[PlanAction]:
+        if self.tied is None or self.first == self.last:
+            return []
+        if self.first:
+            return [self._receive(self.job.last, wire.CH_TIED_GRAD, self.tied_received)]
+        return [self._send(0, wire.CH_TIED_GRAD, self.head_gradient)] if self.last else []
+
+    def _step(self, programs: Mapping[str, Program]) -> tuple[PlanAction, ...]:
+        if self.job.infer:
+            return (PlanAction(wire.A_RUN, "F", "F", microbatch=0),)
+        data = [PlanAction(wire.A_DATA)] if self.given else []
+        end = [
+            *self._tied_gradient(),
+            PlanAction(wire.A_RUN, "O", "sumsq"),
+            PlanAction(wire.A_REPORT, ref=self.report),
+            *self._reports(),
+            PlanAction(wire.A_APPLY, ref=self.control),
+            PlanAction(wire.A_RUN, "O", "adamw"),
+            *self._tied_weights(),
+            PlanAction(wire.A_SNAPSHOT),
+        ]
+        return (*data, *(self._scheduled(action) for action in self.row), *end)
+
+    def _reports(self) -> list[PlanAction]:
+        if not self.first:
+            return [
+                self._send(0, wire.CH_REPORT, self.report, "-"),
+                self._receive(0, wire.CH_CONTROL, self.control, "-"),
+            ]
+        others = range(1, self.job.last + 1)
+        size = self.report.bytes
+        return [
+            *(
+                self._receive(p, wire.CH_REPORT, Ref(wire.SPACE_STATIC, self.reports.offset + p * size, size), "-")
+                for p in others
+            ),
+            PlanAction(wire.A_COMBINE, ref=self.reports),
+            *(self._send(p, wire.CH_CONTROL, self.control, "-") for p in others),
+        ]
+
+    def _scheduled(self, action: Action) -> PlanAction:
+        mb, slot = action.microbatch, self.slot_of[action.microbatch] if self.act_slots else None
+        here, stage = self.stage.index, self.stage
+        if action.op == "SEND_F":
+            return self._send(here + 1, wire.CH_FORWARD, self._bind(stage.sent), "F", mb, slot)
+        if action.op == "RECV_F":
+            return self._receive(here - 1, wire.CH_FORWARD, self._bind(stage.received), "F", mb, slot)
+        if action.op == "SEND_B":
+            return self._send(here - 1, wire.CH_BACKWARD, self._bind(stage.gradient_sent), "B", mb, slot)
+        if action.op == "RECV_B":
+            return self._receive(here + 1, wire.CH_BACKWARD, self._bind(stage.gradient_received), "B", mb, slot)
+        return PlanAction(wire.A_RUN, action.op, action.op, None, mb, slot)
+
+
+class Channels:
+    """The channels of a plan, made as they are first named."""
+
+    def __init__(self, sizes: Mapping[int, int]) -> None:
+        self.sizes = sizes
+        self.all: list[Channel] = []
+
+    def of(self, source: int, target: int, kind: int) -> int:
+        """Number of the channel."""
+        channel = Channel(source, target, kind, self.sizes[kind])
+        if channel not in self.all:
+            self.all.append(channel)
+        return self.all.index(channel)
+
+    def ends(self, position: int) -> int:
+        """Channels that start or end at a position."""
+        return sum(position in (c.source, c.target) for c in self.all)
+
+
+def assign_slots(row: Sequence[Action]) -> tuple[int, dict[int, int]]:
+    """How many slots a rank's list needs, and which each microbatch takes.
+
+    A slot is taken when the activation is received (on the first stage: at F) and free after the last of B and SEND_B.
+    """
+    last = {action.microbatch: place for place, action in enumerate(row) if action.op in ("B", "W", "SEND_B")}
+    slots: dict[int, int] = {}
+    held: dict[int, int] = {}
+    count = 0
+    for place, action in enumerate(row):
+        mb = action.microbatch
+        if mb not in slots:
+            slots[mb] = held[mb] = next(n for n in range(count + 1) if n not in held.values())
+            count = max(count, slots[mb] + 1)
+        if last.get(mb) == place:
+            del held[mb]
+    return count, slots
+
+
+def check_hazards(row: Sequence[Action], stage: Stage) -> None:
+    """Refuses lists in which a message's memory would be written before the message is gone."""
+    one_gradient = stage.gradient_sent is not None and stage.gradient_sent.buffer not in stage.kept
+    sent: set[int] = set()
+    owed: int | None = None
+    for place, action in enumerate(row):
+        where = f"rank {stage.index}, action {place}, {action}"
+        if action.op == "SEND_F":
+            sent.add(action.microbatch)
+        elif action.op == "RECV_B" and action.microbatch not in sent:
+            raise PlanError(f"{where}: its gradient would be received over an activation that is not sent yet")
+        elif action.op == "B" and one_gradient:
+            if owed is not None:
+                raise PlanError(f"{where}: the gradient of microbatch {owed} is not sent yet")
+            owed = action.microbatch
+        elif action.op == "SEND_B" and action.microbatch == owed:
+            owed = None
+
+
+def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[tuple[Action, ...], ...]]:
+    """All positions, channels and the scheduled rows of a job."""
+    spec, stages = job.spec, len(job.stages)
+    if job.infer:
+        rows: list[list[Action]] = [[]]
+    else:
+        rows = insert_messages(GENERATORS[spec.parallel.schedule](stages, spec.train.microbatches), stages)
+        check_lowered(rows)
+        for row, stage in zip(rows, job.stages, strict=True):
+            check_hazards(row, stage)
+    activation = spec.train.rows * spec.model.width * job.dt_bytes
+    tied = 0 if job.tied_tensor is None else job.tensors[job.tied_tensor].elements
+    channels = Channels(
+        {
+            wire.CH_FORWARD: activation,
+            wire.CH_BACKWARD: activation,
+            wire.CH_TIED_GRAD: 4 * tied,
+            wire.CH_TIED_WEIGHT: job.dt_bytes * tied,
+            wire.CH_REPORT: REPORT_BYTES + 8 * len(job.tensors),
+            wire.CH_CONTROL: CONTROL_BYTES,
+        }
+    )
+    lowerings = [_Lowering(job, stage, channels, row) for stage, row in zip(job.stages, rows, strict=True)]
+    positions = [lowering.position() for lowering in lowerings]
+    positions = [
+        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends(p.stage) * memory.CHANNEL_BYTES})
+        for p in positions
+    ]
+    check_messages(positions, channels.all)
+    return tuple(positions), tuple(channels.all), tuple(tuple(row) for row in rows)
+
+
+def check_messages(positions: Sequence[Position], channels: Sequence[Channel]) -> None:
+    """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
+    for name in ("load", "step"):
+        rows = []
+        for p in positions:
+            actions: tuple[PlanAction, ...] = getattr(p, name)
+            row = []
+            for action in actions:
+                if action.channel is None:
+                    continue
+                c, is_send = channels[action.channel], action.kind == wire.A_SEND
+                label = action.microbatch
+                text = f"{p.stage}{'SEND' if is_send else 'RECV'} kind {c.kind} on channel {action.channel}"
+                row.append(Message(action.channel, is_send, label, text))
+            rows.append(row)
+        check_channels(rows)

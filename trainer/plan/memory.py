@@ -1,0 +1,130 @@
+"""Memory: static placement of short-lived buffers, and the account of every byte that a rank takes.
+
+The account follows the arena as it is laid out (``lower.py`` adds up what it placed), plus what lies outside it: the
+snapshot slots, the channels' buffers, the kernels' workspace and the process itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer import wire
+from trainer.errors import PlanError
+from trainer.models.base import Call
+from trainer.plan.records import Position
+
+ALIGN = 64
+PAGE = 4096
+RUNTIME_BYTES = 6 << 20
+"""The process beside its arena: code, stacks, tables of linked calls, log buffers (measured, see tests)."""
+
+WORKSPACE_BYTES_PER_THREAD = 1 << 20
+"""Packing buffers of the matrix kernels (``hs_kernels_scratch_bytes``), at most, for every thread."""
+
+CHANNEL_BYTES = 256 << 10
+"""Kernel and user buffers of one end of a TCP channel."""
+
+
+def align(value: int, to: int = ALIGN) -> int:
+    """The least multiple of ``to`` that is not below ``value``."""
+    return -(-value // to) * to
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A buffer that lives from call ``first`` to call ``last``, both included."""
+
+    name: str
+    bytes: int
+    first: int
+    last: int
+
+
+def workspace_bytes(threads: int) -> int:
+    """The matrix kernels' workspace of a rank; ``threads`` 0 (its share of the cores) counts as 2."""
+    return (threads or 2) * WORKSPACE_BYTES_PER_THREAD
+
+
+def lifetimes(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[Interval]:
+    """The buffers of ``sizes`` with the calls that touch them first and last; untouched ones are left out."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for number, call in enumerate(calls):
+        for view in call.views():
+            if view.buffer in sizes:
+                first.setdefault(view.buffer, number)
+                last[view.buffer] = number
+    return [Interval(name, sizes[name], first[name], last[name]) for name in first]
+
+
+def place(intervals: Sequence[Interval]) -> tuple[dict[str, int], int]:
+    """First-fit offsets, multiples of 64, such that buffers alive at once never overlap; and the bytes in all.
+
+    Large buffers are placed first, so that the small ones fill the gaps.
+    """
+    offsets: dict[str, int] = {}
+    placed: list[tuple[Interval, int]] = []
+    end = 0
+    for item in sorted(intervals, key=lambda i: (-i.bytes, i.first, i.name)):
+        size, at = align(item.bytes), 0
+        busy = sorted(
+            (offset, offset + align(other.bytes))
+            for other, offset in placed
+            if other.first <= item.last and item.first <= other.last
+        )
+        for low, high in busy:
+            if at + size <= low:
+                break
+            at = max(at, high)
+        offsets[item.name] = at
+        placed.append((item, at))
+        end = max(end, at + size)
+    return offsets, end
+
+
+def slot_bytes(data_bytes: int) -> int:
+    """Bytes of a snapshot slot (``wire/slot.h``): header, checksums padded to a page, data, rounded to a page."""
+    chunks = -(-data_bytes // wire.SLOT_CHUNK)
+    return align(wire.SLOT_HEADER_BYTES + align(8 * chunks, PAGE) + data_bytes, PAGE)
+
+
+def check_budget(positions: Sequence[Position], nodes: int, budget_bytes: int) -> None:
+    """Refuses a plan whose ranks on one node take more than ``budget_bytes``; the text carries the table."""
+    if budget_bytes <= 0:
+        return
+    each = len(positions) // nodes
+    for node in range(nodes):
+        ranks = positions[node * each : (node + 1) * each]
+        total = sum(position.total_bytes for position in ranks)
+        if total > budget_bytes:
+            raise PlanError(
+                f"node {node} needs {total} bytes ({_human(total)}), its budget is {budget_bytes} "
+                f"({_human(budget_bytes)}); use more nodes, a smaller microbatch, or raise launch.memory_gib\n"
+                f"{table_text(positions)}"
+            )
+
+
+def table_text(positions: Sequence[Position]) -> str:
+    """Bytes by kind, one row a rank, as text.
+
+    The kinds are those of ``wire.MEMORY_KINDS``: "activations" are the slots of microbatches in flight and the
+    microbatches' tokens, "slots" the snapshot slots in shared memory, "other" the process itself.
+    """
+    kinds = [kind for kind in wire.MEMORY_KINDS if any(p.bytes_by_kind[kind] for p in positions)]
+    rows = [["rank", "layers", *kinds, "total"]]
+    for p in positions:
+        layers = f"{p.layers.start}-{p.layers.stop - 1}"
+        cells = [_human(p.bytes_by_kind[kind]) for kind in kinds]
+        rows.append([str(p.stage), layers, *cells, _human(p.total_bytes)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _human(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
