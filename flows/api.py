@@ -1,0 +1,196 @@
+"""Training from Python: ``run = flows.train(spec)``, ``run.wait()``, ``run.result()``; and what the flow and the command call.
+
+Example::
+
+    import flows
+    run = flows.train("examples/demo.toml", store="file:///data/hotstage")
+    run.wait()
+    print(run.result().state_digest)
+
+The run does not depend on this process: kill it, and ``hotstage runs resume`` (or the same call again) goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.log import RunLog
+from checkpoint.store import Store, open_store
+from flows.loop import Driver, NoSink, Outcome, Sink
+from flows.run import Prepared, load_run, prepare_run
+from trainer.launch import Launch, Launcher, LocalLauncher
+from trainer.spec import RunSpec, how_map, load_spec
+
+OUT = Path("out")
+
+
+def default_store() -> str:
+    """``HOTSTAGE_STORE``, else a folder of the user's data folder."""
+    known = os.environ.get("HOTSTAGE_STORE")
+    if known:
+        return known
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return f"file://{(home / 'hotstage').absolute()}"
+
+
+def store_at(url: str | None) -> Store:
+    """The store at a URL or a plain folder; the default one for None."""
+    url = url or default_store()
+    if "://" not in url and not url.startswith("memory:"):
+        url = f"file://{Path(url).expanduser().absolute()}"
+    return open_store(url)
+
+
+def launcher_for(spec: RunSpec, out: Path = OUT) -> Launcher:
+    """The launcher that a spec's ``launch.target`` asks for."""
+    if spec.launch.target == "local":
+        return LocalLauncher(out)
+    from trainer.errors import SpecError
+
+    raise SpecError(
+        "launch.target is kubernetes: this version renders the objects (`hotstage k8s render SPEC.toml`) and does not "
+        "launch them yet; set launch.target = 'local'"
+    )
+
+
+def make_driver(
+    prepared: Prepared,
+    store: Store,
+    *,
+    sink: Sink | None = None,
+    out: Path = OUT,
+    stop: threading.Event | None = None,
+    reopen: bool = False,
+) -> Driver:
+    """A driver for a prepared run, with the launcher that its spec asks for."""
+
+    def launch(launch_id: str) -> Launch:
+        return Launch(
+            run=prepared.run,
+            launch_id=launch_id,
+            nodes=prepared.nodes,
+            store_url=store.url,
+            work_root=out,
+            ranks_per_node=prepared.ranks // prepared.nodes,
+            how=how_map(prepared.spec),
+        )
+
+    return Driver(
+        prepared,
+        store,
+        launcher_for(prepared.spec, out),
+        launch,
+        sink=sink or NoSink(),
+        stop=stop or threading.Event(),
+        reopen=reopen,
+    )
+
+
+@dataclass
+class Run:
+    """A run that is being driven by a thread of this process.
+
+    ``wait(timeout)`` returns True once it has ended; ``result()`` waits and gives the Outcome, or raises what stopped the driver;
+    ``stop()`` has the gang save its state and leave; ``cancel()`` ends the run for good.
+    """
+
+    prepared: Prepared
+    store: Store
+    driver: Driver
+    _done: threading.Event = field(default_factory=threading.Event)
+    _outcome: Outcome | None = None
+    _error: BaseException | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name, ``<spec name>-<6 hex digits>``."""
+        return self.prepared.run
+
+    def start(self) -> Run:
+        """Begin to drive; returns itself."""
+        threading.Thread(target=self._work, name=f"drive-{self.name}", daemon=True).start()
+        return self
+
+    def _work(self) -> None:
+        try:
+            self._outcome = self.driver.run()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._done.wait(timeout)
+
+    def result(self) -> Outcome:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._outcome is not None
+        return self._outcome
+
+    def stop(self) -> None:
+        self.driver.stop.set()
+
+    def cancel(self, reason: str = "cancelled by the user") -> None:
+        cancel(self.store, self.name, reason)
+
+
+def cancel(store: Store, run: str, reason: str = "cancelled by the user") -> bool:
+    """Write the run's end; its nodes leave by themselves. False where it had ended before."""
+    from checkpoint.errors import Conflict
+
+    log = RunLog(store, run, writer="user")
+    state = log.fold()
+    while not state.ended:
+        newest = state.checkpoints[-1] if state.checkpoints else None
+        body: dict[str, Any] = {
+            "outcome": "cancelled",
+            "reason": reason,
+            "step": newest.step if newest else 0,
+            "state_digest": newest.state_digest if newest else None,
+        }
+        try:
+            log.append("ended", body, state)
+            return True
+        except Conflict as conflict:
+            state = conflict.state
+    return False
+
+
+def train(
+    spec: RunSpec | str | Path,
+    *,
+    store: str | Store | None = None,
+    sets: Sequence[str] = (),
+    sink: Sink | None = None,
+    out: Path = OUT,
+    say: Callable[[str], None] = lambda _: None,
+) -> Run:
+    """Start (or attach to) the run of a spec and drive it in a thread. A spec may be a file's name.
+
+    Raises SpecError, PlanError, DatasetError or StoreRefused before anything is launched.
+    """
+    the_store = store_at(store) if store is None or isinstance(store, str) else store
+    run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, sets)
+    prepared = prepare_run(run_spec, the_store, say=say)
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()
+
+
+def resume(
+    run: str,
+    *,
+    store: str | None = None,
+    sets: Sequence[str] = (),
+    sink: Sink | None = None,
+    out: Path = OUT,
+) -> Run:
+    """Drive a run of the store again, with another How where ``sets`` says so."""
+    the_store = store_at(store)
+    prepared = load_run(the_store, run, sets)
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out, reopen=True)).start()

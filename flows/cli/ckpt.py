@@ -1,0 +1,174 @@
+"""``hotstage ckpt`` and ``generate``: what a run has saved, and what can be made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flows.cli.main import json_option, say, show, store_option
+
+step_option = click.option("--step", type=int, help="Of the checkpoint (else the newest).")
+
+
+@click.group()
+def ckpt() -> None:
+    """List, show, verify, digest and export checkpoints."""
+
+
+@ckpt.command("ls")
+@click.argument("run")
+@store_option
+@json_option
+def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
+    """The checkpoints of RUN, oldest first."""
+    from flows.api import store_at
+    from flows.facts import details
+    from flows.run import find_run
+
+    opened = store_at(store)
+    rows = details(opened, find_run(opened, run))["checkpoints"]
+    if as_json:
+        show(rows)
+        return 0
+    if not rows:
+        say(f"{run} has no checkpoint yet")
+    for row in rows:
+        flag = "" if row["usable"] else "  (not usable)"
+        say(f"step {row['step']:>8}  attempt {row['epoch']:>4}  {row['state_digest']}{flag}")
+    return 0
+
+
+@ckpt.command("show")
+@click.argument("run")
+@step_option
+@store_option
+@json_option
+def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool) -> int:
+    """One checkpoint: its tensors, chunks and digests, from the manifest alone."""
+    from flows.api import store_at
+    from flows.export import checkpoint_at
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    info, manifest = checkpoint_at(opened, name, step)
+    told = {
+        "run": name,
+        "step": info.step,
+        "epoch": info.epoch,
+        "samples": info.data_position,
+        "state_digest": info.state_digest,
+        "bytes": manifest.total_bytes,
+        "parts": info.parts,
+        "chunks": [{"name": c.name, "bytes": c.bytes, "sha256": c.sha256.hex()} for c in manifest.chunks],
+        "tensors": [{"name": t.name, "shape": list(t.shape)} for t in manifest.tensors],
+    }
+    if as_json:
+        show(told)
+        return 0
+    say(
+        f"{name} step {info.step}, attempt {info.epoch}: {manifest.total_bytes / 1e6:.1f} MB in {len(manifest.chunks)} chunk(s)"
+    )
+    say(f"state digest {info.state_digest}, {info.data_position:,} samples read")
+    for tensor in manifest.tensors:
+        say(f"  {tensor.name:<48} {' x '.join(map(str, tensor.shape))}")
+    return 0
+
+
+@ckpt.command()
+@click.argument("run")
+@click.option("--quick", is_flag=True, help="Names and sizes only; without it every byte is hashed again.")
+@store_option
+@json_option
+def verify(run: str, quick: bool, store: str | None, as_json: bool) -> int:
+    """Check everything that RUN has written; exits 76 where an object is not what was written."""
+    from checkpoint.verify import verify_run
+    from flows.api import store_at
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    report = verify_run(opened, name, "quick" if quick else "full")
+    if as_json:
+        show(
+            {
+                "run": name,
+                "ok": report.ok,
+                "records": report.records,
+                "checkpoints": report.checkpoints,
+                "objects": report.objects,
+                "bytes": report.bytes,
+                "problems": [{"key": p.key, "reason": p.reason, "checkpoint": p.checkpoint} for p in report.problems],
+            }
+        )
+        return 0 if report.ok else 76
+    for problem in report.problems:
+        say(f"DAMAGED  {problem.key}: {problem.reason}")
+    say(
+        f"{name}: {report.records} records, {report.checkpoints} checkpoints, {report.objects} objects, "
+        f"{report.bytes / 1e6:.1f} MB {'read' if not quick else 'listed'}: "
+        + ("all as written" if report.ok else f"{len(report.problems)} damaged")
+    )
+    return 0 if report.ok else 76
+
+
+@ckpt.command()
+@click.argument("run")
+@step_option
+@store_option
+@json_option
+def digest(run: str, step: int | None, store: str | None, as_json: bool) -> int:
+    """The state digest of RUN's checkpoint: equal digests are equal weights, moments, step and data position."""
+    from flows.api import store_at
+    from flows.export import checkpoint_at
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    info, manifest = checkpoint_at(opened, name, step)
+    if as_json:
+        show({"run": name, "step": info.step, "digest": manifest.state_digest.hex()})
+    else:
+        say(manifest.state_digest.hex())
+    return 0
+
+
+@ckpt.command()
+@click.argument("run")
+@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder to write into.")
+@step_option
+@store_option
+def export(run: str, output: str, step: int | None, store: str | None) -> int:
+    """Write Hugging Face safetensors, config.json and tokenizer.json of RUN's checkpoint."""
+    from flows.api import store_at
+    from flows.export import export_hf
+    from flows.run import find_run
+
+    opened = store_at(store)
+    path = export_hf(opened, find_run(opened, run), step, Path(output))
+    say(f"written: {path} (with config.json and tokenizer.json beside it)")
+    return 0
+
+
+@click.command()
+@click.argument("run")
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--tokens", default=120, show_default=True)
+@click.option("--temperature", default=0.8, show_default=True, help="0: always the likeliest token.")
+@click.option("--top-k", default=40, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@step_option
+@store_option
+def generate(
+    run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, step: int | None, store: str | None
+) -> int:
+    """Continue a text with RUN's newest checkpoint, by the engine that trained it."""
+    from flows.api import store_at
+    from flows.export import generate as continue_text
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    say(continue_text(opened, name, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=step))
+    return 0

@@ -1,0 +1,37 @@
+"""``hotstage data``: datasets without a run."""
+
+from __future__ import annotations
+
+import click
+
+from flows.cli.main import json_option, say, set_option, show, store_option
+
+
+@click.group()
+def data() -> None:
+    """Prepare datasets."""
+
+
+@data.command()
+@click.argument("spec", type=click.Path(dir_okay=False))
+@click.option(
+    "--again", is_flag=True, help="Build it again even where it is there; differing bytes are never overwritten."
+)
+@set_option
+@store_option
+@json_option
+def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
+    """Make SPEC's dataset in the store: tokenizer, token shards, manifest; content-addressed, so a second run skips it."""
+    from flows.api import store_at
+    from flows.prepare import prepare as make
+    from flows.run import ready_store
+    from trainer.spec import load_spec
+
+    opened = store_at(store)
+    ready_store(opened)
+    dataset = make(load_spec(spec, sets).data, opened, say=(lambda _: None) if as_json else say, again=again)
+    if as_json:
+        show({**dataset.to_map(), "tokens": dataset.tokens})
+    else:
+        say(f"dataset {dataset.digest}")
+    return 0

@@ -1,0 +1,27 @@
+"""``hotstage demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flows.cli.main import say, set_option
+
+
+@click.command()
+@set_option
+@click.option("--out", default="out/demo", show_default=True, help="Folder for all that the demo writes.")
+@click.option("--no-prefect", is_flag=True, help="Without Prefect's server and page.")
+def demo(sets: tuple[str, ...], out: str, no_prefect: bool) -> int:
+    """The main job end to end: prepare real text, train a small GPT on two stages, kill one with SIGKILL, recover,
+    prove that the bits are those of an undisturbed run on one stage, export, sample, report. About two minutes."""
+    import tomllib
+
+    from flows.demo import demo as run_demo
+    from trainer.presets import PRESETS
+    from trainer.spec import parse_spec
+
+    spec = parse_spec(tomllib.loads(PRESETS["gpt2-demo"]), sets, origin="demo")
+    run_demo(spec, Path(out), say, use_prefect=not no_prefect)
+    return 0

@@ -1,0 +1,139 @@
+"""The root of the command: options that all subcommands share, errors to exit codes, lazy loading of subcommands."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+EXIT_HELP = """
+\b
+Exit codes of train, runs resume and demo:
+   0  the run succeeded
+   1  the run was cancelled
+   2  wrong command line
+  65  bad or missing training data
+  70  internal error (a bug)
+  75  a peer, a node or the store was lost and recovery ended
+  76  the restore point is damaged and there is no other
+  78  refused: spec, plan, store or launch; the message names the value, the limit and the mend
+  85  stopped on request (Ctrl-C, SIGTERM); the state is saved, `hotstage runs resume RUN` goes on
+  86  stalled
+  87  loss or gradient norm became not finite
+
+\b
+Where things are: --store, else HOTSTAGE_STORE, else the user's data folder. A store is a folder, file:///…
+or s3://bucket/prefix?endpoint=…; credentials come from the usual places of AWS tools, never from the URL.
+"""
+
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": (
+        "flows.cli.demo",
+        "The main job end to end on this machine: prepare, train, lose a stage, recover, export.",
+    ),
+    "init": ("flows.cli.spec", "Write a commented spec to start from."),
+    "schema": ("flows.cli.spec", "Print the JSON schema of a spec."),
+    "plan": ("flows.cli.spec", "Show what a spec's plan says: memory by kind, schedule, step time."),
+    "train": ("flows.cli.train", "Train a spec to its end; recover whatever fails on the way."),
+    "schedule": ("flows.cli.train", "Serve a Prefect deployment that starts a new run each time it fires."),
+    "data": ("flows.cli.data", "Prepare datasets."),
+    "runs": ("flows.cli.runs", "List, show, resume, cancel and fork runs."),
+    "logs": ("flows.cli.runs", "What the ranks of a run printed, also when they are gone."),
+    "ckpt": ("flows.cli.ckpt", "List, show, verify, digest and export checkpoints."),
+    "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
+    "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
+    "k8s": ("flows.cli.k8s", "Render the Kubernetes objects of a spec."),
+}
+
+
+class _Lazy(click.Group):
+    """Subcommands are imported when they are called: `hotstage --help` takes no time."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module = importlib.import_module(_COMMANDS[name][0])
+        command: click.Command = getattr(module, name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_HELP)
+@click.option("-v", "--verbose", count=True, help="More of what happens inside; twice for everything.")
+@click.version_option(package_name="hotstage")
+def cli(verbose: int) -> None:
+    """Train language models through pipelines that survive.
+
+    \b
+    Begin with:   hotstage demo
+    Then:         hotstage init gpt2-demo > my.toml; hotstage plan my.toml; hotstage train my.toml
+    And later:    hotstage runs ls; hotstage logs RUN -f; hotstage ckpt export RUN -o folder
+    """
+    levels = [logging.WARNING, logging.INFO, logging.DEBUG]
+    logging.basicConfig(
+        level=levels[min(verbose, 2)],
+        stream=sys.stderr,
+        format='{"level":"%(levelname)s","logger":"%(name)s","event":"%(message)s"}',
+    )
+
+
+store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (else HOTSTAGE_STORE).")
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+set_option = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value of the spec, e.g. train.steps=20. Repeatable.",
+)
+out_option = click.option(
+    "--out", default="out", show_default=True, help="Folder for what a run writes outside the store."
+)
+
+
+def say(text: str) -> None:
+    """A line for the person in front of the terminal."""
+    click.echo(text)
+    sys.stdout.flush()
+
+
+def show(value: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=1, default=str))
+
+
+def main() -> None:
+    """Entry point: exceptions of the packages become a message and an exit code."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    from checkpoint.errors import CheckpointError
+    from trainer.errors import TrainerError
+
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except (TrainerError, CheckpointError) as error:
+        click.echo(f"hotstage: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

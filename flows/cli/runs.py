@@ -1,0 +1,193 @@
+"""``hotstage runs``, ``logs`` and ``report``: what a store knows of its runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+
+
+@click.group()
+def runs() -> None:
+    """List, show, resume, cancel and fork runs."""
+
+
+@runs.command("ls")
+@store_option
+@json_option
+def list_runs(store: str | None, as_json: bool) -> int:
+    """Every run of the store: where it stands, attempts, newest checkpoint."""
+    from flows.api import store_at
+    from flows.facts import summary
+    from flows.run import run_names
+
+    opened = store_at(store)
+    rows = [summary(opened, name) for name in run_names(opened)]
+    if as_json:
+        show(rows)
+        return 0
+    if not rows:
+        say(f"no runs in {opened.describe()}")
+        return 0
+    say(f"{'run':<40} {'state':<12} {'saved step':>10} {'of':>8} {'attempts':>8}")
+    for row in rows:
+        say(f"{row['run']:<40} {row['state']:<12} {row['saved_step']:>10} {row['steps']:>8} {row['attempts']:>8}")
+    return 0
+
+
+@runs.command("show")
+@click.argument("run")
+@store_option
+@json_option
+def show_run(run: str, store: str | None, as_json: bool) -> int:
+    """One run: its attempts and why each began, its checkpoints, its end."""
+    from flows.api import store_at
+    from flows.facts import details
+    from flows.run import find_run
+
+    opened = store_at(store)
+    told = details(opened, find_run(opened, run))
+    if as_json:
+        show(told)
+        return 0
+    say(f"{told['run']}: {told['state']}, step {told['saved_step']} of {told['steps']} saved")
+    if told["reason"]:
+        say(f"  {told['reason']}")
+    for attempt in told["attempts_list"]:
+        say(f"  attempt {attempt['epoch']:>4}  from step {attempt['step']:>6}  {attempt['from']:<10}  {attempt['reason']}"
+            + (f": {attempt['cause']}" if attempt["cause"] else ""))  # fmt: skip
+    for checkpoint in told["checkpoints"]:
+        flag = "" if checkpoint["usable"] else "  (not usable)"
+        say(
+            f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['epoch']:>4}  {checkpoint['state_digest']}{flag}"
+        )
+    return 0
+
+
+@runs.command()
+@click.argument("run")
+@set_option
+@store_option
+@out_option
+@json_option
+@click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect.")
+def resume(run: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool) -> int:
+    """Go on with RUN from its newest state, with another layout where --set parallel.… or launch.… says so."""
+    from flows.api import store_at
+    from flows.cli.train import host
+    from flows.run import find_run, load_run
+
+    opened = store_at(store)
+    prepared = load_run(opened, find_run(opened, run), sets)
+    return host(prepared, opened.url, Path(out), as_json, use_prefect=not no_prefect, reopen=True)
+
+
+@runs.command()
+@click.argument("run")
+@store_option
+def cancel(run: str, store: str | None) -> int:
+    """End RUN for good; what runs of it leaves within seconds. Its checkpoints stay."""
+    from flows.api import cancel as end
+    from flows.api import store_at
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    say(f"{name}: cancelled" if end(opened, name) else f"{name}: had ended before")
+    return 0
+
+
+@runs.command()
+@click.argument("run")
+@click.option("--step", type=int, help="Of the checkpoint to start from (else the newest).")
+@set_option
+@store_option
+@out_option
+@json_option
+@click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect.")
+def fork(
+    run: str, step: int | None, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool
+) -> int:
+    """Start another run from a checkpoint of RUN, with --set changes to what is trained; nothing is copied."""
+    from flows.api import store_at
+    from flows.cli.train import host
+    from flows.fork import fork_run
+    from flows.run import find_run
+
+    opened = store_at(store)
+    prepared = fork_run(opened, find_run(opened, run), step, sets)
+    return host(prepared, opened.url, Path(out), as_json, use_prefect=not no_prefect)
+
+
+@click.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on printing what comes.")
+@click.option("--rank", type=int, default=0, show_default=True)
+@click.option("--attempt", type=int, help="Epoch of the attempt (else the newest).")
+@click.option("--tail", type=int, metavar="N", help="Only the last N lines.")
+@store_option
+def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | None, store: str | None) -> int:
+    """What a rank of RUN printed: the last 4 MiB are kept, also when its processes and its node are gone."""
+    from checkpoint.log import RunLog
+    from flows.api import store_at
+    from flows.live import OutputFollower
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    state = RunLog(opened, name).fold()
+    epoch = attempt or state.epoch
+    if not epoch:
+        say(f"{name} has no attempt yet")
+        return 0
+    follower = OutputFollower(opened, name, epoch, rank)
+    data = follower.poll()
+    if tail is not None:
+        data = b"".join(data.splitlines(keepends=True)[-tail:]) if tail > 0 else b""
+    if not data and not follow:
+        click.echo(f"rank {rank} of attempt {epoch} has printed nothing that is kept", err=True)
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
+    while follow:
+        state = RunLog(opened, name).fold(state)
+        if attempt is None and state.epoch != follower.epoch:
+            click.echo(f"--- attempt {state.epoch}", err=True)
+            follower = OutputFollower(opened, name, state.epoch, rank)
+        fresh = follower.poll()
+        sys.stdout.buffer.write(fresh)
+        sys.stdout.flush()
+        if state.ended and not fresh:
+            return 0
+        time.sleep(0.25)
+    return 0
+
+
+@click.command()
+@click.argument("run")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The page to write.")
+@store_option
+@json_option
+def report(run: str, output: str, store: str | None, as_json: bool) -> int:
+    """Write RUN's report as one self-contained HTML page."""
+    from flows.api import store_at
+    from flows.facts import report_facts
+    from flows.report import render
+    from flows.run import find_run
+
+    opened = store_at(store)
+    facts = report_facts(opened, find_run(opened, run))
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(facts), encoding="utf-8")
+    if as_json:
+        told: dict[str, Any] = asdict(facts)
+        show({k: v for k, v in told.items() if not k.endswith("_svg")})
+    else:
+        say(f"written: {path}")
+    return 0

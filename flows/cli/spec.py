@@ -1,0 +1,83 @@
+"""``hotstage init``, ``schema`` and ``plan``: a spec before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.cli.main import json_option, say, set_option, show, store_option
+
+
+@click.command()
+@click.argument("preset", required=False)
+def init(preset: str | None) -> int:
+    """Write the commented spec of PRESET to stdout: `hotstage init gpt2-124m > my.toml`."""
+    from trainer.presets import PRESETS
+
+    if preset is None or preset not in PRESETS:
+        names = ", ".join(sorted(PRESETS))
+        if preset is None:
+            click.echo(f"presets: {names}")
+            return 0
+        raise click.UsageError(f"there is no preset {preset!r}; there are {names}")
+    click.echo(PRESETS[preset], nl=False)
+    return 0
+
+
+@click.command()
+def schema() -> int:
+    """Print the JSON schema of a spec: every key, its type, range and meaning."""
+    from trainer.spec import RunSpec
+
+    show(RunSpec.model_json_schema())
+    return 0
+
+
+@click.command()
+@click.argument("spec", type=click.Path(dir_okay=False))
+@set_option
+@store_option
+@json_option
+@click.option(
+    "--trace", type=click.Path(dir_okay=False), help="Write the foretold timeline as a Chrome/Perfetto trace."
+)
+@click.option("--svg", type=click.Path(dir_okay=False), help="Write the foretold timeline as SVG.")
+def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, trace: str | None, svg: str | None) -> int:
+    """Show what SPEC's plan says before the first step: memory by kind and stage, the schedule, the step's time.
+
+    Needs no data: where the spec's dataset is not prepared, data.vocab_size stands for its vocabulary.
+    """
+    from flows import foretell
+    from trainer.plan.draw import timeline_svg, timeline_text
+    from trainer.plan.timeline import to_chrome
+    from trainer.spec import load_spec
+
+    compiled, resolved, note = foretell.compile_for(load_spec(spec, sets), store)
+    simulation = foretell.simulate(compiled)
+    if trace:
+        Path(trace).write_text(to_chrome(simulation.timeline))
+    if svg:
+        Path(svg).write_text(timeline_svg(simulation.timeline))
+    told: dict[str, Any] = foretell.facts(compiled, resolved, simulation)
+    if as_json:
+        show(told)
+        return 0
+    say(f"plan {compiled.digest[:12]}: {told['parameters'] / 1e6:.2f} M parameters, {told['stages']} stage(s), "
+        f"{told['microbatches']} microbatch(es) of {resolved.train.microbatch} x {resolved.train.sequence} tokens, "
+        f"{resolved.parallel.schedule}, {resolved.train.precision}{note}")  # fmt: skip
+    say("")
+    say(told["memory_text"])
+    say("")
+    say(timeline_text(simulation.timeline))
+    say("")
+    say(
+        f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on this machine, "
+        f"{told['tokens_per_step'] / simulation.step_seconds:,.0f} tokens/s, bubble "
+        f"{', '.join(f'{b:.0%}' for b in simulation.bubble)} by stage, MFU {simulation.mfu:.0%}"
+    )
+    for path in (trace, svg):
+        if path:
+            say(f"written: {path}")
+    return 0

@@ -1,0 +1,155 @@
+"""``hotstage train`` and ``hotstage schedule``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+
+
+@click.command()
+@click.argument("spec", type=click.Path(dir_okay=False))
+@set_option
+@store_option
+@out_option
+@json_option
+@click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect; everything else is the same.")
+def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool) -> int:
+    """Train SPEC to its end; recover whatever fails on the way. Exits 0 only when the run succeeded.
+
+    The same spec names the same run: a second `train` attaches to what runs, and ends with its outcome. Ctrl-C has the
+    gang save one agreed step and leave; `hotstage runs resume RUN` (or the same command again) goes on from there.
+    """
+    from flows.api import store_at
+    from flows.run import prepare_run
+    from trainer.spec import load_spec
+
+    opened = store_at(store)
+    prepared = prepare_run(load_spec(spec, sets), opened, say=(lambda _: None) if as_json else say)
+    return host(prepared, opened.url, Path(out), as_json, use_prefect=not no_prefect)
+
+
+def host(prepared: Any, store_url: str, out: Path, as_json: bool, *, use_prefect: bool, reopen: bool = False) -> int:
+    """Drive a prepared run from this terminal, inside the Prefect flow where one answers; returns the exit code."""
+    from flows.api import make_driver, store_at
+    from flows.loop import Outcome
+    from flows.peak import flops_per_token, measured_peak
+    from flows.sink import Lines
+
+    if not as_json:
+        say(f"run {prepared.run} in {store_url}")
+    peak = 0.0 if as_json else measured_peak()
+    lines = Lines(
+        (lambda text: click.echo(text, err=True)) if as_json else say,
+        prepared.spec.train.steps,
+        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
+        peak_flops=peak,
+    )
+    stop = threading.Event()
+    result: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            if use_prefect and prefect_answers(lines.say):
+                from flows import flow
+
+                hosted = flow.host(lines, stop, reopen)
+                try:
+                    flow.train_flow(store=store_url, run=prepared.run, sets=(), out=str(out), spec=None)
+                except Exception as error:  # the flow's own end is Prefect's; the run's outcome is what counts
+                    if hosted["outcome"] is None:
+                        raise
+                    result["flow_error"] = str(error)
+                result["outcome"] = hosted["outcome"]
+            else:
+                store = store_at(store_url)
+                result["outcome"] = make_driver(prepared, store, sink=lines, out=out, stop=stop, reopen=reopen).run()
+        except BaseException as error:
+            result["error"] = error
+
+    worker = threading.Thread(target=work, name="drive", daemon=True)
+
+    def on_signal(number: int, _frame: Any) -> None:
+        if stop.is_set():
+            click.echo("leaving at once; what runs goes on, `hotstage runs resume` attaches to it", err=True)
+            os._exit(128 + number)
+        click.echo("stopping: the gang saves one agreed step and leaves (again: leave it running)", err=True)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    worker.start()
+    while worker.is_alive():
+        worker.join(0.2)
+    if "error" in result:
+        raise result["error"]
+    outcome: Outcome = result["outcome"]
+    if as_json:
+        from dataclasses import asdict
+
+        show(asdict(outcome))
+    elif outcome.outcome == "stopped":
+        say(f"go on with: hotstage runs resume {outcome.run}")
+    elif outcome.outcome == "gave_up":
+        click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
+        click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
+    return outcome.exit_code
+
+
+def prefect_answers(tell: Any) -> bool:
+    """Whether to run inside a flow: PREFECT_API_URL answers, or is unset (Prefect then uses a server of its own)."""
+    from flows.prefect_api import answers
+
+    url = os.environ.get("PREFECT_API_URL")
+    if url and not answers(url):
+        tell(f"Prefect does not answer at {url}: going on without it (the log in the store has everything)")
+        return False
+    return True
+
+
+@click.command()
+@click.argument("spec", type=click.Path(dir_okay=False))
+@click.option("--cron", help='When, e.g. "0 2 * * *".')
+@click.option("--interval", type=float, metavar="SECONDS", help="Instead of --cron: every so many seconds.")
+@click.option("--name", help="Name of the deployment (else the spec's).")
+@set_option
+@store_option
+@out_option
+def schedule(
+    spec: str,
+    cron: str | None,
+    interval: float | None,
+    name: str | None,
+    sets: tuple[str, ...],
+    store: str | None,
+    out: str,
+) -> int:
+    """Serve a Prefect deployment that starts a new run of SPEC each time it fires; a firing that overlaps is skipped.
+
+    Runs in the foreground until Ctrl-C; runs that it started go on. Each run's name ends with its scheduled time.
+    """
+    from flows.flow import serve_schedule
+    from trainer.spec import load_spec
+
+    if (cron is None) == (interval is None):
+        raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
+    from flows.api import store_at
+
+    run_spec = load_spec(spec, sets)
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        click.echo(
+            "hotstage: schedule needs a Prefect server: start one (`prefect server start`) and set PREFECT_API_URL to it",
+            err=True,
+        )
+        return 78
+    serve_schedule(run_spec, store_at(store).url, str(Path(out).absolute()), cron=cron, interval=interval, name=name)
+    sys.stdout.flush()
+    return 0

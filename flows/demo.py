@@ -1,0 +1,225 @@
+"""The main job in front of your eyes, by the very flow that production uses: prepare, plan, train on two stages, kill one,
+recover, prove the bits, export, sample, report. Everything is written under ``out/demo``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.log import RunLog
+from checkpoint.store import Store
+from flows.api import make_driver, store_at
+from flows.export import checkpoint_at, export_hf, generate
+from flows.facts import report_facts
+from flows.fork import fork_run
+from flows.live import StatusReader
+from flows.loop import Event, NoSink, Outcome, Sink
+from flows.peak import flops_per_token, measured_peak
+from flows.prefect_api import PrefectServer, answers
+from flows.prepare import interpreter_note
+from flows.report import render
+from flows.run import Prepared, prepare_run
+from flows.sink import Lines, Many
+from trainer.errors import LaunchError
+from trainer.spec import RunSpec
+
+PROMPT = "def "
+
+
+@dataclass
+class Killer:
+    """Kills the last stage with SIGKILL once, when the run is halfway and a checkpoint is durable."""
+
+    store: Store
+    run: str
+    steps: int
+    say: Callable[[str], None]
+    killed_rank: int | None = None
+    _durable: int = -1
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tell(self, event: Event) -> None:
+        if event.kind == "checkpoint":
+            self._durable = int(event.facts["step"])
+        if event.kind != "step" or int(event.facts["step"]) < self.steps // 2 or self._durable < 0:
+            return
+        with self._lock:
+            if self.killed_rank is None:
+                self._kill()
+
+    def _kill(self) -> None:
+        newest = RunLog(self.store, self.run).fold().newest_attempt
+        if newest is None:
+            return
+        for node in StatusReader(self.store, self.run, newest.launch).poll(newest.nodes, {}):
+            for rank in reversed(node.ranks):
+                if rank.pid and not rank.ended and node.epoch == newest.epoch:
+                    self.say("")
+                    self.say(
+                        f">>> kill -9 {rank.pid}: stage {rank.rank} of {newest.ranks} dies in the middle of its work"
+                    )
+                    os.kill(rank.pid, signal.SIGKILL)
+                    self.killed_rank = rank.rank
+                    return
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What ``out/demo/result.json`` holds."""
+
+    run: str
+    attempts: int
+    lost_steps: int
+    recovery_s: float | None
+    first_loss: float
+    last_loss: float
+    digest: str
+    digest_one_stage: str
+    seconds: float
+
+
+def demo(spec: RunSpec, out: Path, say: Callable[[str], None], *, use_prefect: bool = True) -> DemoResult:
+    """Run the demo; raises where any of its parts does not do what it must."""
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    server = _server(out, say) if use_prefect else None
+    try:
+        return _demo(spec, out, say, began, use_prefect, server)
+    finally:
+        if server is not None:
+            server.stop()
+
+
+def _server(out: Path, say: Callable[[str], None]) -> PrefectServer | None:
+    """A Prefect server of the demo's own, unless PREFECT_API_URL names one."""
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        if not answers(url):
+            raise LaunchError(f"PREFECT_API_URL is {url}, but nothing answers there; start that server or unset it")
+        say(f"Prefect: {url.removesuffix('/api')}")
+        return None
+    server = PrefectServer((out / "prefect").absolute())
+    server.start()
+    os.environ.update(server.environment())
+    return server
+
+
+def _demo(
+    spec: RunSpec, out: Path, say: Callable[[str], None], began: float, use_prefect: bool, server: PrefectServer | None
+) -> DemoResult:
+    store = store_at(str(out / "store"))
+    say("1. data")
+    prepared = prepare_run(spec, store, say=say)
+    say("")
+    say("2. the plan, before the first step")
+    _show_plan(prepared, say)
+    if server is not None:
+        say("")
+        if not server.wait():
+            raise LaunchError(f"Prefect's server did not come up; its log is {server.home / 'server.log'}")
+        say(f"Prefect's page: {server.page} (while this demo runs)")
+    say("")
+    say(f"3. training on {prepared.ranks} stages, a process each; one will be killed halfway")
+    outcome, killer = _train(prepared, store, out, say, use_prefect)
+    if outcome.outcome != "succeeded":
+        raise LaunchError(f"the run ended as {outcome.outcome}: {outcome.reason}")
+    if killer.killed_rank is None or outcome.attempts < 2:
+        raise LaunchError("the run ended before a stage could be killed; give it more steps (train.steps)")
+    say("")
+    say("4. the proof: the last part again, from a checkpoint, on one stage, undisturbed")
+    proof = _prove(prepared, store, out)
+    say(f"   {prepared.ranks} stages, killed and recovered: {outcome.state_digest}")
+    say(f"   one stage, undisturbed:          {proof.state_digest}")
+    if outcome.state_digest != proof.state_digest or not outcome.state_digest or not proof.state_digest:
+        raise LaunchError("the digests differ: this is a bug of hotstage")
+    say("   equal: every weight, every moment, the step and the data position, bit for bit")
+    say("")
+    say("5. export, sample, report")
+    weights = export_hf(store, prepared.run, None, out / "model")
+    sample = generate(store, prepared.run, PROMPT, tokens=160, temperature=0.7)
+    say(f"   {weights} opens in transformers")
+    say("   a sample:")
+    for line in sample.splitlines():
+        say(f"   | {line}")
+    seconds = time.monotonic() - began
+    facts = report_facts(
+        store,
+        prepared.run,
+        digest_one_stage=proof.state_digest,
+        sample=sample,
+        seconds=seconds,
+        data_note=f"trained on {interpreter_note()}" if spec.data.source == "python-stdlib" else spec.data.source,
+    )
+    (out / "report.html").write_text(render(facts), encoding="utf-8")
+    losses = list(facts.curve.values())
+    result = DemoResult(
+        run=prepared.run,
+        attempts=outcome.attempts,
+        lost_steps=outcome.lost_steps,
+        recovery_s=outcome.recovery_s,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        digest=outcome.state_digest,
+        digest_one_stage=proof.state_digest,
+        seconds=seconds,
+    )
+    (out / "result.json").write_text(json.dumps(result.__dict__, indent=1) + "\n")
+    say(f"   report: {out / 'report.html'}    result: {out / 'result.json'}    {seconds:.0f} s in all")
+    return result
+
+
+def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
+    from flows import foretell
+    from trainer.plan.draw import timeline_text
+
+    simulation = foretell.simulate(prepared.plan)
+    told = foretell.facts(prepared.plan, prepared.spec, simulation)
+    say(str(told["memory_text"]))
+    say("")
+    say(timeline_text(simulation.timeline))
+    say(f"a step: {simulation.step_seconds * 1e3:.0f} ms foretold")
+
+
+def _train(
+    prepared: Prepared, store: Store, out: Path, say: Callable[[str], None], use_prefect: bool
+) -> tuple[Outcome, Killer]:
+    steps = prepared.spec.train.steps
+    lines = Lines(
+        say,
+        steps,
+        every_s=2.0,
+        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
+        peak_flops=measured_peak(),
+    )
+    killer = Killer(store, prepared.run, steps, say)
+    sinks: Sequence[Sink] = [lines, killer]
+    if not use_prefect:
+        return make_driver(prepared, store, sink=Many(sinks), out=out).run(), killer
+    from flows import flow
+
+    hosted: dict[str, Any] = flow.host(Many(sinks), threading.Event())
+    flow.train_flow(spec=None, store=store.url, run=prepared.run, out=str(out))
+    outcome: Outcome = hosted["outcome"]
+    return outcome, killer
+
+
+def _prove(prepared: Prepared, store: Store, out: Path) -> Outcome:
+    """A fork with the same What from a checkpoint before the kill, on one stage."""
+    state = RunLog(store, prepared.run).fold()
+    first_attempt = state.attempts[0].epoch
+    early = [c for c in state.checkpoints if c.epoch == first_attempt]
+    if not early:
+        raise LaunchError("no checkpoint of the first attempt is durable; lower checkpoint.every")
+    sets = [f"name={prepared.spec.name}-proof", "parallel.stages=1", "launch.nodes=1", "launch.trace=false"]
+    again = fork_run(store, prepared.run, early[-1].step, sets)
+    outcome = make_driver(again, store, sink=NoSink(), out=out).run()
+    checkpoint_at(store, again.run, prepared.spec.train.steps)
+    return outcome

@@ -1,0 +1,159 @@
+"""What a store knows of a run, gathered for people: summaries, details, and the report's facts. Reads only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoint.errors import CheckpointError, NotFound
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from flows.live import MetricsReader, step_curve
+from flows.report import AttemptFact, ReportFacts
+from flows.run import load_run, load_what
+from trainer.plan.draw import memory_text, timeline_svg
+from trainer.plan.timeline import Timeline, from_chrome
+
+TRACE_CAP = 64 << 20
+
+
+def state_word(state: RunState) -> str:
+    """Where a run stands, as far as the log alone says."""
+    if state.ended:
+        return state.ended.outcome.replace("_", " ")
+    return "open" if state.attempts else "planned"
+
+
+def summary(store: Store, run: str) -> dict[str, Any]:
+    """One run in a row of `runs ls`."""
+    state = RunLog(store, run).fold()
+    newest = state.restore_candidates()[:1]
+    try:
+        steps = int(load_what(store, run)["train"]["steps"])
+    except CheckpointError:
+        steps = 0
+    return {
+        "run": run,
+        "state": state_word(state),
+        "saved_step": newest[0].step if newest else 0,
+        "steps": steps,
+        "attempts": len(state.attempts),
+        "began": state.attempts[0].time if state.attempts else None,
+    }
+
+
+def details(store: Store, run: str) -> dict[str, Any]:
+    """One run as `runs show` shows it."""
+    state = RunLog(store, run).fold()
+    what = load_what(store, run)
+    return {
+        **summary(store, run),
+        "reason": state.ended.reason if state.ended else "",
+        "unreadable": state.unreadable,
+        "dataset": what["data"]["digest"],
+        "attempts_list": [
+            {
+                "epoch": a.epoch,
+                "step": a.step,
+                "from": "memory" if a.slots else "checkpoint" if a.checkpoint else "start",
+                "reason": a.reason,
+                "cause": (a.body.get("cause") or {}).get("text", ""),
+                "launch": a.launch,
+                "stages": a.ranks,
+                "plan": a.plan,
+                "time": a.time,
+            }
+            for a in state.attempts
+        ],
+        "checkpoints": [
+            {
+                "step": c.step,
+                "epoch": c.epoch,
+                "state_digest": c.state_digest,
+                "manifest": c.manifest,
+                "usable": state.usable(c),
+                "time": c.time,
+            }
+            for c in state.checkpoints
+        ],
+    }
+
+
+def attempt_facts(state: RunState, lines: list[dict[str, Any]]) -> list[AttemptFact]:
+    """Attempts with the steps that each did; what was done twice; how long until steps came again, by the lines' own times."""
+    by_epoch: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line.get("event") == "step":
+            by_epoch.setdefault(int(line["epoch"]), []).append(line)
+    out: list[AttemptFact] = []
+    reached = 0
+    last_time: float | None = None
+    for attempt in state.attempts:
+        mine = by_epoch.get(attempt.epoch, [])
+        steps = [int(line["step"]) for line in mine]
+        times = [float(line["time"]) for line in mine if "time" in line]
+        recovery = times[0] - last_time if out and times and last_time is not None else None
+        out.append(
+            AttemptFact(
+                epoch=attempt.epoch,
+                began_s=attempt.time - state.attempts[0].time,
+                restore_step=attempt.step if attempt.checkpoint or attempt.slots else -1,
+                cause=(attempt.body.get("cause") or {}).get("text", ""),
+                first_step=min(steps) if steps else None,
+                last_step=max(steps) if steps else None,
+                lost_steps=max(0, reached - attempt.step) if out else 0,
+                recovery_s=recovery,
+            )
+        )
+        if times:
+            last_time = times[-1]
+        reached = max([reached, *steps])
+    return out
+
+
+def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
+    """The newest attempt's measured timeline, where its ranks left traces."""
+    for epoch in reversed(epochs):
+        traces: dict[int, str] = {}
+        for info in store.list(f"runs/{run}/live/{epoch}/trace/"):
+            try:
+                traces[int(info.key.rsplit("/", 1)[1])] = store.get(info.key, max_bytes=TRACE_CAP).decode()
+            except (NotFound, ValueError):
+                continue
+        if traces:
+            return from_chrome(traces)
+    return None
+
+
+def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
+    """The report's facts, all read from the store; ``more`` overrides (the demo adds its proof and its sample)."""
+    from flows import foretell
+
+    state = RunLog(store, run).fold()
+    prepared = load_run(store, run)
+    epochs = [a.epoch for a in state.attempts]
+    lines = MetricsReader(store, run).poll(epochs)
+    curve = step_curve(lines)
+    simulation = foretell.simulate(prepared.plan)
+    measured = read_traces(store, run, epochs)
+    memory = [dict(row) for row in prepared.plan.memory_table()]
+    rates = [float(line["tokens_per_s"]) for line in curve.values() if line.get("tokens_per_s")]
+    newest = state.restore_candidates()[:1]
+    known: dict[str, Any] = {
+        "run": run,
+        "outcome": state_word(state),
+        "steps": max(curve, default=0),
+        "curve": {step: float(line["loss"]) for step, line in curve.items()},
+        "attempts": attempt_facts(state, lines),
+        "checkpoints": [
+            {"step": c.step, "epoch": c.epoch, "bytes": c.bytes, "state_digest": c.state_digest}
+            for c in state.checkpoints
+        ],
+        "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,
+        "digest": newest[0].state_digest if newest else None,
+        "parameters": sum(t.elements for t in prepared.plan.tensors),
+        "stages": prepared.spec.parallel.stages,
+        "memory_text": memory_text(memory),
+        "planned_svg": timeline_svg(simulation.timeline),
+        "measured_svg": timeline_svg(measured) if measured else "",
+    }
+    return ReportFacts(**{**known, **more})

@@ -1,0 +1,162 @@
+"""What a run says while it lives: metrics, output and node status, read from the store's ``live/`` hints.
+
+Hints may be late, missing or lost; nothing here decides anything. Readers keep their place, so polling is cheap, and one
+that starts late sees all that is still kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint.codec import unpack
+from checkpoint.errors import CheckpointError, NotFound
+from checkpoint.store import Store
+from flows.driver import NodeView, RankView
+
+log = logging.getLogger(__name__)
+
+STATUS_CAP = 1 << 20
+SEGMENT_CAP = 1 << 20
+LOG_SEGMENTS = 64
+
+
+@dataclass
+class MetricsReader:
+    """Step lines of a run, in the order of their epochs: ``poll()`` gives what is new since the last call."""
+
+    store: Store
+    run: str
+    _places: dict[int, str] = field(default_factory=dict)
+
+    def poll(self, epochs: Iterator[int] | list[int]) -> list[dict[str, Any]]:
+        """New lines of the given attempts, oldest first; damaged ones are left out (they are hints)."""
+        lines: list[dict[str, Any]] = []
+        for epoch in epochs:
+            prefix = f"runs/{self.run}/live/{epoch}/metrics/"
+            for info in self.store.list(prefix, start_after=self._places.get(epoch, "")):
+                try:
+                    data = self.store.get(info.key, max_bytes=SEGMENT_CAP)
+                except NotFound:
+                    continue
+                self._places[epoch] = info.key
+                for line in data.splitlines():
+                    try:
+                        value = json.loads(line)
+                    except ValueError:
+                        continue
+                    if isinstance(value, dict):
+                        lines.append(value)
+        return lines
+
+
+def step_curve(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The step lines by step; where attempts repeat a step the newest epoch's counts (the bits are the same)."""
+    curve: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if line.get("event") == "step":
+            old = curve.get(int(line["step"]))
+            if old is None or int(old.get("epoch", 0)) <= int(line.get("epoch", 0)):
+                curve[int(line["step"])] = line
+    return dict(sorted(curve.items()))
+
+
+def read_output(store: Store, run: str, epoch: int, rank: int) -> bytes:
+    """The kept end (at most 4 MiB) of a rank's output in an attempt, oldest byte first; empty where none is kept."""
+    segments: dict[int, bytes] = {}
+    for info in store.list(f"runs/{run}/live/{epoch}/logs/{rank}/"):
+        try:
+            data = store.get(info.key, max_bytes=SEGMENT_CAP)
+        except NotFound:
+            continue
+        if len(data) >= 8:
+            segments[int.from_bytes(data[:8], "little")] = data[8:]
+    return b"".join(segments[n] for n in sorted(segments))
+
+
+@dataclass
+class OutputFollower:
+    """``logs -f``: bytes of a rank's output that were not seen before."""
+
+    store: Store
+    run: str
+    epoch: int
+    rank: int
+    _seen: dict[int, int] = field(default_factory=dict)
+
+    def poll(self) -> bytes:
+        """What came since the last call, in order."""
+        fresh: dict[int, bytes] = {}
+        for info in self.store.list(f"runs/{self.run}/live/{self.epoch}/logs/{self.rank}/"):
+            try:
+                data = self.store.get(info.key, max_bytes=SEGMENT_CAP)
+            except NotFound:
+                continue
+            if len(data) < 8:
+                continue
+            number = int.from_bytes(data[:8], "little")
+            seen = self._seen.get(number, 0)
+            if len(data) - 8 > seen:
+                fresh[number] = data[8 + seen :]
+                self._seen[number] = len(data) - 8
+        return b"".join(fresh[n] for n in sorted(fresh))
+
+
+@dataclass
+class StatusReader:
+    """Node status hints as the driver's views. Heartbeats are aged by this process's own monotonic clock."""
+
+    store: Store
+    run: str
+    launch: str
+    _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _steps: dict[int, tuple[tuple[int, tuple[int, ...]], float]] = field(default_factory=dict)
+
+    def poll(self, nodes: int, alive: Mapping[int, bool | None]) -> list[NodeView]:
+        """One view a node; a node that has said nothing yet has phase ``none``."""
+        return [self._one(node, alive.get(node)) for node in range(nodes)]
+
+    def _one(self, node: int, alive: bool | None) -> NodeView:
+        now = time.monotonic()
+        try:
+            data = self.store.get(f"runs/{self.run}/live/nodes/{self.launch}/{node}", max_bytes=STATUS_CAP)
+            status = unpack(data, f"status of node {node}", max_bytes=STATUS_CAP)
+        except NotFound:
+            return NodeView(node, alive)
+        except CheckpointError as error:  # torn hint or a store that is away: unknown, never failure
+            log.debug("status of node %d is not readable: %s", node, error)
+            return NodeView(node, alive)
+        if not isinstance(status, dict):
+            return NodeView(node, alive)
+        ranks = tuple(
+            RankView(
+                rank=int(rank),
+                pid=view.get("pid"),
+                code=view.get("code"),
+                signal=view.get("signal"),
+                step=int(view.get("step", -1) if view.get("step") is not None else -1),
+                words=view.get("words"),
+            )
+            for rank, view in sorted(status.get("ranks", {}).items(), key=lambda item: int(item[0]))
+        )
+        seq = int(status.get("seq", 0))
+        if self._beats.get(node, (None, 0.0))[0] != seq:
+            self._beats[node] = (seq, now)
+        place = (int(status.get("epoch", 0)), tuple(r.step for r in ranks))
+        if self._steps.get(node, (None, 0.0))[0] != place:
+            self._steps[node] = (place, now)
+        return NodeView(
+            node=node,
+            alive=alive,
+            epoch=int(status.get("epoch", 0)),
+            phase=str(status.get("phase", "none")),
+            ranks=ranks,
+            slots=frozenset((int(s["step"]), int(s["epoch"])) for s in status.get("slots", ())),
+            age_s=now - self._beats[node][1],
+            step_age_s=now - self._steps[node][1],
+            error=status.get("error"),
+        )

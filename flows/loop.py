@@ -1,0 +1,325 @@
+"""The thin loop around ``flows.driver.decide``: observe, ask, act, tell. It may be killed at any instruction.
+
+Order of calls, and who makes each (one driver; a second one beside it is harmless, because every act begins with winning a
+log record):
+  1. fold the log (truth), read the nodes' status (hints), ask the launcher who is alive;
+  2. ``decide``;
+  3. act: append ``attempt`` / ``damaged`` / ``ended`` (on a conflict: read the winner, decide again), keep the launch up;
+  4. tell the sink what people see. The sink never blocks and never decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from checkpoint.errors import Conflict, StoreUnavailable
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from flows.driver import (
+    Decision,
+    End,
+    Finished,
+    MarkDamaged,
+    NodeView,
+    Phase,
+    Policy,
+    StartAttempt,
+    Watch,
+    choose_restore,
+    decide,
+)
+from flows.live import MetricsReader, StatusReader
+from flows.run import Prepared, attempt_body, fold_view
+from trainer.launch import Launch, Launcher, LaunchView
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+STORE_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that people should see: ``kind`` is step, phase, attempt, checkpoint, damaged or ended."""
+
+    kind: str
+    facts: dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes events. Must return at once; may lose them."""
+
+    def tell(self, event: Event) -> None: ...
+
+
+class NoSink:
+    """Tells nobody."""
+
+    def tell(self, event: Event) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run (or this driver's part of it) ended. ``outcome``: succeeded, cancelled, gave_up or stopped."""
+
+    run: str
+    outcome: str
+    reason: str
+    step: int
+    state_digest: str | None
+    attempts: int
+    exit_code: int
+    lost_steps: int = 0
+    recovery_s: float | None = None
+
+
+EXIT_OF_CLASS = {
+    "config": 78,
+    "data": 65,
+    "bug": 70,
+    "signal": 75,
+    "infra": 75,
+    "restore": 76,
+    "stall": 86,
+    "numeric": 87,
+}
+EXIT_CANCELLED = 1
+EXIT_STOPPED = 85
+
+
+@dataclass
+class Driver:
+    """Drives one run to its end. ``stop``: set it to have the gang save its state and leave (local runs)."""
+
+    prepared: Prepared
+    store: Store
+    launcher: Launcher
+    make_launch: Callable[[str], Launch]
+    sink: Sink = field(default_factory=NoSink)
+    stop: threading.Event = field(default_factory=threading.Event)
+    reopen: bool = False
+    poll_s: float = POLL_S
+    # what this driver saw, for people; never for decisions
+    max_step: dict[int, int] = field(default_factory=dict)
+    recoveries: list[float] = field(default_factory=list)
+    lost_steps: int = 0
+    _failed_at: float | None = None
+    _told: set[Any] = field(default_factory=set)
+
+    def run(self) -> Outcome:
+        """Loop until the log has an end, or until ``stop`` was set and the gang has saved and left."""
+        run = self.prepared.run
+        run_log = RunLog(self.store, run, writer="driver")
+        state: RunState | None = None
+        metrics = MetricsReader(self.store, run)
+        status: StatusReader | None = None
+        while True:
+            try:
+                state = run_log.fold(state)
+                if self.reopen and state.ended and state.ended.outcome != "succeeded":
+                    state = self._reopen(run_log, state)
+                launch_id = launch_of(state, self.prepared, self.launcher)
+                if status is None or status.launch != launch_id:
+                    status = StatusReader(self.store, run, launch_id)
+                launch = self.make_launch(launch_id)
+                alive = alive_nodes(self.launcher.observe(launch_id))
+                nodes = status.poll(self.prepared.nodes, alive)
+                self._tell_state(state, nodes, metrics)
+                if self.stop.is_set() and not state.ended:
+                    return self._stop(run_log, state, launch)
+                policy = self.prepared.policy(launch_id)
+                decision = decide(fold_view(state), nodes, policy)
+                done = self._act(decision, run_log, state, launch, policy)
+                if done:
+                    return self._outcome(run_log.fold(state), done)
+            except Conflict as conflict:
+                log.info("another driver was first: record %d; deciding again", conflict.state.n)
+                state = conflict.state
+                continue
+            except StoreUnavailable as error:  # unknown is never failure: the gang trains on
+                self._tell_once(("store", str(error)[:80]), Event("phase", {"phase": "unknown", "text": str(error)}))
+                time.sleep(STORE_PATIENCE_S)
+                continue
+            self.stop.wait(self.poll_s)
+
+    # --- acting -------------------------------------------------------------------------------------------
+
+    def _act(self, decision: Decision, run_log: RunLog, state: RunState, launch: Launch, policy: Policy) -> str | None:
+        match decision:
+            case Finished(outcome):
+                self._settle(launch)
+                return outcome
+            case Watch(phase, text):
+                self.launcher.ensure(launch)
+                self._tell_once(("phase", phase, text), Event("phase", {"phase": phase.value, "text": text}))
+                if phase is Phase.DRAINING and self._failed_at is None:
+                    self._failed_at = time.monotonic()
+            case StartAttempt():
+                self._start(decision, run_log, state, launch)
+            case MarkDamaged(checkpoint, why):
+                run_log.append("damaged", {"checkpoint": checkpoint, "reason": why}, state)
+                log.warning("checkpoint record %d is damaged: %s; an older one is used", checkpoint, why)
+                self.sink.tell(Event("damaged", {"checkpoint": checkpoint, "why": why}))
+            case End(outcome, reason, cause):
+                newest = state.checkpoints[-1] if state.checkpoints else None
+                run_log.append(
+                    "ended",
+                    {
+                        "outcome": outcome,
+                        "reason": f"{cause.cls}: {reason}" if cause else reason,
+                        "step": newest.step if newest else 0,
+                        "state_digest": newest.state_digest if newest else None,
+                    },
+                    state,
+                )
+        return None
+
+    def _start(self, order: StartAttempt, run_log: RunLog, state: RunState, launch: Launch) -> None:
+        if self._failed_at is None and state.attempts:
+            self._failed_at = time.monotonic()
+        if order.delay_s:
+            self.sink.tell(
+                Event("phase", {"phase": Phase.BACKOFF.value, "text": f"next attempt in {order.delay_s:.0f} s"})
+            )
+            if self.stop.wait(order.delay_s):
+                return
+        cause = order.cause.to_map() if order.cause else None
+        body = attempt_body(
+            self.prepared,
+            launch.launch_id,
+            order.restore.to_map(),
+            slot_epochs=list(order.slot_epochs),
+            reason=order.reason,
+            cause=cause,
+        )
+        state = run_log.append("attempt", body, state)
+        newest = state.attempts[-1]
+        log.info("attempt %d: %s, from step %d", newest.epoch, order.reason, order.restore.step)
+        if len(state.attempts) > 1:
+            reached = self.max_step.get(state.attempts[-2].epoch, order.restore.step)
+            self.lost_steps += max(0, reached - max(order.restore.step, 0))
+        self.sink.tell(
+            Event(
+                "attempt",
+                {
+                    "epoch": newest.epoch,
+                    "reason": order.reason,
+                    "cause": cause,
+                    "step": order.restore.step,
+                    "from": "memory" if order.restore.slots else "checkpoint" if order.restore.checkpoint else "start",
+                },
+            )
+        )
+        self.launcher.ensure(launch)
+
+    def _reopen(self, run_log: RunLog, state: RunState) -> RunState:
+        """A user asks for a run that had ended without success: an attempt record opens it again."""
+        self.reopen = False
+        launch_id = launch_of(replace(state, ended=None), self.prepared, self.launcher)
+        view = replace(fold_view(state), ended=None)
+        restore = choose_restore(view, (), self.prepared.policy(launch_id), use_slots=False)
+        body = attempt_body(
+            self.prepared, launch_id, restore.to_map(), slot_epochs=[], reason="resumed by the user", cause=None
+        )
+        return run_log.append("attempt", body, state)
+
+    def _stop(self, run_log: RunLog, state: RunState, launch: Launch) -> Outcome:
+        """Have the gang save one agreed step and leave; the run can be resumed."""
+        self.sink.tell(Event("phase", {"phase": "stopping", "text": "saving one agreed step, then leaving"}))
+        if state.attempts:
+            self.launcher.stop(launch.launch_id, self.prepared.spec.checkpoint.commit_s)
+        state = run_log.fold(state)
+        return self._outcome(state, "stopped")
+
+    def _settle(self, launch: Launch) -> None:
+        """The log has ended: agents end their engines and themselves; wait for that, then make sure."""
+        deadline = time.monotonic() + 10.0
+        while time.monotonic() < deadline:
+            if self.launcher.observe(launch.launch_id).state in ("absent", "gone", "done"):
+                return
+            time.sleep(self.poll_s)
+        self.launcher.stop(launch.launch_id, 0.0)
+
+    # --- telling ------------------------------------------------------------------------------------------
+
+    def _tell_once(self, key: Any, event: Event) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            self.sink.tell(event)
+        if event.kind == "phase":  # a phase may come back: only the last one is not repeated
+            self._told = {k for k in self._told if not (isinstance(k, tuple) and k[0] == "phase") or k == key}
+
+    def _tell_state(self, state: RunState, nodes: list[NodeView], metrics: MetricsReader) -> None:
+        epochs = [a.epoch for a in state.attempts]
+        for line in metrics.poll(epochs[-2:]):
+            if line.get("event") != "step":
+                continue
+            epoch, step = int(line["epoch"]), int(line["step"])
+            if self._failed_at is not None and epochs and epoch == epochs[-1] and epoch not in self.max_step:
+                self.recoveries.append(time.monotonic() - self._failed_at)
+                self._failed_at = None
+                self.sink.tell(Event("recovered", {"epoch": epoch, "step": step, "seconds": self.recoveries[-1]}))
+            self.max_step[epoch] = max(step, self.max_step.get(epoch, -1))
+            self.sink.tell(Event("step", line))
+        for node in nodes:
+            for rank in node.ranks:
+                if rank.ended and (rank.code or rank.signal) and epochs and node.epoch == epochs[-1]:
+                    if self._failed_at is None:
+                        self._failed_at = time.monotonic()
+        for checkpoint in state.checkpoints:
+            facts = {"n": checkpoint.n, "step": checkpoint.step, "epoch": checkpoint.epoch}
+            self._tell_once(("checkpoint", checkpoint.n), Event("checkpoint", facts))
+
+    def _outcome(self, state: RunState, outcome: str) -> Outcome:
+        newest = state.checkpoints[-1] if state.checkpoints else None
+        reason, code = "", 0
+        if outcome == "gave_up" and state.ended:
+            reason = state.ended.reason
+            code = EXIT_OF_CLASS.get(state.ended.reason.partition(":")[0], 75)
+        elif outcome == "cancelled":
+            reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
+        elif outcome == "stopped":
+            reason, code = "state saved" if newest else "nothing was saved yet", EXIT_STOPPED
+        result = Outcome(
+            run=self.prepared.run,
+            outcome=outcome,
+            reason=reason,
+            step=newest.step if newest else 0,
+            state_digest=newest.state_digest if newest else None,
+            attempts=len(state.attempts),
+            exit_code=code,
+            lost_steps=self.lost_steps,
+            recovery_s=max(self.recoveries) if self.recoveries else None,
+        )
+        self.sink.tell(
+            Event("ended", {"outcome": outcome, "reason": reason, "step": result.step, "digest": result.state_digest})
+        )
+        return result
+
+
+def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
+    """The launch to use: the newest attempt's where its layout fits and it was not ended for good, else the next name.
+
+    Names are unique over all runs: ``<run>-<l or k><number>`` (local, kubernetes).
+    """
+    kind = prepared.spec.launch.target[0]
+    newest = state.newest_attempt
+    if newest is not None and newest.nodes == prepared.nodes and newest.ranks == prepared.ranks:
+        same_place = newest.launch.startswith(f"{prepared.run}-{kind}")
+        if same_place and (state.ended or launcher.observe(newest.launch).state != "done"):
+            return newest.launch
+    launches = {a.launch for a in state.attempts}
+    return f"{prepared.run}-{kind}{len(launches) + 1}"
+
+
+def alive_nodes(view: LaunchView) -> dict[int, bool | None]:
+    """Node -> running, known to be gone, or unknown. A node without its supervisor has lost its ranks (PDEATHSIG)."""
+    if view.state in ("unknown", "absent"):
+        return {}
+    return {node.node: node.supervisor_pid is not None for node in view.nodes}

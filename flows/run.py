@@ -1,0 +1,199 @@
+"""A run, from spec to the objects that identify it: plain functions, no Prefect, no processes.
+
+``prepare_run`` turns a spec into a ``Prepared`` run (dataset, resolved spec, plan, all in the store); ``load_run`` makes
+the same from what the store holds, for resume, fork, report and generate. ``fold_view`` reads a folded log as the driver's
+``LogView``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.codec import pack, unpack
+from checkpoint.errors import NotFound
+from checkpoint.log import RunLog, RunState
+from checkpoint.probe import probe
+from checkpoint.store import Store
+from flows.driver import AttemptView, CheckpointView, LogView, Policy
+from flows.prepare import load_dataset, prepare
+from trainer.dataset import DatasetRef
+from trainer.errors import SpecError
+from trainer.plan import Plan, compile_plan
+from trainer.spec import RunSpec, how_map, parse_spec, run_id, what_bytes, what_digest
+
+log = logging.getLogger(__name__)
+
+SPEC_CAP = 1 << 20
+WHAT_KEYS = ("name", "model", "data", "train")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be driven: its name, its resolved spec, its data, and the plan of its present layout."""
+
+    run: str
+    spec: RunSpec
+    dataset: DatasetRef
+    what: bytes
+    plan: Plan
+
+    @property
+    def nodes(self) -> int:
+        return self.spec.launch.nodes
+
+    @property
+    def ranks(self) -> int:
+        return self.spec.parallel.stages * self.spec.parallel.replicas
+
+    def policy(self, launch: str) -> Policy:
+        """The spec's recovery half as the driver takes it."""
+        spec = self.spec
+        return Policy(
+            steps=spec.train.steps,
+            plan=self.plan.digest,
+            what=self.what.hex(),
+            launch=launch,
+            nodes=self.nodes,
+            ranks=self.ranks,
+            stall_s=spec.launch.stall_s,
+            max_same_step=spec.recovery.max_same_step,
+            backoff_s=spec.recovery.backoff_s,
+            backoff_max_s=spec.recovery.backoff_max_s,
+        )
+
+
+def ready_store(store: Store) -> None:
+    """Probe a store before a run's first write. Raises StoreRefused with the reason where create-if-absent does not hold."""
+    probe(store)
+
+
+def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[[str], None] = log.info) -> Prepared:
+    """Make the dataset (or find it), resolve the spec, compile the plan, and create the run's identity in the store.
+
+    ``suffix`` joins the run's name (a schedule gives its time). Idempotent: the same spec finds the same run.
+    """
+    ready_store(store)
+    dataset = prepare(spec.data, store, say=say)
+    resolved = spec.resolve(dataset)
+    what = what_digest(resolved, dataset)
+    run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+    plan = compile_plan(resolved, dataset, what)
+    spec_object = what_bytes(resolved, dataset)
+    if not store.create(f"runs/{run}/spec", spec_object):
+        raise SpecError(f"run {run} exists with another What behind the same name; choose another name in the spec")
+    publish_plan(store, run, plan)
+    store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
+    return Prepared(run, resolved, dataset, what, plan)
+
+
+def publish_plan(store: Store, run: str, plan: Plan) -> None:
+    """Create the plan object that the agents fetch."""
+    store.create(f"runs/{run}/plans/{plan.digest}", plan.to_bytes())
+
+
+def run_names(store: Store) -> Iterator[str]:
+    """Every run of the store, by name."""
+    for info in store.list("index/"):
+        yield info.key.removeprefix("index/")
+
+
+def find_run(store: Store, name: str) -> str:
+    """The full name of a run, from it or from a beginning that only one run has. Raises SpecError otherwise."""
+    names = list(run_names(store))
+    if name in names:
+        return name
+    fitting = [n for n in names if n.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise SpecError(f"{name!r} could be {', '.join(fitting[:5])}; write more of it")
+    known = f"; it has {', '.join(names[:8])}" if names else "; it has none"
+    raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE)")
+
+
+def load_what(store: Store, run: str) -> dict[str, Any]:
+    """The What of a run as it was written at its birth."""
+    try:
+        what = unpack(store.get(f"runs/{run}/spec", max_bytes=SPEC_CAP), f"spec of {run}", max_bytes=SPEC_CAP)
+    except NotFound:
+        raise SpecError(f"run {run} has no spec in {store.describe()}") from None
+    if not isinstance(what, dict):
+        raise SpecError(f"the spec of run {run} does not hold")
+    return what
+
+
+def load_spec_of(
+    store: Store, run: str, how: Mapping[str, Any], sets: Sequence[str] = ()
+) -> tuple[RunSpec, DatasetRef]:
+    """A run's RunSpec again: its What from the store, its How from an attempt, with overrides of the How only."""
+    what = load_what(store, run)
+    bad = [s for s in sets if s.split(".")[0].split("=")[0] in WHAT_KEYS]
+    if bad:
+        raise SpecError(
+            f"--set {bad[0]} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
+            f"hotstage runs fork {run} --step N --set {bad[0]}"
+        )
+    data = dict(what["data"])
+    digest = data.pop("digest")
+    tree = {
+        "name": run.rsplit("-", 1)[0][:40] if "-" in run else run,
+        "model": what["model"],
+        "data": {"source": f"dataset:{digest}", **data},
+        "train": what["train"],
+        **{k: dict(v) for k, v in how.items()},
+    }
+    return parse_spec(tree, sets, origin=run), load_dataset(store, digest)
+
+
+def load_run(store: Store, run: str, sets: Sequence[str] = ()) -> Prepared:
+    """A run as the store knows it, with the newest attempt's How and ``sets`` over it; publishes the plan."""
+    state = RunLog(store, run).fold()
+    how = state.newest_attempt.body["how"] if state.newest_attempt else {}
+    spec, dataset = load_spec_of(store, run, how, sets)
+    resolved = spec.resolve(dataset)
+    what = what_digest(resolved, dataset)
+    plan = compile_plan(resolved, dataset, what)
+    publish_plan(store, run, plan)
+    return Prepared(run, resolved, dataset, what, plan)
+
+
+def fold_view(state: RunState) -> LogView:
+    """A folded log as the driver's plain data."""
+    return LogView(
+        attempts=tuple(
+            AttemptView(
+                epoch=a.epoch,
+                launch=a.launch,
+                nodes=a.nodes,
+                ranks=a.ranks,
+                plan=a.plan,
+                what=a.what,
+                restore_step=a.step,
+                restore_checkpoint=a.checkpoint,
+                restore_slots=(a.slots["step"], a.slots["epoch"]) if a.slots else None,
+                slot_epochs=tuple(a.body.get("slot_epochs", ())),
+                cause=a.body.get("cause"),
+            )
+            for a in state.attempts
+        ),
+        checkpoints=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.checkpoints),
+        candidates=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.restore_candidates()),
+        ended=state.ended.outcome if state.ended else None,
+    )
+
+
+def attempt_body(prepared: Prepared, launch: str, restore: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The body of an ``attempt`` record."""
+    return {
+        "launch": launch,
+        "nodes": prepared.nodes,
+        "ranks": prepared.ranks,
+        "how": how_map(prepared.spec),
+        "plan": prepared.plan.digest,
+        "what": prepared.what.hex(),
+        "restore": dict(restore),
+        **more,
+    }
