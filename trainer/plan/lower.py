@@ -474,6 +474,32 @@ class Channels:
         return sum(position in (c.source, c.target) for c in self.all)
 
 
+def free_slots_early(rows: Sequence[Sequence[Action]]) -> list[list[Action]]:
+    """The same messages, but a gradient leaves before the next activation enters, so that one slot serves both.
+
+    Where stage s has ``RECV_F, SEND_B`` side by side and stage s-1 the matching ``SEND_F, RECV_B``, both pairs change
+    places at once: two messages between the same two ranks, next to each other at both ends, always may.
+    Under 1F1B stage s then needs min(P - s, M) slots.
+    """
+    out = [list(row) for row in rows]
+    place = [{action: n for n, action in enumerate(row)} for row in out]
+    for rank, row in enumerate(out):
+        for n in range(len(row) - 1):
+            taken, given = row[n], row[n + 1]
+            if taken.op != "RECV_F" or given.op != "SEND_B" or taken.stage != given.stage:
+                continue
+            below = taken.stage - 1
+            peer = next(r for r, p in enumerate(place) if Action(below, "SEND_F", taken.microbatch) in p)
+            at = place[peer][Action(below, "SEND_F", taken.microbatch)]
+            wanted = Action(below, "RECV_B", given.microbatch)
+            if at + 1 == len(out[peer]) or out[peer][at + 1] != wanted:
+                continue
+            for r, first in ((rank, n), (peer, at)):
+                out[r][first], out[r][first + 1] = out[r][first + 1], out[r][first]
+                place[r] |= {out[r][first]: first, out[r][first + 1]: first + 1}
+    return out
+
+
 def assign_slots(row: Sequence[Action]) -> tuple[int, dict[int, int]]:
     """How many slots a rank's list needs, and which each microbatch takes.
 
@@ -518,7 +544,8 @@ def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[tu
     if job.infer:
         rows: list[list[Action]] = [[]]
     else:
-        rows = insert_messages(GENERATORS[spec.parallel.schedule](stages, spec.train.microbatches), stages)
+        computations = GENERATORS[spec.parallel.schedule](stages, spec.train.microbatches)
+        rows = free_slots_early(insert_messages(computations, stages))
         check_lowered(rows)
         for row, stage in zip(rows, job.stages, strict=True):
             check_hazards(row, stage)
