@@ -1,0 +1,141 @@
+/* What the kernel tests call through ctypes: one kernel of one set, plainly or between guard pages,
+ * and a few loops over functions that take one number. Built by tests/engine/kernel_lib.py;
+ * HS_TEST_CPU where the fast sets are linked in.
+ */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "core/math.h"
+#include "core/rng.h"
+#include "core/threads.h"
+#include "kernels/kernels.h"
+
+const hs_kernel_set *hs_test_set(const char *name);
+int hs_test_has_set(const char *name);
+int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                   const int64_t *dims, const double *reals, int threads);
+int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                           const uint64_t *bytes, const int64_t *dims, const double *reals,
+                           int threads, int at_end);
+int hs_test_map(const char *function, const double *x, const double *y, double *out, int64_t n);
+void hs_test_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t first, int64_t n,
+                     double *out);
+
+/* NULL: no such set in this library, or this CPU lacks it. */
+const hs_kernel_set *hs_test_set(const char *name) {
+    if (!strcmp(name, "ref")) return &hs_kernels_ref;
+#ifdef HS_TEST_CPU
+    static const char *const names[] = {"portable", "avx2", "avx512"};
+    for (uint32_t i = 0; i < 3; i++)
+        if (!strcmp(name, names[i])) return hs_kernels_pick(2 + i);
+#endif
+    return NULL;
+}
+
+int hs_test_has_set(const char *name) {
+    return hs_test_set(name) != NULL;
+}
+
+/* The kernel's status; 1 no such set or kernel, 2 no memory or threads. */
+int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                   const int64_t *dims, const double *reals, int threads) {
+    const hs_kernel_set *set = hs_test_set(set_name);
+    if (!set || kernel == 0 || kernel >= HS_K_COUNT || !set->fn[kernel]) return 1;
+    hs_args args = {.dtype = dtype};
+    memcpy(args.ptr, ptrs, sizeof args.ptr);
+    memcpy(args.dim, dims, sizeof args.dim);
+    memcpy(args.real, reals, sizeof args.real);
+    hs_kernel_ctx ctx = {0};
+#ifdef HS_TEST_CPU
+    ctx.scratch_bytes = (hs_kernels_scratch_bytes(threads) + 63) / 64 * 64;
+    ctx.scratch = aligned_alloc(64, ctx.scratch_bytes + 64);
+    if (!ctx.scratch) return 2;
+    memset(ctx.scratch, 0xff,
+           ctx.scratch_bytes); /* NaN: nothing may be read before it is written */
+#endif
+    int rc = 2;
+    if (threads == 1 || hs_pool_create(threads, &ctx.pool) == HS_OK) {
+        rc = set->fn[kernel](&ctx, &args);
+        hs_pool_destroy(ctx.pool);
+    }
+    free(ctx.scratch);
+    return rc;
+}
+
+/* The same in a child process, every operand copied to its own pages with a page that may not be
+ * touched on either side, flush with the one after it (at_end) or before it. Results are copied
+ * back. The kernel's status, or 1000 + the signal that ended the child. */
+int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                           const uint64_t *bytes, const int64_t *dims, const double *reals,
+                           int threads, int at_end) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *map[HS_CALL_PTRS] = {0};
+    size_t length[HS_CALL_PTRS] = {0};
+    void *inside[HS_CALL_PTRS] = {0};
+    int rc = 2;
+    for (int i = 0; i < HS_CALL_PTRS; i++) {
+        if (!ptrs[i]) continue;
+        size_t room = (bytes[i] + page - 1) / page * page;
+        length[i] = room + 2 * page;
+        void *m = mmap(NULL, length[i], PROT_NONE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        if (m == MAP_FAILED) goto out;
+        map[i] = m;
+        if (mprotect(map[i] + page, room, PROT_READ | PROT_WRITE)) goto out;
+        inside[i] = map[i] + page + (at_end ? room - bytes[i] : 0);
+        memcpy(inside[i], ptrs[i], bytes[i]);
+    }
+    fflush(NULL);
+    pid_t child = fork();
+    if (child < 0) goto out;
+    if (child == 0) {
+        signal(SIGSEGV, SIG_DFL); /* and not the test runner's fault handler */
+        signal(SIGBUS, SIG_DFL);
+        _exit(-hs_kernel_call(set_name, kernel, dtype, inside, dims, reals, threads) & 0xff);
+    }
+    int status;
+    if (waitpid(child, &status, 0) != child) goto out;
+    rc = WIFSIGNALED(status) ? 1000 + WTERMSIG(status) : -(int)(signed char)WEXITSTATUS(status);
+    for (int i = 0; rc == 0 && i < HS_CALL_PTRS; i++)
+        if (ptrs[i]) memcpy(ptrs[i], inside[i], bytes[i]);
+out:
+    for (int i = 0; i < HS_CALL_PTRS; i++)
+        if (map[i]) munmap(map[i], length[i]);
+    return rc;
+}
+
+/* out[i] = function(x[i]) or function(x[i], y[i]); 1: no such function. */
+int hs_test_map(const char *function, const double *x, const double *y, double *out, int64_t n) {
+    static const struct {
+        const char *name;
+        double (*one)(double);
+    } table[] = {
+        {"exp", hs_exp}, {"log", hs_log}, {"tanh", hs_tanh}, {"sin", hs_sin}, {"cos", hs_cos}};
+    if (!strcmp(function, "pow")) {
+        for (int64_t i = 0; i < n; i++) out[i] = hs_pow(x[i], y[i]);
+        return 0;
+    }
+    for (size_t f = 0; f < sizeof table / sizeof table[0]; f++) {
+        if (strcmp(function, table[f].name)) continue;
+        for (int64_t i = 0; i < n; i++) out[i] = table[f].one(x[i]);
+        return 0;
+    }
+    return 1;
+}
+
+void hs_test_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+    hs_rng_key k = {key[0], key[1]};
+    memcpy(out, counter, 4 * sizeof counter[0]);
+    hs_philox4x32_10(out, k);
+}
+
+void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t first, int64_t n,
+                     double *out) {
+    const hs_rng_key key = hs_rng_make_key(seed, tensor, use);
+    for (int64_t i = 0; i < n; i++) out[i] = hs_rng_normal(key, first + (uint64_t)i);
+}

@@ -1,0 +1,279 @@
+"""The engine's kernels as a shared library, for tests: built here from the engine's sources, called through ctypes.
+
+Objects and the library are kept under the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``), in
+``hotstage/kernel-tests``, named by a digest of the sources that went into them, the flags and the compiler.
+``HOTSTAGE_TEST_CC`` picks the compiler (``cc`` where absent); ``HOTSTAGE_TEST_SETS=ref`` leaves the fast sets out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer import wire
+
+Array = NDArray[Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = ROOT / "trainer" / "engine"
+HERE = Path(__file__).resolve().parent
+FLAGS = shlex.split(
+    "-std=c11 -D_GNU_SOURCE -O2 -g -fPIC -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes "
+    "-Wmissing-prototypes -Wvla -Wundef -Wformat=2 -Werror"
+)
+CPU_PATHS: dict[str, list[str]] = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"],
+}
+SETS = ("ref", *CPU_PATHS)
+DTYPES = {"f32": wire.F32, "bf16": wire.BF16, "f64": wire.F64}
+NUMPY = {wire.F32: np.float32, wire.BF16: np.uint16, wire.F64: np.float64, wire.I32: np.int32}
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little") + part)
+    return h.hexdigest()[:32]
+
+
+def _units() -> list[tuple[Path, list[str], list[Path]]]:
+    """(source, flags of its own, .c files that it includes) of everything in the library."""
+    cpu = ENGINE / "kernels" / "cpu" / "all.c"
+    fast = os.environ.get("HOTSTAGE_TEST_SETS") != "ref"
+    core = [ENGINE / "core" / f"{name}.c" for name in ("status", "text", "math", "hash", "threads")]
+    ref = sorted((ENGINE / "kernels" / "ref").glob("*.c"))
+    units: list[tuple[Path, list[str], list[Path]]] = [
+        (source, [], []) for source in [*core, ENGINE / "kernels" / "extent.c", *ref]
+    ]
+    units.append((HERE / "kernel_lib.c", ["-DHS_TEST_CPU"] if fast else [], []))
+    if fast:
+        parts = sorted(cpu.parent.glob("*.c"))
+        paths = CPU_PATHS if platform.machine() == "x86_64" else {"portable": []}
+        units += [(cpu, [f"-DHS_PATH={name}", *flags], parts) for name, flags in paths.items()]
+        units += [(ENGINE / "kernels" / "pick.c", [], [])]
+    return units
+
+
+def build() -> Path:
+    """Compiles what changed and links the library. Safe to run in several processes at once."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "kernel-tests"
+    base.mkdir(parents=True, exist_ok=True)
+    compiler = shlex.split(os.environ.get("HOTSTAGE_TEST_CC", "cc"))
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
+    headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
+    with tempfile.TemporaryDirectory(dir=base) as scratch:
+        objects: list[Path] = []
+        for source, extra, parts in _units():
+            flags = [*FLAGS, *extra, f"-I{ENGINE}"]
+            texts = [p.read_bytes() for p in (source, *parts)]
+            key = _digest([version, " ".join([*FLAGS, *extra]).encode(), *headers, *texts])
+            target = base / f"{source.stem}-{key}.o"
+            if not target.exists():
+                made = Path(scratch) / target.name
+                _compile([*compiler, *flags, "-c", str(source), "-o", str(made)])
+                made.replace(target)
+            objects.append(target)
+        library = base / f"kernels-{_digest([version, *(o.name.encode() for o in objects)])}.so"
+        if not library.exists():
+            made = Path(scratch) / library.name
+            _compile([*compiler, "-shared", "-pthread", "-o", str(made), *map(str, objects), "-lm"])
+            made.replace(library)
+    return library
+
+
+def _compile(command: list[str]) -> None:
+    assert shutil.which(command[0]), f"no C compiler {command[0]!r}: set HOTSTAGE_TEST_CC"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def to_bf16(x: Array) -> Array:
+    """float -> bf16 bits as uint16, nearest, ties to even (through float32)."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    nan = np.uint16(0x7FC0)
+    return np.where(np.isnan(np.asarray(x, np.float32)), nan, rounded)
+
+
+def encode(x: Array, dtype: int) -> Array:
+    """Numbers to the array that a kernel of this dtype reads."""
+    return to_bf16(x) if dtype == wire.BF16 else np.ascontiguousarray(x, NUMPY[dtype])
+
+
+def decode(x: Array, dtype: int) -> Array:
+    """The float64 values of an array of this dtype."""
+    if dtype == wire.BF16:
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.astype(np.float64)
+
+
+def acc_of(dtype: int) -> int:
+    return wire.F64 if dtype == wire.F64 else wire.F32
+
+
+# The operands of every kernel, in order: w written, u read and written, r read, s scratch; then D dt, A acc, F f64,
+# I tokens or targets (i32), C the control block, B bytes; ? may be absent.
+OPERANDS: dict[str, str] = {
+    "embed_fwd": "wD rI rD rD?",
+    "embed_wgrad": "uA uA? rD rI",
+    "layernorm_fwd": "wD wA wA rD rA rA",
+    "layernorm_igrad": "uD rD rD rA rA rA",
+    "layernorm_wgrad": "uA uA rD rD rA rA",
+    "rmsnorm_fwd": "wD wA rD rA",
+    "rmsnorm_igrad": "uD rD rD rA rA",
+    "rmsnorm_wgrad": "uA rD rD rA",
+    "linear_fwd": "wD rD rD rA? rD?",
+    "linear_igrad": "uD rD rD",
+    "linear_wgrad": "uA uA? rD rD",
+    "attention_fwd": "wD wA rD rD rD",
+    "attention_igrad": "wD wD wD rD rD rD rD rD rA sA",
+    "rope_table": "wA",
+    "rope_fwd": "uD rA",
+    "rope_igrad": "uD rA",
+    "gelu_fwd": "wD rD",
+    "gelu_igrad": "wD rD rD",
+    "swiglu_fwd": "wD rD",
+    "swiglu_igrad": "wD rD rD",
+    "classifier_fwd": "wA rD rD rI sA",
+    "classifier_grad": "wA wD uA rD rD rI sA sD",
+    "logits": "wA rD rD",
+    "add_acc": "uA rA",
+    "sumsq": "wF rA sF",
+    "adamw": "uA uA uA uA wD? rC",
+    "zero": "wB",
+    "init_normal": "wA",
+    "init_const": "wA",
+    "cast": "wD rA",
+}
+
+# Where tokens and targets take their upper bound from: the dim that is V.
+VOCABULARY = {"embed_fwd": 2, "embed_wgrad": 2, "classifier_fwd": 2, "classifier_grad": 2}
+
+
+class KernelLib:
+    """The loaded library. Arrays go in as they are (C-contiguous) and are written in place."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        self.c.hs_crc32c.restype = self.c.hs_crc32c_portable.restype = ctypes.c_uint32
+        self.c.hs_kernel_operand_optional.restype = ctypes.c_bool
+        self.sets = tuple(name for name in SETS if self.c.hs_test_has_set(name.encode()))
+
+    def call(
+        self,
+        kernel: str,
+        dtype: int,
+        ptrs: Sequence[Array | None],
+        dims: Sequence[int],
+        reals: Sequence[float] = (),
+        *,
+        set_name: str = "ref",
+        threads: int = 1,
+        guard: str | None = None,
+    ) -> None:
+        """One call. ``guard``: None, "before" or "after": where the page lies that nobody may touch."""
+        spec = wire.KERNELS[kernel]
+        assert (len(ptrs), len(dims), len(reals)) == (spec.ptrs, spec.dims, spec.reals), kernel
+        pointers = (ctypes.c_void_p * wire.CALL_PTRS)()
+        sizes = (ctypes.c_uint64 * wire.CALL_PTRS)()
+        for i, array in enumerate(ptrs):
+            if array is not None:
+                assert array.flags.c_contiguous, (kernel, i)
+                pointers[i], sizes[i] = array.ctypes.data, array.nbytes
+        d = (ctypes.c_int64 * wire.CALL_DIMS)(*dims)
+        r = (ctypes.c_double * wire.CALL_REALS)(*reals)
+        name = set_name.encode()
+        if guard is None:
+            rc = self.c.hs_kernel_call(name, spec.number, dtype, pointers, d, r, threads)
+        else:
+            rc = self.c.hs_kernel_call_guarded(
+                name, spec.number, dtype, pointers, sizes, d, r, threads, int(guard == "after")
+            )
+        assert rc == 0, f"{kernel} of {set_name}: status {rc} (1000 + n: signal n), dims {list(dims)}"
+
+    def extent(self, kernel: str | int, dtype: int, dims: Sequence[int], operand: int) -> int:
+        """Bytes of an operand, or the negative status."""
+        number = kernel if isinstance(kernel, int) else wire.KERNELS[kernel].number
+        out = ctypes.c_uint64()
+        d = (ctypes.c_int64 * wire.CALL_DIMS)(*dims)
+        rc = int(self.c.hs_kernel_extent(number, dtype, d, operand, ctypes.byref(out)))
+        return out.value if rc == 0 else rc
+
+    def optional(self, kernel: str, operand: int) -> bool:
+        return bool(self.c.hs_kernel_operand_optional(wire.KERNELS[kernel].number, operand))
+
+    def map(self, function: str, x: Array, y: Array | None = None) -> Array:
+        """One of the functions of core/math.h over an array."""
+        x = np.ascontiguousarray(x, np.float64)
+        y = x if y is None else np.ascontiguousarray(np.broadcast_to(y, x.shape), np.float64)
+        out = np.empty_like(x)
+        rc = self.c.hs_test_map(
+            function.encode(), *(ctypes.c_void_p(a.ctypes.data) for a in (x, y, out)), ctypes.c_int64(x.size)
+        )
+        assert rc == 0, function
+        return out
+
+    def philox(self, counter: Sequence[int], key: Sequence[int]) -> list[int]:
+        out = (ctypes.c_uint32 * 4)()
+        self.c.hs_test_philox((ctypes.c_uint32 * 4)(*counter), (ctypes.c_uint32 * 2)(*key), out)
+        return list(out)
+
+    def normals(self, seed: int, tensor: int, use: int, first: int, n: int) -> Array:
+        out = np.empty(n)
+        self.c.hs_test_normals(
+            ctypes.c_uint64(seed), ctypes.c_uint32(tensor), ctypes.c_uint32(use),
+            ctypes.c_uint64(first), ctypes.c_int64(n), ctypes.c_void_p(out.ctypes.data),
+        )  # fmt: skip
+        return out
+
+    def operands(
+        self, kernel: str, dtype: int, dims: Sequence[int], rng: np.random.Generator, absent: Sequence[int] = ()
+    ) -> list[Array | None]:
+        """Random operands of exactly the bytes that the extents say; tokens and targets end with V - 1."""
+        out: list[Array | None] = []
+        for i, code in enumerate(OPERANDS[kernel].split()):
+            if i in absent:
+                out.append(None)
+                continue
+            size = self.extent(kernel, dtype, dims, i)
+            assert size > 0, (kernel, dims, i, size)
+            kind = {"D": dtype, "A": acc_of(dtype), "F": wire.F64}.get(code[1], 0)
+            array: Array
+            if kind:
+                array = encode(rng.normal(size=size // wire.DTYPE_BYTES[kind]), kind)
+                if kernel == "adamw" and i == 2:
+                    array = np.abs(array)  # a mean of squares
+            elif code[1] == "I":
+                vocabulary = dims[VOCABULARY[kernel]]
+                array = rng.integers(0, vocabulary, size // 4).astype(np.int32)
+                array[-1] = vocabulary - 1
+            elif code[1] == "C":
+                array = np.frombuffer(bytes(control()), np.uint8).copy()
+            else:
+                array = rng.integers(0, 256, size).astype(np.uint8)
+            assert array.nbytes == size
+            out.append(array)
+        return out
+
+
+def control(
+    clip_scale: float = 0.5, step_size: float = 0.01, v_scale: float = 2.0, lr_decay: float = 0.003
+) -> wire.StepControl:
+    """A control block for ADAMW."""
+    return wire.StepControl(
+        step=1, lr=lr_decay, clip_scale=clip_scale, step_size=step_size, v_scale=v_scale, lr_decay=lr_decay
+    )
