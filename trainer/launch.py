@@ -229,7 +229,7 @@ class LocalLauncher:
         with _locked(folder / "start.lock"):
             if (folder / "done").exists():
                 return
-            if _alive(folder / "agent.pid") is None:
+            if _alive(folder / "agent.pid") is None and not _is_locked(folder / "agent.lock"):
                 root = str(Path(__file__).resolve().parent.parent)
                 env = dict(os.environ)
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
@@ -344,6 +344,21 @@ def _launch_key(folder: Path) -> Path:
 
 def _write_done(folder: Path, reason: str) -> None:
     _write_once(folder / "done", reason.encode(), 0o644)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds this lock: an agent whose starter died before it wrote the number down."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextlib.contextmanager

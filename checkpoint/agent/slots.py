@@ -132,11 +132,19 @@ class Slot:
         for at in range(0, self.layout.slot_bytes, step):
             os.posix_fallocate(self.fd, at, min(step, self.layout.slot_bytes - at))
 
-    def close(self) -> None:
-        """Unmap and close. Views that `data` gave must be gone."""
-        del self._header
-        self._map.close()
+    def close(self) -> bool:
+        """Unmap and close. False where somebody still reads: try again later."""
+        if self._map.closed:
+            return True
+        header, self._header = self._header, wire.SlotHeader()
+        del header
+        try:
+            self._map.close()
+        except BufferError:
+            self._header = wire.SlotHeader.from_buffer(self._map)
+            return False
         os.close(self.fd)
+        return True
 
     def look(self, index: int) -> Seen:
         """The header as it stands; nothing is held by it."""
@@ -237,16 +245,32 @@ class SlotTable:
             for slot in taken:
                 slot.close()
             raise
-        self.drop(rank)
         self.slots[rank] = taken
 
-    def drop(self, rank: int) -> None:
-        for slot in self.slots.pop(rank, []):
-            slot.close()
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all slots of the node."""
+        return sum(layout.slot_bytes for layout in self.layouts.values()) * self.count
 
-    def close(self) -> None:
-        for rank in list(self.slots):
-            self.drop(rank)
+    def clear(self) -> None:
+        """Empty every slot. Only while no rank runs."""
+        for slots in self.slots.values():
+            for slot in slots:
+                slot.clear()
+
+    def keep_up_to(self, point: tuple[int, int]) -> None:
+        """Empty every slot that is not ready, or holds something newer than ``point``. Only while no rank runs."""
+        for slots in self.slots.values():
+            for slot in slots:
+                seen = slot.look(0)
+                if not seen.ready or (seen.step >= point[0] and (seen.step, seen.epoch) != point):
+                    slot.clear()
+                else:
+                    slot.release()
+
+    def close(self) -> bool:
+        """Unmap and close all. False where somebody still reads: try again later."""
+        return all([slot.close() for slots in self.slots.values() for slot in slots])
 
     def look(self, rank: int) -> list[Seen]:
         return [slot.look(i) for i, slot in enumerate(self.slots.get(rank, []))]

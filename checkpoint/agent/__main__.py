@@ -1,0 +1,132 @@
+"""``python -m checkpoint.agent``: the command line of the checkpoint agent.
+
+Exit codes: 0 the run has ended or the agent was asked to leave; 75 another launch holds the run, another agent has this node,
+or the store was lost for good; 78 the store or the command line is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from checkpoint.agent.fetch import write_file
+from checkpoint.agent.link import Link
+from checkpoint.agent.service import Options, Service
+from checkpoint.errors import CheckpointError
+from checkpoint.store import open_store
+
+_EXTRA = ("rank", "epoch", "step")
+
+
+class _JsonLines(logging.Formatter):
+    """The engine's form of a log line, so that one reader serves both."""
+
+    def __init__(self, run: str, node: int) -> None:
+        super().__init__()
+        self._fixed = {"run": run, "node": node}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": round(time.time(), 3),
+            "level": record.levelname.lower(),
+            "event": record.name,
+            **self._fixed,
+            "text": record.getMessage(),
+        }
+        line.update({name: value for name in _EXTRA if (value := getattr(record, name, None)) is not None})
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpoint.agent", description="The checkpoint agent of a node.")
+    parser.add_argument("--store", required=True, help="file:///abs or s3://bucket/prefix")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--launch", required=True)
+    parser.add_argument("--node", required=True, type=int)
+    parser.add_argument("--nodes", required=True, type=int)
+    parser.add_argument(
+        "--socket", required=True, type=Path, help="where to listen for the engine; a relative path is short"
+    )
+    parser.add_argument("--work", required=True, type=Path, help="folder of this node, of nobody else")
+    parser.add_argument("--key-file", required=True, type=Path, help="the launch's key, 16 bytes or more")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="name or address by which other nodes reach this one's ranks"
+    )
+    parser.add_argument("--bind", help="address on which the ranks listen; default: --host")
+    parser.add_argument(
+        "--log-poll", type=float, help="seconds between looks at the log; default 0.05 on file://, else 0.5"
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.node < args.nodes:
+        parser.error(f"node {args.node} of {args.nodes} nodes: it must be 0 to {args.nodes - 1}")
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines(args.run, args.node))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log = logging.getLogger("checkpoint.agent")
+
+    work = args.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    lock = os.open(work / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.error("another agent has %s", work)
+        return 75
+    write_file(work / "agent.pid", json.dumps({"pid": os.getpid(), "started": _started()}).encode())
+
+    try:
+        key = args.key_file.read_bytes()
+        if len(key) < 16:
+            log.error("the launch's key %s has %d bytes; it needs 16 or more", args.key_file, len(key))
+            return 78
+        store = open_store(args.store)
+        link = Link(args.socket)
+    except (OSError, CheckpointError) as error:
+        log.error("the agent cannot start: %s", error)
+        return error.exit_code if isinstance(error, CheckpointError) else 78
+    options = Options(
+        run=args.run,
+        launch=args.launch,
+        node=args.node,
+        nodes=args.nodes,
+        socket=args.socket,
+        work=work,
+        key=key,
+        host=args.host,
+        bind=args.bind or args.host,
+        log_poll_s=args.log_poll or (0.05 if args.store.startswith("file:") else 0.5),
+    )
+    try:
+        service = Service(options, store, link, secrets.token_hex(8))
+        code = service.run()
+    except CheckpointError as error:
+        log.error("the agent ends: %s", error)
+        return error.exit_code
+    finally:
+        link.close()
+    log.info("the agent leaves with %d", code)
+    return code
+
+
+def _started() -> int:
+    """This process's start time in the kernel's ticks, as the launcher reads it."""
+    stat = Path("/proc/self/stat").read_bytes()
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+if __name__ == "__main__":
+    # threads that wait for a store that does not answer must not keep a process that has decided to leave
+    sys.stderr.flush()
+    os._exit(main())

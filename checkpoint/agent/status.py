@@ -1,0 +1,104 @@
+"""The live hint by which the driver sees a node: ``runs/<run>/live/nodes/<launch>/<node>``.
+
+msgpack map, overwritten on every change and at least each second; safe to lose, never a decision by itself:
+
+    node, launch       whose it is
+    seq                counts up with every write of this agent process; readers age it by their own clock
+    incarnation        token of this agent process
+    pid                of the agent
+    supervisor         pid of the supervisor that is connected, or None
+    epoch              attempt that this node runs or ran last; 0: none yet
+    phase              idle | restoring | starting | running | ended
+    ranks              {"<rank>": {pid, code, signal, words, step, final}}: of this attempt; code and signal are None while it
+                       lives; words: last words (JSON text), or why the agent could not start it
+    slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
+    durable            step of the newest checkpoint committed in this attempt or before it, or -1
+    error              what the store or the machine refuses at the moment, or None
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgpack
+
+PHASES = ("idle", "restoring", "starting", "running", "ended")
+
+
+@dataclass
+class RankStatus:
+    """A rank of the present attempt. ``code`` is its exit code, or ``signal`` what killed it; both None while it lives."""
+
+    pid: int | None = None
+    code: int | None = None
+    signal: int | None = None
+    words: str | None = None
+    step: int = 0
+    final: bool = False
+
+    @property
+    def gone(self) -> bool:
+        return self.code is not None or self.signal is not None
+
+    def to_map(self) -> dict[str, Any]:
+        return {
+            "pid": self.pid,
+            "code": self.code,
+            "signal": self.signal,
+            "words": self.words,
+            "step": self.step,
+            "final": self.final,
+        }
+
+    @classmethod
+    def from_map(cls, value: Mapping[str, Any]) -> RankStatus:
+        return cls(
+            value.get("pid"),
+            value.get("code"),
+            value.get("signal"),
+            value.get("words"),
+            int(value.get("step", 0)),
+            bool(value.get("final", False)),
+        )
+
+
+@dataclass
+class NodeStatus:
+    """This node's status; `pack` gives the next one to write."""
+
+    node: int
+    launch: str
+    incarnation: str
+    supervisor: int | None = None
+    epoch: int = 0
+    phase: str = "idle"
+    ranks: dict[int, RankStatus] = field(default_factory=dict)
+    slots: Sequence[tuple[int, int]] = ()
+    durable: int = -1
+    error: str | None = None
+    seq: int = 0
+
+    def pack(self) -> bytes:
+        self.seq += 1
+        return cast(
+            bytes,
+            msgpack.packb(
+                {
+                    "node": self.node,
+                    "launch": self.launch,
+                    "seq": self.seq,
+                    "incarnation": self.incarnation,
+                    "pid": os.getpid(),
+                    "supervisor": self.supervisor,
+                    "epoch": self.epoch,
+                    "phase": self.phase,
+                    "ranks": {str(rank): status.to_map() for rank, status in sorted(self.ranks.items())},
+                    "slots": [{"step": step, "epoch": epoch} for step, epoch in self.slots],
+                    "durable": self.durable,
+                    "error": self.error,
+                }
+            ),
+        )

@@ -1,0 +1,333 @@
+"""From a snapshot in the slots to chunks in the store and this node's part manifest.
+
+One upload at a time, in a thread of its own; the next one takes the newest snapshot that is ready by then, so a slow store
+costs checkpoints, never steps. A snapshot is held while it is read: the ranks have other slots. What it needs beside the slots is
+at most one chunk (64 MiB) a worker, however long the store is away.
+
+An upload that fails is tried again until its deadline; when a newer snapshot is ready by then, that one goes instead.
+A final snapshot (done, or preempted) is never given up for another, since nothing newer can come.
+
+Several nodes must pick the same step, or no checkpoint is ever whole. All ranks snapshot at the same steps, and each
+node says which one it uploads (a hint, ``live/<epoch>/upload/<node>``): a node takes the newest that another has begun and
+it still holds, else the newest.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from checkpoint import keys
+from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
+from checkpoint.digest import KINDS
+from checkpoint.errors import NotFound, StoreError
+from checkpoint.layout import PlanLayout, PositionLayout
+from checkpoint.manifest import Chunk, ChunkPlan, PartManifest, Piece, Segment, Tensor, chunk_pieces, plan_chunks
+from checkpoint.store import Store
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The attempt whose snapshots go up. ``point``: a snapshot of an older epoch that this attempt started from."""
+
+    epoch: int
+    layout: PlanLayout
+    table: SlotTable
+    deadline_s: float
+    point: tuple[int, int] | None = None
+
+
+class Abandoned(Exception):
+    """This upload is not wanted any more."""
+
+
+def segments(position: PositionLayout) -> list[Segment]:
+    """Where each tensor and kind lies in the data of this position's slots.
+
+    A tensor has one owner, so every segment is a whole tensor.
+    """
+    return [
+        Segment(state.tensor, kind, 0, state.elements, state.kind_offset(kind))
+        for state in position.states
+        for kind in range(len(KINDS))
+    ]
+
+
+class Uploader:
+    """The upload thread. All callbacks are posted to the agent's loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        node: int,
+        nodes: int,
+        incarnation: str,
+        *,
+        pool: Executor,
+        post: Callable[[Callable[[], None]], None],
+        on_part: Callable[[int, int], None],
+        on_idle: Callable[[], None],
+        on_error: Callable[[str | None], None],
+    ) -> None:
+        self._store, self._run, self._node, self._nodes, self._incarnation = store, run, node, nodes, incarnation
+        self._pool, self._post = pool, post
+        self._on_part, self._on_idle, self._on_error = on_part, on_idle, on_error
+        self._wake = threading.Condition()
+        self._source: Source | None = None
+        self._done: dict[int, set[int]] = {}  # epoch -> steps whose part is in the store, or was given up
+        self._again = False
+        self._busy = False
+        self._closing = False
+        self._failing = False
+        self._plans: dict[tuple[bytes, int], tuple[ChunkPlan, ...]] = {}
+        self._thread = threading.Thread(target=self._main, name="upload", daemon=True)
+        self._thread.start()
+
+    # --- called by the agent's loop -----------------------------------------------------------------------
+
+    def begin(self, source: Source) -> None:
+        """From here on, snapshots of this attempt."""
+        with self._wake:
+            self._source = source
+            self._done = {source.epoch: self._done.get(source.epoch, set())}
+            self._again = True
+            self._wake.notify_all()
+
+    def cancel(self) -> None:
+        """The attempt is fenced: what is being uploaded for it is void."""
+        with self._wake:
+            self._source = None
+            self._wake.notify_all()
+
+    def wake(self) -> None:
+        """A snapshot may be ready."""
+        with self._wake:
+            self._again = True
+            self._wake.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being uploaded, and nothing waits to be."""
+        with self._wake:
+            return not self._busy and not self._again
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing, self._source = True, None
+            self._wake.notify_all()
+        self._thread.join(timeout=5)
+
+    # --- the thread ---------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closing and not (self._again and self._source is not None):
+                    if self._again and self._source is None:
+                        self._again = False
+                    self._wake.wait()
+                if self._closing:
+                    return
+                source, self._again, self._busy = self._source, False, True
+            assert source is not None
+            try:
+                while self._upload_one(source):
+                    pass
+            except Abandoned:
+                log.info("the upload for attempt %d is given up: the attempt is over", source.epoch)
+            except Exception:
+                # A bug here must neither end training nor pass unseen: it is said, and the next snapshot is tried.
+                log.exception("the uploader failed")
+                self._post(lambda: self._on_error("the uploader failed; see the agent's log"))
+            with self._wake:
+                self._busy = False
+            self._post(self._on_idle)
+
+    def _wanted(self, source: Source) -> bool:
+        with self._wake:
+            return self._source is source
+
+    def _ready(self, source: Source) -> list[tuple[tuple[int, int], dict[int, Seen]]]:
+        """What could go up, newest first, as ((step, epoch in the slot), slots by rank)."""
+        done = self._done[source.epoch]
+        found = [
+            (point, by_rank)
+            for point, by_rank in source.table.held_by_all().items()
+            if (point[1] == source.epoch or point == source.point) and point[0] not in done
+        ]
+        return sorted(found, key=lambda item: item[0], reverse=True)
+
+    def _upload_one(self, source: Source) -> bool:
+        """Upload one snapshot, if there is one. True: look again."""
+        if not self._wanted(source):
+            return False
+        ready = self._ready(source)
+        if not ready:
+            return False
+        (step, _), by_rank = ready[0] if self._nodes == 1 else self._agreed(source, ready)
+        held: list[tuple[Slot, Seen]] = []
+        try:
+            for rank, seen in by_rank.items():
+                slot = source.table.slots[rank][seen.index]
+                slot.hold(seen)
+                held.append((slot, seen))
+        except SlotChanged as error:
+            for slot, _ in held:
+                slot.release()
+            log.info("%s; the newest one is taken", error)
+            return True
+        try:
+            complete = self._persist(source, step, by_rank)
+        except SlotChanged as error:
+            log.warning("the upload of step %d is void: %s", step, error)
+            return True
+        finally:
+            for slot, _ in held:
+                slot.release()
+        # what is older is not worth its bytes any more: a newer checkpoint of this attempt is in the store
+        if complete:
+            self._done[source.epoch].update(p[0] for p, _ in ready if p[0] <= step)
+        return True
+
+    def _agreed(
+        self, source: Source, ready: Sequence[tuple[tuple[int, int], dict[int, Seen]]]
+    ) -> tuple[tuple[int, int], dict[int, Seen]]:
+        """The newest snapshot that another node uploads and this one holds, else the newest. Says which."""
+        folder = keys.run_key(self._run, "live", str(source.epoch), "upload")
+        chosen = ready[0]
+        try:
+            begun = set()
+            for node in range(self._nodes):
+                if node != self._node:
+                    try:
+                        begun.add(int(self._store.get(f"{folder}/{node}", max_bytes=32)))
+                    except (NotFound, ValueError):
+                        continue
+            chosen = next((item for item in ready if item[0][0] in begun), ready[0])
+            self._store.put(f"{folder}/{self._node}", str(chosen[0][0]).encode())
+        except StoreError as error:
+            log.warning("the nodes cannot agree on a snapshot now: %s", error)
+        return chosen
+
+    def _persist(self, source: Source, step: int, by_rank: dict[int, Seen]) -> bool:
+        """Until the part is in the store (True), a newer snapshot takes its place, or the deadline has passed (False)."""
+        deadline = time.monotonic() + source.deadline_s
+        final = any(seen.final for seen in by_rank.values())
+        saved: dict[tuple[int, int], tuple[Chunk, tuple[Piece, ...]]] = {}
+        attempt = 0
+        while True:
+            try:
+                self._put_part(source, step, by_rank, saved)
+            except StoreError as error:
+                self._failing = True
+                text = f"the checkpoint of step {step} cannot be stored: {error}"
+                log.warning("%s", text)
+                self._post(lambda said=text: self._on_error(said))  # type: ignore[misc]
+                if time.monotonic() >= deadline:
+                    log.error("the upload of step %d is given up after %.0f s", step, source.deadline_s)
+                    self._done[source.epoch].add(step)
+                    return False
+            else:
+                if self._failing:
+                    self._failing = False
+                    self._post(lambda: self._on_error(None))
+                log.info("this node's part of step %d is in the store", step)
+                self._post(lambda: self._on_part(step, source.epoch))
+                return True
+            pause = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
+            attempt += 1
+            with self._wake:
+                self._wake.wait_for(lambda: self._source is not source, pause)
+            if not self._wanted(source):
+                raise Abandoned
+            if not final and self._ready(source)[0][0][0] > step:
+                log.info("a newer snapshot takes the place of step %d", step)
+                return False
+
+    def _put_part(
+        self,
+        source: Source,
+        step: int,
+        by_rank: dict[int, Seen],
+        saved: dict[tuple[int, int], tuple[Chunk, tuple[Piece, ...]]],
+    ) -> None:
+        """All chunks that are not saved yet, then the part manifest."""
+        work = [(rank, plan) for rank in by_rank for plan in self._chunk_plans(source, rank)]
+        futures = [
+            (rank, plan, self._pool.submit(self._put_chunk, source, step, rank, by_rank[rank], plan))
+            for rank, plan in work
+            if (rank, plan.index) not in saved
+        ]
+        failure: BaseException | None = None
+        for rank, plan, future in futures:
+            if failure is not None and future.cancel():
+                continue
+            error = future.exception()
+            if error is None:
+                saved[rank, plan.index] = future.result()
+            else:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        for rank, seen in by_rank.items():
+            source.table.slots[rank][seen.index].check(seen)
+        layout = source.layout
+        part = PartManifest.build(
+            run=self._run,
+            step=step,
+            epoch=source.epoch,
+            samples=step * layout.batch,
+            what=layout.what_digest,
+            part=self._node,
+            parts=self._nodes,
+            tensors=[Tensor(t.name, t.shape) for t in layout.tensors],
+            saved=[saved[rank, plan.index] for rank, plan in work],
+            meta={"plan": layout.digest.hex(), "dataset": layout.dataset_digest.hex()},
+        )
+        data = part.to_bytes()
+        # False: another incarnation of this agent was faster; its part names its own chunks of the same state
+        self._store.create(keys.run_key(self._run, keys.part_name(step, source.epoch, self._node)), data)
+
+    def _chunk_plans(self, source: Source, rank: int) -> tuple[ChunkPlan, ...]:
+        position = source.table.layouts[rank]
+        key = source.layout.digest, position.position
+        if key not in self._plans:
+            self._plans = {k: v for k, v in self._plans.items() if k[0] == source.layout.digest}
+            self._plans[key] = plan_chunks(segments(position))
+        return self._plans[key]
+
+    def _put_chunk(
+        self, source: Source, step: int, rank: int, seen: Seen, plan: ChunkPlan
+    ) -> tuple[Chunk, tuple[Piece, ...]]:
+        """In a worker: read, hash, create one chunk."""
+        if not self._wanted(source):
+            raise Abandoned
+        slot = source.table.slots[rank][seen.index]
+        with slot.data() as data:
+            if len(plan.segments) == 1:
+                only = plan.segments[0]
+                view = data[only.source : only.source + only.bytes]
+            else:
+                gathered = bytearray(plan.bytes)
+                at = 0
+                for s in plan.segments:
+                    gathered[at : at + s.bytes] = data[s.source : s.source + s.bytes]
+                    at += s.bytes
+                view = memoryview(gathered)
+            with view:
+                name = keys.chunk_name(step, source.epoch, rank, self._incarnation, plan.index)
+                pieces = chunk_pieces(plan, view)
+                chunk = Chunk.of(name, view)
+                slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
+                if not self._store.create(keys.run_key(self._run, name), view, sha256=chunk.sha256):
+                    raise SlotChanged(f"object {name} is there with other bytes")
+        return chunk, pieces

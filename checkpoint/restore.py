@@ -1,0 +1,167 @@
+"""From a checkpoint in the store into slots, for any layout: a tensor goes to whichever position owns it now.
+
+Only what the given positions own is read, in ranges as large as the chunks allow, several at a time; every block is checked
+against its digest in the manifest before a byte of it counts. Damaged names the object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+from checkpoint import keys
+from checkpoint.digest import BLOCK_BYTES, KINDS
+from checkpoint.errors import CheckpointError, Damaged, NotFound
+from checkpoint.layout import PlanLayout, PositionLayout
+from checkpoint.log import CheckpointInfo
+from checkpoint.manifest import Manifest, Piece
+from checkpoint.read import load_manifest
+from checkpoint.store import Store
+
+log = logging.getLogger(__name__)
+
+GAP_BYTES = 1 << 20
+"""Bytes of a chunk that are read and thrown away rather than asking twice."""
+
+
+class OtherModel(CheckpointError):
+    """The checkpoint is not one of what the plan trains."""
+
+    exit_code = 78
+
+
+class Target(Protocol):
+    """A slot, as restore sees it (``agent/slots.py``)."""
+
+    layout: PositionLayout
+
+    def begin_fill(self) -> memoryview: ...
+
+    def finish_fill(self, step: int, epoch: int, pool: Executor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A piece of the manifest and where its bytes go: offset ``at`` of target ``target``'s data."""
+
+    piece: Piece
+    target: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One read: bytes [first, first + length) of a chunk, and the pieces inside it."""
+
+    chunk: int
+    first: int
+    length: int
+    wanted: tuple[Wanted, ...]
+
+
+def check_same_model(manifest: Manifest, plan: PlanLayout, what: str) -> None:
+    """OtherModel where the checkpoint has another What or other tensors than the plan."""
+    if manifest.what != plan.what_digest:
+        raise OtherModel(
+            f"{what} is of another run: its What is {manifest.what.hex()[:16]}, the plan's {plan.what_digest.hex()[:16]}; "
+            "restore from a checkpoint of this run"
+        )
+    theirs = {t.name: t.shape for t in manifest.tensors}
+    for tensor in plan.tensors:
+        if theirs.get(tensor.name) != tensor.shape:
+            raise OtherModel(
+                f"{what} has tensor {tensor.name} as {theirs.get(tensor.name)}, the plan as {tensor.shape}: another model"
+            )
+
+
+def plan_reads(manifest: Manifest, plan: PlanLayout, positions: Sequence[PositionLayout]) -> list[Run]:
+    """What to read for these positions (one target each, in order): pure, the largest reads first.
+
+    Pieces of one chunk that lie next to each other, or nearly, become one read.
+    """
+    by_chunk: dict[int, list[Wanted]] = {}
+    for target, position in enumerate(positions):
+        for state in position.states:
+            name = plan.tensors[state.tensor].name
+            for kind in range(len(KINDS)):
+                base = state.kind_offset(kind)
+                for piece in manifest.pieces_of(name, kind):
+                    by_chunk.setdefault(piece.chunk, []).append(Wanted(piece, target, base + 4 * piece.first))
+    runs: list[Run] = []
+    for chunk, wanted in by_chunk.items():
+        held: list[Wanted] = []
+        first = end = 0
+        for w in sorted(wanted, key=lambda w: w.piece.offset):
+            if held and w.piece.offset > end + GAP_BYTES:
+                runs.append(Run(chunk, first, end - first, tuple(held)))
+                held = []
+            if not held:
+                first = end = w.piece.offset
+            held.append(w)
+            end = max(end, w.piece.offset + w.piece.bytes)
+        runs.append(Run(chunk, first, end - first, tuple(held)))
+    return sorted(runs, key=lambda run: -run.length)
+
+
+def restore_slots(
+    store: Store,
+    run: str,
+    info: CheckpointInfo,
+    plan: PlanLayout,
+    slots: Mapping[int, Target],
+    *,
+    epoch: int,
+    pool: Executor,
+) -> None:
+    """Fill one slot of each rank from the checkpoint that the record names; ``epoch`` is that of the attempt to come.
+
+    Raises Damaged (which names the object), OtherModel, StoreError; the slots are then not READY.
+    """
+    manifest = load_manifest(store, run, info)
+    check_same_model(manifest, plan, f"the checkpoint of step {info.step} (log record {info.n})")
+    targets = list(slots.values())
+    reads = plan_reads(manifest, plan, [slot.layout for slot in targets])
+    views = [slot.begin_fill() for slot in targets]
+    try:
+        futures = [pool.submit(_read, store, manifest, read, views) for read in reads]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            for future in futures:
+                if not future.cancelled():
+                    future.exception()  # nobody writes into the slots any more
+    finally:
+        for view in views:
+            view.release()
+    for slot in targets:
+        slot.finish_fill(info.step, epoch, pool)
+    size = sum(read.length for read in reads)
+    log.info("restored step %d: %d bytes in %d reads", info.step, size, len(reads), extra={"epoch": epoch})
+
+
+def _read(store: Store, manifest: Manifest, read: Run, views: Sequence[memoryview]) -> None:
+    chunk = manifest.chunks[read.chunk]
+    key = keys.run_key(manifest.run, chunk.name)
+    try:
+        data = memoryview(store.get(key, first=read.first, length=read.length))
+    except NotFound as error:
+        raise Damaged(f"chunk {key}: the manifest of step {manifest.step} names it, but it is gone") from error
+    for wanted in read.wanted:
+        piece = wanted.piece
+        own = data[piece.offset - read.first : piece.offset - read.first + piece.bytes]
+        for number, leaf in enumerate(piece.leaves):
+            at = number * BLOCK_BYTES
+            if hashlib.sha256(own[at : at + BLOCK_BYTES]).digest() != leaf:
+                name = manifest.tensors[piece.tensor].name
+                raise Damaged(
+                    f"chunk {key}: {KINDS[piece.kind]} of tensor {name}, elements from {piece.first + at // 4} on, "
+                    "is not what was saved"
+                )
+        views[wanted.target][wanted.at : wanted.at + piece.bytes] = own
