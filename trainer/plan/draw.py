@@ -76,7 +76,7 @@ def timeline_text(timeline: Timeline, columns: int = 100) -> str:
     for rank, row in enumerate(timeline.rows):
         cells = _cells(row, timeline.seconds, width)
         lines.append(f"rank {rank:2d} |{cells}|{timeline.bubble[rank] * 100:5.1f}%")
-    used = {event.kind for event in timeline.events}
+    used = {event.kind for event in timeline.events if event.seconds > 0}
     legend = "   ".join(text for kind, text in _LEGEND.items() if kind in used)
     lines.append(f"        {legend}   blank: waiting")
     return "\n".join(lines) + "\n"

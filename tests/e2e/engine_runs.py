@@ -1,0 +1,220 @@
+"""Runs the real engine for tests: a plan, its ranks as processes on loopback, no agent; what they print and dump, back.
+
+Owns the attempt file, the ranks' life (none survives a call, also when it fails) and the way from Hugging Face weights
+to the engine's files and back. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import secrets
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer import models, wire
+from trainer.dataset import DatasetRef, token_bytes_for, write_shard
+from trainer.engine_path import engine_binary
+from trainer.models.base import hf_table
+from trainer.plan.records import Plan
+from trainer.spec import ModelSpec
+
+DEADLINE_S = 120.0
+
+F32 = NDArray[np.float32]
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def from_hf(model: ModelSpec, hf: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Our tensors, by name, from Hugging Face's, through the family's mapping; every HF tensor is used exactly once."""
+    parts: dict[str, list[tuple[int, NDArray[Any]]]] = {}
+    used = set()
+    for entry in hf_table(models.family(model.family), model):
+        value = hf[entry.name]
+        assert value.shape == entry.shape, f"{entry.name}: {value.shape} is not {entry.shape}"
+        parts.setdefault(entry.tensor, []).append((entry.first, value.T if entry.transpose else value))
+        used.add(entry.name)
+    assert used == set(hf), f"not mapped: {sorted(set(hf) ^ used)}"
+    return {
+        name: np.concatenate([value for _, value in sorted(found, key=lambda f: f[0])]) for name, found in parts.items()
+    }
+
+
+def to_hf(model: ModelSpec, ours: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The way back."""
+    out: dict[str, NDArray[Any]] = {}
+    for entry in hf_table(models.family(model.family), model):
+        part = ours[entry.tensor][entry.first : entry.first + entry.rows]
+        out[entry.name] = part.T if entry.transpose else part
+    return out
+
+
+def weights_file(plan: Plan, tensors: Mapping[str, NDArray[Any]], path: Path) -> Path:
+    """f32 of every tensor in the table's order, each at the next multiple of 64 bytes (``run/weights.h``)."""
+    with path.open("wb") as file:
+        for tensor in plan.tensors:
+            file.write(b"\0" * (-file.tell() % 64))
+            file.write(np.ascontiguousarray(tensors[tensor.name], "<f4").tobytes())
+    return path
+
+
+def read_dump(plan: Plan, folder: Path, step: int, what: str) -> dict[str, F32]:
+    """All tensors of a step's dump (``what``: grads or weights), joined over the positions."""
+    out: dict[str, F32] = {}
+    for number, position in enumerate(plan.positions):
+        flat = np.fromfile(folder / f"{step}-{number}.{what}", "<f4")
+        at = 0
+        for state in position.states:
+            tensor = plan.tensors[state.tensor]
+            out[tensor.name] = flat[at : at + tensor.elements].reshape(tensor.shape)
+            at += tensor.elements
+        assert at == flat.size
+    assert set(out) == {tensor.name for tensor in plan.tensors}
+    return out
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def write_samples(folder: Path, samples: NDArray[np.int64], vocab: int) -> DatasetRef:
+    """One shard a sample of T+1 tokens, so that the order of the shards is the order of the samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(samples):
+        write_shard(folder / f"{number:05d}.bin", sample, vocab)
+    return DatasetRef("0" * 64, vocab, token_bytes_for(vocab), (samples.shape[1],) * len(samples), "0" * 64)
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+def _crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def attempt_bytes(
+    plan: Plan, ports: Sequence[int], data: Path, work: Path, *, kernel_path: str = "auto", trace: bool = False
+) -> bytes:
+    """A fresh start of all ranks on this machine."""
+    head = wire.Attempt(
+        version=wire.ATTEMPT_VERSION,
+        run=b"test",
+        epoch=1,
+        ranks=len(ports),
+        kernel_path=wire.PATHS[kernel_path],
+        start_step=-1,
+        stop_after=-1,
+        connect_ms=30_000,
+        stall_ms=60_000,
+        commit_ms=30_000,
+        trace=int(trace),
+        data_dir=str(data).encode(),
+        work_dir=str(work).encode(),
+    )
+    head.magic[:] = wire.ATTEMPT_MAGIC
+    head.plan_digest[:] = bytes.fromhex(plan.digest)
+    head.key[:] = secrets.token_bytes(32)
+    head.nonce[:] = secrets.token_bytes(16)
+    ranks = b"".join(bytes(wire.AttemptRank(host=b"127.0.0.1", port=port, node=0)) for port in ports)
+    checked = wire.Attempt.run.offset
+    head.crc = _crc32c(bytes(head)[checked:] + ranks)
+    assert ctypes.sizeof(head) + len(ranks) == len(bytes(head) + ranks)
+    return bytes(head) + ranks
+
+
+@dataclass(frozen=True)
+class Gang:
+    """What a run left: its step events by step (from position 0's stdout) and the folder of its dumps and traces."""
+
+    plan: Plan
+    steps: list[dict[str, Any]]
+    folder: Path
+
+    @property
+    def losses(self) -> list[float]:
+        return [event["loss"] for event in self.steps]
+
+    @property
+    def norms(self) -> list[float]:
+        return [event["grad_norm"] for event in self.steps]
+
+    def grads(self, step: int) -> dict[str, F32]:
+        """Before clipping, by our names; step from 1."""
+        return read_dump(self.plan, self.folder, step, "grads")
+
+    def weights(self, step: int) -> dict[str, F32]:
+        return read_dump(self.plan, self.folder, step, "weights")
+
+
+def train(
+    plan: Plan,
+    data: Path,
+    folder: Path,
+    *,
+    weights: Path | None = None,
+    kernel_path: str = "auto",
+    dump: bool = True,
+    trace: bool = False,
+    engine: Path | None = None,
+) -> Gang:
+    """All steps of ``plan``, a process a rank; fails the test with the ranks' words where one does not end with 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan_path, attempt_path = folder / "plan", folder / "attempt"
+    plan_path.write_bytes(plan.to_bytes())
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in plan.positions]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    attempt_path.write_bytes(attempt_bytes(plan, ports, data, folder, kernel_path=kernel_path, trace=trace))
+    processes: list[subprocess.Popen[bytes]] = []
+    outputs = [(folder / f"stdout-{rank}", folder / f"stderr-{rank}") for rank in range(len(ports))]
+    try:
+        for rank, listener in enumerate(listeners):
+            command = [str(engine or engine_binary()), "rank", "--plan", str(plan_path), "--attempt", str(attempt_path)]
+            command += ["--rank", str(rank), "--agent", "-", "--listen-fd", str(listener.fileno())]
+            command += ["--dump", str(folder)] if dump else []
+            command += ["--weights", str(weights)] if weights is not None else []
+            with outputs[rank][0].open("wb") as out, outputs[rank][1].open("wb") as err:
+                processes.append(subprocess.Popen(command, stdout=out, stderr=err, pass_fds=[listener.fileno()]))
+        codes = [process.wait(DEADLINE_S) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for listener in listeners:
+            listener.close()
+    if any(codes):
+        words = "\n".join(
+            f"rank {rank}: exit {codes[rank]}\n{outputs[rank][1].read_text()}" for rank in range(len(ports))
+        )
+        raise AssertionError(f"the gang did not end well\n{words}")
+    events = [json.loads(line) for line in outputs[0][0].read_text().splitlines()]
+    return Gang(plan, [event for event in events if event["event"] == "step"], folder)
+
+
+def infer(plan: Plan, weights: Path, tokens: NDArray[np.int64], folder: Path, engine: Path | None = None) -> F32:
+    """Logits [n, microbatch, T, V] of requests ``tokens`` [n, microbatch, T]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan_path = folder / "plan-infer"
+    plan_path.write_bytes(plan.to_bytes())
+    done = subprocess.run(
+        [str(engine or engine_binary()), "infer", "--plan", str(plan_path), "--weights", str(weights)],
+        input=tokens.astype("<i4").tobytes(),
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return np.frombuffer(done.stdout, "<f4").reshape(*tokens.shape, plan.config.vocab)
