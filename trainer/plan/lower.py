@@ -2,7 +2,7 @@
 
 A position's arena, in order (all offsets multiples of 64):
 
-    reports and control block | rotary tables | master weights | compute copies | moments | gradients
+    reports, norms and control block | rotary tables | master weights | compute copies | moments | gradients
     | gradient that is sent back (last stage) | scratch of the running program | activation slots | microbatches' tokens
 
 What a slot of activations holds: all that lives from a microbatch's forward to its backward, and what is received and
@@ -129,6 +129,7 @@ class _Lowering:
         if not job.infer:
             self.reports = arena.ref(count * report, "other")
             self.report = replace(self.reports, bytes=report)
+            self.sumsq = arena.ref(8 * len(job.tensors), "other")
             self.control = arena.ref(CONTROL_BYTES, "other")
         for table in self._rope_tables():
             self.tables[table] = arena.ref(4 * table.rows * table.size, "other")
@@ -306,7 +307,7 @@ class _Lowering:
             calls.append(self._call("add_acc", (self.gradients[self.tied], share), (elements,)))
         for n in self.owned:
             elements = self.job.tensors[n].elements
-            out = Ref(wire.SPACE_STATIC, self.report.offset + REPORT_BYTES + 8 * n, 8)
+            out = Ref(wire.SPACE_STATIC, self.sumsq.offset + 8 * n, 8)
             partials = Ref(wire.SPACE_STATIC, self.partials, 8 * -(-elements // SUMSQ_BLOCK))
             calls.append(self._call("sumsq", (out, self.gradients[n], partials), (elements,)))
         return calls
@@ -355,7 +356,7 @@ class _Lowering:
             tokens_offset=given("tokens"),
             targets_offset=given("targets"),
             loss_offset=given("loss"),
-            sumsq_offset=None if infer else self.report.offset + REPORT_BYTES,
+            sumsq_offset=None if infer else self.sumsq.offset,
             control_offset=None if infer else self.control.offset,
             logits_offset=given("logits"),
             slot_bytes=size,

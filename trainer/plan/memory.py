@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Call
+from trainer.plan.draw import bytes_text, memory_text
 from trainer.plan.records import Position
 
 ALIGN = 64
@@ -99,32 +100,7 @@ def check_budget(positions: Sequence[Position], nodes: int, budget_bytes: int) -
         total = sum(position.total_bytes for position in ranks)
         if total > budget_bytes:
             raise PlanError(
-                f"node {node} needs {total} bytes ({_human(total)}), its budget is {budget_bytes} "
-                f"({_human(budget_bytes)}); use more nodes, a smaller microbatch, or raise launch.memory_gib\n"
-                f"{table_text(positions)}"
+                f"node {node} needs {total} bytes ({bytes_text(total)}), its budget is {budget_bytes} "
+                f"({bytes_text(budget_bytes)}); use more nodes, a smaller microbatch, or raise launch.memory_gib\n"
+                f"{memory_text([p.bytes_by_kind for p in positions])}"
             )
-
-
-def table_text(positions: Sequence[Position]) -> str:
-    """Bytes by kind, one row a rank, as text.
-
-    The kinds are those of ``wire.MEMORY_KINDS``: "activations" are the slots of microbatches in flight and the
-    microbatches' tokens, "slots" the snapshot slots in shared memory, "other" the process itself.
-    """
-    kinds = [kind for kind in wire.MEMORY_KINDS if any(p.bytes_by_kind[kind] for p in positions)]
-    rows = [["rank", "layers", *kinds, "total"]]
-    for p in positions:
-        layers = f"{p.layers.start}-{p.layers.stop - 1}"
-        cells = [_human(p.bytes_by_kind[kind]) for kind in kinds]
-        rows.append([str(p.stage), layers, *cells, _human(p.total_bytes)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def _human(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from trainer import wire
 from trainer.models.base import Tensor
+from trainer.plan.draw import memory_text
 from trainer.plan.schedules import Action
 
 
@@ -187,9 +187,4 @@ class Plan:
 
     def memory_table(self) -> str:
         """Bytes of every rank by kind, as text."""
-        from trainer.plan.memory import table_text
-
-        return table_text(self.positions)
-
-
-MEMORY_KINDS = wire.MEMORY_KINDS
+        return memory_text([position.bytes_by_kind for position in self.positions])

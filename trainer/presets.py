@@ -1,0 +1,270 @@
+"""Commented specs to start from: what ``hotstage init NAME`` writes. ``examples/`` holds some of them as files.
+
+Each is complete TOML that loads as it stands; keys that are left out have the defaults of ``trainer/spec.py``
+(``hotstage schema`` lists them all).
+"""
+
+from __future__ import annotations
+
+_DEMO = """\
+# The demo: a small GPT that learns Python from the standard library of the interpreter that runs it, through two
+# pipeline stages on one machine. About a minute on two cores.
+name = "demo"
+
+# --- What is trained. These three sections alone determine the bits, and the run's identity.
+
+[model]
+family = "gpt2"           # LayerNorm, learned positions, GELU
+layers = 4
+width = 128
+heads = 4
+context = 128             # longest sequence, in tokens
+vocab = 0                 # 0: that of the dataset
+
+[data]
+source = "python-stdlib"  # or "text:<glob>", "jsonl:<glob>" (field "text"), "dataset:<digest>"
+vocab_size = 2048         # of the byte-level BPE tokenizer that is trained on the text
+
+[train]
+steps = 600
+batch = 16                # sequences a step
+microbatch = 4            # sequences at a time: the pipeline is filled with batch / microbatch of them
+sequence = 128
+precision = "fp32"        # or "bf16": activations and matrices in bfloat16, masters and moments in fp32
+seed = 1
+
+[train.optimizer]
+lr = 3e-3
+min_lr = 3e-4
+weight_decay = 0.1
+clip = 1.0                # limit of the global gradient norm
+
+[train.schedule]
+kind = "cosine"
+warmup = 30               # steps
+
+# --- How. May change from attempt to attempt without changing a bit of the result.
+
+[parallel]
+stages = 2                # processes that the layers are spread over
+schedule = "1f1b"
+threads = 1               # of each process
+
+[checkpoint]
+every = 50                # steps between snapshots
+
+[launch]
+target = "local"
+trace = true              # record when every instruction ran
+"""
+
+_GPT2 = """\
+# GPT-2, 124 million parameters, with the sizes of the original, on text files of your own.
+name = "gpt2-124m"
+
+[model]
+family = "gpt2"
+layers = 12
+width = 768
+heads = 12
+context = 1024            # longest sequence, in tokens
+vocab = 50304             # 50257 of the tokenizer, rounded up to a multiple of 64
+
+[data]
+source = "text:corpus/**/*.txt"
+vocab_size = 50257
+
+[train]
+steps = 20000
+batch = 32                # sequences a step
+microbatch = 4
+sequence = 1024
+precision = "bf16"
+seed = 1
+
+[train.optimizer]
+lr = 6e-4
+min_lr = 6e-5
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+clip = 1.0
+
+[train.schedule]
+kind = "cosine"
+warmup = 700              # steps
+
+[parallel]
+stages = 2                # the head weighs as much as five layers: the planner splits by cost, not by count
+schedule = "1f1b"
+
+[checkpoint]
+every = 250               # steps between snapshots
+slots = 3                 # snapshots in memory: one is written while another is uploaded
+
+[launch]
+target = "local"
+"""
+
+_LLAMA_1B = """\
+# A llama of 1.2 billion parameters (the sizes of Llama 3.2 1B), with grouped-query attention and a tied head.
+name = "llama-1b"
+
+[model]
+family = "llama"          # RMSNorm, rotary positions, SwiGLU
+layers = 16
+width = 2048
+heads = 32
+kv_heads = 8              # each serves four query heads
+head_size = 64
+hidden = 8192
+context = 8192
+vocab = 128256
+norm_eps = 1e-5
+rope_base = 500000.0
+tied = true
+
+[data]
+source = "jsonl:corpus/*.jsonl"
+vocab_size = 128000
+
+[train]
+steps = 50000
+batch = 256
+microbatch = 1
+sequence = 2048
+precision = "bf16"
+seed = 1
+
+[train.optimizer]
+lr = 3e-4
+min_lr = 3e-5
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+clip = 1.0
+
+[train.schedule]
+kind = "wsd"              # warm up, stay, decay linearly at the end
+warmup = 2000
+decay = 10000
+
+[parallel]
+stages = 8
+schedule = "1f1b"
+
+[checkpoint]
+every = 500
+
+[launch]
+target = "kubernetes"
+nodes = 8
+namespace = "training"
+image = "hotstage-engine:0.1.0"
+agent_image = "hotstage-agent:0.1.0"
+store_secret = "hotstage-store"
+resources = { cpu = "16", memory = "64Gi" }
+"""
+
+_LLAMA_TINY = """\
+# A llama small enough for a laptop: grouped-query attention, an untied head, bf16, four stages.
+name = "llama-tiny"
+
+[model]
+family = "llama"          # RMSNorm, rotary positions, SwiGLU
+layers = 4
+width = 128
+heads = 4
+kv_heads = 2              # each serves two query heads
+hidden = 384
+context = 256
+tied = false              # the head has weights of its own
+
+[data]
+source = "python-stdlib"
+vocab_size = 2048
+
+[train]
+steps = 300
+batch = 16
+microbatch = 2
+sequence = 128
+precision = "bf16"
+seed = 1
+
+[train.optimizer]
+lr = 3e-3
+min_lr = 3e-4
+
+[train.schedule]
+kind = "cosine"
+warmup = 20
+
+[parallel]
+stages = 4
+schedule = "1f1b"
+threads = 1
+
+[checkpoint]
+every = 50
+
+[launch]
+target = "local"
+"""
+
+_QWEN3 = """\
+# Qwen3 0.6B: a llama with norms on queries and keys, and a head size apart from width / heads.
+name = "qwen3-0-6b"
+
+[model]
+family = "qwen3"
+layers = 28
+width = 1024
+heads = 16
+kv_heads = 8
+head_size = 128
+hidden = 3072
+context = 4096
+vocab = 151936
+norm_eps = 1e-6
+rope_base = 1000000.0
+tied = true
+
+[data]
+source = "jsonl:corpus/*.jsonl"
+vocab_size = 151643
+
+[train]
+steps = 20000
+batch = 128
+microbatch = 1
+sequence = 2048
+precision = "bf16"
+seed = 1
+
+[train.optimizer]
+lr = 3e-4
+min_lr = 3e-5
+
+[train.schedule]
+kind = "cosine"
+warmup = 1000
+
+[parallel]
+stages = 4
+
+[checkpoint]
+every = 500
+
+[launch]
+target = "local"
+"""
+
+PRESETS: dict[str, str] = {
+    "gpt2-124m": _GPT2,
+    "gpt2-demo": _DEMO,
+    "llama-1b": _LLAMA_1B,
+    "llama-tiny": _LLAMA_TINY,
+    "qwen3-0.6b": _QWEN3,
+}
+"""By the name that ``hotstage init`` takes."""
