@@ -1,0 +1,105 @@
+#include "run/attempt.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "core/hash.h"
+
+enum { MAX_RANKS = 1 << 20 };
+
+static size_t file_bytes(const hs_attempt *attempt) {
+    return sizeof *attempt + (size_t)attempt->ranks * sizeof(hs_attempt_rank);
+}
+
+/* All that can be said about the bytes alone. */
+static hs_status check(const char *path, const hs_attempt *a, size_t size, hs_why *why) {
+    const size_t checked = offsetof(hs_attempt, run);
+    if (memcmp(a->magic, HS_ATTEMPT_MAGIC, sizeof a->magic) != 0 ||
+        a->version != HS_ATTEMPT_VERSION) {
+        return hs_fail(why, HS_E_CONFIG, "%s is not an attempt file of version %u", path,
+                       HS_ATTEMPT_VERSION);
+    }
+    if (a->ranks == 0 || a->ranks > MAX_RANKS || file_bytes(a) != size) {
+        return hs_fail(why, HS_E_CONFIG, "attempt %s: %" PRIu32 " ranks do not go with %zu bytes",
+                       path, a->ranks, size);
+    }
+    if (hs_crc32c(0, (const uint8_t *)a + checked, size - checked) != a->crc) {
+        return hs_fail(why, HS_E_CONFIG, "attempt %s: its bytes do not have the checksum it says",
+                       path);
+    }
+    if (!a->run[0] || !memchr(a->run, 0, sizeof a->run) ||
+        !memchr(a->data_dir, 0, sizeof a->data_dir) ||
+        !memchr(a->work_dir, 0, sizeof a->work_dir)) {
+        return hs_fail(why, HS_E_CONFIG, "attempt %s: run, data_dir or work_dir does not end",
+                       path);
+    }
+    if (a->start_step < -1 || a->stop_after < -1 || a->connect_ms == 0 || a->stall_ms == 0 ||
+        a->commit_ms == 0 || a->trace > HS_TRACE_ON) {
+        return hs_fail(why, HS_E_CONFIG,
+                       "attempt %s: start_step %" PRId64 ", stop_after %" PRId64
+                       ", a deadline of 0 ms or trace %" PRIu32 " is out of range",
+                       path, a->start_step, a->stop_after, a->trace);
+    }
+    const hs_attempt_rank *ranks = (const hs_attempt_rank *)(a + 1);
+    for (uint32_t r = 0; r < a->ranks; r++) {
+        if (!memchr(ranks[r].host, 0, sizeof ranks[r].host) || ranks[r].port > 65535) {
+            return hs_fail(why, HS_E_CONFIG,
+                           "attempt %s: the address of rank %" PRIu32 " does not hold", path, r);
+        }
+    }
+    return HS_OK;
+}
+
+hs_status hs_attempt_open(const char *path, hs_attempt_file *file, hs_why *why) {
+    *file = (hs_attempt_file){0};
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat info;
+    if (fd < 0 || fstat(fd, &info) != 0) {
+        const int code = errno;
+        if (fd >= 0) (void)close(fd);
+        return hs_fail(why, HS_E_CONFIG, "attempt %s cannot be opened: %s", path, strerror(code));
+    }
+    const size_t size = (size_t)info.st_size;
+    const size_t most = sizeof(hs_attempt) + (size_t)MAX_RANKS * sizeof(hs_attempt_rank);
+    hs_attempt *attempt = size >= sizeof *attempt && size <= most ? malloc(size) : NULL;
+    hs_status st = HS_OK;
+    if (!attempt) {
+        st = hs_fail(why, HS_E_CONFIG, "attempt %s: %zu bytes are not an attempt file", path, size);
+    }
+    for (size_t at = 0; st == HS_OK && at < size;) {
+        const ssize_t n = read(fd, (uint8_t *)attempt + at, size - at);
+        if (n > 0) {
+            at += (size_t)n;
+        } else if (n == 0 || errno != EINTR) {
+            st = hs_fail(why, HS_E_CONFIG, "attempt %s cannot be read to its end", path);
+        }
+    }
+    (void)close(fd);
+    if (st == HS_OK) st = check(path, attempt, size, why);
+    if (st != HS_OK) {
+        free(attempt);
+        return st;
+    }
+    *file = (hs_attempt_file){.attempt = attempt, .ranks = (const hs_attempt_rank *)(attempt + 1)};
+    return HS_OK;
+}
+
+void hs_attempt_close(hs_attempt_file *file) {
+    if (file->attempt) explicit_bzero(file->attempt, sizeof *file->attempt);
+    free(file->attempt);
+    *file = (hs_attempt_file){0};
+}
+
+uint32_t hs_attempt_local_ranks(const hs_attempt_file *file, uint32_t rank) {
+    uint32_t local = 0;
+    for (uint32_t r = 0; r < file->attempt->ranks; r++) {
+        local += file->ranks[r].node == file->ranks[rank].node;
+    }
+    return local;
+}

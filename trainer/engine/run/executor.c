@@ -1,0 +1,224 @@
+#include "run/executor.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "core/clock.h"
+#include "data/order.h"
+#include "run/step_math.h"
+#include "run/weights.h"
+
+static int64_t last_step(const hs_executor *ex) {
+    const int64_t steps = ex->plan->config->steps, after = ex->attempt->stop_after;
+    return after >= 0 && after < steps ? after : steps;
+}
+
+/* Tokens and targets of every microbatch of step ex->step, where this position reads them. */
+static hs_status fill_data(const hs_executor *ex, hs_why *why) {
+    const hs_plan_config *g = ex->plan->config;
+    const hs_plan_position *p = ex->position;
+    uint8_t *const mb0 = ex->arena->base + p->mb_offset;
+    uint64_t sample = (uint64_t)(ex->step - 1) * g->microbatches * g->microbatch;
+    for (uint32_t m = 0; m < g->microbatches; m++) {
+        uint8_t *const mb = mb0 + m * p->mb_stride;
+        int32_t *tokens =
+            p->tokens_offset == UINT64_MAX ? NULL : (int32_t *)(mb + p->tokens_offset);
+        int32_t *targets =
+            p->targets_offset == UINT64_MAX ? NULL : (int32_t *)(mb + p->targets_offset);
+        for (uint32_t b = 0; b < g->microbatch; b++, sample++) {
+            HS_TRY(hs_shards_read(ex->shards, hs_order_sample(g, sample), tokens, targets, why));
+            if (tokens) tokens += g->sequence;
+            if (targets) targets += g->sequence;
+        }
+    }
+    return HS_OK;
+}
+
+/* This position's report at `out`: losses, squared norms, whether a slot is free, whether a stop
+ * was asked for. */
+static void write_report(const hs_executor *ex, uint8_t *out) {
+    const hs_plan_position *p = ex->position;
+    hs_step_report report = {.step = ex->step, .position = p->stage};
+    bool finite = true;
+    for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
+        const uint8_t *mb = ex->arena->base + p->mb_offset + m * p->mb_stride;
+        finite &= hs_step_add_losses((const float *)(mb + p->loss_offset),
+                                     (const int32_t *)(mb + p->targets_offset),
+                                     hs_plan_rows(ex->plan), &report.loss_sum, &report.loss_count);
+    }
+    report.not_finite = !finite;
+    report.free_slot = ex->snapshot && hs_snapshot_can_fill(ex->snapshot);
+    report.stop = hs_stop_requested(ex->stop);
+    memcpy(out, &report, sizeof report);
+    memcpy(out + sizeof report, ex->arena->base + p->sumsq_offset,
+           8 * ex->plan->count[HS_SECTION_TENSORS]);
+}
+
+static void combine(const hs_executor *ex, const uint8_t *reports) {
+    const hs_step_policy policy = {.config = ex->plan->config,
+                                   .tensors = ex->plan->count[HS_SECTION_TENSORS],
+                                   .last_step = last_step(ex),
+                                   .slots = ex->snapshot != NULL};
+    hs_step_decide(&policy, reports, ex->plan->config->positions,
+                   (hs_step_control *)(ex->arena->base + ex->position->control_offset));
+}
+
+static hs_status apply(hs_executor *ex, const void *block, hs_why *why) {
+    memcpy(&ex->control, block, sizeof ex->control);
+    if (ex->control.step != ex->step) {
+        return hs_fail(why, HS_E_BUG,
+                       "the control block is of step %" PRId64 ", this is step %" PRId64,
+                       ex->control.step, ex->step);
+    }
+    if (ex->dump_dir) {
+        HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_GRADS, ex->plan, ex->position,
+                               ex->arena, why));
+    }
+    if (ex->control.not_finite) {
+        return hs_fail(why, HS_E_DIVERGED,
+                       "step %" PRId64
+                       ": loss %g, gradient norm %g, learning rate %g: not finite; nothing of "
+                       "this step was applied",
+                       ex->step, ex->control.loss, ex->control.norm, ex->control.lr);
+    }
+    return HS_OK;
+}
+
+/* A slot for the state of ex->step, and word to the agent. Not final: every rank had a free slot at
+ * the report, so a wait is short (the agent just took a hold of it); a slot that stays held is left
+ * out, loudly. */
+static hs_status save(hs_executor *ex, bool final, hs_why *why) {
+    const int64_t ms = final ? ex->attempt->commit_ms : ex->attempt->stall_ms / 2;
+    int slot = -1;
+    const hs_status st =
+        hs_snapshot_fill(ex->snapshot, ex->step, final, hs_deadline_ns(ms), ex->stop, &slot, why);
+    if (st == HS_E_AGAIN && !final) {
+        HS_LOG(ex->log, HS_LOG_WARN, "snapshot left out", HS_I("step", ex->step),
+               HS_I("waited_ms", ms));
+        why->text[0] = 0;
+        return HS_OK;
+    }
+    if (st == HS_E_AGAIN) {
+        why->text[0] = 0;
+        return hs_fail(why, HS_E_LOST,
+                       "no snapshot slot became free in %" PRId64
+                       " ms for the last state (step %" PRId64 "): is the agent or the store gone?",
+                       ms, ex->step);
+    }
+    if (st != HS_OK) return st;
+    hs_agent_link_ready(ex->agent, slot, ex->step, final);
+    return HS_OK;
+}
+
+static hs_status run_action(hs_executor *ex, const hs_plan_action *a, hs_why *why) {
+    void *const at = a->ref.space == HS_SPACE_NONE
+                         ? NULL
+                         : hs_linked_address(ex->linked, &a->ref, a->slot, a->microbatch);
+    switch (a->kind) {
+    case HS_A_RUN:
+        return hs_linked_run(ex->linked, a->program, a->slot, a->microbatch, &ex->kernels, why);
+    case HS_A_SEND:
+        return ex->transport->send(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
+    case HS_A_RECV:
+        return ex->transport->recv(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
+    case HS_A_DATA:
+        return fill_data(ex, why);
+    case HS_A_REPORT:
+        write_report(ex, at);
+        return HS_OK;
+    case HS_A_COMBINE:
+        combine(ex, at);
+        return HS_OK;
+    case HS_A_APPLY:
+        return apply(ex, at, why);
+    case HS_A_SNAPSHOT: {
+        const bool final = ex->control.stop || ex->step >= last_step(ex);
+        return ex->control.snapshot ? save(ex, final, why) : HS_OK;
+    }
+    default:
+        HS_ASSERT(!"an action of a kind that the loader refuses");
+        return HS_E_BUG;
+    }
+}
+
+static hs_status run_list(hs_executor *ex, uint32_t first, uint32_t count, hs_why *why) {
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_plan_action *a = ex->at = &ex->plan->actions[first + i];
+        uint32_t peer = UINT32_MAX;
+        if (a->channel != UINT32_MAX) {
+            const hs_plan_channel *ch = &ex->plan->channels[a->channel];
+            peer = a->kind == HS_A_SEND ? ch->to : ch->from;
+        }
+        hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch, peer);
+        const int64_t start = hs_clock_ns();
+        const hs_status st = run_action(ex, a, why);
+        const int64_t end = hs_clock_ns();
+        ex->metrics->ns[hs_metrics_kind(a)] += end - start;
+        if (first == ex->position->first_step)
+            hs_trace_add(ex->trace, ex->step, first + i, start, end);
+        if (st != HS_OK) return st;
+    }
+    ex->at = NULL;
+    return HS_OK;
+}
+
+hs_status hs_executor_prepare(hs_executor *ex, hs_list list, hs_why *why) {
+    const hs_plan_position *p = ex->position;
+    return list == HS_LIST_INIT ? run_list(ex, p->first_init, p->inits, why)
+                                : run_list(ex, p->first_load, p->loads, why);
+}
+
+/* One line from position 0: to standard output and to the agent. */
+static void tell_step(const hs_executor *ex) {
+    char line[2048];
+    hs_text text = hs_text_over(line, sizeof line);
+    hs_metrics_step(ex->metrics, &ex->control, &text);
+    if (ex->position->stage != 0) return;
+    hs_metrics_print(&text);
+    if (ex->agent) hs_agent_link_metrics(ex->agent, line);
+}
+
+hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
+    const int64_t last = last_step(ex);
+    ex->step = start_step;
+    bool saved = false, stopped = false;
+    while (ex->step < last && !stopped) {
+        ex->step++;
+        hs_metrics_begin(ex->metrics);
+        HS_TRY(run_list(ex, ex->position->first_step, ex->position->steps, why));
+        if (ex->dump_dir) {
+            HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->position,
+                                   ex->arena, why));
+        }
+        tell_step(ex);
+        if (ex->agent) hs_agent_link_poll(ex->agent);
+        stopped = ex->control.stop && ex->step < last;
+        saved = true;
+    }
+    if (!ex->snapshot) return stopped ? HS_E_STOPPED : HS_OK;
+    /* An attempt that starts where the run ends: its gang died between the last step and the
+     * commit. */
+    if (!saved) HS_TRY(save(ex, true, why));
+    HS_TRY(hs_agent_link_wait_committed(ex->agent, ex->step, hs_deadline_ns(ex->attempt->commit_ms),
+                                        ex->stop, why));
+    return stopped ? HS_E_STOPPED : HS_OK;
+}
+
+void hs_executor_where(const hs_executor *ex, hs_text *text) {
+    hs_text_printf(text, ",\"step\":%" PRId64, ex->step);
+    if (ex->at) {
+        char name[40];
+        hs_plan_action_name(ex->plan, ex->at, name);
+        hs_text_printf(text, ",\"action\":");
+        hs_text_json_string(text, name);
+        if (ex->at->microbatch != UINT32_MAX) {
+            hs_text_printf(text, ",\"microbatch\":%" PRIu32, ex->at->microbatch);
+        }
+    }
+    hs_comm_wait wait = {.doing = "", .peer = UINT32_MAX};
+    if (ex->comm) ex->transport->last_wait(ex->comm, &wait);
+    if (wait.doing[0] && wait.peer != UINT32_MAX) {
+        hs_text_printf(text, ",\"doing\":\"%s\",\"peer\":%" PRIu32 ",\"waited_us\":%" PRId64,
+                       wait.doing, wait.peer, (hs_clock_ns() - wait.since_ns) / 1000);
+    }
+}

@@ -1,0 +1,70 @@
+/* One loop that runs a position's lists of actions. It knows instructions, not models: order,
+ * memory and messages are the plan's. All parts are made by run/rank.c and lent to it; it allocates
+ * nothing.
+ *
+ * I1  Actions run in the plan's order, one at a time, on one thread (kernels use the pool).
+ * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY),
+ * and not at all where the block says that the numbers are not finite. I3  A snapshot holds the
+ * state of a whole step: SNAPSHOT comes after the optimizer, by the same control block on every
+ *     rank. The last one of an attempt is never skipped.
+ */
+#ifndef HS_RUN_EXECUTOR_H
+#define HS_RUN_EXECUTOR_H
+
+#include <stdint.h>
+
+#include "comm/comm.h"
+#include "core/arena.h"
+#include "core/rank_page.h"
+#include "core/stop.h"
+#include "core/text.h"
+#include "data/shards.h"
+#include "run/agent_link.h"
+#include "run/linker.h"
+#include "run/metrics.h"
+#include "run/plan.h"
+#include "run/trace.h"
+#include "snapshot/snapshot.h"
+#include "wire/attempt.h"
+
+typedef struct hs_executor {
+    /* lent, set before the first call */
+    const hs_plan *plan;
+    const hs_plan_position *position;
+    const hs_attempt *attempt;
+    const hs_arena *arena;
+    const hs_linked *linked;
+    hs_kernel_ctx kernels;
+    const hs_comm_table *transport;
+    hs_comm *comm;           /* NULL: the plan has no channels */
+    const hs_shards *shards; /* NULL: no DATA action here */
+    hs_snapshot *snapshot;   /* NULL: no agent, no slots */
+    hs_agent_link *agent;    /* NULL: no agent */
+    hs_stop *stop;
+    hs_rank_page *page; /* NULL: none */
+    hs_trace *trace;    /* NULL: off */
+    hs_metrics *metrics;
+    const char *dump_dir; /* NULL: off */
+    const hs_log *log;
+
+    /* its own */
+    int64_t step;             /* steps done; inside a step the number of that step */
+    const hs_plan_action *at; /* being run; NULL: none */
+    hs_step_control control;  /* taken by the last APPLY */
+} hs_executor;
+
+typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP } hs_list;
+
+/* Runs the init or load list (step 0 of the last words). */
+hs_status hs_executor_prepare(hs_executor *executor, hs_list list, hs_why *why);
+
+/* Runs steps start_step + 1 .. the last one, then sees the last snapshot committed. HS_OK: done;
+ * HS_E_STOPPED: stopped on request, state saved; else what went wrong, with the instruction named
+ * in why. */
+hs_status hs_executor_train(hs_executor *executor, int64_t start_step, hs_why *why);
+
+/* Adds ,"step":..,"action":..,"microbatch":..,"peer":..,"waited_us":.. of where it is: for last
+ * words. */
+void hs_executor_where(const hs_executor *executor, hs_text *text);
+
+#endif

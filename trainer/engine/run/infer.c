@@ -1,0 +1,101 @@
+#include "run/infer.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "run/machine.h"
+#include "run/weights.h"
+
+/* Reads exactly bytes; *got is less only at the end of the input. */
+static hs_status read_all(uint8_t *to, size_t bytes, size_t *got, hs_why *why) {
+    *got = 0;
+    while (*got < bytes) {
+        const ssize_t n = read(STDIN_FILENO, to + *got, bytes - *got);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0)
+            return hs_fail(why, HS_E_IO, "standard input cannot be read: %s", strerror(errno));
+        if (n == 0) return HS_OK;
+        *got += (size_t)n;
+    }
+    return HS_OK;
+}
+
+static hs_status write_all(const uint8_t *from, size_t bytes, hs_why *why) {
+    while (bytes > 0) {
+        const ssize_t n = write(STDOUT_FILENO, from, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0)
+            return hs_fail(why, HS_E_IO, "standard output cannot be written: %s", strerror(errno));
+        from += n;
+        bytes -= (size_t)n;
+    }
+    return HS_OK;
+}
+
+/* The lists of inference hold program runs only (a plan of one position has no channels; the loader
+ * refuses the rest). */
+static hs_status run_list(const hs_plan *plan, hs_machine *machine, uint32_t first, uint32_t count,
+                          hs_why *why) {
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_plan_action *a = &plan->actions[first + i];
+        HS_ASSERT(a->kind == HS_A_RUN);
+        HS_TRY(hs_linked_run(machine->linked, a->program, a->slot, a->microbatch, &machine->kernels,
+                             why));
+    }
+    return HS_OK;
+}
+
+static hs_status serve(const hs_plan *plan, hs_machine *machine, hs_why *why) {
+    const hs_plan_position *p = &plan->positions[0];
+    const size_t rows = (size_t)hs_plan_rows(plan);
+    int32_t *tokens = (int32_t *)(machine->arena.base + p->mb_offset + p->tokens_offset);
+    for (;;) {
+        size_t got;
+        HS_TRY(read_all((uint8_t *)tokens, rows * 4, &got, why));
+        if (got == 0) return HS_OK;
+        if (got != rows * 4) {
+            return hs_fail(why, HS_E_DATA, "a request was cut short: %zu bytes of %zu", got,
+                           rows * 4);
+        }
+        for (size_t r = 0; r < rows; r++) {
+            if (tokens[r] < 0 || tokens[r] >= (int64_t)plan->config->vocab) {
+                return hs_fail(why, HS_E_DATA,
+                               "token %" PRId32 " of a request is outside 0..%" PRIu32, tokens[r],
+                               plan->config->vocab - 1);
+            }
+        }
+        HS_TRY(run_list(plan, machine, p->first_step, p->steps, why));
+        HS_TRY(
+            write_all(machine->arena.base + p->logits_offset, rows * plan->config->vocab * 4, why));
+    }
+}
+
+hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
+    hs_plan plan = {0};
+    hs_machine machine = {0};
+    hs_status st = HS_OK;
+    HS_TRY_GOTO(st, out, hs_plan_open(args->plan, &plan, why));
+    if (plan.config->mode != HS_MODE_INFER) {
+        st = hs_fail(why, HS_E_CONFIG, "plan %s is for training; compile one for inference",
+                     args->plan);
+        goto out;
+    }
+    HS_TRY_GOTO(st, out,
+                hs_machine_create(&plan, &plan.positions[0], args->kernel_path,
+                                  args->threads ? args->threads : plan.config->threads, 1, &machine,
+                                  why));
+    HS_TRY_GOTO(st, out,
+                hs_weights_read(args->weights, &plan, &plan.positions[0], &machine.arena, why));
+    HS_TRY_GOTO(
+        st, out,
+        run_list(&plan, &machine, plan.positions[0].first_load, plan.positions[0].loads, why));
+    HS_LOG(args->log, HS_LOG_INFO, "ready", HS_S("kernel_path", machine.set->name),
+           HS_I("threads", machine.threads), HS_I("arena_bytes", (int64_t)machine.arena.bytes));
+    st = serve(&plan, &machine, why);
+out:
+    hs_machine_destroy(&machine);
+    hs_plan_close(&plan);
+    return st;
+}

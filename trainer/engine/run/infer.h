@@ -1,0 +1,22 @@
+/* `hotstage-engine infer`: a plan of mode INFER with weights, answering requests until standard
+ * input ends. A request is i32 tokens[R] raw (R = microbatch*T values, each in 0..vocab-1), its
+ * answer f32 logits[R,V] raw on standard output. */
+#ifndef HS_RUN_INFER_H
+#define HS_RUN_INFER_H
+
+#include <stdint.h>
+
+#include "core/log.h"
+#include "core/status.h"
+
+typedef struct hs_infer_args {
+    const char *plan, *weights; /* files */
+    uint32_t kernel_path;       /* as in attempt.h */
+    uint32_t threads;           /* 0: the plan's, or the cores */
+    const hs_log *log;
+} hs_infer_args;
+
+/* HS_OK at the end of the input; HS_E_DATA for a token out of range or a request cut short. */
+hs_status hs_infer(const hs_infer_args *args, hs_why *why);
+
+#endif

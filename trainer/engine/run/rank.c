@@ -1,0 +1,301 @@
+#include "run/rank.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "core/clock.h"
+#include "run/attempt.h"
+#include "run/executor.h"
+#include "run/machine.h"
+#include "run/weights.h"
+
+enum { LEAVE_MS = 2000 }; /* for the agent to take the last words */
+
+/* All parts of a rank; zero-initialised, so that close_all takes whatever was opened. */
+typedef struct rank {
+    const hs_rank_args *args;
+    hs_log log;
+    hs_plan plan;
+    hs_attempt_file attempt;
+    hs_stop *stop;
+    hs_agent_link *agent;
+    hs_snapshot *snapshot;
+    int restore_slot; /* -1: none */
+    hs_machine machine;
+    hs_shards *shards;
+    hs_metrics metrics;
+    hs_trace *trace;
+    hs_rank_page *page;
+    hs_comm *comm;
+    bool started; /* the start line was printed */
+    hs_executor executor;
+} rank;
+
+static hs_status open_files(rank *r, hs_why *why) {
+    HS_TRY(hs_plan_open(r->args->plan, &r->plan, why));
+    HS_TRY(hs_attempt_open(r->args->attempt, &r->attempt, why));
+    const hs_attempt *a = r->attempt.attempt;
+    const hs_plan_config *g = r->plan.config;
+    memcpy(r->log.run, a->run, sizeof r->log.run);
+    r->log.epoch = a->epoch;
+    if (memcmp(a->plan_digest, r->plan.header->digest, sizeof a->plan_digest) != 0) {
+        return hs_fail(why, HS_E_CONFIG, "plan %s is not the one that attempt %s names",
+                       r->args->plan, r->args->attempt);
+    }
+    if (g->mode != HS_MODE_TRAIN) {
+        return hs_fail(why, HS_E_CONFIG, "plan %s is for inference, not for training",
+                       r->args->plan);
+    }
+    if (a->ranks != g->positions * g->replicas || r->args->rank >= a->ranks) {
+        return hs_fail(why, HS_E_CONFIG,
+                       "rank %" PRIu32 " of %" PRIu32 " ranks; the plan has %" PRIu32 " positions",
+                       r->args->rank, a->ranks, g->positions);
+    }
+    if (a->start_step > g->steps) {
+        return hs_fail(why, HS_E_CONFIG,
+                       "the attempt starts after step %" PRId64 ", the plan ends at %" PRId64,
+                       a->start_step, g->steps);
+    }
+    if (!r->args->agent && a->start_step >= 0) {
+        return hs_fail(why, HS_E_CONFIG,
+                       "the attempt starts after step %" PRId64
+                       ", but without an agent there are no slots to restore from",
+                       a->start_step);
+    }
+    r->executor.position = &r->plan.positions[r->args->rank % g->positions];
+    return HS_OK;
+}
+
+/* The agent's slots: asked for here, mapped when the arena is there. */
+static hs_status open_agent(rank *r, int fds[HS_SNAPSHOT_SLOTS_MAX], int *count, hs_why *why) {
+    *count = 0;
+    r->restore_slot = -1;
+    if (!r->args->agent) return HS_OK;
+    HS_TRY(hs_agent_link_create(r->args->agent, r->args->rank, r->attempt.attempt->epoch, &r->log,
+                                &r->agent, why));
+    return hs_agent_link_slots(r->agent, hs_deadline_ns(r->attempt.attempt->connect_ms), r->stop,
+                               fds, count, &r->restore_slot, why);
+}
+
+static hs_status open_snapshot(rank *r, const int *fds, int count, hs_why *why) {
+    const hs_plan_position *p = r->executor.position;
+    const hs_snapshot_config config = {.position = p->stage,
+                                       .states = r->plan.states + p->first_state,
+                                       .state_count = p->states,
+                                       .tensors = r->plan.tensors,
+                                       .slot_bytes = p->slot_bytes,
+                                       .arena = r->machine.arena.base,
+                                       .plan_digest = r->plan.header->digest,
+                                       .what_digest = r->plan.config->what_digest,
+                                       .epoch = r->attempt.attempt->epoch,
+                                       .pool = r->machine.pool,
+                                       .log = &r->log};
+    hs_status st = hs_snapshot_create(&config, &r->snapshot, why);
+    if (st != HS_OK) {
+        for (int i = 0; i < count; i++) (void)close(fds[i]);
+        return st;
+    }
+    HS_TRY(hs_snapshot_attach(r->snapshot, fds, count, why));
+    hs_agent_link_keep(r->agent, r->snapshot);
+    return HS_OK;
+}
+
+static hs_status open_parts(rank *r, hs_why *why) {
+    const hs_plan_config *g = r->plan.config;
+    const hs_attempt *a = r->attempt.attempt;
+    const hs_plan_position *p = r->executor.position;
+    int fds[HS_SNAPSHOT_SLOTS_MAX], count = 0;
+    HS_TRY(open_agent(r, fds, &count, why));
+    hs_status st =
+        hs_machine_create(&r->plan, p, a->kernel_path, g->threads,
+                          hs_attempt_local_ranks(&r->attempt, r->args->rank), &r->machine, why);
+    if (st != HS_OK) {
+        for (int i = 0; i < count; i++) (void)close(fds[i]);
+        return st;
+    }
+    if (r->agent) HS_TRY(open_snapshot(r, fds, count, why));
+    if (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX) {
+        HS_TRY(hs_shards_open(a->data_dir, g, r->plan.shards, r->plan.count[HS_SECTION_SHARDS],
+                              &r->shards, why));
+    }
+    if (a->trace == HS_TRACE_ON) HS_TRY(hs_trace_create(&r->plan, p, &r->trace, why));
+    if (r->args->page_fd >= 0) {
+        void *page =
+            mmap(NULL, HS_RANK_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, r->args->page_fd, 0);
+        if (page == MAP_FAILED) {
+            return hs_fail(why, HS_E_IO, "the supervisor's page cannot be mapped: %s",
+                           strerror(errno));
+        }
+        r->page = page;
+    }
+    const uint64_t tokens = (uint64_t)g->microbatches * (uint64_t)hs_plan_rows(&r->plan);
+    hs_metrics_open(&r->metrics, a->run, a->epoch, r->args->rank, tokens);
+    return HS_OK;
+}
+
+/* The state to start from: a slot, verified; or a file of weights; or nothing yet (the init list
+ * follows). */
+static hs_status restore(rank *r, hs_why *why) {
+    const int64_t start = r->attempt.attempt->start_step;
+    if (start < 0) {
+        return r->args->weights ? hs_weights_read(r->args->weights, &r->plan, r->executor.position,
+                                                  &r->machine.arena, why)
+                                : HS_OK;
+    }
+    if (r->restore_slot < 0) {
+        return hs_fail(why, HS_E_RESTORE,
+                       "no slot holds step %" PRId64 ", from which the attempt starts", start);
+    }
+    const int64_t began = hs_clock_ns();
+    HS_TRY(hs_snapshot_restore(r->snapshot, r->restore_slot, start, why));
+    HS_LOG(&r->log, HS_LOG_INFO, "restored", HS_I("slot", r->restore_slot), HS_I("step", start),
+           HS_I("us", (hs_clock_ns() - began) / 1000));
+    return HS_OK;
+}
+
+static hs_status connect_peers(rank *r, hs_why *why) {
+    if (r->plan.count[HS_SECTION_CHANNELS] == 0) {
+        if (r->args->listen_fd >= 0) (void)close(r->args->listen_fd);
+        return HS_OK;
+    }
+    const hs_comm_config config = {.attempt = r->attempt.attempt,
+                                   .peers = r->attempt.ranks,
+                                   .channels = r->plan.channels,
+                                   .channel_count = (uint32_t)r->plan.count[HS_SECTION_CHANNELS],
+                                   .rank = r->args->rank,
+                                   .start_step = r->attempt.attempt->start_step,
+                                   .listen_fd = r->args->listen_fd,
+                                   .stop = r->stop,
+                                   .log = &r->log};
+    return hs_comm_tcp.create(&config, &r->comm, why);
+}
+
+static void fill_executor(rank *r) {
+    hs_executor *ex = &r->executor;
+    ex->plan = &r->plan;
+    ex->attempt = r->attempt.attempt;
+    ex->arena = &r->machine.arena;
+    ex->linked = r->machine.linked;
+    ex->kernels = r->machine.kernels;
+    ex->transport = &hs_comm_tcp;
+    ex->comm = r->comm;
+    ex->shards = r->shards;
+    ex->snapshot = r->snapshot;
+    ex->agent = r->agent;
+    ex->stop = r->stop;
+    ex->page = r->page;
+    ex->trace = r->trace;
+    ex->metrics = &r->metrics;
+    ex->dump_dir = r->args->dump_dir;
+    ex->log = &r->log;
+}
+
+/* One object of position 0, to standard output and to the agent. */
+static void tell(rank *r, hs_text *text) {
+    hs_metrics_print(text);
+    if (r->agent) hs_agent_link_metrics(r->agent, text->at);
+}
+
+static void tell_start(rank *r, int64_t start_step) {
+    HS_LOG(&r->log, HS_LOG_INFO, "started", HS_S("kernel_path", r->machine.set->name),
+           HS_I("threads", r->machine.threads), HS_I("start_step", start_step),
+           HS_I("arena_bytes", (int64_t)r->machine.arena.bytes));
+    r->started = true;
+    if (r->executor.position->stage != 0) return;
+    char line[1024];
+    hs_text text = hs_text_over(line, sizeof line);
+    hs_metrics_event(&r->metrics, "start", &text);
+    hs_text_printf(&text,
+                   ",\"kernel_path\":\"%s\",\"threads\":%d,\"start_step\":%" PRId64
+                   ",\"arena_bytes\":%zu}",
+                   r->machine.set->name, r->machine.threads, start_step, r->machine.arena.bytes);
+    tell(r, &text);
+}
+
+static hs_status run(rank *r, hs_why *why) {
+    HS_TRY(open_files(r, why));
+    if (hs_stop_create(&r->stop) != HS_OK) {
+        return hs_fail(why, HS_E_IO, "cannot make a descriptor for signals: %s", strerror(errno));
+    }
+    HS_TRY(open_parts(r, why));
+    HS_TRY(restore(r, why));
+    HS_TRY(connect_peers(r, why));
+    fill_executor(r);
+    const int64_t start = r->attempt.attempt->start_step;
+    hs_metrics_begin(&r->metrics);
+    if (start < 0 && !r->args->weights) {
+        HS_TRY(hs_executor_prepare(&r->executor, HS_LIST_INIT, why));
+    }
+    HS_TRY(hs_executor_prepare(&r->executor, HS_LIST_LOAD, why));
+    tell_start(r, start < 0 ? 0 : start);
+    return hs_executor_train(&r->executor, start < 0 ? 0 : start, why);
+}
+
+/* What this rank says when it leaves: to the log, to the agent, and on position 0's standard
+ * output. */
+static void say_last(rank *r, hs_status st, const hs_why *why) {
+    char words[4096];
+    hs_text text = hs_text_over(words, sizeof words);
+    const int code = hs_status_exit(st);
+    if (st != HS_OK) {
+        hs_text_printf(&text, "{\"code\":%d,\"status\":\"%s\",\"why\":", code, hs_status_name(st));
+        hs_text_json_string(&text, why->text[0] ? why->text : hs_status_text(st));
+        if (r->plan.bytes) hs_executor_where(&r->executor, &text);
+        hs_text_printf(&text, "}");
+        if (r->agent) hs_agent_link_words(r->agent, words);
+    }
+    if (st != HS_OK) {
+        HS_LOG(&r->log, st == HS_E_STOPPED ? HS_LOG_INFO : HS_LOG_ERROR, "last words",
+               HS_I("code", code), HS_S("words", words));
+    }
+    if (!r->started || r->executor.position->stage != 0) return;
+    char line[1024];
+    text = hs_text_over(line, sizeof line);
+    hs_metrics_event(&r->metrics, "end", &text);
+    hs_text_printf(&text, ",\"code\":%d,\"step\":%" PRId64 "}", code, r->executor.step);
+    tell(r, &text);
+}
+
+static void write_trace(rank *r) {
+    if (!r->trace) return;
+    char path[4200];
+    (void)snprintf(path, sizeof path, "%s/trace-%" PRIu32 ".json", r->attempt.attempt->work_dir,
+                   r->args->rank);
+    hs_why why = {0};
+    if (hs_trace_write(r->trace, path, &why) != HS_OK) {
+        HS_LOG(&r->log, HS_LOG_WARN, "no trace", HS_S("why", why.text));
+    } else if (r->agent) {
+        hs_agent_link_trace(r->agent, path);
+    }
+}
+
+/* The last words leave before the channels close, so that the cause is known before the peers see
+ * its effect. */
+static void close_all(rank *r) {
+    if (r->agent) (void)hs_agent_link_leave(r->agent, hs_deadline_ns(LEAVE_MS));
+    hs_comm_tcp.close(r->comm);
+    hs_agent_link_destroy(r->agent);
+    hs_snapshot_destroy(r->snapshot);
+    if (r->page) (void)munmap(r->page, HS_RANK_PAGE_BYTES);
+    if (r->metrics.run) hs_metrics_close(&r->metrics);
+    hs_trace_destroy(r->trace);
+    hs_shards_close(r->shards);
+    hs_machine_destroy(&r->machine);
+    hs_stop_destroy(r->stop);
+    hs_attempt_close(&r->attempt);
+    hs_plan_close(&r->plan);
+}
+
+hs_status hs_rank_run(const hs_rank_args *args, hs_why *why) {
+    rank r = {.args = args, .restore_slot = -1};
+    r.log = (hs_log){.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = (int32_t)args->rank};
+    const hs_status st = run(&r, why);
+    write_trace(&r);
+    say_last(&r, st, why);
+    close_all(&r);
+    return st;
+}

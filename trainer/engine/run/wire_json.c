@@ -1,0 +1,159 @@
+/* `hotstage-engine wire`: every byte format and number of wire/ as one JSON object, for the test
+ * that compares them with trainer/wire.py. A field that is renamed there does not compile here. */
+#include "run/wire_json.h"
+
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "wire/agent.h"
+#include "wire/attempt.h"
+#include "wire/exit.h"
+#include "wire/frame.h"
+#include "wire/kernels.h"
+#include "wire/plan.h"
+#include "wire/shard.h"
+#include "wire/slot.h"
+
+typedef struct field {
+    const char *record, *name; /* name NULL: the record itself */
+    size_t offset, size;
+} field;
+
+/* clang-format off */
+#define S(type) {#type, NULL, 0, sizeof(type)},
+#define F(type, name) {#type, #name, offsetof(type, name), sizeof(((type *)0)->name)},
+static const field fields[] = {
+    S(hs_plan_section) F(hs_plan_section, offset) F(hs_plan_section, count)
+    S(hs_plan_header) F(hs_plan_header, magic) F(hs_plan_header, version) F(hs_plan_header, sections) F(hs_plan_header, file_bytes) F(hs_plan_header, reserved) F(hs_plan_header, digest) F(hs_plan_header, section)
+    S(hs_plan_config) F(hs_plan_config, mode) F(hs_plan_config, numerics_version) F(hs_plan_config, dtype) F(hs_plan_config, positions) F(hs_plan_config, replicas) F(hs_plan_config, microbatches) F(hs_plan_config, microbatch) F(hs_plan_config, sequence) F(hs_plan_config, vocab) F(hs_plan_config, token_bytes) F(hs_plan_config, steps) F(hs_plan_config, seed) F(hs_plan_config, lr) F(hs_plan_config, min_lr) F(hs_plan_config, warmup_steps) F(hs_plan_config, decay_steps) F(hs_plan_config, lr_schedule) F(hs_plan_config, threads) F(hs_plan_config, clip) F(hs_plan_config, beta1) F(hs_plan_config, beta2) F(hs_plan_config, checkpoint_every) F(hs_plan_config, slots) F(hs_plan_config, data_shuffled) F(hs_plan_config, data_samples) F(hs_plan_config, data_block) F(hs_plan_config, data_window) F(hs_plan_config, dataset_digest) F(hs_plan_config, what_digest) F(hs_plan_config, reserved)
+    S(hs_plan_tensor) F(hs_plan_tensor, name_offset) F(hs_plan_tensor, name_length) F(hs_plan_tensor, rank) F(hs_plan_tensor, decay) F(hs_plan_tensor, shape) F(hs_plan_tensor, elements) F(hs_plan_tensor, reserved)
+    S(hs_plan_shard) F(hs_plan_shard, tokens) F(hs_plan_shard, first_sample)
+    S(hs_plan_ref) F(hs_plan_ref, space) F(hs_plan_ref, reserved) F(hs_plan_ref, offset) F(hs_plan_ref, bytes)
+    S(hs_plan_position) F(hs_plan_position, stage) F(hs_plan_position, reserved0) F(hs_plan_position, arena_bytes) F(hs_plan_position, act_offset) F(hs_plan_position, act_stride) F(hs_plan_position, act_slots) F(hs_plan_position, mb_count) F(hs_plan_position, mb_offset) F(hs_plan_position, mb_stride) F(hs_plan_position, tokens_offset) F(hs_plan_position, targets_offset) F(hs_plan_position, loss_offset) F(hs_plan_position, sumsq_offset) F(hs_plan_position, control_offset) F(hs_plan_position, logits_offset) F(hs_plan_position, slot_bytes) F(hs_plan_position, first_state) F(hs_plan_position, states) F(hs_plan_position, first_init) F(hs_plan_position, inits) F(hs_plan_position, first_load) F(hs_plan_position, loads) F(hs_plan_position, first_step) F(hs_plan_position, steps) F(hs_plan_position, bytes_by_kind)
+    S(hs_plan_state) F(hs_plan_state, tensor) F(hs_plan_state, reserved) F(hs_plan_state, master_offset) F(hs_plan_state, m_offset) F(hs_plan_state, v_offset) F(hs_plan_state, grad_offset) F(hs_plan_state, slot_offset)
+    S(hs_plan_program) F(hs_plan_program, first_call) F(hs_plan_program, calls) F(hs_plan_program, name_offset) F(hs_plan_program, name_length)
+    S(hs_plan_call) F(hs_plan_call, kernel) F(hs_plan_call, dtype) F(hs_plan_call, layer) F(hs_plan_call, ptr) F(hs_plan_call, dim) F(hs_plan_call, real)
+    S(hs_plan_action) F(hs_plan_action, kind) F(hs_plan_action, op) F(hs_plan_action, reserved) F(hs_plan_action, program) F(hs_plan_action, channel) F(hs_plan_action, stage) F(hs_plan_action, microbatch) F(hs_plan_action, slot) F(hs_plan_action, ref)
+    S(hs_plan_channel) F(hs_plan_channel, from) F(hs_plan_channel, to) F(hs_plan_channel, kind) F(hs_plan_channel, reserved) F(hs_plan_channel, bytes)
+    S(hs_step_report) F(hs_step_report, step) F(hs_step_report, loss_sum) F(hs_step_report, loss_count) F(hs_step_report, free_slot) F(hs_step_report, stop) F(hs_step_report, not_finite) F(hs_step_report, position) F(hs_step_report, reserved)
+    S(hs_step_control) F(hs_step_control, step) F(hs_step_control, loss) F(hs_step_control, norm) F(hs_step_control, lr) F(hs_step_control, clip_scale) F(hs_step_control, step_size) F(hs_step_control, v_scale) F(hs_step_control, lr_decay) F(hs_step_control, snapshot) F(hs_step_control, stop) F(hs_step_control, not_finite) F(hs_step_control, skipped) F(hs_step_control, reserved)
+    S(hs_slot_header) F(hs_slot_header, magic) F(hs_slot_header, version) F(hs_slot_header, position) F(hs_slot_header, state) F(hs_slot_header, hold) F(hs_slot_header, generation) F(hs_slot_header, step) F(hs_slot_header, epoch) F(hs_slot_header, data_offset) F(hs_slot_header, data_bytes) F(hs_slot_header, chunks) F(hs_slot_header, plan_digest) F(hs_slot_header, what_digest) F(hs_slot_header, header_crc) F(hs_slot_header, final) F(hs_slot_header, checksum_kind) F(hs_slot_header, reserved)
+    S(hs_attempt) F(hs_attempt, magic) F(hs_attempt, version) F(hs_attempt, crc) F(hs_attempt, run) F(hs_attempt, epoch) F(hs_attempt, plan_digest) F(hs_attempt, key) F(hs_attempt, nonce) F(hs_attempt, ranks) F(hs_attempt, kernel_path) F(hs_attempt, start_step) F(hs_attempt, stop_after) F(hs_attempt, connect_ms) F(hs_attempt, stall_ms) F(hs_attempt, commit_ms) F(hs_attempt, trace) F(hs_attempt, data_dir) F(hs_attempt, work_dir)
+    S(hs_attempt_rank) F(hs_attempt_rank, host) F(hs_attempt_rank, port) F(hs_attempt_rank, node)
+    S(hs_msg) F(hs_msg, magic) F(hs_msg, type) F(hs_msg, rank) F(hs_msg, bytes) F(hs_msg, epoch) F(hs_msg, a) F(hs_msg, b) F(hs_msg, c)
+    S(hs_msg_prepare) F(hs_msg_prepare, local_ranks) F(hs_msg_prepare, port_base) F(hs_msg_prepare, bind)
+    S(hs_hello) F(hs_hello, magic) F(hs_hello, version) F(hs_hello, channel) F(hs_hello, from) F(hs_hello, to) F(hs_hello, epoch) F(hs_hello, run) F(hs_hello, plan_digest) F(hs_hello, gang_nonce) F(hs_hello, nonce) F(hs_hello, start_step) F(hs_hello, mac)
+    S(hs_frame) F(hs_frame, magic) F(hs_frame, channel) F(hs_frame, sequence) F(hs_frame, bytes) F(hs_frame, crc) F(hs_frame, microbatch)
+    S(hs_shard_header) F(hs_shard_header, magic) F(hs_shard_header, version) F(hs_shard_header, token_bytes) F(hs_shard_header, tokens) F(hs_shard_header, vocab) F(hs_shard_header, reserved0) F(hs_shard_header, reserved)
+};
+/* clang-format on */
+
+void hs_wire_print(void) {
+    (void)printf("{\"structs\": {");
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const field *f = &fields[i];
+        if (!f->name) {
+            (void)printf("%s\"%s\": {\"size\": %zu, \"fields\": {", i ? "}},\n" : "\n", f->record,
+                         f->size);
+        } else {
+            (void)printf("%s\"%s\": [%zu, %zu]", fields[i - 1].name ? ", " : "", f->name, f->offset,
+                         f->size);
+        }
+    }
+    (void)printf("}}},\n\"kernels\": {");
+    static const struct {
+        const char *name;
+        int number, ptrs, dims, reals;
+    } kernels[] = {
+#define X(number, NAME, name, p, d, r) {#name, number, p, d, r},
+        HS_KERNELS(X)
+#undef X
+    };
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
+        (void)printf("%s\"%s\": [%d, %d, %d, %d]", i ? ", " : "", kernels[i].name,
+                     kernels[i].number, kernels[i].ptrs, kernels[i].dims, kernels[i].reals);
+    }
+    (void)printf("},\n\"exits\": {");
+    static const struct {
+        int code;
+        const char *name, *cls, *text;
+    } exits[] = {
+#define X(code, NAME, cls, text) {code, #NAME, cls, text},
+        HS_EXITS(X)
+#undef X
+    };
+    for (size_t i = 0; i < sizeof exits / sizeof *exits; i++) {
+        (void)printf("%s\"%d\": [\"%s\", \"%s\", \"%s\"]", i ? ", " : "", exits[i].code,
+                     exits[i].name, exits[i].cls, exits[i].text);
+    }
+    (void)printf("},\n\"messages\": {");
+    static const struct {
+        const char *name;
+        int number;
+    } messages[] = {
+#define X(number, NAME) {#NAME, number},
+        HS_MSGS(X)
+#undef X
+    };
+    for (size_t i = 0; i < sizeof messages / sizeof *messages; i++) {
+        (void)printf("%s\"%s\": %d", i ? ", " : "", messages[i].name, messages[i].number);
+    }
+    (void)printf("},\n\"numbers\": {");
+    static const struct {
+        const char *name;
+        unsigned long long value;
+    } numbers[] = {
+#define N(name) {#name, name}
+        N(HS_PLAN_VERSION),
+        N(HS_ATTEMPT_VERSION),
+        N(HS_SLOT_VERSION),
+        N(HS_SHARD_VERSION),
+        N(HS_HELLO_VERSION),
+        N(HS_FRAME_MAGIC),
+        N(HS_MSG_MAGIC),
+        N(HS_MSG_MAX),
+        N(HS_SLOT_CHUNK),
+        N(HS_CALL_PTRS),
+        N(HS_CALL_DIMS),
+        N(HS_CALL_REALS),
+        N(HS_SECTION_COUNT),
+        N(HS_SLOT_HEADER_BYTES),
+        N(HS_F32),
+        N(HS_BF16),
+        N(HS_F64),
+        N(HS_I32),
+        N(HS_MODE_TRAIN),
+        N(HS_MODE_INFER),
+        N(HS_LR_CONSTANT),
+        N(HS_LR_COSINE),
+        N(HS_LR_WSD),
+        N(HS_SPACE_NONE),
+        N(HS_SPACE_STATIC),
+        N(HS_SPACE_ACT),
+        N(HS_SPACE_MB),
+        N(HS_A_RUN),
+        N(HS_A_SEND),
+        N(HS_A_RECV),
+        N(HS_A_DATA),
+        N(HS_A_COMBINE),
+        N(HS_A_REPORT),
+        N(HS_A_APPLY),
+        N(HS_A_SNAPSHOT),
+        N(HS_CH_FORWARD),
+        N(HS_CH_BACKWARD),
+        N(HS_CH_TIED_GRAD),
+        N(HS_CH_TIED_WEIGHT),
+        N(HS_CH_REPORT),
+        N(HS_CH_CONTROL),
+        N(HS_SLOT_EMPTY),
+        N(HS_SLOT_FILLING),
+        N(HS_SLOT_READY),
+        N(HS_SLOT_SUM_CRC32C),
+        N(HS_SLOT_SUM_SHA256),
+    };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        (void)printf("%s\"%s\": %llu", i ? ", " : "", numbers[i].name, numbers[i].value);
+    }
+    (void)printf("}}\n");
+}
