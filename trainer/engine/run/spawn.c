@@ -1,0 +1,123 @@
+#include "run/spawn.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "wire/exit.h"
+
+bool hs_spawn_is_secret(const char *name_and_value) {
+    static const char *const words[] = {"SECRET",     "PASSWORD", "TOKEN",
+                                        "CREDENTIAL", "API_KEY",  "ACCESS_KEY"};
+    const size_t length = strcspn(name_and_value, "=");
+    char name[256];
+    if (length >= sizeof name) return true; /* no variable of ours is so long: better without it */
+    for (size_t i = 0; i < length; i++) {
+        const char c = name_and_value[i];
+        name[i] = (char)(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+    }
+    name[length] = '\0';
+    if (strncmp(name, "AWS_", 4) == 0) return true;
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (strstr(name, words[i])) return true;
+    return false;
+}
+
+static char **clean_environment(void) {
+    size_t count = 0, kept = 0;
+    while (environ[count]) count++;
+    char **clean = calloc(count + 1, sizeof *clean);
+    for (size_t i = 0; clean && i < count; i++)
+        if (!hs_spawn_is_secret(environ[i])) clean[kept++] = environ[i];
+    return clean;
+}
+
+/* In the child. Never returns. */
+_Noreturn static void become_rank(pid_t parent, char *const *arguments, char *const *environment,
+                                  int out_fd, int err_fd, const hs_spawn *spawn) {
+    static const char complaint[] =
+        "{\"level\":\"error\",\"event\":\"a rank's process cannot start\"}\n";
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) _exit(HS_EXIT_LOST); /* it died before the prctl */
+    sigset_t waiting;
+    (void)sigemptyset(&waiting);
+    (void)sigaddset(&waiting, SIGTERM);
+    (void)sigaddset(&waiting, SIGINT);
+    (void)sigaddset(&waiting, SIGUSR1);
+    (void)sigprocmask(SIG_SETMASK, &waiting, NULL);
+    (void)signal(SIGPIPE, SIG_DFL);
+    const int nothing = open("/dev/null", O_RDONLY);
+    if (nothing >= 0 && dup2(nothing, STDIN_FILENO) >= 0 && dup2(out_fd, STDOUT_FILENO) >= 0 &&
+        dup2(err_fd, STDERR_FILENO) >= 0 &&
+        (spawn->listen_fd < 0 || fcntl(spawn->listen_fd, F_SETFD, 0) == 0) &&
+        fcntl(spawn->status_fd, F_SETFD, 0) == 0)
+        (void)execve("/proc/self/exe", arguments, environment);
+    (void)!write(STDERR_FILENO, complaint, sizeof complaint - 1);
+    _exit(HS_EXIT_BUG);
+}
+
+static hs_status make_pipe(int ends[2], hs_why *why) {
+    if (pipe2(ends, O_CLOEXEC) != 0) return hs_fail(why, HS_E_IO, "pipe: %s", strerror(errno));
+    (void)fcntl(ends[0], F_SETFL, O_NONBLOCK);
+    return HS_OK;
+}
+
+static void close_pair(const int ends[2]) {
+    if (ends[0] >= 0) close(ends[0]);
+    if (ends[1] >= 0) close(ends[1]);
+}
+
+hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err_fd, hs_why *why) {
+    int out[2] = {-1, -1}, err[2] = {-1, -1};
+    char rank[16], listen_fd[16], status_fd[16];
+    (void)snprintf(rank, sizeof rank, "%u", spawn->rank);
+    (void)snprintf(listen_fd, sizeof listen_fd, "%d", spawn->listen_fd);
+    (void)snprintf(status_fd, sizeof status_fd, "%d", spawn->status_fd);
+    const char *arguments[] = {"hotstage-engine",
+                               "rank",
+                               "--plan",
+                               spawn->plan_path,
+                               "--attempt",
+                               spawn->attempt_path,
+                               "--rank",
+                               rank,
+                               "--agent",
+                               spawn->socket_path,
+                               "--status-fd",
+                               status_fd,
+                               NULL,
+                               NULL,
+                               NULL};
+    if (spawn->listen_fd >= 0) {
+        arguments[12] = "--listen-fd";
+        arguments[13] = listen_fd;
+    }
+    char **environment = clean_environment();
+    hs_status st = environment ? HS_OK : hs_fail(why, HS_E_MEMORY, "no memory for an environment");
+    if (st == HS_OK) st = make_pipe(out, why);
+    if (st == HS_OK) st = make_pipe(err, why);
+    const pid_t parent = getpid();
+    const pid_t child = st == HS_OK ? fork() : -1;
+    if (child == 0)
+        become_rank(parent, (char *const *)(uintptr_t)arguments, environment, out[1], err[1],
+                    spawn);
+    free(environment);
+    if (child < 0) {
+        if (st == HS_OK)
+            st = hs_fail(why, HS_E_MEMORY, "fork of rank %u: %s", spawn->rank, strerror(errno));
+        close_pair(out);
+        close_pair(err);
+        return st;
+    }
+    close(out[1]);
+    close(err[1]);
+    *pid = child;
+    *out_fd = out[0];
+    *err_fd = err[0];
+    return HS_OK;
+}
