@@ -10,7 +10,7 @@ from checkpoint.store import Store
 from flows.live import MetricsReader, step_curve
 from flows.report import AttemptFact, ReportFacts
 from flows.run import load_run, load_what
-from trainer.plan.draw import memory_text, timeline_svg
+from trainer.plan.draw import timeline_svg
 from trainer.plan.timeline import Timeline, from_chrome
 
 TRACE_CAP = 64 << 20
@@ -135,7 +135,6 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
     curve = step_curve(lines)
     simulation = foretell.simulate(prepared.plan)
     measured = read_traces(store, run, epochs)
-    memory = [dict(row) for row in prepared.plan.memory_table()]
     rates = [float(line["tokens_per_s"]) for line in curve.values() if line.get("tokens_per_s")]
     newest = state.restore_candidates()[:1]
     known: dict[str, Any] = {
@@ -150,9 +149,9 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
         ],
         "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,
         "digest": newest[0].state_digest if newest else None,
-        "parameters": sum(t.elements for t in prepared.plan.tensors),
+        "parameters": prepared.plan.parameters,
         "stages": prepared.spec.parallel.stages,
-        "memory_text": memory_text(memory),
+        "memory_text": prepared.plan.memory_table(),
         "planned_svg": timeline_svg(simulation.timeline),
         "measured_svg": timeline_svg(measured) if measured else "",
     }

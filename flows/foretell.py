@@ -11,7 +11,6 @@ from flows.peak import measured_bandwidth, measured_peak
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
-from trainer.plan.draw import memory_text
 from trainer.plan.simulate import CostModel, Simulation, from_plan
 from trainer.plan.simulate import simulate as play
 from trainer.spec import RunSpec, what_digest
@@ -48,15 +47,15 @@ def simulate(plan: Plan) -> Simulation:
 
 def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:
     """The plan's facts for people and programs."""
-    memory = [dict(row) for row in plan.memory_table()]
+    memory = [dict(p.bytes_by_kind) for p in plan.positions]
     return {
         "plan": plan.digest,
-        "parameters": sum(t.elements for t in plan.tensors),
+        "parameters": plan.parameters,
         "stages": spec.parallel.stages,
         "microbatches": spec.train.microbatches,
         "tokens_per_step": spec.train.tokens,
         "memory": memory,
-        "memory_text": memory_text(memory),
+        "memory_text": plan.memory_table(),
         "step_seconds": simulation.step_seconds,
         "bubble": list(simulation.bubble),
         "mfu": simulation.mfu,

@@ -28,7 +28,7 @@ def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -
 
     plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
     objects = render_launch(
-        resolved, plan, run=f"{resolved.name}-{plan.what_digest.hex()[:6]}", store_url=store or default_store()
+        resolved, plan, run=f"{resolved.name}-{plan.config.what_digest.hex()[:6]}", store_url=store or default_store()
     )
     if as_json:
         show(objects)

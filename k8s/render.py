@@ -1,0 +1,321 @@
+"""The objects of one launch: an Indexed Job (a pod a node), its headless Service, its Secret. Pure.
+
+A pod is a node: the engine's supervisor with all its ranks, and the checkpoint agent as a native sidecar. Attempts happen
+inside the pods, so the Job never restarts anything: ``restartPolicy: Never``, ``backoffLimit: 0``, and a failure policy that
+carries the engine's exit code into the Job's condition. The engine's container has no service account token, no credentials,
+a read-only root and no capability; only the agent sees the store's Secret.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from k8s.labels import SPEC_DIGEST, labels, object_name
+from trainer.errors import LaunchError
+from trainer.plan import Plan
+from trainer.spec import RunSpec
+from trainer.wire import EXITS
+
+ENGINE, AGENT = "engine", "agent"
+SOCKET = "/run/hotstage/agent.sock"
+WORK = "/var/lib/hotstage"
+KEY_FOLDER = "/etc/hotstage"
+PORT_BASE = 29400
+AGENT_OVERHEAD = 512 << 20
+ENGINE_OVERHEAD = 128 << 20
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?\Z")
+DEFAULT_IMAGE, DEFAULT_AGENT_IMAGE = "hotstage-engine:0.1.0", "hotstage-agent:0.1.0"
+# fabric -> devices, capabilities and environment; tcp is what this version runs, the others are rendered
+FABRICS: Mapping[str, Mapping[str, Any]] = {
+    "tcp": {},
+    "infiniband": {
+        "resources": {"rdma/ib": "1"},
+        "capabilities": ["IPC_LOCK"],
+        "env": {"HOTSTAGE_ENGINE_FABRIC": "infiniband"},
+    },
+    "roce": {"resources": {"rdma/roce": "1"}, "capabilities": ["IPC_LOCK"], "env": {"HOTSTAGE_ENGINE_FABRIC": "roce"}},
+    "efa": {
+        "resources": {"vpc.amazonaws.com/efa": "1"},
+        "capabilities": ["IPC_LOCK"],
+        "env": {"HOTSTAGE_ENGINE_FABRIC": "efa"},
+    },
+    "nvl72": {"claims": ["imex-channel"], "env": {"HOTSTAGE_ENGINE_FABRIC": "nvl72"}},
+}
+
+
+def render_launch(
+    spec: RunSpec, plan: Plan, *, run: str, store_url: str, launch: str | None = None, suspend: bool = False
+) -> list[dict[str, Any]]:
+    """Job, Service and (where the store's credentials come from one) the Secret's reference, as plain objects.
+
+    Raises LaunchError where a quantity, a name or ``launch.pod_patch`` does not hold.
+    """
+    launch = launch or f"{run}-k1"
+    nodes = spec.launch.nodes
+    name = object_name(launch, nodes)
+    marks = labels(run, launch)
+    job = _job(spec, plan, run, launch, name, marks, store_url, suspend)
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": spec.launch.namespace, "labels": marks},
+        "spec": {
+            "clusterIP": "None",
+            # peers must find each other before any of them is ready
+            "publishNotReadyAddresses": True,
+            "selector": {"batch.kubernetes.io/job-name": name},
+            "ports": [
+                {"name": f"rank-{k}", "port": PORT_BASE + k, "protocol": "TCP"} for k in range(_local_ranks(spec))
+            ],
+        },
+    }
+    return [service, job]
+
+
+def _local_ranks(spec: RunSpec) -> int:
+    return spec.parallel.stages * spec.parallel.replicas // spec.launch.nodes
+
+
+def _job(
+    spec: RunSpec,
+    plan: Plan,
+    run: str,
+    launch: str,
+    name: str,
+    marks: dict[str, str],
+    store_url: str,
+    suspend: bool,
+) -> dict[str, Any]:
+    pod = _pod(spec, plan, run, launch, name, store_url)
+    pod = apply_patch(pod, spec.launch.pod_patch)
+    template = {"metadata": {"labels": marks}, "spec": pod}
+    body: dict[str, Any] = {
+        "completionMode": "Indexed",
+        "completions": spec.launch.nodes,
+        "parallelism": spec.launch.nodes,
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": failure_rules()},
+        "ttlSecondsAfterFinished": 86_400,
+        "template": template,
+    }
+    if suspend:
+        body["suspend"] = True
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": name,
+            "namespace": spec.launch.namespace,
+            "labels": marks,
+            "annotations": {SPEC_DIGEST: digest},
+        },
+        "spec": body,
+    }
+
+
+def failure_rules() -> list[dict[str, Any]]:
+    """Every failing exit code of the engine fails the Job with that code in its condition; so does a disruption.
+
+    Each rule on exit codes names the engine's container: a sidecar's end is never taken for it.
+    """
+    codes = sorted(code for code in EXITS if code)
+    return [
+        {"action": "FailJob", "onExitCodes": {"containerName": ENGINE, "operator": "In", "values": codes}},
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": {"containerName": ENGINE, "operator": "NotIn", "values": [0]}},
+    ]
+
+
+def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url: str) -> dict[str, Any]:
+    fabric = FABRICS[spec.launch.fabric]
+    grace = int(spec.checkpoint.commit_s) + 30
+    restricted = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "capabilities": {"drop": ["ALL"], **({"add": fabric["capabilities"]} if "capabilities" in fabric else {})},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    engine: dict[str, Any] = {
+        "name": ENGINE,
+        "image": spec.launch.image or DEFAULT_IMAGE,
+        "args": ["node", "--agent", SOCKET],
+        "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
+        "ports": [{"containerPort": PORT_BASE + k, "name": f"rank-{k}"} for k in range(_local_ranks(spec))],
+        "resources": _resources(_engine_memory(spec, plan), spec.launch.resources, fabric.get("resources", {})),
+        "securityContext": restricted,
+        "volumeMounts": [
+            {"name": "run", "mountPath": "/run/hotstage"},
+            {"name": "work", "mountPath": WORK},
+        ],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    agent: dict[str, Any] = {
+        "name": AGENT,
+        "image": spec.launch.agent_image or DEFAULT_AGENT_IMAGE,
+        # a native sidecar: up before the engine, still there while the engine leaves
+        "restartPolicy": "Always",
+        "args": [
+            *("--store", store_url),
+            *("--run", run),
+            *("--launch", launch),
+            *("--node", "$(JOB_COMPLETION_INDEX)"),
+            *("--nodes", str(spec.launch.nodes)),
+            *("--socket", SOCKET),
+            *("--work", WORK),
+            *("--key-file", f"{KEY_FOLDER}/launch.key"),
+        ],
+        "env": [
+            {
+                "name": "JOB_COMPLETION_INDEX",
+                "valueFrom": {
+                    "fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+                },
+            }
+        ],
+        "resources": _resources(_agent_memory(spec, plan), spec.launch.agent_resources, {}),
+        "securityContext": {k: v for k, v in restricted.items() if k != "capabilities"}
+        | {"capabilities": {"drop": ["ALL"]}},
+        "startupProbe": {
+            "exec": {"command": ["test", "-S", SOCKET]},
+            "periodSeconds": 1,
+            "failureThreshold": 120,
+        },
+        "volumeMounts": [
+            {"name": "run", "mountPath": "/run/hotstage"},
+            {"name": "work", "mountPath": WORK},
+            {"name": "launch-key", "mountPath": KEY_FOLDER, "readOnly": True},
+        ],
+    }
+    if spec.launch.store_secret:
+        agent["envFrom"] = [{"secretRef": {"name": spec.launch.store_secret}}]
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "subdomain": name,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": grace,
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
+                            "seccompProfile": {"type": "RuntimeDefault"}},
+        # dead nodes are fenced, not waited for
+        "tolerations": [
+            {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
+            for key in ("not-ready", "unreachable")
+        ],
+        "initContainers": [agent],
+        "containers": [engine],
+        "volumes": [
+            {"name": "run", "emptyDir": {}},
+            {"name": "work", "emptyDir": {}},
+            {"name": "launch-key", "secret": {"secretName": f"{name}-key", "defaultMode": 0o440}},
+        ],
+    }  # fmt: skip
+    if spec.launch.service_account:
+        pod["serviceAccountName"] = spec.launch.service_account
+    if "claims" in fabric:
+        pod["resourceClaims"] = [{"name": c, "resourceClaimTemplateName": c} for c in fabric["claims"]]
+        engine["resources"]["claims"] = [{"name": c} for c in fabric["claims"]]
+    return pod
+
+
+def _engine_memory(spec: RunSpec, plan: Plan) -> int:
+    """Bytes of the ranks of the fullest node, without their snapshot slots (the agent's: it makes them)."""
+    each = _local_ranks(spec)
+    totals = [p.total_bytes - p.bytes_by_kind["slots"] for p in plan.positions]
+    return max(sum(totals[i : i + each]) for i in range(0, len(totals), each)) + ENGINE_OVERHEAD
+
+
+def _agent_memory(spec: RunSpec, plan: Plan) -> int:
+    each = _local_ranks(spec)
+    slots = [p.bytes_by_kind["slots"] for p in plan.positions]
+    return max(sum(slots[i : i + each]) for i in range(0, len(slots), each)) + AGENT_OVERHEAD
+
+
+def _resources(memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:
+    """Requests and limits: what the spec says, else the plan's memory; refused where the spec asks for less than that."""
+    for key, value in wanted.items():
+        if not _QUANTITY.match(value):
+            raise LaunchError(f"launch.resources.{key} = {value!r} is no quantity; write for example 4, 500m, 16Gi")
+    given = dict(wanted)
+    limit = given.setdefault("memory", f"{-(-memory // (1 << 20))}Mi")
+    if _bytes(limit) < memory:
+        raise LaunchError(
+            f"launch.resources.memory = {limit} is less than the {-(-memory // (1 << 20))}Mi that the plan needs; "
+            "raise it, or take more stages, smaller microbatches or fewer slots"
+        )
+    return {"requests": {**given, **more}, "limits": {"memory": limit, **more}}
+
+
+def _bytes(quantity: str) -> float:
+    match = re.match(r"([0-9.]+)([A-Za-z]*)\Z", quantity)
+    assert match is not None
+    units = {"": 1.0, "m": 1e-3}
+    units |= {u: 1000.0 ** (i + 1) for i, u in enumerate("kMGTPE")}
+    units |= {f"{u}i": 1024.0 ** (i + 1) for i, u in enumerate("KMGTPE")}
+    return float(match[1]) * units[match[2]]
+
+
+# --- strategic merge, as far as a pod needs it ------------------------------------------------------------
+
+_MERGE_KEYS = {
+    "containers": "name",
+    "initContainers": "name",
+    "volumes": "name",
+    "env": "name",
+    "volumeMounts": "mountPath",
+    "imagePullSecrets": "name",
+    "tolerations": "key",
+    "ports": "containerPort",
+}
+_CONTRACT = ("restartPolicy", "subdomain", "hostNetwork", "hostPID", "hostIPC", "automountServiceAccountToken")
+
+
+def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """``launch.pod_patch`` over the pod; refused where it breaks the gang's contract or the engine's confinement."""
+    for key in _CONTRACT:
+        if key in patch:
+            raise LaunchError(f"launch.pod_patch sets {key}, which the gang's contract fixes; take it out of the patch")
+    patched = _merge(copy.deepcopy(dict(pod)), patch)
+    for group in ("containers", "initContainers"):
+        before = {c["name"]: c for c in pod[group]}
+        for container in patched[group]:
+            was = before.get(container["name"])
+            if was is None:
+                continue
+            for key in ("args", "command", "restartPolicy", "securityContext"):
+                if container.get(key) != was.get(key):
+                    raise LaunchError(
+                        f"launch.pod_patch changes {key} of container {container['name']!r}, which the gang's contract "
+                        "fixes; take it out of the patch"
+                    )
+    engine = next(c for c in patched["containers"] if c["name"] == ENGINE)
+    if engine.get("envFrom"):
+        raise LaunchError("launch.pod_patch gives the engine's container envFrom; credentials go to the agent only")
+    return patched
+
+
+def _merge(base: dict[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in patch.items():
+        if value is None:
+            base.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            base[key] = _merge(base[key], value)
+        elif isinstance(value, list) and key in _MERGE_KEYS and isinstance(base.get(key), list):
+            by = _MERGE_KEYS[key]
+            index = {item.get(by): n for n, item in enumerate(base[key])}
+            for item in value:
+                at = index.get(item.get(by))
+                if at is None:
+                    base[key].append(copy.deepcopy(item))
+                else:
+                    base[key][at] = _merge(base[key][at], item)
+        else:
+            base[key] = copy.deepcopy(value)
+    return base

@@ -1,0 +1,131 @@
+"""The objects of a launch, against the client's own models and against the contracts that they must keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kubernetes.client import V1Job, V1Service
+
+from flows.foretell import stand_in
+from k8s.labels import object_name
+from k8s.render import AGENT, ENGINE, FABRICS, apply_patch, render_launch
+from trainer.errors import LaunchError
+from trainer.plan import compile_plan
+from trainer.spec import parse_spec, what_digest
+from trainer.wire import EXITS
+
+TINY = {
+    "name": "tiny",
+    "model": {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "vocab": 300, "context": 16},
+    "train": {"steps": 4, "batch": 4, "microbatch": 2, "sequence": 16},
+    "parallel": {"stages": 4},
+    "launch": {"target": "kubernetes", "nodes": 2, "namespace": "train"},
+}
+
+
+def rendered(*sets: str, **launch: Any) -> list[dict[str, Any]]:
+    spec = parse_spec({**TINY, "launch": {**TINY["launch"], **launch}}, sets)  # type: ignore[dict-item]
+    data = stand_in(spec)
+    spec = spec.resolve(data)
+    return render_launch(
+        spec, compile_plan(spec, data, what_digest(spec, data)), run="tiny-0a1b2c", store_url="s3://b/p"
+    )
+
+
+def test_objects_pass_the_clients_models() -> None:
+    service, job = rendered()
+    V1Service.model_validate(service)
+    V1Job.model_validate(job)
+
+
+@pytest.mark.parametrize("fabric", sorted(FABRICS))
+def test_every_fabric_renders_and_validates(fabric: str) -> None:
+    _, job = rendered(fabric=fabric)
+    V1Job.model_validate(job)
+    capabilities = job["spec"]["template"]["spec"]["containers"][0]["securityContext"]["capabilities"]
+    assert ("add" in capabilities) == ("capabilities" in FABRICS[fabric])
+
+
+def test_a_misspelt_field_would_not_pass() -> None:
+    _, job = rendered()
+    job["spec"]["backoffLimits"] = 0
+    with pytest.raises(ValueError, match="backoffLimits"):
+        V1Job.model_validate(job)
+
+
+def test_the_gang_is_one_indexed_job_a_pod_a_node() -> None:
+    service, job = rendered()
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert (spec["backoffLimit"], spec["template"]["spec"]["restartPolicy"]) == (0, "Never")
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert service["metadata"]["name"] == spec["template"]["spec"]["subdomain"]
+
+
+def test_every_exit_code_rule_names_the_engine() -> None:
+    rules = rendered()[1]["spec"]["podFailurePolicy"]["rules"]
+    on_codes = [rule["onExitCodes"] for rule in rules if "onExitCodes" in rule]
+    assert all(rule["containerName"] == ENGINE for rule in on_codes)
+    assert set(on_codes[0]["values"]) == {code for code in EXITS if code}
+
+
+def test_credentials_reach_the_agent_alone() -> None:
+    pod = rendered(store_secret="s3-rights")[1]["spec"]["template"]["spec"]
+    (engine,), (agent,) = pod["containers"], pod["initContainers"]
+    assert agent["envFrom"] == [{"secretRef": {"name": "s3-rights"}}]
+    assert "envFrom" not in engine
+    assert "launch-key" not in [m["name"] for m in engine["volumeMounts"]]
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_containers_are_restricted() -> None:
+    pod = rendered()[1]["spec"]["template"]["spec"]
+    for container in (*pod["containers"], *pod["initContainers"]):
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+    assert pod["initContainers"][0]["restartPolicy"] == "Always"
+
+
+def test_memory_comes_from_the_plan_and_less_is_refused() -> None:
+    pod = rendered()[1]["spec"]["template"]["spec"]
+    assert int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi")) > 128
+    with pytest.raises(LaunchError, match="less than the .*Mi that the plan needs"):
+        rendered(resources={"memory": "1Mi"})
+    with pytest.raises(LaunchError, match="is no quantity"):
+        rendered(resources={"cpu": "a lot"})
+
+
+def test_a_patch_adds_but_does_not_break_the_contract() -> None:
+    patch = {
+        "affinity": {"nodeAffinity": {}},
+        "containers": [{"name": ENGINE, "env": [{"name": "X", "value": "1"}]}],
+        "imagePullSecrets": [{"name": "pull"}],
+    }
+    pod = rendered(pod_patch=patch)[1]["spec"]["template"]["spec"]
+    assert {"name": "X", "value": "1"} in pod["containers"][0]["env"]
+    assert pod["imagePullSecrets"] == [{"name": "pull"}]
+    for bad in (
+        {"hostNetwork": True},
+        {"restartPolicy": "Always"},
+        {"containers": [{"name": ENGINE, "args": ["sleep"]}]},
+        {"containers": [{"name": ENGINE, "securityContext": {"privileged": True}}]},
+        {"initContainers": [{"name": AGENT, "restartPolicy": "Never"}]},
+        {"containers": [{"name": ENGINE, "envFrom": [{"secretRef": {"name": "s"}}]}]},
+    ):
+        with pytest.raises(LaunchError, match="pod_patch"):
+            apply_patch(pod, bad)
+
+
+def test_long_names_stay_dns_labels() -> None:
+    name = object_name("a" * 80, 1000)
+    assert len(f"{name}-999") <= 63
+    assert name != object_name("a" * 81, 1000)
+    with pytest.raises(LaunchError, match="DNS label"):
+        object_name("Not_a_label", 2)
+
+
+def test_rendering_is_deterministic() -> None:
+    assert rendered() == rendered()
