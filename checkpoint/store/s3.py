@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import logging
 import random
 import re
@@ -48,8 +49,11 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
 FOREIGN = (
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
+    botocore.exceptions.MissingServiceIdError,  # these two are plain Exceptions
+    botocore.exceptions.UndefinedModelAttributeError,
     boto3.exceptions.Boto3Error,
     urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
     OSError,
     ValueError,
 )
@@ -65,6 +69,7 @@ _RETRY = (
     botocore.exceptions.ChecksumError,
     botocore.exceptions.FlexibleChecksumError,
     urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
     OSError,
 )
 _NO_RETRY = (botocore.exceptions.SSLError, botocore.exceptions.InvalidProxiesConfigError)
@@ -139,7 +144,7 @@ class Retry:
 def translate(error: BaseException, what: str, store: str, key: str = "") -> StoreError | Damaged:
     """The one place where an exception of the SDK, or below it, becomes one of ours."""
     if isinstance(error, botocore.exceptions.ClientError):
-        answer = error.response if isinstance(getattr(error, "response", None), dict) else {}
+        answer = error.response
         code = str(answer.get("Error", {}).get("Code", "?"))
         text = str(answer.get("Error", {}).get("Message", ""))[:300]
         meta = answer.get("ResponseMetadata", {})

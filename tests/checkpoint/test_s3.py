@@ -1,0 +1,288 @@
+"""S3 beyond the contract: unclear answers, refusals with their mends, every exception of the SDK, secrets."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+from collections.abc import Iterator
+
+import boto3.exceptions
+import botocore.exceptions
+import pytest
+import urllib3.exceptions
+
+from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreRefused, StoreUnavailable
+from checkpoint.probe import probe
+from checkpoint.store import open_store
+from checkpoint.store.s3 import FOREIGN, Retry, S3Store, translate
+from tests.support.hostile_s3 import Fault, HostileS3, hostile_s3
+from tests.support.s3_server import BUCKET, S3Server
+
+KEY = "runs/r/log/00000000000000000001"
+SECRET = "hunter2hunter2hunter2"
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileS3]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with hostile_s3() as running:
+        yield running
+
+
+def client(peer: HostileS3, attempts: int = 4) -> S3Store:
+    """A store against the peer that waits for nothing between its attempts."""
+    retry = Retry(attempts=attempts, sleep=lambda _: None, jitter=lambda: 0.0)
+    endpoint = f"http://127.0.0.1:{peer.port}"
+    return S3Store("bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, read_s=0.5)
+
+
+# --- a store that ignores the condition --------------------------------------------------------------------
+
+
+def test_probe_refuses_a_store_that_ignores_conditions(peer: HostileS3) -> None:
+    peer.ignore_conditions = True
+    with pytest.raises(StoreRefused, match=r"racing creators .* told that they made it.*create-if-absent"):
+        probe(client(peer))
+
+
+def test_probe_passes_on_the_same_server_that_heeds_them(peer: HostileS3) -> None:
+    probe(client(peer))
+
+
+def test_probe_says_unavailable_where_the_store_does_not_answer(peer: HostileS3) -> None:
+    peer.applies = ("HEAD",)
+    peer.faults.extend(["503"] * 100)
+    with pytest.raises(StoreUnavailable):
+        probe(client(peer))
+
+
+# --- unclear answers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["reset"],
+        ["done-reset"],
+        ["done-500"],
+        ["done-409"],
+        ["done-412"],
+        ["500"],
+        ["503", "503"],
+        ["409"],
+        ["hang"],
+        ["done-hang"],
+        ["no-xml"],
+        ["bad-digest"],
+        ["reset", "500", "done-reset"],
+    ],
+    ids="+".join,
+)
+def test_a_create_that_went_through_is_won(peer: HostileS3, faults: list[Fault]) -> None:
+    peer.faults.extend(faults)
+    assert client(peer).create(KEY, b"mine") is True
+    assert peer.objects == {f"p/{KEY}": b"mine"}
+
+
+@pytest.mark.parametrize("faults", [["other-500"], ["other-500", "reset"]], ids="+".join)
+def test_a_create_that_another_won_is_lost(peer: HostileS3, faults: list[Fault]) -> None:
+    peer.faults.extend(faults)
+    assert client(peer).create(KEY, b"mine") is False
+    assert peer.objects == {f"p/{KEY}": b"another's"}
+
+
+def test_a_create_is_lost_where_the_name_is_taken_and_the_first_answer_unclear(peer: HostileS3) -> None:
+    peer.objects[f"p/{KEY}"] = b"other"
+    peer.faults.extend(["reset"])
+    assert client(peer).create(KEY, b"mine!") is False
+    assert client(peer).create(KEY, b"mine!") is False
+
+
+def test_attempts_are_bounded(peer: HostileS3) -> None:
+    peer.faults.extend(["503"] * 100)
+    with pytest.raises(StoreUnavailable, match="503 SlowDown"):
+        client(peer, attempts=3).create(KEY, b"x")
+    assert sum(request.startswith("PUT") for request in peer.requests) == 3
+
+
+def test_the_deadline_bounds_the_attempts() -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    calls = []
+
+    def call() -> None:
+        calls.append(now[0])
+        now[0] += 10
+        raise StoreUnavailable("no")
+
+    retry = Retry(attempts=100, deadline_s=35, clock=lambda: now[0], sleep=sleep)
+    with pytest.raises(StoreUnavailable):
+        retry.run("calling", call)
+    assert len(calls) == 4  # none begins after the deadline
+
+
+@pytest.mark.parametrize("faults", [["500"], ["reset", "503"], ["short"], ["short", "short"]], ids="+".join)
+def test_a_read_is_tried_again(peer: HostileS3, faults: list[Fault]) -> None:
+    peer.objects[f"p/{KEY}"] = bytes(range(256)) * 1000
+    peer.applies = ("GET",)
+    peer.faults.extend(faults)
+    assert client(peer).get(KEY) == bytes(range(256)) * 1000
+
+
+def test_a_read_that_stays_short_is_unavailable_never_short(peer: HostileS3) -> None:
+    peer.objects[f"p/{KEY}"] = bytes(1000)
+    peer.applies = ("GET",)
+    peer.faults.extend(["short"] * 10)
+    with pytest.raises(StoreUnavailable):
+        client(peer).get(KEY)
+
+
+# --- the boundary ------------------------------------------------------------------------------------------
+
+
+def made(kind: type[BaseException]) -> BaseException:
+    """An exception of this class, whatever arguments it wants."""
+    if issubclass(kind, botocore.exceptions.ClientError):
+        return kind({"Error": {"Code": "Odd", "Message": "m"}}, "PutObject")
+    if kind.__name__ == "IncompleteRead":
+        return kind(b"", 5)
+    if kind is urllib3.exceptions.InvalidChunkLength:
+        return kind(io.BytesIO(), b"zz")
+    return kind.__new__(kind)
+
+
+def sdk_exceptions() -> list[type[BaseException]]:
+    found = []
+    for module in (botocore.exceptions, boto3.exceptions, urllib3.exceptions):
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, Exception) and not issubclass(kind, Warning):
+                found.append(kind)
+    return sorted(set(found), key=lambda kind: (kind.__module__, kind.__name__))
+
+
+@pytest.mark.parametrize("kind", sdk_exceptions(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_no_exception_of_the_sdk_is_left_out(kind: type[Exception]) -> None:
+    assert issubclass(kind, FOREIGN), "would pass the boundary"
+    assert isinstance(translate(made(kind), "reading 'k'", "s3://b", "k"), CheckpointError)
+
+
+def test_what_the_sdk_raises_inside_a_call_comes_out_as_ours(peer: HostileS3) -> None:
+    store = client(peer, attempts=2)
+    raised: list[BaseException] = []
+
+    def fail(**_: object) -> None:
+        raise raised[0]
+
+    store.client.meta.events.register("before-send.s3", fail)
+    for kind in sdk_exceptions():
+        raised[:] = [made(kind)]
+        for call in (
+            lambda: store.create(KEY, b"x"),
+            lambda: store.get(KEY),
+            lambda: store.head(KEY),
+            lambda: list(store.list("runs/")),
+            lambda: store.put("runs/r/live/x", b"x"),
+        ):
+            with pytest.raises(CheckpointError):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (404, "NoSuchKey", NotFound),
+        (404, "NoSuchBucket", StoreRefused),
+        (403, "AccessDenied", StoreRefused),
+        (403, "ExpiredToken", StoreUnavailable),
+        (400, "ExpiredToken", StoreUnavailable),
+        (403, "RequestTimeTooSkewed", StoreRefused),
+        (400, "RequestTimeout", StoreUnavailable),
+        (409, "OperationAborted", StoreUnavailable),
+        (416, "InvalidRange", Damaged),
+        (429, "TooManyRequests", StoreUnavailable),
+        (500, "InternalError", StoreUnavailable),
+        (501, "NotImplemented", StoreRefused),
+        (502, "502", StoreUnavailable),
+        (503, "SlowDown", StoreUnavailable),
+        (507, "InsufficientStorage", StoreUnavailable),
+        (301, "PermanentRedirect", StoreRefused),
+        (400, "InvalidArgument", StoreRefused),
+    ],
+)
+def test_answers_are_told_apart(status: int, code: str, kind: type[CheckpointError]) -> None:
+    answer = {
+        "Error": {"Code": code, "Message": "m"},
+        "ResponseMetadata": {"HTTPStatusCode": status, "RequestId": "R7"},
+    }
+    error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")  # type: ignore[arg-type]
+    assert type(error) is kind
+    if kind is not NotFound:
+        assert code in str(error)
+        assert "R7" in str(error)
+
+
+# --- a real server's refusals ------------------------------------------------------------------------------
+
+
+def test_the_trainers_identity_cannot_delete(server: S3Server) -> None:
+    with server.identity("trainer"):
+        store = open_store(server.url("no-delete"))
+    store.create(KEY, b"x")
+    with pytest.raises(StoreRefused, match="AccessDenied"):
+        store.delete(KEY)
+    assert store.get(KEY) == b"x"
+
+
+def test_wrong_secret_unknown_key_missing_bucket(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="checkpoint")
+    with server.identity("trainer"):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        wrong = open_store(server.url("x"))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        unknown = open_store(server.url("x"))
+    with server.identity("root"):
+        missing = open_store(server.url("x").replace(f"s3://{BUCKET}/", "s3://no-such-bucket/"))
+    for store, says in ((wrong, "SignatureDoesNotMatch"), (unknown, "InvalidAccessKeyId"), (missing, "NoSuchBucket")):
+        with pytest.raises(StoreRefused, match=says) as caught:
+            store.create(KEY, b"x")
+        assert SECRET not in str(caught.value)
+    assert SECRET not in caplog.text
+
+
+def test_no_credentials_says_how_to_give_them(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server.identity("trainer"):
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        store = open_store(server.url("x"))
+        with pytest.raises(StoreRefused, match="set AWS_ACCESS_KEY_ID"):
+            store.get(KEY)
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, peer: HostileS3) -> None:
+    port = peer.port
+    peer.stopping.set()
+    with hostile_s3() as other:
+        gone = other.port
+    assert gone != port
+    store = S3Store("bucket", "p", endpoint=f"http://127.0.0.1:{gone}", region="us-east-1", path_style=True,
+                    retry=Retry(attempts=2, sleep=lambda _: None))  # fmt: skip
+    with pytest.raises(StoreUnavailable, match="EndpointConnectionError"):
+        store.create(KEY, b"x")
+
+
+def test_a_corrupted_upload_is_refused_by_the_server(server: S3Server) -> None:
+    """The digest is sent: bytes that change on the way in are not stored."""
+    with server.identity("trainer"):
+        store = open_store(server.url("corrupt"))
+    assert isinstance(store, S3Store)
+    with pytest.raises(botocore.exceptions.ClientError, match=r"BadDigest|ChecksumMismatch|checksum|did not match"):
+        store.client.put_object(Bucket=BUCKET, Key="corrupt/k", Body=b"other bytes", ChecksumSHA256="A" * 43 + "=")
+    assert store.head("k") is None

@@ -1,0 +1,202 @@
+"""A real S3 server for tests: versitygw on loopback, with a root identity and a ``trainer`` that cannot delete.
+
+The binary is built once with ``go install`` into the user's cache folder and named by its version;
+HOTSTAGE_VERSITYGW names another one. Without it and without Go the tests that need it are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import botocore.config
+import pytest
+
+VERSION = "v1.8.0"
+MODULE = "github.com/versity/versitygw/cmd/versitygw"
+BUCKET = "hotstage"
+
+
+def binary() -> Path:
+    """The server's binary, built where it is not in the cache yet (minutes, once)."""
+    named = os.environ.get("HOTSTAGE_VERSITYGW")
+    if named:
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "bin"
+    found = cache / f"versitygw-{VERSION}"
+    if found.exists():
+        return found
+    go = shutil.which("go")
+    if go is None:
+        pytest.skip(f"needs the S3 server versitygw {VERSION}: install Go, or set HOTSTAGE_VERSITYGW to its binary")
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f".versitygw-{VERSION}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            target = cache / f".build-{os.getpid()}"
+            try:
+                subprocess.run(
+                    [go, "install", "-trimpath", "-ldflags=-s -w", f"{MODULE}@{VERSION}"],
+                    env={**os.environ, "GOBIN": str(target), "GOFLAGS": "-mod=mod", "CGO_ENABLED": "0"},
+                    cwd=cache,
+                    check=True,
+                )
+                os.replace(target / "versitygw", found)
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
+    return found
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server; ``identities`` are access keys and their secrets by role."""
+
+    port: int
+    pid: int
+    data: Path
+    identities: dict[str, tuple[str, str]]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def url(self, prefix: str = "") -> str:
+        """Address of a store under this prefix of the bucket."""
+        return f"s3://{BUCKET}/{prefix}?endpoint={self.endpoint}&region=us-east-1"
+
+    def environment(self, role: str) -> dict[str, str]:
+        """What a process of this role (root, trainer) has in its environment; nothing of this machine's is used."""
+        access, secret = self.identities[role]
+        return {
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    @contextlib.contextmanager
+    def identity(self, role: str) -> Iterator[None]:
+        """This process has the role while inside; stores opened in it keep it."""
+        wanted = self.environment(role)
+        before = {name: os.environ.get(name) for name in [*wanted, "AWS_SESSION_TOKEN", "AWS_PROFILE"]}
+        for name in before:
+            os.environ.pop(name, None)
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """Start a server whose files lie under ``folder``; it is stopped, by its process id, however the block ends."""
+    program = binary()
+    root, trainer = ("root", secrets.token_hex(16)), ("trainer", secrets.token_hex(16))
+    for name in ("iam", "versions", "data"):
+        (folder / name).mkdir(parents=True)
+    for attempt in range(5):  # a port that was free may be taken meanwhile
+        port, admin = _free_ports(2)
+        with open(folder / "server.log", "ab") as log:
+            process = subprocess.Popen(
+                [
+                    *(str(program), "--port", f"127.0.0.1:{port}", "--admin-port", f"127.0.0.1:{admin}"),
+                    *("--iam-dir", str(folder / "iam"), "--health", "/health", "--quiet"),
+                    *("posix", "--versioning-dir", str(folder / "versions"), str(folder / "data")),
+                ],
+                env={"PATH": os.environ.get("PATH", ""), "ROOT_ACCESS_KEY": root[0], "ROOT_SECRET_KEY": root[1]},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_die_with_parent,
+            )
+        try:
+            if not _healthy(process, port):
+                if attempt == 4:
+                    raise RuntimeError(f"versitygw does not start:\n{(folder / 'server.log').read_text()[-2000:]}")
+                continue
+            subprocess.run(
+                [
+                    *(str(program), "admin", "-a", root[0], "-s", root[1], "-er", f"http://127.0.0.1:{admin}"),
+                    *("create-user", "-a", trainer[0], "-s", trainer[1], "-r", "user"),
+                ],
+                check=True,
+                capture_output=True,
+            )
+            server = S3Server(port, process.pid, folder / "data", {"root": root, "trainer": trainer})
+            _make_bucket(server)
+            yield server
+            return
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _make_bucket(server: S3Server) -> None:
+    access, secret = server.identities["root"]
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=access,
+        aws_secret_access_key=secret,
+        config=botocore.config.Config(s3={"addressing_style": "path"}),
+    )
+    client.create_bucket(Bucket=BUCKET)
+    allow = {"Effect": "Allow", "Principal": {"AWS": ["trainer"]}}
+    objects, bucket = f"arn:aws:s3:::{BUCKET}/*", f"arn:aws:s3:::{BUCKET}"
+    policy = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {**allow, "Action": ["s3:GetObject", "s3:PutObject"], "Resource": objects},
+            {**allow, "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": bucket},
+        ],
+    }
+    client.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(policy))
+    client.close()
+
+
+def _healthy(process: subprocess.Popen[bytes], port: int) -> bool:
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return True
+        except OSError:
+            time.sleep(0.02)  # between two looks at the condition
+    return False
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when the test run itself is killed
