@@ -623,6 +623,8 @@ class Service:
     def _over(self, gang: Gang) -> None:
         gang.phase, self._changed = "idle", True
         gang.cancelled.set()
+        for timer in ("adopt", "lost", "kill"):
+            self._timers.pop(timer, None)
         self.engine_epoch = 0
         self._remember(gang)
         if self._stopping:
@@ -663,16 +665,21 @@ class Service:
             return
         gang.phase = "adopt"
         log.info("attempt %d was running before this agent: waiting for its engine", gang.epoch)
+        # a supervisor that came before the log was read says everything again on its next connection
         if self.supervisor is not None:
-            self._adopt_engine(gang)
-        else:
-            self._after("adopt", _ADOPT_S, lambda: self._lost(gang))
+            self.link.drop(self.supervisor)
+            self.supervisor = None
+        self._after("adopt", _ADOPT_S, lambda: self._lost(gang))
+        self._offer_uploads(gang)
 
-    def _adopt_engine(self, gang: Gang) -> None:
-        self._timers.pop("adopt", None)
-        if self.engine_epoch == gang.epoch:
+    def _adopt_engine(self, gang: Gang, known: int) -> None:
+        if known == gang.epoch:
             gang.phase, self._changed = "run", True
             log.info("attempt %d goes on under this agent", gang.epoch)
+            if not self.engine_epoch:  # its ranks are gone, and it says so now; or they were never started
+                self._after("adopt", _LOST_S, lambda: self._lost(gang))
+            else:
+                self._timers.pop("adopt", None)
         else:
             self._lost(gang)
 
@@ -717,8 +724,8 @@ class Service:
         peer.rank = -1
         self.supervisor, self._changed = peer, True
         self._timers.pop("lost", None)
-        self.engine_epoch = message.epoch
-        log.info("the supervisor is here, pid %d, attempt %d", peer.pid, message.epoch)
+        self.engine_epoch = message.epoch if message.b > 0 else 0
+        log.info("the supervisor is here, pid %d: %d ranks of attempt %d", peer.pid, message.b, message.epoch)
         gang = self.gang
         if self.status.phase == "ended":
             self.link.send(peer, "END")
@@ -727,11 +734,11 @@ class Service:
         elif gang is None:
             return
         elif gang.phase == "adopt":
-            self._adopt_engine(gang)
+            self._adopt_engine(gang, message.epoch)
         elif gang.phase == "run":
             if message.epoch != gang.epoch:
                 self._lost(gang)
-        elif message.epoch and message.epoch != gang.epoch and gang.phase != "idle":
+        elif self.engine_epoch and gang.phase != "idle":
             self._kill(gang)
         elif gang.phase == "kill":
             self._prepare(gang)
@@ -839,6 +846,7 @@ class Service:
         if status is None:
             return
         status.pid = message.b or status.pid
+        status.killed = bool(message.c)
         if message.a >= 0:
             status.code = int(message.a)
         else:

@@ -9,8 +9,9 @@ msgpack map, overwritten on every change and at least each second; safe to lose,
     supervisor         pid of the supervisor that is connected, or None
     epoch              attempt that this node runs or ran last; 0: none yet
     phase              idle | restoring | starting | running | ended
-    ranks              {"<rank>": {pid, code, signal, words, step, final}}: of this attempt; code and signal are None while it
-                       lives; words: last words (JSON text), or why the agent could not start it
+    ranks              {"<rank>": {pid, code, signal, words, step, final, killed}}: of this attempt; code and signal are
+                       None while it lives; words: last words (JSON text), or why the agent could not start it;
+                       killed: by its supervisor, after another rank's end: never a cause
     slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
     durable            step of the newest checkpoint committed in this attempt or before it, or -1
     error              what the store or the machine refuses at the moment, or None
@@ -38,6 +39,7 @@ class RankStatus:
     words: str | None = None
     step: int = 0
     final: bool = False
+    killed: bool = False
 
     @property
     def gone(self) -> bool:
@@ -51,6 +53,7 @@ class RankStatus:
             "words": self.words,
             "step": self.step,
             "final": self.final,
+            "killed": self.killed,
         }
 
     @classmethod
@@ -62,6 +65,7 @@ class RankStatus:
             value.get("words"),
             int(value.get("step", 0)),
             bool(value.get("final", False)),
+            bool(value.get("killed", False)),
         )
 
 

@@ -1,0 +1,362 @@
+"""The real agent process, driven over its socket by the engine's side in Python: every message, and what lies between two."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from checkpoint import keys
+from checkpoint.read import StateReader, load_manifest
+from tests.support.agents import NodePeer, RankPeer, Run, agent, make_run, state_bytes, tiny_spec, wait_for
+
+
+def fill_all(node: NodePeer, run: Run, plan: str, step: int, *, final: bool = False) -> None:
+    layout = run.layouts[plan]
+    for rank in node.ranks:
+        rank.fill(step, state_bytes(layout, rank.rank, step), final=final)
+
+
+def committed(run: Run, step: int) -> object:
+    return wait_for(
+        lambda: next((c for c in run.fold().checkpoints if c.step == step), None), f"a checkpoint of step {step}"
+    )
+
+
+def test_whole_cycle(tmp_path: Path) -> None:
+    spec = tiny_spec(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        epoch = run.attempt(spec, plan)
+        ranks = node.start()
+        assert node.attempt is not None
+        assert (node.attempt.epoch, node.attempt.start_step, node.attempt.ranks) == (epoch, -1, 2)
+        assert node.attempt.run == run.name.encode()
+        assert bytes(node.attempt.plan_digest) == layout.digest
+        assert Path(node.attempt.data_dir.decode(), "00000.bin").exists()
+        assert [r.restore for r in ranks] == [-1, -1]
+
+        ranks[0].link.send("METRICS", rank=0, epoch=epoch, payload=b'{"event":"step","step":2,"loss":1.5}')
+        node.link.send("OUTPUT", rank=1, epoch=epoch, a=2, payload=b"hello from rank 1\n")
+        fill_all(node, run, plan, 2)
+        first = committed(run, 2)
+        fill_all(node, run, plan, 4, final=True)
+        for rank in ranks:
+            assert rank.link.receive("COMMITTED").a == 4
+        last = run.fold().checkpoints[-1]
+        assert last.step == 4
+        assert last.epoch == epoch
+        assert last.data_position == 4 * 4
+        node.end(0)
+
+        status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the status idle")
+        assert status["epoch"] == epoch
+        assert {r: v["code"] for r, v in status["ranks"].items()} == {"0": 0, "1": 0}
+        assert status["durable"] == 4
+        assert {"step": 4, "epoch": epoch} in status["slots"]
+
+        run.log.append(
+            "ended",
+            {"outcome": "succeeded", "reason": "done", "step": 4, "state_digest": last.state_digest},
+            run.fold(),
+        )
+        assert node.link.receive("END").name == "END"
+        assert process.process.wait(20) == 0
+        assert (process.work / "done").read_text() == "ended"
+        node.close()
+    assert first is not None
+    assert b"hello from rank 1" in run.store.get(keys.run_key(run.name, "live", str(epoch), "logs", "1", "00"))
+    assert b'"step":2' in run.store.get(keys.run_key(run.name, "live", str(epoch), "metrics", "0000000000"))
+    manifest = load_manifest(run.store, run.name, last)
+    reader = StateReader(run.store, manifest)
+    for position in layout.positions:
+        data = state_bytes(layout, position.position, 4)
+        for state in position.states:
+            name = layout.tensors[state.tensor].name
+            for kind in range(3):
+                at = state.kind_offset(kind)
+                assert reader.read(name, kind) == data[at : at + 4 * state.elements]
+
+
+def test_attempt_in_place_restores_from_slots_and_makes_them_durable(tmp_path: Path) -> None:
+    spec = tiny_spec(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        first = run.attempt(spec, plan)
+        node.start()
+        fill_all(node, run, plan, 2)
+        committed(run, 2)
+        fill_all(node, run, plan, 4)
+        node.ranks[0].fill(6, state_bytes(layout, 0, 6), tell=False)  # rank 1 died before it had filled its own
+        wait_for(lambda: {"step": 4, "epoch": first} in (run.status() or {"slots": []})["slots"], "step 4 in the slots")
+        node.end(75)
+
+        second = run.attempt(
+            spec, plan, checkpoint=run.fold().checkpoints[0].n, step=4, slots={"step": 4, "epoch": first}
+        )
+        ranks = node.start()
+        assert node.attempt is not None
+        assert node.attempt.start_step == 4
+        for rank in ranks:
+            h = rank.header(rank.restore)
+            assert (h.step, h.epoch) == (4, first)
+            assert rank.data(rank.restore) == state_bytes(layout, rank.rank, 4)
+            assert all(rank.header(i).step <= 4 or rank.header(i).state == 0 for i in range(len(rank.maps)))
+        # what it starts from becomes a checkpoint of its own, unless the attempt before had stored it
+        found = committed(run, 4)
+        assert getattr(found, "epoch", None) in (first, second)
+        node.close()
+
+
+def test_restores_from_the_manifest_onto_another_number_of_positions(tmp_path: Path) -> None:
+    spec = tiny_spec(parallel__stages=2)
+    run, two = make_run(tmp_path, spec)
+    wider = tiny_spec(parallel__stages=4)
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, two)
+        node.start()
+        fill_all(node, run, two, 2)
+        info = wait_for(lambda: next(iter(run.fold().checkpoints), None), "a checkpoint")
+        node.end(75)
+
+        four = run.add_plan(wider, _dataset(run))
+        epoch = run.attempt(wider, four, checkpoint=info.n, step=2)
+        ranks = node.start()
+        assert len(ranks) == 4
+        assert node.attempt is not None
+        assert node.attempt.start_step == 2
+        for rank in ranks:
+            assert rank.restore == 0
+            h = rank.header(0)
+            assert (h.step, h.epoch, h.checksum_kind, h.state) == (2, epoch, 1, 2)
+            assert rank.data(0) == state_bytes(run.layouts[four], rank.rank, 2)
+        fill_all(node, run, four, 4)
+        again = wait_for(lambda: next((c for c in run.fold().checkpoints if c.step == 4), None), "step 4")
+        assert again.epoch == epoch
+        node.close()
+
+
+def _dataset(run: Run):  # type: ignore[no-untyped-def]
+    from tests.support.agents import put_dataset
+
+    return put_dataset(run.store)
+
+
+def test_agent_killed_between_chunks_and_commit(tmp_path: Path) -> None:
+    """Two nodes, so that a commit needs the other one's part: the agent dies after its part, before the commit."""
+    spec = tiny_spec(parallel__stages=2, launch__nodes=2)
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path, 0, 2) as a0, agent(run, tmp_path, 1, 2) as a1:
+        n0, n1 = NodePeer(a0.work), NodePeer(a1.work)
+        epoch = run.attempt(spec, plan)
+        r0, r1 = _start_both(n0, n1)
+        r0.fill(2, state_bytes(layout, 0, 2))
+        part = keys.run_key(run.name, keys.part_name(2, epoch, 0))
+        wait_for(lambda: run.store.head(part), "the part of node 0")
+        a0.kill()
+        n0.link.close()
+        r0.link.close()
+        assert not run.fold().checkpoints
+        with agent(run, tmp_path, 0, 2) as again:
+            n0 = NodePeer(again.work, epoch, alive=1)
+            back = RankPeer(again.work, 0, epoch, fds=r0.fds)
+            r1.fill(2, state_bytes(layout, 1, 2))
+            assert committed(run, 2)
+            back.fill(4, state_bytes(layout, 0, 4), final=True)
+            r1.fill(4, state_bytes(layout, 1, 4), final=True)
+            assert back.link.receive("COMMITTED").a == 4
+            assert r1.link.receive("COMMITTED").a == 4
+            assert len(run.fold().checkpoints) == 2
+            assert not run.fold().void
+            n0.close()
+            n1.close()
+
+
+def _start_both(n0: NodePeer, n1: NodePeer) -> tuple[RankPeer, RankPeer]:
+    import threading
+
+    other = threading.Thread(target=n1.start)
+    other.start()
+    n0.start()
+    other.join()
+    assert n0.attempt is not None
+    assert n1.attempt is not None
+    assert bytes(n0.attempt.nonce) == bytes(n1.attempt.nonce)
+    return n0.ranks[0], n1.ranks[0]
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_either_agent_commits(tmp_path: Path, survivor: int) -> None:
+    spec = tiny_spec(parallel__stages=2, launch__nodes=2)
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path, 0, 2) as a0, agent(run, tmp_path, 1, 2) as a1:
+        agents, nodes = (a0, a1), (NodePeer(a0.work), NodePeer(a1.work))
+        epoch = run.attempt(spec, plan)
+        ranks = _start_both(*nodes)
+        gone = 1 - survivor
+        ranks[gone].fill(2, state_bytes(layout, gone, 2))
+        wait_for(lambda: run.store.head(keys.run_key(run.name, keys.part_name(2, epoch, gone))), "its part")
+        agents[gone].kill()
+        ranks[survivor].fill(2, state_bytes(layout, survivor, 2))
+        assert committed(run, 2)
+        for node in nodes:
+            node.close()
+
+
+def test_a_flipped_byte_is_damage_that_names_the_object(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, plan)
+        node.start()
+        fill_all(node, run, plan, 2)
+        info = wait_for(lambda: next(iter(run.fold().checkpoints), None), "a checkpoint")
+        node.end(75)
+        chunk = next(iter(run.store.list(keys.run_key(run.name, "chunks") + "/")))
+        path = run.store.local_path(chunk.key)
+        assert path is not None
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        path.write_bytes(data)
+        epoch = run.attempt(spec, plan, checkpoint=info.n, step=2)
+        status = wait_for(
+            lambda: (s := run.status()) and s["epoch"] == epoch and s["phase"] == "idle" and s, "the refusal"
+        )
+        assert status["ranks"]["0"]["code"] == 76
+        assert chunk.key in status["ranks"]["0"]["words"]
+        node.close()
+
+
+def test_a_store_that_refuses_writes_costs_checkpoints_only(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, plan)
+        (rank,) = node.start()
+        # a file where the chunks' folder belongs: no rights are asked of root, yet nothing can be written there
+        blocked = run.store.local_path(keys.run_key(run.name, "chunks"))
+        assert blocked is not None
+        blocked.write_bytes(b"")
+        for step in (2, 4, 6):
+            rank.fill(step, state_bytes(layout, 0, step))
+        status = wait_for(lambda: (s := run.status()) and s["error"] and s, "the error in the status")
+        assert "chunks" in status["error"]
+        assert process.process.poll() is None
+        assert not run.fold().checkpoints
+        blocked.unlink()
+        rank.fill(8, state_bytes(layout, 0, 8), final=True)
+        assert rank.link.receive("COMMITTED").a == 8
+        wait_for(lambda: (s := run.status()) and s["error"] is None, "the error to go away")
+        node.close()
+
+
+def test_a_zombie_never_commits(tmp_path: Path) -> None:
+    """An agent that was stopped while a newer launch took the run kills its gang and commits nothing."""
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        old = run.attempt(spec, plan)
+        (rank,) = node.start()
+        process.process.send_signal(signal.SIGSTOP)
+        rank.fill(2, state_bytes(layout, 0, 2))
+        new = run.attempt(spec, plan, launch="launch-2")
+        process.process.send_signal(signal.SIGCONT)
+        assert node.link.receive("END").name == "END"
+        assert process.process.wait(20) == 75
+        assert new > old
+        assert not run.fold().checkpoints
+        assert (process.work / "done").read_text() == "fenced"
+        node.close()
+
+
+def test_a_newer_attempt_of_the_same_launch_ends_the_older_one(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        first = run.attempt(spec, plan)
+        node.start()
+        second = run.attempt(spec, plan)
+        kill = node.link.receive("KILL")
+        assert kill.epoch == first
+        node.end(75)
+        node.start()
+        assert node.ranks[0].epoch == second
+        late = RankPeer.__new__(RankPeer)  # a rank of the first attempt is turned away
+        from tests.support.agents import Connection
+
+        late.link = Connection(process.work)
+        late.link.send("HELLO", rank=0, epoch=first)
+        assert late.link.next() is None
+        node.close()
+
+
+def test_an_unreadable_record_halts(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, plan)
+        (rank,) = node.start()
+        run.store.create(keys.log_key(run.name, run.fold().n + 1), b"not a record")
+        wait_for(lambda: (s := run.status()) and s["error"], "the error in the status")
+        rank.fill(2, state_bytes(layout, 0, 2))
+        wait_for(lambda: (s := run.status()) and {"step": 2, "epoch": rank.epoch} in s["slots"], "the snapshot")
+        wait_for(lambda: list(run.store.list(keys.run_key(run.name, "chunks") + "/")) or True, "nothing")
+        assert not list(run.store.list(keys.log_prefix(run.name), start_after=keys.log_key(run.name, run.state.n + 1)))
+        assert process.process.poll() is None
+        node.close()
+
+
+def test_supervisor_lost_ends_the_attempt_here(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, plan)
+        node.start()
+        node.close()
+        status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the loss to be noticed")
+        assert status["ranks"]["0"]["code"] == 75
+        assert status["supervisor"] is None
+
+
+def test_a_slot_that_is_refilled_while_held_is_void(tmp_path: Path) -> None:
+    """A rank that breaks the hold (it must not) costs that upload, not the truth of a checkpoint."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from checkpoint.agent.slots import Slot, SlotChanged
+
+    run, plan = make_run(tmp_path, tiny_spec())
+    layout = run.layouts[plan]
+    position = layout.positions[0]
+    slot = Slot.create(position, layout.digest, layout.what_digest)
+    with ThreadPoolExecutor(2) as pool:
+        view = slot.begin_fill()
+        view[:4] = b"\1\2\3\4"
+        view.release()
+        slot.finish_fill(3, 9, pool)
+        seen = slot.look(0)
+        assert (seen.step, seen.epoch, seen.ready) == (3, 9, True)
+        slot.hold(seen)
+        slot.begin_fill().release()
+        with pytest.raises(SlotChanged):
+            slot.check(seen)
+        slot.finish_fill(4, 9, pool)
+        with pytest.raises(SlotChanged):
+            slot.hold(seen)
+    assert slot.close()
