@@ -1,7 +1,8 @@
 """The engine, whole: real processes train the golden models and agree with transformers and with the float64 reference.
 
 Bounds: tests/golden/README.md. torch's own float32 run stays within 1.3e-7 of the losses, 9e-7 of the logits, 1.3e-6 of
-each gradient tensor's largest element and 5e-5 of the weights after ten steps; ten times that is the limit here.
+each gradient tensor's largest element and 5e-5 of the weights after ten steps; ten times that is the limit here, and
+differences are taken over the largest element of their tensor.
 """
 
 from __future__ import annotations
@@ -88,7 +89,13 @@ def assert_agrees(golden: Golden, gang: Gang, model: ModelSpec) -> None:
         assert worst(grads[name], theirs) < GRADIENT, name
     after = to_hf(model, gang.weights(len(golden.losses)))
     for name, theirs in golden.after.items():
-        assert worst(after[name], theirs) < WEIGHTS, name
+        ours = after[name]
+        if name.endswith("attn.c_attn.bias"):
+            # A bias on all keys shifts all scores of a row alike: its true gradient is zero, and AdamW makes steps of
+            # whatever rounding leaves. So the keys' third is held to the bound absolutely, the rest like all others.
+            assert np.abs(ours - theirs).max() < WEIGHTS, name
+            ours, theirs = (np.delete(x, np.s_[len(x) // 3 : 2 * len(x) // 3]) for x in (ours, theirs))
+        assert worst(ours, theirs) < WEIGHTS, name
 
 
 @pytest.mark.parametrize("case", CASES)
