@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import inspect
 import io
 import logging
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import boto3.exceptions
 import botocore.exceptions
 import pytest
+import urllib3
 import urllib3.exceptions
 
 from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreRefused, StoreUnavailable
@@ -150,10 +152,12 @@ def made(kind: type[BaseException]) -> BaseException:
     """An exception of this class, whatever arguments it wants."""
     if issubclass(kind, botocore.exceptions.ClientError):
         return kind({"Error": {"Code": "Odd", "Message": "m"}}, "PutObject")
-    if kind.__name__ == "IncompleteRead":
+    if kind is http.client.IncompleteRead:
         return kind(b"", 5)
+    if kind is urllib3.exceptions.IncompleteRead:
+        return kind(0, 5)
     if kind is urllib3.exceptions.InvalidChunkLength:
-        return kind(io.BytesIO(), b"zz")
+        return kind(urllib3.HTTPResponse(io.BytesIO()), b"zz")
     return kind.__new__(kind)
 
 

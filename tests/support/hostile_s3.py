@@ -1,7 +1,7 @@
 """A small HTTP server that speaks enough S3 to be misbehaved: the peer that a careful client must survive.
 
-It keeps objects in memory and takes any signature. ``ignore_conditions`` makes it answer 200 to a conditional write that
-must fail, as some servers do; ``faults`` are taken one a request (that ``applies``) before it answers properly.
+It keeps objects in memory and takes any signature. ``ignore_conditions`` makes it answer 200 to a conditional write
+that must fail, as some servers do; ``faults`` are taken one a request (that ``applies``) before it answers properly.
 """
 
 from __future__ import annotations
