@@ -1,0 +1,195 @@
+"""RunSpec: the three doors, the two halves, and every refusal with value, limit and mend."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.dataset import DatasetRef
+from trainer.errors import SpecError
+from trainer.presets import PRESETS
+from trainer.spec import (
+    RunSpec,
+    how_map,
+    load_spec,
+    parse_spec,
+    run_id,
+    what_bytes,
+    what_digest,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
+
+
+def tree(**over: Any) -> dict[str, Any]:
+    """A small valid spec as plain values; ``over`` replaces whole keys by dotted name with ``__``."""
+    value: dict[str, Any] = {
+        "name": "small",
+        "model": {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 64},
+        "train": {"steps": 10, "batch": 8, "microbatch": 2, "sequence": 16},
+    }
+    for key, item in over.items():
+        node = value
+        *sections, last = key.split("__")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = item
+    return value
+
+
+def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(value, sets)
+    assert caught.value.exit_code == 78
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ({"model__widht": 3}, ["model.widht", "unknown key", "did you mean width?"]),
+        ({"lr": 1.0}, ["unknown key", "train.optimizer.lr"]),
+        ({"train__batch": -4}, ["train.batch -4", "at least 1", "raise it"]),
+        ({"train__sequence": 8.5}, ["train.sequence 8.5", "whole number"]),
+        ({"train__sequence": "long"}, ["train.sequence 'long'", "whole number"]),
+        ({"model__layers": True}, ["model.layers True", "whole number"]),
+        ({"model__heads": 5}, ["heads 5", "width 32", "heads = 4"]),
+        ({"model__layers": 10_001}, ["model.layers 10001", "at most 10000", "lower it"]),
+        ({"parallel__stages": 5}, ["parallel.stages 5", "model.layers 4", "at most 4 stages"]),
+        ({"train__microbatch": 3}, ["batch 8", "microbatch 3", "microbatch = 2"]),
+        ({"train__sequence": 65}, ["train.sequence 65", "model.context 64", "shorten"]),
+        ({"model__family": "bert"}, ["'bert'", "gpt2, llama"]),
+        ({"model__kv_heads": 2}, ["kv_heads 2", "as many", "llama"]),
+        ({"model__family": "llama", "model__kv_heads": 3}, ["kv_heads 3", "divide heads 4"]),
+        ({"model__family": "llama", "model__head_size": 7}, ["head size 7", "odd", "even"]),
+        ({"model__tied": "yes please"}, ["model.tied 'yes please'", "true or false"]),
+        ({"train__precision": "fp8"}, ["train.precision 'fp8'", "'fp32' or 'bf16'"]),
+        ({"train__optimizer": {"lr": 0}}, ["train.optimizer.lr 0", "above 0"]),
+        ({"train__optimizer": {"lr": float("nan")}}, ["train.optimizer.lr", "finite"]),
+        ({"train__optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, ["min_lr 0.01", "above lr 0.001"]),
+        ({"train__schedule": {"warmup": 11}}, ["warmup 11", "steps 10"]),
+        ({"train__reduction_groups": 2}, ["reduction_groups 2", "set it to 1"]),
+        ({"parallel__replicas": 2}, ["replicas 2", "set it to 1"]),
+        ({"data__source": "ftp:x"}, ["'ftp:x'", "text:<glob>"]),
+        ({"name": "Not A Label"}, ["name 'Not A Label'"]),
+        ({"name": "a" * 41}, ["name"]),
+        ({"launch__nodes": 3}, ["launch.nodes 3", "1 ranks"]),
+        ({"train": 3}, ["train 3", "section"]),
+    ],
+)
+def test_refusal_names_value_limit_and_mend(over: dict[str, Any], words: list[str]) -> None:
+    text = refusal(tree(**over))
+    for word in words:
+        assert word in text, text
+
+
+def test_every_problem_has_a_line() -> None:
+    text = refusal(tree(model__widht=3, train__batch=-4, parallel__stages=0))
+    assert len(text.splitlines()) == 3
+
+
+def test_a_missing_section_is_named() -> None:
+    value = tree()
+    del value["train"]
+    assert "train is missing" in refusal(value)
+
+
+def test_sets_override_and_find_their_section() -> None:
+    spec = parse_spec(tree(), ["train.steps=20", "train.lr=1e-2", "name=other", "data.shuffled=false", "stages=2"])
+    assert (spec.train.steps, spec.train.optimizer.lr, spec.name) == (20, 1e-2, "other")
+    assert spec.data.shuffled is False
+    assert spec.parallel.stages == 2
+    assert parse_spec(tree(), ["launch.resources.cpu='4'"]).launch.resources == {"cpu": "4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train.stepz=3", "did you mean train.steps"),
+        ("nonsense", "section.key=value"),
+        ("zzz.qqq=1", "hotstage schema"),
+    ],
+)
+def test_a_wrong_set_is_refused(text: str, words: str) -> None:
+    assert words in refusal(tree(), (text,))
+
+
+def test_sets_do_not_change_the_callers_tree() -> None:
+    value = tree()
+    parse_spec(value, ["train.steps=20"])
+    assert value == tree()
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no such file"):
+        load_spec(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(SpecError, match="is not TOML"):
+        load_spec(tmp_path / "bad.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_examples_load(path: Path) -> None:
+    assert "#" in path.read_text()
+    load_spec(path)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_load(name: str) -> None:
+    spec = parse_spec(tomllib.loads(PRESETS[name]), origin=name)
+    assert spec.train.steps > 0
+
+
+def test_examples_are_the_presets_of_their_name() -> None:
+    for file, preset in (("demo", "gpt2-demo"), ("gpt2-124m", "gpt2-124m"), ("llama-tiny", "llama-tiny")):
+        assert (ROOT / "examples" / f"{file}.toml").read_text() == PRESETS[preset]
+
+
+def test_resolve_fills_the_vocabulary_and_refuses_one_too_small() -> None:
+    spec = parse_spec(tree())
+    assert spec.resolve(DATA).model.vocab == 300
+    assert spec.resolve(DATA).resolve(DATA) == spec.resolve(DATA)
+    assert parse_spec(tree(model__vocab=512)).resolve(DATA).model.vocab == 512
+    with pytest.raises(SpecError, match=r"model\.vocab 299 is smaller"):
+        parse_spec(tree(model__vocab=299)).resolve(DATA)
+
+
+def test_resolve_refuses_text_too_short_for_a_sample() -> None:
+    short = DatasetRef("ab" * 32, 300, 2, (16, 16), "cd" * 32)
+    with pytest.raises(SpecError, match="needs a shard of 17 tokens"):
+        parse_spec(tree()).resolve(short)
+
+
+def test_only_the_what_half_makes_the_identity() -> None:
+    spec = parse_spec(tree())
+    assert run_id(spec, DATA) == f"small-{what_digest(spec, DATA).hex()[:6]}"
+    for same in ("parallel.stages=4", "checkpoint.every=1", "launch.trace=true", "recovery.backoff_s=2", "threads=2"):
+        assert what_bytes(parse_spec(tree(), [same]), DATA) == what_bytes(spec, DATA)
+    for other in ("train.steps=11", "train.lr=1e-3", "model.tied=false", "data.shuffled=false", "train.seed=1"):
+        assert what_bytes(parse_spec(tree(), [other]), DATA) != what_bytes(spec, DATA)
+    assert what_bytes(parse_spec(tree(), ["model.vocab=300"]), DATA) == what_bytes(spec, DATA)
+    assert set(how_map(spec)) == {"parallel", "checkpoint", "launch", "recovery"}
+
+
+def test_what_bytes_are_canonical() -> None:
+    turned = dict(reversed(list(tree().items())))
+    turned["model"] = dict(reversed(list(tree()["model"].items())))
+    assert what_bytes(parse_spec(turned), DATA) == what_bytes(parse_spec(tree()), DATA)
+
+
+def test_schema_describes_every_key() -> None:
+    schema = RunSpec.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert {"model", "data", "train", "parallel", "checkpoint", "launch", "recovery"} <= set(schema["properties"])
+
+
+def test_a_dumped_spec_reads_back() -> None:
+    spec = parse_spec(tree(launch__pod_patch={"spec": {"nodeName": "a"}}))
+    assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
