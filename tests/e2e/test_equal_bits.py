@@ -1,0 +1,152 @@
+"""Bits do not depend on layout: stages, schedule, threads, instruction set and microbatch order, fp32 and bf16.
+
+Real processes over TCP; every loss, norm and final weight is compared for equality, never for closeness. Fresh starts
+from the plan's own initial weights, shuffled data over several passes. What crashes and resumes is compared elsewhere.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.e2e.engine_runs import Gang
+from trainer import wire
+from trainer.plan.compile import compile_plan
+from trainer.spec import parse_spec, what_digest
+
+VOCAB, SEQUENCE, STEPS = 203, 19, 4
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2 tied": {"family": "gpt2", "layers": 4, "width": 36, "heads": 3, "tied": True},
+    "llama untied": {
+        "family": "llama",
+        "layers": 4,
+        "width": 48,
+        "heads": 6,
+        "kv_heads": 2,
+        "hidden": 72,
+        "tied": False,
+    },
+    "qwen3 tied": {
+        "family": "qwen3",
+        "layers": 4,
+        "width": 40,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_size": 16,
+        "tied": True,
+    },
+}
+
+
+def run(folder: Path, model: str, precision: str, *, kernel_path: str = "auto", **parallel: Any) -> Gang:
+    """Trains a few steps in ``folder``; ``parallel`` is the spec's section."""
+    tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))  # 15 samples: 24 are 1.6 passes
+    spec = parse_spec(
+        {
+            "name": "bits",
+            "model": MODELS[model] | {"vocab": VOCAB, "context": 32},
+            "data": {"block": 2, "window": 3},
+            "train": {
+                "steps": STEPS,
+                "batch": 6,
+                "microbatch": 1,
+                "sequence": SEQUENCE,
+                "precision": precision,
+                "seed": 11,
+                "classifier_chunk": 8,
+                "optimizer": {"lr": 3e-3, "clip": 0.5},
+                "schedule": {"kind": "cosine", "warmup": 2},
+            },
+            "parallel": parallel,
+            "checkpoint": {"every": 0},
+        }
+    )
+    dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
+    return engine_runs.train(plan, folder / "data", folder / "run", kernel_path=kernel_path)
+
+
+@pytest.fixture(scope="module")
+def one_stage(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The plain run that all others must equal: one stage, one thread."""
+
+    @cache
+    def of(model: str, precision: str) -> Gang:
+        return run(tmp_path_factory.mktemp("one"), model, precision, stages=1, threads=1)
+
+    return of
+
+
+def assert_same(ours: Gang, theirs: Gang) -> None:
+    assert len(ours.steps) == STEPS
+    for key in ("loss", "grad_norm", "lr"):
+        assert [event[key] for event in ours.steps] == [event[key] for event in theirs.steps]
+    for step in range(1, STEPS + 1):
+        for what in ("grads", "weights"):
+            mine, other = getattr(ours, what)(step), getattr(theirs, what)(step)
+            for name, value in other.items():
+                np.testing.assert_array_equal(mine[name], value, f"step {step}, {what}: {name}")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("stages", "schedule", "threads"),
+    [(2, "gpipe", 2), (2, "1f1b", 4), (3, "1f1b", 1), (4, "gpipe", 1), (4, "1f1b", 2)],
+)
+def test_stages_schedules_threads(
+    one_stage: Any, tmp_path: Path, model: str, precision: str, stages: int, schedule: str, threads: int
+) -> None:
+    ours = run(tmp_path, model, precision, stages=stages, schedule=schedule, threads=threads)
+    assert len(ours.plan.positions) == stages
+    assert_same(ours, one_stage(model, precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_threads_on_one_stage(one_stage: Any, tmp_path: Path, model: str, precision: str) -> None:
+    for threads in (2, 4):
+        assert_same(run(tmp_path / str(threads), model, precision, threads=threads), one_stage(model, precision))
+
+
+def cpu_has(path: str) -> bool:
+    needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}[
+        path
+    ]
+    flags = Path("/proc/cpuinfo")
+    return not needs or (flags.exists() and needs <= set(flags.read_text().split()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel_path", ["portable", "avx2", "avx512"])
+def test_instruction_sets(one_stage: Any, tmp_path: Path, precision: str, kernel_path: str) -> None:
+    """One order of sums on all three: portable, AVX2 and AVX-512 give the same bits."""
+    if not cpu_has(kernel_path):
+        pytest.skip(f"this CPU lacks {kernel_path}")
+    for model in MODELS:
+        ours = run(tmp_path / model.split()[0], model, precision, kernel_path=kernel_path, stages=2)
+        assert_same(ours, one_stage(model, precision))
+
+
+def test_the_rate_follows_the_schedule_and_the_loss_falls(one_stage: Any) -> None:
+    gang = one_stage("llama untied", "fp32")
+    assert gang.steps[0]["lr"] == pytest.approx(1.5e-3)
+    assert gang.steps[1]["lr"] == pytest.approx(3e-3)
+    assert gang.losses[-1] < gang.losses[0]
+    assert gang.losses[0] == pytest.approx(np.log(VOCAB), rel=0.02)
+    assert gang.plan.config.dtype == wire.F32
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_stays_near_fp32(one_stage: Any, model: str) -> None:
+    """Not equal, of course; but the same training, and not the same bits by accident."""
+    low, full = one_stage(model, "bf16"), one_stage(model, "fp32")
+    assert low.losses != full.losses
+    np.testing.assert_allclose(low.losses, full.losses, rtol=5e-3)
+    np.testing.assert_allclose(low.norms, full.norms, rtol=5e-2)
