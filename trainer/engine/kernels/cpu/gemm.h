@@ -1,0 +1,416 @@
+/* Matrix product of the fast set: C[m,n] = start + sum over k of A[m,k] B[n,k], packed and register-tiled.
+ *
+ * Order contract: every element of C is ONE chain of fma over k ascending, from 0 or from the old C. Tiles,
+ * blocks of k (the f32 accumulator is carried between them exactly), remainders and threads do not show in the
+ * result. bf16 operands are widened while they are packed, which is exact.
+ *
+ * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width], so that the micro kernel
+ * streams. A worker packs the B of its columns once for all rows (it fits PACK_B unless k is huge), and A once
+ * for every block of columns. Measured figures: docs/, from tests/bench/bench_kernels.py.
+ */
+#ifndef HS_KERNELS_CPU_GEMM_H
+#define HS_KERNELS_CPU_GEMM_H
+
+#include "core/threads.h"
+#include "kernels/cpu/vec.h"
+#include "kernels/kernels.h"
+
+#if HS_VEC == 2
+#define MR 12 /* 24 accumulators + 2 of B + 1 of A of 32 registers */
+#define NR 32
+#elif HS_VEC == 1
+#define MR 6 /* 12 ymm accumulators + 2 + 1 of 16 registers */
+#define NR 16
+#else
+#define MR 4
+#define NR 16
+#endif
+
+/* floats; sizes of a worker's part of the scratch */
+enum {
+    KC = 384,                       /* block of k: a panel of B stays in the first-level cache */
+    MC = 264,                       /* block of rows: A stays in the second level */
+    NC_MAX = 1024,                  /* block of columns */
+    PACK_A = MC * KC + 64,          /* 64: panels are stored 16 wide and overlap the next */
+    PACK_B = 1 << 20,
+    PACK_C = MC * NC_MAX,
+    WORKER_FLOATS = PACK_A + PACK_B + PACK_C + 64
+};
+
+VINLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+VINLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+VINLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Element (i, k) is p[i * row + k * col]; one of row and col is 1. */
+typedef struct side {
+    const void *p;
+    int64_t row, col;
+    int dt;
+} side;
+
+/* ------------------------------------------------------------------------------------- transposition */
+
+#if HS_VEC == 2
+#define UNPACK(x, y, r, s)                                                                         \
+    vf x##r = _mm512_unpacklo_ps(y##r, y##s), x##s = _mm512_unpackhi_ps(y##r, y##s)
+#define PAIR(x, y, r, s) /* rows r, r+1, s, s+1 of the step before */                              \
+    vf x##r = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y##r), _mm512_castps_pd(y##s)));  \
+    vf x##s = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(y##r), _mm512_castps_pd(y##s)))
+#define BLOCKS(x, y, r, s, how_low, how_high)                                                      \
+    vf x##r = _mm512_shuffle_f32x4(y##r, y##s, how_low), x##s = _mm512_shuffle_f32x4(y##r, y##s, how_high)
+
+/* dst[k * width + i] = src[i * ld + k], 16 x 16. Row k is stored 16 wide, k ascending. */
+VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt)
+{
+    vf a0 = v_load_dt(src, 0, dt), a1 = v_load_dt(src, ld, dt), a2 = v_load_dt(src, 2 * ld, dt),
+       a3 = v_load_dt(src, 3 * ld, dt), a4 = v_load_dt(src, 4 * ld, dt),
+       a5 = v_load_dt(src, 5 * ld, dt), a6 = v_load_dt(src, 6 * ld, dt),
+       a7 = v_load_dt(src, 7 * ld, dt), a8 = v_load_dt(src, 8 * ld, dt),
+       a9 = v_load_dt(src, 9 * ld, dt), a10 = v_load_dt(src, 10 * ld, dt),
+       a11 = v_load_dt(src, 11 * ld, dt), a12 = v_load_dt(src, 12 * ld, dt),
+       a13 = v_load_dt(src, 13 * ld, dt), a14 = v_load_dt(src, 14 * ld, dt),
+       a15 = v_load_dt(src, 15 * ld, dt);
+    /* b: pairs of rows; c: columns 0, 1, 2, 3 (mod 4) of four rows; d, e: 4-lane blocks into place */
+    UNPACK(b, a, 0, 1);
+    UNPACK(b, a, 2, 3);
+    UNPACK(b, a, 4, 5);
+    UNPACK(b, a, 6, 7);
+    UNPACK(b, a, 8, 9);
+    UNPACK(b, a, 10, 11);
+    UNPACK(b, a, 12, 13);
+    UNPACK(b, a, 14, 15);
+    PAIR(c, b, 0, 2);
+    PAIR(c, b, 1, 3);
+    PAIR(c, b, 4, 6);
+    PAIR(c, b, 5, 7);
+    PAIR(c, b, 8, 10);
+    PAIR(c, b, 9, 11);
+    PAIR(c, b, 12, 14);
+    PAIR(c, b, 13, 15);
+    /* c0 c2 c1 c3 hold columns 0 1 2 3 (and +4, +8, +12 in the blocks) of rows 0-3; c4.. of rows 4-7 */
+    BLOCKS(d, c, 0, 4, 0x88, 0xdd);
+    BLOCKS(d, c, 8, 12, 0x88, 0xdd);
+    BLOCKS(d, c, 2, 6, 0x88, 0xdd);
+    BLOCKS(d, c, 10, 14, 0x88, 0xdd);
+    BLOCKS(d, c, 1, 5, 0x88, 0xdd);
+    BLOCKS(d, c, 9, 13, 0x88, 0xdd);
+    BLOCKS(d, c, 3, 7, 0x88, 0xdd);
+    BLOCKS(d, c, 11, 15, 0x88, 0xdd);
+    /* d0: rows 0-3 block 0, block 2, rows 4-7 block 0, block 2; d4: blocks 1 and 3 */
+    BLOCKS(e, d, 0, 8, 0x88, 0xdd);
+    BLOCKS(e, d, 4, 12, 0x88, 0xdd);
+    BLOCKS(e, d, 2, 10, 0x88, 0xdd);
+    BLOCKS(e, d, 6, 14, 0x88, 0xdd);
+    BLOCKS(e, d, 1, 9, 0x88, 0xdd);
+    BLOCKS(e, d, 5, 13, 0x88, 0xdd);
+    BLOCKS(e, d, 3, 11, 0x88, 0xdd);
+    BLOCKS(e, d, 7, 15, 0x88, 0xdd);
+    v_store(dst, e0);
+    v_store(dst + width, e2);
+    v_store(dst + 2 * width, e1);
+    v_store(dst + 3 * width, e3);
+    v_store(dst + 4 * width, e4);
+    v_store(dst + 5 * width, e6);
+    v_store(dst + 6 * width, e5);
+    v_store(dst + 7 * width, e7);
+    v_store(dst + 8 * width, e8);
+    v_store(dst + 9 * width, e10);
+    v_store(dst + 10 * width, e9);
+    v_store(dst + 11 * width, e11);
+    v_store(dst + 12 * width, e12);
+    v_store(dst + 13 * width, e14);
+    v_store(dst + 14 * width, e13);
+    v_store(dst + 15 * width, e15);
+}
+#undef UNPACK
+#undef PAIR
+#undef BLOCKS
+#else
+VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt)
+{
+    float t[16][16];
+    for (int i = 0; i < 16; i++) v_store(t[i], v_load_dt(src, i * ld, dt));
+    for (int k = 0; k < 16; k++) {
+        float row[16];
+        for (int i = 0; i < 16; i++) row[i] = t[i][k];
+        memcpy(dst + k * width, row, sizeof row);
+    }
+}
+#endif
+
+/* ------------------------------------------------------------------------------------------- packing */
+
+/* dst[k * width + i] = s(first + i, k0 + k) for i < n, 0 for n <= i < 16; k < kn. Lanes beyond a width below 16
+ * spill into the next row, which is stored later: the last row needs 16 - width floats of room behind it. */
+VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int64_t n, int64_t rows,
+                    int64_t k0, int64_t kn, int dt)
+{
+    const char *base = (const char *)s->p + (first * s->row + k0 * s->col) * dt_size(dt);
+    if (s->row == 1 && s->col != 1) {
+        /* contiguous along i; where the row goes on, read 16 and let the surplus be overwritten */
+        int64_t take = width < LANES && first + LANES <= rows ? LANES : n;
+        for (int64_t k = 0; k < kn; k++)
+            v_store(dst + k * width, v_load_dt_n(base, k * s->col, take, dt));
+        return;
+    }
+    if (s->col != 1) { /* a row length of 1 on both sides, or a general stride: rare, small */
+        for (int64_t k = 0; k < kn; k++)
+            for (int64_t i = 0; i < LANES; i++)
+                dst[k * width + i] = i < n ? load1_dt(base, i * s->row + k * s->col, dt) : 0.0f;
+        return;
+    }
+    int64_t k = 0;
+    float t[16 * 16], turned[16 * 16];
+    if (n == LANES || (width < LANES && first + LANES <= rows))
+        for (; k + LANES <= kn; k += LANES)
+            transpose16(dst + k * width, width, base + k * dt_size(dt), s->row, dt);
+    for (; k < kn; k += LANES) {
+        int64_t left = min64(kn - k, LANES);
+        for (int64_t i = 0; i < LANES; i++)
+            v_store(t + i * LANES, i < n ? v_load_dt_n(base, i * s->row + k, left, dt) : v_zero());
+        transpose16(turned, LANES, t, LANES, HS_F32);
+        for (int64_t j = 0; j < left; j++)
+            v_store(dst + (k + j) * width, v_load(turned + j * LANES));
+    }
+}
+
+VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
+                       int64_t kn, int dt)
+{
+    for (int64_t i = 0; i < m; i += MR) {
+        int64_t n = min64(MR, m - i);
+        pack16(dst + i * kn, n, a, i0 + i, n, rows, k0, kn, dt);
+    }
+}
+
+/* Rows [i0, i0 + m) of A (which has `rows` rows) and k in [k0, k0 + kn), in panels of MR rows. */
+static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0, int64_t kn)
+{
+    BY_DTYPE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn);
+}
+
+VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
+                       int64_t kn, int dt)
+{
+    for (int64_t j = 0; j < n; j += NR)
+        for (int64_t l = 0; l < NR && j + l < n; l += LANES)
+            pack16(dst + j * kn + l, NR, b, j0 + j + l, min64(LANES, n - j - l), rows, k0, kn, dt);
+}
+
+/* The same for B, in panels of NR, padded with zero to a multiple of 16. */
+static void pack_b(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0, int64_t kn)
+{
+    BY_DTYPE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn);
+}
+
+/* -------------------------------------------------------------------------------------- micro kernel */
+
+#define ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+
+/* c[i * ldc + j] = (load ? c : 0) + chain over k < kn of a[k * mr + i] b[k * NR + j], i < mr, j < n <= 16 nv.
+ * mr and nv are constants where this is inlined. */
+VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, const float *b, float *c,
+                        int64_t ldc, int64_t n, int load)
+{
+#define DECLARE(i) vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
+#define FETCH(i)                                                                                   \
+    if (i < mr) {                                                                                  \
+        c##i##_0 = v_load_n(c + i * ldc, n);                                                       \
+        if (nv > 1) c##i##_1 = v_load_n(c + i * ldc + LANES, n - LANES);                           \
+    }
+#define STEP(i)                                                                                    \
+    if (i < mr) {                                                                                  \
+        vf x = v_set1(a[i]);                                                                       \
+        c##i##_0 = v_fma(x, b0, c##i##_0);                                                         \
+        if (nv > 1) c##i##_1 = v_fma(x, b1, c##i##_1);                                             \
+    }
+#define PUT(i)                                                                                     \
+    if (i < mr) {                                                                                  \
+        v_store_n(c + i * ldc, c##i##_0, n);                                                       \
+        if (nv > 1) v_store_n(c + i * ldc + LANES, c##i##_1, n - LANES);                           \
+    }
+    ROWS_OF_TILE(DECLARE)
+    if (load) {
+        ROWS_OF_TILE(FETCH)
+    }
+    for (int64_t k = 0; k < kn; k++) {
+        vf b0 = v_load(b), b1 = nv > 1 ? v_load(b + LANES) : b0;
+        ROWS_OF_TILE(STEP)
+        (void)b1;
+        a += mr;
+        b += NR;
+    }
+    ROWS_OF_TILE(PUT)
+#undef DECLARE
+#undef FETCH
+#undef STEP
+#undef PUT
+}
+
+typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc, int64_t n,
+                         int load);
+
+#define MICRO(mr)                                                                                  \
+    static void micro_##mr##_1(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,  \
+                               int64_t n, int load)                                                \
+    {                                                                                              \
+        micro_tile(mr, 1, kn, a, b, c, ldc, n, load);                                              \
+    }                                                                                              \
+    static __attribute__((unused)) void micro_##mr##_2(int64_t kn, const float *a, const float *b, \
+                                                       float *c, int64_t ldc, int64_t n, int load) \
+    {                                                                                              \
+        micro_tile(mr, NR / LANES, kn, a, b, c, ldc, n, load);                                     \
+    }
+MICRO(1)
+MICRO(2)
+MICRO(3)
+MICRO(4)
+#if MR > 4
+MICRO(5)
+MICRO(6)
+#endif
+#if MR > 6
+MICRO(7)
+MICRO(8)
+MICRO(9)
+MICRO(10)
+MICRO(11)
+MICRO(12)
+#endif
+#undef MICRO
+
+static const micro_fn micro[MR + 1][2] = {
+    {NULL, NULL},
+    {micro_1_1, micro_1_2},
+    {micro_2_1, micro_2_2},
+    {micro_3_1, micro_3_2},
+    {micro_4_1, micro_4_2},
+#if MR > 4
+    {micro_5_1, micro_5_2},
+    {micro_6_1, micro_6_2},
+#endif
+#if MR > 6
+    {micro_7_1, micro_7_2},
+    {micro_8_1, micro_8_2},
+    {micro_9_1, micro_9_2},
+    {micro_10_1, micro_10_2},
+    {micro_11_1, micro_11_2},
+    {micro_12_1, micro_12_2},
+#endif
+};
+
+/* c[m, n] (f32, rows ldc apart) from packed panels. */
+static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b, float *c,
+                            int64_t ldc, int load)
+{
+    for (int64_t j = 0; j < n; j += NR) {
+        int64_t nn = min64(NR, n - j);
+        for (int64_t i = 0; i < m; i += MR) {
+            int64_t mr = min64(MR, m - i);
+            micro[mr][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn, load);
+        }
+    }
+}
+
+/* -------------------------------------------------------------------------------------------- driver */
+
+typedef struct gemm {
+    int64_t m, n, k;
+    side a, b;
+    void *out;
+    int64_t ld_out;
+    int dt_out;
+    int from_old;      /* out is f32 and each chain starts from it */
+    int add_old;       /* the old out is added at the end */
+    const float *bias; /* [n], added at the end; NULL: none */
+    const void *res;   /* [m, n] of dt_out, added after the bias; NULL: none */
+    int64_t ld_res;
+} gemm;
+
+typedef struct gemm_job {
+    const gemm *g;
+    float *scratch;
+    int64_t split_m, split_n; /* the grid of workers; */
+    int64_t each_m, each_n;   /* what one of them does, whole tiles */
+} gemm_job;
+
+VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, int64_t m, int64_t j0,
+                       int64_t n, int dt)
+{
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j += LANES) {
+            int64_t left = n - j, at = (i0 + i) * g->ld_out + j0 + j;
+            vf x = v_load_n(c + i * ldc + j, left);
+            if (g->bias) x = v_add(x, v_load_n(g->bias + j0 + j, left));
+            if (g->res) x = v_add(x, v_load_dt_n(g->res, (i0 + i) * g->ld_res + j0 + j, left, dt));
+            if (g->add_old) x = v_add(x, v_load_dt_n(g->out, at, left, dt));
+            v_store_dt_n(g->out, at, x, left, dt);
+        }
+}
+
+/* Columns [j0, j0 + n) of rows [i0, i1). */
+static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, int64_t j0, int64_t n)
+{
+    float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
+    int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old;
+    int64_t kc = ceil_div(g->k, ceil_div(g->k, KC));
+    int64_t wide = ceil_div(n, NR) * NR;
+    int keep_b = wide * g->k <= PACK_B;
+    int64_t row_blocks = ceil_div(i1 - i0, MC);
+    int64_t mc = ceil_div(ceil_div(i1 - i0, row_blocks), MR) * MR;
+    for (int64_t i = i0; i < i1; i += mc) {
+        int64_t m = min64(mc, i1 - i);
+        float *c = direct ? (float *)g->out + i * g->ld_out + j0 : pc;
+        int64_t ldc = direct ? g->ld_out : wide;
+        for (int64_t k = 0; k < g->k; k += kc) {
+            int64_t kn = min64(kc, g->k - k);
+            float *b = keep_b ? pb + wide * k : pb;
+            if (!keep_b || i == i0) pack_b(b, &g->b, j0, n, g->n, k, kn);
+            pack_a(pa, &g->a, i, m, g->m, k, kn);
+            multiply_packed(m, n, kn, pa, b, c, ldc, k > 0 || g->from_old);
+        }
+        if (!direct) BY_DTYPE(g->dt_out, finish_dt, g, pc, ldc, i, m, j0, n);
+    }
+}
+
+static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker)
+{
+    const gemm_job *job = ctx;
+    const gemm *g = job->g;
+    float *scratch = job->scratch + (int64_t)worker * WORKER_FLOATS;
+    for (int64_t cell = begin; cell < end; cell++) {
+        int64_t i0 = cell / job->split_n * job->each_m, j0 = cell % job->split_n * job->each_n;
+        int64_t i1 = min64(g->m, i0 + job->each_m), j1 = min64(g->n, j0 + job->each_n);
+        if (i0 >= i1 || j0 >= j1) continue;
+        /* as many columns at once as keep B packed across the blocks of rows, 256 at least */
+        int64_t nc = min64(NC_MAX, max64(256, PACK_B / max64(1, g->k) / NR * NR));
+        if (i1 - i0 <= MC) nc = NC_MAX;
+        nc = ceil_div(ceil_div(j1 - j0, ceil_div(j1 - j0, nc)), NR) * NR;
+        for (int64_t j = j0; j < j1; j += nc) gemm_columns(g, scratch, i0, i1, j, min64(nc, j1 - j));
+    }
+}
+
+/* Runs g on all threads of the context. */
+static void gemm_run(hs_kernel_ctx *ctx, const gemm *g)
+{
+    int64_t threads = hs_pool_threads(ctx->pool);
+    gemm_job job = {g, ctx->scratch, 1, 1, g->m, g->n};
+    if (threads > 1 && 2.0 * (double)g->m * (double)g->n * (double)g->k > 1e5) {
+        /* the grid that packs least: a worker packs each_m rows and each_n columns */
+        int64_t best = INT64_MAX;
+        for (int64_t tm = 1; tm <= threads; tm++) {
+            if (threads % tm) continue;
+            int64_t tn = threads / tm;
+            int64_t em = ceil_div(ceil_div(g->m, MR), tm) * MR, en = ceil_div(ceil_div(g->n, NR), tn) * NR;
+            /* the slowest worker's time: its tiles, and its packing at about 16 products an element */
+            int64_t cost = em * en + 16 * (em + en);
+            if (cost < best) {
+                best = cost;
+                job.split_m = tm, job.split_n = tn, job.each_m = em, job.each_n = en;
+            }
+        }
+    }
+    hs_parallel_for(ctx->pool, job.split_m * job.split_n, gemm_range, &job);
+}
+
+#endif
