@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_model_golden import assert_agrees, spec_of, train_golden
+from tests.e2e.golden_runs import assert_agrees, spec_of, train_golden
 from tests.reference.golden import Golden
 from trainer import models
 from trainer.dataset import DatasetRef
@@ -28,19 +27,17 @@ def block(language: str) -> str:
 
 
 @pytest.fixture
-def family_from_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The page's file as the only qwen3 there is: in a folder of its own, found before the project's."""
-    folder = tmp_path / "page"
-    folder.mkdir()
-    (folder / "qwen3.py").write_text(block("python"))
-    name = "trainer.models.qwen3"
-    before = sys.modules.pop(name, None)
-    monkeypatch.setattr(models, "__path__", [str(folder), *models.__path__])
-    importlib.invalidate_caches()
-    yield str(folder / "qwen3.py")
-    sys.modules.pop(name, None)
-    if before is not None:
-        sys.modules[name] = before
+def family_from_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The page's file, from a folder of its own, in the place of the project's."""
+    file, name = tmp_path / "qwen3.py", "trainer.models.qwen3"
+    file.write_text(block("python"))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return str(file)
 
 
 def test_the_page_s_code_is_the_project_s() -> None:

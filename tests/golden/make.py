@@ -91,7 +91,7 @@ CASES = {
 }
 
 
-def make(out, name, cases=CASES):
+def make(out, name, cases=CASES, quiet=False):
     cls, cfg, B, T = cases[name]
     torch.manual_seed(sum(map(ord, name)))
     m = cls(cfg).train()
@@ -143,7 +143,10 @@ def make(out, name, cases=CASES):
         )
         + "\n"
     )
-    print(name, f"{log[0]['loss']:.6f} -> {log[-1]['loss']:.6f}", sum(p.numel() for p in named.values()), "parameters")
+    if not quiet:
+        print(
+            name, f"{log[0]['loss']:.6f} -> {log[-1]['loss']:.6f}", sum(p.numel() for p in named.values()), "parameters"
+        )
 
 
 if __name__ == "__main__":
