@@ -3,16 +3,17 @@
 A node is one checkpoint agent and one supervisor, both in a session of their own, so that they survive whoever started
 them. The launcher starts what is missing and kills what it recorded; it never decides. Who calls, in order:
 
-    driver   ensure(launch)       starts every node that does not run, adopts what runs; again after a loss: a dead agent
-                                  is started anew (the supervisor reconnects), so is a dead supervisor
+    driver   ensure(launch)       starts every node that does not run, adopts what runs; again after a loss: a dead
+                                  agent is started anew (the supervisor reconnects), so is a dead supervisor
     driver   observe(launch_id)   any time: what runs, without touching it
     driver   stop(launch_id)      a launch that is over or superseded. The orderly end is the log's ``ended`` record,
                                   on which the nodes leave by themselves
 
-Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``launch.key`` (0600, the key from which the
-attempts' keys derive), and for each node ``node<i>/`` with ``start.lock`` (held while somebody starts this node),
-``agent.lock`` (held by the agent while it lives), ``agent.pid`` and ``supervisor.pid`` (with the process's start time, so that a
-reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once the node has left for good.
+Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``launch.key`` (0600, the key from
+which the attempts' keys derive), and for each node ``node<i>/`` with ``start.lock`` (held while somebody starts this
+node), ``agent.lock`` (held by the agent while it lives), ``agent.pid`` and ``supervisor.pid`` (with the process's start
+time, so that a reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once the
+node has left for good.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _ENGINE_ENV = re.compile(
 )
 """All that the engine inherits: it holds no credentials and needs no other variable."""
 _TAIL_BYTES = 2000
+_LOCK_S = 10.0  # for a starting agent to write its number, or a killed one to let go of its lock
 _RESTARTS, _RESTART_WINDOW_S = 8, 60.0
 
 
@@ -229,7 +231,7 @@ class LocalLauncher:
         with _locked(folder / "start.lock"):
             if (folder / "done").exists():
                 return
-            if _alive(folder / "agent.pid") is None and not _is_locked(folder / "agent.lock"):
+            if not self._agent_lives(folder):
                 root = str(Path(__file__).resolve().parent.parent)
                 env = dict(os.environ)
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
@@ -240,6 +242,19 @@ class LocalLauncher:
             if _alive(folder / "supervisor.pid") is None:
                 env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}
                 self._start([str(engine), "node", "--agent", "agent.sock"], env, folder, "supervisor")
+
+    def _agent_lives(self, folder: Path) -> bool:
+        """By its number; else by its lock, which stays for a moment after a kill, and is all there is of an agent whose
+        starter died before the number was written."""
+        deadline = self._clock() + _LOCK_S
+        while _alive(folder / "agent.pid") is None:
+            if not _is_locked(folder / "agent.lock"):
+                return False
+            if self._clock() > deadline:
+                raise LaunchError(f"{folder / 'agent.lock'} is held, and not by the agent that {folder / 'agent.pid'} names")
+            self._sleep(0.01)
+            self._reap()
+        return True
 
     def _start(self, args: Sequence[str], env: Mapping[str, str], folder: Path, which: str) -> None:
         pid_file, log_file = folder / f"{which}.pid", folder / f"{which}.log"

@@ -1,0 +1,172 @@
+"""The local launcher with the real agent and the real engine: nodes that outlive their starter, are adopted, mended, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.agents import ROOT, Run, make_run, tiny_spec, wait_for
+from trainer.engine_path import engine_binary
+from trainer.errors import LaunchError
+from trainer.launch import Launch, LocalLauncher, NodeView, ProcessMark
+
+
+@pytest.fixture()
+def started(tmp_path: Path) -> Iterator[tuple[LocalLauncher, Launch, Run, str]]:
+    """A launch of one node that runs, without an attempt yet; stopped at the end, however the test ends."""
+    run, plan = make_run(tmp_path, tiny_spec(parallel__stages=2))
+    launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
+    launcher = LocalLauncher(tmp_path / "out")
+    try:
+        launcher.ensure(launch)
+        yield launcher, launch, run, plan
+    finally:
+        launcher.stop(launch.launch_id, 0)
+
+
+def node_of(launcher: LocalLauncher, launch: Launch) -> NodeView:
+    (node,) = launcher.observe(launch.launch_id).nodes
+    return node
+
+
+def test_a_run_through_the_launcher(started: tuple[LocalLauncher, Launch, Run, str], tmp_path: Path) -> None:
+    launcher, launch, run, plan = started
+    epoch = run.attempt(tiny_spec(parallel__stages=2), plan)
+    last = wait_for(lambda: next((c for c in run.fold().checkpoints if c.step == 12), None), "the last checkpoint", 60)
+    assert last.epoch == epoch
+    status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the ranks to leave")
+    assert {r["code"] for r in status["ranks"].values()} == {0}
+    run.log.append(
+        "ended", {"outcome": "succeeded", "reason": "", "step": 12, "state_digest": last.state_digest}, run.fold()
+    )
+    view = wait_for(lambda: (v := launcher.observe(launch.launch_id)).state == "done" and v, "the node to leave")
+    assert view.nodes[0].done == "ended"
+    launcher.ensure(launch)  # what has left for good is not started again
+    assert launcher.observe(launch.launch_id).state == "done"
+    assert (tmp_path / "out" / "runs" / run.name / launch.launch_id / "launch.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_ensure_starts_a_node_once_and_adopts_it(started: tuple[LocalLauncher, Launch, Run, str]) -> None:
+    launcher, launch, _, _ = started
+    before = wait_for(lambda: (n := node_of(launcher, launch)).agent_pid and n, "the agent")
+    launcher.ensure(launch)
+    another = LocalLauncher(launch.work_root)  # a driver that was started anew
+    another.ensure(launch)
+    assert node_of(another, launch) == before
+    assert os.getsid(before.agent_pid or 0) == before.agent_pid
+    assert os.getsid(before.supervisor_pid or 0) == before.supervisor_pid
+
+
+def test_nodes_survive_their_starter(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, tiny_spec())
+    launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
+    text = (
+        "import sys; from pathlib import Path; from trainer.launch import *;"
+        f"LocalLauncher({str(tmp_path / 'out')!r}).ensure(Launch({run.name!r}, {run.launch!r}, 1, {run.store.url!r}, Path('out')))"
+    )
+    launcher = LocalLauncher(tmp_path / "out")
+    try:
+        subprocess.run([sys.executable, "-c", text], cwd=ROOT, check=True)
+        assert launcher.observe(launch.launch_id).state == "running"
+    finally:
+        launcher.stop(launch.launch_id, 0)
+    assert launcher.observe(launch.launch_id).state == "done"
+
+
+@pytest.mark.parametrize("which", ["agent", "supervisor"])
+def test_a_dead_process_is_started_anew(started: tuple[LocalLauncher, Launch, Run, str], which: str) -> None:
+    launcher, launch, run, _ = started
+    wait_for(lambda: (s := run.status()) and s["supervisor"], "the supervisor at the agent")
+    before = node_of(launcher, launch)
+    victim = getattr(before, f"{which}_pid")
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: getattr(node_of(launcher, launch), f"{which}_pid") is None, "its death to be seen")
+    assert launcher.observe(launch.launch_id).state == "partial"
+    launcher.ensure(launch)
+    after = wait_for(lambda: (n := node_of(launcher, launch)).agent_pid and n.supervisor_pid and n, "it to be back")
+    assert getattr(after, f"{which}_pid") != victim
+    wait_for(
+        lambda: (s := run.status()) and s["supervisor"] == after.supervisor_pid and s["pid"] == after.agent_pid,
+        "both to have met again",
+    )
+
+
+def test_the_engine_gets_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do not pass on")
+    monkeypatch.setenv("SOME_TOKEN", "do not pass on")
+    run, _ = make_run(tmp_path, tiny_spec())
+    launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
+    launcher = LocalLauncher(tmp_path / "out")
+    try:
+        launcher.ensure(launch)
+        node = node_of(launcher, launch)
+        engine = wait_for(Path(f"/proc/{node.supervisor_pid}/environ").read_bytes, "the engine's environment")
+        assert b"PATH=" in engine
+        assert b"do not pass on" not in engine
+        wait_for(lambda: b"do not pass on" in Path(f"/proc/{node.agent_pid}/environ").read_bytes(), "the agent's own")
+    finally:
+        launcher.stop(launch.launch_id, 0)
+
+
+def test_stop_saves_what_runs(started: tuple[LocalLauncher, Launch, Run, str]) -> None:
+    launcher, launch, run, plan = started
+    spec = tiny_spec(parallel__stages=2, train__steps=1_000_000, checkpoint__every=0)
+    long = run.add_plan(spec, _dataset(run))
+    epoch = run.attempt(spec, long)
+    wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["ranks"]["0"]["step"] > 3, "a few steps", 60)
+    launcher.stop(launch.launch_id, 30)
+    (saved,) = run.fold().checkpoints
+    assert saved.step > 3
+    assert launcher.observe(launch.launch_id).state == "done"
+
+
+def _dataset(run: Run):  # type: ignore[no-untyped-def]
+    from tests.support.agents import put_dataset
+
+    return put_dataset(run.store)
+
+
+def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = LocalLauncher(tmp_path)
+    with pytest.raises(LaunchError, match="no plain name"):
+        launcher.ensure(Launch("run", "../up", 1, "memory:", tmp_path))
+    with pytest.raises(LaunchError, match="at least 1"):
+        launcher.ensure(Launch("run", "a", 0, "memory:", tmp_path))
+    assert launcher.observe("nothing").state == "absent"
+    launcher.stop("nothing", 0)
+    monkeypatch.setenv("HOTSTAGE_ENGINE", str(tmp_path / "no-engine"))
+    with pytest.raises(LaunchError, match="HOTSTAGE_ENGINE"):
+        engine_binary()
+
+
+def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> None:
+    launcher = LocalLauncher(tmp_path / "out", engine=Path("/bin/false"))
+    launch = Launch(
+        "tiny-0", "a", 1, "s3://", tmp_path / "out"
+    )  # no bucket: the agent refuses, the engine is no engine
+    try:
+        with pytest.raises(LaunchError, match=r"died .* times"):
+            for _ in range(200):
+                launcher.ensure(launch)
+                wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
+    finally:
+        launcher.stop("a", 0)
+
+
+def test_a_reused_process_number_is_not_mistaken(tmp_path: Path) -> None:
+    mark = ProcessMark.of(os.getpid())
+    assert mark is not None
+    assert mark.alive()
+    assert not ProcessMark(mark.pid, mark.started + 1).alive()
+    path = tmp_path / "x.pid"
+    mark.write(path)
+    assert ProcessMark.read(path) == mark
+    path.write_text(json.dumps({"pid": 1}))
+    assert ProcessMark.read(path) is None
