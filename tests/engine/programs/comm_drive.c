@@ -1,0 +1,166 @@
+/* Ranks of a communicator, told on the command line what to do; the tests are their peers.
+ *
+ *   comm_drive tcp ATTEMPT CHANNELS RANK LISTEN_FD START_STEP ACTION...
+ *   comm_drive loop ATTEMPT CHANNELS ACTIONS_OF_RANK_0 ACTIONS_OF_RANK_1 ...   (each one argument,
+ * by spaces)
+ *
+ * ATTEMPT: file of hs_attempt and its hs_attempt_rank. CHANNELS: from:to:bytes,from:to:bytes,...
+ * ACTION: S<channel>.<microbatch> send, R<channel>.<microbatch> receive and check the contents, P
+ * pause until a line comes on standard input. Lines on standard output: "<rank> created", "<rank>
+ * ok <action>",
+ * "<rank> <STATUS> <action or create> <why>". Exit: hs_status_exit of the first failure.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "comm/comm.h"
+#include "core/stop.h"
+
+enum { CHANNELS_MAX = 64, RANKS_MAX = 16 };
+
+typedef struct setting {
+    hs_attempt attempt;
+    hs_attempt_rank peers[RANKS_MAX];
+    hs_plan_channel channels[CHANNELS_MAX];
+    uint32_t channel_count;
+} setting;
+
+typedef struct driver {
+    const setting *set;
+    const hs_comm_table *table;
+    struct hs_comm_loop *loop;
+    struct hs_stop *stop;
+    uint32_t rank;
+    int listen_fd;
+    int64_t start_step;
+    char *const *actions;
+    int action_count;
+    hs_status result;
+} driver;
+
+static uint8_t byte_at(uint32_t channel, uint32_t microbatch, size_t i) {
+    return (uint8_t)(i * 31 + channel * 7 + microbatch * 13 + (i >> 8));
+}
+
+static void say(const driver *d, const char *word, const char *what, const char *why) {
+    char line[1200];
+    (void)snprintf(line, sizeof line, "%u %s %s %s\n", d->rank, word, what, why);
+    (void)fputs(line, stdout);
+    (void)fflush(stdout);
+}
+
+static hs_status act(driver *d, hs_comm *comm, const char *action, hs_why *why) {
+    if (action[0] == 'P') {
+        char line[16];
+        return fgets(line, sizeof line, stdin) ? HS_OK : HS_E_IO;
+    }
+    uint32_t channel = 0, microbatch = 0;
+    if (sscanf(action + 1, "%u.%u", &channel, &microbatch) != 2) return HS_E_USAGE;
+    const size_t bytes = d->set->channels[channel].bytes;
+    uint8_t *buffer = malloc(bytes);
+    if (!buffer) return HS_E_MEMORY;
+    for (size_t i = 0; i < bytes; i++)
+        buffer[i] = action[0] == 'S' ? byte_at(channel, microbatch, i) : 0;
+    hs_status st = action[0] == 'S' ? d->table->send(comm, channel, buffer, bytes, microbatch, why)
+                                    : d->table->recv(comm, channel, buffer, bytes, microbatch, why);
+    for (size_t i = 0; st == HS_OK && i < bytes; i++)
+        if (buffer[i] != byte_at(channel, microbatch, i))
+            st = hs_fail(why, HS_E_BUG, "byte %zu differs", i);
+    free(buffer);
+    return st;
+}
+
+static void *drive(void *argument) {
+    driver *d = argument;
+    hs_why why = {.text = ""};
+    const hs_log log = {.fd = 2, .level = HS_LOG_DEBUG, .rank = (int32_t)d->rank};
+    const hs_comm_config config = {.attempt = &d->set->attempt,
+                                   .peers = d->set->peers,
+                                   .channels = d->set->channels,
+                                   .channel_count = d->set->channel_count,
+                                   .rank = d->rank,
+                                   .start_step = d->start_step,
+                                   .listen_fd = d->listen_fd,
+                                   .loop = d->loop,
+                                   .stop = d->stop,
+                                   .log = &log};
+    hs_comm *comm = NULL;
+    d->result = d->table->create(&config, &comm, &why);
+    say(d, d->result == HS_OK ? "created" : hs_status_name(d->result),
+        d->result == HS_OK ? "" : "create", why.text);
+    for (int i = 0; comm && i < d->action_count; i++) {
+        hs_why sentence = {.text = ""};
+        const hs_status st = act(d, comm, d->actions[i], &sentence);
+        say(d, st == HS_OK ? "ok" : hs_status_name(st), d->actions[i], sentence.text);
+        if (st != HS_OK && d->result == HS_OK)
+            d->result = st; /* and on: the rest must be refused */
+    }
+    d->table->close(comm);
+    return NULL;
+}
+
+static int read_setting(const char *path, const char *channels, setting *set) {
+    FILE *file = fopen(path, "rb");
+    if (!file || fread(&set->attempt, sizeof set->attempt, 1, file) != 1) return 0;
+    const uint32_t ranks = set->attempt.ranks;
+    if (ranks > RANKS_MAX || fread(set->peers, sizeof set->peers[0], ranks, file) != ranks)
+        return 0;
+    (void)fclose(file);
+    for (const char *at = channels; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+        hs_plan_channel *ch = &set->channels[set->channel_count++];
+        unsigned long bytes = 0;
+        if (sscanf(at, "%u:%u:%lu", &ch->from, &ch->to, &bytes) != 3) return 0;
+        ch->bytes = bytes;
+    }
+    return 1;
+}
+
+static int run_loop(const setting *set, int count, char **lists) {
+    static driver drivers[RANKS_MAX];
+    static char *words[RANKS_MAX][256];
+    pthread_t threads[RANKS_MAX];
+    struct hs_comm_loop *loop;
+    if (hs_comm_loop_create((uint32_t)count, set->channels, set->channel_count, &loop) != HS_OK)
+        return 70;
+    for (int r = 0; r < count; r++) {
+        char *state = NULL;
+        int n = 0;
+        for (char *word = strtok_r(lists[r], " ", &state); word; word = strtok_r(NULL, " ", &state))
+            words[r][n++] = word;
+        drivers[r] = (driver){.set = set,
+                              .table = &hs_comm_loop_table,
+                              .loop = loop,
+                              .rank = (uint32_t)r,
+                              .listen_fd = -1,
+                              .actions = words[r],
+                              .action_count = n};
+        if (pthread_create(&threads[r], NULL, drive, &drivers[r]) != 0) return 70;
+    }
+    hs_status first = HS_OK;
+    for (int r = 0; r < count; r++) {
+        (void)pthread_join(threads[r], NULL);
+        if (first == HS_OK) first = drivers[r].result;
+    }
+    hs_comm_loop_destroy(loop);
+    return hs_status_exit(first);
+}
+
+int main(int argc, char **argv) {
+    static setting set;
+    if (argc < 5 || !read_setting(argv[2], argv[3], &set)) return 64;
+    if (strcmp(argv[1], "loop") == 0) return run_loop(&set, argc - 4, argv + 4);
+    if (argc < 7) return 64;
+    driver d = {.set = &set,
+                .table = &hs_comm_tcp,
+                .rank = (uint32_t)atoi(argv[4]),
+                .listen_fd = atoi(argv[5]),
+                .start_step = atoll(argv[6]),
+                .actions = argv + 7,
+                .action_count = argc - 7};
+    if (hs_stop_create(&d.stop) != HS_OK) return 70;
+    (void)drive(&d);
+    hs_stop_destroy(d.stop);
+    return hs_status_exit(d.result);
+}

@@ -1,0 +1,350 @@
+"""Ranks talk: the handshake and its refusals, frames, lost and silent peers (tcp.c), and rendezvous order (loop.c)."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.engine.comm_peer import (
+    WAIT_S,
+    Gang,
+    channels,
+    contents,
+    dial,
+    drive,
+    exactly,
+    frame,
+    free_ports,
+    greet_receiver,
+    greet_sender,
+    until,
+)
+from tests.engine.native import build_program
+from trainer import wire
+
+
+def two(*more: tuple[int, int, int], **changes: object) -> Gang:
+    """Ranks 0 and 1 with a channel each way, and more."""
+    return Gang(channels=((0, 1, 300_000), (1, 0, 64), *more), ports=tuple(free_ports(2))).with_(**changes)
+
+
+def to_one(**changes: object) -> Gang:
+    """Rank 1 receives on channels 0 and 1; the test is rank 0."""
+    return Gang(channels=((0, 1, 1000), (0, 1, 64)), ports=tuple(free_ports(2))).with_(**changes)
+
+
+def dial_when_open(port: int) -> socket.socket:
+    """A connection to a listener that may not be there yet."""
+    found: list[socket.socket] = []
+
+    def attempt() -> bool:
+        try:
+            found.append(dial(port))
+        except OSError:
+            return False
+        return True
+
+    until(attempt, f"a listener on port {port}")
+    return found[0]
+
+
+def test_two_ranks_exchange_in_order(tmp_path: Path) -> None:
+    gang = two(hosts=("127.0.0.1", "localhost"))
+    with (
+        drive(gang, tmp_path, 0, "S0.0", "S0.1", "R1.0", "S0.2", "R1.1") as zero,
+        drive(gang, tmp_path, 1, "R0.0", "S1.0", "R0.1", "R0.2", "S1.1") as one,
+    ):
+        assert (zero.wait(), one.wait()) == (0, 0), (zero.lines, one.lines, zero.errors, one.errors)
+
+
+def test_the_handshake_as_the_page_says_it(tmp_path: Path) -> None:
+    gang = to_one()
+    with (
+        drive(gang, tmp_path, 1, "R0.0", "R1.3", "R0.1") as one,
+        dial_when_open(gang.ports[1]) as a,
+        dial(gang.ports[1]) as b,
+    ):
+        assert greet_receiver(a, gang, 0)
+        assert greet_receiver(b, gang, 1)
+        a.sendall(frame(0, 0, contents(0, 0, 1000), 0) + frame(0, 1, contents(0, 1, 1000), 1))
+        b.sendall(frame(1, 3, contents(1, 3, 64), 0))
+        assert one.wait() == 0, one.lines
+
+
+WRONG = {
+    "key": ({"key": b"x" * 32}, "does not hold this attempt's key"),
+    "epoch": ({"epoch": 6}, "its epoch is 6, this attempt's is 7"),
+    "plan": ({"plan": b"q" * 32}, "another plan"),
+    "nonce": ({"nonce": b"m" * 16}, "another gang of this epoch"),
+    "run": ({"run": b"other-000000"}, "of the run 'other-000000'"),
+    "step": ({"start_step": 11}, "starts after step 11, this rank after 12"),
+    "ends": ({"channels": ((0, 1, 1000), (0, 1, 64), (0, 1, 64))}, "channel 2 does not end at this rank"),
+}
+
+
+@pytest.mark.parametrize("what", sorted(WRONG))
+def test_a_stranger_is_turned_away_and_the_attempt_goes_on(tmp_path: Path, what: str) -> None:
+    changes, reason = WRONG[what]
+    gang = to_one()
+    with drive(gang, tmp_path, 1) as one, dial_when_open(gang.ports[1]) as stranger:
+        assert not greet_receiver(stranger, gang.with_(**changes), 2 if what == "ends" else 0)
+        until(lambda: one.logs(reason), reason)
+        with dial(gang.ports[1]) as a, dial(gang.ports[1]) as b:
+            assert greet_receiver(a, gang, 0)
+            assert greet_receiver(b, gang, 1)
+            assert one.wait() == 0, one.errors
+
+
+def test_a_second_process_of_a_rank_is_turned_away(tmp_path: Path) -> None:
+    gang = to_one()
+    with (
+        drive(gang, tmp_path, 1, "R0.0") as one,
+        dial_when_open(gang.ports[1]) as first,
+        dial(gang.ports[1]) as second,
+        dial(gang.ports[1]) as other,
+    ):
+        assert greet_receiver(first, gang, 0)
+        assert not greet_receiver(second, gang, 0)
+        assert greet_receiver(other, gang, 1)
+        first.sendall(frame(0, 0, contents(0, 0, 1000), 0))
+        assert one.wait() == 0, one.lines
+        until(lambda: one.logs("channel 0 is already connected: a second process of rank 0?"), "the refusal")
+
+
+def test_garbage_and_half_greetings_do_not_hold_up_the_others(tmp_path: Path) -> None:
+    gang = to_one()
+    with drive(gang, tmp_path, 1) as one, dial_when_open(gang.ports[1]) as garbage, dial(gang.ports[1]) as half:
+        garbage.sendall(b"GET / HTTP/1.1\r\n" * 40)
+        half.sendall(bytes(gang.hello(0))[:100])
+        with dial(gang.ports[1]) as a:
+            assert greet_receiver(a, gang, 0)
+            assert exactly(half, 1) == b""  # dropped, in its time
+            assert one.logs("did not finish its greeting")
+            assert one.logs("does not speak this protocol")
+            with dial(gang.ports[1]) as b:
+                assert greet_receiver(b, gang, 1)
+                assert one.wait() == 0, one.errors
+
+
+def test_more_silent_strangers_than_places(tmp_path: Path) -> None:
+    gang = to_one()
+    with drive(gang, tmp_path, 1) as one:
+        silent = [dial_when_open(gang.ports[1]) for _ in range(80)]
+        with dial(gang.ports[1]) as a, dial(gang.ports[1]) as b:
+            assert greet_receiver(a, gang, 0)
+            assert greet_receiver(b, gang, 1)
+            assert one.wait() == 0, one.errors
+        for s in silent:
+            s.close()
+    assert one.logs("too many unfinished greetings")
+
+
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", port))
+        s.listen()
+        s.settimeout(WAIT_S)
+        yield s
+
+
+def test_a_sender_turns_a_false_receiver_away_and_finds_the_right_one(tmp_path: Path) -> None:
+    gang = Gang(channels=((0, 1, 64),), ports=tuple(free_ports(2)))
+    with drive(gang, tmp_path, 0, "S0.5") as zero, listening(gang.ports[1]) as door:
+        for false in (gang.with_(key=b"x" * 32), gang.with_(epoch=6)):
+            s, _ = door.accept()
+            with s:
+                assert not greet_sender(s, false, 0)
+        s, _ = door.accept()
+        with s:
+            assert greet_sender(s, gang, 0)
+            assert exactly(s, ctypes.sizeof(wire.Frame) + 64) == frame(0, 5, contents(0, 5, 64), 0)
+            assert zero.wait() == 0
+    assert zero.logs("does not hold this attempt's key")
+
+
+def test_peers_that_never_come_are_named(tmp_path: Path) -> None:
+    gang = two(connect_ms=300)
+    with drive(gang, tmp_path, 0) as zero:
+        assert zero.wait() == 86
+    assert zero.says("not complete after 300 ms: rank 1 at 127.0.0.1")
+    assert zero.says("Connection refused")
+    lonely = to_one(connect_ms=300)
+    with drive(lonely, tmp_path, 1) as one:
+        assert one.wait() == 86
+    assert one.says("rank 0 has not connected channel 0")
+
+
+def test_a_name_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    gang = Gang(channels=((0, 1, 64),), ports=tuple(free_ports(2)), hosts=("127.0.0.1", "nowhere.invalid"))
+    with drive(gang.with_(connect_ms=700), tmp_path, 0) as zero:
+        assert zero.wait() == 86
+    assert zero.says("nowhere.invalid")
+
+
+def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
+    gang = to_one()
+    with listening(gang.ports[1]), drive(gang, tmp_path, 1) as one:
+        assert one.wait() == 78
+    assert one.says(f"cannot listen on 127.0.0.1:{gang.ports[1]}: Address already in use; stop what listens there")
+
+
+def flipping_proxy(listen: socket.socket, port: int, at: int) -> None:
+    """Hands bytes on both ways; flips one bit of byte `at` of what the first side says."""
+    left, _ = listen.accept()
+    right = dial_when_open(port)
+
+    def pump(source: socket.socket, target: socket.socket, flip: int) -> None:
+        seen = 0
+        try:
+            while data := bytearray(source.recv(65536)):
+                if 0 <= flip - seen < len(data):
+                    data[flip - seen] ^= 0x10
+                seen += len(data)
+                target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for s in (source, target):
+                s.close()
+
+    threading.Thread(target=pump, args=(right, left, -1), daemon=True).start()
+    pump(left, right, at)
+
+
+@pytest.mark.parametrize(("place", "reason"), [("payload", "damaged on its way"), ("header", "sent no frame")])
+def test_a_flipped_bit_is_found(tmp_path: Path, place: str, reason: str) -> None:
+    ports = free_ports(3)
+    real = Gang(channels=((0, 1, 300_000),), ports=(ports[0], ports[1]))
+    greeting = ctypes.sizeof(wire.Hello) + 32
+    at = greeting + (ctypes.sizeof(wire.Frame) + 123_456 if place == "payload" else 1)
+    with listening(ports[2]) as door:
+        threading.Thread(target=flipping_proxy, args=(door, ports[1], at), daemon=True).start()
+        with (
+            drive(real, tmp_path, 1, "R0.0", "R0.1") as one,
+            drive(real.with_(ports=(ports[0], ports[2])), tmp_path, 0, "S0.0"),
+        ):
+            assert one.wait() == 75
+    assert one.says(f"LOST R0.0 {'frame 0' if place == 'payload' else 'rank 0'}")
+    assert one.says(reason)
+    assert [line for line in one.lines if "LOST R0.1" in line], "a failed communicator refuses further work"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (frame(0, 1, contents(0, 0, 1000), 0), "of microbatch 1 on channel 0"),
+        (frame(0, 0, contents(0, 0, 1000), 1), "sent frame 1 of channel 0, not 0"),
+        (frame(0, 0, contents(0, 0, 999), 0), "sent 999 bytes"),
+        (frame(1, 0, contents(0, 0, 1000), 0), "no frame of channel 0"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused(tmp_path: Path, bad: bytes, reason: str) -> None:
+    gang = Gang(channels=((0, 1, 1000),), ports=tuple(free_ports(2)))
+    with drive(gang, tmp_path, 1, "R0.0") as one, dial_when_open(gang.ports[1]) as s:
+        assert greet_receiver(s, gang, 0)
+        s.sendall(bad)
+        assert one.wait() == 75
+    assert one.says(reason)
+
+
+def test_a_peer_that_dies_ends_the_wait(tmp_path: Path) -> None:
+    gang = two()
+    with drive(gang, tmp_path, 0, "R1.0") as zero, drive(gang, tmp_path, 1, "P") as one:
+        until(lambda: zero.says("created") and one.says("created"), "the gang")
+        one.process.kill()
+        assert zero.wait() == 75
+    assert zero.says("rank 1 is gone: the connection was closed during recv of microbatch 0 on channel 1")
+
+
+def test_a_sender_sees_that_its_receiver_died(tmp_path: Path) -> None:
+    gang = two((0, 1, 50_000_000))
+    with drive(gang, tmp_path, 0, "S2.0") as zero, drive(gang, tmp_path, 1, "P") as one:
+        until(lambda: zero.says("created") and one.says("created"), "the gang")
+        one.process.kill()
+        assert zero.wait() == 75
+    assert zero.says("rank 1 is gone")
+
+
+def test_a_silent_peer_is_a_stall(tmp_path: Path) -> None:
+    gang = two(stall_ms=300)
+    with drive(gang, tmp_path, 0, "R1.4", "S0.0") as zero, drive(gang, tmp_path, 1, "P") as one:
+        assert zero.wait() == 86
+        assert zero.says("STALLED R1.4 no byte moved for 300 ms: recv of microbatch 4 on channel 1 with rank 1")
+        assert zero.says("STALLED S0.0")
+        one.process.kill()
+
+
+def test_the_supervisors_word_ends_a_wait_and_a_stop_request_does_not(tmp_path: Path) -> None:
+    gang = two()
+    with drive(gang, tmp_path, 0, "R1.0") as zero, drive(gang, tmp_path, 1, "P"):
+        until(lambda: zero.says("created"), "the gang")
+        zero.process.send_signal(signal.SIGTERM)
+        zero.process.send_signal(signal.SIGUSR1)
+        assert zero.wait() == 75
+    assert zero.says("the supervisor says that a peer was lost")
+    with drive(gang, tmp_path, 0, "R1.0") as zero, drive(gang, tmp_path, 1, "P", "S1.0") as one:
+        until(lambda: zero.says("created"), "the gang")
+        zero.process.send_signal(signal.SIGTERM)
+        one.go()
+        assert (zero.wait(), one.wait()) == (0, 0), zero.lines
+    with drive(gang, tmp_path, 0) as zero:
+        zero.process.send_signal(signal.SIGTERM)
+        assert zero.wait() in (85, -signal.SIGTERM)  # the latter where it came before the first instruction
+
+
+def run_loop(path: Path, gang: Gang, *ranks: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [str(build_program("comm_drive")), "loop", str(gang.file(path / "attempt")), channels(gang), *ranks],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_rendezvous_passes_the_right_order_and_stalls_the_wrong_one(tmp_path: Path) -> None:
+    gang = Gang(channels=((0, 1, 4096), (1, 0, 64)), ports=(1, 2), stall_ms=400, connect_ms=5000)
+    code, out = run_loop(tmp_path, gang, "S0.0 S0.1 R1.0 R1.1", "R0.0 R0.1 S1.0 S1.1")
+    assert code == 0, out
+    code, out = run_loop(tmp_path, gang, "S0.0 R1.0", "S1.0 R0.0")  # both send first: needs a buffer
+    assert code == 86
+    assert "0 STALLED S0.0 send of microbatch 0 on channel 0 with rank 1 passed its deadline" in out
+
+
+def test_rendezvous_sees_what_does_not_fit_and_who_left(tmp_path: Path) -> None:
+    gang = Gang(channels=((0, 1, 4096),), ports=(1, 2), stall_ms=20000, connect_ms=5000)
+    code, out = run_loop(tmp_path, gang, "S0.0", "R0.1")
+    assert code == 75
+    assert "1 LOST R0.1 channel 0: what came was not microbatch 1" in out
+    code, out = run_loop(tmp_path, gang, "S0.0 S0.1", "R0.0")
+    assert code == 75
+    assert "0 LOST S0.1 rank 1 is gone" in out
+
+
+def test_the_four_rank_pipeline_as_threads(tmp_path: Path) -> None:
+    forward = [(i, i + 1, 70_000) for i in range(3)]
+    backward = [(i + 1, i, 70_000) for i in range(3)]
+    gang = Gang(channels=(*forward, *backward), ports=(1, 2, 3, 4), connect_ms=5000)
+    lists = []
+    for rank in range(4):
+        steps = []
+        for m in range(5):
+            steps += [f"R{rank - 1}.{m}"] if rank else []
+            steps += [f"S{rank}.{m}"] if rank < 3 else []
+        for m in range(5):
+            steps += [f"R{3 + rank}.{m}"] if rank < 3 else []
+            steps += [f"S{2 + rank}.{m}"] if rank else []
+        lists.append(" ".join(steps))
+    code, out = run_loop(tmp_path, gang, *lists)
+    assert code == 0, out
