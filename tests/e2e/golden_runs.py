@@ -8,6 +8,7 @@ differences are taken over the largest element of their tensor.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ def spec_of(golden: Golden, stages: int, schedule: str = "1f1b", precision: str 
     )
 
 
-def compile_golden(golden: Golden, spec: RunSpec, folder: Path, mode: str = "train") -> Plan:
+def compile_golden(golden: Golden, spec: RunSpec, folder: Path, mode: Literal["train", "infer"] = "train") -> Plan:
     samples = golden.batches.reshape(-1, golden.batches.shape[-1])
     dataset = engine_runs.write_samples(folder / "data", samples, spec.model.vocab)
     return compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), mode=mode)

@@ -120,7 +120,7 @@ class CostModel:
     call_s: float = 1e-6
     rendezvous: bool = False
     measured: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by action (``2F``: stage 2's forward; ``F``: any stage's; ``O``); replaces the sheet where present."""
+    """Seconds by action, in place of the sheet: ``2F`` is stage 2's forward, ``F`` any stage's, ``0adamw`` rank 0's."""
 
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "memory_bytes_per_s", "link_bytes_per_s"):
@@ -172,8 +172,9 @@ class CostModel:
 
 
 def _cost_key(action: str, kind: str, rank: int) -> str:
-    head = action[: len(action) - len(action.lstrip("0123456789"))]
-    return f"{head or rank}{kind}"
+    if kind not in COMPUTE_KINDS:
+        return f"{rank}{action}"
+    return f"{action[: len(action) - len(action.lstrip('0123456789'))]}{kind}"
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,11 @@ def kind_of(name: str) -> str:
     bare = name.strip("0123456789")
     if bare in COMPUTE_KINDS:
         return bare
-    for prefix, kind in (("SEND", "send"), ("RECV", "recv"), ("ADAMW", "O"), ("OPT", "O"), ("O", "O")):
-        if bare.upper() == prefix or (len(prefix) > 1 and bare.upper().startswith(prefix)):
-            return kind
-    return "other"
+    if bare.startswith("SEND"):
+        return "send"
+    if bare.startswith("RECV"):
+        return "recv"
+    return "O" if bare in ("O", "sumsq", "adamw") else "other"
 
 
 def to_chrome(timeline: Timeline) -> str:
@@ -126,9 +127,10 @@ def from_chrome(traces: Mapping[int, str], step: int | None = None, title: str =
                 if item.get("ph") != "X":
                     continue
                 args = item.get("args", {})
-                microbatch = args.get("mb")
+                microbatch = int(args.get("mb", -1))
                 start, length = float(item["ts"]) * 1e-6, float(item["dur"]) * 1e-6
-                event = Event(rank, str(item["name"]), kind_of(str(item["name"])), start, start + length, microbatch)
+                name, place = str(item["name"]), microbatch if microbatch >= 0 else None
+                event = Event(rank, name, kind_of(name), start, start + length, place)
                 steps.setdefault(int(args.get("step", 0)), []).append(event)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the trace of rank {rank} is not a Chrome trace: {error}") from error
