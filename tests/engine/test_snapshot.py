@@ -1,0 +1,223 @@
+"""Snapshot slots: the rank's side (C) against the agent's (Python), on the same shared memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from checkpoint.agent.slots import Slot, SlotChanged
+from checkpoint.layout import PositionLayout, StateSlot, round_up
+from tests.engine.native import build_program
+from trainer import wire
+
+PLAN, WHAT = b"p" * 32, b"w" * 32
+ELEMENTS = (1, 1_500_000, 7, 333_333)  # several chunks, borders inside tensors, padding between
+
+
+def layout_of(elements: tuple[int, ...] = ELEMENTS, position: int = 2) -> PositionLayout:
+    states, at = [], 0
+    for number, count in enumerate(elements):
+        states.append(StateSlot(number, at, count))
+        at += 3 * round_up(4 * count, 64)
+    layout = PositionLayout(position, 0, at, tuple(states))
+    return PositionLayout(position, round_up(layout.data_offset + at, 4096), at, tuple(states))
+
+
+class Rank:
+    """A running snapshot_drive."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.first = self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self._line()
+
+
+@contextmanager
+def rank(
+    slots: list[Slot], *, epoch: int = 5, threads: int = 2, plan: bytes = PLAN, position: int = 2
+) -> Iterator[Rank]:
+    layout = slots[0].layout
+    fds = [slot.fd for slot in slots]
+    command = [str(build_program("snapshot_drive")), str(position), plan.hex(), WHAT.hex(), str(epoch), str(threads)]
+    command += [str(layout.slot_bytes), ",".join(str(s.elements) for s in layout.states), *map(str, fds)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds)
+    try:
+        yield Rank(process)
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream:
+                stream.close()
+
+
+@contextmanager
+def slots_of(count: int, layout: PositionLayout | None = None) -> Iterator[list[Slot]]:
+    slots = [Slot.create(layout or layout_of(), PLAN, WHAT) for _ in range(count)]
+    try:
+        yield slots
+    finally:
+        for slot in slots:
+            slot.close()
+
+
+def copy_of(slot: Slot) -> bytes:
+    with slot.data() as view:
+        return bytes(view)
+
+
+def expected(seed: int, layout: PositionLayout) -> bytes:
+    """What `set SEED` of snapshot_drive looks like in a slot."""
+    data = bytearray(layout.data_bytes)
+    for number, state in enumerate(layout.states):
+        for kind in range(3):
+            i = np.arange(state.elements, dtype=np.uint32)
+            base = (seed * 2654435761 + number * 40503 + kind * 977) & 0xFFFFFFFF
+            values = ((np.uint32(base) + i * np.uint32(31)) % np.uint32(1000003)).astype(np.float32)
+            at = state.kind_offset(kind)
+            data[at : at + 4 * state.elements] = values.tobytes()
+    return bytes(data)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_agent_reads_what_the_rank_saved(threads: int) -> None:
+    with slots_of(2) as slots:
+        with rank(slots, threads=threads) as r:
+            assert r.first == "ok 2"
+            r.ask("set 17")
+            assert r.ask("fill 40 1") == "ok 0"
+        seen = slots[0].look(0)
+        assert (seen.ready, seen.step, seen.epoch, seen.final, seen.generation) == (True, 40, 5, True, 1)
+        slots[0].hold(seen)  # verifies the header's checksum
+        assert copy_of(slots[0]) == expected(17, slots[0].layout)
+        slots[0].check(seen)
+        slots[0].release()
+        with rank(slots, epoch=6) as again:  # another process, the same memory
+            assert again.ask("restore 0 40") == "ok 0"
+            assert again.ask("check 17") == "ok 0"
+
+
+def test_the_rank_restores_what_the_agent_filled() -> None:
+    with slots_of(1) as slots, ThreadPoolExecutor(2) as pool:
+        with slots[0].begin_fill() as data:
+            data[:] = expected(3, slots[0].layout)
+        slots[0].finish_fill(9, 4, pool)
+        with rank(slots) as r:
+            assert r.ask("restore 0 9") == "ok 0"
+            assert r.ask("check 3") == "ok 0"
+
+
+@pytest.mark.parametrize("filler", ["rank", "agent"])
+@pytest.mark.parametrize("where", ["first", "second", "last", "sums", "header"])
+def test_a_flipped_bit_is_found(filler: str, where: str) -> None:
+    with slots_of(1) as slots, ThreadPoolExecutor(2) as pool:
+        slot = slots[0]
+        if filler == "rank":
+            with rank(slots) as r:
+                r.ask("set 1")
+                assert r.ask("fill 8 0") == "ok 0"
+        else:
+            with slot.begin_fill() as data:
+                data[:] = expected(1, slot.layout)
+            slot.finish_fill(8, 4, pool)
+        data_at = slot.layout.data_offset
+        at = {"first": data_at, "second": data_at + wire.SLOT_CHUNK + 5, "last": data_at + slot.layout.data_bytes - 1}
+        at |= {"sums": wire.SLOT_HEADER_BYTES + 3, "header": wire.SlotHeader.epoch.offset}
+        byte = os.pread(slot.fd, 1, at[where])[0]
+        os.pwrite(slot.fd, bytes([byte ^ 4]), at[where])
+        with rank(slots) as r:
+            answer = r.ask("restore 0 8")
+        chunk = {"first": 0, "second": 1, "last": slot.layout.chunks - 1}
+        reason = f"chunk {chunk[where]} of slot 0" if where in chunk else "the header of slot 0 is damaged"
+        assert answer.startswith("RESTORE ")
+        assert reason in answer
+
+
+def test_what_does_not_belong_is_not_restored() -> None:
+    with slots_of(2) as slots:
+        with rank(slots) as r:
+            assert r.ask("restore 0 8") == "RESTORE slot 0 is not ready (state 0)"
+            assert r.ask("restore 5 8") == "RESTORE no slot 5 to restore from: 2 came"
+            assert r.ask("fill 8 0") == "ok 0"
+            assert r.ask("restore 0 9") == "RESTORE slot 0 is of step 8, the attempt starts after step 9"
+        with rank(slots, plan=b"q" * 32) as r:
+            assert r.ask("restore 0 8") == "RESTORE slot 0 is of another layout or position"
+        with rank(slots, position=3) as r:
+            assert r.first.startswith("CONFIG slot 0 is of position 2, not 3")
+
+
+def test_a_slot_that_is_held_and_the_newest_are_never_written() -> None:
+    with slots_of(3) as slots, rank(slots) as r:
+        assert [r.ask(f"fill {step} 0") for step in (1, 2, 3)] == ["ok 0", "ok 1", "ok 2"]
+        assert r.ask("fill 4 0") == "ok 0"  # the oldest
+        slots[1].hold(slots[1].look(1))
+        assert r.ask("fill 5 0") == "ok 2"  # 1 is held, 0 is the newest
+        slots[0].hold(slots[0].look(0))
+        assert r.ask("can") == "ok 0"
+        assert r.ask("fill 6 0") == "AGAIN none of the 3 snapshot slots is free: the agent still reads them"
+        assert [slot.look(0).step for slot in slots] == [4, 2, 5]
+        slots[1].release()
+        assert r.ask("can") == "ok 1"
+        assert r.ask("fill 6 0") == "ok 1"
+        with pytest.raises(SlotChanged):
+            slots[2].hold(slots[1].look(2))
+
+
+def test_the_restored_slot_is_kept_until_a_newer_one_is_whole() -> None:
+    with slots_of(2) as slots:
+        with rank(slots) as r:
+            r.ask("set 1")
+            r.ask("fill 10 0")
+            r.ask("fill 20 0")
+        with rank(slots, epoch=9) as r:  # rolled back behind the newest
+            assert r.ask("restore 0 10") == "ok 0"
+            assert r.ask("fill 11 0") == "ok 1"
+            assert r.ask("step 0") == "ok 10"
+
+
+def test_a_slot_left_half_filled_is_empty_again() -> None:
+    with slots_of(2) as slots:
+        with rank(slots) as r:
+            assert r.ask("fill 10 0") == "ok 0"
+            assert r.ask("fill 20 0") == "ok 1"
+        os.pwrite(slots[1].fd, bytes([wire.SLOT_FILLING]), wire.SlotHeader.state.offset)
+        with rank(slots, epoch=6) as r:
+            assert (r.ask("step 0"), r.ask("step 1")) == ("ok 10", "ok -1")
+            assert r.ask("restore 0 10") == "ok 0"
+            assert r.ask("fill 11 0") == "ok 1"
+
+
+def test_slots_of_the_wrong_size_or_unsealed_are_refused() -> None:
+    with slots_of(1, layout_of((5,))) as small, slots_of(1) as right:
+        with rank([Wider(small[0], right[0].layout)]) as r:
+            assert "this position's snapshot needs" in r.first
+        fd = os.memfd_create("loose", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, right[0].layout.slot_bytes)
+            with rank([Wider(right[0], right[0].layout, fd)]) as r:
+                assert "not a memfd sealed against shrinking" in r.first
+        finally:
+            os.close(fd)
+
+
+class Wider(Slot):
+    """A slot's descriptor under another layout: what a confused agent would hand over."""
+
+    def __init__(self, slot: Slot, layout: PositionLayout, fd: int | None = None) -> None:
+        self.fd = slot.fd if fd is None else fd
+        self.layout = layout
