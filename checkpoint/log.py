@@ -543,20 +543,16 @@ class RunLog:
         """
         state = since if since is not None else self._newest_fold()
         fold = _Fold(state)
-        checked = since is not None
         while True:
             try:
                 fold.add(self.read(fold.n + 1))
             except NotFound:
-                if checked:
+                later = None if since is not None else self._after(fold.n + 1)
+                if later is None:
                     return fold.freeze()
-                checked = True
-                later = self._after(fold.n + 1)
-                if later is not None and self.store.head(keys.log_key(self.run, fold.n + 1)) is None:
-                    return self._halted(
-                        fold,
-                        f"log record {fold.n + 1} is missing, but {later} exists: a record was deleted",
-                    )
+                if self.store.head(keys.log_key(self.run, fold.n + 1)) is None:
+                    why = f"log record {fold.n + 1} is missing, but {later} exists: a record was deleted"
+                    return self._halted(fold, why)
             except Damaged as error:
                 return self._halted(fold, str(error))
 

@@ -1,0 +1,178 @@
+"""A folder as a store, when the disk is full, may not be written, or the writer is killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint.errors import StoreError, StoreRefused, StoreUnavailable
+from checkpoint.store import open_store
+from checkpoint.store.file import FileStore, translate
+
+KEY = "runs/r/log/00000000000000000001"
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Run the work in a forked process, which may give up rights; its assertions are this test's."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # a forked child must not return into pytest
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 512 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+    store = open_store((small_disk / "store").as_uri())
+    assert store.create(KEY, b"first")
+    filler = small_disk / "filler"
+    with pytest.raises(StoreUnavailable, match="free space"):
+        store.create("runs/r/chunks/big", bytes(600 << 10))
+    filler.write_bytes(bytes(200 << 10))
+    with pytest.raises(StoreUnavailable, match="free space"):
+        store.create("runs/r/chunks/big", bytes(400 << 10))
+    with pytest.raises(StoreUnavailable, match="free space"):
+        store.put("runs/r/live/x", bytes(400 << 10))
+    assert [i.key for i in store.list("")] == [KEY]
+    assert list((small_disk / "store" / ".tmp").iterdir()) == []  # and the failed attempts hold no space
+    filler.unlink()
+    assert store.create("runs/r/chunks/big", bytes(400 << 10))
+    assert store.get(KEY) == b"first"
+
+
+def test_a_read_only_disk_is_refused(small_disk: Path) -> None:
+    store = open_store((small_disk / "store").as_uri())
+    store.create(KEY, b"first")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StoreRefused, match="mount it writable"):
+        store.create("runs/r/a", b"x")
+    assert store.get(KEY) == b"first"
+
+
+def test_a_file_size_limit_reads_as_a_full_disk(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        assert store.create(KEY, bytes(1000))
+        with pytest.raises(StoreUnavailable, match="full or over its quota"):
+            store.create("runs/r/chunks/big", bytes(5000))
+
+    in_child(work)
+    assert [i.bytes for i in store.list("")] == [1000]
+    assert list((tmp_path / "store" / ".tmp").iterdir()) == []
+
+
+def test_no_rights_is_refused_with_the_mend(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    store = open_store(folder.as_uri())
+    store.create(KEY, b"first")
+    folder.chmod(0o755)
+    for each in [tmp_path, *tmp_path.parents][:3]:
+        each.chmod(each.stat().st_mode | 0o055)
+
+    def work() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        else:
+            for each in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+                each.chmod(0o555)
+        with pytest.raises(StoreRefused, match="rights to write there"):
+            store.create("runs/r/a", b"x")
+        with pytest.raises(StoreRefused, match="rights to write there"):
+            store.put("runs/r/live/x", b"x")
+        assert store.get(KEY) == b"first"
+
+    in_child(work)
+    for each in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        each.chmod(0o755)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for url in ((tmp_path / "file").as_uri(), (tmp_path / "file" / "below").as_uri()):
+        with pytest.raises(StoreError):
+            open_store(url).create(KEY, b"x")
+    store = open_store((tmp_path / "store").as_uri())
+    store.create("runs/r/a", b"x")
+    with pytest.raises(StoreRefused, match="cannot hold it"):
+        store.create("runs/r/a/b", b"x")  # as on other stores, a name is an object or a folder
+    assert store.head("runs/r/a/b") is None
+    assert store.head("runs/r") is None
+
+
+@pytest.mark.parametrize("code", sorted(errno.errorcode))
+def test_every_errno_becomes_one_of_ours(code: int) -> None:
+    error = translate(OSError(code, os.strerror(code)), "creating 'k'", Path("/store"))
+    assert isinstance(error, StoreError)
+    assert os.strerror(code) in str(error)
+
+
+def test_a_killed_writer_leaves_only_whole_objects(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    folder = tmp_path / "store"
+    program = (
+        "import sys, itertools\n"
+        "from checkpoint.store import open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "for n in itertools.count(int(sys.argv[2])):\n"
+        "    store.create(f'runs/r/chunks/{n}', bytes([n % 256]) * (3 << 20))\n"
+        "    print(n, flush=True)\n"
+    )
+    acknowledged = 0
+    for _ in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, folder.as_uri(), str(acknowledged)], stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            for _ in range(rng.randrange(1, 5)):
+                acknowledged = int(child.stdout.readline()) + 1
+            child.send_signal(signal.SIGKILL)
+    store = FileStore(folder)
+    seen = {i.key for i in store.list("runs/r/chunks/")}
+    assert {f"runs/r/chunks/{n}" for n in range(acknowledged)} <= seen
+    for key in seen:
+        assert store.get(key) == bytes([int(key.rpartition("/")[2]) % 256]) * (3 << 20)
+    assert store.sweep(age_s=1000) == 0
+    store.sweep(age_s=-1)
+    assert list((folder / ".tmp").iterdir()) == []
+
+
+def test_folders_that_a_collector_removes_meanwhile_are_made_anew(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    for number in range(50):
+        assert store.create(f"runs/r/chunks/{number % 2}/{number}", b"x")
+        store.delete(f"runs/r/chunks/{number % 2}/{number}")
+    assert not (tmp_path / "store" / "runs").exists()
+    shutil.rmtree(tmp_path / "store")
+    assert store.create(KEY, b"x")
