@@ -1,0 +1,173 @@
+"""Agent and engine together, both real: whatever is killed on the way, the last state has the bits of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.log import CheckpointInfo
+from tests.support.agents import Run, make_run, put_dataset, tiny_spec, wait_for
+from tests.support.s3_server import S3Server
+from trainer.launch import Launch, LocalLauncher
+from trainer.spec import RunSpec
+
+STEPS = 400
+
+
+@contextmanager
+def launched(run: Run, spec: RunSpec, root: Path) -> Iterator[tuple[LocalLauncher, Launch]]:
+    """A launch that runs and is stopped at the end."""
+    launch = Launch(run.name, run.launch, spec.launch.nodes, run.store.url, root)
+    launcher = LocalLauncher(root)
+    try:
+        launcher.ensure(launch)
+        yield launcher, launch
+    finally:
+        launcher.stop(launch.launch_id, 0)
+
+
+def last(run: Run, step: int = STEPS) -> CheckpointInfo:
+    return wait_for(
+        lambda: next((c for c in run.fold().checkpoints if c.step == step), None), "the last checkpoint", 60
+    )
+
+
+def idle(run: Run, epoch: int, nodes: int = 1) -> list[dict[str, Any]]:
+    """Every node's status once the attempt is over there."""
+
+    def look() -> list[dict[str, Any]] | None:
+        found = [s for node in range(nodes) if (s := run.status(node)) and (s["epoch"], s["phase"]) == (epoch, "idle")]
+        return found if len(found) == nodes else None
+
+    return wait_for(look, f"attempt {epoch} to be over", 60)
+
+
+def reached(run: Run, step: int) -> dict[str, Any]:
+    """The status of node 0 once its rank 0 has done this step."""
+    return wait_for(
+        lambda: (s := run.status()) and s["ranks"].get("0", {"step": 0})["step"] >= step and s, f"step {step}", 60
+    )
+
+
+def spec_of(**changes: Any) -> RunSpec:
+    return tiny_spec(**{"train__steps": STEPS, "checkpoint__every": 25, "parallel__threads": 1, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The state digest of one stage that nobody disturbs."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    spec = spec_of()
+    run, plan = make_run(root, spec)
+    with launched(run, spec, root / "out"):
+        run.attempt(spec, plan)
+        return last(run).state_digest
+
+
+def newest_in_slots(statuses: list[dict[str, Any]]) -> dict[str, int]:
+    """The newest (step, epoch) that every node holds."""
+    common = set.intersection(*({(s["step"], s["epoch"]) for s in status["slots"]} for status in statuses))
+    step, epoch = max(common)
+    return {"step": step, "epoch": epoch}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_killed_rank_and_the_next_attempt_from_the_slots(tmp_path: Path, undisturbed: str, nodes: int) -> None:
+    spec = spec_of(parallel__stages=2, launch__nodes=nodes)
+    run, plan = make_run(tmp_path, spec)
+    with launched(run, spec, tmp_path / "out"):
+        first = run.attempt(spec, plan)
+        status = reached(run, 60)
+        os.kill(status["ranks"]["0"]["pid"], signal.SIGKILL)
+        statuses = idle(run, first, nodes)
+        assert statuses[0]["ranks"]["0"]["signal"] == signal.SIGKILL
+        slots = newest_in_slots(statuses)
+        assert slots["step"] >= 50
+        assert slots["epoch"] == first
+        checkpoint = run.fold().at_step()
+        second = run.attempt(
+            spec, plan, checkpoint=checkpoint.n if checkpoint else None, step=slots["step"], slots=slots
+        )
+        assert last(run).state_digest == undisturbed
+        assert last(run).epoch == second
+        assert {r["code"] for s in idle(run, second, nodes) for r in s["ranks"].values()} == {0}
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_resume_from_the_store_on_another_number_of_stages(tmp_path: Path, undisturbed: str, stages: int) -> None:
+    spec = spec_of(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    with launched(run, spec, tmp_path / "out"):
+        first = run.attempt(spec, plan)
+        status = reached(run, 60)
+        wait_for(lambda: run.fold().checkpoints, "a checkpoint")
+        os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
+        idle(run, first)
+        other = spec_of(parallel__stages=stages)
+        info = run.fold().restore_candidates()[0]
+        run.attempt(other, run.add_plan(other, put_dataset(run.store)), checkpoint=info.n, step=info.step)
+        assert last(run).state_digest == undisturbed
+
+
+def _kill_agent(status: dict[str, Any]) -> None:
+    os.kill(status["pid"], signal.SIGKILL)
+
+
+def test_a_killed_agent_costs_nothing(tmp_path: Path, undisturbed: str) -> None:
+    """The engine goes on; the agent that is started anew gets the slots back and goes on committing."""
+    spec = spec_of(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    with launched(run, spec, tmp_path / "out") as (launcher, launch):
+        epoch = run.attempt(spec, plan)
+        before = reached(run, 60)
+        _kill_agent(before)
+        wait_for(lambda: launcher.observe(launch.launch_id).state == "partial", "the agent's death to be seen")
+        launcher.ensure(launch)
+        found = last(run)
+        assert found.state_digest == undisturbed
+        assert found.epoch == epoch
+        (after,) = idle(run, epoch)
+        assert after["incarnation"] != before["incarnation"]
+        assert after["supervisor"] == before["supervisor"]
+        assert {r["code"] for r in after["ranks"].values()} == {0}
+
+
+def test_a_killed_supervisor_ends_the_attempt_and_the_next_one_starts_in_place(
+    tmp_path: Path, undisturbed: str
+) -> None:
+    spec = spec_of(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    with launched(run, spec, tmp_path / "out") as (launcher, launch):
+        first = run.attempt(spec, plan)
+        status = reached(run, 60)
+        os.kill(status["supervisor"], signal.SIGKILL)
+        (status,) = idle(run, first)
+        assert {r["code"] for r in status["ranks"].values()} == {75}
+        slots = newest_in_slots([status])
+        launcher.ensure(launch)
+        checkpoint = run.fold().at_step()
+        run.attempt(spec, plan, checkpoint=checkpoint.n if checkpoint else None, step=slots["step"], slots=slots)
+        assert last(run).state_digest == undisturbed
+
+
+def test_on_s3(tmp_path: Path, undisturbed: str, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards, plan, chunks, log and hints on a real S3 server, under an identity that cannot delete."""
+    for name, value in server.environment("trainer").items():
+        monkeypatch.setenv(name, value)
+    spec = spec_of(parallel__stages=2, checkpoint__every=100)
+    run, plan = make_run(tmp_path, spec, server.url("agent-engine"))
+    with launched(run, spec, tmp_path / "out"):
+        first = run.attempt(spec, plan)
+        status = reached(run, 100)
+        wait_for(lambda: run.fold().checkpoints, "a checkpoint")
+        os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
+        idle(run, first)
+        info = run.fold().restore_candidates()[0]
+        run.attempt(spec, plan, checkpoint=info.n, step=info.step)
+        assert last(run).state_digest == undisturbed
