@@ -40,7 +40,9 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class RankView:
-    """One rank as its node's status tells it. ``code`` is an exit code of wire/exit.h; ``signal`` a signal's number."""
+    """One rank as its node's status tells it. ``code`` is an exit code of wire/exit.h; ``signal`` a signal's number;
+    ``killed``: by its own supervisor after another rank's end, so never a cause.
+    """
 
     rank: int
     pid: int | None = None
@@ -48,6 +50,7 @@ class RankView:
     signal: int | None = None
     step: int = -1
     words: Mapping[str, Any] | None = None
+    killed: bool = False
 
     @property
     def ended(self) -> bool:
@@ -220,6 +223,8 @@ _MENDS = {
 
 def rank_class(rank: RankView) -> str:
     """The class of an ended rank: an exit code's by the table of wire/exit.h, ``signal`` for a kill or a crash."""
+    if rank.killed:
+        return "infra"
     if rank.signal is not None:
         return "infra" if rank.signal == 15 else "signal"
     if rank.code == 143:

@@ -1,7 +1,7 @@
 """What a run says while it lives: metrics, output and node status, read from the store's ``live/`` hints.
 
-Hints may be late, missing or lost; nothing here decides anything. Readers keep their place, so polling is cheap, and one
-that starts late sees all that is still kept.
+Hints may be late, missing or lost; nothing here decides anything. Readers keep their place, so polling is cheap, and
+one that starts late sees all that is still kept.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoint.codec import unpack
-from checkpoint.errors import CheckpointError, NotFound
+import msgpack
+
+from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
 from flows.driver import NodeView, RankView
 
@@ -106,6 +107,17 @@ class OutputFollower:
         return b"".join(fresh[n] for n in sorted(fresh))
 
 
+def _words(text: Any) -> dict[str, Any] | None:
+    """Last words: a JSON object, or plain text under ``error``."""
+    if not isinstance(text, str) or not text:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {"error": text}
+    return value if isinstance(value, dict) else {"error": text}
+
+
 @dataclass
 class StatusReader:
     """Node status hints as the driver's views. Heartbeats are aged by this process's own monotonic clock."""
@@ -124,10 +136,10 @@ class StatusReader:
         now = time.monotonic()
         try:
             data = self.store.get(f"runs/{self.run}/live/nodes/{self.launch}/{node}", max_bytes=STATUS_CAP)
-            status = unpack(data, f"status of node {node}", max_bytes=STATUS_CAP)
+            status = msgpack.unpackb(data, max_str_len=1 << 16, max_array_len=1 << 16, max_map_len=1 << 16)
         except NotFound:
             return NodeView(node, alive)
-        except CheckpointError as error:  # torn hint or a store that is away: unknown, never failure
+        except (ValueError, Damaged) as error:  # a hint that does not hold: unknown, never failure
             log.debug("status of node %d is not readable: %s", node, error)
             return NodeView(node, alive)
         if not isinstance(status, dict):
@@ -139,7 +151,8 @@ class StatusReader:
                 code=view.get("code"),
                 signal=view.get("signal"),
                 step=int(view.get("step", -1) if view.get("step") is not None else -1),
-                words=view.get("words"),
+                words=_words(view.get("words")),
+                killed=bool(view.get("killed")),
             )
             for rank, view in sorted(status.get("ranks", {}).items(), key=lambda item: int(item[0]))
         )
