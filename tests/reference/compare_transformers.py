@@ -126,6 +126,8 @@ def engine_run(golden: Golden, folder: Path) -> tuple[dict[str, Any], float]:
 
 
 def main(cases: list[str]) -> int:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     limits = {"loss": LOSS, "logits": LOGITS, "gradients": GRADIENT, "weights": WEIGHTS, "export": LOGITS}
     print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
     print("| Case | Run | Losses | Logits | Gradients | Weights after 10 steps | Export opened by transformers |")
