@@ -2,6 +2,7 @@
  * and a few loops over functions that take one number. Built by tests/engine/kernel_lib.py;
  * HS_TEST_CPU where the fast sets are linked in.
  */
+#include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,9 +69,46 @@ int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *
     return rc;
 }
 
-/* The same in a child process, every operand copied to its own pages with a page that may not be
- * touched on either side, flush with the one after it (at_end) or before it. Results are copied
- * back. The kernel's status, or 1000 + the signal that ended the child. */
+static sigjmp_buf leave;
+
+static void on_fault(int signal_number) {
+    siglongjmp(leave, signal_number);
+}
+
+/* In this process, one thread: a fault of the kernel comes back here. */
+static int call_caught(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                       const int64_t *dims, const double *reals) {
+    struct sigaction action = {.sa_handler = on_fault}, segv, bus;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGSEGV, &action, &segv); /* and not the test runner's fault handler */
+    sigaction(SIGBUS, &action, &bus);
+    int signal_number = sigsetjmp(leave, 1);
+    int rc = signal_number ? 1000 + signal_number
+                           : hs_kernel_call(set_name, kernel, dtype, ptrs, dims, reals, 1);
+    sigaction(SIGSEGV, &segv, NULL);
+    sigaction(SIGBUS, &bus, NULL);
+    return rc;
+}
+
+/* In a child process: the fault may be another thread's. */
+static int call_forked(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                       const int64_t *dims, const double *reals, int threads) {
+    fflush(NULL);
+    pid_t child = fork();
+    if (child < 0) return 2;
+    if (child == 0) {
+        signal(SIGSEGV, SIG_DFL);
+        signal(SIGBUS, SIG_DFL);
+        _exit(-hs_kernel_call(set_name, kernel, dtype, ptrs, dims, reals, threads) & 0xff);
+    }
+    int status;
+    if (waitpid(child, &status, 0) != child) return 2;
+    return WIFSIGNALED(status) ? 1000 + WTERMSIG(status) : -(int)(signed char)WEXITSTATUS(status);
+}
+
+/* Every operand copied to its own pages with a page that may not be touched on either side, flush
+ * with the one after it (at_end) or before it. Results are copied back. The kernel's status, or
+ * 1000 + the signal that a touch raised. */
 int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                            const uint64_t *bytes, const int64_t *dims, const double *reals,
                            int threads, int at_end) {
@@ -90,17 +128,8 @@ int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype
         inside[i] = map[i] + page + (at_end ? room - bytes[i] : 0);
         memcpy(inside[i], ptrs[i], bytes[i]);
     }
-    fflush(NULL);
-    pid_t child = fork();
-    if (child < 0) goto out;
-    if (child == 0) {
-        signal(SIGSEGV, SIG_DFL); /* and not the test runner's fault handler */
-        signal(SIGBUS, SIG_DFL);
-        _exit(-hs_kernel_call(set_name, kernel, dtype, inside, dims, reals, threads) & 0xff);
-    }
-    int status;
-    if (waitpid(child, &status, 0) != child) goto out;
-    rc = WIFSIGNALED(status) ? 1000 + WTERMSIG(status) : -(int)(signed char)WEXITSTATUS(status);
+    rc = threads == 1 ? call_caught(set_name, kernel, dtype, inside, dims, reals)
+                      : call_forked(set_name, kernel, dtype, inside, dims, reals, threads);
     for (int i = 0; rc == 0 && i < HS_CALL_PTRS; i++)
         if (ptrs[i]) memcpy(ptrs[i], inside[i], bytes[i]);
 out:

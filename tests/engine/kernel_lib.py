@@ -74,6 +74,7 @@ def build() -> Path:
     base.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(os.environ.get("HOTSTAGE_TEST_CC", "cc"))
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
+    version += shlex.join(compiler).encode()
     headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
     with tempfile.TemporaryDirectory(dir=base) as scratch:
         objects: list[Path] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,7 +249,8 @@ def test_attention_survives_large_scores(kernels: KernelLib, rng: np.random.Gene
     q, k, v = (rng.normal(size=(8, 4)) * s for s in (1e4, 1e4, 1))
     o, lse = np.empty((8, 4)), np.empty((1, 1, 8))
     kernels.call("attention_fwd", F64, [o, lse, q, k, v], [1, 8, 1, 1, 4, 4, 4, 4, 4], [1.0])
-    want, want_lse = attention(*(x.reshape(1, 8, 1, 4) for x in (q, k, v)), 1.0)
+    split = (1, 8, 1, 4)
+    want, want_lse = attention(q.reshape(split), k.reshape(split), v.reshape(split), 1.0)
     np.testing.assert_allclose(o, want.reshape(8, 4), rtol=1e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-12)
 
@@ -398,13 +400,14 @@ def test_classifier_survives_large_logits(kernels: KernelLib) -> None:
 def test_adamw(kernels: KernelLib, rng: np.random.Generator, dtype: int, zero_g: int, copy: bool) -> None:
     """Ten steps against the textbook form, with clipping, decay, and bias correction by the control block."""
     n, beta1, beta2, eps, decay, lr = 65, 0.9, 0.95, 1e-8, 0.1, 3e-3
-    real = np.float64 if dtype == F64 else np.float32
-    w = rng.normal(size=n).astype(real)
-    m, v, wc = np.zeros(n, real), np.zeros(n, real), encode(np.zeros(n), dtype)
+    real: type[np.floating[Any]] = np.float64 if dtype == F64 else np.float32
+    w: Array = rng.normal(size=n).astype(real)
+    m: Array = np.zeros(n, real)
+    v, wc = m.copy(), encode(np.zeros(n), dtype)
     tw, tm, tv = w.astype(np.float64), np.zeros(n), np.zeros(n)
     for step in range(1, 11):
         g = rng.normal(size=n).astype(real)
-        clip = float(np.float32(min(1, 4 / np.linalg.norm(g.astype(np.float64)))))
+        clip = float(np.float32(min(1, 4 / float(np.linalg.norm(g.astype(np.float64))))))
         tg = g.astype(np.float64) * clip
         tm, tv = beta1 * tm + (1 - beta1) * tg, beta2 * tv + (1 - beta2) * tg**2
         tw -= lr * decay * tw
