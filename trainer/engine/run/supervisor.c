@@ -43,7 +43,8 @@ typedef struct rank {
     pid_t pid; /* 0: not started, or reaped */
     pid_t last_pid;
     bool reaped, exit_unsent, killed, stalled;
-    int64_t code; /* of EXIT: exit code, or minus the signal */
+    int64_t code;   /* of EXIT: exit code, or minus the signal */
+    uint32_t ended; /* how many of the attempt ended before this one: EXITs go in that order */
     uint64_t moves;
     int64_t moved_ns;
 } rank;
@@ -53,7 +54,7 @@ typedef enum phase { NONE, PREPARED, RUNNING, ENDED } phase;
 typedef struct attempt {
     phase at;
     uint64_t epoch;
-    uint32_t count, live;
+    uint32_t count, live, ended;
     rank *ranks;
     struct pollfd *polls; /* signals, agent, then two a rank */
     uint16_t *ports;
@@ -163,6 +164,7 @@ static void rank_ended(supervisor *s, rank *r, int status) {
     r->killed = r->killed && r->code == -SIGKILL;
     r->pid = 0;
     r->reaped = r->exit_unsent = true;
+    r->ended = a->ended++;
     a->live--;
     (void)drain(s, r, r->out_fd, STDOUT_FILENO);
     (void)drain(s, r, r->err_fd, STDERR_FILENO);
@@ -463,6 +465,15 @@ static hs_status send_one(supervisor *s, hs_msg msg, const void *payload, size_t
     return st;
 }
 
+static rank *first_unsent_exit(const attempt *a) {
+    rank *first = NULL;
+    for (uint32_t i = 0; i < a->count; i++) {
+        rank *r = &a->ranks[i];
+        if (r->exit_unsent && (!first || r->ended < first->ended)) first = r;
+    }
+    return first;
+}
+
 /* Output first, then what ended, then IDLE: the agent has a rank's last lines before it hears of
  * its end. */
 static hs_status send_waiting(supervisor *s) {
@@ -501,9 +512,7 @@ static hs_status send_waiting(supervisor *s) {
         HS_TRY(send_one(s, msg, a->refusal.text, strlen(a->refusal.text)));
         a->refused_unsent = false;
     }
-    for (uint32_t i = 0; i < a->count; i++) {
-        rank *r = &a->ranks[i];
-        if (!r->exit_unsent) continue;
+    for (rank *r; (r = first_unsent_exit(a));) {
         const hs_msg msg = {.type = HS_MSG_EXIT,
                             .rank = (int32_t)r->number,
                             .epoch = a->epoch,
@@ -525,9 +534,7 @@ static hs_status send_waiting(supervisor *s) {
 static bool anything_waits(const supervisor *s) {
     const attempt *a = &s->attempt;
     if (s->output.count || a->ports_unsent || a->refused_unsent || a->idle_unsent) return true;
-    for (uint32_t i = 0; i < a->count; i++)
-        if (a->ranks[i].exit_unsent) return true;
-    return false;
+    return first_unsent_exit(a) != NULL;
 }
 
 static void on_message(supervisor *s, const hs_msg *msg, const char *payload) {
@@ -663,15 +670,17 @@ int hs_supervisor_main(const char *socket_path) {
     s->log = (hs_log){.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = -1};
     s->agent_fd = -1;
     int code = HS_EXIT_CONFIG;
-    sigset_t set;
+    sigset_t set, blocked;
     (void)sigemptyset(&set);
     (void)sigaddset(&set, SIGTERM);
     (void)sigaddset(&set, SIGINT);
     (void)sigaddset(&set, SIGCHLD);
+    blocked = set;
+    (void)sigaddset(&blocked, SIGUSR1); /* a child inherits this: I2's word waits for its hs_stop */
     (void)signal(SIGPIPE, SIG_IGN);
     if (hs_message_check_path(socket_path, &why) != HS_OK) {
         HS_LOG(&s->log, HS_LOG_ERROR, "refused", HS_S("why", why.text));
-    } else if (sigprocmask(SIG_BLOCK, &set, NULL) != 0 ||
+    } else if (sigprocmask(SIG_BLOCK, &blocked, NULL) != 0 ||
                (s->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC)) < 0) {
         HS_LOG(&s->log, HS_LOG_ERROR, "signalfd", HS_S("why", strerror(errno)));
         code = HS_EXIT_BUG;

@@ -4,7 +4,9 @@
  * HS_MSG_MAX bytes: hs_msg, then `bytes` of payload. Descriptors travel as SCM_RIGHTS with SLOTS and HELLO.
  *
  * Who says what, in order:
- *   supervisor   HELLO(rank = -1)                 once a connection; again after a reconnection
+ *   supervisor   HELLO(rank = -1)                 once a connection; again after a reconnection. a = pid, epoch = the
+ *                                                 attempt that it knows (0: none), b = how many of its ranks live;
+ *                                                 then PORTS, EXIT and IDLE of that attempt once more, where they stand
  *   agent        PREPARE                          for each attempt: bind listeners for the node's ranks
  *   supervisor   PORTS                            payload u16[local ranks]; or EXIT(rank -1, HS_EXIT_CONFIG) and text
  *   agent        START                            payload: attempt path NUL plan path NUL; a = first local rank
@@ -16,7 +18,8 @@
  *   rank         METRICS (JSON object, one a step; position 0), READY (a = slot, b = step, c = 1 where final),
  *                WORDS (JSON object: last words), TRACE (path of a file)
  *   supervisor   OUTPUT (rank, bytes of its stdout or stderr; a = 1 or 2), EXIT(rank, a = exit code or -signal,
- *                b = pid), IDLE (all ranks of the attempt are reaped)
+ *                b = pid, c = 1 where the supervisor killed it: then it is no cause; in the order in which
+ *                they ended), IDLE (all ranks of the attempt are reaped)
  *   agent        COMMITTED (a = step)             to every rank that waits with a final slot
  *   agent        STOP                             to the supervisor: stop as on SIGTERM (save, exit 85)
  *                KILL                             to the supervisor: kill the ranks of the attempt now

@@ -1,0 +1,224 @@
+"""The supervisor of a node, as a real process with real ranks, seen from the agent's end of the socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from tests.engine.agent_end import WAIT_S, Agent, agent_at, alive, children, node, script
+from trainer import wire
+
+
+@dataclass
+class Node:
+    """An agent's end and the supervisor that talks to it."""
+
+    agent: Agent
+    process: Popen[bytes]
+    path: Path
+
+    def plan(self, text: str) -> Path:
+        return script(self.path / "plan", text)
+
+    @property
+    def log(self) -> str:
+        return (self.path / "log").read_text()
+
+    def exits(self, epoch: int) -> dict[int, int]:
+        """After IDLE: rank -> code. Nothing of the attempt lives."""
+        self.agent.hears("IDLE", epoch=epoch)
+        ends = self.agent.of("EXIT", epoch=epoch)
+        assert not [m.b for m in ends if alive(m.b)]
+        return {m.rank: m.a for m in ends}
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Iterator[Node]:
+    secrets = {"AWS_ACCESS_KEY_ID": "k", "AWS_REGION": "r", "MY_SECRET_THING": "s", "PLAIN": "yes"}
+    socket_path = tmp_path / "agent.sock"
+    with agent_at(socket_path) as agent, node(socket_path, tmp_path / "log", secrets) as process:
+        agent.hears("HELLO", -1)
+        yield Node(agent, process, tmp_path)
+
+
+def test_an_attempt_from_ports_to_idle(ready: Node) -> None:
+    plan = ready.plan("4 listen\n4 out one\n4 err two\n5 listen\n5 out three\n5 exit 85\n")
+    ready.agent.prepare(7, 2)
+    ports = ready.agent.ports(7)
+    for port in ports:  # bound before any rank runs
+        with socket.create_connection(("127.0.0.1", port), WAIT_S):
+            pass
+    ready.agent.start(7, 2, ready.path / "attempt", plan, first=4)
+    assert ready.exits(7) == {4: 0, 5: 85}
+    assert ready.agent.output(4) == f"port {ports[0]}\none\n"
+    assert ready.agent.output(4, 2) == "two\n"
+    assert ready.agent.output(5) == f"port {ports[1]}\nthree\n"
+    names = [m.name for m in ready.agent.messages]
+    assert names.index("OUTPUT") < names.index("EXIT") < names.index("IDLE")
+    assert not children(ready.process.pid)
+    assert "three" in ready.log, "the supervisor's own output shows the ranks'"
+
+
+def test_ranks_see_no_secrets(ready: Node) -> None:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_REGION", "MY_SECRET_THING", "PLAIN")
+    ready.agent.run(1, 1, ready.plan("".join(f"0 env {name}\n" for name in names)))
+    ready.exits(1)
+    assert ready.agent.output(0) == "".join(f"{n} is not set\n" for n in names[:3]) + "PLAIN=yes\n"
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit 65", 65), ("raise 11", -11), ("exit 1", 1)])
+def test_a_rank_that_dies_ends_its_attempt(ready: Node, end: str, code: int) -> None:
+    ready.agent.run(1, 3, ready.plan(f"0 wait\n1 {end}\n2 hang\n"))
+    assert ready.exits(1) == {0: 75, 1: code, 2: -signal.SIGKILL}
+    assert {m.rank: m.c for m in ready.agent.of("EXIT")} == {0: 0, 1: 0, 2: 1}, "whom the supervisor killed"
+    assert ready.agent.of("EXIT")[0].rank == 1, "the cause comes first"
+
+
+def test_sigkill_of_a_rank(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 out up\n0 wait\n1 out up\n1 wait\n"))
+    ready.agent.until(lambda: ready.agent.output(0) + ready.agent.output(1) == "up\nup\n", "both ranks")
+    pids = children(ready.process.pid)
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    assert ready.exits(1) == {0: 75, 1: -9}
+    ready.agent.run(2, 1, ready.plan("0 out again\n"))  # the next attempt, in place
+    assert ready.exits(2) == {0: 0}
+
+
+def test_ranks_that_end_well_leave_the_others_alone(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 exit 0\n1 out up\n1 wait\n"))
+    ready.agent.hears("EXIT", 0)
+    ready.agent.until(lambda: ready.agent.output(1) == "up\n", "rank 1")
+    assert len(children(ready.process.pid)) == 1
+    ready.agent.tell("STOP")
+    assert ready.exits(1) == {0: 0, 1: 85}
+    assert ready.process.poll() is None
+
+
+def test_kill_is_at_once_and_a_prepared_attempt_can_be_dropped(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 hang\n1 hang\n"))
+    ready.agent.tell("KILL")
+    assert ready.exits(1) == {0: -9, 1: -9}
+    ready.agent.prepare(2, 1)
+    port = ready.agent.ports(2)[0]
+    ready.agent.tell("KILL")
+    ready.agent.hears("IDLE", epoch=2)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), WAIT_S)
+
+
+def test_a_newer_attempt_takes_the_place_of_a_running_one(ready: Node) -> None:
+    ready.agent.run(1, 1, ready.plan("0 hang\n"))
+    ready.agent.until(lambda: len(children(ready.process.pid)) == 1, "the rank")
+    ready.agent.prepare(3, 1)
+    assert ready.exits(1) == {0: -9}
+    assert len(ready.agent.ports(3)) == 1
+
+
+def test_a_port_in_use_is_refused_with_the_mend(ready: Node) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ready.agent.prepare(1, 1, port_base=port)
+        refusal = ready.agent.hears("EXIT", -1, 1)
+    assert refusal.a == 78
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use".encode() in refusal.payload
+    assert b"choose another launch.port_base" in refusal.payload
+    ready.agent.prepare(2, 1, bind=b"not-an-address")
+    assert b"'not-an-address' is no address to listen on" in ready.agent.hears("EXIT", -1, 2).payload
+    ready.agent.run(3, 1, ready.plan("0 out fine\n"))
+    assert ready.exits(3) == {0: 0}
+
+
+def test_sigterm_forwards_and_leaves_with_85(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 out up\n0 wait\n1 out up\n1 wait\n"))
+    ready.agent.until(lambda: ready.agent.output(0) + ready.agent.output(1) == "up\nup\n", "both ranks")
+    ready.process.send_signal(signal.SIGTERM)
+    assert ready.exits(1) == {0: 85, 1: 85}
+    assert ready.process.wait(WAIT_S) == 85
+
+
+def test_a_stop_before_the_rank_is_ready_for_it_is_not_lost(ready: Node) -> None:
+    ready.agent.run(1, 1, ready.plan("0 wait\n"))
+    ready.process.send_signal(signal.SIGTERM)  # perhaps between fork and exec
+    assert ready.process.wait(WAIT_S) == 85
+
+
+def test_what_ended_ill_while_stopping_is_the_code(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 out up\n0 wait\n0 exit 1\n1 out up\n1 hang\n"))
+    ready.agent.until(lambda: ready.agent.output(0) + ready.agent.output(1) == "up\nup\n", "both ranks")
+    ready.process.send_signal(signal.SIGTERM)
+    ready.agent.hears("EXIT", 0)
+    ready.agent.tell("KILL")
+    assert ready.process.wait(WAIT_S) == 75
+
+
+def test_end_kills_and_leaves_with_0(ready: Node) -> None:
+    ready.agent.run(1, 1, ready.plan("0 hang\n"))
+    ready.agent.tell("END")
+    assert ready.exits(1) == {0: -9}
+    assert ready.process.wait(WAIT_S) == 0
+
+
+def test_ranks_die_with_the_supervisor(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 out up\n0 hang\n1 out up\n1 hang\n"))
+    ready.agent.until(lambda: ready.agent.output(0) + ready.agent.output(1) == "up\nup\n", "both ranks")
+    pids = children(ready.process.pid)
+    ready.process.kill()
+    ready.agent.until(lambda: not any(alive(pid) for pid in pids), "the ranks' end")
+
+
+def test_a_restarted_agent_is_told_what_stands(ready: Node) -> None:
+    ready.agent.run(4, 2, ready.plan("0 out first\n0 wait\n1 exit 0\n"))
+    ready.agent.until(lambda: ready.agent.output(0) == "first\n", "rank 0")
+    ready.agent.hears("EXIT", 1)
+    ready.agent.close()
+    pid = children(ready.process.pid)[0]
+    with agent_at(ready.path / "agent.sock") as again:
+        hello = again.hears("HELLO", -1)
+        assert (hello.epoch, hello.b, hello.a) == (4, 1, ready.process.pid)
+        assert again.hears("EXIT", 1, 4).a == 0
+        assert alive(pid), "losing the agent does not disturb a rank"
+        again.tell("STOP")
+        assert again.hears("EXIT", 0, 4).a == 85
+        again.hears("IDLE", epoch=4)
+        again.tell("START", epoch=4, a=0, b=2, payload=b"x\0y\0")  # said twice: nothing happens
+        again.run(5, 1, ready.plan("0 exit 0\n"))
+        again.hears("IDLE", epoch=5)
+
+
+def test_output_without_a_reader_never_holds_up_a_rank(ready: Node) -> None:
+    ready.agent.run(1, 1, ready.plan("0 flood 4096\n"))
+    ready.agent.close()
+    ready.agent.until(lambda: "rank ended" in ready.log, "the rank's end without an agent")
+    with agent_at(ready.path / "agent.sock") as again:
+        again.hears("IDLE", epoch=1)
+        text = again.output(0)
+        assert text.endswith("the end of the flood\n"), "the newest is kept"
+        assert len(text) <= 2 << 20
+
+
+def test_a_stopped_rank_is_reported_as_stalled(ready: Node) -> None:
+    attempt = wire.Attempt()
+    attempt.magic[:], attempt.version, attempt.stall_ms = wire.ATTEMPT_MAGIC, wire.ATTEMPT_VERSION, 300
+    (ready.path / "attempt").write_bytes(bytes(attempt))
+    ready.agent.run(1, 2, ready.plan("0 move\n0 out up\n0 wait\n1 out up\n1 wait\n"))
+    ready.agent.until(lambda: ready.agent.output(0) + ready.agent.output(1) == "up\nup\n", "both ranks")
+    first = children(ready.process.pid)[0]
+    os.kill(first, signal.SIGSTOP)
+    assert ready.exits(1) == {0: 86, 1: 75}
+    assert '"of":0,"process":"T","step":3,"action":"RECV","index":4,"op":"F","microbatch":1,"peer":0' in ready.log
+
+
+def test_a_socket_path_that_cannot_be_one(tmp_path: Path) -> None:
+    with node(tmp_path / ("x" * 120), tmp_path / "log") as process:
+        assert process.wait(WAIT_S) == 78
+    assert "a Unix socket takes 1 to 107" in (tmp_path / "log").read_text()
