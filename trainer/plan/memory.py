@@ -17,11 +17,11 @@ from trainer.plan.records import Position
 
 ALIGN = 64
 PAGE = 4096
-RUNTIME_BYTES = 6 << 20
-"""The process beside its arena: code, stacks, tables of linked calls, log buffers (measured, see tests)."""
+RUNTIME_BYTES = 3 << 20
+"""The process beside its arena: code, stacks, tables of linked calls, log buffers (measured by tests/e2e)."""
 
-WORKSPACE_BYTES_PER_THREAD = 1 << 20
-"""Packing buffers of the matrix kernels (``hs_kernels_scratch_bytes``), at most, for every thread."""
+WORKSPACE_BYTES_PER_THREAD = 5_681_664
+"""The matrix kernels' workspace of a thread (``hs_kernels_scratch_bytes``)."""
 
 CHANNEL_BYTES = 256 << 10
 """Kernel and user buffers of one end of a TCP channel."""
