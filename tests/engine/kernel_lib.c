@@ -18,6 +18,7 @@
 
 const hs_kernel_set *hs_test_set(const char *name);
 int hs_test_has_set(const char *name);
+const char *hs_test_pick(uint32_t path);
 int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                    const int64_t *dims, const double *reals, int threads);
 int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
@@ -41,6 +42,17 @@ const hs_kernel_set *hs_test_set(const char *name) {
 
 int hs_test_has_set(const char *name) {
     return hs_test_set(name) != NULL;
+}
+
+/* The name of what hs_kernels_pick gives; NULL for none. */
+const char *hs_test_pick(uint32_t path) {
+#ifdef HS_TEST_CPU
+    const hs_kernel_set *set = hs_kernels_pick(path);
+    return set ? set->name : NULL;
+#else
+    (void)path;
+    return NULL;
+#endif
 }
 
 /* The kernel's status; 1 no such set or kernel, 2 no memory or threads. */

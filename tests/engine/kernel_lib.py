@@ -172,6 +172,7 @@ class KernelLib:
         self.c = ctypes.CDLL(str(path))
         self.c.hs_crc32c.restype = self.c.hs_crc32c_portable.restype = ctypes.c_uint32
         self.c.hs_kernel_operand_optional.restype = ctypes.c_bool
+        self.c.hs_test_pick.restype = ctypes.c_char_p
         self.sets = tuple(name for name in SETS if self.c.hs_test_has_set(name.encode()))
 
     def call(

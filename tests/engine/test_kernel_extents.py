@@ -222,3 +222,15 @@ def test_overflow_is_found(kernels: KernelLib) -> None:
     assert kernels.extent("attention_fwd", wire.F32, [2**40, 2**40, 1, 1, 8, 8, 8, 8, 8], 0) == OVERFLOW
     assert kernels.extent("swiglu_fwd", wire.F32, [1, big], 1) == OVERFLOW
     assert kernels.extent("sumsq", wire.F32, [2**61 - 1], 2) == 2**45 * 8
+
+
+def test_pick_follows_the_attempt_s_numbers(kernels: KernelLib) -> None:
+    """hs_attempt.kernel_path: 0 the best that runs here, 1 ref, 2 portable, 3 avx2, 4 avx512; nothing instead."""
+    if kernels.sets == ("ref",):
+        pytest.skip("built without the fast sets")
+    picked = [kernels.c.hs_test_pick(path) for path in range(7)]
+    assert picked[0] == kernels.sets[-1].encode()
+    for path, name in enumerate(SETS, start=1):
+        assert picked[path] == (name.encode() if name in kernels.sets else None)
+    assert picked[5:] == [None, None]
+    assert kernels.c.hs_test_pick(2**32 - 1) is None
