@@ -1,7 +1,7 @@
 """From a checkpoint in the store into slots, for any layout: a tensor goes to whichever position owns it now.
 
-Only what the given positions own is read, in ranges as large as the chunks allow, several at a time; every block is checked
-against its digest in the manifest before a byte of it counts. Damaged names the object.
+Only what the given positions own is read, in ranges as large as the chunks allow, several at a time; every block is
+checked against its digest in the manifest before a byte of it counts. Damaged names the object.
 """
 
 from __future__ import annotations
@@ -67,15 +67,14 @@ def check_same_model(manifest: Manifest, plan: PlanLayout, what: str) -> None:
     """OtherModel where the checkpoint has another What or other tensors than the plan."""
     if manifest.what != plan.what_digest:
         raise OtherModel(
-            f"{what} is of another run: its What is {manifest.what.hex()[:16]}, the plan's {plan.what_digest.hex()[:16]}; "
-            "restore from a checkpoint of this run"
+            f"{what} is of another run: its What is {manifest.what.hex()[:16]}, the plan's "
+            f"{plan.what_digest.hex()[:16]}; restore from a checkpoint of this run"
         )
     theirs = {t.name: t.shape for t in manifest.tensors}
     for tensor in plan.tensors:
-        if theirs.get(tensor.name) != tensor.shape:
-            raise OtherModel(
-                f"{what} has tensor {tensor.name} as {theirs.get(tensor.name)}, the plan as {tensor.shape}: another model"
-            )
+        shape = theirs.get(tensor.name)
+        if shape != tensor.shape:
+            raise OtherModel(f"{what} has tensor {tensor.name} as {shape}, the plan as {tensor.shape}: another model")
 
 
 def plan_reads(manifest: Manifest, plan: PlanLayout, positions: Sequence[PositionLayout]) -> list[Run]:

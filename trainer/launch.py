@@ -12,8 +12,8 @@ them. The launcher starts what is missing and kills what it recorded; it never d
 Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``launch.key`` (0600, the key from
 which the attempts' keys derive), and for each node ``node<i>/`` with ``start.lock`` (held while somebody starts this
 node), ``agent.lock`` (held by the agent while it lives), ``agent.pid`` and ``supervisor.pid`` (with the process's start
-time, so that a reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once the
-node has left for good.
+time, so that a reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once
+the node has left for good.
 """
 
 from __future__ import annotations
@@ -251,7 +251,9 @@ class LocalLauncher:
             if not _is_locked(folder / "agent.lock"):
                 return False
             if self._clock() > deadline:
-                raise LaunchError(f"{folder / 'agent.lock'} is held, and not by the agent that {folder / 'agent.pid'} names")
+                raise LaunchError(
+                    f"{folder / 'agent.lock'} is held by a process that agent.pid there does not name; end it"
+                )
             self._sleep(0.01)
             self._reap()
         return True

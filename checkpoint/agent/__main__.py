@@ -1,7 +1,7 @@
 """``python -m checkpoint.agent``: the command line of the checkpoint agent.
 
-Exit codes: 0 the run has ended or the agent was asked to leave; 75 another launch holds the run, another agent has this node,
-or the store was lost for good; 78 the store or the command line is refused.
+Exit codes: 0 the run has ended or the agent was asked to leave; 75 another launch holds the run, another agent has
+this node, or the store was lost for good; 78 the store or the command line is refused.
 """
 
 from __future__ import annotations

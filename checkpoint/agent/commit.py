@@ -1,8 +1,8 @@
 """From all nodes' parts to a checkpoint: the manifest object, then the log record that names it.
 
-Any agent that sees all parts commits; all compute the same bytes, so creating the manifest twice is creating it once, and the log
-lets one record in. A loser reads what is there. The log itself keeps a fenced agent out: its record is refused
-(Halted) once a newer attempt is there, and would be void.
+Any agent that sees all parts commits; all compute the same bytes, so creating the manifest twice is creating it once,
+and the log lets one record in. A loser reads what is there. The log itself keeps a fenced agent out: its record is
+refused (Halted) once a newer attempt is there, and would be void.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Committer:
 def commit(run_log: RunLog, nodes: int, step: int, epoch: int, state: RunState) -> RunState | None:
     """Commit the checkpoint of this step if every part is there; None where one is missing.
 
-    Returns a state of the log in which the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds the
-    run, Damaged where the parts do not fit together, StoreError.
+    Returns a state of the log in which the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds
+    the run, Damaged where the parts do not fit together, StoreError.
     """
     run, store = run_log.run, run_log.store
     parts = []

@@ -86,7 +86,7 @@ def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def _shards(raw: bytes, what: str, count: int) -> list[tuple[int, bytes]]:
-    """(bytes, SHA-256) of each shard. The manifest's digest has been checked, so this is our own writer's form or nothing."""
+    """(bytes, SHA-256) of each shard, from a manifest whose own digest has been checked."""
     try:
         manifest = cast(Mapping[str, Any], msgpack.unpackb(raw))
         shards = []

@@ -1,11 +1,11 @@
 """What people watch while a run goes: metrics, the end of each rank's output, traces, and this node's status.
 
-All of it is hints under ``runs/<run>/live/``: written by one background thread, safe to lose, bounded in memory. A store
-that does not answer costs the oldest lines, never the training.
+All of it is hints under ``runs/<run>/live/``: written by one background thread, safe to lose, bounded in memory. A
+store that does not answer costs the oldest lines, never the training.
 
     live/<epoch>/metrics/<10 digits>     JSON lines; a new object each 0.25 s or 64 KiB, in order, never rewritten
-    live/<epoch>/logs/<rank>/<2 digits>  a ring of 64 segments a rank: u64le segment number, then up to 64 KiB of output;
-                                         segment n lies at n % 64, and the newest one is rewritten while it grows
+    live/<epoch>/logs/<rank>/<2 digits>  a ring of 64 segments a rank: u64le segment number, then up to 64 KiB of
+                                         output; segment n lies at n % 64; the newest one is rewritten while it grows
     live/<epoch>/trace/<rank>            Chrome trace of the rank's last steps
     live/nodes/<launch>/<node>           the node's status (``status.py``), on every change and each second
 """

@@ -1,7 +1,8 @@
 """The agent's loop: the log orders, the socket reports, and this module turns both into the next message.
 
-One thread owns all state here. Whatever may block runs elsewhere and posts its result: the log's watcher, the preparation of
-an attempt, the exchange of addresses, the uploader, the hints. Order of an attempt, as in ``wire/agent.h``:
+One thread owns all state here. Whatever may block runs elsewhere and posts its result: the log's watcher, the
+preparation of an attempt, the exchange of addresses, the uploader, the hints. Order of an attempt, as in
+``wire/agent.h``:
 
     watcher    a new attempt record of this launch            -> KILL what runs, wait for IDLE
     preparer   plan, data, slots, restore point               -> PREPARE
@@ -10,8 +11,8 @@ an attempt, the exchange of addresses, the uploader, the hints. Order of an atte
     engine     EXIT of each rank, IDLE                        -> status; the driver decides what comes next
 
 Invariants
-  A1  ranks of at most one attempt run: START goes out only after the supervisor said IDLE for the one before, or is new;
-  A2  an attempt is started at most once on a node: its attempt file is the mark, and an agent that finds it adopts or reports;
+  A1  ranks of at most one attempt run: START goes out after the supervisor's IDLE for the one before, or to a new one;
+  A2  an attempt is started at most once on a node: its attempt file is the mark; an agent that finds it adopts it;
   A3  slots are written by the agent only while no rank of the node runs;
   A4  nothing of an epoch older than the newest attempt record is committed (also enforced by the log itself);
   A5  no failure of the store ends a rank.
@@ -81,7 +82,10 @@ class Options:
 
 @dataclass
 class Gang:
-    """One attempt, as this node runs it. ``phase``: kill, prepare, ports, peers, run, adopt, idle (over or never begun)."""
+    """One attempt, as this node runs it.
+
+    ``phase``: kill (older ranks must go), prepare, ports, peers, run, adopt, idle (over, or never begun here).
+    """
 
     attempt: AttemptInfo
     first: int
@@ -167,7 +171,7 @@ class Service:
         self._changed = True
         self._last_beat = 0.0
         self._closing = threading.Event()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks")
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
         self.status = NodeStatus(options.node, options.launch, incarnation)
         self.hints = Hints(
             store, options.run, keys.run_key(options.run, "live", "nodes", options.launch, str(options.node))
@@ -456,8 +460,8 @@ class Service:
             if info is None or info.step != point[0]:
                 raise CannotStart(
                     76,
-                    f"this node does not hold step {point[0]} of attempt {point[1]} in its slots, and the attempt names no "
-                    "checkpoint of that step; restore from an older checkpoint",
+                    f"this node does not hold step {point[0]} of attempt {point[1]} in its slots; the attempt names "
+                    "no checkpoint of that step; restore from an older checkpoint",
                 )
         table.clear()
         if info is None:
@@ -533,12 +537,7 @@ class Service:
                 self.post(lambda: self._start(gang, found))
                 return
             if time.monotonic() > deadline:
-                missing = ", ".join(str(n) for n in range(self.options.nodes) if n not in found)
-                self.post(
-                    lambda: self._cannot_start(
-                        gang, 75, f"no address of node {missing} came in time (launch.connect_s)"
-                    )
-                )
+                self.post(lambda: self._cannot_start(gang, 75, _missing(found, self.options.nodes)))
                 return
 
     def _start(self, gang: Gang, nodes: Mapping[int, tuple[str, list[int]]]) -> None:
@@ -566,10 +565,14 @@ class Service:
             threading.Thread(target=self._prefault, args=(gang, gang.table), name="prefault", daemon=True).start()
 
     def _prefault(self, gang: Gang, table: SlotTable) -> None:
+        _behind_training()
         try:
             table.prefault()
         except OSError as error:
-            text = f"the memory of this node does not hold {table.total_bytes} bytes of snapshot slots: {error}; lower checkpoint.slots"
+            text = (
+                f"the memory of this node does not hold {table.total_bytes} bytes of snapshot slots: {error}; "
+                "lower checkpoint.slots"
+            )
             self.post(lambda: self._no_memory(gang, text))
 
     def _no_memory(self, gang: Gang, text: str) -> None:
@@ -580,15 +583,15 @@ class Service:
             self.link.send(self.supervisor, "KILL", epoch=gang.epoch)
 
     def _attempt_bytes(self, gang: Gang, nodes: Mapping[int, tuple[str, list[int]]]) -> bytes:
-        assert gang.layout is not None and gang.data_dir is not None
+        assert gang.layout is not None
+        assert gang.data_dir is not None
         key = hmac.new(self.options.key, struct.pack("<Q", gang.epoch), hashlib.sha256).digest()
         head = wire.Attempt()
         head.magic[:], head.version = wire.ATTEMPT_MAGIC, wire.ATTEMPT_VERSION
         head.run, head.epoch = self.options.run.encode(), gang.epoch
         head.plan_digest[:], head.key[:] = gang.layout.digest, key
-        head.nonce[:] = hmac.new(key, b"gang", hashlib.sha256).digest()[
-            :16
-        ]  # the same on every node, without an exchange
+        nonce = hmac.new(key, b"gang", hashlib.sha256).digest()[:16]  # the same on every node, without an exchange
+        head.nonce[:] = nonce
         head.ranks = gang.attempt.ranks
         head.kernel_path = wire.PATHS[str(gang.how("launch", "kernel_path", "auto"))]
         head.start_step, head.stop_after = gang.start_step, int(gang.how("launch", "stop_after", -1))
@@ -869,7 +872,8 @@ class Service:
 
     def _offer_uploads(self, gang: Gang) -> None:
         """From here on the uploader takes the newest ready snapshot of this attempt by itself."""
-        assert gang.layout is not None and gang.table is not None
+        assert gang.layout is not None
+        assert gang.table is not None
         deadline_s = float(gang.how("checkpoint", "deadline_s", 600.0))
         state, point = self.state, gang.from_slot
         if point is not None and state is not None:
@@ -968,6 +972,16 @@ def _address(raw: bytes, count: int) -> tuple[str, list[int]]:
     if len(ports) != count or not all(0 < port < 65536 for port in ports) or len(host.encode()) > 255:
         raise Damaged(f"a node's address has {len(ports)} ports for {count} ranks, or a bad host or port")
     return host, ports
+
+
+def _missing(found: Mapping[int, object], nodes: int) -> str:
+    names = ", ".join(str(node) for node in range(nodes) if node not in found)
+    return f"no address of node {names} came in time (launch.connect_s)"
+
+
+def _behind_training() -> None:
+    """This thread hashes and copies beside the ranks: it takes the processor time that they leave."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _alive(pid: int) -> bool:

@@ -10,7 +10,6 @@ SHA-256. A slot that the agent fills carries SHA-256 prefixes (``SUM_SHA256``), 
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import mmap
@@ -270,7 +269,8 @@ class SlotTable:
 
     def close(self) -> bool:
         """Unmap and close all. False where somebody still reads: try again later."""
-        return all([slot.close() for slots in self.slots.values() for slot in slots])
+        closed = [slot.close() for slots in self.slots.values() for slot in slots]
+        return all(closed)
 
     def look(self, rank: int) -> list[Seen]:
         return [slot.look(i) for i, slot in enumerate(self.slots.get(rank, []))]

@@ -31,7 +31,7 @@ PHASES = ("idle", "restoring", "starting", "running", "ended")
 
 @dataclass
 class RankStatus:
-    """A rank of the present attempt. ``code`` is its exit code, or ``signal`` what killed it; both None while it lives."""
+    """A rank of the present attempt: its exit ``code``, or the ``signal`` that killed it; both None while it lives."""
 
     pid: int | None = None
     code: int | None = None

@@ -1,15 +1,15 @@
 """From a snapshot in the slots to chunks in the store and this node's part manifest.
 
-One upload at a time, in a thread of its own; the next one takes the newest snapshot that is ready by then, so a slow store
-costs checkpoints, never steps. A snapshot is held while it is read: the ranks have other slots. What it needs beside the slots is
-at most one chunk (64 MiB) a worker, however long the store is away.
+One upload at a time, in a thread of its own; the next one takes the newest snapshot that is ready by then, so a slow
+store costs checkpoints, never steps. A snapshot is held while it is read: the ranks have other slots. What it needs
+beside the slots is at most one chunk (64 MiB) a worker, however long the store is away.
 
 An upload that fails is tried again until its deadline; when a newer snapshot is ready by then, that one goes instead.
 A final snapshot (done, or preempted) is never given up for another, since nothing newer can come.
 
 Several nodes must pick the same step, or no checkpoint is ever whole. All ranks snapshot at the same steps, and each
-node says which one it uploads (a hint, ``live/<epoch>/upload/<node>``): a node takes the newest that another has begun and
-it still holds, else the newest.
+node says which one it uploads (a hint, ``live/<epoch>/upload/<node>``): a node takes the newest that another has begun
+and it still holds, else the newest.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Uploader:
         return chosen
 
     def _persist(self, source: Source, step: int, by_rank: dict[int, Seen]) -> bool:
-        """Until the part is in the store (True), a newer snapshot takes its place, or the deadline has passed (False)."""
+        """True once the part is in the store; False where a newer snapshot takes its place, or the deadline passed."""
         deadline = time.monotonic() + source.deadline_s
         final = any(seen.final for seen in by_rank.values())
         saved: dict[tuple[int, int], tuple[Chunk, tuple[Piece, ...]]] = {}

@@ -1,15 +1,29 @@
-"""The real agent process, driven over its socket by the engine's side in Python: every message, and what lies between two."""
+"""The real agent process, driven over its socket by the engine's side in Python: between any two messages."""
 
 from __future__ import annotations
 
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from checkpoint import keys
+from checkpoint.agent.slots import Slot, SlotChanged
 from checkpoint.read import StateReader, load_manifest
-from tests.support.agents import NodePeer, RankPeer, Run, agent, make_run, state_bytes, tiny_spec, wait_for
+from tests.support.agents import (
+    Connection,
+    NodePeer,
+    RankPeer,
+    Run,
+    agent,
+    make_run,
+    put_dataset,
+    state_bytes,
+    tiny_spec,
+    wait_for,
+)
 
 
 def fill_all(node: NodePeer, run: Run, plan: str, step: int, *, final: bool = False) -> None:
@@ -125,7 +139,7 @@ def test_restores_from_the_manifest_onto_another_number_of_positions(tmp_path: P
         info = wait_for(lambda: next(iter(run.fold().checkpoints), None), "a checkpoint")
         node.end(75)
 
-        four = run.add_plan(wider, _dataset(run))
+        four = run.add_plan(wider, put_dataset(run.store))
         epoch = run.attempt(wider, four, checkpoint=info.n, step=2)
         ranks = node.start()
         assert len(ranks) == 4
@@ -140,12 +154,6 @@ def test_restores_from_the_manifest_onto_another_number_of_positions(tmp_path: P
         again = wait_for(lambda: next((c for c in run.fold().checkpoints if c.step == 4), None), "step 4")
         assert again.epoch == epoch
         node.close()
-
-
-def _dataset(run: Run):  # type: ignore[no-untyped-def]
-    from tests.support.agents import put_dataset
-
-    return put_dataset(run.store)
 
 
 def test_agent_killed_between_chunks_and_commit(tmp_path: Path) -> None:
@@ -180,8 +188,6 @@ def test_agent_killed_between_chunks_and_commit(tmp_path: Path) -> None:
 
 
 def _start_both(n0: NodePeer, n1: NodePeer) -> tuple[RankPeer, RankPeer]:
-    import threading
-
     other = threading.Thread(target=n1.start)
     other.start()
     n0.start()
@@ -295,12 +301,10 @@ def test_a_newer_attempt_of_the_same_launch_ends_the_older_one(tmp_path: Path) -
         node.end(75)
         node.start()
         assert node.ranks[0].epoch == second
-        late = RankPeer.__new__(RankPeer)  # a rank of the first attempt is turned away
-        from tests.support.agents import Connection
-
-        late.link = Connection(process.work)
-        late.link.send("HELLO", rank=0, epoch=first)
-        assert late.link.next() is None
+        late = Connection(process.work)  # a rank of the first attempt is turned away
+        late.send("HELLO", rank=0, epoch=first)
+        assert late.next() is None
+        late.close()
         node.close()
 
 
@@ -316,7 +320,6 @@ def test_an_unreadable_record_halts(tmp_path: Path) -> None:
         wait_for(lambda: (s := run.status()) and s["error"], "the error in the status")
         rank.fill(2, state_bytes(layout, 0, 2))
         wait_for(lambda: (s := run.status()) and {"step": 2, "epoch": rank.epoch} in s["slots"], "the snapshot")
-        wait_for(lambda: list(run.store.list(keys.run_key(run.name, "chunks") + "/")) or True, "nothing")
         assert not list(run.store.list(keys.log_prefix(run.name), start_after=keys.log_key(run.name, run.state.n + 1)))
         assert process.process.poll() is None
         node.close()
@@ -337,10 +340,6 @@ def test_supervisor_lost_ends_the_attempt_here(tmp_path: Path) -> None:
 
 def test_a_slot_that_is_refilled_while_held_is_void(tmp_path: Path) -> None:
     """A rank that breaks the hold (it must not) costs that upload, not the truth of a checkpoint."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from checkpoint.agent.slots import Slot, SlotChanged
-
     run, plan = make_run(tmp_path, tiny_spec())
     layout = run.layouts[plan]
     position = layout.positions[0]

@@ -1,4 +1,4 @@
-"""Agent and engine together, both real: whatever is killed on the way, the last state has the bits of an undisturbed run."""
+"""Agent and engine together, both real: whatever is killed on the way, the bits are those of an undisturbed run."""
 
 from __future__ import annotations
 

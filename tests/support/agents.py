@@ -1,5 +1,5 @@
-"""A run in a store and the real agent process, for tests: a compiled plan, its dataset, attempt records, and the engine's side
-of the socket in Python where a test must stand between two messages.
+"""A run in a store and the real agent process, for tests: a compiled plan, its dataset, attempt records, and the
+engine's side of the socket in Python where a test must stand between two messages.
 
 Owns the processes that it starts (killed by pid, also when the test fails). Judges nothing.
 """
@@ -404,7 +404,8 @@ class NodePeer:
 
 
 def state_bytes(layout: PlanLayout, position: int, seed: int) -> bytes:
-    """A state for this position in which every tensor's bytes depend on its name and the seed alone, not on the layout."""
+    """A state for this position in which every tensor's bytes depend on its name and the seed alone, not on the
+    layout."""
     p = layout.positions[position]
     data = bytearray(p.data_bytes)
     for s in p.states:

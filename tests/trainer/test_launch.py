@@ -1,4 +1,4 @@
-"""The local launcher with the real agent and the real engine: nodes that outlive their starter, are adopted, mended, stopped."""
+"""The local launcher with the real agent and engine: nodes outlive their starter, are adopted, mended, stopped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.agents import ROOT, Run, make_run, tiny_spec, wait_for
+from tests.support.agents import ROOT, Run, make_run, put_dataset, tiny_spec, wait_for
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
 from trainer.launch import Launch, LocalLauncher, NodeView, ProcessMark
 
 
-@pytest.fixture()
+@pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[LocalLauncher, Launch, Run, str]]:
     """A launch of one node that runs, without an attempt yet; stopped at the end, however the test ends."""
     run, plan = make_run(tmp_path, tiny_spec(parallel__stages=2))
@@ -68,8 +68,9 @@ def test_nodes_survive_their_starter(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tiny_spec())
     launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
     text = (
-        "import sys; from pathlib import Path; from trainer.launch import *;"
-        f"LocalLauncher({str(tmp_path / 'out')!r}).ensure(Launch({run.name!r}, {run.launch!r}, 1, {run.store.url!r}, Path('out')))"
+        "from pathlib import Path; from trainer.launch import Launch, LocalLauncher;"
+        f"launch = Launch({run.name!r}, {run.launch!r}, 1, {run.store.url!r}, Path('out'));"
+        f"LocalLauncher({str(tmp_path / 'out')!r}).ensure(launch)"
     )
     launcher = LocalLauncher(tmp_path / "out")
     try:
@@ -116,21 +117,15 @@ def test_the_engine_gets_no_credentials(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_stop_saves_what_runs(started: tuple[LocalLauncher, Launch, Run, str]) -> None:
-    launcher, launch, run, plan = started
+    launcher, launch, run, _ = started
     spec = tiny_spec(parallel__stages=2, train__steps=1_000_000, checkpoint__every=0)
-    long = run.add_plan(spec, _dataset(run))
+    long = run.add_plan(spec, put_dataset(run.store))
     epoch = run.attempt(spec, long)
     wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["ranks"]["0"]["step"] > 3, "a few steps", 60)
     launcher.stop(launch.launch_id, 30)
     (saved,) = run.fold().checkpoints
     assert saved.step > 3
     assert launcher.observe(launch.launch_id).state == "done"
-
-
-def _dataset(run: Run):  # type: ignore[no-untyped-def]
-    from tests.support.agents import put_dataset
-
-    return put_dataset(run.store)
 
 
 def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,14 +143,16 @@ def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path / "out", engine=Path("/bin/false"))
-    launch = Launch(
-        "tiny-0", "a", 1, "s3://", tmp_path / "out"
-    )  # no bucket: the agent refuses, the engine is no engine
+    launch = Launch("tiny-0", "a", 1, "s3://", tmp_path / "out")  # no bucket: the agent refuses it
+
+    def again() -> None:
+        for _ in range(200):
+            launcher.ensure(launch)
+            wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
+
     try:
         with pytest.raises(LaunchError, match=r"died .* times"):
-            for _ in range(200):
-                launcher.ensure(launch)
-                wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
+            again()
     finally:
         launcher.stop("a", 0)
 
