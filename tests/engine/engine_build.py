@@ -1,0 +1,115 @@
+"""The engine, built from the sources as they are now: for tests of the binary and of programs that link its library.
+
+A build is kept in ``hotstage/engine/<digest>`` of the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``); the digest
+is over the engine's sources, the compiler's version and the options, so a change builds anew and nothing else does.
+``HOTSTAGE_ENGINE`` names a binary to test instead (the ``engine`` fixture only; programs still link a build from here).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "trainer" / "engine"
+PROGRAMS = Path(__file__).resolve().parent / "programs"
+NAME = "hotstage-engine"
+
+
+def _tool(name: str) -> str:
+    """A build tool of this environment, else of the system."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    assert found, f"{name} is not installed; `make setup` brings cmake and ninja, the system a compiler"
+    return found
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+def _digest(compiler: str, options: list[str]) -> str:
+    h = hashlib.sha256(shlex.join([compiler, *options]).encode())
+    h.update(subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout)
+    for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".c", ".h", ".txt")):
+        h.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
+    return h.hexdigest()[:24]
+
+
+def build_folder(compiler: str = "cc", sanitize: str = "") -> Path:
+    """A finished build: holds ``hotstage-engine`` and ``libhotstage.a``. Safe in several processes at once."""
+    path = _tool(compiler)
+    options = [f"-DHS_SANITIZE={sanitize}", "-DHS_WERROR=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "engine"
+    base.mkdir(parents=True, exist_ok=True)
+    folder = base / _digest(path, options)
+    with (base / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / ".done").exists():
+            print(f"building the engine with {compiler} {sanitize} into {folder}", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
+            generator = (
+                ["-G", "Ninja"] if shutil.which("ninja") or (Path(sys.executable).parent / "ninja").exists() else []
+            )
+            ninja = [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if generator else []
+            configure = [
+                "-S",
+                str(SOURCES),
+                "-B",
+                str(folder),
+                *generator,
+                *ninja,
+                f"-DCMAKE_C_COMPILER={path}",
+                *options,
+            ]
+            _run([_tool("cmake"), *configure])
+            _run([_tool("cmake"), "--build", str(folder), "--parallel", str(len(os.sched_getaffinity(0)))])
+            (folder / ".done").touch()
+    return folder
+
+
+def build_engine(compiler: str = "cc", sanitize: str = "") -> Path:
+    """The binary of a build."""
+    return build_folder(compiler, sanitize) / NAME
+
+
+def build_program(name: str, compiler: str = "cc", sanitize: str = "") -> Path:
+    """A program of ``tests/engine/programs``, linked with the engine's library."""
+    folder, source = build_folder(compiler, sanitize), PROGRAMS / f"{name}.c"
+    target = folder / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+    if not target.exists():
+        made = target.with_suffix(f".{os.getpid()}")
+        flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Werror")
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+        library = str(folder / "libhotstage.a")
+        _run([_tool(compiler), *flags, f"-I{SOURCES}", "-o", str(made), str(source), library, "-lm"])
+        made.replace(target)
+    return target
+
+
+def build_preload(name: str) -> Path:
+    """A library of ``tests/engine/programs`` to load before the engine (LD_PRELOAD)."""
+    folder, source = build_folder(), PROGRAMS / f"{name}.c"
+    target = folder / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    if not target.exists():
+        made = target.with_suffix(f".{os.getpid()}")
+        flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -shared -fPIC -Wall -Wextra -Werror")
+        _run([_tool("cc"), *flags, "-o", str(made), str(source), "-ldl"])
+        made.replace(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    """The engine's binary: ``HOTSTAGE_ENGINE`` where set, else built here."""
+    named = os.environ.get("HOTSTAGE_ENGINE")
+    return Path(named) if named else build_engine()

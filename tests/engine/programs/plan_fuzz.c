@@ -1,0 +1,191 @@
+/* plan_fuzz PLAN COUNT SEED: seeded mutations of a plan, each given to the loader; a plan that it
+ * takes is then linked and run.
+ *
+ * A mutation changes one to four places: a bit, a field (4 or 8 bytes, aligned) to a telling value,
+ * a copy of one record over another, or the length. The digest is computed again in nine of ten, so
+ * that the deeper checks are reached. What the loader refuses must be refused by HS_E_CONFIG (or
+ * HS_E_MEMORY) with a reason; what it takes must run one microbatch of the first position, with
+ * tokens below the vocabulary, without leaving its memory: the arena lies between pages that may
+ * not be touched.
+ *
+ * Prints {"refused": n, "taken": n, "run": n}; anything else than 0 as its exit is a failure.
+ */
+#include <inttypes.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "core/hash.h"
+#include "run/linker.h"
+#include "run/plan.h"
+
+static uint64_t state;
+
+static uint64_t next(void) {
+    uint64_t z = (state += UINT64_C(0x9E3779B97F4A7C15));
+    z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
+    return z ^ (z >> 31);
+}
+static uint64_t below(uint64_t n) {
+    return next() % n;
+}
+
+static uint64_t telling(uint64_t old) {
+    static const uint64_t values[] = {
+        0,          1,         2,         3,          7,          8,
+        63,         64,        65535,     65536,      1u << 20,   INT32_MAX,
+        UINT32_MAX, INT64_MAX, INT64_MIN, UINT64_MAX, 1ull << 40, 0x7FF0000000000000};
+    switch (below(5)) {
+    case 0:
+        return old + 1;
+    case 1:
+        return old - 1;
+    case 2:
+        return old ^ (1ull << below(64));
+    case 3:
+        return old * 2;
+    default:
+        return values[below(sizeof values / sizeof *values)];
+    }
+}
+
+/* Records of the sections, for copies of one over another. */
+static const size_t record_bytes[HS_SECTION_COUNT] = {
+    sizeof(hs_plan_config),   1,
+    sizeof(hs_plan_tensor),   sizeof(hs_plan_shard),
+    sizeof(hs_plan_position), sizeof(hs_plan_state),
+    sizeof(hs_plan_program),  sizeof(hs_plan_call),
+    sizeof(hs_plan_action),   sizeof(hs_plan_channel)};
+
+static void mutate(uint8_t *bytes, size_t size, const hs_plan_header *good) {
+    const int section = (int)below(HS_SECTION_COUNT);
+    const size_t from = good->section[section].offset, one = record_bytes[section];
+    const bool whole = from + good->section[section].count * one <= size; /* of a cut file */
+    const size_t count = whole ? good->section[section].count : 0;
+    size_t at = count && below(8) ? from + below(count * one) : below(size);
+    switch (below(6)) {
+    case 0:
+        bytes[at] ^= (uint8_t)(1u << below(8));
+        return;
+    case 1:
+        if (count > 1)
+            memmove(bytes + from + below(count) * one, bytes + from + below(count) * one, one);
+        return;
+    case 2:
+    case 3: {
+        uint32_t old;
+        at = at / 4 * 4;
+        if (at + 4 > size) return;
+        memcpy(&old, bytes + at, 4);
+        const uint32_t fresh = (uint32_t)telling(old);
+        memcpy(bytes + at, &fresh, 4);
+        return;
+    }
+    default: {
+        uint64_t old;
+        at = at / 8 * 8;
+        if (at + 8 > size) return;
+        memcpy(&old, bytes + at, 8);
+        const uint64_t fresh = telling(old);
+        memcpy(bytes + at, &fresh, 8);
+        return;
+    }
+    }
+}
+
+static void seal(uint8_t *bytes, size_t size) {
+    if (size < sizeof(hs_plan_header)) return;
+    hs_plan_header *header = (hs_plan_header *)bytes;
+    hs_sha256_of(bytes + 64, size - 64, header->digest);
+}
+
+enum { MOST_ARENA = 32 << 20, PAGE = 4096 };
+
+/* One microbatch of position 0, then the optimizer's programs: every program that its step list
+ * runs, once. */
+static bool run_plan(const hs_plan *plan) {
+    const hs_plan_position *p = &plan->positions[0];
+    if (p->arena_bytes > MOST_ARENA) return false;
+    const size_t room = (p->arena_bytes + PAGE - 1) / PAGE * PAGE;
+    uint8_t *map = mmap(NULL, room + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED || mprotect(map + PAGE, room, PROT_READ | PROT_WRITE) != 0) abort();
+    /* against the end of the mapping, as far as 64-byte alignment lets it */
+    uint8_t *base = map + PAGE + (room - p->arena_bytes) / 64 * 64;
+    const hs_arena arena = {.base = base, .bytes = p->arena_bytes};
+    const size_t scratch_bytes = hs_kernels_scratch_bytes(1) + 64;
+    uint8_t *scratch = aligned_alloc(64, (scratch_bytes + 63) / 64 * 64);
+    hs_linked *linked = NULL;
+    hs_why why = {0};
+    if (!scratch || hs_link(plan, p, &arena, &hs_kernels_portable, &linked, &why) != HS_OK) abort();
+    hs_kernel_ctx ctx = {.pool = NULL, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    const uint64_t areas[2] = {p->tokens_offset, p->targets_offset};
+    for (uint32_t m = 0; m < p->mb_count; m++) {
+        for (int k = 0; k < 2; k++) {
+            if (areas[k] == UINT64_MAX) continue;
+            int32_t *tokens = (int32_t *)(base + p->mb_offset + m * p->mb_stride + areas[k]);
+            for (int64_t r = 0; r < hs_plan_rows(plan); r++)
+                tokens[r] = (int32_t)below(plan->config->vocab);
+        }
+    }
+    uint8_t *done = calloc(plan->count[HS_SECTION_PROGRAMS] + 1, 1);
+    const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
+    const uint32_t counts[3] = {p->inits, p->loads, p->steps};
+    for (int list = 0; list < 3; list++) {
+        for (uint32_t i = 0; i < counts[list]; i++) {
+            const hs_plan_action *a = &plan->actions[firsts[list] + i];
+            if (a->kind != HS_A_RUN || done[a->program]++) continue;
+            (void)hs_linked_run(linked, a->program, a->slot, a->microbatch, &ctx, &why);
+        }
+    }
+    free(done);
+    hs_linked_destroy(linked);
+    free(scratch);
+    (void)munmap(map, room + 2 * PAGE);
+    return true;
+}
+
+int main(int argc, char **argv) {
+    if (argc != 4) return 64;
+    FILE *file = fopen(argv[1], "rb");
+    if (!file) return 66;
+    (void)fseek(file, 0, SEEK_END);
+    const size_t size = (size_t)ftell(file);
+    rewind(file);
+    uint8_t *good = malloc(size);
+    if (!good || fread(good, 1, size, file) != size) return 66;
+    (void)fclose(file);
+    const uint64_t count = strtoull(argv[2], NULL, 10);
+    uint64_t refused = 0, taken = 0, ran = 0;
+    for (uint64_t n = 0; n < count; n++) {
+        state = strtoull(argv[3], NULL, 10) * UINT64_C(1000003) + n;
+        size_t length = below(20) ? size : below(size + 1);
+        uint8_t *bytes = malloc(length ? length : 1); /* its own block: a read past it is seen */
+        memcpy(bytes, good, length);
+        for (uint64_t k = 1 + below(4); k > 0 && length > 8; k--)
+            mutate(bytes, length, (const hs_plan_header *)good);
+        if (length < size && length >= sizeof(hs_plan_header) && below(2)) {
+            ((hs_plan_header *)bytes)->file_bytes = length;
+        }
+        if (below(10)) seal(bytes, length);
+        hs_plan plan;
+        hs_why why = {0};
+        const hs_status st = hs_plan_adopt(bytes, length, "fuzz", &plan, &why);
+        if (st == HS_OK) {
+            taken++;
+            ran += run_plan(&plan);
+            hs_plan_close(&plan);
+        } else if ((st == HS_E_CONFIG || st == HS_E_MEMORY) && why.text[0]) {
+            refused++;
+        } else {
+            (void)fprintf(stderr, "mutation %" PRIu64 ": status %d without a reason\n", n, st);
+            return 1;
+        }
+    }
+    free(good);
+    (void)printf("{\"refused\": %" PRIu64 ", \"taken\": %" PRIu64 ", \"run\": %" PRIu64 "}\n",
+                 refused, taken, ran);
+    return 0;
+}
