@@ -7,7 +7,8 @@
  *              chain over the block's keys. At the end o / l, and lse = maximum + log l.
  *   igrad      p = exp(s - lse). dq: one chain over keys ascending; dk, dv: one chain over the heads of the group
  *              ascending and the rows ascending inside a head; then times scale; rounded once.
- * A masked key has p = 0 exactly and leaves every chain as it was.
+ * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or do is not finite: 0 times that is
+ * NaN, so such a number also shows in earlier rows of the same tile).
  *
  * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk and dv.
  * Backward computes the scores twice, once for dq (rows outside, keys inside) and once for dk and dv (keys outside,
@@ -248,10 +249,11 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
     for (int64_t q0 = k0; q0 < T; q0 += KEYS) {
         int64_t queries = min64(KEYS, T - q0);
         int64_t seen = min64(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
+        int64_t panels = min64(keys, ceil_div(seen, MR) * MR); /* whole panels, as they were packed */
         pack_b(s->cols0, &q_d, q0, queries, T, 0, D);
-        multiply_packed(seen, queries, D, s->rows0, s->cols0, s->score, KEYS, 0);
+        scores(s->score, s->rows0, s->cols0, 0, panels, queries, D);
         pack_b(s->cols1, &grad_d, q0, queries, T, 0, D);
-        multiply_packed(seen, queries, D, s->rows1, s->cols1, s->other, KEYS, 0);
+        scores(s->other, s->rows1, s->cols1, 0, panels, queries, D);
         for (int64_t i = 0; i < seen; i++) {
             vf first = v_set1((float)(k0 + i - q0)); /* queries before it do not see key i */
             for (int64_t u = 0; u < queries; u += LANES) {

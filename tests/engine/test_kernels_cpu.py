@@ -1,0 +1,489 @@
+"""The fast CPU kernels: against the oracle within bounds, and against themselves bit for bit.
+
+Closeness: every kernel, f32 and bf16, odd shapes, against ``ref`` (which computes in double). A sum of K terms in f32
+may be off by gamma_K = K 2^-24 times the sum of the terms' magnitudes; that sum is taken from ``ref`` itself, called on
+absolute values, where the kernel is linear. Other kernels are compared with a stated fraction of the largest output.
+A result stored as bf16 may be the neighbour: 2^-7 relative more.
+
+Equality: portable, AVX2 and AVX-512; gcc and clang; 1, 2, 3 and 4 threads; a row alone and among others. Never closeness.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tests.engine.kernel_lib import (
+    OPERANDS,
+    Array,
+    KernelLib,
+    acc_of,
+    build,
+    decode,
+    encode,
+)
+from trainer import wire
+
+EPS = 2.0**-24  # half a unit in the last place of an f32
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    dims: tuple[int, ...]
+    reals: tuple[float, ...] = ()
+    absent: tuple[int, ...] = ()
+    rel: float = 4e-6  # of the largest magnitude of the outputs, where no sharper bound stands below
+    f32_only: bool = False
+
+    @property
+    def name(self) -> str:
+        mark = "-no" + "".join(map(str, self.absent)) if self.absent else ""
+        return f"{self.kernel}-{'x'.join(map(str, self.dims))}{mark}"
+
+
+def _attention(b: int, t: int, h: int, g: int, d: int, pad: int = 0) -> list[Case]:
+    q, k = h * d + pad, g * d + 2 * pad
+    scale = d**-0.5
+    return [
+        Case("attention_fwd", (b, t, h, g, d, q, q + pad, k, k + pad), (scale,), rel=1e-5),
+        Case("attention_igrad", (b, t, h, g, d, q, k, k + pad, q, q + pad, q, k, k + pad), (scale,), rel=4e-5),
+    ]
+
+
+CASES = [
+    Case("embed_fwd", (12, 20, 17, 6)),
+    Case("embed_fwd", (3, 96, 50, 3), absent=(3,)),
+    Case("embed_wgrad", (12, 20, 5, 6)),
+    Case("embed_wgrad", (300, 130, 7, 300), absent=(1,)),
+    *(
+        case
+        for rows, c in ((1, 1), (3, 16), (5, 20), (2, 33), (40, 770))
+        for case in (
+            Case("layernorm_fwd", (rows, c), (1e-5,), rel=1e-5),
+            Case("layernorm_igrad", (rows, c, 0), rel=1e-5),
+            Case("layernorm_igrad", (rows, c, 1), rel=1e-5),
+            Case("layernorm_wgrad", (rows, c), rel=1e-5),
+        )
+    ),
+    *(
+        case
+        for rows, n, c, pad in ((1, 1, 1, 0), (3, 4, 20, 5), (33, 1, 768, 0), (7, 3, 128, 1))
+        for case in (
+            Case("rmsnorm_fwd", (rows, n, c, n * c + pad, n * c + 2 * pad), (1e-6,)),
+            Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 0), rel=1e-5),
+            Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 1), rel=1e-5),
+            Case("rmsnorm_wgrad", (rows, n, c, n * c + pad, n * c + 2 * pad), rel=1e-5),
+        )
+    ),
+    *(
+        case
+        for r, n, k, pad in (
+            (1, 1, 1, 0),
+            (1, 40, 48, 0),
+            (5, 17, 33, 3),
+            (12, 32, 384, 0),
+            (13, 65, 400, 1),
+            (31, 100, 1, 0),
+            (300, 97, 130, 7),
+            (7, 33, 1200, 16),
+        )
+        for case in (
+            Case("linear_fwd", (r, n, k, n + pad, k + 2 * pad, n + 3 * pad)),
+            Case("linear_fwd", (r, n, k, n, k, n), absent=(3, 4)),
+            Case("linear_fwd", (r, n, k, n + pad, k, n), absent=(4,)),
+            Case("linear_igrad", (r, n, k, k + pad, n + 2 * pad, 0)),
+            Case("linear_igrad", (r, n, k, k + pad, n + 2 * pad, 1)),
+            Case("linear_wgrad", (r, n, k, n + pad, k + 2 * pad)),
+            Case("linear_wgrad", (r, n, k, n, k), absent=(1,)),
+        )
+    ),
+    *_attention(1, 1, 1, 1, 16),
+    *_attention(2, 3, 2, 1, 2, 1),
+    *_attention(2, 17, 4, 2, 20, 3),
+    *_attention(1, 65, 3, 3, 24),
+    *_attention(1, 130, 4, 1, 64),
+    *_attention(1, 200, 2, 2, 128, 8),
+    *_attention(1, 259, 2, 1, 32),
+    *_attention(1, 5, 1, 1, 256),
+    Case("rope_table", (7, 20), (10000.0,), rel=1e-7, f32_only=True),
+    Case("rope_table", (130, 128), (500000.0,), rel=1e-7, f32_only=True),
+    *(
+        Case(kernel, (r, t, n, d, n * d + pad), rel=1e-6)
+        for kernel in ("rope_fwd", "rope_igrad")
+        for r, t, n, d, pad in ((1, 1, 1, 2, 0), (6, 3, 2, 20, 5), (64, 32, 3, 128, 0))
+    ),
+    *(Case(kernel, (n,), rel=1e-6) for kernel in ("gelu_fwd", "gelu_igrad") for n in (1, 15, 16, 17, 4097, 40000)),
+    *(
+        Case(kernel, dims, rel=1e-6)
+        for kernel in ("swiglu_fwd", "swiglu_igrad")
+        for dims in ((1, 1), (3, 20), (40, 515))
+    ),
+    *(
+        case
+        for r, c, v, chunk in ((1, 1, 1, 1), (1, 8, 5, 4), (5, 20, 33, 2), (20, 48, 517, 8), (70, 64, 1003, 64))
+        for case in (
+            Case("classifier_fwd", (r, c, v, chunk), rel=2e-6),
+            Case("classifier_grad", (r, c, v, chunk), (0.125,), rel=1e-5),
+        )
+    ),
+    Case("logits", (1, 48, 5)),
+    Case("logits", (9, 40, 517)),
+    Case("add_acc", (1,), f32_only=True),
+    Case("add_acc", (40001,), f32_only=True),
+    Case("sumsq", (1,), rel=1e-14, f32_only=True),
+    Case("sumsq", (65536 * 3 + 17,), rel=1e-12, f32_only=True),
+    Case("sumsq", (65536 * 4,), rel=1e-12, f32_only=True),
+    Case("adamw", (1, 1), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
+    Case("adamw", (20001, 0), (0.9, 0.999, 1e-8, 0.0), absent=(4,), rel=1e-6),
+    Case("adamw", (20001, 1), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
+    Case("zero", (1,), f32_only=True),
+    Case("zero", (70001,), f32_only=True),
+    Case("init_normal", (1, 3, 7), (0.0, 0.02), rel=1e-6, f32_only=True),
+    Case("init_normal", (63, 3, -7), (1.0, 0.5), rel=1e-6, f32_only=True),
+    Case("init_normal", (100003, 30, 2**40 + 7), (0.0, 1.0), rel=2e-6, f32_only=True),
+    Case("init_const", (20001,), (1.0,), f32_only=True),
+    Case("cast", (1,)),
+    Case("cast", (20001,)),
+]
+
+WITH_DTYPE = [
+    pytest.param(case, dtype, id=f"{case.name}-{label}")
+    for case in CASES
+    for label, dtype in (("f32", wire.F32), ("bf16", wire.BF16))
+    if dtype == wire.F32 or not case.f32_only
+]
+
+
+@dataclass
+class Call:
+    """A kernel's operands, and copies of them to run on."""
+
+    case: Case
+    dtype: int
+    inputs: list[Array | None] = field(default_factory=list)
+
+    @staticmethod
+    def make(lib: KernelLib, case: Case, dtype: int) -> Call:
+        rng = np.random.default_rng([ord(c) for c in case.name] + [dtype])
+        inputs = lib.operands(case.kernel, dtype, case.dims, rng, case.absent)
+        call = Call(case, dtype, inputs)
+        call._mend(lib)
+        return call
+
+    def _mend(self, lib: KernelLib) -> None:
+        """Operands that another kernel makes get its values: statistics of norms, attention's output."""
+        a, d, acc = self.inputs, self.case.dims, acc_of(self.dtype)
+        if self.case.kernel.startswith("layernorm") and not self.case.kernel.endswith("fwd"):
+            x, mean, rstd = a[-3 if self.case.kernel == "layernorm_wgrad" else -4], a[-2], a[-1]
+            assert x is not None and mean is not None and rstd is not None
+            rows = decode(x, self.dtype).reshape(d[0], d[1])
+            mean[:] = encode(rows.mean(axis=1), acc)
+            rstd[:] = encode(1 / np.sqrt(rows.var(axis=1) + 1e-5), acc)
+        if self.case.kernel.startswith("rmsnorm") and not self.case.kernel.endswith("fwd"):
+            rstd = a[-1]
+            assert rstd is not None
+            rstd[:] = np.abs(rstd) + np.float32(0.5)
+        if self.case.kernel == "attention_igrad":
+            b, t, h, g, head = d[:5]
+            ldo, ldq, ldk, ldv = d[9:13]
+            lib.call(
+                "attention_fwd", self.dtype, [a[4], a[8], *a[5:8]], (b, t, h, g, head, ldo, ldq, ldk, ldv),
+                self.case.reals,
+            )  # fmt: skip
+        if self.case.kernel == "classifier_grad" and d[0] > 2:
+            target = a[5]
+            assert target is not None
+            target[1] = -1
+
+    def run(self, lib: KernelLib, set_name: str, threads: int = 1, guard: str | None = None) -> list[Array | None]:
+        arrays = [None if x is None else x.copy() for x in self.inputs]
+        lib.call(
+            self.case.kernel, self.dtype, arrays, self.case.dims, self.case.reals,
+            set_name=set_name, threads=threads, guard=guard,
+        )  # fmt: skip
+        return arrays
+
+    def outputs(self) -> list[tuple[int, int]]:
+        """(operand, dtype) of what the kernel writes, scratch left out."""
+        out = []
+        for i, code in enumerate(OPERANDS[self.case.kernel].split()):
+            if code[0] in "wu" and self.inputs[i] is not None:
+                kinds = {"D": self.dtype, "A": acc_of(self.dtype), "F": wire.F64, "B": 0}
+                out.append((i, kinds[code[1]]))
+        return out
+
+
+def _magnitudes(lib: KernelLib, call: Call) -> list[Array | None] | None:
+    """The sum of the terms' magnitudes behind each output element of a linear kernel: ref on absolute values."""
+    if not call.case.kernel.startswith(("linear", "logits", "embed", "add_acc")):
+        return None
+    inputs: list[Array | None] = []
+    for x, code in zip(call.inputs, OPERANDS[call.case.kernel].split(), strict=True):
+        if x is None or code[1] == "I":
+            inputs.append(x)
+            continue
+        kind = call.dtype if code[1] == "D" else acc_of(call.dtype)
+        inputs.append(encode(np.abs(decode(x, kind)), kind))
+    lib.call(call.case.kernel, call.dtype, inputs, call.case.dims, call.case.reals)
+    return inputs
+
+
+def _terms(case: Case) -> int:
+    d = case.dims
+    inner = {"linear_fwd": 2, "linear_igrad": 1, "linear_wgrad": 0, "logits": 1, "embed_wgrad": 0}
+    return d[inner[case.kernel]] + 3 if case.kernel in inner else 3
+
+
+def test_every_kernel_has_cases() -> None:
+    assert {case.kernel for case in CASES} == set(wire.KERNELS)
+
+
+@pytest.mark.parametrize(("case", "dtype"), WITH_DTYPE)
+def test_close_to_ref(kernels: KernelLib, case: Case, dtype: int) -> None:
+    call = Call.make(kernels, case, dtype)
+    want, magnitudes = call.run(kernels, "ref"), _magnitudes(kernels, call)
+    got = call.run(kernels, kernels.sets[-1], threads=2)
+    pairs = [(i, kind, want[i], got[i]) for i, kind in call.outputs()]
+    largest = max(np.abs(decode(w, kind)).max() for _, kind, w, _ in pairs if kind and w is not None) if pairs[0][1] else 0
+    for i, kind, w, x in pairs:
+        assert w is not None and x is not None
+        if kind == 0:
+            assert np.array_equal(w, x)
+            continue
+        w, x = decode(w, kind), decode(x, kind)
+        assert np.isfinite(x).all()
+        if magnitudes is not None:
+            m = magnitudes[i]
+            assert m is not None
+            bound = 2 * _terms(case) * EPS * np.abs(decode(m, kind))
+        else:
+            bound = np.full(w.shape, case.rel * largest)
+        if kind == wire.BF16:
+            bound = bound + 2.0**-7 * np.abs(w)
+        worst = np.max(np.abs(x - w) - bound)
+        assert worst <= 0, f"operand {i}: off by {np.abs(x - w).max():.3g}, beyond the bound by {worst:.3g}"
+
+
+@pytest.mark.parametrize(("case", "dtype"), WITH_DTYPE)
+def test_equal_bits(kernels: KernelLib, other: KernelLib, case: Case, dtype: int) -> None:
+    """Every build, both compilers, any number of threads; and nothing outside the operands is touched."""
+    call = Call.make(kernels, case, dtype)
+    fast = [name for name in kernels.sets if name != "ref"]
+    runs: list[tuple[str, list[Array | None]]] = [("first", call.run(kernels, fast[-1]))]
+    runs += [(f"{name} guarded", call.run(kernels, name, guard="after")) for name in fast]
+    runs += [("guarded before", call.run(kernels, fast[-1], guard="before"))]
+    runs += [(f"{fast[-1]} {n} threads", call.run(kernels, fast[-1], threads=n)) for n in (2, 3, 4)]
+    runs += [(f"{fast[0]} 2 threads", call.run(kernels, fast[0], threads=2))]
+    runs += [(f"{name} other compiler", call.run(other, name)) for name in fast]
+    for i, _ in call.outputs():
+        first = runs[0][1][i]
+        assert first is not None
+        for label, arrays in runs[1:]:
+            x = arrays[i]
+            assert x is not None
+            assert x.tobytes() == first.tobytes(), f"operand {i} differs: {label}"
+
+
+@pytest.fixture(scope="module")
+def other() -> KernelLib:
+    """The kernels by the compiler that the main fixture did not use."""
+    name = "gcc" if "clang" in os.environ.get("HOTSTAGE_TEST_CC", "cc") else "clang"
+    assert shutil.which(name), f"equal bits of gcc and clang cannot be tested: install {name}"
+    before = os.environ.get("HOTSTAGE_TEST_CC")
+    os.environ["HOTSTAGE_TEST_CC"] = name
+    try:
+        return KernelLib(build())
+    finally:
+        if before is None:
+            del os.environ["HOTSTAGE_TEST_CC"]
+        else:
+            os.environ["HOTSTAGE_TEST_CC"] = before
+
+
+def _fma32(a: Array, b: Array, c: Array) -> Array:
+    """fma in f32, correctly rounded: exact product in f64, the sum rounded to odd, then to f32."""
+    p, x = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    s = p + x
+    t = s - p
+    e = (p - (s - t)) + (x - t)
+    bits = s.view(np.int64).copy()
+    even = (e != 0) & (bits & 1 == 0)
+    bits += np.where(even, np.where((e > 0) == (s > 0), 1, -1), 0)
+    return bits.view(np.float64).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_linear_is_one_chain(kernels: KernelLib, dtype: int) -> None:
+    """The order contract of linear.h to the last bit: one fma chain, then bias, then residual, then one rounding."""
+    r, n, k = 14, 37, 801
+    rng = np.random.default_rng(5)
+    x, w = (encode(rng.normal(size=s), dtype) for s in ((r, k), (n, k)))
+    b, res = rng.normal(size=n).astype(np.float32), encode(rng.normal(size=(r, n)), dtype)
+    xf, wf, rf = (decode(v, dtype).astype(np.float32) for v in (x, w, res))
+    chain = np.zeros((r, n), np.float32)
+    for i in range(k):
+        chain = _fma32(np.broadcast_to(xf[:, i : i + 1], (r, n)), np.broadcast_to(wf[:, i], (r, n)), chain)
+    y = np.empty_like(res)
+    fast = kernels.sets[-1]
+    kernels.call("linear_fwd", dtype, [y, x, w, b, res], (r, n, k, n, k, n), set_name=fast, threads=2)
+    assert y.tobytes() == encode((chain + b) + rf, dtype).tobytes()
+
+    dy = encode(rng.normal(size=(r, n)), dtype)
+    df = decode(dy, dtype).astype(np.float32)
+    dw = rng.normal(size=(n, k)).astype(np.float32)
+    db = rng.normal(size=n).astype(np.float32)
+    want_w, want_b = dw.copy(), db.copy()
+    for i in range(r):
+        want_w = _fma32(np.broadcast_to(df[i][:, None], (n, k)), np.broadcast_to(xf[i], (n, k)), want_w)
+        want_b = want_b + df[i]
+    kernels.call("linear_wgrad", dtype, [dw, db, dy, x], (r, n, k, n, k), set_name=fast, threads=2)
+    assert dw.tobytes() == want_w.tobytes() and db.tobytes() == want_b.tobytes()
+
+
+def _alone(
+    kernels: KernelLib, kernel: str, arrays: Sequence[Array], dims: Sequence[int], reals: Sequence[float]
+) -> Array:
+    kernels.call(kernel, wire.F32, arrays, dims, reals, set_name=kernels.sets[-1])
+    return arrays[0]
+
+
+def test_a_row_does_not_know_its_neighbours(kernels: KernelLib) -> None:
+    rng = np.random.default_rng(9)
+    r, n, k = 29, 70, 500
+    x, w = rng.normal(size=(r, k)).astype(np.float32), rng.normal(size=(n, k)).astype(np.float32)
+    b, c = rng.normal(size=k).astype(np.float32), rng.normal(size=k).astype(np.float32)
+
+    def linear(rows: Array) -> Array:
+        m, y = len(rows), np.empty((len(rows), n), np.float32)
+        kernels.call("linear_fwd", wire.F32, [y, rows, w, None, None], (m, n, k, n, k, n), set_name=kernels.sets[-1])
+        return y
+
+    def norm(rows: Array) -> Array:
+        m, y = len(rows), np.empty_like(rows)
+        stats = [np.empty(m, np.float32) for _ in range(2)]
+        return _alone(kernels, "layernorm_fwd", [y, *stats, rows, b, c], (m, k), (1e-5,))
+
+    def loss(rows: Array) -> Array:
+        m = len(rows)
+        target = np.full(m, 3, np.int32)
+        out = [np.empty(m, np.float32), rows, w, target, np.empty((4, n), np.float32)]
+        return _alone(kernels, "classifier_fwd", out, (m, k, n, 4), ())
+
+    for op in (linear, norm, loss):
+        whole = op(x)
+        for i in (0, 11, 12, 28):
+            assert op(x[i : i + 1].copy()).tobytes() == whole[i : i + 1].tobytes(), (op.__name__, i)
+
+
+def test_attention_of_a_prefix(kernels: KernelLib) -> None:
+    """A row's output depends on the keys up to it: a longer sequence begins with the same bits."""
+    rng = np.random.default_rng(2)
+    h, d = 2, 24
+    q, k, v = (rng.normal(size=(300, h * d)).astype(np.float32) for _ in range(3))
+
+    def fwd(t: int) -> Array:
+        o, lse, ld = np.empty((t, h * d), np.float32), np.empty((h, t), np.float32), h * d
+        arrays = [o, lse, *(x[:t].copy() for x in (q, k, v))]
+        return _alone(kernels, "attention_fwd", arrays, (1, t, h, h, d, ld, ld, ld, ld), (d**-0.5,))
+
+    whole = fwd(300)
+    for t in (1, 63, 64, 65, 192, 250):
+        assert fwd(t).tobytes() == whole[:t].tobytes(), t
+
+
+def test_chunks_do_not_change_bits(kernels: KernelLib) -> None:
+    rng = np.random.default_rng(4)
+    r, c, v = 23, 40, 301
+    x, w = rng.normal(size=(r, c)).astype(np.float32), rng.normal(size=(v, c)).astype(np.float32)
+    target = rng.integers(0, v, r).astype(np.int32)
+    results = []
+    for chunk in (1, 5, 23, 64):
+        loss, dx, dw = np.empty(r, np.float32), np.empty((r, c), np.float32), np.ones((v, c), np.float32)
+        scratch = [np.empty((chunk, v), np.float32) for _ in range(2)]
+        arrays = [loss, dx, dw, x, w, target, *scratch]
+        kernels.call("classifier_grad", wire.F32, arrays, (r, c, v, chunk), (0.5,), set_name=kernels.sets[-1])
+        results.append((loss.tobytes(), dx.tobytes(), dw.tobytes()))
+    assert all(x == results[0] for x in results)
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_in_place(kernels: KernelLib, dtype: int) -> None:
+    """What the contracts call "may be": the output on top of an input gives the same bits."""
+    rng = np.random.default_rng(6)
+    fast = kernels.sets[-1]
+    n, r, c = 5000, 37, 50
+    x, dy = (encode(rng.normal(size=n), dtype) for _ in range(2))
+    y = np.empty_like(x)
+    kernels.call("gelu_igrad", dtype, [y, dy, x], (n,), set_name=fast, threads=2)
+    kernels.call("gelu_igrad", dtype, [dy, dy, x], (n,), set_name=fast, threads=2)
+    assert y.tobytes() == dy.tobytes()
+
+    gu, g = encode(rng.normal(size=(r, 2 * c)), dtype), encode(rng.normal(size=(r, c)), dtype)
+    dgu = np.empty_like(gu)
+    kernels.call("swiglu_igrad", dtype, [dgu, g, gu], (r, c), set_name=fast, threads=2)
+    kernels.call("swiglu_igrad", dtype, [gu, g, gu], (r, c), set_name=fast, threads=2)
+    assert dgu.tobytes() == gu.tobytes()
+
+    a, w = encode(rng.normal(size=(r, c)), dtype), encode(rng.normal(size=(c, c)), dtype)
+    res = encode(rng.normal(size=(r, c)), dtype)
+    out = np.empty_like(res)
+    kernels.call("linear_fwd", dtype, [out, a, w, None, res], (r, c, c, c, c, c), set_name=fast, threads=2)
+    kernels.call("linear_fwd", dtype, [res, a, w, None, res], (r, c, c, c, c, c), set_name=fast, threads=2)
+    assert out.tobytes() == res.tobytes()
+
+
+@pytest.mark.parametrize("set_name", ["portable", "avx2", "avx512"])
+def test_bf16_rounds_to_nearest_even(kernels: KernelLib, set_name: str) -> None:
+    if set_name not in kernels.sets:
+        pytest.skip(f"this CPU has no {set_name}")
+    rng = np.random.default_rng(8)
+    bits = np.concatenate([
+        rng.integers(0, 2**32, 20000, dtype=np.uint64).astype(np.uint32),
+        np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x00000001, 0x80000000,
+                  0x7F800001, 0x7FC00000, 0xFFFFFFFF], np.uint32),
+    ])  # fmt: skip
+    src, got = bits.view(np.float32), np.empty(bits.size, np.uint16)
+    want = np.empty_like(got)
+    kernels.call("cast", wire.BF16, [got, src], (src.size,), set_name=set_name)
+    kernels.call("cast", wire.BF16, [want, src], (src.size,))
+    assert got.tobytes() == want.tobytes()
+
+
+def test_not_finite_comes_through(kernels: KernelLib) -> None:
+    """A NaN or an overflow shows in the loss and in the squared norm: nothing turns it into a number."""
+    fast = kernels.sets[-1]
+    r, c, v = 5, 32, 40
+    for bad in (np.nan, np.inf):
+        x, w = np.ones((r, c), np.float32), np.ones((v, c), np.float32)
+        x[2, 3] = bad
+        loss, target, scratch = np.empty(r, np.float32), np.zeros(r, np.int32), np.empty((4, v), np.float32)
+        kernels.call("classifier_fwd", wire.F32, [loss, x, w, target, scratch], (r, c, v, 4), set_name=fast)
+        assert not np.isfinite(loss[2]) and np.isfinite(np.delete(loss, 2)).all()
+        q = np.ones((r, c), np.float32)
+        q[3, 0] = bad
+        o, lse = np.empty_like(q), np.empty((1, r), np.float32)
+        dims = (1, r, 1, 1, c, c, c, c, c)
+        kernels.call("attention_fwd", wire.F32, [o, lse, q, q, np.ones_like(q)], dims, (1.0,), set_name=fast)
+        assert not np.isfinite(o[3]).all() and np.isfinite(o[:3]).all()
+        for kernel in ("gelu_fwd", "swiglu_fwd"):
+            z = np.ones(2 * r, np.float32)
+            z[1] = bad
+            y = np.empty(2 * r if kernel == "gelu_fwd" else r, np.float32)
+            dims = (2 * r,) if kernel == "gelu_fwd" else (1, r)
+            kernels.call(kernel, wire.F32, [y, z], dims, set_name=fast)
+            assert not np.isfinite(y[1])
+        out, part = np.empty(1), np.empty(1)
+        kernels.call("sumsq", wire.F32, [out, x.reshape(-1), part], (x.size,), set_name=fast)
+        assert not np.isfinite(out[0])
+
+
+def test_f64_is_refused(kernels: KernelLib) -> None:
+    x = np.ones(4)
+    with pytest.raises(AssertionError, match="status -6"):
+        kernels.call("gelu_fwd", wire.F64, [x.copy(), x], (4,), set_name=kernels.sets[-1])
