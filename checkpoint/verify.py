@@ -1,7 +1,9 @@
 """Is everything that a run has written still what was written?
 
-    quick   every record, fold, manifest and part is read and checked; every chunk exists with its size
-    full    and every chunk's bytes are hashed, whole and block by block, and the state digest is worked out again
+    quick   every record, fold, spec, plan, manifest and part is read and checked; every chunk and shard exists with
+            its size
+    full    and every chunk's bytes are hashed, whole and block by block, so that the state digest is worked out
+            again; every shard's too
 
 A problem is a finding, not an exception; a store that does not answer is an exception (StoreUnavailable), since it says
 nothing about the bytes. Reads only. Memory: one chunk (64 MiB) and one manifest at a time.
@@ -15,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.digest import leaf_digests
-from checkpoint.errors import Damaged, NotFound
+from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
 from checkpoint.manifest import MAX_BYTES, Chunk, Manifest, Piece, merge
 from checkpoint.read import load_manifest
@@ -60,6 +62,7 @@ class _Tally:
         self.objects = 0
         self.bytes = 0
         self.problems: list[Problem] = []
+        self.datasets: set[str] = set()
 
     def saw(self, size: int) -> None:
         self.objects += 1
@@ -104,6 +107,8 @@ def verify_run(
         if progress is not None:
             progress(f"step {info.step}, record {info.n}")
         _checkpoint(store, run, info, level, tally)
+    for digest in sorted(tally.datasets):
+        _dataset(store, digest, level, tally)
     return Report(run, level, state.n, len(wanted), tally.objects, tally.bytes, tuple(tally.problems))
 
 
@@ -199,6 +204,8 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         tally.found(keys.run_key(run, info.manifest), str(error), info.n)
         return
     tally.saw(info.bytes)
+    if (dataset := manifest.meta.get("dataset")) is not None:
+        tally.datasets.add(dataset)
     parts: list[tuple[str, bytes]] = []
     for source in manifest.sources:
         data = _object(store, run, source, info, tally)
@@ -221,6 +228,35 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         view = memoryview(found)
         if any(tuple(leaf_digests(view[p.offset : p.offset + p.bytes])) != p.leaves for p in pieces):
             tally.found(keys.run_key(run, chunk.name), f"chunk {number}: its blocks give another state digest", info.n)
+
+
+def _dataset(store: Store, digest: str, level: Level, tally: _Tally) -> None:
+    """The dataset that the checkpoints were trained on: its manifest, tokenizer and shards."""
+    what = f"manifest of dataset {digest[:12]}"
+    key = f"data/{digest}/manifest"
+    try:
+        data = store.get(key, max_bytes=MAX_BYTES)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Damaged(f"{what}: its bytes do not have the digest that names it")
+        f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_BYTES), what)
+        wanted: list[tuple[str, int | None, str]] = [(f"data/{digest}/tokenizer.json", None, f.hex("tokenizer_sha256"))]
+        for number, row in enumerate(f.array("shards", 1 << 20)):
+            g = codec.Fields(row, f"{what}, shard {number}")
+            wanted.append((f"data/{digest}/{number:05d}.bin", g.integer("bytes", 1), g.hex("sha256")))
+    except (Damaged, NotFound, StoreRefused) as error:
+        tally.found(key, str(error))
+        return
+    tally.saw(len(data))
+    for key, size, sha256 in wanted:
+        seen = store.head(key)
+        if seen is None or (size is not None and seen.bytes != size):
+            tally.found(key, "gone" if seen is None else f"has {seen.bytes} bytes, the dataset's manifest says {size}")
+        elif level == "full" or size is None:
+            tally.saw(seen.bytes)
+            if hashlib.sha256(store.get(key)).hexdigest() != sha256:
+                tally.found(key, "its bytes do not have the digest that the dataset's manifest names")
+        else:
+            tally.saw(0)
 
 
 def _by_chunk(manifest: Manifest) -> Iterator[tuple[Chunk, list[Piece]]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
 
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.digest import KINDS, state_digest_of
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import (
@@ -23,6 +24,15 @@ from checkpoint.manifest import (
 from checkpoint.store import Store
 
 WHAT = bytes(range(32))
+SHARD, TOKENIZER = bytes(5000), b"{}"
+DATASET_MANIFEST = codec.pack(
+    {
+        "v": 1,
+        "shards": [{"tokens": 2480, "bytes": len(SHARD), "sha256": hashlib.sha256(SHARD).hexdigest()}],
+        "tokenizer_sha256": hashlib.sha256(TOKENIZER).hexdigest(),
+    }
+)
+DATASET = hashlib.sha256(DATASET_MANIFEST).hexdigest()
 TENSORS = (
     Tensor("wte.weight", (1000, 300)),  # two blocks, the second one short
     Tensor("b", (7,)),
@@ -94,12 +104,19 @@ def write_parts(
             saved.append((chunk, chunk_pieces(plan, data)))
         part = PartManifest.build(
             run=run, step=step, epoch=epoch, samples=step * 8, what=WHAT, part=node, parts=len(owners),
-            tensors=TENSORS, saved=saved, meta={"dataset": "d" * 64},
+            tensors=TENSORS, saved=saved, meta={"dataset": DATASET},
         )  # fmt: skip
         name = keys.part_name(step, epoch, node)
         assert store.create(keys.run_key(run, name), part.to_bytes())
         parts.append((name, part.to_bytes()))
     return parts
+
+
+def write_dataset(store: Store) -> None:
+    """What data preparation puts into a store."""
+    store.create(f"data/{DATASET}/00000.bin", SHARD)
+    store.create(f"data/{DATASET}/tokenizer.json", TOKENIZER)
+    store.create(f"data/{DATASET}/manifest", DATASET_MANIFEST)
 
 
 def save(

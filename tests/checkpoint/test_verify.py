@@ -1,0 +1,196 @@
+"""Verify: a torn or flipped byte in any object of a run is found, and the checkpoint before it is used, loudly."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint import keys
+from checkpoint.errors import Damaged, NotFound
+from checkpoint.log import FOLD_EVERY, Record, RunLog, RunState
+from checkpoint.manifest import Manifest
+from checkpoint.read import StateReader, load_manifest
+from checkpoint.store import Store, open_store
+from checkpoint.store.memory import MemoryStore
+from checkpoint.verify import first_sound, is_plan, verify_checkpoint, verify_run
+from tests.checkpoint.samples import attempt_body, digest, save, write_dataset
+from tests.support.s3_server import BUCKET, S3Server
+from trainer import wire
+
+RUN = "demo-0a1b2c"
+SPEC = b"a spec"
+
+
+def plan_file() -> tuple[str, bytes]:
+    """The smallest bytes that are a plan's."""
+    header = wire.PlanHeader()
+    header.magic[:] = wire.PLAN_MAGIC
+    header.version, header.sections = wire.PLAN_VERSION, len(wire.SECTIONS)
+    header.file_bytes = len(bytes(header)) + 64
+    digest = hashlib.sha256(bytes(header)[64:] + bytes(64)).digest()
+    header.digest[:] = digest
+    return digest.hex(), bytes(header) + bytes(64)
+
+
+def a_run(store: Store, checkpoints: int = 2) -> tuple[RunLog, RunState]:
+    """A run with a spec, a plan and checkpoints of two nodes, steps 5, 10, …"""
+    log = RunLog(store, RUN, writer="test")
+    plan, data = plan_file()
+    write_dataset(store)
+    store.create(keys.spec_key(RUN), SPEC)
+    store.create(keys.plan_key(RUN, plan), data)
+    body = attempt_body(plan=plan, what=hashlib.sha256(SPEC).hexdigest())
+    state = log.append("attempt", body, log.fold())
+    for number in range(checkpoints):
+        state, _ = save(store, log, state, seed=number, step=5 + 5 * number, owners=[[0, 1], [2, 3, 4]])
+    return log, state
+
+
+def file_of(store: Store, key: str, request: pytest.FixtureRequest) -> Path:
+    """Where a real store keeps the object's bytes: the hand that flips them."""
+    path = store.local_path(key)
+    if path is None:
+        server: S3Server = request.getfixturevalue("server")
+        prefix = store.url.split("?")[0].removeprefix(f"s3://{BUCKET}/")
+        path = server.data / BUCKET / prefix / key
+    assert path.is_file()
+    return path
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_sound_run_has_no_problems(store: Store) -> None:
+    _, state = a_run(store)
+    for level in ("quick", "full"):
+        report = verify_run(store, RUN, level)  # type: ignore[arg-type]
+        assert report.ok
+        assert report.problems == ()
+        assert (report.records, report.checkpoints) == (3, 2)
+    assert report.bytes > 2 * 12_000_000
+    assert [c.state_digest for c in state.checkpoints] == [digest(0, 5).hex(), digest(1, 10).hex()]
+
+
+@pytest.mark.parametrize("harm", [flip, tear], ids=["flipped", "torn"])
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_any_damaged_object_is_found(
+    kind: str, harm: Callable[[Path], None], files: Store, request: pytest.FixtureRequest
+) -> None:
+    """One object after the other is damaged, verified, and put right again."""
+    store = files
+    if kind == "s3":
+        server: S3Server = request.getfixturevalue("server")
+        with server.identity("trainer"):
+            store = open_store(server.url(f"verify-{harm.__name__}"))
+    a_run(store, checkpoints=1)
+    objects = [i.key for i in store.list("")]
+    assert len(objects) == 19  # 2 records, spec, plan, manifest, 2 parts, 9 chunks; 3 of the dataset
+    for key in objects:
+        path = file_of(store, key, request)
+        before = path.read_bytes()
+        harm(path)
+        report = verify_run(store, RUN, "full")
+        assert [p.key for p in report.problems] == [key], key
+        path.write_bytes(before)
+    assert verify_run(store, RUN, "full").ok
+
+
+def test_the_quick_level_finds_what_needs_no_hashing_of_chunks(files: Store, request: pytest.FixtureRequest) -> None:
+    a_run(files, checkpoints=1)
+    for info in list(files.list("")):
+        path = file_of(files, info.key, request)
+        before = path.read_bytes()
+        tear(path)
+        assert [p.key for p in verify_run(files, RUN, "quick").problems] == [info.key]
+        path.write_bytes(before)
+        path.unlink()
+        if info.key != keys.log_key(RUN, 1):
+            found = {p.key for p in verify_run(files, RUN, "quick").problems}
+            assert found == (set() if info.key == keys.log_key(RUN, 2) else {info.key})  # the last record has no next
+        path.write_bytes(before)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used_loudly(
+    files: Store, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, state = a_run(files, checkpoints=3)
+    chunks = [i.key for i in files.list(f"runs/{RUN}/chunks/{keys.point(15, 1)}/")]
+    flip(file_of(files, chunks[2], request))
+    found = first_sound(files, RUN, state.restore_candidates(), "full")
+    assert found is not None
+    assert found.step == 10
+    assert "DAMAGED" in caplog.text
+    assert any(r.levelno >= logging.WARNING and "step 15" in r.getMessage() for r in caplog.records)
+    [problem] = verify_checkpoint(files, RUN, state.checkpoints[2])
+    assert problem.key == chunks[2]
+    assert problem.checkpoint == state.checkpoints[2].n
+    state = log.append("damaged", {"checkpoint": state.checkpoints[2].n, "reason": problem.reason}, state)
+    assert [c.step for c in state.restore_candidates()] == [10, 5]
+
+
+def read_all(store: Store, manifest: Manifest) -> None:
+    for tensor in manifest.tensors:
+        for kind in range(3):
+            StateReader(store, manifest).read(tensor.name, kind)
+
+
+def test_a_reader_finds_a_flipped_byte_in_whatever_it_reads(files: Store, request: pytest.FixtureRequest) -> None:
+    _, state = a_run(files, checkpoints=1)
+    manifest = load_manifest(files, RUN, state.checkpoints[0])
+    for chunk in manifest.chunks:
+        path = file_of(files, keys.run_key(RUN, chunk.name), request)
+        before = path.read_bytes()
+        flip(path)
+        with pytest.raises(Damaged, match="not what was saved"):
+            read_all(files, manifest)
+        path.unlink()
+        with pytest.raises(Damaged, match="it is gone"):
+            read_all(files, manifest)
+        path.write_bytes(before)
+
+
+def test_folds_are_checked_against_the_records(tmp_path: Path) -> None:
+    store = MemoryStore()
+    log = RunLog(store, RUN, writer="test")
+    state = log.append("attempt", attempt_body(), log.fold())
+    while state.n < FOLD_EVERY - 1:
+        state = log.append("intervention", {"kind": "x"}, state)
+    store.create(keys.spec_key(RUN), SPEC)
+    good = MemoryStore()
+    for info in store.list(""):
+        good.create(info.key, store.get(info.key))
+    RunLog(good, RUN).append("intervention", {"kind": "y"}, state)
+    clean = [p for p in verify_run(good, RUN).problems if "/folds/" in p.key]
+    assert clean == []
+    lie = RunLog(store, RUN)
+    body = lie._store_state(RunState(RUN, n=state.n))
+    store.create(keys.log_key(RUN, FOLD_EVERY), Record(FOLD_EVERY, "fold", 1, "w:0", 0.0, body).to_bytes())
+    [problem] = [p for p in verify_run(store, RUN).problems if "/folds/" in p.key]
+    assert "something else than the 255 records before it" in problem.reason
+
+
+def test_a_run_that_is_not_there() -> None:
+    with pytest.raises(NotFound):
+        verify_run(MemoryStore(), RUN)
+
+
+def test_plans_are_known_by_their_digest() -> None:
+    name, data = plan_file()
+    assert is_plan(data, name)
+    for at in range(len(data)):
+        torn = bytearray(data)
+        torn[at] ^= 1
+        assert not is_plan(bytes(torn), name), at
+    assert not is_plan(data[:-1], name)
+    assert not is_plan(b"", name)
