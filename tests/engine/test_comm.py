@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import signal
 import socket
 import subprocess
@@ -318,8 +319,8 @@ def test_rendezvous_passes_the_right_order_and_stalls_the_wrong_one(tmp_path: Pa
     code, out = run_loop(tmp_path, gang, "S0.0 S0.1 R1.0 R1.1", "R0.0 R0.1 S1.0 S1.1")
     assert code == 0, out
     code, out = run_loop(tmp_path, gang, "S0.0 R1.0", "S1.0 R0.0")  # both send first: needs a buffer
-    assert code == 86
-    assert "0 STALLED S0.0 send of microbatch 0 on channel 0 with rank 1 passed its deadline" in out
+    assert code in (75, 86)  # both stall; who is second may see that the first has left
+    assert re.search(r"[01] STALLED S([01]).0 send of microbatch 0 on channel \1 .* passed its deadline", out), out
 
 
 def test_rendezvous_sees_what_does_not_fit_and_who_left(tmp_path: Path) -> None:

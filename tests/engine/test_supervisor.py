@@ -73,7 +73,7 @@ def test_ranks_see_no_secrets(ready: Node) -> None:
     assert ready.agent.output(0) == "".join(f"{n} is not set\n" for n in names[:3]) + "PLAIN=yes\n"
 
 
-@pytest.mark.parametrize(("end", "code"), [("exit 65", 65), ("raise 11", -11), ("exit 1", 1)])
+@pytest.mark.parametrize(("end", "code"), [("exit 65", 65), ("raise 14", -14), ("exit 1", 1)])
 def test_a_rank_that_dies_ends_its_attempt(ready: Node, end: str, code: int) -> None:
     ready.agent.run(1, 3, ready.plan(f"0 wait\n1 {end}\n2 hang\n"))
     assert ready.exits(1) == {0: 75, 1: code, 2: -signal.SIGKILL}

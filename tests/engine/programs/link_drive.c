@@ -49,6 +49,7 @@ int main(int argc, char **argv) {
     hs_status st = hs_agent_link_create(argv[1], (uint32_t)atoi(argv[2]), epoch, &log, &link, &why);
     if (st != HS_OK) {
         (void)printf("%s %s\n", hs_status_name(st), why.text);
+        hs_stop_destroy(stop);
         return hs_status_exit(st);
     }
     char line[8192], word[32];

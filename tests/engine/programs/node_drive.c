@@ -82,6 +82,7 @@ static int follow(const char *word, const char *text, struct hs_stop *stop, hs_r
 static int be_rank(int argc, char **argv) {
     struct hs_stop *stop;
     char line[512], word[32], text[256];
+    int result = 0;
     const int me = atoi(option(argc, argv, "--rank"));
     void *page = mmap(NULL, HS_RANK_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
                       atoi(option(argc, argv, "--status-fd")), 0);
@@ -92,9 +93,14 @@ static int be_rank(int argc, char **argv) {
         text[0] = '\0';
         if (sscanf(line, "%d %31s %255[^\n]", &rank, word, text) < 2 || rank != me) continue;
         const int code = follow(word, text, stop, page, atoi(option(argc, argv, "--listen-fd")));
-        if (code >= 0) return code;
+        if (code >= 0) {
+            result = code;
+            break;
+        }
     }
-    return 0;
+    (void)fclose(script);
+    hs_stop_destroy(stop);
+    return result;
 }
 
 int main(int argc, char **argv) {
