@@ -1,0 +1,69 @@
+"""Small real plans for the engine's tests, and what edits their bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.e2e.engine_runs import write_samples
+from trainer import wire
+from trainer.dataset import DatasetRef
+from trainer.plan.compile import compile_plan
+from trainer.plan.records import Plan
+from trainer.spec import parse_spec, what_digest
+
+VOCAB, SEQUENCE, SAMPLES = 30, 8, 12
+
+GPT2: dict[str, Any] = {"family": "gpt2", "layers": 2, "width": 16, "heads": 2}
+LLAMA: dict[str, Any] = {"family": "llama", "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "hidden": 24}
+
+
+def small_plan(
+    folder: Path | None = None,
+    *,
+    stages: int = 1,
+    model: dict[str, Any] = GPT2,
+    mode: Any = "train",
+    data: dict[str, Any] | None = None,
+    dataset: DatasetRef | None = None,
+    **train: Any,
+) -> Plan:
+    """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
+    if dataset is None and folder is not None:
+        tokens = np.random.default_rng(5).integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))
+        dataset = write_samples(folder / "data", tokens, VOCAB)
+    dataset = dataset or DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
+    values: dict[str, Any] = {
+        "name": "small",
+        "model": model | {"vocab": VOCAB, "context": SEQUENCE},
+        "data": data or {},
+        "train": {"steps": 3, "batch": 4, "microbatch": 2, "sequence": SEQUENCE, "seed": 3} | train,
+        "parallel": {"stages": stages, "threads": 1},
+        "checkpoint": {"every": 0},
+    }
+    spec = parse_spec(values)
+    return compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), mode)
+
+
+def sealed(data: bytes | bytearray) -> bytes:
+    """The same bytes with their own digest."""
+    out = bytearray(data)
+    start = wire.PlanHeader.digest.offset
+    out[start : start + 32] = hashlib.sha256(out[64:]).digest()
+    return bytes(out)
+
+
+def edited(data: bytes, section: str, record: int, kind: Any, change: Callable[[Any], None]) -> bytes:
+    """The plan with one record of a section changed in place, and the digest made to fit."""
+    out = bytearray(data)
+    header = wire.PlanHeader.from_buffer_copy(data)
+    at = header.section[wire.SECTIONS.index(section)].offset + record * ctypes.sizeof(kind)
+    value = kind.from_buffer_copy(data, at)
+    change(value)
+    out[at : at + ctypes.sizeof(kind)] = bytes(value)
+    return sealed(out)

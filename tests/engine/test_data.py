@@ -1,0 +1,123 @@
+"""Shards and the order of samples: the engine's arithmetic against the Python mirror, and bad shards refused with 65."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.engine.engine_build import engine
+from tests.engine.plans import SEQUENCE, VOCAB, small_plan
+from trainer.dataset import DatasetRef, SampleOrder, write_shard
+
+__all__ = ["engine"]
+
+
+def order(engine: Path, folder: Path, dataset: DatasetRef, data: dict[str, object], count: int, seed: int) -> list[int]:
+    path = folder / "plan"
+    path.write_bytes(small_plan(dataset=dataset, data=data, seed=seed).to_bytes())
+    command = [engine, "order", "--plan", path, "--first", "0", "--count", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "window", "shuffled"),
+    [
+        ((9,), 1, 1, True),
+        ((9, 0, 3, 9), 1, 1, True),
+        ((401, 90, 7, 300), 4, 3, True),
+        ((401, 90, 7, 300), 1000, 1, True),
+        ((401, 90, 7, 300), 1, 1000, True),
+        ((2000,), 7, 5, True),
+        ((401, 90, 7, 300), 4, 3, False),
+    ],
+)
+def test_the_order_is_the_mirrors_and_every_pass_a_permutation(
+    engine: Path, tmp_path: Path, tokens: tuple[int, ...], block: int, window: int, shuffled: bool
+) -> None:
+    dataset = DatasetRef("0" * 64, VOCAB, 2, tokens, "0" * 64)
+    for seed in (0, 1, 2**63 - 1):
+        mirror = SampleOrder(dataset, SEQUENCE, seed, shuffled, block, window)
+        total = dataset.samples(SEQUENCE)
+        used = total // min(block, total) * min(block, total) if shuffled else total
+        data: dict[str, object] = {"block": block, "window": window, "shuffled": shuffled}
+        samples = order(engine, tmp_path, dataset, data, 3 * used, seed)
+        assert samples == [mirror.sample(i) for i in range(3 * used)]
+        passes = [samples[i : i + used] for i in range(0, 3 * used, used)]
+        for one in passes:
+            assert max(Counter(one).values()) == 1
+        if shuffled and used > 20:
+            assert passes[0] != passes[1]
+
+
+def run(folder: Path, engine: Path) -> tuple[int, str]:
+    """One rank on the small plan over ``folder/data`` as it lies there."""
+    plan = small_plan(dataset=DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE * 12 + 1,), "0" * 64))
+    (folder / "plan").write_bytes(plan.to_bytes())
+    (folder / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], folder / "data", folder))
+    command = [
+        engine,
+        "rank",
+        "--plan",
+        folder / "plan",
+        "--attempt",
+        folder / "attempt",
+        "--rank",
+        "0",
+        "--agent",
+        "-",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "00000.bin"
+    write_shard(path, np.random.default_rng(0).integers(0, VOCAB, SEQUENCE * 12 + 1), VOCAB)
+    return path
+
+
+def test_a_good_shard_trains(engine: Path, tmp_path: Path, shard: Path) -> None:
+    code, words = run(tmp_path, engine)
+    assert code == 0, words
+
+
+@pytest.mark.parametrize("cut", [1, 2, 64, 100])
+def test_a_shard_cut_short_is_refused(engine: Path, tmp_path: Path, shard: Path, cut: int) -> None:
+    shard.write_bytes(shard.read_bytes()[:-cut])
+    code, words = run(tmp_path, engine)
+    assert code == 65
+    assert "00000.bin" in words
+    assert f"has {64 + 2 * (SEQUENCE * 12 + 1) - cut} bytes, the plan says" in words
+
+
+def test_a_missing_shard_is_refused(engine: Path, tmp_path: Path, shard: Path) -> None:
+    shard.unlink()
+    code, words = run(tmp_path, engine)
+    assert code == 65
+    assert "No such file" in words
+
+
+def test_a_token_beyond_the_vocabulary_is_named(engine: Path, tmp_path: Path, shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[64 + 2 * 17 : 64 + 2 * 18] = (VOCAB).to_bytes(2, "little")
+    shard.write_bytes(data)
+    code, words = run(tmp_path, engine)
+    assert code == 65
+    assert f"token number 17 is {VOCAB}, the vocabulary ends at {VOCAB}" in words
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, b"X"), (8, b"\x02"), (12, b"\x04"), (16, b"\x01"), (24, b"\xff\xff")])
+def test_a_wrong_header_is_refused(engine: Path, tmp_path: Path, shard: Path, at: int, value: bytes) -> None:
+    data = bytearray(shard.read_bytes())
+    data[at : at + len(value)] = value
+    shard.write_bytes(data)
+    code, words = run(tmp_path, engine)
+    assert code == 65, words

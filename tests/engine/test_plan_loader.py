@@ -1,0 +1,203 @@
+"""The engine refuses a plan that does not hold: exit 78, one line that names the failure, never a crash."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.engine_build import build_program, engine
+from tests.engine.plans import GPT2, LLAMA, edited, sealed, small_plan
+from trainer import wire
+
+__all__ = ["engine"]  # the fixture
+
+Check = Callable[[bytes], tuple[int, str]]
+
+
+@pytest.fixture
+def check(engine: Path, tmp_path: Path) -> Check:
+    """Gives bytes to ``check-plan``: its exit code and what it said."""
+
+    def run(data: bytes) -> tuple[int, str]:
+        path = tmp_path / "plan"
+        path.write_bytes(data)
+        done = subprocess.run([engine, "check-plan", path], capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def good() -> bytes:
+    return small_plan(stages=2).to_bytes()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_plans_are_taken(check: Check, stages: int, model: dict[str, Any], precision: str) -> None:
+    assert check(small_plan(stages=stages, model=model, precision=precision).to_bytes()) == (0, "")
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_compiled_inference_plans_are_taken(check: Check, model: dict[str, Any]) -> None:
+    assert check(small_plan(model=model, mode="infer").to_bytes()) == (0, "")
+
+
+def test_cut_at_every_section_and_around(check: Check, good: bytes) -> None:
+    header = wire.PlanHeader.from_buffer_copy(good)
+    places = {0, 1, 63, 64, 223, len(good) - 1} | {s.offset + d for s in header.section for d in (-1, 0, 1)}
+    for place in sorted(p for p in places if p < len(good)):
+        code, words = check(good[:place])
+        assert code == 78, (place, words)
+        assert "refused" in words or "cannot be read" in words
+
+
+def test_a_longer_file_is_refused(check: Check, good: bytes) -> None:
+    code, words = check(good + b"\0" * 64)
+    assert code == 78
+    assert "cut or grown" in words
+
+
+def test_another_version_is_named(check: Check, good: bytes) -> None:
+    data = bytearray(good)
+    data[8:12] = (7).to_bytes(4, "little")
+    code, words = check(sealed(data))
+    assert code == 78
+    assert "version 7, this engine reads 1" in words
+
+
+def test_a_missing_file_is_refused(engine: Path, tmp_path: Path) -> None:
+    done = subprocess.run([engine, "check-plan", tmp_path / "no"], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "No such file" in done.stderr
+
+
+def test_a_flipped_bit_anywhere_is_refused(check: Check, good: bytes) -> None:
+    dice = random.Random(1)
+    for _ in range(100):
+        data = bytearray(good)
+        at = dice.randrange(len(data))
+        data[at] ^= 1 << dice.randrange(8)
+        code, words = check(bytes(data))
+        assert code == 78, (at, words)
+
+
+def _set(**values: Any) -> Callable[[Any], None]:
+    def change(record: Any) -> None:
+        for name, value in values.items():
+            setattr(record, name, value)
+
+    return change
+
+
+def _ref(operand: int, **values: Any) -> Callable[[Any], None]:
+    def change(call: Any) -> None:
+        _set(**values)(call.ptr[operand])
+
+    return change
+
+
+def _dim(number: int, value: int) -> Callable[[Any], None]:
+    def change(call: Any) -> None:
+        call.dim[number] = value
+
+    return change
+
+
+def _find(data: bytes, section: str, kind: Any, wanted: Callable[[Any], bool]) -> int:
+    header = wire.PlanHeader.from_buffer_copy(data)
+    part = header.section[wire.SECTIONS.index(section)]
+    records = (kind * part.count).from_buffer_copy(data, part.offset)
+    return next(number for number, record in enumerate(records) if wanted(record))
+
+
+CONFIG, TENSOR, POSITION, STATE = wire.PlanConfig, wire.PlanTensor, wire.PlanPosition, wire.PlanState
+CALL, ACTION, CHANNEL, PROGRAM, SHARD = (
+    wire.PlanCall,
+    wire.PlanAction,
+    wire.PlanChannel,
+    wire.PlanProgram,
+    wire.PlanShard,
+)
+
+REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], None], str]] = [
+    ("config", CONFIG, None, _set(mode=9), "config mode is 9"),
+    ("config", CONFIG, None, _set(token_bytes=3), "token_bytes is 3"),
+    ("config", CONFIG, None, _set(replicas=2), "config replicas is 2, outside 1..1"),
+    ("config", CONFIG, None, _set(beta1=1.0), "beta1 1"),
+    ("config", CONFIG, None, _set(lr=float("nan")), "lr nan"),
+    ("config", CONFIG, None, _set(positions=3), "3 positions, the table has 2"),
+    ("config", CONFIG, None, _set(data_samples=5), "data_samples is 5, the shards have 12"),
+    ("shards", SHARD, None, _set(tokens=1 << 60), "shard 0"),
+    ("tensors", TENSOR, None, _set(elements=7), "7 elements, its shape has"),
+    ("tensors", TENSOR, None, _set(rank=5), "rank 5"),
+    ("tensors", TENSOR, None, _set(name_offset=1 << 30), "its name at"),
+    ("tensors", TENSOR, None, _set(name_length=0), "has no name"),
+    ("positions", POSITION, None, _set(arena_bytes=1 << 60), "an arena of"),
+    ("positions", POSITION, None, _set(arena_bytes=4096), "passes the arena"),
+    ("positions", POSITION, None, _set(act_stride=1 << 62), "act area"),
+    ("positions", POSITION, None, _set(tokens_offset=1 << 40), "tokens at"),
+    ("positions", POSITION, None, _set(slot_bytes=64), "slot_bytes 64, its states take"),
+    ("positions", POSITION, None, _set(first_step=1 << 31), "step actions"),
+    ("states", STATE, None, _set(tensor=999), "tensor 999"),
+    ("states", STATE, None, _set(tensor=1), "is owned by positions"),
+    ("states", STATE, None, _set(master_offset=1 << 50), "passes the arena"),
+    ("states", STATE, None, _set(slot_offset=1 << 45), "slot_offset"),
+    ("programs", PROGRAM, None, _set(first_call=1 << 20), "program 0: calls"),
+    ("calls", CALL, None, _set(kernel=99), "no kernel 99"),
+    ("calls", CALL, None, _set(dtype=3), "dtype 3"),
+    ("calls", CALL, lambda c: c.kernel == 9, _ref(0, bytes=4), "its reference holds 4"),
+    ("calls", CALL, lambda c: c.kernel == 9, _ref(0, offset=1 << 40), "passes its space"),
+    ("calls", CALL, lambda c: c.kernel == 9, _ref(2, space=0, offset=0, bytes=0), "operand 2 is missing"),
+    ("calls", CALL, lambda c: c.kernel == 9, _dim(2, 1 << 62), "call"),
+    ("calls", CALL, lambda c: c.kernel == 9, _dim(15, 1), "unused dim 15"),
+    ("calls", CALL, lambda c: c.kernel == 1, _ref(1, space=1, offset=0), "is not this position's tokens"),
+    ("calls", CALL, lambda c: c.kernel == 1, _dim(2, 29), "a vocabulary of 29, the plan's is 30"),
+    ("actions", ACTION, None, _set(kind=77), "no kind 77"),
+    ("actions", ACTION, None, _set(program=999), "program 999"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_RUN and a.slot == 0, _set(slot=99), "slot 99"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_RUN and a.slot == 0, _set(slot=wire.NONE32), "names none"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_SEND, _set(channel=99), "channel 99"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_SEND, _set(kind=wire.A_RECV), "does not end at position"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_COMBINE, _set(kind=wire.A_APPLY), "comes before"),
+    ("channels", CHANNEL, None, _set(to=7), "channel 0"),
+    ("channels", CHANNEL, None, _set(bytes=4), "carries 4"),
+]
+
+
+@pytest.mark.parametrize(("section", "kind", "wanted", "change", "words"), REFUSALS, ids=[r[4] for r in REFUSALS])
+def test_each_check_names_what_it_found(
+    check: Check,
+    good: bytes,
+    section: str,
+    kind: Any,
+    wanted: Callable[[Any], bool] | None,
+    change: Callable[[Any], None],
+    words: str,
+) -> None:
+    record = _find(good, section, kind, wanted) if wanted else 0
+    code, said = check(edited(good, section, record, kind, change))
+    assert code == 78
+    assert words in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mutated_plans_are_refused_or_run_inside_their_memory(tmp_path: Path, stages: int, precision: str) -> None:
+    path = tmp_path / "plan"
+    for model, seed in ((GPT2, 1), (LLAMA, 2)):
+        path.write_bytes(small_plan(stages=stages, model=model, precision=precision).to_bytes())
+        command = [str(build_program("plan_fuzz")), str(path), "1000", str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        counted = json.loads(done.stdout)
+        assert counted["refused"] > 500
+        assert counted["run"] > 20
