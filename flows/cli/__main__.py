@@ -1,0 +1,5 @@
+"""``python -m flows.cli``: the command, where it is not installed as ``hotstage``."""
+
+from flows.cli.main import main
+
+main()

@@ -1,0 +1,189 @@
+"""The chaos harness: kills one process of a real run at a named place, as seen from outside. Nothing in the product helps.
+
+A place inside a rank is read from the page of shared memory in which every rank says what it does
+(``core/rank_page.h``, found through /proc); a place of the agent from the objects that are in the store. A watcher
+process spins until it sees the place, then sends SIGKILL. Faults are plain data drawn from a seed and printed, so that a
+failure replays: ``Fault.parse("forward rank=1 step=7")``.
+
+    python -m tests.support.chaos FAULT RUN_FOLDER WORK_FOLDER    # the watcher
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import wire
+
+PLACES = ("forward", "backward", "send", "receive", "snapshot", "upload", "commit", "agent", "supervisor")
+_KINDS = {
+    "forward": (wire.A_RUN, "F"),
+    "backward": (wire.A_RUN, "B"),
+    "send": (wire.A_SEND, None),
+    "receive": (wire.A_RECV, None),
+    "snapshot": (wire.A_SNAPSHOT, None),
+}
+_PAGE = struct.Struct("<QqIIIII")  # hs_rank_page
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One SIGKILL. ``rank`` is a rank, or ignored for what is not in a rank; ``step`` the step in which it happens."""
+
+    place: str
+    rank: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.place} rank={self.rank} step={self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        place, rank, step = text.split()
+        return cls(place, int(rank.removeprefix("rank=")), int(step.removeprefix("step=")))
+
+
+def draw(seed: int, places: tuple[str, ...], ranks: int, steps: range) -> list[Fault]:
+    """One fault a place, at seeded ranks and steps; the same seed gives the same faults."""
+    rng = random.Random(seed)
+    return [Fault(place, rng.randrange(ranks), rng.choice(steps)) for place in places]
+
+
+@contextlib.contextmanager
+def unleashed(fault: Fault, run_folder: Path, work: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The watcher at work beside what the block does; it is gone afterwards. Its exit code is 0 once it has killed."""
+    print(f"fault: {fault}")
+    watcher = subprocess.Popen([sys.executable, "-m", "tests.support.chaos", str(fault), str(run_folder), str(work)])
+    try:
+        yield watcher
+    finally:
+        if watcher.poll() is None:
+            watcher.kill()
+        watcher.wait()
+
+
+# --- the watcher ------------------------------------------------------------------------------------------
+
+
+def _pids(work: Path) -> Iterator[tuple[int, list[str]]]:
+    """Processes that work below a folder, with their arguments."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            args = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            home = os.readlink(entry / "cwd")
+        except OSError:
+            continue
+        if str(work) in home or any(str(work) in arg for arg in args):
+            yield int(entry.name), args
+
+
+def _rank_pid(work: Path, rank: int) -> int | None:
+    for pid, args in _pids(work):
+        if "rank" in args[1:2] and "--rank" in args and args[args.index("--rank") + 1] == str(rank):
+            return pid
+    return None
+
+
+def _page_of(pid: int) -> int | None:
+    """A descriptor of the rank's page, opened through its own table."""
+    folder = Path(f"/proc/{pid}/fd")
+    try:
+        for entry in folder.iterdir():
+            if "hotstage-rank-page" in os.readlink(entry):
+                return os.open(entry, os.O_RDONLY)
+    except OSError:
+        return None
+    return None
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
+    """Spin on the rank's page until it is at the place in that step (or a later one: spinning may miss a short one)."""
+    kind, op = _KINDS[fault.place]
+    while time.monotonic() < deadline:
+        pid = _rank_pid(work, fault.rank)
+        page = _page_of(pid) if pid else None
+        if pid is None or page is None:
+            time.sleep(0.002)
+            continue
+        try:
+            while time.monotonic() < deadline:
+                for _ in range(2000):
+                    _, step, _, now, letter, _, _ = _PAGE.unpack(os.pread(page, _PAGE.size, 0))
+                    if step >= fault.step and now == kind and (op is None or letter == ord(op)):
+                        _kill(pid)
+                        return True
+                if not Path(f"/proc/{pid}").exists():
+                    break
+        except OSError:
+            pass
+        finally:
+            os.close(page)
+    return False
+
+
+def _of_kind(work: Path, word: str) -> int | None:
+    for pid, args in _pids(work):
+        if word == "agent" and "checkpoint.agent" in args:
+            return pid
+        if word == "supervisor" and args[1:2] == ["node"]:
+            return pid
+    return None
+
+
+def _outside(fault: Fault, run_folder: Path, work: Path, deadline: float) -> bool:
+    """Kill agent or supervisor when the store shows the place: a chunk (upload), a part without its record (commit)."""
+    word = "supervisor" if fault.place == "supervisor" else "agent"
+    pattern = {
+        "upload": "chunks/*/*",
+        "commit": "manifests/*/parts/*",
+        "agent": "live/*/metrics/*",
+        "supervisor": "live/*/metrics/*",
+    }[fault.place]
+    while time.monotonic() < deadline:
+        for found in run_folder.glob(pattern):
+            if fault.place in ("upload", "commit"):
+                step = int(found.relative_to(run_folder).parts[1].split("-")[0])
+                there = step >= fault.step
+            else:
+                there = _last_step(found) >= fault.step
+            pid = _of_kind(work, word) if there else None
+            if pid is not None:
+                _kill(pid)
+                return True
+        time.sleep(0.0005)
+    return False
+
+
+def _last_step(segment: Path) -> int:
+    try:
+        return max((json.loads(line).get("step", 0) for line in segment.read_bytes().splitlines()), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def main() -> int:
+    fault, run_folder, work = Fault.parse(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    deadline = time.monotonic() + _PATIENCE_S
+    struck = _in_rank(fault, work, deadline) if fault.place in _KINDS else _outside(fault, run_folder, work, deadline)
+    return 0 if struck else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
