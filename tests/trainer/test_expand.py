@@ -161,6 +161,7 @@ def test_layers_split_by_cost() -> None:
     assert split_layers([1] * 12, 6, 2) == (range(9), range(9, 12))
     assert split_layers([5, 1, 1, 1], 0, 2) == (range(1), range(1, 4))
     assert split_layers([1, 1, 1], 100, 3) == (range(1), range(1, 2), range(2, 3))
+    assert [len(r) for r in split_layers([1] * 9, 5, 4)] == [2, 3, 3, 1]  # the head decides; the others share alike
     with pytest.raises(PlanError, match="4 stages cannot share 3 layers"):
         split_layers([1, 1, 1], 0, 4)
 

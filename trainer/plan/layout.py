@@ -6,7 +6,7 @@ needs no cost model of its own. The embedding costs nothing (it is a copy), the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trainer.errors import PlanError
 from trainer.models.base import Call
@@ -28,8 +28,8 @@ def call_cost(call: Call) -> int:
 def split_layers(costs: Sequence[int], head: int, stages: int) -> tuple[range, ...]:
     """Contiguous, non-empty ranges of layers, one a stage, minimising the heaviest stage; exact (dynamic programme).
 
-    ``costs`` of the layers in order, ``head`` on top of the last stage. Among equals the earlier stages take fewer
-    layers' cost: they hold more microbatches in flight under 1F1B.
+    ``costs`` of the layers in order, ``head`` on top of the last stage. Among equals the one whose stages differ least
+    (sum of squares), then the one whose earlier stages have fewer layers: they hold more microbatches in flight.
 
     >>> split_layers([1, 1, 1, 1], 2, 2)
     (range(0, 3), range(3, 4))
@@ -37,25 +37,41 @@ def split_layers(costs: Sequence[int], head: int, stages: int) -> tuple[range, .
     count = len(costs)
     if not 1 <= stages <= count:
         raise PlanError(f"{stages} stages cannot share {count} layers; every stage needs one: take 1..{count} stages")
-    total = [0]
+    sums = [0]
     for cost in costs:
-        total.append(total[-1] + cost)
-    # best[s][n]: the lightest heaviest stage when the layers from n on go to the last s stages
-    best: list[list[int | None]] = [[None] * (count + 1) for _ in range(stages + 1)]
-    cut: list[list[int]] = [[0] * (count + 1) for _ in range(stages + 1)]
-    for first in range(count):
-        best[1][first], cut[1][first] = total[count] - total[first] + head, count
-    for left in range(2, stages + 1):
-        for first in range(count - left + 1):
-            for end in range(first + 1, count - left + 2):
-                rest = best[left - 1][end]
-                assert rest is not None
-                heaviest, known = max(total[end] - total[first], rest), best[left][first]
-                if known is None or heaviest < known:
-                    best[left][first], cut[left][first] = heaviest, end
-    ranges: list[range] = []
-    first = 0
-    for left in range(stages, 0, -1):
-        ranges.append(range(first, cut[left][first]))
-        first = ranges[-1].stop
-    return tuple(ranges)
+        sums.append(sums[-1] + cost)
+    total = sums[count] + head
+    heaviest = _cut(sums, head, stages, total, max)[0]
+    ends = _cut(sums, head, stages, heaviest, lambda stage, rest: stage * stage + rest)[1]
+    return tuple(range(first, end) for first, end in zip((0, *ends), ends, strict=False))
+
+
+def _cut(
+    sums: Sequence[int], head: int, stages: int, limit: int, join: Callable[[int, int], int]
+) -> tuple[int, tuple[int, ...]]:
+    """The least ``join`` of all stages' costs where none passes ``limit``, and where the stages end.
+
+    ``sums[n]`` is the cost of the first n layers; ``join(cost of a stage, join of the later ones)`` must not fall when
+    either grows.
+    """
+    count = len(sums) - 1
+    best: list[tuple[int, tuple[int, ...]] | None] = []  # by first layer, for the stages that are left
+    for first in range(count + 1):
+        last = sums[count] - sums[first] + head
+        best.append((join(last, 0), (count,)) if first < count and last <= limit else None)
+    for _ in range(stages - 1):
+        now: list[tuple[int, tuple[int, ...]] | None] = []
+        for first in range(count + 1):
+            found: tuple[int, tuple[int, ...]] | None = None
+            for end in range(first + 1, count):
+                cost, rest = sums[end] - sums[first], best[end]
+                if cost > limit:
+                    break
+                if rest is not None:
+                    value = join(cost, rest[0])
+                    if found is None or value < found[0]:
+                        found = (value, (end, *rest[1]))
+            now.append(found)
+        best = now
+    assert best[0] is not None, "one layer a stage always fits"
+    return best[0]
