@@ -104,12 +104,15 @@ class CheckpointView:
 
 @dataclass(frozen=True)
 class LogView:
-    """The folded log, as far as decisions need it. ``candidates``: restore points, best first (checkpoint.log)."""
+    """The folded log, as far as decisions need it. ``candidates``: restore points, best first (checkpoint.log);
+    ``parent``: (run, record, step) of the checkpoint that a forked run begins from.
+    """
 
     attempts: tuple[AttemptView, ...] = ()
     checkpoints: tuple[CheckpointView, ...] = ()
     candidates: tuple[CheckpointView, ...] = ()
     ended: str | None = None
+    parent: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,15 +156,20 @@ class Cause:
 
 @dataclass(frozen=True)
 class Restore:
-    """A restore point: the checkpoint record (None: from the start), and the slots where all nodes hold a newer step."""
+    """A restore point: the checkpoint record (None: from the start), and the slots where all nodes hold a newer step.
+
+    ``parent``: (run, record) of the checkpoint that a forked run begins from, while it has none of its own.
+    """
 
     checkpoint: int | None
     step: int
     slots: tuple[int, int] | None = None
+    parent: tuple[str, int] | None = None
 
     def to_map(self) -> dict[str, Any]:
         slots = {"step": self.slots[0], "epoch": self.slots[1]} if self.slots else None
-        return {"checkpoint": self.checkpoint, "step": self.step, "slots": slots}
+        parent = {"run": self.parent[0], "checkpoint": self.parent[1]} if self.parent else None
+        return {"checkpoint": self.checkpoint, "step": self.step, "slots": slots, "parent": parent}
 
 
 @dataclass(frozen=True)
@@ -268,8 +276,12 @@ def diagnose(ranks: Sequence[RankView]) -> Cause | None:
 
 def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, use_slots: bool) -> Restore:
     """The best restore point: the log's first candidate, or newer slots where every node holds the same step."""
-    best = log.candidates[0] if log.candidates else None
-    base = Restore(best.n, best.step) if best else Restore(None, 0)
+    if log.candidates:
+        base = Restore(log.candidates[0].n, log.candidates[0].step)
+    elif log.parent:
+        base = Restore(None, log.parent[2], parent=log.parent[:2])
+    else:
+        base = Restore(None, 0)
     if not use_slots or not log.attempts or len(nodes) < policy.nodes:
         return base
     newest = log.attempts[-1]
@@ -281,7 +293,7 @@ def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, u
     if not usable:
         return base
     step, epoch = max(usable)
-    return Restore(base.checkpoint, step, (step, epoch))
+    return Restore(base.checkpoint, step, (step, epoch), base.parent)
 
 
 def _progress(log: LogView) -> list[int]:
@@ -328,7 +340,7 @@ def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
     if any(c.step >= policy.steps for c in log.candidates):  # D1
         return End("succeeded", f"step {policy.steps} is saved")
     if not log.attempts:
-        return StartAttempt(Restore(None, 0), (), "start")
+        return StartAttempt(choose_restore(log, (), policy, use_slots=False), (), "start")
 
     newest = log.attempts[-1]
     if newest.plan != policy.plan or newest.launch != policy.launch:

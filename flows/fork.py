@@ -73,8 +73,3 @@ def _pin(log: RunLog, state: RunState, checkpoint: int, child: str) -> None:
         lambda s: None if f"fork-{child}" in s.pins else ("pin", {"checkpoint": checkpoint, "name": f"fork-{child}"}),
         state,
     )
-
-
-def parent_of(state: RunState) -> Mapping[str, Any] | None:
-    """The parent that a run's log names, if it was forked."""
-    return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)

@@ -28,6 +28,7 @@ from flows.driver import (
     NodeView,
     Phase,
     Policy,
+    Restore,
     StartAttempt,
     Watch,
     choose_restore,
@@ -212,7 +213,7 @@ class Driver:
                     "reason": order.reason,
                     "cause": cause,
                     "step": order.restore.step,
-                    "from": "memory" if order.restore.slots else "checkpoint" if order.restore.checkpoint else "start",
+                    "from": origin_of(order.restore),
                 },
             )
         )
@@ -316,6 +317,13 @@ def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
             return newest.launch
     launches = {a.launch for a in state.attempts}
     return f"{prepared.run}-{kind}{len(launches) + 1}"
+
+
+def origin_of(restore: Restore) -> str:
+    """Where an attempt's state comes from, in a word."""
+    if restore.slots:
+        return "memory"
+    return "checkpoint" if restore.checkpoint or restore.parent else "start"
 
 
 def alive_nodes(view: LaunchView) -> dict[int, bool | None]:

@@ -162,6 +162,7 @@ def load_run(store: Store, run: str, sets: Sequence[str] = ()) -> Prepared:
 
 def fold_view(state: RunState) -> LogView:
     """A folded log as the driver's plain data."""
+    parent = parent_of(state)
     return LogView(
         attempts=tuple(
             AttemptView(
@@ -182,7 +183,13 @@ def fold_view(state: RunState) -> LogView:
         checkpoints=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.checkpoints),
         candidates=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.restore_candidates()),
         ended=state.ended.outcome if state.ended else None,
+        parent=(str(parent["run"]), int(parent["checkpoint"]), int(parent["step"])) if parent else None,
     )
+
+
+def parent_of(state: RunState) -> Mapping[str, Any] | None:
+    """The parent that a forked run's log names (flows/fork.py): its run, checkpoint record and step."""
+    return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
 
 
 def attempt_body(prepared: Prepared, launch: str, restore: Mapping[str, Any], **more: Any) -> dict[str, Any]:
