@@ -5,20 +5,21 @@ Both are content-addressed, so what lies in the node's folder already is used ag
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import msgpack
 
 from checkpoint import keys
-from checkpoint.errors import Damaged, NotFound
-from checkpoint.layout import PlanLayout, read_plan
+from checkpoint.errors import CheckpointError, Damaged, NotFound
+from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from checkpoint.store import Store
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,20 @@ _MAX_MANIFEST_BYTES = 64 << 20
 _RANGE_BYTES = 32 << 20
 
 
+class DataRefused(CheckpointError):
+    """The training data is missing or damaged: prepare it again."""
+
+    exit_code = 65
+
+
 def fetch_plan(store: Store, run: str, digest: str, folder: Path) -> tuple[PlanLayout, Path]:
     """The plan of this hex digest as a file in ``folder``, and its layout. Raises PlanRefused, NotFound, StoreError."""
     path = folder / f"plan-{digest}"
     if path.exists():
-        return read_plan(path.read_bytes(), digest=bytes.fromhex(digest)), path
+        try:
+            return read_plan(path.read_bytes(), digest=bytes.fromhex(digest)), path
+        except PlanRefused as error:
+            log.warning("%s is damaged and fetched anew: %s", path, error)
     data = store.get(keys.plan_key(run, digest), max_bytes=MAX_PLAN_BYTES)
     layout = read_plan(data, digest=bytes.fromhex(digest))
     write_file(path, data)
@@ -40,36 +50,40 @@ def fetch_plan(store: Store, run: str, digest: str, folder: Path) -> tuple[PlanL
 
 
 def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
-    """The folder that holds the plan's shards as ``00000.bin`` …: the store's own where it is a folder of this machine,
-    else ``folder/<digest>``, downloaded once and verified. Raises NotFound, Damaged, StoreError."""
+    """The folder that holds the plan's shards as ``00000.bin`` …, verified against the manifest and that by its digest.
+
+    A store that is a folder of this machine is used as it is; else the shards are downloaded to ``folder/<digest>``.
+    Once a node: ``folder/<digest>/verified`` says that it was done. Raises DataRefused, StoreError.
+    """
     digest = layout.dataset_digest.hex()
-    prefix = f"data/{digest}"
-    names = [f"{number:05d}.bin" for number in range(len(layout.shards))]
+    prefix, target = f"data/{digest}", folder / digest
     local = store.local_path(f"{prefix}/manifest")
-    if local is not None:
-        for name in names:
-            if not (local.parent / name).is_file():
-                raise NotFound(f"{prefix}/{name}", store.describe())
-        return local.parent
-    target = folder / digest
-    if (target / "complete").exists():
-        return target
+    home = target if local is None else local.parent
+    if (target / "verified").exists():
+        return home
     target.mkdir(parents=True, exist_ok=True)
-    raw = store.get(f"{prefix}/manifest", max_bytes=_MAX_MANIFEST_BYTES)
+    try:
+        raw = store.get(f"{prefix}/manifest", max_bytes=_MAX_MANIFEST_BYTES)
+    except NotFound as error:
+        raise DataRefused(f"the dataset {prefix} is not in {store.describe()}; prepare the data there") from error
     if hashlib.sha256(raw).digest() != layout.dataset_digest:
-        raise Damaged(
-            f"{prefix}/manifest in {store.describe()} does not have the digest in its name; prepare the data again"
-        )
-    shards = _shards(raw, f"{prefix}/manifest", len(names))
+        raise DataRefused(f"{prefix}/manifest in {store.describe()} is damaged; prepare the data again")
+    shards = _shards(raw, f"{prefix}/manifest", len(layout.shards))
     with ThreadPoolExecutor(4, thread_name_prefix="data") as pool:
-        list(
-            pool.map(
-                lambda item: _fetch_shard(store, f"{prefix}/{item[0]}", target / item[0], *item[1]),
-                zip(names, shards, strict=True),
+        futures = [
+            pool.submit(
+                _fetch_shard,
+                store,
+                f"{prefix}/{number:05d}.bin",
+                target / f"{number:05d}.bin" if local is None else None,
+                *shard,
             )
-        )
-    write_file(target / "complete", b"")
-    return target
+            for number, shard in enumerate(shards)
+        ]
+        for future in futures:
+            future.result()
+    write_file(target / "verified", b"")
+    return home
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -94,25 +108,43 @@ def _shards(raw: bytes, what: str, count: int) -> list[tuple[int, bytes]]:
             sha256 = shard["sha256"]
             shards.append((int(shard["bytes"]), bytes.fromhex(sha256) if isinstance(sha256, str) else bytes(sha256)))
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise Damaged(f"{what} is not a dataset's manifest: {error!r}") from error
+        raise DataRefused(f"{what} is not a dataset's manifest: {error!r}; prepare the data again") from error
     if len(shards) != count:
-        raise Damaged(f"{what} names {len(shards)} shards, the plan has {count}")
+        raise DataRefused(f"{what} names {len(shards)} shards, the plan has {count}; compile the plan again")
     return shards
 
 
-def _fetch_shard(store: Store, key: str, path: Path, size: int, sha256: bytes) -> None:
-    if path.exists():
+def _fetch_shard(store: Store, key: str, path: Path | None, size: int, sha256: bytes) -> None:
+    """Read and verify a shard; with ``path`` keep it there."""
+    if path is not None and path.exists():
         return  # renamed into place only after it was verified
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     digest = hashlib.sha256()
     try:
-        with open(temporary, "xb") as file:
+        with _kept(path) as file:
             for first in range(0, size, _RANGE_BYTES):
                 data = store.get(key, first=first, length=min(_RANGE_BYTES, size - first))
                 digest.update(data)
-                file.write(data)
-        if digest.digest() != sha256:
-            raise Damaged(f"shard {key} in {store.describe()} does not have the digest that its manifest names")
+                if file is not None:
+                    file.write(data)
+            found = store.head(key)
+            if digest.digest() != sha256 or found is None or found.bytes != size:
+                raise DataRefused(f"shard {key} in {store.describe()} is damaged; prepare the data again")
+    except (NotFound, Damaged) as error:
+        raise DataRefused(
+            f"shard {key} is missing or cut short in {store.describe()}; prepare the data again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _kept(path: Path | None) -> Iterator[IO[bytes] | None]:
+    """A file that gets its name when the block ends well."""
+    if path is None:
+        yield None
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

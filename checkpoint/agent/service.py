@@ -252,7 +252,8 @@ class Service:
     def _beat(self) -> None:
         self._last_beat = time.monotonic()
         status, gang = self.status, self.gang
-        status.supervisor = self.supervisor.pid if self.supervisor else None
+        if self.supervisor is None:
+            status.supervisor = None
         status.error = self._log_error or self._store_error or self._slot_error or self.hints.error
         if gang is not None:
             status.epoch, status.ranks = gang.epoch, gang.ranks
@@ -727,6 +728,7 @@ class Service:
         peer.rank = -1
         self.supervisor, self._changed = peer, True
         self._timers.pop("lost", None)
+        self.status.supervisor = int(message.a)
         self.engine_epoch = message.epoch if message.b > 0 else 0
         log.info("the supervisor is here, pid %d: %d ranks of attempt %d", peer.pid, message.b, message.epoch)
         gang = self.gang
@@ -880,7 +882,9 @@ class Service:
             durable = state.restore_candidates()
             if durable and durable[0].step >= point[0]:
                 point = None
-        self.uploader.begin(Source(gang.epoch, gang.layout, gang.table, deadline_s, point))
+        # slots that were filled from a checkpoint need not go up again (after an adoption this is not known: one goes)
+        stored = gang.start_step if gang.start_step >= 0 and gang.from_slot is None else None
+        self.uploader.begin(Source(gang.epoch, gang.layout, gang.table, deadline_s, point, stored))
         self.committer.begin(gang.epoch, gang.layout, deadline_s)
 
     def _on_part(self, step: int, epoch: int) -> None:

@@ -36,13 +36,18 @@ _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 @dataclass(frozen=True)
 class Source:
-    """The attempt whose snapshots go up. ``point``: a snapshot of an older epoch that this attempt started from."""
+    """The attempt whose snapshots go up.
+
+    ``point``: a snapshot of an older epoch that this attempt started from, to be stored as its own. ``stored``: the
+    step of the checkpoint from which its slots were filled, which the store has already.
+    """
 
     epoch: int
     layout: PlanLayout
     table: SlotTable
     deadline_s: float
     point: tuple[int, int] | None = None
+    stored: int | None = None
 
 
 class Abandoned(Exception):
@@ -162,7 +167,9 @@ class Uploader:
         found = [
             (point, by_rank)
             for point, by_rank in source.table.held_by_all().items()
-            if (point[1] == source.epoch or point == source.point) and point[0] not in done
+            if (point[1] == source.epoch or point == source.point)
+            and point[0] not in done
+            and (point[0] != source.stored or any(seen.final for seen in by_rank.values()))
         ]
         return sorted(found, key=lambda item: item[0], reverse=True)
 

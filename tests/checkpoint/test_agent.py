@@ -153,6 +153,7 @@ def test_restores_from_the_manifest_onto_another_number_of_positions(tmp_path: P
         fill_all(node, run, four, 4)
         again = wait_for(lambda: next((c for c in run.fold().checkpoints if c.step == 4), None), "step 4")
         assert again.epoch == epoch
+        assert [c.step for c in run.fold().checkpoints] == [2, 4]  # what came from the store did not go there again
         node.close()
 
 
@@ -239,6 +240,23 @@ def test_a_flipped_byte_is_damage_that_names_the_object(tmp_path: Path) -> None:
         )
         assert status["ranks"]["0"]["code"] == 76
         assert chunk.key in status["ranks"]["0"]["words"]
+        node.close()
+
+
+def test_damaged_data_is_refused_before_the_start(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    shard = run.store.local_path(f"data/{run.layouts[plan].dataset_digest.hex()}/00000.bin")
+    assert shard is not None
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, plan)
+        status = wait_for(lambda: (s := run.status()) and s["ranks"].get("0", {}).get("code") and s, "the refusal")
+        assert status["ranks"]["0"]["code"] == 65
+        assert "00000.bin" in status["ranks"]["0"]["words"]
         node.close()
 
 
