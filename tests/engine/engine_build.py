@@ -1,8 +1,8 @@
 """The engine, built from the sources as they are now: for tests of the binary and of programs that link its library.
 
-A build is kept in ``hotstage/engine/<digest>`` of the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``); the digest
-is over the engine's sources, the compiler's version and the options, so a change builds anew and nothing else does.
-``HOTSTAGE_ENGINE`` names a binary to test instead (the ``engine`` fixture only; programs still link a build from here).
+A build is kept in ``hotstage/engine/<digest>`` of the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``); the
+digest is over the engine's sources, the compiler's version and the options: a change builds anew, nothing else does.
+``HOTSTAGE_ENGINE`` names a binary to test instead (what the ``engine`` fixture gives).
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "engine"
+
+
 def _digest(compiler: str, options: list[str]) -> str:
     h = hashlib.sha256(shlex.join([compiler, *options]).encode())
     h.update(subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout)
@@ -49,7 +53,7 @@ def build_folder(compiler: str = "cc", sanitize: str = "") -> Path:
     """A finished build: holds ``hotstage-engine`` and ``libhotstage.a``. Safe in several processes at once."""
     path = _tool(compiler)
     options = [f"-DHS_SANITIZE={sanitize}", "-DHS_WERROR=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "engine"
+    base = _cache()
     base.mkdir(parents=True, exist_ok=True)
     folder = base / _digest(path, options)
     with (base / f"{folder.name}.lock").open("w") as lock:
@@ -82,30 +86,34 @@ def build_engine(compiler: str = "cc", sanitize: str = "") -> Path:
     return build_folder(compiler, sanitize) / NAME
 
 
-def build_program(name: str, compiler: str = "cc", sanitize: str = "") -> Path:
-    """A program of ``tests/engine/programs``, linked with the engine's library."""
-    folder, source = build_folder(compiler, sanitize), PROGRAMS / f"{name}.c"
-    target = folder / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+def _small(name: str, sources: list[Path], flags: list[str]) -> Path:
+    """Compiles sources in one call; kept by their content, every header's, and the flags."""
+    base = _cache() / "programs"
+    base.mkdir(parents=True, exist_ok=True)
+    h = hashlib.sha256(shlex.join(flags).encode())
+    for path in [*sources, *sorted(SOURCES.rglob("*.h")), *sorted((SOURCES / "kernels" / "cpu").glob("*.c"))]:
+        h.update(path.read_bytes() + b"\0")
+    target = base / f"{name}-{h.hexdigest()[:24]}"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
-        flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Werror")
-        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-        library = str(folder / "libhotstage.a")
-        _run([_tool(compiler), *flags, f"-I{SOURCES}", "-o", str(made), str(source), library, "-lm"])
+        _run([_tool("cc"), *flags, f"-I{SOURCES}", "-o", str(made), *map(str, sources), "-lm", "-ldl"])
         made.replace(target)
     return target
 
 
-def build_preload(name: str) -> Path:
-    """A library of ``tests/engine/programs`` to load before the engine (LD_PRELOAD)."""
-    folder, source = build_folder(), PROGRAMS / f"{name}.c"
-    target = folder / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
-    if not target.exists():
-        made = target.with_suffix(f".{os.getpid()}")
-        flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -shared -fPIC -Wall -Wextra -Werror")
-        _run([_tool("cc"), *flags, "-o", str(made), str(source), "-ldl"])
-        made.replace(target)
-    return target
+def build_plan_fuzz(sanitize: str = "") -> Path:
+    """``programs/plan_fuzz.c`` with the engine's loader, linker and portable kernels."""
+    rooms = ["core/status", "core/text", "core/arena", "core/hash", "core/math", "core/threads", "kernels/extent"]
+    sources = [SOURCES / f"{room}.c" for room in [*rooms, "kernels/cpu/all", "run/plan", "run/linker"]]
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wno-psabi -DHS_PATH=portable")
+    flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+    return _small("plan_fuzz", [PROGRAMS / "plan_fuzz.c", *sources], flags)
+
+
+def build_preload() -> Path:
+    """``programs/preload_alloc.c``, to load before the engine (LD_PRELOAD)."""
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -shared -fPIC -Wall -Wextra -Werror")
+    return _small("preload_alloc", [PROGRAMS / "preload_alloc.c"], flags)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Shards and the order of samples: the engine's arithmetic against the Python mirror, and bad shards refused with 65."""
+"""Shards and the order of samples: the engine's arithmetic against the Python mirror; bad shards refused with 65."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engine_build import build_program, engine
+from tests.engine.engine_build import build_plan_fuzz, engine
 from tests.engine.plans import GPT2, LLAMA, edited, sealed, small_plan
 from trainer import wire
 
@@ -195,7 +195,7 @@ def test_mutated_plans_are_refused_or_run_inside_their_memory(tmp_path: Path, st
     path = tmp_path / "plan"
     for model, seed in ((GPT2, 1), (LLAMA, 2)):
         path.write_bytes(small_plan(stages=stages, model=model, precision=precision).to_bytes())
-        command = [str(build_program("plan_fuzz")), str(path), "1000", str(seed)]
+        command = [str(build_plan_fuzz()), str(path), "1000", str(seed)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         counted = json.loads(done.stdout)

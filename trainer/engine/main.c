@@ -196,7 +196,8 @@ int main(int argc, char **argv) {
         (void)fputs(usage, stderr);
         st = HS_E_USAGE;
     }
-    if (st != HS_OK && why.text[0]) {
+    /* a rank has said why already, in its last words */
+    if (st != HS_OK && why.text[0] && (st == HS_E_USAGE || strcmp(command, "rank") != 0)) {
         (void)fprintf(stderr, "hotstage-engine %s: %s\n", command, why.text);
     }
     if (fflush(stdout) != 0 && st == HS_OK) st = HS_E_IO;

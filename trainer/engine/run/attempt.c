@@ -67,10 +67,12 @@ hs_status hs_attempt_open(const char *path, hs_attempt_file *file, hs_why *why) 
     }
     const size_t size = (size_t)info.st_size;
     const size_t most = sizeof(hs_attempt) + (size_t)MAX_RANKS * sizeof(hs_attempt_rank);
-    hs_attempt *attempt = size >= sizeof *attempt && size <= most ? malloc(size) : NULL;
+    hs_attempt *attempt = NULL;
     hs_status st = HS_OK;
-    if (!attempt) {
+    if (size < sizeof *attempt || size > most) {
         st = hs_fail(why, HS_E_CONFIG, "attempt %s: %zu bytes are not an attempt file", path, size);
+    } else if (!(attempt = malloc(size))) {
+        st = hs_fail(why, HS_E_MEMORY, "no memory for attempt %s of %zu bytes", path, size);
     }
     for (size_t at = 0; st == HS_OK && at < size;) {
         const ssize_t n = read(fd, (uint8_t *)attempt + at, size - at);
