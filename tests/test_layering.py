@@ -1,0 +1,101 @@
+"""The arrows of ARCHITECTURE.md: every import and every #include points the allowed way."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("flows", "trainer", "checkpoint", "k8s")
+ALLOWED = {
+    "flows": {"flows", "k8s", "checkpoint", "trainer"},
+    "k8s": {"k8s", "trainer"},
+    "checkpoint": {"checkpoint", "trainer"},
+    "trainer": {"trainer"},
+}
+# what the agent's image carries beside the standard library: it sees trainer.wire alone
+AGENT_LIBRARIES = {"boto3", "botocore", "urllib3", "msgpack"}  # urllib3 comes with botocore
+
+ENGINE = ROOT / "trainer" / "engine"
+ENGINE_ALLOWED = {
+    "core": {"core"},
+    "wire": {"wire", "core"},
+    "kernels": {"kernels", "wire", "core"},
+    "comm": {"comm", "wire", "core"},
+    "data": {"data", "wire", "core"},
+    "snapshot": {"snapshot", "wire", "core"},
+    "run": {"run", "snapshot", "data", "comm", "kernels", "wire", "core"},
+    "main.c": {"run", "data", "wire", "core"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, relative ones resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            module = base + (node.module or "")
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+def python_files() -> list[Path]:
+    return [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top in PACKAGES:
+            assert top in ALLOWED[own], f"{path.name} of {own} imports {name}"
+        assert top != "tests", f"{path} imports the tests"
+        if own == "checkpoint" and top == "trainer":
+            assert name.startswith("trainer.wire"), f"{path.name}: checkpoint may import trainer.wire only, not {name}"
+
+
+def test_the_agent_needs_no_more_than_its_image_carries() -> None:
+    import sys
+
+    for path in sorted((ROOT / "checkpoint").rglob("*.py")):
+        for name in imports(path):
+            top = name.split(".")[0]
+            known = top in sys.stdlib_module_names or top in {"checkpoint", "trainer", "__future__"} | AGENT_LIBRARIES
+            assert known, f"{path.name} imports {name}"
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def engine_files() -> list[Path]:
+    return sorted(p for p in ENGINE.rglob("*") if p.suffix in (".c", ".h"))
+
+
+@pytest.mark.parametrize("path", engine_files(), ids=lambda p: str(p.relative_to(ENGINE)))
+def test_engine_includes_point_one_way(path: Path) -> None:
+    room = path.relative_to(ENGINE).parts[0]
+    for name in includes(path):
+        target = name.split("/")[0] if "/" in name else room
+        if "/" in name and not (ENGINE / name).exists():
+            target = room  # relative to its own folder
+        assert target in ENGINE_ALLOWED[room], f"{path.relative_to(ENGINE)} includes {name}"
+
+
+def test_the_test_can_fail(tmp_path: Path) -> None:
+    """A reversed arrow is seen: the readers above find what a file imports and includes."""
+    module = ROOT / "trainer" / "__init__.py"
+    assert module.exists()
+    sample = tmp_path / "a.h"
+    sample.write_text('#include "run/executor.h"\n')
+    assert includes(sample) == ["run/executor.h"]
+    names = set(imports(ROOT / "flows" / "loop.py"))
+    assert "checkpoint.log.RunLog" in names
+    assert "flows.driver.decide" in names
