@@ -40,11 +40,12 @@ class Committer:
         *,
         post: Callable[[Callable[[], None]], None],
         on_commit: Callable[[RunState, int], None],
+        on_idle: Callable[[], None],
         on_error: Callable[[str | None], None],
         poll_s: float,
     ) -> None:
         self._log, self._nodes, self._post = run_log, nodes, post
-        self._on_commit, self._on_error, self._poll_s = on_commit, on_error, poll_s
+        self._on_commit, self._on_idle, self._on_error, self._poll_s = on_commit, on_idle, on_error, poll_s
         self._wake = threading.Condition()
         self._epoch = 0
         self._deadline_s = 0.0
@@ -99,7 +100,6 @@ class Committer:
     def _main(self) -> None:
         while True:
             with self._wake:
-                self._working = False
                 self._wake.wait_for(lambda: self._closing or bool(self._pending))
                 if self._closing:
                     return
@@ -111,8 +111,12 @@ class Committer:
                 for item in pending:
                     state = self._try(item, epoch, state)
             with self._wake:
-                if self._pending and not self._closing:
+                self._working = False
+                idle = not self._pending
+                if not idle and not self._closing:
                     self._wake.wait(self._poll_s)
+            if idle:
+                self._post(self._on_idle)
 
     def _try(self, item: _Pending, epoch: int, state: RunState) -> RunState:
         """Look once whether this step can be committed, or was; the state of the log after it."""

@@ -47,7 +47,7 @@ from checkpoint.agent.output import BEAT_S, Hints
 from checkpoint.agent.slots import SlotChanged, SlotTable, crc32c
 from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.agent.upload import Source, Uploader
-from checkpoint.errors import CheckpointError, Conflict, Damaged, NotFound, StoreError
+from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreError
 from checkpoint.layout import PlanLayout, PlanRefused, PositionLayout, read_plan
 from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.restore import restore_slots
@@ -181,6 +181,7 @@ class Service:
             options.nodes,
             post=self.post,
             on_commit=self._on_commit,
+            on_idle=self._maybe_leave,
             on_error=self._on_store,
             poll_s=options.log_poll_s,
         )
@@ -629,7 +630,6 @@ class Service:
         gang.cancelled.set()
         for timer in ("adopt", "lost", "kill"):
             self._timers.pop(timer, None)
-        self.engine_epoch = 0
         self._remember(gang)
         if self._stopping:
             self._on_terminate()
@@ -688,6 +688,7 @@ class Service:
             self._lost(gang)
 
     def _lost(self, gang: Gang) -> None:
+        self.engine_epoch = 0  # ranks die with their supervisor
         self._cannot_start(
             gang, 75, f"the supervisor of node {self.options.node} was lost, and the ranks of the attempt with it"
         )
@@ -900,7 +901,6 @@ class Service:
     def _on_commit(self, state: RunState, step: int) -> None:
         log.info("checkpoint of step %d is durable", step)
         self._on_state(state)
-        self._maybe_leave()
 
     def _on_store(self, text: str | None) -> None:
         self._store_error, self._changed = text, True
@@ -996,6 +996,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-__all__ = ["Conflict", "Options", "Service"]

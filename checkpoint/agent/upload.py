@@ -152,7 +152,8 @@ class Uploader:
             except Exception:
                 # A bug here must neither end training nor pass unseen: it is said, and the next snapshot is tried.
                 log.exception("the uploader failed")
-                self._post(lambda: self._on_error("the uploader failed; see the agent's log"))
+                if self._wanted(source):
+                    self._post(lambda: self._on_error("the uploader failed; see the agent's log"))
             with self._wake:
                 self._busy = False
             self._post(self._on_idle)
@@ -256,7 +257,8 @@ class Uploader:
                 self._wake.wait_for(lambda: self._source is not source, pause)
             if not self._wanted(source):
                 raise Abandoned
-            if not final and self._ready(source)[0][0][0] > step:
+            ready = self._ready(source)
+            if not final and ready and ready[0][0][0] > step:
                 log.info("a newer snapshot takes the place of step %d", step)
                 return False
 

@@ -1,0 +1,122 @@
+"""The hints that an agent leaves for people: metrics segments, the ring of output, status; and a store that is away."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from checkpoint.agent.output import RING, SEGMENT_BYTES, Hints
+from checkpoint.errors import StoreUnavailable
+from checkpoint.store import Data, Store, open_store
+from checkpoint.store.memory import MemoryStore
+from tests.support.agents import wait_for
+
+STATUS = "runs/r/live/nodes/l/0"
+
+
+@contextmanager
+def hints(store: Store) -> Iterator[Hints]:
+    made = Hints(store, "r", STATUS)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def ring(store: Store, epoch: int, rank: int) -> bytes:
+    """The kept output, as a reader joins it."""
+    found = {}
+    for info in store.list(f"runs/r/live/{epoch}/logs/{rank}/"):
+        data = store.get(info.key)
+        found[struct.unpack("<Q", data[:8])[0]] = data[8:]
+    return b"".join(found[n] for n in sorted(found))
+
+
+def metrics(store: Store, epoch: int) -> list[bytes]:
+    return b"".join(store.get(i.key) for i in store.list(f"runs/r/live/{epoch}/metrics/")).splitlines()
+
+
+def test_metrics_keep_their_order_over_segments_and_agents() -> None:
+    store = open_store("memory:")
+    lines = [b'{"step":%d,"pad":"%s"}' % (n, b"x" * 300) for n in range(1000)]
+    with hints(store) as first:
+        first.begin(5)
+        for line in lines[:600]:
+            first.metrics(line)
+    with hints(store) as second:  # an agent that was restarted
+        second.begin(5)
+        for line in lines[600:]:
+            second.metrics(line)
+    assert metrics(store, 5) == lines
+    assert all(info.bytes <= SEGMENT_BYTES for info in store.list("runs/r/live/5/metrics/"))
+
+
+def test_the_ring_keeps_the_last_segments_and_goes_on_after_a_restart() -> None:
+    store = open_store("memory:")
+    written = b"".join(b"%09d\n" % n for n in range(7 * SEGMENT_BYTES // 10))
+    with hints(store) as first:
+        first.begin(1)
+        first.output(3, written[: 2 * SEGMENT_BYTES + 100])
+    with hints(store) as second:
+        second.begin(1)
+        second.output(3, written[2 * SEGMENT_BYTES + 100 :])
+    assert ring(store, 1, 3) == written
+    with hints(store) as third:
+        third.begin(2)
+        for _ in range(2):
+            third.output(0, b"y" * SEGMENT_BYTES * (RING // 2 + 10))
+            wait_for(lambda: third._rings[0].growing == b"" and not third._rings[0].waiting, "the segment to be taken")
+        third.output(0, b"the end")
+    kept = ring(store, 2, 0)
+    assert kept.endswith(b"the end")
+    assert len(list(store.list("runs/r/live/2/logs/0/"))) == RING
+    assert len(kept) == (RING - 1) * SEGMENT_BYTES + len(b"the end")
+
+
+class Away(MemoryStore):
+    """A store that takes nothing while ``away``."""
+
+    away = True
+
+    def put(self, key: str, data: Data) -> None:
+        if self.away:
+            raise StoreUnavailable("away")
+        super().put(key, data)
+
+
+def test_a_store_that_is_away_costs_old_lines_not_memory() -> None:
+    store = Away()
+    with hints(store) as made:
+        made.begin(1)
+        made.status(b"one")
+        for n in range(100_000):
+            made.metrics(b'{"step":%d,"pad":"0123456789012345678901234567890123456789012345678901234567"}' % n)
+        for _ in range(200):
+            made.output(0, b"z" * SEGMENT_BYTES)
+        wait_for(lambda: made.error, "the error to be said")
+        assert made._metrics_bytes <= 4 << 20
+        assert len(made._rings[0].waiting) <= RING
+        made.status(b"two")
+        store.away = False
+        wait_for(lambda: store.head(STATUS) and store.get(STATUS) == b"two", "the status")
+        wait_for(lambda: made.error is None, "the error to go")
+    assert metrics(store, 1)[-1].startswith(b'{"step":99999,')
+    assert len(ring(store, 1, 0)) == RING * SEGMENT_BYTES
+
+
+def test_traces_are_kept_and_an_attempts_hints_stay_apart(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    store = open_store("memory:")
+    path = tmp_path / "trace-1.json"
+    path.write_bytes(b'{"traceEvents":[]}')
+    with hints(store) as made:
+        made.begin(1)
+        made.metrics(b'{"step":1}')
+        made.output(0, b"of one")
+        made.trace(1, path)
+        made.begin(2)
+        made.metrics(b'{"step":2}')
+        made.output(0, b"of two")
+    assert (metrics(store, 1), metrics(store, 2)) == ([b'{"step":1}'], [b'{"step":2}'])
+    assert (ring(store, 1, 0), ring(store, 2, 0)) == (b"of one", b"of two")
+    assert store.get("runs/r/live/1/trace/1") == path.read_bytes()
