@@ -1,0 +1,170 @@
+"""Restore by itself: which bytes are read for which position, what is refused, and that layouts get the same state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from checkpoint import keys
+from checkpoint.agent.commit import commit
+from checkpoint.agent.slots import SlotTable
+from checkpoint.agent.upload import Source, Uploader
+from checkpoint.errors import Damaged, Halted
+from checkpoint.layout import PlanLayout, PlanRefused, read_plan
+from checkpoint.log import CheckpointInfo
+from checkpoint.read import load_manifest
+from checkpoint.restore import GAP_BYTES, OtherModel, plan_reads, restore_slots
+from tests.support.agents import Run, make_run, put_dataset, state_bytes, tiny_spec, wait_for
+
+
+def table_of(layout: PlanLayout) -> SlotTable:
+    table = SlotTable({p.position: p for p in layout.positions}, layout.digest, layout.what_digest, 2)
+    for rank in table.layouts:
+        table.create(rank)
+    return table
+
+
+def save(run: Run, layout: PlanLayout, step: int, epoch: int) -> SlotTable:
+    """Fill slot 0 of every position and upload it as node 0 of 1; the table, for the caller to close."""
+    table, parts = table_of(layout), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        for rank, slots in table.slots.items():
+            with slots[0].begin_fill() as view:
+                view[:] = state_bytes(layout, rank, step)
+            slots[0].finish_fill(step, epoch, pool)
+        uploader = Uploader(
+            run.store,
+            run.name,
+            0,
+            1,
+            "a0",
+            pool=pool,
+            post=lambda call: call(),
+            on_part=lambda *_: parts.set(),
+            on_idle=lambda: None,
+            on_error=lambda _: None,
+        )
+        uploader.begin(Source(epoch, layout, table, 20.0))
+        assert parts.wait(20)
+        wait_for(lambda: uploader.idle, "the upload to end")
+        uploader.close()
+    return table
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Run, PlanLayout, CheckpointInfo]:
+    """A checkpoint of step 6 of two positions, committed."""
+    spec = tiny_spec(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    epoch = run.attempt(spec, plan)
+    assert save(run, layout, 6, epoch).close()
+    state = commit(run.log, 1, 6, epoch, run.fold())
+    assert state is not None
+    return run, layout, state.checkpoints[-1]
+
+
+def restored(run: Run, layout: PlanLayout, info: CheckpointInfo) -> SlotTable:
+    table = table_of(layout)
+    with ThreadPoolExecutor(2) as pool:
+        restore_slots(run.store, run.name, info, layout, {r: s[0] for r, s in table.slots.items()}, epoch=9, pool=pool)
+    return table
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_any_layout_gets_the_same_state(saved: tuple[Run, PlanLayout, CheckpointInfo], stages: int) -> None:
+    run, _, info = saved
+    layout = run.layouts[run.add_plan(tiny_spec(parallel__stages=stages), put_dataset(run.store))]
+    table = restored(run, layout, info)
+    for rank, slots in table.slots.items():
+        with slots[0].data() as view:
+            assert view == state_bytes(layout, rank, 6)
+        seen = slots[0].look(0)
+        assert (seen.ready, seen.step, seen.epoch) == (True, 6, 9)
+        slots[0].hold(seen)  # its header holds
+        slots[0].release()
+    assert table.close()
+
+
+def test_reads_are_joined_and_only_what_is_owned_is_read(saved: tuple[Run, PlanLayout, CheckpointInfo]) -> None:
+    run, layout, info = saved
+    manifest = load_manifest(run.store, run.name, info)
+    whole = plan_reads(manifest, layout, layout.positions)
+    assert len(whole) == len(manifest.chunks)  # small tensors next to each other: one read a chunk
+    assert sum(read.length for read in whole) == manifest.total_bytes
+    half = plan_reads(manifest, layout, layout.positions[:1])
+    wanted = sum(w.piece.bytes for read in half for w in read.wanted)
+    assert wanted == sum(3 * 4 * s.elements for s in layout.positions[0].states)
+    assert all(read.length <= sum(w.piece.bytes for w in read.wanted) + GAP_BYTES * len(read.wanted) for read in half)
+
+
+def _flip(run: Run, key: str, at: Callable[[int], int]) -> None:
+    path = run.store.local_path(key)
+    assert path is not None
+    data = bytearray(path.read_bytes())
+    data[at(len(data))] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["chunk", "manifest", "cut", "gone"])
+def test_damage_is_named_and_leaves_no_slot_ready(saved: tuple[Run, PlanLayout, CheckpointInfo], what: str) -> None:
+    run, layout, info = saved
+    manifest = load_manifest(run.store, run.name, info)
+    key = keys.run_key(run.name, info.manifest if what == "manifest" else manifest.chunks[1].name)
+    path = run.store.local_path(key)
+    assert path is not None
+    match what:
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "gone":
+            path.unlink()
+        case _:
+            _flip(run, key, lambda size: size // 3)
+    table = table_of(layout)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(Damaged, match=key.split("/", 2)[2]):
+        restore_slots(run.store, run.name, info, layout, {r: s[0] for r, s in table.slots.items()}, epoch=9, pool=pool)
+    assert not any(seen.ready for rank in table.slots for seen in table.look(rank))
+    assert table.close()
+
+
+def test_another_model_is_refused(saved: tuple[Run, PlanLayout, CheckpointInfo], tmp_path: Path) -> None:
+    run, _, info = saved
+    other = tiny_spec(model__width=64)
+    layout = run.layouts[run.add_plan(other, put_dataset(run.store))]
+    with pytest.raises(OtherModel, match="another run"):
+        restored(run, layout, info)
+    with pytest.raises(OtherModel, match="another model"):
+        restored(run, replace(layout, what_digest=load_manifest(run.store, run.name, info).what), info)
+
+
+def test_a_commit_of_a_fenced_attempt_is_halted(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    old = run.attempt(spec, plan)
+    before = run.fold()
+    assert save(run, run.layouts[plan], 6, old).close()
+    run.attempt(spec, plan)
+    with pytest.raises(Halted):
+        commit(run.log, 1, 6, old, before)  # with the state of the log from before, as a zombie would have it
+    assert not run.fold().checkpoints
+
+
+def test_a_plan_file_is_read_as_hostile(tmp_path: Path) -> None:
+    run, plan = make_run(tmp_path, tiny_spec())
+    data = run.store.get(keys.plan_key(run.name, plan))
+    assert read_plan(data, digest=bytes.fromhex(plan)).digest.hex() == plan
+    with pytest.raises(PlanRefused, match="fewer than its header"):
+        read_plan(data[:100])
+    with pytest.raises(PlanRefused, match="cut or appended"):
+        read_plan(data[:-1])
+    with pytest.raises(PlanRefused, match="digest"):
+        read_plan(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(PlanRefused, match="the attempt names"):
+        read_plan(data, digest=b"\0" * 32)
+    with pytest.raises(PlanRefused, match="version"):
+        read_plan(data[:8] + b"\xff" + data[9:])
