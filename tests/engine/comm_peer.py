@@ -153,11 +153,13 @@ class Driver:
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    readers: list[threading.Thread] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for stream, into in ((self.process.stdout, self.lines), (self.process.stderr, self.errors)):
             assert stream is not None
-            threading.Thread(target=self._read, args=(stream, into), daemon=True).start()
+            self.readers.append(threading.Thread(target=self._read, args=(stream, into), daemon=True))
+            self.readers[-1].start()
 
     @staticmethod
     def _read(stream: Iterable[str], into: list[str]) -> None:
@@ -177,7 +179,11 @@ class Driver:
         self.process.stdin.flush()
 
     def wait(self) -> int:
-        return self.process.wait(WAIT_S)
+        """The exit code; everything that was said is then here."""
+        code = self.process.wait(WAIT_S)
+        for reader in self.readers:
+            reader.join(WAIT_S)
+        return code
 
 
 @contextmanager

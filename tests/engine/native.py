@@ -6,14 +6,31 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import shlex
+import subprocess
 from pathlib import Path
 
-from tests.engine import engine_build
+from tests.engine.engine_build import ROOT, build_folder
+
+PROGRAMS = Path(__file__).resolve().parent / "programs"
+FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Werror"
 
 
 @functools.cache
 def build_program(name: str) -> Path:
-    """The program's path; built where its sources changed since the last time."""
-    compiler = os.environ.get("HOTSTAGE_TEST_CC", "cc")
-    return engine_build.build_program(name, compiler, os.environ.get("HOTSTAGE_TEST_SANITIZE", ""))
+    """The program's path, in the engine's build folder; built where a source changed since the last time."""
+    compiler, sanitize = os.environ.get("HOTSTAGE_TEST_CC", "cc"), os.environ.get("HOTSTAGE_TEST_SANITIZE", "")
+    folder, source = build_folder(compiler, sanitize), PROGRAMS / f"{name}.c"
+    flags = shlex.split(FLAGS) + ([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])
+    digest = hashlib.sha256(source.read_bytes() + shlex.join(flags).encode()).hexdigest()[:16]
+    target = folder / f"{name}-{digest}"
+    if not target.exists():
+        made = target.with_suffix(f".{os.getpid()}")
+        include, library = f"-I{ROOT / 'trainer' / 'engine'}", str(folder / "libhotstage.a")
+        command = [compiler, *flags, include, "-o", str(made), str(source), library, "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+        made.replace(target)
+    return target

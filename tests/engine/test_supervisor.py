@@ -218,6 +218,21 @@ def test_a_stopped_rank_is_reported_as_stalled(ready: Node) -> None:
     assert '"of":0,"process":"T","step":3,"action":"RECV","index":4,"op":"F","microbatch":1,"peer":0' in ready.log
 
 
+def test_signals_that_the_parent_ignored_are_seen(tmp_path: Path) -> None:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGCHLD, signal.SIGTERM)}
+    try:
+        with agent_at(tmp_path / "agent.sock") as agent, node(tmp_path / "agent.sock", tmp_path / "log") as process:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            agent.run(1, 2, script(tmp_path / "plan", "0 exit 0\n1 wait\n"))
+            agent.hears("EXIT", 0, 1)
+            process.terminate()
+            assert process.wait(WAIT_S) == 85
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_socket_path_that_cannot_be_one(tmp_path: Path) -> None:
     with node(tmp_path / ("x" * 120), tmp_path / "log") as process:
         assert process.wait(WAIT_S) == 78

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <linux/sockios.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -38,21 +39,29 @@ static hs_status fail(hs_comm *comm, hs_status st, hs_why *why) {
     return st;
 }
 
+/* "recv of microbatch 3 on channel 1", or without the microbatch where the message has none. */
+static const char *wait_text(const hs_comm *comm, char text[96]) {
+    const hs_comm_wait *w = &comm->wait;
+    if (w->microbatch == UINT32_MAX)
+        (void)snprintf(text, 96, "%s on channel %u", w->doing, w->channel);
+    else
+        (void)snprintf(text, 96, "%s of microbatch %u on channel %u", w->doing, w->microbatch,
+                       w->channel);
+    return text;
+}
+
 /* Waits until the channel's socket has one of `events`. deadline_ns moves with every byte, in the
  * caller. */
 static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t deadline_ns,
                        hs_why *why) {
-    const uint32_t peer = comm->wait.peer;
+    char text[96];
     for (;;) {
         if (hs_stop_lost(comm->stop))
-            return hs_fail(why, HS_E_LOST,
-                           "the supervisor says that a peer was lost (while in %s on channel %u)",
-                           comm->wait.doing, channel);
+            return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost (during %s)",
+                           wait_text(comm, text));
         if (hs_clock_ns() >= deadline_ns)
-            return hs_fail(
-                why, HS_E_STALLED,
-                "no byte moved for %u ms: %s of microbatch %d on channel %u with rank %u",
-                comm->stall_ms, comm->wait.doing, (int)comm->wait.microbatch, channel, peer);
+            return hs_fail(why, HS_E_STALLED, "no byte moved for %u ms: %s with rank %u",
+                           comm->stall_ms, wait_text(comm, text), comm->wait.peer);
         struct pollfd polls[2] = {{.fd = comm->fds[channel], .events = events},
                                   {.fd = hs_stop_fd(comm->stop), .events = POLLIN}};
         const int n = poll(polls, 2, hs_deadline_poll_ms(deadline_ns));
@@ -61,9 +70,10 @@ static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t de
     }
 }
 
-static hs_status lost(hs_comm *comm, uint32_t channel, const char *how, hs_why *why) {
-    return hs_fail(why, HS_E_LOST, "rank %u is gone: %s during %s of microbatch %d on channel %u",
-                   comm->wait.peer, how, comm->wait.doing, (int)comm->wait.microbatch, channel);
+static hs_status lost(hs_comm *comm, const char *how, hs_why *why) {
+    char text[96];
+    return hs_fail(why, HS_E_LOST, "rank %u is gone: %s during %s", comm->wait.peer, how,
+                   wait_text(comm, text));
 }
 
 static hs_status put_all(hs_comm *comm, uint32_t channel, struct iovec *parts, size_t count,
@@ -78,10 +88,10 @@ static hs_status put_all(hs_comm *comm, uint32_t channel, struct iovec *parts, s
             HS_TRY(await(comm, channel, POLLOUT | POLLRDHUP, deadline_ns, why));
             struct pollfd end = {.fd = fd, .events = POLLRDHUP};
             if (poll(&end, 1, 0) == 1 && (end.revents & POLLRDHUP)) /* I1 */
-                return lost(comm, channel, "the connection was closed", why);
+                return lost(comm, "the connection was closed", why);
             continue;
         }
-        if (n < 0) return lost(comm, channel, strerror(errno), why);
+        if (n < 0) return lost(comm, strerror(errno), why);
         deadline_ns = hs_deadline_ns(comm->stall_ms);
         for (; count && (size_t)n >= parts->iov_len; parts++, count--) n -= (ssize_t)parts->iov_len;
         if (count) {
@@ -102,8 +112,7 @@ static hs_status get_all(hs_comm *comm, uint32_t channel, void *buffer, size_t b
             HS_TRY(await(comm, channel, POLLIN, deadline_ns, why));
             continue;
         }
-        if (n <= 0)
-            return lost(comm, channel, n ? strerror(errno) : "the connection was closed", why);
+        if (n <= 0) return lost(comm, n ? strerror(errno) : "the connection was closed", why);
         at += n;
         bytes -= (size_t)n;
         deadline_ns = hs_deadline_ns(comm->stall_ms);

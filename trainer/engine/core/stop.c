@@ -14,7 +14,10 @@ struct hs_stop {
 hs_status hs_stop_create(hs_stop **out) {
     *out = NULL;
     hs_stop *stop = calloc(1, sizeof *stop);
-    if (stop == NULL) return HS_E_MEMORY;
+    if (!stop) return HS_E_MEMORY;
+    /* What is ignored never gets to a signalfd. An ignored SIGINT may be on purpose. */
+    (void)signal(SIGTERM, SIG_DFL);
+    (void)signal(SIGUSR1, SIG_DFL);
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
@@ -30,13 +33,13 @@ hs_status hs_stop_create(hs_stop **out) {
 }
 
 void hs_stop_destroy(hs_stop *stop) {
-    if (stop == NULL) return;
+    if (!stop) return;
     close(stop->fd);
     free(stop);
 }
 
 int hs_stop_fd(const hs_stop *stop) {
-    return stop == NULL ? -1 : stop->fd;
+    return stop ? stop->fd : -1;
 }
 
 static void drain(hs_stop *stop) {
@@ -50,13 +53,13 @@ static void drain(hs_stop *stop) {
 }
 
 bool hs_stop_requested(hs_stop *stop) {
-    if (stop == NULL) return false;
+    if (!stop) return false;
     drain(stop);
     return stop->requested;
 }
 
 bool hs_stop_lost(hs_stop *stop) {
-    if (stop == NULL) return false;
+    if (!stop) return false;
     drain(stop);
     return stop->lost;
 }

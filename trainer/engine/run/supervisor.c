@@ -678,6 +678,8 @@ int hs_supervisor_main(const char *socket_path) {
     blocked = set;
     (void)sigaddset(&blocked, SIGUSR1); /* a child inherits this: I2's word waits for its hs_stop */
     (void)signal(SIGPIPE, SIG_IGN);
+    (void)signal(SIGCHLD, SIG_DFL); /* inherited as ignored, ends would never be seen */
+    (void)signal(SIGTERM, SIG_DFL);
     if (hs_message_check_path(socket_path, &why) != HS_OK) {
         HS_LOG(&s->log, HS_LOG_ERROR, "refused", HS_S("why", why.text));
     } else if (sigprocmask(SIG_BLOCK, &blocked, NULL) != 0 ||

@@ -405,7 +405,7 @@ hs_status hs_snapshot_restore(hs_snapshot *s, int i, int64_t step, hs_why *why) 
         return hs_fail(why, HS_E_RESTORE, "chunk %lld of slot %d (step %lld) is damaged (checksum)",
                        (long long)bad, i, (long long)step);
     s->newest = i;
-    HS_LOG(s->log, HS_LOG_INFO, "restored", HS_I("step", step), HS_I("slot", i),
+    HS_LOG(s->log, HS_LOG_DEBUG, "slot restored", HS_I("step", step), HS_I("slot", i),
            HS_I("us", (hs_clock_ns() - begin_ns) / 1000));
     return HS_OK;
 }
