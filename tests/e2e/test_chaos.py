@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +12,9 @@ import pytest
 
 from tests.support.agents import wait_for
 from tests.support.chaos import PLACES, Fault, draw, unleashed
+from tests.support.place import STEPS, Place
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
-STEPS = 60
-TEXT = "the quick brown fox jumps over the lazy dog and then over the next one, which is as lazy as the first. " * 400
-
-SPEC = f"""
-name = "chaos"
-[model]
-family = "gpt2"
-layers = 4
-width = 64
-heads = 4
-context = 64
-[data]
-source = "text:corpus/*.txt"
-vocab_size = 300
-[train]
-steps = {STEPS}
-batch = 8
-microbatch = 2
-sequence = 64
-seed = 3
-[parallel]
-stages = 2
-threads = 1
-[checkpoint]
-every = 4
-[launch]
-stall_s = 20.0
-connect_s = 20.0
-[recovery]
-backoff_s = 0.05
-"""
-
-
-class Place:
-    """A folder with a spec and a corpus, and the command run in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "corpus").mkdir(parents=True)
-        (folder / "corpus" / "a.txt").write_text(TEXT)
-        (folder / "spec.toml").write_text(SPEC)
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")} | {
-            "HOTSTAGE_STORE": str(folder / "store")
-        }
-
-    def command(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "flows.cli", *args]
-
-    def start(self, *args: str) -> subprocess.Popen[bytes]:
-        root = Path(__file__).resolve().parents[2]
-        env = self.env | {"PYTHONPATH": str(root)}
-        return subprocess.Popen(
-            self.command(*args), cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-    def run(self, *args: str, code: int = 0) -> str:
-        process = self.start(*args)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == code, (out + err).decode()
-        return out.decode()
-
-    def train(self, *sets: str, code: int = 0) -> dict[str, Any]:
-        args = [item for s in sets for item in ("--set", s)]
-        return dict(json.loads(self.run("train", "spec.toml", "--no-prefect", "--json", *args, code=code)))
-
-    def stop_all(self) -> None:
-        """Whatever still works below the folder."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    inside = str(self.folder) in os.readlink(entry / "cwd")
-                except OSError:
-                    continue
-                if inside:
-                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -127,11 +50,11 @@ def test_a_kill_anywhere_ends_with_the_same_bits(place: Place, undisturbed: tupl
 
 def test_a_driver_killed_again_and_again_loses_nothing(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
+    log = place.run_folder(run) / "log"
     for _ in range(4):
         process = place.start("train", "spec.toml", "--no-prefect", "--json")
-        log = place.folder / "store" / "runs" / run / "log"
-        before = len(list(log.glob("*"))) if log.exists() else 0
-        wait_for(lambda n=before: log.exists() and len(list(log.glob("*"))) > n, "a new log record", 60)  # type: ignore[misc]
+        before = len(list(log.glob("*")))
+        wait_for(lambda n=before: len(list(log.glob("*"))) > n, "a new log record", 60)  # type: ignore[misc]
         process.kill()
         process.communicate()
     result = place.train()
@@ -141,12 +64,12 @@ def test_a_driver_killed_again_and_again_loses_nothing(place: Place, undisturbed
 def test_stop_then_resume_on_other_layouts(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
     saved: list[int] = []
+    manifests = place.run_folder(run) / "manifests"
     for stages, number in ((4, signal.SIGINT), (3, signal.SIGTERM)):
         process = place.start("train", "spec.toml", "--no-prefect", "--json", "--set", f"parallel.stages={stages}")
-        store = place.folder / "store" / "runs" / run
         newest = saved[-1] if saved else 0
         wait_for(
-            lambda n=newest: any(int(p.name.split("-")[0]) > n for p in (store / "manifests").glob("*")),  # type: ignore[misc]
+            lambda n=newest: any(int(p.name.split("-")[0]) > n for p in manifests.glob("*")),  # type: ignore[misc]
             "a newer checkpoint",
             60,
         )
@@ -203,17 +126,4 @@ def test_output_is_kept_after_the_processes_are_gone(place: Place, undisturbed: 
 
 def test_nothing_is_left_running(place: Place) -> None:
     place.train("train.steps=4")
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        left = [e for e in Path("/proc").iterdir() if e.name.isdigit() and _below(e, place.folder)]
-        if not left:
-            return
-        time.sleep(0.02)  # between two looks
-    raise AssertionError(f"still running: {left}")
-
-
-def _below(entry: Path, folder: Path) -> bool:
-    try:
-        return str(folder) in os.readlink(entry / "cwd")
-    except OSError:
-        return False
+    place.all_gone()

@@ -1,0 +1,156 @@
+"""A folder with a spec and a corpus, and the real command run in it: what the end-to-end tests share.
+
+Owns the processes that it starts, and those that they leave behind: ``stop_all`` ends whatever works below the folder,
+by process id. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.agents import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+TEXT = "the quick brown fox jumps over the lazy dog and then over the next one, which is as lazy as the first. " * 400
+
+SPEC = f"""
+name = "chaos"
+[model]
+family = "gpt2"
+layers = 4
+width = 64
+heads = 4
+context = 64
+[data]
+source = "text:corpus/*.txt"
+vocab_size = 300
+[train]
+steps = {STEPS}
+batch = 8
+microbatch = 2
+sequence = 64
+seed = 3
+[parallel]
+stages = 2
+threads = 1
+[checkpoint]
+every = 4
+[launch]
+stall_s = 20.0
+connect_s = 20.0
+[recovery]
+backoff_s = 0.05
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        return dict(json.loads(self.out))
+
+
+class Place:
+    """``store``: where its runs are kept, a folder below the place where none is named."""
+
+    def __init__(
+        self, folder: Path, spec: str = SPEC, *, store: str | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder = folder
+        (folder / "corpus").mkdir(parents=True)
+        (folder / "corpus" / "a.txt").write_text(TEXT)
+        (folder / "spec.toml").write_text(spec)
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")} | {
+            "HOTSTAGE_STORE": store or str(folder / "store")
+        }
+        self.env.update(env or {})
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "flows.cli", *args]
+
+    def start(self, *args: str) -> subprocess.Popen[bytes]:
+        env = self.env | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            self.command(*args), cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def call(self, *args: str, seconds: float = 120) -> Done:
+        """Run it to its end, whatever the code."""
+        return finish(self.start(*args), seconds)
+
+    def run(self, *args: str, code: int = 0) -> str:
+        done = self.call(*args)
+        assert done.code == code, done.out + done.err
+        return done.out
+
+    def start_train(self, *sets: str) -> subprocess.Popen[bytes]:
+        return self.start("train", "spec.toml", "--no-prefect", "--json", *_set_args(sets))
+
+    def train(self, *sets: str, code: int = 0) -> dict[str, Any]:
+        return dict(json.loads(self.run("train", "spec.toml", "--no-prefect", "--json", *_set_args(sets), code=code)))
+
+    def run_folder(self, run: str) -> Path:
+        """The run in the place's own folder store."""
+        return self.folder / "store" / "runs" / run
+
+    def left(self) -> dict[int, str]:
+        """Processes that work below the folder, by their command lines."""
+        return {pid: line for pid, line in _processes() if _below(pid, self.folder)}
+
+    def all_gone(self, seconds: float = 15) -> None:
+        """Fail where something still runs after a while."""
+        wait_for(lambda: not self.left(), f"the processes to leave: {self.left()}", seconds)
+
+    def stop_all(self) -> None:
+        """Whatever still works below the folder."""
+        for pid in self.left():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def finish(process: subprocess.Popen[bytes], seconds: float = 120) -> Done:
+    """What the process said, and its code. Where it does not end in time it is killed and the test fails."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"the command does not end within {seconds} s:\n{(out + err).decode()}") from None
+    return Done(process.returncode, out.decode(), err.decode())
+
+
+def _set_args(sets: tuple[str, ...]) -> list[str]:
+    return [item for s in sets for item in ("--set", s)]
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+
+
+def _below(pid: int, folder: Path) -> bool:
+    try:
+        home = os.readlink(f"/proc/{pid}/cwd").removesuffix(" (deleted)")
+    except OSError:
+        return False
+    return home == str(folder) or home.startswith(f"{folder}/")
