@@ -1,7 +1,7 @@
 """Prefect flows and the ``hotstage`` command: they sequence plain functions of trainer, checkpoint and k8s.
 
-``flows.train(spec)`` starts a run from Python; see ``flows.api``. Nothing here is imported before it is used, so that the
-command starts fast.
+``flows.train(spec)`` starts a run from Python; see ``flows.api``. Nothing here is imported before it is used, so that
+the command starts fast.
 """
 
 from __future__ import annotations

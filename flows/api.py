@@ -1,4 +1,4 @@
-"""Training from Python: ``run = flows.train(spec)``, ``run.wait()``, ``run.result()``; and what the flow and the command call.
+"""Training from Python: ``run = flows.train(spec)``, ``run.wait()``, ``run.result()``; and what flow and command call.
 
 Example::
 
@@ -95,8 +95,8 @@ def make_driver(
 class Run:
     """A run that is being driven by a thread of this process.
 
-    ``wait(timeout)`` returns True once it has ended; ``result()`` waits and gives the Outcome, or raises what stopped the driver;
-    ``stop()`` has the gang save its state and leave; ``cancel()`` ends the run for good.
+    ``wait(timeout)`` returns True once it has ended; ``result()`` waits and gives the Outcome, or raises what stopped
+    the driver; ``stop()`` has the gang save its state and leave; ``cancel()`` ends the run for good.
     """
 
     prepared: Prepared

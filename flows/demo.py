@@ -1,5 +1,5 @@
-"""The main job in front of your eyes, by the very flow that production uses: prepare, plan, train on two stages, kill one,
-recover, prove the bits, export, sample, report. Everything is written under ``out/demo``.
+"""The main job in front of your eyes, by the very flow that production uses: prepare, plan, train on two stages, kill
+one, recover, prove the bits, export, sample, report. Everything is written under ``out/demo``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from checkpoint.log import RunLog
 from checkpoint.store import Store
@@ -20,6 +19,7 @@ from flows.api import make_driver, store_at
 from flows.export import checkpoint_at, export_hf, generate
 from flows.facts import report_facts
 from flows.fork import fork_run
+from flows.hosting import run_flow
 from flows.live import StatusReader
 from flows.loop import Event, NoSink, Outcome, Sink
 from flows.peak import flops_per_token, measured_peak
@@ -201,13 +201,11 @@ def _train(
     )
     killer = Killer(store, prepared.run, steps, say)
     sinks: Sequence[Sink] = [lines, killer]
-    if not use_prefect:
-        return make_driver(prepared, store, sink=Many(sinks), out=out).run(), killer
-    from flows import flow
-
-    hosted: dict[str, Any] = flow.host(Many(sinks), threading.Event())
-    flow.train_flow(spec=None, store=store.url, run=prepared.run, out=str(out))
-    outcome: Outcome = hosted["outcome"]
+    outcome: Outcome | None = None
+    if use_prefect:
+        outcome = run_flow(prepared.run, store.url, out, Many(sinks), None, False, say)
+    if outcome is None:
+        outcome = make_driver(prepared, store, sink=Many(sinks), out=out).run()
     return outcome, killer
 
 

@@ -1,5 +1,5 @@
-"""From a checkpoint to what other libraries open (Hugging Face safetensors, config.json, tokenizer), and to the engine's own
-inference: both through the family's mapping, none with a second model in Python.
+"""From a checkpoint to what other libraries open (Hugging Face safetensors, config.json, tokenizer), and to the
+engine's own inference: both through the family's mapping, none with a second model in Python.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _hf_data(entry: HfTensor, columns: int) -> Callable[[Read], Iterable[Buffer]
     def turned(read: Read) -> Iterator[Buffer]:
         data = read(entry.tensor, entry.first * columns, elements)
         matrix = np.frombuffer(data, dtype="<f4").reshape(entry.rows, columns)
-        yield memoryview(np.ascontiguousarray(matrix.T)).cast("B")
+        yield np.ascontiguousarray(matrix.T).data.cast("B")
 
     return turned if entry.transpose else straight
 
@@ -85,7 +85,7 @@ def export_hf(store: Store, run: str, step: int | None, folder: Path) -> Path:
 
 
 def write_masters(store: Store, manifest: Manifest, path: Path) -> Path:
-    """The fp32 master weights of all tensors in the table's order, each at a multiple of 64 bytes (``infer --weights``)."""
+    """The fp32 masters of all tensors in the table's order, each at a multiple of 64 bytes (``infer --weights``)."""
     reader = StateReader(store, manifest)
 
     def pieces() -> Iterator[Buffer]:

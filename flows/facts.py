@@ -79,7 +79,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
 
 
 def attempt_facts(state: RunState, lines: list[dict[str, Any]]) -> list[AttemptFact]:
-    """Attempts with the steps that each did; what was done twice; how long until steps came again, by the lines' own times."""
+    """Attempts with the steps that each did, what was done twice, and how long until steps came again, by the lines."""
     by_epoch: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         if line.get("event") == "step":
@@ -108,6 +108,23 @@ def attempt_facts(state: RunState, lines: list[dict[str, Any]]) -> list[AttemptF
             last_time = times[-1]
         reached = max([reached, *steps])
     return out
+
+
+def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
+    """The attempts as a table for people: where each began, why, and how long until steps came again."""
+    state = RunLog(store, run).fold()
+    lines = MetricsReader(store, run).poll([a.epoch for a in state.attempts])
+    return [
+        {
+            "attempt": fact.epoch,
+            "from step": max(fact.restore_step, 0),
+            "steps": f"{fact.first_step}–{fact.last_step}" if fact.first_step is not None else "",
+            "because": fact.cause or "start",
+            "done twice": fact.lost_steps,
+            "back after": f"{fact.recovery_s:.2f} s" if fact.recovery_s is not None else "",
+        }
+        for fact in attempt_facts(state, lines)
+    ]
 
 
 def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:

@@ -1,23 +1,30 @@
-"""The Prefect flows: `prepare` and `train`, thin over plain functions. The run is in the log, not in Prefect: a flow run that is
-killed loses nothing, and the next one attaches.
+"""The Prefect flows: `prepare` and `train`, thin over plain functions. The run is in the log, not in Prefect: a flow
+run that is killed loses nothing, and the next one attaches.
+
+Nothing secret is ever a parameter: a store's URL cannot hold credentials, and a spec names a Kubernetes Secret at most.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from dataclasses import asdict
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-from prefect.deployments.runner import EntrypointType
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
+from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
+from prefect.types.entrypoint import EntrypointType
 
 from flows.api import make_driver, store_at
+from flows.facts import attempt_rows
 from flows.loop import Outcome, Sink
 from flows.prepare import prepare
 from flows.run import Prepared, load_run, prepare_run
@@ -29,6 +36,40 @@ class RunFailed(RuntimeError):
     """The run ended without success; the text says why and what to do."""
 
 
+@dataclass
+class Hosted:
+    """What a process that hosts a flow gives it and gets from it: no parameters, because they are not data."""
+
+    sink: Sink | None = None
+    stop: threading.Event | None = None
+    reopen: bool = False
+    driving: bool = False
+    outcome: Outcome | None = None
+
+
+_hosted: ContextVar[Hosted | None] = ContextVar("hosted", default=None)
+
+
+def hold(hosted: Hosted) -> None:
+    """For a thread that calls ``train_flow`` itself: what the flow takes and leaves."""
+    _hosted.set(hosted)
+
+
+def is_own_end(error: BaseException) -> bool:
+    """Whether the flow raised to say how the run ended (Failed, Cancelled), rather than because Prefect failed."""
+    return isinstance(error, RunFailed | CancelledRun)
+
+
+def flow_run_name() -> str:
+    """The hotstage run's name where it is known; for a scheduled firing the spec's name and the scheduled time."""
+    given = flow_run.parameters
+    spec = given.get("spec")
+    if spec is None:
+        return str(given.get("run"))
+    name = spec.name if isinstance(spec, RunSpec) else str(spec["name"])
+    return f"{name}-{scheduled_suffix()}" if given.get("fresh") else name
+
+
 @task(name="prepare data", cache_policy=NO_CACHE)
 def prepare_data(spec: RunSpec, store_url: str) -> dict[str, Any]:
     """Text to token shards in the store; content-addressed, so a second time finds them."""
@@ -36,18 +77,19 @@ def prepare_data(spec: RunSpec, store_url: str) -> dict[str, Any]:
 
 
 @task(name="compile plan", cache_policy=NO_CACHE)
-def compile_run(spec: RunSpec, store_url: str, suffix: str) -> str:
-    """The plan and the run's identity, in the store; gives the run's name."""
-    return prepare_run(spec, store_at(store_url), suffix=suffix, say=get_run_logger().info).run
+def compile_run(spec: RunSpec, store_url: str, digest: str, suffix: str) -> Prepared:
+    """The plan and the run's identity, in the store."""
+    ready = spec.model_copy(update={"data": spec.data.model_copy(update={"source": f"dataset:{digest}"})})
+    return prepare_run(ready, store_at(store_url), suffix=suffix, say=get_run_logger().info)
 
 
 @flow(name="prepare")
-def prepare_flow(spec: RunSpec, store: str) -> dict[str, Any]:
-    """Prepare a spec's dataset."""
-    return prepare_data(spec, store)
+def prepare_flow(spec: RunSpec, store: str = "") -> dict[str, Any]:
+    """Prepare a spec's dataset; gives its description (``DatasetRef.to_map``)."""
+    return prepare_data(spec, store_at(store or None).url)
 
 
-@flow(name="train", log_prints=False, persist_result=False)
+@flow(name="train", flow_run_name=flow_run_name, log_prints=False, persist_result=False)
 def train_flow(
     spec: RunSpec | None = None,
     store: str = "",
@@ -55,59 +97,50 @@ def train_flow(
     sets: tuple[str, ...] = (),
     fresh: bool = False,
     out: str = "out",
-) -> dict[str, Any]:
-    """Train a spec to its end, or go on with the run of that name; succeeds only when the run does.
+) -> Any:
+    """Train a spec to its end, or go on with the run of that name. Completed only when the run succeeded; Failed with
+    the reason when it gave up; Cancelled when it was cancelled or stopped.
 
     ``fresh``: each scheduled firing is a run of its own (its scheduled time joins the name).
     """
     opened = store_at(store or None)
-    if spec is not None:
-        suffix = scheduled_suffix() if fresh else ""
-        prepare_data(spec, opened.url)
-        name = compile_run(spec, opened.url, suffix)
+    if spec is None:
+        prepared = load_run(opened, run, list(sets))
     else:
-        name = run
-    prepared = load_run(opened, name, list(sets)) if spec is None else prepare_run(spec, opened, suffix=suffix)
-    outcome = drive(prepared, opened.url, Path(out))
+        digest = str(prepare_data(spec, opened.url)["digest"])
+        prepared = compile_run(spec, opened.url, digest, scheduled_suffix() if fresh else "")
+    return ended_as(drive(prepared, opened.url, Path(out)))
+
+
+def ended_as(outcome: Outcome) -> dict[str, Any] | State[Any]:
+    """The flow run's own end: a value (Completed), a Cancelled state, or RunFailed."""
     if outcome.outcome == "gave_up":
         raise RunFailed(f"run {outcome.run} gave up: {outcome.reason}")
+    if outcome.outcome in ("cancelled", "stopped"):
+        return Cancelled(message=f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}")
     return asdict(outcome)
 
 
 def scheduled_suffix() -> str:
-    """The flow run's scheduled time, as a run's name can hold it."""
-    at = flow_run.scheduled_start_time
+    """The flow run's scheduled time (UTC), as a run's name can hold it: 20260301t020000."""
+    at: datetime | None = flow_run.scheduled_start_time
     return re.sub(r"[^0-9a-z]", "", at.strftime("%Y%m%dt%H%M%S")) if at else ""
-
-
-# The command gives its own sink and stop event to the flow that it hosts: they are no parameters, because they are not data.
-_hosted: dict[str, Any] = {}
-
-
-def host(sink: Sink | None, stop: threading.Event | None, reopen: bool = False) -> dict[str, Any]:
-    """For the command: sink and stop event of the flow that this process hosts; holds the outcome afterwards."""
-    _hosted.clear()
-    _hosted.update({"sink": sink, "stop": stop, "reopen": reopen, "outcome": None})
-    return _hosted
 
 
 def drive(prepared: Prepared, store_url: str, out: Path) -> Outcome:
     """The driver inside a flow run: artifacts to Prefect, lines to the flow's log or to the hosting command."""
+    hosted = _hosted.get() or Hosted()
+    hosted.driving = True
     store = store_at(store_url)
-    prefect_sink = PrefectSink(prepared.run, prepared.spec.train.steps)
-    own = _hosted.get("sink") or Lines(get_run_logger().info, prepared.spec.train.steps, every_s=10.0)
+    steps = prepared.spec.train.steps
+    prefect_sink = PrefectSink(prepared.run, steps, lambda: attempt_rows(store, prepared.run))
+    own = hosted.sink or Lines(get_run_logger().info, steps, every_s=10.0)
     driver = make_driver(
-        prepared,
-        store,
-        sink=Many([own, prefect_sink]),
-        out=out,
-        stop=_hosted.get("stop"),
-        reopen=bool(_hosted.get("reopen")),
+        prepared, store, sink=Many([own, prefect_sink]), out=out, stop=hosted.stop, reopen=hosted.reopen
     )
     try:
-        outcome = driver.run()
-        _hosted["outcome"] = outcome
-        return outcome
+        hosted.outcome = driver.run()
+        return hosted.outcome
     finally:
         prefect_sink.close()
 

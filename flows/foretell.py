@@ -1,4 +1,4 @@
-"""What a plan says about a spec before anything runs: memory, schedule, time. Pure but for the yardsticks of this machine."""
+"""What a plan says about a spec before anything runs: memory, schedule, time. Pure, but for its yardsticks."""
 
 from __future__ import annotations
 

@@ -1,17 +1,39 @@
 """What this machine can do, measured in a moment: the yardstick of MFU and of the plan's time on the CPU.
 
-MFU here = model FLOP/s / (FLOP/s of NumPy's fp32 matrix product on the same cores, measured when a run starts). Model FLOPs a
+MFU here = model FLOP/s / (FLOP/s of NumPy's fp32 matrix product on the cores this process may use). Model FLOPs a
 token: 6 * weights in matrix products + 6 * layers * sequence * width (causal attention).
+
+The product is timed in CPU time of single-threaded workers that run side by side, one a core: so the yardstick is what
+the cores do while they work, also on a machine that is busy with other things, and it does not move with its load.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from functools import lru_cache
 
 import numpy as np
 
 from trainer.spec import ModelSpec
+
+_WORKERS = 16  # at most; what one core does stands for the others above that
+_PROGRAM = """
+import sys, time
+import numpy as np
+size, seconds = int(sys.argv[1]), float(sys.argv[2])
+a = np.ones((size, size), dtype=np.float32)
+b, c = a.copy(), a.copy()
+best, end = 0.0, time.perf_counter() + seconds
+while best == 0.0 or time.perf_counter() < end:
+    start = time.thread_time()
+    np.matmul(a, b, out=c)
+    spent = time.thread_time() - start
+    best = max(best, 2.0 * size**3 / spent) if spent > 0 else best
+sys.stdout.write(f"{best!r}")
+"""
 
 
 def flops_per_token(model: ModelSpec, sequence: int) -> float:
@@ -24,15 +46,21 @@ def flops_per_token(model: ModelSpec, sequence: int) -> float:
 
 
 @lru_cache(maxsize=1)
-def measured_peak(seconds: float = 0.3, size: int = 1024) -> float:
-    """FLOP/s of the best fp32 product of two size x size matrices within about so many seconds."""
-    a = np.ones((size, size), dtype=np.float32)
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ a
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
-    return best
+def measured_peak(seconds: float = 0.4, size: int = 768) -> float:
+    """FLOP/s of fp32 products of size x size matrices on all cores of this process: the best of each core, summed."""
+    cores = len(os.sched_getaffinity(0))
+    workers = min(cores, _WORKERS)
+    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "MKL", "OMP", "BLIS")}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(size), str(seconds)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **one_thread},
+        )
+        for _ in range(workers)
+    ]
+    return sum(float(worker.communicate()[0]) for worker in running) * cores / workers
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,8 @@
 """Data preparation: text -> byte-level BPE tokenizer -> token shards -> manifest, content-addressed in the store.
 
-Owns ``<root>/data/``: ``inputs/<input digest>`` (names the dataset that these inputs gave, so that a second run skips the
-work), ``<dataset digest>/{manifest,tokenizer.json,00000.bin,…}``. Knows nothing of Prefect; ``flows/train.py`` wraps
-it in tasks. The same inputs give the same bytes on every machine: files are read in the order of their names,
+Owns ``<root>/data/``: ``inputs/<input digest>`` (names the dataset that these inputs gave, so that a second run skips
+the work), ``<dataset digest>/{manifest,tokenizer.json,00000.bin,…}``. Knows nothing of Prefect; ``flows/flow.py``
+wraps it in tasks. The same inputs give the same bytes on every machine: files are read in the order of their names,
 the tokenizer is trained on one thread's order, and every object is created once under the digest of the whole.
 """
 

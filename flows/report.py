@@ -1,5 +1,5 @@
-"""One self-contained HTML page about a run: loss with the attempts marked, pipeline planned beside measured, checkpoints,
-time lost to failures. ``render`` is pure (facts in, page out); no script, no request leaves the page.
+"""One self-contained HTML page about a run: loss with the attempts marked, pipeline planned beside measured,
+checkpoints, time lost to failures. ``render`` is pure (facts in, page out); no script, no request leaves the page.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ def loss_svg(curve: Mapping[int, float], attempts: Sequence[AttemptFact], checkp
     for step in checkpoints:
         if x0 <= step <= x1:
             y = height - bottom
-            out.append(
-                f'<path d="M{px(step):.1f} {y} l-4 8 h8 z" fill="var(--c)"><title>checkpoint at step {step}</title></path>'
-            )
+            title = f"<title>checkpoint at step {step}</title>"
+            out.append(f'<path d="M{px(step):.1f} {y} l-4 8 h8 z" fill="var(--c)">{title}</path>')
     for attempt in attempts[1:]:
         step = attempt.restore_step + attempt.lost_steps  # how far the attempt before it came
         x = px(min(max(step, x0), x1))
@@ -132,7 +131,7 @@ def _fact(value: str, label: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    cls = {i: ' class="n"' for i in numeric}
+    cls = dict.fromkeys(numeric, ' class="n"')
     top = "".join(f"<th{cls.get(i, '')}>{html.escape(h)}</th>" for i, h in enumerate(head))
     body = "".join(
         "<tr>" + "".join(f"<td{cls.get(i, '')}>{html.escape(c)}</td>" for i, c in enumerate(row)) + "</tr>"

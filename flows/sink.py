@@ -1,7 +1,8 @@
-"""Where a run's events go for people to see: the terminal, and Prefect's page. Sinks never block the driver and never decide."""
+"""Where a run's events go for people to see: the terminal, and Prefect's page. Sinks never block and never decide."""
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import queue
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from checkpoint.errors import CheckpointError
 from flows.loop import Event, Sink
 from flows.prefect_api import Artifacts
 
@@ -62,9 +64,8 @@ class Lines:
             case "checkpoint":
                 self._durable = facts["step"]
             case "damaged":
-                self.say(
-                    f"WARNING: checkpoint record {facts['checkpoint']} is damaged ({facts['why']}); an older one is used"
-                )
+                record, why = facts["checkpoint"], facts["why"]
+                self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")
             case "ended":
                 digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
                 reason = f" ({facts['reason']})" if facts.get("reason") else ""
@@ -95,20 +96,25 @@ class PrefectSink:
     """Progress, loss curve and attempts as Prefect artifacts, from a thread of its own behind a bounded queue.
 
     Prefect may be slow or gone: events are dropped then (counted), the run is not touched. Create it inside a flow: the
-    artifacts belong to the flow run whose context is copied.
+    artifacts belong to the flow run whose context is copied. ``rows`` gives the attempts as the log knows them, so that
+    the table is whole also where this driver attached to what another had begun. Progress is one artifact, updated in
+    place each ``every_s``; the curve and the table are versioned by Prefect: written after a new attempt or checkpoint,
+    at most each ``full_every_s``, and at the end.
     """
 
     run: str
     steps: int
+    rows: Callable[[], list[dict[str, Any]]] = list
     artifacts: Artifacts = field(default_factory=Artifacts)
     every_s: float = 2.0
+    full_every_s: float = 20.0
     dropped: int = 0
 
     def __post_init__(self) -> None:
         self._queue: queue.Queue[Event | None] = queue.Queue(maxsize=1000)
         self._curve: dict[int, float] = {}
-        self._attempts: list[dict[str, Any]] = []
         self._durable = -1
+        self._news = False
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=lambda: context.run(self._work), name="prefect-sink", daemon=True)
         self._thread.start()
@@ -119,58 +125,56 @@ class PrefectSink:
         except queue.Full:
             self.dropped += 1
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Publish what is left, for at most so long."""
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Publish what is left, for at most so long; True where Prefect took everything."""
         try:
             self._queue.put(None, timeout=timeout_s)
         except queue.Full:
-            return
+            return False
         self._thread.join(timeout_s)
+        return not self._thread.is_alive() and not self.artifacts.failures
 
     def _work(self) -> None:
-        published = 0.0
+        published = full = time.monotonic()
         while True:
-            try:
+            event: Event | None = Event("tick", {})
+            with contextlib.suppress(queue.Empty):
                 event = self._queue.get(timeout=self.every_s)
-            except queue.Empty:
-                event = Event("tick", {})
-            done = event is None
-            if event is not None:
-                self._take(event)
             now = time.monotonic()
-            if done or (self._curve and now - published >= self.every_s):
-                published = now
-                self._publish(full=done)
-            if done:
+            if event is None:
+                self._publish_progress()
+                self._publish_full()
                 return
+            self._take(event)
+            if now - published >= self.every_s:
+                self._publish_progress()
+                published = time.monotonic()
+            if self._news and now - full >= self.full_every_s:
+                self._publish_full()
+                full = time.monotonic()
 
     def _take(self, event: Event) -> None:
-        facts = event.facts
         if event.kind == "step":
-            self._curve[int(facts["step"])] = float(facts["loss"])
-        elif event.kind == "attempt":
-            cause = facts.get("cause") or {}
-            self._attempts.append(
-                {
-                    "attempt": facts["epoch"],
-                    "from step": max(facts["step"], 0),
-                    "because": cause.get("text", "start"),
-                    "back after": "",
-                }
-            )
-        elif event.kind == "recovered" and self._attempts:
-            self._attempts[-1]["back after"] = f"{facts['seconds']:.2f} s"
+            self._curve[int(event.facts["step"])] = float(event.facts["loss"])
         elif event.kind == "checkpoint":
-            self._durable = int(facts["step"])
+            self._durable = int(event.facts["step"])
+        self._news = self._news or event.kind in ("attempt", "recovered", "checkpoint")
 
-    def _publish(self, full: bool) -> None:
+    def _publish_progress(self) -> None:
         step = max(self._curve, default=0)
-        self.artifacts.progress(
-            f"{self.run}", 100.0 * step / self.steps, f"step {step} of {self.steps}, saved {self._durable}"
-        )
-        if full or step % 10 == 0:
-            self.artifacts.markdown(f"{self.run}-loss", loss_markdown(self.run, self._curve))
-            self.artifacts.table(f"{self.run}-attempts", self._attempts)
+        saved = f"saved {self._durable}" if self._durable >= 0 else "nothing saved yet"
+        percent = min(100.0, 100.0 * max(step, self._durable) / self.steps)
+        self.artifacts.progress(self.run, percent, f"step {step} of {self.steps}, {saved}")
+
+    def _publish_full(self) -> None:
+        self._news = False
+        self.artifacts.markdown(f"{self.run}-loss", loss_markdown(self.run, self._curve))
+        try:
+            rows = self.rows()
+        except CheckpointError as error:
+            log.info("the attempts are not told to Prefect now: %s", error)
+            return
+        self.artifacts.table(f"{self.run}-attempts", rows)
 
 
 def loss_markdown(run: str, curve: dict[int, float], points: int = 60) -> str:

@@ -68,7 +68,8 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
         show(told)
         return 0
     say(
-        f"{name} step {info.step}, attempt {info.epoch}: {manifest.total_bytes / 1e6:.1f} MB in {len(manifest.chunks)} chunk(s)"
+        f"{name} step {info.step}, attempt {info.epoch}: "
+        f"{manifest.total_bytes / 1e6:.1f} MB in {len(manifest.chunks)} chunk(s)"
     )
     say(f"state digest {info.state_digest}, {info.data_position:,} samples read")
     for tensor in manifest.tensors:

@@ -21,7 +21,7 @@ def data() -> None:
 @store_option
 @json_option
 def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
-    """Make SPEC's dataset in the store: tokenizer, token shards, manifest; content-addressed, so a second run skips it."""
+    """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it is there already."""
     from flows.api import store_at
     from flows.prepare import prepare as make
     from flows.run import ready_store

@@ -60,12 +60,13 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     if told["reason"]:
         say(f"  {told['reason']}")
     for attempt in told["attempts_list"]:
-        say(f"  attempt {attempt['epoch']:>4}  from step {attempt['step']:>6}  {attempt['from']:<10}  {attempt['reason']}"
-            + (f": {attempt['cause']}" if attempt["cause"] else ""))  # fmt: skip
+        why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")
+        say(f"  attempt {attempt['epoch']:>4}  from step {attempt['step']:>6}  {attempt['from']:<10}  {why}")
     for checkpoint in told["checkpoints"]:
         flag = "" if checkpoint["usable"] else "  (not usable)"
         say(
-            f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['epoch']:>4}  {checkpoint['state_digest']}{flag}"
+            f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['epoch']:>4}  "
+            f"{checkpoint['state_digest']}{flag}"
         )
     return 0
 

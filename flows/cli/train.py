@@ -58,17 +58,10 @@ def host(prepared: Any, store_url: str, out: Path, as_json: bool, *, use_prefect
     def work() -> None:
         try:
             if use_prefect and prefect_answers(lines.say):
-                from flows import flow
+                from flows.hosting import run_flow
 
-                hosted = flow.host(lines, stop, reopen)
-                try:
-                    flow.train_flow(store=store_url, run=prepared.run, sets=(), out=str(out), spec=None)
-                except Exception as error:  # the flow's own end is Prefect's; the run's outcome is what counts
-                    if hosted["outcome"] is None:
-                        raise
-                    result["flow_error"] = str(error)
-                result["outcome"] = hosted["outcome"]
-            else:
+                result["outcome"] = run_flow(prepared.run, store_url, out, lines, stop, reopen, lines.say)
+            if result.get("outcome") is None:
                 store = store_at(store_url)
                 result["outcome"] = make_driver(prepared, store, sink=lines, out=out, stop=stop, reopen=reopen).run()
         except BaseException as error:
@@ -146,7 +139,7 @@ def schedule(
     url = os.environ.get("PREFECT_API_URL")
     if not url:
         click.echo(
-            "hotstage: schedule needs a Prefect server: start one (`prefect server start`) and set PREFECT_API_URL to it",
+            "hotstage: schedule needs a Prefect server: start one (`prefect server start`) and set PREFECT_API_URL",
             err=True,
         )
         return 78

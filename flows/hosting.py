@@ -1,0 +1,71 @@
+"""Hosting the Prefect flow in a process of ours (the command, the demo): the run's outcome is what counts, Prefect is
+told as long as it listens. A run never waits for Prefect longer than PREFECT_PATIENCE_S, and never fails because of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.loop import Outcome, Sink
+
+PREFECT_PATIENCE_S = 20.0
+"""After the run's own end, for Prefect to take the flow run's: its client retries for a minute where nobody answers."""
+
+
+def run_flow(
+    run: str,
+    store_url: str,
+    out: Path,
+    sink: Sink | None,
+    stop: threading.Event | None,
+    reopen: bool,
+    tell: Callable[[str], None],
+    patience_s: float = PREFECT_PATIENCE_S,
+) -> Outcome | None:
+    """Drive a run of the store inside the flow; its outcome, or None where Prefect failed before the driver began.
+
+    The flow runs in a thread of its own. Errors of the run itself (not Prefect's) are raised.
+    """
+    from flows import flow
+
+    hosted = flow.Hosted(sink, stop, reopen)
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            flow.hold(hosted)
+            flow.train_flow(store=store_url, run=run, out=str(out))
+        except BaseException as error:  # the flow's own end is Prefect's; what counts is judged below
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=work, name="flow", daemon=True).start()
+    told_at: float | None = None
+    while not done.wait(0.1):
+        if hosted.outcome is None:
+            continue
+        told_at = told_at or time.monotonic()
+        if time.monotonic() - told_at > patience_s:
+            tell("Prefect does not take the end of the flow run; the run itself has ended, see the log in the store")
+            return hosted.outcome
+    error = errors[0] if errors else None
+    if hosted.outcome is not None:
+        if error is not None and not flow.is_own_end(error):
+            tell(f"Prefect did not take the end of the flow run ({_line(error)}); the run itself has ended")
+        return hosted.outcome
+    if hosted.driving:
+        assert error is not None
+        raise error
+    tell(f"Prefect failed before the run began ({_line(error)}): going on without it")
+    return None
+
+
+def _line(error: Any) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
