@@ -42,7 +42,7 @@ import msgpack
 from checkpoint import keys
 from checkpoint.agent.commit import Committer
 from checkpoint.agent.fetch import fetch_data, fetch_plan, write_file
-from checkpoint.agent.link import Link, Message, Peer
+from checkpoint.agent.link import Event, Link, Message, Peer
 from checkpoint.agent.output import BEAT_S, Hints
 from checkpoint.agent.slots import SlotChanged, SlotTable, crc32c
 from checkpoint.agent.status import NodeStatus, RankStatus
@@ -60,6 +60,7 @@ EXIT_ENDED, EXIT_FENCED = 0, 75
 _KILL_S = 10.0  # for a supervisor to reap ranks that were sent SIGKILL
 _LOST_S = 2.0  # for a supervisor that went away to connect again (it tries each 50 ms)
 _ADOPT_S = 5.0  # for a supervisor to find a restarted agent
+_EARLY = 10_000  # messages kept until the log was read for the first time
 _END_S = 30.0  # for uploads when the run has ended
 _PREFAULT_FIRST_BYTES = 64 << 20  # below this, pages are made before START, else while the ranks start
 
@@ -166,6 +167,7 @@ class Service:
         self._log_error: str | None = None
         self._slot_error: str | None = None
         self._first_ended: int | None = None
+        self._early: list[Event] = []
         self._terms = 0
         self._stopping = False
         self._changed = True
@@ -208,10 +210,7 @@ class Service:
         try:
             while self.exit is None:
                 for event in self.link.poll(self._wait_s()):
-                    if event.message is None:
-                        self._on_gone(event.peer)
-                    else:
-                        self._on_message(event.peer, event.message)
+                    self._on_event(event)
                 while not self._posted.empty():
                     self._posted.get()()
                 self._tick()
@@ -223,6 +222,18 @@ class Service:
             self.hints.close()
             self.link.flush(1.0)
         return self.exit
+
+    def _on_event(self, event: Event) -> None:
+        """What comes before the log was read for the first time waits: only the log says whose it is."""
+        if self.state is None:
+            self._early.append(event)
+            if len(self._early) > _EARLY:
+                log.error("the log cannot be read, and %d messages wait: a peer is sent away to come again", _EARLY)
+                self.link.drop(event.peer)
+        elif event.message is None:
+            self._on_gone(event.peer)
+        else:
+            self._on_message(event.peer, event.message)
 
     def post(self, call: Callable[[], None]) -> None:
         """From any thread: have the loop call this."""
@@ -311,6 +322,12 @@ class Service:
         """A newer state of the run, from the watcher or from a commit of our own."""
         if self.state is not None and state.n < self.state.n:
             return
+        self._take_state(state)
+        early, self._early = self._early, []
+        for event in early:
+            self._on_event(event)
+
+    def _take_state(self, state: RunState) -> None:
         self.state, self._changed = state, True
         self._log_error = state.unreadable
         self.committer.state(state)
@@ -669,10 +686,6 @@ class Service:
             return
         gang.phase = "adopt"
         log.info("attempt %d was running before this agent: waiting for its engine", gang.epoch)
-        # a supervisor that came before the log was read says everything again on its next connection
-        if self.supervisor is not None:
-            self.link.drop(self.supervisor)
-            self.supervisor = None
         self._after("adopt", _ADOPT_S, lambda: self._lost(gang))
         self._offer_uploads(gang)
 
