@@ -61,8 +61,8 @@ class RankView:
 class NodeView:
     """One node. ``alive``: True, False (known to be gone) or None (unknown: nobody answered).
 
-    ``age_s`` counts since its heartbeat last changed, by the observer's own monotonic clock; ``step_age_s`` since any of
-    its ranks last moved a step. ``slots`` are the (step, epoch) pairs held by all its ranks.
+    ``age_s`` counts since its heartbeat last changed, by the observer's own monotonic clock; ``step_age_s`` since any
+    of its ranks last moved a step. ``slots`` are the (step, epoch) pairs held by all its ranks.
     """
 
     node: int
@@ -224,7 +224,8 @@ _MENDS = {
     "config": "correct the spec, then start it again; the message above names the value and the limit",
     "data": "prepare the data again (`hotstage data prepare SPEC --again`), then `hotstage runs resume RUN`",
     "bug": "this is a bug of hotstage: `hotstage logs RUN` has the last words",
-    "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N --set train.optimizer.lr=…`",
+    "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N "
+    "--set train.optimizer.lr=…`",
     "restore": "an older checkpoint is used; `hotstage ckpt verify RUN` says what is damaged",
 }
 
@@ -373,9 +374,9 @@ def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
     why = _give_up(log, cause, policy)
     if why:
         return End("gave_up", why, cause)
-    if cause.cls == "restore" and newest.restore_slots is None and newest.restore_checkpoint is not None:
-        if any(c.n == newest.restore_checkpoint for c in log.candidates):
-            return MarkDamaged(newest.restore_checkpoint, cause.text)
+    tried = newest.restore_checkpoint if newest.restore_slots is None else None
+    if cause.cls == "restore" and tried is not None and any(c.n == tried for c in log.candidates):
+        return MarkDamaged(tried, cause.text)
     # a damaged slot or diverging numbers: not from memory again
     use_slots = cause.cls not in ("restore", "numeric")
     restore = choose_restore(log, nodes, policy, use_slots=use_slots)

@@ -1,10 +1,11 @@
 """The thin loop around ``flows.driver.decide``: observe, ask, act, tell. It may be killed at any instruction.
 
-Order of calls, and who makes each (one driver; a second one beside it is harmless, because every act begins with winning a
-log record):
+Order of calls, and who makes each (one driver; a second one beside it is harmless, because every act begins with
+winning a log record):
   1. fold the log (truth), read the nodes' status (hints), ask the launcher who is alive;
   2. ``decide``;
-  3. act: append ``attempt`` / ``damaged`` / ``ended`` (on a conflict: read the winner, decide again), keep the launch up;
+  3. act: append ``attempt`` / ``damaged`` / ``ended`` (on a conflict: read the winner, decide again), keep the launch
+     up;
   4. tell the sink what people see. The sink never blocks and never decides.
 """
 
@@ -270,9 +271,9 @@ class Driver:
             self.sink.tell(Event("step", line))
         for node in nodes:
             for rank in node.ranks:
-                if rank.ended and (rank.code or rank.signal) and epochs and node.epoch == epochs[-1]:
-                    if self._failed_at is None:
-                        self._failed_at = time.monotonic()
+                bad = rank.ended and (rank.code or rank.signal) and epochs and node.epoch == epochs[-1]
+                if bad and self._failed_at is None:
+                    self._failed_at = time.monotonic()
         for checkpoint in state.checkpoints:
             facts = {"n": checkpoint.n, "step": checkpoint.step, "epoch": checkpoint.epoch}
             self._tell_once(("checkpoint", checkpoint.n), Event("checkpoint", facts))

@@ -1,8 +1,8 @@
 """A run, from spec to the objects that identify it: plain functions, no Prefect, no processes.
 
-``prepare_run`` turns a spec into a ``Prepared`` run (dataset, resolved spec, plan, all in the store); ``load_run`` makes
-the same from what the store holds, for resume, fork, report and generate. ``fold_view`` reads a folded log as the driver's
-``LogView``.
+``prepare_run`` turns a spec into a ``Prepared`` run (dataset, resolved spec, plan, all in the store); ``load_run``
+makes the same from what the store holds, for resume, fork, report and generate. ``fold_view`` reads a folded log as the
+driver's ``LogView``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import NotFound
 from checkpoint.log import RunLog, RunState
-from checkpoint.probe import probe
+from checkpoint.probe import ensure_probed
 from checkpoint.store import Store
 from flows.driver import AttemptView, CheckpointView, LogView, Policy
 from flows.prepare import load_dataset, prepare
@@ -66,8 +66,8 @@ class Prepared:
 
 
 def ready_store(store: Store) -> None:
-    """Probe a store before a run's first write. Raises StoreRefused with the reason where create-if-absent does not hold."""
-    probe(store)
+    """Probe a store before its first write. Raises StoreRefused with the reason where it cannot order writers."""
+    ensure_probed(store)
 
 
 def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[[str], None] = log.info) -> Prepared:

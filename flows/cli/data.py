@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from flows.cli.main import json_option, say, set_option, show, store_option
+from flows.cli.signals import Signals
+
+if TYPE_CHECKING:
+    from trainer.dataset import DatasetRef
 
 
 @click.group()
@@ -28,8 +34,13 @@ def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as
     from trainer.spec import load_spec
 
     opened = store_at(store)
-    ready_store(opened)
-    dataset = make(load_spec(spec, sets).data, opened, say=(lambda _: None) if as_json else say, again=again)
+    wanted = load_spec(spec, sets).data
+
+    def work() -> DatasetRef:
+        ready_store(opened)
+        return make(wanted, opened, say=(lambda _: None) if as_json else say, again=again)
+
+    dataset = Signals().run(work)
     if as_json:
         show({**dataset.to_map(), "tokens": dataset.tokens})
     else:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -22,9 +23,10 @@ Exit codes of train, runs resume and demo:
   75  a peer, a node or the store was lost and recovery ended
   76  the restore point is damaged and there is no other
   78  refused: spec, plan, store or launch; the message names the value, the limit and the mend
-  85  stopped on request (Ctrl-C, SIGTERM); the state is saved, `hotstage runs resume RUN` goes on
+  85  stopped on request (Ctrl-C, SIGTERM); the same command, or `hotstage runs resume RUN`, goes on from what is saved
   86  stalled
   87  loss or gradient norm became not finite
+ 130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
 
 \b
 Where things are: --store, else HOTSTAGE_STORE, else the user's data folder. A store is a folder, file:///…
@@ -137,3 +139,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except Exception:
+        traceback.print_exc()
+        click.echo("hotstage: internal error: this is a bug of hotstage; nothing in the store is lost by it", err=True)
+        sys.exit(70)

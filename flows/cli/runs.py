@@ -85,8 +85,8 @@ def resume(run: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     from flows.run import find_run, load_run
 
     opened = store_at(store)
-    prepared = load_run(opened, find_run(opened, run), sets)
-    return host(prepared, opened.url, Path(out), as_json, use_prefect=not no_prefect, reopen=True)
+    name = find_run(opened, run)
+    return host(lambda: load_run(opened, name, sets), opened.url, Path(out), as_json, not no_prefect, reopen=True)
 
 
 @runs.command()
@@ -122,8 +122,8 @@ def fork(
     from flows.run import find_run
 
     opened = store_at(store)
-    prepared = fork_run(opened, find_run(opened, run), step, sets)
-    return host(prepared, opened.url, Path(out), as_json, use_prefect=not no_prefect)
+    name = find_run(opened, run)
+    return host(lambda: fork_run(opened, name, step, sets), opened.url, Path(out), as_json, not no_prefect)
 
 
 @click.command()

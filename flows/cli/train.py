@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+from flows.cli.signals import Signals
+
+if TYPE_CHECKING:
+    from flows.loop import Outcome
+    from flows.run import Prepared
 
 
 @click.command()
@@ -25,75 +29,72 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     """Train SPEC to its end; recover whatever fails on the way. Exits 0 only when the run succeeded.
 
     The same spec names the same run: a second `train` attaches to what runs, and ends with its outcome. Ctrl-C has the
-    gang save one agreed step and leave; `hotstage runs resume RUN` (or the same command again) goes on from there.
+    gang save one agreed step and leave; `hotstage runs resume RUN` (or the same command again) goes on from there. At a
+    terminal, a second Ctrl-C within a second leaves the run to itself; the same command attaches to it again.
     """
     from flows.api import store_at
     from flows.run import prepare_run
     from trainer.spec import load_spec
 
     opened = store_at(store)
-    prepared = prepare_run(load_spec(spec, sets), opened, say=(lambda _: None) if as_json else say)
-    return host(prepared, opened.url, Path(out), as_json, use_prefect=not no_prefect)
+    run_spec = load_spec(spec, sets)
+    tell = (lambda _: None) if as_json else say
+    return host(lambda: prepare_run(run_spec, opened, say=tell), opened.url, Path(out), as_json, not no_prefect)
 
 
-def host(prepared: Any, store_url: str, out: Path, as_json: bool, *, use_prefect: bool, reopen: bool = False) -> int:
-    """Drive a prepared run from this terminal, inside the Prefect flow where one answers; returns the exit code."""
-    from flows.api import make_driver, store_at
-    from flows.loop import Outcome
-    from flows.peak import flops_per_token, measured_peak
-    from flows.sink import Lines
+def host(
+    make: Callable[[], Prepared], store_url: str, out: Path, as_json: bool, use_prefect: bool, *, reopen: bool = False
+) -> int:
+    """Make a run ready and drive it from this terminal, inside the Prefect flow where one answers; the exit code."""
+    from dataclasses import asdict
 
-    if not as_json:
-        say(f"run {prepared.run} in {store_url}")
-    peak = 0.0 if as_json else measured_peak()
-    lines = Lines(
-        (lambda text: click.echo(text, err=True)) if as_json else say,
-        prepared.spec.train.steps,
-        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
-        peak_flops=peak,
-    )
-    stop = threading.Event()
-    result: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            if use_prefect and prefect_answers(lines.say):
-                from flows.hosting import run_flow
-
-                result["outcome"] = run_flow(prepared.run, store_url, out, lines, stop, reopen, lines.say)
-            if result.get("outcome") is None:
-                store = store_at(store_url)
-                result["outcome"] = make_driver(prepared, store, sink=lines, out=out, stop=stop, reopen=reopen).run()
-        except BaseException as error:
-            result["error"] = error
-
-    worker = threading.Thread(target=work, name="drive", daemon=True)
-
-    def on_signal(number: int, _frame: Any) -> None:
-        if stop.is_set():
-            click.echo("leaving at once; what runs goes on, `hotstage runs resume` attaches to it", err=True)
-            os._exit(128 + number)
-        click.echo("stopping: the gang saves one agreed step and leaves (again: leave it running)", err=True)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    worker.start()
-    while worker.is_alive():
-        worker.join(0.2)
-    if "error" in result:
-        raise result["error"]
-    outcome: Outcome = result["outcome"]
+    signals = Signals()
+    outcome = signals.run(lambda: _drive(make, store_url, out, as_json, use_prefect, reopen, signals))
     if as_json:
-        from dataclasses import asdict
-
         show(asdict(outcome))
     elif outcome.outcome == "stopped":
         say(f"go on with: hotstage runs resume {outcome.run}")
     elif outcome.outcome == "gave_up":
         click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
         click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
+        click.echo(f"  once it is mended:   hotstage runs resume {outcome.run}", err=True)
     return outcome.exit_code
+
+
+def _drive(
+    make: Callable[[], Prepared],
+    store_url: str,
+    out: Path,
+    as_json: bool,
+    use_prefect: bool,
+    reopen: bool,
+    signals: Signals,
+) -> Outcome:
+    """The work of a hosting command, in a thread of its own."""
+    from flows.api import make_driver, store_at
+    from flows.peak import flops_per_token, measured_peak
+    from flows.sink import Lines
+
+    prepared = make()
+    if not as_json:
+        say(f"run {prepared.run} in {store_url}")
+    lines = Lines(
+        (lambda text: click.echo(text, err=True)) if as_json else say,
+        prepared.spec.train.steps,
+        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
+        peak_flops=0.0 if as_json else measured_peak(),
+    )
+    through_prefect = use_prefect and prefect_answers(lines.say)
+    if not signals.driving():
+        raise click.Abort  # the command leaves
+    if through_prefect:
+        from flows.hosting import run_flow
+
+        outcome = run_flow(prepared, store_url, out, lines, signals.stop, reopen, lines.say)
+        if outcome is not None:
+            return outcome
+    driver = make_driver(prepared, store_at(store_url), sink=lines, out=out, stop=signals.stop, reopen=reopen)
+    return driver.run()
 
 
 def prefect_answers(tell: Any) -> bool:

@@ -1,0 +1,106 @@
+"""Ctrl-C and SIGTERM of a command that works for long: nothing is lost at any moment, and it says what goes on.
+
+While something is prepared, nothing of a run works yet: the command leaves at once, and the same command goes on from
+what is in the store. While a run is driven, the first signal has the gang save one agreed step and leave. At a terminal
+a second Ctrl-C within ``SECOND_S`` comes before that: the command leaves and the run goes on by itself. Later a second
+signal leaves at once too; the gang saves and ends by itself then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+T = TypeVar("T")
+
+EXIT_STOPPED = 85
+SECOND_S = 1.0
+_LOOK_S = 0.1
+_PREPARING = "stopped while preparing: nothing runs, nothing is lost; the same command goes on"
+
+
+class Signals:
+    """From ``__init__`` on signals are taken; the work is done in a thread, so that they are heard whatever it does.
+
+    ``stop`` is what the work should look at once it drives a run; ``driving`` is what it calls before that.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+        self._driving = False
+        self._asked: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._asked.append(number)
+
+    def driving(self) -> bool:
+        """From here on a run is driven. False where the command is leaving: do not begin."""
+        with self._lock:
+            self._driving = not self._asked
+            return self._driving
+
+    def run(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, or what it raised. May end the process instead, as the module's text says."""
+        result: list[T] = []
+        errors: list[BaseException] = []
+
+        def target() -> None:
+            try:
+                result.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        worker = threading.Thread(target=target, name="work", daemon=True)
+        worker.start()
+        seen, first_at = 0, 0.0
+        while worker.is_alive():
+            worker.join(_LOOK_S)
+            with self._lock:
+                driving = self._driving
+            if not driving and self._asked:
+                leave(EXIT_STOPPED, _PREPARING)
+            if len(self._asked) > 1 and seen >= 1:
+                self._second()
+            elif self._asked and not seen:
+                seen, first_at = 1, time.monotonic()
+                again = self._asked[0] == signal.SIGINT and sys.stdin.isatty()
+                click.echo(
+                    "stopping: the gang saves one agreed step and leaves"
+                    + (f" (Ctrl-C again within {SECOND_S:.0f} s: leave it running)" if again else ""),
+                    err=True,
+                )
+                if not again:
+                    self.stop.set()
+            elif seen and not self.stop.is_set() and time.monotonic() - first_at >= SECOND_S:
+                self.stop.set()
+        if errors and self._asked and not self._driving:
+            leave(EXIT_STOPPED, _PREPARING)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it is over: what is to be said is said whole
+        if errors:
+            raise errors[0]
+        return result[0]
+
+    def _second(self) -> None:
+        what = "the gang saves its state and ends by itself" if self.stop.is_set() else "the run goes on by itself"
+        leave(128 + self._asked[1], f"leaving at once: {what}; the same command, or `hotstage runs resume`, attaches")
+
+
+def leave(code: int, text: str) -> None:
+    """End the process now, whatever its threads do; temporary folders go first."""
+    click.echo(text, err=True)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
