@@ -63,9 +63,9 @@ class Run:
     wanted: tuple[Wanted, ...]
 
 
-def check_same_model(manifest: Manifest, plan: PlanLayout, what: str) -> None:
-    """OtherModel where the checkpoint has another What or other tensors than the plan."""
-    if manifest.what != plan.what_digest:
+def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_what: bool = True) -> None:
+    """OtherModel where the checkpoint has another What (a fork may: ``same_what=False``) or other tensors than the plan."""
+    if same_what and manifest.what != plan.what_digest:
         raise OtherModel(
             f"{what} is of another run: its What is {manifest.what.hex()[:16]}, the plan's "
             f"{plan.what_digest.hex()[:16]}; restore from a checkpoint of this run"
@@ -115,13 +115,14 @@ def restore_slots(
     *,
     epoch: int,
     pool: Executor,
+    same_what: bool = True,
 ) -> None:
     """Fill one slot of each rank from the checkpoint that the record names; ``epoch`` is that of the attempt to come.
 
     Raises Damaged (which names the object), OtherModel, StoreError; the slots are then not READY.
     """
     manifest = load_manifest(store, run, info)
-    check_same_model(manifest, plan, f"the checkpoint of step {info.step} (log record {info.n})")
+    check_same_model(manifest, plan, f"the checkpoint of step {info.step} (log record {info.n})", same_what=same_what)
     targets = list(slots.values())
     reads = plan_reads(manifest, plan, [slot.layout for slot in targets])
     views = [slot.begin_fill() for slot in targets]

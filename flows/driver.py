@@ -355,13 +355,6 @@ def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
         first = gone[0]
         cause = Cause("infra", f"node {first.node} is gone", "", None, max((r.step for r in ranks), default=-1))
     if cause is None:
-        errors = [n.error for n in mine if n.error and n.phase == "failed"]
-        if errors:
-            cls = (
-                "restore" if "damaged" in errors[0].lower() else "config" if "refused" in errors[0].lower() else "infra"
-            )
-            cause = Cause(cls, errors[0], _MENDS.get(cls, ""))
-    if cause is None:
         stalled = _stalled(mine, newest, policy)
         if stalled is None:
             return Watch(*_phase(log, nodes, mine, policy))

@@ -49,7 +49,7 @@ from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.agent.upload import Source, Uploader
 from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreError
 from checkpoint.layout import PlanLayout, PlanRefused, PositionLayout, read_plan
-from checkpoint.log import AttemptInfo, RunLog, RunState
+from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.restore import restore_slots
 from checkpoint.store import Store
 from trainer import wire
@@ -61,6 +61,7 @@ _KILL_S = 10.0  # for a supervisor to reap ranks that were sent SIGKILL
 _LOST_S = 2.0  # for a supervisor that went away to connect again (it tries each 50 ms)
 _ADOPT_S = 5.0  # for a supervisor to find a restarted agent
 _EARLY = 10_000  # messages kept until the log was read for the first time
+_LAST_RANKS_S = 2.0  # for ranks to leave after their last commit
 _END_S = 30.0  # for uploads when the run has ended
 _PREFAULT_FIRST_BYTES = 64 << 20  # below this, pages are made before START, else while the ranks start
 
@@ -167,6 +168,7 @@ class Service:
         self._log_error: str | None = None
         self._slot_error: str | None = None
         self._first_ended: int | None = None
+        self._ending = False
         self._early: list[Event] = []
         self._terms = 0
         self._stopping = False
@@ -341,7 +343,7 @@ class Service:
             self._fenced(newest)
             return
         if state.ended is not None and (mine or state.ended.n > self._first_ended):
-            self._on_ended()
+            self._on_ended(state.ended.outcome)
             return
         self._tell_committed()
         if mine and newest is not None and (self.gang is None or newest.n > self.gang.epoch):
@@ -351,9 +353,21 @@ class Service:
         log.warning("attempt %d of launch %s holds the run now: this launch ends", newest.n, newest.launch)
         self._leave("fenced", EXIT_FENCED)
 
-    def _on_ended(self) -> None:
+    def _on_ended(self, outcome: str) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._tell_committed()
+        if outcome == "succeeded" and self.gang is not None and self.gang.phase == "run":
+            # the ranks have just been told that their last state is safe: they leave by themselves
+            self._after("end-ranks", _LAST_RANKS_S, self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
         if self.status.phase == "ended":
             return
+        self._timers.pop("end-ranks", None)
         self.status.phase = "ended"
         if self.supervisor is not None:
             self.link.send(self.supervisor, "END")
@@ -470,6 +484,7 @@ class Service:
     ) -> tuple[dict[int, int], int, tuple[int, int] | None]:
         attempt = gang.attempt
         info = state.checkpoint(attempt.checkpoint) if attempt.checkpoint is not None else None
+        source = self.options.run
         if attempt.slots is not None:
             point = attempt.slots["step"], attempt.slots["epoch"]
             held = table.held_by_all().get(point)
@@ -486,10 +501,24 @@ class Service:
         if info is None:
             if attempt.checkpoint is not None:
                 raise CannotStart(76, f"record {attempt.checkpoint} is no valid checkpoint")
-            return {}, -1, None
+            info, source = self._parent(attempt)
+            if info is None:
+                return {}, -1, None
         slots = {rank: table.slots[rank][0] for rank in gang.local}
-        restore_slots(self.store, self.options.run, info, layout, slots, epoch=gang.epoch, pool=self._pool)
+        same_what = source == self.options.run
+        restore_slots(self.store, source, info, layout, slots, epoch=gang.epoch, pool=self._pool, same_what=same_what)
         return dict.fromkeys(gang.local, 0), info.step, None
+
+    def _parent(self, attempt: AttemptInfo) -> tuple[CheckpointInfo | None, str]:
+        """The checkpoint of another run that a forked run begins from, and that run's name; None: from the start."""
+        named = attempt.body["restore"].get("parent")
+        if not isinstance(named, Mapping):
+            return None, self.options.run
+        run, number = str(named.get("run")), named.get("checkpoint")
+        info = RunLog(self.store, run).fold().checkpoint(number) if isinstance(number, int) else None
+        if info is None:
+            raise CannotStart(76, f"record {number} of run {run}, which this fork begins from, is no valid checkpoint")
+        return info, run
 
     def _on_prepared(self, gang: Gang, found: Prepared) -> None:
         if gang is not self.gang:
@@ -648,6 +677,8 @@ class Service:
         for timer in ("adopt", "lost", "kill"):
             self._timers.pop(timer, None)
         self._remember(gang)
+        if self._ending:
+            self._end()
         if self._stopping:
             self._on_terminate()
 
