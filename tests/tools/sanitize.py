@@ -1,0 +1,82 @@
+"""`make check`'s engine half: warnings are errors under gcc and clang, then the engine's tests under the sanitizers.
+
+    python -m tests.tools.sanitize            everything
+    python -m tests.tools.sanitize thread     one of: warnings, address, thread
+
+Each sanitizer builds the whole engine (kept by content, see tests/engine/engine_build.py) and runs the tests of ranks,
+data, inference, supervisor and links with it, and a few thousand mutated plans. A finding ends the process with a code
+that no test expects.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.engine.engine_build import ROOT, build_engine, build_plan_fuzz
+from tests.engine.plans import GPT2, LLAMA, small_plan
+
+TESTS = ("test_rank.py", "test_data.py", "test_infer.py", "test_supervisor.py", "test_agent_link.py", "test_comm.py")
+# A library loaded before the engine and a sanitizer both want malloc.
+NOT = "not allocates and not allocation"
+
+
+def warnings() -> None:
+    """Builds with -Werror; clang where it is installed."""
+    for compiler in ("gcc", "clang"):
+        if shutil.which(compiler):
+            build_engine(compiler)
+        else:
+            print(f"{compiler} is not installed: its warnings were not looked at")
+
+
+def _pytest(engine: Path, sanitize: str) -> None:
+    found = [str(path) for name in TESTS if (path := ROOT / "tests" / "engine" / name).exists()]
+    environment = os.environ | {
+        "HOTSTAGE_ENGINE": str(engine),
+        "HOTSTAGE_TEST_SANITIZE": sanitize,
+        "ASAN_OPTIONS": "exitcode=99:detect_leaks=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "exitcode=99:halt_on_error=1",
+    }
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", NOT, *found], check=True, cwd=ROOT, env=environment
+    )
+
+
+def address() -> None:
+    """Address, leak and undefined-behaviour sanitizers; the mutated plans too."""
+    _pytest(build_engine(sanitize="address,undefined"), "address,undefined")
+    fuzz = build_plan_fuzz("address,undefined")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan"
+        for seed, (stages, model) in enumerate(((1, GPT2), (2, GPT2), (1, LLAMA), (2, LLAMA))):
+            path.write_bytes(small_plan(stages=stages, model=model).to_bytes())
+            subprocess.run([str(fuzz), str(path), "1000", str(seed)], check=True)
+
+
+def thread() -> None:
+    """Thread sanitizer."""
+    _pytest(build_engine(sanitize="thread"), "thread")
+
+
+PARTS = {"warnings": warnings, "address": address, "thread": thread}
+
+
+def main() -> int:
+    """All parts, or those named."""
+    named = sys.argv[1:] or list(PARTS)
+    for name in named:
+        if name not in PARTS:
+            print(f"no part {name!r}: one of {', '.join(PARTS)}", file=sys.stderr)
+            return 64
+        PARTS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
