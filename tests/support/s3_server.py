@@ -1,7 +1,7 @@
 """A real S3 server for tests: versitygw on loopback, with a root identity and a ``trainer`` that cannot delete.
 
-The binary is built once with ``go install`` into the user's cache folder and named by its version;
-HOTSTAGE_VERSITYGW names another one. Without it and without Go the tests that need it are skipped, and say so.
+The binary is built once with ``go install`` into the user's cache folder and named by its version (`make test` does it
+first: ``python -m tests.support.s3_server``); HOTSTAGE_VERSITYGW names another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 
 import boto3
 import botocore.config
-import pytest
+
+from tests.support.go import cache, go
 
 VERSION = "v1.8.0"
 MODULE = "github.com/versity/versitygw/cmd/versitygw"
@@ -36,23 +37,21 @@ def binary() -> Path:
     named = os.environ.get("HOTSTAGE_VERSITYGW")
     if named:
         return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "bin"
-    found = cache / f"versitygw-{VERSION}"
+    folder = cache() / "bin"
+    found = folder / f"versitygw-{VERSION}"
     if found.exists():
         return found
-    go = shutil.which("go")
-    if go is None:
-        pytest.skip(f"needs the S3 server versitygw {VERSION}: install Go, or set HOTSTAGE_VERSITYGW to its binary")
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".versitygw-{VERSION}.lock", "w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".versitygw-{VERSION}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not found.exists():
-            target = cache / f".build-{os.getpid()}"
+            print(f"building the S3 server versitygw {VERSION} (about 3 minutes on 2 cores, once)", flush=True)
+            target = folder / f".build-{os.getpid()}"
             try:
                 subprocess.run(
-                    [go, "install", "-trimpath", "-ldflags=-s -w", f"{MODULE}@{VERSION}"],
+                    [go(), "install", "-trimpath", "-ldflags=-s -w", f"{MODULE}@{VERSION}"],
                     env={**os.environ, "GOBIN": str(target), "GOFLAGS": "-mod=mod", "CGO_ENABLED": "0"},
-                    cwd=cache,
+                    cwd=folder,
                     check=True,
                 )
                 os.replace(target / "versitygw", found)
@@ -200,3 +199,7 @@ def _free_ports(count: int) -> list[int]:
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when the test run itself is killed
+
+
+if __name__ == "__main__":
+    binary()
