@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -221,13 +221,20 @@ Decision = StartAttempt | MarkDamaged | End | Watch | Finished
 _CAUSAL = ("signal", "numeric", "data", "restore", "config", "bug", "stall", "preempted", "infra", "done")
 
 _MENDS = {
-    "config": "correct the spec, then start it again; the message above names the value and the limit",
+    "config": "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
+    "start the corrected spec)",
+    "infra": "look at the machine and the store (room, rights, network), then `hotstage runs resume RUN`",
     "data": "prepare the data again (`hotstage data prepare SPEC --again`), then `hotstage runs resume RUN`",
     "bug": "this is a bug of hotstage: `hotstage logs RUN` has the last words",
     "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N "
     "--set train.optimizer.lr=…`",
     "restore": "an older checkpoint is used; `hotstage ckpt verify RUN` says what is damaged",
 }
+
+
+def mend_of(cls: str) -> str:
+    """What a person should do about a cause of this class; empty where recovery mends it."""
+    return _MENDS.get(cls, "")
 
 
 def rank_class(rank: RankView) -> str:
@@ -361,6 +368,9 @@ def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
         cause = stalled
     elif not _drained(nodes, newest, policy):
         return Watch(Phase.DRAINING, cause.text)
+    trouble = next((n for n in mine if n.error and n.error not in cause.text), None)
+    if cause.cls == "infra" and trouble is not None:  # what an agent could not store is why its ranks left with 75
+        cause = replace(cause, text=f"{cause.text}; node {trouble.node} says: {trouble.error}")
 
     if cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ranks if r.ended):
         cause = Cause("preempted", "stopped on request, state saved", "", None, cause.step)

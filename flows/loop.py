@@ -274,6 +274,12 @@ class Driver:
                 bad = rank.ended and (rank.code or rank.signal) and epochs and node.epoch == epochs[-1]
                 if bad and self._failed_at is None:
                     self._failed_at = time.monotonic()
+            key = ("trouble", node.node)
+            if node.error:  # training goes on; but a person should know that checkpoints do not
+                facts: dict[str, Any] = {"phase": "warning", "text": f"node {node.node}: {node.error}"}
+                self._tell_once(key, Event("phase", facts))
+            else:
+                self._told.discard(key)
         for checkpoint in state.checkpoints:
             facts = {"n": checkpoint.n, "step": checkpoint.step, "epoch": checkpoint.epoch}
             self._tell_once(("checkpoint", checkpoint.n), Event("checkpoint", facts))

@@ -56,6 +56,8 @@ def measured_peak(seconds: float = 0.4, size: int = 768) -> float:
             [sys.executable, "-c", _PROGRAM, str(size), str(seconds)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the command; these end by themselves
             env={**os.environ, **one_thread},
         )
         for _ in range(workers)

@@ -20,7 +20,7 @@ from checkpoint.store import Store
 from flows.driver import AttemptView, CheckpointView, LogView, Policy
 from flows.prepare import load_dataset, prepare
 from trainer.dataset import DatasetRef
-from trainer.errors import SpecError
+from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
 from trainer.spec import RunSpec, how_map, parse_spec, run_id, what_bytes, what_digest
 
@@ -90,8 +90,13 @@ def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[
 
 
 def publish_plan(store: Store, run: str, plan: Plan) -> None:
-    """Create the plan object that the agents fetch."""
-    store.create(f"runs/{run}/plans/{plan.digest}", plan.to_bytes())
+    """Create the plan object that the agents fetch. Raises PlanError where a damaged one has its name."""
+    key = f"runs/{run}/plans/{plan.digest}"
+    if not store.create(key, plan.to_bytes()):
+        raise PlanError(
+            f"plan {key} in {store.describe()} has other bytes than its digest says: it is damaged; remove that "
+            "object and start again (the plan is compiled anew)"
+        )
 
 
 def run_names(store: Store) -> Iterator[str]:

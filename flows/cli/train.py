@@ -48,6 +48,8 @@ def host(
     """Make a run ready and drive it from this terminal, inside the Prefect flow where one answers; the exit code."""
     from dataclasses import asdict
 
+    from flows.driver import mend_of
+
     signals = Signals()
     outcome = signals.run(lambda: _drive(make, store_url, out, as_json, use_prefect, reopen, signals))
     if as_json:
@@ -56,8 +58,10 @@ def host(
         say(f"go on with: hotstage runs resume {outcome.run}")
     elif outcome.outcome == "gave_up":
         click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
+        mend = mend_of(outcome.reason.partition(":")[0])
+        if mend:
+            click.echo(f"  what to do: {mend.replace('RUN', outcome.run)}", err=True)
         click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
-        click.echo(f"  once it is mended:   hotstage runs resume {outcome.run}", err=True)
     return outcome.exit_code
 
 
