@@ -1,9 +1,11 @@
-/* The pool: a generation number that the caller bumps to start a loop, and a count of workers still busy.
+/* The pool: a generation number that the caller bumps to start a loop, and a count of workers still
+ * busy.
  *
- * I1  generation is bumped only when busy is 0, so the job fields are written while nobody reads them.
- * I2  a worker runs each generation exactly once, then takes one from busy.
- * I3  whoever sleeps on a word has announced it (sleepers, waiting) before it looks at the word a last time, and
- *     whoever changes the word looks at the announcement afterwards (both seq_cst): no wake-up is lost.
+ * I1  generation is bumped only when busy is 0, so the job fields are written while nobody reads
+ * them. I2  a worker runs each generation exactly once, then takes one from busy. I3  whoever
+ * sleeps on a word has announced it (sleepers, waiting) before it looks at the word a last time,
+ * and whoever changes the word looks at the announcement afterwards (both seq_cst): no wake-up is
+ * lost.
  */
 #include "core/threads.h"
 
@@ -37,8 +39,7 @@ struct hs_pool {
     worker workers[];
 };
 
-static void relax(void)
-{
+static void relax(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -46,27 +47,23 @@ static void relax(void)
 #endif
 }
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t seen)
-{
+static void futex_wait(_Atomic uint32_t *word, uint32_t seen) {
     /* returns at once where *word != seen; spurious returns are fine, callers look again */
     syscall(SYS_futex, (void *)word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 }
 
-static void futex_wake(_Atomic uint32_t *word, int count)
-{
+static void futex_wake(_Atomic uint32_t *word, int count) {
     syscall(SYS_futex, (void *)word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
-static void run_range(const hs_pool *pool, int number)
-{
+static void run_range(const hs_pool *pool, int number) {
     int64_t each = pool->items / pool->threads, more = pool->items % pool->threads;
     int64_t begin = each * number + (number < more ? number : more);
     int64_t end = begin + each + (number < more);
     if (begin < end) pool->fn(pool->ctx, begin, end, number);
 }
 
-static uint32_t wait_generation(hs_pool *pool, uint32_t seen)
-{
+static uint32_t wait_generation(hs_pool *pool, uint32_t seen) {
     for (int i = 0; i < SPINS; i++) {
         uint32_t now = atomic_load_explicit(&pool->generation, memory_order_acquire);
         if (now != seen) return now;
@@ -79,8 +76,7 @@ static uint32_t wait_generation(hs_pool *pool, uint32_t seen)
     return now;
 }
 
-static void *worker_main(void *arg)
-{
+static void *worker_main(void *arg) {
     worker *self = arg;
     hs_pool *pool = self->pool;
     uint32_t seen = 0;
@@ -93,15 +89,13 @@ static void *worker_main(void *arg)
     }
 }
 
-static void start(hs_pool *pool)
-{
+static void start(hs_pool *pool) {
     atomic_store(&pool->busy, (uint32_t)pool->started);
     atomic_fetch_add(&pool->generation, 1);
     if (atomic_load(&pool->sleepers)) futex_wake(&pool->generation, pool->started);
 }
 
-static void wait_idle(hs_pool *pool)
-{
+static void wait_idle(hs_pool *pool) {
     for (int i = 0; i < SPINS; i++) {
         if (!atomic_load_explicit(&pool->busy, memory_order_acquire)) return;
         relax();
@@ -112,8 +106,7 @@ static void wait_idle(hs_pool *pool)
     atomic_store(&pool->waiting, 0);
 }
 
-hs_status hs_pool_create(int threads, hs_pool **out)
-{
+hs_status hs_pool_create(int threads, hs_pool **out) {
     *out = NULL;
     if (threads < 1 || threads > HS_POOL_MAX_THREADS) return HS_E_CONFIG;
     size_t bytes = sizeof(hs_pool) + (size_t)(threads - 1) * sizeof(worker);
@@ -133,8 +126,7 @@ hs_status hs_pool_create(int threads, hs_pool **out)
     return HS_OK;
 }
 
-void hs_pool_destroy(hs_pool *pool)
-{
+void hs_pool_destroy(hs_pool *pool) {
     if (!pool) return;
     pool->quit = 1;
     start(pool);
@@ -142,13 +134,11 @@ void hs_pool_destroy(hs_pool *pool)
     free(pool);
 }
 
-int hs_pool_threads(const hs_pool *pool)
-{
+int hs_pool_threads(const hs_pool *pool) {
     return pool ? pool->threads : 1;
 }
 
-void hs_parallel_for(hs_pool *pool, int64_t items, hs_range_fn fn, void *ctx)
-{
+void hs_parallel_for(hs_pool *pool, int64_t items, hs_range_fn fn, void *ctx) {
     if (items <= 0) return;
     if (!pool || pool->threads == 1 || items == 1) {
         fn(ctx, 0, items, 0);

@@ -5,12 +5,14 @@
  *   avx2        avx2          -mavx2 -mfma -mf16c
  *   avx512      avx512        -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mavx2
  *
- * Common: -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off, never -ffast-math; include path trainer/engine; link
- * with -lm -pthread. Each gives one table, hs_kernels_<HS_PATH>; the portable one also hs_kernels_scratch_bytes.
- * The x86 paths are left out on other machines (hs_kernels_pick knows).
+ * Common: -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off, never -ffast-math; include path
+ * trainer/engine; link with -lm -pthread. Each gives one table, hs_kernels_<HS_PATH>; the portable
+ * one also hs_kernels_scratch_bytes. The x86 paths are left out on other machines (hs_kernels_pick
+ * knows).
  *
- * Bits: the three tables, gcc and clang, and any number of threads give equal results (vec.h says why); a row of
- * a result does not depend on how many rows there are. tests/engine/test_kernels_cpu.py holds them to it.
+ * Bits: the three tables, gcc and clang, and any number of threads give equal results (vec.h says
+ * why); a row of a result does not depend on how many rows there are.
+ * tests/engine/test_kernels_cpu.py holds them to it.
  */
 #include "kernels/kernels.h"
 
@@ -32,8 +34,7 @@
 
 /* Every op behind one check: f64 belongs to ref. */
 #define X(number, NAME, name, p, d, r)                                                             \
-    static hs_status name(hs_kernel_ctx *ctx, const hs_args *args)                                 \
-    {                                                                                              \
+    static hs_status name(hs_kernel_ctx *ctx, const hs_args *args) {                               \
         if (args->dtype != HS_F32 && args->dtype != HS_BF16) return HS_E_CONFIG;                   \
         name##_op(ctx, args);                                                                      \
         return HS_OK;                                                                              \
@@ -43,7 +44,7 @@ HS_KERNELS(X)
 
 #define TABLE_OF(path) HS_VEC_CAT(hs_kernels_, path)
 #define TEXT_OF2(path) #path
-#define TEXT_OF(path) TEXT_OF2(path)
+#define TEXT_OF(path)  TEXT_OF2(path)
 
 const hs_kernel_set TABLE_OF(HS_PATH) = {
     .name = TEXT_OF(HS_PATH),
@@ -56,8 +57,7 @@ const hs_kernel_set TABLE_OF(HS_PATH) = {
 };
 
 #if HS_VEC == 0
-size_t hs_kernels_scratch_bytes(int threads)
-{
+size_t hs_kernels_scratch_bytes(int threads) {
     return (size_t)threads * WORKER_FLOATS * sizeof(float);
 }
 #endif

@@ -1,18 +1,22 @@
 /* Causal attention in tiles, on the packed micro kernel of gemm.h.
  *
- * Order of the sums (the same for every build and any number of threads):
- *   scores     one chain of fma over d ascending, then times scale
- *   fwd        keys in blocks of KEYS from 0. A block: new maximum; p = exp(s - maximum); the row's sum of p in 16
- *              lane partials (lane = key % 16), joined by v_sum; l = fma(l, shrink, sum); o = o shrink, then one
- *              chain over the block's keys. At the end o / l, and lse = maximum + log l.
- *   igrad      p = exp(s - lse). dq: one chain over keys ascending; dk, dv: one chain over the heads of the group
- *              ascending and the rows ascending inside a head; then times scale; rounded once.
- * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or do is not finite: 0 times that is
- * NaN, so such a number also shows in earlier rows of the same tile).
+ * Order of the sums, the same for every build and any number of threads:
  *
- * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk and dv.
- * Backward computes the scores twice, once for dq (rows outside, keys inside) and once for dk and dv (keys outside,
- * rows inside), so that every running sum fits the fixed scratch whatever T is.
+ *   scores  one chain of fma over d ascending, then times scale.
+ *   fwd     Keys in blocks of KEYS from 0. A block: the new maximum; p = exp(s - maximum); the sum
+ *           of p in 16 lane partials (lane = key % 16) joined by v_sum; shrink = exp(old maximum -
+ *           new); l = l shrink + sum; o = o shrink, then one chain over the block's keys.
+ *           At the end o / l, and lse = maximum + log l.
+ *   igrad   p = exp(s - lse). dq: one chain over keys ascending. dk, dv: one chain over the heads
+ *           of the group ascending, rows ascending inside a head. Then times scale, rounded once.
+ *
+ * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or do is not
+ * finite: 0 times that is NaN, so such a number also shows in earlier rows of the same tile).
+ *
+ * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk
+ * and dv. Backward computes the scores twice, once for dq (rows outside, keys inside) and once for
+ * dk and dv (keys outside, rows inside), so that every running sum fits the fixed scratch whatever
+ * T is.
  */
 #include "kernels/attention.h"
 
@@ -20,7 +24,8 @@
 #include "kernels/cpu/share.h"
 #include "kernels/cpu/vec_math.h"
 
-enum { WIDE = 192, KEYS = 64 }; /* rows of a tile (packed once), columns of a tile; WIDE is a multiple of KEYS */
+/* Rows of a tile, packed once, and its columns. WIDE is a multiple of KEYS. */
+enum { WIDE = 192, KEYS = 64 };
 
 #define HEAD_PAD ((HS_ATTENTION_HEAD_MAX + NR - 1) / NR * NR)
 
@@ -33,7 +38,8 @@ typedef struct attention_scratch {
     float top[WIDE], total[WIDE];
 } attention_scratch;
 
-_Static_assert(sizeof(attention_scratch) <= (size_t)WORKER_FLOATS * sizeof(float), "scratch of a worker");
+_Static_assert(sizeof(attention_scratch) <= (size_t)WORKER_FLOATS * sizeof(float),
+               "scratch of a worker");
 
 typedef struct attention_job {
     const hs_args *a;
@@ -43,9 +49,9 @@ typedef struct attention_job {
     int dt;
 } attention_job;
 
-static attention_scratch *scratch_of(const attention_job *j, int worker)
-{
-    return (attention_scratch *)(void *)((float *)(void *)j->scratch + (size_t)worker * WORKER_FLOATS);
+static attention_scratch *scratch_of(const attention_job *j, int worker) {
+    return (attention_scratch *)(void *)((float *)(void *)j->scratch +
+                                         (size_t)worker * WORKER_FLOATS);
 }
 
 /* One head of one batch element: T rows, ld apart, D wide. */
@@ -55,25 +61,22 @@ typedef struct head {
     int dt;
 } head;
 
-static head head_of(const attention_job *j, int operand, int64_t ld, int64_t b, int64_t h)
-{
-    return (head){(char *)j->a->ptr[operand] + (b * j->T * ld + h * j->D) * dt_size(j->dt), ld, j->dt};
+static head head_of(const attention_job *j, int operand, int64_t ld, int64_t b, int64_t h) {
+    return (head){(char *)j->a->ptr[operand] + (b * j->T * ld + h * j->D) * dt_size(j->dt), ld,
+                  j->dt};
 }
 
 /* (row, d) and (d, row) of a head as the side of a product whose inner index is d, or the row */
-static side inner_d(head h)
-{
+static side inner_d(head h) {
     return (side){h.p, h.ld, 1, h.dt};
 }
-static side inner_row(head h)
-{
+static side inner_row(head h) {
     return (side){h.p, 1, h.ld, h.dt};
 }
 
 /* out[row0 + i][d] = sum[i][d] times or divided by something */
-VINLINE void put_rows_dt(head out, int64_t row0, int64_t rows, int64_t D, const float *sum, float times,
-                         const float *over, int dt)
-{
+VINLINE void put_rows_dt(head out, int64_t row0, int64_t rows, int64_t D, const float *sum,
+                         float times, const float *over, int dt) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t d = 0; d < D; d += LANES) {
             vf x = v_load_n(sum + i * D + d, D - d);
@@ -83,30 +86,31 @@ VINLINE void put_rows_dt(head out, int64_t row0, int64_t rows, int64_t D, const 
 }
 
 static void put_rows(head out, int64_t row0, int64_t rows, int64_t D, const float *sum, float times,
-                     const float *over)
-{
+                     const float *over) {
     BY_DTYPE(out.dt, put_rows_dt, out, row0, rows, D, sum, times, over);
 }
 
-/* Rows [first, rows) of a tile: packed rows times packed columns. Rows before it in first's panel come along. */
-static void scores(float *tile, const float *packed_rows, const float *packed_cols, int64_t first, int64_t rows,
-                   int64_t cols, int64_t D)
-{
+/* Rows [first, rows) of a tile: packed rows times packed columns. Rows before it in first's panel
+ * come along. */
+static void scores(float *tile, const float *packed_rows, const float *packed_cols, int64_t first,
+                   int64_t rows, int64_t cols, int64_t D) {
     int64_t skip = first / MR * MR;
-    multiply_packed(rows - skip, cols, D, packed_rows + skip * D, packed_cols, tile + skip * KEYS, KEYS, 0);
+    multiply_packed(rows - skip, cols, D, packed_rows + skip * D, packed_cols, tile + skip * KEYS,
+                    KEYS, 0);
 }
 
-/* ------------------------------------------------------------------------------------------- forward */
+/* -------------------- forward */
 
 /* Row i of a tile of scores, of which `valid` keys of n are not masked: turned into p in place. */
-static void softmax_row(attention_scratch *s, int64_t i, int64_t valid, float scale, float *o, int64_t D)
-{
+static void softmax_row(attention_scratch *s, int64_t i, int64_t valid, float scale, float *o,
+                        int64_t D) {
     float *z = s->score + i * KEYS;
     const vf sv = v_set1(scale), low = v_set1(-__builtin_inff());
     vf best = v_set1(s->top[i]), sum = v_zero();
     for (int64_t u = 0; u < KEYS; u += LANES) {
         vf x = v_mul(v_load(z + u), sv);
-        if (u + LANES > valid) x = v_select_lt(v_count_from((float)u), v_set1((float)valid), x, low);
+        if (u + LANES > valid)
+            x = v_select_lt(v_count_from((float)u), v_set1((float)valid), x, low);
         best = v_max(best, x);
         v_store(z + u, x);
     }
@@ -127,12 +131,12 @@ static void softmax_row(attention_scratch *s, int64_t i, int64_t valid, float sc
     s->total[i] = s->total[i] + v_sum(sum);
 }
 
-static void attention_fwd_head(const attention_job *j, attention_scratch *s, int64_t b, int64_t h)
-{
+static void attention_fwd_head(const attention_job *j, attention_scratch *s, int64_t b, int64_t h) {
     const hs_args *a = j->a;
     const int64_t T = j->T, D = j->D;
     head o = head_of(j, 0, a->dim[5], b, h), q = head_of(j, 2, a->dim[6], b, h);
-    head k = head_of(j, 3, a->dim[7], b, h / (j->H / j->G)), v = head_of(j, 4, a->dim[8], b, h / (j->H / j->G));
+    head k = head_of(j, 3, a->dim[7], b, h / (j->H / j->G)),
+         v = head_of(j, 4, a->dim[8], b, h / (j->H / j->G));
     float *lse = (float *)a->ptr[1] + (b * j->H + h) * T;
     side q_d = inner_d(q), k_d = inner_d(k), v_row = inner_row(v);
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
@@ -141,7 +145,8 @@ static void attention_fwd_head(const attention_job *j, attention_scratch *s, int
         memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
         for (int64_t i = 0; i < rows; i++) s->top[i] = -__builtin_inff(), s->total[i] = 0;
         for (int64_t k0 = 0; k0 < q0 + rows; k0 += KEYS) {
-            int64_t keys = min64(KEYS, T - k0), first = max64(0, k0 - q0); /* rows before it see no key */
+            int64_t keys = min64(KEYS, T - k0),
+                    first = max64(0, k0 - q0); /* rows before it see no key */
             pack_b(s->cols0, &k_d, k0, keys, T, 0, D);
             scores(s->score, s->rows0, s->cols0, first, rows, keys, D);
             for (int64_t i = first; i < rows; i++)
@@ -156,14 +161,13 @@ static void attention_fwd_head(const attention_job *j, attention_scratch *s, int
     }
 }
 
-static void attention_fwd_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void attention_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const attention_job *j = ctx;
-    for (int64_t i = begin; i < end; i++) attention_fwd_head(j, scratch_of(j, worker), i / j->H, i % j->H);
+    for (int64_t i = begin; i < end; i++)
+        attention_fwd_head(j, scratch_of(j, worker), i / j->H, i % j->H);
 }
 
-static attention_job attention_make(const hs_kernel_ctx *ctx, const hs_args *a)
-{
+static attention_job attention_make(const hs_kernel_ctx *ctx, const hs_args *a) {
     return (attention_job){.a = a,
                            .scratch = ctx->scratch,
                            .T = a->dim[1],
@@ -174,18 +178,16 @@ static attention_job attention_make(const hs_kernel_ctx *ctx, const hs_args *a)
                            .dt = (int)a->dtype};
 }
 
-static void attention_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void attention_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     attention_job j = attention_make(ctx, a);
     share_rows(ctx, a->dim[0] * j.H, j.T * j.T * j.D, attention_fwd_range, &j);
 }
 
-/* ------------------------------------------------------------------------------------------ backward */
+/* -------------------- backward */
 
 enum { AT_DQ, AT_DK, AT_DV, AT_DO, AT_O, AT_Q, AT_K, AT_V, AT_LSE, AT_DELTA }; /* operands */
 
-VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *delta, int dt)
-{
+VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *delta, int dt) {
     for (int64_t t = 0; t < T; t++) {
         vf sum = v_zero();
         for (int64_t d = 0; d < D; d += LANES)
@@ -195,18 +197,17 @@ VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *del
     }
 }
 
-static void delta_rows(head grad, head out, int64_t T, int64_t D, float *delta)
-{
+static void delta_rows(head grad, head out, int64_t T, int64_t D, float *delta) {
     BY_DTYPE(grad.dt, delta_rows_dt, grad, out, T, D, delta);
 }
 
 /* dq of one head. s->score becomes ds. */
-static void attention_dq(const attention_job *j, attention_scratch *s, head dq, head grad, head q, head k,
-                         head v, const float *lse, const float *delta)
-{
+static void attention_dq(const attention_job *j, attention_scratch *s, head dq, head grad, head q,
+                         head k, head v, const float *lse, const float *delta) {
     const int64_t T = j->T, D = j->D;
     const vf sv = v_set1(j->scale);
-    side q_d = inner_d(q), k_d = inner_d(k), v_d = inner_d(v), grad_d = inner_d(grad), k_row = inner_row(k);
+    side q_d = inner_d(q), k_d = inner_d(k), v_d = inner_d(v), grad_d = inner_d(grad),
+         k_row = inner_row(k);
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
         int64_t rows = min64(WIDE, T - q0);
         pack_a(s->rows0, &q_d, q0, rows, T, 0, D);
@@ -225,7 +226,8 @@ static void attention_dq(const attention_job *j, attention_scratch *s, head dq, 
                     vf p = v_exp(v_sub(v_mul(v_load(z), sv), lv));
                     vf ds = v_mul(p, v_sub(v_load(s->other + i * KEYS + u), dv));
                     if (u + LANES > valid)
-                        ds = v_select_lt(v_count_from((float)u), v_set1((float)valid), ds, v_zero());
+                        ds =
+                            v_select_lt(v_count_from((float)u), v_set1((float)valid), ds, v_zero());
                     v_store(z, ds);
                 }
             }
@@ -233,23 +235,26 @@ static void attention_dq(const attention_job *j, attention_scratch *s, head dq, 
             pack_a(s->packed, &ds, first, rows - first, rows, 0, keys);
             pack_b(s->cols0, &k_row, 0, D, D, k0, keys);
             /* the first block starts the chains (it masks no row wholly), later ones go on */
-            multiply_packed(rows - first, D, keys, s->packed, s->cols0, s->sum0 + first * D, D, k0 > 0);
+            multiply_packed(rows - first, D, keys, s->packed, s->cols0, s->sum0 + first * D, D,
+                            k0 > 0);
         }
         put_rows(dq, q0, rows, D, s->sum0, j->scale, NULL);
     }
 }
 
-/* dk and dv of keys [k0, k0 + WIDE): what one query head adds. Tiles are turned: rows are keys, columns queries. */
-static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t k0, int64_t keys, head grad,
-                          head q, const float *lse, const float *delta)
-{
+/* dk and dv of keys [k0, k0 + WIDE): what one query head adds. Tiles are turned: rows are keys,
+ * columns queries. */
+static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t k0, int64_t keys,
+                          head grad, head q, const float *lse, const float *delta) {
     const int64_t T = j->T, D = j->D;
     const vf sv = v_set1(j->scale);
     side q_d = inner_d(q), grad_d = inner_d(grad), q_row = inner_row(q), grad_row = inner_row(grad);
     for (int64_t q0 = k0; q0 < T; q0 += KEYS) {
         int64_t queries = min64(KEYS, T - q0);
-        int64_t seen = min64(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
-        int64_t panels = min64(keys, ceil_div(seen, MR) * MR); /* whole panels, as they were packed */
+        int64_t seen =
+            min64(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
+        int64_t panels =
+            min64(keys, ceil_div(seen, MR) * MR); /* whole panels, as they were packed */
         pack_b(s->cols0, &q_d, q0, queries, T, 0, D);
         scores(s->score, s->rows0, s->cols0, 0, panels, queries, D);
         pack_b(s->cols1, &grad_d, q0, queries, T, 0, D);
@@ -258,7 +263,8 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
             vf first = v_set1((float)(k0 + i - q0)); /* queries before it do not see key i */
             for (int64_t u = 0; u < queries; u += LANES) {
                 float *z = s->score + i * KEYS + u, *y = s->other + i * KEYS + u;
-                vf lv = v_load_n(lse + q0 + u, queries - u), dv = v_load_n(delta + q0 + u, queries - u);
+                vf lv = v_load_n(lse + q0 + u, queries - u),
+                   dv = v_load_n(delta + q0 + u, queries - u);
                 vf p = v_exp(v_sub(v_mul(v_load(z), sv), lv));
                 vf ds = v_mul(p, v_sub(v_load(y), dv));
                 if (q0 < k0 + keys) {
@@ -280,8 +286,8 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
     }
 }
 
-static void attention_igrad_group(const attention_job *j, attention_scratch *s, int64_t b, int64_t g)
-{
+static void attention_igrad_group(const attention_job *j, attention_scratch *s, int64_t b,
+                                  int64_t g) {
     const hs_args *a = j->a;
     const int64_t T = j->T, D = j->D, each = j->H / j->G;
     head dk = head_of(j, AT_DK, a->dim[6], b, g), dv = head_of(j, AT_DV, a->dim[7], b, g);
@@ -291,7 +297,8 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
     for (int64_t h = g * each; h < (g + 1) * each; h++) {
         head dq = head_of(j, AT_DQ, a->dim[5], b, h), grad = head_of(j, AT_DO, a->dim[8], b, h);
         delta_rows(grad, head_of(j, AT_O, a->dim[9], b, h), T, D, delta + h * T);
-        attention_dq(j, s, dq, grad, head_of(j, AT_Q, a->dim[10], b, h), k, v, lse + h * T, delta + h * T);
+        attention_dq(j, s, dq, grad, head_of(j, AT_Q, a->dim[10], b, h), k, v, lse + h * T,
+                     delta + h * T);
     }
     side k_d = inner_d(k), v_d = inner_d(v);
     for (int64_t k0 = 0; k0 < T; k0 += WIDE) {
@@ -301,22 +308,20 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
         memset(s->sum0, 0, (size_t)(keys * D) * sizeof(float));
         memset(s->sum1, 0, (size_t)(keys * D) * sizeof(float));
         for (int64_t h = g * each; h < (g + 1) * each; h++)
-            attention_dkv(j, s, k0, keys, head_of(j, AT_DO, a->dim[8], b, h), head_of(j, AT_Q, a->dim[10], b, h),
-                          lse + h * T, delta + h * T);
+            attention_dkv(j, s, k0, keys, head_of(j, AT_DO, a->dim[8], b, h),
+                          head_of(j, AT_Q, a->dim[10], b, h), lse + h * T, delta + h * T);
         put_rows(dk, k0, keys, D, s->sum0, j->scale, NULL);
         put_rows(dv, k0, keys, D, s->sum1, 1.0f, NULL);
     }
 }
 
-static void attention_igrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void attention_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const attention_job *j = ctx;
     for (int64_t i = begin; i < end; i++)
         attention_igrad_group(j, scratch_of(j, worker), i / j->G, i % j->G);
 }
 
-static void attention_igrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void attention_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     attention_job j = attention_make(ctx, a);
     share_rows(ctx, a->dim[0] * j.G, j.T * j.T * j.D, attention_igrad_range, &j);
 }

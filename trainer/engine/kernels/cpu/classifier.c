@@ -1,8 +1,9 @@
 /* The last layer with its loss, CHUNK rows at a time.
  *
- * A row: maximum; then e = exp(logit - maximum), kept in place of the logits, and its sum in 16 lane partials;
- * dlogits = e (scale / sum), so that no second exp is taken. A larger CHUNK reads the weights (the largest tensor
- * of a small model) less often: that is the only thing that depends on it. */
+ * A row: maximum; then e = exp(logit - maximum), kept in place of the logits, and its sum in 16
+ * lane partials; dlogits = e (scale / sum), so that no second exp is taken. A larger CHUNK reads
+ * the weights (the largest tensor of a small model) less often: that is the only thing that depends
+ * on it. */
 #include "kernels/classifier.h"
 
 #include "kernels/cpu/gemm.h"
@@ -10,23 +11,23 @@
 #include "kernels/cpu/vec_math.h"
 
 typedef struct classifier_job {
-    float *loss;     /* of the chunk's rows */
-    float *logits;   /* [rows, V] */
-    void *dlogits;   /* [rows, V] dt, NULL: the loss alone */
+    float *loss;   /* of the chunk's rows */
+    float *logits; /* [rows, V] */
+    void *dlogits; /* [rows, V] dt, NULL: the loss alone */
     const int32_t *target;
     int64_t V;
     float scale;
     int dt;
 } classifier_job;
 
-VINLINE void classifier_row(const classifier_job *j, int64_t r, int dt)
-{
+VINLINE void classifier_row(const classifier_job *j, int64_t r, int dt) {
     const int64_t V = j->V, target = j->target[r];
     float *z = j->logits + r * V;
     if (target < 0) {
         j->loss[r] = 0;
         if (j->dlogits)
-            for (int64_t v = 0; v < V; v += LANES) v_store_dt_n(j->dlogits, r * V + v, v_zero(), V - v, dt);
+            for (int64_t v = 0; v < V; v += LANES)
+                v_store_dt_n(j->dlogits, r * V + v, v_zero(), V - v, dt);
         return;
     }
     vf top = v_set1(z[0]), sum = v_zero();
@@ -52,61 +53,77 @@ VINLINE void classifier_row(const classifier_job *j, int64_t r, int dt)
     v_store_dt_n(j->dlogits, r * V + target, v_set1(at_target), 1, dt);
 }
 
-VINLINE void classifier_rows(const classifier_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void classifier_rows(const classifier_job *j, int64_t begin, int64_t end, int dt) {
     for (int64_t r = begin; r < end; r++) classifier_row(j, r, dt);
 }
 
-static void classifier_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void classifier_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const classifier_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->dt, classifier_rows, j, begin, end);
 }
 
-VINLINE void classifier_logits(hs_kernel_ctx *ctx, float *logits, const char *x, const void *w, int64_t rows,
-                               int64_t C, int64_t V, int dt)
-{
-    gemm g = {.m = rows, .n = V, .k = C, .a = {x, C, 1, dt}, .b = {w, C, 1, dt},
-              .out = logits, .ld_out = V, .dt_out = HS_F32};
+VINLINE void classifier_logits(hs_kernel_ctx *ctx, float *logits, const char *x, const void *w,
+                               int64_t rows, int64_t C, int64_t V, int dt) {
+    gemm g = {.m = rows,
+              .n = V,
+              .k = C,
+              .a = {x, C, 1, dt},
+              .b = {w, C, 1, dt},
+              .out = logits,
+              .ld_out = V,
+              .dt_out = HS_F32};
     gemm_run(ctx, &g);
 }
 
-static void classifier_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void classifier_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], chunk = a->dim[3];
     const int dt = (int)a->dtype;
     for (int64_t r = 0; r < R; r += chunk) {
         int64_t rows = min64(chunk, R - r);
-        classifier_job j = {(float *)a->ptr[0] + r, a->ptr[4], NULL, (const int32_t *)a->ptr[3] + r, V, 0, dt};
-        classifier_logits(ctx, a->ptr[4], (const char *)a->ptr[1] + r * C * dt_size(dt), a->ptr[2], rows, C, V,
-                          dt);
+        classifier_job j = {
+            (float *)a->ptr[0] + r, a->ptr[4], NULL, (const int32_t *)a->ptr[3] + r, V, 0, dt};
+        classifier_logits(ctx, a->ptr[4], (const char *)a->ptr[1] + r * C * dt_size(dt), a->ptr[2],
+                          rows, C, V, dt);
         share_rows(ctx, rows, V, classifier_range, &j);
     }
 }
 
-static void classifier_grad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void classifier_grad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], chunk = a->dim[3];
     const int dt = (int)a->dtype;
     const void *w = a->ptr[4], *dlogits = a->ptr[7];
     for (int64_t r = 0; r < R; r += chunk) {
         int64_t rows = min64(chunk, R - r);
         const char *x = (const char *)a->ptr[3] + r * C * dt_size(dt);
-        classifier_job j = {(float *)a->ptr[0] + r, a->ptr[6], a->ptr[7], (const int32_t *)a->ptr[5] + r, V,
-                            (float)a->real[0], dt};
+        classifier_job j = {
+            (float *)a->ptr[0] + r, a->ptr[6], a->ptr[7], (const int32_t *)a->ptr[5] + r, V,
+            (float)a->real[0],      dt};
         classifier_logits(ctx, a->ptr[6], x, w, rows, C, V, dt);
         share_rows(ctx, rows, V, classifier_range, &j);
-        gemm dx = {.m = rows, .n = C, .k = V, .a = {dlogits, V, 1, dt}, .b = {w, 1, C, dt},
-                   .out = (char *)a->ptr[1] + r * C * dt_size(dt), .ld_out = C, .dt_out = dt};
+        gemm dx = {.m = rows,
+                   .n = C,
+                   .k = V,
+                   .a = {dlogits, V, 1, dt},
+                   .b = {w, 1, C, dt},
+                   .out = (char *)a->ptr[1] + r * C * dt_size(dt),
+                   .ld_out = C,
+                   .dt_out = dt};
         gemm_run(ctx, &dx);
-        gemm dw = {.m = V, .n = C, .k = rows, .a = {dlogits, 1, V, dt}, .b = {x, 1, C, dt},
-                   .out = a->ptr[2], .ld_out = C, .dt_out = HS_F32, .from_old = 1};
+        gemm dw = {.m = V,
+                   .n = C,
+                   .k = rows,
+                   .a = {dlogits, 1, V, dt},
+                   .b = {x, 1, C, dt},
+                   .out = a->ptr[2],
+                   .ld_out = C,
+                   .dt_out = HS_F32,
+                   .from_old = 1};
         gemm_run(ctx, &dw);
     }
 }
 
-static void logits_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
-    classifier_logits(ctx, a->ptr[0], a->ptr[1], a->ptr[2], a->dim[0], a->dim[1], a->dim[2], (int)a->dtype);
+static void logits_op(hs_kernel_ctx *ctx, const hs_args *a) {
+    classifier_logits(ctx, a->ptr[0], a->ptr[1], a->ptr[2], a->dim[0], a->dim[1], a->dim[2],
+                      (int)a->dtype);
 }

@@ -1,4 +1,5 @@
-/* Embedding. The gradient is cut among threads by columns: rows stay in ascending order for every element. */
+/* Embedding. The gradient is cut among threads by columns: rows stay in ascending order for every
+ * element. */
 #include "kernels/embed.h"
 
 #include "kernels/cpu/gemm.h"
@@ -9,8 +10,7 @@ typedef struct embed_job {
     int64_t R, C, T;
 } embed_job;
 
-VINLINE void embed_rows(const embed_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void embed_rows(const embed_job *j, int64_t begin, int64_t end, int dt) {
     const int32_t *tok = j->a->ptr[1];
     void *y = j->a->ptr[0];
     const void *wte = j->a->ptr[2], *wpe = j->a->ptr[3];
@@ -23,21 +23,18 @@ VINLINE void embed_rows(const embed_job *j, int64_t begin, int64_t end, int dt)
         }
 }
 
-static void embed_fwd_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void embed_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const embed_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, embed_rows, j, begin, end);
 }
 
-static void embed_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void embed_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     embed_job j = {a, a->dim[0], a->dim[1], a->dim[3]};
     share_rows(ctx, j.R, j.C, embed_fwd_range, &j);
 }
 
-VINLINE void embed_columns(const embed_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void embed_columns(const embed_job *j, int64_t begin, int64_t end, int dt) {
     float *dwte = j->a->ptr[0], *dwpe = j->a->ptr[1];
     const void *dy = j->a->ptr[2];
     const int32_t *tok = j->a->ptr[3];
@@ -54,16 +51,14 @@ VINLINE void embed_columns(const embed_job *j, int64_t begin, int64_t end, int d
         }
 }
 
-static void embed_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void embed_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const embed_job *j = ctx;
     (void)worker;
     begin *= SHARE_COLUMNS, end = min64(end * SHARE_COLUMNS, j->C);
     BY_DTYPE(j->a->dtype, embed_columns, j, begin, end);
 }
 
-static void embed_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void embed_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     embed_job j = {a, a->dim[0], a->dim[1], a->dim[3]};
     share_columns(ctx, j.R, j.C, embed_wgrad_range, &j);
 }

@@ -11,18 +11,18 @@ typedef struct gelu_job {
     int64_t n;
 } gelu_job;
 
-/* s and 1 - s; x cut to [-12, 12] for z, beyond which both are 0 or 1 to f32 (and x^2 could overflow) */
-VINLINE void gelu_sigmoid(vf x, vf *cut, vf *square, vf *s, vf *rest)
-{
+/* s and 1 - s; x cut to [-12, 12] for z, beyond which both are 0 or 1 to f32 (and x^2 could
+ * overflow) */
+VINLINE void gelu_sigmoid(vf x, vf *cut, vf *square, vf *s, vf *rest) {
     const float two_a = (float)(2 * HS_GELU_A);
     *cut = v_min(v_set1(12.0f), v_max(v_set1(-12.0f), x));
     *square = v_mul(*cut, *cut);
-    vf z = v_mul(v_mul(*cut, v_set1(two_a)), v_fma(*square, v_set1((float)HS_GELU_B), v_set1(1.0f)));
+    vf z =
+        v_mul(v_mul(*cut, v_set1(two_a)), v_fma(*square, v_set1((float)HS_GELU_B), v_set1(1.0f)));
     v_sigmoid(z, s, rest);
 }
 
-VINLINE void gelu_fwd_flat(const gelu_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void gelu_fwd_flat(const gelu_job *j, int64_t begin, int64_t end, int dt) {
     for (int64_t i = begin; i < end; i += LANES) {
         vf x = v_load_dt_n(j->a->ptr[1], i, end - i, dt), cut, square, s, rest;
         gelu_sigmoid(x, &cut, &square, &s, &rest);
@@ -30,22 +30,19 @@ VINLINE void gelu_fwd_flat(const gelu_job *j, int64_t begin, int64_t end, int dt
     }
 }
 
-static void gelu_fwd_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void gelu_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gelu_job *j = ctx;
     (void)worker;
     begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
     BY_DTYPE(j->a->dtype, gelu_fwd_flat, j, begin, end);
 }
 
-static void gelu_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void gelu_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     gelu_job j = {a, a->dim[0]};
     share_flat(ctx, j.n, gelu_fwd_range, &j);
 }
 
-VINLINE void gelu_igrad_flat(const gelu_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void gelu_igrad_flat(const gelu_job *j, int64_t begin, int64_t end, int dt) {
     const float two_a = (float)(2 * HS_GELU_A), six_ab = (float)(6 * HS_GELU_A * HS_GELU_B);
     for (int64_t i = begin; i < end; i += LANES) {
         int64_t left = end - i;
@@ -57,16 +54,14 @@ VINLINE void gelu_igrad_flat(const gelu_job *j, int64_t begin, int64_t end, int 
     }
 }
 
-static void gelu_igrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void gelu_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gelu_job *j = ctx;
     (void)worker;
     begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
     BY_DTYPE(j->a->dtype, gelu_igrad_flat, j, begin, end);
 }
 
-static void gelu_igrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void gelu_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     gelu_job j = {a, a->dim[0]};
     share_flat(ctx, j.n, gelu_igrad_range, &j);
 }

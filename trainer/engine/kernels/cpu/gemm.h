@@ -1,12 +1,15 @@
-/* Matrix product of the fast set: C[m,n] = start + sum over k of A[m,k] B[n,k], packed and register-tiled.
+/* Matrix product of the fast set: C[m,n] = start + sum over k of A[m,k] B[n,k], packed and
+ * register-tiled.
  *
- * Order contract: every element of C is ONE chain of fma over k ascending, from 0 or from the old C. Tiles,
- * blocks of k (the f32 accumulator is carried between them exactly), remainders and threads do not show in the
- * result. bf16 operands are widened while they are packed, which is exact.
+ * Order contract: every element of C is ONE chain of fma over k ascending, from 0 or from the old
+ * C. Tiles, blocks of k (the f32 accumulator is carried between them exactly), remainders and
+ * threads do not show in the result. bf16 operands are widened while they are packed, which is
+ * exact.
  *
- * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width], so that the micro kernel
- * streams. A worker packs the B of its columns once for all rows (it fits PACK_B unless k is huge), and A once
- * for every block of columns. Measured figures: docs/, from tests/bench/bench_kernels.py.
+ * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width], so that the
+ * micro kernel streams. A worker packs the B of its columns once for all rows (it fits PACK_B
+ * unless k is huge), and A once for every block of columns. Measured figures: docs/, from
+ * tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
 #define HS_KERNELS_CPU_GEMM_H
@@ -28,18 +31,24 @@
 
 /* floats; sizes of a worker's part of the scratch */
 enum {
-    KC = 384,                       /* block of k: a panel of B stays in the first-level cache */
-    MC = 264,                       /* block of rows: A stays in the second level */
-    NC_MAX = 1024,                  /* block of columns */
-    PACK_A = MC * KC + 64,          /* 64: panels are stored 16 wide and overlap the next */
+    KC = 384,              /* block of k: a panel of B stays in the first-level cache */
+    MC = 264,              /* block of rows: A stays in the second level */
+    NC_MAX = 1024,         /* block of columns */
+    PACK_A = MC * KC + 64, /* 64: panels are stored 16 wide and overlap the next */
     PACK_B = 1 << 20,
     PACK_C = MC * NC_MAX,
     WORKER_FLOATS = PACK_A + PACK_B + PACK_C + 64
 };
 
-VINLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-VINLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-VINLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+VINLINE int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+VINLINE int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+VINLINE int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 /* Element (i, k) is p[i * row + k * col]; one of row and col is 1. */
 typedef struct side {
@@ -48,20 +57,21 @@ typedef struct side {
     int dt;
 } side;
 
-/* ------------------------------------------------------------------------------------- transposition */
+/* -------------------- transposition */
 
 #if HS_VEC == 2
 #define UNPACK(x, y, r, s)                                                                         \
     vf x##r = _mm512_unpacklo_ps(y##r, y##s), x##s = _mm512_unpackhi_ps(y##r, y##s)
 #define PAIR(x, y, r, s) /* rows r, r+1, s, s+1 of the step before */                              \
-    vf x##r = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y##r), _mm512_castps_pd(y##s)));  \
+    vf x##r =                                                                                      \
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(y##r), _mm512_castps_pd(y##s)));      \
     vf x##s = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(y##r), _mm512_castps_pd(y##s)))
 #define BLOCKS(x, y, r, s, how_low, how_high)                                                      \
-    vf x##r = _mm512_shuffle_f32x4(y##r, y##s, how_low), x##s = _mm512_shuffle_f32x4(y##r, y##s, how_high)
+    vf x##r = _mm512_shuffle_f32x4(y##r, y##s, how_low),                                           \
+       x##s = _mm512_shuffle_f32x4(y##r, y##s, how_high)
 
 /* dst[k * width + i] = src[i * ld + k], 16 x 16. Row k is stored 16 wide, k ascending. */
-VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt)
-{
+VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
     vf a0 = v_load_dt(src, 0, dt), a1 = v_load_dt(src, ld, dt), a2 = v_load_dt(src, 2 * ld, dt),
        a3 = v_load_dt(src, 3 * ld, dt), a4 = v_load_dt(src, 4 * ld, dt),
        a5 = v_load_dt(src, 5 * ld, dt), a6 = v_load_dt(src, 6 * ld, dt),
@@ -70,7 +80,8 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
        a11 = v_load_dt(src, 11 * ld, dt), a12 = v_load_dt(src, 12 * ld, dt),
        a13 = v_load_dt(src, 13 * ld, dt), a14 = v_load_dt(src, 14 * ld, dt),
        a15 = v_load_dt(src, 15 * ld, dt);
-    /* b: pairs of rows; c: columns 0, 1, 2, 3 (mod 4) of four rows; d, e: 4-lane blocks into place */
+    /* b: pairs of rows; c: columns 0, 1, 2, 3 (mod 4) of four rows; d, e: 4-lane blocks into place
+     */
     UNPACK(b, a, 0, 1);
     UNPACK(b, a, 2, 3);
     UNPACK(b, a, 4, 5);
@@ -87,7 +98,8 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
     PAIR(c, b, 9, 11);
     PAIR(c, b, 12, 14);
     PAIR(c, b, 13, 15);
-    /* c0 c2 c1 c3 hold columns 0 1 2 3 (and +4, +8, +12 in the blocks) of rows 0-3; c4.. of rows 4-7 */
+    /* c0 c2 c1 c3 hold columns 0 1 2 3 (and +4, +8, +12 in the blocks) of rows 0-3; c4.. of rows
+     * 4-7 */
     BLOCKS(d, c, 0, 4, 0x88, 0xdd);
     BLOCKS(d, c, 8, 12, 0x88, 0xdd);
     BLOCKS(d, c, 2, 6, 0x88, 0xdd);
@@ -126,8 +138,7 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
 #undef PAIR
 #undef BLOCKS
 #else
-VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt)
-{
+VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
     float t[16][16];
     for (int i = 0; i < 16; i++) v_store(t[i], v_load_dt(src, i * ld, dt));
     for (int k = 0; k < 16; k++) {
@@ -138,13 +149,13 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
 }
 #endif
 
-/* ------------------------------------------------------------------------------------------- packing */
+/* -------------------- packing */
 
-/* dst[k * width + i] = s(first + i, k0 + k) for i < n, 0 for n <= i < 16; k < kn. Lanes beyond a width below 16
- * spill into the next row, which is stored later: the last row needs 16 - width floats of room behind it. */
-VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int64_t n, int64_t rows,
-                    int64_t k0, int64_t kn, int dt)
-{
+/* dst[k * width + i] = s(first + i, k0 + k) for i < n, 0 for n <= i < 16; k < kn. Lanes beyond a
+ * width below 16 spill into the next row, which is stored later: the last row needs 16 - width
+ * floats of room behind it. */
+VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int64_t n,
+                    int64_t rows, int64_t k0, int64_t kn, int dt) {
     const char *base = (const char *)s->p + (first * s->row + k0 * s->col) * dt_size(dt);
     if (s->row == 1 && s->col != 1) {
         /* contiguous along i; where the row goes on, read 16 and let the surplus be overwritten */
@@ -175,8 +186,7 @@ VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int
 }
 
 VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
-                       int64_t kn, int dt)
-{
+                       int64_t kn, int dt) {
     for (int64_t i = 0; i < m; i += MR) {
         int64_t n = min64(MR, m - i);
         pack16(dst + i * kn, n, a, i0 + i, n, rows, k0, kn, dt);
@@ -184,34 +194,32 @@ VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t
 }
 
 /* Rows [i0, i0 + m) of A (which has `rows` rows) and k in [k0, k0 + kn), in panels of MR rows. */
-static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0, int64_t kn)
-{
+static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
+                   int64_t kn) {
     BY_DTYPE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn);
 }
 
 VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
-                       int64_t kn, int dt)
-{
+                       int64_t kn, int dt) {
     for (int64_t j = 0; j < n; j += NR)
         for (int64_t l = 0; l < NR && j + l < n; l += LANES)
             pack16(dst + j * kn + l, NR, b, j0 + j + l, min64(LANES, n - j - l), rows, k0, kn, dt);
 }
 
 /* The same for B, in panels of NR, padded with zero to a multiple of 16. */
-static void pack_b(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0, int64_t kn)
-{
+static void pack_b(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
+                   int64_t kn) {
     BY_DTYPE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn);
 }
 
-/* -------------------------------------------------------------------------------------- micro kernel */
+/* -------------------- micro kernel */
 
 #define ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
-/* c[i * ldc + j] = (load ? c : 0) + chain over k < kn of a[k * mr + i] b[k * NR + j], i < mr, j < n <= 16 nv.
- * mr and nv are constants where this is inlined. */
-VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, const float *b, float *c,
-                        int64_t ldc, int64_t n, int load)
-{
+/* c[i * ldc + j] = (load ? c : 0) + chain over k < kn of a[k * mr + i] b[k * NR + j], i < mr, j < n
+ * <= 16 nv. mr and nv are constants where this is inlined. */
+VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, const float *b,
+                        float *c, int64_t ldc, int64_t n, int load) {
 #define DECLARE(i) vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
 #define FETCH(i)                                                                                   \
     if (i < mr) {                                                                                  \
@@ -247,18 +255,16 @@ VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, 
 #undef PUT
 }
 
-typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc, int64_t n,
-                         int load);
+typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,
+                         int64_t n, int load);
 
 #define MICRO(mr)                                                                                  \
     static void micro_##mr##_1(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,  \
-                               int64_t n, int load)                                                \
-    {                                                                                              \
+                               int64_t n, int load) {                                              \
         micro_tile(mr, 1, kn, a, b, c, ldc, n, load);                                              \
     }                                                                                              \
-    static __attribute__((unused)) void micro_##mr##_2(int64_t kn, const float *a, const float *b, \
-                                                       float *c, int64_t ldc, int64_t n, int load) \
-    {                                                                                              \
+    static __attribute__((unused)) void micro_##mr##_2(                                            \
+        int64_t kn, const float *a, const float *b, float *c, int64_t ldc, int64_t n, int load) {  \
         micro_tile(mr, NR / LANES, kn, a, b, c, ldc, n, load);                                     \
     }
 MICRO(1)
@@ -300,19 +306,22 @@ static const micro_fn micro[MR + 1][2] = {
 };
 
 /* c[m, n] (f32, rows ldc apart) from packed panels. */
-static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b, float *c,
-                            int64_t ldc, int load)
-{
+static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
+                            float *c, int64_t ldc, int load) {
     for (int64_t j = 0; j < n; j += NR) {
         int64_t nn = min64(NR, n - j);
         for (int64_t i = 0; i < m; i += MR) {
             int64_t mr = min64(MR, m - i);
+            for (int64_t r = i + MR; r < min64(i + 2 * MR, m); r++) { /* the next tile of c */
+                __builtin_prefetch(c + r * ldc + j, 1);
+                __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
+            }
             micro[mr][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn, load);
         }
     }
 }
 
-/* -------------------------------------------------------------------------------------------- driver */
+/* -------------------- driver */
 
 typedef struct gemm {
     int64_t m, n, k;
@@ -334,9 +343,8 @@ typedef struct gemm_job {
     int64_t each_m, each_n;   /* what one of them does, whole tiles */
 } gemm_job;
 
-VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, int64_t m, int64_t j0,
-                       int64_t n, int dt)
-{
+VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, int64_t m,
+                       int64_t j0, int64_t n, int dt) {
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j += LANES) {
             int64_t left = n - j, at = (i0 + i) * g->ld_out + j0 + j;
@@ -349,13 +357,13 @@ VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, i
 }
 
 /* Columns [j0, j0 + n) of rows [i0, i1). */
-static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, int64_t j0, int64_t n)
-{
+static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, int64_t j0,
+                         int64_t n) {
     float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
     int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old;
     int64_t kc = ceil_div(g->k, ceil_div(g->k, KC));
     int64_t wide = ceil_div(n, NR) * NR;
-    int keep_b = wide * g->k <= PACK_B;
+    int keep_b = i1 - i0 > MC && wide * g->k <= PACK_B;
     int64_t row_blocks = ceil_div(i1 - i0, MC);
     int64_t mc = ceil_div(ceil_div(i1 - i0, row_blocks), MR) * MR;
     for (int64_t i = i0; i < i1; i += mc) {
@@ -373,8 +381,7 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
     }
 }
 
-static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gemm_job *job = ctx;
     const gemm *g = job->g;
     float *scratch = job->scratch + (int64_t)worker * WORKER_FLOATS;
@@ -386,13 +393,13 @@ static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker)
         int64_t nc = min64(NC_MAX, max64(256, PACK_B / max64(1, g->k) / NR * NR));
         if (i1 - i0 <= MC) nc = NC_MAX;
         nc = ceil_div(ceil_div(j1 - j0, ceil_div(j1 - j0, nc)), NR) * NR;
-        for (int64_t j = j0; j < j1; j += nc) gemm_columns(g, scratch, i0, i1, j, min64(nc, j1 - j));
+        for (int64_t j = j0; j < j1; j += nc)
+            gemm_columns(g, scratch, i0, i1, j, min64(nc, j1 - j));
     }
 }
 
 /* Runs g on all threads of the context. */
-static void gemm_run(hs_kernel_ctx *ctx, const gemm *g)
-{
+static void gemm_run(hs_kernel_ctx *ctx, const gemm *g) {
     int64_t threads = hs_pool_threads(ctx->pool);
     gemm_job job = {g, ctx->scratch, 1, 1, g->m, g->n};
     if (threads > 1 && 2.0 * (double)g->m * (double)g->n * (double)g->k > 1e5) {
@@ -401,8 +408,10 @@ static void gemm_run(hs_kernel_ctx *ctx, const gemm *g)
         for (int64_t tm = 1; tm <= threads; tm++) {
             if (threads % tm) continue;
             int64_t tn = threads / tm;
-            int64_t em = ceil_div(ceil_div(g->m, MR), tm) * MR, en = ceil_div(ceil_div(g->n, NR), tn) * NR;
-            /* the slowest worker's time: its tiles, and its packing at about 16 products an element */
+            int64_t em = ceil_div(ceil_div(g->m, MR), tm) * MR,
+                    en = ceil_div(ceil_div(g->n, NR), tn) * NR;
+            /* the slowest worker's time: its tiles, and its packing at about 16 products an element
+             */
             int64_t cost = em * en + 16 * (em + en);
             if (cost < best) {
                 best = cost;

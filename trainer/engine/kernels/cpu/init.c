@@ -1,4 +1,5 @@
-/* Initial weights: 16 Philox blocks at once give 64 normals. Words as in core/rng.h, Box-Muller in f32. */
+/* Initial weights: 16 Philox blocks at once give 64 normals. Words as in core/rng.h, Box-Muller in
+ * f32. */
 #include "kernels/init.h"
 
 #include "core/rng.h"
@@ -17,11 +18,12 @@ typedef struct init_job {
 static const uint32_t block_of_lane[LANES] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
 /* out[16 i + 4 l + k] = x_k[4 l + i] */
-VINLINE void interleave(float *out, vf x0, vf x1, vf x2, vf x3)
-{
+VINLINE void interleave(float *out, vf x0, vf x1, vf x2, vf x3) {
 #if HS_VEC == 2
-    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x0, x1)), b = _mm512_castps_pd(_mm512_unpackhi_ps(x0, x1));
-    __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x2, x3)), d = _mm512_castps_pd(_mm512_unpackhi_ps(x2, x3));
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x0, x1)),
+            b = _mm512_castps_pd(_mm512_unpackhi_ps(x0, x1));
+    __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x2, x3)),
+            d = _mm512_castps_pd(_mm512_unpackhi_ps(x2, x3));
     _mm512_storeu_pd(out, _mm512_unpacklo_pd(a, c));
     _mm512_storeu_pd(out + 16, _mm512_unpackhi_pd(a, c));
     _mm512_storeu_pd(out + 32, _mm512_unpacklo_pd(b, d));
@@ -39,9 +41,9 @@ VINLINE void interleave(float *out, vf x0, vf x1, vf x2, vf x3)
 }
 
 /* The two normals of the words (a, b): r cos, r sin. */
-VINLINE void box_muller(vi a, vi b, vf *even, vf *odd)
-{
-    /* u = (a + 1) 2^-32. Near 1, 1 - u = (2^32 - 1 - a) 2^-32 is taken from the integer, without cancellation. */
+VINLINE void box_muller(vi a, vi b, vf *even, vf *odd) {
+    /* u = (a + 1) 2^-32. Near 1, 1 - u = (2^32 - 1 - a) 2^-32 is taken from the integer, without
+     * cancellation. */
     vf f, e, s, c;
     v_log_split(v_mul(v_from_u32(vi_add(a, vi_set1(1))), v_set1(0x1p-32f)), &f, &e);
     vf from_one = v_mul(v_from_u32(vi_xor(a, vi_set1(0xffffffffu))), v_set1(-0x1p-32f));
@@ -54,9 +56,9 @@ VINLINE void box_muller(vi a, vi b, vf *even, vf *odd)
     *odd = v_mul(r, s);
 }
 
-/* Elements 4 quad .. 4 quad + 63; quad is a multiple of 16, so its low half does not wrap inside. */
-VINLINE void normals64(const init_job *j, uint64_t quad, float *out)
-{
+/* Elements 4 quad .. 4 quad + 63; quad is a multiple of 16, so its low half does not wrap inside.
+ */
+VINLINE void normals64(const init_job *j, uint64_t quad, float *out) {
     vi c0 = vi_add(vi_set1((uint32_t)quad), vi_load(block_of_lane));
     vi c1 = vi_set1((uint32_t)(quad >> 32)), c2 = vi_set1(0), c3 = vi_set1(0);
     uint32_t k0 = j->key.k0, k1 = j->key.k1;
@@ -74,11 +76,11 @@ VINLINE void normals64(const init_job *j, uint64_t quad, float *out)
     vf x0, x1, x2, x3, mean = v_set1(j->mean), std = v_set1(j->std);
     box_muller(c0, c1, &x0, &x1);
     box_muller(c2, c3, &x2, &x3);
-    interleave(out, v_fma(x0, std, mean), v_fma(x1, std, mean), v_fma(x2, std, mean), v_fma(x3, std, mean));
+    interleave(out, v_fma(x0, std, mean), v_fma(x1, std, mean), v_fma(x2, std, mean),
+               v_fma(x3, std, mean));
 }
 
-static void init_normal_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void init_normal_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const init_job *j = ctx;
     (void)worker;
     begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
@@ -91,24 +93,21 @@ static void init_normal_range(void *ctx, int64_t begin, int64_t end, int worker)
     }
 }
 
-static void init_normal_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void init_normal_op(hs_kernel_ctx *ctx, const hs_args *a) {
     init_job j = {a->ptr[0], a->dim[0],
                   hs_rng_make_key((uint64_t)a->dim[2], (uint32_t)a->dim[1], HS_RNG_USE_INIT),
                   (float)a->real[0], (float)a->real[1]};
     share_flat(ctx, j.n, init_normal_range, &j);
 }
 
-static void init_const_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void init_const_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const init_job *j = ctx;
     (void)worker;
     begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
     for (int64_t i = begin; i < end; i += LANES) v_store_n(j->w + i, v_set1(j->mean), end - i);
 }
 
-static void init_const_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void init_const_op(hs_kernel_ctx *ctx, const hs_args *a) {
     init_job j = {.w = a->ptr[0], .n = a->dim[0], .mean = (float)a->real[0]};
     share_flat(ctx, j.n, init_const_range, &j);
 }

@@ -12,15 +12,15 @@ typedef struct layernorm_job {
     float eps;
 } layernorm_job;
 
-VINLINE void layernorm_fwd_rows(const layernorm_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void layernorm_fwd_rows(const layernorm_job *j, int64_t begin, int64_t end, int dt) {
     float *mean = j->a->ptr[1], *rstd = j->a->ptr[2];
     const void *x = j->a->ptr[3];
     const float *w = j->a->ptr[4], *b = j->a->ptr[5];
     const int64_t C = j->C;
     for (int64_t r = begin; r < end; r++) {
         vf sum = v_zero(), square = v_zero();
-        for (int64_t c = 0; c < C; c += LANES) sum = v_add(sum, v_load_dt_n(x, r * C + c, C - c, dt));
+        for (int64_t c = 0; c < C; c += LANES)
+            sum = v_add(sum, v_load_dt_n(x, r * C + c, C - c, dt));
         float m = v_sum(sum) / (float)C;
         vf mv = v_set1(m);
         for (int64_t c = 0; c < C; c += LANES) {
@@ -40,21 +40,18 @@ VINLINE void layernorm_fwd_rows(const layernorm_job *j, int64_t begin, int64_t e
     }
 }
 
-static void layernorm_fwd_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void layernorm_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const layernorm_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, layernorm_fwd_rows, j, begin, end);
 }
 
-static void layernorm_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void layernorm_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     layernorm_job j = {a, a->dim[0], a->dim[1], (float)a->real[0]};
     share_rows(ctx, j.R, j.C, layernorm_fwd_range, &j);
 }
 
-VINLINE void layernorm_igrad_rows(const layernorm_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void layernorm_igrad_rows(const layernorm_job *j, int64_t begin, int64_t end, int dt) {
     void *dx = j->a->ptr[0];
     const void *dy = j->a->ptr[1], *x = j->a->ptr[2];
     const float *w = j->a->ptr[3], *mean = j->a->ptr[4], *rstd = j->a->ptr[5];
@@ -81,21 +78,18 @@ VINLINE void layernorm_igrad_rows(const layernorm_job *j, int64_t begin, int64_t
     }
 }
 
-static void layernorm_igrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void layernorm_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const layernorm_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, layernorm_igrad_rows, j, begin, end);
 }
 
-static void layernorm_igrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void layernorm_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     layernorm_job j = {a, a->dim[0], a->dim[1], 0};
     share_rows(ctx, j.R, j.C, layernorm_igrad_range, &j);
 }
 
-VINLINE void layernorm_wgrad_columns(const layernorm_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void layernorm_wgrad_columns(const layernorm_job *j, int64_t begin, int64_t end, int dt) {
     float *dw = j->a->ptr[0], *db = j->a->ptr[1];
     const void *dy = j->a->ptr[2], *x = j->a->ptr[3];
     const float *mean = j->a->ptr[4], *rstd = j->a->ptr[5];
@@ -104,7 +98,8 @@ VINLINE void layernorm_wgrad_columns(const layernorm_job *j, int64_t begin, int6
         vf w = v_load_n(dw + c, left), b = v_load_n(db + c, left);
         for (int64_t r = 0; r < j->R; r++) {
             vf g = v_load_dt_n(dy, r * j->C + c, left, dt);
-            vf h = v_mul(v_sub(v_load_dt_n(x, r * j->C + c, left, dt), v_set1(mean[r])), v_set1(rstd[r]));
+            vf h = v_mul(v_sub(v_load_dt_n(x, r * j->C + c, left, dt), v_set1(mean[r])),
+                         v_set1(rstd[r]));
             w = v_fma(g, h, w);
             b = v_add(b, g);
         }
@@ -113,16 +108,14 @@ VINLINE void layernorm_wgrad_columns(const layernorm_job *j, int64_t begin, int6
     }
 }
 
-static void layernorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void layernorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const layernorm_job *j = ctx;
     (void)worker;
     begin *= SHARE_COLUMNS, end = min64(end * SHARE_COLUMNS, j->C);
     BY_DTYPE(j->a->dtype, layernorm_wgrad_columns, j, begin, end);
 }
 
-static void layernorm_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void layernorm_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     layernorm_job j = {a, a->dim[0], a->dim[1], 0};
     share_columns(ctx, j.R, j.C, layernorm_wgrad_range, &j);
 }

@@ -1,4 +1,5 @@
-/* RMSNorm over groups of C. Sums inside a group: 16 lane partials, index ascending, then the tree of v_sum. */
+/* RMSNorm over groups of C. Sums inside a group: 16 lane partials, index ascending, then the tree
+ * of v_sum. */
 #include "kernels/rmsnorm.h"
 
 #include <math.h>
@@ -11,8 +12,7 @@ typedef struct rmsnorm_job {
     int64_t R, N, C;
 } rmsnorm_job;
 
-VINLINE void rmsnorm_fwd_rows(const rmsnorm_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void rmsnorm_fwd_rows(const rmsnorm_job *j, int64_t begin, int64_t end, int dt) {
     const hs_args *a = j->a;
     float *rstd = a->ptr[1];
     const void *x = a->ptr[2];
@@ -36,21 +36,18 @@ VINLINE void rmsnorm_fwd_rows(const rmsnorm_job *j, int64_t begin, int64_t end, 
         }
 }
 
-static void rmsnorm_fwd_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void rmsnorm_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const rmsnorm_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, rmsnorm_fwd_rows, j, begin, end);
 }
 
-static void rmsnorm_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void rmsnorm_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     rmsnorm_job j = {a, a->dim[0], a->dim[1], a->dim[2]};
     share_rows(ctx, j.R, j.N * j.C, rmsnorm_fwd_range, &j);
 }
 
-VINLINE void rmsnorm_igrad_rows(const rmsnorm_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void rmsnorm_igrad_rows(const rmsnorm_job *j, int64_t begin, int64_t end, int dt) {
     const hs_args *a = j->a;
     void *dx = a->ptr[0];
     const void *dy = a->ptr[1], *x = a->ptr[2];
@@ -77,21 +74,18 @@ VINLINE void rmsnorm_igrad_rows(const rmsnorm_job *j, int64_t begin, int64_t end
         }
 }
 
-static void rmsnorm_igrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void rmsnorm_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const rmsnorm_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, rmsnorm_igrad_rows, j, begin, end);
 }
 
-static void rmsnorm_igrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void rmsnorm_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     rmsnorm_job j = {a, a->dim[0], a->dim[1], a->dim[2]};
     share_rows(ctx, j.R, j.N * j.C, rmsnorm_igrad_range, &j);
 }
 
-VINLINE void rmsnorm_wgrad_columns(const rmsnorm_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void rmsnorm_wgrad_columns(const rmsnorm_job *j, int64_t begin, int64_t end, int dt) {
     const hs_args *a = j->a;
     float *dw = a->ptr[0];
     const void *dy = a->ptr[1], *x = a->ptr[2];
@@ -102,23 +96,22 @@ VINLINE void rmsnorm_wgrad_columns(const rmsnorm_job *j, int64_t begin, int64_t 
         vf w = v_load_n(dw + c, left);
         for (int64_t r = 0; r < j->R; r++)
             for (int64_t n = 0; n < j->N; n++) {
-                vf h = v_mul(v_load_dt_n(x, r * ldx + n * C + c, left, dt), v_set1(rstd[r * j->N + n]));
+                vf h = v_mul(v_load_dt_n(x, r * ldx + n * C + c, left, dt),
+                             v_set1(rstd[r * j->N + n]));
                 w = v_fma(v_load_dt_n(dy, r * lddy + n * C + c, left, dt), h, w);
             }
         v_store_n(dw + c, w, left);
     }
 }
 
-static void rmsnorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void rmsnorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const rmsnorm_job *j = ctx;
     (void)worker;
     begin *= SHARE_COLUMNS, end = min64(end * SHARE_COLUMNS, j->C);
     BY_DTYPE(j->a->dtype, rmsnorm_wgrad_columns, j, begin, end);
 }
 
-static void rmsnorm_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void rmsnorm_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     rmsnorm_job j = {a, a->dim[0], a->dim[1], a->dim[2]};
     share_columns(ctx, j.R * j.N, j.C, rmsnorm_wgrad_range, &j);
 }

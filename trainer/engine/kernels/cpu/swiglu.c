@@ -10,8 +10,7 @@ typedef struct swiglu_job {
     int64_t R, F;
 } swiglu_job;
 
-VINLINE void swiglu_fwd_rows(const swiglu_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void swiglu_fwd_rows(const swiglu_job *j, int64_t begin, int64_t end, int dt) {
     const int64_t F = j->F;
     for (int64_t r = begin; r < end; r++)
         for (int64_t f = 0; f < F; f += LANES) {
@@ -22,21 +21,18 @@ VINLINE void swiglu_fwd_rows(const swiglu_job *j, int64_t begin, int64_t end, in
         }
 }
 
-static void swiglu_fwd_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void swiglu_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const swiglu_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, swiglu_fwd_rows, j, begin, end);
 }
 
-static void swiglu_fwd_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void swiglu_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
     swiglu_job j = {a, a->dim[0], a->dim[1]};
     share_rows(ctx, j.R, j.F, swiglu_fwd_range, &j);
 }
 
-VINLINE void swiglu_igrad_rows(const swiglu_job *j, int64_t begin, int64_t end, int dt)
-{
+VINLINE void swiglu_igrad_rows(const swiglu_job *j, int64_t begin, int64_t end, int dt) {
     const int64_t F = j->F;
     for (int64_t r = begin; r < end; r++)
         for (int64_t f = 0; f < F; f += LANES) {
@@ -51,15 +47,13 @@ VINLINE void swiglu_igrad_rows(const swiglu_job *j, int64_t begin, int64_t end, 
         }
 }
 
-static void swiglu_igrad_range(void *ctx, int64_t begin, int64_t end, int worker)
-{
+static void swiglu_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const swiglu_job *j = ctx;
     (void)worker;
     BY_DTYPE(j->a->dtype, swiglu_igrad_rows, j, begin, end);
 }
 
-static void swiglu_igrad_op(hs_kernel_ctx *ctx, const hs_args *a)
-{
+static void swiglu_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     swiglu_job j = {a, a->dim[0], a->dim[1]};
     share_rows(ctx, j.R, 2 * j.F, swiglu_igrad_range, &j);
 }

@@ -1,15 +1,17 @@
-/* exp, log, sine and cosine of 16 lanes, in f32: polynomials (after Cephes) written with v_fma only, so every
- * build gives the same bits. Within 2 ulp of the true value over the ranges named (tests compare). */
+/* exp, log, sine and cosine of 16 lanes, in f32: polynomials (after Cephes) written with v_fma
+ * only, so every build gives the same bits. Within 2 ulp of the true value over the ranges named
+ * (tests compare). */
 #ifndef HS_KERNELS_CPU_VEC_MATH_H
 #define HS_KERNELS_CPU_VEC_MATH_H
 
 #include "kernels/cpu/vec.h"
 
-#define V_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, found in the low bits */
+#define V_MAGIC                                                                                    \
+    12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, found in the low bits               \
+                 */
 
 /* e^x. Below -86.9: 0. Above 88: e^88. NaN stays NaN. */
-VINLINE vf v_exp(vf x)
-{
+VINLINE vf v_exp(vf x) {
     const vf low = v_set1(-86.9f);
     vf y = v_min(v_set1(88.0f), v_max(low, x));
     vf t = v_fma(y, v_set1(1.44269504088896341f), v_set1(V_MAGIC));
@@ -31,8 +33,7 @@ VINLINE vf v_exp(vf x)
 }
 
 /* log(1 + f) + e log 2, for 1 + f in [sqrt(1/2), sqrt(2)) */
-VINLINE vf v_log_core(vf f, vf e)
-{
+VINLINE vf v_log_core(vf f, vf e) {
     vf z = v_mul(f, f);
     vf p = v_set1(7.0376836292e-2f);
     p = v_fma(p, f, v_set1(-1.1514610310e-1f));
@@ -50,8 +51,7 @@ VINLINE vf v_log_core(vf f, vf e)
 }
 
 /* Splits a positive normal x into 2^e (1 + f). */
-VINLINE void v_log_split(vf x, vf *f, vf *e)
-{
+VINLINE void v_log_split(vf x, vf *f, vf *e) {
     vi bits = v_bits(x);
     vi biased = vi_shr(vi_add(bits, vi_set1(0x3f800000u - 0x3f3504f3u)), 23);
     vi m = vi_add(vi_sub(bits, vi_shl(biased, 23)), vi_set1(0x3f800000u));
@@ -61,42 +61,37 @@ VINLINE void v_log_split(vf x, vf *f, vf *e)
 }
 
 /* log x for positive normal finite x. */
-VINLINE vf v_log(vf x)
-{
+VINLINE vf v_log(vf x) {
     vf f, e;
     v_log_split(x, &f, &e);
     return v_log_core(f, e);
 }
 
 /* log of one number; NaN and infinity pass through (a sum of exponentials is at least 1) */
-VINLINE float log1_f32(float x)
-{
+VINLINE float log1_f32(float x) {
     float t[16];
     if (!(x < 3.0e38f)) return x;
     v_store(t, v_log(v_set1(x)));
     return t[0];
 }
 
-VINLINE float exp1_f32(float x)
-{
+VINLINE float exp1_f32(float x) {
     float t[16];
     v_store(t, v_exp(v_set1(x)));
     return t[0];
 }
 
 /* u32 to f32, rounded once */
-VINLINE vf v_from_u32(vi x)
-{
+VINLINE vf v_from_u32(vi x) {
     const vi magic = vi_set1(0x4b000000u);
     vf high = v_sub(v_from_bits(vi_or(vi_shr(x, 16), magic)), v_set1(8388608.0f));
     vf low = v_sub(v_from_bits(vi_or(vi_and(x, vi_set1(0xffff)), magic)), v_set1(8388608.0f));
     return v_fma(high, v_set1(65536.0f), low);
 }
 
-/* Sine and cosine of the angle 2 pi w / 2^32, without argument error: the two top bits (after rounding) name
- * the quarter, the rest is an angle in [-pi/4, pi/4). */
-VINLINE void v_sincos_turn(vi w, vf *sine, vf *cosine)
-{
+/* Sine and cosine of the angle 2 pi w / 2^32, without argument error: the two top bits (after
+ * rounding) name the quarter, the rest is an angle in [-pi/4, pi/4). */
+VINLINE void v_sincos_turn(vi w, vf *sine, vf *cosine) {
     vi shifted = vi_add(w, vi_set1(0x20000000u));
     vi quarter = vi_shr(shifted, 30);
     vf x = v_sub(v_from_u32(vi_and(shifted, vi_set1(0x3fffffffu))), v_set1(536870912.0f));
@@ -119,8 +114,7 @@ VINLINE void v_sincos_turn(vi w, vf *sine, vf *cosine)
 }
 
 /* 1 / (1 + e^-x) and its complement, both to full relative accuracy */
-VINLINE void v_sigmoid(vf x, vf *s, vf *one_minus_s)
-{
+VINLINE void v_sigmoid(vf x, vf *s, vf *one_minus_s) {
     vf e = v_exp(v_sub(v_zero(), x));
     vf d = v_div(v_set1(1.0f), v_add(v_set1(1.0f), e));
     *s = d;
