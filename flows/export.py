@@ -19,7 +19,7 @@ from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
-from flows.prepare import load_dataset
+from flows.prepare import load_dataset, load_tokenizer, tokenizer_json
 from flows.run import load_run, load_what
 from trainer.dataset import DatasetRef
 from trainer.engine_path import engine_binary
@@ -75,7 +75,7 @@ def export_hf(store: Store, run: str, step: int | None, folder: Path) -> Path:
     prepared = load_run(store, run)
     _, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
-    tokenizer = store.get(f"data/{prepared.dataset.digest}/tokenizer.json", max_bytes=256 << 20)
+    tokenizer = tokenizer_json(store, prepared.dataset)
     texts: dict[str, str | bytes] = {
         "config.json": json.dumps(config, indent=1) + "\n",
         "tokenizer.json": tokenizer,
@@ -163,10 +163,8 @@ def generate(
     step: int | None = None,
 ) -> str:
     """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text."""
-    from tokenizers import Tokenizer
-
     dataset = load_dataset(store, str(load_what(store, run)["data"]["digest"]))
-    tokenizer = Tokenizer.from_str(store.get(f"data/{dataset.digest}/tokenizer.json", max_bytes=256 << 20).decode())
+    tokenizer = load_tokenizer(store, dataset)
     ids = list(tokenizer.encode(prompt).ids) or [_first_token(dataset)]
     rng = np.random.default_rng(seed)
     with Inference(store, run, step) as engine:

@@ -40,6 +40,7 @@ class RunFailed(RuntimeError):
 class Hosted:
     """What a process that hosts a flow gives it and gets from it: no parameters, because they are not data."""
 
+    prepared: Prepared | None = None
     sink: Sink | None = None
     stop: threading.Event | None = None
     reopen: bool = False
@@ -104,7 +105,10 @@ def train_flow(
     ``fresh``: each scheduled firing is a run of its own (its scheduled time joins the name).
     """
     opened = store_at(store or None)
-    if spec is None:
+    hosted = _hosted.get()
+    if hosted is not None and hosted.prepared is not None and hosted.prepared.run == run:
+        prepared = hosted.prepared
+    elif spec is None:
         prepared = load_run(opened, run, list(sets))
     else:
         digest = str(prepare_data(spec, opened.url)["digest"])

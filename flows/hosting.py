@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from flows.loop import Outcome, Sink
+from flows.run import Prepared
 
-PREFECT_PATIENCE_S = 20.0
+PREFECT_PATIENCE_S = 10.0
 """After the run's own end, for Prefect to take the flow run's: its client retries for a minute where nobody answers."""
 
 
 def run_flow(
-    run: str,
+    prepared: Prepared,
     store_url: str,
     out: Path,
     sink: Sink | None,
@@ -26,20 +27,20 @@ def run_flow(
     tell: Callable[[str], None],
     patience_s: float = PREFECT_PATIENCE_S,
 ) -> Outcome | None:
-    """Drive a run of the store inside the flow; its outcome, or None where Prefect failed before the driver began.
+    """Drive a prepared run inside the flow; its outcome, or None where Prefect failed before the driver began.
 
     The flow runs in a thread of its own. Errors of the run itself (not Prefect's) are raised.
     """
     from flows import flow
 
-    hosted = flow.Hosted(sink, stop, reopen)
+    hosted = flow.Hosted(prepared, sink, stop, reopen)
     errors: list[BaseException] = []
     done = threading.Event()
 
     def work() -> None:
         try:
             flow.hold(hosted)
-            flow.train_flow(store=store_url, run=run, out=str(out))
+            flow.train_flow(store=store_url, run=prepared.run, out=str(out))
         except BaseException as error:  # the flow's own end is Prefect's; what counts is judged below
             errors.append(error)
         finally:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import sysconfig
 import tempfile
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import NotFound
 from checkpoint.store import Store
-from trainer.dataset import DatasetRef, write_shard
+from trainer.dataset import HEADER_BYTES, DatasetRef, write_shard
 from trainer.errors import DatasetError
 from trainer.spec import DataSpec
 
@@ -46,6 +47,8 @@ _SKIP_FILES = {
     "token.py",
 }
 MANIFEST_CAP = 16 << 20
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_MEND = "it is damaged; `hotstage data prepare SPEC --again` writes it anew"
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,18 @@ def documents(source: str) -> Iterator[Document]:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DatasetError(
-                        f'{name}:{number} is no JSON object with a "text"; mend the line or use text:GLOB'
-                    ) from error
-                yield Document(f"{name}:{number}", str(text))
+                yield Document(f"{name}:{number}", _text_of(line, f"{name}:{number}"))
+
+
+def _text_of(line: str, where: str) -> str:
+    """The text of a JSON line, or DatasetError."""
+    try:
+        text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            raise TypeError(f"its text is {type(text).__name__}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f'{where} is no JSON object with a "text"; mend the line or use text:GLOB') from error
+    return text
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -127,8 +135,8 @@ def _input_digest(docs: Sequence[Document], spec: DataSpec, tokenizer: bytes | N
     settings = {"vocab_size": spec.vocab_size, "shard_tokens": spec.shard_tokens, "eot": EOT}
     h.update(json.dumps(settings, sort_keys=True).encode())
     h.update(hashlib.sha256(tokenizer).digest() if tokenizer else b"train")
-    for doc in docs:
-        h.update(hashlib.sha256(doc.name.encode()).digest() + hashlib.sha256(doc.text.encode()).digest())
+    for doc in docs:  # not their names: where a corpus lies changes nothing
+        h.update(hashlib.sha256(doc.text.encode("utf-8", "surrogatepass")).digest())
     return h.hexdigest()
 
 
@@ -141,9 +149,7 @@ def load_dataset(store: Store, digest: str) -> DatasetRef:
             f"dataset {digest[:12]}… is not in {store.describe()}; run `hotstage data prepare SPEC` there"
         ) from None
     if hashlib.sha256(data).hexdigest() != digest:
-        raise DatasetError(
-            f"the manifest of dataset {digest[:12]}… does not have its digest: it is damaged; prepare it again"
-        )
+        raise DatasetError(f"the manifest of dataset {digest[:12]}… does not have its digest: {_MEND}")
     manifest = unpack(data, f"manifest of dataset {digest[:12]}", max_bytes=MANIFEST_CAP)
     return DatasetRef(
         digest=digest,
@@ -155,12 +161,20 @@ def load_dataset(store: Store, digest: str) -> DatasetRef:
     )
 
 
+def tokenizer_json(store: Store, dataset: DatasetRef) -> bytes:
+    """The tokenizer.json of a dataset, its digest checked."""
+    try:
+        data = store.get(f"data/{dataset.digest}/tokenizer.json", max_bytes=256 << 20)
+    except NotFound:
+        raise DatasetError(f"the tokenizer of dataset {dataset.digest[:12]}… is missing: {_MEND}") from None
+    if hashlib.sha256(data).hexdigest() != dataset.tokenizer_digest:
+        raise DatasetError(f"the tokenizer of dataset {dataset.digest[:12]}… does not have its digest: {_MEND}")
+    return data
+
+
 def load_tokenizer(store: Store, dataset: DatasetRef) -> Tokenizer:
     """The tokenizer of a dataset, its digest checked."""
-    data = store.get(f"data/{dataset.digest}/tokenizer.json", max_bytes=256 << 20)
-    if hashlib.sha256(data).hexdigest() != dataset.tokenizer_digest:
-        raise DatasetError(f"the tokenizer of dataset {dataset.digest[:12]}… is damaged; prepare the data again")
-    return Tokenizer.from_str(data.decode())
+    return Tokenizer.from_str(tokenizer_json(store, dataset).decode())
 
 
 def prepare(
@@ -170,9 +184,11 @@ def prepare(
     say: Callable[[str], None] = log.info,
     again: bool = False,
 ) -> DatasetRef:
-    """Make the spec's dataset in the store, or find it there. ``again`` re-checks every object of it.
+    """Make the spec's dataset in the store, or find it there. ``again`` makes it anew, checks every object of it and
+    replaces those that are not what they should be.
 
-    Raises DatasetError for an empty corpus or a token beyond the vocabulary; StoreError from the store.
+    Raises DatasetError for an empty corpus, a damaged dataset, or a token beyond the vocabulary; StoreError from the
+    store.
     """
     if spec.source.startswith("dataset:"):
         return load_dataset(store, spec.source.removeprefix("dataset:"))
@@ -181,22 +197,54 @@ def prepare(
         raise DatasetError(f"data.source {spec.source!r} has no text in it; the corpus is empty")
     given = _given_tokenizer(spec)
     inputs = _input_digest(docs, spec, given)
-    try:
-        known = store.get(f"data/inputs/{inputs}", max_bytes=64).decode()
-        if not again:
-            dataset = load_dataset(store, known)
-            say(f"data: {known[:12]} is already there ({sum(dataset.shards):,} tokens)")
-            return dataset
-    except NotFound:
-        pass
+    known = None if again else _known(store, inputs)
+    if known is not None:
+        say(f"data: {known.digest[:12]} is already there ({known.tokens:,} tokens)")
+        return known
     size = sum(len(doc.text) for doc in docs)
     say(f"data: {len(docs):,} documents, {size / 1e6:.1f} MB of text from {spec.source}")
     if given is None:
         say(f"data: training a byte-level BPE tokenizer of {spec.vocab_size:,} entries")
         tokenizer = train_tokenizer([doc.text for doc in docs], spec.vocab_size)
     else:
-        tokenizer = Tokenizer.from_str(given.decode())
-    return _shard(docs, tokenizer, spec, store, inputs, say)
+        tokenizer = _parse_tokenizer(given, f"data.tokenizer {spec.tokenizer!r}")
+    return _shard(docs, tokenizer, spec, store, inputs, say, mend=again)
+
+
+def _known(store: Store, inputs: str) -> DatasetRef | None:
+    """The dataset that these inputs gave before; None where there is none, or where an object of it is missing."""
+    key = f"data/inputs/{inputs}"
+    try:
+        digest = store.get(key, max_bytes=64).decode(errors="replace")
+    except NotFound:
+        return None
+    if not _HEX64.fullmatch(digest):
+        raise DatasetError(f"{key} does not name a dataset: {_MEND}")
+    if store.head(f"data/{digest}/manifest") is None:
+        return None
+    dataset = load_dataset(store, digest)
+    for number, tokens in enumerate(dataset.shards):
+        name, size = f"data/{digest}/{number:05d}.bin", HEADER_BYTES + tokens * dataset.token_bytes
+        info = store.head(name)
+        if info is None:
+            return None
+        if info.bytes != size:
+            raise DatasetError(f"{name} has {info.bytes} bytes, its manifest says {size}: {_MEND}")
+    if store.head(f"data/{digest}/tokenizer.json") is None:
+        return None
+    load_tokenizer(store, dataset)
+    return dataset
+
+
+def _parse_tokenizer(data: bytes, what: str) -> Tokenizer:
+    """A tokenizer from its JSON, without the truncation and padding that it may ask for."""
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except Exception as error:  # the library raises plain Exception
+        raise DatasetError(f"{what} does not load: {error}; give a tokenizer.json of the tokenizers library") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _given_tokenizer(spec: DataSpec) -> bytes | None:
@@ -218,13 +266,17 @@ def _shard(
     store: Store,
     inputs: str,
     say: Callable[[str], None],
+    *,
+    mend: bool,
 ) -> DatasetRef:
     """Encode, cut into shards, and create every object under the digest of the manifest."""
     vocab = tokenizer.get_vocab_size()
     eot = tokenizer.token_to_id(EOT)
     parts: list[np.ndarray] = []
     for first in range(0, len(docs), 256):
-        for encoding in tokenizer.encode_batch([doc.text for doc in docs[first : first + 256]]):
+        for encoding in tokenizer.encode_batch(
+            [doc.text for doc in docs[first : first + 256]], add_special_tokens=False
+        ):
             parts.append(np.asarray(encoding.ids, dtype=np.uint32))
             if eot is not None:
                 parts.append(np.asarray([eot], dtype=np.uint32))
@@ -234,7 +286,7 @@ def _shard(
             f"token {int(tokens.max())} is beyond the vocabulary of {vocab}; the tokenizer is inconsistent"
         )
     token_bytes = 2 if vocab <= 1 << 16 else 4
-    tokenizer_json = tokenizer.to_str().encode()
+    tokenizer_bytes = tokenizer.to_str().encode()
     with tempfile.TemporaryDirectory(prefix="hotstage-data-") as folder:
         shards = []
         for index, first in enumerate(range(0, len(tokens), spec.shard_tokens)):
@@ -246,23 +298,36 @@ def _shard(
         manifest = pack(
             {
                 "v": 1,
-                "source": spec.source,
                 "inputs": inputs,
+                "documents": len(docs),
                 "vocab": vocab,
                 "token_bytes": token_bytes,
                 "eot": eot,
                 "shards": shards,
-                "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
+                "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest(),
             }
         )
         digest = hashlib.sha256(manifest).hexdigest()
         for index in range(len(shards)):
-            store.create(f"data/{digest}/{index:05d}.bin", (Path(folder) / f"{index:05d}.bin").read_bytes())
-    store.create(f"data/{digest}/tokenizer.json", tokenizer_json)
-    store.create(f"data/{digest}/manifest", manifest)
-    store.create(f"data/inputs/{inputs}", digest.encode())
+            _put(store, f"data/{digest}/{index:05d}.bin", (Path(folder) / f"{index:05d}.bin").read_bytes(), mend)
+    _put(store, f"data/{digest}/tokenizer.json", tokenizer_bytes, mend)
+    _put(store, f"data/{digest}/manifest", manifest, mend)
+    _put(store, f"data/inputs/{inputs}", digest.encode(), mend)
     say(f"data: {len(tokens):,} tokens in {len(shards)} shard(s), dataset {digest[:12]}")
     return load_dataset(store, digest)
+
+
+def _put(store: Store, key: str, data: bytes, mend: bool) -> None:
+    """Create an object whose bytes follow from its key. Other bytes there are damage: told, or replaced (``mend``)."""
+    if store.create(key, data):
+        return
+    if store.get(key) == data:
+        return
+    if not mend:
+        raise DatasetError(f"{key} is not what it should be: {_MEND}")
+    log.warning("%s was damaged and is written anew", key)
+    store.delete(key)
+    store.create(key, data)
 
 
 def interpreter_note() -> str:

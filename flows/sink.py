@@ -46,6 +46,8 @@ class Lines:
     _last: float = -1e9
     _durable: int = -1
     _rate: float = 0.0
+    _step_s: float = 0.0
+    _phase: str = ""
 
     def tell(self, event: Event) -> None:
         facts = event.facts
@@ -70,19 +72,22 @@ class Lines:
                 digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
                 reason = f" ({facts['reason']})" if facts.get("reason") else ""
                 self.say(f"{facts['outcome']}{reason}: step {facts['step']}{digest}")
-            case "phase" if facts["phase"] not in ("training",):
+            case "phase" if facts["phase"] not in ("training", self._phase):  # once, whatever its details
+                self._phase = facts["phase"]
                 self.say(f"{facts['phase']}" + (f": {facts['text']}" if facts.get("text") else ""))
 
     def _step(self, facts: dict[str, Any]) -> None:
         rate = float(facts.get("tokens_per_s") or 0.0)
+        seconds = float(facts.get("step_us", 0)) / 1e6
         self._rate = rate if self._rate == 0 else 0.9 * self._rate + 0.1 * rate
+        self._step_s = seconds if self._step_s == 0 else 0.9 * self._step_s + 0.1 * seconds
+        self._phase = ""
         step = int(facts["step"])
         now = self.clock()
         if now - self._last < self.every_s and step != self.steps:
             return
         self._last = now
-        seconds = float(facts.get("step_us", 0)) / 1e6
-        eta = (self.steps - step) * seconds
+        eta = (self.steps - step) * self._step_s
         mfu = f"  MFU {self._rate * self.flops_per_token / self.peak_flops:4.0%}" if self.peak_flops else ""
         saved = f"  saved {self._durable}" if self._durable >= 0 else ""
         self.say(

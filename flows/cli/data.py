@@ -20,9 +20,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
-@click.option(
-    "--again", is_flag=True, help="Build it again even where it is there; differing bytes are never overwritten."
-)
+@click.option("--again", is_flag=True, help="Make it anew where it is there; objects that are damaged are replaced.")
 @set_option
 @store_option
 @json_option

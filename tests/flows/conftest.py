@@ -1,0 +1,98 @@
+"""One real Prefect server for the session, on loopback, its database in a folder of its own; stopped by its pid."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.prefect_api import PrefectServer
+from tests.support.place import Place, finish
+
+
+@dataclass(frozen=True)
+class Api:
+    """A Prefect server as a client without Prefect sees it."""
+
+    server: PrefectServer
+
+    def ask(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The answer of a ``…/filter`` question."""
+        request = urllib.request.Request(
+            f"{self.server.api}/{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return list(json.load(reply))
+
+    def flow_runs(self, **flow_run_filter: Any) -> list[dict[str, Any]]:
+        return self.ask("flow_runs/filter", {"flow_runs": flow_run_filter, "sort": "EXPECTED_START_TIME_ASC"})
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return self.flow_runs(name={"any_": [name]})
+
+    def artifacts(self, flow_run: str) -> dict[str, dict[str, Any]]:
+        """The newest artifact of each key of a flow run."""
+        rows = self.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run]}}, "limit": 200})
+        return {row["key"]: row for row in sorted(rows, key=lambda row: str(row["updated"]))}
+
+    def logs(self, flow_run: str) -> list[str]:
+        body = {"logs": {"flow_run_id": {"any_": [flow_run]}}, "sort": "TIMESTAMP_ASC"}
+        return [str(row["message"]) for row in self.ask("logs/filter", body)]
+
+
+def started(home: Path) -> PrefectServer:
+    server = PrefectServer(home)
+    server.start()
+    if not server.wait(180):
+        server.stop()
+        raise AssertionError((home / "server.log").read_text()[-4000:])
+    return server
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    server = started(tmp_path_factory.mktemp("prefect"))
+    yield Api(server)
+    server.stop()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A place that knows no Prefect."""
+    made = Place(tmp_path / "p", env={"PREFECT_HOME": str(tmp_path / "prefect")})
+    yield made
+    made.stop_all()
+
+
+@pytest.fixture
+def hosted(tmp_path: Path, prefect: Api) -> Iterator[Place]:
+    """A place whose commands find the server."""
+    made = Place(tmp_path / "p", env={**prefect.server.environment(), "PREFECT_HOME": str(tmp_path / "prefect")})
+    yield made
+    made.stop_all()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A tiny run that has succeeded, on one stage, without Prefect: the undisturbed one that others compare with."""
+    place = Place(tmp_path_factory.mktemp("trained") / "p")
+    try:
+        result = finish(
+            place.start("train", "spec.toml", "--no-prefect", "--json", "--set", "parallel.stages=1")
+        ).json()
+    finally:
+        place.stop_all()
+    assert result["outcome"] == "succeeded", result
+    return Trained(place, str(result["run"]), str(result["state_digest"]))
+
+
+@dataclass(frozen=True)
+class Trained:
+    place: Place
+    run: str
+    digest: str

@@ -1,0 +1,133 @@
+"""`hotstage train` under a real Prefect server: what its page shows, and that no failure of Prefect touches a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+from tests.flows.conftest import Api, Trained, started
+from tests.support.agents import wait_for
+from tests.support.place import STEPS, Place, finish
+
+SLOW = ("train.microbatch=1", "model.width=128", "train.steps=150")  # long enough to act in the middle
+
+
+def args(*sets: str) -> list[str]:
+    return ["train", "spec.toml", *[item for s in sets for item in ("--set", s)]]
+
+
+def metrics_begun(place: Place) -> bool:
+    return any((place.folder / "store" / "runs").glob("*/live/*/metrics/*"))
+
+
+def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: Place, trained: Trained) -> None:
+    secrets = {"AWS_ACCESS_KEY_ID": "AKIAHOTSTAGETEST", "AWS_SECRET_ACCESS_KEY": "hotstage-test-secret-value"}
+    hosted.env.update(secrets)
+    done = hosted.call(*args(), "--json")
+    assert done.code == 0, done.err
+    result = done.json()
+    assert (result["outcome"], result["state_digest"]) == ("succeeded", trained.digest)
+    (flow_run,) = [
+        f for f in prefect.named(result["run"]) if f["parameters"]["store"].endswith(str(hosted.folder / "store"))
+    ]
+    assert flow_run["state_type"] == "COMPLETED"
+
+    artifacts = prefect.artifacts(flow_run["id"])
+    progress = artifacts[result["run"]]
+    assert (progress["type"], float(progress["data"])) == ("progress", 100.0)
+    assert f"step {STEPS} of {STEPS}, saved {STEPS}" in progress["description"]
+    loss = artifacts[f"{result['run']}-loss"]["data"]
+    curve = [json.loads(line) for line in hosted.run("logs", result["run"]).splitlines() if '"event":"step"' in line]
+    assert "```mermaid\nxychart-beta" in loss
+    assert f"loss {curve[0]['loss']:.4f} → {curve[-1]['loss']:.4f} at step {STEPS}" in loss
+    (attempt,) = json.loads(artifacts[f"{result['run']}-attempts"]["data"])
+    assert (attempt["attempt"], attempt["from step"], attempt["because"]) == (1, 0, "start")
+    shown = json.loads(hosted.run("runs", "show", result["run"], "--json"))
+    assert [a["stages"] for a in shown["attempts_list"]] == [2]  # the spec's own layout, also inside the flow
+
+    told = json.dumps([flow_run, artifacts, prefect.logs(flow_run["id"])])
+    for secret in secrets.values():
+        assert secret not in told
+        assert secret not in done.out + done.err
+
+
+def test_a_run_that_gives_up_is_a_failed_flow_run(prefect: Api, hosted: Place) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        done = hosted.call(*args(f"launch.port_base={s.getsockname()[1]}", "name='gaveup'"), "--json")
+    assert done.code == 78, done.err
+    result = done.json()
+    assert result["outcome"] == "gave_up"
+    (flow_run,) = prefect.named(result["run"])
+    assert flow_run["state_type"] == "FAILED"
+    assert result["reason"] in flow_run["state"]["message"]
+
+
+def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted: Place) -> None:
+    process = hosted.start(*args(*SLOW, "name='stopped'"))
+    wait_for(lambda: metrics_begun(hosted), "the first step", 60)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.code == 85, done.out + done.err
+    assert "go on with: hotstage runs resume" in done.out
+    name = done.out.split("go on with: hotstage runs resume ")[1].split()[0]
+    (flow_run,) = prefect.named(name)
+    assert flow_run["state_type"] == "CANCELLED"
+    assert "stopped" in flow_run["state"]["message"]
+
+
+def test_nothing_answers_at_the_url(place: Place, trained: Trained) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # bound, never listening: connections are refused as long as the test lasts
+        place.env["PREFECT_API_URL"] = f"http://127.0.0.1:{s.getsockname()[1]}/api"
+        done = place.call(*args(), "--json")
+    assert (done.code, done.json()["state_digest"]) == (0, trained.digest), done.err
+    assert "Prefect does not answer" in done.err
+
+
+def test_the_server_is_killed_in_the_middle(place: Place, tmp_path: Path) -> None:
+    server = started(tmp_path / "own")
+    try:
+        place.env.update({**server.environment(), "PREFECT_HOME": str(tmp_path / "prefect")})
+        process = place.start(*args(*SLOW), "--json")
+        wait_for(lambda: metrics_begun(place), "the first step", 60)
+        assert server.process is not None
+        os.killpg(server.process.pid, signal.SIGKILL)  # a session of its own: the server and all that it started
+        done = finish(process)
+    finally:
+        server.stop()
+    assert done.code == 0, done.err
+    assert done.json()["outcome"] == "succeeded"
+    assert "Prefect" in done.err
+    assert "the run itself has ended" in done.err
+
+
+def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api, hosted: Place) -> None:
+    undisturbed = hosted.train(*SLOW, "parallel.stages=1", "name='other'")["state_digest"]
+    hosted_args = args(*SLOW, "name='killed'")
+    process = hosted.start(*hosted_args, "--json")
+    saved = hosted.folder / "store" / "runs"
+    wait_for(lambda: any(saved.glob("killed-*/live/*/metrics/*")), "the first step", 60)
+    process.kill()
+    process.communicate()
+    done = hosted.call(*hosted_args, "--json")
+    assert done.code == 0, done.err
+    result = done.json()
+    assert (result["attempts"], result["state_digest"]) == (1, undisturbed)
+    flow_runs = prefect.named(result["run"])
+    assert sorted(f["state_type"] for f in flow_runs) == [
+        "COMPLETED",
+        "RUNNING",
+    ]  # nobody told Prefect of the first's end
+    rows = json.loads(prefect.artifacts(flow_runs[-1]["id"])[f"{result['run']}-attempts"]["data"])
+    assert [row["attempt"] for row in rows] == [1]
+
+
+def test_stdout_of_json_is_one_object(prefect: Api, hosted: Place) -> None:
+    done = hosted.call(*args("train.steps=4"), "--json")
+    assert done.code == 0, done.err
+    assert isinstance(json.loads(done.out), dict)
