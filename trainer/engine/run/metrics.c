@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "core/clock.h"
@@ -69,7 +70,10 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, hs_tex
     const int64_t ns = hs_clock_ns() - metrics->step_start_ns;
     metrics->skipped += control->skipped;
     hs_metrics_event(metrics, "step", text);
-    hs_text_printf(text, ",\"step\":%" PRId64 ",\"loss\":", control->step);
+    struct timespec now = {0, 0};
+    (void)clock_gettime(CLOCK_REALTIME, &now); /* for people; nothing is ordered by it */
+    hs_text_printf(text, ",\"time\":%" PRId64 ".%06ld,\"step\":%" PRId64 ",\"loss\":",
+                   (int64_t)now.tv_sec, now.tv_nsec / 1000, control->step);
     hs_text_json_real(text, control->loss);
     hs_text_printf(text, ",\"grad_norm\":");
     hs_text_json_real(text, control->norm);

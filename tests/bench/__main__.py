@@ -1,0 +1,215 @@
+"""``make bench``: the project's figures, into out/bench.json as [{name, value, unit, peer, peer_value, ratio}].
+
+What is compared lies side by side in one run on one machine; a figure without a rival carries its target as the peer. A
+calibrated fma peak of the moment stands beside every product, because machines are noisy. Times are medians.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoint.store import open_store
+from flows.api import make_driver
+from flows.live import StatusReader
+from flows.loop import Event
+from flows.run import Prepared, prepare_run
+from tests.bench import bench_kernels
+from tests.e2e.engine_runs import Gang, write_samples
+from tests.e2e.engine_runs import train as run_engine
+from trainer.plan import compile_plan
+from trainer.presets import PRESETS
+from trainer.spec import RunSpec, parse_spec, what_digest
+
+ROUNDS = int(os.environ.get("HOTSTAGE_BENCH_ROUNDS", "3"))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def entry(name: str, value: float, unit: str, peer: str, peer_value: float) -> dict[str, Any]:
+    say(f"  {name:<58} {value:>10.3f} {unit:<10} {peer}: {peer_value:.3f}")
+    ratio = value / peer_value if peer_value else None
+    return {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio}
+
+
+def gpt2_124m(*sets: str) -> RunSpec:
+    """The 124M spec at B 4, T 64 in one microbatch."""
+    return parse_spec(
+        tomllib.loads(PRESETS["gpt2-124m"]),
+        [
+            "train.batch=4",
+            "train.microbatch=4",
+            "train.sequence=64",
+            "model.vocab=50304",
+            "train.schedule.warmup=0",
+            *sets,
+        ],
+    )
+
+
+def engine_124m(folder: Path, stages: int, steps: int, precision: str = "fp32") -> Gang:
+    spec = gpt2_124m(f"parallel.stages={stages}", f"train.steps={steps}", f'train.precision="{precision}"')
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, 50257, (4 * steps, 65)).astype(np.int64)
+    dataset = write_samples(folder / "data", samples, 50257)
+    spec = spec.resolve(dataset)
+    plan = compile_plan(spec, dataset, what_digest(spec, dataset))
+    return run_engine(plan, folder / "data", folder / "run", dump=False)
+
+
+def start_to_first_step(precision: str) -> dict[str, Any]:
+    """From the engine's exec to the end of its first optimizer step, 124M, page cache warm."""
+    times = []
+    for round_ in range(ROUNDS + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.time()
+            gang = engine_124m(Path(folder), 1, 1, precision)
+            seconds = float(gang.steps[0]["time"]) - began if "time" in gang.steps[0] else None
+            if seconds is None:
+                raise SystemExit("the step line has no time")
+            if round_:
+                times.append(seconds)
+    return entry(
+        f"start to first step, GPT-2 124M, {precision}, B 4 T 64", statistics.median(times), "s", "target", 1.5
+    )
+
+
+def throughput(precision: str) -> dict[str, Any]:
+    """Tokens a second of whole steps on one stage, beside the calibrated peak's bound (6 N FLOPs a token)."""
+    with tempfile.TemporaryDirectory() as folder:
+        gang = engine_124m(Path(folder), 1, 6, precision)
+    seconds = statistics.median(float(e["step_us"]) for e in gang.steps[1:]) / 1e6
+    from flows.peak import flops_per_token, measured_peak
+
+    bound = measured_peak() / flops_per_token(gpt2_124m().model, 64)
+    return entry(
+        f"tokens a second, GPT-2 124M, {precision}, B 4 T 64", 256 / seconds, "tok/s", "fp32 peak allows", bound
+    )
+
+
+def memory() -> Iterator[dict[str, Any]]:
+    """Peak resident bytes of each rank against the plan's account, without slots (no agent here)."""
+    for stages in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            gang = engine_124m(Path(folder), stages, 2)
+            planned = gang.plan.positions[0].total_bytes - gang.plan.positions[0].bytes_by_kind["slots"]
+            seen = max(int(e["rss_bytes"]) for e in gang.steps)
+            yield entry(
+                f"peak memory of rank 0, GPT-2 124M, {stages} stage(s)", seen / 2**20, "MiB", "plan", planned / 2**20
+            )
+
+
+# --- recovery ---------------------------------------------------------------------------------------------
+
+
+class _Kill:
+    """Kills the last rank at a step, and takes the times that recovery is made of."""
+
+    def __init__(self, prepared: Prepared, store: Any, at: int) -> None:
+        self.prepared, self.store, self.at = prepared, store, at
+        self.killed: float | None = None
+        self.recovered: float | None = None
+        self.done = threading.Event()
+
+    def tell(self, event: Event) -> None:
+        if event.kind != "step":
+            return
+        step, epoch = int(event.facts["step"]), int(event.facts["epoch"])
+        if self.killed is None and step >= self.at:
+            launch = f"{self.prepared.run}-l1"
+            for node in StatusReader(self.store, self.prepared.run, launch).poll(1, {}):
+                pids = [r.pid for r in node.ranks if r.pid]
+                if pids:
+                    self.epoch = epoch
+                    self.killed = time.time()
+                    os.kill(pids[-1], signal.SIGKILL)
+        elif self.killed is not None and self.recovered is None and epoch > self.epoch:
+            self.recovered = float(event.facts.get("time", time.time()))
+            self.done.set()
+
+
+def recovery() -> dict[str, Any]:
+    """SIGKILL of a stage to the end of the next attempt's first step: 124M, two stages, slots in memory."""
+    times = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            corpus = root / "a.txt"
+            corpus.write_text("the quick brown fox jumps over the lazy dog " * 4000)
+            spec = gpt2_124m(
+                "parallel.stages=2",
+                "train.steps=40",
+                "checkpoint.every=2",
+                f'data.source="text:{corpus}"',
+                "data.vocab_size=300",
+            )
+            store = open_store(f"file://{root / 'store'}")
+            prepared = prepare_run(spec, store)
+            kill = _Kill(prepared, store, 5)
+            driver = make_driver(prepared, store, sink=kill, out=root / "out")
+            thread = threading.Thread(target=driver.run, daemon=True)
+            thread.start()
+            if not kill.done.wait(300) or kill.killed is None or kill.recovered is None:
+                raise SystemExit("the run did not recover")
+            times.append(kill.recovered - kill.killed)
+            from flows.api import cancel
+
+            cancel(store, prepared.run)
+            thread.join(60)
+    return entry("SIGKILL of a stage to the next step, GPT-2 124M, local", statistics.median(times), "s", "target", 3.0)
+
+
+def kernels() -> Iterator[dict[str, Any]]:
+    path = "avx512" if "avx512f" in Path("/proc/cpuinfo").read_text() else "avx2"
+    for row in bench_kernels.measure(path, threads=1):
+        if "ratio" in row:
+            yield entry(row["name"], row["value"], row["unit"], row["peer"], row["peer_value"])
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    say(what)
+    yield
+    say(f"  ({time.monotonic() - began:.0f} s)")
+
+
+def main() -> int:
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "kernels": lambda: list(kernels()),
+        "start": lambda: [start_to_first_step("fp32"), start_to_first_step("bf16")],
+        "throughput": lambda: [throughput("fp32"), throughput("bf16")],
+        "memory": lambda: list(memory()),
+        "recovery": lambda: [recovery()],
+    }
+    wanted = sys.argv[1:] or list(parts)
+    rows: list[dict[str, Any]] = []
+    for name in wanted:
+        with timed(name):
+            rows += parts[name]()
+    out = Path("out")
+    out.mkdir(exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
+    say(f"written: {out / 'bench.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    assert shutil.which("cc"), "the kernels' bench needs a C compiler"
+    sys.exit(main())
