@@ -13,6 +13,8 @@ SPEC_DIGEST = "hotstage.dev/spec-digest"
 MANAGED_BY = "app.kubernetes.io/managed-by"
 NAME = "app.kubernetes.io/name"
 MANAGER = "hotstage"
+INDEX = "batch.kubernetes.io/job-completion-index"
+ENGINE, AGENT = "engine", "agent"
 QUEUE = "kueue.x-k8s.io/queue-name"
 
 MAX_LABEL = 63
@@ -26,7 +28,7 @@ def object_name(launch: str, nodes: int) -> str:
         launch = f"{launch[: room - 9].rstrip('-')}-{hashlib.sha256(launch.encode()).hexdigest()[:8]}"
     if not _LABEL.match(launch):
         raise LaunchError(
-            f"launch name {launch!r} is no DNS label: lower-case letters, digits and inner dashes; change the spec's name"
+            f"launch name {launch!r} is no DNS label: lower-case letters, digits, inner dashes; change the spec's name"
         )
     return launch
 
@@ -36,6 +38,13 @@ def labels(run: str, launch: str) -> dict[str, str]:
     return {
         NAME: "hotstage-trainer",
         MANAGED_BY: MANAGER,
-        RUN: run[:MAX_LABEL].rstrip("-"),
-        LAUNCH: launch[:MAX_LABEL].rstrip("-"),
+        RUN: label_value(run),
+        LAUNCH: label_value(launch),
     }
+
+
+def label_value(text: str) -> str:
+    """A name as a label's value: at most 63 characters, a longer one ends in a digest."""
+    if len(text) <= MAX_LABEL:
+        return text
+    return f"{text[: MAX_LABEL - 9].rstrip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,9 +1,9 @@
 """The objects of one launch: an Indexed Job (a pod a node), its headless Service, its Secret. Pure.
 
-A pod is a node: the engine's supervisor with all its ranks, and the checkpoint agent as a native sidecar. Attempts happen
-inside the pods, so the Job never restarts anything: ``restartPolicy: Never``, ``backoffLimit: 0``, and a failure policy that
-carries the engine's exit code into the Job's condition. The engine's container has no service account token, no credentials,
-a read-only root and no capability; only the agent sees the store's Secret.
+A pod is a node: the engine's supervisor with all its ranks, and the checkpoint agent as a native sidecar. Attempts
+happen inside the pods, so the Job never restarts anything: ``restartPolicy: Never``, ``backoffLimit: 0``, and a failure
+policy that carries the engine's exit code into the Job's condition. The engine's container has no service account
+token, no credentials, a read-only root and no capability; only the agent sees the store's Secret.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from k8s.labels import SPEC_DIGEST, labels, object_name
+from k8s.diagnosis import Limits
+from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
 from trainer.errors import LaunchError
 from trainer.plan import Plan
 from trainer.spec import RunSpec
 from trainer.wire import EXITS
 
-ENGINE, AGENT = "engine", "agent"
 SOCKET = "/run/hotstage/agent.sock"
 WORK = "/var/lib/hotstage"
 KEY_FOLDER = "/etc/hotstage"
-PORT_BASE = 29400
 AGENT_OVERHEAD = 512 << 20
 ENGINE_OVERHEAD = 128 << 20
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?\Z")
@@ -49,32 +48,60 @@ FABRICS: Mapping[str, Mapping[str, Any]] = {
 
 
 def render_launch(
-    spec: RunSpec, plan: Plan, *, run: str, store_url: str, launch: str | None = None, suspend: bool = False
+    spec: RunSpec,
+    plan: Plan,
+    *,
+    run: str,
+    store_url: str,
+    launch: str | None = None,
+    avoid: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Job, Service and (where the store's credentials come from one) the Secret's reference, as plain objects.
+    """Job, Service and Secret, as plain objects. The Secret is without its key (the launcher makes that once), the two
+    others without their owner (the Job's UID is not known before it is made). ``avoid``: machines that are not used.
 
     Raises LaunchError where a quantity, a name or ``launch.pod_patch`` does not hold.
     """
     launch = launch or f"{run}-k1"
-    nodes = spec.launch.nodes
-    name = object_name(launch, nodes)
+    name = object_name(launch, spec.launch.nodes)
     marks = labels(run, launch)
-    job = _job(spec, plan, run, launch, name, marks, store_url, suspend)
-    service = {
+    meta = {"namespace": spec.launch.namespace, "labels": marks}
+    job = _job(spec, plan, run, launch, name, marks, store_url, avoid)
+    service: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": name, "namespace": spec.launch.namespace, "labels": marks},
+        "metadata": {"name": name, **meta},
         "spec": {
             "clusterIP": "None",
             # peers must find each other before any of them is ready
             "publishNotReadyAddresses": True,
             "selector": {"batch.kubernetes.io/job-name": name},
-            "ports": [
-                {"name": f"rank-{k}", "port": PORT_BASE + k, "protocol": "TCP"} for k in range(_local_ranks(spec))
-            ],
         },
     }
-    return [service, job]
+    if spec.launch.port_base:
+        service["spec"]["ports"] = [
+            {"name": f"rank-{k}", "port": port, "protocol": "TCP"} for k, port in enumerate(_ports(spec))
+        ]
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "type": "Opaque",
+        "metadata": {"name": f"{name}-key", **meta},
+        "immutable": True,
+    }
+    return [job, service, secret]
+
+
+def owned(item: Mapping[str, Any], job_name: str, job_uid: str) -> dict[str, Any]:
+    """The object with the Job as its owner: one delete takes all."""
+    out = copy.deepcopy(dict(item))
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job_name, "uid": job_uid}
+    out["metadata"]["ownerReferences"] = [owner]
+    return out
+
+
+def _ports(spec: RunSpec) -> range:
+    """The ports of all ranks where the spec fixes them; else each listens where there is room."""
+    return range(spec.launch.port_base, spec.launch.port_base + spec.parallel.stages * spec.parallel.replicas)
 
 
 def _local_ranks(spec: RunSpec) -> int:
@@ -89,10 +116,10 @@ def _job(
     name: str,
     marks: dict[str, str],
     store_url: str,
-    suspend: bool,
+    avoid: Sequence[str],
 ) -> dict[str, Any]:
     pod = _pod(spec, plan, run, launch, name, store_url)
-    pod = apply_patch(pod, spec.launch.pod_patch)
+    pod = _avoiding(apply_patch(pod, spec.launch.pod_patch), avoid)
     template = {"metadata": {"labels": marks}, "spec": pod}
     body: dict[str, Any] = {
         "completionMode": "Indexed",
@@ -104,8 +131,7 @@ def _job(
         "ttlSecondsAfterFinished": 86_400,
         "template": template,
     }
-    if suspend:
-        body["suspend"] = True
+    queue = {QUEUE: spec.launch.queue} if spec.launch.queue else {}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return {
         "apiVersion": "batch/v1",
@@ -113,10 +139,11 @@ def _job(
         "metadata": {
             "name": name,
             "namespace": spec.launch.namespace,
-            "labels": marks,
+            "labels": {**marks, **queue},
             "annotations": {SPEC_DIGEST: digest},
         },
-        "spec": body,
+        # until its Secret and its Service are there; with a queue, until Kueue admits it
+        "spec": {**body, "suspend": True},
     }
 
 
@@ -148,7 +175,6 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
         "image": spec.launch.image or DEFAULT_IMAGE,
         "args": ["node", "--agent", SOCKET],
         "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
-        "ports": [{"containerPort": PORT_BASE + k, "name": f"rank-{k}"} for k in range(_local_ranks(spec))],
         "resources": _resources(_engine_memory(spec, plan), spec.launch.resources, fabric.get("resources", {})),
         "securityContext": restricted,
         "volumeMounts": [
@@ -171,18 +197,14 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             *("--socket", SOCKET),
             *("--work", WORK),
             *("--key-file", f"{KEY_FOLDER}/launch.key"),
+            # an address, not a name: a pod keeps it for life, and names come late and are remembered as missing
+            *("--host", "$(POD_IP)"),
         ],
-        "env": [
-            {
-                "name": "JOB_COMPLETION_INDEX",
-                "valueFrom": {
-                    "fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
-                },
-            }
-        ],
+        "env": [_from_field("JOB_COMPLETION_INDEX", _INDEX_FIELD), _from_field("POD_IP", "status.podIP")],
         "resources": _resources(_agent_memory(spec, plan), spec.launch.agent_resources, {}),
         "securityContext": {k: v for k, v in restricted.items() if k != "capabilities"}
         | {"capabilities": {"drop": ["ALL"]}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "startupProbe": {
             "exec": {"command": ["test", "-S", SOCKET]},
             "periodSeconds": 1,
@@ -206,8 +228,8 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
                             "seccompProfile": {"type": "RuntimeDefault"}},
         # dead nodes are fenced, not waited for
         "tolerations": [
-            {"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
-            for key in ("not-ready", "unreachable")
+            *(_silent(key, spec.launch.toleration_s) for key in ("not-ready", "unreachable")),
+            *(dict(t) for t in spec.launch.tolerations),
         ],
         "initContainers": [agent],
         "containers": [engine],
@@ -217,12 +239,62 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             {"name": "launch-key", "secret": {"secretName": f"{name}-key", "defaultMode": 0o440}},
         ],
     }  # fmt: skip
+    if spec.launch.node_selector:
+        pod["nodeSelector"] = dict(spec.launch.node_selector)
+    if spec.launch.priority_class:
+        pod["priorityClassName"] = spec.launch.priority_class
+    if spec.launch.spread and spec.launch.nodes > 1:
+        pod["topologySpreadConstraints"] = [
+            {
+                "maxSkew": 1,
+                "topologyKey": spec.launch.spread,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {LAUNCH: labels(run, launch)[LAUNCH]}},
+            }
+        ]
     if spec.launch.service_account:
         pod["serviceAccountName"] = spec.launch.service_account
     if "claims" in fabric:
         pod["resourceClaims"] = [{"name": c, "resourceClaimTemplateName": c} for c in fabric["claims"]]
         engine["resources"]["claims"] = [{"name": c} for c in fabric["claims"]]
     return pod
+
+
+_INDEX_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
+
+def _from_field(name: str, path: str) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def _silent(key: str, seconds: int) -> dict[str, Any]:
+    taint = f"node.kubernetes.io/{key}"
+    return {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds}
+
+
+def _avoiding(pod: dict[str, Any], machines: Sequence[str]) -> dict[str, Any]:
+    """The pod, never on these machines: every term of its node affinity gets one more condition a machine."""
+    if not machines:
+        return pod
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in sorted(machines)]
+    wanted = pod.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+    required = wanted.setdefault("requiredDuringSchedulingIgnoredDuringExecution", {})
+    for term in required.setdefault("nodeSelectorTerms", [{}]):
+        term.setdefault("matchFields", []).extend(copy.deepcopy(fields))
+    return pod
+
+
+def limits_of(spec: RunSpec, plan: Plan, job: Mapping[str, Any]) -> Limits:
+    """What the plan needs and what the rendered containers may use."""
+    pod = job["spec"]["template"]["spec"]
+    engine = next(c for c in pod["containers"] if c["name"] == ENGINE)
+    agent = next(c for c in pod["initContainers"] if c["name"] == AGENT)
+    return Limits(
+        engine_needs=_engine_memory(spec, plan),
+        engine_limit=int(_bytes(engine["resources"]["limits"]["memory"])),
+        agent_needs=_agent_memory(spec, plan),
+        agent_limit=int(_bytes(agent["resources"]["limits"]["memory"])),
+    )
 
 
 def _engine_memory(spec: RunSpec, plan: Plan) -> int:
@@ -239,7 +311,7 @@ def _agent_memory(spec: RunSpec, plan: Plan) -> int:
 
 
 def _resources(memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:
-    """Requests and limits: what the spec says, else the plan's memory; refused where the spec asks for less than that."""
+    """Requests and limits: what the spec says, else the plan's memory; less than that is refused."""
     for key, value in wanted.items():
         if not _QUANTITY.match(value):
             raise LaunchError(f"launch.resources.{key} = {value!r} is no quantity; write for example 4, 500m, 16Gi")

@@ -5,6 +5,8 @@
     ├── PlanError     78    no plan can be made, or a plan file does not hold: change spec or cluster, or compile again
     ├── DatasetError  65    the training data is missing, damaged or does not fit: mend the data
     └── LaunchError   75    processes could not be started or were lost: look at the machine, then try again
+        ├── LaunchUnknown 75    the place where nodes run does not answer: unknown, never failure; try again
+        └── LaunchRefused 78    that place says no (rights, names, an object of somebody else): mend it first
 
 Every text names the value, the limit and the mend.
 """
@@ -46,3 +48,13 @@ class LaunchError(TrainerError):
     """Processes of a run could not be started, or what was started cannot be found."""
 
     exit_code = 75
+
+
+class LaunchUnknown(LaunchError):
+    """The place where nodes run does not answer now: what runs there is unknown, never failed."""
+
+
+class LaunchRefused(LaunchError):
+    """The place where nodes run says no: the same call will be refused again until somebody mends it."""
+
+    exit_code = 78

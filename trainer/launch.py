@@ -31,10 +31,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
+
+if TYPE_CHECKING:
+    from trainer.plan import Plan
+    from trainer.spec import RunSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _ENGINE_ENV = re.compile(
@@ -58,12 +62,34 @@ class Launch:
     """Of this machine: everything that the run writes outside the store goes below it (usually ``out``)."""
     ranks_per_node: int = 1
     how: Mapping[str, Any] = field(default_factory=dict)
-    """The How half of the spec, for launchers that render more than processes."""
+    """The How half of the spec."""
+    spec: RunSpec | None = None
+    plan: Plan | None = None
+    """Resolved spec and its plan, for launchers that render more than processes."""
+    avoid: tuple[str, ...] = ()
+    """Places (machines by their cluster's name) that this launch must not use."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a launcher found wrong: for people, and for the driver's choice of what to do. ``cls`` is a class of
+    wire/exit.h's table (infra, preempted, config …) or ``memory`` (more than the limit was used).
+    """
+
+    cls: str
+    text: str
+    mend: str = ""
+    node: int | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """A node as the launcher sees it; a pid is None where the process is gone."""
+    """A node as the launcher sees it; a pid is None where the process is gone or out of sight.
+
+    ``alive``: True while its ranks may run, False when they are known to be gone, None where nobody can say (a node
+    that waits for its place has no ranks yet: None). ``place``: the machine, by its cluster's name.
+    """
 
     node: int
     agent_pid: int | None
@@ -72,20 +98,29 @@ class NodeView:
     """Why the node left for good: ``ended``, ``fenced``, ``stopped`` …; None while it should be running."""
     words: str
     """The last lines of what is gone, for a diagnosis."""
+    alive: bool | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True)
 class LaunchView:
-    """A launch as the launcher sees it. ``unknown`` (the API does not answer) is never failure."""
+    """A launch as the launcher sees it.
+
+    ``unknown`` (the API does not answer) is never failure; ``waiting`` (for capacity, for images) neither, ``detail``
+    says for what. ``lost``: it cannot be made whole in place, ``loss`` says why; the next attempt takes a new launch.
+    """
 
     launch_id: str
-    state: Literal["absent", "running", "partial", "gone", "done", "unknown"]
+    state: Literal["absent", "waiting", "running", "partial", "gone", "lost", "done", "unknown"]
     nodes: tuple[NodeView, ...] = ()
     detail: str = ""
+    loss: Finding | None = None
 
 
 class Launcher(Protocol):
-    """What the driver needs of a place where nodes run. Errors are LaunchError."""
+    """What the driver needs of a place where nodes run. Errors are LaunchError: LaunchUnknown where it does not answer
+    now, LaunchRefused where it says no. ``observe`` never raises for a place that does not answer.
+    """
 
     def ensure(self, launch: Launch) -> None:
         """Start what does not run, adopt what does. Idempotent."""
@@ -327,7 +362,9 @@ def _view(node: int, folder: Path) -> NodeView:
         done = None
     gone = [which for which, mark in (("agent", agent), ("supervisor", supervisor)) if mark is None]
     words = "\n".join(filter(None, (_tail(folder / f"{which}.log") for which in gone)))
-    return NodeView(node, agent.pid if agent else None, supervisor.pid if supervisor else None, done, words)
+    # a node without its supervisor has lost its ranks (PDEATHSIG)
+    lives = supervisor is not None
+    return NodeView(node, agent.pid if agent else None, supervisor.pid if supervisor else None, done, words, lives)
 
 
 def _tail(path: Path) -> str:

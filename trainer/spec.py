@@ -255,6 +255,14 @@ class LaunchSpec(_Section):
     store_secret: str = Field("", description="kubernetes: Secret with the store's credentials, for the agent only")
     pod_patch: dict[str, Any] = Field(default_factory=dict, description="kubernetes: strategic-merge patch of the pod")
     fabric: Literal["tcp", "infiniband", "roce", "efa", "nvl72"] = "tcp"
+    queue: str = Field("", max_length=63, description="kubernetes: Kueue's queue; the Job then waits to be admitted")
+    priority_class: str = Field("", max_length=253, description="kubernetes: PriorityClass of the pods")
+    node_selector: dict[str, str] = Field(default_factory=dict, description="kubernetes: labels of the machines to use")
+    tolerations: list[dict[str, Any]] = Field(default_factory=list, description="kubernetes: taints that are borne")
+    toleration_s: int = _size(30, low=0, high=86_400, text="kubernetes: seconds until a silent machine's pods are lost")
+    spread: str = Field(
+        "kubernetes.io/hostname", description="kubernetes: topology that pods are spread over; empty: they are not"
+    )
 
 
 class RecoverySpec(_Section):
@@ -264,6 +272,12 @@ class RecoverySpec(_Section):
     backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
     backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
     max_rollbacks: int = _size(3, low=0, high=100, text="rollbacks after a divergence")
+    allowed_stages: tuple[int, ...] = Field(
+        (), description="stages to go on with where fewer nodes are to be had than asked for, best first"
+    )
+    capacity_s: float = Field(
+        300.0, gt=0, le=86_400, description="wait for nodes before the next of allowed_stages is taken"
+    )
 
 
 class RunSpec(_Section):
@@ -293,6 +307,13 @@ class RunSpec(_Section):
                 "shorten the sequence or widen the context"
             )
         ranks = self.parallel.stages * self.parallel.replicas
+        per_node = ranks // self.launch.nodes
+        for stages in self.recovery.allowed_stages:
+            if not 1 <= stages < self.parallel.stages or (per_node and stages * self.parallel.replicas % per_node):
+                raise ValueError(
+                    f"recovery.allowed_stages {stages}: it must be below parallel.stages {self.parallel.stages} and "
+                    f"fill whole nodes of {per_node} ranks"
+                )
         if ranks % self.launch.nodes:
             raise ValueError(
                 f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks (stages * replicas); every node "
@@ -426,9 +447,12 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         node[path[-1]] = raw.strip()
 
 
+_OPEN_KEYS = ("pod_patch", "resources", "node_selector")
+
+
 def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
     known = list(_paths(RunSpec))
-    if path in known or any(p == path[: len(p)] for p in known if p[-1] in ("pod_patch", "resources")):
+    if path in known or any(p == path[: len(p)] for p in known if p[-1] in _OPEN_KEYS):
         return path
     if path[-2:-1] == ("agent_resources",):
         return path

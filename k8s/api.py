@@ -1,0 +1,244 @@
+"""Calls to a cluster's API server: verbs on paths, plain JSON objects, every failure as an error of ``k8s.errors``.
+
+Credentials, certificates, proxies and token refresh are the Kubernetes client's (its ``Configuration``); requests go
+out through urllib3 and answers stay plain maps, because the client's strict models refuse what a newer or an older
+server may send (``items: null`` for one) and cost much on a thousand pods. Every call has socket time-outs.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import ssl
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import urllib3
+
+from k8s.errors import ApiUnavailable, NotAllowed, translate
+from trainer.errors import LaunchRefused
+
+FIELD_MANAGER = "hotstage"
+CONNECT_S, READ_S = 5.0, 20.0
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A namespaced kind: where it lives and what it is called in rights and messages."""
+
+    kind: str
+    plural: str
+    root: str
+
+    def path(self, namespace: str, name: str = "", sub: str = "") -> str:
+        parts = [self.root, "namespaces", namespace, self.plural, quote(name, safe=""), sub]
+        return "/".join(p for p in parts if p)
+
+
+JOBS = Resource("Job", "jobs", "/apis/batch/v1")
+PODS = Resource("Pod", "pods", "/api/v1")
+SERVICES = Resource("Service", "services", "/api/v1")
+SECRETS = Resource("Secret", "secrets", "/api/v1")
+EVENTS = Resource("Event", "events", "/api/v1")
+QUOTAS = Resource("ResourceQuota", "resourcequotas", "/api/v1")
+
+
+class Api:
+    """One cluster. Thread-safe: urllib3 keeps the connections."""
+
+    def __init__(self, configuration: Any, namespace: str | None = None) -> None:
+        self._configuration = configuration
+        self.host: str = str(configuration.host).rstrip("/")
+        self.namespace = namespace
+        self._pool = _pool(configuration)
+
+    @classmethod
+    def load(cls, kubeconfig: str | None = None, context: str | None = None) -> Api:
+        """From ``kubeconfig``, else HOTSTAGE_KUBECONFIG, KUBECONFIG, ~/.kube/config, else the pod's service account.
+
+        Raises LaunchRefused where there is none, or where it does not hold.
+        """
+        from kubernetes import config
+        from kubernetes.client import Configuration
+
+        configuration = Configuration()
+        given = kubeconfig or os.environ.get("HOTSTAGE_KUBECONFIG")
+        inside = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+        default = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
+        try:
+            if given is None and not any(Path(p).exists() for p in default.split(os.pathsep)) and inside.exists():
+                config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+                namespace: str | None = inside.with_name("namespace").read_text().strip()
+            else:
+                file = given or default
+                config.load_kube_config(  # type: ignore[no-untyped-call]
+                    config_file=file, context=context, client_configuration=configuration
+                )
+                _, active = config.list_kube_config_contexts(config_file=file)  # type: ignore[no-untyped-call]
+                namespace = (active or {}).get("context", {}).get("namespace")
+        except (config.ConfigException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise LaunchRefused(
+                f"no cluster to talk to: {error}; set HOTSTAGE_KUBECONFIG or KUBECONFIG to a kubeconfig file"
+            ) from error
+        return cls(configuration, namespace)
+
+    # --- verbs --------------------------------------------------------------------------------------------
+
+    def get(self, path: str, query: Mapping[str, str] | None = None, read_s: float = READ_S) -> Json:
+        return self._json("GET", path, query, read_s=read_s)
+
+    def text(self, path: str, query: Mapping[str, str] | None = None) -> str:
+        """A body that is no JSON (a pod's log)."""
+        return self._call("GET", path, query, None, None, READ_S).decode(errors="replace")
+
+    def create(self, path: str, body: Json, *, dry_run: bool = False) -> Json:
+        query = {"fieldManager": FIELD_MANAGER, **({"dryRun": "All"} if dry_run else {})}
+        return self._json("POST", path, query, body, "application/json")
+
+    def apply(self, path: str, body: Json, *, force: bool = False, dry_run: bool = False) -> Json:
+        """Server-side apply: makes the object or takes over the fields that the body names; Exists on a conflict."""
+        query = {"fieldManager": FIELD_MANAGER, "force": "true" if force else "false"}
+        if dry_run:
+            query["dryRun"] = "All"
+        return self._json("PATCH", path, query, body, "application/apply-patch+yaml")
+
+    def delete(self, path: str, uid: str | None = None, grace_s: int | None = None) -> None:
+        """Deletes the object and what it owns; with ``uid`` only that very one (Exists where it is another by now)."""
+        body: Json = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
+        if grace_s is not None:
+            body["gracePeriodSeconds"] = grace_s
+        self._json("DELETE", path, None, body, "application/json")
+
+    def watch(self, path: str, query: Mapping[str, str], timeout_s: int, idle_s: float) -> Iterator[Json]:
+        """Watch events as they come, until the server ends the stream; ``idle_s`` without a byte is ApiUnavailable."""
+        wanted = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s)}
+        what = f"watch {path}"
+        response = self._send("GET", path, wanted, None, None, idle_s, what)
+        try:
+            if response.status != 200:
+                raise _error(response, what)
+            pending = b""
+            for part in response.stream(1 << 16, decode_content=True):
+                *lines, pending = (pending + part).split(b"\n")
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line)
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise ApiUnavailable(f"{what}: the stream broke: {error}") from error
+        finally:
+            # a stream that was not read to its end cannot carry another request
+            with contextlib.suppress(Exception):
+                response.close()
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _json(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Json | None = None,
+        content_type: str | None = None,
+        read_s: float = READ_S,
+    ) -> Json:
+        data = self._call(method, path, query, body, content_type, read_s)
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise ApiUnavailable(f"{method} {path}: the answer is no JSON: {data[:100]!r}") from error
+        if not isinstance(value, dict):
+            raise ApiUnavailable(f"{method} {path}: the answer is no object")
+        return value
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Json | None,
+        content_type: str | None,
+        read_s: float,
+    ) -> bytes:
+        what = f"{method} {path}"
+        response = self._send(method, path, query, body, content_type, read_s, what)
+        try:
+            data: bytes = response.read()
+            if response.status >= 300:
+                raise translate(response.status, data, what, response.headers.get("Retry-After"))
+            return data
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailable(f"{what}: the answer broke off: {error}") from error
+        finally:
+            response.release_conn()
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Json | None,
+        content_type: str | None,
+        read_s: float,
+        what: str,
+    ) -> urllib3.BaseHTTPResponse:
+        headers = {"Accept": "application/json", "User-Agent": "hotstage"}
+        try:
+            for setting in self._configuration.auth_settings().values():
+                if setting.get("in") == "header" and setting.get("value"):
+                    headers[setting["key"]] = setting["value"]
+        except Exception as error:  # the user's own credential program may fail in any way
+            raise NotAllowed(f"{what}: the kubeconfig's credentials cannot be had: {error}; log in again") from error
+        username, password = self._configuration.username, self._configuration.password
+        if username and "authorization" not in {h.lower() for h in headers}:
+            pair = base64.b64encode(f"{username}:{password}".encode()).decode()
+            headers["authorization"] = f"Basic {pair}"
+        if content_type:
+            headers["Content-Type"] = content_type
+        url = f"{self.host}{path}" + (f"?{urlencode(query)}" if query else "")
+        try:
+            return self._pool.request(
+                method,
+                url,
+                headers=headers,
+                body=json.dumps(body) if body is not None else None,
+                timeout=urllib3.Timeout(connect=CONNECT_S, read=read_s),
+                retries=False,
+                preload_content=False,
+                redirect=False,
+            )
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ApiUnavailable(f"{what}: {self.host} does not answer: {error}") from error
+
+
+def _error(response: urllib3.BaseHTTPResponse, what: str) -> Exception:
+    return translate(response.status, response.read(), what, response.headers.get("Retry-After"))
+
+
+def _pool(configuration: Any) -> urllib3.PoolManager:
+    """Connections with the configuration's certificates, through its proxy where it names one."""
+    settings: dict[str, Any] = {
+        "cert_reqs": ssl.CERT_REQUIRED if configuration.verify_ssl else ssl.CERT_NONE,
+        "ca_certs": configuration.ssl_ca_cert,
+        "ca_cert_data": getattr(configuration, "ca_cert_data", None),
+        "cert_file": configuration.cert_file,
+        "key_file": configuration.key_file,
+        "maxsize": 8,
+    }
+    if configuration.assert_hostname is not None:
+        settings["assert_hostname"] = configuration.assert_hostname
+    if configuration.tls_server_name:
+        settings["server_hostname"] = configuration.tls_server_name
+    if not configuration.verify_ssl:
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    if configuration.proxy:
+        return urllib3.ProxyManager(configuration.proxy, proxy_headers=configuration.proxy_headers, **settings)
+    return urllib3.PoolManager(**settings)

@@ -1,0 +1,328 @@
+"""Objects of a launch, as the API shows them, to a ``LaunchView`` with a cause and a mend. Pure.
+
+Rules
+  G1  A pod that waits (for a place, an image that may still come, quota, Kueue) is waiting: neither failed nor stalled.
+  G2  What can never start as it is written (an image that does not exist, a refused configuration) is a loss of class
+      ``config`` at once: waiting longer would not mend it.
+  G3  A pod that ended, is being deleted, or whose machine is gone makes the launch ``lost``: pods are never made anew
+      inside a launch. Its node is ``alive`` until its engine is known to have ended, so that it can save its state.
+  G4  Exit codes count from the engine's container alone. 137 without OOMKilled is a kill, not a verdict on memory.
+  G5  The machine counts as gone when the control plane says so (deletion by the taint manager, NodeLost), or when a pod
+      that must go has not gone: nobody waits for a dead machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from k8s.labels import AGENT, ENGINE
+from k8s.views import ContainerView, EventView, JobView, PodView
+from trainer.launch import Finding, LaunchView, NodeView
+from trainer.wire import EXITS
+
+MIB = 1 << 20
+# from the most to the least telling: what explains the others comes first
+ORDER = ("memory", "config", "data", "numeric", "restore", "bug", "signal", "stall", "preempted", "infra")
+
+_NEVER_STARTS = {
+    "ErrImageNeverPull": "load the image onto the machines, or set launch.image to one that a registry serves",
+    "InvalidImageName": "correct launch.image or launch.agent_image",
+    "ImageInspectError": "the image is damaged on the machine: push it again under another tag",
+    "CreateContainerConfigError": "create what the message names (a Secret: launch.store_secret), then resume the run",
+}
+_NO_IMAGE = re.compile(
+    r"not found|manifest unknown|no such|does not exist|unauthorized|authentication required|denied|forbidden", re.I
+)
+_SHORT = {
+    "Insufficient cpu": "lower launch.resources.cpu, or add machines",
+    "Insufficient memory": "lower the plan's memory (more stages, smaller microbatches), or add bigger machines",
+    "Insufficient": "the machines lack that resource: correct launch.resources or launch.fabric",
+    "untolerated taint": "add a toleration (launch.tolerations), or use other machines",
+    "node affinity": "correct launch.node_selector; machines with two strikes are left out (`hotstage runs show RUN`)",
+    "unbound": "a volume of launch.pod_patch has no storage behind it: create its claim",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the plan needs beside what the containers may use, in bytes, for the words about memory."""
+
+    engine_needs: int = 0
+    engine_limit: int = 0
+    agent_needs: int = 0
+    agent_limit: int = 0
+
+
+NO_LIMITS = Limits()
+
+
+def launch_view(
+    launch_id: str,
+    job: JobView | None,
+    pods: Sequence[PodView],
+    gone: Sequence[PodView] = (),
+    events: Sequence[EventView] = (),
+    limits: Limits = NO_LIMITS,
+) -> LaunchView:
+    """Everything together. ``pods`` are there now, ``gone`` were seen before; those of other Jobs are left out."""
+    if job is None:
+        return LaunchView(launch_id, "absent", detail="no such Job")
+    mine = [p for p in pods if p.job_uid == job.uid]
+    was = [p for p in gone if p.job_uid == job.uid]
+    chosen = {index: _choose(index, mine) for index in range(job.completions)}
+    last = {index: _choose(index, was) for index in range(job.completions)}
+    nodes = tuple(_node(index, chosen[index], last[index], job) for index in range(job.completions))
+    if job.is_("Complete"):
+        return LaunchView(launch_id, "done", nodes, "every pod has ended well")
+    if all(p is not None and p.phase == "Succeeded" for p in chosen.values()):
+        return LaunchView(launch_id, "done", nodes, "every pod has ended well")
+
+    losses = [f for index, p in chosen.items() if p is not None and (f := pod_loss(p, index, limits))]
+    losses += [_vanished(p, index, limits) for index, p in last.items() if p is not None and chosen[index] is None]
+    if not losses or all(f.cls == "infra" for f in losses):
+        losses += job_loss(job, events)
+    if not losses:  # a plain deletion explains nothing where a pod that failed made the Job end the others
+        losses = [_leaving(p, index) for index, p in chosen.items() if p is not None and p.deleting]
+    if losses:
+        loss = min(losses, key=lambda f: ORDER.index(f.cls) if f.cls in ORDER else len(ORDER))
+        return LaunchView(launch_id, "lost", nodes, loss.text, loss)
+    if job.deleting:
+        gone_job = Finding("infra", f"Job {job.name} is being deleted", "somebody deleted it; a new launch is made")
+        return LaunchView(launch_id, "lost", nodes, gone_job.text, gone_job)
+    pending = [p for p in chosen.values() if p is None or _engine(p).state != "running"]
+    pending = [p for p in pending if p is None or p.phase != "Succeeded"]
+    if pending:
+        up = job.completions - len(pending)
+        why = waiting_for(job, [p for p in pending if p is not None], events)
+        return LaunchView(launch_id, "waiting", nodes, f"{up} of {job.completions} pods run: {why}")
+    if any(p is not None and p.phase == "Succeeded" for p in chosen.values()):
+        return LaunchView(launch_id, "partial", nodes)
+    return LaunchView(launch_id, "running", nodes)
+
+
+# --- pods ---------------------------------------------------------------------------------------------------
+
+
+def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | None:
+    """Why this pod will not train (again), or None."""
+
+    def found(cls: str, text: str, mend: str = "") -> Finding:
+        return Finding(cls, f"pod {pod.name}{_on(pod)} {text}", mend, node, pod.place)
+
+    engine, agent = _engine(pod), pod.containers.get(AGENT, ContainerView())
+    if pod.phase == "Succeeded":
+        return None
+    for name, container in ((ENGINE, engine), (AGENT, agent)):
+        never = _never_starts(container)
+        if never is not None:
+            return found("config", f"cannot start its {name}: {never[0]}", never[1])
+    if pod.reason == "Evicted":
+        own = re.search(r"exceeds|limit", pod.message, re.I) is not None
+        mend = "raise that limit (launch.pod_patch)" if own else "the machine ran short; request what the run needs"
+        return found("memory" if own else "infra", f"was evicted: {pod.message}", mend)
+    if pod.reason in ("OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError", "NodeAffinity"):
+        return found("infra", f"was turned away by its machine: {pod.message or pod.reason}")
+    if _machine_gone(pod):
+        return found("infra", "is on a machine that does not answer the control plane any more")
+    disruption = pod.conditions.get("DisruptionTarget")
+    if engine.reason == "OOMKilled":
+        return found("memory", *_memory("the engine", limits.engine_needs, limits.engine_limit))
+    if agent.reason == "OOMKilled" or (agent.last_reason == "OOMKilled" and agent.state != "running"):
+        return found("memory", *_memory("the agent", limits.agent_needs, limits.agent_limit))
+    if disruption is not None and disruption.status == "True":
+        return found("preempted", f"was told to go ({_why_disrupted(disruption.reason)}): {disruption.message}")
+    if agent.state != "running" and agent.last_code == 78:
+        said = _last_line(agent.last_message) or "see `kubectl logs` of its agent"
+        return found(
+            "config", f"has an agent that refuses to start: {said}", "correct launch.store_secret or the store"
+        )
+    if engine.state == "terminated":
+        return found(*_exit_words(engine))
+    if pod.phase == "Failed":
+        return found("infra", f"failed: {pod.message or pod.reason or 'no reason given'}")
+    return None
+
+
+def _leaving(pod: PodView, node: int) -> Finding:
+    return Finding("preempted", f"pod {pod.name}{_on(pod)} is being deleted", "", node, pod.place)
+
+
+def _on(pod: PodView) -> str:
+    return f" on {pod.place}" if pod.place else ""
+
+
+def _exit_words(engine: ContainerView) -> tuple[str, str, str]:
+    code = engine.exit_code if engine.exit_code is not None else -1
+    said = _last_line(engine.message)
+    said = f"; its last words: {said}" if said else ""
+    if code == 0:
+        return "infra", f"left before the run's end{said}", ""
+    known = EXITS.get(code)
+    if known is not None:
+        return known.cls, f"ended with {code}: {known.text}{said}", ""
+    if code in (137, 143):
+        how = "killed" if code == 137 else "terminated"
+        return "infra", f"lost its supervisor: {how} ({code}){said}", ""
+    if code > 128:
+        return "signal", f"lost its supervisor: signal {code - 128}{said}", "`hotstage logs RUN` has the last words"
+    if engine.reason in ("StartError", "ContainerCannotRun") or code in (126, 127):
+        return "config", f"cannot run its engine: {engine.message or code}", "correct launch.image: it is no engine"
+    return "infra", f"ended with {code}{said}", ""
+
+
+def _memory(who: str, needs: int, limit: int) -> tuple[str, str]:
+    beside = f"; the plan needs {needs // MIB} MiB and its limit is {limit // MIB} MiB" if limit else ""
+    mend = "raise the limit (launch.resources.memory, launch.agent_resources.memory), or take more stages"
+    return f"was killed for memory: {who} used more than its limit{beside}", mend
+
+
+def _why_disrupted(reason: str) -> str:
+    return {
+        "PreemptionByScheduler": "a pod of higher priority takes its place",
+        "EvictionByEvictionAPI": "its machine is drained",
+        "DeletionByTaintManager": "its machine is tainted",
+        "DeletionByPodGC": "its machine is gone",
+        "TerminationByKubelet": "its machine shuts down or ran short",
+    }.get(reason, reason or "no reason given")
+
+
+def _machine_gone(pod: PodView) -> bool:
+    disruption = pod.conditions.get("DisruptionTarget")
+    told = disruption is not None and disruption.status == "True"
+    if pod.reason == "NodeLost" or pod.phase == "Unknown" or (told and disruption and "PodGC" in disruption.reason):
+        return True
+    ready = pod.conditions.get("Ready")
+    # the node controller marks pods of a silent machine not ready while their containers are still written as running
+    silent = ready is not None and ready.status != "True" and _engine(pod).state == "running"
+    return bool(told and disruption and disruption.reason == "DeletionByTaintManager" and silent)
+
+
+def _vanished(pod: PodView, node: int, limits: Limits) -> Finding:
+    known = pod_loss(pod, node, limits)
+    if known is not None and known.cls != "preempted":
+        return known
+    return Finding("infra", f"pod {pod.name}{_on(pod)} was deleted", "", node, pod.place)
+
+
+def _never_starts(container: ContainerView) -> tuple[str, str] | None:
+    if container.state != "waiting":
+        return None
+    if container.reason in _NEVER_STARTS:
+        return f"{container.reason}: {container.message}", _NEVER_STARTS[container.reason]
+    if container.reason in ("ErrImagePull", "ImagePullBackOff") and _NO_IMAGE.search(container.message):
+        return (
+            f"{container.reason}: {container.message}",
+            "correct launch.image or launch.agent_image, or add imagePullSecrets (launch.pod_patch)",
+        )
+    return None
+
+
+def _engine(pod: PodView) -> ContainerView:
+    return pod.containers.get(ENGINE, ContainerView())
+
+
+def _choose(index: int, pods: Sequence[PodView]) -> PodView | None:
+    """The pod of an index: the newest that is not on its way out, else the newest (an index may be started twice)."""
+    fitting = [p for p in pods if p.index == index]
+    return max(fitting, key=lambda p: (not p.deleting, p.phase != "Failed", p.created, p.name), default=None)
+
+
+def _node(index: int, pod: PodView | None, last: PodView | None, job: JobView) -> NodeView:
+    if pod is None:
+        over = last is not None or job.is_("Failed") or job.is_("FailureTarget")
+        words = _words(last) if last is not None else ""
+        return NodeView(index, None, None, None, words, False if over else None, last.place if last else "")
+    engine = _engine(pod)
+    if pod.phase == "Succeeded":
+        return NodeView(index, None, None, "ended", _words(pod), False, pod.place)
+    if pod.phase == "Failed" or engine.state == "terminated" or _machine_gone(pod):
+        return NodeView(index, None, None, None, _words(pod), False, pod.place)
+    alive = True if engine.state == "running" else None
+    return NodeView(index, None, None, None, "", alive, pod.place)
+
+
+def _words(pod: PodView) -> str:
+    return _engine(pod).message or pod.message
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:400] if lines else ""
+
+
+# --- Jobs and what waits ------------------------------------------------------------------------------------
+
+
+def job_loss(job: JobView, events: Sequence[EventView] = ()) -> list[Finding]:
+    """What the Job itself says: its failure, or pods that the API server will never take."""
+    found: list[Finding] = []
+    for name in ("FailureTarget", "Failed"):  # FailureTarget comes first; Failed waits for dead machines
+        if job.is_(name):
+            said = job.conditions[name]
+            found.append(Finding("infra", f"Job {job.name} failed: {said.reason}: {said.message}"))
+            break
+    for event in events:
+        if event.about == job.name and event.reason == "FailedCreate":
+            refused = _refused(event.message)
+            if refused is not None:
+                found.append(Finding("config", f"Job {job.name} cannot make its pods: {event.message}", refused))
+    return found
+
+
+def _refused(message: str) -> str | None:
+    """The mend where a pod will never be admitted as it is; None where it only has to wait (quota)."""
+    if "exceeded quota" in message:
+        return None
+    if "violates PodSecurity" in message:
+        return "use a fabric that restricted allows (tcp), or a namespace of a lower Pod Security level"
+    if "serviceaccount" in message.lower() and "not found" in message:
+        return "create that ServiceAccount, or correct launch.service_account"
+    if "admission webhook" in message or "is invalid" in message or "denied the request" in message:
+        return "the cluster's admission refuses the pod: the message says what to change (launch.pod_patch)"
+    return None
+
+
+def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventView] = ()) -> str:
+    """What a launch that is not whole waits for, with the mend; never empty."""
+    if job.suspended:
+        return f"suspended, Kueue has not admitted it (queue {job.queue})" if job.queue else "suspended"
+    for pod in pods:
+        scheduled = pod.conditions.get("PodScheduled")
+        if scheduled is not None and scheduled.status == "False" and scheduled.reason != "SchedulingGated":
+            return f"no machine fits {pod.name}: {scheduled.message}{_mend(scheduled.message)}"
+        if scheduled is not None and scheduled.status == "False":
+            return f"{pod.name} is held by a scheduling gate"
+    for pod in pods:
+        agent, engine = pod.containers.get(AGENT, ContainerView()), _engine(pod)
+        for name, container in ((AGENT, agent), (ENGINE, engine)):
+            if container.state == "waiting" and container.reason in ("ErrImagePull", "ImagePullBackOff"):
+                return f"{pod.name} pulls the image of its {name}: {container.message}"
+        if agent.last_code is not None and agent.state != "running":
+            said = _last_line(agent.last_message)
+            return f"the agent of {pod.name} ended with {agent.last_code} and starts again{f': {said}' if said else ''}"
+    names = {p.name for p in pods}
+    for event in reversed(events):
+        if event.about == job.name and event.reason == "FailedCreate":
+            quota = "exceeded quota" in event.message
+            mend = "; raise the quota or lower launch.resources: it starts by itself then" if quota else ""
+            return f"the API server does not take its pods: {event.message}{mend}"
+        if event.about in names and event.type == "Warning":
+            return f"{event.about}: {event.reason}: {event.message}"
+    if not pods:
+        return "its pods are not made yet"
+    return ", ".join(sorted({_stage(pod) for pod in pods}))
+
+
+def _stage(pod: PodView) -> str:
+    if not pod.place:
+        return "waiting for the scheduler"
+    return "waiting for the agent" if AGENT in pod.containers else "containers are being made"
+
+
+def _mend(message: str) -> str:
+    for key, mend in _SHORT.items():
+        if key in message:
+            return f"; {mend}"
+    return ""

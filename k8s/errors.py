@@ -1,0 +1,95 @@
+"""What a cluster's API can answer, translated once (``translate``), and what the caller should do about it.
+
+LaunchUnknown 75              (trainer.errors)
+└── ApiUnavailable            no answer, 429, 5xx: unknown, never failure; wait ``retry_after_s`` and try again
+LaunchRefused 78              (trainer.errors)
+├── NotAllowed                401, 403: the text names the verb and the Role to apply, or the expired kubeconfig
+├── Invalid                   400, 413, 415, 422, admission and quota refusals: the text says what is wrong
+└── ForeignObject             an object of the same name that somebody else made: never touched
+LaunchError 75                (trainer.errors)
+├── Missing                   404
+├── Exists                    409: there is such an object, or somebody else owns the field, or its UID is another
+└── Expired                   410: the watch's history is gone; list again
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
+
+
+class ApiUnavailable(LaunchUnknown):
+    """The API server does not answer, or asks to come again later."""
+
+    def __init__(self, text: str, retry_after_s: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class NotAllowed(LaunchRefused):
+    """Rights are missing."""
+
+
+class Invalid(LaunchRefused):
+    """The API server, its admission or a quota refuses the object."""
+
+
+class ForeignObject(LaunchRefused):
+    """An object of the wanted name belongs to somebody else."""
+
+
+class Missing(LaunchError):
+    """No such object."""
+
+
+class Exists(LaunchError):
+    """The object is there already, or is another one than the caller thought."""
+
+
+class Expired(LaunchError):
+    """The resource version is too old to watch from."""
+
+
+def translate(status: int, body: bytes, what: str, retry_after: str | None = None) -> LaunchError:
+    """An HTTP status of the API server as one of this module's errors; ``what`` names the call."""
+    said = _message(body) or f"HTTP {status}"
+    text = f"{what}: {said}"
+    if status == 401:
+        return NotAllowed(
+            f"{text}; the kubeconfig's credentials are unknown or have expired: log in again, or "
+            "point HOTSTAGE_KUBECONFIG or KUBECONFIG at a valid file"
+        )
+    if status == 403:
+        if "exceeded quota" in said or "admission webhook" in said or "violates PodSecurity" in said:
+            return Invalid(f"{text}; `hotstage k8s doctor` shows quotas and the namespace's Pod Security level")
+        return NotAllowed(
+            f"{text}; apply the Role of k8s/base/rbac.yaml (kubectl apply -k k8s/overlays/quick), or ask for it"
+        )
+    if status == 404:
+        return Missing(text)
+    if status == 409:
+        return Exists(text)
+    if status == 410:
+        return Expired(text)
+    if status == 429 or status >= 500:
+        return ApiUnavailable(text, _seconds(retry_after))
+    if 400 <= status < 500:
+        return Invalid(text)
+    return LaunchError(text)
+
+
+def _message(body: bytes) -> str:
+    try:
+        value: Any = json.loads(body)
+    except ValueError:
+        return body[:300].decode(errors="replace").strip()
+    return str(value.get("message", "")) if isinstance(value, dict) else ""
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return max(0.0, float(text)) if text else None
+    except ValueError:
+        return None
