@@ -16,8 +16,8 @@ name = "demo"
 [model]
 family = "gpt2"           # LayerNorm, learned positions, GELU
 layers = 4
-width = 128
-heads = 4
+width = 96
+heads = 3
 context = 128             # longest sequence, in tokens
 vocab = 0                 # 0: that of the dataset
 
@@ -26,22 +26,23 @@ source = "python-stdlib"  # or "text:<glob>", "jsonl:<glob>" (field "text"), "da
 vocab_size = 2048         # of the byte-level BPE tokenizer that is trained on the text
 
 [train]
-steps = 600
-batch = 16                # sequences a step
-microbatch = 4            # sequences at a time: the pipeline is filled with batch / microbatch of them
+steps = 1800
+batch = 8                 # sequences a step
+microbatch = 1            # sequences at a time: the pipeline is filled with batch / microbatch of them
 sequence = 128
 precision = "fp32"        # or "bf16": activations and matrices in bfloat16, masters and moments in fp32
 seed = 1
 
 [train.optimizer]
 lr = 3e-3
-min_lr = 3e-4
+min_lr = 1e-4
+beta2 = 0.98
 weight_decay = 0.1
 clip = 1.0                # limit of the global gradient norm
 
 [train.schedule]
 kind = "cosine"
-warmup = 30               # steps
+warmup = 60               # steps
 
 # --- How. May change from attempt to attempt without changing a bit of the result.
 
@@ -51,7 +52,7 @@ schedule = "1f1b"
 threads = 1               # of each process
 
 [checkpoint]
-every = 50                # steps between snapshots
+every = 100               # steps between snapshots
 
 [launch]
 target = "local"
