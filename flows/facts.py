@@ -45,6 +45,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
     """One run as `runs show` shows it."""
     state = RunLog(store, run).fold()
     what = load_what(store, run)
+    numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
     return {
         **summary(store, run),
         "reason": state.ended.reason if state.ended else "",
@@ -52,6 +53,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "dataset": what["data"]["digest"],
         "attempts_list": [
             {
+                "attempt": number,
                 "epoch": a.epoch,
                 "step": a.step,
                 "from": "memory" if a.slots else "checkpoint" if a.checkpoint else "start",
@@ -62,11 +64,12 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "plan": a.plan,
                 "time": a.time,
             }
-            for a in state.attempts
+            for number, a in enumerate(state.attempts, 1)
         ],
         "checkpoints": [
             {
                 "step": c.step,
+                "attempt": numbers.get(c.epoch),
                 "epoch": c.epoch,
                 "state_digest": c.state_digest,
                 "manifest": c.manifest,
@@ -87,13 +90,14 @@ def attempt_facts(state: RunState, lines: list[dict[str, Any]]) -> list[AttemptF
     out: list[AttemptFact] = []
     reached = 0
     last_time: float | None = None
-    for attempt in state.attempts:
+    for number, attempt in enumerate(state.attempts, 1):
         mine = by_epoch.get(attempt.epoch, [])
         steps = [int(line["step"]) for line in mine]
         times = [float(line["time"]) for line in mine if "time" in line]
         recovery = times[0] - last_time if out and times and last_time is not None else None
         out.append(
             AttemptFact(
+                number=number,
                 epoch=attempt.epoch,
                 began_s=attempt.time - state.attempts[0].time,
                 restore_step=attempt.step if attempt.checkpoint or attempt.slots else -1,
@@ -116,7 +120,7 @@ def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
     lines = MetricsReader(store, run).poll([a.epoch for a in state.attempts])
     return [
         {
-            "attempt": fact.epoch,
+            "attempt": fact.number,
             "from step": max(fact.restore_step, 0),
             "steps": f"{fact.first_step}–{fact.last_step}" if fact.first_step is not None else "",
             "because": fact.cause or "start",
@@ -148,6 +152,7 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
     state = RunLog(store, run).fold()
     prepared = load_run(store, run)
     epochs = [a.epoch for a in state.attempts]
+    numbers = {epoch: number for number, epoch in enumerate(epochs, 1)}
     lines = MetricsReader(store, run).poll(epochs)
     curve = step_curve(lines)
     simulation = foretell.simulate(prepared.plan)
@@ -161,7 +166,7 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
         "curve": {step: float(line["loss"]) for step, line in curve.items()},
         "attempts": attempt_facts(state, lines),
         "checkpoints": [
-            {"step": c.step, "epoch": c.epoch, "bytes": c.bytes, "state_digest": c.state_digest}
+            {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": c.bytes, "state_digest": c.state_digest}
             for c in state.checkpoints
         ],
         "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,

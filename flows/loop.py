@@ -210,6 +210,7 @@ class Driver:
             Event(
                 "attempt",
                 {
+                    "number": len(state.attempts),
                     "epoch": newest.epoch,
                     "reason": order.reason,
                     "cause": cause,

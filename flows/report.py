@@ -36,6 +36,7 @@ svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 12px sy
 class AttemptFact:
     """One attempt, as the report shows it. Times are seconds since the run's first record."""
 
+    number: int
     epoch: int
     began_s: float
     restore_step: int
@@ -119,7 +120,7 @@ def loss_svg(curve: Mapping[int, float], attempts: Sequence[AttemptFact], checkp
         x = px(min(max(step, x0), x1))
         out.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{height - bottom}" stroke="var(--b)" '
-            f'stroke-dasharray="5 4"/><text x="{x + 5:.1f}" y="{top + 4}">attempt {attempt.epoch}: '
+            f'stroke-dasharray="5 4"/><text x="{x + 5:.1f}" y="{top + 4}">attempt {attempt.number}: '
             f"{html.escape(attempt.cause[:60])}</text>"
         )
     out.append("</svg>")
@@ -170,11 +171,13 @@ def render(facts: ReportFacts) -> str:
     ]
     if facts.digest:
         equal = facts.digest_one_stage is not None and facts.digest == facts.digest_one_stage
-        parts.append(f"<h2>The same bits</h2><div class=card><p>state digest <code>{facts.digest}</code></p>")
+        parts.append(
+            f"<h2>The same bits</h2><div class=card><p>state digest <code>{html.escape(facts.digest)}</code></p>"
+        )
         if facts.digest_one_stage is not None:
             word, cls = ("equal", "good") if equal else ("DIFFERENT", "bad")
             parts.append(
-                f"<p>one stage, undisturbed, over the same last steps: <code>{facts.digest_one_stage}</code> "
+                f"<p>one stage, undisturbed, over the same last steps: <code>{html.escape(facts.digest_one_stage)}</code> "
                 f'<b class="{cls}">{word}</b></p>'
             )
         parts.append("</div>")
@@ -186,7 +189,7 @@ def render(facts: ReportFacts) -> str:
             ["attempt", "began", "from step", "steps", "done twice", "back after", "why it was started"],
             [
                 [
-                    str(a.epoch),
+                    str(a.number),
                     f"{a.began_s:.1f} s",
                     "start" if a.restore_step < 0 else str(a.restore_step),
                     f"{a.first_step}–{a.last_step}" if a.first_step is not None else "–",
@@ -219,7 +222,7 @@ def render(facts: ReportFacts) -> str:
                 [
                     [
                         str(c["step"]),
-                        str(c["epoch"]),
+                        str(c.get("attempt") or "–"),
                         f"{int(c.get('bytes', 0)) / 1e6:.1f} MB",
                         str(c.get("state_digest", "")),
                     ]

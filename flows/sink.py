@@ -60,7 +60,7 @@ class Lines:
                     facts["from"]
                 ]
                 where = f"at step {max(facts['step'], 0)} {origin}"
-                self.say(f"attempt {facts['epoch']}: {where}" + (f"; because {cause['text']}" if cause else ""))
+                self.say(f"attempt {facts['number']}: {where}" + (f"; because {cause['text']}" if cause else ""))
             case "recovered":
                 self.say(f"recovered: step {facts['step']} done {facts['seconds']:.2f} s after the failure was seen")
             case "checkpoint":

@@ -35,7 +35,7 @@ def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
         say(f"{run} has no checkpoint yet")
     for row in rows:
         flag = "" if row["usable"] else "  (not usable)"
-        say(f"step {row['step']:>8}  attempt {row['epoch']:>4}  {row['state_digest']}{flag}")
+        say(f"step {row['step']:>8}  attempt {row['attempt']:>3}  {row['state_digest']}{flag}")
     return 0
 
 

@@ -61,11 +61,11 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         say(f"  {told['reason']}")
     for attempt in told["attempts_list"]:
         why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")
-        say(f"  attempt {attempt['epoch']:>4}  from step {attempt['step']:>6}  {attempt['from']:<10}  {why}")
+        say(f"  attempt {attempt['attempt']:>3}  from step {attempt['step']:>6}  {attempt['from']:<10}  {why}")
     for checkpoint in told["checkpoints"]:
         flag = "" if checkpoint["usable"] else "  (not usable)"
         say(
-            f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['epoch']:>4}  "
+            f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['attempt']:>3}  "
             f"{checkpoint['state_digest']}{flag}"
         )
     return 0
@@ -130,7 +130,7 @@ def fork(
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what comes.")
 @click.option("--rank", type=int, default=0, show_default=True)
-@click.option("--attempt", type=int, help="Epoch of the attempt (else the newest).")
+@click.option("--attempt", type=click.IntRange(min=1), help="Number of the attempt (else the newest).")
 @click.option("--tail", type=int, metavar="N", help="Only the last N lines.")
 @store_option
 def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | None, store: str | None) -> int:
@@ -143,22 +143,28 @@ def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | Non
     opened = store_at(store)
     name = find_run(opened, run)
     state = RunLog(opened, name).fold()
-    epoch = attempt or state.epoch
-    if not epoch:
-        say(f"{name} has no attempt yet")
+    if attempt is not None and attempt > len(state.attempts):
+        raise click.UsageError(f"{name} has had {len(state.attempts)} attempt(s), not {attempt}")
+    while follow and not state.attempts:
+        time.sleep(0.25)
+        state = RunLog(opened, name).fold(state)
+    if not state.attempts:
+        click.echo(f"{name} has no attempt yet: nothing was printed", err=True)
         return 0
+    number = attempt or len(state.attempts)
+    epoch = state.attempts[number - 1].epoch
     follower = OutputFollower(opened, name, epoch, rank)
     data = follower.poll()
     if tail is not None:
         data = b"".join(data.splitlines(keepends=True)[-tail:]) if tail > 0 else b""
     if not data and not follow:
-        click.echo(f"rank {rank} of attempt {epoch} has printed nothing that is kept", err=True)
+        click.echo(f"rank {rank} of attempt {number} has printed nothing that is kept", err=True)
     sys.stdout.buffer.write(data)
     sys.stdout.flush()
     while follow:
         state = RunLog(opened, name).fold(state)
         if attempt is None and state.epoch != follower.epoch:
-            click.echo(f"--- attempt {state.epoch}", err=True)
+            click.echo(f"--- attempt {len(state.attempts)}", err=True)
             follower = OutputFollower(opened, name, state.epoch, rank)
         fresh = follower.poll()
         sys.stdout.buffer.write(fresh)
