@@ -22,6 +22,7 @@ from checkpoint.errors import Conflict, StoreUnavailable
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.driver import (
+    Cause,
     Decision,
     End,
     Finished,
@@ -34,15 +35,18 @@ from flows.driver import (
     Watch,
     choose_restore,
     decide,
+    struck,
 )
 from flows.live import MetricsReader, StatusReader
-from flows.run import Prepared, attempt_body, fold_view
+from flows.run import Prepared, attempt_body, fold_view, relayout
+from trainer.errors import LaunchUnknown
 from trainer.launch import Launch, Launcher, LaunchView
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 STORE_PATIENCE_S = 1.0
+LAUNCHER_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ EXIT_OF_CLASS = {
     "restore": 76,
     "stall": 86,
     "numeric": 87,
+    "memory": 78,
 }
+DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
 EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
 
@@ -102,7 +108,8 @@ class Driver:
     prepared: Prepared
     store: Store
     launcher: Launcher
-    make_launch: Callable[[str], Launch]
+    make_launch: Callable[[Prepared, str, tuple[str, ...]], Launch]
+    """From the prepared run, the launch's name, and the machines that it must not use."""
     sink: Sink = field(default_factory=NoSink)
     stop: threading.Event = field(default_factory=threading.Event)
     reopen: bool = False
@@ -113,6 +120,8 @@ class Driver:
     lost_steps: int = 0
     _failed_at: float | None = None
     _told: set[Any] = field(default_factory=set)
+    _waits: tuple[str, float] | None = None
+    _amnesty: bool = False
 
     def run(self) -> Outcome:
         """Loop until the log has an end, or until ``stop`` was set and the gang has saved and left."""
@@ -126,18 +135,23 @@ class Driver:
                 state = run_log.fold(state)
                 if self.reopen and state.ended and state.ended.outcome != "succeeded":
                     state = self._reopen(run_log, state)
+                if self._finish_stop(state):
+                    continue
+                self._take_layout(state)
                 launch_id = launch_of(state, self.prepared, self.launcher)
                 if status is None or status.launch != launch_id:
                     status = StatusReader(self.store, run, launch_id)
-                launch = self.make_launch(launch_id)
-                alive = alive_nodes(self.launcher.observe(launch_id))
-                nodes = status.poll(self.prepared.nodes, alive)
+                view = self.launcher.observe(launch_id)
+                launch = self._launch(state, launch_id)
+                nodes = placed(status.poll(self.prepared.nodes, alive_nodes(view)), view)
                 self._tell_state(state, nodes, metrics)
                 if self.stop.is_set() and not state.ended:
                     return self._stop(run_log, state, launch)
+                lost = loss_of(view, nodes, state, self.launcher) or self._out_of_patience(view)
                 policy = self.prepared.policy(launch_id)
-                decision = decide(fold_view(state), nodes, policy)
-                done = self._act(decision, run_log, state, launch, policy)
+                waiting = view.detail if view.state == "waiting" else ""
+                decision = decide(fold_view(state), nodes, policy, lost=lost, waiting=waiting)
+                done = self._act(decision, run_log, state, launch, lost)
                 if done:
                     return self._outcome(run_log.fold(state), done)
             except Conflict as conflict:
@@ -148,17 +162,58 @@ class Driver:
                 self._tell_once(("store", str(error)[:80]), Event("phase", {"phase": "unknown", "text": str(error)}))
                 time.sleep(STORE_PATIENCE_S)
                 continue
+            except LaunchUnknown as error:
+                self._tell_once(("launcher", str(error)[:80]), Event("phase", {"phase": "unknown", "text": str(error)}))
+                self.stop.wait(LAUNCHER_PATIENCE_S)
+                continue
             self.stop.wait(self.poll_s)
 
     # --- acting -------------------------------------------------------------------------------------------
 
-    def _act(self, decision: Decision, run_log: RunLog, state: RunState, launch: Launch, policy: Policy) -> str | None:
+    def _launch(self, state: RunState, launch_id: str) -> Launch:
+        return self.make_launch(self.prepared, launch_id, () if self._amnesty else avoided(state, launch_id))
+
+    def _take_layout(self, state: RunState) -> None:
+        """Go on with fewer stages where an earlier driver had to, and the spec allows it."""
+        newest = state.newest_attempt
+        allowed = self.prepared.spec.recovery.allowed_stages
+        if newest is None or newest.ranks == self.prepared.ranks or self._waits is not None:
+            return
+        stages = newest.ranks // self.prepared.spec.parallel.replicas
+        if newest.ranks < self.prepared.ranks and stages in allowed and "fewer nodes" in newest.reason:
+            self.prepared = relayout(self.prepared, self.store, stages)
+
+    def _out_of_patience(self, view: LaunchView) -> Cause | None:
+        """A launch that waits for longer than ``recovery.capacity_s``: fewer stages, or machines with strikes again."""
+        recovery = self.prepared.spec.recovery
+        if view.state != "waiting":
+            self._waits = None
+            return None
+        if self._waits is None or self._waits[0] != view.launch_id:
+            self._waits = (view.launch_id, time.monotonic())
+        if time.monotonic() - self._waits[1] < recovery.capacity_s:
+            return None
+        fewer = [s for s in recovery.allowed_stages if s < self.prepared.spec.parallel.stages]
+        if fewer:
+            self._waits = None
+            was = self.prepared.spec.parallel.stages
+            self.prepared = relayout(self.prepared, self.store, fewer[0])
+            return Cause("infra", f"fewer nodes than asked for: {fewer[0]} stages instead of {was}; {view.detail}")
+        if not self._amnesty:
+            self._amnesty = True
+            return Cause("infra", f"no room without the machines that failed twice: {view.detail}")
+        return None
+
+    def _act(
+        self, decision: Decision, run_log: RunLog, state: RunState, launch: Launch, lost: Cause | None
+    ) -> str | None:
         match decision:
             case Finished(outcome):
                 self._settle(launch)
                 return outcome
             case Watch(phase, text):
-                self.launcher.ensure(launch)
+                if lost is None:
+                    self.launcher.ensure(launch)
                 self._tell_once(("phase", phase, text), Event("phase", {"phase": phase.value, "text": text}))
                 if phase is Phase.DRAINING and self._failed_at is None:
                     self._failed_at = time.monotonic()
@@ -191,6 +246,9 @@ class Driver:
             )
             if self.stop.wait(order.delay_s):
                 return
+        before = launch
+        if order.renew:
+            launch = self._launch(state, next_launch(state, self.prepared))
         cause = order.cause.to_map() if order.cause else None
         body = attempt_body(
             self.prepared,
@@ -219,6 +277,9 @@ class Driver:
                 },
             )
         )
+        if order.renew:  # its agents see the record and leave by themselves; this frees their place sooner
+            self.launcher.stop(before.launch_id, 0.0)
+            launch = self._launch(state, launch.launch_id)
         self.launcher.ensure(launch)
 
     def _reopen(self, run_log: RunLog, state: RunState) -> RunState:
@@ -234,11 +295,30 @@ class Driver:
 
     def _stop(self, run_log: RunLog, state: RunState, launch: Launch) -> Outcome:
         """Have the gang save one agreed step and leave; the run can be resumed."""
+        if self.launcher.detaches:
+            self.sink.tell(Event("phase", {"phase": "detached", "text": DETACHED.format(run=self.prepared.run)}))
+            return self._outcome(state, "stopped")
         self.sink.tell(Event("phase", {"phase": "stopping", "text": "saving one agreed step, then leaving"}))
         if state.attempts:
             self.launcher.stop(launch.launch_id, self.prepared.spec.checkpoint.commit_s)
         state = run_log.fold(state)
         return self._outcome(state, "stopped")
+
+    def _finish_stop(self, state: RunState) -> bool:
+        """True where a launch was still leaving that another driver had asked to stop: what it saves comes first, since
+        the next attempt's record would fence it. It has left when this returns.
+        """
+        newest = state.newest_attempt
+        if newest is None or state.ended:
+            return False
+        nodes = self.launcher.observe(newest.launch).nodes
+        if not any(n.done == "stopped" and (n.agent_pid or n.supervisor_pid) for n in nodes):
+            return False
+        self.sink.tell(
+            Event("phase", {"phase": Phase.DRAINING.value, "text": "what was asked to stop saves and leaves"})
+        )
+        self.launcher.stop(newest.launch, self.prepared.spec.checkpoint.commit_s)
+        return True
 
     def _settle(self, launch: Launch) -> None:
         """The log has ended: agents end their engines and themselves; wait for that, then make sure."""
@@ -313,18 +393,43 @@ class Driver:
 
 
 def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
-    """The launch to use: the newest attempt's where its layout fits and it was not ended for good, else the next name.
-
-    Names are unique over all runs: ``<run>-<l or k><number>`` (local, kubernetes).
-    """
-    kind = prepared.spec.launch.target[0]
+    """The launch to use: the newest attempt's where its layout fits and it was not ended for good, else the next name."""
     newest = state.newest_attempt
     if newest is not None and newest.nodes == prepared.nodes and newest.ranks == prepared.ranks:
-        same_place = newest.launch.startswith(f"{prepared.run}-{kind}")
+        same_place = newest.launch.startswith(f"{prepared.run}-{prepared.spec.launch.target[0]}")
         if same_place and (state.ended or launcher.observe(newest.launch).state != "done"):
             return newest.launch
+    return next_launch(state, prepared)
+
+
+def next_launch(state: RunState, prepared: Prepared) -> str:
+    """A launch's name that no attempt has used: ``<run>-<l or k><number>`` (local, kubernetes); unique over all runs."""
     launches = {a.launch for a in state.attempts}
-    return f"{prepared.run}-{kind}{len(launches) + 1}"
+    return f"{prepared.run}-{prepared.spec.launch.target[0]}{len(launches) + 1}"
+
+
+def avoided(state: RunState, launch_id: str) -> tuple[str, ...]:
+    """The machines that a launch must not use, by what the log said when it began."""
+    first = next((n for n, a in enumerate(state.attempts) if a.launch == launch_id), len(state.attempts))
+    causes = [a.body.get("cause") for a in state.attempts[: first + 1]]
+    return tuple(sorted(struck(causes, Policy.strikes)))
+
+
+def placed(nodes: list[NodeView], view: LaunchView) -> list[NodeView]:
+    """The nodes with the names of their machines, where the launcher knows them."""
+    places = {n.node: n.place for n in view.nodes}
+    return [replace(n, place=places.get(n.node, "")) for n in nodes]
+
+
+def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: Launcher) -> Cause | None:
+    """Why the launch cannot be made whole in place; None where it can, or where nobody knows."""
+    if view.loss is not None:
+        return Cause(view.loss.cls, view.loss.text, view.loss.mend, None, place=view.loss.place)
+    newest = state.newest_attempt
+    if view.state == "absent" and launcher.detaches and newest is not None and not state.ended:
+        if any(n.epoch == newest.epoch for n in nodes):
+            return Cause("infra", f"launch {view.launch_id} ran and is not there any more")
+    return None
 
 
 def origin_of(restore: Restore) -> str:
@@ -335,7 +440,7 @@ def origin_of(restore: Restore) -> str:
 
 
 def alive_nodes(view: LaunchView) -> dict[int, bool | None]:
-    """Node -> running, known to be gone, or unknown. A node without its supervisor has lost its ranks (PDEATHSIG)."""
+    """Node -> running, known to be gone, or unknown."""
     if view.state in ("unknown", "absent"):
         return {}
-    return {node.node: node.supervisor_pid is not None for node in view.nodes}
+    return {node.node: node.alive for node in view.nodes}

@@ -43,8 +43,14 @@ def fetch_plan(store: Store, run: str, digest: str, folder: Path) -> tuple[PlanL
             return read_plan(path.read_bytes(), digest=bytes.fromhex(digest)), path
         except PlanRefused as error:
             log.warning("%s is damaged and fetched anew: %s", path, error)
-    data = store.get(keys.plan_key(run, digest), max_bytes=MAX_PLAN_BYTES)
-    layout = read_plan(data, digest=bytes.fromhex(digest))
+    key = keys.plan_key(run, digest)
+    data = store.get(key, max_bytes=MAX_PLAN_BYTES)
+    try:
+        layout = read_plan(data, digest=bytes.fromhex(digest))
+    except PlanRefused as error:
+        raise PlanRefused(
+            f"plan {key} in {store.describe()} does not hold: {error}; remove that object and start again"
+        ) from error
     write_file(path, data)
     return layout, path
 

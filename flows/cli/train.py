@@ -56,7 +56,7 @@ def host(
         show(asdict(outcome))
     elif outcome.outcome == "stopped":
         say(f"go on with: hotstage runs resume {outcome.run}")
-    elif outcome.outcome == "gave_up":
+    if outcome.outcome == "gave_up":
         click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
         mend = mend_of(outcome.reason.partition(":")[0])
         if mend:
