@@ -50,12 +50,10 @@ def launcher_for(spec: RunSpec, out: Path = OUT) -> Launcher:
     """The launcher that a spec's ``launch.target`` asks for."""
     if spec.launch.target == "local":
         return LocalLauncher(out)
-    from trainer.errors import SpecError
+    from k8s.api import Api
+    from k8s.launcher import KubernetesLauncher
 
-    raise SpecError(
-        "launch.target is kubernetes: this version renders the objects (`hotstage k8s render SPEC.toml`) and does not "
-        "launch them yet; set launch.target = 'local'"
-    )
+    return KubernetesLauncher(Api.load(), spec.launch.namespace)
 
 
 def make_driver(
@@ -69,15 +67,18 @@ def make_driver(
 ) -> Driver:
     """A driver for a prepared run, with the launcher that its spec asks for."""
 
-    def launch(launch_id: str) -> Launch:
+    def launch(ready: Prepared, launch_id: str, avoid: tuple[str, ...]) -> Launch:
         return Launch(
-            run=prepared.run,
+            run=ready.run,
             launch_id=launch_id,
-            nodes=prepared.nodes,
+            nodes=ready.nodes,
             store_url=store.url,
             work_root=out,
-            ranks_per_node=prepared.ranks // prepared.nodes,
-            how=how_map(prepared.spec),
+            ranks_per_node=ready.ranks // ready.nodes,
+            how=how_map(ready.spec),
+            spec=ready.spec,
+            plan=ready.plan,
+            avoid=avoid,
         )
 
     return Driver(

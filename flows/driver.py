@@ -11,6 +11,8 @@ Rules:
       own heartbeat goes on.
   D3  An attempt's cause is the most causal of all its ranks; 75 and 143 (a peer was lost, asked to stop) never outrank.
   D4  Infrastructure failures resume without a budget while there is progress; what repeats at the same step does not.
+  D5  A launch that lost a node for good is left, and the next attempt takes a new one, once every rank that may still
+      save has ended. A machine in ``strikes`` failures is left out of later launches. Waiting for room is no failure.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Phase(Enum):
 
     PLANNED = "planned"
     LAUNCHING = "launching"
+    WAITING = "waiting"
     STARTING = "starting"
     TRAINING = "training"
     DRAINING = "draining"
@@ -74,6 +77,8 @@ class NodeView:
     age_s: float = 0.0
     step_age_s: float = 0.0
     error: str | None = None
+    place: str = ""
+    """The machine, by its cluster's name; empty on this one."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ class Policy:
     max_attempts_without_progress: int = 8
     backoff_s: float = 1.0
     backoff_max_s: float = 60.0
+    strikes: int = 2
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,12 @@ class Cause:
     rank: int | None = None
     step: int = -1
     words: Mapping[str, Any] | None = field(default=None, compare=False)
+    place: str = ""
 
     def to_map(self) -> dict[str, Any]:
         out: dict[str, Any] = {"class": self.cls, "text": self.text, "mend": self.mend, "step": self.step}
+        if self.place:
+            out["place"] = self.place
         if self.rank is not None:
             out["rank"] = self.rank
         if self.words:
@@ -174,13 +183,14 @@ class Restore:
 
 @dataclass(frozen=True)
 class StartAttempt:
-    """Win an attempt record (the fence); the nodes' agents do the rest."""
+    """Win an attempt record (the fence); the nodes' agents do the rest. ``renew``: with a new launch of nodes."""
 
     restore: Restore
     slot_epochs: tuple[int, ...]
     reason: str
     cause: Cause | None = None
     delay_s: float = 0.0
+    renew: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,7 +228,7 @@ class Finished:
 Decision = StartAttempt | MarkDamaged | End | Watch | Finished
 
 # D3: from the most to the least causal. A lower place outranks a higher one.
-_CAUSAL = ("signal", "numeric", "data", "restore", "config", "bug", "stall", "preempted", "infra", "done")
+_CAUSAL = ("memory", "signal", "numeric", "data", "restore", "config", "bug", "stall", "preempted", "infra", "done")
 
 _MENDS = {
     "config": "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
@@ -313,6 +323,8 @@ def _give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:
     """Why no further attempt makes sense, or None (D4)."""
     if cause.cls in ("config", "data"):
         return cause.text
+    if cause.cls == "memory" and any(a.cause and a.cause.get("class") == "memory" for a in log.attempts):
+        return f"{cause.text}; twice"
     if cause.cls in ("bug", "signal", "numeric"):
         same = 1
         for earlier in reversed([a.cause for a in log.attempts if a.cause]):
@@ -341,8 +353,26 @@ def _backoff(log: LogView, policy: Policy) -> float:
     return 0.0 if stuck == 0 else min(policy.backoff_s * 2.0 ** (stuck - 1), policy.backoff_max_s)
 
 
-def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
-    """What to do next. ``nodes``: one view a node of the present launch, as far as any is known."""
+_STRIKING = ("infra", "signal", "stall")
+
+
+def struck(causes: Sequence[Mapping[str, Any] | None], strikes: int) -> frozenset[str]:
+    """Machines that were the place of so many failures that may have been theirs (D5)."""
+    places = [str(c["place"]) for c in causes if c and c.get("place") and c.get("class") in _STRIKING]
+    return frozenset(place for place in places if places.count(place) >= strikes)
+
+
+def decide(
+    log: LogView,
+    nodes: Sequence[NodeView],
+    policy: Policy,
+    *,
+    lost: Cause | None = None,
+    waiting: str = "",
+) -> Decision:
+    """What to do next. ``nodes``: one view a node of the present launch, as far as any is known; ``lost``: why that
+    launch cannot be made whole, by its launcher; ``waiting``: what it waits for, by its launcher.
+    """
     if log.ended:
         return Finished(log.ended)
     if any(c.step >= policy.steps for c in log.candidates):  # D1
@@ -360,19 +390,25 @@ def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
     gone = [n for n in nodes if n.alive is False]
     if cause is None and gone and newest.epoch in {n.epoch for n in gone}:
         first = gone[0]
-        cause = Cause("infra", f"node {first.node} is gone", "", None, max((r.step for r in ranks), default=-1))
+        reached = max((r.step for r in ranks), default=-1)
+        cause = Cause("infra", f"node {first.node} is gone", "", None, reached, place=first.place)
+    if cause is not None and cause.rank is not None:
+        place = next((n.place for n in mine if any(r.rank == cause.rank for r in n.ranks)), "")
+        cause = replace(cause, place=place)
+    if lost is not None:
+        cause = _outranked(cause, lost, ranks)
     if cause is None:
         stalled = _stalled(mine, newest, policy)
         if stalled is None:
-            return Watch(*_phase(log, nodes, mine, policy))
+            return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
         cause = stalled
-    elif not _drained(nodes, newest, policy):
+    elif not _drained(nodes, newest, policy, leaving=lost is not None):
         return Watch(Phase.DRAINING, cause.text)
     trouble = next((n for n in mine if n.error and n.error not in cause.text), None)
     if cause.cls == "infra" and trouble is not None:  # what an agent could not store is why its ranks left with 75
         cause = replace(cause, text=f"{cause.text}; node {trouble.node} says: {trouble.error}")
 
-    if cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ranks if r.ended):
+    if lost is None and cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ranks if r.ended):
         cause = Cause("preempted", "stopped on request, state saved", "", None, cause.step)
     why = _give_up(log, cause, policy)
     if why:
@@ -381,18 +417,37 @@ def decide(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision:
     if cause.cls == "restore" and tried is not None and any(c.n == tried for c in log.candidates):
         return MarkDamaged(tried, cause.text)
     # a damaged slot or diverging numbers: not from memory again
-    use_slots = cause.cls not in ("restore", "numeric")
+    unfit = struck([*(a.cause for a in log.attempts), cause.to_map()], policy.strikes)
+    renew = lost is not None or any(n.place in unfit for n in nodes)
+    use_slots = cause.cls not in ("restore", "numeric") and not renew
     restore = choose_restore(log, nodes, policy, use_slots=use_slots)
     epochs = (*newest.slot_epochs, newest.epoch)[-16:] if use_slots else ()
-    return StartAttempt(restore, epochs, "recover", cause, _backoff(log, policy))
+    return StartAttempt(restore, epochs, "recover", cause, _backoff(log, policy), renew)
 
 
-def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy) -> bool:
-    """True when every node of the attempt has no rank left, or is known to be gone, or had its time."""
+def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView]) -> Cause:
+    """What the launcher knows explains a peer that was lost or asked to stop; a rank's own end explains the rest."""
+    step = max((r.step for r in ranks), default=-1)
+    if cause is None:
+        return replace(lost, step=step)
+    if cause.cls == "preempted":
+        return Cause("preempted", f"{lost.text}; state saved", lost.mend, None, step, place=lost.place)
+    if cause.cls == "infra" or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
+        return replace(lost, step=step)
+    return cause
+
+
+def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, leaving: bool) -> bool:
+    """True when every node of the attempt has no rank left, or is known to be gone, or had its time.
+
+    ``leaving``: the nodes will not come again, and what they may still save is worth waiting for.
+    """
     for node in nodes:
         if node.alive is False or node.epoch != newest.epoch:
             continue
         ended = [r for r in node.ranks if r.ended]
+        if leaving and node.alive and len(ended) < len(node.ranks) and node.age_s < policy.stall_s:
+            return False
         if len(ended) < len(node.ranks) and node.age_s < policy.drain_s and node.step_age_s < policy.drain_s:
             return False
         if len(ended) < len(node.ranks) and node.age_s >= policy.drain_s:

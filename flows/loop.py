@@ -122,10 +122,14 @@ class Driver:
     _told: set[Any] = field(default_factory=set)
     _waits: tuple[str, float] | None = None
     _amnesty: bool = False
+    _avoids: bool = False
+    _as_asked: bool = False
+    _reason: str = ""
 
     def run(self) -> Outcome:
         """Loop until the log has an end, or until ``stop`` was set and the gang has saved and left."""
         run = self.prepared.run
+        self._as_asked = self.reopen  # a person said how: not what an earlier driver had to make of it
         run_log = RunLog(self.store, run, writer="driver")
         state: RunState | None = None
         metrics = MetricsReader(self.store, run)
@@ -147,7 +151,11 @@ class Driver:
                 self._tell_state(state, nodes, metrics)
                 if self.stop.is_set() and not state.ended:
                     return self._stop(run_log, state, launch)
-                lost = loss_of(view, nodes, state, self.launcher) or self._out_of_patience(view)
+                lost = loss_of(view, nodes, state, self.launcher)
+                if lost is None and self._out_of_patience(view):
+                    continue
+                if lost is None and self._pardoned(view):
+                    lost = Cause("infra", f"no room without the machines that failed twice: {view.detail}")
                 policy = self.prepared.policy(launch_id)
                 waiting = view.detail if view.state == "waiting" else ""
                 decision = decide(fold_view(state), nodes, policy, lost=lost, waiting=waiting)
@@ -171,38 +179,47 @@ class Driver:
     # --- acting -------------------------------------------------------------------------------------------
 
     def _launch(self, state: RunState, launch_id: str) -> Launch:
-        return self.make_launch(self.prepared, launch_id, () if self._amnesty else avoided(state, launch_id))
+        avoid = () if self._amnesty else avoided(state, launch_id)
+        self._avoids = bool(avoid)
+        return self.make_launch(self.prepared, launch_id, avoid)
 
     def _take_layout(self, state: RunState) -> None:
         """Go on with fewer stages where an earlier driver had to, and the spec allows it."""
         newest = state.newest_attempt
         allowed = self.prepared.spec.recovery.allowed_stages
-        if newest is None or newest.ranks == self.prepared.ranks or self._waits is not None:
+        if newest is None or self._as_asked:
             return
         stages = newest.ranks // self.prepared.spec.parallel.replicas
-        if newest.ranks < self.prepared.ranks and stages in allowed and "fewer nodes" in newest.reason:
+        had_to = any(a.reason.startswith("fewer nodes") and a.ranks == newest.ranks for a in state.attempts)
+        if newest.ranks < self.prepared.ranks and stages in allowed and had_to:
             self.prepared = relayout(self.prepared, self.store, stages)
 
-    def _out_of_patience(self, view: LaunchView) -> Cause | None:
-        """A launch that waits for longer than ``recovery.capacity_s``: fewer stages, or machines with strikes again."""
-        recovery = self.prepared.spec.recovery
+    def _waited(self, view: LaunchView) -> bool:
+        """Whether this launch has waited for longer than ``recovery.capacity_s``."""
         if view.state != "waiting":
             self._waits = None
-            return None
+            return False
         if self._waits is None or self._waits[0] != view.launch_id:
             self._waits = (view.launch_id, time.monotonic())
-        if time.monotonic() - self._waits[1] < recovery.capacity_s:
-            return None
-        fewer = [s for s in recovery.allowed_stages if s < self.prepared.spec.parallel.stages]
-        if fewer:
-            self._waits = None
-            was = self.prepared.spec.parallel.stages
-            self.prepared = relayout(self.prepared, self.store, fewer[0])
-            return Cause("infra", f"fewer nodes than asked for: {fewer[0]} stages instead of {was}; {view.detail}")
-        if not self._amnesty:
-            self._amnesty = True
-            return Cause("infra", f"no room without the machines that failed twice: {view.detail}")
-        return None
+        return time.monotonic() - self._waits[1] >= self.prepared.spec.recovery.capacity_s
+
+    def _out_of_patience(self, view: LaunchView) -> bool:
+        """True where the run now has fewer stages, because there is no room for as many nodes as asked for."""
+        was = self.prepared.spec.parallel.stages
+        fewer = [s for s in self.prepared.spec.recovery.allowed_stages if s < was]
+        if not fewer or not self._waited(view):
+            return False
+        self._waits = None
+        self.prepared = relayout(self.prepared, self.store, fewer[0])
+        self._reason = f"fewer nodes: {fewer[0]} stages instead of {was}; {view.detail}"[:500]
+        return True
+
+    def _pardoned(self, view: LaunchView) -> bool:
+        """True, once, where a launch finds no room beside the machines that it avoids: the next one may use them."""
+        if self._amnesty or not self._avoids or not self._waited(view):
+            return False
+        self._amnesty = True
+        return True
 
     def _act(
         self, decision: Decision, run_log: RunLog, state: RunState, launch: Launch, lost: Cause | None
@@ -246,16 +263,16 @@ class Driver:
             )
             if self.stop.wait(order.delay_s):
                 return
-        before = launch
         if order.renew:
             launch = self._launch(state, next_launch(state, self.prepared))
         cause = order.cause.to_map() if order.cause else None
+        reason, self._reason = self._reason or order.reason, ""
         body = attempt_body(
             self.prepared,
             launch.launch_id,
             order.restore.to_map(),
             slot_epochs=list(order.slot_epochs),
-            reason=order.reason,
+            reason=reason,
             cause=cause,
         )
         state = run_log.append("attempt", body, state)
@@ -270,22 +287,25 @@ class Driver:
                 {
                     "number": len(state.attempts),
                     "epoch": newest.epoch,
-                    "reason": order.reason,
+                    "reason": reason,
                     "cause": cause,
                     "step": order.restore.step,
                     "from": origin_of(order.restore),
                 },
             )
         )
-        if order.renew:  # its agents see the record and leave by themselves; this frees their place sooner
-            self.launcher.stop(before.launch_id, 0.0)
-            launch = self._launch(state, launch.launch_id)
-        self.launcher.ensure(launch)
+        old = state.attempts[-2].launch if len(state.attempts) > 1 else newest.launch
+        if self.launcher.detaches and old != newest.launch:
+            # its agents see the record and leave by themselves; this frees their place sooner
+            self.launcher.stop(old, 0.0)
+        self.launcher.ensure(self._launch(state, newest.launch))
 
     def _reopen(self, run_log: RunLog, state: RunState) -> RunState:
         """A user asks for a run that had ended without success: an attempt record opens it again."""
         self.reopen = False
         launch_id = launch_of(replace(state, ended=None), self.prepared, self.launcher)
+        if self.launcher.detaches:
+            launch_id = next_launch(state, self.prepared)
         view = replace(fold_view(state), ended=None)
         restore = choose_restore(view, (), self.prepared.policy(launch_id), use_slots=False)
         body = attempt_body(
@@ -393,7 +413,7 @@ class Driver:
 
 
 def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
-    """The launch to use: the newest attempt's where its layout fits and it was not ended for good, else the next name."""
+    """The launch to use: the newest attempt's where its layout fits and it has not ended for good, else a new one."""
     newest = state.newest_attempt
     if newest is not None and newest.nodes == prepared.nodes and newest.ranks == prepared.ranks:
         same_place = newest.launch.startswith(f"{prepared.run}-{prepared.spec.launch.target[0]}")
@@ -403,7 +423,7 @@ def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
 
 
 def next_launch(state: RunState, prepared: Prepared) -> str:
-    """A launch's name that no attempt has used: ``<run>-<l or k><number>`` (local, kubernetes); unique over all runs."""
+    """A launch's name that no attempt has used: ``<run>-<l or k><number>`` (local, kubernetes); unique in a store."""
     launches = {a.launch for a in state.attempts}
     return f"{prepared.run}-{prepared.spec.launch.target[0]}{len(launches) + 1}"
 
@@ -426,9 +446,9 @@ def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: 
     if view.loss is not None:
         return Cause(view.loss.cls, view.loss.text, view.loss.mend, None, place=view.loss.place)
     newest = state.newest_attempt
-    if view.state == "absent" and launcher.detaches and newest is not None and not state.ended:
-        if any(n.epoch == newest.epoch for n in nodes):
-            return Cause("infra", f"launch {view.launch_id} ran and is not there any more")
+    left = view.state == "absent" and launcher.detaches and newest is not None and not state.ended
+    if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):
+        return Cause("infra", f"launch {view.launch_id} ran and is not there any more")
     return None
 
 

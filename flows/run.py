@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint.codec import pack, unpack
@@ -87,6 +87,21 @@ def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[
     publish_plan(store, run, plan)
     store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
     return Prepared(run, resolved, dataset, what, plan)
+
+
+def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
+    """The same run in another number of stages, on as many nodes as they fill; its plan is in the store."""
+    spec, per_node = prepared.spec, prepared.ranks // prepared.nodes
+    nodes = stages * spec.parallel.replicas // per_node
+    other = spec.model_copy(
+        update={
+            "parallel": spec.parallel.model_copy(update={"stages": stages}),
+            "launch": spec.launch.model_copy(update={"nodes": nodes}),
+        }
+    )
+    plan = compile_plan(other, prepared.dataset, prepared.what)
+    publish_plan(store, prepared.run, plan)
+    return replace(prepared, spec=other, plan=plan)
 
 
 def publish_plan(store: Store, run: str, plan: Plan) -> None:

@@ -133,7 +133,8 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
         return found("memory", *_memory("the agent", limits.agent_needs, limits.agent_limit))
     if disruption is not None and disruption.status == "True":
         return found("preempted", f"was told to go ({_why_disrupted(disruption.reason)}): {disruption.message}")
-    if agent.state != "running" and agent.last_code == 78:
+    # twice, because rights may come a little after the pod
+    if agent.state != "running" and agent.last_code == 78 and agent.restarts > 0:
         said = _last_line(agent.last_message) or "see `kubectl logs` of its agent"
         return found(
             "config", f"has an agent that refuses to start: {said}", "correct launch.store_secret or the store"

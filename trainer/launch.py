@@ -122,6 +122,9 @@ class Launcher(Protocol):
     now, LaunchRefused where it says no. ``observe`` never raises for a place that does not answer.
     """
 
+    detaches: bool
+    """Whether a driver that is stopped leaves the nodes running (a cluster), or has them save and leave."""
+
     def ensure(self, launch: Launch) -> None:
         """Start what does not run, adopt what does. Idempotent."""
 
@@ -175,6 +178,8 @@ class LocalLauncher:
 
     ``python`` and ``engine`` are the programs to run; ``clock`` and ``sleep`` may be injected.
     """
+
+    detaches = False
 
     def __init__(
         self,

@@ -309,10 +309,9 @@ class RunSpec(_Section):
         ranks = self.parallel.stages * self.parallel.replicas
         per_node = ranks // self.launch.nodes
         for stages in self.recovery.allowed_stages:
-            if not 1 <= stages < self.parallel.stages or (per_node and stages * self.parallel.replicas % per_node):
+            if stages < 1 or (per_node and stages * self.parallel.replicas % per_node):
                 raise ValueError(
-                    f"recovery.allowed_stages {stages}: it must be below parallel.stages {self.parallel.stages} and "
-                    f"fill whole nodes of {per_node} ranks"
+                    f"recovery.allowed_stages {stages}: it must be 1 or more and fill whole nodes of {per_node} ranks"
                 )
         if ranks % self.launch.nodes:
             raise ValueError(

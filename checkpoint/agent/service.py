@@ -47,7 +47,7 @@ from checkpoint.agent.output import BEAT_S, Hints
 from checkpoint.agent.slots import SlotChanged, SlotTable, crc32c
 from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.agent.upload import Source, Uploader
-from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreError
+from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreError, StoreRefused
 from checkpoint.layout import PlanLayout, PlanRefused, PositionLayout, read_plan
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.restore import restore_slots
@@ -56,7 +56,7 @@ from trainer import wire
 
 log = logging.getLogger(__name__)
 
-EXIT_ENDED, EXIT_FENCED = 0, 75
+EXIT_ENDED, EXIT_FENCED, EXIT_REFUSED = 0, 75, 78
 _KILL_S = 10.0  # for a supervisor to reap ranks that were sent SIGKILL
 _LOST_S = 2.0  # for a supervisor that went away to connect again (it tries each 50 ms)
 _ADOPT_S = 5.0  # for a supervisor to find a restarted agent
@@ -300,6 +300,14 @@ class Service:
             pause = self.options.log_poll_s
             try:
                 newer = self.log.fold(state)
+            except StoreRefused as error:
+                if state is None:  # not one look at the log was allowed: only a person mends that
+                    log.error("the store refuses this agent: %s", error)
+                    self.post(lambda: setattr(self, "exit", EXIT_REFUSED))
+                    return
+                log.warning("the log cannot be read now: %s", error)
+                self.post(lambda text=str(error): self._on_log_error(text))  # type: ignore[misc]
+                told, pause = str(error), max(pause, 2.0)
             except (StoreError, Damaged) as error:
                 if told != str(error):
                     told = str(error)

@@ -9,6 +9,7 @@ import pytest
 
 from flows.driver import (
     AttemptView,
+    Cause,
     CheckpointView,
     End,
     Finished,
@@ -23,6 +24,7 @@ from flows.driver import (
     decide,
     diagnose,
     rank_class,
+    struck,
 )
 from trainer.wire import EXITS
 
@@ -249,3 +251,80 @@ def test_no_observation_makes_it_raise() -> None:
         if isinstance(decision, StartAttempt) and not known_bad:
             assert decision.cause is not None
             assert decision.cause.cls == "stall"
+
+
+# --- D5: launches that lose nodes, machines with strikes, waiting ---------------------------------------------
+
+LOST = Cause("infra", "pod x-1 on b was deleted", "", None, place="b")
+
+
+def test_a_lost_launch_is_left_and_the_next_attempt_takes_a_new_one() -> None:
+    nodes = [ended(0, code=75), replace(running()[1], alive=False, place="b")]
+    decision = decide(log(), nodes, POLICY, lost=LOST)
+    assert isinstance(decision, StartAttempt)
+    assert decision.renew
+    assert decision.restore.slots is None
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.text, decision.cause.place) == ("infra", LOST.text, "b")
+    assert decision.cause.to_map()["place"] == "b"
+
+
+def test_a_pod_that_is_told_to_go_may_save_first() -> None:
+    leaving = Cause("preempted", "pod x-1 is being deleted")
+    assert decide(log(), running(), POLICY, lost=leaving) == Watch(Phase.DRAINING, leaving.text)
+    # also where its heartbeat is late: what it saves is worth more than a second
+    late = [replace(n, age_s=5.0) for n in running()]
+    assert isinstance(decide(log(), late, POLICY, lost=leaving), Watch)
+    saved = [ended(0, code=85), ended(1, code=85)]
+    decision = decide(log(), saved, POLICY, lost=leaving)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert decision.cause.cls == "preempted"
+    assert "state saved" in decision.cause.text
+
+
+def test_a_launch_that_can_never_start_is_the_end() -> None:
+    image = Cause("config", "pod x-0 cannot start its engine: ErrImageNeverPull", "load the image")
+    decision = decide(log(), [NodeView(0), NodeView(1)], POLICY, lost=image)
+    assert isinstance(decision, End)
+    assert (decision.outcome, decision.reason) == ("gave_up", image.text)
+
+
+def test_memory_is_tried_twice() -> None:
+    memory = Cause("memory", "pod x-0 was killed for memory", "raise the limit")
+    first = decide(log(), [ended(0, code=75), ended(1, code=75)], POLICY, lost=memory)
+    assert isinstance(first, StartAttempt)
+    before = attempt(4, cause=memory.to_map())
+    again = decide(log(before), [ended(0, epoch=4, code=75), ended(1, epoch=4, code=75)], POLICY, lost=memory)
+    assert isinstance(again, End)
+    assert again.cause is not None
+    assert again.cause.mend == "raise the limit"
+
+
+def test_a_crash_explains_the_launch_it_took_with_it() -> None:
+    nodes = [ended(0, code=75), replace(ended(1, code=70), place="b")]
+    decision = decide(log(), nodes, POLICY, lost=LOST)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.rank, decision.cause.place) == ("bug", 1, "b")
+
+
+def test_waiting_for_room_is_no_failure() -> None:
+    text = "0 of 2 pods run: no machine fits"
+    assert decide(log(), [NodeView(0), NodeView(1)], POLICY, waiting=text) == Watch(Phase.WAITING, text)
+
+
+def test_two_strikes_make_a_machine_unfit() -> None:
+    causes = [LOST.to_map(), {"class": "signal", "place": "b"}, {"class": "config", "place": "a"}, None]
+    assert struck(causes, 2) == {"b"}
+    assert struck(causes[:1], 2) == frozenset()
+    # a rank that dies a second time on the same machine: in another launch, without that machine
+    once = attempt(4, cause={"class": "signal", "place": "b", "step": 1})
+    nodes = [replace(ended(0, epoch=4, code=75), place="a"), replace(ended(1, epoch=4, signal=9), place="b")]
+    decision = decide(log(once), nodes, POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert decision.renew
+    # the first time: in place
+    decision = decide(log(attempt(4)), nodes, POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert not decision.renew
