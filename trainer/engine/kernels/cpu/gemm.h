@@ -137,6 +137,48 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
 #undef UNPACK
 #undef PAIR
 #undef BLOCKS
+#elif HS_VEC == 1
+#define PAIR(x, y, r, s)                                                                           \
+    __m256 x##r = _mm256_unpacklo_ps(y##r, y##s), x##s = _mm256_unpackhi_ps(y##r, y##s)
+#define QUAD(x, y, r, s)                                                                           \
+    __m256 x##r = _mm256_shuffle_ps(y##r, y##s, 0x44), x##s = _mm256_shuffle_ps(y##r, y##s, 0xee)
+#define HALF(at, r, s, low)                                                                        \
+    _mm256_storeu_ps(dst + (at)*width, _mm256_permute2f128_ps(c##r, c##s, (low) ? 0x20 : 0x31))
+/* dst[k * width + i] = a_i[k], 8 x 8, k ascending */
+VINLINE void transpose8(float *dst, int64_t width, __m256 a0, __m256 a1, __m256 a2, __m256 a3,
+                        __m256 a4, __m256 a5, __m256 a6, __m256 a7) {
+    PAIR(b, a, 0, 1);
+    PAIR(b, a, 2, 3);
+    PAIR(b, a, 4, 5);
+    PAIR(b, a, 6, 7);
+    QUAD(c, b, 0, 2); /* columns 0 and 1 (and + 4) of rows 0-3 */
+    QUAD(c, b, 1, 3); /* 2 and 3 */
+    QUAD(c, b, 4, 6);
+    QUAD(c, b, 5, 7);
+    HALF(0, 0, 4, 1);
+    HALF(1, 2, 6, 1);
+    HALF(2, 1, 5, 1);
+    HALF(3, 3, 7, 1);
+    HALF(4, 0, 4, 0);
+    HALF(5, 2, 6, 0);
+    HALF(6, 1, 5, 0);
+    HALF(7, 3, 7, 0);
+}
+#undef PAIR
+#undef QUAD
+#undef HALF
+/* As above; with a width below 16 (panels of A, at most MR = 6 wide) the rows from 8 on are not
+ * stored. */
+VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
+    for (int64_t i = 0; i < (width < LANES ? 8 : LANES); i += 8) {
+        vf a0 = v_load_dt(src, i * ld, dt), a1 = v_load_dt(src, (i + 1) * ld, dt),
+           a2 = v_load_dt(src, (i + 2) * ld, dt), a3 = v_load_dt(src, (i + 3) * ld, dt),
+           a4 = v_load_dt(src, (i + 4) * ld, dt), a5 = v_load_dt(src, (i + 5) * ld, dt),
+           a6 = v_load_dt(src, (i + 6) * ld, dt), a7 = v_load_dt(src, (i + 7) * ld, dt);
+        transpose8(dst + i, width, a0.a, a1.a, a2.a, a3.a, a4.a, a5.a, a6.a, a7.a);
+        transpose8(dst + i + 8 * width, width, a0.b, a1.b, a2.b, a3.b, a4.b, a5.b, a6.b, a7.b);
+    }
+}
 #else
 VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
     float t[16][16];
