@@ -270,7 +270,7 @@ def _describe(rank: RankView) -> str:
     else:
         known = EXITS.get(rank.code if rank.code is not None else 70)
         what = f"exited with {rank.code}: {known.text if known else 'unknown code'}"
-    said = rank.words.get("error") if rank.words else None
+    said = (rank.words.get("why") or rank.words.get("error")) if rank.words else None
     return f"rank {rank.rank} {what}" + (f" ({said})" if said else "")
 
 

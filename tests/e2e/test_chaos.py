@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,23 +13,6 @@ from tests.support.chaos import PLACES, Fault, draw, unleashed
 from tests.support.place import STEPS, Place
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Any:
-    made = Place(tmp_path / "p")
-    yield made
-    made.stop_all()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(run, state digest) of the spec on one stage, without a fault."""
-    place = Place(tmp_path_factory.mktemp("undisturbed") / "p")
-    result = place.train("parallel.stages=1")
-    place.stop_all()
-    assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, STEPS)
-    return result["run"], result["state_digest"]
 
 
 @pytest.mark.parametrize("fault", draw(SEED, PLACES, ranks=2, steps=range(9, STEPS - 20)), ids=str)

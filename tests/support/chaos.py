@@ -1,9 +1,9 @@
-"""The chaos harness: kills one process of a real run at a named place, as seen from outside. Nothing in the product helps.
+"""The chaos harness: kills one process of a real run at a named place, seen from outside. Nothing in the product helps.
 
 A place inside a rank is read from the page of shared memory in which every rank says what it does
 (``core/rank_page.h``, found through /proc); a place of the agent from the objects that are in the store. A watcher
-process spins until it sees the place, then sends SIGKILL. Faults are plain data drawn from a seed and printed, so that a
-failure replays: ``Fault.parse("forward rank=1 step=7")``.
+process spins until it sees the place, then sends SIGKILL. Faults are plain data drawn from a seed and printed, so that
+a failure replays: ``Fault.parse("forward rank=1 step=7")``.
 
     python -m tests.support.chaos FAULT RUN_FOLDER WORK_FOLDER    # the watcher
 """
@@ -107,6 +107,18 @@ def _page_of(pid: int) -> int | None:
     except OSError:
         return None
     return None
+
+
+def rank_step(work: Path, rank: int) -> int | None:
+    """The step that a rank below this folder is in, from its own page; None where it does not run."""
+    pid = _rank_pid(work, rank)
+    page = _page_of(pid) if pid else None
+    if page is None:
+        return None
+    try:
+        return int(_PAGE.unpack(os.pread(page, _PAGE.size, 0))[1])
+    finally:
+        os.close(page)
 
 
 def _kill(pid: int) -> None:

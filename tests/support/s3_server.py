@@ -18,7 +18,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,14 +60,32 @@ def binary() -> Path:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
     """A running server; ``identities`` are access keys and their secrets by role."""
 
     port: int
-    pid: int
+    process: subprocess.Popen[bytes]
     data: Path
     identities: dict[str, tuple[str, str]]
+    start: Callable[[int], subprocess.Popen[bytes]]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """The server is gone, as by a power cut; what it answered for is on its disk."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        """The same server again, on the same port."""
+        for _ in range(5):
+            self.process = self.start(self.port)
+            if _healthy(self.process, self.port):
+                return
+        raise RuntimeError(f"versitygw does not start again on port {self.port}")
 
     @property
     def endpoint(self) -> str:
@@ -112,12 +130,12 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     root, trainer = ("root", secrets.token_hex(16)), ("trainer", secrets.token_hex(16))
     for name in ("iam", "versions", "data"):
         (folder / name).mkdir(parents=True)
-    for attempt in range(5):  # a port that was free may be taken meanwhile
-        port, admin = _free_ports(2)
+
+    def start(port: int, *more: str) -> subprocess.Popen[bytes]:
         with open(folder / "server.log", "ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [
-                    *(str(program), "--port", f"127.0.0.1:{port}", "--admin-port", f"127.0.0.1:{admin}"),
+                    *(str(program), "--port", f"127.0.0.1:{port}", *more),
                     *("--iam-dir", str(folder / "iam"), "--health", "/health", "--quiet"),
                     *("posix", "--versioning-dir", str(folder / "versions"), str(folder / "data")),
                 ],
@@ -127,8 +145,18 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
                 stdin=subprocess.DEVNULL,
                 preexec_fn=_die_with_parent,
             )
+
+    for attempt in range(5):  # a port that was free may be taken meanwhile
+        port, admin = _free_ports(2)
+        server = S3Server(
+            port,
+            start(port, "--admin-port", f"127.0.0.1:{admin}"),
+            folder / "data",
+            {"root": root, "trainer": trainer},
+            start,
+        )
         try:
-            if not _healthy(process, port):
+            if not _healthy(server.process, port):
                 if attempt == 4:
                     raise RuntimeError(f"versitygw does not start:\n{(folder / 'server.log').read_text()[-2000:]}")
                 continue
@@ -140,17 +168,17 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
                 check=True,
                 capture_output=True,
             )
-            server = S3Server(port, process.pid, folder / "data", {"root": root, "trainer": trainer})
             _make_bucket(server)
             yield server
             return
         finally:
-            process.terminate()
+            server.process.send_signal(signal.SIGCONT)
+            server.process.terminate()
             try:
-                process.wait(10)
+                server.process.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                server.process.kill()
+                server.process.wait()
 
 
 def _make_bucket(server: S3Server) -> None:

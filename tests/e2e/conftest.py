@@ -1,0 +1,32 @@
+"""Fixtures of the end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.place import STEPS, Place
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A fresh place; nothing of it runs afterwards."""
+    made = Place(tmp_path / "p")
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(run, state digest) of the places' spec on one stage, without a fault."""
+    place = Place(tmp_path_factory.mktemp("undisturbed") / "p")
+    try:
+        result = place.train("parallel.stages=1")
+    finally:
+        place.stop_all()
+    assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, STEPS)
+    return result["run"], result["state_digest"]

@@ -1,0 +1,462 @@
+"""Bad input through the real command: a readable message, an exit code of its own, nothing lost, nothing left running.
+
+Where a run had begun, it is mended and resumed to the undisturbed run's bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pty
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoint.codec import pack
+from checkpoint.store import open_store
+from tests.support.agents import wait_for
+from tests.support.hostile_s3 import hostile_s3
+from tests.support.place import STEPS, Done, Place, finish
+from trainer.dataset import write_shard
+
+SEED = int(os.environ.get("HOTSTAGE_STOP_SEED", "7"))
+
+USAGE, DATA, LOST, REFUSED, STOPPED = 2, 65, 75, 78, 85
+
+
+def readable(done: Done) -> None:
+    """What a person gets: no traceback, one message that starts with the command's name, not a wall of text."""
+    assert "Traceback" not in done.err, done.err
+    told = [line for line in done.err.splitlines() if line.startswith("hotstage: ")]
+    assert len(told) == 1, done.out + done.err
+    assert len(told[0]) < 900
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    readable(done)
+    assert done.code == code, done.out + done.err
+    for word in words:
+        assert word in done.err, done.err
+
+
+def train(place: Place, *sets: str) -> Done:
+    return finish(place.start_train(*sets))
+
+
+def resumed(place: Place, run: str, digest: str, *more: str) -> None:
+    """Once mended, the run goes on to the bits of a run that nothing ever happened to."""
+    told = place.call("runs", "resume", run, "--no-prefect", "--json", *more)
+    assert told.code == 0, told.err
+    assert (told.json()["outcome"], told.json()["state_digest"]) == ("succeeded", digest)
+
+
+# --- the spec ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["train.stepz=3"], ["no key train.stepz", "did you mean train.steps"]),
+        (["model.width=-64"], ["model.width -64", "at least 1"]),
+        (["model.heads=3"], ["model.heads 3", "width 64", "take heads = 2"]),
+        (["parallel.stages=9"], ["parallel.stages 9", "model.layers 4", "at most 4 stages"]),
+        (["train.microbatch=3"], ["train.batch 8", "microbatch 3", "take microbatch = 2"]),
+        (["train.sequence=100000"], ["train.sequence 100000", "context 64"]),
+        (["checkpoint.every=-1"], ["checkpoint.every -1", "at least 0"]),
+        (["model.family=gpt9"], ["gpt9", "gpt2"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_a_spec_that_cannot_be(place: Place, sets: list[str], words: list[str]) -> None:
+    refused(train(place, *sets), REFUSED, *words)
+    assert not (place.folder / "store").exists()  # refused before anything is written
+    assert not (place.folder / "out").exists()
+
+
+def test_a_file_that_is_no_spec(place: Place) -> None:
+    spec = place.folder / "spec.toml"
+    text = spec.read_text()
+    spec.write_text(text + "[train]\n")
+    refused(train(place), REFUSED, "spec.toml")
+    spec.write_text(text.replace("steps", "stepz"))
+    refused(train(place), REFUSED, "spec.toml", "train.stepz", "train.steps")
+    refused(place.call("train", "nothing.toml", "--no-prefect"), REFUSED, "nothing.toml")
+
+
+def test_names_that_do_not_exist(place: Place) -> None:
+    for command in (["runs", "resume"], ["ckpt", "ls"]):
+        done = place.call(*command, "nobody-123456")
+        refused(done, REFUSED, "nobody-123456", "--store")
+
+
+# --- the corpus --------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_that_is_not_there_or_empty(place: Place) -> None:
+    refused(train(place, "data.source=text:none/*.txt"), DATA, "none/*.txt", "matches no file")
+    (place.folder / "corpus" / "empty.text").write_text(" \n\n")
+    refused(train(place, "data.source=text:corpus/*.text"), DATA, "corpus/*.text", "empty")
+    (place.folder / "corpus" / "a.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    refused(train(place, "data.source=jsonl:corpus/*.jsonl"), DATA, "a.jsonl:2", "mend the line")
+    refused(train(place, f"data.source=dataset:{'0' * 64}"), DATA, "000000", "data prepare")
+    (place.folder / "corpus" / "short.text").write_text("abc")
+    refused(train(place, "data.source=text:corpus/*.text"), REFUSED, "train.sequence 64", "add text")
+
+
+def foreign_dataset(place: Place, tokens: np.ndarray, vocab: int) -> str:
+    """A dataset whose every digest holds, as another program may have written it."""
+    store = open_store((place.folder / "store").as_uri())
+    path = place.folder / "shard"
+    write_shard(path, tokens, int(tokens.max()) + 1)
+    shard = bytearray(path.read_bytes())
+    honest = place.folder / "honest"
+    write_shard(honest, np.zeros_like(tokens), vocab)
+    shard[: len(shard) - tokens.nbytes] = honest.read_bytes()[: len(shard) - tokens.nbytes]  # the header tells of vocab
+    digest = hashlib.sha256(shard).hexdigest()
+    tokenizer = b"{}"
+    manifest = pack(
+        {
+            "v": 1,
+            "source": "text:elsewhere",
+            "inputs": "0" * 64,
+            "vocab": vocab,
+            "token_bytes": 2,
+            "eot": None,
+            "shards": [{"tokens": len(tokens), "bytes": len(shard), "sha256": digest}],
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        }
+    )
+    name = hashlib.sha256(manifest).hexdigest()
+    store.create(f"data/{name}/00000.bin", bytes(shard))
+    store.create(f"data/{name}/tokenizer.json", tokenizer)
+    store.create(f"data/{name}/manifest", manifest)
+    return name
+
+
+def test_a_token_beyond_the_vocabulary(place: Place) -> None:
+    tokens = (np.arange(4001) * 7 % 61).astype(np.uint16)
+    tokens[2000:2200] = 99
+    name = foreign_dataset(place, tokens, 61)
+    done = train(place, f"data.source=dataset:{name}", "train.steps=40")
+    refused(done, DATA, "99", "61")
+    place.all_gone()
+
+
+def test_a_shard_cut_short_or_changed(place: Place, undisturbed: tuple[str, str]) -> None:
+    run, digest = undisturbed
+    place.run("data", "prepare", "spec.toml")
+    shard = next((place.folder / "store" / "data").glob("*/00000.bin"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-100])
+    refused(train(place), DATA, "00000.bin", "data prepare SPEC --again")
+    shard.write_bytes(good[:-2] + b"\xff\xff")
+    refused(train(place), DATA, "00000.bin", "damaged", "data prepare SPEC --again", "runs resume")
+    place.all_gone()
+    place.run("data", "prepare", "spec.toml", "--again")  # what the message says to do
+    assert shard.read_bytes() == good
+    resumed(place, run, digest)
+
+
+# --- the plan ----------------------------------------------------------------------------------------------
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def _flip(data: bytes) -> bytes:
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+
+def _version(data: bytes) -> bytes:
+    return data[:8] + (7).to_bytes(4, "little") + data[12:]
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _version])
+def test_a_plan_object_that_does_not_hold(
+    place: Place, undisturbed: tuple[str, str], damage: Callable[[bytes], bytes]
+) -> None:
+    """Damaged under the driver's nose (the agent refuses it), then before the next command (which says so)."""
+    run, digest = undisturbed
+    store = place.run_folder(run)
+    # the attempt is there, but no node: the agent fetches the plan when the next command launches it
+    process = place.start_train("recovery.backoff_s=0.01")
+    wait_for(lambda: any((store / "plans").glob("*")), "the plan", 60)
+    plan = next((store / "plans").glob("*"))
+    good = plan.read_bytes()
+    plan.write_bytes(damage(good))
+    done = finish(process)
+    if done.code != 0:  # else the agent was faster
+        refused(done, REFUSED, f"plans/{plan.name}", "does not hold", "remove that object")
+    place.all_gone()
+    if done.code != 0:
+        refused(place.call("runs", "resume", run, "--no-prefect"), REFUSED, f"plans/{plan.name}", "damaged", "remove")
+        plan.unlink()
+        resumed(place, run, digest)
+
+
+# --- the store ---------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_cannot_be_written(place: Place) -> None:
+    (place.folder / "file").write_text("not a folder")
+    for url in ("file", "file/deeper"):
+        place.env["HOTSTAGE_STORE"] = str(place.folder / url)
+        refused(train(place), REFUSED, "file", "another with --store")
+    place.env["HOTSTAGE_STORE"] = "ftp://somewhere"
+    refused(train(place), REFUSED, "ftp://somewhere", "file:///", "s3://")
+    assert (place.folder / "file").read_text() == "not a folder"
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
+    """A tmpfs at the folder; gives what mounts it anew with other options. Skips where this user may not mount."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+
+    def again(changed: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{changed}", str(folder)], check=True)
+
+    try:
+        yield again
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_store_that_is_read_only(place: Place) -> None:
+    with mounted(place.folder / "ro", "size=8m,ro"):
+        place.env["HOTSTAGE_STORE"] = str(place.folder / "ro")
+        refused(train(place), REFUSED, str(place.folder / "ro"), "Read-only", "mount it writable")
+        place.stop_all()
+
+
+def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, undisturbed: tuple[str, str]) -> None:
+    """Training goes on; the terminal says why nothing is saved; with room again the same attempt ends well."""
+    _, digest = undisturbed
+    with mounted(place.folder / "small", "size=6m") as remount:
+        place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
+        process = place.start_train()
+        try:
+            said = b""
+            assert process.stderr is not None
+            while b"is full" not in said:
+                line = process.stderr.readline()
+                assert line, said.decode()
+                said += line
+            assert b"warning: node 0: the checkpoint of step" in said
+            assert b"free space and it goes on" in said
+            remount("size=256m")
+            done = finish(process)
+            assert done.code == 0, done.err
+            assert (done.json()["attempts"], done.json()["state_digest"]) == (1, digest)
+        finally:
+            place.stop_all()
+
+
+def test_a_store_that_stays_full(place: Place, undisturbed: tuple[str, str]) -> None:
+    """The last state cannot be saved: that is no success, and it says so. With room again the run goes on."""
+    run, digest = undisturbed
+    with mounted(place.folder / "small", "size=6m") as remount:
+        place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
+        try:
+            done = train(place, "checkpoint.commit_s=0.3", "recovery.backoff_max_s=0.05")
+            refused(done, LOST, "is full", "step 60", "runs resume")
+            assert done.json()["outcome"] == "gave_up"
+            assert done.json()["step"] < STEPS
+            place.all_gone()
+            remount("size=256m")
+            resumed(place, run, digest, "--set", "checkpoint.commit_s=60")
+        finally:
+            place.stop_all()
+
+
+def test_a_store_that_cannot_order_writers(place: Place) -> None:
+    with hostile_s3() as server:
+        server.ignore_conditions = True
+        place.env |= {"HOTSTAGE_STORE": server.url(), "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        refused(train(place), REFUSED, "cannot order writers", "racing creators", "--store")
+        assert not [name for name in server.objects if "/runs/" in name or "/data/" in name]
+
+
+# --- the machine -------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use(place: Place, undisturbed: tuple[str, str]) -> None:
+    run, digest = undisturbed
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = train(place, f"launch.port_base={port}")
+    refused(done, REFUSED, f"127.0.0.1:{port}", "in use", "launch.port_base", "runs resume")
+    place.all_gone()
+    resumed(place, run, digest, "--set", "launch.port_base=0")
+
+
+def test_a_checkpoint_of_another_model(place: Place) -> None:
+    run = place.train("train.steps=8")["run"]
+    before = json.loads(place.run("ckpt", "digest", run, "--json"))
+    done = place.call("runs", "fork", run, "--no-prefect", "--json", "--set", "name=wide", "--set", "model.width=32")
+    refused(done, REFUSED, "model", "start a new run")
+    # the context is a tensor's shape for GPT-2: here the agent refuses what it should restore
+    done = place.call(
+        *("runs", "fork", run, "--no-prefect", "--json", "--set", "name=long", "--set", "train.steps=20"),
+        *("--set", "model.context=128"),
+    )
+    readable(done)
+    assert done.code == REFUSED
+    assert re.search(r"another model|cannot change", done.err), done.err
+    place.all_gone()
+    assert json.loads(place.run("ckpt", "digest", run, "--json")) == before
+
+
+# --- Ctrl-C and SIGTERM at any time -------------------------------------------------------------------------
+
+
+def stop_at(place: Place, look: Callable[[], object], what: str, number: int) -> Done:
+    """Start, wait for the moment, signal."""
+    process = place.start_train()
+    wait_for(lambda: look() or process.poll() is not None, what, 60)
+    process.send_signal(number)
+    return finish(process)
+
+
+def test_stopped_while_data_is_prepared(place: Place, undisturbed: tuple[str, str]) -> None:
+    corpus = place.folder / "corpus"
+    words = random.Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    text = " ".join("".join(words.choices(letters, k=words.randint(2, 9))) for _ in range(400_000))
+    (corpus / "big.text").write_text(text)
+    temporary = place.folder / "tmp"
+    temporary.mkdir()
+    place.env["TMPDIR"] = str(temporary)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for command in (["train", "spec.toml", "--no-prefect"], ["data", "prepare", "spec.toml"]):
+            process = place.start(*command, "--set", "data.source=text:corpus/*.text", "--set", "data.vocab_size=30000")
+            assert process.stdout is not None
+            while b"training a byte-level BPE" not in process.stdout.readline():
+                assert process.poll() is None
+            process.send_signal(number)
+            done = finish(process)
+            assert done.code == STOPPED, done.err
+            assert "the same command goes on" in done.err
+            assert not place.left()
+            assert not list(temporary.iterdir())
+    assert not (place.folder / "store" / "runs").exists()
+    assert place.train()["state_digest"] == undisturbed[1]
+
+
+def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) -> None:
+    """While starting, mid step, while draining, at the very end: each leaves a run that the next command takes up."""
+    run, digest = undisturbed
+    store = place.run_folder(run)
+
+    def records() -> int:
+        return len(list((store / "log").glob("*")))
+
+    def steps() -> int:
+        return sum(1 for s in store.glob("live/*/metrics/*") if s.stat().st_size)
+
+    done = stop_at(place, records, "the attempt's record", signal.SIGINT)
+    assert done.code == STOPPED, done.err
+    assert "nothing was saved yet" in done.err or done.json()["step"] >= 0
+    place.all_gone()
+
+    before = steps()
+    done = stop_at(place, lambda: steps() > before, "a step", signal.SIGTERM)
+    assert done.code == STOPPED, done.err
+    middle = done.json()["step"]
+    assert 0 < middle < STEPS
+    place.all_gone()
+
+    # draining: the gang saves, and a second signal makes the command leave; the gang ends by itself
+    process = place.start_train()
+    before = steps()
+    wait_for(lambda: steps() > before, "a step", 60)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    while b"stopping: the gang" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
+
+    # the very end
+    done = stop_at(place, lambda: b"ended" in _newest(store / "log"), "the run's end", signal.SIGINT)
+    assert done.code == 0, done.err
+    assert (done.json()["outcome"], done.json()["state_digest"]) == ("succeeded", digest)
+    place.all_gone()
+    assert json.loads(place.run("runs", "show", run, "--json"))["state"] == "succeeded"
+
+
+def _newest(log: Path) -> bytes:
+    names = sorted(log.glob("[0-9]*"))
+    return names[-1].read_bytes() if names else b""
+
+
+def test_stopped_at_seeded_moments(place: Place, undisturbed: tuple[str, str]) -> None:
+    """Whenever a signal comes, from the interpreter's start to the end: the next command goes on to the same bits."""
+    run, digest = undisturbed
+    dice = random.Random(SEED)
+    print(f"HOTSTAGE_STOP_SEED={SEED}")
+    begin = time.monotonic()
+    place.run("plan", "spec.toml")
+    about = 2 * (time.monotonic() - begin)  # of the order of a whole run here, however busy the machine is
+    for _ in range(4):
+        process = place.start_train()
+        delay, number = dice.uniform(0, about), dice.choice([signal.SIGINT, signal.SIGTERM])
+        print(f"signal {number} after {delay:.3f} s")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.send_signal(number)
+        done = finish(process)
+        print(f"exit code {done.code}")
+        # 130 and a death by the signal itself: before the command had begun its work
+        assert done.code in (0, STOPPED, 130, -signal.SIGINT, -signal.SIGTERM), done.out + done.err
+        place.all_gone()
+    result = place.train()
+    assert (result["run"], result["outcome"], result["state_digest"]) == (run, "succeeded", digest)
+
+
+def test_two_ctrl_c_at_a_terminal_leave_it_running(place: Place, undisturbed: tuple[str, str]) -> None:
+    run, digest = undisturbed
+    ours, theirs = pty.openpty()
+    env = place.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-m", "flows.cli", "train", "spec.toml", "--no-prefect"]
+    process = subprocess.Popen(
+        command, cwd=place.folder, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        store = place.run_folder(run)
+        wait_for(lambda: any(store.glob("live/*/metrics/*")), "a step", 60)
+        process.send_signal(signal.SIGINT)
+        said = b""
+        while b"again within" not in said:
+            said += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the end of the terminal
+            while block := os.read(ours, 4096):
+                said += block
+        assert process.wait(60) == 128 + signal.SIGINT, said.decode()
+        assert b"the run goes on by itself" in said
+    finally:
+        os.close(ours)
+        process.kill()
+        process.wait()
+    result = place.train()
+    assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)

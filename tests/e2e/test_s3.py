@@ -1,0 +1,157 @@
+"""The whole run through the command on a real S3 server, as an identity that may not delete."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.agents import wait_for
+from tests.support.chaos import Fault, rank_step, unleashed
+from tests.support.place import SPEC, Done, Place, finish
+from tests.support.s3_server import BUCKET, S3Server, s3_server
+
+REFUSED, LOST = 78, 75
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
+        yield running
+
+
+@pytest.fixture
+def there(tmp_path: Path, server: S3Server) -> Iterator[Place]:
+    """A place whose store is a prefix of its own on the server."""
+    made = Place(tmp_path / "p", store=server.url(tmp_path.name), env=server.environment("trainer"))
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+def objects(server: S3Server, place: Place) -> Path:
+    """Where the server keeps what the place's store holds."""
+    return server.data / BUCKET / place.folder.parent.name
+
+
+def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
+    there: Place, server: S3Server, undisturbed: tuple[str, str]
+) -> None:
+    """And nothing that was written or inherited knows the secret but the agent's own environment."""
+    run, digest = undisturbed
+    _, secret = server.identities["trainer"]
+    with unleashed(Fault("forward", 1, 20), there.folder, there.folder / "out") as watcher:
+        process = there.start_train()
+        wait_for(lambda: rank_step(there.folder / "out", 0) is not None, "a rank", 60)
+        environments = {line: environment(pid) for pid, line in there.left().items()}
+        done = finish(process)
+        assert watcher.wait(5) == 0
+    assert done.code == 0, done.err
+    result = done.json()
+    assert (result["run"], result["outcome"], result["state_digest"]) == (run, "succeeded", digest)
+    assert result["attempts"] > 1
+    there.all_gone()
+
+    engine = {line: text for line, text in environments.items() if "hotstage-engine" in line.split()[0]}
+    assert len(engine) >= 2  # the supervisor and a rank
+    for line, text in engine.items():
+        assert secret.encode() not in text, line
+        assert b"AWS_" not in text, line
+    assert any("checkpoint.agent" in line and secret.encode() in text for line, text in environments.items())
+
+    assert secret not in done.out + done.err
+    for folder in (there.folder, objects(server, there)):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert files
+        for path in files:
+            assert secret.encode() not in path.read_bytes(), path
+    told = json.loads(there.run("ckpt", "digest", run, "--json"))
+    assert told["digest"] == digest
+    lines = there.run("logs", run, "--tail", "1").splitlines()
+    assert json.loads(lines[-1])["event"] == "end"
+
+
+def environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
+def test_a_store_that_is_away_for_a_while_costs_no_step(
+    there: Place, server: S3Server, tmp_path: Path, how: str
+) -> None:
+    """Training goes on without it, no attempt is lost, and what comes after is stored again."""
+    steps = "train.steps=160"
+    process = there.start_train(steps)
+    work = there.folder / "out"
+    wait_for(lambda: any(objects(server, there).glob("runs/*/manifests/*/manifest")), "a checkpoint", 60)
+    if how == "killed":
+        server.kill()
+    else:
+        os.kill(server.pid, signal.SIGSTOP)
+    try:
+        left_at = wait_for(lambda: rank_step(work, 0), "the ranks", 60)
+        wait_for(lambda: (rank_step(work, 0) or 0) > left_at + 40, "steps without a store", 60)
+    finally:
+        if how == "killed":
+            server.restart()
+        else:
+            os.kill(server.pid, signal.SIGCONT)
+    done = finish(process)
+    assert done.code == 0, done.err
+    result = done.json()
+    assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, 160)
+    saved = [c["step"] for c in json.loads(there.run("ckpt", "ls", result["run"], "--json"))]
+    assert [s for s in saved if left_at + 40 < s], saved
+
+    folder = Place(tmp_path / "folder", SPEC)
+    try:
+        assert folder.train(steps, "parallel.stages=1")["state_digest"] == result["state_digest"]
+    finally:
+        folder.stop_all()
+
+
+def refused(place: Place, code: int, secret: str, *words: str) -> None:
+    done: Done = finish(place.start_train())
+    assert done.code == code, done.out + done.err
+    assert "Traceback" not in done.err
+    assert len([line for line in done.err.splitlines() if line.startswith("hotstage: ")]) == 1
+    for word in words:
+        assert word in done.err, done.err
+    assert secret not in done.err
+
+
+def test_wrong_credentials_and_addresses_are_told_apart(there: Place, server: S3Server) -> None:
+    _, secret = server.identities["trainer"]
+    good = dict(there.env)
+    there.env = good | {"AWS_SECRET_ACCESS_KEY": "wrong" + secret}
+    refused(there, REFUSED, secret, "SignatureDoesNotMatch", "check AWS_SECRET_ACCESS_KEY")
+    there.env = good | {"AWS_ACCESS_KEY_ID": "nobody"}
+    refused(there, REFUSED, secret, "check AWS_ACCESS_KEY_ID")
+    there.env = {k: v for k, v in good.items() if not k.startswith("AWS_")} | {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    refused(there, REFUSED, secret, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    there.env = good | {"HOTSTAGE_STORE": good["HOTSTAGE_STORE"].replace(BUCKET, "nobodys-bucket", 1)}
+    refused(there, REFUSED, secret, "nobodys-bucket", "NoSuchBucket", "create the bucket")
+    there.env = good | {"HOTSTAGE_STORE": f"s3://trainer:{secret}@{BUCKET}/x"}
+    refused(there, REFUSED, secret, "an address holds no credentials")
+    there.env = good
+
+
+def test_a_server_that_is_not_there(there: Place, server: S3Server) -> None:
+    _, secret = server.identities["trainer"]
+    server.kill()
+    try:
+        refused(there, LOST, secret, server.endpoint)
+    finally:
+        server.restart()
