@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.support.agents import wait_for
 from tests.support.chaos import PLACES, Fault, draw, unleashed
-from tests.support.place import STEPS, Place
+from tests.support.place import STEPS, Place, finish
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
 
@@ -107,4 +108,49 @@ def test_output_is_kept_after_the_processes_are_gone(place: Place, undisturbed: 
 
 def test_nothing_is_left_running(place: Place) -> None:
     place.train("train.steps=4")
+    place.all_gone()
+
+
+LLAMA = (
+    "model.family=llama", "model.tied=false", "model.heads=4", "model.kv_heads=2", "train.precision=bf16",
+    "train.steps=30",
+)  # fmt: skip
+
+
+def test_bf16_and_an_untied_head_through_a_kill_and_another_number_of_stages(place: Place, tmp_path: Path) -> None:
+    plain = Place(tmp_path / "plain")
+    try:
+        told = plain.train(*LLAMA, "parallel.stages=1")
+    finally:
+        plain.stop_all()
+    assert (told["outcome"], told["attempts"]) == ("succeeded", 1)
+    run = told["run"]
+    with unleashed(Fault("backward", 1, 9), place.run_folder(run), place.folder / "out") as watcher:
+        process = place.start_train(*LLAMA, "parallel.stages=3")
+        manifests = place.run_folder(run) / "manifests"
+        wait_for(lambda: watcher.poll() is not None and any(manifests.glob("*/manifest")), "kill and checkpoint", 60)
+        assert watcher.returncode == 0
+        process.send_signal(signal.SIGTERM)
+        first = finish(process)
+    assert first.code in (85, 0), first.err
+    again = json.loads(place.run("runs", "resume", run, "--no-prefect", "--json", "--set", "parallel.stages=2"))
+    assert again["attempts"] > 1
+    assert (again["outcome"], again["state_digest"]) == ("succeeded", told["state_digest"])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("forward", 0, 12), Fault("send", 3, 20), pytest.param(Fault("agent", 0, 14), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_two_nodes_and_a_kill_in_one(place: Place, undisturbed: tuple[str, str], fault: Fault) -> None:
+    """Four stages on two nodes, each with its supervisor and agent; the parts of both make one checkpoint."""
+    run, digest = undisturbed
+    with unleashed(fault, place.run_folder(run), place.folder / "out") as watcher:
+        result = place.train("parallel.stages=4", "launch.nodes=2")
+        assert watcher.wait(5) == 0, f"{fault}: the place was never seen"
+    assert (result["run"], result["outcome"], result["step"]) == (run, "succeeded", STEPS)
+    assert result["state_digest"] == digest
+    shown = json.loads(place.run("ckpt", "ls", run, "--json"))
+    assert shown[-1]["step"] == STEPS
     place.all_gone()
