@@ -1,0 +1,362 @@
+"""A real Kubernetes of two nodes on this machine, or the one that HOTSTAGE_KUBECONFIG names.
+
+    with cluster() as kube:             # up where none stands, taken down again by whom it was brought up
+        kube.load_image(archive)
+        with kube.namespace("faults") as name:
+            kube.kubectl("-n", name, "get", "pods")
+
+Order of the calls in ``up``: sweep what a crash left, network, containerds with the pause image, etcd and API server,
+the rest of the control plane, kubelets; Ready is waited for. A guard process takes the cluster down where its owner is
+killed before it could.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.cluster import control, node, pause
+from tests.cluster.build import binary, say
+from tests.cluster.host import ClusterError, Ledger, Part, Started, call, locked, myself, require_host, sweep, wait_for
+from tests.support.go import cache
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that answers. ``own`` is False of one that HOTSTAGE_KUBECONFIG names: its parts cannot be stopped."""
+
+    kubeconfig: Path
+    own: bool
+    scratch: Path
+    nodes: tuple[str, ...]
+    program: tuple[str, ...] = field(repr=False)  # kubectl
+
+    def kubectl(self, *args: str, stdin: str | None = None, check: bool = True, seconds: float = 120) -> str:
+        """kubectl's output; ClusterError with its words where it fails and ``check``."""
+        done = subprocess.run(
+            [*self.program, *args],
+            env=self.environment(),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        if check and done.returncode != 0:
+            raise ClusterError(f"kubectl {' '.join(args)}: code {done.returncode}: {done.stderr.strip()}")
+        return done.stdout
+
+    def get(self, *args: str) -> Any:
+        """``kubectl get`` as plain objects."""
+        return json.loads(self.kubectl("get", *args, "-o", "json"))
+
+    def apply(self, *objects: Mapping[str, Any], args: Sequence[str] = ()) -> str:
+        """Server-side apply of these objects."""
+        listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
+        return self.kubectl("apply", "--server-side", *args, "-f", "-", stdin=listed)
+
+    def environment(self, kubeconfig: Path | None = None) -> dict[str, str]:
+        """What a process has in its environment to talk to this cluster, past any proxy."""
+        home = self.scratch if self.own else Path.home()
+        past = ",".join(filter(None, [os.environ.get("NO_PROXY"), control.API, control.HOST, "127.0.0.1"]))
+        chosen = str(kubeconfig or self.kubeconfig)
+        return {
+            **os.environ,
+            "HOME": str(home),
+            "KUBECONFIG": chosen,
+            "HOTSTAGE_KUBECONFIG": chosen,
+            "NO_PROXY": past,
+            "no_proxy": past,
+        }
+
+    @contextlib.contextmanager
+    def namespace(self, prefix: str = "test", level: str = "restricted") -> Iterator[str]:
+        """A namespace of its own that enforces this Pod Security level; deleted when the block ends."""
+        name = f"{prefix}-{secrets.token_hex(3)}"
+        marks = {f"pod-security.kubernetes.io/{mode}": level for mode in ("enforce", "warn")}
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}})
+        try:
+            # pods are refused until the namespace's own account is there
+            self.until(lambda: "default" in self.kubectl("-n", name, "get", "sa", "-o", "name"), f"account of {name}")
+            yield name
+        finally:
+            self.kubectl("-n", name, "delete", "jobs,pods", "--all", "--grace-period=1", "--wait=false", check=False)
+            self.kubectl("delete", "namespace", name, "--timeout=90s", check=False, seconds=120)
+
+    def until(self, ready: Callable[[], bool], what: str, seconds: float = 60, detail: Callable[[], str] = str) -> None:
+        """Poll until ``ready``; ClusterError at the deadline."""
+        wait_for(ready, what, seconds, detail)
+
+    def account(self, namespace: str, name: str, rules: Sequence[Mapping[str, Any]]) -> Path:
+        """A kubeconfig of a service account in this namespace that has a Role of these rules, and nothing else."""
+        meta = {"name": name, "namespace": namespace}
+        group = "rbac.authorization.k8s.io"
+        self.apply(
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta},
+            {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta, "rules": [dict(rule) for rule in rules]},
+            {
+                "apiVersion": f"{group}/v1",
+                "kind": "RoleBinding",
+                "metadata": meta,
+                "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
+                "subjects": [{"kind": "ServiceAccount", **meta}],
+            },
+        )
+        token = self.kubectl("-n", namespace, "create", "token", name, "--duration=2h").strip()
+        value = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
+        value["users"] = [{"name": name, "user": {"token": token}}]
+        value["contexts"][0]["context"].update(user=name, namespace=namespace)
+        path = self.scratch / "accounts" / f"{namespace}-{name}.kubeconfig"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+        path.chmod(0o600)
+        return path
+
+    def load_image(self, archive: Path) -> None:
+        """Bring an image archive (docker-archive or OCI) to every node; the names are those inside it.
+
+        For a cluster of the user's own HOTSTAGE_LOAD_IMAGE is a command that takes the archive's path as its last
+        argument, for example ``kind load image-archive``.
+        """
+        if self.own:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda each: each.ctr("images", "import", str(archive)), node.NODES))
+            return
+        command = os.environ.get("HOTSTAGE_LOAD_IMAGE")
+        if not command:
+            raise ClusterError(
+                "HOTSTAGE_KUBECONFIG names a cluster, but not how images get to its nodes: set HOTSTAGE_LOAD_IMAGE, "
+                "for example to 'kind load image-archive'"
+            )
+        call(*shlex.split(command), str(archive))
+
+    # --- parts of a cluster of our own --------------------------------------------------------------------
+
+    def part(self, name: str) -> Part:
+        """One of etcd, apiserver, controller-manager, scheduler, coredns, containerd-node1, kubelet-node1, …"""
+        ledger = Ledger.load()
+        if not self.own or ledger is None or name not in ledger.parts:
+            known = ", ".join(sorted(ledger.parts)) if ledger and self.own else "none: the cluster is not ours"
+            raise ClusterError(f"no part {name!r} of the cluster to work on; there are: {known}")
+        return ledger.parts[name]
+
+    def stop(self, name: str) -> None:
+        """Kill a part; its containers stay as they are."""
+        process = self.part(name).process
+        process.send(signal.SIGKILL)
+        wait_for(lambda: not process.alive(), f"{name} to end", 20)
+
+    def start(self, name: str) -> None:
+        """Start a stopped part again, as it was."""
+        with locked():
+            part = self.part(name)
+            ledger = Ledger.load()
+            if ledger is not None and not part.process.alive():
+                ledger.start(name, part.command)
+
+    @contextlib.contextmanager
+    def away(self, name: str) -> Iterator[None]:
+        """The part is stopped inside the block."""
+        self.stop(name)
+        try:
+            yield
+        finally:
+            self.start(name)
+
+    @contextlib.contextmanager
+    def frozen(self, name: str) -> Iterator[None]:
+        """The part is there inside the block, but does not answer."""
+        process = self.part(name).process
+        process.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send(signal.SIGCONT)
+
+
+def given() -> Cluster | None:
+    """The cluster that HOTSTAGE_KUBECONFIG names, if it does."""
+    path = os.environ.get("HOTSTAGE_KUBECONFIG")
+    if not path:
+        return None
+    if not Path(path).exists():
+        raise ClusterError(
+            f"HOTSTAGE_KUBECONFIG = {path!r}: there is no such file; unset it to bring up a cluster here"
+        )
+    found = shutil.which("kubectl")
+    program = (found,) if found else (str(binary()), "kubectl")
+    folder = cache() / "given-cluster"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cluster = Cluster(Path(path), False, folder, (), program)
+    names = [item["metadata"]["name"] for item in cluster.get("nodes")["items"]]
+    return Cluster(Path(path), False, folder, tuple(names), program)
+
+
+def standing() -> Cluster | None:
+    """The cluster that stands on this machine and answers with all its nodes, if there is one."""
+    ledger = Ledger.load()
+    if ledger is None or not ledger.ready or not all(part.process.alive() for part in ledger.parts.values()):
+        return None
+    files = control.Files(ledger.scratch / "files")
+    return _handle(ledger, binary()) if _ready_nodes(files) == set(control.NODES) else None
+
+
+def up(*, owned: bool = False) -> Cluster:
+    """Bring a cluster up, after sweeping what is left of another; it stays until ``down``.
+
+    ``owned``: it goes with this process, even where that is killed. Raises ClusterError where it cannot be had.
+    """
+    require_host(say)
+    kube = binary()
+    archive = pause.archive()
+    with locked():
+        before = Ledger.load()
+        if before and before.owner and before.owner.alive() and before.owner != myself():
+            raise ClusterError(
+                f"process {before.owner.pid} uses the test cluster of this machine; wait for it, or end it"
+            )
+        _sweep()
+        ledger = Ledger(cache() / "cluster", myself() if owned else None)
+        ledger.save()
+        guard = _guard() if owned else None
+        try:
+            return _up(ledger, kube, archive)
+        except BaseException:
+            say("taking down what was started")
+            sweep()
+            if guard:
+                guard.kill()
+                guard.wait()
+            raise
+
+
+def _up(ledger: Ledger, kube: Path, archive: Path) -> Cluster:
+    ledger.scratch.mkdir(mode=0o700, parents=True)
+    say(f"starting etcd, API server, CoreDNS and two nodes under {ledger.scratch}")
+    node.make_network(ledger)
+    files = control.write_files(ledger.scratch / "files")
+    for each in node.NODES:
+        node.start_containerd(ledger, each)
+    with ThreadPoolExecutor() as pool:
+        imports = [pool.submit(each.ctr, "images", "import", str(archive)) for each in node.NODES]
+        control.start_api(ledger, kube, files)
+        for done in imports:
+            done.result()
+    for each in node.NODES:
+        node.start_kubelet(ledger, kube, files, each)
+    control.start_rest(ledger, kube, files)
+    names = [f"{part}-{each.name}" for each in node.NODES for part in ("kubelet", "containerd")]
+    wait_for(
+        lambda: _ready_nodes(files) == set(control.NODES), "two nodes to be Ready", 120, lambda: ledger.tail(*names)
+    )
+    ledger.ready = True
+    ledger.save()
+    say(f"two nodes are Ready; KUBECONFIG={files.admin}")
+    return _handle(ledger, kube)
+
+
+def down() -> None:
+    """Take down the cluster on this machine, whoever brought it up; nothing where there is none."""
+    if os.geteuid() != 0:
+        raise ClusterError("a test cluster of this machine belongs to root: run as root")
+    with locked():
+        _sweep()
+
+
+def _sweep() -> None:
+    found = sweep()
+    if found:
+        say(f"took down: {', '.join(found)}")
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Cluster]:
+    """The cluster that HOTSTAGE_KUBECONFIG names, the one that stands here, or one brought up for the block."""
+    there = given() or (standing() if os.geteuid() == 0 else None)
+    if there is not None:
+        say(f"using the cluster of {there.kubeconfig}")
+        yield there
+        return
+    with _signals():
+        made = up(owned=True)
+        try:
+            yield made
+        finally:
+            say("taking the cluster down")
+            with locked():
+                sweep()
+
+
+def _handle(ledger: Ledger, kube: Path) -> Cluster:
+    files = control.Files(ledger.scratch / "files")
+    return Cluster(files.admin, True, ledger.scratch, control.NODES, (str(kube), "kubectl"))
+
+
+def _ready_nodes(files: control.Files) -> set[str]:
+    answer = control.rest(files, "/api/v1/nodes")
+    ready = set()
+    for item in answer["items"] if isinstance(answer, dict) and "items" in answer else ():
+        for condition in item["status"].get("conditions", ()):
+            if condition["type"] == "Ready" and condition["status"] == "True":
+                ready.add(item["metadata"]["name"])
+    return ready
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that what was started is stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _guard() -> subprocess.Popen[bytes]:
+    """A process that takes the cluster down when this one has ended without doing so."""
+    me = myself()
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.cluster", "guard", str(me.pid), str(me.start)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def guard(owner: Started) -> None:
+    """Wait for the owner's end; then, where its cluster still stands, take it down."""
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(owner.pid)
+        if owner.alive():
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            poll.poll()
+    with locked():
+        ledger = Ledger.load()
+        if ledger is not None and ledger.owner == owner:
+            say("the process that used the cluster is gone")
+            _sweep()
