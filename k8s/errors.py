@@ -64,9 +64,7 @@ def translate(status: int, body: bytes, what: str, retry_after: str | None = Non
     if status == 403:
         if "exceeded quota" in said or "admission webhook" in said or "violates PodSecurity" in said:
             return Invalid(f"{text}; `hotstage k8s doctor` shows quotas and the namespace's Pod Security level")
-        return NotAllowed(
-            f"{text}; apply the Role of k8s/base/rbac.yaml (kubectl apply -k k8s/overlays/quick), or ask for it"
-        )
+        return NotAllowed(f"{text}; apply the Role `hotstage-launcher` of k8s/base/rbac.yaml, or ask for it")
     if status == 404:
         return Missing(text)
     if status == 409:

@@ -34,28 +34,28 @@ def rendered(*sets: str, **launch: Any) -> list[dict[str, Any]]:
 
 
 def test_objects_pass_the_clients_models() -> None:
-    service, job = rendered()
+    job, service, _ = rendered()
     V1Service.model_validate(service)
     V1Job.model_validate(job)
 
 
 @pytest.mark.parametrize("fabric", sorted(FABRICS))
 def test_every_fabric_renders_and_validates(fabric: str) -> None:
-    _, job = rendered(fabric=fabric)
+    job, _, _ = rendered(fabric=fabric)
     V1Job.model_validate(job)
     capabilities = job["spec"]["template"]["spec"]["containers"][0]["securityContext"]["capabilities"]
     assert ("add" in capabilities) == ("capabilities" in FABRICS[fabric])
 
 
 def test_a_misspelt_field_would_not_pass() -> None:
-    _, job = rendered()
+    job, _, _ = rendered()
     job["spec"]["backoffLimits"] = 0
     with pytest.raises(ValueError, match="backoffLimits"):
         V1Job.model_validate(job)
 
 
 def test_the_gang_is_one_indexed_job_a_pod_a_node() -> None:
-    service, job = rendered()
+    job, service, _ = rendered()
     spec = job["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
     assert (spec["backoffLimit"], spec["template"]["spec"]["restartPolicy"]) == (0, "Never")
@@ -64,14 +64,14 @@ def test_the_gang_is_one_indexed_job_a_pod_a_node() -> None:
 
 
 def test_every_exit_code_rule_names_the_engine() -> None:
-    rules = rendered()[1]["spec"]["podFailurePolicy"]["rules"]
+    rules = rendered()[0]["spec"]["podFailurePolicy"]["rules"]
     on_codes = [rule["onExitCodes"] for rule in rules if "onExitCodes" in rule]
     assert all(rule["containerName"] == ENGINE for rule in on_codes)
     assert set(on_codes[0]["values"]) == {code for code in EXITS if code}
 
 
 def test_credentials_reach_the_agent_alone() -> None:
-    pod = rendered(store_secret="s3-rights")[1]["spec"]["template"]["spec"]
+    pod = rendered(store_secret="s3-rights")[0]["spec"]["template"]["spec"]
     (engine,), (agent,) = pod["containers"], pod["initContainers"]
     assert agent["envFrom"] == [{"secretRef": {"name": "s3-rights"}}]
     assert "envFrom" not in engine
@@ -80,7 +80,7 @@ def test_credentials_reach_the_agent_alone() -> None:
 
 
 def test_containers_are_restricted() -> None:
-    pod = rendered()[1]["spec"]["template"]["spec"]
+    pod = rendered()[0]["spec"]["template"]["spec"]
     for container in (*pod["containers"], *pod["initContainers"]):
         context = container["securityContext"]
         assert context["readOnlyRootFilesystem"] is True
@@ -90,9 +90,9 @@ def test_containers_are_restricted() -> None:
 
 
 def test_memory_comes_from_the_plan_and_less_is_refused() -> None:
-    pod = rendered()[1]["spec"]["template"]["spec"]
+    pod = rendered()[0]["spec"]["template"]["spec"]
     assert int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi")) > 128
-    with pytest.raises(LaunchError, match="less than the .*Mi that the plan needs"):
+    with pytest.raises(LaunchError, match=r"less than the .*Mi that the plan needs"):
         rendered(resources={"memory": "1Mi"})
     with pytest.raises(LaunchError, match="is no quantity"):
         rendered(resources={"cpu": "a lot"})
@@ -104,7 +104,7 @@ def test_a_patch_adds_but_does_not_break_the_contract() -> None:
         "containers": [{"name": ENGINE, "env": [{"name": "X", "value": "1"}]}],
         "imagePullSecrets": [{"name": "pull"}],
     }
-    pod = rendered(pod_patch=patch)[1]["spec"]["template"]["spec"]
+    pod = rendered(pod_patch=patch)[0]["spec"]["template"]["spec"]
     assert {"name": "X", "value": "1"} in pod["containers"][0]["env"]
     assert pod["imagePullSecrets"] == [{"name": "pull"}]
     for bad in (

@@ -1,0 +1,260 @@
+"""What a cluster shows, and what is made of it: rules G1..G5 of k8s/diagnosis.py as tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from k8s.diagnosis import Limits, launch_view
+from k8s.labels import AGENT, ENGINE
+from k8s.views import Condition, ContainerView, EventView, JobView, PodView, job_view, pod_view
+from trainer.wire import EXITS
+
+JOB = JobView("x-k1", "j1", "x-k1", completions=2)
+UP = ContainerView("running")
+LIMITS = Limits(400 << 20, 512 << 20, 100 << 20, 128 << 20)
+
+
+def pod(index: int, engine: ContainerView = UP, agent: ContainerView = UP, **more: Any) -> PodView:
+    fields: dict[str, Any] = {"phase": "Running", "place": f"m{index}", **more}
+    return PodView(f"x-k1-{index}", f"u{index}", "j1", index, containers={ENGINE: engine, AGENT: agent}, **fields)
+
+
+def disrupted(reason: str) -> dict[str, Condition]:
+    return {"DisruptionTarget": Condition("True", reason, "because")}
+
+
+def unscheduled(message: str, reason: str = "Unschedulable") -> PodView:
+    return PodView("x-k1-1", "u1", "j1", 1, conditions={"PodScheduled": Condition("False", reason, message)})
+
+
+def test_a_whole_gang_runs() -> None:
+    view = launch_view("x-k1", JOB, [pod(0), pod(1)])
+    assert (view.state, view.loss) == ("running", None)
+    assert [(n.node, n.alive, n.place) for n in view.nodes] == [(0, True, "m0"), (1, True, "m1")]
+
+
+WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
+    "not made yet": (None, [], "not made yet"),
+    "no cpu": (unscheduled("0/2 nodes are available: 2 Insufficient cpu."), [], "lower launch.resources.cpu"),
+    "no memory": (unscheduled("2 Insufficient memory"), [], "more stages"),
+    "taint": (unscheduled("1 node(s) had untolerated taint"), [], "launch.tolerations"),
+    "affinity": (unscheduled("didn't match Pod's node affinity/selector"), [], "two strikes"),
+    "gate": (unscheduled("", "SchedulingGated"), [], "scheduling gate"),
+    "pulling": (
+        pod(1, ContainerView("waiting", "ErrImagePull", "connection reset by peer"), phase="Pending"),
+        [],
+        "pulls the image of its engine: connection reset",
+    ),
+    "agent comes again": (
+        pod(1, ContainerView(), ContainerView("waiting", "CrashLoopBackOff", last_code=75, last_message="a\nno route")),
+        [],
+        "ended with 75 and starts again: no route",
+    ),
+    "quota": (
+        None,
+        [EventView("x-k1", "FailedCreate", "pods is forbidden: exceeded quota: small", "Warning")],
+        "raise the quota",
+    ),
+    "mount": (
+        replace(unscheduled(""), conditions={}),
+        [EventView("x-k1-1", "FailedMount", 'secret "x-k1-key" not found', "Warning")],
+        "FailedMount",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_what_waits_is_neither_failed_nor_stalled(case: str) -> None:
+    second, events, text = WAITS[case]
+    view = launch_view("x-k1", JOB, [pod(0), *([second] if second else [])], events=events)
+    assert (view.state, view.loss) == ("waiting", None)
+    assert view.nodes[1].alive is None
+    assert text in view.detail
+    assert "1 of 2 pods run" in view.detail
+
+
+def test_a_suspended_launch_waits_for_its_queue() -> None:
+    view = launch_view("x-k1", replace(JOB, suspended=True, queue="team"), [])
+    assert (view.state, view.loss) == ("waiting", None)
+    assert "queue team" in view.detail
+
+
+LOSSES: dict[str, tuple[PodView, str, str, str]] = {
+    # what a pod shows -> class, part of the text, part of the mend
+    "no image": (
+        pod(1, ContainerView("waiting", "ErrImageNeverPull", "not present"), phase="Pending"),
+        *("config", "cannot start its engine: ErrImageNeverPull", "load the image"),
+    ),
+    "image unknown to its registry": (
+        pod(1, ContainerView("waiting", "ImagePullBackOff", "manifest unknown"), phase="Pending"),
+        *("config", "manifest unknown", "launch.image"),
+    ),
+    "agent's image": (
+        pod(1, ContainerView(), ContainerView("waiting", "InvalidImageName", "bad")),
+        *("config", "its agent: InvalidImageName", "launch.agent_image"),
+    ),
+    "no such secret": (
+        pod(1, ContainerView(), ContainerView("waiting", "CreateContainerConfigError", 'secret "s3" not found')),
+        *("config", 'secret "s3" not found', "launch.store_secret"),
+    ),
+    "agent refused": (
+        pod(
+            1,
+            ContainerView(),
+            ContainerView("waiting", "CrashLoopBackOff", restarts=1, last_code=78, last_message="x\nforbidden"),
+        ),
+        *("config", "an agent that refuses to start: forbidden", "launch.store_secret"),
+    ),
+    "engine out of memory": (
+        pod(1, ContainerView("terminated", "OOMKilled", exit_code=137), phase="Failed"),
+        *("memory", "the plan needs 400 MiB and its limit is 512 MiB", "raise the limit"),
+    ),
+    "agent out of memory": (
+        pod(1, UP, ContainerView("waiting", "CrashLoopBackOff", last_code=137, last_reason="OOMKilled")),
+        *("memory", "the plan needs 100 MiB and its limit is 128 MiB", "launch.agent_resources.memory"),
+    ),
+    "137 is a kill, not a verdict": (
+        pod(1, ContainerView("terminated", "Error", exit_code=137), phase="Failed"),
+        *("infra", "lost its supervisor: killed (137)", ""),
+    ),
+    "crash of the supervisor": (
+        pod(1, ContainerView("terminated", "Error", exit_code=139), phase="Failed"),
+        *("signal", "signal 11", "hotstage logs"),
+    ),
+    "no engine in the image": (
+        pod(1, ContainerView("terminated", "StartError", "exec: not found", exit_code=128), phase="Failed"),
+        *("config", "cannot run its engine", "launch.image"),
+    ),
+    "evicted by its own limit": (
+        pod(1, phase="Failed", reason="Evicted", message='Usage of EmptyDir volume "work" exceeds the limit "1Mi"'),
+        *("memory", "was evicted: Usage of EmptyDir", "raise that limit"),
+    ),
+    "evicted by its machine": (
+        pod(1, phase="Failed", reason="Evicted", message="The node was low on resource: memory"),
+        *("infra", "low on resource", "request what the run needs"),
+    ),
+    "turned away": (pod(1, phase="Failed", reason="OutOfcpu"), "infra", "turned away", ""),
+    "machine silent": (
+        pod(
+            1,
+            deleting=True,
+            conditions={**disrupted("DeletionByTaintManager"), "Ready": Condition("False", "NodeNotReady")},
+        ),
+        *("infra", "does not answer the control plane", ""),
+    ),
+    "machine gone": (
+        pod(1, phase="Failed", conditions=disrupted("DeletionByPodGC")),
+        *("infra", "does not answer the control plane", ""),
+    ),
+    "preempted": (
+        pod(1, deleting=True, conditions=disrupted("PreemptionByScheduler")),
+        *("preempted", "a pod of higher priority", ""),
+    ),
+    "drained": (
+        pod(1, deleting=True, conditions=disrupted("EvictionByEvictionAPI")),
+        *("preempted", "its machine is drained", ""),
+    ),
+    "deleted": (pod(1, deleting=True), "preempted", "is being deleted", ""),
+    "failed without a word": (pod(1, ContainerView(), phase="Failed"), "infra", "no reason given", ""),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_what_a_pod_shows_becomes_a_cause_and_a_mend(case: str) -> None:
+    second, cls, text, mend = LOSSES[case]
+    view = launch_view("x-k1", JOB, [pod(0), second], limits=LIMITS)
+    assert view.state == "lost"
+    assert view.loss is not None
+    assert (view.loss.cls, view.loss.node) == (cls, 1)
+    assert text in view.loss.text
+    assert mend in view.loss.mend
+    assert view.loss.place == second.place
+
+
+@pytest.mark.parametrize("code", [code for code in EXITS if code])
+def test_every_exit_code_of_the_engine_has_its_class(code: int) -> None:
+    ended = pod(1, ContainerView("terminated", "Error", "first\nlast words", code), phase="Failed")
+    view = launch_view("x-k1", JOB, [pod(0), ended])
+    assert view.loss is not None
+    assert view.loss.cls == EXITS[code].cls
+    assert "last words" in view.loss.text
+    assert view.nodes[1].alive is False
+
+
+def test_a_sidecars_end_is_not_the_engines() -> None:
+    restarted = ContainerView("running", restarts=1, last_code=137, last_reason="OOMKilled")
+    assert launch_view("x-k1", JOB, [pod(0), pod(1, UP, restarted)]).state == "running"
+
+
+def test_a_pod_that_leaves_may_save_until_its_engine_has_ended() -> None:
+    view = launch_view("x-k1", JOB, [pod(0), pod(1, deleting=True)])
+    assert (view.state, view.nodes[1].alive) == ("lost", True)
+    over = pod(1, ContainerView("terminated", exit_code=85), deleting=True)
+    view = launch_view("x-k1", JOB, [pod(0), over])
+    assert view.nodes[1].alive is False
+    assert view.loss is not None
+    assert view.loss.cls == "preempted"
+
+
+def test_the_pod_that_failed_explains_those_that_its_job_then_ended() -> None:
+    failed = replace(JOB, conditions={"FailureTarget": Condition("True", "PodFailurePolicy", "container engine 137")})
+    killed = pod(1, ContainerView("terminated", "Error", exit_code=137), phase="Failed")
+    view = launch_view("x-k1", failed, [pod(0, deleting=True), killed])
+    assert view.loss is not None
+    assert (view.loss.cls, view.loss.node) == ("infra", 1)
+
+
+def test_a_vanished_pod_is_known_by_its_last_sight() -> None:
+    last = pod(1, ContainerView("terminated", "OOMKilled", exit_code=137), deleting=True)
+    view = launch_view("x-k1", JOB, [pod(0)], [last], limits=LIMITS)
+    assert view.loss is not None
+    assert (view.state, view.loss.cls, view.nodes[1].alive) == ("lost", "memory", False)
+    view = launch_view("x-k1", JOB, [pod(0)], [pod(1)])
+    assert view.loss is not None
+    assert "was deleted" in view.loss.text
+
+
+def test_pods_of_another_job_do_not_count() -> None:
+    strangers = [replace(pod(0), job_uid="j0"), replace(pod(1, phase="Failed"), job_uid="j0")]
+    view = launch_view("x-k1", JOB, strangers, strangers)
+    assert (view.state, view.loss) == ("waiting", None)
+
+
+def test_an_index_that_was_started_twice_counts_once() -> None:
+    old = replace(pod(1, deleting=True), name="x-k1-1-old", created="2026-01-01T00:00:00Z")
+    new = replace(pod(1), name="x-k1-1-new", created="2026-01-01T00:00:09Z")
+    assert launch_view("x-k1", JOB, [pod(0), old, new]).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("message", "mend"),
+    [
+        ('pods "x" is forbidden: violates PodSecurity "restricted:latest"', "fabric that restricted allows"),
+        ('error looking up service account train/me: serviceaccount "me" not found', "launch.service_account"),
+        ('admission webhook "policy" denied the request: no', "admission refuses"),
+    ],
+)
+def test_pods_that_are_never_admitted_are_a_refused_configuration(message: str, mend: str) -> None:
+    view = launch_view("x-k1", JOB, [], events=[EventView("x-k1", "FailedCreate", message, "Warning")])
+    assert view.state == "lost"
+    assert view.loss is not None
+    assert view.loss.cls == "config"
+    assert mend in view.loss.mend
+
+
+def test_the_end() -> None:
+    done = [pod(n, ContainerView("terminated", exit_code=0), phase="Succeeded") for n in range(2)]
+    assert launch_view("x-k1", JOB, done).state == "done"
+    assert launch_view("x-k1", replace(JOB, conditions={"Complete": Condition("True")}), []).state == "done"
+    assert launch_view("x-k1", JOB, [done[0], pod(1)]).state == "partial"
+    assert launch_view("x-k1", None, []).state == "absent"
+
+
+def test_views_tolerate_what_a_server_leaves_out() -> None:
+    assert pod_view({"metadata": {"name": "p"}}) == PodView("p")
+    assert job_view({"metadata": {"name": "j"}, "status": {"conditions": None}}).name == "j"
+    raw = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"name": ENGINE, "state": {"running": {}}}]}}
+    assert pod_view(raw).containers[ENGINE].state == "running"
