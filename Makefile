@@ -27,7 +27,7 @@ demo: setup ## the main job end to end: prepare, train on two stages, lose one, 
 
 test: setup ## the tests, at most 10 minutes on 2 cores (the first time some more: it builds an S3 server)
 	$(BIN)/python -m tests.support.s3_server
-	$(BIN)/python -m pytest -q -m "not slow and not cluster"
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "not slow and not cluster"
 
 check: setup ## format, lint, types, layering, warnings as errors, sanitizers
 	$(BIN)/ruff format --check .

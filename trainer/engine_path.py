@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -30,3 +31,7 @@ def engine_binary() -> Path:
             return place
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
     raise LaunchError(f"the engine is not built: no {looked}; run 'make setup', or name it in HOTSTAGE_ENGINE")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{engine_binary()}\n")
