@@ -6,6 +6,7 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError, NotFound
 from checkpoint.log import RunLog, RunState
+from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.live import MetricsReader, step_curve
 from flows.report import AttemptFact, ReportFacts
@@ -159,6 +160,9 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
     measured = read_traces(store, run, epochs)
     rates = [float(line["tokens_per_s"]) for line in curve.values() if line.get("tokens_per_s")]
     newest = state.restore_candidates()[:1]
+    size = (
+        load_manifest(store, run, newest[0]).total_bytes if newest else None
+    )  # the same for every checkpoint of a run
     known: dict[str, Any] = {
         "run": run,
         "outcome": state_word(state),
@@ -166,7 +170,7 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
         "curve": {step: float(line["loss"]) for step, line in curve.items()},
         "attempts": attempt_facts(state, lines),
         "checkpoints": [
-            {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": c.bytes, "state_digest": c.state_digest}
+            {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": size, "state_digest": c.state_digest}
             for c in state.checkpoints
         ],
         "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,

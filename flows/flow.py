@@ -7,9 +7,7 @@ Nothing secret is ever a parameter: a store's URL cannot hold credentials, and a
 from __future__ import annotations
 
 import re
-import threading
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,18 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
+from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
+from prefect.runner import Runner
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
+from flows import hosting
 from flows.api import make_driver, store_at
 from flows.facts import attempt_rows
-from flows.loop import Outcome, Sink
+from flows.loop import Outcome
 from flows.prepare import prepare
 from flows.run import Prepared, load_run, prepare_run
 from flows.sink import Lines, Many, PrefectSink
@@ -34,26 +35,6 @@ from trainer.spec import RunSpec
 
 class RunFailed(RuntimeError):
     """The run ended without success; the text says why and what to do."""
-
-
-@dataclass
-class Hosted:
-    """What a process that hosts a flow gives it and gets from it: no parameters, because they are not data."""
-
-    prepared: Prepared | None = None
-    sink: Sink | None = None
-    stop: threading.Event | None = None
-    reopen: bool = False
-    driving: bool = False
-    outcome: Outcome | None = None
-
-
-_hosted: ContextVar[Hosted | None] = ContextVar("hosted", default=None)
-
-
-def hold(hosted: Hosted) -> None:
-    """For a thread that calls ``train_flow`` itself: what the flow takes and leaves."""
-    _hosted.set(hosted)
 
 
 def is_own_end(error: BaseException) -> bool:
@@ -105,11 +86,8 @@ def train_flow(
     ``fresh``: each scheduled firing is a run of its own (its scheduled time joins the name).
     """
     opened = store_at(store or None)
-    hosted = _hosted.get()
-    if hosted is not None and hosted.prepared is not None and hosted.prepared.run == run:
-        prepared = hosted.prepared
-    elif spec is None:
-        prepared = load_run(opened, run, list(sets))
+    if spec is None:
+        prepared = hosting.prepared_for(run) or load_run(opened, run, list(sets))
     else:
         digest = str(prepare_data(spec, opened.url)["digest"])
         prepared = compile_run(spec, opened.url, digest, scheduled_suffix() if fresh else "")
@@ -133,7 +111,7 @@ def scheduled_suffix() -> str:
 
 def drive(prepared: Prepared, store_url: str, out: Path) -> Outcome:
     """The driver inside a flow run: artifacts to Prefect, lines to the flow's log or to the hosting command."""
-    hosted = _hosted.get() or Hosted()
+    hosted = hosting.current()
     hosted.driving = True
     store = store_at(store_url)
     steps = prepared.spec.train.steps
@@ -149,16 +127,22 @@ def drive(prepared: Prepared, store_url: str, out: Path) -> Outcome:
         prefect_sink.close()
 
 
-def serve_schedule(
+async def serve_schedule(
     spec: RunSpec, store_url: str, out: str, *, cron: str | None, interval: float | None, name: str | None
 ) -> None:
-    """Serve a deployment in the foreground: a new run each firing, at most one at a time, a late one skipped."""
-    train_flow.serve(
+    """Serve a deployment until it is cancelled: a new run each firing, one at a time, an overlapping one skipped.
+
+    Not ``train_flow.serve``: its runner takes runs ten seconds before their time, and judges overlap then. This one
+    looks every second and starts nothing early. Each run is a process of its own (``prefect.flow_engine``).
+    """
+    runner = Runner(name=name or spec.name, query_seconds=1.0, prefetch_seconds=0, pause_on_shutdown=False)
+    deployment: RunnerDeployment = await train_flow.ato_deployment(
         name=name or spec.name,
         cron=cron,
         interval=interval,
         parameters={"spec": spec.model_dump(mode="json"), "store": store_url, "fresh": True, "out": out},
-        global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-        pause_on_shutdown=False,
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
+    await runner.aadd_deployment(deployment)
+    await runner.start()

@@ -7,11 +7,40 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.loop import Outcome, Sink
 from flows.run import Prepared
+
+
+@dataclass
+class Hosted:
+    """What a process that hosts a flow gives it and gets from it: no parameters, because they are not data."""
+
+    prepared: Prepared | None = None
+    sink: Sink | None = None
+    stop: threading.Event | None = None
+    reopen: bool = False
+    driving: bool = False
+    outcome: Outcome | None = None
+
+
+_hosted: ContextVar[Hosted | None] = ContextVar("hosted", default=None)
+
+
+def current() -> Hosted:
+    """What the host of this flow gave; nothing where Prefect itself started it."""
+    return _hosted.get() or Hosted()
+
+
+def prepared_for(run: str) -> Prepared | None:
+    """The run that the host has made ready, with its spec's layout; None where it is another, or there is no host."""
+    prepared = current().prepared
+    return prepared if prepared is not None and prepared.run == run else None
+
 
 PREFECT_PATIENCE_S = 10.0
 """After the run's own end, for Prefect to take the flow run's: its client retries for a minute where nobody answers."""
@@ -33,13 +62,13 @@ def run_flow(
     """
     from flows import flow
 
-    hosted = flow.Hosted(prepared, sink, stop, reopen)
+    hosted = Hosted(prepared, sink, stop, reopen)
     errors: list[BaseException] = []
     done = threading.Event()
 
     def work() -> None:
         try:
-            flow.hold(hosted)
+            _hosted.set(hosted)
             flow.train_flow(store=store_url, run=prepared.run, out=str(out))
         except BaseException as error:  # the flow's own end is Prefect's; what counts is judged below
             errors.append(error)

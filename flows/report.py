@@ -149,7 +149,7 @@ def render(facts: ReportFacts) -> str:
     cards = [
         _fact(facts.outcome, "outcome"),
         _fact(f"{facts.steps:,}", "optimizer steps"),
-        _fact(f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "–", "loss"),
+        _fact(f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "–", "loss"),
         _fact(str(len(facts.attempts)), "attempts"),
         _fact(str(lost), "steps done twice"),
         _fact(f"{sum(recoveries):.1f} s" if recoveries else "0 s", "time lost to failures"),
@@ -177,7 +177,8 @@ def render(facts: ReportFacts) -> str:
         if facts.digest_one_stage is not None:
             word, cls = ("equal", "good") if equal else ("DIFFERENT", "bad")
             parts.append(
-                f"<p>one stage, undisturbed, over the same last steps: <code>{html.escape(facts.digest_one_stage)}</code> "
+                "<p>one stage, undisturbed, over the same last steps: "
+                f"<code>{html.escape(facts.digest_one_stage)}</code> "
                 f'<b class="{cls}">{word}</b></p>'
             )
         parts.append("</div>")
@@ -223,7 +224,7 @@ def render(facts: ReportFacts) -> str:
                     [
                         str(c["step"]),
                         str(c.get("attempt") or "–"),
-                        f"{int(c.get('bytes', 0)) / 1e6:.1f} MB",
+                        f"{int(c['bytes']) / 1e6:.1f} MB" if c.get("bytes") else "–",
                         str(c.get("state_digest", "")),
                     ]
                     for c in facts.checkpoints

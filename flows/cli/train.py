@@ -133,6 +133,11 @@ def schedule(
 
     Runs in the foreground until Ctrl-C; runs that it started go on. Each run's name ends with its scheduled time.
     """
+    import asyncio
+    import contextlib
+
+    from prefect.exceptions import TerminationSignal
+
     from flows.flow import serve_schedule
     from trainer.spec import load_spec
 
@@ -148,6 +153,12 @@ def schedule(
             err=True,
         )
         return 78
-    serve_schedule(run_spec, store_at(store).url, str(Path(out).absolute()), cron=cron, interval=interval, name=name)
+    work = serve_schedule(
+        run_spec, store_at(store).url, str(Path(out).absolute()), cron=cron, interval=interval, name=name
+    )
+    when = f"cron {cron!r}" if cron else f"every {interval:g} s"
+    say(f"scheduled {name or run_spec.name} ({when}) at {url}; Ctrl-C ends the schedule, not what runs")
+    with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
+        asyncio.run(work)
     sys.stdout.flush()
     return 0

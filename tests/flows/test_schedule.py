@@ -1,0 +1,105 @@
+"""`hotstage schedule` against a real Prefect server: new runs by themselves, one at a time, and an end on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.conftest import Api
+from tests.support.agents import wait_for
+from tests.support.place import Place, finish
+
+
+@pytest.fixture
+def scheduling(hosted: Place) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Schedulers to be ended with the test, before what they started."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def deployment(api: Api, name: str) -> dict[str, Any]:
+    (found,) = api.ask("deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    return found
+
+
+def of(api: Api, name: str, *types: str) -> list[dict[str, Any]]:
+    """A deployment's flow runs in these states."""
+    found = api.ask("deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    return (
+        api.flow_runs(deployment_id={"any_": [found[0]["id"]]}, state={"type": {"any_": list(types)}}) if found else []
+    )
+
+
+def test_it_fires_three_times_and_each_is_a_new_run(
+    prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]]
+) -> None:
+    sets = ["--set", "name='often'", "--set", "train.steps=6", "--set", "parallel.stages=1"]
+    process = hosted.start("schedule", "spec.toml", "--interval", "3", *sets)
+    scheduling.append(process)
+    wait_for(lambda: len(of(prefect, "often", "COMPLETED")) >= 3 or process.poll() is not None, "three runs", 150)
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 60)
+    assert done.code == 0, done.out + done.err
+    completed = of(prefect, "often", "COMPLETED")
+    assert len(completed) >= 3, done.out + done.err
+    assert not of(prefect, "often", "FAILED")
+
+    runs = {row["run"]: row for row in json.loads(hosted.run("runs", "ls", "--json"))}
+    for flow_run in completed:
+        at = re.sub(r"[-:]", "", flow_run["expected_start_time"].partition(".")[0]).lower()
+        assert flow_run["name"].endswith(at[:15]), flow_run["name"]
+        (name,) = [r for r in runs if r.startswith("often-") and r.endswith(flow_run["name"].rpartition("-")[2])]
+        assert (runs[name]["state"], runs[name]["saved_step"]) == ("succeeded", 6)
+    assert len({f["name"] for f in completed}) == len(completed)
+    assert all(f["start_time"] >= f["expected_start_time"] for f in completed)  # none early
+    spans = sorted((f["start_time"], f["end_time"]) for f in completed)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))  # never two at once
+
+
+def test_overlap_is_skipped_and_ctrl_c_leaves_the_run_alone(
+    prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]]
+) -> None:
+    sets = ["--set", "name='long'", "--set", "train.steps=1000000", "--set", "checkpoint.every=50"]
+    process = hosted.start("schedule", "spec.toml", "--interval", "2", *sets)
+    scheduling.append(process)
+    log = hosted.folder / "store" / "runs"
+
+    def skipped() -> list[dict[str, Any]]:
+        return of(prefect, "long", "CANCELLED")
+
+    wait_for(lambda: len(skipped()) >= 2 or process.poll() is not None, "two skipped firings", 150)
+    assert len(of(prefect, "long", "RUNNING")) == 1
+    wait_for(lambda: any(log.glob("long-*/live/*/metrics/*")), "the first step", 60)
+    (run,) = {path.parts[len(log.parts)] for path in log.glob("long-*/log/*")}
+
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 60)
+    assert done.code == 0, done.out + done.err
+    assert deployment(prefect, "long")["paused"] is False
+    before = newest(log / run)
+    wait_for(lambda: newest(log / run) > before, "the gang to go on by itself", 60)
+    assert any("hotstage-engine" in line for line in hosted.left().values())
+    hosted.run("runs", "cancel", run)
+    hosted.all_gone(30)
+
+
+def newest(run: Path) -> str:
+    return max(path.name for path in run.glob("live/*/metrics/*"))
+
+
+def test_it_needs_a_server_and_one_time(place: Place) -> None:
+    done = place.call("schedule", "spec.toml", "--interval", "3")
+    assert (done.code, "PREFECT_API_URL" in done.err) == (78, True), done.err
+    assert place.call("schedule", "spec.toml").code == 2
