@@ -20,7 +20,15 @@ from pathlib import Path
 from tests.engine.engine_build import ROOT, build_engine, build_plan_fuzz
 from tests.engine.plans import GPT2, LLAMA, small_plan
 
-TESTS = ("test_rank.py", "test_data.py", "test_infer.py", "test_supervisor.py", "test_agent_link.py", "test_comm.py")
+TESTS = (
+    "test_rank.py",
+    "test_data.py",
+    "test_infer.py",
+    "test_supervisor.py",
+    "test_agent_link.py",
+    "test_comm.py",
+    "test_hostile.py",
+)
 # A library loaded before the engine and a sanitizer both want malloc.
 NOT = "not allocates and not allocation"
 
@@ -44,7 +52,10 @@ def _pytest(engine: Path, sanitize: str) -> None:
         "TSAN_OPTIONS": "exitcode=99:halt_on_error=1",
     }
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", NOT, *found], check=True, cwd=ROOT, env=environment
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", NOT, *found],
+        check=True,
+        cwd=ROOT,
+        env=environment,
     )
 
 
