@@ -142,9 +142,10 @@ class KubernetesLauncher:
         job = self._job(launch_id)
         known = self._known.setdefault(launch_id, _Known())
         if job is None:
-            if known.uid and self._clock() - known.made_at < FRESH_S:
-                return LaunchView(launch_id, "waiting", detail="its Job has just been made")
             was = next((j for j in jobs.gone.values() if j.launch == label_value(launch_id) and j.ours), None)
+            other = was is None or (known.uid and was.uid != known.uid)
+            if known.uid and other and self._clock() - known.made_at < FRESH_S:
+                return LaunchView(launch_id, "waiting", detail="its Job has just been made")
             if was is not None:
                 loss = Finding("infra", f"Job {was.name} was deleted", "a new launch is made")
                 return LaunchView(launch_id, "lost", detail=loss.text, loss=loss)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k8s.diagnosis import Limits
 from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
+from k8s.quantity import QUANTITY, amount
 from trainer.errors import LaunchError
 from trainer.plan import Plan
 from trainer.spec import RunSpec
@@ -27,7 +27,6 @@ WORK = "/var/lib/hotstage"
 KEY_FOLDER = "/etc/hotstage"
 AGENT_OVERHEAD = 512 << 20
 ENGINE_OVERHEAD = 128 << 20
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?\Z")
 DEFAULT_IMAGE, DEFAULT_AGENT_IMAGE = "hotstage-engine:0.1.0", "hotstage-agent:0.1.0"
 # fabric -> devices, capabilities and environment; tcp is what this version runs, the others are rendered
 FABRICS: Mapping[str, Mapping[str, Any]] = {
@@ -291,9 +290,9 @@ def limits_of(spec: RunSpec, plan: Plan, job: Mapping[str, Any]) -> Limits:
     agent = next(c for c in pod["initContainers"] if c["name"] == AGENT)
     return Limits(
         engine_needs=_engine_memory(spec, plan),
-        engine_limit=int(_bytes(engine["resources"]["limits"]["memory"])),
+        engine_limit=int(amount(engine["resources"]["limits"]["memory"])),
         agent_needs=_agent_memory(spec, plan),
-        agent_limit=int(_bytes(agent["resources"]["limits"]["memory"])),
+        agent_limit=int(amount(agent["resources"]["limits"]["memory"])),
     )
 
 
@@ -313,25 +312,16 @@ def _agent_memory(spec: RunSpec, plan: Plan) -> int:
 def _resources(memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:
     """Requests and limits: what the spec says, else the plan's memory; less than that is refused."""
     for key, value in wanted.items():
-        if not _QUANTITY.match(value):
+        if not QUANTITY.match(value):
             raise LaunchError(f"launch.resources.{key} = {value!r} is no quantity; write for example 4, 500m, 16Gi")
     given = dict(wanted)
     limit = given.setdefault("memory", f"{-(-memory // (1 << 20))}Mi")
-    if _bytes(limit) < memory:
+    if amount(limit) < memory:
         raise LaunchError(
             f"launch.resources.memory = {limit} is less than the {-(-memory // (1 << 20))}Mi that the plan needs; "
             "raise it, or take more stages, smaller microbatches or fewer slots"
         )
     return {"requests": {**given, **more}, "limits": {"memory": limit, **more}}
-
-
-def _bytes(quantity: str) -> float:
-    match = re.match(r"([0-9.]+)([A-Za-z]*)\Z", quantity)
-    assert match is not None
-    units = {"": 1.0, "m": 1e-3}
-    units |= {u: 1000.0 ** (i + 1) for i, u in enumerate("kMGTPE")}
-    units |= {f"{u}i": 1024.0 ** (i + 1) for i, u in enumerate("KMGTPE")}
-    return float(match[1]) * units[match[2]]
 
 
 # --- strategic merge, as far as a pod needs it ------------------------------------------------------------

@@ -1,0 +1,336 @@
+"""What a cluster lacks before a run is started on it, in at most ten seconds, with the mend beside each finding.
+
+Every check is one or two reads (and one server-side dry run): nothing is made or changed. A check that may not look
+(cluster-wide reads are not in the Role) says so and is no fault.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from k8s.api import JOBS, QUOTAS, SECRETS, Json
+from k8s.errors import ApiUnavailable, Missing, NotAllowed
+from k8s.labels import AGENT, ENGINE
+from k8s.quantity import amount
+from trainer.errors import LaunchError
+
+OLDEST = (1, 29)
+LIMIT_S = 10.0
+READ_S = 3.0
+ROLE = "hotstage-launcher"
+
+RIGHTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("batch", "jobs", ("list", "watch", "create", "patch", "delete")),
+    ("", "pods", ("list", "watch")),
+    ("", "pods/log", ("get",)),
+    ("", "services", ("create", "get")),
+    ("", "secrets", ("create", "get")),
+    ("", "events", ("list",)),
+    ("", "resourcequotas", ("list",)),
+    ("", "namespaces", ("get",)),
+)
+"""(API group, resource, verbs): all that the launcher and this doctor need, and all that the Role grants."""
+
+_OPTIONAL = {("resourcequotas", "list"), ("namespaces", "get"), ("events", "list"), ("pods/log", "get")}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``verdict``: ok; warn (it may work); bad (it will not); unknown (could not look)."""
+
+    name: str
+    verdict: Literal["ok", "warn", "bad", "unknown"]
+    text: str
+    mend: str = ""
+
+
+class Reader(Protocol):
+    """What the doctor needs of ``k8s.api.Api``."""
+
+    def get(self, path: str, query: Mapping[str, str] | None = None, read_s: float = 20.0) -> Json: ...
+
+    def create(self, path: str, body: Json, *, dry_run: bool = False) -> Json: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run would ask for: the rendered Job, the store, the Secret with its credentials."""
+
+    namespace: str
+    job: Json | None = None
+    store_url: str = ""
+    store_secret: str = ""
+    queue: str = ""
+
+
+def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monotonic) -> list[Check]:
+    """Every check, in the order in which a person mends them; those that no time is left for say so."""
+    checks: tuple[tuple[str, Callable[[Reader, Wanted], list[Check]]], ...] = (
+        ("version", _version),
+        ("rights", _rights),
+        ("namespace", _namespace),
+        ("quota", _quota),
+        ("machines", _machines),
+        ("images", _images),
+        ("store", _store),
+        ("queue", _queue),
+        ("admission", _admission),
+    )
+    deadline, found = clock() + LIMIT_S - READ_S, []
+    for name, check in checks:
+        if clock() > deadline:
+            found.append(Check(name, "unknown", f"no time left: the API server took {LIMIT_S:.0f} s for the others"))
+            continue
+        try:
+            found += check(api, wanted)
+        except ApiUnavailable as error:
+            found.append(Check(name, "bad", str(error), "check the network, the kubeconfig's server and its proxy"))
+            if name == "version":
+                break
+        except NotAllowed as error:
+            verdict: Literal["bad", "unknown"] = "bad" if "expired" in str(error) else "unknown"
+            found.append(Check(name, verdict, str(error)))
+        except LaunchError as error:
+            found.append(Check(name, "bad", str(error)))
+    return found
+
+
+def _version(api: Reader, wanted: Wanted) -> list[Check]:
+    said = api.get("/version", read_s=READ_S)
+    text = str(said.get("gitVersion", "unknown"))
+    match = re.match(r"v?(\d+)\.(\d+)", text)
+    if match is None:
+        return [Check("version", "unknown", f"the API server calls itself {text!r}")]
+    if (int(match[1]), int(match[2])) < OLDEST:
+        need = ".".join(map(str, OLDEST))
+        mend = f"upgrade the cluster to {need} or later: the agent is a native sidecar, which older ones do not know"
+        return [Check("version", "bad", f"Kubernetes {text} is older than {need}", mend)]
+    return [Check("version", "ok", f"Kubernetes {text}")]
+
+
+def _rights(api: Reader, wanted: Wanted) -> list[Check]:
+    missing = [
+        (verb, resource, group)
+        for group, resource, verbs in RIGHTS
+        for verb in verbs
+        if not _may(api, wanted.namespace, group, resource, verb)
+    ]
+    found = []
+    for verb, resource, group in missing:
+        weak = (resource, verb) in _OPTIONAL
+        what = f"{resource}.{group}" if group else resource
+        found.append(
+            Check(
+                "rights",
+                "warn" if weak else "bad",
+                f"may not {verb} {what} in namespace {wanted.namespace}",
+                f"apply the Role {ROLE} of k8s/base/rbac.yaml in {wanted.namespace} and bind it to this user",
+            )
+        )
+    count = sum(len(verbs) for _, _, verbs in RIGHTS)
+    return found or [Check("rights", "ok", f"all {count} rights of the Role {ROLE} in {wanted.namespace}")]
+
+
+def _may(api: Reader, namespace: str, group: str, resource: str, verb: str) -> bool:
+    resource, _, sub = resource.partition("/")
+    asked = {"namespace": namespace, "verb": verb, "group": group, "resource": resource, "subresource": sub}
+    if resource == "namespaces":
+        asked["name"] = namespace
+    body = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {k: v for k, v in asked.items() if v}},
+    }
+    answer = api.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body)
+    return bool((answer.get("status") or {}).get("allowed"))
+
+
+def _namespace(api: Reader, wanted: Wanted) -> list[Check]:
+    name = wanted.namespace
+    try:
+        raw = api.get(f"/api/v1/namespaces/{name}", read_s=READ_S)
+    except Missing:
+        return [Check("namespace", "bad", f"there is no namespace {name}", f"kubectl create namespace {name}")]
+    level = (raw["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce", "")
+    added = _added_capabilities(wanted.job)
+    if level in ("restricted", "baseline") and added:
+        return [
+            Check(
+                "namespace",
+                "bad",
+                f"{name} enforces Pod Security {level!r}, and launch.fabric adds {', '.join(added)}",
+                "use launch.fabric = 'tcp', or a namespace whose level is privileged",
+            )
+        ]
+    if not level:
+        mend = f"kubectl label namespace {name} pod-security.kubernetes.io/enforce=restricted"
+        return [Check("namespace", "warn", f"{name} enforces no Pod Security level (not needed to run)", mend)]
+    return [Check("namespace", "ok", f"{name} enforces Pod Security {level!r}")]
+
+
+def _added_capabilities(job: Json | None) -> list[str]:
+    return [
+        c
+        for container in _containers(job)
+        for c in ((container.get("securityContext") or {}).get("capabilities") or {}).get("add") or ()
+    ]
+
+
+def _quota(api: Reader, wanted: Wanted) -> list[Check]:
+    items = api.get(QUOTAS.path(wanted.namespace), read_s=READ_S).get("items") or ()
+    if not items:
+        return [Check("quota", "ok", f"no quota in {wanted.namespace}")]
+    need, found = requests_of(wanted.job), []
+    for item in items:
+        status, name = item.get("status") or {}, item["metadata"]["name"]
+        for key, hard in (status.get("hard") or {}).items():
+            ask = need.get(key.removeprefix("requests."), 0.0)
+            left = amount(hard) - amount((status.get("used") or {}).get(key, "0"))
+            if ask > left:
+                found.append(
+                    Check(
+                        "quota",
+                        "bad",
+                        f"quota {name} leaves {left:g} of {key}, the run asks for {ask:g}",
+                        "raise the quota, end what uses it, or lower launch.resources; the run waits until then",
+                    )
+                )
+    return found or [Check("quota", "ok", f"{len(items)} quota in {wanted.namespace}, room for the run")]
+
+
+def requests_of(job: Json | None) -> dict[str, float]:
+    """What all pods of the Job ask for together; ``pods`` is their number."""
+    if job is None:
+        return {}
+    count = float(job["spec"]["completions"])
+    each = pod_requests(job)
+    return {"pods": count, **{key: count * value for key, value in each.items()}}
+
+
+def pod_requests(job: Json) -> dict[str, float]:
+    """What one pod asks for; a native sidecar counts beside the engine."""
+    total: dict[str, float] = {}
+    for container in _containers(job):
+        for key, value in ((container.get("resources") or {}).get("requests") or {}).items():
+            total[key] = total.get(key, 0.0) + amount(value)
+    return total
+
+
+def _containers(job: Json | None) -> list[Json]:
+    pod = job["spec"]["template"]["spec"] if job else {}
+    return [*pod.get("initContainers", ()), *pod.get("containers", ())]
+
+
+def _machines(api: Reader, wanted: Wanted) -> list[Check]:
+    try:
+        items = api.get("/api/v1/nodes", {"limit": "1000"}, read_s=READ_S).get("items") or ()
+    except NotAllowed:
+        return [Check("machines", "unknown", "this user may not list machines (not needed to run)")]
+    pod = wanted.job["spec"]["template"]["spec"] if wanted.job else {}
+    need = pod_requests(wanted.job) if wanted.job else {}
+    fit, reasons = 0, []
+    for item in items:
+        why = _unfit(item, pod, need)
+        if why is None:
+            fit += 1
+        else:
+            reasons.append(f"{item['metadata']['name']}: {why}")
+    text = f"{fit} of {len(items)} machines fit a pod of the run"
+    if fit == 0:
+        mend = "add machines, lower launch.resources, or set launch.tolerations and launch.node_selector"
+        return [Check("machines", "bad", f"{text} ({'; '.join(reasons[:5]) or 'there are none'})", mend)]
+    count = int(wanted.job["spec"]["completions"]) if wanted.job else 1
+    if fit < count:
+        mend = "several pods will share a machine where it has room; else set recovery.allowed_stages"
+        return [Check("machines", "warn", f"{text}, and it has {count} pods", mend)]
+    return [Check("machines", "ok", text)]
+
+
+def _unfit(node: Json, pod: Json, need: Mapping[str, float]) -> str | None:
+    spec, status = node.get("spec") or {}, node.get("status") or {}
+    ready: Json = next((c for c in status.get("conditions") or () if c["type"] == "Ready"), {})
+    if ready.get("status") != "True":
+        return "not ready"
+    labels = node["metadata"].get("labels") or {}
+    for key, value in (pod.get("nodeSelector") or {}).items():
+        if labels.get(key) != value:
+            return f"has no label {key}={value}"
+    for taint in spec.get("taints") or ():
+        if taint.get("effect") in ("NoSchedule", "NoExecute") and not _tolerates(pod.get("tolerations") or (), taint):
+            return f"taint {taint['key']}={taint.get('value', '')}:{taint['effect']}"
+    for key, value in need.items():
+        has = amount((status.get("allocatable") or {}).get(key, "0"))
+        if has < value:
+            return f"has {has:g} {key}, a pod asks for {value:g}"
+    return None
+
+
+def _tolerates(tolerations: Sequence[Mapping[str, Any]], taint: Mapping[str, Any]) -> bool:
+    return any(
+        (not t.get("key") or t["key"] == taint["key"])
+        and (t.get("operator") == "Exists" or t.get("value", "") == taint.get("value", ""))
+        and t.get("effect") in (None, "", taint["effect"])
+        for t in tolerations
+    )
+
+
+def _images(api: Reader, wanted: Wanted) -> list[Check]:
+    found = []
+    for container in _containers(wanted.job):
+        if container["name"] not in (ENGINE, AGENT):
+            continue
+        image, policy = container["image"], container.get("imagePullPolicy")
+        tag = image.rsplit("/", 1)[-1]
+        if "@" not in tag and (":" not in tag or tag.endswith(":latest")):
+            mend = "name a version or a digest, so that every pod of a run gets the same engine"
+            found.append(Check("images", "warn", f"{image} has no fixed version", mend))
+        elif "/" not in image and policy != "Never":
+            mend = "push it to your registry (`make images`), set launch.image and launch.agent_image to that name"
+            found.append(Check("images", "warn", f"{image} names no registry: it must be on every machine", mend))
+    return found or [Check("images", "ok", "fixed versions" if wanted.job else "no spec given")]
+
+
+def _store(api: Reader, wanted: Wanted) -> list[Check]:
+    if wanted.store_url and not wanted.store_url.startswith("s3:"):
+        mend = "use an s3:// store that the pods reach (--store, HOTSTAGE_STORE)"
+        return [Check("store", "bad", f"{wanted.store_url} is a store of one machine", mend)]
+    if not wanted.store_secret:
+        text = "no launch.store_secret: the agent's rights must come from its service account (IRSA, workload identity)"
+        return [Check("store", "ok" if not wanted.store_url else "warn", text)]
+    try:
+        raw = api.get(SECRETS.path(wanted.namespace, wanted.store_secret), read_s=READ_S)
+    except Missing:
+        mend = (
+            f"kubectl -n {wanted.namespace} create secret generic {wanted.store_secret} "
+            "--from-literal=AWS_ACCESS_KEY_ID=… --from-literal=AWS_SECRET_ACCESS_KEY=…"
+        )
+        return [Check("store", "bad", f"there is no Secret {wanted.store_secret} in {wanted.namespace}", mend)]
+    lacks = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} - set(raw.get("data") or {})
+    if lacks:
+        mend = "its keys become the agent's environment: add them under these names"
+        return [Check("store", "bad", f"Secret {wanted.store_secret} lacks {', '.join(sorted(lacks))}", mend)]
+    return [Check("store", "ok", f"Secret {wanted.store_secret} has the store's credentials")]
+
+
+def _queue(api: Reader, wanted: Wanted) -> list[Check]:
+    if not wanted.queue:
+        return []
+    path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{wanted.namespace}/localqueues/{wanted.queue}"
+    try:
+        api.get(path, read_s=READ_S)
+    except Missing:
+        mend = "install Kueue and make that LocalQueue, or unset launch.queue: the Job stays suspended without it"
+        return [Check("queue", "bad", f"there is no LocalQueue {wanted.queue} in {wanted.namespace}", mend)]
+    return [Check("queue", "ok", f"LocalQueue {wanted.queue}")]
+
+
+def _admission(api: Reader, wanted: Wanted) -> list[Check]:
+    """The API server's own verdict on the Job: schema, defaults, webhooks. (Pods are judged when they are made.)"""
+    if wanted.job is None:
+        return []
+    api.create(JOBS.path(wanted.namespace), wanted.job, dry_run=True)
+    return [Check("admission", "ok", "the API server takes the Job (server-side dry run)")]
