@@ -207,6 +207,32 @@ def test_a_plan_object_that_does_not_hold(
         resumed(place, run, digest)
 
 
+# --- the checkpoint ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["chunks", "manifests"])
+def test_a_damaged_checkpoint_is_said_loudly_and_the_one_before_is_used(
+    place: Place, undisturbed: tuple[str, str], what: str
+) -> None:
+    run, digest = undisturbed
+    store = place.run_folder(run)
+    done = stop_at(place, lambda: len(list(store.glob("manifests/*/manifest"))) > 1, "two checkpoints", signal.SIGTERM)
+    assert done.code == STOPPED, done.err
+    place.all_gone()
+    newest = max((store / what).iterdir(), key=lambda folder: folder.name)
+    victim = min((path for path in newest.rglob("*") if path.is_file() and "parts" not in path.parts), key=str)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    told = place.call("ckpt", "verify", run)
+    assert told.code == 76, told.out + told.err
+    assert victim.name in told.out + told.err
+    again = place.call("runs", "resume", run, "--no-prefect", "--json")
+    assert again.code == 0, again.err
+    assert (again.json()["outcome"], again.json()["state_digest"]) == ("succeeded", digest)
+    assert re.search(r"WARNING: checkpoint record \d+ is damaged .*an older one is used", again.err), again.err
+
+
 # --- the store ---------------------------------------------------------------------------------------------
 
 
