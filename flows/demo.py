@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkpoint.log import RunLog
 from checkpoint.store import Store
-from flows.api import make_driver, store_at
+from flows.api import cancel, make_driver, store_at
 from flows.export import checkpoint_at, export_hf, generate
 from flows.facts import report_facts
 from flows.fork import fork_run
@@ -118,6 +118,10 @@ def _demo(
     store = store_at(str(out / "store"))
     say("1. data")
     prepared = prepare_run(spec, store, say=say)
+    again = ""
+    if RunLog(store, prepared.run).fold().n:  # an earlier demo's: its data are used again, its run is not
+        again = time.strftime("%Y%m%dt%H%M%S", time.gmtime())
+        prepared = prepare_run(spec, store, suffix=again)
     say("")
     say("2. the plan, before the first step")
     _show_plan(prepared, say)
@@ -128,14 +132,18 @@ def _demo(
         say(f"Prefect's page: {server.page} (while this demo runs)")
     say("")
     say(f"3. training on {prepared.ranks} stages, a process each; one will be killed halfway")
-    outcome, killer = _train(prepared, store, out, say, use_prefect)
+    try:
+        outcome, killer = _train(prepared, store, out, say, use_prefect)
+    except BaseException:  # Ctrl-C above all: a demo that is left does not go on in the dark
+        cancel(store, prepared.run, "the demo was left")
+        raise
     if outcome.outcome != "succeeded":
         raise LaunchError(f"the run ended as {outcome.outcome}: {outcome.reason}")
     if killer.killed_rank is None or outcome.attempts < 2:
         raise LaunchError("the run ended before a stage could be killed; give it more steps (train.steps)")
     say("")
     say("4. the proof: the last part again, from a checkpoint, on one stage, undisturbed")
-    proof = _prove(prepared, store, out)
+    proof = _prove(prepared, store, out, again)
     say(f"   {prepared.ranks} stages, killed and recovered: {outcome.state_digest}")
     say(f"   one stage, undisturbed:          {proof.state_digest}")
     if outcome.state_digest != proof.state_digest or not outcome.state_digest or not proof.state_digest:
@@ -153,6 +161,8 @@ def _demo(
     facts = report_facts(
         store,
         prepared.run,
+        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
+        peak_flops=measured_peak(),
         digest_one_stage=proof.state_digest,
         sample=sample,
         seconds=seconds,
@@ -209,15 +219,20 @@ def _train(
     return outcome, killer
 
 
-def _prove(prepared: Prepared, store: Store, out: Path) -> Outcome:
+def _prove(prepared: Prepared, store: Store, out: Path, again: str) -> Outcome:
     """A fork with the same What from a checkpoint before the kill, on one stage."""
     state = RunLog(store, prepared.run).fold()
     first_attempt = state.attempts[0].epoch
     early = [c for c in state.checkpoints if c.epoch == first_attempt]
     if not early:
         raise LaunchError("no checkpoint of the first attempt is durable; lower checkpoint.every")
-    sets = [f"name={prepared.spec.name}-proof", "parallel.stages=1", "launch.nodes=1", "launch.trace=false"]
-    again = fork_run(store, prepared.run, early[-1].step, sets)
-    outcome = make_driver(again, store, sink=NoSink(), out=out).run()
-    checkpoint_at(store, again.run, prepared.spec.train.steps)
+    name = f"{prepared.spec.name[:16]}-proof" + (f"-{again}" if again else "")
+    sets = [f"name={name}", "parallel.stages=1", "parallel.threads=0", "launch.nodes=1", "launch.trace=false"]
+    proof = fork_run(store, prepared.run, early[-1].step, sets)
+    try:
+        outcome = make_driver(proof, store, sink=NoSink(), out=out).run()
+    except BaseException:
+        cancel(store, proof.run, "the demo was left")
+        raise
+    checkpoint_at(store, proof.run, prepared.spec.train.steps)
     return outcome

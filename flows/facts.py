@@ -146,8 +146,13 @@ def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
     return None
 
 
-def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
-    """The report's facts, all read from the store; ``more`` overrides (the demo adds its proof and its sample)."""
+def report_facts(
+    store: Store, run: str, *, flops_per_token: float = 0.0, peak_flops: float = 0.0, **more: Any
+) -> ReportFacts:
+    """The report's facts, all read from the store; ``more`` overrides (the demo adds its proof and its sample).
+
+    MFU only where the peak of the machine that trained is known.
+    """
     from flows import foretell
 
     state = RunLog(store, run).fold()
@@ -163,8 +168,10 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
     size = (
         load_manifest(store, run, newest[0]).total_bytes if newest else None
     )  # the same for every checkpoint of a run
+    rate = sorted(rates)[len(rates) // 2] if rates else None
     known: dict[str, Any] = {
         "run": run,
+        "mfu": rate * flops_per_token / peak_flops if rate and peak_flops else None,
         "outcome": state_word(state),
         "steps": max(curve, default=0),
         "curve": {step: float(line["loss"]) for step, line in curve.items()},
@@ -173,7 +180,7 @@ def report_facts(store: Store, run: str, **more: Any) -> ReportFacts:
             {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": size, "state_digest": c.state_digest}
             for c in state.checkpoints
         ],
-        "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,
+        "tokens_per_s": rate,
         "digest": newest[0].state_digest if newest else None,
         "parameters": prepared.plan.parameters,
         "stages": prepared.spec.parallel.stages,

@@ -16,6 +16,7 @@ from flows.cli.main import say, set_option
 def demo(sets: tuple[str, ...], out: str, no_prefect: bool) -> int:
     """The main job end to end: prepare real text, train a small GPT on two stages, kill one with SIGKILL, recover,
     prove that the bits are those of an undisturbed run on one stage, export, sample, report. About two minutes."""
+    import signal
     import tomllib
 
     from flows.demo import demo as run_demo
@@ -23,5 +24,6 @@ def demo(sets: tuple[str, ...], out: str, no_prefect: bool) -> int:
     from trainer.spec import parse_spec
 
     spec = parse_spec(tomllib.loads(PRESETS["gpt2-demo"]), sets, origin="demo")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started, as Ctrl-C does
     run_demo(spec, Path(out), say, use_prefect=not no_prefect)
     return 0

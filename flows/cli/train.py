@@ -136,23 +136,25 @@ def schedule(
     import asyncio
     import contextlib
 
-    from prefect.exceptions import TerminationSignal
-
-    from flows.flow import serve_schedule
+    from flows.api import store_at
+    from flows.prefect_api import answers
     from trainer.spec import load_spec
 
     if (cron is None) == (interval is None):
         raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
-    from flows.api import store_at
-
     run_spec = load_spec(spec, sets)
     url = os.environ.get("PREFECT_API_URL")
-    if not url:
+    if not url or not answers(url):
+        found = f"nothing answers at PREFECT_API_URL={url}" if url else "PREFECT_API_URL is not set"
         click.echo(
-            "hotstage: schedule needs a Prefect server: start one (`prefect server start`) and set PREFECT_API_URL",
+            f"hotstage: schedule needs a Prefect server, but {found}; start one (`prefect server start`) and set it",
             err=True,
         )
         return 78
+    from prefect.exceptions import TerminationSignal
+
+    from flows.flow import serve_schedule
+
     work = serve_schedule(
         run_spec, store_at(store).url, str(Path(out).absolute()), cron=cron, interval=interval, name=name
     )

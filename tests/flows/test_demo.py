@@ -1,0 +1,72 @@
+"""The demo, shortened, under real Prefect: every promise of its result, twice in one folder, and left by Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tomllib
+
+from safetensors.numpy import load_file
+
+from tests.flows.conftest import Api
+from tests.support.agents import wait_for
+from tests.support.place import ROOT, Place, finish
+from trainer.presets import PRESETS
+
+SHORT = [
+    *("--set", "data.source='text:corpus/*.txt'", "--set", "data.vocab_size=300", "--set", "checkpoint.every=20"),
+    *("--set", "model.layers=2", "--set", "train.sequence=64", "--set", "train.schedule.warmup=5"),
+]
+FIELDS = {"run", "attempts", "lost_steps", "recovery_s", "first_loss", "last_loss", "seconds"} | {
+    "digest",
+    "digest_one_stage",
+}
+
+
+def test_the_demo_keeps_its_promises_and_can_be_run_again(prefect: Api, hosted: Place) -> None:
+    command = ["demo", "--out", "demo", *SHORT, "--set", "train.steps=240"]
+    done = hosted.call(*command, seconds=170)
+    assert done.code == 0, done.out + done.err
+    out = hosted.folder / "demo"
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) == FIELDS | DIGESTS
+    assert result["attempts"] >= 2
+    assert result["lost_steps"] >= 0
+    assert result["recovery_s"] > 0
+    assert result["last_loss"] < result["first_loss"]
+    assert result["digest"] == result["digest_one_stage"]
+    assert len(result["digest"]) == 64
+    assert ">>> kill -9" in done.out
+    assert "stage 1 of 2" in done.out
+    page = (out / "report.html").read_text()
+    assert result["digest"] in page
+    assert "attempt 2: rank 1 was killed (signal 9)" in page
+    assert page.count("<svg") >= 3  # the loss, the plan's timeline and the measured one
+    assert load_file(out / "model" / "model.safetensors")
+    (flow_run,) = prefect.named(result["run"])
+    assert flow_run["state_type"] == "COMPLETED"
+    rows = json.loads(prefect.artifacts(flow_run["id"])[f"{result['run']}-attempts"]["data"])
+    assert [row["attempt"] for row in rows] == list(range(1, result["attempts"] + 1))
+    hosted.all_gone(20)
+
+    done = hosted.call(*command, "--no-prefect", seconds=170)  # the data are there, the run is a new one
+    assert done.code == 0, done.out + done.err
+    assert "already there" in done.out
+    second = json.loads((out / "result.json").read_text())
+    assert second["run"].startswith(result["run"] + "-")
+    assert second["digest"] == result["digest"]
+
+
+def test_a_demo_that_is_left_leaves_nothing_running(place: Place) -> None:
+    process = place.start("demo", "--out", "demo", "--no-prefect", *SHORT, "--set", "train.steps=100000")
+    wait_for(lambda: any(place.folder.glob("demo/store/runs/*/live/*/metrics/*")), "the first step", 60)
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 30)
+    assert done.code == 130, done.out + done.err
+    place.all_gone(20)
+
+
+def test_the_example_is_the_preset() -> None:
+    assert (ROOT / "examples" / "demo.toml").read_text() == PRESETS["gpt2-demo"]
+    spec = tomllib.loads(PRESETS["gpt2-demo"])
+    assert (spec["data"]["source"], spec["parallel"]["stages"]) == ("python-stdlib", 2)
