@@ -281,8 +281,8 @@ uint32_t hs_crc32c_portable(uint32_t crc, const void *data, size_t bytes) {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) static uint32_t crc32c_sse42(uint32_t crc, const uint8_t *p,
-                                                               size_t bytes) {
+__attribute__((target("sse4.2,crc32"))) static uint32_t crc32c_sse42(uint32_t crc, const uint8_t *p,
+                                                                     size_t bytes) {
     uint64_t c = ~crc, word;
     for (; bytes >= 8; bytes -= 8, p += 8) {
         memcpy(&word, p, 8);
