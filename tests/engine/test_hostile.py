@@ -172,6 +172,9 @@ def _hostile(dice: random.Random, epoch: int) -> bytes:
     at = wire.Msg.type.offset
     if len(out) >= at + 4 and int.from_bytes(out[at : at + 4], "little") == wire.MSGS["END"]:
         out[at] = 77
+    at = wire.Msg.epoch.offset
+    if len(out) >= at + 8 and int.from_bytes(out[at : at + 8], "little") > epoch:
+        out[at : at + 8] = epoch.to_bytes(8, "little")  # a newer epoch would fence the good messages: that is its right
     return bytes(out[: wire.MSG_MAX])
 
 
