@@ -1,15 +1,33 @@
-"""``hotstage k8s``: the objects of a launch on Kubernetes."""
+"""``hotstage k8s``: a launch on Kubernetes before, while and after it runs; and ``hotstage debug-dump``."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import click
 
-from flows.cli.main import json_option, set_option, show, store_option
+from flows.cli.main import json_option, say, set_option, show, store_option
+
+_namespace = click.option("--namespace", "-n", help="Else the spec's or the run's launch.namespace.")
 
 
 @click.group()
 def k8s() -> None:
-    """Render the Kubernetes objects of a spec."""
+    """Render, make and look at the Kubernetes objects of a run; say what a cluster lacks."""
+
+
+def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, list[dict[str, Any]], str]:
+    from flows import foretell
+    from flows.api import default_store
+    from k8s.render import render_launch
+    from trainer.spec import load_spec
+
+    url = store or default_store()
+    plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
+    run = f"{resolved.name}-{plan.config.what_digest.hex()[:6]}"
+    return resolved, render_launch(resolved, plan, run=run, store_url=url), url
 
 
 @k8s.command()
@@ -18,20 +36,172 @@ def k8s() -> None:
 @store_option
 @json_option
 def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
-    """Print the objects that a launch of SPEC makes (YAML; --json for JSON): Job, Service, and the Secret's name."""
+    """Print the objects that a launch of SPEC makes (YAML; --json for JSON): Job, Service, Secret without its key."""
     import yaml
 
-    from flows import foretell
-    from flows.api import default_store
-    from k8s.render import render_launch
-    from trainer.spec import load_spec
-
-    plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
-    objects = render_launch(
-        resolved, plan, run=f"{resolved.name}-{plan.config.what_digest.hex()[:6]}", store_url=store or default_store()
-    )
+    _, objects, _ = _objects(spec, sets, store)
     if as_json:
         show(objects)
     else:
         click.echo(yaml.safe_dump_all(objects, sort_keys=False), nl=False)
+    return 0
+
+
+@k8s.command()
+@click.argument("spec", type=click.Path(dir_okay=False))
+@set_option
+@store_option
+@click.option("--dry-run", is_flag=True, help="Only have the API server judge the objects; nothing is made.")
+def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) -> int:
+    """Make the objects of SPEC's run now: its pods find their places and pull their images, and wait.
+
+    `hotstage train SPEC` with the same --set adopts them and begins; until then nothing is trained.
+    """
+    from checkpoint.log import RunLog
+    from flows.api import make_driver, store_at
+    from flows.loop import launch_of
+    from flows.run import prepare_run
+    from k8s.api import JOBS, SECRETS, SERVICES, Api
+    from trainer.errors import SpecError
+    from trainer.spec import load_spec
+
+    if dry_run:
+        resolved, objects, _ = _objects(spec, sets, store)
+        api = Api.load()
+        for resource, item in zip((JOBS, SERVICES, SECRETS), objects, strict=True):
+            name = item["metadata"]["name"]
+            api.apply(resource.path(resolved.launch.namespace, name), item, dry_run=True)
+            say(f"{resource.kind} {name}: the API server takes it")
+        return 0
+    opened = store_at(store)
+    loaded = load_spec(spec, sets)
+    if loaded.launch.target != "kubernetes":
+        raise SpecError("launch.target is local; add --set launch.target=kubernetes")
+    driver = make_driver(prepare_run(loaded, opened, say=say), opened)
+    name = launch_of(RunLog(opened, driver.prepared.run).fold(), driver.prepared, driver.launcher)
+    driver.launcher.ensure(driver.make_launch(driver.prepared, name, ()))
+    say(f"launch {name} is there; begin with: hotstage train {spec}")
+    return 0
+
+
+@k8s.command()
+@click.argument("spec", type=click.Path(dir_okay=False), required=False)
+@set_option
+@store_option
+@_namespace
+@json_option
+def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace: str | None, as_json: bool) -> int:
+    """Say within ten seconds what the cluster lacks (for SPEC, where given), and the mend of each finding.
+
+    Exits 0 where nothing is bad, else 78.
+    """
+    from k8s.api import Api
+    from k8s.doctor import Wanted, examine
+
+    wanted = Wanted(namespace or "default")
+    api = Api.load()
+    if spec is not None:
+        resolved, objects, url = _objects(spec, sets, store)
+        space = namespace or resolved.launch.namespace
+        wanted = Wanted(space, objects[0], url, resolved.launch.store_secret, resolved.launch.queue)
+    elif namespace is None and api.namespace:
+        wanted = Wanted(api.namespace)
+    checks = examine(api, wanted)
+    if as_json:
+        show([asdict(check) for check in checks])
+    else:
+        marks = {"ok": "ok     ", "warn": "warning", "bad": "BAD    ", "unknown": "?      "}
+        for check in checks:
+            say(f"{marks[check.verdict]}  {check.name:<10} {check.text}")
+            if check.mend:
+                say(f"{'':>20} mend: {check.mend}")
+    return 78 if any(check.verdict == "bad" for check in checks) else 0
+
+
+@k8s.command()
+@click.argument("run")
+@click.option("--node", type=int, help="Only this pod's (its index).")
+@click.option("--container", type=click.Choice(["engine", "agent"]), default="engine", show_default=True)
+@click.option("--tail", type=int, default=200, show_default=True, help="Lines of each.")
+@store_option
+@_namespace
+def logs(run: str, node: int | None, container: str, tail: int, store: str | None, namespace: str | None) -> int:
+    """What the containers of RUN's pods print; before they are there, what they wait for.
+
+    What the ranks printed is in the store also when the pods are gone: `hotstage logs RUN`.
+    """
+    from flows.api import store_at
+    from flows.run import find_run
+    from k8s.api import PODS, Api
+    from k8s.labels import RUN, label_value
+    from k8s.launcher import KubernetesLauncher
+    from k8s.views import pod_view
+    from trainer.errors import LaunchError
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    state, space = _where(opened, name, namespace)
+    api = Api.load()
+    items = api.get(PODS.path(space), {"labelSelector": f"{RUN}={label_value(name)}"}).get("items") or []
+    pods = sorted((pod_view(item) for item in items), key=lambda p: (p.created, p.name))
+    shown = False
+    for pod in (p for p in pods if node is None or p.index == node):
+        try:
+            text = api.text(PODS.path(space, pod.name, "log"), {"container": container, "tailLines": str(tail)})
+        except LaunchError as error:
+            click.echo(f"--- {pod.name}: {error}", err=True)
+            continue
+        click.echo(f"--- {pod.name} ({container})", err=True)
+        click.echo(text, nl=False)
+        shown = True
+    if not shown:
+        newest = state.newest_attempt
+        if newest is None:
+            say(f"{name} has no attempt yet")
+            return 0
+        launcher = KubernetesLauncher(api, space)
+        view = launcher.observe(newest.launch)
+        launcher.close()
+        say(f"launch {newest.launch} is {view.state}: {view.detail or 'nothing more is known'}")
+        say(f"what its ranks printed is kept in the store: hotstage logs {name}")
+    return 0
+
+
+def _where(opened: Any, name: str, namespace: str | None) -> tuple[Any, str]:
+    """A run's folded log, and the namespace of its newest attempt."""
+    from checkpoint.log import RunLog
+
+    state = RunLog(opened, name).fold()
+    newest = state.newest_attempt
+    how = newest.body.get("how") if newest is not None else None
+    known = (how or {}).get("launch", {}).get("namespace", "default")
+    return state, namespace or str(known)
+
+
+@click.command("debug-dump")
+@click.argument("run")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The file to write (else RUN.debug.tar.gz).")
+@store_option
+@_namespace
+def debug_dump(run: str, output: str | None, store: str | None, namespace: str | None) -> int:
+    """Everything that explains RUN in one tar.gz, without secrets: for a bug report, or for a colleague."""
+    from flows.api import store_at
+    from flows.dump import cluster_files, dump
+    from flows.run import find_run
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    path = Path(output or f"{name}.debug.tar.gz")
+
+    def cluster(state: Any) -> Any:
+        newest = state.newest_attempt
+        how = (newest.body.get("how") or {}) if newest is not None else {}
+        if how.get("launch", {}).get("target") != "kubernetes":
+            return iter(())
+        from k8s.api import Api
+
+        return cluster_files(Api.load(), namespace or how["launch"]["namespace"], name)
+
+    size = dump(opened, name, path, cluster=cluster)
+    say(f"written: {path} ({size >> 10} KiB)")
     return 0

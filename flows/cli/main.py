@@ -49,7 +49,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "ckpt": ("flows.cli.ckpt", "List, show, verify, digest and export checkpoints."),
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
-    "k8s": ("flows.cli.k8s", "Render the Kubernetes objects of a spec."),
+    "k8s": ("flows.cli.k8s", "Kubernetes: render, apply, doctor, logs."),
+    "debug-dump": ("flows.cli.k8s", "Everything that explains a run in one file, without secrets."),
 }
 
 
@@ -63,7 +64,7 @@ class _Lazy(click.Group):
         if name not in _COMMANDS:
             return None
         module = importlib.import_module(_COMMANDS[name][0])
-        command: click.Command = getattr(module, name)
+        command: click.Command = getattr(module, name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -37,6 +37,7 @@ class ApiServer:
         self.bodies: list[tuple[str, str, Json]] = []
         self.storms: dict[str, tuple[int, str]] = {}  # "list", "watch" or "write" -> status, message
         self.denied: set[tuple[str, str]] = set()  # (verb, plural)
+        self.documents: dict[str, Json] = {}  # path -> what GET answers there
         self.latency_s, self.bookmark_s = 0.0, 0.2
         self.mute = self.closed = False
         handler = type("Handler", (_Handler,), {"server_state": self})
@@ -181,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = parts.path.split("/")
         at = path.index("namespaces") + 3 if "namespaces" in path else len(path)
         collection, name = "/".join(path[:at]), "/".join(path[at:])
-        plural = path[at - 1]
+        plural = path[min(at, len(path)) - 1]
         verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(self.command, "get" if name else "list")
         verb = "watch" if query.get("watch") else verb
         with state.lock:
@@ -207,6 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not collection:
             return
         state = self.server_state
+        document = state.documents.get(f"{collection}/{name}" if name else collection)
+        if document is not None:
+            self._answer(200, document)
+            return
         if query.get("watch"):
             self._watch(collection, query)
             return
@@ -279,6 +284,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not collection:
             return
         state = self.server_state
+        if collection.endswith("selfsubjectaccessreviews"):
+            asked = body["spec"]["resourceAttributes"]
+            resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+            self._answer(201, {**body, "status": {"allowed": (asked["verb"], resource) not in state.denied}})
+            return
         with state.lock:
             if (collection, body["metadata"]["name"]) in state.objects:
                 self._fail(409, f"{body['metadata']['name']} already exists")

@@ -1,0 +1,164 @@
+"""What the doctor finds on a cluster, each with its mend; and that it stays within its time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kubernetes.client import Configuration
+
+from k8s.api import Api
+from k8s.doctor import RIGHTS, Check, Wanted, examine
+from k8s.quantity import amount
+from tests.k8s.api_server import ApiServer
+from tests.k8s.test_render import rendered
+
+NODES = "/api/v1/nodes"
+SPACE = "/api/v1/namespaces/train"
+
+
+def node(name: str, cpu: str = "8", memory: str = "16Gi", **spec: Any) -> dict[str, Any]:
+    status = {"conditions": [{"type": "Ready", "status": "True"}], "allocatable": {"cpu": cpu, "memory": memory}}
+    return {"metadata": {"name": name, "labels": {"pool": "a"}}, "spec": spec, "status": status}
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with ApiServer() as made:
+        made.documents["/version"] = {"gitVersion": "v1.35.4+k3s1"}
+        made.documents[NODES] = {"items": [node("m1"), node("m2")]}
+        made.documents[SPACE] = {
+            "metadata": {"name": "train", "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}
+        }
+        made.put(
+            f"{SPACE}/secrets",
+            {"metadata": {"name": "s3"}, "data": {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}},
+        )
+        yield made
+
+
+def examined(server: ApiServer, **launch: Any) -> dict[str, list[Check]]:
+    configuration = Configuration()
+    configuration.host = server.url
+    launch = {"store_secret": "s3", "image": "reg/engine:1", "agent_image": "reg/agent:1", **launch}
+    job = rendered(**launch)[0]
+    wanted = Wanted("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""))
+    found: dict[str, list[Check]] = {}
+    for check in examine(Api(configuration), wanted):
+        found.setdefault(check.name, []).append(check)
+    return found
+
+
+def test_a_fit_cluster_has_nothing_to_mend(server: ApiServer) -> None:
+    found = examined(server)
+    assert {check.verdict for checks in found.values() for check in checks} == {"ok"}
+    assert set(found) == {"version", "rights", "namespace", "quota", "machines", "images", "store", "admission"}
+
+
+def test_rights_fit_the_role_of_fifteen_pairs() -> None:
+    assert sum(len(verbs) for _, _, verbs in RIGHTS) <= 15
+
+
+@pytest.mark.parametrize(("resource", "verb"), [(r, v) for _, r, verbs in RIGHTS for v in verbs])
+def test_every_missing_right_is_named_with_the_role(server: ApiServer, resource: str, verb: str) -> None:
+    server.denied.add((verb, resource))
+    (check,) = examined(server)["rights"]
+    assert check.verdict in ("bad", "warn")
+    assert f"may not {verb} {resource}" in check.text
+    assert "Role hotstage-launcher" in check.mend
+
+
+def test_an_old_cluster(server: ApiServer) -> None:
+    server.documents["/version"] = {"gitVersion": "v1.28.9"}
+    (check,) = examined(server)["version"]
+    assert (check.verdict, "native sidecar" in check.mend) == ("bad", True)
+
+
+def test_a_fabric_that_the_namespace_does_not_allow(server: ApiServer) -> None:
+    (check,) = examined(server, fabric="infiniband")["namespace"]
+    assert check.verdict == "bad"
+    assert "IPC_LOCK" in check.text
+
+
+def test_a_quota_that_is_too_small(server: ApiServer) -> None:
+    server.put(
+        f"{SPACE}/resourcequotas",
+        {
+            "metadata": {"name": "small"},
+            "status": {"hard": {"pods": "3", "requests.memory": "1Gi"}, "used": {"pods": "2"}},
+        },
+    )
+    texts = [c.text for c in examined(server)["quota"]]
+    assert any("leaves 1 of pods, the run asks for 2" in text for text in texts)
+    assert any("requests.memory" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("machine", "launch", "why"),
+    [
+        (node("m1", cpu="1"), {"resources": {"cpu": "4"}}, "has 1 cpu"),
+        (node("m1", taints=[{"key": "gpu", "value": "yes", "effect": "NoSchedule"}]), {}, "taint gpu=yes"),
+        (node("m1"), {"node_selector": {"pool": "b"}}, "has no label pool=b"),
+    ],
+)
+def test_machines_that_do_not_fit(server: ApiServer, machine: dict[str, Any], launch: dict[str, Any], why: str) -> None:
+    server.documents[NODES] = {"items": [machine]}
+    (check,) = examined(server, **launch)["machines"]
+    assert (check.verdict, why in check.text) == ("bad", True)
+
+
+def test_a_toleration_helps(server: ApiServer) -> None:
+    server.documents[NODES] = {"items": [node("m1", taints=[{"key": "gpu", "effect": "NoSchedule"}])] * 2}
+    (check,) = examined(server, tolerations=[{"key": "gpu", "operator": "Exists"}])["machines"]
+    assert check.verdict == "ok"
+
+
+def test_machines_that_may_not_be_listed_are_no_fault(server: ApiServer) -> None:
+    del server.documents[NODES]
+    server.denied.add(("list", "nodes"))
+    (check,) = examined(server)["machines"]
+    assert check.verdict == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("image", "text"), [("reg/engine:latest", "no fixed version"), ("reg/engine", "no fixed"), ("engine:1", "registry")]
+)
+def test_images_that_may_not_come(server: ApiServer, image: str, text: str) -> None:
+    (check,) = examined(server, image=image)["images"]
+    assert (check.verdict, text in check.text) == ("warn", True)
+
+
+def test_the_store_and_its_secret(server: ApiServer) -> None:
+    (check,) = examined(server, store_secret="missing")["store"]
+    assert (check.verdict, "kubectl -n train create secret" in check.mend) == ("bad", True)
+    server.put(f"{SPACE}/secrets", {"metadata": {"name": "half"}, "data": {"AWS_ACCESS_KEY_ID": "eA=="}})
+    (check,) = examined(server, store_secret="half")["store"]
+    assert "AWS_SECRET_ACCESS_KEY" in check.text
+
+
+def test_a_queue_that_is_not_there(server: ApiServer) -> None:
+    (check,) = examined(server, queue="team")["queue"]
+    assert "LocalQueue" in check.text
+
+
+def test_nobody_there(server: ApiServer) -> None:
+    configuration = Configuration()
+    configuration.host = "http://127.0.0.1:9"
+    (check,) = examine(Api(configuration), Wanted("train"))
+    assert (check.name, check.verdict) == ("version", "bad")
+
+
+def test_no_time_left_is_said(server: ApiServer) -> None:
+    configuration = Configuration()
+    configuration.host = server.url
+    times = iter([0.0, 1.0, *([20.0] * 20)])
+    found = examine(Api(configuration), Wanted("train"), clock=lambda: next(times))
+    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 8
+
+
+@pytest.mark.parametrize(("text", "value"), [("500m", 0.5), ("16Gi", 16 * 2**30), ("2", 2), ("1.5k", 1500)])
+def test_quantities(text: str, value: float) -> None:
+    assert amount(text) == value
+    with pytest.raises(ValueError, match="no quantity"):
+        amount(text + "!")
