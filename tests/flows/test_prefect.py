@@ -28,7 +28,7 @@ def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: 
     hosted.env.update(secrets)
     done = hosted.call(*args(), "--json")
     assert done.code == 0, done.err
-    result = done.json()
+    result = done.json()  # one object, nothing else on stdout
     assert (result["outcome"], result["state_digest"]) == ("succeeded", trained.digest)
     (flow_run,) = [
         f for f in prefect.named(result["run"]) if f["parameters"]["store"].endswith(str(hosted.folder / "store"))
@@ -125,9 +125,3 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     ]  # nobody told Prefect of the first's end
     rows = json.loads(prefect.artifacts(flow_runs[-1]["id"])[f"{result['run']}-attempts"]["data"])
     assert [row["attempt"] for row in rows] == [1]
-
-
-def test_stdout_of_json_is_one_object(prefect: Api, hosted: Place) -> None:
-    done = hosted.call(*args("train.steps=4"), "--json")
-    assert done.code == 0, done.err
-    assert isinstance(json.loads(done.out), dict)
