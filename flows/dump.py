@@ -15,6 +15,7 @@ import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _about(store: Store) -> Iterator[tuple[str, bytes]]:
 
 def _records(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
     for record in RunLog(store, run).records():
-        yield f"log/{record.n:06}-{record.kind}.json", _json(vars(record))
+        yield f"log/{record.n:06}-{record.kind}.json", _json(asdict(record))
 
 
 def _statuses(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
