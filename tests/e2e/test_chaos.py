@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.agents import wait_for
-from tests.support.chaos import PLACES, Fault, draw, unleashed
+from tests.support.chaos import PLACES, Fault, draw, frozen, unleashed
 from tests.support.place import STEPS, Place, finish
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
@@ -55,13 +55,21 @@ def test_stop_then_resume_on_other_layouts(place: Place, undisturbed: tuple[str,
             "a newer checkpoint",
             60,
         )
-        process.send_signal(number)
+        with frozen(place.folder / "out", 0):
+            process.send_signal(number)
+            wait_for(lambda: _asked_to_stop(place), "the supervisor to be asked to stop", 60)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 85, err.decode()
         saved.append(json.loads(out)["step"])
     assert saved[0] < saved[1] < STEPS
     told = json.loads(place.run("runs", "resume", run, "--no-prefect", "--json", "--set", "parallel.stages=1"))
     assert (told["outcome"], told["state_digest"]) == ("succeeded", digest)
+
+
+def _asked_to_stop(place: Place) -> bool:
+    """The newest launch's supervisor has heard SIGTERM."""
+    logs = sorted(place.folder.glob("out/runs/*/*/node0/supervisor.log"), key=lambda p: p.stat().st_mtime)
+    return "asked to stop" in logs[-1].read_text()
 
 
 def test_a_second_train_attaches(place: Place, undisturbed: tuple[str, str]) -> None:
@@ -77,7 +85,9 @@ def test_cancel_ends_it_for_good_and_resume_opens_it_again(place: Place, undistu
     process = place.start("train", "spec.toml", "--no-prefect", "--json")
     manifests = place.folder / "store" / "runs" / run / "manifests"
     wait_for(lambda: any(manifests.glob("*/manifest")), "a checkpoint", 60)
-    place.run("runs", "cancel", run)
+    with frozen(place.folder / "out", 0):
+        place.run("runs", "cancel", run)
+        wait_for(lambda: process.poll() is not None, "the driver to leave", 60)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, json.loads(out)["outcome"]) == (1, "cancelled")
     assert json.loads(place.run("runs", "show", run, "--json"))["state"] == "cancelled"

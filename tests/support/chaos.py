@@ -73,6 +73,19 @@ def unleashed(fault: Fault, run_folder: Path, work: Path) -> Iterator[subprocess
         watcher.wait()
 
 
+@contextlib.contextmanager
+def frozen(work: Path, rank: int) -> Iterator[None]:
+    """One rank below the folder is stopped (SIGSTOP) inside the block, so that the run cannot end meanwhile."""
+    pid = _rank_pid(work, rank)
+    assert pid is not None, f"rank {rank} does not run"
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 # --- the watcher ------------------------------------------------------------------------------------------
 
 
