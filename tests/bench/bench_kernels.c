@@ -37,8 +37,9 @@ static void burn(void *ctx, int64_t begin, int64_t end, int worker) {
     for (int64_t i = begin; i < end; i++) {
         const vf a = v_set1(0.999f), b = v_set1(0.001f);
 #define CHAIN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-#define MAKE(c)  vf x##c = v_count_from((float)(16 * c)); /* no two lanes alike, nothing to share  \
-                                                           */
+#define MAKE(c)                                                                                    \
+    vf x##c = v_count_from((float)(16 * c)); /* no two lanes alike, nothing to share               \
+                                              */
 #define GO(c)  x##c = v_fma(x##c, a, b);
 #define ADD(c) sum = v_add(sum, x##c);
         CHAIN(MAKE)
@@ -81,12 +82,14 @@ typedef struct call {
      {0.125},                                                                                      \
      2.0 * (b) * (h) * (t) * (t) * (d),                                                            \
      "flop"},                                                                                      \
-    {                                                                                              \
-        "attention_igrad " text, HS_K_ATTENTION_IGRAD, HS_F32,                                     \
-            {b,         t,     h,     h,         d,         3 * h * d, 3 * h * d,                  \
-             3 * h * d, h * d, h * d, 3 * h * d, 3 * h * d, 3 * h * d},                            \
-            {0.125}, 5.0 * (b) * (h) * (t) * (t) * (d), "flop"                                     \
-    }
+        {"attention_igrad " text,                                                                  \
+         HS_K_ATTENTION_IGRAD,                                                                     \
+         HS_F32,                                                                                   \
+         {b, t, h, h, d, 3 * h * d, 3 * h * d, 3 * h * d, h * d, h * d, 3 * h * d, 3 * h * d,      \
+          3 * h * d},                                                                              \
+         {0.125},                                                                                  \
+         5.0 * (b) * (h) * (t) * (t) * (d),                                                        \
+         "flop"}
 
 static const call calls[] = {
     LINEAR(HS_F32, "256x3072x768", 256, 3072, 768),

@@ -3,25 +3,22 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static void leave(int number)
-{
+static void leave(int number) {
     (void)number;
     _exit(0);
 }
 
-static void reap(int number)
-{
+static void reap(int number) {
     (void)number;
-    while (waitpid(-1, 0, WNOHANG) > 0) {
-    }
+    while (waitpid(-1, 0, WNOHANG) > 0) {}
 }
 
-int main(void)
-{
+int main(void) {
     struct sigaction ends = {.sa_handler = leave}, child = {.sa_handler = reap};
 
     child.sa_flags = SA_NOCLDSTOP;
-    if (sigaction(SIGINT, &ends, 0) || sigaction(SIGTERM, &ends, 0) || sigaction(SIGCHLD, &child, 0)) {
+    if (sigaction(SIGINT, &ends, 0) || sigaction(SIGTERM, &ends, 0) ||
+        sigaction(SIGCHLD, &child, 0)) {
         return 1;
     }
     for (;;) {

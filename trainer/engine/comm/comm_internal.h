@@ -10,8 +10,7 @@
 
 #include "comm/comm.h"
 
-/* --- resolve.c: names to addresses, without holding up the loop that greets
- * ----------------------- */
+/* --- resolve.c: names to addresses, without holding up the loop that greets -------------- */
 
 enum { HS_RESOLVE_ADDRESSES = 8 };
 
@@ -39,8 +38,7 @@ hs_status hs_resolver_ask(hs_resolver *resolver, uint32_t job, const char *host,
 bool hs_resolver_take(hs_resolver *resolver, uint32_t job, hs_addresses *addresses,
                       const char **error);
 
-/* --- greet.c: the handshake of wire/frame.h
- * -------------------------------------------------------- */
+/* --- greet.c: the handshake of wire/frame.h ---------------------------------------------- */
 
 /* Connects and greets every channel that starts or ends at config->rank: fds[channel] is then a
  * connected non-blocking socket, -1 for the channels of others. Takes listen_fd (>= 0 where some

@@ -155,8 +155,7 @@ static const char *bad_form(const hs_hello *hello) {
     return NULL;
 }
 
-/* --- what becomes of a talk
- * -------------------------------------------------------------------------- */
+/* --- what becomes of a talk -------------------------------------------------------------- */
 
 static void drop_socket(talk *t) {
     if (t->fd >= 0) close(t->fd);
@@ -366,8 +365,7 @@ static hs_status advance(greeter *g, talk *t, hs_why *why) {
     }
 }
 
-/* --- a sender's way to its receiver
- * ------------------------------------------------------------------ */
+/* --- a sender's way to its receiver ------------------------------------------------------ */
 
 static hs_status say_hello(greeter *g, talk *t, hs_why *why) {
     HS_TRY(start_hello(t, g->config, why));
@@ -435,8 +433,7 @@ static hs_status tick_sender(greeter *g, uint32_t job, hs_why *why) {
     return begin_connect(g, t, why);
 }
 
-/* --- the receiver's door
- * ------------------------------------------------------------------------------ */
+/* --- the receiver's door ----------------------------------------------------------------- */
 
 static void let_in(greeter *g) {
     for (int i = 0; i < STRANGERS; i++) { /* a bounded number a turn, so that talks go on */
@@ -464,8 +461,7 @@ static void let_in(greeter *g) {
     }
 }
 
-/* --- the loop
- * ------------------------------------------------------------------------------------------ */
+/* --- the loop ---------------------------------------------------------------------------- */
 
 static void describe_missing(const greeter *g, char *text, size_t size) {
     const hs_comm_config *config = g->config;

@@ -34,8 +34,7 @@ static int cpu_has(int what) {
 #endif
 }
 
-/* --- SHA-256
- * --------------------------------------------------------------------------------------- */
+/* --- SHA-256 ----------------------------------------------------------------------------- */
 
 static const uint32_t sha_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
@@ -189,8 +188,7 @@ void hs_sha256_of(const void *data, size_t bytes, uint8_t digest[HS_SHA256_BYTES
     hs_sha256_final(&sha, digest);
 }
 
-/* --- HMAC-SHA256
- * ----------------------------------------------------------------------------------- */
+/* --- HMAC-SHA256 ------------------------------------------------------------------------- */
 
 void hs_hmac_init(hs_hmac *mac, const void *key, size_t key_bytes) {
     uint8_t block[64] = {0};
@@ -234,8 +232,7 @@ bool hs_bytes_equal(const void *a, const void *b, size_t bytes) {
     return difference == 0;
 }
 
-/* --- CRC-32C
- * --------------------------------------------------------------------------------------- */
+/* --- CRC-32C ----------------------------------------------------------------------------- */
 
 /* crc_table[i]: the remainder of the byte i, polynomial 0x82F63B78 (reflected). */
 static const uint32_t crc_table[256] = {

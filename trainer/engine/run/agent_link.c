@@ -70,8 +70,7 @@ void hs_agent_link_destroy(hs_agent_link *link) {
     free(link);
 }
 
-/* --- the ring
- * ------------------------------------------------------------------------------------------- */
+/* --- the ring ---------------------------------------------------------------------------- */
 
 static void ring_copy_in(line_ring *ring, const void *data, size_t bytes) {
     const size_t at = (ring->first + ring->used) % sizeof ring->bytes;
@@ -109,8 +108,7 @@ static void ring_push(line_ring *ring, const char *line, uint16_t length) {
     ring_copy_in(ring, line, length);
 }
 
-/* --- the connection
- * ------------------------------------------------------------------------------------- */
+/* --- the connection ---------------------------------------------------------------------- */
 
 static void disconnect(hs_agent_link *link) {
     HS_LOG(link->log, HS_LOG_WARN, "agent lost", HS_S("socket", link->path));
@@ -241,8 +239,7 @@ static bool anything_waits(const hs_agent_link *link) {
     return false;
 }
 
-/* --- what a rank calls
- * ---------------------------------------------------------------------------------- */
+/* --- what a rank calls ------------------------------------------------------------------- */
 
 hs_status hs_agent_link_slots(hs_agent_link *link, int64_t deadline_ns, hs_stop *stop,
                               int fds[HS_SNAPSHOT_SLOTS_MAX], int *count, int *restore,

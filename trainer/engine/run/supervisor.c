@@ -217,8 +217,7 @@ static void look(supervisor *s) {
     }
 }
 
-/* --- an attempt
- * ------------------------------------------------------------------------------------------ */
+/* --- an attempt -------------------------------------------------------------------------- */
 
 static void forget_attempt(supervisor *s) {
     attempt *a = &s->attempt;
@@ -439,8 +438,7 @@ static void stop_gently(supervisor *s) {
         signal_ranks(s, SIGTERM);
 }
 
-/* --- the agent
- * ------------------------------------------------------------------------------------------- */
+/* --- the agent --------------------------------------------------------------------------- */
 
 static void disconnect(supervisor *s) {
     HS_LOG(&s->log, HS_LOG_WARN, "agent lost", HS_S("socket", s->path));
@@ -584,8 +582,7 @@ static void talk(supervisor *s) {
     if (s->agent_fd >= 0) (void)send_waiting(s);
 }
 
-/* --- the loop
- * -------------------------------------------------------------------------------------------- */
+/* --- the loop ---------------------------------------------------------------------------- */
 
 static void take_signals(supervisor *s) {
     struct signalfd_siginfo info;

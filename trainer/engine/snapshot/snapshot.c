@@ -191,8 +191,7 @@ int64_t hs_snapshot_step(const hs_snapshot *s, int i) {
     return header_of(s, i)->step;
 }
 
-/* --- filling
- * ------------------------------------------------------------------------------------------- */
+/* --- filling ----------------------------------------------------------------------------- */
 
 /* The slot to fill next: an EMPTY one, else the one with the oldest snapshot; -1: none (I1, I2). */
 static int choose(const hs_snapshot *s) {
@@ -356,8 +355,7 @@ hs_status hs_snapshot_fill(hs_snapshot *s, int64_t step, bool final, int64_t dea
     return HS_OK;
 }
 
-/* --- restoring
- * ----------------------------------------------------------------------------------------- */
+/* --- restoring --------------------------------------------------------------------------- */
 
 static hs_status check_header(const hs_snapshot *s, int i, int64_t step, hs_why *why) {
     const hs_slot_header *header = header_of(s, i);

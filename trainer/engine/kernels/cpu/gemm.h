@@ -143,7 +143,7 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
 #define QUAD(x, y, r, s)                                                                           \
     __m256 x##r = _mm256_shuffle_ps(y##r, y##s, 0x44), x##s = _mm256_shuffle_ps(y##r, y##s, 0xee)
 #define HALF(at, r, s, low)                                                                        \
-    _mm256_storeu_ps(dst + (at)*width, _mm256_permute2f128_ps(c##r, c##s, (low) ? 0x20 : 0x31))
+    _mm256_storeu_ps(dst + (at) * width, _mm256_permute2f128_ps(c##r, c##s, (low) ? 0x20 : 0x31))
 /* dst[k * width + i] = a_i[k], 8 x 8, k ascending */
 VINLINE void transpose8(float *dst, int64_t width, __m256 a0, __m256 a1, __m256 a2, __m256 a3,
                         __m256 a4, __m256 a5, __m256 a6, __m256 a7) {
