@@ -103,5 +103,8 @@ def newest(run: Path) -> str:
 
 def test_it_needs_a_server_and_one_time(place: Place) -> None:
     done = place.call("schedule", "spec.toml", "--interval", "3")
-    assert (done.code, "PREFECT_API_URL" in done.err) == (78, True), done.err
+    assert (done.code, "PREFECT_API_URL is not set" in done.err) == (78, True), done.err
+    place.env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
+    done = place.call("schedule", "spec.toml", "--interval", "3")
+    assert (done.code, "nothing answers" in done.err) == (78, True), done.err
     assert place.call("schedule", "spec.toml").code == 2
