@@ -14,8 +14,8 @@ import platform
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,14 @@ def _read(problems: list[str], name: str, read: Callable[[], RunState]) -> RunSt
         return None
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
 def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, default=lambda v: v.hex() if isinstance(v, bytes) else str(v)).encode()
+    return json.dumps(value, indent=1, default=_plain).encode()
 
 
 def _about(store: Store) -> Iterator[tuple[str, bytes]]:
@@ -119,7 +125,7 @@ def _about(store: Store) -> Iterator[tuple[str, bytes]]:
 
 def _records(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
     for record in RunLog(store, run).records():
-        yield f"log/{record.n:06}-{record.kind}.json", _json(asdict(record))
+        yield f"log/{record.n:06}-{record.kind}.json", _json({f.name: getattr(record, f.name) for f in fields(record)})
 
 
 def _statuses(store: Store, run: str) -> Iterator[tuple[str, bytes]]:

@@ -146,3 +146,13 @@ async def serve_schedule(
     )
     await runner.aadd_deployment(deployment)
     await runner.start()
+
+
+def serve_train(store_url: str, name: str = "train") -> None:
+    """Serve the flow in the foreground as a deployment without a schedule: Prefect's form starts runs of any spec."""
+    train_flow.serve(
+        name=name,
+        parameters={"store": store_url},
+        pause_on_shutdown=False,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )

@@ -167,6 +167,37 @@ def logs(run: str, node: int | None, container: str, tail: int, store: str | Non
     return 0
 
 
+@k8s.command()
+@store_option
+@click.option("--every", type=float, default=60.0, show_default=True, help="Seconds between looks for open runs.")
+def serve(store: str | None, every: float) -> int:
+    """What the manifests run: serve Prefect's deployment `train`, and drive every open run that is on this cluster.
+
+    Killed at any time, nothing is lost: gangs train on, and the next one goes on from the log in the store.
+    """
+    import threading
+
+    from checkpoint.errors import CheckpointError
+    from flows.api import store_at
+    from flows.flow import serve_train
+    from flows.reconcile import Reconciler
+
+    opened = store_at(store)
+    reconciler = Reconciler(opened, say=say)
+
+    def look() -> None:
+        while True:
+            try:
+                reconciler.look()
+            except CheckpointError as error:
+                say(f"the store does not answer: {error}")
+            threading.Event().wait(every)
+
+    threading.Thread(target=look, name="reconcile", daemon=True).start()
+    serve_train(opened.url)
+    return 0
+
+
 def _where(opened: Any, name: str, namespace: str | None) -> tuple[Any, str]:
     """A run's folded log, and the namespace of its newest attempt."""
     from checkpoint.log import RunLog
