@@ -104,12 +104,15 @@ class Supervisor:
             self.peer.settimeout(20)
         return self.peer
 
-    def send(self, packet: bytes, fds: list[int]) -> None:
+    def send(self, packet: bytes, fds: list[int]) -> bool:
+        """False where the supervisor had closed this connection."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self.connected().sendmsg([packet], rights)
         except (BrokenPipeError, ConnectionResetError):
             self.drop()
+            return False
+        return True
 
     def drop(self) -> None:
         assert self.peer is not None
@@ -120,7 +123,8 @@ class Supervisor:
         """It lives, and a good PREPARE gets its ports."""
         while True:
             payload = bytes(wire.MsgPrepare(2, 0, b"127.0.0.1"))
-            self.send(packet("PREPARE", epoch, payload), [])
+            if not self.send(packet("PREPARE", epoch, payload), []):
+                continue
             try:
                 while data := self.connected().recv(wire.MSG_MAX + 64):
                     head = wire.Msg.from_buffer_copy(data)
