@@ -227,7 +227,7 @@ def _prove(prepared: Prepared, store: Store, out: Path, again: str) -> Outcome:
     if not early:
         raise LaunchError("no checkpoint of the first attempt is durable; lower checkpoint.every")
     name = f"{prepared.spec.name[:16]}-proof" + (f"-{again}" if again else "")
-    sets = [f"name={name}", "parallel.stages=1", "parallel.threads=0", "launch.nodes=1", "launch.trace=false"]
+    sets = [f"name={name}", "parallel.stages=1", "launch.nodes=1", "launch.trace=false"]
     proof = fork_run(store, prepared.run, early[-1].step, sets)
     try:
         outcome = make_driver(proof, store, sink=NoSink(), out=out).run()
