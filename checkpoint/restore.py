@@ -64,7 +64,7 @@ class Run:
 
 
 def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_what: bool = True) -> None:
-    """OtherModel where the checkpoint has another What (a fork may: ``same_what=False``) or other tensors than the plan."""
+    """OtherModel where the checkpoint has another What (a fork may: ``same_what=False``) or other tensors."""
     if same_what and manifest.what != plan.what_digest:
         raise OtherModel(
             f"{what} is of another run: its What is {manifest.what.hex()[:16]}, the plan's "
