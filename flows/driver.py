@@ -396,7 +396,7 @@ def decide(
         place = next((n.place for n in mine if any(r.rank == cause.rank for r in n.ranks)), "")
         cause = replace(cause, place=place)
     if lost is not None:
-        cause = _outranked(cause, lost, ranks)
+        cause = _outranked(cause, lost, ranks, newest.ranks)
     if cause is None:
         stalled = _stalled(mine, newest, policy)
         if stalled is None:
@@ -425,14 +425,14 @@ def decide(
     return StartAttempt(restore, epochs, "recover", cause, _backoff(log, policy), renew)
 
 
-def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView]) -> Cause:
+def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_ranks: int) -> Cause:
     """What the launcher knows explains a peer that was lost or asked to stop; a rank's own end explains the rest."""
     step = max((r.step for r in ranks), default=-1)
     if cause is None:
         return replace(lost, step=step)
-    if cause.cls == "preempted":
+    if len(ranks) == all_ranks and all(r.ended and rank_class(r) == "preempted" for r in ranks):
         return Cause("preempted", f"{lost.text}; state saved", lost.mend, None, step, place=lost.place)
-    if cause.cls == "infra" or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
+    if cause.cls in ("infra", "preempted") or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
         return replace(lost, step=step)
     return cause
 
