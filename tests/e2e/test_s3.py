@@ -45,7 +45,7 @@ def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
     """And nothing that was written or inherited knows the secret but the agent's own environment."""
     run, digest = undisturbed
     _, secret = server.identities["trainer"]
-    with unleashed(Fault("forward", 1, 20), there.folder, there.folder / "out") as watcher:
+    with unleashed(Fault("forward", 1, 6), there.folder, there.folder / "out") as watcher:
         process = there.start_train()
         wait_for(lambda: rank_step(there.folder / "out", 0) is not None, "a rank", 60)
         environments = {line: environment(pid) for pid, line in there.left().items()}
