@@ -69,6 +69,7 @@ class S3Server:
     data: Path
     identities: dict[str, tuple[str, str]]
     start: Callable[[int], subprocess.Popen[bytes]]
+    host: str = "127.0.0.1"
 
     @property
     def pid(self) -> int:
@@ -83,13 +84,13 @@ class S3Server:
         """The same server again, on the same port."""
         for _ in range(5):
             self.process = self.start(self.port)
-            if _healthy(self.process, self.port):
+            if _healthy(self.process, self.host, self.port):
                 return
         raise RuntimeError(f"versitygw does not start again on port {self.port}")
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def url(self, prefix: str = "") -> str:
         """Address of a store under this prefix of the bucket."""
@@ -124,8 +125,11 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """Start a server whose files lie under ``folder``; it is stopped, by its process id, however the block ends."""
+def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
+    """Start a server whose files lie under ``folder``; it is stopped, by its process id, however the block ends.
+
+    ``host``: the address of this machine on which it listens.
+    """
     program = binary()
     root, trainer = ("root", secrets.token_hex(16)), ("trainer", secrets.token_hex(16))
     for name in ("iam", "versions", "data"):
@@ -135,7 +139,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         with open(folder / "server.log", "ab") as log:
             return subprocess.Popen(
                 [
-                    *(str(program), "--port", f"127.0.0.1:{port}", *more),
+                    *(str(program), "--port", f"{host}:{port}", *more),
                     *("--iam-dir", str(folder / "iam"), "--health", "/health", "--quiet"),
                     *("posix", "--versioning-dir", str(folder / "versions"), str(folder / "data")),
                 ],
@@ -147,22 +151,23 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
             )
 
     for attempt in range(5):  # a port that was free may be taken meanwhile
-        port, admin = _free_ports(2)
+        port, admin = _free_ports(host, 2)
         server = S3Server(
             port,
-            start(port, "--admin-port", f"127.0.0.1:{admin}"),
+            start(port, "--admin-port", f"{host}:{admin}"),
             folder / "data",
             {"root": root, "trainer": trainer},
             start,
+            host,
         )
         try:
-            if not _healthy(server.process, port):
+            if not _healthy(server.process, host, port):
                 if attempt == 4:
                     raise RuntimeError(f"versitygw does not start:\n{(folder / 'server.log').read_text()[-2000:]}")
                 continue
             subprocess.run(
                 [
-                    *(str(program), "admin", "-a", root[0], "-s", root[1], "-er", f"http://127.0.0.1:{admin}"),
+                    *(str(program), "admin", "-a", root[0], "-s", root[1], "-er", f"http://{host}:{admin}"),
                     *("create-user", "-a", trainer[0], "-s", trainer[1], "-r", "user"),
                 ],
                 check=True,
@@ -205,11 +210,11 @@ def _make_bucket(server: S3Server) -> None:
     client.close()
 
 
-def _healthy(process: subprocess.Popen[bytes], port: int) -> bool:
+def _healthy(process: subprocess.Popen[bytes], host: str, port: int) -> bool:
     end = time.monotonic() + 20
     while time.monotonic() < end and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return True
         except OSError:
@@ -217,11 +222,11 @@ def _healthy(process: subprocess.Popen[bytes], port: int) -> bool:
     return False
 
 
-def _free_ports(count: int) -> list[int]:
+def _free_ports(host: str, count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((host, 0))
         return [int(each.getsockname()[1]) for each in sockets]
 
 
