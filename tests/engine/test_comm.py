@@ -29,6 +29,7 @@ from tests.engine.comm_peer import (
     until,
 )
 from tests.engine.native import build_program
+from tests.support.agents import wait_for
 from trainer import wire
 
 
@@ -128,8 +129,8 @@ def test_garbage_and_half_greetings_do_not_hold_up_the_others(tmp_path: Path) ->
         with dial(gang.ports[1]) as a:
             assert greet_receiver(a, gang, 0)
             assert exactly(half, 1) == b""  # dropped, in its time
-            assert one.logs("did not finish its greeting")
-            assert one.logs("does not speak this protocol")
+            wait_for(lambda: one.logs("did not finish its greeting"), "the word about half a greeting")
+            wait_for(lambda: one.logs("does not speak this protocol"), "the word about garbage")
             with dial(gang.ports[1]) as b:
                 assert greet_receiver(b, gang, 1)
                 assert one.wait() == 0, one.errors
