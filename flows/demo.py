@@ -31,7 +31,7 @@ from flows.sink import Lines, Many
 from trainer.errors import LaunchError
 from trainer.spec import RunSpec
 
-PROMPT = "def "
+PROMPT = "class Queue:\n    def __init__(self"
 
 
 @dataclass
