@@ -253,12 +253,9 @@ class Ledger:
 
 
 def _cgroup_mounts() -> list[tuple[Path, bool]]:
-    """Where the controllers are mounted; True for version 2. A version 2 mount beside version 1 has none of them."""
+    """Where cgroups are mounted; True for version 2, which beside version 1 has no controllers."""
     rows = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    first = [Path(r[1]) for r in rows if r[2] == "cgroup"]
-    if first:
-        return [(path, False) for path in first]
-    return [(Path(r[1]), True) for r in rows if r[2] == "cgroup2"]
+    return [(Path(row[1]), row[2] == "cgroup2") for row in rows if row[2] in ("cgroup", "cgroup2")]
 
 
 def make_cgroup(name: str) -> None:
@@ -266,7 +263,7 @@ def make_cgroup(name: str) -> None:
     for mount, unified in _cgroup_mounts():
         group = mount / name
         group.mkdir(exist_ok=True)
-        if unified:
+        if unified and (mount / "cgroup.controllers").read_text().strip():
             enable = " ".join(f"+{c}" for c in (mount / "cgroup.controllers").read_text().split())
             for folder in (mount, group):
                 (folder / "cgroup.subtree_control").write_text(enable)

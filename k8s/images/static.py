@@ -1,0 +1,83 @@
+"""The engine as one static binary a platform, by zig's C compiler (clang with musl): what the engine's image holds.
+
+The compiler comes from the package registry into an environment in the user's cache folder; nothing of the machine's
+own toolchain is used, so a binary depends on the sources alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ZIG = "0.17.1"
+TOOLS = (f"ziglang=={ZIG}", "cmake==3.31.6", "ninja==1.11.1.4")
+TARGETS = {"amd64": ("x86_64-linux-musl", "x86_64"), "arm64": ("aarch64-linux-musl", "aarch64")}
+
+
+def cache() -> Path:
+    """The user's cache folder for hotstage; made where it is missing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"images: {text}\n")
+    sys.stderr.flush()
+
+
+def tools() -> Path:
+    """The ``bin`` folder of an environment with the compiler; made on first use (100 MB are fetched)."""
+    digest = hashlib.sha256(" ".join((*TOOLS, sys.version)).encode()).hexdigest()[:12]
+    home = cache() / f"static-{digest}"
+    done = home / ".done"
+    if not done.exists():
+        say(f"installing {', '.join(TOOLS)} into {home} (once)")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *TOOLS], check=True)
+        done.touch()
+    return home / "bin"
+
+
+def static_engine(arch: str) -> Path:
+    """The static binary for amd64 or arm64, stripped; only what changed is compiled again."""
+    target, processor = TARGETS[arch]
+    programs = tools()
+    build = cache() / f"static-engine-{arch}" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
+    build.mkdir(parents=True, exist_ok=True)
+    for name, command in (("cc", f"cc -target {target}"), ("ar", "ar"), ("ranlib", "ranlib")):
+        wrapper = build / f"zig-{name}"
+        wrapper.write_text(f'#!/bin/sh\nexec "{programs}/python" -m ziglang {command} "$@"\n')
+        wrapper.chmod(0o755)
+    settings = {
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": processor,
+        "CMAKE_C_COMPILER": str(build / "zig-cc"),
+        "CMAKE_AR": str(build / "zig-ar"),
+        "CMAKE_RANLIB": str(build / "zig-ranlib"),
+        "CMAKE_MAKE_PROGRAM": str(programs / "ninja"),
+        "CMAKE_BUILD_TYPE": "Release",
+        # no path of the machine in the binary
+        "CMAKE_C_FLAGS": f"-ffile-prefix-map={ROOT}=. -fno-sanitize=all",
+        "CMAKE_EXE_LINKER_FLAGS": "-static -s",
+    }
+    env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache() / "zig"), "ZIG_LOCAL_CACHE_DIR": str(cache() / "zig")}
+    for name in ("CC", "CFLAGS", "LDFLAGS", "CPPFLAGS"):
+        env.pop(name, None)
+    say(f"building the static engine for {arch}")
+    cmake = str(programs / "cmake")
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT / "trainer" / "engine"), "-B", str(build)]
+    _quiet([*configure, *(f"-D{key}={value}" for key, value in settings.items())], env)
+    _quiet([cmake, "--build", str(build), "--target", "hotstage-engine"], env)
+    return build / "hotstage-engine"
+
+
+def _quiet(command: list[str], env: dict[str, str]) -> None:
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed:\n{(done.stdout + done.stderr)[-4000:]}")
