@@ -385,6 +385,14 @@ class Driver:
             facts = {"n": checkpoint.n, "step": checkpoint.step, "epoch": checkpoint.epoch}
             self._tell_once(("checkpoint", checkpoint.n), Event("checkpoint", facts))
 
+    def _saved(self, step: int | None) -> str:
+        """What a stop left in the store, honestly: the gang's last state may not have got there."""
+        reached = max(self.max_step.values(), default=0)
+        if step is not None and step >= reached:
+            return "state saved"
+        where = "nothing was saved yet" if step is None else f"step {step} is saved"
+        return f"{where}; the steps up to {reached} will be trained again" if reached else where
+
     def _outcome(self, state: RunState, outcome: str) -> Outcome:
         newest = state.checkpoints[-1] if state.checkpoints else None
         reason, code = "", 0
@@ -394,7 +402,7 @@ class Driver:
         elif outcome == "cancelled":
             reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
         elif outcome == "stopped":
-            reason, code = "state saved" if newest else "nothing was saved yet", EXIT_STOPPED
+            reason, code = self._saved(newest.step if newest else None), EXIT_STOPPED
         result = Outcome(
             run=self.prepared.run,
             outcome=outcome,

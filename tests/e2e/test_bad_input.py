@@ -293,6 +293,26 @@ def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, 
             place.stop_all()
 
 
+def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str, str]) -> None:
+    run, digest = undisturbed
+    with mounted(place.folder / "small", "size=6m") as remount:
+        place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
+        process = place.start_train("checkpoint.commit_s=1")
+        try:
+            assert process.stderr is not None
+            while b"is full" not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            done = finish(process)
+            if done.code == STOPPED:  # else the last step had come before the signal
+                assert "will be trained again" in done.json()["reason"]
+            place.all_gone()
+            remount("size=256m")
+            resumed(place, run, digest, "--set", "checkpoint.commit_s=60")
+        finally:
+            place.stop_all()
+
+
 def test_a_store_that_stays_full(place: Place, undisturbed: tuple[str, str]) -> None:
     """The last state cannot be saved: that is no success, and it says so. With room again the run goes on."""
     run, digest = undisturbed
