@@ -36,11 +36,11 @@ PROMPT = "class Queue:\n    def __init__(self"
 
 @dataclass
 class Killer:
-    """Kills the last stage with SIGKILL once, when the run is halfway and a checkpoint is durable."""
+    """Kills the last stage with SIGKILL once: halfway, between two snapshots, once a checkpoint is durable."""
 
     store: Store
     run: str
-    steps: int
+    at_step: int
     say: Callable[[str], None]
     killed_rank: int | None = None
     _durable: int = -1
@@ -49,7 +49,7 @@ class Killer:
     def tell(self, event: Event) -> None:
         if event.kind == "checkpoint":
             self._durable = int(event.facts["step"])
-        if event.kind != "step" or int(event.facts["step"]) < self.steps // 2 or self._durable < 0:
+        if event.kind != "step" or int(event.facts["step"]) < self.at_step or self._durable < 0:
             return
         with self._lock:
             if self.killed_rank is None:
@@ -209,7 +209,7 @@ def _train(
         flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
         peak_flops=measured_peak(),
     )
-    killer = Killer(store, prepared.run, steps, say)
+    killer = Killer(store, prepared.run, steps // 2 + prepared.spec.checkpoint.every // 2, say)
     sinks: Sequence[Sink] = [lines, killer]
     outcome: Outcome | None = None
     if use_prefect:

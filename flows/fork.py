@@ -11,8 +11,10 @@ from checkpoint.store import Store
 from flows.prepare import load_dataset, prepare
 from flows.run import Prepared, load_what, publish_plan
 from trainer.errors import SpecError
+from trainer.models import family
+from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
-from trainer.spec import parse_spec, run_id, what_bytes, what_digest
+from trainer.spec import ModelSpec, parse_spec, run_id, what_bytes, what_digest
 
 
 def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
@@ -41,8 +43,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
     dataset = load_dataset(store, digest) if spec.data.source == f"dataset:{digest}" else prepare(spec.data, store)
     resolved = spec.resolve(dataset)
-    if {**resolved.model.model_dump(), "context": 0} != {**parse_spec(tree).model.model_dump(), "context": 0}:
-        raise SpecError("a fork trains the parent's tensors: model.… cannot change; start a new run instead")
+    _check_tensors(resolved.model, parse_spec(tree).model)
     if resolved.train.steps <= found.step:
         raise SpecError(
             f"the fork would end at step {resolved.train.steps}, but starts at step {found.step}; "
@@ -66,6 +67,17 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     }
     child.transact(lambda s: None if s.n else ("intervention", body))
     return Prepared(run, resolved, dataset, child_what, plan)
+
+
+def _check_tensors(child: ModelSpec, parent: ModelSpec) -> None:
+    """SpecError where the child's model has other tensors than the parent's checkpoint."""
+    ours, theirs = ({t.name: t.shape for t in tensor_table(family(m.family), m)} for m in (child, parent))
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise SpecError(
+                f"tensor {name} would be {ours.get(name)}, the parent's is {theirs.get(name)}: a fork trains its "
+                "parent's tensors; leave model.… as it is, or start a new run"
+            )
 
 
 def _pin(log: RunLog, state: RunState, checkpoint: int, child: str) -> None:

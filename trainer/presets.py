@@ -42,7 +42,7 @@ clip = 1.0                # limit of the global gradient norm
 
 [train.schedule]
 kind = "cosine"
-warmup = 60               # steps
+warmup = 200              # steps
 
 # --- How. May change from attempt to attempt without changing a bit of the result.
 
