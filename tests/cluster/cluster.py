@@ -135,8 +135,13 @@ class Cluster:
         argument, for example ``kind load image-archive``.
         """
         if self.own:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda each: each.ctr("images", "import", str(archive)), node.NODES))
+            at = archive.stat()
+            there = self.scratch / "loaded" / f"{archive.name}-{at.st_ino}-{at.st_size}-{at.st_mtime_ns}"
+            if not there.exists():
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(lambda each: each.ctr("images", "import", str(archive)), node.NODES))
+                there.parent.mkdir(exist_ok=True)
+                there.touch()
             return
         command = os.environ.get("HOTSTAGE_LOAD_IMAGE")
         if not command:

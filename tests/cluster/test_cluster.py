@@ -103,25 +103,25 @@ def launch(namespace: str) -> list[dict[str, Any]]:
     return render_launch(spec, plan, run="tiny-abc123", store_url="s3://bucket/prefix")
 
 
-def test_every_node_is_ready(kube: Cluster) -> None:
-    nodes = kube.get("nodes")["items"]
-    assert {n["metadata"]["name"] for n in nodes} == set(kube.nodes)
+def test_every_node_is_ready(cluster: Cluster) -> None:
+    nodes = cluster.get("nodes")["items"]
+    assert {n["metadata"]["name"] for n in nodes} == set(cluster.nodes)
     for node in nodes:
         ready = [c for c in node["status"]["conditions"] if c["type"] == "Ready"]
         assert ready[0]["status"] == "True", node["status"]["conditions"]
-    if kube.own:
+    if cluster.own:
         assert len(nodes) == 2
 
 
-def test_pods_on_both_nodes_find_each_other_by_name(kube: Cluster, python_image: str) -> None:
-    with kube.namespace("peers") as namespace:
-        kube.apply(*peers("meet", python_image), args=["-n", namespace])
-        kube.kubectl("-n", namespace, "wait", "job/meet", "--for=condition=Complete", "--timeout=90s")
-        pods = kube.get("-n", namespace, "pods")["items"]
+def test_pods_on_both_nodes_find_each_other_by_name(cluster: Cluster, python_image: str) -> None:
+    with cluster.namespace("peers") as namespace:
+        cluster.apply(*peers("meet", python_image), args=["-n", namespace])
+        cluster.kubectl("-n", namespace, "wait", "job/meet", "--for=condition=Complete", "--timeout=90s")
+        pods = cluster.get("-n", namespace, "pods")["items"]
         assert {p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for p in pods} == {"0", "1"}
         assert len({p["spec"]["nodeName"] for p in pods}) == 2
         said = {
-            p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]: kube.kubectl(
+            p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]: cluster.kubectl(
                 "-n", namespace, "logs", p["metadata"]["name"]
             ).strip()
             for p in pods
@@ -129,19 +129,19 @@ def test_pods_on_both_nodes_find_each_other_by_name(kube: Cluster, python_image:
         assert said == {"0": "met meet-1", "1": "met meet-0"}
 
 
-def test_a_launch_is_accepted_as_it_is_rendered(kube: Cluster) -> None:
-    with kube.namespace("launch", "restricted") as namespace:
+def test_a_launch_is_accepted_as_it_is_rendered(cluster: Cluster) -> None:
+    with cluster.namespace("launch", "restricted") as namespace:
         objects = launch(namespace)
-        kube.apply(*objects, args=["--dry-run=server", "--validate=strict", "--warnings-as-errors"])
+        cluster.apply(*objects, args=["--dry-run=server", "--validate=strict", "--warnings-as-errors"])
         job = next(o for o in objects if o["kind"] == "Job")
         template = job["spec"]["template"]
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         pod["metadata"] = {**template.get("metadata", {}), "name": "of-the-launch", "namespace": namespace}
-        kube.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(pod))
+        cluster.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(pod))
 
 
-def test_the_namespace_refuses_what_is_not_confined(kube: Cluster) -> None:
-    with kube.namespace("confined", "restricted") as namespace:
+def test_the_namespace_refuses_what_is_not_confined(cluster: Cluster) -> None:
+    with cluster.namespace("confined", "restricted") as namespace:
         free = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -149,20 +149,20 @@ def test_the_namespace_refuses_what_is_not_confined(kube: Cluster) -> None:
             "spec": {"containers": [{"name": "free", "image": "any:1"}]},
         }
         with pytest.raises(ClusterError, match="violates PodSecurity"):
-            kube.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(free))
+            cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(free))
 
 
-def test_an_account_has_the_rights_of_its_rules_and_no_others(kube: Cluster) -> None:
-    with kube.namespace("rights") as namespace:
+def test_an_account_has_the_rights_of_its_rules_and_no_others(cluster: Cluster) -> None:
+    with cluster.namespace("rights") as namespace:
         rules = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]
-        path = kube.account(namespace, "reader", rules)
-        assert kube.kubectl("--kubeconfig", str(path), "get", "pods", "-o", "name") == ""
+        path = cluster.account(namespace, "reader", rules)
+        assert cluster.kubectl("--kubeconfig", str(path), "get", "pods", "-o", "name") == ""
         for verb, what in (("get", "secrets"), ("get", "nodes")):
             with pytest.raises(ClusterError, match="forbidden"):
-                kube.kubectl("--kubeconfig", str(path), verb, what)
+                cluster.kubectl("--kubeconfig", str(path), verb, what)
 
 
-def test_a_pod_reaches_the_api_by_its_service(kube: Cluster, python_image: str) -> None:
+def test_a_pod_reaches_the_api_by_its_service(cluster: Cluster, python_image: str) -> None:
     """In-cluster configuration holds: the address, the name and the authority's certificate."""
     script = (
         "import os, ssl, urllib.request as u\n"
@@ -171,7 +171,7 @@ def test_a_pod_reaches_the_api_by_its_service(kube: Cluster, python_image: str) 
         "for host in (os.environ['KUBERNETES_SERVICE_HOST'], 'kubernetes.default.svc'):\n"
         "    print(u.urlopen(f'https://{host}/version', context=context, timeout=10).status)\n"
     )
-    with kube.namespace("inside") as namespace:
+    with cluster.namespace("inside") as namespace:
         body = {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -189,19 +189,21 @@ def test_a_pod_reaches_the_api_by_its_service(kube: Cluster, python_image: str) 
                 ],
             },
         }
-        kube.apply(body, args=["-n", namespace])
-        kube.kubectl("-n", namespace, "wait", "pod/inside", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
-        assert kube.kubectl("-n", namespace, "logs", "inside").split() == ["200", "200"]
+        cluster.apply(body, args=["-n", namespace])
+        cluster.kubectl(
+            "-n", namespace, "wait", "pod/inside", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s"
+        )
+        assert cluster.kubectl("-n", namespace, "logs", "inside").split() == ["200", "200"]
 
 
-def test_a_node_without_its_kubelet_is_not_ready_and_comes_back(kube: Cluster) -> None:
-    if not kube.own:
+def test_a_node_without_its_kubelet_is_not_ready_and_comes_back(cluster: Cluster) -> None:
+    if not cluster.own:
         pytest.skip("a kubelet is only stopped in a cluster of our own")
 
     def state() -> str:
-        conditions = kube.get("node", "node2")["status"]["conditions"]
+        conditions = cluster.get("node", "node2")["status"]["conditions"]
         return str(next(c["status"] for c in conditions if c["type"] == "Ready"))
 
-    with kube.away("kubelet-node2"):
-        kube.until(lambda: state() == "Unknown", "node2 to be missed", 60)
-    kube.until(lambda: state() == "True", "node2 to be Ready again", 60)
+    with cluster.away("kubelet-node2"):
+        cluster.until(lambda: state() == "Unknown", "node2 to be missed", 60)
+    cluster.until(lambda: state() == "True", "node2 to be Ready again", 60)
