@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench nightly golden clean
+.PHONY: help setup demo test images test-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,19 @@ test: setup ## the tests, at most 10 minutes on 2 cores (the first time some mor
 	$(BIN)/python -m tests.support.s3_server
 	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "not slow and not cluster"
 
+images: setup ## container images of engine, agent and flows into out/images (BASE=IMAGE: another Python to stand on)
+	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
+
+test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
+	$(BIN)/python -m tests.support.s3_server
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m cluster tests/cluster
+
+cluster-up: setup ## bring that Kubernetes up and leave it there, to look around; prints its kubeconfig's path
+	@$(BIN)/python -m tests.cluster up
+
+cluster-down: setup ## take it down again
+	@$(BIN)/python -m tests.cluster down
+
 check: setup ## format, lint, types, layering, warnings as errors, sanitizers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,7 +53,7 @@ bench: setup ## figures into out/bench.json
 	$(BIN)/python -m tests.bench
 
 nightly: setup ## the long campaigns: every test, also the slow ones
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not cluster"
 
 clean: ## remove what was built and run here (not the caches of the user's folder)
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
