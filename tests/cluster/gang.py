@@ -32,17 +32,17 @@ name = "gang"
 [model]
 family = "gpt2"
 layers = 4
-width = 64
+width = 32
 heads = 4
-context = 64
+context = 32
 [data]
 source = "text:corpus/*.txt"
 vocab_size = 300
 [train]
 steps = {STEPS}
-batch = 16
+batch = 8
 microbatch = 2
-sequence = 64
+sequence = 32
 seed = 3
 [parallel]
 stages = 4
@@ -54,13 +54,13 @@ commit_s = 20.0
 target = "kubernetes"
 nodes = 2
 store_secret = "store"
-stall_s = 8.0
+stall_s = 15.0
 connect_s = 40.0
 toleration_s = 2
 [launch.resources]
-cpu = "50m"
+cpu = "400m"
 [launch.agent_resources]
-cpu = "50m"
+cpu = "400m"
 [recovery]
 backoff_s = 0.05
 """

@@ -18,8 +18,6 @@ from tests.cluster.gang import SPEC, STEPS, Gang, ended, gang, record, secret, s
 from tests.support.place import Place
 from tests.support.s3_server import S3Server
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="session")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
