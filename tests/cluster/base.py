@@ -20,7 +20,7 @@ from k8s.images.builder import Builder
 from tests.cluster.host import ClusterError
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 1".encode()).hexdigest()[:8]
+SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 2".encode()).hexdigest()[:8]
 NAME = f"hotstage-python:{VERSION}-{SUM}"
 PROGRAMS = ("sh", "test", "cat", "ls", "mkdir", "sleep", "env", "dd", "kill")
 SKIPPED = (
@@ -57,8 +57,8 @@ def base_image(builder: Builder) -> str:
         ):
             (root / folder).mkdir(parents=True)
         (root / "tmp").chmod(0o1777)
-        for name in ("bin", "lib", "lib64"):
-            (root / name).symlink_to(f"usr/{name}")
+        for folder in ("bin", "lib", "lib64"):
+            (root / folder).symlink_to(f"usr/{folder}")
         python = Path(os.path.realpath(sys.executable))
         library = Path(sysconfig.get_path("stdlib"))
         own = root / "usr/local/lib" / f"python{VERSION}"
@@ -71,7 +71,10 @@ def base_image(builder: Builder) -> str:
         programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
         for program in programs:
             shutil.copy(program, root / "usr/bin" / program.name)
-        for needed in _libraries([python, *extensions, *programs]):
+        # compiled packages from the registry count on these two, as any Debian has them
+        usual = Path("/usr/lib") / str(sysconfig.get_config_var("MULTIARCH"))
+        also = [usual / name for name in ("libgcc_s.so.1", "libstdc++.so.6")]
+        for needed in _libraries([python, *extensions, *programs]) | {path for path in also if path.exists()}:
             _copy_library(needed, root)
         (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nhotstage:x:65532:65532::/tmp:/bin/sh\n")
         (root / "etc/group").write_text("root:x:0:\nhotstage:x:65532:\n")
