@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 STORE_PATIENCE_S = 1.0
 LAUNCHER_PATIENCE_S = 1.0
+LEAVING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Driver:
     _failed_at: float | None = None
     _told: set[Any] = field(default_factory=set)
     _waits: tuple[str, float] | None = None
+    _leaving_since: float | None = None
     _amnesty: bool = False
     _avoids: bool = False
     _as_asked: bool = False
@@ -159,6 +161,9 @@ class Driver:
                 policy = self.prepared.policy(launch_id)
                 waiting = view.detail if view.state == "waiting" else ""
                 decision = decide(fold_view(state), nodes, policy, lost=lost, waiting=waiting)
+                if self._may_be_leaving(decision):
+                    self.stop.wait(self.poll_s)
+                    continue
                 done = self._act(decision, run_log, state, launch, lost)
                 if done:
                     return self._outcome(run_log.fold(state), done)
@@ -193,6 +198,17 @@ class Driver:
         had_to = any(a.reason.startswith("fewer nodes") and a.ranks == newest.ranks for a in state.attempts)
         if newest.ranks < self.prepared.ranks and stages in allowed and had_to:
             self.prepared = relayout(self.prepared, self.store, stages)
+
+    def _may_be_leaving(self, decision: Decision) -> bool:
+        """Ranks that saved and left on request are mostly on a node that leaves with them, and its launcher shows that
+        a moment later: an attempt in that launch would only be lost with it.
+        """
+        cause = decision.cause if isinstance(decision, StartAttempt) and not decision.renew else None
+        if cause is None or cause.cls != "preempted" or not self.launcher.detaches:
+            self._leaving_since = None
+            return False
+        self._leaving_since = self._leaving_since or time.monotonic()
+        return time.monotonic() - self._leaving_since < LEAVING_S
 
     def _waited(self, view: LaunchView) -> bool:
         """Whether this launch has waited for longer than ``recovery.capacity_s``."""

@@ -13,6 +13,7 @@ Rules
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -249,8 +250,18 @@ def _words(pod: PodView) -> str:
 
 
 def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1][:400] if lines else ""
+    """The last line that tells something: plain text, or the words of a log line that is a warning or worse."""
+    for line in reversed(text.strip().splitlines()):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            return line.strip()[-400:]
+        if isinstance(value, dict) and value.get("level") not in ("info", "debug"):
+            said = value.get("text") or value.get("error") or value.get("event") or ""
+            return str(said)[:400]
+    return ""
 
 
 # --- Jobs and what waits ------------------------------------------------------------------------------------

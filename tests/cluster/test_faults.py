@@ -114,7 +114,8 @@ STRIKES: dict[str, tuple[Callable[[Gang], None], str, bool]] = {
     "rank killed (9)": (rank_killed, "signal", False),
     "rank crashed (11)": (rank_crashed, "signal", False),
     "pod deleted": (pod_deleted, "preempted", True),
-    "pod deleted by force": (pod_deleted_by_force, "infra", True),
+    # its processes are still asked to stop: this gang saves even so
+    "pod deleted by force": (pod_deleted_by_force, "preempted", True),
     "supervisor killed": (supervisor_killed, "infra", True),
     "supervisor terminated (SIGTERM with grace)": (supervisor_terminated, "preempted", True),
     "agent killed": (agent_killed, "", False),
