@@ -258,3 +258,21 @@ def test_views_tolerate_what_a_server_leaves_out() -> None:
     assert job_view({"metadata": {"name": "j"}, "status": {"conditions": None}}).name == "j"
     raw = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"name": ENGINE, "state": {"running": {}}}]}}
     assert pod_view(raw).containers[ENGINE].state == "running"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("first\nlast words", "last words"),
+        (
+            '{"level":"error","event":"agent lost","text":"no such key"}\n{"level":"info","event":"leaves"}\n',
+            "no such key",
+        ),
+        ('{"level":"info","event":"started"}', ""),
+    ],
+)
+def test_last_words_are_those_that_tell_something(text: str, said: str) -> None:
+    ended = pod(1, ContainerView("terminated", "Error", text, 70), phase="Failed")
+    loss = launch_view("x-k1", JOB, [pod(0), ended]).loss
+    assert loss is not None
+    assert loss.text.endswith(f"its last words: {said}" if said else EXITS[70].text)
