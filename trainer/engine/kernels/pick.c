@@ -1,17 +1,36 @@
 #include "kernels/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 /* The numbers of hs_attempt.kernel_path (wire/attempt.h). */
 enum { PATH_AUTO = 0, PATH_REF = 1, PATH_PORTABLE = 2, PATH_AVX2 = 3, PATH_AVX512 = 4 };
 
 #if defined(__x86_64__)
-/* These ask the CPU and whether the system saves the registers. */
+/* These ask the CPU, and whether the system saves the registers. With CPUID itself: what
+ * __builtin_cpu_supports reads is filled by a library, and that of static musl builds by zig never
+ * does it. */
+static uint32_t saved_registers(void) {
+    uint32_t a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+static bool has(uint32_t features, uint32_t saved) {
+    uint32_t a, b, c, d;
+    if ((saved_registers() & saved) != saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return false;
+    return (b & features) == features;
+}
+
 static bool has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return has(bit_AVX2, 0x06);
 }
 
 static bool has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL, 0xe6);
 }
 #endif
 
