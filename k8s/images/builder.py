@@ -58,6 +58,12 @@ class Builder:
         verb = ["inspect", "--type", "image"] if self.program == "buildah" else ["image", "inspect"]
         return subprocess.run([self.program, *self.options, *verb, name], capture_output=True).returncode == 0
 
+    def tidy(self) -> None:
+        """Drop images that no name points to any more, where the storage is this builder's own."""
+        if self.options:
+            verb = ["rmi", "--prune"] if self.program == "buildah" else ["image", "prune", "--force"]
+            subprocess.run([self.program, *self.options, *verb], capture_output=True)
+
     def _run(self, *args: str) -> None:
         command = [self.program, *self.options, *args]
         env = {**os.environ, "DOCKER_BUILDKIT": "1"}

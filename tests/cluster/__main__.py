@@ -6,7 +6,7 @@ import os
 import sys
 
 from tests.cluster.build import binary
-from tests.cluster.cluster import Cluster, down, given, guard, standing, up
+from tests.cluster.cluster import Cluster, down, given, guard, is_owned, standing, up
 from tests.cluster.host import ClusterError, Ledger, Started
 
 USAGE = "usage: python -m tests.cluster up | down | status | kubectl ARGS | build"
@@ -15,7 +15,7 @@ USAGE = "usage: python -m tests.cluster up | down | status | kubectl ARGS | buil
 def main(args: list[str]) -> int:
     match args:
         case ["up"]:
-            there = given() or (standing() if os.geteuid() == 0 else None) or up()
+            there = given() or (standing() if os.geteuid() == 0 and not is_owned() else None) or up()
             print(f"export KUBECONFIG={there.kubeconfig}")
         case ["down"]:
             down()

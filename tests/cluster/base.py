@@ -20,9 +20,14 @@ from k8s.images.builder import Builder
 from tests.cluster.host import ClusterError
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 2".encode()).hexdigest()[:8]
+SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 3".encode()).hexdigest()[:8]
 NAME = f"hotstage-python:{VERSION}-{SUM}"
 PROGRAMS = ("sh", "test", "cat", "ls", "mkdir", "sleep", "env", "dd", "kill")
+# what compiled packages from the registry count on: the parts of the C library, and gcc's
+EVERYWHERE = (
+    *("libpthread.so.0", "librt.so.1", "libdl.so.2", "libutil.so.1", "libresolv.so.2"),
+    *("libgcc_s.so.1", "libstdc++.so.6"),
+)
 SKIPPED = (
     "__pycache__",
     "site-packages",
@@ -71,9 +76,8 @@ def base_image(builder: Builder) -> str:
         programs = [Path(found) for name in PROGRAMS if (found := shutil.which(name))]
         for program in programs:
             shutil.copy(program, root / "usr/bin" / program.name)
-        # compiled packages from the registry count on these two, as any Debian has them
         usual = Path("/usr/lib") / str(sysconfig.get_config_var("MULTIARCH"))
-        also = [usual / name for name in ("libgcc_s.so.1", "libstdc++.so.6")]
+        also = [usual / name for name in EVERYWHERE]
         for needed in _libraries([python, *extensions, *programs]) | {path for path in also if path.exists()}:
             _copy_library(needed, root)
         (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nhotstage:x:65532:65532::/tmp:/bin/sh\n")

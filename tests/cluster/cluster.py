@@ -222,6 +222,12 @@ def standing() -> Cluster | None:
     return _handle(ledger, binary()) if _ready_nodes(files) == set(control.NODES) else None
 
 
+def is_owned() -> bool:
+    """Whether the cluster that stands here goes with a process."""
+    ledger = Ledger.load()
+    return ledger is not None and ledger.owner is not None
+
+
 def up(*, owned: bool = False) -> Cluster:
     """Bring a cluster up, after sweeping what is left of another; it stays until ``down``.
 
@@ -293,7 +299,7 @@ def _sweep() -> None:
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
     """The cluster that HOTSTAGE_KUBECONFIG names, the one that stands here, or one brought up for the block."""
-    there = given() or (standing() if os.geteuid() == 0 else None)
+    there = given() or (standing() if os.geteuid() == 0 and not is_owned() else None)
     if there is not None:
         say(f"using the cluster of {there.kubeconfig}")
         yield there

@@ -26,9 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def builder() -> Builder:
+def builder() -> Iterator[Builder]:
     """What builds images here, with a storage of its own."""
-    return Builder.find(storage=cache() / "storage")
+    found = Builder.find(storage=cache() / "storage")
+    yield found
+    found.tidy()
 
 
 @pytest.fixture(scope="session")
