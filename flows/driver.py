@@ -446,7 +446,9 @@ def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, 
         if node.alive is False or node.epoch != newest.epoch:
             continue
         ended = [r for r in node.ranks if r.ended]
-        if leaving and node.alive and len(ended) < len(node.ranks) and node.age_s < policy.stall_s:
+        if leaving and node.alive is None:  # its launcher knows of its launch, and of no engine: it has not started
+            continue
+        if leaving and len(ended) < len(node.ranks) and node.age_s < policy.stall_s:
             return False
         if len(ended) < len(node.ranks) and node.age_s < policy.drain_s and node.step_age_s < policy.drain_s:
             return False

@@ -166,17 +166,9 @@ class Gang:
     def step(self, number: int = 0) -> int:
         """The step that a rank is in, from its own page; -1 where it does not run."""
         try:
-            page = _page_of(self.rank(number))
+            return step_of(self.rank(number))
         except (AssertionError, ValueError):
             return -1
-        if page is None:
-            return -1
-        try:
-            return int(_PAGE.unpack(os.pread(page, _PAGE.size, 0))[1])
-        except OSError:
-            return -1
-        finally:
-            os.close(page)
 
     def reached(self, step: int, seconds: float = 90.0) -> None:
         until(lambda: self.step() >= step, f"step {step}", seconds, self.picture)
@@ -188,6 +180,19 @@ class Gang:
         if driver is not None and driver.poll() is not None:
             said = (driver.stderr.read() if driver.stderr else b"").decode()[-2000:]
         return self.kubectl("get", "pods,jobs", "-o", "wide", check=False) + said
+
+
+def step_of(pid: int) -> int:
+    """The step that a rank's process is in; -1 where it is gone."""
+    page = _page_of(pid)
+    if page is None:
+        return -1
+    try:
+        return int(_PAGE.unpack(os.pread(page, _PAGE.size, 0))[1])
+    except OSError:
+        return -1
+    finally:
+        os.close(page)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.gang import SPEC, STEPS, Gang, ended, gang, record, secret, send, until
+from tests.cluster.gang import SPEC, STEPS, Gang, ended, gang, record, secret, send, step_of, until
 from tests.support.place import Place
 from tests.support.s3_server import S3Server
 
@@ -103,9 +103,10 @@ def store_away(one: Gang) -> None:
 
 
 def api_away(one: Gang) -> None:
+    pid = one.rank(0)
     with one.cluster.away("apiserver"):
-        step = one.step()
-        until(lambda: one.step() > step + 8, "it to train on")
+        step = step_of(pid)
+        until(lambda: step_of(pid) > step + 8, "it to train on")
     one.cluster.until(lambda: bool(one.kubectl("get", "pods", check=False)), "the API server")
 
 

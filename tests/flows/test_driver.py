@@ -290,6 +290,12 @@ def test_a_launch_that_can_never_start_is_the_end() -> None:
     assert (decision.outcome, decision.reason) == ("gave_up", image.text)
 
 
+def test_agents_without_an_engine_are_not_waited_for() -> None:
+    image = Cause("config", "pod x-0 cannot start its engine: ErrImageNeverPull", "load the image")
+    agents = [replace(n, alive=None, phase="idle") for n in running()]
+    assert isinstance(decide(log(), agents, POLICY, lost=image), End)
+
+
 def test_memory_is_tried_twice() -> None:
     memory = Cause("memory", "pod x-0 was killed for memory", "raise the limit")
     first = decide(log(), [ended(0, code=75), ended(1, code=75)], POLICY, lost=memory)
