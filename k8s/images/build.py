@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -26,7 +25,8 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from k8s.images.builder import Builder, ImageError
+from k8s.images.base import VERSION, base_image
+from k8s.images.builder import Builder, ImageError, machine
 from k8s.images.sbom import engine_sbom, python_sbom
 from k8s.images.static import ROOT, cache, say, static_engine
 
@@ -39,7 +39,6 @@ SOURCES = {
     "agent": ("checkpoint", "trainer/__init__.py", "trainer/wire.py"),
     "flows": ("flows", "trainer", "checkpoint", "k8s"),
 }
-MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 # of botocore's 400 services these are needed: objects, and credentials that come from a service account
 SERVICES = {"s3", "sts", "sso", "sso-oidc"}
 
@@ -60,25 +59,20 @@ def version() -> str:
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
-def machine() -> str:
-    """This machine's architecture by its name in images."""
-    name = platform.machine()
-    if name not in MACHINES:
-        raise ImageError(f"no image is made for {name}: there are {', '.join(sorted(set(MACHINES.values())))}")
-    return MACHINES[name]
-
-
 def build(
     name: str,
     *,
     arch: str | None = None,
     base: str = BASE,
+    python: str = PYTHON,
     out: Path | None = None,
     builder: Builder | None = None,
     revision: str | None = None,
     epoch: int | None = None,
 ) -> Image:
     """Build one image and write its archive into ``out``; the archive that is there already where nothing changed.
+
+    ``python``: the version that ``base`` has, for which compiled packages are fetched.
 
     Raises ImageError where it cannot be built, or where the engine's is over its limit.
     """
@@ -93,7 +87,7 @@ def build(
     with tempfile.TemporaryDirectory(prefix="hotstage-image-") as place:
         context = Path(place) / "context"
         context.mkdir()
-        bill = _lay_out(name, arch, context, base, epoch)
+        bill = _lay_out(name, arch, context, base, python, epoch)
         shutil.copy(HERE / f"{name}.Containerfile", context / "Containerfile")
         _same_modes(context)
         key = _digest(context, {**args, "arch": arch, "epoch": str(epoch)})
@@ -127,14 +121,14 @@ def image_id(archive: Path) -> str:
 # --- contexts ---------------------------------------------------------------------------------------------
 
 
-def _lay_out(name: str, arch: str, context: Path, base: str, epoch: int) -> str:
+def _lay_out(name: str, arch: str, context: Path, base: str, python: str, epoch: int) -> str:
     """Fill the context; returns the bill of materials."""
     if name == "engine":
         binary = context / "hotstage-engine"
         shutil.copy(static_engine(arch), binary)
         bill = engine_sbom(version(), binary, epoch)
     else:
-        packages = _packages(name, arch)
+        packages = _packages(name, arch, python)
         shutil.copytree(packages, context / "packages")
         _sources(SOURCES[name], context / "hotstage")
         if name == "flows":
@@ -144,10 +138,10 @@ def _lay_out(name: str, arch: str, context: Path, base: str, epoch: int) -> str:
     return bill
 
 
-def _packages(name: str, arch: str) -> Path:
+def _packages(name: str, arch: str, python: str) -> Path:
     """The pinned requirements as a folder of packages, for the base's Python; kept in the cache."""
     pins = HERE / f"{name}.requirements.txt"
-    key = hashlib.sha256(pins.read_bytes() + f"{arch} {PYTHON} {sorted(SERVICES)} 1".encode()).hexdigest()[:16]
+    key = hashlib.sha256(pins.read_bytes() + f"{arch} {python} {sorted(SERVICES)} 1".encode()).hexdigest()[:16]
     found = cache() / "packages" / f"{name}-{key}"
     if found.exists():
         return found
@@ -162,7 +156,7 @@ def _packages(name: str, arch: str) -> Path:
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"),
-                *("--no-deps", "--only-binary", ":all:", "--python-version", PYTHON, "--implementation", "cp"),
+                *("--no-deps", "--only-binary", ":all:", "--python-version", python, "--implementation", "cp"),
                 *(item for each in platforms for item in ("--platform", each)),
                 *("--target", str(target), "--requirement", str(pins)),
             ],
@@ -242,7 +236,12 @@ def _revision() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m k8s.images.build", description="Build hotstage's images.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
-    parser.add_argument("--base", default=BASE, help="base image of agent and flows: a Python %(default)s or alike")
+    parser.add_argument(
+        "--base",
+        default=BASE,
+        help="base image of agent and flows (%(default)s); local: one made of this machine's own Python",
+    )
+    parser.add_argument("--python", default=PYTHON, help="the version of Python that the base has (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "images", help="folder of the archives and SBOMs")
     parser.add_argument("--tool", choices=["docker", "podman", "buildah"], help="default: the first that works here")
     options = parser.parse_args(argv)
@@ -252,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no image is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
     try:
         builder = Builder.find(options.tool)
+        base, python = (base_image(builder), VERSION) if options.base == "local" else (options.base, options.python)
         for name in wanted:
             for arch in ("amd64", "arm64") if name == "engine" else (machine(),):
-                image = build(name, arch=arch, base=options.base, out=options.out, builder=builder)
+                image = build(name, arch=arch, base=base, python=python, out=options.out, builder=builder)
                 size = image.archive.stat().st_size / 1e6
                 sys.stdout.write(f"{image.tag}  sha256:{image.digest}  {image.archive}  {size:.1f} MB\n")
     except (ImageError, RuntimeError, subprocess.CalledProcessError) as error:

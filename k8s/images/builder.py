@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +13,17 @@ from pathlib import Path
 
 class ImageError(Exception):
     """An image cannot be built; the text says why, and the mend."""
+
+
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+
+
+def machine() -> str:
+    """This machine's architecture by its name in images."""
+    name = platform.machine()
+    if name not in MACHINES:
+        raise ImageError(f"no image is made for {name}: there are {', '.join(sorted(set(MACHINES.values())))}")
+    return MACHINES[name]
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class Builder:
             words = (done.stdout + done.stderr).strip()[-3000:]
             raise ImageError(
                 f"{' '.join(command)}: code {done.returncode}\n{words}\nwhere a base image cannot be pulled, name a "
-                "local one: make images BASE=NAME"
+                "local one: make images BASE=NAME, or BASE=local for one made of this machine's own Python"
             )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from k8s.images.base import NAME, VERSION, base_image
 from k8s.images.build import Image, build
 from k8s.images.builder import Builder
 from tests.cluster import cluster as room
-from tests.cluster.base import NAME, base_image
 from tests.cluster.cluster import Cluster
 from tests.cluster.control import HOST
 from tests.support.go import cache
@@ -43,7 +43,10 @@ def base(builder: Builder) -> str:
 def images(builder: Builder, base: str) -> dict[str, Image]:
     """The engine's and the agent's images, built from this tree."""
     folder = cache() / "images" / "test"
-    return {name: build(name, base=base, out=folder, builder=builder, revision="test") for name in ("engine", "agent")}
+    return {
+        name: build(name, base=base, python=VERSION, out=folder, builder=builder, revision="test")
+        for name in ("engine", "agent")
+    }
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, machine, version
-from k8s.images.builder import Builder
+from k8s.images.base import VERSION
+from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, version
+from k8s.images.builder import Builder, machine
 from k8s.images.static import ROOT, static_engine
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_cluster import CONFINED
@@ -99,7 +100,7 @@ def test_an_image_names_itself_and_runs_as_nobody(images: dict[str, Image], name
 def test_the_same_sources_give_the_same_image(
     images: dict[str, Image], builder: Builder, base: str, tmp_path: Path, name: str
 ) -> None:
-    again = build(name, base=base, out=tmp_path, builder=builder, revision="test")
+    again = build(name, base=base, python=VERSION, out=tmp_path, builder=builder, revision="test")
     assert again.digest == images[name].digest
 
 
@@ -156,7 +157,7 @@ def test_engine_and_agent_start_in_a_confined_pod(cluster: Cluster, images: dict
 
 @pytest.mark.slow
 def test_the_flows_start_in_a_confined_pod(cluster: Cluster, builder: Builder, base: str) -> None:
-    image = build("flows", base=base, out=cache() / "images" / "test", builder=builder, revision="test")
+    image = build("flows", base=base, python=VERSION, out=cache() / "images" / "test", builder=builder, revision="test")
     cluster.load_image(image.archive)
     assert "train" in run_in_pod(cluster, image.tag, "hotstage", "--help")
     assert "3.8" in run_in_pod(cluster, image.tag, "prefect", "--version")

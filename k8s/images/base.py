@@ -15,9 +15,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from k8s.images.build import machine
-from k8s.images.builder import Builder
-from tests.cluster.host import ClusterError
+from k8s.images.builder import Builder, ImageError, machine
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 3".encode()).hexdigest()[:8]
@@ -101,7 +99,7 @@ def _libraries(files: list[Path]) -> set[Path]:
         done = subprocess.run(["ldd", str(file)], capture_output=True, text=True)
         for line in done.stdout.splitlines():
             if "not found" in line:
-                raise ClusterError(f"{file} needs a library that is not here: {line.strip()}")
+                raise ImageError(f"{file} needs a library that is not here: {line.strip()}")
             word = line.split("=>")[-1].split("(")[0].strip()
             if word.startswith("/"):
                 found.add(Path(word))
