@@ -37,6 +37,7 @@ class ApiServer:
         self.bodies: list[tuple[str, str, Json]] = []
         self.storms: dict[str, tuple[int, str]] = {}  # "list", "watch" or "write" -> status, message
         self.denied: set[tuple[str, str]] = set()  # (verb, plural)
+        self.used: set[tuple[str, str]] = set()  # rights that requests needed: (verb, resource)
         self.documents: dict[str, Json] = {}  # path -> what GET answers there
         self.latency_s, self.bookmark_s = 0.0, 0.2
         self.mute = self.closed = False
@@ -183,11 +184,17 @@ class _Handler(BaseHTTPRequestHandler):
         at = path.index("namespaces") + 3 if "namespaces" in path else len(path)
         collection, name = "/".join(path[:at]), "/".join(path[at:])
         plural = path[min(at, len(path)) - 1]
-        verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(self.command, "get" if name else "list")
+        itself = at > len(path)  # a namespace, not something in it
+        plural = "namespaces" if itself else plural
+        verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(
+            self.command, "get" if name or itself else "list"
+        )
         verb = "watch" if query.get("watch") else verb
         with state.lock:
             kind = verb if verb in ("watch", "list", "get") else "write"
             state.requests[self.command, kind, plural] += 1
+            if plural != "selfsubjectaccessreviews":  # which everybody may ask
+                state.used.add((verb, f"{plural}/{name.split('/')[1]}" if "/" in name else plural))
             if body:
                 state.bodies.append((self.command, parts.path, body))
             storm = state.storms.get(kind)

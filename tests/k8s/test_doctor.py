@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from kubernetes.client import Configuration
 
-from k8s.api import Api
+from k8s.api import PODS, Api
 from k8s.doctor import RIGHTS, Check, Wanted, examine
 from k8s.quantity import amount
 from tests.k8s.api_server import ApiServer
+from tests.k8s.test_launcher import LAUNCH_OF, NAME, connect, run_pods
 from tests.k8s.test_render import rendered
+from tests.k8s.test_watch import until
 
 NODES = "/api/v1/nodes"
 SPACE = "/api/v1/namespaces/train"
@@ -162,3 +164,23 @@ def test_quantities(text: str, value: float) -> None:
     assert amount(text) == value
     with pytest.raises(ValueError, match="no quantity"):
         amount(text + "!")
+
+
+def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) -> None:
+    """A launch's life, the doctor and the logs, and every request that they make: the Role is that list."""
+    first, second = connect(server), connect(server)
+    first.ensure(LAUNCH_OF)
+    second.ensure(LAUNCH_OF)  # adopts: reads what is there
+    until(lambda: first.observe(NAME).state == "waiting", "the Job to be seen")
+    (pod, _) = run_pods(server)
+    until(lambda: first.observe(NAME).state == "running", "the pods to run")
+    configuration = Configuration()
+    configuration.host = server.url
+    server.documents[f"{SPACE}/pods/{pod}/log"] = {}
+    Api(configuration).text(PODS.path("train", pod, "log"))
+    first.stop(NAME, 5.0)
+    first.close()
+    second.close()
+    examined(server)
+    wanted = {(verb, resource) for _, resource, verbs in RIGHTS for verb in verbs}
+    assert server.used - {("list", "nodes"), ("list", "version")} == wanted  # these two are everybody's, or not needed
