@@ -74,7 +74,7 @@ class Cluster:
     def environment(self, kubeconfig: Path | None = None) -> dict[str, str]:
         """What a process has in its environment to talk to this cluster, past any proxy."""
         home = self.scratch if self.own else Path.home()
-        past = ",".join(filter(None, [os.environ.get("NO_PROXY"), control.API, control.HOST, "127.0.0.1"]))
+        past = ",".join(filter(None, [os.environ.get("NO_PROXY"), control.HOST, "127.0.0.1"]))
         chosen = str(kubeconfig or self.kubeconfig)
         return {
             **os.environ,
@@ -271,6 +271,7 @@ def _up(ledger: Ledger, kube: Path, archive: Path) -> Cluster:
             done.result()
     for each in node.NODES:
         node.start_kubelet(ledger, kube, files, each)
+        node.start_proxy(ledger, kube, files, each)
     control.start_rest(ledger, kube, files)
     names = [f"{part}-{each.name}" for each in node.NODES for part in ("kubelet", "containerd")]
     wait_for(

@@ -1,8 +1,7 @@
 """The control plane: etcd, API server, controller manager, scheduler, CoreDNS, and the kubeconfigs that reach it.
 
-The API server listens on the very address that the service `kubernetes` gets, 198.19.0.1:443, which lies on the first
-bridge: so a pod's in-cluster configuration works without kube-proxy. Services with another cluster address do not; a
-headless Service is answered by CoreDNS on 198.18.0.1.
+The API server listens on the first bridge; a pod reaches it by the service `kubernetes` too, through kube-proxy. Names
+are answered by CoreDNS there.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from typing import Any
 from tests.cluster.host import Ledger, call, wait_for
 
 HOST = "198.18.0.1"  # the machine on its own bridge: node 1, the name server, and where a test's servers listen
-API = "198.19.0.1"
-SERVICES = "198.19.0.0/24"
+PORT = 6443
+PODS, SERVICES = "198.18.0.0/16", "198.19.0.0/24"
+FIRST_SERVICE = "198.19.0.1"  # what the service `kubernetes` gets
 DOMAIN = "cluster.local"
 ETCD_PORTS = (22379, 22380)
 READY_PORT = 28181
@@ -56,6 +56,7 @@ def write_files(folder: Path) -> Files:
         "controller-manager": ("system:kube-controller-manager", ""),
         "scheduler": ("system:kube-scheduler", ""),
         "coredns": ("system:coredns", "system:masters"),
+        "proxy": ("system:kube-proxy", ""),
         **{node: (f"system:node:{node}", "system:nodes") for node in NODES},
     }
     rows = []
@@ -76,7 +77,7 @@ def write_kubeconfig(path: Path, ca: Path, token: str, user: str, namespace: str
         "clusters": [
             {
                 "name": "hotstage-test",
-                "cluster": {"server": f"https://{API}", "certificate-authority-data": authority},
+                "cluster": {"server": f"https://{HOST}:{PORT}", "certificate-authority-data": authority},
             }
         ],
         "users": [{"name": user, "user": {"token": token}}],
@@ -136,7 +137,7 @@ def _certificates(folder: Path) -> None:
         f"kubernetes.default.svc.{DOMAIN}",
         "localhost",
     ]
-    also = ",".join([*(f"DNS:{name}" for name in names), f"IP:{API}", f"IP:{HOST}", "IP:127.0.0.1"])
+    also = ",".join([*(f"DNS:{name}" for name in names), f"IP:{FIRST_SERVICE}", f"IP:{HOST}", "IP:127.0.0.1"])
     signed("apiserver", "/CN=kube-apiserver", f"subjectAltName={also}\nextendedKeyUsage=serverAuth\n")
     signed("kubelet-client", "/O=system:masters/CN=apiserver-kubelet-client", "extendedKeyUsage=clientAuth\n")
     key("accounts")
@@ -147,7 +148,7 @@ def rest(files: Files, path: str, seconds: float = 2.0) -> Any:
     config = json.loads(files.admin.read_text())
     context = ssl.create_default_context(cafile=str(files.ca))
     request = urllib.request.Request(
-        f"https://{API}{path}", headers={"Authorization": f"Bearer {config['users'][0]['user']['token']}"}
+        f"https://{HOST}:{PORT}{path}", headers={"Authorization": f"Bearer {config['users'][0]['user']['token']}"}
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
@@ -188,8 +189,8 @@ def start_api(ledger: Ledger, kube: Path, files: Files) -> None:
         "apiserver",
         [
             *(str(kube), "apiserver", f"--etcd-servers={client}"),
-            *(f"--bind-address={API}", "--secure-port=443", f"--advertise-address={API}"),
-            *(f"--service-cluster-ip-range={SERVICES}", "--endpoint-reconciler-type=none"),
+            *(f"--bind-address={HOST}", f"--secure-port={PORT}", f"--advertise-address={HOST}"),
+            f"--service-cluster-ip-range={SERVICES}",
             *(
                 "--authorization-mode=Node,RBAC",
                 f"--token-auth-file={at / 'tokens.csv'}",

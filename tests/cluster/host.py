@@ -41,6 +41,7 @@ PACKAGES = {  # what is looked for -> the Debian package that has it
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "buildah": "buildah",
     "iptables": "iptables",
+    "nft": "nftables",
     "conntrack": "conntrack",
     "ip": "iproute2",
     "sysctl": "procps",
@@ -325,6 +326,9 @@ def sweep() -> list[str]:
     if Path(f"/run/netns/{NAMESPACE}").exists():
         call("ip", "netns", "delete", NAMESPACE)
         found.append(f"namespace {NAMESPACE}")
+    if shutil.which("nft"):  # kube-proxy's; those of node 2 went with its namespace
+        for family in ("ip", "ip6"):
+            call("nft", "delete", "table", family, "kube-proxy", check=False)
     for name in CGROUPS:
         if any((mount / name).exists() for mount, _ in _cgroup_mounts()):
             wait_for(functools.partial(_is_empty, name), f"the cgroup {name} to empty", 10)

@@ -1,6 +1,6 @@
 """A node: its addresses, its containerd, its kubelet. Node 1 is the machine itself, node 2 a network namespace on it.
 
-    pods of node 1 -- hs-k0 198.18.0.1 (the machine: name server) and 198.19.0.1 (API server)
+    pods of node 1 -- hs-k0 198.18.0.1 (the machine: API server, name server)
                         |
                       hs-u0 ===== hs-u1 198.18.0.2 (node 2) -- hs-k1 198.18.1.1 -- pods of node 2
 
@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.control import API, DOMAIN, HOST, Files
+from tests.cluster.control import DOMAIN, HOST, PODS, Files
 from tests.cluster.host import BRIDGES, NAMESPACE, STATE, UPLINKS, Ledger, call, make_cgroup, wait_for
 
 PAUSE = "localhost/hotstage-pause:1"
@@ -63,7 +63,6 @@ def make_network(ledger: Ledger) -> None:
     there = functools.partial(call, *NODES[1].inside, "ip")
     ip("link", "add", BRIDGES[0], "type", "bridge")
     ip("address", "add", f"{HOST}/24", "dev", BRIDGES[0])
-    ip("address", "add", f"{API}/32", "dev", BRIDGES[0])
     ip("link", "set", BRIDGES[0], "up")
     ip("netns", "add", NAMESPACE)
     ip("link", "add", UPLINKS[0], "type", "veth", "peer", "name", UPLINKS[1], "netns", NAMESPACE)
@@ -76,8 +75,13 @@ def make_network(ledger: Ledger) -> None:
     there("link", "set", UPLINKS[1], "up")
     there("route", "add", "default", "via", HOST)
     ip("route", "add", NODES[1].subnet, "via", NODES[1].address)
-    call(*NODES[1].inside, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
-    ledger.sysctl("net.ipv4.ip_forward", "1")
+    # an answer from a pod beside the one that asked for a service must pass where the service's address was changed
+    settings = {"net.ipv4.ip_forward": "1", "net.bridge.bridge-nf-call-iptables": "1"}
+    if not Path("/proc/sys/net/bridge").exists():
+        call("modprobe", "br_netfilter")
+    for key, value in settings.items():
+        call(*NODES[1].inside, "sysctl", "-q", "-w", f"{key}={value}")
+        ledger.sysctl(key, value)
     if "-P FORWARD DROP" in call("iptables", "-w", "-S", "FORWARD", check=False):  # a Docker engine sets it
         for side in ("-s", "-d"):
             rule = [side, REACH, "-j", "ACCEPT"]
@@ -213,3 +217,29 @@ def start_kubelet(ledger: Ledger, kube: Path, files: Files, node: Node) -> None:
             *(f"--root-dir={home / 'kubelet'}", f"--cert-dir={home / 'certificates'}"),
         ],
     )
+
+
+def start_proxy(ledger: Ledger, kube: Path, files: Files, node: Node) -> None:
+    """kube-proxy: what gives services their addresses, in a table of nftables that is its own."""
+    home = ledger.scratch / node.name
+    config = home / "proxy.json"
+    config.write_text(
+        json.dumps(
+            {
+                "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+                "kind": "KubeProxyConfiguration",
+                "mode": "nftables",
+                "bindAddress": node.address,
+                "hostnameOverride": node.name,
+                "clusterCIDR": PODS,
+                "clientConnection": {"kubeconfig": str(files.kubeconfig("proxy"))},
+                "healthzBindAddress": "",
+                "metricsBindAddress": "127.0.0.1:0",
+                "nodePortAddresses": ["127.0.0.1/32"],
+                # the machine's own limits stay as they are
+                "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+            },
+            indent=1,
+        )
+    )
+    ledger.start(f"proxy-{node.name}", [*node.inside, str(kube), "proxy", f"--config={config}"])

@@ -25,11 +25,12 @@ import (
 	"k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	manager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
 )
 
-const usage = "usage: kube apiserver|controller-manager|scheduler|kubelet|kubectl|etcd|coredns ARGS"
+const usage = "usage: kube apiserver|controller-manager|scheduler|kubelet|proxy|kubectl|etcd|coredns ARGS"
 
 func main() {
 	if len(os.Args) < 2 {
@@ -46,6 +47,8 @@ func main() {
 		run(scheduler.NewSchedulerCommand())
 	case "kubelet":
 		run(kubelet.NewKubeletCommand(context.Background()))
+	case "proxy":
+		run(proxy.NewProxyCommand())
 	case "kubectl":
 		if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 			util.CheckErr(err) // kubectl's own words, and its exit code
