@@ -1,8 +1,8 @@
 """The binary that the test cluster runs, built from Go modules alone, once, into the user's cache folder.
 
 ``kube/`` holds one Go program that is etcd, the API server, the controller manager, the scheduler, the kubelet,
-kube-proxy, kubectl and CoreDNS, by its first argument. A cold build takes about 8 minutes of CPU; the result is keyed by the module's sums
-and the source. HOTSTAGE_KUBE names a binary that is used instead.
+kube-proxy, kubectl and CoreDNS, by its first argument. A cold build takes 8 minutes of CPU; the result is keyed by
+the module's sums and the source. HOTSTAGE_KUBE names a binary that is used instead.
 """
 
 from __future__ import annotations

@@ -129,6 +129,45 @@ def test_pods_on_both_nodes_find_each_other_by_name(cluster: Cluster, python_ima
         assert said == {"0": "met meet-1", "1": "met meet-0"}
 
 
+def test_a_service_is_reached_from_both_nodes(cluster: Cluster, python_image: str) -> None:
+    """By its name and its own address; from the node of the pod behind it as well as from the other one."""
+    marks = {"app": "web"}
+    confined = {"image": python_image, "imagePullPolicy": "Never", "securityContext": CONFINED}
+    web = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "web", "labels": marks},
+        "spec": {
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "web", "command": ["python3", "-m", "http.server", "8000"], **confined}],
+        },
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "web"},
+        "spec": {"selector": marks, "ports": [{"port": 80, "targetPort": 8000}]},
+    }
+    script = (
+        "import time, urllib.request as u\n"
+        "end = time.monotonic() + 60\n"
+        "while True:\n"
+        "    try:\n"
+        "        print(u.urlopen('http://web/', timeout=5).status)\n"
+        "        break\n"
+        "    except OSError:\n"
+        "        if time.monotonic() > end: raise\n"
+        "        time.sleep(0.1)\n"
+    )
+    _, job = peers("ask", python_image)
+    job["spec"]["template"]["spec"]["containers"] = [{"name": "ask", "command": ["python3", "-c", script], **confined}]
+    with cluster.namespace("service") as namespace:
+        cluster.apply(web, service, job, args=["-n", namespace])
+        cluster.kubectl("-n", namespace, "wait", "job/ask", "--for=condition=Complete", "--timeout=90s")
+        asked = cluster.get("-n", namespace, "pods", "-l", "batch.kubernetes.io/job-name=ask")["items"]
+        assert len({p["spec"]["nodeName"] for p in asked}) == 2
+
+
 def test_a_launch_is_accepted_as_it_is_rendered(cluster: Cluster) -> None:
     with cluster.namespace("launch", "restricted") as namespace:
         objects = launch(namespace)
