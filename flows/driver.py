@@ -442,11 +442,15 @@ def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, 
 
     ``leaving``: the nodes will not come again, and what they may still save is worth waiting for.
     """
+    broken = any(n.alive is False for n in nodes)
     for node in nodes:
         if node.alive is False or node.epoch != newest.epoch:
             continue
         ended = [r for r in node.ranks if r.ended]
         if leaving and node.alive is None:  # its launcher knows of its launch, and of no engine: it has not started
+            continue
+        # nothing that all agree on can be saved any more where a node is gone: its peers may wait for it for long
+        if leaving and broken and node.step_age_s >= policy.drain_s:
             continue
         if leaving and len(ended) < len(node.ranks) and node.age_s < policy.stall_s:
             return False

@@ -151,6 +151,8 @@ def logs(run: str, node: int | None, container: str, tail: int, store: str | Non
         except LaunchError as error:
             click.echo(f"--- {pod.name}: {error}", err=True)
             continue
+        if not text:
+            continue
         click.echo(f"--- {pod.name} ({container})", err=True)
         click.echo(text, nl=False)
         shown = True

@@ -5,6 +5,7 @@ Each row goes to out/faults.json.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -282,12 +283,24 @@ def test_a_job_of_somebody_else(one: Gang) -> None:
     assert one.cluster.get("-n", one.namespace, "job", name)["spec"]["suspend"] is True
 
 
-def test_a_machine_that_falls_silent_is_fenced_not_waited_for(one: Gang, digest: str) -> None:
+def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: Gang, digest: str) -> None:
     driver = one.start()
     one.reached(20)
-    second = next(n for n in one.cluster.nodes if n.endswith("2"))
-    with one.cluster.away(f"kubelet-{second}"):
-        # its pods still run: zombies, whose epoch is over
-        result = finished(one, driver, digest, "kubelet stopped, node gone", 240.0)
-    assert result["attempts"] >= 2
-    assert causes(one)[-1]["class"] == "infra"
+    index = next(i for i in (0, 1) if one.pod(i)["spec"]["nodeName"].endswith("2"))
+    machine = one.pod(index)["spec"]["nodeName"]
+    frozen = one.processes(index)
+    with one.cluster.away(f"kubelet-{machine}"):
+        for pid in frozen:
+            send(pid, signal.SIGSTOP)
+        try:
+            until(lambda: one.attempts() == 2, "the next attempt", 90.0, one.picture)
+            until(lambda: one.state().checkpoints[-1].epoch == one.state().attempts[-1].n, "its checkpoint", 90.0)
+        finally:
+            for pid in frozen:
+                with contextlib.suppress(ProcessLookupError):
+                    send(pid, signal.SIGCONT)
+        # they go on where they were, of an epoch that is over
+        result = finished(one, driver, digest, "kubelet stopped, node gone, zombies let go again", 240.0)
+    assert [c["class"] for c in causes(one)] == ["infra"]
+    assert causes(one)[0]["place"] == machine
+    assert result["attempts"] == 2

@@ -290,6 +290,17 @@ def test_a_launch_that_can_never_start_is_the_end() -> None:
     assert (decision.outcome, decision.reason) == ("gave_up", image.text)
 
 
+def test_a_silent_machine_is_fenced_not_waited_for() -> None:
+    mine, gone = running()
+    gone = replace(gone, alive=False, age_s=12.0, step_age_s=12.0, place="b")
+    silent = replace(LOST, text="pod x-1 on b is on a machine that does not answer")
+    decision = decide(log(), [replace(mine, step_age_s=12.0), gone], POLICY, lost=silent)
+    assert isinstance(decision, StartAttempt)
+    assert decision.renew
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.place) == ("infra", "b")
+
+
 def test_agents_without_an_engine_are_not_waited_for() -> None:
     image = Cause("config", "pod x-0 cannot start its engine: ErrImageNeverPull", "load the image")
     agents = [replace(n, alive=None, phase="idle") for n in running()]

@@ -159,6 +159,7 @@ def pod(name: str, job: Json, index: int, **status: Any) -> Json:
 class _Handler(BaseHTTPRequestHandler):
     server_state: ApiServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         return
