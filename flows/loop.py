@@ -360,8 +360,11 @@ class Driver:
         """The log has ended: agents end their engines and themselves; wait for that, then make sure."""
         deadline = time.monotonic() + 10.0
         while time.monotonic() < deadline:
-            if self.launcher.observe(launch.launch_id).state in ("absent", "gone", "done"):
+            view = self.launcher.observe(launch.launch_id)
+            if view.state in ("absent", "gone", "done"):
                 return
+            if view.state == "lost" and not any(n.alive for n in view.nodes):
+                break  # nobody is there to leave
             time.sleep(self.poll_s)
         self.launcher.stop(launch.launch_id, 0.0)
 
