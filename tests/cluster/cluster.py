@@ -277,6 +277,9 @@ def _up(ledger: Ledger, kube: Path, archive: Path) -> Cluster:
     wait_for(
         lambda: _ready_nodes(files) == set(control.NODES), "two nodes to be Ready", 120, lambda: ledger.tail(*names)
     )
+    ended = [part.name for part in ledger.parts.values() if not part.process.alive()]
+    if ended:
+        raise ClusterError(f"these parts have ended: {', '.join(ended)}\n{ledger.tail(*ended)}")
     ledger.ready = True
     ledger.save()
     say(f"two nodes are Ready; KUBECONFIG={files.admin}")

@@ -234,8 +234,8 @@ def start_proxy(ledger: Ledger, kube: Path, files: Files, node: Node) -> None:
                 "clusterCIDR": PODS,
                 "clientConnection": {"kubeconfig": str(files.kubeconfig("proxy"))},
                 "healthzBindAddress": "",
-                "metricsBindAddress": "127.0.0.1:0",
-                "nodePortAddresses": ["127.0.0.1/32"],
+                "metricsBindAddress": "127.0.0.1:28249",
+                "nodePortAddresses": ["primary"],
                 # the machine's own limits stay as they are
                 "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
             },
