@@ -39,7 +39,12 @@ def traces() -> list[str]:
     places = [STATE, cache() / "cluster", Path("/run/netns") / NAMESPACE, Path("/run/containerd/s")]
     found += [str(path) for path in places if path.exists()]
     found += [str(path) for name in CGROUPS for path in Path("/sys/fs/cgroup").glob(f"*/{name}")]
-    found += [line for line in Path("/proc/mounts").read_text().splitlines() if "hotstage-cluster" in line]
+    found += [line for line in host.call("nft", "list", "tables").splitlines() if "kube-proxy" in line]
+    found += [
+        line
+        for line in Path("/proc/mounts").read_text().splitlines()
+        if "hotstage-cluster" in line or str(cache() / "cluster") in line
+    ]
     return found
 
 
