@@ -34,7 +34,7 @@ images: setup ## container images of engine, agent and flows into out/images (BA
 
 test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.support.s3_server
-	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m cluster tests/cluster
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "cluster and not slow" tests/cluster
 
 cluster-up: setup ## bring that Kubernetes up and leave it there, to look around; prints its kubeconfig's path
 	@$(BIN)/python -m tests.cluster up
