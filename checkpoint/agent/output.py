@@ -157,7 +157,7 @@ class Hints:
         traces, self._traces = self._traces, {}
         status = self._status if self._status_new else None
         self._status_new = False
-        return _Work(self._epoch, metrics, self._rings, traces, status)
+        return _Work(self._epoch, metrics, dict(self._rings), traces, status)
 
     def _write(self, work: _Work) -> None:
         try:

@@ -265,6 +265,7 @@ class Service:
 
     def _beat(self) -> None:
         self._last_beat = time.monotonic()
+        self._tell_committed()  # again: a rank that missed the word must not wait for its deadline
         status, gang = self.status, self.gang
         if self.supervisor is None:
             status.supervisor = None

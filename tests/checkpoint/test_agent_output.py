@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -83,6 +84,28 @@ class Away(MemoryStore):
         if self.away:
             raise StoreUnavailable("away")
         super().put(key, data)
+
+
+def test_a_rank_that_prints_first_while_another_is_written_loses_nothing() -> None:
+    """The writer is inside the store with the ring of rank 0 when rank 1 makes a new one."""
+    inside, go = threading.Event(), threading.Event()
+
+    class Slow(MemoryStore):
+        def put(self, key: str, data: Data) -> None:
+            if "/logs/0/" in key and not inside.is_set():
+                inside.set()
+                assert go.wait(20)
+            super().put(key, data)
+
+    store = Slow()
+    with hints(store) as made:
+        made.begin(1)
+        made.output(0, b"zero")
+        assert inside.wait(20)
+        for rank in range(1, 9):
+            made.output(rank, b"%d" % rank)
+        go.set()
+    assert [ring(store, 1, rank) for rank in range(9)] == [b"zero", *(b"%d" % rank for rank in range(1, 9))]
 
 
 def test_a_store_that_is_away_costs_old_lines_not_memory() -> None:

@@ -72,8 +72,8 @@ def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
             assert secret.encode() not in path.read_bytes(), path
     told = json.loads(there.run("ckpt", "digest", run, "--json"))
     assert told["digest"] == digest
-    lines = there.run("logs", run, "--tail", "1").splitlines()
-    assert json.loads(lines[-1])["event"] == "end"
+    events = [json.loads(line).get("event") for line in there.run("logs", run).splitlines()]
+    assert "end" in events
 
 
 def environment(pid: int) -> bytes:

