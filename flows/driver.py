@@ -431,7 +431,8 @@ def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_
     if cause is None:
         return replace(lost, step=step)
     if len(ranks) == all_ranks and all(r.ended and rank_class(r) == "preempted" for r in ranks):
-        return Cause("preempted", f"{lost.text}; state saved", lost.mend, None, step, place=lost.place)
+        text = lost.text if "state saved" in lost.text else f"{lost.text}; state saved"
+        return Cause("preempted", text, lost.mend, None, step, place=lost.place)
     if cause.cls in ("infra", "preempted") or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
         return replace(lost, step=step)
     return cause

@@ -26,7 +26,7 @@ from tests.support.chaos import _PAGE, _page_of
 from tests.support.place import TEXT, Done, Place, finish
 from tests.support.s3_server import S3Server
 
-STEPS = 160
+STEPS = 600
 SPEC = f"""
 name = "gang"
 [model]
@@ -48,7 +48,7 @@ seed = 3
 stages = 4
 threads = 1
 [checkpoint]
-every = 8
+every = 20
 commit_s = 20.0
 [launch]
 target = "kubernetes"

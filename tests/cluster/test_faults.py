@@ -116,8 +116,8 @@ STRIKES: dict[str, tuple[Callable[[Gang], None], str, bool]] = {
     "rank killed (9)": (rank_killed, "signal", False),
     "rank crashed (11)": (rank_crashed, "signal", False),
     "pod deleted": (pod_deleted, "preempted", True),
-    # its processes are still asked to stop: this gang saves even so
-    "pod deleted by force": (pod_deleted_by_force, "preempted", True),
+    # its processes are asked to stop, with little time: the gang may save even so
+    "pod deleted by force": (pod_deleted_by_force, "infra preempted", True),
     "supervisor killed": (supervisor_killed, "infra", True),
     "supervisor terminated (SIGTERM with grace)": (supervisor_terminated, "preempted", True),
     "agent killed": (agent_killed, "", False),
@@ -135,7 +135,8 @@ def test_what_strikes_while_it_trains(one: Gang, digest: str, fault: str) -> Non
     strike(one)
     result = finished(one, driver, digest, fault)
     told = causes(one)
-    assert [c["class"] for c in told] == ([cls] if cls else []), told
+    assert len(told) == bool(cls), told
+    assert all(c["class"] in cls.split() for c in told), told
     assert result["attempts"] == 1 + bool(cls)
     launches = [a.launch[-2:] for a in one.state().attempts]
     assert launches == (["k1", "k2"] if anew else ["k1"] * result["attempts"])
@@ -301,6 +302,7 @@ def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: 
                     send(pid, signal.SIGCONT)
         # they go on where they were, of an epoch that is over
         result = finished(one, driver, digest, "kubelet stopped, node gone, zombies let go again", 240.0)
-    assert [c["class"] for c in causes(one)] == ["infra"]
-    assert causes(one)[0]["place"] == machine
+    (cause,) = causes(one)
+    assert cause["class"] in ("infra", "preempted")  # silent, or told to go by the taint manager: what is seen first
+    assert cause["place"] == machine
     assert result["attempts"] == 2
