@@ -178,7 +178,10 @@ VINLINE void v_store_bf16(bf16 *p, vf x) {
     _mm256_storeu_si256((__m256i *)(void *)p, v_to_bf16(x));
 }
 VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
-    _mm256_mask_storeu_epi16(p, first_lanes(n), v_to_bf16(x));
+    __m256i h = v_to_bf16(x);
+    /* clang 22 makes one narrowing store of both; with a mask of one lane that writes 4 bytes */
+    __asm__("" : "+v"(h));
+    _mm256_mask_storeu_epi16(p, first_lanes(n), h);
 }
 /* lanes joined by the tree 8, 4, 2, 1 */
 VINLINE float v_sum(vf x) {
