@@ -149,7 +149,7 @@ def cancel(store: Store, run: str, reason: str = "cancelled by the user") -> boo
     log = RunLog(store, run, writer="user")
     state = log.fold()
     while not state.ended:
-        newest = state.checkpoints[-1] if state.checkpoints else None
+        newest = state.at_step()  # by step: a slower upload may be recorded after a later one
         body: dict[str, Any] = {
             "outcome": "cancelled",
             "reason": reason,

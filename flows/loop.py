@@ -257,7 +257,7 @@ class Driver:
                 log.warning("checkpoint record %d is damaged: %s; an older one is used", checkpoint, why)
                 self.sink.tell(Event("damaged", {"checkpoint": checkpoint, "why": why}))
             case End(outcome, reason, cause):
-                newest = state.checkpoints[-1] if state.checkpoints else None
+                newest = state.at_step()  # by step: a slower upload may be recorded after a later one
                 run_log.append(
                     "ended",
                     {
@@ -413,7 +413,7 @@ class Driver:
         return f"{where}; the steps up to {reached} will be trained again" if reached else where
 
     def _outcome(self, state: RunState, outcome: str) -> Outcome:
-        newest = state.checkpoints[-1] if state.checkpoints else None
+        newest = state.at_step()  # by step: a slower upload may be recorded after a later one
         reason, code = "", 0
         if outcome == "gave_up" and state.ended:
             reason = state.ended.reason

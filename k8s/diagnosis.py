@@ -80,11 +80,14 @@ def launch_view(
     if all(p is not None and p.phase == "Succeeded" for p in chosen.values()):
         return LaunchView(launch_id, "done", nodes, "every pod has ended well")
 
-    losses = [f for index, p in chosen.items() if p is not None and (f := pod_loss(p, index, limits))]
+    found = [(p, f) for index, p in chosen.items() if p is not None and (f := pod_loss(p, index, limits))]
+    losses = [f for p, f in found if not _told_to_go(p, f)]
     losses += [_vanished(p, index, limits) for index, p in last.items() if p is not None and chosen[index] is None]
     if not losses or all(f.cls == "infra" for f in losses):
         losses += job_loss(job, events)
-    if not losses:  # a plain deletion explains nothing where a pod that failed made the Job end the others
+    if not losses:  # how a pod ends that was told to go explains nothing where another made the Job end them all
+        losses = [f for _, f in found]
+    if not losses:
         losses = [_leaving(p, index) for index, p in chosen.items() if p is not None and p.deleting]
     if losses:
         loss = min(losses, key=lambda f: ORDER.index(f.cls) if f.cls in ORDER else len(ORDER))
@@ -145,6 +148,11 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
     if pod.phase == "Failed":
         return found("infra", f"failed: {pod.message or pod.reason or 'no reason given'}")
     return None
+
+
+def _told_to_go(pod: PodView, finding: Finding) -> bool:
+    """Whether this end is only what a plain deletion makes of a pod."""
+    return pod.deleting and finding.cls in ("preempted", "infra") and "DisruptionTarget" not in pod.conditions
 
 
 def _leaving(pod: PodView, node: int) -> Finding:

@@ -207,6 +207,14 @@ def test_the_pod_that_failed_explains_those_that_its_job_then_ended() -> None:
     assert (view.loss.cls, view.loss.node) == ("infra", 1)
 
 
+def test_pods_that_the_job_ends_after_a_loss_do_not_explain_it() -> None:
+    failed = replace(JOB, conditions={"FailureTarget": Condition("True", "PodFailurePolicy", "x")})
+    ended = pod(0, ContainerView("terminated", exit_code=85), deleting=True)
+    view = launch_view("x-k1", failed, [ended], [pod(1)])
+    assert view.loss is not None
+    assert (view.loss.cls, view.loss.place) == ("infra", "m1")
+
+
 def test_a_vanished_pod_is_known_by_its_last_sight() -> None:
     last = pod(1, ContainerView("terminated", "OOMKilled", exit_code=137), deleting=True)
     view = launch_view("x-k1", JOB, [pod(0)], [last], limits=LIMITS)

@@ -18,10 +18,11 @@ import pytest
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
 from tests.k8s.api_server import ApiServer
+from tests.k8s.conftest import SPEC, STEPS
 from tests.k8s.kubelet import Kubelet, Pod
 from tests.k8s.test_watch import until
 from tests.support.chaos import _rank_pid, rank_step
-from tests.support.place import SPEC, STEPS, Place, finish
+from tests.support.place import Place, finish
 
 SETS = [
     *("--set", "launch.target=kubernetes", "--set", "launch.nodes=2", "--set", "parallel.stages=4"),
