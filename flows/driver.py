@@ -387,7 +387,8 @@ def decide(
     mine = [n for n in nodes if n.epoch == newest.epoch]
     ranks = [r for n in mine for r in n.ranks]
     cause = diagnose(ranks)
-    gone = [n for n in nodes if n.alive is False]
+    # a node whose ranks never began has lost nothing: the launcher starts what it lacks
+    gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
     if cause is None and gone and newest.epoch in {n.epoch for n in gone}:
         first = gone[0]
         reached = max((r.step for r in ranks), default=-1)

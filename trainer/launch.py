@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -47,6 +47,16 @@ _ENGINE_ENV = re.compile(
 """All that the engine inherits: it holds no credentials and needs no other variable."""
 _TAIL_BYTES = 2000
 _LOCK_S = 10.0  # for a starting agent to write its number, or a killed one to let go of its lock
+_MARK_S = 5.0
+# The process itself writes its mark before it becomes the program, and holds the node's lock (its standard input) until
+# then: a driver that is killed in the middle of a start never leaves a process that the next one does not know.
+_MARK_THEN_EXEC = """
+mark=$1; shift
+started=$(cut -d' ' -f22 /proc/$$/stat) && printf '{"pid": %d, "started": %d}' $$ "$started" > "$mark.new" &&
+mv "$mark.new" "$mark" || exit 71
+exec < /dev/null
+exec "$@"
+"""
 _RESTARTS, _RESTART_WINDOW_S = 8, 60.0
 
 
@@ -157,12 +167,6 @@ class ProcessMark:
     def alive(self) -> bool:
         return ProcessMark.of(self.pid) == self
 
-    def write(self, path: Path) -> None:
-        text = json.dumps(asdict(self)).encode()
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_bytes(text)
-        os.replace(temporary, path)
-
     @classmethod
     def read(cls, path: Path) -> ProcessMark | None:
         """What the file names, running or not; None where it is missing or cut."""
@@ -268,7 +272,7 @@ class LocalLauncher:
     def _ensure_node(self, launch: Launch, node: int, folder: Path, key: Path, engine: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._reap()
-        with _locked(folder / "start.lock"):
+        with _locked(folder / "start.lock") as lock:
             if (folder / "done").exists():
                 return
             if not self._agent_lives(folder):
@@ -278,10 +282,10 @@ class LocalLauncher:
                 args = [self._python, "-m", "checkpoint.agent", "--store", launch.store_url, "--run", launch.run]
                 args += ["--launch", launch.launch_id, "--node", str(node), "--nodes", str(launch.nodes)]
                 args += ["--socket", "agent.sock", "--work", str(folder), "--key-file", str(key), *self._agent_args]
-                self._start(args, env, folder, "agent")
+                self._start(args, env, folder, "agent", lock)
             if _alive(folder / "supervisor.pid") is None:
                 env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}
-                self._start([str(engine), "node", "--agent", "agent.sock"], env, folder, "supervisor")
+                self._start([str(engine), "node", "--agent", "agent.sock"], env, folder, "supervisor", lock)
 
     def _agent_lives(self, folder: Path) -> bool:
         """By its number; else by its lock, which stays for a moment after a kill, and is all there is of an agent whose
@@ -298,7 +302,7 @@ class LocalLauncher:
             self._reap()
         return True
 
-    def _start(self, args: Sequence[str], env: Mapping[str, str], folder: Path, which: str) -> None:
+    def _start(self, args: Sequence[str], env: Mapping[str, str], folder: Path, which: str, lock: int) -> None:
         pid_file, log_file = folder / f"{which}.pid", folder / f"{which}.log"
         starts = [t for t in self._starts.get(pid_file, []) if self._clock() - t < _RESTART_WINDOW_S]
         if len(starts) >= _RESTARTS:
@@ -310,18 +314,21 @@ class LocalLauncher:
         with open(log_file, "ab") as log:
             # relative to the node's folder: a socket's name may have only 107 bytes
             child = subprocess.Popen(
-                args,
+                ["/bin/sh", "-c", _MARK_THEN_EXEC, which, str(pid_file), *args],
                 env=dict(env),
                 cwd=folder,
-                stdin=subprocess.DEVNULL,
+                stdin=lock,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
         self._children.append(child)
-        mark = ProcessMark.of(child.pid)
-        if mark is not None:
-            mark.write(pid_file)
+        deadline = self._clock() + _MARK_S
+        while child.poll() is None and self._clock() < deadline:
+            mark = ProcessMark.read(pid_file)
+            if mark is not None and mark.pid == child.pid:
+                return
+            self._sleep(0.001)
 
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
@@ -421,10 +428,10 @@ def _is_locked(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

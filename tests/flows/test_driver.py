@@ -215,6 +215,12 @@ def test_a_node_that_is_gone_is_a_cause() -> None:
     assert decision.cause.text == "node 1 is gone"
 
 
+def test_a_node_whose_supervisor_is_not_started_yet_has_lost_nothing() -> None:
+    """A driver was killed between the agent's start and the supervisor's."""
+    node = NodeView(0, False, 1, "restoring", (RankView(0), RankView(1)))
+    assert isinstance(decide(log(), [node, replace(node, node=1)], POLICY), Watch)
+
+
 def test_every_exit_code_has_a_class_that_the_driver_knows() -> None:
     for code in EXITS:
         assert rank_class(RankView(0, code=code)) == EXITS[code].cls

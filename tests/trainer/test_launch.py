@@ -163,7 +163,7 @@ def test_a_reused_process_number_is_not_mistaken(tmp_path: Path) -> None:
     assert mark.alive()
     assert not ProcessMark(mark.pid, mark.started + 1).alive()
     path = tmp_path / "x.pid"
-    mark.write(path)
+    path.write_text(json.dumps({"pid": mark.pid, "started": mark.started}))
     assert ProcessMark.read(path) == mark
     path.write_text(json.dumps({"pid": 1}))
     assert ProcessMark.read(path) is None
