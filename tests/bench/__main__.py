@@ -155,13 +155,13 @@ def recovery() -> dict[str, Any]:
             spec = gpt2_124m(
                 "parallel.stages=2",
                 "train.steps=40",
-                "checkpoint.every=2",
+                "checkpoint.every=8",
                 f'data.source="text:{corpus}"',
                 "data.vocab_size=300",
             )
             store = open_store(f"file://{root / 'store'}")
             prepared = prepare_run(spec, store)
-            kill = _Kill(prepared, store, 5)
+            kill = _Kill(prepared, store, 14)  # between two snapshots, the last upload done
             driver = make_driver(prepared, store, sink=kill, out=root / "out")
             thread = threading.Thread(target=driver.run, daemon=True)
             thread.start()
