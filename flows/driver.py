@@ -165,7 +165,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Restore:
-    """A restore point: the checkpoint record (None: from the start), and the slots where all nodes hold a newer step.
+    """A restore point: the checkpoint record (None: from the start), and the slots where all nodes hold a step as new.
 
     ``parent``: (run, record) of the checkpoint that a forked run begins from, while it has none of its own.
     """
@@ -293,7 +293,7 @@ def diagnose(ranks: Sequence[RankView]) -> Cause | None:
 
 
 def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, use_slots: bool) -> Restore:
-    """The best restore point: the log's first candidate, or newer slots where every node holds the same step."""
+    """The best restore point: the log's first candidate, or slots of the same step or a newer one on every node."""
     if log.candidates:
         base = Restore(log.candidates[0].n, log.candidates[0].step)
     elif log.parent:
@@ -307,7 +307,7 @@ def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, u
     if newest.plan != policy.plan or newest.launch != policy.launch:
         return base
     held = frozenset.intersection(*(n.slots for n in nodes)) if nodes else frozenset()
-    usable = [(step, epoch) for step, epoch in held if epoch in allowed and step > base.step]
+    usable = [(step, epoch) for step, epoch in held if epoch in allowed and step >= base.step]
     if not usable:
         return base
     step, epoch = max(usable)

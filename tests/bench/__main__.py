@@ -205,6 +205,9 @@ def main() -> int:
             rows += parts[name]()
     out = Path("out")
     out.mkdir(exist_ok=True)
+    if sys.argv[1:] and (out / "bench.json").exists():  # a part alone replaces its own rows
+        names = {row["name"] for row in rows}
+        rows = [row for row in json.loads((out / "bench.json").read_text()) if row["name"] not in names] + rows
     (out / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
     say(f"written: {out / 'bench.json'}")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import secrets
 import socket
 import subprocess
@@ -177,24 +178,28 @@ def train(
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in plan.positions]
     ports = [listener.getsockname()[1] for listener in listeners]
     attempt_path.write_bytes(attempt_bytes(plan, ports, data, folder, kernel_path=kernel_path, trace=trace))
+    arenas = [os.memfd_create("hotstage-arena") for _ in plan.positions]  # as the supervisor does
     processes: list[subprocess.Popen[bytes]] = []
     outputs = [(folder / f"stdout-{rank}", folder / f"stderr-{rank}") for rank in range(len(ports))]
     try:
         for rank, listener in enumerate(listeners):
             command = [str(engine or engine_binary()), "rank", "--plan", str(plan_path), "--attempt", str(attempt_path)]
             command += ["--rank", str(rank), "--agent", "-", "--listen-fd", str(listener.fileno())]
+            command += ["--arena-fd", str(arenas[rank])]
             command += ["--dump", str(folder)] if dump else []
             command += ["--weights", str(weights)] if weights is not None else []
             with outputs[rank][0].open("wb") as out, outputs[rank][1].open("wb") as err:
-                processes.append(subprocess.Popen(command, stdout=out, stderr=err, pass_fds=[listener.fileno()]))
+                fds = [listener.fileno(), arenas[rank]]
+                processes.append(subprocess.Popen(command, stdout=out, stderr=err, pass_fds=fds))
         codes = [process.wait(DEADLINE_S) for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        for listener in listeners:
+        for listener, arena in zip(listeners, arenas, strict=True):
             listener.close()
+            os.close(arena)
     if any(codes):
         words = "\n".join(
             f"rank {rank}: exit {codes[rank]}\n{outputs[rank][1].read_text()}" for rank in range(len(ports))

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.agents import wait_for
-from tests.support.chaos import PLACES, Fault, draw, frozen, unleashed
+from tests.support.chaos import (
+    PLACES,
+    Fault,
+    draw,
+    frozen,
+    kill_between_attempts,
+    rank_step,
+    spoil_arenas,
+    unleashed,
+)
 from tests.support.place import STEPS, Place, finish
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
@@ -28,6 +37,20 @@ def test_a_kill_anywhere_ends_with_the_same_bits(place: Place, undisturbed: tupl
         assert result["attempts"] > 1
     else:
         assert result["attempts"] == 1  # a lost agent costs no attempt
+
+
+def test_what_an_attempt_leaves_in_memory_never_shows_in_the_next(place: Place, undisturbed: tuple[str, str]) -> None:
+    """The pages of the arenas are kept for the next attempt: rubbish in them changes nothing."""
+    run, digest = undisturbed
+    process, work = place.start_train(), place.folder / "out"
+    wait_for(lambda: (rank_step(work, 0) or 0) >= 10, "step 10", 60)
+    spoiled: list[int] = []
+    kill_between_attempts(work, 1, lambda: spoiled.append(spoil_arenas(work)))
+    result = finish(process)
+    assert result.code == 0, result.err
+    told = result.json()
+    assert (told["run"], told["attempts"], told["state_digest"]) == (run, 2, digest)
+    assert spoiled[0] > 100_000
 
 
 def test_a_driver_killed_again_and_again_loses_nothing(place: Place, undisturbed: tuple[str, str]) -> None:

@@ -54,7 +54,7 @@ def _units() -> list[tuple[Path, list[str], list[Path]]]:
     """(source, flags of its own, .c files that it includes) of everything in the library."""
     cpu = ENGINE / "kernels" / "cpu" / "all.c"
     fast = os.environ.get("HOTSTAGE_TEST_SETS") != "ref"
-    core = [ENGINE / "core" / f"{name}.c" for name in ("status", "text", "math", "hash", "threads")]
+    core = [ENGINE / "core" / f"{name}.c" for name in ("arena", "status", "text", "math", "hash", "threads")]
     ref = sorted((ENGINE / "kernels" / "ref").glob("*.c"))
     units: list[tuple[Path, list[str], list[Path]]] = [
         (source, [], []) for source in [*core, ENGINE / "kernels" / "extent.c", *ref]

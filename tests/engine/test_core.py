@@ -6,6 +6,10 @@ import ctypes
 import hashlib
 import hmac
 import math
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -238,3 +242,68 @@ def test_crc32c(kernels: KernelLib, function: str) -> None:
         for cut in range(0, n, max(1, n // 5)):
             first = crc(0, data[:cut], ctypes.c_size_t(cut))
             assert crc(first, data[cut:], ctypes.c_size_t(n - cut)) == whole
+
+
+# --- core/arena.h -----------------------------------------------------------------------------------------
+
+
+class CArena(ctypes.Structure):
+    _fields_ = (
+        ("base", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("map", ctypes.c_void_p),
+        ("map_bytes", ctypes.c_size_t),
+    )
+
+
+HUGE = 2 << 20
+needs_collapse = pytest.mark.skipif(
+    tuple(int(n) for n in platform.release().split(".")[:2]) < (6, 1), reason="huge pages for a memfd: Linux 6.1"
+)
+
+
+@contextmanager
+def opened(kernels: KernelLib, fd: int, size: int) -> Iterator[Array]:
+    """The bytes of the arena whose pages the memfd keeps, as a process sees them."""
+    arena, why = CArena(), ctypes.create_string_buffer(4096)
+    status = kernels.c.hs_arena_open(fd, ctypes.c_size_t(size), None, ctypes.byref(arena), why)
+    assert status == 0, why.value
+    try:
+        assert arena.bytes == size
+        assert arena.base % (HUGE if size >= HUGE else 4096) == 0
+        yield np.ctypeslib.as_array(ctypes.cast(arena.base, ctypes.POINTER(ctypes.c_uint8)), (size,))
+    finally:
+        kernels.c.hs_arena_destroy(ctypes.byref(arena))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [64, 4096 * 3 + 64, *(pytest.param(n, marks=needs_collapse) for n in (HUGE, 3 * HUGE + 64))],
+)
+def test_a_kept_arena_is_zero_every_time(kernels: KernelLib, size: int) -> None:
+    fd = os.memfd_create("arena")
+    try:
+        with opened(kernels, fd, size) as seen:
+            assert not seen.any()
+            seen[:] = 0xA5
+        for other in (size, size + HUGE, size):  # the next attempt's, and that of another plan
+            with opened(kernels, fd, other) as seen:
+                assert not seen.any()
+                seen[:] = 0xA5
+    finally:
+        os.close(fd)
+
+
+@needs_collapse
+def test_a_kept_arena_lies_in_huge_pages(kernels: KernelLib) -> None:
+    def mapped() -> int:
+        with open("/proc/self/smaps_rollup") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("ShmemPmdMapped"))
+
+    fd, before = os.memfd_create("arena"), mapped()
+    try:
+        with opened(kernels, fd, 4 * HUGE):
+            assert mapped() - before == 4 * HUGE // 1024
+        assert os.fstat(fd).st_blocks * 512 == 4 * HUGE  # the pages outlive the process
+    finally:
+        os.close(fd)

@@ -127,6 +127,19 @@ def test_slots_that_every_node_holds_are_newer() -> None:
     assert decision.slot_epochs == (1,)
 
 
+def test_slots_that_are_as_new_as_the_checkpoint_spare_reading_it() -> None:
+    saved = (CheckpointView(2, 40, 1),)
+    nodes = [ended(n, code=75, slots=frozenset({(40, 1), (32, 1)})) for n in range(2)]
+    decision = decide(log(saved=saved), nodes, POLICY)
+    assert isinstance(decision, StartAttempt)
+    restore = decision.restore
+    assert (restore.checkpoint, restore.step, restore.slots) == (
+        2,
+        40,
+        (40, 1),
+    )  # the checkpoint, should a slot be gone
+
+
 def test_slots_of_a_strange_epoch_or_plan_are_not_used() -> None:
     nodes = [ended(n, code=75, slots=frozenset({(60, 7)})) for n in range(2)]
     assert decide(log(), nodes, POLICY).restore.slots is None  # type: ignore[union-attr]

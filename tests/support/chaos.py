@@ -19,10 +19,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.agents import wait_for
 from trainer import wire
 
 PLACES = ("forward", "backward", "send", "receive", "snapshot", "upload", "commit", "agent", "supervisor")
@@ -84,6 +85,33 @@ def frozen(work: Path, rank: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def spoil_arenas(work: Path) -> int:
+    """Fill what a supervisor below the folder keeps for its ranks with ones (NaN as a number); none of them may run."""
+    supervisor = _of_kind(work, "supervisor")
+    assert supervisor is not None, "no supervisor runs"
+    spoiled = 0
+    for entry in Path(f"/proc/{supervisor}/fd").iterdir():
+        if "hotstage-arena" in os.readlink(entry):
+            size = entry.stat().st_size
+            entry.write_bytes(b"\xff" * size)
+            spoiled += size
+    return spoiled
+
+
+def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> None:
+    """SIGKILL of a rank; ``during`` runs when no rank is left, before the agent hears of it."""
+    agent, pid = _of_kind(work, "agent"), _rank_pid(work, rank)
+    assert agent is not None, "no agent runs"
+    assert pid is not None, f"rank {rank} does not run"
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not any(args[1:2] == ["rank"] for _, args in _pids(work)), "the ranks to end", 30)
+        during()
+    finally:
+        os.kill(agent, signal.SIGCONT)
 
 
 # --- the watcher ------------------------------------------------------------------------------------------

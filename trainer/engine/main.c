@@ -22,7 +22,7 @@ static const char usage[] =
     "\n"
     "  node --agent SOCKET            supervise the ranks of a node, as the agent says\n"
     "  rank --plan F --attempt F --rank R --agent SOCKET|- [--listen-fd N] [--status-fd N]\n"
-    "       [--weights F] [--dump DIR]\n"
+    "       [--arena-fd N] [--weights F] [--dump DIR]\n"
     "                                 one rank; `-`: no agent, metrics on standard output only\n"
     "  infer --plan F --weights F [--kernel-path N] [--threads N]\n"
     "                                 i32 tokens on standard input, f32 logits on standard output\n"
@@ -86,7 +86,7 @@ static hs_status parse(int argc, char **argv, const option *options, size_t coun
 #define PARSE(options, why) parse(argc, argv, options, sizeof(options) / sizeof *(options), why)
 
 static hs_status command_rank(int argc, char **argv, hs_why *why) {
-    hs_rank_args args = {.listen_fd = -1, .page_fd = -1};
+    hs_rank_args args = {.listen_fd = -1, .page_fd = -1, .arena_fd = -1};
     uint64_t rank = 0;
     const option options[] = {
         {.name = "--plan", .required = true, .text = &args.plan},
@@ -97,6 +97,7 @@ static hs_status command_rank(int argc, char **argv, hs_why *why) {
         {.name = "--dump", .text = &args.dump_dir},
         {.name = "--listen-fd", .descriptor = &args.listen_fd},
         {.name = "--status-fd", .descriptor = &args.page_fd},
+        {.name = "--arena-fd", .descriptor = &args.arena_fd},
     };
     HS_TRY(PARSE(options, why));
     if (rank >= UINT32_MAX) return hs_fail(why, HS_E_USAGE, "no rank %" PRIu64, rank);

@@ -82,10 +82,14 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
                      args->plan);
         goto out;
     }
-    HS_TRY_GOTO(st, out,
-                hs_machine_create(&plan, &plan.positions[0], args->kernel_path,
-                                  args->threads ? args->threads : plan.config->threads, 1, &machine,
-                                  why));
+    const hs_machine_config config = {.plan = &plan,
+                                      .position = &plan.positions[0],
+                                      .kernel_path = args->kernel_path,
+                                      .threads =
+                                          args->threads ? args->threads : plan.config->threads,
+                                      .local_ranks = 1,
+                                      .arena_fd = -1};
+    HS_TRY_GOTO(st, out, hs_machine_create(&config, &machine, why));
     HS_TRY_GOTO(st, out,
                 hs_weights_read(args->weights, &plan, &plan.positions[0], &machine.arena, why));
     HS_TRY_GOTO(

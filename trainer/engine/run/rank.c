@@ -110,9 +110,14 @@ static hs_status open_parts(rank *r, hs_why *why) {
     const hs_plan_position *p = r->executor.position;
     int fds[HS_SNAPSHOT_SLOTS_MAX], count = 0;
     HS_TRY(open_agent(r, fds, &count, why));
-    hs_status st =
-        hs_machine_create(&r->plan, p, a->kernel_path, g->threads,
-                          hs_attempt_local_ranks(&r->attempt, r->args->rank), &r->machine, why);
+    const hs_machine_config config = {.plan = &r->plan,
+                                      .position = p,
+                                      .kernel_path = a->kernel_path,
+                                      .threads = g->threads,
+                                      .local_ranks =
+                                          hs_attempt_local_ranks(&r->attempt, r->args->rank),
+                                      .arena_fd = r->args->arena_fd};
+    hs_status st = hs_machine_create(&config, &r->machine, why);
     if (st != HS_OK) {
         for (int i = 0; i < count; i++) (void)close(fds[i]);
         return st;

@@ -55,7 +55,7 @@ _Noreturn static void become_rank(pid_t parent, char *const *arguments, char *co
     if (nothing >= 0 && dup2(nothing, STDIN_FILENO) >= 0 && dup2(out_fd, STDOUT_FILENO) >= 0 &&
         dup2(err_fd, STDERR_FILENO) >= 0 &&
         (spawn->listen_fd < 0 || fcntl(spawn->listen_fd, F_SETFD, 0) == 0) &&
-        fcntl(spawn->status_fd, F_SETFD, 0) == 0)
+        fcntl(spawn->status_fd, F_SETFD, 0) == 0 && fcntl(spawn->arena_fd, F_SETFD, 0) == 0)
         (void)execve("/proc/self/exe", arguments, environment);
     (void)!write(STDERR_FILENO, complaint, sizeof complaint - 1);
     _exit(HS_EXIT_BUG);
@@ -74,10 +74,11 @@ static void close_pair(const int ends[2]) {
 
 hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err_fd, hs_why *why) {
     int out[2] = {-1, -1}, err[2] = {-1, -1};
-    char rank[16], listen_fd[16], status_fd[16];
+    char rank[16], listen_fd[16], status_fd[16], arena_fd[16];
     (void)snprintf(rank, sizeof rank, "%u", spawn->rank);
     (void)snprintf(listen_fd, sizeof listen_fd, "%d", spawn->listen_fd);
     (void)snprintf(status_fd, sizeof status_fd, "%d", spawn->status_fd);
+    (void)snprintf(arena_fd, sizeof arena_fd, "%d", spawn->arena_fd);
     const char *arguments[] = {"hotstage-engine",
                                "rank",
                                "--plan",
@@ -90,12 +91,14 @@ hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err
                                spawn->socket_path,
                                "--status-fd",
                                status_fd,
+                               "--arena-fd",
+                               arena_fd,
                                NULL,
                                NULL,
                                NULL};
     if (spawn->listen_fd >= 0) {
-        arguments[12] = "--listen-fd";
-        arguments[13] = listen_fd;
+        arguments[14] = "--listen-fd";
+        arguments[15] = listen_fd;
     }
     char **environment = clean_environment();
     hs_status st = environment ? HS_OK : hs_fail(why, HS_E_MEMORY, "no memory for an environment");

@@ -13,6 +13,7 @@ typedef struct hs_spawn {
     uint32_t rank;
     int listen_fd; /* -1: none; handed over as --listen-fd */
     int status_fd; /* memfd of a hs_rank_page; handed over as --status-fd */
+    int arena_fd;  /* memfd of the rank's arena; handed over as --arena-fd */
 } hs_spawn;
 
 /* Forks and executes this same binary as `rank`, with pipes on stdout and stderr whose read ends

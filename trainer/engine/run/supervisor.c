@@ -76,6 +76,8 @@ typedef struct supervisor {
     bool pending; /* a PREPARE that waits for I1 */
     hs_msg pending_msg;
     hs_msg_prepare pending_prepare;
+    int *arenas; /* of the local ranks, memfds: they outlive the attempts */
+    uint32_t arena_count;
     hs_output output;
     char payload[HS_MSG_MAX];
 } supervisor;
@@ -288,6 +290,24 @@ static hs_status open_page(rank *r, hs_why *why) {
     return HS_OK;
 }
 
+static void close_arenas(supervisor *s, uint32_t keep) {
+    while (s->arena_count > keep) close(s->arenas[--s->arena_count]);
+}
+
+/* As many arenas as ranks: those that are there keep their pages. */
+static hs_status keep_arenas(supervisor *s, uint32_t count, hs_why *why) {
+    close_arenas(s, count);
+    int *arenas = realloc(s->arenas, count * sizeof *arenas);
+    if (!arenas) return hs_fail(why, HS_E_MEMORY, "no memory for the table of %u arenas", count);
+    s->arenas = arenas;
+    while (s->arena_count < count) {
+        const int fd = memfd_create("hotstage-arena", MFD_CLOEXEC);
+        if (fd < 0) return hs_fail(why, HS_E_IO, "an arena for a rank: %s", strerror(errno));
+        s->arenas[s->arena_count++] = fd;
+    }
+    return HS_OK;
+}
+
 static void refuse(supervisor *s, hs_status st, const hs_why *why) {
     attempt *a = &s->attempt;
     a->refused_unsent = true;
@@ -323,7 +343,8 @@ static void prepare_attempt(supervisor *s, const hs_msg *msg, const hs_msg_prepa
     hs_why why = {.text = ""};
     forget_attempt(s);
     a->epoch = msg->epoch;
-    const hs_status st = open_attempt(a, prepare, &why);
+    hs_status st = open_attempt(a, prepare, &why);
+    if (st == HS_OK) st = keep_arenas(s, a->count, &why);
     if (st != HS_OK) {
         forget_attempt(s);
         a->epoch = msg->epoch;
@@ -383,7 +404,8 @@ static hs_status start_ranks(supervisor *s, const hs_msg *msg, const char *attem
                                 .socket_path = s->path,
                                 .rank = r->number,
                                 .listen_fd = r->listen_fd,
-                                .status_fd = r->status_fd};
+                                .status_fd = r->status_fd,
+                                .arena_fd = s->arenas[i]};
         HS_TRY(hs_spawn_rank(&spawn, &r->pid, &r->out_fd, &r->err_fd, why));
         r->last_pid = r->pid;
         r->moved_ns = hs_clock_ns();
@@ -688,6 +710,8 @@ int hs_supervisor_main(const char *socket_path) {
                HS_S("agent", socket_path));
         code = run(s);
         forget_attempt(s);
+        close_arenas(s, 0);
+        free(s->arenas);
         close_fd(&s->agent_fd);
         close(s->signal_fd);
     }
