@@ -228,7 +228,20 @@ class Finished:
 Decision = StartAttempt | MarkDamaged | End | Watch | Finished
 
 # D3: from the most to the least causal. A lower place outranks a higher one.
-_CAUSAL = ("memory", "signal", "numeric", "data", "restore", "config", "bug", "stall", "preempted", "infra", "done")
+_CAUSAL = (
+    "sick",
+    "memory",
+    "signal",
+    "numeric",
+    "data",
+    "restore",
+    "config",
+    "bug",
+    "stall",
+    "preempted",
+    "infra",
+    "done",
+)
 
 _MENDS = {
     "config": "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
@@ -238,6 +251,7 @@ _MENDS = {
     "bug": "this is a bug of hotstage: `hotstage logs RUN` has the last words",
     "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N "
     "--set train.optimizer.lr=…`",
+    "sick": "take the machine out of service and test it, then `hotstage runs resume RUN`",
     "restore": "an older checkpoint is used; `hotstage ckpt verify RUN` says what is damaged",
 }
 
@@ -325,6 +339,10 @@ def _give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:
         return cause.text
     if cause.cls == "memory" and any(a.cause and a.cause.get("class") == "memory" for a in log.attempts):
         return f"{cause.text}; twice"
+    if cause.cls == "sick" and any(
+        a.cause and (a.cause.get("class"), a.cause.get("place")) == ("sick", cause.place) for a in log.attempts
+    ):
+        return f"{cause.text}; twice, and there is no other machine"
     if cause.cls in ("bug", "signal", "numeric"):
         same = 1
         for earlier in reversed([a.cause for a in log.attempts if a.cause]):
@@ -357,9 +375,11 @@ _STRIKING = ("infra", "signal", "stall")
 
 
 def struck(causes: Sequence[Mapping[str, Any] | None], strikes: int) -> frozenset[str]:
-    """Machines that were the place of so many failures that may have been theirs (D5)."""
-    places = [str(c["place"]) for c in causes if c and c.get("place") and c.get("class") in _STRIKING]
-    return frozenset(place for place in places if places.count(place) >= strikes)
+    """Machines that were the place of so many failures that may have been theirs, or that are sick (D5)."""
+    found = [(str(c["place"]), c.get("class")) for c in causes if c and c.get("place")]
+    places = [place for place, cls in found if cls in _STRIKING]
+    sick = {place for place, cls in found if cls == "sick"}
+    return frozenset(sick | {place for place in places if places.count(place) >= strikes})
 
 
 def decide(

@@ -96,6 +96,7 @@ EXIT_OF_CLASS = {
     "stall": 86,
     "numeric": 87,
     "memory": 78,
+    "sick": 88,
 }
 DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
 EXIT_CANCELLED = 1

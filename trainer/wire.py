@@ -36,6 +36,7 @@ EXITS: dict[int, Exit] = {
     85: Exit("PREEMPTED", "preempted", "stopped on request, state saved"),
     86: Exit("STALLED", "stall", "a wait passed its deadline"),
     87: Exit("DIVERGED", "numeric", "loss or gradient norm is not finite"),
+    88: Exit("SICK", "sick", "the machine computes or remembers wrongly"),
 }
 
 # --- kernels.h --------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ Exit codes of train, runs resume and demo:
   85  stopped on request (Ctrl-C, SIGTERM); the same command, or `hotstage runs resume RUN`, goes on from what is saved
   86  stalled
   87  loss or gradient norm became not finite
+  88  a machine computes or remembers wrongly, and there is no other
  130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
 
 \b

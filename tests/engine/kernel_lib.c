@@ -15,6 +15,7 @@
 #include "core/rng.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
+#include "run/check.h"
 
 const hs_kernel_set *hs_test_set(const char *name);
 int hs_test_has_set(const char *name);
@@ -24,6 +25,8 @@ int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *
 int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                            const uint64_t *bytes, const int64_t *dims, const double *reals,
                            int threads, int at_end);
+int hs_test_check(const char *set_name, int threads, uint8_t *arena, size_t bytes, int wrong_call,
+                  double *gflops, char text[768]);
 int hs_test_map(const char *function, const double *x, const double *y, double *out, int64_t n);
 void hs_test_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t first, int64_t n,
@@ -179,4 +182,38 @@ void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t firs
                      double *out) {
     const hs_rng_key key = hs_rng_make_key(seed, tensor, use);
     for (int64_t i = 0; i < n; i++) out[i] = hs_rng_normal(key, first + (uint64_t)i);
+}
+
+/* --- run/check.h: a core that computes wrongly --------------------------------------------------
+ */
+
+static const hs_kernel_set *sound;
+static int calls_until_wrong;
+
+static hs_status linear_of_a_sick_core(hs_kernel_ctx *ctx, const hs_args *args) {
+    const hs_status status = sound->fn[HS_K_LINEAR_FWD](ctx, args);
+    if (__atomic_fetch_sub(&calls_until_wrong, 1, __ATOMIC_SEQ_CST) == 1)
+        ((uint32_t *)args->ptr[0])[args->dim[0] * args->dim[1] - 1] ^= 1; /* the last bit of all */
+    return status;
+}
+
+/* hs_check_machine over these bytes. wrong_call: which product comes out wrong, counted from 1; 0:
+ * none does. The status, or 1 where there is no such set and 2 where threads cannot be made. */
+int hs_test_check(const char *set_name, int threads, uint8_t *arena, size_t bytes, int wrong_call,
+                  double *gflops, char text[768]) {
+    sound = hs_test_set(set_name);
+    if (!sound) return 1;
+    hs_kernel_set sick = *sound;
+    sick.fn[HS_K_LINEAR_FWD] = linear_of_a_sick_core;
+    calls_until_wrong = wrong_call;
+    hs_pool *pool;
+    if (hs_pool_create(threads, &pool) != HS_OK) return 2;
+    hs_check check;
+    hs_why why = {0};
+    const hs_arena memory = {.base = arena, .bytes = bytes};
+    const int status = hs_check_machine(wrong_call ? &sick : sound, pool, &memory, &check, &why);
+    hs_pool_destroy(pool);
+    *gflops = check.gflops;
+    memcpy(text, why.text, sizeof why.text);
+    return status;
 }

@@ -60,6 +60,7 @@ def _units() -> list[tuple[Path, list[str], list[Path]]]:
         (source, [], []) for source in [*core, ENGINE / "kernels" / "extent.c", *ref]
     ]
     units.append((HERE / "kernel_lib.c", ["-DHS_TEST_CPU"] if fast else [], []))
+    units.append((ENGINE / "run" / "check.c", [], []))
     if fast:
         parts = sorted(cpu.parent.glob("*.c"))
         paths = CPU_PATHS if platform.machine() == "x86_64" else {"portable": []}
@@ -75,7 +76,9 @@ def build() -> Path:
     compiler = shlex.split(os.environ.get("HOTSTAGE_TEST_CC", "cc"))
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     version += shlex.join(compiler).encode()
-    headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
+    headers = [
+        p.read_bytes() for room in ("core", "kernels", "wire", "run") for p in sorted((ENGINE / room).rglob("*.h"))
+    ]
     with tempfile.TemporaryDirectory(dir=base) as scratch:
         objects: list[Path] = []
         for source, extra, parts in _units():

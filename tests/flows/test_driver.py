@@ -350,6 +350,21 @@ def test_waiting_for_room_is_no_failure() -> None:
     assert decide(log(), [NodeView(0), NodeView(1)], POLICY, waiting=text) == Watch(Phase.WAITING, text)
 
 
+def test_a_sick_machine_is_left_out_at_once_and_not_tried_for_ever() -> None:
+    nodes = [replace(ended(0, code=75), place="a"), replace(ended(1, code=88), place="b")]
+    decision = decide(log(), nodes, POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert decision.renew
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.rank, decision.cause.place) == ("sick", 1, "b")
+    assert struck([decision.cause.to_map()], 2) == {"b"}
+    # there is no other machine: it was launched there again
+    again = decide(log(attempt(4, cause=decision.cause.to_map())), [replace(n, epoch=4) for n in nodes], POLICY)
+    assert isinstance(again, End)
+    assert again.outcome == "gave_up"
+    assert again.reason.endswith("; twice, and there is no other machine")
+
+
 def test_two_strikes_make_a_machine_unfit() -> None:
     causes = [LOST.to_map(), {"class": "signal", "place": "b"}, {"class": "config", "place": "a"}, None]
     assert struck(causes, 2) == {"b"}

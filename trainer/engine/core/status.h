@@ -31,7 +31,8 @@
     X(-13, REFUSED, 75, "turned away by the other side")                                           \
     X(-14, AGAIN, 70, "nothing there yet")                                                         \
     X(-15, STOPPED, 85, "stopped on request")                                                      \
-    X(-16, UNSUPPORTED, 78, "this machine or build cannot do it")
+    X(-16, UNSUPPORTED, 78, "this machine or build cannot do it")                                  \
+    X(-17, SICK, 88, "this machine computes or remembers wrongly")
 
 typedef int hs_status;
 

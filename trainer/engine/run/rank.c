@@ -9,6 +9,7 @@
 
 #include "core/clock.h"
 #include "run/attempt.h"
+#include "run/check.h"
 #include "run/executor.h"
 #include "run/machine.h"
 #include "run/weights.h"
@@ -205,9 +206,10 @@ static void tell(rank *r, hs_text *text) {
     if (r->agent) hs_agent_link_metrics(r->agent, text->at);
 }
 
-static void tell_start(rank *r, int64_t start_step) {
+static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
     HS_LOG(&r->log, HS_LOG_INFO, "started", HS_S("kernel_path", r->machine.set->name),
            HS_I("threads", r->machine.threads), HS_I("start_step", start_step),
+           HS_I("check_mflops", (int64_t)(check->gflops * 1000)), HS_I("check_us", check->us),
            HS_I("arena_bytes", (int64_t)r->machine.arena.bytes));
     r->started = true;
     if (r->executor.position->stage != 0) return;
@@ -226,7 +228,9 @@ static hs_status run(rank *r, hs_why *why) {
     if (hs_stop_create(&r->stop) != HS_OK) {
         return hs_fail(why, HS_E_IO, "cannot make a descriptor for signals: %s", strerror(errno));
     }
+    hs_check check;
     HS_TRY(open_parts(r, why));
+    HS_TRY(hs_check_machine(r->machine.set, r->machine.pool, &r->machine.arena, &check, why));
     HS_TRY(restore(r, why));
     HS_TRY(connect_peers(r, why));
     fill_executor(r);
@@ -236,7 +240,7 @@ static hs_status run(rank *r, hs_why *why) {
         HS_TRY(hs_executor_prepare(&r->executor, HS_LIST_INIT, why));
     }
     HS_TRY(hs_executor_prepare(&r->executor, HS_LIST_LOAD, why));
-    tell_start(r, start < 0 ? 0 : start);
+    tell_start(r, start < 0 ? 0 : start, &check);
     return hs_executor_train(&r->executor, start < 0 ? 0 : start, why);
 }
 

@@ -1,8 +1,8 @@
 /* `hotstage-engine rank`: one rank of an attempt, from its files to its exit. Builds the parts, in
  * this order, each failing with its own status: plan, attempt, stop requests, agent and slots,
- * memory and kernels, data, state (restored and verified, or weights from a file), peers, then the
- * init and load lists, the steps, the last commit. No rank steps before every peer has verified
- * what it restored: the handshake carries the start step.
+ * memory and kernels (checked: run/check.h), data, state (restored and verified, or weights from a
+ * file), peers, then the init and load lists, the steps, the last commit. No rank steps before
+ * every peer has verified what it restored: the handshake carries the start step.
  */
 #ifndef HS_RUN_RANK_H
 #define HS_RUN_RANK_H
