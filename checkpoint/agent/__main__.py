@@ -1,7 +1,8 @@
 """``python -m checkpoint.agent``: the command line of the checkpoint agent.
 
-Exit codes: 0 the run has ended or the agent was asked to leave; 75 another launch holds the run, another agent has
-this node, or the store was lost for good; 78 the store or the command line is refused.
+Exit codes: 0 the run has ended or the agent was asked to leave; 70 a bug, in any of its threads (the launcher starts
+another agent, which takes the ranks over); 75 another launch holds the run, another agent has this node, or the store
+was lost for good; 78 the store or the command line is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import secrets
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from checkpoint.agent.service import Options, Service
 from checkpoint.errors import CheckpointError
 from checkpoint.store import open_store
 
+EXIT_BUG = 70
 _EXTRA = ("rank", "epoch", "step")
 
 
@@ -76,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     log = logging.getLogger("checkpoint.agent")
 
+    threading.excepthook = _on_thread_bug
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     lock = os.open(work / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -114,10 +118,21 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         log.error("the agent ends: %s", error)
         return error.exit_code
+    except Exception:
+        log.critical("a bug ends the agent", exc_info=True)
+        return EXIT_BUG
     finally:
         link.close()
     log.info("the agent leaves with %d", code)
     return code
+
+
+def _on_thread_bug(args: threading.ExceptHookArgs) -> None:
+    """A thread ended by what it did not expect: an agent without it would wait for ever, so it leaves, and says why."""
+    name = args.thread.name if args.thread is not None else "?"
+    trace = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    logging.getLogger("checkpoint.agent").critical("a bug in thread %s ends the agent", name, exc_info=trace)
+    os._exit(EXIT_BUG)
 
 
 def _started() -> int:

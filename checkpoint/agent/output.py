@@ -1,7 +1,8 @@
 """What people watch while a run goes: metrics, the end of each rank's output, traces, and this node's status.
 
 All of it is hints under ``runs/<run>/live/``: written by one background thread, safe to lose, bounded in memory. A
-store that does not answer costs the oldest lines, never the training.
+store that does not answer costs the oldest lines, never the training. A bug in one kind of hint costs that kind alone:
+it is said, and the status goes on, without which the driver would hold this node for silent.
 
     live/<epoch>/metrics/<10 digits>     JSON lines; a new object each 0.25 s or 64 KiB, in order, never rewritten
     live/<epoch>/logs/<rank>/<2 digits>  a ring of 64 segments a rank: u64le segment number, then up to 64 KiB of
@@ -17,7 +18,9 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from checkpoint.errors import StoreError
@@ -83,6 +86,8 @@ class Hints:
         self._status: bytes | None = None
         self._status_new = False
         self._closing = False
+        self._refused = False  # this and _bugs: of the thread alone
+        self._bugs: dict[str, str] = {}  # kind of hint -> why it could not be written, until it is again
         self.error: str | None = None
         self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
         self._thread.start()
@@ -159,19 +164,35 @@ class Hints:
         self._status_new = False
         return _Work(self._epoch, metrics, dict(self._rings), traces, status)
 
+    def _parts(self, work: _Work) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What a round writes, each kind by a name for people."""
+        if work.metrics:
+            yield "metrics", partial(self._write_metrics, work)
+        for rank, ring in work.rings.items():
+            yield f"output of rank {rank}", partial(self._write_ring, work.epoch, rank, ring)
+        for rank, path in work.traces.items():
+            yield f"trace of rank {rank}", partial(self._write_trace, work.epoch, rank, path)
+        if work.status is not None:
+            yield "status", partial(self._store.put, self._status_key, work.status)
+
     def _write(self, work: _Work) -> None:
         try:
-            self._write_metrics(work)
-            for rank, ring in work.rings.items():
-                self._write_ring(work.epoch, rank, ring)
-            for rank, path in work.traces.items():
-                self._write_trace(work.epoch, rank, path)
-            if work.status is not None:
-                self._store.put(self._status_key, work.status)
+            for what, write in self._parts(work):
+                try:
+                    write()
+                    self._bugs.pop(what, None)
+                except StoreError:
+                    raise
+                except Exception as error:
+                    # a bug must neither end the heartbeat nor pass unseen: these hints are lost, the others go on
+                    text = f"the {what} cannot be written: {error!r}; a bug, see the agent's log"
+                    if self._bugs.get(what) != text:
+                        log.exception("the %s cannot be written: a bug", what)
+                    self._bugs[what] = text
         except StoreError as error:
-            if self.error is None:
+            if not self._refused:
                 log.warning("the store does not take hints: %s", error)
-            self.error = str(error)
+            self._refused, self.error = True, str(error)
             with self._wake:
                 if work.epoch == self._epoch:
                     self._metrics.extendleft(reversed(work.metrics))
@@ -184,9 +205,9 @@ class Hints:
                 if self._status_new and not self._closing:
                     self._wake.wait(FLUSH_S)  # a store that refuses is not asked in a tight loop
         else:
-            if self.error is not None:
+            if self._refused:
                 log.info("the store takes hints again")
-            self.error = None
+            self._refused, self.error = False, next(iter(self._bugs.values()), None)
 
     def _write_metrics(self, work: _Work) -> None:
         while work.metrics:
@@ -222,7 +243,7 @@ class Hints:
             number, data = segment
             try:
                 self._store.put(f"{folder}{number % RING:02d}", struct.pack("<Q", number) + data)
-            except StoreError:
+            except BaseException:
                 with self._wake:
                     ring.dirty = True
                 raise
@@ -243,7 +264,7 @@ class Hints:
         try:
             with open(path, "rb") as file:
                 data = file.read(_TRACE_BYTES + 1)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a rank named no path
             log.warning("the trace of rank %d cannot be read: %s", rank, error)
             return
         if len(data) > _TRACE_BYTES:
