@@ -6,6 +6,62 @@ Each is complete TOML that loads as it stands; keys that are left out have the d
 
 from __future__ import annotations
 
+# --- Sections that presets have in common
+
+_LOCAL = """\
+[launch]
+target = "local"
+"""
+
+_BF16 = """\
+precision = "bf16"
+seed = 1
+"""
+
+_BETAS_AND_CLIP = """\
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+clip = 1.0
+"""
+
+
+def _jsonl(vocab_size: int) -> str:
+    return f"""\
+[data]
+source = "jsonl:corpus/*.jsonl"
+vocab_size = {vocab_size}
+"""
+
+
+def _train(steps: int, batch: int, microbatch: int, sequence: int) -> str:
+    return f"""\
+[train]
+steps = {steps}
+batch = {batch}
+microbatch = {microbatch}
+sequence = {sequence}
+{_BF16}"""
+
+
+def _adamw(lr: str, min_lr: str, rest: str = "") -> str:
+    return f"""\
+[train.optimizer]
+lr = {lr}
+min_lr = {min_lr}
+{rest}"""
+
+
+def _cosine(warmup: int) -> str:
+    return f"""\
+[train.schedule]
+kind = "cosine"
+warmup = {warmup}
+"""
+
+
+# --- The presets
+
 _DEMO = """\
 # The demo: a small GPT that learns Python from the standard library of the interpreter that runs it, through two
 # pipeline stages on one machine. About a minute on two cores.
@@ -59,7 +115,7 @@ target = "local"
 trace = true              # record when every instruction ran
 """
 
-_GPT2 = """\
+_GPT2 = f"""\
 # GPT-2, 124 million parameters, with the sizes of the original, on text files of your own.
 name = "gpt2-124m"
 
@@ -80,17 +136,8 @@ steps = 20000
 batch = 32                # sequences a step
 microbatch = 4
 sequence = 1024
-precision = "bf16"
-seed = 1
-
-[train.optimizer]
-lr = 6e-4
-min_lr = 6e-5
-beta1 = 0.9
-beta2 = 0.95
-weight_decay = 0.1
-clip = 1.0
-
+{_BF16}
+{_adamw("6e-4", "6e-5", _BETAS_AND_CLIP)}
 [train.schedule]
 kind = "cosine"
 warmup = 700              # steps
@@ -103,11 +150,9 @@ schedule = "1f1b"
 every = 250               # steps between snapshots
 slots = 3                 # snapshots in memory: one is written while another is uploaded
 
-[launch]
-target = "local"
-"""
+{_LOCAL}"""
 
-_LLAMA_1B = """\
+_LLAMA_1B = f"""\
 # A llama of 1.2 billion parameters (the sizes of Llama 3.2 1B), with grouped-query attention and a tied head.
 name = "llama-1b"
 
@@ -125,26 +170,9 @@ norm_eps = 1e-5
 rope_base = 500000.0
 tied = true
 
-[data]
-source = "jsonl:corpus/*.jsonl"
-vocab_size = 128000
-
-[train]
-steps = 50000
-batch = 256
-microbatch = 1
-sequence = 2048
-precision = "bf16"
-seed = 1
-
-[train.optimizer]
-lr = 3e-4
-min_lr = 3e-5
-beta1 = 0.9
-beta2 = 0.95
-weight_decay = 0.1
-clip = 1.0
-
+{_jsonl(128000)}
+{_train(50000, 256, 1, 2048)}
+{_adamw("3e-4", "3e-5", _BETAS_AND_CLIP)}
 [train.schedule]
 kind = "wsd"              # warm up, stay, decay linearly at the end
 warmup = 2000
@@ -164,10 +192,10 @@ namespace = "training"
 image = "hotstage-engine:0.1.0"
 agent_image = "hotstage-agent:0.1.0"
 store_secret = "hotstage-store"
-resources = { cpu = "16", memory = "64Gi" }
+resources = {{ cpu = "16", memory = "64Gi" }}
 """
 
-_LLAMA_TINY = """\
+_LLAMA_TINY = f"""\
 # A llama small enough for a laptop: grouped-query attention, an untied head, bf16, four stages.
 name = "llama-tiny"
 
@@ -185,22 +213,9 @@ tied = false              # the head has weights of its own
 source = "python-stdlib"
 vocab_size = 2048
 
-[train]
-steps = 300
-batch = 16
-microbatch = 2
-sequence = 128
-precision = "bf16"
-seed = 1
-
-[train.optimizer]
-lr = 3e-3
-min_lr = 3e-4
-
-[train.schedule]
-kind = "cosine"
-warmup = 20
-
+{_train(300, 16, 2, 128)}
+{_adamw("3e-3", "3e-4")}
+{_cosine(20)}
 [parallel]
 stages = 4
 schedule = "1f1b"
@@ -209,11 +224,9 @@ threads = 1
 [checkpoint]
 every = 50
 
-[launch]
-target = "local"
-"""
+{_LOCAL}"""
 
-_QWEN3 = """\
+_QWEN3 = f"""\
 # Qwen3 0.6B: a llama with norms on queries and keys, and a head size apart from width / heads.
 name = "qwen3-0-6b"
 
@@ -231,35 +244,17 @@ norm_eps = 1e-6
 rope_base = 1000000.0
 tied = true
 
-[data]
-source = "jsonl:corpus/*.jsonl"
-vocab_size = 151643
-
-[train]
-steps = 20000
-batch = 128
-microbatch = 1
-sequence = 2048
-precision = "bf16"
-seed = 1
-
-[train.optimizer]
-lr = 3e-4
-min_lr = 3e-5
-
-[train.schedule]
-kind = "cosine"
-warmup = 1000
-
+{_jsonl(151643)}
+{_train(20000, 128, 1, 2048)}
+{_adamw("3e-4", "3e-5")}
+{_cosine(1000)}
 [parallel]
 stages = 4
 
 [checkpoint]
 every = 500
 
-[launch]
-target = "local"
-"""
+{_LOCAL}"""
 
 PRESETS: dict[str, str] = {
     "gpt2-124m": _GPT2,
