@@ -393,18 +393,42 @@ def decide(
     """What to do next. ``nodes``: one view a node of the present launch, as far as any is known; ``lost``: why that
     launch cannot be made whole, by its launcher; ``waiting``: what it waits for, by its launcher.
     """
+    settled = _settled(log, nodes, policy)
+    if settled is not None:
+        return settled
+    newest = log.attempts[-1]
+    mine = [n for n in nodes if n.epoch == newest.epoch]
+    cause, leave = _cause(newest, nodes, mine, lost), lost is not None
+    if cause is None:
+        cause = _stalled(mine, newest, policy)
+        if cause is None:
+            return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
+    elif not _drained(nodes, newest, policy, leaving=leave):
+        return Watch(Phase.DRAINING, cause.text)
+    return _recover(log, nodes, policy, _explained(cause, mine, leave=leave), leave=leave)
+
+
+def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision | None:
+    """What the log alone decides: an end, a success (D1), a first attempt, an attempt of another layout or launch."""
     if log.ended:
         return Finished(log.ended)
-    if any(c.step >= policy.steps for c in log.candidates):  # D1
+    if any(c.step >= policy.steps for c in log.candidates):
         return End("succeeded", f"step {policy.steps} is saved")
     if not log.attempts:
         return StartAttempt(choose_restore(log, (), policy, use_slots=False), (), "start")
-
     newest = log.attempts[-1]
     if newest.plan != policy.plan or newest.launch != policy.launch:
         return StartAttempt(choose_restore(log, nodes, policy, use_slots=False), (), "another layout or launch")
+    return None
 
-    mine = [n for n in nodes if n.epoch == newest.epoch]
+
+def _cause(
+    newest: AttemptView, nodes: Sequence[NodeView], mine: Sequence[NodeView], lost: Cause | None
+) -> Cause | None:
+    """Why the attempt is over, on positive evidence (D2): its ranks' ends, a node that is gone, a launch that is lost.
+
+    ``mine``: the nodes that know of the attempt.
+    """
     ranks = [r for n in mine for r in n.ranks]
     cause = diagnose(ranks)
     # a node whose ranks never began has lost nothing: the launcher starts what it lacks
@@ -416,30 +440,32 @@ def decide(
     if cause is not None and cause.rank is not None:
         place = next((n.place for n in mine if any(r.rank == cause.rank for r in n.ranks)), "")
         cause = replace(cause, place=place)
-    if lost is not None:
-        cause = _outranked(cause, lost, ranks, newest.ranks)
-    if cause is None:
-        stalled = _stalled(mine, newest, policy)
-        if stalled is None:
-            return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
-        cause = stalled
-    elif not _drained(nodes, newest, policy, leaving=lost is not None):
-        return Watch(Phase.DRAINING, cause.text)
+    return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
+
+
+def _explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:
+    """The cause with what its nodes say beside it: an agent's trouble, or that all left on request."""
     trouble = next((n for n in mine if n.error and n.error not in cause.text), None)
     if cause.cls == "infra" and trouble is not None:  # what an agent could not store is why its ranks left with 75
-        cause = replace(cause, text=f"{cause.text}; node {trouble.node} says: {trouble.error}")
+        return replace(cause, text=f"{cause.text}; node {trouble.node} says: {trouble.error}")
+    ended = [r for n in mine for r in n.ranks if r.ended]
+    if not leave and cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ended):
+        return Cause("preempted", "stopped on request, state saved", "", None, cause.step)
+    return cause
 
-    if lost is None and cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ranks if r.ended):
-        cause = Cause("preempted", "stopped on request, state saved", "", None, cause.step)
+
+def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cause, *, leave: bool) -> Decision:
+    """After an attempt that is over: give up (D4), mark its restore point, or the next attempt (``leave``: D5)."""
+    newest = log.attempts[-1]
     why = _give_up(log, cause, policy)
     if why:
         return End("gave_up", why, cause)
     tried = newest.restore_checkpoint if newest.restore_slots is None else None
     if cause.cls == "restore" and tried is not None and any(c.n == tried for c in log.candidates):
         return MarkDamaged(tried, cause.text)
-    # a damaged slot or diverging numbers: not from memory again
     unfit = struck([*(a.cause for a in log.attempts), cause.to_map()], policy.strikes)
-    renew = lost is not None or any(n.place in unfit for n in nodes)
+    renew = leave or any(n.place in unfit for n in nodes)
+    # a damaged slot or diverging numbers: not from memory again
     use_slots = cause.cls not in ("restore", "numeric") and not renew
     restore = choose_restore(log, nodes, policy, use_slots=use_slots)
     epochs = (*newest.slot_epochs, newest.epoch)[-16:] if use_slots else ()
