@@ -3,11 +3,17 @@
 It owns the snapshot slots, runs attempts that the log orders, uploads what the ranks snapshot, and commits. The engine
 holds no credentials and never waits for storage. Who does what:
 
-    link.py     the Unix socket: connections, messages, descriptors
-    slots.py    the shared-memory slots: creation, reading under hold, filling for a restore
-    upload.py   a held snapshot into chunks in the store, and this node's part manifest
-    commit.py   all parts seen -> manifest -> log record, by whichever agent gets there first
-    output.py   metrics segments and the ring of each rank's output
-    status.py   the live hint that the driver watches
-    service.py  the loop that ties them together; __main__.py the command line
+    link.py          the Unix socket: connections, messages, descriptors
+    slots.py         the shared-memory slots: creation, reading under hold, filling for a restore
+    gang.py          what a node knows of one attempt; the agent's options
+    watch.py         the log, folded as it grows
+    prepare.py       plan, data, slots and restore point of an attempt (fetch.py: from the store, verified)
+    meet.py          the nodes' addresses
+    attempt_file.py  what the ranks are told
+    adopt.py         what an agent leaves for the one after it
+    upload.py        a held snapshot into chunks in the store, and this node's part manifest
+    commit.py        all parts seen -> manifest -> log record, by whichever agent gets there first
+    output.py        metrics segments and the ring of each rank's output
+    status.py        the live hint that the driver watches
+    service.py       the loop that orders all of them; __main__.py the command line
 """

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from checkpoint.agent.fetch import write_file
+from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Link
-from checkpoint.agent.service import Options, Service
+from checkpoint.agent.service import Service
 from checkpoint.errors import CheckpointError
 from checkpoint.store import open_store
 

@@ -20,9 +20,6 @@ Invariants
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import hmac
 import json
 import logging
 import os
@@ -33,24 +30,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import msgpack
 
 from checkpoint import keys
+from checkpoint.agent.adopt import attempt_path, found_plan, recall, remember
+from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.commit import Committer
-from checkpoint.agent.fetch import fetch_data, fetch_plan, write_file
+from checkpoint.agent.fetch import write_file
+from checkpoint.agent.gang import CannotStart, Gang, Options, Prepared, positions
 from checkpoint.agent.link import Event, Link, Message, Peer
+from checkpoint.agent.meet import Address, meet
 from checkpoint.agent.output import BEAT_S, Hints
-from checkpoint.agent.slots import SlotChanged, SlotTable, crc32c
+from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer
+from checkpoint.agent.slots import SlotChanged, SlotTable
 from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.agent.upload import Source, Uploader
-from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreError, StoreRefused
-from checkpoint.layout import PlanLayout, PlanRefused, PositionLayout, read_plan
-from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
-from checkpoint.restore import restore_slots
+from checkpoint.agent.watch import Watcher
+from checkpoint.errors import CheckpointError
+from checkpoint.layout import PlanRefused
+from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.store import Store
 from trainer import wire
 
@@ -63,88 +60,6 @@ _ADOPT_S = 5.0  # for a supervisor to find a restarted agent
 _EARLY = 10_000  # messages kept until the log was read for the first time
 _LAST_RANKS_S = 2.0  # for ranks to leave after their last commit
 _END_S = 30.0  # for uploads when the run has ended
-_PREFAULT_FIRST_BYTES = 64 << 20  # below this, pages are made before START, else while the ranks start
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line (``__main__.py``)."""
-
-    run: str
-    launch: str
-    node: int
-    nodes: int
-    socket: Path
-    work: Path
-    key: bytes
-    host: str
-    bind: str
-    log_poll_s: float
-
-
-@dataclass
-class Gang:
-    """One attempt, as this node runs it.
-
-    ``phase``: kill (older ranks must go), prepare, ports, peers, run, adopt, idle (over, or never begun here).
-    """
-
-    attempt: AttemptInfo
-    first: int
-    count: int
-    phase: str = "prepare"
-    layout: PlanLayout | None = None
-    plan_path: Path | None = None
-    data_dir: Path | None = None
-    table: SlotTable | None = None
-    restore: dict[int, int] = field(default_factory=dict)
-    """Rank -> index of the slot to restore from; empty on a fresh start."""
-    start_step: int = -1
-    preparing: bool = False
-    found: Prepared | None = None
-    """What the preparer found while ranks of an older attempt still had to go."""
-    from_slot: tuple[int, int] | None = None
-    """(step, epoch) of slots that this attempt started from: uploaded as its own checkpoint where not durable yet."""
-    ranks: dict[int, RankStatus] = field(default_factory=dict)
-    peers: dict[int, Peer] = field(default_factory=dict)
-    committed_sent: set[int] = field(default_factory=set)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def epoch(self) -> int:
-        return self.attempt.n
-
-    @property
-    def local(self) -> range:
-        return range(self.first, self.first + self.count)
-
-    def how(self, section: str, key: str, default: Any) -> Any:
-        """A value of the How half in the attempt record."""
-        how = self.attempt.body.get("how")
-        found = how.get(section) if isinstance(how, Mapping) else None
-        value = found.get(key) if isinstance(found, Mapping) else None
-        return default if value is None else value
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the preparer found out."""
-
-    layout: PlanLayout
-    plan_path: Path
-    data_dir: Path
-    table: SlotTable
-    restore: dict[int, int]
-    start_step: int
-    from_slot: tuple[int, int] | None
-
-
-class CannotStart(Exception):
-    """This node cannot start the attempt: exit code for its ranks, and why."""
-
-    def __init__(self, code: int, words: str) -> None:
-        super().__init__(words)
-        self.code = code
 
 
 class Service:
@@ -161,7 +76,6 @@ class Service:
         self.engine_epoch = 0  # of the attempt whose ranks the supervisor has, as far as it said
         self.table: SlotTable | None = None
         self._retired: list[SlotTable] = []
-        self._layouts: dict[str, tuple[PlanLayout, Path]] = {}
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._store_error: str | None = None
@@ -174,11 +88,19 @@ class Service:
         self._stopping = False
         self._changed = True
         self._last_beat = 0.0
-        self._closing = threading.Event()
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
+        self.preparer = Preparer(store, options, self._pool)
         self.status = NodeStatus(options.node, options.launch, incarnation)
         self.hints = Hints(
             store, options.run, keys.run_key(options.run, "live", "nodes", options.launch, str(options.node))
+        )
+        self.watcher = Watcher(
+            self.log,
+            options.log_poll_s,
+            post=self.post,
+            on_state=self._on_state,
+            on_error=self._on_log_error,
+            on_refused=self._on_refused,
         )
         self.committer = Committer(
             self.log,
@@ -207,8 +129,7 @@ class Service:
     def run(self) -> int:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        watcher = threading.Thread(target=self._watch, name="log", daemon=True)
-        watcher.start()
+        self.watcher.start()
         try:
             while self.exit is None:
                 for event in self.link.poll(self._wait_s()):
@@ -217,7 +138,7 @@ class Service:
                     self._posted.get()()
                 self._tick()
         finally:
-            self._closing.set()
+            self.watcher.close()
             self._beat()
             self.uploader.close()
             self.committer.close()
@@ -293,38 +214,8 @@ class Service:
 
     # --- the log ------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """The log's watcher thread: folds what is new and posts it; a store that does not answer is only said."""
-        state: RunState | None = None
-        told: str | None = None
-        while not self._closing.is_set():
-            pause = self.options.log_poll_s
-            try:
-                newer = self.log.fold(state)
-            except StoreRefused as error:
-                if state is None:  # not one look at the log was allowed: only a person mends that
-                    log.error("the store refuses this agent: %s", error)
-                    self.post(lambda: setattr(self, "exit", EXIT_REFUSED))
-                    return
-                log.warning("the log cannot be read now: %s", error)
-                self.post(lambda text=str(error): self._on_log_error(text))  # type: ignore[misc]
-                told, pause = str(error), max(pause, 2.0)
-            except (StoreError, Damaged) as error:
-                if told != str(error):
-                    told = str(error)
-                    log.warning("the log cannot be read now: %s", error)
-                    self.post(lambda text=told: self._on_log_error(text))  # type: ignore[misc]
-                pause = max(pause, 0.5)
-            else:
-                if told is not None:
-                    told = None
-                    self.post(lambda: self._on_log_error(None))
-                if state is None or newer.n != state.n or newer.unreadable != state.unreadable:
-                    state = newer
-                    self.post(lambda found=newer: self._on_state(found))  # type: ignore[misc]
-                if newer.unreadable is not None:
-                    pause = max(pause, 2.0)
-            self._closing.wait(pause)
+    def _on_refused(self) -> None:
+        self.exit = EXIT_REFUSED
 
     def _on_log_error(self, text: str | None) -> None:
         self._log_error, self._changed = text, True
@@ -414,7 +305,7 @@ class Service:
         for timer in ("kill", "lost", "adopt", "peers"):
             self._timers.pop(timer, None)
         log.info("attempt %d begins: %s", gang.epoch, attempt.reason, extra={"epoch": gang.epoch})
-        if before is None and self._attempt_file(gang.epoch).exists():
+        if before is None and attempt_path(self.options.work, gang.epoch).exists():
             self._adopt(gang)
         elif self.engine_epoch and self.supervisor is not None:
             self._kill(gang)
@@ -447,7 +338,7 @@ class Service:
 
     def _prepare_thread(self, gang: Gang, state: RunState) -> None:
         try:
-            found = self._prepared(gang, state)
+            found = self.preparer.prepare(gang, state, self.table)
         except CannotStart as error:
             code, words = error.code, str(error)
         except CheckpointError as error:
@@ -460,74 +351,6 @@ class Service:
             self.post(lambda: self._on_prepared(gang, found))
             return
         self.post(lambda: self._cannot_start(gang, code, words))
-
-    def _prepared(self, gang: Gang, state: RunState) -> Prepared:
-        """Runs in a thread of its own, while no rank of the node runs."""
-        attempt, options = gang.attempt, self.options
-        if attempt.nodes != options.nodes:
-            raise CannotStart(
-                78, f"the attempt is for {attempt.nodes} nodes, this launch has {options.nodes}; launch anew"
-            )
-        if attempt.plan not in self._layouts:
-            self._layouts[attempt.plan] = fetch_plan(self.store, options.run, attempt.plan, options.work)
-        layout, plan_path = self._layouts[attempt.plan]
-        if attempt.ranks != len(layout.positions) * layout.replicas or attempt.ranks % attempt.nodes:
-            raise CannotStart(
-                78,
-                f"the attempt has {attempt.ranks} ranks on {attempt.nodes} nodes, its plan is for "
-                f"{len(layout.positions) * layout.replicas}; the driver must write another attempt",
-            )
-        data_dir = fetch_data(self.store, layout, options.work / "data")
-        table = self.table
-        if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
-            table = SlotTable(_positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
-        for rank in gang.local:
-            table.create(rank)
-        if table.total_bytes <= _PREFAULT_FIRST_BYTES:
-            table.prefault()
-        restore, start_step, from_slot = self._restore(gang, state, layout, table)
-        return Prepared(layout, plan_path, data_dir, table, restore, start_step, from_slot)
-
-    def _restore(
-        self, gang: Gang, state: RunState, layout: PlanLayout, table: SlotTable
-    ) -> tuple[dict[int, int], int, tuple[int, int] | None]:
-        attempt = gang.attempt
-        info = state.checkpoint(attempt.checkpoint) if attempt.checkpoint is not None else None
-        source = self.options.run
-        if attempt.slots is not None:
-            point = attempt.slots["step"], attempt.slots["epoch"]
-            held = table.held_by_all().get(point)
-            if held is not None:
-                table.keep_up_to(point)
-                return {rank: seen.index for rank, seen in held.items()}, point[0], point
-            if info is None or info.step != point[0]:
-                raise CannotStart(
-                    76,
-                    f"this node does not hold step {point[0]} of attempt {point[1]} in its slots; the attempt names "
-                    "no checkpoint of that step; restore from an older checkpoint",
-                )
-        table.clear()
-        if info is None:
-            if attempt.checkpoint is not None:
-                raise CannotStart(76, f"record {attempt.checkpoint} is no valid checkpoint")
-            info, source = self._parent(attempt)
-            if info is None:
-                return {}, -1, None
-        slots = {rank: table.slots[rank][0] for rank in gang.local}
-        same_what = source == self.options.run
-        restore_slots(self.store, source, info, layout, slots, epoch=gang.epoch, pool=self._pool, same_what=same_what)
-        return dict.fromkeys(gang.local, 0), info.step, None
-
-    def _parent(self, attempt: AttemptInfo) -> tuple[CheckpointInfo | None, str]:
-        """The checkpoint of another run that a forked run begins from, and that run's name; None: from the start."""
-        named = attempt.body["restore"].get("parent")
-        if not isinstance(named, Mapping):
-            return None, self.options.run
-        run, number = str(named.get("run")), named.get("checkpoint")
-        info = RunLog(self.store, run).fold().checkpoint(number) if isinstance(number, int) else None
-        if info is None:
-            raise CannotStart(76, f"record {number} of run {run}, which this fork begins from, is no valid checkpoint")
-        return info, run
 
     def _on_prepared(self, gang: Gang, found: Prepared) -> None:
         if gang is not self.gang:
@@ -569,46 +392,30 @@ class Service:
         if self.options.nodes == 1:
             self._start(gang, {0: (self.options.host, ports)})
         else:
-            threading.Thread(target=self._meet, args=(gang, ports), name="peers", daemon=True).start()
+            threading.Thread(target=self._meet_thread, args=(gang, ports), name="peers", daemon=True).start()
 
-    def _meet(self, gang: Gang, ports: list[int]) -> None:
-        """Thread: say this node's addresses and wait for everybody's; hints, so the handshake decides who is who."""
-        folder = keys.run_key(self.options.run, "live", str(gang.epoch), "addr")
-        mine = msgpack.packb({"host": self.options.host, "ports": ports})
-        deadline = time.monotonic() + float(gang.how("launch", "connect_s", 60.0))
-        said, found = False, {self.options.node: (self.options.host, ports)}
-        while not gang.cancelled.wait(self.options.log_poll_s if said else 0):
-            try:
-                if not said:
-                    self.store.put(f"{folder}/{self.options.node}", mine)
-                    said = True
-                for node in range(self.options.nodes):
-                    if node not in found:
-                        found[node] = _address(self.store.get(f"{folder}/{node}", max_bytes=1 << 16), gang.count)
-            except NotFound:
-                pass
-            except (StoreError, Damaged) as error:
-                log.warning("the nodes' addresses cannot be exchanged now: %s", error)
-                gang.cancelled.wait(0.5)
-            if len(found) == self.options.nodes:
-                self.post(lambda: self._start(gang, found))
-                return
-            if time.monotonic() > deadline:
-                self.post(lambda: self._cannot_start(gang, 75, _missing(found, self.options.nodes)))
-                return
+    def _meet_thread(self, gang: Gang, ports: list[int]) -> None:
+        try:
+            nodes = meet(self.store, self.options, gang, ports)
+        except CannotStart as error:
+            code, words = error.code, str(error)
+            self.post(lambda: self._cannot_start(gang, code, words))
+        else:
+            if nodes is not None:
+                self.post(lambda: self._start(gang, nodes))
 
-    def _start(self, gang: Gang, nodes: Mapping[int, tuple[str, list[int]]]) -> None:
+    def _start(self, gang: Gang, nodes: Mapping[int, Address]) -> None:
         if gang is not self.gang or gang.phase != "peers":
             return
         if self.supervisor is None:
             gang.phase = "ports"  # a new supervisor binds new ports
             return
         assert gang.plan_path is not None
-        path = self._attempt_file(gang.epoch)
+        path = attempt_path(self.options.work, gang.epoch)
         for old in self.options.work.glob("attempt-*"):
             old.unlink(missing_ok=True)
         try:
-            write_file(path, self._attempt_bytes(gang, nodes))
+            write_file(path, attempt_bytes(self.options, gang, nodes))
         except OSError as error:
             self._cannot_start(gang, 78, f"the attempt file {path} cannot be written: {error}")
             return
@@ -616,9 +423,9 @@ class Service:
         self.engine_epoch = gang.epoch
         payload = os.fsencode(path) + b"\0" + os.fsencode(gang.plan_path) + b"\0"
         self.link.send(self.supervisor, "START", epoch=gang.epoch, a=gang.first, b=gang.count, payload=payload)
-        self._remember(gang)
+        remember(self.options.work, gang)
         self._offer_uploads(gang)
-        if gang.table is not None and gang.table.total_bytes > _PREFAULT_FIRST_BYTES:
+        if gang.table is not None and gang.table.total_bytes > PREFAULT_FIRST_BYTES:
             threading.Thread(target=self._prefault, args=(gang, gang.table), name="prefault", daemon=True).start()
 
     def _prefault(self, gang: Gang, table: SlotTable) -> None:
@@ -639,36 +446,6 @@ class Service:
             self._slot_error = text
             self.link.send(self.supervisor, "KILL", epoch=gang.epoch)
 
-    def _attempt_bytes(self, gang: Gang, nodes: Mapping[int, tuple[str, list[int]]]) -> bytes:
-        assert gang.layout is not None
-        assert gang.data_dir is not None
-        key = hmac.new(self.options.key, struct.pack("<Q", gang.epoch), hashlib.sha256).digest()
-        head = wire.Attempt()
-        head.magic[:], head.version = wire.ATTEMPT_MAGIC, wire.ATTEMPT_VERSION
-        head.run, head.epoch = self.options.run.encode(), gang.epoch
-        head.plan_digest[:], head.key[:] = gang.layout.digest, key
-        nonce = hmac.new(key, b"gang", hashlib.sha256).digest()[:16]  # the same on every node, without an exchange
-        head.nonce[:] = nonce
-        head.ranks = gang.attempt.ranks
-        head.kernel_path = wire.PATHS[str(gang.how("launch", "kernel_path", "auto"))]
-        head.start_step, head.stop_after = gang.start_step, int(gang.how("launch", "stop_after", -1))
-        head.connect_ms = _ms(gang.how("launch", "connect_s", 60.0))
-        head.stall_ms = _ms(gang.how("launch", "stall_s", 120.0))
-        head.commit_ms = _ms(gang.how("checkpoint", "commit_s", 120.0))
-        head.trace = int(bool(gang.how("launch", "trace", False)))
-        head.data_dir, head.work_dir = os.fsencode(gang.data_dir), os.fsencode(self.options.work)
-        ranks = b"".join(
-            bytes(wire.AttemptRank(host.encode(), port, node))
-            for node, (host, ports) in sorted(nodes.items())
-            for port in ports
-        )
-        crc_at = wire.Attempt.crc.offset + ctypes.sizeof(wire.u32)
-        head.crc = crc32c(bytes(head)[crc_at:], ranks)
-        return bytes(head) + ranks
-
-    def _attempt_file(self, epoch: int) -> Path:
-        return self.options.work / f"attempt-{epoch}"
-
     def _cannot_start(self, gang: Gang, code: int, words: str) -> None:
         """The attempt is over on this node before it began, or its engine is gone: say so as if the ranks had."""
         if gang is not self.gang or gang.phase == "idle":
@@ -685,7 +462,7 @@ class Service:
         gang.cancelled.set()
         for timer in ("adopt", "lost", "kill"):
             self._timers.pop(timer, None)
-        self._remember(gang)
+        remember(self.options.work, gang)
         if self._ending:
             self._end()
         if self._stopping:
@@ -693,33 +470,17 @@ class Service:
 
     # --- an agent that was restarted ----------------------------------------------------------------------
 
-    def _remember(self, gang: Gang) -> None:
-        ranks = {str(rank): status.to_map() for rank, status in gang.ranks.items()}
-        text = json.dumps({"epoch": gang.epoch, "over": gang.phase == "idle", "ranks": ranks})
-        try:
-            write_file(self.options.work / "agent.json", text.encode())
-        except OSError as error:
-            log.warning("the agent's notes cannot be written: %s", error)
-
     def _adopt(self, gang: Gang) -> None:
         """This attempt was started before this agent: take it over where its engine still runs."""
-        over = False
+        over = recall(self.options.work, gang)
         try:
-            notes = json.loads((self.options.work / "agent.json").read_bytes())
-            if notes["epoch"] == gang.epoch:
-                gang.ranks.update({int(rank): RankStatus.from_map(value) for rank, value in notes["ranks"].items()})
-                over = bool(notes["over"])
-        except (OSError, ValueError, KeyError, TypeError):
-            log.info("no notes of attempt %d: what its ranks said before is lost", gang.epoch)
-        gang.plan_path = self.options.work / f"plan-{gang.attempt.plan}"
-        try:
-            gang.layout = read_plan(gang.plan_path.read_bytes(), digest=bytes.fromhex(gang.attempt.plan))
-        except (OSError, PlanRefused) as error:
-            self._cannot_start(gang, 75, f"the plan of the attempt that this agent found is gone: {error}")
+            layout, path = found_plan(self.options.work, gang)
+        except CannotStart as error:
+            self._cannot_start(gang, error.code, str(error))
             return
-        self._layouts[gang.attempt.plan] = gang.layout, gang.plan_path
-        layout = gang.layout
-        gang.table = SlotTable(_positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
+        self.preparer.layouts[gang.attempt.plan] = layout, path
+        gang.layout, gang.plan_path = layout, path
+        gang.table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
         self._use_table(gang.table)
         if over:
             self._over(gang)
@@ -912,7 +673,7 @@ class Service:
             status.signal = -int(message.a)
         log.info("rank %d of attempt %d is gone: %d", message.rank, gang.epoch, message.a)
         self._changed = True
-        self._remember(gang)
+        remember(self.options.work, gang)
 
     def _on_idle(self, gang: Gang, message: Message) -> None:
         self.engine_epoch = 0
@@ -1009,31 +770,6 @@ _HANDLERS: dict[str, Callable[[Service, Gang, Message], None]] = {
     "EXIT": Service._on_exit,
     "IDLE": Service._on_idle,
 }
-
-
-def _positions(layout: PlanLayout, ranks: range) -> dict[int, PositionLayout]:
-    return {rank: layout.positions[rank % len(layout.positions)] for rank in ranks}
-
-
-def _ms(seconds: object) -> int:
-    return max(1, min(0xFFFFFFFF, round(float(str(seconds)) * 1000)))
-
-
-def _address(raw: bytes, count: int) -> tuple[str, list[int]]:
-    """A node's address hint, as another agent wrote it; Damaged where it is not one."""
-    try:
-        value = msgpack.unpackb(raw)
-        host, ports = str(value["host"]), [int(port) for port in value["ports"]]
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise Damaged(f"a node's address is not one: {error!r}") from error
-    if len(ports) != count or not all(0 < port < 65536 for port in ports) or len(host.encode()) > 255:
-        raise Damaged(f"a node's address has {len(ports)} ports for {count} ranks, or a bad host or port")
-    return host, ports
-
-
-def _missing(found: Mapping[int, object], nodes: int) -> str:
-    names = ", ".join(str(node) for node in range(nodes) if node not in found)
-    return f"no address of node {names} came in time (launch.connect_s)"
 
 
 def _behind_training() -> None:

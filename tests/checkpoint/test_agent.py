@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import signal
-import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from checkpoint import keys
 from checkpoint.agent.slots import Slot, SlotChanged
+from checkpoint.layout import PlanLayout
 from checkpoint.read import StateReader, load_manifest
 from tests.support.agents import (
+    AgentProcess,
     Connection,
     NodePeer,
     RankPeer,
@@ -24,6 +28,52 @@ from tests.support.agents import (
     tiny_spec,
     wait_for,
 )
+from trainer.spec import RunSpec
+
+
+@dataclass
+class Started:
+    """An attempt that runs: a rank a node, each node's agent real, its engine's side in Python."""
+
+    run: Run
+    spec: RunSpec
+    plan: str
+    epoch: int
+    agents: list[AgentProcess]
+    nodes: list[NodePeer]
+
+    @property
+    def layout(self) -> PlanLayout:
+        return self.run.layouts[self.plan]
+
+    @property
+    def ranks(self) -> list[RankPeer]:
+        return [rank for node in self.nodes for rank in node.ranks]
+
+
+def start(folder: Path, nodes: int, stack: ExitStack) -> Started:
+    spec = tiny_spec(parallel__stages=nodes, launch__nodes=nodes)
+    run, plan = make_run(folder, spec)
+    agents = [stack.enter_context(agent(run, folder, node, nodes)) for node in range(nodes)]
+    peers = [NodePeer(process.work) for process in agents]
+    for peer in peers:
+        stack.callback(peer.close)
+    epoch = run.attempt(spec, plan)
+    with ThreadPoolExecutor(nodes) as pool:  # a node starts when all have said their addresses
+        list(pool.map(NodePeer.start, peers))
+    return Started(run, spec, plan, epoch, agents, peers)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Started]:
+    with ExitStack() as stack:
+        yield start(tmp_path, 1, stack)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Started]:
+    with ExitStack() as stack:
+        yield start(tmp_path, 2, stack)
 
 
 def fill_all(node: NodePeer, run: Run, plan: str, step: int, *, final: bool = False) -> None:
@@ -157,90 +207,59 @@ def test_restores_from_the_manifest_onto_another_number_of_positions(tmp_path: P
         node.close()
 
 
-def test_agent_killed_between_chunks_and_commit(tmp_path: Path) -> None:
+def test_agent_killed_between_chunks_and_commit(two: Started, tmp_path: Path) -> None:
     """Two nodes, so that a commit needs the other one's part: the agent dies after its part, before the commit."""
-    spec = tiny_spec(parallel__stages=2, launch__nodes=2)
-    run, plan = make_run(tmp_path, spec)
-    layout = run.layouts[plan]
-    with agent(run, tmp_path, 0, 2) as a0, agent(run, tmp_path, 1, 2) as a1:
-        n0, n1 = NodePeer(a0.work), NodePeer(a1.work)
-        epoch = run.attempt(spec, plan)
-        r0, r1 = _start_both(n0, n1)
-        r0.fill(2, state_bytes(layout, 0, 2))
-        part = keys.run_key(run.name, keys.part_name(2, epoch, 0))
-        wait_for(lambda: run.store.head(part), "the part of node 0")
-        a0.kill()
-        n0.link.close()
-        r0.link.close()
-        assert not run.fold().checkpoints
-        with agent(run, tmp_path, 0, 2) as again:
-            n0 = NodePeer(again.work, epoch, alive=1)
-            back = RankPeer(again.work, 0, epoch, fds=r0.fds)
-            r1.fill(2, state_bytes(layout, 1, 2))
-            assert committed(run, 2)
-            back.fill(4, state_bytes(layout, 0, 4), final=True)
-            r1.fill(4, state_bytes(layout, 1, 4), final=True)
-            assert back.link.receive("COMMITTED").a == 4
-            assert r1.link.receive("COMMITTED").a == 4
-            assert len(run.fold().checkpoints) == 2
-            assert not run.fold().void
-            n0.close()
-            n1.close()
-
-
-def _start_both(n0: NodePeer, n1: NodePeer) -> tuple[RankPeer, RankPeer]:
-    other = threading.Thread(target=n1.start)
-    other.start()
-    n0.start()
-    other.join()
-    assert n0.attempt is not None
-    assert n1.attempt is not None
-    assert bytes(n0.attempt.nonce) == bytes(n1.attempt.nonce)
-    return n0.ranks[0], n1.ranks[0]
+    run, epoch, layout = two.run, two.epoch, two.layout
+    r0, r1 = two.ranks
+    nonces = [bytes(node.attempt.nonce) for node in two.nodes if node.attempt is not None]
+    assert len(nonces) == 2
+    assert nonces[0] == nonces[1]
+    r0.fill(2, state_bytes(layout, 0, 2))
+    part = keys.run_key(run.name, keys.part_name(2, epoch, 0))
+    wait_for(lambda: run.store.head(part), "the part of node 0")
+    two.agents[0].kill()
+    two.nodes[0].link.close()
+    r0.link.close()
+    assert not run.fold().checkpoints
+    with agent(run, tmp_path, 0, 2) as again:
+        n0 = NodePeer(again.work, epoch, alive=1)
+        back = RankPeer(again.work, 0, epoch, fds=r0.fds)
+        r1.fill(2, state_bytes(layout, 1, 2))
+        assert committed(run, 2)
+        back.fill(4, state_bytes(layout, 0, 4), final=True)
+        r1.fill(4, state_bytes(layout, 1, 4), final=True)
+        assert back.link.receive("COMMITTED").a == 4
+        assert r1.link.receive("COMMITTED").a == 4
+        assert len(run.fold().checkpoints) == 2
+        assert not run.fold().void
+        n0.close()
 
 
 @pytest.mark.parametrize("survivor", [0, 1])
-def test_either_agent_commits(tmp_path: Path, survivor: int) -> None:
-    spec = tiny_spec(parallel__stages=2, launch__nodes=2)
-    run, plan = make_run(tmp_path, spec)
-    layout = run.layouts[plan]
-    with agent(run, tmp_path, 0, 2) as a0, agent(run, tmp_path, 1, 2) as a1:
-        agents, nodes = (a0, a1), (NodePeer(a0.work), NodePeer(a1.work))
-        epoch = run.attempt(spec, plan)
-        ranks = _start_both(*nodes)
-        gone = 1 - survivor
-        ranks[gone].fill(2, state_bytes(layout, gone, 2))
-        wait_for(lambda: run.store.head(keys.run_key(run.name, keys.part_name(2, epoch, gone))), "its part")
-        agents[gone].kill()
-        ranks[survivor].fill(2, state_bytes(layout, survivor, 2))
-        assert committed(run, 2)
-        for node in nodes:
-            node.close()
+def test_either_agent_commits(two: Started, survivor: int) -> None:
+    run, ranks, gone = two.run, two.ranks, 1 - survivor
+    ranks[gone].fill(2, state_bytes(two.layout, gone, 2))
+    wait_for(lambda: run.store.head(keys.run_key(run.name, keys.part_name(2, two.epoch, gone))), "its part")
+    two.agents[gone].kill()
+    ranks[survivor].fill(2, state_bytes(two.layout, survivor, 2))
+    assert committed(run, 2)
 
 
-def test_a_flipped_byte_is_damage_that_names_the_object(tmp_path: Path) -> None:
-    spec = tiny_spec()
-    run, plan = make_run(tmp_path, spec)
-    with agent(run, tmp_path) as process:
-        node = NodePeer(process.work)
-        run.attempt(spec, plan)
-        node.start()
-        fill_all(node, run, plan, 2)
-        info = wait_for(lambda: next(iter(run.fold().checkpoints), None), "a checkpoint")
-        node.end(75)
-        chunk = next(iter(run.store.list(keys.run_key(run.name, "chunks") + "/")))
-        path = run.store.local_path(chunk.key)
-        assert path is not None
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 0x10
-        path.write_bytes(data)
-        epoch = run.attempt(spec, plan, checkpoint=info.n, step=2)
-        status = wait_for(
-            lambda: (s := run.status()) and s["epoch"] == epoch and s["phase"] == "idle" and s, "the refusal"
-        )
-        assert status["ranks"]["0"]["code"] == 76
-        assert chunk.key in status["ranks"]["0"]["words"]
-        node.close()
+def test_a_flipped_byte_is_damage_that_names_the_object(one: Started) -> None:
+    run = one.run
+    one.ranks[0].fill(2, state_bytes(one.layout, 0, 2))
+    info = wait_for(lambda: next(iter(run.fold().checkpoints), None), "a checkpoint")
+    one.nodes[0].end(75)
+    chunk = next(iter(run.store.list(keys.run_key(run.name, "chunks") + "/")))
+    path = run.store.local_path(chunk.key)
+    assert path is not None
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+    epoch = run.attempt(one.spec, one.plan, checkpoint=info.n, step=2)
+    status = wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["phase"] == "idle" and s, "the refusal")
+    assert status["ranks"]["0"]["code"] == 76
+    assert chunk.key in status["ranks"]["0"]["words"]
 
 
 def test_damaged_data_is_refused_before_the_start(tmp_path: Path) -> None:
@@ -260,100 +279,67 @@ def test_damaged_data_is_refused_before_the_start(tmp_path: Path) -> None:
         node.close()
 
 
-def test_a_store_that_refuses_writes_costs_checkpoints_only(tmp_path: Path) -> None:
-    spec = tiny_spec()
-    run, plan = make_run(tmp_path, spec)
-    layout = run.layouts[plan]
-    with agent(run, tmp_path) as process:
-        node = NodePeer(process.work)
-        run.attempt(spec, plan)
-        (rank,) = node.start()
-        # a file where the chunks' folder belongs: no rights are asked of root, yet nothing can be written there
-        blocked = run.store.local_path(keys.run_key(run.name, "chunks"))
-        assert blocked is not None
-        blocked.write_bytes(b"")
-        for step in (2, 4, 6):
-            rank.fill(step, state_bytes(layout, 0, step))
-        status = wait_for(lambda: (s := run.status()) and s["error"] and s, "the error in the status")
-        assert "chunks" in status["error"]
-        assert process.process.poll() is None
-        assert not run.fold().checkpoints
-        blocked.unlink()
-        rank.fill(8, state_bytes(layout, 0, 8), final=True)
-        assert rank.link.receive("COMMITTED").a == 8
-        wait_for(lambda: (s := run.status()) and s["error"] is None, "the error to go away")
-        node.close()
+def test_a_store_that_refuses_writes_costs_checkpoints_only(one: Started) -> None:
+    run, (rank,) = one.run, one.ranks
+    # a file where the chunks' folder belongs: no rights are asked of root, yet nothing can be written there
+    blocked = run.store.local_path(keys.run_key(run.name, "chunks"))
+    assert blocked is not None
+    blocked.write_bytes(b"")
+    for step in (2, 4, 6):
+        rank.fill(step, state_bytes(one.layout, 0, step))
+    status = wait_for(lambda: (s := run.status()) and s["error"] and s, "the error in the status")
+    assert "chunks" in status["error"]
+    assert one.agents[0].process.poll() is None
+    assert not run.fold().checkpoints
+    blocked.unlink()
+    rank.fill(8, state_bytes(one.layout, 0, 8), final=True)
+    assert rank.link.receive("COMMITTED").a == 8
+    wait_for(lambda: (s := run.status()) and s["error"] is None, "the error to go away")
 
 
-def test_a_zombie_never_commits(tmp_path: Path) -> None:
+def test_a_zombie_never_commits(one: Started) -> None:
     """An agent that was stopped while a newer launch took the run kills its gang and commits nothing."""
-    spec = tiny_spec()
-    run, plan = make_run(tmp_path, spec)
-    layout = run.layouts[plan]
-    with agent(run, tmp_path) as process:
-        node = NodePeer(process.work)
-        old = run.attempt(spec, plan)
-        (rank,) = node.start()
-        process.process.send_signal(signal.SIGSTOP)
-        rank.fill(2, state_bytes(layout, 0, 2))
-        new = run.attempt(spec, plan, launch="launch-2")
-        process.process.send_signal(signal.SIGCONT)
-        assert node.link.receive("END").name == "END"
-        assert process.process.wait(20) == 75
-        assert new > old
-        assert not run.fold().checkpoints
-        assert (process.work / "done").read_text() == "fenced"
-        node.close()
+    run, (process,) = one.run, one.agents
+    process.process.send_signal(signal.SIGSTOP)
+    one.ranks[0].fill(2, state_bytes(one.layout, 0, 2))
+    new = run.attempt(one.spec, one.plan, launch="launch-2")
+    process.process.send_signal(signal.SIGCONT)
+    assert one.nodes[0].link.receive("END").name == "END"
+    assert process.process.wait(20) == 75
+    assert new > one.epoch
+    assert not run.fold().checkpoints
+    assert (process.work / "done").read_text() == "fenced"
 
 
-def test_a_newer_attempt_of_the_same_launch_ends_the_older_one(tmp_path: Path) -> None:
-    spec = tiny_spec()
-    run, plan = make_run(tmp_path, spec)
-    with agent(run, tmp_path) as process:
-        node = NodePeer(process.work)
-        first = run.attempt(spec, plan)
-        node.start()
-        second = run.attempt(spec, plan)
-        kill = node.link.receive("KILL")
-        assert kill.epoch == first
-        node.end(75)
-        node.start()
-        assert node.ranks[0].epoch == second
-        late = Connection(process.work)  # a rank of the first attempt is turned away
-        late.send("HELLO", rank=0, epoch=first)
-        assert late.next() is None
-        late.close()
-        node.close()
+def test_a_newer_attempt_of_the_same_launch_ends_the_older_one(one: Started) -> None:
+    (node,) = one.nodes
+    second = one.run.attempt(one.spec, one.plan)
+    kill = node.link.receive("KILL")
+    assert kill.epoch == one.epoch
+    node.end(75)
+    node.start()
+    assert node.ranks[0].epoch == second
+    late = Connection(node.work)  # a rank of the first attempt is turned away
+    late.send("HELLO", rank=0, epoch=one.epoch)
+    assert late.next() is None
+    late.close()
 
 
-def test_an_unreadable_record_halts(tmp_path: Path) -> None:
-    spec = tiny_spec()
-    run, plan = make_run(tmp_path, spec)
-    layout = run.layouts[plan]
-    with agent(run, tmp_path) as process:
-        node = NodePeer(process.work)
-        run.attempt(spec, plan)
-        (rank,) = node.start()
-        run.store.create(keys.log_key(run.name, run.fold().n + 1), b"not a record")
-        wait_for(lambda: (s := run.status()) and s["error"], "the error in the status")
-        rank.fill(2, state_bytes(layout, 0, 2))
-        wait_for(lambda: (s := run.status()) and {"step": 2, "epoch": rank.epoch} in s["slots"], "the snapshot")
-        assert not list(run.store.list(keys.log_prefix(run.name), start_after=keys.log_key(run.name, run.state.n + 1)))
-        assert process.process.poll() is None
-        node.close()
+def test_an_unreadable_record_halts(one: Started) -> None:
+    run, (rank,) = one.run, one.ranks
+    run.store.create(keys.log_key(run.name, run.fold().n + 1), b"not a record")
+    wait_for(lambda: (s := run.status()) and s["error"], "the error in the status")
+    rank.fill(2, state_bytes(one.layout, 0, 2))
+    wait_for(lambda: (s := run.status()) and {"step": 2, "epoch": rank.epoch} in s["slots"], "the snapshot")
+    assert not list(run.store.list(keys.log_prefix(run.name), start_after=keys.log_key(run.name, run.state.n + 1)))
+    assert one.agents[0].process.poll() is None
 
 
-def test_supervisor_lost_ends_the_attempt_here(tmp_path: Path) -> None:
-    spec = tiny_spec()
-    run, plan = make_run(tmp_path, spec)
-    with agent(run, tmp_path) as process:
-        node = NodePeer(process.work)
-        run.attempt(spec, plan)
-        node.start()
-        node.close()
-        status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the loss to be noticed")
-        assert status["ranks"]["0"]["code"] == 75
-        assert status["supervisor"] is None
+def test_supervisor_lost_ends_the_attempt_here(one: Started) -> None:
+    one.nodes[0].close()
+    status = wait_for(lambda: (s := one.run.status()) and s["phase"] == "idle" and s, "the loss to be noticed")
+    assert status["ranks"]["0"]["code"] == 75
+    assert status["supervisor"] is None
 
 
 def test_a_slot_that_is_refilled_while_held_is_void(tmp_path: Path) -> None:

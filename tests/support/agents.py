@@ -398,8 +398,10 @@ class NodePeer:
         self.ranks = []
 
     def close(self) -> None:
+        """Once more does nothing."""
         for r in self.ranks:
             r.close()
+        self.ranks = []
         self.link.close()
 
 

@@ -1,0 +1,52 @@
+"""The attempt file (``wire/attempt.h``): all that a rank is told beside its plan.
+
+The attempt's key derives from the launch's and the epoch, the gang's nonce from that key: equal on every node, without
+an exchange.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import hmac
+import os
+import struct
+from collections.abc import Mapping
+
+from checkpoint.agent.gang import Gang, Options
+from checkpoint.agent.meet import Address
+from checkpoint.agent.slots import crc32c
+from trainer import wire
+
+
+def attempt_bytes(options: Options, gang: Gang, nodes: Mapping[int, Address]) -> bytes:
+    """The attempt file of a prepared gang: ``nodes`` is where everybody listens."""
+    assert gang.layout is not None
+    assert gang.data_dir is not None
+    key = hmac.new(options.key, struct.pack("<Q", gang.epoch), hashlib.sha256).digest()
+    head = wire.Attempt()
+    head.magic[:], head.version = wire.ATTEMPT_MAGIC, wire.ATTEMPT_VERSION
+    head.run, head.epoch = options.run.encode(), gang.epoch
+    head.plan_digest[:], head.key[:] = gang.layout.digest, key
+    nonce = hmac.new(key, b"gang", hashlib.sha256).digest()[:16]  # the same on every node, without an exchange
+    head.nonce[:] = nonce
+    head.ranks = gang.attempt.ranks
+    head.kernel_path = wire.PATHS[str(gang.how("launch", "kernel_path", "auto"))]
+    head.start_step, head.stop_after = gang.start_step, int(gang.how("launch", "stop_after", -1))
+    head.connect_ms = _ms(gang.how("launch", "connect_s", 60.0))
+    head.stall_ms = _ms(gang.how("launch", "stall_s", 120.0))
+    head.commit_ms = _ms(gang.how("checkpoint", "commit_s", 120.0))
+    head.trace = int(bool(gang.how("launch", "trace", False)))
+    head.data_dir, head.work_dir = os.fsencode(gang.data_dir), os.fsencode(options.work)
+    ranks = b"".join(
+        bytes(wire.AttemptRank(host.encode(), port, node))
+        for node, (host, ports) in sorted(nodes.items())
+        for port in ports
+    )
+    crc_at = wire.Attempt.crc.offset + ctypes.sizeof(wire.u32)
+    head.crc = crc32c(bytes(head)[crc_at:], ranks)
+    return bytes(head) + ranks
+
+
+def _ms(seconds: object) -> int:
+    return max(1, min(0xFFFFFFFF, round(float(str(seconds)) * 1000)))

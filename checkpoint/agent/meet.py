@@ -1,0 +1,69 @@
+"""Where the ranks of a gang listen: each node says its addresses and waits for everybody's.
+
+Hints in the store, ``runs/<run>/live/<epoch>/addr/<node>``: a map of ``host`` and ``ports``. Nothing trusts them; the
+handshake of the engine decides who is who.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+import msgpack
+
+from checkpoint import keys
+from checkpoint.agent.gang import CannotStart, Gang, Options
+from checkpoint.errors import Damaged, NotFound, StoreError
+from checkpoint.store import Store
+
+log = logging.getLogger(__name__)
+
+Address = tuple[str, list[int]]
+"""A node's host, and the port of each of its ranks."""
+
+
+def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[int, Address] | None:
+    """The address of every node, once all are there; None where the attempt was cancelled meanwhile.
+
+    Blocks until then, for a thread of its own. Raises CannotStart after ``launch.connect_s``.
+    """
+    folder = keys.run_key(options.run, "live", str(gang.epoch), "addr")
+    mine = msgpack.packb({"host": options.host, "ports": ports})
+    deadline = time.monotonic() + float(gang.how("launch", "connect_s", 60.0))
+    said, found = False, {options.node: (options.host, ports)}
+    while not gang.cancelled.wait(options.log_poll_s if said else 0):
+        try:
+            if not said:
+                store.put(f"{folder}/{options.node}", mine)
+                said = True
+            for node in range(options.nodes):
+                if node not in found:
+                    found[node] = _address(store.get(f"{folder}/{node}", max_bytes=1 << 16), gang.count)
+        except NotFound:
+            pass
+        except (StoreError, Damaged) as error:
+            log.warning("the nodes' addresses cannot be exchanged now: %s", error)
+            gang.cancelled.wait(0.5)
+        if len(found) == options.nodes:
+            return found
+        if time.monotonic() > deadline:
+            raise CannotStart(75, _missing(found, options.nodes))
+    return None
+
+
+def _address(raw: bytes, count: int) -> Address:
+    """A node's address hint, as another agent wrote it; Damaged where it is not one."""
+    try:
+        value = msgpack.unpackb(raw)
+        host, ports = str(value["host"]), [int(port) for port in value["ports"]]
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise Damaged(f"a node's address is not one: {error!r}") from error
+    if len(ports) != count or not all(0 < port < 65536 for port in ports) or len(host.encode()) > 255:
+        raise Damaged(f"a node's address has {len(ports)} ports for {count} ranks, or a bad host or port")
+    return host, ports
+
+
+def _missing(found: Mapping[int, object], nodes: int) -> str:
+    names = ", ".join(str(node) for node in range(nodes) if node not in found)
+    return f"no address of node {names} came in time (launch.connect_s)"

@@ -1,0 +1,100 @@
+"""Before an attempt starts on a node: its plan, its data, its slots, and what its ranks restore from.
+
+Plan and data are fetched and verified (``fetch.py``). The restore point is what the attempt record names: slots that
+every rank of the node still holds, else a checkpoint that is read into slots, else nothing. Who lacks it says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+
+from checkpoint.agent.fetch import fetch_data, fetch_plan
+from checkpoint.agent.gang import CannotStart, Gang, Options, Prepared, positions
+from checkpoint.agent.slots import SlotTable
+from checkpoint.layout import PlanLayout
+from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
+from checkpoint.restore import restore_slots
+from checkpoint.store import Store
+
+PREFAULT_FIRST_BYTES = 64 << 20
+"""Slots of up to this size have their pages made here; larger ones while the ranks start."""
+
+
+class Preparer:
+    """Prepares one attempt after another; the plans that it has read are kept in ``layouts``, by their digest."""
+
+    def __init__(self, store: Store, options: Options, pool: Executor) -> None:
+        self._store, self._options, self._pool = store, options, pool
+        self.layouts: dict[str, tuple[PlanLayout, Path]] = {}
+
+    def prepare(self, gang: Gang, state: RunState, table: SlotTable | None) -> Prepared:
+        """What ``gang`` needs; ``table``: slots of the attempt before, used again where they fit.
+
+        For a thread of its own, while no rank of the node runs (A3). Raises CannotStart, CheckpointError, OSError.
+        """
+        attempt, options = gang.attempt, self._options
+        if attempt.nodes != options.nodes:
+            raise CannotStart(
+                78, f"the attempt is for {attempt.nodes} nodes, this launch has {options.nodes}; launch anew"
+            )
+        if attempt.plan not in self.layouts:
+            self.layouts[attempt.plan] = fetch_plan(self._store, options.run, attempt.plan, options.work)
+        layout, plan_path = self.layouts[attempt.plan]
+        if attempt.ranks != len(layout.positions) * layout.replicas or attempt.ranks % attempt.nodes:
+            raise CannotStart(
+                78,
+                f"the attempt has {attempt.ranks} ranks on {attempt.nodes} nodes, its plan is for "
+                f"{len(layout.positions) * layout.replicas}; the driver must write another attempt",
+            )
+        data_dir = fetch_data(self._store, layout, options.work / "data")
+        if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
+            table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
+        for rank in gang.local:
+            table.create(rank)
+        if table.total_bytes <= PREFAULT_FIRST_BYTES:
+            table.prefault()
+        restore, start_step, from_slot = self._restore(gang, state, layout, table)
+        return Prepared(layout, plan_path, data_dir, table, restore, start_step, from_slot)
+
+    def _restore(
+        self, gang: Gang, state: RunState, layout: PlanLayout, table: SlotTable
+    ) -> tuple[dict[int, int], int, tuple[int, int] | None]:
+        attempt = gang.attempt
+        info = state.checkpoint(attempt.checkpoint) if attempt.checkpoint is not None else None
+        source = self._options.run
+        if attempt.slots is not None:
+            point = attempt.slots["step"], attempt.slots["epoch"]
+            held = table.held_by_all().get(point)
+            if held is not None:
+                table.keep_up_to(point)
+                return {rank: seen.index for rank, seen in held.items()}, point[0], point
+            if info is None or info.step != point[0]:
+                raise CannotStart(
+                    76,
+                    f"this node does not hold step {point[0]} of attempt {point[1]} in its slots; the attempt names "
+                    "no checkpoint of that step; restore from an older checkpoint",
+                )
+        table.clear()
+        if info is None:
+            if attempt.checkpoint is not None:
+                raise CannotStart(76, f"record {attempt.checkpoint} is no valid checkpoint")
+            info, source = self._parent(attempt)
+            if info is None:
+                return {}, -1, None
+        slots = {rank: table.slots[rank][0] for rank in gang.local}
+        same_what = source == self._options.run
+        restore_slots(self._store, source, info, layout, slots, epoch=gang.epoch, pool=self._pool, same_what=same_what)
+        return dict.fromkeys(gang.local, 0), info.step, None
+
+    def _parent(self, attempt: AttemptInfo) -> tuple[CheckpointInfo | None, str]:
+        """The checkpoint of another run that a forked run begins from, and that run's name; None: from the start."""
+        named = attempt.body["restore"].get("parent")
+        if not isinstance(named, Mapping):
+            return None, self._options.run
+        run, number = str(named.get("run")), named.get("checkpoint")
+        info = RunLog(self._store, run).fold().checkpoint(number) if isinstance(number, int) else None
+        if info is None:
+            raise CannotStart(76, f"record {number} of run {run}, which this fork begins from, is no valid checkpoint")
+        return info, run
