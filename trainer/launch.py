@@ -13,7 +13,8 @@ Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.js
 which the attempts' keys derive), and for each node ``node<i>/`` with ``start.lock`` (held while somebody starts this
 node), ``agent.lock`` (held by the agent while it lives), ``agent.pid`` and ``supervisor.pid`` (with the process's start
 time, so that a reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once
-the node has left for good.
+the node has left for good. The logs are the two processes' own, a few lines an attempt and a checkpoint, and `ensure`
+cuts their beginning before they grow large; what the ranks print is the agent's to keep (``hotstage logs``).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ _ENGINE_ENV = re.compile(
 )
 """All that the engine inherits: it holds no credentials and needs no other variable."""
 _TAIL_BYTES = 2000
+_LOG_BYTES = 4 << 20  # of a process's own log; beyond it, its last quarter is kept
 _LOCK_S = 10.0  # for a starting agent to write its number, or a killed one to let go of its lock
 _MARK_S = 5.0
 # The process itself writes its mark before it becomes the program, and holds the node's lock (its standard input) until
@@ -275,6 +277,8 @@ class LocalLauncher:
         with _locked(folder / "start.lock") as lock:
             if (folder / "done").exists():
                 return
+            for which in ("agent", "supervisor"):
+                _bound(folder / f"{which}.log")
             if not self._agent_lives(folder):
                 root = str(Path(__file__).resolve().parent.parent)
                 env = dict(os.environ)
@@ -318,7 +322,8 @@ class LocalLauncher:
                 env=dict(env),
                 cwd=folder,
                 stdin=lock,
-                stdout=log,
+                # the supervisor repeats what its ranks print, a line a step, for who reads a pod's output: here nobody
+                stdout=log if which == "agent" else subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,
             )
@@ -386,6 +391,18 @@ def _tail(path: Path) -> str:
             return file.read().decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def _bound(path: Path) -> None:
+    """Cut a log that has grown large to its end, under the process that writes it: that one appends."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LOG_BYTES:
+            file.seek(size - _LOG_BYTES // 4)
+            kept = file.read().partition(b"\n")[2]
+            file.truncate(0)
+            with open(path, "ab") as end:
+                end.write(kept)
 
 
 def _write_once(path: Path, data: bytes, mode: int) -> None:

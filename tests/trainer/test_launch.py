@@ -53,6 +53,40 @@ def test_a_run_through_the_launcher(started: tuple[LocalLauncher, Launch, Run, s
     assert (tmp_path / "out" / "runs" / run.name / launch.launch_id / "launch.key").stat().st_mode & 0o777 == 0o600
 
 
+def test_what_ranks_print_is_the_agents_to_keep(
+    started: tuple[LocalLauncher, Launch, Run, str], tmp_path: Path
+) -> None:
+    launcher, launch, run, plan = started
+    epoch = run.attempt(tiny_spec(parallel__stages=2), plan)
+    wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the ranks to leave", 60)
+    launcher.stop(launch.launch_id, 20)
+    prefix = f"runs/{run.name}/live/{epoch}/logs"
+    kept = b"".join(run.store.get(info.key) for rank in range(2) for info in run.store.list(f"{prefix}/{rank}/"))
+    assert kept.count(b'"event":"step"') >= 12
+    log = (tmp_path / "out" / "runs" / run.name / launch.launch_id / "node0" / "supervisor.log").read_text()
+    assert log.count('"event":"rank ended"') == 2
+    assert '"event":"step"' not in log
+
+
+@pytest.mark.parametrize("which", ["agent", "supervisor"])
+def test_a_log_does_not_grow_without_end(
+    started: tuple[LocalLauncher, Launch, Run, str], tmp_path: Path, which: str
+) -> None:
+    launcher, launch, run, _ = started
+    path = tmp_path / "out" / "runs" / launch.run / launch.launch_id / "node0" / f"{which}.log"
+    wait_for(lambda: (s := run.status()) and s["supervisor"], "both, which listen to signals by then")
+    lines = [f"line {n} of a store that was away for a year" for n in range(200_000)]
+    with open(path, "a") as file:
+        file.write("\n".join(lines) + "\n")
+    assert path.stat().st_size > 8 << 20
+    launcher.ensure(launch)
+    assert path.stat().st_size <= 4 << 20
+    launcher.stop(launch.launch_id, 20)
+    after = path.read_text().splitlines()
+    assert after[: after.index(lines[-1]) + 1] == lines[-(after.index(lines[-1]) + 1) :]  # cut at the start of a line
+    assert "asked to" in "".join(after[after.index(lines[-1]) :])  # its writer goes on behind what was kept
+
+
 def test_ensure_starts_a_node_once_and_adopts_it(started: tuple[LocalLauncher, Launch, Run, str]) -> None:
     launcher, launch, _, _ = started
     before = wait_for(lambda: (n := node_of(launcher, launch)).agent_pid and n, "the agent")
