@@ -28,7 +28,7 @@ from flows.prepare import interpreter_note
 from flows.report import render
 from flows.run import Prepared, prepare_run
 from flows.sink import Lines, Many
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, OutputError
 from trainer.spec import RunSpec
 
 PROMPT = "class Queue:\n    def __init__(self"
@@ -89,7 +89,10 @@ class DemoResult:
 def demo(spec: RunSpec, out: Path, say: Callable[[str], None], *, use_prefect: bool = True) -> DemoResult:
     """Run the demo; raises where any of its parts does not do what it must."""
     began = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(out, error) from error
     server = _server(out, say) if use_prefect else None
     try:
         return _demo(spec, out, say, began, use_prefect, server)

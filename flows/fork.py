@@ -27,7 +27,9 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     found = state.at_step(step)
     if found is None:
         steps = sorted({c.step for c in state.restore_candidates()})
-        raise SpecError(f"{parent} has no usable checkpoint at step {step}; it has {steps or 'none'}")
+        raise SpecError(
+            f"{parent} has no usable checkpoint at step {step}; it has {', '.join(map(str, steps)) or 'none'}"
+        )
     what = load_what(store, parent)
     data = dict(what["data"])
     digest = data.pop("digest")

@@ -130,7 +130,7 @@ def find_run(store: Store, name: str) -> str:
         return fitting[0]
     if fitting:
         raise SpecError(f"{name!r} could be {', '.join(fitting[:5])}; write more of it")
-    known = f"; it has {', '.join(names[:8])}" if names else "; it has none"
+    known = f"; it has {', '.join(names[:8])}" if names else "; it has no runs"
     raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE)")
 
 

@@ -70,8 +70,9 @@ class Lines:
                 self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")
             case "ended":
                 digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
-                reason = f" ({facts['reason']})" if facts.get("reason") else ""
-                self.say(f"{facts['outcome']}{reason}: step {facts['step']}{digest}")
+                gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend
+                reason = f" ({facts['reason']})" if facts.get("reason") and not gave_up else ""
+                self.say(f"{facts['outcome'].replace('_', ' ')}{reason}: step {facts['step']}{digest}")
             case "phase" if facts["phase"] not in ("training", self._phase):  # once, whatever its details
                 self._phase = facts["phase"]
                 self.say(f"{facts['phase']}" + (f": {facts['text']}" if facts.get("text") else ""))

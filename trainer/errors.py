@@ -4,6 +4,7 @@
     ├── SpecError     78    the spec asks for something that cannot be: change the spec (``problems``: one line each)
     ├── PlanError     78    no plan can be made, or a plan file does not hold: change spec or cluster, or compile again
     ├── DatasetError  65    the training data is missing, damaged or does not fit: mend the data
+    ├── OutputError   78    a file or folder that the user named cannot be written: choose another
     └── LaunchError   75    processes could not be started or were lost: look at the machine, then try again
         ├── LaunchUnknown 75    the place where nodes run does not answer: unknown, never failure; try again
         └── LaunchRefused 78    that place says no (rights, names, an object of somebody else): mend it first
@@ -14,6 +15,7 @@ Every text names the value, the limit and the mend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class TrainerError(Exception):
@@ -42,6 +44,16 @@ class DatasetError(TrainerError):
     """Training data is missing, cut short, or holds what the spec does not allow."""
 
     exit_code = 65
+
+
+class OutputError(TrainerError):
+    """A file or folder that the user named for a result cannot be written."""
+
+    exit_code = 78
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        why = "a file lies where a folder must be" if isinstance(error, FileExistsError) else error.strerror
+        super().__init__(f"{path} cannot be written: {why}; choose another place")
 
 
 class LaunchError(TrainerError):

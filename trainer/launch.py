@@ -20,6 +20,7 @@ cuts their beginning before they grow large; what the ranks print is the agent's
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.engine_path import engine_binary
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, LaunchRefused
 
 if TYPE_CHECKING:
     from trainer.plan import Plan
@@ -59,6 +60,7 @@ mv "$mark.new" "$mark" || exit 71
 exec < /dev/null
 exec "$@"
 """
+_NO_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 _RESTARTS, _RESTART_WINDOW_S = 8, 60.0
 
 
@@ -222,7 +224,11 @@ class LocalLauncher:
             for node in range(launch.nodes):
                 self._ensure_node(launch, node, folder / f"node{node}", key, engine)
         except OSError as error:
-            raise LaunchError(f"the launch {launch.launch_id} cannot be started under {folder}: {error}") from error
+            kind = LaunchRefused if error.errno in _NO_PLACE else LaunchError
+            raise kind(
+                f"the launch {launch.launch_id} cannot be started under {folder}: {error.strerror}; make it a folder "
+                "that can be written, with room, or choose another with --out"
+            ) from error
 
     def observe(self, launch_id: str) -> LaunchView:
         self._reap()

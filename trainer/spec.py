@@ -38,6 +38,9 @@ MAX_INT32 = (1 << 31) - 1
 Precision = Literal["fp32", "bf16"]
 
 
+_NAME_RULE = "lower-case letters, digits and inner dashes, a letter first, at most 40"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -283,9 +286,7 @@ class RecoverySpec(_Section):
 class RunSpec(_Section):
     """A run. See the module's text for the two halves."""
 
-    name: str = Field(
-        pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$", description="lower-case letters, digits, '-'; at most 40"
-    )
+    name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$", description=_NAME_RULE)
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec
@@ -314,9 +315,10 @@ class RunSpec(_Section):
                     f"recovery.allowed_stages {stages}: it must be 1 or more and fill whole nodes of {per_node} ranks"
                 )
         if ranks % self.launch.nodes:
+            fits = max(n for n in range(1, min(self.launch.nodes, ranks) + 1) if not ranks % n)
             raise ValueError(
                 f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks (stages * replicas); every node "
-                "runs the same number of ranks"
+                f"runs the same number of ranks: take nodes = {fits}"
             )
         return self
 
@@ -363,7 +365,8 @@ def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
     except FileNotFoundError as error:
         raise SpecError(f"{file}: there is no such file; 'hotstage init' writes a spec to start from") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise SpecError(f"{file}: cannot be read: {why}; a spec is a TOML file ('hotstage init' writes one)") from error
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -460,7 +463,12 @@ def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
         return fits[0]
     names = [".".join(p) for p in known]
     near = [".".join(p) for p in fits] or [n for n in names if n.endswith("." + path[-1])]
-    near = near or difflib.get_close_matches(".".join(path), names, n=3)
+    section = [n for n in names if n.startswith(".".join(path[:-1]) + ".")]
+    near = (
+        near
+        or difflib.get_close_matches(".".join(path), section, n=1)
+        or difflib.get_close_matches(".".join(path), names, n=3)
+    )
     hint = f"; did you mean {' or '.join(near)}?" if near else "; 'hotstage schema' lists all keys"
     raise SpecError(f"--set {text!r}: there is no key {'.'.join(path)}{hint}")
 
@@ -514,7 +522,8 @@ def _explain(details: ErrorDetails) -> list[str]:
     if kind == "literal_error":
         return [f"{where} {value!r} is unknown; take one of {context['expected']}"]
     if kind == "string_pattern_mismatch":
-        return [f"{where} {value!r} does not match {context['pattern']}; rename it"]
+        rule = _NAME_RULE if where == "name" else f"what fits {context['pattern']}"
+        return [f"{where} {value!r} is no name; take {rule}"]
     if kind == "value_error":
         return [f"{where}.{context['error']}" if where else str(context["error"])]
     return [f"{where} {value!r}: {details['msg']}; correct it"]

@@ -61,7 +61,10 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
             f"{what}: {root} cannot hold it ({text}); the store must be a folder on a file system with hard links and "
             "long names: choose another with --store"
         )
-    return StoreUnavailable(f"{what}: the file store {root} answered {errno.errorcode.get(code or 0, code)} ({text})")
+    return StoreUnavailable(
+        f"{what}: the file store {root} answered {errno.errorcode.get(code or 0, code)} ({text}); "
+        "look at that folder (is it mounted?), or choose another with --store"
+    )
 
 
 class FileStore:

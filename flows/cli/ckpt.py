@@ -45,7 +45,10 @@ def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
 @store_option
 @json_option
 def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool) -> int:
-    """One checkpoint: its tensors, chunks and digests, from the manifest alone."""
+    """A checkpoint's tensors, chunks and digests.
+
+    From its manifest alone: no chunk is read.
+    """
     from flows.api import store_at
     from flows.export import checkpoint_at
     from flows.run import find_run
@@ -83,7 +86,10 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
 @store_option
 @json_option
 def verify(run: str, quick: bool, store: str | None, as_json: bool) -> int:
-    """Check everything that RUN has written; exits 76 where an object is not what was written."""
+    """Check everything that RUN has written.
+
+    Exits 76 where an object is not what was written, and names it.
+    """
     from checkpoint.verify import verify_run
     from flows.api import store_at
     from flows.run import find_run
@@ -120,7 +126,10 @@ def verify(run: str, quick: bool, store: str | None, as_json: bool) -> int:
 @store_option
 @json_option
 def digest(run: str, step: int | None, store: str | None, as_json: bool) -> int:
-    """The state digest of RUN's checkpoint: equal digests are equal weights, moments, step and data position."""
+    """The state digest of RUN's checkpoint.
+
+    Equal digests are equal weights, moments, step and data position.
+    """
     from flows.api import store_at
     from flows.export import checkpoint_at
     from flows.run import find_run
@@ -141,7 +150,10 @@ def digest(run: str, step: int | None, store: str | None, as_json: bool) -> int:
 @step_option
 @store_option
 def export(run: str, output: str, step: int | None, store: str | None) -> int:
-    """Write Hugging Face safetensors, config.json and tokenizer.json of RUN's checkpoint."""
+    """Write Hugging Face files of RUN's checkpoint.
+
+    model.safetensors, config.json and tokenizer.json: what transformers opens.
+    """
     from flows.api import store_at
     from flows.export import export_hf
     from flows.run import find_run
@@ -155,10 +167,20 @@ def export(run: str, output: str, step: int | None, store: str | None) -> int:
 @click.command()
 @click.argument("run")
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--tokens", default=120, show_default=True)
-@click.option("--temperature", default=0.8, show_default=True, help="0: always the likeliest token.")
-@click.option("--top-k", default=40, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=120, show_default=True, help="How many to add.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0: always the likeliest token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=40, show_default=True, help="Choose among so many of the likeliest."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same text."
+)
 @step_option
 @store_option
 def generate(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from flows.cli.main import say, set_option
+from flows.cli.main import EXIT_CODES, say, set_option
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @set_option
 @click.option("--out", default="out/demo", show_default=True, help="Folder for all that the demo writes.")
 @click.option("--no-prefect", is_flag=True, help="Without Prefect's server and page.")

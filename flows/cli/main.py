@@ -8,11 +8,12 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import click
 
-EXIT_HELP = """
+EXIT_CODES = """
 \b
 Exit codes of train, runs resume and demo:
    0  the run succeeded
@@ -28,6 +29,11 @@ Exit codes of train, runs resume and demo:
   87  loss or gradient norm became not finite
   88  a machine computes or remembers wrongly, and there is no other
  130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
+"""
+
+_EPILOG = f"""{EXIT_CODES}
+\b
+The other commands: 0 done, else of the same table; `ckpt verify` 76 where something is damaged.
 
 \b
 Where things are: --store, else HOTSTAGE_STORE, else the user's data folder. A store is a folder, file:///…
@@ -73,7 +79,7 @@ class _Lazy(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_HELP)
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.option("-v", "--verbose", count=True, help="More of what happens inside; twice for everything.")
 @click.version_option(package_name="hotstage")
 def cli(verbose: int) -> None:
@@ -104,6 +110,17 @@ set_option = click.option(
 out_option = click.option(
     "--out", default="out", show_default=True, help="Folder for what a run writes outside the store."
 )
+
+
+def write_out(path: Path, text: str) -> None:
+    """A file that the user named; its folder is made where it is missing."""
+    from trainer.errors import OutputError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(path, error) from error
 
 
 def say(text: str) -> None:

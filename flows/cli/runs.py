@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+from flows.cli.main import EXIT_CODES, json_option, out_option, say, set_option, show, store_option, write_out
 
 
 @click.group()
@@ -22,7 +22,7 @@ def runs() -> None:
 @store_option
 @json_option
 def list_runs(store: str | None, as_json: bool) -> int:
-    """Every run of the store: where it stands, attempts, newest checkpoint."""
+    """Every run of the store, and where it stands."""
     from flows.api import store_at
     from flows.facts import summary
     from flows.run import run_names
@@ -46,7 +46,10 @@ def list_runs(store: str | None, as_json: bool) -> int:
 @store_option
 @json_option
 def show_run(run: str, store: str | None, as_json: bool) -> int:
-    """One run: its attempts and why each began, its checkpoints, its end."""
+    """One run's attempts, checkpoints and end.
+
+    Of each attempt also why it began.
+    """
     from flows.api import store_at
     from flows.facts import details
     from flows.run import find_run
@@ -71,7 +74,7 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     return 0
 
 
-@runs.command()
+@runs.command(epilog=EXIT_CODES)
 @click.argument("run")
 @set_option
 @store_option
@@ -79,7 +82,10 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
 @json_option
 @click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect.")
 def resume(run: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool) -> int:
-    """Go on with RUN from its newest state, with another layout where --set parallel.… or launch.… says so."""
+    """Go on with RUN from its newest state.
+
+    With another layout where --set parallel.… or launch.… says so.
+    """
     from flows.api import store_at
     from flows.cli.train import host
     from flows.run import find_run, load_run
@@ -93,7 +99,10 @@ def resume(run: str, sets: tuple[str, ...], store: str | None, out: str, as_json
 @click.argument("run")
 @store_option
 def cancel(run: str, store: str | None) -> int:
-    """End RUN for good; what runs of it leaves within seconds. Its checkpoints stay."""
+    """End RUN; its checkpoints stay.
+
+    What runs of it leaves within seconds. `hotstage runs resume RUN` opens it again.
+    """
     from flows.api import cancel as end
     from flows.api import store_at
     from flows.run import find_run
@@ -115,7 +124,10 @@ def cancel(run: str, store: str | None) -> int:
 def fork(
     run: str, step: int | None, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool
 ) -> int:
-    """Start another run from a checkpoint of RUN, with --set changes to what is trained; nothing is copied."""
+    """Start another run from a checkpoint of RUN.
+
+    With --set changes to what is trained; nothing is copied.
+    """
     from flows.api import store_at
     from flows.cli.train import host
     from flows.fork import fork_run
@@ -129,9 +141,9 @@ def fork(
 @click.command()
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what comes.")
-@click.option("--rank", type=int, default=0, show_default=True)
+@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--attempt", type=click.IntRange(min=1), help="Number of the attempt (else the newest).")
-@click.option("--tail", type=int, metavar="N", help="Only the last N lines.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @store_option
 def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | None, store: str | None) -> int:
     """What a rank of RUN printed: the last 4 MiB are kept, also when its processes and its node are gone."""
@@ -152,7 +164,9 @@ def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | Non
         click.echo(f"{name} has no attempt yet: nothing was printed", err=True)
         return 0
     number = attempt or len(state.attempts)
-    epoch = state.attempts[number - 1].epoch
+    epoch, ranks = state.attempts[number - 1].epoch, state.attempts[number - 1].ranks
+    if rank >= ranks:
+        raise click.UsageError(f"attempt {number} of {name} has ranks 0 to {ranks - 1}, not {rank}")
     follower = OutputFollower(opened, name, epoch, rank)
     data = follower.poll()
     if tail is not None:
@@ -189,12 +203,10 @@ def report(run: str, output: str, store: str | None, as_json: bool) -> int:
 
     opened = store_at(store)
     facts = report_facts(opened, find_run(opened, run))
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(facts), encoding="utf-8")
+    write_out(Path(output), render(facts))
     if as_json:
         told: dict[str, Any] = asdict(facts)
         show({k: v for k, v in told.items() if not k.endswith("_svg")})
     else:
-        say(f"written: {path}")
+        say(f"written: {output}")
     return 0

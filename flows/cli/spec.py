@@ -7,15 +7,14 @@ from typing import Any
 
 import click
 
-from flows.cli.main import json_option, say, set_option, show, store_option
+from flows.cli.main import json_option, say, set_option, show, store_option, write_out
+from trainer.presets import PRESETS
 
 
-@click.command()
+@click.command(epilog=f"Presets: {', '.join(sorted(PRESETS))}.")
 @click.argument("preset", required=False)
 def init(preset: str | None) -> int:
     """Write the commented spec of PRESET to stdout: `hotstage init gpt2-124m > my.toml`."""
-    from trainer.presets import PRESETS
-
     if preset is None or preset not in PRESETS:
         names = ", ".join(sorted(PRESETS))
         if preset is None:
@@ -57,9 +56,9 @@ def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, tra
     compiled, resolved, note = foretell.compile_for(load_spec(spec, sets), store)
     simulation = foretell.simulate(compiled)
     if trace:
-        Path(trace).write_text(to_chrome(simulation.timeline))
+        write_out(Path(trace), to_chrome(simulation.timeline))
     if svg:
-        Path(svg).write_text(timeline_svg(simulation.timeline))
+        write_out(Path(svg), timeline_svg(simulation.timeline))
     told: dict[str, Any] = foretell.facts(compiled, resolved, simulation)
     if as_json:
         show(told)

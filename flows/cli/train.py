@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+from flows.cli.main import EXIT_CODES, json_option, out_option, say, set_option, show, store_option
 from flows.cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flows.run import Prepared
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @click.argument("spec", type=click.Path(dir_okay=False))
 @set_option
 @store_option
@@ -115,7 +115,9 @@ def prefect_answers(tell: Any) -> bool:
 @click.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
 @click.option("--cron", help='When, e.g. "0 2 * * *".')
-@click.option("--interval", type=float, metavar="SECONDS", help="Instead of --cron: every so many seconds.")
+@click.option(
+    "--interval", type=click.FloatRange(min=1), metavar="SECONDS", help="Instead of --cron: every so many seconds."
+)
 @click.option("--name", help="Name of the deployment (else the spec's).")
 @set_option
 @store_option

@@ -100,6 +100,18 @@ def test_names_that_do_not_exist(place: Place) -> None:
         refused(done, REFUSED, "nobody-123456", "--store")
 
 
+def test_a_file_for_a_result_that_cannot_be_written(place: Place) -> None:
+    (place.folder / "file").write_text("not a folder")
+    for command in (
+        ("plan", "spec.toml", "--svg", "file/plan.svg"),
+        ("plan", "spec.toml", "--trace", "/proc/none/plan.json"),
+        ("demo", "--no-prefect", "--out", "file"),
+    ):
+        refused(place.call(*command), REFUSED, command[-1], "cannot be written", "choose another")
+    refused(finish(place.start("train", "spec.toml", "--no-prefect", "--out", "file")), REFUSED, "file", "with --out")
+    assert (place.folder / "file").read_text() == "not a folder"
+
+
 # --- the corpus --------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,15 @@ def test_a_phase_is_told_once_until_there_are_steps_again() -> None:
     assert len(lines_of(phases[0], step(1), phases[1])) == 3
 
 
+def test_the_end_says_why_once() -> None:
+    """Why a run gave up is long, and the command says it last, with the mend."""
+    facts = {"outcome": "gave_up", "reason": "config: " + "x" * 500, "step": 8, "digest": None}
+    assert lines_of(Event("ended", facts)) == ["gave up: step 8"]
+    assert lines_of(Event("ended", facts | {"outcome": "stopped", "reason": "state saved"})) == [
+        "stopped (state saved): step 8"
+    ]
+
+
 def test_the_loss_is_a_mermaid_chart_of_bounded_size() -> None:
     text = loss_markdown("r", {n: 1.0 / n for n in range(1, 5000)})
     assert "```mermaid\nxychart-beta\n" in text

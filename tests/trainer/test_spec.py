@@ -75,9 +75,9 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"train__reduction_groups": 2}, ["reduction_groups 2", "set it to 1"]),
         ({"parallel__replicas": 2}, ["replicas 2", "set it to 1"]),
         ({"data__source": "ftp:x"}, ["'ftp:x'", "text:<glob>"]),
-        ({"name": "Not A Label"}, ["name 'Not A Label'"]),
+        ({"name": "Not A Label"}, ["name 'Not A Label'", "lower-case letters", "at most 40"]),
         ({"name": "a" * 41}, ["name"]),
-        ({"launch__nodes": 3}, ["launch.nodes 3", "1 ranks"]),
+        ({"launch__nodes": 3}, ["launch.nodes 3", "1 ranks", "take nodes = 1"]),
         ({"train": 3}, ["train 3", "section"]),
     ],
 )
@@ -110,6 +110,7 @@ def test_sets_override_and_find_their_section() -> None:
     ("text", "words"),
     [
         ("train.stepz=3", "did you mean train.steps"),
+        ("model.widht=3", "did you mean model.width?"),  # and no key of another meaning
         ("nonsense", "section.key=value"),
         ("zzz.qqq=1", "hotstage schema"),
     ],
@@ -131,7 +132,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="is not TOML"):
         load_spec(tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SpecError, match="cannot be read"):
+    with pytest.raises(SpecError, match="not text in UTF-8; a spec is a TOML file"):
         load_spec(tmp_path / "binary.toml")
 
 
