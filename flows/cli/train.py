@@ -145,6 +145,8 @@ def schedule(
     if (cron is None) == (interval is None):
         raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
     run_spec = load_spec(spec, sets)
+    if cron is not None:
+        _check_cron(cron)
     url = os.environ.get("PREFECT_API_URL")
     if not url or not answers(url):
         found = f"nothing answers at PREFECT_API_URL={url}" if url else "PREFECT_API_URL is not set"
@@ -166,3 +168,12 @@ def schedule(
         asyncio.run(work)
     sys.stdout.flush()
     return 0
+
+
+def _check_cron(cron: str) -> None:
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=cron)
+    except ValueError as error:
+        raise click.UsageError(f'--cron {cron!r} is no cron line; five fields, such as "0 2 * * *"') from error

@@ -107,4 +107,6 @@ def test_it_needs_a_server_and_one_time(place: Place) -> None:
     place.env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
     done = place.call("schedule", "spec.toml", "--interval", "3")
     assert (done.code, "nothing answers" in done.err) == (78, True), done.err
+    done = place.call("schedule", "spec.toml", "--cron", "every day")
+    assert (done.code, "'every day' is no cron line" in done.err) == (2, True), done.err
     assert place.call("schedule", "spec.toml").code == 2
