@@ -139,7 +139,9 @@ class Driver:
         status: StatusReader | None = None
         while True:
             try:
-                state = run_log.fold(state)
+                begun, state = state is not None, run_log.fold(state)
+                if not begun and state.attempts:
+                    self._tell_known(state)
                 if self.reopen and state.ended and state.ended.outcome != "succeeded":
                     state = self._reopen(run_log, state)
                 if self._finish_stop(state):
@@ -370,6 +372,13 @@ class Driver:
         self.launcher.stop(launch.launch_id, 0.0)
 
     # --- telling ------------------------------------------------------------------------------------------
+
+    def _tell_known(self, state: RunState) -> None:
+        """The run had begun, or ended, before this driver: whoever started it twice should see that."""
+        newest = state.at_step()
+        facts = {"attempts": len(state.attempts), "step": newest.step if newest else 0}
+        again = state.ended is None or (self.reopen and state.ended.outcome != "succeeded")
+        self.sink.tell(Event("known", {**facts, "ended": None if again or not state.ended else state.ended.outcome}))
 
     def _tell_once(self, key: Any, event: Event) -> None:
         if key not in self._told:

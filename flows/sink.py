@@ -61,6 +61,14 @@ class Lines:
                 ]
                 where = f"at step {max(facts['step'], 0)} {origin}"
                 self.say(f"attempt {facts['number']}: {where}" + (f"; because {cause['text']}" if cause else ""))
+            case "known" if facts["ended"]:
+                opens = "" if facts["ended"] == "succeeded" else "; `hotstage runs resume` opens it again"
+                self.say(f"this run had ended before ({facts['ended'].replace('_', ' ')}): nothing is trained{opens}")
+            case "known":
+                self.say(
+                    f"this run has begun before: attempt {facts['attempts']}, step {facts['step']} saved; "
+                    "this command goes on with it"
+                )
             case "recovered":
                 self.say(f"recovered: step {facts['step']} done {facts['seconds']:.2f} s after the failure was seen")
             case "checkpoint":

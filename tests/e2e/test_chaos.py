@@ -102,9 +102,13 @@ def _asked_to_stop(place: Place) -> bool:
 def test_a_second_train_attaches(place: Place, undisturbed: tuple[str, str]) -> None:
     _, digest = undisturbed
     first, second = (place.start("train", "spec.toml", "--no-prefect", "--json") for _ in range(2))
-    results = [json.loads(p.communicate(timeout=120)[0]) for p in (first, second)]
+    told = [p.communicate(timeout=120) for p in (first, second)]
+    results = [json.loads(out) for out, _ in told]
     assert [r["state_digest"] for r in results] == [digest, digest]
     assert [r["attempts"] for r in results] == [1, 1]
+    third = place.start("train", "spec.toml", "--no-prefect", "--json").communicate(timeout=120)
+    assert json.loads(third[0])["state_digest"] == digest
+    assert b"this run had ended before (succeeded): nothing is trained" in third[1]
 
 
 def test_cancel_ends_it_for_good_and_resume_opens_it_again(place: Place, undisturbed: tuple[str, str]) -> None:

@@ -59,6 +59,14 @@ def test_the_end_says_why_once() -> None:
     ]
 
 
+def test_a_run_that_was_there_before_is_said() -> None:
+    facts = {"attempts": 2, "step": 8, "ended": None}
+    assert "begun before: attempt 2, step 8 saved" in lines_of(Event("known", facts))[0]
+    (line,) = lines_of(Event("known", facts | {"ended": "gave_up"}))
+    assert "ended before (gave up)" in line
+    assert "runs resume" in line
+
+
 def test_the_loss_is_a_mermaid_chart_of_bounded_size() -> None:
     text = loss_markdown("r", {n: 1.0 / n for n in range(1, 5000)})
     assert "```mermaid\nxychart-beta\n" in text
