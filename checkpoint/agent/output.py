@@ -14,6 +14,7 @@ it is said, and the status goes on, without which the driver would hold this nod
 from __future__ import annotations
 
 import logging
+import os
 import struct
 import threading
 import time
@@ -262,7 +263,7 @@ class Hints:
 
     def _write_trace(self, epoch: int, rank: int, path: Path) -> None:
         try:
-            with open(path, "rb") as file:
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 data = file.read(_TRACE_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: a rank named no path
             log.warning("the trace of rank %d cannot be read: %s", rank, error)

@@ -649,7 +649,9 @@ class Service:
             self._changed = True
 
     def _on_trace(self, gang: Gang, message: Message) -> None:
-        self.hints.trace(message.rank, self.options.work / os.fsdecode(message.payload.rstrip(b"\0")))
+        # the engine must not have the agent publish what only the agent may read: a file of the node's folder, no other
+        name = os.path.basename(os.fsdecode(message.payload.rstrip(b"\0")))
+        self.hints.trace(message.rank, self.options.work / name)
 
     def _on_output(self, gang: Gang, message: Message) -> None:
         if message.epoch in (0, gang.epoch) and message.rank >= 0:

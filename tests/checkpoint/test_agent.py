@@ -88,6 +88,27 @@ def committed(run: Run, step: int) -> object:
     )
 
 
+def test_an_engine_cannot_have_the_agents_own_files_published(one: Started) -> None:
+    """It may name its trace, and no other file: neither by a path nor by a link in the folder that they share."""
+    work, (rank,) = one.agents[0].work, one.ranks
+    secret, link, honest = work.parent / "token", work / "trace-0.json", work / "trace-1.json"
+    secret.write_text("of the agent alone")
+    link.symlink_to(secret)
+    honest.write_text('{"traceEvents":[]}')
+    for number, path in enumerate([honest, secret, link, Path(f"{work}/../token")]):
+        rank.link.send("TRACE", rank=number, epoch=one.epoch, payload=bytes(path))
+    fill_all(one.nodes[0], one.run, one.plan, 4, final=True)
+    assert rank.link.receive("COMMITTED").a == 4
+    one.nodes[0].end(0)
+    one.run.log.append("ended", {"outcome": "cancelled", "reason": "enough", "step": 4}, one.run.fold())
+    assert one.agents[0].process.wait(20) == 0
+    folder = keys.run_key(one.run.name, "live", str(one.epoch), "trace")
+    assert [(info.key, one.run.store.get(info.key)) for info in one.run.store.list(f"{folder}/")] == [
+        (f"{folder}/0", honest.read_bytes())
+    ]
+    assert one.agents[0].log().count("cannot be read") == 3
+
+
 def test_whole_cycle(tmp_path: Path) -> None:
     spec = tiny_spec(parallel__stages=2)
     run, plan = make_run(tmp_path, spec)
