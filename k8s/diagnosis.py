@@ -72,8 +72,7 @@ def launch_view(
         return LaunchView(launch_id, "absent", detail="no such Job")
     mine = [p for p in pods if p.job_uid == job.uid]
     was = [p for p in gone if p.job_uid == job.uid]
-    chosen = {index: _choose(index, mine) for index in range(job.completions)}
-    last = {index: _choose(index, was) for index in range(job.completions)}
+    chosen, last = _choose(job.completions, mine), _choose(job.completions, was)
     nodes = tuple(_node(index, chosen[index], last[index], job) for index in range(job.completions))
     if job.is_("Complete"):
         return LaunchView(launch_id, "done", nodes, "every pod has ended well")
@@ -233,10 +232,13 @@ def _engine(pod: PodView) -> ContainerView:
     return pod.containers.get(ENGINE, ContainerView())
 
 
-def _choose(index: int, pods: Sequence[PodView]) -> PodView | None:
-    """The pod of an index: the newest that is not on its way out, else the newest (an index may be started twice)."""
-    fitting = [p for p in pods if p.index == index]
-    return max(fitting, key=lambda p: (not p.deleting, p.phase != "Failed", p.created, p.name), default=None)
+def _choose(count: int, pods: Sequence[PodView]) -> dict[int, PodView | None]:
+    """A pod an index: the newest that is not on its way out, else the newest (an index may be started twice)."""
+    chosen: dict[int, PodView | None] = dict.fromkeys(range(count))
+    for pod in sorted(pods, key=lambda p: (not p.deleting, p.phase != "Failed", p.created, p.name)):
+        if pod.index in chosen:
+            chosen[pod.index] = pod
+    return chosen
 
 
 def _node(index: int, pod: PodView | None, last: PodView | None, job: JobView) -> NodeView:

@@ -29,7 +29,7 @@ from k8s.errors import Exists, ForeignObject, Missing
 from k8s.labels import LAUNCH, MANAGED_BY, MANAGER, RUN, SPEC_DIGEST, label_value
 from k8s.render import limits_of, owned, render_launch
 from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_view
-from k8s.watch import PACE, Pace, Source, Watcher
+from k8s.watch import PACE, Pace, Sight, Source, Watcher
 from trainer.errors import LaunchError, LaunchUnknown
 from trainer.launch import Finding, Launch, LaunchView
 
@@ -63,6 +63,8 @@ class _Known:
     warned: bool = False
     events: tuple[EventView, ...] = ()
     events_at: float = -1e9
+    view: LaunchView | None = None
+    view_of: tuple[Any, ...] = ()  # what ``view`` was made of
 
 
 @dataclass
@@ -150,13 +152,21 @@ class KubernetesLauncher:
                 loss = Finding("infra", f"Job {was.name} was deleted", "a new launch is made")
                 return LaunchView(launch_id, "lost", detail=loss.text, loss=loss)
             return LaunchView(launch_id, "absent", detail=f"no Job of launch {launch_id} in {self._namespace}")
-        here, gone = list(pods.objects.values()), list(pods.gone.values())
-        view = launch_view(launch_id, job, here, gone, known.events, known.limits)
+        view = self._view(launch_id, known, job, pods)
         if view.state in ("waiting", "lost") and self._clock() - known.events_at > EVENTS_S:
             known.events_at = self._clock()
-            known.events = self._events(job, here)
-            view = launch_view(launch_id, job, here, gone, known.events, known.limits)
+            known.events = self._events(job, list(pods.objects.values()))
+            view = self._view(launch_id, known, job, pods)
         return view
+
+    def _view(self, launch_id: str, known: _Known, job: JobView, pods: Sight[PodView]) -> LaunchView:
+        """Made anew only where something that it is made of has changed: the driver asks many times a second."""
+        made_of = (job, pods.changes, known.events, known.limits)
+        if known.view is None or known.view_of != made_of:
+            here, gone = list(pods.objects.values()), list(pods.gone.values())
+            known.view = launch_view(launch_id, job, here, gone, known.events, known.limits)
+            known.view_of = made_of
+        return known.view
 
     def stop(self, launch_id: str, grace_s: float) -> None:
         eyes = self._look(launch_id)

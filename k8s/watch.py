@@ -6,7 +6,8 @@ Invariants
   W2  A stream is never trusted alone: the whole is listed anew each ``relist_s``, and after a 410.
   W3  A half-open connection is noticed: the server ends a stream after ``watch_s``, the socket after ``idle_s``.
   W4  "Does not answer" is unknown: what was known stays, ``failing_s`` says for how long nobody has answered.
-  W5  Objects that vanished are remembered (``gone``, the last sight of each), so that an exit code outlives its pod.
+  W5  A sight is made anew only where something changed (``changes`` counts): readers that ask often cost nothing.
+  W6  Objects that vanished are remembered (``gone``, the last sight of each), so that an exit code outlives its pod.
 """
 
 from __future__ import annotations
@@ -149,13 +150,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Sight(Generic[T]):
-    """What a watcher knows. ``failing_s``: for how long nobody has answered; ``synced``: was anything ever listed."""
+    """What a watcher knows. ``failing_s``: for how long nobody has answered; ``synced``: was anything ever listed;
+    ``changes``: the same number, the same objects.
+    """
 
     objects: Mapping[str, T]
     gone: Mapping[str, T]
     synced: bool
     failing_s: float
     error: str = ""
+    changes: int = 0
 
 
 @dataclass
@@ -176,6 +180,8 @@ class Watcher(Generic[T]):
     _stopped: threading.Event = field(default_factory=threading.Event)
     _listed: threading.Event = field(default_factory=threading.Event)
     _error: str = ""
+    _changes: int = 0
+    _copied: tuple[int, dict[str, T], dict[str, T]] = field(default_factory=lambda: (0, {}, {}))
     _thread: threading.Thread | None = None
 
     def __post_init__(self) -> None:
@@ -196,11 +202,14 @@ class Watcher(Generic[T]):
         return self._listed.wait(timeout_s)
 
     def sight(self) -> Sight[T]:
-        """A copy of what is known; never waits for the network."""
+        """A copy of what is known, shared by who asks until something changes; never waits for the network."""
         with self._lock:
             since = self._machine.failing_since
             failing = 0.0 if since is None else max(0.0, self.clock() - since)
-            return Sight(dict(self._objects), dict(self._gone), self._machine.synced, failing, self._error)
+            if self._copied[0] != self._changes:
+                self._copied = (self._changes, dict(self._objects), dict(self._gone))
+            changes, objects, gone = self._copied
+            return Sight(objects, gone, self._machine.synced, failing, self._error, changes)
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -236,7 +245,8 @@ class Watcher(Generic[T]):
         with self._lock:
             for name in self._objects.keys() - found.keys():
                 self._bury(name)
-            self._objects = found
+            if self._objects != found:
+                self._objects, self._changes = found, self._changes + 1
             self._machine.listed(self.clock(), str(page["metadata"].get("resourceVersion", "")))
             self._error = ""
         self._listed.set()
@@ -261,7 +271,10 @@ class Watcher(Generic[T]):
         meta = item.get("metadata") or {}
         with self._lock:
             if kind in ("ADDED", "MODIFIED"):
-                self._objects[meta["name"]] = self.reduce(item)
+                seen = self.reduce(item)
+                if self._objects.get(meta["name"]) != seen:
+                    self._objects[meta["name"]] = seen
+                    self._changes += 1
             elif kind == "DELETED":
                 # the last sight has the final statuses
                 self._objects[meta["name"]] = self.reduce(item)
@@ -269,6 +282,7 @@ class Watcher(Generic[T]):
             self._machine.seen(self.clock(), meta.get("resourceVersion"))
 
     def _bury(self, name: str) -> None:
+        self._changes += 1
         self._gone[name] = self._objects.pop(name)
         while len(self._gone) > GONE_MOST:
             del self._gone[next(iter(self._gone))]

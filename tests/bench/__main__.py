@@ -28,7 +28,7 @@ from flows.api import make_driver
 from flows.live import StatusReader
 from flows.loop import Event
 from flows.run import Prepared, prepare_run
-from tests.bench import bench_kernels
+from tests.bench import bench_kernels, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -182,6 +182,15 @@ def kernels() -> Iterator[dict[str, Any]]:
             yield entry(row["name"], row["value"], row["unit"], row["peer"], row["peer_value"])
 
 
+def watch() -> Iterator[dict[str, Any]]:
+    """CPU time of the process that watches a gang of 1,000 pods, the API server in another process."""
+    for weather, (used, requests) in bench_watch.measure().items():
+        gang = f"watching {bench_watch.PODS_OF_THE_GANG} pods, {weather}"
+        yield entry(gang, 100 * used, "% of core", "target", 2.0)
+        if weather != "steady":
+            yield entry(f"{gang}: requests", requests, "1/s", "target", 2.0)
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -197,6 +206,7 @@ def main() -> int:
         "throughput": lambda: [throughput("fp32"), throughput("bf16")],
         "memory": lambda: list(memory()),
         "recovery": lambda: [recovery()],
+        "watch": lambda: list(watch()),
     }
     wanted = sys.argv[1:] or list(parts)
     rows: list[dict[str, Any]] = []

@@ -270,6 +270,18 @@ def _nowhere() -> Configuration:
     return configuration
 
 
+def test_a_view_is_made_anew_only_where_something_changed(server: ApiServer, launcher: KubernetesLauncher) -> None:
+    launcher.ensure(LAUNCH_OF)
+    names = run_pods(server)
+    until(lambda: state_of(launcher) == "running", "the pods to run")
+    view = launcher.observe(NAME)
+    assert launcher.observe(NAME) is view
+    server.put(PODS_AT, server.named("pods")[names[0]])  # a new version of the object, and nothing new in it
+    server.change(PODS_AT, names[1], phase="Failed")
+    until(lambda: launcher.observe(NAME) is not view, "the change")
+    assert launcher.observe(NAME).state == "lost"
+
+
 def test_a_thousand_nodes(server: ApiServer, launcher: KubernetesLauncher) -> None:
     launcher.ensure(LAUNCH_OF)
     job = server.named("jobs")[NAME]

@@ -1,4 +1,4 @@
-"""Watching: W1..W5 of k8s/watch.py, on the pure machine, and on a server over real HTTP: storms, a thousand pods."""
+"""Watching: W1..W6 of k8s/watch.py, on the pure machine, and on a server over real HTTP: storms, a thousand pods."""
 
 from __future__ import annotations
 
@@ -158,6 +158,19 @@ def test_pods_come_change_and_go(server: ApiServer, watcher: Watcher[PodView]) -
     sight = watcher.sight()
     assert (set(sight.gone), sight.gone["a"].phase) == ({"a"}, "Failed")
     assert server.count("GET", "list", "pods") == 1
+
+
+def test_a_sight_is_made_anew_only_where_something_changed(server: ApiServer, watcher: Watcher[PodView]) -> None:
+    server.put(PODS_AT, pod("a", JOB, 0))
+    started(watcher)
+    before = watcher.sight()
+    server.put(PODS_AT, server.named("pods")["a"])  # a new version of the object, and nothing new in it
+    server.put(PODS_AT, pod("b", JOB, 1))
+    until(lambda: "b" in watcher.sight().objects, "the other pod")
+    after = watcher.sight()
+    assert after.changes == before.changes + 1
+    assert watcher.sight().objects is after.objects
+    assert set(before.objects) == {"a"}  # nobody's sight changes behind his back
 
 
 def test_compacted_history_is_listed_anew(server: ApiServer, watcher: Watcher[PodView]) -> None:
