@@ -25,6 +25,8 @@ from trainer.wire import EXITS
 SOCKET = "/run/hotstage/agent.sock"
 WORK = "/var/lib/hotstage"
 KEY_FOLDER = "/etc/hotstage"
+PORT_BASE = 7400  # a pod's ranks listen from here on; k8s/base/network.yaml opens PORTS of them
+PORTS = 256
 AGENT_OVERHEAD = 512 << 20
 ENGINE_OVERHEAD = 128 << 20
 DEFAULT_IMAGE, DEFAULT_AGENT_IMAGE = "hotstage-engine:0.1.0", "hotstage-agent:0.1.0"
@@ -74,12 +76,9 @@ def render_launch(
             # peers must find each other before any of them is ready
             "publishNotReadyAddresses": True,
             "selector": {"batch.kubernetes.io/job-name": name},
+            "ports": [{"name": f"rank-{k}", "port": port, "protocol": "TCP"} for k, port in enumerate(_ports(spec))],
         },
     }
-    if spec.launch.port_base:
-        service["spec"]["ports"] = [
-            {"name": f"rank-{k}", "port": port, "protocol": "TCP"} for k, port in enumerate(_ports(spec))
-        ]
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -99,8 +98,9 @@ def owned(item: Mapping[str, Any], job_name: str, job_uid: str) -> dict[str, Any
 
 
 def _ports(spec: RunSpec) -> range:
-    """The ports of all ranks where the spec fixes them; else each listens where there is room."""
-    return range(spec.launch.port_base, spec.launch.port_base + spec.parallel.stages * spec.parallel.replicas)
+    """The ports of a pod's ranks: the same in every pod, each has an address of its own."""
+    first = spec.launch.port_base or PORT_BASE
+    return range(first, first + _local_ranks(spec))
 
 
 def _local_ranks(spec: RunSpec) -> int:
@@ -198,6 +198,7 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             *("--key-file", f"{KEY_FOLDER}/launch.key"),
             # an address, not a name: a pod keeps it for life, and names come late and are remembered as missing
             *("--host", "$(POD_IP)"),
+            *("--port-base", str(_ports(spec).start)),
         ],
         "env": [_from_field("JOB_COMPLETION_INDEX", _INDEX_FIELD), _from_field("POD_IP", "status.podIP")],
         "resources": _resources(_agent_memory(spec, plan), spec.launch.agent_resources, {}),

@@ -248,7 +248,7 @@ class LaunchSpec(_Section):
     stall_s: float = Field(120.0, gt=0, le=86_400, description="deadline of every wait inside a step")
     trace: bool = Field(False, description="record the time of every instruction")
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="address that local ranks listen on")
-    port_base: int = _size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones")
+    port_base: int = _size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones, in pods 7400 and on")
     namespace: str = Field("default", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="kubernetes")
     image: str = Field("", description="kubernetes: image of the engine")
     agent_image: str = Field("", description="kubernetes: image of the agent; unset: same as image")

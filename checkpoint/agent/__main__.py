@@ -67,6 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--bind", help="address on which the ranks listen; default: --host")
     parser.add_argument(
+        "--port-base",
+        type=int,
+        default=0,
+        help="first port of this node's ranks, where its address is its own; default: as the run says",
+    )
+    parser.add_argument(
         "--log-poll", type=float, help="seconds between looks at the log; default 0.05 on file://, else 0.5"
     )
     args = parser.parse_args(argv)
@@ -111,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         key=key,
         host=args.host,
         bind=args.bind or args.host,
+        port_base=args.port_base,
         log_poll_s=args.log_poll or (0.05 if args.store.startswith("file:") else 0.5),
     )
     try:

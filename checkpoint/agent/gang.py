@@ -28,6 +28,7 @@ class Options:
     key: bytes
     host: str
     bind: str
+    port_base: int  # this node's ranks listen from here on; 0: as launch.port_base says
     log_poll_s: float
 
 

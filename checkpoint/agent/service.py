@@ -375,8 +375,9 @@ class Service:
     def _ask_ports(self, gang: Gang) -> None:
         if self.supervisor is None:
             return  # its HELLO comes here again
-        base = int(gang.how("launch", "port_base", 0))
-        prepare = wire.MsgPrepare(gang.count, base + gang.first if base else 0, self.options.bind.encode())
+        shared = int(gang.how("launch", "port_base", 0))  # by nodes of one machine: each has ports of its own
+        base = self.options.port_base or (shared + gang.first if shared else 0)
+        prepare = wire.MsgPrepare(gang.count, base, self.options.bind.encode())
         self.link.send(self.supervisor, "PREPARE", epoch=gang.epoch, payload=bytes(prepare))
 
     def _on_ports(self, gang: Gang, message: Message) -> None:

@@ -28,6 +28,7 @@ from tests.support.agents import (
     tiny_spec,
     wait_for,
 )
+from trainer import wire
 from trainer.spec import RunSpec
 
 
@@ -74,6 +75,19 @@ def one(tmp_path: Path) -> Iterator[Started]:
 def two(tmp_path: Path) -> Iterator[Started]:
     with ExitStack() as stack:
         yield start(tmp_path, 2, stack)
+
+
+@pytest.mark.parametrize(("said", "first"), [((), 9001), (("--port-base", "7400"), 7400)])
+def test_where_a_nodes_ranks_listen(tmp_path: Path, said: tuple[str, ...], first: int) -> None:
+    """Nodes of one machine share the run's range; a node with an address of its own begins with its own base."""
+    spec = tiny_spec(parallel__stages=2, launch__nodes=2, launch__port_base=9000)
+    run, plan = make_run(tmp_path, spec)
+    with agent(run, tmp_path, node=1, nodes=2, more=said) as process:
+        node = NodePeer(process.work)
+        run.attempt(spec, plan)
+        prepare = wire.MsgPrepare.from_buffer_copy(node.link.receive("PREPARE").payload)
+        assert (prepare.local_ranks, prepare.port_base) == (1, first)
+        node.close()
 
 
 def fill_all(node: NodePeer, run: Run, plan: str, step: int, *, final: bool = False) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from k8s.labels import AGENT, ENGINE, INDEX
-from k8s.render import KEY_FOLDER, SOCKET, WORK
+from k8s.render import KEY_FOLDER, PORT_BASE, SOCKET, WORK
 from tests.k8s.api_server import ApiServer, Json
 from trainer.engine_path import engine_binary
 
@@ -183,7 +183,12 @@ class Kubelet:
         group = "initContainers" if which == AGENT else "containers"
         container = next(c for c in pod.spec[group] if c["name"] == which)
         words = {"$(JOB_COMPLETION_INDEX)": str(pod.index), "$(POD_IP)": "127.0.0.1", SOCKET: "agent.sock"}
-        words |= {WORK: str(pod.folder / "work"), f"{KEY_FOLDER}/launch.key": str(pod.folder / "launch.key")}
+        # these pods share the machine's one address
+        words |= {
+            str(PORT_BASE): "0",
+            WORK: str(pod.folder / "work"),
+            f"{KEY_FOLDER}/launch.key": str(pod.folder / "launch.key"),
+        }
         args = [words.get(arg, arg) for arg in container["args"]]
         program = [sys.executable, "-m", "checkpoint.agent"] if which == AGENT else [str(engine_binary())]
         env: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}

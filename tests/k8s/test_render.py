@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kubernetes.client import V1Job, V1Service
 
+import k8s
 from flows.foretell import stand_in
 from k8s.labels import object_name
-from k8s.render import AGENT, ENGINE, FABRICS, apply_patch, render_launch
+from k8s.render import AGENT, ENGINE, FABRICS, PORT_BASE, PORTS, apply_patch, render_launch
 from trainer.errors import LaunchError
 from trainer.plan import compile_plan
 from trainer.spec import parse_spec, what_digest
@@ -61,6 +64,18 @@ def test_the_gang_is_one_indexed_job_a_pod_a_node() -> None:
     assert (spec["backoffLimit"], spec["template"]["spec"]["restartPolicy"]) == (0, "Never")
     assert service["spec"]["publishNotReadyAddresses"] is True
     assert service["metadata"]["name"] == spec["template"]["spec"]["subdomain"]
+
+
+def test_a_pods_ranks_listen_on_ports_that_the_network_rules_open() -> None:
+    for nodes, first, sets in ((2, PORT_BASE, {}), (4, PORT_BASE, {}), (2, 9000, {"port_base": 9000})):
+        job, service, _ = rendered(nodes=nodes, **sets)
+        (agent,) = job["spec"]["template"]["spec"]["initContainers"]
+        assert agent["args"][agent["args"].index("--port-base") + 1] == str(first)
+        assert [p["port"] for p in service["spec"]["ports"]] == list(range(first, first + 4 // nodes))
+    rules = yaml.safe_load_all((Path(k8s.__file__).parent / "base" / "network.yaml").read_text())
+    (peers,) = [r["spec"] for r in rules if r["metadata"]["name"] == "trainer-peers"]
+    opened = [{"protocol": "TCP", "port": PORT_BASE, "endPort": PORT_BASE + PORTS - 1}]
+    assert [r["ports"] for r in (*peers["ingress"], *peers["egress"])] == [opened, opened]
 
 
 def test_every_exit_code_rule_names_the_engine() -> None:

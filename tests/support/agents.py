@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,8 +189,12 @@ def agent(
     nodes: int = 1,
     launch: str | None = None,
     env: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[AgentProcess]:
-    """The real agent for a node, with its folder under ``folder``; killed at the end where it still runs."""
+    """The real agent for a node, with its folder under ``folder``; killed at the end where it still runs.
+
+    ``more``: further arguments.
+    """
     work = folder / f"node{node}"
     work.mkdir(parents=True, exist_ok=True)
     key = folder / "launch.key"
@@ -210,7 +214,7 @@ def agent(
                     "--socket",
                     "agent.sock",
                 ),
-                *("--work", str(work), "--key-file", str(key)),
+                *("--work", str(work), "--key-file", str(key), *more),
             ],
             cwd=work,
             env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
