@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from k8s.images.builder import Builder, ImageError, machine
+from k8s.images.builder import Builder, ImageError, in_turn, machine
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 3".encode()).hexdigest()[:8]
@@ -42,8 +42,13 @@ SKIPPED = (
 def base_image(builder: Builder) -> str:
     """Build the base into the builder's storage where it is not there yet; returns its name for a Containerfile."""
     name = NAME if builder.program == "docker" else f"localhost/{NAME}"
-    if builder.has(name):
-        return name
+    with in_turn():
+        if not builder.has(name):
+            _make(builder)
+    return name
+
+
+def _make(builder: Builder) -> None:
     with tempfile.TemporaryDirectory(prefix="hotstage-base-") as place:
         root = Path(place) / "root"
         for folder in (
@@ -89,7 +94,6 @@ def base_image(builder: Builder) -> str:
             'FROM scratch\nCOPY root/ /\nENV PATH=/usr/local/bin:/usr/bin:/bin\nCMD ["python3"]\n'
         )
         builder.build(Path(place), NAME, arch=machine(), args={}, epoch=0)
-    return name
 
 
 def _libraries(files: list[Path]) -> set[Path]:

@@ -1,15 +1,19 @@
-"""Build the images engine, agent and flows: ``python -m k8s.images.build [NAME…] [--base IMAGE] [--out DIR]``.
+"""Build the images engine, agent, flows and store: ``python -m k8s.images.build [NAME…] [--base IMAGE] [--out DIR]``.
 
 What goes into an image is laid out here, in a context that depends on sources and pinned requirements alone; the
 Containerfile beside this module only copies it, so docker, podman and buildah give the same. An archive is made anew
 only where its context changed. Beside each archive lies its SBOM (SPDX 2.3, JSON), which is in the image too.
 
-The engine is static (``static.py``), for amd64 and arm64. The others stand on a Python image, BASE of their recipe.
+The engine is static (``static.py``), for amd64 and arm64. Agent and flows stand on a Python image, BASE of their
+recipe. The store is the S3 server that the quick overlay names, for clusters that cannot pull it.
+
+Builds of one user take turns: a builder's storage has one image of a name.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -20,18 +24,21 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from k8s.images.base import VERSION, base_image
-from k8s.images.builder import Builder, ImageError, machine
-from k8s.images.sbom import engine_sbom, python_sbom
+from k8s.images.builder import Builder, ImageError, in_turn, machine
+from k8s.images.sbom import engine_sbom, python_sbom, store_sbom
 from k8s.images.static import ROOT, cache, say, static_engine
+from k8s.images.store import VERSION as STORE_VERSION
+from k8s.images.store import store_server
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("engine", "agent", "flows")
+NAMES = ("engine", "agent", "flows", "store")
+ON_PYTHON = ("agent", "flows")
 ENGINE_LIMIT = 10_000_000  # bytes
 PYTHON = "3.11"  # of the base image: what compiled packages are fetched for
 BASE = f"docker.io/library/python:{PYTHON}-slim-bookworm"
@@ -59,6 +66,13 @@ def version() -> str:
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
+def tag_of(name: str, arch: str) -> str:
+    """What the overlays call the image; of another architecture than this machine's it says which."""
+    if name == "store":
+        return f"versity/versitygw:{STORE_VERSION}"
+    return f"hotstage-{name}:{version()}" + ("" if arch == machine() else f"-{arch}")
+
+
 def build(
     name: str,
     *,
@@ -80,9 +94,9 @@ def build(
     out = out or ROOT / "out" / "images"
     out.mkdir(parents=True, exist_ok=True)
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", "0")) if epoch is None else epoch
-    tag = f"hotstage-{name}:{version()}" + ("" if arch == machine() else f"-{arch}")
-    args = {"VERSION": version(), "REVISION": revision or _revision()}
-    if name != "engine":
+    tag = tag_of(name, arch)
+    args = {"VERSION": STORE_VERSION if name == "store" else version(), "REVISION": revision or _revision()}
+    if name in ON_PYTHON:
         args["BASE"] = base
     with tempfile.TemporaryDirectory(prefix="hotstage-image-") as place:
         context = Path(place) / "context"
@@ -93,18 +107,30 @@ def build(
         key = _digest(context, {**args, "arch": arch, "epoch": str(epoch)})
         archive = out / f"{name}-{arch}.tar"
         stamp = archive.with_suffix(".key")
-        if not (archive.exists() and stamp.exists() and stamp.read_text() == key):
-            builder = builder or Builder.find()
-            say(f"building {tag} for {arch} with {builder.program}")
-            builder.build(context, tag, arch=arch, args=args, epoch=epoch)
-            partial = archive.with_suffix(".part")
-            builder.save(tag, partial)
-            os.replace(partial, archive)
-            stamp.write_text(key)
-        (out / f"{name}-{arch}.spdx.json").write_text(bill)
-    if name == "engine" and archive.stat().st_size > ENGINE_LIMIT:
-        raise ImageError(f"{archive} has {archive.stat().st_size} bytes, over the limit of {ENGINE_LIMIT}")
-    return Image(name, arch, tag, archive, image_id(archive))
+        with in_turn():
+            if not (archive.exists() and stamp.exists() and stamp.read_text() == key):
+                builder = builder or Builder.find()
+                say(f"building {tag} for {arch} with {builder.program}")
+                builder.build(context, tag, arch=arch, args=args, epoch=epoch)
+                stamp.unlink(missing_ok=True)  # of what is there until now
+                with _partial(archive) as partial:
+                    builder.save(tag, partial)
+                stamp.write_text(key)
+            (out / f"{name}-{arch}.spdx.json").write_text(bill)
+            made = Image(name, arch, tag, archive, image_id(archive))
+            size = archive.stat().st_size
+    if name == "engine" and size > ENGINE_LIMIT:
+        raise ImageError(f"{archive} has {size} bytes, over the limit of {ENGINE_LIMIT}")
+    return made
+
+
+@contextlib.contextmanager
+def _partial(archive: Path) -> Iterator[Path]:
+    """A name of its own to write to; the archive once it is whole."""
+    with tempfile.TemporaryDirectory(prefix=f".{archive.stem}-", dir=archive.parent) as place:
+        partial = Path(place) / archive.name
+        yield partial
+        os.replace(partial, archive)
 
 
 def image_id(archive: Path) -> str:
@@ -127,6 +153,10 @@ def _lay_out(name: str, arch: str, context: Path, base: str, python: str, epoch:
         binary = context / "hotstage-engine"
         shutil.copy(static_engine(arch), binary)
         bill = engine_sbom(version(), binary, epoch)
+    elif name == "store":
+        binary = context / "versitygw"
+        shutil.copy(store_server(), binary)
+        bill = store_sbom(STORE_VERSION, binary, epoch)
     else:
         packages = _packages(name, arch, python)
         shutil.copytree(packages, context / "packages")
@@ -235,7 +265,8 @@ def _revision() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m k8s.images.build", description="Build hotstage's images.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    text = f"of {', '.join(NAMES)}; default: all, the store only with --base local (it needs Go; else it is pulled)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=text)
     parser.add_argument(
         "--base",
         default=BASE,
@@ -245,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "images", help="folder of the archives and SBOMs")
     parser.add_argument("--tool", choices=["docker", "podman", "buildah"], help="default: the first that works here")
     options = parser.parse_args(argv)
-    wanted = options.names or list(NAMES)
+    wanted = options.names or [name for name in NAMES if name != "store" or options.base == "local"]
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         parser.error(f"no image is called {', '.join(unknown)}; there are {', '.join(NAMES)}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from k8s.images.static import cache
 
 
 class ImageError(Exception):
@@ -24,6 +28,16 @@ def machine() -> str:
     if name not in MACHINES:
         raise ImageError(f"no image is made for {name}: there are {', '.join(sorted(set(MACHINES.values())))}")
     return MACHINES[name]
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """One at a time works in this user's storages: between a build and its archive nobody gives the image's name away,
+    and nobody tidies layers away that a build stands on.
+    """
+    with open(cache() / ".images.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -55,9 +69,9 @@ class Builder:
         self._run("build", *common, str(context))
 
     def save(self, name: str, archive: Path) -> None:
-        """Write the image as a docker-archive that calls it docker.io/library/NAME, as nodes look for short names."""
+        """Write the image as a docker-archive that calls it as nodes look for short names: docker.io/library/NAME."""
         archive.unlink(missing_ok=True)
-        full = f"docker.io/library/{name}"
+        full = f"docker.io/{name}" if "/" in name else f"docker.io/library/{name}"
         if self.program == "buildah":
             self._run("push", "--quiet", name, f"docker-archive:{archive}:{full}")
         else:
@@ -74,7 +88,8 @@ class Builder:
         """Drop images that no name points to any more, where the storage is this builder's own."""
         if self.options:
             verb = ["rmi", "--prune"] if self.program == "buildah" else ["image", "prune", "--force"]
-            subprocess.run([self.program, *self.options, *verb], capture_output=True)
+            with in_turn():
+                subprocess.run([self.program, *self.options, *verb], capture_output=True)
 
     def _run(self, *args: str) -> None:
         command = [self.program, *self.options, *args]

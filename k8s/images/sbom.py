@@ -31,6 +31,19 @@ def engine_sbom(version: str, binary: Path, epoch: int) -> str:
     return _document("hotstage-engine", version, [engine, musl, zig], relations, epoch)
 
 
+def store_sbom(version: str, binary: Path, epoch: int) -> str:
+    """The S3 server's binary, by the Go module that it is built from (the binary lists those in it: go version -m)."""
+    digest = hashlib.sha256(binary.read_bytes()).hexdigest()
+    server = _package(
+        "versitygw",
+        version,
+        "Apache-2.0",
+        purl=f"pkg:golang/github.com/versity/versitygw@{version}",
+        checksums=[{"algorithm": "SHA256", "checksumValue": digest}],
+    )
+    return _document("versitygw", version, [server], [_relation("SPDXRef-DOCUMENT", "DESCRIBES", server)], epoch)
+
+
 def python_sbom(name: str, version: str, base: str, installed: Sequence[Distribution], epoch: int) -> str:
     """An image on a Python base: the project, the base, and each package from the registry."""
     own = _package(name, version, "Apache-2.0")

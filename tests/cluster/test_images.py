@@ -6,6 +6,7 @@ import io
 import json
 import stat
 import subprocess
+import sys
 import tarfile
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from k8s.images.base import VERSION
-from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, version
+from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, image_id, version
 from k8s.images.builder import Builder, machine
 from k8s.images.static import ROOT, static_engine
 from tests.cluster.cluster import Cluster
@@ -102,6 +103,39 @@ def test_the_same_sources_give_the_same_image(
 ) -> None:
     again = build(name, base=base, python=VERSION, out=tmp_path, builder=builder, revision="test")
     assert again.digest == images[name].digest
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from k8s.images.build import build
+from k8s.images.builder import Builder
+from tests.support.go import cache
+builder = Builder.find(storage=cache() / "storage")
+print(build("engine", out=Path(sys.argv[1]), builder=builder, revision=sys.argv[2]).digest)
+"""
+
+
+def test_two_builds_at_once_both_give_what_they_were_asked_for(builder: Builder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = {
+        revision: subprocess.Popen(
+            [sys.executable, "-c", BUILD, str(out), revision], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for revision in ("first", "second")
+    }
+    digests = {revision: process.communicate(timeout=300)[0].strip() for revision, process in both.items()}
+    assert [process.returncode for process in both.values()] == [0, 0]
+    assert digests["first"] != digests["second"]
+    (archive,) = out.glob("*.tar")
+    assert {path.name for path in out.iterdir()} == {archive.name, f"{archive.stem}.key", f"{archive.stem}.spdx.json"}
+    # whichever was last left its own archive, whole, under its own key
+    labels = configuration(archive)["config"]["Labels"]
+    last = labels["org.opencontainers.image.revision"]
+    assert image_id(archive) == digests[last]
+    before = archive.stat()
+    assert build("engine", out=out, builder=builder, revision=last).digest == digests[last]
+    assert archive.stat() == before
 
 
 def test_the_agent_has_what_it_needs_and_no_more(images: dict[str, Image]) -> None:

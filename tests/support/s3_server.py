@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,39 +23,16 @@ from pathlib import Path
 import boto3
 import botocore.config
 
-from tests.support.go import cache, go
+from k8s.images.store import store_server
+from tests.support.go import go
 
-VERSION = "v1.8.0"
-MODULE = "github.com/versity/versitygw/cmd/versitygw"
 BUCKET = "hotstage"
 
 
 def binary() -> Path:
     """The server's binary, built where it is not in the cache yet (minutes, once)."""
     named = os.environ.get("HOTSTAGE_VERSITYGW")
-    if named:
-        return Path(named)
-    folder = cache() / "bin"
-    found = folder / f"versitygw-{VERSION}"
-    if found.exists():
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".versitygw-{VERSION}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not found.exists():
-            print(f"building the S3 server versitygw {VERSION} (about 3 minutes on 2 cores, once)", flush=True)
-            target = folder / f".build-{os.getpid()}"
-            try:
-                subprocess.run(
-                    [go(), "install", "-trimpath", "-ldflags=-s -w", f"{MODULE}@{VERSION}"],
-                    env={**os.environ, "GOBIN": str(target), "GOFLAGS": "-mod=mod", "CGO_ENABLED": "0"},
-                    cwd=folder,
-                    check=True,
-                )
-                os.replace(target / "versitygw", found)
-            finally:
-                shutil.rmtree(target, ignore_errors=True)
-    return found
+    return Path(named) if named else store_server(go)
 
 
 @dataclass
