@@ -431,7 +431,8 @@ class Driver:
         elif outcome == "cancelled":
             reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
         elif outcome == "stopped":
-            reason, code = self._saved(newest.step if newest else None), EXIT_STOPPED
+            left = "the gang trains on" if self.launcher.detaches else self._saved(newest.step if newest else None)
+            reason, code = left, EXIT_STOPPED
         result = Outcome(
             run=self.prepared.run,
             outcome=outcome,

@@ -1,9 +1,10 @@
 """Ctrl-C and SIGTERM of a command that works for long: nothing is lost at any moment, and it says what goes on.
 
 While something is prepared, nothing of a run works yet: the command leaves at once, and the same command goes on from
-what is in the store. While a run is driven, the first signal has the gang save one agreed step and leave. At a terminal
-a second Ctrl-C within ``SECOND_S`` comes before that: the command leaves and the run goes on by itself. Later a second
-signal leaves at once too; the gang saves and ends by itself then.
+what is in the store. While a local run is driven, the first signal has the gang save one agreed step and leave. At a
+terminal a second Ctrl-C within ``SECOND_S`` comes before that: the command leaves and the run goes on by itself. Later
+a second signal leaves at once too; the gang saves and ends by itself then. A gang on a cluster trains on, whatever the
+command does: the first signal detaches from it, a second one leaves at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ T = TypeVar("T")
 EXIT_STOPPED = 85
 SECOND_S = 1.0
 _LOOK_S = 0.1
+_STOPPING = "stopping: the gang saves one agreed step and leaves"
+_DETACHING = "detaching: the gang trains on in the cluster"
 _PREPARING = "stopped while preparing: nothing runs, nothing is lost; the same command goes on"
 
 
@@ -37,6 +40,7 @@ class Signals:
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self._driving = False
+        self.detaches = False  # whether the gang that is driven trains on when its driver is stopped
         self._asked: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -44,10 +48,13 @@ class Signals:
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._asked.append(number)
 
-    def driving(self) -> bool:
-        """From here on a run is driven. False where the command is leaving: do not begin."""
+    def driving(self, detaches: bool) -> bool:
+        """From here on a run is driven. False where the command is leaving: do not begin.
+
+        ``detaches``: the gang trains on where its driver is stopped.
+        """
         with self._lock:
-            self._driving = not self._asked
+            self._driving, self.detaches = not self._asked, detaches
             return self._driving
 
     def run(self, work: Callable[[], T]) -> T:
@@ -74,9 +81,9 @@ class Signals:
                 self._second()
             elif self._asked and not seen:
                 seen, first_at = 1, time.monotonic()
-                again = self._asked[0] == signal.SIGINT and sys.stdin.isatty()
+                again = not self.detaches and self._asked[0] == signal.SIGINT and sys.stdin.isatty()
                 click.echo(
-                    "stopping: the gang saves one agreed step and leaves"
+                    (_DETACHING if self.detaches else _STOPPING)
                     + (f" (Ctrl-C again within {SECOND_S:.0f} s: leave it running)" if again else ""),
                     err=True,
                 )
@@ -93,7 +100,8 @@ class Signals:
         return result[0]
 
     def _second(self) -> None:
-        what = "the gang saves its state and ends by itself" if self.stop.is_set() else "the run goes on by itself"
+        saves = self.stop.is_set() and not self.detaches
+        what = "the gang saves its state and ends by itself" if saves else "the run goes on by itself"
         leave(128 + self._asked[1], f"leaving at once: {what}; the same command, or `hotstage runs resume`, attaches")
 
 

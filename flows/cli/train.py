@@ -30,7 +30,8 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
 
     The same spec names the same run: a second `train` attaches to what runs, and ends with its outcome. Ctrl-C has the
     gang save one agreed step and leave; `hotstage runs resume RUN` (or the same command again) goes on from there. At a
-    terminal, a second Ctrl-C within a second leaves the run to itself; the same command attaches to it again.
+    terminal, a second Ctrl-C within a second leaves the run to itself; the same command attaches to it again. On a
+    cluster the first Ctrl-C does that: the gang trains on.
     """
     from flows.api import store_at
     from flows.run import prepare_run
@@ -54,7 +55,7 @@ def host(
     outcome = signals.run(lambda: _drive(make, store_url, out, as_json, use_prefect, reopen, signals))
     if as_json:
         show(asdict(outcome))
-    elif outcome.outcome == "stopped":
+    elif outcome.outcome == "stopped" and not signals.detaches:
         say(f"go on with: hotstage runs resume {outcome.run}")
     if outcome.outcome == "gave_up":
         click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
@@ -89,7 +90,7 @@ def _drive(
         peak_flops=0.0 if as_json else measured_peak(),
     )
     through_prefect = use_prefect and prefect_answers(lines.say)
-    if not signals.driving():
+    if not signals.driving(detaches=prepared.spec.launch.target != "local"):
         raise click.Abort  # the command leaves
     if through_prefect:
         from flows.hosting import run_flow

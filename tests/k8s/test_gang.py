@@ -132,6 +132,29 @@ def test_a_run_through_every_loss_ends_with_the_bits_of_the_local_one(
     until(lambda: not server.named("secrets") or set(server.named("jobs")) == {f"{run}-k3"}, "old launches to go")
 
 
+def test_ctrl_c_detaches_and_the_same_command_attaches(
+    place: Place, kubelet: Kubelet, undisturbed: tuple[str, str]
+) -> None:
+    run, digest = undisturbed
+    driver = train(place)
+    until(lambda: len([p for p in kubelet.pods.values() if p.engine]) == 2, "two pods", 60.0)
+    reached(kubelet.of(0), 0, 8)
+    driver.send_signal(signal.SIGINT)
+    done = finish(driver)
+    assert done.code == 85, done.err
+    left = json.loads(done.out)
+    assert (left["outcome"], left["reason"]) == ("stopped", "the gang trains on")
+    assert "detaching: the gang trains on in the cluster" in done.err
+    assert f"`hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it" in done.err
+    assert "saves" not in done.err
+    step = rank_step(kubelet.of(0).folder, 0)
+    assert step is not None
+    reached(kubelet.of(0), 0, step + 8)
+    done = finish(train(place), 120.0)
+    result = json.loads(done.out)
+    assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest), done.err
+
+
 def test_what_can_never_start_is_refused_with_the_mend(place: Place, server: ApiServer) -> None:
     driver = train(place)
     until(lambda: server.named("services"), "the launch", 60.0)
