@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test images test-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make the environment .venv and build the C engine into it
 
@@ -36,6 +36,10 @@ test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (ro
 	$(BIN)/python -m tests.support.s3_server
 	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "cluster and not slow" tests/cluster
 
+nightly-cluster: setup ## every test on a real Kubernetes, also the slow ones
+	$(BIN)/python -m tests.support.s3_server
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m cluster tests/cluster
+
 cluster-up: setup ## bring that Kubernetes up and leave it there, to look around; prints its kubeconfig's path
 	@$(BIN)/python -m tests.cluster up
 
@@ -52,7 +56,7 @@ check: setup ## format, lint, types, layering, warnings as errors, sanitizers
 bench: setup ## figures into out/bench.json
 	$(BIN)/python -m tests.bench
 
-nightly: setup ## the long campaigns: every test, also the slow ones
+nightly: setup ## the long campaigns: every test, also the slow ones (but nightly-cluster's)
 	$(BIN)/python -m pytest -q -m "not cluster"
 
 clean: ## remove what was built and run here (not the caches of the user's folder)

@@ -175,13 +175,16 @@ def logs(run: str, node: int | None, container: str, tail: int, store: str | Non
 def serve(store: str | None, every: float) -> int:
     """What the manifests run: serve Prefect's deployment `train`, and drive every open run that is on this cluster.
 
-    Killed at any time, nothing is lost: gangs train on, and the next one goes on from the log in the store.
+    Killed at any time, nothing is lost: gangs train on, and the next one goes on from the log in the store. While
+    Prefect is away runs are driven all the same, and the deployment is served again when it is back.
     """
+    import os
     import threading
 
     from checkpoint.errors import CheckpointError
     from flows.api import store_at
     from flows.flow import serve_train
+    from flows.prefect_api import answers
     from flows.reconcile import Reconciler
 
     opened = store_at(store)
@@ -196,8 +199,19 @@ def serve(store: str | None, every: float) -> int:
             threading.Event().wait(every)
 
     threading.Thread(target=look, name="reconcile", daemon=True).start()
-    serve_train(opened.url)
-    return 0
+    url = os.environ.get("PREFECT_API_URL")  # unset: Prefect starts a server of its own
+    while True:
+        if url and not answers(url):
+            say(f"waiting for Prefect at {url}")
+            while not answers(url):
+                threading.Event().wait(1.0)
+        try:
+            serve_train(opened.url)
+            return 0
+        except Exception as error:  # whatever Prefect raises where its server went away meanwhile
+            if not url or answers(url):
+                raise
+            say(f"Prefect has gone away ({type(error).__name__}: {error})")
 
 
 def _where(opened: Any, name: str, namespace: str | None) -> tuple[Any, str]:

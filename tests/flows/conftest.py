@@ -23,11 +23,18 @@ class Api:
 
     def ask(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         """The answer of a ``…/filter`` question."""
+        return list(self._post(path, body))
+
+    def tell(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """What was made."""
+        return dict(self._post(path, body))
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             f"{self.server.api}/{path}", json.dumps(body).encode(), {"content-type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=30) as reply:
-            return list(json.load(reply))
+            return json.load(reply)
 
     def flow_runs(self, **flow_run_filter: Any) -> list[dict[str, Any]]:
         return self.ask("flow_runs/filter", {"flow_runs": flow_run_filter, "sort": "EXPECTED_START_TIME_ASC"})
