@@ -20,7 +20,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from k8s.api import EVENTS, JOBS, PODS, SECRETS, SERVICES, Json, Resource
@@ -63,6 +63,7 @@ class _Known:
     warned: bool = False
     events: tuple[EventView, ...] = ()
     events_at: float = -1e9
+    blind: str = ""  # why its events cannot be read
     view: LaunchView | None = None
     view_of: tuple[Any, ...] = ()  # what ``view`` was made of
 
@@ -140,7 +141,7 @@ class KubernetesLauncher:
         failing = max(jobs.failing_s, pods.failing_s)
         if not (jobs.synced and pods.synced) or failing > UNKNOWN_S:
             error = jobs.error or pods.error or "nothing was listed yet"
-            return LaunchView(launch_id, "unknown", detail=f"the API server does not answer: {error}")
+            return LaunchView(launch_id, "unknown", detail=f"the cluster cannot be seen: {error}")
         job = self._job(launch_id)
         known = self._known.setdefault(launch_id, _Known())
         if job is None:
@@ -155,8 +156,10 @@ class KubernetesLauncher:
         view = self._view(launch_id, known, job, pods)
         if view.state in ("waiting", "lost") and self._clock() - known.events_at > EVENTS_S:
             known.events_at = self._clock()
-            known.events = self._events(job, list(pods.objects.values()))
+            known.events, known.blind = self._events(job, list(pods.objects.values()))
             view = self._view(launch_id, known, job, pods)
+        if view.state == "waiting" and known.blind:
+            return replace(view, detail=f"{view.detail} (its events cannot be read: {known.blind})")
         return view
 
     def _view(self, launch_id: str, known: _Known, job: JobView, pods: Sight[PodView]) -> LaunchView:
@@ -250,8 +253,8 @@ class KubernetesLauncher:
             "alone: delete it, or give the spec another name"
         )
 
-    def _events(self, job: JobView, pods: Sequence[PodView]) -> tuple[EventView, ...]:
-        """The newest events of the Job and of a few pods that wait; none where they cannot be read."""
+    def _events(self, job: JobView, pods: Sequence[PodView]) -> tuple[tuple[EventView, ...], str]:
+        """The newest events of the Job and of a few pods that wait; where they cannot be read none, and why."""
         waiting = [p.name for p in pods if p.job_uid == job.uid and p.phase == "Pending"][:PODS_ASKED]
         found: list[EventView] = []
         for kind, name in (("Job", job.name), *(("Pod", n) for n in waiting)):
@@ -259,10 +262,9 @@ class KubernetesLauncher:
             try:
                 items = self._api.get(EVENTS.path(self._namespace), query).get("items") or ()
             except LaunchError as error:
-                log.debug("events of %s %s cannot be read: %s", kind, name, error)
-                continue
+                return tuple(found), str(error)
             found += [event_view(raw) for raw in sorted(items, key=_when)]
-        return tuple(found)
+        return tuple(found), ""
 
     def _path(self, resource: Resource, name: str) -> str:
         return resource.path(self._namespace, name)

@@ -222,6 +222,17 @@ def test_quota_is_told_from_the_jobs_events(server: ApiServer, launcher: Kuberne
     assert server.count("GET", "list", "events") <= 2
 
 
+def test_events_that_may_not_be_read_are_told_with_what_it_waits_for(
+    server: ApiServer, launcher: KubernetesLauncher
+) -> None:
+    server.denied.add(("list", "events"))
+    launcher.ensure(LAUNCH_OF)
+    until(lambda: state_of(launcher) == "waiting", "the Job to be seen")
+    detail = launcher.observe(NAME).detail
+    assert "its pods are not made yet (its events cannot be read: " in detail
+    assert "apply the Role `hotstage-launcher`" in detail
+
+
 def test_a_deleted_job_is_a_loss(server: ApiServer, launcher: KubernetesLauncher) -> None:
     launcher.ensure(LAUNCH_OF)
     run_pods(server)
