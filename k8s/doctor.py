@@ -6,7 +6,6 @@ Every check is one or two reads (and one server-side dry run): nothing is made o
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from k8s.api import JOBS, QUOTAS, SECRETS, Json
 from k8s.errors import ApiUnavailable, Missing, NotAllowed
 from k8s.labels import AGENT, ENGINE
 from k8s.quantity import amount
+from k8s.version import MEND, OLDEST, too_old
 from trainer.errors import LaunchError
 
-OLDEST = (1, 29)
 LIMIT_S = 10.0
 READ_S = 3.0
 ROLE = "hotstage-launcher"
@@ -102,13 +101,11 @@ def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monot
 def _version(api: Reader, wanted: Wanted) -> list[Check]:
     said = api.get("/version", read_s=READ_S)
     text = str(said.get("gitVersion", "unknown"))
-    match = re.match(r"v?(\d+)\.(\d+)", text)
-    if match is None:
+    old = too_old(text)
+    if old is None:
         return [Check("version", "unknown", f"the API server calls itself {text!r}")]
-    if (int(match[1]), int(match[2])) < OLDEST:
-        need = ".".join(map(str, OLDEST))
-        mend = f"upgrade the cluster to {need} or later: the agent is a native sidecar, which older ones do not know"
-        return [Check("version", "bad", f"Kubernetes {text} is older than {need}", mend)]
+    if old:
+        return [Check("version", "bad", f"Kubernetes {text} is older than {'.'.join(map(str, OLDEST))}", MEND)]
     return [Check("version", "ok", f"Kubernetes {text}")]
 
 

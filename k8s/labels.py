@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from trainer.errors import LaunchError
+from trainer.errors import LaunchRefused
 
 RUN = "hotstage.dev/run"
 LAUNCH = "hotstage.dev/launch"
@@ -27,7 +27,7 @@ def object_name(launch: str, nodes: int) -> str:
     if len(launch) > room:
         launch = f"{launch[: room - 9].rstrip('-')}-{hashlib.sha256(launch.encode()).hexdigest()[:8]}"
     if not _LABEL.match(launch):
-        raise LaunchError(
+        raise LaunchRefused(
             f"launch name {launch!r} is no DNS label: lower-case letters, digits, inner dashes; change the spec's name"
         )
     return launch

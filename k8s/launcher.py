@@ -25,12 +25,13 @@ from typing import Any, Protocol
 
 from k8s.api import EVENTS, JOBS, PODS, SECRETS, SERVICES, Json, Resource
 from k8s.diagnosis import NO_LIMITS, Limits, launch_view
-from k8s.errors import Exists, ForeignObject, Missing
+from k8s.errors import Exists, ForeignObject, Missing, NotAllowed
 from k8s.labels import LAUNCH, MANAGED_BY, MANAGER, RUN, SPEC_DIGEST, label_value
 from k8s.render import limits_of, owned, render_launch
+from k8s.version import MEND, OLDEST, too_old
 from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_view
 from k8s.watch import PACE, Pace, Sight, Source, Watcher
-from trainer.errors import LaunchError, LaunchUnknown
+from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.launch import Finding, Launch, LaunchView
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class KubernetesLauncher:
         name = job["metadata"]["name"]
         found = self._find(name)
         if found is None:
+            self._check_version()
             found = job_view(self._api.apply(self._path(JOBS, name), job))
             log.info("Job %s is made", name)
         self._check_ours(found, launch.launch_id)
@@ -225,6 +227,15 @@ class KubernetesLauncher:
         listed = self._api.get(JOBS.path(self._namespace), {"fieldSelector": f"metadata.name={name}"})
         items = listed.get("items") or ()
         return job_view(items[0]) if items else None
+
+    def _check_version(self) -> None:
+        """An older API server would drop what makes the agent a sidecar, and the pods would wait for its end."""
+        try:
+            version = str(self._api.get("/version").get("gitVersion", ""))
+        except (Missing, NotAllowed):  # not everybody may ask
+            return
+        if too_old(version):
+            raise LaunchRefused(f"Kubernetes {version} is older than {'.'.join(map(str, OLDEST))}; {MEND}")
 
     def _check_ours(self, job: JobView, launch_id: str) -> None:
         if not job.ours or job.launch != label_value(launch_id):

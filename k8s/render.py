@@ -17,7 +17,7 @@ from typing import Any
 from k8s.diagnosis import Limits
 from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
 from k8s.quantity import QUANTITY, amount
-from trainer.errors import LaunchError
+from trainer.errors import LaunchRefused
 from trainer.plan import Plan
 from trainer.spec import RunSpec
 from trainer.wire import EXITS
@@ -60,7 +60,7 @@ def render_launch(
     """Job, Service and Secret, as plain objects. The Secret is without its key (the launcher makes that once), the two
     others without their owner (the Job's UID is not known before it is made). ``avoid``: machines that are not used.
 
-    Raises LaunchError where a quantity, a name or ``launch.pod_patch`` does not hold.
+    Raises LaunchRefused where a quantity, a name or ``launch.pod_patch`` does not hold.
     """
     launch = launch or f"{run}-k1"
     name = object_name(launch, spec.launch.nodes)
@@ -174,7 +174,9 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
         "image": spec.launch.image or DEFAULT_IMAGE,
         "args": ["node", "--agent", SOCKET],
         "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
-        "resources": _resources(_engine_memory(spec, plan), spec.launch.resources, fabric.get("resources", {})),
+        "resources": _resources(
+            "resources", _engine_memory(spec, plan), spec.launch.resources, fabric.get("resources", {})
+        ),
         "securityContext": restricted,
         "volumeMounts": [
             {"name": "run", "mountPath": "/run/hotstage"},
@@ -201,7 +203,7 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             *("--port-base", str(_ports(spec).start)),
         ],
         "env": [_from_field("JOB_COMPLETION_INDEX", _INDEX_FIELD), _from_field("POD_IP", "status.podIP")],
-        "resources": _resources(_agent_memory(spec, plan), spec.launch.agent_resources, {}),
+        "resources": _resources("agent_resources", _agent_memory(spec, plan), spec.launch.agent_resources, {}),
         "securityContext": {k: v for k, v in restricted.items() if k != "capabilities"}
         | {"capabilities": {"drop": ["ALL"]}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -310,16 +312,16 @@ def _agent_memory(spec: RunSpec, plan: Plan) -> int:
     return max(sum(slots[i : i + each]) for i in range(0, len(slots), each)) + AGENT_OVERHEAD
 
 
-def _resources(memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:
-    """Requests and limits: what the spec says, else the plan's memory; less than that is refused."""
+def _resources(said: str, memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:
+    """Requests and limits: what ``launch.<said>`` says, else the plan's memory; less than that is refused."""
     for key, value in wanted.items():
         if not QUANTITY.match(value):
-            raise LaunchError(f"launch.resources.{key} = {value!r} is no quantity; write for example 4, 500m, 16Gi")
+            raise LaunchRefused(f"launch.{said}.{key} = {value!r} is no quantity; write for example 4, 500m, 16Gi")
     given = dict(wanted)
     limit = given.setdefault("memory", f"{-(-memory // (1 << 20))}Mi")
     if amount(limit) < memory:
-        raise LaunchError(
-            f"launch.resources.memory = {limit} is less than the {-(-memory // (1 << 20))}Mi that the plan needs; "
+        raise LaunchRefused(
+            f"launch.{said}.memory = {limit} is less than the {-(-memory // (1 << 20))}Mi that the plan needs; "
             "raise it, or take more stages, smaller microbatches or fewer slots"
         )
     return {"requests": {**given, **more}, "limits": {"memory": limit, **more}}
@@ -344,7 +346,9 @@ def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, A
     """``launch.pod_patch`` over the pod; refused where it breaks the gang's contract or the engine's confinement."""
     for key in _CONTRACT:
         if key in patch:
-            raise LaunchError(f"launch.pod_patch sets {key}, which the gang's contract fixes; take it out of the patch")
+            raise LaunchRefused(
+                f"launch.pod_patch sets {key}, which the gang's contract fixes; take it out of the patch"
+            )
     patched = _merge(copy.deepcopy(dict(pod)), patch)
     for group in ("containers", "initContainers"):
         before = {c["name"]: c for c in pod[group]}
@@ -354,13 +358,13 @@ def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, A
                 continue
             for key in ("args", "command", "restartPolicy", "securityContext"):
                 if container.get(key) != was.get(key):
-                    raise LaunchError(
+                    raise LaunchRefused(
                         f"launch.pod_patch changes {key} of container {container['name']!r}, which the gang's contract "
                         "fixes; take it out of the patch"
                     )
     engine = next(c for c in patched["containers"] if c["name"] == ENGINE)
     if engine.get("envFrom"):
-        raise LaunchError("launch.pod_patch gives the engine's container envFrom; credentials go to the agent only")
+        raise LaunchRefused("launch.pod_patch gives the engine's container envFrom; credentials go to the agent only")
     return patched
 
 

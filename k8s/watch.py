@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from k8s.api import Json, Resource
-from k8s.errors import ApiUnavailable, Expired
+from k8s.errors import ApiUnavailable, Expired, NotAllowed
 from trainer.errors import LaunchError
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Watcher(Generic[T]):
     _gone: dict[str, T] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _listed: threading.Event = field(default_factory=threading.Event)
+    _answered: threading.Event = field(default_factory=threading.Event)
     _error: str = ""
     _changes: int = 0
     _copied: tuple[int, dict[str, T], dict[str, T]] = field(default_factory=lambda: (0, {}, {}))
@@ -198,8 +198,9 @@ class Watcher(Generic[T]):
         self._stopped.set()
 
     def wait_synced(self, timeout_s: float) -> bool:
-        """True once anything was listed."""
-        return self._listed.wait(timeout_s)
+        """True once anything was listed; False where that is refused, or takes longer."""
+        self._answered.wait(timeout_s)
+        return self._machine.synced
 
     def sight(self) -> Sight[T]:
         """A copy of what is known, shared by who asks until something changes; never waits for the network."""
@@ -230,6 +231,8 @@ class Watcher(Generic[T]):
                     if self._error != str(error):
                         log.info("watching %s: %s", self.resource.plural, error)
                     self._error = str(error)
+                if isinstance(error, NotAllowed):
+                    self._answered.set()
 
     def _list(self) -> None:
         path, found = self.resource.path(self.namespace), {}
@@ -249,7 +252,7 @@ class Watcher(Generic[T]):
                 self._objects, self._changes = found, self._changes + 1
             self._machine.listed(self.clock(), str(page["metadata"].get("resourceVersion", "")))
             self._error = ""
-        self._listed.set()
+        self._answered.set()
 
     def _watch(self, version: str, timeout_s: float) -> None:
         self._machine.opened(self.clock())

@@ -34,11 +34,14 @@ SPEC_SCHEMA = 1
 """Version of the What half; part of its digest."""
 
 MAX_INT32 = (1 << 31) - 1
+NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+_RULES = {
+    NAME: "lower-case letters, digits and inner dashes, a letter first, at most 40",
+    DNS_LABEL: "lower-case letters, digits and inner dashes, at most 63 characters (a DNS label)",
+}
 
 Precision = Literal["fp32", "bf16"]
-
-
-_NAME_RULE = "lower-case letters, digits and inner dashes, a letter first, at most 40"
 
 
 class _Section(BaseModel):
@@ -249,7 +252,7 @@ class LaunchSpec(_Section):
     trace: bool = Field(False, description="record the time of every instruction")
     host: str = Field("127.0.0.1", min_length=1, max_length=253, description="address that local ranks listen on")
     port_base: int = _size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones, in pods 7400 and on")
-    namespace: str = Field("default", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="kubernetes")
+    namespace: str = Field("default", pattern=DNS_LABEL, description="kubernetes")
     image: str = Field("", description="kubernetes: image of the engine")
     agent_image: str = Field("", description="kubernetes: image of the agent; unset: same as image")
     service_account: str = Field("", description="kubernetes: service account of the pods; unset: the default one")
@@ -286,7 +289,7 @@ class RecoverySpec(_Section):
 class RunSpec(_Section):
     """A run. See the module's text for the two halves."""
 
-    name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$", description=_NAME_RULE)
+    name: str = Field(pattern=NAME, description=_RULES[NAME])
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec
@@ -522,8 +525,7 @@ def _explain(details: ErrorDetails) -> list[str]:
     if kind == "literal_error":
         return [f"{where} {value!r} is unknown; take one of {context['expected']}"]
     if kind == "string_pattern_mismatch":
-        rule = _NAME_RULE if where == "name" else f"what fits {context['pattern']}"
-        return [f"{where} {value!r} is no name; take {rule}"]
+        return [f"{where} {value!r} is no name; take {_RULES[context['pattern']]}"]
     if kind == "value_error":
         return [f"{where}.{context['error']}" if where else str(context["error"])]
     return [f"{where} {value!r}: {details['msg']}; correct it"]

@@ -37,6 +37,7 @@ class ApiServer:
         self.bodies: list[tuple[str, str, Json]] = []
         self.storms: dict[str, tuple[int, str]] = {}  # "list", "watch" or "write" -> status, message
         self.denied: set[tuple[str, str]] = set()  # (verb, plural)
+        self.expired = False  # whoever asks: unknown credentials
         self.used: set[tuple[str, str]] = set()  # rights that requests needed: (verb, resource)
         self.documents: dict[str, Json] = {}  # path -> what GET answers there
         self.latency_s, self.bookmark_s = 0.0, 0.2
@@ -203,6 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
                 state.lock.wait(0.1)
         if state.latency_s:
             time.sleep(state.latency_s)
+        if state.expired:
+            self._fail(401, "Unauthorized")
+            return "", "", {}, {}
         if (verb, plural) in state.denied:
             self._fail(403, f'{plural} is forbidden: User "u" cannot {verb} resource "{plural}"')
             return "", "", {}, {}
@@ -311,6 +315,10 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.server_state
         with state.lock:
             known = state.objects.get((collection, name))
+            plural = collection.rsplit("/", 1)[1]
+            if known is None and ("create", plural) in state.denied:  # what makes an object asks for both rights
+                self._fail(403, f'{plural} is forbidden: User "u" cannot create resource "{plural}"')
+                return
             if known is not None:
                 body = {**known, **body, "metadata": {**known["metadata"], **body["metadata"]}}
             made = body if query.get("dryRun") else state.put(collection, body)

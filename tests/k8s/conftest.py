@@ -1,9 +1,14 @@
-"""Fixtures that are shared with the end-to-end tests."""
+"""A place whose commands find an API server of this process, and the undisturbed run that others compare with."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from tests.k8s.api_server import ApiServer
 from tests.support.place import SPEC as PLACES
 from tests.support.place import STEPS as FEW
 from tests.support.place import Place
@@ -23,3 +28,30 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         place.stop_all()
     assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, STEPS)
     return result["run"], result["state_digest"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path / "p", SPEC)
+    try:
+        yield made
+    finally:
+        made.stop_all()
+
+
+@pytest.fixture
+def server(place: Place) -> Iterator[ApiServer]:
+    """What the place's commands find as their cluster."""
+    with ApiServer() as made:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "c", "cluster": {"server": made.url}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "x",
+        }
+        file = place.folder / "kubeconfig"
+        file.write_text(json.dumps(config))
+        place.env["HOTSTAGE_KUBECONFIG"] = str(file)
+        yield made

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
 from tests.k8s.api_server import ApiServer
-from tests.k8s.conftest import SPEC, STEPS
+from tests.k8s.conftest import STEPS
 from tests.k8s.kubelet import Kubelet, Pod
 from tests.k8s.test_watch import until
 from tests.support.chaos import _rank_pid, rank_step
@@ -28,32 +27,6 @@ SETS = [
     *("--set", "launch.target=kubernetes", "--set", "launch.nodes=2", "--set", "parallel.stages=4"),
     *("--set", "launch.namespace=train"),
 ]
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    made = Place(tmp_path / "p", SPEC)
-    try:
-        yield made
-    finally:
-        made.stop_all()
-
-
-@pytest.fixture
-def server(place: Place) -> Iterator[ApiServer]:
-    with ApiServer() as made:
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": made.url}}],
-            "users": [{"name": "u", "user": {}}],
-            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "current-context": "x",
-        }
-        file = place.folder / "kubeconfig"
-        file.write_text(json.dumps(config))
-        place.env["HOTSTAGE_KUBECONFIG"] = str(file)
-        yield made
 
 
 @pytest.fixture

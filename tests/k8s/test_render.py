@@ -13,7 +13,7 @@ import k8s
 from flows.foretell import stand_in
 from k8s.labels import object_name
 from k8s.render import AGENT, ENGINE, FABRICS, PORT_BASE, PORTS, apply_patch, render_launch
-from trainer.errors import LaunchError
+from trainer.errors import LaunchRefused
 from trainer.plan import compile_plan
 from trainer.spec import parse_spec, what_digest
 from trainer.wire import EXITS
@@ -107,10 +107,12 @@ def test_containers_are_restricted() -> None:
 def test_memory_comes_from_the_plan_and_less_is_refused() -> None:
     pod = rendered()[0]["spec"]["template"]["spec"]
     assert int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi")) > 128
-    with pytest.raises(LaunchError, match=r"less than the .*Mi that the plan needs"):
+    with pytest.raises(LaunchRefused, match=r"less than the .*Mi that the plan needs"):
         rendered(resources={"memory": "1Mi"})
-    with pytest.raises(LaunchError, match="is no quantity"):
+    with pytest.raises(LaunchRefused, match=r"launch.resources.cpu = 'a lot' is no quantity"):
         rendered(resources={"cpu": "a lot"})
+    with pytest.raises(LaunchRefused, match=r"launch.agent_resources.memory = '1 GB' is no quantity"):
+        rendered(agent_resources={"memory": "1 GB"})
 
 
 def test_a_patch_adds_but_does_not_break_the_contract() -> None:
@@ -130,7 +132,7 @@ def test_a_patch_adds_but_does_not_break_the_contract() -> None:
         {"initContainers": [{"name": AGENT, "restartPolicy": "Never"}]},
         {"containers": [{"name": ENGINE, "envFrom": [{"secretRef": {"name": "s"}}]}]},
     ):
-        with pytest.raises(LaunchError, match="pod_patch"):
+        with pytest.raises(LaunchRefused, match="pod_patch"):
             apply_patch(pod, bad)
 
 
@@ -138,7 +140,7 @@ def test_long_names_stay_dns_labels() -> None:
     name = object_name("a" * 80, 1000)
     assert len(f"{name}-999") <= 63
     assert name != object_name("a" * 81, 1000)
-    with pytest.raises(LaunchError, match="DNS label"):
+    with pytest.raises(LaunchRefused, match="DNS label"):
         object_name("Not_a_label", 2)
 
 

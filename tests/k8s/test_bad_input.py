@@ -1,0 +1,92 @@
+"""What a person can get wrong about a cluster: `hotstage train` says the value, the limit and the mend, and leaves."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.k8s.api_server import ApiServer
+from tests.k8s.test_gang import SETS, train
+from tests.k8s.test_watch import until
+from tests.support.place import Place
+
+REFUSED = 78
+JOBS_AT = "/apis/batch/v1/namespaces/train/jobs"
+
+
+def refused(place: Place, *sets: str) -> str:
+    """What it says; one line of an error, no trace of the code."""
+    more = [item for text in sets for item in ("--set", text)]
+    done = place.call("train", "spec.toml", "--no-prefect", "--json", *SETS, *more)
+    assert done.code == REFUSED, done.err
+    assert "Traceback" not in done.err
+    return done.err
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (
+            ["name=A_label"],
+            ["name 'A_label' is no name; take lower-case letters, digits and inner dashes, a letter first"],
+        ),
+        ([f"name={'x' * 41}"], ["x" * 41, "at most 40"]),
+        (
+            ["launch.namespace=Team_A"],
+            ["launch.namespace 'Team_A' is no name; take lower-case letters", "at most 63"],
+        ),
+        (
+            ["launch.resources.cpu=many"],
+            ["launch.resources.cpu = 'many' is no quantity; write for example 4, 500m, 16Gi"],
+        ),
+        (["launch.agent_resources.memory=8Mi"], ["launch.agent_resources.memory = 8Mi is less than the"]),
+    ],
+    ids=lambda value: value[0][:40] if isinstance(value, list) else None,
+)
+def test_a_spec_that_does_not_hold(place: Place, server: ApiServer, sets: list[str], said: list[str]) -> None:
+    err = refused(place, *sets)
+    for words in said:
+        assert words in err
+    assert server.named("jobs") == {}
+
+
+def test_a_namespace_without_rights(place: Place, server: ApiServer) -> None:
+    """tests/cluster/test_rights.py has every right of the Role."""
+    server.denied.add(("create", "jobs"))
+    err = refused(place)
+    assert 'cannot create resource "jobs"' in err
+    assert "apply the Role `hotstage-launcher` of k8s/base/rbac.yaml" in err
+
+
+def test_a_cluster_that_is_too_old(place: Place, server: ApiServer) -> None:
+    server.documents["/version"] = {"gitVersion": "v1.28.15-eks-1"}
+    err = refused(place)
+    assert "Kubernetes v1.28.15-eks-1 is older than 1.29; upgrade the cluster to 1.29 or later" in err
+    assert server.named("jobs") == {}
+
+
+def test_credentials_that_have_expired(place: Place, server: ApiServer) -> None:
+    server.expired = True
+    err = refused(place)
+    assert "the kubeconfig's credentials are unknown or have expired: log in again" in err
+    assert "HOTSTAGE_KUBECONFIG" in err
+
+
+def test_a_kubeconfig_that_is_not_there(place: Place) -> None:
+    place.env["HOTSTAGE_KUBECONFIG"] = str(place.folder / "none")
+    err = refused(place)
+    assert "set HOTSTAGE_KUBECONFIG or KUBECONFIG to a kubeconfig file" in err
+
+
+def test_an_object_of_the_same_name_made_by_someone_else(place: Place, server: ApiServer) -> None:
+    driver = train(place)
+    until(lambda: server.named("services"), "the launch", 60.0)  # to learn the names
+    (name,) = server.named("jobs")
+    driver.kill()
+    driver.wait()
+    server.remove(JOBS_AT, name)
+    theirs = {"metadata": {"name": name, "labels": {"team": "other"}}, "spec": {"suspend": True}}
+    made = server.put(JOBS_AT, theirs)
+    err = refused(place)
+    assert f"there is a Job {name} in namespace train that is not of launch" in err
+    assert "it is left alone: delete it, or give the spec another name" in err
+    assert server.objects[JOBS_AT, name] == made
