@@ -340,6 +340,9 @@ def sweep() -> list[str]:
         for key, value in ledger.sysctls.items():
             (Path("/proc/sys") / key.replace(".", "/")).write_text(value)
     _remove_log_links(scratch)
+    # kubelet has one place for these, whatever its root; before STATE goes, which says whose they are
+    for name in ("kubelet.sock", "kubelet_internal_checkpoint"):
+        (Path("/var/lib/kubelet/device-plugins") / name).unlink(missing_ok=True)
     left = _mounts_below(scratch)
     if left:  # a folder is not removed through a mount
         raise ClusterError(
@@ -348,8 +351,6 @@ def sweep() -> list[str]:
     for folder in scratch:
         if folder.exists():
             shutil.rmtree(folder)
-    for name in ("kubelet.sock", "kubelet_internal_checkpoint"):  # kubelet has one place for these, whatever its root
-        (Path("/var/lib/kubelet/device-plugins") / name).unlink(missing_ok=True)
     for place in ("/var/lib/kubelet/device-plugins", "/var/lib/kubelet", "/var/log/containers", "/var/log/pods"):
         with contextlib.suppress(OSError):  # only where it is empty: the cluster made it
             Path(place).rmdir()
