@@ -1,8 +1,9 @@
 """Build the images engine, agent, flows and store: ``python -m k8s.images.build [NAME…] [--base IMAGE] [--out DIR]``.
 
 What goes into an image is laid out here, in a context that depends on sources and pinned requirements alone; the
-Containerfile beside this module only copies it, so docker, podman and buildah give the same. An archive is made anew
-only where its context changed. Beside each archive lies its SBOM (SPDX 2.3, JSON), which is in the image too.
+Containerfile beside this module only copies it, so docker, podman and buildah give the same files (an image's ID is of
+its builder too). An archive is made anew only where its context changed. Beside each archive lies its SBOM (SPDX 2.3,
+JSON), which is in the image too.
 
 The engine is static (``static.py``), for amd64 and arm64. Agent and flows stand on a Python image, BASE of their
 recipe. The store is the S3 server that the quick overlay names, for clusters that cannot pull it.

@@ -18,9 +18,10 @@ from k8s.images.base import VERSION
 from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, image_id, version
 from k8s.images.builder import Builder, machine
 from k8s.images.static import ROOT, static_engine
+from k8s.images.store import store_server
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_cluster import CONFINED
-from tests.support.go import cache
+from tests.support.go import cache, go
 from tests.support.place import Place
 from trainer.engine_path import engine_binary
 
@@ -103,6 +104,12 @@ def test_the_same_sources_give_the_same_image(
 ) -> None:
     again = build(name, base=base, python=VERSION, out=tmp_path, builder=builder, revision="test")
     assert again.digest == images[name].digest
+
+
+def test_the_stores_server_is_static() -> None:
+    headers = subprocess.run(["readelf", "-lW", str(store_server(go))], capture_output=True, text=True)
+    assert headers.returncode == 0
+    assert "INTERP" not in headers.stdout
 
 
 BUILD = """

@@ -13,6 +13,7 @@ import yaml
 from kubernetes import client
 
 from k8s.doctor import RIGHTS, ROLE
+from k8s.render import PORT_BASE, PORTS
 from tests.support.go import cache
 from trainer.spec import load_spec
 
@@ -116,3 +117,78 @@ def test_kustomize_builds_the_overlays(overlay: str) -> None:
     for item in built:
         if item["kind"] not in FOREIGN:
             getattr(client, f"V1{item['kind']}").model_validate(item)
+
+
+# --- who reaches whom, by the quick overlay's network rules (the test cluster's network plugin enforces none) ---------
+
+POLICIES = [
+    item["spec"]
+    for path in (FOLDER / "base" / "network.yaml", FOLDER / "overlays" / "quick" / "store.yaml")
+    for item in documents(path)
+    if item["kind"] == "NetworkPolicy"
+]
+
+
+def selects(selector: dict[str, Any], name: str) -> bool:
+    """Whether a pod of this app.kubernetes.io/name is meant."""
+    labels = {"app.kubernetes.io/name": name}
+    if any(labels.get(key) != value for key, value in selector.get("matchLabels", {}).items()):
+        return False
+    known = [e for e in selector.get("matchExpressions", ()) if e["operator"] == "In"]
+    assert len(known) == len(selector.get("matchExpressions", ()))
+    return all(labels.get(e["key"]) in e["values"] for e in known)
+
+
+def passes(direction: str, who: str, other: str | None, port: int) -> bool:
+    """Whether ``who`` may talk so; ``other`` is a pod's name, None for what is outside of the namespace."""
+    mine = [p for p in POLICIES if direction in p["policyTypes"] and selects(p["podSelector"], who)]
+    for rule in (rule for p in mine for rule in p.get(direction.lower(), ())):
+        peers = rule.get("to" if direction == "Egress" else "from")
+        meant = peers is None or any(
+            other is not None and "podSelector" in peer and selects(peer["podSelector"], other) for peer in peers
+        )
+        if meant and any(p["port"] <= port <= p.get("endPort", p["port"]) for p in rule["ports"]):
+            return True
+    return not mine
+
+
+def reaches(who: str, other: str | None, port: int) -> bool:
+    return passes("Egress", who, other, port) and (other is None or passes("Ingress", other, who, port))
+
+
+@pytest.mark.parametrize(
+    ("who", "other", "port"),
+    [
+        ("hotstage-trainer", "hotstage-trainer", PORT_BASE),
+        ("hotstage-trainer", "hotstage-trainer", PORT_BASE + PORTS - 1),
+        ("hotstage-trainer", "store", 7070),
+        ("hotstage-trainer", None, 443),  # a store elsewhere
+        ("hotstage-trainer", None, 53),
+        ("hotstage-flows", "store", 7070),
+        ("hotstage-flows", "prefect", 4200),
+        ("hotstage-flows", None, 443),
+        ("hotstage-flows", None, 6443),  # the API server
+    ],
+)
+def test_what_a_run_needs_is_open(who: str, other: str | None, port: int) -> None:
+    assert reaches(who, other, port)
+
+
+@pytest.mark.parametrize(
+    ("who", "other", "port"),
+    [
+        ("hotstage-trainer", "hotstage-trainer", PORT_BASE - 1),
+        ("hotstage-trainer", "hotstage-trainer", PORT_BASE + PORTS),
+        ("hotstage-trainer", "prefect", 4200),
+        ("hotstage-trainer", None, 6443),
+        ("hotstage-trainer", None, 80),
+        ("hotstage-flows", "hotstage-trainer", PORT_BASE),
+        ("somebody", "hotstage-trainer", PORT_BASE),
+        ("somebody", "store", 7070),
+        ("somebody", "prefect", 4200),
+        ("prefect", None, 443),
+        ("store", None, 443),
+    ],
+)
+def test_what_no_run_needs_is_closed(who: str, other: str | None, port: int) -> None:
+    assert not reaches(who, other, port)
