@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from k8s.render import PORT_BASE
 from tests.cluster.cluster import Cluster
 from tests.cluster.gang import Gang, ended, gang
 from tests.flows.conftest import Api, started
@@ -48,6 +50,17 @@ def one(cluster: Cluster, s3: S3Server, prefect: Api, tmp_path: Path) -> Iterato
         yield made
 
 
+def talks(pid: int, others: set[str]) -> list[set[int]]:
+    """The two ports of every connection of the process's pod with these addresses."""
+    found = []
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        near, far, state = line.split()[1:4]
+        address = socket.inet_ntoa(bytes.fromhex(far.split(":")[0])[::-1])
+        if state == "01" and address in others:
+            found.append({int(end.split(":")[1], 16) for end in (near, far)})
+    return found
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
     prefect: Api, one: Gang, local: tuple[str, str], nodes: int
@@ -58,6 +71,10 @@ def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
     pods = one.pods()
     assert len(pods) == nodes
     assert len({p["spec"]["nodeName"] for p in pods}) == 2
+    if one.cluster.own:  # ranks of different pods meet where the network rules let them
+        connections = talks(one.rank(0), {p["status"]["podIP"] for p in pods[1:]})
+        assert connections
+        assert all(ports & set(range(PORT_BASE, PORT_BASE + 4 // nodes)) for ports in connections)
     result = ended(driver)
     assert (result["outcome"], result["step"], result["attempts"]) == ("succeeded", STEPS, 1)
     assert (result["run"], result["state_digest"]) == local
