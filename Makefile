@@ -29,7 +29,7 @@ test: setup ## the tests, at most 10 minutes on 2 cores (the first time some mor
 	$(BIN)/python -m tests.support.s3_server
 	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "not slow and not cluster"
 
-images: setup ## container images of engine, agent and flows into out/images (BASE=IMAGE, BASE=local: what they stand on)
+images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: what they stand on; BASE=local: the S3 server too)
 	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
 
 test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
