@@ -45,6 +45,10 @@ from trainer.launch import Launch, Launcher, LaunchView
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+POLL_MOST_S = 2.0
+CALM = (Phase.TRAINING, Phase.WAITING)
+CALM_SHARE = 0.02
+"""Of a core: what looking may cost while all is well. Stores and gangs differ a thousandfold in what a look costs."""
 STORE_PATIENCE_S = 1.0
 LAUNCHER_PATIENCE_S = 1.0
 LEAVING_S = 5.0
@@ -103,6 +107,11 @@ EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
 
 
+def calm_pause_s(look_s: float, least_s: float) -> float:
+    """How long to wait after a look that took so much of a core, so that looking stays at `CALM_SHARE` of one."""
+    return min(max(least_s, look_s * (1 / CALM_SHARE - 1)), POLL_MOST_S)
+
+
 @dataclass
 class Driver:
     """Drives one run to its end. ``stop``: set it to have the gang save its state and leave (local runs)."""
@@ -138,6 +147,7 @@ class Driver:
         metrics = MetricsReader(self.store, run)
         status: StatusReader | None = None
         while True:
+            began, pause_s = time.thread_time(), self.poll_s
             try:
                 begun, state = state is not None, run_log.fold(state)
                 if not begun and state.attempts:
@@ -170,6 +180,8 @@ class Driver:
                 done = self._act(decision, run_log, state, launch, lost)
                 if done:
                     return self._outcome(run_log.fold(state), done)
+                if isinstance(decision, Watch) and decision.phase in CALM:
+                    pause_s = calm_pause_s(time.thread_time() - began, self.poll_s)
             except Conflict as conflict:
                 log.info("another driver was first: record %d; deciding again", conflict.state.n)
                 state = conflict.state
@@ -182,7 +194,7 @@ class Driver:
                 self._tell_once(("launcher", str(error)[:80]), Event("phase", {"phase": "unknown", "text": str(error)}))
                 self.stop.wait(LAUNCHER_PATIENCE_S)
                 continue
-            self.stop.wait(self.poll_s)
+            self.stop.wait(pause_s)
 
     # --- acting -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Invariants
   W1  No hot loop: every failure, and every stream that ends at once, waits before the next request, doubling
-      with jitter up to ``backoff_max_s``; the count starts again only after a stream that held for ``stable_s``.
+      with jitter up to ``backoff_max_s`` (after a 410, whose answer is a whole list, fourfold); the count starts again
+      only after a stream that held for ``stable_s``.
   W2  A stream is never trusted alone: the whole is listed anew each ``relist_s``, and after a 410.
   W3  A half-open connection is noticed: the server ends a stream after ``watch_s``, the socket after ``idle_s``.
   W4  "Does not answer" is unknown: what was known stays, ``failing_s`` says for how long nobody has answered.
@@ -128,15 +129,16 @@ class Machine:
             self.version = None
         elif self.failing_since is None:
             self.failing_since = now
-        self._back_off(now, error.retry_after_s if isinstance(error, ApiUnavailable) else None)
+        at_least_s = error.retry_after_s if isinstance(error, ApiUnavailable) else None
+        self._back_off(now, at_least_s, growth=4.0 if isinstance(error, Expired) else 2.0)
         self._opened = None
 
     def _held(self, now: float) -> bool:
         return self._opened is not None and now - self._opened >= self.pace.stable_s
 
-    def _back_off(self, now: float, at_least_s: float | None) -> None:
+    def _back_off(self, now: float, at_least_s: float | None, growth: float = 2.0) -> None:
         self.failures += 1
-        pause = min(self.pace.backoff_max_s, self.pace.backoff_s * 2.0 ** min(self.failures - 1, 16))
+        pause = min(self.pace.backoff_max_s, self.pace.backoff_s * growth ** min(self.failures - 1, 16))
         self._not_before = now + max(at_least_s or 0.0, pause * self.rng.uniform(0.5, 1.0))
 
 

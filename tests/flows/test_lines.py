@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from checkpoint.store import open_store
-from flows.loop import Event
+from flows.loop import CALM_SHARE, POLL_MOST_S, Event, calm_pause_s
 from flows.peak import measured_peak
 from flows.run import prepare_run
 from flows.sink import Lines, loss_markdown
@@ -109,3 +111,11 @@ def test_logs_of_an_attempt_by_its_number(trained: Trained) -> None:
     done = trained.place.call("logs", trained.run, "--attempt", "2")
     assert done.code == 2
     assert "has had 1 attempt(s), not 2" in done.err
+
+
+def test_looking_costs_a_fixed_share_of_a_core_while_all_is_well() -> None:
+    for look in (0.002, 0.01, 0.03):  # a folder, a store across the network, a large gang
+        pause = calm_pause_s(look, 0.05)
+        assert look / (look + pause) == pytest.approx(CALM_SHARE)
+    assert calm_pause_s(0.0001, 0.05) == 0.05
+    assert calm_pause_s(3.0, 0.05) == POLL_MOST_S
