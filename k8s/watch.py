@@ -124,8 +124,8 @@ class Machine:
         """A list or a watch failed, or its stream broke."""
         if self._held(now):
             self.failures = 0
-        if isinstance(error, Expired):
-            self.version = None
+        if isinstance(error, Expired):  # it answers, and only a new list is due
+            self.version, self.failing_since = None, None
         elif self.failing_since is None:
             self.failing_since = now
         self._back_off(now, error.retry_after_s if isinstance(error, ApiUnavailable) else None)

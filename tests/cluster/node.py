@@ -182,6 +182,8 @@ def start_kubelet(ledger: Ledger, kube: Path, files: Files, node: Node) -> None:
                 "cgroupRoot": f"/hotstage-{node.name}",
                 "failCgroupV1": False,
                 "failSwapOn": False,
+                # version 2 of cgroups kills a whole container by default, version 1 never does
+                "singleProcessOOMKill": True,
                 "enforceNodeAllocatable": [],
                 "localStorageCapacityIsolation": False,
                 "evictionHard": {

@@ -32,6 +32,26 @@ def _alone() -> Iterator[None]:
     room.down()
 
 
+READ_ONLY = 'for m in /sys/fs/cgroup /sys/fs/cgroup/*; do mount -o bind,remount,ro $m 2>/dev/null; done; exec "$@"'
+PREFLIGHT = (sys.executable, "-m", "tests.cluster", "preflight")
+
+
+@pytest.mark.parametrize(
+    ("within", "lack"),
+    [
+        (("setpriv", "--bounding-set=-sys_admin,-net_admin", "--inh-caps=-all"), "network namespaces and bridges"),
+        (("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all"), "mounts of overlayfs"),
+        (("unshare", "-m", "sh", "-c", READ_ONLY, "-"), "writable cgroups"),
+        (("env", "PATH=/nowhere"), "containerd"),
+        ((), ""),
+    ],
+)
+def test_a_machine_that_cannot_carry_one_says_what_it_lacks(within: tuple[str, ...], lack: str) -> None:
+    done = subprocess.run([*within, *PREFLIGHT], cwd=room.ROOT, capture_output=True, text=True)
+    assert done.returncode == (69 if lack else 0), done.stderr
+    assert lack in done.stderr
+
+
 def traces() -> list[str]:
     """Whatever of a cluster is on this machine."""
     found = [f"process {pid}: {line}" for pid, line in host.marked().items()]
