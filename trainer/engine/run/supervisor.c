@@ -169,6 +169,7 @@ static void rank_ended(supervisor *s, rank *r, int status) {
     r->killed = r->killed && r->code == -SIGKILL;
     r->starved = r->code == -SIGKILL && !r->killed && hs_oom_kills(&s->oom) > a->oom_kills;
     a->oom_kills += r->starved;
+    if (r->starved) (void)!ftruncate(s->arenas[r - a->ranks], 0); /* the container is short of it */
     r->pid = 0;
     r->reaped = r->exit_unsent = true;
     r->ended = a->ended++;
