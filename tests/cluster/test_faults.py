@@ -336,6 +336,16 @@ def test_no_machine_fits(one: Gang, judge: Judge) -> None:
     assert judge.row(one, "unschedulable", told, result)["attempts"] == 1
 
 
+def test_a_plan_that_needs_more_memory_than_its_limit(one: Gang, judge: Judge) -> None:
+    small = ("--set", "launch.resources.memory=64Mi")
+    done = one.call("train", "spec.toml", "--no-prefect", "--json", *one.arguments, *small)
+    assert done.code == 78, done.err
+    assert re.search(r"launch\.resources\.memory = 64Mi is less than the \d+Mi that the plan needs; raise it", done.err)
+    assert one.jobs() == []
+    told = next(line for line in done.err.splitlines() if "64Mi" in line)
+    judge.row(one, "needs more memory than the limit", told, ended(one.start()))
+
+
 def test_pods_that_the_namespace_does_not_admit(one: Gang) -> None:
     one.sets.append("launch.fabric=infiniband")
     result = ended(one.start())
