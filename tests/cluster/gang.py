@@ -28,7 +28,7 @@ from tests.support.chaos import _PAGE, _page_of
 from tests.support.place import TEXT, Done, Place, finish
 from tests.support.s3_server import S3Server
 
-STEPS = 600
+STEPS = 400
 SPEC = f"""
 name = "gang"
 [model]
@@ -193,14 +193,14 @@ class Gang:
         fault(self)
 
     def slow(self) -> None:
-        """Give each engine 3 ms of a processor in a second, so that training takes minutes."""
+        """Give each engine 2 ms of a processor in a second, so that training takes minutes."""
         self.slowed = [group_of(self.supervisor(index), "cpu") for index in range(2)]
         for group, first in self.slowed:
             if first:
                 (group / "cpu.cfs_period_us").write_text("1000000")
-                (group / "cpu.cfs_quota_us").write_text("3000")
+                (group / "cpu.cfs_quota_us").write_text("2000")
             else:
-                (group / "cpu.max").write_text("3000 1000000")
+                (group / "cpu.max").write_text("2000 1000000")
 
     def full_speed(self) -> None:
         """And all of it again."""

@@ -16,9 +16,14 @@ from tests.cluster import host
 from tests.cluster.host import BRIDGES, CGROUPS, NAMESPACE, STATE, UPLINKS, Ledger, wait_for
 from tests.support.go import cache
 
-USER = (
-    "import sys; from tests.cluster.cluster import cluster\nwith cluster():\n print('up', flush=True); sys.stdin.read()"
-)
+USER = """
+import subprocess, sys
+from tests.cluster.cluster import cluster
+with cluster() as made:
+    subprocess.Popen(["sleep", "1000"], env=made.environment(), start_new_session=True)  # a driver, say: it goes too
+    print("up", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture(autouse=True)
