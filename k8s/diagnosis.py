@@ -268,6 +268,8 @@ def _last_line(text: str) -> str:
         try:
             value = json.loads(line)
         except ValueError:
+            if '":' in line and line.rstrip().endswith("}"):
+                continue  # a log line whose beginning was cut off
             return line.strip()[-400:]
         if isinstance(value, dict) and value.get("level") not in ("info", "debug"):
             said = value.get("text") or value.get("error") or value.get("event") or ""

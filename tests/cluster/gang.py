@@ -28,7 +28,7 @@ from tests.support.chaos import _PAGE, _page_of
 from tests.support.place import TEXT, Done, Place, finish
 from tests.support.s3_server import S3Server
 
-STEPS = 400
+STEPS = 600
 SPEC = f"""
 name = "gang"
 [model]

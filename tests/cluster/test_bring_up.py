@@ -20,7 +20,8 @@ USER = """
 import subprocess, sys
 from tests.cluster.cluster import cluster
 with cluster() as made:
-    subprocess.Popen(["sleep", "1000"], env=made.environment(), start_new_session=True)  # a driver, say: it goes too
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.Popen(["sleep", "1000"], env=made.environment(), start_new_session=True, **quiet)  # a driver: it goes too
     print("up", flush=True)
     sys.stdin.read()
 """

@@ -276,6 +276,7 @@ def test_views_tolerate_what_a_server_leaves_out() -> None:
     ("text", "said"),
     [
         ("first\nlast words", "last words"),
+        ('t":"rank","event":"supervisor leaves","code":85}', ""),  # its beginning was cut off
         (
             '{"level":"error","event":"agent lost","text":"no such key"}\n{"level":"info","event":"leaves"}\n',
             "no such key",
