@@ -21,7 +21,7 @@ import subprocess, sys
 from tests.cluster.cluster import cluster
 with cluster() as made:
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    subprocess.Popen(["sleep", "1000"], env=made.environment(), start_new_session=True, **quiet)  # a driver: it goes too
+    subprocess.Popen(["sleep", "1000"], env=made.environment(), start_new_session=True, **quiet)  # it goes too
     print("up", flush=True)
     sys.stdin.read()
 """

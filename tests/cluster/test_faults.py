@@ -407,10 +407,15 @@ def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: 
         for pid in frozen:
             send(pid, signal.SIGSTOP)
 
+    def begun() -> bool:
+        names = [p["metadata"]["name"] for p in one.pods() if p["status"].get("phase") == "Running"]
+        return all(any(f"-k2-{index}-" in name for name in names) for index in range(2))
+
     with one.cluster.away(f"kubelet-{machine}"):
         one.strike(freeze)
         try:
             until(lambda: one.attempts() == 2, "the next attempt", 90.0, one.picture)
+            until(begun, "the pods of the next launch", 60.0, one.picture)
             one.reached(1)
             one.slow()  # it is still there when they come again
         finally:
