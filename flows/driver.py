@@ -44,7 +44,8 @@ class Phase(Enum):
 @dataclass(frozen=True)
 class RankView:
     """One rank as its node's status tells it. ``code`` is an exit code of wire/exit.h; ``signal`` a signal's number;
-    ``killed``: by its own supervisor after another rank's end, so never a cause.
+    ``killed``: by its own supervisor after another rank's end, so never a cause; ``memory``: where the kernel killed it
+    for memory, the bytes that its container may use (0: no limit).
     """
 
     rank: int
@@ -54,6 +55,7 @@ class RankView:
     step: int = -1
     words: Mapping[str, Any] | None = None
     killed: bool = False
+    memory: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -138,6 +140,8 @@ class Policy:
     backoff_s: float = 1.0
     backoff_max_s: float = 60.0
     strikes: int = 2
+    node_bytes: int = 0
+    """What the ranks of the fullest node need by the plan, without their snapshot slots."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,8 @@ _MENDS = {
     "--set train.optimizer.lr=…`",
     "sick": "take the machine out of service and test it, then `hotstage runs resume RUN`",
     "restore": "an older checkpoint is used; `hotstage ckpt verify RUN` says what is damaged",
+    "memory": "raise the limit (launch.resources.memory on a cluster), or take more stages or smaller microbatches; "
+    "what else the container holds counts too (volumes of medium Memory)",
 }
 
 
@@ -265,6 +271,8 @@ def rank_class(rank: RankView) -> str:
     """The class of an ended rank: an exit code's by the table of wire/exit.h, ``signal`` for a kill or a crash."""
     if rank.killed:
         return "infra"
+    if rank.memory is not None:
+        return "memory"
     if rank.signal is not None:
         return "infra" if rank.signal == 15 else "signal"
     if rank.code == 143:
@@ -273,8 +281,12 @@ def rank_class(rank: RankView) -> str:
     return known.cls if known else "bug"
 
 
-def _describe(rank: RankView) -> str:
-    if rank.signal is not None:
+def _describe(rank: RankView, node_bytes: int) -> str:
+    if rank.memory is not None:
+        needs = f"the plan needs {node_bytes >> 20} MiB for the ranks of its node"
+        limit = f"the limit is {rank.memory >> 20} MiB" if rank.memory else "no limit but the machine's was reached"
+        what = f"was killed for memory (OOM): {needs}, {limit}"
+    elif rank.signal is not None:
         names = {6: "aborted", 9: "killed", 11: "crashed", 15: "terminated"}
         what = (
             f"was {names[rank.signal]} (signal {rank.signal})"
@@ -288,8 +300,10 @@ def _describe(rank: RankView) -> str:
     return f"rank {rank.rank} {what}" + (f" ({said})" if said else "")
 
 
-def diagnose(ranks: Sequence[RankView]) -> Cause | None:
-    """The most causal end among all ranks of an attempt (D3); None where none ended badly."""
+def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:
+    """The most causal end among all ranks of an attempt (D3); None where none ended badly. ``node_bytes`` as in Policy,
+    for the words about memory.
+    """
     ended = [r for r in ranks if r.ended and rank_class(r) != "done"]
     if not ended:
         return None
@@ -298,7 +312,7 @@ def diagnose(ranks: Sequence[RankView]) -> Cause | None:
     cls = rank_class(first)
     return Cause(
         cls,
-        _describe(first),
+        _describe(first, node_bytes),
         _MENDS.get(cls, ""),
         first.rank,
         max((r.step for r in ranks), default=-1),
@@ -398,7 +412,10 @@ def decide(
         return settled
     newest = log.attempts[-1]
     mine = [n for n in nodes if n.epoch == newest.epoch]
-    cause, leave = _cause(newest, nodes, mine, lost), lost is not None
+    cause, leave = _cause(newest, nodes, mine, lost, policy), lost is not None
+    began = any(r.pid for n in mine for r in n.ranks)
+    if cause is not None and cause.cls == "infra" and waiting and not leave and not began:
+        return Watch(Phase.WAITING, waiting)  # nodes that are there gave up on those that have no room yet (D5)
     if cause is None:
         cause = _stalled(mine, newest, policy)
         if cause is None:
@@ -423,14 +440,14 @@ def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decisio
 
 
 def _cause(
-    newest: AttemptView, nodes: Sequence[NodeView], mine: Sequence[NodeView], lost: Cause | None
+    newest: AttemptView, nodes: Sequence[NodeView], mine: Sequence[NodeView], lost: Cause | None, policy: Policy
 ) -> Cause | None:
     """Why the attempt is over, on positive evidence (D2): its ranks' ends, a node that is gone, a launch that is lost.
 
     ``mine``: the nodes that know of the attempt.
     """
     ranks = [r for n in mine for r in n.ranks]
-    cause = diagnose(ranks)
+    cause = diagnose(ranks, policy.node_bytes)
     # a node whose ranks never began has lost nothing: the launcher starts what it lacks
     gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
     if cause is None and gone and newest.epoch in {n.epoch for n in gone}:

@@ -153,6 +153,7 @@ class StatusReader:
                 step=int(view.get("step", -1) if view.get("step") is not None else -1),
                 words=_words(view.get("words")),
                 killed=bool(view.get("killed")),
+                memory=view.get("memory"),
             )
             for rank, view in sorted(status.get("ranks", {}).items(), key=lambda item: int(item[0]))
         )

@@ -166,6 +166,9 @@ class Driver:
                 self._tell_state(state, nodes, metrics)
                 if self.stop.is_set() and not state.ended:
                     return self._stop(run_log, state, launch)
+                if view.state == "unknown":
+                    told = Event("phase", {"phase": "unknown", "text": view.detail})
+                    self._tell_once(("launcher", view.detail[:80]), told)
                 lost = loss_of(view, nodes, state, self.launcher)
                 if lost is None and self._out_of_patience(view):
                     continue

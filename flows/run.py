@@ -50,7 +50,8 @@ class Prepared:
 
     def policy(self, launch: str) -> Policy:
         """The spec's recovery half as the driver takes it."""
-        spec = self.spec
+        spec, each = self.spec, self.ranks // self.nodes
+        needs = [p.total_bytes - p.bytes_by_kind["slots"] for p in self.plan.positions] * spec.parallel.replicas
         return Policy(
             steps=spec.train.steps,
             plan=self.plan.digest,
@@ -62,6 +63,7 @@ class Prepared:
             max_same_step=spec.recovery.max_same_step,
             backoff_s=spec.recovery.backoff_s,
             backoff_max_s=spec.recovery.backoff_max_s,
+            node_bytes=max(sum(needs[i : i + each]) for i in range(0, len(needs), each)),
         )
 
 

@@ -6,7 +6,8 @@ Rules
       ``config`` at once: waiting longer would not mend it.
   G3  A pod that ended, is being deleted, or whose machine is gone makes the launch ``lost``: pods are never made anew
       inside a launch. Its node is ``alive`` until its engine is known to have ended, so that it can save its state.
-  G4  Exit codes count from the engine's container alone. 137 without OOMKilled is a kill, not a verdict on memory.
+  G4  Exit codes count from the engine's container alone. 137 without OOMKilled is a kill, not a verdict on memory;
+      OOMKilled with another code is what a rank died of long ago, and its gang went on in the pod.
   G5  The machine counts as gone when the control plane says so (deletion by the taint manager, NodeLost), or when a pod
       that must go has not gone: nobody waits for a dead machine.
 """
@@ -130,7 +131,7 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
     if _machine_gone(pod):
         return found("infra", "is on a machine that does not answer the control plane any more")
     disruption = pod.conditions.get("DisruptionTarget")
-    if engine.reason == "OOMKilled":
+    if engine.reason == "OOMKilled" and engine.exit_code == 137:
         return found("memory", *_memory("the engine", limits.engine_needs, limits.engine_limit))
     if agent.reason == "OOMKilled" or (agent.last_reason == "OOMKilled" and agent.state != "running"):
         return found("memory", *_memory("the agent", limits.agent_needs, limits.agent_limit))
@@ -267,6 +268,8 @@ def _last_line(text: str) -> str:
         try:
             value = json.loads(line)
         except ValueError:
+            if '":' in line and line.rstrip().endswith("}"):
+                continue  # a log line whose beginning was cut off
             return line.strip()[-400:]
         if isinstance(value, dict) and value.get("level") not in ("info", "debug"):
             said = value.get("text") or value.get("error") or value.get("event") or ""

@@ -125,8 +125,8 @@ class Machine:
         """A list or a watch failed, or its stream broke."""
         if self._held(now):
             self.failures = 0
-        if isinstance(error, Expired):
-            self.version = None
+        if isinstance(error, Expired):  # it answers, and only a new list is due
+            self.version, self.failing_since = None, None
         elif self.failing_since is None:
             self.failing_since = now
         at_least_s = error.retry_after_s if isinstance(error, ApiUnavailable) else None

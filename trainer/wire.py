@@ -371,6 +371,7 @@ class AttemptRank(ctypes.LittleEndianStructure):
 # --- agent.h ----------------------------------------------------------------------------------------------
 
 MSG_MAGIC, MSG_MAX = 0x4D475348, 65536
+ENDED_ITSELF, ENDED_BY_SUPERVISOR, ENDED_BY_OOM = 0, 1, 2
 MSGS = {
     "HELLO": 1,
     "PREPARE": 2,

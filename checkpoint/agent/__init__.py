@@ -8,7 +8,7 @@ holds no credentials and never waits for storage. Who does what:
     gang.py          what a node knows of one attempt; the agent's options
     watch.py         the log, folded as it grows
     prepare.py       plan, data, slots and restore point of an attempt (fetch.py: from the store, verified)
-    meet.py          the nodes' addresses
+    meet.py          who is a node of an attempt, and the nodes' addresses
     attempt_file.py  what the ranks are told
     adopt.py         what an agent leaves for the one after it
     upload.py        a held snapshot into chunks in the store, and this node's part manifest

@@ -6,6 +6,7 @@ Both are content-addressed, so what lies in the node's folder already is used ag
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -93,16 +94,33 @@ def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Whole or not at all, as a reader sees it."""
+    """Whole or not at all, as a reader sees it; nothing is left where it fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def room_words(error: OSError, folder: Path) -> str:
+    """A failure to write below ``folder``, in words; where that is full, with its size and the mend."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    room = os.statvfs(folder)
+    unit, name = (20, "MiB") if room.f_blocks * room.f_frsize >= 1 << 20 else (10, "KiB")
+    size, free = (blocks * room.f_frsize >> unit for blocks in (room.f_blocks, room.f_bavail))
+    return (
+        f"{folder} has too little room, {free} of its {size} {name} are free ({error}): make room there, or raise "
+        "the sizeLimit of its volume `work` (launch.pod_patch)"
+    )
 
 
 def _shards(raw: bytes, what: str, count: int) -> list[tuple[int, bytes]]:

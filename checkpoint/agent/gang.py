@@ -50,6 +50,8 @@ class Gang:
     restore: dict[int, int] = field(default_factory=dict)
     """Rank -> index of the slot to restore from; empty on a fresh start."""
     start_step: int = -1
+    held: bool = False
+    """The claim of this node is ours (A6): until then nobody hears of it and no rank is started."""
     preparing: bool = False
     found: Prepared | None = None
     """What the preparer found while ranks of an older attempt still had to go."""

@@ -1,7 +1,8 @@
-"""Where the ranks of a gang listen: each node says its addresses and waits for everybody's.
+"""Who is a node of an attempt, and where the ranks of a gang listen.
 
-Hints in the store, ``runs/<run>/live/<epoch>/addr/<node>``: a map of ``host`` and ``ports``. Nothing trusts them; the
-handshake of the engine decides who is who.
+``runs/<run>/live/<epoch>/node/<node>`` is created by the first agent that comes, with its host: a second pod of the
+same index finds another's there. Then each node says its addresses and waits for everybody's: hints,
+``…/addr/<node>``, a map of ``host`` and ``ports``. Nothing trusts them; the handshake of the engine decides who is who.
 """
 
 from __future__ import annotations
@@ -21,6 +22,23 @@ log = logging.getLogger(__name__)
 
 Address = tuple[str, list[int]]
 """A node's host, and the port of each of its ranks."""
+
+
+def claim(store: Store, options: Options, gang: Gang) -> str | None:
+    """The host that has this node of the attempt: our own where nobody was first; None where the attempt was cancelled.
+
+    Blocks until the store answers, for a thread of its own.
+    """
+    key = keys.run_key(options.run, "live", str(gang.epoch), "node", str(options.node))
+    while not gang.cancelled.is_set():
+        try:
+            if store.create(key, options.host.encode()):
+                return options.host
+            return store.get(key, max_bytes=1 << 10).decode(errors="replace")
+        except (StoreError, Damaged) as error:
+            log.warning("the node's place in attempt %d cannot be claimed now: %s", gang.epoch, error)
+            gang.cancelled.wait(0.5)
+    return None
 
 
 def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[int, Address] | None:

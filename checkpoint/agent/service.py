@@ -15,7 +15,8 @@ Invariants
   A2  an attempt is started at most once on a node: its attempt file is the mark; an agent that finds it adopts it;
   A3  slots are written by the agent only while no rank of the node runs;
   A4  nothing of an epoch older than the newest attempt record is committed (also enforced by the log itself);
-  A5  no failure of the store ends a rank.
+  A5  no failure of the store ends a rank;
+  A6  an attempt's node is whoever claims it first: a second pod of the same index stands by, silent, for that attempt.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from checkpoint import keys
 from checkpoint.agent.adopt import attempt_path, found_plan, recall, remember
 from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.commit import Committer
-from checkpoint.agent.fetch import write_file
+from checkpoint.agent.fetch import room_words, write_file
 from checkpoint.agent.gang import CannotStart, Gang, Options, Prepared, positions
 from checkpoint.agent.link import Event, Link, Message, Peer
-from checkpoint.agent.meet import Address, meet
+from checkpoint.agent.meet import Address, claim, meet
 from checkpoint.agent.output import BEAT_S, Hints
 from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer
 from checkpoint.agent.slots import SlotChanged, SlotTable
@@ -210,7 +211,14 @@ class Service:
         if self.state is not None:
             candidates = self.state.restore_candidates()
             status.durable = candidates[0].step if candidates else -1
-        self.hints.status(status.pack())
+        if self._speaks():
+            self.hints.status(status.pack())
+
+    def _speaks(self) -> bool:
+        """Whether this agent is known to be the node's (A6); one that cannot read the log has to say so."""
+        if self.gang is None:
+            return self.state is not None or self._log_error is not None
+        return self.gang.held
 
     # --- the log ------------------------------------------------------------------------------------------
 
@@ -285,7 +293,10 @@ class Service:
         self.status.phase = "ended"
         if self.supervisor is not None:
             self.link.send(self.supervisor, "END")
-        write_file(self.options.work / "done", why.encode(), 0o644)
+        try:
+            write_file(self.options.work / "done", why.encode(), 0o644)
+        except OSError as error:
+            log.warning("the mark that this node is done cannot be written: %s", error)
         self.exit = code
 
     # --- an attempt, step by step -------------------------------------------------------------------------
@@ -306,11 +317,36 @@ class Service:
             self._timers.pop(timer, None)
         log.info("attempt %d begins: %s", gang.epoch, attempt.reason, extra={"epoch": gang.epoch})
         if before is None and attempt_path(self.options.work, gang.epoch).exists():
+            gang.held = True
             self._adopt(gang)
-        elif self.engine_epoch and self.supervisor is not None:
+            return
+        threading.Thread(target=self._claim_thread, args=(gang,), name="claim", daemon=True).start()
+        if self.engine_epoch and self.supervisor is not None:
             self._kill(gang)
         else:
             self._prepare(gang)
+
+    def _claim_thread(self, gang: Gang) -> None:
+        """Beside the preparation: it is not waited for where the node is ours."""
+        holder = claim(self.store, self.options, gang)
+        if holder is not None:
+            self.post(lambda: self._on_claim(gang, holder))
+
+    def _on_claim(self, gang: Gang, holder: str) -> None:
+        if gang is not self.gang:
+            return
+        gang.held, self._changed = holder == self.options.host, True
+        if not gang.held:
+            log.error(
+                "node %d of attempt %d is %s already: this second one (%s) stands by, and starts no rank",
+                self.options.node,
+                gang.epoch,
+                holder,
+                self.options.host,
+            )
+            self._over(gang)
+        elif gang.phase == "ports":
+            self._ask_ports(gang)
 
     def _kill(self, gang: Gang) -> None:
         """Ranks of an older attempt run: they go first."""
@@ -346,7 +382,7 @@ class Service:
             code, words = {66: 78, 70: 78}.get(error.exit_code, error.exit_code), str(error)
             code = 78 if isinstance(error, PlanRefused) else code
         except OSError as error:
-            code, words = 78, f"this node cannot hold the attempt: {error}"
+            code, words = 78, f"this node cannot hold the attempt: {room_words(error, self.options.work)}"
         else:
             self.post(lambda: self._on_prepared(gang, found))
             return
@@ -373,8 +409,8 @@ class Service:
         self.table = table
 
     def _ask_ports(self, gang: Gang) -> None:
-        if self.supervisor is None:
-            return  # its HELLO comes here again
+        if self.supervisor is None or not gang.held:
+            return  # its HELLO, or the claim, comes here again
         shared = int(gang.how("launch", "port_base", 0))  # by nodes of one machine: each has ports of its own
         base = self.options.port_base or (shared + gang.first if shared else 0)
         prepare = wire.MsgPrepare(gang.count, base, self.options.bind.encode())
@@ -418,7 +454,8 @@ class Service:
         try:
             write_file(path, attempt_bytes(self.options, gang, nodes))
         except OSError as error:
-            self._cannot_start(gang, 78, f"the attempt file {path} cannot be written: {error}")
+            words = room_words(error, self.options.work)
+            self._cannot_start(gang, 78, f"the attempt file {path} cannot be written: {words}")
             return
         gang.phase, self._changed = "run", True
         self.engine_epoch = gang.epoch
@@ -669,7 +706,9 @@ class Service:
         if status is None:
             return
         status.pid = message.b or status.pid
-        status.killed = bool(message.c)
+        status.killed = message.c == wire.ENDED_BY_SUPERVISOR
+        if message.c == wire.ENDED_BY_OOM:
+            status.memory = int.from_bytes(message.payload[:8], "little")
         if message.a >= 0:
             status.code = int(message.a)
         else:

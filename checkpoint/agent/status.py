@@ -9,9 +9,10 @@ msgpack map, overwritten on every change and at least each second; safe to lose,
     supervisor         pid of the supervisor that is connected, or None
     epoch              attempt that this node runs or ran last; 0: none yet
     phase              idle | restoring | starting | running | ended
-    ranks              {"<rank>": {pid, code, signal, words, step, final, killed}}: of this attempt; code and signal are
-                       None while it lives; words: last words (JSON text), or why the agent could not start it;
-                       killed: by its supervisor, after another rank's end: never a cause
+    ranks              {"<rank>": {pid, code, signal, words, step, final, killed, memory}}: of this attempt; code and
+                       signal are None while it lives; words: last words (JSON text), or why the agent could not start
+                       it; killed: by its supervisor, after another rank's end: never a cause; memory: where the kernel
+                       killed it for memory, the bytes that its container may use (0: no limit), else None
     slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
     durable            step of the newest checkpoint committed in this attempt or before it, or -1
     error              what the store or the machine refuses at the moment, or None
@@ -40,6 +41,7 @@ class RankStatus:
     step: int = 0
     final: bool = False
     killed: bool = False
+    memory: int | None = None
 
     @property
     def gone(self) -> bool:
@@ -54,6 +56,7 @@ class RankStatus:
             "step": self.step,
             "final": self.final,
             "killed": self.killed,
+            "memory": self.memory,
         }
 
     @classmethod
@@ -66,6 +69,7 @@ class RankStatus:
             int(value.get("step", 0)),
             bool(value.get("final", False)),
             bool(value.get("killed", False)),
+            value.get("memory"),
         )
 
 

@@ -136,7 +136,7 @@ class Retry:
                 wait = min(self.most_s, self.first_s * 2 ** (attempt - 1)) * (0.5 + 0.5 * self.jitter())
                 if attempt == self.attempts or self.clock() + wait >= end:
                     raise
-                logger.warning("%s, attempt %d of %d: %s; again in %.2f s", what, attempt, self.attempts, error, wait)
+                logger.info("%s, attempt %d of %d: %s; again in %.2f s", what, attempt, self.attempts, error, wait)
             self.sleep(wait)
         raise AssertionError("unreachable")
 

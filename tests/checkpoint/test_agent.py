@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import keys
+from checkpoint.agent.fetch import room_words
 from checkpoint.agent.slots import Slot, SlotChanged
 from checkpoint.layout import PlanLayout
 from checkpoint.read import StateReader, load_manifest
@@ -178,6 +182,66 @@ def test_whole_cycle(tmp_path: Path) -> None:
             for kind in range(3):
                 at = state.kind_offset(kind)
                 assert reader.read(name, kind) == data[at : at + 4 * state.elements]
+
+
+def test_how_a_rank_was_killed_is_in_the_status(tmp_path: Path) -> None:
+    spec = tiny_spec(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    with agent(run, tmp_path) as process:
+        node = NodePeer(process.work)
+        epoch = run.attempt(spec, plan)
+        ranks = node.start()
+        limit = struct.pack("<Q", 256 << 20)
+        node.link.send("EXIT", rank=0, epoch=epoch, a=-9, b=ranks[0].rank, c=wire.ENDED_BY_OOM, payload=limit)
+        node.link.send("EXIT", rank=1, epoch=epoch, a=-9, b=ranks[1].rank, c=wire.ENDED_BY_SUPERVISOR)
+        node.link.send("IDLE", epoch=epoch)
+        status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the status idle")
+        ends = {rank: (view["signal"], view["killed"], view["memory"]) for rank, view in status["ranks"].items()}
+        assert ends == {"0": (9, False, 256 << 20), "1": (9, True, None)}
+        node.close()
+
+
+def test_words_of_a_full_folder(tmp_path: Path) -> None:
+    size = os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize >> 20
+    words = room_words(OSError(errno.ENOSPC, "No space left on device", "plan-1"), tmp_path)
+    assert f"{tmp_path} has too little room, " in words
+    assert f"of its {size} MiB are free" in words
+    assert "sizeLimit of its volume `work`" in words
+    assert room_words(OSError(errno.EACCES, "Permission denied"), tmp_path) == "[Errno 13] Permission denied"
+
+
+def test_a_second_pod_of_the_same_index_stands_by(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    (tmp_path / "second").mkdir()
+    with (
+        agent(run, tmp_path) as first,
+        agent(run, tmp_path / "second", more=("--host", "127.0.0.2")) as second,
+    ):
+        twin = NodePeer(second.work)
+        wait_for(lambda: "the supervisor is here" in second.log(), "the second agent to have an engine")
+        second.process.send_signal(signal.SIGSTOP)  # the first one has the attempt
+        node = NodePeer(first.work)
+        epoch = run.attempt(spec, plan)
+        node.start()
+        mine = wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["incarnation"], "the first's status")
+        second.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: f"node 0 of attempt {epoch} is 127.0.0.1 already" in second.log(), "the second to stand by")
+        fill_all(node, run, plan, 2)
+        committed(run, 2)
+        status = run.status()
+        assert status is not None
+        assert (status["incarnation"], status["epoch"]) == (mine, epoch)
+
+        # the first is gone for good: the next attempt's node is the second, and it hears nothing before
+        node.close()
+        first.kill()
+        after = run.attempt(spec, plan, checkpoint=run.fold().checkpoints[0].n, step=2)
+        twin.start()
+        assert twin.attempt is not None
+        assert (twin.attempt.epoch, twin.attempt.start_step) == (after, 2)
+        wait_for(lambda: (run.status() or {})["epoch"] == after, "the second's status")
+        twin.close()
 
 
 def test_attempt_in_place_restores_from_slots_and_makes_them_durable(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
-"""The test cluster for a person: ``python -m tests.cluster up|down|status|kubectl …|build``."""
+"""The test cluster for a person: ``python -m tests.cluster up|down|status|kubectl …|build|preflight``."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from tests.cluster.build import binary
-from tests.cluster.cluster import Cluster, down, given, guard, is_owned, standing, up
+from tests.cluster.cluster import Cluster, down, given, guard, is_owned, prepare, standing, up
 from tests.cluster.host import ClusterError, Ledger, Started
+from tests.cluster.preflight import lacks
 
-USAGE = "usage: python -m tests.cluster up | down | status | kubectl ARGS | build"
+USAGE = "usage: python -m tests.cluster up | down | status | kubectl ARGS | build | preflight"
+CANNOT = 69
 
 
 def main(args: list[str]) -> int:
@@ -25,13 +26,24 @@ def main(args: list[str]) -> int:
             there = _there()
             os.execve(there.program[0], [*there.program, *rest], there.environment())
         case ["build"]:
-            print(binary())
+            if given() is None:
+                prepare()
+        case ["preflight"]:
+            return _preflight()
         case ["guard", pid, start]:
             guard(Started(int(pid), int(start)))
         case _:
             print(USAGE, file=sys.stderr)
             return 64
     return 0
+
+
+def _preflight() -> int:
+    """0 where a cluster is given or can be brought up here; CANNOT, with what is missing, where not."""
+    missing = [] if os.environ.get("HOTSTAGE_KUBECONFIG") else lacks()
+    for line in missing:
+        print(f"test cluster: missing here: {line}", file=sys.stderr)
+    return CANNOT if missing else 0
 
 
 def _there() -> Cluster:

@@ -32,6 +32,11 @@ def key() -> str:
     return digest.hexdigest()[:16]
 
 
+def is_built() -> bool:
+    """Whether ``binary`` has nothing to build."""
+    return bool(os.environ.get("HOTSTAGE_KUBE")) or (cache() / "kube" / key() / "kube").exists()
+
+
 def binary() -> Path:
     """The binary; built where the cache lacks it, by one process at a time, with its progress on stderr."""
     named = os.environ.get("HOTSTAGE_KUBE")

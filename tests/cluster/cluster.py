@@ -30,9 +30,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.cluster import control, node, pause
+from tests.cluster import control, node, pause, preflight
 from tests.cluster.build import binary, say
-from tests.cluster.host import ClusterError, Ledger, Part, Started, call, locked, myself, require_host, sweep, wait_for
+from tests.cluster.host import (
+    MARK,
+    ClusterError,
+    Ledger,
+    Part,
+    Started,
+    call,
+    install_packages,
+    locked,
+    myself,
+    sweep,
+    wait_for,
+)
 from tests.support.go import cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,12 +84,15 @@ class Cluster:
         return self.kubectl("apply", "--server-side", *args, "-f", "-", stdin=listed)
 
     def environment(self, kubeconfig: Path | None = None) -> dict[str, str]:
-        """What a process has in its environment to talk to this cluster, past any proxy."""
+        """What a process has in its environment to talk to this cluster, past any proxy; it ends with a cluster of our
+        own.
+        """
         home = self.scratch if self.own else Path.home()
         past = ",".join(filter(None, [os.environ.get("NO_PROXY"), control.HOST, "127.0.0.1"]))
         chosen = str(kubeconfig or self.kubeconfig)
         return {
             **os.environ,
+            **({MARK: str(self.scratch)} if self.own else {}),
             "HOME": str(home),
             "KUBECONFIG": chosen,
             "HOTSTAGE_KUBECONFIG": chosen,
@@ -96,8 +111,10 @@ class Cluster:
             self.until(lambda: "default" in self.kubectl("-n", name, "get", "sa", "-o", "name"), f"account of {name}")
             yield name
         finally:
+            # the room of its pods is needed; the namespace itself goes when its controller gets to it
             self.kubectl("-n", name, "delete", "jobs,pods", "--all", "--grace-period=1", "--wait=false", check=False)
-            self.kubectl("delete", "namespace", name, "--timeout=90s", check=False, seconds=120)
+            self.kubectl("-n", name, "wait", "pods", "--all", "--for=delete", "--timeout=30s", check=False)
+            self.kubectl("delete", "namespace", name, "--wait=false", check=False)
 
     def until(self, ready: Callable[[], bool], what: str, seconds: float = 60, detail: Callable[[], str] = str) -> None:
         """Poll until ``ready``; ClusterError at the deadline."""
@@ -228,14 +245,23 @@ def is_owned() -> bool:
     return ledger is not None and ledger.owner is not None
 
 
+def prepare() -> tuple[Path, Path]:
+    """What a cluster on this machine is made of: its binary and the pause image's archive, built where the cache lacks
+    them. Raises ClusterError where this machine cannot carry one.
+    """
+    lacks = preflight.lacks()
+    if lacks:
+        raise ClusterError("this machine cannot carry a test cluster. It lacks:\n  " + "\n  ".join(lacks))
+    install_packages(say)
+    return binary(), pause.archive()
+
+
 def up(*, owned: bool = False) -> Cluster:
     """Bring a cluster up, after sweeping what is left of another; it stays until ``down``.
 
     ``owned``: it goes with this process, even where that is killed. Raises ClusterError where it cannot be had.
     """
-    require_host(say)
-    kube = binary()
-    archive = pause.archive()
+    kube, archive = prepare()
     with locked():
         before = Ledger.load()
         if before and before.owner and before.owner.alive() and before.owner != myself():

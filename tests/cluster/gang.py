@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import open_store
+from flows.live import MetricsReader
 from k8s.doctor import RIGHTS
 from tests.cluster.cluster import ROOT, Cluster
 from tests.support.chaos import _PAGE, _page_of
@@ -86,16 +88,32 @@ class Gang:
     s3: S3Server
     sets: list[str] = field(default_factory=list)
     drivers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    reached_step: int = -1
+    struck_at: float = 0.0
+    slowed: list[tuple[Path, bool]] = field(default_factory=list)
 
     @property
     def arguments(self) -> list[str]:
         return [item for text in [f"launch.namespace={self.namespace}", *self.sets] for item in ("--set", text)]
 
-    def start(self, *more: str) -> subprocess.Popen[bytes]:
-        """A driver, attached to whatever runs."""
-        driver = self.place.start("train", "spec.toml", "--no-prefect", "--json", *self.arguments, *more)
+    def start(self, *first: str) -> subprocess.Popen[bytes]:
+        """A driver, attached to whatever runs; ``first``: options of the command itself."""
+        return self.drive(*first, "train", "spec.toml", "--no-prefect", "--json", *self.arguments)
+
+    def resume(self, run: str, *sets: str) -> subprocess.Popen[bytes]:
+        """A driver of a run that had ended, with these overrides."""
+        more = [item for text in sets for item in ("--set", text)]
+        return self.drive("runs", "resume", run, "--no-prefect", "--json", *more)
+
+    def drive(self, *args: str) -> subprocess.Popen[bytes]:
+        """A command of the run's; what it says goes to a file, so that it never waits for a reader."""
+        with open(self.place.folder / f"driver-{len(self.drivers)}.log", "wb") as log:
+            driver = self.place.start(*args, err=log)
         self.drivers.append(driver)
         return driver
+
+    def said(self, driver: subprocess.Popen[bytes]) -> str:
+        return (self.place.folder / f"driver-{self.drivers.index(driver)}.log").read_text(errors="replace")
 
     def call(self, *args: str, seconds: float = 120.0) -> Done:
         return self.place.call(*args, seconds=seconds)
@@ -122,22 +140,27 @@ class Gang:
         return list(self.cluster.get("-n", self.namespace, "pods")["items"])
 
     def pod(self, index: int) -> dict[str, Any]:
-        """The newest running pod of an index."""
+        """The newest pod of an index that has not ended; its status may lag behind what its processes do."""
         mine = [
             p
             for p in self.pods()
             if p["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index") == str(index)
-            and p["status"].get("phase") == "Running"
+            and p["status"].get("phase") not in ("Succeeded", "Failed")
             and not p["metadata"].get("deletionTimestamp")
         ]
+        assert mine, f"no pod of index {index}\n{self.picture()}"
         return max(mine, key=lambda p: str(p["metadata"]["creationTimestamp"]))
 
     def jobs(self) -> list[str]:
         return [j["metadata"]["name"] for j in self.cluster.get("-n", self.namespace, "jobs")["items"]]
 
     def processes(self, index: int) -> dict[int, list[str]]:
-        """Processes of a pod, by their numbers on this machine, with their arguments."""
-        uid = self.pod(index)["metadata"]["uid"]
+        """Processes of the pod of an index, by their numbers on this machine, with their arguments."""
+        return self.processes_of(self.pod(index))
+
+    def processes_of(self, pod: Mapping[str, Any]) -> dict[int, list[str]]:
+        """The same, of this very pod."""
+        uid = pod["metadata"]["uid"]
         marks = (f"pod{uid}", f"pod{uid.replace('-', '_')}")
         found = {}
         for entry in Path("/proc").iterdir():
@@ -163,6 +186,49 @@ class Gang:
     def agent(self, index: int) -> int:
         return next(pid for pid, args in self.processes(index).items() if "checkpoint.agent" in args)
 
+    def strike(self, fault: Callable[[Gang], object]) -> None:
+        """Let it happen; what was reached and when is kept for ``recovery_s`` and ``lost_steps``."""
+        pids = [pid for index in range(2) for pid, args in self.processes(index).items() if args[1:2] == ["rank"]]
+        self.reached_step, self.struck_at = max(map(step_of, pids), default=0) - 1, time.time()
+        fault(self)
+
+    def slow(self) -> None:
+        """Give each engine 2 ms of a processor in a second, so that training takes minutes."""
+        self.slowed = [group_of(self.supervisor(index), "cpu") for index in range(2)]
+        for group, first in self.slowed:
+            if first:
+                (group / "cpu.cfs_period_us").write_text("1000000")
+                (group / "cpu.cfs_quota_us").write_text("2000")
+            else:
+                (group / "cpu.max").write_text("2000 1000000")
+
+    def full_speed(self) -> None:
+        """And all of it again."""
+        for group, first in self.slowed:
+            (group / ("cpu.cfs_quota_us" if first else "cpu.max")).write_text("-1" if first else "max")
+
+    def lost_steps(self) -> int:
+        """Steps that were done before it struck, and done again."""
+        attempts = self.state().attempts
+        if self.struck_at == 0.0 or len(attempts) < 2:
+            return 0
+        done = [int(line["step"]) for line in self.steps_of(attempts[-2].epoch)]
+        return max(0, max([self.reached_step, *done]) - attempts[-1].step)
+
+    def recovery_s(self) -> float | None:
+        """From the strike to the end of the first step after it, both by this machine's clock."""
+        attempts = self.state().attempts
+        if self.struck_at == 0.0 or len(attempts) < 2:
+            return None
+        ends = [float(line["time"]) for line in self.steps_of(attempts[-1].epoch)]
+        return round(min(ends) - self.struck_at, 2) if ends else None
+
+    def steps_of(self, epoch: int) -> list[dict[str, Any]]:
+        """The lines of metrics of an attempt."""
+        with self.s3.identity("trainer"):
+            lines = MetricsReader(open_store(self.store_url), self.state().run).poll([epoch])
+        return [line for line in lines if line.get("event") == "step"]
+
     def step(self, number: int = 0) -> int:
         """The step that a rank is in, from its own page; -1 where it does not run."""
         try:
@@ -175,10 +241,7 @@ class Gang:
 
     def picture(self) -> str:
         """What a person would look at first."""
-        driver = self.drivers[-1] if self.drivers else None
-        said = ""
-        if driver is not None and driver.poll() is not None:
-            said = (driver.stderr.read() if driver.stderr else b"").decode()[-2000:]
+        said = self.said(self.drivers[-1])[-2000:] if self.drivers else ""
         return self.kubectl("get", "pods,jobs", "-o", "wide", check=False) + said
 
 
@@ -228,26 +291,63 @@ def secret(cluster: Cluster, namespace: str, name: str, values: dict[str, str]) 
 def ended(driver: subprocess.Popen[bytes], seconds: float = 150.0) -> dict[str, Any]:
     """The driver's own outcome."""
     done = finish(driver, seconds)
-    assert done.out.strip(), f"code {done.code}\n{done.err}"
+    assert done.out.strip(), f"{driver.args} ended with {done.code}, without a result"
     return dict(json.loads(done.out))
 
 
-def record(fault: str, diagnosis: str, result: dict[str, Any], digest: str) -> None:
-    """A row of out/faults.json."""
-    rows = json.loads(FAULTS.read_text()) if FAULTS.exists() else []
-    rows = [row for row in rows if row["fault"] != fault]
-    rows.append(
-        {
-            "fault": fault,
-            "diagnosis": diagnosis,
-            "attempts": result["attempts"],
-            "lost_steps": result["lost_steps"],
-            "digest_equal": result["state_digest"] == digest,
-            "recovery_s": result["recovery_s"],
-        }
-    )
-    FAULTS.parent.mkdir(parents=True, exist_ok=True)
-    FAULTS.write_text(json.dumps(sorted(rows, key=lambda row: str(row["fault"])), indent=1) + "\n")
+@dataclass
+class Table:
+    """out/faults.json: the rows of this session, and no others."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        FAULTS.unlink(missing_ok=True)
+
+    def add(self, fault: str, diagnosis: str, one: Gang, result: Mapping[str, Any], digest: str) -> None:
+        self.rows.append(
+            {
+                "fault": fault,
+                "diagnosis": diagnosis,
+                "attempts": result["attempts"],
+                "lost_steps": one.lost_steps(),
+                "digest_equal": result["state_digest"] == digest,
+                "recovery_s": one.recovery_s(),
+            }
+        )
+        FAULTS.parent.mkdir(parents=True, exist_ok=True)
+        FAULTS.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def group_of(pid: int, controller: str) -> tuple[Path, bool]:
+    """The control group of a process for a controller, and whether that is one of version 1."""
+    rows = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    for _, controllers, name in rows:
+        if controller in controllers.split(","):
+            return Path("/sys/fs/cgroup") / controller / name.lstrip("/"), True
+    name = next(name for _, controllers, name in rows if not controllers)
+    return Path("/sys/fs/cgroup") / name.lstrip("/"), False
+
+
+HOG = """
+import os, re, sys
+from pathlib import Path
+group, events = Path(sys.argv[1]), sys.argv[2]
+def kills():
+    return int(re.search(r"^oom_kill (\\d+)", (group / events).read_text(), re.M)[1])
+before, held = kills(), []
+(group / "cgroup.procs").write_text(str(os.getpid()))
+while kills() == before:
+    held.append(bytearray(os.urandom(1)) * 16384)
+"""
+
+
+def fill_memory(pid: int) -> None:
+    """Fill the container of this process until the kernel kills one of its processes, this one before others."""
+    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+    group, first = group_of(pid, "memory")
+    events = "memory.oom_control" if first else "memory.events"
+    subprocess.run([sys.executable, "-c", HOG, str(group), events], check=True, timeout=60)
 
 
 def send(pid: int, number: signal.Signals) -> None:

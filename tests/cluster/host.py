@@ -72,23 +72,16 @@ def call(*args: str, check: bool = True, stdin: str | None = None, seconds: floa
     return done.stdout
 
 
-def require_host(say: Callable[[str], None]) -> None:
-    """Refuse a machine that cannot carry a cluster; install what Debian packages it lacks."""
-    if os.geteuid() != 0:
-        raise ClusterError(
-            "the test cluster needs root (bridges, namespaces, cgroups, containerd); run as root, or set "
-            "HOTSTAGE_KUBECONFIG to the kubeconfig of a cluster that you have (kind, k3s, a real one)"
-        )
-    if (Path("/var/lib/kubelet/device-plugins/kubelet.sock")).exists() and not STATE.exists():
-        raise ClusterError(
-            "a kubelet has left its socket in /var/lib/kubelet: this machine looks like a node of a cluster already; "
-            "set HOTSTAGE_KUBECONFIG to that cluster's kubeconfig, or use another machine"
-        )
-    missing = sorted({p for what, p in PACKAGES.items() if not (Path(what).exists() or shutil.which(what))})
+def missing_packages() -> list[str]:
+    """The Debian packages of what is looked for and not here."""
+    return sorted({p for what, p in PACKAGES.items() if not (Path(what).exists() or shutil.which(what))})
+
+
+def install_packages(say: Callable[[str], None]) -> None:
+    """Install what Debian packages this machine lacks."""
+    missing = missing_packages()
     if not missing:
         return
-    if not shutil.which("apt-get"):
-        raise ClusterError(f"these are missing and there is no apt-get here to install them: {' '.join(missing)}")
     say(f"installing Debian packages: {' '.join(missing)}")
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
@@ -210,14 +203,19 @@ class Ledger:
         )
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Part:
-        """Start a part in a session of its own, its words appended to ``logs/<name>.log``; it outlives this process."""
+        """Start a part in a session of its own, its words appended to ``logs/<name>.log``; it outlives this process.
+
+        It comes before what is trained in the cluster: a kubelet that is not heard of in time loses its pods. What a
+        containerd starts has its priority, so that one is like any other.
+        """
         log = self.scratch / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         # nothing of the user's environment: a proxy for one would swallow the talk with the API server
         clean = {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", "HOME": str(self.scratch)}
+        first = () if name.startswith("containerd") else ("nice", "-n", "-10")
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                command,
+                [*first, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -253,7 +251,7 @@ class Ledger:
 # --- cgroups ----------------------------------------------------------------------------------------------
 
 
-def _cgroup_mounts() -> list[tuple[Path, bool]]:
+def cgroup_mounts() -> list[tuple[Path, bool]]:
     """Where cgroups are mounted; True for version 2, which beside version 1 has no controllers."""
     rows = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     return [(Path(row[1]), row[2] == "cgroup2") for row in rows if row[2] in ("cgroup", "cgroup2")]
@@ -261,7 +259,7 @@ def _cgroup_mounts() -> list[tuple[Path, bool]]:
 
 def make_cgroup(name: str) -> None:
     """A cgroup of this name under every controller, fit for children of its own."""
-    for mount, unified in _cgroup_mounts():
+    for mount, unified in cgroup_mounts():
         group = mount / name
         group.mkdir(exist_ok=True)
         if unified and (mount / "cgroup.controllers").read_text().strip():
@@ -276,7 +274,7 @@ def make_cgroup(name: str) -> None:
 def cgroup_processes(name: str) -> set[int]:
     """Every process in the cgroup or below it."""
     found: set[int] = set()
-    for mount, _ in _cgroup_mounts():
+    for mount, _ in cgroup_mounts():
         for file in (mount / name).glob("**/cgroup.procs"):
             with contextlib.suppress(OSError):
                 found |= {int(pid) for pid in file.read_text().split()}
@@ -288,7 +286,7 @@ def _is_empty(name: str) -> bool:
 
 
 def _remove_cgroup(name: str) -> None:
-    for mount, _ in _cgroup_mounts():
+    for mount, _ in cgroup_mounts():
         folders = [Path(folder) for folder, _, _ in os.walk(mount / name, topdown=False)]
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
@@ -305,7 +303,8 @@ def sweep() -> list[str]:
     """
     ledger = Ledger.load()
     found: list[str] = []
-    scratch = [STATE, *([ledger.scratch] if ledger else []), cache() / "cluster"]
+    # the ledger goes last: a sweep that fails is repeated with it
+    scratch = [*([ledger.scratch] if ledger else []), cache() / "cluster", STATE]
     # nobody may start or repair anything while the rest is taken away: kubelets, then containers, shims, and all others
     killed = _kill(lambda: [pid for pid, line in marked().items() if " kubelet " in f" {line} "], "kubelets")
     killed += _kill(lambda: [pid for name in CGROUPS for pid in cgroup_processes(name)], "containers")
@@ -330,7 +329,7 @@ def sweep() -> list[str]:
         for family in ("ip", "ip6"):
             call("nft", "delete", "table", family, "kube-proxy", check=False)
     for name in CGROUPS:
-        if any((mount / name).exists() for mount, _ in _cgroup_mounts()):
+        if any((mount / name).exists() for mount, _ in cgroup_mounts()):
             wait_for(functools.partial(_is_empty, name), f"the cgroup {name} to empty", 10)
             _remove_cgroup(name)
             found.append(f"cgroup {name}")
@@ -349,8 +348,7 @@ def sweep() -> list[str]:
             f"these mounts of the cluster cannot be taken away: {' '.join(left)}; unmount them, then again"
         )
     for folder in scratch:
-        if folder.exists():
-            shutil.rmtree(folder)
+        wait_for(functools.partial(_removed, folder), f"{folder} to be removed", 20)
     for place in ("/var/lib/kubelet/device-plugins", "/var/lib/kubelet", "/var/log/containers", "/var/log/pods"):
         with contextlib.suppress(OSError):  # only where it is empty: the cluster made it
             Path(place).rmdir()
@@ -382,6 +380,12 @@ def _mounts_below(folders: Sequence[Path]) -> list[str]:
         if any(Path(point).is_relative_to(folder) for folder in folders):
             points.append(point)
     return points[::-1]
+
+
+def _removed(folder: Path) -> bool:
+    """Again, where something was still written there meanwhile."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def _remove_shim_sockets(folders: Sequence[Path]) -> None:

@@ -61,14 +61,16 @@ def make_network(ledger: Ledger) -> None:
     """Bridges, the second node's namespace, and the routes between them."""
     ip = functools.partial(call, "ip")
     there = functools.partial(call, *NODES[1].inside, "ip")
-    ip("link", "add", BRIDGES[0], "type", "bridge")
+    # addresses of their own: a bridge without one takes the lowest of its ports', and with each pod that comes or goes
+    # its neighbours would send to one that is no more, for half a minute
+    ip("link", "add", BRIDGES[0], "address", "02:68:73:00:00:01", "type", "bridge")
     ip("address", "add", f"{HOST}/24", "dev", BRIDGES[0])
     ip("link", "set", BRIDGES[0], "up")
     ip("netns", "add", NAMESPACE)
     ip("link", "add", UPLINKS[0], "type", "veth", "peer", "name", UPLINKS[1], "netns", NAMESPACE)
     ip("link", "set", UPLINKS[0], "master", BRIDGES[0], "up")
     there("link", "set", "lo", "up")
-    there("link", "add", BRIDGES[1], "type", "bridge")
+    there("link", "add", BRIDGES[1], "address", "02:68:73:00:00:02", "type", "bridge")
     there("address", "add", f"{NODES[1].gateway}/24", "dev", BRIDGES[1])
     there("link", "set", BRIDGES[1], "up")
     there("address", "add", f"{NODES[1].address}/24", "dev", UPLINKS[1])
@@ -182,6 +184,8 @@ def start_kubelet(ledger: Ledger, kube: Path, files: Files, node: Node) -> None:
                 "cgroupRoot": f"/hotstage-{node.name}",
                 "failCgroupV1": False,
                 "failSwapOn": False,
+                # version 2 of cgroups kills a whole container by default, version 1 never does
+                "singleProcessOOMKill": True,
                 "enforceNodeAllocatable": [],
                 "localStorageCapacityIsolation": False,
                 "evictionHard": {

@@ -16,9 +16,15 @@ from tests.cluster import host
 from tests.cluster.host import BRIDGES, CGROUPS, NAMESPACE, STATE, UPLINKS, Ledger, wait_for
 from tests.support.go import cache
 
-USER = (
-    "import sys; from tests.cluster.cluster import cluster\nwith cluster():\n print('up', flush=True); sys.stdin.read()"
-)
+USER = """
+import subprocess, sys
+from tests.cluster.cluster import cluster
+with cluster() as made:
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.Popen(["sleep", "1000"], env=made.environment(), start_new_session=True, **quiet)  # it goes too
+    print("up", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +36,26 @@ def _alone() -> Iterator[None]:
         pytest.skip("a cluster stands here that is not ours to take down (make cluster-down)")
     yield
     room.down()
+
+
+READ_ONLY = 'for m in /sys/fs/cgroup /sys/fs/cgroup/*; do mount -o bind,remount,ro $m 2>/dev/null; done; exec "$@"'
+PREFLIGHT = (sys.executable, "-m", "tests.cluster", "preflight")
+
+
+@pytest.mark.parametrize(
+    ("within", "lack"),
+    [
+        (("setpriv", "--bounding-set=-sys_admin,-net_admin", "--inh-caps=-all"), "network namespaces and bridges"),
+        (("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all"), "mounts of overlayfs"),
+        (("unshare", "-m", "sh", "-c", READ_ONLY, "-"), "writable cgroups"),
+        (("env", "PATH=/nowhere"), "containerd"),
+        ((), ""),
+    ],
+)
+def test_a_machine_that_cannot_carry_one_says_what_it_lacks(within: tuple[str, ...], lack: str) -> None:
+    done = subprocess.run([*within, *PREFLIGHT], cwd=room.ROOT, capture_output=True, text=True)
+    assert done.returncode == (69 if lack else 0), done.stderr
+    assert lack in done.stderr
 
 
 def traces() -> list[str]:

@@ -1,23 +1,31 @@
 """The table of faults on a real cluster: the diagnosis, the attempts, the lost steps, and always the same bits.
 
-Each row goes to out/faults.json.
+Each row goes to out/faults.json, which is begun anew by every session.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.gang import SPEC, STEPS, Gang, ended, gang, record, secret, send, step_of, until
+from tests.cluster.control import HOST, compact
+from tests.cluster.gang import SPEC, STEPS, Gang, Table, ended, fill_memory, gang, secret, send, step_of, until
 from tests.support.place import Place
-from tests.support.s3_server import S3Server
+from tests.support.s3_server import S3Server, s3_server
+
+AWAY_S = 120.0
+PATCH = "launch.pod_patch="
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +40,32 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(result["state_digest"])
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Knows the undisturbed run's bits, and writes the rows."""
+
+    digest: str
+    table: Table
+
+    def row(self, one: Gang, fault: str, diagnosis: str, result: dict[str, Any]) -> dict[str, Any]:
+        """A row of the table; the run has succeeded with the undisturbed run's bits."""
+        self.table.add(fault, diagnosis, one, result, self.digest)
+        assert (result["outcome"], result["step"]) == ("succeeded", STEPS), result
+        assert result["state_digest"] == self.digest
+        return result
+
+    def finish(self, one: Gang, driver: subprocess.Popen[bytes], fault: str, seconds: float = 150.0) -> dict[str, Any]:
+        """The same once the driver has ended; the diagnosis is the last cause in the log."""
+        result = ended(driver, seconds)
+        told = causes(one)
+        return self.row(one, fault, told[-1]["text"] if told else "", result)
+
+
+@pytest.fixture(scope="session")
+def judge(digest: str) -> Judge:
+    return Judge(digest, Table())
+
+
 @pytest.fixture
 def one(cluster: Cluster, s3: S3Server, tmp_path: Path) -> Iterator[Gang]:
     with gang(cluster, tmp_path / "p", s3) as made:
@@ -42,23 +76,13 @@ def causes(one: Gang) -> list[dict[str, Any]]:
     return [a.body["cause"] for a in one.state().attempts if a.body.get("cause")]
 
 
-def finished(one: Gang, driver: Any, digest: str, fault: str, seconds: float = 150.0) -> dict[str, Any]:
-    """The run has succeeded with the undisturbed run's bits; its row is written."""
-    result = ended(driver, seconds)
-    told = causes(one)
-    record(fault, told[-1]["text"] if told else "", result, digest)
-    assert (result["outcome"], result["step"]) == ("succeeded", STEPS), result
-    assert result["state_digest"] == digest
-    return result
-
-
 @pytest.mark.parametrize(("nodes", "stages"), [(2, 4), (4, 4)])
-def test_a_run_without_a_fault_has_the_bits_of_the_local_one(one: Gang, digest: str, nodes: int, stages: int) -> None:
+def test_a_run_without_a_fault_has_the_bits_of_the_local_one(one: Gang, judge: Judge, nodes: int, stages: int) -> None:
     one.sets += [f"launch.nodes={nodes}", f"parallel.stages={stages}"]
     driver = one.start()
     one.reached(4)
     assert len({p["spec"]["nodeName"] for p in one.pods()}) == 2
-    result = finished(one, driver, digest, f"none, {nodes} pods")
+    result = judge.finish(one, driver, f"none, {nodes} pods")
     assert result["attempts"] == 1
 
 
@@ -97,24 +121,15 @@ def pod_deleted_by_force(one: Gang) -> None:
     one.kubectl("delete", "pod", one.pod(1)["metadata"]["name"], "--wait=false", "--grace-period=0", "--force")
 
 
-def store_away(one: Gang) -> None:
-    one.s3.kill()
-    time.sleep(10.0)  # how long it is away is the fault itself
-    one.s3.restart()
-
-
-def api_away(one: Gang) -> None:
-    pid = one.rank(0)
-    with one.cluster.away("apiserver"):
-        step = step_of(pid)
-        until(lambda: step_of(pid) > step + 8, "it to train on")
-    one.cluster.until(lambda: bool(one.kubectl("get", "pods", check=False)), "the API server")
+def rank_out_of_memory(one: Gang) -> None:
+    fill_memory(one.rank(3))
 
 
 # fault -> what it does, class of its cause ("": no attempt is lost), whether a new launch is made
 STRIKES: dict[str, tuple[Callable[[Gang], None], str, bool]] = {
     "rank killed (9)": (rank_killed, "signal", False),
     "rank crashed (11)": (rank_crashed, "signal", False),
+    "rank killed for memory (OOM)": (rank_out_of_memory, "memory", False),
     "pod deleted": (pod_deleted, "preempted", True),
     # its processes are asked to stop, with little time: the gang may save even so
     "pod deleted by force": (pod_deleted_by_force, "infra preempted", True),
@@ -122,82 +137,170 @@ STRIKES: dict[str, tuple[Callable[[Gang], None], str, bool]] = {
     "supervisor terminated (SIGTERM with grace)": (supervisor_terminated, "preempted", True),
     "agent killed": (agent_killed, "", False),
     "stage stopped (SIGSTOP)": (stage_stopped, "stall", False),
-    "store down for 10 s": (store_away, "", False),
-    "API server down": (api_away, "", False),
 }
 
 
 @pytest.mark.parametrize("fault", STRIKES)
-def test_what_strikes_while_it_trains(one: Gang, digest: str, fault: str) -> None:
+def test_what_strikes_while_it_trains(one: Gang, judge: Judge, fault: str) -> None:
     strike, cls, anew = STRIKES[fault]
+    if cls == "stall":
+        one.sets.append("launch.stall_s=8")
     driver = one.start()
     one.reached(20)
-    strike(one)
-    result = finished(one, driver, digest, fault)
+    one.strike(strike)
+    result = judge.finish(one, driver, fault)
     told = causes(one)
     assert len(told) == bool(cls), told
     assert all(c["class"] in cls.split() for c in told), told
     assert result["attempts"] == 1 + bool(cls)
+    if cls == "memory":
+        assert re.match(r"rank [23] was killed for memory \(OOM\): the plan needs \d+ MiB for", told[0]["text"]), told
+        assert re.search(r"of its node, the limit is \d+ MiB$", told[0]["text"]), told
     launches = [a.launch[-2:] for a in one.state().attempts]
     assert launches == (["k1", "k2"] if anew else ["k1"] * result["attempts"])
+
+
+def test_two_minutes_without_the_api_server_and_without_the_store(
+    cluster: Cluster, s3: S3Server, tmp_path: Path, judge: Judge
+) -> None:
+    """Two runs at once: one keeps its store and loses the API server with the history of its watches, the other loses
+    both.
+    """
+    patient = ["launch.toleration_s=120"]  # nodes come back one after the other: no pod is sent away for that
+    with (
+        s3_server(tmp_path / "s3", HOST) as store,
+        gang(cluster, tmp_path / "a", s3, patient) as watched,
+        gang(cluster, tmp_path / "b", store, patient) as stored,
+    ):
+        both = (watched, stored)
+        drivers = [watched.start("-v"), stored.start()]
+        for each in both:
+            each.reached(4)
+            each.slow()
+        ranks = [each.rank(0) for each in both]
+        with cluster.away("apiserver"):
+            began, before = time.monotonic(), [step_of(pid) for pid in ranks]
+            saved = len(watched.state().checkpoints)
+            store.kill()
+            compact("hotstage-test/compacted")
+            until(lambda: all(step_of(pid) > step + 8 for pid, step in zip(ranks, before, strict=True)), "8 steps")
+            until(lambda: len(watched.state().checkpoints) > saved, "a checkpoint without the API server", AWAY_S)
+            time.sleep(max(0.0, began + AWAY_S - time.monotonic()))  # how long they are away is the fault itself
+            reached = [step_of(pid) for pid in ranks]
+            assert all(0 < step < STEPS for step in reached), "they train on, and there is something left to do"
+            store.restart()
+        stored.full_speed()
+        until(lambda: stored.state().at_step() and stored.state().at_step().step >= reached[1], "checkpoints again")
+        until(lambda: "too old resource version" in watched.said(drivers[0]), "the watch that is told 410", 60.0)
+        watched.full_speed()
+        for each, driver, fault in (
+            (watched, drivers[0], f"API server down for {AWAY_S:.0f} s, watch history compacted"),
+            (stored, drivers[1], f"store down for {AWAY_S:.0f} s"),
+        ):
+            result = ended(driver)
+            unknown = [line for line in each.said(driver).splitlines() if line.startswith("unknown: ")]
+            judge.row(each, fault, unknown[0] if unknown else "", result)
+            assert unknown, each.said(driver)
+            assert result["attempts"] == 1
+
+
+def test_one_index_started_twice(one: Gang, judge: Judge) -> None:
+    driver = one.start()
+    one.reached(20)
+    one.slow()
+    first = one.pod(1)
+    meta, spec = first["metadata"], {k: v for k, v in first["spec"].items() if k != "nodeName"}
+    same = {key: meta[key] for key in ("namespace", "labels", "annotations")}
+    twin = {"apiVersion": "v1", "kind": "Pod", "metadata": {**same, "name": f"{meta['name']}-twin"}, "spec": spec}
+    with one.cluster.away("controller-manager"):  # it would delete the second one
+        one.cluster.apply(twin)
+        told = ""
+
+        def stands_by() -> bool:
+            nonlocal told
+            said = one.kubectl("logs", f"{meta['name']}-twin", "-c", "agent", check=False)
+            told = next((line for line in said.splitlines() if "stands by" in line), "")
+            return bool(told)
+
+        until(stands_by, "the second pod to stand by", 60.0, one.picture)
+        both = [p for p in one.pods() if p["metadata"]["name"].startswith(meta["name"])]
+        ranks = [[a for a in one.processes_of(p).values() if a[1:2] == ["rank"]] for p in both]
+        assert sorted(map(len, ranks)) == [0, 2]
+        one.full_speed()
+        result = ended(driver)
+    judge.row(one, "one index started twice", json.loads(told)["text"], result)
+    assert result["attempts"] == 1
+
+
+def test_a_volume_that_is_full(one: Gang, judge: Judge) -> None:
+    volume = '{{ volumes = [{{ name = "work", emptyDir = {{ medium = "Memory", sizeLimit = "{}" }} }}] }}'
+    one.sets.append(PATCH + volume.format("64Ki"))
+    result = ended(one.start())
+    told = result["reason"]
+    assert (result["outcome"], result["exit_code"]) == ("gave_up", 78), result
+    assert re.search(r"/var/lib/hotstage has too little room, \d+ of its 64 KiB are free", told), told
+    assert "sizeLimit of its volume `work` (launch.pod_patch)" in told
+    # enough to begin with; what fills it later costs nothing, nor does a rank that dies then
+    driver = one.resume(result["run"], PATCH + volume.format("8Mi"))
+    one.reached(20)
+    work = Path(f"/proc/{one.agent(1)}/root/var/lib/hotstage")
+    with pytest.raises(OSError, match="No space left on device"):
+        (work / "ballast").write_bytes(bytes(16 << 20))
+    one.strike(rank_killed)
+    judge.row(one, "a full emptyDir", told, ended(driver))
 
 
 # --- drivers --------------------------------------------------------------------------------------------------
 
 
-def test_a_driver_may_be_killed_at_any_state(one: Gang, digest: str) -> None:
-    for seconds in (1.0, 3.0, 5.0):
+def test_a_driver_may_be_killed_at_any_state(one: Gang, judge: Judge) -> None:
+    states: dict[str, Callable[[], object]] = {
+        "the attempt's record": lambda: one.attempts() == 1,
+        "the Job": one.jobs,
+        "its pods": one.pods,
+        "training": lambda: one.step() >= 1,
+    }
+    for what, there in states.items():
         driver = one.start()
-        time.sleep(seconds)  # the state in which it is killed is what these differ in
+        until(there, what, 60.0, one.picture)
+        if what == "training":
+            one.slow()
         driver.kill()
         driver.wait()
-    driver = one.start()
-    one.reached(20)
-    driver.kill()
-    driver.wait()
-    result = finished(one, one.start(), digest, "driver killed in four states")
+    one.full_speed()
+    result = judge.finish(one, one.start(), "driver killed in four states")
     assert result["attempts"] == 1
-    assert len(one.jobs()) == 1
 
 
-def test_two_drivers_are_as_good_as_one(one: Gang, digest: str) -> None:
+def test_two_drivers_are_as_good_as_one(one: Gang, judge: Judge) -> None:
     first, second = one.start(), one.start()
     one.reached(20)
-    send(one.rank(0), signal.SIGKILL)
-    result = finished(one, first, digest, "two drivers, and a rank killed")
-    assert ended(second)["state_digest"] == digest
+    one.strike(rank_killed)
+    result = judge.finish(one, first, "two drivers, and a rank killed")
+    assert ended(second)["state_digest"] == judge.digest
     assert result["attempts"] == 2
 
 
 # --- what keeps it from starting ------------------------------------------------------------------------------
 
 
-def test_an_image_that_is_nowhere(one: Gang, digest: str) -> None:
-    patch = 'launch.pod_patch={ containers = [{ name = "engine", image = "nowhere:1", imagePullPolicy = "Never" }] }'
+def test_an_image_that_is_nowhere(one: Gang, judge: Judge) -> None:
+    patch = PATCH + '{ containers = [{ name = "engine", image = "nowhere:1", imagePullPolicy = "Never" }] }'
     one.sets.append(patch)
     result = ended(one.start())
     assert (result["outcome"], result["exit_code"]) == ("gave_up", 78)
     assert "ErrImageNeverPull" in result["reason"]
-    run = result["run"]
-    again = one.place.start("runs", "resume", run, "--no-prefect", "--json", "--set", "launch.pod_patch={}")
-    one.drivers.append(again)
-    row = ended(again)
-    record("image missing", result["reason"], row, digest)
-    assert row["state_digest"] == digest
+    judge.row(one, "image missing", result["reason"], ended(one.resume(result["run"], PATCH + "{}")))
 
 
-def test_wrong_credentials_of_the_store(one: Gang, digest: str) -> None:
+def test_wrong_credentials_of_the_store(one: Gang, judge: Judge) -> None:
     wrong = {**one.s3.environment("trainer"), "AWS_SECRET_ACCESS_KEY": "wrong-wrong-wrong-wrong"}
     secret(one.cluster, one.namespace, "store", wrong)
     result = ended(one.start())
     assert (result["outcome"], result["exit_code"]) == ("gave_up", 78), result
     assert "agent that refuses" in result["reason"]
     secret(one.cluster, one.namespace, "store", one.s3.environment("trainer"))
-    again = one.place.start("runs", "resume", result["run"], "--no-prefect", "--json")
-    one.drivers.append(again)
-    row = ended(again)
-    record("wrong S3 credentials", result["reason"], row, digest)
-    assert row["state_digest"] == digest
+    judge.row(one, "wrong S3 credentials", result["reason"], ended(one.resume(result["run"])))
 
 
 def waits(one: Gang, part: str) -> str:
@@ -214,19 +317,17 @@ def waits(one: Gang, part: str) -> str:
     return told.splitlines()[0]
 
 
-def test_a_quota_that_is_too_small(one: Gang, digest: str) -> None:
+def test_a_quota_that_is_too_small(one: Gang, judge: Judge) -> None:
     meta = {"name": "small", "namespace": one.namespace}
     one.cluster.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": meta, "spec": {"hard": {"pods": "1"}}})
     driver = one.start()
     told = waits(one, "exceeded quota")
     assert "raise the quota" in told
     one.kubectl("delete", "resourcequota", "small")
-    result = ended(driver)
-    record("quota too small", told, result, digest)
-    assert (result["state_digest"], result["attempts"]) == (digest, 1)
+    assert judge.row(one, "quota too small", told, ended(driver))["attempts"] == 1
 
 
-def test_no_machine_fits(one: Gang, digest: str) -> None:
+def test_no_machine_fits(one: Gang, judge: Judge) -> None:
     one.sets.append('launch.node_selector={ fitting = "yes" }')
     driver = one.start()
     told = waits(one, "no machine fits")
@@ -237,8 +338,17 @@ def test_no_machine_fits(one: Gang, digest: str) -> None:
     finally:
         for name in one.cluster.nodes:
             one.cluster.kubectl("label", "node", name, "fitting-")
-    record("unschedulable", told, result, digest)
-    assert (result["state_digest"], result["attempts"]) == (digest, 1)
+    assert judge.row(one, "unschedulable", told, result)["attempts"] == 1
+
+
+def test_a_plan_that_needs_more_memory_than_its_limit(one: Gang, judge: Judge) -> None:
+    small = ("--set", "launch.resources.memory=64Mi")
+    done = one.call("train", "spec.toml", "--no-prefect", "--json", *one.arguments, *small)
+    assert done.code == 78, done.err
+    assert re.search(r"launch\.resources\.memory = 64Mi is less than the \d+Mi that the plan needs; raise it", done.err)
+    assert one.jobs() == []
+    told = next(line for line in done.err.splitlines() if "64Mi" in line)
+    judge.row(one, "needs more memory than the limit", told, ended(one.start()))
 
 
 def test_pods_that_the_namespace_does_not_admit(one: Gang) -> None:
@@ -284,24 +394,39 @@ def test_a_job_of_somebody_else(one: Gang) -> None:
     assert one.cluster.get("-n", one.namespace, "job", name)["spec"]["suspend"] is True
 
 
-def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: Gang, digest: str) -> None:
+def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: Gang, judge: Judge) -> None:
     driver = one.start()
     one.reached(20)
     index = next(i for i in (0, 1) if one.pod(i)["spec"]["nodeName"].endswith("2"))
     machine = one.pod(index)["spec"]["nodeName"]
     frozen = one.processes(index)
-    with one.cluster.away(f"kubelet-{machine}"):
+    ranks = [pid for pid, args in frozen.items() if args[1:2] == ["rank"]]
+    assert len(ranks) == 2
+
+    def freeze(_: Gang) -> None:
         for pid in frozen:
             send(pid, signal.SIGSTOP)
+
+    def begun() -> bool:
+        names = [p["metadata"]["name"] for p in one.pods() if p["status"].get("phase") == "Running"]
+        return all(any(f"-k2-{index}-" in name for name in names) for index in range(2))
+
+    with one.cluster.away(f"kubelet-{machine}"):
+        one.strike(freeze)
         try:
             until(lambda: one.attempts() == 2, "the next attempt", 90.0, one.picture)
-            until(lambda: one.state().checkpoints[-1].epoch == one.state().attempts[-1].n, "its checkpoint", 90.0)
+            until(begun, "the pods of the next launch", 60.0, one.picture)
+            one.reached(1)
+            one.slow()  # it is still there when they come again
         finally:
             for pid in frozen:
                 with contextlib.suppress(ProcessLookupError):
                     send(pid, signal.SIGCONT)
-        # they go on where they were, of an epoch that is over
-        result = finished(one, driver, digest, "kubelet stopped, node gone, zombies let go again", 240.0)
+        # they go on where they were, of an epoch that is over, and leave by themselves: no kubelet is there to end them
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "the zombies to leave", 60.0)
+        assert one.state().ended is None
+        one.full_speed()
+        result = judge.finish(one, driver, "kubelet stopped, node gone; its zombies are let go again", 240.0)
     (cause,) = causes(one)
     assert cause["class"] in ("infra", "preempted")  # silent, or told to go by the taint manager: what is seen first
     assert cause["place"] == machine

@@ -102,6 +102,42 @@ def test_a_lost_peer_never_outranks(code: int) -> None:  # D3
     assert cause.rank == 2
 
 
+def test_nodes_that_wait_for_one_without_room_are_no_failure() -> None:  # D5
+    early = replace(ended(0, code=75), ranks=(RankView(0, code=75, words={"error": "no address of node 1"}),))
+    nodes = [early, NodeView(1)]
+    assert decide(log(), nodes, POLICY, waiting="1 of 2 pods run") == Watch(Phase.WAITING, "1 of 2 pods run")
+    decision = decide(log(), nodes, POLICY)  # there is room now
+    assert isinstance(decision, StartAttempt)
+    assert not decision.renew
+    began = [ended(0, code=75), NodeView(1)]  # its ranks ran: whatever ended them is told
+    assert isinstance(decide(log(), began, POLICY, waiting="1 of 2 pods run"), StartAttempt)
+
+
+def test_a_rank_that_the_kernel_killed_for_memory_starts_again_in_place_once() -> None:
+    policy = replace(POLICY, node_bytes=300 << 20)
+    nodes = [ended(0, code=75), ended(1, signal=9, memory=256 << 20)]
+    decision = decide(log(), nodes, policy)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.rank, decision.renew) == ("memory", 1, False)
+    assert "killed for memory (OOM)" in decision.cause.text
+    assert "the plan needs 300 MiB for the ranks of its node, the limit is 256 MiB" in decision.cause.text
+    assert "launch.resources.memory" in decision.cause.mend
+    again = decide(log(attempt(), attempt(2, cause=decision.cause.to_map())), nodes_of(2, nodes), policy)
+    assert isinstance(again, End)
+    assert (again.outcome, again.cause and again.cause.cls) == ("gave_up", "memory")
+
+
+def nodes_of(epoch: int, nodes: list[NodeView]) -> list[NodeView]:
+    return [replace(n, epoch=epoch) for n in nodes]
+
+
+def test_killed_for_memory_where_nothing_limits_the_container() -> None:
+    cause = diagnose([RankView(0, signal=9, memory=0)])
+    assert cause is not None
+    assert "no limit but the machine's" in cause.text
+
+
 def test_what_a_supervisor_killed_is_no_cause() -> None:  # D3
     cause = diagnose([RankView(0, signal=9, step=3, killed=True), RankView(1, code=86, step=3)])
     assert cause is not None

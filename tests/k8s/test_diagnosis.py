@@ -112,6 +112,10 @@ LOSSES: dict[str, tuple[PodView, str, str, str]] = {
         pod(1, ContainerView("terminated", "OOMKilled", exit_code=137), phase="Failed"),
         *("memory", "the plan needs 400 MiB and its limit is 512 MiB", "raise the limit"),
     ),
+    "a rank was killed for memory once, the engine left on request": (
+        pod(1, ContainerView("terminated", "OOMKilled", exit_code=85), phase="Failed"),
+        *("preempted", "ended with 85", ""),
+    ),
     "agent out of memory": (
         pod(1, UP, ContainerView("waiting", "CrashLoopBackOff", last_code=137, last_reason="OOMKilled")),
         *("memory", "the plan needs 100 MiB and its limit is 128 MiB", "launch.agent_resources.memory"),
@@ -272,6 +276,7 @@ def test_views_tolerate_what_a_server_leaves_out() -> None:
     ("text", "said"),
     [
         ("first\nlast words", "last words"),
+        ('t":"rank","event":"supervisor leaves","code":85}', ""),  # its beginning was cut off
         (
             '{"level":"error","event":"agent lost","text":"no such key"}\n{"level":"info","event":"leaves"}\n',
             "no such key",

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.support.agents import wait_for
 
@@ -82,10 +82,11 @@ class Place:
     def command(self, *args: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", *args]
 
-    def start(self, *args: str) -> subprocess.Popen[bytes]:
+    def start(self, *args: str, err: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+        """``err``: where its stderr goes, a pipe where none is named."""
         env = self.env | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
-            self.command(*args), cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            self.command(*args), cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=err or subprocess.PIPE
         )
 
     def call(self, *args: str, seconds: float = 120) -> Done:
@@ -131,8 +132,8 @@ def finish(process: subprocess.Popen[bytes], seconds: float = 120) -> Done:
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        raise AssertionError(f"the command does not end within {seconds} s:\n{(out + err).decode()}") from None
-    return Done(process.returncode, out.decode(), err.decode())
+        raise AssertionError(f"the command does not end within {seconds} s:\n{(out + (err or b'')).decode()}") from None
+    return Done(process.returncode, out.decode(), (err or b"").decode())
 
 
 def _set_args(sets: tuple[str, ...]) -> list[str]:

@@ -19,6 +19,7 @@
 #include "core/log.h"
 #include "core/rank_page.h"
 #include "run/message.h"
+#include "run/oom.h"
 #include "run/output.h"
 #include "run/spawn.h"
 #include "wire/attempt.h"
@@ -42,7 +43,7 @@ typedef struct rank {
     hs_rank_page *page;
     pid_t pid; /* 0: not started, or reaped */
     pid_t last_pid;
-    bool reaped, exit_unsent, killed, stalled;
+    bool reaped, exit_unsent, killed, stalled, starved;
     int64_t code;   /* of EXIT: exit code, or minus the signal */
     uint32_t ended; /* how many of the attempt ended before this one: EXITs go in that order */
     uint64_t moves;
@@ -64,6 +65,7 @@ typedef struct attempt {
     int first_bad;   /* while stopping: exit code of the first rank that ended ill; 0: none */
     int64_t kill_ns; /* I2: SIGKILL for those that are left; 0: no */
     uint32_t stall_ms;
+    int64_t oom_kills; /* of this container that are accounted for */
 } attempt;
 
 typedef struct supervisor {
@@ -76,6 +78,7 @@ typedef struct supervisor {
     bool pending; /* a PREPARE that waits for I1 */
     hs_msg pending_msg;
     hs_msg_prepare pending_prepare;
+    hs_oom oom;
     int *arenas; /* of the local ranks, memfds: they outlive the attempts */
     uint32_t arena_count;
     hs_output output;
@@ -164,6 +167,9 @@ static void rank_ended(supervisor *s, rank *r, int status) {
     r->code = WIFEXITED(status) ? WEXITSTATUS(status) : -(int64_t)WTERMSIG(status);
     if (r->stalled) r->code = HS_EXIT_STALLED;
     r->killed = r->killed && r->code == -SIGKILL;
+    r->starved = r->code == -SIGKILL && !r->killed && hs_oom_kills(&s->oom) > a->oom_kills;
+    a->oom_kills += r->starved;
+    if (r->starved) (void)!ftruncate(s->arenas[r - a->ranks], 0); /* the container is short of it */
     r->pid = 0;
     r->reaped = r->exit_unsent = true;
     r->ended = a->ended++;
@@ -175,7 +181,7 @@ static void rank_ended(supervisor *s, rank *r, int status) {
     const bool well = r->code == HS_EXIT_DONE || r->code == HS_EXIT_PREEMPTED;
     HS_LOG(&s->log, well ? HS_LOG_INFO : HS_LOG_WARN, "rank ended", HS_I("of", r->number),
            HS_I("code", r->code), HS_I("pid", r->last_pid), HS_I("killed", r->killed),
-           HS_I("of_epoch", (int64_t)a->epoch));
+           HS_I("starved", r->starved), HS_I("of_epoch", (int64_t)a->epoch));
     if (!well && s->stopping && !a->first_bad)
         a->first_bad = r->code < 0 ? HS_EXIT_LOST : (int)r->code;
     if (r->code == HS_EXIT_STALLED) log_pages(s, "at the stall");
@@ -396,6 +402,7 @@ static uint32_t read_stall_ms(const char *attempt_path) {
 static hs_status start_ranks(supervisor *s, const hs_msg *msg, const char *attempt_path,
                              const char *plan_path, hs_why *why) {
     attempt *a = &s->attempt;
+    a->oom_kills = hs_oom_kills(&s->oom);
     for (uint32_t i = 0; i < a->count; i++) {
         rank *r = &a->ranks[i];
         r->number = (uint32_t)msg->a + i;
@@ -538,8 +545,10 @@ static hs_status send_waiting(supervisor *s) {
                             .epoch = a->epoch,
                             .a = r->code,
                             .b = r->last_pid,
-                            .c = r->killed};
-        HS_TRY(send_one(s, msg, NULL, 0));
+                            .c = r->killed ? HS_ENDED_BY_SUPERVISOR
+                                           : (r->starved ? HS_ENDED_BY_OOM : HS_ENDED_ITSELF)};
+        const uint64_t limit = hs_oom_limit(&s->oom);
+        HS_TRY(send_one(s, msg, &limit, r->starved ? sizeof limit : 0));
         r->exit_unsent = false;
     }
     if (a->idle_unsent) {
@@ -688,6 +697,7 @@ int hs_supervisor_main(const char *socket_path) {
     s->path = socket_path;
     s->log = (hs_log){.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = -1};
     s->agent_fd = -1;
+    hs_oom_find(&s->oom, "/proc/self/cgroup", "/sys/fs/cgroup");
     int code = HS_EXIT_CONFIG;
     sigset_t set, blocked;
     (void)sigemptyset(&set);

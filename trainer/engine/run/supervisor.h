@@ -12,12 +12,13 @@
  * credentials of this process's environment (AWS_*, *SECRET*, ...), and never wait for a reader of
  * their output.
  *
- * EXIT says in c whether the supervisor itself killed the rank (1), so that such an end is never
- * taken for a cause. HELLO says in epoch the attempt that it knows (0: none) and in b how many of
- * its ranks live. A rank whose process is stopped (SIGSTOP, a debugger) and that makes no move for
- * the attempt's stall_ms and one second more is killed and reported with HS_EXIT_STALLED; its peers
- * have usually said so first. The output of ranks also goes to the supervisor's own stdout and
- * stderr, as far as their reader keeps up.
+ * EXIT says in c whether the supervisor itself killed the rank, so that such an end is never taken
+ * for a cause, or the kernel's OOM killer did: a SIGKILL of nobody known while the container's
+ * count of such kills is higher than when the attempt began. HELLO says in epoch the attempt that
+ * it knows (0: none) and in b how many of its ranks live. A rank whose process is stopped (SIGSTOP,
+ * a debugger) and that makes no move for the attempt's stall_ms and one second more is killed and
+ * reported with HS_EXIT_STALLED; its peers have usually said so first. The output of ranks also
+ * goes to the supervisor's own stdout and stderr, as far as their reader keeps up.
  */
 #ifndef HS_RUN_SUPERVISOR_H
 #define HS_RUN_SUPERVISOR_H

@@ -18,8 +18,8 @@
  *   rank         METRICS (JSON object, one a step; position 0), READY (a = slot, b = step, c = 1 where final),
  *                WORDS (JSON object: last words), TRACE (path of a file)
  *   supervisor   OUTPUT (rank, bytes of its stdout or stderr; a = 1 or 2), EXIT(rank, a = exit code or -signal,
- *                b = pid, c = 1 where the supervisor killed it: then it is no cause; in the order in which
- *                they ended), IDLE (all ranks of the attempt are reaped)
+ *                b = pid, c = HS_ENDED_*; of HS_ENDED_BY_OOM payload u64: bytes that the container may use, 0:
+ *                no limit; in the order in which they ended), IDLE (all ranks of the attempt are reaped)
  *   agent        COMMITTED (a = step)             to every rank that waits with a final slot
  *   agent        STOP                             to the supervisor: stop as on SIGTERM (save, exit 85)
  *                KILL                             to the supervisor: kill the ranks of the attempt now
@@ -46,6 +46,9 @@ enum {
     HS_MSGS(X)
 #undef X
 };
+
+/* Of EXIT: what the supervisor killed is no cause. */
+enum { HS_ENDED_ITSELF = 0, HS_ENDED_BY_SUPERVISOR = 1, HS_ENDED_BY_OOM = 2 };
 
 typedef struct hs_msg {
     uint32_t magic;
