@@ -35,7 +35,7 @@ images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: wha
 test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.cluster build
 	$(BIN)/python -m tests.support.s3_server
-	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "cluster and not slow" tests/cluster
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "cluster and not slow" $(PYTEST) tests/cluster
 
 nightly-cluster: setup ## every test on a real Kubernetes, also the slow ones
 	$(BIN)/python -m tests.support.s3_server
