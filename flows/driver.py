@@ -455,9 +455,23 @@ def _cause(
         reached = max((r.step for r in ranks), default=-1)
         cause = Cause("infra", f"node {first.node} is gone", "", None, reached, place=first.place)
     if cause is not None and cause.rank is not None:
-        place = next((n.place for n in mine if any(r.rank == cause.rank for r in n.ranks)), "")
+        blamed = _waited_for(cause.rank, ranks) if cause.cls == "stall" else cause.rank
+        place = next((n.place for n in mine if any(r.rank == blamed for r in n.ranks)), "")
         cause = replace(cause, place=place)
     return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
+
+
+def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
+    """At the end of who waits for whom, from the last words of a rank that stalled: where the stall comes from."""
+    stalled = {r.rank: r for r in ranks if r.ended and rank_class(r) == "stall"}
+    seen: set[int] = set()
+    while rank in stalled and rank not in seen:
+        seen.add(rank)
+        peer = (stalled[rank].words or {}).get("peer")
+        if not isinstance(peer, int):
+            break
+        rank = peer
+    return rank
 
 
 def _explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:

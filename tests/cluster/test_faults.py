@@ -417,17 +417,18 @@ def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: 
             until(lambda: one.attempts() == 2, "the next attempt", 90.0, one.picture)
             until(begun, "the pods of the next launch", 60.0, one.picture)
             one.reached(1)
-            one.slow()  # it is still there when they come again
+            one.slow()
+            assert one.state().ended is None  # it is still there when they come again
         finally:
             for pid in frozen:
                 with contextlib.suppress(ProcessLookupError):
                     send(pid, signal.SIGCONT)
         # they go on where they were, of an epoch that is over, and leave by themselves: no kubelet is there to end them
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "the zombies to leave", 60.0)
-        assert one.state().ended is None
         one.full_speed()
         result = judge.finish(one, driver, "kubelet stopped, node gone; its zombies are let go again", 240.0)
     (cause,) = causes(one)
-    assert cause["class"] in ("infra", "preempted")  # silent, or told to go by the taint manager: what is seen first
+    # what is seen first: the machine's silence, the taint manager's word to go, or that the peers wait for it in vain
+    assert cause["class"] in ("infra", "preempted", "stall")
     assert cause["place"] == machine
     assert result["attempts"] == 2

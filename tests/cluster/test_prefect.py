@@ -65,8 +65,7 @@ def talks(pid: int, others: set[str]) -> list[set[int]]:
 def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
     prefect: Api, one: Gang, local: tuple[str, str], nodes: int
 ) -> None:
-    driver = one.place.start("train", "spec.toml", "--json", *one.arguments, "--set", f"launch.nodes={nodes}")
-    one.drivers.append(driver)
+    driver = one.drive("train", "spec.toml", "--json", *one.arguments, "--set", f"launch.nodes={nodes}")
     one.reached(4)
     pods = one.pods()
     assert len(pods) == nodes

@@ -401,6 +401,24 @@ def test_a_sick_machine_is_left_out_at_once_and_not_tried_for_ever() -> None:
     assert again.reason.endswith("; twice, and there is no other machine")
 
 
+def test_a_stall_is_of_the_machine_that_is_waited_for() -> None:
+    def waits(rank: int, peer: int) -> RankView:
+        return RankView(rank, pid=1, code=86, step=3, words={"why": "a wait passed its deadline", "peer": peer})
+
+    silent = NodeView(1, None, 1, "running", (RankView(1, pid=1, step=3),), place="b", age_s=99.0)
+    nodes = [NodeView(0, True, 1, "running", (waits(0, 1),), place="a"), silent]
+    decision = decide(log(), nodes, POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.rank, decision.cause.place) == ("stall", 0, "b")
+    # nobody is left to blame but those who wait for each other
+    each = [replace(nodes[0], ranks=(waits(0, 1),)), replace(silent, alive=True, ranks=(waits(1, 0),), age_s=0.0)]
+    decision = decide(log(), each, POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert decision.cause.cls == "stall"
+
+
 def test_two_strikes_make_a_machine_unfit() -> None:
     causes = [LOST.to_map(), {"class": "signal", "place": "b"}, {"class": "config", "place": "a"}, None]
     assert struck(causes, 2) == {"b"}
