@@ -3,7 +3,9 @@
     CheckpointError
       StoreError                the store did not do what was asked; nothing was lost
         StoreUnavailable        wait and try again (time-outs, 5xx, a full disk)              exit 75
+          CredentialsExpired    the session token is past its end: renewed, the same call works; training goes on
         StoreRefused            a person must mend it (rights, address, a store without create-if-absent)   exit 78
+          CredentialsRefused    the server does not take these credentials: at the start wrong, later on rotated
         NotFound                no such object
       Conflict                  another writer won this log number: read its ``state``, decide again
       Damaged                   bytes are not what their digest, size or schema says: go to an older one    exit 76
@@ -39,10 +41,22 @@ class StoreUnavailable(StoreError):
     exit_code = 75
 
 
+class CredentialsExpired(StoreUnavailable):
+    """The session token has expired and no newer one was found; the text names where it comes from and how to renew."""
+
+
 class StoreRefused(StoreError):
     """Not until somebody mends it; the text says how."""
 
     exit_code = 78
+
+
+class CredentialsRefused(StoreRefused):
+    """The server does not know these credentials, or there are none; not a question of rights.
+
+    Whoever has worked with this store before should wait as for StoreUnavailable: they are looked for again at each
+    call. At the start of a command it is a refusal like any other.
+    """
 
 
 class NotFound(StoreError):

@@ -5,7 +5,12 @@ retries are off: after an unclear answer a blind retry of one's own success look
 and whenever the answer is unclear the object is read back and compared (``base.Store.create``).
 
 Credentials come from where boto3 finds them (environment, profile, web identity, instance role), never from the
-address; they are not logged and not in any error. Every exception of the SDK becomes one of ours in ``translate``.
+address; they are not logged and not in any error. Where the server says that they have expired or are unknown they are
+looked for again (``_renew``): a file, a credential process or a role may have newer ones. Every exception of the SDK
+becomes one of ours in ``translate``.
+
+Servers between here and S3 answer oddly: sizes that are not told are found out (``_size``), a Range that is ignored is
+cut out here, a page of HTML is never taken for an answer.
 """
 
 from __future__ import annotations
@@ -14,8 +19,11 @@ import base64
 import hashlib
 import http.client
 import logging
+import math
+import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,9 +36,18 @@ import boto3
 import boto3.exceptions
 import botocore.config
 import botocore.exceptions
+import botocore.parsers
 import urllib3.exceptions
 
-from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
+from checkpoint.errors import (
+    CredentialsExpired,
+    CredentialsRefused,
+    Damaged,
+    NotFound,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
 from checkpoint.store.base import (
     Data,
     Info,
@@ -46,11 +63,14 @@ T = TypeVar("T")
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
 
+_PART = re.compile(r"bytes (\d{1,19})-(\d{1,19})/")
+
 FOREIGN = (
     botocore.exceptions.BotoCoreError,
     botocore.exceptions.ClientError,
     botocore.exceptions.MissingServiceIdError,  # these two are plain Exceptions
     botocore.exceptions.UndefinedModelAttributeError,
+    botocore.parsers.ResponseParserError,  # an answer that is not S3's; a plain Exception too
     boto3.exceptions.Boto3Error,
     urllib3.exceptions.HTTPError,
     http.client.HTTPException,
@@ -77,7 +97,17 @@ _CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
     botocore.exceptions.PartialCredentialsError,
     botocore.exceptions.ProfileNotFound,
+    botocore.exceptions.TokenRetrievalError,
+    botocore.exceptions.SSOError,
 )
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_UNKNOWN_CODES = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+}
 _RETRY_CODES = {
     "RequestTimeout",
     "RequestTimeoutException",
@@ -92,14 +122,13 @@ _RETRY_CODES = {
     "ConditionalRequestConflict",
     "IncompleteBody",
     "BadDigest",
-    "ExpiredToken",
-    "ExpiredTokenException",
     "QuotaExceeded",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
 _RIGHTS = "this identity needs s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket"
+_REGION = "the bucket is in another region: add ?region=… to the address"
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
     "AccessDenied": _RIGHTS,
@@ -108,10 +137,21 @@ _MEND = {
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
     "NotImplemented": "the server lacks what hotstage needs (conditional writes): use another one",
-    "PermanentRedirect": "the bucket is in another region: add ?region=… to the address",
-    "AuthorizationHeaderMalformed": "the bucket is in another region: add ?region=… to the address",
+    "InvalidToken": "the session token does not belong to the access key: check AWS_SESSION_TOKEN",
+    "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "301": _REGION,
+    "302": "the endpoint sends its callers elsewhere: is it a login page or a web console? Check the endpoint",
+    "307": _REGION,
+    "308": _REGION,
+    "401": "the server wants a login that is not S3's: check the endpoint, and AWS_ACCESS_KEY_ID",
     "MethodNotAllowed": "the address does not lead to an S3 bucket",
 }
+
+
+_NOT_S3 = "what answers there is not S3 (a proxy, a login page, a web console?): check the endpoint in the address"
 
 
 @dataclass(frozen=True)
@@ -155,12 +195,18 @@ def translate(error: BaseException, what: str, store: str, key: str = "") -> Sto
             return NotFound(key, store)
         if code == "InvalidRange" or status == 416:
             return Damaged(f"{said}: the object was cut short")
+        if code in _EXPIRED_CODES:
+            return CredentialsExpired(said)
+        if code in _UNKNOWN_CODES:
+            return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
         if code in _RETRY_CODES or (status in _RETRY_STATUS and code not in _MEND):
             return StoreUnavailable(said)
         return StoreRefused(f"{said}: {_MEND.get(code, 'check the address, the rights and what the server supports')}")
     said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
+    if isinstance(error, botocore.parsers.ResponseParserError):
+        return StoreRefused(f"{said}; {_NOT_S3}")
     if isinstance(error, _CREDENTIALS):
-        return StoreRefused(
+        return CredentialsRefused(
             f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "
             "(never in the address)"
         )
@@ -219,6 +265,7 @@ class S3Store:
         retry: Retry | None = None,
         connect_s: float = 5.0,
         read_s: float = 30.0,
+        renew_s: float = 5.0,
     ) -> None:
         self._bucket, self._root = bucket, prefix + "/" if prefix else ""
         self._retry = retry if retry is not None else Retry()
@@ -227,25 +274,31 @@ class S3Store:
             k: v for k, v in query.items() if v is not None and (k != "path_style" or (v == "1") != bool(endpoint))
         }
         self._url = f"s3://{bucket}/{quote(prefix)}".rstrip("/") + (f"?{urlencode(plain, safe=':/')}" if plain else "")
+        self._options: dict[str, Any] = {"endpoint_url": endpoint, "region_name": region}
+        self._config = botocore.config.Config(
+            connect_timeout=connect_s,
+            read_timeout=read_s,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            signature_version="s3v4",
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            max_pool_connections=32,
+            tcp_keepalive=True,
+            s3={"addressing_style": "path" if path_style else "auto"},
+            user_agent_extra="hotstage",
+        )
+        self._renew_s, self._renewed_at = renew_s, -math.inf
+        self._lock = threading.Lock()
+        self.client, self._session = self._open()
+
+    def _open(self) -> tuple[Any, Any]:
+        """A client with the credentials of now, and the session that found them."""
         try:
-            self.client: Any = boto3.session.Session().client(
-                "s3",
-                endpoint_url=endpoint,
-                region_name=region,
-                config=botocore.config.Config(
-                    connect_timeout=connect_s,
-                    read_timeout=read_s,
-                    retries={"total_max_attempts": 1, "mode": "standard"},
-                    signature_version="s3v4",
-                    request_checksum_calculation="when_required",
-                    response_checksum_validation="when_required",
-                    max_pool_connections=32,
-                    tcp_keepalive=True,
-                    s3={"addressing_style": "path" if path_style else "auto"},
-                    user_agent_extra="hotstage",
-                ),
-            )
+            session = boto3.session.Session()
+            return session.client("s3", config=self._config, **self._options), session
         except FOREIGN as error:
+            if isinstance(error, _CREDENTIALS):
+                raise translate(error, f"opening {self._url}", self._url) from error
             mend = (
                 "; name the region with ?region=… or AWS_REGION"
                 if isinstance(error, botocore.exceptions.NoRegionError)
@@ -335,7 +388,7 @@ class S3Store:
             )
         except NotFound:
             return None
-        return Info(key, int(answer["ContentLength"]))
+        return Info(key, self._size(key, answer))
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         check_prefix(prefix)
@@ -370,21 +423,100 @@ class S3Store:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _ask(self, operation: str, what: str, key: str, **arguments: Any) -> dict[str, Any]:
-        """One request: its answer, or one of our errors."""
+        """One request: its answer, or one of our errors. Asked again where newer credentials were found."""
+        client = self.client
         try:
-            answer: dict[str, Any] = getattr(self.client, operation)(Bucket=self._bucket, **arguments)
-            return answer
+            return self._answer(client, operation, what, key, **arguments)
+        except (CredentialsExpired, CredentialsRefused) as error:
+            if self._renew(client):
+                return self._answer(self.client, operation, what, key, **arguments)
+            raise type(error)(f"{error}; {self._source()}") from error
+
+    def _answer(self, client: Any, operation: str, what: str, key: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = getattr(client, operation)(Bucket=self._bucket, **arguments)
         except FOREIGN as error:
-            if isinstance(error, botocore.exceptions.ClientError) and operation == "put_object":
+            if isinstance(error, botocore.exceptions.ClientError):
                 code = error.response.get("Error", {}).get("Code")
-                if (
-                    code == "PreconditionFailed"
-                    or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412
-                ):
-                    raise _Lost from error
-                if code in ("BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "InvalidDigest"):
-                    raise _Mismatch from error
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+                if operation == "put_object":
+                    if code == "PreconditionFailed" or status == 412:
+                        raise _Lost from error
+                    if code in _MISMATCH:
+                        raise _Mismatch from error
+                if operation == "head_object" and status in (301, 307, 400, 401, 403):  # a HEAD tells no reason: a GET
+                    self._answer(client, "get_object", what, key, Range="bytes=0-0", **arguments)["Body"].close()
             raise translate(error, what, self._url, key) from error
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        page = str(headers.get("content-type", "")).startswith("text/html") and "etag" not in headers
+        if page and operation != "get_object" and headers.get("content-length") != "0":
+            raise StoreRefused(f"{what}: {self._url} answered with a page of HTML; {_NOT_S3}")
+        return answer
+
+    def _renew(self, failed: Any) -> bool:
+        """Look for credentials again after the server refused those of ``failed``; whether there are others now.
+
+        Not more often than every ``renew_s``: a credential process is not started for each call that fails.
+        """
+        with self._lock:
+            if self.client is not failed:
+                return True  # another thread has found them
+            now = self._retry.clock()
+            if now - self._renewed_at < self._renew_s:
+                return False
+            self._renewed_at = now
+            try:
+                client, session = self._open()
+                found = _frozen(session)
+                if not found or found == _frozen(self._session):
+                    return False
+            except (StoreError, *FOREIGN) as error:
+                logger.warning("%s: looking for newer credentials: %s: %s", self._url, type(error).__name__, error)
+                return False
+            self.client, self._session = client, session
+            logger.warning("%s: the credentials had expired or changed; going on with those of now", self._url)
+            return True
+
+    def _source(self) -> str:
+        """Where the credentials come from and how they are renewed, for people; never their values."""
+        try:
+            found = self._session.get_credentials()
+            method = "" if found is None else str(found.method)
+            profile = self._session.profile_name
+        except FOREIGN:
+            method, profile = "", "default"
+        if method == "env":
+            names = [n for n in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN") if os.environ.get(n)]
+            return (
+                f"they come from {' and '.join(names)} in this process's environment, which cannot change while it "
+                "runs: stop it, set new ones, and start it again (it goes on from what is saved). Credentials of a "
+                "profile (AWS_PROFILE, with a file that is rewritten or a credential_process) or of a role are read "
+                "again without a restart"
+            )
+        if method in ("shared-credentials-file", "config-file"):
+            name = "AWS_SHARED_CREDENTIALS_FILE" if method.startswith("shared") else "AWS_CONFIG_FILE"
+            path = os.environ.get(name) or ("~/.aws/credentials" if method.startswith("shared") else "~/.aws/config")
+            return f"they are those of profile {profile!r} in {path}: write new ones there, the file is read again"
+        if method == "custom-process":
+            return f"they come from the credential_process of profile {profile!r}: it gave the same ones again"
+        if method:
+            return f"they come from {method} (profile {profile!r}), which gave no newer ones: log in again or mend it"
+        return "no others were found: set AWS_PROFILE, or give the pod a role"
+
+    def _size(self, key: str, answer: dict[str, Any]) -> int:
+        """The size of an object that was asked for; from the listing where the answer does not tell it."""
+        told = answer.get("ContentLength")
+        if told is not None:
+            return int(told)
+        name = self._root + key
+        page = self._ask("list_objects_v2", f"looking at {key!r}", key, Prefix=name, MaxKeys=1)
+        for entry in page.get("Contents", ()):
+            if entry["Key"] == name:
+                return int(entry["Size"])
+        raise StoreUnavailable(
+            f"looking at {key!r}: {self._url} shows the object without its size (no Content-Length), and does not "
+            "list it; a gateway that leaves both out cannot be used"
+        )
 
     def _get(self, key: str, begin: int, length: int | None, max_bytes: int | None) -> bytes:
         what = f"reading {key!r}"
@@ -392,26 +524,40 @@ class S3Store:
         answer = self._ask("get_object", what, key, Key=self._root + key, **some)
         body = answer["Body"]
         try:
-            size = int(answer["ContentLength"])
-            if max_bytes is not None and size > max_bytes:
+            told = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            whole = length is None or (told == 200 and not answer.get("ContentRange"))  # a server may ignore Range
+            size = None if answer.get("ContentLength") is None else int(answer["ContentLength"])
+            if whole and length is None and max_bytes is not None and (size or 0) > max_bytes:
                 raise Damaged(f"object {key!r} has {size} bytes to read, the reader takes at most {max_bytes}")
-            if length is not None and size != length:
+            if size is None and (part := _PART.match(str(answer.get("ContentRange", "")))):
+                size = int(part[2]) - int(part[1]) + 1
+            if not whole and size is not None and size != length:
                 raise Damaged(
                     f"object {key!r}: {length} bytes from byte {begin} on were asked for, {size} came: it was cut short"
                 )
-            data = bytes(body.read())
+            # without a size: to the end, but not beyond what the reader takes
+            data = bytes(body.read(max_bytes + 1) if size is None and length is None and max_bytes else body.read())
         except FOREIGN as error:
             raise translate(error, what, self._url, key) from error
         finally:
             body.close()
-        if len(data) != size:
-            raise StoreUnavailable(f"{what}: {self._url} promised {size} bytes and sent {len(data)}")
+        if str(answer.get("ContentType", "")).startswith("text/html") and data[:64].lstrip()[:1] == b"<":
+            raise StoreRefused(f"{what}: {self._url} answered with a page of HTML; {_NOT_S3}")
+        if size is None and length is None and max_bytes is not None and len(data) > max_bytes:
+            raise Damaged(f"object {key!r} has more than the {max_bytes} bytes that the reader takes")
+        promised = self._size(key, answer) if whole else length
+        if len(data) != promised:
+            raise StoreUnavailable(f"{what}: {self._url} promised {promised} bytes and sent {len(data)}")
+        if whole and length is not None:
+            if begin + length > len(data):
+                raise Damaged(f"object {key!r} has {len(data)} bytes, {length} from {begin} on were asked for")
+            return data[begin : begin + length]
         return data
 
     def _holds(self, key: str, body: bytes | bytearray) -> bool:
         """Whether the object that is there has exactly these bytes; NotFound where there is none."""
         answer = self._ask("head_object", f"looking at {key!r}", key, Key=self._root + key)
-        if int(answer["ContentLength"]) != len(body):
+        if self._size(key, answer) != len(body):
             return False
         return self._get(key, 0, None, None) == body
 
@@ -421,6 +567,15 @@ class S3Store:
             return self._holds(key, body)
         except NotFound:
             raise unclear from None
+
+
+def _frozen(session: Any) -> tuple[Any, ...]:
+    """A session's credentials as they are now, to compare."""
+    found = session.get_credentials()
+    return () if found is None else tuple(found.get_frozen_credentials())
+
+
+_MISMATCH = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "InvalidDigest"}
 
 
 class _Lost(Exception):

@@ -6,19 +6,29 @@ import http.client
 import inspect
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import boto3.exceptions
 import botocore.exceptions
+import botocore.parsers
 import pytest
 import urllib3
 import urllib3.exceptions
 
-from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreRefused, StoreUnavailable
+from checkpoint.errors import (
+    CheckpointError,
+    CredentialsExpired,
+    CredentialsRefused,
+    Damaged,
+    NotFound,
+    StoreRefused,
+    StoreUnavailable,
+)
 from checkpoint.probe import probe
 from checkpoint.store import open_store
 from checkpoint.store.s3 import FOREIGN, Retry, S3Store, translate
-from tests.support.hostile_s3 import Fault, HostileS3, hostile_s3
+from tests.support.hostile_s3 import Fault, HostileS3, Length, hostile_s3
 from tests.support.s3_server import BUCKET, S3Server
 
 KEY = "runs/r/log/00000000000000000001"
@@ -38,7 +48,9 @@ def client(peer: HostileS3, attempts: int = 4) -> S3Store:
     """A store against the peer that waits for nothing between its attempts."""
     retry = Retry(attempts=attempts, sleep=lambda _: None, jitter=lambda: 0.0)
     endpoint = f"http://127.0.0.1:{peer.port}"
-    return S3Store("bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, read_s=0.5)
+    return S3Store(
+        "bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, read_s=0.5, renew_s=0.0
+    )
 
 
 # --- a store that ignores the condition --------------------------------------------------------------------
@@ -145,6 +157,182 @@ def test_a_read_that_stays_short_is_unavailable_never_short(peer: HostileS3) -> 
         client(peer).get(KEY)
 
 
+# --- odd servers and gateways -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", ["told", "chunked", "close"])
+@pytest.mark.parametrize("quirk", ["", "ignore_range", "lower_case", "no_etag"])
+def test_sizes_that_are_not_told_are_found_out(peer: HostileS3, length: Length, quirk: str) -> None:
+    peer.length, peer.etag = length, quirk != "no_etag"
+    peer.ignore_range, peer.lower_case = quirk == "ignore_range", quirk == "lower_case"
+    data = bytes(range(256)) * 40
+    store = client(peer)
+    assert store.create(KEY, data)
+    assert not store.create(KEY, data[:-1] + b"x")
+    peer.faults.append("done-500")
+    assert store.create(KEY + "1", b"settled by reading back")
+    assert store.get(KEY) == data
+    assert store.get(KEY, max_bytes=len(data)) == data
+    assert store.get(KEY, first=300, length=77) == data[300:377]
+    assert store.get(KEY, first=10_000) == data[10_000:]
+    assert store.get(KEY, first=5, length=0) == b""
+    info = store.head(KEY)
+    assert info is not None
+    assert info.bytes == len(data)
+    assert store.head("runs/none") is None
+    with pytest.raises(Damaged):
+        store.get(KEY, max_bytes=len(data) - 1)
+    with pytest.raises(Damaged):
+        store.get(KEY, first=len(data) - 3, length=5)
+    with pytest.raises(NotFound):
+        store.get("runs/none")
+    probe(store, rounds=1, creators=3)
+
+
+def test_a_body_that_the_connection_ends_is_compared_with_the_listing(peer: HostileS3) -> None:
+    peer.objects[f"p/{KEY}"] = bytes(1000)
+    peer.length, peer.applies = "close", ("GET",)
+    peer.faults.append("short")  # half of it, and the connection closes: nothing in the answer tells
+    assert client(peer).get(KEY) == bytes(1000)
+
+
+def test_a_gateway_that_tells_a_size_nowhere_is_named(peer: HostileS3) -> None:
+    peer.objects[f"p/{KEY}"] = bytes(1000)
+    peer.length, peer.lists = "chunked", False
+    for ask in (lambda: client(peer).head(KEY), lambda: client(peer).get(KEY)):
+        with pytest.raises(StoreUnavailable, match=r"no Content-Length.*cannot be used"):
+            ask()
+
+
+def test_a_size_that_is_wrong_is_unavailable(peer: HostileS3) -> None:
+    peer.objects[f"p/{KEY}"] = bytes(1000)
+    peer.length = "wrong"
+    with pytest.raises(StoreUnavailable):
+        client(peer).get(KEY)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "says"),
+    [("html", StoreRefused, "not S3"), ("301", StoreRefused, "another region"), ("429", StoreUnavailable, "429")],
+)
+def test_answers_that_are_no_answers(peer: HostileS3, fault: Fault, kind: type[CheckpointError], says: str) -> None:
+    peer.objects[f"p/{KEY}"] = bytes(1000)
+    peer.etag = False  # of the objects; a page has none either
+    peer.applies = ("GET", "PUT", "HEAD")
+    store = client(peer, attempts=2)
+    for ask in (
+        lambda: store.create(KEY, b"x"),
+        lambda: store.put("runs/r/live/x", b"x"),
+        lambda: store.get(KEY),
+        lambda: store.get(KEY, first=3, length=5),
+        lambda: store.head(KEY),
+        lambda: list(store.list("runs/")),
+    ):
+        peer.faults.clear()
+        peer.faults.extend([fault] * 8)
+        with pytest.raises(kind, match=says):
+            ask()
+    assert peer.objects == {f"p/{KEY}": bytes(1000)}
+
+
+# --- credentials that expire --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def profile(peer: HostileS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Credentials in a file: gives what writes another session token into it."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "team")
+
+    def write(token: str) -> None:
+        path.write_text(
+            f"[team]\naws_access_key_id = k\naws_secret_access_key = {SECRET}\naws_session_token = {token}\n"
+        )
+
+    write("first-token")
+    return write
+
+
+def test_a_token_that_is_renewed_in_its_file_is_read_again(peer: HostileS3, profile: Callable[[str], None]) -> None:
+    store = client(peer)
+    peer.tokens = {"first-token"}
+    assert store.create(KEY, b"x")
+    peer.tokens = {"second-token"}
+    profile("second-token")
+    assert store.get(KEY) == b"x"
+    assert store.head(KEY) is not None
+    assert [info.key for info in store.list("runs/")] == [KEY]
+
+
+def test_a_token_that_is_not_renewed_is_unavailable_and_named(
+    peer: HostileS3, profile: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="checkpoint")
+    store = client(peer, attempts=2)
+    peer.tokens = set()
+    for ask in (lambda: store.create(KEY, b"x"), lambda: store.get(KEY), lambda: store.head(KEY)):
+        with pytest.raises(CredentialsExpired, match=r"ExpiredToken.*profile 'team' in .*credentials: write new ones"):
+            ask()
+    profile("second-token")
+    peer.tokens = {"second-token"}
+    assert store.create(KEY, b"x")
+    assert SECRET not in caplog.text
+    assert "first-token" not in caplog.text
+
+
+def test_a_token_of_the_environment_is_named_never_shown(peer: HostileS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-of-the-environment")
+    store = client(peer, attempts=1)
+    peer.tokens = set()
+    with pytest.raises(CredentialsExpired, match="AWS_SESSION_TOKEN in this process's environment") as caught:
+        store.get(KEY)
+    assert "a-token-of" not in str(caught.value)
+    assert "AWS_PROFILE" in str(caught.value)
+
+
+def test_a_credential_process_is_asked_again(
+    peer: HostileS3, profile: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    token = tmp_path / "token"
+    token.write_text("first-token")
+    program = tmp_path / "program"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'echo "{{\\"Version\\": 1, \\"AccessKeyId\\": \\"k\\", \\"SecretAccessKey\\": \\"s\\", '
+        f'\\"SessionToken\\": \\"$(cat {token})\\"}}"\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "config").write_text(f"[profile team]\ncredential_process = {program}\n")
+    store = client(peer)
+    peer.tokens = {"first-token"}
+    assert store.create(KEY, b"x")
+    peer.tokens = {"second-token"}
+    token.write_text("second-token")
+    assert store.get(KEY) == b"x"
+
+
+def test_looking_for_newer_credentials_is_bounded(peer: HostileS3, profile: Callable[[str], None]) -> None:
+    now = [100.0]
+    retry = Retry(attempts=1, clock=lambda: now[0], sleep=lambda _: None)
+    endpoint = f"http://127.0.0.1:{peer.port}"
+    store = S3Store("bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, renew_s=5)
+    peer.tokens = {"second-token"}
+    with pytest.raises(CredentialsExpired):
+        store.get(KEY)
+    profile("second-token")
+    now[0] += 4.0
+    with pytest.raises(CredentialsExpired):
+        store.get(KEY)
+    now[0] += 1.0
+    with pytest.raises(NotFound):
+        store.get(KEY)
+
+
 # --- the boundary ------------------------------------------------------------------------------------------
 
 
@@ -162,7 +350,7 @@ def made(kind: type[BaseException]) -> BaseException:
 
 
 def sdk_exceptions() -> list[type[BaseException]]:
-    found = []
+    found: list[type[BaseException]] = [botocore.parsers.ResponseParserError]
     for module in (botocore.exceptions, boto3.exceptions, urllib3.exceptions):
         for _, kind in inspect.getmembers(module, inspect.isclass):
             if issubclass(kind, Exception) and not issubclass(kind, Warning):
@@ -203,8 +391,13 @@ def test_what_the_sdk_raises_inside_a_call_comes_out_as_ours(peer: HostileS3) ->
         (404, "NoSuchKey", NotFound),
         (404, "NoSuchBucket", StoreRefused),
         (403, "AccessDenied", StoreRefused),
-        (403, "ExpiredToken", StoreUnavailable),
-        (400, "ExpiredToken", StoreUnavailable),
+        (403, "ExpiredToken", CredentialsExpired),
+        (400, "ExpiredToken", CredentialsExpired),
+        (403, "InvalidAccessKeyId", CredentialsRefused),
+        (403, "SignatureDoesNotMatch", CredentialsRefused),
+        (400, "InvalidToken", CredentialsRefused),
+        (401, "401", StoreRefused),
+        (301, "301", StoreRefused),
         (403, "RequestTimeTooSkewed", StoreRefused),
         (400, "RequestTimeout", StoreUnavailable),
         (409, "OperationAborted", StoreUnavailable),

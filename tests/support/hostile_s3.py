@@ -32,6 +32,16 @@ Fault = Literal[
     "short",  # GET: fewer bytes than promised
     "bad-digest",  # says that other bytes arrived
     "no-xml",  # 502 with a page of a proxy
+    "429",
+    "301",  # the bucket is in another region
+    "html",  # 200 with a page of HTML: a login page answers instead
+    "expired",  # the session token has expired (a HEAD has no body that says so)
+]
+Length = Literal[
+    "told",
+    "chunked",  # no Content-Length: in chunks
+    "close",  # neither: the end of the connection ends the body
+    "wrong",  # GET: more promised than sent
 ]
 
 
@@ -41,6 +51,12 @@ class HostileS3:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.ignore_conditions = False
+        self.length: Length = "told"  # of answers to GET and HEAD
+        self.ignore_range = False
+        self.lower_case = False  # names of headers
+        self.etag = True
+        self.lists = True
+        self.tokens: set[str] | None = None  # session tokens that are taken; None: all
         self.faults: deque[Fault] = deque()
         self.applies: tuple[str, ...] = ("PUT",)
         self.requests: list[str] = []
@@ -65,13 +81,46 @@ def hostile_s3() -> Iterator[HostileS3]:
         def answer(
             self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, promise: int | None = None
         ) -> None:
+            length = state.length if status in (200, 206) and self.command in ("GET", "HEAD") else "told"
+            if length == "wrong" and self.command == "GET":
+                promise = len(body) + 7
+                self.close_connection = True
+            said = dict(headers or {})
+            if length in ("told", "wrong"):
+                said["Content-Length"] = str(len(body) if promise is None else promise)
+            elif length == "chunked":
+                said["Transfer-Encoding"] = "chunked"
+            else:
+                said["Connection"] = "close"
+                self.close_connection = True
             self.send_response(status)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body) if promise is None else promise))
+            for name, value in said.items():
+                self.send_header(name.lower() if state.lower_case else name, value)
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command == "HEAD":
+                return
+            if length == "chunked":
+                for first in range(0, len(body), 1000):
+                    piece = body[first : first + 1000]
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.write(b"0\r\n\r\n")
+            else:
                 self.wfile.write(body)
+
+        def odd(self, fault: Fault | None) -> bool:
+            """Whether this request was answered by a fault that all methods know."""
+            token = self.headers.get("x-amz-security-token", "")
+            if fault == "expired" or (state.tokens is not None and token not in state.tokens):
+                self.error(400, "ExpiredToken")
+            elif fault == "429":
+                self.answer(429, b"<html>slow down")
+            elif fault == "301":
+                self.error(301, "PermanentRedirect")
+            elif fault == "html":
+                self.answer(200, b"<!DOCTYPE html><title>Log in</title>", {"Content-Type": "text/html; charset=utf-8"})
+            else:
+                return False
+            return True
 
         def error(self, status: int, code: str) -> None:
             self.answer(status, f"<Error><Code>{code}</Code><Message>said the test</Message></Error>".encode())
@@ -92,6 +141,8 @@ def hostile_s3() -> Iterator[HostileS3]:
         def do_PUT(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
             fault = self.next_fault()
+            if self.odd(fault):
+                return None
             conditional = self.headers.get("If-None-Match") == "*" and not state.ignore_conditions
             if fault == "reset":
                 return self.reset()
@@ -124,10 +175,16 @@ def hostile_s3() -> Iterator[HostileS3]:
                 return self.error(409, "ConditionalRequestConflict")
             if lost or fault == "done-412":
                 return self.error(412, "PreconditionFailed")
-            self.answer(200, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+            self.answer(200, headers=self.tag(body))
+            return None
+
+        def tag(self, body: bytes) -> dict[str, str]:
+            return {"ETag": f'"{hashlib.md5(body).hexdigest()}"'} if state.etag else {}
 
         def do_GET(self) -> None:
             fault = self.next_fault()
+            if self.odd(fault):
+                return None
             if fault == "reset":
                 return self.reset()
             if fault in ("500", "503"):
@@ -136,7 +193,7 @@ def hostile_s3() -> Iterator[HostileS3]:
             with state.lock:
                 if "list-type" in query:
                     prefix = query.get("prefix", [""])[0]
-                    names = sorted(name for name in state.objects if name.startswith(prefix))
+                    names = sorted(name for name in state.objects if name.startswith(prefix) and state.lists)
                     rows = "".join(
                         f"<Contents><Key>{n}</Key><Size>{len(state.objects[n])}</Size></Contents>" for n in names
                     )
@@ -150,20 +207,25 @@ def hostile_s3() -> Iterator[HostileS3]:
                 self.close_connection = True
                 return None
             wanted = self.headers.get("Range")
-            if wanted is None:
-                return self.answer(200, data)
+            if wanted is None or state.ignore_range:
+                return self.answer(200, data, self.tag(data))
             first, last = (int(x) for x in wanted.removeprefix("bytes=").split("-"))
             if first >= len(data):
                 return self.error(416, "InvalidRange")
-            return self.answer(206, data[first : last + 1])
+            last = min(last, len(data) - 1)
+            return self.answer(
+                206, data[first : last + 1], self.tag(data) | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            )
 
         def do_HEAD(self) -> None:
             fault = self.next_fault()
+            if self.odd(fault):
+                return None
             if fault in ("500", "503"):
                 return self.answer(int(fault))
             with state.lock:
                 data = state.objects.get(self.key())
-            return self.answer(404) if data is None else self.answer(200, data)
+            return self.answer(404) if data is None else self.answer(200, data, self.tag(data))
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
