@@ -21,6 +21,7 @@ from typing import Any
 
 from checkpoint.log import RunLog
 from checkpoint.store import Store, open_store
+from flows.claims import StoreClaims
 from flows.loop import Driver, NoSink, Outcome, Sink
 from flows.run import Prepared, load_run, prepare_run
 from trainer.launch import Launch, Launcher, LocalLauncher
@@ -46,10 +47,10 @@ def store_at(url: str | None) -> Store:
     return open_store(url)
 
 
-def launcher_for(spec: RunSpec, out: Path = OUT) -> Launcher:
-    """The launcher that a spec's ``launch.target`` asks for."""
+def launcher_for(spec: RunSpec, out: Path, store: Store, run: str) -> Launcher:
+    """The launcher that a spec's ``launch.target`` asks for; a run's local launches are claimed in its store."""
     if spec.launch.target == "local":
-        return LocalLauncher(out)
+        return LocalLauncher(out, claims=StoreClaims(store, run))
     from k8s.api import Api
     from k8s.launcher import KubernetesLauncher
 
@@ -84,7 +85,7 @@ def make_driver(
     return Driver(
         prepared,
         store,
-        launcher_for(prepared.spec, out),
+        launcher_for(prepared.spec, out, store, prepared.run),
         launch,
         sink=sink or NoSink(),
         stop=stop or threading.Event(),

@@ -137,6 +137,7 @@ class Driver:
     _avoids: bool = False
     _as_asked: bool = False
     _reason: str = ""
+    _left_running: bool = False
 
     def run(self) -> Outcome:
         """Loop until the log has an end, or until ``stop`` was set and the gang has saved and left."""
@@ -164,8 +165,11 @@ class Driver:
                 launch = self._launch(state, launch_id)
                 nodes = placed(status.poll(self.prepared.nodes, alive_nodes(view)), view)
                 self._tell_state(state, nodes, metrics)
+                if view.note:
+                    where = "elsewhere" if view.state == "elsewhere" else "attached"
+                    self._tell_once(("launch", view.note), Event("phase", {"phase": where, "text": view.note}))
                 if self.stop.is_set() and not state.ended:
-                    return self._stop(run_log, state, launch)
+                    return self._stop(run_log, state, launch, reached=view.state != "elsewhere")
                 if view.state == "unknown":
                     told = Event("phase", {"phase": "unknown", "text": view.detail})
                     self._tell_once(("launcher", view.detail[:80]), told)
@@ -347,9 +351,10 @@ class Driver:
         )
         return run_log.append("attempt", body, state)
 
-    def _stop(self, run_log: RunLog, state: RunState, launch: Launch) -> Outcome:
-        """Have the gang save one agreed step and leave; the run can be resumed."""
-        if self.launcher.detaches:
+    def _stop(self, run_log: RunLog, state: RunState, launch: Launch, *, reached: bool) -> Outcome:
+        """Have the gang save one agreed step and leave; the run can be resumed. What is out of reach trains on."""
+        if self.launcher.detaches or not reached:
+            self._left_running = True
             self.sink.tell(Event("phase", {"phase": "detached", "text": DETACHED.format(run=self.prepared.run)}))
             return self._outcome(state, "stopped")
         self.sink.tell(Event("phase", {"phase": "stopping", "text": "saving one agreed step, then leaving"}))
@@ -379,7 +384,7 @@ class Driver:
         deadline = time.monotonic() + 10.0
         while time.monotonic() < deadline:
             view = self.launcher.observe(launch.launch_id)
-            if view.state in ("absent", "gone", "done"):
+            if view.state in ("absent", "gone", "done", "elsewhere"):
                 return
             if view.state == "lost" and not any(n.alive for n in view.nodes):
                 break  # nobody is there to leave
@@ -446,7 +451,7 @@ class Driver:
         elif outcome == "cancelled":
             reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
         elif outcome == "stopped":
-            left = "the gang trains on" if self.launcher.detaches else self._saved(newest.step if newest else None)
+            left = "the gang trains on" if self._left_running else self._saved(newest.step if newest else None)
             reason, code = left, EXIT_STOPPED
         result = Outcome(
             run=self.prepared.run,

@@ -9,12 +9,18 @@ them. The launcher starts what is missing and kills what it recorded; it never d
     driver   stop(launch_id)      a launch that is over or superseded. The orderly end is the log's ``ended`` record,
                                   on which the nodes leave by themselves
 
-Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``launch.key`` (0600, the key from
-which the attempts' keys derive), and for each node ``node<i>/`` with ``start.lock`` (held while somebody starts this
-node), ``agent.lock`` (held by the agent while it lives), ``agent.pid`` and ``supervisor.pid`` (with the process's start
-time, so that a reused number is never mistaken), ``agent.sock``, ``agent.log``, ``supervisor.log``, and ``done`` once
-the node has left for good. The logs are the two processes' own, a few lines an attempt and a checkpoint, and `ensure`
-cuts their beginning before they grow large; what the ranks print is the agent's to keep (``hotstage logs``).
+A launch works in one folder of one machine, and is claimed in the run's store before anything of it starts
+(``Claims``). Who comes second from another folder works in the first one's, where this machine can reach it; else it
+starts nothing, says where the launch is, and leaves it once it is known to be over: the next attempt then takes a new
+launch.
+
+Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``place.id`` (the folder's
+token), ``launch.key`` (0600, the key from which the attempts' keys derive), and for each node ``node<i>/`` with
+``start.lock`` (held while somebody starts this node), ``agent.lock`` (held by the agent while it lives), ``agent.pid``
+and ``supervisor.pid`` (with the process's start time, so that a reused number is never mistaken), ``agent.sock``,
+``agent.log``, ``supervisor.log``, and ``done`` once the node has left for good. The logs are the two processes' own, a
+few lines an attempt and a checkpoint, and `ensure` cuts their beginning before they grow large; what the ranks print
+is the agent's to keep (``hotstage logs``).
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trainer.engine_path import engine_binary
-from trainer.errors import LaunchError, LaunchRefused
+from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 
 if TYPE_CHECKING:
     from trainer.plan import Plan
@@ -122,13 +128,40 @@ class LaunchView:
 
     ``unknown`` (the API does not answer) is never failure; ``waiting`` (for capacity, for images) neither, ``detail``
     says for what. ``lost``: it cannot be made whole in place, ``loss`` says why; the next attempt takes a new launch.
+    ``elsewhere``: it works where this launcher cannot reach it, ``note`` says where; nothing of it is started or
+    stopped from here. ``note``: what a person should be told once, of a launch that was found in another place.
     """
 
     launch_id: str
-    state: Literal["absent", "waiting", "running", "partial", "gone", "lost", "done", "unknown"]
+    state: Literal["absent", "waiting", "running", "partial", "gone", "lost", "done", "unknown", "elsewhere"]
     nodes: tuple[NodeView, ...] = ()
     detail: str = ""
     loss: Finding | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Who holds a launch of local nodes.
+
+    ``folder``: where it works, if this machine reaches it; else None. ``words``: where that is, for people. ``left``:
+    all its nodes have left for good. ``over``: why nothing of it can run any more; empty where something may.
+    """
+
+    folder: Path | None
+    words: str
+    left: bool = False
+    over: str = ""
+
+
+class Claims(Protocol):
+    """Who holds which launch of a run: kept in its store, created once. Raises LaunchUnknown where that is away."""
+
+    def where(self, launch_id: str, own: Path | None) -> Held | None:
+        """Who holds the launch; None: nobody. ``own``: where the asker has begun it, or would."""
+
+    def take(self, launch_id: str, folder: Path, nodes: int) -> Held:
+        """Claim the launch for a folder that is there; whoever was first has it."""
 
 
 class Launcher(Protocol):
@@ -147,6 +180,9 @@ class Launcher(Protocol):
 
     def stop(self, launch_id: str, grace_s: float) -> None:
         """End the launch: ask, wait at most ``grace_s`` for snapshots to be saved, then kill. Idempotent."""
+
+    def close(self) -> None:
+        """End what watches for this launcher; what runs goes on. It may be used again."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +220,8 @@ class ProcessMark:
 class LocalLauncher:
     """Nodes as processes of this machine. See the module's text for files and order.
 
-    ``python`` and ``engine`` are the programs to run; ``clock`` and ``sleep`` may be injected.
+    ``claims``: of the run that is launched; without them every launch is taken for this work root's own. ``python`` and
+    ``engine`` are the programs to run; ``clock`` and ``sleep`` may be injected.
     """
 
     detaches = False
@@ -193,6 +230,7 @@ class LocalLauncher:
         self,
         work_root: Path | str = "out",
         *,
+        claims: Claims | None = None,
         python: str = sys.executable,
         engine: Path | None = None,
         agent_args: Sequence[str] = (),
@@ -200,6 +238,7 @@ class LocalLauncher:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._root = Path(work_root).absolute()
+        self._claims = claims
         self._python, self._engine, self._agent_args = python, engine, tuple(agent_args)
         self._clock, self._sleep = clock, sleep
         self._children: list[subprocess.Popen[bytes]] = []
@@ -217,8 +256,18 @@ class LocalLauncher:
             raise LaunchError(f"a launch of {launch.nodes} nodes; it needs at least 1")
         engine = self._engine or engine_binary()
         folder = self._root / "runs" / launch.run / launch.launch_id
+        held = self._claims.where(launch.launch_id, folder) if self._claims is not None else None
+        if held is not None:
+            if held.folder is None:
+                return  # ``observe`` says where it is
+            folder = held.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if held is None and self._claims is not None:
+                held = self._claims.take(launch.launch_id, folder, launch.nodes)
+                if held.folder is None:
+                    return
+                folder = held.folder
             key = _launch_key(folder)
             _write_once(folder / "launch.json", json.dumps({"run": launch.run, "nodes": launch.nodes}).encode(), 0o644)
             for node in range(launch.nodes):
@@ -232,7 +281,12 @@ class LocalLauncher:
 
     def observe(self, launch_id: str) -> LaunchView:
         self._reap()
-        folder = self._folder(launch_id)
+        try:
+            folder, held = self._find(launch_id)
+        except LaunchUnknown as error:
+            return LaunchView(launch_id, "unknown", detail=str(error))
+        if held is not None and held.folder is None:
+            return _elsewhere(launch_id, held)
         if folder is None:
             return LaunchView(launch_id, "absent", detail=f"no launch {launch_id} under {self._root}")
         nodes = tuple(_view(node, folder / f"node{node}") for node in range(_nodes(folder)))
@@ -245,10 +299,15 @@ class LocalLauncher:
             state = "running"
         else:
             state = "partial" if any_up else "gone"
-        return LaunchView(launch_id, state, nodes)
+        note = (
+            ""
+            if folder.resolve().is_relative_to(self._root.resolve())
+            else f"this run works in {folder}, started from there"
+        )
+        return LaunchView(launch_id, state, nodes, note=note if state != "done" else "")
 
     def stop(self, launch_id: str, grace_s: float) -> None:
-        folder = self._folder(launch_id)
+        folder, _ = self._find(launch_id)
         if folder is None:
             return
         nodes = [folder / f"node{node}" for node in range(_nodes(folder))]
@@ -269,13 +328,24 @@ class LocalLauncher:
                 _signal(mark, signal.SIGKILL, group=True)
             self._await(marks, self._clock() + 10)
 
+    def close(self) -> None:
+        self._reap()
+
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _folder(self, launch_id: str) -> Path | None:
+    def _find(self, launch_id: str) -> tuple[Path | None, Held | None]:
+        """The launch's folder where this machine has one that holds it, and who has claimed it."""
         if not _NAME.match(launch_id):
-            return None
+            return None, None
         found = sorted(self._root.glob(f"runs/*/{launch_id}/launch.json"))
-        return found[0].parent if found else None
+        own = found[0].parent if found else None
+        if self._claims is None:
+            return own, None
+        held = self._claims.where(launch_id, own)
+        if held is None or held.folder is None:
+            return (own if held is None else None), held
+        # claimed, but not begun: its starter is about to, or is gone
+        return (held.folder if (held.folder / "launch.json").exists() else None), held
 
     def _ensure_node(self, launch: Launch, node: int, folder: Path, key: Path, engine: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -354,6 +424,20 @@ class LocalLauncher:
             self._sleep(0.01)
             self._reap()
         self._reap()
+
+
+def _elsewhere(launch_id: str, held: Held) -> LaunchView:
+    """A launch that this machine does not reach."""
+    if held.left:
+        return LaunchView(launch_id, "done", detail=f"it worked on {held.words}, and has left")
+    if held.over:
+        text = f"launch {launch_id} worked on {held.words}: {held.over}"
+        return LaunchView(launch_id, "lost", detail=text, loss=Finding("infra", text, "a new launch is made here"))
+    note = (
+        f"this run works on {held.words}; nothing is started here, this command watches. To go on here, stop it there "
+        "(Ctrl-C in its terminal), or `hotstage runs cancel` it and `hotstage runs resume` it here"
+    )
+    return LaunchView(launch_id, "elsewhere", detail=note, note=note)
 
 
 def _signal(mark: ProcessMark, number: signal.Signals, *, group: bool = False) -> None:

@@ -22,6 +22,7 @@ from checkpoint.agent.fetch import write_file
 from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Link
 from checkpoint.agent.service import Service
+from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
 from checkpoint.store import open_store
 
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(key) < 16:
             log.error("the launch's key %s has %d bytes; it needs 16 or more", args.key_file, len(key))
             return 78
+        place = Place.of(work, address=args.host, nodes=args.nodes)
         store = open_store(args.store)
         link = Link(args.socket)
     except (OSError, CheckpointError) as error:
@@ -115,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         socket=args.socket,
         work=work,
         key=key,
+        place=place,
         host=args.host,
         bind=args.bind or args.host,
         port_base=args.port_base,

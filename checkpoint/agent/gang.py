@@ -11,6 +11,7 @@ from typing import Any
 from checkpoint.agent.link import Peer
 from checkpoint.agent.slots import SlotTable
 from checkpoint.agent.status import RankStatus
+from checkpoint.claims import Place
 from checkpoint.layout import PlanLayout, PositionLayout
 from checkpoint.log import AttemptInfo
 
@@ -26,6 +27,8 @@ class Options:
     socket: Path
     work: Path
     key: bytes
+    place: Place
+    """This node's: where it works, by which its claims are known."""
     host: str
     bind: str
     port_base: int  # this node's ranks listen from here on; 0: as launch.port_base says

@@ -1,8 +1,9 @@
 """Who is a node of an attempt, and where the ranks of a gang listen.
 
-``runs/<run>/live/<epoch>/node/<node>`` is created by the first agent that comes, with its host: a second pod of the
-same index finds another's there. Then each node says its addresses and waits for everybody's: hints,
-``…/addr/<node>``, a map of ``host`` and ``ports``. Nothing trusts them; the handshake of the engine decides who is who.
+``runs/<run>/live/<epoch>/node/<node>`` is created by the first agent that comes, with its place
+(checkpoint/claims.py): a second one, a pod of the same index or an agent of another folder, finds another's there.
+Then each node says its addresses and waits for everybody's: hints, ``…/addr/<node>``, a map of ``host`` and ``ports``.
+Nothing trusts them; the handshake of the engine decides who is who.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgpack
 
 from checkpoint import keys
 from checkpoint.agent.gang import CannotStart, Gang, Options
+from checkpoint.claims import MAX_BYTES, Place, node_key
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.store import Store
 
@@ -24,17 +26,18 @@ Address = tuple[str, list[int]]
 """A node's host, and the port of each of its ranks."""
 
 
-def claim(store: Store, options: Options, gang: Gang) -> str | None:
-    """The host that has this node of the attempt: our own where nobody was first; None where the attempt was cancelled.
+def claim(store: Store, options: Options, gang: Gang) -> Place | None:
+    """The place that has this node of the attempt: our own where nobody was first; None where the attempt was
+    cancelled.
 
     Blocks until the store answers, for a thread of its own.
     """
-    key = keys.run_key(options.run, "live", str(gang.epoch), "node", str(options.node))
+    key = node_key(options.run, gang.epoch, options.node)
     while not gang.cancelled.is_set():
         try:
-            if store.create(key, options.host.encode()):
-                return options.host
-            return store.get(key, max_bytes=1 << 10).decode(errors="replace")
+            if store.create(key, options.place.to_bytes()):
+                return options.place
+            return Place.parse(store.get(key, max_bytes=MAX_BYTES), key)
         except (StoreError, Damaged) as error:
             log.warning("the node's place in attempt %d cannot be claimed now: %s", gang.epoch, error)
             gang.cancelled.wait(0.5)

@@ -16,7 +16,8 @@ Invariants
   A3  slots are written by the agent only while no rank of the node runs;
   A4  nothing of an epoch older than the newest attempt record is committed (also enforced by the log itself);
   A5  no failure of the store ends a rank;
-  A6  an attempt's node is whoever claims it first: a second pod of the same index stands by, silent, for that attempt.
+  A6  an attempt's node is the place that claims it first: a second one, a pod of the same index or an agent of another
+      folder, stands by, silent, for that attempt.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from checkpoint.agent.slots import SlotChanged, SlotTable
 from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.agent.upload import Source, Uploader
 from checkpoint.agent.watch import Watcher
+from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
 from checkpoint.layout import PlanRefused
 from checkpoint.log import AttemptInfo, RunLog, RunState
@@ -140,6 +142,7 @@ class Service:
                 self._tick()
         finally:
             self.watcher.close()
+            self.status.left = (self.options.work / "done").exists()
             self._beat()
             self.uploader.close()
             self.committer.close()
@@ -332,17 +335,18 @@ class Service:
         if holder is not None:
             self.post(lambda: self._on_claim(gang, holder))
 
-    def _on_claim(self, gang: Gang, holder: str) -> None:
+    def _on_claim(self, gang: Gang, holder: Place) -> None:
         if gang is not self.gang:
             return
-        gang.held, self._changed = holder == self.options.host, True
+        gang.held, self._changed = holder.same(self.options.place), True
         if not gang.held:
             log.error(
-                "node %d of attempt %d is %s already: this second one (%s) stands by, and starts no rank",
+                "node %d of attempt %d is %s already (%s): this second one (%s) stands by, and starts no rank",
                 self.options.node,
                 gang.epoch,
-                holder,
-                self.options.host,
+                holder.address,
+                holder.describe(),
+                self.options.place.describe(),
             )
             self._over(gang)
         elif gang.phase == "ports":

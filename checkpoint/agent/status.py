@@ -16,6 +16,7 @@ msgpack map, overwritten on every change and at least each second; safe to lose,
     slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
     durable            step of the newest checkpoint committed in this attempt or before it, or -1
     error              what the store or the machine refuses at the moment, or None
+    left               True once this node has left for good: its launcher does not start it again
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class NodeStatus:
     slots: Sequence[tuple[int, int]] = ()
     durable: int = -1
     error: str | None = None
+    left: bool = False
     seq: int = 0
 
     def pack(self) -> bytes:
@@ -107,6 +109,7 @@ class NodeStatus:
                     "slots": [{"step": step, "epoch": epoch} for step, epoch in self.slots],
                     "durable": self.durable,
                     "error": self.error,
+                    "left": self.left,
                 }
             ),
         )
