@@ -6,6 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
 
+# tests run in so many processes side by side; PYTEST="--durations=40 …": more of pytest's options
+JOBS ?= 2
+# the engine that was installed is the one under test; nothing that the tests start outlives them
+RUN_TESTS = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
+	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
@@ -25,9 +31,9 @@ $(STAMP): pyproject.toml $(ENGINE_SOURCES) | $(VENV)/bin/python
 demo: setup ## the main job end to end: prepare, train on two stages, lose one, recover, prove, export, report
 	$(BIN)/hotstage demo
 
-test: setup ## the tests, at most 10 minutes on 2 cores (the first time some more: it builds an S3 server)
-	$(BIN)/python -m tests.support.s3_server
-	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "not slow and not cluster"
+test: setup ## the tests, at most 6 minutes on 2 cores (the first time some more: it builds what they need)
+	$(BIN)/python -m tests.support.parts
+	$(RUN_TESTS) -m "not slow and not cluster"
 
 images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: what they stand on; BASE=local: the S3 server too)
 	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
@@ -58,7 +64,8 @@ bench: setup ## figures into out/bench.json
 	$(BIN)/python -m tests.bench
 
 nightly: setup ## the long campaigns: every test, also the slow ones (but nightly-cluster's)
-	$(BIN)/python -m pytest -q -m "not cluster"
+	$(BIN)/python -m tests.support.parts
+	$(RUN_TESTS) -m "not cluster"
 
 clean: ## remove what was built and run here (not the caches of the user's folder)
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ own toolchain is used, so a binary depends on the sources alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -35,13 +36,35 @@ def tools() -> Path:
     digest = hashlib.sha256(" ".join((*TOOLS, sys.version)).encode()).hexdigest()[:12]
     home = cache() / f"static-{digest}"
     done = home / ".done"
-    if not done.exists():
-        say(f"installing {', '.join(TOOLS)} into {home} (once)")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *TOOLS], check=True)
-        done.touch()
+    if done.exists():
+        return home / "bin"
+    with open(cache() / f".{home.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            say(f"installing {', '.join(TOOLS)} into {home} (once)")
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+            pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, *TOOLS], check=True)
+            done.touch()
     return home / "bin"
+
+
+def compiler(target: str) -> Path:
+    """A folder with ``cc``, ``ar`` and ``ranlib`` for one of zig's targets. The first build for a target makes its libc
+    (40 s, once); what zig keeps lies in the user's cache folder."""
+    python = tools() / "python"
+    folder = python.parents[1] / "for" / target
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = f'ZIG_GLOBAL_CACHE_DIR="{cache()}/zig" ZIG_LOCAL_CACHE_DIR="{cache()}/zig"'
+    for name, command in (("cc", f"cc -target {target} -fno-sanitize=all"), ("ar", "ar"), ("ranlib", "ranlib")):
+        text = f'#!/bin/sh\n{kept} exec "{python}" -m ziglang {command} "$@"\n'
+        wrapper = folder / name
+        if not wrapper.exists() or wrapper.read_text() != text:
+            made = folder / f".{name}-{os.getpid()}"
+            made.write_text(text)
+            made.chmod(0o755)
+            made.replace(wrapper)
+    return folder
 
 
 def static_engine(arch: str) -> Path:
@@ -50,23 +73,20 @@ def static_engine(arch: str) -> Path:
     programs = tools()
     build = cache() / f"static-engine-{arch}" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
     build.mkdir(parents=True, exist_ok=True)
-    for name, command in (("cc", f"cc -target {target}"), ("ar", "ar"), ("ranlib", "ranlib")):
-        wrapper = build / f"zig-{name}"
-        wrapper.write_text(f'#!/bin/sh\nexec "{programs}/python" -m ziglang {command} "$@"\n')
-        wrapper.chmod(0o755)
+    zig = compiler(target)
     settings = {
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": processor,
-        "CMAKE_C_COMPILER": str(build / "zig-cc"),
-        "CMAKE_AR": str(build / "zig-ar"),
-        "CMAKE_RANLIB": str(build / "zig-ranlib"),
+        "CMAKE_C_COMPILER": str(zig / "cc"),
+        "CMAKE_AR": str(zig / "ar"),
+        "CMAKE_RANLIB": str(zig / "ranlib"),
         "CMAKE_MAKE_PROGRAM": str(programs / "ninja"),
         "CMAKE_BUILD_TYPE": "Release",
         # no path of the machine in the binary
-        "CMAKE_C_FLAGS": f"-ffile-prefix-map={ROOT}=. -fno-sanitize=all",
+        "CMAKE_C_FLAGS": f"-ffile-prefix-map={ROOT}=.",
         "CMAKE_EXE_LINKER_FLAGS": "-static -s",
     }
-    env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache() / "zig"), "ZIG_LOCAL_CACHE_DIR": str(cache() / "zig")}
+    env = dict(os.environ)
     for name in ("CC", "CFLAGS", "LDFLAGS", "CPPFLAGS"):
         env.pop(name, None)
     say(f"building the static engine for {arch}")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.place import STEPS, Place
+from tests.support.place import Place
+from tests.support.undisturbed import undisturbed_run
 
 
 @pytest.fixture
@@ -23,10 +24,5 @@ def place(tmp_path: Path) -> Iterator[Place]:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """(run, state digest) of the places' spec on one stage, without a fault."""
-    place = Place(tmp_path_factory.mktemp("undisturbed") / "p")
-    try:
-        result = place.train("parallel.stages=1")
-    finally:
-        place.stop_all()
-    assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, STEPS)
-    return result["run"], result["state_digest"]
+    _, run, digest = undisturbed_run(tmp_path_factory)
+    return run, digest

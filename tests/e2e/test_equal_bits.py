@@ -6,7 +6,6 @@ from the plan's own initial weights, shuffled data over several passes. What cra
 
 from __future__ import annotations
 
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.engine.engine_build import build_engine
+from tests.support.compilers import OTHER
 from trainer import wire
 from trainer.plan.compile import compile_plan
 from trainer.spec import parse_spec, what_digest
@@ -138,10 +138,8 @@ def test_instruction_sets(one_stage: Any, tmp_path: Path, precision: str, kernel
 
 def test_compilers(one_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine as clang builds it, against the engine under test, which the installation built (by gcc, mostly)."""
-    if shutil.which("clang") is None:
-        pytest.skip("clang is not installed")
     plain = {(model, precision): one_stage(model, precision) for model in MODELS for precision in ("fp32", "bf16")}
-    monkeypatch.setenv("HOTSTAGE_ENGINE", str(build_engine("clang")))
+    monkeypatch.setenv("HOTSTAGE_ENGINE", str(build_engine(OTHER)))
     for (model, precision), theirs in plain.items():
         assert_same(run(tmp_path / f"{model}-{precision}", model, precision, stages=2), theirs)
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compilers import find
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "trainer" / "engine"
 PROGRAMS = Path(__file__).resolve().parent / "programs"
@@ -28,7 +30,7 @@ def _tool(name: str) -> str:
     """A build tool of this environment, else of the system."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
-    assert found, f"{name} is not installed; `make setup` brings cmake and ninja, the system a compiler"
+    assert found, f"{name} is not installed; `make setup` brings it"
     return found
 
 
@@ -51,7 +53,7 @@ def _digest(compiler: str, options: list[str]) -> str:
 
 def build_folder(compiler: str = "cc", sanitize: str = "") -> Path:
     """A finished build: holds ``hotstage-engine`` and ``libhotstage.a``. Safe in several processes at once."""
-    path = _tool(compiler)
+    path = find(compiler)
     options = [f"-DHS_SANITIZE={sanitize}", "-DHS_WERROR=ON", "-DCMAKE_BUILD_TYPE=Release"]
     base = _cache()
     base.mkdir(parents=True, exist_ok=True)
@@ -61,20 +63,8 @@ def build_folder(compiler: str = "cc", sanitize: str = "") -> Path:
         if not (folder / ".done").exists():
             print(f"building the engine with {compiler} {sanitize} into {folder}", file=sys.stderr)
             shutil.rmtree(folder, ignore_errors=True)
-            generator = (
-                ["-G", "Ninja"] if shutil.which("ninja") or (Path(sys.executable).parent / "ninja").exists() else []
-            )
-            ninja = [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if generator else []
-            configure = [
-                "-S",
-                str(SOURCES),
-                "-B",
-                str(folder),
-                *generator,
-                *ninja,
-                f"-DCMAKE_C_COMPILER={path}",
-                *options,
-            ]
+            configure = ["-S", str(SOURCES), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+            configure += [f"-DCMAKE_C_COMPILER={path}", *options]
             _run([_tool("cmake"), *configure])
             _run([_tool("cmake"), "--build", str(folder), "--parallel", str(len(os.sched_getaffinity(0)))])
             (folder / ".done").touch()
@@ -96,7 +86,7 @@ def _small(name: str, sources: list[Path], flags: list[str]) -> Path:
     target = base / f"{name}-{h.hexdigest()[:24]}"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
-        _run([_tool("cc"), *flags, f"-I{SOURCES}", "-o", str(made), *map(str, sources), "-lm", "-ldl"])
+        _run([find("cc"), *flags, f"-I{SOURCES}", "-o", str(made), *map(str, sources), "-lm", "-ldl"])
         made.replace(target)
     return target
 

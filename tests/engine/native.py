@@ -1,6 +1,7 @@
 """The small C programs of the tests (``tests/engine/programs``), linked with the engine's library.
 
-``HOTSTAGE_TEST_CC`` picks the compiler, ``HOTSTAGE_TEST_SANITIZE`` a sanitizer (``address,undefined`` or ``thread``).
+``HOTSTAGE_TEST_CC`` picks the compiler (tests/support/compilers.py), ``HOTSTAGE_TEST_SANITIZE`` a sanitizer
+(``address,undefined`` or ``thread``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 from tests.engine.engine_build import ROOT, build_folder
+from tests.support.compilers import find
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Werror"
@@ -29,7 +31,7 @@ def build_program(name: str) -> Path:
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
         include, library = f"-I{ROOT / 'trainer' / 'engine'}", str(folder / "libhotstage.a")
-        command = [compiler, *flags, include, "-o", str(made), str(source), library, "-lm"]
+        command = [find(compiler), *flags, include, "-o", str(made), str(source), library, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
         made.replace(target)

@@ -11,7 +11,6 @@ Equality: portable, AVX2 and AVX-512; gcc and clang; 1, 2, 3 and 4 threads; a ro
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +26,7 @@ from tests.engine.kernel_lib import (
     decode,
     encode,
 )
+from tests.support.compilers import find, other_than
 from trainer import wire
 
 EPS = 2.0**-24  # half a unit in the last place of an f32
@@ -296,17 +296,9 @@ def test_equal_bits(kernels: KernelLib, other: KernelLib, case: Case, dtype: int
 @pytest.fixture(scope="module")
 def other() -> KernelLib:
     """The kernels by the compiler that the main fixture did not use."""
-    name = "gcc" if "clang" in os.environ.get("HOTSTAGE_TEST_CC", "cc") else "clang"
-    assert shutil.which(name), f"equal bits of gcc and clang cannot be tested: install {name}"
-    before = os.environ.get("HOTSTAGE_TEST_CC")
-    os.environ["HOTSTAGE_TEST_CC"] = name
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOTSTAGE_TEST_CC", find(other_than(os.environ.get("HOTSTAGE_TEST_CC", "cc"))))
         return KernelLib(build())
-    finally:
-        if before is None:
-            del os.environ["HOTSTAGE_TEST_CC"]
-        else:
-            os.environ["HOTSTAGE_TEST_CC"] = before
 
 
 def _fma32(a: Array, b: Array, c: Array) -> Array:

@@ -1,7 +1,8 @@
-"""One real Prefect server for the session, on loopback, its database in a folder of its own; stopped by its pid."""
+"""One real Prefect server for the session, on loopback, its database in a folder of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from flows.prefect_api import PrefectServer
-from tests.support.place import Place, finish
+from tests.support.place import Place
+from tests.support.shared import kept
+from tests.support.undisturbed import undisturbed_run
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,19 @@ def started(home: Path) -> PrefectServer:
     return server
 
 
+@contextlib.contextmanager
+def keep_server(folder: Path) -> Iterator[dict[str, Any]]:
+    server = started(folder)
+    try:
+        yield {"home": str(folder), "port": server.port}
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    server = started(tmp_path_factory.mktemp("prefect"))
-    yield Api(server)
-    server.stop()
+    with kept(tmp_path_factory, "prefect", "tests.flows.conftest:keep_server") as told:
+        yield Api(PrefectServer(Path(told["home"]), told["port"]))
 
 
 @pytest.fixture
@@ -87,15 +98,8 @@ def hosted(tmp_path: Path, prefect: Api) -> Iterator[Place]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A tiny run that has succeeded, on one stage, without Prefect: the undisturbed one that others compare with."""
-    place = Place(tmp_path_factory.mktemp("trained") / "p")
-    try:
-        result = finish(
-            place.start("train", "spec.toml", "--no-prefect", "--json", "--set", "parallel.stages=1")
-        ).json()
-    finally:
-        place.stop_all()
-    assert result["outcome"] == "succeeded", result
-    return Trained(place, str(result["run"]), str(result["state_digest"]))
+    folder, run, digest = undisturbed_run(tmp_path_factory)
+    return Trained(Place.again(folder), run, digest)
 
 
 @dataclass(frozen=True)

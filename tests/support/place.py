@@ -74,10 +74,15 @@ class Place:
         (folder / "corpus").mkdir(parents=True)
         (folder / "corpus" / "a.txt").write_text(TEXT)
         (folder / "spec.toml").write_text(spec)
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")} | {
-            "HOTSTAGE_STORE": store or str(folder / "store")
-        }
-        self.env.update(env or {})
+        self.env = _environment(folder, store, env or {})
+
+    @classmethod
+    def again(cls, folder: Path) -> Place:
+        """The place that another process made in this folder."""
+        place = cls.__new__(cls)
+        place.folder = folder
+        place.env = _environment(folder, None, {})
+        return place
 
     def command(self, *args: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", *args]
@@ -123,6 +128,12 @@ class Place:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def _environment(folder: Path, store: str | None, more: Mapping[str, str]) -> dict[str, str]:
+    """This process's own, without what it says of Prefect."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
+    return env | {"HOTSTAGE_STORE": store or str(folder / "store")} | dict(more)
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float = 120) -> Done:

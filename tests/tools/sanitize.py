@@ -11,7 +11,6 @@ that no test expects.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from tests.engine.engine_build import ROOT, build_engine, build_plan_fuzz
 from tests.engine.plans import GPT2, LLAMA, small_plan
+from tests.support.compilers import OTHER
 
 TESTS = (
     "test_rank.py",
@@ -34,12 +34,9 @@ NOT = "not allocates and not allocation"
 
 
 def warnings() -> None:
-    """Builds with -Werror; clang where it is installed."""
-    for compiler in ("gcc", "clang"):
-        if shutil.which(compiler):
-            build_engine(compiler)
-        else:
-            print(f"{compiler} is not installed: its warnings were not looked at")
+    """Builds with -Werror by both compilers of the tests."""
+    for compiler in ("cc", OTHER):
+        build_engine(compiler)
 
 
 def _pytest(engine: Path, sanitize: str) -> None:

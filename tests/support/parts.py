@@ -1,0 +1,29 @@
+"""What the tests need and `make setup` does not bring, made before they run, so that no test waits for it: the second
+compiler, the engine and its kernels by both compilers, the S3 server. All of it is kept in the user's cache folder.
+
+    python -m tests.support.parts
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tests.engine import kernel_lib
+from tests.engine.engine_build import build_engine
+from tests.support import compilers, s3_server
+
+
+def main() -> int:
+    s3_server.binary()
+    compilers.main()
+    build_engine()
+    kernel_lib.build()
+    build_engine(compilers.OTHER)
+    os.environ["HOTSTAGE_TEST_CC"] = compilers.find(compilers.OTHER)
+    kernel_lib.build()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
