@@ -53,7 +53,9 @@ def launcher_for(spec: RunSpec, out: Path, store: Store, run: str) -> Launcher:
         return LocalLauncher(out, claims=StoreClaims(store, run))
     from k8s.api import Api
     from k8s.launcher import KubernetesLauncher
+    from k8s.render import check_fabric
 
+    check_fabric(spec)
     return KubernetesLauncher(Api.load(), spec.launch.namespace)
 
 

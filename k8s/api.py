@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import urllib3
 
-from k8s.errors import ApiUnavailable, NotAllowed, translate
+from k8s.errors import ApiUnavailable, Unauthenticated, translate
+from k8s.proxy import Proxy, proxy_for
 from trainer.errors import LaunchRefused
 
 FIELD_MANAGER = "hotstage"
@@ -48,16 +49,20 @@ SERVICES = Resource("Service", "services", "/api/v1")
 SECRETS = Resource("Secret", "secrets", "/api/v1")
 EVENTS = Resource("Event", "events", "/api/v1")
 QUOTAS = Resource("ResourceQuota", "resourcequotas", "/api/v1")
+RANGES = Resource("LimitRange", "limitranges", "/api/v1")
 
 
 class Api:
-    """One cluster. Thread-safe: urllib3 keeps the connections."""
+    """One cluster. Thread-safe: urllib3 keeps the connections. ``proxy_url`` is the kubeconfig's; without it the
+    environment decides (``k8s.proxy``), not what the configuration took from there.
+    """
 
-    def __init__(self, configuration: Any, namespace: str | None = None) -> None:
+    def __init__(self, configuration: Any, namespace: str | None = None, proxy_url: str = "") -> None:
         self._configuration = configuration
         self.host: str = str(configuration.host).rstrip("/")
         self.namespace = namespace
-        self._pool = _pool(configuration)
+        self.proxy = proxy_for(self.host, os.environ, proxy_url)
+        self._pool = _pool(configuration, self.proxy)
 
     @classmethod
     def load(cls, kubeconfig: str | None = None, context: str | None = None) -> Api:
@@ -68,7 +73,7 @@ class Api:
         from kubernetes import config
         from kubernetes.client import Configuration
 
-        configuration = Configuration()
+        configuration = Configuration(proxy="")  # afterwards it is the kubeconfig's own, or none
         given = kubeconfig or os.environ.get("HOTSTAGE_KUBECONFIG")
         inside = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
         default = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
@@ -87,7 +92,7 @@ class Api:
             raise LaunchRefused(
                 f"no cluster to talk to: {error}; set HOTSTAGE_KUBECONFIG or KUBECONFIG to a kubeconfig file"
             ) from error
-        return cls(configuration, namespace)
+        return cls(configuration, namespace, configuration.proxy or "")
 
     # --- verbs --------------------------------------------------------------------------------------------
 
@@ -196,7 +201,9 @@ class Api:
                 if setting.get("in") == "header" and setting.get("value"):
                     headers[setting["key"]] = setting["value"]
         except Exception as error:  # the user's own credential program may fail in any way
-            raise NotAllowed(f"{what}: the kubeconfig's credentials cannot be had: {error}; log in again") from error
+            raise Unauthenticated(
+                f"{what}: the kubeconfig's credentials cannot be had: {error}; log in again"
+            ) from error
         username, password = self._configuration.username, self._configuration.password
         if username and "authorization" not in {h.lower() for h in headers}:
             pair = base64.b64encode(f"{username}:{password}".encode()).decode()
@@ -216,15 +223,16 @@ class Api:
                 redirect=False,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailable(f"{what}: {self.host} does not answer: {error}") from error
+            through = f" through {self.proxy}" if self.proxy else ""
+            raise ApiUnavailable(f"{what}: {self.host} does not answer{through}: {error}") from error
 
 
 def _error(response: urllib3.BaseHTTPResponse, what: str) -> Exception:
     return translate(response.status, response.read(), what, response.headers.get("Retry-After"))
 
 
-def _pool(configuration: Any) -> urllib3.PoolManager:
-    """Connections with the configuration's certificates, through its proxy where it names one."""
+def _pool(configuration: Any, proxy: Proxy | None) -> urllib3.PoolManager:
+    """Connections with the configuration's certificates, through the proxy where there is one."""
     settings: dict[str, Any] = {
         "cert_reqs": ssl.CERT_REQUIRED if configuration.verify_ssl else ssl.CERT_NONE,
         "ca_certs": configuration.ssl_ca_cert,
@@ -239,6 +247,22 @@ def _pool(configuration: Any) -> urllib3.PoolManager:
         settings["server_hostname"] = configuration.tls_server_name
     if not configuration.verify_ssl:
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-    if configuration.proxy:
-        return urllib3.ProxyManager(configuration.proxy, proxy_headers=configuration.proxy_headers, **settings)
-    return urllib3.PoolManager(**settings)
+    if proxy is None:
+        return urllib3.PoolManager(**settings)
+    at = urlsplit(proxy.url)
+    bare = f"{at.scheme.lower()}://{at.netloc.rpartition('@')[2]}"
+    user, password = unquote(at.username or ""), unquote(at.password or "")
+    if at.scheme.lower().startswith("socks"):
+        try:
+            from urllib3.contrib.socks import SOCKSProxyManager
+        except ImportError as error:
+            raise LaunchRefused(
+                f"{proxy} needs the package PySocks: pip install PySocks, or take an http:// proxy"
+            ) from error
+        return SOCKSProxyManager(bare, username=user or None, password=password or None, **settings)
+    headers = dict(configuration.proxy_headers or {})
+    if user:
+        headers |= urllib3.make_headers(proxy_basic_auth=f"{user}:{password}")
+    # the proxy's own certificate is not one of the cluster's authority
+    own = ssl.create_default_context() if at.scheme.lower() == "https" else None
+    return urllib3.ProxyManager(bare, proxy_headers=headers, proxy_ssl_context=own, **settings)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k8s.labels import AGENT, ENGINE
+from k8s.refusal import refusal
 from k8s.views import ContainerView, EventView, JobView, PodView
 from trainer.launch import Finding, LaunchView, NodeView
 from trainer.wire import EXITS
@@ -290,23 +291,10 @@ def job_loss(job: JobView, events: Sequence[EventView] = ()) -> list[Finding]:
             break
     for event in events:
         if event.about == job.name and event.reason == "FailedCreate":
-            refused = _refused(event.message)
-            if refused is not None:
-                found.append(Finding("config", f"Job {job.name} cannot make its pods: {event.message}", refused))
+            refused = refusal(event.message)
+            if refused is not None and not refused.waits:
+                found.append(Finding("config", f"Job {job.name} cannot make its pods: {event.message}", refused.mend))
     return found
-
-
-def _refused(message: str) -> str | None:
-    """The mend where a pod will never be admitted as it is; None where it only has to wait (quota)."""
-    if "exceeded quota" in message:
-        return None
-    if "violates PodSecurity" in message:
-        return "use a fabric that restricted allows (tcp), or a namespace of a lower Pod Security level"
-    if "serviceaccount" in message.lower() and "not found" in message:
-        return "create that ServiceAccount, or correct launch.service_account"
-    if "admission webhook" in message or "is invalid" in message or "denied the request" in message:
-        return "the cluster's admission refuses the pod: the message says what to change (launch.pod_patch)"
-    return None
 
 
 def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventView] = ()) -> str:
@@ -330,8 +318,8 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
     names = {p.name for p in pods}
     for event in reversed(events):
         if event.about == job.name and event.reason == "FailedCreate":
-            quota = "exceeded quota" in event.message
-            mend = "; raise the quota or lower launch.resources: it starts by itself then" if quota else ""
+            refused = refusal(event.message)
+            mend = f"; {refused.mend}" if refused else ""
             return f"the API server does not take its pods: {event.message}{mend}"
         if event.about in names and event.type == "Warning":
             return f"{event.about}: {event.reason}: {event.message}"

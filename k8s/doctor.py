@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, Protocol
 
-from k8s.api import JOBS, QUOTAS, SECRETS, Json
-from k8s.errors import ApiUnavailable, Missing, NotAllowed
+from k8s.api import JOBS, QUOTAS, RANGES, SECRETS, Json
+from k8s.errors import ApiUnavailable, Missing, NotAllowed, Unauthenticated
 from k8s.labels import AGENT, ENGINE
-from k8s.quantity import amount
+from k8s.quantity import amount, spelled
+from k8s.quota import quota_problems, range_problems, uses, whole
+from k8s.render import FABRIC_MEND
 from k8s.version import MEND, OLDEST, too_old
 from trainer.errors import LaunchError
 
@@ -64,6 +67,7 @@ class Wanted:
     store_url: str = ""
     store_secret: str = ""
     queue: str = ""
+    fabric: str = "tcp"
 
 
 def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monotonic) -> list[Check]:
@@ -72,6 +76,7 @@ def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monot
         ("version", _version),
         ("rights", _rights),
         ("namespace", _namespace),
+        ("fabric", _fabric),
         ("quota", _quota),
         ("machines", _machines),
         ("images", _images),
@@ -90,11 +95,14 @@ def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monot
             found.append(Check(name, "bad", str(error), "check the network, the kubeconfig's server and its proxy"))
             if name == "version":
                 break
+        except Unauthenticated as error:
+            found.append(Check(name, "bad", str(error)))
         except NotAllowed as error:
-            verdict: Literal["bad", "unknown"] = "bad" if "expired" in str(error) else "unknown"
-            found.append(Check(name, verdict, str(error)))
+            found.append(Check(name, "unknown", str(error)))
         except LaunchError as error:
             found.append(Check(name, "bad", str(error)))
+        except ValueError as error:  # a quantity of the cluster that is none
+            found.append(Check(name, "unknown", f"the cluster has what cannot be read: {error}"))
     return found
 
 
@@ -178,43 +186,33 @@ def _added_capabilities(job: Json | None) -> list[str]:
 
 
 def _quota(api: Reader, wanted: Wanted) -> list[Check]:
-    items = api.get(QUOTAS.path(wanted.namespace), read_s=READ_S).get("items") or ()
-    if not items:
-        return [Check("quota", "ok", f"no quota in {wanted.namespace}")]
-    need, found = requests_of(wanted.job), []
-    for item in items:
-        status, name = item.get("status") or {}, item["metadata"]["name"]
-        for key, hard in (status.get("hard") or {}).items():
-            ask = need.get(key.removeprefix("requests."), 0.0)
-            left = amount(hard) - amount((status.get("used") or {}).get(key, "0"))
-            if ask > left:
-                found.append(
-                    Check(
-                        "quota",
-                        "bad",
-                        f"quota {name} leaves {left:g} of {key}, the run asks for {ask:g}",
-                        "raise the quota, end what uses it, or lower launch.resources; the run waits until then",
-                    )
-                )
-    return found or [Check("quota", "ok", f"{len(items)} quota in {wanted.namespace}, room for the run")]
+    """Limit ranges first: they give the pods what quotas count."""
+    space = wanted.namespace
+    quotas = api.get(QUOTAS.path(space), read_s=READ_S).get("items") or ()
+    try:
+        ranges, blind = list(api.get(RANGES.path(space), read_s=READ_S).get("items") or ()), False
+    except NotAllowed:  # not needed to run, and not in the Role
+        ranges, blind = [], True
+    if not quotas and not ranges:
+        return [Check("quota", "ok", f"no quota in {space}")]
+    if wanted.job is None:
+        return [Check("quota", "ok", f"{len(quotas)} quotas and {len(ranges)} limit ranges in {space}; no spec given")]
+    pod, found = wanted.job["spec"]["template"]["spec"], []
+    for problem in (p for item in ranges for p in range_problems(item, pod, ranges)):
+        found.append(Check("quota", "bad", problem.text, problem.mend))
+    for problem in (p for item in quotas for p in quota_problems(item, wanted.job, ranges)):
+        if problem.unnamed and blind:
+            text = f"{problem.text}, unless a LimitRange gives a default (this user may not list limitranges)"
+            found.append(Check("quota", "warn", text, problem.mend))
+        else:
+            found.append(Check("quota", "bad", problem.text, problem.mend))
+    return found or [Check("quota", "ok", f"{len(quotas)} quota in {space}, room for the run")]
 
 
-def requests_of(job: Json | None) -> dict[str, float]:
-    """What all pods of the Job ask for together; ``pods`` is their number."""
-    if job is None:
-        return {}
-    count = float(job["spec"]["completions"])
-    each = pod_requests(job)
-    return {"pods": count, **{key: count * value for key, value in each.items()}}
-
-
-def pod_requests(job: Json) -> dict[str, float]:
-    """What one pod asks for; a native sidecar counts beside the engine."""
-    total: dict[str, float] = {}
-    for container in _containers(job):
-        for key, value in ((container.get("resources") or {}).get("requests") or {}).items():
-            total[key] = total.get(key, 0.0) + amount(value)
-    return total
+def _fabric(api: Reader, wanted: Wanted) -> list[Check]:
+    if wanted.fabric == "tcp":
+        return []
+    return [Check("fabric", "bad", f"launch.fabric = {wanted.fabric!r} is not run by this version", FABRIC_MEND)]
 
 
 def _containers(job: Json | None) -> list[Json]:
@@ -228,7 +226,7 @@ def _machines(api: Reader, wanted: Wanted) -> list[Check]:
     except NotAllowed:
         return [Check("machines", "unknown", "this user may not list machines (not needed to run)")]
     pod = wanted.job["spec"]["template"]["spec"] if wanted.job else {}
-    need = pod_requests(wanted.job) if wanted.job else {}
+    need = whole(uses(pod)).requests
     fit, reasons = 0, []
     for item in items:
         why = _unfit(item, pod, need)
@@ -247,7 +245,7 @@ def _machines(api: Reader, wanted: Wanted) -> list[Check]:
     return [Check("machines", "ok", text)]
 
 
-def _unfit(node: Json, pod: Json, need: Mapping[str, float]) -> str | None:
+def _unfit(node: Json, pod: Json, need: Mapping[str, Fraction]) -> str | None:
     spec, status = node.get("spec") or {}, node.get("status") or {}
     ready: Json = next((c for c in status.get("conditions") or () if c["type"] == "Ready"), {})
     if ready.get("status") != "True":
@@ -262,7 +260,7 @@ def _unfit(node: Json, pod: Json, need: Mapping[str, float]) -> str | None:
     for key, value in need.items():
         has = amount((status.get("allocatable") or {}).get(key, "0"))
         if has < value:
-            return f"has {has:g} {key}, a pod asks for {value:g}"
+            return f"has {spelled(has, key)} {key}, a pod asks for {spelled(value, key)}"
     return None
 
 

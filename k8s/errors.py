@@ -1,9 +1,11 @@
 """What a cluster's API can answer, translated once (``translate``), and what the caller should do about it.
 
 LaunchUnknown 75              (trainer.errors)
-└── ApiUnavailable            no answer, 429, 5xx: unknown, never failure; wait ``retry_after_s`` and try again
+├── ApiUnavailable            no answer, 429, 5xx: unknown, never failure; wait ``retry_after_s`` and try again
+└── QuotaFull                 403 of a quota that has room for it once others have gone: wait, as pods do
 LaunchRefused 78              (trainer.errors)
-├── NotAllowed                401, 403: the text names the verb and the Role to apply, or the expired kubeconfig
+├── NotAllowed                403: the text names the verb and the Role to apply
+│   └── Unauthenticated       401, or credentials that cannot be had: log in again
 ├── Invalid                   400, 413, 415, 422, admission and quota refusals: the text says what is wrong
 └── ForeignObject             an object of the same name that somebody else made: never touched
 LaunchError 75                (trainer.errors)
@@ -17,6 +19,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from k8s.refusal import refusal
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 
 
@@ -28,8 +31,16 @@ class ApiUnavailable(LaunchUnknown):
         self.retry_after_s = retry_after_s
 
 
+class QuotaFull(LaunchUnknown):
+    """A quota has no room for the object now."""
+
+
 class NotAllowed(LaunchRefused):
     """Rights are missing."""
+
+
+class Unauthenticated(NotAllowed):
+    """Nobody knows who asks: the credentials are unknown or have expired, or there are none to be had."""
 
 
 class Invalid(LaunchRefused):
@@ -57,14 +68,18 @@ def translate(status: int, body: bytes, what: str, retry_after: str | None = Non
     said = _message(body) or f"HTTP {status}"
     text = f"{what}: {said}"
     if status == 401:
-        return NotAllowed(
+        return Unauthenticated(
             f"{text}; the kubeconfig's credentials are unknown or have expired: log in again, or "
             "point HOTSTAGE_KUBECONFIG or KUBECONFIG at a valid file"
         )
     if status == 403:
-        if "exceeded quota" in said or "admission webhook" in said or "violates PodSecurity" in said:
-            return Invalid(f"{text}; `hotstage k8s doctor` shows quotas and the namespace's Pod Security level")
+        refused = refusal(said)
+        if refused is not None:
+            kind = QuotaFull if refused.waits else Invalid
+            return kind(f"{text}; {refused.mend} (`hotstage k8s doctor` shows what the namespace allows)")
         return NotAllowed(f"{text}; apply the Role `hotstage-launcher` of k8s/base/rbac.yaml, or ask for it")
+    if status == 407:
+        return NotAllowed(f"{text}; the proxy wants a name and a password: write it as http://NAME:PASSWORD@host:port")
     if status == 404:
         return Missing(text)
     if status == 409:

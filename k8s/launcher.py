@@ -27,7 +27,7 @@ from k8s.api import EVENTS, JOBS, PODS, SECRETS, SERVICES, Json, Resource
 from k8s.diagnosis import NO_LIMITS, Limits, launch_view
 from k8s.errors import Exists, ForeignObject, Missing, NotAllowed
 from k8s.labels import LAUNCH, MANAGED_BY, MANAGER, RUN, SPEC_DIGEST, label_value
-from k8s.render import limits_of, owned, render_launch
+from k8s.render import check_fabric, limits_of, owned, render_launch
 from k8s.version import MEND, OLDEST, too_old
 from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_view
 from k8s.watch import PACE, Pace, Sight, Source, Watcher
@@ -107,6 +107,7 @@ class KubernetesLauncher:
         fresh = self._clock() - known.made_at < FRESH_S
         if known.settled and (seen.uid == known.uid if seen is not None else fresh):
             return
+        check_fabric(launch.spec)
         job, service, secret = render_launch(
             launch.spec,
             launch.plan,

@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k8s.diagnosis import Limits
 from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
-from k8s.quantity import QUANTITY, amount
+from k8s.quantity import amount
 from trainer.errors import LaunchRefused
 from trainer.plan import Plan
 from trainer.spec import RunSpec
@@ -46,6 +47,15 @@ FABRICS: Mapping[str, Mapping[str, Any]] = {
     },
     "nvl72": {"claims": ["imex-channel"], "env": {"HOTSTAGE_ENGINE_FABRIC": "nvl72"}},
 }
+FABRIC_MEND = (
+    "set launch.fabric = 'tcp', which is what this engine runs; `hotstage k8s render` shows the others' objects"
+)
+
+
+def check_fabric(spec: RunSpec) -> None:
+    """Raises LaunchRefused for a fabric that is rendered, but not run: its pods would talk TCP in silence."""
+    if spec.launch.fabric != "tcp":
+        raise LaunchRefused(f"launch.fabric = {spec.launch.fabric!r} is not run by this version; {FABRIC_MEND}")
 
 
 def render_launch(
@@ -293,9 +303,9 @@ def limits_of(spec: RunSpec, plan: Plan, job: Mapping[str, Any]) -> Limits:
     agent = next(c for c in pod["initContainers"] if c["name"] == AGENT)
     return Limits(
         engine_needs=_engine_memory(spec, plan),
-        engine_limit=int(amount(engine["resources"]["limits"]["memory"])),
+        engine_limit=math.floor(amount(engine["resources"]["limits"]["memory"])),
         agent_needs=_agent_memory(spec, plan),
-        agent_limit=int(amount(agent["resources"]["limits"]["memory"])),
+        agent_limit=math.floor(amount(agent["resources"]["limits"]["memory"])),
     )
 
 
@@ -313,18 +323,54 @@ def _agent_memory(spec: RunSpec, plan: Plan) -> int:
 
 
 def _resources(said: str, memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:
-    """Requests and limits: what ``launch.<said>`` says, else the plan's memory; less than that is refused."""
-    for key, value in wanted.items():
-        if not QUANTITY.match(value):
-            raise LaunchRefused(f"launch.{said}.{key} = {value!r} is no quantity; write for example 4, 500m, 16Gi")
-    given = dict(wanted)
-    limit = given.setdefault("memory", f"{-(-memory // (1 << 20))}Mi")
+    """Requests and limits. A plain key of ``launch.<said>`` is a request, of memory and of devices the limit as well;
+    ``"limits.cpu"`` and ``"requests.cpu"`` say one of the two. Memory is the plan's where nothing is said; a limit of
+    less is refused, and so is what the API server would refuse.
+    """
+    where: dict[tuple[str, str], str] = {}  # (side, resource) -> the key that said it
+    values: dict[tuple[str, str], str] = {}
+    for key in sorted(wanted, key=lambda k: k.startswith(_SIDES)):  # what names its side comes last and holds
+        _check_quantity(said, key, wanted[key])
+        side, _, name = key.partition(".") if key.startswith(_SIDES) else ("", "", key)
+        for one in [side] if side else ["requests", *(["limits"] if name == "memory" or _whole(name) else [])]:
+            where[one, name], values[one, name] = key, wanted[key]
+    plan = f"{-(-memory // (1 << 20))}Mi"
+    limit = values.setdefault(("limits", "memory"), values.get(("requests", "memory"), plan))
+    values.setdefault(("requests", "memory"), limit)
     if amount(limit) < memory:
+        key = where.get(("limits", "memory"), "memory")
         raise LaunchRefused(
-            f"launch.{said}.memory = {limit} is less than the {-(-memory // (1 << 20))}Mi that the plan needs; "
-            "raise it, or take more stages, smaller microbatches or fewer slots"
+            f"launch.{said}.{key} = {limit} is less than the {plan} that the plan needs; raise it, or take more "
+            "stages, smaller microbatches or fewer slots"
         )
-    return {"requests": {**given, **more}, "limits": {"memory": limit, **more}}
+    for (side, name), value in values.items():
+        cap = values.get(("limits", name))
+        if side == "requests" and cap is not None and amount(value) > amount(cap):
+            raise LaunchRefused(
+                f"launch.{said} requests {value} of {name}, more than its limit of {cap}; lower launch.{said}."
+                f"{where.get(('requests', name), name)}, or raise {where.get(('limits', name), f'limits.{name}')}"
+            )
+    sides = {side: {n: v for (s, n), v in values.items() if s == side} for side in ("requests", "limits")}
+    return {side: {**given, **more} for side, given in sides.items()}
+
+
+_SIDES = ("requests.", "limits.")
+
+
+def _whole(name: str) -> bool:
+    """Whether a resource comes in whole pieces that are never shared: its request is its limit."""
+    return "/" in name or name.startswith("hugepages-")
+
+
+def _check_quantity(said: str, key: str, value: Any) -> None:
+    try:
+        number = amount(value)
+    except ValueError as error:
+        raise LaunchRefused(f"launch.{said}.{key} = {error}") from error
+    if number < 0:
+        raise LaunchRefused(f"launch.{said}.{key} = {value!r} is below 0; write for example 4, 500m, 16Gi")
+    if "/" in key and number.denominator != 1:
+        raise LaunchRefused(f"launch.{said}.{key} = {value!r}: devices are whole; write for example 1")
 
 
 # --- strategic merge, as far as a pod needs it ------------------------------------------------------------
@@ -362,6 +408,10 @@ def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, A
                         f"launch.pod_patch changes {key} of container {container['name']!r}, which the gang's contract "
                         "fixes; take it out of the patch"
                     )
+    for container in [*patched["initContainers"], *patched["containers"]]:
+        for side, given in (container.get("resources") or {}).items():
+            for key, value in given.items() if isinstance(given, Mapping) else ():
+                _check_quantity(f"pod_patch of container {container['name']}: resources.{side}", key, value)
     engine = next(c for c in patched["containers"] if c["name"] == ENGINE)
     if engine.get("envFrom"):
         raise LaunchRefused("launch.pod_patch gives the engine's container envFrom; credentials go to the agent only")

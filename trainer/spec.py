@@ -439,7 +439,8 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
     key, sep, raw = text.partition("=")
     if not sep or not key.strip():
         raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.steps=100")
-    path = _full_path(tuple(part.strip() for part in key.split(".")), text)
+    parts = re.findall(r'\s*("[^"]*"|[^.]*)\s*(?:\.|\Z)', key)[:-1] if '"' in key else key.split(".")
+    path = _full_path(tuple(part.strip().strip('"') for part in parts), text)
     node = tree
     for part in path[:-1]:
         below = node.setdefault(part, {})

@@ -39,7 +39,12 @@ def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -
     """Print the objects that a launch of SPEC makes (YAML; --json for JSON): Job, Service, Secret without its key."""
     import yaml
 
-    _, objects, _ = _objects(spec, sets, store)
+    from k8s.render import FABRIC_MEND
+
+    resolved, objects, _ = _objects(spec, sets, store)
+    if resolved.launch.fabric != "tcp":
+        text = f"launch.fabric = {resolved.launch.fabric!r} is rendered, not run: `k8s apply` and `train` refuse it"
+        click.echo(f"hotstage: {text}; {FABRIC_MEND.partition(';')[0]}", err=True)
     if as_json:
         show(objects)
     else:
@@ -62,11 +67,13 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
     from flows.loop import launch_of
     from flows.run import prepare_run
     from k8s.api import JOBS, SECRETS, SERVICES, Api
+    from k8s.render import check_fabric
     from trainer.errors import SpecError
     from trainer.spec import load_spec
 
     if dry_run:
         resolved, objects, _ = _objects(spec, sets, store)
+        check_fabric(resolved)
         api = Api.load()
         for resource, item in zip((JOBS, SERVICES, SECRETS), objects, strict=True):
             name = item["metadata"]["name"]
@@ -103,7 +110,9 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
     if spec is not None:
         resolved, objects, url = _objects(spec, sets, store)
         space = namespace or resolved.launch.namespace
-        wanted = Wanted(space, objects[0], url, resolved.launch.store_secret, resolved.launch.queue)
+        wanted = Wanted(
+            space, objects[0], url, resolved.launch.store_secret, resolved.launch.queue, resolved.launch.fabric
+        )
     elif namespace is None and api.namespace:
         wanted = Wanted(api.namespace)
     checks = examine(api, wanted)

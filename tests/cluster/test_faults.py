@@ -352,11 +352,11 @@ def test_a_plan_that_needs_more_memory_than_its_limit(one: Gang, judge: Judge) -
 
 
 def test_pods_that_the_namespace_does_not_admit(one: Gang) -> None:
-    one.sets.append("launch.fabric=infiniband")
+    one.sets.append(PATCH + '{ volumes = [{ name = "host", hostPath = { path = "/srv" } }] }')
     result = ended(one.start())
     assert (result["outcome"], result["exit_code"]) == ("gave_up", 78)
     assert "violates PodSecurity" in result["reason"]
-    assert "IPC_LOCK" in result["reason"]
+    assert "hostPath" in result["reason"]
 
 
 def test_an_account_without_rights(one: Gang) -> None:

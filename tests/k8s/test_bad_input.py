@@ -39,6 +39,16 @@ def refused(place: Place, *sets: str) -> str:
             ["launch.resources.cpu = 'many' is no quantity; write for example 4, 500m, 16Gi"],
         ),
         (["launch.agent_resources.memory=8Mi"], ["launch.agent_resources.memory = 8Mi is less than the"]),
+        (['launch.resources.cpu="-1"'], ["launch.resources.cpu = '-1' is below 0; write for example 4, 500m, 16Gi"]),
+        (['launch.resources."nvidia.com/gpu"="0.5"'], ["launch.resources.nvidia.com/gpu = '0.5': devices are whole"]),
+        (
+            ['launch.resources.cpu="4"', 'launch.resources."limits.cpu"="2"'],
+            ["launch.resources requests 4 of cpu, more than its limit of 2; lower launch.resources.cpu, or raise"],
+        ),
+        (
+            ["launch.fabric=infiniband"],
+            ["launch.fabric = 'infiniband' is not run by this version; set launch.fabric = 'tcp'"],
+        ),
     ],
     ids=lambda value: value[0][:40] if isinstance(value, list) else None,
 )
@@ -90,3 +100,17 @@ def test_an_object_of_the_same_name_made_by_someone_else(place: Place, server: A
     assert f"there is a Job {name} in namespace train that is not of launch" in err
     assert "it is left alone: delete it, or give the spec another name" in err
     assert server.objects[JOBS_AT, name] == made
+
+
+def test_a_fabric_that_is_not_run_is_still_rendered(place: Place, server: ApiServer) -> None:
+    fabric = ("--set", "launch.fabric=infiniband")
+    done = place.call("k8s", "render", "spec.toml", *SETS, *fabric)
+    assert done.code == 0, done.err
+    assert "IPC_LOCK" in done.out
+    assert "launch.fabric = 'infiniband' is rendered, not run" in done.err
+    for how in ((), ("--dry-run",)):
+        done = place.call("k8s", "apply", "spec.toml", *SETS, *fabric, *how)
+        assert done.code == REFUSED
+        assert "launch.fabric = 'infiniband' is not run by this version; set launch.fabric = 'tcp'" in done.err
+    assert not server.bodies
+    assert not (place.folder / "store" / "index").exists()

@@ -247,6 +247,15 @@ def test_an_index_that_was_started_twice_counts_once() -> None:
         ('pods "x" is forbidden: violates PodSecurity "restricted:latest"', "fabric that restricted allows"),
         ('error looking up service account train/me: serviceaccount "me" not found', "launch.service_account"),
         ('admission webhook "policy" denied the request: no', "admission refuses"),
+        (
+            'Error creating: pods "x-0" is forbidden: failed quota: team: must specify limits.cpu for: agent,engine',
+            'set launch.resources."limits.cpu" and launch.agent_resources."limits.cpu"',
+        ),
+        (
+            'pods "x" is forbidden: exceeded quota: q, requested: limits.cpu=5, used: cpu=0, limited: limits.cpu=4',
+            "5 of limits.cpu is asked for at once, 4 is all there is",
+        ),
+        ('pods "x" is forbidden: maximum cpu usage per Container is 1, but limit is 4', "LimitRange"),
     ],
 )
 def test_pods_that_are_never_admitted_are_a_refused_configuration(message: str, mend: str) -> None:

@@ -10,7 +10,6 @@ from kubernetes.client import Configuration
 
 from k8s.api import PODS, Api
 from k8s.doctor import RIGHTS, Check, Wanted, examine
-from k8s.quantity import amount
 from tests.k8s.api_server import ApiServer
 from tests.k8s.test_launcher import LAUNCH_OF, NAME, connect, run_pods
 from tests.k8s.test_render import rendered
@@ -45,7 +44,8 @@ def examined(server: ApiServer, **launch: Any) -> dict[str, list[Check]]:
     configuration.host = server.url
     launch = {"store_secret": "s3", "image": "reg/engine:1", "agent_image": "reg/agent:1", **launch}
     job = rendered(**launch)[0]
-    wanted = Wanted("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""))
+    fabric = launch.get("fabric", "tcp")
+    wanted = Wanted("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""), fabric)
     found: dict[str, list[Check]] = {}
     for check in examine(Api(configuration), wanted):
         found.setdefault(check.name, []).append(check)
@@ -94,6 +94,52 @@ def test_a_quota_that_is_too_small(server: ApiServer) -> None:
     texts = [c.text for c in examined(server)["quota"]]
     assert any("leaves 1 of pods, the run asks for 2" in text for text in texts)
     assert any("requests.memory" in text for text in texts)
+
+
+COUNTED = {"metadata": {"name": "team"}, "status": {"hard": {"limits.cpu": "100", "pods": "1e3"}}}
+
+
+def test_a_quota_on_what_our_pods_do_not_set(server: ApiServer) -> None:
+    """The finding, then what its mend makes of it, then what the namespace's own default makes of it."""
+    server.put(f"{SPACE}/resourcequotas", COUNTED)
+    (check,) = examined(server)["quota"]
+    assert check.verdict == "bad"
+    assert "quota team counts limits.cpu and containers agent, engine set none" in check.text
+    assert 'set launch.resources."limits.cpu" and launch.agent_resources."limits.cpu"' in check.mend
+    mended = {"resources": {"limits.cpu": "4"}, "agent_resources": {"limits.cpu": "1"}}
+    assert [c.verdict for c in examined(server, **mended)["quota"]] == ["ok"]
+
+    server.denied.add(("list", "limitranges"))
+    (check,) = examined(server)["quota"]
+    assert (check.verdict, "may not list limitranges" in check.text) == ("warn", True)
+    server.denied.clear()
+
+    default = {"type": "Container", "default": {"cpu": "2"}, "defaultRequest": {"cpu": "1"}, "max": {"cpu": "3"}}
+    server.put(f"{SPACE}/limitranges", {"metadata": {"name": "usual"}, "spec": {"limits": [default]}})
+    assert [c.verdict for c in examined(server)["quota"]] == ["ok"]
+    (check,) = examined(server, **mended)["quota"]
+    assert "LimitRange usual allows at most 3 cpu; container engine has a limit of 4" in check.text
+    assert 'set launch.resources."limits.cpu"' in check.mend
+
+
+def test_a_quota_that_cannot_be_read_is_no_traceback(server: ApiServer) -> None:
+    server.put(f"{SPACE}/resourcequotas", {"metadata": {"name": "odd"}, "status": {"hard": {"pods": "1e"}}})
+    (check,) = examined(server)["quota"]
+    assert (check.verdict, "'1e' is no quantity" in check.text) == ("unknown", True)
+
+
+def test_credentials_that_have_expired_are_bad_and_missing_rights_are_not(server: ApiServer) -> None:
+    server.denied.add(("list", "resourcequotas"))
+    (check,) = examined(server)["quota"]
+    assert check.verdict == "unknown"
+    server.expired = True
+    assert examined(server)["version"][0].verdict == "bad"
+
+
+def test_a_fabric_that_is_not_run(server: ApiServer) -> None:
+    (check,) = examined(server, fabric="nvl72")["fabric"]
+    assert (check.verdict, check.text) == ("bad", "launch.fabric = 'nvl72' is not run by this version")
+    assert "set launch.fabric = 'tcp'" in check.mend
 
 
 @pytest.mark.parametrize(
@@ -156,14 +202,7 @@ def test_no_time_left_is_said(server: ApiServer) -> None:
     configuration.host = server.url
     times = iter([0.0, 1.0, *([20.0] * 20)])
     found = examine(Api(configuration), Wanted("train"), clock=lambda: next(times))
-    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 8
-
-
-@pytest.mark.parametrize(("text", "value"), [("500m", 0.5), ("16Gi", 16 * 2**30), ("2", 2), ("1.5k", 1500)])
-def test_quantities(text: str, value: float) -> None:
-    assert amount(text) == value
-    with pytest.raises(ValueError, match="no quantity"):
-        amount(text + "!")
+    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 9
 
 
 def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) -> None:
@@ -183,4 +222,5 @@ def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) ->
     second.close()
     examined(server)
     wanted = {(verb, resource) for _, resource, verbs in RIGHTS for verb in verbs}
-    assert server.used - {("list", "nodes"), ("list", "version")} == wanted  # these two are everybody's, or not needed
+    more = {("list", "nodes"), ("list", "version"), ("list", "limitranges")}  # everybody's, or not needed
+    assert server.used - more == wanted

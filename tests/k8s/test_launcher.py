@@ -14,13 +14,14 @@ from kubernetes.client import Configuration, V1Job, V1Secret, V1Service
 
 from flows.foretell import stand_in
 from k8s.api import Api
-from k8s.errors import ApiUnavailable, ForeignObject, NotAllowed
+from k8s.errors import ApiUnavailable, ForeignObject, Invalid, NotAllowed, QuotaFull
 from k8s.labels import LAUNCH, SPEC_DIGEST
 from k8s.launcher import KubernetesLauncher, run_of
 from k8s.watch import Pace
 from tests.k8s.api_server import ApiServer
 from tests.k8s.test_render import TINY
 from tests.k8s.test_watch import until
+from trainer.errors import LaunchRefused
 from trainer.launch import Launch
 from trainer.plan import compile_plan
 from trainer.spec import parse_spec, what_digest
@@ -312,3 +313,30 @@ def test_a_thousand_nodes(server: ApiServer, launcher: KubernetesLauncher) -> No
 def test_names() -> None:
     assert run_of("tiny-0a1b2c-k12") == "tiny-0a1b2c"
     assert run_of("odd") == "odd"
+
+
+def test_a_quota_without_room_is_waited_for_and_one_that_never_has_any_is_not(
+    server: ApiServer, launcher: KubernetesLauncher
+) -> None:
+    said = (
+        "jobs.batch is forbidden: exceeded quota: q, requested: count/jobs.batch=1, used: count/jobs.batch=3, limited: "
+    )
+    server.storms["write"] = (403, f"{said}count/jobs.batch=3")
+    with pytest.raises(QuotaFull, match="raise the quota, end what uses it"):
+        launcher.ensure(LAUNCH_OF)
+    server.storms["write"] = (403, f"{said}count/jobs.batch=0")
+    with pytest.raises(Invalid, match=r"it never fits: 1 of count/jobs.batch is asked for at once, 0 is all there is"):
+        launcher.ensure(LAUNCH_OF)
+    server.storms.clear()
+    launcher.ensure(LAUNCH_OF)
+    assert set(server.named("jobs")) == {NAME}
+
+
+def test_a_fabric_that_is_not_run_is_refused_before_anything_is_made(
+    server: ApiServer, launcher: KubernetesLauncher
+) -> None:
+    with pytest.raises(
+        LaunchRefused, match=r"launch\.fabric = 'efa' is not run by this version; set launch\.fabric = 'tcp'"
+    ):
+        launcher.ensure(launch_named(fabric="efa"))
+    assert server.count("PATCH", "write", "jobs") == 0

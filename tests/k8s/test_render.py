@@ -146,3 +146,11 @@ def test_long_names_stay_dns_labels() -> None:
 
 def test_rendering_is_deterministic() -> None:
     assert rendered() == rendered()
+
+
+def test_a_quantity_of_the_patch_that_is_none_is_refused() -> None:
+    patch = {"containers": [{"name": "engine", "resources": {"limits": {"cpu": "x"}}}]}
+    with pytest.raises(
+        LaunchRefused, match=r"launch\.pod_patch of container engine: .*limits\.cpu = 'x' is no quantity"
+    ):
+        rendered(pod_patch=patch)
