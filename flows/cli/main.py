@@ -61,6 +61,16 @@ _COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON, whatever its message holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"level": record.levelname, "logger": record.name, "event": record.getMessage()}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 class _Lazy(click.Group):
     """Subcommands are imported when they are called: `hotstage --help` takes no time."""
 
@@ -91,11 +101,9 @@ def cli(verbose: int) -> None:
     And later:    hotstage runs ls; hotstage logs RUN -f; hotstage ckpt export RUN -o folder
     """
     levels = [logging.WARNING, logging.INFO, logging.DEBUG]
-    logging.basicConfig(
-        level=levels[min(verbose, 2)],
-        stream=sys.stderr,
-        format='{"level":"%(levelname)s","logger":"%(name)s","event":"%(message)s"}',
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
 
 
 store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (else HOTSTAGE_STORE).")
