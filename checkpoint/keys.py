@@ -8,7 +8,8 @@
     runs/<run>/manifests/<step>-<epoch>/parts/<node>  part manifests, one an agent
     runs/<run>/manifests/<step>-<epoch>/manifest      what the checkpoint record names
     runs/<run>/chunks/<step>-<epoch>/<rank>-<incarnation>-<index>
-    runs/<run>/live/...                               hints
+    runs/<run>/live/...                               hints; claims (claims.py), the log's condensed state (log.py),
+                                                      metrics (curve.py), output and status (agent/output.py)
 
 ``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6.
 """

@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 from checkpoint import codec, keys
-from checkpoint.errors import Conflict, Damaged, Halted, NotFound, StoreUnavailable
+from checkpoint.errors import Conflict, Damaged, Halted, NotFound, StoreError, StoreUnavailable
 from checkpoint.store.base import Store
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ VERSION = 1
 MAX_RECORD_BYTES = 64 << 10
 MAX_STATE_BYTES = 256 << 20
 FOLD_EVERY = 256
+CONDENSE_EVERY = 4
 KINDS = ("attempt", "checkpoint", "damaged", "intervention", "pin", "unpin", "tombstone", "ended", "fold")
 OUTCOMES = ("succeeded", "cancelled", "gave_up", "preempted")
 _WRITER = re.compile(r"[A-Za-z0-9._@-]{1,120}\Z")
@@ -502,6 +503,13 @@ def fold_target(record: Record) -> tuple[str, int, str]:
     return found
 
 
+def condensed_key(run: str) -> str:
+    """Of the state that a writer leaves every few records: a hint, u64le number of its last record, that record's
+    SHA-256, and the sealed state after it.
+    """
+    return keys.run_key(run, "live", "fold")
+
+
 class RunLog:
     """The log of one run in one store. Safe to use from several threads; keeps no state of its own."""
 
@@ -535,26 +543,36 @@ class RunLog:
         """Whether the run has a record."""
         return self.store.head(keys.log_key(self.run, 1)) is not None
 
-    def fold(self, since: RunState | None = None) -> RunState:
-        """The state now. With the state from before: a request for each new record, and one to see that it is the last.
+    def fold(self, since: RunState | None = None, *, quick: bool = False) -> RunState:
+        """The state now. With the state from before: a request for each new record, and one to see that it is the last
+        (``since`` itself where there is none).
 
         Without, it starts at the newest fold record (found by probing, not by listing) and looks once whether a
         record is missing in the middle. A record that cannot be read ends the fold: ``state.unreadable`` says why.
+
+        ``quick``: without ``since``, start where a writer left the state lately, however long the log is: a handful
+        of requests. Records before that point are not read again, as with a state from before.
         """
-        state = since if since is not None else self._newest_fold()
-        fold = _Fold(state)
+        state = since if since is not None else (self._condensed() if quick else None) or self._newest_fold()
+        fold: _Fold | None = None
         while True:
+            n = (fold or state).n + 1
             try:
-                fold.add(self.read(fold.n + 1))
+                record = self.read(n)
+                fold = fold or _Fold(state)
+                fold.add(record)
             except NotFound:
-                later = None if since is not None else self._after(fold.n + 1)
+                later = None if since is not None else self._after(n)
                 if later is None:
-                    return fold.freeze()
-                if self.store.head(keys.log_key(self.run, fold.n + 1)) is None:
-                    why = f"log record {fold.n + 1} is missing, but {later} exists: a record was deleted"
-                    return self._halted(fold, why)
+                    break
+                if self.store.head(keys.log_key(self.run, n)) is None:
+                    why = f"log record {n} is missing, but {later} exists: a record was deleted"
+                    return self._halted(fold or _Fold(state), why)
             except Damaged as error:
-                return self._halted(fold, str(error))
+                return self._halted(fold or _Fold(state), str(error))
+        if fold is not None:
+            return fold.freeze()
+        return state if state.unreadable is None else replace(state, unreadable=None)
 
     def _halted(self, fold: _Fold, why: str) -> RunState:
         logger.error("run %s: %s; nobody may write until it is mended (hotstage ckpt verify)", self.run, why)
@@ -565,6 +583,28 @@ class RunLog:
         for info in self.store.list(keys.log_prefix(self.run), start_after=keys.log_key(self.run, n)):
             return info.key
         return None
+
+    def _condensed(self) -> RunState | None:
+        """The state that a writer left lately, where the record that it ends with is that of the log; else None."""
+        try:
+            raw = self.store.get(condensed_key(self.run), max_bytes=MAX_STATE_BYTES)
+            n = int.from_bytes(raw[:8], "little")
+            if not 0 < n < 1 << 62:
+                return None
+            record = self.store.get(keys.log_key(self.run, n), max_bytes=MAX_RECORD_BYTES)
+            if hashlib.sha256(record).digest() != raw[8:40]:
+                return None
+            return RunState.parse(raw[40:], self.run, n)
+        except (NotFound, Damaged) as error:
+            logger.debug("run %s: no condensed state: %s", self.run, error)
+            return None
+
+    def _condense(self, state: RunState, record: bytes) -> None:
+        head = state.n.to_bytes(8, "little") + hashlib.sha256(record).digest()
+        try:
+            self.store.put(condensed_key(self.run), head + state.to_bytes())
+        except StoreError as error:  # it saves requests, nothing else
+            logger.debug("run %s: the condensed state is not written: %s", self.run, error)
 
     def _newest_fold(self) -> RunState:
         """The state of the newest fold record that can be read: O(log n) looks at names, since records are dense."""
@@ -649,6 +689,8 @@ class RunLog:
         data = record.to_bytes()
         after = state.apply(Record.parse(data, n))  # what readers will see, or Damaged before anything is written
         if self.store.create(keys.log_key(self.run, n), data):
+            if n % CONDENSE_EVERY == 0:
+                self._condense(after, data)
             logger.debug("run %s: log record %d, %s, epoch %d", self.run, n, kind, record_epoch)
             return after
         newer = self.fold(state)

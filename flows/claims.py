@@ -49,6 +49,7 @@ class StoreClaims:
     clock: Callable[[], float] = time.monotonic
     _known: dict[str, Place] = field(default_factory=dict)
     _heard: dict[str, _Heard] = field(default_factory=dict)
+    _absent: dict[str, float] = field(default_factory=dict)
 
     def where(self, launch_id: str, own: Path | None) -> Held | None:
         """Who holds the launch; None: nobody has claimed it. ``own``: where the asker has begun it, or would."""
@@ -69,6 +70,7 @@ class StoreClaims:
     def take(self, launch_id: str, folder: Path, nodes: int) -> Held:
         """Claim the launch for this folder; whoever was first has it."""
         place = Place.of(folder, nodes=nodes)
+        self._absent.pop(launch_id, None)
         try:
             if self.store.create(launch_key(self.run, launch_id), place.to_bytes()):
                 self._known[launch_id] = place
@@ -84,12 +86,15 @@ class StoreClaims:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _read(self, launch_id: str) -> Place | None:
-        """The claim; it never changes, so it is read once."""
+        """The claim; it never changes, so it is read once, and looked for at most once in `LOOK_S` before."""
         if launch_id not in self._known:
+            if self.clock() - self._absent.get(launch_id, -LOOK_S) < LOOK_S:
+                return None
             key = launch_key(self.run, launch_id)
             try:
                 self._known[launch_id] = Place.parse(self.store.get(key, max_bytes=MAX_BYTES), key)
             except NotFound:
+                self._absent[launch_id] = self.clock()
                 return None
         return self._known[launch_id]
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from checkpoint.curve import Row
 from checkpoint.errors import CheckpointError, NotFound
 from checkpoint.log import RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
-from flows.live import MetricsReader, step_curve
+from flows.live import read_curve
 from flows.report import AttemptFact, ReportFacts
 from flows.run import load_run, load_what
 from trainer.plan.draw import timeline_svg
 from trainer.plan.timeline import Timeline, from_chrome
 
 TRACE_CAP = 64 << 20
+TRACED = 8
+TAILS = 8
+"""Attempts whose last lines are looked for beyond the index: an agent that was lost with its machine left it behind."""
 
 
 def state_word(state: RunState) -> str:
@@ -25,8 +30,8 @@ def state_word(state: RunState) -> str:
 
 
 def summary(store: Store, run: str) -> dict[str, Any]:
-    """One run in a row of `runs ls`."""
-    state = RunLog(store, run).fold()
+    """One run in a row of `runs ls`, in a handful of requests."""
+    state = RunLog(store, run).fold(quick=True)
     newest = state.restore_candidates()[:1]
     try:
         steps = int(load_what(store, run)["train"]["steps"])
@@ -82,20 +87,17 @@ def details(store: Store, run: str) -> dict[str, Any]:
     }
 
 
-def attempt_facts(state: RunState, lines: list[dict[str, Any]]) -> list[AttemptFact]:
-    """Attempts with the steps that each did, what was done twice, and how long until steps came again, by the lines."""
-    by_epoch: dict[int, list[dict[str, Any]]] = {}
-    for line in lines:
-        if line.get("event") == "step":
-            by_epoch.setdefault(int(line["epoch"]), []).append(line)
+def attempt_facts(state: RunState, rows: Mapping[int, Row]) -> list[AttemptFact]:
+    """Attempts with the steps that each did, what was done twice, and how long until steps came again.
+
+    ``rows``: of the index of metrics, by epoch.
+    """
     out: list[AttemptFact] = []
     reached = 0
     last_time: float | None = None
     for number, attempt in enumerate(state.attempts, 1):
-        mine = by_epoch.get(attempt.epoch, [])
-        steps = [int(line["step"]) for line in mine]
-        times = [float(line["time"]) for line in mine if "time" in line]
-        recovery = times[0] - last_time if out and times and last_time is not None else None
+        row = rows.get(attempt.epoch)
+        recovery = row.first.time - last_time if out and row is not None and last_time is not None else None
         out.append(
             AttemptFact(
                 number=number,
@@ -103,22 +105,24 @@ def attempt_facts(state: RunState, lines: list[dict[str, Any]]) -> list[AttemptF
                 began_s=attempt.time - state.attempts[0].time,
                 restore_step=attempt.step if attempt.checkpoint or attempt.slots else -1,
                 cause=(attempt.body.get("cause") or {}).get("text", ""),
-                first_step=min(steps) if steps else None,
-                last_step=max(steps) if steps else None,
+                first_step=row.first.step if row is not None else None,
+                last_step=row.last.step if row is not None else None,
                 lost_steps=max(0, reached - attempt.step) if out else 0,
                 recovery_s=recovery,
             )
         )
-        if times:
-            last_time = times[-1]
-        reached = max([reached, *steps])
+        if row is not None:
+            last_time, reached = row.last.time, max(reached, row.last.step)
     return out
 
 
 def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
-    """The attempts as a table for people: where each began, why, and how long until steps came again."""
-    state = RunLog(store, run).fold()
-    lines = MetricsReader(store, run).poll([a.epoch for a in state.attempts])
+    """The attempts as a table for people: where each began, why, and how long until steps came again.
+
+    In a handful of requests, however long the run has been going on: asked again and again while it does.
+    """
+    state = RunLog(store, run).fold(quick=True)
+    curve = read_curve(store, run, [a.epoch for a in state.attempts], whole=False)
     return [
         {
             "attempt": fact.number,
@@ -128,13 +132,13 @@ def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
             "done twice": fact.lost_steps,
             "back after": f"{fact.recovery_s:.2f} s" if fact.recovery_s is not None else "",
         }
-        for fact in attempt_facts(state, lines)
+        for fact in attempt_facts(state, curve.rows)
     ]
 
 
 def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
-    """The newest attempt's measured timeline, where its ranks left traces."""
-    for epoch in reversed(epochs):
+    """The newest measured timeline, where ranks of one of the last attempts left traces."""
+    for epoch in reversed(epochs[-TRACED:]):
         traces: dict[int, str] = {}
         for info in store.list(f"runs/{run}/live/{epoch}/trace/"):
             try:
@@ -155,15 +159,15 @@ def report_facts(
     """
     from flows import foretell
 
-    state = RunLog(store, run).fold()
+    state = RunLog(store, run).fold(quick=True)
     prepared = load_run(store, run)
     epochs = [a.epoch for a in state.attempts]
     numbers = {epoch: number for number, epoch in enumerate(epochs, 1)}
-    lines = MetricsReader(store, run).poll(epochs)
-    curve = step_curve(lines)
+    index = read_curve(store, run, epochs, tails=TAILS)
+    curve = index.curve()
     simulation = foretell.simulate(prepared.plan)
     measured = read_traces(store, run, epochs)
-    rates = [float(line["tokens_per_s"]) for line in curve.values() if line.get("tokens_per_s")]
+    rates = [point.tokens_per_s for point in curve.values() if point.tokens_per_s]
     newest = state.restore_candidates()[:1]
     size = (
         load_manifest(store, run, newest[0]).total_bytes if newest else None
@@ -174,8 +178,8 @@ def report_facts(
         "mfu": rate * flops_per_token / peak_flops if rate and peak_flops else None,
         "outcome": state_word(state),
         "steps": max(curve, default=0),
-        "curve": {step: float(line["loss"]) for step, line in curve.items()},
-        "attempts": attempt_facts(state, lines),
+        "curve": {step: point.loss for step, point in curve.items()},
+        "attempts": attempt_facts(state, index.rows),
         "checkpoints": [
             {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": size, "state_digest": c.state_digest}
             for c in state.checkpoints

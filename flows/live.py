@@ -15,6 +15,7 @@ from typing import Any
 
 import msgpack
 
+from checkpoint.curve import MAX_BYTES, Curve, curve_key, segment_key
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
 from flows.driver import NodeView, RankView
@@ -24,46 +25,124 @@ log = logging.getLogger(__name__)
 STATUS_CAP = 1 << 20
 SEGMENT_CAP = 1 << 20
 LOG_SEGMENTS = 64
+ATTACH_SEGMENTS = 2
 
 
 @dataclass
 class MetricsReader:
-    """Step lines of a run, in the order of their epochs: ``poll()`` gives what is new since the last call."""
+    """Step lines of a run, in the order of their epochs: ``poll()`` gives what is new since the last call.
+
+    ``attach``: begin where the run is, with the newest lines alone, in a handful of requests however long it has been
+    going on. Else everything that is kept is read.
+    """
 
     store: Store
     run: str
+    attach: bool = False
     _places: dict[int, str] = field(default_factory=dict)
 
     def poll(self, epochs: Iterator[int] | list[int]) -> list[dict[str, Any]]:
         """New lines of the given attempts, oldest first; damaged ones are left out (they are hints)."""
         lines: list[dict[str, Any]] = []
-        for epoch in epochs:
-            prefix = f"runs/{self.run}/live/{epoch}/metrics/"
-            for info in self.store.list(prefix, start_after=self._places.get(epoch, "")):
-                try:
-                    data = self.store.get(info.key, max_bytes=SEGMENT_CAP)
-                except NotFound:
-                    continue
-                self._places[epoch] = info.key
-                for line in data.splitlines():
-                    try:
-                        value = json.loads(line)
-                    except ValueError:
-                        continue
-                    if isinstance(value, dict):
-                        lines.append(value)
+        known = list(epochs)
+        attaching, self.attach = self.attach, False
+        if attaching:
+            lines += self._attach(known)
+        for epoch in known:
+            new = [info.key for info in self.store.list(_folder(self.run, epoch), self._places.get(epoch, ""))]
+            for key in new[-ATTACH_SEGMENTS:] if attaching else new:
+                self._places[epoch] = key
+                lines += read_segment(self.store, key)
         return lines
 
+    def _attach(self, epochs: list[int]) -> list[dict[str, Any]]:
+        """Places at the end of each attempt, and its newest line as far as the index has it."""
+        index = load_curve(self.store, self.run)
+        lines = []
+        for epoch in epochs:
+            row = index.rows.get(epoch) if index is not None else None
+            if row is not None:
+                self._places[epoch] = segment_key(self.run, epoch, row.next - 1)
+                lines.append(row.last.line())
+            elif index is None or epoch < index.began:
+                newest = self._newest(epoch)
+                if newest >= ATTACH_SEGMENTS:
+                    self._places[epoch] = segment_key(self.run, epoch, newest - ATTACH_SEGMENTS)
+        return lines
 
-def step_curve(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The step lines by step; where attempts repeat a step the newest epoch's counts (the bits are the same)."""
-    curve: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if line.get("event") == "step":
-            old = curve.get(int(line["step"]))
-            if old is None or int(old.get("epoch", 0)) <= int(line.get("epoch", 0)):
-                curve[int(line["step"])] = line
-    return dict(sorted(curve.items()))
+    def _newest(self, epoch: int) -> int:
+        """Number of the newest object, by looking at names: they are dense. -1 where there is none."""
+
+        def there(n: int) -> bool:
+            return self.store.head(segment_key(self.run, epoch, n)) is not None
+
+        low, high = -1, 0
+        while there(high):
+            low, high = high, 2 * high + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if there(middle) else (low, middle)
+        return low
+
+
+def _folder(run: str, epoch: int) -> str:
+    return segment_key(run, epoch, 0).rpartition("/")[0] + "/"
+
+
+def read_segment(store: Store, key: str) -> list[dict[str, Any]]:
+    """The lines of one object of metrics; none where it is gone or does not hold."""
+    try:
+        data = store.get(key, max_bytes=SEGMENT_CAP)
+    except (NotFound, Damaged):
+        return []
+    lines = []
+    for line in data.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+def load_curve(store: Store, run: str) -> Curve | None:
+    """The index of a run's metrics; None where there is none (an old run), or it does not hold."""
+    try:
+        return Curve.parse(store.get(curve_key(run), max_bytes=MAX_BYTES))
+    except (NotFound, Damaged) as error:
+        log.debug("run %s has no index of metrics: %s", run, error)
+        return None
+
+
+def read_curve(store: Store, run: str, epochs: list[int], *, whole: bool = True, tails: int = 2) -> Curve:
+    """The run's curve: the index, and what the newest ``tails`` attempts have said since it was written.
+
+    ``whole``: also what an older version left without an index, object by object.
+    """
+    curve = load_curve(store, run) or Curve()
+    old = [e for e in epochs if e not in curve.rows and (not curve.began or e < curve.began)] if whole else []
+    more = Curve(curve.began)
+    for epoch in epochs:
+        row = curve.rows.get(epoch)
+        end = row.next if row is not None else 0
+        wanted: list[str] = []
+        if row is not None and whole:
+            wanted = [segment_key(run, epoch, n) for n in range(row.since)]
+        behind = row is not None or 0 < curve.began <= epoch  # only what was said since the index was written
+        if epoch in old or (behind and epoch in epochs[-tails:]):
+            after = segment_key(run, epoch, end - 1) if end else ""
+            wanted += [info.key for info in store.list(_folder(run, epoch), after)]
+        for key in wanted:
+            for line in read_segment(store, key):
+                more.add(line, _number(key))
+    more.merge(curve)
+    return more
+
+
+def _number(key: str) -> int:
+    name = key.rpartition("/")[2]
+    return int(name) if name.isdigit() else 0
 
 
 def read_output(store: Store, run: str, epoch: int, rank: int) -> bytes:

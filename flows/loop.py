@@ -145,12 +145,12 @@ class Driver:
         self._as_asked = self.reopen  # a person said how: not what an earlier driver had to make of it
         run_log = RunLog(self.store, run, writer="driver")
         state: RunState | None = None
-        metrics = MetricsReader(self.store, run)
+        metrics = MetricsReader(self.store, run, attach=True)
         status: StatusReader | None = None
         while True:
             began, pause_s = time.thread_time(), self.poll_s
             try:
-                begun, state = state is not None, run_log.fold(state)
+                begun, state = state is not None, run_log.fold(state, quick=True)
                 if not begun and state.attempts:
                     self._tell_known(state)
                 if self.reopen and state.ended and state.ended.outcome != "succeeded":
@@ -164,7 +164,7 @@ class Driver:
                 view = self.launcher.observe(launch_id)
                 launch = self._launch(state, launch_id)
                 nodes = placed(status.poll(self.prepared.nodes, alive_nodes(view)), view)
-                self._tell_state(state, nodes, metrics)
+                self._tell_state(state, nodes, metrics if begun else None)  # what to do comes first
                 if view.note:
                     where = "elsewhere" if view.state == "elsewhere" else "attached"
                     self._tell_once(("launch", view.note), Event("phase", {"phase": where, "text": view.note}))
@@ -407,9 +407,9 @@ class Driver:
         if event.kind == "phase":  # a phase may come back: only the last one is not repeated
             self._told = {k for k in self._told if not (isinstance(k, tuple) and k[0] == "phase") or k == key}
 
-    def _tell_state(self, state: RunState, nodes: list[NodeView], metrics: MetricsReader) -> None:
+    def _tell_state(self, state: RunState, nodes: list[NodeView], metrics: MetricsReader | None) -> None:
         epochs = [a.epoch for a in state.attempts]
-        for line in metrics.poll(epochs[-2:]):
+        for line in metrics.poll(epochs[-2:]) if metrics is not None else ():
             if line.get("event") != "step":
                 continue
             epoch, step = int(line["epoch"]), int(line["step"])

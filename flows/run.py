@@ -176,7 +176,7 @@ def load_spec_of(
 
 def load_run(store: Store, run: str, sets: Sequence[str] = ()) -> Prepared:
     """A run as the store knows it, with the newest attempt's How and ``sets`` over it; publishes the plan."""
-    state = RunLog(store, run).fold()
+    state = RunLog(store, run).fold(quick=True)
     how = state.newest_attempt.body["how"] if state.newest_attempt else {}
     spec, dataset = load_spec_of(store, run, how, sets)
     resolved = spec.resolve(dataset)

@@ -1,10 +1,11 @@
 """What people watch while a run goes: metrics, the end of each rank's output, traces, and this node's status.
 
-All of it is hints under ``runs/<run>/live/``: written by one background thread, safe to lose, bounded in memory. A
-store that does not answer costs the oldest lines, never the training. A bug in one kind of hint costs that kind alone:
-it is said, and the status goes on, without which the driver would hold this node for silent.
+All of it is hints under ``runs/<run>/live/``: safe to lose, bounded in memory, written by two background threads. One
+writes the status alone: it is the node's heartbeat, and must not wait for 64 MiB of a trace. A store that
+does not answer costs the oldest lines, never the training. A bug in one kind of hint is said and costs that kind.
 
     live/<epoch>/metrics/<10 digits>     JSON lines; a new object each 0.25 s or 64 KiB, in order, never rewritten
+    live/curve                           their index, of all attempts (``curve.py``); each 5 s while lines come
     live/<epoch>/logs/<rank>/<2 digits>  a ring of 64 segments a rank: u64le segment number, then up to 64 KiB of
                                          output; segment n lies at n % 64; the newest one is rewritten while it grows
     live/<epoch>/trace/<rank>            Chrome trace of the rank's last steps
@@ -13,6 +14,7 @@ it is said, and the status goes on, without which the driver would hold this nod
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import struct
@@ -24,17 +26,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from checkpoint.errors import StoreError
+from checkpoint.curve import MAX_BYTES as MAX_CURVE_BYTES
+from checkpoint.curve import Curve, curve_key, segment_key
+from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.store import Store
 
 log = logging.getLogger(__name__)
 
 FLUSH_S = 0.25
 BEAT_S = 1.0
+CURVE_S = 5.0
 SEGMENT_BYTES = 64 << 10
 RING = 64
 _KEPT_METRICS = 4 << 20  # bytes kept while the store does not answer
 _TRACE_BYTES = 64 << 20
+_CAUGHT_UP = 64  # objects of metrics
 
 
 @dataclass
@@ -68,30 +74,85 @@ class _Work:
     metrics: list[bytes]
     rings: dict[int, _Ring]
     traces: dict[int, Path]
-    status: bytes | None
+    last: bool = False
+    """Nothing comes after it."""
+
+
+class Beat:
+    """The thread that writes the node's status, the newest one, as soon as there is one."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key = store, key
+        self._wake = threading.Condition()
+        self._packed: bytes | None = None
+        self._closing = False
+        self.error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+        self._thread.start()
+
+    def status(self, packed: bytes) -> None:
+        with self._wake:
+            self._packed = packed
+            self._wake.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """Write what waits, once, and end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._packed is not None)
+                packed, self._packed, closing = self._packed, None, self._closing
+            if packed is not None and not self._put(packed) and not closing:
+                with self._wake:
+                    self._packed = self._packed or packed  # again, unless there is a newer one
+                    self._wake.wait(FLUSH_S)  # a store that refuses is not asked in a tight loop
+            if closing:
+                return
+
+    def _put(self, packed: bytes) -> bool:
+        try:
+            self._store.put(self._key, packed)
+        except StoreError as error:
+            if self.error is None:
+                log.warning("the store does not take the status: %s", error)
+            self.error = str(error)
+            return False
+        self.error = None
+        return True
 
 
 class Hints:
-    """The thread that writes the hints. Every method may be called from the agent's loop; none blocks on the store."""
+    """The threads that write the hints. Every method may be called from the agent's loop; none blocks on the store."""
 
     def __init__(self, store: Store, run: str, status_key: str) -> None:
-        self._store, self._live, self._status_key = store, f"runs/{run}/live", status_key
+        self._store, self._run_name, self._live = store, run, f"runs/{run}/live"
+        self._beat = Beat(store, status_key)
         self._wake = threading.Condition()
         self._epoch = 0
         self._metrics: deque[bytes] = deque()
         self._metrics_bytes = 0
         self._older: deque[_Work] = deque(maxlen=4)
-        self._segments: dict[int, int] = {}  # epoch -> next segment; of the thread alone
+        self._segments: dict[int, int] = {}  # epoch -> next segment; this and the curve: of the thread alone
+        self._curve: Curve | None = None
+        self._curve_new, self._curve_at = False, -CURVE_S
         self._rings: dict[int, _Ring] = {}
         self._traces: dict[int, Path] = {}
-        self._status: bytes | None = None
-        self._status_new = False
         self._closing = False
         self._refused = False  # this and _bugs: of the thread alone
         self._bugs: dict[str, str] = {}  # kind of hint -> why it could not be written, until it is again
-        self.error: str | None = None
+        self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
         self._thread.start()
+
+    @property
+    def error(self) -> str | None:
+        """Why something cannot be written now."""
+        return self._error or self._beat.error
 
     def begin(self, epoch: int) -> None:
         """What follows belongs to this attempt. What the one before left is written first, as far as the store lets."""
@@ -122,17 +183,17 @@ class Hints:
             self._traces[rank] = path
 
     def status(self, packed: bytes) -> None:
-        """The node's status as it is now; written at once."""
-        with self._wake:
-            self._status, self._status_new = packed, True
-            self._wake.notify()
+        """The node's status as it is now; written at once, whatever else is being written."""
+        self._beat.status(packed)
 
     def close(self) -> None:
-        """Write what is left, once, and end the thread."""
+        """Write what is left, once, and end the threads."""
+        deadline = time.monotonic() + 30
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join(timeout=30)
+        self._thread.join(deadline - time.monotonic())
+        self._beat.close(max(1.0, deadline - time.monotonic()))
 
     # --- the thread ---------------------------------------------------------------------------------------
 
@@ -140,16 +201,17 @@ class Hints:
         last = 0.0
         while True:
             with self._wake:
-                if not self._closing and not self._status_new:
+                if not self._closing:
                     self._wake.wait(FLUSH_S)
                 closing = self._closing
                 due = closing or time.monotonic() - last >= FLUSH_S or self._metrics_bytes >= SEGMENT_BYTES
-                work = self._take() if due or self._status_new else None
+                work = self._take() if due else None
                 older = list(self._older)
                 self._older.clear()
             for before in older:
                 self._write(before)
             if work is not None:
+                work.last = closing
                 self._write(work)
                 last = time.monotonic()
             if closing:
@@ -161,20 +223,18 @@ class Hints:
         self._metrics.clear()
         self._metrics_bytes = 0
         traces, self._traces = self._traces, {}
-        status = self._status if self._status_new else None
-        self._status_new = False
-        return _Work(self._epoch, metrics, dict(self._rings), traces, status)
+        return _Work(self._epoch, metrics, dict(self._rings), traces)
 
     def _parts(self, work: _Work) -> Iterator[tuple[str, Callable[[], None]]]:
         """What a round writes, each kind by a name for people."""
         if work.metrics:
             yield "metrics", partial(self._write_metrics, work)
+        if self._curve_new and (work.last or time.monotonic() - self._curve_at >= CURVE_S):
+            yield "index of metrics", self._write_curve
         for rank, ring in work.rings.items():
             yield f"output of rank {rank}", partial(self._write_ring, work.epoch, rank, ring)
         for rank, path in work.traces.items():
             yield f"trace of rank {rank}", partial(self._write_trace, work.epoch, rank, path)
-        if work.status is not None:
-            yield "status", partial(self._store.put, self._status_key, work.status)
 
     def _write(self, work: _Work) -> None:
         try:
@@ -193,7 +253,7 @@ class Hints:
         except StoreError as error:
             if not self._refused:
                 log.warning("the store does not take hints: %s", error)
-            self._refused, self.error = True, str(error)
+            self._refused, self._error = True, str(error)
             with self._wake:
                 if work.epoch == self._epoch:
                     self._metrics.extendleft(reversed(work.metrics))
@@ -202,13 +262,10 @@ class Hints:
                         self._metrics_bytes -= len(self._metrics.popleft())
                 for rank, path in work.traces.items():
                     self._traces.setdefault(rank, path)
-                self._status_new = self._status_new or (work.status is not None and not self._closing)
-                if self._status_new and not self._closing:
-                    self._wake.wait(FLUSH_S)  # a store that refuses is not asked in a tight loop
         else:
             if self._refused:
                 log.info("the store takes hints again")
-            self._refused, self.error = False, next(iter(self._bugs.values()), None)
+            self._refused, self._error = False, next(iter(self._bugs.values()), None)
 
     def _write_metrics(self, work: _Work) -> None:
         while work.metrics:
@@ -216,13 +273,51 @@ class Hints:
             while lines < len(work.metrics) and (not lines or size + len(work.metrics[lines]) <= SEGMENT_BYTES):
                 size += len(work.metrics[lines])
                 lines += 1
-            folder = f"{self._live}/{work.epoch}/metrics/"
-            if work.epoch not in self._segments:
-                keys = [info.key for info in self._store.list(folder)]  # an agent that was restarted goes on counting
-                self._segments[work.epoch] = int(keys[-1].rpartition("/")[2]) + 1 if keys else 0
-            self._store.put(f"{folder}{self._segments[work.epoch]:010d}", b"".join(work.metrics[:lines]))
-            self._segments[work.epoch] += 1
+            number = self._next_segment(work.epoch)
+            self._store.put(segment_key(self._run_name, work.epoch, number), b"".join(work.metrics[:lines]))
+            self._segments[work.epoch] = number + 1
+            written = work.metrics[:lines]
             del work.metrics[:lines]
+            self._index(written, number)
+
+    def _next_segment(self, epoch: int) -> int:
+        """An agent that was restarted goes on counting, from where the index is."""
+        if self._curve is None:
+            self._curve = self._stored_curve()
+        if epoch not in self._segments:
+            row = self._curve.rows.get(epoch)
+            after = segment_key(self._run_name, epoch, row.next - 1) if row else ""
+            found = [info.key for info in self._store.list(f"{self._live}/{epoch}/metrics/", start_after=after)]
+            number = row.next if row else 0
+            for key in found[-_CAUGHT_UP:]:  # what the agent before this one did not get to index
+                number = int(key.rpartition("/")[2]) + 1
+                self._index(self._store.get(key, max_bytes=1 << 20).splitlines(), number - 1)
+            self._segments[epoch] = number
+        return self._segments[epoch]
+
+    def _index(self, written: list[bytes], number: int) -> None:
+        assert self._curve is not None
+        for line in written:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                self._curve.add(value, number)
+                self._curve_new = True
+
+    def _stored_curve(self) -> Curve:
+        try:
+            return Curve.parse(self._store.get(curve_key(self._run_name), max_bytes=MAX_CURVE_BYTES))
+        except (NotFound, Damaged):
+            return Curve()
+
+    def _write_curve(self) -> None:
+        """What is there joined with ours: an attempt that is over may still be written by its own agent."""
+        assert self._curve is not None
+        self._curve.merge(self._stored_curve())
+        self._store.put(curve_key(self._run_name), self._curve.to_bytes())
+        self._curve_new, self._curve_at = False, time.monotonic()
 
     def _write_ring(self, epoch: int, rank: int, ring: _Ring) -> None:
         folder = f"{self._live}/{epoch}/logs/{rank}/"

@@ -762,3 +762,61 @@ def test_the_log_says_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="checkpoint")
     started()
     assert "log record 1, attempt, epoch 1" in caplog.text
+
+
+# --- a state that a writer left lately ---------------------------------------------------------------------
+
+
+def test_nothing_new_is_the_state_itself() -> None:
+    log, state = started()
+    assert log.fold(state) is state
+
+
+class Asked(MemoryStore):
+    """Counts what is asked of it."""
+
+    asked = 0
+
+    def get(self, key: str, **more: Any) -> bytes:
+        self.asked += 1
+        return super().get(key, **more)
+
+    def head(self, key: str) -> Any:
+        self.asked += 1
+        return super().head(key)
+
+
+def test_a_quick_fold_is_the_fold_in_a_handful_of_requests() -> None:
+    log, state = started(Asked())
+    for step in range(30):
+        state = log.append("checkpoint", point_body(step), state, epoch=1)
+        store = log.store
+        assert isinstance(store, Asked)
+        store.asked = 0
+        assert log.fold(quick=True) == state == log.fold(state, quick=True)
+        if state.n >= 4:
+            assert store.asked <= 2 + 3 + 1 + 1 + 1
+    assert log.fold() == state
+
+
+@pytest.mark.parametrize("how", ["other log", "rubbish", "cut", "too far", "empty"])
+def test_a_condensed_state_that_is_not_of_this_log_is_not_taken(how: str) -> None:
+    log, state = started()
+    for step in range(10):
+        state = log.append("checkpoint", point_body(step), state, epoch=1)
+    key = keys.run_key(RUN, "live", "fold")
+    kept = log.store.get(key)
+    other, theirs = started()
+    for step in range(10):
+        theirs = other.append("checkpoint", point_body(step + 100), theirs, epoch=1)
+    log.store.put(
+        key,
+        {
+            "other log": other.store.get(key),
+            "rubbish": bytes(range(256)) * 4,
+            "cut": kept[:-5],
+            "too far": (99).to_bytes(8, "little") + kept[8:],
+            "empty": b"",
+        }[how],
+    )
+    assert log.fold(quick=True) == state
