@@ -16,6 +16,7 @@ from pathlib import Path
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.api import cancel, make_driver, store_at
+from flows.data import interpreter_note
 from flows.export import checkpoint_at, export_hf, generate
 from flows.facts import report_facts
 from flows.fork import fork_run
@@ -24,7 +25,6 @@ from flows.live import StatusReader
 from flows.loop import Event, NoSink, Outcome, Sink
 from flows.peak import flops_per_token, measured_peak
 from flows.prefect_api import PrefectServer, answers
-from flows.prepare import interpreter_note
 from flows.report import render
 from flows.run import Prepared, prepare_run
 from flows.sink import Lines, Many

@@ -19,7 +19,7 @@ from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
-from flows.prepare import load_dataset, load_tokenizer, tokenizer_json
+from flows.data import load_dataset, load_tokenizer, tokenizer_json
 from flows.run import load_run, load_what
 from trainer.dataset import DatasetRef
 from trainer.engine_path import engine_binary
@@ -165,7 +165,9 @@ def generate(
     """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text."""
     dataset = load_dataset(store, str(load_what(store, run)["data"]["digest"]))
     tokenizer = load_tokenizer(store, dataset)
-    ids = list(tokenizer.encode(prompt).ids) or [_first_token(dataset)]
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise SpecError("the prompt is not text in UTF-8; write it in the terminal's encoding, or set LC_ALL=C.UTF-8")
+    ids = list(tokenizer.encode(prompt, add_special_tokens=False).ids) or [_first_token(dataset)]
     rng = np.random.default_rng(seed)
     with Inference(store, run, step) as engine:
         for _ in range(tokens):

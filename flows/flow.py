@@ -25,9 +25,9 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows import hosting
 from flows.api import make_driver, store_at
+from flows.data import prepare
 from flows.facts import attempt_rows
 from flows.loop import Outcome
-from flows.prepare import prepare
 from flows.run import Prepared, load_run, prepare_run
 from flows.sink import Lines, Many, PrefectSink
 from trainer.spec import RunSpec
@@ -55,7 +55,8 @@ def flow_run_name() -> str:
 @task(name="prepare data", cache_policy=NO_CACHE)
 def prepare_data(spec: RunSpec, store_url: str) -> dict[str, Any]:
     """Text to token shards in the store; content-addressed, so a second time finds them."""
-    return prepare(spec.data, store_at(store_url), say=get_run_logger().info).to_map()
+    say, sequence = get_run_logger().info, spec.train.sequence
+    return prepare(spec.data, store_at(store_url), say=say, sequence=sequence).to_map()
 
 
 @task(name="compile plan", cache_policy=NO_CACHE)

@@ -28,7 +28,7 @@ def compile_for(spec: RunSpec, store_url: str | None) -> tuple[Plan, RunSpec, st
     """The plan, the resolved spec, and a note where the data was only outlined."""
     dataset, note = stand_in(spec), ""
     if spec.data.source.startswith("dataset:"):
-        from flows.prepare import load_dataset
+        from flows.data import load_dataset
 
         try:
             dataset = load_dataset(store_at(store_url), spec.data.source.removeprefix("dataset:"))

@@ -8,7 +8,7 @@ from typing import Any
 from checkpoint.codec import pack
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
-from flows.prepare import load_dataset, prepare
+from flows.data import load_dataset, prepare
 from flows.run import Prepared, load_what, publish_plan
 from trainer.errors import SpecError
 from trainer.models import family
@@ -43,7 +43,10 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
         **{k: dict(v) for k, v in how.items()},
     }
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
-    dataset = load_dataset(store, digest) if spec.data.source == f"dataset:{digest}" else prepare(spec.data, store)
+    if spec.data.source == f"dataset:{digest}":
+        dataset = load_dataset(store, digest)
+    else:
+        dataset = prepare(spec.data, store, sequence=spec.train.sequence)
     resolved = spec.resolve(dataset)
     _check_tensors(resolved.model, parse_spec(tree).model)
     if resolved.train.steps <= found.step:

@@ -17,8 +17,8 @@ from checkpoint.errors import NotFound
 from checkpoint.log import RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.store import Store
+from flows.data import load_dataset, prepare
 from flows.driver import AttemptView, CheckpointView, LogView, Policy
-from flows.prepare import load_dataset, prepare
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
@@ -82,7 +82,7 @@ def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[
 
         check_fabric(spec)
     ready_store(store)
-    dataset = prepare(spec.data, store, say=say)
+    dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
     resolved = spec.resolve(dataset)
     what = what_digest(resolved, dataset)
     run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")

@@ -34,6 +34,7 @@ SPEC_SCHEMA = 1
 """Version of the What half; part of its digest."""
 
 MAX_INT32 = (1 << 31) - 1
+MAX_VOCAB_SIZE = 1 << 24
 NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _RULES = {
@@ -113,8 +114,11 @@ class DataSpec(_Section):
     source: str = Field(
         "python-stdlib", description='"python-stdlib", "text:<glob>", "jsonl:<glob>" (field text) or "dataset:<digest>"'
     )
-    vocab_size: int = _size(4096, low=257, high=1 << 24, text="vocabulary of the tokenizer to train")
+    vocab_size: int = _size(4096, low=257, high=MAX_VOCAB_SIZE, text="vocabulary of the tokenizer to train")
     tokenizer: str | None = Field(None, description="path of a tokenizer.json; unset: train a byte-level BPE")
+    end_token: str | None = Field(
+        None, description='token of data.tokenizer that ends a document; unset: <|endoftext|>; "": none'
+    )
     shuffled: bool = Field(True, description="keyed permutation of blocks and samples; false: in order")
     block: int = _size(64, text="samples a block of the shuffle")
     window: int = _size(64, text="blocks a window of the shuffle")
@@ -123,6 +127,11 @@ class DataSpec(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSpec:
+        if self.end_token is not None and self.tokenizer is None:
+            raise ValueError(
+                f"end_token {self.end_token!r} is for a tokenizer that is given with data.tokenizer; the one that is "
+                "trained here ends documents with <|endoftext|>: leave it out"
+            )
         kind, _, rest = self.source.partition(":")
         if self.source == "python-stdlib" or (kind in ("text", "jsonl") and rest):
             return self
@@ -333,16 +342,30 @@ class RunSpec(_Section):
                 f"model.vocab {self.model.vocab} is smaller than the dataset's vocabulary {dataset.vocab}; set it to 0 "
                 f"(the dataset's) or to at least {dataset.vocab}"
             )
-        if dataset.samples(self.train.sequence) == 0:
-            problems.append(
-                f"train.sequence {self.train.sequence} needs a shard of {self.train.sequence + 1} tokens, the longest "
-                f"has {max(dataset.shards)}; shorten the sequence or add text"
-            )
+        short = too_short(dataset.shards, self.train.sequence)
+        if short is not None:
+            problems.append(short)
         if problems:
             raise SpecError(problems)
         if self.model.vocab:
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab": dataset.vocab})})
+
+
+def too_short(shards: Sequence[int], sequence: int) -> str | None:
+    """Why shards of so many tokens hold no sample of a sequence; None where one does."""
+    longest = max(shards, default=0)
+    if longest > sequence:
+        return None
+    if sum(shards) > sequence:
+        return (
+            f"train.sequence {sequence} needs a shard of {sequence + 1} tokens, the longest has {longest} of the "
+            f"dataset's {sum(shards)}; raise data.shard_tokens"
+        )
+    return (
+        f"train.sequence {sequence} needs a shard of {sequence + 1} tokens, the longest has {longest}: the whole "
+        "corpus is shorter than one sequence; shorten the sequence or add text"
+    )
 
 
 def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str = "spec") -> RunSpec:

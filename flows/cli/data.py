@@ -27,16 +27,19 @@ def data() -> None:
 def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
     """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it is there already."""
     from flows.api import store_at
-    from flows.prepare import prepare as make
+    from flows.data import prepare as make
     from flows.run import ready_store
     from trainer.spec import load_spec
 
     opened = store_at(store)
-    wanted = load_spec(spec, sets).data
+    wanted = load_spec(spec, sets)
 
     def work() -> DatasetRef:
         ready_store(opened)
-        return make(wanted, opened, say=(lambda _: None) if as_json else say, again=again)
+        tell = (lambda _: None) if as_json else say
+        made = make(wanted.data, opened, say=tell, again=again, sequence=wanted.train.sequence)
+        wanted.resolve(made)  # what would be refused at `train` is refused here
+        return made
 
     dataset = Signals().run(work)
     if as_json:

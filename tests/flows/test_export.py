@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from checkpoint.read import StateReader
 from checkpoint.store import Store, open_store
+from flows.data import load_dataset, load_tokenizer
 from flows.export import Inference, checkpoint_at, export_hf, generate, pick
-from flows.prepare import load_dataset, load_tokenizer
 from flows.run import load_what
 from tests.flows.conftest import Trained
 from tests.reference.model import Config, Model

@@ -16,7 +16,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoint.store import Store, open_store
-from flows.prepare import EOT, documents, load_dataset, load_tokenizer, prepare, stdlib_documents
+from flows.data import documents, load_dataset, load_tokenizer, prepare, stdlib_documents
+from flows.data.tokenizer import EOT
 from tests.support.agents import wait_for
 from tests.support.place import ROOT, Place
 from trainer.dataset import HEADER_BYTES, DatasetRef, read_shard
@@ -127,7 +128,7 @@ def test_jsonl(tmp_path: Path, store: Store) -> None:
 
 def given_tokenizer(path: Path, entries: int) -> Path:
     """A tokenizer of whole words with so many entries, which asks for truncation and padding."""
-    words = ["[UNK]", *dict.fromkeys(WORDS.split())]
+    words = ["[UNK]", EOT, *dict.fromkeys(WORDS.split())]
     vocab = {w: n for n, w in enumerate([*words, *(f"word{n}" for n in range(entries - len(words)))])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -141,9 +142,9 @@ def given_tokenizer(path: Path, entries: int) -> Path:
 def test_a_given_tokenizer(corpus: Path, store: Store, tmp_path: Path, entries: int, token_bytes: int) -> None:
     path = given_tokenizer(tmp_path / "tokenizer.json", entries)
     dataset = prepare(spec_of(corpus, tokenizer=str(path)), store)
-    assert (dataset.vocab, dataset.token_bytes, dataset.eot) == (entries, token_bytes, None)
+    assert (dataset.vocab, dataset.token_bytes, dataset.eot) == (entries, token_bytes, 1)
     tokens = np.asarray(tokens_of(store, dataset))
-    assert len(tokens) == 90 * len(WORDS.split()) + 2 * 3  # "a", ".", "txt"; neither cut nor padded
+    assert len(tokens) == 90 * len(WORDS.split()) + 2 * 4  # "a", ".", "txt", the end; neither cut nor padded
     assert tokens.max() < 30
     info = store.head(f"data/{dataset.digest}/00000.bin")
     assert info is not None
@@ -217,7 +218,7 @@ def test_killed_while_it_writes_leaves_nothing_half_written(corpus: Path, store:
     dataset = prepare(spec_of(corpus, shard_tokens=1024), open_store(f"file://{tmp_path / 'good'}"))
     good = objects(open_store(f"file://{tmp_path / 'good'}"))
     program = (
-        "import sys; from flows.prepare import prepare; from checkpoint.store import open_store; "
+        "import sys; from flows.data import prepare; from checkpoint.store import open_store; "
         "from trainer.spec import DataSpec; prepare(DataSpec.model_validate_json(sys.argv[1]), open_store(sys.argv[2]))"
     )
     process = subprocess.Popen(

@@ -1,0 +1,280 @@
+"""The tokenizer of a dataset: trained here, or given and looked through before a token is written.
+
+A given one is a tokenizer.json of the ``tokenizers`` library. What would lose text or documents in silence is refused:
+ids that collide, no token that ends a document, text that it drops or cannot encode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from flows.data.sources import Document
+from trainer.errors import DatasetError
+from trainer.spec import MAX_VOCAB_SIZE, DataSpec
+
+EOT = "<|endoftext|>"
+MAX_BYTES = 256 << 20  # of a tokenizer.json
+LONG_WORD = 1024
+"""Characters of a word (letters, digits, signs or blanks in a row) after which it is cut, for training the tokenizer
+alone: the time of a merge grows with the square of a word's length, and 2 MB of one word would take minutes."""
+
+_ENDS = (
+    *(EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|endofdocument|>", "<|end▁of▁sentence|>"),
+    *("<｜end▁of▁sentence｜>", "<|eos|>", "<end_of_turn>", "<|return|>", "[EOS]", "[SEP]", "<|end|>", "EOS"),
+)
+_RUN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|_+|\s+")
+_BLANKS = re.compile(rf"\s{{{LONG_WORD}}}")
+
+
+def train_tokenizer(texts: Sequence[str] | Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer: 256 bytes, the end-of-text mark, and merges up to ``vocab_size`` entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_long_words(text)), trainer)
+    return tokenizer
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """The text itself where all its words are shorter than LONG_WORD, else pieces that cut the longer ones."""
+    if max(map(len, text.split()), default=0) < LONG_WORD and _BLANKS.search(text) is None:
+        yield text
+        return
+    begin = 0
+    for run in _RUN.finditer(text):
+        for at in range(run.start() + LONG_WORD, run.end(), LONG_WORD):
+            yield text[begin:at]
+            begin = at
+    yield text[begin:]
+
+
+@dataclass
+class Given:
+    """A tokenizer that the spec names, and what was found out about it."""
+
+    data: bytes
+    tokenizer: Tokenizer
+    what: str
+    end: str | None
+    """The token that ends a document; None where the spec says that there is none (``data.end_token = ""``)."""
+    model: dict[str, Any]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def vocab(self) -> int:
+        return vocab_of(self.tokenizer)
+
+    @property
+    def unknown(self) -> int | None:
+        """The token that stands for what the tokenizer does not know."""
+        if self.model.get("unk_id") is not None:
+            return int(self.model["unk_id"])
+        name = self.model.get("unk_token")
+        return None if name is None else self.tokenizer.token_to_id(name)
+
+    @property
+    def drops(self) -> bool:
+        """Whether its model leaves out characters that it does not know: BPE without an unknown token, not of bytes."""
+        if (
+            self.model.get("type") != "BPE"
+            or self.model.get("unk_token") is not None
+            or self.model.get("byte_fallback")
+        ):
+            return False
+        vocab = self.model.get("vocab") or {}
+        return not all(letter in vocab for letter in pre_tokenizers.ByteLevel.alphabet())
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.data).digest()
+
+
+def vocab_of(tokenizer: Tokenizer) -> int:
+    """The largest id and one: ids may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def given_tokenizer(spec: DataSpec) -> Given | None:
+    """The tokenizer that the spec names, checked; None where one is to be trained. DatasetError where it cannot be."""
+    if spec.tokenizer is None:
+        return None
+    what = f"data.tokenizer {spec.tokenizer!r}"
+    data = _contents(os.path.expanduser(spec.tokenizer), what)
+    tokenizer = parse_tokenizer(data, what)
+    tree = json.loads(data)
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    for token in tree.get("added_tokens") or ():
+        wanted, got = token.get("id"), tokenizer.token_to_id(token.get("content", ""))
+        if wanted != got:
+            raise DatasetError(
+                f"{what}: added token {token.get('content')!r} has id {wanted} in the file, but the library gives it "
+                f"{got} (it counts on from the vocabulary's size, so gaps there make ids collide); give it that id, or "
+                "close the gaps"
+            )
+    if not vocab:
+        raise DatasetError(f"{what} has no token; give the tokenizer.json of a trained tokenizer")
+    if len(set(vocab.values())) != len(vocab):
+        seen: dict[int, str] = {}
+        for token, number in sorted(vocab.items()):
+            if number in seen:
+                raise DatasetError(f"{what}: {seen[number]!r} and {token!r} both have id {number}; give each its own")
+            seen[number] = token
+    if max(vocab.values()) >= MAX_VOCAB_SIZE:
+        raise DatasetError(
+            f"{what}: its largest id is {max(vocab.values())}, and embeddings have a row for each id below it; the "
+            f"limit is {MAX_VOCAB_SIZE - 1}: number its tokens from 0 without wide gaps"
+        )
+    return Given(data, tokenizer, what, _end(spec, tokenizer, what), tree.get("model") or {})
+
+
+def _contents(path: str, what: str) -> bytes:
+    mend = "give a tokenizer.json"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb", closefd=True) as file:
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+                return file.read(MAX_BYTES + 1)
+    except IsADirectoryError as error:
+        raise DatasetError(f"{what} cannot be read: it is a folder; give the tokenizer.json in it") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise DatasetError(f"{what} cannot be read: {why}; {mend}") from error
+    if stat.S_ISREG(status.st_mode):
+        raise DatasetError(f"{what} has {status.st_size} bytes, the limit is {MAX_BYTES}; {mend}")
+    raise DatasetError(f"{what} cannot be read: it is no regular file; {mend}")
+
+
+def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
+    """A tokenizer from its JSON, without the truncation and padding that it may ask for."""
+    try:
+        tree = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{what} does not load: {_other_format(data)}; give a tokenizer.json") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        raise DatasetError(
+            f"{what} does not load: {_other_json(tree)}; give a tokenizer.json of the tokenizers library"
+        )
+    with of_library(f"{what} does not load", "give a tokenizer.json of the tokenizers library"):
+        tokenizer = Tokenizer.from_str(data.removeprefix(b"\xef\xbb\xbf").decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def _other_format(data: bytes) -> str:
+    if b"<unk>" in data[:200] and b"\0" not in data[:4] and data[:1] == b"\n":
+        return (
+            "it is a SentencePiece model, not JSON (transformers' convert_slow_tokenizer makes a tokenizer.json of it)"
+        )
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return "it is a tiktoken table, not JSON"
+    if data.startswith(b"#version"):
+        return "it is the merges.txt of a tokenizer"
+    return "it is no JSON" if data.strip() else "it is empty"
+
+
+def _other_json(tree: object) -> str:
+    if isinstance(tree, dict) and "tokenizer_class" in tree:
+        return "it is a tokenizer_config.json; the file beside it is meant"
+    if isinstance(tree, dict) and tree and all(isinstance(value, int) for value in tree.values()):
+        return "it is a vocab.json, a table of tokens alone"
+    return 'it has no "model"'
+
+
+def _end(spec: DataSpec, tokenizer: Tokenizer, what: str) -> str | None:
+    wanted = spec.end_token
+    if wanted == "":
+        return None
+    if wanted is not None:
+        if tokenizer.token_to_id(wanted) is None:
+            raise DatasetError(f"data.end_token {wanted!r} is no token of {what}; {_candidates(tokenizer)}")
+        return wanted
+    if tokenizer.token_to_id(EOT) is None:
+        raise DatasetError(
+            f"{what} has no token {EOT}, so nothing would end a document; {_candidates(tokenizer)}, or say "
+            'data.end_token = "" to join documents without anything between'
+        )
+    return EOT
+
+
+def _candidates(tokenizer: Tokenizer) -> str:
+    have = [name for name in _ENDS if tokenizer.token_to_id(name) is not None]
+    if not have:
+        return "name the token that ends a document: data.end_token"
+    return f'it has {", ".join(have)}: name the one that ends a document, such as data.end_token = "{have[0]}"'
+
+
+@contextlib.contextmanager
+def of_library(what: str, mend: str) -> Iterator[None]:
+    """What the tokenizers library raises (plain exceptions, and panics that are not even those) as DatasetError."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DatasetError(f"{what}: {str(error)[:300]}; {mend}") from error
+        raise
+
+
+def encode(given: Given | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[list[int]]:
+    """The ids of each document. DatasetError, with the document's name, where a given tokenizer cannot encode it."""
+    mend = "give one that has an unknown token or byte fallback, or clean the text"
+    texts = [doc.text for doc in docs]
+    try:
+        with of_library("", ""):
+            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except DatasetError:
+        for doc in docs:  # which one is it?
+            with of_library(f"{given.what if given else 'the tokenizer'} cannot encode {doc.name}", mend):
+                tokenizer.encode(doc.text, add_special_tokens=False)
+        raise
+    if given is not None and given.drops:
+        for doc, encoding in zip(docs, encodings, strict=True):
+            lost = _dropped(given, doc.text, encoding.offsets)
+            if lost:
+                letter, count = max(lost.items(), key=lambda item: (item[1], item[0]))
+                name = unicodedata.name(letter, "no name")
+                raise DatasetError(
+                    f"{given.what} cannot encode {doc.name}: it has no unknown token and leaves out "
+                    f"{sum(lost.values())} character(s) of it, {count} of them {letter!r} ({name}); {mend}"
+                )
+    return [encoding.ids for encoding in encodings]
+
+
+def _dropped(given: Given, text: str, offsets: list[tuple[int, int]]) -> dict[str, int]:
+    """Characters that no token covers, and how often, but for blanks and what the tokenizer means to remove."""
+    steps = np.zeros(len(text) + 1, dtype=np.int64)
+    if offsets:
+        ends = np.asarray(offsets, dtype=np.int64)
+        np.add.at(steps, ends[:, 0], 1)
+        np.add.at(steps, ends[:, 1], -1)
+    bare = np.cumsum(steps[:-1]) == 0
+    letters, counts = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4")[bare], return_counts=True)
+    normalizer, cutter = given.tokenizer.normalizer, given.tokenizer.pre_tokenizer
+    lost = {}
+    for code, count in zip(letters.tolist(), counts.tolist(), strict=True):
+        letter = chr(code)
+        shown = normalizer.normalize_str(letter) if normalizer is not None else letter
+        if shown.strip() and (cutter is None or any(piece.strip() for piece, _ in cutter.pre_tokenize_str(shown))):
+            lost[letter] = count
+    return lost

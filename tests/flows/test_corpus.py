@@ -1,0 +1,478 @@
+"""The files of a corpus as people have them: patterns, encodings, archives, JSON that is none, words of megabytes."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import random
+import signal
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint.store import Store, open_store
+from flows.data import documents, load_tokenizer, prepare
+from flows.data import sources as sources_of
+from flows.data.paths import files_of
+from flows.data.prepare import telling
+from flows.data.tokenizer import LONG_WORD, cut_long_words
+from tests.checkpoint.test_file_store import in_child
+from tests.support.place import Place, finish
+from trainer.dataset import DatasetRef
+from trainer.errors import DatasetError, SpecError
+from trainer.spec import DataSpec
+
+WORDS = "over the lazy dog jumps a quick brown fox and another one follows it into the wood "
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def store() -> Store:
+    return open_store("memory:")
+
+
+def fill(*names: str, text: str = WORDS) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+
+
+def texts(source: str) -> list[str]:
+    return [doc.text for doc in documents(source)]
+
+
+def tokens_digest(store: Store, dataset: DatasetRef) -> str:
+    h = hashlib.sha256()
+    for number in range(len(dataset.shards)):
+        h.update(store.get(f"data/{dataset.digest}/{number:05d}.bin"))
+    return h.hexdigest()[:16]
+
+
+# --- what exists today stays as it is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "inputs", "tokens"),
+    [
+        ("text:c/*.txt", "4015fb33dd38ed0d", "81562a21a767c83a"),
+        ("text:c/crlf*", "6da08f69dac2af89", "55be937610e20e1d"),
+        ("text:c/latin*", "c695583ba5bc5138", "187feca2fc04b5e8"),
+        ("jsonl:c/*.jsonl", "354fb47a8d24f8ab", "040722e2ec5e7a30"),
+    ],
+)
+def test_datasets_of_before_are_found_again(here: Path, store: Store, source: str, inputs: str, tokens: str) -> None:
+    """The digests of November 2026: what a run of that time trained on is the same dataset today."""
+    fill("c/a.txt", text="a.txt " + WORDS * 60)
+    fill("c/b.txt", text="b.txt " + WORDS * 30)
+    Path("c/crlf.md").write_bytes(b"one two\r\nthree\r\nfour\rfive\n" * 50)
+    Path("c/latin.md").write_bytes(b"caf\xe9 au lait \n" * 50)
+    lines = [json.dumps({"text": WORDS * 20 + "é\u2028\u0000 \U0001f600", "n": n}) + "\n\n" for n in range(3)]
+    fill("c/z.jsonl", text="".join(lines))
+    dataset = prepare(DataSpec(source=source, vocab_size=300, shard_tokens=1024), store)
+    assert [info.key[12:28] for info in store.list("data/inputs/")] == [inputs]
+    assert tokens_digest(store, dataset) == tokens
+
+
+# --- patterns -----------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_matches_what_glob_matches(here: Path) -> None:
+    dice = random.Random(11)
+    names = ["a", "b.txt", "[c]", ".d", "e f", "*x", "g?h", "ü", "{i}"]
+    for _ in range(60):
+        fill(
+            "/".join(["c", *dice.choices(names[:4], k=dice.randrange(3)), f"f{dice.randrange(9)}{dice.choice(names)}"])
+        )
+    os.symlink("a", "c/link")
+    for pattern in (
+        *("c/*", "c/**", "c/**/*", "c/**/*.txt", "**/f1*", "c/*/*", "c/*/**/*", "c/.*/*", "c/[ab]/*", "c/**/f[!0-4]*"),
+        *(
+            "c/f?a",
+            "c//*",
+            "./c/*",
+            "c/b.txt/../*",
+            "c/./*",
+            "c/f1a/*",
+            "c/../c/*",
+            f"{here}/c/**/*",
+            "c/**/**/f*",
+            "c/?/*",
+            "c/link/*",
+            "c/fa",
+            "c/**/a/*",
+        ),
+    ):
+        want = sorted({p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)})
+        try:
+            got = files_of(f"text:{pattern}")
+        except DatasetError:
+            got = []
+        assert sorted(map(os.path.normpath, got)) == sorted(map(os.path.normpath, want)), pattern
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "proposal"),
+    [
+        ("[2024] logs/a.txt", "text:[2024] logs/*.txt", "text:[[]2024] logs/*.txt"),
+        ("c/a[1].txt", "text:c/a[1].txt", "text:c/a[[]1].txt"),
+        ("c/what?!/x.txt", "text:c/what?!/x.txt", ""),
+        ("c/x/a.txt", "text:c", "text:c/**/*"),
+        ("c/x/a.txt", "text:c/", "text:c/**/*"),
+        ("c/x/a.txt", "jsonl:./c", "jsonl:./c/**/*"),
+        ("[c]/x/a.txt", "text:[c]", "text:[[]c]/**/*"),
+        ("c/x/a.txt", "text:c/*", "text:c/*/**/*"),
+        ("c/x/a.txt", "text:c/*/", "text:c/*/**/*"),
+        ("Corpus/a.txt", "text:corpus/*.txt", "there is no corpus, but Corpus"),
+        ("c/readme.txt", "text:c/README.txt", "there is no c/README.txt, but c/readme.txt"),
+        ("corpus/a.txt", "text:corpsu/*.txt", "but corpus"),
+        ("c/.hidden.txt", "text:c/*.txt", "begins with a dot"),
+        ("c/.h/a.txt", "text:c/**/*.txt", "begins with a dot"),
+        ("c/a.txt", "text:c/{a,b}.txt", "braces are taken literally"),
+        ("c/a.txt", "text:c/[x].md", r"written [[]"),
+        ("c/a.txt", "text:~nobody-here/*.txt", "matches no file"),
+        ("c/a.txt", "text:../*/none/*.txt", "matches no file"),
+        ("c/a.txt", "text:\0", "NUL"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_says_what_is_meant(here: Path, file: str, source: str, proposal: str) -> None:
+    fill(file)
+    if not proposal:
+        assert texts(source) == [WORDS]
+        return
+    with pytest.raises(DatasetError) as caught:
+        texts(source)
+    assert proposal in str(caught.value), str(caught.value)
+    if proposal.startswith(("text:", "jsonl:")):  # what it proposes works
+        assert files_of(proposal)
+
+
+def test_names_that_hold_anything(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill("~/a.txt", "x: y/{1}/b.txt", "c/-rf", "c/new\nline", os.fsdecode(b"c/\xff\xfe"))
+    monkeypatch.setenv("HOME", str(here / "c"))
+    assert len(texts("text:~/*")) == 3
+    assert len(texts("text:./~/*")) == 1
+    assert len(texts("text:x: y/{1}/*.txt")) == 1
+
+
+def test_a_link_that_leads_back_is_no_flood(here: Path) -> None:
+    fill("c/d/a.txt")
+    os.symlink("..", "c/d/up")
+    os.symlink(".", "c/self")
+    assert len(files_of("text:c/**/*.txt")) < 8
+    assert "c/d/a.txt" in files_of("text:c/**/*.txt")
+
+
+def test_what_is_no_file_is_named(here: Path) -> None:
+    fill("c/a.txt", "c/folder.txt/b.txt")
+    assert len(texts("text:c/*.txt")) == 1  # the folder is none
+    os.mkfifo("c/pipe.txt")
+    with pytest.raises(DatasetError, match=r"c/pipe.txt is no regular file"):
+        texts("text:c/*.txt")
+    os.unlink("c/pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir("c"):
+        server.bind("s.txt")
+    with pytest.raises(DatasetError, match=r"c/s.txt is no regular file"):
+        texts("text:c/*.txt")
+    os.unlink("c/s.txt")
+    os.symlink("nowhere", "c/link.txt")
+    with pytest.raises(DatasetError, match=r"c/link.txt is a link to nothing \(nowhere\)"):
+        texts("text:c/*.txt")
+    os.unlink("c/link.txt")
+    os.symlink("round.txt", "c/round.txt")
+    with pytest.raises(DatasetError, match="is a link to nothing"):
+        texts("text:c/*.txt")
+
+
+def test_what_may_not_be_read_is_named(here: Path) -> None:
+    fill("c/a.txt", "c/d/b.txt")
+    for folder in [here, *here.parents][:3]:
+        folder.chmod(folder.stat().st_mode | 0o055)
+    Path("c/a.txt").chmod(0)
+
+    def file() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with pytest.raises(DatasetError, match=r"c/a.txt cannot be read: Permission denied"):
+            texts("text:c/*.txt")
+
+    in_child(file)
+    Path("c/a.txt").chmod(0o644)
+    Path("c/d").chmod(0)
+
+    def folder_below() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with pytest.raises(DatasetError, match=r"c/d of the corpus cannot be listed: Permission denied"):
+            texts("text:c/**/*.txt")
+
+    in_child(folder_below)
+    Path("c/d").chmod(0o755)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        texts("text:/proc/self/mem")
+
+
+def test_a_file_that_vanishes_or_grows_meanwhile(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill("c/a.txt", "c/b.txt")
+    reading = documents("text:c/*.txt")
+    next(reading)
+    os.unlink("c/b.txt")
+    with pytest.raises(DatasetError, match=r"c/b.txt vanished"):
+        next(reading)
+
+    seen = iter([True, False])
+    true_fstat = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        result = true_fstat(descriptor)
+        if next(seen, False):
+            with open("c/a.txt", "a") as file:
+                file.write("more")
+        return result
+
+    monkeypatch.setattr(sources_of.os, "fstat", fstat)
+    with pytest.raises(DatasetError, match=r"c/a.txt changed while it was read"):
+        texts("text:c/*.txt")
+
+
+# --- what is in the files -----------------------------------------------------------------------------------
+
+
+def parquet() -> bytes:
+    return b"PAR1" + bytes(40) + b"PAR1"
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(b'{"text": "x"}'), "gzip, .* gunzip"),
+        (bz2.compress(b"x"), "bzip2, .* bunzip2"),
+        (lzma.compress(b"x"), "xz, .* unxz"),
+        (b"\x28\xb5\x2f\xfd\x04\x00\x11", "Zstandard, .* zstd -d"),
+        (parquet(), "Parquet"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF, .* pdftotext"),
+        (b"SQLite format 3\0" + bytes(80), "SQLite"),
+        ("some text".encode("utf-16"), "UTF-16, .* iconv -f UTF-16"),
+        ("some text".encode("utf-16-be"), "UTF-16 without its mark"),
+        (b"\xfe\xff" + "text".encode("utf-16-be"), "UTF-16"),
+        ("some text".encode("utf-32"), "UTF-32"),
+        (b'{"text": "a"}\n' * 3 + b"\0\0\0", ":4 holds a NUL byte"),
+    ],
+    ids=lambda value: value[:12].hex() if isinstance(value, bytes) else "",
+)
+def test_a_file_that_is_no_text_is_named_with_what_it_is(here: Path, kind: str, data: bytes, words: str) -> None:
+    Path("x.jsonl").write_bytes(data)
+    with pytest.raises(DatasetError, match=rf"x.jsonl.*{words}"):
+        texts(f"{kind}:*.jsonl")
+
+
+def test_a_zip_and_a_tar(here: Path) -> None:
+    with zipfile.ZipFile("a.txt", "w") as archive:
+        archive.writestr("x", "y")
+    with pytest.raises(DatasetError, match=r"a.txt is a zip archive"):
+        texts("text:a.txt")
+    import tarfile
+
+    with tarfile.open("b.txt", "w") as tar:
+        tar.add("a.txt")
+    with pytest.raises(DatasetError, match=r"b.txt is a tar archive"):
+        texts("text:b.txt")
+
+
+def test_a_byte_order_mark_is_no_text(here: Path) -> None:
+    Path("a.txt").write_bytes(b"\xef\xbb\xbfone")
+    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
+    assert texts("text:a.txt") == ["one"]
+    assert texts("jsonl:a.jsonl") == ["one", "two"]
+
+
+def test_bytes_that_are_no_utf8_in_text_are_replaced_and_told(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(5):
+        Path(f"{number}.txt").write_bytes(b"good\n" * number + b"caf\xe9\n")
+    assert texts("text:*.txt")[2] == "good\ngood\ncaf\ufffd\n"
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0].startswith("0.txt:1 (byte 0xE9): bytes that are no UTF-8")
+    assert told[2].startswith("2.txt:3 (byte 0xE9)")
+    assert [line.partition(":")[0] for line in told[3:]] == ["2 more"]
+
+
+def test_json_of_another_encoding_is_refused_with_file_and_line(here: Path) -> None:
+    Path("a.jsonl").write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DatasetError, match=r"a.jsonl:2 holds the byte 0xE9.*iconv"):
+        texts("jsonl:a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (r'{"text":"ab \ud83d cd"}', "ab \ufffd cd"),
+        (r'{"text":"ab \ude00 cd"}', "ab \ufffd cd"),
+        (r'{"text":"\ude00\ud83d"}', "\ufffd\ufffd"),
+        (r'{"text":"\ud83d\ude00"}', "\U0001f600"),
+        (r'{"text":"x", "\ud83d": 1}', "x"),
+        (r'{"text":"a\u0000b"}', "a\0b"),
+        (r'{"text":"x", "score": NaN, "big": ' + "9" * 5000 + "}", "x"),
+        (r'{"meta": {"text": 1}, "text":"x", "more": [{"text": 2}]}', "x"),
+        (r'{"text":"x' + "y" * 300_000 + '"}', "x" + "y" * 300_000),
+    ],
+    ids=str,
+)
+def test_json_that_is_odd_and_right(
+    here: Path, store: Store, caplog: pytest.LogCaptureFixture, line: str, text: str
+) -> None:
+    Path("a.jsonl").write_text('{"text": "first"}\n' + line + "\n")
+    caplog.set_level(logging.WARNING)
+    assert texts("jsonl:a.jsonl") == ["first", text]
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(": ")[0] for line in told] == (["a.jsonl:2"] if "\ufffd" in text else [])
+    dataset = prepare(DataSpec(source="jsonl:a.jsonl", vocab_size=257), store)
+    assert load_tokenizer(store, dataset).decode(load_tokenizer(store, dataset).encode(text).ids) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[1, 2]", "it is an array; .*jq"),
+        ('"text"', "it is a string"),
+        ("7", "it is a number"),
+        ("null", "it is null"),
+        ("{}", "it is empty"),
+        ('{"words": "y", "id": 7}', "its keys are 'id', 'words'"),
+        (r'{"\ud83d": 1}', "its keys are"),
+        ('{"text": null}', "its text is null"),
+        ('{"text": NaN}', "its text is a number"),
+        ('{"text": true}', "its text is true or false"),
+        ('{"text": ["a"]}', "its text is an array"),
+        ('{"text": {"a": "b"}}', "its text is an object"),
+        ('{"text": "a", "text": "b"}', 'it names "text" twice'),
+        ('{"text": "cut sho', "cut short"),
+        ('{"text": "a"', "cut short"),
+        ('{"text": "a"} {"text": "b"}', "Extra data"),
+        ("{'text': 'python'}", "Expecting property name"),
+        ('{"text": "a\tb"}', "control character"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"text": "a", "b": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_json_that_has_no_text_is_refused_with_file_line_and_reason(here: Path, line: str, words: str) -> None:
+    Path("a.jsonl").write_text('{"text": "first"}\r\n\r\n' + line)
+    with pytest.raises(DatasetError, match=rf"(?s)a.jsonl:3 is no JSON object .*{words}.*mend the line") as caught:
+        texts("jsonl:a.jsonl")
+    str(caught.value).encode()
+    assert len(str(caught.value)) < 400
+
+
+# --- words without an end -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["ACGT", "7", "#", " ", "é"])
+def test_a_word_of_megabytes_takes_seconds(here: Path, store: Store, unit: str) -> None:
+    text = "before " + unit * (500_000 // len(unit)) + " after"
+    fill("a.txt", text=text)
+    dataset = prepare(DataSpec(source="text:a.txt", vocab_size=300), store)
+    tokenizer = load_tokenizer(store, dataset)
+    assert max(map(len, tokenizer.get_vocab())) > 64  # it has learnt from it
+    assert dataset.tokens < 100_000
+
+
+def test_only_long_words_are_cut() -> None:
+    dice = random.Random(5)
+    for _ in range(200):
+        text = "".join(dice.choice("ab1#_ \né") * dice.choice([1, 2, 3, LONG_WORD - 1, LONG_WORD]) for _ in range(9))
+        pieces = list(cut_long_words(text))
+        assert "".join(pieces) == text
+    line = "x1#_ é" * LONG_WORD  # long without a blank, and yet no long word
+    assert list(cut_long_words(line)) == [line]
+    assert [len(piece) for piece in cut_long_words("x" * (2 * LONG_WORD + 1))] == [LONG_WORD, LONG_WORD, 1]
+
+
+def test_a_long_call_says_where_it_stands() -> None:
+    said: list[str] = []
+    told = threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        told.set()
+
+    with telling(say, lambda: "data: half of it", every_s=0.001):
+        assert told.wait(30)
+    assert said[0].startswith("data: half of it (")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path / "p")
+    yield made
+    made.stop_all()
+
+
+def test_ctrl_c_is_heard_while_the_tokenizer_is_trained(place: Place) -> None:
+    dice = random.Random(3)
+    word = "".join(dice.choices("ACGT", k=1 << 20)) * 16  # far more than the moment until the signal comes
+    (place.folder / "corpus" / "a.txt").write_text(word)
+    process = place.start("data", "prepare", "spec.toml", "--set", "data.vocab_size=4096")
+    assert process.stdout is not None
+    while b"training a byte-level" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.code == 85, done.err
+    assert "stopped while preparing" in done.err
+    assert not list((place.folder / "store").glob("data/*/manifest"))
+
+
+# --- too little ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "error", "words"),
+    [
+        ("abc", {}, SpecError, "the whole corpus is shorter than one sequence; shorten the sequence or add text"),
+        (WORDS * 9, {"shard_tokens": 16}, SpecError, "raise data.shard_tokens"),
+        ("", {}, DatasetError, "the corpus is empty"),
+        (" \n\t ", {}, DatasetError, "the corpus is empty"),
+    ],
+)
+def test_a_corpus_shorter_than_a_sequence_is_refused_before_anything_is_written(
+    here: Path, store: Store, text: str, settings: dict[str, int], error: type[Exception], words: str
+) -> None:
+    fill("a.txt", text=text)
+    spec = DataSpec(source="text:a.txt", vocab_size=257, **settings)  # type: ignore[arg-type]
+    with pytest.raises(error, match=words):
+        prepare(spec, store, sequence=64)
+    assert not list(store.list(""))
+    if error is SpecError:  # it is not refused where nobody says what is needed, and refused again where it is found
+        prepare(spec, store)
+        with pytest.raises(SpecError, match=words):
+            prepare(spec, store, sequence=64)
+
+
+def test_data_prepare_refuses_what_train_would(place: Place) -> None:
+    (place.folder / "corpus" / "a.txt").write_text("abc")
+    done = place.call("data", "prepare", "spec.toml")
+    assert done.code == 78, done.err
+    assert "train.sequence 64 needs a shard of 65 tokens, the longest has" in done.err
+    assert not list((place.folder / "store").glob("data/*"))
+    (place.folder / "corpus" / "a.txt").write_text(WORDS * 20)
+    done = place.call("data", "prepare", "spec.toml", "--set", "model.vocab=280")
+    assert done.code == 78, done.err
+    assert "model.vocab 280 is smaller" in done.err
+    place.run("data", "prepare", "spec.toml", "--set", "train.sequence=8")
