@@ -26,6 +26,8 @@ import msgpack
 from checkpoint.errors import Damaged
 
 MAX_DEPTH = 8
+RECORD_DEPTH = 32
+"""Of maps and lists in each other in a log record: one holds a pod's whole patch (trainer/spec.py allows 20 levels)."""
 _TAIL = b"\xa6digest\xc4\x20"
 _SEAL_BYTES = len(_TAIL) + 32
 

@@ -68,7 +68,8 @@ class Record:
                 "writer": self.writer,
                 "time": self.time,
                 "body": self.body,
-            }
+            },
+            codec.RECORD_DEPTH,
         )
         if len(data) > MAX_RECORD_BYTES:
             raise ValueError(
@@ -81,7 +82,7 @@ class Record:
     def parse(cls, data: bytes, n: int) -> Record:
         """The record of these bytes, which lay at number ``n``; Damaged for anything else."""
         what = f"log record {n}"
-        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_RECORD_BYTES), what)
+        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_RECORD_BYTES, max_depth=codec.RECORD_DEPTH), what)
         version = f.integer("v", 1)
         if version != VERSION:
             raise Damaged(f"{what}: schema version {version}, this program reads {VERSION}: use a newer hotstage")
@@ -270,14 +271,14 @@ class RunState:
                 if self.ended is None
                 else [self.ended.n, self.ended.epoch, self.ended.time, _ended_body(self.ended)],
             },
-            codec.MAX_DEPTH + 2,
+            codec.RECORD_DEPTH + 2,
         )
 
     @classmethod
     def parse(cls, data: bytes, run: str, n: int) -> RunState:
         """The state of these bytes, which must be of this run and number; Damaged for anything else."""
         what = f"folded state {n} of run {run}"
-        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_STATE_BYTES, max_depth=codec.MAX_DEPTH + 2), what)
+        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_STATE_BYTES, max_depth=codec.RECORD_DEPTH + 2), what)
         if f.integer("v", 1) != VERSION or f.text("run", 200) != run or f.integer("n", 0) != n:
             raise Damaged(f"{what}: of another version, run or number")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -334,6 +335,21 @@ class RunSpec(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_how(self) -> RunSpec:
+        """Every attempt's record holds the How half: what a record cannot hold is refused here."""
+        for key in OPEN_TREES:
+            _check_tree(getattr(self.launch, key), f"launch.{key}")
+        size = len(canonical(how_map(self)))
+        if size > MAX_HOW_BYTES:
+            sizes = {key: len(canonical(getattr(self.launch, key))) for key in OPEN_TREES}
+            largest = max(sizes, key=lambda key: sizes[key])
+            raise ValueError(
+                f"launch.{largest} has {sizes[largest]} bytes, and parallel, checkpoint, launch and recovery together "
+                f"{size}; an attempt's record holds {MAX_HOW_BYTES} of them: shorten it (bulk belongs in a ConfigMap)"
+            )
+        return self
+
     def resolve(self, dataset: DatasetRef) -> RunSpec:
         """The spec with ``model.vocab`` filled from the dataset; refuses data that do not fit. Idempotent."""
         problems: list[str] = []
@@ -370,7 +386,10 @@ def too_short(shards: Sequence[int], sequence: int) -> str | None:
 
 def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str = "spec") -> RunSpec:
     """A RunSpec from plain values plus ``a.b=value`` overrides; every problem becomes a line of the SpecError."""
-    tree = _copy(value)
+    try:
+        tree = _copy(value)
+    except RecursionError as error:
+        raise SpecError(f"{origin}: its values are nested too deep to be read; flatten them") from error
     for text in sets:
         _apply_set(tree, text)
     try:
@@ -397,6 +416,8 @@ def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{file}: is not TOML: {error}") from error
+    except RecursionError as error:
+        raise SpecError(f"{file}: its values are nested too deep to be read; flatten them") from error
     return parse_spec(tree, sets, origin=str(file))
 
 
@@ -451,6 +472,48 @@ def _sorted(value: Any) -> Any:
     return value
 
 
+MAX_HOW_BYTES = 24 << 10
+"""Of a record's 64 KiB; the rest is for why an attempt ended: a rank's last words have up to 16 KiB, twice."""
+MAX_TREE_DEPTH = 20
+OPEN_TREES = ("pod_patch", "tolerations", "resources", "agent_resources", "node_selector")
+"""Keys of ``launch`` whose values are whatever Kubernetes takes."""
+
+
+def _check_tree(value: Any, where: str) -> None:
+    """Plain values of JSON, whole numbers of 64 bits, not too deep. ValueError otherwise, with the place."""
+    level: list[tuple[str, Any]] = [(where, value)]
+    for _ in range(MAX_TREE_DEPTH + 1):
+        deeper: list[tuple[str, Any]] = []
+        for name, item in level:
+            if isinstance(item, Mapping):
+                bad = next((key for key in item if not isinstance(key, str) or not _is_unicode(key)), None)
+                if bad is not None:
+                    raise ValueError(f"{name} has the key {bad!r}, which is not text in UTF-8; correct it")
+                deeper += [(f"{name}.{key}", below) for key, below in item.items()]
+            elif isinstance(item, list | tuple):
+                deeper += [(f"{name}[{number}]", below) for number, below in enumerate(item)]
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{name} {item} is not a finite number; write one, or text in quotes")
+            elif isinstance(item, int) and not -(1 << 63) <= item < 1 << 63:
+                raise ValueError(f"{name} {item} does not fit 64 bits; write it as text in quotes")
+            elif not (item is None or isinstance(item, str | bool | int | float)):
+                raise ValueError(f"{name} {item} is a {type(item).__name__}; write it as text in quotes")
+            elif isinstance(item, str) and not _is_unicode(item):
+                raise ValueError(f"{name} {item!r} is not text that can be written as UTF-8; correct it")
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError(f"{level[0][0][:200]} is nested deeper than {MAX_TREE_DEPTH} levels; flatten it")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
@@ -474,6 +537,8 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         node[path[-1]] = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         node[path[-1]] = raw.strip()
+    except RecursionError as error:
+        raise SpecError(f"--set {text[:80]!r}…: its value is nested too deep to be read; flatten it") from error
 
 
 _OPEN_KEYS = ("pod_patch", "resources", "node_selector")

@@ -820,3 +820,17 @@ def test_a_condensed_state_that_is_not_of_this_log_is_not_taken(how: str) -> Non
         }[how],
     )
     assert log.fold(quick=True) == state
+
+
+def test_an_attempt_holds_the_largest_and_deepest_how_that_a_spec_may_have() -> None:
+    """With the longest last words beside it; also in a folded state."""
+    log, state = started()
+    deep: Any = "x"
+    for level in range(20):
+        deep = {"a": deep} if level % 2 else [deep]
+    how = {"launch": {"pod_patch": {"deep": deep, "long": "y" * (24 << 10)}}}
+    cause = {"class": "bug", "text": "w" * (16 << 10), "mend": "", "step": 3, "words": {"why": "w" * (16 << 10)}}
+    state = log.append("attempt", attempt_body() | {"how": how, "cause": cause}, state)
+    assert log.fold() == state
+    assert log.fold().attempts[-1].body["how"] == how
+    assert RunState.parse(state.to_bytes(), RUN, state.n) == state
