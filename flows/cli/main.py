@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from flows.cli.proxies import pass_loopback_by
+
 EXIT_CODES = """
 \b
 Exit codes of train, runs resume and demo:
@@ -104,6 +106,7 @@ def cli(verbose: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
+    pass_loopback_by(os.environ)
 
 
 store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (else HOTSTAGE_STORE).")

@@ -1,0 +1,71 @@
+"""A proxy of the environment is not asked for what is on this machine, by any client that the command uses."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+
+import httpx
+import pytest
+from botocore.utils import get_environ_proxies
+
+from flows.cli.proxies import pass_loopback_by
+from k8s.proxy import proxy_for
+from tests.flows.conftest import Api
+from tests.k8s.recording_proxy import RecordingProxy
+from tests.support.place import Place, finish
+
+URLS = ["http://127.0.0.1:9000", "http://localhost:9000", "http://[::1]:9000"]
+LISTS = ["", "x.example", " 10.0.0.0/8 , .svc", "*", "a,*", "localhost"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http", "https", "all", "no"):
+        for spelled in (f"{name}_proxy", f"{name}_PROXY".upper()):
+            monkeypatch.setenv(spelled, "")  # put back afterwards
+            monkeypatch.delenv(spelled)
+
+
+@pytest.mark.parametrize("spelling", ["NO_PROXY", "no_proxy"])
+@pytest.mark.parametrize("listed", LISTS)
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_every_client_reaches_this_machine_directly(
+    monkeypatch: pytest.MonkeyPatch, variable: str, listed: str, spelling: str
+) -> None:
+    monkeypatch.setenv(variable, "http://proxy.example:3128")
+    monkeypatch.setenv(spelling, listed)
+    pass_loopback_by(os.environ)
+    with httpx.Client() as client:  # what Prefect's client is made of
+        for url in URLS:
+            assert client._transport_for_url(httpx.URL(url)) is client._transport, url
+    for url in URLS[:2]:  # those of a store are names or addresses of version 4
+        assert get_environ_proxies(url) == {}
+    for url in URLS:
+        assert proxy_for(url, os.environ) is None
+    assert urllib.request.proxy_bypass("127.0.0.1:4200")
+
+
+def test_what_is_elsewhere_still_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "minio.svc")
+    pass_loopback_by(os.environ)
+    assert get_environ_proxies("http://s3.example")["http"] == "http://proxy.example:3128"
+    assert get_environ_proxies("http://minio.svc") == {}
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "minio.svc,localhost,127.0.0.1,::1"
+
+
+def test_without_a_proxy_nothing_is_touched() -> None:
+    environment = {"NO_PROXY": "a"}
+    pass_loopback_by(environment)
+    assert environment == {"NO_PROXY": "a"}
+
+
+def test_a_run_is_hosted_by_prefect_on_this_machine_whatever_proxy_is_named(hosted: Place, prefect: Api) -> None:
+    with RecordingProxy(f"http://127.0.0.1:{prefect.server.port}") as proxy:
+        hosted.env["HTTP_PROXY"] = f"http://{proxy.address}"
+        done = finish(hosted.start("train", "spec.toml", "--json", "--set", "train.steps=4"))
+        assert done.code == 0, done.err
+        assert proxy.seen == []
+    (flow_run,) = prefect.named(done.json()["run"])
+    assert flow_run["state_type"] == "COMPLETED"
