@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog
-from checkpoint.store import Store, open_store
+from checkpoint.store import Store, address, open_store
 from flows.claims import StoreClaims
 from flows.loop import Driver, NoSink, Outcome, Sink
 from flows.run import Prepared, load_run, prepare_run
@@ -35,16 +36,22 @@ def default_store() -> str:
     known = os.environ.get("HOTSTAGE_STORE")
     if known:
         return known
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return f"file://{(home / 'hotstage').absolute()}"
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    if base.startswith("~"):
+        raise StoreRefused(
+            "this user has no home folder for the default store: give one with --store or HOTSTAGE_STORE"
+        )
+    return os.path.join(base, "hotstage")
 
 
 def store_at(url: str | None) -> Store:
-    """The store at a URL or a plain folder; the default one for None."""
-    url = url or default_store()
-    if "://" not in url and not url.startswith("memory:"):
-        url = f"file://{Path(url).expanduser().absolute()}"
-    return open_store(url)
+    """The store at a URL or a plain folder (``checkpoint/store/address.py``); the default one for None."""
+    return open_store(store_url(url))
+
+
+def store_url(text: str | None) -> str:
+    """The URL of a store as a person wrote it; of the default one for None."""
+    return address(default_store() if text is None else text)
 
 
 def launcher_for(spec: RunSpec, out: Path, store: Store, run: str) -> Launcher:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
-
 from checkpoint.errors import StoreRefused
+from checkpoint.store.address import address, folder_of
 from checkpoint.store.base import Data, Info, Store
 from checkpoint.store.file import FileStore
 from checkpoint.store.memory import MemoryStore
 
-__all__ = ["Data", "Info", "Store", "open_store"]
+__all__ = ["Data", "Info", "Store", "address", "open_store"]
 
 
 def open_store(url: str) -> Store:
@@ -29,14 +27,7 @@ def open_store(url: str) -> Store:
 
         return open_s3(url)
     if scheme == "file":
-        parts = urlsplit(url)
-        if parts.query or parts.fragment or parts.netloc not in ("", "localhost"):
-            raise StoreRefused(f"store {url!r}: a file store is file:///absolute/path, without host or query")
-        if not parts.path.startswith("/") or parts.path == "/":
-            raise StoreRefused(
-                f"store {url!r}: a file store is file:///absolute/path (three slashes), and not the root folder"
-            )
-        return FileStore(Path(unquote(parts.path)))
+        return FileStore(folder_of(url))
     raise StoreRefused(
         f"store {url[:80].split('@')[-1]!r}: the schemes are file:///absolute/path and s3://bucket/prefix"
     )

@@ -31,6 +31,7 @@ _TMP_AGE_S = 24 * 3600.0  # a temporary file this old belongs to nobody alive
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 _SHAPE = {
     errno.ENOTDIR,
     errno.EISDIR,
@@ -51,6 +52,11 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
             f"{what}: the file store {root} is full or over its quota ({text}); "
             "nothing that was there is lost: free space and it goes on"
         )
+    if code == errno.ESTALE:
+        return StoreUnavailable(
+            f"{what}: the file store {root} lies on a network file system whose server has forgotten the folder "
+            f"({text}); mount it again and it goes on"
+        )
     if code in _RIGHTS:
         return StoreRefused(
             f"{what}: the file store {root} refuses it ({text}); give the user {os.geteuid()} rights to write there, "
@@ -67,10 +73,21 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
     )
 
 
+def _no_links(error: OSError, what: str, root: Path) -> StoreRefused:
+    """Files can be made there, links to them cannot: FAT, exFAT, BeeGFS, some FUSE and some shared folders."""
+    return StoreRefused(
+        f"{what}: the file system of {root} has no hard links ({error.strerror}), and creating an object only where "
+        "there is none rests on them; use a folder on a file system that has them (ext4, xfs, btrfs, NFS) or an S3 store, "
+        "with --store"
+    )
+
+
 class FileStore:
     """Objects as files below ``root``; made at the first write where it is missing."""
 
     def __init__(self, root: Path) -> None:
+        if "\0" in str(root):
+            raise StoreRefused(f"file store {str(root)!r}: a path holds no NUL byte; take it out")
         if not root.is_absolute():
             raise StoreRefused(f"file store {root}: the path must be absolute, as in file:///home/me/runs")
         self.root = root
@@ -97,6 +114,10 @@ class FileStore:
                 self._into_place(os.link, temporary, path, durable)
             except FileExistsError:
                 return self._holds(path, key, data)
+            except OSError as error:
+                if error.errno in _NO_LINKS and temporary.exists():  # it may be written to, but not linked
+                    raise _no_links(error, f"creating {key!r}", self.root) from error
+                raise
             finally:
                 os.unlink(temporary)
         except OSError as error:

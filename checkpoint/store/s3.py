@@ -217,7 +217,10 @@ def translate(error: BaseException, what: str, store: str, key: str = "") -> Sto
 
 def open_s3(url: str, retry: Retry | None = None) -> S3Store:
     """The store at this address; StoreRefused for an address that is not one, with what is wrong."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreRefused(f"store s3://…: {error}; write s3://bucket/prefix") from error
     if "@" in parts.netloc or "@" in parts.query:
         raise StoreRefused(
             f"store s3://…{parts.path}: an address holds no credentials; take them out, and set AWS_ACCESS_KEY_ID and "
@@ -240,7 +243,11 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         check_key(prefix)
     endpoint = options.get("endpoint")
     if endpoint is not None:
-        at = urlsplit(endpoint)
+        try:
+            at = urlsplit(endpoint)
+            _ = at.port
+        except ValueError as error:
+            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port: {error}") from error
         if at.scheme not in ("http", "https") or not at.hostname or at.path not in ("", "/") or at.query or at.fragment:
             raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
     style = options.get("path_style", "1" if endpoint else "0")

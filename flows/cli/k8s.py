@@ -20,11 +20,11 @@ def k8s() -> None:
 
 def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, list[dict[str, Any]], str]:
     from flows import foretell
-    from flows.api import default_store
+    from flows.api import store_url
     from k8s.render import render_launch
     from trainer.spec import load_spec
 
-    url = store or default_store()
+    url = store_url(store)
     plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
     run = f"{resolved.name}-{plan.config.what_digest.hex()[:6]}"
     return resolved, render_launch(resolved, plan, run=run, store_url=url), url

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import StoreError, StoreRefused, StoreUnavailable
+from checkpoint.probe import ensure_probed
 from checkpoint.store import open_store
 from checkpoint.store.file import FileStore, translate
 
@@ -116,6 +117,62 @@ def test_no_rights_is_refused_with_the_mend(tmp_path: Path) -> None:
     in_child(work)
     for each in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         each.chmod(0o755)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV])
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As FAT (EPERM), BeeGFS (EXDEV, EOPNOTSUPP) and FUSE (ENOSYS) answer: one system call fails, all else works."""
+
+    def link(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    store = open_store((tmp_path / "store").as_uri())
+    with pytest.raises(StoreRefused, match=r"has no hard links .*use a folder on .*ext4.*or an S3 store") as caught:
+        store.create(KEY, b"x")
+    assert "rights" not in str(caught.value)
+    store.put("runs/r/live/x", b"x")
+    assert list((tmp_path / "store" / ".tmp").iterdir()) == []
+    with pytest.raises(StoreRefused, match="has no hard links"):
+        ensure_probed(store)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (errno.EDQUOT, StoreUnavailable, "full or over its quota"),
+        (errno.ENOSPC, StoreUnavailable, "full or over its quota"),
+        (errno.ESTALE, StoreUnavailable, "mount it again"),
+        (errno.EIO, StoreUnavailable, "EIO"),
+        (errno.EROFS, StoreRefused, "mount it writable"),
+        (errno.ENAMETOOLONG, StoreRefused, "long names"),
+    ],
+)
+def test_what_file_systems_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[StoreError], says: str
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    store.create(KEY, b"first")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for call in ("write", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(kind, match=says):
+                store.create("runs/r/a", b"x")
+    assert [i.key for i in store.list("")] == [KEY]
+    assert list((tmp_path / "store" / ".tmp").iterdir()) == []
+    assert store.create("runs/r/a", b"x")
+
+
+def test_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    store = open_store((tmp_path / ("x" * 300)).as_uri())
+    with pytest.raises(StoreRefused, match="long names"):
+        store.create(KEY, b"x")
+    with pytest.raises(StoreRefused, match="long names"):
+        store.get(KEY)
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:

@@ -258,6 +258,19 @@ def test_a_store_that_cannot_be_written(place: Place) -> None:
     assert (place.folder / "file").read_text() == "not a folder"
 
 
+def test_a_store_whose_name_holds_anything(place: Place, undisturbed: tuple[str, str]) -> None:
+    """Command, driver and agents mean the same folder."""
+    _, digest = undisturbed
+    name = "a%41 #1?x=y&z:~\n[ü]"
+    place.env["HOTSTAGE_STORE"] = str(place.folder / name)
+    done = train(place)
+    assert done.code == 0, done.err
+    assert done.json()["state_digest"] == digest
+    assert (place.folder / name / "runs").is_dir()
+    assert not [path.name for path in place.folder.iterdir() if path.name.startswith("a") and path.name != name]
+    place.all_gone()
+
+
 @contextlib.contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
     """A tmpfs at the folder; gives what mounts it anew with other options. Skips where this user may not mount."""

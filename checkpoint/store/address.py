@@ -1,0 +1,75 @@
+"""What a person writes for a store, and the URL that it stands for.
+
+A text that begins with ``file://``, ``file:/``, ``s3://`` or another scheme and ``://`` is a URL; ``memory:`` is the
+store in memory; everything else is the path of a folder, taken literally whatever it holds, but for a ``~`` at the
+beginning.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from checkpoint.errors import StoreRefused
+
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|file:/|memory:\Z)", re.IGNORECASE)
+_CONTROL = re.compile(r"[\0-\x20\x7f]")
+_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def address(text: str) -> str:
+    """The URL of what a person wrote. StoreRefused where it can be no store.
+
+    >>> address("/data/a%41 #1")
+    'file:///data/a%2541%20%231'
+    >>> address("s3://bucket/prefix")
+    's3://bucket/prefix'
+    """
+    if not text.strip():
+        raise StoreRefused("the store's address is empty: give a folder, file:///… or s3://…, or leave --store out")
+    if _URL.match(text):
+        return text
+    if "\0" in text:
+        raise StoreRefused(f"store {text!r}: a path holds no NUL byte; take it out")
+    try:
+        path = Path(os.path.abspath(os.path.expanduser(text)) if text.startswith("~") else _absolute(text))
+    except OSError as error:
+        raise StoreRefused(
+            f"store {text!r}: it is taken from this process's folder, and that is gone ({error.strerror}): go to one "
+            "that exists, or give an absolute path"
+        ) from error
+    if path == Path("/"):
+        raise StoreRefused(f"store {text!r}: not the root folder; give a folder below it")
+    return path.as_uri()
+
+
+def _absolute(text: str) -> str:
+    return text if text.startswith("/") else os.path.join(os.getcwd(), text)
+
+
+def folder_of(url: str) -> Path:
+    """The folder of a ``file:`` URL: percent-escapes are decoded, as in every URL. StoreRefused for another form."""
+    rest = url.partition(":")[2]
+    host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", rest[:1], rest[1:])
+    if slash != "/" or host not in ("", "localhost"):
+        raise StoreRefused(
+            f"store {url!r}: a file store is file:///absolute/path (three slashes), without host or query"
+        )
+    if "?" in path or "#" in path:
+        raise StoreRefused(
+            f"store {url!r}: a file store is file:///absolute/path, without host or query; in a URL a ? is written %3F "
+            "and a # %23, or give the plain path"
+        )
+    if _CONTROL.search(path) or _PERCENT.search(path):
+        raise StoreRefused(
+            f"store {url!r}: in a URL a blank is written %20 and a % %25 (every % is followed by two hex digits); or "
+            "give the plain path, which is taken as it is"
+        )
+    folder = os.fsdecode(b"/" + unquote_to_bytes(os.fsencode(path)))
+    if "\0" in folder:
+        raise StoreRefused(f"store {url!r}: a path holds no NUL byte (%00); take it out")
+    if not folder.strip("/"):
+        raise StoreRefused(f"store {url!r}: not the root folder; give a folder below it, file:///absolute/path")
+    return Path(folder)

@@ -1,0 +1,150 @@
+"""A plain path is a folder of that name, whatever it holds; a URL is decoded as URLs are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from checkpoint.errors import StoreRefused
+from checkpoint.store import address, open_store
+from checkpoint.store.file import FileStore
+from flows.api import store_at, store_url
+
+NAMES = [
+    *(
+        "a%41",
+        "a%",
+        "%",
+        "%zz",
+        "a%2541",
+        "#",
+        "a#b",
+        "?",
+        "a?b=c",
+        "a b",
+        " ",
+        "a:b",
+        "s3:x",
+        "s3:",
+        "http:",
+        "memory:x",
+    ),
+    *(
+        "~",
+        "a~b",
+        "a\nb",
+        "\t",
+        "ü字",
+        os.fsdecode(b"\xff\xfe"),
+        "[x]",
+        "*",
+        "a;b",
+        "a&b",
+        "@",
+        "a@b",
+        "\\",
+        "'",
+        '"',
+        "-x",
+    ),
+    *("-x", "a" * 255, "…", "file:x"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_plain_path_is_taken_literally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "x" / name
+    written = [str(there), f"{there}/", f"x/{name}", f"./x/{name}", f"x/../x/{name}"]
+    for text in written:
+        store = store_at(text)
+        assert isinstance(store, FileStore)
+        assert os.path.realpath(store.root) == os.path.realpath(there), text
+        again = open_store(store.url)  # as an agent does
+        assert isinstance(again, FileStore)
+        assert (again.root, again.url) == (store.root, store.url)
+        assert address(store.url) == store.url
+    assert store_at(str(there)).create("probe/a", b"x")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == [name]
+    assert open_store(there.as_uri()).get("probe/a") == b"x"
+
+
+def test_a_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s3:x", "a%41", "x", "s3:/bucket"):
+        store = store_at(name)
+        assert isinstance(store, FileStore)
+        assert store.root == tmp_path / name
+
+
+def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "h%41"))
+    monkeypatch.chdir(tmp_path)
+    assert store_url("~/runs") == (tmp_path / "h%41" / "runs").as_uri()
+    assert store_url("~nobody-of-that-name/runs") == (tmp_path / "~nobody-of-that-name" / "runs").as_uri()
+    monkeypatch.delenv("HOTSTAGE_STORE", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert store_url(None) == (tmp_path / "h%41" / ".local" / "share" / "hotstage").as_uri()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data %41"))
+    assert store_url(None) == (tmp_path / "data %41" / "hotstage").as_uri()
+    monkeypatch.setenv("HOTSTAGE_STORE", str(tmp_path / "s#1"))
+    assert store_url(None) == (tmp_path / "s#1").as_uri()
+
+
+@pytest.mark.parametrize(
+    ("url", "folder"),
+    [
+        ("file:///a%41", "/aA"),
+        ("file:///a%2541", "/a%41"),
+        ("file://localhost/a%20b", "/a b"),
+        ("file:/a/b", "/a/b"),
+        ("FILE:///a", "/a"),
+        ("file:///a%23%3F%0A", "/a#?\n"),
+        ("file:///%FF", os.fsdecode(b"/\xff")),
+    ],
+)
+def test_a_url_is_decoded(url: str, folder: str) -> None:
+    store = store_at(url)
+    assert isinstance(store, FileStore)
+    assert str(store.root) == folder
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "address is empty"),
+        ("  ", "address is empty"),
+        ("/", "not the root folder"),
+        ("file:///", "not the root folder"),
+        ("file:////", "not the root folder"),
+        ("a\0b", "NUL byte"),
+        ("file:///a%00b", "NUL byte"),
+        ("file:///a%zz", "followed by two hex digits"),
+        ("file:///a b", "%20"),
+        ("file:///a\nb", "taken as it is"),
+        ("file:///a?b", "%3F"),
+        ("file:///a#b", "%23"),
+        ("file://host/a", "without host"),
+        ("file://", "file:///absolute/path"),
+        ("s3://[bad/x", "s3://bucket/prefix"),
+        ("s3://bucket/x?endpoint=http://[bad", "http://host:port"),
+        ("s3://bucket/x?endpoint=http://h:99999", "http://host:port"),
+        ("http://h/x", "schemes are"),
+    ],
+)
+def test_what_can_be_no_store(text: str, says: str) -> None:
+    with pytest.raises(StoreRefused) as caught:
+        store_at(text)
+    assert says in str(caught.value)
+
+
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(StoreRefused, match="give an absolute path"):
+        store_at("runs")
+    assert store_at(str(tmp_path / "runs"))
