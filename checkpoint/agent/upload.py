@@ -32,6 +32,7 @@ from checkpoint.store import Store
 log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_VOIDS = 4  # uploads of one step that found its slots changed: by then it is their memory
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Uploader:
         self._wake = threading.Condition()
         self._source: Source | None = None
         self._done: dict[int, set[int]] = {}  # epoch -> steps whose part is in the store, or was given up
+        self._voids: dict[int, int] = {}  # step -> how often its slots changed under an upload
         self._again = False
         self._busy = False
         self._closing = False
@@ -104,6 +106,7 @@ class Uploader:
         with self._wake:
             self._source = source
             self._done = {source.epoch: self._done.get(source.epoch, set())}
+            self._voids = {}
             self._again = True
             self._wake.notify_all()
 
@@ -191,12 +194,12 @@ class Uploader:
         except SlotChanged as error:
             for slot, _ in held:
                 slot.release()
-            log.info("%s; the newest one is taken", error)
+            self._void(source, step, error)
             return True
         try:
             complete = self._persist(source, step, by_rank)
         except SlotChanged as error:
-            log.warning("the upload of step %d is void: %s", step, error)
+            self._void(source, step, error)
             return True
         finally:
             for slot, _ in held:
@@ -205,6 +208,26 @@ class Uploader:
         if complete:
             self._done[source.epoch].update(p[0] for p, _ in ready if p[0] <= step)
         return True
+
+    def _void(self, source: Source, step: int, error: SlotChanged) -> None:
+        """A slot was refilled: the newest snapshot is taken. Where it is the same step again and again nobody refills
+        it, its memory does not hold: pauses, then an end of it.
+        """
+        times = self._voids[step] = self._voids.get(step, 0) + 1
+        log.log(logging.INFO if times == 1 else logging.WARNING, "the upload of step %d is void: %s", step, error)
+        if times > _VOIDS:
+            self._voids.pop(step)
+            self._done[source.epoch].add(step)
+            self._failing = True
+            text = (
+                f"the snapshot of step {step} does not hold ({error}; {times} times, and nobody refills it): it is not "
+                "stored, the next one is; look at this machine's memory"
+            )
+            log.error("%s", text)
+            self._post(lambda: self._on_error(text))
+        elif times > 1:
+            with self._wake:
+                self._wake.wait_for(lambda: self._source is not source, _BACKOFF_S[times - 2])
 
     def _agreed(
         self, source: Source, ready: Sequence[tuple[tuple[int, int], dict[int, Seen]]]

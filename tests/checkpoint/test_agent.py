@@ -441,6 +441,26 @@ def test_supervisor_lost_ends_the_attempt_here(one: Started) -> None:
     assert status["supervisor"] is None
 
 
+def test_a_header_that_does_not_hold_is_given_up_with_a_word(one: Started) -> None:
+    """Its CRC stays wrong, and nobody refills the slot: a few looks with pauses, then the next snapshot goes up."""
+    (rank,), run = one.ranks, one.run
+    index = rank.fill(2, state_bytes(one.layout, 0, 2), tell=False)
+    header = wire.SlotHeader.from_buffer(rank.maps[index])
+    header.header_crc ^= 1
+    del header
+    rank.link.send("READY", rank=0, epoch=one.epoch, a=index, b=2)
+    status = wait_for(
+        lambda: (s := run.status()) and "does not hold" in (s["error"] or "") and s, "the error to be said"
+    )
+    assert "the snapshot of step 2 does not hold" in status["error"]
+    assert one.agents[0].log().count("the upload of step 2 is void") == 5
+    rank.fill(4, state_bytes(one.layout, 0, 4))
+    committed(run, 4)
+    wait_for(lambda: (run.status() or {})["error"] is None, "the error to go")
+    assert [c.step for c in run.fold().checkpoints] == [4]
+    assert one.agents[0].log().count("the upload of step 2 is void") == 5
+
+
 def test_a_slot_that_is_refilled_while_held_is_void(tmp_path: Path) -> None:
     """A rank that breaks the hold (it must not) costs that upload, not the truth of a checkpoint."""
     run, plan = make_run(tmp_path, tiny_spec())
