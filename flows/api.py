@@ -134,6 +134,12 @@ class Run:
             self._error = error
         finally:
             self._done.set()
+            self.driver.launcher.close()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped the driver before the run's end; None where nothing has."""
+        return self._error
 
     def wait(self, timeout: float | None = None) -> bool:
         return self._done.wait(timeout)

@@ -195,10 +195,11 @@ class KubernetesLauncher:
             self._sleep(0.1)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching; whoever asks again watches anew."""
         for eyes in self._eyes.values():
             eyes.jobs.stop()
             eyes.pods.stop()
+        self._eyes.clear()
 
     # --- inside -------------------------------------------------------------------------------------------
 
