@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from checkpoint.errors import Damaged, StoreError, StoreRefused
 from checkpoint.log import RunLog, RunState
@@ -54,21 +55,21 @@ class Watcher:
                     self._post(self._on_refused)
                     return
                 log.warning("the log cannot be read now: %s", error)
-                self._post(lambda text=str(error): self._on_error(text))  # type: ignore[misc]
+                self._post(partial(self._on_error, str(error)))
                 told, pause = str(error), max(pause, 2.0)
             except (StoreError, Damaged) as error:
                 if told != str(error):
                     told = str(error)
                     log.warning("the log cannot be read now: %s", error)
-                    self._post(lambda text=told: self._on_error(text))  # type: ignore[misc]
+                    self._post(partial(self._on_error, told))
                 pause = max(pause, 0.5)
             else:
                 if told is not None:
                     told = None
-                    self._post(lambda: self._on_error(None))
+                    self._post(partial(self._on_error, None))
                 if state is None or newer.n != state.n or newer.unreadable != state.unreadable:
                     state = newer
-                    self._post(lambda found=newer: self._on_state(found))  # type: ignore[misc]
+                    self._post(partial(self._on_state, newer))
                 if newer.unreadable is not None:
                     pause = max(pause, 2.0)
             self._closing.wait(pause)

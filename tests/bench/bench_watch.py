@@ -1,6 +1,7 @@
 """What watching a gang of 1,000 pods costs: CPU time of the watching process alone, the API server in another one.
 
-The launcher is asked as often as the driver asks it. ``python -m tests.bench watch``.
+The launcher is asked as often as a driver ever asks it; while all is well a driver asks more seldom (flows/loop.py).
+``python -m tests.bench watch``.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def measure() -> dict[str, tuple[float, float]]:
                 end = time.monotonic() + window_s
                 while time.monotonic() < end:
                     launcher.observe(launch.launch_id)
-                    time.sleep(POLL_S)  # the driver's own pace
+                    time.sleep(POLL_S)
                 used = (time.process_time() - before) / window_s
                 requests = (api.ask("requests") - asked) / window_s
                 found[weather] = (used + (0.0 if storms else listing / PACE.relist_s), requests)

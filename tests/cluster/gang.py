@@ -24,7 +24,7 @@ from checkpoint.store import open_store
 from flows.live import MetricsReader
 from k8s.doctor import RIGHTS
 from tests.cluster.cluster import ROOT, Cluster
-from tests.support.chaos import _PAGE, _page_of
+from tests.support import chaos
 from tests.support.place import TEXT, Done, Place, finish
 from tests.support.s3_server import S3Server
 
@@ -247,15 +247,8 @@ class Gang:
 
 def step_of(pid: int) -> int:
     """The step that a rank's process is in; -1 where it is gone."""
-    page = _page_of(pid)
-    if page is None:
-        return -1
-    try:
-        return int(_PAGE.unpack(os.pread(page, _PAGE.size, 0))[1])
-    except OSError:
-        return -1
-    finally:
-        os.close(page)
+    step = chaos.step_of(pid)
+    return -1 if step is None else step
 
 
 @contextmanager

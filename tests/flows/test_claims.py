@@ -189,8 +189,8 @@ def test_an_older_versions_launch_is_left_alone(world: World) -> None:
     assert world.state == "lost"
 
 
-def test_an_older_versions_claim_is_read() -> None:
-    old, new = Place.parse(b"10.0.0.7", "a claim"), Place.of(Path.cwd(), address="10.0.0.7")
+def test_an_older_versions_claim_is_read(tmp_path: Path) -> None:
+    old, new = Place.parse(b"10.0.0.7", "a claim"), Place.of(tmp_path, address="10.0.0.7")
     assert (old.address, old.token, old.describe()) == ("10.0.0.7", "", "10.0.0.7")
     assert old.same(new)
     assert new.same(old)

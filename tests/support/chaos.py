@@ -150,16 +150,23 @@ def _page_of(pid: int) -> int | None:
     return None
 
 
-def rank_step(work: Path, rank: int) -> int | None:
-    """The step that a rank below this folder is in, from its own page; None where it does not run."""
-    pid = _rank_pid(work, rank)
-    page = _page_of(pid) if pid else None
+def step_of(pid: int) -> int | None:
+    """The step that a rank's process is in, from its own page; None where it is gone."""
+    page = _page_of(pid)
     if page is None:
         return None
     try:
         return int(_PAGE.unpack(os.pread(page, _PAGE.size, 0))[1])
+    except OSError:
+        return None
     finally:
         os.close(page)
+
+
+def rank_step(work: Path, rank: int) -> int | None:
+    """The same of a rank below this folder; None where it does not run."""
+    pid = _rank_pid(work, rank)
+    return step_of(pid) if pid else None
 
 
 def _kill(pid: int) -> None:

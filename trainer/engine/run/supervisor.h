@@ -12,6 +12,9 @@
  * credentials of this process's environment (AWS_*, *SECRET*, ...), and never wait for a reader of
  * their output.
  *
+ * It keeps a memfd for the arena of each local rank from attempt to attempt (core/arena.h): its pages,
+ * not what is in them; empties the one of a rank that the OOM killer ended, and closes all with itself.
+ *
  * EXIT says in c whether the supervisor itself killed the rank, so that such an end is never taken
  * for a cause, or the kernel's OOM killer did: a SIGKILL of nobody known while the container's
  * count of such kills is higher than when the attempt began. HELLO says in epoch the attempt that
