@@ -77,8 +77,8 @@ def _no_links(error: OSError, what: str, root: Path) -> StoreRefused:
     """Files can be made there, links to them cannot: FAT, exFAT, BeeGFS, some FUSE and some shared folders."""
     return StoreRefused(
         f"{what}: the file system of {root} has no hard links ({error.strerror}), and creating an object only where "
-        "there is none rests on them; use a folder on a file system that has them (ext4, xfs, btrfs, NFS) or an S3 store, "
-        "with --store"
+        "there is none rests on them; use a folder on a file system that has them (ext4, xfs, btrfs, NFS) or an S3 "
+        "store, with --store"
     )
 
 
