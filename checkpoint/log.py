@@ -119,10 +119,17 @@ class AttemptInfo:
     slots: Mapping[str, int] | None  # {"step", "epoch"}: newer state held in every agent's slots
     reason: str
     body: Mapping[str, Any]  # the whole body: how, cause, and what a driver adds
+    order: int = 0  # number of the order that it follows; 0: of none
 
     @property
     def epoch(self) -> int:
         return self.n
+
+    @property
+    def how(self) -> Mapping[str, Any]:
+        """Its layout: the How half of the spec."""
+        how: Mapping[str, Any] = self.body["how"]
+        return how
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +171,17 @@ class EndedInfo:
     reason: str
     step: int
     state_digest: str | None
+    cls: str = ""  # of the cause, where it gave up (wire/exit.h's table, ``signal``, ``memory``)
 
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """A change that a person or the driver logged: ``body["kind"]`` says which."""
+    """A change that a person or the driver logged: ``body["kind"]`` says which.
+
+    ``order``: what a person asked of the run's How (the whole map ``how``; ``by`` and ``via``: who, with which command;
+    ``again``: the run goes on although it had ended; ``anew``: it may begin at its start again). The newest order wins.
+    ``parent``: the checkpoint of another run that this one begins from.
+    """
 
     n: int
     epoch: int
@@ -195,6 +208,11 @@ class RunState:
     @property
     def newest_attempt(self) -> AttemptInfo | None:
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def orders(self) -> tuple[Intervention, ...]:
+        """What people asked of the run's How, oldest first: the last one stands."""
+        return tuple(i for i in self.interventions if i.body["kind"] == "order")
 
     @property
     def epoch(self) -> int:
@@ -450,6 +468,7 @@ def _attempt(n: int, time: float, body: Any) -> AttemptInfo:
         slots=slots,
         reason=f.text("reason"),
         body=MappingProxyType(dict(body)),
+        order=f.integer("order", 1, n - 1) if f.has("order") else 0,
     )
 
 
@@ -479,16 +498,34 @@ def _ended(n: int, epoch: int, time: float, body: Any) -> EndedInfo:
     if outcome not in OUTCOMES:
         raise Damaged(f"{what}: outcome {outcome!r} is none of {', '.join(OUTCOMES)}")
     digest = f.hex("state_digest") if f.has("state_digest") else None
-    return EndedInfo(n, epoch, time, outcome, f.text("reason"), f.integer("step", 0), digest)
+    cls = f.text("class", 40) if f.has("class") else ""
+    return EndedInfo(n, epoch, time, outcome, f.text("reason"), f.integer("step", 0), digest, cls)
+
+
+def ended_body(state: RunState, outcome: str, reason: str, cls: str = "") -> dict[str, Any]:
+    """The body of an ``ended`` record: the newest state that is saved, by step (a slower upload may come later)."""
+    newest = state.at_step()
+    body: dict[str, Any] = {
+        "outcome": outcome,
+        "reason": reason,
+        "step": newest.step if newest else 0,
+        "state_digest": newest.state_digest if newest else None,
+    }
+    return {**body, "class": cls} if cls else body
 
 
 def _ended_body(ended: EndedInfo) -> dict[str, Any]:
-    return {"outcome": ended.outcome, "reason": ended.reason, "step": ended.step, "state_digest": ended.state_digest}
+    body = {"outcome": ended.outcome, "reason": ended.reason, "step": ended.step, "state_digest": ended.state_digest}
+    return {**body, "class": ended.cls} if ended.cls else body
 
 
 def _intervention(n: int, body: Any) -> Mapping[str, Any]:
     what = f"log record {n} (intervention)"
-    codec.Fields(dict(body) if isinstance(body, Mapping) else body, what).text("kind", 80)
+    f = codec.Fields(dict(body) if isinstance(body, Mapping) else body, what)
+    if f.text("kind", 80) == "order":
+        f.map("how")
+        f.text("by", 200)
+        f.text("via", 200)
     return MappingProxyType(dict(body))
 
 
@@ -555,7 +592,7 @@ class RunLog:
         of requests. Records before that point are not read again, as with a state from before.
         """
         state = since if since is not None else (self._condensed() if quick else None) or self._newest_fold()
-        fold: _Fold | None = None
+        fold: _Fold | None = None  # made when there is something new: a look that finds nothing copies nothing
         while True:
             n = (fold or state).n + 1
             try:

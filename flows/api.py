@@ -17,14 +17,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from checkpoint.errors import StoreRefused
-from checkpoint.log import RunLog
+from checkpoint.log import RunLog, ended_body
 from checkpoint.store import Store, address, open_store
 from flows.claims import StoreClaims
 from flows.loop import Driver, NoSink, Outcome, Sink
-from flows.run import Prepared, load_run, prepare_run
+from flows.orders import Asked, place
+from flows.run import Prepared, ask_run, prepare_run
 from trainer.launch import Launch, Launcher, LocalLauncher
 from trainer.spec import RunSpec, how_map, load_spec
 
@@ -73,7 +73,6 @@ def make_driver(
     sink: Sink | None = None,
     out: Path = OUT,
     stop: threading.Event | None = None,
-    reopen: bool = False,
 ) -> Driver:
     """A driver for a prepared run, with the launcher that its spec asks for."""
 
@@ -98,7 +97,6 @@ def make_driver(
         launch,
         sink=sink or NoSink(),
         stop=stop or threading.Event(),
-        reopen=reopen,
     )
 
 
@@ -165,15 +163,8 @@ def cancel(store: Store, run: str, reason: str = "cancelled by the user") -> boo
     log = RunLog(store, run, writer="user")
     state = log.fold()
     while not state.ended:
-        newest = state.at_step()  # by step: a slower upload may be recorded after a later one
-        body: dict[str, Any] = {
-            "outcome": "cancelled",
-            "reason": reason,
-            "step": newest.step if newest else 0,
-            "state_digest": newest.state_digest if newest else None,
-        }
         try:
-            log.append("ended", body, state)
+            log.append("ended", ended_body(state, "cancelled", reason), state)
             return True
         except Conflict as conflict:
             state = conflict.state
@@ -195,7 +186,7 @@ def train(
     """
     the_store = store_at(store) if store is None or isinstance(store, str) else store
     run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, sets)
-    prepared = prepare_run(run_spec, the_store, say=say)
+    prepared = place(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
     return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()
 
 
@@ -209,5 +200,5 @@ def resume(
 ) -> Run:
     """Drive a run of the store again, with another How where ``sets`` says so."""
     the_store = store_at(store)
-    prepared = load_run(the_store, run, sets)
-    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out, reopen=True)).start()
+    prepared = place(the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True))
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()

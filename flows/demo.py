@@ -216,7 +216,7 @@ def _train(
     sinks: Sequence[Sink] = [lines, killer]
     outcome: Outcome | None = None
     if use_prefect:
-        outcome = run_flow(prepared, store.url, out, Many(sinks), None, False, say)
+        outcome = run_flow(prepared, store.url, out, Many(sinks), None, say)
     if outcome is None:
         outcome = make_driver(prepared, store, sink=Many(sinks), out=out).run()
     return outcome, killer

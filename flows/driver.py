@@ -2,7 +2,8 @@
 
 The driver keeps nothing. Everything it knows is the folded log (truth) and an observation (hints that may be late or
 missing), so it can be killed at any instruction and the next one decides the same. ``flows/loop.py`` is the thin loop
-that observes, asks here, and acts; nobody acts on a gang before the log record that orders it is won.
+that observes, asks here, and acts; nobody acts on a gang before the log record that orders it is won. The data is in
+``flows/views.py``, what the past means in ``flows/history.py``.
 
 Rules:
   D1  The log outranks every hint: a recorded checkpoint of the last step is success, whatever the hints say.
@@ -11,225 +12,39 @@ Rules:
       own heartbeat goes on.
   D3  An attempt's cause is the most causal of all its ranks; 75 and 143 (a peer was lost, asked to stop) never outrank.
   D4  Infrastructure failures resume without a budget while there is progress; what repeats at the same step does not.
+      Failures count since progress, or since a person's last word.
   D5  A launch that lost a node for good is left, and the next attempt takes a new one, once every rank that may still
       save has ended. A machine in ``strikes`` failures is left out of later launches. Waiting for room is no failure.
+  D6  Another layout is begun only because an order in the log is newer than the one that the newest attempt follows,
+      and asks for another How. No driver compares a plan of its own with the attempt's.
+  D7  A checkpoint is damaged when two readings in a row say so. A run that has had a checkpoint never goes back to its
+      beginning by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
+from flows.history import avoided, backoff, give_up, struck, suspected
+from flows.views import (
+    AttemptView,
+    Cause,
+    Decision,
+    End,
+    Fallback,
+    Finished,
+    LogView,
+    MarkDamaged,
+    NodeView,
+    Phase,
+    Policy,
+    RankView,
+    Restore,
+    StartAttempt,
+    Watch,
+)
 from trainer.wire import EXITS
-
-
-class Phase(Enum):
-    """Where a run is, for people: derived anew each time, stored nowhere."""
-
-    PLANNED = "planned"
-    LAUNCHING = "launching"
-    WAITING = "waiting"
-    STARTING = "starting"
-    TRAINING = "training"
-    DRAINING = "draining"
-    BACKOFF = "backoff"
-    SUCCEEDED = "succeeded"
-    CANCELLED = "cancelled"
-    GAVE_UP = "gave up"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class RankView:
-    """One rank as its node's status tells it. ``code`` is an exit code of wire/exit.h; ``signal`` a signal's number;
-    ``killed``: by its own supervisor after another rank's end, so never a cause; ``memory``: where the kernel killed it
-    for memory, the bytes that its container may use (0: no limit).
-    """
-
-    rank: int
-    pid: int | None = None
-    code: int | None = None
-    signal: int | None = None
-    step: int = -1
-    words: Mapping[str, Any] | None = None
-    killed: bool = False
-    memory: int | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.code is not None or self.signal is not None
-
-
-@dataclass(frozen=True)
-class NodeView:
-    """One node. ``alive``: True, False (known to be gone) or None (unknown: nobody answered).
-
-    ``age_s`` counts since its heartbeat last changed, by the observer's own monotonic clock; ``step_age_s`` since any
-    of its ranks last moved a step. ``slots`` are the (step, epoch) pairs held by all its ranks.
-    """
-
-    node: int
-    alive: bool | None = None
-    epoch: int = 0
-    phase: str = "none"
-    ranks: tuple[RankView, ...] = ()
-    slots: frozenset[tuple[int, int]] = frozenset()
-    age_s: float = 0.0
-    step_age_s: float = 0.0
-    error: str | None = None
-    place: str = ""
-    """The machine, by its cluster's name; empty on this one."""
-
-
-@dataclass(frozen=True)
-class AttemptView:
-    """What the log says of an attempt: its epoch, its launch, the plan, where it restored from, why it was started."""
-
-    epoch: int
-    launch: str
-    nodes: int
-    ranks: int
-    plan: str
-    what: str
-    restore_step: int
-    restore_checkpoint: int | None
-    restore_slots: tuple[int, int] | None
-    slot_epochs: tuple[int, ...]
-    cause: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class CheckpointView:
-    """A valid checkpoint record: its number in the log, its step, its epoch."""
-
-    n: int
-    step: int
-    epoch: int
-
-
-@dataclass(frozen=True)
-class LogView:
-    """The folded log, as far as decisions need it. ``candidates``: restore points, best first (checkpoint.log);
-    ``parent``: (run, record, step) of the checkpoint that a forked run begins from.
-    """
-
-    attempts: tuple[AttemptView, ...] = ()
-    checkpoints: tuple[CheckpointView, ...] = ()
-    candidates: tuple[CheckpointView, ...] = ()
-    ended: str | None = None
-    parent: tuple[str, int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How to recover. Seconds; counts. ``steps`` is the run's last step."""
-
-    steps: int
-    plan: str
-    what: str
-    launch: str
-    nodes: int
-    ranks: int
-    stall_s: float = 60.0
-    start_s: float = 120.0
-    drain_s: float = 2.0
-    max_same_step: int = 2
-    max_attempts_without_progress: int = 8
-    backoff_s: float = 1.0
-    backoff_max_s: float = 60.0
-    strikes: int = 2
-    node_bytes: int = 0
-    """What the ranks of the fullest node need by the plan, without their snapshot slots."""
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why an attempt ended: for people, and as the next attempt's ``cause`` in the log."""
-
-    cls: str
-    text: str
-    mend: str = ""
-    rank: int | None = None
-    step: int = -1
-    words: Mapping[str, Any] | None = field(default=None, compare=False)
-    place: str = ""
-
-    def to_map(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"class": self.cls, "text": self.text, "mend": self.mend, "step": self.step}
-        if self.place:
-            out["place"] = self.place
-        if self.rank is not None:
-            out["rank"] = self.rank
-        if self.words:
-            out["words"] = {k: v for k, v in self.words.items() if isinstance(v, str | int | float)}
-        return out
-
-
-@dataclass(frozen=True)
-class Restore:
-    """A restore point: the checkpoint record (None: from the start), and the slots where all nodes hold a step as new.
-
-    ``parent``: (run, record) of the checkpoint that a forked run begins from, while it has none of its own.
-    """
-
-    checkpoint: int | None
-    step: int
-    slots: tuple[int, int] | None = None
-    parent: tuple[str, int] | None = None
-
-    def to_map(self) -> dict[str, Any]:
-        slots = {"step": self.slots[0], "epoch": self.slots[1]} if self.slots else None
-        parent = {"run": self.parent[0], "checkpoint": self.parent[1]} if self.parent else None
-        return {"checkpoint": self.checkpoint, "step": self.step, "slots": slots, "parent": parent}
-
-
-@dataclass(frozen=True)
-class StartAttempt:
-    """Win an attempt record (the fence); the nodes' agents do the rest. ``renew``: with a new launch of nodes."""
-
-    restore: Restore
-    slot_epochs: tuple[int, ...]
-    reason: str
-    cause: Cause | None = None
-    delay_s: float = 0.0
-    renew: bool = False
-
-
-@dataclass(frozen=True)
-class MarkDamaged:
-    """Log that a checkpoint cannot be restored, so that nobody tries it again."""
-
-    checkpoint: int
-    why: str
-
-
-@dataclass(frozen=True)
-class End:
-    """Win the ``ended`` record: outcome is succeeded, cancelled or gave_up."""
-
-    outcome: str
-    reason: str
-    cause: Cause | None = None
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Nothing to order: keep the launch up (idempotent) and look again."""
-
-    phase: Phase
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The log has an end; what runs will stop by itself."""
-
-    outcome: str
-
-
-Decision = StartAttempt | MarkDamaged | End | Watch | Finished
 
 # D3: from the most to the least causal. A lower place outranks a higher one.
 _CAUSAL = (
@@ -256,7 +71,8 @@ _MENDS = {
     "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N "
     "--set train.optimizer.lr=…`",
     "sick": "take the machine out of service and test it, then `hotstage runs resume RUN`",
-    "restore": "an older checkpoint is used; `hotstage ckpt verify RUN` says what is damaged",
+    "restore": "`hotstage ckpt verify RUN` reads every checkpoint again and names the objects; start from one of "
+    "another run (`hotstage runs fork`), or begin again with `hotstage runs resume RUN --begin-anew`",
     "memory": "raise the limit (launch.resources.memory on a cluster), or take more stages or smaller microbatches; "
     "what else the container holds counts too (volumes of medium Memory)",
 }
@@ -317,6 +133,8 @@ def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:
         first.rank,
         max((r.step for r in ranks), default=-1),
         first.words,
+        signal=first.signal,
+        code=first.code,
     )
 
 
@@ -332,7 +150,7 @@ def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, u
         return base
     newest = log.attempts[-1]
     allowed = {*newest.slot_epochs, newest.epoch}
-    if newest.plan != policy.plan or newest.launch != policy.launch:
+    if newest.launch != policy.launch:
         return base
     held = frozenset.intersection(*(n.slots for n in nodes)) if nodes else frozenset()
     usable = [(step, epoch) for step, epoch in held if epoch in allowed and step >= base.step]
@@ -342,60 +160,6 @@ def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, u
     return Restore(base.checkpoint, step, (step, epoch), base.parent)
 
 
-def _progress(log: LogView) -> list[int]:
-    """The restore step of each attempt, in order: what had been saved when it began."""
-    return [a.restore_step for a in log.attempts]
-
-
-def _give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:
-    """Why no further attempt makes sense, or None (D4)."""
-    if cause.cls in ("config", "data"):
-        return cause.text
-    if cause.cls == "memory" and any(a.cause and a.cause.get("class") == "memory" for a in log.attempts):
-        return f"{cause.text}; twice"
-    if cause.cls == "sick" and any(
-        a.cause and (a.cause.get("class"), a.cause.get("place")) == ("sick", cause.place) for a in log.attempts
-    ):
-        return f"{cause.text}; twice, and there is no other machine"
-    if cause.cls in ("bug", "signal", "numeric"):
-        same = 1
-        for earlier in reversed([a.cause for a in log.attempts if a.cause]):
-            if earlier.get("class") != cause.cls or earlier.get("step") != cause.step:
-                break
-            same += 1
-        # a kill from outside (9) may hit any step twice by chance; a crash of its own at one step twice is a fact
-        limit = policy.max_same_step + (2 if "signal 9" in cause.text else 0)
-        if same >= limit:
-            return f"{cause.text}; {same} times at step {cause.step}"
-    steps = _progress(log)
-    recent = steps[-policy.max_attempts_without_progress :]
-    if len(recent) == policy.max_attempts_without_progress and len(set(recent)) == 1 and steps:
-        return (
-            f"{len(recent)} attempts in a row started from step {recent[0]} and saved nothing newer; last: {cause.text}"
-        )
-    return None
-
-
-def _backoff(log: LogView, policy: Policy) -> float:
-    """No wait after progress; else doubling from backoff_s."""
-    steps = _progress(log)
-    stuck = 0
-    while stuck + 1 < len(steps) and steps[-1 - stuck] == steps[-2 - stuck]:
-        stuck += 1
-    return 0.0 if stuck == 0 else min(policy.backoff_s * 2.0 ** (stuck - 1), policy.backoff_max_s)
-
-
-_STRIKING = ("infra", "signal", "stall")
-
-
-def struck(causes: Sequence[Mapping[str, Any] | None], strikes: int) -> frozenset[str]:
-    """Machines that were the place of so many failures that may have been theirs, or that are sick (D5)."""
-    found = [(str(c["place"]), c.get("class")) for c in causes if c and c.get("place")]
-    places = [place for place, cls in found if cls in _STRIKING]
-    sick = {place for place, cls in found if cls == "sick"}
-    return frozenset(sick | {place for place in places if places.count(place) >= strikes})
-
-
 def decide(
     log: LogView,
     nodes: Sequence[NodeView],
@@ -403,14 +167,22 @@ def decide(
     *,
     lost: Cause | None = None,
     waiting: str = "",
+    waited_s: float = 0.0,
+    left_s: float = 0.0,
 ) -> Decision:
     """What to do next. ``nodes``: one view a node of the present launch, as far as any is known; ``lost``: why that
-    launch cannot be made whole, by its launcher; ``waiting``: what it waits for, by its launcher.
+    launch cannot be made whole, by its launcher; ``waiting``: what it waits for, by its launcher, and ``waited_s`` for
+    how long; ``left_s``: since a rank of the newest attempt was first seen to have left on request. Both by the
+    observer's own monotonic clock.
     """
     settled = _settled(log, nodes, policy)
     if settled is not None:
         return settled
     newest = log.attempts[-1]
+    if waiting and lost is None and waited_s >= policy.capacity_s:
+        relief = _without_room(log, policy, waiting)
+        if relief is not None:
+            return relief
     mine = [n for n in nodes if n.epoch == newest.epoch]
     cause, leave = _cause(newest, nodes, mine, lost, policy), lost is not None
     began = any(r.pid for n in mine for r in n.ranks)
@@ -421,22 +193,80 @@ def decide(
         if cause is None:
             return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
     elif not _drained(nodes, newest, policy, leaving=leave):
-        return Watch(Phase.DRAINING, cause.text)
-    return _recover(log, nodes, policy, _explained(cause, mine, leave=leave), leave=leave)
+        return Watch(Phase.DRAINING, cause.said())
+    decision = _recover(log, nodes, policy, _explained(cause, mine, leave=leave), leave=leave)
+    if isinstance(decision, StartAttempt) and not decision.renew and cause.cls == "preempted":
+        # ranks that saved and left on request are mostly on a node that leaves with them, and its launcher shows that a
+        # moment later: an attempt in that launch would only be lost with it
+        return Watch(Phase.DRAINING, cause.said()) if policy.detaches and left_s < policy.leaving_s else decision
+    return decision
+
+
+def superseded(log: LogView) -> bool:
+    """Whether an order is newer than the one that the newest attempt follows, and asks for another How (D6)."""
+    order, newest = log.order, log.attempts[-1] if log.attempts else None
+    return order is not None and newest is not None and order.n > newest.order and order.how != newest.how
 
 
 def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision | None:
-    """What the log alone decides: an end, a success (D1), a first attempt, an attempt of another layout or launch."""
-    if log.ended:
+    """What the log alone decides: an end, a success (D1), a first attempt, an order (D6), another launch."""
+    order = log.order
+    by = f" by {order.by}" if order is not None and order.by else ""
+    opened = order is not None and order.again and log.ended != "succeeded" and order.n > log.ended_n
+    if log.ended and not opened:
         return Finished(log.ended)
     if any(c.step >= policy.steps for c in log.candidates):
         return End("succeeded", f"step {policy.steps} is saved")
     if not log.attempts:
-        return StartAttempt(choose_restore(log, (), policy, use_slots=False), (), "start")
-    newest = log.attempts[-1]
-    if newest.plan != policy.plan or newest.launch != policy.launch:
-        return StartAttempt(choose_restore(log, nodes, policy, use_slots=False), (), "another layout or launch")
+        return _begin(log, policy, "start")
+    if log.ended:
+        return _begin(log, policy, f"resumed{by}")
+    if superseded(log):
+        return _begin(log, policy, f"ordered{by}")
+    if log.attempts[-1].launch != policy.launch:
+        return _begin(log, policy, "another launch")
     return None
+
+
+def _begin(log: LogView, policy: Policy, reason: str) -> Decision:
+    """An attempt that nothing in memory can serve."""
+    restore = choose_restore(log, (), policy, use_slots=False)
+    return _no_way_back(log, restore) or StartAttempt(restore, (), reason)
+
+
+def _no_way_back(log: LogView, restore: Restore) -> End | None:
+    """The end, where this restore point would throw away all that was ever saved (D7) and nobody ordered that."""
+    if restore.checkpoint is not None or restore.slots is not None or not log.checkpoints:
+        return None
+    if any(order.anew and order.n > log.checkpoints[-1].n for order in log.orders):
+        return None
+    records = ", ".join(map(str, log.damaged)) or "none"
+    where = f"step {restore.step} of {restore.parent[0]}" if restore.parent else "step 0"
+    text = f"no checkpoint can be used any more (damaged: log records {records}), and a run does not go back to {where}"
+    cause = Cause("restore", f"{text} by itself", _MENDS["restore"], None)
+    return End("gave_up", cause.text, cause)
+
+
+def _without_room(log: LogView, policy: Policy, waiting: str) -> Decision | None:
+    """For a launch that has waited long enough: fewer stages, where the spec allows them, else the machines that were
+    left out, once more.
+    """
+    launch = log.attempts[-1].launch
+    if policy.fewer:
+        fallback = Fallback("capacity", policy.fewer[0], policy.stages, waiting)
+        reason = f"fewer nodes: {fallback.stages} stages instead of {fallback.was}; {waiting}"[:500]
+        restore = choose_restore(log, (), policy, use_slots=False)
+        return _no_way_back(log, restore) or StartAttempt(restore, (), reason, renew=True, fallback=fallback)
+    out = avoided(log, launch, policy.strikes)
+    if not out:
+        return None
+    text = f"no room without {', '.join(out)}, left out for earlier failures: {waiting}"
+    cause = Cause("infra", text, _MENDS["infra"])
+    why = give_up(log, cause, policy)
+    if why:
+        return End("gave_up", why, cause)
+    restore = choose_restore(log, (), policy, use_slots=False)
+    return _no_way_back(log, restore) or StartAttempt(restore, (), "recover", cause, renew=True, pardon=out)
 
 
 def _cause(
@@ -450,8 +280,8 @@ def _cause(
     cause = diagnose(ranks, policy.node_bytes)
     # a node whose ranks never began has lost nothing: the launcher starts what it lacks
     gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
-    if cause is None and gone and newest.epoch in {n.epoch for n in gone}:
-        first = gone[0]
+    first = next((n for n in gone if n.epoch == newest.epoch), None)
+    if first is not None and (cause is None or cause.cls == "infra"):  # it explains the peers that lost it
         reached = max((r.step for r in ranks), default=-1)
         cause = Cause("infra", f"node {first.node} is gone", "", None, reached, place=first.place)
     if cause is not None and cause.rank is not None:
@@ -476,31 +306,46 @@ def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
 
 def _explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:
     """The cause with what its nodes say beside it: an agent's trouble, or that all left on request."""
-    trouble = next((n for n in mine if n.error and n.error not in cause.text), None)
+    told = {str(v) for v in (cause.words or {}).values()}
+    trouble = next((n for n in mine if n.error and n.error not in told), None)
     if cause.cls == "infra" and trouble is not None:  # what an agent could not store is why its ranks left with 75
-        return replace(cause, text=f"{cause.text}; node {trouble.node} says: {trouble.error}")
+        return replace(cause, trouble=f"node {trouble.node} says: {trouble.error}")
     ended = [r for n in mine for r in n.ranks if r.ended]
     if not leave and cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ended):
-        return Cause("preempted", "stopped on request, state saved", "", None, cause.step)
+        return Cause("preempted", "stopped on request", "", None, cause.step, saved=True)
     return cause
 
 
 def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cause, *, leave: bool) -> Decision:
-    """After an attempt that is over: give up (D4), mark its restore point, or the next attempt (``leave``: D5)."""
+    """After an attempt that is over: give up (D4), mark its restore point (D7), or the next attempt (``leave``: D5)."""
     newest = log.attempts[-1]
-    why = _give_up(log, cause, policy)
+    why = give_up(log, cause, policy)
     if why:
         return End("gave_up", why, cause)
-    tried = newest.restore_checkpoint if newest.restore_slots is None else None
-    if cause.cls == "restore" and tried is not None and any(c.n == tried for c in log.candidates):
-        return MarkDamaged(tried, cause.text)
-    unfit = struck([*(a.cause for a in log.attempts), cause.to_map()], policy.strikes)
-    renew = leave or any(n.place in unfit for n in nodes)
+    again = False
+    if cause.cls == "restore" and newest.restore_slots is None:
+        tried = newest.restore_checkpoint
+        usable = any(c.n == tried for c in log.candidates)
+        if not suspected(log, tried):
+            again = usable or tried is None
+        elif usable and tried is not None:
+            return MarkDamaged(tried, cause.said())
+        elif tried is None and log.parent:
+            run, record, _ = log.parent
+            return End(
+                "gave_up", f"record {record} of {run}, which this fork begins from: {cause.said()}; twice", cause
+            )
+    unfit = struck(log, policy.strikes, cause)
+    # a second reading is by another machine, where machines have names
+    renew = leave or any(n.place in unfit for n in nodes) or (again and bool(cause.place))
     # a damaged slot or diverging numbers: not from memory again
     use_slots = cause.cls not in ("restore", "numeric") and not renew
     restore = choose_restore(log, nodes, policy, use_slots=use_slots)
     epochs = (*newest.slot_epochs, newest.epoch)[-16:] if use_slots else ()
-    return StartAttempt(restore, epochs, "recover", cause, _backoff(log, policy), renew)
+    reason = "read the checkpoint again" if again else "recover"
+    return _no_way_back(log, restore) or StartAttempt(
+        restore, epochs, reason, cause, backoff(log, policy), renew, same_plan=not renew
+    )
 
 
 def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_ranks: int) -> Cause:
@@ -509,35 +354,29 @@ def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_
     if cause is None:
         return replace(lost, step=step)
     if len(ranks) == all_ranks and all(r.ended and rank_class(r) == "preempted" for r in ranks):
-        text = lost.text if "state saved" in lost.text else f"{lost.text}; state saved"
-        return Cause("preempted", text, lost.mend, None, step, place=lost.place)
+        return Cause("preempted", lost.text, lost.mend, None, step, place=lost.place, saved=True)
     if cause.cls in ("infra", "preempted") or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
         return replace(lost, step=step)
     return cause
 
 
 def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, leaving: bool) -> bool:
-    """True when every node of the attempt has no rank left, or is known to be gone, or had its time.
+    """True when every node of the attempt has no rank left, is known to be gone, or must be over by now.
 
+    Every wait inside a rank has a deadline: ``stall_s`` in a step, ``commit_s`` for its last commit. Silence is unknown
+    (D2): an agent that is busy or slow has ranks that may still save, so it is borne for as long.
     ``leaving``: the nodes will not come again, and what they may still save is worth waiting for.
     """
     broken = any(n.alive is False for n in nodes)
     for node in nodes:
-        if node.alive is False or node.epoch != newest.epoch:
+        if node.alive is False or node.epoch != newest.epoch or all(r.ended for r in node.ranks):
             continue
-        ended = [r for r in node.ranks if r.ended]
         if leaving and node.alive is None:  # its launcher knows of its launch, and of no engine: it has not started
             continue
         # nothing that all agree on can be saved any more where a node is gone: its peers may wait for it for long
         if leaving and broken and node.step_age_s >= policy.drain_s:
             continue
-        if leaving and len(ended) < len(node.ranks) and node.age_s < policy.stall_s:
-            return False
-        if len(ended) < len(node.ranks) and node.age_s < policy.drain_s and node.step_age_s < policy.drain_s:
-            return False
-        if len(ended) < len(node.ranks) and node.age_s >= policy.drain_s:
-            continue
-        if len(ended) < len(node.ranks):
+        if node.age_s < policy.stall_s and node.step_age_s < policy.stall_s + policy.commit_s:
             return False
     return True
 

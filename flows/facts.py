@@ -11,6 +11,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.live import read_curve
+from flows.orders import describe
 from flows.report import AttemptFact, ReportFacts
 from flows.run import load_run, load_what
 from trainer.plan.draw import timeline_svg
@@ -57,6 +58,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "reason": state.ended.reason if state.ended else "",
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],
+        "orders": describe(state),
         "attempts_list": [
             {
                 "attempt": number,

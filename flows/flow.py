@@ -28,7 +28,8 @@ from flows.api import make_driver, store_at
 from flows.data import prepare
 from flows.facts import attempt_rows
 from flows.loop import Outcome
-from flows.run import Prepared, load_run, prepare_run
+from flows.orders import Asked, place
+from flows.run import Prepared, ask_run, load_run, prepare_run
 from flows.sink import Lines, Many, PrefectSink
 from trainer.spec import RunSpec
 
@@ -88,10 +89,12 @@ def train_flow(
     """
     opened = store_at(store or None)
     if spec is None:
-        prepared = hosting.prepared_for(run) or load_run(opened, run, list(sets))
+        prepared = hosting.prepared_for(run) or (ask_run(opened, run, list(sets)) if sets else load_run(opened, run))
     else:
         digest = str(prepare_data(spec, opened.url)["digest"])
         prepared = compile_run(spec, opened.url, digest, scheduled_suffix() if fresh else "")
+    if (spec is not None or sets) and flow_run.run_count <= 1:  # a person's order; executed again it is nobody's
+        place(opened, prepared, Asked(f"flow run {flow_run.name}"))
     return ended_as(drive(prepared, opened.url, Path(out)))
 
 
@@ -99,7 +102,7 @@ def ended_as(outcome: Outcome) -> dict[str, Any] | State[Any]:
     """The flow run's own end: a value (Completed), a Cancelled state, or RunFailed."""
     if outcome.outcome == "gave_up":
         raise RunFailed(f"run {outcome.run} gave up: {outcome.reason}")
-    if outcome.outcome in ("cancelled", "stopped"):
+    if outcome.outcome in ("cancelled", "stopped", "superseded"):
         return Cancelled(message=f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}")
     return asdict(outcome)
 
@@ -118,9 +121,7 @@ def drive(prepared: Prepared, store_url: str, out: Path) -> Outcome:
     steps = prepared.spec.train.steps
     prefect_sink = PrefectSink(prepared.run, steps, lambda: attempt_rows(store, prepared.run))
     own = hosted.sink or Lines(get_run_logger().info, steps, every_s=10.0)
-    driver = make_driver(
-        prepared, store, sink=Many([own, prefect_sink]), out=out, stop=hosted.stop, reopen=hosted.reopen
-    )
+    driver = make_driver(prepared, store, sink=Many([own, prefect_sink]), out=out, stop=hosted.stop)
     try:
         hosted.outcome = driver.run()
         return hosted.outcome

@@ -23,7 +23,6 @@ class Hosted:
     prepared: Prepared | None = None
     sink: Sink | None = None
     stop: threading.Event | None = None
-    reopen: bool = False
     driving: bool = False
     outcome: Outcome | None = None
 
@@ -52,7 +51,6 @@ def run_flow(
     out: Path,
     sink: Sink | None,
     stop: threading.Event | None,
-    reopen: bool,
     tell: Callable[[str], None],
     patience_s: float = PREFECT_PATIENCE_S,
 ) -> Outcome | None:
@@ -62,7 +60,7 @@ def run_flow(
     """
     from flows import flow
 
-    hosted = Hosted(prepared, sink, stop, reopen)
+    hosted = Hosted(prepared, sink, stop)
     errors: list[BaseException] = []
     done = threading.Event()
 

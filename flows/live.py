@@ -18,7 +18,7 @@ import msgpack
 from checkpoint.curve import MAX_BYTES, Curve, curve_key, segment_key
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
-from flows.driver import NodeView, RankView
+from flows.views import NodeView, RankView
 
 log = logging.getLogger(__name__)
 

@@ -19,28 +19,39 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from checkpoint.errors import Conflict, StoreUnavailable
-from checkpoint.log import RunLog, RunState
+from checkpoint.log import EndedInfo, RunLog, RunState, ended_body
 from checkpoint.store import Store
-from flows.driver import (
+from flows.driver import decide, rank_class
+from flows.history import avoided
+from flows.live import MetricsReader, StatusReader
+from flows.orders import changes
+from flows.run import (
+    Prepared,
+    attempt_body,
+    fold_view,
+    is_superseded,
+    order_view,
+    relayout,
+    ruling_how,
+    spec_under,
+    under,
+)
+from flows.views import (
     Cause,
     Decision,
     End,
     Finished,
+    LogView,
     MarkDamaged,
     NodeView,
     Phase,
     Policy,
-    Restore,
     StartAttempt,
     Watch,
-    choose_restore,
-    decide,
-    struck,
 )
-from flows.live import MetricsReader, StatusReader
-from flows.run import Prepared, attempt_body, fold_view, relayout
-from trainer.errors import LaunchUnknown
+from trainer.errors import LaunchUnknown, PlanError, SpecError
 from trainer.launch import Launch, Launcher, LaunchView
+from trainer.spec import how_map
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +62,6 @@ CALM_SHARE = 0.02
 """Of a core: what looking may cost while all is well. Stores and gangs differ a thousandfold in what a look costs."""
 STORE_PATIENCE_S = 1.0
 LAUNCHER_PATIENCE_S = 1.0
-LEAVING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,9 @@ class NoSink:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run (or this driver's part of it) ended. ``outcome``: succeeded, cancelled, gave_up or stopped."""
+    """How a run (or this driver's part of it) ended. ``outcome``: succeeded, cancelled, gave_up, stopped, or superseded
+    (an order stands that this driver cannot follow; the run goes on elsewhere). ``cls``: of the cause of giving up.
+    """
 
     run: str
     outcome: str
@@ -88,6 +100,11 @@ class Outcome:
     exit_code: int
     lost_steps: int = 0
     recovery_s: float | None = None
+    cls: str = ""
+
+
+class CannotFollow(Exception):
+    """The How that rules is not for this driver: it leaves, and the text says how to take the run over."""
 
 
 EXIT_OF_CLASS = {
@@ -105,6 +122,7 @@ EXIT_OF_CLASS = {
 DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
 EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
+EXIT_SUPERSEDED = 78
 
 
 def calm_pause_s(look_s: float, least_s: float) -> float:
@@ -113,8 +131,28 @@ def calm_pause_s(look_s: float, least_s: float) -> float:
 
 
 @dataclass
+class Ages:
+    """Since when this driver sees a launch wait, or ranks leave: its own monotonic clock; a new driver begins anew."""
+
+    clock: Callable[[], float] = time.monotonic
+    _since: dict[str, tuple[Any, float]] = field(default_factory=dict)
+
+    def of(self, what: str, key: Any) -> float:
+        """Seconds since ``what`` has had this key; 0 where it has none."""
+        if key is None:
+            self._since.pop(what, None)
+            return 0.0
+        if self._since.get(what, (None, 0.0))[0] != key:
+            self._since[what] = (key, self.clock())
+        return self.clock() - self._since[what][1]
+
+
+@dataclass
 class Driver:
-    """Drives one run to its end. ``stop``: set it to have the gang save its state and leave (local runs)."""
+    """Drives one run to its end. ``stop``: set it to have the gang save its state and leave (local runs).
+
+    ``prepared`` is the run in the How that rules: the log's, as of the last look.
+    """
 
     prepared: Prepared
     store: Store
@@ -123,26 +161,22 @@ class Driver:
     """From the prepared run, the launch's name, and the machines that it must not use."""
     sink: Sink = field(default_factory=NoSink)
     stop: threading.Event = field(default_factory=threading.Event)
-    reopen: bool = False
     poll_s: float = POLL_S
+    ages: Ages = field(default_factory=Ages)
     # what this driver saw, for people; never for decisions
     max_step: dict[int, int] = field(default_factory=dict)
     recoveries: list[float] = field(default_factory=list)
     lost_steps: int = 0
     _failed_at: float | None = None
     _told: set[Any] = field(default_factory=set)
-    _waits: tuple[str, float] | None = None
-    _leaving_since: float | None = None
-    _amnesty: bool = False
-    _avoids: bool = False
-    _as_asked: bool = False
-    _reason: str = ""
     _left_running: bool = False
+    # caches of what the log says
+    _followed: Any = None
+    _view: tuple[RunState, LogView] | None = None
 
     def run(self) -> Outcome:
         """Loop until the log has an end, or until ``stop`` was set and the gang has saved and left."""
         run = self.prepared.run
-        self._as_asked = self.reopen  # a person said how: not what an earlier driver had to make of it
         run_log = RunLog(self.store, run, writer="driver")
         state: RunState | None = None
         metrics = MetricsReader(self.store, run, attach=True)
@@ -153,42 +187,43 @@ class Driver:
                 begun, state = state is not None, run_log.fold(state, quick=True)
                 if not begun and state.attempts:
                     self._tell_known(state)
-                if self.reopen and state.ended and state.ended.outcome != "succeeded":
-                    state = self._reopen(run_log, state)
+                view = self._log_view(state)
                 if self._finish_stop(state):
                     continue
-                self._take_layout(state)
+                self._follow(state)
                 launch_id = launch_of(state, self.prepared, self.launcher)
                 if status is None or status.launch != launch_id:
                     status = StatusReader(self.store, run, launch_id)
-                view = self.launcher.observe(launch_id)
-                launch = self._launch(state, launch_id)
-                nodes = placed(status.poll(self.prepared.nodes, alive_nodes(view)), view)
+                seen = self.launcher.observe(launch_id)
+                launch = self._launch(view, launch_id)
+                nodes = placed(status.poll(self.prepared.nodes, alive_nodes(seen)), seen)
                 self._tell_state(state, nodes, metrics if begun else None)  # what to do comes first
-                if view.note:
-                    where = "elsewhere" if view.state == "elsewhere" else "attached"
-                    self._tell_once(("launch", view.note), Event("phase", {"phase": where, "text": view.note}))
+                if seen.note:
+                    where = "elsewhere" if seen.state == "elsewhere" else "attached"
+                    self._tell_once(("launch", seen.note), Event("phase", {"phase": where, "text": seen.note}))
                 if self.stop.is_set() and not state.ended:
-                    return self._stop(run_log, state, launch, reached=view.state != "elsewhere")
-                if view.state == "unknown":
-                    told = Event("phase", {"phase": "unknown", "text": view.detail})
-                    self._tell_once(("launcher", view.detail[:80]), told)
-                lost = loss_of(view, nodes, state, self.launcher)
-                if lost is None and self._out_of_patience(view):
-                    continue
-                if lost is None and self._pardoned(view):
-                    lost = Cause("infra", f"no room without the machines that failed twice: {view.detail}")
-                policy = self.prepared.policy(launch_id)
-                waiting = view.detail if view.state == "waiting" else ""
-                decision = decide(fold_view(state), nodes, policy, lost=lost, waiting=waiting)
-                if self._may_be_leaving(decision):
-                    self.stop.wait(self.poll_s)
-                    continue
+                    return self._stop(run_log, state, launch, reached=seen.state != "elsewhere")
+                if seen.state == "unknown":
+                    told = Event("phase", {"phase": "unknown", "text": seen.detail})
+                    self._tell_once(("launcher", seen.detail[:80]), told)
+                lost = loss_of(seen, nodes, state, self.launcher)
+                waits = seen.state == "waiting"
+                decision = decide(
+                    view,
+                    nodes,
+                    self.prepared.policy(launch_id, detaches=self.launcher.detaches),
+                    lost=lost,
+                    waiting=seen.detail if waits else "",
+                    waited_s=self.ages.of("waiting", launch_id if waits else None),
+                    left_s=self.ages.of("left", left_on_request(nodes, state.epoch)),
+                )
                 done = self._act(decision, run_log, state, launch, lost)
                 if done:
                     return self._outcome(run_log.fold(state), done)
                 if isinstance(decision, Watch) and decision.phase in CALM:
                     pause_s = calm_pause_s(time.thread_time() - began, self.poll_s)
+            except CannotFollow as error:
+                return self._outcome(state or RunState(run), "superseded", str(error))
             except Conflict as conflict:
                 log.info("another driver was first: record %d; deciding again", conflict.state.n)
                 state = conflict.state
@@ -203,61 +238,39 @@ class Driver:
                 continue
             self.stop.wait(pause_s)
 
+    # --- following the log --------------------------------------------------------------------------------
+
+    def _log_view(self, state: RunState) -> LogView:
+        if self._view is None or self._view[0] is not state:
+            self._view = (state, fold_view(state))
+        return self._view[1]
+
+    def _follow(self, state: RunState) -> None:
+        """Take the How that rules by the log. Raises CannotFollow where this driver cannot serve it."""
+        how = ruling_how(state)
+        if how is None or how == self._followed:
+            return
+        before = how_map(self.prepared.spec)
+        try:
+            spec = spec_under(self.prepared.spec, how)
+            same = how_map(spec) == before
+            here, there = (f"{s.launch.target} {s.launch.namespace}".split() for s in (self.prepared.spec, spec))
+            if here[0] != there[0] or (there[0] != "local" and here != there):
+                raise CannotFollow(_elsewhere(state, self.prepared, spec.launch.target))
+            prepared = self.prepared if same else under(self.prepared, self.store, how)
+        except (SpecError, PlanError) as error:
+            raise CannotFollow(_unreadable(state, self.prepared, error)) from error
+        if not same and state.orders:
+            order = order_view(state.orders[-1])
+            log.info("the order of record %d rules: %s", order.n, order.by)
+            text = f"{order.by} ordered {changes(before, how)}; this command goes on with that"
+            self._tell_once(("order", order.n), Event("phase", {"phase": "order", "text": text}))
+        self.prepared, self._followed = prepared, how
+
     # --- acting -------------------------------------------------------------------------------------------
 
-    def _launch(self, state: RunState, launch_id: str) -> Launch:
-        avoid = () if self._amnesty else avoided(state, launch_id)
-        self._avoids = bool(avoid)
-        return self.make_launch(self.prepared, launch_id, avoid)
-
-    def _take_layout(self, state: RunState) -> None:
-        """Go on with fewer stages where an earlier driver had to, and the spec allows it."""
-        newest = state.newest_attempt
-        allowed = self.prepared.spec.recovery.allowed_stages
-        if newest is None or self._as_asked:
-            return
-        stages = newest.ranks // self.prepared.spec.parallel.replicas
-        had_to = any(a.reason.startswith("fewer nodes") and a.ranks == newest.ranks for a in state.attempts)
-        if newest.ranks < self.prepared.ranks and stages in allowed and had_to:
-            self.prepared = relayout(self.prepared, self.store, stages)
-
-    def _may_be_leaving(self, decision: Decision) -> bool:
-        """Ranks that saved and left on request are mostly on a node that leaves with them, and its launcher shows that
-        a moment later: an attempt in that launch would only be lost with it.
-        """
-        cause = decision.cause if isinstance(decision, StartAttempt) and not decision.renew else None
-        if cause is None or cause.cls != "preempted" or not self.launcher.detaches:
-            self._leaving_since = None
-            return False
-        self._leaving_since = self._leaving_since or time.monotonic()
-        return time.monotonic() - self._leaving_since < LEAVING_S
-
-    def _waited(self, view: LaunchView) -> bool:
-        """Whether this launch has waited for longer than ``recovery.capacity_s``."""
-        if view.state != "waiting":
-            self._waits = None
-            return False
-        if self._waits is None or self._waits[0] != view.launch_id:
-            self._waits = (view.launch_id, time.monotonic())
-        return time.monotonic() - self._waits[1] >= self.prepared.spec.recovery.capacity_s
-
-    def _out_of_patience(self, view: LaunchView) -> bool:
-        """True where the run now has fewer stages, because there is no room for as many nodes as asked for."""
-        was = self.prepared.spec.parallel.stages
-        fewer = [s for s in self.prepared.spec.recovery.allowed_stages if s < was]
-        if not fewer or not self._waited(view):
-            return False
-        self._waits = None
-        self.prepared = relayout(self.prepared, self.store, fewer[0])
-        self._reason = f"fewer nodes: {fewer[0]} stages instead of {was}; {view.detail}"[:500]
-        return True
-
-    def _pardoned(self, view: LaunchView) -> bool:
-        """True, once, where a launch finds no room beside the machines that it avoids: the next one may use them."""
-        if self._amnesty or not self._avoids or not self._waited(view):
-            return False
-        self._amnesty = True
-        return True
+    def _launch(self, view: LogView, launch_id: str) -> Launch:
+        return self.make_launch(self.prepared, launch_id, avoided(view, launch_id, Policy.strikes))
 
     def _act(
         self, decision: Decision, run_log: RunLog, state: RunState, launch: Launch, lost: Cause | None
@@ -279,17 +292,8 @@ class Driver:
                 log.warning("checkpoint record %d is damaged: %s; an older one is used", checkpoint, why)
                 self.sink.tell(Event("damaged", {"checkpoint": checkpoint, "why": why}))
             case End(outcome, reason, cause):
-                newest = state.at_step()  # by step: a slower upload may be recorded after a later one
-                run_log.append(
-                    "ended",
-                    {
-                        "outcome": outcome,
-                        "reason": f"{cause.cls}: {reason}" if cause else reason,
-                        "step": newest.step if newest else 0,
-                        "state_digest": newest.state_digest if newest else None,
-                    },
-                    state,
-                )
+                text = f"{cause.cls}: {reason}" if cause else reason
+                run_log.append("ended", ended_body(state, outcome, text, cause.cls if cause else ""), state)
         return None
 
     def _start(self, order: StartAttempt, run_log: RunLog, state: RunState, launch: Launch) -> None:
@@ -301,19 +305,29 @@ class Driver:
             )
             if self.stop.wait(order.delay_s):
                 return
-        if order.renew:
-            launch = self._launch(state, next_launch(state, self.prepared))
+        prepared = self.prepared
+        if order.fallback is not None:
+            prepared = relayout(prepared, self.store, order.fallback.stages)
+        renew = order.renew or (state.ended is not None and self.launcher.detaches)
         cause = order.cause.to_map() if order.cause else None
-        reason, self._reason = self._reason or order.reason, ""
+        more: dict[str, Any] = {}
+        if order.fallback is not None:
+            more["fallback"] = order.fallback.to_map()
+        if order.pardon:
+            more["pardon"] = list(order.pardon)
         body = attempt_body(
-            self.prepared,
-            launch.launch_id,
+            prepared,
+            next_launch(state, prepared) if renew else launch.launch_id,
             order.restore.to_map(),
+            plan=state.attempts[-1].plan if order.same_plan else None,
+            order=state.orders[-1].n if state.orders else 0,
             slot_epochs=list(order.slot_epochs),
-            reason=reason,
+            reason=order.reason,
             cause=cause,
+            **more,
         )
         state = run_log.append("attempt", body, state)
+        self.prepared = prepared
         newest = state.attempts[-1]
         log.info("attempt %d: %s, from step %d", newest.epoch, order.reason, order.restore.step)
         if len(state.attempts) > 1:
@@ -325,10 +339,10 @@ class Driver:
                 {
                     "number": len(state.attempts),
                     "epoch": newest.epoch,
-                    "reason": reason,
+                    "reason": order.reason,
                     "cause": cause,
                     "step": order.restore.step,
-                    "from": origin_of(order.restore),
+                    "from": order.restore.origin,
                 },
             )
         )
@@ -336,20 +350,7 @@ class Driver:
         if self.launcher.detaches and old != newest.launch:
             # its agents see the record and leave by themselves; this frees their place sooner
             self.launcher.stop(old, 0.0)
-        self.launcher.ensure(self._launch(state, newest.launch))
-
-    def _reopen(self, run_log: RunLog, state: RunState) -> RunState:
-        """A user asks for a run that had ended without success: an attempt record opens it again."""
-        self.reopen = False
-        launch_id = launch_of(replace(state, ended=None), self.prepared, self.launcher)
-        if self.launcher.detaches:
-            launch_id = next_launch(state, self.prepared)
-        view = replace(fold_view(state), ended=None)
-        restore = choose_restore(view, (), self.prepared.policy(launch_id), use_slots=False)
-        body = attempt_body(
-            self.prepared, launch_id, restore.to_map(), slot_epochs=[], reason="resumed by the user", cause=None
-        )
-        return run_log.append("attempt", body, state)
+        self.launcher.ensure(self._launch(self._log_view(state), newest.launch))
 
     def _stop(self, run_log: RunLog, state: RunState, launch: Launch, *, reached: bool) -> Outcome:
         """Have the gang save one agreed step and leave; the run can be resumed. What is out of reach trains on."""
@@ -397,7 +398,8 @@ class Driver:
         """The run had begun, or ended, before this driver: whoever started it twice should see that."""
         newest = state.at_step()
         facts = {"attempts": len(state.attempts), "step": newest.step if newest else 0}
-        again = state.ended is None or (self.reopen and state.ended.outcome != "succeeded")
+        orders = [order_view(o) for o in state.orders]
+        again = state.ended is None or any(o.again and o.n > state.ended.n for o in orders)
         self.sink.tell(Event("known", {**facts, "ended": None if again or not state.ended else state.ended.outcome}))
 
     def _tell_once(self, key: Any, event: Event) -> None:
@@ -442,12 +444,14 @@ class Driver:
         where = "nothing was saved yet" if step is None else f"step {step} is saved"
         return f"{where}; the steps up to {reached} will be trained again" if reached else where
 
-    def _outcome(self, state: RunState, outcome: str) -> Outcome:
+    def _outcome(self, state: RunState, outcome: str, reason: str = "") -> Outcome:
         newest = state.at_step()  # by step: a slower upload may be recorded after a later one
-        reason, code = "", 0
+        code, cls = 0, ""
         if outcome == "gave_up" and state.ended:
-            reason = state.ended.reason
-            code = EXIT_OF_CLASS.get(state.ended.reason.partition(":")[0], 75)
+            reason, cls = state.ended.reason, ended_class(state.ended)
+            code = EXIT_OF_CLASS.get(cls, 75)
+        elif outcome == "superseded":
+            code = EXIT_SUPERSEDED
         elif outcome == "cancelled":
             reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
         elif outcome == "stopped":
@@ -463,6 +467,7 @@ class Driver:
             exit_code=code,
             lost_steps=self.lost_steps,
             recovery_s=max(self.recoveries) if self.recoveries else None,
+            cls=cls,
         )
         self.sink.tell(
             Event("ended", {"outcome": outcome, "reason": reason, "step": result.step, "digest": result.state_digest})
@@ -473,10 +478,17 @@ class Driver:
 def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
     """The launch to use: the newest attempt's where its layout fits and it has not ended for good, else a new one."""
     newest = state.newest_attempt
-    if newest is not None and newest.nodes == prepared.nodes and newest.ranks == prepared.ranks:
-        same_place = newest.launch.startswith(f"{prepared.run}-{prepared.spec.launch.target[0]}")
-        if same_place and (state.ended or launcher.observe(newest.launch).state != "done"):
-            return newest.launch
+    if newest is None or (newest.nodes, newest.ranks) != (prepared.nodes, prepared.ranks):
+        return next_launch(state, prepared)
+    if launcher.detaches and is_superseded(
+        state
+    ):  # what a cluster was told of its pods may not be what they must be now
+        how = how_map(prepared.spec)
+        if any(how[part] != newest.how.get(part) for part in ("launch", "parallel")):
+            return next_launch(state, prepared)
+    same_place = newest.launch.startswith(f"{prepared.run}-{prepared.spec.launch.target[0]}")
+    if same_place and (state.ended or launcher.observe(newest.launch).state != "done"):
+        return newest.launch
     return next_launch(state, prepared)
 
 
@@ -486,11 +498,41 @@ def next_launch(state: RunState, prepared: Prepared) -> str:
     return f"{prepared.run}-{prepared.spec.launch.target[0]}{len(launches) + 1}"
 
 
-def avoided(state: RunState, launch_id: str) -> tuple[str, ...]:
-    """The machines that a launch must not use, by what the log said when it began."""
-    first = next((n for n, a in enumerate(state.attempts) if a.launch == launch_id), len(state.attempts))
-    causes = [a.body.get("cause") for a in state.attempts[: first + 1]]
-    return tuple(sorted(struck(causes, Policy.strikes)))
+def ended_class(ended: EndedInfo) -> str:
+    """The class of the cause that ended a run (logs before the typed field: the first word of the reason)."""
+    return ended.cls or ended.reason.partition(":")[0]
+
+
+def left_on_request(nodes: list[NodeView], epoch: int) -> int | None:
+    """The epoch, where one of its ranks saved and left because it was asked to."""
+    ranks = [r for n in nodes if n.epoch == epoch for r in n.ranks]
+    return epoch if any(r.ended and rank_class(r) == "preempted" for r in ranks) else None
+
+
+def _elsewhere(state: RunState, prepared: Prepared, target: str) -> str:
+    """Why a driver leaves a run that is ordered to another place, and how to take it over."""
+    own = prepared.spec.launch.target
+    return (
+        f"run {prepared.run} is for {_ruled(state)} and runs elsewhere (launch.target {target}"
+        f"{', another namespace' if own == target else ''}), where this command ({own}) cannot drive it; it goes on "
+        f"there. To take it over: hotstage runs resume {prepared.run} --set launch.target={own}"
+    )
+
+
+def _unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
+    return (
+        f"run {prepared.run} is for {_ruled(state)}, which this version of hotstage cannot serve "
+        f"({'; '.join(str(error).splitlines())[:400]}); use the version that ordered it, or take the run over with "
+        f"this one: hotstage train SPEC, whose layout is then the order"
+    )
+
+
+def _ruled(state: RunState) -> str:
+    newest = state.newest_attempt
+    if state.orders and (newest is None or newest.order <= state.orders[-1].n):
+        order = order_view(state.orders[-1])
+        return f"the order of {order.by}, log record {order.n},"
+    return f"attempt {newest.epoch}" if newest else "its first attempt"
 
 
 def placed(nodes: list[NodeView], view: LaunchView) -> list[NodeView]:
@@ -508,13 +550,6 @@ def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: 
     if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):
         return Cause("infra", f"launch {view.launch_id} ran and is not there any more")
     return None
-
-
-def origin_of(restore: Restore) -> str:
-    """Where an attempt's state comes from, in a word."""
-    if restore.slots:
-        return "memory"
-    return "checkpoint" if restore.checkpoint or restore.parent else "start"
 
 
 def alive_nodes(view: LaunchView) -> dict[int, bool | None]:

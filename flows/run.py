@@ -14,11 +14,12 @@ from typing import Any
 
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import NotFound
-from checkpoint.log import RunLog, RunState
+from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.driver import AttemptView, CheckpointView, LogView, Policy
+from flows.driver import superseded
+from flows.views import AttemptView, CheckpointView, LogView, OrderView, Policy
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
@@ -48,21 +49,24 @@ class Prepared:
     def ranks(self) -> int:
         return self.spec.parallel.stages * self.spec.parallel.replicas
 
-    def policy(self, launch: str) -> Policy:
-        """The spec's recovery half as the driver takes it."""
+    def policy(self, launch: str, *, detaches: bool = False) -> Policy:
+        """The spec's recovery half as the driver takes it. ``detaches``: of the launcher."""
         spec, each = self.spec, self.ranks // self.nodes
         needs = [p.total_bytes - p.bytes_by_kind["slots"] for p in self.plan.positions] * spec.parallel.replicas
         return Policy(
             steps=spec.train.steps,
-            plan=self.plan.digest,
-            what=self.what.hex(),
             launch=launch,
             nodes=self.nodes,
             ranks=self.ranks,
             stall_s=spec.launch.stall_s,
+            commit_s=spec.checkpoint.commit_s,
             max_same_step=spec.recovery.max_same_step,
             backoff_s=spec.recovery.backoff_s,
             backoff_max_s=spec.recovery.backoff_max_s,
+            capacity_s=spec.recovery.capacity_s,
+            stages=spec.parallel.stages,
+            fewer=tuple(s for s in spec.recovery.allowed_stages if s < spec.parallel.stages),
+            detaches=detaches,
             node_bytes=max(sum(needs[i : i + each]) for i in range(0, len(needs), each)),
         )
 
@@ -95,19 +99,27 @@ def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[
     return Prepared(run, resolved, dataset, what, plan)
 
 
+def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:
+    """The same run with another How; its plan is in the store. SpecError or PlanError where this version cannot."""
+    spec = spec_under(prepared.spec, how)
+    plan = compile_plan(spec, prepared.dataset, prepared.what)
+    publish_plan(store, prepared.run, plan)
+    return replace(prepared, spec=spec, plan=plan)
+
+
+def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:
+    """The spec with another How, checked as any spec is."""
+    what = spec.model_dump(mode="json", include={"name", "model", "data", "train"})
+    return parse_spec({**what, **{k: dict(v) for k, v in how.items()}}, origin="its order")
+
+
 def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
     """The same run in another number of stages, on as many nodes as they fill; its plan is in the store."""
     spec, per_node = prepared.spec, prepared.ranks // prepared.nodes
-    nodes = stages * spec.parallel.replicas // per_node
-    other = spec.model_copy(
-        update={
-            "parallel": spec.parallel.model_copy(update={"stages": stages}),
-            "launch": spec.launch.model_copy(update={"nodes": nodes}),
-        }
-    )
-    plan = compile_plan(other, prepared.dataset, prepared.what)
-    publish_plan(store, prepared.run, plan)
-    return replace(prepared, spec=other, plan=plan)
+    how = how_map(spec)
+    how["parallel"] = {**how["parallel"], "stages": stages}
+    how["launch"] = {**how["launch"], "nodes": stages * spec.parallel.replicas // per_node}
+    return under(prepared, store, how)
 
 
 def publish_plan(store: Store, run: str, plan: Plan) -> None:
@@ -174,11 +186,18 @@ def load_spec_of(
     return parse_spec(tree, sets, origin=run), load_dataset(store, digest)
 
 
-def load_run(store: Store, run: str, sets: Sequence[str] = ()) -> Prepared:
-    """A run as the store knows it, with the newest attempt's How and ``sets`` over it; publishes the plan."""
-    state = RunLog(store, run).fold(quick=True)
-    how = state.newest_attempt.body["how"] if state.newest_attempt else {}
-    spec, dataset = load_spec_of(store, run, how, sets)
+def load_run(store: Store, run: str) -> Prepared:
+    """A run as the store knows it, with the How that rules now; publishes the plan."""
+    return _loaded(store, run, ruling_how(RunLog(store, run).fold(quick=True)), ())
+
+
+def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
+    """A run with the How that was last asked for and ``sets`` over it: what ``flows.orders.place`` makes an order."""
+    return _loaded(store, run, asked_how(RunLog(store, run).fold(quick=True)), sets)
+
+
+def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequence[str]) -> Prepared:
+    spec, dataset = load_spec_of(store, run, how or {}, sets)
     resolved = spec.resolve(dataset)
     what = what_digest(resolved, dataset)
     plan = compile_plan(resolved, dataset, what)
@@ -186,30 +205,76 @@ def load_run(store: Store, run: str, sets: Sequence[str] = ()) -> Prepared:
     return Prepared(run, resolved, dataset, what, plan)
 
 
+# --- the log, read ------------------------------------------------------------------------------------------
+
+
+def asked_how(state: RunState) -> Mapping[str, Any] | None:
+    """The How that a person asked for last: the newest order's; without orders the newest attempt's whose layout no
+    driver had to change by itself. None before the first attempt.
+    """
+    if state.orders:
+        how: Mapping[str, Any] = state.orders[-1].body["how"]
+        return how
+    return next((a.how for a in reversed(state.attempts) if not fell_back(a)), None)
+
+
+def ruling_how(state: RunState) -> Mapping[str, Any] | None:
+    """The How that every driver follows: the newest attempt's, or that of an order which it does not follow yet."""
+    newest = state.newest_attempt
+    return asked_how(state) if newest is None or is_superseded(state) else newest.how
+
+
+def is_superseded(state: RunState) -> bool:
+    """``flows.driver.superseded`` of the newest attempt and the order that stands."""
+    newest, orders = state.newest_attempt, state.orders
+    if newest is None or not orders:
+        return False
+    return superseded(LogView(attempts=(attempt_view(newest),), orders=(order_view(orders[-1]),)))
+
+
+def fell_back(attempt: AttemptInfo) -> bool:
+    """Whether the driver itself changed this attempt's layout, for want of room (older logs: prose)."""
+    return bool(attempt.body.get("fallback")) or attempt.reason.startswith("fewer nodes")
+
+
+def order_view(order: Intervention) -> OrderView:
+    """An order as the driver's plain data."""
+    body = order.body
+    by = f"{body['by']} ({body['via']})"
+    return OrderView(order.n, body["how"], by, bool(body.get("again")), bool(body.get("anew")))
+
+
+def attempt_view(a: AttemptInfo) -> AttemptView:
+    """An attempt as the driver's plain data."""
+    return AttemptView(
+        epoch=a.epoch,
+        launch=a.launch,
+        nodes=a.nodes,
+        ranks=a.ranks,
+        plan=a.plan,
+        restore_step=a.step,
+        restore_checkpoint=a.checkpoint,
+        restore_slots=(a.slots["step"], a.slots["epoch"]) if a.slots else None,
+        slot_epochs=tuple(a.body.get("slot_epochs", ())),
+        cause=a.body.get("cause"),
+        order=a.order,
+        how=a.how,
+        pardon=tuple(str(p) for p in a.body.get("pardon") or ()),
+    )
+
+
 def fold_view(state: RunState) -> LogView:
     """A folded log as the driver's plain data."""
     parent = parent_of(state)
     return LogView(
-        attempts=tuple(
-            AttemptView(
-                epoch=a.epoch,
-                launch=a.launch,
-                nodes=a.nodes,
-                ranks=a.ranks,
-                plan=a.plan,
-                what=a.what,
-                restore_step=a.step,
-                restore_checkpoint=a.checkpoint,
-                restore_slots=(a.slots["step"], a.slots["epoch"]) if a.slots else None,
-                slot_epochs=tuple(a.body.get("slot_epochs", ())),
-                cause=a.body.get("cause"),
-            )
-            for a in state.attempts
-        ),
+        attempts=tuple(attempt_view(a) for a in state.attempts),
         checkpoints=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.checkpoints),
         candidates=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.restore_candidates()),
         ended=state.ended.outcome if state.ended else None,
         parent=(str(parent["run"]), int(parent["checkpoint"]), int(parent["step"])) if parent else None,
+        ended_n=state.ended.n if state.ended else 0,
+        damaged=tuple(sorted(state.damaged)),
+        orders=tuple(order_view(o) for o in state.orders),
     )
 
 
@@ -218,14 +283,18 @@ def parent_of(state: RunState) -> Mapping[str, Any] | None:
     return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
 
 
-def attempt_body(prepared: Prepared, launch: str, restore: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The body of an ``attempt`` record."""
+def attempt_body(
+    prepared: Prepared, launch: str, restore: Mapping[str, Any], *, plan: str | None = None, order: int = 0, **more: Any
+) -> dict[str, Any]:
+    """The body of an ``attempt`` record. ``plan``: another than this version's; ``order``: the one that it follows."""
+    if order:
+        more["order"] = order
     return {
         "launch": launch,
         "nodes": prepared.nodes,
         "ranks": prepared.ranks,
         "how": how_map(prepared.spec),
-        "plan": prepared.plan.digest,
+        "plan": plan or prepared.plan.digest,
         "what": prepared.what.hex(),
         "restore": dict(restore),
         **more,

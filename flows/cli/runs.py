@@ -46,9 +46,9 @@ def list_runs(store: str | None, as_json: bool) -> int:
 @store_option
 @json_option
 def show_run(run: str, store: str | None, as_json: bool) -> int:
-    """One run's attempts, checkpoints and end.
+    """One run's orders, attempts, checkpoints and end.
 
-    Of each attempt also why it began.
+    Of each order who gave it, of each attempt why it began.
     """
     from flows.api import store_at
     from flows.facts import details
@@ -62,6 +62,8 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     say(f"{told['run']}: {told['state']}, step {told['saved_step']} of {told['steps']} saved")
     if told["reason"]:
         say(f"  {told['reason']}")
+    for order in told["orders"]:
+        say(f"  order {order['record']:>5}  by {order['by']} ({order['via']}): {order['text']}")
     for attempt in told["attempts_list"]:
         why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")
         say(f"  attempt {attempt['attempt']:>3}  from step {attempt['step']:>6}  {attempt['from']:<10}  {why}")
@@ -81,18 +83,27 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
 @out_option
 @json_option
 @click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect.")
-def resume(run: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool) -> int:
-    """Go on with RUN from its newest state.
+@click.option("--begin-anew", is_flag=True, help="Where no checkpoint can be used any more: begin again at the start.")
+def resume(
+    run: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool, begin_anew: bool
+) -> int:
+    """Go on with RUN from its newest state, also where it had ended without success.
 
-    With another layout where --set parallel.… or launch.… says so.
+    With another layout where --set parallel.… or launch.… says so: that is an order, and whatever else drives RUN
+    follows it. Failures before this command do not count any more.
     """
     from flows.api import store_at
     from flows.cli.train import host
-    from flows.run import find_run, load_run
+    from flows.orders import Asked, place
+    from flows.run import Prepared, ask_run, find_run
 
     opened = store_at(store)
     name = find_run(opened, run)
-    return host(lambda: load_run(opened, name, sets), opened.url, Path(out), as_json, not no_prefect, reopen=True)
+
+    def make() -> Prepared:
+        return place(opened, ask_run(opened, name, sets), Asked("runs resume", again=True, anew=begin_anew))
+
+    return host(make, opened.url, Path(out), as_json, not no_prefect)
 
 
 @runs.command()
@@ -131,11 +142,16 @@ def fork(
     from flows.api import store_at
     from flows.cli.train import host
     from flows.fork import fork_run
-    from flows.run import find_run
+    from flows.orders import Asked, place
+    from flows.run import Prepared, find_run
 
     opened = store_at(store)
     name = find_run(opened, run)
-    return host(lambda: fork_run(opened, name, step, sets), opened.url, Path(out), as_json, not no_prefect)
+
+    def make() -> Prepared:
+        return place(opened, fork_run(opened, name, step, sets), Asked("runs fork"))
+
+    return host(make, opened.url, Path(out), as_json, not no_prefect)
 
 
 @click.command()

@@ -34,32 +34,37 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     cluster the first Ctrl-C does that: the gang trains on.
     """
     from flows.api import store_at
+    from flows.orders import Asked, place
     from flows.run import prepare_run
     from trainer.spec import load_spec
 
     opened = store_at(store)
     run_spec = load_spec(spec, sets)
     tell = (lambda _: None) if as_json else say
-    return host(lambda: prepare_run(run_spec, opened, say=tell), opened.url, Path(out), as_json, not no_prefect)
+
+    def make() -> Prepared:
+        return place(opened, prepare_run(run_spec, opened, say=tell), Asked("train"))
+
+    return host(make, opened.url, Path(out), as_json, not no_prefect)
 
 
-def host(
-    make: Callable[[], Prepared], store_url: str, out: Path, as_json: bool, use_prefect: bool, *, reopen: bool = False
-) -> int:
+def host(make: Callable[[], Prepared], store_url: str, out: Path, as_json: bool, use_prefect: bool) -> int:
     """Make a run ready and drive it from this terminal, inside the Prefect flow where one answers; the exit code."""
     from dataclasses import asdict
 
     from flows.driver import mend_of
 
     signals = Signals()
-    outcome = signals.run(lambda: _drive(make, store_url, out, as_json, use_prefect, reopen, signals))
+    outcome = signals.run(lambda: _drive(make, store_url, out, as_json, use_prefect, signals))
     if as_json:
         show(asdict(outcome))
     elif outcome.outcome == "stopped" and not signals.detaches:
         say(f"go on with: hotstage runs resume {outcome.run}")
+    if outcome.outcome == "superseded":
+        click.echo(f"hotstage: {outcome.reason}", err=True)
     if outcome.outcome == "gave_up":
         click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
-        mend = mend_of(outcome.reason.partition(":")[0])
+        mend = mend_of(outcome.cls)
         if mend:
             click.echo(f"  what to do: {mend.replace('RUN', outcome.run)}", err=True)
         click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
@@ -72,7 +77,6 @@ def _drive(
     out: Path,
     as_json: bool,
     use_prefect: bool,
-    reopen: bool,
     signals: Signals,
 ) -> Outcome:
     """The work of a hosting command, in a thread of its own."""
@@ -95,10 +99,10 @@ def _drive(
     if through_prefect:
         from flows.hosting import run_flow
 
-        outcome = run_flow(prepared, store_url, out, lines, signals.stop, reopen, lines.say)
+        outcome = run_flow(prepared, store_url, out, lines, signals.stop, lines.say)
         if outcome is not None:
             return outcome
-    driver = make_driver(prepared, store_at(store_url), sink=lines, out=out, stop=signals.stop, reopen=reopen)
+    driver = make_driver(prepared, store_at(store_url), sink=lines, out=out, stop=signals.stop)
     return driver.run()
 
 

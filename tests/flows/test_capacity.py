@@ -10,9 +10,10 @@ import pytest
 
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
-from flows.loop import Driver, avoided, launch_of
+from flows.history import avoided
+from flows.loop import Driver, launch_of
 from flows.reconcile import Reconciler, wants_driver
-from flows.run import attempt_body, load_run, prepare_run, relayout
+from flows.run import attempt_body, fold_view, load_run, prepare_run, relayout
 from trainer.launch import Finding, Launch, LaunchView, NodeView
 from trainer.spec import parse_spec
 
@@ -88,6 +89,7 @@ def test_fewer_stages_where_there_is_no_room(place: Any) -> None:
     state = log.fold()
     assert [(a.launch[-2:], a.nodes, a.ranks) for a in state.attempts] == [("k1", 2, 4), ("k2", 1, 2)]
     assert state.attempts[1].reason.startswith("fewer nodes: 2 stages instead of 4; no machine fits")
+    assert dict(state.attempts[1].body["fallback"], why="") == {"kind": "capacity", "stages": 2, "was": 4, "why": ""}
     assert cluster.stopped == [f"{prepared.run}-k1"]
     assert driver.prepared.spec.model == prepared.spec.model  # the What stays
     # another driver, from the same spec, goes on with what had to be
@@ -121,9 +123,10 @@ def test_a_machine_with_two_strikes_is_left_out_of_later_launches_only(place: An
             cause=cause,
         )
         state = log.append("attempt", body, state)
-    assert avoided(state, f"{prepared.run}-k2") == ()
-    assert avoided(state, f"{prepared.run}-k3") == ("b",)
-    assert avoided(state, f"{prepared.run}-k4") == ("b",)
+    view = fold_view(state)
+    assert avoided(view, f"{prepared.run}-k2", 2) == ()
+    assert avoided(view, f"{prepared.run}-k3", 2) == ("b",)
+    assert avoided(view, f"{prepared.run}-k4", 2) == ("b",)
 
 
 def test_machines_with_strikes_are_pardoned_where_nothing_else_is_left(place: Any) -> None:
@@ -147,7 +150,8 @@ def test_machines_with_strikes_are_pardoned_where_nothing_else_is_left(place: An
     drive(store, prepared, cluster, lambda: len(store_log.fold().attempts) == 4)
     last = store_log.fold().attempts[-1]
     assert last.launch.endswith("-k4")
-    assert "failed twice" in last.body["cause"]["text"]
+    assert last.body["pardon"] == ["b"]
+    assert "no room without b" in last.body["cause"]["text"]
     assert next((x.launch_id[-2:], x.avoid) for x in cluster.ensured if x.launch_id.endswith("k3")) == ("k3", ("b",))
 
 

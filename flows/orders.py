@@ -1,0 +1,108 @@
+"""Orders: what a person asks of a run's How becomes a log record, once, when that person's command starts.
+
+The newest order wins. Every driver follows it: the layout of the next attempt is the order's, and an attempt names the
+order that it follows. Drivers that nobody asked for (reconcile, a flow run that Prefect executes again) write none.
+Nothing is written where the How does not differ from what was asked before, unless the command opens a run that had
+ended, or asks to count its failures anew.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from flows.history import recent
+from flows.run import Prepared, asked_how, fold_view, spec_under
+from trainer.errors import SpecError
+from trainer.spec import RunSpec, how_map
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who asks, and with which command; ``again``: to go on with a run that had ended or fails; ``anew``: from its
+    start, where nothing else is left.
+    """
+
+    via: str
+    again: bool = False
+    anew: bool = False
+
+
+def place(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
+    """Write the order that ``prepared.spec`` is, where there is one to write; the same prepared run."""
+    how = how_map(prepared.spec)
+
+    def wanted(state: RunState) -> tuple[str, Mapping[str, Any]] | None:
+        body = order_of(state, prepared.spec, how, asked)
+        return None if body is None else ("intervention", body)
+
+    RunLog(store, prepared.run, writer="user").transact(wanted)
+    return prepared
+
+
+def order_of(state: RunState, spec: RunSpec, how: Mapping[str, Any], asked: Asked) -> dict[str, Any] | None:
+    """The record's body, or None where it would change nothing."""
+    usable = state.restore_candidates()
+    if asked.anew and usable:
+        raise SpecError(
+            f"{state.run} has a usable checkpoint at step {usable[0].step} and goes on from there: leave --begin-anew "
+            "out, or fork an earlier step"
+        )
+    stands = asked_how(state)
+    if stands is None or (state.ended and (state.ended.outcome == "succeeded" or not asked.again)):
+        return None
+    same = _same(spec, stands)
+    # what failed since the run came further is forgiven; a gang that trains is left alone
+    forgives = asked.again and (state.ended is not None or any(a.cause for a in recent(fold_view(state))))
+    if same and not forgives and not asked.anew:
+        return None
+    body: dict[str, Any] = {"kind": "order", "how": stands if same else how, "by": who(), "via": asked.via}
+    return body | {k: True for k, v in (("again", asked.again), ("anew", asked.anew)) if v}
+
+
+def _same(spec: RunSpec, stands: Mapping[str, Any]) -> bool:
+    """Whether this version reads that How as the spec's own; what it cannot read is another."""
+    try:
+        return how_map(spec_under(spec, stands)) == how_map(spec)
+    except SpecError:
+        return False
+
+
+def who() -> str:
+    """The person at this terminal, for people to read."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # no name for this number, as in a pod
+        user = "somebody"
+    return re.sub(r"[^\w.@-]", "_", f"{user}@{socket.gethostname()}")[:100]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two Hows, key by key, for people."""
+    found = []
+    for section in sorted({*old, *new}):
+        a, b = old.get(section) or {}, new.get(section) or {}
+        keys = sorted(k for k in {*a, *b} if a.get(k) != b.get(k))
+        found += [f"{section}.{k} {a.get(k)} -> {b.get(k)}"[:120] for k in keys]
+    return ", ".join(found) or "the same layout"
+
+
+def describe(state: RunState) -> list[dict[str, Any]]:
+    """The orders of a run as `runs show` tells them: number of the record, who, by which command, what it changed."""
+    out, before = [], next((a.how for a in state.attempts), {})
+    for order in state.orders:
+        body = order.body
+        text = changes(before, body["how"])
+        if body.get("again"):
+            text += "; goes on again"
+        if body.get("anew"):
+            text += "; may begin at the start"
+        out.append({"record": order.n, "by": body["by"], "via": body["via"], "text": text, "time": order.time})
+        before = body["how"]
+    return out

@@ -1,0 +1,300 @@
+"""What the driver's mind is given and what it answers: plain frozen data, no logic beyond reading a field.
+
+Given: the folded log (``LogView``, truth), the nodes (``NodeView``, hints that may be late or missing), the spec's
+recovery half (``Policy``). Answered: one ``Decision``. Causes are typed: class, signal, code, rank, place, step; their
+text is for people and nothing reads it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Phase(Enum):
+    """Where a run is, for people: derived anew each time, stored nowhere."""
+
+    PLANNED = "planned"
+    LAUNCHING = "launching"
+    WAITING = "waiting"
+    STARTING = "starting"
+    TRAINING = "training"
+    DRAINING = "draining"
+    BACKOFF = "backoff"
+    SUCCEEDED = "succeeded"
+    CANCELLED = "cancelled"
+    GAVE_UP = "gave up"
+    STOPPED = "stopped"
+
+
+# --- the nodes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankView:
+    """One rank as its node's status tells it. ``code`` is an exit code of wire/exit.h; ``signal`` a signal's number;
+    ``killed``: by its own supervisor after another rank's end, so never a cause; ``memory``: where the kernel killed it
+    for memory, the bytes that its container may use (0: no limit).
+    """
+
+    rank: int
+    pid: int | None = None
+    code: int | None = None
+    signal: int | None = None
+    step: int = -1
+    words: Mapping[str, Any] | None = None
+    killed: bool = False
+    memory: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.code is not None or self.signal is not None
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One node. ``alive``: True, False (known to be gone) or None (unknown: nobody answered).
+
+    ``age_s`` counts since its heartbeat last changed, by the observer's own monotonic clock; ``step_age_s`` since any
+    of its ranks last moved a step. ``slots`` are the (step, epoch) pairs held by all its ranks.
+    """
+
+    node: int
+    alive: bool | None = None
+    epoch: int = 0
+    phase: str = "none"
+    ranks: tuple[RankView, ...] = ()
+    slots: frozenset[tuple[int, int]] = frozenset()
+    age_s: float = 0.0
+    step_age_s: float = 0.0
+    error: str | None = None
+    place: str = ""
+    """The machine, by its cluster's name; empty on this one."""
+
+
+# --- the log ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttemptView:
+    """What the log says of an attempt: its epoch, its launch, where it restored from, why it was started.
+
+    ``order``: the record of the order that it follows (0: none was given); ``how``: its layout, as recorded;
+    ``pardon``: machines whose strikes were forgiven for it, because nothing else was to be had.
+    """
+
+    epoch: int
+    launch: str
+    nodes: int
+    ranks: int
+    plan: str
+    restore_step: int
+    restore_checkpoint: int | None
+    restore_slots: tuple[int, int] | None
+    slot_epochs: tuple[int, ...]
+    cause: Mapping[str, Any] | None
+    order: int = 0
+    how: Mapping[str, Any] = field(default_factory=dict)
+    pardon: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointView:
+    """A valid checkpoint record: its number in the log, its step, its epoch."""
+
+    n: int
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class OrderView:
+    """What a person asked: record number, the How, who asked. ``again``: to open a run that had ended, and to count its
+    failures anew; ``anew``: from step 0, where no checkpoint can be used any more.
+    """
+
+    n: int
+    how: Mapping[str, Any]
+    by: str = ""
+    again: bool = False
+    anew: bool = False
+
+
+@dataclass(frozen=True)
+class LogView:
+    """The folded log, as far as decisions need it. ``checkpoints``: in order of record; ``candidates``: restore points,
+    best first (checkpoint.log); ``parent``: (run, record, step) of the checkpoint that a forked run begins from;
+    ``ended_n``: the record that ended it; ``damaged``: checkpoint records that are marked so; ``orders``: oldest first.
+    """
+
+    attempts: tuple[AttemptView, ...] = ()
+    checkpoints: tuple[CheckpointView, ...] = ()
+    candidates: tuple[CheckpointView, ...] = ()
+    ended: str | None = None
+    parent: tuple[str, int, int] | None = None
+    ended_n: int = 0
+    damaged: tuple[int, ...] = ()
+    orders: tuple[OrderView, ...] = ()
+
+    @property
+    def order(self) -> OrderView | None:
+        """The one that stands: the newest."""
+        return self.orders[-1] if self.orders else None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to recover. Seconds; counts. ``steps`` is the run's last step; ``stages`` and ``fewer`` (best first): now,
+    and what the spec allows where there is no room; ``detaches``: the nodes outlive their driver (a cluster).
+    """
+
+    steps: int
+    launch: str
+    nodes: int
+    ranks: int
+    stall_s: float = 60.0
+    start_s: float = 120.0
+    commit_s: float = 120.0
+    drain_s: float = 2.0
+    max_same_step: int = 2
+    max_attempts_without_progress: int = 8
+    backoff_s: float = 1.0
+    backoff_max_s: float = 60.0
+    strikes: int = 2
+    capacity_s: float = 300.0
+    leaving_s: float = 5.0
+    stages: int = 1
+    fewer: tuple[int, ...] = ()
+    detaches: bool = False
+    node_bytes: int = 0
+    """What the ranks of the fullest node need by the plan, without their snapshot slots."""
+
+
+# --- causes and decisions -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended: for people, and as the next attempt's ``cause`` in the log.
+
+    ``cls`` is a class of wire/exit.h's table, ``signal`` or ``memory``. ``saved``: the gang saved its state as it left.
+    ``trouble``: what a node's agent reported beside it.
+    """
+
+    cls: str
+    text: str
+    mend: str = ""
+    rank: int | None = None
+    step: int = -1
+    words: Mapping[str, Any] | None = field(default=None, compare=False)
+    place: str = ""
+    signal: int | None = None
+    code: int | None = None
+    saved: bool = False
+    trouble: str = ""
+
+    def said(self) -> str:
+        """All of it in one line for people."""
+        return self.text + ("; state saved" if self.saved else "") + (f"; {self.trouble}" if self.trouble else "")
+
+    def to_map(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"class": self.cls, "text": self.said(), "mend": self.mend, "step": self.step}
+        known = {"place": self.place, "rank": self.rank, "signal": self.signal, "code": self.code, "saved": self.saved}
+        out.update({k: v for k, v in known.items() if v not in (None, "", False) or (k in ("rank", "code") and v == 0)})
+        if self.words:
+            out["words"] = {k: v for k, v in self.words.items() if isinstance(v, str | int | float)}
+        return out
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A restore point: the checkpoint record (None: from the start), and the slots where all nodes hold a step as new.
+
+    ``parent``: (run, record) of the checkpoint that a forked run begins from, while it has none of its own.
+    """
+
+    checkpoint: int | None
+    step: int
+    slots: tuple[int, int] | None = None
+    parent: tuple[str, int] | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the state comes from, in a word."""
+        if self.slots:
+            return "memory"
+        return "checkpoint" if self.checkpoint or self.parent else "start"
+
+    def to_map(self) -> dict[str, Any]:
+        slots = {"step": self.slots[0], "epoch": self.slots[1]} if self.slots else None
+        parent = {"run": self.parent[0], "checkpoint": self.parent[1]} if self.parent else None
+        return {"checkpoint": self.checkpoint, "step": self.step, "slots": slots, "parent": parent}
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What the driver itself changed of the How. ``kind`` is ``capacity``: fewer stages, because of no room."""
+
+    kind: str
+    stages: int
+    was: int
+    why: str
+
+    def to_map(self) -> dict[str, Any]:
+        return {"kind": self.kind, "stages": self.stages, "was": self.was, "why": self.why[:500]}
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """Win an attempt record (the fence); the nodes' agents do the rest.
+
+    ``renew``: with a new launch of nodes; ``same_plan``: by the plan of the attempt before, whatever this version would
+    compile; ``fallback`` and ``pardon`` are recorded in the attempt.
+    """
+
+    restore: Restore
+    slot_epochs: tuple[int, ...]
+    reason: str
+    cause: Cause | None = None
+    delay_s: float = 0.0
+    renew: bool = False
+    same_plan: bool = False
+    fallback: Fallback | None = None
+    pardon: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MarkDamaged:
+    """Log that a checkpoint cannot be restored, so that nobody tries it again."""
+
+    checkpoint: int
+    why: str
+
+
+@dataclass(frozen=True)
+class End:
+    """Win the ``ended`` record: outcome is succeeded, cancelled or gave_up."""
+
+    outcome: str
+    reason: str
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Nothing to order: keep the launch up (idempotent) and look again."""
+
+    phase: Phase
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The log has an end; what runs will stop by itself."""
+
+    outcome: str
+
+
+Decision = StartAttempt | MarkDamaged | End | Watch | Finished
