@@ -71,17 +71,37 @@ def export_tensors(spec: RunSpec, manifest: Manifest) -> list[ExportTensor]:
 
 
 def export_hf(store: Store, run: str, step: int | None, folder: Path) -> Path:
-    """Write model.safetensors, config.json and tokenizer.json of a checkpoint; the weights' path."""
+    """Write model.safetensors, the configs and the tokenizer of a checkpoint; the weights' path."""
     prepared = load_run(store, run)
     _, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
-    tokenizer = tokenizer_json(store, prepared.dataset)
+    end = prepared.dataset.eot
+    # without these other programs take their own defaults, and those are ordinary tokens of this vocabulary
+    ends = {"bos_token_id": end, "eos_token_id": end}
     texts: dict[str, str | bytes] = {
-        "config.json": json.dumps(config, indent=1) + "\n",
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n",
+        "config.json": _json(config | ends),
+        "generation_config.json": _json(ends | {"pad_token_id": end}),
+        "tokenizer.json": tokenizer_json(store, prepared.dataset),
+        "tokenizer_config.json": _json(_tokenizer_config(store, prepared.dataset, prepared.spec.model.context)),
     }
     return export_safetensors(store, manifest, export_tensors(prepared.spec, manifest), folder, texts=texts)
+
+
+def _tokenizer_config(store: Store, dataset: DatasetRef, context: int) -> dict[str, object]:
+    """What transformers wants to know beside tokenizer.json."""
+    told: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    if dataset.eot is not None:
+        end = load_tokenizer(store, dataset).id_to_token(dataset.eot)
+        told |= {"bos_token": end, "eos_token": end}
+    return told
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def write_masters(store: Store, manifest: Manifest, path: Path) -> Path:

@@ -395,7 +395,7 @@ def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str =
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{origin}: {line}" for details in error.errors(include_url=False) for line in _explain(details)]
+        lines = [f"{origin}: {line}" for details in error.errors(include_url=False) for line in explain(details)]
         raise SpecError(lines) from error
 
 
@@ -597,7 +597,7 @@ _TYPES = {
 }
 
 
-def _explain(details: ErrorDetails) -> list[str]:
+def explain(details: ErrorDetails) -> list[str]:
     """A pydantic error as lines for people: value, limit, mend."""
     kind, value, where = details["type"], details["input"], ".".join(str(part) for part in details["loc"])
     context = details.get("ctx", {})

@@ -160,7 +160,7 @@ def export(run: str, output: str, step: int | None, store: str | None) -> int:
 
     opened = store_at(store)
     path = export_hf(opened, find_run(opened, run), step, Path(output))
-    say(f"written: {path} (with config.json and tokenizer.json beside it)")
+    say(f"written: {path} (with config.json, generation_config.json and tokenizer.json beside it)")
     return 0
 
 

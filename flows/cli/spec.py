@@ -13,8 +13,19 @@ from trainer.presets import PRESETS
 
 @click.command(epilog=f"Presets: {', '.join(sorted(PRESETS))}.")
 @click.argument("preset", required=False)
-def init(preset: str | None) -> int:
-    """Write the commented spec of PRESET to stdout: `hotstage init gpt2-124m > my.toml`."""
+@click.option("--from", "config", metavar="PATH", help="A Hugging Face config.json, or its folder, instead of PRESET.")
+def init(preset: str | None, config: str | None) -> int:
+    """Write the commented spec of PRESET to stdout: `hotstage init gpt2-124m > my.toml`.
+
+    With --from the model is that of a config.json, without its weights; what this version does not compute is refused.
+    """
+    if config is not None:
+        if preset is not None:
+            raise click.UsageError("give a PRESET or --from PATH, not both")
+        from flows.from_config import spec_text
+
+        click.echo(spec_text(Path(config)), nl=False)
+        return 0
     if preset is None or preset not in PRESETS:
         names = ", ".join(sorted(PRESETS))
         if preset is None:

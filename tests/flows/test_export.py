@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from checkpoint.read import StateReader
 from checkpoint.store import Store, open_store
@@ -17,6 +17,7 @@ from flows.export import Inference, checkpoint_at, export_hf, generate, pick
 from flows.run import load_what
 from tests.flows.conftest import Trained
 from tests.reference.model import Config, Model
+from tests.support.place import TEXT, Place
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import hf_table
@@ -65,9 +66,15 @@ def test_safetensors_are_the_masters(trained: Trained, store: Store, model: Mode
 def test_config_and_tokenizer(trained: Trained, store: Store, model: ModelSpec, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     again = family(model.family).from_hf_config(config)
-    assert family(model.family).to_hf_config(again) == config
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     dataset = load_dataset(store, load_what(store, trained.run)["data"]["digest"])
+    ends = {"bos_token_id": dataset.eot, "eos_token_id": dataset.eot}
+    assert dataset.eot is not None
+    assert family(model.family).to_hf_config(again) | ends == config
+    assert json.loads((folder / "generation_config.json").read_text()) == ends | {"pad_token_id": dataset.eot}
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (told["bos_token"], told["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.token_to_id(told["eos_token"]) == dataset.eot
     assert tokenizer.get_vocab() == load_tokenizer(store, dataset).get_vocab()
     assert tokenizer.decode(tokenizer.encode(PROMPT).ids) == PROMPT
 
@@ -76,6 +83,41 @@ def test_exporting_twice_gives_the_same_bytes(trained: Trained, store: Store, fo
     export_hf(store, trained.run, None, tmp_path)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_ends_of_a_run_with_a_given_tokenizer(tmp_path: Path, end: str) -> None:
+    """Both ids are the dataset's end, or null where it has none: never another program's default (50256, 2)."""
+    place = Place(tmp_path / "p")
+    words = sorted(set(TEXT.split()))
+    given = Tokenizer(models.WordLevel({w: n for n, w in enumerate([*words, "[UNK]", "</s>"])}, unk_token="[UNK]"))
+    given.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    given.save(str(place.folder / "t.json"))
+    sets = ("data.tokenizer=t.json", f"data.end_token='{end}'", "train.steps=1", "train.sequence=16")
+    result = place.train(*sets)
+    out = place.folder / "model"
+    place.run("ckpt", "export", result["run"], "-o", str(out))
+    eot = len(words) + 1 if end else None
+    for file, keys in (("config.json", ["bos", "eos"]), ("generation_config.json", ["bos", "eos", "pad"])):
+        told = json.loads((out / file).read_text())
+        assert [told[f"{key}_token_id"] for key in keys] == [eot] * len(keys)
+    assert json.loads((out / "tokenizer_config.json").read_text()).get("eos_token") == (end or None)
+    text = place.run("generate", result["run"], "--prompt", "the quick", "--tokens", "3")
+    assert "the quick" in text
+    place.stop_all()
+
+
+def test_generate_stops_at_the_end_token(trained: Trained, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    eot = load_dataset(store, load_what(store, trained.run)["data"]["digest"]).eot
+    picks = iter([5, 6, eot, 7])
+    monkeypatch.setattr("flows.export.pick", lambda *_: next(picks))
+    generate(store, trained.run, PROMPT, tokens=4)
+    assert next(picks) == 7
+
+
+def test_a_prompt_that_is_no_text(trained: Trained, store: Store) -> None:
+    with pytest.raises(SpecError, match="not text in UTF-8"):
+        generate(store, trained.run, "caf\udce9")
 
 
 def test_a_folder_that_cannot_be_written(trained: Trained, tmp_path: Path) -> None:

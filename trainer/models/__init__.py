@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def names() -> tuple[str, ...]:
     """Families that a spec may name, in alphabetical order."""
     found = {module.name for module in pkgutil.iter_modules(__path__)}
-    return tuple(sorted(found - {"base"}))
+    return tuple(sorted(found - {"base", "hf_config"}))
 
 
 def family(name: str) -> Family:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.errors import PlanError, SpecError
+from trainer.errors import PlanError
 
 if TYPE_CHECKING:
     from trainer.spec import ModelSpec
@@ -379,20 +379,3 @@ def hf_rows(tensors: Sequence[Tensor], name: str, parts: Mapping[str, int]) -> t
         entries.append(HfTensor(hf_name, name, first, rows, False, (rows, *shape[1:])))
         first += rows
     return tuple(entries)
-
-
-def config_value(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """A value of a config.json, checked for its type; SpecError where it is missing or of another type."""
-    value = config.get(key, default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise SpecError(f"config.json: {key} is {value!r}, it must be {kind.__name__}")
-    return value
-
-
-def config_only(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses a config.json with a value that changes the computation in a way that the family does not have."""
-    for key, values in allowed.items():
-        if key in config and config[key] not in values:
-            raise SpecError(f"config.json: {key} is {config[key]!r}; this family computes {values[0]!r} only")

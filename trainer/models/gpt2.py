@@ -14,10 +14,9 @@ from trainer.models.base import (
     Normal,
     Tensor,
     View,
-    config_only,
-    config_value,
     hf_whole,
 )
+from trainer.models.hf_config import config_only, config_value, imported
 from trainer.spec import ModelSpec
 
 WTE, WPE, NORM, LAYER = "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f", "transformer.h.{layer}"
@@ -109,15 +108,25 @@ class Gpt2(Family):
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelSpec:
         config_only(
             config,
+            "GPT2LMHeadModel",
             {
                 "model_type": ("gpt2",),
-                "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                "scale_attn_weights": (True,),
-                "scale_attn_by_inverse_layer_idx": (False,),
-                "add_cross_attention": (False,),
+                "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", None),
+                "scale_attn_weights": (True, None),
+                "scale_attn_by_inverse_layer_idx": (False, None),
             },
         )
-        return ModelSpec(
+        return imported(
+            {
+                "layers": "n_layer",
+                "width": "n_embd",
+                "heads": "n_head",
+                "hidden": "n_inner",
+                "vocab": "vocab_size",
+                "context": "n_positions",
+                "norm_eps": "layer_norm_epsilon",
+                "init_std": "initializer_range",
+            },
             family="gpt2",
             layers=config_value(config, "n_layer", int),
             width=config_value(config, "n_embd", int),

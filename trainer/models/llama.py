@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.errors import SpecError
 from trainer.models.base import (
     Builder,
     Const,
@@ -18,11 +17,10 @@ from trainer.models.base import (
     Normal,
     Tensor,
     View,
-    config_only,
-    config_value,
     hf_rows,
     hf_whole,
 )
+from trainer.models.hf_config import config_only, config_value, imported, rope_base
 from trainer.spec import ModelSpec
 
 EMBED, NORM, HEAD, LAYER = "model.embed_tokens.weight", "model.norm", "lm_head.weight", "model.layers.{layer}"
@@ -125,21 +123,23 @@ class Llama(Family):
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelSpec:
         config_only(
-            config,
-            {
-                "model_type": (self.model_type,),
-                "hidden_act": ("silu",),
-                "attention_bias": (False,),
-                "mlp_bias": (False,),
-                "use_sliding_window": (False,),
-                "rope_scaling": (None,),
-            },
+            config, self.architecture, {"model_type": (self.model_type,), "hidden_act": ("silu", "swish", None)}
         )
-        rope = config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise SpecError(f"config.json: rope_type is {rope['rope_type']!r}; this family computes 'default' only")
         heads = config_value(config, "num_attention_heads", int)
-        return ModelSpec(
+        return imported(
+            {
+                "layers": "num_hidden_layers",
+                "width": "hidden_size",
+                "heads": "num_attention_heads",
+                "kv_heads": "num_key_value_heads",
+                "head_size": "head_dim",
+                "hidden": "intermediate_size",
+                "vocab": "vocab_size",
+                "context": "max_position_embeddings",
+                "norm_eps": "rms_norm_eps",
+                "rope_base": "rope_theta",
+                "init_std": "initializer_range",
+            },
             family=self.name,
             layers=config_value(config, "num_hidden_layers", int),
             width=config_value(config, "hidden_size", int),
@@ -150,7 +150,7 @@ class Llama(Family):
             vocab=config_value(config, "vocab_size", int),
             context=config_value(config, "max_position_embeddings", int),
             norm_eps=config_value(config, "rms_norm_eps", float, 1e-6),
-            rope_base=config_value(rope if "rope_theta" in rope else config, "rope_theta", float, 10_000.0),
+            rope_base=rope_base(config, 10_000.0),
             init_std=config_value(config, "initializer_range", float, 0.02),
             tied=config_value(config, "tie_word_embeddings", bool, False),
         )

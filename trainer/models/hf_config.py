@@ -1,0 +1,181 @@
+"""Reading a Hugging Face config.json: what a family takes from it, and what it must not hold.
+
+A key that changes what is computed in a way that the family does not have is refused with its value; a key that changes
+nothing (dropout, caches, names, versions) is let through. Null means what it means to transformers: the default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from trainer.errors import SpecError
+
+if TYPE_CHECKING:
+    from trainer.spec import ModelSpec
+
+# keys of any model's config that change the computation, with the values that leave it as our families compute it
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "auto_map": (None,),  # the model is code of its own
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_causal": (True, None),
+    "attention_bias": (False, None),
+    "qkv_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "rotary_pct": (1, None),
+    "use_sliding_window": (False, None),
+    "no_rope_layers": (None, []),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (1, None),
+    "logits_scaling": (1, None),
+    "embedding_multiplier": (1, None),
+    "residual_multiplier": (1, None),
+    "attention_multiplier": (None,),
+    "query_pre_attn_scalar": (None,),
+    "clip_qkv": (None,),
+    "use_qk_norm": (False, None),
+    "qk_layernorm": (False, None),
+    "parallel_attn": (False, None),
+    "use_parallel_residual": (False, None),
+    "alibi": (False, None),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+}
+_DROPOUT = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json, or that of a folder. SpecError where it is none."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        if not file.is_file() and file.exists():
+            raise SpecError(f"{file}: is no regular file; give a model's config.json")
+        tree = json.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except OSError as error:
+        raise SpecError(f"{file}: cannot be read: {error.strerror}; give a model's config.json") from error
+    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, a NUL byte in the path
+        raise SpecError(f"{file}: is no JSON ({str(error)[:100]}); give a model's config.json") from error
+    if not isinstance(tree, dict):
+        raise SpecError(f"{file}: is no JSON object; give a model's config.json")
+    return tree
+
+
+def config_value(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """A value of a config.json, checked for its type; the default where it is missing or null. SpecError otherwise."""
+    value = config.get(key)
+    value = default if value is None else value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 1 << 1000 else value
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        what = (
+            f"is {_short(value)}, it must be {kind.__name__}" if value is not None else "is missing; it has no default"
+        )
+        raise SpecError(f"config.json: {key} {what}")
+    return value
+
+
+def config_only(config: Mapping[str, Any], architecture: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses a config.json that computes what the family does not have. ``allowed``: the family's own keys."""
+    for key, values in {**_NEUTRAL, **allowed}.items():
+        if key in config and not any(type(config[key]) in _like(v) and config[key] == v for v in values):
+            only = next((v for v in values if v is not None), None)
+            raise SpecError(f"config.json: {key} is {_short(config[key])}; this family computes {only!r} only")
+    made = config.get("architectures")
+    if made and architecture not in made and architecture.replace("ForCausalLM", "Model") not in made:
+        raise SpecError(f"config.json: architectures is {_short(made)}; this family computes {architecture} only")
+    layers = config.get("layer_types")
+    if layers and any(kind != "full_attention" for kind in layers):
+        raise SpecError(f"config.json: layer_types is {_short(layers)}; this family computes 'full_attention' only")
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    inside = isinstance(window, int) and isinstance(context, int) and window >= context
+    if window is not None and config.get("use_sliding_window") is not False and not inside:
+        raise SpecError(
+            f"config.json: sliding_window is {_short(window)}; this family attends to all that came before: it must be "
+            "null, or use_sliding_window false"
+        )
+
+
+def rope_base(config: Mapping[str, Any], default: float) -> float:
+    """The base of the rotary angles, from where transformers 4 or 5 writes it; SpecError for angles that are scaled."""
+    bases = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is None or value == {}:
+            continue
+        if not isinstance(value, Mapping):
+            raise SpecError(f"config.json: {key} is {_short(value)}; it must be an object or null")
+        if set(value) == {"full_attention"} and isinstance(value["full_attention"], Mapping):
+            value = value["full_attention"]
+        kind = value.get("rope_type", value.get("type"))
+        scaled = {k: v for k, v in value.items() if k not in ("rope_type", "type", "rope_theta")}
+        plain = kind == "default" or (kind is None and not scaled)
+        if not (plain or (kind == "linear" and scaled.get("factor") in (1, 1.0) and len(scaled) == 1)):
+            raise SpecError(f"config.json: {key} is {_short(value)}; this family computes the rope_type 'default' only")
+        if scaled.get("partial_rotary_factor", 1) not in (1, None):
+            part = _short(scaled["partial_rotary_factor"])
+            raise SpecError(f"config.json: {key} has partial_rotary_factor {part}; this family computes 1.0 only")
+        if value.get("rope_theta") is not None:
+            bases[f"{key}.rope_theta"] = config_value(value, "rope_theta", float)
+    if config.get("rope_theta") is not None:
+        bases["rope_theta"] = config_value(config, "rope_theta", float)
+    if len(set(bases.values())) > 1:
+        told = ", ".join(f"{key} {value:g}" for key, value in bases.items())
+        raise SpecError(f"config.json: {told}; which one? leave one of them")
+    return next(iter(bases.values()), default)
+
+
+def imported(names: Mapping[str, str], **fields: Any) -> ModelSpec:
+    """A ModelSpec of a config's values. ``names``: what the config calls a field, for refusals (SpecError)."""
+    from trainer.spec import ModelSpec, explain
+
+    try:
+        return ModelSpec(**fields)
+    except ValidationError as error:
+        lines = []
+        for details in error.errors(include_url=False):
+            field = str(details["loc"][0]) if details["loc"] else ""
+            (line,) = explain(details)
+            lines.append(f"config.json: {line.replace(field, names.get(field, field), 1) if field else line}")
+        raise SpecError(lines) from error
+
+
+def left_out(config: Mapping[str, Any]) -> list[str]:
+    """Words on what the config asks of training and this version does not do: dropout."""
+    rates = [(key, config.get(key)) for key in _DROPOUT]
+    return [f"{key} {rate}" for key, rate in rates if isinstance(rate, int | float) and rate]
+
+
+def end_token_id(config: Mapping[str, Any]) -> int | None:
+    """The id that ends a text: transformers allows several, the first is taken."""
+    value = config.get("eos_token_id")
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _like(value: Any) -> tuple[type, ...]:
+    """Types that may equal a value: 1 and 1.0 are one number, False is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return (type(value),)
+    return (int, float)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def name_of(path: Path) -> str:
+    """A run's name from the folder that a config lies in."""
+    folder = Path(os.path.abspath(path if path.is_dir() else path.parent)).name.lower()
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in folder).strip("-")[:40].strip("-")
+    return kept if kept[:1].isalpha() else f"model-{kept}"[:40].strip("-")
