@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from flows.cli import terminal
 from flows.cli.proxies import pass_loopback_by
 
 EXIT_CODES = """
@@ -146,30 +148,36 @@ def show(value: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: exceptions of the packages become a message and an exit code."""
+    """Entry point: the command with its exit code, whatever it writes to."""
+    terminal.prepare()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    sys.exit(terminal.finish(exit_code_of(None)))
+
+
+def exit_code_of(arguments: list[str] | None) -> int:
+    """Run the command: exceptions of the packages become a message and an exit code."""
     from checkpoint.errors import CheckpointError
     from trainer.errors import TrainerError
 
     try:
-        code = cli.main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        code = cli.main(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        with contextlib.suppress(terminal.OutputLost):
+            error.show()
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        terminal.tell("interrupted")
+        return 130
+    except terminal.OutputLost as error:
+        return terminal.lost(error)
     except (TrainerError, CheckpointError) as error:
-        click.echo(f"hotstage: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+        terminal.tell(f"hotstage: {error}")
+        return error.exit_code
     except Exception:
-        traceback.print_exc()
-        click.echo("hotstage: internal error: this is a bug of hotstage; nothing in the store is lost by it", err=True)
-        sys.exit(70)
+        terminal.tell(traceback.format_exc().rstrip())
+        terminal.tell("hotstage: internal error: this is a bug of hotstage; nothing in the store is lost by it")
+        return 70

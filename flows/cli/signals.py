@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import click
 
+from flows.cli import terminal
+
 T = TypeVar("T")
 
 EXIT_STOPPED = 85
@@ -107,8 +109,6 @@ class Signals:
 
 def leave(code: int, text: str) -> None:
     """End the process now, whatever its threads do; temporary folders go first."""
-    click.echo(text, err=True)
+    terminal.tell(text)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(terminal.finish(code))

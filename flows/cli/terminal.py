@@ -1,0 +1,142 @@
+"""What the command writes to: streams that take every text, and say so when nobody can take it any more.
+
+A terminal or a file may know fewer characters than our texts (Latin-1, ASCII): dashes, dots and arrows are written with
+what it has, other characters as ``?``. A stream that was closed becomes /dev/null. Where writing fails (the reader has
+gone, the disk is full) ``OutputLost`` ends the command: it is no bug, and a pipe that closes is no news either.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import sys
+from typing import Any
+
+from trainer.errors import TrainerError
+
+_ERRORS, _ASCII = "hotstage-terminal", "hotstage-ascii"
+_PLAIN = {
+    "…": "...", "–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "·": ".", "•": "*",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "µ": "u", "≈": "~", "°": "deg",
+    "│": "|", "─": "-", "█": "#", "▌": "#", "░": ".", "▒": ":", "▓": "#", "✓": "ok", "✗": "x",
+}  # fmt: skip
+PIPE_CLOSED = 141
+
+
+class OutputLost(TrainerError):
+    """Standard output cannot be written any more."""
+
+    def __init__(self, error: OSError) -> None:
+        gone = error.errno in (errno.EPIPE, errno.EBADF)
+        self.exit_code = PIPE_CLOSED if gone else 78
+        super().__init__(
+            "" if gone else f"standard output cannot be written: {error.strerror}; free space, or write it elsewhere"
+        )
+
+
+class _Out(io.FileIO):
+    """A descriptor of ours whose failure is told apart from that of any other file."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OutputLost(error) from error
+
+
+def prepare() -> None:
+    """Make the standard streams fit for what follows; once, before anything is written."""
+    codecs.register_error(_ERRORS, _instead)
+    codecs.register(_codec)
+    for number in (0, 1, 2):  # a file that is opened later must not become one of these
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
+    sys.stdout = _stream(sys.stdout, 1)
+    sys.stderr = _stream(sys.stderr, 2)
+
+
+def finish(code: int) -> int:
+    """Write out what is left of standard output; the exit code, which is another one where that fails."""
+    try:
+        sys.stdout.flush()
+    except OutputLost as error:
+        code = lost(error)
+    except (OSError, ValueError):
+        pass
+    try:
+        sys.stderr.flush()
+    except (OutputLost, OSError, ValueError):
+        _silence(2)
+    return code
+
+
+def lost(error: OutputLost) -> int:
+    """Say it where there is something to say, and let the interpreter end in peace; the exit code."""
+    _silence(1)
+    if str(error):
+        tell(f"hotstage: {error}")
+    return error.exit_code
+
+
+def _silence(number: int) -> None:
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), number)
+
+
+def tell(text: str) -> None:
+    """A line on standard error, where that can be written."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except (OutputLost, OSError, ValueError):
+        pass
+
+
+def _stream(stream: Any, number: int) -> Any:
+    """The stream with our way to write what it cannot; the same object where it is not the process's own."""
+    if stream is None:
+        return open(number, "w", encoding="utf-8", closefd=False)
+    try:
+        if stream.fileno() != number:
+            return stream
+    except (AttributeError, OSError, ValueError):
+        return stream
+    encoding = _ASCII if codecs.lookup(stream.encoding).name == "ascii" else stream.encoding
+    raw = _Out(number, "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=encoding, errors=_ERRORS, line_buffering=number == 2 or stream.line_buffering
+    )
+
+
+def _instead(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What is written for characters that the encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if "\udc80" <= letter <= "\udcff" and not error.encoding.replace("_", "-").startswith(("utf-16", "utf-32")):
+        return bytes([ord(letter) & 0xFF]), error.start + 1  # a byte of a name that was no text: as it was
+    return _PLAIN.get(letter, "?"), error.start + 1
+
+
+def _codec(name: str) -> codecs.CodecInfo | None:
+    """ASCII under a name of ours: click writes UTF-8 to what it knows as ASCII."""
+    if name.replace("_", "-") != _ASCII:
+        return None
+    ascii_codec = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        name=_ASCII,
+        encode=ascii_codec.encode,
+        decode=ascii_codec.decode,
+        incrementalencoder=ascii_codec.incrementalencoder,
+        incrementaldecoder=ascii_codec.incrementaldecoder,
+        streamreader=ascii_codec.streamreader,
+        streamwriter=ascii_codec.streamwriter,
+    )

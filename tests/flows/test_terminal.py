@@ -1,0 +1,84 @@
+"""Terminals, pipes and files as they are: fewer characters than ours, closed, full, narrow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.place import ROOT
+
+HOTSTAGE = [sys.executable, "-m", "flows.cli"]
+
+
+def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONIO", "LC_", "LANG", "PYTHONUTF8"))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | more
+    return subprocess.run([*HOTSTAGE, *arguments], cwd=ROOT, env=base | (env or {}), check=False, timeout=120, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("env", "encoding", "dots"),
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, "latin-1", "..."),
+        ({"PYTHONIOENCODING": "ascii"}, "ascii", "..."),
+        ({"PYTHONIOENCODING": "utf-16"}, "utf-16", "…"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "ascii", "..."),
+        ({"LC_ALL": "C"}, "utf-8", "…"),
+        ({"LC_ALL": "none_NONE.nothing"}, "ascii", None),
+    ],
+    ids=lambda value: "+".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_help_is_printed_with_what_the_terminal_can_show(env: dict[str, str], encoding: str, dots: str | None) -> None:
+    done = run("--help", env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if dots is not None:
+        text = done.stdout.decode(encoding)
+        assert f"file:///{dots}" in text
+        assert "?endpoint=" in text
+
+
+def test_refusals_too() -> None:
+    done = run("plan", "caf\udce9 …\u5b57.toml", env={"PYTHONIOENCODING": "latin-1", "LC_ALL": "C.UTF-8"})
+    assert done.returncode == 78, done.stderr
+    assert done.stderr.startswith(b"hotstage: caf\xe9 ...?.toml: there is no such file")
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_gone(arguments: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        done = run(*arguments, stdout=theirs)
+    finally:
+        os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["--help"]], ids=" ".join)
+def test_a_full_disk_is_named(arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run(*arguments, stdout=full)
+    assert done.returncode == 78
+    assert done.stderr.startswith(b"hotstage: standard output cannot be written: No space left on device; free space")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_closed(closed: str, tmp_path: Path) -> None:
+    """The exit code stays, and no file that is opened later becomes standard output."""
+    command = f"cd {ROOT} && {sys.executable} -m flows.cli plan {tmp_path}/none.toml {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=120)
+    assert done.returncode == 78, done.stderr
+    assert (b"there is no such file" in done.stderr) is ("2>" not in closed)
+
+
+@pytest.mark.parametrize("columns", ["1", "-5", "abc"])
+def test_widths_that_are_none(columns: str) -> None:
+    done = run("init", "--help", env={"COLUMNS": columns, "LINES": columns, "TERM": "dumb"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"--from" in done.stdout
