@@ -151,15 +151,11 @@ static const call calls[] = {
 /* Operands of the sizes that the extents say, filled with small numbers that are right for every
  * role. */
 static int prepare(const call *c, hs_args *args) {
-    static const int pointers[HS_K_COUNT] = {
-#define X(number, NAME, name, p, d, r) [number] = p,
-        HS_KERNELS(X)
-#undef X
-    };
+    const int operands = hs_kernel_facts_of((uint32_t)c->kernel)->operand_count;
     *args = (hs_args){.dtype = c->dtype};
     memcpy(args->dim, c->dim, sizeof c->dim);
     memcpy(args->real, c->real, sizeof c->real);
-    for (int i = 0; i < pointers[c->kernel]; i++) {
+    for (int i = 0; i < operands; i++) {
         uint64_t bytes;
         if (hs_kernel_extent(c->kernel, c->dtype, c->dim, i, &bytes) != HS_OK) return -1;
         args->ptr[i] = aligned_alloc(64, (bytes + 4095) / 64 * 64);

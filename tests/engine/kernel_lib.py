@@ -128,52 +128,12 @@ def acc_of(dtype: int) -> int:
     return wire.F64 if dtype == wire.F64 else wire.F32
 
 
-# The operands of every kernel, in order: w written, u read and written, r read, s scratch; then D dt, A acc, F f64,
-# I tokens or targets (i32), C the control block, B bytes; ? may be absent.
-OPERANDS: dict[str, str] = {
-    "embed_fwd": "wD rI rD rD?",
-    "embed_wgrad": "uA uA? rD rI",
-    "layernorm_fwd": "wD wA wA rD rA rA",
-    "layernorm_igrad": "uD rD rD rA rA rA",
-    "layernorm_wgrad": "uA uA rD rD rA rA",
-    "rmsnorm_fwd": "wD wA rD rA",
-    "rmsnorm_igrad": "uD rD rD rA rA",
-    "rmsnorm_wgrad": "uA rD rD rA",
-    "linear_fwd": "wD rD rD rA? rD?",
-    "linear_igrad": "uD rD rD",
-    "linear_wgrad": "uA uA? rD rD",
-    "attention_fwd": "wD wA rD rD rD",
-    "attention_igrad": "wD wD wD rD rD rD rD rD rA sA",
-    "rope_table": "wA",
-    "rope_fwd": "uD rA",
-    "rope_igrad": "uD rA",
-    "gelu_fwd": "wD rD",
-    "gelu_igrad": "wD rD rD",
-    "swiglu_fwd": "wD rD",
-    "swiglu_igrad": "wD rD rD",
-    "classifier_fwd": "wA rD rD rI sA",
-    "classifier_grad": "wA wD uA rD rD rI sA sD",
-    "logits": "wA rD rD",
-    "add_acc": "uA rA",
-    "sumsq": "wF rA sF",
-    "adamw": "uA uA uA uA wD? rC",
-    "zero": "wB",
-    "init_normal": "wA",
-    "init_const": "wA",
-    "cast": "wD rA",
-}
-
-# Where tokens and targets take their upper bound from: the dim that is V.
-VOCABULARY = {"embed_fwd": 2, "embed_wgrad": 2, "classifier_fwd": 2, "classifier_grad": 2}
-
-
 class KernelLib:
     """The loaded library. Arrays go in as they are (C-contiguous) and are written in place."""
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
         self.c.hs_crc32c.restype = self.c.hs_crc32c_portable.restype = ctypes.c_uint32
-        self.c.hs_kernel_operand_optional.restype = ctypes.c_bool
         self.c.hs_test_pick.restype = ctypes.c_char_p
         self.sets = tuple(name for name in SETS if self.c.hs_test_has_set(name.encode()))
 
@@ -217,9 +177,6 @@ class KernelLib:
         rc = int(self.c.hs_kernel_extent(number, dtype, d, operand, ctypes.byref(out)))
         return out.value if rc == 0 else rc
 
-    def optional(self, kernel: str, operand: int) -> bool:
-        return bool(self.c.hs_kernel_operand_optional(wire.KERNELS[kernel].number, operand))
-
     def map(self, function: str, x: Array, y: Array | None = None) -> Array:
         """One of the functions of core/math.h over an array."""
         x = np.ascontiguousarray(x, np.float64)
@@ -249,23 +206,24 @@ class KernelLib:
     ) -> list[Array | None]:
         """Random operands of exactly the bytes that the extents say; tokens and targets end with V - 1."""
         out: list[Array | None] = []
-        for i, code in enumerate(OPERANDS[kernel].split()):
+        spec = wire.KERNELS[kernel]
+        for i, operand in enumerate(spec.operands):
             if i in absent:
                 out.append(None)
                 continue
             size = self.extent(kernel, dtype, dims, i)
             assert size > 0, (kernel, dims, i, size)
-            kind = {"D": dtype, "A": acc_of(dtype), "F": wire.F64}.get(code[1], 0)
+            kind = {"dt": dtype, "acc": acc_of(dtype), "f64": wire.F64}.get(operand.kind, 0)
             array: Array
             if kind:
                 array = encode(rng.normal(size=size // wire.DTYPE_BYTES[kind]), kind)
                 if kernel == "adamw" and i == 2:
                     array = np.abs(array)  # a mean of squares
-            elif code[1] == "I":
-                vocabulary = dims[VOCABULARY[kernel]]
+            elif operand.kind in ("tokens", "targets"):
+                vocabulary = dims[spec.dim_names.split().index(operand.note.removeprefix("below "))]
                 array = rng.integers(0, vocabulary, size // 4).astype(np.int32)
                 array[-1] = vocabulary - 1
-            elif code[1] == "C":
+            elif operand.kind == "control":
                 array = np.frombuffer(bytes(control()), np.uint8).copy()
             else:
                 array = rng.integers(0, 256, size).astype(np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.kernel_lib import OPERANDS, SETS, KernelLib
+from tests.engine.kernel_lib import SETS, KernelLib
 from trainer import wire
 
 CONFIG, OVERFLOW = -6, -11  # core/status.h
@@ -59,9 +59,8 @@ def reals_of(kernel: str) -> tuple[float, ...]:
 
 
 def test_every_kernel_has_cases_and_operands() -> None:
-    assert list(CASES) == list(wire.KERNELS) == list(OPERANDS)
+    assert list(CASES) == list(wire.KERNELS)
     for kernel, spec in wire.KERNELS.items():
-        assert len(OPERANDS[kernel].split()) == spec.ptrs, kernel
         assert all(len(dims) == spec.dims for dims in CASES[kernel]), kernel
 
 
@@ -85,8 +84,8 @@ def test_nothing_outside_the_extents_is_touched(kernels: KernelLib, kernel: str,
         ptrs = kernels.operands(kernel, dtype, dims, rng)
         before = [None if p is None else p.copy() for p in ptrs]
         kernels.call(kernel, dtype, ptrs, dims, reals_of(kernel), set_name=set_name, threads=threads, guard=guard)
-        for code, old, new in zip(OPERANDS[kernel].split(), before, ptrs, strict=True):
-            if code[0] == "r" and old is not None and new is not None:
+        for operand, old, new in zip(wire.KERNELS[kernel].operands, before, ptrs, strict=True):
+            if operand.role == "read" and old is not None and new is not None:
                 assert old.tobytes() == new.tobytes(), f"{kernel} wrote an operand that it may only read"
 
 
@@ -95,8 +94,8 @@ def test_the_extents_are_exact(kernels: KernelLib, kernel: str) -> None:
     """With one element less, ref reaches the forbidden page: the extents ask for no more than is needed."""
     rng = np.random.default_rng(7)
     dims = CASES[kernel][0]
-    for i, code in enumerate(OPERANDS[kernel].split()):
-        if code[1] == "C" or (kernel == "zero"):
+    for i, spec in enumerate(wire.KERNELS[kernel].operands):
+        if spec.kind in ("control", "byte"):
             continue  # a record; its last bytes are spare
         ptrs = kernels.operands(kernel, wire.F32, dims, rng)
         operand = ptrs[i]
@@ -109,9 +108,7 @@ def test_the_extents_are_exact(kernels: KernelLib, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", list(CASES))
 def test_optional_operands_may_be_absent(kernels: KernelLib, kernel: str) -> None:
     rng = np.random.default_rng(7)
-    codes = OPERANDS[kernel].split()
-    optional = [i for i, code in enumerate(codes) if code.endswith("?")]
-    assert [i for i in range(-1, 13) if kernels.optional(kernel, i)] == optional
+    optional = [i for i, operand in enumerate(wire.KERNELS[kernel].operands) if operand.note == "optional"]
     for set_name in kernels.sets:
         for i in optional:
             ptrs = kernels.operands(kernel, wire.F32, CASES[kernel][0], rng, absent=[i])

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from tests.engine.kernel_lib import (
-    OPERANDS,
     Array,
     KernelLib,
     acc_of,
@@ -214,10 +213,10 @@ class Call:
     def outputs(self) -> list[tuple[int, int]]:
         """(operand, dtype) of what the kernel writes, scratch left out."""
         out = []
-        for i, code in enumerate(OPERANDS[self.case.kernel].split()):
-            if code[0] in "wu" and self.inputs[i] is not None:
-                kinds = {"D": self.dtype, "A": acc_of(self.dtype), "F": wire.F64, "B": 0}
-                out.append((i, kinds[code[1]]))
+        for i, operand in enumerate(wire.KERNELS[self.case.kernel].operands):
+            if operand.role in ("write", "update") and self.inputs[i] is not None:
+                kinds = {"dt": self.dtype, "acc": acc_of(self.dtype), "f64": wire.F64, "byte": 0}
+                out.append((i, kinds[operand.kind]))
         return out
 
 
@@ -226,11 +225,11 @@ def _magnitudes(lib: KernelLib, call: Call) -> list[Array | None] | None:
     if not call.case.kernel.startswith(("linear", "logits", "embed", "add_acc")):
         return None
     inputs: list[Array | None] = []
-    for x, code in zip(call.inputs, OPERANDS[call.case.kernel].split(), strict=True):
-        if x is None or code[1] == "I":
+    for x, operand in zip(call.inputs, wire.KERNELS[call.case.kernel].operands, strict=True):
+        if x is None or operand.kind == "tokens":
             inputs.append(x)
             continue
-        kind = call.dtype if code[1] == "D" else acc_of(call.dtype)
+        kind = call.dtype if operand.kind == "dt" else acc_of(call.dtype)
         inputs.append(encode(np.abs(decode(x, kind)), kind))
     lib.call(call.case.kernel, call.dtype, inputs, call.case.dims, call.case.reals)
     return inputs

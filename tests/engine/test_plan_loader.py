@@ -104,6 +104,13 @@ def _ref(operand: int, **values: Any) -> Callable[[Any], None]:
     return change
 
 
+def _ref_of(**values: Any) -> Callable[[Any], None]:
+    def change(action: Any) -> None:
+        _set(**values)(action.ref)
+
+    return change
+
+
 def _dim(number: int, value: int) -> Callable[[Any], None]:
     def change(call: Any) -> None:
         call.dim[number] = value
@@ -160,6 +167,9 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("calls", CALL, lambda c: c.kernel == 9, _dim(15, 1), "unused dim 15"),
     ("calls", CALL, lambda c: c.kernel == 1, _ref(1, space=1, offset=0), "is not this position's tokens"),
     ("calls", CALL, lambda c: c.kernel == 1, _dim(2, 29), "a vocabulary of 29, the plan's is 30"),
+    ("positions", POSITION, None, _set(targets_offset=0), "targets at 0 lie over tokens at 0"),
+    ("calls", CALL, lambda c: c.kernel == 3, _ref(1, space=wire.SPACE_MB, offset=0), "it writes mean at 0"),
+    ("calls", CALL, lambda c: c.kernel == 26, _ref(5, offset=0), "operand ctl is not its control block"),
     ("actions", ACTION, None, _set(kind=77), "no kind 77"),
     ("actions", ACTION, None, _set(program=999), "program 999"),
     ("actions", ACTION, lambda a: a.kind == wire.A_RUN and a.slot == 0, _set(slot=99), "slot 99"),
@@ -167,6 +177,7 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("actions", ACTION, lambda a: a.kind == wire.A_SEND, _set(channel=99), "channel 99"),
     ("actions", ACTION, lambda a: a.kind == wire.A_SEND, _set(kind=wire.A_RECV), "does not end at position"),
     ("actions", ACTION, lambda a: a.kind == wire.A_COMBINE, _set(kind=wire.A_APPLY), "comes before"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_APPLY, _ref_of(offset=0), "it applies what is not position 0's"),
     ("channels", CHANNEL, None, _set(to=7), "channel 0"),
     ("channels", CHANNEL, None, _set(bytes=4), "carries 4"),
 ]
@@ -187,6 +198,23 @@ def test_each_check_names_what_it_found(
     assert code == 78
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_write_over_what_it_must_not_touch_is_refused(
+    tmp_path: Path, stages: int, model: dict[str, Any], precision: str
+) -> None:
+    """Each written operand, message and report, laid over each other operand, tokens, targets, control block, norms
+    and state tensors, in both spaces that reach them."""
+    path = tmp_path / "plan"
+    path.write_bytes(small_plan(stages=stages, model=model, precision=precision).to_bytes())
+    done = subprocess.run([build_plan_fuzz(), path, "plant"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout)
+    assert counted["calls"] > 500
+    assert counted["actions"] > 20
 
 
 @pytest.mark.parametrize("stages", [1, 2])

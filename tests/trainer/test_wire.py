@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine.engine_build import engine
 from trainer import wire
+from trainer.plan.memory import workspace_bytes
 
 __all__ = ["engine"]
 
@@ -42,9 +43,15 @@ def test_records_have_the_same_fields_at_the_same_places(printed: dict[str, Any]
 
 
 def test_tables_are_the_same(printed: dict[str, Any]) -> None:
-    assert printed["kernels"] == {name: list(kernel) for name, kernel in wire.KERNELS.items()}
+    assert printed["kernels"] == {
+        name: [k.number, k.dim_names, k.real_names, [list(o) for o in k.operands]] for name, k in wire.KERNELS.items()
+    }
     assert printed["exits"] == {str(code): list(row) for code, row in wire.EXITS.items()}
     assert printed["messages"] == wire.MSGS
+
+
+def test_the_workspace_of_a_thread_is_what_the_plan_counts(printed: dict[str, Any]) -> None:
+    assert printed["workspace_bytes"] == [workspace_bytes(1), workspace_bytes(3)]
 
 
 def test_numbers_are_the_same(printed: dict[str, Any]) -> None:

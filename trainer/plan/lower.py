@@ -30,8 +30,8 @@ from trainer.spec import RunSpec
 SUMSQ_BLOCK = 65536
 REPORT_BYTES, CONTROL_BYTES = 64, 96
 
-# Kernels whose arithmetic is f32 whatever the precision of activations
-_F32_KERNELS = {"rope_table", "add_acc", "sumsq", "zero", "init_normal", "init_const"}
+# Kernels whose arithmetic is f32 whatever the precision of activations: none of their operands is of that
+_F32_KERNELS = {name for name, k in wire.KERNELS.items() if all(o.kind != "dt" for o in k.operands)}
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,18 @@ hs_status hs_fail(hs_why *why, hs_status status, const char *format, ...) {
     return status;
 }
 
+/* Global, because a process that fails an assertion has no other place that its handler can find.
+ */
+static char assert_text[512];
+
+const char *hs_assert_text(void) {
+    return assert_text;
+}
+
 void hs_assert_failed(const char *expression, const char *file, int line, const char *function) {
-    (void)fprintf(stderr, "%s:%d: %s: this should hold and does not: %s\n", file, line, function,
-                  expression);
+    (void)snprintf(assert_text, sizeof assert_text, "%s:%d: %s: this should hold and does not: %s",
+                   file, line, function, expression);
+    (void)fprintf(stderr, "%s\n", assert_text);
     (void)fflush(stderr);
     abort();
 }

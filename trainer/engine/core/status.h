@@ -7,7 +7,7 @@
  * one, the mend.
  *
  * HS_ASSERT stays on in release builds. It is for bugs of this program, never for input: it prints
- * and aborts (main.c turns SIGABRT of a rank into last words and exit 70).
+ * and aborts (run/abort_words.h turns SIGABRT of a rank into last words and exit 70).
  */
 #ifndef HS_CORE_STATUS_H
 #define HS_CORE_STATUS_H
@@ -32,7 +32,8 @@
     X(-14, AGAIN, 70, "nothing there yet")                                                         \
     X(-15, STOPPED, 85, "stopped on request")                                                      \
     X(-16, UNSUPPORTED, 78, "this machine or build cannot do it")                                  \
-    X(-17, SICK, 88, "this machine computes or remembers wrongly")
+    X(-17, SICK, 88, "this machine computes or remembers wrongly")                                 \
+    X(-18, TERMINATED, 143, "stopped on request, this attempt saved nothing")
 
 typedef int hs_status;
 
@@ -74,6 +75,8 @@ __attribute__((format(printf, 3, 4))) hs_status hs_fail(hs_why *why, hs_status s
 
 _Noreturn void hs_assert_failed(const char *expression, const char *file, int line,
                                 const char *function);
+/* What the assertion that failed said; empty while none has. For a handler of SIGABRT. */
+const char *hs_assert_text(void);
 #define HS_ASSERT(expression)                                                                      \
     ((expression) ? (void)0 : hs_assert_failed(#expression, __FILE__, __LINE__, __func__))
 

@@ -1,191 +1,111 @@
-/* What a call touches: a table of operands (a type, and rows and columns as products of dims), a
- * table of what dims must satisfy, and one place that multiplies with a check for overflow.
+/* The table of wire/kernels.h as data, and what follows from it: which bytes a call touches, and
+ * whether two of its operands may lie as they do. One place multiplies, with a check for overflow.
  */
+#include <string.h>
+
 #include "kernels/attention.h"
 #include "kernels/optimizer.h"
 #include "wire/plan.h"
 
-enum type { NOTHING = 0, DT, ACC, INT, DOUBLE, CONTROL, BYTE };
+#define OPERAND(what, n, type, r, c, l, ...)                                                       \
+    {.name = #n,                                                                                   \
+     .role = HS_ROLE_##what,                                                                       \
+     .kind = HS_KIND_##type,                                                                       \
+     .rows = (r),                                                                                  \
+     .columns = (c),                                                                               \
+     .ld = (l),                                                                                    \
+     __VA_ARGS__}
+#define READ(...)    OPERAND(READ, __VA_ARGS__, )
+#define WRITE(...)   OPERAND(WRITE, __VA_ARGS__, )
+#define UPDATE(...)  OPERAND(UPDATE, __VA_ARGS__, )
+#define SCRATCH(...) OPERAND(SCRATCH, __VA_ARGS__, )
+#define OPTIONAL     .optional = true
+#define BELOW(dim)   .below = #dim
+#define MAY_BE(n)    .may_be = #n
 
-/* An operand: `rows` rows of `columns` elements, each row `ld` elements after the last; rows and
- * columns are products of dims, given as text, one letter a dim ('a' is dim[0], 'b' dim[1] ...), a
- * digit is a factor. ld is a letter, or 0: dense. */
-typedef struct operand {
-    uint8_t type;
-    bool optional;
-    char rows[5], columns[5];
-    char ld;
-} operand;
+#define X(number, NAME, name, d, s, z, r, ...)                                                     \
+    static const hs_operand name##_operands[] = {__VA_ARGS__};
+HS_KERNELS(X)
+#undef X
 
-/* A kernel: dims that are sizes (> 0) and dims that are switches (0 or 1), and its operands. Dims
- * that are row distances are checked where the operand is: an absent operand's may be anything. */
-typedef struct kernel {
-    char sizes[8];
-    char flag;
-    operand operands[HS_CALL_PTRS];
-} kernel;
-
-static const kernel kernels[HS_K_COUNT] = {
-    [HS_K_EMBED_FWD] =
-        {"abcd",
-         0,
-         {{DT, 0, "a", "b", 0}, {INT, 0, "", "a", 0}, {DT, 0, "c", "b", 0}, {DT, 1, "d", "b", 0}}},
-    [HS_K_EMBED_WGRAD] = {"abcd",
-                          0,
-                          {{ACC, 0, "c", "b", 0},
-                           {ACC, 1, "d", "b", 0},
-                           {DT, 0, "a", "b", 0},
-                           {INT, 0, "", "a", 0}}},
-    [HS_K_LAYERNORM_FWD] = {"ab",
-                            0,
-                            {{DT, 0, "a", "b", 0},
-                             {ACC, 0, "", "a", 0},
-                             {ACC, 0, "", "a", 0},
-                             {DT, 0, "a", "b", 0},
-                             {ACC, 0, "", "b", 0},
-                             {ACC, 0, "", "b", 0}}},
-    [HS_K_LAYERNORM_IGRAD] = {"ab",
-                              'c',
-                              {{DT, 0, "a", "b", 0},
-                               {DT, 0, "a", "b", 0},
-                               {DT, 0, "a", "b", 0},
-                               {ACC, 0, "", "b", 0},
-                               {ACC, 0, "", "a", 0},
-                               {ACC, 0, "", "a", 0}}},
-    [HS_K_LAYERNORM_WGRAD] = {"ab",
-                              0,
-                              {{ACC, 0, "", "b", 0},
-                               {ACC, 0, "", "b", 0},
-                               {DT, 0, "a", "b", 0},
-                               {DT, 0, "a", "b", 0},
-                               {ACC, 0, "", "a", 0},
-                               {ACC, 0, "", "a", 0}}},
-    [HS_K_RMSNORM_FWD] = {"abc",
-                          0,
-                          {{DT, 0, "a", "bc", 'e'},
-                           {ACC, 0, "a", "b", 0},
-                           {DT, 0, "a", "bc", 'd'},
-                           {ACC, 0, "", "c", 0}}},
-    [HS_K_RMSNORM_IGRAD] = {"abc",
-                            'g',
-                            {{DT, 0, "a", "bc", 'd'},
-                             {DT, 0, "a", "bc", 'e'},
-                             {DT, 0, "a", "bc", 'f'},
-                             {ACC, 0, "", "c", 0},
-                             {ACC, 0, "a", "b", 0}}},
-    [HS_K_RMSNORM_WGRAD] = {"abc",
-                            0,
-                            {{ACC, 0, "", "c", 0},
-                             {DT, 0, "a", "bc", 'd'},
-                             {DT, 0, "a", "bc", 'e'},
-                             {ACC, 0, "a", "b", 0}}},
-    [HS_K_LINEAR_FWD] = {"abc",
-                         0,
-                         {{DT, 0, "a", "b", 'd'},
-                          {DT, 0, "a", "c", 'e'},
-                          {DT, 0, "b", "c", 0},
-                          {ACC, 1, "", "b", 0},
-                          {DT, 1, "a", "b", 'f'}}},
-    [HS_K_LINEAR_IGRAD] = {"abc",
-                           'f',
-                           {{DT, 0, "a", "c", 'd'}, {DT, 0, "a", "b", 'e'}, {DT, 0, "b", "c", 0}}},
-    [HS_K_LINEAR_WGRAD] = {"abc",
-                           0,
-                           {{ACC, 0, "b", "c", 0},
-                            {ACC, 1, "", "b", 0},
-                            {DT, 0, "a", "b", 'd'},
-                            {DT, 0, "a", "c", 'e'}}},
-    [HS_K_ATTENTION_FWD] = {"abcde",
-                            0,
-                            {{DT, 0, "ab", "ce", 'f'},
-                             {ACC, 0, "ac", "b", 0},
-                             {DT, 0, "ab", "ce", 'g'},
-                             {DT, 0, "ab", "de", 'h'},
-                             {DT, 0, "ab", "de", 'i'}}},
-    [HS_K_ATTENTION_IGRAD] = {"abcde",
-                              0,
-                              {{DT, 0, "ab", "ce", 'f'},
-                               {DT, 0, "ab", "de", 'g'},
-                               {DT, 0, "ab", "de", 'h'},
-                               {DT, 0, "ab", "ce", 'i'},
-                               {DT, 0, "ab", "ce", 'j'},
-                               {DT, 0, "ab", "ce", 'k'},
-                               {DT, 0, "ab", "de", 'l'},
-                               {DT, 0, "ab", "de", 'm'},
-                               {ACC, 0, "ac", "b", 0},
-                               {ACC, 0, "ac", "b", 0}}},
-    [HS_K_ROPE_TABLE] = {"ab", 0, {{ACC, 0, "a", "b", 0}}},
-    [HS_K_ROPE_FWD] = {"abcd", 0, {{DT, 0, "a", "cd", 'e'}, {ACC, 0, "b", "d", 0}}},
-    [HS_K_ROPE_IGRAD] = {"abcd", 0, {{DT, 0, "a", "cd", 'e'}, {ACC, 0, "b", "d", 0}}},
-    [HS_K_GELU_FWD] = {"a", 0, {{DT, 0, "", "a", 0}, {DT, 0, "", "a", 0}}},
-    [HS_K_GELU_IGRAD] = {"a", 0, {{DT, 0, "", "a", 0}, {DT, 0, "", "a", 0}, {DT, 0, "", "a", 0}}},
-    [HS_K_SWIGLU_FWD] = {"ab", 0, {{DT, 0, "a", "b", 0}, {DT, 0, "a", "2b", 0}}},
-    [HS_K_SWIGLU_IGRAD] = {"ab",
-                           0,
-                           {{DT, 0, "a", "2b", 0}, {DT, 0, "a", "b", 0}, {DT, 0, "a", "2b", 0}}},
-    [HS_K_CLASSIFIER_FWD] = {"abcd",
-                             0,
-                             {{ACC, 0, "", "a", 0},
-                              {DT, 0, "a", "b", 0},
-                              {DT, 0, "c", "b", 0},
-                              {INT, 0, "", "a", 0},
-                              {ACC, 0, "d", "c", 0}}},
-    [HS_K_CLASSIFIER_GRAD] = {"abcd",
-                              0,
-                              {{ACC, 0, "", "a", 0},
-                               {DT, 0, "a", "b", 0},
-                               {ACC, 0, "c", "b", 0},
-                               {DT, 0, "a", "b", 0},
-                               {DT, 0, "c", "b", 0},
-                               {INT, 0, "", "a", 0},
-                               {ACC, 0, "d", "c", 0},
-                               {DT, 0, "d", "c", 0}}},
-    [HS_K_LOGITS] = {"abc", 0, {{ACC, 0, "a", "c", 0}, {DT, 0, "a", "b", 0}, {DT, 0, "c", "b", 0}}},
-    [HS_K_ADD_ACC] = {"a", 0, {{ACC, 0, "", "a", 0}, {ACC, 0, "", "a", 0}}},
-    /* the length of part is not a product: see hs_kernel_extent */
-    [HS_K_SUMSQ] = {"a", 0, {{DOUBLE, 0, "", "", 0}, {ACC, 0, "", "a", 0}, {DOUBLE, 0, "", "", 0}}},
-    [HS_K_ADAMW] = {"a",
-                    'b',
-                    {{ACC, 0, "", "a", 0},
-                     {ACC, 0, "", "a", 0},
-                     {ACC, 0, "", "a", 0},
-                     {ACC, 0, "", "a", 0},
-                     {DT, 1, "", "a", 0},
-                     {CONTROL, 0, "", "", 0}}},
-    [HS_K_ZERO] = {"a", 0, {{BYTE, 0, "", "a", 0}}},
-    [HS_K_INIT_NORMAL] = {"a", 0, {{ACC, 0, "", "a", 0}}},
-    [HS_K_INIT_CONST] = {"a", 0, {{ACC, 0, "", "a", 0}}},
-    [HS_K_CAST] = {"a", 0, {{DT, 0, "", "a", 0}, {ACC, 0, "", "a", 0}}},
+static const hs_kernel_facts kernels[HS_K_COUNT] = {
+#define X(number, NAME, name_, dims_, sizes_, switch_, reals_, ...)                                \
+    [number] = {.name = #name_,                                                                    \
+                .dims = (dims_),                                                                   \
+                .reals = (reals_),                                                                 \
+                .one_or_zero = (switch_),                                                          \
+                .sizes = (sizes_),                                                                 \
+                .operand_count = (int)(sizeof name_##_operands / sizeof *name_##_operands),        \
+                .operands = name_##_operands},
+    HS_KERNELS(X)
+#undef X
 };
 
-static int64_t bytes_of_type(uint8_t type, uint16_t dtype) {
-    switch (type) {
-    case DT:
+const hs_kernel_facts *hs_kernel_facts_of(uint32_t kernel) {
+    return kernel > 0 && kernel < HS_K_COUNT ? &kernels[kernel] : NULL;
+}
+
+int hs_kernel_names(const char *names) {
+    int count = names[0] != '\0';
+    for (; *names; names++) count += *names == ' ';
+    return count;
+}
+
+/* Position of a name among `names`; -1: it is none of them. */
+static int position_of(const char *names, const char *name, size_t length) {
+    for (int i = 0; *names; i++) {
+        const size_t n = strcspn(names, " ");
+        if (n == length && memcmp(names, name, n) == 0) return i;
+        names += n + (names[n] == ' ');
+    }
+    return -1;
+}
+
+int64_t hs_kernel_dim(const hs_kernel_facts *facts, const int64_t dim[], const char *name) {
+    const int i = position_of(facts->dims, name, strlen(name));
+    return i < 0 ? 0 : dim[i];
+}
+
+static int64_t bytes_of_kind(hs_kind kind, uint16_t dtype) {
+    switch (kind) {
+    case HS_KIND_DT:
         return dtype == HS_BF16 ? 2 : dtype == HS_F64 ? 8 : 4;
-    case ACC:
+    case HS_KIND_ACC:
         return dtype == HS_F64 ? 8 : 4;
-    case INT:
+    case HS_KIND_TOKENS:
+    case HS_KIND_TARGETS:
         return 4;
-    case DOUBLE:
+    case HS_KIND_F64:
         return 8;
-    case CONTROL:
+    case HS_KIND_CONTROL:
         return (int64_t)sizeof(hs_step_control);
-    default:
+    case HS_KIND_BYTE:
         return 1;
     }
+    return 1;
 }
 
 /* The product that the text stands for ("": 1). False: beyond int64. */
-static bool product(const char *factors, const int64_t dim[], int64_t *out) {
+static bool product(const hs_kernel_facts *k, const char *factors, const int64_t dim[],
+                    int64_t *out) {
+    bool blocks = false;
     *out = 1;
-    for (; *factors; factors++) {
-        int64_t f = *factors >= 'a' ? dim[*factors - 'a'] : *factors - '0';
-        if (__builtin_mul_overflow(*out, f, out)) return false;
+    while (*factors) {
+        const size_t n = strcspn(factors, " ");
+        const int i = position_of(k->dims, factors, n);
+        if (n == 6 && memcmp(factors, "BLOCKS", n) == 0) {
+            blocks = true;
+        } else {
+            HS_ASSERT(i >= 0 || (n == 1 && *factors >= '1' && *factors <= '9'));
+            if (__builtin_mul_overflow(*out, i < 0 ? *factors - '0' : dim[i], out)) return false;
+        }
+        factors += n + (factors[n] == ' ');
     }
+    if (blocks) *out = *out / HS_SUMSQ_BLOCK + (*out % HS_SUMSQ_BLOCK != 0);
     return true;
 }
 
-/* What the letters of a kernel must satisfy beyond being sizes and switches. */
+/* What dims must satisfy beyond being sizes and switches. */
 static bool dims_agree(uint16_t number, const int64_t dim[]) {
     switch (number) {
     case HS_K_EMBED_FWD:
@@ -210,39 +130,91 @@ static bool dims_agree(uint16_t number, const int64_t dim[]) {
 }
 
 static bool dims_valid(uint16_t number, const int64_t dim[]) {
-    const kernel *k = &kernels[number];
-    for (const char *p = k->sizes; *p; p++)
-        if (dim[*p - 'a'] <= 0) return false;
-    if (k->flag && dim[k->flag - 'a'] != 0 && dim[k->flag - 'a'] != 1) return false;
+    const hs_kernel_facts *k = &kernels[number];
+    for (int d = 0; d < k->sizes; d++)
+        if (dim[d] <= 0) return false;
+    if (k->one_or_zero[0]) {
+        const int64_t flag = hs_kernel_dim(k, dim, k->one_or_zero);
+        if (flag != 0 && flag != 1) return false;
+    }
     return dims_agree(number, dim);
 }
 
-static bool operand_exists(uint16_t number, int index) {
-    return number > 0 && number < HS_K_COUNT && index >= 0 && index < HS_CALL_PTRS &&
-           kernels[number].operands[index].type != NOTHING;
-}
+/* An operand as equal pieces: `count` of `bytes`, each `stride` after the last. */
+typedef struct pieces {
+    int64_t count, bytes, stride;
+} pieces;
 
-bool hs_kernel_operand_optional(uint16_t number, int index) {
-    return operand_exists(number, index) && kernels[number].operands[index].optional;
-}
-
-hs_status hs_kernel_extent(uint16_t number, uint16_t dtype, const int64_t dim[], int index,
-                           uint64_t *bytes) {
-    if (!operand_exists(number, index)) return HS_E_CONFIG;
-    if (dtype != HS_F32 && dtype != HS_BF16 && dtype != HS_F64) return HS_E_CONFIG;
-    if (!dims_valid(number, dim)) return HS_E_CONFIG;
-
-    const operand *o = &kernels[number].operands[index];
-    int64_t rows, columns, total;
-    if (!product(o->rows, dim, &rows) || !product(o->columns, dim, &columns)) return HS_E_OVERFLOW;
-    if (number == HS_K_SUMSQ && index == 2)
-        columns = dim[0] / HS_SUMSQ_BLOCK + (dim[0] % HS_SUMSQ_BLOCK != 0);
-    const int64_t ld = o->ld ? dim[o->ld - 'a'] : columns;
-    if (ld < columns) return HS_E_CONFIG; /* rows would overlap */
-    if (__builtin_mul_overflow(rows - 1, ld, &total) ||
-        __builtin_add_overflow(total, columns, &total) ||
-        __builtin_mul_overflow(total, bytes_of_type(o->type, dtype), &total))
+/* Rows side by side are one piece. The dims are valid. */
+static hs_status pieces_of(const hs_kernel_facts *k, uint16_t dtype, const int64_t dim[],
+                           int operand, pieces *out) {
+    const hs_operand *o = &k->operands[operand];
+    const int64_t size = bytes_of_kind(o->kind, dtype);
+    int64_t rows, columns;
+    if (!product(k, o->rows, dim, &rows) || !product(k, o->columns, dim, &columns))
         return HS_E_OVERFLOW;
-    *bytes = (uint64_t)total;
+    const int64_t ld = o->ld[0] ? hs_kernel_dim(k, dim, o->ld) : columns;
+    if (ld < columns) return HS_E_CONFIG; /* rows would overlap */
+    if (ld == columns) {
+        if (__builtin_mul_overflow(rows, columns, &columns)) return HS_E_OVERFLOW;
+        rows = 1;
+    }
+    int64_t whole;
+    if (__builtin_mul_overflow(rows - 1, ld, &whole) ||
+        __builtin_add_overflow(whole, columns, &whole) ||
+        __builtin_mul_overflow(whole, size, &whole))
+        return HS_E_OVERFLOW;
+    *out = (pieces){.count = rows, .bytes = columns * size, .stride = rows > 1 ? ld * size : 0};
     return HS_OK;
+}
+
+static int64_t extent_of(const pieces *p) {
+    return (p->count - 1) * p->stride + p->bytes;
+}
+
+hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
+                           uint64_t *bytes) {
+    const hs_kernel_facts *k = hs_kernel_facts_of(kernel);
+    if (!k || operand < 0 || operand >= k->operand_count) return HS_E_CONFIG;
+    if (dtype != HS_F32 && dtype != HS_BF16 && dtype != HS_F64) return HS_E_CONFIG;
+    if (!dims_valid(kernel, dim)) return HS_E_CONFIG;
+    pieces p;
+    HS_TRY(pieces_of(k, dtype, dim, operand, &p));
+    *bytes = (uint64_t)extent_of(&p);
+    return HS_OK;
+}
+
+uint64_t hs_operand_alignment(const hs_operand *operand, uint16_t dtype) {
+    return operand->kind == HS_KIND_CONTROL ? _Alignof(hs_step_control)
+                                            : (uint64_t)bytes_of_kind(operand->kind, dtype);
+}
+
+static int64_t floor_div(int64_t a, int64_t b) {
+    return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+
+/* Whether a's pieces from 0 on and b's from `distance` on share a byte; of different strides: their
+ * extents. Piece i of a meets piece j of b where -b.bytes < distance + (j - i) stride < a.bytes. */
+static bool pieces_meet(const pieces *a, const pieces *b, int64_t distance) {
+    if (distance <= -extent_of(b) || distance >= extent_of(a)) return false;
+    if (a->stride && b->stride && a->stride != b->stride) return true;
+    const int64_t stride = a->stride ? a->stride : b->stride;
+    if (!stride) return true;
+    const int64_t first = floor_div(-b->bytes - distance, stride) + 1;
+    const int64_t last = floor_div(a->bytes - 1 - distance, stride);
+    return first <= last && first <= b->count - 1 && last >= -(a->count - 1);
+}
+
+bool hs_kernel_clash(uint16_t kernel, uint16_t dtype, const int64_t dim[], int a, uint64_t at_a,
+                     int b, uint64_t at_b) {
+    const hs_kernel_facts *k = &kernels[kernel];
+    const hs_operand *x = &k->operands[a], *y = &k->operands[b];
+    if (x->role == HS_ROLE_READ && y->role == HS_ROLE_READ) return false;
+    pieces p, q;
+    if (pieces_of(k, dtype, dim, a, &p) != HS_OK || pieces_of(k, dtype, dim, b, &q) != HS_OK)
+        return true;
+    const bool may_be =
+        (x->may_be && !strcmp(x->may_be, y->name)) || (y->may_be && !strcmp(y->may_be, x->name));
+    if (may_be && at_a == at_b && !memcmp(&p, &q, sizeof p)) return false;
+    return pieces_meet(&p, &q, (int64_t)(at_b - at_a));
 }

@@ -2,10 +2,10 @@
  * instruction sets), indexed by HS_K_* of wire/kernels.h, which fixes operands, dims and reals.
  * kernels/<op>.h says what an op computes and in which order the sums are taken.
  *
- * A kernel writes only the operands that wire/kernels.h marks as outputs, touches no byte outside
+ * A kernel writes only the operands that wire/kernels.h says it writes, touches no byte outside
  * the extents below, allocates nothing, keeps nothing between calls, and never fails for a call
- * that hs_kernel_extent accepts. Operands do not overlap except where the table says "in place" or
- * "may be".
+ * that hs_kernel_extent accepts. What it writes overlaps no other operand except where the table
+ * says MAY_BE.
  */
 #ifndef HS_KERNELS_KERNELS_H
 #define HS_KERNELS_KERNELS_H
@@ -55,14 +55,61 @@ const hs_kernel_set *hs_kernels_pick(uint32_t path);
 /* Workspace that every kernel of every set fits in, for each call, with this many threads. */
 size_t hs_kernels_scratch_bytes(int threads);
 
-/* Bytes that a call may touch from the start of one operand on (operand: 0 .. pointers-1 of the
- * table). Also checks the dims themselves: HS_OK only for a call that the kernels can run.
- * HS_E_CONFIG: no such kernel, dtype or operand, or a dim out of range; HS_E_OVERFLOW: beyond
- * int64. */
+/* What the table of wire/kernels.h says of an operand and of a kernel. */
+typedef enum hs_role { HS_ROLE_READ = 1, HS_ROLE_WRITE, HS_ROLE_UPDATE, HS_ROLE_SCRATCH } hs_role;
+typedef enum hs_kind {
+    HS_KIND_DT = 1,
+    HS_KIND_ACC,
+    HS_KIND_F64,
+    HS_KIND_BYTE,
+    HS_KIND_TOKENS,
+    HS_KIND_TARGETS,
+    HS_KIND_CONTROL
+} hs_kind;
+
+typedef struct hs_operand {
+    const char *name;
+    const char *rows, *columns, *ld; /* of names in the kernel's dims */
+    const char *below;               /* TOKENS, TARGETS: the dim that bounds them */
+    const char *may_be;              /* the operand that it may be; NULL: none */
+    hs_role role;
+    hs_kind kind;
+    bool optional;
+} hs_operand;
+
+typedef struct hs_kernel_facts {
+    const char *name;
+    const char *dims, *reals; /* their names, a blank between two */
+    const char *one_or_zero;  /* the dim that is a switch; "": none */
+    int sizes;                /* dims from the first on that are above 0 */
+    int operand_count;
+    const hs_operand *operands;
+} hs_kernel_facts;
+
+/* NULL: no such kernel. */
+const hs_kernel_facts *hs_kernel_facts_of(uint32_t kernel);
+
+/* How many names a list of the facts holds. */
+int hs_kernel_names(const char *names);
+
+/* The value of the dim of that name; 0 where the kernel has none. */
+int64_t hs_kernel_dim(const hs_kernel_facts *facts, const int64_t dim[], const char *name);
+
+/* Bytes that an operand of a call may touch from its start on. Also checks the dims themselves:
+ * HS_OK only for a call that the kernels can run. HS_E_CONFIG: no such kernel, dtype or operand, or
+ * a dim out of range; HS_E_OVERFLOW: beyond int64. */
 hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
                            uint64_t *bytes);
 
-/* True for operands that may be absent ("?" in the table). */
-bool hs_kernel_operand_optional(uint16_t kernel, int operand);
+/* What an operand's start must be a multiple of, in bytes. */
+uint64_t hs_operand_alignment(const hs_operand *operand, uint16_t dtype);
+
+/* Whether two operands of a call that starts them at byte at_a and at_b of one memory share memory
+ * that the kernel touches in both, against the table: one of them is written, and they are not the
+ * same memory where MAY_BE allows it. Rows of equal distance are compared exactly (columns of one
+ * buffer do not overlap); of different distances, whole. The extents must hold and lie below 2^62.
+ */
+bool hs_kernel_clash(uint16_t kernel, uint16_t dtype, const int64_t dim[], int a, uint64_t at_a,
+                     int b, uint64_t at_b);
 
 #endif

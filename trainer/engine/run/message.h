@@ -7,9 +7,10 @@
 
 #include "core/status.h"
 #include "wire/agent.h"
+#include "wire/slot.h"
 
 #define HS_MESSAGE_PAYLOAD_MAX (HS_MSG_MAX - sizeof(hs_msg))
-#define HS_MESSAGE_FDS_MAX     16
+#define HS_MESSAGE_FDS_MAX     ((int)HS_SLOTS_MAX)
 
 /* A non-blocking connection to the agent, or -1 (nobody listens there now). HS_E_CONFIG of
  * hs_message_check_path says beforehand where the path can never work. */

@@ -13,6 +13,7 @@
 
 #include "core/hash.h"
 #include "kernels/kernels.h"
+#include "run/plan_internal.h"
 #include "wire/slot.h"
 
 #define MAX_FILE     (UINT64_C(1) << 32)
@@ -35,30 +36,9 @@ static const struct {
     [HS_SECTION_CHANNELS] = {"channels", sizeof(hs_plan_channel)},
 };
 
-static const struct {
-    const char *name;
-    int ptrs, dims, reals;
-} kernel_kinds[HS_K_COUNT] = {
-#define X(number, NAME, name, p, d, r) [number] = {#name, p, d, r},
-    HS_KERNELS(X)
-#undef X
-};
-
-/* Working state of the checks; `why` gets the first failure. */
-typedef struct checker {
-    hs_plan *plan;
-    const char *file;
-    hs_why *why;
-    uint8_t
-        *program_uses; /* by program, for the position being checked: 0 unseen, else 1 | USES_* */
-    uint64_t *sends, *recvs; /* by channel, 3 of each: init, load, step */
-} checker;
-
 enum { USES_ACT = 2, USES_MB = 4 };
 
-#define REFUSE(c, ...) refuse((c), __VA_ARGS__)
-
-__attribute__((format(printf, 2, 3))) static hs_status refuse(checker *c, const char *format, ...) {
+hs_status hs_plan_refuse(const hs_plan_checker *c, const char *format, ...) {
     char text[600];
     va_list args;
     va_start(args, format);
@@ -75,10 +55,6 @@ static bool is_zero(const uint8_t *bytes, size_t n) {
     return true;
 }
 
-static bool inside(uint64_t offset, uint64_t bytes, uint64_t limit) {
-    return offset <= limit && bytes <= limit - offset;
-}
-
 static uint64_t up64(uint64_t n) {
     return (n + 63) & ~UINT64_C(63);
 }
@@ -92,7 +68,7 @@ static bool is_in(double x, double low, double high) {
 }
 
 /* I1 */
-static hs_status check_header(checker *c) {
+static hs_status check_header(hs_plan_checker *c) {
     hs_plan *plan = c->plan;
     if (plan->size < sizeof(hs_plan_header)) {
         return REFUSE(c, "%zu bytes, the header alone takes %zu", plan->size,
@@ -168,7 +144,7 @@ static hs_status check_header(checker *c) {
 }
 
 /* I2: whole numbers of the configuration, each with its range. */
-static hs_status check_config_numbers(checker *c) {
+static hs_status check_config_numbers(hs_plan_checker *c) {
     const hs_plan_config *g = c->plan->config;
     const int64_t most = INT64_C(1) << 31;
     const bool train = g->mode == HS_MODE_TRAIN;
@@ -190,9 +166,9 @@ static hs_status check_config_numbers(checker *c) {
         {"warmup_steps", g->warmup_steps, 0, INT64_C(1) << 40},
         {"decay_steps", g->decay_steps, 0, INT64_C(1) << 40},
         {"lr_schedule", g->lr_schedule, train ? HS_LR_CONSTANT : 0, HS_LR_WSD},
-        {"threads", g->threads, 0, 1024},
+        {"threads", g->threads, 0, 1024}, /* the machine takes HS_THREADS_MAX of them */
         {"checkpoint_every", g->checkpoint_every, 0, INT64_C(1) << 40},
-        {"slots", g->slots, 0, 64},
+        {"slots", g->slots, 0, HS_SLOTS_MAX},
         {"data_shuffled", g->data_shuffled, 0, 1},
         {"data_block", g->data_block, train ? 1 : 0, most},
         {"data_window", g->data_window, train ? 1 : 0, most},
@@ -212,7 +188,7 @@ static hs_status check_config_numbers(checker *c) {
 }
 
 /* I2: reals and shards. */
-static hs_status check_config(checker *c) {
+static hs_status check_config(hs_plan_checker *c) {
     const hs_plan *plan = c->plan;
     const hs_plan_config *g = plan->config;
     HS_TRY(check_config_numbers(c));
@@ -251,9 +227,9 @@ static hs_status check_config(checker *c) {
     return HS_OK;
 }
 
-static hs_status check_name(checker *c, const char *what, size_t i, uint32_t offset,
+static hs_status check_name(hs_plan_checker *c, const char *what, size_t i, uint32_t offset,
                             uint32_t length) {
-    if (!inside(offset, length, c->plan->count[HS_SECTION_STRINGS])) {
+    if (!hs_plan_inside(offset, length, c->plan->count[HS_SECTION_STRINGS])) {
         return REFUSE(c,
                       "%s %zu: its name at %" PRIu32 "+%" PRIu32 " passes the %zu bytes of strings",
                       what, i, offset, length, c->plan->count[HS_SECTION_STRINGS]);
@@ -275,7 +251,7 @@ static int compare_names(const void *a, const void *b) {
 }
 
 /* I3 */
-static hs_status check_tensors(checker *c) {
+static hs_status check_tensors(hs_plan_checker *c) {
     const hs_plan *plan = c->plan;
     const size_t n = plan->count[HS_SECTION_TENSORS];
     if (n == 0) return REFUSE(c, "it has no tensors");
@@ -319,11 +295,11 @@ static hs_status check_tensors(checker *c) {
 }
 
 /* I4: one optional array of 4-byte elements a row inside a microbatch area. */
-static hs_status check_row_area(checker *c, const hs_plan_position *p, const char *what,
+static hs_status check_row_area(hs_plan_checker *c, const hs_plan_position *p, const char *what,
                                 uint64_t offset) {
     if (offset == UINT64_MAX) return HS_OK;
     const uint64_t bytes = (uint64_t)hs_plan_rows(c->plan) * 4;
-    if (offset % 4 || p->mb_count == 0 || !inside(offset, bytes, p->mb_stride)) {
+    if (offset % 4 || p->mb_count == 0 || !hs_plan_inside(offset, bytes, p->mb_stride)) {
         return REFUSE(c,
                       "position %" PRIu32 ": %s at %" PRIu64 "+%" PRIu64
                       " pass a microbatch area of %" PRIu64 " bytes",
@@ -332,10 +308,10 @@ static hs_status check_row_area(checker *c, const hs_plan_position *p, const cha
     return HS_OK;
 }
 
-static hs_status check_static_area(checker *c, const hs_plan_position *p, const char *what,
+static hs_status check_static_area(hs_plan_checker *c, const hs_plan_position *p, const char *what,
                                    uint64_t offset, uint64_t bytes) {
     if (offset == UINT64_MAX) return HS_OK;
-    if (offset % 8 || !inside(offset, bytes, p->arena_bytes)) {
+    if (offset % 8 || !hs_plan_inside(offset, bytes, p->arena_bytes)) {
         return REFUSE(c,
                       "position %" PRIu32 ": %s at %" PRIu64 "+%" PRIu64
                       " pass the arena of %" PRIu64 " bytes",
@@ -344,9 +320,9 @@ static hs_status check_static_area(checker *c, const hs_plan_position *p, const 
     return HS_OK;
 }
 
-static hs_status check_range(checker *c, const hs_plan_position *p, const char *what,
+static hs_status check_range(hs_plan_checker *c, const hs_plan_position *p, const char *what,
                              uint32_t first, uint32_t count, int section) {
-    if (!inside(first, count, c->plan->count[section])) {
+    if (!hs_plan_inside(first, count, c->plan->count[section])) {
         return REFUSE(
             c, "position %" PRIu32 ": %s %" PRIu32 "+%" PRIu32 " pass the %zu records of %s",
             p->stage, what, first, count, c->plan->count[section], section_kinds[section].name);
@@ -355,7 +331,7 @@ static hs_status check_range(checker *c, const hs_plan_position *p, const char *
 }
 
 /* I4 */
-static hs_status check_position(checker *c, uint32_t index) {
+static hs_status check_position(hs_plan_checker *c, uint32_t index) {
     const hs_plan *plan = c->plan;
     const hs_plan_position *p = &plan->positions[index];
     if (p->stage != index || p->reserved0) {
@@ -377,7 +353,7 @@ static hs_status check_position(checker *c, uint32_t index) {
         if (areas[i].count == 0) continue;
         if (areas[i].offset % 64 || areas[i].stride % 64 ||
             areas[i].stride > MAX_ARENA / areas[i].count ||
-            !inside(areas[i].offset, areas[i].stride * areas[i].count, p->arena_bytes)) {
+            !hs_plan_inside(areas[i].offset, areas[i].stride * areas[i].count, p->arena_bytes)) {
             return REFUSE(c,
                           "position %" PRIu32 ": %s area %" PRIu64 "+%" PRIu32 "*%" PRIu64
                           " passes the arena of %" PRIu64 " bytes or is not a multiple of 64",
@@ -388,6 +364,7 @@ static hs_status check_position(checker *c, uint32_t index) {
     HS_TRY(check_row_area(c, p, "tokens", p->tokens_offset));
     HS_TRY(check_row_area(c, p, "targets", p->targets_offset));
     HS_TRY(check_row_area(c, p, "losses", p->loss_offset));
+    HS_TRY(hs_plan_check_rows_apart(c, p));
     if (p->loss_offset != UINT64_MAX && p->targets_offset == UINT64_MAX) {
         return REFUSE(c, "position %" PRIu32 ": losses without targets", index);
     }
@@ -433,7 +410,7 @@ static void add_area(area *areas, size_t *n, uint64_t from, uint64_t bytes, uint
 }
 
 /* I5: room of one position's states. owners: by tensor, position + 1. */
-static hs_status check_states(checker *c, const hs_plan_position *p, uint32_t *owners,
+static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uint32_t *owners,
                               area *areas) {
     const hs_plan *plan = c->plan;
     const bool train = plan->config->mode == HS_MODE_TRAIN;
@@ -444,6 +421,8 @@ static hs_status check_states(checker *c, const hs_plan_position *p, uint32_t *o
     add_area(areas, &n, p->sumsq_offset, 8u * (uint64_t)plan->count[HS_SECTION_TENSORS],
              UINT32_MAX);
     add_area(areas, &n, p->control_offset, sizeof(hs_step_control), UINT32_MAX);
+    add_area(areas, &n, p->logits_offset, 4u * (uint64_t)hs_plan_rows(plan) * plan->config->vocab,
+             UINT32_MAX);
     for (uint32_t i = 0; i < p->states; i++) {
         const hs_plan_state *s = &plan->states[p->first_state + i];
         if (s->tensor >= plan->count[HS_SECTION_TENSORS] || s->reserved) {
@@ -460,7 +439,7 @@ static hs_status check_states(checker *c, const hs_plan_position *p, uint32_t *o
         for (int k = 0; k < 4; k++) {
             if (!train && k > 0)
                 break; /* inference keeps the masters alone; the others are not looked at */
-            if (offsets[k] % 64 || !inside(offsets[k], bytes, p->arena_bytes)) {
+            if (offsets[k] % 64 || !hs_plan_inside(offsets[k], bytes, p->arena_bytes)) {
                 return REFUSE(c,
                               "tensor %" PRIu32 " at position %" PRIu32 ": %" PRIu64 "+%" PRIu64
                               " passes the arena of %" PRIu64 " bytes, or is not a multiple of 64",
@@ -499,13 +478,13 @@ static hs_status check_states(checker *c, const hs_plan_position *p, uint32_t *o
 }
 
 /* I5 over all positions. */
-static hs_status check_owners(checker *c) {
+static hs_status check_owners(hs_plan_checker *c) {
     const hs_plan *plan = c->plan;
     const size_t n = plan->count[HS_SECTION_TENSORS];
     uint32_t *owners = calloc(n, sizeof *owners);
-    /* a position may own each tensor once, before a second owner is refused: 4 areas a tensor and 4
+    /* a position may own each tensor once, before a second owner is refused: 4 areas a tensor and 5
      * of its own */
-    area *areas = calloc(4 * n + 4, sizeof *areas);
+    area *areas = calloc(4 * n + 5, sizeof *areas);
     hs_status st = HS_OK;
     if (!owners || !areas) st = hs_fail(c->why, HS_E_MEMORY, "no memory to check %zu tensors", n);
     for (uint32_t p = 0; p < plan->config->positions && st == HS_OK; p++) {
@@ -520,7 +499,7 @@ static hs_status check_owners(checker *c) {
 }
 
 /* Whether a reference lies in its space, for a position. `what` and `i` name it. */
-static hs_status check_ref(checker *c, const hs_plan_position *p, const hs_plan_ref *ref,
+static hs_status check_ref(hs_plan_checker *c, const hs_plan_position *p, const hs_plan_ref *ref,
                            const char *what, size_t i) {
     if (ref->reserved) return REFUSE(c, "%s %zu: reserved of a reference is not 0", what, i);
     const uint64_t limit = ref->space == HS_SPACE_STATIC ? p->arena_bytes
@@ -530,90 +509,72 @@ static hs_status check_ref(checker *c, const hs_plan_position *p, const hs_plan_
     if (ref->space == HS_SPACE_NONE || ref->space > HS_SPACE_MB) {
         return REFUSE(c, "%s %zu: no space %" PRIu32, what, i, ref->space);
     }
-    if (!inside(ref->offset, ref->bytes, limit)) {
+    if (!hs_plan_inside(ref->offset, ref->bytes, limit)) {
         return REFUSE(c,
                       "%s %zu at position %" PRIu32 ": reference %" PRIu64 "+%" PRIu64
                       " passes its space (%" PRIu32 ") of %" PRIu64 " bytes",
                       what, i, p->stage, ref->offset, ref->bytes, ref->space, limit);
     }
-    return HS_OK;
+    return hs_plan_check_apart(c, p, ref, what, i);
 }
 
-/* Alignment that an operand needs: an f64 or control block 8, else 4, but 2 where the call's dtype
- * is bf16 and the operand's extent shrinks with it. */
-static uint64_t operand_alignment(const hs_plan_call *call, int operand, uint64_t bytes) {
-    if ((call->kernel == HS_K_SUMSQ && operand != 1) ||
-        (call->kernel == HS_K_ADAMW && operand == 5))
-        return 8;
-    if (call->kernel == HS_K_ZERO) return 1;
-    uint64_t in_f32 = 0;
-    if (call->dtype == HS_BF16 &&
-        hs_kernel_extent(call->kernel, HS_F32, call->dim, operand, &in_f32) == HS_OK &&
-        in_f32 != bytes) {
-        return 2;
+/* I8: an operand that is an index or the control block is the one that was checked. */
+static hs_status check_known(hs_plan_checker *c, const hs_plan_position *p,
+                             const hs_plan_call *call, size_t i, int o) {
+    const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
+    const hs_operand *operand = &facts->operands[o];
+    const hs_plan_ref *ref = &call->ptr[o];
+    if (operand->kind == HS_KIND_CONTROL) {
+        if (ref->space == HS_SPACE_STATIC && ref->offset == p->control_offset) return HS_OK;
+        return REFUSE(c,
+                      "call %zu (%s) at position %" PRIu32 ": operand %s is not its control block",
+                      i, facts->name, p->stage, operand->name);
     }
-    return 4;
-}
-
-/* I8: which operand of a kernel is an index, of what, and which dim bounds it. */
-static const struct {
-    uint16_t kernel;
-    int operand, dim;
-    bool targets;
-} index_operands[] = {{HS_K_EMBED_FWD, 1, 2, false},
-                      {HS_K_EMBED_WGRAD, 3, 2, false},
-                      {HS_K_CLASSIFIER_FWD, 3, 2, true},
-                      {HS_K_CLASSIFIER_GRAD, 5, 2, true}};
-
-static hs_status check_indices(checker *c, const hs_plan_position *p, const hs_plan_call *call,
-                               size_t i) {
-    for (size_t k = 0; k < sizeof index_operands / sizeof *index_operands; k++) {
-        if (index_operands[k].kernel != call->kernel) continue;
-        const hs_plan_ref *ref = &call->ptr[index_operands[k].operand];
-        const uint64_t at = index_operands[k].targets ? p->targets_offset : p->tokens_offset;
-        const uint64_t bytes = (uint64_t)hs_plan_rows(c->plan) * 4;
-        if (ref->space != HS_SPACE_MB || at == UINT64_MAX || ref->offset < at ||
-            !inside(ref->offset - at, ref->bytes, bytes)) {
-            return REFUSE(
-                c, "call %zu (%s) at position %" PRIu32 ": operand %d is not this position's %s", i,
-                kernel_kinds[call->kernel].name, p->stage, index_operands[k].operand,
-                index_operands[k].targets ? "targets" : "tokens");
-        }
-        if (call->dim[index_operands[k].dim] < (int64_t)c->plan->config->vocab) {
-            return REFUSE(c, "call %zu (%s): a vocabulary of %" PRId64 ", the plan's is %" PRIu32,
-                          i, kernel_kinds[call->kernel].name, call->dim[index_operands[k].dim],
-                          c->plan->config->vocab);
-        }
+    if (operand->kind != HS_KIND_TOKENS && operand->kind != HS_KIND_TARGETS) return HS_OK;
+    const bool targets = operand->kind == HS_KIND_TARGETS;
+    const uint64_t at = targets ? p->targets_offset : p->tokens_offset;
+    const uint64_t bytes = (uint64_t)hs_plan_rows(c->plan) * 4;
+    if (ref->space != HS_SPACE_MB || at == UINT64_MAX || ref->offset < at ||
+        !hs_plan_inside(ref->offset - at, ref->bytes, bytes)) {
+        return REFUSE(c,
+                      "call %zu (%s) at position %" PRIu32 ": operand %s is not this position's %s",
+                      i, facts->name, p->stage, operand->name, targets ? "targets" : "tokens");
+    }
+    const int64_t below = hs_kernel_dim(facts, call->dim, operand->below);
+    if (below < (int64_t)c->plan->config->vocab) {
+        return REFUSE(c, "call %zu (%s): a vocabulary of %" PRId64 ", the plan's is %" PRIu32, i,
+                      facts->name, below, c->plan->config->vocab);
     }
     return HS_OK;
 }
 
 /* I7: one call for one position; adds USES_* to *uses. */
-static hs_status check_call(checker *c, const hs_plan_position *p, size_t i, uint8_t *uses) {
+static hs_status check_call(hs_plan_checker *c, const hs_plan_position *p, size_t i,
+                            uint8_t *uses) {
     const hs_plan_call *call = &c->plan->calls[i];
-    if (call->kernel == 0 || call->kernel >= HS_K_COUNT)
-        return REFUSE(c, "call %zu: no kernel %u", i, call->kernel);
-    const char *const kernel = kernel_kinds[call->kernel].name;
+    const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
+    if (!facts) return REFUSE(c, "call %zu: no kernel %u", i, call->kernel);
+    const char *const kernel = facts->name;
     if (call->dtype != HS_F32 && call->dtype != HS_BF16) {
         return REFUSE(c, "call %zu (%s): dtype %u", i, kernel, call->dtype);
     }
-    for (int d = kernel_kinds[call->kernel].dims; d < HS_CALL_DIMS; d++) {
+    for (int d = hs_kernel_names(facts->dims); d < HS_CALL_DIMS; d++) {
         if (call->dim[d]) return REFUSE(c, "call %zu (%s): unused dim %d is not 0", i, kernel, d);
     }
+    const int reals = hs_kernel_names(facts->reals);
     for (int r = 0; r < HS_CALL_REALS; r++) {
-        if (!is_finite(call->real[r]) ||
-            (r >= kernel_kinds[call->kernel].reals && call->real[r] != 0.0)) {
+        if (!is_finite(call->real[r]) || (r >= reals && call->real[r] != 0.0)) {
             return REFUSE(c, "call %zu (%s): real %d is %g", i, kernel, r, call->real[r]);
         }
     }
     for (int o = 0; o < HS_CALL_PTRS; o++) {
         const hs_plan_ref *ref = &call->ptr[o];
-        const bool used = o < kernel_kinds[call->kernel].ptrs;
+        const bool used = o < facts->operand_count;
         if (ref->space == HS_SPACE_NONE) {
             if (ref->offset || ref->bytes || ref->reserved) {
                 return REFUSE(c, "call %zu (%s): absent operand %d is not zero", i, kernel, o);
             }
-            if (used && !hs_kernel_operand_optional(call->kernel, o)) {
+            if (used && !facts->operands[o].optional) {
                 return REFUSE(c, "call %zu (%s): operand %d is missing", i, kernel, o);
             }
             continue;
@@ -631,18 +592,19 @@ static hs_status check_call(checker *c, const hs_plan_position *p, size_t i, uin
                           " bytes, its reference holds %" PRIu64,
                           i, kernel, o, bytes, ref->bytes);
         }
-        if (ref->offset % operand_alignment(call, o, bytes)) {
+        if (ref->offset % hs_operand_alignment(&facts->operands[o], call->dtype)) {
             return REFUSE(c,
                           "call %zu (%s): operand %d at %" PRIu64 " is not aligned to its elements",
                           i, kernel, o, ref->offset);
         }
         if (ref->space == HS_SPACE_ACT) *uses |= USES_ACT;
         if (ref->space == HS_SPACE_MB) *uses |= USES_MB;
+        HS_TRY(check_known(c, p, call, i, o));
     }
-    return check_indices(c, p, call, i);
+    return hs_plan_check_call_writes(c, p, i);
 }
 
-static hs_status check_program(checker *c, const hs_plan_position *p, uint32_t program) {
+static hs_status check_program(hs_plan_checker *c, const hs_plan_position *p, uint32_t program) {
     if (c->program_uses[program]) return HS_OK;
     const hs_plan_program *g = &c->plan->programs[program];
     uint8_t uses = 1;
@@ -653,8 +615,8 @@ static hs_status check_program(checker *c, const hs_plan_position *p, uint32_t p
 }
 
 /* I6: a SEND or RECV. `list`: 0 init, 1 load, 2 step. */
-static hs_status check_message(checker *c, const hs_plan_position *p, const hs_plan_action *a,
-                               size_t i, int list) {
+static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
+                               const hs_plan_action *a, size_t i, int list) {
     const hs_plan *plan = c->plan;
     if (a->channel >= plan->count[HS_SECTION_CHANNELS]) {
         return REFUSE(c, "action %zu: channel %" PRIu32 " of %zu", i, a->channel,
@@ -670,22 +632,13 @@ static hs_status check_message(checker *c, const hs_plan_position *p, const hs_p
             c, "action %zu: a message of %" PRIu64 " bytes, channel %" PRIu32 " carries %" PRIu64,
             i, a->ref.bytes, a->channel, ch->bytes);
     }
-    if (a->kind == HS_A_RECV && a->ref.space == HS_SPACE_MB) {
-        const uint64_t rows = (uint64_t)hs_plan_rows(plan) * 4;
-        const uint64_t kept[2] = {p->tokens_offset, p->targets_offset};
-        for (int k = 0; k < 2; k++) {
-            if (kept[k] != UINT64_MAX && a->ref.offset < kept[k] + rows &&
-                kept[k] < a->ref.offset + a->ref.bytes) {
-                return REFUSE(c, "action %zu: a message would overwrite tokens or targets", i);
-            }
-        }
-    }
     (a->kind == HS_A_SEND ? c->sends : c->recvs)[(size_t)a->channel * 3 + (size_t)list]++;
     return HS_OK;
 }
 
 /* I9: room for the blocks of the step's end; 8-byte aligned, STATIC. */
-static hs_status check_block(checker *c, const hs_plan_action *a, size_t i, uint64_t bytes) {
+static hs_status check_block(hs_plan_checker *c, const hs_plan_action *a, size_t i,
+                             uint64_t bytes) {
     if (a->ref.space != HS_SPACE_STATIC || a->ref.offset % 8 || a->ref.bytes < bytes) {
         return REFUSE(c,
                       "action %zu: its block takes %" PRIu64
@@ -696,7 +649,7 @@ static hs_status check_block(checker *c, const hs_plan_action *a, size_t i, uint
 }
 
 /* I6, I9 */
-static hs_status check_action(checker *c, const hs_plan_position *p, size_t i, int list) {
+static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, size_t i, int list) {
     const hs_plan *plan = c->plan;
     const hs_plan_action *a = &plan->actions[i];
     const bool message = a->kind == HS_A_SEND || a->kind == HS_A_RECV;
@@ -766,7 +719,7 @@ static hs_status check_action(checker *c, const hs_plan_position *p, size_t i, i
 
 /* I6: the lists of one position. Training steps end on one report, one apply and one snapshot, in
  * that order. */
-static hs_status check_lists(checker *c, const hs_plan_position *p) {
+static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
     const hs_plan *plan = c->plan;
     const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
     const uint32_t counts[3] = {p->inits, p->loads, p->steps};
@@ -776,7 +729,10 @@ static hs_status check_lists(checker *c, const hs_plan_position *p) {
         for (uint32_t k = 0; k < counts[list]; k++) {
             const size_t i = (size_t)firsts[list] + k;
             HS_TRY(check_action(c, p, i, list));
-            if (list != 2) continue;
+            if (list != 2) {
+                HS_TRY(hs_plan_check_action_writes(c, p, i));
+                continue;
+            }
             const uint8_t kind = plan->actions[i].kind;
             seen[kind]++;
             const bool early = (kind == HS_A_COMBINE && !seen[HS_A_REPORT]) ||
@@ -784,6 +740,7 @@ static hs_status check_lists(checker *c, const hs_plan_position *p) {
                                (kind == HS_A_APPLY && p->stage == 0 && !seen[HS_A_COMBINE]) ||
                                (kind == HS_A_SNAPSHOT && !seen[HS_A_APPLY]);
             if (early) return REFUSE(c, "action %zu: kind %u comes before what it needs", i, kind);
+            HS_TRY(hs_plan_check_action_writes(c, p, i));
         }
     }
     if (plan->config->mode != HS_MODE_TRAIN) return HS_OK;
@@ -802,12 +759,12 @@ static hs_status check_lists(checker *c, const hs_plan_position *p) {
 }
 
 /* I3 (names), I6, I7, I8, I9 */
-static hs_status check_programs_and_lists(checker *c) {
+static hs_status check_programs_and_lists(hs_plan_checker *c) {
     const hs_plan *plan = c->plan;
     for (size_t i = 0; i < plan->count[HS_SECTION_PROGRAMS]; i++) {
         const hs_plan_program *g = &plan->programs[i];
         HS_TRY(check_name(c, "program", i, g->name_offset, g->name_length));
-        if (!inside(g->first_call, g->calls, plan->count[HS_SECTION_CALLS])) {
+        if (!hs_plan_inside(g->first_call, g->calls, plan->count[HS_SECTION_CALLS])) {
             return REFUSE(c, "program %zu: calls %" PRIu32 "+%" PRIu32 " of %zu", i, g->first_call,
                           g->calls, plan->count[HS_SECTION_CALLS]);
         }
@@ -835,7 +792,7 @@ static hs_status check_programs_and_lists(checker *c) {
     return HS_OK;
 }
 
-static hs_status check_all(checker *c) {
+static hs_status check_all(hs_plan_checker *c) {
     HS_TRY(check_header(c));
     HS_TRY(check_config(c));
     HS_TRY(check_tensors(c));
@@ -852,7 +809,7 @@ static hs_status check_all(checker *c) {
 
 hs_status hs_plan_adopt(uint8_t *bytes, size_t size, const char *file, hs_plan *plan, hs_why *why) {
     *plan = (hs_plan){.bytes = bytes, .size = size};
-    checker c = {.plan = plan, .file = file, .why = why};
+    hs_plan_checker c = {.plan = plan, .file = file, .why = why};
     const hs_status st = check_all(&c);
     free(c.program_uses);
     free(c.sends);

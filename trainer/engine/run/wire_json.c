@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "kernels/kernels.h"
 #include "wire/agent.h"
 #include "wire/attempt.h"
 #include "wire/exit.h"
@@ -49,6 +50,26 @@ static const field fields[] = {
 };
 /* clang-format on */
 
+/* "name": [number, dims, reals, operands]; an operand as role, name, kind, rows, columns, row
+ * distance, and what else there is to say: "optional", "below V", "may be dy". */
+static void print_kernel(uint32_t number) {
+    static const char *const roles[] = {"", "read", "write", "update", "scratch"};
+    static const char *const kinds[] = {"",     "dt",     "acc",     "f64",
+                                        "byte", "tokens", "targets", "control"};
+    const hs_kernel_facts *k = hs_kernel_facts_of(number);
+    (void)printf("%s\"%s\": [%u, \"%s\", \"%s\", [", number > 1 ? ", " : "", k->name,
+                 (unsigned)number, k->dims, k->reals);
+    for (int i = 0; i < k->operand_count; i++) {
+        const hs_operand *o = &k->operands[i];
+        (void)printf("%s[\"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s%s%s%s%s\"]",
+                     i ? ", " : "", roles[o->role], o->name, kinds[o->kind], o->rows, o->columns,
+                     o->ld, o->optional ? "optional" : "", o->below ? "below " : "",
+                     o->below ? o->below : "", o->may_be ? "may be " : "",
+                     o->may_be ? o->may_be : "");
+    }
+    (void)printf("]]");
+}
+
 void hs_wire_print(void) {
     (void)printf("{\"structs\": {");
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
@@ -62,18 +83,7 @@ void hs_wire_print(void) {
         }
     }
     (void)printf("}}},\n\"kernels\": {");
-    static const struct {
-        const char *name;
-        int number, ptrs, dims, reals;
-    } kernels[] = {
-#define X(number, NAME, name, p, d, r) {#name, number, p, d, r},
-        HS_KERNELS(X)
-#undef X
-    };
-    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++) {
-        (void)printf("%s\"%s\": [%d, %d, %d, %d]", i ? ", " : "", kernels[i].name,
-                     kernels[i].number, kernels[i].ptrs, kernels[i].dims, kernels[i].reals);
-    }
+    for (uint32_t k = 1; k < HS_K_COUNT; k++) print_kernel(k);
     (void)printf("},\n\"exits\": {");
     static const struct {
         int code;
@@ -117,6 +127,9 @@ void hs_wire_print(void) {
         N(HS_ENDED_BY_SUPERVISOR),
         N(HS_ENDED_BY_OOM),
         N(HS_SLOT_CHUNK),
+        N(HS_SLOTS_MAX),
+        N(HS_THREADS_COUNTED),
+        N(HS_THREADS_MAX),
         N(HS_CALL_PTRS),
         N(HS_CALL_DIMS),
         N(HS_CALL_REALS),
@@ -158,5 +171,6 @@ void hs_wire_print(void) {
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         (void)printf("%s\"%s\": %llu", i ? ", " : "", numbers[i].name, numbers[i].value);
     }
-    (void)printf("}}\n");
+    (void)printf("},\n\"workspace_bytes\": [%zu, %zu]}\n", hs_kernels_scratch_bytes(1),
+                 hs_kernels_scratch_bytes(3));
 }

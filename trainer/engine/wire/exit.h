@@ -17,7 +17,8 @@
     X(85, PREEMPTED, "preempted", "stopped on request, state saved")                        \
     X(86, STALLED, "stall", "a wait passed its deadline")                                   \
     X(87, DIVERGED, "numeric", "loss or gradient norm is not finite")                       \
-    X(88, SICK, "sick", "the machine computes or remembers wrongly")
+    X(88, SICK, "sick", "the machine computes or remembers wrongly")                        \
+    X(143, TERMINATED, "infra", "stopped on request, this attempt saved nothing")
 
 enum {
 #define X(code, NAME, cls, text) HS_EXIT_##NAME = code,

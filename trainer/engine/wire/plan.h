@@ -72,7 +72,7 @@ typedef struct hs_plan_config {
     int64_t warmup_steps;      /* linear from lr/warmup to lr over these steps */
     int64_t decay_steps;       /* WSD: length of the final decay; COSINE: steps of the whole curve */
     uint32_t lr_schedule;      /* HS_LR_* */
-    uint32_t threads;          /* of a rank; 0: cores of the node / its ranks, at least 1 */
+    uint32_t threads;          /* of a rank; 0: its share of the CPUs that the node may use (run/machine.h) */
     double clip;               /* global gradient norm; 0: off */
     double beta1, beta2;       /* for the bias corrections */
     int64_t checkpoint_every;  /* snapshot after every step s with s % this == 0, and after the last; 0: last only */
@@ -114,6 +114,10 @@ typedef struct hs_plan_ref {
     uint64_t bytes; /* that may be touched from offset on; inside the space (ACT: inside act_stride) */
 } hs_plan_ref;
 
+/* bytes_by_kind; "other" holds the kernels' workspace of `threads` threads, of HS_THREADS_COUNTED where that is 0 */
+enum { HS_MEMORY_SLOTS = 5, HS_MEMORY_KINDS = 8 };
+enum { HS_THREADS_COUNTED = 2, HS_THREADS_MAX = 256 };
+
 /* Action lists of a position, each a range of ACTIONS:
  *   init   once, on a fresh start, before load: fills master weights (moments are zero: the arena is)
  *   load   once, at every start: what follows from the master weights (compute copies, tables, tied copies)
@@ -137,7 +141,7 @@ typedef struct hs_plan_position {
     uint32_t first_init, inits;
     uint32_t first_load, loads;
     uint32_t first_step, steps;
-    uint64_t bytes_by_kind[8]; /* weights, moments, gradients, activations, scratch, slots, channels, other: for show */
+    uint64_t bytes_by_kind[HS_MEMORY_KINDS]; /* weights, moments, gradients, activations, scratch, slots, channels, other: for show */
 } hs_plan_position;
 
 /* A state tensor at its owner. Exactly one position owns each tensor. Offsets are STATIC; f32. */

@@ -15,8 +15,10 @@
  * before it sends START. Order of a save (the rank): generation += 1 with state = FILLING (release), then check
  * hold == 0 again, else put state back and take another slot; data, checksums, step, epoch, header_crc; state = READY
  * (release). The rank reuses a slot that is EMPTY, or READY but not its newest, and not held.
- * A reader (the agent) sets hold = 1, reads generation and state (must be READY), header_crc, data, checks
- * checksums, reads generation again: unchanged, or what it read is void. Then hold = 0.
+ * A full fence lies between the rank's generation and its data. A reader (the agent) sets hold = 1; a full fence; reads
+ * generation and state (must be READY), header_crc; a full fence; data; a full fence; generation again: unchanged, or
+ * what it read is void. Then hold = 0. On processors that order their stores and their loads (x86-64) only the first
+ * of the reader's fences has something to do.
  */
 #ifndef HS_WIRE_SLOT_H
 #define HS_WIRE_SLOT_H
@@ -27,6 +29,7 @@
 #define HS_SLOT_VERSION 1u
 #define HS_SLOT_HEADER_BYTES 4096u
 #define HS_SLOT_CHUNK (4u << 20)
+#define HS_SLOTS_MAX 16u /* of a rank: the plan allows, the agent hands over and the rank takes so many */
 
 enum { HS_SLOT_EMPTY = 0, HS_SLOT_FILLING = 1, HS_SLOT_READY = 2 };
 enum { HS_SLOT_SUM_CRC32C = 0, HS_SLOT_SUM_SHA256 = 1 };

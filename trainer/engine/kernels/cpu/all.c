@@ -33,7 +33,7 @@
 #include "kernels/cpu/swiglu.c"
 
 /* Every op behind one check: f64 belongs to ref. */
-#define X(number, NAME, name, p, d, r)                                                             \
+#define X(number, NAME, name, ...)                                                                 \
     static hs_status name(hs_kernel_ctx *ctx, const hs_args *args) {                               \
         if (args->dtype != HS_F32 && args->dtype != HS_BF16) return HS_E_CONFIG;                   \
         name##_op(ctx, args);                                                                      \
@@ -50,7 +50,7 @@ const hs_kernel_set TABLE_OF(HS_PATH) = {
     .name = TEXT_OF(HS_PATH),
     .fn =
         {
-#define X(number, NAME, name, p, d, r) [HS_K_##NAME] = name,
+#define X(number, NAME, name, ...) [HS_K_##NAME] = name,
             HS_KERNELS(X)
 #undef X
         },

@@ -14,8 +14,7 @@
 #include "kernels/kernels.h"
 
 /* hs_ref_<name> for every row of the table of kernels. */
-#define X(number, NAME, name, pointers, dims, reals)                                               \
-    hs_status hs_ref_##name(hs_kernel_ctx *ctx, const hs_args *args);
+#define X(number, NAME, name, ...) hs_status hs_ref_##name(hs_kernel_ctx *ctx, const hs_args *args);
 HS_KERNELS(X)
 #undef X
 

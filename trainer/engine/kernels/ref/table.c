@@ -4,7 +4,7 @@ const hs_kernel_set hs_kernels_ref = {
     .name = "ref",
     .fn =
         {
-#define X(number, NAME, name, pointers, dims, reals) [HS_K_##NAME] = hs_ref_##name,
+#define X(number, NAME, name, ...) [HS_K_##NAME] = hs_ref_##name,
             HS_KERNELS(X)
 #undef X
         },
