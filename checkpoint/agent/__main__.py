@@ -22,6 +22,7 @@ from checkpoint.agent.fetch import write_file
 from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Link
 from checkpoint.agent.service import Service
+from checkpoint.agent.slots import fence
 from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
 from checkpoint.store import open_store
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             log.error("the launch's key %s has %d bytes; it needs 16 or more", args.key_file, len(key))
             return 78
         place = Place.of(work, address=args.host, nodes=args.nodes)
+        fence()  # without one, snapshots could be read torn
         store = open_store(args.store)
         link = Link(args.socket)
     except (OSError, CheckpointError) as error:

@@ -6,14 +6,19 @@
 The checksums of the data are the engine's business when a rank wrote them (CRC-32C is slow in Python): the agent
 checks the header's CRC, holds the slot, and reads the generation again when it is done, and what it uploads carries
 SHA-256. A slot that the agent fills carries SHA-256 prefixes (``SUM_SHA256``), which both sides compute fast.
+
+The two processes agree on order by fences, because the data cannot be verified here: see `fence`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import hashlib
 import mmap
 import os
+import platform
 import struct
 import threading
 from collections.abc import Iterable
@@ -27,7 +32,35 @@ from ..layout import PositionLayout
 _HEADER_CRC_FIRST, _HEADER_CRC_END = 24, 136
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
-_FENCE = threading.Lock()
+_LOCK = threading.Lock()
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_ORDERED = platform.machine() in ("x86_64", "AMD64")
+_SYS_MEMBARRIER = 324 if _ORDERED else 283  # the number of all newer processors
+_GLOBAL_EXPEDITED = 2
+
+
+def membarrier() -> None:
+    """A full fence by the kernel: membarrier(2) orders the caller's memory before and after it. Raises OSError."""
+    if _LIBC.syscall(_SYS_MEMBARRIER, _GLOBAL_EXPEDITED, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(
+            code,
+            f"membarrier(2) is refused ({os.strerror(code)}); on {platform.machine()} snapshots cannot be read safely "
+            "without it: allow it in the container's seccomp profile",
+        )
+
+
+def fence() -> None:
+    """Everything before is visible to the rank, and seen by us, before anything after it (``wire/slot.h``).
+
+    Stores and loads keep their order on x86-64 except that a load may pass an earlier store, and the locked instruction
+    of a lock keeps that too. Elsewhere the kernel does it; Python itself has no fence. Raises OSError where it cannot.
+    """
+    if _ORDERED:
+        with _LOCK:
+            pass
+    else:
+        membarrier()
 
 
 def _crc32c_table() -> tuple[int, ...]:
@@ -76,10 +109,21 @@ class SlotChanged(Exception):
 
 
 class Slot:
-    """One slot of one rank, mapped. The descriptor is owned and closed with it."""
+    """One slot of one rank, mapped. The descriptor is its own from the first moment on: it is closed once, also where
+    the slot cannot be made.
+    """
 
     def __init__(self, fd: int, layout: PositionLayout) -> None:
         self.fd, self.layout = fd, layout
+        self._closing = threading.Lock()  # prefault runs in a thread of its own
+        try:
+            self._open()
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _open(self) -> None:
+        fd, layout = self.fd, self.layout
         size = os.fstat(fd).st_size
         if size != layout.slot_bytes:
             raise SlotChanged(
@@ -95,10 +139,10 @@ class Slot:
         try:
             os.ftruncate(fd, layout.slot_bytes)
             fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-            slot = cls(fd, layout)
         except BaseException:
             os.close(fd)
             raise
+        slot = cls(fd, layout)
         h = slot._header
         h.magic[:] = wire.SLOT_MAGIC
         h.version, h.position = wire.SLOT_VERSION, layout.position
@@ -109,41 +153,63 @@ class Slot:
     @classmethod
     def adopt(cls, fd: int, layout: PositionLayout, plan_digest: bytes) -> Slot:
         """A slot that a rank hands back to a restarted agent. Raises SlotChanged where it is not this plan's."""
-        if fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS != _SEALS:
-            raise SlotChanged("a slot handed back is not sealed")
+        try:
+            if fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS != _SEALS:
+                raise SlotChanged("a slot handed back is not sealed")
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise SlotChanged(f"what was handed back as a slot is none: {error}") from error
+            raise
         slot = cls(fd, layout)
-        h = slot._header
-        if (
-            bytes(h.magic) != wire.SLOT_MAGIC
-            or h.version != wire.SLOT_VERSION
-            or h.position != layout.position
-            or bytes(h.plan_digest) != plan_digest
-            or (h.data_offset, h.data_bytes, h.chunks) != (layout.data_offset, layout.data_bytes, layout.chunks)
-        ):
+        if not slot._fits(plan_digest):
             slot.close()
             raise SlotChanged(f"a slot handed back for position {layout.position} is of another plan or position")
-        h.hold = 0
+        slot.release()
         return slot
 
+    def _fits(self, plan_digest: bytes) -> bool:
+        h, layout = self._header, self.layout
+        return (
+            bytes(h.magic) == wire.SLOT_MAGIC
+            and h.version == wire.SLOT_VERSION
+            and h.position == layout.position
+            and bytes(h.plan_digest) == plan_digest
+            and (h.data_offset, h.data_bytes, h.chunks) == (layout.data_offset, layout.data_bytes, layout.chunks)
+        )
+
     def prefault(self) -> None:
-        """Make every page present, so that a save never runs out of memory. Raises OSError (ENOSPC, ENOMEM)."""
-        step = 64 << 20
-        for at in range(0, self.layout.slot_bytes, step):
-            os.posix_fallocate(self.fd, at, min(step, self.layout.slot_bytes - at))
+        """Make every page present, so that a save never runs out of memory. Raises OSError (ENOSPC, ENOMEM).
+
+        On a descriptor of its own: a slot that is closed meanwhile has given its number to who knows what.
+        """
+        with self._closing:
+            if self._map.closed:
+                return
+            fd = os.dup(self.fd)
+        try:
+            step = 64 << 20
+            for at in range(0, self.layout.slot_bytes, step):
+                if self._map.closed:
+                    return
+                os.posix_fallocate(fd, at, min(step, self.layout.slot_bytes - at))
+        finally:
+            os.close(fd)
 
     def close(self) -> bool:
         """Unmap and close. False where somebody still reads: try again later."""
-        if self._map.closed:
+        with self._closing:
+            if self._map.closed:
+                return True
+            header, self._header = self._header, wire.SlotHeader()
+            del header
+            try:
+                self._map.close()
+            except BufferError:
+                self._header = wire.SlotHeader.from_buffer(self._map)
+                return False
+            os.close(self.fd)
             return True
-        header, self._header = self._header, wire.SlotHeader()
-        del header
-        try:
-            self._map.close()
-        except BufferError:
-            self._header = wire.SlotHeader.from_buffer(self._map)
-            return False
-        os.close(self.fd)
-        return True
 
     def look(self, index: int) -> Seen:
         """The header as it stands; nothing is held by it."""
@@ -154,18 +220,17 @@ class Slot:
         """Keep the rank from refilling this slot. Raises SlotChanged where it no longer holds what was seen."""
         h = self._header
         h.hold = 1
-        with (
-            _FENCE
-        ):  # a locked instruction: the store above is visible before the loads below (slot.h, order of a save)
-            pass
+        fence()  # the hold is visible before we look: the rank sees it, or we see that it has begun to fill
         if self.look(expected.index) != expected or h.header_crc != self._crc():
             h.hold = 0
             raise SlotChanged(
                 f"slot {expected.index} of position {self.layout.position} was refilled before it was held"
             )
+        fence()  # the data is read after that look
 
     def check(self, expected: Seen) -> None:
         """After reading: still the same generation, else SlotChanged."""
+        fence()  # the data was read before this look
         if self.look(expected.index) != expected:
             raise SlotChanged(
                 f"slot {expected.index} of position {self.layout.position} was refilled while it was read"
@@ -228,17 +293,24 @@ class SlotTable:
     def create(self, rank: int) -> None:
         """Make this rank's slots, where it has none yet."""
         if rank not in self.slots:
-            layout = self.layouts[rank]
-            self.slots[rank] = [Slot.create(layout, self.plan_digest, self.what_digest) for _ in range(self.count)]
+            with contextlib.ExitStack() as made:  # all, or none is left
+                slots = []
+                for _ in range(self.count):
+                    slots.append(Slot.create(self.layouts[rank], self.plan_digest, self.what_digest))
+                    made.callback(slots[-1].close)
+                made.pop_all()
+            self.slots[rank] = slots
 
     def adopt(self, rank: int, fds: Iterable[int]) -> None:
         """Take slots that a rank hands back. Raises SlotChanged, with every descriptor closed."""
-        rest, taken = list(fds), []
+        rest: list[int] = list(fds)
+        taken: list[Slot] = []
         try:
+            if len(rest) != self.count:
+                raise SlotChanged(f"rank {rank} handed back {len(rest)} slots, the plan says {self.count}")
             while rest:
-                taken.append(Slot.adopt(rest[0], self.layouts[rank], self.plan_digest))
-                rest.pop(0)
-        except SlotChanged:
+                taken.append(Slot.adopt(rest.pop(0), self.layouts[rank], self.plan_digest))
+        except BaseException:
             for fd in rest:
                 os.close(fd)
             for slot in taken:
