@@ -8,9 +8,12 @@ from typing import Any
 from checkpoint.errors import CheckpointError
 from flows.api import store_at
 from flows.peak import measured_bandwidth, measured_peak
+from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
+from trainer.plan.draw import memory_text
+from trainer.plan.memory import more_threads_bytes
 from trainer.plan.simulate import CostModel, Simulation, from_plan
 from trainer.plan.simulate import simulate as play
 from trainer.spec import RunSpec, what_digest
@@ -47,7 +50,9 @@ def simulate(plan: Plan) -> Simulation:
 
 def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:
     """The plan's facts for people and programs."""
-    memory = [dict(p.bytes_by_kind) for p in plan.positions]
+    # the plan leaves parallel.threads = 0 to the machine, and this is the machine where it runs here
+    more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" else 0
+    memory = [{**p.bytes_by_kind, "other": p.bytes_by_kind["other"] + more} for p in plan.positions]
     return {
         "plan": plan.digest,
         "parameters": plan.parameters,
@@ -55,7 +60,7 @@ def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:
         "microbatches": spec.train.microbatches,
         "tokens_per_step": spec.train.tokens,
         "memory": memory,
-        "memory_text": plan.memory_table(),
+        "memory_text": memory_text(memory),
         "step_seconds": simulation.step_seconds,
         "bubble": list(simulation.bubble),
         "mfu": simulation.mfu,

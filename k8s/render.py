@@ -20,6 +20,7 @@ from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object
 from k8s.quantity import amount
 from trainer.errors import LaunchRefused
 from trainer.plan import Plan
+from trainer.plan.memory import more_threads_bytes
 from trainer.spec import RunSpec
 from trainer.wire import EXITS
 
@@ -312,7 +313,12 @@ def limits_of(spec: RunSpec, plan: Plan, job: Mapping[str, Any]) -> Limits:
 def _engine_memory(spec: RunSpec, plan: Plan) -> int:
     """Bytes of the ranks of the fullest node, without their snapshot slots (the agent's: it makes them)."""
     each = _local_ranks(spec)
-    totals = [p.total_bytes - p.bytes_by_kind["slots"] for p in plan.positions]
+    # without a number of CPUs nobody knows the machine's: the engine starts as many threads as the limit has room for
+    try:
+        more = more_threads_bytes(spec, float(amount(spec.launch.resources["cpu"])))
+    except (KeyError, ValueError):  # _resources refuses what is no quantity
+        more = 0
+    totals = [p.total_bytes - p.bytes_by_kind["slots"] + max(more, 0) for p in plan.positions]
     return max(sum(totals[i : i + each]) for i in range(0, len(totals), each)) + ENGINE_OVERHEAD
 
 

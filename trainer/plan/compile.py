@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Literal
 
 from trainer import models, wire
+from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
 from trainer.plan.expand import Stage, expand_stage
 from trainer.plan.layout import call_cost, split_layers
 from trainer.plan.lower import Job, lower
-from trainer.plan.memory import check_budget
+from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.records import Config, Plan
 from trainer.spec import RunSpec
 
@@ -42,7 +43,9 @@ def compile_plan(
     job = Job(spec, tensors, stages, infer)
     positions, channels, schedule = lower(job)
     if not infer:
-        check_budget(positions, spec.launch.nodes, int(spec.launch.memory_gib * (1 << 30)))
+        # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
+        more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" else 0
+        check_budget(positions, spec.launch.nodes, int(spec.launch.memory_gib * (1 << 30)), more)
     shards = () if infer else dataset.shards
     return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
 

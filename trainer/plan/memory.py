@@ -14,6 +14,7 @@ from trainer.errors import PlanError
 from trainer.models.base import Call
 from trainer.plan.draw import bytes_text, memory_text
 from trainer.plan.records import Position
+from trainer.spec import RunSpec
 
 ALIGN = 64
 PAGE = 4096
@@ -43,8 +44,20 @@ class Interval:
 
 
 def workspace_bytes(threads: int) -> int:
-    """The matrix kernels' workspace of a rank; ``threads`` 0 (its share of the cores) counts as 2."""
-    return (threads or 2) * WORKSPACE_BYTES_PER_THREAD
+    """The matrix kernels' workspace of a rank. ``threads`` 0 is its share of the CPUs, which the machine decides: the
+    plan counts ``wire.THREADS_COUNTED`` of them, `more_threads_bytes` the others."""
+    return min(threads or wire.THREADS_COUNTED, wire.THREADS_MAX) * WORKSPACE_BYTES_PER_THREAD
+
+
+def rank_threads(spec: RunSpec, cpus: float) -> int:
+    """Threads that the engine starts for a rank on a node where it may use ``cpus`` (``run/machine.c``)."""
+    local = max(1, spec.parallel.stages * spec.parallel.replicas // spec.launch.nodes)
+    return max(1, min(spec.parallel.threads or int(cpus) // local, wire.THREADS_MAX))
+
+
+def more_threads_bytes(spec: RunSpec, cpus: float) -> int:
+    """What a rank's threads take there beyond what the plan counts; below 0 where they are fewer."""
+    return workspace_bytes(rank_threads(spec, cpus)) - workspace_bytes(spec.parallel.threads)
 
 
 def lifetimes(calls: Sequence[Call], sizes: Mapping[str, int]) -> list[Interval]:
@@ -90,17 +103,30 @@ def slot_bytes(data_bytes: int) -> int:
     return align(wire.SLOT_HEADER_BYTES + align(8 * chunks, PAGE) + data_bytes, PAGE)
 
 
-def check_budget(positions: Sequence[Position], nodes: int, budget_bytes: int) -> None:
-    """Refuses a plan whose ranks on one node take more than ``budget_bytes``; the text carries the table."""
+def _threads_words(more_bytes: int) -> str:
+    if more_bytes <= 0:
+        return ""
+    more = more_bytes // WORKSPACE_BYTES_PER_THREAD
+    return (
+        f"({more} threads a rank more, for this machine's CPUs, take {bytes_text(more_bytes)}; see parallel.threads)\n"
+    )
+
+
+def check_budget(positions: Sequence[Position], nodes: int, budget_bytes: int, more_bytes: int = 0) -> None:
+    """Refuses a plan whose ranks on one node take more than ``budget_bytes``; the text carries the table.
+
+    ``more_bytes``: of each rank, beside what its position counts (`more_threads_bytes`).
+    """
     if budget_bytes <= 0:
         return
     each = len(positions) // nodes
     for node in range(nodes):
         ranks = positions[node * each : (node + 1) * each]
-        total = sum(position.total_bytes for position in ranks)
+        total = sum(position.total_bytes + more_bytes for position in ranks)
         if total > budget_bytes:
             raise PlanError(
                 f"node {node} needs {total} bytes ({bytes_text(total)}), its budget is {budget_bytes} "
                 f"({bytes_text(budget_bytes)}); use more nodes, a smaller microbatch, or raise launch.memory_gib\n"
+                f"{_threads_words(more_bytes)}"
                 f"{memory_text([p.bytes_by_kind for p in positions])}"
             )

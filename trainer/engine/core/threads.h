@@ -17,7 +17,7 @@
 
 #include "core/status.h"
 
-#define HS_POOL_MAX_THREADS 256
+#define HS_POOL_MAX_THREADS 256 /* HS_THREADS_MAX of wire/plan.h */
 
 typedef struct hs_pool hs_pool;
 

@@ -1,12 +1,58 @@
 #include "run/machine.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <sched.h>
 
-static int cores(void) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+#include "run/cgroup.h"
+
+enum { CPUS_FIRST = 1024, CPUS_MOST = 1 << 20 };
+
+_Static_assert(HS_POOL_MAX_THREADS == HS_THREADS_MAX, "wire/plan.h");
+
+static const char self[] = "/proc/self/cgroup", mount[] = "/sys/fs/cgroup";
+
+/* CPUs that this process may run on (affinity, cpuset). */
+static int64_t cpus(void) {
+    for (int most = CPUS_FIRST; most <= CPUS_MOST; most *= 2) {
+        cpu_set_t *set = CPU_ALLOC((size_t)most);
+        if (!set) break;
+        const size_t bytes = CPU_ALLOC_SIZE((size_t)most);
+        CPU_ZERO_S(bytes, set);
+        const int failed = sched_getaffinity(0, bytes, set) ? errno : 0;
+        const int64_t found = failed ? 0 : CPU_COUNT_S(bytes, set);
+        CPU_FREE(set);
+        if (!failed) return found;
+        if (failed != EINVAL) break; /* EINVAL: the machine has more */
+    }
+    return 1;
+}
+
+static uint64_t needs_of(const hs_plan_position *p) {
+    uint64_t sum = 0; /* for show in the file, so any number may stand there */
+    for (int k = 0; k < HS_MEMORY_KINDS; k++)
+        if (k != HS_MEMORY_SLOTS && p->bytes_by_kind[k] < UINT64_C(1) << 50)
+            sum += p->bytes_by_kind[k];
+    return sum;
+}
+
+int hs_machine_threads(const hs_machine_config *c, const hs_machine_limits *limits) {
+    const int64_t ranks = c->local_ranks ? c->local_ranks : 1;
+    int64_t n = c->threads;
+    if (!n) {
+        n = limits->cpus;
+        if (limits->cpu_milli && limits->cpu_milli / 1000 < n) n = limits->cpu_milli / 1000;
+        n /= ranks;
+        if (limits->memory_bytes) {
+            const uint64_t each = limits->memory_bytes / (uint64_t)ranks,
+                           needs = needs_of(c->position);
+            const uint64_t left = each > needs ? (each - needs) / 2 : 0; /* the rest: page cache */
+            const int64_t room = HS_THREADS_COUNTED + (int64_t)(left / hs_kernels_scratch_bytes(1));
+            if (room < n) n = room;
+        }
+    }
+    if (n > HS_POOL_MAX_THREADS) n = HS_POOL_MAX_THREADS;
+    return n < 1 ? 1 : (int)n;
 }
 
 static hs_status open_arena(const hs_machine_config *c, hs_machine *machine, hs_why *why) {
@@ -26,9 +72,12 @@ hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_
                        "launch.kernel_path for the weakest node of the gang",
                        c->kernel_path);
     }
-    int n = c->threads ? (int)c->threads : cores() / (int)(c->local_ranks ? c->local_ranks : 1);
-    if (n > HS_POOL_MAX_THREADS) n = HS_POOL_MAX_THREADS;
-    machine->threads = n < 1 ? 1 : n;
+    hs_machine_limits limits = {.cpus = cpus(),
+                                .cpu_milli = hs_cgroup_cpu_milli(self, mount),
+                                .memory_bytes = hs_cgroup_memory(self, mount)};
+    machine->threads = hs_machine_threads(c, &limits);
+    limits.memory_bytes = 0;
+    machine->cpu_threads = hs_machine_threads(c, &limits);
     if (hs_pool_create(machine->threads, &machine->pool) != HS_OK) {
         st = hs_fail(why, HS_E_MEMORY, "cannot start %d threads; lower parallel.threads",
                      machine->threads);
