@@ -81,10 +81,9 @@ def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[
 
     ``suffix`` joins the run's name (a schedule gives its time). Idempotent: the same spec finds the same run.
     """
-    if spec.launch.target == "kubernetes":
-        from k8s.render import check_fabric
+    from k8s.render import check_fabric
 
-        check_fabric(spec)
+    check_fabric(spec)
     ready_store(store)
     dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
     resolved = spec.resolve(dataset)

@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.leftover import expect_none
 
 # a shell that runs its commands in the background has them ignore Ctrl-C, and so would every process of the tests
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_a_test_lives_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """When a test and its fixtures are through, no engine and no agent works in its folder any more."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is not None:
+        expect_none(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_of_the_tests_lives_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same for what several tests share."""
+    yield
+    expect_none(tmp_path_factory.getbasetemp())

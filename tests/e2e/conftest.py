@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.leftover import expect_none
 from tests.support.place import Place
 from tests.support.undisturbed import undisturbed_run
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    """A fresh place; nothing of it runs afterwards."""
+    """A fresh place; nothing of it runs afterwards, and what the end of a run should have ended has ended by itself."""
     made = Place(tmp_path / "p")
     try:
         yield made
+        expect_none(made.folder, of_ended=True)
     finally:
         made.stop_all()
 

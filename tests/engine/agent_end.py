@@ -99,7 +99,9 @@ def agent_at(path: Path) -> Iterator[Agent]:
 
 
 @contextmanager
-def node(socket_path: Path, log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def node(
+    socket_path: Path, log: Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """node_drive as a supervisor; killed at the end, whatever happened, and its ranks with it."""
     with log.open("ab") as stream:
         process = subprocess.Popen(
@@ -107,6 +109,7 @@ def node(socket_path: Path, log: Path, env: dict[str, str] | None = None) -> Ite
             stdout=stream,
             stderr=stream,
             env={**os.environ, **(env or {})},
+            cwd=cwd,
         )
     try:
         yield process

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -284,6 +285,34 @@ def test_a_silent_peer_is_a_stall(tmp_path: Path) -> None:
         assert zero.says("STALLED R1.4 no byte moved for 300 ms: recv of microbatch 4 on channel 1 with rank 1")
         assert zero.says("STALLED S0.0")
         one.process.kill()
+
+
+def test_a_receiver_that_computes_longer_than_a_stall_keeps_its_sender(tmp_path: Path) -> None:
+    """What was sent fits the buffers, so nobody waits; the window stays shut for six times the deadline."""
+    size = 400_000
+    gang = Gang(channels=((0, 1, size),), ports=tuple(free_ports(2)), stall_ms=250)
+    with listening(gang.ports[1]) as door, drive(gang, tmp_path, 0, "S0.0", "P") as zero:
+        peer, _ = door.accept()
+        with peer:
+            peer.settimeout(WAIT_S)
+            assert greet_sender(peer, gang, 0)
+
+            def idle_ms() -> int:
+                info = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+                return int.from_bytes(info[52:56], sys.byteorder)  # tcpi_last_data_recv: probes carry none
+
+            wait_for(lambda: zero.says("S0.0") and idle_ms() > 1500, "the window to be shut for long")
+            whole = frame(0, 0, contents(0, 0, size), 0)
+            assert exactly(peer, len(whole)) == whole
+            zero.go()
+            assert zero.wait() == 0, zero.lines
+
+
+def test_a_sender_whose_receiver_takes_nothing_any_more_is_stalled(tmp_path: Path) -> None:
+    gang = two((0, 1, 50_000_000), stall_ms=300)
+    with drive(gang, tmp_path, 0, "S2.0") as zero, drive(gang, tmp_path, 1, "P"):
+        assert zero.wait() == 86, zero.lines
+    assert zero.says("no byte moved for 300 ms: send of microbatch 0 on channel 2 with rank 1")
 
 
 def test_the_supervisors_word_ends_a_wait_and_a_stop_request_does_not(tmp_path: Path) -> None:

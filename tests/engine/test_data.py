@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -96,6 +97,48 @@ def test_a_shard_cut_short_is_refused(engine: Path, tmp_path: Path, shard: Path,
     assert code == 65
     assert "00000.bin" in words
     assert f"has {64 + 2 * (SEQUENCE * 12 + 1) - cut} bytes, the plan says" in words
+
+
+def test_a_shard_cut_short_while_it_is_read_is_named_with_its_place(engine: Path, tmp_path: Path, shard: Path) -> None:
+    """Cut after the rank has opened it: an error with file and offset, no SIGBUS."""
+    plan = small_plan(dataset=DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE * 12 + 1,), "0" * 64), steps=1 << 30)
+    (tmp_path / "plan").write_bytes(plan.to_bytes())
+    (tmp_path / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], tmp_path / "data", tmp_path))
+    command = [engine, "rank", "--plan", tmp_path / "plan", "--attempt", tmp_path / "attempt", "--rank", "0"]
+    with subprocess.Popen([*command, "--agent", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            while b'"event":"step"' not in process.stdout.readline():
+                assert process.poll() is None
+            os.truncate(shard, 64 + 21)
+            _, words = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 65, words
+    assert b"00000.bin ends at byte 85; 18 bytes were wanted at" in words
+    assert b"it was cut after it was opened" in words
+
+
+def test_more_shards_than_open_files(engine: Path, tmp_path: Path) -> None:
+    """The soft limit of open files is no limit for shards; the hard one is named."""
+    (tmp_path / "data").mkdir()
+    tokens = np.random.default_rng(0).integers(0, VOCAB, SEQUENCE + 1)
+    for number in range(60):
+        write_shard(tmp_path / "data" / f"{number:05d}.bin", tokens, VOCAB)
+    plan = small_plan(dataset=DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE + 1,) * 60, "0" * 64))
+    (tmp_path / "plan").write_bytes(plan.to_bytes())
+    (tmp_path / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], tmp_path / "data", tmp_path))
+    rank = f"exec {engine} rank --plan plan --attempt attempt --rank 0 --agent -"
+    ends = {}
+    for kind in ("-S", "-H"):
+        script = f"ulimit -S -n 40 && ulimit {kind} -n 40 && {rank}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        ends[kind] = done
+    assert ends["-S"].returncode == 0, ends["-S"].stderr
+    assert ends["-H"].returncode == 78
+    assert "raise the hard limit (ulimit -Hn), or prepare fewer, larger shards" in ends["-H"].stderr
 
 
 def test_a_missing_shard_is_refused(engine: Path, tmp_path: Path, shard: Path) -> None:

@@ -148,6 +148,7 @@ def test_sigterm_forwards_and_leaves_with_85(ready: Node) -> None:
 
 def test_a_stop_before_the_rank_is_ready_for_it_is_not_lost(ready: Node) -> None:
     ready.agent.run(1, 1, ready.plan("0 wait\n"))
+    ready.agent.until(lambda: "rank started" in ready.log, "the fork")
     ready.process.send_signal(signal.SIGTERM)  # perhaps between fork and exec
     assert ready.process.wait(WAIT_S) == 85
 
@@ -159,6 +160,70 @@ def test_what_ended_ill_while_stopping_is_the_code(ready: Node) -> None:
     ready.agent.hears("EXIT", 0)
     ready.agent.tell("KILL")
     assert ready.process.wait(WAIT_S) == 75
+
+
+def test_a_stop_with_nothing_saved_does_not_say_85(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 wait\n1 exit 143\n"))
+    ready.agent.hears("EXIT", 1)
+    ready.process.send_signal(signal.SIGTERM)
+    assert ready.exits(1) == {0: 85, 1: 143}, "the end of one that was asked to stop is no loss for the others"
+    assert ready.process.wait(WAIT_S) == 143
+
+
+def test_a_stop_before_any_attempt_does_not_say_85(ready: Node) -> None:
+    ready.process.send_signal(signal.SIGTERM)
+    assert ready.process.wait(WAIT_S) == 143
+
+
+def test_a_rank_that_pours_out_lines_does_not_hide_another_s_end(ready: Node) -> None:
+    ready.agent.run(1, 2, ready.plan("0 pour\n1 exit 65\n"))
+    assert ready.exits(1) == {0: -signal.SIGKILL, 1: 65}
+
+
+@pytest.mark.parametrize("folder", ["kept", "deleted"])
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_supervisor_whose_agent_does_not_come_again_ends(tmp_path: Path, folder: str, ranks: int) -> None:
+    home, log = tmp_path / "node", tmp_path / "log"
+    home.mkdir()
+    plan = script(tmp_path / "plan", "0 out up\n0 wait\n1 out up\n1 hang\n")
+    with (
+        agent_at(home / "agent.sock") as agent,
+        node(Path("agent.sock"), log, {"HOTSTAGE_ENGINE_AGENT_AWAY_S": "0.5"}, cwd=home) as process,
+    ):
+        agent.hears("HELLO", -1)
+        if ranks:
+            agent.run(1, ranks, plan)
+            agent.until(lambda: agent.output(0) + agent.output(1) == "up\nup\n", "both ranks")
+        pids = children(process.pid)
+        assert len(pids) == ranks
+        agent.close()
+        if folder == "deleted":
+            (home / "agent.sock").unlink(missing_ok=True)
+            home.rmdir()
+        assert process.wait(WAIT_S) == 75
+        assert not [pid for pid in pids if alive(pid)]
+    said = log.read_text()
+    assert '"event":"no agent: this node ends"' in said
+    assert f'"live_ranks":{ranks}' in said
+    assert said.count("last words of a rank") == (1 if ranks else 0)
+
+
+def test_a_supervisor_whose_agent_never_comes_ends(tmp_path: Path) -> None:
+    with node(tmp_path / "agent.sock", tmp_path / "log", {"HOTSTAGE_ENGINE_AGENT_AWAY_S": "0.1"}) as process:
+        assert process.wait(WAIT_S) == 75
+
+
+def test_an_agent_that_comes_again_in_time_finds_its_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with agent_at(path) as agent, node(path, tmp_path / "log", {"HOTSTAGE_ENGINE_AGENT_AWAY_S": "20"}) as process:
+        agent.run(1, 1, script(tmp_path / "plan", "0 out up\n0 wait\n"))
+        agent.until(lambda: agent.output(0) == "up\n", "the rank")
+        agent.close()
+        with agent_at(path) as again:
+            assert again.hears("HELLO", -1).b == 1
+            again.tell("STOP")
+            assert again.hears("EXIT", 0).a == 85
+        assert process.poll() is None
 
 
 def test_end_kills_and_leaves_with_0(ready: Node) -> None:

@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #include "data/order.h"
+#include "run/abort_words.h"
+#include "run/environment.h"
 #include "run/infer.h"
 #include "run/plan.h"
 #include "run/rank.h"
@@ -34,7 +36,8 @@ static const char usage[] =
     "\n"
     "Exit codes: 0 done, 64 usage, 65 data, 70 bug, 75 peer lost, 76 restore point damaged, 78 "
     "refused,\n"
-    "85 preempted (saved), 86 stalled, 87 diverged.\n";
+    "85 preempted (saved), 86 stalled, 87 diverged, 88 sick machine, 143 stopped with nothing "
+    "saved.\n";
 
 /* An option `--name VALUE`; exactly one of the three targets is set. */
 typedef struct option {
@@ -101,6 +104,12 @@ static hs_status command_rank(int argc, char **argv, hs_why *why) {
     };
     HS_TRY(PARSE(options, why));
     if (rank >= UINT32_MAX) return hs_fail(why, HS_E_USAGE, "no rank %" PRIu64, rank);
+    hs_environment environment;
+    const hs_status known = hs_environment_read(&environment, why);
+    if (known != HS_OK) {
+        (void)fprintf(stderr, "hotstage-engine rank: %s\n", why->text);
+        return known;
+    }
     args.rank = (uint32_t)rank;
     if (strcmp(args.agent, "-") == 0) args.agent = NULL;
     return hs_rank_run(&args, why);
@@ -155,16 +164,9 @@ static hs_status command_order(int argc, char **argv, hs_why *why) {
     return st;
 }
 
-/* An assertion failed, or the C library aborted: the text is out already; leave with the code for
- * bugs. */
-static void leave_as_bug(int signal_number) {
-    (void)signal_number;
-    _exit(HS_EXIT_BUG);
-}
-
 int main(int argc, char **argv) {
     (void)signal(SIGPIPE, SIG_IGN);
-    (void)signal(SIGABRT, leave_as_bug);
+    (void)signal(SIGABRT, hs_abort_words_leave);
     const char *command = argc > 1 ? argv[1] : "";
     char **rest = argv + 2;
     const int left = argc > 2 ? argc - 2 : 0;
@@ -181,8 +183,10 @@ int main(int argc, char **argv) {
     } else if (strcmp(command, "node") == 0) {
         const char *agent = NULL;
         const option options[] = {{.name = "--agent", .required = true, .text = &agent}};
+        hs_environment environment;
         st = parse(left, rest, options, 1, &why);
-        if (st == HS_OK) return hs_supervisor_main(agent);
+        if (st == HS_OK) st = hs_environment_read(&environment, &why);
+        if (st == HS_OK) return hs_supervisor_main(agent, environment.agent_away_ms);
     } else if (strcmp(command, "wire") == 0 && left == 0) {
         hs_wire_print();
         st = HS_OK;

@@ -2,11 +2,22 @@
  * own; `rank ...` takes the command line that the supervisor gives and, instead of a plan, reads
  * lines "<rank> <word> [text]":
  *
- *   out TEXT, err TEXT   a line on stdout, stderr          env NAME    "NAME=value" or "NAME is not
- * set" on stdout flood N              N KiB on stdout                   exit CODE   raise SIGNAL
- *   listen               says the port of --listen-fd      move        one move on the status page,
- * at step 3 wait                 until asked: 75 when a peer is lost, 85 when asked to stop hang
- * ignores everything but SIGKILL
+ *   out TEXT, err TEXT   a line on stdout, stderr
+ *
+ *   env NAME             "NAME=value" or "NAME is not set" on stdout
+ *
+ *   flood N, pour        N KiB on stdout; without end
+ *
+ *   exit CODE, raise SIGNAL
+ *
+ *   listen               says the port of --listen-fd
+ *
+ *   move                 one move on the status page, at step 3
+ *
+ *   wait                 until asked: "lost" on stderr and 75 when a peer is lost, 85 when asked to
+ * stop
+ *
+ *   hang                 ignores everything but SIGKILL
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -21,6 +32,7 @@
 
 #include "core/rank_page.h"
 #include "core/stop.h"
+#include "run/environment.h"
 #include "run/supervisor.h"
 
 static const char *option(int argc, char **argv, const char *name) {
@@ -31,7 +43,10 @@ static const char *option(int argc, char **argv, const char *name) {
 
 static int wait_for_word(struct hs_stop *stop) {
     for (;;) {
-        if (hs_stop_lost(stop)) return 75;
+        if (hs_stop_lost(stop)) {
+            (void)fputs("last words of a rank\n", stderr);
+            return 75;
+        }
         if (hs_stop_requested(stop)) return 85;
         struct pollfd word = {.fd = hs_stop_fd(stop), .events = POLLIN};
         (void)poll(&word, 1, -1);
@@ -44,6 +59,8 @@ static void show_port(int fd) {
     if (getsockname(fd, (void *)&address, &bytes) == 0)
         (void)printf("port %u\n", ntohs(address.sin_port));
 }
+
+static const char pour[65536]; /* as fast as a pipe takes it */
 
 static int follow(const char *word, const char *text, struct hs_stop *stop, hs_rank_page *page,
                   int listen_fd) {
@@ -58,6 +75,8 @@ static int follow(const char *word, const char *text, struct hs_stop *stop, hs_r
         for (int i = 0; i < atoi(text); i++)
             for (int k = 0; k < 64; k++) (void)printf("%05d-%04d-....\n", i, k);
         (void)puts("the end of the flood");
+    } else if (strcmp(word, "pour") == 0) {
+        while (write(STDOUT_FILENO, pour, sizeof pour) > 0) continue;
     } else if (strcmp(word, "exit") == 0) {
         (void)fflush(stdout);
         return atoi(text);
@@ -104,7 +123,12 @@ static int be_rank(int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
-    if (argc == 4 && strcmp(argv[1], "node") == 0) return hs_supervisor_main(argv[3]);
+    if (argc == 4 && strcmp(argv[1], "node") == 0) {
+        hs_environment environment;
+        hs_why why = {0};
+        if (hs_environment_read(&environment, &why) != HS_OK) return 78;
+        return hs_supervisor_main(argv[3], environment.agent_away_ms);
+    }
     if (argc > 3 && strcmp(argv[1], "rank") == 0) return be_rank(argc, argv);
     return 64;
 }

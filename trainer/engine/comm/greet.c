@@ -190,15 +190,16 @@ static void turn_away(greeter *g, talk *t, const char *reason) {
     }
 }
 
+/* Keepalive finds the host that is gone while nothing is on its way. No TCP_USER_TIMEOUT: it counts
+ * a closed window too, and so ends the connection of a peer that only computes; what does not move
+ * any more is the waits' business (tcp.c), which know the deadline and name the peer. */
 static void connected(greeter *g, talk *t) {
     const int yes = 1, idle_s = 10, every_s = 5, times = 3;
-    const unsigned stall_ms = g->config->attempt->stall_ms;
     (void)setsockopt(t->fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     (void)setsockopt(t->fd, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof yes);
     (void)setsockopt(t->fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
     (void)setsockopt(t->fd, IPPROTO_TCP, TCP_KEEPINTVL, &every_s, sizeof every_s);
     (void)setsockopt(t->fd, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof times);
-    (void)setsockopt(t->fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &stall_ms, sizeof stall_ms);
     g->fds[t->channel] = t->fd;
     g->missing--;
     HS_LOG(g->config->log, HS_LOG_DEBUG, "channel connected", HS_I("channel", t->channel),
@@ -534,7 +535,7 @@ static hs_status greet(greeter *g, hs_why *why) {
             return hs_fail(why, HS_E_LOST,
                            "a peer was lost while this rank connected to its peers");
         if (hs_stop_requested(config->stop))
-            return hs_fail(why, HS_E_STOPPED, "stopped on request before the first step");
+            return hs_fail(why, HS_E_TERMINATED, "stopped on request before the first step");
         const int64_t now = hs_clock_ns();
         if (now >= deadline_ns) {
             describe_missing(g, text, sizeof text);

@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -16,8 +16,43 @@ struct hs_shards {
     const hs_plan_config *config;
     const hs_plan_shard *table;
     size_t count;
-    const uint8_t **maps; /* by shard, header first; NULL: no sample in it, not opened */
+    int *fds;        /* by shard; -1: no sample in it, not opened */
+    uint8_t *sample; /* T + 1 tokens as they are in a file */
+    char dir[4096];
 };
+
+static void name_of(const hs_shards *shards, size_t s, char path[4200]) {
+    (void)snprintf(path, 4200, "%s/%05zu.bin", shards->dir, s);
+}
+
+/* Reads bytes of an open shard. What a file no longer holds, or a disk no longer gives, is said
+ * with its place; a mapping would have ended the process by SIGBUS. */
+static hs_status read_at(const hs_shards *shards, size_t s, uint64_t offset, void *to, size_t bytes,
+                         hs_why *why) {
+    char path[4200];
+    for (size_t done = 0; done < bytes;) {
+        const ssize_t n =
+            pread(shards->fds[s], (uint8_t *)to + done, bytes - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n > 0) {
+            done += (size_t)n;
+            continue;
+        }
+        const int code = errno;
+        name_of(shards, s, path);
+        if (n == 0) {
+            struct stat info = {.st_size = 0};
+            (void)fstat(shards->fds[s], &info);
+            return hs_fail(why, HS_E_DATA,
+                           "%s ends at byte %" PRId64 "; %zu bytes were wanted at %" PRIu64
+                           ": it was cut after it was opened; fetch it again",
+                           path, (int64_t)info.st_size, bytes, offset);
+        }
+        return hs_fail(why, HS_E_LOST, "%s cannot be read at byte %" PRIu64 ": %s", path,
+                       offset + done, strerror(code));
+    }
+    return HS_OK;
+}
 
 static size_t shard_bytes(const hs_shards *shards, size_t s) {
     return sizeof(hs_shard_header) + shards->table[s].tokens * shards->config->token_bytes;
@@ -48,48 +83,60 @@ static hs_status check_header(const hs_shards *shards, size_t s, const char *pat
     return HS_OK;
 }
 
-static hs_status map_shard(hs_shards *shards, size_t s, const char *dir, hs_why *why) {
+static hs_status open_shard(hs_shards *shards, size_t s, hs_why *why) {
     char path[4200];
-    (void)snprintf(path, sizeof path, "%s/%05zu.bin", dir, s);
+    name_of(shards, s, path);
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 && errno == EMFILE)
+        return hs_fail(
+            why, HS_E_CONFIG,
+            "shard %s cannot be opened: this process may have no more open files for "
+            "%zu shards; raise the hard limit (ulimit -Hn), or prepare fewer, larger shards",
+            path, shards->count);
     if (fd < 0)
         return hs_fail(why, HS_E_DATA, "shard %s cannot be opened: %s", path, strerror(errno));
+    shards->fds[s] = fd;
     struct stat info;
-    hs_status st = HS_OK;
     const size_t bytes = shard_bytes(shards, s);
-    if (fstat(fd, &info) != 0) {
-        st = hs_fail(why, HS_E_DATA, "shard %s cannot be read: %s", path, strerror(errno));
-    } else if ((uint64_t)info.st_size != bytes) {
-        st = hs_fail(why, HS_E_DATA,
-                     "shard %s has %" PRId64 " bytes, the plan says %zu; fetch it again", path,
-                     (int64_t)info.st_size, bytes);
-    } else {
-        void *map = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
-        if (map == MAP_FAILED) {
-            st = hs_fail(why, HS_E_DATA, "shard %s cannot be mapped: %s", path, strerror(errno));
-        } else {
-            shards->maps[s] = map;
-            st = check_header(shards, s, path, map, why);
-        }
-    }
-    (void)close(fd);
-    return st;
+    if (fstat(fd, &info) != 0)
+        return hs_fail(why, HS_E_DATA, "shard %s cannot be read: %s", path, strerror(errno));
+    if ((uint64_t)info.st_size != bytes)
+        return hs_fail(why, HS_E_DATA,
+                       "shard %s has %" PRId64 " bytes, the plan says %zu; fetch it again", path,
+                       (int64_t)info.st_size, bytes);
+    hs_shard_header header;
+    HS_TRY(read_at(shards, s, 0, &header, sizeof header, why));
+    return check_header(shards, s, path, &header, why);
+}
+
+/* A descriptor a shard: as many as the system lets us have. */
+static void allow_files(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+    limit.rlim_cur = limit.rlim_max;
+    (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 hs_status hs_shards_open(const char *dir, const hs_plan_config *config, const hs_plan_shard *table,
                          size_t count, hs_shards **out, hs_why *why) {
     *out = NULL;
     hs_shards *shards = calloc(1, sizeof *shards);
-    const uint8_t **maps = calloc(count ? count : 1, sizeof *maps);
-    if (!shards || !maps) {
+    int *fds = malloc((count ? count : 1) * sizeof *fds);
+    uint8_t *sample = malloc(((size_t)config->sequence + 1) * config->token_bytes);
+    if (!shards || !fds || !sample) {
         free(shards);
-        free(maps);
+        free(fds);
+        free(sample);
         return hs_fail(why, HS_E_MEMORY, "no memory for %zu shards", count);
     }
-    *shards = (hs_shards){.config = config, .table = table, .count = count, .maps = maps};
+    *shards =
+        (hs_shards){.config = config, .table = table, .count = count, .fds = fds, .sample = sample};
+    (void)snprintf(shards->dir, sizeof shards->dir, "%s", dir);
+    for (size_t s = 0; s < count; s++) fds[s] = -1;
+    allow_files();
     for (size_t s = 0; s < count; s++) {
         if (table[s].tokens <= config->sequence) continue; /* too short for one sample */
-        const hs_status st = map_shard(shards, s, dir, why);
+        const hs_status st = open_shard(shards, s, why);
         if (st != HS_OK) {
             hs_shards_close(shards);
             return st;
@@ -101,11 +148,10 @@ hs_status hs_shards_open(const char *dir, const hs_plan_config *config, const hs
 
 void hs_shards_close(hs_shards *shards) {
     if (!shards) return;
-    for (size_t s = 0; s < shards->count; s++) {
-        if (shards->maps[s])
-            (void)munmap((void *)(uintptr_t)shards->maps[s], shard_bytes(shards, s));
-    }
-    free(shards->maps);
+    for (size_t s = 0; s < shards->count; s++)
+        if (shards->fds[s] >= 0) (void)close(shards->fds[s]);
+    free(shards->fds);
+    free(shards->sample);
     free(shards);
 }
 
@@ -130,8 +176,10 @@ hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inpu
     HS_ASSERT(sample < config->data_samples);
     const size_t s = find_shard(shards, sample);
     const uint64_t first = (sample - shards->table[s].first_sample) * config->sequence;
-    HS_ASSERT(shards->maps[s] && first + config->sequence < shards->table[s].tokens);
-    const uint8_t *tokens = shards->maps[s] + sizeof(hs_shard_header) + first * config->token_bytes;
+    HS_ASSERT(shards->fds[s] >= 0 && first + config->sequence < shards->table[s].tokens);
+    const uint8_t *const tokens = shards->sample;
+    HS_TRY(read_at(shards, s, sizeof(hs_shard_header) + first * config->token_bytes, shards->sample,
+                   ((size_t)config->sequence + 1) * config->token_bytes, why));
     for (uint32_t t = 0; t <= config->sequence; t++) {
         uint32_t token;
         if (config->token_bytes == 2) {

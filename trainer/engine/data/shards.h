@@ -1,5 +1,6 @@
-/* Token shards of wire/shard.h, mapped read-only. Opened once at start by a rank that reads tokens
- * or targets; reads neither allocate nor fail for reasons other than the data itself. One thread.
+/* Token shards of wire/shard.h. Opened once at start by a rank that reads tokens or targets, a
+ * descriptor a shard; reads do not allocate. Not mapped: a file that is cut, or a disk that fails,
+ * while the rank trains is an error with its place, not a SIGBUS. One thread.
  */
 #ifndef HS_DATA_SHARDS_H
 #define HS_DATA_SHARDS_H
@@ -12,7 +13,7 @@
 
 typedef struct hs_shards hs_shards;
 
-/* Maps <dir>/00000.bin ... and checks header and size of each against the plan's table (the table
+/* Opens <dir>/00000.bin ... and checks header and size of each against the plan's table (the table
  * must outlive the result). HS_E_DATA names the shard, what it has and what it should have. */
 hs_status hs_shards_open(const char *dir, const hs_plan_config *config, const hs_plan_shard *table,
                          size_t count, hs_shards **out, hs_why *why);
@@ -20,7 +21,7 @@ void hs_shards_close(hs_shards *shards); /* NULL is fine */
 
 /* Sample number (0 .. data_samples-1) of the shards: inputs[T] are its tokens, targets[T] the ones
  * after them. Either may be NULL. HS_E_DATA where a token is not below the vocabulary: names shard,
- * place, token, limit. */
+ * place, token, limit, or where the file has become shorter; HS_E_LOST where it cannot be read. */
 hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inputs,
                          int32_t *targets, hs_why *why);
 

@@ -254,7 +254,7 @@ hs_status hs_agent_link_slots(hs_agent_link *link, int64_t deadline_ns, hs_stop 
             return hs_fail(why, HS_E_LOST,
                            "a peer was lost while this rank waited for its snapshot slots");
         if (hs_stop_requested(stop))
-            return hs_fail(why, HS_E_STOPPED, "stopped on request before the first step");
+            return hs_fail(why, HS_E_TERMINATED, "stopped on request before the first step");
         if (hs_clock_ns() >= deadline_ns)
             return hs_fail(why, HS_E_LOST,
                            "the agent at %.200s did not hand over the snapshot slots in time",
@@ -329,6 +329,10 @@ hs_status hs_agent_link_wait_committed(hs_agent_link *link, int64_t step, int64_
                            (long long)step);
         doze(link, stop, anything_waits(link), deadline_ns);
     }
+}
+
+int hs_agent_link_socket(const hs_agent_link *link) {
+    return link->greeted ? link->fd : -1;
 }
 
 bool hs_agent_link_leave(hs_agent_link *link, int64_t deadline_ns) {

@@ -62,6 +62,10 @@ void hs_agent_link_poll(hs_agent_link *link);
 hs_status hs_agent_link_wait_committed(hs_agent_link *link, int64_t step, int64_t deadline_ns,
                                        hs_stop *stop, hs_why *why);
 
+/* The socket that the agent knows as this rank's, for words in an emergency (run/abort_words.c);
+ * -1: none now. Safe in a signal handler. */
+int hs_agent_link_socket(const hs_agent_link *link);
+
 /* Before leaving: hands over what still waits, until deadline_ns at most. True when all of it went.
  */
 bool hs_agent_link_leave(hs_agent_link *link, int64_t deadline_ns);

@@ -90,8 +90,10 @@ static hs_status apply(hs_executor *ex, const void *block, hs_why *why) {
 static hs_status save(hs_executor *ex, bool final, hs_why *why) {
     const int64_t ms = final ? ex->attempt->commit_ms : ex->attempt->stall_ms / 2;
     int slot = -1;
+    hs_stop_busy(ex->stop, true);
     const hs_status st =
         hs_snapshot_fill(ex->snapshot, ex->step, final, hs_deadline_ns(ms), ex->stop, &slot, why);
+    hs_stop_busy(ex->stop, false);
     if (st == HS_E_AGAIN && !final) {
         HS_LOG(ex->log, HS_LOG_WARN, "snapshot left out", HS_I("step", ex->step),
                HS_I("waited_ms", ms));
@@ -114,15 +116,22 @@ static hs_status run_action(hs_executor *ex, const hs_plan_action *a, hs_why *wh
     void *const at = a->ref.space == HS_SPACE_NONE
                          ? NULL
                          : hs_linked_address(ex->linked, &a->ref, a->slot, a->microbatch);
+    hs_status st;
     switch (a->kind) {
     case HS_A_RUN:
-        return hs_linked_run(ex->linked, a->program, a->slot, a->microbatch, &ex->kernels, why);
+        hs_stop_busy(ex->stop, true);
+        st = hs_linked_run(ex->linked, a->program, a->slot, a->microbatch, &ex->kernels, why);
+        hs_stop_busy(ex->stop, false);
+        return st;
     case HS_A_SEND:
         return ex->transport->send(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
     case HS_A_RECV:
         return ex->transport->recv(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
     case HS_A_DATA:
-        return fill_data(ex, why);
+        hs_stop_busy(ex->stop, true);
+        st = fill_data(ex, why);
+        hs_stop_busy(ex->stop, false);
+        return st;
     case HS_A_REPORT:
         write_report(ex, at);
         return HS_OK;
@@ -149,6 +158,8 @@ static hs_status run_list(hs_executor *ex, uint32_t first, uint32_t count, hs_wh
             const hs_plan_channel *ch = &ex->plan->channels[a->channel];
             peer = a->kind == HS_A_SEND ? ch->to : ch->from;
         }
+        if (hs_stop_was_lost(ex->stop)) /* a report looked for a request to stop, and took this */
+            return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
         hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch, peer);
         const int64_t start = hs_clock_ns();
         const hs_status st = run_action(ex, a, why);

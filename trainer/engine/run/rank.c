@@ -8,13 +8,17 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "run/abort_words.h"
 #include "run/attempt.h"
 #include "run/check.h"
 #include "run/executor.h"
 #include "run/machine.h"
 #include "run/weights.h"
 
-enum { LEAVE_MS = 2000 }; /* for the agent to take the last words */
+enum {
+    LEAVE_MS = 2000,  /* for the agent to take the last words */
+    IN_TIME_MS = 250, /* the same, where the supervisor waits 300 ms for all */
+};
 
 /* All parts of a rank; zero-initialised, so that close_all takes whatever was opened. */
 typedef struct rank {
@@ -76,8 +80,6 @@ static hs_status open_agent(rank *r, int fds[HS_SNAPSHOT_SLOTS_MAX], int *count,
     *count = 0;
     r->restore_slot = -1;
     if (!r->args->agent) return HS_OK;
-    HS_TRY(hs_agent_link_create(r->args->agent, r->args->rank, r->attempt.attempt->epoch, &r->log,
-                                &r->agent, why));
     return hs_agent_link_slots(r->agent, hs_deadline_ns(r->attempt.attempt->connect_ms), r->stop,
                                fds, count, &r->restore_slot, why);
 }
@@ -211,6 +213,11 @@ static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
            HS_I("threads", r->machine.threads), HS_I("start_step", start_step),
            HS_I("check_mflops", (int64_t)(check->gflops * 1000)), HS_I("check_us", check->us),
            HS_I("arena_bytes", (int64_t)r->machine.arena.bytes));
+    if (r->machine.threads < r->machine.cpu_threads)
+        HS_LOG(&r->log, HS_LOG_WARN,
+               "fewer threads than CPUs: the memory limit has no room for their workspaces",
+               HS_I("threads", r->machine.threads), HS_I("cpus", r->machine.cpu_threads),
+               HS_S("mend", "raise launch.resources.memory, or set parallel.threads"));
     r->started = true;
     if (r->executor.position->stage != 0) return;
     char line[1024];
@@ -223,15 +230,44 @@ static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
     tell(r, &text);
 }
 
+static void say_last(rank *r, hs_status st, const hs_why *why);
+static void write_trace(rank *r);
+
+/* In hs_stop's second thread, while this rank computes: the last words, and the end. */
+static void leave_in_the_middle(void *ctx) {
+    rank *r = ctx;
+    hs_why why = {0};
+    (void)hs_fail(&why, HS_E_LOST,
+                  "the supervisor says that a peer was lost, while this rank computed");
+    write_trace(r);
+    say_last(r, HS_E_LOST, &why);
+    if (r->agent) (void)hs_agent_link_leave(r->agent, hs_deadline_ns(IN_TIME_MS));
+    (void)fflush(stdout);
+    _exit(hs_status_exit(HS_E_LOST));
+}
+
 static hs_status run(rank *r, hs_why *why) {
     HS_TRY(open_files(r, why));
     if (hs_stop_create(&r->stop) != HS_OK) {
         return hs_fail(why, HS_E_IO, "cannot make a descriptor for signals: %s", strerror(errno));
     }
+    if (r->args->agent)
+        HS_TRY(hs_agent_link_create(r->args->agent, r->args->rank, r->attempt.attempt->epoch,
+                                    &r->log, &r->agent, why));
+    hs_abort_words_arm(r->args->rank, r->attempt.attempt->epoch, r->agent, &r->executor.step);
+    const hs_status watched = hs_stop_watch(r->stop, leave_in_the_middle, r);
+    if (watched != HS_OK)
+        return hs_fail(why, watched,
+                       "cannot start the thread that hears of lost peers; is there "
+                       "memory for one?");
     hs_check check;
     HS_TRY(open_parts(r, why));
-    HS_TRY(hs_check_machine(r->machine.set, r->machine.pool, &r->machine.arena, &check, why));
-    HS_TRY(restore(r, why));
+    hs_stop_busy(r->stop, true);
+    hs_status st =
+        hs_check_machine(r->machine.set, r->machine.pool, &r->machine.arena, &check, why);
+    if (st == HS_OK) st = restore(r, why);
+    hs_stop_busy(r->stop, false);
+    HS_TRY(st);
     HS_TRY(connect_peers(r, why));
     fill_executor(r);
     const int64_t start = r->attempt.attempt->start_step;
@@ -258,8 +294,8 @@ static void say_last(rank *r, hs_status st, const hs_why *why) {
         if (r->agent) hs_agent_link_words(r->agent, words);
     }
     if (st != HS_OK) {
-        HS_LOG(&r->log, st == HS_E_STOPPED ? HS_LOG_INFO : HS_LOG_ERROR, "last words",
-               HS_I("code", code), HS_S("words", words));
+        HS_LOG(&r->log, st == HS_E_STOPPED || st == HS_E_TERMINATED ? HS_LOG_INFO : HS_LOG_ERROR,
+               "last words", HS_I("code", code), HS_S("words", words));
     }
     if (!r->started || r->executor.position->stage != 0) return;
     char line[1024];
@@ -287,6 +323,7 @@ static void write_trace(rank *r) {
 static void close_all(rank *r) {
     if (r->agent) (void)hs_agent_link_leave(r->agent, hs_deadline_ns(LEAVE_MS));
     hs_comm_tcp.close(r->comm);
+    hs_abort_words_disarm();
     hs_agent_link_destroy(r->agent);
     hs_snapshot_destroy(r->snapshot);
     if (r->page) (void)munmap(r->page, HS_RANK_PAGE_BYTES);

@@ -29,6 +29,7 @@
 enum {
     RECONNECT_MS = 50,
     LAST_WORDS_MS = 300, /* I2 */
+    DRAIN_READS = 16,    /* of one stream in a row: more than a pipe holds (I5) */
     FLUSH_MS = 2000,     /* what the agent is given to take the last messages */
     LOOK_MS = 250,       /* between looks at the ranks' pages */
     STALL_MARGIN_MS = 1000,
@@ -63,6 +64,7 @@ typedef struct attempt {
     hs_why refusal;
     int refusal_code;
     int first_bad;   /* while stopping: exit code of the first rank that ended ill; 0: none */
+    bool unsaved;    /* one ended with 143 */
     int64_t kill_ns; /* I2: SIGKILL for those that are left; 0: no */
     uint32_t stall_ms;
     int64_t oom_kills; /* of this container that are accounted for */
@@ -73,6 +75,9 @@ typedef struct supervisor {
     hs_log log;
     int signal_fd, agent_fd;
     bool greeted, stopping, ending;
+    bool abandoned;        /* I6 */
+    int64_t agent_away_ms; /* I6 */
+    int64_t away_ns;       /* I6: when the agent's time is over; 0: it is there */
     int64_t next_try_ns, look_ns, leave_ns;
     attempt attempt;
     bool pending; /* a PREPARE that waits for I1 */
@@ -103,9 +108,10 @@ static void signal_ranks(supervisor *s, int number) {
     }
 }
 
-/* Moves what a rank wrote; never waits. False at the end of the stream. */
+/* Moves what a rank wrote: what a pipe holds, never more in a row, never waiting. False at the end
+ * of the stream. */
 static bool drain(supervisor *s, const rank *r, int fd, int stream) {
-    for (;;) {
+    for (int reads = 0; reads < DRAIN_READS; reads++) {
         const ssize_t n = read(fd, s->payload, sizeof s->payload);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return errno == EAGAIN;
@@ -114,6 +120,7 @@ static bool drain(supervisor *s, const rank *r, int fd, int stream) {
                        (size_t)n);
         hs_output_echo(stream, s->payload, (size_t)n);
     }
+    return true;
 }
 
 /* The state letter of a process from /proc: 'T' stopped, 't' traced; '?' where it cannot be read.
@@ -178,7 +185,9 @@ static void rank_ended(supervisor *s, rank *r, int status) {
     (void)drain(s, r, r->err_fd, STDERR_FILENO);
     close_fd(&r->out_fd);
     close_fd(&r->err_fd);
-    const bool well = r->code == HS_EXIT_DONE || r->code == HS_EXIT_PREEMPTED;
+    const bool well =
+        r->code == HS_EXIT_DONE || r->code == HS_EXIT_PREEMPTED || r->code == HS_EXIT_TERMINATED;
+    a->unsaved |= r->code == HS_EXIT_TERMINATED;
     HS_LOG(&s->log, well ? HS_LOG_INFO : HS_LOG_WARN, "rank ended", HS_I("of", r->number),
            HS_I("code", r->code), HS_I("pid", r->last_pid), HS_I("killed", r->killed),
            HS_I("starved", r->starved), HS_I("of_epoch", (int64_t)a->epoch));
@@ -474,6 +483,7 @@ static void disconnect(supervisor *s) {
     close_fd(&s->agent_fd);
     s->greeted = false;
     s->next_try_ns = hs_deadline_ns(RECONNECT_MS);
+    s->away_ns = hs_deadline_ns(s->agent_away_ms);
 }
 
 /* I4: an agent that comes anew is told what stands. */
@@ -597,6 +607,7 @@ static void talk(supervisor *s) {
         s->agent_fd = hs_message_connect(s->path);
         s->next_try_ns = hs_deadline_ns(RECONNECT_MS);
         if (s->agent_fd < 0) return;
+        s->away_ns = 0;
         HS_LOG(&s->log, HS_LOG_INFO, "agent connected", HS_S("socket", s->path));
     }
     while (s->agent_fd >= 0) {
@@ -643,6 +654,7 @@ static void wait_for_something(supervisor *s, struct pollfd *polls) {
         polls[n++] = (struct pollfd){.fd = a->ranks[i].err_fd, .events = POLLIN};
     }
     if (s->agent_fd < 0) earlier(&wake_ns, s->next_try_ns);
+    if (s->away_ns) earlier(&wake_ns, s->away_ns);
     if (a->kill_ns) earlier(&wake_ns, a->kill_ns);
     if (a->live && a->stall_ms) earlier(&wake_ns, s->look_ns);
     if (s->leave_ns) earlier(&wake_ns, s->leave_ns);
@@ -656,10 +668,27 @@ static void wait_for_something(supervisor *s, struct pollfd *polls) {
     }
 }
 
+/* I6 */
+static void leave_for_want_of_an_agent(supervisor *s) {
+    attempt *a = &s->attempt;
+    HS_LOG(&s->log, HS_LOG_ERROR, "no agent: this node ends", HS_S("socket", s->path),
+           HS_I("waited_ms", s->agent_away_ms), HS_I("live_ranks", a->live),
+           HS_S("why",
+                "nothing that its ranks do would be saved; HOTSTAGE_ENGINE_AGENT_AWAY_S sets "
+                "how long an agent may be away"));
+    s->stopping = s->abandoned = true;
+    s->away_ns = 0;
+    if (a->at == PREPARED) end_attempt(s);
+    if (!a->live) return;
+    signal_ranks(s, SIGUSR1);
+    if (!a->kill_ns) a->kill_ns = hs_deadline_ns(LAST_WORDS_MS);
+}
+
 static void tick(supervisor *s) {
     attempt *a = &s->attempt;
     const int64_t now = hs_clock_ns();
     take_signals(s);
+    if (s->away_ns && now >= s->away_ns && !s->abandoned) leave_for_want_of_an_agent(s);
     if (a->kill_ns && now >= a->kill_ns) {
         signal_ranks(s, SIGKILL);
         a->kill_ns = hs_deadline_ns(LAST_WORDS_MS);
@@ -680,17 +709,21 @@ static int run(supervisor *s) {
         wait_for_something(s, s->attempt.polls ? s->attempt.polls : two);
         tick(s);
         if (!(s->stopping || s->ending) || s->attempt.live) continue;
+        if (s->abandoned && s->agent_fd < 0) break;
         if (!s->leave_ns) s->leave_ns = hs_deadline_ns(FLUSH_MS);
         if (!anything_waits(s) || hs_clock_ns() >= s->leave_ns) break;
     }
-    const int code = s->ending              ? HS_EXIT_DONE
-                     : s->attempt.first_bad ? s->attempt.first_bad
-                                            : HS_EXIT_PREEMPTED;
+    const attempt *a = &s->attempt;
+    const int code = s->ending                 ? HS_EXIT_DONE
+                     : s->abandoned            ? HS_EXIT_LOST
+                     : a->first_bad            ? a->first_bad
+                     : a->ended && !a->unsaved ? HS_EXIT_PREEMPTED
+                                               : HS_EXIT_TERMINATED;
     HS_LOG(&s->log, HS_LOG_INFO, "supervisor leaves", HS_I("code", code));
     return code;
 }
 
-int hs_supervisor_main(const char *socket_path) {
+int hs_supervisor_main(const char *socket_path, int64_t agent_away_ms) {
     hs_why why = {.text = ""};
     supervisor *s = calloc(1, sizeof *s);
     if (!s) return HS_EXIT_CONFIG;
@@ -718,6 +751,8 @@ int hs_supervisor_main(const char *socket_path) {
     } else {
         HS_LOG(&s->log, HS_LOG_INFO, "supervisor", HS_I("pid", getpid()),
                HS_S("agent", socket_path));
+        s->agent_away_ms = agent_away_ms;
+        s->away_ns = hs_deadline_ns(agent_away_ms);
         code = run(s);
         forget_attempt(s);
         close_arenas(s, 0);

@@ -334,6 +334,7 @@ hs_status hs_snapshot_fill(hs_snapshot *s, int64_t step, bool final, int64_t dea
     header->version = HS_SLOT_VERSION;
     header->position = s->position;
     __atomic_store_n(&header->generation, header->generation + 1, __ATOMIC_SEQ_CST);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* I4 */
     work w = {.snapshot = s, .slot = i, .to_slot = true, .bad = INT64_MAX};
     hs_parallel_for(s->pool, (int64_t)s->chunks, move_chunks, &w);
     header->step = step;

@@ -1,0 +1,23 @@
+/* What the engine reads of its environment: HOTSTAGE_ENGINE_FABRIC and
+ * HOTSTAGE_ENGINE_AGENT_AWAY_S, and nothing else. A value that it cannot honour is refused, never
+ * ignored. */
+#ifndef HS_RUN_ENVIRONMENT_H
+#define HS_RUN_ENVIRONMENT_H
+
+#include <stdint.h>
+
+#include "core/status.h"
+
+/* How long a supervisor waits for its agent to come (again), where the environment does not say:
+ * the kubelet pauses up to 300 s between two starts of a container, and an agent needs some to
+ * start. */
+#define HS_AGENT_AWAY_S 360
+
+typedef struct hs_environment {
+    int64_t agent_away_ms;
+} hs_environment;
+
+/* HS_E_CONFIG for a fabric that this engine does not carry, and for a number that is none. */
+hs_status hs_environment_read(hs_environment *environment, hs_why *why);
+
+#endif
