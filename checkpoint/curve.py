@@ -46,7 +46,7 @@ class Point(NamedTuple):
         try:
             rest = (float(line.get(name) or 0.0) for name in cls._fields[2:])
             return cls(int(line["step"]), int(line["epoch"]), *rest)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def line(self) -> dict[str, Any]:

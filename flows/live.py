@@ -10,15 +10,14 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import msgpack
 
 from checkpoint.curve import MAX_BYTES, Curve, curve_key, segment_key
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
-from flows.views import NodeView, RankView
+from flows.hints import node_status
+from flows.views import NodeView
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def read_segment(store: Store, key: str) -> list[dict[str, Any]]:
     for line in data.splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             lines.append(value)
@@ -186,17 +185,6 @@ class OutputFollower:
         return b"".join(fresh[n] for n in sorted(fresh))
 
 
-def _words(text: Any) -> dict[str, Any] | None:
-    """Last words: a JSON object, or plain text under ``error``."""
-    if not isinstance(text, str) or not text:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {"error": text}
-    return value if isinstance(value, dict) else {"error": text}
-
-
 @dataclass
 class StatusReader:
     """Node status hints as the driver's views. Heartbeats are aged by this process's own monotonic clock."""
@@ -215,41 +203,17 @@ class StatusReader:
         now = time.monotonic()
         try:
             data = self.store.get(f"runs/{self.run}/live/nodes/{self.launch}/{node}", max_bytes=STATUS_CAP)
-            status = msgpack.unpackb(data, max_str_len=1 << 16, max_array_len=1 << 16, max_map_len=1 << 16)
-        except NotFound:
+        except (NotFound, Damaged):
             return NodeView(node, alive)
-        except (ValueError, Damaged) as error:  # a hint that does not hold: unknown, never failure
-            log.debug("status of node %d is not readable: %s", node, error)
+        found = node_status(node, data)
+        if found is None:  # a hint that does not hold: unknown, never failure
+            log.debug("status of node %d is not readable", node)
             return NodeView(node, alive)
-        if not isinstance(status, dict):
-            return NodeView(node, alive)
-        ranks = tuple(
-            RankView(
-                rank=int(rank),
-                pid=view.get("pid"),
-                code=view.get("code"),
-                signal=view.get("signal"),
-                step=int(view.get("step", -1) if view.get("step") is not None else -1),
-                words=_words(view.get("words")),
-                killed=bool(view.get("killed")),
-                memory=view.get("memory"),
-            )
-            for rank, view in sorted(status.get("ranks", {}).items(), key=lambda item: int(item[0]))
-        )
-        seq = int(status.get("seq", 0))
-        if self._beats.get(node, (None, 0.0))[0] != seq:
-            self._beats[node] = (seq, now)
-        place = (int(status.get("epoch", 0)), tuple(r.step for r in ranks))
+        view, beat = found
+        if self._beats.get(node, (None, 0.0))[0] != beat:
+            self._beats[node] = (beat, now)
+        place = (view.epoch, tuple(r.step for r in view.ranks))
         if self._steps.get(node, (None, 0.0))[0] != place:
             self._steps[node] = (place, now)
-        return NodeView(
-            node=node,
-            alive=alive,
-            epoch=int(status.get("epoch", 0)),
-            phase=str(status.get("phase", "none")),
-            ranks=ranks,
-            slots=frozenset((int(s["step"]), int(s["epoch"])) for s in status.get("slots", ())),
-            age_s=now - self._beats[node][1],
-            step_age_s=now - self._steps[node][1],
-            error=status.get("error"),
-        )
+        age_s, step_age_s = now - self._beats[node][1], now - self._steps[node][1]
+        return replace(view, alive=alive, age_s=age_s, step_age_s=step_age_s)

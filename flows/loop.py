@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from checkpoint.errors import Conflict, StoreUnavailable
+from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefused, StoreUnavailable
 from checkpoint.log import EndedInfo, RunLog, RunState, ended_body
 from checkpoint.store import Store
+from flows.aside import Aside, TurnedAway
 from flows.driver import decide, rank_class
+from flows.hints import step_line
 from flows.history import avoided
 from flows.live import MetricsReader, StatusReader
 from flows.orders import changes
@@ -60,8 +62,10 @@ POLL_MOST_S = 2.0
 CALM = (Phase.TRAINING, Phase.WAITING)
 CALM_SHARE = 0.02
 """Of a core: what looking may cost while all is well. Stores and gangs differ a thousandfold in what a look costs."""
-STORE_PATIENCE_S = 1.0
-LAUNCHER_PATIENCE_S = 1.0
+PATIENCE_S = 1.0
+REFUSED_PATIENCE_S = 5.0
+HEARD_S = 0.5
+"""After a wish to stop, for the look that is being made; then it is left."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ class Driver:
     sink: Sink = field(default_factory=NoSink)
     stop: threading.Event = field(default_factory=threading.Event)
     poll_s: float = POLL_S
+    last_s: float = 5.0
+    """For the store, to say what the gang saved as it left."""
     ages: Ages = field(default_factory=Ages)
     # what this driver saw, for people; never for decisions
     max_step: dict[int, int] = field(default_factory=dict)
@@ -170,73 +176,117 @@ class Driver:
     _failed_at: float | None = None
     _told: set[Any] = field(default_factory=set)
     _left_running: bool = False
-    # caches of what the log says
+    # the last look, and caches of what the log says
+    _state: RunState | None = None
+    _status: StatusReader | None = None
+    _reached: bool = True
     _followed: Any = None
     _view: tuple[RunState, LogView] | None = None
+    _told_of: RunState | None = None
+
+    def __post_init__(self) -> None:
+        self._log = RunLog(self.store, self.prepared.run, writer="driver")
+        self._metrics = MetricsReader(self.store, self.prepared.run, attach=True)
+        self._aside = Aside()
 
     def run(self) -> Outcome:
-        """Loop until the log has an end, or until ``stop`` was set and the gang has saved and left."""
-        run = self.prepared.run
-        run_log = RunLog(self.store, run, writer="driver")
-        state: RunState | None = None
-        metrics = MetricsReader(self.store, run, attach=True)
-        status: StatusReader | None = None
-        while True:
-            began, pause_s = time.thread_time(), self.poll_s
-            try:
-                begun, state = state is not None, run_log.fold(state, quick=True)
-                if not begun and state.attempts:
-                    self._tell_known(state)
-                view = self._log_view(state)
-                if self._finish_stop(state):
+        """Look again and again until the log has an end, or until ``stop`` was set and the gang has saved and left.
+
+        Each look is made aside: a store that does not answer keeps it for long, and nobody may wait for that.
+        """
+        aside = self._aside
+        try:
+            while True:
+                pause_s = self.poll_s
+                try:
+                    found = aside.call(self._look, self.stop, HEARD_S)
+                except TurnedAway:
+                    return self._leave()
+                except CannotFollow as error:
+                    return self._outcome(self._known(), "superseded", str(error))
+                except Conflict as conflict:
+                    log.info("another driver was first: record %d; deciding again", conflict.state.n)
+                    self._state = conflict.state
                     continue
-                self._follow(state)
-                launch_id = launch_of(state, self.prepared, self.launcher)
-                if status is None or status.launch != launch_id:
-                    status = StatusReader(self.store, run, launch_id)
-                seen = self.launcher.observe(launch_id)
-                launch = self._launch(view, launch_id)
-                nodes = placed(status.poll(self.prepared.nodes, alive_nodes(seen)), seen)
-                self._tell_state(state, nodes, metrics if begun else None)  # what to do comes first
-                if seen.note:
-                    where = "elsewhere" if seen.state == "elsewhere" else "attached"
-                    self._tell_once(("launch", seen.note), Event("phase", {"phase": where, "text": seen.note}))
-                if self.stop.is_set() and not state.ended:
-                    return self._stop(run_log, state, launch, reached=seen.state != "elsewhere")
-                if seen.state == "unknown":
-                    told = Event("phase", {"phase": "unknown", "text": seen.detail})
-                    self._tell_once(("launcher", seen.detail[:80]), told)
-                lost = loss_of(seen, nodes, state, self.launcher)
-                waits = seen.state == "waiting"
-                decision = decide(
-                    view,
-                    nodes,
-                    self.prepared.policy(launch_id, detaches=self.launcher.detaches),
-                    lost=lost,
-                    waiting=seen.detail if waits else "",
-                    waited_s=self.ages.of("waiting", launch_id if waits else None),
-                    left_s=self.ages.of("left", left_on_request(nodes, state.epoch)),
-                )
-                done = self._act(decision, run_log, state, launch, lost)
-                if done:
-                    return self._outcome(run_log.fold(state), done)
-                if isinstance(decision, Watch) and decision.phase in CALM:
-                    pause_s = calm_pause_s(time.thread_time() - began, self.poll_s)
-            except CannotFollow as error:
-                return self._outcome(state or RunState(run), "superseded", str(error))
-            except Conflict as conflict:
-                log.info("another driver was first: record %d; deciding again", conflict.state.n)
-                state = conflict.state
-                continue
-            except StoreUnavailable as error:  # unknown is never failure: the gang trains on
-                self._tell_once(("store", str(error)[:80]), Event("phase", {"phase": "unknown", "text": str(error)}))
-                time.sleep(STORE_PATIENCE_S)
-                continue
-            except LaunchUnknown as error:
-                self._tell_once(("launcher", str(error)[:80]), Event("phase", {"phase": "unknown", "text": str(error)}))
-                self.stop.wait(LAUNCHER_PATIENCE_S)
-                continue
-            self.stop.wait(pause_s)
+                except (StoreUnavailable, LaunchUnknown, StoreRefused) as error:
+                    pause_s = self._unanswered(error)
+                    if self.stop.is_set():
+                        return self._leave()
+                else:
+                    if isinstance(found, Outcome):
+                        return found
+                    if found is None:
+                        return self._stop(self._known())
+                    pause_s = found
+                self.stop.wait(pause_s)
+        finally:
+            aside.close()
+
+    def _look(self) -> Outcome | float | None:
+        """One look and what follows from it: the end, or the pause until the next look; None where it is to stop."""
+        began, pause_s = time.thread_time(), self.poll_s
+        run_log, known = self._log, self._state
+        state = self._state = run_log.fold(known, quick=True)
+        if known is None and state.attempts:
+            self._tell_known(state)
+        view = self._log_view(state)
+        if self.stop.is_set() and not state.ended and not state.attempts:
+            return None
+        if self._finish_stop(state):
+            return 0.0
+        self._follow(state)
+        launch_id = launch_of(state, self.prepared, self.launcher)
+        if self._status is None or self._status.launch != launch_id:
+            self._status = StatusReader(self.store, self.prepared.run, launch_id)
+        seen = self.launcher.observe(launch_id)
+        self._reached = seen.state != "elsewhere"
+        launch = self._launch(view, launch_id)
+        nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(seen)), seen)
+        self._tell_state(state, nodes, self._metrics if known is not None else None)  # what to do comes first
+        if seen.note:
+            where = "attached" if self._reached else "elsewhere"
+            self._tell_once(("launch", seen.note), Event("phase", {"phase": where, "text": seen.note}))
+        if self.stop.is_set() and not state.ended:
+            return None
+        if seen.state == "unknown":
+            told = Event("phase", {"phase": "unknown", "text": seen.detail})
+            self._tell_once(("launcher", seen.detail[:80]), told)
+        lost = loss_of(seen, nodes, state, self.launcher)
+        waits = seen.state == "waiting"
+        decision = decide(
+            view,
+            nodes,
+            self.prepared.policy(launch_id, detaches=self.launcher.detaches),
+            lost=lost,
+            waiting=seen.detail if waits else "",
+            waited_s=self.ages.of("waiting", launch_id if waits else None),
+            left_s=self.ages.of("left", left_on_request(nodes, state.epoch)),
+        )
+        self._aside.go_on()
+        done = self._act(decision, run_log, state, launch, lost)
+        if done:
+            return self._outcome(run_log.fold(state), done)
+        if isinstance(decision, Watch) and decision.phase in CALM:
+            pause_s = calm_pause_s(time.thread_time() - began, self.poll_s)
+        return pause_s
+
+    def _known(self) -> RunState:
+        """The log as of the last look."""
+        return self._state or RunState(self.prepared.run)
+
+    def _unanswered(self, error: StoreError | LaunchUnknown) -> float:
+        """Unknown is never failure: the gang trains on, and after this pause it is asked again.
+
+        A store that refuses is no different once the run has begun: credentials are rotated, rights are mended, and the
+        store looks for newer ones at each call. Before that it is a refusal, and raised.
+        """
+        refused = isinstance(error, StoreRefused)
+        if refused and not self._known().attempts:
+            raise error
+        kind, phase = ("launcher" if isinstance(error, LaunchUnknown) else "store"), "warning" if refused else "unknown"
+        more = "; the gang trains on, and this command tries again until that is mended" if refused else ""
+        self._tell_once((kind, str(error)[:80]), Event("phase", {"phase": phase, "text": f"{error}{more}"}))
+        return REFUSED_PATIENCE_S if refused else PATIENCE_S
 
     # --- following the log --------------------------------------------------------------------------------
 
@@ -326,7 +376,8 @@ class Driver:
             cause=cause,
             **more,
         )
-        state = run_log.append("attempt", body, state)
+        state = self._state = run_log.append("attempt", body, state)
+        self._aside.go_on()
         self.prepared = prepared
         newest = state.attempts[-1]
         log.info("attempt %d: %s, from step %d", newest.epoch, order.reason, order.restore.step)
@@ -352,17 +403,32 @@ class Driver:
             self.launcher.stop(old, 0.0)
         self.launcher.ensure(self._launch(self._log_view(state), newest.launch))
 
-    def _stop(self, run_log: RunLog, state: RunState, launch: Launch, *, reached: bool) -> Outcome:
+    def _leave(self) -> Outcome:
+        """To stop while something does not answer: by what is known."""
+        state = self._known()
+        return self._outcome(state, state.ended.outcome) if state.ended else self._stop(state)
+
+    def _stop(self, state: RunState) -> Outcome:
         """Have the gang save one agreed step and leave; the run can be resumed. What is out of reach trains on."""
-        if self.launcher.detaches or not reached:
+        newest = state.newest_attempt
+        if self.launcher.detaches or not self._reached:
             self._left_running = True
             self.sink.tell(Event("phase", {"phase": "detached", "text": DETACHED.format(run=self.prepared.run)}))
             return self._outcome(state, "stopped")
         self.sink.tell(Event("phase", {"phase": "stopping", "text": "saving one agreed step, then leaving"}))
-        if state.attempts:
-            self.launcher.stop(launch.launch_id, self.prepared.spec.checkpoint.commit_s)
-        state = run_log.fold(state)
-        return self._outcome(state, "stopped")
+        if newest is not None:
+            self.launcher.stop(newest.launch, self.prepared.spec.checkpoint.commit_s)
+        now, unsure = threading.Event(), ""
+        now.set()
+        last = Aside()
+        try:
+            state = last.call(lambda: self._log.fold(self._state), now, self.last_s)
+        except (TurnedAway, CheckpointError):
+            unsure = ", as far as is known: the store does not answer"
+        finally:
+            last.close()
+        saved = state.at_step()  # by step: a slower upload may be recorded after a later one
+        return self._outcome(state, "stopped", self._saved(saved.step if saved else None) + unsure)
 
     def _finish_stop(self, state: RunState) -> bool:
         """True where a launch was still leaving that another driver had asked to stop: what it saves comes first, since
@@ -411,10 +477,11 @@ class Driver:
 
     def _tell_state(self, state: RunState, nodes: list[NodeView], metrics: MetricsReader | None) -> None:
         epochs = [a.epoch for a in state.attempts]
-        for line in metrics.poll(epochs[-2:]) if metrics is not None else ():
-            if line.get("event") != "step":
+        for said in metrics.poll(epochs[-2:]) if metrics is not None else ():
+            line = step_line(said)
+            if line is None:
                 continue
-            epoch, step = int(line["epoch"]), int(line["step"])
+            epoch, step = line["epoch"], line["step"]
             if self._failed_at is not None and epochs and epoch == epochs[-1] and epoch not in self.max_step:
                 self.recoveries.append(time.monotonic() - self._failed_at)
                 self._failed_at = None
@@ -432,9 +499,10 @@ class Driver:
                 self._tell_once(key, Event("phase", facts))
             else:
                 self._told.discard(key)
-        for checkpoint in state.checkpoints:
+        for checkpoint in state.checkpoints if state is not self._told_of else ():
             facts = {"n": checkpoint.n, "step": checkpoint.step, "epoch": checkpoint.epoch}
             self._tell_once(("checkpoint", checkpoint.n), Event("checkpoint", facts))
+        self._told_of = state
 
     def _saved(self, step: int | None) -> str:
         """What a stop left in the store, honestly: the gang's last state may not have got there."""
@@ -455,8 +523,7 @@ class Driver:
         elif outcome == "cancelled":
             reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
         elif outcome == "stopped":
-            left = "the gang trains on" if self._left_running else self._saved(newest.step if newest else None)
-            reason, code = left, EXIT_STOPPED
+            reason, code = ("the gang trains on" if self._left_running else reason), EXIT_STOPPED
         result = Outcome(
             run=self.prepared.run,
             outcome=outcome,

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from checkpoint.store import Store, open_store
 from flows.prefect_api import PrefectServer
 from tests.support.place import Place
 from tests.support.shared import kept
 from tests.support.undisturbed import undisturbed_run
+from trainer.spec import RunSpec, parse_spec
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,20 @@ class Trained:
     place: Place
     run: str
     digest: str
+
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "model": {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 16},
+    "train": {"steps": 4, "batch": 4, "microbatch": 2, "sequence": 16},
+    "data": {"vocab_size": 300},
+}
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, RunSpec]:
+    """A store with the data of a tiny spec, where each test makes a run of its own (``suffix``)."""
+    folder = tmp_path_factory.mktemp("ground")
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    spec = parse_spec({**SMALL, "data": {**SMALL["data"], "source": f"text:{folder}/a.txt"}})
+    return open_store(f"file://{folder}/store"), spec

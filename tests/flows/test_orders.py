@@ -69,14 +69,6 @@ def _two_terminals(at: Place, trained: Trained) -> None:
 # --- one driver, its launcher written by the test -----------------------------------------------------------
 
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 16},
-    "train": {"steps": 4, "batch": 4, "microbatch": 2, "sequence": 16},
-    "data": {"vocab_size": 300},
-}
-
-
 @dataclass
 class Nodes:
     """A launcher whose nodes run as soon as they are asked for, and never say anything."""
@@ -92,15 +84,6 @@ class Nodes:
 
     def stop(self, launch_id: str, grace_s: float) -> None:
         return None
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, RunSpec]:
-    folder = tmp_path_factory.mktemp("orders")
-    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
-    return open_store(f"file://{folder}/store"), parse_spec(
-        {**SMALL, "data": {**SMALL["data"], "source": f"text:{folder}/a.txt"}}
-    )
 
 
 @pytest.fixture
