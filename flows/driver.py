@@ -354,7 +354,7 @@ def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_
     if cause is None:
         return replace(lost, step=step)
     if len(ranks) == all_ranks and all(r.ended and rank_class(r) == "preempted" for r in ranks):
-        return Cause("preempted", lost.text, lost.mend, None, step, place=lost.place, saved=True)
+        return replace(lost, cls="preempted", rank=None, step=step, saved=True)
     if cause.cls in ("infra", "preempted") or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
         return replace(lost, step=step)
     return cause

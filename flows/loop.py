@@ -611,7 +611,7 @@ def placed(nodes: list[NodeView], view: LaunchView) -> list[NodeView]:
 def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: Launcher) -> Cause | None:
     """Why the launch cannot be made whole in place; None where it can, or where nobody knows."""
     if view.loss is not None:
-        return Cause(view.loss.cls, view.loss.text, view.loss.mend, None, place=view.loss.place)
+        return Cause(view.loss.cls, view.loss.text, view.loss.mend, None, place=view.loss.place, code=view.loss.code)
     newest = state.newest_attempt
     left = view.state == "absent" and launcher.detaches and newest is not None and not state.ended
     if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from trainer.wire import EXITS
+
+PREEMPTED = next(code for code, known in EXITS.items() if known.cls == "preempted")
+
 
 class Phase(Enum):
     """Where a run is, for people: derived anew each time, stored nowhere."""
@@ -197,7 +201,8 @@ class Cause:
 
     def said(self) -> str:
         """All of it in one line for people."""
-        return self.text + ("; state saved" if self.saved else "") + (f"; {self.trouble}" if self.trouble else "")
+        saved = "; state saved" if self.saved and self.code != PREEMPTED else ""  # that code's own text says it
+        return self.text + saved + (f"; {self.trouble}" if self.trouble else "")
 
     def to_map(self) -> dict[str, Any]:
         out: dict[str, Any] = {"class": self.cls, "text": self.said(), "mend": self.mend, "step": self.step}

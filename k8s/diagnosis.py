@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from k8s.labels import AGENT, ENGINE
 from k8s.refusal import refusal
@@ -145,7 +145,7 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
             "config", f"has an agent that refuses to start: {said}", "correct launch.store_secret or the store"
         )
     if engine.state == "terminated":
-        return found(*_exit_words(engine))
+        return replace(found(*_exit_words(engine)), code=engine.exit_code)
     if pod.phase == "Failed":
         return found("infra", f"failed: {pod.message or pod.reason or 'no reason given'}")
     return None

@@ -93,7 +93,8 @@ class Launch:
 @dataclass(frozen=True)
 class Finding:
     """What a launcher found wrong: for people, and for the driver's choice of what to do. ``cls`` is a class of
-    wire/exit.h's table (infra, preempted, config …) or ``memory`` (more than the limit was used).
+    wire/exit.h's table (infra, preempted, config …) or ``memory`` (more than the limit was used). ``code``: the exit
+    code that ``text`` tells of, where it is one's.
     """
 
     cls: str
@@ -101,6 +102,7 @@ class Finding:
     mend: str = ""
     node: int | None = None
     place: str = ""
+    code: int | None = None
 
 
 @dataclass(frozen=True)

@@ -674,3 +674,14 @@ def test_a_kill_from_outside_is_told_by_its_number_not_by_words() -> None:
     words = {"class": "signal", "step": 5, "text": "rank 0 was killed (signal 9)"}
     assert isinstance(after(words, signal=9), StartAttempt)
     assert isinstance(after(words, signal=11), End)
+
+
+def test_that_the_state_was_saved_is_told_once() -> None:
+    saved = [ended(0, code=85), ended(1, code=85)]
+    for lost, text in (
+        (Cause("preempted", "pod x-1 is being deleted"), "pod x-1 is being deleted; state saved"),
+        (Cause("preempted", "pod x-1 ended with 85: stopped on request, state saved", code=85), ""),
+    ):
+        decision = started(decide(log(), saved, POLICY, lost=lost))
+        assert decision.cause is not None
+        assert decision.cause.to_map()["text"] == (text or lost.text)
