@@ -7,6 +7,7 @@
     runs/<run>/folds/<20 digits>-<token>              folded states that fold records name
     runs/<run>/manifests/<step>-<epoch>/parts/<node>  part manifests, one an agent
     runs/<run>/manifests/<step>-<epoch>/manifest      what the checkpoint record names
+    runs/<run>/manifests/<step>-<epoch>/pages/...     of either, where it is large (pages.py)
     runs/<run>/chunks/<step>-<epoch>/<rank>-<incarnation>-<index>
     runs/<run>/live/...                               hints; claims (claims.py), the log's condensed state (log.py),
                                                       metrics (curve.py), output and status (agent/output.py)

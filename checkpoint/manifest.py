@@ -12,7 +12,7 @@ Who calls what, in order
                  record with ``checkpoint_body``; whoever loses reads what is there
   who restores   ``read.load_manifest``, then ``read.StateReader`` for the tensors that it owns
 
-Part manifest (sealed msgpack, codec.py; at most 64 MiB)
+Part manifest (sealed msgpack, codec.py; pages.py has how one of any size lies in the store)
     v 1, run, step, epoch, samples, what (32 bytes), part, parts, meta {text: text},
     tensors [[name, [dims]]...]                        the whole table, in order: the same in every part
     chunks  [[name relative to the run, bytes, sha256 (32 bytes)]...]
@@ -35,16 +35,18 @@ from typing import Any
 from checkpoint import codec, keys
 from checkpoint.digest import BLOCK_ELEMENTS, DIGEST_BYTES, KINDS, blocks, leaf_digests, state_root, tree_root
 from checkpoint.errors import Damaged
+from checkpoint.pages import WHOLE_BYTES
 from checkpoint.store.base import Data
 
 VERSION = 1
-MAX_BYTES = 64 << 20
 MAX_CHUNK_BYTES = 64 << 20
 MAX_TENSORS = 1 << 20
 MAX_CHUNKS = 1 << 20
 MAX_ELEMENTS = 1 << 48
 PARAM, EXP_AVG, EXP_AVG_SQ = range(3)
 Digest = bytes
+Tables = list[tuple[list[Any], "tuple[Tensor, ...]"]]
+"""Tables of tensors that were checked, as they were read and as they are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +221,13 @@ class PartManifest:
         return _to_bytes(self, {"part": self.part, "parts": self.parts})
 
     @classmethod
-    def parse(cls, data: bytes, what: str = "part manifest") -> PartManifest:
-        """The part of hostile bytes; Damaged for anything that is not one."""
-        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_BYTES), what)
-        common = _parse_common(f, what)
+    def parse(cls, data: bytes, what: str = "part manifest", tables: Tables | None = None) -> PartManifest:
+        """The part of hostile bytes; Damaged for anything that is not one.
+
+        ``tables``: of the parts that were read before; equal ones are checked once.
+        """
+        f = codec.Fields(codec.unseal(data, what, max_bytes=WHOLE_BYTES), what)
+        common = _parse_common(f, what, tables)
         parts = f.integer("parts", 1, 1 << 20)
         part = f.integer("part", 0, parts - 1)
         f.done()
@@ -250,7 +255,7 @@ class Manifest:
     @classmethod
     def parse(cls, data: bytes, what: str = "manifest") -> Manifest:
         """The manifest of hostile bytes; Damaged for anything that is not a whole one."""
-        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_BYTES), what)
+        f = codec.Fields(codec.unseal(data, what, max_bytes=WHOLE_BYTES), what)
         common = _parse_common(f, what)
         sources = _parse_objects(f, "sources", "manifests", what)
         f.done()
@@ -312,7 +317,8 @@ def merge(parts: Iterable[tuple[str, bytes]]) -> Manifest:
 
     Damaged where a part is damaged, is of another checkpoint, or where together they do not cover every tensor once.
     """
-    read = [(Chunk.of(name, data), PartManifest.parse(data, f"part manifest {name}")) for name, data in parts]
+    tables: Tables = []
+    read = [(Chunk.of(name, data), PartManifest.parse(data, f"part manifest {name}", tables)) for name, data in parts]
     if not read:
         raise Damaged("a checkpoint without parts")
     read.sort(key=lambda item: item[1].part)
@@ -325,7 +331,8 @@ def merge(parts: Iterable[tuple[str, bytes]]) -> Manifest:
     pieces: list[Piece] = []
     for source, part in read:
         for name in ("run", "step", "epoch", "samples", "what", "parts", "tensors"):
-            if getattr(part, name) != getattr(head, name):
+            mine, theirs = getattr(part, name), getattr(head, name)
+            if mine is not theirs and mine != theirs:
                 raise Damaged(
                     f"{source.name}: its {name} differs from that of {read[0][0].name}: not of one checkpoint"
                 )
@@ -348,7 +355,7 @@ def merge(parts: Iterable[tuple[str, bytes]]) -> Manifest:
 
 
 def checkpoint_body(manifest: Manifest, data: bytes) -> dict[str, Any]:
-    """The body of the log record that commits this manifest, whose object holds ``data``."""
+    """The body of the log record that commits this manifest, under whose name ``data`` lies."""
     return {
         "step": manifest.step,
         "manifest": keys.manifest_name(manifest.step, manifest.epoch),
@@ -380,12 +387,10 @@ def _to_bytes(m: PartManifest | Manifest, own: Mapping[str, object]) -> bytes:
             **own,
         }
     )
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"a manifest of {len(data)} bytes; the limit is {MAX_BYTES}")
     return data
 
 
-def _parse_common(f: codec.Fields, what: str) -> dict[str, Any]:
+def _parse_common(f: codec.Fields, what: str, tables: Tables | None = None) -> dict[str, Any]:
     version = f.integer("v", 1)
     if version != VERSION:
         raise Damaged(f"{what}: schema version {version}, this program reads {VERSION}: use a newer hotstage")
@@ -395,14 +400,12 @@ def _parse_common(f: codec.Fields, what: str) -> dict[str, Any]:
     meta = f.map("meta")
     if len(meta) > 64 or not all(isinstance(v, str) and len(k) + len(v) <= 1000 for k, v in meta.items()):
         raise Damaged(f"{what}: 'meta' must be at most 64 short texts")
-    tensors = []
-    for row in f.array("tensors", MAX_TENSORS):
-        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], list)):
-            raise Damaged(f"{what}: a row of 'tensors' is not a name and its dimensions")
-        if not all(isinstance(d, int) and not isinstance(d, bool) for d in row[1]):
-            raise Damaged(f"{what}: tensor {row[0][:80]!r} has a dimension that is no number")
-        tensors.append(Tensor(row[0], tuple(row[1])))
-    _check_table(tensors, what)
+    rows = f.array("tensors", MAX_TENSORS)
+    tensors = next((table for known, table in tables or () if known == rows), None)
+    if tensors is None:
+        tensors = _parse_table(rows, what)
+        if tables is not None:
+            tables.append((rows, tensors))
     chunks = _parse_objects(f, "chunks", "chunks", what)
     _check_names(chunks, what)
     leaves, at = f.raw("leaves"), 0
@@ -426,10 +429,22 @@ def _parse_common(f: codec.Fields, what: str) -> dict[str, Any]:
         "samples": samples,
         "what": digest,
         "meta": meta,
-        "tensors": tuple(tensors),
+        "tensors": tensors,
         "chunks": chunks,
         "pieces": tuple(pieces),
     }
+
+
+def _parse_table(rows: Sequence[Any], what: str) -> tuple[Tensor, ...]:
+    tensors = []
+    for row in rows:
+        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], list)):
+            raise Damaged(f"{what}: a row of 'tensors' is not a name and its dimensions")
+        if not all(isinstance(d, int) and not isinstance(d, bool) for d in row[1]):
+            raise Damaged(f"{what}: tensor {row[0][:80]!r} has a dimension that is no number")
+        tensors.append(Tensor(row[0], tuple(row[1])))
+    _check_table(tensors, what)
+    return tuple(tensors)
 
 
 def _parse_objects(f: codec.Fields, key: str, folder: str, what: str) -> tuple[Chunk, ...]:

@@ -9,11 +9,11 @@ import hashlib
 import logging
 from collections.abc import Iterator
 
-from checkpoint import keys
+from checkpoint import keys, pages
 from checkpoint.digest import BLOCK_ELEMENTS
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.log import CheckpointInfo
-from checkpoint.manifest import MAX_BYTES, PARAM, Manifest, Piece
+from checkpoint.manifest import PARAM, Manifest, Piece
 from checkpoint.store.base import Store
 
 logger = logging.getLogger(__name__)
@@ -23,11 +23,9 @@ def load_manifest(store: Store, run: str, info: CheckpointInfo) -> Manifest:
     """The manifest that a checkpoint record names; Damaged where it does not agree in size, digest and content."""
     what = f"manifest {info.manifest} of run {run}"
     try:
-        data = store.get(keys.run_key(run, info.manifest), max_bytes=min(info.bytes, MAX_BYTES))
+        data = pages.read(store, run, info.manifest, what, size=info.bytes, sha256=info.sha256)
     except NotFound as error:
         raise Damaged(f"{what}: log record {info.n} names it, but it is gone") from error
-    if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
-        raise Damaged(f"{what}: its bytes are not those that log record {info.n} names")
     manifest = Manifest.parse(data, what)
     said = (manifest.run, manifest.step, manifest.epoch, manifest.samples, len(manifest.sources))
     if said != (run, info.step, info.epoch, info.data_position, info.parts):

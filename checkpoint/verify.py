@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoint import codec, keys
+from checkpoint import codec, keys, pages
 from checkpoint.digest import leaf_digests
 from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
-from checkpoint.manifest import MAX_BYTES, Chunk, Manifest, Piece, merge
+from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, Manifest, Piece, merge
 from checkpoint.read import load_manifest
 from checkpoint.store.base import Store
 from trainer import wire
 
 logger = logging.getLogger(__name__)
 
+MAX_DATASET_BYTES = 64 << 20  # of a dataset's manifest
 Level = Literal["quick", "full"]
 
 
@@ -208,7 +209,7 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         tally.datasets.add(dataset)
     parts: list[tuple[str, bytes]] = []
     for source in manifest.sources:
-        data = _object(store, run, source, info, tally)
+        data = _source(store, run, source, info, tally)
         if data is not None:
             parts.append((source.name, data))
     if len(parts) == len(manifest.sources):
@@ -235,10 +236,10 @@ def _dataset(store: Store, digest: str, level: Level, tally: _Tally) -> None:
     what = f"manifest of dataset {digest[:12]}"
     key = f"data/{digest}/manifest"
     try:
-        data = store.get(key, max_bytes=MAX_BYTES)
+        data = store.get(key, max_bytes=MAX_DATASET_BYTES)
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged(f"{what}: its bytes do not have the digest that names it")
-        f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_BYTES), what)
+        f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_DATASET_BYTES), what)
         wanted: list[tuple[str, int | None, str]] = [(f"data/{digest}/tokenizer.json", None, f.hex("tokenizer_sha256"))]
         for number, row in enumerate(f.array("shards", 1 << 20)):
             g = codec.Fields(row, f"{what}, shard {number}")
@@ -277,11 +278,26 @@ def _size(store: Store, run: str, chunk: Chunk, info: CheckpointInfo, tally: _Ta
         tally.found(key, f"has {seen.bytes} bytes, the manifest says {chunk.bytes}", info.n)
 
 
+def _source(store: Store, run: str, source: Chunk, info: CheckpointInfo, tally: _Tally) -> bytes | None:
+    """The whole part manifest that a manifest names, where it is what that says."""
+    key = keys.run_key(run, source.name)
+    try:
+        data = pages.read(store, run, source.name, f"part manifest {source.name}")
+    except (NotFound, Damaged) as error:
+        tally.found(key, str(error), info.n)
+        return None
+    tally.saw(len(data))
+    if len(data) != source.bytes or hashlib.sha256(data).digest() != source.sha256:
+        tally.found(key, f"has {len(data)} bytes that are not those that the manifest names", info.n)
+        return None
+    return data
+
+
 def _object(store: Store, run: str, chunk: Chunk, info: CheckpointInfo, tally: _Tally) -> bytes | None:
     """The bytes of an object that a manifest names, where they are what it says."""
     key = keys.run_key(run, chunk.name)
     try:
-        data = store.get(key, max_bytes=min(chunk.bytes, MAX_BYTES))
+        data = store.get(key, max_bytes=min(chunk.bytes, MAX_CHUNK_BYTES))
     except (NotFound, Damaged) as error:
         tally.found(key, str(error), info.n)
         return None

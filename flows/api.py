@@ -25,7 +25,7 @@ from flows.claims import StoreClaims
 from flows.loop import Driver, NoSink, Outcome, Sink
 from flows.orders import Asked, place
 from flows.run import Prepared, ask_run, prepare_run
-from trainer.launch import Launch, Launcher, LocalLauncher
+from trainer.launch import Launch, Launcher, LocalLauncher, Watching
 from trainer.spec import RunSpec, how_map, load_spec
 
 OUT = Path("out")
@@ -132,7 +132,8 @@ class Run:
             self._error = error
         finally:
             self._done.set()
-            self.driver.launcher.close()
+            if isinstance(self.driver.launcher, Watching):
+                self.driver.launcher.close()
 
     @property
     def error(self) -> BaseException | None:

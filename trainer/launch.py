@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
@@ -183,8 +183,13 @@ class Launcher(Protocol):
     def stop(self, launch_id: str, grace_s: float) -> None:
         """End the launch: ask, wait at most ``grace_s`` for snapshots to be saved, then kill. Idempotent."""
 
+
+@runtime_checkable
+class Watching(Protocol):
+    """A launcher that watches in threads of its own."""
+
     def close(self) -> None:
-        """End what watches for this launcher; what runs goes on. It may be used again."""
+        """End them; what runs goes on. The launcher may be used again."""
 
 
 @dataclass(frozen=True)
@@ -329,9 +334,6 @@ class LocalLauncher:
             for mark in marks:
                 _signal(mark, signal.SIGKILL, group=True)
             self._await(marks, self._clock() + 10)
-
-    def close(self) -> None:
-        self._reap()
 
     # --- inside -------------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """From all nodes' parts to a checkpoint: the manifest object, then the log record that names it.
 
 Any agent that sees all parts commits; all compute the same bytes, so creating the manifest twice is creating it once,
-and the log lets one record in. A loser reads what is there. The log itself keeps a fenced agent out: its record is
+and the log lets one record in. A loser reads what is there. N agents that read N parts each would be N x N requests a
+checkpoint: one has the first turn, the next one a while later, and so on until the log has the record; each reads a
+part once, however often it looks whether the others are there. The log itself keeps a fenced agent out: its record is
 refused (Halted) once a newer attempt is there, and would be void.
 """
 
@@ -11,23 +13,28 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from checkpoint import keys
+from checkpoint import keys, pages
 from checkpoint.errors import Conflict, Damaged, Halted, NotFound, StoreError
 from checkpoint.layout import PlanLayout
 from checkpoint.log import RunLog, RunState
-from checkpoint.manifest import MAX_BYTES, checkpoint_body, merge
+from checkpoint.manifest import checkpoint_body, merge
 
 log = logging.getLogger(__name__)
+
+TURN_S = 2.0
+"""Between the turns of two agents to commit the same step."""
 
 
 @dataclass
 class _Pending:
-    """A step whose part of this node is in the store."""
+    """A step whose part of this node is in the store; ``turn``: when this agent may commit it."""
 
     step: int
     deadline: float
+    turn: float
+    parts: dict[int, bytes] = field(default_factory=dict)
 
 
 class Committer:
@@ -36,6 +43,7 @@ class Committer:
     def __init__(
         self,
         run_log: RunLog,
+        node: int,
         nodes: int,
         *,
         post: Callable[[Callable[[], None]], None],
@@ -44,7 +52,7 @@ class Committer:
         on_error: Callable[[str | None], None],
         poll_s: float,
     ) -> None:
-        self._log, self._nodes, self._post = run_log, nodes, post
+        self._log, self._node, self._nodes, self._post = run_log, node, nodes, post
         self._on_commit, self._on_idle, self._on_error, self._poll_s = on_commit, on_idle, on_error, poll_s
         self._wake = threading.Condition()
         self._epoch = 0
@@ -81,7 +89,8 @@ class Committer:
         with self._wake:
             if self._state is None or state.n > self._state.n:
                 self._state = state
-            self._pending.append(_Pending(step, time.monotonic() + self._deadline_s))
+            now, place = time.monotonic(), (self._node - step) % self._nodes
+            self._pending.append(_Pending(step, now + self._deadline_s, now + TURN_S * place))
             self._wake.notify_all()
 
     @property
@@ -124,7 +133,9 @@ class Committer:
         try:
             found = state.find(item.step, epoch)
             if found is None:
-                newer = commit(self._log, self._nodes, item.step, epoch, state)
+                newer = None
+                if time.monotonic() >= item.turn:
+                    newer = commit(self._log, self._nodes, item.step, epoch, state, item.parts)
                 done = newer is not None
                 state = newer or state
             if done:
@@ -153,26 +164,30 @@ class Committer:
         return state
 
 
-def commit(run_log: RunLog, nodes: int, step: int, epoch: int, state: RunState) -> RunState | None:
+def commit(
+    run_log: RunLog, nodes: int, step: int, epoch: int, state: RunState, known: dict[int, bytes] | None = None
+) -> RunState | None:
     """Commit the checkpoint of this step if every part is there; None where one is missing.
 
-    Returns a state of the log in which the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds
-    the run, Damaged where the parts do not fit together, StoreError.
+    ``known``: the parts that were read before, to which those found now are added. Returns a state of the log in which
+    the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds the run, Damaged where the parts do
+    not fit together, StoreError.
     """
     run, store = run_log.run, run_log.store
-    parts = []
+    parts = {} if known is None else known
     for node in reversed(range(nodes)):
-        name = keys.part_name(step, epoch, node)
-        try:
-            parts.append((name, store.get(keys.run_key(run, name), max_bytes=MAX_BYTES)))
-        except NotFound:
-            return None
-    manifest = merge(parts)
-    data = manifest.to_bytes()
-    body = checkpoint_body(manifest, data)
-    key = keys.run_key(run, keys.manifest_name(step, epoch))
-    if not store.create(key, data):
-        raise Damaged(f"manifest {key} is there with other bytes than its parts give")
+        if node not in parts:
+            name = keys.part_name(step, epoch, node)
+            try:
+                parts[node] = pages.read(store, run, name, f"part manifest {name}")
+            except NotFound:
+                return None
+    manifest = merge([(keys.part_name(step, epoch, node), data) for node, data in parts.items()])
+    name = keys.manifest_name(step, epoch)
+    root, ours = pages.write(store, run, name, manifest.to_bytes(), "all")
+    if not ours:
+        raise Damaged(f"manifest {keys.run_key(run, name)} is there with other bytes than its parts give")
+    body = checkpoint_body(manifest, root)
     while state.find(step, epoch) is None:
         try:
             state = run_log.append("checkpoint", body, state, epoch=epoch)

@@ -107,6 +107,7 @@ class Service:
         )
         self.committer = Committer(
             self.log,
+            options.node,
             options.nodes,
             post=self.post,
             on_commit=self._on_commit,

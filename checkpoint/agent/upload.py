@@ -20,13 +20,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
-from checkpoint import keys
+from checkpoint import keys, pages
 from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
 from checkpoint.digest import KINDS
-from checkpoint.errors import NotFound, StoreError
+from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.layout import PlanLayout, PositionLayout
 from checkpoint.manifest import Chunk, ChunkPlan, PartManifest, Piece, Segment, Tensor, chunk_pieces, plan_chunks
+from checkpoint.pages import TooLarge
 from checkpoint.store import Store
 
 log = logging.getLogger(__name__)
@@ -152,6 +154,10 @@ class Uploader:
                     pass
             except Abandoned:
                 log.info("the upload for attempt %d is given up: the attempt is over", source.epoch)
+            except TooLarge as error:
+                log.error("%s", error)
+                if self._wanted(source):
+                    self._post(partial(self._on_error, str(error)))
             except Exception:
                 # A bug here must neither end training nor pass unseen: it is said, and the next snapshot is tried.
                 log.exception("the uploader failed")
@@ -325,9 +331,13 @@ class Uploader:
             saved=[saved[rank, plan.index] for rank, plan in work],
             meta={"plan": layout.digest.hex(), "dataset": layout.dataset_digest.hex()},
         )
-        data = part.to_bytes()
-        # False: another incarnation of this agent was faster; its part names its own chunks of the same state
-        self._store.create(keys.run_key(self._run, keys.part_name(step, source.epoch, self._node)), data)
+        name = keys.part_name(step, source.epoch, self._node)
+        label = f"{self._node:05d}-{self._incarnation}"
+        try:
+            # not ours: another incarnation of this agent was faster; its part names its own chunks of the same state
+            pages.write(self._store, self._run, name, part.to_bytes(), label)
+        except Damaged as error:
+            raise SlotChanged(str(error)) from error  # what was read of the slots before was something else
 
     def _chunk_plans(self, source: Source, rank: int) -> tuple[ChunkPlan, ...]:
         position = source.table.layouts[rank]

@@ -48,9 +48,6 @@ class Cluster:
     def stop(self, launch_id: str, grace_s: float) -> None:
         self.stopped.append(launch_id)
 
-    def close(self) -> None:
-        return None
-
 
 @pytest.fixture
 def place(tmp_path: Path) -> Any:

@@ -1,0 +1,265 @@
+"""Manifests of any size: objects of at most 4 MiB, every byte of them covered by a digest; commits in O(N) requests."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from checkpoint import keys, pages
+from checkpoint.agent.commit import Committer, commit
+from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
+from checkpoint.errors import Damaged
+from checkpoint.log import RunLog, RunState
+from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, PartManifest, Piece, Tensor, checkpoint_body, merge
+from checkpoint.read import StateReader, load_manifest
+from checkpoint.store import MemoryStore
+from checkpoint.store.base import Data
+from checkpoint.verify import verify_checkpoint
+from tests.checkpoint.samples import TENSORS, WHAT, attempt_body, state_bytes, write_dataset, write_parts
+from tests.support.agents import wait_for
+
+RUN = "r-0a1b2c"
+OWNERS = ((0, 3), (1, 2, 4))
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 600 bytes: the samples' manifests have several."""
+    monkeypatch.setattr(pages, "PAGE_BYTES", 600)
+
+
+def begun(store: MemoryStore) -> tuple[RunLog, RunState]:
+    log = RunLog(store, RUN, writer="test")
+    return log, log.append("attempt", attempt_body(), log.fold())
+
+
+def paged_parts(store: MemoryStore) -> list[tuple[str, bytes]]:
+    """The samples' parts, in pages."""
+    scratch = MemoryStore()
+    parts = write_parts(scratch, RUN, state_bytes(1), OWNERS, step=7, epoch=1)
+    for info in scratch.list(f"runs/{RUN}/chunks/"):
+        store.create(info.key, scratch.get(info.key))
+    for node, (name, data) in enumerate(parts):
+        root, ours = pages.write(store, RUN, name, data, f"{node:05d}-i1")
+        assert ours
+        assert pages.is_list(root)
+        assert pages.read(store, RUN, name, "a part") == data
+    return parts
+
+
+def test_what_fits_is_one_object_as_it_always_was() -> None:
+    store = MemoryStore()
+    ((name, data),) = write_parts(MemoryStore(), RUN, state_bytes(1), [range(5)], step=7, epoch=1)
+    assert pages.write(store, RUN, name, data, "x") == (data, True)
+    assert [(info.key, store.get(info.key)) for info in store.list("")] == [(keys.run_key(RUN, name), data)]
+    assert pages.read(store, RUN, name, "it") == data
+    assert pages.write(store, RUN, name, data, "x") == (data, True)  # once more is once
+    assert pages.write(store, RUN, name, data + b"!", "y")[1] is False
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_checkpoint_in_pages_is_committed_read_and_verified() -> None:
+    store = MemoryStore()
+    write_dataset(store)
+    log, state = begun(store)
+    parts = paged_parts(store)
+    after = commit(log, 2, 7, 1, state)
+    assert after is not None
+    (info,) = after.checkpoints
+    manifest = load_manifest(store, RUN, info)
+    assert manifest == merge(parts)
+    assert bytes(StateReader(store, manifest).read(TENSORS[2].name, 1)) == state_bytes(1)[2][1]
+    assert verify_checkpoint(store, RUN, info, "full") == ()
+    assert after == commit(log, 2, 7, 1, after)  # whoever commits it again finds it
+    found = [i for i in store.list(f"runs/{RUN}/manifests/") if "/pages/" in i.key]
+    assert len(found) > 6
+    assert max(i.bytes for i in found) == 600
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("how", ["flip", "gone", "cut", "swapped"])
+def test_damage_of_any_page_is_found(how: str) -> None:
+    store = MemoryStore()
+    write_dataset(store)
+    log, state = begun(store)
+    paged_parts(store)
+    after = commit(log, 2, 7, 1, state)
+    assert after is not None
+    (info,) = after.checkpoints
+    names = [i.key for i in store.list(f"runs/{RUN}/manifests/") if "/pages/" in i.key or i.key.endswith("manifest")]
+    for number, key in enumerate(names):
+        kept = store.get(key)
+        store.delete(key)
+        if how == "flip":
+            store.create(key, kept[:-1] + bytes([kept[-1] ^ 1]))
+        elif how == "cut":
+            store.create(key, kept[:-1])
+        elif how == "swapped":
+            store.create(key, store.get(names[(number + 1) % len(names)]))
+        assert verify_checkpoint(store, RUN, info, "quick"), key
+        if "/all-" in key or key.endswith("manifest"):
+            with pytest.raises(Damaged, match="manifest"):
+                load_manifest(store, RUN, info)
+        store.delete(key)
+        store.create(key, kept)
+    assert verify_checkpoint(store, RUN, info, "quick") == ()
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_list_of_pages_is_read_as_hostile() -> None:
+    store = MemoryStore()
+    (name, data), _ = paged_parts(store)
+    key = keys.run_key(RUN, name)
+    root, rng = store.get(key), random.Random(3)
+    for _ in range(500):
+        bad = bytearray(root)
+        for _ in range(rng.randrange(1, 4)):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+        store.delete(key)
+        store.create(key, bytes(bad))
+        try:
+            found = pages.read(store, RUN, name, "it")
+            assert found == data or not pages.is_list(bytes(bad))
+        except Damaged:
+            continue
+
+
+def test_an_older_versions_large_object_is_read() -> None:
+    """One object of more than a page, as it was written before there were pages."""
+    store, leaf = MemoryStore(), b"L" * 32
+    log, state = begun(store)
+    (part,) = synthetic(parts=1, parameters=20_000_000_000, leaf=leaf)
+    manifest = merge([(keys.part_name(5, 1, 0), part.to_bytes())])
+    data = manifest.to_bytes()
+    assert 4 << 20 < len(data) < 64 << 20
+    assert store.create(keys.run_key(RUN, keys.manifest_name(5, 1)), data)
+    state = log.append("checkpoint", checkpoint_body(manifest, data), state, epoch=1)
+    assert load_manifest(store, RUN, state.checkpoints[0]).state_digest == manifest.state_digest
+
+
+def synthetic(parts: int, parameters: int, leaf: bytes) -> Iterator[PartManifest]:
+    """Parts of nodes of one rank each, in chunks as an agent cuts them, every leaf the same. A tensor is cut over up
+    to ten ranks, so that the table is shorter than the gang.
+    """
+    share = min(parts, 10)
+    own = -(-parameters // parts // BLOCK_ELEMENTS) * BLOCK_ELEMENTS
+    tensors = [Tensor(f"h.{n}.mlp.experts.weight", (share, own)) for n in range(-(-parts // share))]
+    per_chunk = MAX_CHUNK_BYTES // 4 // BLOCK_ELEMENTS * BLOCK_ELEMENTS
+    for rank in range(parts):
+        saved: list[tuple[Chunk, list[Piece]]] = []
+        base = rank % share * own
+        for kind in range(len(KINDS)):
+            for first in range(0, own, per_chunk):
+                elements = min(per_chunk, own - first)
+                name = keys.chunk_name(5, 1, rank, "0123456789abcdef", len(saved))
+                chunk = Chunk(name, elements * 4, hashlib.sha256(name.encode()).digest())
+                piece = Piece(rank // share, kind, base + first, elements, 0, 0, (leaf,) * blocks(elements))
+                saved.append((chunk, [piece]))
+        yield PartManifest.build(
+            run=RUN, step=5, epoch=1, samples=40, what=WHAT, part=rank, parts=parts, tensors=tensors, saved=saved
+        )
+
+
+class Sizes(MemoryStore):
+    """The size of the largest object."""
+
+    largest = 0
+
+    def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        self.largest = max(self.largest, memoryview(data).nbytes)
+        return super().create(key, data, sha256=sha256)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parameters"),
+    [
+        (1000, 20_000_000_000),
+        pytest.param(1000, 1_000_000_000_000, marks=pytest.mark.slow),  # one object of 64 MiB held about a sixth
+        pytest.param(8, 1_000_000_000_000, marks=pytest.mark.slow),  # parts in pages, too
+    ],
+)
+def test_a_thousand_ranks_commit(ranks: int, parameters: int) -> None:
+    store = Sizes()
+    log, state = begun(store)
+    for part in synthetic(ranks, parameters, b"L" * 32):
+        label = f"{part.part:05d}-0123456789abcdef"
+        pages.write(store, RUN, keys.part_name(5, 1, part.part), part.to_bytes(), label)
+    after = commit(log, ranks, 5, 1, state)
+    assert after is not None
+    (info,) = after.checkpoints
+    assert info.parts == ranks
+    assert store.largest <= 4 << 20
+    size = sum(i.bytes for i in store.list(f"runs/{RUN}/manifests/{keys.point(5, 1)}/pages/all-"))
+    assert size > parameters * len(KINDS) // BLOCK_ELEMENTS * 32  # the leaves alone
+    whole = pages.read(store, RUN, info.manifest, "it", size=info.bytes, sha256=info.sha256)
+    assert hashlib.sha256(whole).digest() == listed_digest(store, info.manifest)
+
+
+def listed_digest(store: MemoryStore, name: str) -> bytes:
+    return pages._parse(store.get(keys.run_key(RUN, name)), "it")[1]
+
+
+class Reads(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+
+    def get(self, key: str, **more: Any) -> bytes:
+        if "/parts/" in key:
+            self.parts.append(key)
+        return super().get(key, **more)
+
+
+def test_of_many_agents_one_reads_the_parts_and_each_once() -> None:
+    nodes, store, lock = 8, Reads(), threading.Lock()
+    log, state = begun(store)
+    written = write_parts(
+        MemoryStore(), RUN, state_bytes(1), [(0,), (1,), (2,), (3,), (4,), (), (), ()], step=16, epoch=1
+    )
+    committers: list[Committer] = []
+    newest: list[RunState] = []
+
+    def on_commit(found: RunState, step: int) -> None:  # as every agent's watcher sees the record
+        with lock:
+            newest.append(found)
+        for committer in committers:
+            committer.state(found)
+
+    def post(call: Callable[[], None]) -> None:
+        call()
+
+    for node in range(nodes):
+        own = RunLog(store, RUN, writer=f"agent-{node}")
+        committers.append(
+            Committer(
+                own,
+                node,
+                nodes,
+                post=post,
+                on_commit=on_commit,
+                on_idle=lambda: None,
+                on_error=lambda _: None,
+                poll_s=0.01,
+            )
+        )
+        committers[-1].begin(1, None, 60.0)  # type: ignore[arg-type]
+    try:
+        for name, data in written[1:]:
+            store.create(keys.run_key(RUN, name), data)
+        for committer in committers:
+            committer.add(16, state)
+        wait_for(lambda: len(store.parts) >= nodes + 3, "a few looks for the part that is missing")
+        store.create(keys.run_key(RUN, written[0][0]), written[0][1])
+        wait_for(lambda: newest, "the commit")
+        wait_for(lambda: all(c.idle for c in committers), "everybody to hear of it")
+    finally:
+        for committer in committers:
+            committer.close()
+    assert log.fold().find(16, 1) is not None
+    present = [key for key in store.parts if not key.endswith(written[0][0])]
+    assert sorted(present) == sorted({keys.run_key(RUN, name) for name, _ in written[1:]})
