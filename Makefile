@@ -13,7 +13,7 @@ RUN_TESTS = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test newcomer images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ demo: setup ## the main job end to end: prepare, train on two stages, lose one, 
 test: setup ## the tests, at most 6 minutes on 2 cores (the first time some more: it builds what they need)
 	$(BIN)/python -m tests.support.parts
 	$(RUN_TESTS) -m "not slow and not cluster"
+
+newcomer: ## `make test` in a bare Debian with only the README's packages (root; SUITE=trixie, COMMAND="make demo")
+	$(PYTHON) -m tests.tools.newcomer --suite $(or $(SUITE),bookworm) $(or $(COMMAND),make test)
 
 images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: what they stand on; BASE=local: the S3 server too)
 	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
