@@ -58,6 +58,22 @@ const char *hs_test_pick(uint32_t path) {
 #endif
 }
 
+#ifdef HS_TEST_CPU
+/* At least so many bytes, full of NaN: nothing may be read before it is written. Kept from call to
+ * call, because a call may end by a fault, which frees nothing. */
+static void *scratch_of(size_t bytes) {
+    static void *kept;
+    static size_t kept_bytes;
+    if (kept_bytes < bytes) {
+        free(kept);
+        kept = aligned_alloc(64, bytes);
+        kept_bytes = kept ? bytes : 0;
+    }
+    if (kept) memset(kept, 0xff, bytes);
+    return kept;
+}
+#endif
+
 /* The kernel's status; 1 no such set or kernel, 2 no memory or threads. */
 int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                    const int64_t *dims, const double *reals, int threads) {
@@ -70,17 +86,14 @@ int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *
     hs_kernel_ctx ctx = {0};
 #ifdef HS_TEST_CPU
     ctx.scratch_bytes = (hs_kernels_scratch_bytes(threads) + 63) / 64 * 64;
-    ctx.scratch = aligned_alloc(64, ctx.scratch_bytes + 64);
+    ctx.scratch = scratch_of(ctx.scratch_bytes + 64);
     if (!ctx.scratch) return 2;
-    memset(ctx.scratch, 0xff,
-           ctx.scratch_bytes); /* NaN: nothing may be read before it is written */
 #endif
     int rc = 2;
     if (threads == 1 || hs_pool_create(threads, &ctx.pool) == HS_OK) {
         rc = set->fn[kernel](&ctx, &args);
         hs_pool_destroy(ctx.pool);
     }
-    free(ctx.scratch);
     return rc;
 }
 

@@ -19,11 +19,10 @@ import socket
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -34,24 +33,13 @@ from checkpoint.errors import Conflict
 from checkpoint.layout import PlanLayout, read_plan
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
+from tests.support.wait import wait_for
 from trainer import wire
 from trainer.dataset import DatasetRef, write_shard
 from trainer.plan import compile_plan
 from trainer.spec import RunSpec, how_map, parse_spec, what_bytes, what_digest
 
 ROOT = Path(__file__).resolve().parents[2]
-T = TypeVar("T")
-
-
-def wait_for(look: Callable[[], T | None], what: str, seconds: float = 20.0) -> T:
-    """What ``look`` gives once it gives something; AssertionError, saying what was waited for, after the deadline."""
-    end = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.005)  # between two looks at the condition
 
 
 def tiny_spec(**changes: Any) -> RunSpec:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,8 @@ def run(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.support.contained", "--patience", "0.5", *command],
             cwd=tmp_path,
-            env={k: v for k, v in os.environ.items() if "PYTEST" not in k} | {"PYTHONPATH": str(ROOT)},
+            env={k: v for k, v in os.environ.items() if "PYTEST" not in k}
+            | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

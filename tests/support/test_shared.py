@@ -46,7 +46,12 @@ def test_once_and_kept_over_two_processes(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.contained", *pytest],
         cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if "PYTEST" not in k} | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        env={k: v for k, v in os.environ.items() if "PYTEST" not in k}
+        | {
+            "PYTHONPATH": f"{ROOT}:{tmp_path}",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_PLUGINS": "xdist",
+        },
         capture_output=True,
         text=True,
         timeout=120,
