@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
 
-# tests run in so many processes side by side; PYTEST="--durations=40 …": more of pytest's options
-JOBS ?= 2
+# tests run in so many processes side by side: one more than there are cores, because many wait for what they started;
+# PYTEST="--durations=40 …": more of pytest's options
+JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 # the engine that was installed is the one under test; nothing that the tests start outlives them
 RUN_TESTS = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST)

@@ -2,17 +2,18 @@
 
 Objects and the library are kept under the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``), in
 ``hotstage/kernel-tests``, named by a digest of the sources that went into them, the flags and the compiler.
-``HOTSTAGE_TEST_CC`` picks the compiler (``cc`` where absent); ``HOTSTAGE_TEST_SETS=ref`` leaves the fast sets out.
+``HOTSTAGE_TEST_CC`` picks the compiler (tests/support/compilers.py; ``cc`` where absent); ``HOTSTAGE_TEST_SETS=ref``
+leaves the fast sets out.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.compilers import find
 from trainer import wire
 
 Array = NDArray[Any]
@@ -71,14 +73,15 @@ def _units() -> list[tuple[Path, list[str], list[Path]]]:
 
 
 def build() -> Path:
-    """Compiles what changed and links the library. Safe to run in several processes at once."""
+    """Compiles what changed and links the library. Several processes at once: one compiles, the others wait."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "kernel-tests"
     base.mkdir(parents=True, exist_ok=True)
-    compiler = shlex.split(os.environ.get("HOTSTAGE_TEST_CC", "cc"))
+    compiler = [find(os.environ.get("HOTSTAGE_TEST_CC", "cc"))]
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     version += shlex.join(compiler).encode()
     headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
-    with tempfile.TemporaryDirectory(dir=base) as scratch:
+    with (base / ".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         objects: list[Path] = []
         for source, extra, parts in _units():
             flags = [*FLAGS, *extra, f"-I{ENGINE}"]
@@ -99,7 +102,6 @@ def build() -> Path:
 
 
 def _compile(command: list[str]) -> None:
-    assert shutil.which(command[0]), f"no C compiler {command[0]!r}: set HOTSTAGE_TEST_CC"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 

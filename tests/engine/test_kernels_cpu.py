@@ -25,7 +25,7 @@ from tests.engine.kernel_lib import (
     decode,
     encode,
 )
-from tests.support.compilers import find, other_than
+from tests.support.compilers import other_than
 from trainer import wire
 
 EPS = 2.0**-24  # half a unit in the last place of an f32
@@ -296,7 +296,7 @@ def test_equal_bits(kernels: KernelLib, other: KernelLib, case: Case, dtype: int
 def other() -> KernelLib:
     """The kernels by the compiler that the main fixture did not use."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOTSTAGE_TEST_CC", find(other_than(os.environ.get("HOTSTAGE_TEST_CC", "cc"))))
+        patch.setenv("HOTSTAGE_TEST_CC", other_than(os.environ.get("HOTSTAGE_TEST_CC", "cc")))
         return KernelLib(build())
 
 

@@ -93,10 +93,14 @@ def spoil_arenas(work: Path) -> int:
     assert supervisor is not None, "no supervisor runs"
     spoiled = 0
     for entry in Path(f"/proc/{supervisor}/fd").iterdir():
-        if "hotstage-arena" in os.readlink(entry):
-            size = entry.stat().st_size
-            entry.write_bytes(b"\xff" * size)
-            spoiled += size
+        try:
+            if "hotstage-arena" not in os.readlink(entry):
+                continue
+        except FileNotFoundError:
+            continue  # the supervisor works on, and has closed it since the listing
+        size = entry.stat().st_size
+        entry.write_bytes(b"\xff" * size)
+        spoiled += size
     return spoiled
 
 
@@ -169,8 +173,13 @@ def rank_step(work: Path, rank: int) -> int | None:
     return step_of(pid) if pid else None
 
 
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+def _kill(pid: int) -> bool:
+    """Whether it was there to be killed."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
@@ -186,8 +195,7 @@ def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
             while time.monotonic() < deadline:
                 for _ in range(2000):
                     _, step, _, now, letter, _, _ = _PAGE.unpack(os.pread(page, _PAGE.size, 0))
-                    if step >= fault.step and now == kind and (op is None or letter == ord(op)):
-                        _kill(pid)
+                    if step >= fault.step and now == kind and (op is None or letter == ord(op)) and _kill(pid):
                         return True
                 if not Path(f"/proc/{pid}").exists():
                     break
@@ -224,8 +232,7 @@ def _outside(fault: Fault, run_folder: Path, work: Path, deadline: float) -> boo
             else:
                 there = _last_step(found) >= fault.step
             pid = _of_kind(work, word) if there else None
-            if pid is not None:
-                _kill(pid)
+            if pid is not None and _kill(pid):
                 return True
         time.sleep(0.0005)
     return False

@@ -17,11 +17,10 @@ from tests.support import compilers, s3_server
 def main() -> int:
     s3_server.binary()
     compilers.main()
-    build_engine()
-    kernel_lib.build()
-    build_engine(compilers.OTHER)
-    os.environ["HOTSTAGE_TEST_CC"] = compilers.find(compilers.OTHER)
-    kernel_lib.build()
+    for compiler in ("cc", compilers.OTHER):
+        build_engine(compiler)
+        os.environ["HOTSTAGE_TEST_CC"] = compiler
+        kernel_lib.build()
     return 0
 
 
