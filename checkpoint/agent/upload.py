@@ -7,9 +7,9 @@ beside the slots is at most one chunk (64 MiB) a worker, however long the store 
 An upload that fails is tried again until its deadline; when a newer snapshot is ready by then, that one goes instead.
 A final snapshot (done, or preempted) is never given up for another, since nothing newer can come.
 
-Several nodes must pick the same step, or no checkpoint is ever whole. All ranks snapshot at the same steps, and each
-node says which one it uploads (a hint, ``live/<epoch>/upload/<node>``): a node takes the newest that another has begun
-and it still holds, else the newest.
+Several nodes must pick the same step, or no checkpoint is ever whole. All ranks snapshot at the same steps, and a node
+that begins another one than was begun last says so (a hint, ``live/<epoch>/upload/last``): a node takes the one that
+was begun last where it holds that and has not stored it yet, else its newest. Two requests a node, however many nodes.
 """
 
 from __future__ import annotations
@@ -238,19 +238,17 @@ class Uploader:
     def _agreed(
         self, source: Source, ready: Sequence[tuple[tuple[int, int], dict[int, Seen]]]
     ) -> tuple[tuple[int, int], dict[int, Seen]]:
-        """The newest snapshot that another node uploads and this one holds, else the newest. Says which."""
-        folder = keys.run_key(self._run, "live", str(source.epoch), "upload")
+        """The snapshot that a node began last, where this one holds it, else the newest. Says which."""
+        key = keys.run_key(self._run, "live", str(source.epoch), "upload", "last")
         chosen = ready[0]
         try:
-            begun = set()
-            for node in range(self._nodes):
-                if node != self._node:
-                    try:
-                        begun.add(int(self._store.get(f"{folder}/{node}", max_bytes=32)))
-                    except (NotFound, ValueError):
-                        continue
-            chosen = next((item for item in ready if item[0][0] in begun), ready[0])
-            self._store.put(f"{folder}/{self._node}", str(chosen[0][0]).encode())
+            try:
+                begun = int(self._store.get(key, max_bytes=32))
+            except (NotFound, Damaged, ValueError):
+                begun = -1
+            chosen = next((item for item in ready if item[0][0] == begun), ready[0])
+            if chosen[0][0] != begun:
+                self._store.put(key, str(chosen[0][0]).encode())
         except StoreError as error:
             log.warning("the nodes cannot agree on a snapshot now: %s", error)
         return chosen

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from checkpoint.log import CheckpointInfo
 from checkpoint.read import load_manifest
 from checkpoint.restore import GAP_BYTES, OtherModel, plan_reads, restore_slots
+from checkpoint.store import MemoryStore
+from checkpoint.store.base import Data
 from tests.support.agents import Run, make_run, put_dataset, state_bytes, tiny_spec, wait_for
 
 
@@ -168,3 +171,37 @@ def test_a_plan_file_is_read_as_hostile(tmp_path: Path) -> None:
         read_plan(data, digest=b"\0" * 32)
     with pytest.raises(PlanRefused, match="version"):
         read_plan(data[:8] + b"\xff" + data[9:])
+
+
+def test_nodes_agree_on_a_snapshot_in_two_requests_each(tmp_path: Path) -> None:
+    """Whoever comes later takes what was begun, where it holds that; however many nodes there are."""
+    spec = tiny_spec(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    layout = run.layouts[plan]
+    asked: list[str] = []
+
+    class Counted(MemoryStore):
+        def get(self, key: str, **more: Any) -> bytes:
+            asked.append(f"get {key}")
+            return super().get(key, **more)
+
+        def put(self, key: str, data: Data) -> None:
+            asked.append(f"put {key}")
+            super().put(key, data)
+
+    store, table = Counted(), table_of(layout)
+    source = Source(5, layout, table, 20.0)
+    chosen = []
+    with ThreadPoolExecutor(1) as pool:
+        for node, held in enumerate([(6, 4), (8, 6, 4), (8, 6), (8,), (8, 6)]):
+            uploader = Uploader(
+                store, run.name, node, 1000, "a0", pool=pool, post=lambda call: call(), on_part=lambda *_: None,
+                on_idle=lambda: None, on_error=lambda _: None,
+            )  # fmt: skip
+            asked.clear()
+            (step, _), _ = uploader._agreed(source, [((step, 5), {}) for step in held])
+            uploader.close()
+            chosen.append(step)
+            assert len(asked) <= 2, asked
+    assert chosen == [6, 6, 6, 8, 8]
+    table.close()
