@@ -12,6 +12,8 @@ JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 # the engine that was installed is the one under test; nothing that the tests start outlives them
 RUN_TESTS = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST)
+RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
+	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test newcomer images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
@@ -45,11 +47,11 @@ images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: wha
 test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.cluster build
 	$(BIN)/python -m tests.support.s3_server
-	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m "cluster and not slow" $(PYTEST) tests/cluster
+	$(RUN_CLUSTER) -n $(JOBS) --dist loadgroup -m "cluster and not slow" $(PYTEST) tests/cluster
 
 nightly-cluster: setup ## every test on a real Kubernetes, also the slow ones
 	$(BIN)/python -m tests.support.s3_server
-	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m pytest -q -m cluster tests/cluster
+	$(RUN_CLUSTER) -m cluster $(PYTEST) tests/cluster
 
 cluster-up: setup ## bring that Kubernetes up and leave it there, to look around; prints its kubeconfig's path
 	@$(BIN)/python -m tests.cluster up

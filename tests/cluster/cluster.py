@@ -13,6 +13,8 @@ killed before it could.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import os
 import secrets
@@ -30,6 +32,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from k8s.api import Api
+from k8s.errors import Missing
 from tests.cluster import control, node, pause, preflight
 from tests.cluster.build import binary, say
 from tests.cluster.host import (
@@ -46,6 +50,7 @@ from tests.cluster.host import (
     wait_for,
 )
 from tests.support.go import cache
+from trainer.errors import LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +64,16 @@ class Cluster:
     scratch: Path
     nodes: tuple[str, ...]
     program: tuple[str, ...] = field(repr=False)  # kubectl
+
+    def told(self) -> dict[str, Any]:
+        """The cluster as JSON keeps it, for another process; ``again`` makes a Cluster of it."""
+        paths = {"kubeconfig": str(self.kubeconfig), "scratch": str(self.scratch)}
+        return {**paths, "own": self.own, "nodes": list(self.nodes), "program": list(self.program)}
+
+    @classmethod
+    def again(cls, told: Mapping[str, Any]) -> Cluster:
+        paths = Path(told["kubeconfig"]), told["own"], Path(told["scratch"])
+        return cls(*paths, tuple(told["nodes"]), tuple(told["program"]))
 
     def kubectl(self, *args: str, stdin: str | None = None, check: bool = True, seconds: float = 120) -> str:
         """kubectl's output; ClusterError with its words where it fails and ``check``."""
@@ -74,9 +89,33 @@ class Cluster:
             raise ClusterError(f"kubectl {' '.join(args)}: code {done.returncode}: {done.stderr.strip()}")
         return done.stdout
 
-    def get(self, *args: str) -> Any:
-        """``kubectl get`` as plain objects."""
-        return json.loads(self.kubectl("get", *args, "-o", "json"))
+    @functools.cached_property
+    def api(self) -> Api:
+        """The administrator's own connection: a call takes milliseconds, a kubectl half a second."""
+        with past_proxies(self.kubeconfig):
+            return Api.load(str(self.kubeconfig))
+
+    def get(self, kind: str, name: str = "", *, n: str = "", labels: str = "") -> Any:
+        """One object of a kind (its plural), or the list of them, in namespace ``n`` where the kind has any."""
+        query = {"labelSelector": labels} if labels else None
+        try:
+            return self.api.get(_path(kind, n, name), query)
+        except LaunchError as error:
+            raise ClusterError(str(error)) from error
+
+    def put(self, *objects: Mapping[str, Any]) -> None:
+        """Make these objects, or change them to this."""
+        for item in objects:
+            meta, kind = item["metadata"], PLURALS[item["kind"]]
+            try:
+                self.api.apply(_path(kind, meta.get("namespace", ""), meta["name"]), dict(item), force=True)
+            except LaunchError as error:
+                raise ClusterError(str(error)) from error
+
+    def delete(self, kind: str, name: str, *, n: str = "", grace_s: int | None = None) -> None:
+        """Delete an object, if it is there; its end is not waited for."""
+        with contextlib.suppress(Missing):
+            self.api.delete(_path(kind, n, name), grace_s=grace_s)
 
     def apply(self, *objects: Mapping[str, Any], args: Sequence[str] = ()) -> str:
         """Server-side apply of these objects."""
@@ -105,26 +144,35 @@ class Cluster:
         """A namespace of its own that enforces this Pod Security level; deleted when the block ends."""
         name = f"{prefix}-{secrets.token_hex(3)}"
         marks = {f"pod-security.kubernetes.io/{mode}": level for mode in ("enforce", "warn")}
-        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}})
+        self.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}})
         try:
             # pods are refused until the namespace's own account is there
-            self.until(lambda: "default" in self.kubectl("-n", name, "get", "sa", "-o", "name"), f"account of {name}")
+            self.until(lambda: bool(self.get("serviceaccounts", n=name)["items"]), f"account of {name}")
             yield name
         finally:
             # the room of its pods is needed; the namespace itself goes when its controller gets to it
-            self.kubectl("-n", name, "delete", "jobs,pods", "--all", "--grace-period=1", "--wait=false", check=False)
-            self.kubectl("-n", name, "wait", "pods", "--all", "--for=delete", "--timeout=30s", check=False)
-            self.kubectl("delete", "namespace", name, "--wait=false", check=False)
+            with contextlib.suppress(ClusterError, LaunchError):  # whatever ended the block is what is told
+                for kind in ("jobs", "pods"):
+                    for item in self.get(kind, n=name)["items"]:
+                        self.delete(kind, item["metadata"]["name"], n=name, grace_s=1)
+                self.until(lambda: not self.get("pods", n=name)["items"], f"the pods of {name} to go", 30)
+            with contextlib.suppress(ClusterError, LaunchError):
+                self.delete("namespaces", name)
 
     def until(self, ready: Callable[[], bool], what: str, seconds: float = 60, detail: Callable[[], str] = str) -> None:
         """Poll until ``ready``; ClusterError at the deadline."""
         wait_for(ready, what, seconds, detail)
 
+    @functools.cached_property
+    def config(self) -> Any:
+        """The administrator's kubeconfig, with the files that it names inside it."""
+        return json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
+
     def account(self, namespace: str, name: str, rules: Sequence[Mapping[str, Any]]) -> Path:
         """A kubeconfig of a service account in this namespace that has a Role of these rules, and nothing else."""
         meta = {"name": name, "namespace": namespace}
         group = "rbac.authorization.k8s.io"
-        self.apply(
+        self.put(
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta},
             {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta, "rules": [dict(rule) for rule in rules]},
             {
@@ -135,8 +183,13 @@ class Cluster:
                 "subjects": [{"kind": "ServiceAccount", **meta}],
             },
         )
-        token = self.kubectl("-n", namespace, "create", "token", name, "--duration=2h").strip()
-        value = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
+        request = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "spec": {"expirationSeconds": 7200},
+        }
+        token = self.api.create(f"{_path('serviceaccounts', namespace, name)}/token", request)["status"]["token"]
+        value = copy.deepcopy(self.config)
         value["users"] = [{"name": name, "user": {"token": token}}]
         value["contexts"][0]["context"].update(user=name, namespace=namespace)
         path = self.scratch / "accounts" / f"{namespace}-{name}.kubeconfig"
@@ -210,6 +263,43 @@ class Cluster:
             yield
         finally:
             process.send(signal.SIGCONT)
+
+
+PLURALS = {
+    "Namespace": "namespaces",
+    "ServiceAccount": "serviceaccounts",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "Secret": "secrets",
+    "ResourceQuota": "resourcequotas",
+    "LimitRange": "limitranges",
+    "PriorityClass": "priorityclasses",
+    "Job": "jobs",
+    "Pod": "pods",
+}
+_GROUPS = {
+    "jobs": "batch",
+    **dict.fromkeys(("roles", "rolebindings"), "rbac.authorization.k8s.io"),
+    "priorityclasses": "scheduling.k8s.io",
+}
+
+
+def _path(kind: str, namespace: str, name: str) -> str:
+    root = f"/apis/{_GROUPS[kind]}/v1" if kind in _GROUPS else "/api/v1"
+    return "/".join(filter(None, [root, f"namespaces/{namespace}" if namespace else "", kind, name]))
+
+
+@contextlib.contextmanager
+def past_proxies(kubeconfig: Path) -> Iterator[None]:
+    """The environment, with what this kubeconfig's server needs to be reached without a proxy."""
+    before = os.environ.get("NO_PROXY")
+    os.environ["NO_PROXY"] = ",".join(filter(None, [before, control.HOST, "127.0.0.1"]))
+    try:
+        yield
+    finally:
+        os.environ.pop("NO_PROXY")
+        if before is not None:
+            os.environ["NO_PROXY"] = before
 
 
 def given() -> Cluster | None:

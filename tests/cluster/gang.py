@@ -7,6 +7,7 @@ Nodes of a cluster of our own are this machine, so pods' processes are found by 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import signal
@@ -137,7 +138,7 @@ class Gang:
         return self.cluster.kubectl("-n", self.namespace, *args, **more)
 
     def pods(self) -> list[dict[str, Any]]:
-        return list(self.cluster.get("-n", self.namespace, "pods")["items"])
+        return list(self.cluster.get("pods", n=self.namespace)["items"])
 
     def pod(self, index: int) -> dict[str, Any]:
         """The newest pod of an index that has not ended; its status may lag behind what its processes do."""
@@ -152,7 +153,7 @@ class Gang:
         return max(mine, key=lambda p: str(p["metadata"]["creationTimestamp"]))
 
     def jobs(self) -> list[str]:
-        return [j["metadata"]["name"] for j in self.cluster.get("-n", self.namespace, "jobs")["items"]]
+        return [j["metadata"]["name"] for j in self.cluster.get("jobs", n=self.namespace)["items"]]
 
     def processes(self, index: int) -> dict[int, list[str]]:
         """Processes of the pod of an index, by their numbers on this machine, with their arguments."""
@@ -278,7 +279,7 @@ def secret(cluster: Cluster, namespace: str, name: str, values: dict[str, str]) 
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     data = {key: base64.b64encode(values[key].encode()).decode() for key in keys}
     meta = {"name": name, "namespace": namespace}
-    cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": data}, args=("--force-conflicts",))
+    cluster.put({"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": data})
 
 
 def ended(driver: subprocess.Popen[bytes], seconds: float = 150.0) -> dict[str, Any]:
@@ -290,26 +291,28 @@ def ended(driver: subprocess.Popen[bytes], seconds: float = 150.0) -> dict[str, 
 
 @dataclass
 class Table:
-    """out/faults.json: the rows of this session, and no others."""
+    """out/faults.json: the rows of this session, whichever of its processes they come from, and no others."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    @staticmethod
+    def begin(_: Path) -> bool:
+        """Without what another session left."""
         FAULTS.unlink(missing_ok=True)
+        return True
 
     def add(self, fault: str, diagnosis: str, one: Gang, result: Mapping[str, Any], digest: str) -> None:
-        self.rows.append(
-            {
-                "fault": fault,
-                "diagnosis": diagnosis,
-                "attempts": result["attempts"],
-                "lost_steps": one.lost_steps(),
-                "digest_equal": result["state_digest"] == digest,
-                "recovery_s": one.recovery_s(),
-            }
-        )
+        row = {
+            "fault": fault,
+            "diagnosis": diagnosis,
+            "attempts": result["attempts"],
+            "lost_steps": one.lost_steps(),
+            "digest_equal": result["state_digest"] == digest,
+            "recovery_s": one.recovery_s(),
+        }
         FAULTS.parent.mkdir(parents=True, exist_ok=True)
-        FAULTS.write_text(json.dumps(self.rows, indent=1) + "\n")
+        with FAULTS.with_suffix(".lock").open("w") as lock:  # other processes of the session write theirs
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = json.loads(FAULTS.read_text()) if FAULTS.exists() else []
+            FAULTS.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
 
 def group_of(pid: int, controller: str) -> tuple[Path, bool]:

@@ -79,5 +79,5 @@ def kwok(cluster: Cluster, nodes: int, scratch: Path) -> Iterator[dict[str, str]
 
 
 def _ready(cluster: Cluster) -> int:
-    conditions = [c for n in cluster.get("nodes", "-l", f"{LABEL}=true")["items"] for c in n["status"]["conditions"]]
+    conditions = [c for n in cluster.get("nodes", labels=f"{LABEL}=true")["items"] for c in n["status"]["conditions"]]
     return sum(c["type"] == "Ready" and c["status"] == "True" for c in conditions)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster import cluster as room
 from tests.cluster import host
+from tests.cluster.conftest import holding
 from tests.cluster.host import BRIDGES, CGROUPS, NAMESPACE, STATE, UPLINKS, Ledger, wait_for
 from tests.support.go import cache
 
@@ -25,6 +26,13 @@ with cluster() as made:
     print("up", flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No process of the session may bring its cluster up meanwhile."""
+    with holding(tmp_path_factory, "machine", alone=True):
+        yield
 
 
 @pytest.fixture(autouse=True)

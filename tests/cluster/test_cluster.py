@@ -117,7 +117,7 @@ def test_pods_on_both_nodes_find_each_other_by_name(cluster: Cluster, python_ima
     with cluster.namespace("peers") as namespace:
         cluster.apply(*peers("meet", python_image), args=["-n", namespace])
         cluster.kubectl("-n", namespace, "wait", "job/meet", "--for=condition=Complete", "--timeout=90s")
-        pods = cluster.get("-n", namespace, "pods")["items"]
+        pods = cluster.get("pods", n=namespace)["items"]
         assert {p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for p in pods} == {"0", "1"}
         assert len({p["spec"]["nodeName"] for p in pods}) == 2
         said = {
@@ -164,7 +164,7 @@ def test_a_service_is_reached_from_both_nodes(cluster: Cluster, python_image: st
     with cluster.namespace("service") as namespace:
         cluster.apply(web, service, job, args=["-n", namespace])
         cluster.kubectl("-n", namespace, "wait", "job/ask", "--for=condition=Complete", "--timeout=90s")
-        asked = cluster.get("-n", namespace, "pods", "-l", "batch.kubernetes.io/job-name=ask")["items"]
+        asked = cluster.get("pods", n=namespace, labels="batch.kubernetes.io/job-name=ask")["items"]
         assert len({p["spec"]["nodeName"] for p in asked}) == 2
 
 
@@ -235,12 +235,13 @@ def test_a_pod_reaches_the_api_by_its_service(cluster: Cluster, python_image: st
         assert cluster.kubectl("-n", namespace, "logs", "inside").split() == ["200", "200"]
 
 
+@pytest.mark.alone
 def test_a_node_without_its_kubelet_is_not_ready_and_comes_back(cluster: Cluster) -> None:
     if not cluster.own:
         pytest.skip("a kubelet is only stopped in a cluster of our own")
 
     def state() -> str:
-        conditions = cluster.get("node", "node2")["status"]["conditions"]
+        conditions = cluster.get("nodes", "node2")["status"]["conditions"]
         return str(next(c["status"] for c in conditions if c["type"] == "Ready"))
 
     with cluster.away("kubelet-node2"):

@@ -23,6 +23,7 @@ from tests.cluster.control import HOST, compact
 from tests.cluster.gang import SPEC, STEPS, Gang, Table, ended, fill_memory, gang, secret, send, step_of, until
 from tests.support.place import Place
 from tests.support.s3_server import S3Server, s3_server
+from tests.support.shared import once
 
 AWAY_S = 120.0
 PATCH = "launch.pod_patch="
@@ -31,13 +32,17 @@ PATCH = "launch.pod_patch="
 @pytest.fixture(scope="session")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The state digest of the same What, trained on this machine without a fault."""
-    place = Place(tmp_path_factory.mktemp("local") / "p", SPEC)
-    try:
-        result = place.train("launch.target=local", "launch.nodes=1", "parallel.stages=2")
-    finally:
-        place.stop_all()
-    assert (result["outcome"], result["step"]) == ("succeeded", STEPS)
-    return str(result["state_digest"])
+
+    def make(work: Path) -> str:
+        place = Place(work / "p", SPEC)
+        try:
+            result = place.train("launch.target=local", "launch.nodes=1", "parallel.stages=2")
+        finally:
+            place.stop_all()
+        assert (result["outcome"], result["step"]) == ("succeeded", STEPS)
+        return str(result["state_digest"])
+
+    return once(tmp_path_factory, "local-gang", make)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Judge:
 
 
 @pytest.fixture(scope="session")
-def judge(digest: str) -> Judge:
+def judge(digest: str, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    once(tmp_path_factory, "faults-table", Table.begin)
     return Judge(digest, Table())
 
 
@@ -160,6 +166,7 @@ def test_what_strikes_while_it_trains(one: Gang, judge: Judge, fault: str) -> No
     assert launches == (["k1", "k2"] if anew else ["k1"] * result["attempts"])
 
 
+@pytest.mark.alone
 def test_two_minutes_without_the_api_server_and_without_the_store(
     cluster: Cluster, s3: S3Server, tmp_path: Path, judge: Judge
 ) -> None:
@@ -204,6 +211,7 @@ def test_two_minutes_without_the_api_server_and_without_the_store(
             assert result["attempts"] == 1
 
 
+@pytest.mark.alone  # its pod's controller is away meanwhile
 def test_one_index_started_twice(one: Gang, judge: Judge) -> None:
     driver = one.start()
     one.reached(20)
@@ -319,7 +327,7 @@ def waits(one: Gang, part: str) -> str:
 
 def test_a_quota_that_is_too_small(one: Gang, judge: Judge) -> None:
     meta = {"name": "small", "namespace": one.namespace}
-    one.cluster.apply({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": meta, "spec": {"hard": {"pods": "1"}}})
+    one.cluster.put({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": meta, "spec": {"hard": {"pods": "1"}}})
     driver = one.start()
     told = waits(one, "exceeded quota")
     assert "raise the quota" in told
@@ -391,9 +399,10 @@ def test_a_job_of_somebody_else(one: Gang) -> None:
     # the run takes a new launch, because its old one ran and is gone; what stands there is left alone
     result = ended(one.start())
     assert result["outcome"] == "succeeded"
-    assert one.cluster.get("-n", one.namespace, "job", name)["spec"]["suspend"] is True
+    assert one.cluster.get("jobs", name, n=one.namespace)["spec"]["suspend"] is True
 
 
+@pytest.mark.alone
 def test_a_machine_that_falls_silent_is_fenced_and_its_zombies_harm_nobody(one: Gang, judge: Judge) -> None:
     driver = one.start()
     one.reached(20)

@@ -66,7 +66,7 @@ def run_in_pod(cluster: Cluster, image: str, *command: str, seconds: int = 90) -
         )
 
         def phase() -> str:
-            return str(cluster.get("-n", namespace, "pod", "one")["status"].get("phase"))
+            return str(cluster.get("pods", "one", n=namespace)["status"].get("phase"))
 
         def words() -> str:
             return cluster.kubectl("-n", namespace, "logs", "one", check=False)

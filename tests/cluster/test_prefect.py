@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from flows.prefect_api import PrefectServer
 from k8s.render import PORT_BASE
 from tests.cluster.cluster import Cluster
 from tests.cluster.gang import Gang, ended, gang
-from tests.flows.conftest import Api, started
+from tests.flows.conftest import Api
 from tests.support.place import Place
 from tests.support.s3_server import S3Server
+from tests.support.shared import kept
 from trainer.presets import PRESETS
 
 STEPS = 200
@@ -24,9 +26,8 @@ ON_THE_CLUSTER = ["launch.target=kubernetes", "launch.store_secret=store", "para
 
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    server = started(tmp_path_factory.mktemp("prefect"))
-    yield Api(server)
-    server.stop()
+    with kept(tmp_path_factory, "prefect", "tests.flows.conftest:keep_server") as told:
+        yield Api(PrefectServer(Path(told["home"]), told["port"]))
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,7 @@ def test_one_command_after_apply_gives_a_finished_run(applied: Cluster) -> None:
     assert (run["state"], run["saved_step"], run["attempts"]) == ("succeeded", spec.train.steps, 1)
     restarts = {
         f"{p['metadata']['name']}/{c['name']}": c["restartCount"]
-        for p in applied.get("-n", SPACE, "pods")["items"]
+        for p in applied.get("pods", n=SPACE)["items"]
         for c in p["status"]["containerStatuses"]
     }
     assert set(restarts.values()) == {0}

@@ -19,15 +19,15 @@ PAIRS = [(group, resource, verb) for group, resource, verbs in RIGHTS for verb i
 
 
 @pytest.fixture(scope="module")
-def namespace(cluster: Cluster) -> Iterator[str]:
-    with cluster.namespace("least") as name:
+def namespace(standing: Cluster) -> Iterator[str]:
+    with standing.namespace("least") as name:
         yield name
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster, namespace: str) -> Iterator[KubernetesLauncher]:
+def whole(standing: Cluster, namespace: str) -> Iterator[KubernetesLauncher]:
     """The launcher of an account that has the Role."""
-    launcher, _ = connect(cluster, namespace, "whole")
+    launcher, _ = connect(standing, namespace, "whole")
     yield launcher
     launcher.close()
 

@@ -45,7 +45,7 @@ def test_a_thousand_pods_are_tracked_from_their_birth_to_their_end(
         launch = launch_named(NAME, namespace=space, node_selector=selector)
         launcher.ensure(launch)
         # as many pods as there would be with a plan of a thousand stages, which takes minutes to compile
-        (job,) = cluster.get("-n", space, "jobs")["items"]
+        (job,) = cluster.get("jobs", n=space)["items"]
         many = json.dumps({"spec": {"completions": RANKS, "parallelism": RANKS}})
         cluster.kubectl("-n", space, "patch", "job", job["metadata"]["name"], "--type=merge", "-p", many)
 
@@ -69,10 +69,10 @@ def test_a_thousand_pods_are_tracked_from_their_birth_to_their_end(
         share = (time.process_time() - used) / (time.monotonic() - began)
         print(f"watching {RANKS} pods: {100 * share:.2f} % of a core")
 
-        victim = cluster.get("-n", space, "pods", "-l", "batch.kubernetes.io/job-completion-index=617")["items"][0]
+        victim = cluster.get("pods", n=space, labels="batch.kubernetes.io/job-completion-index=617")["items"][0]
         cluster.kubectl("-n", space, "delete", "pod", victim["metadata"]["name"], "--wait=false")
         cluster.until(lambda: state() == "lost", "the loss to be seen", 60, lambda: launcher.observe(NAME).detail)
         assert victim["metadata"]["name"] in launcher.observe(NAME).detail
 
         launcher.stop(NAME, grace_s=60.0)
-        cluster.until(lambda: not cluster.get("-n", space, "pods")["items"], "the pods to be gone", 180)
+        cluster.until(lambda: not cluster.get("pods", n=space)["items"], "the pods to be gone", 180)

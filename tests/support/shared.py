@@ -26,7 +26,7 @@ from tests.support.wait import wait_for
 T = TypeVar("T")
 
 
-def _folder(factory: pytest.TempPathFactory, name: str) -> Path:
+def folder_of(factory: pytest.TempPathFactory, name: str) -> Path:
     """The same one in every process of the session."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
@@ -49,7 +49,7 @@ def _write(path: Path, value: Any) -> None:
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> T:
     """What ``make`` gave to the first that asked, as JSON keeps it; it gets a folder that the session has alone."""
-    folder = _folder(factory, name)
+    folder = folder_of(factory, name)
     told = folder / "told.json"
     with _alone(folder / "lock"):
         if not told.exists():
@@ -64,7 +64,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) 
 def kept(factory: pytest.TempPathFactory, name: str, function: str) -> Iterator[dict[str, Any]]:
     """What ``function`` (``module:name``, a context manager over a folder) yields; a process holds it open until its
     last user has left or died."""
-    folder = _folder(factory, name)
+    folder = folder_of(factory, name)
     told = folder / "told.json"
     with (folder / "users").open("w") as users:
         with _alone(folder / "lock"):
