@@ -7,6 +7,7 @@ memory, and counts the pods one after the other (``pkg/quota/v1/evaluator/core``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -260,7 +261,8 @@ def _across(pod: Mapping[str, Any]) -> bool:
 
 
 def _amounts(raw: Mapping[str, Any] | None) -> Amounts:
-    return {key: amount(value) for key, value in (raw or {}).items()}
+    """A list of resources as the API server keeps it: what is finer than a thousandth is rounded up."""
+    return {key: Fraction(math.ceil(amount(value) * 1000), 1000) for key, value in (raw or {}).items()}
 
 
 def _items(item: Json, kind: str) -> list[Json]:

@@ -51,6 +51,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             wait_for(lambda: Ledger.load() is None, "the cluster to be taken down", 90)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if item.path.is_relative_to(HERE)]
     for item in mine:
