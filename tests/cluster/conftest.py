@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 
 SESSION = "HOTSTAGE_CLUSTER_SESSION"
+TOGETHER = ("test_bring_up", "test_rights", "test_prefect", "test_quotas")  # in one process: they share what they make
 
 
 def pytest_configure() -> None:
@@ -56,11 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if item.path.is_relative_to(HERE)]
     for item in mine:
         item.add_marker(pytest.mark.cluster)
-        if item.path.stem in (
-            "test_bring_up",
-            "test_rights",
-            "test_prefect",
-        ):  # in one process: they share what they make
+        if item.path.stem in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items[:] = [item for item in items if item not in mine] + sorted(mine, key=_turn)
 
