@@ -337,6 +337,22 @@ def test_a_quota_that_is_too_small(one: Gang, judge: Judge) -> None:
     assert judge.row(one, "quota too small", told, ended(driver))["attempts"] == 1
 
 
+def test_a_quota_on_what_the_pods_do_not_say(one: Gang, judge: Judge) -> None:
+    """The doctor's finding, the same from the run itself, and a run that its mend makes whole."""
+    meta, hard = {"name": "counted", "namespace": one.namespace}, {"limits.cpu": "4", "pods": "1e3"}
+    one.cluster.put({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": meta, "spec": {"hard": hard}})
+    mend = 'set launch.resources."limits.cpu" and launch.agent_resources."limits.cpu"'
+    done = one.call("k8s", "doctor", "spec.toml", *one.arguments)
+    assert done.code == 78, done.out
+    assert "quota counted counts limits.cpu and containers agent, engine set none" in done.out
+    assert mend in done.out
+    result = ended(one.start())
+    assert (result["outcome"], result["exit_code"]) == ("gave_up", 78), result
+    assert "must specify limits.cpu for: agent,engine" in result["reason"]
+    driver = one.resume(result["run"], 'launch.resources."limits.cpu"="1"', 'launch.agent_resources."limits.cpu"="1"')
+    judge.row(one, "quota on what pods do not say", result["reason"], ended(driver))
+
+
 def test_no_machine_fits(one: Gang, judge: Judge) -> None:
     one.sets.append('launch.node_selector={ fitting = "yes" }')
     driver = one.start()
