@@ -71,9 +71,10 @@ def static_engine(arch: str) -> Path:
     """The static binary for amd64 or arm64, stripped; only what changed is compiled again."""
     target, processor = TARGETS[arch]
     programs = tools()
-    build = cache() / f"static-engine-{arch}" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
-    build.mkdir(parents=True, exist_ok=True)
     zig = compiler(target)
+    # a folder of its own for each tree and compiler: CMake does not go on where another one configured
+    build = cache() / f"static-engine-{arch}" / hashlib.sha256(f"{ROOT} {zig}".encode()).hexdigest()[:8]
+    build.mkdir(parents=True, exist_ok=True)
     settings = {
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": processor,
@@ -92,8 +93,10 @@ def static_engine(arch: str) -> Path:
     say(f"building the static engine for {arch}")
     cmake = str(programs / "cmake")
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT / "trainer" / "engine"), "-B", str(build)]
-    _quiet([*configure, *(f"-D{key}={value}" for key, value in settings.items())], env)
-    _quiet([cmake, "--build", str(build), "--target", "hotstage-engine"], env)
+    with open(build / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _quiet([*configure, *(f"-D{key}={value}" for key, value in settings.items())], env)
+        _quiet([cmake, "--build", str(build), "--target", "hotstage-engine"], env)
     return build / "hotstage-engine"
 
 
