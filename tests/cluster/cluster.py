@@ -439,7 +439,9 @@ def cluster() -> Iterator[Cluster]:
         finally:
             say("taking the cluster down")
             with locked():
-                sweep()
+                ledger = Ledger.load()
+                if ledger is None or ledger.owner == myself():  # else it was taken down, and another one stands
+                    sweep()
 
 
 def _handle(ledger: Ledger, kube: Path) -> Cluster:

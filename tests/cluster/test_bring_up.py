@@ -28,6 +28,9 @@ with cluster() as made:
 """
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No process of the session may bring its cluster up meanwhile."""
@@ -43,6 +46,10 @@ def _alone() -> Iterator[None]:
     if Ledger.load() is not None:
         pytest.skip("a cluster stands here that is not ours to take down (make cluster-down)")
     yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
     room.down()
 
 
@@ -83,8 +90,8 @@ def traces() -> list[str]:
 
 
 def user() -> subprocess.Popen[str]:
-    """A process that has a cluster until it is told otherwise."""
-    return subprocess.Popen(
+    """A process that has a cluster until it is told otherwise, or its test ends."""
+    process = subprocess.Popen(
         [sys.executable, "-c", USER],
         cwd=room.ROOT,
         stdin=subprocess.PIPE,
@@ -92,6 +99,8 @@ def user() -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def until_up(process: subprocess.Popen[str]) -> None:
