@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("bookworm", "trixie")
 CANNOT = 69
+PATIENCE_S = 60.0  # from an interrupt until what is in there is killed
 # settings of this machine that name how it reaches package registries
 SETTINGS = re.compile(
     r"PIP_(?!FIND_LINKS)|SSL_|REQUESTS_CA|CURL_CA|GIT_SSL|AWS_CA_BUNDLE|GO(PROXY|FLAGS|.*SUM.*)$|(https?|no)_proxy",
@@ -105,6 +106,8 @@ def bare_root(suite: str, names: list[str], fresh: bool) -> Path:
     home = cache() / f"{suite}-{digest}"
     with (cache() / f".{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for half in cache().glob(f".{home.name}-*"):  # of one that was killed
+            shutil.rmtree(half)
         if fresh and home.exists():
             shutil.rmtree(home)
         if not home.exists():
@@ -114,7 +117,15 @@ def bare_root(suite: str, names: list[str], fresh: bool) -> Path:
                 log = cache() / f"{home.name}.log"
                 with log.open("w") as out:
                     done = subprocess.run(
-                        ["debootstrap", "--variant=minbase", f"--include={','.join(names)}", suite, str(made)],
+                        [
+                            "unshare",
+                            "--mount",
+                            "debootstrap",
+                            "--variant=minbase",
+                            f"--include={','.join(names)}",
+                            suite,
+                            str(made),
+                        ],
                         stdout=out,
                         stderr=out,
                     )
@@ -131,19 +142,33 @@ def bare_root(suite: str, names: list[str], fresh: bool) -> Path:
 
 @contextlib.contextmanager
 def folder_of_a_command() -> Iterator[Path]:
-    run = Path(tempfile.mkdtemp(dir=cache(), prefix="run-"))
-    try:
-        for name in ("root", "up", "work", "settings"):
-            (run / name).mkdir()
-        for file in (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf"):
-            if file.exists() and not (run / "settings" / "pip.conf").exists():
-                shutil.copy(file, run / "settings" / "pip.conf")
-        if CERTIFICATES.exists():
-            shutil.copy(CERTIFICATES, run / "certificates")
-        yield run
-    finally:
-        end_all_below(run)
-        shutil.rmtree(run)
+    """Ended and removed in any case; what a killed one has left goes first."""
+    with (cache() / ".runs.lock").open("w") as runs:
+        fcntl.flock(runs, fcntl.LOCK_EX)
+        for earlier in cache().glob("run-*"):
+            with (earlier / "lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(earlier)
+        run = Path(tempfile.mkdtemp(dir=cache(), prefix="run-"))
+        mine = (run / "lock").open("w")
+        fcntl.flock(mine, fcntl.LOCK_EX)
+    with mine:
+        try:
+            for name in ("root", "up", "work", "settings"):
+                (run / name).mkdir()
+            for file in (Path("/etc/pip.conf"), Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf"):
+                if file.exists() and not (run / "settings" / "pip.conf").exists():
+                    shutil.copy(file, run / "settings" / "pip.conf")
+            if CERTIFICATES.exists():
+                shutil.copy(CERTIFICATES, run / "certificates")
+            yield run
+        finally:
+            remove(run)
+
+
+def remove(run: Path) -> None:
+    end_all_below(run)
+    shutil.rmtree(run)
 
 
 def end_all_below(run: Path) -> None:
@@ -196,12 +221,11 @@ def enter(suite: str, command: list[str], *, cold: bool, fresh: bool) -> int:
         told = [str(lower), str(run), str(ROOT), "" if cold else str(downloads)]
         script = ["unshare", "--mount", "sh", "-euc", SCRIPT, "sh", *told, *command]
         process = subprocess.Popen(["env", "-i", *(f"{k}={v}" for k, v in environment.items()), *script])
-        while True:
-            try:
-                code = process.wait()
-                return code if code >= 0 else 128 - code
-            except KeyboardInterrupt:  # it has reached the command too, which ends by itself
-                continue
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it has reached the command too, which ends by itself
+            code = process.wait(PATIENCE_S)
+        return code if code >= 0 else 128 - code
 
 
 def say(text: str) -> None:
@@ -226,6 +250,8 @@ def main(args: list[str]) -> int:
     except Cannot as error:
         say(str(error))
         return CANNOT
+    except subprocess.TimeoutExpired:
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
