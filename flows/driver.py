@@ -208,12 +208,17 @@ def superseded(log: LogView) -> bool:
     return order is not None and newest is not None and order.n > newest.order and order.how != newest.how
 
 
+def opened(log: LogView) -> bool:
+    """Whether a run that had ended without success goes on by an order that came after its end."""
+    order = log.order
+    return order is not None and order.again and log.ended != "succeeded" and order.n > log.ended_n
+
+
 def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision | None:
     """What the log alone decides: an end, a success (D1), a first attempt, an order (D6), another launch."""
     order = log.order
     by = f" by {order.by}" if order is not None and order.by else ""
-    opened = order is not None and order.again and log.ended != "succeeded" and order.n > log.ended_n
-    if log.ended and not opened:
+    if log.ended and not opened(log):
         return Finished(log.ended)
     if any(c.step >= policy.steps for c in log.candidates):
         return End("succeeded", f"step {policy.steps} is saved")

@@ -9,7 +9,7 @@ from checkpoint.codec import pack
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.run import Prepared, load_what, publish_plan
+from flows.run import Prepared, asked_how, load_what, publish_plan
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -33,8 +33,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     what = load_what(store, parent)
     data = dict(what["data"])
     digest = data.pop("digest")
-    newest = state.newest_attempt
-    how: Mapping[str, Any] = newest.body["how"] if newest else {}
+    how: Mapping[str, Any] = asked_how(state) or {}
     tree = {
         "name": parent.rsplit("-", 1)[0][:32] + "-fork",
         "model": what["model"],

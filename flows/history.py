@@ -34,10 +34,14 @@ def raises(log: LogView) -> list[int]:
 
 
 def recent(log: LogView) -> tuple[AttemptView, ...]:
-    """The attempts that began since the run came further, or since a person's last word."""
+    """The attempts that began since the run came further, or since a person's last word; without those that only found
+    out that a checkpoint is damaged: there are as many as checkpoints at most.
+    """
     marks = raises(log)
     since = max(marks[-1] if marks else 0, spoken(log) + 1)
-    return tuple(a for a in log.attempts if a.epoch >= since)
+    return tuple(
+        a for a in log.attempts if a.epoch >= since and (a.restore_slots or a.restore_checkpoint not in log.damaged)
+    )
 
 
 def give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:

@@ -16,7 +16,7 @@ from checkpoint.keys import log_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.api import OUT, Run, make_driver
-from flows.run import load_run, run_names
+from flows.run import load_run, opened_again, ruling_how, run_names
 from trainer.errors import TrainerError
 
 log = logging.getLogger(__name__)
@@ -25,11 +25,10 @@ ENDED_A_LOOK = 16
 
 
 def wants_driver(state: RunState) -> bool:
-    """Whether a run has begun on a cluster and has not ended."""
-    newest = state.newest_attempt
-    if newest is None or state.ended or state.unreadable:
+    """Whether a run has begun, is for a cluster (by its newest order, too), and has not ended for good."""
+    if state.newest_attempt is None or (state.ended and not opened_again(state)) or state.unreadable:
         return False
-    how = newest.body.get("how") or {}
+    how = ruling_how(state) or {}
     return bool((how.get("launch") or {}).get("target") == "kubernetes")
 
 

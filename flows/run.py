@@ -18,7 +18,7 @@ from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.driver import superseded
+from flows.driver import opened, superseded
 from flows.views import AttemptView, CheckpointView, LogView, OrderView, Policy
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
@@ -221,6 +221,12 @@ def ruling_how(state: RunState) -> Mapping[str, Any] | None:
     """The How that every driver follows: the newest attempt's, or that of an order which it does not follow yet."""
     newest = state.newest_attempt
     return asked_how(state) if newest is None or is_superseded(state) else newest.how
+
+
+def opened_again(state: RunState) -> bool:
+    """Whether a run that had ended is to go on by a person's order."""
+    orders = tuple(order_view(o) for o in state.orders[-1:])
+    return state.ended is not None and opened(LogView(ended=state.ended.outcome, ended_n=state.ended.n, orders=orders))
 
 
 def is_superseded(state: RunState) -> bool:

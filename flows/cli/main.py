@@ -26,8 +26,9 @@ Exit codes of train, runs resume and demo:
   65  bad or missing training data
   70  internal error (a bug)
   75  a peer, a node or the store was lost and recovery ended
-  76  the restore point is damaged and there is no other
-  78  refused: spec, plan, store or launch; the message names the value, the limit and the mend
+  76  no checkpoint can be used any more; a run does not begin again by itself
+  78  refused: spec, plan, store or launch, or an order stands that this command cannot serve; the message names
+      the value, the limit and the mend
   85  stopped on request (Ctrl-C, SIGTERM); the same command, or `hotstage runs resume RUN`, goes on from what is saved
   86  stalled
   87  loss or gradient norm became not finite

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.log import RunLog
+from checkpoint.log import RunLog, ended_body
 from checkpoint.store import open_store
 from flows.history import avoided
 from flows.loop import Driver, launch_of
@@ -186,5 +186,23 @@ def test_open_runs_of_a_cluster_want_a_driver(place: Any, monkeypatch: pytest.Mo
     run = reconciler.driven[prepared.run]
     assert load_run(store, prepared.run).nodes == 2
     run.cancel()
+    cluster.views = {name: LaunchView(name, "done") for name in cluster.views}  # its nodes leave
     assert run.wait(30.0)
     assert not wants_driver(log.fold())
+
+
+def test_an_order_for_a_cluster_wants_a_driver_also_where_its_command_died(place: Any) -> None:
+    store, prepared = place
+    local = prepared.spec.model_copy(update={"launch": prepared.spec.launch.model_copy(update={"target": "local"})})
+    log = RunLog(store, prepared.run)
+    restore = {"checkpoint": None, "step": 0, "slots": None}
+    here = replace(prepared, spec=local)
+    state = log.append("attempt", attempt_body(here, "x", restore, reason="start", cause=None), log.fold())
+    assert not wants_driver(state)
+    how = attempt_body(prepared, "x", restore)["how"]
+    order = {"kind": "order", "how": how, "by": "ann@a", "via": "runs resume", "again": True}
+    state = log.append("intervention", order, state)
+    assert wants_driver(state)
+    state = log.append("ended", ended_body(state, "cancelled", "by ann"), state)
+    assert not wants_driver(state)
+    assert wants_driver(log.append("intervention", order, state))

@@ -651,6 +651,23 @@ def test_the_budget_begins_anew_with_a_person_s_word_and_with_a_checkpoint_of_th
     assert isinstance(decide(worn, nodes_of(17, nodes), POLICY), End)
 
 
+def test_what_found_out_about_damage_is_no_part_of_the_budget() -> None:
+    """More damaged checkpoints than the budget has attempts, and a sound one before them."""
+    saved = steps(*((n, 10 * n) for n in range(2, 12)))
+    attempts = [attempt(1)]
+    for number, point in enumerate(reversed(saved[1:])):
+        for again in range(2):
+            cause = {"class": "restore", "step": -1, "text": "damaged"}
+            attempts.append(
+                attempt(20 + 2 * number + again, restore_step=point.step, restore_checkpoint=point.n, cause=cause)
+            )
+    nodes = [ended(0, epoch=attempts[-1].epoch, code=76, step=-1), ended(1, epoch=attempts[-1].epoch, code=75, step=-1)]
+    full = LogView(tuple(attempts), saved, saved[:1], damaged=tuple(c.n for c in saved[1:]))
+    policy = replace(POLICY, steps=1000)
+    last = started(decide(full, nodes, policy))
+    assert (last.restore.checkpoint, last.delay_s) == (2, 0.0)
+
+
 def test_a_strike_fades_with_checkpoints_a_word_and_a_pardon_a_sick_machine_not_with_checkpoints() -> None:
     strike = {"class": "signal", "place": "b", "step": 1}
     attempts = (attempt(1), attempt(2, cause=strike), attempt(3, cause=strike))
