@@ -27,6 +27,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.facts import details
 from flows.live import SEGMENT_CAP, STATUS_CAP, read_output
+from trainer.cores import usable_cpus
 from trainer.errors import LaunchError, TrainerError
 
 STRUCK = "[struck out]"
@@ -117,6 +118,7 @@ def _about(store: Store) -> Iterator[tuple[str, bytes]]:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "processors": os.cpu_count(),
+        "usable_processors": usable_cpus(),
         "store": store.describe(),
         "time": time.time(),
     }

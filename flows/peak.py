@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from trainer.cores import usable_cpus
 from trainer.spec import ModelSpec
 
 _WORKERS = 16  # at most; what one core does stands for the others above that
@@ -47,8 +48,8 @@ def flops_per_token(model: ModelSpec, sequence: int) -> float:
 
 @lru_cache(maxsize=1)
 def measured_peak(seconds: float = 0.4, size: int = 768) -> float:
-    """FLOP/s of fp32 products of size x size matrices on all cores of this process: the best of each core, summed."""
-    cores = len(os.sched_getaffinity(0))
+    """FLOP/s of fp32 products of size x size matrices on every CPU that this process may use, summed."""
+    cores = usable_cpus()
     workers = min(cores, _WORKERS)
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "MKL", "OMP", "BLIS")}
     running = [

@@ -15,6 +15,7 @@ from k8s.labels import object_name
 from k8s.render import AGENT, ENGINE, FABRICS, PORT_BASE, PORTS, apply_patch, render_launch
 from trainer.errors import LaunchRefused
 from trainer.plan import compile_plan
+from trainer.plan.memory import WORKSPACE_BYTES_PER_THREAD
 from trainer.spec import parse_spec, what_digest
 from trainer.wire import EXITS
 
@@ -113,6 +114,18 @@ def test_memory_comes_from_the_plan_and_less_is_refused() -> None:
         rendered(resources={"cpu": "a lot"})
     with pytest.raises(LaunchRefused, match=r"launch.agent_resources.memory = '1 GB' is no quantity"):
         rendered(agent_resources={"memory": "1 GB"})
+
+
+def test_memory_counts_the_threads_of_the_cpus_that_are_asked_for() -> None:
+    """4 stages on 2 nodes: two ranks a pod share its CPUs, and each thread has a workspace."""
+
+    def memory(**launch: Any) -> int:
+        limits = rendered(**launch)[0]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return int(limits["memory"].removesuffix("Mi"))
+
+    each = WORKSPACE_BYTES_PER_THREAD / (1 << 20)
+    assert memory(resources={"cpu": "64"}) - memory() == pytest.approx(2 * (32 - 2) * each, abs=1)
+    assert memory(resources={"cpu": "2500m"}) == memory(), "fewer threads than the plan counts take no less"
 
 
 def test_a_patch_adds_but_does_not_break_the_contract() -> None:
