@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.agents import ROOT, Run, make_run, put_dataset, tiny_spec, wait_for
+from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
 from trainer.launch import Launch, LocalLauncher, NodeView, ProcessMark
@@ -201,3 +203,36 @@ def test_a_reused_process_number_is_not_mistaken(tmp_path: Path) -> None:
     assert ProcessMark.read(path) == mark
     path.write_text(json.dumps({"pid": 1}))
     assert ProcessMark.read(path) is None
+
+
+def test_a_node_whose_agent_and_folder_are_gone_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No driver starts the agent again: supervisor and ranks leave, with words."""
+    monkeypatch.setenv("HOTSTAGE_ENGINE_AGENT_AWAY_S", "2")
+    spec = tiny_spec(parallel__stages=2, train__steps=1_000_000)
+    run, plan = make_run(tmp_path, spec)
+    launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
+    launcher = LocalLauncher(tmp_path / "out")
+    home = tmp_path / "out" / "runs" / run.name / launch.launch_id / "node0"
+    try:
+        launcher.ensure(launch)
+        run.attempt(spec, plan)
+
+        def stepping() -> bool:
+            launcher.ensure(launch)  # a supervisor that did not wait for a slow agent is started again
+            status = run.status()
+            return bool(status) and status["ranks"].get("0", {"step": 0})["step"] > 3
+
+        wait_for(stepping, "the first steps", 60)
+        agent = node_of(launcher, launch).agent_pid
+        assert agent is not None
+        assert len(alive_below(home)) == 4, "agent, supervisor, two ranks"
+        with (home / "supervisor.log").open() as log:
+            os.kill(agent, signal.SIGKILL)
+            shutil.rmtree(home)
+            expect_none(home)
+            said = log.read()
+        assert '"event":"no agent: this node ends"' in said
+        assert '"live_ranks":2' in said
+        assert '"event":"supervisor leaves","code":75' in said
+    finally:
+        launcher.stop(launch.launch_id, 0)
