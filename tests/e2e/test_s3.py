@@ -118,6 +118,27 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
         folder.stop_all()
 
 
+def test_ctrl_c_is_heard_while_the_store_does_not_answer(
+    there: Place, server: S3Server, undisturbed: tuple[str, str]
+) -> None:
+    """The server takes connections and says nothing: the gang leaves all the same, and the run goes on later."""
+    run, digest = undisturbed
+    process = there.start_train("checkpoint.commit_s=1")
+    wait_for(lambda: any(objects(server, there).glob("runs/*/manifests/*/manifest")), "a checkpoint", 60)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        process.send_signal(signal.SIGINT)
+        done = finish(process, 60)  # no call comes back in all this time
+        there.all_gone(30)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert done.code == 85, done.out + done.err
+    assert "stopping" in done.err
+    assert "the store does not answer" in done.err
+    result = json.loads(there.run("runs", "resume", run, "--no-prefect", "--json"))
+    assert (result["outcome"], result["state_digest"]) == ("succeeded", digest)
+
+
 def refused(place: Place, code: int, secret: str, *words: str) -> None:
     done: Done = finish(place.start_train())
     assert done.code == code, done.out + done.err
