@@ -399,7 +399,7 @@ def _stalled(mine: Sequence[NodeView], newest: AttemptView, policy: Policy) -> C
 
 def _phase(log: LogView, nodes: Sequence[NodeView], mine: Sequence[NodeView], policy: Policy) -> tuple[Phase, str]:
     if len(mine) < policy.nodes:
-        return Phase.LAUNCHING, f"{len(mine)} of {policy.nodes} nodes know of the attempt"
+        return Phase.LAUNCHING, f"{len(mine)} of {policy.nodes} nodes have begun"
     if any(n.phase in ("restoring", "idle", "starting") for n in mine):
         return Phase.STARTING, ", ".join(sorted({n.phase for n in mine}))
     ranks = [r for n in mine for r in n.ranks]

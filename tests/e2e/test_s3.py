@@ -118,11 +118,8 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
         folder.stop_all()
 
 
-def test_ctrl_c_is_heard_while_the_store_does_not_answer(
-    there: Place, server: S3Server, undisturbed: tuple[str, str]
-) -> None:
-    """The server takes connections and says nothing: the gang leaves all the same, and the run goes on later."""
-    run, digest = undisturbed
+def test_ctrl_c_is_heard_while_the_store_does_not_answer(there: Place, server: S3Server) -> None:
+    """The server takes connections and says nothing: the gang leaves all the same."""
     process = there.start_train("checkpoint.commit_s=1")
     wait_for(lambda: any(objects(server, there).glob("runs/*/manifests/*/manifest")), "a checkpoint", 60)
     os.kill(server.pid, signal.SIGSTOP)
@@ -135,8 +132,6 @@ def test_ctrl_c_is_heard_while_the_store_does_not_answer(
     assert done.code == 85, done.out + done.err
     assert "stopping" in done.err
     assert "the store does not answer" in done.err
-    result = json.loads(there.run("runs", "resume", run, "--no-prefect", "--json"))
-    assert (result["outcome"], result["state_digest"]) == ("succeeded", digest)
 
 
 def refused(place: Place, code: int, secret: str, *words: str) -> None:
