@@ -13,11 +13,12 @@ from typing import Any
 
 import msgpack
 
-from flows.views import NodeView, RankView
+from flows.views import NodeView, RankView, short
 
 MOST = 1 << 53
 MAX_RANKS = 1 << 20
-MAX_TEXT = 4000
+MAX_TEXT = 900
+MAX_WORDS = 24
 _UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException)
 
 
@@ -56,14 +57,26 @@ def step_line(line: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def words_of(text: Any) -> dict[str, Any] | None:
-    """Last words: a JSON object, or plain text under ``error``."""
+    """Last words: a JSON object, or plain text under ``error``. A log record can hold what is left of them."""
     if not isinstance(text, str) or not text:
         return None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return {"error": text[:MAX_TEXT]}
-    return value if isinstance(value, dict) else {"error": text[:MAX_TEXT]}
+        value = None
+    if not isinstance(value, dict):
+        return {"error": short(text, MAX_TEXT)}
+    out: dict[str, Any] = {}
+    for key, item in list(value.items())[:MAX_WORDS]:
+        if isinstance(item, str):
+            out[short(key, 40)] = short(item, MAX_TEXT)
+        elif (
+            isinstance(item, bool)
+            or _whole(item, -MOST) is not None
+            or (isinstance(item, float) and math.isfinite(item))
+        ):
+            out[short(key, 40)] = item
+    return out
 
 
 def node_status(node: int, data: bytes) -> tuple[NodeView, int] | None:
@@ -95,7 +108,7 @@ def _node(node: int, status: Any) -> tuple[NodeView, int] | None:
         phase=phase,
         ranks=tuple(sorted(views, key=lambda r: r.rank)),
         slots=_slots(status.get("slots")),
-        error=error[:MAX_TEXT] if isinstance(error, str) and error else None,
+        error=short(error, MAX_TEXT) if isinstance(error, str) and error else None,
     )
     return view, beat
 

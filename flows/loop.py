@@ -50,6 +50,7 @@ from flows.views import (
     Policy,
     StartAttempt,
     Watch,
+    short,
 )
 from trainer.errors import LaunchUnknown, PlanError, SpecError
 from trainer.launch import Launch, Launcher, LaunchView
@@ -338,11 +339,11 @@ class Driver:
             case StartAttempt():
                 self._start(decision, run_log, state, launch)
             case MarkDamaged(checkpoint, why):
-                run_log.append("damaged", {"checkpoint": checkpoint, "reason": why}, state)
+                run_log.append("damaged", {"checkpoint": checkpoint, "reason": short(why, 4000)}, state)
                 log.warning("checkpoint record %d is damaged: %s; an older one is used", checkpoint, why)
                 self.sink.tell(Event("damaged", {"checkpoint": checkpoint, "why": why}))
             case End(outcome, reason, cause):
-                text = f"{cause.cls}: {reason}" if cause else reason
+                text = short(f"{cause.cls}: {reason}" if cause else reason, 4000)
                 run_log.append("ended", ended_body(state, outcome, text, cause.cls if cause else ""), state)
         return None
 
@@ -372,7 +373,7 @@ class Driver:
             plan=state.attempts[-1].plan if order.same_plan else None,
             order=state.orders[-1].n if state.orders else 0,
             slot_epochs=list(order.slot_epochs),
-            reason=order.reason,
+            reason=short(order.reason, 2000),
             cause=cause,
             **more,
         )

@@ -17,6 +17,11 @@ from trainer.wire import EXITS
 PREEMPTED = next(code for code, known in EXITS.items() if known.cls == "preempted")
 
 
+def short(text: str, most: int) -> str:
+    """At most so many bytes of the text, as UTF-8 that every record can hold."""
+    return text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+
+
 class Phase(Enum):
     """Where a run is, for people: derived anew each time, stored nowhere."""
 
@@ -205,7 +210,12 @@ class Cause:
         return self.text + saved + (f"; {self.trouble}" if self.trouble else "")
 
     def to_map(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"class": self.cls, "text": self.said(), "mend": self.mend, "step": self.step}
+        out: dict[str, Any] = {
+            "class": self.cls,
+            "text": short(self.said(), 3000),
+            "mend": short(self.mend, 1000),
+            "step": self.step,
+        }
         known = {"place": self.place, "rank": self.rank, "signal": self.signal, "code": self.code, "saved": self.saved}
         out.update({k: v for k, v in known.items() if v not in (None, "", False) or (k in ("rank", "code") and v == 0)})
         if self.words:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from checkpoint import codec, keys
 from checkpoint.errors import Conflict, Damaged, Halted, StoreUnavailable
-from checkpoint.log import FOLD_EVERY, KINDS, MAX_RECORD_BYTES, Record, RunLog, RunState
+from checkpoint.log import FOLD_EVERY, KINDS, MAX_RECORD_BYTES, Record, RunLog, RunState, ended_body
 from checkpoint.store import Info, Store, open_store
 from checkpoint.store.memory import MemoryStore
 from tests.checkpoint.samples import attempt_body, point_body
@@ -83,6 +83,26 @@ def test_what_is_appended_is_what_is_folded(store: Store) -> None:
         "attempt",
     ]
     assert [r.n for r in log.records(5)] == [5, 6, 7]
+
+
+def test_orders_and_the_class_of_an_end_survive_a_fold() -> None:
+    log, state = started()
+    order = {"kind": "order", "how": {"parallel": {"stages": 2}}, "by": "ann@a", "via": "train", "again": True}
+    state = log.append("intervention", {"kind": "note"}, state)
+    state = log.append("intervention", order, state)
+    state = log.append("attempt", attempt_body(order=3), state)
+    state = log.append("ended", ended_body(state, "gave_up", "restore: none is left", "restore"), state)
+    again = RunState.parse(state.to_bytes(), RUN, state.n)
+    assert again == state
+    assert [o.n for o in again.orders] == [3]
+    assert again.orders[0].body == order
+    assert [a.order for a in again.attempts] == [0, 3]
+    assert again.ended is not None
+    assert again.ended.cls == "restore"
+    old = {"outcome": "gave_up", "reason": "config: no", "step": 0, "state_digest": None}  # of an older version
+    ended = log.append("ended", old, state).ended
+    assert ended is not None
+    assert ended.cls == ""
 
 
 def test_a_record_is_a_msgpack_map_of_the_documented_entries() -> None:
@@ -153,6 +173,9 @@ def test_transact_asks_again_after_a_conflict() -> None:
         ("attempt", attempt_body(plan="AB" * 32), "lower-case hex"),
         ("attempt", attempt_body(nodes=0), "must be 1 to"),
         ("intervention", {}, "no 'kind'"),
+        ("intervention", {"kind": "order", "by": "a", "via": "train"}, "no 'how'"),
+        ("intervention", {"kind": "order", "how": [], "by": "a", "via": "train"}, "must be dict"),
+        ("attempt", attempt_body(order=9), "'order' is 9, must be 1 to"),
         ("checkpoint", point_body(-1), "must be 0 to"),
         ("checkpoint", {**point_body(1), "manifest": "../../x"}, "not a name under manifests/"),
         ("checkpoint", {**point_body(1), "more": 1}, "unknown entry"),

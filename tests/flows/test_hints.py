@@ -11,6 +11,7 @@ import msgpack
 import pytest
 
 from checkpoint.agent.status import NodeStatus, RankStatus
+from checkpoint.codec import pack
 from checkpoint.store import open_store
 from flows.driver import decide
 from flows.hints import node_status, step_line, words_of
@@ -22,7 +23,8 @@ from flows.views import AttemptView, LogView, NodeView, Policy, RankView, Watch
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 70, 256, 1 << 60, -(1 << 63), 0.5, math.nan, math.inf, -math.inf, "", "x", "9", "٣",
     "\ud83d".encode("utf-8", "surrogatepass"), b"", b"\xff", [], [1], [[]], {}, {"a": 1}, {"step": "x", "epoch": None},
-    "[" * 9000, '{"why": ' * 3000,
+    "[" * 9000, '{"why": ' * 3000, '{"why": NaN, "x": 1e999, "y": 99999999999999999999}', "\u20ac" * 20_000,
+    '{"why": "\\ud83d", "\\ud83d": "' + "x" * 60_000 + '"}', json.dumps({str(n): "y" * 60 for n in range(900)}),
 ]  # fmt: skip
 
 
@@ -50,6 +52,7 @@ def test_any_type_in_any_field_of_a_status_ends_no_driver() -> None:
     rng = random.Random(3)
     policy = Policy(steps=100, launch="l", nodes=1, ranks=2)
     log = LogView((AttemptView(1, "l", 1, 2, "p", 0, None, None, (), None),))
+    ends = 0
     for _ in range(3000):
         value = status()
         for _ in range(rng.randrange(1, 4)):
@@ -60,9 +63,13 @@ def test_any_type_in_any_field_of_a_status_ends_no_driver() -> None:
                 break
         found = node_status(0, _packed(value))
         nodes = [found[0]] if found is not None else []
-        decide(log, nodes, policy)
+        cause = getattr(decide(log, nodes, policy), "cause", None)
+        if cause is not None:
+            ends += 1
+            assert len(pack(cause.to_map())) < 32 << 10  # a record can hold it
         if found is None:
             assert isinstance(decide(log, [NodeView(0)], policy), Watch)  # unknown is never failure
+    assert ends
     whole = _packed(status())
     for _ in range(3000):  # bytes that were cut or changed
         raw = bytearray(whole[: rng.randrange(len(whole) + 1)])
