@@ -7,6 +7,7 @@ own monotonic clock, from looks that the store answered; nobody's clock is compa
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from trainer.launch import Held
 
 SILENT_S = 30.0
 """Without a word of any of its nodes a launch that cannot be reached is over."""
-SILENT_BOOT_S = 5.0
-"""The same, where its machine has this one's name and was booted since."""
+SILENT_SOON_S = 5.0
+"""The same, where it worked on this machine and is not seen here: before its last boot, or another user's."""
 LOOK_S = 1.0
 _STATUS_CAP = 1 << 20
 
@@ -104,12 +105,12 @@ class StoreClaims:
             return Held(folder, claim.describe())
         words = claim.describe()
         if claim.here:
-            running = _agents(self.run, launch_id)
-            if not running:
+            running = ", ".join(map(str, _agents(self.run, launch_id)))
+            if running:
+                return Held(None, f"{words}, which cannot be read from here; its agents (pid {running}) run on")
+            if not os.path.lexists(claim.folder) and _readable(Path(claim.folder)):
                 return Held(None, f"{words}, which is gone", over="its folder and its processes are gone")
-            pids = ", ".join(map(str, running))
-            return Held(None, f"{words}, which cannot be read any more; its agents (pid {pids}) run on")
-        limit = SILENT_BOOT_S if claim.same_machine else SILENT_S
+        limit = SILENT_SOON_S if claim.same_machine else SILENT_S
         return self._out_of_reach(self._listen(launch_id, claim.nodes), words, limit)
 
     def _out_of_reach(self, heard: _Heard, words: str, limit: float) -> Held:
@@ -156,6 +157,12 @@ class StoreClaims:
             return str(value["incarnation"]), int(value["seq"]), value.get("left") is True
         except (NotFound, Damaged, ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException):
             return None
+
+
+def _readable(folder: Path) -> bool:
+    """Whether it could be seen whether the folder is there: what is above it may be read."""
+    above = next((p for p in folder.parents if os.path.lexists(p)), folder.parent)
+    return os.access(above, os.R_OK | os.X_OK)
 
 
 def _agents(run: str, launch_id: str) -> list[int]:

@@ -240,13 +240,15 @@ class Driver:
         if self._status is None or self._status.launch != launch_id:
             self._status = StatusReader(self.store, self.prepared.run, launch_id)
         seen = self.launcher.observe(launch_id)
-        self._reached = seen.state != "elsewhere"
+        was, self._reached = self._reached, seen.state != "elsewhere"
         launch = self._launch(view, launch_id)
         nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(seen)), seen)
         self._tell_state(state, nodes, self._metrics if known is not None else None)  # what to do comes first
         if seen.note:
             where = "attached" if self._reached else "elsewhere"
             self._tell_once(("launch", seen.note), Event("phase", {"phase": where, "text": seen.note}))
+        if self._reached and not was:
+            self.sink.tell(Event("phase", {"phase": "here", "text": "the run goes on from here"}))
         if self.stop.is_set() and not state.ended:
             return None
         if seen.state == "unknown":

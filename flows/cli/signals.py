@@ -28,7 +28,7 @@ EXIT_STOPPED = 85
 SECOND_S = 1.0
 _LOOK_S = 0.1
 _STOPPING = "stopping: the gang saves one agreed step and leaves"
-_DETACHING = "detaching: the gang trains on in the cluster"
+_DETACHING = "detaching: the gang trains on {where}"
 _PREPARING = "stopped while preparing: nothing runs, nothing is lost; the same command goes on"
 
 
@@ -43,6 +43,7 @@ class Signals:
         self._lock = threading.Lock()
         self._driving = False
         self.detaches = False  # whether the gang that is driven trains on when its driver is stopped
+        self.where = "in the cluster"  # it does so then
         self._asked: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -85,7 +86,7 @@ class Signals:
                 seen, first_at = 1, time.monotonic()
                 again = not self.detaches and self._asked[0] == signal.SIGINT and sys.stdin.isatty()
                 click.echo(
-                    (_DETACHING if self.detaches else _STOPPING)
+                    (_DETACHING.format(where=self.where) if self.detaches else _STOPPING)
                     + (f" (Ctrl-C again within {SECOND_S:.0f} s: leave it running)" if again else ""),
                     err=True,
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from flows.cli.main import EXIT_CODES, json_option, out_option, say, set_option,
 from flows.cli.signals import Signals
 
 if TYPE_CHECKING:
-    from flows.loop import Outcome
+    from flows.loop import Event, Outcome
     from flows.run import Prepared
 
 
@@ -82,7 +83,7 @@ def _drive(
     """The work of a hosting command, in a thread of its own."""
     from flows.api import make_driver, store_at
     from flows.peak import flops_per_token, measured_peak
-    from flows.sink import Lines
+    from flows.sink import Lines, Many
 
     prepared = make()
     if not as_json:
@@ -96,14 +97,26 @@ def _drive(
     through_prefect = use_prefect and prefect_answers(lines.say)
     if not signals.driving(detaches=prepared.spec.launch.target != "local"):
         raise click.Abort  # the command leaves
+    sink = Many([Reach(signals), lines])
     if through_prefect:
         from flows.hosting import run_flow
 
-        outcome = run_flow(prepared, store_url, out, lines, signals.stop, lines.say)
+        outcome = run_flow(prepared, store_url, out, sink, signals.stop, lines.say)
         if outcome is not None:
             return outcome
-    driver = make_driver(prepared, store_at(store_url), sink=lines, out=out, stop=signals.stop)
+    driver = make_driver(prepared, store_at(store_url), sink=sink, out=out, stop=signals.stop)
     return driver.run()
+
+
+@dataclass
+class Reach:
+    """Tells the signals whether the gang trains on without this command: one that works elsewhere does."""
+
+    signals: Signals
+
+    def tell(self, event: Event) -> None:
+        if event.kind == "phase" and event.facts.get("phase") in ("elsewhere", "here"):
+            self.signals.detaches, self.signals.where = event.facts["phase"] == "elsewhere", "where it works"
 
 
 def prefect_answers(tell: Any) -> bool:

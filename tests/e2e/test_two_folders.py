@@ -85,6 +85,7 @@ def test_a_run_of_another_machine_is_watched_and_left_alone(place: Place, undist
         second.send_signal(signal.SIGINT)
         out, _ = second.communicate(timeout=60)
         assert (second.returncode, json.loads(out)["reason"]) == (85, "the gang trains on")
+        assert "detaching: the gang trains on where it works" in said.read_text()
         assert len(supervisors(place)) == 1
         assert len(begun(place)) == 1
     told = finish(first).json()
