@@ -23,12 +23,13 @@ from flows.fork import fork_run
 from flows.hosting import run_flow
 from flows.live import StatusReader
 from flows.loop import Event, NoSink, Outcome, Sink
-from flows.peak import flops_per_token, measured_peak
+from flows.peak import measured_peak
 from flows.prefect_api import PrefectServer, answers
 from flows.report import render
 from flows.run import Prepared, prepare_run
 from flows.sink import Lines, Many
 from trainer.errors import LaunchError, OutputError
+from trainer.plan import flops_per_token
 from trainer.spec import RunSpec
 
 PROMPT = "class Queue:\n    def __init__(self"

@@ -1,7 +1,8 @@
 """What this machine can do, measured in a moment: the yardstick of MFU and of the plan's time on the CPU.
 
-MFU here = model FLOP/s / (FLOP/s of NumPy's fp32 matrix product on the cores this process may use). Model FLOPs a
-token: 6 * weights in matrix products + 6 * layers * sequence * width (causal attention).
+MFU here = model FLOP/s / (FLOP/s of NumPy's fp32 matrix product on the cores this process may use). Model FLOPs are
+those of ``trainer/plan/flops.py``: a token's are 6 * weights in matrix products + 6 * layers * (sequence + 1) * width
+(causal attention).
 
 The product is timed in CPU time of single-threaded workers that run side by side, one a core: so the yardstick is what
 the cores do while they work, also on a machine that is busy with other things, and it does not move with its load.
@@ -18,7 +19,6 @@ from functools import lru_cache
 import numpy as np
 
 from trainer.cores import usable_cpus
-from trainer.spec import ModelSpec
 
 _WORKERS = 16  # at most; what one core does stands for the others above that
 _PROGRAM = """
@@ -35,15 +35,6 @@ while best == 0.0 or time.perf_counter() < end:
     best = max(best, 2.0 * size**3 / spent) if spent > 0 else best
 sys.stdout.write(f"{best!r}")
 """
-
-
-def flops_per_token(model: ModelSpec, sequence: int) -> float:
-    """Training FLOPs of a token, forward and backward, by the formula in the module's text."""
-    heads, groups, size = model.heads, model.groups, model.size_of_head
-    attention = model.width * size * (heads + 2 * groups) + heads * size * model.width
-    mlp = (2 if model.family == "gpt2" else 3) * model.width * model.size_of_hidden
-    weights = model.layers * (attention + mlp) + model.vocab * model.width
-    return 6.0 * weights + 6.0 * model.layers * sequence * heads * size
 
 
 @lru_cache(maxsize=1)

@@ -82,8 +82,9 @@ def _drive(
 ) -> Outcome:
     """The work of a hosting command, in a thread of its own."""
     from flows.api import make_driver, store_at
-    from flows.peak import flops_per_token, measured_peak
+    from flows.peak import measured_peak
     from flows.sink import Lines, Many
+    from trainer.plan import flops_per_token
 
     prepared = make()
     if not as_json:

@@ -28,7 +28,7 @@ from flows.api import make_driver
 from flows.live import StatusReader
 from flows.loop import Event
 from flows.run import Prepared, prepare_run
-from tests.bench import bench_kernels, bench_watch
+from tests.bench import bench_kernels, bench_plan, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -95,7 +95,8 @@ def throughput(precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         gang = engine_124m(Path(folder), 1, 6, precision)
     seconds = statistics.median(float(e["step_us"]) for e in gang.steps[1:]) / 1e6
-    from flows.peak import flops_per_token, measured_peak
+    from flows.peak import measured_peak
+    from trainer.plan import flops_per_token
 
     bound = measured_peak() / flops_per_token(gpt2_124m().model, 64)
     return entry(
@@ -191,6 +192,15 @@ def watch() -> Iterator[dict[str, Any]]:
             yield entry(f"{gang}: requests", requests, "1/s", "target", 2.0)
 
 
+def plan() -> Iterator[dict[str, Any]]:
+    """CPU time of the slower of both schedules, from the spec to the file's digest; memory beside the file's bytes."""
+    runs = [bench_plan.measure("gpipe"), bench_plan.measure("1f1b", simulated=True)]
+    yield entry("plan/compile-1000-stages-s", max(run["seconds"] for run in runs), "s", "target", 10.0)
+    peak, size = (max(run[key] for run in runs) / 2**20 for key in ("peak_bytes", "file_bytes"))
+    yield entry("plan/compile-1000-stages-mib", peak, "MiB", "plan file", size)
+    yield entry("plan/simulate-1000-stages-s", runs[1]["simulation_seconds"], "s", "target", 60.0)
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -207,6 +217,7 @@ def main() -> int:
         "memory": lambda: list(memory()),
         "recovery": lambda: [recovery()],
         "watch": lambda: list(watch()),
+        "plan": lambda: list(plan()),
     }
     wanted = sys.argv[1:] or list(parts)
     rows: list[dict[str, Any]] = []

@@ -11,7 +11,8 @@ from trainer import models, wire
 from trainer.errors import PlanError, SpecError
 from trainer.models.base import Builder, Call, Given, View, Weight, hf_table, tensor_table
 from trainer.plan.expand import RULES, Stage, expand_stage
-from trainer.plan.layout import call_cost, split_layers
+from trainer.plan.flops import call_cost
+from trainer.plan.layout import split_layers
 from trainer.spec import ModelSpec
 
 FAMILIES = ("gpt2", "llama")

@@ -12,11 +12,14 @@ from trainer import wire
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.plan import Plan, compile_plan
-from trainer.plan.check import check_lowered, insert_messages
+from trainer.plan.check import check_lowered
 from trainer.plan.compile import expand
-from trainer.plan.lower import assign_slots, check_hazards, check_messages, free_slots_early
+from trainer.plan.lower import check_messages
+from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.records import Position, Ref
-from trainer.plan.schedules import GENERATORS, Action, parse_action
+from trainer.plan.rows import Row, parse_action
+from trainer.plan.schedules import GENERATORS
+from trainer.plan.slots import assign_slots, check_hazards
 from trainer.spec import RunSpec, parse_spec, what_digest
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
@@ -174,8 +177,8 @@ def test_inference(family: str, precision: str) -> None:
 def test_hazards_are_refused() -> None:
     stages = expand(spec_of(stages=2))
 
-    def row(text: str) -> list[Action]:
-        return [parse_action(word) for word in text.split()]
+    def row(text: str) -> Row:
+        return Row.of(parse_action(word) for word in text.split())
 
     check_hazards(row("1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1"), stages[1])
     with pytest.raises(PlanError, match="gradient of microbatch 0 is not sent yet"):

@@ -154,15 +154,19 @@ class Call:
         return tuple(p for p in self.ptr if isinstance(p, View))
 
 
+Tensors = Sequence[Tensor] | Mapping[str, Tensor]
+"""A model's tensors, in order or by name."""
+
+
 class Builder:
     """Writes down forward calls. Names of tensors may hold ``{layer}``, which stands for the layer being built.
 
     Every method appends one call and returns the value that it computes, a ``View``.
     """
 
-    def __init__(self, model: ModelSpec, tensors: Sequence[Tensor], microbatch: int, sequence: int) -> None:
+    def __init__(self, model: ModelSpec, tensors: Tensors, microbatch: int, sequence: int) -> None:
         self.model = model
-        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.tensors = tensors if isinstance(tensors, Mapping) else {tensor.name: tensor for tensor in tensors}
         self.batch, self.sequence, self.rows = microbatch, sequence, microbatch * sequence
         self.layer: int | None = None
         self.calls: list[Call] = []

@@ -1,10 +1,11 @@
 """The plan compiler: RunSpec to Plan, in passes of pure functions.
 
     expand      a family's calls into forward and backward programs of a stage
-    layout      layers to stages, by cost
-    schedules   computations of every rank, in order
-    lower       buffers, messages, optimizer step, snapshot
-    check       order, messages, deadlock
+    layout      layers to stages, by cost (flops: what a kernel call costs)
+    schedules   computations of every rank, in order (rows: actions as columns)
+    messages    sends and receives put in
+    check       order and place of all of these (rules, channels: order, deadlock)
+    lower       buffers, operands, action lists; slots: microbatches to memory
     memory      static placement, the account of bytes, the budget
     simulate    seconds of a step; draw: pictures of it
     binary      the flat file that the engine reads
@@ -15,7 +16,7 @@ Example::
     path.write_bytes(plan.to_bytes())
 """
 
-from trainer.plan.compile import compile_plan
+from trainer.plan.compile import compile_plan, flops_per_token
 from trainer.plan.records import Plan
 
-__all__ = ["Plan", "compile_plan"]
+__all__ = ["Plan", "compile_plan", "flops_per_token"]

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Tensor
-from trainer.plan.records import BoundCall, Config, Plan, PlanAction, Position, Ref
+from trainer.plan.records import ActionList, BoundCall, Config, Plan, PlanAction, Position, Ref
 
+Bytes = bytes | memoryview
+_ACTION = np.dtype(wire.PlanAction)
 _Record = TypeVar("_Record", bound=ctypes.LittleEndianStructure)
 _RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
     "config": wire.PlanConfig,
@@ -47,40 +52,81 @@ class _Strings:
 
 
 def to_bytes(plan: Plan) -> bytes:
-    """The plan file."""
+    """The plan file. Beside the file itself it takes the memory of one position's actions."""
     strings = _Strings()
-    tables: dict[str, list[bytes]] = {name: [] for name in wire.SECTIONS}
+    tables: dict[str, list[bytes]] = {name: [] for name in wire.SECTIONS if name not in ("strings", "actions")}
     tables["config"].append(bytes(_config(plan.config)))
     tables["tensors"] = [bytes(_tensor(tensor, strings)) for tensor in plan.tensors]
     samples = 0
     for tokens in plan.shards:
         tables["shards"].append(bytes(wire.PlanShard(tokens=tokens, first_sample=samples)))
         samples += max(0, tokens - 1) // plan.config.sequence
+    actions = _Actions()
     for position in plan.positions:
-        tables["positions"].append(bytes(_position(position, tables, strings)))
+        tables["positions"].append(bytes(_position(position, tables, actions, strings)))
     for channel in plan.channels:
         record = wire.PlanChannel(to=channel.target, kind=channel.kind, bytes=channel.bytes)
         record.from_ = channel.source
         tables["channels"].append(bytes(record))
-    return _file(tables, bytes(strings.bytes))
+    counts = {name: len(records) for name, records in tables.items()}
+    counts |= {"strings": len(strings.bytes), "actions": actions.count}
+    sections: dict[str, Iterable[Bytes]] = {**tables, "strings": [bytes(strings.bytes)], "actions": actions.records()}
+    return _file(counts, sections)
 
 
-def _file(tables: dict[str, list[bytes]], strings: bytes) -> bytes:
+class _Actions:
+    """The action lists of all positions, noted as they come, made into records when they are written."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lists: list[tuple[Sequence[PlanAction], int, dict[str, int]]] = []
+
+    def add(self, actions: Sequence[PlanAction], stage: int, programs: dict[str, int]) -> tuple[int, int]:
+        """First record and number of records of a list."""
+        self.lists.append((actions, stage, programs))
+        first, self.count = self.count, self.count + len(actions)
+        return first, len(actions)
+
+    def records(self) -> Iterator[Bytes]:
+        """The records of one list after the other."""
+        for actions, stage, programs in self.lists:
+            listed = ActionList.of(actions)
+            patterns = b"".join(bytes(_action(action, stage, programs)) for action in listed.patterns)
+            out = np.frombuffer(patterns, _ACTION).take(listed.which)
+            out["microbatch"] = listed.microbatch.view(np.uint32)  # -1, no number, is NONE32
+            out["slot"] = listed.slot.view(np.uint32)
+            yield out.view(np.uint8).data
+
+
+def _file(counts: dict[str, int], sections: dict[str, Iterable[Bytes]]) -> bytes:
     header = wire.PlanHeader(version=wire.PLAN_VERSION, sections=len(wire.SECTIONS))
     header.magic[:] = wire.PLAN_MAGIC
-    body = bytearray(ctypes.sizeof(header))
+    end = ctypes.sizeof(header)
     for number, name in enumerate(wire.SECTIONS):
-        body += bytes(-len(body) % 64)
-        data = strings if name == "strings" else b"".join(tables[name])
-        header.section[number].offset = len(body)
-        header.section[number].count = len(data) if name == "strings" else len(tables[name])
-        body += data
-    body += bytes(-len(body) % 64)
-    header.file_bytes = len(body)
-    body[: ctypes.sizeof(header)] = bytes(header)
-    header.digest[:] = hashlib.sha256(body[64:]).digest()
-    body[: ctypes.sizeof(header)] = bytes(header)
-    return bytes(body)
+        record = _RECORDS.get(name)
+        header.section[number].offset, header.section[number].count = _up(end), counts[name]
+        end = _up(end) + counts[name] * (1 if record is None else ctypes.sizeof(record))
+    header.file_bytes = _up(end)
+    file, digest = io.BytesIO(), hashlib.sha256()
+
+    def write(data: Bytes) -> None:
+        file.write(data)
+        digest.update(data)
+
+    file.write(bytes(header)[:64])
+    write(bytes(header)[64:])
+    for section, name in zip(header.section, wire.SECTIONS, strict=True):
+        write(bytes(section.offset - file.tell()))
+        for data in sections[name]:
+            write(data)
+    write(bytes(header.file_bytes - file.tell()))
+    file.seek(wire.PlanHeader.digest.offset)
+    file.write(digest.digest())
+    return file.getvalue()  # the buffer itself, not a copy
+
+
+def _up(size: int) -> int:
+    return -(-size // 64) * 64
 
 
 def _config(c: Config) -> wire.PlanConfig:
@@ -115,7 +161,7 @@ def _or32(value: int | None) -> int:
     return wire.NONE32 if value is None else value
 
 
-def _position(p: Position, tables: dict[str, list[bytes]], strings: _Strings) -> wire.PlanPosition:
+def _position(p: Position, tables: dict[str, list[bytes]], lists: _Actions, strings: _Strings) -> wire.PlanPosition:
     record = wire.PlanPosition(
         stage=p.stage,
         arena_bytes=p.arena_bytes,
@@ -158,25 +204,21 @@ def _position(p: Position, tables: dict[str, list[bytes]], strings: _Strings) ->
             bytes(wire.PlanProgram(first_call=first, calls=len(program.calls), name_offset=offset, name_length=length))
         )
     for name in ("init", "load", "step"):
-        actions: Sequence[PlanAction] = getattr(p, name)
-        setattr(record, f"first_{name}", len(tables["actions"]))
-        setattr(record, f"{name}s", len(actions))
-        tables["actions"] += [bytes(_action(action, p.stage, numbers)) for action in actions]
+        first, count = lists.add(getattr(p, name), p.stage, numbers)
+        setattr(record, f"first_{name}", first)
+        setattr(record, f"{name}s", count)
     record.bytes_by_kind[:] = [p.bytes_by_kind[kind] for kind in wire.MEMORY_KINDS]
     return record
 
 
-def _ref(ref: Ref | None) -> wire.PlanRef:
-    return wire.PlanRef() if ref is None else wire.PlanRef(space=ref.space, offset=ref.offset, bytes=ref.bytes)
+def _ref(ref: Ref | None) -> tuple[int, int, int, int]:
+    return (wire.SPACE_NONE, 0, 0, 0) if ref is None else (ref.space, 0, ref.offset, ref.bytes)
 
 
 def _call(call: BoundCall) -> wire.PlanCall:
-    record = wire.PlanCall(kernel=wire.KERNELS[call.kernel].number, dtype=call.dtype, layer=_or32(call.layer))
-    for number, ref in enumerate(call.ptr):
-        record.ptr[number] = _ref(ref)
-    record.dim[: len(call.dim)] = call.dim
-    record.real[: len(call.real)] = call.real
-    return record
+    """The record, its fields by their places: a large plan has a hundred thousand calls."""
+    kernel = wire.KERNELS[call.kernel].number
+    return wire.PlanCall(kernel, call.dtype, _or32(call.layer), tuple(map(_ref, call.ptr)), call.dim, call.real)
 
 
 def _action(action: PlanAction, stage: int, programs: dict[str, int]) -> wire.PlanAction:
@@ -188,7 +230,7 @@ def _action(action: PlanAction, stage: int, programs: dict[str, int]) -> wire.Pl
         stage=stage,
         microbatch=_or32(action.microbatch),
         slot=_or32(action.slot),
-        ref=_ref(action.ref),
+        ref=wire.PlanRef(*_ref(action.ref)),
     )
 
 

@@ -11,11 +11,12 @@ from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
 from trainer.plan.expand import Stage, expand_stage
-from trainer.plan.layout import call_cost, split_layers
+from trainer.plan.flops import call_cost, model_flops
+from trainer.plan.layout import split_layers
 from trainer.plan.lower import Job, lower
 from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.records import Config, Plan
-from trainer.spec import RunSpec
+from trainer.spec import ModelSpec, RunSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
 WSD_DECAY_SHARE = 5
@@ -50,10 +51,17 @@ def compile_plan(
     return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
 
 
+def flops_per_token(model: ModelSpec, sequence: int) -> float:
+    """Training operations of a token, forward and backward, as MFU counts them: products of the mathematics."""
+    family = models.family(model.family)
+    whole = expand_stage(family, model, tensor_table(family, model), range(model.layers), 1, sequence, 1, 1.0, True)
+    return model_flops(whole.forward) / sequence
+
+
 def expand(spec: RunSpec, infer: bool = False) -> tuple[Stage, ...]:
     """The stages of a resolved spec: layers laid out by cost, then expanded."""
     family, train = models.family(spec.model.family), spec.train
-    tensors = tensor_table(family, spec.model)
+    tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
 
     def stage(layers: range, forward_only: bool) -> Stage:
         scale = 1.0 / train.tokens

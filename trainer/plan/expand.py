@@ -17,11 +17,13 @@ I3  a value has one gradient buffer
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from trainer.errors import PlanError
-from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensor, View, Weight
+from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight
 from trainer.spec import ModelSpec
 
 
@@ -45,7 +47,7 @@ class Stage:
     gradient_received: View | None
     gradient_sent: View | None
 
-    @property
+    @cached_property
     def kept(self) -> frozenset[str]:
         """Buffers that live from forward to backward, or meet a message: those of a slot."""
         ahead = {view.buffer for call in self.forward for view in call.views()}
@@ -57,7 +59,7 @@ class Stage:
 def expand_stage(
     family: Family,
     model: ModelSpec,
-    tensors: tuple[Tensor, ...],
+    tensors: Tensors,
     layers: range,
     microbatch: int,
     sequence: int,
@@ -115,6 +117,7 @@ class Tape:
         self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
         self.calls: list[Call] = []
         self.layer: int | None = None
+        self.readers = Counter(view for call in forward for view in {p for p in call.ptr[1:] if isinstance(p, View)})
         self.home: dict[str, str] = {}  # value's buffer -> its gradient's buffer
         self.written: dict[str, set[tuple[int, int]]] = {}  # value's buffer -> columns of its gradient that are set
         self.lost: set[str] = set()  # forward values that a gradient has replaced
@@ -175,8 +178,7 @@ class Tape:
 
     def overwrite(self, view: View) -> View | None:
         """The value's own memory for its gradient, if no other op reads the value in backward; else None."""
-        readers = [call for call in self.forward if view in call.ptr[1:]]
-        if len(readers) != 1 or view.buffer in self.home:
+        if self.readers[view] != 1 or view.buffer in self.home:
             return None
         self._settle(view, view.buffer)
         self._mark(view)

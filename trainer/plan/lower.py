@@ -13,18 +13,29 @@ tied weights, snapshot. Every message appears; nothing is decided by the engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Call, Given, Normal, Operand, RopeTable, Tensor, View, Weight
 from trainer.plan import memory
-from trainer.plan.check import Message, check_channels, check_lowered, insert_messages
+from trainer.plan.channels import Ends, check_ends
+from trainer.plan.check import check_placement
 from trainer.plan.expand import Stage
 from trainer.plan.memory import align
-from trainer.plan.records import BoundCall, Channel, PlanAction, Position, Program, Ref, State
-from trainer.plan.schedules import GENERATORS, Action
+from trainer.plan.messages import free_slots_early, insert_messages
+from trainer.plan.records import ActionList, BoundCall, Channel, PlanAction, Position, Program, Ref, State
+from trainer.plan.rows import OPS, Row
+from trainer.plan.schedules import GENERATORS
+from trainer.plan.slots import assign_slots, check_hazards
 from trainer.spec import RunSpec
 
 SUMSQ_BLOCK = 65536
@@ -43,12 +54,12 @@ class Job:
     stages: tuple[Stage, ...]
     infer: bool = False
 
-    @property
+    @cached_property
     def dtype(self) -> int:
         """``wire.F32`` or ``wire.BF16``."""
         return wire.BF16 if self.spec.train.precision == "bf16" else wire.F32
 
-    @property
+    @cached_property
     def dt_bytes(self) -> int:
         """Bytes of an activation's element."""
         return wire.DTYPE_BYTES[self.dtype]
@@ -58,21 +69,36 @@ class Job:
         """The last position."""
         return len(self.stages) - 1
 
-    @property
+    @cached_property
+    def number(self) -> Mapping[str, int]:
+        """Numbers of the tensors by name."""
+        return {tensor.name: number for number, tensor in enumerate(self.tensors)}
+
+    @cached_property
     def tied_tensor(self) -> int | None:
         """The embedding, where it is the head's weight too."""
-        names = {
-            w.tensor for s in self.stages for c in (*s.forward, *s.backward) for w in _weights(c) if w.use == "head"
-        }
-        return next((number for number, t in enumerate(self.tensors) if t.name in names), None)
+        calls = (call for stage in self.stages for call in (*stage.forward, *stage.backward))
+        heads = {w.tensor for call in calls for w in _weights(call) if w.use == "head"}
+        return min((self.number[name] for name in heads), default=None)
+
+    @cached_property
+    def owned(self) -> tuple[tuple[int, ...], ...]:
+        """By position, the tensors whose state it keeps, in the table's order."""
+        owned: list[list[int]] = [[] for _ in self.stages]
+        for number, tensor in enumerate(self.tensors):
+            owned[self.owner(tensor)].append(number)
+        return tuple(map(tuple, owned))
 
     def owner(self, tensor: Tensor) -> int:
         """The position that keeps a tensor's state."""
-        if tensor.part == "embed":
-            return 0
-        if tensor.part == "head":
-            return self.last
-        return next(s.index for s in self.stages if tensor.layer in s.layers)
+        if tensor.layer is not None:
+            return self._holder[tensor.layer]
+        return 0 if tensor.part == "embed" else self.last
+
+    @cached_property
+    def _holder(self) -> tuple[int, ...]:
+        """The position of each layer."""
+        return tuple(stage.index for stage in self.stages for _ in stage.layers)
 
 
 def _weights(call: Call) -> Iterable[Weight]:
@@ -99,15 +125,14 @@ class _Arena:
 class _Lowering:
     """Places the memory of one position, then binds its programs and writes its lists."""
 
-    def __init__(self, job: Job, stage: Stage, channels: Channels, row: Sequence[Action]) -> None:
+    def __init__(self, job: Job, stage: Stage, channels: Channels, row: Row) -> None:
         self.job, self.stage, self.channels, self.row = job, stage, channels, row
         self.train = job.spec.train
         self.rows = 4 * self.train.rows
         self.arena = _Arena()
         self.first, self.last = stage.index == 0, stage.index == job.last
         self.tied = job.tied_tensor
-        self.owned = [n for n, tensor in enumerate(job.tensors) if job.owner(tensor) == stage.index]
-        self.number = {tensor.name: n for n, tensor in enumerate(job.tensors)}
+        self.owned = job.owned[stage.index]
         self.tables: dict[RopeTable, Ref] = {}
         self.masters: dict[int, Ref] = {}
         self.copies: dict[int, Ref] = {}
@@ -235,7 +260,7 @@ class _Lowering:
         return self._weight(operand)
 
     def _weight(self, weight: Weight) -> Ref:
-        n = self.number[weight.tensor]
+        n = self.job.number[weight.tensor]
         if weight.use == "weight":
             return self._compute(n)
         if weight.use == "gradient":
@@ -379,17 +404,13 @@ class _Lowering:
             offset += 3 * align(4 * self.job.tensors[n].elements)
         return tuple(states), offset
 
-    def _send(
-        self, target: int, kind: int, ref: Ref | None, op: str = "O", mb: int | None = None, slot: int | None = None
-    ) -> PlanAction:
+    def _send(self, target: int, kind: int, ref: Ref | None, op: str = "O") -> PlanAction:
         assert ref is not None
-        return PlanAction(wire.A_SEND, op, None, self.channels.of(self.stage.index, target, kind), mb, slot, ref)
+        return PlanAction(wire.A_SEND, op, None, self.channels.of(self.stage.index, target, kind), ref=ref)
 
-    def _receive(
-        self, source: int, kind: int, ref: Ref | None, op: str = "O", mb: int | None = None, slot: int | None = None
-    ) -> PlanAction:
+    def _receive(self, source: int, kind: int, ref: Ref | None, op: str = "O") -> PlanAction:
         assert ref is not None
-        return PlanAction(wire.A_RECV, op, None, self.channels.of(source, self.stage.index, kind), mb, slot, ref)
+        return PlanAction(wire.A_RECV, op, None, self.channels.of(source, self.stage.index, kind), ref=ref)
 
     def _load_list(self, programs: Mapping[str, Program]) -> tuple[PlanAction, ...]:
         run = [PlanAction(wire.A_RUN, program="load")] if "load" in programs else []
@@ -409,7 +430,7 @@ class _Lowering:
             return [self._receive(self.job.last, wire.CH_TIED_GRAD, self.tied_received)]
         return [self._send(0, wire.CH_TIED_GRAD, self.head_gradient)] if self.last else []
 
-    def _step(self, programs: Mapping[str, Program]) -> tuple[PlanAction, ...]:
+    def _step(self, programs: Mapping[str, Program]) -> Sequence[PlanAction]:
         if self.job.infer:
             return (PlanAction(wire.A_RUN, "F", "F", microbatch=0),)
         data = [PlanAction(wire.A_DATA)] if self.given else []
@@ -423,7 +444,23 @@ class _Lowering:
             *self._tied_weights(),
             PlanAction(wire.A_SNAPSHOT),
         ]
-        return (*data, *(self._scheduled(action) for action in self.row), *end)
+        return self._listed(data, end)
+
+    def _listed(self, data: Sequence[PlanAction], end: Sequence[PlanAction]) -> ActionList:
+        """``data``, the scheduled row, ``end``: what is scheduled differs by operation, microbatch and slot alone."""
+        ops, firsts = np.unique(self.row.op, return_index=True)
+        scheduled = {int(op): self._scheduled(OPS[op]) for op in ops[np.argsort(firsts)]}
+        around = ActionList.of([*data, *end, *scheduled.values()])
+        by_op = np.zeros(len(OPS), np.uint16)
+        by_op[list(scheduled)] = around.which[len(data) + len(end) :]
+        none = np.full(len(data) + len(end), -1, np.int32)
+        slot = self.slot_of[self.row.microbatch] if self.act_slots else np.full(len(self.row), -1, np.int32)
+
+        def join(edge: NDArray[Any], middle: NDArray[Any]) -> NDArray[Any]:
+            return np.concatenate([edge[: len(data)], middle, edge[len(data) : len(data) + len(end)]])
+
+        which = join(around.which, by_op[self.row.op])
+        return ActionList(around.patterns, which, join(none, self.row.microbatch), join(none, slot))
 
     def _reports(self) -> list[PlanAction]:
         if not self.first:
@@ -442,112 +479,52 @@ class _Lowering:
             *(self._send(p, wire.CH_CONTROL, self.control, "-") for p in others),
         ]
 
-    def _scheduled(self, action: Action) -> PlanAction:
-        mb, slot = action.microbatch, self.slot_of[action.microbatch] if self.act_slots else None
+    def _scheduled(self, op: str) -> PlanAction:
+        """What an operation of the schedule is here, without microbatch and slot."""
         here, stage = self.stage.index, self.stage
-        if action.op == "SEND_F":
-            return self._send(here + 1, wire.CH_FORWARD, self._bind(stage.sent), "F", mb, slot)
-        if action.op == "RECV_F":
-            return self._receive(here - 1, wire.CH_FORWARD, self._bind(stage.received), "F", mb, slot)
-        if action.op == "SEND_B":
-            return self._send(here - 1, wire.CH_BACKWARD, self._bind(stage.gradient_sent), "B", mb, slot)
-        if action.op == "RECV_B":
-            return self._receive(here + 1, wire.CH_BACKWARD, self._bind(stage.gradient_received), "B", mb, slot)
-        return PlanAction(wire.A_RUN, action.op, action.op, None, mb, slot)
+        if op == "SEND_F":
+            return self._send(here + 1, wire.CH_FORWARD, self._bind(stage.sent), "F")
+        if op == "RECV_F":
+            return self._receive(here - 1, wire.CH_FORWARD, self._bind(stage.received), "F")
+        if op == "SEND_B":
+            return self._send(here - 1, wire.CH_BACKWARD, self._bind(stage.gradient_sent), "B")
+        if op == "RECV_B":
+            return self._receive(here + 1, wire.CH_BACKWARD, self._bind(stage.gradient_received), "B")
+        return PlanAction(wire.A_RUN, op, op)
 
 
 class Channels:
-    """The channels of a plan, made as they are first named."""
+    """The channels of a plan, numbered as they are first named."""
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
         self.sizes = sizes
-        self.all: list[Channel] = []
+        self.numbers: dict[Channel, int] = {}
+        self.ends: Counter[int] = Counter()
+        """Channels that start or end at a position."""
 
     def of(self, source: int, target: int, kind: int) -> int:
         """Number of the channel."""
         channel = Channel(source, target, kind, self.sizes[kind])
-        if channel not in self.all:
-            self.all.append(channel)
-        return self.all.index(channel)
+        if channel not in self.numbers:
+            self.numbers[channel] = len(self.numbers)
+            self.ends.update({source, target})
+        return self.numbers[channel]
 
-    def ends(self, position: int) -> int:
-        """Channels that start or end at a position."""
-        return sum(position in (c.source, c.target) for c in self.all)
-
-
-def free_slots_early(rows: Sequence[Sequence[Action]]) -> list[list[Action]]:
-    """The same messages, but a gradient leaves before the next activation enters, so that one slot serves both.
-
-    Where stage s has ``RECV_F, SEND_B`` side by side and stage s-1 the matching ``SEND_F, RECV_B``, both pairs change
-    places at once: two messages between the same two ranks, next to each other at both ends, always may.
-    Under 1F1B stage s then needs min(P - s, M) slots.
-    """
-    out = [list(row) for row in rows]
-    place = [{action: n for n, action in enumerate(row)} for row in out]
-    for rank, row in enumerate(out):
-        for n in range(len(row) - 1):
-            taken, given = row[n], row[n + 1]
-            if taken.op != "RECV_F" or given.op != "SEND_B" or taken.stage != given.stage:
-                continue
-            below = taken.stage - 1
-            peer = next(r for r, p in enumerate(place) if Action(below, "SEND_F", taken.microbatch) in p)
-            at = place[peer][Action(below, "SEND_F", taken.microbatch)]
-            wanted = Action(below, "RECV_B", given.microbatch)
-            if at + 1 == len(out[peer]) or out[peer][at + 1] != wanted:
-                continue
-            for r, first in ((rank, n), (peer, at)):
-                out[r][first], out[r][first + 1] = out[r][first + 1], out[r][first]
-                place[r] |= {out[r][first]: first, out[r][first + 1]: first + 1}
-    return out
+    @property
+    def all(self) -> tuple[Channel, ...]:
+        """By number."""
+        return tuple(self.numbers)
 
 
-def assign_slots(row: Sequence[Action]) -> tuple[int, dict[int, int]]:
-    """How many slots a rank's list needs, and which each microbatch takes.
-
-    A slot is taken when the activation is received (on the first stage: at F) and free after the last of B and SEND_B.
-    """
-    last = {action.microbatch: place for place, action in enumerate(row) if action.op in ("B", "W", "SEND_B")}
-    slots: dict[int, int] = {}
-    held: dict[int, int] = {}
-    count = 0
-    for place, action in enumerate(row):
-        mb = action.microbatch
-        if mb not in slots:
-            slots[mb] = held[mb] = next(n for n in range(count + 1) if n not in held.values())
-            count = max(count, slots[mb] + 1)
-        if last.get(mb) == place:
-            del held[mb]
-    return count, slots
-
-
-def check_hazards(row: Sequence[Action], stage: Stage) -> None:
-    """Refuses lists in which a message's memory would be written before the message is gone."""
-    one_gradient = stage.gradient_sent is not None and stage.gradient_sent.buffer not in stage.kept
-    sent: set[int] = set()
-    owed: int | None = None
-    for place, action in enumerate(row):
-        where = f"rank {stage.index}, action {place}, {action}"
-        if action.op == "SEND_F":
-            sent.add(action.microbatch)
-        elif action.op == "RECV_B" and action.microbatch not in sent:
-            raise PlanError(f"{where}: its gradient would be received over an activation that is not sent yet")
-        elif action.op == "B" and one_gradient:
-            if owed is not None:
-                raise PlanError(f"{where}: the gradient of microbatch {owed} is not sent yet")
-            owed = action.microbatch
-        elif action.op == "SEND_B" and action.microbatch == owed:
-            owed = None
-
-
-def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[tuple[Action, ...], ...]]:
+def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
     spec, stages = job.spec, len(job.stages)
     if job.infer:
-        rows: list[list[Action]] = [[]]
+        rows = [Row.of([])]
     else:
         computations = GENERATORS[spec.parallel.schedule](stages, spec.train.microbatches)
         rows = free_slots_early(insert_messages(computations, stages))
-        check_lowered(rows)
+        check_placement(rows)  # the messages themselves: check_messages, with the optimizer's
         for row, stage in zip(rows, job.stages, strict=True):
             check_hazards(row, stage)
     activation = spec.train.rows * spec.model.width * job.dt_bytes
@@ -562,29 +539,33 @@ def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[tu
             wire.CH_CONTROL: CONTROL_BYTES,
         }
     )
-    lowerings = [_Lowering(job, stage, channels, row) for stage, row in zip(job.stages, rows, strict=True)]
-    positions = [lowering.position() for lowering in lowerings]
+    positions = [_Lowering(job, stage, channels, row).position() for stage, row in zip(job.stages, rows, strict=True)]
     positions = [
-        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends(p.stage) * memory.CHANNEL_BYTES})
+        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends[p.stage] * memory.CHANNEL_BYTES})
         for p in positions
     ]
     check_messages(positions, channels.all)
-    return tuple(positions), tuple(channels.all), tuple(tuple(row) for row in rows)
+    return tuple(positions), channels.all, tuple(rows)
 
 
 def check_messages(positions: Sequence[Position], channels: Sequence[Channel]) -> None:
     """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
     for name in ("load", "step"):
-        rows = []
-        for p in positions:
-            actions: tuple[PlanAction, ...] = getattr(p, name)
-            row = []
-            for action in actions:
-                if action.channel is None:
-                    continue
-                c, is_send = channels[action.channel], action.kind == wire.A_SEND
-                label = action.microbatch
-                text = f"{p.stage}{'SEND' if is_send else 'RECV'} kind {c.kind} on channel {action.channel}"
-                row.append(Message(action.channel, is_send, label, text))
-            rows.append(row)
-        check_channels(rows)
+        lists: list[ActionList] = [ActionList.of(getattr(p, name)) for p in positions]
+
+        def text(rank: int, place: int, lists: list[ActionList] = lists) -> str:
+            messages = (action for action in lists[rank] if action.channel is not None)
+            action = next(islice(messages, place, None))
+            assert action.channel is not None
+            verb = "SEND" if action.kind == wire.A_SEND else "RECV"
+            return f"{positions[rank].stage}{verb} kind {channels[action.channel].kind} on channel {action.channel}"
+
+        check_ends([_ends(actions) for actions in lists], len(channels), text)
+
+
+def _ends(actions: ActionList) -> Ends:
+    channel = np.array([-1 if p.channel is None else p.channel for p in actions.patterns], np.int32)
+    sends = np.array([p.kind == wire.A_SEND for p in actions.patterns], np.bool_)
+    messages = np.flatnonzero(channel[actions.which] >= 0)
+    which = actions.which[messages]
+    return Ends(channel[which], sends[which], actions.microbatch[messages])

@@ -78,21 +78,17 @@ def place(intervals: Sequence[Interval]) -> tuple[dict[str, int], int]:
     Large buffers are placed first, so that the small ones fill the gaps.
     """
     offsets: dict[str, int] = {}
-    placed: list[tuple[Interval, int]] = []
-    end = 0
+    taken: list[list[tuple[int, int]]] = [[] for _ in range(1 + max((item.last for item in intervals), default=-1))]
+    end = 0  # taken: by call, the bytes of the buffers that are placed and alive in it
     for item in sorted(intervals, key=lambda i: (-i.bytes, i.first, i.name)):
-        size, at = align(item.bytes), 0
-        busy = sorted(
-            (offset, offset + align(other.bytes))
-            for other, offset in placed
-            if other.first <= item.last and item.first <= other.last
-        )
-        for low, high in busy:
+        size, at, lives = align(item.bytes), 0, taken[item.first : item.last + 1]
+        for low, high in sorted({span for spans in lives for span in spans}):
             if at + size <= low:
                 break
             at = max(at, high)
         offsets[item.name] = at
-        placed.append((item, at))
+        for spans in lives:
+            spans.append((at, at + size))
         end = max(end, at + size)
     return offsets, end
 

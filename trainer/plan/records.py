@@ -6,14 +6,18 @@ them. Holds data and no decisions.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import overload
 
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer import wire
 from trainer.models.base import Tensor
 from trainer.plan.draw import memory_text
-from trainer.plan.schedules import Action
+from trainer.plan.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,63 @@ class PlanAction:
     ref: Ref | None = None
 
 
+class ActionList(Sequence[PlanAction]):
+    """A list of actions as columns, read as a sequence of ``PlanAction``.
+
+    Few actions of a list differ by more than microbatch and slot: ``patterns`` are the different ones without either,
+    ``which`` says which pattern an action has. -1 in ``microbatch`` or ``slot``: none.
+    """
+
+    __slots__ = ("microbatch", "patterns", "slot", "which")
+
+    def __init__(
+        self,
+        patterns: tuple[PlanAction, ...],
+        which: NDArray[np.uint16],
+        microbatch: NDArray[np.int32],
+        slot: NDArray[np.int32],
+    ) -> None:
+        self.patterns, self.which, self.microbatch, self.slot = patterns, which, microbatch, slot
+
+    @classmethod
+    def of(cls, actions: Sequence[PlanAction]) -> ActionList:
+        """The same actions as columns; a list of columns stays as it is."""
+        if isinstance(actions, ActionList):
+            return actions
+        patterns: dict[PlanAction, int] = {}
+        which = [patterns.setdefault(replace(a, microbatch=None, slot=None), len(patterns)) for a in actions]
+        numbers = [[-1 if n is None else n for n in column] for column in
+                   ([a.microbatch for a in actions], [a.slot for a in actions])]  # fmt: skip
+        return cls(tuple(patterns), np.array(which, np.uint16), *(np.array(n, np.int32) for n in numbers))
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    @overload
+    def __getitem__(self, place: int) -> PlanAction: ...
+    @overload
+    def __getitem__(self, place: slice) -> ActionList: ...
+    def __getitem__(self, place: int | slice) -> PlanAction | ActionList:
+        if isinstance(place, slice):
+            return ActionList(self.patterns, self.which[place], self.microbatch[place], self.slot[place])
+        return self._one(self.which[place], int(self.microbatch[place]), int(self.slot[place]))
+
+    def __iter__(self) -> Iterator[PlanAction]:
+        return map(self._one, self.which.tolist(), self.microbatch.tolist(), self.slot.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(PlanAction.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment] # lists are compared, never keys
+
+    def _one(self, which: int, microbatch: int, slot: int) -> PlanAction:
+        p = self.patterns[which]
+        if microbatch < 0 and slot < 0:
+            return p
+        numbers = (None if microbatch < 0 else microbatch, None if slot < 0 else slot)
+        return PlanAction(p.kind, p.op, p.program, p.channel, *numbers, p.ref)
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
     """A directed edge and kind (``wire.CH_*``). Every message on it has ``bytes`` bytes."""
@@ -108,9 +169,9 @@ class Position:
     slot_bytes: int
     states: tuple[State, ...]
     programs: Mapping[str, Program]
-    init: tuple[PlanAction, ...]
-    load: tuple[PlanAction, ...]
-    step: tuple[PlanAction, ...]
+    init: Sequence[PlanAction]
+    load: Sequence[PlanAction]
+    step: Sequence[PlanAction]
     bytes_by_kind: Mapping[str, int]
 
     @property
@@ -163,7 +224,7 @@ class Plan:
     shards: tuple[int, ...]
     positions: tuple[Position, ...]
     channels: tuple[Channel, ...]
-    schedule: tuple[tuple[Action, ...], ...] = field(default=())
+    schedule: tuple[Row, ...] = field(default=())
 
     @cached_property
     def _bytes(self) -> bytes:
@@ -177,8 +238,9 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hex digits of the file's digest: SHA-256 of its bytes from 64 on."""
-        return hashlib.sha256(self._bytes[64:]).hexdigest()
+        """Hex digits of the file's digest: SHA-256 of its bytes from 64 on, as its header has it."""
+        first = wire.PlanHeader.digest.offset
+        return self._bytes[first : first + 32].hex()
 
     @property
     def parameters(self) -> int:

@@ -1,6 +1,6 @@
 """Times a plan before it runs: every instruction's seconds from a cost model, played over the ranks' lists.
 
-Owns the count of floating-point operations a kernel call takes, the cost model and the event simulation. It reads
+Owns the cost model and the event simulation; ``flops.py`` counts operations. It reads
 lists of ``Instruction``: ``from_plan`` makes them from a compiled plan, ``from_rows`` from a bare schedule. The same
 code times two processes and a cluster.
 
@@ -10,87 +10,21 @@ done, and waits from where it asked. With ``rendezvous`` the sender also waits u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer import wire
 from trainer.errors import PlanError
-from trainer.plan.records import Plan, PlanAction
-from trainer.plan.schedules import Action, Rows, stage_ranks
-from trainer.plan.timeline import COMPUTE_KINDS, Event, Timeline, kind_of
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Operations of a call: ``model`` as MFU counts them (matrix products of the mathematics), ``done`` as executed."""
-
-    model: float
-    done: float
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.model + other.model, self.done + other.done)
-
-
-def _both(count: float) -> Flops:
-    return Flops(count, count)
-
-
-def _only_done(count: float) -> Flops:
-    return Flops(0.0, count)
-
-
-Dims = Sequence[int]
-
-# What a call costs, by kernel name; dims in the order of wire/kernels.h. Attention is causal: T (T + 1) / 2 pairs. The
-# input gradient of attention computes the scores again (5 products where the mathematics has 4). Elementwise
-# operations count as executed only, with a rounded number an element; memory traffic decides their time anyway.
-_FLOPS: Mapping[str, Callable[[Dims], Flops]] = {
-    "embed_fwd": lambda d: _only_done(d[0] * d[1]),
-    "embed_wgrad": lambda d: _only_done(2 * d[0] * d[1]),
-    "layernorm_fwd": lambda d: _only_done(8 * d[0] * d[1]),
-    "layernorm_igrad": lambda d: _only_done(11 * d[0] * d[1]),
-    "layernorm_wgrad": lambda d: _only_done(4 * d[0] * d[1]),
-    "rmsnorm_fwd": lambda d: _only_done(4 * d[0] * d[1] * d[2]),
-    "rmsnorm_igrad": lambda d: _only_done(7 * d[0] * d[1] * d[2]),
-    "rmsnorm_wgrad": lambda d: _only_done(3 * d[0] * d[1] * d[2]),
-    "linear_fwd": lambda d: _both(2 * d[0] * d[1] * d[2]),
-    "linear_igrad": lambda d: _both(2 * d[0] * d[1] * d[2]),
-    "linear_wgrad": lambda d: _both(2 * d[0] * d[1] * d[2]),
-    "attention_fwd": lambda d: _both(2 * 2 * d[0] * d[2] * d[4] * (d[1] * (d[1] + 1) // 2)),
-    "attention_igrad": lambda d: Flops(
-        4 * 2 * d[0] * d[2] * d[4] * (d[1] * (d[1] + 1) // 2), 5 * 2 * d[0] * d[2] * d[4] * (d[1] * (d[1] + 1) // 2)
-    ),
-    "rope_table": lambda d: _only_done(20 * d[0] * d[1]),
-    "rope_fwd": lambda d: _only_done(3 * d[0] * d[2] * d[3]),
-    "rope_igrad": lambda d: _only_done(3 * d[0] * d[2] * d[3]),
-    "gelu_fwd": lambda d: _only_done(20 * d[0]),
-    "gelu_igrad": lambda d: _only_done(30 * d[0]),
-    "swiglu_fwd": lambda d: _only_done(20 * d[0] * d[1]),
-    "swiglu_igrad": lambda d: _only_done(30 * d[0] * d[1]),
-    "classifier_fwd": lambda d: Flops(2 * d[0] * d[1] * d[2], 2 * d[0] * d[1] * d[2] + 20 * d[0] * d[2]),
-    "classifier_grad": lambda d: Flops(6 * d[0] * d[1] * d[2], 6 * d[0] * d[1] * d[2] + 20 * d[0] * d[2]),
-    "logits": lambda d: _both(2 * d[0] * d[1] * d[2]),
-    "add_acc": lambda d: _only_done(d[0]),
-    "sumsq": lambda d: _only_done(2 * d[0]),
-    "adamw": lambda d: _only_done(14 * d[0]),
-    "zero": lambda d: _only_done(0),
-    "init_normal": lambda d: _only_done(60 * d[0]),
-    "init_const": lambda d: _only_done(0),
-    "cast": lambda d: _only_done(d[0]),
-}
-
-
-def kernel_flops(name: str, dims: Dims) -> Flops:
-    """Operations of one call of kernel ``name`` (a key of ``trainer.wire.KERNELS``) with ``dims`` in the table's order.
-
-    >>> kernel_flops("linear_fwd", [8, 16, 32]).model
-    8192
-    """
-    try:
-        return _FLOPS[name](dims)
-    except KeyError:
-        raise PlanError(f"the simulator does not know kernel {name!r}; add its operations to simulate.py") from None
+from trainer.plan.flops import Dims, kernel_flops
+from trainer.plan.records import ActionList, Plan, PlanAction
+from trainer.plan.rows import OPS, Action, Rows, columns
+from trainer.plan.schedules import stage_ranks
+from trainer.plan.timeline import COMPUTE_KINDS, EventList, EventRow, Label, Timeline, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +41,52 @@ class Instruction:
     bytes: int = 0
     microbatch: int | None = None
     model_flops: float = 0.0
+
+
+class InstructionList(Sequence[Instruction]):
+    """A rank's instructions as columns, read as a sequence of ``Instruction``.
+
+    Few instructions of a list differ by more than their microbatch: ``patterns`` are the different ones, ``which`` says
+    which an instruction is. Where ``microbatch`` is not -1, it closes the action's text.
+    """
+
+    __slots__ = ("microbatch", "patterns", "which")
+
+    def __init__(
+        self, patterns: Sequence[Instruction], which: NDArray[np.unsignedinteger], microbatch: NDArray[np.int32]
+    ) -> None:
+        self.patterns, self.which, self.microbatch = patterns, which, microbatch
+
+    @classmethod
+    def of(cls, row: Sequence[Instruction]) -> InstructionList:
+        """The same instructions as columns; a list of columns stays as it is."""
+        if isinstance(row, InstructionList):
+            return row
+        return cls(row, np.arange(len(row), dtype=np.uint32), np.full(len(row), -1, np.int32))
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    @overload
+    def __getitem__(self, place: int) -> Instruction: ...
+    @overload
+    def __getitem__(self, place: slice) -> InstructionList: ...
+    def __getitem__(self, place: int | slice) -> Instruction | InstructionList:
+        if isinstance(place, slice):
+            return InstructionList(self.patterns, self.which[place], self.microbatch[place])
+        pattern, number = self.patterns[int(self.which[place])], int(self.microbatch[place])
+        return pattern if number < 0 else replace(pattern, action=f"{pattern.action}{number}", microbatch=number)
+
+    @property
+    def numbers(self) -> NDArray[np.int32]:
+        """Microbatches, those that the patterns have included; -1: none."""
+        known = np.array([-1 if p.microbatch is None else p.microbatch for p in self.patterns], np.int32)
+        return np.where(self.microbatch < 0, known[self.which], self.microbatch) if len(self) else self.microbatch
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many instructions each pattern has."""
+        return np.bincount(self.which, minlength=len(self.patterns))
 
 
 @dataclass(frozen=True)
@@ -200,76 +180,128 @@ def simulate(
     title: str = "planned",
 ) -> Simulation:
     """Plays the ranks' lists of one step. PlanError where a message has no other end or the ranks block one another."""
-    clock = [0.0] * len(rows)
-    place = [0] * len(rows)
-    events: list[Event] = []
-    arrived: dict[int, list[tuple[int, float]]] = {}  # channel -> (sending rank, time at the receiver), in order
-    link_bytes: dict[tuple[int, int], int] = {}
-    receivers = {
-        instruction.channel: rank
-        for rank, row in enumerate(rows)
-        for instruction in row
-        if instruction.channel is not None and instruction.kind == "recv"
-    }
-
-    def ready(rank: int, instruction: Instruction) -> bool:
-        if instruction.channel is None:
-            return True
-        if instruction.kind == "recv":
-            return bool(arrived.get(instruction.channel))
-        if not cost.rendezvous:
-            return True
-        peer = receivers.get(instruction.channel)
-        if peer is None or place[peer] == len(rows[peer]):
-            return False
-        other = rows[peer][place[peer]]
-        return other.channel == instruction.channel and other.kind == "recv"
-
-    def run(rank: int, instruction: Instruction) -> None:
-        start = clock[rank]
-        if instruction.channel is None:
-            end = start + instruction.seconds
-        elif instruction.kind == "recv":
-            sender, when = arrived[instruction.channel].pop(0)
-            end = max(start, when)
-            link_bytes[sender, rank] = link_bytes.get((sender, rank), 0) + instruction.bytes
-        else:
-            met = max(start, clock[receivers[instruction.channel]]) if cost.rendezvous else start
-            end = met + instruction.bytes / cost.link_bytes_per_s
-            arrived.setdefault(instruction.channel, []).append((rank, end + cost.link_latency_s))
-        events.append(Event(rank, instruction.action, instruction.kind, start, end, instruction.microbatch))
-        clock[rank] = end
-        place[rank] += 1
-
-    moved = True
-    while moved:
-        moved = False
-        for rank, row in enumerate(rows):
-            while place[rank] < len(row) and ready(rank, row[place[rank]]):
-                run(rank, row[place[rank]])
-                moved = True
-    stuck = [
-        f"rank {rank} at {row[place[rank]].action} on channel {row[place[rank]].channel}"
-        for rank, row in enumerate(rows)
-        if place[rank] < len(row)
-    ]
-    if stuck:
-        raise PlanError("the ranks block one another: " + "; ".join(stuck))
-    timeline = Timeline(tuple(sorted(events, key=lambda e: (e.rank, e.start))), len(rows), title)
-    flops = sum(instruction.model_flops for row in rows for instruction in row)
-    peak = (peak_flops if peak_flops is not None else cost.flops_per_s) * len(rows)
+    lists = [InstructionList.of(row) for row in rows]
+    play = _Play(lists, cost)
+    play.run()
+    timeline = Timeline(EventList(play.events()), len(lists), title)
+    flops = sum(p.model_flops * int(n) for row in lists for p, n in zip(row.patterns, row.counts, strict=True) if n)
+    peak = (peak_flops if peak_flops is not None else cost.flops_per_s) * len(lists)
     seconds = timeline.seconds
-    return Simulation(
-        timeline, seconds, timeline.bubble, flops, flops / (seconds * peak) if seconds > 0 else 0.0, link_bytes
-    )
+    mfu = flops / (seconds * peak) if seconds > 0 else 0.0
+    return Simulation(timeline, seconds, timeline.bubble, flops, mfu, play.link_bytes())
+
+
+_OTHER, _SEND, _RECEIVE, _END = range(4)
+
+
+class _Play:
+    """Plays all ranks in rounds: in each, every rank that can do its next instruction does it, on columns of all ranks.
+
+    A message's times depend on its two ranks alone, so the order of play decides nothing.
+    """
+
+    def __init__(self, lists: Sequence[InstructionList], cost: CostModel) -> None:
+        self.lists, self.cost = lists, cost
+        patterns = [pattern for row in lists for pattern in row.patterns]
+        names = list(dict.fromkeys(p.channel for p in patterns if p.channel is not None))
+        number = {name: n for n, name in enumerate(names)}
+        none = len(names)  # the channel of what is no message
+        # By pattern, all ranks' one after the other, and one that stands after each rank's last instruction
+        kind = [_OTHER if p.channel is None else _RECEIVE if p.kind == "recv" else _SEND for p in patterns]
+        self.kind = np.array([*kind, _END], np.uint8)
+        self.channel = np.array([*(none if p.channel is None else number[p.channel] for p in patterns), none], np.int32)
+        spent = [p.seconds if p.channel is None else p.bytes / cost.link_bytes_per_s for p in patterns]
+        self.seconds = np.array([*spent, 0.0], np.float64)
+        ends, sends = np.full((2, none + 1), -1, np.int32), np.zeros(none + 1, np.int64)
+        bases = np.cumsum([0, *(len(row.patterns) for row in lists)])
+        for rank, row in enumerate(lists):
+            mine = slice(bases[rank], bases[rank + 1])
+            for pattern, k, channel, count in zip(
+                row.patterns, kind[mine], self.channel[mine].tolist(), row.counts.tolist(), strict=True
+            ):
+                if k == _OTHER:
+                    continue
+                if ends[k - _SEND, channel] not in (-1, rank):
+                    raise PlanError(
+                        f"rank {rank} at {pattern.action}: this end of channel {pattern.channel} belongs to rank "
+                        f"{ends[k - _SEND, channel]}; a channel has one rank at each end"
+                    )
+                ends[k - _SEND, channel] = rank
+                sends[channel] += count if k == _SEND else 0
+        self.sender, self.receiver = ends
+        # By instruction, each rank's row closed by the end
+        self.starts = np.cumsum([0, *(len(row) + 1 for row in lists)])
+        self.which = np.full(int(self.starts[-1]), len(patterns), np.int32)
+        for rank, row in enumerate(lists):
+            self.which[self.starts[rank] : self.starts[rank + 1] - 1] = row.which + bases[rank]
+        self.start, self.end = np.zeros(len(self.which)), np.zeros(len(self.which))
+        self.place, self.clock = self.starts[:-1].copy(), np.zeros(len(lists))
+        # By channel: where its messages begin among all, how many are sent, how many received; when each is there
+        self.first = np.cumsum(sends) - sends
+        self.sent, self.received = np.zeros(none + 1, np.int64), np.zeros(none + 1, np.int64)
+        self.there = np.zeros(int(sends.sum()) + 1)
+
+    def run(self) -> None:
+        """Until nothing moves. PlanError where that is before the end."""
+        while True:
+            which = self.which[self.place]
+            kind, channel = self.kind[which], self.channel[which]
+            waits = self.sent[channel] > self.received[channel]
+            ready = (kind == _OTHER) | ((kind == _RECEIVE) & waits)
+            sends = kind == _SEND
+            begin = self.clock
+            if self.cost.rendezvous:
+                peer = self.receiver[channel]
+                sends &= (kind[peer] == _RECEIVE) & (channel[peer] == channel) & ~waits & (peer >= 0)
+                begin = np.where(sends, np.maximum(self.clock, self.clock[peer]), self.clock)
+            ranks = np.flatnonzero(ready | sends)
+            if not len(ranks):
+                break
+            kind, channel, place, start = kind[ranks], channel[ranks], self.place[ranks], self.clock[ranks]
+            end = begin[ranks] + self.seconds[which[ranks]]
+            receives, sends = kind == _RECEIVE, sends[ranks]
+            taken = channel[receives]
+            end[receives] = np.maximum(start[receives], self.there[self.first[taken] + self.received[taken]])
+            given = channel[sends]
+            self.there[self.first[given] + self.sent[given]] = end[sends] + self.cost.link_latency_s
+            self.received[taken] += 1
+            self.sent[given] += 1
+            self.start[place], self.end[place], self.clock[ranks], self.place[ranks] = start, end, end, place + 1
+        stuck = []
+        for rank, row in enumerate(self.lists):
+            stands = int(self.place[rank] - self.starts[rank])
+            if stands < len(row):
+                stuck.append(f"rank {rank} at {row[stands].action} on channel {row[stands].channel}")
+        if stuck:
+            raise PlanError("the ranks block one another: " + "; ".join(stuck))
+
+    def events(self) -> list[EventRow]:
+        """What each rank did when."""
+        rows = []
+        for rank, row in enumerate(self.lists):
+            labels = [Label(p.action, p.kind, p.microbatch is None) for p in row.patterns]
+            mine = slice(self.starts[rank], self.starts[rank + 1] - 1)
+            rows.append(EventRow(rank, labels, row.which, row.numbers, self.start[mine], self.end[mine]))
+        return rows
+
+    def link_bytes(self) -> dict[tuple[int, int], int]:
+        """Bytes received, by sending and receiving rank."""
+        found: dict[tuple[int, int], int] = {}
+        channels = iter(self.channel.tolist())
+        for rank, row in enumerate(self.lists):
+            for pattern, count, channel in zip(row.patterns, row.counts.tolist(), channels, strict=False):
+                if pattern.channel is not None and pattern.kind == "recv" and count:
+                    link = (int(self.sender[channel]), rank)
+                    found[link] = found.get(link, 0) + pattern.bytes * count
+        return found
 
 
 def from_rows(
     rows: Rows, cost: CostModel, seconds: Mapping[str, float], message_bytes: int = 0
-) -> list[list[Instruction]]:
+) -> list[InstructionList]:
     """Instructions of a bare schedule with its messages in. ``seconds`` by operation (F, I, W, B; B defaults to I + W).
 
-    >>> from trainer.plan.check import insert_messages
+    >>> from trainer.plan.messages import insert_messages
     >>> from trainer.plan.schedules import one_f_one_b
     >>> sheet = CostModel(1.0, 1.0, 1.0, 0.0, 0.0)
     >>> lists = from_rows(insert_messages(one_f_one_b(4, 8), 4), sheet, {"F": 1.0, "B": 2.0})
@@ -279,16 +311,21 @@ def from_rows(
     stage_ranks(rows)
     channels: dict[tuple[str, tuple[int, int]], int] = {}
 
-    def one(rank: int, action: Action) -> Instruction:
-        text = str(action)
-        if action.is_compute:
-            estimate = seconds[action.op] if action.op in seconds else seconds["I"] + seconds["W"]
-            spent = cost.action_seconds(text, action.op, rank, estimate)
-            return Instruction(text, action.op, spent, microbatch=action.microbatch)
-        channel = channels.setdefault((action.op[-1], action.edge), len(channels))
-        return Instruction(text, kind_of(text), 0.0, channel, message_bytes, action.microbatch)
+    def one(rank: int, stage: int, op: str) -> Instruction:
+        text = f"{stage}{op}"
+        if op in COMPUTE_KINDS:
+            estimate = seconds[op] if op in seconds else seconds["I"] + seconds["W"]
+            return Instruction(text, op, cost.action_seconds(text, op, rank, estimate))
+        channel = channels.setdefault((op[-1], Action(stage, op, 0).edge), len(channels))
+        return Instruction(text, kind_of(text), 0.0, channel, message_bytes)
 
-    return [[one(rank, action) for action in row] for rank, row in enumerate(rows)]
+    lists = []
+    for rank, row in enumerate(columns(rows)):
+        names, local = row.by_stage()
+        kinds, which = np.unique(local * len(OPS) + row.op, return_inverse=True)
+        patterns = [one(rank, int(names[kind // len(OPS)]), OPS[kind % len(OPS)]) for kind in kinds]
+        lists.append(InstructionList(patterns, which.astype(np.uint16), row.microbatch))
+    return lists
 
 
 _MESSAGE_NAMES = {
@@ -308,9 +345,9 @@ _OTHER_NAMES = {
 }
 
 
-def from_plan(plan: Plan, cost: CostModel) -> list[list[Instruction]]:
+def from_plan(plan: Plan, cost: CostModel) -> list[InstructionList]:
     """Instructions of one step of a compiled plan, one list a position; without snapshots, which few steps have."""
-    lists: list[list[Instruction]] = []
+    lists: list[InstructionList] = []
     for position in plan.positions:
         programs = {}
         for name, program in position.programs.items():
@@ -321,21 +358,21 @@ def from_plan(plan: Plan, cost: CostModel) -> list[list[Instruction]]:
         def one(
             action: PlanAction, stage: int = position.stage, programs: Mapping[str, tuple[float, float]] = programs
         ) -> Instruction:
-            place = "" if action.microbatch is None else str(action.microbatch)
             if action.kind == wire.A_RUN:
                 assert action.program is not None
                 compute = action.op in COMPUTE_KINDS
-                text = f"{stage}{action.op}{place}" if compute else action.program
+                text = f"{stage}{action.op}" if compute else action.program
                 kind = action.op if compute or action.op == "O" else kind_of(action.program)
                 estimate, flops = programs[action.program]
                 spent = cost.action_seconds(text, kind, stage, estimate)
-                return Instruction(text, kind, spent, microbatch=action.microbatch, model_flops=flops)
+                return Instruction(text, kind, spent, model_flops=flops)
             if action.channel is not None:
                 channel = plan.channels[action.channel]
                 verb = "SEND" if action.kind == wire.A_SEND else "RECV"
-                text = f"{stage}{verb}_{_MESSAGE_NAMES[channel.kind]}{place}"
-                return Instruction(text, verb.lower(), 0.0, action.channel, channel.bytes, action.microbatch)
+                text = f"{stage}{verb}_{_MESSAGE_NAMES[channel.kind]}"
+                return Instruction(text, verb.lower(), 0.0, action.channel, channel.bytes)
             return Instruction(_OTHER_NAMES[action.kind], "other")
 
-        lists.append([one(action) for action in position.step])
+        step = ActionList.of(position.step)
+        lists.append(InstructionList([one(pattern) for pattern in step.patterns], step.which, step.microbatch))
     return lists

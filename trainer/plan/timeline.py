@@ -7,9 +7,14 @@ start of the timeline.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 COMPUTE_KINDS = ("F", "I", "W", "B")
 KINDS = {
@@ -41,31 +46,126 @@ class Event:
         return self.end - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What events have in common. ``numbered``: an event's text is ``action`` and its microbatch's number."""
+
+    action: str
+    kind: str
+    numbered: bool = False
+
+
+class EventRow(Sequence[Event]):
+    """One rank's events by start, as columns, read as a sequence of ``Event``. -1 in ``microbatch``: none."""
+
+    __slots__ = ("end", "labels", "microbatch", "rank", "start", "which")
+
+    def __init__(
+        self,
+        rank: int,
+        labels: Sequence[Label],
+        which: NDArray[np.uint32],
+        microbatch: NDArray[np.int32],
+        start: NDArray[np.float64],
+        end: NDArray[np.float64],
+    ) -> None:
+        self.rank, self.labels, self.which, self.microbatch = rank, labels, which, microbatch
+        self.start, self.end = start, end
+
+    @classmethod
+    def of(cls, rank: int, events: Iterable[Event]) -> EventRow:
+        """The events of a rank, sorted by start."""
+        listed = sorted(events, key=lambda event: event.start)
+        labels: dict[Label, int] = {}
+        which = [labels.setdefault(Label(event.action, event.kind), len(labels)) for event in listed]
+        microbatch = [-1 if event.microbatch is None else event.microbatch for event in listed]
+        times = [np.array([getattr(event, name) for event in listed], np.float64) for name in ("start", "end")]
+        return cls(rank, tuple(labels), np.array(which, np.uint32), np.array(microbatch, np.int32), *times)
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    @overload
+    def __getitem__(self, place: int) -> Event: ...
+    @overload
+    def __getitem__(self, place: slice) -> EventRow: ...
+    def __getitem__(self, place: int | slice) -> Event | EventRow:
+        if isinstance(place, slice):
+            columns = self.which[place], self.microbatch[place], self.start[place], self.end[place]
+            return EventRow(self.rank, self.labels, *columns)
+        microbatch, times = int(self.microbatch[place]), (float(self.start[place]), float(self.end[place]))
+        return self._one(int(self.which[place]), microbatch, *times)
+
+    def __iter__(self) -> Iterator[Event]:
+        return map(self._one, self.which.tolist(), self.microbatch.tolist(), self.start.tolist(), self.end.tolist())
+
+    def _one(self, which: int, microbatch: int, start: float, end: float) -> Event:
+        label, number = self.labels[which], None if microbatch < 0 else microbatch
+        text = f"{label.action}{number}" if label.numbered and number is not None else label.action
+        return Event(self.rank, text, label.kind, start, end, number)
+
+    def seconds(self, kinds: Collection[str]) -> float:
+        """Seconds of all events of ``kinds``."""
+        wanted = np.array([label.kind in kinds for label in self.labels], np.bool_)
+        chosen = wanted[self.which] if len(self) else np.zeros(0, np.bool_)
+        return float((self.end[chosen] - self.start[chosen]).sum())
+
+
+class EventList(Sequence[Event]):
+    """The events of all ranks, rank by rank."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: Sequence[EventRow]) -> None:
+        self.rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    @overload
+    def __getitem__(self, place: int) -> Event: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Event]: ...
+    def __getitem__(self, place: int | slice) -> Event | Sequence[Event]:
+        if isinstance(place, slice):
+            return [self[n] for n in range(*place.indices(len(self)))]
+        left = place if place >= 0 else place + len(self)
+        for row in self.rows:
+            if 0 <= left < len(row):
+                return row[left]
+            left -= len(row)
+        raise IndexError(f"event {place} of {len(self)}")
+
+    def __iter__(self) -> Iterator[Event]:
+        return chain.from_iterable(self.rows)
+
+
 @dataclass(frozen=True)
 class Timeline:
     """Events of ``ranks`` ranks, each rank's ascending and without overlap."""
 
-    events: tuple[Event, ...]
+    events: Sequence[Event]
     ranks: int
     title: str = ""
 
     @cached_property
-    def rows(self) -> tuple[tuple[Event, ...], ...]:
+    def rows(self) -> tuple[EventRow, ...]:
         """Events by rank, by start."""
+        if isinstance(self.events, EventList):
+            return self.events.rows
         rows: list[list[Event]] = [[] for _ in range(self.ranks)]
         for event in self.events:
             rows[event.rank].append(event)
-        return tuple(tuple(sorted(row, key=lambda event: event.start)) for row in rows)
+        return tuple(EventRow.of(rank, row) for rank, row in enumerate(rows))
 
     @cached_property
     def seconds(self) -> float:
         """From 0 to the last end."""
-        return max((event.end for event in self.events), default=0.0)
+        return max((float(row.end.max()) for row in self.rows if len(row)), default=0.0)
 
     def busy(self, rank: int, kinds: Iterable[str] = (*COMPUTE_KINDS, "O")) -> float:
         """Seconds that a rank spends in ``kinds``."""
-        wanted = frozenset(kinds)
-        return sum(event.seconds for event in self.rows[rank] if event.kind in wanted)
+        return self.rows[rank].seconds(frozenset(kinds))
 
     @cached_property
     def bubble(self) -> tuple[float, ...]:

@@ -9,26 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.errors import PlanError
-from trainer.plan import check, schedules
-from trainer.plan.check import Message, check_channels, check_lowered, check_schedule, insert_messages
-from trainer.plan.schedules import (
-    COMPUTE,
-    GENERATORS,
-    MESSAGES,
-    Action,
-    from_csv,
-    gpipe,
-    in_flight,
-    one_f_one_b,
-    parse_action,
-    strip_messages,
-    to_csv,
-)
+from trainer.plan import messages, rows, schedules
+from trainer.plan.channels import Message, check_channels
+from trainer.plan.check import check_lowered, check_schedule
+from trainer.plan.messages import insert_messages
+from trainer.plan.rows import COMPUTE, MESSAGES, Action, parse_action
+from trainer.plan.schedules import GENERATORS, from_csv, gpipe, in_flight, one_f_one_b, strip_messages, to_csv
 
 SIZES = [(p, m) for p in range(1, 17) for m in (1, 2, 3, 4, 7, 8, 15, 16, 17, 32)]
 
 
-@pytest.mark.parametrize("module", [schedules, check])
+@pytest.mark.parametrize("module", [schedules, rows, messages])
 def test_examples_in_the_docstrings_run(module: object) -> None:
     failed, ran = doctest.testmod(module)  # type: ignore[arg-type]
     assert ran > 0
