@@ -20,11 +20,14 @@ from checkpoint.errors import Conflict, Damaged, Halted, NotFound, StoreError
 from checkpoint.layout import PlanLayout
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import checkpoint_body, merge
+from checkpoint.pages import TooLarge
 
 log = logging.getLogger(__name__)
 
 TURN_S = 2.0
 """Between the turns of two agents to commit the same step."""
+READINGS = 3
+"""Of parts that do not fit together, before the step is given up."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class _Pending:
     step: int
     deadline: float
     turn: float
+    damaged: int = 0
     parts: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -143,7 +147,10 @@ class Committer:
                 self._post(lambda said=state: self._on_commit(said, item.step))  # type: ignore[misc]
         except Halted as error:
             log.warning("step %d is not committed: %s", item.step, error)
-        except Damaged as error:
+        except (Damaged, TooLarge) as error:
+            # what one reading says is read again: parts are small, and a sick read is no sick part
+            item.damaged, item.parts = item.damaged + 1, {}
+            done = isinstance(error, TooLarge) or item.damaged >= READINGS
             log.error("step %d cannot be committed: %s", item.step, error)
             text = str(error)
             self._post(lambda: self._on_error(text))
@@ -153,7 +160,9 @@ class Committer:
             log.warning("%s", text)
             self._post(lambda: self._on_error(text))
         if not done and time.monotonic() > item.deadline:
-            log.error("the commit of step %d is given up: not every node's part came in time", item.step)
+            gone = f"the commit of step {item.step} is given up: not every node's part came in time"
+            log.error("%s", gone)
+            self._post(lambda: self._on_error(gone))
             done = True
         newest = max((c.step for c in state.checkpoints if c.epoch == epoch), default=-1)
         with self._wake:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -215,51 +214,96 @@ class Reads(MemoryStore):
         return super().get(key, **more)
 
 
-def test_of_many_agents_one_reads_the_parts_and_each_once() -> None:
-    nodes, store, lock = 8, Reads(), threading.Lock()
-    log, state = begun(store)
-    written = write_parts(
-        MemoryStore(), RUN, state_bytes(1), [(0,), (1,), (2,), (3,), (4,), (), (), ()], step=16, epoch=1
-    )
-    committers: list[Committer] = []
-    newest: list[RunState] = []
+class Agents:
+    """The commit threads of a gang's nodes, each with a log of its own; all hear of a record as watchers would."""
 
-    def on_commit(found: RunState, step: int) -> None:  # as every agent's watcher sees the record
-        with lock:
-            newest.append(found)
-        for committer in committers:
-            committer.state(found)
-
-    def post(call: Callable[[], None]) -> None:
-        call()
-
-    for node in range(nodes):
-        own = RunLog(store, RUN, writer=f"agent-{node}")
-        committers.append(
-            Committer(
-                own,
+    def __init__(self, store: MemoryStore, nodes: int, deadline_s: float = 60.0) -> None:
+        self.states: list[RunState] = []
+        self.errors: list[str | None] = []
+        self.committers: list[Committer] = []
+        for node in range(nodes):
+            committer = Committer(
+                RunLog(store, RUN, writer=f"agent-{node}"),
                 node,
                 nodes,
-                post=post,
-                on_commit=on_commit,
+                post=lambda call: call(),
+                on_commit=self._on_commit,
                 on_idle=lambda: None,
-                on_error=lambda _: None,
+                on_error=self.errors.append,
                 poll_s=0.01,
             )
-        )
-        committers[-1].begin(1, None, 60.0)  # type: ignore[arg-type]
-    try:
-        for name, data in written[1:]:
-            store.create(keys.run_key(RUN, name), data)
-        for committer in committers:
-            committer.add(16, state)
-        wait_for(lambda: len(store.parts) >= nodes + 3, "a few looks for the part that is missing")
-        store.create(keys.run_key(RUN, written[0][0]), written[0][1])
-        wait_for(lambda: newest, "the commit")
-        wait_for(lambda: all(c.idle for c in committers), "everybody to hear of it")
-    finally:
-        for committer in committers:
+            committer.begin(1, None, deadline_s)  # type: ignore[arg-type]
+            self.committers.append(committer)
+
+    def _on_commit(self, found: RunState, step: int) -> None:
+        self.states.append(found)
+        for committer in self.committers:
+            committer.state(found)
+
+    def __enter__(self) -> Agents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for committer in self.committers:
             committer.close()
+
+    def add(self, step: int, state: RunState) -> None:
+        for committer in self.committers:
+            committer.add(step, state)
+
+    def idle(self) -> bool:
+        return all(committer.idle for committer in self.committers)
+
+
+def test_of_many_agents_one_reads_the_parts_and_each_once() -> None:
+    nodes, store = 8, Reads()
+    log, state = begun(store)
+    owners = [(0,), (1,), (2,), (3,), (4,), (), (), ()]
+    (late, data), *others = write_parts(MemoryStore(), RUN, state_bytes(1), owners, step=16, epoch=1)
+    with Agents(store, nodes) as agents:
+        for name, own in others:
+            store.create(keys.run_key(RUN, name), own)
+        agents.add(16, state)
+        wait_for(lambda: len(store.parts) >= nodes + 3, "a few looks for the part that is missing")
+        store.create(keys.run_key(RUN, late), data)
+        wait_for(lambda: agents.states, "the commit")
+        wait_for(agents.idle, "everybody to hear of it")
     assert log.fold().find(16, 1) is not None
-    present = [key for key in store.parts if not key.endswith(written[0][0])]
-    assert sorted(present) == sorted({keys.run_key(RUN, name) for name, _ in written[1:]})
+    present = [key for key in store.parts if not key.endswith(late)]
+    assert sorted(present) == sorted(keys.run_key(RUN, name) for name, _ in others)
+
+
+@pytest.mark.parametrize(("times", "commits"), [(1, True), (2, True), (1000, False)])
+def test_a_part_that_was_read_wrong_is_read_again(times: int, commits: bool) -> None:
+    """A sick read costs nothing; a sick part costs this checkpoint, and is said."""
+    wrong = [0]
+
+    class Sick(MemoryStore):
+        def get(self, key: str, **more: Any) -> bytes:
+            data = super().get(key, **more)
+            if "/parts/00001" in key and wrong[0] < times:
+                wrong[0] += 1
+                return data[:-1] + bytes([data[-1] ^ 1])
+            return data
+
+    store = Sick()
+    log, state = begun(store)
+    write_parts(store, RUN, state_bytes(1), OWNERS, step=8, epoch=1)
+    with Agents(store, 2) as agents:
+        agents.committers[0].add(8, state)  # it has the turn
+        wait_for(agents.idle, "it to be done with it")
+    assert (log.fold().find(8, 1) is not None) == commits
+    assert any("00001" in (text or "") for text in agents.errors)
+    assert (agents.errors[-1] is None) == commits
+
+
+def test_a_part_that_does_not_come_is_said() -> None:
+    store = MemoryStore()
+    log, state = begun(store)
+    (only, data), _ = write_parts(MemoryStore(), RUN, state_bytes(1), OWNERS, step=8, epoch=1)
+    store.create(keys.run_key(RUN, only), data)
+    with Agents(store, 2, deadline_s=0.05) as agents:
+        agents.committers[0].add(8, state)
+        wait_for(agents.idle, "it to be given up")
+    assert agents.errors[-1] == "the commit of step 8 is given up: not every node's part came in time"
+    assert log.fold().checkpoints == ()
