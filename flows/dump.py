@@ -28,7 +28,7 @@ from checkpoint.store import Store
 from flows.facts import details
 from flows.live import SEGMENT_CAP, STATUS_CAP, read_output
 from trainer.cores import usable_cpus
-from trainer.errors import LaunchError, TrainerError
+from trainer.errors import LaunchError, OutputError, TrainerError
 
 STRUCK = "[struck out]"
 METRICS_SEGMENTS, EPOCHS = 20, 8
@@ -60,7 +60,20 @@ def strike(data: bytes) -> bytes:
 def dump(
     store: Store, run: str, path: Path, *, cluster: Callable[[RunState], Iterator[tuple[str, bytes]]] | None
 ) -> int:
-    """Write the file; gives its size. What cannot be read is said in ``problems.txt``, never fatal."""
+    """Write the file; gives its size. What cannot be read is said in ``problems.txt``, never fatal.
+
+    Raises OutputError where the file cannot be written.
+    """
+    try:
+        _write(store, run, path, cluster)
+        return path.stat().st_size
+    except OSError as error:  # of the file: those of reading are problems
+        raise OutputError(path, error) from error
+
+
+def _write(
+    store: Store, run: str, path: Path, cluster: Callable[[RunState], Iterator[tuple[str, bytes]]] | None
+) -> None:
     problems: list[str] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as archive:
@@ -90,7 +103,6 @@ def dump(
             except (CheckpointError, TrainerError, OSError, ValueError, KeyError) as error:
                 problems.append(f"{name}: {error}")
         add("problems.txt", ("\n".join(problems) or "none").encode())
-    return path.stat().st_size
 
 
 def _read(problems: list[str], name: str, read: Callable[[], RunState]) -> RunState | None:

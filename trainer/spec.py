@@ -36,6 +36,7 @@ SPEC_SCHEMA = 1
 
 MAX_INT32 = (1 << 31) - 1
 MAX_VOCAB_SIZE = 1 << 24
+MAX_SPEC_BYTES = 1 << 20
 NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _RULES = {
@@ -76,7 +77,7 @@ class ModelSpec(_Section):
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
         if self.family not in models.names():
-            raise ValueError(f"family {self.family!r} is unknown; take one of {', '.join(models.names())}")
+            raise ValueError(f"family {_shown(self.family)} is unknown; take one of {', '.join(models.names())}")
         if self.head_size is None and self.width % self.heads:
             below = max(h for h in range(1, self.heads + 1) if self.width % h == 0)
             raise ValueError(
@@ -130,8 +131,8 @@ class DataSpec(_Section):
     def _check(self) -> DataSpec:
         if self.end_token is not None and self.tokenizer is None:
             raise ValueError(
-                f"end_token {self.end_token!r} is for a tokenizer that is given with data.tokenizer; the one that is "
-                "trained here ends documents with <|endoftext|>: leave it out"
+                f"end_token {_shown(self.end_token)} is for a tokenizer that is given with data.tokenizer; the one "
+                "that is trained here ends documents with <|endoftext|>: leave it out"
             )
         kind, _, rest = self.source.partition(":")
         if self.source == "python-stdlib" or (kind in ("text", "jsonl") and rest):
@@ -139,7 +140,7 @@ class DataSpec(_Section):
         if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
             return self
         raise ValueError(
-            f"source {self.source!r} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>' or "
+            f"source {_shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>' or "
             "'dataset:<64 hex digits>'"
         )
 
@@ -392,11 +393,29 @@ def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str =
         raise SpecError(f"{origin}: its values are nested too deep to be read; flatten them") from error
     for text in sets:
         _apply_set(tree, text)
+    bad = sorted(_not_text(tree))
+    if bad:
+        raise SpecError(
+            [f"{origin}: {key} is not text that can be written as UTF-8; write it so, or rename it" for key in bad]
+        )
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as error:
         lines = [f"{origin}: {line}" for details in error.errors(include_url=False) for line in explain(details)]
         raise SpecError(lines) from error
+
+
+def _not_text(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Keys whose strings no UTF-8 holds: bytes of a command line or a name that are in another encoding."""
+    rest: list[tuple[str, Any]] = list(tree.items())
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            yield key
+        elif isinstance(value, Mapping):
+            rest += [(f"{key}.{ascii(below)[1:-1]}"[:200], item) for below, item in value.items()]
+        elif isinstance(value, list | tuple):
+            rest += [(key, item) for item in value]
 
 
 def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
@@ -406,7 +425,11 @@ def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as source:  # not to its end: a device may have none
+            data = source.read(MAX_SPEC_BYTES + 1)
+        if len(data) > MAX_SPEC_BYTES:
+            raise SpecError(f"{file}: is larger than {MAX_SPEC_BYTES} bytes; a spec is a TOML file of a few keys")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError as error:
         raise SpecError(f"{file}: there is no such file; 'hotstage init' writes a spec to start from") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -414,8 +437,8 @@ def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
         raise SpecError(f"{file}: cannot be read: {why}; a spec is a TOML file ('hotstage init' writes one)") from error
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{file}: is not TOML: {error}") from error
+    except ValueError as error:  # TOMLDecodeError, and a number of thousands of digits
+        raise SpecError(f"{file}: is not TOML: {str(error)[:300]}") from error
     except RecursionError as error:
         raise SpecError(f"{file}: its values are nested too deep to be read; flatten them") from error
     return parse_spec(tree, sets, origin=str(file))
@@ -488,18 +511,18 @@ def _check_tree(value: Any, where: str) -> None:
             if isinstance(item, Mapping):
                 bad = next((key for key in item if not isinstance(key, str) or not _is_unicode(key)), None)
                 if bad is not None:
-                    raise ValueError(f"{name} has the key {bad!r}, which is not text in UTF-8; correct it")
+                    raise ValueError(f"{name} has the key {_shown(bad)}, which is not text in UTF-8; correct it")
                 deeper += [(f"{name}.{key}", below) for key, below in item.items()]
             elif isinstance(item, list | tuple):
                 deeper += [(f"{name}[{number}]", below) for number, below in enumerate(item)]
             elif isinstance(item, float) and not math.isfinite(item):
                 raise ValueError(f"{name} {item} is not a finite number; write one, or text in quotes")
             elif isinstance(item, int) and not -(1 << 63) <= item < 1 << 63:
-                raise ValueError(f"{name} {item} does not fit 64 bits; write it as text in quotes")
+                raise ValueError(f"{name} {_shown(item)} does not fit 64 bits; write it as text in quotes")
             elif not (item is None or isinstance(item, str | bool | int | float)):
-                raise ValueError(f"{name} {item} is a {type(item).__name__}; write it as text in quotes")
+                raise ValueError(f"{name} {_shown(item)} is a {type(item).__name__}; write it as text in quotes")
             elif isinstance(item, str) and not _is_unicode(item):
-                raise ValueError(f"{name} {item!r} is not text that can be written as UTF-8; correct it")
+                raise ValueError(f"{name} {_shown(item)} is not text that can be written as UTF-8; correct it")
         if not deeper:
             return
         level = deeper
@@ -535,7 +558,7 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         node = below
     try:
         node[path[-1]] = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # TOMLDecodeError, and a number of thousands of digits
         node[path[-1]] = raw.strip()
     except RecursionError as error:
         raise SpecError(f"--set {text[:80]!r}…: its value is nested too deep to be read; flatten it") from error
@@ -599,7 +622,8 @@ _TYPES = {
 
 def explain(details: ErrorDetails) -> list[str]:
     """A pydantic error as lines for people: value, limit, mend."""
-    kind, value, where = details["type"], details["input"], ".".join(str(part) for part in details["loc"])
+    kind, value = details["type"], _shown(details["input"])
+    where = ".".join(str(part)[:100] for part in details["loc"])
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
         return [_unknown_key(tuple(str(part) for part in details["loc"]))]
@@ -608,16 +632,27 @@ def explain(details: ErrorDetails) -> list[str]:
     if kind in _BOUNDS:
         key, word = _BOUNDS[kind]
         mend = "raise it" if key in ("gt", "ge") else "lower it"
-        return [f"{where} {value!r} must be {word} {context[key]}; {mend}"]
+        return [f"{where} {value} must be {word} {context[key]}; {mend}"]
     if kind in _TYPES:
-        return [f"{where} {value!r} is not {_TYPES[kind]}; write {_TYPES[kind]}"]
+        return [f"{where} {value} is not {_TYPES[kind]}; write {_TYPES[kind]}"]
     if kind == "literal_error":
-        return [f"{where} {value!r} is unknown; take one of {context['expected']}"]
+        return [f"{where} {value} is unknown; take one of {context['expected']}"]
     if kind == "string_pattern_mismatch":
-        return [f"{where} {value!r} is no name; take {_RULES[context['pattern']]}"]
+        return [f"{where} {value} is no name; take {_RULES[context['pattern']]}"]
     if kind == "value_error":
         return [f"{where}.{context['error']}" if where else str(context["error"])]
-    return [f"{where} {value!r}: {details['msg']}; correct it"]
+    return [f"{where} {value}: {details['msg']}; correct it"]
+
+
+def _shown(value: Any) -> str:
+    """A value as a refusal repeats it: not longer than a line or two."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return f"(a number of {value.bit_length()} bits)"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # it holds such a number, or is nested without end
+        text = f"({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:150]}… ({len(text)} characters)"
 
 
 def _unknown_key(loc: tuple[str, ...]) -> str:

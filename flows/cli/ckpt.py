@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flows.cli.main import json_option, say, show, store_option
+from flows.cli.main import Number, json_option, say, show, store_option
 
 step_option = click.option("--step", type=int, help="Of the checkpoint (else the newest).")
 
@@ -170,7 +170,7 @@ def export(run: str, output: str, step: int | None, store: str | None) -> int:
 @click.option("--tokens", type=click.IntRange(min=1), default=120, show_default=True, help="How many to add.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0.8,
     show_default=True,
     help="0: always the likeliest token.",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flows.cli.main import json_option, say, set_option, show, store_option
+from flows.cli.main import Number, json_option, say, set_option, show, store_option
 
 _namespace = click.option("--namespace", "-n", help="Else the spec's or the run's launch.namespace.")
 
@@ -131,7 +131,7 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
 @click.argument("run")
 @click.option("--node", type=int, help="Only this pod's (its index).")
 @click.option("--container", type=click.Choice(["engine", "agent"]), default="engine", show_default=True)
-@click.option("--tail", type=int, default=200, show_default=True, help="Lines of each.")
+@click.option("--tail", type=click.IntRange(min=0), default=200, show_default=True, help="Lines of each.")
 @store_option
 @_namespace
 def logs(run: str, node: int | None, container: str, tail: int, store: str | None, namespace: str | None) -> int:
@@ -180,7 +180,9 @@ def logs(run: str, node: int | None, container: str, tail: int, store: str | Non
 
 @k8s.command()
 @store_option
-@click.option("--every", type=float, default=60.0, show_default=True, help="Seconds between looks for open runs.")
+@click.option(
+    "--every", type=Number(min=1), default=60.0, show_default=True, help="Seconds between looks for open runs."
+)
 def serve(store: str | None, every: float) -> int:
     """What the manifests run: serve Prefect's deployment `train`, and drive every open run that is on this cluster.
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -110,6 +111,16 @@ def cli(verbose: int) -> None:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
     pass_loopback_by(os.environ)
+
+
+class Number(click.FloatRange):
+    """A float of a range; neither infinite nor "nan", which no range holds back."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (else HOTSTAGE_STORE).")

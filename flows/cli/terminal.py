@@ -50,8 +50,7 @@ class _Out(io.FileIO):
 
 def prepare() -> None:
     """Make the standard streams fit for what follows; once, before anything is written."""
-    codecs.register_error(_ERRORS, _instead)
-    codecs.register(_codec)
+    register()
     for number in (0, 1, 2):  # a file that is opened later must not become one of these
         try:
             os.fstat(number)
@@ -61,6 +60,13 @@ def prepare() -> None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
     sys.stdout = _stream(sys.stdout, 1)
     sys.stderr = _stream(sys.stderr, 2)
+
+
+def register() -> str:
+    """Make our way to write what an encoding lacks known; its name, for ``errors=``."""
+    codecs.register_error(_ERRORS, _instead)
+    codecs.register(_codec)
+    return _ERRORS
 
 
 def finish(code: int) -> int:

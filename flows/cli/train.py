@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import EXIT_CODES, json_option, out_option, say, set_option, show, store_option
+from flows.cli.main import EXIT_CODES, Number, json_option, out_option, say, set_option, show, store_option
 from flows.cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ def prefect_answers(tell: Any) -> bool:
 @click.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
 @click.option("--cron", help='When, e.g. "0 2 * * *".')
-@click.option(
-    "--interval", type=click.FloatRange(min=1), metavar="SECONDS", help="Instead of --cron: every so many seconds."
-)
+@click.option("--interval", type=Number(min=1), metavar="SECONDS", help="Instead of --cron: every so many seconds.")
 @click.option("--name", help="Name of the deployment (else the spec's).")
 @set_option
 @store_option
