@@ -44,7 +44,7 @@ newcomer: ## `make test` in a bare Debian with only the README's packages (root;
 images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: what they stand on; BASE=local: the S3 server too)
 	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
 
-test-cluster: setup ## tests on a real Kubernetes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
+test-cluster: setup ## tests on a real Kubernetes, at most 10 minutes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.cluster build
 	$(BIN)/python -m tests.support.s3_server
 	$(RUN_CLUSTER) -n $(JOBS) --dist loadgroup -m "cluster and not slow" $(PYTEST) tests/cluster
