@@ -331,7 +331,8 @@ def test_a_quota_that_is_too_small(one: Gang, judge: Judge) -> None:
     meta = {"name": "small", "namespace": one.namespace}
     one.cluster.put({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": meta, "spec": {"hard": {"pods": "1"}}})
     driver = one.start()
-    told = waits(one, "exceeded quota")
+    until(lambda: "exceeded quota" in one.said(driver), "a word of the quota", 60.0, one.picture)
+    told = next(line for line in one.said(driver).splitlines() if "exceeded quota" in line)
     assert "raise the quota" in told
     one.kubectl("delete", "resourcequota", "small")
     assert judge.row(one, "quota too small", told, ended(driver))["attempts"] == 1
@@ -343,7 +344,8 @@ def test_a_quota_on_what_the_pods_do_not_say(one: Gang, judge: Judge) -> None:
     one.cluster.put({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": meta, "spec": {"hard": hard}})
     mend = 'set launch.resources."limits.cpu" and launch.agent_resources."limits.cpu"'
     done = one.call("k8s", "doctor", "spec.toml", *one.arguments)
-    assert done.code == 78, done.out
+    # its account may not see limit ranges, which could say it for the pods: a warning
+    assert done.code == 0, done.out
     assert "quota counted counts limits.cpu and containers agent, engine set none" in done.out
     assert mend in done.out
     result = ended(one.start())
