@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefused, StoreUnavailable
@@ -25,13 +25,13 @@ from flows.aside import Aside, TurnedAway
 from flows.driver import decide, rank_class
 from flows.hints import step_line
 from flows.history import avoided
+from flows.launches import alive_nodes, launch_of, loss_of, next_launch, placed
 from flows.live import MetricsReader, StatusReader
-from flows.orders import changes
+from flows.orders import CannotFollow, changes, elsewhere, unreadable
 from flows.run import (
     Prepared,
     attempt_body,
     fold_view,
-    is_superseded,
     order_view,
     relayout,
     ruling_how,
@@ -53,7 +53,7 @@ from flows.views import (
     short,
 )
 from trainer.errors import LaunchUnknown, PlanError, SpecError
-from trainer.launch import Launch, Launcher, LaunchView
+from trainer.launch import Launch, Launcher
 from trainer.spec import how_map
 
 log = logging.getLogger(__name__)
@@ -106,10 +106,6 @@ class Outcome:
     lost_steps: int = 0
     recovery_s: float | None = None
     cls: str = ""
-
-
-class CannotFollow(Exception):
-    """The How that rules is not for this driver: it leaves, and the text says how to take the run over."""
 
 
 EXIT_OF_CLASS = {
@@ -309,10 +305,10 @@ class Driver:
             same = how_map(spec) == before
             here, there = (f"{s.launch.target} {s.launch.namespace}".split() for s in (self.prepared.spec, spec))
             if here[0] != there[0] or (there[0] != "local" and here != there):
-                raise CannotFollow(_elsewhere(state, self.prepared, spec.launch.target))
+                raise CannotFollow(elsewhere(state, self.prepared, spec.launch.target))
             prepared = self.prepared if same else under(self.prepared, self.store, how)
         except (SpecError, PlanError) as error:
-            raise CannotFollow(_unreadable(state, self.prepared, error)) from error
+            raise CannotFollow(unreadable(state, self.prepared, error)) from error
         if not same and state.orders:
             order = order_view(state.orders[-1])
             log.info("the order of record %d rules: %s", order.n, order.by)
@@ -539,33 +535,11 @@ class Driver:
             recovery_s=max(self.recoveries) if self.recoveries else None,
             cls=cls,
         )
+        said = "" if outcome == "superseded" else reason  # whoever runs the driver says that: it is why it leaves
         self.sink.tell(
-            Event("ended", {"outcome": outcome, "reason": reason, "step": result.step, "digest": result.state_digest})
+            Event("ended", {"outcome": outcome, "reason": said, "step": result.step, "digest": result.state_digest})
         )
         return result
-
-
-def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
-    """The launch to use: the newest attempt's where its layout fits and it has not ended for good, else a new one."""
-    newest = state.newest_attempt
-    if newest is None or (newest.nodes, newest.ranks) != (prepared.nodes, prepared.ranks):
-        return next_launch(state, prepared)
-    if launcher.detaches and is_superseded(
-        state
-    ):  # what a cluster was told of its pods may not be what they must be now
-        how = how_map(prepared.spec)
-        if any(how[part] != newest.how.get(part) for part in ("launch", "parallel")):
-            return next_launch(state, prepared)
-    same_place = newest.launch.startswith(f"{prepared.run}-{prepared.spec.launch.target[0]}")
-    if same_place and (state.ended or launcher.observe(newest.launch).state != "done"):
-        return newest.launch
-    return next_launch(state, prepared)
-
-
-def next_launch(state: RunState, prepared: Prepared) -> str:
-    """A launch's name that no attempt has used: ``<run>-<l or k><number>`` (local, kubernetes); unique in a store."""
-    launches = {a.launch for a in state.attempts}
-    return f"{prepared.run}-{prepared.spec.launch.target[0]}{len(launches) + 1}"
 
 
 def ended_class(ended: EndedInfo) -> str:
@@ -577,53 +551,3 @@ def left_on_request(nodes: list[NodeView], epoch: int) -> int | None:
     """The epoch, where one of its ranks saved and left because it was asked to."""
     ranks = [r for n in nodes if n.epoch == epoch for r in n.ranks]
     return epoch if any(r.ended and rank_class(r) == "preempted" for r in ranks) else None
-
-
-def _elsewhere(state: RunState, prepared: Prepared, target: str) -> str:
-    """Why a driver leaves a run that is ordered to another place, and how to take it over."""
-    own = prepared.spec.launch.target
-    return (
-        f"run {prepared.run} is for {_ruled(state)} and runs elsewhere (launch.target {target}"
-        f"{', another namespace' if own == target else ''}), where this command ({own}) cannot drive it; it goes on "
-        f"there. To take it over: hotstage runs resume {prepared.run} --set launch.target={own}"
-    )
-
-
-def _unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
-    return (
-        f"run {prepared.run} is for {_ruled(state)}, which this version of hotstage cannot serve "
-        f"({'; '.join(str(error).splitlines())[:400]}); use the version that ordered it, or take the run over with "
-        f"this one: hotstage train SPEC, whose layout is then the order"
-    )
-
-
-def _ruled(state: RunState) -> str:
-    newest = state.newest_attempt
-    if state.orders and (newest is None or newest.order <= state.orders[-1].n):
-        order = order_view(state.orders[-1])
-        return f"the order of {order.by}, log record {order.n},"
-    return f"attempt {newest.epoch}" if newest else "its first attempt"
-
-
-def placed(nodes: list[NodeView], view: LaunchView) -> list[NodeView]:
-    """The nodes with the names of their machines, where the launcher knows them."""
-    places = {n.node: n.place for n in view.nodes}
-    return [replace(n, place=places.get(n.node, "")) for n in nodes]
-
-
-def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: Launcher) -> Cause | None:
-    """Why the launch cannot be made whole in place; None where it can, or where nobody knows."""
-    if view.loss is not None:
-        return Cause(view.loss.cls, view.loss.text, view.loss.mend, None, place=view.loss.place, code=view.loss.code)
-    newest = state.newest_attempt
-    left = view.state == "absent" and launcher.detaches and newest is not None and not state.ended
-    if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):
-        return Cause("infra", f"launch {view.launch_id} ran and is not there any more")
-    return None
-
-
-def alive_nodes(view: LaunchView) -> dict[int, bool | None]:
-    """Node -> running, known to be gone, or unknown."""
-    if view.state in ("unknown", "absent"):
-        return {}
-    return {node.node: node.alive for node in view.nodes}

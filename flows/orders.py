@@ -18,9 +18,13 @@ from typing import Any
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.history import recent
-from flows.run import Prepared, asked_how, fold_view, spec_under
+from flows.run import Prepared, asked_how, fold_view, order_view, spec_under
 from trainer.errors import SpecError
 from trainer.spec import RunSpec, how_map
+
+
+class CannotFollow(Exception):
+    """The How that rules is not for this driver: it leaves, and the text says how to take the run over."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +110,29 @@ def describe(state: RunState) -> list[dict[str, Any]]:
         out.append({"record": order.n, "by": body["by"], "via": body["via"], "text": text, "time": order.time})
         before = body["how"]
     return out
+
+
+def elsewhere(state: RunState, prepared: Prepared, target: str) -> str:
+    """Why a driver leaves a run that is ordered to another place, and how to take it over."""
+    own = prepared.spec.launch.target
+    return (
+        f"run {prepared.run} is for {_ruled(state)} and runs elsewhere (launch.target {target}"
+        f"{', another namespace' if own == target else ''}), where this command ({own}) cannot drive it; it goes on "
+        f"there. To take it over: hotstage runs resume {prepared.run} --set launch.target={own}"
+    )
+
+
+def unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
+    return (
+        f"run {prepared.run} is for {_ruled(state)}, which this version of hotstage cannot serve "
+        f"({'; '.join(str(error).splitlines())[:400]}); use the version that ordered it, or take the run over with "
+        f"this one: hotstage train SPEC, whose layout is then the order"
+    )
+
+
+def _ruled(state: RunState) -> str:
+    newest = state.newest_attempt
+    if state.orders and (newest is None or newest.order <= state.orders[-1].n):
+        order = order_view(state.orders[-1])
+        return f"the order of {order.by}, log record {order.n},"
+    return f"attempt {newest.epoch}" if newest else "its first attempt"

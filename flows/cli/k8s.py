@@ -64,7 +64,7 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
     """
     from checkpoint.log import RunLog
     from flows.api import make_driver, store_at
-    from flows.loop import launch_of
+    from flows.launches import launch_of
     from flows.run import prepare_run
     from k8s.api import JOBS, SECRETS, SERVICES, Api
     from k8s.render import check_fabric

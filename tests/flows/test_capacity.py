@@ -11,7 +11,8 @@ import pytest
 from checkpoint.log import RunLog, ended_body
 from checkpoint.store import open_store
 from flows.history import avoided
-from flows.loop import Driver, launch_of
+from flows.launches import launch_of
+from flows.loop import Driver
 from flows.reconcile import Reconciler, wants_driver
 from flows.run import attempt_body, fold_view, load_run, prepare_run, relayout
 from trainer.launch import Finding, Launch, LaunchView, NodeView

@@ -66,6 +66,27 @@ def _two_terminals(at: Place, trained: Trained) -> None:
     at.all_gone()
 
 
+def test_a_command_that_cannot_serve_an_order_leaves_with_a_word(tmp_path: Path) -> None:
+    at = Place(tmp_path / "p")
+    try:
+        process = at.start("train", "spec.toml", "--no-prefect", "--set", "parallel.stages=1")
+        pid = held(at)
+        (run,) = [path.name for path in (at.folder / "store" / "runs").iterdir()]
+        log = RunLog(open_store((at.folder / "store").as_uri()), run, writer="ann")
+        how = log.fold().attempts[-1].how
+        cluster = {**how, "launch": {**how["launch"], "target": "kubernetes"}}
+        order = {"kind": "order", "how": cluster, "by": "ann@b", "via": "runs resume"}
+        log.transact(lambda state: None if state.orders else ("intervention", order))
+        done = finish(process)
+        assert done.code == 78, done.out + done.err
+        (line,) = [line for line in done.err.splitlines() if line.startswith("hotstage: ")]
+        for word in ("ann@b (runs resume)", "launch.target kubernetes", f"runs resume {run} --set launch.target=local"):
+            assert word in line
+        os.kill(pid, 0)  # the gang is not this command's to end
+    finally:
+        at.stop_all()
+
+
 # --- one driver, its launcher written by the test -----------------------------------------------------------
 
 
