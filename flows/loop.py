@@ -357,7 +357,7 @@ class Driver:
         prepared = self.prepared
         if order.fallback is not None:
             prepared = relayout(prepared, self.store, order.fallback.stages)
-        renew = order.renew or (state.ended is not None and self.launcher.detaches)
+        renew = order.renew or state.ended is not None  # its nodes have left, or are about to
         cause = order.cause.to_map() if order.cause else None
         more: dict[str, Any] = {}
         if order.fallback is not None:

@@ -90,3 +90,25 @@ def test_a_run_of_another_machine_is_watched_and_left_alone(place: Place, undist
         assert len(begun(place)) == 1
     told = finish(first).json()
     assert (told["outcome"], told["attempts"], told["state_digest"]) == ("succeeded", 1, digest)
+
+
+def test_a_run_that_was_ended_elsewhere_goes_on_here(place: Place, undisturbed: tuple[str, str]) -> None:
+    """What the command says: cancel it, resume it here. Its nodes said that they have left: nobody waits."""
+    run, digest = undisturbed
+    first = place.start("train", "spec.toml", "--no-prefect", "--json", "--out", "a")
+    manifests = place.run_folder(run) / "manifests"
+    wait_for(lambda: any(manifests.glob("*/manifest")), "a checkpoint", 60)
+    with frozen(place.folder / "a", 0):
+        place.run("runs", "cancel", run)
+    assert finish(first).code == 1
+    place.all_gone()
+    (claim,) = (place.run_folder(run) / "live" / "launch").iterdir()
+    mine = Claimed.parse(claim.read_bytes(), "the claim")
+    claim.chmod(0o600)
+    claim.write_bytes(Claimed("far-away", "another boot", mine.space, mine.folder, mine.token).to_bytes())
+    done = place.call("runs", "resume", run, "--no-prefect", "--json", "--out", "b")
+    assert done.code == 0, done.err
+    told = done.json()
+    assert (told["outcome"], told["attempts"], told["state_digest"]) == ("succeeded", 2, digest)
+    assert "elsewhere" not in done.err
+    assert [str(p.relative_to(place.folder)).split("/")[0] for p in begun(place)] == ["a", "b"]
