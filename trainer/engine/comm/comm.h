@@ -44,7 +44,7 @@ typedef struct hs_comm_config {
                      * on peers[rank].port */
     struct hs_comm_loop *loop; /* loop only */
     struct hs_stop *stop;      /* NULL: none. hs_stop_lost ends every wait at once with HS_E_LOST;
-                                * hs_stop_requested ends create with HS_E_STOPPED (there is nothing to
+                                * hs_stop_requested ends create with HS_E_TERMINATED (there is nothing to
                                 * save yet) and no other wait (the gang agrees on the step to stop at) */
     const hs_log *log;
 } hs_comm_config;

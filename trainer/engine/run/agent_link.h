@@ -36,7 +36,7 @@ void hs_agent_link_destroy(hs_agent_link *link);
 
 /* Waits for the agent's SLOTS: *count descriptors, the caller's from here (give them to
  * hs_snapshot_attach), and the slot to restore from in *restore, -1: none. HS_E_LOST where the
- * agent does not answer until deadline_ns or a peer is lost, HS_E_STOPPED on SIGTERM. */
+ * agent does not answer until deadline_ns or a peer is lost, HS_E_TERMINATED on SIGTERM. */
 hs_status hs_agent_link_slots(hs_agent_link *link, int64_t deadline_ns, hs_stop *stop,
                               int fds[HS_SNAPSHOT_SLOTS_MAX], int *count, int *restore,
                               hs_why *why);

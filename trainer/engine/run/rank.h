@@ -22,8 +22,8 @@ typedef struct hs_rank_args {
     int arena_fd;  /* memfd that keeps the arena's pages (core/arena.h); -1: none */
 } hs_rank_args;
 
-/* HS_OK: trained to the end; HS_E_STOPPED: stopped on request and saved; else why, which the last
- * words and the log have got already. */
+/* HS_OK: trained to the end; HS_E_STOPPED: stopped on request and saved; HS_E_TERMINATED: stopped
+ * before it saved; else why, which the last words and the log have got already. */
 hs_status hs_rank_run(const hs_rank_args *args, hs_why *why);
 
 #endif
