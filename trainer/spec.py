@@ -36,6 +36,7 @@ SPEC_SCHEMA = 1
 
 MAX_INT32 = (1 << 31) - 1
 MAX_VOCAB_SIZE = 1 << 24
+MAX_MICROBATCHES = 1 << 16
 MAX_SPEC_BYTES = 1 << 20
 NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
@@ -49,6 +50,12 @@ Precision = Literal["fp32", "bf16"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, in the time of its square root: a wrong number must not take minutes to refuse."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return [*small, *(number // d for d in small)]
 
 
 def _size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str) -> Any:
@@ -190,9 +197,15 @@ class TrainSpec(_Section):
     @model_validator(mode="after")
     def _check(self) -> TrainSpec:
         if self.batch % self.microbatch:
-            best = max(b for b in range(1, min(self.microbatch, self.batch) + 1) if self.batch % b == 0)
+            best = max(d for d in _divisors(self.batch) if d <= self.microbatch)
             raise ValueError(
                 f"batch {self.batch} is not a multiple of microbatch {self.microbatch}; take microbatch = {best}"
+            )
+        if self.microbatches > MAX_MICROBATCHES:
+            fits = min(d for d in _divisors(self.batch) if self.batch // d <= MAX_MICROBATCHES)
+            raise ValueError(
+                f"batch {self.batch} is {self.microbatches} microbatches of {self.microbatch}; the limit is "
+                f"{MAX_MICROBATCHES}, a plan lists each of them: take microbatch = {fits} or a smaller batch"
             )
         if self.reduction_groups != 1:
             raise ValueError(f"reduction_groups {self.reduction_groups}: this version runs 1; set it to 1")

@@ -72,6 +72,11 @@ def resumed(place: Place, run: str, digest: str, *more: str) -> None:
         (["model.heads=3"], ["model.heads 3", "width 64", "take heads = 2"]),
         (["parallel.stages=9"], ["parallel.stages 9", "model.layers 4", "at most 4 stages"]),
         (["train.microbatch=3"], ["train.batch 8", "microbatch 3", "take microbatch = 2"]),
+        (
+            ["train.batch=30000000", "train.microbatch=1"],
+            ["30000000 microbatches", "limit is 65536", "microbatch = 480"],
+        ),
+        (["train.batch=2147483646", "train.microbatch=2147483645"], ["microbatch 2147483645", "= 1073741823"]),
         (["train.sequence=100000"], ["train.sequence 100000", "context 64"]),
         (["checkpoint.every=-1"], ["checkpoint.every -1", "at least 0"]),
         (["model.family=gpt9"], ["gpt9", "gpt2"]),
