@@ -27,16 +27,17 @@ from flows.hints import step_line
 from flows.history import avoided
 from flows.launches import alive_nodes, launch_of, loss_of, next_launch, placed
 from flows.live import MetricsReader, StatusReader
-from flows.orders import CannotFollow, changes, elsewhere, unreadable
+from flows.orders import CannotFollow, changes, elsewhere, unreadable, who_ruled
 from flows.run import (
     Prepared,
     attempt_body,
+    compiled,
     fold_view,
     order_view,
+    publish_plan,
     relayout,
     ruling_how,
     spec_under,
-    under,
 )
 from flows.views import (
     Cause,
@@ -306,14 +307,15 @@ class Driver:
             here, there = (f"{s.launch.target} {s.launch.namespace}".split() for s in (self.prepared.spec, spec))
             if here[0] != there[0] or (there[0] != "local" and here != there):
                 raise CannotFollow(elsewhere(state, self.prepared, spec.launch.target))
-            prepared = self.prepared if same else under(self.prepared, self.store, how)
+            prepared = self.prepared if same else compiled(self.prepared, spec)
         except (SpecError, PlanError) as error:
             raise CannotFollow(unreadable(state, self.prepared, error)) from error
-        if not same and state.orders:
-            order = order_view(state.orders[-1])
-            log.info("the order of record %d rules: %s", order.n, order.by)
-            text = f"{order.by} ordered {changes(before, how)}; this command goes on with that"
-            self._tell_once(("order", order.n), Event("phase", {"phase": "order", "text": text}))
+        if not same:
+            publish_plan(self.store, prepared.run, prepared.plan)
+            by = who_ruled(state)
+            log.info("the layout is %s: %s", by, changes(before, how))
+            text = f"the layout is {by}: {changes(before, how)}; this command goes on with that"
+            self._tell_once(("order", by), Event("phase", {"phase": "order", "text": text}))
         self.prepared, self._followed = prepared, how
 
     # --- acting -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.history import recent
-from flows.run import Prepared, asked_how, fold_view, order_view, spec_under
+from flows.run import Prepared, asked_how, fell_back, fold_view, is_superseded, order_view, spec_under
 from trainer.errors import SpecError
 from trainer.spec import RunSpec, how_map
 
@@ -114,25 +114,29 @@ def describe(state: RunState) -> list[dict[str, Any]]:
 
 def elsewhere(state: RunState, prepared: Prepared, target: str) -> str:
     """Why a driver leaves a run that is ordered to another place, and how to take it over."""
-    own = prepared.spec.launch.target
+    own = prepared.spec.launch
+    key, value = ("target", own.target) if own.target != target else ("namespace", own.namespace)
     return (
-        f"run {prepared.run} is for {_ruled(state)} and runs elsewhere (launch.target {target}"
-        f"{', another namespace' if own == target else ''}), where this command ({own}) cannot drive it; it goes on "
-        f"there. To take it over: hotstage runs resume {prepared.run} --set launch.target={own}"
+        f"the layout of run {prepared.run} is {who_ruled(state)}: it runs elsewhere (launch.target {target}"
+        f"{', another namespace' if own.target == target else ''}), where this command ({own.target}) cannot drive it; "
+        f"it goes on there. To take it over: hotstage runs resume {prepared.run} --set launch.{key}={value}"
     )
 
 
 def unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
     return (
-        f"run {prepared.run} is for {_ruled(state)}, which this version of hotstage cannot serve "
+        f"the layout of run {prepared.run} is {who_ruled(state)}, which this version of hotstage cannot serve "
         f"({'; '.join(str(error).splitlines())[:400]}); use the version that ordered it, or take the run over with "
         f"this one: hotstage train SPEC, whose layout is then the order"
     )
 
 
-def _ruled(state: RunState) -> str:
+def who_ruled(state: RunState) -> str:
+    """Whose the layout is that every driver follows now, for people."""
     newest = state.newest_attempt
-    if state.orders and (newest is None or newest.order <= state.orders[-1].n):
+    changed = newest is not None and not is_superseded(state) and fell_back(newest)
+    if state.orders and not changed:
         order = order_view(state.orders[-1])
-        return f"the order of {order.by}, log record {order.n},"
-    return f"attempt {newest.epoch}" if newest else "its first attempt"
+        return f"the order of {order.by}, log record {order.n}"
+    why = f" ({newest.reason})" if changed and newest else ""
+    return f"that of attempt {newest.epoch}{why}" if newest else "the first attempt's"

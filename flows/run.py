@@ -100,10 +100,14 @@ def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[
 
 def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:
     """The same run with another How; its plan is in the store. SpecError or PlanError where this version cannot."""
-    spec = spec_under(prepared.spec, how)
-    plan = compile_plan(spec, prepared.dataset, prepared.what)
-    publish_plan(store, prepared.run, plan)
-    return replace(prepared, spec=spec, plan=plan)
+    other = compiled(prepared, spec_under(prepared.spec, how))
+    publish_plan(store, prepared.run, other.plan)
+    return other
+
+
+def compiled(prepared: Prepared, spec: RunSpec) -> Prepared:
+    """The same run by a spec of the same What. PlanError where no plan can be made."""
+    return replace(prepared, spec=spec, plan=compile_plan(spec, prepared.dataset, prepared.what))
 
 
 def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:

@@ -159,7 +159,7 @@ def test_a_second_train_with_another_layout_is_an_order_and_the_first_driver_fol
     assert [(a.ranks, a.order) for a in state.attempts] == [(1, 0), (2, state.orders[0].n)]
     assert nodes.ensured[-1].how["parallel"]["stages"] == 2
     (text,) = [str(e.facts["text"]) for e in told if e.facts.get("phase") == "order"]
-    assert "(train) ordered parallel.stages 1 -> 2" in text
+    assert f"(train), log record {state.orders[0].n}: parallel.stages 1 -> 2; this command goes on with that" in text
     # one that nobody asked for, an hour later: it writes no order and follows
     driven(store, prepared, nodes)
     assert state_of(store, prepared).n == state.n
