@@ -14,7 +14,7 @@ from trainer.errors import PlanError
 from trainer.plan import Plan, compile_plan
 from trainer.plan.check import check_lowered
 from trainer.plan.compile import expand
-from trainer.plan.lower import check_messages
+from trainer.plan.edges import check_messages
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.records import Position, Ref
 from trainer.plan.rows import Row, parse_action

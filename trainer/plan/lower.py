@@ -13,11 +13,9 @@ tied weights, snapshot. Every message appears; nothing is decided by the engine.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,8 @@ from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Call, Given, Normal, Operand, RopeTable, Tensor, View, Weight
 from trainer.plan import memory
-from trainer.plan.channels import Ends, check_ends
 from trainer.plan.check import check_placement
+from trainer.plan.edges import Channels, check_messages
 from trainer.plan.expand import Stage
 from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
@@ -40,6 +38,8 @@ from trainer.spec import RunSpec
 
 SUMSQ_BLOCK = 65536
 REPORT_BYTES, CONTROL_BYTES = 64, 96
+
+_TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
 
 # Kernels whose arithmetic is f32 whatever the precision of activations: none of their operands is of that
 _F32_KERNELS = {name for name, k in wire.KERNELS.items() if all(o.kind != "dt" for o in k.operands)}
@@ -280,10 +280,10 @@ class _Lowering:
         part: str = "O",
     ) -> BoundCall:
         chosen = wire.F32 if kernel in _F32_KERNELS else self.job.dtype if dtype is None else dtype
-        table = wire.KERNELS[kernel]
-        if (len(ptr), len(dim), len(real)) != (table.ptrs, table.dims, table.reals):
+        takes = _TAKES[kernel]
+        if (len(ptr), len(dim), len(real)) != takes:
             raise PlanError(
-                f"{kernel} takes {table.ptrs} operands, {table.dims} dims, {table.reals} reals; it was given "
+                f"{kernel} takes {takes[0]} operands, {takes[1]} dims, {takes[2]} reals; it was given "
                 f"{len(ptr)}, {len(dim)}, {len(real)}"
             )
         return BoundCall(kernel, chosen, ptr, dim, real, layer, part)
@@ -493,29 +493,6 @@ class _Lowering:
         return PlanAction(wire.A_RUN, op, op)
 
 
-class Channels:
-    """The channels of a plan, numbered as they are first named."""
-
-    def __init__(self, sizes: Mapping[int, int]) -> None:
-        self.sizes = sizes
-        self.numbers: dict[Channel, int] = {}
-        self.ends: Counter[int] = Counter()
-        """Channels that start or end at a position."""
-
-    def of(self, source: int, target: int, kind: int) -> int:
-        """Number of the channel."""
-        channel = Channel(source, target, kind, self.sizes[kind])
-        if channel not in self.numbers:
-            self.numbers[channel] = len(self.numbers)
-            self.ends.update({source, target})
-        return self.numbers[channel]
-
-    @property
-    def all(self) -> tuple[Channel, ...]:
-        """By number."""
-        return tuple(self.numbers)
-
-
 def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
     spec, stages = job.spec, len(job.stages)
@@ -546,26 +523,3 @@ def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[Ro
     ]
     check_messages(positions, channels.all)
     return tuple(positions), channels.all, tuple(rows)
-
-
-def check_messages(positions: Sequence[Position], channels: Sequence[Channel]) -> None:
-    """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
-    for name in ("load", "step"):
-        lists: list[ActionList] = [ActionList.of(getattr(p, name)) for p in positions]
-
-        def text(rank: int, place: int, lists: list[ActionList] = lists) -> str:
-            messages = (action for action in lists[rank] if action.channel is not None)
-            action = next(islice(messages, place, None))
-            assert action.channel is not None
-            verb = "SEND" if action.kind == wire.A_SEND else "RECV"
-            return f"{positions[rank].stage}{verb} kind {channels[action.channel].kind} on channel {action.channel}"
-
-        check_ends([_ends(actions) for actions in lists], len(channels), text)
-
-
-def _ends(actions: ActionList) -> Ends:
-    channel = np.array([-1 if p.channel is None else p.channel for p in actions.patterns], np.int32)
-    sends = np.array([p.kind == wire.A_SEND for p in actions.patterns], np.bool_)
-    messages = np.flatnonzero(channel[actions.which] >= 0)
-    which = actions.which[messages]
-    return Ends(channel[which], sends[which], actions.microbatch[messages])

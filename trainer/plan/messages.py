@@ -97,15 +97,14 @@ class _Player:
         self.turn = np.full(lanes, lanes, np.int32)  # by rank, its place in what is done at a time
         self.cost = np.array([UNIT_COST.get(op, 0) for op in OPS], np.int32)
         self.place = self.starts.copy()
+        self.wants, self.whose = self.need[self.place], self.source[self.place]  # of each rank's next computation
         self.clock = np.zeros(lanes, np.int32)
         self.owes = np.zeros(lanes, np.int32)  # results made on a rank, for another, not yet sent
 
     def play(self) -> list[Row]:
         while True:
-            need = self.need[self.place]
-            source = self.source[self.place]
-            has, made = self.here[need], self.made[need]
-            meets = np.maximum(self.clock, self.clock[source])
+            has, made = self.here[self.wants], self.made[self.wants]
+            meets = np.maximum(self.clock, self.clock[self.whose])
             message = np.where(has | (made == _NEVER), _NEVER, meets)
             compute = np.where(has & (self.owes == 0), self.clock, _NEVER)
             now = min(message.min(), compute.min())
@@ -119,8 +118,9 @@ class _Player:
             receivers = np.flatnonzero(message == now)
             if len(receivers):
                 receivers = receivers[np.argsort(made[receivers], kind="stable")]
-                self._send(receivers, source[receivers], need[receivers], now)
-                compute = np.where(self.here[need] & (self.owes == 0), self.clock, _NEVER)
+                self._send(receivers, self.whose[receivers], self.wants[receivers], now)
+                has[receivers] = True
+                compute = np.where(has & (self.owes == 0), self.clock, _NEVER)
             ready = np.flatnonzero(compute == now)
             if len(ready):
                 self._compute(ready)
@@ -133,6 +133,7 @@ class _Player:
         self.what[at] = place
         clock = self.clock[ranks] + self.cost[self.op[place]]
         self.cursor[ranks], self.clock[ranks], self.place[ranks] = at + 1, clock, place + 1
+        self.wants[ranks], self.whose[ranks] = self.need[place + 1], self.source[place + 1]
         gives, goes = self.gives[place], self.goes[place]
         self.made[gives] = clock
         self.made[self.never] = _NEVER

@@ -10,15 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import wire
+from tests.trainer.plan import one_by_one
+from trainer import models, wire
+from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
-from trainer.plan import draw, flops, simulate, timeline
+from trainer.models.base import tensor_table
+from trainer.plan import compile_plan, draw, flops, flops_per_token, simulate, timeline
 from trainer.plan.draw import memory_text, timeline_svg, timeline_text
+from trainer.plan.expand import expand_stage
 from trainer.plan.flops import kernel_flops
 from trainer.plan.messages import insert_messages
 from trainer.plan.schedules import GENERATORS, gpipe, one_f_one_b
-from trainer.plan.simulate import CostModel, Instruction, from_rows
+from trainer.plan.simulate import CostModel, Instruction, from_plan, from_rows
 from trainer.plan.timeline import from_chrome, to_chrome
+from trainer.spec import ModelSpec, parse_spec
 
 FREE_LINKS = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
 
@@ -90,6 +95,63 @@ def test_measured_times_replace_the_sheet() -> None:
     assert learned.measured == {"0F": 1.0, "0B": 5.0, "1F": 1.0, "1B": 5.0}
     again = from_rows(insert_messages(one_f_one_b(2, 4), 2), learned, {"F": 1.0, "B": 2.0})
     assert simulate.simulate(again, learned).step_seconds == simulate.simulate(slow, sheet).step_seconds
+
+
+def test_a_sheet_s_rates_count_as_far_as_kernels_reach_them() -> None:
+    sheet = CostModel.from_sheet(flops=1000.0, bandwidth=100.0, link_bandwidth=50.0, link_latency=0.5, efficiency=0.25)
+    assert (sheet.flops_per_s, sheet.memory_bytes_per_s) == (250.0, 25.0)
+    assert (sheet.link_bytes_per_s, sheet.link_latency_s) == (50.0, 0.5)
+    arithmetic = sheet.call_seconds("linear_fwd", [10, 10, 10], 1)
+    assert arithmetic == pytest.approx(2000 / 250 + sheet.call_s)
+    assert sheet.call_seconds("linear_fwd", [1, 1, 1], 1000) == pytest.approx(1000 / 25 + sheet.call_s)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_compiled_plan_s_step(stages: int) -> None:
+    """Every action of the lists is there with its text, and what was measured of some of them counts for all."""
+    model = {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 64}
+    train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16}
+    data = DatasetRef("ab" * 32, 300, 2, (10_000,), "cd" * 32)
+    tree = {"name": "small", "model": model, "train": train, "parallel": {"stages": stages}}
+    plan = compile_plan(parse_spec(tree).resolve(data), data, bytes(32))
+    sheet = CostModel(1e9, 1e9, 1e8, 1e-4)
+    lists = from_plan(plan, sheet)
+    for position, row, scheduled in zip(plan.positions, lists, plan.schedule, strict=True):
+        assert [i.microbatch for i in row] == [a.microbatch for a in position.step]
+        texts = [i.action for i in row]
+        assert [text for text in texts if text in {str(a) for a in scheduled}] == [str(a) for a in scheduled]
+        assert [text for text in texts if text in ("sumsq", "adamw")] == ["sumsq", "adamw"]
+    result = simulate.simulate(lists, sheet)
+    events, link_bytes = one_by_one.simulate([list(row) for row in lists], sheet)
+    assert list(result.timeline.events) == events
+    assert result.link_bytes == link_bytes
+    tokens = plan.config.microbatches * plan.config.sequence
+    assert result.model_flops >= tokens * flops_per_token(parse_spec(tree).resolve(data).model, 16)
+    learned = CostModel.from_timeline(result.timeline, sheet)
+    assert {"0F", "0B", "0sumsq", "0adamw"} <= set(learned.measured)
+    assert simulate.simulate(from_plan(plan, learned), learned).step_seconds == pytest.approx(result.step_seconds)
+
+
+def test_one_table_counts_operations() -> None:
+    """The layout's costs are half of what the training programs' products are; MFU's count is the usual formula."""
+    for family, more in (("gpt2", {}), ("llama", {"kv_heads": 2, "tied": False})):
+        tree = {"family": family, "layers": 2, "width": 32, "heads": 4, "context": 16, "vocab": 300, **more}
+        model = ModelSpec.model_validate(tree)
+        tensors = tensor_table(models.family(family), model)
+        whole = expand_stage(models.family(family), model, tensors, range(2), 3, 16, 8, 1.0)
+        head = expand_stage(models.family(family), model, tensors, range(2), 3, 16, 8, 1.0, True).forward[-1]
+        products = [flops.work(call.kernel, call.dim) for call in (*whole.forward, *whole.backward)]
+        done = sum(work.products + work.again for work in products)
+        assert sum(flops.call_cost(call) for call in (*whole.forward, head)) == done
+        weights = sum(t.elements for t in tensors if len(t.shape) == 2 and "wpe" not in t.name)
+        weights -= 0 if model.tied else 300 * 32  # the embedding is read, not multiplied
+        assert flops_per_token(model, 16) == 6 * weights + 6 * 2 * 17 * 32
+
+
+def test_a_channel_has_one_rank_at_each_end() -> None:
+    rows = [[Instruction("send", "send", channel=7)], [Instruction("again", "send", channel=7)]]
+    with pytest.raises(PlanError, match="rank 1 at again: this end of channel 7 belongs to rank 0"):
+        simulate.simulate(rows, FREE_LINKS)
 
 
 def test_a_cost_model_without_speed_is_refused() -> None:

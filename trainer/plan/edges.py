@@ -1,0 +1,59 @@
+"""The channels of a plan, and the proof that what its action lists send over them meets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+
+from trainer import wire
+from trainer.plan.channels import Ends, check_ends
+from trainer.plan.records import ActionList, Channel, Position
+
+
+class Channels:
+    """The channels of a plan, numbered as they are first named."""
+
+    def __init__(self, sizes: Mapping[int, int]) -> None:
+        self.sizes = sizes
+        self.numbers: dict[Channel, int] = {}
+        self.ends: Counter[int] = Counter()
+        """Channels that start or end at a position."""
+
+    def of(self, source: int, target: int, kind: int) -> int:
+        """Number of the channel."""
+        channel = Channel(source, target, kind, self.sizes[kind])
+        if channel not in self.numbers:
+            self.numbers[channel] = len(self.numbers)
+            self.ends.update({source, target})
+        return self.numbers[channel]
+
+    @property
+    def all(self) -> tuple[Channel, ...]:
+        """By number."""
+        return tuple(self.numbers)
+
+
+def check_messages(positions: Sequence[Position], channels: Sequence[Channel]) -> None:
+    """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
+    for name in ("load", "step"):
+        lists: list[ActionList] = [ActionList.of(getattr(p, name)) for p in positions]
+
+        def text(rank: int, place: int, lists: list[ActionList] = lists) -> str:
+            messages = (action for action in lists[rank] if action.channel is not None)
+            action = next(islice(messages, place, None))
+            assert action.channel is not None
+            verb = "SEND" if action.kind == wire.A_SEND else "RECV"
+            return f"{positions[rank].stage}{verb} kind {channels[action.channel].kind} on channel {action.channel}"
+
+        check_ends([_ends(actions) for actions in lists], len(channels), text)
+
+
+def _ends(actions: ActionList) -> Ends:
+    channel = np.array([-1 if p.channel is None else p.channel for p in actions.patterns], np.int32)
+    sends = np.array([p.kind == wire.A_SEND for p in actions.patterns], np.bool_)
+    messages = np.flatnonzero(channel[actions.which] >= 0)
+    which = actions.which[messages]
+    return Ends(channel[which], sends[which], actions.microbatch[messages])
