@@ -47,7 +47,7 @@ images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: wha
 test-cluster: setup ## tests on a real Kubernetes, at most 10 minutes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.cluster build
 	$(BIN)/python -m tests.support.s3_server
-	$(RUN_CLUSTER) -n $(JOBS) --dist loadgroup -m "cluster and not slow" $(PYTEST) tests/cluster
+	$(RUN_CLUSTER) -n $(JOBS) -m "cluster and not slow" $(PYTEST) tests/cluster
 
 nightly-cluster: setup ## every test on a real Kubernetes, also the slow ones
 	$(BIN)/python -m tests.support.s3_server

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from k8s.images.base import NAME, VERSION, base_image
 from k8s.images.build import Image, build
@@ -52,13 +53,23 @@ def pytest_unconfigure(config: pytest.Config) -> None:
             wait_for(lambda: Ledger.load() is None, "the cluster to be taken down", 90)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
+class _Together(LoadScopeScheduling):
+    """Tests go to whichever process is free, one by one and in order; those of some files stay in one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if Path(file).stem in TOGETHER else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Together:
+    config.option.loadscopereorder = False
+    return _Together(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mine = [item for item in items if item.path.is_relative_to(HERE)]
     for item in mine:
         item.add_marker(pytest.mark.cluster)
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items[:] = [item for item in items if item not in mine] + sorted(mine, key=_turn)
 
 

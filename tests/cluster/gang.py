@@ -61,9 +61,9 @@ stall_s = 15.0
 connect_s = 40.0
 toleration_s = 2
 [launch.resources]
-cpu = "400m"
+cpu = "200m"
 [launch.agent_resources]
-cpu = "400m"
+cpu = "200m"
 [recovery]
 backoff_s = 0.05
 """
