@@ -24,7 +24,7 @@ from trainer import models, wire
 from trainer.dataset import DatasetRef, token_bytes_for, write_shard
 from trainer.engine_path import engine_binary
 from trainer.models.base import hf_table
-from trainer.plan.records import Plan
+from trainer.plan.compiled import Plan
 from trainer.spec import ModelSpec
 
 DEADLINE_S = 120.0

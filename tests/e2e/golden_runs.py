@@ -18,7 +18,7 @@ from tests.e2e.engine_runs import Gang, from_hf, to_hf
 from tests.reference.golden import Golden
 from trainer import models
 from trainer.plan.compile import compile_plan
-from trainer.plan.records import Plan
+from trainer.plan.compiled import Plan
 from trainer.spec import ModelSpec, RunSpec, parse_spec, what_digest
 
 LOSS, LOGITS, GRADIENT, WEIGHTS = 1.3e-6, 9e-6, 1.3e-5, 5e-4

@@ -14,7 +14,7 @@ from tests.e2e.engine_runs import write_samples
 from trainer import wire
 from trainer.dataset import DatasetRef
 from trainer.plan.compile import compile_plan
-from trainer.plan.records import Plan
+from trainer.plan.compiled import Plan
 from trainer.spec import parse_spec, what_digest
 
 VOCAB, SEQUENCE, SAMPLES = 30, 8, 12

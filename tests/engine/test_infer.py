@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tests.e2e import engine_runs
 from tests.engine.engine_build import engine
 from tests.engine.plans import GPT2, LLAMA, SAMPLES, SEQUENCE, VOCAB, small_plan
-from trainer.plan.records import Plan
+from trainer.plan.compiled import Plan
 
 __all__ = ["engine"]
 

@@ -19,7 +19,7 @@ from tests.e2e import engine_runs
 from tests.engine.engine_build import build_preload, engine
 from tests.engine.plans import GPT2, LLAMA, SEQUENCE, small_plan
 from trainer import wire
-from trainer.plan.records import Plan
+from trainer.plan.compiled import Plan
 
 __all__ = ["engine"]
 

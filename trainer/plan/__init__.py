@@ -17,6 +17,6 @@ Example::
 """
 
 from trainer.plan.compile import compile_plan, flops_per_token
-from trainer.plan.records import Plan
+from trainer.plan.compiled import Plan
 
 __all__ = ["Plan", "compile_plan", "flops_per_token"]

@@ -18,7 +18,7 @@ import numpy as np
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Tensor
-from trainer.plan.records import ActionList, BoundCall, Config, Plan, PlanAction, Position, Ref
+from trainer.plan.records import ActionList, BoundCall, Channel, Config, PlanAction, Position, Ref
 
 Bytes = bytes | memoryview
 _ACTION = np.dtype(wire.PlanAction)
@@ -51,20 +51,26 @@ class _Strings:
         return self.places[text]
 
 
-def to_bytes(plan: Plan) -> bytes:
-    """The plan file. Beside the file itself it takes the memory of one position's actions."""
+def to_bytes(
+    config: Config,
+    tensors: Sequence[Tensor],
+    shards: Sequence[int],
+    positions: Sequence[Position],
+    channels: Sequence[Channel],
+) -> bytes:
+    """The file of a plan of these. Beside the file itself it takes the memory of one position's actions."""
     strings = _Strings()
     tables: dict[str, list[bytes]] = {name: [] for name in wire.SECTIONS if name not in ("strings", "actions")}
-    tables["config"].append(bytes(_config(plan.config)))
-    tables["tensors"] = [bytes(_tensor(tensor, strings)) for tensor in plan.tensors]
+    tables["config"].append(bytes(_config(config)))
+    tables["tensors"] = [bytes(_tensor(tensor, strings)) for tensor in tensors]
     samples = 0
-    for tokens in plan.shards:
+    for tokens in shards:
         tables["shards"].append(bytes(wire.PlanShard(tokens=tokens, first_sample=samples)))
-        samples += max(0, tokens - 1) // plan.config.sequence
+        samples += max(0, tokens - 1) // config.sequence
     actions = _Actions()
-    for position in plan.positions:
+    for position in positions:
         tables["positions"].append(bytes(_position(position, tables, actions, strings)))
-    for channel in plan.channels:
+    for channel in channels:
         record = wire.PlanChannel(to=channel.target, kind=channel.kind, bytes=channel.bytes)
         record.from_ = channel.source
         tables["channels"].append(bytes(record))

@@ -13,12 +13,13 @@ from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
+from trainer.plan.compiled import Plan
 from trainer.plan.expand import Stage, expand_stage
 from trainer.plan.flops import call_cost, model_flops
 from trainer.plan.layout import split_layers
 from trainer.plan.lower import Job, lower
 from trainer.plan.memory import check_budget, more_threads_bytes
-from trainer.plan.records import Config, Plan
+from trainer.plan.records import Config
 from trainer.spec import ModelSpec, RunSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}

@@ -1,4 +1,4 @@
-"""A compiled plan as Python sees it: frozen records, one to one with ``engine/wire/plan.h``.
+"""What a compiled plan is made of, as Python sees it: frozen records, one to one with ``engine/wire/plan.h``.
 
 The compiler makes them, ``binary.py`` writes and reads them, the simulator, the drawings and the memory table look at
 them. Holds data and no decisions.
@@ -7,17 +7,11 @@ them. Holds data and no decisions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
-
-from trainer import wire
-from trainer.models.base import Tensor
-from trainer.plan.draw import memory_text
-from trainer.plan.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,40 +207,3 @@ class Config:
     dataset_digest: bytes
     what_digest: bytes
     numerics_version: int = 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A compiled plan. ``schedule`` holds each rank's computations and messages of a step, without the optimizer's."""
-
-    config: Config
-    tensors: tuple[Tensor, ...]
-    shards: tuple[int, ...]
-    positions: tuple[Position, ...]
-    channels: tuple[Channel, ...]
-    schedule: tuple[Row, ...] = field(default=())
-
-    @cached_property
-    def _bytes(self) -> bytes:
-        from trainer.plan.binary import to_bytes
-
-        return to_bytes(self)
-
-    def to_bytes(self) -> bytes:
-        """The plan file."""
-        return self._bytes
-
-    @property
-    def digest(self) -> str:
-        """Hex digits of the file's digest: SHA-256 of its bytes from 64 on, as its header has it."""
-        first = wire.PlanHeader.digest.offset
-        return self._bytes[first : first + 32].hex()
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(tensor.elements for tensor in self.tensors)
-
-    def memory_table(self) -> str:
-        """Bytes of every rank by kind, as text."""
-        return memory_text([position.bytes_by_kind for position in self.positions])

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from trainer import wire
 from trainer.errors import PlanError
+from trainer.plan.compiled import Plan
 from trainer.plan.flops import Dims, kernel_flops
-from trainer.plan.records import ActionList, Plan, PlanAction
+from trainer.plan.records import ActionList, PlanAction
 from trainer.plan.rows import OPS, Action, Rows, columns
 from trainer.plan.schedules import stage_ranks
 from trainer.plan.timeline import COMPUTE_KINDS, EventList, EventRow, Label, Timeline, kind_of

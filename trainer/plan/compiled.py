@@ -1,0 +1,48 @@
+"""A compiled plan: its records, its file, its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from trainer import wire
+from trainer.models.base import Tensor
+from trainer.plan.binary import to_bytes
+from trainer.plan.draw import memory_text
+from trainer.plan.records import Channel, Config, Position
+from trainer.plan.rows import Row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled plan. ``schedule`` holds each rank's computations and messages of a step, without the optimizer's."""
+
+    config: Config
+    tensors: tuple[Tensor, ...]
+    shards: tuple[int, ...]
+    positions: tuple[Position, ...]
+    channels: tuple[Channel, ...]
+    schedule: tuple[Row, ...] = field(default=())
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return to_bytes(self.config, self.tensors, self.shards, self.positions, self.channels)
+
+    def to_bytes(self) -> bytes:
+        """The plan file."""
+        return self._bytes
+
+    @property
+    def digest(self) -> str:
+        """Hex digits of the file's digest: SHA-256 of its bytes from 64 on, as its header has it."""
+        first = wire.PlanHeader.digest.offset
+        return self._bytes[first : first + 32].hex()
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    def memory_table(self) -> str:
+        """Bytes of every rank by kind, as text."""
+        return memory_text([position.bytes_by_kind for position in self.positions])
