@@ -3,8 +3,9 @@
  * I1  A channel is connected at most once; the first conversation that ends well is it.
  * I2  What is turned away is closed and logged and changes nothing else.
  * I3  A connection that came to us and does not finish its greeting in GREET_MS is dropped. One
- * that we opened waits as long as the deadline of all: it may lie in the queue of a rank that still
- * restores. I4  No more than STRANGERS unfinished conversations are kept; the oldest makes room.
+ *     that we opened waits as long as the deadline of all: it may lie in the queue of a rank that
+ *     still restores.
+ * I4  No more than STRANGERS unfinished conversations are kept; the oldest makes room.
  */
 #include <arpa/inet.h>
 #include <errno.h>

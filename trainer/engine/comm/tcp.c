@@ -1,9 +1,10 @@
 /* Ranks over TCP: one connection a directed channel, frames of wire/frame.h on it.
  *
  * I1  After the greeting bytes go one way only, from `from` to `to`; so a readable sender's end
- * means that the peer is gone. I2  A frame is whole or the communicator has failed: nothing is read
- * or written after half a frame. I3  failed != HS_OK is final; send and recv then return it without
- * touching a socket.
+ *     means that the peer is gone.
+ * I2  A frame is whole or the communicator has failed: nothing is read or written after half a
+ *     frame.
+ * I3  failed != HS_OK is final; send and recv then return it without touching a socket.
  */
 #include <errno.h>
 #include <linux/sockios.h>

@@ -2,9 +2,8 @@
  * signals are blocked and read from a signalfd.
  *
  *   SIGTERM, SIGINT   stop: finish the step with the others, save it, leave with HS_EXIT_PREEMPTED
- *
  *   SIGUSR1           lost: the supervisor says that a peer died; leave the last words now,
- * HS_EXIT_LOST
+ *                     HS_EXIT_LOST
  *
  * One hs_stop a process, made before any other thread (threads inherit the blocked mask) and used
  * by one thread. Signals that came before hs_stop_create stay pending where the parent blocked them

@@ -2,10 +2,11 @@
  * busy.
  *
  * I1  generation is bumped only when busy is 0, so the job fields are written while nobody reads
- * them. I2  a worker runs each generation exactly once, then takes one from busy. I3  whoever
- * sleeps on a word has announced it (sleepers, waiting) before it looks at the word a last time,
- * and whoever changes the word looks at the announcement afterwards (both seq_cst): no wake-up is
- * lost.
+ *     them.
+ * I2  a worker runs each generation exactly once, then takes one from busy.
+ * I3  whoever sleeps on a word has announced it (sleepers, waiting) before it looks at the word a
+ *     last time, and whoever changes the word looks at the announcement afterwards (both seq_cst):
+ *     no wake-up is lost.
  */
 #include "core/threads.h"
 

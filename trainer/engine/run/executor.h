@@ -4,9 +4,9 @@
  *
  * I1  Actions run in the plan's order, one at a time, on one thread (kernels use the pool).
  * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY),
- * and not at all where the block says that the numbers are not finite. I3  A snapshot holds the
- * state of a whole step: SNAPSHOT comes after the optimizer, by the same control block on every
- *     rank. The last one of an attempt is never skipped.
+ *     and not at all where the block says that the numbers are not finite.
+ * I3  A snapshot holds the state of a whole step: SNAPSHOT comes after the optimizer, by the same
+ *     control block on every rank. The last one of an attempt is never skipped.
  */
 #ifndef HS_RUN_EXECUTOR_H
 #define HS_RUN_EXECUTOR_H

@@ -3,38 +3,29 @@
  * The file is copied, not mapped: nobody can change or cut it after the checks. What hs_plan_open
  * accepts holds these invariants, by which the rest of the engine indexes without looking again:
  *
- * I1  header, section table, sizes and digest agree with the bytes; padding is zero
- *
- * I2  every number of the configuration is in its range, and the shards add up to data_samples
- *
- * I3  names lie in the strings; tensors' names are there and unique; elements = product of the
- * shape
- *
- * I4  act slots and microbatch areas lie in the arena; tokens, targets and losses lie in a
- * microbatch area and do not overlap
- *
- * I5  every state tensor is owned exactly once; master, m, v, grad lie in STATIC, overlap neither
- * one another nor the act, microbatch, sumsq, control and logits areas; the slot layout is dense
- * enough to hold no overlap and slot_bytes is what slot.h says for it
- *
- * I6  every action names a program, channel, slot and microbatch that exist, only where its kind
- * uses them, and its reference lies in its space; messages have their channel's length; a channel
- * joins two positions, and its sends at one end are as many as its receives at the other, in init,
- * load and step apart
- *
- * I7  every call of a program that a position runs has a kernel, operands that lie in that
- * position's spaces and hold the bytes that the kernel touches, and aligned to their elements
- *
- * I8  what a kernel uses as an index is data that was checked: token and target operands point into
- * the microbatch's tokens and targets, and the vocabulary of the call is at least the plan's; the
- * control block that AdamW reads is the position's
- *
- * I9  reports and control blocks have their room; only position 0 combines
- *
- * I10 the three spaces share no byte. What a call writes overlaps no other operand of it (but where
- * the kernel may work in place); nothing but DATA writes tokens and targets, nothing but COMBINE or
- * a control message the control block, nothing but SUMSQ the squared norms; no report and no
- * message lies over a state tensor
+ * I1   header, section table, sizes and digest agree with the bytes; padding is zero
+ * I2   every number of the configuration is in its range, and the shards add up to data_samples
+ * I3   names lie in the strings; tensors' names are there and unique; elements = product of the
+ *      shape
+ * I4   act slots and microbatch areas lie in the arena; tokens, targets and losses lie in a
+ *      microbatch area and do not overlap
+ * I5   every state tensor is owned exactly once; master, m, v, grad lie in STATIC, overlap neither
+ *      one another nor the act, microbatch, sumsq, control and logits areas; the slot layout is
+ *      dense enough to hold no overlap and slot_bytes is what slot.h says for it
+ * I6   every action names a program, channel, slot and microbatch that exist, only where its kind
+ *      uses them, and its reference lies in its space; messages have their channel's length; a
+ *      channel joins two positions, and its sends at one end are as many as its receives at the
+ *      other, in init, load and step apart
+ * I7   every call of a program that a position runs has a kernel, operands that lie in that
+ *      position's spaces and hold the bytes that the kernel touches, and aligned to their elements
+ * I8   what a kernel uses as an index is data that was checked: token and target operands point
+ *      into the microbatch's tokens and targets, and the vocabulary of the call is at least the
+ *      plan's; the control block that AdamW reads is the position's
+ * I9   reports and control blocks have their room; only position 0 combines
+ * I10  the three spaces share no byte. What a call writes overlaps no other operand of it (but
+ *      where the kernel may work in place); nothing but DATA writes tokens and targets, nothing but
+ *      COMBINE or a control message the control block, nothing but SUMSQ the squared norms; no
+ *      report and no message lies over a state tensor
  */
 #ifndef HS_RUN_PLAN_H
 #define HS_RUN_PLAN_H

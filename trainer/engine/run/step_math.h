@@ -16,7 +16,7 @@
  *   COSINE             over s in (W, D], D = 0 meaning N: x = (s - W) / (D - W), at most 1;
  *                      min_lr + (lr - min_lr) * (1 + cos(pi x)) / 2
  *   WSD                lr up to step N - D; then min_lr + (lr - min_lr) * (N - s) / D, at least
- * min_lr */
+ *                      min_lr */
 double hs_step_lr(const hs_plan_config *config, int64_t step);
 
 /* x^n by repeated squaring, n >= 0: a fixed order of multiplications. */

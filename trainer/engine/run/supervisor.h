@@ -4,23 +4,18 @@
  * says how they ended.
  *
  * I1  At most one attempt has live ranks; the next is prepared when all of the last are reaped.
- *
  * I2  A rank that ends by a signal, or with any code but 0, 85 and 143, ends its attempt on this
- * node: the others get SIGUSR1 (leave last words, exit 75), and SIGKILL 300 ms later.
- *
+ *     node: the others get SIGUSR1 (leave last words, exit 75), and SIGKILL 300 ms later.
  * I3  Nothing outlives the supervisor: ranks die with it (PR_SET_PDEATHSIG).
- *
  * I4  The agent may go and come back at any time: ranks are not disturbed. What it must know
- * (PORTS, EXIT, IDLE) is state, said again after every connection; output is kept to 1 MiB, the
- * oldest goes first.
- *
+ *     (PORTS, EXIT, IDLE) is state, said again after every connection; output is kept to 1 MiB, the
+ *     oldest goes first.
  * I5  Ranks never see the credentials of this process's environment (AWS_*, *SECRET*, ...), and
- * never wait for a reader of their output. One that floods does not keep the supervisor from its
- * other work.
- *
+ *     never wait for a reader of their output. One that floods does not keep the supervisor from
+ *     its other work.
  * I6  A supervisor that has had no agent for agent_away_ms ends its ranks as in I2, and itself: an
- * agent that does not come again by then was given up, or its folder deleted, and nothing that the
- * ranks do will be saved.
+ *     agent that does not come again by then was given up, or its folder deleted, and nothing that
+ *     the ranks do will be saved.
  *
  * It keeps a memfd for the arena of each local rank from attempt to attempt (core/arena.h): its
  * pages, not what is in them; empties the one of a rank that the OOM killer ended, and closes all

@@ -8,14 +8,11 @@
  * returns HS_E_AGAIN.
  *
  * I1  A slot that the agent holds is never written.
- *
  * I2  The newest READY slot (restored from, or filled last) is never written; so with two slots or
- * more there is always one whole snapshot, whenever the rank dies.
- *
+ *     more there is always one whole snapshot, whenever the rank dies.
  * I3  READY is stored after everything it stands for.
- *
  * I4  Nothing of a fill is stored before its FILLING and generation are: a reader that saw any byte
- * of it and then (behind a fence of its own) looks at the generation sees that too.
+ *     of it and then (behind a fence of its own) looks at the generation sees that too.
  *
  * Threads: copying and checksums run on the pool. Nothing allocates after attach.
  */
