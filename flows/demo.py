@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from checkpoint.log import RunLog
 from checkpoint.store import Store
@@ -20,13 +21,14 @@ from flows.data import interpreter_note
 from flows.export import checkpoint_at, export_hf, generate
 from flows.facts import report_facts
 from flows.fork import fork_run
-from flows.hosting import run_flow
+from flows.hosting import Hosted, NoBoard, Prefect, prepare_shown
 from flows.live import StatusReader
 from flows.loop import Event, NoSink, Outcome, Sink
+from flows.page import Page
 from flows.peak import measured_peak
-from flows.prefect_api import PrefectServer, answers
+from flows.prefect_api import PrefectServer, PrefectSettingsError, configured, why_not
 from flows.report import render
-from flows.run import Prepared, prepare_run
+from flows.run import Prepared
 from flows.sink import Lines, Many
 from trainer.errors import LaunchError, OutputError
 from trainer.plan import flops_per_token
@@ -87,57 +89,76 @@ class DemoResult:
     seconds: float
 
 
-def demo(spec: RunSpec, out: Path, say: Callable[[str], None], *, use_prefect: bool = True) -> DemoResult:
+class Voice(Protocol):
+    """Who the demo speaks to; ``sink`` begins to show a run, ``quiet`` ends that."""
+
+    def say(self, text: str) -> None: ...
+
+    def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink: ...
+
+    def quiet(self) -> None: ...
+
+
+def demo(spec: RunSpec, out: Path, voice: Voice, *, use_prefect: bool = True) -> DemoResult:
     """Run the demo; raises where any of its parts does not do what it must."""
     began = time.monotonic()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(out, error) from error
-    server = _server(out, say) if use_prefect else None
+    prefect = _prefect(out, voice.say) if use_prefect else None
     try:
-        return _demo(spec, out, say, began, use_prefect, server)
+        return _demo(spec, out, voice, began, prefect)
     finally:
-        if server is not None:
-            server.stop()
+        voice.quiet()
+        if prefect is not None:
+            prefect.close()
 
 
-def _server(out: Path, say: Callable[[str], None]) -> PrefectServer | None:
-    """A Prefect server of the demo's own, unless PREFECT_API_URL names one."""
-    url = os.environ.get("PREFECT_API_URL")
-    if url:
-        if not answers(url):
-            raise LaunchError(f"PREFECT_API_URL is {url}, but nothing answers there; start that server or unset it")
-        say(f"Prefect: {url.removesuffix('/api')}")
-        return None
+def _prefect(out: Path, say: Callable[[str], None]) -> Prefect:
+    """A Prefect server of the demo's own, unless Prefect's settings name one."""
+    try:
+        found = configured()
+    except PrefectSettingsError as error:
+        raise LaunchError(f"{error}, or use --no-prefect") from error
+    if found is not None:
+        why = why_not(found)
+        if why:
+            raise LaunchError(f"{why}; mend that, unset it, or use --no-prefect")
+        return Prefect(say=say)
     server = PrefectServer((out / "prefect").absolute())
     server.start()
-    os.environ.update(server.environment())
-    return server
+    return Prefect(server, say=say)
 
 
-def _demo(
-    spec: RunSpec, out: Path, say: Callable[[str], None], began: float, use_prefect: bool, server: PrefectServer | None
-) -> DemoResult:
+def _demo(spec: RunSpec, out: Path, voice: Voice, began: float, prefect: Prefect | None) -> DemoResult:
+    say = voice.say
     store = store_at(str(out / "store"))
     say("1. data")
-    prepared = prepare_run(spec, store, say=say)
+    page = None
+    if prefect is not None:
+        page = Page(prefect.connect, store, name=spec.name, parameters={"store": store.url}, warn=say)
+        page.report = str((out / "report.html").absolute())
+        page.shown = lambda url: say(f"Prefect's page of this run: {url}" + prefect.while_it_runs)
+    hosted = Hosted(store, out, page, say)
+    with hosted:
+        return _demo_on(spec, out, voice, began, store, hosted)
+
+
+def _demo_on(spec: RunSpec, out: Path, voice: Voice, began: float, store: Store, hosted: Hosted) -> DemoResult:
+    say = voice.say
+    prepared = prepare_shown(spec, store, hosted.board, say=say)
     again = ""
     if RunLog(store, prepared.run).fold().n:  # an earlier demo's: its data are used again, its run is not
         again = time.strftime("%Y%m%dt%H%M%S", time.gmtime())
-        prepared = prepare_run(spec, store, suffix=again)
+        prepared = prepare_shown(spec, store, NoBoard(), suffix=again)
     say("")
     say("2. the plan, before the first step")
     _show_plan(prepared, say)
-    if server is not None:
-        say("")
-        if not server.wait():
-            raise LaunchError(f"Prefect's server did not come up; its log is {server.home / 'server.log'}")
-        say(f"Prefect's page: {server.page} (while this demo runs)")
     say("")
     say(f"3. training on {prepared.ranks} stages, a process each; one will be killed halfway")
     try:
-        outcome, killer = _train(prepared, store, out, say, use_prefect)
+        outcome, killer = _train(prepared, store, hosted, voice)
     except BaseException:  # Ctrl-C above all: a demo that is left does not go on in the dark
         cancel(store, prepared.run, "the demo was left")
         raise
@@ -148,8 +169,10 @@ def _demo(
     say("")
     say("4. the proof: the last part again, from a checkpoint, on one stage, undisturbed")
     proof = _prove(prepared, store, out, again)
-    say(f"   {prepared.ranks} stages, killed and recovered: {outcome.state_digest}")
-    say(f"   one stage, undisturbed:          {proof.state_digest}")
+    say(f"   {prepared.ranks} stages, killed and recovered:")
+    say(f"     {outcome.state_digest}")
+    say("   one stage, undisturbed:")
+    say(f"     {proof.state_digest}")
     if outcome.state_digest != proof.state_digest or not outcome.state_digest or not proof.state_digest:
         raise LaunchError("the digests differ: this is a bug of hotstage")
     say("   equal: every weight, every moment, the step and the data position, bit for bit")
@@ -202,25 +225,16 @@ def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
     say(f"a step: {simulation.step_seconds * 1e3:.0f} ms foretold")
 
 
-def _train(
-    prepared: Prepared, store: Store, out: Path, say: Callable[[str], None], use_prefect: bool
-) -> tuple[Outcome, Killer]:
+def _train(prepared: Prepared, store: Store, hosted: Hosted, voice: Voice) -> tuple[Outcome, Killer]:
     steps = prepared.spec.train.steps
-    lines = Lines(
-        say,
-        steps,
-        every_s=2.0,
-        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
-        peak_flops=measured_peak(),
-    )
-    killer = Killer(store, prepared.run, steps // 2 + prepared.spec.checkpoint.every // 2, say)
-    sinks: Sequence[Sink] = [lines, killer]
-    outcome: Outcome | None = None
-    if use_prefect:
-        outcome = run_flow(prepared, store.url, out, Many(sinks), None, say)
-    if outcome is None:
-        outcome = make_driver(prepared, store, sink=Many(sinks), out=out).run()
-    return outcome, killer
+    killer = Killer(store, prepared.run, steps // 2 + prepared.spec.checkpoint.every // 2, voice.say)
+    sinks: list[Sink] = [voice.sink(prepared, every_s=2.0), killer]
+    if hosted.page is not None:
+        sinks.append(Lines(hosted.page.line, steps, every_s=10.0))
+    try:
+        return hosted.drive(prepared, Many(sinks)), killer
+    finally:
+        voice.quiet()
 
 
 def _prove(prepared: Prepared, store: Store, out: Path, again: str) -> Outcome:

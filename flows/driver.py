@@ -397,11 +397,18 @@ def _stalled(mine: Sequence[NodeView], newest: AttemptView, policy: Policy) -> C
     return None
 
 
+STARTING_WORDS = {
+    "idle": "the nodes read the attempt",
+    "restoring": "restoring the state",
+    "starting": "the ranks check the machine and connect",
+}
+
+
 def _phase(log: LogView, nodes: Sequence[NodeView], mine: Sequence[NodeView], policy: Policy) -> tuple[Phase, str]:
     if len(mine) < policy.nodes:
         return Phase.LAUNCHING, f"{len(mine)} of {policy.nodes} nodes have begun"
     if any(n.phase in ("restoring", "idle", "starting") for n in mine):
-        return Phase.STARTING, ", ".join(sorted({n.phase for n in mine}))
+        return Phase.STARTING, ", ".join(sorted({STARTING_WORDS.get(n.phase, n.phase) for n in mine}))
     ranks = [r for n in mine for r in n.ranks]
     if ranks and all(r.ended for r in ranks):
         return Phase.DRAINING, "waiting for the last checkpoint's record"

@@ -1,99 +1,209 @@
-"""Hosting the Prefect flow in a process of ours (the command, the demo): the run's outcome is what counts, Prefect is
-told as long as it listens. A run never waits for Prefect longer than PREFECT_PATIENCE_S, and never fails because of it.
+"""A run driven in this process, with Prefect's page beside it: by the command, the demo, or a flow that Prefect runs.
+
+The run's outcome is what counts. Work begins at once, whether Prefect answers, is on its way up or is nowhere; after
+the run's own end Prefect gets ``PREFECT_PATIENCE_S`` to take it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import contextlib
 import threading
 import time
-from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from checkpoint.store import Store
+from flows.api import make_driver
+from flows.data import prepare
 from flows.loop import Outcome, Sink
-from flows.run import Prepared
+from flows.page import Page
+from flows.prefect_api import Client, Configured, PrefectServer, PrefectSettingsError, answers, configured
+from flows.run import Prepared, prepare_run, ready_store
+from flows.sink import Many
+from trainer.spec import RunSpec
+
+PREFECT_PATIENCE_S = 10.0
+LEAVING_PATIENCE_S = 2.0
+SERVER_UP_S = 90.0
+
+
+class Board(Protocol):
+    """Where the parts of a job are shown as they begin and end."""
+
+    def task(self, key: str, name: str) -> AbstractContextManager[Callable[[str], None]]: ...
+
+
+class NoBoard:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
+        yield lambda _: None
+
+
+def prepare_shown(
+    spec: RunSpec, store: Store, board: Board, *, suffix: str = "", say: Callable[[str], None] = lambda _: None
+) -> Prepared:
+    """Data, then plan and identity, each a task run on the board. Raises as `prepare_run` does."""
+    ready_store(store)
+    with board.task("prepare-data", "prepare data") as told:
+        dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
+        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
+    with board.task("compile-plan", "compile plan") as told:
+        ready = spec.model_copy(update={"data": spec.data.model_copy(update={"source": f"dataset:{dataset.digest}"})})
+        prepared = prepare_run(ready, store, suffix=suffix)
+        told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {prepared.plan.digest[:12]}")
+    return prepared
+
+
+@dataclass
+class Prefect:
+    """How this process reaches Prefect: the server that Prefect's settings name, else one of its own while it runs.
+
+    ``connect`` is called by a page's thread until it gives a client.
+    """
+
+    own: PrefectServer | None = None
+    say: Callable[[str], None] = lambda _: None
+    """Hears, from the page's thread, what a person should know."""
+    _began: float | None = None
+    _found: Configured | None = None
+    _looked: bool = False
+    _dead: bool = False
+    _told: bool = False
+
+    def connect(self) -> Client | None:
+        if self._dead:
+            return None
+        if not self._looked:
+            self._look()
+            return self.connect()
+        if self._found is not None:
+            if not answers(self._found.url) and not self._told:
+                self._told = True
+                self.say(
+                    f"Prefect does not answer at {self._found.url} ({self._found.source}): going on without it (the "
+                    "log in the store has everything); its page is written where it comes back"
+                )
+            return Client.connect(None)
+        assert self.own is not None
+        self._began = self._began or time.monotonic()
+        if answers(self.own.api, 1.0):
+            return Client.connect(self.own.api)
+        ended = self.own.process is None or self.own.process.poll() is not None
+        if ended or time.monotonic() - self._began > SERVER_UP_S:
+            self._dead = True
+            where = f"; its log is {self.own.log}" if self.own.log else ""
+            self.say(f"Prefect's own server did not come up: going on without its page{where}")
+        return None
+
+    @property
+    def while_it_runs(self) -> str:
+        """What to add to the page's address, where its server ends with this process."""
+        return " (while this command runs)" if self.own is not None else ""
+
+    def _look(self) -> None:
+        self._looked = True
+        if self.own is not None:
+            return
+        try:
+            self._found = configured()
+        except PrefectSettingsError as error:
+            self._dead = True
+            self.say(f"{error}: going on without Prefect")
+            return
+        if self._found is None:
+            self.own = PrefectServer(None)
+            self.own.start()
+            atexit.register(self.own.stop)
+
+    def close(self) -> None:
+        if self.own is not None:
+            self.own.stop()
 
 
 @dataclass
 class Hosted:
-    """What a process that hosts a flow gives it and gets from it: no parameters, because they are not data."""
+    """A run of this process and what shows it. ``page`` None: without Prefect. Use as a context: it leaves in order."""
 
-    prepared: Prepared | None = None
-    sink: Sink | None = None
-    stop: threading.Event | None = None
-    driving: bool = False
-    outcome: Outcome | None = None
+    store: Store
+    out: Path
+    page: Page | None = None
+    say: Callable[[str], None] = lambda _: None
+    patience_s: float = PREFECT_PATIENCE_S
+    stop: threading.Event = field(default_factory=threading.Event)
+    _ended: bool = False
+
+    def __enter__(self) -> Hosted:
+        if self.page is not None:
+            self.page.start()
+            atexit.register(self._left)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._leave(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        atexit.unregister(self._left)
+
+    @property
+    def board(self) -> Board:
+        return self.page if self.page is not None else NoBoard()
+
+    def drive(self, prepared: Prepared, sink: Sink) -> Outcome:
+        """The run to its end; Prefect is told of that, as long as it listens."""
+        sinks: list[Sink] = [sink]
+        if self.page is not None:
+            self.page.run_is(prepared.run, prepared.spec.train.steps)
+            sinks.append(self.page)
+        driver = make_driver(prepared, self.store, sink=Many(sinks), out=self.out, stop=self.stop)
+        outcome = driver.run()
+        self._ended = True
+        if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s):
+            self.say(
+                "Prefect did not take the end of the flow run; the run itself has ended, and the log in the store "
+                "has everything"
+            )
+        return outcome
+
+    def _leave(self, why: str) -> None:
+        if self.page is not None and not self._ended:
+            self._ended = True
+            self.page.close(None, why, patience_s=LEAVING_PATIENCE_S)
+
+    def _left(self) -> None:
+        self._leave("the command left; where a gang was running it goes on by itself, and the same command attaches")
 
 
-_hosted: ContextVar[Hosted | None] = ContextVar("hosted", default=None)
+def undisturbed(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives or raises, done in a thread of its own, so that nothing that Prefect does to the flow's own
+    thread ends it: where a concurrency lease cannot be renewed, Prefect throws a CancelledError into that thread and
+    calls the flow Crashed, while the gang trains on.
 
-
-def current() -> Hosted:
-    """What the host of this flow gave; nothing where Prefect itself started it."""
-    return _hosted.get() or Hosted()
-
-
-def prepared_for(run: str) -> Prepared | None:
-    """The run that the host has made ready, with its spec's layout; None where it is another, or there is no host."""
-    prepared = current().prepared
-    return prepared if prepared is not None and prepared.run == run else None
-
-
-PREFECT_PATIENCE_S = 10.0
-"""After the run's own end, for Prefect to take the flow run's: its client retries for a minute where nobody answers."""
-
-
-def run_flow(
-    prepared: Prepared,
-    store_url: str,
-    out: Path,
-    sink: Sink | None,
-    stop: threading.Event | None,
-    tell: Callable[[str], None],
-    patience_s: float = PREFECT_PATIENCE_S,
-) -> Outcome | None:
-    """Drive a prepared run inside the flow; its outcome, or None where Prefect failed before the driver began.
-
-    The flow runs in a thread of its own. Errors of the run itself (not Prefect's) are raised.
+    Other exceptions here (TerminationSignal, KeyboardInterrupt) leave at once; the work ends with the process.
     """
-    from flows import flow
-
-    hosted = Hosted(prepared, sink, stop)
-    errors: list[BaseException] = []
     done = threading.Event()
+    result: list[Any] = []
+    errors: list[BaseException] = []
 
-    def work() -> None:
+    def target() -> None:
         try:
-            _hosted.set(hosted)
-            flow.train_flow(store=store_url, run=prepared.run, out=str(out))
-        except BaseException as error:  # the flow's own end is Prefect's; what counts is judged below
+            result.append(work())
+        except BaseException as error:
             errors.append(error)
         finally:
             done.set()
 
-    threading.Thread(target=work, name="flow", daemon=True).start()
-    told_at: float | None = None
-    while not done.wait(0.1):
-        if hosted.outcome is None:
+    threading.Thread(target=target, name="driver", daemon=True).start()
+    while not done.is_set():
+        try:
+            done.wait(0.5)
+        except asyncio.CancelledError:
             continue
-        told_at = told_at or time.monotonic()
-        if time.monotonic() - told_at > patience_s:
-            tell("Prefect does not take the end of the flow run; the run itself has ended, see the log in the store")
-            return hosted.outcome
-    error = errors[0] if errors else None
-    if hosted.outcome is not None:
-        if error is not None and not flow.is_own_end(error):
-            tell(f"Prefect did not take the end of the flow run ({_line(error)}); the run itself has ended")
-        return hosted.outcome
-    if hosted.driving:
-        assert error is not None
-        raise error
-    tell(f"Prefect failed before the run began ({_line(error)}): going on without it")
-    return None
-
-
-def _line(error: Any) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    if errors:
+        raise errors[0]
+    return result[0]

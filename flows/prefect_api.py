@@ -1,27 +1,47 @@
-"""The one place that talks to Prefect's API from inside a run: artifacts, and a server of one's own.
+"""Prefect as hotstage meets it: its settings, a client that sorts what goes wrong, and a server of one's own.
 
-Whatever Prefect answers, a run goes on: failures here are logged once and counted, never raised into the driver.
+Nothing here is called by a driver: `flows/page.py` calls it from a thread of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID, uuid4
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+T = TypeVar("T")
+
+TIMEOUT_S = 5.0
+LEASE_S = 300.0
+
+
+class Gone(Exception):
+    """Prefect does not answer, or not as a server that is well does: later, perhaps."""
+
+
+class Refused(Exception):
+    """Prefect answers and refuses: credentials, or a request that it does not take."""
+
+
+class Lost(Gone):
+    """Prefect does not know what it had been told before."""
 
 
 def artifact_key(text: str) -> str:
@@ -29,44 +49,76 @@ def artifact_key(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-@dataclass
-class Artifacts:
-    """Progress, markdown and table artifacts of the flow run in whose context it is called."""
+# --- settings -------------------------------------------------------------------------------------------------
 
-    failures: int = 0
-    _progress: dict[str, UUID] = field(default_factory=dict)
 
-    @contextlib.contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever Prefect's client raises: it must not reach the run
-            self.failures += 1
-            if self.failures == 1:
-                log.warning("Prefect does not take the %s (%s: %s); the run goes on", what, type(error).__name__, error)
+class PrefectSettingsError(Exception):
+    """Prefect cannot read its own settings."""
 
-    def progress(self, key: str, percent: float, text: str) -> None:
-        from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-        with self._guard("progress"):
-            known = self._progress.get(key)
-            if known is None:
-                made: Any = create_progress_artifact(progress=percent, key=artifact_key(key), description=text)
-                self._progress[key] = made
-            else:
-                update_progress_artifact(known, progress=percent, description=text)
+@dataclass(frozen=True)
+class Configured:
+    """Where Prefect's API is, as Prefect itself resolves it, and which setting says so."""
 
-    def markdown(self, key: str, text: str) -> None:
-        from prefect.artifacts import create_markdown_artifact
+    url: str
+    source: str
 
-        with self._guard("markdown"):
-            create_markdown_artifact(text, key=artifact_key(key))
 
-    def table(self, key: str, rows: list[dict[str, Any]]) -> None:
-        from prefect.artifacts import create_table_artifact
+def configured() -> Configured | None:
+    """The API that Prefect's own settings name: environment, .env, prefect.toml, pyproject.toml or the profile in use.
 
-        with self._guard("table"):
-            create_table_artifact(rows, key=artifact_key(key))
+    None where none names one. Raises PrefectSettingsError where Prefect cannot read them.
+    """
+    try:
+        from prefect.context import get_settings_context
+        from prefect.settings import PREFECT_API_URL
+
+        context = get_settings_context()
+        url = context.settings.api.url
+    except Exception as error:  # whatever Prefect raises over a file of its settings
+        text = str(error).strip().splitlines()
+        raise PrefectSettingsError(
+            f"Prefect cannot read its settings ({type(error).__name__}: {text[0] if text else ''}); "
+            "see `prefect config view` and PREFECT_PROFILES_PATH"
+        ) from error
+    if not url:
+        return None
+    if os.environ.get("PREFECT_API_URL"):
+        return Configured(url, "PREFECT_API_URL")
+    for name in (".env", "prefect.toml", "pyproject.toml"):
+        if _names_url(Path(name)):
+            return Configured(url, name)
+    if PREFECT_API_URL in context.profile.settings:
+        return Configured(url, f"the Prefect profile {context.profile.name!r}")
+    return Configured(url, "Prefect's settings")
+
+
+def _names_url(path: Path) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".toml":
+            return bool(re.search(r"^\s*(?:export\s+)?PREFECT_API_URL\s*=", text, re.MULTILINE | re.IGNORECASE))
+        tree: Any = tomllib.loads(text)
+    except (OSError, ValueError):
+        return False
+    if path.name == "pyproject.toml":
+        tree = tree.get("tool", {}).get("prefect", {})
+    return isinstance(tree, dict) and isinstance(tree.get("api"), dict) and bool(tree["api"].get("url"))
+
+
+def why_not(found: Configured) -> str:
+    """Why work that needs Prefect cannot be done there, with the mend; empty where it can."""
+    url = found.url.rstrip("/")
+    try:
+        with Client.open(url=None) as client:
+            client.check()
+    except Refused as error:
+        return f"Prefect at {url} ({found.source}) refuses: {error}"
+    except Gone as error:
+        if not url.endswith("/api") and answers(f"{url}/api"):
+            return f"nothing answers at {url} ({found.source}), but a server does at {url}/api: set that"
+        return f"nothing answers at {url} ({found.source}): {error}"
+    return ""
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
@@ -78,6 +130,290 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
         return False
 
 
+# --- the client -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Client:
+    """Prefect's own client with a deadline for each request and no retries of its own: who calls comes again.
+
+    Every method raises Gone, Lost or Refused, and nothing else of Prefect's.
+    """
+
+    inner: SyncPrefectClient
+    url: str
+    _close: Callable[[], None]
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, url: str | None) -> Iterator[Client]:
+        """A client for one block, in this thread."""
+        client = cls.connect(url)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    @classmethod
+    def connect(cls, url: str | None) -> Client:
+        """A client of the server at a URL, or (None) of the one that Prefect's settings name. Sends nothing."""
+        import httpx
+        from prefect.client.orchestration import SyncPrefectClient, get_client
+        from prefect.context import SettingsContext, get_settings_context
+        from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES
+
+        known = get_settings_context()
+        updates: Any = {PREFECT_CLIENT_MAX_RETRIES: 0, **({PREFECT_API_URL: url} if url else {})}
+        quick = known.settings.copy_with_update(updates=updates)
+        context = SettingsContext(profile=known.profile, settings=quick)
+        context.__enter__()  # of this thread alone
+        settings: dict[str, Any] = {"timeout": httpx.Timeout(TIMEOUT_S)}
+        inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
+        return cls(inner, str(inner.api_url).rstrip("/"), lambda: context.__exit__(None, None, None))
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.inner._client.close()
+        self._close()
+
+    def _call(self, work: Callable[[], T]) -> T:
+        import httpx
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            return work()
+        except ObjectNotFound as error:
+            raise Lost("it does not know what it was told before") from error
+        except httpx.HTTPStatusError as error:
+            code = error.response.status_code
+            if code in (401, 403):
+                raise Refused(
+                    f"{code}: the API key or password is not accepted; see PREFECT_API_KEY, PREFECT_API_AUTH_STRING "
+                    "and `prefect cloud login`"
+                ) from error
+            if code in (404, 410):
+                raise Lost(f"{code}: it does not know what it was told before") from error
+            if code >= 500 or code in (408, 429):
+                raise Gone(f"{self.url} answers {code}") from error
+            raise Refused(f"{code}: {error.response.text[:300]}") from error
+        except httpx.TransportError as error:
+            what = str(error) or type(error).__name__
+            raise Gone(f"no answer at {self.url}: {what}") from error
+        except ValueError as error:  # a gateway's page of HTML where JSON should be
+            raise Gone(f"{self.url} does not answer as Prefect does: {str(error)[:120]}") from error
+
+    def check(self) -> None:
+        """An answer that needs the credentials."""
+        self._send("POST", "/flows/count", {})
+
+    def page_of(self, flow_run: str) -> str:
+        """Where a browser finds the flow run."""
+        from prefect.utilities.urls import url_for
+
+        known = url_for("flow-run", obj_id=flow_run)
+        base = self.url.removesuffix("/api")
+        if known and not known.startswith(base):
+            return str(known)  # Cloud, or PREFECT_UI_URL
+        prefix = ""
+        with contextlib.suppress(Exception):  # an older server has one page only
+            import httpx
+
+            told = httpx.get(f"{base}/ui-settings", timeout=2.0).json()
+            prefix = (told.get("v2_base_url") or "").rstrip("/") if told.get("default_ui") == "v2" else ""
+        return f"{base}{prefix}/runs/flow-run/{flow_run}"
+
+    def has_flow_run(self, flow_run: str) -> bool:
+        try:
+            self._call(lambda: self.inner.read_flow_run(UUID(flow_run)))
+        except Lost:
+            return False
+        return True
+
+    def state_of(self, flow_run: str) -> str:
+        """The type of the flow run's state, such as RUNNING or CANCELLING; empty where it has none."""
+        state = self._call(lambda: self.inner.read_flow_run(UUID(flow_run))).state
+        return str(state.type.value) if state is not None else ""
+
+    def create_flow_run(self, name: str, parameters: dict[str, Any]) -> str:
+        """A flow run of the flow `train` that this process hosts."""
+        from prefect.states import Pending
+
+        from flows.flow import train_flow
+
+        made = self._call(
+            lambda: self.inner.create_flow_run(train_flow, parameters=parameters, name=name, state=Pending())
+        )
+        return str(made.id)
+
+    def rename_flow_run(self, flow_run: str, name: str, parameters: dict[str, Any]) -> None:
+        self._call(lambda: self.inner.update_flow_run(UUID(flow_run), name=name, parameters=parameters))
+
+    def set_state(self, flow_run: str, kind: str, name: str, message: str) -> None:
+        from prefect.client.schemas.objects import State, StateType
+
+        state: Any = State(type=StateType(kind), name=name, message=message)
+        self._call(lambda: self.inner.set_flow_run_state(UUID(flow_run), state, force=True))
+
+    def renew_lease(self, flow_run: str) -> None:
+        """Keep the flow run's place in its deployment's concurrency limit; nothing where it has none, or lost it."""
+        found = self._call(lambda: self.inner.read_flow_run(UUID(flow_run)))
+        lease = found.state.state_details.deployment_concurrency_lease_id if found.state is not None else None
+        if lease is not None:
+            with contextlib.suppress(Lost):
+                self._call(lambda: self.inner.renew_concurrency_lease(lease_id=lease, lease_duration=LEASE_S))
+
+    # --- a deployment that is served ----------------------------------------------------------------------
+
+    def register(self, deployment: Any) -> UUID:
+        """Give the server a deployment (Prefect's ``RunnerDeployment``); its id."""
+        import asyncio
+
+        return UUID(str(self._call(lambda: asyncio.run(deployment.aapply()))))
+
+    def has_deployment(self, deployment: UUID) -> bool:
+        try:
+            self._call(lambda: self.inner.read_deployment(deployment))
+        except Lost:
+            return False
+        return True
+
+    def due(self, deployment: UUID) -> list[Any]:
+        """The flow runs of a deployment whose time has come."""
+        now = datetime.now(UTC)
+        return list(self._call(lambda: self.inner.get_scheduled_flow_runs_for_deployments([deployment], now)))
+
+    def plan_firings(self, deployment: UUID, count: int) -> list[datetime]:
+        """Have the server plan its next firings now; the times of those that are planned."""
+        self._send("POST", f"/deployments/{deployment}/schedule", {"min_runs": count})
+        body = {
+            "deployments": {"id": {"any_": [str(deployment)]}},
+            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+            "sort": "EXPECTED_START_TIME_ASC",
+            "limit": count,
+        }
+        found = self._send("POST", "/flow_runs/filter", body)
+        return [datetime.fromisoformat(row["expected_start_time"].replace("Z", "+00:00")) for row in found.json()]
+
+    def take(self, flow_run: UUID) -> bool:
+        """Propose that a due flow run becomes Pending; False where the server says no (an overlap, a pause)."""
+        from prefect.states import Pending
+
+        told: Any = self._call(lambda: self.inner.set_flow_run_state(flow_run, Pending()))
+        return told.state is not None and str(told.status.value) == "ACCEPT" and told.state.is_pending()
+
+    # --- what the page shows ------------------------------------------------------------------------------
+
+    def _send(self, method: str, path: str, body: Any) -> Any:
+        """A request of Prefect's API that its client has no verb for, or one that hides the answer; the answer."""
+
+        def send() -> Any:
+            reply = self.inner._client.request(method, path, json=body).raise_for_status()
+            if "html" in reply.headers.get("content-type", ""):
+                raise ValueError("a page of HTML where Prefect's answer should be")
+            return reply
+
+        return self._call(send)
+
+    def create_logs(self, flow_run: str, lines: Sequence[tuple[float, int, str]]) -> None:
+        """Lines of (Unix seconds, level, text) for the flow run's log."""
+        body = [
+            {
+                "name": "hotstage",
+                "level": level,
+                "message": text[:20000] or " ",
+                "timestamp": _stamp(at),
+                "flow_run_id": flow_run,
+            }
+            for at, level, text in lines
+        ]
+        self._send("POST", "/logs/", body)
+
+    def create_artifact(self, flow_run: str, key: str, kind: str, data: Any, text: str) -> str:
+        body = {"key": key, "type": kind, "data": data, "description": text, "flow_run_id": flow_run}
+        return str(self._send("POST", "/artifacts/", body).json()["id"])
+
+    def update_artifact(self, artifact: str, data: Any, text: str) -> None:
+        body = {"data": data, "description": text}
+        self._send("PATCH", f"/artifacts/{artifact}", body)
+
+    def task_events(
+        self,
+        flow_run: str,
+        task: UUID,
+        key: str,
+        name: str,
+        states: Sequence[tuple[str, str, str, float]],
+        told: int,
+    ) -> list[dict[str, Any]]:
+        """The events that Prefect's own tasks send at each new state (type, name, message, Unix seconds).
+
+        Unlike a request, an event says when it was, so that a page that is brought up later has true times.
+        """
+        began = states[0][3]
+        out = []
+        for kind, word, message, at in states[told:]:
+            row: dict[str, Any] = {
+                "name": name,
+                "task_key": key,
+                "dynamic_key": "0",
+                "run_count": 1,
+                "flow_run_run_count": 1,
+                "tags": [],
+                "task_inputs": {},
+                "expected_start_time": _stamp(began),
+                "start_time": _stamp(began),
+            }
+            if kind != "RUNNING":
+                row |= {"end_time": _stamp(at), "total_run_time": max(at - began, 0.0)}
+            out.append(
+                {
+                    "id": str(uuid4()),
+                    "occurred": _stamp(at),
+                    "event": f"prefect.task-run.{word}",
+                    "resource": {
+                        "prefect.resource.id": f"prefect.task-run.{task}",
+                        "prefect.resource.name": name,
+                        "prefect.run-count": "1",
+                        "prefect.state-message": message,
+                        "prefect.state-name": word,
+                        "prefect.state-timestamp": _stamp(at),
+                        "prefect.state-type": kind,
+                        "prefect.orchestration": "client",
+                    },
+                    "related": [
+                        {"prefect.resource.id": f"prefect.flow-run.{flow_run}", "prefect.resource.role": "flow-run"}
+                    ],
+                    "payload": {
+                        "intended": {"from": None, "to": kind},
+                        "initial_state": None,
+                        "validated_state": {
+                            "type": kind,
+                            "name": word,
+                            "message": message,
+                            "state_details": {},
+                            "data": None,
+                        },
+                        "task_run": row,
+                    },
+                }
+            )
+        return out
+
+    def post_events(self, events: list[dict[str, Any]]) -> None:
+        self._send("POST", "/events", events)
+
+
+def _time(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)
+
+
+def _stamp(at: float) -> str:
+    return _time(at).isoformat()
+
+
+# --- a server of one's own ------------------------------------------------------------------------------------
+
+
 def free_port() -> int:
     """A free port of loopback, by asking the system for one."""
     with socket.socket() as s:
@@ -87,14 +423,16 @@ def free_port() -> int:
 
 @dataclass
 class PrefectServer:
-    """A Prefect server of one's own on loopback, with its embedded database under ``home``.
+    """A Prefect server of one's own on loopback, with its embedded database under ``home`` (None: Prefect's own home).
 
-    ``start()`` returns at once; ``wait()`` until it answers. ``stop()`` ends it by process id.
+    ``start()`` returns at once; ``wait()`` until it answers. ``stop()`` ends it by process id; where the process that
+    started it is killed, it ends by itself.
     """
 
-    home: Path
+    home: Path | None
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
 
     @property
     def api(self) -> str:
@@ -107,7 +445,7 @@ class PrefectServer:
     def environment(self) -> dict[str, str]:
         """What a client process needs to find this server."""
         return {
-            "PREFECT_HOME": str(self.home),
+            **({"PREFECT_HOME": str(self.home)} if self.home else {}),
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_CLI_PROMPT": "false",
@@ -115,19 +453,27 @@ class PrefectServer:
         }
 
     def start(self) -> None:
-        self.home.mkdir(parents=True, exist_ok=True)
+        if self.home:
+            self.home.mkdir(parents=True, exist_ok=True)
+            self.log = self.log or self.home / "server.log"
         self.port = self.port or free_port()
-        env = {**os.environ, **self.environment(), "PREFECT_SERVER_API_HOST": "127.0.0.1"}
+        env = {
+            **os.environ,
+            **self.environment(),
+            "PREFECT_SERVER_API_HOST": "127.0.0.1",
+            # what the page asks: port 4200 where nothing is said, whatever the server's own port is
+            "PREFECT_SERVER_UI_API_URL": self.api,
+            "PREFECT_UI_API_URL": self.api,
+        }
         env.pop("PREFECT_API_URL", None)
         args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        with open(self.home / "server.log", "ab") as out:
+        if os.environ.get("HOTSTAGE_PREFECT_NO_SERVICES"):
+            args.append("--no-services")
+        if shutil.which("setpriv"):  # util-linux: nobody's server does not outlive a killed command
+            args = ["setpriv", "--pdeathsig", "TERM", *args]
+        with open(self.log or os.devnull, "ab") as out:
             self.process = subprocess.Popen(
-                [*args, "--no-services"] if os.environ.get("HOTSTAGE_PREFECT_NO_SERVICES") else args,
-                env=env,
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                args, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
     def wait(self, timeout_s: float = 90.0) -> bool:

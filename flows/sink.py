@@ -1,22 +1,15 @@
-"""Where a run's events go for people to see: the terminal, and Prefect's page. Sinks never block and never decide."""
+"""Where a run's events go for people to see: the terminal, a pipe. Sinks never block and never decide."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import logging
-import queue
-import threading
+import json
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from checkpoint.errors import CheckpointError
 from flows.loop import Event, Sink
-from flows.prefect_api import Artifacts
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -28,6 +21,45 @@ class Many:
     def tell(self, event: Event) -> None:
         for sink in self.sinks:
             sink.tell(event)
+
+
+@dataclass
+class Meter:
+    """What people want to know of a run, from its events: numbers smoothed over the last steps."""
+
+    steps: int
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    step: int = 0
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    rate: float = 0.0
+    durable: int = -1
+    attempts: int = 0
+    _step_s: float = 0.0
+
+    def take(self, event: Event) -> None:
+        facts = event.facts
+        if event.kind == "step":
+            rate = float(facts.get("tokens_per_s") or 0.0)
+            seconds = float(facts.get("step_us", 0)) / 1e6
+            self.step, self.loss, self.grad_norm = int(facts["step"]), float(facts["loss"]), float(facts["grad_norm"])
+            self.rate = rate if self.rate == 0 else 0.9 * self.rate + 0.1 * rate
+            self._step_s = seconds if self._step_s == 0 else 0.9 * self._step_s + 0.1 * seconds
+        elif event.kind == "checkpoint":
+            self.durable = int(facts["step"])
+        elif event.kind in ("attempt", "known"):
+            self.attempts = int(facts["number"] if event.kind == "attempt" else facts["attempts"])
+
+    @property
+    def mfu(self) -> float | None:
+        return self.rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+    @property
+    def eta(self) -> str:
+        seconds = int((self.steps - self.step) * self._step_s)
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
 
 
 @dataclass
@@ -44,16 +76,17 @@ class Lines:
     peak_flops: float = 0.0
     clock: Callable[[], float] = time.monotonic
     _last: float = -1e9
-    _durable: int = -1
-    _rate: float = 0.0
-    _step_s: float = 0.0
     _phase: str = ""
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.steps, self.flops_per_token, self.peak_flops)
 
     def tell(self, event: Event) -> None:
         facts = event.facts
+        self.meter.take(event)
         match event.kind:
             case "step":
-                self._step(facts)
+                self._step()
             case "attempt":
                 cause = facts.get("cause")
                 origin = {"memory": "from memory", "checkpoint": "from a checkpoint", "start": "from the start"}[
@@ -71,8 +104,6 @@ class Lines:
                 )
             case "recovered":
                 self.say(f"recovered: step {facts['step']} done {facts['seconds']:.2f} s after the failure was seen")
-            case "checkpoint":
-                self._durable = facts["step"]
             case "damaged":
                 record, why = facts["checkpoint"], facts["why"]
                 self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")
@@ -85,127 +116,50 @@ class Lines:
                 self._phase = facts["phase"]
                 self.say(f"{facts['phase']}" + (f": {facts['text']}" if facts.get("text") else ""))
 
-    def _step(self, facts: dict[str, Any]) -> None:
-        rate = float(facts.get("tokens_per_s") or 0.0)
-        seconds = float(facts.get("step_us", 0)) / 1e6
-        self._rate = rate if self._rate == 0 else 0.9 * self._rate + 0.1 * rate
-        self._step_s = seconds if self._step_s == 0 else 0.9 * self._step_s + 0.1 * seconds
+    def _step(self) -> None:
+        meter = self.meter
         self._phase = ""
-        step = int(facts["step"])
         now = self.clock()
-        if now - self._last < self.every_s and step != self.steps:
+        if now - self._last < self.every_s and meter.step != self.steps:
             return
         self._last = now
-        eta = (self.steps - step) * self._step_s
-        mfu = f"  MFU {self._rate * self.flops_per_token / self.peak_flops:4.0%}" if self.peak_flops else ""
-        saved = f"  saved {self._durable}" if self._durable >= 0 else ""
+        mfu = f"  MFU {meter.mfu:4.0%}" if meter.mfu is not None else ""
+        saved = f"  saved {meter.durable}" if meter.durable >= 0 else ""
         self.say(
-            f"step {step:>6}/{self.steps}  loss {float(facts['loss']):.4f}  |g| {float(facts['grad_norm']):.3f}  "
-            f"{self._rate:>8,.0f} tok/s{mfu}  ETA {int(eta) // 60}:{int(eta) % 60:02d}{saved}"
+            f"step {meter.step:>6}/{self.steps}  loss {meter.loss:.4f}  |g| {meter.grad_norm:.3f}  "
+            f"{meter.rate:>8,.0f} tok/s{mfu}  ETA {meter.eta}{saved}"
         )
 
 
 @dataclass
-class PrefectSink:
-    """Progress, loss curve and attempts as Prefect artifacts, from a thread of its own behind a bounded queue.
+class JsonLines:
+    """Every event as a JSON object on a line of its own; steps at most one each ``every_s``, and the last one."""
 
-    Prefect may be slow or gone: events are dropped then (counted), the run is not touched. Create it inside a flow: the
-    artifacts belong to the flow run whose context is copied. ``rows`` gives the attempts as the log knows them, so that
-    the table is whole also where this driver attached to what another had begun. Progress is one artifact, updated in
-    place each ``every_s``; the curve and the table are versioned by Prefect: written after a new attempt or checkpoint,
-    at most each ``full_every_s``, and at the end.
-    """
-
-    run: str
+    write: Callable[[str], None]
     steps: int
-    rows: Callable[[], list[dict[str, Any]]] = list
-    artifacts: Artifacts = field(default_factory=Artifacts)
-    every_s: float = 2.0
-    full_every_s: float = 20.0
-    dropped: int = 0
-
-    def __post_init__(self) -> None:
-        self._queue: queue.Queue[Event | None] = queue.Queue(maxsize=1000)
-        self._curve: dict[int, float] = {}
-        self._durable = -1
-        self._news = False
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=lambda: context.run(self._work), name="prefect-sink", daemon=True)
-        self._thread.start()
+    every_s: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    _last: float = -1e9
 
     def tell(self, event: Event) -> None:
-        try:
-            self._queue.put_nowait(event)
-        except queue.Full:
-            self.dropped += 1
-
-    def close(self, timeout_s: float = 10.0) -> bool:
-        """Publish what is left, for at most so long; True where Prefect took everything."""
-        try:
-            self._queue.put(None, timeout=timeout_s)
-        except queue.Full:
-            return False
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self.artifacts.failures
-
-    def _work(self) -> None:
-        published = full = time.monotonic()
-        while True:
-            event: Event | None = Event("tick", {})
-            with contextlib.suppress(queue.Empty):
-                event = self._queue.get(timeout=self.every_s)
-            now = time.monotonic()
-            if event is None:
-                self._publish_progress()
-                self._publish_full()
-                return
-            self._take(event)
-            if now - published >= self.every_s:
-                self._publish_progress()
-                published = time.monotonic()
-            if self._news and now - full >= self.full_every_s:
-                self._publish_full()
-                full = time.monotonic()
-
-    def _take(self, event: Event) -> None:
         if event.kind == "step":
-            self._curve[int(event.facts["step"])] = float(event.facts["loss"])
-        elif event.kind == "checkpoint":
-            self._durable = int(event.facts["step"])
-        self._news = self._news or event.kind in ("attempt", "recovered", "checkpoint")
-
-    def _publish_progress(self) -> None:
-        step = max(self._curve, default=0)
-        saved = f"saved {self._durable}" if self._durable >= 0 else "nothing saved yet"
-        percent = min(100.0, 100.0 * max(step, self._durable) / self.steps)
-        self.artifacts.progress(self.run, percent, f"step {step} of {self.steps}, {saved}")
-
-    def _publish_full(self) -> None:
-        self._news = False
-        self.artifacts.markdown(f"{self.run}-loss", loss_markdown(self.run, self._curve))
-        try:
-            rows = self.rows()
-        except CheckpointError as error:
-            log.info("the attempts are not told to Prefect now: %s", error)
-            return
-        self.artifacts.table(f"{self.run}-attempts", rows)
+            now = self.clock()
+            if now - self._last < self.every_s and int(event.facts["step"]) != self.steps:
+                return
+            self._last = now
+        self.write(json_line({"event": event.kind, **{k: v for k, v in event.facts.items() if k != "event"}}))
 
 
-def loss_markdown(run: str, curve: dict[int, float], points: int = 60) -> str:
-    """The loss curve as a Mermaid chart, which Prefect's page draws."""
-    if len(curve) < 2:
-        return f"# {run}\n\nno steps yet"
-    steps = sorted(curve)
-    picked = steps[:: max(1, len(steps) // points)]
-    if picked[-1] != steps[-1]:
-        picked.append(steps[-1])
-    values = [curve[s] for s in picked]
-    low, high = min(values), max(values)
-    pad = (high - low) * 0.05 or 0.1
-    return (
-        f"# {run}\n\nloss {curve[steps[0]]:.4f} → {curve[steps[-1]]:.4f} at step {steps[-1]}\n\n"
-        "```mermaid\nxychart-beta\n"
-        f'    x-axis "step" {picked[0]} --> {picked[-1]}\n'
-        f'    y-axis "loss" {low - pad:.4f} --> {high + pad:.4f}\n'
-        f"    line [{', '.join(f'{v:.4f}' for v in values)}]\n```\n"
-    )
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of JSON that every reader takes: numbers that JSON has no word for are null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)

@@ -189,13 +189,12 @@ def serve(store: str | None, every: float) -> int:
     Killed at any time, nothing is lost: gangs train on, and the next one goes on from the log in the store. While
     Prefect is away runs are driven all the same, and the deployment is served again when it is back.
     """
-    import os
     import threading
 
     from checkpoint.errors import CheckpointError
     from flows.api import store_at
-    from flows.flow import serve_train
-    from flows.prefect_api import answers
+    from flows.cli.train import serve_until_signal
+    from flows.prefect_api import PrefectSettingsError, answers, configured
     from flows.reconcile import Reconciler
 
     opened = store_at(store)
@@ -210,19 +209,22 @@ def serve(store: str | None, every: float) -> int:
             threading.Event().wait(every)
 
     threading.Thread(target=look, name="reconcile", daemon=True).start()
-    url = os.environ.get("PREFECT_API_URL")  # unset: Prefect starts a server of its own
-    while True:
-        if url and not answers(url):
-            say(f"waiting for Prefect at {url}")
-            while not answers(url):
-                threading.Event().wait(1.0)
-        try:
-            serve_train(opened.url)
-            return 0
-        except Exception as error:  # whatever Prefect raises where its server went away meanwhile
-            if not url or answers(url):
-                raise
-            say(f"Prefect has gone away ({type(error).__name__}: {error})")
+    try:
+        found = configured()
+    except PrefectSettingsError as error:
+        say(f"{error}: open runs are driven, nothing is served")
+        found = None
+    if found is None:
+        say("Prefect's settings name no server (PREFECT_API_URL is not set): open runs are driven, nothing is served")
+        threading.Event().wait()
+        return 0
+    if not answers(found.url):
+        say(f"waiting for Prefect at {found.url}")
+    from flows.flow import on_demand
+    from flows.serve import Server
+
+    serve_until_signal(Server(lambda: on_demand(opened.url), say))
+    return 0
 
 
 def _where(opened: Any, name: str, namespace: str | None) -> tuple[Any, str]:

@@ -124,7 +124,17 @@ class Number(click.FloatRange):
 
 
 store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (else HOTSTAGE_STORE).")
-json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+
+
+def _json_asked(_context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    _speaks_json[0] = value
+    return value
+
+
+_speaks_json = [False]  # whether this command was asked for JSON: then what it says of itself is JSON too
+json_option = click.option(
+    "--json", "as_json", is_flag=True, is_eager=True, callback=_json_asked, help="Machine-readable output."
+)
 set_option = click.option(
     "--set",
     "sets",
@@ -154,6 +164,11 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def complain(text: str, **more: Any) -> None:
+    """A line on stderr: of JSON where the command was asked for JSON."""
+    terminal.tell(json.dumps({"event": "error", "text": text, **more}) if _speaks_json[0] else text)
+
+
 def show(value: Any) -> None:
     """JSON on stdout."""
     click.echo(json.dumps(value, indent=1, default=str))
@@ -164,11 +179,13 @@ def main() -> None:
     terminal.prepare()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "false")  # hotstage says which server, or starts its own
     sys.exit(terminal.finish(exit_code_of(None)))
 
 
 def exit_code_of(arguments: list[str] | None) -> int:
     """Run the command: exceptions of the packages become a message and an exit code."""
+    _speaks_json[0] = False
     from checkpoint.errors import CheckpointError
     from trainer.errors import TrainerError
 
@@ -187,7 +204,7 @@ def exit_code_of(arguments: list[str] | None) -> int:
     except terminal.OutputLost as error:
         return terminal.lost(error)
     except (TrainerError, CheckpointError) as error:
-        terminal.tell(f"hotstage: {error}")
+        complain(f"hotstage: {error}", exit_code=error.exit_code)
         return error.exit_code
     except Exception:
         terminal.tell(traceback.format_exc().rstrip())

@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import click
-
 from flows.cli import terminal
 
 T = TypeVar("T")
@@ -38,7 +36,8 @@ class Signals:
     ``stop`` is what the work should look at once it drives a run; ``driving`` is what it calls before that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = terminal.tell) -> None:
+        self.say = say
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self._driving = False
@@ -79,23 +78,22 @@ class Signals:
             with self._lock:
                 driving = self._driving
             if not driving and self._asked:
-                leave(EXIT_STOPPED, _PREPARING)
+                leave(EXIT_STOPPED, _PREPARING, self.say)
             if len(self._asked) > 1 and seen >= 1:
                 self._second()
             elif self._asked and not seen:
                 seen, first_at = 1, time.monotonic()
                 again = not self.detaches and self._asked[0] == signal.SIGINT and sys.stdin.isatty()
-                click.echo(
+                self.say(
                     (_DETACHING.format(where=self.where) if self.detaches else _STOPPING)
-                    + (f" (Ctrl-C again within {SECOND_S:.0f} s: leave it running)" if again else ""),
-                    err=True,
+                    + (f" (Ctrl-C again within {SECOND_S:.0f} s: leave it running)" if again else "")
                 )
                 if not again:
                     self.stop.set()
             elif seen and not self.stop.is_set() and time.monotonic() - first_at >= SECOND_S:
                 self.stop.set()
         if errors and self._asked and not self._driving:
-            leave(EXIT_STOPPED, _PREPARING)
+            leave(EXIT_STOPPED, _PREPARING, self.say)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it is over: what is to be said is said whole
         if errors:
@@ -105,11 +103,15 @@ class Signals:
     def _second(self) -> None:
         saves = self.stop.is_set() and not self.detaches
         what = "the gang saves its state and ends by itself" if saves else "the run goes on by itself"
-        leave(128 + self._asked[1], f"leaving at once: {what}; the same command, or `hotstage runs resume`, attaches")
+        leave(
+            128 + self._asked[1],
+            f"leaving at once: {what}; the same command, or `hotstage runs resume`, attaches",
+            self.say,
+        )
 
 
-def leave(code: int, text: str) -> None:
-    """End the process now, whatever its threads do; temporary folders go first."""
-    terminal.tell(text)
+def leave(code: int, text: str, say: Callable[[str], None]) -> None:
+    """End the process now, whatever its threads do; temporary folders go first, and the terminal is left as it was."""
+    say(text)
     atexit._run_exitfuncs()
     os._exit(terminal.finish(code))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.main import EXIT_CODES, Number, json_option, out_option, say, set_option, show, store_option
+from flows.cli.main import EXIT_CODES, Number, complain, json_option, out_option, say, set_option, store_option
 from flows.cli.signals import Signals
+from flows.cli.voice import Voice
 
 if TYPE_CHECKING:
-    from flows.loop import Event, Outcome
+    from uuid import UUID
+
+    from flows.hosting import Board
+    from flows.loop import Event, Outcome, Sink
+    from flows.prefect_api import Client
     from flows.run import Prepared
+    from flows.serve import Server
 
 
 @click.command(epilog=EXIT_CODES)
@@ -35,78 +40,103 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     cluster the first Ctrl-C does that: the gang trains on.
     """
     from flows.api import store_at
+    from flows.hosting import prepare_shown
     from flows.orders import Asked, place
-    from flows.run import prepare_run
     from trainer.spec import load_spec
 
     opened = store_at(store)
     run_spec = load_spec(spec, sets)
-    tell = (lambda _: None) if as_json else say
 
-    def make() -> Prepared:
-        return place(opened, prepare_run(run_spec, opened, say=tell), Asked("train"))
+    def make(board: Board, tell: Callable[[str], None]) -> Prepared:
+        return place(opened, prepare_shown(run_spec, opened, board, say=tell), Asked("train"))
 
-    return host(make, opened.url, Path(out), as_json, not no_prefect)
-
-
-def host(make: Callable[[], Prepared], store_url: str, out: Path, as_json: bool, use_prefect: bool) -> int:
-    """Make a run ready and drive it from this terminal, inside the Prefect flow where one answers; the exit code."""
-    from dataclasses import asdict
-
-    from flows.driver import mend_of
-
-    signals = Signals()
-    outcome = signals.run(lambda: _drive(make, store_url, out, as_json, use_prefect, signals))
-    if as_json:
-        show(asdict(outcome))
-    elif outcome.outcome == "stopped" and not signals.detaches:
-        say(f"go on with: hotstage runs resume {outcome.run}")
-    if outcome.outcome == "superseded":
-        click.echo(f"hotstage: {outcome.reason}", err=True)
-    if outcome.outcome == "gave_up":
-        click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
-        mend = mend_of(outcome.cls)
-        if mend:
-            click.echo(f"  what to do: {mend.replace('RUN', outcome.run)}", err=True)
-        click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
-    return outcome.exit_code
+    return host(make, opened.url, Path(out), as_json, not no_prefect, name=run_spec.name)
 
 
-def _drive(
-    make: Callable[[], Prepared],
+def host(
+    make: Callable[[], Prepared] | Callable[[Board, Callable[[str], None]], Prepared],
     store_url: str,
     out: Path,
     as_json: bool,
     use_prefect: bool,
+    *,
+    name: str = "",
+) -> int:
+    """Make a run ready and drive it from this terminal, on Prefect's page where one can be reached; the exit code.
+
+    ``make`` gets the board that shows what it does and the voice to tell it, where ``name`` is given.
+    """
+    from dataclasses import asdict
+
+    from flows.driver import mend_of
+
+    voice = Voice(as_json)
+    signals = Signals(voice.warn)
+    try:
+        outcome = signals.run(lambda: _drive(make, store_url, out, voice, use_prefect, signals, name))
+    finally:
+        voice.quiet()
+    if outcome.outcome == "gave_up":
+        mend = mend_of(outcome.cls).replace("RUN", outcome.run)
+        if as_json:
+            complain(f"run {outcome.run} gave up: {outcome.reason}", mend=mend, exit_code=outcome.exit_code)
+        else:
+            click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
+            if mend:
+                click.echo(f"  what to do: {mend}", err=True)
+            click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
+    elif outcome.outcome == "superseded":
+        complain(f"hotstage: {outcome.reason}", exit_code=outcome.exit_code)
+    elif outcome.outcome == "stopped" and not signals.detaches:
+        voice.say(f"go on with: hotstage runs resume {outcome.run}")
+    if as_json:
+        voice.result(asdict(outcome))
+    return outcome.exit_code
+
+
+def _drive(
+    make: Callable[..., Prepared],
+    store_url: str,
+    out: Path,
+    voice: Voice,
+    use_prefect: bool,
     signals: Signals,
+    name: str,
 ) -> Outcome:
     """The work of a hosting command, in a thread of its own."""
-    from flows.api import make_driver, store_at
-    from flows.peak import measured_peak
+    from flows.api import store_at
+    from flows.hosting import Hosted, Prefect
+    from flows.page import Page
     from flows.sink import Lines, Many
-    from trainer.plan import flops_per_token
 
-    prepared = make()
-    if not as_json:
-        say(f"run {prepared.run} in {store_url}")
-    lines = Lines(
-        (lambda text: click.echo(text, err=True)) if as_json else say,
-        prepared.spec.train.steps,
-        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
-        peak_flops=0.0 if as_json else measured_peak(),
-    )
-    through_prefect = use_prefect and prefect_answers(lines.say)
-    if not signals.driving(detaches=prepared.spec.launch.target != "local"):
-        raise click.Abort  # the command leaves
-    sink = Many([Reach(signals), lines])
-    if through_prefect:
-        from flows.hosting import run_flow
+    store = store_at(store_url)
+    prefect = Prefect(say=voice.warn)
+    page = None
+    if use_prefect:
+        page = Page(prefect.connect, store, name=name, parameters={"store": store.url}, warn=voice.warn)
+        page.shown = lambda url: voice.say(f"Prefect's page of this run: {url}" + prefect.while_it_runs)
+    try:
+        with Hosted(store, out, page, voice.warn, stop=signals.stop) as hosted:
 
-        outcome = run_flow(prepared, store_url, out, sink, signals.stop, lines.say)
-        if outcome is not None:
-            return outcome
-    driver = make_driver(prepared, store_at(store_url), sink=sink, out=out, stop=signals.stop)
-    return driver.run()
+            def tell(text: str) -> None:
+                voice.say(text)
+                if page is not None:
+                    page.line(text)
+
+            if name:
+                prepared = make(hosted.board, tell)
+            else:
+                with hosted.board.task("compile-plan", "compile plan"):
+                    prepared = make()
+            tell(f"run {prepared.run} in {store_url}")
+            if not signals.driving(detaches=prepared.spec.launch.target != "local"):
+                raise click.Abort  # the command leaves
+            sinks: list[Sink] = [Reach(signals), voice.sink(prepared)]
+            if page is not None:
+                sinks.append(Lines(page.line, prepared.spec.train.steps, every_s=10.0))
+            return hosted.drive(prepared, Many(sinks))
+    finally:
+        prefect.close()
 
 
 @dataclass
@@ -120,21 +150,14 @@ class Reach:
             self.signals.detaches, self.signals.where = event.facts["phase"] == "elsewhere", "where it works"
 
 
-def prefect_answers(tell: Any) -> bool:
-    """Whether to run inside a flow: PREFECT_API_URL answers, or is unset (Prefect then uses a server of its own)."""
-    from flows.prefect_api import answers
-
-    url = os.environ.get("PREFECT_API_URL")
-    if url and not answers(url):
-        tell(f"Prefect does not answer at {url}: going on without it (the log in the store has everything)")
-        return False
-    return True
-
-
 @click.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
 @click.option("--cron", help='When, e.g. "0 2 * * *".')
 @click.option("--interval", type=Number(min=1), metavar="SECONDS", help="Instead of --cron: every so many seconds.")
+@click.option("--timezone", metavar="ZONE", help="Of --cron, e.g. Europe/Berlin (else UTC).")
+@click.option(
+    "--day-and", is_flag=True, help="A cron line with day and weekday fires where both fit (else where one does)."
+)
 @click.option("--name", help="Name of the deployment (else the spec's).")
 @set_option
 @store_option
@@ -143,6 +166,8 @@ def schedule(
     spec: str,
     cron: str | None,
     interval: float | None,
+    timezone: str | None,
+    day_and: bool,
     name: str | None,
     sets: tuple[str, ...],
     store: str | None,
@@ -152,45 +177,71 @@ def schedule(
 
     Runs in the foreground until Ctrl-C; runs that it started go on. Each run's name ends with its scheduled time.
     """
-    import asyncio
-    import contextlib
+    from datetime import timedelta
 
     from flows.api import store_at
-    from flows.prefect_api import answers
+    from flows.prefect_api import PrefectSettingsError, Refused, configured, why_not
+    from flows.serve import Server, cron_of, zone_of
     from trainer.spec import load_spec
 
     if (cron is None) == (interval is None):
         raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
+    if cron is None and day_and:
+        raise click.UsageError("--day-and is of --cron")
     run_spec = load_spec(spec, sets)
-    if cron is not None:
-        _check_cron(cron)
-    url = os.environ.get("PREFECT_API_URL")
-    if not url or not answers(url):
-        found = f"nothing answers at PREFECT_API_URL={url}" if url else "PREFECT_API_URL is not set"
-        click.echo(
-            f"hotstage: schedule needs a Prefect server, but {found}; start one (`prefect server start`) and set it",
-            err=True,
+    try:
+        zone = zone_of(timezone)
+        when = cron_of(cron, zone, day_or=not day_and) if cron is not None else None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    try:
+        found = configured()
+        why = why_not(found) if found else "Prefect's settings name none (PREFECT_API_URL is not set)"
+    except PrefectSettingsError as error:
+        why = str(error)
+    if why or found is None:
+        complain(
+            f"hotstage: schedule needs a Prefect server, but {why}; start one (`prefect server start`) and set "
+            "PREFECT_API_URL or a profile (`prefect config set PREFECT_API_URL=…`)"
         )
         return 78
-    from prefect.exceptions import TerminationSignal
+    from prefect.schedules import Interval
 
-    from flows.flow import serve_schedule
+    from flows.flow import scheduled
 
-    work = serve_schedule(
-        run_spec, store_at(store).url, str(Path(out).absolute()), cron=cron, interval=interval, name=name
-    )
-    when = f"cron {cron!r}" if cron else f"every {interval:g} s"
-    say(f"scheduled {name or run_spec.name} ({when}) at {url}; Ctrl-C ends the schedule, not what runs")
-    with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
-        asyncio.run(work)
+    title = name or run_spec.name
+    plan = when if when is not None else Interval(timedelta(seconds=interval or 0), timezone=zone)
+    told = f"cron {cron!r} in {zone}" if cron else f"every {interval:g} s"
+    say(f"scheduled {title} ({told}) at {found.url}; Ctrl-C ends the schedule, not what runs")
+    folder = str(Path(out).absolute())
+    url = store_at(store).url
+    server = Server(lambda: scheduled(run_spec, url, folder, plan, title), say)
+    server.registered = lambda client, deployment: _tell_firings(client, deployment, zone)
+    try:
+        serve_until_signal(server)
+    except Refused as error:
+        complain(f"hotstage: Prefect at {found.url} ({found.source}) refuses: {error}")
+        return 78
     sys.stdout.flush()
     return 0
 
 
-def _check_cron(cron: str) -> None:
-    from prefect.client.schemas.schedules import CronSchedule
+def serve_until_signal(server: Server) -> None:
+    """Serve until Ctrl-C or SIGTERM; what was started goes on."""
+    import signal
 
-    try:
-        CronSchedule(cron=cron)
-    except ValueError as error:
-        raise click.UsageError(f'--cron {cron!r} is no cron line; five fields, such as "0 2 * * *"') from error
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: server.stop.set())
+    server.run()
+    if server.children:
+        say(f"{len(server.children)} run(s) go on")
+
+
+def _tell_firings(client: Client, deployment: UUID, zone: str) -> None:
+    """The next three firings, as the server reckons them, in the schedule's zone."""
+    from zoneinfo import ZoneInfo
+
+    from flows.serve import firings
+
+    for at in firings(client, deployment):
+        say(f"  fires {at.astimezone(ZoneInfo(zone)).strftime('%a %Y-%m-%d %H:%M:%S %z')} ({zone})")

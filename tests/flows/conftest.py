@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,12 +36,28 @@ class Api:
         """What was made."""
         return dict(self._post(path, body))
 
+    def delete(self, path: str) -> None:
+        self._ask(urllib.request.Request(f"{self.server.api}/{path}", method="DELETE"))
+
+    def task_runs(self, flow_run: str) -> list[dict[str, Any]]:
+        return self.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
+
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             f"{self.server.api}/{path}", json.dumps(body).encode(), {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return json.load(reply)
+        return self._ask(request)
+
+    def _ask(self, request: urllib.request.Request) -> Any:
+        for _ in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    return json.loads(reply.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its SQLite is busy
+                    raise
+                time.sleep(0.2)
+        raise AssertionError(f"{request.full_url} answers 503 for long")
 
     def flow_runs(self, **flow_run_filter: Any) -> list[dict[str, Any]]:
         return self.ask("flow_runs/filter", {"flow_runs": flow_run_filter, "sort": "EXPECTED_START_TIME_ASC"})

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 from tests.flows.conftest import Api, Trained, started
 from tests.support.agents import wait_for
@@ -23,12 +24,21 @@ def metrics_begun(place: Place) -> bool:
     return any((place.folder / "store" / "runs").glob("*/live/*/metrics/*"))
 
 
+def attempt_of(api: Api, flow_run: dict[str, Any]) -> dict[str, Any]:
+    """The task run of the only attempt."""
+    (task,) = [t for t in api.task_runs(flow_run["id"]) if t["name"].startswith("attempt")]
+    return task
+
+
 def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: Place, trained: Trained) -> None:
     secrets = {"AWS_ACCESS_KEY_ID": "AKIAHOTSTAGETEST", "AWS_SECRET_ACCESS_KEY": "hotstage-test-secret-value"}
     hosted.env.update(secrets)
     done = hosted.call(*args(), "--json")
     assert done.code == 0, done.err
-    result = done.json()  # one object, nothing else on stdout
+    assert done.out.count("\n") == 1  # the result, nothing else on stdout; what goes on, as JSON too, on stderr
+    result = done.json()
+    events = [json.loads(line) for line in done.err.splitlines()]
+    assert {"line", "attempt", "step", "checkpoint", "ended"} <= {event["event"] for event in events}
     assert (result["outcome"], result["state_digest"]) == ("succeeded", trained.digest)
     (flow_run,) = [
         f for f in prefect.named(result["run"]) if f["parameters"]["store"].endswith(str(hosted.folder / "store"))
@@ -38,17 +48,34 @@ def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: 
     artifacts = prefect.artifacts(flow_run["id"])
     progress = artifacts[result["run"]]
     assert (progress["type"], float(progress["data"])) == ("progress", 100.0)
-    assert f"step {STEPS} of {STEPS}, saved {STEPS}" in progress["description"]
+    assert progress["description"] == f"step {STEPS} of {STEPS}, step {STEPS} saved"
     loss = artifacts[f"{result['run']}-loss"]["data"]
     curve = [json.loads(line) for line in hosted.run("logs", result["run"]).splitlines() if '"event":"step"' in line]
-    assert "```mermaid\nxychart-beta" in loss
+    assert "```mermaid\n" in loss
+    assert "\nxychart-beta\n" in loss
     assert f"loss {curve[0]['loss']:.4f} → {curve[-1]['loss']:.4f} at step {STEPS}" in loss
     (attempt,) = json.loads(artifacts[f"{result['run']}-attempts"]["data"])
     assert (attempt["attempt"], attempt["from step"], attempt["because"]) == (1, 0, "start")
     shown = json.loads(hosted.run("runs", "show", result["run"], "--json"))
     assert [a["stages"] for a in shown["attempts_list"]] == [2]  # the spec's own layout, also inside the flow
 
-    told = json.dumps([flow_run, artifacts, prefect.logs(flow_run["id"])])
+    files = artifacts[f"{result['run']}-files"]["data"]
+    assert f"| {STEPS} | `runs/{result['run']}/manifests/" in files
+    assert str(hosted.folder / "store") in files
+    wait_for(
+        lambda: [row["state_type"] for row in prefect.task_runs(flow_run["id"])] == ["COMPLETED"] * 3, "the tasks", 20
+    )  # the server records task runs a moment after it was told
+    tasks = {row["name"]: row for row in prefect.task_runs(flow_run["id"])}
+    assert {name: row["state_type"] for name, row in tasks.items()} == dict.fromkeys(
+        ("prepare data", "compile plan", "attempt 1"), "COMPLETED"
+    )
+    assert tasks["attempt 1"]["total_run_time"] > 0
+    logs = prefect.logs(flow_run["id"])
+    assert any(line.startswith("attempt 1: at step 0") for line in logs)
+    assert any(line.startswith(f"step {STEPS:>6}/{STEPS}") for line in logs)
+    assert any(line.startswith("succeeded: step") for line in logs)
+
+    told = json.dumps([flow_run, artifacts, logs, list(tasks.values())])
     for secret in secrets.values():
         assert secret not in told
         assert secret not in done.out + done.err
@@ -65,6 +92,9 @@ def test_a_run_that_gives_up_is_a_failed_flow_run(prefect: Api, hosted: Place) -
     (flow_run,) = prefect.named(result["run"])
     assert flow_run["state_type"] == "FAILED"
     assert result["reason"] in flow_run["state"]["message"]
+    assert all(json.loads(line) for line in done.err.splitlines())
+    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "FAILED", "the attempt's end", 20)
+    assert attempt_of(prefect, flow_run)["state"]["message"] == result["reason"]
 
 
 def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted: Place) -> None:
@@ -77,6 +107,7 @@ def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted:
     name = done.out.split("go on with: hotstage runs resume ")[1].split()[0]
     (flow_run,) = prefect.named(name)
     assert flow_run["state_type"] == "CANCELLED"
+    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "CANCELLED", "the attempt's end", 20)
     assert "stopped" in flow_run["state"]["message"]
 
 
@@ -112,6 +143,7 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     process = hosted.start(*hosted_args, "--json")
     saved = hosted.folder / "store" / "runs"
     wait_for(lambda: any(saved.glob("killed-*/live/*/metrics/*")), "the first step", 60)
+    wait_for(lambda: prefect.named(next(iter(saved.glob("killed-*"))).name), "the flow run", 60)
     process.kill()
     process.communicate()
     done = hosted.call(*hosted_args, "--json")

@@ -1,0 +1,82 @@
+"""How a command that trains speaks: a live view at a terminal, plain lines elsewhere, JSON lines where asked for JSON.
+
+With ``--json`` stdout has one line, the result; all else goes to stderr, each line a JSON object.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from flows.loop import Sink
+    from flows.run import Prepared
+    from flows.view import View
+
+
+class Voice:
+    """May be used from any thread."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._view: View | None = None
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        """A line for whoever started the command."""
+        self._out(text, err=False)
+
+    def warn(self, text: str) -> None:
+        """The same on stderr, where nothing but a view shows there."""
+        self._out(text, err=True)
+
+    def _out(self, text: str, err: bool) -> None:
+        with self._lock:
+            if self.as_json:
+                from flows.sink import json_line
+
+                if text:
+                    click.echo(json_line({"event": "line", "text": text}), err=True)
+            elif self._view is not None:
+                self._view.say(text)
+            else:
+                click.echo(text, err=err)
+                (sys.stderr if err else sys.stdout).flush()
+
+    def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink:
+        """What the driver tells its events; at a terminal the live view begins now."""
+        from flows.peak import measured_peak
+        from flows.sink import JsonLines, Lines
+        from flows.view import View, wanted
+        from trainer.plan import flops_per_token
+
+        steps = prepared.spec.train.steps
+        if self.as_json:
+            return JsonLines(lambda line: click.echo(line, err=True), steps)
+        flops = flops_per_token(prepared.spec.model, prepared.spec.train.sequence)
+        if not wanted(sys.stdout):
+            return Lines(self.say, steps, every_s=every_s, flops_per_token=flops, peak_flops=measured_peak())
+        view = View(steps, flops, measured_peak()).start()
+        atexit.register(self.quiet)
+        with self._lock:
+            self._view = view
+        return view
+
+    def quiet(self) -> None:
+        """The live view goes; what follows are lines. May be called again."""
+        with self._lock:
+            view, self._view = self._view, None
+        if view is not None:
+            view.stop()
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The result, as the last and only line of stdout."""
+        from flows.sink import json_line
+
+        click.echo(json_line(value))
+        sys.stdout.flush()

@@ -1,0 +1,466 @@
+"""A run on Prefect's page, kept true from a thread of its own: flow run, task runs, log, progress, loss, attempts.
+
+Owns what Prefect shows of a run; decides nothing, and nobody waits for it. ``tell``, ``line`` and ``task`` put into a
+bounded queue and return. The thread keeps a small picture of the run and brings the server to it, again and again: a
+server that is away, hangs, refuses or has lost its database is told all of it when it takes it.
+
+  P1. What the page shows of attempts comes from the log of the run, whoever drove them.
+  P2. Memory is bounded: the newest ``LINES`` lines, ``POINTS`` points of the curve, a task run an attempt.
+  P3. Whatever Prefect answers, nothing is raised to who tells: the first failure of a kind is said once.
+  P4. Who cancels the flow run on the page cancels the run; nothing else that Prefect does or says ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from checkpoint.errors import CheckpointError
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from flows.api import cancel
+from flows.curve import loss_image, loss_markdown, thinned
+from flows.loop import Event, Outcome
+from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
+
+log = logging.getLogger(__name__)
+
+LINES = 2000
+POINTS = 4000
+QUEUE = 4000
+EVERY_S = 1.0
+PROGRESS_EVERY_S = 2.0
+FULL_EVERY_S = 10.0
+RETRY_S = 1.0
+RETRY_MOST_S = 15.0
+LEASE_EVERY_S = 60.0
+LOOK_EVERY_S = 3.0
+CHECKPOINTS_SHOWN = 20
+
+END_STATES = {
+    "succeeded": ("COMPLETED", "Completed"),
+    "gave_up": ("FAILED", "Failed"),
+    "cancelled": ("CANCELLED", "Cancelled"),
+    "stopped": ("CANCELLED", "Cancelled"),
+    "superseded": ("CANCELLED", "Cancelled"),
+}
+
+
+@dataclass
+class TaskRow:
+    """One task run: its states so far, each (type, name, message, Unix seconds)."""
+
+    key: str
+    name: str
+    began: float
+    states: list[tuple[str, str, str, float]] = field(default_factory=list)
+    id: UUID = field(default_factory=uuid4)
+    told: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.states[-1][0] != "RUNNING"
+
+
+@dataclass
+class Page:
+    """``connect`` gives a client once Prefect can be reached (None: not yet; it may take as long as it likes).
+
+    ``flow_run``: the flow run that Prefect itself started, whose states Prefect's engine sets; without one the page
+    makes its own flow run and sets its states. ``warn`` hears what a person should know, from the page's thread.
+    """
+
+    connect: Callable[[], Client | None]
+    store: Store
+    steps: int = 0
+    name: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    flow_run: str | None = None
+    warn: Callable[[str], None] = log.warning
+    shown: Callable[[str], None] | None = None
+    report: str = ""
+    every_s: float = EVERY_S
+    failures: int = 0
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        self._engine = self.flow_run is not None
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=QUEUE)
+        self._client: Client | None = None
+        self._run = ""
+        self._named = ""
+        self._begun = False
+        self._state: RunState | None = None
+        self._tasks: dict[str, TaskRow] = {}
+        self._lines: deque[tuple[float, int, str]] = deque(maxlen=LINES)
+        self._lines_told = 0
+        self._lines_seen = 0
+        self._curve: dict[int, float] = {}
+        self._spans: dict[int, tuple[int, int]] = {}
+        self._back: dict[int, float] = {}
+        self._durable = -1
+        self._news = True
+        self._log_news = False
+        self._artifacts: dict[str, str] = {}
+        self._told: dict[str, Any] = {}
+        self._outcome: Outcome | None = None
+        self._failed: str = ""
+        self._closing = threading.Event()
+        self._done = False
+        self._said: set[str] = set()
+        self._check = False
+        self._retry_s, self._retry_at = RETRY_S, 0.0
+        self._at = dict.fromkeys(("progress", "full", "lease", "look"), -1e9)
+        self._thread = threading.Thread(target=self._work, name="prefect-page", daemon=True)
+
+    # --- told by anybody, never waits ---------------------------------------------------------------------
+
+    def start(self) -> Page:
+        self._thread.start()
+        return self
+
+    def tell(self, event: Event) -> None:
+        self._put("event", event)
+
+    def line(self, text: str, level: int = logging.INFO) -> None:
+        """A line of the driver, for the flow run's log."""
+        self._put("line", (time.time(), level, text))
+
+    def run_is(self, run: str, steps: int) -> None:
+        """From here on the run has a name and a log."""
+        self._put("run", (run, steps))
+
+    @contextlib.contextmanager
+    def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
+        """A task run around a block; what the block gives to the function is its last message."""
+        message: list[str] = [""]
+        self._put("task", (key, name, "RUNNING", "Running", "", time.time()))
+        try:
+            yield lambda text: message.__setitem__(0, text)
+        except BaseException as error:
+            self._put("task", (key, name, "FAILED", "Failed", str(error)[:2000] or type(error).__name__, time.time()))
+            raise
+        self._put("task", (key, name, "COMPLETED", "Completed", message[0], time.time()))
+
+    def close(self, outcome: Outcome | None, failed: str = "", patience_s: float = 10.0) -> bool:
+        """Tell the end, for at most so long; True where Prefect has all of it. ``failed``: why there is no outcome."""
+        self._outcome, self._failed = outcome, failed
+        self._closing.set()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(("wake", None))
+        deadline = time.monotonic() + patience_s
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            if self.flow_run is None and self.failures:
+                break  # it has never answered: what it would be told now it has not asked for
+            self._thread.join(0.1)
+        return self._done
+
+    def _put(self, kind: str, value: Any) -> None:
+        try:
+            self._queue.put_nowait((kind, value))
+        except queue.Full:
+            self.dropped += 1
+
+    # --- the thread ---------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            closing = self._closing.is_set()
+            with contextlib.suppress(queue.Empty):
+                self._take(*self._queue.get(timeout=0.1 if closing else self.every_s))
+                while True:
+                    self._take(*self._queue.get_nowait())
+            if time.monotonic() < self._retry_at and not (closing and self._retry_s == RETRY_S):
+                continue
+            try:
+                if self._sync(closing):
+                    self._done = True
+                    return
+                self._retry_s = RETRY_S
+            except Gone as error:
+                self._fail(error, f"Prefect is not reached ({error}); the run goes on, its page is brought up later")
+            except Refused as error:
+                self._fail(error, f"Prefect refuses ({error}); the run goes on without its page")
+            except CheckpointError as error:
+                log.info("the run's log is not read for Prefect's page now: %s", error)
+                self._retry_at = time.monotonic() + self._retry_s
+            except Exception as error:  # whatever Prefect's client raises: it must not end the thread
+                self._fail(error, f"Prefect's page is not written ({type(error).__name__}: {error}); the run goes on")
+
+    def _fail(self, error: Exception, text: str) -> None:
+        self.failures += 1
+        self._check = True
+        self._retry_at = time.monotonic() + self._retry_s
+        self._retry_s = min(self._retry_s * 2, RETRY_MOST_S)
+        kind = type(error).__name__ + (str(error)[:24] if isinstance(error, Refused) else "")
+        if kind not in self._said:
+            self._said.add(kind)
+            self.warn(text)
+        log.info("%s", text)
+
+    def _take(self, kind: str, value: Any) -> None:
+        if kind == "event":
+            self._take_event(value)
+        elif kind == "line":
+            self._lines.append(value)
+            self._lines_seen += 1
+        elif kind == "run":
+            self._run, self.steps = value
+            self._log_news = self._news = True
+        elif kind == "task":
+            key, name, state, state_name, message, at = value
+            row = self._tasks.setdefault(key, TaskRow(key, name, at))
+            row.states.append((state, state_name, message, at))
+
+    def _take_event(self, event: Event) -> None:
+        facts = event.facts
+        if event.kind == "step":
+            step, epoch = int(facts["step"]), int(facts.get("epoch", 0))
+            self._curve[step] = float(facts["loss"])
+            low, high = self._spans.get(epoch, (step, step))
+            self._spans[epoch] = (min(low, step), max(high, step))
+            if len(self._curve) > 2 * POINTS:
+                self._curve = thinned(self._curve, POINTS)
+        elif event.kind == "checkpoint":
+            self._durable = max(self._durable, int(facts["step"]))
+        elif event.kind == "recovered":
+            self._back[int(facts["epoch"])] = float(facts["seconds"])
+        if event.kind in ("known", "attempt", "recovered", "checkpoint", "damaged", "ended"):
+            self._log_news = self._news = True
+
+    # --- bringing the server to it ------------------------------------------------------------------------
+
+    def _sync(self, closing: bool) -> bool:
+        """One round; True once all is told and the run has ended."""
+        if self._client is None:
+            self._client = self.connect()
+            if self._client is None:
+                return False
+        if self._check and self.flow_run is not None and not self._client.has_flow_run(self.flow_run):
+            self.warn("Prefect has lost this flow run: it is written anew")
+            self._forget()
+        self._check = False
+        self._ensure_flow_run()
+        now = time.monotonic()
+        if self._log_news and self._run:
+            self._read_log()
+            self._log_news = False
+        self._tell_tasks()
+        self._tell_lines()
+        if closing or now - self._at["progress"] >= PROGRESS_EVERY_S:
+            self._tell_progress()
+            self._at["progress"] = now
+        if closing or (self._news and now - self._at["full"] >= FULL_EVERY_S):
+            self._tell_full()
+            self._news = False
+            self._at["full"] = now
+        if not closing and self._run and now - self._at["look"] >= LOOK_EVERY_S:
+            self._look_for_cancel()
+            self._at["look"] = now
+        if self._engine and self.flow_run and now - self._at["lease"] >= LEASE_EVERY_S:
+            self._client.renew_lease(self.flow_run)
+            self._at["lease"] = now
+        if closing:
+            self._tell_end()
+        return closing
+
+    def _look_for_cancel(self) -> None:
+        assert self._client is not None
+        assert self.flow_run is not None
+        if self._client.state_of(self.flow_run) in ("CANCELLING", "CANCELLED"):
+            cancel(self.store, self._run, "cancelled on Prefect's page")
+
+    def _ensure_flow_run(self) -> None:
+        assert self._client is not None
+        name = self._run or self.name
+        if self.flow_run is None:
+            self.flow_run = self._client.create_flow_run(name, {**self.parameters, "run": self._run or None})
+            self._named, self._begun = name, False
+        elif self._named != name and not self._engine:
+            self._client.rename_flow_run(self.flow_run, name, {**self.parameters, "run": self._run or None})
+            self._named = name
+        if not self._begun and not self._engine:
+            self._client.set_state(self.flow_run, "RUNNING", "Running", "")
+            self._begun = True
+            if self.shown is not None:
+                self.shown(self._client.page_of(self.flow_run))
+
+    def _forget(self) -> None:
+        """The server knows nothing of this flow run: all of it is to be told again."""
+        self.flow_run, self._engine = None, False
+        self._artifacts.clear()
+        self._told.clear()
+        self._lines_told = self._lines_seen - len(self._lines)
+        for row in self._tasks.values():
+            row.told, row.id = 0, uuid4()
+        self._news = True
+
+    def _read_log(self) -> None:
+        """Attempts as task runs, from the run's own log (P1)."""
+        self._state = state = RunLog(self.store, self._run).fold(self._state)
+        for number, attempt in enumerate(state.attempts, 1):
+            key = f"attempt-{number}"
+            row = self._tasks.get(key)
+            if row is None:
+                row = self._tasks[key] = TaskRow(key, f"attempt {number}", attempt.time)
+                origin = "memory" if attempt.slots else "a checkpoint" if attempt.checkpoint else "the start"
+                row.states.append(("RUNNING", "Running", f"from step {attempt.step}, from {origin}", attempt.time))
+            after = state.attempts[number] if number < len(state.attempts) else None
+            if row.ended:
+                continue
+            if after is not None:
+                cause = after.body.get("cause") or {}
+                text = str(cause.get("text") or after.reason)
+                crashed = str(cause.get("class", cause.get("cls", ""))) in ("infra", "signal", "preempted", "sick", "")
+                row.states.append(
+                    ("CRASHED", "Crashed", text, after.time) if crashed else ("FAILED", "Failed", text, after.time)
+                )
+                row.name = f"attempt {number}: {text[:60]}"
+            elif state.ended is not None:
+                kind, word = END_STATES[state.ended.outcome]
+                row.states.append((kind, word, state.ended.reason, state.ended.time))
+                if kind == "FAILED":
+                    row.name = f"attempt {number}: {state.ended.reason[:60]}"
+        self._durable = max([self._durable, *(c.step for c in state.checkpoints)])
+
+    def _tell_tasks(self) -> None:
+        assert self._client is not None
+        assert self.flow_run is not None
+        if self._closing.is_set() and self._outcome is not None and self._outcome.outcome in ("stopped", "superseded"):
+            for row in self._tasks.values():  # the run has no end in the log: this driver's part of it has
+                if not row.ended:
+                    row.states.append(("CANCELLED", "Cancelled", self._outcome.reason, time.time()))
+        events = [
+            event
+            for row in self._tasks.values()
+            for event in self._client.task_events(self.flow_run, row.id, row.key, row.name, row.states, row.told)
+        ]
+        if events:
+            self._client.post_events(events)
+        for row in self._tasks.values():
+            row.told = len(row.states)
+
+    def _tell_lines(self) -> None:
+        assert self._client is not None
+        assert self.flow_run is not None
+        while self._lines_told < self._lines_seen:
+            waiting = min(self._lines_seen - self._lines_told, len(self._lines))
+            batch = list(self._lines)[-waiting:][:200]
+            self._client.create_logs(self.flow_run, batch)
+            self._lines_told = self._lines_seen - waiting + len(batch)
+
+    def _tell_progress(self) -> None:
+        if not self._run:
+            return
+        step = max([0, self._durable, *self._curve])
+        saved = f"step {self._durable} saved" if self._durable >= 0 else "nothing saved yet"
+        percent = min(100.0, 100.0 * step / max(self.steps, 1))
+        self._artifact(self._run, "progress", percent, f"step {step} of {self.steps}, {saved}")
+
+    def _tell_full(self) -> None:
+        if not self._run:
+            return
+        steps = sorted(self._curve)
+        text = "no steps yet"
+        if steps:
+            text = f"loss {self._curve[steps[0]]:.4f} → {self._curve[steps[-1]]:.4f} at step {steps[-1]}"
+        self._artifact(f"{self._run}-loss", "markdown", loss_markdown(self._run, self._curve), text)
+        if len(steps) > 1:
+            self._artifact(f"{self._run}-curve", "image", loss_image(self._curve), text)
+        rows = self._rows()
+        if rows:
+            self._artifact(f"{self._run}-attempts", "table", json.dumps(rows), f"{len(rows)} attempt(s)")
+        self._artifact(f"{self._run}-files", "markdown", self._files(), "where report and checkpoints are")
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The attempts as a table: where each began, why, what was done twice, how long until steps came again."""
+        rows: list[dict[str, Any]] = []
+        reached = 0
+        for number, attempt in enumerate(self._state.attempts if self._state else (), 1):
+            span = self._spans.get(attempt.n)
+            cause = attempt.body.get("cause") or {}
+            back = self._back.get(attempt.n)
+            rows.append(
+                {
+                    "attempt": number,
+                    "began": datetime.fromtimestamp(attempt.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+                    "from step": max(attempt.step, 0),
+                    "steps": f"{span[0]}–{span[1]}" if span else "",
+                    "because": str(cause.get("text") or ("start" if number == 1 else attempt.reason)),
+                    "done twice": max(0, reached - max(attempt.step, 0)) if number > 1 and reached else 0,
+                    "back after": f"{back:.2f} s" if back is not None else "",
+                }
+            )
+            reached = max(reached, span[1] if span else 0)
+        return rows
+
+    def _files(self) -> str:
+        where = self.store.describe()
+        lines = [
+            f"# {self._run}",
+            "",
+            f"- store: `{self.store.url}`",
+            f"- report: `{self.report}`" if self.report else f"- report: `hotstage report {self._run} -o report.html`",
+            f"- what its ranks said: `hotstage logs {self._run}`",
+            f"- weights for transformers: `hotstage ckpt export {self._run} -o model/`",
+            "",
+            f"Checkpoints in {where}, newest first:",
+            "",
+            "| step | manifest | state digest |",
+            "|---|---|---|",
+        ]
+        checkpoints = self._state.checkpoints if self._state else ()
+        for c in sorted(checkpoints, key=lambda c: -c.step)[:CHECKPOINTS_SHOWN]:
+            lines.append(f"| {c.step} | `runs/{self._run}/{c.manifest}` | `{c.state_digest}` |")
+        if len(checkpoints) > CHECKPOINTS_SHOWN:
+            lines.append(f"\n{len(checkpoints) - CHECKPOINTS_SHOWN} more: `hotstage ckpt ls {self._run}`")
+        return "\n".join(lines) + "\n"
+
+    def _artifact(self, key: str, kind: str, data: Any, text: str) -> None:
+        """Made once, then changed in place; nothing is sent where nothing changed."""
+        assert self._client is not None
+        assert self.flow_run is not None
+        key = artifact_key(key)
+        if self._told.get(key) == (data, text):
+            return
+        known = self._artifacts.get(key)
+        if known is None:
+            self._artifacts[key] = self._client.create_artifact(self.flow_run, key, kind, data, text)
+        else:
+            try:
+                self._client.update_artifact(known, data, text)
+            except Lost:
+                del self._artifacts[key]
+                raise
+        self._told[key] = (data, text)
+
+    def _tell_end(self) -> None:
+        """The flow run's own end, where Prefect's engine does not set it."""
+        assert self._client is not None
+        assert self.flow_run is not None
+        if self._engine:
+            return
+        if self._outcome is None:
+            self._client.set_state(self.flow_run, "CRASHED", "Crashed", self._failed)
+            return
+        kind, word = END_STATES[self._outcome.outcome]
+        self._client.set_state(self.flow_run, kind, word, end_message(self._outcome))
+
+
+def end_message(outcome: Outcome) -> str:
+    """How a run ended, in a line."""
+    if outcome.outcome == "succeeded":
+        return f"run {outcome.run} succeeded: step {outcome.step}, state digest {outcome.state_digest}"
+    if outcome.outcome == "gave_up":
+        return f"run {outcome.run} gave up: {outcome.reason}"
+    return f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}"
