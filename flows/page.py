@@ -30,6 +30,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.api import cancel
 from flows.curve import loss_image, loss_markdown, thinned
+from flows.live import load_curve
 from flows.loop import Event, Outcome
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
 
@@ -307,7 +308,10 @@ class Page:
 
     def _read_log(self) -> None:
         """Attempts as task runs, from the run's own log (P1)."""
+        begun = self._state is not None
         self._state = state = RunLog(self.store, self._run).fold(self._state)
+        if not begun:
+            self._take_index()
         for number, attempt in enumerate(state.attempts, 1):
             key = f"attempt-{number}"
             row = self._tasks.get(key)
@@ -332,6 +336,20 @@ class Page:
                 if kind == "FAILED":
                     row.name = f"attempt {number}: {state.ended.reason[:60]}"
         self._durable = max([self._durable, *(c.step for c in state.checkpoints)])
+
+    def _take_index(self) -> None:
+        """What the run had done before this page began, from the index of its metrics: one request."""
+        index = load_curve(self.store, self._run)
+        if index is None:
+            return
+        self._curve = {**{step: point.loss for step, point in index.curve().items()}, **self._curve}
+        last: float | None = None
+        for epoch, row in sorted(index.rows.items()):
+            low, high = self._spans.get(epoch, (row.first.step, row.last.step))
+            self._spans[epoch] = (min(low, row.first.step), max(high, row.last.step))
+            if last is not None:
+                self._back.setdefault(epoch, row.first.time - last)
+            last = row.last.time
 
     def _tell_tasks(self) -> None:
         assert self._client is not None

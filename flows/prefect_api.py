@@ -282,9 +282,10 @@ class Client:
         now = datetime.now(UTC)
         return list(self._call(lambda: self.inner.get_scheduled_flow_runs_for_deployments([deployment], now)))
 
-    def plan_firings(self, deployment: UUID, count: int) -> list[datetime]:
-        """Have the server plan its next firings now; the times of those that are planned."""
-        self._send("POST", f"/deployments/{deployment}/schedule", {"min_runs": count})
+    def plan_firings(self, deployment: UUID, count: int, first: str = "", last: str = "") -> list[datetime]:
+        """Have the server plan its next firings now (or those between two times); the times of what is planned next."""
+        span = {"start_time": first, "end_time": last} if first else {}
+        self._send("POST", f"/deployments/{deployment}/schedule", {"min_runs": count, **span})
         body = {
             "deployments": {"id": {"any_": [str(deployment)]}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},

@@ -9,6 +9,7 @@ Prefect's own runner ends after three seconds without its server, and ends the f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -37,13 +39,15 @@ ENTRYPOINT = "flows.flow.train_flow"
 class Server:
     """``make`` gives the deployment to register; ``say`` hears what a person should know.
 
-    ``registered`` hears each time that the deployment was given to the server, with its id.
+    ``registered`` hears each time that the deployment was given to the server, with its id. ``logs``: the folder of a
+    file for what each run's process says, so that nothing of this terminal is held by what outlives it; None: here.
     """
 
     make: Callable[[], RunnerDeployment]
     say: Callable[[str], None]
     registered: Callable[[Client, UUID], None] = lambda _client, _deployment: None
     stop: threading.Event = field(default_factory=threading.Event)
+    logs: Path | None = None
     every_s: float = EVERY_S
     children: dict[UUID, subprocess.Popen[bytes]] = field(default_factory=dict)
     _deployment: UUID | None = None
@@ -83,7 +87,7 @@ class Server:
         assert self._deployment is not None
         for due in sorted(client.due(self._deployment), key=lambda run: str(run.expected_start_time)):
             if due.id not in self.children and client.take(due.id):
-                self._start(due.id)
+                self._start(due.id, str(due.name))
 
     def _ensure_known(self, client: Client) -> None:
         if self._deployment is not None:
@@ -98,14 +102,23 @@ class Server:
         self._known_at = time.monotonic()
         self.registered(client, self._deployment)
 
-    def _start(self, flow_run: UUID) -> None:
+    def _start(self, flow_run: UUID, name: str) -> None:
         env = {**os.environ, "PREFECT__FLOW_RUN_ID": str(flow_run), "PREFECT_LOGGING_LEVEL": "WARNING"}
-        self.children[flow_run] = subprocess.Popen(
-            [sys.executable, "-m", "prefect.flow_engine", ENTRYPOINT],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with contextlib.ExitStack() as stack:
+            out, where = None, ""
+            if self.logs is not None:
+                self.logs.mkdir(parents=True, exist_ok=True)
+                path = self.logs / f"{flow_run}.log"
+                out, where = stack.enter_context(open(path, "ab")), f"; its lines: {path}"
+            self.children[flow_run] = subprocess.Popen(
+                [sys.executable, "-m", "prefect.flow_engine", ENTRYPOINT],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        self.say(f"started {name}{where}")
 
     def _reap(self, client: Client) -> None:
         """Where a run's process ended and Prefect was not told how, it is told that it crashed."""

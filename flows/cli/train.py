@@ -215,7 +215,7 @@ def schedule(
     say(f"scheduled {title} ({told}) at {found.url}; Ctrl-C ends the schedule, not what runs")
     folder = str(Path(out).absolute())
     url = store_at(store).url
-    server = Server(lambda: scheduled(run_spec, url, folder, plan, title), say)
+    server = Server(lambda: scheduled(run_spec, url, folder, plan, title), say, logs=Path(folder) / "schedule")
     server.registered = lambda client, deployment: _tell_firings(client, deployment, zone)
     try:
         serve_until_signal(server)
