@@ -16,7 +16,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test newcomer images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test test-browser newcomer images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -36,7 +36,12 @@ demo: setup ## the main job end to end: prepare, train on two stages, lose one, 
 
 test: setup ## the tests, at most 6 minutes on 2 cores (the first time some more: it builds what they need)
 	$(BIN)/python -m tests.support.parts
-	$(RUN_TESTS) -m "not slow and not cluster"
+	$(RUN_TESTS) -m "not slow and not cluster and not browser"
+
+test-browser: setup ## what people read on Prefect's pages and in report.html, in Debian's chromium (KEEP=1: into docs/images)
+	$(BIN)/python -m tests.browser
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) HOTSTAGE_KEEP_IMAGES=$(KEEP) \
+		$(BIN)/python -m pytest -q -m browser $(PYTEST) tests/browser
 
 newcomer: ## `make test` in a bare Debian with only the README's packages (root; SUITE=trixie, COMMAND="make demo")
 	$(PYTHON) -m tests.tools.newcomer --suite $(or $(SUITE),bookworm) $(or $(COMMAND),make test)
@@ -71,7 +76,7 @@ bench: setup ## figures into out/bench.json
 
 nightly: setup ## the long campaigns: every test, also the slow ones (but nightly-cluster's)
 	$(BIN)/python -m tests.support.parts
-	$(RUN_TESTS) -m "not cluster"
+	$(RUN_TESTS) -m "not cluster and not browser"
 
 clean: ## remove what was built and run here (not the caches of the user's folder)
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

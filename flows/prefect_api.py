@@ -288,7 +288,10 @@ class Client:
         self._send("POST", f"/deployments/{deployment}/schedule", {"min_runs": count, **span})
         body = {
             "deployments": {"id": {"any_": [str(deployment)]}},
-            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+            "flow_runs": {
+                "state": {"type": {"any_": ["SCHEDULED"]}},
+                "expected_start_time": {"after_": datetime.now(UTC).isoformat()},  # not what is late already
+            },
             "sort": "EXPECTED_START_TIME_ASC",
             "limit": count,
         }

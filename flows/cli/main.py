@@ -166,7 +166,8 @@ def say(text: str) -> None:
 
 def complain(text: str, **more: Any) -> None:
     """A line on stderr: of JSON where the command was asked for JSON."""
-    terminal.tell(json.dumps({"event": "error", "text": text, **more}) if _speaks_json[0] else text)
+    line = {"event": "error", "text": text, **more}
+    terminal.tell(json.dumps(line, ensure_ascii=False) if _speaks_json[0] else text)
 
 
 def show(value: Any) -> None:
