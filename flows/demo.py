@@ -21,14 +21,14 @@ from flows.data import interpreter_note
 from flows.export import checkpoint_at, export_hf, generate
 from flows.facts import report_facts
 from flows.fork import fork_run
-from flows.hosting import Hosted, NoBoard, Prefect, prepare_shown
+from flows.hosting import Hosted, Prefect
 from flows.live import StatusReader
 from flows.loop import Event, NoSink, Outcome, Sink
 from flows.page import Page
 from flows.peak import measured_peak
 from flows.prefect_api import PrefectServer, PrefectSettingsError, configured, why_not
 from flows.report import render
-from flows.run import Prepared
+from flows.run import Prepared, prepare_run
 from flows.sink import Lines, Many
 from trainer.errors import LaunchError, OutputError
 from trainer.plan import flops_per_token
@@ -147,11 +147,11 @@ def _demo(spec: RunSpec, out: Path, voice: Voice, began: float, prefect: Prefect
 
 def _demo_on(spec: RunSpec, out: Path, voice: Voice, began: float, store: Store, hosted: Hosted) -> DemoResult:
     say = voice.say
-    prepared = prepare_shown(spec, store, hosted.board, say=say)
+    prepared = prepare_run(spec, store, say=say, board=hosted.board)
     again = ""
     if RunLog(store, prepared.run).fold().n:  # an earlier demo's: its data are used again, its run is not
         again = time.strftime("%Y%m%dt%H%M%S", time.gmtime())
-        prepared = prepare_shown(spec, store, NoBoard(), suffix=again)
+        prepared = prepare_run(spec, store, suffix=again)
     say("")
     say("2. the plan, before the first step")
     _show_plan(prepared, say)

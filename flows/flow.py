@@ -27,12 +27,12 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.api import store_at
 from flows.data import prepare
-from flows.hosting import Hosted, prepare_shown, undisturbed
+from flows.hosting import Hosted, undisturbed
 from flows.loop import Outcome
 from flows.orders import Asked, place
 from flows.page import Page, end_message
 from flows.prefect_api import Client
-from flows.run import ask_run, load_run
+from flows.run import ask_run, load_run, prepare_run
 from flows.sink import Lines
 from trainer.spec import RunSpec
 
@@ -98,7 +98,7 @@ def train_flow(
                 with hosted.board.task("compile-plan", "compile plan"):
                     prepared = ask_run(opened, run, list(sets)) if sets else load_run(opened, run)
             else:
-                prepared = prepare_shown(spec, opened, hosted.board, suffix=suffix, say=say)
+                prepared = prepare_run(spec, opened, suffix=suffix, say=say, board=hosted.board)
             if (spec is not None or sets) and ordered:
                 prepared = place(opened, prepared, order)
             return hosted.drive(prepared, Lines(say, prepared.spec.train.steps, every_s=10.0))

@@ -8,57 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from checkpoint.store import Store
 from flows.api import make_driver
-from flows.data import prepare
 from flows.loop import Outcome, Sink
 from flows.page import Page
 from flows.prefect_api import Client, Configured, PrefectServer, PrefectSettingsError, answers, configured
-from flows.run import Prepared, prepare_run, ready_store
+from flows.run import Board, NoBoard, Prepared
 from flows.sink import Many
-from trainer.spec import RunSpec
 
 PREFECT_PATIENCE_S = 10.0
 LEAVING_PATIENCE_S = 2.0
 SERVER_UP_S = 90.0
-
-
-class Board(Protocol):
-    """Where the parts of a job are shown as they begin and end."""
-
-    def task(self, key: str, name: str) -> AbstractContextManager[Callable[[str], None]]: ...
-
-
-class NoBoard:
-    """Shows nothing."""
-
-    @contextlib.contextmanager
-    def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
-        yield lambda _: None
-
-
-def prepare_shown(
-    spec: RunSpec, store: Store, board: Board, *, suffix: str = "", say: Callable[[str], None] = lambda _: None
-) -> Prepared:
-    """Data, then plan and identity, each a task run on the board. Raises as `prepare_run` does."""
-    ready_store(store)
-    with board.task("prepare-data", "prepare data") as told:
-        dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
-        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
-    with board.task("compile-plan", "compile plan") as told:
-        ready = spec.model_copy(update={"data": spec.data.model_copy(update={"source": f"dataset:{dataset.digest}"})})
-        prepared = prepare_run(ready, store, suffix=suffix)
-        told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {prepared.plan.digest[:12]}")
-    return prepared
 
 
 @dataclass

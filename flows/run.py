@@ -7,10 +7,12 @@ driver's ``LogView``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import NotFound
@@ -76,26 +78,53 @@ def ready_store(store: Store) -> None:
     ensure_probed(store)
 
 
-def prepare_run(spec: RunSpec, store: Store, *, suffix: str = "", say: Callable[[str], None] = log.info) -> Prepared:
+class Board(Protocol):
+    """Where the parts of a job are shown as they begin and end; what a block gives to the function is its last word."""
+
+    def task(self, key: str, name: str) -> AbstractContextManager[Callable[[str], None]]: ...
+
+
+class NoBoard:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
+        yield lambda _: None
+
+
+def prepare_run(
+    spec: RunSpec,
+    store: Store,
+    *,
+    suffix: str = "",
+    say: Callable[[str], None] = log.info,
+    board: Board | None = None,
+) -> Prepared:
     """Make the dataset (or find it), resolve the spec, compile the plan, and create the run's identity in the store.
 
     ``suffix`` joins the run's name (a schedule gives its time). Idempotent: the same spec finds the same run.
     """
     from k8s.render import check_fabric
 
+    board = board or NoBoard()
     check_fabric(spec)
     ready_store(store)
-    dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
-    resolved = spec.resolve(dataset)
-    what = what_digest(resolved, dataset)
-    run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
-    plan = compile_plan(resolved, dataset, what)
-    spec_object = what_bytes(resolved, dataset)
-    if not store.create(f"runs/{run}/spec", spec_object):
-        raise SpecError(f"run {run} exists with another What behind the same name; choose another name in the spec")
-    publish_plan(store, run, plan)
-    store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
-    return Prepared(run, resolved, dataset, what, plan)
+    with board.task("prepare-data", "prepare data") as told:
+        dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
+        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
+    with board.task("compile-plan", "compile plan") as told:
+        resolved = spec.resolve(dataset)
+        what = what_digest(resolved, dataset)
+        run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+        plan = compile_plan(resolved, dataset, what)
+        spec_object = what_bytes(resolved, dataset)
+        if not store.create(f"runs/{run}/spec", spec_object):
+            raise SpecError(f"run {run} exists with another What behind the same name; choose another name in the spec")
+        publish_plan(store, run, plan)
+        store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
+        prepared = Prepared(run, resolved, dataset, what, plan)
+        told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")
+    return prepared
 
 
 def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:

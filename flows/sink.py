@@ -133,7 +133,10 @@ class Lines:
 
 @dataclass
 class JsonLines:
-    """Every event as a JSON object on a line of its own; steps at most one each ``every_s``, and the last one."""
+    """Every event as a JSON object on a line of its own; steps at most one each ``every_s``, and the last one.
+
+    ``said`` is the line that a person would read, where there is one.
+    """
 
     write: Callable[[str], None]
     steps: int
@@ -141,13 +144,20 @@ class JsonLines:
     clock: Callable[[], float] = time.monotonic
     _last: float = -1e9
 
+    def __post_init__(self) -> None:
+        self._said: list[str] = []
+        self._lines = Lines(self._said.append, self.steps, every_s=math.inf)
+
     def tell(self, event: Event) -> None:
+        self._said.clear()
+        self._lines.tell(event)
+        said = {"said": "\n".join(self._said)} if self._said and event.kind != "step" else {}
         if event.kind == "step":
             now = self.clock()
             if now - self._last < self.every_s and int(event.facts["step"]) != self.steps:
                 return
             self._last = now
-        self.write(json_line({"event": event.kind, **{k: v for k, v in event.facts.items() if k != "event"}}))
+        self.write(json_line({"event": event.kind, **{k: v for k, v in event.facts.items() if k != "event"}, **said}))
 
 
 def json_line(value: Mapping[str, Any]) -> str:

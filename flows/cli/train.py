@@ -17,10 +17,9 @@ from flows.cli.voice import Voice
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from flows.hosting import Board
     from flows.loop import Event, Outcome, Sink
     from flows.prefect_api import Client
-    from flows.run import Prepared
+    from flows.run import Board, Prepared
     from flows.serve import Server
 
 
@@ -40,15 +39,15 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     cluster the first Ctrl-C does that: the gang trains on.
     """
     from flows.api import store_at
-    from flows.hosting import prepare_shown
     from flows.orders import Asked, place
+    from flows.run import prepare_run
     from trainer.spec import load_spec
 
     opened = store_at(store)
     run_spec = load_spec(spec, sets)
 
     def make(board: Board, tell: Callable[[str], None]) -> Prepared:
-        return place(opened, prepare_shown(run_spec, opened, board, say=tell), Asked("train"))
+        return place(opened, prepare_run(run_spec, opened, say=tell, board=board), Asked("train"))
 
     return host(make, opened.url, Path(out), as_json, not no_prefect, name=run_spec.name)
 
@@ -79,7 +78,7 @@ def host(
     if outcome.outcome == "gave_up":
         mend = mend_of(outcome.cls).replace("RUN", outcome.run)
         if as_json:
-            complain(f"run {outcome.run} gave up: {outcome.reason}", mend=mend, exit_code=outcome.exit_code)
+            complain(f"hotstage: run {outcome.run} gave up: {outcome.reason}", mend=mend, exit_code=outcome.exit_code)
         else:
             click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
             if mend:

@@ -38,7 +38,7 @@ USAGE, DATA, LOST, REFUSED, STOPPED = 2, 65, 75, 78, 85
 def readable(done: Done) -> None:
     """What a person gets: no traceback, one message that starts with the command's name, not a wall of text."""
     assert "Traceback" not in done.err, done.err
-    told = [line for line in done.err.splitlines() if line.startswith("hotstage: ")]
+    told = [line for line in done.told.splitlines() if line.startswith("hotstage: ")]
     assert len(told) == 1, done.out + done.err
     assert len(told[0]) < 900
 
@@ -47,7 +47,7 @@ def refused(done: Done, code: int, *words: str) -> None:
     readable(done)
     assert done.code == code, done.out + done.err
     for word in words:
-        assert word in done.err, done.err
+        assert word in done.told, done.err
 
 
 def train(place: Place, *sets: str) -> Done:
@@ -266,7 +266,7 @@ def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(
     done = place.call("runs", "resume", run, "--no-prefect")
     assert done.code == 76, done.out + done.err
     for word in ("log records", "step 0", "ckpt verify", "runs fork", "--begin-anew"):
-        assert word in done.err, done.err
+        assert word in done.told, done.err
     assert place.call("runs", "resume", run, "--no-prefect").code == 76  # nor does the next command
     resumed(place, run, digest, "--begin-anew")
 

@@ -138,9 +138,9 @@ def refused(place: Place, code: int, secret: str, *words: str) -> None:
     done: Done = finish(place.start_train())
     assert done.code == code, done.out + done.err
     assert "Traceback" not in done.err
-    assert len([line for line in done.err.splitlines() if line.startswith("hotstage: ")]) == 1
+    assert len([line for line in done.told.splitlines() if line.startswith("hotstage: ")]) == 1
     for word in words:
-        assert word in done.err, done.err
+        assert word in done.told, done.err
     assert secret not in done.err
 
 

@@ -60,8 +60,27 @@ class Done:
     out: str
     err: str
 
+    @property
+    def told(self) -> str:
+        """What stderr tells a person: of lines of JSON their text."""
+        return "\n".join(_text_of(line) for line in self.err.splitlines())
+
     def json(self) -> dict[str, Any]:
         return dict(json.loads(self.out))
+
+
+def _text_of(line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(value, dict) or not value.keys() & {"said", "text"}:
+        return line
+    return (
+        str(value["said"])
+        if "said" in value
+        else "\n".join(str(value[key]) for key in ("text", "mend") if value.get(key))
+    )
 
 
 class Place:
