@@ -31,7 +31,7 @@ from flows.hosting import Hosted, undisturbed
 from flows.loop import Outcome
 from flows.orders import Asked, place
 from flows.page import Page, end_message
-from flows.prefect_api import Client
+from flows.prefect_api import TRAIN_FLOW, Client
 from flows.run import ask_run, load_run, prepare_run
 from flows.sink import Lines
 from trainer.spec import RunSpec
@@ -67,7 +67,7 @@ def prepare_flow(spec: RunSpec, store: str = "") -> dict[str, Any]:
     return prepare_data(spec, store_at(store or None).url)
 
 
-@flow(name="train", flow_run_name=flow_run_name, log_prints=False, persist_result=False)
+@flow(name=TRAIN_FLOW, flow_run_name=flow_run_name, log_prints=False, persist_result=False)
 def train_flow(
     spec: RunSpec | None = None,
     store: str = "",

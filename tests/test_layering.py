@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,12 @@ ENGINE_ALLOWED = {
 
 def imports(path: Path) -> Iterator[str]:
     """Full names of the modules that a file imports, relative ones resolved."""
+    yield from imported_names(path, ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported_names(path: Path, tree: ast.AST) -> Iterator[str]:
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -59,6 +63,69 @@ def test_python_imports_point_one_way(path: Path) -> None:
         assert top != "tests", f"{path} imports the tests"
         if own == "checkpoint" and top == "trainer":
             assert name.startswith("trainer.wire"), f"{path.name}: checkpoint may import trainer.wire only, not {name}"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def without_type_checking(tree: ast.AST) -> ast.AST:
+    """The tree less the bodies of ``if TYPE_CHECKING:``, which no run imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    return tree
+
+
+def imported_files(sources: Mapping[str, tuple[Path, str]]) -> dict[str, set[str]]:
+    """By module the modules among ``sources`` that its file imports, wherever in the file the import stands."""
+    found: dict[str, set[str]] = {module: set() for module in sources}
+    for module, (path, text) in sources.items():
+        for name in imported_names(path, without_type_checking(ast.parse(text))):
+            while name and name not in sources:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                found[module].add(name)
+    return found
+
+
+def circle(arrows: Mapping[str, set[str]]) -> list[str]:
+    """One circle of imports, its first module again at its end; empty where there is none."""
+    done: set[str] = set()
+    for first in sorted(arrows):
+        path, rest = [first], [iter(sorted(arrows[first]))]
+        while path:
+            target = next((m for m in rest[-1] if m not in done), None)
+            if target is None:
+                done.add(path.pop())
+                rest.pop()
+            elif target in path:
+                return [*path[path.index(target) :], target]
+            else:
+                path.append(target)
+                rest.append(iter(sorted(arrows[target])))
+    return []
+
+
+def test_no_two_files_import_each_other() -> None:
+    """No circle between files, not even one that an import inside a function hides."""
+    sources = {module_of(path): (path, path.read_text(encoding="utf-8")) for path in python_files()}
+    found = circle(imported_files(sources))
+    assert not found, "a circle of imports: " + " -> ".join(found)
+
+
+def test_a_circle_is_found_also_where_a_function_hides_it() -> None:
+    sources = {
+        "flows.a": (ROOT / "flows/a.py", "from flows import b\n"),
+        "flows.b": (ROOT / "flows/b.py", "def f():\n    from flows.c import g\n"),
+        "flows.c": (ROOT / "flows/c.py", "import flows.a\n"),
+        "flows.d": (ROOT / "flows/d.py", "if TYPE_CHECKING:\n    import flows.e\n"),
+        "flows.e": (ROOT / "flows/e.py", "import flows.d\n"),
+    }
+    arrows = imported_files(sources)
+    assert circle(arrows) == ["flows.a", "flows.b", "flows.c", "flows.a"]
+    assert circle({module: targets - {"flows.c"} for module, targets in arrows.items()}) == []
 
 
 def test_the_agent_needs_no_more_than_its_image_carries() -> None:

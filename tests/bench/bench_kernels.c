@@ -36,12 +36,11 @@ static void burn(void *ctx, int64_t begin, int64_t end, int worker) {
     const int64_t steps = *(const int64_t *)ctx;
     for (int64_t i = begin; i < end; i++) {
         const vf a = v_set1(0.999f), b = v_set1(0.001f);
+        /* MAKE: no two lanes alike, nothing to share */
 #define CHAIN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-#define MAKE(c)                                                                                    \
-    vf x##c = v_count_from((float)(16 * c)); /* no two lanes alike, nothing to share               \
-                                              */
-#define GO(c)  x##c = v_fma(x##c, a, b);
-#define ADD(c) sum = v_add(sum, x##c);
+#define MAKE(c)  vf x##c = v_count_from((float)(16 * c));
+#define GO(c)    x##c = v_fma(x##c, a, b);
+#define ADD(c)   sum = v_add(sum, x##c);
         CHAIN(MAKE)
         for (int64_t s = 0; s < steps; s++) {
             CHAIN(GO)
