@@ -131,11 +131,12 @@ def scheduled_suffix() -> str:
     return re.sub(r"[^0-9a-z]", "", at.strftime("%Y%m%dt%H%M%S")) if at else ""
 
 
-def scheduled(spec: RunSpec, store_url: str, out: str, when: Schedule, name: str) -> RunnerDeployment:
+def scheduled(spec: RunSpec, store_url: str, out: str, when: Schedule, name: str, told: str = "") -> RunnerDeployment:
     """A deployment that starts a new run each firing, one at a time: one that overlaps is cancelled by the server."""
     made: Any = train_flow.to_deployment(
         name=name,
         schedules=[when],
+        description=f"A new run of `{spec.name}` each time: {told}." if told else None,
         parameters={"spec": spec.model_dump(mode="json"), "store": store_url, "fresh": True, "out": out},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,

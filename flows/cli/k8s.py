@@ -216,7 +216,7 @@ def serve(store: str | None, every: float) -> int:
         found = None
     if found is None:
         say("Prefect's settings name no server (PREFECT_API_URL is not set): open runs are driven, nothing is served")
-        threading.Event().wait()
+        serve_until_signal(None)
         return 0
     if not answers(found.url):
         say(f"waiting for Prefect at {found.url}")

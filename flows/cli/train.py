@@ -214,7 +214,7 @@ def schedule(
     say(f"scheduled {title} ({told}) at {found.url}; Ctrl-C ends the schedule, not what runs")
     folder = str(Path(out).absolute())
     url = store_at(store).url
-    server = Server(lambda: scheduled(run_spec, url, folder, plan, title), say, logs=Path(folder) / "schedule")
+    server = Server(lambda: scheduled(run_spec, url, folder, plan, title, told), say, logs=Path(folder) / "schedule")
     server.registered = lambda client, deployment: _tell_firings(client, deployment, zone)
     try:
         serve_until_signal(server)
@@ -225,12 +225,17 @@ def schedule(
     return 0
 
 
-def serve_until_signal(server: Server) -> None:
-    """Serve until Ctrl-C or SIGTERM; what was started goes on."""
+def serve_until_signal(server: Server | None) -> None:
+    """Serve (None: nothing) until Ctrl-C or SIGTERM; what was started goes on."""
     import signal
+    import threading
 
+    stop = server.stop if server is not None else threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: server.stop.set())
+        signal.signal(number, lambda _number, _frame: stop.set())
+    if server is None:
+        stop.wait()
+        return
     server.run()
     if server.children:
         say(f"{len(server.children)} run(s) go on")

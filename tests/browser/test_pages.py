@@ -97,8 +97,9 @@ def test_a_schedule_and_its_runs_can_be_read(
 ) -> None:
     (deployment,) = prefect.ask("deployments/filter", {"deployments": {"name": {"any_": ["nightly"]}}})
     browser.open(f"{page}/deployments/deployment/{deployment['id']}")
-    text = browser.wait_for("nightly", "Europe/Berlin")
-    assert re.search(r"At 02:30 AM", text)
+    browser.wait_for("nightly", "At 02:30 AM", "Next Run")
+    browser.click("Description")
+    browser.wait_for("30 2 * * *", "Europe/Berlin")
     assert "30 2 * * *" in schedule.said
     picture("prefect-schedule")
     browser.open(f"{page}/runs/flow-run/{schedule.flow_run['id']}")

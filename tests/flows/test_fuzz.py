@@ -20,6 +20,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -28,7 +29,7 @@ from click.testing import CliRunner
 
 from flows.cli import terminal
 from flows.cli.main import cli, exit_code_of
-from flows.run import Prepared
+from flows.run import NoBoard, Prepared
 from tests.flows.conftest import Trained
 from tests.support.place import SPEC, TEXT
 from trainer.dataset import DatasetRef
@@ -331,17 +332,17 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "t.json").write_text('{"model": {"type": "BPE", "vocab": {"q": 0}, "merges": []}}')
     shutil.copytree(trained.place.folder / "store", tmp_path / "store")
 
-    def host(make: Callable[[], Prepared], *_: object, **__: object) -> int:
-        make()
+    def host(make: Callable[..., Prepared], *_: object, name: str = "", **__: object) -> int:
+        make(NoBoard(), lambda _: None) if name else make()
         return 0
 
     def wait(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flows.cli.train.host", host)
-    monkeypatch.setattr("flows.demo.demo", lambda *_, **__: None)
+    monkeypatch.setattr("flows.demo.demo", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
-    monkeypatch.setattr("flows.flow.serve_train", lambda *_, **__: None)
+    monkeypatch.setattr("flows.cli.train.serve_until_signal", lambda *_, **__: None)
     monkeypatch.setattr("flows.reconcile.Reconciler.look", lambda *_: threading.Event().wait())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path, [trained.run]
