@@ -42,6 +42,8 @@ MAX_STATE_BYTES = 256 << 20
 FOLD_EVERY = 256
 CONDENSE_EVERY = 4
 KINDS = ("attempt", "checkpoint", "damaged", "intervention", "pin", "unpin", "tombstone", "ended", "fold")
+# Nothing writes "unpin" and "tombstone" yet: retention will. Readers know them first, so that a log of a version that
+# collects is read by this one.
 OUTCOMES = ("succeeded", "cancelled", "gave_up", "preempted")
 _WRITER = re.compile(r"[A-Za-z0-9._@-]{1,120}\Z")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,21 +79,6 @@ def verify_checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level
     tally = _Tally()
     _checkpoint(store, run, info, level, tally)
     return tuple(tally.problems)
-
-
-def first_sound(
-    store: Store, run: str, candidates: Iterable[CheckpointInfo], level: Level = "quick"
-) -> CheckpointInfo | None:
-    """The first of the restore candidates that verifies; every one passed over is said loudly."""
-    for info in candidates:
-        problems = verify_checkpoint(store, run, info, level)
-        if not problems:
-            return info
-        logger.warning(
-            "run %s: the checkpoint of step %d (record %d) is DAMAGED, the one before it is used: %s: %s",
-            run, info.step, info.n, problems[0].key, problems[0].reason,
-        )  # fmt: skip
-    return None
 
 
 def verify_run(

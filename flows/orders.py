@@ -20,7 +20,7 @@ from checkpoint.store import Store
 from flows.history import recent
 from flows.run import Prepared, asked_how, fell_back, fold_view, is_superseded, order_view, spec_under
 from trainer.errors import SpecError
-from trainer.spec import RunSpec, how_map
+from trainer.spec import RETIRED, RunSpec, how_map
 
 
 class CannotFollow(Exception):
@@ -92,7 +92,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     found = []
     for section in sorted({*old, *new}):
         a, b = old.get(section) or {}, new.get(section) or {}
-        keys = sorted(k for k in {*a, *b} if a.get(k) != b.get(k))
+        keys = sorted(k for k in {*a, *b}.difference(RETIRED.get(section, ())) if a.get(k) != b.get(k))
         found += [f"{section}.{k} {a.get(k)} -> {b.get(k)}"[:120] for k in keys]
     return ", ".join(found) or "the same layout"
 

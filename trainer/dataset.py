@@ -116,25 +116,6 @@ def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int) -> None:
         file.write(flat.astype(f"<u{size}").tobytes())
 
 
-def read_shard(path: Path) -> npt.NDArray[np.int64]:
-    """Tokens of a shard, checked: magic, version, length of the file, and every token below its vocabulary."""
-    data = path.read_bytes()
-    if len(data) < HEADER_BYTES:
-        raise DatasetError(f"shard {path.name} is cut short: {len(data)} bytes, its header alone takes {HEADER_BYTES}")
-    header = wire.ShardHeader.from_buffer_copy(data)
-    if bytes(header.magic) != wire.SHARD_MAGIC or header.version != wire.SHARD_VERSION:
-        raise DatasetError(f"{path.name} is not a token shard of version {wire.SHARD_VERSION}; prepare the data again")
-    if header.token_bytes not in (2, 4):
-        raise DatasetError(f"shard {path.name} says {header.token_bytes} bytes a token; it must be 2 or 4")
-    expected = HEADER_BYTES + header.tokens * header.token_bytes
-    if len(data) != expected:
-        raise DatasetError(f"shard {path.name} has {len(data)} bytes, its header says {expected}; fetch it again")
-    tokens = np.frombuffer(data, dtype=f"<u{header.token_bytes}", offset=HEADER_BYTES).astype(np.int64)
-    if tokens.size and int(tokens.max()) >= header.vocab:
-        raise DatasetError(f"token {int(tokens.max())} of shard {path.name} is outside 0..{header.vocab - 1}")
-    return tokens
-
-
 def _mix(z: int) -> int:
     """SplitMix64's finalizer."""
     z ^= z >> 30

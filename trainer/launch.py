@@ -365,7 +365,10 @@ class LocalLauncher:
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
                 args = [self._python, "-m", "checkpoint.agent", "--store", launch.store_url, "--run", launch.run]
                 args += ["--launch", launch.launch_id, "--node", str(node), "--nodes", str(launch.nodes)]
-                args += ["--socket", "agent.sock", "--work", str(folder), "--key-file", str(key), *self._agent_args]
+                args += ["--socket", "agent.sock", "--work", str(folder), "--key-file", str(key)]
+                if launch.how:
+                    args += ["--host", launch.how["launch"]["host"]]
+                args += self._agent_args
                 self._start(args, env, folder, "agent", lock)
             if _alive(folder / "supervisor.pid") is None:
                 env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}

@@ -52,6 +52,10 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+RETIRED = {"recovery": ("max_rollbacks",)}
+"""Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
+
+
 def _divisors(number: int) -> list[int]:
     """All divisors, in the time of its square root: a wrong number must not take minutes to refuse."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
@@ -274,7 +278,7 @@ class LaunchSpec(_Section):
     connect_s: float = Field(60.0, gt=0, le=3600, description="deadline for all ranks to find each other")
     stall_s: float = Field(120.0, gt=0, le=86_400, description="deadline of every wait inside a step")
     trace: bool = Field(False, description="record the time of every instruction")
-    host: str = Field("127.0.0.1", min_length=1, max_length=253, description="address that local ranks listen on")
+    host: str = Field("127.0.0.1", min_length=1, max_length=63, description="address that local ranks listen on")
     port_base: int = _size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones, in pods 7400 and on")
     namespace: str = Field("default", pattern=DNS_LABEL, description="kubernetes")
     image: str = Field("", description="kubernetes: image of the engine")
@@ -298,10 +302,15 @@ class LaunchSpec(_Section):
 class RecoverySpec(_Section):
     """What the driver does after a failure."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, value: Any) -> Any:
+        gone = RETIRED["recovery"]
+        return {k: v for k, v in value.items() if k not in gone} if isinstance(value, Mapping) else value
+
     max_same_step: int = _size(2, high=100, text="crashes at the same step before it gives up")
     backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
     backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
-    max_rollbacks: int = _size(3, low=0, high=100, text="rollbacks after a divergence")
     allowed_stages: tuple[int, ...] = Field(
         (), description="stages to go on with where fewer nodes are to be had than asked for, best first"
     )

@@ -214,32 +214,26 @@ class FileStore:
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
 
-    def sweep(self, *, age_s: float = _TMP_AGE_S) -> int:
-        """Remove temporary files of crashed writers that are older than ``age_s``; how many went."""
-        gone, limit = 0, time.time() - age_s
-        try:
-            with os.scandir(self.root / _TMP) as entries:
-                for entry in entries:
-                    try:
-                        if entry.stat().st_mtime < limit:
-                            os.unlink(entry.path)
-                            gone += 1
-                    except FileNotFoundError:
-                        continue
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise translate(error, "sweeping temporary files", self.root) from error
-        return gone
-
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Remove what crashed writers left half written, as far as that is ours to remove."""
+        limit = time.time() - _TMP_AGE_S
+        with contextlib.suppress(OSError), os.scandir(self.root / _TMP) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                    if entry.stat(follow_symlinks=False).st_mtime < limit:
+                        os.unlink(entry.path)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
     def _write(self, data: Data, durable: bool) -> Path:
         """A new temporary file with the data; removed again where it cannot be written whole."""
-        path = self.root / _TMP / f"{os.getpid()}-{self._token}-{next(self._numbers)}"
+        number = next(self._numbers)
+        if number == 0:
+            self._sweep()
+        path = self.root / _TMP / f"{os.getpid()}-{self._token}-{number}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             descriptor = os.open(path, flags, 0o666)

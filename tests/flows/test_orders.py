@@ -15,7 +15,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
 from flows.api import cancel
 from flows.loop import Driver, Event, Outcome
-from flows.orders import Asked, describe, place, who
+from flows.orders import Asked, changes, describe, place, who
 from flows.run import Prepared, asked_how, attempt_body, prepare_run, relayout, ruling_how
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Trained
@@ -250,3 +250,11 @@ def test_orders_are_told(small: tuple[Store, Prepared]) -> None:
     (told,) = describe(state_of(store, prepared))
     assert told["text"] == "checkpoint.every 100 -> 7, parallel.stages 1 -> 2"
     assert (told["via"], told["by"]) == ("train", who())
+
+
+def test_a_key_that_is_gone_is_no_change() -> None:
+    """Between the How of an older version's record, which holds it, and one of today."""
+    old = {"recovery": {"max_rollbacks": 3, "backoff_s": 1.0}, "launch": {"nodes": 1}}
+    new = {"recovery": {"backoff_s": 2.0}, "launch": {"nodes": 1}}
+    assert changes(old, new) == "recovery.backoff_s 1.0 -> 2.0"
+    assert changes(old, old | {"recovery": {"backoff_s": 1.0}}) == "the same layout"

@@ -20,7 +20,8 @@ from flows.data import documents, load_dataset, load_tokenizer, prepare, stdlib_
 from flows.data.tokenizer import EOT
 from tests.support.agents import wait_for
 from tests.support.place import ROOT, Place
-from trainer.dataset import HEADER_BYTES, DatasetRef, read_shard
+from tests.support.shards import read_shard
+from trainer.dataset import HEADER_BYTES, DatasetRef
 from trainer.errors import DatasetError
 from trainer.spec import DataSpec
 

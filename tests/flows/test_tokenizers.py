@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from checkpoint.store import Store, open_store
 from flows.data import load_tokenizer, prepare
-from trainer.dataset import DatasetRef, read_shard
+from tests.support.shards import read_shard
+from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.spec import DataSpec, parse_spec
 

@@ -18,6 +18,7 @@ from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
 from trainer.launch import Launch, LocalLauncher, NodeView, ProcessMark
+from trainer.spec import how_map
 
 
 @pytest.fixture
@@ -87,6 +88,21 @@ def test_a_log_does_not_grow_without_end(
     after = path.read_text().splitlines()
     assert after[: after.index(lines[-1]) + 1] == lines[-(after.index(lines[-1]) + 1) :]  # cut at the start of a line
     assert "asked to" in "".join(after[after.index(lines[-1]) :])  # its writer goes on behind what was kept
+
+
+def test_ranks_listen_where_the_spec_says(tmp_path: Path) -> None:
+    spec = tiny_spec(parallel__stages=2, launch__host="127.0.0.2")
+    run, plan = make_run(tmp_path, spec)
+    launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out", how=how_map(spec))
+    launcher = LocalLauncher(tmp_path / "out")
+    try:
+        launcher.ensure(launch)
+        run.attempt(spec, plan)
+        wait_for(lambda: any(c.step == 12 for c in run.fold().checkpoints), "the last checkpoint", 60)
+        [told] = (tmp_path / "out").rglob("attempt-*")
+        assert told.read_bytes().count(b"127.0.0.2\0") == 2  # where its two ranks found each other
+    finally:
+        launcher.stop(launch.launch_id, 0)
 
 
 def test_ensure_starts_a_node_once_and_adopts_it(started: tuple[LocalLauncher, Launch, Run, str]) -> None:

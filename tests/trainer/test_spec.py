@@ -187,6 +187,15 @@ def test_what_bytes_are_canonical() -> None:
     assert what_bytes(parse_spec(turned), DATA) == what_bytes(parse_spec(tree()), DATA)
 
 
+def test_a_key_that_is_gone_is_still_read() -> None:
+    """Specs, the How of a log's records and Prefect's deployments of an older version hold it; it had no effect."""
+    old = parse_spec(tree(recovery__max_rollbacks=3, recovery__backoff_s=2.0))
+    assert old == parse_spec(tree(recovery__backoff_s=2.0))
+    assert "max_rollbacks" not in how_map(old)["recovery"]
+    with pytest.raises(SpecError, match=r"there is no key recovery\.max_rollbacks"):
+        parse_spec(tree(), ["recovery.max_rollbacks=1"])
+
+
 def test_schema_describes_every_key() -> None:
     schema = RunSpec.model_json_schema()
     assert schema["additionalProperties"] is False
