@@ -16,20 +16,20 @@ from typing import Protocol
 
 from checkpoint.log import RunLog
 from checkpoint.store import Store
-from flows.api import cancel, make_driver, store_at
 from flows.data import interpreter_note
-from flows.export import checkpoint_at, export_hf, generate
-from flows.facts import report_facts
-from flows.fork import fork_run
+from flows.drive.fork import fork_run
+from flows.drive.live import StatusReader
+from flows.drive.loop import Event, NoSink, Outcome, Sink
+from flows.drive.run import Prepared, prepare_run
+from flows.drive.train import cancel, make_driver, store_at
 from flows.hosting import Hosted, Prefect
-from flows.live import StatusReader
-from flows.loop import Event, NoSink, Outcome, Sink
 from flows.page import Page
-from flows.peak import measured_peak
 from flows.prefect_api import PrefectServer, PrefectSettingsError, configured, why_not
-from flows.report import render
-from flows.run import Prepared, prepare_run
-from flows.sink import Lines, Many
+from flows.show.export import checkpoint_at, export_hf, generate
+from flows.show.facts import report_facts
+from flows.show.lines import Lines, Many
+from flows.show.peak import measured_peak
+from flows.show.report import render
 from trainer.errors import LaunchError, OutputError
 from trainer.plan import flops_per_token
 from trainer.spec import RunSpec
@@ -214,7 +214,7 @@ def _demo_on(spec: RunSpec, out: Path, voice: Voice, began: float, store: Store,
 
 
 def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
-    from flows import foretell
+    from flows.show import foretell
     from trainer.plan.draw import timeline_text
 
     simulation = foretell.simulate(prepared.plan)

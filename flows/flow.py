@@ -25,15 +25,15 @@ from prefect.schedules import Schedule
 from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
-from flows.api import store_at
 from flows.data import prepare
+from flows.drive.loop import Outcome
+from flows.drive.orders import Asked, place
+from flows.drive.run import ask_run, load_run, prepare_run
+from flows.drive.train import store_at
 from flows.hosting import Hosted, undisturbed
-from flows.loop import Outcome
-from flows.orders import Asked, place
 from flows.page import Page, end_message
 from flows.prefect_api import TRAIN_FLOW, Client
-from flows.run import ask_run, load_run, prepare_run
-from flows.sink import Lines
+from flows.show.lines import Lines
 from trainer.spec import RunSpec
 
 END_PATIENCE_S = 600.0

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.store import Store
-from flows.api import make_driver
-from flows.loop import Outcome, Sink
+from flows.drive.loop import Outcome, Sink
+from flows.drive.run import Board, NoBoard, Prepared
+from flows.drive.train import make_driver
 from flows.page import Page
 from flows.prefect_api import Client, Configured, PrefectServer, PrefectSettingsError, answers, configured
-from flows.run import Board, NoBoard, Prepared
-from flows.sink import Many
+from flows.show.lines import Many
 
 PREFECT_PATIENCE_S = 10.0
 LEAVING_PATIENCE_S = 2.0

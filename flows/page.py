@@ -28,11 +28,11 @@ from uuid import UUID, uuid4
 from checkpoint.errors import CheckpointError
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
-from flows.api import cancel
-from flows.curve import loss_image, loss_markdown, thinned
-from flows.live import load_curve
-from flows.loop import Event, Outcome
+from flows.drive.live import load_curve
+from flows.drive.loop import Event, Outcome
+from flows.drive.train import cancel
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
+from flows.show.curve import loss_image, loss_markdown, thinned
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,14 @@ ALLOWED = {
     "checkpoint": {"checkpoint", "trainer"},
     "trainer": {"trainer"},
 }
+# the rooms of flows/, and which of its other rooms each may import ("" is the top: flows, their hosting, the demo)
+ROOMS = {
+    "data": {"data"},
+    "drive": {"drive", "data"},
+    "show": {"show", "drive", "data"},
+    "": {"", "show", "drive", "data"},
+    "cli": {"cli", "", "show", "drive", "data"},
+}
 # what the agent's image carries beside the standard library: it sees trainer.wire alone
 AGENT_LIBRARIES = {"boto3", "botocore", "urllib3", "msgpack"}  # urllib3 comes with botocore
 
@@ -128,6 +136,34 @@ def test_a_circle_is_found_also_where_a_function_hides_it() -> None:
     assert circle({module: targets - {"flows.c"} for module, targets in arrows.items()}) == []
 
 
+def room_of(name: str) -> str | None:
+    """The room of flows/ that a module's name lies in; None: it is not one of flows/ at all, or flows/__init__.py."""
+    parts = name.split(".")
+    if parts[0] != "flows" or len(parts) < 2:
+        return None
+    return parts[1] if (ROOT / "flows" / parts[1]).is_dir() else ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flows").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_rooms_of_flows_point_one_way(path: Path) -> None:
+    own = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert own in ROOMS, f"{path}: flows/{own}/ is no room that the table knows"
+    if path == ROOT / "flows" / "__init__.py":
+        return  # the face: it names what is in the rooms
+    wrong = {name: room for name in imports(path) if (room := room_of(name)) is not None and room not in ROOMS[own]}
+    assert not wrong, f"{path.name} of room {own!r} imports {wrong}"
+
+
+def test_every_room_has_its_row() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = [re.split(r" *\| *", line) for line in text.splitlines() if line.startswith("| `flows/")]
+    named = {row[1].removeprefix("`flows/").rstrip("/`"): row[3] for row in rows if len(row) == 6}
+    assert sorted(named) == sorted(ROOMS)
+    for room in ("data", "drive", "show"):
+        told = set(re.findall(r"flows/(\w+)/", named[room]))
+        assert told == ROOMS[room] - {room}, f"flows/{room}/ may import {ROOMS[room]}, its row says {told}"
+
+
 def test_the_agent_needs_no_more_than_its_image_carries() -> None:
     import sys
 
@@ -163,6 +199,6 @@ def test_the_test_can_fail(tmp_path: Path) -> None:
     sample = tmp_path / "a.h"
     sample.write_text('#include "run/executor.h"\n')
     assert includes(sample) == ["run/executor.h"]
-    names = set(imports(ROOT / "flows" / "loop.py"))
+    names = set(imports(ROOT / "flows" / "drive" / "loop.py"))
     assert "checkpoint.log.RunLog" in names
-    assert "flows.driver.decide" in names
+    assert "flows.drive.decide.decide" in names

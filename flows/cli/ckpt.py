@@ -22,9 +22,9 @@ def ckpt() -> None:
 @json_option
 def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
     """The checkpoints of RUN, oldest first."""
-    from flows.api import store_at
-    from flows.facts import details
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.facts import details
 
     opened = store_at(store)
     rows = details(opened, find_run(opened, run))["checkpoints"]
@@ -49,9 +49,9 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
 
     From its manifest alone: no chunk is read.
     """
-    from flows.api import store_at
-    from flows.export import checkpoint_at
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.export import checkpoint_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -91,8 +91,8 @@ def verify(run: str, quick: bool, store: str | None, as_json: bool) -> int:
     Exits 76 where an object is not what was written, and names it.
     """
     from checkpoint.verify import verify_run
-    from flows.api import store_at
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -130,9 +130,9 @@ def digest(run: str, step: int | None, store: str | None, as_json: bool) -> int:
 
     Equal digests are equal weights, moments, step and data position.
     """
-    from flows.api import store_at
-    from flows.export import checkpoint_at
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.export import checkpoint_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -154,9 +154,9 @@ def export(run: str, output: str, step: int | None, store: str | None) -> int:
 
     model.safetensors, config.json and tokenizer.json: what transformers opens.
     """
-    from flows.api import store_at
-    from flows.export import export_hf
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.export import export_hf
 
     opened = store_at(store)
     path = export_hf(opened, find_run(opened, run), step, Path(output))
@@ -187,9 +187,9 @@ def generate(
     run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, step: int | None, store: str | None
 ) -> int:
     """Continue a text with RUN's newest checkpoint, by the engine that trained it."""
-    from flows.api import store_at
-    from flows.export import generate as continue_text
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.export import generate as continue_text
 
     opened = store_at(store)
     name = find_run(opened, run)

@@ -26,9 +26,9 @@ def data() -> None:
 @json_option
 def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
     """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it is there already."""
-    from flows.api import store_at
     from flows.data import prepare as make
-    from flows.run import ready_store
+    from flows.drive.run import ready_store
+    from flows.drive.train import store_at
     from trainer.spec import load_spec
 
     opened = store_at(store)

@@ -19,8 +19,8 @@ def k8s() -> None:
 
 
 def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, list[dict[str, Any]], str]:
-    from flows import foretell
-    from flows.api import store_url
+    from flows.drive.train import store_url
+    from flows.show import foretell
     from k8s.render import render_launch
     from trainer.spec import load_spec
 
@@ -63,9 +63,9 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
     `hotstage train SPEC` with the same --set adopts them and begins; until then nothing is trained.
     """
     from checkpoint.log import RunLog
-    from flows.api import make_driver, store_at
-    from flows.launches import launch_of
-    from flows.run import prepare_run
+    from flows.drive.launches import launch_of
+    from flows.drive.run import prepare_run
+    from flows.drive.train import make_driver, store_at
     from k8s.api import JOBS, SECRETS, SERVICES, Api
     from k8s.render import check_fabric
     from trainer.errors import SpecError
@@ -139,8 +139,8 @@ def logs(run: str, node: int | None, container: str, tail: int, store: str | Non
 
     What the ranks printed is in the store also when the pods are gone: `hotstage logs RUN`.
     """
-    from flows.api import store_at
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
     from k8s.api import PODS, Api
     from k8s.labels import RUN, label_value
     from k8s.launcher import KubernetesLauncher
@@ -192,10 +192,10 @@ def serve(store: str | None, every: float) -> int:
     import threading
 
     from checkpoint.errors import CheckpointError
-    from flows.api import store_at
     from flows.cli.train import serve_until_signal
+    from flows.drive.reconcile import Reconciler
+    from flows.drive.train import store_at
     from flows.prefect_api import PrefectSettingsError, answers, configured
-    from flows.reconcile import Reconciler
 
     opened = store_at(store)
     reconciler = Reconciler(opened, say=say)
@@ -245,9 +245,9 @@ def _where(opened: Any, name: str, namespace: str | None) -> tuple[Any, str]:
 @_namespace
 def debug_dump(run: str, output: str | None, store: str | None, namespace: str | None) -> int:
     """Everything that explains RUN in one tar.gz, without secrets: for a bug report, or for a colleague."""
-    from flows.api import store_at
-    from flows.dump import cluster_files, dump
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.dump import cluster_files, dump
 
     opened = store_at(store)
     name = find_run(opened, run)

@@ -23,9 +23,9 @@ def runs() -> None:
 @json_option
 def list_runs(store: str | None, as_json: bool) -> int:
     """Every run of the store, and where it stands."""
-    from flows.api import store_at
-    from flows.facts import summary
-    from flows.run import run_names
+    from flows.drive.run import run_names
+    from flows.drive.train import store_at
+    from flows.show.facts import summary
 
     opened = store_at(store)
     rows = [summary(opened, name) for name in run_names(opened)]
@@ -50,9 +50,9 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
 
     Of each order who gave it, of each attempt why it began.
     """
-    from flows.api import store_at
-    from flows.facts import details
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.facts import details
 
     opened = store_at(store)
     told = details(opened, find_run(opened, run))
@@ -92,10 +92,10 @@ def resume(
     With another layout where --set parallel.… or launch.… says so: that is an order, and whatever else drives RUN
     follows it. Failures before this command do not count any more.
     """
-    from flows.api import store_at
     from flows.cli.train import host
-    from flows.orders import Asked, place
-    from flows.run import Prepared, ask_run, find_run
+    from flows.drive.orders import Asked, place
+    from flows.drive.run import Prepared, ask_run, find_run
+    from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -114,9 +114,9 @@ def cancel(run: str, store: str | None) -> int:
 
     What runs of it leaves within seconds. `hotstage runs resume RUN` opens it again.
     """
-    from flows.api import cancel as end
-    from flows.api import store_at
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import cancel as end
+    from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -139,11 +139,11 @@ def fork(
 
     With --set changes to what is trained; nothing is copied.
     """
-    from flows.api import store_at
     from flows.cli.train import host
-    from flows.fork import fork_run
-    from flows.orders import Asked, place
-    from flows.run import Prepared, find_run
+    from flows.drive.fork import fork_run
+    from flows.drive.orders import Asked, place
+    from flows.drive.run import Prepared, find_run
+    from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -164,9 +164,9 @@ def fork(
 def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | None, store: str | None) -> int:
     """What a rank of RUN printed: the last 4 MiB are kept, also when its processes and its node are gone."""
     from checkpoint.log import RunLog
-    from flows.api import store_at
-    from flows.live import OutputFollower
-    from flows.run import find_run
+    from flows.drive.live import OutputFollower
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -212,10 +212,10 @@ def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | Non
 @json_option
 def report(run: str, output: str, store: str | None, as_json: bool) -> int:
     """Write RUN's report as one self-contained HTML page."""
-    from flows.api import store_at
-    from flows.facts import report_facts
-    from flows.report import render
-    from flows.run import find_run
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.show.facts import report_facts
+    from flows.show.report import render
 
     opened = store_at(store)
     facts = report_facts(opened, find_run(opened, run))

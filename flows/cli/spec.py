@@ -22,7 +22,7 @@ def init(preset: str | None, config: str | None) -> int:
     if config is not None:
         if preset is not None:
             raise click.UsageError("give a PRESET or --from PATH, not both")
-        from flows.from_config import spec_text
+        from flows.cli.from_config import spec_text
 
         click.echo(spec_text(Path(config)), nl=False)
         return 0
@@ -59,7 +59,7 @@ def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, tra
 
     Needs no data: where the spec's dataset is not prepared, data.vocab_size stands for its vocabulary.
     """
-    from flows import foretell
+    from flows.show import foretell
     from trainer.plan.draw import timeline_svg, timeline_text
     from trainer.plan.timeline import to_chrome
     from trainer.spec import load_spec

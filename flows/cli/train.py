@@ -17,9 +17,9 @@ from flows.cli.voice import Voice
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from flows.loop import Event, Outcome, Sink
+    from flows.drive.loop import Event, Outcome, Sink
+    from flows.drive.run import Board, Prepared
     from flows.prefect_api import Client
-    from flows.run import Board, Prepared
     from flows.serve import Server
 
 
@@ -38,9 +38,9 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     terminal, a second Ctrl-C within a second leaves the run to itself; the same command attaches to it again. On a
     cluster the first Ctrl-C does that: the gang trains on.
     """
-    from flows.api import store_at
-    from flows.orders import Asked, place
-    from flows.run import prepare_run
+    from flows.drive.orders import Asked, place
+    from flows.drive.run import prepare_run
+    from flows.drive.train import store_at
     from trainer.spec import load_spec
 
     opened = store_at(store)
@@ -67,7 +67,7 @@ def host(
     """
     from dataclasses import asdict
 
-    from flows.driver import mend_of
+    from flows.drive.decide import mend_of
 
     voice = Voice(as_json)
     signals = Signals(voice.warn)
@@ -103,10 +103,10 @@ def _drive(
     name: str,
 ) -> Outcome:
     """The work of a hosting command, in a thread of its own."""
-    from flows.api import store_at
+    from flows.drive.train import store_at
     from flows.hosting import Hosted, Prefect
     from flows.page import Page
-    from flows.sink import Lines, Many
+    from flows.show.lines import Lines, Many
 
     store = store_at(store_url)
     prefect = Prefect(say=voice.warn)
@@ -178,7 +178,7 @@ def schedule(
     """
     from datetime import timedelta
 
-    from flows.api import store_at
+    from flows.drive.train import store_at
     from flows.prefect_api import PrefectSettingsError, Refused, configured, why_not
     from flows.serve import Server, cron_of, zone_of
     from trainer.spec import load_spec

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from flows.loop import Sink
-    from flows.run import Prepared
-    from flows.view import View
+    from flows.drive.loop import Sink
+    from flows.drive.run import Prepared
+    from flows.show.live_view import View
 
 
 class Voice:
@@ -38,7 +38,7 @@ class Voice:
     def _out(self, text: str, err: bool) -> None:
         with self._lock:
             if self.as_json:
-                from flows.sink import json_line
+                from flows.show.lines import json_line
 
                 if text:
                     click.echo(json_line({"event": "line", "text": text}), err=True)
@@ -50,9 +50,9 @@ class Voice:
 
     def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink:
         """What the driver tells its events; at a terminal the live view begins now."""
-        from flows.peak import measured_peak
-        from flows.sink import JsonLines, Lines
-        from flows.view import View, wanted
+        from flows.show.lines import JsonLines, Lines
+        from flows.show.live_view import View, wanted
+        from flows.show.peak import measured_peak
         from trainer.plan import flops_per_token
 
         steps = prepared.spec.train.steps
@@ -76,7 +76,7 @@ class Voice:
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The result, as the last and only line of stdout."""
-        from flows.sink import json_line
+        from flows.show.lines import json_line
 
         click.echo(json_line(value))
         sys.stdout.flush()

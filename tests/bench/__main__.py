@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from checkpoint.store import open_store
-from flows.api import make_driver
-from flows.live import StatusReader
-from flows.loop import Event
-from flows.run import Prepared, prepare_run
+from flows.drive.live import StatusReader
+from flows.drive.loop import Event
+from flows.drive.run import Prepared, prepare_run
+from flows.drive.train import make_driver
 from tests.bench import bench_kernels, bench_plan, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
@@ -95,7 +95,7 @@ def throughput(precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         gang = engine_124m(Path(folder), 1, 6, precision)
     seconds = statistics.median(float(e["step_us"]) for e in gang.steps[1:]) / 1e6
-    from flows.peak import measured_peak
+    from flows.show.peak import measured_peak
     from trainer.plan import flops_per_token
 
     bound = measured_peak() / flops_per_token(gpt2_124m().model, 64)
@@ -169,7 +169,7 @@ def recovery() -> dict[str, Any]:
             if not kill.done.wait(300) or kill.killed is None or kill.recovered is None:
                 raise SystemExit("the run did not recover")
             times.append(kill.recovered - kill.killed)
-            from flows.api import cancel
+            from flows.drive.train import cancel
 
             cancel(store, prepared.run)
             thread.join(60)

@@ -1,7 +1,7 @@
 """What watching a gang of 1,000 pods costs: CPU time of the watching process alone, the API server in another one.
 
-The launcher is asked as often as a driver ever asks it; while all is well a driver asks more seldom (flows/loop.py).
-``python -m tests.bench watch``.
+The launcher is asked as often as a driver ever asks it; while all is well that is more seldom
+(flows/drive/loop.py). ``python -m tests.bench watch``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from kubernetes.client import Configuration
 
-from flows.loop import POLL_S
+from flows.drive.loop import POLL_S
 from k8s.api import JOBS, PODS, Api
 from k8s.launcher import KubernetesLauncher
 from k8s.watch import PACE

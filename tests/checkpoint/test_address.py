@@ -10,7 +10,7 @@ import pytest
 from checkpoint.errors import StoreRefused
 from checkpoint.store import address, open_store
 from checkpoint.store.file import FileStore
-from flows.api import store_at, store_url
+from flows.drive.train import store_at, store_url
 
 NAMES = [
     *(

@@ -22,7 +22,7 @@ from typing import Any
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import open_store
-from flows.live import MetricsReader
+from flows.drive.live import MetricsReader
 from k8s.doctor import RIGHTS
 from tests.cluster.cluster import ROOT, Cluster
 from tests.support import chaos

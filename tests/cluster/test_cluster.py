@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.foretell import stand_in
+from flows.show.foretell import stand_in
 from k8s.render import render_launch
 from tests.cluster.cluster import Cluster
 from tests.cluster.host import ClusterError

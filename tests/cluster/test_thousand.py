@@ -11,7 +11,7 @@ import pytest
 from kubernetes.client import Configuration
 from kubernetes.config import load_kube_config
 
-from flows.loop import POLL_S, calm_pause_s
+from flows.drive.loop import POLL_S, calm_pause_s
 from k8s.api import Api
 from k8s.launcher import KubernetesLauncher
 from tests.cluster.cluster import Cluster
@@ -62,7 +62,7 @@ def test_a_thousand_pods_are_tracked_from_their_birth_to_their_end(
         assert all(node.place.startswith("kwok-") for node in view.nodes)
 
         began, used = time.monotonic(), time.process_time()
-        while time.monotonic() - began < 20:  # as the driver does (flows/loop.py)
+        while time.monotonic() - began < 20:  # as the driver does (flows/drive/loop.py)
             look = time.thread_time()
             launcher.observe(NAME)
             time.sleep(calm_pause_s(time.thread_time() - look, POLL_S))

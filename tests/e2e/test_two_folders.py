@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoint.claims import Place as Claimed
 from checkpoint.store import open_store
-from flows.live import MetricsReader
+from flows.drive.live import MetricsReader
 from tests.support.agents import wait_for
 from tests.support.chaos import frozen
 from tests.support.place import Place, finish

@@ -13,8 +13,8 @@ import pytest
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
+from flows.drive.loop import Event, Outcome
 from flows.hosting import undisturbed
-from flows.loop import Event, Outcome
 from flows.page import Page
 from flows.prefect_api import Client, Gone, Refused
 from tests.flows.conftest import Api

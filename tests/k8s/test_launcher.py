@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from kubernetes.client import Configuration, V1Job, V1Secret, V1Service
 
-from flows.foretell import stand_in
+from flows.show.foretell import stand_in
 from k8s.api import Api
 from k8s.errors import ApiUnavailable, ForeignObject, Invalid, NotAllowed, QuotaFull
 from k8s.labels import LAUNCH, SPEC_DIGEST

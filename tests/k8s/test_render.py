@@ -10,7 +10,7 @@ import yaml
 from kubernetes.client import V1Job, V1Service
 
 import k8s
-from flows.foretell import stand_in
+from flows.show.foretell import stand_in
 from k8s.labels import object_name
 from k8s.render import AGENT, ENGINE, FABRICS, PORT_BASE, PORTS, apply_patch, render_launch
 from trainer.errors import LaunchRefused

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows.from_config import spec_text
+from flows.cli.from_config import spec_text
 from trainer import models
 from trainer.errors import SpecError
 from trainer.spec import ModelSpec, load_spec, parse_spec

@@ -1,0 +1,415 @@
+"""The driver's mind: ``decide(folded log, observation, policy) -> decision``. Pure; no clock, no I/O.
+
+The driver keeps nothing. Everything it knows is the folded log (truth) and an observation (hints that may be late or
+missing), so it can be killed at any instruction and the next one decides the same. ``flows/drive/loop.py`` is the thin
+loop that observes, asks here, and acts; nobody acts on a gang before the log record that orders it is won. The data is
+in ``flows/drive/views.py``, what the past means in ``flows/drive/history.py``.
+
+Rules:
+  D1  The log outranks every hint: a recorded checkpoint of the last step is success, whatever the hints say.
+  D2  "Does not answer" is unknown, never failure. A healthy gang is ended only on positive evidence: an exit that its
+      supervisor reported, a node that its launcher knows to be gone, or no step within the stall limit while the node's
+      own heartbeat goes on.
+  D3  An attempt's cause is the most causal of all its ranks; 75 and 143 (a peer was lost, asked to stop) never outrank.
+  D4  Infrastructure failures resume without a budget while there is progress; what repeats at the same step does not.
+      Failures count since progress, or since a person's last word.
+  D5  A launch that lost a node for good is left, and the next attempt takes a new one, once every rank that may still
+      save has ended. A machine in ``strikes`` failures is left out of later launches. Waiting for room is no failure.
+  D6  Another layout is begun only because an order in the log is newer than the one that the newest attempt follows,
+      and asks for another How. No driver compares a plan of its own with the attempt's.
+  D7  A checkpoint is damaged when two readings in a row say so. A run that has had a checkpoint never goes back to its
+      beginning by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flows.drive.history import avoided, backoff, give_up, struck, suspected
+from flows.drive.views import (
+    AttemptView,
+    Cause,
+    Decision,
+    End,
+    Fallback,
+    Finished,
+    LogView,
+    MarkDamaged,
+    NodeView,
+    Phase,
+    Policy,
+    RankView,
+    Restore,
+    StartAttempt,
+    Watch,
+)
+from trainer.wire import EXITS
+
+# D3: from the most to the least causal. A lower place outranks a higher one.
+_CAUSAL = (
+    "sick",
+    "memory",
+    "signal",
+    "numeric",
+    "data",
+    "restore",
+    "config",
+    "bug",
+    "stall",
+    "preempted",
+    "infra",
+    "done",
+)
+
+_MENDS = {
+    "config": "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
+    "start the corrected spec)",
+    "infra": "look at the machine and the store (room, rights, network), then `hotstage runs resume RUN`",
+    "data": "prepare the data again (`hotstage data prepare SPEC --again`), then `hotstage runs resume RUN`",
+    "bug": "this is a bug of hotstage: `hotstage logs RUN` has the last words",
+    "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N "
+    "--set train.optimizer.lr=…`",
+    "sick": "take the machine out of service and test it, then `hotstage runs resume RUN`",
+    "restore": "`hotstage ckpt verify RUN` reads every checkpoint again and names the objects; start from one of "
+    "another run (`hotstage runs fork`), or begin again with `hotstage runs resume RUN --begin-anew`",
+    "memory": "raise the limit (launch.resources.memory on a cluster), or take more stages or smaller microbatches; "
+    "what else the container holds counts too (volumes of medium Memory)",
+}
+
+
+def mend_of(cls: str) -> str:
+    """What a person should do about a cause of this class; empty where recovery mends it."""
+    return _MENDS.get(cls, "")
+
+
+def rank_class(rank: RankView) -> str:
+    """The class of an ended rank: an exit code's by the table of wire/exit.h, ``signal`` for a kill or a crash."""
+    if rank.killed:
+        return "infra"
+    if rank.memory is not None:
+        return "memory"
+    if rank.signal is not None:
+        return "infra" if rank.signal == 15 else "signal"
+    if rank.code == 143:
+        return "infra"
+    known = EXITS.get(rank.code if rank.code is not None else 70)
+    return known.cls if known else "bug"
+
+
+def _describe(rank: RankView, node_bytes: int) -> str:
+    if rank.memory is not None:
+        needs = f"the plan needs {node_bytes >> 20} MiB for the ranks of its node"
+        limit = f"the limit is {rank.memory >> 20} MiB" if rank.memory else "no limit but the machine's was reached"
+        what = f"was killed for memory (OOM): {needs}, {limit}"
+    elif rank.signal is not None:
+        names = {6: "aborted", 9: "killed", 11: "crashed", 15: "terminated"}
+        what = (
+            f"was {names[rank.signal]} (signal {rank.signal})"
+            if rank.signal in names
+            else f"died of signal {rank.signal}"
+        )
+    else:
+        known = EXITS.get(rank.code if rank.code is not None else 70)
+        what = f"exited with {rank.code}: {known.text if known else 'unknown code'}"
+    said = (rank.words.get("why") or rank.words.get("error")) if rank.words else None
+    return f"rank {rank.rank} {what}" + (f" ({said})" if said else "")
+
+
+def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:
+    """The most causal end among all ranks of an attempt (D3); None where none ended badly. ``node_bytes`` as in Policy,
+    for the words about memory.
+    """
+    ended = [r for r in ranks if r.ended and rank_class(r) != "done"]
+    if not ended:
+        return None
+    # the earliest step at equal class: a rank that fails drags the others on
+    first = min(ended, key=lambda r: (_CAUSAL.index(rank_class(r)), r.step, r.rank))
+    cls = rank_class(first)
+    return Cause(
+        cls,
+        _describe(first, node_bytes),
+        _MENDS.get(cls, ""),
+        first.rank,
+        max((r.step for r in ranks), default=-1),
+        first.words,
+        signal=first.signal,
+        code=first.code,
+    )
+
+
+def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, use_slots: bool) -> Restore:
+    """The best restore point: the log's first candidate, or slots of the same step or a newer one on every node."""
+    if log.candidates:
+        base = Restore(log.candidates[0].n, log.candidates[0].step)
+    elif log.parent:
+        base = Restore(None, log.parent[2], parent=log.parent[:2])
+    else:
+        base = Restore(None, 0)
+    if not use_slots or not log.attempts or len(nodes) < policy.nodes:
+        return base
+    newest = log.attempts[-1]
+    allowed = {*newest.slot_epochs, newest.epoch}
+    if newest.launch != policy.launch:
+        return base
+    held = frozenset.intersection(*(n.slots for n in nodes)) if nodes else frozenset()
+    usable = [(step, epoch) for step, epoch in held if epoch in allowed and step >= base.step]
+    if not usable:
+        return base
+    step, epoch = max(usable)
+    return Restore(base.checkpoint, step, (step, epoch), base.parent)
+
+
+def decide(
+    log: LogView,
+    nodes: Sequence[NodeView],
+    policy: Policy,
+    *,
+    lost: Cause | None = None,
+    waiting: str = "",
+    waited_s: float = 0.0,
+    left_s: float = 0.0,
+) -> Decision:
+    """What to do next. ``nodes``: one view a node of the present launch, as far as any is known; ``lost``: why that
+    launch cannot be made whole, by its launcher; ``waiting``: what it waits for, by its launcher, and ``waited_s`` for
+    how long; ``left_s``: since a rank of the newest attempt was first seen to have left on request. Both by the
+    observer's own monotonic clock.
+    """
+    settled = _settled(log, nodes, policy)
+    if settled is not None:
+        return settled
+    newest = log.attempts[-1]
+    if waiting and lost is None and waited_s >= policy.capacity_s:
+        relief = _without_room(log, policy, waiting)
+        if relief is not None:
+            return relief
+    mine = [n for n in nodes if n.epoch == newest.epoch]
+    cause, leave = _cause(newest, nodes, mine, lost, policy), lost is not None
+    began = any(r.pid for n in mine for r in n.ranks)
+    if cause is not None and cause.cls == "infra" and waiting and not leave and not began:
+        return Watch(Phase.WAITING, waiting)  # nodes that are there gave up on those that have no room yet (D5)
+    if cause is None:
+        cause = _stalled(mine, newest, policy)
+        if cause is None:
+            return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
+    elif not _drained(nodes, newest, policy, leaving=leave):
+        return Watch(Phase.DRAINING, cause.said())
+    decision = _recover(log, nodes, policy, _explained(cause, mine, leave=leave), leave=leave)
+    if isinstance(decision, StartAttempt) and not decision.renew and cause.cls == "preempted":
+        # ranks that saved and left on request are mostly on a node that leaves with them, and its launcher shows that a
+        # moment later: an attempt in that launch would only be lost with it
+        return Watch(Phase.DRAINING, cause.said()) if policy.detaches and left_s < policy.leaving_s else decision
+    return decision
+
+
+def superseded(log: LogView) -> bool:
+    """Whether an order is newer than the one that the newest attempt follows, and asks for another How (D6)."""
+    order, newest = log.order, log.attempts[-1] if log.attempts else None
+    return order is not None and newest is not None and order.n > newest.order and order.how != newest.how
+
+
+def opened(log: LogView) -> bool:
+    """Whether a run that had ended without success goes on by an order that came after its end."""
+    order = log.order
+    return order is not None and order.again and log.ended != "succeeded" and order.n > log.ended_n
+
+
+def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision | None:
+    """What the log alone decides: an end, a success (D1), a first attempt, an order (D6), another launch."""
+    order = log.order
+    by = f" by {order.by}" if order is not None and order.by else ""
+    if log.ended and not opened(log):
+        return Finished(log.ended)
+    if any(c.step >= policy.steps for c in log.candidates):
+        return End("succeeded", f"step {policy.steps} is saved")
+    if not log.attempts:
+        return _begin(log, policy, "start")
+    if log.ended:
+        return _begin(log, policy, f"resumed{by}")
+    if superseded(log):
+        return _begin(log, policy, f"ordered{by}")
+    if log.attempts[-1].launch != policy.launch:
+        return _begin(log, policy, "another launch")
+    return None
+
+
+def _begin(log: LogView, policy: Policy, reason: str) -> Decision:
+    """An attempt that nothing in memory can serve."""
+    restore = choose_restore(log, (), policy, use_slots=False)
+    return _no_way_back(log, restore) or StartAttempt(restore, (), reason)
+
+
+def _no_way_back(log: LogView, restore: Restore) -> End | None:
+    """The end, where this restore point would throw away all that was ever saved (D7) and nobody ordered that."""
+    if restore.checkpoint is not None or restore.slots is not None or not log.checkpoints:
+        return None
+    if any(order.anew and order.n > log.checkpoints[-1].n for order in log.orders):
+        return None
+    records = ", ".join(map(str, log.damaged)) or "none"
+    where = f"step {restore.step} of {restore.parent[0]}" if restore.parent else "step 0"
+    text = f"no checkpoint can be used any more (damaged: log records {records}), and a run does not go back to {where}"
+    cause = Cause("restore", f"{text} by itself", _MENDS["restore"], None)
+    return End("gave_up", cause.text, cause)
+
+
+def _without_room(log: LogView, policy: Policy, waiting: str) -> Decision | None:
+    """For a launch that has waited long enough: fewer stages, where the spec allows them, else the machines that were
+    left out, once more.
+    """
+    launch = log.attempts[-1].launch
+    if policy.fewer:
+        fallback = Fallback("capacity", policy.fewer[0], policy.stages, waiting)
+        reason = f"fewer nodes: {fallback.stages} stages instead of {fallback.was}; {waiting}"[:500]
+        restore = choose_restore(log, (), policy, use_slots=False)
+        return _no_way_back(log, restore) or StartAttempt(restore, (), reason, renew=True, fallback=fallback)
+    out = avoided(log, launch, policy.strikes)
+    if not out:
+        return None
+    text = f"no room without {', '.join(out)}, left out for earlier failures: {waiting}"
+    cause = Cause("infra", text, _MENDS["infra"])
+    why = give_up(log, cause, policy)
+    if why:
+        return End("gave_up", why, cause)
+    restore = choose_restore(log, (), policy, use_slots=False)
+    return _no_way_back(log, restore) or StartAttempt(restore, (), "recover", cause, renew=True, pardon=out)
+
+
+def _cause(
+    newest: AttemptView, nodes: Sequence[NodeView], mine: Sequence[NodeView], lost: Cause | None, policy: Policy
+) -> Cause | None:
+    """Why the attempt is over, on positive evidence (D2): its ranks' ends, a node that is gone, a launch that is lost.
+
+    ``mine``: the nodes that know of the attempt.
+    """
+    ranks = [r for n in mine for r in n.ranks]
+    cause = diagnose(ranks, policy.node_bytes)
+    # a node whose ranks never began has lost nothing: the launcher starts what it lacks
+    gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
+    first = next((n for n in gone if n.epoch == newest.epoch), None)
+    if first is not None and (cause is None or cause.cls == "infra"):  # it explains the peers that lost it
+        reached = max((r.step for r in ranks), default=-1)
+        cause = Cause("infra", f"node {first.node} is gone", "", None, reached, place=first.place)
+    if cause is not None and cause.rank is not None:
+        blamed = _waited_for(cause.rank, ranks) if cause.cls == "stall" else cause.rank
+        place = next((n.place for n in mine if any(r.rank == blamed for r in n.ranks)), "")
+        cause = replace(cause, place=place)
+    return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
+
+
+def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
+    """At the end of who waits for whom, from the last words of a rank that stalled: where the stall comes from."""
+    stalled = {r.rank: r for r in ranks if r.ended and rank_class(r) == "stall"}
+    seen: set[int] = set()
+    while rank in stalled and rank not in seen:
+        seen.add(rank)
+        peer = (stalled[rank].words or {}).get("peer")
+        if not isinstance(peer, int):
+            break
+        rank = peer
+    return rank
+
+
+def _explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:
+    """The cause with what its nodes say beside it: an agent's trouble, or that all left on request."""
+    told = {str(v) for v in (cause.words or {}).values()}
+    trouble = next((n for n in mine if n.error and n.error not in told), None)
+    if cause.cls == "infra" and trouble is not None:  # what an agent could not store is why its ranks left with 75
+        return replace(cause, trouble=f"node {trouble.node} says: {trouble.error}")
+    ended = [r for n in mine for r in n.ranks if r.ended]
+    if not leave and cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ended):
+        return Cause("preempted", "stopped on request", "", None, cause.step, saved=True)
+    return cause
+
+
+def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cause, *, leave: bool) -> Decision:
+    """After an attempt that is over: give up (D4), mark its restore point (D7), or the next attempt (``leave``: D5)."""
+    newest = log.attempts[-1]
+    why = give_up(log, cause, policy)
+    if why:
+        return End("gave_up", why, cause)
+    again = False
+    if cause.cls == "restore" and newest.restore_slots is None:
+        tried = newest.restore_checkpoint
+        usable = any(c.n == tried for c in log.candidates)
+        if not suspected(log, tried):
+            again = usable or tried is None
+        elif usable and tried is not None:
+            return MarkDamaged(tried, cause.said())
+        elif tried is None and log.parent:
+            run, record, _ = log.parent
+            return End(
+                "gave_up", f"record {record} of {run}, which this fork begins from: {cause.said()}; twice", cause
+            )
+    unfit = struck(log, policy.strikes, cause)
+    # a second reading is by another machine, where machines have names
+    renew = leave or any(n.place in unfit for n in nodes) or (again and bool(cause.place))
+    # a damaged slot or diverging numbers: not from memory again
+    use_slots = cause.cls not in ("restore", "numeric") and not renew
+    restore = choose_restore(log, nodes, policy, use_slots=use_slots)
+    epochs = (*newest.slot_epochs, newest.epoch)[-16:] if use_slots else ()
+    reason = "read the checkpoint again" if again else "recover"
+    return _no_way_back(log, restore) or StartAttempt(
+        restore, epochs, reason, cause, backoff(log, policy), renew, same_plan=not renew
+    )
+
+
+def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_ranks: int) -> Cause:
+    """What the launcher knows explains a peer that was lost or asked to stop; a rank's own end explains the rest."""
+    step = max((r.step for r in ranks), default=-1)
+    if cause is None:
+        return replace(lost, step=step)
+    if len(ranks) == all_ranks and all(r.ended and rank_class(r) == "preempted" for r in ranks):
+        return replace(lost, cls="preempted", rank=None, step=step, saved=True)
+    if cause.cls in ("infra", "preempted") or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
+        return replace(lost, step=step)
+    return cause
+
+
+def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, leaving: bool) -> bool:
+    """True when every node of the attempt has no rank left, is known to be gone, or must be over by now.
+
+    Every wait inside a rank has a deadline: ``stall_s`` in a step, ``commit_s`` for its last commit. Silence is unknown
+    (D2): an agent that is busy or slow has ranks that may still save, so it is borne for as long.
+    ``leaving``: the nodes will not come again, and what they may still save is worth waiting for.
+    """
+    broken = any(n.alive is False for n in nodes)
+    for node in nodes:
+        if node.alive is False or node.epoch != newest.epoch or all(r.ended for r in node.ranks):
+            continue
+        if leaving and node.alive is None:  # its launcher knows of its launch, and of no engine: it has not started
+            continue
+        # nothing that all agree on can be saved any more where a node is gone: its peers may wait for it for long
+        if leaving and broken and node.step_age_s >= policy.drain_s:
+            continue
+        if node.age_s < policy.stall_s and node.step_age_s < policy.stall_s + policy.commit_s:
+            return False
+    return True
+
+
+def _stalled(mine: Sequence[NodeView], newest: AttemptView, policy: Policy) -> Cause | None:
+    """No step for three stall limits while the nodes' own heartbeats go on: the engine's watchdog failed too (D2)."""
+    running = [n for n in mine if n.phase in ("starting", "running")]
+    if not running or len(running) < newest.nodes:
+        return None
+    limit = 3 * policy.stall_s + (policy.start_s if all(r.step < 0 for n in running for r in n.ranks) else 0)
+    if all(n.step_age_s > limit and n.age_s < policy.stall_s for n in running):
+        return Cause("stall", f"no step for {limit:.0f} s although every node answers", "", None, -1)
+    return None
+
+
+STARTING_WORDS = {
+    "idle": "the nodes read the attempt",
+    "restoring": "restoring the state",
+    "starting": "the ranks check the machine and connect",
+}
+
+
+def _phase(log: LogView, nodes: Sequence[NodeView], mine: Sequence[NodeView], policy: Policy) -> tuple[Phase, str]:
+    if len(mine) < policy.nodes:
+        return Phase.LAUNCHING, f"{len(mine)} of {policy.nodes} nodes have begun"
+    if any(n.phase in ("restoring", "idle", "starting") for n in mine):
+        return Phase.STARTING, ", ".join(sorted({STARTING_WORDS.get(n.phase, n.phase) for n in mine}))
+    ranks = [r for n in mine for r in n.ranks]
+    if ranks and all(r.ended for r in ranks):
+        return Phase.DRAINING, "waiting for the last checkpoint's record"
+    return Phase.TRAINING, ""

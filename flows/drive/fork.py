@@ -1,0 +1,91 @@
+"""A new run from a checkpoint of another: its parent in its log, the parent's chunks pinned, none copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from checkpoint.codec import pack
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from flows.data import load_dataset, prepare
+from flows.drive.run import Prepared, asked_how, load_what, publish_plan
+from trainer.errors import SpecError
+from trainer.models import family
+from trainer.models.base import tensor_table
+from trainer.plan import compile_plan
+from trainer.spec import ModelSpec, parse_spec, run_id, what_bytes, what_digest
+
+
+def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
+    """Create the child's identity and pin the parent's checkpoint. Raises SpecError where step or model do not fit.
+
+    The child's model must have the parent's tensors; what is trained (data, rate, steps, seed) may change.
+    """
+    log = RunLog(store, parent, writer="user")
+    state = log.fold()
+    found = state.at_step(step)
+    if found is None:
+        steps = sorted({c.step for c in state.restore_candidates()})
+        raise SpecError(
+            f"{parent} has no usable checkpoint at step {step}; it has {', '.join(map(str, steps)) or 'none'}"
+        )
+    what = load_what(store, parent)
+    data = dict(what["data"])
+    digest = data.pop("digest")
+    how: Mapping[str, Any] = asked_how(state) or {}
+    tree = {
+        "name": parent.rsplit("-", 1)[0][:32] + "-fork",
+        "model": what["model"],
+        "data": {"source": f"dataset:{digest}", **data},
+        "train": what["train"],
+        **{k: dict(v) for k, v in how.items()},
+    }
+    spec = parse_spec(tree, sets, origin=f"fork of {parent}")
+    if spec.data.source == f"dataset:{digest}":
+        dataset = load_dataset(store, digest)
+    else:
+        dataset = prepare(spec.data, store, sequence=spec.train.sequence)
+    resolved = spec.resolve(dataset)
+    _check_tensors(resolved.model, parse_spec(tree).model)
+    if resolved.train.steps <= found.step:
+        raise SpecError(
+            f"the fork would end at step {resolved.train.steps}, but starts at step {found.step}; "
+            f"--set train.steps={found.step + 100}"
+        )
+    child_what = what_digest(resolved, dataset)
+    run = run_id(resolved, dataset)
+    plan = compile_plan(resolved, dataset, child_what)
+    if not store.create(f"runs/{run}/spec", what_bytes(resolved, dataset)):
+        raise SpecError(f"run {run} exists with another What behind the same name; --set name=… chooses another")
+    publish_plan(store, run, plan)
+    store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
+    _pin(log, state, found.n, run)
+    child = RunLog(store, run, writer="user")
+    body = {
+        "kind": "parent",
+        "run": parent,
+        "checkpoint": found.n,
+        "step": found.step,
+        "state_digest": found.state_digest,
+    }
+    child.transact(lambda s: None if s.n else ("intervention", body))
+    return Prepared(run, resolved, dataset, child_what, plan)
+
+
+def _check_tensors(child: ModelSpec, parent: ModelSpec) -> None:
+    """SpecError where the child's model has other tensors than the parent's checkpoint."""
+    ours, theirs = ({t.name: t.shape for t in tensor_table(family(m.family), m)} for m in (child, parent))
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise SpecError(
+                f"tensor {name} would be {ours.get(name)}, the parent's is {theirs.get(name)}: a fork trains its "
+                "parent's tensors; leave model.… as it is, or start a new run"
+            )
+
+
+def _pin(log: RunLog, state: RunState, checkpoint: int, child: str) -> None:
+    log.transact(
+        lambda s: None if f"fork-{child}" in s.pins else ("pin", {"checkpoint": checkpoint, "name": f"fork-{child}"}),
+        state,
+    )

@@ -1,0 +1,136 @@
+"""What a run's past means for what comes next: budgets, pauses, strikes, suspicions. Pure; read from the log alone.
+
+Nothing counts for ever. Failures count since the run last saved something newer, or since a person last gave it an
+order; a machine's strikes count until so many newer checkpoints are saved. Ages are counted in records and steps: no
+clock orders anything.
+"""
+
+from __future__ import annotations
+
+from flows.drive.views import AttemptView, Cause, LogView, Policy
+
+STRIKE_FADES = 8
+"""Newer checkpoints after which a strike is forgotten."""
+SIGKILL = 9
+_STRIKING = ("infra", "signal", "stall", "restore")
+
+
+def spoken(log: LogView) -> int:
+    """The record of a person's last word; 0 where there was none."""
+    return log.orders[-1].n if log.orders else 0
+
+
+def raises(log: LogView) -> list[int]:
+    """The records by which the run came further than ever: a checkpoint of a later step, or an attempt that began from
+    a later step (in memory).
+    """
+    marks = sorted([(c.n, c.step) for c in log.checkpoints] + [(a.epoch, a.restore_step) for a in log.attempts])
+    best, found = -1, []
+    for n, step in marks:
+        if step > best:
+            best = step
+            found.append(n)
+    return found
+
+
+def recent(log: LogView) -> tuple[AttemptView, ...]:
+    """The attempts that began since the run came further, or since a person's last word; without those that only found
+    out that a checkpoint is damaged: there are as many as checkpoints at most.
+    """
+    marks = raises(log)
+    since = max(marks[-1] if marks else 0, spoken(log) + 1)
+    return tuple(
+        a for a in log.attempts if a.epoch >= since and (a.restore_slots or a.restore_checkpoint not in log.damaged)
+    )
+
+
+def give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:
+    """Why no further attempt makes sense, or None (D4)."""
+    if cause.cls in ("config", "data"):
+        return cause.said()
+    since = recent(log)
+    causes = [a.cause for a in since if a.cause]
+    if cause.cls == "memory" and any(c.get("class") == "memory" for c in causes):
+        return f"{cause.said()}; twice"
+    if cause.cls == "sick" and any(
+        a.cause and a.epoch > spoken(log) and (a.cause.get("class"), a.cause.get("place", "")) == ("sick", cause.place)
+        for a in log.attempts
+    ):
+        return f"{cause.said()}; twice, and there is no other machine"
+    if cause.cls in ("bug", "signal", "numeric"):
+        same = 1
+        for earlier in reversed(causes):
+            if earlier.get("class") != cause.cls or earlier.get("step") != cause.step:
+                break
+            same += 1
+        # a kill from outside may hit any step twice by chance; a crash of its own at one step twice is a fact
+        limit = policy.max_same_step + (2 if cause.signal == SIGKILL else 0)
+        if same >= limit:
+            return f"{cause.said()}; {same} times at step {cause.step}"
+    if len(since) >= policy.max_attempts_without_progress:
+        return (
+            f"{len(since)} attempts in a row started from step {since[-1].restore_step} and saved nothing newer; "
+            f"last: {cause.said()}"
+        )
+    return None
+
+
+def backoff(log: LogView, policy: Policy) -> float:
+    """No wait after progress; else doubling from backoff_s."""
+    stuck = len(recent(log)) - 1
+    return 0.0 if stuck <= 0 else min(policy.backoff_s * 2.0 ** min(stuck - 1, 60), policy.backoff_max_s)
+
+
+def struck(log: LogView, strikes: int, also: Cause | None = None) -> frozenset[str]:
+    """Machines that were the place of so many failures that may have been theirs, or that are sick (D5).
+
+    A strike fades with newer checkpoints, all of them with a person's word, those of a machine with its pardon; a sick
+    machine stays out until a person's word or its pardon. ``also``: a failure that is not in the log yet.
+    """
+    word, further = spoken(log), set(raises(log))
+    saved = [c.n for c in log.checkpoints if c.n in further]
+    pardoned: dict[str, int] = {}
+    for a in log.attempts:
+        pardoned.update(dict.fromkeys(a.pardon, a.epoch))
+    found: list[tuple[str, str]] = []
+    for a in log.attempts:
+        place = str(a.cause.get("place") or "") if a.cause else ""
+        if not a.cause or not place or a.epoch <= max(word, pardoned.get(place, 0)):
+            continue
+        cls = str(a.cause.get("class"))
+        if cls == "sick" or (cls in _STRIKING and sum(n > a.epoch for n in saved) < STRIKE_FADES):
+            found.append((place, cls))
+    if also is not None and also.place and also.cls in (*_STRIKING, "sick"):
+        found.append((also.place, also.cls))
+    places = [place for place, cls in found if cls != "sick"]
+    return frozenset(place for place, cls in found if cls == "sick" or places.count(place) >= strikes)
+
+
+def avoided(log: LogView, launch: str, strikes: int) -> tuple[str, ...]:
+    """The machines that a launch must not use, by what the log said when it began: those with strikes, and the one
+    whose reading of a checkpoint it is there to check.
+    """
+    first = next((a for a in log.attempts if a.launch == launch), None)
+    if first is None:
+        return tuple(sorted(struck(log, strikes)))
+    then = LogView(
+        attempts=tuple(a for a in log.attempts if a.epoch <= first.epoch),
+        checkpoints=tuple(c for c in log.checkpoints if c.n < first.epoch),
+        orders=tuple(o for o in log.orders if o.n < first.epoch),
+    )
+    out = set(struck(then, strikes))
+    if first.cause and first.cause.get("class") == "restore" and first.cause.get("place"):
+        out.add(str(first.cause["place"]))
+    return tuple(sorted(out))
+
+
+def suspected(log: LogView, checkpoint: int | None) -> bool:
+    """Whether the last attempt before the newest that read this checkpoint (None: the parent's) found it damaged."""
+    for before, after in reversed(list(zip(log.attempts, log.attempts[1:], strict=False))):
+        if before.restore_checkpoint != checkpoint or before.restore_slots is not None or not after.cause:
+            continue
+        if after.cause.get("class") == "restore":
+            return True
+        if int(after.cause.get("step", -1)) > before.restore_step:
+            return False
+    return False

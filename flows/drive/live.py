@@ -1,0 +1,219 @@
+"""What a run says while it lives: metrics, output and node status, read from the store's ``live/`` hints.
+
+Hints may be late, missing or lost; nothing here decides anything. Readers keep their place, so polling is cheap, and
+one that starts late sees all that is still kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from checkpoint.curve import MAX_BYTES, Curve, curve_key, segment_key
+from checkpoint.errors import Damaged, NotFound
+from checkpoint.store import Store
+from flows.drive.hints import node_status
+from flows.drive.views import NodeView
+
+log = logging.getLogger(__name__)
+
+STATUS_CAP = 1 << 20
+SEGMENT_CAP = 1 << 20
+LOG_SEGMENTS = 64
+ATTACH_SEGMENTS = 2
+
+
+@dataclass
+class MetricsReader:
+    """Step lines of a run, in the order of their epochs: ``poll()`` gives what is new since the last call.
+
+    ``attach``: begin where the run is, with the newest lines alone, in a handful of requests however long it has been
+    going on. Else everything that is kept is read.
+    """
+
+    store: Store
+    run: str
+    attach: bool = False
+    _places: dict[int, str] = field(default_factory=dict)
+
+    def poll(self, epochs: Iterator[int] | list[int]) -> list[dict[str, Any]]:
+        """New lines of the given attempts, oldest first; damaged ones are left out (they are hints)."""
+        lines: list[dict[str, Any]] = []
+        known = list(epochs)
+        attaching, self.attach = self.attach, False
+        if attaching:
+            lines += self._attach(known)
+        for epoch in known:
+            new = [info.key for info in self.store.list(_folder(self.run, epoch), self._places.get(epoch, ""))]
+            for key in new[-ATTACH_SEGMENTS:] if attaching else new:
+                self._places[epoch] = key
+                lines += read_segment(self.store, key)
+        return lines
+
+    def _attach(self, epochs: list[int]) -> list[dict[str, Any]]:
+        """Places at the end of each attempt, and its newest line as far as the index has it."""
+        index = load_curve(self.store, self.run)
+        lines = []
+        for epoch in epochs:
+            row = index.rows.get(epoch) if index is not None else None
+            if row is not None:
+                self._places[epoch] = segment_key(self.run, epoch, row.next - 1)
+                lines.append(row.last.line())
+            elif index is None or epoch < index.began:
+                newest = self._newest(epoch)
+                if newest >= ATTACH_SEGMENTS:
+                    self._places[epoch] = segment_key(self.run, epoch, newest - ATTACH_SEGMENTS)
+        return lines
+
+    def _newest(self, epoch: int) -> int:
+        """Number of the newest object, by looking at names: they are dense. -1 where there is none."""
+
+        def there(n: int) -> bool:
+            return self.store.head(segment_key(self.run, epoch, n)) is not None
+
+        low, high = -1, 0
+        while there(high):
+            low, high = high, 2 * high + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if there(middle) else (low, middle)
+        return low
+
+
+def _folder(run: str, epoch: int) -> str:
+    return segment_key(run, epoch, 0).rpartition("/")[0] + "/"
+
+
+def read_segment(store: Store, key: str) -> list[dict[str, Any]]:
+    """The lines of one object of metrics; none where it is gone or does not hold."""
+    try:
+        data = store.get(key, max_bytes=SEGMENT_CAP)
+    except (NotFound, Damaged):
+        return []
+    lines = []
+    for line in data.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+def load_curve(store: Store, run: str) -> Curve | None:
+    """The index of a run's metrics; None where there is none (an old run), or it does not hold."""
+    try:
+        return Curve.parse(store.get(curve_key(run), max_bytes=MAX_BYTES))
+    except (NotFound, Damaged) as error:
+        log.debug("run %s has no index of metrics: %s", run, error)
+        return None
+
+
+def read_curve(store: Store, run: str, epochs: list[int], *, whole: bool = True, tails: int = 2) -> Curve:
+    """The run's curve: the index, and what the newest ``tails`` attempts have said since it was written.
+
+    ``whole``: also what an older version left without an index, object by object.
+    """
+    curve = load_curve(store, run) or Curve()
+    old = [e for e in epochs if e not in curve.rows and (not curve.began or e < curve.began)] if whole else []
+    more = Curve(curve.began)
+    for epoch in epochs:
+        row = curve.rows.get(epoch)
+        end = row.next if row is not None else 0
+        wanted: list[str] = []
+        if row is not None and whole:
+            wanted = [segment_key(run, epoch, n) for n in range(row.since)]
+        behind = row is not None or 0 < curve.began <= epoch  # only what was said since the index was written
+        if epoch in old or (behind and epoch in epochs[-tails:]):
+            after = segment_key(run, epoch, end - 1) if end else ""
+            wanted += [info.key for info in store.list(_folder(run, epoch), after)]
+        for key in wanted:
+            for line in read_segment(store, key):
+                more.add(line, _number(key))
+    more.merge(curve)
+    return more
+
+
+def _number(key: str) -> int:
+    name = key.rpartition("/")[2]
+    return int(name) if name.isdigit() else 0
+
+
+def read_output(store: Store, run: str, epoch: int, rank: int) -> bytes:
+    """The kept end (at most 4 MiB) of a rank's output in an attempt, oldest byte first; empty where none is kept."""
+    segments: dict[int, bytes] = {}
+    for info in store.list(f"runs/{run}/live/{epoch}/logs/{rank}/"):
+        try:
+            data = store.get(info.key, max_bytes=SEGMENT_CAP)
+        except NotFound:
+            continue
+        if len(data) >= 8:
+            segments[int.from_bytes(data[:8], "little")] = data[8:]
+    return b"".join(segments[n] for n in sorted(segments))
+
+
+@dataclass
+class OutputFollower:
+    """``logs -f``: bytes of a rank's output that were not seen before."""
+
+    store: Store
+    run: str
+    epoch: int
+    rank: int
+    _seen: dict[int, int] = field(default_factory=dict)
+
+    def poll(self) -> bytes:
+        """What came since the last call, in order."""
+        fresh: dict[int, bytes] = {}
+        for info in self.store.list(f"runs/{self.run}/live/{self.epoch}/logs/{self.rank}/"):
+            try:
+                data = self.store.get(info.key, max_bytes=SEGMENT_CAP)
+            except NotFound:
+                continue
+            if len(data) < 8:
+                continue
+            number = int.from_bytes(data[:8], "little")
+            seen = self._seen.get(number, 0)
+            if len(data) - 8 > seen:
+                fresh[number] = data[8 + seen :]
+                self._seen[number] = len(data) - 8
+        return b"".join(fresh[n] for n in sorted(fresh))
+
+
+@dataclass
+class StatusReader:
+    """Node status hints as the driver's views. Heartbeats are aged by this process's own monotonic clock."""
+
+    store: Store
+    run: str
+    launch: str
+    _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _steps: dict[int, tuple[tuple[int, tuple[int, ...]], float]] = field(default_factory=dict)
+
+    def poll(self, nodes: int, alive: Mapping[int, bool | None]) -> list[NodeView]:
+        """One view a node; a node that has said nothing yet has phase ``none``."""
+        return [self._one(node, alive.get(node)) for node in range(nodes)]
+
+    def _one(self, node: int, alive: bool | None) -> NodeView:
+        now = time.monotonic()
+        try:
+            data = self.store.get(f"runs/{self.run}/live/nodes/{self.launch}/{node}", max_bytes=STATUS_CAP)
+        except (NotFound, Damaged):
+            return NodeView(node, alive)
+        found = node_status(node, data)
+        if found is None:  # a hint that does not hold: unknown, never failure
+            log.debug("status of node %d is not readable", node)
+            return NodeView(node, alive)
+        view, beat = found
+        if self._beats.get(node, (None, 0.0))[0] != beat:
+            self._beats[node] = (beat, now)
+        place = (view.epoch, tuple(r.step for r in view.ranks))
+        if self._steps.get(node, (None, 0.0))[0] != place:
+            self._steps[node] = (place, now)
+        age_s, step_age_s = now - self._beats[node][1], now - self._steps[node][1]
+        return replace(view, alive=alive, age_s=age_s, step_age_s=step_age_s)

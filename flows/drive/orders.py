@@ -1,0 +1,142 @@
+"""Orders: what a person asks of a run's How becomes a log record, once, when that person's command starts.
+
+The newest order wins. Every driver follows it: the layout of the next attempt is the order's, and an attempt names the
+order that it follows. Drivers that nobody asked for (reconcile, a flow run that Prefect executes again) write none.
+Nothing is written where the How does not differ from what was asked before, unless the command opens a run that had
+ended, or asks to count its failures anew.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from flows.drive.history import recent
+from flows.drive.run import Prepared, asked_how, fell_back, fold_view, is_superseded, order_view, spec_under
+from trainer.errors import SpecError
+from trainer.spec import RETIRED, RunSpec, how_map
+
+
+class CannotFollow(Exception):
+    """The How that rules is not for this driver: it leaves, and the text says how to take the run over."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who asks, and with which command; ``again``: to go on with a run that had ended or fails; ``anew``: from its
+    start, where nothing else is left.
+    """
+
+    via: str
+    again: bool = False
+    anew: bool = False
+
+
+def place(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
+    """Write the order that ``prepared.spec`` is, where there is one to write; the same prepared run."""
+    how = how_map(prepared.spec)
+
+    def wanted(state: RunState) -> tuple[str, Mapping[str, Any]] | None:
+        body = order_of(state, prepared.spec, how, asked)
+        return None if body is None else ("intervention", body)
+
+    RunLog(store, prepared.run, writer="user").transact(wanted)
+    return prepared
+
+
+def order_of(state: RunState, spec: RunSpec, how: Mapping[str, Any], asked: Asked) -> dict[str, Any] | None:
+    """The record's body, or None where it would change nothing."""
+    usable = state.restore_candidates()
+    if asked.anew and usable:
+        raise SpecError(
+            f"{state.run} has a usable checkpoint at step {usable[0].step} and goes on from there: leave --begin-anew "
+            "out, or fork an earlier step"
+        )
+    stands = asked_how(state)
+    if stands is None or (state.ended and (state.ended.outcome == "succeeded" or not asked.again)):
+        return None
+    same = _same(spec, stands)
+    # what failed since the run came further is forgiven; a gang that trains is left alone
+    forgives = asked.again and (state.ended is not None or any(a.cause for a in recent(fold_view(state))))
+    if same and not forgives and not asked.anew:
+        return None
+    body: dict[str, Any] = {"kind": "order", "how": stands if same else how, "by": who(), "via": asked.via}
+    return body | {k: True for k, v in (("again", asked.again), ("anew", asked.anew)) if v}
+
+
+def _same(spec: RunSpec, stands: Mapping[str, Any]) -> bool:
+    """Whether this version reads that How as the spec's own; what it cannot read is another."""
+    try:
+        return how_map(spec_under(spec, stands)) == how_map(spec)
+    except SpecError:
+        return False
+
+
+def who() -> str:
+    """The person at this terminal, for people to read."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # no name for this number, as in a pod
+        user = "somebody"
+    return re.sub(r"[^\w.@-]", "_", f"{user}@{socket.gethostname()}")[:100]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two Hows, key by key, for people."""
+    found = []
+    for section in sorted({*old, *new}):
+        a, b = old.get(section) or {}, new.get(section) or {}
+        keys = sorted(k for k in {*a, *b}.difference(RETIRED.get(section, ())) if a.get(k) != b.get(k))
+        found += [f"{section}.{k} {a.get(k)} -> {b.get(k)}"[:120] for k in keys]
+    return ", ".join(found) or "the same layout"
+
+
+def describe(state: RunState) -> list[dict[str, Any]]:
+    """The orders of a run as `runs show` tells them: number of the record, who, by which command, what it changed."""
+    out, before = [], next((a.how for a in state.attempts), {})
+    for order in state.orders:
+        body = order.body
+        text = changes(before, body["how"])
+        if body.get("again"):
+            text += "; goes on again"
+        if body.get("anew"):
+            text += "; may begin at the start"
+        out.append({"record": order.n, "by": body["by"], "via": body["via"], "text": text, "time": order.time})
+        before = body["how"]
+    return out
+
+
+def elsewhere(state: RunState, prepared: Prepared, target: str) -> str:
+    """Why a driver leaves a run that is ordered to another place, and how to take it over."""
+    own = prepared.spec.launch
+    key, value = ("target", own.target) if own.target != target else ("namespace", own.namespace)
+    return (
+        f"the layout of run {prepared.run} is {who_ruled(state)}: it runs elsewhere (launch.target {target}"
+        f"{', another namespace' if own.target == target else ''}), where this command ({own.target}) cannot drive it; "
+        f"it goes on there. To take it over: hotstage runs resume {prepared.run} --set launch.{key}={value}"
+    )
+
+
+def unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
+    return (
+        f"the layout of run {prepared.run} is {who_ruled(state)}, which this version of hotstage cannot serve "
+        f"({'; '.join(str(error).splitlines())[:400]}); use the version that ordered it, or take the run over with "
+        f"this one: hotstage train SPEC, whose layout is then the order"
+    )
+
+
+def who_ruled(state: RunState) -> str:
+    """Whose the layout is that every driver follows now, for people."""
+    newest = state.newest_attempt
+    changed = newest is not None and not is_superseded(state) and fell_back(newest)
+    if state.orders and not changed:
+        order = order_view(state.orders[-1])
+        return f"the order of {order.by}, log record {order.n}"
+    why = f" ({newest.reason})" if changed and newest else ""
+    return f"that of attempt {newest.epoch}{why}" if newest else "the first attempt's"

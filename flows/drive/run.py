@@ -1,0 +1,339 @@
+"""A run, from spec to the objects that identify it: plain functions, no Prefect, no processes.
+
+``prepare_run`` turns a spec into a ``Prepared`` run (dataset, resolved spec, plan, all in the store); ``load_run``
+makes the same from what the store holds, for resume, fork, report and generate. ``fold_view`` reads a folded log as the
+driver's ``LogView``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from checkpoint.codec import pack, unpack
+from checkpoint.errors import NotFound
+from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
+from checkpoint.probe import ensure_probed
+from checkpoint.store import Store
+from flows.data import load_dataset, prepare
+from flows.drive.decide import opened, superseded
+from flows.drive.views import AttemptView, CheckpointView, LogView, OrderView, Policy
+from trainer.dataset import DatasetRef
+from trainer.errors import PlanError, SpecError
+from trainer.plan import Plan, compile_plan
+from trainer.spec import RunSpec, how_map, parse_spec, run_id, what_bytes, what_digest
+
+log = logging.getLogger(__name__)
+
+SPEC_CAP = 1 << 20
+WHAT_KEYS = ("name", "model", "data", "train")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be driven: its name, its resolved spec, its data, and the plan of its present layout."""
+
+    run: str
+    spec: RunSpec
+    dataset: DatasetRef
+    what: bytes
+    plan: Plan
+
+    @property
+    def nodes(self) -> int:
+        return self.spec.launch.nodes
+
+    @property
+    def ranks(self) -> int:
+        return self.spec.parallel.stages * self.spec.parallel.replicas
+
+    def policy(self, launch: str, *, detaches: bool = False) -> Policy:
+        """The spec's recovery half as the driver takes it. ``detaches``: of the launcher."""
+        spec, each = self.spec, self.ranks // self.nodes
+        needs = [p.total_bytes - p.bytes_by_kind["slots"] for p in self.plan.positions] * spec.parallel.replicas
+        return Policy(
+            steps=spec.train.steps,
+            launch=launch,
+            nodes=self.nodes,
+            ranks=self.ranks,
+            stall_s=spec.launch.stall_s,
+            commit_s=spec.checkpoint.commit_s,
+            max_same_step=spec.recovery.max_same_step,
+            backoff_s=spec.recovery.backoff_s,
+            backoff_max_s=spec.recovery.backoff_max_s,
+            capacity_s=spec.recovery.capacity_s,
+            stages=spec.parallel.stages,
+            fewer=tuple(s for s in spec.recovery.allowed_stages if s < spec.parallel.stages),
+            detaches=detaches,
+            node_bytes=max(sum(needs[i : i + each]) for i in range(0, len(needs), each)),
+        )
+
+
+def ready_store(store: Store) -> None:
+    """Probe a store before its first write. Raises StoreRefused with the reason where it cannot order writers."""
+    ensure_probed(store)
+
+
+class Board(Protocol):
+    """Where the parts of a job are shown as they begin and end; what a block gives to the function is its last word."""
+
+    def task(self, key: str, name: str) -> AbstractContextManager[Callable[[str], None]]: ...
+
+
+class NoBoard:
+    """Shows nothing."""
+
+    @contextlib.contextmanager
+    def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
+        yield lambda _: None
+
+
+def prepare_run(
+    spec: RunSpec,
+    store: Store,
+    *,
+    suffix: str = "",
+    say: Callable[[str], None] = log.info,
+    board: Board | None = None,
+) -> Prepared:
+    """Make the dataset (or find it), resolve the spec, compile the plan, and create the run's identity in the store.
+
+    ``suffix`` joins the run's name (a schedule gives its time). Idempotent: the same spec finds the same run.
+    """
+    from k8s.render import check_fabric
+
+    board = board or NoBoard()
+    check_fabric(spec)
+    ready_store(store)
+    with board.task("prepare-data", "prepare data") as told:
+        dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
+        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
+    with board.task("compile-plan", "compile plan") as told:
+        resolved = spec.resolve(dataset)
+        what = what_digest(resolved, dataset)
+        run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+        plan = compile_plan(resolved, dataset, what)
+        spec_object = what_bytes(resolved, dataset)
+        if not store.create(f"runs/{run}/spec", spec_object):
+            raise SpecError(f"run {run} exists with another What behind the same name; choose another name in the spec")
+        publish_plan(store, run, plan)
+        store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
+        prepared = Prepared(run, resolved, dataset, what, plan)
+        told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")
+    return prepared
+
+
+def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:
+    """The same run with another How; its plan is in the store. SpecError or PlanError where this version cannot."""
+    other = compiled(prepared, spec_under(prepared.spec, how))
+    publish_plan(store, prepared.run, other.plan)
+    return other
+
+
+def compiled(prepared: Prepared, spec: RunSpec) -> Prepared:
+    """The same run by a spec of the same What. PlanError where no plan can be made."""
+    return replace(prepared, spec=spec, plan=compile_plan(spec, prepared.dataset, prepared.what))
+
+
+def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:
+    """The spec with another How, checked as any spec is."""
+    what = spec.model_dump(mode="json", include={"name", "model", "data", "train"})
+    return parse_spec({**what, **{k: dict(v) for k, v in how.items()}}, origin="its order")
+
+
+def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
+    """The same run in another number of stages, on as many nodes as they fill; its plan is in the store."""
+    spec, per_node = prepared.spec, prepared.ranks // prepared.nodes
+    how = how_map(spec)
+    how["parallel"] = {**how["parallel"], "stages": stages}
+    how["launch"] = {**how["launch"], "nodes": stages * spec.parallel.replicas // per_node}
+    return under(prepared, store, how)
+
+
+def publish_plan(store: Store, run: str, plan: Plan) -> None:
+    """Create the plan object that the agents fetch. Raises PlanError where a damaged one has its name."""
+    key = f"runs/{run}/plans/{plan.digest}"
+    if not store.create(key, plan.to_bytes()):
+        raise PlanError(
+            f"plan {key} in {store.describe()} has other bytes than its digest says: it is damaged; remove that "
+            "object and start again (the plan is compiled anew)"
+        )
+
+
+def run_names(store: Store) -> Iterator[str]:
+    """Every run of the store, by name."""
+    for info in store.list("index/"):
+        yield info.key.removeprefix("index/")
+
+
+def find_run(store: Store, name: str) -> str:
+    """The full name of a run, from it or from a beginning that only one run has. Raises SpecError otherwise."""
+    names = list(run_names(store))
+    if name in names:
+        return name
+    fitting = [n for n in names if n.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise SpecError(f"{name!r} could be {', '.join(fitting[:5])}; write more of it")
+    known = f"; it has {', '.join(names[:8])}" if names else "; it has no runs"
+    raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE)")
+
+
+def load_what(store: Store, run: str) -> dict[str, Any]:
+    """The What of a run as it was written at its birth."""
+    try:
+        what = unpack(store.get(f"runs/{run}/spec", max_bytes=SPEC_CAP), f"spec of {run}", max_bytes=SPEC_CAP)
+    except NotFound:
+        raise SpecError(f"run {run} has no spec in {store.describe()}") from None
+    if not isinstance(what, dict):
+        raise SpecError(f"the spec of run {run} does not hold")
+    return what
+
+
+def load_spec_of(
+    store: Store, run: str, how: Mapping[str, Any], sets: Sequence[str] = ()
+) -> tuple[RunSpec, DatasetRef]:
+    """A run's RunSpec again: its What from the store, its How from an attempt, with overrides of the How only."""
+    what = load_what(store, run)
+    bad = [s for s in sets if s.split(".")[0].split("=")[0] in WHAT_KEYS]
+    if bad:
+        raise SpecError(
+            f"--set {bad[0]} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
+            f"hotstage runs fork {run} --step N --set {bad[0]}"
+        )
+    data = dict(what["data"])
+    digest = data.pop("digest")
+    tree = {
+        "name": run.rsplit("-", 1)[0][:40] if "-" in run else run,
+        "model": what["model"],
+        "data": {"source": f"dataset:{digest}", **data},
+        "train": what["train"],
+        **{k: dict(v) for k, v in how.items()},
+    }
+    return parse_spec(tree, sets, origin=run), load_dataset(store, digest)
+
+
+def load_run(store: Store, run: str) -> Prepared:
+    """A run as the store knows it, with the How that rules now; publishes the plan."""
+    return _loaded(store, run, ruling_how(RunLog(store, run).fold(quick=True)), ())
+
+
+def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
+    """A run with the How that was last asked for and ``sets`` over it: what ``orders.place`` makes an order."""
+    return _loaded(store, run, asked_how(RunLog(store, run).fold(quick=True)), sets)
+
+
+def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequence[str]) -> Prepared:
+    spec, dataset = load_spec_of(store, run, how or {}, sets)
+    resolved = spec.resolve(dataset)
+    what = what_digest(resolved, dataset)
+    plan = compile_plan(resolved, dataset, what)
+    publish_plan(store, run, plan)
+    return Prepared(run, resolved, dataset, what, plan)
+
+
+# --- the log, read ------------------------------------------------------------------------------------------
+
+
+def asked_how(state: RunState) -> Mapping[str, Any] | None:
+    """The How that a person asked for last: the newest order's; without orders the newest attempt's whose layout no
+    driver had to change by itself. None before the first attempt.
+    """
+    if state.orders:
+        how: Mapping[str, Any] = state.orders[-1].body["how"]
+        return how
+    return next((a.how for a in reversed(state.attempts) if not fell_back(a)), None)
+
+
+def ruling_how(state: RunState) -> Mapping[str, Any] | None:
+    """The How that every driver follows: the newest attempt's, or that of an order which it does not follow yet."""
+    newest = state.newest_attempt
+    return asked_how(state) if newest is None or is_superseded(state) else newest.how
+
+
+def opened_again(state: RunState) -> bool:
+    """Whether a run that had ended is to go on by a person's order."""
+    orders = tuple(order_view(o) for o in state.orders[-1:])
+    return state.ended is not None and opened(LogView(ended=state.ended.outcome, ended_n=state.ended.n, orders=orders))
+
+
+def is_superseded(state: RunState) -> bool:
+    """``flows.drive.decide.superseded`` of the newest attempt and the order that stands."""
+    newest, orders = state.newest_attempt, state.orders
+    if newest is None or not orders:
+        return False
+    return superseded(LogView(attempts=(attempt_view(newest),), orders=(order_view(orders[-1]),)))
+
+
+def fell_back(attempt: AttemptInfo) -> bool:
+    """Whether the driver itself changed this attempt's layout, for want of room (older logs: prose)."""
+    return bool(attempt.body.get("fallback")) or attempt.reason.startswith("fewer nodes")
+
+
+def order_view(order: Intervention) -> OrderView:
+    """An order as the driver's plain data."""
+    body = order.body
+    by = f"{body['by']} ({body['via']})"
+    return OrderView(order.n, body["how"], by, bool(body.get("again")), bool(body.get("anew")))
+
+
+def attempt_view(a: AttemptInfo) -> AttemptView:
+    """An attempt as the driver's plain data."""
+    return AttemptView(
+        epoch=a.epoch,
+        launch=a.launch,
+        nodes=a.nodes,
+        ranks=a.ranks,
+        plan=a.plan,
+        restore_step=a.step,
+        restore_checkpoint=a.checkpoint,
+        restore_slots=(a.slots["step"], a.slots["epoch"]) if a.slots else None,
+        slot_epochs=tuple(a.body.get("slot_epochs", ())),
+        cause=a.body.get("cause"),
+        order=a.order,
+        how=a.how,
+        pardon=tuple(str(p) for p in a.body.get("pardon") or ()),
+    )
+
+
+def fold_view(state: RunState) -> LogView:
+    """A folded log as the driver's plain data."""
+    parent = parent_of(state)
+    return LogView(
+        attempts=tuple(attempt_view(a) for a in state.attempts),
+        checkpoints=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.checkpoints),
+        candidates=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.restore_candidates()),
+        ended=state.ended.outcome if state.ended else None,
+        parent=(str(parent["run"]), int(parent["checkpoint"]), int(parent["step"])) if parent else None,
+        ended_n=state.ended.n if state.ended else 0,
+        damaged=tuple(sorted(state.damaged)),
+        orders=tuple(order_view(o) for o in state.orders),
+    )
+
+
+def parent_of(state: RunState) -> Mapping[str, Any] | None:
+    """The parent that a forked run's log names (flows/drive/fork.py): its run, checkpoint record and step."""
+    return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
+
+
+def attempt_body(
+    prepared: Prepared, launch: str, restore: Mapping[str, Any], *, plan: str | None = None, order: int = 0, **more: Any
+) -> dict[str, Any]:
+    """The body of an ``attempt`` record. ``plan``: another than this version's; ``order``: the one that it follows."""
+    if order:
+        more["order"] = order
+    return {
+        "launch": launch,
+        "nodes": prepared.nodes,
+        "ranks": prepared.ranks,
+        "how": how_map(prepared.spec),
+        "plan": plan or prepared.plan.digest,
+        "what": prepared.what.hex(),
+        "restore": dict(restore),
+        **more,
+    }

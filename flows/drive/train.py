@@ -1,0 +1,205 @@
+"""Training from Python: ``run = flows.train(spec)``, ``run.wait()``, ``run.result()``; and what flow and command call.
+
+Example::
+
+    import flows
+    run = flows.train("examples/demo.toml", store="file:///data/hotstage")
+    run.wait()
+    print(run.result().state_digest)
+
+The run does not depend on this process: kill it, and ``hotstage runs resume`` (or the same call again) goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint.errors import StoreRefused
+from checkpoint.log import RunLog, ended_body
+from checkpoint.store import Store, address, open_store
+from flows.drive.claims import StoreClaims
+from flows.drive.loop import Driver, NoSink, Outcome, Sink
+from flows.drive.orders import Asked, place
+from flows.drive.run import Prepared, ask_run, prepare_run
+from trainer.launch import Launch, Launcher, LocalLauncher, Watching
+from trainer.spec import RunSpec, how_map, load_spec
+
+OUT = Path("out")
+
+
+def default_store() -> str:
+    """``HOTSTAGE_STORE``, else a folder of the user's data folder."""
+    known = os.environ.get("HOTSTAGE_STORE")
+    if known:
+        return known
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    if base.startswith("~"):
+        raise StoreRefused(
+            "this user has no home folder for the default store: give one with --store or HOTSTAGE_STORE"
+        )
+    return os.path.join(base, "hotstage")
+
+
+def store_at(url: str | None) -> Store:
+    """The store at a URL or a plain folder (``checkpoint/store/address.py``); the default one for None."""
+    return open_store(store_url(url))
+
+
+def store_url(text: str | None) -> str:
+    """The URL of a store as a person wrote it; of the default one for None."""
+    return address(default_store() if text is None else text)
+
+
+def launcher_for(spec: RunSpec, out: Path, store: Store, run: str) -> Launcher:
+    """The launcher that a spec's ``launch.target`` asks for; a run's local launches are claimed in its store."""
+    if spec.launch.target == "local":
+        return LocalLauncher(out, claims=StoreClaims(store, run))
+    from k8s.api import Api
+    from k8s.launcher import KubernetesLauncher
+    from k8s.render import check_fabric
+
+    check_fabric(spec)
+    return KubernetesLauncher(Api.load(), spec.launch.namespace)
+
+
+def make_driver(
+    prepared: Prepared,
+    store: Store,
+    *,
+    sink: Sink | None = None,
+    out: Path = OUT,
+    stop: threading.Event | None = None,
+) -> Driver:
+    """A driver for a prepared run, with the launcher that its spec asks for."""
+
+    def launch(ready: Prepared, launch_id: str, avoid: tuple[str, ...]) -> Launch:
+        return Launch(
+            run=ready.run,
+            launch_id=launch_id,
+            nodes=ready.nodes,
+            store_url=store.url,
+            work_root=out,
+            ranks_per_node=ready.ranks // ready.nodes,
+            how=how_map(ready.spec),
+            spec=ready.spec,
+            plan=ready.plan,
+            avoid=avoid,
+        )
+
+    return Driver(
+        prepared,
+        store,
+        launcher_for(prepared.spec, out, store, prepared.run),
+        launch,
+        sink=sink or NoSink(),
+        stop=stop or threading.Event(),
+    )
+
+
+@dataclass
+class Run:
+    """A run that is being driven by a thread of this process.
+
+    ``wait(timeout)`` returns True once it has ended; ``result()`` waits and gives the Outcome, or raises what stopped
+    the driver; ``stop()`` has the gang save its state and leave; ``cancel()`` ends the run for good.
+    """
+
+    prepared: Prepared
+    store: Store
+    driver: Driver
+    _done: threading.Event = field(default_factory=threading.Event)
+    _outcome: Outcome | None = None
+    _error: BaseException | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name, ``<spec name>-<6 hex digits>``."""
+        return self.prepared.run
+
+    def start(self) -> Run:
+        """Begin to drive; returns itself."""
+        threading.Thread(target=self._work, name=f"drive-{self.name}", daemon=True).start()
+        return self
+
+    def _work(self) -> None:
+        try:
+            self._outcome = self.driver.run()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+            if isinstance(self.driver.launcher, Watching):
+                self.driver.launcher.close()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped the driver before the run's end; None where nothing has."""
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._done.wait(timeout)
+
+    def result(self) -> Outcome:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._outcome is not None
+        return self._outcome
+
+    def stop(self) -> None:
+        self.driver.stop.set()
+
+    def cancel(self, reason: str = "cancelled by the user") -> None:
+        cancel(self.store, self.name, reason)
+
+
+def cancel(store: Store, run: str, reason: str = "cancelled by the user") -> bool:
+    """Write the run's end; its nodes leave by themselves. False where it had ended before."""
+    from checkpoint.errors import Conflict
+
+    log = RunLog(store, run, writer="user")
+    state = log.fold()
+    while not state.ended:
+        try:
+            log.append("ended", ended_body(state, "cancelled", reason), state)
+            return True
+        except Conflict as conflict:
+            state = conflict.state
+    return False
+
+
+def train(
+    spec: RunSpec | str | Path,
+    *,
+    store: str | Store | None = None,
+    sets: Sequence[str] = (),
+    sink: Sink | None = None,
+    out: Path = OUT,
+    say: Callable[[str], None] = lambda _: None,
+) -> Run:
+    """Start (or attach to) the run of a spec and drive it in a thread. A spec may be a file's name.
+
+    Raises SpecError, PlanError, DatasetError or StoreRefused before anything is launched.
+    """
+    the_store = store_at(store) if store is None or isinstance(store, str) else store
+    run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, sets)
+    prepared = place(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()
+
+
+def resume(
+    run: str,
+    *,
+    store: str | None = None,
+    sets: Sequence[str] = (),
+    sink: Sink | None = None,
+    out: Path = OUT,
+) -> Run:
+    """Drive a run of the store again, with another How where ``sets`` says so."""
+    the_store = store_at(store)
+    prepared = place(the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True))
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()

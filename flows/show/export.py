@@ -1,0 +1,217 @@
+"""From a checkpoint to what other libraries open (Hugging Face safetensors, config.json, tokenizer), and to the
+engine's own inference: both through the family's mapping, none with a second model in Python.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpoint.export import Buffer, ExportTensor, Read, export_safetensors, write_file
+from checkpoint.log import CheckpointInfo, RunLog
+from checkpoint.manifest import Manifest
+from checkpoint.read import StateReader, load_manifest
+from checkpoint.store import Store
+from flows.data import load_dataset, load_tokenizer, tokenizer_json
+from flows.drive.run import load_run, load_what
+from trainer.dataset import DatasetRef
+from trainer.engine_path import engine_binary
+from trainer.errors import LaunchError, SpecError
+from trainer.models import family
+from trainer.models.base import HfTensor, hf_table
+from trainer.plan import compile_plan
+from trainer.spec import RunSpec
+
+_ALIGN = 64
+_PIECE = 1 << 20
+
+
+def checkpoint_at(store: Store, run: str, step: int | None) -> tuple[CheckpointInfo, Manifest]:
+    """The usable checkpoint of a step (or the newest) and its verified manifest. SpecError where there is none."""
+    state = RunLog(store, run).fold()
+    info = state.at_step(step)
+    if info is None:
+        have = ", ".join(str(c.step) for c in state.restore_candidates()) or "none"
+        wanted = "no usable checkpoint" if step is None else f"no usable checkpoint at step {step}"
+        raise SpecError(f"run {run} has {wanted}; it has {have}")
+    return info, load_manifest(store, run, info)
+
+
+def _hf_data(entry: HfTensor, columns: int) -> Callable[[Read], Iterable[Buffer]]:
+    """The function that gives an HF tensor's bytes from ours: rows of it, transposed where HF has [in, out]."""
+    elements = entry.rows * columns
+
+    def straight(read: Read) -> Iterator[Buffer]:
+        for first in range(0, elements, _PIECE):
+            yield read(entry.tensor, entry.first * columns + first, min(_PIECE, elements - first))
+
+    def turned(read: Read) -> Iterator[Buffer]:
+        data = read(entry.tensor, entry.first * columns, elements)
+        matrix = np.frombuffer(data, dtype="<f4").reshape(entry.rows, columns)
+        yield np.ascontiguousarray(matrix.T).data.cast("B")
+
+    return turned if entry.transpose else straight
+
+
+def export_tensors(spec: RunSpec, manifest: Manifest) -> list[ExportTensor]:
+    """The Hugging Face tensors of a run's model, each with the function that reads it from the checkpoint."""
+    out = []
+    for entry in hf_table(family(spec.model.family), spec.model):
+        shape = manifest.tensor(entry.tensor).shape
+        columns = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
+        out.append(ExportTensor(entry.name, entry.shape, _hf_data(entry, columns)))
+    return out
+
+
+def export_hf(store: Store, run: str, step: int | None, folder: Path) -> Path:
+    """Write model.safetensors, the configs and the tokenizer of a checkpoint; the weights' path."""
+    prepared = load_run(store, run)
+    _, manifest = checkpoint_at(store, run, step)
+    config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
+    end = prepared.dataset.eot
+    # without these other programs take their own defaults, and those are ordinary tokens of this vocabulary
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    texts: dict[str, str | bytes] = {
+        "config.json": _json(config | ends),
+        "generation_config.json": _json(ends | {"pad_token_id": end}),
+        "tokenizer.json": tokenizer_json(store, prepared.dataset),
+        "tokenizer_config.json": _json(_tokenizer_config(store, prepared.dataset, prepared.spec.model.context)),
+    }
+    return export_safetensors(store, manifest, export_tensors(prepared.spec, manifest), folder, texts=texts)
+
+
+def _tokenizer_config(store: Store, dataset: DatasetRef, context: int) -> dict[str, object]:
+    """What transformers wants to know beside tokenizer.json."""
+    told: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    if dataset.eot is not None:
+        end = load_tokenizer(store, dataset).id_to_token(dataset.eot)
+        told |= {"bos_token": end, "eos_token": end}
+    return told
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def write_masters(store: Store, manifest: Manifest, path: Path) -> Path:
+    """The fp32 masters of all tensors in the table's order, each at a multiple of 64 bytes (``infer --weights``)."""
+    reader = StateReader(store, manifest)
+
+    def pieces() -> Iterator[Buffer]:
+        for tensor in manifest.tensors:
+            count = 0
+            for _, data in reader.stream(tensor.name):
+                count += len(data)
+                yield data
+            yield bytes(-count % _ALIGN)
+
+    return write_file(path, pieces())
+
+
+class Inference:
+    """The engine in infer mode: ``logits(tokens)`` for one window of tokens. Use as a context manager."""
+
+    def __init__(self, store: Store, run: str, step: int | None = None) -> None:
+        prepared = load_run(store, run)
+        _, manifest = checkpoint_at(store, run, step)
+        self.spec = prepared.spec
+        self._folder = tempfile.TemporaryDirectory(prefix="hotstage-infer-")
+        folder = Path(self._folder.name)
+        plan = compile_plan(prepared.spec, prepared.dataset, prepared.what, mode="infer")
+        write_masters(store, manifest, folder / "weights")
+        (folder / "plan").write_bytes(plan.to_bytes())
+        self.context = prepared.spec.train.sequence
+        self.vocab = prepared.spec.model.vocab
+        self._process = subprocess.Popen(
+            [str(engine_binary()), "infer", "--plan", str(folder / "plan"), "--weights", str(folder / "weights")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def __enter__(self) -> Inference:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait(30)
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream:
+                stream.close()
+        self._folder.cleanup()
+
+    def logits(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Logits [T, V] of one window of exactly ``context`` tokens."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died: the read below says why
+        size = 4 * self.context * self.vocab
+        data = self._process.stdout.read(size)
+        if len(data) != size:
+            words = self._process.stderr.read().decode(errors="replace") if self._process.stderr else ""
+            raise LaunchError(f"the engine left during inference with {self._process.wait()}: {words.strip()[-800:]}")
+        return np.frombuffer(data, dtype="<f4").reshape(self.context, self.vocab)
+
+
+def generate(
+    store: Store,
+    run: str,
+    prompt: str,
+    *,
+    tokens: int = 120,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+    step: int | None = None,
+) -> str:
+    """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text."""
+    dataset = load_dataset(store, str(load_what(store, run)["data"]["digest"]))
+    tokenizer = load_tokenizer(store, dataset)
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise SpecError("the prompt is not text in UTF-8; write it in the terminal's encoding, or set LC_ALL=C.UTF-8")
+    ids = list(tokenizer.encode(prompt, add_special_tokens=False).ids) or [_first_token(dataset)]
+    rng = np.random.default_rng(seed)
+    with Inference(store, run, step) as engine:
+        for _ in range(tokens):
+            window = ids[-engine.context :]
+            padded = np.zeros(engine.context, dtype=np.int32)
+            padded[: len(window)] = window
+            row = engine.logits(padded)[len(window) - 1, : dataset.vocab].astype(np.float64)
+            ids.append(pick(row, temperature, top_k, rng))
+            if ids[-1] == dataset.eot:
+                break
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _first_token(dataset: DatasetRef) -> int:
+    return dataset.eot if dataset.eot is not None else 0
+
+
+def pick(row: npt.NDArray[np.float64], temperature: float, top_k: int, rng: np.random.Generator) -> int:
+    """One token from a row of logits."""
+    if temperature <= 0:
+        return int(row.argmax())
+    best = np.argsort(row)[-max(1, min(top_k, len(row))) :]
+    weights = np.exp((row[best] - row[best].max()) / temperature)
+    return int(rng.choice(best, p=weights / weights.sum()))
+
+
+__all__ = ["Inference", "checkpoint_at", "export_hf", "generate", "pick", "write_masters"]

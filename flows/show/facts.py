@@ -1,0 +1,197 @@
+"""What a store knows of a run, gathered for people: summaries, details, and the report's facts. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoint.curve import Row
+from checkpoint.errors import CheckpointError, NotFound
+from checkpoint.log import RunLog, RunState
+from checkpoint.read import load_manifest
+from checkpoint.store import Store
+from flows.drive.live import read_curve
+from flows.drive.orders import describe
+from flows.drive.run import load_run, load_what
+from flows.show.report import AttemptFact, ReportFacts
+from trainer.plan.draw import timeline_svg
+from trainer.plan.timeline import Timeline, from_chrome
+
+TRACE_CAP = 64 << 20
+TRACED = 8
+TAILS = 8
+"""Attempts whose last lines are looked for beyond the index: an agent that was lost with its machine left it behind."""
+
+
+def state_word(state: RunState) -> str:
+    """Where a run stands, as far as the log alone says."""
+    if state.ended:
+        return state.ended.outcome.replace("_", " ")
+    return "open" if state.attempts else "planned"
+
+
+def summary(store: Store, run: str) -> dict[str, Any]:
+    """One run in a row of `runs ls`, in a handful of requests."""
+    state = RunLog(store, run).fold(quick=True)
+    newest = state.restore_candidates()[:1]
+    try:
+        steps = int(load_what(store, run)["train"]["steps"])
+    except CheckpointError:
+        steps = 0
+    return {
+        "run": run,
+        "state": state_word(state),
+        "saved_step": newest[0].step if newest else 0,
+        "steps": steps,
+        "attempts": len(state.attempts),
+        "began": state.attempts[0].time if state.attempts else None,
+    }
+
+
+def details(store: Store, run: str) -> dict[str, Any]:
+    """One run as `runs show` shows it."""
+    state = RunLog(store, run).fold()
+    what = load_what(store, run)
+    numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
+    return {
+        **summary(store, run),
+        "reason": state.ended.reason if state.ended else "",
+        "unreadable": state.unreadable,
+        "dataset": what["data"]["digest"],
+        "orders": describe(state),
+        "attempts_list": [
+            {
+                "attempt": number,
+                "epoch": a.epoch,
+                "step": a.step,
+                "from": "memory" if a.slots else "checkpoint" if a.checkpoint else "start",
+                "reason": a.reason,
+                "cause": (a.body.get("cause") or {}).get("text", ""),
+                "launch": a.launch,
+                "stages": a.ranks,
+                "plan": a.plan,
+                "time": a.time,
+            }
+            for number, a in enumerate(state.attempts, 1)
+        ],
+        "checkpoints": [
+            {
+                "step": c.step,
+                "attempt": numbers.get(c.epoch),
+                "epoch": c.epoch,
+                "state_digest": c.state_digest,
+                "manifest": c.manifest,
+                "usable": state.usable(c),
+                "time": c.time,
+            }
+            for c in state.checkpoints
+        ],
+    }
+
+
+def attempt_facts(state: RunState, rows: Mapping[int, Row]) -> list[AttemptFact]:
+    """Attempts with the steps that each did, what was done twice, and how long until steps came again.
+
+    ``rows``: of the index of metrics, by epoch.
+    """
+    out: list[AttemptFact] = []
+    reached = 0
+    last_time: float | None = None
+    for number, attempt in enumerate(state.attempts, 1):
+        row = rows.get(attempt.epoch)
+        recovery = row.first.time - last_time if out and row is not None and last_time is not None else None
+        out.append(
+            AttemptFact(
+                number=number,
+                epoch=attempt.epoch,
+                began_s=attempt.time - state.attempts[0].time,
+                restore_step=attempt.step if attempt.checkpoint or attempt.slots else -1,
+                cause=(attempt.body.get("cause") or {}).get("text", ""),
+                first_step=row.first.step if row is not None else None,
+                last_step=row.last.step if row is not None else None,
+                lost_steps=max(0, reached - attempt.step) if out else 0,
+                recovery_s=recovery,
+            )
+        )
+        if row is not None:
+            last_time, reached = row.last.time, max(reached, row.last.step)
+    return out
+
+
+def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
+    """The attempts as a table for people: where each began, why, and how long until steps came again.
+
+    In a handful of requests, however long the run has been going on: asked again and again while it does.
+    """
+    state = RunLog(store, run).fold(quick=True)
+    curve = read_curve(store, run, [a.epoch for a in state.attempts], whole=False)
+    return [
+        {
+            "attempt": fact.number,
+            "from step": max(fact.restore_step, 0),
+            "steps": f"{fact.first_step}–{fact.last_step}" if fact.first_step is not None else "",
+            "because": fact.cause or "start",
+            "done twice": fact.lost_steps,
+            "back after": f"{fact.recovery_s:.2f} s" if fact.recovery_s is not None else "",
+        }
+        for fact in attempt_facts(state, curve.rows)
+    ]
+
+
+def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
+    """The newest measured timeline, where ranks of one of the last attempts left traces."""
+    for epoch in reversed(epochs[-TRACED:]):
+        traces: dict[int, str] = {}
+        for info in store.list(f"runs/{run}/live/{epoch}/trace/"):
+            try:
+                traces[int(info.key.rsplit("/", 1)[1])] = store.get(info.key, max_bytes=TRACE_CAP).decode()
+            except (NotFound, ValueError):
+                continue
+        if traces:
+            return from_chrome(traces)
+    return None
+
+
+def report_facts(
+    store: Store, run: str, *, flops_per_token: float = 0.0, peak_flops: float = 0.0, **more: Any
+) -> ReportFacts:
+    """The report's facts, all read from the store; ``more`` overrides (the demo adds its proof and its sample).
+
+    MFU only where the peak of the machine that trained is known.
+    """
+    from flows.show import foretell
+
+    state = RunLog(store, run).fold(quick=True)
+    prepared = load_run(store, run)
+    epochs = [a.epoch for a in state.attempts]
+    numbers = {epoch: number for number, epoch in enumerate(epochs, 1)}
+    index = read_curve(store, run, epochs, tails=TAILS)
+    curve = index.curve()
+    simulation = foretell.simulate(prepared.plan)
+    measured = read_traces(store, run, epochs)
+    rates = [point.tokens_per_s for point in curve.values() if point.tokens_per_s]
+    newest = state.restore_candidates()[:1]
+    size = (
+        load_manifest(store, run, newest[0]).total_bytes if newest else None
+    )  # the same for every checkpoint of a run
+    rate = sorted(rates)[len(rates) // 2] if rates else None
+    known: dict[str, Any] = {
+        "run": run,
+        "mfu": rate * flops_per_token / peak_flops if rate and peak_flops else None,
+        "outcome": state_word(state),
+        "steps": max(curve, default=0),
+        "curve": {step: point.loss for step, point in curve.items()},
+        "attempts": attempt_facts(state, index.rows),
+        "checkpoints": [
+            {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": size, "state_digest": c.state_digest}
+            for c in state.checkpoints
+        ],
+        "tokens_per_s": rate,
+        "digest": newest[0].state_digest if newest else None,
+        "parameters": prepared.plan.parameters,
+        "stages": prepared.spec.parallel.stages,
+        "memory_text": prepared.plan.memory_table(),
+        "planned_svg": timeline_svg(simulation.timeline),
+        "measured_svg": timeline_svg(measured) if measured else "",
+    }
+    return ReportFacts(**{**known, **more})

@@ -1,0 +1,68 @@
+"""What a plan says about a spec before anything runs: memory, schedule, time. Pure, but for its yardsticks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from checkpoint.errors import CheckpointError
+from flows.drive.train import store_at
+from flows.show.peak import measured_bandwidth, measured_peak
+from trainer.cores import usable_cpus
+from trainer.dataset import DatasetRef
+from trainer.errors import DatasetError
+from trainer.plan import Plan, compile_plan
+from trainer.plan.draw import memory_text
+from trainer.plan.memory import more_threads_bytes
+from trainer.plan.simulate import CostModel, Simulation, from_plan
+from trainer.plan.simulate import simulate as play
+from trainer.spec import RunSpec, what_digest
+
+
+def stand_in(spec: RunSpec) -> DatasetRef:
+    """A dataset's outline where none is prepared: the spec's vocabulary and enough tokens for one pass."""
+    vocab = spec.model.vocab or spec.data.vocab_size
+    digest = hashlib.sha256(b"stand-in").hexdigest()
+    tokens = max(spec.train.sequence + 1, spec.train.tokens + 1)
+    return DatasetRef(digest, vocab, 2 if vocab <= 1 << 16 else 4, (tokens,), digest, None)
+
+
+def compile_for(spec: RunSpec, store_url: str | None) -> tuple[Plan, RunSpec, str]:
+    """The plan, the resolved spec, and a note where the data was only outlined."""
+    dataset, note = stand_in(spec), ""
+    if spec.data.source.startswith("dataset:"):
+        from flows.data import load_dataset
+
+        try:
+            dataset = load_dataset(store_at(store_url), spec.data.source.removeprefix("dataset:"))
+        except (DatasetError, CheckpointError):
+            note = " (its dataset is not here: vocabulary taken from data.vocab_size)"
+    resolved = spec.resolve(dataset)
+    return compile_plan(resolved, dataset, what_digest(resolved, dataset)), resolved, note
+
+
+def simulate(plan: Plan) -> Simulation:
+    """The plan's step, timed with this machine's measured speed shared by its ranks."""
+    peak, bandwidth, ranks = measured_peak(), measured_bandwidth(), len(plan.positions)
+    cost = CostModel(flops_per_s=0.8 * peak / ranks, memory_bytes_per_s=bandwidth / ranks)
+    return play(from_plan(plan, cost), cost, peak_flops=peak)
+
+
+def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:
+    """The plan's facts for people and programs."""
+    # the plan leaves parallel.threads = 0 to the machine, and this is the machine where it runs here
+    more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" else 0
+    memory = [{**p.bytes_by_kind, "other": p.bytes_by_kind["other"] + more} for p in plan.positions]
+    return {
+        "plan": plan.digest,
+        "parameters": plan.parameters,
+        "stages": spec.parallel.stages,
+        "microbatches": spec.train.microbatches,
+        "tokens_per_step": spec.train.tokens,
+        "memory": memory,
+        "memory_text": memory_text(memory),
+        "step_seconds": simulation.step_seconds,
+        "bubble": list(simulation.bubble),
+        "mfu": simulation.mfu,
+        "schedule": [[str(action) for action in row] for row in plan.schedule],
+    }

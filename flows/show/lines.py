@@ -1,0 +1,175 @@
+"""Where a run's events go for people to see: the terminal, a pipe. Sinks never block and never decide."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.drive.loop import Event, Sink
+
+
+@dataclass
+class Many:
+    """Tells several sinks, each on its own risk."""
+
+    sinks: Sequence[Sink]
+
+    def tell(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.tell(event)
+
+
+@dataclass
+class Meter:
+    """What people want to know of a run, from its events: numbers smoothed over the last steps."""
+
+    steps: int
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    step: int = 0
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    rate: float = 0.0
+    durable: int = -1
+    attempts: int = 0
+    _step_s: float = 0.0
+
+    def take(self, event: Event) -> None:
+        facts = event.facts
+        if event.kind == "step":
+            rate = float(facts.get("tokens_per_s") or 0.0)
+            seconds = float(facts.get("step_us", 0)) / 1e6
+            self.step, self.loss, self.grad_norm = int(facts["step"]), float(facts["loss"]), float(facts["grad_norm"])
+            self.rate = rate if self.rate == 0 else 0.9 * self.rate + 0.1 * rate
+            self._step_s = seconds if self._step_s == 0 else 0.9 * self._step_s + 0.1 * seconds
+        elif event.kind == "checkpoint":
+            self.durable = int(facts["step"])
+        elif event.kind in ("attempt", "known"):
+            self.attempts = int(facts["number"] if event.kind == "attempt" else facts["attempts"])
+
+    @property
+    def mfu(self) -> float | None:
+        return self.rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+    @property
+    def eta(self) -> str:
+        seconds = int((self.steps - self.step) * self._step_s)
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+@dataclass
+class Lines:
+    """Plain lines, one a fact: for terminals, logs and pipes alike.
+
+    ``steps``: the run's last step, for percent and ETA; ``every_s``: at most one step line in so many seconds.
+    """
+
+    say: Callable[[str], None]
+    steps: int
+    every_s: float = 1.0
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+    _last: float = -1e9
+    _phase: str = ""
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.steps, self.flops_per_token, self.peak_flops)
+
+    def tell(self, event: Event) -> None:
+        facts = event.facts
+        self.meter.take(event)
+        match event.kind:
+            case "step":
+                self._step()
+            case "attempt":
+                cause = facts.get("cause")
+                origin = {"memory": "from memory", "checkpoint": "from a checkpoint", "start": "from the start"}[
+                    facts["from"]
+                ]
+                where = f"at step {max(facts['step'], 0)} {origin}"
+                self.say(f"attempt {facts['number']}: {where}" + (f"; because {cause['text']}" if cause else ""))
+            case "known" if facts["ended"]:
+                opens = "" if facts["ended"] == "succeeded" else "; `hotstage runs resume` opens it again"
+                self.say(f"this run had ended before ({facts['ended'].replace('_', ' ')}): nothing is trained{opens}")
+            case "known":
+                self.say(
+                    f"this run has begun before: attempt {facts['attempts']}, step {facts['step']} saved; "
+                    "this command goes on with it"
+                )
+            case "recovered":
+                self.say(f"recovered: step {facts['step']} done {facts['seconds']:.2f} s after the failure was seen")
+            case "damaged":
+                record, why = facts["checkpoint"], facts["why"]
+                self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")
+            case "ended":
+                digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
+                gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend
+                reason = f" ({facts['reason']})" if facts.get("reason") and not gave_up else ""
+                self.say(f"{facts['outcome'].replace('_', ' ')}{reason}: step {facts['step']}{digest}")
+            case "phase" if facts["phase"] not in ("training", self._phase):  # once, whatever its details
+                self._phase = facts["phase"]
+                self.say(f"{facts['phase']}" + (f": {facts['text']}" if facts.get("text") else ""))
+
+    def _step(self) -> None:
+        meter = self.meter
+        self._phase = ""
+        now = self.clock()
+        if now - self._last < self.every_s and meter.step != self.steps:
+            return
+        self._last = now
+        mfu = f"  MFU {meter.mfu:4.0%}" if meter.mfu is not None else ""
+        saved = f"  saved {meter.durable}" if meter.durable >= 0 else ""
+        self.say(
+            f"step {meter.step:>6}/{self.steps}  loss {meter.loss:.4f}  |g| {meter.grad_norm:.3f}  "
+            f"{meter.rate:>8,.0f} tok/s{mfu}  ETA {meter.eta}{saved}"
+        )
+
+
+@dataclass
+class JsonLines:
+    """Every event as a JSON object on a line of its own; steps at most one each ``every_s``, and the last one.
+
+    ``said`` is the line that a person would read, where there is one.
+    """
+
+    write: Callable[[str], None]
+    steps: int
+    every_s: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    _last: float = -1e9
+
+    def __post_init__(self) -> None:
+        self._said: list[str] = []
+        self._lines = Lines(self._said.append, self.steps, every_s=math.inf)
+
+    def tell(self, event: Event) -> None:
+        self._said.clear()
+        self._lines.tell(event)
+        said = {"said": "\n".join(self._said)} if self._said and event.kind != "step" else {}
+        if event.kind == "step":
+            now = self.clock()
+            if now - self._last < self.every_s and int(event.facts["step"]) != self.steps:
+                return
+            self._last = now
+        self.write(json_line({"event": event.kind, **{k: v for k, v in event.facts.items() if k != "event"}, **said}))
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of JSON that every reader takes: numbers that JSON has no word for are null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)

@@ -1,0 +1,142 @@
+"""The report: one pure page of what the store knows, without scripts or requests, whatever stands in the facts."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from checkpoint.log import RunLog
+from checkpoint.store import open_store
+from flows.show.facts import report_facts
+from flows.show.report import AttemptFact, ReportFacts, loss_svg, render
+from tests.flows.conftest import Trained
+from tests.support.place import STEPS
+
+FACTS = ReportFacts(
+    run="demo-0a1b2c",
+    outcome="succeeded",
+    steps=60,
+    curve={step: 7.0 / step for step in range(1, 61)},
+    attempts=[
+        AttemptFact(1, 1, 0.0, -1, "", 1, 33),
+        AttemptFact(2, 5, 12.0, 30, "rank 1 was killed (signal 9)", 31, 60, 3, 0.62),
+    ],
+    checkpoints=[{"step": 30, "attempt": 1, "bytes": 1234567, "state_digest": "ab" * 32}],
+    digest="cd" * 32,
+    digest_one_stage="cd" * 32,
+    sample="def f(x):\n    return x",
+)
+EVIL = "<script>alert(1)</script>\"'&"
+
+
+class Page(HTMLParser):
+    """Tags that stand open, and what a page would fetch or run."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input", "line", "path", "polyline", "rect"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.bad: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object", "embed", "form"):
+            self.bad.append(tag)
+        self.bad += [
+            f"{tag} {name}={value}" for name, value in attrs if name.startswith("on") or name in ("src", "href")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.bad += [f"{tag} {name}" for name, _ in attrs if name.startswith("on") or name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        assert self.open, f"</{tag}> without its start"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(page: str) -> Page:
+    parsed = Page()
+    parsed.feed(page)
+    parsed.close()
+    assert parsed.open == []
+    return parsed
+
+
+def test_it_is_pure_and_self_contained() -> None:
+    page = render(FACTS)
+    assert page == render(FACTS)
+    assert read(page).bad == []
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", page.replace("http://www.w3.org/2000/svg", ""))
+
+
+def test_it_escapes() -> None:
+    evil = replace(
+        FACTS,
+        run=EVIL,
+        outcome=EVIL,
+        data_note=EVIL,
+        sample=EVIL,
+        memory_text=EVIL,
+        notes=[EVIL],
+        attempts=[replace(a, cause=EVIL) for a in FACTS.attempts],
+        checkpoints=[{**FACTS.checkpoints[0], "state_digest": EVIL}],
+        digest=EVIL,
+        digest_one_stage=EVIL,
+    )
+    page = render(evil)
+    assert "<script" not in page
+    assert read(page).bad == []
+    assert "".join(read(page).text).count("<script>alert(1)</script>") >= 9
+
+
+def test_attempts_are_marked_in_the_curve() -> None:
+    svg = loss_svg(FACTS.curve, FACTS.attempts, [30])
+    assert svg.count("stroke-dasharray") == 1
+    assert "attempt 2" in svg
+    assert "checkpoint at step 30" in svg
+
+
+@pytest.mark.parametrize("curve", [{}, {1: 3.0}, {1: 3.0, 2: 3.0}, {s: 1e-9 * s for s in range(1, 4)}])
+def test_odd_curves(curve: dict[int, float]) -> None:
+    read(render(replace(FACTS, curve=curve, steps=max(curve, default=0))))
+
+
+def test_a_run_that_has_done_nothing() -> None:
+    text = "".join(read(render(ReportFacts("r", "planned", 0, {}, [], []))).text)
+    assert "No steps were recorded" in text
+
+
+def test_different_digests_are_shouted() -> None:
+    assert "DIFFERENT" in render(replace(FACTS, digest_one_stage="ef" * 32))
+    assert "DIFFERENT" not in render(FACTS)
+
+
+def test_the_page_of_a_real_run_says_what_the_log_says(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "below" / "report.html"
+    trained.place.run("report", trained.run, "-o", str(path))
+    page = path.read_text()
+    text = "".join(read(page).text)
+    store = open_store(f"file://{trained.place.folder / 'store'}")
+    state = RunLog(store, trained.run).fold()
+    assert trained.run in text
+    assert trained.digest in text
+    for checkpoint in state.restore_candidates():
+        assert checkpoint.state_digest in text
+    facts = report_facts(store, trained.run)
+    assert list(facts.curve) == list(range(1, STEPS + 1))
+    told = json.loads(trained.place.run("report", trained.run, "-o", str(path), "--json"))
+    assert (told["run"], told["outcome"], told["digest"]) == (trained.run, "succeeded", trained.digest)
+    assert len(told["attempts"]) == len(state.attempts) == 1
