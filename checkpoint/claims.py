@@ -24,6 +24,7 @@ import msgpack
 
 from checkpoint import keys
 from checkpoint.errors import Damaged
+from checkpoint.files import create_file
 
 VERSION = 1
 MAX_BYTES = 16 << 10
@@ -117,20 +118,9 @@ def read_token(folder: Path) -> str:
 
 
 def _make_token(folder: Path) -> str:
-    """Written beside its name and linked: of two that do it at once one is first, and both read that one's."""
+    """Of two that do it at once one is first, and both read that one's."""
     path = folder / TOKEN_FILE
-    temporary = path.with_name(f".{TOKEN_FILE}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(secrets.token_hex(16), encoding="ascii")
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links: the rename may replace, so only where there is none
-            if not path.exists():
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    create_file(path, secrets.token_hex(16).encode())
     return path.read_text(encoding="ascii").strip()
 
 

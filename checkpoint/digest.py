@@ -36,6 +36,15 @@ def leaf_digests(data: bytes | bytearray | memoryview) -> list[bytes]:
     return [hashlib.sha256(view[at : at + BLOCK_BYTES]).digest() for at in range(0, len(view), BLOCK_BYTES)]
 
 
+def wrong_block(data: bytes | bytearray | memoryview, leaves: Sequence[bytes]) -> int | None:
+    """Where the first block begins, in bytes, that is not its leaf's; None where all are, and as many as leaves."""
+    found = leaf_digests(data)
+    for number, leaf in enumerate(leaves):
+        if number == len(found) or found[number] != leaf:
+            return number * BLOCK_BYTES
+    return len(leaves) * BLOCK_BYTES if len(found) > len(leaves) else None
+
+
 def tree_root(leaves: Sequence[bytes]) -> bytes:
     """The root over at least one leaf.
 

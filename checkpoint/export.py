@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoint.errors import StoreRefused, StoreUnavailable
+from checkpoint.files import kept
 from checkpoint.manifest import PARAM, Manifest
 from checkpoint.read import StateReader
 from checkpoint.store.base import Store
@@ -132,18 +132,11 @@ def export_safetensors(
 
 def write_file(path: Path, pieces: Iterable[Buffer]) -> Path:
     """Write the pieces to a temporary file, fsync it, move it to its name; nothing stays where it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with kept(path, durable=True) as file:
+            for piece in pieces:
+                file.write(piece)
     except OSError as error:
         text = f"writing {path}: {error.strerror or error}; nothing was left half written"
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):

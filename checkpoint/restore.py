@@ -6,7 +6,6 @@ checked against its digest in the manifest before a byte of it counts. Damaged n
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint import keys
-from checkpoint.digest import BLOCK_BYTES, KINDS
+from checkpoint.digest import KINDS, wrong_block
 from checkpoint.errors import CheckpointError, Damaged, NotFound
 from checkpoint.layout import PlanLayout, PositionLayout
 from checkpoint.log import CheckpointInfo
@@ -156,12 +155,11 @@ def _read(store: Store, manifest: Manifest, read: Run, views: Sequence[memoryvie
     for wanted in read.wanted:
         piece = wanted.piece
         own = data[piece.offset - read.first : piece.offset - read.first + piece.bytes]
-        for number, leaf in enumerate(piece.leaves):
-            at = number * BLOCK_BYTES
-            if hashlib.sha256(own[at : at + BLOCK_BYTES]).digest() != leaf:
-                name = manifest.tensors[piece.tensor].name
-                raise Damaged(
-                    f"chunk {key}: {KINDS[piece.kind]} of tensor {name}, elements from {piece.first + at // 4} on, "
-                    "is not what was saved"
-                )
+        at = wrong_block(own, piece.leaves)
+        if at is not None:
+            name = manifest.tensors[piece.tensor].name
+            raise Damaged(
+                f"chunk {key}: {KINDS[piece.kind]} of tensor {name}, elements from {piece.first + at // 4} on, "
+                "is not what was saved"
+            )
         views[wanted.target][wanted.at : wanted.at + piece.bytes] = own

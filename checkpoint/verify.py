@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint import codec, keys, pages
-from checkpoint.digest import leaf_digests
+from checkpoint.digest import wrong_block
 from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
 from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, Manifest, Piece, merge
@@ -212,7 +212,7 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         if found is None:
             continue
         view = memoryview(found)
-        if any(tuple(leaf_digests(view[p.offset : p.offset + p.bytes])) != p.leaves for p in pieces):
+        if any(wrong_block(view[p.offset : p.offset + p.bytes], p.leaves) is not None for p in pieces):
             tally.found(keys.run_key(run, chunk.name), f"chunk {number}: its blocks give another state digest", info.n)
 
 

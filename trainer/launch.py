@@ -503,7 +503,8 @@ def _bound(path: Path) -> None:
 
 
 def _write_once(path: Path, data: bytes, mode: int) -> None:
-    """Create the file whole, unless it is there: written beside it, then linked."""
+    """Create the file whole, unless it is there: written beside it, then linked (this package cannot see
+    checkpoint/files.py, which does the same)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:

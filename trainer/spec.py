@@ -504,7 +504,7 @@ def how_map(spec: RunSpec) -> dict[str, Any]:
 
 
 def canonical(value: Any) -> bytes:
-    """msgpack with the keys of every map sorted."""
+    """msgpack with the keys of every map sorted. Equal to ``checkpoint.codec.pack``, which this package cannot see."""
     packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True)
     return packed
 

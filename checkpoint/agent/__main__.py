@@ -18,13 +18,13 @@ import threading
 import time
 from pathlib import Path
 
-from checkpoint.agent.fetch import write_file
 from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Link
 from checkpoint.agent.service import Service
 from checkpoint.agent.slots import fence
 from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
+from checkpoint.files import write_file
 from checkpoint.store import open_store
 
 EXIT_BUG = 70

@@ -13,9 +13,9 @@ import json
 import logging
 from pathlib import Path
 
-from checkpoint.agent.fetch import write_file
 from checkpoint.agent.gang import CannotStart, Gang
 from checkpoint.agent.status import RankStatus
+from checkpoint.files import write_file
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 
 log = logging.getLogger(__name__)

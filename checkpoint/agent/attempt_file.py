@@ -31,12 +31,12 @@ def attempt_bytes(options: Options, gang: Gang, nodes: Mapping[int, Address]) ->
     nonce = hmac.new(key, b"gang", hashlib.sha256).digest()[:16]  # the same on every node, without an exchange
     head.nonce[:] = nonce
     head.ranks = gang.attempt.ranks
-    head.kernel_path = wire.PATHS[str(gang.how("launch", "kernel_path", "auto"))]
-    head.start_step, head.stop_after = gang.start_step, int(gang.how("launch", "stop_after", -1))
-    head.connect_ms = _ms(gang.how("launch", "connect_s", 60.0))
-    head.stall_ms = _ms(gang.how("launch", "stall_s", 120.0))
-    head.commit_ms = _ms(gang.how("checkpoint", "commit_s", 120.0))
-    head.trace = int(bool(gang.how("launch", "trace", False)))
+    head.kernel_path = wire.PATHS[str(gang.how("launch", "kernel_path"))]
+    head.start_step, head.stop_after = gang.start_step, int(gang.how("launch", "stop_after"))
+    head.connect_ms = _ms(gang.how("launch", "connect_s"))
+    head.stall_ms = _ms(gang.how("launch", "stall_s"))
+    head.commit_ms = _ms(gang.how("checkpoint", "commit_s"))
+    head.trace = int(bool(gang.how("launch", "trace")))
     head.data_dir, head.work_dir = os.fsencode(gang.data_dir), os.fsencode(options.work)
     ranks = b"".join(
         bytes(wire.AttemptRank(host.encode(), port, node))

@@ -10,16 +10,16 @@ import errno
 import hashlib
 import logging
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import msgpack
 
 from checkpoint import keys
 from checkpoint.errors import CheckpointError, Damaged, NotFound
+from checkpoint.files import kept, write_file
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from checkpoint.store import Store
 
@@ -93,23 +93,6 @@ def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
     return home
 
 
-def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Whole or not at all, as a reader sees it; nothing is left where it fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def room_words(error: OSError, folder: Path) -> str:
     """A failure to write below ``folder``, in words; where that is full, with its size and the mend."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -144,7 +127,7 @@ def _fetch_shard(store: Store, key: str, path: Path | None, size: int, sha256: b
         return  # renamed into place only after it was verified
     digest = hashlib.sha256()
     try:
-        with _kept(path) as file:
+        with kept(path) if path is not None else contextlib.nullcontext() as file:
             for first in range(0, size, _RANGE_BYTES):
                 data = store.get(key, first=first, length=min(_RANGE_BYTES, size - first))
                 digest.update(data)
@@ -157,18 +140,3 @@ def _fetch_shard(store: Store, key: str, path: Path | None, size: int, sha256: b
         raise DataRefused(
             f"shard {key} is missing or cut short in {store.describe()}; prepare the data again"
         ) from error
-
-
-@contextlib.contextmanager
-def _kept(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """A file that gets its name when the block ends well."""
-    if path is None:
-        yield None
-        return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,18 @@ from checkpoint.claims import Place
 from checkpoint.layout import PlanLayout, PositionLayout
 from checkpoint.log import AttemptInfo
 
+DEFAULTS: Mapping[str, Any] = {
+    "checkpoint.commit_s": 120.0,
+    "checkpoint.deadline_s": 600.0,
+    "launch.connect_s": 60.0,
+    "launch.kernel_path": "auto",
+    "launch.port_base": 0,
+    "launch.stall_s": 120.0,
+    "launch.stop_after": -1,  # no key of a spec: tests and the chaos harness set it
+    "launch.trace": False,
+}
+"""The spec's defaults, where a record's How lacks a key. The agent's image has no trainer/spec.py: a test compares."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -72,12 +84,12 @@ class Gang:
     def local(self) -> range:
         return range(self.first, self.first + self.count)
 
-    def how(self, section: str, key: str, default: Any) -> Any:
+    def how(self, section: str, key: str) -> Any:
         """A value of the How half in the attempt record."""
         how = self.attempt.body.get("how")
         found = how.get(section) if isinstance(how, Mapping) else None
         value = found.get(key) if isinstance(found, Mapping) else None
-        return default if value is None else value
+        return DEFAULTS[f"{section}.{key}"] if value is None else value
 
 
 @dataclass(frozen=True)

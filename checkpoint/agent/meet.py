@@ -51,7 +51,7 @@ def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[i
     """
     folder = keys.run_key(options.run, "live", str(gang.epoch), "addr")
     mine = msgpack.packb({"host": options.host, "ports": ports})
-    deadline = time.monotonic() + float(gang.how("launch", "connect_s", 60.0))
+    deadline = time.monotonic() + float(gang.how("launch", "connect_s"))
     said, found = False, {options.node: (options.host, ports)}
     while not gang.cancelled.wait(options.log_poll_s if said else 0):
         try:

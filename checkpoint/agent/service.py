@@ -37,7 +37,7 @@ from checkpoint import keys
 from checkpoint.agent.adopt import attempt_path, found_plan, recall, remember
 from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.commit import Committer
-from checkpoint.agent.fetch import room_words, write_file
+from checkpoint.agent.fetch import room_words
 from checkpoint.agent.gang import CannotStart, Gang, Options, Prepared, positions
 from checkpoint.agent.link import Event, Link, Message, Peer
 from checkpoint.agent.meet import Address, claim, meet
@@ -49,6 +49,7 @@ from checkpoint.agent.upload import Source, Uploader
 from checkpoint.agent.watch import Watcher
 from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
+from checkpoint.files import write_file
 from checkpoint.layout import PlanRefused
 from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.store import Store
@@ -416,7 +417,7 @@ class Service:
     def _ask_ports(self, gang: Gang) -> None:
         if self.supervisor is None or not gang.held:
             return  # its HELLO, or the claim, comes here again
-        shared = int(gang.how("launch", "port_base", 0))  # by nodes of one machine: each has ports of its own
+        shared = int(gang.how("launch", "port_base"))  # by nodes of one machine: each has ports of its own
         base = self.options.port_base or (shared + gang.first if shared else 0)
         prepare = wire.MsgPrepare(gang.count, base, self.options.bind.encode())
         self.link.send(self.supervisor, "PREPARE", epoch=gang.epoch, payload=bytes(prepare))
@@ -738,7 +739,7 @@ class Service:
         """From here on the uploader takes the newest ready snapshot of this attempt by itself."""
         assert gang.layout is not None
         assert gang.table is not None
-        deadline_s = float(gang.how("checkpoint", "deadline_s", 600.0))
+        deadline_s = float(gang.how("checkpoint", "deadline_s"))
         state, point = self.state, gang.from_slot
         if point is not None and state is not None:
             durable = state.restore_candidates()
@@ -799,7 +800,7 @@ class Service:
         if not self._stopping:
             self._stopping = True
             log.info("asked to leave")
-            commit_s = float(gang.how("checkpoint", "commit_s", 120.0)) if gang is not None else 0.0
+            commit_s = float(gang.how("checkpoint", "commit_s")) if gang is not None else 0.0
             self._after("terminate", commit_s + _KILL_S, lambda: setattr(self, "exit", EXIT_ENDED))
             if self.supervisor is not None:
                 self.link.send(self.supervisor, "STOP")

@@ -16,6 +16,7 @@ import pytest
 
 from checkpoint import keys
 from checkpoint.agent.fetch import room_words
+from checkpoint.agent.gang import DEFAULTS
 from checkpoint.agent.slots import Slot, SlotChanged
 from checkpoint.layout import PlanLayout
 from checkpoint.read import StateReader, load_manifest
@@ -33,7 +34,7 @@ from tests.support.agents import (
     wait_for,
 )
 from trainer import wire
-from trainer.spec import RunSpec
+from trainer.spec import RunSpec, how_map
 
 
 @dataclass
@@ -199,6 +200,15 @@ def test_how_a_rank_was_killed_is_in_the_status(tmp_path: Path) -> None:
         ends = {rank: (view["signal"], view["killed"], view["memory"]) for rank, view in status["ranks"].items()}
         assert ends == {"0": (9, False, 256 << 20), "1": (9, True, None)}
         node.close()
+
+
+def test_the_agents_defaults_are_the_specs() -> None:
+    spec = how_map(tiny_spec())
+    for name, value in DEFAULTS.items():
+        section, key = name.split(".")
+        if key != "stop_after":
+            assert RunSpec.model_fields[section].default.model_dump(mode="json")[key] == value, name
+            assert key in spec[section]  # so every record of today has it
 
 
 def test_words_of_a_full_folder(tmp_path: Path) -> None:

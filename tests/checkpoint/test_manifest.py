@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import codec, keys
-from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, KINDS, leaf_digests, state_root, tree_root
+from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, KINDS, leaf_digests, state_root, tree_root, wrong_block
 from checkpoint.errors import Damaged
 from checkpoint.log import RunLog
 from checkpoint.manifest import (
@@ -54,6 +54,10 @@ def test_the_tree_by_hand() -> None:
     a, b, c = bytes(BLOCK_BYTES), b"\1" * BLOCK_BYTES, b"\2" * 8
     leaves = [h(a), h(b), h(c)]
     assert leaf_digests(a + b + c) == leaves
+    assert wrong_block(a + b + c, leaves) is None
+    assert wrong_block(a + c + b, leaves) == BLOCK_BYTES
+    assert wrong_block(a + b, leaves) == 2 * BLOCK_BYTES
+    assert wrong_block(a + b + c, leaves[:2]) == 2 * BLOCK_BYTES
     assert tree_root(leaves) == h(h(leaves[0] + leaves[1]) + leaves[2])
     assert tree_root(leaves[:1]) == leaves[0]
     five = [h(bytes([n])) for n in range(5)]

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from checkpoint.codec import pack
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.presets import PRESETS
@@ -185,6 +188,23 @@ def test_what_bytes_are_canonical() -> None:
     turned = dict(reversed(list(tree().items())))
     turned["model"] = dict(reversed(list(tree()["model"].items())))
     assert what_bytes(parse_spec(turned), DATA) == what_bytes(parse_spec(tree()), DATA)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(1 << 63), (1 << 64) - 1)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text()
+        | st.binary(),
+        lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(), below, max_size=4),
+        max_leaves=12,
+    )
+)
+def test_specs_and_records_are_canonical_in_one_way(value: object) -> None:
+    """Written twice, because the agent's package sees trainer.wire alone, and the trainer sees no package at all."""
+    assert canonical(value) == pack(value, 64)
 
 
 def test_a_key_that_is_gone_is_still_read() -> None:

@@ -1,0 +1,59 @@
+"""Files that are seen whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from checkpoint.files import create_file, kept, write_file
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_file(path, b"one", 0o600)
+    write_file(path, b"two" * 100_000, 0o644)
+    assert path.read_bytes() == b"two" * 100_000
+    assert path.stat().st_mode & 0o077 in (0o044, 0o040, 0)  # less what the umask takes
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_file(path, b"old")
+
+    def half_written() -> None:
+        with kept(path, durable=True) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half_written()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+    with pytest.raises(FileNotFoundError):
+        write_file(tmp_path / "none" / "a", b"x")
+
+
+def test_of_several_creators_one_is_first(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: create_file(path, b"%d" % n * 1000), range(8)))
+    first = path.read_bytes()
+    assert first in {b"%d" % n * 1000 for n in range(8)}
+    create_file(path, b"late")
+    assert path.read_bytes() == first
+    assert os.listdir(tmp_path) == ["token"]
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", no_links)
+    create_file(tmp_path / "token", b"first")
+    create_file(tmp_path / "token", b"late")
+    assert (tmp_path / "token").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["token"]
