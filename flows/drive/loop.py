@@ -265,7 +265,10 @@ class Driver:
         self._aside.go_on()
         done = self._act(decision, run_log, state, launch, lost)
         if done:
-            return self._outcome(run_log.fold(state), done)
+            state = run_log.fold(state)
+            if known is not None:  # what the nodes said last, on their way out
+                self._tell_state(state, nodes, self._metrics)
+            return self._outcome(state, done)
         if isinstance(decision, Watch) and decision.phase in CALM:
             pause_s = calm_pause_s(time.thread_time() - began, self.poll_s)
         return pause_s

@@ -251,24 +251,26 @@ def test_a_damaged_checkpoint_is_said_loudly_and_the_one_before_is_used(
     assert re.search(r"WARNING: checkpoint record \d+ is damaged .*an older one is used", again.err), again.err
 
 
-def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(
-    place: Place, undisturbed: tuple[str, str]
-) -> None:
-    run, digest = undisturbed
-    store = place.run_folder(run)
+def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(place: Place) -> None:
     spec = place.folder / "spec.toml"
-    spec.write_text(spec.read_text().replace("every = 4", "every = 20"))  # few checkpoints: each is read twice
-    done = stop_at(place, lambda: list(store.glob("manifests/*/manifest")), "a checkpoint", signal.SIGTERM)
+    # few checkpoints, since each is read twice; and many steps, so that none of them is the last one's
+    spec.write_text(spec.read_text().replace("every = 4", "every = 20").replace(f"steps = {STEPS}", "steps = 300"))
+    store = place.folder / "store" / "runs"
+    done = stop_at(place, lambda: list(store.glob("*/manifests/*/manifest")), "a checkpoint", signal.SIGTERM)
     assert done.code == STOPPED, done.err
+    (run,) = (folder.name for folder in store.iterdir())
     place.all_gone()
-    for manifest in store.glob("manifests/*/manifest"):
+    for manifest in store.glob("*/manifests/*/manifest"):
         manifest.write_bytes(_flip(manifest.read_bytes()))
     done = place.call("runs", "resume", run, "--no-prefect")
     assert done.code == 76, done.out + done.err
     for word in ("log records", "step 0", "ckpt verify", "runs fork", "--begin-anew"):
         assert word in done.told, done.err
     assert place.call("runs", "resume", run, "--no-prefect").code == 76  # nor does the next command
-    resumed(place, run, digest, "--begin-anew")
+    told = place.call("runs", "resume", run, "--no-prefect", "--json", "--begin-anew")
+    assert (told.code, told.json()["outcome"], told.json()["step"]) == (0, "succeeded", 300), told.err
+    attempts = json.loads(place.run("runs", "show", run, "--json"))["attempts_list"]
+    assert attempts[-1]["step"] == 0, attempts
 
 
 # --- the store ---------------------------------------------------------------------------------------------
