@@ -67,10 +67,17 @@ _COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class JsonLines(logging.Formatter):
-    """A log record as one line of JSON, whatever its message holds."""
+class LogLines(logging.Formatter):
+    """A log record as one line, whatever its message holds: of words for a person; of JSON where the command was asked
+    for JSON, and in a pod, whose output is collected.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        if not _speaks_json[0] and "KUBERNETES_SERVICE_HOST" not in os.environ:
+            text = f"{record.levelname}: {record.getMessage()}"
+            if record.exc_info:
+                text += f"\n{self.formatException(record.exc_info)}"
+            return "".join(c if c.isprintable() else " " for c in text)
         line = {"level": record.levelname, "logger": record.name, "event": record.getMessage()}
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
@@ -108,7 +115,7 @@ def cli(verbose: int) -> None:
     """
     levels = [logging.WARNING, logging.INFO, logging.DEBUG]
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(LogLines())
     logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
     pass_loopback_by(os.environ)
 

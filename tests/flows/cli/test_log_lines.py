@@ -1,7 +1,8 @@
-"""The command's log is JSON, a line a record, whatever a message holds."""
+"""The command's log is a line a record, whatever a message holds: words for a person, JSON for a program."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -9,22 +10,38 @@ import sys
 
 import pytest
 
-from flows.cli.main import JsonLines
-
+main = importlib.import_module("flows.cli.main")  # flows.cli itself names its function main
 MESSAGES = ['a "quoted" name', "back\\slash", "two\nlines\r\tand a tab", "\x00\x1b[31m", "ümlaut … 漢字", "\ud83d half"]
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=ascii)
-def test_a_line_is_json(message: str) -> None:
+def line_of(message: str) -> str:
     out = io.StringIO()
     handler = logging.StreamHandler(out)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(main.LogLines())
     try:
         raise ValueError(message)
     except ValueError:
         record = logging.LogRecord("a.b", logging.WARNING, "x.py", 1, "said %s", (message,), sys.exc_info())
     handler.handle(record)
     (line,) = out.getvalue().removesuffix("\n").split("\n")
-    told = json.loads(line)
+    return line
+
+
+@pytest.mark.parametrize("pod", [False, True])
+@pytest.mark.parametrize("message", MESSAGES, ids=ascii)
+def test_a_line_is_json_for_a_program(message: str, pod: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "_speaks_json", [not pod])
+    if pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    told = json.loads(line_of(message))
     assert (told["level"], told["logger"], told["event"]) == ("WARNING", "a.b", f"said {message}")
     assert "ValueError" in told["trace"]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=ascii)
+def test_a_line_is_words_for_a_person(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "_speaks_json", [False])
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    line = line_of(message)
+    assert line.startswith("WARNING: said ")
+    assert line.isprintable()
