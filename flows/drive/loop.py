@@ -422,7 +422,7 @@ class Driver:
         self.sink.tell(Event("phase", {"phase": "stopping", "text": "saving one agreed step, then leaving"}))
         if newest is not None:
             self.launcher.stop(newest.launch, self.prepared.spec.checkpoint.commit_s)
-        now, unsure = threading.Event(), ""
+        asked_at, now, unsure = state.n, threading.Event(), ""
         now.set()
         last = Aside()
         try:
@@ -431,8 +431,7 @@ class Driver:
             unsure = ", as far as is known: the store does not answer"
         finally:
             last.close()
-        saved = state.at_step()  # by step: a slower upload may be recorded after a later one
-        return self._outcome(state, "stopped", self._saved(saved.step if saved else None) + unsure)
+        return self._outcome(state, "stopped", self._saved(state, asked_at) + unsure)
 
     def _finish_stop(self, state: RunState) -> bool:
         """True where a launch was still leaving that another driver had asked to stop: what it saves comes first, since
@@ -508,13 +507,18 @@ class Driver:
             self._tell_once(("checkpoint", checkpoint.n), Event("checkpoint", facts))
         self._told_of = state
 
-    def _saved(self, step: int | None) -> str:
-        """What a stop left in the store, honestly: the gang's last state may not have got there."""
+    def _saved(self, state: RunState, asked_at: int) -> str:
+        """What a stop left in the store, honestly: the gang's last state may not have got there. ``asked_at``: the log's
+        newest record when the gang was asked to stop; what it saves then is recorded after that.
+        """
+        newest = state.at_step()  # by step: a slower upload may be recorded after a later one
         reached = max(self.max_step.values(), default=0)
-        if step is not None and step >= reached:
+        if newest is None:
+            return "nothing was saved yet" + (f"; the steps up to {reached} will be trained again" if reached else "")
+        if newest.step >= reached and newest.n > asked_at:
             return "state saved"
-        where = "nothing was saved yet" if step is None else f"step {step} is saved"
-        return f"{where}; the steps up to {reached} will be trained again" if reached else where
+        after = f"the steps up to {reached}" if reached > newest.step else "what was trained after it"
+        return f"step {newest.step} is saved; {after} will be trained again"
 
     def _outcome(self, state: RunState, outcome: str, reason: str = "") -> Outcome:
         newest = state.at_step()  # by step: a slower upload may be recorded after a later one

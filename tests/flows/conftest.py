@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +22,8 @@ from tests.support.place import Place
 from tests.support.shared import kept
 from tests.support.undisturbed import undisturbed_run
 from trainer.spec import RunSpec, parse_spec
+
+MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,13 @@ def started(home: Path) -> PrefectServer:
 
 @contextlib.contextmanager
 def keep_server(folder: Path) -> Iterator[dict[str, Any]]:
-    server = started(folder)
-    try:
-        yield {"home": str(folder), "port": server.port}
-    finally:
-        server.stop()
+    # its database in memory where there is some: other tests keep the disk busy, and SQLite's lock waits for the disk
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else folder) as home:
+        server = started(Path(home))
+        try:
+            yield {"home": home, "port": server.port}
+        finally:
+            server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,11 @@ backoff_s = 0.05
 """
 
 
+LONG_STEPS = 4 * STEPS
+LONG = SPEC.replace(f"steps = {STEPS}", f"steps = {LONG_STEPS}")
+"""For tests that act while a run trains: a fast machine has 60 steps behind it before they do."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A command that has ended."""
