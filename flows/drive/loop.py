@@ -508,8 +508,8 @@ class Driver:
         self._told_of = state
 
     def _saved(self, state: RunState, asked_at: int) -> str:
-        """What a stop left in the store, honestly: the gang's last state may not have got there. ``asked_at``: the log's
-        newest record when the gang was asked to stop; what it saves then is recorded after that.
+        """What a stop left in the store: the gang's last state may not have got there. ``asked_at``: the log's newest
+        record when the gang was asked to stop; what it saves then is recorded after that.
         """
         newest = state.at_step()  # by step: a slower upload may be recorded after a later one
         reached = max(self.max_step.values(), default=0)
