@@ -291,7 +291,6 @@ class Page:
             self._client.rename_flow_run(self.flow_run, name, {**self.parameters, "run": self._run or None})
             self._named = name
         if not self._begun and not self._engine:
-            self._client.set_state(self.flow_run, "RUNNING", "Running", "")
             self._begun = True
             if self.shown is not None:
                 self.shown(self._client.page_of(self.flow_run))

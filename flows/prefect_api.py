@@ -241,12 +241,15 @@ class Client:
         return str(state.type.value) if state is not None else ""
 
     def create_flow_run(self, name: str, parameters: dict[str, Any]) -> str:
-        """A flow run of the flow `train` that this process hosts: the server knows a flow by its name alone."""
+        """A flow run of the flow `train` that this process hosts: the server knows a flow by its name alone.
+
+        It is Running from its first moment: set later, that state could undo a cancel that came before.
+        """
         from prefect import Flow
-        from prefect.states import Pending
+        from prefect.states import Running
 
         flow = Flow(_hosted, name=TRAIN_FLOW)
-        made = self._call(lambda: self.inner.create_flow_run(flow, parameters=parameters, name=name, state=Pending()))
+        made = self._call(lambda: self.inner.create_flow_run(flow, parameters=parameters, name=name, state=Running()))
         return str(made.id)
 
     def rename_flow_run(self, flow_run: str, name: str, parameters: dict[str, Any]) -> None:
