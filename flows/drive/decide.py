@@ -297,12 +297,15 @@ def _cause(
 
 
 def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
-    """At the end of who waits for whom, from the last words of a rank that stalled: where the stall comes from."""
-    stalled = {r.rank: r for r in ranks if r.ended and rank_class(r) == "stall"}
+    """At the end of who waits for whom, from the last words of a rank that stalled: where the stall comes from.
+
+    Who ended because of it, or was ended, waited too: of a chain of ranks, any one's deadline may pass first.
+    """
+    waited = {r.rank: r for r in ranks if r.ended and rank_class(r) in ("stall", "infra")}
     seen: set[int] = set()
-    while rank in stalled and rank not in seen:
+    while rank in waited and rank not in seen:
         seen.add(rank)
-        peer = (stalled[rank].words or {}).get("peer")
+        peer = (waited[rank].words or {}).get("peer")
         if not isinstance(peer, int):
             break
         rank = peer

@@ -207,7 +207,8 @@ def test_two_minutes_without_the_api_server_and_without_the_store(
             (stored, drivers[1], f"store down for {AWAY_S:.0f} s"),
         ):
             result = ended(driver)
-            unknown = [line for line in each.said(driver).splitlines() if line.startswith("unknown: ")]
+            told = [json.loads(line).get("said", "") for line in each.said(driver).splitlines() if line.startswith("{")]
+            unknown = [text for text in told if text.startswith("unknown: ")]
             judge.row(each, fault, unknown[0] if unknown else "", result)
             assert unknown, each.said(driver)
             assert result["attempts"] == 1

@@ -62,11 +62,19 @@ def talks(pid: int, others: set[str]) -> list[set[int]]:
     return found
 
 
+APART = (
+    '{ topologySpreadConstraints = [{ maxSkew = 1, topologyKey = "kubernetes.io/hostname", labelSelector = {}, '
+    'whenUnsatisfiable = "DoNotSchedule" }] }'
+)
+"""On both machines, however full one of them is: what `launch.spread` only prefers."""
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
     prefect: Api, one: Gang, local: tuple[str, str], nodes: int
 ) -> None:
-    driver = one.drive("train", "spec.toml", "--json", *one.arguments, "--set", f"launch.nodes={nodes}")
+    more = ["--set", f"launch.nodes={nodes}", "--set", f"launch.pod_patch={APART}"]
+    driver = one.drive("train", "spec.toml", "--json", *one.arguments, *more)
     one.reached(4)
     pods = one.pods()
     assert len(pods) == nodes
@@ -83,7 +91,7 @@ def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
     assert flow_run["state_type"] == "COMPLETED"
     artifacts = prefect.artifacts(flow_run["id"])
     assert float(artifacts[result["run"]]["data"]) == 100.0
-    assert f"step {STEPS} of {STEPS}, saved {STEPS}" in artifacts[result["run"]]["description"]
+    assert f"step {STEPS} of {STEPS}, step {STEPS} saved" in artifacts[result["run"]]["description"]
     assert f"at step {STEPS}" in artifacts[f"{result['run']}-loss"]["data"]
     (attempt,) = json.loads(artifacts[f"{result['run']}-attempts"]["data"])
     assert (attempt["attempt"], attempt["because"], attempt["steps"]) == (1, "start", f"1–{STEPS}")
