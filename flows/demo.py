@@ -241,12 +241,13 @@ def _prove(prepared: Prepared, store: Store, out: Path, again: str) -> Outcome:
     """A fork with the same What from a checkpoint before the kill, on one stage."""
     state = RunLog(store, prepared.run).fold()
     first_attempt = state.attempts[0].epoch
-    early = [c for c in state.checkpoints if c.epoch == first_attempt]
+    # of the run's own line: one whose upload ended late may have been left behind by the attempt after it
+    early = [c for c in state.restore_candidates() if c.epoch == first_attempt]
     if not early:
         raise LaunchError("no checkpoint of the first attempt is durable; lower checkpoint.every")
     name = f"{prepared.spec.name[:16]}-proof" + (f"-{again}" if again else "")
     sets = [f"name={name}", "parallel.stages=1", "launch.nodes=1", "launch.trace=false"]
-    proof = fork_run(store, prepared.run, early[-1].step, sets)
+    proof = fork_run(store, prepared.run, max(c.step for c in early), sets)
     try:
         outcome = make_driver(proof, store, sink=NoSink(), out=out).run()
     except BaseException:
