@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from checkpoint.claims import Place as Claimed
 from checkpoint.store import open_store
 from flows.drive.live import MetricsReader
@@ -15,9 +17,21 @@ from tests.support.chaos import frozen
 from tests.support.place import Place, finish
 
 
+@pytest.fixture
+def place(long_place: Place) -> Place:
+    """Of many steps: the run is to go on while the tests act."""
+    return long_place
+
+
+@pytest.fixture(scope="session")
+def undisturbed(long_undisturbed: tuple[str, str]) -> tuple[str, str]:
+    return long_undisturbed
+
+
 def supervisors(place: Place) -> list[str]:
     """The folders in which a supervisor works."""
-    return [os.readlink(f"/proc/{pid}/cwd") for pid, line in place.left().items() if "hotstage-engine node" in line]
+    found = [os.readlink(f"/proc/{pid}/cwd") for pid, line in place.left().items() if "hotstage-engine node" in line]
+    return sorted(set(found))  # a shell that is about to become it, and what that forks, have its words too
 
 
 def steps(place: Place, run: str) -> list[int]:
