@@ -106,6 +106,38 @@ def test_a_stranger_is_turned_away_and_the_attempt_goes_on(tmp_path: Path, what:
             assert one.wait() == 0, one.errors
 
 
+def test_each_replica_talks_to_itself(tmp_path: Path) -> None:
+    """Channels join positions; ranks 2 and 3 are positions 0 and 1 of the second replica."""
+    gang = Gang(channels=((0, 1, 30_000), (1, 0, 64)), ports=tuple(free_ports(4)))
+    up, down = ("S0.0", "R1.0", "S0.1", "R1.1"), ("R0.0", "S1.0", "R0.1", "S1.1")
+    with (
+        drive(gang, tmp_path, 0, *up) as a,
+        drive(gang, tmp_path, 1, *down) as b,
+        drive(gang, tmp_path, 2, *up) as c,
+        drive(gang, tmp_path, 3, *down) as d,
+    ):
+        ends = [rank.wait() for rank in (a, b, c, d)]
+        assert ends == [0, 0, 0, 0], (a.lines, b.lines, c.lines, d.lines)
+    code, out = run_loop(tmp_path, gang, " ".join(up), " ".join(down), " ".join(up), " ".join(down))
+    assert code == 0, out
+
+
+def test_a_rank_of_another_replica_is_turned_away(tmp_path: Path) -> None:
+    """The hello names processes, so channel 0 of one replica is never taken for that of the other."""
+    gang = Gang(channels=((0, 1, 1000),), ports=tuple(free_ports(4)), connect_ms=20000)
+    ranks = gang.with_(channels=((2, 3, 1000),))
+    with drive(gang, tmp_path, 3, "R0.0") as three, dial_when_open(gang.ports[3]) as a, dial(gang.ports[3]) as b:
+        assert not greet_receiver(a, gang, 0)  # says rank 0 to 1
+        until(lambda: three.logs("it says channel 0 from rank 0 to 1, not 0 from 2 to 3"), "the refusal")
+        assert greet_receiver(b, ranks, 0)
+        b.sendall(frame(0, 0, contents(0, 0, 1000), 0))
+        assert three.wait() == 0, three.lines
+    short = gang.with_(connect_ms=300)
+    with drive(short, tmp_path, 3) as three:
+        assert three.wait() == 86
+    assert three.says("rank 2 has not connected channel 0")
+
+
 def test_a_second_process_of_a_rank_is_turned_away(tmp_path: Path) -> None:
     gang = to_one()
     with (

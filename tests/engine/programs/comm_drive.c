@@ -4,7 +4,8 @@
  *   comm_drive loop ATTEMPT CHANNELS ACTIONS_OF_RANK_0 ACTIONS_OF_RANK_1 ...   (each one argument,
  * by spaces)
  *
- * ATTEMPT: file of hs_attempt and its hs_attempt_rank. CHANNELS: from:to:bytes,from:to:bytes,...
+ * ATTEMPT: file of hs_attempt and its hs_attempt_rank. CHANNELS: from:to:bytes,from:to:bytes,... of
+ * positions; with more ranks than positions every replica has them.
  * ACTION: S<channel>.<microbatch> send, R<channel>.<microbatch> receive and check the contents, P
  * pause until a line comes on standard input. Lines on standard output: "<rank> created", "<rank>
  * ok <action>",
@@ -25,6 +26,7 @@ typedef struct setting {
     hs_attempt_rank peers[RANKS_MAX];
     hs_plan_channel channels[CHANNELS_MAX];
     uint32_t channel_count;
+    uint32_t positions; /* that the channels join; the ranks are that many a replica */
 } setting;
 
 typedef struct driver {
@@ -81,6 +83,7 @@ static void *drive(void *argument) {
                                    .channels = d->set->channels,
                                    .channel_count = d->set->channel_count,
                                    .rank = d->rank,
+                                   .first_rank = d->rank - d->rank % d->set->positions,
                                    .start_step = d->start_step,
                                    .listen_fd = d->listen_fd,
                                    .loop = d->loop,
@@ -113,6 +116,8 @@ static int read_setting(const char *path, const char *channels, setting *set) {
         unsigned long bytes = 0;
         if (sscanf(at, "%u:%u:%lu", &ch->from, &ch->to, &bytes) != 3) return 0;
         ch->bytes = bytes;
+        if (ch->from >= set->positions) set->positions = ch->from + 1;
+        if (ch->to >= set->positions) set->positions = ch->to + 1;
     }
     return 1;
 }

@@ -30,14 +30,19 @@ typedef struct hs_comm hs_comm; /* opaque, a transport's own */
 struct hs_comm_loop;            /* loop.c: what the contexts of one process share */
 struct hs_stop;                 /* core/stop.h */
 
-/* All pointers stay the caller's and must outlive create; `channels`, `peers`, `log` must outlive
+/* Channels join positions of the pipeline, and a rank talks to the ranks of its own replica: the rank
+ * at position p is first_rank + p. A peer is named by its rank wherever a process is meant (hello, log,
+ * waits).
+ *
+ * All pointers stay the caller's and must outlive create; `channels`, `peers`, `log` must outlive
  * close. */
 typedef struct hs_comm_config {
     const hs_attempt *attempt;       /* run, epoch, plan_digest, key, nonce, deadlines */
     const hs_attempt_rank *peers;    /* by rank, attempt->ranks of them */
-    const hs_plan_channel *channels; /* from and to are ranks (replicas = 1: positions) */
+    const hs_plan_channel *channels; /* from and to are positions */
     uint32_t channel_count;
-    uint32_t rank;
+    uint32_t rank;       /* this process */
+    uint32_t first_rank; /* the rank at position 0 of this replica; 0 in the first replica */
     int64_t
         start_step; /* every rank must say the same: steps done before this attempt, 0 when fresh */
     int listen_fd;  /* tcp: a listening socket, owned by the communicator from here; -1: open one
@@ -79,8 +84,8 @@ typedef struct hs_comm_table {
 extern const hs_comm_table hs_comm_tcp;
 extern const hs_comm_table hs_comm_loop_table;
 
-/* loop.c: the meeting place of `ranks` contexts in one process, each driven by a thread of its own
- * (tests). */
+/* loop.c: the meeting place of `ranks` contexts in one process, of all replicas, each driven by a
+ * thread of its own (tests). */
 hs_status hs_comm_loop_create(uint32_t ranks, const hs_plan_channel *channels,
                               uint32_t channel_count, struct hs_comm_loop **out);
 void hs_comm_loop_destroy(struct hs_comm_loop *loop);

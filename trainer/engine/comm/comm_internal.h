@@ -1,4 +1,4 @@
-/* Inside comm/: what tcp.c, greet.c and resolve.c share. */
+/* Inside comm/: what tcp.c, resolve.c and the handshake (greet_internal.h) share. */
 #ifndef HS_COMM_INTERNAL_H
 #define HS_COMM_INTERNAL_H
 

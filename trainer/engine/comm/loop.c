@@ -32,12 +32,12 @@ struct hs_comm_loop {
     uint32_t *present; /* by rank: 0 not yet, 1 there, 2 gone */
     int64_t *start_steps;
     uint64_t *epochs;
-    meeting *meetings; /* by channel */
+    meeting *meetings; /* by channel and replica: meeting_of */
 };
 
 struct hs_comm {
     struct hs_comm_loop *loop;
-    uint32_t rank, stall_ms;
+    uint32_t rank, first_rank, stall_ms;
     struct hs_stop *stop;
     hs_status failed;
     hs_why failed_why;
@@ -55,7 +55,7 @@ hs_status hs_comm_loop_create(uint32_t ranks, const hs_plan_channel *channels,
     loop->present = calloc((size_t)ranks + 1, sizeof *loop->present);
     loop->start_steps = calloc((size_t)ranks + 1, sizeof *loop->start_steps);
     loop->epochs = calloc((size_t)ranks + 1, sizeof *loop->epochs);
-    loop->meetings = calloc((size_t)channel_count + 1, sizeof *loop->meetings);
+    loop->meetings = calloc((size_t)channel_count * ranks + 1, sizeof *loop->meetings);
     pthread_condattr_t monotonic;
     (void)pthread_condattr_init(&monotonic);
     (void)pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -111,13 +111,18 @@ static hs_status enter(hs_comm *comm, const char *doing, uint32_t channel, size_
     HS_ASSERT(channel < comm->loop->channel_count);
     const hs_plan_channel *ch = &comm->loop->channels[channel];
     const bool sends = doing[0] == 's';
-    HS_ASSERT((sends ? ch->from : ch->to) == comm->rank && bytes == ch->bytes);
+    HS_ASSERT(comm->first_rank + (sends ? ch->from : ch->to) == comm->rank && bytes == ch->bytes);
     comm->wait = (hs_comm_wait){.doing = doing,
                                 .channel = channel,
-                                .peer = sends ? ch->to : ch->from,
+                                .peer = comm->first_rank + (sends ? ch->to : ch->from),
                                 .microbatch = microbatch,
                                 .since_ns = hs_clock_ns()};
     return HS_OK;
+}
+
+/* Where a channel's two ranks of this replica meet. */
+static meeting *meeting_of(const hs_comm *comm, uint32_t channel) {
+    return &comm->loop->meetings[(size_t)channel * comm->loop->ranks + comm->first_rank];
 }
 
 static hs_status leave(hs_comm *comm, hs_status st, const hs_why *local, hs_why *why) {
@@ -131,7 +136,7 @@ static hs_status loop_send(hs_comm *comm, uint32_t channel, const void *buf, siz
                            uint32_t microbatch, hs_why *why) {
     hs_why local = {.text = ""};
     HS_TRY(enter(comm, "send", channel, bytes, microbatch, why));
-    meeting *m = &comm->loop->meetings[channel];
+    meeting *m = meeting_of(comm, channel);
     const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
     hs_status st = HS_OK;
     (void)pthread_mutex_lock(&comm->loop->lock);
@@ -159,7 +164,7 @@ static hs_status loop_recv(hs_comm *comm, uint32_t channel, void *buf, size_t by
                            uint32_t microbatch, hs_why *why) {
     hs_why local = {.text = ""};
     HS_TRY(enter(comm, "recv", channel, bytes, microbatch, why));
-    meeting *m = &comm->loop->meetings[channel];
+    meeting *m = meeting_of(comm, channel);
     const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
     hs_status st = HS_OK;
     (void)pthread_mutex_lock(&comm->loop->lock);
@@ -205,6 +210,7 @@ static hs_status loop_create(const hs_comm_config *config, hs_comm **out, hs_why
     if (!comm) return hs_fail(why, HS_E_MEMORY, "no memory for a communicator");
     comm->loop = loop;
     comm->rank = config->rank;
+    comm->first_rank = config->first_rank;
     comm->stall_ms = config->attempt->stall_ms;
     comm->stop = config->stop;
     comm->wait = (hs_comm_wait){.doing = "connect",

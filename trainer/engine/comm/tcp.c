@@ -24,7 +24,7 @@
 
 struct hs_comm {
     const hs_plan_channel *channels;
-    uint32_t channel_count, rank, stall_ms;
+    uint32_t channel_count, position, first_rank, stall_ms;
     const hs_log *log;
     struct hs_stop *stop;
     hs_status failed; /* I3 */
@@ -130,10 +130,10 @@ static hs_status enter(hs_comm *comm, const char *doing, uint32_t channel, size_
     HS_ASSERT(channel < comm->channel_count && comm->fds[channel] >= 0);
     const hs_plan_channel *ch = &comm->channels[channel];
     const bool sends = doing[0] == 's';
-    HS_ASSERT((sends ? ch->from : ch->to) == comm->rank && bytes == ch->bytes);
+    HS_ASSERT((sends ? ch->from : ch->to) == comm->position && bytes == ch->bytes);
     comm->wait = (hs_comm_wait){.doing = doing,
                                 .channel = channel,
-                                .peer = sends ? ch->to : ch->from,
+                                .peer = comm->first_rank + (sends ? ch->to : ch->from),
                                 .microbatch = microbatch,
                                 .since_ns = hs_clock_ns()};
     return HS_OK;
@@ -204,7 +204,7 @@ static void tcp_last_wait(const hs_comm *comm, hs_comm_wait *wait) {
 static void flush(const hs_comm *comm) {
     const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
     for (uint32_t c = 0; c < comm->channel_count; c++) {
-        if (comm->fds[c] < 0 || comm->channels[c].from != comm->rank) continue;
+        if (comm->fds[c] < 0 || comm->channels[c].from != comm->position) continue;
         (void)shutdown(comm->fds[c], SHUT_WR);
         int left = 0;
         while (ioctl(comm->fds[c], SIOCOUTQ, &left) == 0 && left > 0 &&
@@ -230,7 +230,7 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     int listen_fd = config->listen_fd;
     bool receives = false;
     for (uint32_t c = 0; c < config->channel_count; c++)
-        receives |= config->channels[c].to == config->rank;
+        receives |= config->first_rank + config->channels[c].to == config->rank;
     hs_comm *comm = calloc(1, sizeof *comm);
     if (comm) {
         comm->fds = malloc(((size_t)config->channel_count + 1) * sizeof *comm->fds);
@@ -247,7 +247,8 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     }
     comm->channels = config->channels;
     comm->channel_count = config->channel_count;
-    comm->rank = config->rank;
+    comm->position = config->rank - config->first_rank;
+    comm->first_rank = config->first_rank;
     comm->stall_ms = config->attempt->stall_ms;
     comm->log = config->log;
     comm->stop = config->stop;

@@ -13,12 +13,15 @@ static int64_t last_step(const hs_executor *ex) {
     return after >= 0 && after < steps ? after : steps;
 }
 
-/* Tokens and targets of every microbatch of step ex->step, where this position reads them. */
+/* Tokens and targets of every microbatch of step ex->step, where this position reads them. A step's
+ * samples are shared out in order: its first microbatches are replica 0's. */
 static hs_status fill_data(const hs_executor *ex, hs_why *why) {
     const hs_plan_config *g = ex->plan->config;
     const hs_plan_position *p = ex->position;
     uint8_t *const mb0 = ex->arena->base + p->mb_offset;
-    uint64_t sample = (uint64_t)(ex->step - 1) * g->microbatches * g->microbatch;
+    const uint64_t replica = hs_plan_replica_of(ex->plan, ex->rank);
+    uint64_t sample =
+        ((uint64_t)(ex->step - 1) * g->replicas + replica) * g->microbatches * g->microbatch;
     for (uint32_t m = 0; m < g->microbatches; m++) {
         uint8_t *const mb = mb0 + m * p->mb_stride;
         int32_t *tokens =
@@ -156,7 +159,8 @@ static hs_status run_list(hs_executor *ex, uint32_t first, uint32_t count, hs_wh
         uint32_t peer = UINT32_MAX;
         if (a->channel != UINT32_MAX) {
             const hs_plan_channel *ch = &ex->plan->channels[a->channel];
-            peer = a->kind == HS_A_SEND ? ch->to : ch->from;
+            peer =
+                hs_plan_first_rank(ex->plan, ex->rank) + (a->kind == HS_A_SEND ? ch->to : ch->from);
         }
         if (hs_stop_was_lost(ex->stop)) /* a report looked for a request to stop, and took this */
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
@@ -179,12 +183,12 @@ hs_status hs_executor_prepare(hs_executor *ex, hs_list list, hs_why *why) {
                                 : run_list(ex, p->first_load, p->loads, why);
 }
 
-/* One line from position 0: to standard output and to the agent. */
+/* One line from rank 0: to standard output and to the agent. */
 static void tell_step(const hs_executor *ex) {
     char line[2048];
     hs_text text = hs_text_over(line, sizeof line);
     hs_metrics_step(ex->metrics, &ex->control, &text);
-    if (ex->position->stage != 0) return;
+    if (ex->rank != 0) return;
     hs_metrics_print(&text);
     if (ex->agent) hs_agent_link_metrics(ex->agent, line);
 }

@@ -30,7 +30,8 @@
 typedef struct hs_executor {
     /* lent, set before the first call */
     const hs_plan *plan;
-    const hs_plan_position *position;
+    const hs_plan_position *position; /* that this rank fills */
+    uint32_t rank;
     const hs_attempt *attempt;
     const hs_arena *arena;
     const hs_linked *linked;

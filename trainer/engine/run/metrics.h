@@ -1,5 +1,5 @@
 /* What a step cost and gave, as one JSON line (the contract's "step", "start" and "end" objects).
- * Time is counted by kind of instruction on every rank; position 0 prints. Nothing allocates after
+ * Time is counted by kind of instruction on every rank; rank 0 prints. Nothing allocates after
  * hs_metrics_open. */
 #ifndef HS_RUN_METRICS_H
 #define HS_RUN_METRICS_H

@@ -61,6 +61,19 @@ hs_status hs_plan_adopt(uint8_t *bytes, size_t size, const char *name, hs_plan *
 /* Safe on a zeroed plan. */
 void hs_plan_close(hs_plan *plan);
 
+/* rank = replica x positions + position: which position a process fills, and in which replica of the
+ * pipeline. */
+static inline uint32_t hs_plan_position_of(const hs_plan *plan, uint32_t rank) {
+    return rank % plan->config->positions;
+}
+static inline uint32_t hs_plan_replica_of(const hs_plan *plan, uint32_t rank) {
+    return rank / plan->config->positions;
+}
+/* The rank at position 0 of the same replica; the one at position p is p further on. */
+static inline uint32_t hs_plan_first_rank(const hs_plan *plan, uint32_t rank) {
+    return rank - hs_plan_position_of(plan, rank);
+}
+
 /* Rows of a microbatch, B*T. */
 static inline int64_t hs_plan_rows(const hs_plan *plan) {
     return (int64_t)plan->config->microbatch * plan->config->sequence;

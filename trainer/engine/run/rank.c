@@ -57,8 +57,9 @@ static hs_status open_files(rank *r, hs_why *why) {
     }
     if (a->ranks != g->positions * g->replicas || r->args->rank >= a->ranks) {
         return hs_fail(why, HS_E_CONFIG,
-                       "rank %" PRIu32 " of %" PRIu32 " ranks; the plan has %" PRIu32 " positions",
-                       r->args->rank, a->ranks, g->positions);
+                       "rank %" PRIu32 " of %" PRIu32 " ranks; the plan has %" PRIu32
+                       " positions in each of %" PRIu32 " replicas",
+                       r->args->rank, a->ranks, g->positions, g->replicas);
     }
     if (a->start_step > g->steps) {
         return hs_fail(why, HS_E_CONFIG,
@@ -71,7 +72,8 @@ static hs_status open_files(rank *r, hs_why *why) {
                        ", but without an agent there are no slots to restore from",
                        a->start_step);
     }
-    r->executor.position = &r->plan.positions[r->args->rank % g->positions];
+    r->executor.rank = r->args->rank;
+    r->executor.position = &r->plan.positions[hs_plan_position_of(&r->plan, r->args->rank)];
     return HS_OK;
 }
 
@@ -130,7 +132,7 @@ static hs_status open_parts(rank *r, hs_why *why) {
         HS_TRY(hs_shards_open(a->data_dir, g, r->plan.shards, r->plan.count[HS_SECTION_SHARDS],
                               &r->shards, why));
     }
-    if (a->trace == HS_TRACE_ON) HS_TRY(hs_trace_create(&r->plan, p, &r->trace, why));
+    if (a->trace == HS_TRACE_ON) HS_TRY(hs_trace_create(&r->plan, r->args->rank, &r->trace, why));
     if (r->args->page_fd >= 0) {
         void *page =
             mmap(NULL, HS_RANK_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, r->args->page_fd, 0);
@@ -175,6 +177,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                    .channels = r->plan.channels,
                                    .channel_count = (uint32_t)r->plan.count[HS_SECTION_CHANNELS],
                                    .rank = r->args->rank,
+                                   .first_rank = hs_plan_first_rank(&r->plan, r->args->rank),
                                    .start_step = r->attempt.attempt->start_step,
                                    .listen_fd = r->args->listen_fd,
                                    .stop = r->stop,
@@ -202,7 +205,7 @@ static void fill_executor(rank *r) {
     ex->log = &r->log;
 }
 
-/* One object of position 0, to standard output and to the agent. */
+/* One object of rank 0, to standard output and to the agent. */
 static void tell(rank *r, hs_text *text) {
     hs_metrics_print(text);
     if (r->agent) hs_agent_link_metrics(r->agent, text->at);
@@ -219,7 +222,7 @@ static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
                HS_I("threads", r->machine.threads), HS_I("cpus", r->machine.cpu_threads),
                HS_S("mend", "raise launch.resources.memory, or set parallel.threads"));
     r->started = true;
-    if (r->executor.position->stage != 0) return;
+    if (r->args->rank != 0) return;
     char line[1024];
     hs_text text = hs_text_over(line, sizeof line);
     hs_metrics_event(&r->metrics, "start", &text);
@@ -280,8 +283,7 @@ static hs_status run(rank *r, hs_why *why) {
     return hs_executor_train(&r->executor, start < 0 ? 0 : start, why);
 }
 
-/* What this rank says when it leaves: to the log, to the agent, and on position 0's standard
- * output. */
+/* What this rank says when it leaves: to the log, to the agent, and rank 0 on standard output. */
 static void say_last(rank *r, hs_status st, const hs_why *why) {
     char words[4096];
     hs_text text = hs_text_over(words, sizeof words);
@@ -297,7 +299,7 @@ static void say_last(rank *r, hs_status st, const hs_why *why) {
         HS_LOG(&r->log, st == HS_E_STOPPED || st == HS_E_TERMINATED ? HS_LOG_INFO : HS_LOG_ERROR,
                "last words", HS_I("code", code), HS_S("words", words));
     }
-    if (!r->started || r->executor.position->stage != 0) return;
+    if (!r->started || r->args->rank != 0) return;
     char line[1024];
     text = hs_text_over(line, sizeof line);
     hs_metrics_event(&r->metrics, "end", &text);

@@ -17,14 +17,14 @@ typedef struct event {
 
 struct hs_trace {
     const hs_plan *plan;
-    uint32_t pid; /* stage */
+    uint32_t rank; /* the trace's process number */
     size_t capacity, added;
     event *events; /* ring: number n lies at n % capacity */
     char buffer[65536];
 };
 
-hs_status hs_trace_create(const hs_plan *plan, const hs_plan_position *position, hs_trace **out,
-                          hs_why *why) {
+hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs_why *why) {
+    const hs_plan_position *position = &plan->positions[hs_plan_position_of(plan, rank)];
     *out = NULL;
     hs_trace *trace = calloc(1, sizeof *trace);
     const size_t capacity = (size_t)position->steps * HS_TRACE_STEPS + 1;
@@ -35,7 +35,7 @@ hs_status hs_trace_create(const hs_plan *plan, const hs_plan_position *position,
         return hs_fail(why, HS_E_MEMORY, "no memory for a trace of %zu instructions", capacity);
     }
     trace->plan = plan;
-    trace->pid = position->stage;
+    trace->rank = rank;
     trace->capacity = capacity;
     trace->events = events;
     *out = trace;
@@ -80,7 +80,7 @@ static bool write_events(const hs_trace *trace, int fd, hs_text *text) {
                        ",\"ph\":\"X\",\"ts\":%.3f,\"dur\":%.3f,\"pid\":%" PRIu32
                        ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "}}",
                        (double)e->start_ns / 1000.0, (double)(e->end_ns - e->start_ns) / 1000.0,
-                       trace->pid, e->step, (int32_t)action->microbatch);
+                       trace->rank, e->step, (int32_t)action->microbatch);
         if (text->used > text->size - 1024 && !flush(fd, text)) return false;
     }
     hs_text_printf(text, "\n]}\n");

@@ -13,9 +13,8 @@
 
 typedef struct hs_trace hs_trace;
 
-/* HS_E_MEMORY. */
-hs_status hs_trace_create(const hs_plan *plan, const hs_plan_position *position, hs_trace **out,
-                          hs_why *why);
+/* Of the steps that `rank` runs. HS_E_MEMORY. */
+hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs_why *why);
 void hs_trace_destroy(hs_trace *trace); /* NULL is fine */
 
 /* One finished action of the step list (its index in the plan's table). A NULL trace does nothing.

@@ -15,7 +15,7 @@
  *                                                 (the agent was restarted), else without
  *   agent        SLOTS                            a = how many, with that many descriptors (only to a rank that sent none);
  *                                                 b = index of the slot to restore from, or -1
- *   rank         METRICS (JSON object, one a step; position 0), READY (a = slot, b = step, c = 1 where final),
+ *   rank         METRICS (JSON object, one a step; rank 0), READY (a = slot, b = step, c = 1 where final),
  *                WORDS (JSON object: last words), TRACE (path of a file)
  *   supervisor   OUTPUT (rank, bytes of its stdout or stderr; a = 1 or 2), EXIT(rank, a = exit code or -signal,
  *                b = pid, c = HS_ENDED_*; of HS_ENDED_BY_OOM payload u64: bytes that the container may use, 0:
