@@ -9,7 +9,7 @@
     runs/<run>/manifests/<step>-<epoch>/manifest      what the checkpoint record names
     runs/<run>/manifests/<step>-<epoch>/pages/...     of either, where it is large (pages.py)
     runs/<run>/chunks/<step>-<epoch>/<rank>-<incarnation>-<index>
-    runs/<run>/live/...                               hints; claims (claims.py), the log's condensed state (log.py),
+    runs/<run>/live/...                               hints; claims (claims.py), the log's condensed state (log/),
                                                       metrics (curve.py), output and status (agent/output.py)
 
 ``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6.
