@@ -192,6 +192,21 @@ def test_engine_includes_point_one_way(path: Path) -> None:
         assert target in ENGINE_ALLOWED[room], f"{path.relative_to(ENGINE)} includes {name}"
 
 
+INVARIANT = re.compile(r"^ \* I(\d+) {1,3}\S", re.MULTILINE)
+
+
+def test_numbered_invariants_are_lists() -> None:
+    """Each begins a line, from I1 on without a gap; clang-format leaves them so."""
+    assert "ReflowComments: false" in (ROOT / ".clang-format").read_text(encoding="utf-8")
+    lists = {path: INVARIANT.findall(path.read_text(encoding="utf-8")) for path in engine_files()}
+    lists = {path: numbers for path, numbers in lists.items() if "1" in numbers}
+    assert len(lists) >= 7, "the invariants of the engine are not where they were"
+    for path, numbers in lists.items():
+        assert numbers == [str(i + 1) for i in range(len(numbers))], f"{path.name}: invariants {numbers} begin a line"
+        inside = re.findall(r"\S.*\bI\d+ {2,3}\S.*", INVARIANT.sub("", path.read_text(encoding="utf-8")))
+        assert not inside, f"{path.name}: an invariant inside a line: {inside}"
+
+
 def test_the_test_can_fail(tmp_path: Path) -> None:
     """A reversed arrow is seen: the readers above find what a file imports and includes."""
     module = ROOT / "trainer" / "__init__.py"

@@ -1,5 +1,5 @@
 /* The table of kernels: one number, one name, one fixed list of operands each. The only place that says so: the
- * extents (kernels/extent.c), the loader's checks (run/plan.c, run/plan_writes.c), the plan fuzzer and `wire` (which
+ * extents (kernels/extent.c), the loader's checks (run/plan/), the plan fuzzer and `wire` (which
  * trainer/wire.py is compared with) all read it.
  *
  * A plan names a kernel by its number (HS_K_*), its element type (HS_F32 ...), up to HS_CALL_PTRS operand

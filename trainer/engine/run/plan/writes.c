@@ -5,7 +5,7 @@
 #include <inttypes.h>
 
 #include "kernels/kernels.h"
-#include "run/plan_internal.h"
+#include "run/plan/plan_internal.h"
 
 static bool meet(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes) {
     return a < b + b_bytes && b < a + a_bytes;

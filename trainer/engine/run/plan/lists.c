@@ -1,0 +1,186 @@
+/* I6 and I9 of run/plan.h: programs and channels, and the actions of each position in order. */
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "run/plan/plan_internal.h"
+
+/* I6: a SEND or RECV. */
+static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
+                               const hs_plan_action *a, size_t i, int list) {
+    const hs_plan *plan = c->plan;
+    if (a->channel >= plan->count[HS_SECTION_CHANNELS]) {
+        return REFUSE(c, "action %zu: channel %" PRIu32 " of %zu", i, a->channel,
+                      plan->count[HS_SECTION_CHANNELS]);
+    }
+    const hs_plan_channel *ch = &plan->channels[a->channel];
+    if ((a->kind == HS_A_SEND ? ch->from : ch->to) != p->stage) {
+        return REFUSE(c, "action %zu: channel %" PRIu32 " does not %s position %" PRIu32, i,
+                      a->channel, a->kind == HS_A_SEND ? "start at" : "end at", p->stage);
+    }
+    if (a->ref.bytes != ch->bytes) {
+        return REFUSE(
+            c, "action %zu: a message of %" PRIu64 " bytes, channel %" PRIu32 " carries %" PRIu64,
+            i, a->ref.bytes, a->channel, ch->bytes);
+    }
+    (a->kind == HS_A_SEND ? c->sends
+                          : c->recvs)[(size_t)a->channel * HS_PLAN_LISTS + (size_t)list]++;
+    return HS_OK;
+}
+
+/* I9: room for the blocks of the step's end; 8-byte aligned, STATIC. */
+static hs_status check_block(hs_plan_checker *c, const hs_plan_action *a, size_t i,
+                             uint64_t bytes) {
+    if (a->ref.space != HS_SPACE_STATIC || a->ref.offset % 8 || a->ref.bytes < bytes) {
+        return REFUSE(c,
+                      "action %zu: its block takes %" PRIu64
+                      " aligned bytes of STATIC, its reference has %" PRIu64 " at %" PRIu64,
+                      i, bytes, a->ref.bytes, a->ref.offset);
+    }
+    return HS_OK;
+}
+
+/* I6, I9 */
+static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, size_t i, int list) {
+    const hs_plan *plan = c->plan;
+    const hs_plan_action *a = &plan->actions[i];
+    const bool message = a->kind == HS_A_SEND || a->kind == HS_A_RECV;
+    const bool block = a->kind == HS_A_COMBINE || a->kind == HS_A_REPORT || a->kind == HS_A_APPLY;
+    if (a->kind == 0 || a->kind >= HS_A_COUNT)
+        return REFUSE(c, "action %zu: no kind %u", i, a->kind);
+    if (!a->op || !strchr("FIWBO-", a->op)) return REFUSE(c, "action %zu: no op %d", i, a->op);
+    if (a->reserved || a->stage != p->stage) {
+        return REFUSE(c,
+                      "action %zu: stage %" PRIu32 " in the list of position %" PRIu32
+                      ", or reserved is not 0",
+                      i, a->stage, p->stage);
+    }
+    if (a->microbatch != UINT32_MAX && a->microbatch >= p->mb_count) {
+        return REFUSE(c, "action %zu: microbatch %" PRIu32 " of %" PRIu32, i, a->microbatch,
+                      p->mb_count);
+    }
+    if (a->slot != UINT32_MAX && a->slot >= p->act_slots) {
+        return REFUSE(c, "action %zu: slot %" PRIu32 " of %" PRIu32, i, a->slot, p->act_slots);
+    }
+    if ((a->kind == HS_A_RUN) != (a->program != UINT32_MAX) ||
+        message != (a->channel != UINT32_MAX)) {
+        return REFUSE(
+            c, "action %zu: program %" PRIu32 " or channel %" PRIu32 " does not go with kind %u", i,
+            a->program, a->channel, a->kind);
+    }
+    uint8_t uses = 0;
+    if (message || block) {
+        HS_TRY(hs_plan_check_ref(c, p, &a->ref, "action", i));
+        uses = a->ref.space == HS_SPACE_ACT  ? HS_PLAN_USES_ACT
+               : a->ref.space == HS_SPACE_MB ? HS_PLAN_USES_MB
+                                             : 0;
+    } else if (a->ref.space || a->ref.offset || a->ref.bytes || a->ref.reserved) {
+        return REFUSE(c, "action %zu: kind %u has no reference", i, a->kind);
+    }
+    if (a->kind == HS_A_RUN) {
+        if (a->program >= plan->count[HS_SECTION_PROGRAMS]) {
+            return REFUSE(c, "action %zu: program %" PRIu32 " of %zu", i, a->program,
+                          plan->count[HS_SECTION_PROGRAMS]);
+        }
+        HS_TRY(hs_plan_check_program(c, p, a->program));
+        uses = c->program_uses[a->program];
+    }
+    if (((uses & HS_PLAN_USES_ACT) && a->slot == UINT32_MAX) ||
+        ((uses & HS_PLAN_USES_MB) && a->microbatch == UINT32_MAX)) {
+        return REFUSE(c, "action %zu: it uses a slot or a microbatch area and names none", i);
+    }
+    if (message) return check_message(c, p, a, i, list);
+    if (a->kind == HS_A_RUN) return HS_OK;
+    if (list != HS_PLAN_STEP || plan->config->mode != HS_MODE_TRAIN) {
+        return REFUSE(c, "action %zu: kind %u outside the steps of a training", i, a->kind);
+    }
+    switch (a->kind) {
+    case HS_A_REPORT:
+        if (p->sumsq_offset == UINT64_MAX)
+            return REFUSE(c, "action %zu: a report without sumsq", i);
+        return check_block(c, a, i, hs_plan_report_bytes(plan));
+    case HS_A_COMBINE:
+        if (p->stage != 0)
+            return REFUSE(c, "action %zu: position %" PRIu32 " combines, not 0", i, p->stage);
+        if (p->control_offset == UINT64_MAX) return REFUSE(c, "action %zu: no control block", i);
+        return check_block(c, a, i, hs_plan_report_bytes(plan) * plan->config->positions);
+    case HS_A_APPLY:
+        return check_block(c, a, i, sizeof(hs_step_control));
+    default: /* DATA, SNAPSHOT */
+        return HS_OK;
+    }
+}
+
+/* I6: the lists of one position. Training steps end on one report, one apply and one snapshot, in
+ * that order. */
+static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
+    const hs_plan *plan = c->plan;
+    const uint32_t firsts[HS_PLAN_LISTS] = {p->first_init, p->first_load, p->first_step};
+    const uint32_t counts[HS_PLAN_LISTS] = {p->inits, p->loads, p->steps};
+    uint32_t seen[HS_A_COUNT] = {0};
+    memset(c->program_uses, 0, plan->count[HS_SECTION_PROGRAMS]);
+    for (int list = 0; list < HS_PLAN_LISTS; list++) {
+        for (uint32_t k = 0; k < counts[list]; k++) {
+            const size_t i = (size_t)firsts[list] + k;
+            HS_TRY(check_action(c, p, i, list));
+            if (list != HS_PLAN_STEP) {
+                HS_TRY(hs_plan_check_action_writes(c, p, i));
+                continue;
+            }
+            const uint8_t kind = plan->actions[i].kind;
+            seen[kind]++;
+            const bool early = (kind == HS_A_COMBINE && !seen[HS_A_REPORT]) ||
+                               (kind == HS_A_APPLY && !seen[HS_A_REPORT]) ||
+                               (kind == HS_A_APPLY && p->stage == 0 && !seen[HS_A_COMBINE]) ||
+                               (kind == HS_A_SNAPSHOT && !seen[HS_A_APPLY]);
+            if (early) return REFUSE(c, "action %zu: kind %u comes before what it needs", i, kind);
+            HS_TRY(hs_plan_check_action_writes(c, p, i));
+        }
+    }
+    if (plan->config->mode != HS_MODE_TRAIN) return HS_OK;
+    if (seen[HS_A_REPORT] != 1 || seen[HS_A_APPLY] != 1 || seen[HS_A_SNAPSHOT] != 1 ||
+        seen[HS_A_COMBINE] != (p->stage == 0)) {
+        return REFUSE(
+            c,
+            "position %" PRIu32 ": a step has %" PRIu32 " reports, %" PRIu32 " combines, %" PRIu32
+            " applies and %" PRIu32 " snapshots; one each, combines at position 0 only",
+            p->stage, seen[HS_A_REPORT], seen[HS_A_COMBINE], seen[HS_A_APPLY], seen[HS_A_SNAPSHOT]);
+    }
+    if (!seen[HS_A_DATA] && (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX)) {
+        return REFUSE(c, "position %" PRIu32 ": it reads tokens and has no data action", p->stage);
+    }
+    return HS_OK;
+}
+
+hs_status hs_plan_check_lists(hs_plan_checker *c) {
+    const hs_plan *plan = c->plan;
+    for (size_t i = 0; i < plan->count[HS_SECTION_PROGRAMS]; i++) {
+        const hs_plan_program *g = &plan->programs[i];
+        HS_TRY(hs_plan_check_name(c, "program", i, g->name_offset, g->name_length));
+        if (!hs_plan_inside(g->first_call, g->calls, plan->count[HS_SECTION_CALLS])) {
+            return REFUSE(c, "program %zu: calls %" PRIu32 "+%" PRIu32 " of %zu", i, g->first_call,
+                          g->calls, plan->count[HS_SECTION_CALLS]);
+        }
+    }
+    for (size_t i = 0; i < plan->count[HS_SECTION_CHANNELS]; i++) {
+        const hs_plan_channel *ch = &plan->channels[i];
+        if (ch->from >= plan->config->positions || ch->to >= plan->config->positions ||
+            ch->from == ch->to || ch->kind < HS_CH_FORWARD || ch->kind > HS_CH_CONTROL ||
+            ch->reserved || ch->bytes == 0 || ch->bytes > HS_PLAN_ARENA_MAX) {
+            return REFUSE(c,
+                          "channel %zu: from %" PRIu32 " to %" PRIu32 " of %" PRIu32
+                          ", kind %" PRIu32 ", %" PRIu64 " bytes",
+                          i, ch->from, ch->to, plan->config->positions, ch->kind, ch->bytes);
+        }
+    }
+    for (uint32_t p = 0; p < plan->config->positions; p++)
+        HS_TRY(check_lists(c, &plan->positions[p]));
+    for (size_t i = 0; i < plan->count[HS_SECTION_CHANNELS] * HS_PLAN_LISTS; i++) {
+        if (c->sends[i] != c->recvs[i]) {
+            return REFUSE(c, "channel %zu: %" PRIu64 " sends and %" PRIu64 " receives in one %s",
+                          i / HS_PLAN_LISTS, c->sends[i], c->recvs[i],
+                          (const char *const[]){"init", "load", "step"}[i % HS_PLAN_LISTS]);
+        }
+    }
+    return HS_OK;
+}
