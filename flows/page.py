@@ -33,6 +33,7 @@ from flows.drive.loop import Event, Outcome
 from flows.drive.train import cancel
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
 from flows.show.curve import loss_image, loss_markdown, thinned
+from trainer.failures import FAILURES, Failure
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +325,8 @@ class Page:
             if after is not None:
                 cause = after.body.get("cause") or {}
                 text = str(cause.get("text") or after.reason)
-                crashed = str(cause.get("class", cause.get("cls", ""))) in ("infra", "signal", "preempted", "sick", "")
+                cls = Failure.read(cause.get("class"))
+                crashed = cls is None or FAILURES[cls].from_outside
                 row.states.append(
                     ("CRASHED", "Crashed", text, after.time) if crashed else ("FAILED", "Failed", text, after.time)
                 )

@@ -22,12 +22,11 @@ from dataclasses import dataclass, replace
 from k8s.labels import AGENT, ENGINE
 from k8s.refusal import refusal
 from k8s.views import ContainerView, EventView, JobView, PodView
+from trainer.failures import CANNOT_RUN, CAUSAL, POD_REASONS, SIGKILL, TURNED_AWAY, Failure, of_supervisor
 from trainer.launch import Finding, LaunchView, NodeView
 from trainer.wire import EXITS
 
 MIB = 1 << 20
-# from the most to the least telling: what explains the others comes first
-ORDER = ("memory", "config", "data", "numeric", "restore", "bug", "signal", "stall", "preempted", "infra")
 
 _NEVER_STARTS = {
     "ErrImageNeverPull": "load the image onto the machines, or set launch.image to one that a registry serves",
@@ -84,17 +83,19 @@ def launch_view(
     found = [(p, f) for index, p in chosen.items() if p is not None and (f := pod_loss(p, index, limits))]
     losses = [f for p, f in found if not _told_to_go(p, f)]
     losses += [_vanished(p, index, limits) for index, p in last.items() if p is not None and chosen[index] is None]
-    if not losses or all(f.cls == "infra" for f in losses):
+    if not losses or all(f.cls == Failure.INFRA for f in losses):
         losses += job_loss(job, events)
     if not losses:  # how a pod ends that was told to go explains nothing where another made the Job end them all
         losses = [f for _, f in found]
     if not losses:
         losses = [_leaving(p, index) for index, p in chosen.items() if p is not None and p.deleting]
     if losses:
-        loss = min(losses, key=lambda f: ORDER.index(f.cls) if f.cls in ORDER else len(ORDER))
+        loss = min(losses, key=lambda f: CAUSAL[f.cls])
         return LaunchView(launch_id, "lost", nodes, loss.text, loss)
     if job.deleting:
-        gone_job = Finding("infra", f"Job {job.name} is being deleted", "somebody deleted it; a new launch is made")
+        gone_job = Finding(
+            Failure.INFRA, f"Job {job.name} is being deleted", "somebody deleted it; a new launch is made"
+        )
         return LaunchView(launch_id, "lost", nodes, gone_job.text, gone_job)
     pending = [p for p in chosen.values() if p is None or _engine(p).state != "running"]
     pending = [p for p in pending if p is None or p.phase != "Succeeded"]
@@ -113,7 +114,7 @@ def launch_view(
 def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | None:
     """Why this pod will not train (again), or None."""
 
-    def found(cls: str, text: str, mend: str = "") -> Finding:
+    def found(cls: Failure, text: str, mend: str = "") -> Finding:
         return Finding(cls, f"pod {pod.name}{_on(pod)} {text}", mend, node, pod.place)
 
     engine, agent = _engine(pod), pod.containers.get(AGENT, ContainerView())
@@ -122,65 +123,70 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
     for name, container in ((ENGINE, engine), (AGENT, agent)):
         never = _never_starts(container)
         if never is not None:
-            return found("config", f"cannot start its {name}: {never[0]}", never[1])
+            return found(POD_REASONS[container.reason], f"cannot start its {name}: {never[0]}", never[1])
     if pod.reason == "Evicted":
         own = re.search(r"exceeds|limit", pod.message, re.I) is not None
         mend = "raise that limit (launch.pod_patch)" if own else "the machine ran short; request what the run needs"
-        return found("memory" if own else "infra", f"was evicted: {pod.message}", mend)
-    if pod.reason in ("OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError", "NodeAffinity"):
-        return found("infra", f"was turned away by its machine: {pod.message or pod.reason}")
+        return found(Failure.MEMORY if own else POD_REASONS[pod.reason], f"was evicted: {pod.message}", mend)
+    if pod.reason in TURNED_AWAY:
+        return found(POD_REASONS[pod.reason], f"was turned away by its machine: {pod.message or pod.reason}")
     if _machine_gone(pod):
-        return found("infra", "is on a machine that does not answer the control plane any more")
+        return found(Failure.INFRA, "is on a machine that does not answer the control plane any more")
     disruption = pod.conditions.get("DisruptionTarget")
     if engine.reason == "OOMKilled" and engine.exit_code == 137:
-        return found("memory", *_memory("the engine", limits.engine_needs, limits.engine_limit))
+        return found(POD_REASONS[engine.reason], *_memory("the engine", limits.engine_needs, limits.engine_limit))
     if agent.reason == "OOMKilled" or (agent.last_reason == "OOMKilled" and agent.state != "running"):
-        return found("memory", *_memory("the agent", limits.agent_needs, limits.agent_limit))
+        return found(Failure.MEMORY, *_memory("the agent", limits.agent_needs, limits.agent_limit))
     if disruption is not None and disruption.status == "True":
-        return found("preempted", f"was told to go ({_why_disrupted(disruption.reason)}): {disruption.message}")
+        return found(
+            POD_REASONS["DisruptionTarget"],
+            f"was told to go ({_why_disrupted(disruption.reason)}): {disruption.message}",
+        )
     # twice, because rights may come a little after the pod
     if agent.state != "running" and agent.last_code == 78 and agent.restarts > 0:
         said = _last_line(agent.last_message) or "see `kubectl logs` of its agent"
         return found(
-            "config", f"has an agent that refuses to start: {said}", "correct launch.store_secret or the store"
+            Failure.CONFIG, f"has an agent that refuses to start: {said}", "correct launch.store_secret or the store"
         )
     if engine.state == "terminated":
         return replace(found(*_exit_words(engine)), code=engine.exit_code)
     if pod.phase == "Failed":
-        return found("infra", f"failed: {pod.message or pod.reason or 'no reason given'}")
+        return found(Failure.INFRA, f"failed: {pod.message or pod.reason or 'no reason given'}")
     return None
 
 
 def _told_to_go(pod: PodView, finding: Finding) -> bool:
     """Whether this end is only what a plain deletion makes of a pod."""
-    return pod.deleting and finding.cls in ("preempted", "infra") and "DisruptionTarget" not in pod.conditions
+    return (
+        pod.deleting and finding.cls in (Failure.PREEMPTED, Failure.INFRA) and "DisruptionTarget" not in pod.conditions
+    )
 
 
 def _leaving(pod: PodView, node: int) -> Finding:
-    return Finding("preempted", f"pod {pod.name}{_on(pod)} is being deleted", "", node, pod.place)
+    return Finding(Failure.PREEMPTED, f"pod {pod.name}{_on(pod)} is being deleted", "", node, pod.place)
 
 
 def _on(pod: PodView) -> str:
     return f" on {pod.place}" if pod.place else ""
 
 
-def _exit_words(engine: ContainerView) -> tuple[str, str, str]:
+def _exit_words(engine: ContainerView) -> tuple[Failure, str, str]:
     code = engine.exit_code if engine.exit_code is not None else -1
     said = _last_line(engine.message)
     said = f"; its last words: {said}" if said else ""
+    cls, known = of_supervisor(code), EXITS.get(code)
     if code == 0:
-        return "infra", f"left before the run's end{said}", ""
-    known = EXITS.get(code)
+        return cls, f"left before the run's end{said}", ""
     if known is not None:
-        return known.cls, f"ended with {code}: {known.text}{said}", ""
-    if code in (137, 143):
-        how = "killed" if code == 137 else "terminated"
-        return "infra", f"lost its supervisor: {how} ({code}){said}", ""
-    if code > 128:
-        return "signal", f"lost its supervisor: signal {code - 128}{said}", "`hotstage logs RUN` has the last words"
-    if engine.reason in ("StartError", "ContainerCannotRun") or code in (126, 127):
-        return "config", f"cannot run its engine: {engine.message or code}", "correct launch.image: it is no engine"
-    return "infra", f"ended with {code}{said}", ""
+        return cls, f"ended with {code}: {known.text}{said}", ""
+    if cls is Failure.SIGNAL:
+        return cls, f"lost its supervisor: signal {code - 128}{said}", "`hotstage logs RUN` has the last words"
+    if code == 128 + SIGKILL:
+        return cls, f"lost its supervisor: killed ({code}){said}", ""
+    cls = POD_REASONS[engine.reason] if engine.reason in CANNOT_RUN else cls
+    if cls is Failure.CONFIG:
+        return cls, f"cannot run its engine: {engine.message or code}", "correct launch.image: it is no engine"
+    return cls, f"ended with {code}{said}", ""
 
 
 def _memory(who: str, needs: int, limit: int) -> tuple[str, str]:
@@ -214,7 +220,7 @@ def _vanished(pod: PodView, node: int, limits: Limits) -> Finding:
     known = pod_loss(pod, node, limits)
     if known is not None and known.cls != "preempted":
         return known
-    return Finding("infra", f"pod {pod.name}{_on(pod)} was deleted", "", node, pod.place)
+    return Finding(Failure.INFRA, f"pod {pod.name}{_on(pod)} was deleted", "", node, pod.place)
 
 
 def _never_starts(container: ContainerView) -> tuple[str, str] | None:
@@ -287,13 +293,15 @@ def job_loss(job: JobView, events: Sequence[EventView] = ()) -> list[Finding]:
     for name in ("FailureTarget", "Failed"):  # FailureTarget comes first; Failed waits for dead machines
         if job.is_(name):
             said = job.conditions[name]
-            found.append(Finding("infra", f"Job {job.name} failed: {said.reason}: {said.message}"))
+            found.append(Finding(Failure.INFRA, f"Job {job.name} failed: {said.reason}: {said.message}"))
             break
     for event in events:
         if event.about == job.name and event.reason == "FailedCreate":
             refused = refusal(event.message)
             if refused is not None and not refused.waits:
-                found.append(Finding("config", f"Job {job.name} cannot make its pods: {event.message}", refused.mend))
+                found.append(
+                    Finding(Failure.CONFIG, f"Job {job.name} cannot make its pods: {event.message}", refused.mend)
+                )
     return found
 
 

@@ -32,6 +32,7 @@ from k8s.version import MEND, OLDEST, too_old
 from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_view
 from k8s.watch import PACE, Pace, Sight, Source, Watcher
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
+from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchView
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class KubernetesLauncher:
             if known.uid and other and self._clock() - known.made_at < FRESH_S:
                 return LaunchView(launch_id, "waiting", detail="its Job has just been made")
             if was is not None:
-                loss = Finding("infra", f"Job {was.name} was deleted", "a new launch is made")
+                loss = Finding(Failure.INFRA, f"Job {was.name} was deleted", "a new launch is made")
                 return LaunchView(launch_id, "lost", detail=loss.text, loss=loss)
             return LaunchView(launch_id, "absent", detail=f"no Job of launch {launch_id} in {self._namespace}")
         view = self._view(launch_id, known, job, pods)

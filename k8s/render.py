@@ -19,10 +19,10 @@ from k8s.diagnosis import Limits
 from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
 from k8s.quantity import amount
 from trainer.errors import LaunchRefused
+from trainer.failures import FAIL_JOB_CODES, FAIL_JOB_CONDITIONS
 from trainer.plan import Plan
 from trainer.plan.memory import more_threads_bytes
 from trainer.spec import RunSpec
-from trainer.wire import EXITS
 
 SOCKET = "/run/hotstage/agent.sock"
 WORK = "/var/lib/hotstage"
@@ -162,10 +162,10 @@ def failure_rules() -> list[dict[str, Any]]:
 
     Each rule on exit codes names the engine's container: a sidecar's end is never taken for it.
     """
-    codes = sorted(code for code in EXITS if code)
+    codes, conditions = list(FAIL_JOB_CODES), [{"type": name, "status": "True"} for name in FAIL_JOB_CONDITIONS]
     return [
         {"action": "FailJob", "onExitCodes": {"containerName": ENGINE, "operator": "In", "values": codes}},
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onPodConditions": conditions},
         {"action": "FailJob", "onExitCodes": {"containerName": ENGINE, "operator": "NotIn", "values": [0]}},
     ]
 

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
+from trainer.failures import Failure
 
 if TYPE_CHECKING:
     from trainer.plan import Plan
@@ -92,12 +93,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a launcher found wrong: for people, and for the driver's choice of what to do. ``cls`` is a class of
-    wire/exit.h's table (infra, preempted, config …) or ``memory`` (more than the limit was used). ``code``: the exit
-    code that ``text`` tells of, where it is one's.
+    """What a launcher found wrong: for people, and for the driver's choice of what to do. ``code``: the
+    exit code that ``text`` tells of, where it is one's.
     """
 
-    cls: str
+    cls: Failure
     text: str
     mend: str = ""
     node: int | None = None
@@ -439,7 +439,9 @@ def _elsewhere(launch_id: str, held: Held) -> LaunchView:
         return LaunchView(launch_id, "done", detail=f"it worked on {held.words}, and has left")
     if held.over:
         text = f"launch {launch_id} worked on {held.words}: {held.over}"
-        return LaunchView(launch_id, "lost", detail=text, loss=Finding("infra", text, "a new launch is made here"))
+        return LaunchView(
+            launch_id, "lost", detail=text, loss=Finding(Failure.INFRA, text, "a new launch is made here")
+        )
     note = (
         f"this run works on {held.words}; nothing is started here, this command watches. To go on here, stop it there "
         "(Ctrl-C in its terminal), or `hotstage runs cancel` it and `hotstage runs resume` it here"

@@ -67,7 +67,7 @@ def host(
     """
     from dataclasses import asdict
 
-    from flows.drive.decide import mend_of
+    from trainer.failures import mend_of
 
     voice = Voice(as_json)
     signals = Signals(voice.warn)

@@ -44,57 +44,19 @@ from flows.drive.views import (
     StartAttempt,
     Watch,
 )
+from trainer.failures import CAUSAL, FAILURES, Failure, of_code, of_signal
 from trainer.wire import EXITS
 
-# D3: from the most to the least causal. A lower place outranks a higher one.
-_CAUSAL = (
-    "sick",
-    "memory",
-    "signal",
-    "numeric",
-    "data",
-    "restore",
-    "config",
-    "bug",
-    "stall",
-    "preempted",
-    "infra",
-    "done",
-)
 
-_MENDS = {
-    "config": "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
-    "start the corrected spec)",
-    "infra": "look at the machine and the store (room, rights, network), then `hotstage runs resume RUN`",
-    "data": "prepare the data again (`hotstage data prepare SPEC --again`), then `hotstage runs resume RUN`",
-    "bug": "this is a bug of hotstage: `hotstage logs RUN` has the last words",
-    "numeric": "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N "
-    "--set train.optimizer.lr=…`",
-    "sick": "take the machine out of service and test it, then `hotstage runs resume RUN`",
-    "restore": "`hotstage ckpt verify RUN` reads every checkpoint again and names the objects; start from one of "
-    "another run (`hotstage runs fork`), or begin again with `hotstage runs resume RUN --begin-anew`",
-    "memory": "raise the limit (launch.resources.memory on a cluster), or take more stages or smaller microbatches; "
-    "what else the container holds counts too (volumes of medium Memory)",
-}
-
-
-def mend_of(cls: str) -> str:
-    """What a person should do about a cause of this class; empty where recovery mends it."""
-    return _MENDS.get(cls, "")
-
-
-def rank_class(rank: RankView) -> str:
-    """The class of an ended rank: an exit code's by the table of wire/exit.h, ``signal`` for a kill or a crash."""
+def rank_class(rank: RankView) -> Failure:
+    """The class of an ended rank. One that its own supervisor killed was lost with a peer: never a cause."""
     if rank.killed:
-        return "infra"
+        return Failure.INFRA
     if rank.memory is not None:
-        return "memory"
+        return Failure.MEMORY
     if rank.signal is not None:
-        return "infra" if rank.signal == 15 else "signal"
-    if rank.code == 143:
-        return "infra"
-    known = EXITS.get(rank.code if rank.code is not None else 70)
-    return known.cls if known else "bug"
+        return of_signal(rank.signal)
+    return Failure.BUG if rank.code is None else of_code(rank.code)
 
 
 def _describe(rank: RankView, node_bytes: int) -> str:
@@ -120,16 +82,16 @@ def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:
     """The most causal end among all ranks of an attempt (D3); None where none ended badly. ``node_bytes`` as in Policy,
     for the words about memory.
     """
-    ended = [r for r in ranks if r.ended and rank_class(r) != "done"]
+    ended = [r for r in ranks if r.ended and rank_class(r) != Failure.DONE]
     if not ended:
         return None
     # the earliest step at equal class: a rank that fails drags the others on
-    first = min(ended, key=lambda r: (_CAUSAL.index(rank_class(r)), r.step, r.rank))
+    first = min(ended, key=lambda r: (CAUSAL[rank_class(r)], r.step, r.rank))
     cls = rank_class(first)
     return Cause(
         cls,
         _describe(first, node_bytes),
-        _MENDS.get(cls, ""),
+        FAILURES[cls].mend,
         first.rank,
         max((r.step for r in ranks), default=-1),
         first.words,
@@ -186,7 +148,7 @@ def decide(
     mine = [n for n in nodes if n.epoch == newest.epoch]
     cause, leave = _cause(newest, nodes, mine, lost, policy), lost is not None
     began = any(r.pid for n in mine for r in n.ranks)
-    if cause is not None and cause.cls == "infra" and waiting and not leave and not began:
+    if cause is not None and cause.cls == Failure.INFRA and waiting and not leave and not began:
         return Watch(Phase.WAITING, waiting)  # nodes that are there gave up on those that have no room yet (D5)
     if cause is None:
         cause = _stalled(mine, newest, policy)
@@ -195,7 +157,7 @@ def decide(
     elif not _drained(nodes, newest, policy, leaving=leave):
         return Watch(Phase.DRAINING, cause.said())
     decision = _recover(log, nodes, policy, _explained(cause, mine, leave=leave), leave=leave)
-    if isinstance(decision, StartAttempt) and not decision.renew and cause.cls == "preempted":
+    if isinstance(decision, StartAttempt) and not decision.renew and cause.cls == Failure.PREEMPTED:
         # ranks that saved and left on request are mostly on a node that leaves with them, and its launcher shows that a
         # moment later: an attempt in that launch would only be lost with it
         return Watch(Phase.DRAINING, cause.said()) if policy.detaches and left_s < policy.leaving_s else decision
@@ -248,7 +210,7 @@ def _no_way_back(log: LogView, restore: Restore) -> End | None:
     records = ", ".join(map(str, log.damaged)) or "none"
     where = f"step {restore.step} of {restore.parent[0]}" if restore.parent else "step 0"
     text = f"no checkpoint can be used any more (damaged: log records {records}), and a run does not go back to {where}"
-    cause = Cause("restore", f"{text} by itself", _MENDS["restore"], None)
+    cause = Cause(Failure.RESTORE, f"{text} by itself", FAILURES[Failure.RESTORE].mend, None)
     return End("gave_up", cause.text, cause)
 
 
@@ -266,7 +228,7 @@ def _without_room(log: LogView, policy: Policy, waiting: str) -> Decision | None
     if not out:
         return None
     text = f"no room without {', '.join(out)}, left out for earlier failures: {waiting}"
-    cause = Cause("infra", text, _MENDS["infra"])
+    cause = Cause(Failure.INFRA, text, FAILURES[Failure.INFRA].mend)
     why = give_up(log, cause, policy)
     if why:
         return End("gave_up", why, cause)
@@ -286,11 +248,11 @@ def _cause(
     # a node whose ranks never began has lost nothing: the launcher starts what it lacks
     gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
     first = next((n for n in gone if n.epoch == newest.epoch), None)
-    if first is not None and (cause is None or cause.cls == "infra"):  # it explains the peers that lost it
+    if first is not None and (cause is None or cause.cls == Failure.INFRA):  # it explains the peers that lost it
         reached = max((r.step for r in ranks), default=-1)
-        cause = Cause("infra", f"node {first.node} is gone", "", None, reached, place=first.place)
+        cause = Cause(Failure.INFRA, f"node {first.node} is gone", "", None, reached, place=first.place)
     if cause is not None and cause.rank is not None:
-        blamed = _waited_for(cause.rank, ranks) if cause.cls == "stall" else cause.rank
+        blamed = _waited_for(cause.rank, ranks) if cause.cls == Failure.STALL else cause.rank
         place = next((n.place for n in mine if any(r.rank == blamed for r in n.ranks)), "")
         cause = replace(cause, place=place)
     return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
@@ -301,7 +263,7 @@ def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
 
     Who ended because of it, or was ended, waited too: of a chain of ranks, any one's deadline may pass first.
     """
-    waited = {r.rank: r for r in ranks if r.ended and rank_class(r) in ("stall", "infra")}
+    waited = {r.rank: r for r in ranks if r.ended and rank_class(r) in (Failure.STALL, Failure.INFRA)}
     seen: set[int] = set()
     while rank in waited and rank not in seen:
         seen.add(rank)
@@ -316,11 +278,13 @@ def _explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:
     """The cause with what its nodes say beside it: an agent's trouble, or that all left on request."""
     told = {str(v) for v in (cause.words or {}).values()}
     trouble = next((n for n in mine if n.error and n.error not in told), None)
-    if cause.cls == "infra" and trouble is not None:  # what an agent could not store is why its ranks left with 75
+    if (
+        cause.cls == Failure.INFRA and trouble is not None
+    ):  # what an agent could not store is why its ranks left with 75
         return replace(cause, trouble=f"node {trouble.node} says: {trouble.error}")
     ended = [r for n in mine for r in n.ranks if r.ended]
-    if not leave and cause.cls == "preempted" and all(rank_class(r) == "preempted" for r in ended):
-        return Cause("preempted", "stopped on request", "", None, cause.step, saved=True)
+    if not leave and cause.cls == Failure.PREEMPTED and all(rank_class(r) == Failure.PREEMPTED for r in ended):
+        return Cause(Failure.PREEMPTED, "stopped on request", "", None, cause.step, saved=True)
     return cause
 
 
@@ -331,7 +295,7 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     if why:
         return End("gave_up", why, cause)
     again = False
-    if cause.cls == "restore" and newest.restore_slots is None:
+    if cause.cls == Failure.RESTORE and newest.restore_slots is None:
         tried = newest.restore_checkpoint
         usable = any(c.n == tried for c in log.candidates)
         if not suspected(log, tried):
@@ -347,7 +311,7 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     # a second reading is by another machine, where machines have names
     renew = leave or any(n.place in unfit for n in nodes) or (again and bool(cause.place))
     # a damaged slot or diverging numbers: not from memory again
-    use_slots = cause.cls not in ("restore", "numeric") and not renew
+    use_slots = FAILURES[cause.cls].from_memory and not renew
     restore = choose_restore(log, nodes, policy, use_slots=use_slots)
     epochs = (*newest.slot_epochs, newest.epoch)[-16:] if use_slots else ()
     reason = "read the checkpoint again" if again else "recover"
@@ -361,9 +325,9 @@ def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_
     step = max((r.step for r in ranks), default=-1)
     if cause is None:
         return replace(lost, step=step)
-    if len(ranks) == all_ranks and all(r.ended and rank_class(r) == "preempted" for r in ranks):
-        return replace(lost, cls="preempted", rank=None, step=step, saved=True)
-    if cause.cls in ("infra", "preempted") or _CAUSAL.index(lost.cls) < _CAUSAL.index(cause.cls):
+    if len(ranks) == all_ranks and all(r.ended and rank_class(r) == Failure.PREEMPTED for r in ranks):
+        return replace(lost, cls=Failure.PREEMPTED, rank=None, step=step, saved=True)
+    if cause.cls in (Failure.INFRA, Failure.PREEMPTED) or CAUSAL[lost.cls] < CAUSAL[cause.cls]:
         return replace(lost, step=step)
     return cause
 
@@ -396,7 +360,7 @@ def _stalled(mine: Sequence[NodeView], newest: AttemptView, policy: Policy) -> C
         return None
     limit = 3 * policy.stall_s + (policy.start_s if all(r.step < 0 for n in running for r in n.ranks) else 0)
     if all(n.step_age_s > limit and n.age_s < policy.stall_s for n in running):
-        return Cause("stall", f"no step for {limit:.0f} s although every node answers", "", None, -1)
+        return Cause(Failure.STALL, f"no step for {limit:.0f} s although every node answers", "", None, -1)
     return None
 
 

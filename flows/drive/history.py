@@ -8,11 +8,10 @@ clock orders anything.
 from __future__ import annotations
 
 from flows.drive.views import AttemptView, Cause, LogView, Policy
+from trainer.failures import FAILURES, SIGKILL, Again, Failure, Strike
 
 STRIKE_FADES = 8
 """Newer checkpoints after which a strike is forgotten."""
-SIGKILL = 9
-_STRIKING = ("infra", "signal", "stall", "restore")
 
 
 def spoken(log: LogView) -> int:
@@ -46,27 +45,30 @@ def recent(log: LogView) -> tuple[AttemptView, ...]:
 
 def give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:
     """Why no further attempt makes sense, or None (D4)."""
-    if cause.cls in ("config", "data"):
-        return cause.said()
     since = recent(log)
     causes = [a.cause for a in since if a.cause]
-    if cause.cls == "memory" and any(c.get("class") == "memory" for c in causes):
-        return f"{cause.said()}; twice"
-    if cause.cls == "sick" and any(
-        a.cause and a.epoch > spoken(log) and (a.cause.get("class"), a.cause.get("place", "")) == ("sick", cause.place)
-        for a in log.attempts
-    ):
-        return f"{cause.said()}; twice, and there is no other machine"
-    if cause.cls in ("bug", "signal", "numeric"):
-        same = 1
-        for earlier in reversed(causes):
-            if earlier.get("class") != cause.cls or earlier.get("step") != cause.step:
-                break
-            same += 1
-        # a kill from outside may hit any step twice by chance; a crash of its own at one step twice is a fact
-        limit = policy.max_same_step + (2 if cause.signal == SIGKILL else 0)
-        if same >= limit:
-            return f"{cause.said()}; {same} times at step {cause.step}"
+    match FAILURES[cause.cls].again:
+        case Again.NEVER:
+            return cause.said()
+        case Again.ONCE if any(c.get("class") == cause.cls for c in causes):
+            return f"{cause.said()}; twice"
+        case Again.ONCE_A_PLACE if any(
+            a.cause
+            and a.epoch > spoken(log)
+            and (a.cause.get("class"), a.cause.get("place", "")) == (cause.cls, cause.place)
+            for a in log.attempts
+        ):
+            return f"{cause.said()}; twice, and there is no other machine"
+        case Again.SAME_STEP:
+            same = 1
+            for earlier in reversed(causes):
+                if earlier.get("class") != cause.cls or earlier.get("step") != cause.step:
+                    break
+                same += 1
+            # a kill from outside may hit any step twice by chance; a crash of its own at one step twice is a fact
+            limit = policy.max_same_step + (2 if cause.signal == SIGKILL else 0)
+            if same >= limit:
+                return f"{cause.said()}; {same} times at step {cause.step}"
     if len(since) >= policy.max_attempts_without_progress:
         return (
             f"{len(since)} attempts in a row started from step {since[-1].restore_step} and saved nothing newer; "
@@ -92,18 +94,22 @@ def struck(log: LogView, strikes: int, also: Cause | None = None) -> frozenset[s
     pardoned: dict[str, int] = {}
     for a in log.attempts:
         pardoned.update(dict.fromkeys(a.pardon, a.epoch))
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, Strike]] = []
     for a in log.attempts:
         place = str(a.cause.get("place") or "") if a.cause else ""
         if not a.cause or not place or a.epoch <= max(word, pardoned.get(place, 0)):
             continue
-        cls = str(a.cause.get("class"))
-        if cls == "sick" or (cls in _STRIKING and sum(n > a.epoch for n in saved) < STRIKE_FADES):
-            found.append((place, cls))
-    if also is not None and also.place and also.cls in (*_STRIKING, "sick"):
-        found.append((also.place, also.cls))
-    places = [place for place, cls in found if cls != "sick"]
-    return frozenset(place for place, cls in found if cls == "sick" or places.count(place) >= strikes)
+        strike = _strike(Failure.read(a.cause.get("class")))
+        if strike is Strike.OUT or (strike is Strike.FADES and sum(n > a.epoch for n in saved) < STRIKE_FADES):
+            found.append((place, strike))
+    if also is not None and also.place:
+        found.append((also.place, _strike(also.cls)))
+    places = [place for place, strike in found if strike is Strike.FADES]
+    return frozenset(place for place, strike in found if strike is Strike.OUT or places.count(place) >= strikes)
+
+
+def _strike(cls: Failure | None) -> Strike:
+    return FAILURES[cls].strike if cls is not None else Strike.NONE
 
 
 def avoided(log: LogView, launch: str, strikes: int) -> tuple[str, ...]:
@@ -119,7 +125,7 @@ def avoided(log: LogView, launch: str, strikes: int) -> tuple[str, ...]:
         orders=tuple(o for o in log.orders if o.n < first.epoch),
     )
     out = set(struck(then, strikes))
-    if first.cause and first.cause.get("class") == "restore" and first.cause.get("place"):
+    if first.cause and first.cause.get("class") == Failure.RESTORE and first.cause.get("place"):
         out.add(str(first.cause["place"]))
     return tuple(sorted(out))
 
@@ -129,7 +135,7 @@ def suspected(log: LogView, checkpoint: int | None) -> bool:
     for before, after in reversed(list(zip(log.attempts, log.attempts[1:], strict=False))):
         if before.restore_checkpoint != checkpoint or before.restore_slots is not None or not after.cause:
             continue
-        if after.cause.get("class") == "restore":
+        if after.cause.get("class") == Failure.RESTORE:
             return True
         if int(after.cause.get("step", -1)) > before.restore_step:
             return False

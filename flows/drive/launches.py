@@ -7,6 +7,7 @@ from dataclasses import replace
 from checkpoint.log import RunState
 from flows.drive.run import Prepared, is_superseded
 from flows.drive.views import Cause, NodeView
+from trainer.failures import Failure
 from trainer.launch import Launcher, LaunchView
 from trainer.spec import how_map
 
@@ -47,7 +48,7 @@ def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: 
     newest = state.newest_attempt
     left = view.state == "absent" and launcher.detaches and newest is not None and not state.ended
     if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):
-        return Cause("infra", f"launch {view.launch_id} ran and is not there any more")
+        return Cause(Failure.INFRA, f"launch {view.launch_id} ran and is not there any more")
     return None
 
 

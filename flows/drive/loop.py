@@ -54,6 +54,7 @@ from flows.drive.views import (
     short,
 )
 from trainer.errors import LaunchUnknown, PlanError, SpecError
+from trainer.failures import FAILURES, Failure
 from trainer.launch import Launch, Launcher
 from trainer.spec import how_map
 
@@ -109,18 +110,6 @@ class Outcome:
     cls: str = ""
 
 
-EXIT_OF_CLASS = {
-    "config": 78,
-    "data": 65,
-    "bug": 70,
-    "signal": 75,
-    "infra": 75,
-    "restore": 76,
-    "stall": 86,
-    "numeric": 87,
-    "memory": 78,
-    "sick": 88,
-}
 DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
 EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
@@ -347,7 +336,7 @@ class Driver:
                 self.sink.tell(Event("damaged", {"checkpoint": checkpoint, "why": why}))
             case End(outcome, reason, cause):
                 text = short(f"{cause.cls}: {reason}" if cause else reason, 4000)
-                run_log.append("ended", ended_body(state, outcome, text, cause.cls if cause else ""), state)
+                run_log.append("ended", ended_body(state, outcome, text, str(cause.cls) if cause else ""), state)
         return None
 
     def _start(self, order: StartAttempt, run_log: RunLog, state: RunState, launch: Launch) -> None:
@@ -525,7 +514,7 @@ class Driver:
         code, cls = 0, ""
         if outcome == "gave_up" and state.ended:
             reason, cls = state.ended.reason, ended_class(state.ended)
-            code = EXIT_OF_CLASS.get(cls, 75)
+            code = FAILURES[Failure.read(cls) or Failure.INFRA].exit_code
         elif outcome == "superseded":
             code = EXIT_SUPERSEDED
         elif outcome == "cancelled":
@@ -559,4 +548,4 @@ def ended_class(ended: EndedInfo) -> str:
 def left_on_request(nodes: list[NodeView], epoch: int) -> int | None:
     """The epoch, where one of its ranks saved and left because it was asked to."""
     ranks = [r for n in nodes if n.epoch == epoch for r in n.ranks]
-    return epoch if any(r.ended and rank_class(r) == "preempted" for r in ranks) else None
+    return epoch if any(r.ended and rank_class(r) == Failure.PREEMPTED for r in ranks) else None

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from trainer.wire import EXITS
-
-PREEMPTED = next(code for code, known in EXITS.items() if known.cls == "preempted")
+from trainer.failures import Failure, of_code
 
 
 def short(text: str, most: int) -> str:
@@ -188,11 +186,11 @@ class Policy:
 class Cause:
     """Why an attempt ended: for people, and as the next attempt's ``cause`` in the log.
 
-    ``cls`` is a class of wire/exit.h's table, ``signal`` or ``memory``. ``saved``: the gang saved its state as it left.
+    ``saved``: the gang saved its state as it left.
     ``trouble``: what a node's agent reported beside it.
     """
 
-    cls: str
+    cls: Failure
     text: str
     mend: str = ""
     rank: int | None = None
@@ -206,12 +204,13 @@ class Cause:
 
     def said(self) -> str:
         """All of it in one line for people."""
-        saved = "; state saved" if self.saved and self.code != PREEMPTED else ""  # that code's own text says it
+        says_so = self.code is not None and of_code(self.code) is Failure.PREEMPTED  # that code's own text
+        saved = "; state saved" if self.saved and not says_so else ""
         return self.text + saved + (f"; {self.trouble}" if self.trouble else "")
 
     def to_map(self) -> dict[str, Any]:
         out: dict[str, Any] = {
-            "class": self.cls,
+            "class": str(self.cls),
             "text": short(self.said(), 3000),
             "mend": short(self.mend, 1000),
             "step": self.step,

@@ -1,0 +1,222 @@
+"""One table of failure classes: how the end of a rank or a pod is classed, and what follows from its class.
+
+    how a rank, a supervisor or a pod ended  ->  Failure  ->  its row: budget, strikes, memory, exit code, mend
+
+An exit code's class is spelled in ``wire/exit.h`` (here `trainer.wire.EXITS`); what a class means is spelled here, and
+the driver (``flows/drive``), its words for people, the diagnosis of pods and the Job's ``podFailurePolicy`` (``k8s/``)
+read it. Records hold a class by its value; `Failure.read` takes one that this version does not know as None.
+
+Depends on nothing but ``trainer.wire``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, StrEnum
+from typing import NamedTuple
+
+from trainer.wire import EXITS
+
+SIGKILL, SIGTERM = 9, 15
+
+
+class Failure(StrEnum):
+    """The classes, from the most to the least causal: of several ends at once, the first explains the others (D3)."""
+
+    SICK = "sick"
+    MEMORY = "memory"
+    SIGNAL = "signal"
+    NUMERIC = "numeric"
+    DATA = "data"
+    RESTORE = "restore"
+    CONFIG = "config"
+    BUG = "bug"
+    STALL = "stall"
+    PREEMPTED = "preempted"
+    INFRA = "infra"
+    DONE = "done"  # none: it ended well
+
+    @classmethod
+    def read(cls, text: object) -> Failure | None:
+        """The class that a record names; None for one of another version."""
+        return _BY_VALUE.get(text) if isinstance(text, str) else None
+
+
+CAUSAL: Mapping[Failure, int] = {cls: place for place, cls in enumerate(Failure)}
+"""Place in the order of causes: a lower one outranks a higher one."""
+_BY_VALUE: Mapping[str, Failure] = {cls.value: cls for cls in Failure}
+
+
+class Again(Enum):
+    """How often a run begins again after a failure, beside the limit on attempts without progress that all share."""
+
+    NEVER = "a person must mend it first"
+    ONCE = "once since the run came further"
+    ONCE_A_PLACE = "once a machine, then without that machine"
+    SAME_STEP = "until it has happened recovery.max_same_step times at one step"
+    FREELY = "as long as there is progress"
+
+
+class Strike(Enum):
+    """What it says of the machine where it happened."""
+
+    NONE = "nothing"
+    FADES = "a strike, forgotten with newer checkpoints"
+    OUT = "left out until a person's word"
+
+
+class Row(NamedTuple):
+    """What follows from a class.
+
+    ``from_memory``: the next attempt may start from state in the nodes' memory; ``from_outside``: something else than
+    the program ended it (Prefect's Crashed rather than Failed); ``exit_code``: of the command whose run gives up
+    because of it; ``mend``: what a person should do then, ``RUN`` for the run's name.
+    """
+
+    again: Again
+    strike: Strike
+    from_memory: bool
+    from_outside: bool
+    exit_code: int
+    mend: str = ""
+
+
+FAILURES: Mapping[Failure, Row] = {
+    Failure.SICK: Row(
+        Again.ONCE_A_PLACE,
+        Strike.OUT,
+        True,
+        True,
+        88,
+        "take the machine out of service and test it, then `hotstage runs resume RUN`",
+    ),
+    Failure.MEMORY: Row(
+        Again.ONCE,
+        Strike.NONE,
+        True,
+        False,
+        78,
+        "raise the limit (launch.resources.memory on a cluster), or take more stages or smaller microbatches; "
+        "what else the container holds counts too (volumes of medium Memory)",
+    ),
+    Failure.SIGNAL: Row(Again.SAME_STEP, Strike.FADES, True, True, 75),
+    Failure.NUMERIC: Row(
+        Again.SAME_STEP,
+        Strike.NONE,
+        False,
+        False,
+        87,
+        "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N --set train.optimizer.lr=…`",
+    ),
+    Failure.DATA: Row(
+        Again.NEVER,
+        Strike.NONE,
+        True,
+        False,
+        65,
+        "prepare the data again (`hotstage data prepare SPEC --again`), then `hotstage runs resume RUN`",
+    ),
+    Failure.RESTORE: Row(
+        Again.FREELY,
+        Strike.FADES,
+        False,
+        False,
+        76,
+        "`hotstage ckpt verify RUN` reads every checkpoint again and names the objects; start from one of "
+        "another run (`hotstage runs fork`), or begin again with `hotstage runs resume RUN --begin-anew`",
+    ),
+    Failure.CONFIG: Row(
+        Again.NEVER,
+        Strike.NONE,
+        True,
+        False,
+        78,
+        "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
+        "start the corrected spec)",
+    ),
+    Failure.BUG: Row(
+        Again.SAME_STEP,
+        Strike.NONE,
+        True,
+        False,
+        70,
+        "this is a bug of hotstage: `hotstage logs RUN` has the last words",
+    ),
+    Failure.STALL: Row(Again.FREELY, Strike.FADES, True, False, 86),
+    Failure.PREEMPTED: Row(Again.FREELY, Strike.NONE, True, True, 75),
+    Failure.INFRA: Row(
+        Again.FREELY,
+        Strike.FADES,
+        True,
+        True,
+        75,
+        "look at the machine and the store (room, rights, network), then `hotstage runs resume RUN`",
+    ),
+    Failure.DONE: Row(Again.FREELY, Strike.NONE, True, False, 0),
+}
+
+
+def mend_of(cls: str) -> str:
+    """What a person should do about a cause of this class; empty where recovery mends it."""
+    known = Failure.read(cls)
+    return FAILURES[known].mend if known else ""
+
+
+# --- how ends are classed ---------------------------------------------------------------------------------------------
+
+
+def of_code(code: int) -> Failure:
+    """Of a rank's exit code; one that is not in the table is a bug."""
+    known = EXITS.get(code)
+    return Failure(known.cls) if known else Failure.BUG
+
+
+def of_signal(signal: int) -> Failure:
+    """Of the signal that ended a rank: one that was asked to leave had no fault of its own."""
+    return Failure.INFRA if signal == SIGTERM else Failure.SIGNAL
+
+
+def of_supervisor(code: int) -> Failure:
+    """Of the exit code of a node's supervisor as a container runtime tells it: 128 + n for signal n.
+
+    A supervisor that was killed (137) or ended early (0) lost its node, which is no verdict on the program.
+    """
+    if code in EXITS and code:
+        return of_code(code)
+    if code in (126, 127):  # the runtime could not run it
+        return Failure.CONFIG
+    if code - 128 not in (SIGKILL, SIGTERM) and code > 128:
+        return Failure.SIGNAL
+    return Failure.INFRA
+
+
+# reason or condition of a pod, or of its container, by Kubernetes' names
+POD_REASONS: Mapping[str, Failure] = {
+    "OOMKilled": Failure.MEMORY,
+    "DisruptionTarget": Failure.PREEMPTED,
+    "Evicted": Failure.INFRA,
+    "NodeLost": Failure.INFRA,
+    "OutOfcpu": Failure.INFRA,
+    "OutOfmemory": Failure.INFRA,
+    "OutOfpods": Failure.INFRA,
+    "UnexpectedAdmissionError": Failure.INFRA,
+    "NodeAffinity": Failure.INFRA,
+    "StartError": Failure.CONFIG,
+    "ContainerCannotRun": Failure.CONFIG,
+    "ErrImageNeverPull": Failure.CONFIG,
+    "InvalidImageName": Failure.CONFIG,
+    "ImageInspectError": Failure.CONFIG,
+    "CreateContainerConfigError": Failure.CONFIG,
+    "ErrImagePull": Failure.CONFIG,  # where its message says that there is no such image; else it may still come
+    "ImagePullBackOff": Failure.CONFIG,
+}
+CANNOT_RUN = ("StartError", "ContainerCannotRun")
+"""Reasons of a container whose image is no engine."""
+TURNED_AWAY = ("OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError", "NodeAffinity")
+"""Reasons of a pod that its machine did not take."""
+FAIL_JOB_CODES = tuple(sorted(code for code in EXITS if of_code(code) is not Failure.DONE))
+"""Exit codes of the engine's container that the Job's podFailurePolicy names, so that its condition tells them: the Job
+never restarts anything, whatever the class.
+"""
+FAIL_JOB_CONDITIONS = ("DisruptionTarget",)
+"""Conditions of a pod that it names."""
