@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +25,7 @@ from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import cancel, make_driver, store_at
 from flows.hosting import Hosted, Prefect
 from flows.page import Page
-from flows.prefect_api import PrefectServer, PrefectSettingsError, configured, why_not
+from flows.prefect_api import Client, PrefectServer, PrefectSettingsError, configured, why_not
 from flows.show.export import checkpoint_at, export_hf, generate
 from flows.show.facts import report_facts
 from flows.show.lines import Lines, Many
@@ -106,17 +107,21 @@ def demo(spec: RunSpec, out: Path, voice: Voice, *, use_prefect: bool = True) ->
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(out, error) from error
-    prefect = _prefect(out, voice.say) if use_prefect else None
-    try:
-        return _demo(spec, out, voice, began, prefect)
-    finally:
-        voice.quiet()
-        if prefect is not None:
-            prefect.close()
+    store = store_at(str(out / "store"))
+    with ThreadPoolExecutor(1, "prefect") as beside:  # its thread stays to the end: so does a server that it started
+        prefect = beside.submit(_prefect, out, voice.say) if use_prefect else None
+        page = _page(spec, out, store, voice.say, prefect) if prefect is not None else None
+        try:
+            with Hosted(store, out, page, voice.say) as hosted:
+                return _demo(spec, out, voice, began, store, hosted, prefect)
+        finally:
+            voice.quiet()
+            if prefect is not None and prefect.exception() is None:
+                prefect.result().close()
 
 
 def _prefect(out: Path, say: Callable[[str], None]) -> Prefect:
-    """A Prefect server of the demo's own, unless Prefect's settings name one."""
+    """A Prefect server of the demo's own, unless Prefect's settings name one. Takes a second: Prefect is imported."""
     try:
         found = configured()
     except PrefectSettingsError as error:
@@ -131,22 +136,30 @@ def _prefect(out: Path, say: Callable[[str], None]) -> Prefect:
     return Prefect(server, say=say)
 
 
-def _demo(spec: RunSpec, out: Path, voice: Voice, began: float, prefect: Prefect | None) -> DemoResult:
+def _page(spec: RunSpec, out: Path, store: Store, say: Callable[[str], None], prefect: Future[Prefect]) -> Page:
+    """The run's page, which begins before it is known where: what it is told until then is kept for it."""
+
+    def connect() -> Client | None:
+        known = prefect.done() and prefect.exception() is None
+        return prefect.result().connect() if known else None
+
+    page = Page(connect, store, name=spec.name, parameters={"store": store.url}, warn=say)
+    page.report = str((out / "report.html").absolute())
+    page.shown = lambda url: say(f"Prefect's page of this run: {url}" + prefect.result().while_it_runs)
+    return page
+
+
+def _demo(
+    spec: RunSpec,
+    out: Path,
+    voice: Voice,
+    began: float,
+    store: Store,
+    hosted: Hosted,
+    prefect: Future[Prefect] | None,
+) -> DemoResult:
     say = voice.say
-    store = store_at(str(out / "store"))
     say("1. data")
-    page = None
-    if prefect is not None:
-        page = Page(prefect.connect, store, name=spec.name, parameters={"store": store.url}, warn=say)
-        page.report = str((out / "report.html").absolute())
-        page.shown = lambda url: say(f"Prefect's page of this run: {url}" + prefect.while_it_runs)
-    hosted = Hosted(store, out, page, say)
-    with hosted:
-        return _demo_on(spec, out, voice, began, store, hosted)
-
-
-def _demo_on(spec: RunSpec, out: Path, voice: Voice, began: float, store: Store, hosted: Hosted) -> DemoResult:
-    say = voice.say
     prepared = prepare_run(spec, store, say=say, board=hosted.board)
     again = ""
     if RunLog(store, prepared.run).fold().n:  # an earlier demo's: its data are used again, its run is not
@@ -155,6 +168,8 @@ def _demo_on(spec: RunSpec, out: Path, voice: Voice, began: float, store: Store,
     say("")
     say("2. the plan, before the first step")
     _show_plan(prepared, say)
+    if prefect is not None:
+        prefect.result()  # raises where one is named that cannot be used; its page nobody waits for
     say("")
     say(f"3. training on {prepared.ranks} stages, a process each; one will be killed halfway")
     try:

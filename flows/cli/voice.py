@@ -50,18 +50,26 @@ class Voice:
 
     def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink:
         """What the driver tells its events; at a terminal the live view begins now."""
-        from flows.show.lines import JsonLines, Lines
+        from flows.show.lines import JsonLines, Lines, Meter
         from flows.show.live_view import View, wanted
         from flows.show.peak import measured_peak
         from trainer.plan import flops_per_token
+
+        def measure(meter: Meter) -> None:
+            meter.peak_flops = measured_peak()
 
         steps = prepared.spec.train.steps
         if self.as_json:
             return JsonLines(lambda line: click.echo(line, err=True), steps)
         flops = flops_per_token(prepared.spec.model, prepared.spec.train.sequence)
-        if not wanted(sys.stdout):
-            return Lines(self.say, steps, every_s=every_s, flops_per_token=flops, peak_flops=measured_peak())
-        view = View(steps, flops, measured_peak()).start()
+        shown = (
+            View(steps, flops) if wanted(sys.stdout) else Lines(self.say, steps, every_s=every_s, flops_per_token=flops)
+        )
+        # the gang begins meanwhile; MFU is shown from when the yardstick is known
+        threading.Thread(target=measure, args=(shown.meter,), daemon=True).start()
+        if not isinstance(shown, View):
+            return shown
+        view = shown.start()
         atexit.register(self.quiet)
         with self._lock:
             self._view = view

@@ -28,7 +28,7 @@ from flows.drive.live import StatusReader
 from flows.drive.loop import Event
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
-from tests.bench import bench_kernels, bench_plan, bench_watch
+from tests.bench import bench_demo, bench_kernels, bench_plan, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -201,6 +201,13 @@ def plan() -> Iterator[dict[str, Any]]:
     yield entry("plan/simulate-1000-stages-s", runs[1]["simulation_seconds"], "s", "target", 60.0)
 
 
+def demo() -> Iterator[dict[str, Any]]:
+    """`make demo` after `make setup`; cold are its data, plan, store and Prefect's home, nothing of an earlier one."""
+    seconds = bench_demo.measure()
+    yield entry("demo/first-step-s", seconds["first_step"], "s", "target", 20.0)
+    yield entry("demo/seconds", seconds["all"], "s", "target", 120.0)
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -218,6 +225,7 @@ def main() -> int:
         "recovery": lambda: [recovery()],
         "watch": lambda: list(watch()),
         "plan": lambda: list(plan()),
+        "demo": lambda: list(demo()),
     }
     wanted = sys.argv[1:] or list(parts)
     rows: list[dict[str, Any]] = []

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import socket
 import tomllib
 
+import pytest
 from safetensors.numpy import load_file
 
 from tests.flows.conftest import Api
@@ -62,6 +65,37 @@ def test_a_demo_that_is_left_leaves_nothing_running(place: Place) -> None:
     done = finish(process, 30)
     assert done.code == 130, done.out + done.err
     place.all_gone(20)
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="its stand-in holds the server back; util-linux has it")
+def test_the_first_step_waits_for_no_page(place: Place) -> None:
+    """The demo's own server is held back at its very start: all of the training goes on, and nothing is said of it."""
+    held = place.folder / "bin" / "setpriv"
+    held.parent.mkdir()
+    held.write_text('#!/bin/sh\ntouch "$PWD/server-asked-for"\nexec sleep 600\n')
+    held.chmod(0o755)
+    place.env["PATH"] = f"{held.parent}:{place.env['PATH']}"
+    process = place.start("demo", "--out", "demo", *SHORT, "--set", "train.steps=100000")
+    wait_for(lambda: any(place.folder.glob("demo/store/runs/*/live/*/metrics/*")), "the first step", 60)
+    assert (place.folder / "server-asked-for").exists()  # before the data were there: both begin side by side
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 30)
+    assert done.code == 130, done.out + done.err
+    assert "attempt 1: at step 0 from the start" in done.out
+    assert "Prefect" not in done.out + done.err
+    place.all_gone(20)
+
+
+def test_a_prefect_that_is_named_and_not_there_is_a_refusal(place: Place) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # bound, never listening: connections are refused as long as the test lasts
+        place.env["PREFECT_API_URL"] = f"http://127.0.0.1:{s.getsockname()[1]}/api"
+        done = place.call("demo", "--out", "demo", *SHORT)
+    assert done.code == 75, done.out + done.err
+    assert "hotstage: nothing answers at http://127.0.0.1:" in done.err
+    assert done.err.rstrip().endswith("mend that, unset it, or use --no-prefect")
+    assert "attempt" not in done.out
+    assert not list(place.folder.glob("demo/store/runs/*/log/*"))
 
 
 def test_the_example_is_the_preset() -> None:
