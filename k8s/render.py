@@ -115,7 +115,7 @@ def _ports(spec: RunSpec) -> range:
 
 
 def _local_ranks(spec: RunSpec) -> int:
-    return spec.parallel.stages * spec.parallel.replicas // spec.launch.nodes
+    return spec.parallel.ranks // spec.launch.nodes
 
 
 def _job(

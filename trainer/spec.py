@@ -252,6 +252,11 @@ class ParallelSpec(_Section):
     replicas: int = _size(1, text="data-parallel replicas")
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
 
+    @property
+    def ranks(self) -> int:
+        """Processes of a gang. The pipeline has a position a stage, and a rank fills each in every replica."""
+        return self.stages * self.replicas
+
     @model_validator(mode="after")
     def _check(self) -> ParallelSpec:
         if self.replicas != 1:
@@ -343,7 +348,7 @@ class RunSpec(_Section):
                 f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}; "
                 "shorten the sequence or widen the context"
             )
-        ranks = self.parallel.stages * self.parallel.replicas
+        ranks = self.parallel.ranks
         per_node = ranks // self.launch.nodes
         for stages in self.recovery.allowed_stages:
             if stages < 1 or (per_node and stages * self.parallel.replicas % per_node):

@@ -49,7 +49,7 @@ class Prepared:
 
     @property
     def ranks(self) -> int:
-        return self.spec.parallel.stages * self.spec.parallel.replicas
+        return self.spec.parallel.ranks
 
     def policy(self, launch: str, *, detaches: bool = False) -> Policy:
         """The spec's recovery half as the driver takes it. ``detaches``: of the launcher."""

@@ -15,6 +15,7 @@ from flows.drive.orders import describe
 from flows.drive.run import load_run, load_what
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.plan.draw import timeline_svg
+from trainer.plan.places import Rank
 from trainer.plan.timeline import Timeline, from_chrome
 
 TRACE_CAP = 64 << 20
@@ -141,10 +142,10 @@ def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
 def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
     """The newest measured timeline, where ranks of one of the last attempts left traces."""
     for epoch in reversed(epochs[-TRACED:]):
-        traces: dict[int, str] = {}
+        traces: dict[Rank, str] = {}
         for info in store.list(f"runs/{run}/live/{epoch}/trace/"):
             try:
-                traces[int(info.key.rsplit("/", 1)[1])] = store.get(info.key, max_bytes=TRACE_CAP).decode()
+                traces[Rank(int(info.key.rsplit("/", 1)[1]))] = store.get(info.key, max_bytes=TRACE_CAP).decode()
             except (NotFound, ValueError):
                 continue
         if traces:

@@ -10,7 +10,7 @@ import pytest
 from trainer import models, wire
 from trainer.errors import PlanError, SpecError
 from trainer.models.base import Builder, Call, Given, View, Weight, hf_table, tensor_table
-from trainer.plan.expand import RULES, Stage, expand_stage
+from trainer.plan.expand import RULES, StagePrograms, expand_stage
 from trainer.plan.flops import call_cost
 from trainer.plan.layout import split_layers
 from trainer.spec import ModelSpec
@@ -25,7 +25,7 @@ def model(family: str = "gpt2", **over: object) -> ModelSpec:
     )
 
 
-def stage(spec: ModelSpec, layers: range, infer: bool = False) -> Stage:
+def stage(spec: ModelSpec, layers: range, infer: bool = False) -> StagePrograms:
     family = models.family(spec.family)
     return expand_stage(family, spec, tensor_table(family, spec), layers, 2, 8, 64, 1 / 16, infer)
 

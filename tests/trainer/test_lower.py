@@ -16,7 +16,7 @@ from trainer.plan.check import check_lowered
 from trainer.plan.compile import expand
 from trainer.plan.edges import check_messages
 from trainer.plan.messages import free_slots_early, insert_messages
-from trainer.plan.records import Position, Ref
+from trainer.plan.records import PositionPlan, Ref
 from trainer.plan.rows import Row, parse_action
 from trainer.plan.schedules import GENERATORS
 from trainer.plan.slots import assign_slots, check_hazards
@@ -51,7 +51,7 @@ def plan_of(*case: Any, mode: Any = "train", **over: Any) -> Plan:
     return compile_plan(spec, DATA, what_digest(spec, DATA), mode)
 
 
-def refs(position: Position) -> Iterator[Ref]:
+def refs(position: PositionPlan) -> Iterator[Ref]:
     for program in position.programs.values():
         for call in program.calls:
             yield from (ref for ref in call.ptr if ref is not None)
@@ -114,8 +114,8 @@ def test_step_lists(case: tuple[Any, ...]) -> None:
         kinds = [a.kind for a in p.step]
         for once in (wire.A_REPORT, wire.A_APPLY, wire.A_SNAPSHOT):
             assert kinds.count(once) == 1
-        assert kinds.count(wire.A_COMBINE) == (p.stage == 0)
-        assert kinds.count(wire.A_DATA) == (p.stage in (0, count - 1))
+        assert kinds.count(wire.A_COMBINE) == (p.position == 0)
+        assert kinds.count(wire.A_DATA) == (p.position in (0, count - 1))
         assert kinds[-1] == wire.A_SNAPSHOT
         assert kinds.index(wire.A_REPORT) < kinds.index(wire.A_APPLY)
         runs = [a.program for a in p.step if a.kind == wire.A_RUN]

@@ -18,7 +18,8 @@ import numpy as np
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Tensor
-from trainer.plan.records import ActionList, BoundCall, Channel, Config, PlanAction, Position, Ref
+from trainer.plan.places import Position
+from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, Config, PositionPlan, Ref
 
 Bytes = bytes | memoryview
 _ACTION = np.dtype(wire.PlanAction)
@@ -55,7 +56,7 @@ def to_bytes(
     config: Config,
     tensors: Sequence[Tensor],
     shards: Sequence[int],
-    positions: Sequence[Position],
+    positions: Sequence[PositionPlan],
     channels: Sequence[Channel],
 ) -> bytes:
     """The file of a plan of these. Beside the file itself it takes the memory of one position's actions."""
@@ -85,19 +86,19 @@ class _Actions:
 
     def __init__(self) -> None:
         self.count = 0
-        self.lists: list[tuple[Sequence[PlanAction], int, dict[str, int]]] = []
+        self.lists: list[tuple[Sequence[BoundAction], Position, dict[str, int]]] = []
 
-    def add(self, actions: Sequence[PlanAction], stage: int, programs: dict[str, int]) -> tuple[int, int]:
+    def add(self, actions: Sequence[BoundAction], position: Position, programs: dict[str, int]) -> tuple[int, int]:
         """First record and number of records of a list."""
-        self.lists.append((actions, stage, programs))
+        self.lists.append((actions, position, programs))
         first, self.count = self.count, self.count + len(actions)
         return first, len(actions)
 
     def records(self) -> Iterator[Bytes]:
         """The records of one list after the other."""
-        for actions, stage, programs in self.lists:
+        for actions, position, programs in self.lists:
             listed = ActionList.of(actions)
-            patterns = b"".join(bytes(_action(action, stage, programs)) for action in listed.patterns)
+            patterns = b"".join(bytes(_action(action, position, programs)) for action in listed.patterns)
             out = np.frombuffer(patterns, _ACTION).take(listed.which)
             out["microbatch"] = listed.microbatch.view(np.uint32)  # -1, no number, is NONE32
             out["slot"] = listed.slot.view(np.uint32)
@@ -167,9 +168,9 @@ def _or32(value: int | None) -> int:
     return wire.NONE32 if value is None else value
 
 
-def _position(p: Position, tables: dict[str, list[bytes]], lists: _Actions, strings: _Strings) -> wire.PlanPosition:
+def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, strings: _Strings) -> wire.PlanPosition:
     record = wire.PlanPosition(
-        stage=p.stage,
+        stage=p.position,
         arena_bytes=p.arena_bytes,
         act_offset=p.act_offset,
         act_stride=p.act_stride,
@@ -210,7 +211,7 @@ def _position(p: Position, tables: dict[str, list[bytes]], lists: _Actions, stri
             bytes(wire.PlanProgram(first_call=first, calls=len(program.calls), name_offset=offset, name_length=length))
         )
     for name in ("init", "load", "step"):
-        first, count = lists.add(getattr(p, name), p.stage, numbers)
+        first, count = lists.add(getattr(p, name), p.position, numbers)
         setattr(record, f"first_{name}", first)
         setattr(record, f"{name}s", count)
     record.bytes_by_kind[:] = [p.bytes_by_kind[kind] for kind in wire.MEMORY_KINDS]
@@ -227,13 +228,13 @@ def _call(call: BoundCall) -> wire.PlanCall:
     return wire.PlanCall(kernel, call.dtype, _or32(call.layer), tuple(map(_ref, call.ptr)), call.dim, call.real)
 
 
-def _action(action: PlanAction, stage: int, programs: dict[str, int]) -> wire.PlanAction:
+def _action(action: BoundAction, position: Position, programs: dict[str, int]) -> wire.PlanAction:
     return wire.PlanAction(
         kind=action.kind,
         op=ord(action.op),
         program=wire.NONE32 if action.program is None else programs[action.program],
         channel=_or32(action.channel),
-        stage=stage,
+        stage=position if action.stage is None else action.stage,
         microbatch=_or32(action.microbatch),
         slot=_or32(action.slot),
         ref=wire.PlanRef(*_ref(action.ref)),

@@ -1,6 +1,6 @@
 """Checks of a schedule, with and without its messages. Decides nothing about memory.
 
-Two doors, each pure, each raising PlanError that names the rank, the action and why:
+Two doors, each pure, each raising PlanError that names the position, the action and why:
 
 - ``check_schedule``   compute-only or lowered rows: the numbered rules below
 - ``check_lowered``    rows with messages: every send matched in order on its channel, no deadlock under rendezvous
@@ -8,20 +8,20 @@ Two doors, each pure, each raising PlanError that names the rank, the action and
 Rules of a schedule, by number in the errors (S1 to S4 are in ``rules.py``, with their words):
 
 S1 to S4  what each row keeps by itself
-S5  the rows can run: following F up and B or I down the stages, no rank waits for ever
+S5  the rows can run: following F up and B or I down the stages, no position waits for ever
 S6  no stage holds more microbatches than its bound
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.errors import PlanError
 from trainer.plan.channels import Ends, check_ends
 from trainer.plan.messages import play
+from trainer.plan.places import Pipeline, Position
 from trainer.plan.rows import OPS, RECV_B, RECV_F, SEND_B, SEND_F, Action, B, F, I, Row, Rows, columns
 from trainer.plan.rules import check_rules, first_of_each, needs
 from trainer.plan.schedules import in_flight
@@ -32,37 +32,37 @@ def check_schedule(
 ) -> None:
     """Refuses rows that break S1 to S6. ``bound[s]``: most microbatches that stage s may hold (None: no bound)."""
     listed = columns(rows)
-    ranks = check_rules(listed, stages, microbatches)
-    _check_runs(listed, ranks)
+    pipeline = check_rules(listed, stages, microbatches)
+    _check_runs(listed, pipeline)
     if bound is not None:
         for stage, peak in enumerate(in_flight(listed)):
             if peak > bound[stage]:
                 raise PlanError(
-                    f"S6: rank {ranks[stage]}, stage {stage}: {peak} microbatches in flight, the bound is "
-                    f"{bound[stage]}; use 1f1b, or give the stage more memory"
+                    f"S6: position {pipeline.of_stage[stage]}, stage {stage}: {peak} microbatches in flight, the bound "
+                    f"is {bound[stage]}; use 1f1b, or give the stage more memory"
                 )
 
 
-def _check_runs(rows: Sequence[Row], ranks: Mapping[int, int]) -> None:
+def _check_runs(rows: Sequence[Row], pipeline: Pipeline) -> None:
     """S5: the player, which moves whatever can move, comes to the end of every row."""
-    play([row.take(row.compute) for row in rows], ranks)
+    play([row.take(row.compute) for row in rows], pipeline)
 
 
 def check_lowered(rows: Rows) -> None:
     """The schedule with its messages: ``check_placement``, then the channels.
 
-    A channel is (kind, sending stage, receiving stage). Stages on one rank need no message, and may have none.
+    A channel is (kind, sending stage, receiving stage). Stages at one position need no message, and may have none.
 
     S5 is not played: rows whose computations come after what they need, at home or received, and whose messages all
     meet, do run.
     """
     listed = columns(rows)
-    ranks = check_rules(listed)
+    pipeline = check_rules(listed)
     try:
-        _check_placement(listed, ranks)
-        _check_messages(listed, len(ranks))
+        _check_placement(listed, pipeline)
+        _check_messages(listed, pipeline.stages)
     except PlanError:
-        _check_runs(listed, ranks)  # where the computations alone cannot run, that says it better
+        _check_runs(listed, pipeline)  # where the computations alone cannot run, that says it better
         raise
 
 
@@ -72,10 +72,9 @@ def check_placement(rows: Rows) -> None:
     _check_placement(listed, check_rules(listed))
 
 
-def _check_placement(rows: Sequence[Row], ranks: Mapping[int, int]) -> None:
-    rank_of = np.array([ranks[stage] for stage in range(len(ranks))], np.int32)
-    for rank, row in enumerate(rows):
-        _check_row(rank, row, rank_of)
+def _check_placement(rows: Sequence[Row], pipeline: Pipeline) -> None:
+    for position, row in enumerate(rows):
+        _check_row(Position(position), row, pipeline)
 
 
 def _check_messages(rows: Sequence[Row], stages: int) -> None:
@@ -86,8 +85,8 @@ def _check_messages(rows: Sequence[Row], stages: int) -> None:
         sender = mine.stage + np.where(is_send, 0, np.where(forward, -1, 1)).astype(np.int32)
         return Ends(np.where(forward, sender, stages + sender).astype(np.int32), is_send, mine.microbatch)
 
-    def text(rank: int, place: int) -> str:
-        return str(rows[rank][int(np.flatnonzero(~rows[rank].compute)[place])])
+    def text(position: int, place: int) -> str:
+        return str(rows[position][int(np.flatnonzero(~rows[position].compute)[place])])
 
     def name(channel: int) -> tuple[str, int, int]:
         kind, sender = divmod(channel, stages)
@@ -96,13 +95,14 @@ def _check_messages(rows: Sequence[Row], stages: int) -> None:
     check_ends([ends(row) for row in rows], 2 * stages, text, name)
 
 
-def _check_row(rank: int, row: Row, rank_of: NDArray[np.int32]) -> None:
-    """A result is there before it is used or sent, whatever another rank needs is sent, and nothing is done twice.
+def _check_row(position: Position, row: Row, pipeline: Pipeline) -> None:
+    """A result is there before it is used or sent, whatever another position needs is sent, and nothing is done twice.
 
-    ``rank_of``: by stage. As in ``rules.py``, the first place that any of the rules marks is refused.
+    As in ``rules.py``, the first place that any of the rules marks is refused.
     """
     names, local = row.by_stage()
-    stages, width, never = len(rank_of), 1 + int(row.microbatch.max(initial=-1)), len(row)
+    of_stage = pipeline.column
+    stages, width, never = pipeline.stages, 1 + int(row.microbatch.max(initial=-1)), len(row)
     key = local.astype(np.int64) * width + row.microbatch
     at = [np.flatnonzero(row.op == op) for op in range(len(OPS))]
     first = [first_of_each(key[places], places, len(names) * width, never) for places in at]
@@ -116,7 +116,7 @@ def _check_row(rank: int, row: Row, rank_of: NDArray[np.int32]) -> None:
     other, forward = needs(row, stages - 1)
     places = np.flatnonzero(other >= 0)
     other, forward, wanted = other[places], forward[places], key[places]
-    away = rank_of[other] != rank
+    away = of_stage[other] != position
     there = np.where(away, 0, np.searchsorted(names, other)) * width + row.microbatch[places]
     received = np.where(forward, first[RECV_F][wanted], first[RECV_B][wanted])
     made = np.where(forward, first[F][there], backward[there])
@@ -132,9 +132,9 @@ def _check_row(rank: int, row: Row, rank_of: NDArray[np.int32]) -> None:
     inside = (other >= 0) & (other < stages)
     for place in np.flatnonzero(~inside)[:1]:
         marks.append((int(places[place]), 2, f"there is no stage {other[place]}"))
-    for place in np.flatnonzero(inside & (rank_of[np.where(inside, other, 0)] == rank))[:1]:
+    for place in np.flatnonzero(inside & (of_stage[np.where(inside, other, 0)] == position))[:1]:
         ends = [int(stage[place]), int(other[place])][:: 1 if ops[place] in (SEND_F, SEND_B) else -1]
-        shared = f"stages {ends[0]} and {ends[1]} share rank {rank}; they need no message"
+        shared = f"stages {ends[0]} and {ends[1]} share position {position}; they need no message"
         marks.append((int(places[place]), 3, shared))
     made = np.where(ops == SEND_F, first[F][wanted], np.where(ops == SEND_B, backward[wanted], -1))
     for place in np.flatnonzero(made > places)[:1]:
@@ -143,13 +143,13 @@ def _check_row(rank: int, row: Row, rank_of: NDArray[np.int32]) -> None:
         marks.append((int(places[place]), 4, f"before {what} has made what it sends"))
     if marks:
         place, _, text = min(marks)
-        raise PlanError(f"rank {rank}, action {place}, {row[int(place)]}: {text}")
+        raise PlanError(f"position {position}, action {place}, {row[int(place)]}: {text}")
 
     up = np.equal(row.op, F)
     to = row.stage + np.where(up, 1, -1)
     goes = (up | (row.op == B) | (row.op == I)) & (to >= 0) & (to < stages)
-    goes &= rank_of[np.where(goes, to, 0)] != rank
+    goes &= of_stage[np.where(goes, to, 0)] != position
     for place in np.flatnonzero(goes & (np.where(up, first[SEND_F][key], first[SEND_B][key]) == never))[:1]:
         action = row[int(place)]
         send = Action(action.stage, "SEND_F" if action.op == "F" else "SEND_B", action.microbatch)
-        raise PlanError(f"rank {rank}: {action} is never sent on: {send} is missing")
+        raise PlanError(f"position {position}: {action} is never sent on: {send} is missing")

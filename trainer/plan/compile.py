@@ -14,11 +14,12 @@ from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
 from trainer.plan.compiled import Plan
-from trainer.plan.expand import Stage, expand_stage
+from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import call_cost, model_flops
 from trainer.plan.layout import split_layers
 from trainer.plan.lower import Job, lower
 from trainer.plan.memory import check_budget, more_threads_bytes
+from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config
 from trainer.spec import ModelSpec, RunSpec
 
@@ -48,13 +49,15 @@ def compile_plan(
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         stages = expand(spec, infer)
+        layout = Layout(tuple(stage.layers for stage in stages), Pipeline.in_turn(len(stages)))
         tensors = tensor_table(models.family(spec.model.family), spec.model)
-        job = Job(spec, tensors, stages, infer)
+        job = Job(spec, tensors, stages, layout, infer)
         positions, channels, schedule = lower(job)
     if not infer:
         # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
         more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" else 0
-        check_budget(positions, spec.launch.nodes, int(spec.launch.memory_gib * (1 << 30)), more)
+        budget = int(spec.launch.memory_gib * (1 << 30))
+        check_budget(positions, spec.launch.nodes, budget, more, spec.parallel.replicas)
     shards = () if infer else dataset.shards
     return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
 
@@ -78,12 +81,12 @@ def flops_per_token(model: ModelSpec, sequence: int) -> float:
     return model_flops(whole.forward) / sequence
 
 
-def expand(spec: RunSpec, infer: bool = False) -> tuple[Stage, ...]:
+def expand(spec: RunSpec, infer: bool = False) -> tuple[StagePrograms, ...]:
     """The stages of a resolved spec: layers laid out by cost, then expanded."""
     family, train = models.family(spec.model.family), spec.train
     tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
 
-    def stage(layers: range, forward_only: bool) -> Stage:
+    def stage(layers: range, forward_only: bool) -> StagePrograms:
         scale = 1.0 / train.tokens
         sizes = (train.microbatch, train.sequence, train.classifier_chunk)
         return expand_stage(family, spec.model, tensors, layers, *sizes, scale, forward_only)
@@ -97,7 +100,7 @@ def expand(spec: RunSpec, infer: bool = False) -> tuple[Stage, ...]:
         else:
             costs[call.layer] += call_cost(call)
     ranges = split_layers(costs, head, spec.parallel.stages)
-    return tuple(replace(stage(layers, infer), index=number) for number, layers in enumerate(ranges))
+    return tuple(replace(stage(layers, infer), index=Stage(number)) for number, layers in enumerate(ranges))
 
 
 def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
@@ -111,7 +114,7 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
     return Config(
         mode=wire.MODE_INFER if infer else wire.MODE_TRAIN,
         dtype=job.dtype,
-        positions=len(job.stages),
+        positions=job.layout.pipeline.positions,
         replicas=spec.parallel.replicas,
         microbatches=train.microbatches,
         microbatch=train.microbatch,

@@ -9,18 +9,18 @@ from trainer import wire
 from trainer.models.base import Tensor
 from trainer.plan.binary import to_bytes
 from trainer.plan.draw import memory_text
-from trainer.plan.records import Channel, Config, Position
+from trainer.plan.records import Channel, Config, PositionPlan
 from trainer.plan.rows import Row
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled plan. ``schedule`` holds each rank's computations and messages of a step, without the optimizer's."""
+    """A compiled plan. ``schedule``: each position's computations and messages of a step, without the optimizer's."""
 
     config: Config
     tensors: tuple[Tensor, ...]
     shards: tuple[int, ...]
-    positions: tuple[Position, ...]
+    positions: tuple[PositionPlan, ...]
     channels: tuple[Channel, ...]
     schedule: tuple[Row, ...] = field(default=())
 
@@ -44,5 +44,5 @@ class Plan:
         return sum(tensor.elements for tensor in self.tensors)
 
     def memory_table(self) -> str:
-        """Bytes of every rank by kind, as text."""
+        """Bytes at every position by kind, as text."""
         return memory_text([position.bytes_by_kind for position in self.positions])

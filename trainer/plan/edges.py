@@ -10,7 +10,8 @@ import numpy as np
 
 from trainer import wire
 from trainer.plan.channels import Ends, check_ends
-from trainer.plan.records import ActionList, Channel, Position
+from trainer.plan.places import Position
+from trainer.plan.records import ActionList, Channel, PositionPlan
 
 
 class Channels:
@@ -19,10 +20,10 @@ class Channels:
     def __init__(self, sizes: Mapping[int, int]) -> None:
         self.sizes = sizes
         self.numbers: dict[Channel, int] = {}
-        self.ends: Counter[int] = Counter()
+        self.ends: Counter[Position] = Counter()
         """Channels that start or end at a position."""
 
-    def of(self, source: int, target: int, kind: int) -> int:
+    def of(self, source: Position, target: Position, kind: int) -> int:
         """Number of the channel."""
         channel = Channel(source, target, kind, self.sizes[kind])
         if channel not in self.numbers:
@@ -36,17 +37,17 @@ class Channels:
         return tuple(self.numbers)
 
 
-def check_messages(positions: Sequence[Position], channels: Sequence[Channel]) -> None:
+def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel]) -> None:
     """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
     for name in ("load", "step"):
         lists: list[ActionList] = [ActionList.of(getattr(p, name)) for p in positions]
 
-        def text(rank: int, place: int, lists: list[ActionList] = lists) -> str:
-            messages = (action for action in lists[rank] if action.channel is not None)
+        def text(position: Position, place: int, lists: list[ActionList] = lists) -> str:
+            messages = (action for action in lists[position] if action.channel is not None)
             action = next(islice(messages, place, None))
             assert action.channel is not None
             verb = "SEND" if action.kind == wire.A_SEND else "RECV"
-            return f"{positions[rank].stage}{verb} kind {channels[action.channel].kind} on channel {action.channel}"
+            return f"{verb} kind {channels[action.channel].kind} on channel {action.channel}"
 
         check_ends([_ends(actions) for actions in lists], len(channels), text)
 

@@ -24,18 +24,19 @@ from functools import cached_property
 
 from trainer.errors import PlanError
 from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight
+from trainer.plan.places import Stage
 from trainer.spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagePrograms:
     """The programs of one stage for one microbatch, with symbolic operands.
 
     ``received`` and ``sent`` are the activation that comes from and goes to the neighbours, ``gradient_received`` and
     ``gradient_sent`` likewise on the way back; None where there is no neighbour (or nothing goes back: inference).
     """
 
-    index: int
+    index: Stage
     layers: range
     first: bool
     last: bool
@@ -66,7 +67,7 @@ def expand_stage(
     classifier_chunk: int,
     scale: float,
     infer: bool = False,
-) -> Stage:
+) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
     ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
@@ -90,11 +91,11 @@ def expand_stage(
     if infer:
         assert head is not None
         forward.append(replace(head, kernel="logits", ptr=(Given("logits"), *head.ptr[1:3])))
-        return Stage(0, layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
+        return StagePrograms(Stage(0), layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
     tape = Tape(b, forward, received, None if last else x, min(classifier_chunk, b.rows), scale)
     backward = tape.run(head)
-    return Stage(
-        index=0,
+    return StagePrograms(
+        index=Stage(0),
         layers=layers,
         first=first,
         last=last,

@@ -1,5 +1,9 @@
 """Pass 3: stages and a schedule into positions: every buffer placed, every operand bound, every message in its list.
 
+Words of ``places.py``: a position is lowered once and runs as a rank in every replica. Which position has the first
+stage (embedding, owner of a tied one) and which the last (head, losses) is the pipeline's; position 0 combines the
+reports, whatever its stage is. A position has one stage here: ``lower`` refuses several.
+
 A position's arena, in order (all offsets multiples of 64):
 
     reports, norms and control block | rotary tables | master weights | compute copies | moments | gradients
@@ -27,16 +31,19 @@ from trainer.models.base import Call, Given, Normal, Operand, RopeTable, Tensor,
 from trainer.plan import memory
 from trainer.plan.check import check_placement
 from trainer.plan.edges import Channels, check_messages
-from trainer.plan.expand import Stage
+from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
-from trainer.plan.records import ActionList, BoundCall, Channel, PlanAction, Position, Program, Ref, State
+from trainer.plan.places import Layout, Pipeline, Position, Stage
+from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
 from trainer.plan.rows import OPS, Row
 from trainer.plan.schedules import GENERATORS
 from trainer.plan.slots import assign_slots, check_hazards
 from trainer.spec import RunSpec
 
 SUMSQ_BLOCK = 65536
+COMBINES = Position(0)
+"""The position that adds up the reports and decides for the gang."""
 REPORT_BYTES, CONTROL_BYTES = 64, 96
 
 _TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
@@ -51,7 +58,8 @@ class Job:
 
     spec: RunSpec
     tensors: tuple[Tensor, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[StagePrograms, ...]
+    layout: Layout
     infer: bool = False
 
     @cached_property
@@ -63,11 +71,6 @@ class Job:
     def dt_bytes(self) -> int:
         """Bytes of an activation's element."""
         return wire.DTYPE_BYTES[self.dtype]
-
-    @property
-    def last(self) -> int:
-        """The last position."""
-        return len(self.stages) - 1
 
     @cached_property
     def number(self) -> Mapping[str, int]:
@@ -84,21 +87,7 @@ class Job:
     @cached_property
     def owned(self) -> tuple[tuple[int, ...], ...]:
         """By position, the tensors whose state it keeps, in the table's order."""
-        owned: list[list[int]] = [[] for _ in self.stages]
-        for number, tensor in enumerate(self.tensors):
-            owned[self.owner(tensor)].append(number)
-        return tuple(map(tuple, owned))
-
-    def owner(self, tensor: Tensor) -> int:
-        """The position that keeps a tensor's state."""
-        if tensor.layer is not None:
-            return self._holder[tensor.layer]
-        return 0 if tensor.part == "embed" else self.last
-
-    @cached_property
-    def _holder(self) -> tuple[int, ...]:
-        """The position of each layer."""
-        return tuple(stage.index for stage in self.stages for _ in stage.layers)
+        return self.layout.owned(self.tensors)
 
 
 def _weights(call: Call) -> Iterable[Weight]:
@@ -125,14 +114,15 @@ class _Arena:
 class _Lowering:
     """Places the memory of one position, then binds its programs and writes its lists."""
 
-    def __init__(self, job: Job, stage: Stage, channels: Channels, row: Row) -> None:
-        self.job, self.stage, self.channels, self.row = job, stage, channels, row
+    def __init__(self, job: Job, position: Position, stage: StagePrograms, channels: Channels, row: Row) -> None:
+        self.job, self.position, self.stage, self.channels, self.row = job, position, stage, channels, row
         self.train = job.spec.train
         self.rows = 4 * self.train.rows
         self.arena = _Arena()
-        self.first, self.last = stage.index == 0, stage.index == job.last
+        self.pipeline = job.layout.pipeline
+        self.first, self.last = stage.first, stage.last  # stages: with the embedding, with the head
         self.tied = job.tied_tensor
-        self.owned = job.owned[stage.index]
+        self.owned = job.owned[position]
         self.tables: dict[RopeTable, Ref] = {}
         self.masters: dict[int, Ref] = {}
         self.copies: dict[int, Ref] = {}
@@ -150,7 +140,7 @@ class _Lowering:
     def _place(self) -> None:
         job, arena = self.job, self.arena
         report = REPORT_BYTES + 8 * len(job.tensors)
-        count = len(job.stages) if self.first else 1
+        count = self.pipeline.positions if self.position == COMBINES else 1
         if not job.infer:
             self.reports = arena.ref(count * report, "other")
             self.report = replace(self.reports, bytes=report)
@@ -353,7 +343,7 @@ class _Lowering:
 
     # lists
 
-    def position(self) -> Position:
+    def plan(self) -> PositionPlan:
         """The position, complete."""
         programs = self.programs()
         states, data_bytes = self._states()
@@ -368,9 +358,9 @@ class _Lowering:
         def given(name: str) -> int | None:
             return self.given[name].offset if name in self.given else None
 
-        return Position(
-            stage=self.stage.index,
-            layers=self.stage.layers,
+        return PositionPlan(
+            position=self.position,
+            chunks=self.pipeline.chunks[self.position],
             arena_bytes=self.arena.end,
             act_offset=self.act_offset,
             act_stride=self.act_stride,
@@ -387,7 +377,7 @@ class _Lowering:
             slot_bytes=size,
             states=states,
             programs=programs,
-            init=(PlanAction(wire.A_RUN, program="init"),) if "init" in programs else (),
+            init=(BoundAction(wire.A_RUN, program="init"),) if "init" in programs else (),
             load=load,
             step=steps,
             bytes_by_kind=by_kind,
@@ -404,49 +394,55 @@ class _Lowering:
             offset += 3 * align(4 * self.job.tensors[n].elements)
         return tuple(states), offset
 
-    def _send(self, target: int, kind: int, ref: Ref | None, op: str = "O") -> PlanAction:
+    def _send(
+        self, target: Position, kind: int, ref: Ref | None, op: str = "O", stage: Stage | None = None
+    ) -> BoundAction:
         assert ref is not None
-        return PlanAction(wire.A_SEND, op, None, self.channels.of(self.stage.index, target, kind), ref=ref)
+        channel = self.channels.of(self.position, target, kind)
+        return BoundAction(wire.A_SEND, op, None, channel, ref=ref, stage=stage)
 
-    def _receive(self, source: int, kind: int, ref: Ref | None, op: str = "O") -> PlanAction:
+    def _receive(
+        self, source: Position, kind: int, ref: Ref | None, op: str = "O", stage: Stage | None = None
+    ) -> BoundAction:
         assert ref is not None
-        return PlanAction(wire.A_RECV, op, None, self.channels.of(source, self.stage.index, kind), ref=ref)
+        channel = self.channels.of(source, self.position, kind)
+        return BoundAction(wire.A_RECV, op, None, channel, ref=ref, stage=stage)
 
-    def _load_list(self, programs: Mapping[str, Program]) -> tuple[PlanAction, ...]:
-        run = [PlanAction(wire.A_RUN, program="load")] if "load" in programs else []
+    def _load_list(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
+        run = [BoundAction(wire.A_RUN, program="load")] if "load" in programs else []
         return (*run, *self._tied_weights())
 
-    def _tied_weights(self) -> list[PlanAction]:
+    def _tied_weights(self) -> list[BoundAction]:
         if self.tied is None or self.first == self.last:
             return []
         if self.first:
-            return [self._send(self.job.last, wire.CH_TIED_WEIGHT, self._compute(self.tied))]
-        return [self._receive(0, wire.CH_TIED_WEIGHT, self.head_weight)] if self.last else []
+            return [self._send(self.pipeline.last, wire.CH_TIED_WEIGHT, self._compute(self.tied))]
+        return [self._receive(self.pipeline.first, wire.CH_TIED_WEIGHT, self.head_weight)] if self.last else []
 
-    def _tied_gradient(self) -> list[PlanAction]:
+    def _tied_gradient(self) -> list[BoundAction]:
         if self.tied is None or self.first == self.last:
             return []
         if self.first:
-            return [self._receive(self.job.last, wire.CH_TIED_GRAD, self.tied_received)]
-        return [self._send(0, wire.CH_TIED_GRAD, self.head_gradient)] if self.last else []
+            return [self._receive(self.pipeline.last, wire.CH_TIED_GRAD, self.tied_received)]
+        return [self._send(self.pipeline.first, wire.CH_TIED_GRAD, self.head_gradient)] if self.last else []
 
-    def _step(self, programs: Mapping[str, Program]) -> Sequence[PlanAction]:
+    def _step(self, programs: Mapping[str, Program]) -> Sequence[BoundAction]:
         if self.job.infer:
-            return (PlanAction(wire.A_RUN, "F", "F", microbatch=0),)
-        data = [PlanAction(wire.A_DATA)] if self.given else []
+            return (BoundAction(wire.A_RUN, "F", "F", microbatch=0, stage=self.stage.index),)
+        data = [BoundAction(wire.A_DATA)] if self.given else []
         end = [
             *self._tied_gradient(),
-            PlanAction(wire.A_RUN, "O", "sumsq"),
-            PlanAction(wire.A_REPORT, ref=self.report),
+            BoundAction(wire.A_RUN, "O", "sumsq"),
+            BoundAction(wire.A_REPORT, ref=self.report),
             *self._reports(),
-            PlanAction(wire.A_APPLY, ref=self.control),
-            PlanAction(wire.A_RUN, "O", "adamw"),
+            BoundAction(wire.A_APPLY, ref=self.control),
+            BoundAction(wire.A_RUN, "O", "adamw"),
             *self._tied_weights(),
-            PlanAction(wire.A_SNAPSHOT),
+            BoundAction(wire.A_SNAPSHOT),
         ]
         return self._listed(data, end)
 
-    def _listed(self, data: Sequence[PlanAction], end: Sequence[PlanAction]) -> ActionList:
+    def _listed(self, data: Sequence[BoundAction], end: Sequence[BoundAction]) -> ActionList:
         """``data``, the scheduled row, ``end``: what is scheduled differs by operation, microbatch and slot alone."""
         ops, firsts = np.unique(self.row.op, return_index=True)
         scheduled = {int(op): self._scheduled(OPS[op]) for op in ops[np.argsort(firsts)]}
@@ -462,47 +458,53 @@ class _Lowering:
         which = join(around.which, by_op[self.row.op])
         return ActionList(around.patterns, which, join(none, self.row.microbatch), join(none, slot))
 
-    def _reports(self) -> list[PlanAction]:
-        if not self.first:
+    def _reports(self) -> list[BoundAction]:
+        if self.position != COMBINES:
             return [
-                self._send(0, wire.CH_REPORT, self.report, "-"),
-                self._receive(0, wire.CH_CONTROL, self.control, "-"),
+                self._send(COMBINES, wire.CH_REPORT, self.report, "-"),
+                self._receive(COMBINES, wire.CH_CONTROL, self.control, "-"),
             ]
-        others = range(1, self.job.last + 1)
+        others = [Position(p) for p in range(self.pipeline.positions) if p != COMBINES]
         size = self.report.bytes
         return [
             *(
                 self._receive(p, wire.CH_REPORT, Ref(wire.SPACE_STATIC, self.reports.offset + p * size, size), "-")
                 for p in others
             ),
-            PlanAction(wire.A_COMBINE, ref=self.reports),
+            BoundAction(wire.A_COMBINE, ref=self.reports),
             *(self._send(p, wire.CH_CONTROL, self.control, "-") for p in others),
         ]
 
-    def _scheduled(self, op: str) -> PlanAction:
+    def _scheduled(self, op: str) -> BoundAction:
         """What an operation of the schedule is here, without microbatch and slot."""
-        here, stage = self.stage.index, self.stage
+        stage, here = self.stage, self.stage.index
+
+        def at(other: int) -> Position:
+            return self.pipeline.position(Stage(other))
+
         if op == "SEND_F":
-            return self._send(here + 1, wire.CH_FORWARD, self._bind(stage.sent), "F")
+            return self._send(at(here + 1), wire.CH_FORWARD, self._bind(stage.sent), "F", here)
         if op == "RECV_F":
-            return self._receive(here - 1, wire.CH_FORWARD, self._bind(stage.received), "F")
+            return self._receive(at(here - 1), wire.CH_FORWARD, self._bind(stage.received), "F", here)
         if op == "SEND_B":
-            return self._send(here - 1, wire.CH_BACKWARD, self._bind(stage.gradient_sent), "B")
+            return self._send(at(here - 1), wire.CH_BACKWARD, self._bind(stage.gradient_sent), "B", here)
         if op == "RECV_B":
-            return self._receive(here + 1, wire.CH_BACKWARD, self._bind(stage.gradient_received), "B")
-        return PlanAction(wire.A_RUN, op, op)
+            return self._receive(at(here + 1), wire.CH_BACKWARD, self._bind(stage.gradient_received), "B", here)
+        return BoundAction(wire.A_RUN, op, op, stage=here)
 
 
-def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[Row, ...]]:
+def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
-    spec, stages = job.spec, len(job.stages)
+    spec, pipeline = job.spec, job.layout.pipeline
+    stages = [job.stages[stage] for stage in _one_stage_each(pipeline)]
     if job.infer:
         rows = [Row.of([])]
     else:
-        computations = GENERATORS[spec.parallel.schedule](stages, spec.train.microbatches)
-        rows = free_slots_early(insert_messages(computations, stages))
+        by_stage = GENERATORS[spec.parallel.schedule](pipeline.stages, spec.train.microbatches)
+        computations = [by_stage[stage.index] for stage in stages]
+        rows = free_slots_early(insert_messages(computations, pipeline.stages))
         check_placement(rows)  # the messages themselves: check_messages, with the optimizer's
-        for row, stage in zip(rows, job.stages, strict=True):
+        for row, stage in zip(rows, stages, strict=True):
             check_hazards(row, stage)
     activation = spec.train.rows * spec.model.width * job.dt_bytes
     tied = 0 if job.tied_tensor is None else job.tensors[job.tied_tensor].elements
@@ -516,10 +518,25 @@ def lower(job: Job) -> tuple[tuple[Position, ...], tuple[Channel, ...], tuple[Ro
             wire.CH_CONTROL: CONTROL_BYTES,
         }
     )
-    positions = [_Lowering(job, stage, channels, row).position() for stage, row in zip(job.stages, rows, strict=True)]
     positions = [
-        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends[p.stage] * memory.CHANNEL_BYTES})
+        _Lowering(job, Position(position), stage, channels, row).plan()
+        for position, (stage, row) in enumerate(zip(stages, rows, strict=True))
+    ]
+    positions = [
+        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends[p.position] * memory.CHANNEL_BYTES})
         for p in positions
     ]
     check_messages(positions, channels.all)
     return tuple(positions), channels.all, tuple(rows)
+
+
+def _one_stage_each(pipeline: Pipeline) -> list[Stage]:
+    """By position its stage. The programs, slots and lists below are of one stage a position."""
+    for position, chunks in enumerate(pipeline.chunks):
+        if len(chunks) != 1:
+            holds = f"stages {', '.join(map(str, chunks))}" if chunks else "no stage"
+            raise PlanError(
+                f"position {position} holds {holds}; this version lowers exactly one stage a position: "
+                f"take as many positions as stages ({pipeline.stages})"
+            )
+    return [chunks[0] for chunks in pipeline.chunks]

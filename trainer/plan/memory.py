@@ -13,7 +13,8 @@ from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Call
 from trainer.plan.draw import bytes_text, memory_text
-from trainer.plan.records import Position
+from trainer.plan.places import Ranks
+from trainer.plan.records import PositionPlan
 from trainer.spec import RunSpec
 
 ALIGN = 64
@@ -51,7 +52,7 @@ def workspace_bytes(threads: int) -> int:
 
 def rank_threads(spec: RunSpec, cpus: float) -> int:
     """Threads that the engine starts for a rank on a node where it may use ``cpus`` (``run/machine.c``)."""
-    local = max(1, spec.parallel.stages * spec.parallel.replicas // spec.launch.nodes)
+    local = max(1, spec.parallel.ranks // spec.launch.nodes)
     return max(1, min(spec.parallel.threads or int(cpus) // local, wire.THREADS_MAX))
 
 
@@ -108,17 +109,19 @@ def _threads_words(more_bytes: int) -> str:
     )
 
 
-def check_budget(positions: Sequence[Position], nodes: int, budget_bytes: int, more_bytes: int = 0) -> None:
+def check_budget(
+    positions: Sequence[PositionPlan], nodes: int, budget_bytes: int, more_bytes: int = 0, replicas: int = 1
+) -> None:
     """Refuses a plan whose ranks on one node take more than ``budget_bytes``; the text carries the table.
 
     ``more_bytes``: of each rank, beside what its position counts (`more_threads_bytes`).
     """
     if budget_bytes <= 0:
         return
-    each = len(positions) // nodes
+    ranks = Ranks(len(positions), replicas)
     for node in range(nodes):
-        ranks = positions[node * each : (node + 1) * each]
-        total = sum(position.total_bytes + more_bytes for position in ranks)
+        here = [positions[ranks.position(rank)] for rank in ranks.on_node(node, nodes)]
+        total = sum(position.total_bytes + more_bytes for position in here)
         if total > budget_bytes:
             raise PlanError(
                 f"node {node} needs {total} bytes ({bytes_text(total)}), its budget is {budget_bytes} "

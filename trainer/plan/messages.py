@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
+from trainer.plan.places import Pipeline, Stage
 from trainer.plan.rows import OPS, RECV_B, RECV_F, SEND_B, SEND_F, F, Row, Rows, W, columns
 from trainer.plan.rules import check_rules, needs
 
@@ -20,86 +21,88 @@ _NEVER = np.iinfo(np.int32).max
 def insert_messages(rows: Rows, stages: int) -> list[Row]:
     """Compute-only rows with the messages between stages put in, so that rendezvous channels cannot deadlock.
 
-    Every message takes one place in a single order of all that happens, and a rank's row is its share of that order:
-    the first message not yet passed always has both its ends waiting for it. The order comes from playing the schedule
-    with UNIT_COST; of messages that could go at the same time, the one made first goes first. A receive stands right
-    before the computation that needs it, so that no buffer is taken early; a send stands right after the computation
-    that made it, before the next one (GPipe and 1F1B always; a schedule whose rows make that impossible sends as soon
-    as the receiver can take it). Stages on one rank exchange no message.
+    Every message takes one place in a single order of all that happens, and a position's row is its share of that
+    order: the first message not yet passed always has both its ends waiting for it. The order comes from playing the
+    schedule with UNIT_COST; of messages that could go at the same time, the one made first goes first. A receive stands
+    right before the computation that needs it, so that no buffer is taken early; a send stands right after the
+    computation that made it, before the next one (GPipe and 1F1B always; a schedule whose rows make that impossible
+    sends as soon as the receiver can take it). Stages at one position exchange no message.
 
     >>> from trainer.plan.schedules import one_f_one_b
     >>> [str(a) for a in insert_messages(one_f_one_b(2, 2), 2)[1]]
     ['1RECV_F0', '1F0', '1B0', '1RECV_F1', '1SEND_B0', '1F1', '1B1', '1SEND_B1']
     """
     listed = columns(rows)
-    for rank, row in enumerate(listed):
+    for position, row in enumerate(listed):
         for place in np.flatnonzero(~row.compute)[:1]:
-            raise PlanError(f"rank {rank}, action {place}, {row[int(place)]}: insert_messages takes compute-only rows")
+            where = f"position {position}, action {place}, {row[int(place)]}"
+            raise PlanError(f"{where}: insert_messages takes compute-only rows")
     return play(listed, check_rules(listed, stages))
 
 
-def play(rows: Sequence[Row], ranks: Mapping[int, int]) -> list[Row]:
+def play(rows: Sequence[Row], pipeline: Pipeline) -> list[Row]:
     """The rows with their messages, of compute-only rows that keep S1 to S4. PlanError (S5) where they cannot run."""
-    return _Player(rows, ranks).play()
+    return _Player(rows, pipeline).play()
 
 
 class _Player:
-    """Plays compute-only rows on a clock of unit costs and writes down what each rank does, messages included.
+    """Plays compute-only rows on a clock of unit costs and writes down what each position does, messages included.
 
-    What happens next is always the earliest that can: a message when both its ranks have come to it, a computation when
-    it has what it needs and its rank owes no message. At one time messages go first, by when they were made, then by
-    the receiving rank. So all that happens at a time is played at once, on columns of all ranks: first its messages,
-    then its computations (they take time, so nothing that they make can happen at that time). Where every rank owes,
-    one computation goes ahead of its rank's sends.
+    What happens next is always the earliest that can: a message when both its positions have come to it, a computation
+    when it has what it needs and its position owes no message. At one time messages go first, by when they were made,
+    then by the receiving position. So all that happens at a time is played at once, on columns of all positions: first
+    its messages, then its computations (they take time, so nothing that they make can happen at that time). Where every
+    position owes, one computation goes ahead of its position's sends.
 
     Results are numbered, forwards by (stage, microbatch), then input gradients likewise; two more numbers stand for
     what is always there and what never comes.
     """
 
-    def __init__(self, rows: Sequence[Row], ranks: Mapping[int, int]) -> None:
-        self.rows, self.ranks = rows, ranks
-        stages, lanes = len(ranks), len(rows)
+    def __init__(self, rows: Sequence[Row], pipeline: Pipeline) -> None:
+        self.rows, self.pipeline = rows, pipeline
+        stages, lanes = pipeline.stages, len(rows)
         microbatches = 1 + max(int(row.microbatch.max(initial=-1)) for row in rows)
         count = 2 * stages * microbatches
         self.always, self.never = count, count + 1
-        rank_of = np.array([ranks[stage] for stage in range(stages)], np.int32)
+        of_stage = pipeline.column
         self.made = np.full(count + 2, _NEVER, np.int32)  # by result: since when it exists
         self.here = np.zeros(count + 2, np.bool_)  # by result: its consumer has it
         self.here[self.always] = True
-        # By computation, the ranks' rows one after the other, each closed by one that never runs
+        # By computation, the positions' rows one after the other, each closed by one that never runs
         lengths = [len(row) + 1 for row in rows]
         self.starts = np.cumsum([0, *lengths[:-1]])
         total = sum(lengths)
         self.need = np.full(total, self.never, np.int32)
-        self.source = np.zeros(total, np.int32)  # the rank that makes what is needed; its own where nothing is
+        self.source = np.zeros(total, np.int32)  # the position that makes what is needed; its own where nothing is
         self.gives = np.full(total, self.never, np.int32)
-        self.goes = np.zeros(total, np.int8)  # the result: 1 to another rank, 0 to nobody, -1 to a stage of this rank
+        self.goes = np.zeros(total, np.int8)  # the result: 1 to another position, 0 to nobody, -1 to a stage here
         self.op = np.zeros(total, np.uint8)
         self.stage, self.microbatch = np.zeros(total, np.int32), np.zeros(total, np.int32)
         length = np.zeros(lanes, np.int64)  # of the rows to write
-        for rank, row in enumerate(rows):
-            mine = slice(self.starts[rank], self.starts[rank] + len(row))
+        for position, row in enumerate(rows):
+            mine = slice(self.starts[position], self.starts[position] + len(row))
             other, forward = needs(row, stages - 1)
             self.op[mine], self.stage[mine], self.microbatch[mine] = row.op, row.stage, row.microbatch
             half = np.where(forward, 0, stages)
             self.need[mine] = np.where(other < 0, self.always, (half + other) * microbatches + row.microbatch)
-            self.source[mine] = np.where(other < 0, rank, rank_of[other])
+            self.source[mine] = np.where(other < 0, position, of_stage[other])
             self.gives[mine] = np.where(row.op == W, self.never, (half + row.stage) * microbatches + row.microbatch)
             to = np.where(forward, row.stage + 1, row.stage - 1)
             taken = (row.op != W) & (to >= 0) & (to < stages)
-            away = rank_of[np.where(taken, to, 0)] != rank
+            away = of_stage[np.where(taken, to, 0)] != position
             self.goes[mine] = np.where(taken, np.where(away, 1, -1), 0)
-            length[rank] = len(row) + np.count_nonzero(self.source[mine] != rank) + np.count_nonzero(taken & away)
-        # What the ranks do, row after row: for which computation, and 1 for the send that it needs, 2 for the receive
+            received = np.count_nonzero(self.source[mine] != position)
+            length[position] = len(row) + received + np.count_nonzero(taken & away)
+        # What the positions do, row after row: for which computation; 1 is the send that it needs, 2 the receive
         self.ends = np.cumsum(length)
         self.cursor = self.ends - length
         self.what, self.kind = np.zeros(int(length.sum()), np.int32), np.zeros(int(length.sum()), np.uint8)
-        self.turn = np.full(lanes, lanes, np.int32)  # by rank, its place in what is done at a time
+        self.turn = np.full(lanes, lanes, np.int32)  # by position, its place in what is done at a time
         self.cost = np.array([UNIT_COST.get(op, 0) for op in OPS], np.int32)
         self.place = self.starts.copy()
-        self.wants, self.whose = self.need[self.place], self.source[self.place]  # of each rank's next computation
+        self.wants, self.whose = self.need[self.place], self.source[self.place]  # of each position's next computation
         self.clock = np.zeros(lanes, np.int32)
-        self.owes = np.zeros(lanes, np.int32)  # results made on a rank, for another, not yet sent
+        self.owes = np.zeros(lanes, np.int32)  # results made at a position, for another, not yet sent
 
     def play(self) -> list[Row]:
         while True:
@@ -110,10 +113,10 @@ class _Player:
             now = min(message.min(), compute.min())
             if now == _NEVER:
                 ahead = np.where(has, self.clock, _NEVER)
-                rank = int(ahead.argmin())
-                if ahead[rank] == _NEVER:
+                position = int(ahead.argmin())
+                if ahead[position] == _NEVER:
                     break
-                self._compute(np.array([rank]))
+                self._compute(np.array([position]))
                 continue
             receivers = np.flatnonzero(message == now)
             if len(receivers):
@@ -127,17 +130,17 @@ class _Player:
         self._finished()
         return self._rows()
 
-    def _compute(self, ranks: NDArray[np.intp]) -> None:
-        """Each of ``ranks`` does its next computation."""
-        place, at = self.place[ranks], self.cursor[ranks]
+    def _compute(self, positions: NDArray[np.intp]) -> None:
+        """Each of ``positions`` does its next computation."""
+        place, at = self.place[positions], self.cursor[positions]
         self.what[at] = place
-        clock = self.clock[ranks] + self.cost[self.op[place]]
-        self.cursor[ranks], self.clock[ranks], self.place[ranks] = at + 1, clock, place + 1
-        self.wants[ranks], self.whose[ranks] = self.need[place + 1], self.source[place + 1]
+        clock = self.clock[positions] + self.cost[self.op[place]]
+        self.cursor[positions], self.clock[positions], self.place[positions] = at + 1, clock, place + 1
+        self.wants[positions], self.whose[positions] = self.need[place + 1], self.source[place + 1]
         gives, goes = self.gives[place], self.goes[place]
         self.made[gives] = clock
         self.made[self.never] = _NEVER
-        self.owes[ranks] += goes > 0
+        self.owes[positions] += goes > 0
         self.here[gives[goes < 0]] = True
 
     def _send(
@@ -150,7 +153,7 @@ class _Player:
                 self._send(receivers[n : n + 1], senders[n : n + 1], results[n : n + 1], now)
             return
         place, number = self.place[receivers], np.arange(len(receivers), dtype=np.int32)
-        second = []  # of each end: whether its rank stands at the other end of an earlier one of these messages
+        second = []  # of each end: whether its position stands at the other end of an earlier one of these messages
         ends: tuple[NDArray[np.signedinteger], ...] = (senders, receivers)
         for mine, others in (ends, ends[::-1]):
             self.turn[others] = number
@@ -166,7 +169,7 @@ class _Player:
         self.here[results] = True
 
     def _rows(self) -> list[Row]:
-        """What was done, rank by rank."""
+        """What was done, position by position."""
         del self.made, self.here, self.need, self.source, self.gives  # room for what follows
         rows = []
         first = 0
@@ -182,22 +185,23 @@ class _Player:
         return rows
 
     def _finished(self) -> None:
-        for rank, row in enumerate(self.rows):
-            place = int(self.place[rank] - self.starts[rank])
+        for position, row in enumerate(self.rows):
+            place = int(self.place[position] - self.starts[position])
             if place < len(row):
                 action = row[place]
-                other = int(needs(row.take(slice(place, place + 1)), len(self.ranks) - 1)[0][0])
+                other = int(needs(row.take(slice(place, place + 1)), self.pipeline.stages - 1)[0][0])
                 part = "F" if action.op == "F" else "I"
                 raise PlanError(
-                    f"S5: rank {rank} can never start {action} (computation {place} of its row): it needs {part} of "
-                    f"stage {other}, microbatch {action.microbatch}, which rank {self.ranks[other]} does not reach"
+                    f"S5: position {position} can never start {action} (computation {place} of its row): it needs "
+                    f"{part} of stage {other}, microbatch {action.microbatch}, which position "
+                    f"{self.pipeline.of_stage[other]} does not reach"
                 )
 
 
 def _own(row: Row) -> Row:
     """The same row, without memory for a column of one stage."""
     if len(row) and row.stage.min() == row.stage.max():
-        return Row.of_stage(int(row.stage[0]), row.op, row.microbatch)
+        return Row.of_stage(Stage(int(row.stage[0])), row.op, row.microbatch)
     return row
 
 
@@ -205,14 +209,14 @@ def free_slots_early(rows: Rows) -> list[Row]:
     """The same messages, but a gradient leaves before the next activation enters, so that one slot serves both.
 
     Where stage s has ``RECV_F, SEND_B`` side by side and stage s-1 the matching ``SEND_F, RECV_B``, both pairs change
-    places at once: two messages between the same two ranks, next to each other at both ends, always may.
+    places at once: two messages between the same two positions, next to each other at both ends, always may.
     Under 1F1B stage s then needs min(P - s, M) slots.
     """
     listed = columns(rows)
     names = [row.stages()[0].tolist() for row in listed]
-    ranks = {stage: rank for rank, mine in enumerate(names) for stage in mine}
+    positions = {stage: position for position, mine in enumerate(names) for stage in mine}
     microbatches = 1 + max((int(row.microbatch.max(initial=-1)) for row in listed), default=-1)
-    sends = np.full((1 + max(ranks, default=-1), microbatches), -1, np.int64)  # where a SEND_F stands in its row
+    sends = np.full((1 + max(positions, default=-1), microbatches), -1, np.int64)  # where a SEND_F stands in its row
     out = []
     for row in listed:
         places = np.flatnonzero(row.op == SEND_F)
@@ -220,20 +224,21 @@ def free_slots_early(rows: Rows) -> list[Row]:
         out.append(Row(row.op.copy(), row.stage, row.microbatch.copy()))
     moved = [np.flatnonzero(row.op == RECV_F) for row in out]
     while any(len(places) for places in moved):
-        moved = [_swap(out, rank, places, names[rank], ranks, sends) for rank, places in enumerate(moved)]
+        moved = [
+            _swap(out, row, places, mine, positions, sends) for row, places, mine in zip(out, moved, names, strict=True)
+        ]
     return out
 
 
 def _swap(
     rows: Sequence[Row],
-    rank: int,
+    row: Row,
     receives: NDArray[np.intp],
     stages: Sequence[int],
-    ranks: Mapping[int, int],
+    positions: Mapping[int, int],
     sends: NDArray[np.int64],
 ) -> NDArray[np.intp]:
     """Lets each RECV_F at ``receives`` change places with the SEND_B after it where it may; where these then stand."""
-    row = rows[rank]
     receives = receives[receives + 1 < len(row)]
     receives = receives[(row.op[receives + 1] == SEND_B) & (row.stage[receives] == row.stage[receives + 1])]
     moved = []
@@ -241,7 +246,7 @@ def _swap(
         places = receives[row.stage[receives] == stage]
         if not len(places):
             continue
-        below = rows[ranks[stage - 1]]
+        below = rows[positions[stage - 1]]
         at = sends[stage - 1, row.microbatch[places]]
         last = at + 1 == len(below)
         after = np.where(last, at, at + 1)

@@ -13,10 +13,12 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.plan.places import Position, Stage
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Bytes of a rank's memory: ``space`` is ``wire.SPACE_*``; the offset counts from the space's start."""
+    """Bytes of a position's memory: ``space`` is ``wire.SPACE_*``; the offset counts from the space's start."""
 
     space: int
     offset: int
@@ -43,15 +45,18 @@ class BoundCall:
 
 @dataclass(frozen=True)
 class Program:
-    """Calls that run as one. Names of a stage's: F, B, init, load, sumsq, adamw."""
+    """Calls that run as one. Names of a position's: F, B (of its stage), init, load, sumsq, adamw."""
 
     name: str
     calls: tuple[BoundCall, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class PlanAction:
-    """One entry of an action list. ``kind`` is ``wire.A_*``, ``program`` a name of this position's programs."""
+class BoundAction:
+    """One entry of an action list. ``kind`` is ``wire.A_*``, ``program`` a name of this position's programs.
+
+    ``stage``: whose computation or message of the schedule it is; None for what the position does as a whole.
+    """
 
     kind: int
     op: str = "-"
@@ -60,10 +65,11 @@ class PlanAction:
     microbatch: int | None = None
     slot: int | None = None
     ref: Ref | None = None
+    stage: Stage | None = None
 
 
-class ActionList(Sequence[PlanAction]):
-    """A list of actions as columns, read as a sequence of ``PlanAction``.
+class ActionList(Sequence[BoundAction]):
+    """A list of actions as columns, read as a sequence of ``BoundAction``.
 
     Few actions of a list differ by more than microbatch and slot: ``patterns`` are the different ones without either,
     ``which`` says which pattern an action has. -1 in ``microbatch`` or ``slot``: none.
@@ -73,7 +79,7 @@ class ActionList(Sequence[PlanAction]):
 
     def __init__(
         self,
-        patterns: tuple[PlanAction, ...],
+        patterns: tuple[BoundAction, ...],
         which: NDArray[np.uint16],
         microbatch: NDArray[np.int32],
         slot: NDArray[np.int32],
@@ -81,11 +87,11 @@ class ActionList(Sequence[PlanAction]):
         self.patterns, self.which, self.microbatch, self.slot = patterns, which, microbatch, slot
 
     @classmethod
-    def of(cls, actions: Sequence[PlanAction]) -> ActionList:
+    def of(cls, actions: Sequence[BoundAction]) -> ActionList:
         """The same actions as columns; a list of columns stays as it is."""
         if isinstance(actions, ActionList):
             return actions
-        patterns: dict[PlanAction, int] = {}
+        patterns: dict[BoundAction, int] = {}
         which = [patterns.setdefault(replace(a, microbatch=None, slot=None), len(patterns)) for a in actions]
         numbers = [[-1 if n is None else n for n in column] for column in
                    ([a.microbatch for a in actions], [a.slot for a in actions])]  # fmt: skip
@@ -95,36 +101,36 @@ class ActionList(Sequence[PlanAction]):
         return len(self.which)
 
     @overload
-    def __getitem__(self, place: int) -> PlanAction: ...
+    def __getitem__(self, place: int) -> BoundAction: ...
     @overload
     def __getitem__(self, place: slice) -> ActionList: ...
-    def __getitem__(self, place: int | slice) -> PlanAction | ActionList:
+    def __getitem__(self, place: int | slice) -> BoundAction | ActionList:
         if isinstance(place, slice):
             return ActionList(self.patterns, self.which[place], self.microbatch[place], self.slot[place])
         return self._one(self.which[place], int(self.microbatch[place]), int(self.slot[place]))
 
-    def __iter__(self) -> Iterator[PlanAction]:
+    def __iter__(self) -> Iterator[BoundAction]:
         return map(self._one, self.which.tolist(), self.microbatch.tolist(), self.slot.tolist())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(PlanAction.__eq__, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(BoundAction.__eq__, self, other))
 
     __hash__ = None  # type: ignore[assignment] # lists are compared, never keys
 
-    def _one(self, which: int, microbatch: int, slot: int) -> PlanAction:
+    def _one(self, which: int, microbatch: int, slot: int) -> BoundAction:
         p = self.patterns[which]
         if microbatch < 0 and slot < 0:
             return p
         numbers = (None if microbatch < 0 else microbatch, None if slot < 0 else slot)
-        return PlanAction(p.kind, p.op, p.program, p.channel, *numbers, p.ref)
+        return BoundAction(p.kind, p.op, p.program, p.channel, *numbers, p.ref, p.stage)
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A directed edge and kind (``wire.CH_*``). Every message on it has ``bytes`` bytes."""
+    """A directed edge between positions and kind (``wire.CH_*``). Every message on it has ``bytes`` bytes."""
 
-    source: int
-    target: int
+    source: Position
+    target: Position
     kind: int
     bytes: int
 
@@ -142,11 +148,11 @@ class State:
 
 
 @dataclass(frozen=True)
-class Position:
-    """One pipeline position: its memory, programs and action lists."""
+class PositionPlan:
+    """What every rank at one position has: its memory, programs and action lists."""
 
-    stage: int
-    layers: range
+    position: Position
+    chunks: tuple[Stage, ...]
     arena_bytes: int
     act_offset: int
     act_stride: int
@@ -163,14 +169,14 @@ class Position:
     slot_bytes: int
     states: tuple[State, ...]
     programs: Mapping[str, Program]
-    init: Sequence[PlanAction]
-    load: Sequence[PlanAction]
-    step: Sequence[PlanAction]
+    init: Sequence[BoundAction]
+    load: Sequence[BoundAction]
+    step: Sequence[BoundAction]
     bytes_by_kind: Mapping[str, int]
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that the rank and its slots take together."""
+        """Bytes that a rank here and its slots take together."""
         return sum(self.bytes_by_kind.values())
 
 

@@ -1,7 +1,7 @@
 """Actions, and rows of them as columns. Owns what an action is and its text; knows no schedule and no rule.
 
-An action is (stage, operation, microbatch). A row is one rank's list of actions: three columns that read as a sequence
-of ``Action``. A plan of 1,000 stages and 4,000 microbatches has 24 million actions; a pass over a row is a few
+An action is (stage, operation, microbatch). A row is one position's list of actions: three columns that read as a
+sequence of ``Action``. A plan of 1,000 stages and 4,000 microbatches has 24 million actions; a pass over a row is a few
 operations on its columns, and its bytes are five an action.
 
 The text of an action, ``2F0`` or ``3SEND_F1``, is that of PyTorch's pipelining.
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
+from trainer.plan.places import Stage
 
 COMPUTE = ("F", "I", "W", "B")
 """Forward, input gradient, weight gradient, and B = I then W."""
@@ -37,13 +38,13 @@ _TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|I|W|B)(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One entry of a rank's list. ``stage`` and ``microbatch`` count from 0; ``op`` is in COMPUTE or MESSAGES.
+    """One entry of a position's list. ``stage`` and ``microbatch`` count from 0; ``op`` is in COMPUTE or MESSAGES.
 
     >>> str(Action(3, "SEND_F", 1))
     '3SEND_F1'
     """
 
-    stage: int
+    stage: Stage
     op: str
     microbatch: int
 
@@ -66,10 +67,10 @@ class Action:
         return self.op in ("SEND_F", "SEND_B")
 
     @property
-    def edge(self) -> tuple[int, int]:
+    def edge(self) -> tuple[Stage, Stage]:
         """(stage that sends, stage that receives) of a message."""
         step = {"SEND_F": 1, "RECV_F": -1, "SEND_B": -1, "RECV_B": 1}[self.op]
-        other = self.stage + step
+        other = Stage(self.stage + step)
         return (self.stage, other) if self.is_send else (other, self.stage)
 
 
@@ -85,11 +86,11 @@ def parse_action(text: str) -> Action:
             f"cannot read the action {text!r}: write stage, operation, microbatch, such as 2F0 or 3SEND_F1; "
             f"operations are {', '.join(OPS)}"
         )
-    return Action(int(found[1]), found[2], int(found[3]))
+    return Action(Stage(int(found[1])), found[2], int(found[3]))
 
 
 class Row(Sequence[Action]):
-    """One rank's actions as three columns of one length: ``op`` (places in OPS), ``stage`` and ``microbatch``.
+    """One position's actions as three columns of one length: ``op`` (places in OPS), ``stage`` and ``microbatch``.
 
     >>> Row.of([Action(0, "F", 0), Action(0, "B", 0)])[1]
     Action(stage=0, op='B', microbatch=0)
@@ -113,7 +114,7 @@ class Row(Sequence[Action]):
         )
 
     @classmethod
-    def of_stage(cls, stage: int, op: NDArray[np.uint8], microbatch: NDArray[np.int32]) -> Row:
+    def of_stage(cls, stage: Stage, op: NDArray[np.uint8], microbatch: NDArray[np.int32]) -> Row:
         """A row of one stage: its column takes no memory."""
         return cls(op, np.broadcast_to(np.int32(stage), op.shape), microbatch)
 
@@ -127,11 +128,11 @@ class Row(Sequence[Action]):
     def __getitem__(self, place: int | slice) -> Action | Row:
         if isinstance(place, slice):
             return self.take(place)
-        return Action(int(self.stage[place]), OPS[self.op[place]], int(self.microbatch[place]))
+        return Action(Stage(int(self.stage[place])), OPS[self.op[place]], int(self.microbatch[place]))
 
     def __iter__(self) -> Iterator[Action]:
         columns = self.stage.tolist(), self.op.tolist(), self.microbatch.tolist()
-        return (Action(stage, OPS[op], microbatch) for stage, op, microbatch in zip(*columns, strict=True))
+        return (Action(Stage(stage), OPS[op], microbatch) for stage, op, microbatch in zip(*columns, strict=True))
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Row):
@@ -169,7 +170,7 @@ class Row(Sequence[Action]):
 
 
 Rows = Sequence[Sequence[Action]]
-"""One list of actions a rank: rows of columns, or any sequences."""
+"""One list of actions a position: rows of columns, or any sequences."""
 
 
 def columns(rows: Rows) -> list[Row]:

@@ -1,6 +1,6 @@
 """Rules that a row of a schedule keeps by itself, each on whole columns.
 
-S1  a stage lives on one rank, and the stages are 0 .. P-1
+S1  a stage has one position, and the stages are 0 .. S-1
 S2  every stage has the microbatches 0 .. M-1, each with one F and either one B or one I and one W
 S3  on a stage, F comes before I or B, and I before W, of the same microbatch
 S4  on a stage, I or B ascend in the microbatch, and so do W or B: the sum of a gradient has one order
@@ -16,27 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
+from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import SEND_F, B, F, I, Row, W
-from trainer.plan.schedules import stage_ranks
+from trainer.plan.schedules import stage_positions
 
 PARTS = ("F", "I", "W")
 """What is done for a stage and a microbatch; B does I and W."""
 
 
-def check_rules(rows: Sequence[Row], stages: int | None = None, microbatches: int | None = None) -> dict[int, int]:
-    """Refuses rows that break S1 to S4, with or without messages; returns which rank runs which stage."""
-    ranks = stage_ranks(rows)
-    count = stages if stages is not None else max(ranks, default=-1) + 1
-    wrong = sorted(set(ranks) ^ set(range(count)))
+def check_rules(rows: Sequence[Row], stages: int | None = None, microbatches: int | None = None) -> Pipeline:
+    """Refuses rows that break S1 to S4, with or without messages; returns where the stages are."""
+    positions = stage_positions(rows)
+    count = stages if stages is not None else max(positions, default=-1) + 1
+    wrong = sorted(positions.keys() ^ set(range(count)))
     if count < 1 or wrong:
         has = "is missing" if wrong and wrong[0] < count else "is one too many"
         raise PlanError(f"S1: stage {wrong[0] if wrong else 0} {has}: the schedule must run stages 0 to {count - 1}")
     total = microbatches
     if total is None:
         total = max(int(row.microbatch.max(initial=-1)) for row in rows) + 1
-    for rank, row in enumerate(rows):
-        _check_row(rank, row, total)
-    return ranks
+    for position, row in enumerate(rows):
+        _check_row(Position(position), row, total)
+    return Pipeline(tuple(positions[Stage(stage)] for stage in range(count)), len(rows))
 
 
 def first_of_each(keys: NDArray[np.int64], places: NDArray[np.intp], count: int, never: int) -> NDArray[np.intp]:
@@ -46,7 +47,7 @@ def first_of_each(keys: NDArray[np.int64], places: NDArray[np.intp], count: int,
     return first
 
 
-def _check_row(rank: int, row: Row, microbatches: int) -> None:
+def _check_row(position: Position, row: Row, microbatches: int) -> None:
     names, local = row.by_stage()
     places = np.flatnonzero(row.compute)
     beyond = np.flatnonzero(row.microbatch[places] >= microbatches)
@@ -83,18 +84,18 @@ def _check_row(rank: int, row: Row, microbatches: int) -> None:
             marks.append((at[fall + 1], part, 2, "S4", text))
     if marks:
         place, _, _, rule, text = min(marks)
-        raise PlanError(f"{rule}: rank {rank}, action {place}, {row[int(place)]}: {text}")
+        raise PlanError(f"{rule}: position {position}, action {place}, {row[int(place)]}: {text}")
     if len(beyond):
         place = int(np.flatnonzero(row.compute)[beyond[0]])
         raise PlanError(
-            f"S2: rank {rank}, action {place}, {row[place]}: microbatch {row.microbatch[place]} is beyond the last, "
-            f"{microbatches - 1}"
+            f"S2: position {position}, action {place}, {row[place]}: microbatch {row.microbatch[place]} is beyond the "
+            f"last, {microbatches - 1}"
         )
-    _check_whole(rank, names, first, width, numbers, microbatches, never)
+    _check_whole(position, names, first, width, numbers, microbatches, never)
 
 
 def _check_whole(
-    rank: int,
+    position: Position,
     names: NDArray[np.int32],
     first: Sequence[NDArray[np.intp]],
     width: int,
@@ -119,7 +120,7 @@ def _check_whole(
                 microbatch, part = found, int(lacks[0][1])
         if microbatch < microbatches:
             wanted = "F" if part == 0 else f"{PARTS[part]} (or B)"
-            raise PlanError(f"S2: rank {rank}: {wanted} of stage {stage}, microbatch {microbatch} is missing")
+            raise PlanError(f"S2: position {position}: {wanted} of stage {stage}, microbatch {microbatch} is missing")
 
 
 def needs(row: Row, last_stage: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

@@ -1,9 +1,10 @@
-"""Schedules as data: what a rank computes, in which order. Owns the CSV form and the generators.
+"""Schedules as data: what is computed at a position, in which order. Owns the CSV form and the generators.
 
-A schedule is one row of actions a rank. An action is (stage, operation, microbatch), and its text and its CSV (one row
-a rank) are those of PyTorch's pipelining, so that schedules can be exchanged and diffed: ``2F0`` is stage 2's forward
-of microbatch 0, ``3SEND_F1`` sends stage 3's output of microbatch 1 to stage 4, ``2RECV_B4`` receives from stage 3 the
-gradient of stage 2's output for microbatch 4. An empty CSV cell is a bubble and carries no meaning.
+A schedule is one row of actions a position, which the position's rank of every replica follows. An action is (stage,
+operation, microbatch), and its text and its CSV are those of PyTorch's pipelining (where a row is called a rank), so
+that schedules can be exchanged and diffed: ``2F0`` is stage 2's forward of microbatch 0, ``3SEND_F1`` sends stage 3's
+output of microbatch 1 to stage 4, ``2RECV_B4`` receives from stage 3 the gradient of stage 2's output for microbatch 4.
+An empty CSV cell is a bubble and carries no meaning.
 
 Generators give compute-only rows; ``messages.insert_messages`` adds the messages. Nothing here knows a model, a buffer
 or a channel.
@@ -21,11 +22,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from trainer.errors import PlanError
+from trainer.plan.places import Position, Stage
 from trainer.plan.rows import RECV_F, Action, B, F, I, Row, Rows, W, columns, parse_action
 
 
 def to_csv(rows: Rows) -> str:
-    """One row a rank, as PyTorch writes it.
+    """One row a position, as PyTorch writes it.
 
     >>> to_csv(gpipe(2, 1))
     '0F0,0B0\\n1F0,1B0\\n'
@@ -48,7 +50,7 @@ def from_csv(text: str) -> list[Row]:
             try:
                 row.append(parse_action(cell))
             except PlanError as error:
-                raise PlanError(f"row {number} (rank {number}), cell {place}: {error}") from error
+                raise PlanError(f"row {number} (position {number}), cell {place}: {error}") from error
         rows.append(Row.of(row))
     return rows
 
@@ -69,7 +71,7 @@ def gpipe(stages: int, microbatches: int) -> list[Row]:
     _sizes(stages, microbatches)
     op = np.repeat(np.array([F, B], np.uint8), microbatches)
     microbatch = np.tile(np.arange(microbatches, dtype=np.int32), 2)
-    return [Row.of_stage(stage, op, microbatch) for stage in range(stages)]
+    return [Row.of_stage(Stage(stage), op, microbatch) for stage in range(stages)]
 
 
 def one_f_one_b(stages: int, microbatches: int) -> list[Row]:
@@ -94,26 +96,26 @@ def one_f_one_b(stages: int, microbatches: int) -> list[Row]:
             (slice(end, None), B, every[microbatches - warm :]),
         ):
             op[places], microbatch[places] = what, which
-        rows.append(Row.of_stage(stage, op, microbatch))
+        rows.append(Row.of_stage(Stage(stage), op, microbatch))
     return rows
 
 
 GENERATORS = {"gpipe": gpipe, "1f1b": one_f_one_b}
-"""By the name that a spec uses."""
+"""By the name that a spec uses. Each gives a position one stage, in the stages' order."""
 
 
-def stage_ranks(rows: Rows) -> dict[int, int]:
-    """Which rank runs which stage, by the rows' own account. PlanError where a stage sits on two ranks."""
-    ranks: dict[int, int] = {}
-    for rank, row in enumerate(columns(rows)):
-        names, firsts = row.stages()
+def stage_positions(rows: Rows) -> dict[Stage, Position]:
+    """Which stage is at which position, by the rows' own account. PlanError where a stage is at two of them."""
+    positions: dict[Stage, Position] = {}
+    for number, row in enumerate(columns(rows)):
+        position, (names, firsts) = Position(number), row.stages()
         for place, stage in sorted(zip(firsts.tolist(), names.tolist(), strict=True)):
-            if ranks.setdefault(stage, rank) != rank:
+            if positions.setdefault(stage, position) != position:
                 raise PlanError(
-                    f"rank {rank}, {row[place]}: stage {stage} already runs on rank {ranks[stage]}; "
-                    "a stage lives on one rank"
+                    f"position {position}, {row[place]}: stage {stage} already runs at position {positions[stage]}; "
+                    "a stage has one position"
                 )
-    return ranks
+    return positions
 
 
 def in_flight(rows: Rows) -> list[int]:

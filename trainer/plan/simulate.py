@@ -1,8 +1,8 @@
 """Times a plan before it runs: every instruction's seconds from a cost model, played over the ranks' lists.
 
-Owns the cost model and the event simulation; ``flops.py`` counts operations. It reads
-lists of ``Instruction``: ``from_plan`` makes them from a compiled plan, ``from_rows`` from a bare schedule. The same
-code times two processes and a cluster.
+Owns the cost model and the event simulation; ``flops.py`` counts operations. It reads lists of ``Instruction``, one a
+rank: ``from_plan`` makes them from a compiled plan, ``from_rows`` from a bare schedule. The same code times two
+processes and a cluster.
 
 The model of a message: the sender is busy for bytes / bandwidth; the receiver has it a latency after the sender is
 done, and waits from where it asked. With ``rendezvous`` the sender also waits until the receiver asks.
@@ -22,9 +22,10 @@ from trainer import wire
 from trainer.errors import PlanError
 from trainer.plan.compiled import Plan
 from trainer.plan.flops import Dims, kernel_flops
-from trainer.plan.records import ActionList, PlanAction
+from trainer.plan.places import Rank, Ranks, Replica, Stage
+from trainer.plan.records import ActionList, BoundAction
 from trainer.plan.rows import OPS, Action, Rows, columns
-from trainer.plan.schedules import stage_ranks
+from trainer.plan.schedules import stage_positions
 from trainer.plan.timeline import COMPUTE_KINDS, EventList, EventRow, Label, Timeline, kind_of
 
 
@@ -146,13 +147,13 @@ class CostModel:
         done = kernel_flops(kernel, dims).done
         return self.call_s + max(done / self.flops_per_s, bytes_touched / self.memory_bytes_per_s)
 
-    def action_seconds(self, action: str, kind: str, rank: int, estimate: float) -> float:
+    def action_seconds(self, action: str, kind: str, rank: Rank, estimate: float) -> float:
         """The measured seconds of an action where known, else ``estimate``."""
         exact = self.measured.get(_cost_key(action, kind, rank))
         return exact if exact is not None else self.measured.get(kind, estimate)
 
 
-def _cost_key(action: str, kind: str, rank: int) -> str:
+def _cost_key(action: str, kind: str, rank: Rank) -> str:
     if kind not in COMPUTE_KINDS:
         return f"{rank}{action}"
     return f"{action[: len(action) - len(action.lstrip('0123456789'))]}{kind}"
@@ -169,7 +170,7 @@ class Simulation:
     model_flops: float
     mfu: float
     """Model operations a second over what all ranks could do at ``peak_flops``."""
-    link_bytes: Mapping[tuple[int, int], int]
+    link_bytes: Mapping[tuple[Rank, Rank], int]
     """Bytes of a step from rank to rank."""
 
 
@@ -282,25 +283,27 @@ class _Play:
         for rank, row in enumerate(self.lists):
             labels = [Label(p.action, p.kind, p.microbatch is None) for p in row.patterns]
             mine = slice(self.starts[rank], self.starts[rank + 1] - 1)
-            rows.append(EventRow(rank, labels, row.which, row.numbers, self.start[mine], self.end[mine]))
+            rows.append(EventRow(Rank(rank), labels, row.which, row.numbers, self.start[mine], self.end[mine]))
         return rows
 
-    def link_bytes(self) -> dict[tuple[int, int], int]:
+    def link_bytes(self) -> dict[tuple[Rank, Rank], int]:
         """Bytes received, by sending and receiving rank."""
-        found: dict[tuple[int, int], int] = {}
+        found: dict[tuple[Rank, Rank], int] = {}
         channels = iter(self.channel.tolist())
         for rank, row in enumerate(self.lists):
             for pattern, count, channel in zip(row.patterns, row.counts.tolist(), channels, strict=False):
                 if pattern.channel is not None and pattern.kind == "recv" and count:
-                    link = (int(self.sender[channel]), rank)
+                    link = (Rank(int(self.sender[channel])), Rank(rank))
                     found[link] = found.get(link, 0) + pattern.bytes * count
         return found
 
 
 def from_rows(
-    rows: Rows, cost: CostModel, seconds: Mapping[str, float], message_bytes: int = 0
+    rows: Rows, cost: CostModel, seconds: Mapping[str, float], message_bytes: int = 0, replicas: int = 1
 ) -> list[InstructionList]:
-    """Instructions of a bare schedule with its messages in. ``seconds`` by operation (F, I, W, B; B defaults to I + W).
+    """Instructions of a bare schedule with its messages in, by rank: every replica follows the rows of the positions.
+
+    ``seconds`` by operation (F, I, W, B; B defaults to I + W).
 
     >>> from trainer.plan.messages import insert_messages
     >>> from trainer.plan.schedules import one_f_one_b
@@ -309,22 +312,24 @@ def from_rows(
     >>> simulate(lists, sheet).step_seconds  # (M + P - 1) (F + B)
     33.0
     """
-    stage_ranks(rows)
-    channels: dict[tuple[str, tuple[int, int]], int] = {}
+    stage_positions(rows)
+    channels: dict[tuple[Replica, str, tuple[Stage, Stage]], int] = {}
+    ranks, listed = Ranks(len(rows), replicas), columns(rows)
 
-    def one(rank: int, stage: int, op: str) -> Instruction:
+    def one(rank: Rank, stage: Stage, op: str) -> Instruction:
         text = f"{stage}{op}"
         if op in COMPUTE_KINDS:
             estimate = seconds[op] if op in seconds else seconds["I"] + seconds["W"]
             return Instruction(text, op, cost.action_seconds(text, op, rank, estimate))
-        channel = channels.setdefault((op[-1], Action(stage, op, 0).edge), len(channels))
+        channel = channels.setdefault((ranks.replica(rank), op[-1], Action(stage, op, 0).edge), len(channels))
         return Instruction(text, kind_of(text), 0.0, channel, message_bytes)
 
     lists = []
-    for rank, row in enumerate(columns(rows)):
+    for rank in ranks.all:
+        row = listed[ranks.position(rank)]
         names, local = row.by_stage()
         kinds, which = np.unique(local * len(OPS) + row.op, return_inverse=True)
-        patterns = [one(rank, int(names[kind // len(OPS)]), OPS[kind % len(OPS)]) for kind in kinds]
+        patterns = [one(rank, Stage(int(names[kind // len(OPS)])), OPS[kind % len(OPS)]) for kind in kinds]
         lists.append(InstructionList(patterns, which.astype(np.uint16), row.microbatch))
     return lists
 
@@ -347,33 +352,35 @@ _OTHER_NAMES = {
 
 
 def from_plan(plan: Plan, cost: CostModel) -> list[InstructionList]:
-    """Instructions of one step of a compiled plan, one list a position; without snapshots, which few steps have."""
-    lists: list[InstructionList] = []
-    for position in plan.positions:
-        programs = {}
-        for name, program in position.programs.items():
-            seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)
-            flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls)
-            programs[name] = (seconds, flops)
+    """Instructions of one step of a compiled plan, one list a rank; without snapshots, which few steps have."""
+    ranks = Ranks(plan.config.positions, plan.config.replicas)
+    return [_of_rank(plan, cost, ranks, rank) for rank in ranks.all]
 
-        def one(
-            action: PlanAction, stage: int = position.stage, programs: Mapping[str, tuple[float, float]] = programs
-        ) -> Instruction:
-            if action.kind == wire.A_RUN:
-                assert action.program is not None
-                compute = action.op in COMPUTE_KINDS
-                text = f"{stage}{action.op}" if compute else action.program
-                kind = action.op if compute or action.op == "O" else kind_of(action.program)
-                estimate, flops = programs[action.program]
-                spent = cost.action_seconds(text, kind, stage, estimate)
-                return Instruction(text, kind, spent, model_flops=flops)
-            if action.channel is not None:
-                channel = plan.channels[action.channel]
-                verb = "SEND" if action.kind == wire.A_SEND else "RECV"
-                text = f"{stage}{verb}_{_MESSAGE_NAMES[channel.kind]}"
-                return Instruction(text, verb.lower(), 0.0, action.channel, channel.bytes)
-            return Instruction(_OTHER_NAMES[action.kind], "other")
 
-        step = ActionList.of(position.step)
-        lists.append(InstructionList([one(pattern) for pattern in step.patterns], step.which, step.microbatch))
-    return lists
+def _of_rank(plan: Plan, cost: CostModel, ranks: Ranks, rank: Rank) -> InstructionList:
+    position = plan.positions[ranks.position(rank)]
+    first_channel = ranks.replica(rank) * len(plan.channels)
+    programs = {}
+    for name, program in position.programs.items():
+        seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)
+        flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls)
+        programs[name] = (seconds, flops)
+
+    def one(action: BoundAction) -> Instruction:
+        number = position.position if action.stage is None else action.stage  # as the engine's traces name it
+        if action.kind == wire.A_RUN:
+            assert action.program is not None
+            compute = action.op in COMPUTE_KINDS
+            text = f"{number}{action.op}" if compute else action.program
+            kind = action.op if compute or action.op == "O" else kind_of(action.program)
+            estimate, flops = programs[action.program]
+            return Instruction(text, kind, cost.action_seconds(text, kind, rank, estimate), model_flops=flops)
+        if action.channel is not None:
+            channel = plan.channels[action.channel]
+            verb = "SEND" if action.kind == wire.A_SEND else "RECV"
+            text = f"{number}{verb}_{_MESSAGE_NAMES[channel.kind]}"
+            return Instruction(text, verb.lower(), 0.0, first_channel + action.channel, channel.bytes)
+        return Instruction(_OTHER_NAMES[action.kind], "other")
+
+    step = ActionList.of(position.step)
+    return InstructionList([one(pattern) for pattern in step.patterns], step.which, step.microbatch)

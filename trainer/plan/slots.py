@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
-from trainer.plan.expand import Stage
+from trainer.plan.expand import StagePrograms
 from trainer.plan.rows import RECV_B, SEND_B, SEND_F, B, Row, W
 from trainer.plan.rules import first_of_each
 
 
 def assign_slots(row: Row) -> tuple[int, NDArray[np.int32]]:
-    """How many slots a rank's row needs, and which each microbatch takes: the lowest that is free.
+    """How many slots a row of one stage needs, and which each microbatch takes: the lowest that is free.
 
     A slot is taken when the activation is received (on the first stage: at F) and free after the last of B and SEND_B.
     """
@@ -68,8 +68,8 @@ def _lowest_free(taken: NDArray[np.intp], freed: NDArray[np.intp], never: int) -
     return slots
 
 
-def check_hazards(row: Row, stage: Stage) -> None:
-    """Refuses rows in which a message's memory would be written before the message is gone."""
+def check_hazards(row: Row, stage: StagePrograms) -> None:
+    """Refuses rows of one stage in which a message's memory would be written before the message is gone."""
     count, never = 1 + int(row.microbatch.max(initial=-1)), len(row)
     marks: list[tuple[int, str]] = []
 
@@ -88,4 +88,4 @@ def check_hazards(row: Row, stage: Stage) -> None:
             marks.append((int(makes[late + 1]), f"the gradient of microbatch {owed} is not sent yet"))
     if marks:
         place, text = min(marks)
-        raise PlanError(f"rank {stage.index}, action {place}, {row[place]}: {text}")
+        raise PlanError(f"stage {stage.index}, action {place}, {row[place]}: {text}")

@@ -16,6 +16,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.plan.places import Rank
+
 COMPUTE_KINDS = ("F", "I", "W", "B")
 KINDS = {
     "F": "forward",
@@ -34,7 +36,7 @@ KINDS = {
 class Event:
     """One action of a rank; ``action`` is its text, such as ``2F0`` or ``SEND_F``; ``start <= end``, in seconds."""
 
-    rank: int
+    rank: Rank
     action: str
     kind: str
     start: float
@@ -62,7 +64,7 @@ class EventRow(Sequence[Event]):
 
     def __init__(
         self,
-        rank: int,
+        rank: Rank,
         labels: Sequence[Label],
         which: NDArray[np.uint32],
         microbatch: NDArray[np.int32],
@@ -73,7 +75,7 @@ class EventRow(Sequence[Event]):
         self.start, self.end = start, end
 
     @classmethod
-    def of(cls, rank: int, events: Iterable[Event]) -> EventRow:
+    def of(cls, rank: Rank, events: Iterable[Event]) -> EventRow:
         """The events of a rank, sorted by start."""
         listed = sorted(events, key=lambda event: event.start)
         labels: dict[Label, int] = {}
@@ -156,7 +158,7 @@ class Timeline:
         rows: list[list[Event]] = [[] for _ in range(self.ranks)]
         for event in self.events:
             rows[event.rank].append(event)
-        return tuple(EventRow.of(rank, row) for rank, row in enumerate(rows))
+        return tuple(EventRow.of(Rank(rank), row) for rank, row in enumerate(rows))
 
     @cached_property
     def seconds(self) -> float:
@@ -213,13 +215,13 @@ def to_chrome(timeline: Timeline) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def from_chrome(traces: Mapping[int, str], step: int | None = None, title: str = "measured") -> Timeline:
+def from_chrome(traces: Mapping[Rank, str], step: int | None = None, title: str = "measured") -> Timeline:
     """The timeline of one step from the traces that ranks wrote (rank to JSON text).
 
     ``step`` None takes the last step that every rank has. The ranks of one machine share a clock; the timeline starts
     with the step's first event. Raises ValueError where a trace cannot be read or no step is common to all.
     """
-    rows: dict[int, dict[int, list[Event]]] = {}
+    rows: dict[Rank, dict[int, list[Event]]] = {}
     for rank, text in traces.items():
         steps = rows.setdefault(rank, {})
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from trainer.errors import PlanError
 from trainer.plan.channels import Message
-from trainer.plan.expand import Stage
+from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import Interval, align
 from trainer.plan.messages import UNIT_COST
 from trainer.plan.rows import Action, Rows
@@ -18,17 +18,17 @@ from trainer.plan.simulate import CostModel, Instruction
 from trainer.plan.timeline import Event
 
 
-def stage_ranks(rows: Rows) -> dict[int, int]:
-    """Which rank runs which stage, by the rows' own account. PlanError where a stage sits on two ranks."""
-    ranks: dict[int, int] = {}
-    for rank, row in enumerate(rows):
+def stage_positions(rows: Rows) -> dict[int, int]:
+    """Which position runs which stage, by the rows' own account. PlanError where a stage sits on two positions."""
+    positions: dict[int, int] = {}
+    for position, row in enumerate(rows):
         for action in row:
-            if ranks.setdefault(action.stage, rank) != rank:
+            if positions.setdefault(action.stage, position) != position:
                 raise PlanError(
-                    f"rank {rank}, {action}: stage {action.stage} already runs on rank {ranks[action.stage]}; "
-                    "a stage lives on one rank"
+                    f"position {position}, {action}: stage {action.stage} already runs at position "
+                    f"{positions[action.stage]}; a stage has one position"
                 )
-    return ranks
+    return positions
 
 
 def in_flight(rows: Rows) -> list[int]:
@@ -36,7 +36,7 @@ def in_flight(rows: Rows) -> list[int]:
 
     A microbatch is held from its ``RECV_F`` (else its ``F``) to its ``B`` or ``W``, whichever ends it.
     """
-    last: dict[tuple[int, int], int] = {}  # where a (stage, microbatch) ends, as a place in its rank's row
+    last: dict[tuple[int, int], int] = {}  # where a (stage, microbatch) ends, as a place in its position's row
     for row in rows:
         for place, action in enumerate(row):
             if action.op in ("B", "I", "W"):
@@ -58,35 +58,35 @@ def check_schedule(
     rows: Rows, stages: int | None = None, microbatches: int | None = None, bound: Sequence[int] | None = None
 ) -> None:
     """Refuses rows that break S1 to S6. ``bound[s]``: most microbatches that stage s may hold (None: no bound)."""
-    ranks = stage_ranks(rows)
-    count = stages if stages is not None else max(ranks, default=-1) + 1
-    wrong = sorted(set(ranks) ^ set(range(count)))
+    positions = stage_positions(rows)
+    count = stages if stages is not None else max(positions, default=-1) + 1
+    wrong = sorted(set(positions) ^ set(range(count)))
     if count < 1 or wrong:
         has = "is missing" if wrong and wrong[0] < count else "is one too many"
         raise PlanError(f"S1: stage {wrong[0] if wrong else 0} {has}: the schedule must run stages 0 to {count - 1}")
     total = microbatches
     if total is None:
         total = max((action.microbatch for row in rows for action in row), default=-1) + 1
-    for rank, row in enumerate(rows):
-        _check_row(rank, row, total)
-    _check_runs(rows, ranks)
+    for position, row in enumerate(rows):
+        _check_row(position, row, total)
+    _check_runs(rows, positions)
     if bound is not None:
         for stage, peak in enumerate(in_flight(rows)):
             if peak > bound[stage]:
                 raise PlanError(
-                    f"S6: rank {ranks[stage]}, stage {stage}: {peak} microbatches in flight, the bound is "
+                    f"S6: position {positions[stage]}, stage {stage}: {peak} microbatches in flight, the bound is "
                     f"{bound[stage]}; use 1f1b, or give the stage more memory"
                 )
 
 
-def _check_row(rank: int, row: Sequence[Action], microbatches: int) -> None:
+def _check_row(position: int, row: Sequence[Action], microbatches: int) -> None:
     seen: dict[tuple[int, str, int], int] = {}
     newest: dict[tuple[int, str], int] = {}
     for place, action in enumerate(row):
         if not action.is_compute:
             continue
         stage, op, microbatch = action.stage, action.op, action.microbatch
-        where = f"rank {rank}, action {place}, {action}"
+        where = f"position {position}, action {place}, {action}"
         if microbatch >= microbatches:
             raise PlanError(f"S2: {where}: microbatch {microbatch} is beyond the last, {microbatches - 1}")
         for part in "IW" if op == "B" else op:
@@ -107,7 +107,9 @@ def _check_row(rank: int, row: Sequence[Action], microbatches: int) -> None:
             for part in "FIW":
                 if (stage, part, microbatch) not in seen:
                     wanted = part if part == "F" else f"{part} (or B)"
-                    raise PlanError(f"S2: rank {rank}: {wanted} of stage {stage}, microbatch {microbatch} is missing")
+                    raise PlanError(
+                        f"S2: position {position}: {wanted} of stage {stage}, microbatch {microbatch} is missing"
+                    )
 
 
 def _needs(action: Action, last_stage: int) -> tuple[int, str, int] | None:
@@ -119,31 +121,32 @@ def _needs(action: Action, last_stage: int) -> tuple[int, str, int] | None:
     return None
 
 
-def _check_runs(rows: Rows, ranks: Mapping[int, int]) -> None:
-    last_stage = max(ranks)
+def _check_runs(rows: Rows, positions: Mapping[int, int]) -> None:
+    last_stage = max(positions)
     todo = [[action for action in row if action.is_compute] for row in rows]
     place = [0] * len(todo)
     done: set[tuple[int, str, int]] = set()
     moved = True
     while moved:
         moved = False
-        for rank, row in enumerate(todo):
-            while place[rank] < len(row):
-                action = row[place[rank]]
+        for position, row in enumerate(todo):
+            while place[position] < len(row):
+                action = row[place[position]]
                 need = _needs(action, last_stage)
                 if need is not None and need not in done:
                     break
                 done.add((action.stage, "I" if action.op == "B" else action.op, action.microbatch))
-                place[rank] += 1
+                place[position] += 1
                 moved = True
-    for rank, row in enumerate(todo):
-        if place[rank] < len(row):
-            action = row[place[rank]]
+    for position, row in enumerate(todo):
+        if place[position] < len(row):
+            action = row[place[position]]
             need = _needs(action, last_stage)
             assert need is not None
             raise PlanError(
-                f"S5: rank {rank} can never start {action} (computation {place[rank]} of its row): it needs "
-                f"{need[1]} of stage {need[0]}, microbatch {need[2]}, which rank {ranks[need[0]]} does not reach"
+                f"S5: position {position} can never start {action} (computation {place[position]} of its row): it "
+                f"needs {need[1]} of stage {need[0]}, microbatch {need[2]}, which position {positions[need[0]]} does "
+                "not reach"
             )
 
 
@@ -153,63 +156,63 @@ def insert_messages(rows: Rows, stages: int) -> list[list[Action]]:
 
 
 class _Player:
-    """Plays compute-only rows on a clock of unit costs and writes down what each rank does, messages included."""
+    """Plays compute-only rows on a clock of unit costs and writes down what each position does, messages included."""
 
     def __init__(self, rows: Rows, stages: int) -> None:
-        self.rows, self.last_stage, self.ranks = rows, stages - 1, stage_ranks(rows)
+        self.rows, self.last_stage, self.positions = rows, stages - 1, stage_positions(rows)
         self.place = [0] * len(rows)
         self.clock = [0] * len(rows)
         self.out: list[list[Action]] = [[] for _ in rows]
         self.made: dict[tuple[int, str, int], int] = {}  # results that exist, (stage, F or I, microbatch): since when
         self.here: set[tuple[int, str, int]] = set()  # results that their consumer has
-        self.owed: list[set[tuple[int, str, int]]] = [set() for _ in rows]  # made on a rank and not yet sent
+        self.owed: list[set[tuple[int, str, int]]] = [set() for _ in rows]  # made on a position and not yet sent
 
     def play(self) -> list[list[Action]]:
         while any(place < len(row) for place, row in zip(self.place, self.rows, strict=True)):
             best = self._choose(tight=True) or self._choose(tight=False)
             assert best is not None, "check_schedule lets through only what can run"
-            _, is_compute, _, rank = best
+            _, is_compute, _, position = best
             if is_compute:
-                self._compute(rank)
+                self._compute(position)
             else:
-                self._message(rank)
+                self._message(position)
         return self.out
 
     def _choose(self, tight: bool) -> tuple[int, int, int, int] | None:
-        """The earliest that can happen, messages first: (time, 1 for a computation, time of making, rank it is on)."""
+        """The earliest that can happen, messages first: (time, 1 for a computation, time of making, its position)."""
         best: tuple[int, int, int, int] | None = None
-        for rank, row in enumerate(self.rows):
-            if self.place[rank] == len(row):
+        for position, row in enumerate(self.rows):
+            if self.place[position] == len(row):
                 continue
-            need = _needs(row[self.place[rank]], self.last_stage)
-            if need is None or need in self.here or (self.ranks[need[0]] == rank and need in self.made):
-                option = None if tight and self.owed[rank] else (self.clock[rank], 1, 0, rank)
-            elif need in self.made and self.ranks[need[0]] != rank:
-                option = (max(self.clock[rank], self.clock[self.ranks[need[0]]]), 0, self.made[need], rank)
+            need = _needs(row[self.place[position]], self.last_stage)
+            if need is None or need in self.here or (self.positions[need[0]] == position and need in self.made):
+                option = None if tight and self.owed[position] else (self.clock[position], 1, 0, position)
+            elif need in self.made and self.positions[need[0]] != position:
+                option = (max(self.clock[position], self.clock[self.positions[need[0]]]), 0, self.made[need], position)
             else:
                 option = None
             if option is not None and (best is None or option < best):
                 best = option
         return best
 
-    def _compute(self, rank: int) -> None:
-        action = self.rows[rank][self.place[rank]]
-        self.place[rank] += 1
-        self.clock[rank] += UNIT_COST[action.op]
-        self.out[rank].append(action)
+    def _compute(self, position: int) -> None:
+        action = self.rows[position][self.place[position]]
+        self.place[position] += 1
+        self.clock[position] += UNIT_COST[action.op]
+        self.out[position].append(action)
         if action.op == "W":
             return
         key = (action.stage, "F" if action.op == "F" else "I", action.microbatch)
-        self.made[key] = self.clock[rank]
+        self.made[key] = self.clock[position]
         goes_to = action.stage + (1 if action.op == "F" else -1)
-        if 0 <= goes_to <= self.last_stage and self.ranks[goes_to] != rank:
-            self.owed[rank].add(key)
+        if 0 <= goes_to <= self.last_stage and self.positions[goes_to] != position:
+            self.owed[position].add(key)
 
     def _message(self, receiver: int) -> None:
         action = self.rows[receiver][self.place[receiver]]
         need = _needs(action, self.last_stage)
         assert need is not None
-        sender, kind = self.ranks[need[0]], "F" if need[1] == "F" else "B"
+        sender, kind = self.positions[need[0]], "F" if need[1] == "F" else "B"
         self.out[sender].append(Action(need[0], f"SEND_{kind}", action.microbatch))
         self.out[receiver].append(Action(action.stage, f"RECV_{kind}", action.microbatch))
         self.clock[sender] = self.clock[receiver] = max(self.clock[sender], self.clock[receiver])
@@ -220,32 +223,32 @@ class _Player:
 def check_channels(rows: Sequence[Sequence[Message]]) -> None:
     """Every send is matched by a receive of the same label, in order on its channel, and rendezvous does not deadlock.
 
-    A channel has one sending and one receiving rank. Works on any messages, those of the optimizer step included: the
-    lowering pass calls it on what it wrote into the plan.
+    A channel has one sending and one receiving position. Works on any messages, those of the optimizer step included:
+    the lowering pass calls it on what it wrote into the plan.
     """
     ends: dict[tuple[Hashable, bool], int] = {}
     lists: dict[tuple[Hashable, bool], list[tuple[int, int, Message]]] = {}
-    for rank, row in enumerate(rows):
+    for position, row in enumerate(rows):
         for place, message in enumerate(row):
             key = (message.channel, message.is_send)
-            if ends.setdefault(key, rank) != rank:
+            if ends.setdefault(key, position) != position:
                 end = "sending" if message.is_send else "receiving"
                 raise PlanError(
-                    f"rank {rank}, message {place}, {message.text}: the {end} end of channel {message.channel} belongs "
-                    f"to rank {ends[key]}; a channel has one rank at each end"
+                    f"position {position}, message {place}, {message.text}: the {end} end of channel {message.channel} "
+                    f"belongs to position {ends[key]}; a channel has one position at each end"
                 )
-            lists.setdefault(key, []).append((rank, place, message))
+            lists.setdefault(key, []).append((position, place, message))
     for channel, is_send in lists:
         ours, theirs = lists[channel, is_send], lists.get((channel, not is_send), [])
-        for number, (rank, place, message) in enumerate(ours):
-            where = f"rank {rank}, message {place}, {message.text}"
+        for number, (position, place, message) in enumerate(ours):
+            where = f"position {position}, message {place}, {message.text}"
             if number >= len(theirs):
                 want = "receive" if is_send else "send"
                 raise PlanError(f"{where}: no {want} matches it: channel {channel} has {len(theirs)} of them")
             other_rank, other_place, other = theirs[number]
             if other.label != message.label:
                 raise PlanError(
-                    f"{where}: is number {number} on channel {channel}, where rank {other_rank} (message "
+                    f"{where}: is number {number} on channel {channel}, where position {other_rank} (message "
                     f"{other_place}) has {other.text}; both ends of a channel must keep one order"
                 )
     _rendezvous(rows, ends)
@@ -255,27 +258,28 @@ def _rendezvous(rows: Sequence[Sequence[Message]], ends: Mapping[tuple[Hashable,
     place = [0] * len(rows)
     ready = list(range(len(rows)))
     while ready:
-        rank = ready.pop()
-        while place[rank] < len(rows[rank]):
-            mine = rows[rank][place[rank]]
+        position = ready.pop()
+        while place[position] < len(rows[position]):
+            mine = rows[position][place[position]]
             peer = ends[mine.channel, not mine.is_send]
-            if peer == rank:
+            if peer == position:
                 raise PlanError(
-                    f"rank {rank}, message {place[rank]}, {mine.text}: a rank sends to itself; both ends block"
+                    f"position {position}, message {place[position]}, {mine.text}: a position sends to itself; "
+                    "both ends block"
                 )
             if place[peer] == len(rows[peer]):
                 break
             other = rows[peer][place[peer]]
             if other.channel != mine.channel or other.is_send == mine.is_send:
                 break
-            place[rank] += 1
+            place[position] += 1
             place[peer] += 1
             ready.append(peer)
     blocked = [
-        f"rank {rank} at message {place[rank]}, {row[place[rank]].text}, waits for rank "
-        f"{ends[row[place[rank]].channel, not row[place[rank]].is_send]}"
-        for rank, row in enumerate(rows)
-        if place[rank] < len(row)
+        f"position {position} at message {place[position]}, {row[place[position]].text}, waits for position "
+        f"{ends[row[place[position]].channel, not row[place[position]].is_send]}"
+        for position, row in enumerate(rows)
+        if place[position] < len(row)
     ]
     if blocked:
         raise PlanError("deadlock under rendezvous-only channels: " + "; ".join(blocked))
@@ -284,13 +288,13 @@ def _rendezvous(rows: Sequence[Sequence[Message]], ends: Mapping[tuple[Hashable,
 def check_lowered(rows: Rows) -> None:
     """The schedule with its messages: S1 to S5, then each message is where its computation needs it, then the channels.
 
-    A channel is (kind, sending stage, receiving stage). Stages on one rank need no message, and may have none.
+    A channel is (kind, sending stage, receiving stage). Stages on one position need no message, and may have none.
     """
     check_schedule(rows)
-    ranks = stage_ranks(rows)
-    last_stage = max(ranks)
-    for rank, row in enumerate(rows):
-        _check_placement(rank, row, ranks, last_stage)
+    positions = stage_positions(rows)
+    last_stage = max(positions)
+    for position, row in enumerate(rows):
+        _check_placement(position, row, positions, last_stage)
     check_channels(
         [
             [
@@ -303,25 +307,27 @@ def check_lowered(rows: Rows) -> None:
     )
 
 
-def _check_placement(rank: int, row: Sequence[Action], ranks: Mapping[int, int], last_stage: int) -> None:
+def _check_placement(position: int, row: Sequence[Action], positions: Mapping[int, int], last_stage: int) -> None:
     done: set[Action] = set()
     for place, action in enumerate(row):
-        where = f"rank {rank}, action {place}, {action}"
+        where = f"position {position}, action {place}, {action}"
         if action in done:
             raise PlanError(f"{where}: was already done")
         if action.is_compute:
             need = _needs(action, last_stage)
-            if need is not None and ranks[need[0]] != rank:
+            if need is not None and positions[need[0]] != position:
                 receive = Action(action.stage, f"RECV_{'F' if need[1] == 'F' else 'B'}", action.microbatch)
                 if receive not in done:
                     raise PlanError(f"{where}: needs {receive} before it")
         else:
             sender, receiver = action.edge
             other = receiver if action.is_send else sender
-            if other not in ranks:
+            if other not in positions:
                 raise PlanError(f"{where}: there is no stage {other}")
-            if ranks[other] == rank:
-                raise PlanError(f"{where}: stages {sender} and {receiver} share rank {rank}; they need no message")
+            if positions[other] == position:
+                raise PlanError(
+                    f"{where}: stages {sender} and {receiver} share position {position}; they need no message"
+                )
             if action.op == "SEND_F" and Action(action.stage, "F", action.microbatch) not in done:
                 raise PlanError(f"{where}: before {action.stage}F{action.microbatch} has made what it sends")
             made = {Action(action.stage, op, action.microbatch) for op in ("B", "I")}
@@ -333,20 +339,20 @@ def _check_placement(rank: int, row: Sequence[Action], ranks: Mapping[int, int],
             up = action.op == "F"
             other = action.stage + (1 if up else -1)
             send = Action(action.stage, "SEND_F" if up else "SEND_B", action.microbatch)
-            if 0 <= other <= last_stage and ranks[other] != rank and send not in done:
-                raise PlanError(f"rank {rank}: {action} is never sent on: {send} is missing")
+            if 0 <= other <= last_stage and positions[other] != position and send not in done:
+                raise PlanError(f"position {position}: {action} is never sent on: {send} is missing")
 
 
 def free_slots_early(rows: Sequence[Sequence[Action]]) -> list[list[Action]]:
     """The same messages, but a gradient leaves before the next activation enters, so that one slot serves both.
 
     Where stage s has ``RECV_F, SEND_B`` side by side and stage s-1 the matching ``SEND_F, RECV_B``, both pairs change
-    places at once: two messages between the same two ranks, next to each other at both ends, always may.
+    places at once: two messages between the same two positions, next to each other at both ends, always may.
     Under 1F1B stage s then needs min(P - s, M) slots.
     """
     out = [list(row) for row in rows]
     place = [{action: n for n, action in enumerate(row)} for row in out]
-    for rank, row in enumerate(out):
+    for position, row in enumerate(out):
         for n in range(len(row) - 1):
             taken, given = row[n], row[n + 1]
             if taken.op != "RECV_F" or given.op != "SEND_B" or taken.stage != given.stage:
@@ -357,14 +363,14 @@ def free_slots_early(rows: Sequence[Sequence[Action]]) -> list[list[Action]]:
             wanted = Action(below, "RECV_B", given.microbatch)
             if at + 1 == len(out[peer]) or out[peer][at + 1] != wanted:
                 continue
-            for r, first in ((rank, n), (peer, at)):
+            for r, first in ((position, n), (peer, at)):
                 out[r][first], out[r][first + 1] = out[r][first + 1], out[r][first]
                 place[r] |= {out[r][first]: first, out[r][first + 1]: first + 1}
     return out
 
 
 def assign_slots(row: Sequence[Action]) -> tuple[int, dict[int, int]]:
-    """How many slots a rank's list needs, and which each microbatch takes.
+    """How many slots a position's list needs, and which each microbatch takes.
 
     A slot is taken when the activation is received (on the first stage: at F) and free after the last of B and SEND_B.
     """
@@ -382,13 +388,13 @@ def assign_slots(row: Sequence[Action]) -> tuple[int, dict[int, int]]:
     return count, slots
 
 
-def check_hazards(row: Sequence[Action], stage: Stage) -> None:
+def check_hazards(row: Sequence[Action], stage: StagePrograms) -> None:
     """Refuses lists in which a message's memory would be written before the message is gone."""
     one_gradient = stage.gradient_sent is not None and stage.gradient_sent.buffer not in stage.kept
     sent: set[int] = set()
     owed: int | None = None
     for place, action in enumerate(row):
-        where = f"rank {stage.index}, action {place}, {action}"
+        where = f"stage {stage.index}, action {place}, {action}"
         if action.op == "SEND_F":
             sent.add(action.microbatch)
         elif action.op == "RECV_B" and action.microbatch not in sent:

@@ -17,9 +17,9 @@ from trainer.errors import PlanError
 from trainer.models.base import View
 from trainer.plan import check, layout, memory, messages, schedules, simulate, slots
 from trainer.plan.channels import Message, check_channels
-from trainer.plan.expand import Stage
+from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import Interval
-from trainer.plan.records import ActionList, PlanAction
+from trainer.plan.records import ActionList, BoundAction
 from trainer.plan.rows import OPS, Action, Row, columns
 from trainer.plan.schedules import GENERATORS
 from trainer.plan.simulate import CostModel, from_rows
@@ -181,7 +181,7 @@ def test_hazards(raw: list[tuple[str, int]]) -> None:
     row = [Action(1, op, microbatch) for op, microbatch in dict.fromkeys(raw)]
     sent = View("d.x", 0, 1, 1, 1)
     for gradient in (None, sent):
-        stage = Stage(1, range(1), False, True, {}, (), (), None, None, None, gradient)
+        stage = StagePrograms(1, range(1), False, True, {}, (), (), None, None, None, gradient)
         wanted = refusal(lambda stage=stage: one_by_one.check_hazards(row, stage))
         assert refusal(lambda stage=stage: slots.check_hazards(Row.of(row), stage)) == wanted
 
@@ -268,7 +268,10 @@ def test_rows_read_as_lists() -> None:
 
 
 def test_action_lists_read_as_lists() -> None:
-    plain = [PlanAction(wire.A_DATA), *(PlanAction(wire.A_RUN, op, op, None, m, m % 2) for op in "FB" for m in (0, 1))]
+    plain = [
+        BoundAction(wire.A_DATA),
+        *(BoundAction(wire.A_RUN, op, op, None, m, m % 2) for op in "FB" for m in (0, 1)),
+    ]
     listed = ActionList.of(plain)
     assert len(listed.patterns) == 3
     assert listed == plain
@@ -289,6 +292,6 @@ def test_a_deadlock_is_told_as_its_cycle() -> None:
     with pytest.raises(PlanError) as caught:
         check_channels(rows)
     assert str(caught.value) == (
-        "deadlock under rendezvous-only channels: rank 2 at message 0, send b, waits for rank 1; "
-        "rank 1 at message 0, send a, waits for rank 2"
+        "deadlock under rendezvous-only channels: position 2 at message 0, send b, waits for position 1; "
+        "position 1 at message 0, send a, waits for position 2"
     )

@@ -50,7 +50,7 @@ def test_what_is_no_action_is_refused(text: str) -> None:
 
 
 def test_a_bad_cell_is_named() -> None:
-    with pytest.raises(PlanError, match=r"row 1 \(rank 1\), cell 2"):
+    with pytest.raises(PlanError, match=r"row 1 \(position 1\), cell 2"):
         from_csv("0F0,0B0\n1F0,1B0,nonsense\n")
 
 
@@ -132,9 +132,9 @@ def test_any_schedule_that_can_run_gets_messages_that_can(stages: int, microbatc
     check_lowered(insert_messages(done, stages))
 
 
-def test_two_stages_on_a_rank_exchange_no_message() -> None:
+def test_two_stages_at_a_position_exchange_no_message() -> None:
     rows = [row("0F0 1F0 1B0 0B0"), row("2F0 2B0")]
-    with pytest.raises(PlanError, match="S5"):  # rank 0 wants its backward before stage 2 has done it
+    with pytest.raises(PlanError, match="S5"):  # position 0 wants its backward before stage 2 has done it
         check_schedule([row("0F0 1F0 1B0 0B0"), row("3F0 3B0 2F0 2B0")])
     lowered = insert_messages(rows, 3)
     check_lowered(lowered)
@@ -144,16 +144,16 @@ def test_two_stages_on_a_rank_exchange_no_message() -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (["0F0 0B0", "0F1 0B1"], "rank 1, 0F1: stage 0 already runs on rank 0"),
+        (["0F0 0B0", "0F1 0B1"], "position 1, 0F1: stage 0 already runs at position 0"),
         (["0F0 0B0", "2F0 2B0"], "S1: stage 1 is missing"),
-        (["0F0 0B0", "1F0 1B0 1F0"], "S2: rank 1, action 2, 1F0: F of stage 1, microbatch 0 was already done"),
-        (["0F0 0B0 0F1 0B1", "1F0 1B0"], r"S2: rank 1: F of stage 1, microbatch 1 is missing"),
-        (["0F0", "1F0 1B0"], r"S2: rank 0: I \(or B\) of stage 0, microbatch 0 is missing"),
-        (["0F0 0I0", "1F0 1B0"], r"S2: rank 0: W \(or B\) of stage 0, microbatch 0 is missing"),
-        (["0B0 0F0", "1F0 1B0"], "S3: rank 0, action 0, 0B0: before its forward 0F0"),
-        (["0F0 0W0 0I0", "1F0 1B0"], "S3: rank 0, action 1, 0W0: before its input gradient 0I0"),
-        (["0F0 0F1 0B1 0B0", "1F0 1F1 1B1 1B0"], "S4: rank 0, action 3, 0B0: after microbatch 1"),
-        (["0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1"], "S5: rank 0 can never start 0B0"),
+        (["0F0 0B0", "1F0 1B0 1F0"], "S2: position 1, action 2, 1F0: F of stage 1, microbatch 0 was already done"),
+        (["0F0 0B0 0F1 0B1", "1F0 1B0"], r"S2: position 1: F of stage 1, microbatch 1 is missing"),
+        (["0F0", "1F0 1B0"], r"S2: position 0: I \(or B\) of stage 0, microbatch 0 is missing"),
+        (["0F0 0I0", "1F0 1B0"], r"S2: position 0: W \(or B\) of stage 0, microbatch 0 is missing"),
+        (["0B0 0F0", "1F0 1B0"], "S3: position 0, action 0, 0B0: before its forward 0F0"),
+        (["0F0 0W0 0I0", "1F0 1B0"], "S3: position 0, action 1, 0W0: before its input gradient 0I0"),
+        (["0F0 0F1 0B1 0B0", "1F0 1F1 1B1 1B0"], "S4: position 0, action 3, 0B0: after microbatch 1"),
+        (["0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1"], "S5: position 0 can never start 0B0"),
     ],
 )
 def test_bad_schedules_are_refused(rows: list[str], words: str) -> None:
@@ -162,16 +162,19 @@ def test_bad_schedules_are_refused(rows: list[str], words: str) -> None:
 
 
 def test_in_flight_bound_is_named() -> None:
-    with pytest.raises(PlanError, match="S6: rank 1, stage 1: 4 microbatches in flight, the bound is 1"):
+    with pytest.raises(PlanError, match="S6: position 1, stage 1: 4 microbatches in flight, the bound is 1"):
         check_schedule(gpipe(2, 4), bound=[4, 1])
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (["0F0 0SEND_F0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"], "rank 0, action 2, 0B0: needs 0RECV_B0 before it"),
-        (["0F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0"], "rank 1: 1B0 is never sent on: 1SEND_B0 is missing"),
-        (["0SEND_F0 0F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"], "rank 0, action 0, 0SEND_F0: before 0F0 has made"),
+        (["0F0 0SEND_F0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"], "position 0, action 2, 0B0: needs 0RECV_B0 before it"),
+        (["0F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0"], "position 1: 1B0 is never sent on: 1SEND_B0 is missing"),
+        (
+            ["0SEND_F0 0F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"],
+            "position 0, action 0, 0SEND_F0: before 0F0 has made",
+        ),
         (["0F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1SEND_B0 1B0"], "before the backward of stage 1 has made"),
         (["0F0 0SEND_F0 0SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"], "0SEND_F0: was already done"),
         (
@@ -179,15 +182,15 @@ def test_in_flight_bound_is_named() -> None:
                 "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
                 "1RECV_F1 1RECV_F0 1F0 1F1 1B0 1SEND_B0 1B1 1SEND_B1",
             ],
-            r"message 0, 0SEND_F0: is number 0 on channel \('F', 0, 1\), where rank 1 \(message 0\) has 1RECV_F1",
+            r"message 0, 0SEND_F0: is number 0 on channel \('F', 0, 1\), where position 1 \(message 0\) has 1RECV_F1",
         ),
         (
             [
                 "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
                 "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1",
             ],
-            "deadlock under rendezvous-only channels: rank 0 at message 1, 0SEND_F1, waits for rank 1; "
-            "rank 1 at message 1, 1SEND_B0, waits for rank 0",
+            "deadlock under rendezvous-only channels: position 0 at message 1, 0SEND_F1, waits for position 1; "
+            "position 1 at message 1, 1SEND_B0, waits for position 0",
         ),
     ],
 )
@@ -208,7 +211,7 @@ def test_channels_of_any_kind_are_checked() -> None:
         check_channels([[send(1, "a"), receive(2, "b")], [send(2, "b"), receive(1, "a")]])
     with pytest.raises(PlanError, match="no receive matches it: channel 1 has 1 of them"):
         check_channels([[send(1, "a"), send(1, "b")], [receive(1, "a")]])
-    with pytest.raises(PlanError, match="the sending end of channel 1 belongs to rank 0"):
+    with pytest.raises(PlanError, match="the sending end of channel 1 belongs to position 0"):
         check_channels([[send(1, "a")], [send(1, "a")]])
-    with pytest.raises(PlanError, match="a rank sends to itself"):
+    with pytest.raises(PlanError, match="a position sends to itself"):
         check_channels([[send(1, "a"), receive(1, "a")]])
