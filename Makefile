@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# a module that became a package is found only after another installation
+PACKAGES := $(shell find flows trainer checkpoint k8s -name __init__.py)
 ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
 
 # tests run in so many processes side by side: one more than there are cores, because many wait for what they started;
@@ -26,7 +28,7 @@ setup: $(STAMP) ## make the environment .venv and build the C engine into it
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml $(ENGINE_SOURCES) | $(VENV)/bin/python
+$(STAMP): pyproject.toml $(PACKAGES) $(ENGINE_SOURCES) | $(VENV)/bin/python
 	@echo "installing hotstage and building its engine into $(VENV) (about a minute the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@

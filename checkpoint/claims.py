@@ -18,13 +18,12 @@ import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import msgpack
-
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.errors import Damaged
 from checkpoint.files import create_file
+from trainer.wire.unreadable import check_version
 
 VERSION = 1
 MAX_BYTES = 16 << 10
@@ -79,19 +78,18 @@ class Place:
 
     def to_bytes(self) -> bytes:
         texts = {name: getattr(self, name) for name in _TEXTS}
-        return cast(bytes, msgpack.packb({"v": VERSION, **texts, "nodes": self.nodes}))
+        return codec.pack_hint({"v": VERSION, **texts, "nodes": self.nodes})
 
     @classmethod
     def parse(cls, raw: bytes, what: str) -> Place:
-        """The place of these bytes. Damaged where they are a map that is not one, or of a newer version."""
+        """The place of these bytes. Damaged where they are a map that is not one or of a newer version."""
         try:
-            value: Any = msgpack.unpackb(raw)
-        except (ValueError, msgpack.UnpackException):
+            value = codec.unpack_hint(raw, what, max_bytes=MAX_BYTES)
+        except Damaged:
             value = None
         if not isinstance(value, dict):
             return cls("", "", "", "", "", raw.decode(errors="replace"))
-        if value.get("v") != VERSION:
-            raise Damaged(f"{what}: version {value.get('v')!r}, this program reads {VERSION}: use a newer hotstage")
+        check_version(what, codec.Fields(value, what).integer("v", 1), VERSION, Damaged)
         texts = [value.get(name) for name in _TEXTS]
         nodes = value.get("nodes")
         if not all(isinstance(text, str) for text in texts) or not isinstance(nodes, int) or not 0 < nodes <= 1 << 20:

@@ -1,7 +1,4 @@
-"""Canonical msgpack, written one way only and read as hostile.
-
-Canonical: map keys are strings in ascending byte order, integers and lengths take their shortest form, text is UTF-8,
-floats are finite float64, no extension types. Equal values therefore have equal bytes, and equal digests.
+"""Maps that carry their own digest, and fields read one by one; the msgpack below them is ``trainer/wire/packed.py``.
 
 A sealed map (records, manifests) carries its own digest as its last key, outside the order of the others:
 
@@ -17,118 +14,33 @@ so that a reader checks size and digest before it parses anything.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
-import msgpack
+from checkpoint.errors import Damaged, OtherVersion
+from trainer.wire import packed
+from trainer.wire.unreadable import Unreadable, check_version
 
-from checkpoint.errors import Damaged
-
-MAX_DEPTH = 8
-RECORD_DEPTH = 32
-"""Of maps and lists in each other in a log record: one holds a pod's whole patch (trainer/spec.py allows 20 levels)."""
+MAX_DEPTH, RECORD_DEPTH = packed.MAX_DEPTH, packed.RECORD_DEPTH
 _TAIL = b"\xa6digest\xc4\x20"
 _SEAL_BYTES = len(_TAIL) + 32
-
-
-def pack(value: object, max_depth: int = MAX_DEPTH) -> bytes:
-    """Canonical bytes of a value made of None, bool, int, finite float, str, bytes, lists and maps with str keys.
-
-    >>> pack({"b": 1, "a": [None, b"x"]}).hex()
-    '82a16192c0c40178a16201'
-    """
-    return cast(bytes, msgpack.packb(_canonical(value, max_depth), use_bin_type=True))
-
-
-def _canonical(value: object, room: int) -> object:
-    if value is None or isinstance(value, bool | str | bytes):
-        return value
-    if isinstance(value, int):
-        if not -(1 << 63) <= value < 1 << 64:
-            raise ValueError(f"{value} does not fit 64 bits")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{value} has no canonical form: write it as text")
-        return float(value)
-    if room == 0:
-        raise ValueError("nested too deep")
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise ValueError("keys of a map must be text")
-        return {key: _canonical(value[key], room - 1) for key in sorted(value, key=lambda key: key.encode())}
-    if isinstance(value, bytearray | memoryview):
-        return bytes(value)
-    if isinstance(value, Sequence):
-        return [_canonical(item, room - 1) for item in value]
-    raise ValueError(f"{type(value).__name__} has no canonical form")
+pack, pack_hint = packed.pack, packed.pack_hint
 
 
 def unpack(data: bytes, what: str, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
     """The value of canonical bytes; Damaged for anything else, with ``what`` naming the object."""
-    if len(data) > max_bytes:
-        raise Damaged(f"{what}: {len(data)} bytes, the limit is {max_bytes}")
     try:
-        value = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            use_list=True,
-            timestamp=0,
-            max_ext_len=0,
-            object_pairs_hook=_pairs,
-            ext_hook=_no_ext,
-        )
-    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException) as error:
-        raise Damaged(f"{what}: not canonical msgpack ({type(error).__name__}: {str(error)[:120]})") from error
-    _check(value, what, max_depth)
+        return packed.unpack(data, max_bytes=max_bytes, max_depth=max_depth)
+    except Unreadable as error:
+        raise Damaged(f"{what}: {error}") from error
+
+
+def unpack_hint(data: bytes, what: str, *, max_bytes: int) -> Any:
+    """The value of a hint's bytes; Damaged for anything else."""
     try:
-        canonical = cast(bytes, msgpack.packb(value, use_bin_type=True))
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise Damaged(f"{what}: holds a value that has no canonical form ({error})") from error
-    if canonical != data:
-        raise Damaged(f"{what}: msgpack in a form that is not the canonical one")
-    return value
-
-
-def _pairs(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    before: bytes | None = None
-    for key, _ in pairs:
-        if not isinstance(key, str):
-            raise ValueError("a key is not text")
-        now = key.encode()
-        if before is not None and now <= before:
-            raise ValueError("keys are not in ascending order, or one comes twice")
-        before = now
-    return dict(pairs)
-
-
-def _no_ext(code: int, data: bytes) -> object:
-    raise ValueError(f"extension type {code}")
-
-
-def _check(value: object, what: str, max_depth: int) -> None:
-    """Depth and types, without recursion: the parser has already bounded the work by the size of the input."""
-    level: list[object] = [value]
-    for depth in range(max_depth + 2):
-        deeper: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                deeper.extend(item.values())
-            elif isinstance(item, list):
-                deeper.extend(item)
-            elif isinstance(item, float):
-                if not math.isfinite(item):
-                    raise Damaged(f"{what}: a number is not finite")
-            elif not (item is None or isinstance(item, bool | int | str | bytes)):
-                raise Damaged(f"{what}: a value of type {type(item).__name__}")
-        if not deeper:
-            return
-        level = deeper
-        if depth >= max_depth:
-            break
-    raise Damaged(f"{what}: nested deeper than {max_depth}")
+        return packed.unpack_hint(data, max_bytes=max_bytes)
+    except Unreadable as error:
+        raise Damaged(f"{what}: {error}") from error
 
 
 def seal(value: Mapping[str, object], max_depth: int = MAX_DEPTH) -> bytes:
@@ -183,6 +95,12 @@ class Fields:
         found = cast(int, self._get(key, int))
         if not low <= found <= high:
             raise Damaged(f"{self._what}: {key!r} is {found}, must be {low} to {high}")
+        return found
+
+    def version(self, known: int) -> int:
+        """The version ``v``; OtherVersion, with both, where it is a newer one than ``known``, which we read."""
+        found = self.integer("v", 1)
+        check_version(self._what, found, known, OtherVersion)
         return found
 
     def real(self, key: str) -> float:

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import msgpack
-
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.errors import Damaged
 
 VERSION = 1
@@ -116,19 +114,19 @@ class Curve:
         rows = [[list(r.first), list(r.last), r.since, r.next] for r in self.rows.values()]
         points = [list(p) for p in self.points.values()]
         value = {"v": VERSION, "began": self.began, "stride": self.stride, "rows": rows, "points": points}
-        return cast(bytes, msgpack.packb(value))
+        return codec.pack_hint(value)
 
     @classmethod
     def parse(cls, raw: bytes) -> Curve:
         """Damaged for anything that is not one of this version: then it is as good as missing."""
+        value = codec.unpack_hint(raw, "the index of metrics", max_bytes=MAX_BYTES)
         try:
-            value = msgpack.unpackb(raw)
             if value["v"] != VERSION:
                 raise Damaged(f"the index of metrics has version {value['v']!r}, this program reads {VERSION}")
             points = [_point(p) for p in value["points"]]
             rows = [Row(_point(a), _point(b), int(since), int(after)) for a, b, since, after in value["rows"]]
             made = cls(int(value["began"]), int(value["stride"]))
-        except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise Damaged(f"the index of metrics does not hold: {error!r}") from error
         if made.stride < 1 or len(points) > MAX_POINTS or len(rows) > MAX_ROWS:
             raise Damaged("the index of metrics does not hold: more than it may have")

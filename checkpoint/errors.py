@@ -9,10 +9,11 @@
         NotFound                no such object
       Conflict                  another writer won this log number: read its ``state``, decide again
       Damaged                   bytes are not what their digest, size or schema says: go to an older one    exit 76
+      OtherVersion              a newer hotstage wrote it: not damaged, and not readable here; write nothing    exit 78
       Halted                    stop writing: a newer epoch holds the run, or the log has an unreadable record
 
 Everything that boto3, the file system or msgpack can raise is turned into one of these at one boundary each
-(``store/s3.py``, ``store/file.py``, ``codec.py``); the cause stays attached.
+(``store/s3.py``, ``store/file.py``, ``codec.py`` over ``trainer/wire/packed.py``); the cause stays attached.
 """
 
 from __future__ import annotations
@@ -73,6 +74,15 @@ class Damaged(CheckpointError):
     """Bytes that are not what they should be; said loudly, never used."""
 
     exit_code = 76
+
+
+class OtherVersion(CheckpointError):
+    """Bytes of a newer version: they are as they should be, and this program cannot read them. Use a newer one.
+
+    Never taken for damage: whoever goes to an older checkpoint because of it would lose steps.
+    """
+
+    exit_code = 78
 
 
 class Conflict(CheckpointError):

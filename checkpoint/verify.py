@@ -24,7 +24,8 @@ from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState,
 from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, Manifest, Piece, merge
 from checkpoint.read import load_manifest
 from checkpoint.store.base import Store
-from trainer import wire
+from trainer.wire.plan import parse
+from trainer.wire.unreadable import Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -158,18 +159,10 @@ def _spec_and_plans(store: Store, run: str, state: RunState, tally: _Tally) -> N
 
 def is_plan(data: bytes, digest: str) -> bool:
     """Whether these are a plan file's bytes with this digest (trainer/engine/wire/plan.h)."""
-    if len(data) < 224:
+    try:
+        return parse(data).digest == digest
+    except Unreadable:
         return False
-    header = wire.PlanHeader.from_buffer_copy(data)
-    return (
-        bytes(header.magic) == wire.PLAN_MAGIC
-        and header.version == wire.PLAN_VERSION
-        and header.sections == len(wire.SECTIONS)
-        and header.file_bytes == len(data)
-        and header.reserved == 0
-        and bytes(header.digest).hex() == digest
-        and hashlib.sha256(data[64:]).hexdigest() == digest
-    )
 
 
 def _check(store: Store, key: str, tally: _Tally, good: Callable[[bytes], bool]) -> None:

@@ -174,6 +174,19 @@ def test_the_agent_needs_no_more_than_its_image_carries() -> None:
             assert known, f"{path.name} imports {name}"
 
 
+# what is done in one place only: the call or import, and where it may stand
+ONCE = {
+    "msgpack": {"trainer/wire/packed.py"},
+}
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_done_once_is_done_in_its_place(path: Path) -> None:
+    own = str(path.relative_to(ROOT))
+    for name in imports(path):
+        assert own in ONCE.get(name.partition(".")[0], {own}), f"{own} imports {name}; it belongs in {ONCE[name]}"
+
+
 def includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
 

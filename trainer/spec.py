@@ -23,13 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.wire.packed import RECORD_DEPTH, pack
 
 SPEC_SCHEMA = 1
 """Version of the What half; part of its digest."""
@@ -368,9 +368,9 @@ class RunSpec(_Section):
         """Every attempt's record holds the How half: what a record cannot hold is refused here."""
         for key in OPEN_TREES:
             _check_tree(getattr(self.launch, key), f"launch.{key}")
-        size = len(canonical(how_map(self)))
+        size = len(pack(how_map(self), RECORD_DEPTH))
         if size > MAX_HOW_BYTES:
-            sizes = {key: len(canonical(getattr(self.launch, key))) for key in OPEN_TREES}
+            sizes = {key: len(pack(getattr(self.launch, key), RECORD_DEPTH)) for key in OPEN_TREES}
             largest = max(sizes, key=lambda key: sizes[key])
             raise ValueError(
                 f"launch.{largest} has {sizes[largest]} bytes, and parallel, checkpoint, launch and recovery together "
@@ -490,7 +490,7 @@ def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
 
 def what_bytes(spec: RunSpec, dataset: DatasetRef) -> bytes:
     """Canonical msgpack of ``what_map``: keys sorted at every level, so equal specs give equal bytes."""
-    return canonical(what_map(spec, dataset))
+    return pack(what_map(spec, dataset))
 
 
 def what_digest(spec: RunSpec, dataset: DatasetRef) -> bytes:
@@ -506,20 +506,6 @@ def run_id(spec: RunSpec, dataset: DatasetRef) -> str:
 def how_map(spec: RunSpec) -> dict[str, Any]:
     """The How half as plain values, for the attempt record."""
     return spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
-
-
-def canonical(value: Any) -> bytes:
-    """msgpack with the keys of every map sorted. Equal to ``checkpoint.codec.pack``, which this package cannot see."""
-    packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True)
-    return packed
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    if isinstance(value, (list, tuple)):
-        return [_sorted(item) for item in value]
-    return value
 
 
 MAX_HOW_BYTES = 24 << 10

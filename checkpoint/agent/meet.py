@@ -12,9 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-import msgpack
-
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.claims import MAX_BYTES, Place, node_key
 from checkpoint.errors import Damaged, NotFound, StoreError
@@ -22,6 +20,7 @@ from checkpoint.store import Store
 
 log = logging.getLogger(__name__)
 
+_MAX_BYTES = 1 << 16
 Address = tuple[str, list[int]]
 """A node's host, and the port of each of its ranks."""
 
@@ -50,7 +49,7 @@ def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[i
     Blocks until then, for a thread of its own. Raises CannotStart after ``launch.connect_s``.
     """
     folder = keys.run_key(options.run, "live", str(gang.epoch), "addr")
-    mine = msgpack.packb({"host": options.host, "ports": ports})
+    mine = codec.pack_hint({"host": options.host, "ports": ports})
     deadline = time.monotonic() + float(gang.how("launch", "connect_s"))
     said, found = False, {options.node: (options.host, ports)}
     while not gang.cancelled.wait(options.log_poll_s if said else 0):
@@ -60,7 +59,7 @@ def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[i
                 said = True
             for node in range(options.nodes):
                 if node not in found:
-                    found[node] = _address(store.get(f"{folder}/{node}", max_bytes=1 << 16), gang.count)
+                    found[node] = _address(store.get(f"{folder}/{node}", max_bytes=_MAX_BYTES), gang.count)
         except NotFound:
             pass
         except (StoreError, Damaged) as error:
@@ -75,10 +74,10 @@ def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[i
 
 def _address(raw: bytes, count: int) -> Address:
     """A node's address hint, as another agent wrote it; Damaged where it is not one."""
+    value = codec.unpack_hint(raw, "a node's address", max_bytes=_MAX_BYTES)
     try:
-        value = msgpack.unpackb(raw)
         host, ports = str(value["host"]), [int(port) for port in value["ports"]]
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"a node's address is not one: {error!r}") from error
     if len(ports) != count or not all(0 < port < 65536 for port in ports) or len(host.encode()) > 255:
         raise Damaged(f"a node's address has {len(ports)} ports for {count} ranks, or a bad host or port")

@@ -24,9 +24,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import msgpack
+from checkpoint import codec
 
 PHASES = ("idle", "restoring", "starting", "running", "ended")
 
@@ -93,23 +93,20 @@ class NodeStatus:
 
     def pack(self) -> bytes:
         self.seq += 1
-        return cast(
-            bytes,
-            msgpack.packb(
-                {
-                    "node": self.node,
-                    "launch": self.launch,
-                    "seq": self.seq,
-                    "incarnation": self.incarnation,
-                    "pid": os.getpid(),
-                    "supervisor": self.supervisor,
-                    "epoch": self.epoch,
-                    "phase": self.phase,
-                    "ranks": {str(rank): status.to_map() for rank, status in sorted(self.ranks.items())},
-                    "slots": [{"step": step, "epoch": epoch} for step, epoch in self.slots],
-                    "durable": self.durable,
-                    "error": self.error,
-                    "left": self.left,
-                }
-            ),
+        return codec.pack_hint(
+            {
+                "node": self.node,
+                "launch": self.launch,
+                "seq": self.seq,
+                "incarnation": self.incarnation,
+                "pid": os.getpid(),
+                "supervisor": self.supervisor,
+                "epoch": self.epoch,
+                "phase": self.phase,
+                "ranks": {str(rank): status.to_map() for rank, status in sorted(self.ranks.items())},
+                "slots": [{"step": step, "epoch": epoch} for step, epoch in self.slots],
+                "durable": self.durable,
+                "error": self.error,
+                "left": self.left,
+            }
         )

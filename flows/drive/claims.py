@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-import msgpack
-
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.claims import MAX_BYTES, Place, launch_key, read_token
 from checkpoint.errors import Damaged, NotFound, StoreUnavailable
 from checkpoint.store import Store
@@ -153,9 +151,9 @@ class StoreClaims:
         """(incarnation, beat, whether it has left for good) of a node's status; None where there is none to read."""
         key = keys.run_key(self.run, "live", "nodes", launch_id, str(node))
         try:
-            value = msgpack.unpackb(self.store.get(key, max_bytes=_STATUS_CAP))
+            value = codec.unpack_hint(self.store.get(key, max_bytes=_STATUS_CAP), key, max_bytes=_STATUS_CAP)
             return str(value["incarnation"]), int(value["seq"]), value.get("left") is True
-        except (NotFound, Damaged, ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException):
+        except (NotFound, Damaged, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 

@@ -11,15 +11,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import msgpack
-
+from checkpoint.codec import unpack_hint
+from checkpoint.errors import Damaged
 from flows.drive.views import NodeView, RankView, short
 
 MOST = 1 << 53
 MAX_RANKS = 1 << 20
 MAX_TEXT = 900
 MAX_WORDS = 24
-_UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException)
+MAX_BYTES = 1 << 20
+"""Of a node's status."""
 
 
 def _whole(value: Any, low: int, high: int = MOST) -> int | None:
@@ -82,9 +83,8 @@ def words_of(text: Any) -> dict[str, Any] | None:
 def node_status(node: int, data: bytes) -> tuple[NodeView, int] | None:
     """A node's status (checkpoint/agent/status.py) as a view without ages, and its beat; None if it does not hold."""
     try:
-        status = msgpack.unpackb(data, max_str_len=1 << 16, max_array_len=1 << 16, max_map_len=1 << 16)
-        return _node(node, status)
-    except _UNREADABLE:
+        return _node(node, unpack_hint(data, "a node's status", max_bytes=MAX_BYTES))
+    except Damaged:
         return None
 
 

@@ -20,8 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgpack
-
+from checkpoint.codec import unpack_hint
 from checkpoint.errors import CheckpointError
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
@@ -145,7 +144,7 @@ def _records(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
 def _statuses(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
     prefix = f"runs/{run}/live/nodes/"
     for info in store.list(prefix):
-        value = msgpack.unpackb(store.get(info.key, max_bytes=STATUS_CAP))
+        value = unpack_hint(store.get(info.key, max_bytes=STATUS_CAP), info.key, max_bytes=STATUS_CAP)
         yield f"status/{info.key.removeprefix(prefix)}.json", _json(value)
 
 

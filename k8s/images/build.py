@@ -44,7 +44,7 @@ ENGINE_LIMIT = 10_000_000  # bytes
 PYTHON = "3.11"  # of the base image: what compiled packages are fetched for
 BASE = f"docker.io/library/python:{PYTHON}-slim-bookworm"
 SOURCES = {
-    "agent": ("checkpoint", "trainer/__init__.py", "trainer/wire.py"),
+    "agent": ("checkpoint", "trainer/__init__.py", "trainer/wire"),
     "flows": ("flows", "trainer", "checkpoint", "k8s"),
 }
 # of botocore's 400 services these are needed: objects, and credentials that come from a service account

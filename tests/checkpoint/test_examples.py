@@ -1,4 +1,4 @@
-"""The examples in the docstrings of this package run."""
+"""The examples in the docstrings of this package, and of the readers below it, run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import importlib
 
 import pytest
 
+CHECKPOINT = ("codec", "digest", "manifest", "export", "store")
+WIRE = ("packed", "unreadable")
 
-@pytest.mark.parametrize("name", ["codec", "digest", "manifest", "export", "store"])
+
+@pytest.mark.parametrize("name", [*(f"checkpoint.{n}" for n in CHECKPOINT), *(f"trainer.wire.{n}" for n in WIRE)])
 def test_examples_in_docstrings(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"checkpoint.{name}"), optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.attempted > 0
     assert result.failed == 0

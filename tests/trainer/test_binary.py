@@ -13,10 +13,10 @@ import pytest
 from trainer import wire
 from trainer.dataset import DatasetRef
 from trainer.engine_path import engine_binary
-from trainer.errors import PlanError
 from trainer.plan import Plan, compile_plan
-from trainer.plan.binary import parse
 from trainer.spec import parse_spec, what_digest
+from trainer.wire.plan import parse
+from trainer.wire.unreadable import Unreadable
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
 
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         data.clear()
     else:
         data[{"flipped": len(data) // 2, "magic": 0, "version": 8}[damage]] ^= 1
-    with pytest.raises(PlanError, match="compile it again"):
+    with pytest.raises(Unreadable, match="compile it again"):
         parse(bytes(data))
     engine = check(tmp_path / "plan", bytes(data))
     assert engine.returncode == 78

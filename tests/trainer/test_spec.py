@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from checkpoint.codec import pack
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.presets import PRESETS
 from trainer.spec import (
     MAX_HOW_BYTES,
     RunSpec,
-    canonical,
     how_map,
     load_spec,
     parse_spec,
@@ -25,6 +21,7 @@ from trainer.spec import (
     what_bytes,
     what_digest,
 )
+from trainer.wire.packed import RECORD_DEPTH, pack
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
@@ -190,23 +187,6 @@ def test_what_bytes_are_canonical() -> None:
     assert what_bytes(parse_spec(turned), DATA) == what_bytes(parse_spec(tree()), DATA)
 
 
-@given(
-    st.recursive(
-        st.none()
-        | st.booleans()
-        | st.integers(-(1 << 63), (1 << 64) - 1)
-        | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text()
-        | st.binary(),
-        lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(), below, max_size=4),
-        max_leaves=12,
-    )
-)
-def test_specs_and_records_are_canonical_in_one_way(value: object) -> None:
-    """Written twice, because the agent's package sees trainer.wire alone, and the trainer sees no package at all."""
-    assert canonical(value) == pack(value, 64)
-
-
 def test_a_key_that_is_gone_is_still_read() -> None:
     """Specs, the How of a log's records and Prefect's deployments of an older version hold it; it had no effect."""
     old = parse_spec(tree(recovery__max_rollbacks=3, recovery__backoff_s=2.0))
@@ -321,4 +301,4 @@ def test_values_too_deep_for_a_reader_are_refused(tmp_path: Path) -> None:
 
 def test_the_largest_how_is_within_its_limit() -> None:
     spec = parse_spec(tree(launch__pod_patch={"x": "y" * 20_000}))
-    assert len(canonical(how_map(spec))) <= MAX_HOW_BYTES
+    assert len(pack(how_map(spec), RECORD_DEPTH)) <= MAX_HOW_BYTES

@@ -1,4 +1,4 @@
-"""``engine/wire/*.h``, as the engine prints them, and ``trainer/wire.py`` say the same."""
+"""``engine/wire/*.h``, as the engine prints them, and ``trainer/wire`` say the same."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The plan file: ``Plan`` to bytes and back. The format's manual is ``engine/wire/plan.h``, its records ``wire.py``.
+"""A plan's file. The format's manual is ``engine/wire/plan.h``, its records and its reader are in ``trainer/wire``.
 
-``to_bytes`` is canonical: equal plans give equal bytes, so the file's digest names the plan. ``parse`` reads a file as
-hostile input (sizes, then the digest, then records) for tools and tests; the engine has its own reader.
+``to_bytes`` is canonical: equal plans give equal bytes, so the file's digest names the plan.
 """
 
 from __future__ import annotations
@@ -10,31 +9,17 @@ import ctypes
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from trainer import wire
-from trainer.errors import PlanError
 from trainer.models.base import Tensor
 from trainer.plan.places import Position
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, Config, PositionPlan, Ref
+from trainer.wire.plan import RECORDS
 
 Bytes = bytes | memoryview
 _ACTION = np.dtype(wire.PlanAction)
-_Record = TypeVar("_Record", bound=ctypes.LittleEndianStructure)
-_RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
-    "config": wire.PlanConfig,
-    "tensors": wire.PlanTensor,
-    "shards": wire.PlanShard,
-    "positions": wire.PlanPosition,
-    "states": wire.PlanState,
-    "programs": wire.PlanProgram,
-    "calls": wire.PlanCall,
-    "actions": wire.PlanAction,
-    "channels": wire.PlanChannel,
-}
 
 
 class _Strings:
@@ -110,7 +95,7 @@ def _file(counts: dict[str, int], sections: dict[str, Iterable[Bytes]]) -> bytes
     header.magic[:] = wire.PLAN_MAGIC
     end = ctypes.sizeof(header)
     for number, name in enumerate(wire.SECTIONS):
-        record = _RECORDS.get(name)
+        record = RECORDS.get(name)
         header.section[number].offset, header.section[number].count = _up(end), counts[name]
         end = _up(end) + counts[name] * (1 if record is None else ctypes.sizeof(record))
     header.file_bytes = _up(end)
@@ -239,64 +224,3 @@ def _action(action: BoundAction, position: Position, programs: dict[str, int]) -
         slot=_or32(action.slot),
         ref=wire.PlanRef(*_ref(action.ref)),
     )
-
-
-@dataclass(frozen=True)
-class PlanFile:
-    """A plan file's tables, as records. ``digest`` is the hex digest that the header holds and the bytes have."""
-
-    digest: str
-    strings: bytes
-    config: wire.PlanConfig
-    tables: dict[str, tuple[ctypes.LittleEndianStructure, ...]]
-
-    def name(self, record: wire.PlanTensor | wire.PlanProgram) -> str:
-        """The name of a tensor or program."""
-        raw = self.strings[record.name_offset : record.name_offset + record.name_length]
-        return raw.decode()
-
-    def records(self, name: str, kind: type[_Record]) -> tuple[_Record, ...]:
-        """A section's records, typed."""
-        return tuple(record for record in self.tables[name] if isinstance(record, kind))
-
-
-def parse(data: bytes) -> PlanFile:
-    """Reads a plan file; PlanError names the first thing that does not hold."""
-    size = ctypes.sizeof(wire.PlanHeader)
-    if len(data) < size:
-        raise PlanError(f"a plan file of {len(data)} bytes is cut: its header alone takes {size}; compile it again")
-    header = wire.PlanHeader.from_buffer_copy(data)
-    if bytes(header.magic) != wire.PLAN_MAGIC:
-        raise PlanError("the file does not start with the magic of a plan; compile it again")
-    if header.version != wire.PLAN_VERSION or header.sections != len(wire.SECTIONS):
-        raise PlanError(f"plan version {header.version}, this one reads {wire.PLAN_VERSION}; compile it again")
-    if header.file_bytes != len(data):
-        raise PlanError(f"the plan file has {len(data)} bytes, its header says {header.file_bytes}; compile it again")
-    digest = hashlib.sha256(data[64:]).digest()
-    if digest != bytes(header.digest):
-        raise PlanError("the plan file's bytes do not have the digest that its header says; compile it again")
-    strings, tables, end = b"", {}, size
-    for number, name in enumerate(wire.SECTIONS):
-        section = header.section[number]
-        record = _RECORDS.get(name)
-        bytes_each = 1 if record is None else ctypes.sizeof(record)
-        stop = section.offset + section.count * bytes_each
-        if section.offset % 64 or section.offset < end or stop > len(data):
-            raise PlanError(f"section {name} of the plan file lies outside it or over another; compile it again")
-        end = stop
-        if record is None:
-            strings = data[section.offset : stop]
-        else:
-            tables[name] = tuple(_read(record, data, section.offset, section.count))
-    if len(tables["config"]) != 1:
-        raise PlanError(f"the plan file has {len(tables['config'])} configurations, not 1; compile it again")
-    config = tables["config"][0]
-    assert isinstance(config, wire.PlanConfig)
-    return PlanFile(digest.hex(), strings, config, tables)
-
-
-def _read(
-    record: type[ctypes.LittleEndianStructure], data: bytes, offset: int, count: int
-) -> Iterable[ctypes.LittleEndianStructure]:
-    size = ctypes.sizeof(record)
-    return (record.from_buffer_copy(data, offset + n * size) for n in range(count))

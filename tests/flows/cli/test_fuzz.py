@@ -34,8 +34,9 @@ from tests.flows.conftest import Trained
 from tests.support.place import SPEC, TEXT
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
-from trainer.spec import RunSpec, _paths, canonical, how_map, parse_spec
+from trainer.spec import RunSpec, _paths, how_map, parse_spec
 from trainer.wire import EXITS
+from trainer.wire.packed import RECORD_DEPTH, pack
 
 SEED = int(os.environ.get("HOTSTAGE_FUZZ_SEED", "8"))
 LOG = os.environ.get("HOTSTAGE_FUZZ_LOG")  # each call before it is made, for one that never returns
@@ -403,8 +404,8 @@ def test_every_key_takes_or_refuses_every_value(section: str, tmp_path: Path) ->
             node[path[-1]] = value
             try:
                 spec = parse_spec(tree)
-                canonical(how_map(spec))
-                canonical(spec.model_dump(mode="json"))
+                pack(how_map(spec), RECORD_DEPTH)
+                pack(spec.model_dump(mode="json"), RECORD_DEPTH)
                 spec.resolve(DATASET)
                 taken += 1
             except SpecError as error:

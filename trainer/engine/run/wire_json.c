@@ -1,5 +1,5 @@
 /* `hotstage-engine wire`: every byte format and number of wire/ as one JSON object, for the test
- * that compares them with trainer/wire.py. A field that is renamed there does not compile here. */
+ * that compares them with trainer/wire/__init__.py. A field that is renamed there does not compile here. */
 #include "run/wire_json.h"
 
 #include <stddef.h>

@@ -1,5 +1,5 @@
 /* Exit codes of a rank and of a node's supervisor. Said once, for the engine, the driver and the Job's
- * pod failure policy; trainer/wire.py mirrors the table and a test compares the two.
+ * pod failure policy; trainer/wire/__init__.py mirrors the table and a test compares the two.
  *
  * X(code, NAME, class, text)   class: what the driver does about it, by trainer/failures.py
  */

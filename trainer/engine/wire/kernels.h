@@ -1,6 +1,6 @@
 /* The table of kernels: one number, one name, one fixed list of operands each. The only place that says so: the
  * extents (kernels/extent.c), the loader's checks (run/plan/), the plan fuzzer and `wire` (which
- * trainer/wire.py is compared with) all read it.
+ * trainer/wire/__init__.py is compared with) all read it.
  *
  * A plan names a kernel by its number (HS_K_*), its element type (HS_F32 ...), up to HS_CALL_PTRS operand
  * references, HS_CALL_DIMS integers and HS_CALL_REALS reals, in the order given here. kernels/<op>.h says what is

@@ -1,0 +1,88 @@
+"""The one reader of a plan file in Python (``engine/wire/plan.h`` is its manual; the engine has its own).
+
+Hostile: sizes, then version, then the digest, then the sections' places; what the records of a section mean, and
+whether they fit together, is checked by whoever reads them (``checkpoint/layout.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from dataclasses import dataclass
+from typing import TypeVar
+
+from trainer import wire
+from trainer.wire.unreadable import Unreadable, check_version
+
+Record = TypeVar("Record", bound=ctypes.LittleEndianStructure)
+RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
+    "config": wire.PlanConfig,
+    "tensors": wire.PlanTensor,
+    "shards": wire.PlanShard,
+    "positions": wire.PlanPosition,
+    "states": wire.PlanState,
+    "programs": wire.PlanProgram,
+    "calls": wire.PlanCall,
+    "actions": wire.PlanAction,
+    "channels": wire.PlanChannel,
+}
+"""What a section holds; ``strings`` has bytes."""
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan file's sections. ``digest``: the hex digest that the header holds and the bytes have."""
+
+    digest: str
+    _sections: dict[str, bytes]
+
+    @property
+    def config(self) -> wire.PlanConfig:
+        found = self.records("config", wire.PlanConfig)
+        if len(found) != 1:
+            raise Unreadable(f"the plan has {len(found)} configurations, not one; compile it again")
+        return found[0]
+
+    def records(self, name: str, kind: type[Record]) -> tuple[Record, ...]:
+        """A section's records."""
+        assert RECORDS[name] is kind, f"the section {name} has other records"
+        raw = self._sections[name]
+        return tuple(kind.from_buffer_copy(raw, at) for at in range(0, len(raw), ctypes.sizeof(kind)))
+
+    def name(self, record: wire.PlanTensor | wire.PlanProgram) -> str:
+        """The name of a tensor or program."""
+        strings, end = self._sections["strings"], record.name_offset + record.name_length
+        if end > len(strings):
+            raise Unreadable("a name of the plan lies outside its strings; compile it again")
+        try:
+            return strings[record.name_offset : end].decode()
+        except UnicodeDecodeError:
+            raise Unreadable("a name in the plan is not UTF-8; compile it again") from None
+
+
+def parse(data: bytes) -> PlanFile:
+    """A plan file's sections; Unreadable names the first thing that does not hold."""
+    size = ctypes.sizeof(wire.PlanHeader)
+    if len(data) < size:
+        raise Unreadable(f"the plan has {len(data)} bytes, fewer than its header of {size}; compile it again")
+    header = wire.PlanHeader.from_buffer_copy(data)
+    if bytes(header.magic) != wire.PLAN_MAGIC:
+        raise Unreadable(f"not a plan: it begins with {bytes(header.magic)!r}; compile it again")
+    mend = "use the hotstage that compiled it, or compile it again with this one"
+    check_version("the plan", header.version, wire.PLAN_VERSION, Unreadable, mend)
+    if header.sections != len(wire.SECTIONS) or header.reserved:
+        raise Unreadable("the plan's header has other sections than its version; compile it again")
+    if header.file_bytes != len(data):
+        raise Unreadable(
+            f"the plan says {header.file_bytes} bytes and has {len(data)}: it was cut or appended to; compile it again"
+        )
+    actual, named = hashlib.sha256(memoryview(data)[64:]).hexdigest(), bytes(header.digest).hex()
+    if actual != named:
+        raise Unreadable(f"the plan's digest is {actual}, its header says {named}; compile it again")
+    sections, end = {}, size
+    for name, section in zip(wire.SECTIONS, header.section, strict=True):
+        stop = section.offset + section.count * (ctypes.sizeof(RECORDS[name]) if name in RECORDS else 1)
+        if section.count and (section.offset % 64 or section.offset < end or stop > len(data)):
+            raise Unreadable(f"the plan's section {name} lies outside the file or over another; compile it again")
+        sections[name], end = data[section.offset : stop], max(end, stop)
+    return PlanFile(actual, sections)
