@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from checkpoint import codec, keys
+from checkpoint import codec
 from checkpoint.errors import Damaged
-from checkpoint.files import create_file
+from trainer.wire.files import create_file
 from trainer.wire.unreadable import check_version
 
 VERSION = 1
@@ -95,16 +95,6 @@ class Place:
         if not all(isinstance(text, str) for text in texts) or not isinstance(nodes, int) or not 0 < nodes <= 1 << 20:
             raise Damaged(f"{what}: it does not name a place")
         return cls(**dict(zip(_TEXTS, cast(list[str], texts), strict=True)), nodes=nodes)
-
-
-def launch_key(run: str, launch: str) -> str:
-    """Of the claim of a launch."""
-    return keys.run_key(run, "live", "launch", launch)
-
-
-def node_key(run: str, epoch: int, node: int) -> str:
-    """Of the claim of a node of an attempt."""
-    return keys.run_key(run, "live", str(epoch), "node", str(node))
 
 
 def read_token(folder: Path) -> str:

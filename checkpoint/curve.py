@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from checkpoint import codec, keys
+from checkpoint import codec
 from checkpoint.errors import Damaged
 
 VERSION = 1
@@ -155,12 +155,3 @@ class Curve:
 def _point(value: Any) -> Point:
     step, epoch, *rest = value
     return Point(int(step), int(epoch), *(float(x) for x in rest))
-
-
-def curve_key(run: str) -> str:
-    return keys.run_key(run, "live", "curve")
-
-
-def segment_key(run: str, epoch: int, number: int) -> str:
-    """Of one object of an attempt's metrics lines."""
-    return keys.run_key(run, "live", str(epoch), "metrics", f"{number:010d}")

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoint.errors import StoreRefused, StoreUnavailable
-from checkpoint.files import kept
 from checkpoint.manifest import PARAM, Manifest
 from checkpoint.read import StateReader
 from checkpoint.store.base import Store
+from trainer.wire.files import kept
 
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

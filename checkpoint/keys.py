@@ -1,6 +1,8 @@
-"""The names of a run's objects in a store, in one place.
+"""The names of all objects in a store, in one place.
 
-    data/<dataset digest>/...
+    data/<dataset digest>/{manifest,tokenizer.json,00000.bin,...}
+    data/inputs/<input digest>                        the dataset that these inputs gave
+    index/<run>                                       that there is such a run
     runs/<run>/spec                                   canonical What
     runs/<run>/plans/<plan digest>                    a plan file
     runs/<run>/log/<20 digits>                        records
@@ -9,10 +11,17 @@
     runs/<run>/manifests/<step>-<epoch>/manifest      what the checkpoint record names
     runs/<run>/manifests/<step>-<epoch>/pages/...     of either, where it is large (pages.py)
     runs/<run>/chunks/<step>-<epoch>/<rank>-<incarnation>-<index>
-    runs/<run>/live/...                               hints; claims (claims.py), the log's condensed state (log/),
-                                                      metrics (curve.py), output and status (agent/output.py)
+    runs/<run>/live/...                               hints, and two kinds of claims:
+    .../fold                                              the log's condensed state (log/run_log.py)
+    .../curve                                             the index of metrics (curve.py)
+    .../launch/<launch>                                   claim of a launch (claims.py)
+    .../nodes/<launch>/<node>                             a node's status (agent/status.py)
+    .../<epoch>/node/<node>                               claim of a node (claims.py)
+    .../<epoch>/addr/<node>                               where its ranks listen (agent/meet.py)
+    .../<epoch>/upload/last                               the snapshot that all nodes upload (agent/upload.py)
+    .../<epoch>/{metrics,logs/<rank>,trace}/...           what people watch (agent/output.py)
 
-``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6.
+``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6; below ``live/`` as they come.
 """
 
 from __future__ import annotations
@@ -57,6 +66,96 @@ def fold_name(n: int, token: str) -> str:
     return f"folds/{n:020d}-{token}"
 
 
+def dataset_key(digest: str, name: str) -> str:
+    return f"data/{digest}/{name}"
+
+
+def dataset_manifest_key(digest: str) -> str:
+    return dataset_key(digest, "manifest")
+
+
+def tokenizer_key(digest: str) -> str:
+    """Of a dataset's tokenizer."""
+    return dataset_key(digest, "tokenizer.json")
+
+
+def shard_name(number: int) -> str:
+    """Of a dataset's token shard, in the store and in a folder."""
+    return f"{number:05d}.bin"
+
+
+def inputs_key(inputs: str) -> str:
+    """Of the name of the dataset that these inputs gave."""
+    return dataset_key("inputs", inputs)
+
+
+INDEX = "index/"
+
+
+def index_key(run: str) -> str:
+    return INDEX + check_run(run)
+
+
+def live_key(run: str, *names: object) -> str:
+    """Of a hint, or of a claim."""
+    return run_key(run, "live", *map(str, names))
+
+
+def curve_key(run: str) -> str:
+    """Of the index of metrics."""
+    return live_key(run, "curve")
+
+
+def launch_key(run: str, launch: str) -> str:
+    """Of the claim of a launch."""
+    return live_key(run, "launch", launch)
+
+
+def statuses_prefix(run: str) -> str:
+    """Of the status of every node of every launch."""
+    return live_key(run, "nodes") + "/"
+
+
+def status_key(run: str, launch: str, node: int) -> str:
+    return live_key(run, "nodes", launch, node)
+
+
+def node_key(run: str, epoch: int, node: int) -> str:
+    """Of the claim of a node of an attempt."""
+    return live_key(run, epoch, "node", node)
+
+
+def address_key(run: str, epoch: int, node: int) -> str:
+    return live_key(run, epoch, "addr", node)
+
+
+def upload_key(run: str, epoch: int) -> str:
+    """Of the snapshot that the nodes of an attempt upload next."""
+    return live_key(run, epoch, "upload", "last")
+
+
+def metrics_prefix(run: str, epoch: int) -> str:
+    return live_key(run, epoch, "metrics") + "/"
+
+
+def segment_key(run: str, epoch: int, number: int) -> str:
+    """Of one object of an attempt's metrics lines."""
+    return metrics_prefix(run, epoch) + f"{number:010d}"
+
+
+def output_prefix(run: str, epoch: int, rank: int) -> str:
+    """Of the ring that holds the end of a rank's output."""
+    return live_key(run, epoch, "logs", rank) + "/"
+
+
+def traces_prefix(run: str, epoch: int) -> str:
+    return live_key(run, epoch, "trace") + "/"
+
+
+def trace_key(run: str, epoch: int, rank: int) -> str:
+    return live_key(run, epoch, "trace", rank)
+
+
 def point(step: int, epoch: int) -> str:
     """The folder name of a checkpoint: ``000000000050-00000003``."""
     return f"{step:012d}-{epoch:08d}"
@@ -70,6 +169,11 @@ def part_name(step: int, epoch: int, node: int) -> str:
 def manifest_name(step: int, epoch: int) -> str:
     """Of a merged manifest, relative to the run."""
     return f"manifests/{point(step, epoch)}/manifest"
+
+
+def page_name(manifest: str, label: str, index: int) -> str:
+    """Of a page of this manifest (a part's or a merged one), relative to the run."""
+    return f"{'/'.join(manifest.split('/')[:2])}/pages/{label}-{index:05d}"
 
 
 def chunk_name(step: int, epoch: int, rank: int, incarnation: str, index: int) -> str:

@@ -391,9 +391,7 @@ def _to_bytes(m: PartManifest | Manifest, own: Mapping[str, object]) -> bytes:
 
 
 def _parse_common(f: codec.Fields, what: str, tables: Tables | None = None) -> dict[str, Any]:
-    version = f.integer("v", 1)
-    if version != VERSION:
-        raise Damaged(f"{what}: schema version {version}, this program reads {VERSION}: use a newer hotstage")
+    f.version(VERSION)
     run = f.text("run", 100)
     step, epoch, samples = f.integer("step", 0), f.integer("epoch", 1), f.integer("samples", 0)
     digest = f.raw("what", DIGEST_BYTES)

@@ -52,7 +52,7 @@ def write(store: Store, run: str, name: str, data: bytes, label: str) -> tuple[b
         for at in range(0, len(data), PAGE_BYTES):
             page = view[at : at + PAGE_BYTES]
             digest = hashlib.sha256(page).digest()
-            own = page_name(name, label, len(rows))
+            own = keys.page_name(name, label, len(rows))
             if not store.create(keys.run_key(run, own), page, sha256=digest):
                 raise Damaged(f"page {own} of manifest {name} is there with other bytes")
             rows.append([own, len(page), digest])
@@ -91,16 +91,10 @@ def is_list(root: bytes) -> bool:
     return root.startswith(_LIST_HEAD)
 
 
-def page_name(name: str, label: str, index: int) -> str:
-    """Of a page of this manifest, relative to the run."""
-    return f"{'/'.join(name.split('/')[:2])}/pages/{label}-{index:05d}"
-
-
 def _parse(root: bytes, what: str) -> tuple[int, bytes, list[tuple[str, int, bytes]]]:
     """(bytes, SHA-256, pages) of a hostile list."""
     f = codec.Fields(codec.unseal(root, what, max_bytes=PAGE_BYTES), what)
-    if f.integer("v", 1) != VERSION:
-        raise Damaged(f"{what}: schema version {f.integer('v', 1)}, this program reads {VERSION}: use a newer hotstage")
+    f.version(VERSION)
     total, digest, rows = f.integer("bytes", 1, WHOLE_BYTES), f.raw("sha256", 32), []
     for row in f.array("pages", WHOLE_BYTES // PAGE_BYTES):
         if not (

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoint import codec, keys, pages
+from checkpoint import keys, pages
+from checkpoint.dataset import load_manifest as load_dataset_manifest
 from checkpoint.digest import wrong_block
 from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
@@ -29,7 +30,6 @@ from trainer.wire.unreadable import Unreadable
 
 logger = logging.getLogger(__name__)
 
-MAX_DATASET_BYTES = 64 << 20  # of a dataset's manifest
 Level = Literal["quick", "full"]
 
 
@@ -211,21 +211,15 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
 
 def _dataset(store: Store, digest: str, level: Level, tally: _Tally) -> None:
     """The dataset that the checkpoints were trained on: its manifest, tokenizer and shards."""
-    what = f"manifest of dataset {digest[:12]}"
-    key = f"data/{digest}/manifest"
     try:
-        data = store.get(key, max_bytes=MAX_DATASET_BYTES)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise Damaged(f"{what}: its bytes do not have the digest that names it")
-        f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_DATASET_BYTES), what)
-        wanted: list[tuple[str, int | None, str]] = [(f"data/{digest}/tokenizer.json", None, f.hex("tokenizer_sha256"))]
-        for number, row in enumerate(f.array("shards", 1 << 20)):
-            g = codec.Fields(row, f"{what}, shard {number}")
-            wanted.append((f"data/{digest}/{number:05d}.bin", g.integer("bytes", 1), g.hex("sha256")))
+        manifest = load_dataset_manifest(store, digest)
     except (Damaged, NotFound, StoreRefused) as error:
-        tally.found(key, str(error))
+        tally.found(keys.dataset_manifest_key(digest), str(error))
         return
-    tally.saw(len(data))
+    tally.saw(manifest.bytes)
+    wanted: list[tuple[str, int | None, str]] = [(keys.tokenizer_key(digest), None, manifest.tokenizer_sha256)]
+    for number, shard in enumerate(manifest.shards):
+        wanted.append((keys.dataset_key(digest, keys.shard_name(number)), shard.bytes, shard.sha256))
     for key, size, sha256 in wanted:
         seen = store.head(key)
         if seen is None or (size is not None and seen.bytes != size):

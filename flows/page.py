@@ -26,6 +26,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from checkpoint.errors import CheckpointError
+from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.live import load_curve
@@ -440,7 +441,7 @@ class Page:
         ]
         checkpoints = self._state.checkpoints if self._state else ()
         for c in sorted(checkpoints, key=lambda c: -c.step)[:CHECKPOINTS_SHOWN]:
-            lines.append(f"| {c.step} | `runs/{self._run}/{c.manifest}` | `{c.state_digest}` |")
+            lines.append(f"| {c.step} | `{run_key(self._run, c.manifest)}` | `{c.state_digest}` |")
         if len(checkpoints) > CHECKPOINTS_SHOWN:
             lines.append(f"\n{len(checkpoints) - CHECKPOINTS_SHOWN} more: `hotstage ckpt ls {self._run}`")
         return "\n".join(lines) + "\n"

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
+from trainer.wire.files import create_file
 
 if TYPE_CHECKING:
     from trainer.plan import Plan
@@ -276,7 +277,7 @@ class LocalLauncher:
                     return
                 folder = held.folder
             key = _launch_key(folder)
-            _write_once(folder / "launch.json", json.dumps({"run": launch.run, "nodes": launch.nodes}).encode(), 0o644)
+            create_file(folder / "launch.json", json.dumps({"run": launch.run, "nodes": launch.nodes}).encode(), 0o644)
             for node in range(launch.nodes):
                 self._ensure_node(launch, node, folder / f"node{node}", key, engine)
         except OSError as error:
@@ -504,29 +505,15 @@ def _bound(path: Path) -> None:
                 end.write(kept)
 
 
-def _write_once(path: Path, data: bytes, mode: int) -> None:
-    """Create the file whole, unless it is there: written beside it, then linked (this package cannot see
-    checkpoint/files.py, which does the same)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        os.write(descriptor, data)
-    finally:
-        os.close(descriptor)
-    with contextlib.suppress(FileExistsError):
-        os.link(temporary, path)
-    os.unlink(temporary)
-
-
 def _launch_key(folder: Path) -> Path:
     path = folder / "launch.key"
     if not path.exists():
-        _write_once(path, secrets.token_bytes(32), 0o600)
+        create_file(path, secrets.token_bytes(32), 0o600)
     return path
 
 
 def _write_done(folder: Path, reason: str) -> None:
-    _write_once(folder / "done", reason.encode(), 0o644)
+    create_file(folder / "done", reason.encode(), 0o644)
 
 
 def _is_locked(path: Path) -> bool:

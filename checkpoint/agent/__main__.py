@@ -24,8 +24,8 @@ from checkpoint.agent.service import Service
 from checkpoint.agent.slots import fence
 from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
-from checkpoint.files import write_file
 from checkpoint.store import open_store
+from trainer.wire.files import write_file
 
 EXIT_BUG = 70
 _EXTRA = ("rank", "epoch", "step")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from checkpoint.agent.gang import CannotStart, Gang
 from checkpoint.agent.status import RankStatus
-from checkpoint.files import write_file
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
+from trainer.wire.files import write_file
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpoint import keys, pages
-from checkpoint.errors import Conflict, Damaged, Halted, NotFound, StoreError
+from checkpoint.errors import Conflict, Damaged, Halted, NotFound, OtherVersion, StoreError
 from checkpoint.layout import PlanLayout
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import checkpoint_body, merge
@@ -147,10 +147,10 @@ class Committer:
                 self._post(lambda said=state: self._on_commit(said, item.step))  # type: ignore[misc]
         except Halted as error:
             log.warning("step %d is not committed: %s", item.step, error)
-        except (Damaged, TooLarge) as error:
+        except (Damaged, OtherVersion, TooLarge) as error:
             # what one reading says is read again: parts are small, and a sick read is no sick part
             item.damaged, item.parts = item.damaged + 1, {}
-            done = isinstance(error, TooLarge) or item.damaged >= READINGS
+            done = not isinstance(error, Damaged) or item.damaged >= READINGS
             log.error("step %d cannot be committed: %s", item.step, error)
             text = str(error)
             self._post(lambda: self._on_error(text))

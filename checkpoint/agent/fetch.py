@@ -10,23 +10,19 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
-
-import msgpack
 
 from checkpoint import keys
+from checkpoint.dataset import load_manifest
 from checkpoint.errors import CheckpointError, Damaged, NotFound
-from checkpoint.files import kept, write_file
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from checkpoint.store import Store
+from trainer.wire.files import kept, write_file
 
 log = logging.getLogger(__name__)
 
 MAX_PLAN_BYTES = 1 << 30
-_MAX_MANIFEST_BYTES = 64 << 20
 _RANGE_BYTES = 32 << 20
 
 
@@ -63,27 +59,31 @@ def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
     Once a node: ``folder/<digest>/verified`` says that it was done. Raises DataRefused, StoreError.
     """
     digest = layout.dataset_digest.hex()
-    prefix, target = f"data/{digest}", folder / digest
-    local = store.local_path(f"{prefix}/manifest")
+    target = folder / digest
+    local = store.local_path(keys.dataset_manifest_key(digest))
     home = target if local is None else local.parent
     if (target / "verified").exists():
         return home
     target.mkdir(parents=True, exist_ok=True)
     try:
-        raw = store.get(f"{prefix}/manifest", max_bytes=_MAX_MANIFEST_BYTES)
+        shards = load_manifest(store, digest).shards
     except NotFound as error:
-        raise DataRefused(f"the dataset {prefix} is not in {store.describe()}; prepare the data there") from error
-    if hashlib.sha256(raw).digest() != layout.dataset_digest:
-        raise DataRefused(f"{prefix}/manifest in {store.describe()} is damaged; prepare the data again")
-    shards = _shards(raw, f"{prefix}/manifest", len(layout.shards))
+        raise DataRefused(f"dataset {digest} is not in {store.describe()}; prepare the data there") from error
+    except Damaged as error:
+        raise DataRefused(f"{error}, in {store.describe()}; prepare the data again") from error
+    if len(shards) != len(layout.shards):
+        raise DataRefused(
+            f"dataset {digest} has {len(shards)} shards, the plan has {len(layout.shards)}; compile the plan again"
+        )
     with ThreadPoolExecutor(4, thread_name_prefix="data") as pool:
         futures = [
             pool.submit(
                 _fetch_shard,
                 store,
-                f"{prefix}/{number:05d}.bin",
-                target / f"{number:05d}.bin" if local is None else None,
-                *shard,
+                keys.dataset_key(digest, keys.shard_name(number)),
+                target / keys.shard_name(number) if local is None else None,
+                shard.bytes,
+                shard.sha256,
             )
             for number, shard in enumerate(shards)
         ]
@@ -106,22 +106,7 @@ def room_words(error: OSError, folder: Path) -> str:
     )
 
 
-def _shards(raw: bytes, what: str, count: int) -> list[tuple[int, bytes]]:
-    """(bytes, SHA-256) of each shard, from a manifest whose own digest has been checked."""
-    try:
-        manifest = cast(Mapping[str, Any], msgpack.unpackb(raw))
-        shards = []
-        for shard in manifest["shards"]:
-            sha256 = shard["sha256"]
-            shards.append((int(shard["bytes"]), bytes.fromhex(sha256) if isinstance(sha256, str) else bytes(sha256)))
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise DataRefused(f"{what} is not a dataset's manifest: {error!r}; prepare the data again") from error
-    if len(shards) != count:
-        raise DataRefused(f"{what} names {len(shards)} shards, the plan has {count}; compile the plan again")
-    return shards
-
-
-def _fetch_shard(store: Store, key: str, path: Path | None, size: int, sha256: bytes) -> None:
+def _fetch_shard(store: Store, key: str, path: Path | None, size: int, sha256: str) -> None:
     """Read and verify a shard; with ``path`` keep it there."""
     if path is not None and path.exists():
         return  # renamed into place only after it was verified
@@ -134,7 +119,7 @@ def _fetch_shard(store: Store, key: str, path: Path | None, size: int, sha256: b
                 if file is not None:
                     file.write(data)
             found = store.head(key)
-            if digest.digest() != sha256 or found is None or found.bytes != size:
+            if digest.hexdigest() != sha256 or found is None or found.bytes != size:
                 raise DataRefused(f"shard {key} in {store.describe()} is damaged; prepare the data again")
     except (NotFound, Damaged) as error:
         raise DataRefused(

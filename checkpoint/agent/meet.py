@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from checkpoint import codec, keys
 from checkpoint.agent.gang import CannotStart, Gang, Options
-from checkpoint.claims import MAX_BYTES, Place, node_key
+from checkpoint.claims import MAX_BYTES, Place
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.store import Store
 
@@ -31,7 +31,7 @@ def claim(store: Store, options: Options, gang: Gang) -> Place | None:
 
     Blocks until the store answers, for a thread of its own.
     """
-    key = node_key(options.run, gang.epoch, options.node)
+    key = keys.node_key(options.run, gang.epoch, options.node)
     while not gang.cancelled.is_set():
         try:
             if store.create(key, options.place.to_bytes()):
@@ -48,18 +48,18 @@ def meet(store: Store, options: Options, gang: Gang, ports: list[int]) -> dict[i
 
     Blocks until then, for a thread of its own. Raises CannotStart after ``launch.connect_s``.
     """
-    folder = keys.run_key(options.run, "live", str(gang.epoch), "addr")
     mine = codec.pack_hint({"host": options.host, "ports": ports})
     deadline = time.monotonic() + float(gang.how("launch", "connect_s"))
     said, found = False, {options.node: (options.host, ports)}
     while not gang.cancelled.wait(options.log_poll_s if said else 0):
         try:
             if not said:
-                store.put(f"{folder}/{options.node}", mine)
+                store.put(keys.address_key(options.run, gang.epoch, options.node), mine)
                 said = True
             for node in range(options.nodes):
                 if node not in found:
-                    found[node] = _address(store.get(f"{folder}/{node}", max_bytes=_MAX_BYTES), gang.count)
+                    key = keys.address_key(options.run, gang.epoch, node)
+                    found[node] = _address(store.get(key, max_bytes=_MAX_BYTES), gang.count)
         except NotFound:
             pass
         except (StoreError, Damaged) as error:

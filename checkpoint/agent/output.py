@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from checkpoint import keys
 from checkpoint.curve import MAX_BYTES as MAX_CURVE_BYTES
-from checkpoint.curve import Curve, curve_key, segment_key
+from checkpoint.curve import Curve
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.store import Store
 
@@ -130,7 +131,7 @@ class Hints:
     """The threads that write the hints. Every method may be called from the agent's loop; none blocks on the store."""
 
     def __init__(self, store: Store, run: str, status_key: str) -> None:
-        self._store, self._run_name, self._live = store, run, f"runs/{run}/live"
+        self._store, self._run_name = store, run
         self._beat = Beat(store, status_key)
         self._wake = threading.Condition()
         self._epoch = 0
@@ -274,7 +275,7 @@ class Hints:
                 size += len(work.metrics[lines])
                 lines += 1
             number = self._next_segment(work.epoch)
-            self._store.put(segment_key(self._run_name, work.epoch, number), b"".join(work.metrics[:lines]))
+            self._store.put(keys.segment_key(self._run_name, work.epoch, number), b"".join(work.metrics[:lines]))
             self._segments[work.epoch] = number + 1
             written = work.metrics[:lines]
             del work.metrics[:lines]
@@ -286,8 +287,9 @@ class Hints:
             self._curve = self._stored_curve()
         if epoch not in self._segments:
             row = self._curve.rows.get(epoch)
-            after = segment_key(self._run_name, epoch, row.next - 1) if row else ""
-            found = [info.key for info in self._store.list(f"{self._live}/{epoch}/metrics/", start_after=after)]
+            after = keys.segment_key(self._run_name, epoch, row.next - 1) if row else ""
+            prefix = keys.metrics_prefix(self._run_name, epoch)
+            found = [info.key for info in self._store.list(prefix, start_after=after)]
             number = row.next if row else 0
             for key in found[-_CAUGHT_UP:]:  # what the agent before this one did not get to index
                 number = int(key.rpartition("/")[2]) + 1
@@ -308,7 +310,7 @@ class Hints:
 
     def _stored_curve(self) -> Curve:
         try:
-            return Curve.parse(self._store.get(curve_key(self._run_name), max_bytes=MAX_CURVE_BYTES))
+            return Curve.parse(self._store.get(keys.curve_key(self._run_name), max_bytes=MAX_CURVE_BYTES))
         except (NotFound, Damaged):
             return Curve()
 
@@ -316,11 +318,11 @@ class Hints:
         """What is there joined with ours: an attempt that is over may still be written by its own agent."""
         assert self._curve is not None
         self._curve.merge(self._stored_curve())
-        self._store.put(curve_key(self._run_name), self._curve.to_bytes())
+        self._store.put(keys.curve_key(self._run_name), self._curve.to_bytes())
         self._curve_new, self._curve_at = False, time.monotonic()
 
     def _write_ring(self, epoch: int, rank: int, ring: _Ring) -> None:
-        folder = f"{self._live}/{epoch}/logs/{rank}/"
+        folder = keys.output_prefix(self._run_name, epoch, rank)
         if not ring.based:
             base = self._last_number(folder) + 1
             with self._wake:
@@ -366,4 +368,4 @@ class Hints:
         if len(data) > _TRACE_BYTES:
             log.warning("the trace of rank %d has more than %d bytes and stays at %s", rank, _TRACE_BYTES, path)
             return
-        self._store.put(f"{self._live}/{epoch}/trace/{rank}", data)
+        self._store.put(keys.trace_key(self._run_name, epoch, rank), data)

@@ -49,11 +49,11 @@ from checkpoint.agent.upload import Source, Uploader
 from checkpoint.agent.watch import Watcher
 from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
-from checkpoint.files import write_file
 from checkpoint.layout import PlanRefused
 from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.store import Store
 from trainer import wire
+from trainer.wire.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,7 @@ class Service:
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
         self.preparer = Preparer(store, options, self._pool)
         self.status = NodeStatus(options.node, options.launch, incarnation)
-        self.hints = Hints(
-            store, options.run, keys.run_key(options.run, "live", "nodes", options.launch, str(options.node))
-        )
+        self.hints = Hints(store, options.run, keys.status_key(options.run, options.launch, options.node))
         self.watcher = Watcher(
             self.log,
             options.log_poll_s,

@@ -239,7 +239,7 @@ class Uploader:
         self, source: Source, ready: Sequence[tuple[tuple[int, int], dict[int, Seen]]]
     ) -> tuple[tuple[int, int], dict[int, Seen]]:
         """The snapshot that a node began last, where this one holds it, else the newest. Says which."""
-        key = keys.run_key(self._run, "live", str(source.epoch), "upload", "last")
+        key = keys.upload_key(self._run, source.epoch)
         chosen = ready[0]
         try:
             try:

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from checkpoint.codec import pack, unpack
-from checkpoint.errors import NotFound
+from checkpoint import keys
+from checkpoint.codec import pack
+from checkpoint.dataset import VERSION, load_manifest
+from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
 from flows.data.tokenizer import parse_tokenizer
 from trainer.dataset import HEADER_BYTES, DatasetRef, token_bytes_for, write_shard
@@ -23,7 +25,6 @@ from trainer.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
-MANIFEST_CAP = 16 << 20
 TOKENIZER_CAP = 256 << 20
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _MEND = "it is damaged; `hotstage data prepare SPEC --again` writes it anew"
@@ -32,28 +33,27 @@ _MEND = "it is damaged; `hotstage data prepare SPEC --again` writes it anew"
 def load_dataset(store: Store, digest: str) -> DatasetRef:
     """The dataset of that digest. Raises DatasetError where it is missing or its manifest is not what its name says."""
     try:
-        data = store.get(f"data/{digest}/manifest", max_bytes=MANIFEST_CAP)
+        manifest = load_manifest(store, digest)
     except NotFound:
         raise DatasetError(
             f"dataset {digest[:12]}… is not in {store.describe()}; run `hotstage data prepare SPEC` there"
         ) from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise DatasetError(f"the manifest of dataset {digest[:12]}… does not have its digest: {_MEND}")
-    manifest = unpack(data, f"manifest of dataset {digest[:12]}", max_bytes=MANIFEST_CAP)
+    except Damaged as error:
+        raise DatasetError(f"{error}: {_MEND}") from error
     return DatasetRef(
         digest=digest,
-        vocab=manifest["vocab"],
-        token_bytes=manifest["token_bytes"],
-        shards=tuple(s["tokens"] for s in manifest["shards"]),
-        tokenizer_digest=manifest["tokenizer_sha256"],
-        eot=manifest["eot"],
+        vocab=manifest.vocab,
+        token_bytes=manifest.token_bytes,
+        shards=tuple(shard.tokens for shard in manifest.shards),
+        tokenizer_digest=manifest.tokenizer_sha256,
+        eot=manifest.eot,
     )
 
 
 def tokenizer_json(store: Store, dataset: DatasetRef) -> bytes:
     """The tokenizer.json of a dataset, its digest checked."""
     try:
-        data = store.get(f"data/{dataset.digest}/tokenizer.json", max_bytes=TOKENIZER_CAP)
+        data = store.get(keys.tokenizer_key(dataset.digest), max_bytes=TOKENIZER_CAP)
     except NotFound:
         raise DatasetError(f"the tokenizer of dataset {dataset.digest[:12]}… is missing: {_MEND}") from None
     if hashlib.sha256(data).hexdigest() != dataset.tokenizer_digest:
@@ -68,24 +68,25 @@ def load_tokenizer(store: Store, dataset: DatasetRef) -> Tokenizer:
 
 def known_dataset(store: Store, inputs: str) -> DatasetRef | None:
     """The dataset that these inputs gave before; None where there is none, or where an object of it is missing."""
-    key = f"data/inputs/{inputs}"
+    key = keys.inputs_key(inputs)
     try:
         digest = store.get(key, max_bytes=64).decode(errors="replace")
     except NotFound:
         return None
     if not _HEX64.fullmatch(digest):
         raise DatasetError(f"{key} does not name a dataset: {_MEND}")
-    if store.head(f"data/{digest}/manifest") is None:
+    if store.head(keys.dataset_manifest_key(digest)) is None:
         return None
     dataset = load_dataset(store, digest)
     for number, tokens in enumerate(dataset.shards):
-        name, size = f"data/{digest}/{number:05d}.bin", HEADER_BYTES + tokens * dataset.token_bytes
+        name = keys.dataset_key(digest, keys.shard_name(number))
+        size = HEADER_BYTES + tokens * dataset.token_bytes
         info = store.head(name)
         if info is None:
             return None
         if info.bytes != size:
             raise DatasetError(f"{name} has {info.bytes} bytes, its manifest says {size}: {_MEND}")
-    if store.head(f"data/{digest}/tokenizer.json") is None:
+    if store.head(keys.tokenizer_key(digest)) is None:
         return None
     load_tokenizer(store, dataset)
     return dataset
@@ -110,14 +111,14 @@ def write_dataset(
     with tempfile.TemporaryDirectory(prefix="hotstage-data-") as folder:
         shards = []
         for index, first in enumerate(range(0, len(tokens), shard_tokens)):
-            path = Path(folder) / f"{index:05d}.bin"
+            path = Path(folder) / keys.shard_name(index)
             piece = tokens[first : first + shard_tokens].astype(np.uint16 if size == 2 else np.uint32)
             write_shard(path, piece, vocab)
             data = path.read_bytes()
             shards.append({"tokens": len(piece), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
         manifest = pack(
             {
-                "v": 1,
+                "v": VERSION,
                 "inputs": inputs,
                 "documents": documents,
                 "vocab": vocab,
@@ -129,10 +130,11 @@ def write_dataset(
         )
         digest = hashlib.sha256(manifest).hexdigest()
         for index in range(len(shards)):
-            _put(store, f"data/{digest}/{index:05d}.bin", (Path(folder) / f"{index:05d}.bin").read_bytes(), mend)
-    _put(store, f"data/{digest}/tokenizer.json", tokenizer_bytes, mend)
-    _put(store, f"data/{digest}/manifest", manifest, mend)
-    _put(store, f"data/inputs/{inputs}", digest.encode(), mend)
+            name = keys.shard_name(index)
+            _put(store, keys.dataset_key(digest, name), (Path(folder) / name).read_bytes(), mend)
+    _put(store, keys.tokenizer_key(digest), tokenizer_bytes, mend)
+    _put(store, keys.dataset_manifest_key(digest), manifest, mend)
+    _put(store, keys.inputs_key(inputs), digest.encode(), mend)
     return load_dataset(store, digest)
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from checkpoint import codec, keys
-from checkpoint.claims import MAX_BYTES, Place, launch_key, read_token
+from checkpoint.claims import MAX_BYTES, Place, read_token
 from checkpoint.errors import Damaged, NotFound, StoreUnavailable
 from checkpoint.store import Store
 from trainer.errors import LaunchUnknown
@@ -71,7 +71,7 @@ class StoreClaims:
         place = Place.of(folder, nodes=nodes)
         self._absent.pop(launch_id, None)
         try:
-            if self.store.create(launch_key(self.run, launch_id), place.to_bytes()):
+            if self.store.create(keys.launch_key(self.run, launch_id), place.to_bytes()):
                 self._known[launch_id] = place
             claim = self._read(launch_id)
         except StoreUnavailable as error:
@@ -89,7 +89,7 @@ class StoreClaims:
         if launch_id not in self._known:
             if self.clock() - self._absent.get(launch_id, -LOOK_S) < LOOK_S:
                 return None
-            key = launch_key(self.run, launch_id)
+            key = keys.launch_key(self.run, launch_id)
             try:
                 self._known[launch_id] = Place.parse(self.store.get(key, max_bytes=MAX_BYTES), key)
             except NotFound:
@@ -149,7 +149,7 @@ class StoreClaims:
 
     def _status(self, launch_id: str, node: int) -> tuple[str, int, bool] | None:
         """(incarnation, beat, whether it has left for good) of a node's status; None where there is none to read."""
-        key = keys.run_key(self.run, "live", "nodes", launch_id, str(node))
+        key = keys.status_key(self.run, launch_id, node)
         try:
             value = codec.unpack_hint(self.store.get(key, max_bytes=_STATUS_CAP), key, max_bytes=_STATUS_CAP)
             return str(value["incarnation"]), int(value["seq"]), value.get("left") is True

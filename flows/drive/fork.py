@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoint.codec import pack
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.drive.run import Prepared, asked_how, load_what, publish_plan
+from flows.drive.run import Prepared, asked_how, create_run, load_what
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
-from trainer.spec import ModelSpec, parse_spec, run_id, what_bytes, what_digest
+from trainer.spec import ModelSpec, parse_spec, run_id, what_digest
 
 
 def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
@@ -56,10 +55,8 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     child_what = what_digest(resolved, dataset)
     run = run_id(resolved, dataset)
     plan = compile_plan(resolved, dataset, child_what)
-    if not store.create(f"runs/{run}/spec", what_bytes(resolved, dataset)):
-        raise SpecError(f"run {run} exists with another What behind the same name; --set name=… chooses another")
-    publish_plan(store, run, plan)
-    store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
+    forked = Prepared(run, resolved, dataset, child_what, plan)
+    create_run(forked, store)
     _pin(log, state, found.n, run)
     child = RunLog(store, run, writer="user")
     body = {
@@ -70,7 +67,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
         "state_digest": found.state_digest,
     }
     child.transact(lambda s: None if s.n else ("intervention", body))
-    return Prepared(run, resolved, dataset, child_what, plan)
+    return forked
 
 
 def _check_tensors(child: ModelSpec, parent: ModelSpec) -> None:

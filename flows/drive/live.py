@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from checkpoint.curve import MAX_BYTES, Curve, curve_key, segment_key
+from checkpoint.curve import MAX_BYTES, Curve
 from checkpoint.errors import Damaged, NotFound
+from checkpoint.keys import curve_key, metrics_prefix, output_prefix, segment_key, status_key
 from checkpoint.store import Store
 from flows.drive.hints import node_status
 from flows.drive.views import NodeView
@@ -48,7 +49,7 @@ class MetricsReader:
         if attaching:
             lines += self._attach(known)
         for epoch in known:
-            new = [info.key for info in self.store.list(_folder(self.run, epoch), self._places.get(epoch, ""))]
+            new = [info.key for info in self.store.list(metrics_prefix(self.run, epoch), self._places.get(epoch, ""))]
             for key in new[-ATTACH_SEGMENTS:] if attaching else new:
                 self._places[epoch] = key
                 lines += read_segment(self.store, key)
@@ -82,10 +83,6 @@ class MetricsReader:
             middle = (low + high) // 2
             low, high = (middle, high) if there(middle) else (low, middle)
         return low
-
-
-def _folder(run: str, epoch: int) -> str:
-    return segment_key(run, epoch, 0).rpartition("/")[0] + "/"
 
 
 def read_segment(store: Store, key: str) -> list[dict[str, Any]]:
@@ -131,7 +128,7 @@ def read_curve(store: Store, run: str, epochs: list[int], *, whole: bool = True,
         behind = row is not None or 0 < curve.began <= epoch  # only what was said since the index was written
         if epoch in old or (behind and epoch in epochs[-tails:]):
             after = segment_key(run, epoch, end - 1) if end else ""
-            wanted += [info.key for info in store.list(_folder(run, epoch), after)]
+            wanted += [info.key for info in store.list(metrics_prefix(run, epoch), after)]
         for key in wanted:
             for line in read_segment(store, key):
                 more.add(line, _number(key))
@@ -147,7 +144,7 @@ def _number(key: str) -> int:
 def read_output(store: Store, run: str, epoch: int, rank: int) -> bytes:
     """The kept end (at most 4 MiB) of a rank's output in an attempt, oldest byte first; empty where none is kept."""
     segments: dict[int, bytes] = {}
-    for info in store.list(f"runs/{run}/live/{epoch}/logs/{rank}/"):
+    for info in store.list(output_prefix(run, epoch, rank)):
         try:
             data = store.get(info.key, max_bytes=SEGMENT_CAP)
         except NotFound:
@@ -170,7 +167,7 @@ class OutputFollower:
     def poll(self) -> bytes:
         """What came since the last call, in order."""
         fresh: dict[int, bytes] = {}
-        for info in self.store.list(f"runs/{self.run}/live/{self.epoch}/logs/{self.rank}/"):
+        for info in self.store.list(output_prefix(self.run, self.epoch, self.rank)):
             try:
                 data = self.store.get(info.key, max_bytes=SEGMENT_CAP)
             except NotFound:
@@ -202,7 +199,7 @@ class StatusReader:
     def _one(self, node: int, alive: bool | None) -> NodeView:
         now = time.monotonic()
         try:
-            data = self.store.get(f"runs/{self.run}/live/nodes/{self.launch}/{node}", max_bytes=STATUS_CAP)
+            data = self.store.get(status_key(self.run, self.launch, node), max_bytes=STATUS_CAP)
         except (NotFound, Damaged):
             return NodeView(node, alive)
         found = node_status(node, data)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import NotFound
+from checkpoint.keys import INDEX, index_key, plan_key, spec_key
 from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.store import Store
@@ -117,14 +118,22 @@ def prepare_run(
         what = what_digest(resolved, dataset)
         run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
         plan = compile_plan(resolved, dataset, what)
-        spec_object = what_bytes(resolved, dataset)
-        if not store.create(f"runs/{run}/spec", spec_object):
-            raise SpecError(f"run {run} exists with another What behind the same name; choose another name in the spec")
-        publish_plan(store, run, plan)
-        store.create(f"index/{run}", pack({"v": 1, "run": run, "name": resolved.name}))
         prepared = Prepared(run, resolved, dataset, what, plan)
+        create_run(prepared, store)
         told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")
     return prepared
+
+
+def create_run(prepared: Prepared, store: Store) -> None:
+    """The objects by which a run is known, created where they are not there: its What, its plan, its place in the list.
+
+    Raises SpecError where another run has this name, PlanError where its plan is there and damaged.
+    """
+    run, spec = prepared.run, prepared.spec
+    if not store.create(spec_key(run), what_bytes(spec, prepared.dataset)):
+        raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
+    publish_plan(store, run, prepared.plan)
+    store.create(index_key(run), pack({"v": 1, "run": run, "name": spec.name}))
 
 
 def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:
@@ -156,7 +165,7 @@ def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
 
 def publish_plan(store: Store, run: str, plan: Plan) -> None:
     """Create the plan object that the agents fetch. Raises PlanError where a damaged one has its name."""
-    key = f"runs/{run}/plans/{plan.digest}"
+    key = plan_key(run, plan.digest)
     if not store.create(key, plan.to_bytes()):
         raise PlanError(
             f"plan {key} in {store.describe()} has other bytes than its digest says: it is damaged; remove that "
@@ -166,8 +175,8 @@ def publish_plan(store: Store, run: str, plan: Plan) -> None:
 
 def run_names(store: Store) -> Iterator[str]:
     """Every run of the store, by name."""
-    for info in store.list("index/"):
-        yield info.key.removeprefix("index/")
+    for info in store.list(INDEX):
+        yield info.key.removeprefix(INDEX)
 
 
 def find_run(store: Store, name: str) -> str:
@@ -187,7 +196,7 @@ def find_run(store: Store, name: str) -> str:
 def load_what(store: Store, run: str) -> dict[str, Any]:
     """The What of a run as it was written at its birth."""
     try:
-        what = unpack(store.get(f"runs/{run}/spec", max_bytes=SPEC_CAP), f"spec of {run}", max_bytes=SPEC_CAP)
+        what = unpack(store.get(spec_key(run), max_bytes=SPEC_CAP), f"spec of {run}", max_bytes=SPEC_CAP)
     except NotFound:
         raise SpecError(f"run {run} has no spec in {store.describe()}") from None
     if not isinstance(what, dict):

@@ -22,6 +22,7 @@ from typing import Any
 
 from checkpoint.codec import unpack_hint
 from checkpoint.errors import CheckpointError
+from checkpoint.keys import metrics_prefix, statuses_prefix
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.live import SEGMENT_CAP, STATUS_CAP, read_output
@@ -142,7 +143,7 @@ def _records(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _statuses(store: Store, run: str) -> Iterator[tuple[str, bytes]]:
-    prefix = f"runs/{run}/live/nodes/"
+    prefix = statuses_prefix(run)
     for info in store.list(prefix):
         value = unpack_hint(store.get(info.key, max_bytes=STATUS_CAP), info.key, max_bytes=STATUS_CAP)
         yield f"status/{info.key.removeprefix(prefix)}.json", _json(value)
@@ -158,7 +159,7 @@ def _outputs(store: Store, run: str, state: RunState) -> Iterator[tuple[str, byt
 
 def _metrics(store: Store, run: str, state: RunState) -> Iterator[tuple[str, bytes]]:
     for attempt in state.attempts[-EPOCHS:]:
-        segments = [info.key for info in store.list(f"runs/{run}/live/{attempt.n}/metrics/")][-METRICS_SEGMENTS:]
+        segments = [info.key for info in store.list(metrics_prefix(run, attempt.n))][-METRICS_SEGMENTS:]
         data = b"".join(store.get(key, max_bytes=SEGMENT_CAP) for key in segments)
         if data:
             yield f"metrics/{attempt.n}.jsonl", data

@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpoint.curve import Row
 from checkpoint.errors import CheckpointError, NotFound
+from checkpoint.keys import traces_prefix
 from checkpoint.log import RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
@@ -143,7 +144,7 @@ def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
     """The newest measured timeline, where ranks of one of the last attempts left traces."""
     for epoch in reversed(epochs[-TRACED:]):
         traces: dict[Rank, str] = {}
-        for info in store.list(f"runs/{run}/live/{epoch}/trace/"):
+        for info in store.list(traces_prefix(run, epoch)):
             try:
                 traces[Rank(int(info.key.rsplit("/", 1)[1]))] = store.get(info.key, max_bytes=TRACE_CAP).decode()
             except (NotFound, ValueError):

@@ -28,6 +28,9 @@ SHARD, TOKENIZER = bytes(5000), b"{}"
 DATASET_MANIFEST = codec.pack(
     {
         "v": 1,
+        "vocab": 256,
+        "token_bytes": 2,
+        "eot": None,
         "shards": [{"tokens": 2480, "bytes": len(SHARD), "sha256": hashlib.sha256(SHARD).hexdigest()}],
         "tokenizer_sha256": hashlib.sha256(TOKENIZER).hexdigest(),
     }

@@ -12,8 +12,9 @@ import msgpack
 import pytest
 
 from checkpoint.agent.output import Hints
-from checkpoint.curve import MAX_BYTES, MAX_POINTS, MAX_ROWS, Curve, curve_key, segment_key
+from checkpoint.curve import MAX_BYTES, MAX_POINTS, MAX_ROWS, Curve
 from checkpoint.errors import Damaged
+from checkpoint.keys import curve_key, segment_key
 from checkpoint.store import MemoryStore
 from checkpoint.store.base import Data
 from tests.support.agents import wait_for

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.files import create_file, kept, write_file
+from trainer.wire.files import create_file, kept, write_file
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path: Path) -> None:

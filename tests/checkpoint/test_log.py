@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoint import codec, keys
-from checkpoint.errors import Conflict, Damaged, Halted, StoreUnavailable
+from checkpoint.errors import Conflict, Damaged, Halted, OtherVersion, StoreUnavailable
 from checkpoint.log import FOLD_EVERY, KINDS, MAX_RECORD_BYTES, Record, RunLog, RunState, ended_body
 from checkpoint.store import Info, Store, open_store
 from checkpoint.store.memory import MemoryStore
@@ -741,7 +741,7 @@ def mutate(rng: random.Random, value: Any) -> Any:
 
 
 def survives(parse: Callable[[bytes], object], value: dict[str, Any], rng: random.Random) -> bool:
-    """Parse the sealed value with one or two mutations: True where it passed; only Damaged may come out."""
+    """Parse the sealed value with one or two mutations: True where it passed; only Damaged and OtherVersion may come out."""
     changed = value
     for _ in range(rng.randrange(1, 3)):
         changed = mutate(rng, changed)
@@ -749,7 +749,7 @@ def survives(parse: Callable[[bytes], object], value: dict[str, Any], rng: rando
         return False
     try:
         parse(codec.seal(changed, codec.MAX_DEPTH + 2))
-    except Damaged:
+    except (Damaged, OtherVersion):
         return False
     return True
 

@@ -27,7 +27,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from checkpoint import keys
+from checkpoint import codec, keys
 from checkpoint.agent.slots import crc32c
 from checkpoint.errors import Conflict
 from checkpoint.layout import PlanLayout, read_plan
@@ -63,8 +63,15 @@ def put_dataset(store: Store) -> DatasetRef:
         shard = path.read_bytes()
     finally:
         path.unlink(missing_ok=True)
-    manifest = msgpack.packb(
-        {"v": 1, "shards": [{"tokens": len(tokens), "bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}]}
+    manifest = codec.pack(
+        {
+            "v": 1,
+            "vocab": 61,
+            "token_bytes": 2,
+            "eot": None,
+            "shards": [{"tokens": len(tokens), "bytes": len(shard), "sha256": hashlib.sha256(shard).hexdigest()}],
+            "tokenizer_sha256": "0" * 64,
+        }
     )
     digest = hashlib.sha256(manifest).hexdigest()
     store.create(f"data/{digest}/manifest", manifest)

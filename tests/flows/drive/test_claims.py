@@ -15,8 +15,9 @@ import pytest
 
 import flows.drive.claims
 from checkpoint import keys
-from checkpoint.claims import Place, launch_key, node_key
+from checkpoint.claims import Place
 from checkpoint.errors import Damaged, StoreUnavailable
+from checkpoint.keys import launch_key, node_key
 from checkpoint.log import RunLog
 from checkpoint.store import MemoryStore, open_store
 from flows.drive.claims import SILENT_S, SILENT_SOON_S, StoreClaims

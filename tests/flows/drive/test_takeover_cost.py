@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from checkpoint.curve import Curve, curve_key, segment_key
+from checkpoint.curve import Curve
+from checkpoint.keys import curve_key, segment_key
 from checkpoint.log import RunLog
 from checkpoint.store import Info, MemoryStore
 from checkpoint.store.base import Data
