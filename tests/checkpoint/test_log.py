@@ -741,7 +741,7 @@ def mutate(rng: random.Random, value: Any) -> Any:
 
 
 def survives(parse: Callable[[bytes], object], value: dict[str, Any], rng: random.Random) -> bool:
-    """Parse the sealed value with one or two mutations: True where it passed; only Damaged and OtherVersion may come out."""
+    """Parse the sealed value with one or two mutations: True where it passed; only these two errors may come out."""
     changed = value
     for _ in range(rng.randrange(1, 3)):
         changed = mutate(rng, changed)
