@@ -52,7 +52,7 @@ class Point(NamedTuple):
         return {"event": "step", **self._asdict()}
 
 
-class Row(NamedTuple):
+class AttemptRow(NamedTuple):
     """An attempt: the points of its first and last step, and its objects from ``since`` to before ``next`` in here."""
 
     first: Point
@@ -70,7 +70,7 @@ class Curve:
     began: int = 0
     stride: int = 1
     points: dict[int, Point] = field(default_factory=dict)
-    rows: dict[int, Row] = field(default_factory=dict)
+    rows: dict[int, AttemptRow] = field(default_factory=dict)
 
     def add(self, line: Mapping[str, Any], segment: int) -> None:
         """A line of this object of its attempt."""
@@ -81,7 +81,9 @@ class Curve:
         self._point(point)
         row = self.rows.get(point.epoch)
         self.rows[point.epoch] = (
-            Row(point, point, segment, segment + 1) if row is None else row._replace(last=point, next=segment + 1)
+            AttemptRow(point, point, segment, segment + 1)
+            if row is None
+            else row._replace(last=point, next=segment + 1)
         )
         self._thin()
 
@@ -94,7 +96,7 @@ class Curve:
             self._point(point, equal=False)
         for epoch, row in other.rows.items():
             mine = self.rows.get(epoch, row)
-            self.rows[epoch] = Row(
+            self.rows[epoch] = AttemptRow(
                 min(mine.first, row.first, key=lambda p: p.step),
                 max(mine.last, row.last, key=lambda p: p.step),
                 min(mine.since, row.since),
@@ -124,7 +126,7 @@ class Curve:
             if value["v"] != VERSION:
                 raise Damaged(f"the index of metrics has version {value['v']!r}, this program reads {VERSION}")
             points = [_point(p) for p in value["points"]]
-            rows = [Row(_point(a), _point(b), int(since), int(after)) for a, b, since, after in value["rows"]]
+            rows = [AttemptRow(_point(a), _point(b), int(since), int(after)) for a, b, since, after in value["rows"]]
             made = cls(int(value["began"]), int(value["stride"]))
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise Damaged(f"the index of metrics does not hold: {error!r}") from error

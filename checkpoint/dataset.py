@@ -44,7 +44,7 @@ class DatasetManifest:
     tokenizer_sha256: str
 
 
-def load_manifest(store: Store, digest: str) -> DatasetManifest:
+def load_dataset_manifest(store: Store, digest: str) -> DatasetManifest:
     """The manifest of the dataset of this digest. NotFound; Damaged where it does not hold; OtherVersion."""
     what = f"the manifest of dataset {digest[:12]}"
     data = store.get(keys.dataset_manifest_key(digest), max_bytes=MAX_BYTES)

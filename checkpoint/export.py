@@ -126,11 +126,11 @@ def export_safetensors(
     for file, text in texts.items():
         if "/" in file or file.startswith("."):
             raise ValueError(f"file name {file!r} does not stand in the folder itself")
-        write_file(folder / file, [text.encode() if isinstance(text, str) else text])
-    return write_file(folder / name, weights())
+        write_pieces(folder / file, [text.encode() if isinstance(text, str) else text])
+    return write_pieces(folder / name, weights())
 
 
-def write_file(path: Path, pieces: Iterable[Buffer]) -> Path:
+def write_pieces(path: Path, pieces: Iterable[Buffer]) -> Path:
     """Write the pieces to a temporary file, fsync it, move it to its name; nothing stays where it fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

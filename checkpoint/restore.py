@@ -44,7 +44,7 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Placement:
     """A piece of the manifest and where its bytes go: offset ``at`` of target ``target``'s data."""
 
     piece: Piece
@@ -53,13 +53,13 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Run:
+class ChunkRead:
     """One read: bytes [first, first + length) of a chunk, and the pieces inside it."""
 
     chunk: int
     first: int
     length: int
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[Placement, ...]
 
 
 def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_what: bool = True) -> None:
@@ -76,32 +76,32 @@ def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_wh
             raise OtherModel(f"{what} has tensor {tensor.name} as {shape}, the plan as {tensor.shape}: another model")
 
 
-def plan_reads(manifest: Manifest, plan: PlanLayout, positions: Sequence[PositionLayout]) -> list[Run]:
+def plan_reads(manifest: Manifest, plan: PlanLayout, positions: Sequence[PositionLayout]) -> list[ChunkRead]:
     """What to read for these positions (one target each, in order): pure, the largest reads first.
 
     Pieces of one chunk that lie next to each other, or nearly, become one read.
     """
-    by_chunk: dict[int, list[Wanted]] = {}
+    by_chunk: dict[int, list[Placement]] = {}
     for target, position in enumerate(positions):
         for state in position.states:
             name = plan.tensors[state.tensor].name
             for kind in range(len(KINDS)):
                 base = state.kind_offset(kind)
                 for piece in manifest.pieces_of(name, kind):
-                    by_chunk.setdefault(piece.chunk, []).append(Wanted(piece, target, base + 4 * piece.first))
-    runs: list[Run] = []
+                    by_chunk.setdefault(piece.chunk, []).append(Placement(piece, target, base + 4 * piece.first))
+    runs: list[ChunkRead] = []
     for chunk, wanted in by_chunk.items():
-        held: list[Wanted] = []
+        held: list[Placement] = []
         first = end = 0
         for w in sorted(wanted, key=lambda w: w.piece.offset):
             if held and w.piece.offset > end + GAP_BYTES:
-                runs.append(Run(chunk, first, end - first, tuple(held)))
+                runs.append(ChunkRead(chunk, first, end - first, tuple(held)))
                 held = []
             if not held:
                 first = end = w.piece.offset
             held.append(w)
             end = max(end, w.piece.offset + w.piece.bytes)
-        runs.append(Run(chunk, first, end - first, tuple(held)))
+        runs.append(ChunkRead(chunk, first, end - first, tuple(held)))
     return sorted(runs, key=lambda run: -run.length)
 
 
@@ -145,7 +145,7 @@ def restore_slots(
     log.info("restored step %d: %d bytes in %d reads", info.step, size, len(reads), extra={"epoch": epoch})
 
 
-def _read(store: Store, manifest: Manifest, read: Run, views: Sequence[memoryview]) -> None:
+def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[memoryview]) -> None:
     chunk = manifest.chunks[read.chunk]
     key = keys.run_key(manifest.run, chunk.name)
     try:

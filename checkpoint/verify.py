@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint import keys, pages
-from checkpoint.dataset import load_manifest as load_dataset_manifest
+from checkpoint.dataset import load_dataset_manifest
 from checkpoint.digest import wrong_block
 from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target

@@ -27,7 +27,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.data import prepare
 from flows.drive.loop import Outcome
-from flows.drive.orders import Asked, place
+from flows.drive.orders import Asked, place_order
 from flows.drive.run import ask_run, load_run, prepare_run
 from flows.drive.train import store_at
 from flows.hosting import Hosted, undisturbed
@@ -100,7 +100,7 @@ def train_flow(
             else:
                 prepared = prepare_run(spec, opened, suffix=suffix, say=say, board=hosted.board)
             if (spec is not None or sets) and ordered:
-                prepared = place(opened, prepared, order)
+                prepared = place_order(opened, prepared, order)
             return hosted.drive(prepared, Lines(say, prepared.spec.train.steps, every_s=10.0))
 
     return ended_as(undisturbed(work))

@@ -23,7 +23,7 @@ from k8s.labels import AGENT, ENGINE
 from k8s.refusal import refusal
 from k8s.views import ContainerView, EventView, JobView, PodView
 from trainer.failures import CANNOT_RUN, CAUSAL, POD_REASONS, SIGKILL, TURNED_AWAY, Failure, of_supervisor
-from trainer.launch import Finding, LaunchView, NodeView
+from trainer.launch import Finding, LaunchedNode, LaunchView
 from trainer.wire import EXITS
 
 MIB = 1 << 20
@@ -249,18 +249,18 @@ def _choose(count: int, pods: Sequence[PodView]) -> dict[int, PodView | None]:
     return chosen
 
 
-def _node(index: int, pod: PodView | None, last: PodView | None, job: JobView) -> NodeView:
+def _node(index: int, pod: PodView | None, last: PodView | None, job: JobView) -> LaunchedNode:
     if pod is None:
         over = last is not None or job.is_("Failed") or job.is_("FailureTarget")
         words = _words(last) if last is not None else ""
-        return NodeView(index, None, None, None, words, False if over else None, last.place if last else "")
+        return LaunchedNode(index, None, None, None, words, False if over else None, last.place if last else "")
     engine = _engine(pod)
     if pod.phase == "Succeeded":
-        return NodeView(index, None, None, "ended", _words(pod), False, pod.place)
+        return LaunchedNode(index, None, None, "ended", _words(pod), False, pod.place)
     if pod.phase == "Failed" or engine.state == "terminated" or _machine_gone(pod):
-        return NodeView(index, None, None, None, _words(pod), False, pod.place)
+        return LaunchedNode(index, None, None, None, _words(pod), False, pod.place)
     alive = True if engine.state == "running" else None
-    return NodeView(index, None, None, None, "", alive, pod.place)
+    return LaunchedNode(index, None, None, None, "", alive, pod.place)
 
 
 def _words(pod: PodView) -> str:

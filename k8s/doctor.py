@@ -16,7 +16,7 @@ from k8s.api import JOBS, QUOTAS, RANGES, SECRETS, Json
 from k8s.errors import ApiUnavailable, Missing, NotAllowed, Unauthenticated
 from k8s.labels import AGENT, ENGINE
 from k8s.quantity import amount, spelled
-from k8s.quota import quota_problems, range_problems, uses, whole
+from k8s.quota import of_pod, quota_problems, range_problems, uses
 from k8s.render import FABRIC_MEND
 from k8s.version import MEND, OLDEST, too_old
 from trainer.errors import LaunchError
@@ -59,7 +59,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RunNeeds:
     """What a run would ask for: the rendered Job, the store, the Secret with its credentials."""
 
     namespace: str
@@ -70,9 +70,9 @@ class Wanted:
     fabric: str = "tcp"
 
 
-def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monotonic) -> list[Check]:
+def examine(api: Reader, wanted: RunNeeds, clock: Callable[[], float] = time.monotonic) -> list[Check]:
     """Every check, in the order in which a person mends them; those that no time is left for say so."""
-    checks: tuple[tuple[str, Callable[[Reader, Wanted], list[Check]]], ...] = (
+    checks: tuple[tuple[str, Callable[[Reader, RunNeeds], list[Check]]], ...] = (
         ("version", _version),
         ("rights", _rights),
         ("namespace", _namespace),
@@ -106,7 +106,7 @@ def examine(api: Reader, wanted: Wanted, clock: Callable[[], float] = time.monot
     return found
 
 
-def _version(api: Reader, wanted: Wanted) -> list[Check]:
+def _version(api: Reader, wanted: RunNeeds) -> list[Check]:
     said = api.get("/version", read_s=READ_S)
     text = str(said.get("gitVersion", "unknown"))
     old = too_old(text)
@@ -117,7 +117,7 @@ def _version(api: Reader, wanted: Wanted) -> list[Check]:
     return [Check("version", "ok", f"Kubernetes {text}")]
 
 
-def _rights(api: Reader, wanted: Wanted) -> list[Check]:
+def _rights(api: Reader, wanted: RunNeeds) -> list[Check]:
     missing = [
         (verb, resource, group)
         for group, resource, verbs in RIGHTS
@@ -154,7 +154,7 @@ def _may(api: Reader, namespace: str, group: str, resource: str, verb: str) -> b
     return bool((answer.get("status") or {}).get("allowed"))
 
 
-def _namespace(api: Reader, wanted: Wanted) -> list[Check]:
+def _namespace(api: Reader, wanted: RunNeeds) -> list[Check]:
     name = wanted.namespace
     try:
         raw = api.get(f"/api/v1/namespaces/{name}", read_s=READ_S)
@@ -185,7 +185,7 @@ def _added_capabilities(job: Json | None) -> list[str]:
     ]
 
 
-def _quota(api: Reader, wanted: Wanted) -> list[Check]:
+def _quota(api: Reader, wanted: RunNeeds) -> list[Check]:
     """Limit ranges first: they give the pods what quotas count."""
     space = wanted.namespace
     quotas = api.get(QUOTAS.path(space), read_s=READ_S).get("items") or ()
@@ -209,7 +209,7 @@ def _quota(api: Reader, wanted: Wanted) -> list[Check]:
     return found or [Check("quota", "ok", f"{len(quotas)} quota in {space}, room for the run")]
 
 
-def _fabric(api: Reader, wanted: Wanted) -> list[Check]:
+def _fabric(api: Reader, wanted: RunNeeds) -> list[Check]:
     if wanted.fabric == "tcp":
         return []
     return [Check("fabric", "bad", f"launch.fabric = {wanted.fabric!r} is not run by this version", FABRIC_MEND)]
@@ -220,13 +220,13 @@ def _containers(job: Json | None) -> list[Json]:
     return [*pod.get("initContainers", ()), *pod.get("containers", ())]
 
 
-def _machines(api: Reader, wanted: Wanted) -> list[Check]:
+def _machines(api: Reader, wanted: RunNeeds) -> list[Check]:
     try:
         items = api.get("/api/v1/nodes", {"limit": "1000"}, read_s=READ_S).get("items") or ()
     except NotAllowed:
         return [Check("machines", "unknown", "this user may not list machines (not needed to run)")]
     pod = wanted.job["spec"]["template"]["spec"] if wanted.job else {}
-    need = whole(uses(pod)).requests
+    need = of_pod(uses(pod)).requests
     fit, reasons = 0, []
     for item in items:
         why = _unfit(item, pod, need)
@@ -273,7 +273,7 @@ def _tolerates(tolerations: Sequence[Mapping[str, Any]], taint: Mapping[str, Any
     )
 
 
-def _images(api: Reader, wanted: Wanted) -> list[Check]:
+def _images(api: Reader, wanted: RunNeeds) -> list[Check]:
     found = []
     for container in _containers(wanted.job):
         if container["name"] not in (ENGINE, AGENT):
@@ -289,7 +289,7 @@ def _images(api: Reader, wanted: Wanted) -> list[Check]:
     return found or [Check("images", "ok", "fixed versions" if wanted.job else "no spec given")]
 
 
-def _store(api: Reader, wanted: Wanted) -> list[Check]:
+def _store(api: Reader, wanted: RunNeeds) -> list[Check]:
     if wanted.store_url and not wanted.store_url.startswith("s3:"):
         mend = "use an s3:// store that the pods reach (--store, HOTSTAGE_STORE)"
         return [Check("store", "bad", f"{wanted.store_url} is a store of one machine", mend)]
@@ -311,7 +311,7 @@ def _store(api: Reader, wanted: Wanted) -> list[Check]:
     return [Check("store", "ok", f"Secret {wanted.store_secret} has the store's credentials")]
 
 
-def _queue(api: Reader, wanted: Wanted) -> list[Check]:
+def _queue(api: Reader, wanted: RunNeeds) -> list[Check]:
     if not wanted.queue:
         return []
     path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{wanted.namespace}/localqueues/{wanted.queue}"
@@ -323,7 +323,7 @@ def _queue(api: Reader, wanted: Wanted) -> list[Check]:
     return [Check("queue", "ok", f"LocalQueue {wanted.queue}")]
 
 
-def _admission(api: Reader, wanted: Wanted) -> list[Check]:
+def _admission(api: Reader, wanted: RunNeeds) -> list[Check]:
     """The API server's own verdict on the Job: schema, defaults, webhooks. (Pods are judged when they are made.)"""
     if wanted.job is None:
         return []

@@ -30,7 +30,7 @@ from k8s.labels import LAUNCH, MANAGED_BY, MANAGER, RUN, SPEC_DIGEST, label_valu
 from k8s.render import check_fabric, limits_of, owned, render_launch
 from k8s.version import MEND, OLDEST, too_old
 from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_view
-from k8s.watch import PACE, Pace, Sight, Source, Watcher
+from k8s.watch import PACE, ObjectWatcher, Pace, Sight, WatchedApi
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchView
@@ -44,7 +44,7 @@ FRESH_S = 10.0  # for a watch to show what this process has just made
 PODS_ASKED = 3  # whose events are read while a launch waits
 
 
-class Cluster(Source, Protocol):
+class Cluster(WatchedApi, Protocol):
     """What the launcher needs of ``k8s.api.Api``."""
 
     def create(self, path: str, body: Json, *, dry_run: bool = False) -> Json: ...
@@ -74,8 +74,8 @@ class _Known:
 class _Eyes:
     """The two watches of a run."""
 
-    jobs: Watcher[JobView]
-    pods: Watcher[PodView]
+    jobs: ObjectWatcher[JobView]
+    pods: ObjectWatcher[PodView]
 
 
 class KubernetesLauncher:
@@ -210,8 +210,8 @@ class KubernetesLauncher:
         if eyes is None:
             selector = f"{MANAGED_BY}={MANAGER},{RUN}={label_value(run)}"
             eyes = _Eyes(
-                Watcher(self._api, JOBS, self._namespace, selector, job_view, self._pace),
-                Watcher(self._api, PODS, self._namespace, selector, pod_view, self._pace),
+                ObjectWatcher(self._api, JOBS, self._namespace, selector, job_view, self._pace),
+                ObjectWatcher(self._api, PODS, self._namespace, selector, pod_view, self._pace),
             )
             eyes.jobs.start()
             eyes.pods.start()

@@ -27,7 +27,7 @@ _OBJECTS = {"jobs.batch": 1, "services": 1, "secrets": 1}
 
 
 @dataclass(frozen=True)
-class Problem:
+class QuotaProblem:
     """``never``: no pod of this launch is taken as it is written; else it waits for room. ``unnamed``: never,
     because containers do not say what the quota counts, which a LimitRange can say for them.
     """
@@ -66,7 +66,7 @@ def uses(pod: Mapping[str, Any], ranges: Sequence[Json] = ()) -> list[tuple[Use,
     return found
 
 
-def whole(containers: Sequence[tuple[Use, str]]) -> Use:
+def of_pod(containers: Sequence[tuple[Use, str]]) -> Use:
     """The pod's own: containers and sidecars together, or what a plain init container needs beside the sidecars before
     it, whichever is more.
     """
@@ -101,16 +101,16 @@ def charges(pod: Use) -> Amounts:
 # --- LimitRange ---------------------------------------------------------------------------------------------
 
 
-def range_problems(item: Json, pod: Mapping[str, Any], ranges: Sequence[Json]) -> list[Problem]:
+def range_problems(item: Json, pod: Mapping[str, Any], ranges: Sequence[Json]) -> list[QuotaProblem]:
     """What one LimitRange refuses of the pod, after the defaults of all ``ranges``."""
     name, containers = item["metadata"]["name"], uses(pod, ranges)
-    found = [Problem(*words, never=True) for use, _ in containers for words in _above_limit(name, use, pod)]
+    found = [QuotaProblem(*words, never=True) for use, _ in containers for words in _above_limit(name, use, pod)]
     for limit in _items(item, "Container"):
         for use, _ in containers:
             found += _bounded(name, limit, use, (use.name,))
     everybody = tuple(use.name for use, _ in containers)
     for limit in _items(item, "Pod"):
-        found += _bounded(name, limit, whole(containers), everybody)
+        found += _bounded(name, limit, of_pod(containers), everybody)
     return found
 
 
@@ -128,7 +128,7 @@ def _above_limit(name: str, use: Use, pod: Mapping[str, Any]) -> list[tuple[str,
     ]
 
 
-def _bounded(name: str, limit: Json, use: Use, containers: Sequence[str]) -> list[Problem]:
+def _bounded(name: str, limit: Json, use: Use, containers: Sequence[str]) -> list[QuotaProblem]:
     who = "the pod" if use.name == "pod" and len(containers) != 1 else f"container {use.name}"
     found: list[tuple[str, str]] = []
 
@@ -163,20 +163,20 @@ def _bounded(name: str, limit: Json, use: Use, containers: Sequence[str]) -> lis
             told(what, "limits", key, "has no limit")
         elif cap / asked > ratio:
             told(what, "limits", key, f"has {spelled(cap, key)} for {spelled(asked, key)}")
-    return [Problem(*words, never=True) for words in found]
+    return [QuotaProblem(*words, never=True) for words in found]
 
 
 # --- ResourceQuota ------------------------------------------------------------------------------------------
 
 
-def quota_problems(item: Json, job: Json, ranges: Sequence[Json] = ()) -> list[Problem]:
+def quota_problems(item: Json, job: Json, ranges: Sequence[Json] = ()) -> list[QuotaProblem]:
     """What one ResourceQuota has against the launch of this Job. Raises ValueError for what is no quantity."""
     name, pod, count = item["metadata"]["name"], job["spec"]["template"]["spec"], int(job["spec"]["completions"])
     status, spec = item.get("status") or {}, item.get("spec") or {}
     hard, used = _amounts(status.get("hard") or spec.get("hard")), _amounts(status.get("used"))
     scopes = _scopes(spec)
     containers = uses(pod, ranges)
-    mine = whole(containers)
+    mine = of_pod(containers)
     counts = all(_in_scope(scope, pod, mine) for scope in scopes)
     unnamed = _unnamed(name, hard, containers) if counts else {}
     found = list(unnamed.values())
@@ -192,13 +192,13 @@ def quota_problems(item: Json, job: Json, ranges: Sequence[Json] = ()) -> list[P
         if most > hard[key]:
             text = f"quota {name} has {spelled(hard[key], key)} of {key} in all, and one "
             text += f"{'pod' if key in each else 'launch'} asks for {spelled(most, key)}"
-            found.append(Problem(text, f"raise the quota{lower}", never=True))
+            found.append(QuotaProblem(text, f"raise the quota{lower}", never=True))
         elif ask > hard[key]:
             text = f"quota {name} has {spelled(hard[key], key)} of {key} in all, the run asks for {words}"
-            found.append(Problem(text, f"raise the quota{lower}; the run waits until then"))
+            found.append(QuotaProblem(text, f"raise the quota{lower}; the run waits until then"))
         else:
             text = f"quota {name} leaves {spelled(left, key)} of {key}, the run asks for {words}"
-            found.append(Problem(text, f"raise the quota, end what uses it{lower}; the run waits until then"))
+            found.append(QuotaProblem(text, f"raise the quota, end what uses it{lower}; the run waits until then"))
     return found
 
 
@@ -207,7 +207,7 @@ def _objects() -> dict[str, int]:
     return {**{f"count/{key}": count for key, count in _OBJECTS.items()}, **bare}
 
 
-def _unnamed(name: str, hard: Amounts, containers: Sequence[tuple[Use, str]]) -> dict[str, Problem]:
+def _unnamed(name: str, hard: Amounts, containers: Sequence[tuple[Use, str]]) -> dict[str, QuotaProblem]:
     found = {}
     for key in (k for k in _NAMED if k in hard):
         side, what = ("limits" if key.startswith("limits.") else "requests"), key.rpartition(".")[2]
@@ -215,7 +215,9 @@ def _unnamed(name: str, hard: Amounts, containers: Sequence[tuple[Use, str]]) ->
         if lacking:
             who = f"container {lacking[0]} sets" if len(lacking) == 1 else f"containers {', '.join(lacking)} set"
             text = f"quota {name} counts {key} and {who} none: no pod of the run is taken"
-            found[key] = Problem(text, f'set {keys_of(lacking, key)} (a quantity, for example "2")', True, unnamed=True)
+            found[key] = QuotaProblem(
+                text, f'set {keys_of(lacking, key)} (a quantity, for example "2")', True, unnamed=True
+            )
     return found
 
 

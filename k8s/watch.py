@@ -53,7 +53,7 @@ class List:
 
 
 @dataclass(frozen=True)
-class Watch:
+class WatchRequest:
     """Watch from ``version`` for ``timeout_s``."""
 
     version: str
@@ -76,7 +76,7 @@ class Machine:
         machine = Machine(Pace(), random.Random(1))
         machine.next(0.0)                  # List()
         machine.listed(0.1, "41")
-        machine.next(0.1)                  # Watch(version="41", timeout_s=50.0)
+        machine.next(0.1)                  # WatchRequest(version="41", timeout_s=50.0)
     """
 
     pace: Pace
@@ -89,12 +89,12 @@ class Machine:
     _relist_at: float = 0.0
     _opened: float | None = None
 
-    def next(self, now: float) -> List | Watch | Wait:
+    def next(self, now: float) -> List | WatchRequest | Wait:
         if now < self._not_before:
             return Wait(self._not_before - now)
         if self.version is None or now >= self._relist_at:
             return List()
-        return Watch(self.version, max(1.0, min(self.pace.watch_s, self._relist_at - now)))
+        return WatchRequest(self.version, max(1.0, min(self.pace.watch_s, self._relist_at - now)))
 
     def listed(self, now: float, version: str) -> None:
         """A list was answered. Does not end a backoff: a server that lists and refuses to watch is not well (W1)."""
@@ -142,7 +142,7 @@ class Machine:
         self._not_before = now + max(at_least_s or 0.0, pause * self.rng.uniform(0.5, 1.0))
 
 
-class Source(Protocol):
+class WatchedApi(Protocol):
     """What a watcher needs of ``k8s.api.Api``."""
 
     def get(self, path: str, query: Mapping[str, str] | None = None, read_s: float = 20.0) -> Json: ...
@@ -165,10 +165,10 @@ class Sight(Generic[T]):
 
 
 @dataclass
-class Watcher(Generic[T]):
+class ObjectWatcher(Generic[T]):
     """Keeps the objects of a kind with a label selector. ``reduce`` turns a raw object into what readers need."""
 
-    source: Source
+    source: WatchedApi
     resource: Resource
     namespace: str
     selector: str
@@ -225,7 +225,7 @@ class Watcher(Generic[T]):
                         self._stopped.wait(seconds)
                     case List():
                         self._list()
-                    case Watch(version, timeout_s):
+                    case WatchRequest(version, timeout_s):
                         self._watch(version, timeout_s)
             except LaunchError as error:
                 with self._lock:

@@ -65,7 +65,7 @@ class Strike(Enum):
     OUT = "left out until a person's word"
 
 
-class Row(NamedTuple):
+class Consequence(NamedTuple):
     """What follows from a class.
 
     ``from_memory``: the next attempt may start from state in the nodes' memory; ``from_outside``: something else than
@@ -81,8 +81,8 @@ class Row(NamedTuple):
     mend: str = ""
 
 
-FAILURES: Mapping[Failure, Row] = {
-    Failure.SICK: Row(
+FAILURES: Mapping[Failure, Consequence] = {
+    Failure.SICK: Consequence(
         Again.ONCE_A_PLACE,
         Strike.OUT,
         True,
@@ -90,7 +90,7 @@ FAILURES: Mapping[Failure, Row] = {
         88,
         "take the machine out of service and test it, then `hotstage runs resume RUN`",
     ),
-    Failure.MEMORY: Row(
+    Failure.MEMORY: Consequence(
         Again.ONCE,
         Strike.NONE,
         True,
@@ -99,8 +99,8 @@ FAILURES: Mapping[Failure, Row] = {
         "raise the limit (launch.resources.memory on a cluster), or take more stages or smaller microbatches; "
         "what else the container holds counts too (volumes of medium Memory)",
     ),
-    Failure.SIGNAL: Row(Again.SAME_STEP, Strike.FADES, True, True, 75),
-    Failure.NUMERIC: Row(
+    Failure.SIGNAL: Consequence(Again.SAME_STEP, Strike.FADES, True, True, 75),
+    Failure.NUMERIC: Consequence(
         Again.SAME_STEP,
         Strike.NONE,
         False,
@@ -108,7 +108,7 @@ FAILURES: Mapping[Failure, Row] = {
         87,
         "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N --set train.optimizer.lr=…`",
     ),
-    Failure.DATA: Row(
+    Failure.DATA: Consequence(
         Again.NEVER,
         Strike.NONE,
         True,
@@ -116,7 +116,7 @@ FAILURES: Mapping[Failure, Row] = {
         65,
         "prepare the data again (`hotstage data prepare SPEC --again`), then `hotstage runs resume RUN`",
     ),
-    Failure.RESTORE: Row(
+    Failure.RESTORE: Consequence(
         Again.FREELY,
         Strike.FADES,
         False,
@@ -125,7 +125,7 @@ FAILURES: Mapping[Failure, Row] = {
         "`hotstage ckpt verify RUN` reads every checkpoint again and names the objects; start from one of "
         "another run (`hotstage runs fork`), or begin again with `hotstage runs resume RUN --begin-anew`",
     ),
-    Failure.CONFIG: Row(
+    Failure.CONFIG: Consequence(
         Again.NEVER,
         Strike.NONE,
         True,
@@ -134,7 +134,7 @@ FAILURES: Mapping[Failure, Row] = {
         "the message names the value and the limit; with those mended, `hotstage runs resume RUN` goes on (or "
         "start the corrected spec)",
     ),
-    Failure.BUG: Row(
+    Failure.BUG: Consequence(
         Again.SAME_STEP,
         Strike.NONE,
         True,
@@ -142,9 +142,9 @@ FAILURES: Mapping[Failure, Row] = {
         70,
         "this is a bug of hotstage: `hotstage logs RUN` has the last words",
     ),
-    Failure.STALL: Row(Again.FREELY, Strike.FADES, True, False, 86),
-    Failure.PREEMPTED: Row(Again.FREELY, Strike.NONE, True, True, 75),
-    Failure.INFRA: Row(
+    Failure.STALL: Consequence(Again.FREELY, Strike.FADES, True, False, 86),
+    Failure.PREEMPTED: Consequence(Again.FREELY, Strike.NONE, True, True, 75),
+    Failure.INFRA: Consequence(
         Again.FREELY,
         Strike.FADES,
         True,
@@ -152,7 +152,7 @@ FAILURES: Mapping[Failure, Row] = {
         75,
         "look at the machine and the store (room, rights, network), then `hotstage runs resume RUN`",
     ),
-    Failure.DONE: Row(Again.FREELY, Strike.NONE, True, False, 0),
+    Failure.DONE: Consequence(Again.FREELY, Strike.NONE, True, False, 0),
 }
 
 

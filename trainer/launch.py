@@ -107,7 +107,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class NodeView:
+class LaunchedNode:
     """A node as the launcher sees it; a pid is None where the process is gone or out of sight.
 
     ``alive``: True while its ranks may run, False when they are known to be gone, None where nobody can say (a node
@@ -137,7 +137,7 @@ class LaunchView:
 
     launch_id: str
     state: Literal["absent", "waiting", "running", "partial", "gone", "lost", "done", "unknown", "elsewhere"]
-    nodes: tuple[NodeView, ...] = ()
+    nodes: tuple[LaunchedNode, ...] = ()
     detail: str = ""
     loss: Finding | None = None
     note: str = ""
@@ -471,7 +471,7 @@ def _nodes(folder: Path) -> int:
         ) from error
 
 
-def _view(node: int, folder: Path) -> NodeView:
+def _view(node: int, folder: Path) -> LaunchedNode:
     agent, supervisor = _alive(folder / "agent.pid"), _alive(folder / "supervisor.pid")
     try:
         done: str | None = (folder / "done").read_text()
@@ -481,7 +481,7 @@ def _view(node: int, folder: Path) -> NodeView:
     words = "\n".join(filter(None, (_tail(folder / f"{which}.log") for which in gone)))
     # a node without its supervisor has lost its ranks (PDEATHSIG)
     lives = supervisor is not None
-    return NodeView(node, agent.pid if agent else None, supervisor.pid if supervisor else None, done, words, lives)
+    return LaunchedNode(node, agent.pid if agent else None, supervisor.pid if supervisor else None, done, words, lives)
 
 
 def _tail(path: Path) -> str:

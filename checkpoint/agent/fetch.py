@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checkpoint import keys
-from checkpoint.dataset import load_manifest
+from checkpoint.dataset import load_dataset_manifest
 from checkpoint.errors import CheckpointError, Damaged, NotFound
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from checkpoint.store import Store
@@ -66,7 +66,7 @@ def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
         return home
     target.mkdir(parents=True, exist_ok=True)
     try:
-        shards = load_manifest(store, digest).shards
+        shards = load_dataset_manifest(store, digest).shards
     except NotFound as error:
         raise DataRefused(f"dataset {digest} is not in {store.describe()}; prepare the data there") from error
     except Damaged as error:

@@ -103,18 +103,18 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
     Exits 0 where nothing is bad, else 78.
     """
     from k8s.api import Api
-    from k8s.doctor import Wanted, examine
+    from k8s.doctor import RunNeeds, examine
 
-    wanted = Wanted(namespace or "default")
+    wanted = RunNeeds(namespace or "default")
     api = Api.load()
     if spec is not None:
         resolved, objects, url = _objects(spec, sets, store)
         space = namespace or resolved.launch.namespace
-        wanted = Wanted(
+        wanted = RunNeeds(
             space, objects[0], url, resolved.launch.store_secret, resolved.launch.queue, resolved.launch.fabric
         )
     elif namespace is None and api.namespace:
-        wanted = Wanted(api.namespace)
+        wanted = RunNeeds(api.namespace)
     checks = examine(api, wanted)
     if as_json:
         show([asdict(check) for check in checks])

@@ -184,7 +184,7 @@ def show(value: Any) -> None:
 
 def main() -> None:
     """Entry point: the command with its exit code, whatever it writes to."""
-    terminal.prepare()
+    terminal.prepare_streams()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "false")  # hotstage says which server, or starts its own

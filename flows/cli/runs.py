@@ -93,7 +93,7 @@ def resume(
     follows it. Failures before this command do not count any more.
     """
     from flows.cli.train import host
-    from flows.drive.orders import Asked, place
+    from flows.drive.orders import Asked, place_order
     from flows.drive.run import Prepared, ask_run, find_run
     from flows.drive.train import store_at
 
@@ -101,7 +101,7 @@ def resume(
     name = find_run(opened, run)
 
     def make() -> Prepared:
-        return place(opened, ask_run(opened, name, sets), Asked("runs resume", again=True, anew=begin_anew))
+        return place_order(opened, ask_run(opened, name, sets), Asked("runs resume", again=True, anew=begin_anew))
 
     return host(make, opened.url, Path(out), as_json, not no_prefect)
 
@@ -141,7 +141,7 @@ def fork(
     """
     from flows.cli.train import host
     from flows.drive.fork import fork_run
-    from flows.drive.orders import Asked, place
+    from flows.drive.orders import Asked, place_order
     from flows.drive.run import Prepared, find_run
     from flows.drive.train import store_at
 
@@ -149,7 +149,7 @@ def fork(
     name = find_run(opened, run)
 
     def make() -> Prepared:
-        return place(opened, fork_run(opened, name, step, sets), Asked("runs fork"))
+        return place_order(opened, fork_run(opened, name, step, sets), Asked("runs fork"))
 
     return host(make, opened.url, Path(out), as_json, not no_prefect)
 

@@ -48,7 +48,7 @@ class _Out(io.FileIO):
             raise OutputLost(error) from error
 
 
-def prepare() -> None:
+def prepare_streams() -> None:
     """Make the standard streams fit for what follows; once, before anything is written."""
     register()
     for number in (0, 1, 2):  # a file that is opened later must not become one of these

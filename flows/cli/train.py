@@ -38,7 +38,7 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     terminal, a second Ctrl-C within a second leaves the run to itself; the same command attaches to it again. On a
     cluster the first Ctrl-C does that: the gang trains on.
     """
-    from flows.drive.orders import Asked, place
+    from flows.drive.orders import Asked, place_order
     from flows.drive.run import prepare_run
     from flows.drive.train import store_at
     from trainer.spec import load_spec
@@ -47,7 +47,7 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     run_spec = load_spec(spec, sets)
 
     def make(board: Board, tell: Callable[[str], None]) -> Prepared:
-        return place(opened, prepare_run(run_spec, opened, say=tell, board=board), Asked("train"))
+        return place_order(opened, prepare_run(run_spec, opened, say=tell, board=board), Asked("train"))
 
     return host(make, opened.url, Path(out), as_json, not no_prefect, name=run_spec.name)
 

@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from flows.drive.loop import Sink
     from flows.drive.run import Prepared
-    from flows.show.live_view import View
+    from flows.show.live_view import LiveView
 
 
 class Voice:
@@ -24,7 +24,7 @@ class Voice:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self._view: View | None = None
+        self._view: LiveView | None = None
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -51,7 +51,7 @@ class Voice:
     def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink:
         """What the driver tells its events; at a terminal the live view begins now."""
         from flows.show.lines import JsonLines, Lines, Meter
-        from flows.show.live_view import View, wanted
+        from flows.show.live_view import LiveView, wanted
         from flows.show.peak import measured_peak
         from trainer.plan import flops_per_token
 
@@ -63,11 +63,13 @@ class Voice:
             return JsonLines(lambda line: click.echo(line, err=True), steps)
         flops = flops_per_token(prepared.spec.model, prepared.spec.train.sequence)
         shown = (
-            View(steps, flops) if wanted(sys.stdout) else Lines(self.say, steps, every_s=every_s, flops_per_token=flops)
+            LiveView(steps, flops)
+            if wanted(sys.stdout)
+            else Lines(self.say, steps, every_s=every_s, flops_per_token=flops)
         )
         # the gang begins meanwhile; MFU is shown from when the yardstick is known
         threading.Thread(target=measure, args=(shown.meter,), daemon=True).start()
-        if not isinstance(shown, View):
+        if not isinstance(shown, LiveView):
             return shown
         view = shown.start()
         atexit.register(self.quiet)

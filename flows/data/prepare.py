@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from checkpoint.store import Store
 from flows.data.shards import known_dataset, load_dataset, write_dataset
 from flows.data.sources import Document, documents
-from flows.data.tokenizer import EOT, Given, encode, given_tokenizer, train_tokenizer, vocab_of
+from flows.data.tokenizer import EOT, GivenTokenizer, encode, given_tokenizer, train_tokenizer, vocab_of
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec, too_short
@@ -85,7 +85,7 @@ def prepare(
     return dataset
 
 
-def _input_digest(docs: Sequence[Document], spec: DataSpec, given: Given | None) -> str:
+def _input_digest(docs: Sequence[Document], spec: DataSpec, given: GivenTokenizer | None) -> str:
     h = hashlib.sha256(b"hotstage dataset inputs v1\n")
     # without data.end_token a tokenizer that lacks EOT ended documents with nothing: that is end_token "" now
     end = EOT if given is None or (given.end is None and given.tokenizer.token_to_id(EOT) is None) else given.end
@@ -120,7 +120,7 @@ def _train(docs: Sequence[Document], size: int, vocab_size: int, say: Say) -> To
 
 
 def _encode(
-    docs: Sequence[Document], size: int, tokenizer: Tokenizer, given: Given | None, eot: int | None, say: Say
+    docs: Sequence[Document], size: int, tokenizer: Tokenizer, given: GivenTokenizer | None, eot: int | None, say: Say
 ) -> npt.NDArray[np.uint32]:
     """The tokens of all documents, each followed by ``eot`` where there is one."""
     parts: list[npt.NDArray[np.uint32]] = []
@@ -157,7 +157,7 @@ def _batches(docs: Sequence[Document]) -> Iterator[Sequence[Document]]:
         yield batch
 
 
-def _known_enough(tokens: npt.NDArray[np.uint32], texts: int, given: Given | None) -> None:
+def _known_enough(tokens: npt.NDArray[np.uint32], texts: int, given: GivenTokenizer | None) -> None:
     """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
     if given is None or (unknown := given.unknown) is None:
         return

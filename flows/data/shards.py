@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from checkpoint import keys
 from checkpoint.codec import pack
-from checkpoint.dataset import VERSION, load_manifest
+from checkpoint.dataset import VERSION, load_dataset_manifest
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
 from flows.data.tokenizer import parse_tokenizer
@@ -33,7 +33,7 @@ _MEND = "it is damaged; `hotstage data prepare SPEC --again` writes it anew"
 def load_dataset(store: Store, digest: str) -> DatasetRef:
     """The dataset of that digest. Raises DatasetError where it is missing or its manifest is not what its name says."""
     try:
-        manifest = load_manifest(store, digest)
+        manifest = load_dataset_manifest(store, digest)
     except NotFound:
         raise DatasetError(
             f"dataset {digest[:12]}… is not in {store.describe()}; run `hotstage data prepare SPEC` there"

@@ -67,7 +67,7 @@ def cut_long_words(text: str) -> Iterator[str]:
 
 
 @dataclass
-class Given:
+class GivenTokenizer:
     """A tokenizer that the spec names, and what was found out about it."""
 
     data: bytes
@@ -112,7 +112,7 @@ def vocab_of(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def given_tokenizer(spec: DataSpec) -> Given | None:
+def given_tokenizer(spec: DataSpec) -> GivenTokenizer | None:
     """The tokenizer that the spec names, checked; None where one is to be trained. DatasetError where it cannot be."""
     if spec.tokenizer is None:
         return None
@@ -142,7 +142,7 @@ def given_tokenizer(spec: DataSpec) -> Given | None:
             f"{what}: its largest id is {max(vocab.values())}, and embeddings have a row for each id below it; the "
             f"limit is {MAX_VOCAB_SIZE - 1}: number its tokens from 0 without wide gaps"
         )
-    return Given(data, tokenizer, what, _end(spec, tokenizer, what), tree.get("model") or {})
+    return GivenTokenizer(data, tokenizer, what, _end(spec, tokenizer, what), tree.get("model") or {})
 
 
 def _contents(path: str, what: str) -> bytes:
@@ -236,7 +236,7 @@ def of_library(what: str, mend: str) -> Iterator[None]:
         raise
 
 
-def encode(given: Given | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[list[int]]:
+def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[list[int]]:
     """The ids of each document. DatasetError, with the document's name, where a given tokenizer cannot encode it."""
     mend = "give one that has an unknown token or byte fallback, or clean the text"
     texts, drops = [doc.text for doc in docs], given is not None and given.drops
@@ -263,7 +263,7 @@ def encode(given: Given | None, tokenizer: Tokenizer, docs: Sequence[Document]) 
     return [encoding.ids for encoding in encodings]
 
 
-def _dropped(given: Given, text: str, offsets: list[tuple[int, int]]) -> dict[str, int]:
+def _dropped(given: GivenTokenizer, text: str, offsets: list[tuple[int, int]]) -> dict[str, int]:
     """Characters that no token covers, and how often, but for blanks and what the tokenizer means to remove."""
     steps = np.zeros(len(text) + 1, dtype=np.int64)
     if offsets:

@@ -38,7 +38,7 @@ class Asked:
     anew: bool = False
 
 
-def place(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
+def place_order(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
     """Write the order that ``prepared.spec`` is, where there is one to write; the same prepared run."""
     how = how_map(prepared.spec)
 

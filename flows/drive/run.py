@@ -233,7 +233,7 @@ def load_run(store: Store, run: str) -> Prepared:
 
 
 def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
-    """A run with the How that was last asked for and ``sets`` over it: what ``orders.place`` makes an order."""
+    """A run with the How that was last asked for and ``sets`` over it: what ``orders.place_order`` makes an order."""
     return _loaded(store, run, asked_how(RunLog(store, run).fold(quick=True)), sets)
 
 

@@ -23,7 +23,7 @@ from checkpoint.log import RunLog, ended_body
 from checkpoint.store import Store, address, open_store
 from flows.drive.claims import StoreClaims
 from flows.drive.loop import Driver, NoSink, Outcome, Sink
-from flows.drive.orders import Asked, place
+from flows.drive.orders import Asked, place_order
 from flows.drive.run import Prepared, ask_run, prepare_run
 from trainer.launch import Launch, Launcher, LocalLauncher, Watching
 from trainer.spec import RunSpec, how_map, load_spec
@@ -187,7 +187,7 @@ def train(
     """
     the_store = store_at(store) if store is None or isinstance(store, str) else store
     run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, sets)
-    prepared = place(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
+    prepared = place_order(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
     return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()
 
 
@@ -201,5 +201,5 @@ def resume(
 ) -> Run:
     """Drive a run of the store again, with another How where ``sets`` says so."""
     the_store = store_at(store)
-    prepared = place(the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True))
+    prepared = place_order(the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True))
     return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()

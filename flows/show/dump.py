@@ -30,7 +30,7 @@ from flows.show.facts import details
 from trainer.cores import usable_cpus
 from trainer.errors import LaunchError, OutputError, TrainerError
 
-STRUCK = "[struck out]"
+REDACTED = "[struck out]"
 METRICS_SEGMENTS, EPOCHS = 20, 8
 _SECRET_NAME = re.compile(r"(secret|token|password|passwd|credential|access_key|api_key|authorization)", re.I)
 _SECRET_TEXT = (
@@ -47,13 +47,13 @@ _SECRET_TEXT = (
 )
 
 
-def strike(data: bytes) -> bytes:
+def redacted(data: bytes) -> bytes:
     """The bytes without credentials: those of this process's environment, and what looks like one."""
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= 8:
-            data = data.replace(value.encode(), STRUCK.encode())
+            data = data.replace(value.encode(), REDACTED.encode())
     for pattern, keep in _SECRET_TEXT:
-        data = pattern.sub(keep + STRUCK.encode(), data)
+        data = pattern.sub(keep + REDACTED.encode(), data)
     return data
 
 
@@ -79,7 +79,7 @@ def _write(
     with tarfile.open(path, "w:gz") as archive:
 
         def add(name: str, data: bytes) -> None:
-            data = strike(data)
+            data = redacted(data)
             info = tarfile.TarInfo(f"{run}/{name}")
             info.size, info.mtime = len(data), int(time.time())
             archive.addfile(info, io.BytesIO(data))
@@ -207,5 +207,5 @@ def without_values(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if isinstance(value.get("name"), str) and "value" in value and _SECRET_NAME.search(value["name"]):
-        return {**value, "value": STRUCK}
+        return {**value, "value": REDACTED}
     return {k: without_values(v) for k, v in value.items()}

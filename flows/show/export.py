@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint.export import Buffer, ExportTensor, Read, export_safetensors, write_file
+from checkpoint.export import Buffer, ExportTensor, Read, export_safetensors, write_pieces
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
@@ -116,7 +116,7 @@ def write_masters(store: Store, manifest: Manifest, path: Path) -> Path:
                 yield data
             yield bytes(-count % _ALIGN)
 
-    return write_file(path, pieces())
+    return write_pieces(path, pieces())
 
 
 class Inference:

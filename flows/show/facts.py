@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint.curve import Row
+from checkpoint.curve import AttemptRow
 from checkpoint.errors import CheckpointError, NotFound
 from checkpoint.keys import traces_prefix
 from checkpoint.log import RunLog, RunState
@@ -91,7 +91,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
     }
 
 
-def attempt_facts(state: RunState, rows: Mapping[int, Row]) -> list[AttemptFact]:
+def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[AttemptFact]:
     """Attempts with the steps that each did, what was done twice, and how long until steps came again.
 
     ``rows``: of the index of metrics, by epoch.

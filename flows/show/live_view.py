@@ -34,7 +34,7 @@ def wanted(stream: IO[str]) -> bool:
 
 
 @dataclass
-class View:
+class LiveView:
     """Start it, tell it events and lines, stop it; lines go above the view, also from other threads."""
 
     steps: int
@@ -50,7 +50,7 @@ class View:
         self._live = Live(self, console=self.console, refresh_per_second=8, transient=True, redirect_stdout=False)
         self._on = False
 
-    def start(self) -> View:
+    def start(self) -> LiveView:
         self._live.start()
         self._on = True
         return self

@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from k8s.images.builder import Builder, ImageError, in_turn, machine
+from k8s.images.builder import ImageBuilder, ImageError, machine, one_at_a_time
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 SUM = hashlib.sha256(f"{sys.version} {os.path.realpath(sys.executable)} 3".encode()).hexdigest()[:8]
@@ -39,16 +39,16 @@ SKIPPED = (
 )
 
 
-def base_image(builder: Builder) -> str:
+def base_image(builder: ImageBuilder) -> str:
     """Build the base into the builder's storage where it is not there yet; returns its name for a Containerfile."""
     name = NAME if builder.program == "docker" else f"localhost/{NAME}"
-    with in_turn():
+    with one_at_a_time():
         if not builder.has(name):
             _make(builder)
     return name
 
 
-def _make(builder: Builder) -> None:
+def _make(builder: ImageBuilder) -> None:
     with tempfile.TemporaryDirectory(prefix="hotstage-base-") as place:
         root = Path(place) / "root"
         for folder in (

@@ -31,7 +31,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from k8s.images.base import VERSION, base_image
-from k8s.images.builder import Builder, ImageError, in_turn, machine
+from k8s.images.builder import ImageBuilder, ImageError, machine, one_at_a_time
 from k8s.images.sbom import engine_sbom, python_sbom, store_sbom
 from k8s.images.static import ROOT, cache, say, static_engine
 from k8s.images.store import VERSION as STORE_VERSION
@@ -81,7 +81,7 @@ def build(
     base: str = BASE,
     python: str = PYTHON,
     out: Path | None = None,
-    builder: Builder | None = None,
+    builder: ImageBuilder | None = None,
     revision: str | None = None,
     epoch: int | None = None,
 ) -> Image:
@@ -108,9 +108,9 @@ def build(
         key = _digest(context, {**args, "arch": arch, "epoch": str(epoch)})
         archive = out / f"{name}-{arch}.tar"
         stamp = archive.with_suffix(".key")
-        with in_turn():
+        with one_at_a_time():
             if not (archive.exists() and stamp.exists() and stamp.read_text() == key):
-                builder = builder or Builder.find()
+                builder = builder or ImageBuilder.find()
                 say(f"building {tag} for {arch} with {builder.program}")
                 builder.build(context, tag, arch=arch, args=args, epoch=epoch)
                 stamp.unlink(missing_ok=True)  # of what is there until now
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no image is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
     try:
-        builder = Builder.find(options.tool)
+        builder = ImageBuilder.find(options.tool)
         base, python = (base_image(builder), VERSION) if options.base == "local" else (options.base, options.python)
         for name in wanted:
             for arch in ("amd64", "arm64") if name == "engine" else (machine(),):

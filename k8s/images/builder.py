@@ -31,7 +31,7 @@ def machine() -> str:
 
 
 @contextlib.contextmanager
-def in_turn() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
     """One at a time works in this user's storages: between a build and its archive nobody gives the image's name away,
     and nobody tidies layers away that a build stands on.
     """
@@ -41,14 +41,14 @@ def in_turn() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Builder:
+class ImageBuilder:
     """``options`` come before the program's verb (a storage of its own, for one)."""
 
     program: str
     options: tuple[str, ...] = ()
 
     @classmethod
-    def find(cls, named: str | None = None, storage: Path | None = None) -> Builder:
+    def find(cls, named: str | None = None, storage: Path | None = None) -> ImageBuilder:
         """The one named, else the first that works here. ``storage``: keep images in this folder (podman, buildah)."""
         for program in [named] if named else ["docker", "podman", "buildah"]:
             if shutil.which(program) and _works(program):
@@ -88,7 +88,7 @@ class Builder:
         """Drop images that no name points to any more, where the storage is this builder's own."""
         if self.options:
             verb = ["rmi", "--prune"] if self.program == "buildah" else ["image", "prune", "--force"]
-            with in_turn():
+            with one_at_a_time():
                 subprocess.run([self.program, *self.options, *verb], capture_output=True)
 
     def _run(self, *args: str) -> None:

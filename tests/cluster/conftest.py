@@ -20,7 +20,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from k8s.images.base import NAME, VERSION, base_image
 from k8s.images.build import Image, build
-from k8s.images.builder import Builder
+from k8s.images.builder import ImageBuilder
 from tests.cluster import cluster as room
 from tests.cluster.cluster import Cluster
 from tests.cluster.control import HOST
@@ -96,21 +96,21 @@ def holding(factory: pytest.TempPathFactory, what: str, *, alone: bool) -> Itera
 
 
 @pytest.fixture(scope="session")
-def builder() -> Iterator[Builder]:
+def builder() -> Iterator[ImageBuilder]:
     """What builds images here, with a storage of its own."""
-    found = Builder.find(storage=cache() / "storage")
+    found = ImageBuilder.find(storage=cache() / "storage")
     yield found
     found.tidy()
 
 
 @pytest.fixture(scope="session")
-def base(builder: Builder) -> str:
+def base(builder: ImageBuilder) -> str:
     """A Python image for the others to stand on."""
     return base_image(builder)
 
 
 @pytest.fixture(scope="session")
-def images(builder: Builder, base: str) -> dict[str, Image]:
+def images(builder: ImageBuilder, base: str) -> dict[str, Image]:
     """The engine's and the agent's images, built from this tree."""
     folder = cache() / "images" / "test"
     return {
@@ -151,7 +151,7 @@ def cluster(
 
 
 @pytest.fixture(scope="session")
-def python_image(standing: Cluster, builder: Builder, base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def python_image(standing: Cluster, builder: ImageBuilder, base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The name of an image with a Python, on every node."""
     archive = cache() / "images" / f"{NAME.replace(':', '-')}.tar"
     with holding(tmp_path_factory, "images", alone=True):

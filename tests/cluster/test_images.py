@@ -16,7 +16,7 @@ import pytest
 
 from k8s.images.base import VERSION
 from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, image_id, version
-from k8s.images.builder import Builder, machine
+from k8s.images.builder import ImageBuilder, machine
 from k8s.images.static import ROOT, static_engine
 from k8s.images.store import store_server
 from tests.cluster.cluster import Cluster
@@ -100,7 +100,7 @@ def test_an_image_names_itself_and_runs_as_nobody(images: dict[str, Image], name
 
 @pytest.mark.parametrize("name", ["engine", "agent"])
 def test_the_same_sources_give_the_same_image(
-    images: dict[str, Image], builder: Builder, base: str, tmp_path: Path, name: str
+    images: dict[str, Image], builder: ImageBuilder, base: str, tmp_path: Path, name: str
 ) -> None:
     again = build(name, base=base, python=VERSION, out=tmp_path, builder=builder, revision="test")
     assert again.digest == images[name].digest
@@ -116,14 +116,14 @@ BUILD = """
 import sys
 from pathlib import Path
 from k8s.images.build import build
-from k8s.images.builder import Builder
+from k8s.images.builder import ImageBuilder
 from tests.support.go import cache
-builder = Builder.find(storage=cache() / "storage")
+builder = ImageBuilder.find(storage=cache() / "storage")
 print(build("engine", out=Path(sys.argv[1]), builder=builder, revision=sys.argv[2]).digest)
 """
 
 
-def test_two_builds_at_once_both_give_what_they_were_asked_for(builder: Builder, tmp_path: Path) -> None:
+def test_two_builds_at_once_both_give_what_they_were_asked_for(builder: ImageBuilder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     both = {
         revision: subprocess.Popen(
@@ -198,7 +198,7 @@ def test_engine_and_agent_start_in_a_confined_pod(cluster: Cluster, images: dict
 
 
 @pytest.mark.slow
-def test_the_flows_start_in_a_confined_pod(cluster: Cluster, builder: Builder, base: str) -> None:
+def test_the_flows_start_in_a_confined_pod(cluster: Cluster, builder: ImageBuilder, base: str) -> None:
     image = build("flows", base=base, python=VERSION, out=cache() / "images" / "test", builder=builder, revision="test")
     cluster.load_image(image.archive)
     assert "train" in run_in_pod(cluster, image.tag, "hotstage", "--help")
@@ -206,7 +206,7 @@ def test_the_flows_start_in_a_confined_pod(cluster: Cluster, builder: Builder, b
 
 
 @pytest.mark.slow
-def test_the_engine_for_arm64(builder: Builder, tmp_path: Path) -> None:
+def test_the_engine_for_arm64(builder: ImageBuilder, tmp_path: Path) -> None:
     """Built from the same sources; it runs where the machine can run such programs."""
     image = build("engine", arch="arm64", out=tmp_path, builder=builder, revision="test")
     assert image.archive.stat().st_size <= ENGINE_LIMIT

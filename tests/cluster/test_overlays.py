@@ -30,9 +30,9 @@ def test_the_api_server_takes_every_object(cluster: Cluster, overlay: str) -> No
 
 def test_the_doctor_finds_nothing_bad_here(cluster: Cluster) -> None:
     from k8s.api import Api
-    from k8s.doctor import Wanted, examine
+    from k8s.doctor import RunNeeds, examine
 
     with cluster.namespace("doctor") as namespace:
-        checks = examine(Api.load(str(cluster.kubeconfig)), Wanted(namespace))
+        checks = examine(Api.load(str(cluster.kubeconfig)), RunNeeds(namespace))
     assert [c for c in checks if c.verdict == "bad"] == []
     assert {c.name for c in checks} >= {"version", "rights", "namespace", "quota", "machines"}

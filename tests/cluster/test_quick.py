@@ -12,7 +12,7 @@ import pytest
 
 from k8s.images.base import VERSION
 from k8s.images.build import build
-from k8s.images.builder import Builder
+from k8s.images.builder import ImageBuilder
 from tests.cluster.cluster import ROOT, Cluster
 from tests.support.go import cache
 from trainer.spec import load_spec
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def images_of_the_overlay(cluster: Cluster, builder: Builder, base: str) -> None:
+def images_of_the_overlay(cluster: Cluster, builder: ImageBuilder, base: str) -> None:
     """What `make images BASE=local` makes beside the engine and the agent, on every node."""
     for name in ("flows", "store"):
         out = cache() / "images" / "test"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from k8s.api import PODS, Api
-from k8s.doctor import RIGHTS, ROLE, Wanted, examine
+from k8s.doctor import RIGHTS, ROLE, RunNeeds, examine
 from k8s.errors import Missing, NotAllowed
 from k8s.launcher import KubernetesLauncher
 from tests.cluster.cluster import Cluster
@@ -83,7 +83,7 @@ def logs(launcher: KubernetesLauncher, api: Api, launch: Launch, whole: Kubernet
 
 
 def examines(launcher: KubernetesLauncher, api: Api, launch: Launch, whole: KubernetesLauncher) -> str:
-    found = examine(api, Wanted(launch.spec.launch.namespace))  # type: ignore[union-attr]
+    found = examine(api, RunNeeds(launch.spec.launch.namespace))  # type: ignore[union-attr]
     return " ".join(c.text for c in found if c.name in ("namespace", "quota") and c.verdict == "unknown")
 
 

@@ -9,7 +9,7 @@ import pytest
 from kubernetes.client import Configuration
 
 from k8s.api import PODS, Api
-from k8s.doctor import RIGHTS, Check, Wanted, examine
+from k8s.doctor import RIGHTS, Check, RunNeeds, examine
 from tests.k8s.api_server import ApiServer
 from tests.k8s.test_launcher import LAUNCH_OF, NAME, connect, run_pods
 from tests.k8s.test_render import rendered
@@ -45,7 +45,7 @@ def examined(server: ApiServer, **launch: Any) -> dict[str, list[Check]]:
     launch = {"store_secret": "s3", "image": "reg/engine:1", "agent_image": "reg/agent:1", **launch}
     job = rendered(**launch)[0]
     fabric = launch.get("fabric", "tcp")
-    wanted = Wanted("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""), fabric)
+    wanted = RunNeeds("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""), fabric)
     found: dict[str, list[Check]] = {}
     for check in examine(Api(configuration), wanted):
         found.setdefault(check.name, []).append(check)
@@ -193,7 +193,7 @@ def test_a_queue_that_is_not_there(server: ApiServer) -> None:
 def test_nobody_there(server: ApiServer) -> None:
     configuration = Configuration()
     configuration.host = "http://127.0.0.1:9"
-    (check,) = examine(Api(configuration), Wanted("train"))
+    (check,) = examine(Api(configuration), RunNeeds("train"))
     assert (check.name, check.verdict) == ("version", "bad")
 
 
@@ -201,7 +201,7 @@ def test_no_time_left_is_said(server: ApiServer) -> None:
     configuration = Configuration()
     configuration.host = server.url
     times = iter([0.0, 1.0, *([20.0] * 20)])
-    found = examine(Api(configuration), Wanted("train"), clock=lambda: next(times))
+    found = examine(Api(configuration), RunNeeds("train"), clock=lambda: next(times))
     assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 9
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from k8s.quota import Problem, charges, quota_problems, range_problems, uses, whole
+from k8s.quota import QuotaProblem, charges, of_pod, quota_problems, range_problems, uses
 from k8s.refusal import refusal
 from tests.k8s.test_render import rendered
 
@@ -25,11 +25,11 @@ def limits(kind: str = "Container", **bounds: dict[str, str]) -> dict[str, Any]:
     return {"metadata": {"name": "bounds"}, "spec": {"limits": [{"type": kind, **bounds}]}}
 
 
-def judged(item: dict[str, Any], *ranges: dict[str, Any], **launch: Any) -> list[Problem]:
+def judged(item: dict[str, Any], *ranges: dict[str, Any], **launch: Any) -> list[QuotaProblem]:
     return quota_problems(item, rendered(**launch)[0], ranges)
 
 
-def bounded(item: dict[str, Any], **launch: Any) -> list[Problem]:
+def bounded(item: dict[str, Any], **launch: Any) -> list[QuotaProblem]:
     return range_problems(item, rendered(**launch)[0]["spec"]["template"]["spec"], [item])
 
 
@@ -174,7 +174,7 @@ def test_a_plain_init_container_counts_beside_the_sidecars_only() -> None:
         ],
         "containers": [{"name": "engine", "resources": {"requests": {"cpu": "2"}, "limits": {GPU: "1"}}}],
     }
-    total = whole(uses(pod))
+    total = of_pod(uses(pod))
     assert total.requests == {"cpu": 4, "memory": 1 << 30, GPU: 1}
     assert charges(total)[f"requests.{GPU}"] == 1
     assert f"limits.{GPU}" not in charges(total)

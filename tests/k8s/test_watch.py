@@ -13,7 +13,7 @@ from kubernetes.client import Configuration
 from k8s.api import JOBS, PODS, Api
 from k8s.errors import ApiUnavailable, Expired, NotAllowed
 from k8s.views import PodView, pod_view
-from k8s.watch import List, Machine, Pace, Wait, Watch, Watcher
+from k8s.watch import List, Machine, ObjectWatcher, Pace, Wait, WatchRequest
 from tests.k8s.api_server import ApiServer, pod
 
 QUICK = Pace(watch_s=2.0, idle_s=5.0, relist_s=60.0, backoff_s=0.05, backoff_max_s=0.4, stable_s=0.3)
@@ -41,13 +41,13 @@ def server() -> Iterator[ApiServer]:
 
 
 @pytest.fixture
-def watcher(server: ApiServer) -> Iterator[Watcher[PodView]]:
-    made = Watcher(api_of(server), PODS, "train", "hotstage.dev/run=x", pod_view, QUICK, seed=1)
+def watcher(server: ApiServer) -> Iterator[ObjectWatcher[PodView]]:
+    made = ObjectWatcher(api_of(server), PODS, "train", "hotstage.dev/run=x", pod_view, QUICK, seed=1)
     yield made
     made.stop()
 
 
-def started(watcher: Watcher[PodView]) -> Watcher[PodView]:
+def started(watcher: ObjectWatcher[PodView]) -> ObjectWatcher[PodView]:
     watcher.start()
     assert watcher.wait_synced(10.0)
     return watcher
@@ -64,18 +64,18 @@ def test_first_a_list_then_watches_from_its_version() -> None:
     m = machine()
     assert m.next(0.0) == List()
     m.listed(0.0, "41")
-    assert m.next(0.0) == Watch("41", 50.0)
+    assert m.next(0.0) == WatchRequest("41", 50.0)
     m.opened(0.0)
     m.seen(1.0, "57")
     m.closed(50.0)
-    assert m.next(50.0) == Watch("57", 50.0)
+    assert m.next(50.0) == WatchRequest("57", 50.0)
 
 
 def test_the_whole_is_listed_again_after_a_while_and_watches_end_before_that() -> None:
     m = machine(relist_s=100.0)
     m.listed(0.0, "1")
     action = m.next(60.0)
-    assert isinstance(action, Watch)
+    assert isinstance(action, WatchRequest)
     assert 1.0 <= action.timeout_s <= 50.0
     assert m.next(111.0) == List()
 
@@ -101,7 +101,7 @@ def test_a_storm_of_errors_is_bounded(error: Exception) -> None:
             case List():
                 requests += 1
                 m.listed(now, "1")
-            case Watch():
+            case WatchRequest():
                 requests += 1
                 m.opened(now)
                 m.failed(now, error)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_streams_that_end_at_once_are_no_hot_loop() -> None:
                 now += seconds
             case List():
                 m.listed(now, "1")
-            case Watch():
+            case WatchRequest():
                 requests += 1
                 m.opened(now)
                 m.closed(now)
@@ -146,7 +146,7 @@ def test_retry_after_is_honoured() -> None:
 # --- over HTTP ------------------------------------------------------------------------------------------------
 
 
-def test_pods_come_change_and_go(server: ApiServer, watcher: Watcher[PodView]) -> None:
+def test_pods_come_change_and_go(server: ApiServer, watcher: ObjectWatcher[PodView]) -> None:
     started(watcher)
     server.put(PODS_AT, pod("a", JOB, 0))
     server.put(PODS_AT, {**pod("b", JOB, 1), "metadata": {"name": "b", "labels": {"hotstage.dev/run": "other"}}})
@@ -160,7 +160,7 @@ def test_pods_come_change_and_go(server: ApiServer, watcher: Watcher[PodView]) -
     assert server.count("GET", "list", "pods") == 1
 
 
-def test_a_sight_is_made_anew_only_where_something_changed(server: ApiServer, watcher: Watcher[PodView]) -> None:
+def test_a_sight_is_made_anew_only_where_something_changed(server: ApiServer, watcher: ObjectWatcher[PodView]) -> None:
     server.put(PODS_AT, pod("a", JOB, 0))
     started(watcher)
     before = watcher.sight()
@@ -173,7 +173,7 @@ def test_a_sight_is_made_anew_only_where_something_changed(server: ApiServer, wa
     assert set(before.objects) == {"a"}  # nobody's sight changes behind his back
 
 
-def test_compacted_history_is_listed_anew(server: ApiServer, watcher: Watcher[PodView]) -> None:
+def test_compacted_history_is_listed_anew(server: ApiServer, watcher: ObjectWatcher[PodView]) -> None:
     server.put(PODS_AT, pod("a", JOB, 0))
     started(watcher)
     with server.lock:  # nothing of this reaches the watch
@@ -186,7 +186,7 @@ def test_compacted_history_is_listed_anew(server: ApiServer, watcher: Watcher[Po
 
 
 @pytest.mark.parametrize(("kind", "status"), [("watch", 500), ("watch", 410), ("watch", 429), ("list", 503)])
-def test_storms_are_ridden_out(server: ApiServer, watcher: Watcher[PodView], kind: str, status: int) -> None:
+def test_storms_are_ridden_out(server: ApiServer, watcher: ObjectWatcher[PodView], kind: str, status: int) -> None:
     server.put(PODS_AT, pod("a", JOB, 0))
     started(watcher)
     server.storms[kind] = (status, "storm")
@@ -203,7 +203,9 @@ def test_storms_are_ridden_out(server: ApiServer, watcher: Watcher[PodView], kin
     until(lambda: watcher.sight().failing_s == 0.0, "health")
 
 
-def test_a_server_that_is_away_is_unknown_and_says_since_when(server: ApiServer, watcher: Watcher[PodView]) -> None:
+def test_a_server_that_is_away_is_unknown_and_says_since_when(
+    server: ApiServer, watcher: ObjectWatcher[PodView]
+) -> None:
     server.put(PODS_AT, pod("a", JOB, 0))
     started(watcher)
     server.storms.update(list=(500, "away"), watch=(500, "away"))
@@ -216,7 +218,7 @@ def test_a_server_that_is_away_is_unknown_and_says_since_when(server: ApiServer,
 
 def test_a_connection_that_says_nothing_is_given_up(server: ApiServer) -> None:
     pace = Pace(watch_s=0.5, idle_s=0.5, backoff_s=0.05, backoff_max_s=0.1)
-    watcher = Watcher(api_of(server), PODS, "train", "hotstage.dev/run=x", pod_view, pace, seed=1)
+    watcher = ObjectWatcher(api_of(server), PODS, "train", "hotstage.dev/run=x", pod_view, pace, seed=1)
     try:
         started(watcher)
         server.mute = True
@@ -228,7 +230,7 @@ def test_a_connection_that_says_nothing_is_given_up(server: ApiServer) -> None:
         watcher.stop()
 
 
-def test_a_thousand_pods_are_all_tracked(server: ApiServer, watcher: Watcher[PodView]) -> None:
+def test_a_thousand_pods_are_all_tracked(server: ApiServer, watcher: ObjectWatcher[PodView]) -> None:
     job = {**JOB, "spec": {"completions": 1000}}
     for index in range(600):
         server.put(PODS_AT, pod(f"p{index}", job, index, phase="Pending"))

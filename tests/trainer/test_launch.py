@@ -17,7 +17,7 @@ from tests.support.agents import ROOT, Run, make_run, put_dataset, tiny_spec, wa
 from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
-from trainer.launch import Launch, LocalLauncher, NodeView, ProcessMark
+from trainer.launch import Launch, LaunchedNode, LocalLauncher, ProcessMark
 from trainer.spec import how_map
 
 
@@ -34,7 +34,7 @@ def started(tmp_path: Path) -> Iterator[tuple[LocalLauncher, Launch, Run, str]]:
         launcher.stop(launch.launch_id, 0)
 
 
-def node_of(launcher: LocalLauncher, launch: Launch) -> NodeView:
+def node_of(launcher: LocalLauncher, launch: Launch) -> LaunchedNode:
     (node,) = launcher.observe(launch.launch_id).nodes
     return node
 

@@ -31,7 +31,7 @@ class Ends:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class MessageEnd:
     """One end of a message, as a position's list has it. ``label`` is the same at both ends; ``text`` is for people."""
 
     channel: Hashable
@@ -40,7 +40,7 @@ class Message:
     text: str
 
 
-def check_channels(rows: Sequence[Sequence[Message]]) -> None:
+def check_channels(rows: Sequence[Sequence[MessageEnd]]) -> None:
     """``check_ends`` of messages whose channels and labels are any values."""
     channels: dict[Hashable, int] = {}
     labels: dict[Hashable, int] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from trainer.plan.timeline import COMPUTE_KINDS, KINDS, Event, Timeline
+from trainer.plan.timeline import COMPUTE_KINDS, KINDS, Span, Timeline
 
 _FILL = {"F": "-", "I": "=", "W": "~", "B": "=", "O": "#", "other": ":"}
 _LEGEND = {
@@ -33,10 +33,10 @@ def _seconds(value: float) -> str:
     return f"{value:.4g} s"
 
 
-def _cells(events: Sequence[Event], seconds: float, columns: int) -> str:
+def _cells(events: Sequence[Span], seconds: float, columns: int) -> str:
     """One rank's row: every column shows the event that fills most of it; messages and waits stay blank."""
     scale = columns / seconds if seconds > 0 else 0.0
-    owner: list[Event | None] = [None] * columns
+    owner: list[Span | None] = [None] * columns
     share = [0.0] * columns
     for event in events:
         if event.kind in ("send", "recv"):
@@ -136,7 +136,7 @@ def timeline_svg(timelines: Timeline | Sequence[Timeline], width: int = 960) -> 
     )
 
 
-def _svg_block(event: Event, left: int, y: int, lane: int, scale: float) -> str:
+def _svg_block(event: Span, left: int, y: int, lane: int, scale: float) -> str:
     x, wide = left + event.start * scale, event.seconds * scale
     thin = event.kind in ("send", "recv")
     top, high = (y + lane // 2 - 2, 4) if thin else (y, lane)

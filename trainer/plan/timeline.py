@@ -33,7 +33,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Span:
     """One action of a rank; ``action`` is its text, such as ``2F0`` or ``SEND_F``; ``start <= end``, in seconds."""
 
     rank: Rank
@@ -57,8 +57,8 @@ class Label:
     numbered: bool = False
 
 
-class EventRow(Sequence[Event]):
-    """One rank's events by start, as columns, read as a sequence of ``Event``. -1 in ``microbatch``: none."""
+class EventRow(Sequence[Span]):
+    """One rank's events by start, as columns, read as a sequence of ``Span``. -1 in ``microbatch``: none."""
 
     __slots__ = ("end", "labels", "microbatch", "rank", "start", "which")
 
@@ -75,7 +75,7 @@ class EventRow(Sequence[Event]):
         self.start, self.end = start, end
 
     @classmethod
-    def of(cls, rank: Rank, events: Iterable[Event]) -> EventRow:
+    def of(cls, rank: Rank, events: Iterable[Span]) -> EventRow:
         """The events of a rank, sorted by start."""
         listed = sorted(events, key=lambda event: event.start)
         labels: dict[Label, int] = {}
@@ -88,23 +88,23 @@ class EventRow(Sequence[Event]):
         return len(self.which)
 
     @overload
-    def __getitem__(self, place: int) -> Event: ...
+    def __getitem__(self, place: int) -> Span: ...
     @overload
     def __getitem__(self, place: slice) -> EventRow: ...
-    def __getitem__(self, place: int | slice) -> Event | EventRow:
+    def __getitem__(self, place: int | slice) -> Span | EventRow:
         if isinstance(place, slice):
             columns = self.which[place], self.microbatch[place], self.start[place], self.end[place]
             return EventRow(self.rank, self.labels, *columns)
         microbatch, times = int(self.microbatch[place]), (float(self.start[place]), float(self.end[place]))
         return self._one(int(self.which[place]), microbatch, *times)
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[Span]:
         return map(self._one, self.which.tolist(), self.microbatch.tolist(), self.start.tolist(), self.end.tolist())
 
-    def _one(self, which: int, microbatch: int, start: float, end: float) -> Event:
+    def _one(self, which: int, microbatch: int, start: float, end: float) -> Span:
         label, number = self.labels[which], None if microbatch < 0 else microbatch
         text = f"{label.action}{number}" if label.numbered and number is not None else label.action
-        return Event(self.rank, text, label.kind, start, end, number)
+        return Span(self.rank, text, label.kind, start, end, number)
 
     def seconds(self, kinds: Collection[str]) -> float:
         """Seconds of all events of ``kinds``."""
@@ -113,7 +113,7 @@ class EventRow(Sequence[Event]):
         return float((self.end[chosen] - self.start[chosen]).sum())
 
 
-class EventList(Sequence[Event]):
+class EventList(Sequence[Span]):
     """The events of all ranks, rank by rank."""
 
     __slots__ = ("rows",)
@@ -125,10 +125,10 @@ class EventList(Sequence[Event]):
         return sum(map(len, self.rows))
 
     @overload
-    def __getitem__(self, place: int) -> Event: ...
+    def __getitem__(self, place: int) -> Span: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Event]: ...
-    def __getitem__(self, place: int | slice) -> Event | Sequence[Event]:
+    def __getitem__(self, place: slice) -> Sequence[Span]: ...
+    def __getitem__(self, place: int | slice) -> Span | Sequence[Span]:
         if isinstance(place, slice):
             return [self[n] for n in range(*place.indices(len(self)))]
         left = place if place >= 0 else place + len(self)
@@ -138,7 +138,7 @@ class EventList(Sequence[Event]):
             left -= len(row)
         raise IndexError(f"event {place} of {len(self)}")
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[Span]:
         return chain.from_iterable(self.rows)
 
 
@@ -146,7 +146,7 @@ class EventList(Sequence[Event]):
 class Timeline:
     """Events of ``ranks`` ranks, each rank's ascending and without overlap."""
 
-    events: Sequence[Event]
+    events: Sequence[Span]
     ranks: int
     title: str = ""
 
@@ -155,7 +155,7 @@ class Timeline:
         """Events by rank, by start."""
         if isinstance(self.events, EventList):
             return self.events.rows
-        rows: list[list[Event]] = [[] for _ in range(self.ranks)]
+        rows: list[list[Span]] = [[] for _ in range(self.ranks)]
         for event in self.events:
             rows[event.rank].append(event)
         return tuple(EventRow.of(Rank(rank), row) for rank, row in enumerate(rows))
@@ -221,7 +221,7 @@ def from_chrome(traces: Mapping[Rank, str], step: int | None = None, title: str 
     ``step`` None takes the last step that every rank has. The ranks of one machine share a clock; the timeline starts
     with the step's first event. Raises ValueError where a trace cannot be read or no step is common to all.
     """
-    rows: dict[Rank, dict[int, list[Event]]] = {}
+    rows: dict[Rank, dict[int, list[Span]]] = {}
     for rank, text in traces.items():
         steps = rows.setdefault(rank, {})
         try:
@@ -232,7 +232,7 @@ def from_chrome(traces: Mapping[Rank, str], step: int | None = None, title: str 
                 microbatch = int(args.get("mb", -1))
                 start, length = float(item["ts"]) * 1e-6, float(item["dur"]) * 1e-6
                 name, place = str(item["name"]), microbatch if microbatch >= 0 else None
-                event = Event(rank, name, kind_of(name), start, start + length, place)
+                event = Span(rank, name, kind_of(name), start, start + length, place)
                 steps.setdefault(int(args.get("step", 0)), []).append(event)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the trace of rank {rank} is not a Chrome trace: {error}") from error
@@ -245,7 +245,7 @@ def from_chrome(traces: Mapping[Rank, str], step: int | None = None, title: str 
     events = [event for steps in rows.values() for event in steps[chosen]]
     zero = min(event.start for event in events)
     moved = tuple(
-        Event(e.rank, e.action, e.kind, e.start - zero, e.end - zero, e.microbatch)
+        Span(e.rank, e.action, e.kind, e.start - zero, e.end - zero, e.microbatch)
         for e in sorted(events, key=lambda event: (event.rank, event.start))
     )
     return Timeline(moved, max(rows) + 1, f"{title}, step {chosen}")

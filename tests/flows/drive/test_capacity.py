@@ -15,7 +15,7 @@ from flows.drive.launches import launch_of
 from flows.drive.loop import Driver
 from flows.drive.reconcile import Reconciler, wants_driver
 from flows.drive.run import attempt_body, fold_view, load_run, prepare_run, relayout
-from trainer.launch import Finding, Launch, LaunchView, NodeView
+from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 from trainer.spec import parse_spec
 
 SPEC: dict[str, Any] = {
@@ -158,7 +158,7 @@ def test_a_refused_image_ends_the_run(place: Any) -> None:
     cluster = Cluster()
     loss = Finding("config", "pod x cannot start its engine: ErrImageNeverPull", "load the image")
     cluster.views[f"{prepared.run}-k1"] = LaunchView(
-        f"{prepared.run}-k1", "lost", (NodeView(0, None, None, None, ""),), loss=loss
+        f"{prepared.run}-k1", "lost", (LaunchedNode(0, None, None, None, ""),), loss=loss
     )
     outcome = Driver(
         prepared,

@@ -14,7 +14,7 @@ import pytest
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
 from flows.drive.loop import Driver, Event, Outcome
-from flows.drive.orders import Asked, changes, describe, place, who
+from flows.drive.orders import Asked, changes, describe, place_order, who
 from flows.drive.run import Prepared, asked_how, attempt_body, prepare_run, relayout, ruling_how
 from flows.drive.train import cancel
 from tests.checkpoint.samples import point_body
@@ -147,12 +147,12 @@ def test_a_second_train_with_another_layout_is_an_order_and_the_first_driver_fol
     small: tuple[Store, Prepared],
 ) -> None:
     store, prepared = small
-    driven(store, place(store, prepared, Asked("train")), nodes := Nodes())
+    driven(store, place_order(store, prepared, Asked("train")), nodes := Nodes())
     assert [i.body["kind"] for i in state_of(store, prepared).interventions] == []  # nothing stood before it
     two = another(store, prepared, "parallel.stages=2")
     assert two.run == prepared.run
-    place(store, two, Asked("train"))
-    place(store, two, Asked("train"))  # the same once more is nothing new
+    place_order(store, two, Asked("train"))
+    place_order(store, two, Asked("train"))  # the same once more is nothing new
     assert len(state_of(store, prepared).orders) == 1
     _, told = driven(store, prepared, nodes)  # the first command's driver, with its own idea of the layout
     state = state_of(store, prepared)
@@ -174,7 +174,7 @@ def test_versions_whose_plans_differ_do_not_answer_each_other(
     other = replace(prepared, plan=compile_plan(another(store, prepared, "checkpoint.slots=4").spec, prepared.dataset,
                                                 prepared.what))  # fmt: skip
     assert other.plan.digest != prepared.plan.digest
-    place(store, other, Asked("train"))
+    place_order(store, other, Asked("train"))
     driven(store, other, nodes)
     driven(store, prepared, nodes)
     assert state_of(store, prepared).n == before.n
@@ -198,7 +198,7 @@ def test_a_how_that_this_version_cannot_read_or_serve_is_left_with_a_word(small:
         assert word in outcome.reason, outcome.reason
     assert state_of(store, prepared).n == state.n  # it wrote nothing
     # the way out that it names
-    place(store, prepared, Asked("train"))
+    place_order(store, prepared, Asked("train"))
     assert driven(store, prepared, nodes)[0].outcome == "stopped"
     cluster = {**how, "launch": {**how["launch"], "target": "kubernetes"}}
     state = log.append("intervention", {"kind": "order", "how": cluster, "by": "ann@b", "via": "train"}, log.fold())
@@ -210,22 +210,22 @@ def test_a_how_that_this_version_cannot_read_or_serve_is_left_with_a_word(small:
 def test_resume_opens_what_had_ended_and_forgives_and_train_does_not(small: tuple[Store, Prepared]) -> None:
     store, prepared = small
     driven(store, prepared, nodes := Nodes())
-    place(store, prepared, Asked("runs resume", again=True))  # it trains: nothing to open, nothing to forgive
+    place_order(store, prepared, Asked("runs resume", again=True))  # it trains: nothing to open, nothing to forgive
     assert state_of(store, prepared).orders == ()
     cancel(store, prepared.run)
     two = another(store, prepared, "parallel.stages=2")
-    place(store, two, Asked("train"))
+    place_order(store, two, Asked("train"))
     assert state_of(store, prepared).orders == ()
     nodes.ensured.clear()  # they leave by themselves
     assert driven(store, two, nodes)[0].outcome == "cancelled"
-    place(store, prepared, Asked("runs resume", again=True))
+    place_order(store, prepared, Asked("runs resume", again=True))
     assert driven(store, prepared, nodes)[0].outcome == "stopped"
     state = state_of(store, prepared)
     assert (state.ended, len(state.attempts)) == (None, 2)
     assert state.attempts[-1].reason.startswith("resumed by ")
     RunLog(store, prepared.run, writer="agent").append("checkpoint", point_body(2), state, epoch=state.epoch)
     with pytest.raises(SpecError, match="usable checkpoint at step 2"):
-        place(store, prepared, Asked("runs resume", again=True, anew=True))
+        place_order(store, prepared, Asked("runs resume", again=True, anew=True))
 
 
 def test_what_was_asked_is_not_what_a_driver_had_to_make_of_it(small: tuple[Store, Prepared]) -> None:
@@ -246,7 +246,7 @@ def test_what_was_asked_is_not_what_a_driver_had_to_make_of_it(small: tuple[Stor
 def test_orders_are_told(small: tuple[Store, Prepared]) -> None:
     store, prepared = small
     driven(store, prepared, Nodes())
-    place(store, another(store, prepared, "parallel.stages=2", "checkpoint.every=7"), Asked("train"))
+    place_order(store, another(store, prepared, "parallel.stages=2", "checkpoint.every=7"), Asked("train"))
     (told,) = describe(state_of(store, prepared))
     assert told["text"] == "checkpoint.every 100 -> 7, parallel.stages 1 -> 2"
     assert (told["via"], told["by"]) == ("train", who())

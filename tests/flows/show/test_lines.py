@@ -21,7 +21,7 @@ from flows.drive.loop import CALM_SHARE, POLL_MOST_S, Event, calm_pause_s
 from flows.drive.run import prepare_run
 from flows.show.curve import loss_image, loss_markdown
 from flows.show.lines import JsonLines, Lines
-from flows.show.live_view import View, spark, wanted
+from flows.show.live_view import LiveView, spark, wanted
 from flows.show.peak import measured_peak
 from tests.flows.conftest import Trained
 from tests.support.place import ROOT, Place
@@ -112,7 +112,7 @@ def test_json_lines_are_json_whatever_happens() -> None:
 def test_the_live_view_fits_the_terminal(width: int) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=width, color_system=None, legacy_windows=False)
-    view = View(100, 2e6, 4e9, console)
+    view = LiveView(100, 2e6, 4e9, console)
     view.tell(Event("attempt", {"number": 2, "step": 8, "from": "memory", "cause": {"text": "rank 1 was killed"}}))
     for number in range(9, 51):
         view.tell(step(number))

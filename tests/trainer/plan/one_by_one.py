@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from trainer.errors import PlanError
-from trainer.plan.channels import Message
+from trainer.plan.channels import MessageEnd
 from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import Interval, align
 from trainer.plan.messages import UNIT_COST
 from trainer.plan.rows import Action, Rows
 from trainer.plan.simulate import CostModel, Instruction
-from trainer.plan.timeline import Event
+from trainer.plan.timeline import Span
 
 
 def stage_positions(rows: Rows) -> dict[int, int]:
@@ -220,14 +220,14 @@ class _Player:
         self.here.add(need)
 
 
-def check_channels(rows: Sequence[Sequence[Message]]) -> None:
+def check_channels(rows: Sequence[Sequence[MessageEnd]]) -> None:
     """Every send is matched by a receive of the same label, in order on its channel, and rendezvous does not deadlock.
 
     A channel has one sending and one receiving position. Works on any messages, those of the optimizer step included:
     the lowering pass calls it on what it wrote into the plan.
     """
     ends: dict[tuple[Hashable, bool], int] = {}
-    lists: dict[tuple[Hashable, bool], list[tuple[int, int, Message]]] = {}
+    lists: dict[tuple[Hashable, bool], list[tuple[int, int, MessageEnd]]] = {}
     for position, row in enumerate(rows):
         for place, message in enumerate(row):
             key = (message.channel, message.is_send)
@@ -254,7 +254,7 @@ def check_channels(rows: Sequence[Sequence[Message]]) -> None:
     _rendezvous(rows, ends)
 
 
-def _rendezvous(rows: Sequence[Sequence[Message]], ends: Mapping[tuple[Hashable, bool], int]) -> None:
+def _rendezvous(rows: Sequence[Sequence[MessageEnd]], ends: Mapping[tuple[Hashable, bool], int]) -> None:
     place = [0] * len(rows)
     ready = list(range(len(rows)))
     while ready:
@@ -298,7 +298,7 @@ def check_lowered(rows: Rows) -> None:
     check_channels(
         [
             [
-                Message((action.op[-1], *action.edge), action.is_send, action.microbatch, str(action))
+                MessageEnd((action.op[-1], *action.edge), action.is_send, action.microbatch, str(action))
                 for action in row
                 if not action.is_compute
             ]
@@ -476,11 +476,11 @@ def _cut(
     return best[0]
 
 
-def simulate(rows: Sequence[Sequence[Instruction]], cost: CostModel) -> tuple[list[Event], dict[tuple[int, int], int]]:
+def simulate(rows: Sequence[Sequence[Instruction]], cost: CostModel) -> tuple[list[Span], dict[tuple[int, int], int]]:
     """Events by rank and start, and bytes by link."""
     clock = [0.0] * len(rows)
     place = [0] * len(rows)
-    events: list[Event] = []
+    events: list[Span] = []
     arrived: dict[int, list[tuple[int, float]]] = {}  # channel -> (sending rank, time at the receiver), in order
     link_bytes: dict[tuple[int, int], int] = {}
     receivers = {
@@ -515,7 +515,7 @@ def simulate(rows: Sequence[Sequence[Instruction]], cost: CostModel) -> tuple[li
             met = max(start, clock[receivers[instruction.channel]]) if cost.rendezvous else start
             end = met + instruction.bytes / cost.link_bytes_per_s
             arrived.setdefault(instruction.channel, []).append((rank, end + cost.link_latency_s))
-        events.append(Event(rank, instruction.action, instruction.kind, start, end, instruction.microbatch))
+        events.append(Span(rank, instruction.action, instruction.kind, start, end, instruction.microbatch))
         clock[rank] = end
         place[rank] += 1
 

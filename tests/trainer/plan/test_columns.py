@@ -16,7 +16,7 @@ from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import View
 from trainer.plan import check, layout, memory, messages, schedules, simulate, slots
-from trainer.plan.channels import Message, check_channels
+from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import Interval
 from trainer.plan.records import ActionList, BoundAction
@@ -168,7 +168,9 @@ def test_which_messages_are_refused(seed: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(0, 1)), max_size=5), max_size=4))
 def test_which_channels_are_refused(raw: list[list[tuple[int, bool, int]]]) -> None:
-    rows = [[Message(channel, send, label, f"{channel}{send}{label}") for channel, send, label in row] for row in raw]
+    rows = [
+        [MessageEnd(channel, send, label, f"{channel}{send}{label}") for channel, send, label in row] for row in raw
+    ]
     wanted, found = (refusal(lambda by=by: by(rows)) for by in (one_by_one.check_channels, check_channels))
     assert (found is None) == (wanted is None)
     if wanted is not None and "belongs to" in wanted:
@@ -285,8 +287,8 @@ def test_action_lists_read_as_lists() -> None:
 def test_a_deadlock_is_told_as_its_cycle() -> None:
     """Ranks that wait behind it are not named."""
 
-    def end(channel: str, is_send: bool) -> Message:
-        return Message(channel, is_send, 0, f"{'send' if is_send else 'receive'} {channel}")
+    def end(channel: str, is_send: bool) -> MessageEnd:
+        return MessageEnd(channel, is_send, 0, f"{'send' if is_send else 'receive'} {channel}")
 
     rows = [[end("c", True)], [end("a", True), end("b", False)], [end("b", True), end("a", False), end("c", False)]]
     with pytest.raises(PlanError) as caught:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.errors import PlanError
 from trainer.plan import messages, rows, schedules
-from trainer.plan.channels import Message, check_channels
+from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.check import check_lowered, check_schedule
 from trainer.plan.messages import insert_messages
 from trainer.plan.rows import COMPUTE, MESSAGES, Action, parse_action
@@ -200,11 +200,11 @@ def test_bad_messages_are_refused(rows: list[str], words: str) -> None:
 
 
 def test_channels_of_any_kind_are_checked() -> None:
-    def send(channel: int, label: str) -> Message:
-        return Message(channel, True, label, f"send {label}")
+    def send(channel: int, label: str) -> MessageEnd:
+        return MessageEnd(channel, True, label, f"send {label}")
 
-    def receive(channel: int, label: str) -> Message:
-        return Message(channel, False, label, f"receive {label}")
+    def receive(channel: int, label: str) -> MessageEnd:
+        return MessageEnd(channel, False, label, f"receive {label}")
 
     check_channels([[send(1, "report"), receive(2, "control")], [receive(1, "report"), send(2, "control")]])
     with pytest.raises(PlanError, match="deadlock"):
