@@ -9,7 +9,7 @@ import pytest
 
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
-from flows.show.dump import dump, strike, without_values
+from flows.show.dump import dump, redacted, without_values
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from flows.show.dump import dump, strike, without_values
     ],
 )
 def test_what_looks_like_a_key_is_struck_out(text: str) -> None:
-    out = strike(text.encode()).decode()
+    out = redacted(text.encode()).decode()
     assert "[struck out]" in out
     for secret in ("wJalr", "IOSFODNN7", "eyJhb", "c2VjcmV0", "MIIEp"):
         assert secret not in out
@@ -32,7 +32,7 @@ def test_what_looks_like_a_key_is_struck_out(text: str) -> None:
 
 def test_figures_stay() -> None:
     line = b'{"tokens_per_s": 1234567.25, "tokens": 123456789, "token_bytes": 2}'
-    assert strike(line) == line
+    assert redacted(line) == line
 
 
 def test_variables_lose_their_values_where_their_names_tell() -> None:
