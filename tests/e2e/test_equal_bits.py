@@ -19,6 +19,7 @@ from tests.engine.engine_build import build_engine
 from tests.support.compilers import OTHER
 from trainer import wire
 from trainer.plan.compile import compile_plan
+from trainer.plan.places import Pipeline, Position
 from trainer.spec import parse_spec, what_digest
 
 VOCAB, SEQUENCE, STEPS = 203, 19, 4
@@ -46,7 +47,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(folder: Path, model: str, precision: str, *, kernel_path: str = "auto", **parallel: Any) -> Gang:
+def run(
+    folder: Path,
+    model: str,
+    precision: str,
+    *,
+    kernel_path: str = "auto",
+    pipeline: Pipeline | None = None,
+    **parallel: Any,
+) -> Gang:
     """Trains a few steps in ``folder``; ``parallel`` is the spec's section."""
     tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))  # 15 samples: 24 are 1.6 passes
     spec = parse_spec(
@@ -70,7 +79,7 @@ def run(folder: Path, model: str, precision: str, *, kernel_path: str = "auto", 
         }
     )
     dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
-    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), pipeline=pipeline)
     return engine_runs.train(plan, folder / "data", folder / "run", kernel_path=kernel_path)
 
 
@@ -115,6 +124,15 @@ def test_stages_schedules_threads(
 def test_threads_on_one_stage(one_stage: Any, tmp_path: Path, model: str, precision: str) -> None:
     for threads in (2, 4):
         assert_same(run(tmp_path / str(threads), model, precision, threads=threads), one_stage(model, precision))
+
+
+@pytest.mark.parametrize(("model", "precision"), [("gpt2 tied", "bf16"), ("llama untied", "fp32")])
+def test_stages_at_other_positions(one_stage: Any, tmp_path: Path, model: str, precision: str) -> None:
+    """A stage's number is not its position's: rank 0 runs stage 1, the embedding is on rank 2, the head on rank 1."""
+    pipeline = Pipeline(tuple(map(Position, (2, 0, 3, 1))), 4)
+    ours = run(tmp_path, model, precision, pipeline=pipeline, stages=4)
+    assert [p.chunks for p in ours.plan.positions] == [(1,), (3,), (0,), (2,)]
+    assert_same(ours, one_stage(model, precision))
 
 
 def cpu_has(path: str) -> bool:

@@ -155,7 +155,7 @@ def _or32(value: int | None) -> int:
 
 def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, strings: _Strings) -> wire.PlanPosition:
     record = wire.PlanPosition(
-        stage=p.position,
+        position=p.position,
         arena_bytes=p.arena_bytes,
         act_offset=p.act_offset,
         act_stride=p.act_stride,

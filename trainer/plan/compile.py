@@ -29,12 +29,18 @@ WSD_DECAY_SHARE = 5
 
 
 def compile_plan(
-    spec: RunSpec, dataset: DatasetRef, what_digest: bytes, mode: Literal["train", "infer"] = "train"
+    spec: RunSpec,
+    dataset: DatasetRef,
+    what_digest: bytes,
+    mode: Literal["train", "infer"] = "train",
+    pipeline: Pipeline | None = None,
 ) -> Plan:
     """The plan of a resolved spec (``spec.resolve(dataset)``). PlanError where none can be made or none fits.
 
     Time and memory are in proportion to the actions of the step lists: about 35 bytes an action while the plan is made,
     and 48 in its file.
+
+    ``pipeline``: where the stages are; None: a position each, in their order.
 
     Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
     """
@@ -49,7 +55,7 @@ def compile_plan(
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         stages = expand(spec, infer)
-        layout = Layout(tuple(stage.layers for stage in stages), Pipeline.in_turn(len(stages)))
+        layout = Layout(tuple(stage.layers for stage in stages), pipeline or Pipeline.in_turn(len(stages)))
         tensors = tensor_table(models.family(spec.model.family), spec.model)
         job = Job(spec, tensors, stages, layout, infer)
         positions, channels, schedule = lower(job)

@@ -132,6 +132,10 @@ class Layout:
     """By stage, ascending and without a gap."""
     pipeline: Pipeline
 
+    def __post_init__(self) -> None:
+        if len(self.layers) != self.pipeline.stages:
+            raise PlanError(f"the layers make {len(self.layers)} stages, the pipeline places {self.pipeline.stages}")
+
     def stage(self, tensor: Tensor) -> Stage:
         """The stage that a tensor belongs to: its layer's; the first one's the embedding, the last one's the rest.
 

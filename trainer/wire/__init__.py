@@ -321,7 +321,7 @@ class PlanRef(ctypes.LittleEndianStructure):
 
 class PlanPosition(ctypes.LittleEndianStructure):
     _fields_ = [
-        ("stage", u32),
+        ("position", u32),
         ("reserved0", u32),
         ("arena_bytes", u64),
         ("act_offset", u64),

@@ -198,7 +198,7 @@ static void plant(garden *g, const hs_plan_ref *at, uint32_t space, uint64_t off
     *(what[0] == 'c' ? &g->calls : &g->actions) += 1;
     if (hs_plan_adopt(bytes, g->size, "planted", &plan, &why) == HS_E_CONFIG && why.text[0]) return;
     (void)fprintf(stderr, "%s %zu of position %u: %u:%" PRIu64 " over %s was taken\n", what, number,
-                  p->stage, space, offset, over);
+                  p->position, space, offset, over);
     hs_plan_close(&plan);
     g->missed = true;
 }

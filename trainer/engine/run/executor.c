@@ -41,7 +41,7 @@ static hs_status fill_data(const hs_executor *ex, hs_why *why) {
  * was asked for. */
 static void write_report(const hs_executor *ex, uint8_t *out) {
     const hs_plan_position *p = ex->position;
-    hs_step_report report = {.step = ex->step, .position = p->stage};
+    hs_step_report report = {.step = ex->step, .position = p->position};
     bool finite = true;
     for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
         const uint8_t *mb = ex->arena->base + p->mb_offset + m * p->mb_stride;

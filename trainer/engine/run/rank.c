@@ -88,7 +88,7 @@ static hs_status open_agent(rank *r, int fds[HS_SNAPSHOT_SLOTS_MAX], int *count,
 
 static hs_status open_snapshot(rank *r, const int *fds, int count, hs_why *why) {
     const hs_plan_position *p = r->executor.position;
-    const hs_snapshot_config config = {.position = p->stage,
+    const hs_snapshot_config config = {.position = p->position,
                                        .states = r->plan.states + p->first_state,
                                        .state_count = p->states,
                                        .tensors = r->plan.tensors,

@@ -65,8 +65,8 @@ hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_p
 hs_status hs_weights_dump(const char *dir, int64_t step, int what, const hs_plan *plan,
                           const hs_plan_position *position, const hs_arena *arena, hs_why *why) {
     char path[4300];
-    (void)snprintf(path, sizeof path, "%s/%" PRId64 "-%" PRIu32 ".%s", dir, step, position->stage,
-                   what == HS_DUMP_GRADS ? "grads" : "weights");
+    (void)snprintf(path, sizeof path, "%s/%" PRId64 "-%" PRIu32 ".%s", dir, step,
+                   position->position, what == HS_DUMP_GRADS ? "grads" : "weights");
     const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0)
         return hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));

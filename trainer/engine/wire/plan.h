@@ -59,9 +59,9 @@ typedef struct hs_plan_config {
     uint32_t mode;             /* HS_MODE_* */
     uint32_t numerics_version; /* 1 */
     uint32_t dtype;            /* HS_F32 or HS_BF16: of activations and weight matrices */
-    uint32_t positions;        /* P, pipeline positions = ranks of one replica */
+    uint32_t positions;        /* P, of the pipeline; each is a rank in every replica */
     uint32_t replicas;         /* D; 1 in this version */
-    uint32_t microbatches;     /* M of a step */
+    uint32_t microbatches;     /* M of a step, in each replica */
     uint32_t microbatch;       /* B, sequences */
     uint32_t sequence;         /* T, tokens */
     uint32_t vocab;            /* V: every token is < V */
@@ -124,7 +124,7 @@ enum { HS_THREADS_COUNTED = 2, HS_THREADS_MAX = 256 };
  *   step   once a step
  * Infer mode: load once, then step for each request (tokens in MB 0, logits out). */
 typedef struct hs_plan_position {
-    uint32_t stage;          /* = its index in this table */
+    uint32_t position;       /* = its index in this table */
     uint32_t reserved0;
     uint64_t arena_bytes;
     uint64_t act_offset, act_stride;
@@ -186,7 +186,7 @@ typedef struct hs_plan_action {
     uint16_t reserved;
     uint32_t program;    /* RUN; else UINT32_MAX */
     uint32_t channel;    /* SEND, RECV; else UINT32_MAX */
-    uint32_t stage;
+    uint32_t stage;      /* of op F, I, W, B: whose, below 65536; else the number of the position */
     uint32_t microbatch; /* UINT32_MAX: none */
     uint32_t slot;       /* UINT32_MAX: none */
     hs_plan_ref ref;

@@ -19,7 +19,7 @@ static hs_status check_known(hs_plan_checker *c, const hs_plan_position *p,
         if (ref->space == HS_SPACE_STATIC && ref->offset == p->control_offset) return HS_OK;
         return REFUSE(c,
                       "call %zu (%s) at position %" PRIu32 ": operand %s is not its control block",
-                      i, facts->name, p->stage, operand->name);
+                      i, facts->name, p->position, operand->name);
     }
     if (operand->kind != HS_KIND_TOKENS && operand->kind != HS_KIND_TARGETS) return HS_OK;
     const bool targets = operand->kind == HS_KIND_TARGETS;
@@ -29,7 +29,7 @@ static hs_status check_known(hs_plan_checker *c, const hs_plan_position *p,
         !hs_plan_inside(ref->offset - at, ref->bytes, bytes)) {
         return REFUSE(c,
                       "call %zu (%s) at position %" PRIu32 ": operand %s is not this position's %s",
-                      i, facts->name, p->stage, operand->name, targets ? "targets" : "tokens");
+                      i, facts->name, p->position, operand->name, targets ? "targets" : "tokens");
     }
     const int64_t below = hs_kernel_dim(facts, call->dim, operand->below);
     if (below < (int64_t)c->plan->config->vocab) {

@@ -5,6 +5,8 @@
 
 #include "run/plan/plan_internal.h"
 
+enum { MOST_STAGES = 65536 };
+
 /* I6: a SEND or RECV. */
 static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
                                const hs_plan_action *a, size_t i, int list) {
@@ -14,9 +16,9 @@ static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
                       plan->count[HS_SECTION_CHANNELS]);
     }
     const hs_plan_channel *ch = &plan->channels[a->channel];
-    if ((a->kind == HS_A_SEND ? ch->from : ch->to) != p->stage) {
+    if ((a->kind == HS_A_SEND ? ch->from : ch->to) != p->position) {
         return REFUSE(c, "action %zu: channel %" PRIu32 " does not %s position %" PRIu32, i,
-                      a->channel, a->kind == HS_A_SEND ? "start at" : "end at", p->stage);
+                      a->channel, a->kind == HS_A_SEND ? "start at" : "end at", p->position);
     }
     if (a->ref.bytes != ch->bytes) {
         return REFUSE(
@@ -49,11 +51,13 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
     if (a->kind == 0 || a->kind >= HS_A_COUNT)
         return REFUSE(c, "action %zu: no kind %u", i, a->kind);
     if (!a->op || !strchr("FIWBO-", a->op)) return REFUSE(c, "action %zu: no op %d", i, a->op);
-    if (a->reserved || a->stage != p->stage) {
+    /* a stage may be at any position; what a position does as a whole says the position */
+    const bool scheduled = strchr("FIWB", a->op) != NULL;
+    if (a->reserved || (scheduled ? a->stage >= MOST_STAGES : a->stage != p->position)) {
         return REFUSE(c,
                       "action %zu: stage %" PRIu32 " in the list of position %" PRIu32
                       ", or reserved is not 0",
-                      i, a->stage, p->stage);
+                      i, a->stage, p->position);
     }
     if (a->microbatch != UINT32_MAX && a->microbatch >= p->mb_count) {
         return REFUSE(c, "action %zu: microbatch %" PRIu32 " of %" PRIu32, i, a->microbatch,
@@ -100,8 +104,8 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
             return REFUSE(c, "action %zu: a report without sumsq", i);
         return check_block(c, a, i, hs_plan_report_bytes(plan));
     case HS_A_COMBINE:
-        if (p->stage != 0)
-            return REFUSE(c, "action %zu: position %" PRIu32 " combines, not 0", i, p->stage);
+        if (p->position != 0)
+            return REFUSE(c, "action %zu: position %" PRIu32 " combines, not 0", i, p->position);
         if (p->control_offset == UINT64_MAX) return REFUSE(c, "action %zu: no control block", i);
         return check_block(c, a, i, hs_plan_report_bytes(plan) * plan->config->positions);
     case HS_A_APPLY:
@@ -131,7 +135,7 @@ static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
             seen[kind]++;
             const bool early = (kind == HS_A_COMBINE && !seen[HS_A_REPORT]) ||
                                (kind == HS_A_APPLY && !seen[HS_A_REPORT]) ||
-                               (kind == HS_A_APPLY && p->stage == 0 && !seen[HS_A_COMBINE]) ||
+                               (kind == HS_A_APPLY && p->position == 0 && !seen[HS_A_COMBINE]) ||
                                (kind == HS_A_SNAPSHOT && !seen[HS_A_APPLY]);
             if (early) return REFUSE(c, "action %zu: kind %u comes before what it needs", i, kind);
             HS_TRY(hs_plan_check_action_writes(c, p, i));
@@ -139,15 +143,17 @@ static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
     }
     if (plan->config->mode != HS_MODE_TRAIN) return HS_OK;
     if (seen[HS_A_REPORT] != 1 || seen[HS_A_APPLY] != 1 || seen[HS_A_SNAPSHOT] != 1 ||
-        seen[HS_A_COMBINE] != (p->stage == 0)) {
-        return REFUSE(
-            c,
-            "position %" PRIu32 ": a step has %" PRIu32 " reports, %" PRIu32 " combines, %" PRIu32
-            " applies and %" PRIu32 " snapshots; one each, combines at position 0 only",
-            p->stage, seen[HS_A_REPORT], seen[HS_A_COMBINE], seen[HS_A_APPLY], seen[HS_A_SNAPSHOT]);
+        seen[HS_A_COMBINE] != (p->position == 0)) {
+        return REFUSE(c,
+                      "position %" PRIu32 ": a step has %" PRIu32 " reports, %" PRIu32
+                      " combines, %" PRIu32 " applies and %" PRIu32
+                      " snapshots; one each, combines at position 0 only",
+                      p->position, seen[HS_A_REPORT], seen[HS_A_COMBINE], seen[HS_A_APPLY],
+                      seen[HS_A_SNAPSHOT]);
     }
     if (!seen[HS_A_DATA] && (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX)) {
-        return REFUSE(c, "position %" PRIu32 ": it reads tokens and has no data action", p->stage);
+        return REFUSE(c, "position %" PRIu32 ": it reads tokens and has no data action",
+                      p->position);
     }
     return HS_OK;
 }

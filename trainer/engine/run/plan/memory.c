@@ -20,7 +20,7 @@ static hs_status check_row_area(hs_plan_checker *c, const hs_plan_position *p, c
         return REFUSE(c,
                       "position %" PRIu32 ": %s at %" PRIu64 "+%" PRIu64
                       " pass a microbatch area of %" PRIu64 " bytes",
-                      p->stage, what, offset, bytes, p->mb_stride);
+                      p->position, what, offset, bytes, p->mb_stride);
     }
     return HS_OK;
 }
@@ -32,7 +32,7 @@ static hs_status check_static_area(hs_plan_checker *c, const hs_plan_position *p
         return REFUSE(c,
                       "position %" PRIu32 ": %s at %" PRIu64 "+%" PRIu64
                       " pass the arena of %" PRIu64 " bytes",
-                      p->stage, what, offset, bytes, p->arena_bytes);
+                      p->position, what, offset, bytes, p->arena_bytes);
     }
     return HS_OK;
 }
@@ -40,9 +40,10 @@ static hs_status check_static_area(hs_plan_checker *c, const hs_plan_position *p
 static hs_status check_range(hs_plan_checker *c, const hs_plan_position *p, const char *what,
                              uint32_t first, uint32_t count, int section) {
     if (!hs_plan_inside(first, count, c->plan->count[section])) {
-        return REFUSE(
-            c, "position %" PRIu32 ": %s %" PRIu32 "+%" PRIu32 " pass the %zu records of %s",
-            p->stage, what, first, count, c->plan->count[section], hs_plan_section_name(section));
+        return REFUSE(c,
+                      "position %" PRIu32 ": %s %" PRIu32 "+%" PRIu32 " pass the %zu records of %s",
+                      p->position, what, first, count, c->plan->count[section],
+                      hs_plan_section_name(section));
     }
     return HS_OK;
 }
@@ -51,9 +52,9 @@ static hs_status check_range(hs_plan_checker *c, const hs_plan_position *p, cons
 static hs_status check_position(hs_plan_checker *c, uint32_t index) {
     const hs_plan *plan = c->plan;
     const hs_plan_position *p = &plan->positions[index];
-    if (p->stage != index || p->reserved0) {
-        return REFUSE(c, "position %" PRIu32 ": stage %" PRIu32 " or reserved does not hold", index,
-                      p->stage);
+    if (p->position != index || p->reserved0) {
+        return REFUSE(c, "position %" PRIu32 ": it says %" PRIu32 ", or reserved is not 0", index,
+                      p->position);
     }
     if (p->arena_bytes < 64 || p->arena_bytes > HS_PLAN_ARENA_MAX) {
         return REFUSE(c,
@@ -153,9 +154,9 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
         }
         if (owners[s->tensor]) {
             return REFUSE(c, "tensor %" PRIu32 " is owned by positions %" PRIu32 " and %" PRIu32,
-                          s->tensor, owners[s->tensor] - 1, p->stage);
+                          s->tensor, owners[s->tensor] - 1, p->position);
         }
-        owners[s->tensor] = p->stage + 1;
+        owners[s->tensor] = p->position + 1;
         const uint64_t bytes = (uint64_t)plan->tensors[s->tensor].elements * 4;
         const uint64_t offsets[4] = {s->master_offset, s->m_offset, s->v_offset, s->grad_offset};
         for (int k = 0; k < 4; k++) {
@@ -165,7 +166,7 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
                 return REFUSE(c,
                               "tensor %" PRIu32 " at position %" PRIu32 ": %" PRIu64 "+%" PRIu64
                               " passes the arena of %" PRIu64 " bytes, or is not a multiple of 64",
-                              s->tensor, p->stage, offsets[k], bytes, p->arena_bytes);
+                              s->tensor, p->position, offsets[k], bytes, p->arena_bytes);
             }
             add_area(areas, &n, offsets[k], bytes, s->tensor);
         }
@@ -185,8 +186,8 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
             return REFUSE(c,
                           "position %" PRIu32 ": areas at %" PRIu64 " (tensor %" PRId32
                           ") and %" PRIu64 " (tensor %" PRId32 ") overlap",
-                          p->stage, areas[i - 1].from, (int32_t)areas[i - 1].tensor, areas[i].from,
-                          (int32_t)areas[i].tensor);
+                          p->position, areas[i - 1].from, (int32_t)areas[i - 1].tensor,
+                          areas[i].from, (int32_t)areas[i].tensor);
         }
     }
     if (train) {
@@ -194,7 +195,7 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
         if (p->slot_bytes < least || p->slot_bytes > least + 4095) {
             return REFUSE(c,
                           "position %" PRIu32 ": slot_bytes %" PRIu64 ", its states take %" PRIu64,
-                          p->stage, p->slot_bytes, least);
+                          p->position, p->slot_bytes, least);
         }
     }
     return HS_OK;
@@ -244,7 +245,7 @@ hs_status hs_plan_check_ref(const hs_plan_checker *c, const hs_plan_position *p,
         return REFUSE(c,
                       "%s %zu at position %" PRIu32 ": reference %" PRIu64 "+%" PRIu64
                       " passes its space (%" PRIu32 ") of %" PRIu64 " bytes",
-                      what, i, p->stage, ref->offset, ref->bytes, ref->space, limit);
+                      what, i, p->position, ref->offset, ref->bytes, ref->space, limit);
     }
     return hs_plan_check_apart(c, p, ref, what, i);
 }

@@ -50,7 +50,7 @@ hs_status hs_plan_check_rows_apart(const hs_plan_checker *c, const hs_plan_posit
         for (int b = a + 1; b < 3; b++) {
             if (kept[b].offset == UINT64_MAX || !touches(&kept[a], kept[b].offset, rows)) continue;
             return REFUSE(c, "position %" PRIu32 ": %s at %" PRIu64 " lie over %s at %" PRIu64,
-                          p->stage, kept[b].name, kept[b].offset, kept[a].name, kept[a].offset);
+                          p->position, kept[b].name, kept[b].offset, kept[a].name, kept[a].offset);
         }
     }
     return HS_OK;
@@ -66,7 +66,7 @@ hs_status hs_plan_check_apart(const hs_plan_checker *c, const hs_plan_position *
             return REFUSE(c,
                           "%s %zu at position %" PRIu32 ": static reference %" PRIu64 "+%" PRIu64
                           " reaches into the %s at %" PRIu64 "+%" PRIu64,
-                          what, i, p->stage, ref->offset, ref->bytes, areas[k].name,
+                          what, i, p->position, ref->offset, ref->bytes, areas[k].name,
                           areas[k].offset, areas[k].bytes);
         }
     }
@@ -93,8 +93,8 @@ static hs_status check_operand_write(const hs_plan_checker *c, const hs_plan_pos
     return REFUSE(c,
                   "call %zu (%s) at position %" PRIu32 ": it writes %s at %" PRIu64 "+%" PRIu64
                   " of space %" PRIu32 ", over the %s",
-                  i, facts->name, p->stage, facts->operands[o].name, ref->offset, bytes, ref->space,
-                  over);
+                  i, facts->name, p->position, facts->operands[o].name, ref->offset, bytes,
+                  ref->space, over);
 }
 
 hs_status hs_plan_check_call_writes(const hs_plan_checker *c, const hs_plan_position *p, size_t i) {
@@ -113,7 +113,7 @@ hs_status hs_plan_check_call_writes(const hs_plan_checker *c, const hs_plan_posi
             return REFUSE(c,
                           "call %zu (%s) at position %" PRIu32 ": it writes %s at %" PRIu64
                           " of space %" PRIu32 ", over its operand %s at %" PRIu64,
-                          i, facts->name, p->stage, facts->operands[a].name, x->offset, x->space,
+                          i, facts->name, p->position, facts->operands[a].name, x->offset, x->space,
                           facts->operands[b].name, y->offset);
         }
     }
@@ -141,7 +141,7 @@ hs_status hs_plan_check_action_writes(const hs_plan_checker *c, const hs_plan_po
     const hs_plan_ref *ref = &a->ref;
     if (a->kind == HS_A_APPLY && ref->offset != p->control_offset) {
         return REFUSE(c, "action %zu: it applies what is not position %" PRIu32 "'s control block",
-                      i, p->stage);
+                      i, p->position);
     }
     if (a->kind != HS_A_RECV && a->kind != HS_A_REPORT && a->kind != HS_A_COMBINE) return HS_OK;
     const char *over = NULL;
@@ -160,5 +160,5 @@ hs_status hs_plan_check_action_writes(const hs_plan_checker *c, const hs_plan_po
     return REFUSE(c,
                   "action %zu at position %" PRIu32 ": kind %u at %" PRIu64 "+%" PRIu64
                   " of space %" PRIu32 " lies over the %s",
-                  i, p->stage, a->kind, ref->offset, ref->bytes, ref->space, over);
+                  i, p->position, a->kind, ref->offset, ref->bytes, ref->space, over);
 }
