@@ -19,7 +19,6 @@ from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
 from trainer.plan import Plan, compile_plan
-from trainer.plan.binary import parse
 from trainer.plan.check import check_lowered, check_schedule
 from trainer.plan.draw import timeline_text
 from trainer.plan.memory import check_budget
@@ -29,6 +28,7 @@ from trainer.plan.rows import Row, parse_action
 from trainer.plan.schedules import in_flight, stage_positions, to_csv
 from trainer.plan.simulate import CostModel, from_plan, from_rows, simulate
 from trainer.spec import ModelSpec, parse_spec, what_digest
+from trainer.wire.plan import parse
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000,), "cd" * 32)
 MODEL: dict[str, Any] = {"family": "gpt2", "layers": 8, "width": 32, "heads": 4, "context": 64}
