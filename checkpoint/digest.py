@@ -68,10 +68,3 @@ def state_root(step: int, samples: int, what: bytes, roots: Iterable[bytes]) -> 
     for root in roots:
         total.update(root)
     return total.digest()
-
-
-def state_digest_of(
-    step: int, samples: int, what: bytes, tensors: Iterable[Sequence[bytes | bytearray | memoryview]]
-) -> bytes:
-    """The state digest from the bytes themselves: of each tensor in order its (param, exp_avg, exp_avg_sq)."""
-    return state_root(step, samples, what, (tree_root(leaf_digests(kind)) for kinds in tensors for kind in kinds))

@@ -1,15 +1,14 @@
-"""Token shards and the order in which a run reads them.
+"""Token shards.
 
-Owns: ``DatasetRef`` (what a plan must know of a prepared dataset), reading and writing one shard file
-(``engine/wire/shard.h``), and ``SampleOrder``, the same arithmetic as the engine's. Does not own: tokenizers, the
-manifest in the store, or fetching (flows and checkpoint do).
+Owns: ``DatasetRef`` (what a plan must know of a prepared dataset) and writing one shard file (``engine/wire/shard.h``,
+which also says in which order the engine reads samples). Does not own: tokenizers, the manifest in the store, or
+fetching (flows and checkpoint do).
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from trainer.errors import DatasetError
 HEADER_BYTES = ctypes.sizeof(wire.ShardHeader)
 MAX_VOCAB = 1 << 31
 _HEX64 = re.compile(r"[0-9a-f]{64}")
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class DatasetRef:
         return sum(max(0, tokens - 1) // sequence for tokens in self.shards)
 
     def to_map(self) -> dict[str, Any]:
-        """Plain values, for msgpack and JSON; ``from_map`` is the inverse."""
+        """Plain values, for people and JSON."""
         return {
             "digest": self.digest,
             "vocab": self.vocab,
@@ -77,22 +74,6 @@ class DatasetRef:
             "tokenizer_digest": self.tokenizer_digest,
             "eot": self.eot,
         }
-
-    @classmethod
-    def from_map(cls, value: Mapping[str, Any]) -> DatasetRef:
-        """The dataset that ``to_map`` wrote; raises DatasetError where a key is missing or of the wrong type."""
-        try:
-            eot = value.get("eot")
-            return cls(
-                digest=str(value["digest"]),
-                vocab=int(value["vocab"]),
-                token_bytes=int(value["token_bytes"]),
-                shards=tuple(int(tokens) for tokens in value["shards"]),
-                tokenizer_digest=str(value["tokenizer_digest"]),
-                eot=None if eot is None else int(eot),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"dataset description does not hold: {error!r}; prepare the data again") from error
 
 
 def token_bytes_for(vocab: int) -> int:
@@ -114,82 +95,3 @@ def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int) -> None:
     with path.open("wb") as file:
         file.write(bytes(header))
         file.write(flat.astype(f"<u{size}").tobytes())
-
-
-def _mix(z: int) -> int:
-    """SplitMix64's finalizer."""
-    z ^= z >> 30
-    z = z * 0xBF58476D1CE4E5B9 & _MASK64
-    z ^= z >> 27
-    z = z * 0x94D049BB133111EB & _MASK64
-    return z ^ z >> 31
-
-
-def _key(seed: int, epoch: int, use: int) -> int:
-    return _mix(_mix(_mix(seed & _MASK64) + epoch & _MASK64) + use & _MASK64)
-
-
-def _permute(key: int, n: int, x: int) -> int:
-    """Place of ``x`` in the keyed permutation of ``0..n-1``: a balanced Feistel network with cycle walking."""
-    if n == 1:
-        return 0
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = x >> half, x & mask
-        for number in range(6):
-            left, right = right, left ^ (_mix(right + key + number * _GOLDEN & _MASK64) & mask)
-        x = left << half | right
-        if x < n:
-            return x
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """Which sample is read at which place of a run: arithmetic, no state (``engine/wire/shard.h``).
-
-    Place ``i`` counts samples from the run's start: ``i = step * batch + b``, steps from 0.
-    """
-
-    ref: DatasetRef
-    sequence: int
-    seed: int
-    shuffled: bool = True
-    block: int = 64
-    window: int = 64
-
-    def __post_init__(self) -> None:
-        if self.samples == 0:
-            raise DatasetError(
-                f"no shard holds a sample: the longest has {max(self.ref.shards)} tokens, a sample needs "
-                f"{self.sequence + 1}; shorten train.sequence or add text"
-            )
-
-    @property
-    def samples(self) -> int:
-        """Samples of one pass over the shards."""
-        return self.ref.samples(self.sequence)
-
-    def sample(self, i: int) -> int:
-        """Number of the sample at place ``i``, counted over all shards in order."""
-        total = self.samples
-        if not self.shuffled:
-            return i % total
-        block = min(self.block, total)
-        usable = total // block * block
-        epoch, j = divmod(i, usable)
-        blocks, span = usable // block, self.window * block
-        q = j // span
-        n = min(span, usable - q * span)
-        k = _permute(_key(self.seed, epoch, 1 + q), n, j - q * span)
-        number = _permute(_key(self.seed, epoch, 0), blocks, q * self.window + k // block)
-        return number * block + k % block
-
-    def locate(self, sample: int) -> tuple[int, int]:
-        """``(shard, first token)`` of a sample."""
-        for shard, tokens in enumerate(self.ref.shards):
-            count = max(0, tokens - 1) // self.sequence
-            if sample < count:
-                return shard, sample * self.sequence
-            sample -= count
-        raise DatasetError(f"sample {sample} lies beyond the last shard")

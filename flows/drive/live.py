@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 STATUS_CAP = 1 << 20
 SEGMENT_CAP = 1 << 20
-LOG_SEGMENTS = 64
 ATTACH_SEGMENTS = 2
 
 

@@ -120,26 +120,6 @@ def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[Attem
     return out
 
 
-def attempt_rows(store: Store, run: str) -> list[dict[str, Any]]:
-    """The attempts as a table for people: where each began, why, and how long until steps came again.
-
-    In a handful of requests, however long the run has been going on: asked again and again while it does.
-    """
-    state = RunLog(store, run).fold(quick=True)
-    curve = read_curve(store, run, [a.epoch for a in state.attempts], whole=False)
-    return [
-        {
-            "attempt": fact.number,
-            "from step": max(fact.restore_step, 0),
-            "steps": f"{fact.first_step}–{fact.last_step}" if fact.first_step is not None else "",
-            "because": fact.cause or "start",
-            "done twice": fact.lost_steps,
-            "back after": f"{fact.recovery_s:.2f} s" if fact.recovery_s is not None else "",
-        }
-        for fact in attempt_facts(state, curve.rows)
-    ]
-
-
 def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
     """The newest measured timeline, where ranks of one of the last attempts left traces."""
     for epoch in reversed(epochs[-TRACED:]):

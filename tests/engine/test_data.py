@@ -13,7 +13,8 @@ import pytest
 from tests.e2e import engine_runs
 from tests.engine.engine_build import engine
 from tests.engine.plans import SEQUENCE, VOCAB, small_plan
-from trainer.dataset import DatasetRef, SampleOrder, write_shard
+from tests.reference.sample_order import SampleOrder
+from trainer.dataset import DatasetRef, write_shard
 
 __all__ = ["engine"]
 

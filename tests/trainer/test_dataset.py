@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.reference.sample_order import SampleOrder
 from tests.support.shards import read_shard
-from trainer.dataset import HEADER_BYTES, DatasetRef, SampleOrder, write_shard
+from trainer.dataset import HEADER_BYTES, DatasetRef, write_shard
 from trainer.engine_path import engine_binary
 from trainer.errors import DatasetError
 from trainer.plan import compile_plan
@@ -42,17 +44,14 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
         write_shard(tmp_path / "x.bin", np.array([], dtype=np.int64), 300)
 
 
-def test_a_ref_reads_back_and_is_checked() -> None:
+def test_a_ref_is_checked() -> None:
     one = ref(10, 20)
-    assert DatasetRef.from_map(one.to_map()) == one
     assert (one.tokens, one.samples(3)) == (30, 3 + 6)
-    for field, value in (("digest", "xy"), ("vocab", 0), ("token_bytes", 3), ("shards", []), ("eot", 300)):
+    for field, value in (("digest", "xy"), ("vocab", 0), ("token_bytes", 3), ("shards", ()), ("eot", 300)):
         with pytest.raises(DatasetError):
-            DatasetRef.from_map(one.to_map() | {field: value})
+            replace(one, **{field: value})
     with pytest.raises(DatasetError, match="cannot hold a vocabulary"):
         DatasetRef("ab" * 32, 65537, 2, (3,), "cd" * 32)
-    with pytest.raises(DatasetError, match="does not hold"):
-        DatasetRef.from_map({})
 
 
 @settings(max_examples=60, deadline=None)

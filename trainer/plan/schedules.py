@@ -1,10 +1,9 @@
-"""Schedules as data: what is computed at a position, in which order. Owns the CSV form and the generators.
+"""Schedules as data: what is computed at a position, in which order. Owns the generators.
 
 A schedule is one row of actions a position, which the position's rank of every replica follows. An action is (stage,
-operation, microbatch), and its text and its CSV are those of PyTorch's pipelining (where a row is called a rank), so
-that schedules can be exchanged and diffed: ``2F0`` is stage 2's forward of microbatch 0, ``3SEND_F1`` sends stage 3's
-output of microbatch 1 to stage 4, ``2RECV_B4`` receives from stage 3 the gradient of stage 2's output for microbatch 4.
-An empty CSV cell is a bubble and carries no meaning.
+operation, microbatch), and its text is that of PyTorch's pipelining (where a row is called a rank): ``2F0`` is stage
+2's forward of microbatch 0, ``3SEND_F1`` sends stage 3's output of microbatch 1 to stage 4, ``2RECV_B4`` receives from
+stage 3 the gradient of stage 2's output for microbatch 4.
 
 Generators give compute-only rows; ``messages.insert_messages`` adds the messages. Nothing here knows a model, a buffer
 or a channel.
@@ -15,44 +14,11 @@ weight's gradient over microbatches therefore has one order, whatever the schedu
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable
-
 import numpy as np
 
 from trainer.errors import PlanError
 from trainer.plan.places import Position, Stage
-from trainer.plan.rows import RECV_F, Action, B, F, I, Row, Rows, W, columns, parse_action
-
-
-def to_csv(rows: Rows) -> str:
-    """One row a position, as PyTorch writes it.
-
-    >>> to_csv(gpipe(2, 1))
-    '0F0,0B0\\n1F0,1B0\\n'
-    """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for row in rows:
-        writer.writerow([str(action) for action in row])
-    return out.getvalue()
-
-
-def from_csv(text: str) -> list[Row]:
-    """The rows of a CSV; empty cells (bubbles) are dropped. PlanError names the row and cell that cannot be read."""
-    rows: list[Row] = []
-    for number, cells in enumerate(csv.reader(io.StringIO(text))):
-        row: list[Action] = []
-        for place, cell in enumerate(cells):
-            if not cell.strip():
-                continue
-            try:
-                row.append(parse_action(cell))
-            except PlanError as error:
-                raise PlanError(f"row {number} (position {number}), cell {place}: {error}") from error
-        rows.append(Row.of(row))
-    return rows
+from trainer.plan.rows import RECV_F, B, F, I, Row, Rows, W, columns
 
 
 def _sizes(stages: int, microbatches: int) -> None:
@@ -147,8 +113,3 @@ def _most_held(row: Row) -> int:
     change[taken] += 1  # no place takes two
     change[freed[taken < freed]] -= 1
     return int(change[:-1].cumsum().max(initial=0))
-
-
-def strip_messages(rows: Iterable[Iterable[Action]]) -> list[Row]:
-    """The compute-only schedule inside a lowered one."""
-    return [row.take(row.compute) for row in map(Row.of, rows)]

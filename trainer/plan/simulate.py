@@ -11,8 +11,7 @@ done, and waits from where it asked. With ``rendezvous`` the sender also waits u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -101,8 +100,6 @@ class CostModel:
     link_latency_s: float = 30e-6
     call_s: float = 1e-6
     rendezvous: bool = False
-    measured: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by action, in place of the sheet: ``2F`` is stage 2's forward, ``F`` any stage's, ``0adamw`` rank 0's."""
 
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "memory_bytes_per_s", "link_bytes_per_s"):
@@ -111,52 +108,10 @@ class CostModel:
         if self.link_latency_s < 0 or self.call_s < 0:
             raise PlanError(f"cost model: latency {self.link_latency_s} and call {self.call_s} must not be below 0")
 
-    @classmethod
-    def from_sheet(
-        cls,
-        *,
-        flops: float,
-        bandwidth: float,
-        link_bandwidth: float = 2e9,
-        link_latency: float = 30e-6,
-        efficiency: float = 0.6,
-    ) -> CostModel:
-        """From a hardware sheet: peak operations and bytes a second; kernels reach ``efficiency`` of each."""
-        return cls(flops * efficiency, bandwidth * efficiency, link_bandwidth, link_latency)
-
-    @classmethod
-    def from_timeline(cls, timeline: Timeline, sheet: CostModel) -> CostModel:
-        """``sheet``, with a measured timeline's median seconds of every (stage, operation) in place of estimates."""
-        found: dict[str, list[float]] = {}
-        for event in timeline.events:
-            if event.kind in (*COMPUTE_KINDS, "O"):
-                found.setdefault(_cost_key(event.action, event.kind, event.rank), []).append(event.seconds)
-        measured = {key: median(values) for key, values in found.items()}
-        return cls(
-            sheet.flops_per_s,
-            sheet.memory_bytes_per_s,
-            sheet.link_bytes_per_s,
-            sheet.link_latency_s,
-            sheet.call_s,
-            sheet.rendezvous,
-            measured,
-        )
-
     def call_seconds(self, kernel: str, dims: Dims, bytes_touched: int) -> float:
         """Seconds of one kernel call: the slower of its arithmetic and its memory traffic, plus a fixed cost."""
         done = kernel_flops(kernel, dims).done
         return self.call_s + max(done / self.flops_per_s, bytes_touched / self.memory_bytes_per_s)
-
-    def action_seconds(self, action: str, kind: str, rank: Rank, estimate: float) -> float:
-        """The measured seconds of an action where known, else ``estimate``."""
-        exact = self.measured.get(_cost_key(action, kind, rank))
-        return exact if exact is not None else self.measured.get(kind, estimate)
-
-
-def _cost_key(action: str, kind: str, rank: Rank) -> str:
-    if kind not in COMPUTE_KINDS:
-        return f"{rank}{action}"
-    return f"{action[: len(action) - len(action.lstrip('0123456789'))]}{kind}"
 
 
 @dataclass(frozen=True)
@@ -299,7 +254,7 @@ class _Play:
 
 
 def from_rows(
-    rows: Rows, cost: CostModel, seconds: Mapping[str, float], message_bytes: int = 0, replicas: int = 1
+    rows: Rows, seconds: Mapping[str, float], message_bytes: int = 0, replicas: int = 1
 ) -> list[InstructionList]:
     """Instructions of a bare schedule with its messages in, by rank: every replica follows the rows of the positions.
 
@@ -307,9 +262,9 @@ def from_rows(
 
     >>> from trainer.plan.messages import insert_messages
     >>> from trainer.plan.schedules import one_f_one_b
-    >>> sheet = CostModel(1.0, 1.0, 1.0, 0.0, 0.0)
-    >>> lists = from_rows(insert_messages(one_f_one_b(4, 8), 4), sheet, {"F": 1.0, "B": 2.0})
-    >>> simulate(lists, sheet).step_seconds  # (M + P - 1) (F + B)
+    >>> cost = CostModel(1.0, 1.0, 1.0, 0.0, 0.0)
+    >>> lists = from_rows(insert_messages(one_f_one_b(4, 8), 4), {"F": 1.0, "B": 2.0})
+    >>> simulate(lists, cost).step_seconds  # (M + P - 1) (F + B)
     33.0
     """
     stage_positions(rows)
@@ -320,7 +275,7 @@ def from_rows(
         text = f"{stage}{op}"
         if op in COMPUTE_KINDS:
             estimate = seconds[op] if op in seconds else seconds["I"] + seconds["W"]
-            return Instruction(text, op, cost.action_seconds(text, op, rank, estimate))
+            return Instruction(text, op, estimate)
         channel = channels.setdefault((ranks.replica(rank), op[-1], Action(stage, op, 0).edge), len(channels))
         return Instruction(text, kind_of(text), 0.0, channel, message_bytes)
 
@@ -374,7 +329,7 @@ def _of_rank(plan: Plan, cost: CostModel, ranks: Ranks, rank: Rank) -> Instructi
             text = f"{number}{action.op}" if compute else action.program
             kind = action.op if compute or action.op == "O" else kind_of(action.program)
             estimate, flops = programs[action.program]
-            return Instruction(text, kind, cost.action_seconds(text, kind, rank, estimate), model_flops=flops)
+            return Instruction(text, kind, estimate, model_flops=flops)
         if action.channel is not None:
             channel = plan.channels[action.channel]
             verb = "SEND" if action.kind == wire.A_SEND else "RECV"

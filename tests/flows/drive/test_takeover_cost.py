@@ -18,7 +18,7 @@ from flows.drive.live import MetricsReader, read_curve
 from flows.drive.loop import Driver
 from flows.drive.run import Prepared, attempt_body, prepare_run
 from flows.drive.train import make_driver
-from flows.show.facts import attempt_rows, report_facts, summary
+from flows.show.facts import report_facts, summary
 from trainer.launch import Launch, LaunchView
 from trainer.spec import parse_spec
 
@@ -164,20 +164,15 @@ def test_an_old_run_is_followed_and_read_without_an_index(long: tuple[Counted, P
         assert len(store.asked) < 40, len(store.asked)
         whole = read_curve(store, prepared.run, [epoch])
         assert (whole.rows[epoch].first.step, whole.rows[epoch].last.step) == (1, OBJECTS)
-        store.asked.clear()
-        assert attempt_rows(store, prepared.run)[-1]["steps"] == ""  # asked again and again: not from 10,000 objects
-        assert len(store.asked) <= 10, store.asked
     finally:
         store.put(curve_key(prepared.run), kept)
 
 
-@pytest.mark.parametrize(("look", "most"), [(attempt_rows, 12), (report_facts, 40), (summary, 10)])
+@pytest.mark.parametrize(("look", "most"), [(report_facts, 40), (summary, 10)])
 def test_what_people_look_at_costs_a_handful(long: tuple[Counted, Prepared, int], look: Any, most: int) -> None:
     store, prepared, _ = long
     store.asked.clear()
     told = look(store, prepared.run)
     assert 0 < len(store.asked) <= most, store.asked
-    if look is attempt_rows:
-        assert (len(told), told[-1]["steps"]) == (ATTEMPTS, f"1–{OBJECTS}")
     if look is report_facts:
         assert (told.steps, len(told.attempts)) == (OBJECTS, ATTEMPTS)

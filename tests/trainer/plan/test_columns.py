@@ -210,7 +210,7 @@ def test_slots_of_any_order(raw: list[tuple[int, int]]) -> None:
 def test_simulated_times(name: str, seconds: dict[str, float]) -> None:
     for stages, microbatches in SIZES[::3]:
         cost = CostModel(1.0, 1.0, 1000.0, 0.013)
-        rows = from_rows(messages.insert_messages(GENERATORS[name](stages, microbatches), stages), cost, seconds, 100)
+        rows = from_rows(messages.insert_messages(GENERATORS[name](stages, microbatches), stages), seconds, 100)
         result = simulate.simulate(rows, cost)
         events, link_bytes = one_by_one.simulate(lists(rows), cost)
         assert list(result.timeline.events) == events
@@ -225,7 +225,7 @@ def test_simulated_times(name: str, seconds: dict[str, float]) -> None:
 def test_simulated_times_of_any_schedule(seed: int) -> None:
     rows, stages = random_schedule(random.Random(seed))
     cost = CostModel(1.0, 1.0, 1000.0, 0.013)
-    timed = from_rows(messages.insert_messages(rows, stages), cost, {"F": 1.0, "I": 0.7, "W": 0.4}, 100)
+    timed = from_rows(messages.insert_messages(rows, stages), {"F": 1.0, "I": 0.7, "W": 0.4}, 100)
     events, _ = one_by_one.simulate(lists(timed), cost)
     assert list(simulate.simulate(timed, cost).timeline.events) == events
 
