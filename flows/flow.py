@@ -1,7 +1,7 @@
 """The Prefect flows: `prepare` and `train`, thin over plain functions. The run is in the log, not in Prefect: a flow
 run that is killed loses nothing, and the next one attaches.
 
-What the page shows of a run (task runs, log, artifacts) is written by `flows/page.py`, the same for a flow that Prefect
+What the page shows of a run (task runs, log, artifacts) is written by `flows/page/`, the same for a flow that Prefect
 runs and for one that a command hosts. Nothing secret is ever a parameter: a store's URL cannot hold credentials, and a
 spec names a Kubernetes Secret at most.
 """

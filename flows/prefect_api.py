@@ -1,6 +1,6 @@
 """Prefect as hotstage meets it: its settings, a client that sorts what goes wrong, and a server of one's own.
 
-Nothing here is called by a driver: `flows/page.py` calls it from a thread of its own.
+Nothing here is called by a driver: `flows/page/` calls it from a thread of its own.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from rich.console import Console
 from checkpoint.store import open_store
 from flows.drive.loop import CALM_SHARE, POLL_MOST_S, Event, calm_pause_s
 from flows.drive.run import prepare_run
-from flows.show.curve import loss_image, loss_markdown
 from flows.show.lines import JsonLines, Lines
 from flows.show.live_view import LiveView, spark, wanted
 from flows.show.peak import measured_peak
@@ -77,23 +76,6 @@ def test_a_run_that_was_there_before_is_said() -> None:
     (line,) = lines_of(Event("known", facts | {"ended": "gave_up"}))
     assert "ended before (gave up)" in line
     assert "runs resume" in line
-
-
-def test_the_loss_is_a_mermaid_chart_of_bounded_size() -> None:
-    text = loss_markdown("r", {n: 1.0 / n for n in range(1, 5000)})
-    assert text.index("```mermaid\n%%{init") < text.index("\nxychart-beta\n")
-    assert text.count(",") < 200
-    assert "loss 1.0000 → 0.0002 at step 4999" in text
-    assert "no steps yet" in loss_markdown("r", {})
-    assert "nan" not in loss_markdown("r", {1: 2.0, 2: float("nan"), 3: 1.0}).lower()
-
-
-def test_the_loss_is_a_small_picture_too() -> None:
-    address = loss_image({n: 1.0 / n for n in range(1, 5000)})
-    assert address.startswith("data:image/svg+xml;utf8,<svg ")
-    assert "#" not in address  # it would end the address
-    assert len(address) < 2000
-    assert "<polyline" in loss_image({1: float("nan")})
 
 
 def test_json_lines_are_json_whatever_happens() -> None:

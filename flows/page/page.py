@@ -32,8 +32,8 @@ from checkpoint.store import Store
 from flows.drive.live import load_curve
 from flows.drive.loop import Event, Outcome
 from flows.drive.train import cancel
+from flows.page.curve import loss_image, loss_markdown, thinned
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
-from flows.show.curve import loss_image, loss_markdown, thinned
 from trainer.failures import FAILURES, Failure
 
 log = logging.getLogger(__name__)

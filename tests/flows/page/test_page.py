@@ -187,7 +187,7 @@ def test_telling_never_blocks_and_memory_is_bounded(store: Store) -> None:
 
 
 def test_who_cancels_on_the_page_cancels_the_run(prefect: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.page.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("flows.page.page.LOOK_EVERY_S", 0.1)
     told = Told(store, lambda: Client.connect(prefect.server.api))
     told.begin()
     wait_for(lambda: prefect.named(told.run), "the flow run", 60)

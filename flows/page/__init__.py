@@ -1,0 +1,5 @@
+"""A run on Prefect's page: ``page`` keeps the server true to it from a thread of its own, ``curve`` draws the loss."""
+
+from flows.page.page import Page, end_message
+
+__all__ = ["Page", "end_message"]
