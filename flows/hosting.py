@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from flows.drive.train import make_driver
 from flows.page import Page
 from flows.prefect_api import Client, Configured, PrefectServer, PrefectSettingsError, answers, configured
 from flows.show.lines import Many
+
+log = logging.getLogger(__name__)
 
 PREFECT_PATIENCE_S = 10.0
 LEAVING_PATIENCE_S = 2.0
@@ -170,7 +173,7 @@ def undisturbed(work: Callable[[], Any]) -> Any:
         try:
             done.wait(0.5)
         except asyncio.CancelledError:
-            continue
+            log.warning("Prefect cancelled the flow's thread (it cannot renew a concurrency lease); the run goes on")
     if errors:
         raise errors[0]
     return result[0]

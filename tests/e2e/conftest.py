@@ -12,20 +12,16 @@ from tests.support.place import LONG, SPEC, Place
 from tests.support.undisturbed import undisturbed_run
 
 
+def spec_of(request: pytest.FixtureRequest) -> str:
+    """Of the test's place: with ``long_run`` one of many steps, since a fast machine would be through the few of the
+    other one before the test has acted."""
+    return LONG if request.node.get_closest_marker("long_run") else SPEC
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """A fresh place; nothing of it runs afterwards, and what the end of a run should have ended has ended by itself."""
-    yield from _place(tmp_path, SPEC)
-
-
-@pytest.fixture
-def long_place(tmp_path: Path) -> Iterator[Place]:
-    """The same, its spec with more steps."""
-    yield from _place(tmp_path, LONG)
-
-
-def _place(tmp_path: Path, spec: str) -> Iterator[Place]:
-    made = Place(tmp_path / "p", spec)
+    made = Place(tmp_path / "p", spec_of(request))
     try:
         yield made
         expect_none(made.folder, of_ended=True)
@@ -33,15 +29,8 @@ def _place(tmp_path: Path, spec: str) -> Iterator[Place]:
         made.stop_all()
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(run, state digest) of the places' spec on one stage, without a fault."""
-    _, run, digest = undisturbed_run(tmp_path_factory)
-    return run, digest
-
-
-@pytest.fixture(scope="session")
-def long_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The same of the long places' spec."""
-    _, run, digest = undisturbed_run(tmp_path_factory, LONG)
+@pytest.fixture
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(run, state digest) of the place's spec on one stage, without a fault."""
+    _, run, digest = undisturbed_run(tmp_path_factory, spec_of(request))
     return run, digest

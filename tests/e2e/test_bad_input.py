@@ -229,11 +229,11 @@ def test_a_plan_object_that_does_not_hold(
 
 
 @pytest.mark.parametrize("what", ["chunks", "manifests"])
+@pytest.mark.long_run
 def test_a_damaged_checkpoint_is_said_loudly_and_the_one_before_is_used(
-    long_place: Place, long_undisturbed: tuple[str, str], what: str
+    place: Place, undisturbed: tuple[str, str], what: str
 ) -> None:
-    place = long_place
-    run, digest = long_undisturbed
+    run, digest = undisturbed
     store = place.run_folder(run)
     done = stop_at(place, lambda: len(list(store.glob("manifests/*/manifest"))) > 1, "two checkpoints", signal.SIGTERM)
     assert done.code == STOPPED, done.err
@@ -252,10 +252,11 @@ def test_a_damaged_checkpoint_is_said_loudly_and_the_one_before_is_used(
     assert re.search(r"WARNING: checkpoint record \d+ is damaged .*an older one is used", again.err), again.err
 
 
+@pytest.mark.long_run
 def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(
-    long_place: Place, long_undisturbed: tuple[str, str]
+    place: Place, undisturbed: tuple[str, str]
 ) -> None:
-    place, (run, digest) = long_place, long_undisturbed
+    run, digest = undisturbed
     store = place.run_folder(run)
     spec = place.folder / "spec.toml"
     spec.write_text(spec.read_text().replace("every = 4", "every = 20"))  # few checkpoints: each is read twice
@@ -345,9 +346,9 @@ def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, 
             place.stop_all()
 
 
-def test_a_stop_that_could_not_save_says_so(long_place: Place, long_undisturbed: tuple[str, str]) -> None:
-    place = long_place
-    run, digest = long_undisturbed
+@pytest.mark.long_run
+def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str, str]) -> None:
+    run, digest = undisturbed
     with mounted(place.folder / "small", "size=6m") as remount:
         place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
         process = place.start_train("checkpoint.commit_s=1")
@@ -457,10 +458,10 @@ def test_stopped_while_data_is_prepared(place: Place, undisturbed: tuple[str, st
     assert place.train()["state_digest"] == undisturbed[1]
 
 
-def test_stopped_at_named_moments(long_place: Place, long_undisturbed: tuple[str, str]) -> None:
+@pytest.mark.long_run
+def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) -> None:
     """While starting, mid step, while draining, at the very end: each leaves a run that the next command takes up."""
-    place = long_place
-    run, digest = long_undisturbed
+    run, digest = undisturbed
     store = place.run_folder(run)
 
     def records() -> int:
@@ -530,9 +531,9 @@ def test_stopped_at_seeded_moments(place: Place, undisturbed: tuple[str, str]) -
     assert (result["run"], result["outcome"], result["state_digest"]) == (run, "succeeded", digest)
 
 
-def test_two_ctrl_c_at_a_terminal_leave_it_running(long_place: Place, long_undisturbed: tuple[str, str]) -> None:
-    place = long_place
-    run, digest = long_undisturbed
+@pytest.mark.long_run
+def test_two_ctrl_c_at_a_terminal_leave_it_running(place: Place, undisturbed: tuple[str, str]) -> None:
+    run, digest = undisturbed
     ours, theirs = pty.openpty()
     env = place.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-m", "flows.cli", "train", "spec.toml", "--no-prefect"]

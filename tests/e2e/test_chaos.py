@@ -26,15 +26,7 @@ from tests.support.place import Place, finish
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
 
 
-@pytest.fixture
-def place(long_place: Place) -> Place:
-    """Of many steps: a fast machine would have few behind it before the watcher has seen the place."""
-    return long_place
-
-
-@pytest.fixture(scope="session")
-def undisturbed(long_undisturbed: tuple[str, str]) -> tuple[str, str]:
-    return long_undisturbed
+pytestmark = pytest.mark.long_run
 
 
 @pytest.mark.parametrize("fault", draw(SEED, PLACES, ranks=2, steps=range(9, STEPS // 2)), ids=str)

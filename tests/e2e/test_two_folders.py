@@ -16,16 +16,7 @@ from tests.support.agents import wait_for
 from tests.support.chaos import frozen
 from tests.support.place import Place, finish
 
-
-@pytest.fixture
-def place(long_place: Place) -> Place:
-    """Of many steps: the run is to go on while the tests act."""
-    return long_place
-
-
-@pytest.fixture(scope="session")
-def undisturbed(long_undisturbed: tuple[str, str]) -> tuple[str, str]:
-    return long_undisturbed
+pytestmark = pytest.mark.long_run
 
 
 def supervisors(place: Place) -> list[str]:
