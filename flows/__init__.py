@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flows.drive.loop import Outcome
+    from flows.drive.events import Outcome
     from flows.drive.train import Run, resume, train
 
 __all__ = ["Outcome", "Run", "resume", "train"]
@@ -17,7 +17,7 @@ __all__ = ["Outcome", "Run", "resume", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "Outcome":
-        from flows.drive.loop import Outcome
+        from flows.drive.events import Outcome
 
         return Outcome
     if name in __all__:

@@ -18,9 +18,9 @@ from typing import Protocol
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import interpreter_note
+from flows.drive.events import Event, NoSink, Outcome, Sink
 from flows.drive.fork import fork_run
 from flows.drive.live import StatusReader
-from flows.drive.loop import Event, NoSink, Outcome, Sink
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import cancel, make_driver, store_at
 from flows.hosting import Hosted, Prefect

@@ -26,7 +26,7 @@ from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
 from flows.data import prepare
-from flows.drive.loop import Outcome
+from flows.drive.events import Outcome
 from flows.drive.orders import Asked, place_order
 from flows.drive.run import ask_run, load_run, prepare_run
 from flows.drive.train import store_at

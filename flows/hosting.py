@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.store import Store
-from flows.drive.loop import Outcome, Sink
+from flows.drive.events import Outcome, Sink
 from flows.drive.run import Board, NoBoard, Prepared
 from flows.drive.train import make_driver
 from flows.page import Page

@@ -20,6 +20,8 @@ FOLD_EVERY = 256
 KINDS = ("attempt", "checkpoint", "damaged", "intervention", "pin", "unpin", "tombstone", "ended", "fold")
 # Nothing writes "unpin" and "tombstone" yet: retention will. Readers know them first, so that a log of a version that
 # collects is read by this one.
+OLD_FALLBACK = "fewer nodes"
+"""How the reason of an attempt with fewer stages began before records had ``fallback``: read here, and nowhere else."""
 OUTCOMES = ("succeeded", "cancelled", "gave_up", "preempted")
 
 
@@ -97,6 +99,7 @@ class AttemptInfo:
     reason: str
     body: Mapping[str, Any]  # the whole body: how, cause, and what a driver adds
     order: int = 0  # number of the order that it follows; 0: of none
+    fell_back: bool = False  # the driver itself changed the layout, for want of room
 
     @property
     def epoch(self) -> int:
@@ -148,7 +151,12 @@ class EndedInfo:
     reason: str
     step: int
     state_digest: str | None
-    cls: str = ""  # of the cause, where it gave up (wire/exit.h's table, ``signal``, ``memory``)
+    cls: str = ""  # of the cause, where it gave up (trainer/failures.py); records of before this field have none
+
+    @property
+    def failure(self) -> str:
+        """The class of the cause, also of an old record, whose reason began with it; "" or a word that is none."""
+        return self.cls or self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,7 @@ def parse_attempt(n: int, time: float, body: Any) -> AttemptInfo:
         reason=f.text("reason"),
         body=MappingProxyType(dict(body)),
         order=f.integer("order", 1, n - 1) if f.has("order") else 0,
+        fell_back=f.has("fallback") or f.text("reason").startswith(OLD_FALLBACK),
     )
 
 

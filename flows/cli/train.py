@@ -17,7 +17,7 @@ from flows.cli.voice import Voice
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from flows.drive.loop import Event, Outcome, Sink
+    from flows.drive.events import Event, Outcome, Sink
     from flows.drive.run import Board, Prepared
     from flows.prefect_api import Client
     from flows.serve import Server

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from flows.drive.loop import Sink
+    from flows.drive.events import Sink
     from flows.drive.run import Prepared
     from flows.show.live_view import LiveView
 

@@ -1,7 +1,8 @@
-"""The driver's mind: ``decide(folded log, observation, policy) -> decision``. Pure; no clock, no I/O.
+"""The driver's mind: ``decide(folded log, observation, policy, memory) -> decision, memory``. Pure; no clock, no I/O.
 
-The driver keeps nothing. Everything it knows is the folded log (truth) and an observation (hints that may be late or
-missing), so it can be killed at any instruction and the next one decides the same. ``flows/drive/loop.py`` is the thin
+The driver keeps nothing. Everything it knows is the folded log (truth), an observation (hints that may be late or
+missing), and a memory of since when it has seen some of it; so it can be killed at any instruction, and the next one
+decides the same, or waits longer. ``flows/drive/loop.py`` is the thin
 loop that observes, asks here, and acts; nobody acts on a gang before the log record that orders it is won. The data is
 in ``flows/drive/views.py``, what the past means in ``flows/drive/history.py``.
 
@@ -25,79 +26,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+from flows.drive.causes import cause_of, explained, rank_class, stalled
 from flows.drive.history import avoided, backoff, give_up, struck, suspected
 from flows.drive.views import (
     AttemptView,
+    AwaitStop,
     Cause,
     Decision,
     End,
     Fallback,
     Finished,
+    Layout,
+    Leave,
     LogView,
     MarkDamaged,
+    Memory,
     NodeView,
     Phase,
     Policy,
-    RankView,
     Restore,
+    Seen,
     StartAttempt,
     Watch,
 )
-from trainer.failures import CAUSAL, FAILURES, Failure, of_code, of_signal
-from trainer.wire import EXITS
+from trainer.failures import FAILURES, Failure
 
-
-def rank_class(rank: RankView) -> Failure:
-    """The class of an ended rank. One that its own supervisor killed was lost with a peer: never a cause."""
-    if rank.killed:
-        return Failure.INFRA
-    if rank.memory is not None:
-        return Failure.MEMORY
-    if rank.signal is not None:
-        return of_signal(rank.signal)
-    return Failure.BUG if rank.code is None else of_code(rank.code)
-
-
-def _describe(rank: RankView, node_bytes: int) -> str:
-    if rank.memory is not None:
-        needs = f"the plan needs {node_bytes >> 20} MiB for the ranks of its node"
-        limit = f"the limit is {rank.memory >> 20} MiB" if rank.memory else "no limit but the machine's was reached"
-        what = f"was killed for memory (OOM): {needs}, {limit}"
-    elif rank.signal is not None:
-        names = {6: "aborted", 9: "killed", 11: "crashed", 15: "terminated"}
-        what = (
-            f"was {names[rank.signal]} (signal {rank.signal})"
-            if rank.signal in names
-            else f"died of signal {rank.signal}"
-        )
-    else:
-        known = EXITS.get(rank.code if rank.code is not None else 70)
-        what = f"exited with {rank.code}: {known.text if known else 'unknown code'}"
-    said = (rank.words.get("why") or rank.words.get("error")) if rank.words else None
-    return f"rank {rank.rank} {what}" + (f" ({said})" if said else "")
-
-
-def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:
-    """The most causal end among all ranks of an attempt (D3); None where none ended badly. ``node_bytes`` as in Policy,
-    for the words about memory.
-    """
-    ended = [r for r in ranks if r.ended and rank_class(r) != Failure.DONE]
-    if not ended:
-        return None
-    # the earliest step at equal class: a rank that fails drags the others on
-    first = min(ended, key=lambda r: (CAUSAL[rank_class(r)], r.step, r.rank))
-    cls = rank_class(first)
-    return Cause(
-        cls,
-        _describe(first, node_bytes),
-        FAILURES[cls].mend,
-        first.rank,
-        max((r.step for r in ranks), default=-1),
-        first.words,
-        signal=first.signal,
-        code=first.code,
-    )
+K = TypeVar("K")
 
 
 def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, use_slots: bool) -> Restore:
@@ -122,7 +78,76 @@ def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, u
     return Restore(base.checkpoint, step, (step, epoch), base.parent)
 
 
-def decide(
+def decide(log: LogView, seen: Seen, policy: Policy, memory: Memory) -> tuple[Decision, Memory]:
+    """What to do next, and what to remember of it until the next look."""
+    memory = _remembered(log, seen, policy, memory)
+    if seen.finishing and not log.ended:
+        return AwaitStop(), memory
+    if seen.stop and not log.ended:
+        return leaving(seen, detaches=policy.detaches), memory
+    decision = judge(
+        log,
+        seen.nodes,
+        policy,
+        lost=seen.lost,
+        waiting=seen.waiting,
+        waited_s=_age(memory.waiting, seen),
+        left_s=_age(memory.leaving, seen),
+    )
+    if isinstance(decision, Watch):
+        return replace(decision, ensure=seen.lost is None), memory
+    if isinstance(decision, StartAttempt) and decision.delay_s > 0:
+        memory = replace(memory, holding=memory.holding or (log.attempts[-1].epoch, seen.now_s))
+        if _age(memory.holding, seen) < decision.delay_s:
+            return Watch(Phase.BACKOFF, f"next attempt in {decision.delay_s:.0f} s", ensure=False), memory
+    if isinstance(decision, StartAttempt) and log.ended:
+        decision = replace(decision, renew=True)  # its nodes have left, or are about to
+    return decision, memory
+
+
+def leaving(seen: Seen | None, *, detaches: bool) -> Leave:
+    """How a driver leaves, by its last look: what is out of reach trains on, and so do nodes that outlive a driver."""
+    return Leave(detaches or (seen is not None and not seen.reached))
+
+
+def _remembered(log: LogView, seen: Seen, policy: Policy, memory: Memory) -> Memory:
+    """The memory as of this look: what goes on keeps its beginning, what is over is forgotten."""
+    epoch = log.attempts[-1].epoch if log.attempts else 0
+    ranks = [r for n in seen.nodes if n.epoch == epoch for r in n.ranks if r.ended]
+    left = epoch if any(rank_class(r) is Failure.PREEMPTED for r in ranks) else None
+    return Memory(
+        waiting=_since(memory.waiting, policy.launch if seen.waiting else None, seen.now_s),
+        leaving=_since(memory.leaving, left, seen.now_s),
+        holding=memory.holding if memory.holding and memory.holding[0] == epoch else None,
+    )
+
+
+def _since(before: tuple[K, float] | None, key: K | None, now_s: float) -> tuple[K, float] | None:
+    if key is None:
+        return None
+    return before if before is not None and before[0] == key else (key, now_s)
+
+
+def _age(since: tuple[object, float] | None, seen: Seen) -> float:
+    return seen.now_s - since[1] if since is not None else 0.0
+
+
+def launch_to_use(log: LogView, wanted: Layout, *, detaches: bool, over: bool) -> str | None:
+    """The newest attempt's launch where its layout fits and it has not ended for good; None: a new one.
+
+    ``over``: that launch has done its work and left.
+    """
+    newest = log.attempts[-1] if log.attempts else None
+    if newest is None or (newest.nodes, newest.ranks) != (wanted.nodes, wanted.ranks):
+        return None
+    # what a cluster was told of its pods may not be what they must be now
+    if detaches and superseded(log) and any(wanted.how[k] != newest.how.get(k) for k in ("launch", "parallel")):
+        return None
+    here = (newest.how.get("launch") or {}).get("target") == wanted.how["launch"]["target"]
+    return newest.launch if here and (log.ended or not over) else None
+
+
+def judge(
     log: LogView,
     nodes: Sequence[NodeView],
     policy: Policy,
@@ -132,10 +157,9 @@ def decide(
     waited_s: float = 0.0,
     left_s: float = 0.0,
 ) -> Decision:
-    """What to do next. ``nodes``: one view a node of the present launch, as far as any is known; ``lost``: why that
-    launch cannot be made whole, by its launcher; ``waiting``: what it waits for, by its launcher, and ``waited_s`` for
-    how long; ``left_s``: since a rank of the newest attempt was first seen to have left on request. Both by the
-    observer's own monotonic clock.
+    """What the log and the nodes ask for, whatever this driver itself should do. ``nodes``, ``lost``, ``waiting``: as
+    in `Seen`; ``waited_s``: for how long the launch has waited; ``left_s``: since a rank of the newest attempt was
+    first seen to have left on request.
     """
     settled = _settled(log, nodes, policy)
     if settled is not None:
@@ -146,17 +170,17 @@ def decide(
         if relief is not None:
             return relief
     mine = [n for n in nodes if n.epoch == newest.epoch]
-    cause, leave = _cause(newest, nodes, mine, lost, policy), lost is not None
+    cause, leave = cause_of(newest, nodes, mine, lost, policy), lost is not None
     began = any(r.pid for n in mine for r in n.ranks)
     if cause is not None and cause.cls == Failure.INFRA and waiting and not leave and not began:
         return Watch(Phase.WAITING, waiting)  # nodes that are there gave up on those that have no room yet (D5)
     if cause is None:
-        cause = _stalled(mine, newest, policy)
+        cause = stalled(mine, newest, policy)
         if cause is None:
             return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
     elif not _drained(nodes, newest, policy, leaving=leave):
         return Watch(Phase.DRAINING, cause.said())
-    decision = _recover(log, nodes, policy, _explained(cause, mine, leave=leave), leave=leave)
+    decision = _recover(log, nodes, policy, explained(cause, mine, leave=leave), leave=leave)
     if isinstance(decision, StartAttempt) and not decision.renew and cause.cls == Failure.PREEMPTED:
         # ranks that saved and left on request are mostly on a node that leaves with them, and its launcher shows that a
         # moment later: an attempt in that launch would only be lost with it
@@ -236,58 +260,6 @@ def _without_room(log: LogView, policy: Policy, waiting: str) -> Decision | None
     return _no_way_back(log, restore) or StartAttempt(restore, (), "recover", cause, renew=True, pardon=out)
 
 
-def _cause(
-    newest: AttemptView, nodes: Sequence[NodeView], mine: Sequence[NodeView], lost: Cause | None, policy: Policy
-) -> Cause | None:
-    """Why the attempt is over, on positive evidence (D2): its ranks' ends, a node that is gone, a launch that is lost.
-
-    ``mine``: the nodes that know of the attempt.
-    """
-    ranks = [r for n in mine for r in n.ranks]
-    cause = diagnose(ranks, policy.node_bytes)
-    # a node whose ranks never began has lost nothing: the launcher starts what it lacks
-    gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
-    first = next((n for n in gone if n.epoch == newest.epoch), None)
-    if first is not None and (cause is None or cause.cls == Failure.INFRA):  # it explains the peers that lost it
-        reached = max((r.step for r in ranks), default=-1)
-        cause = Cause(Failure.INFRA, f"node {first.node} is gone", "", None, reached, place=first.place)
-    if cause is not None and cause.rank is not None:
-        blamed = _waited_for(cause.rank, ranks) if cause.cls == Failure.STALL else cause.rank
-        place = next((n.place for n in mine if any(r.rank == blamed for r in n.ranks)), "")
-        cause = replace(cause, place=place)
-    return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
-
-
-def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
-    """At the end of who waits for whom, from the last words of a rank that stalled: where the stall comes from.
-
-    Who ended because of it, or was ended, waited too: of a chain of ranks, any one's deadline may pass first.
-    """
-    waited = {r.rank: r for r in ranks if r.ended and rank_class(r) in (Failure.STALL, Failure.INFRA)}
-    seen: set[int] = set()
-    while rank in waited and rank not in seen:
-        seen.add(rank)
-        peer = (waited[rank].words or {}).get("peer")
-        if not isinstance(peer, int):
-            break
-        rank = peer
-    return rank
-
-
-def _explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:
-    """The cause with what its nodes say beside it: an agent's trouble, or that all left on request."""
-    told = {str(v) for v in (cause.words or {}).values()}
-    trouble = next((n for n in mine if n.error and n.error not in told), None)
-    if (
-        cause.cls == Failure.INFRA and trouble is not None
-    ):  # what an agent could not store is why its ranks left with 75
-        return replace(cause, trouble=f"node {trouble.node} says: {trouble.error}")
-    ended = [r for n in mine for r in n.ranks if r.ended]
-    if not leave and cause.cls == Failure.PREEMPTED and all(rank_class(r) == Failure.PREEMPTED for r in ended):
-        return Cause(Failure.PREEMPTED, "stopped on request", "", None, cause.step, saved=True)
-    return cause
-
-
 def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cause, *, leave: bool) -> Decision:
     """After an attempt that is over: give up (D4), mark its restore point (D7), or the next attempt (``leave``: D5)."""
     newest = log.attempts[-1]
@@ -320,18 +292,6 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     )
 
 
-def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_ranks: int) -> Cause:
-    """What the launcher knows explains a peer that was lost or asked to stop; a rank's own end explains the rest."""
-    step = max((r.step for r in ranks), default=-1)
-    if cause is None:
-        return replace(lost, step=step)
-    if len(ranks) == all_ranks and all(r.ended and rank_class(r) == Failure.PREEMPTED for r in ranks):
-        return replace(lost, cls=Failure.PREEMPTED, rank=None, step=step, saved=True)
-    if cause.cls in (Failure.INFRA, Failure.PREEMPTED) or CAUSAL[lost.cls] < CAUSAL[cause.cls]:
-        return replace(lost, step=step)
-    return cause
-
-
 def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, leaving: bool) -> bool:
     """True when every node of the attempt has no rank left, is known to be gone, or must be over by now.
 
@@ -351,17 +311,6 @@ def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, 
         if node.age_s < policy.stall_s and node.step_age_s < policy.stall_s + policy.commit_s:
             return False
     return True
-
-
-def _stalled(mine: Sequence[NodeView], newest: AttemptView, policy: Policy) -> Cause | None:
-    """No step for three stall limits while the nodes' own heartbeats go on: the engine's watchdog failed too (D2)."""
-    running = [n for n in mine if n.phase in ("starting", "running")]
-    if not running or len(running) < newest.nodes:
-        return None
-    limit = 3 * policy.stall_s + (policy.start_s if all(r.step < 0 for n in running for r in n.ranks) else 0)
-    if all(n.step_age_s > limit and n.age_s < policy.stall_s for n in running):
-        return Cause(Failure.STALL, f"no step for {limit:.0f} s although every node answers", "", None, -1)
-    return None
 
 
 STARTING_WORDS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from checkpoint.log import RunState
-from flows.drive.run import Prepared, is_superseded
-from flows.drive.views import Cause, NodeView
+from flows.drive.decide import launch_to_use
+from flows.drive.run import Prepared, fold_view
+from flows.drive.views import Cause, Layout, LogView, NodeView
 from trainer.failures import Failure
 from trainer.launch import Launcher, LaunchView
 from trainer.spec import how_map
@@ -15,18 +16,23 @@ from trainer.spec import how_map
 def launch_of(state: RunState, prepared: Prepared, launcher: Launcher) -> str:
     """The launch to use: the newest attempt's where its layout fits and it has not ended for good, else a new one."""
     newest = state.newest_attempt
-    if newest is None or (newest.nodes, newest.ranks) != (prepared.nodes, prepared.ranks):
-        return next_launch(state, prepared)
-    if launcher.detaches and is_superseded(
-        state
-    ):  # what a cluster was told of its pods may not be what they must be now
-        how = how_map(prepared.spec)
-        if any(how[part] != newest.how.get(part) for part in ("launch", "parallel")):
-            return next_launch(state, prepared)
-    same_place = newest.launch.startswith(f"{prepared.run}-{prepared.spec.launch.target[0]}")
-    if same_place and (state.ended or launcher.observe(newest.launch).state != "done"):
-        return newest.launch
-    return next_launch(state, prepared)
+    seen = launcher.observe(newest.launch) if newest is not None else None
+    return choose_launch(fold_view(state), state, prepared, launcher, seen)
+
+
+def choose_launch(
+    log: LogView, state: RunState, prepared: Prepared, launcher: Launcher, seen: LaunchView | None
+) -> str:
+    """As `launch_of`, by what is known already: ``seen`` is the newest attempt's launch."""
+    wanted = Layout(prepared.nodes, prepared.ranks, how_map(prepared.spec))
+    over = seen is not None and seen.state == "done"
+    found = launch_to_use(log, wanted, detaches=launcher.detaches, over=over)
+    return found or next_launch(state, prepared)
+
+
+def still_stops(seen: LaunchView | None) -> bool:
+    """Whether a node of the launch was asked to stop and has not left yet."""
+    return seen is not None and any(n.done == "stopped" and (n.agent_pid or n.supervisor_pid) for n in seen.nodes)
 
 
 def next_launch(state: RunState, prepared: Prepared) -> str:

@@ -9,18 +9,31 @@ ended, or asks to count its failures anew.
 from __future__ import annotations
 
 import getpass
+import logging
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.history import recent
-from flows.drive.run import Prepared, asked_how, fell_back, fold_view, is_superseded, order_view, spec_under
-from trainer.errors import SpecError
+from flows.drive.run import (
+    Prepared,
+    asked_how,
+    compiled,
+    fold_view,
+    is_superseded,
+    order_view,
+    publish_plan,
+    ruling_how,
+    spec_under,
+)
+from trainer.errors import PlanError, SpecError
 from trainer.spec import RETIRED, RunSpec, how_map
+
+log = logging.getLogger(__name__)
 
 
 class CannotFollow(Exception):
@@ -87,6 +100,30 @@ def who() -> str:
     return re.sub(r"[^\w.@-]", "_", f"{user}@{socket.gethostname()}")[:100]
 
 
+def followed(store: Store, state: RunState, prepared: Prepared, say: Callable[..., None]) -> Prepared:
+    """The run in the How that rules by the log; ``say`` hears of a change. CannotFollow where this driver cannot."""
+    how = ruling_how(state)
+    before = how_map(prepared.spec)
+    if how is None or how == before:
+        return prepared
+    try:
+        spec = spec_under(prepared.spec, how)
+        if how_map(spec) == before:
+            return prepared
+        here, there = ((s.launch.target, s.launch.namespace) for s in (prepared.spec, spec))
+        if here[0] != there[0] or (there[0] != "local" and here != there):
+            raise CannotFollow(elsewhere(state, prepared, spec.launch.target))
+        changed = compiled(prepared, spec)
+    except (SpecError, PlanError) as error:
+        raise CannotFollow(unreadable(state, prepared, error)) from error
+    publish_plan(store, changed.run, changed.plan)
+    by = who_ruled(state)
+    log.info("the layout is %s: %s", by, changes(before, how))
+    text = f"the layout is {by}: {changes(before, how)}; this command goes on with that"
+    say("order", text, key=("order", by))
+    return changed
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two Hows, key by key, for people."""
     found = []
@@ -134,7 +171,7 @@ def unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
 def who_ruled(state: RunState) -> str:
     """Whose the layout is that every driver follows now, for people."""
     newest = state.newest_attempt
-    changed = newest is not None and not is_superseded(state) and fell_back(newest)
+    changed = newest is not None and not is_superseded(state) and newest.fell_back
     if state.orders and not changed:
         order = order_view(state.orders[-1])
         return f"the order of {order.by}, log record {order.n}"

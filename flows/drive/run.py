@@ -256,7 +256,7 @@ def asked_how(state: RunState) -> Mapping[str, Any] | None:
     if state.orders:
         how: Mapping[str, Any] = state.orders[-1].body["how"]
         return how
-    return next((a.how for a in reversed(state.attempts) if not fell_back(a)), None)
+    return next((a.how for a in reversed(state.attempts) if not a.fell_back), None)
 
 
 def ruling_how(state: RunState) -> Mapping[str, Any] | None:
@@ -277,11 +277,6 @@ def is_superseded(state: RunState) -> bool:
     if newest is None or not orders:
         return False
     return superseded(LogView(attempts=(attempt_view(newest),), orders=(order_view(orders[-1]),)))
-
-
-def fell_back(attempt: AttemptInfo) -> bool:
-    """Whether the driver itself changed this attempt's layout, for want of room (older logs: prose)."""
-    return bool(attempt.body.get("fallback")) or attempt.reason.startswith("fewer nodes")
 
 
 def order_view(order: Intervention) -> OrderView:

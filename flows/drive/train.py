@@ -22,7 +22,8 @@ from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog, ended_body
 from checkpoint.store import Store, address, open_store
 from flows.drive.claims import StoreClaims
-from flows.drive.loop import Driver, NoSink, Outcome, Sink
+from flows.drive.events import NoSink, Outcome, Sink
+from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
 from flows.drive.run import Prepared, ask_run, prepare_run
 from trainer.launch import Launch, Launcher, LocalLauncher, Watching

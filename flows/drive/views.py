@@ -152,6 +152,15 @@ class LogView:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How many nodes and ranks a run is to have now, and the How that says so."""
+
+    nodes: int
+    ranks: int
+    how: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Policy:
     """How to recover. Seconds; counts. ``steps`` is the run's last step; ``stages`` and ``fewer`` (best first): now,
     and what the spec allows where there is no room; ``detaches``: the nodes outlive their driver (a cluster).
@@ -177,6 +186,40 @@ class Policy:
     detaches: bool = False
     node_bytes: int = 0
     """What the ranks of the fullest node need by the plan, without their snapshot slots."""
+
+
+# --- what a driver has seen -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look: what is true now, as far as anybody answered. All but ``now_s`` are hints (D2).
+
+    ``nodes``: one view a node of the launch that the policy names, as far as any is known; ``lost``: why that launch
+    cannot be made whole, and ``waiting``: what it waits for, both by its launcher; ``finishing``: the newest attempt's
+    launch was asked to stop by another driver, and still saves; ``reached``: the launch is within this driver's reach;
+    ``stop``: a person wants this driver to leave; ``now_s``: by the observer's own monotonic clock.
+    """
+
+    now_s: float
+    nodes: tuple[NodeView, ...] = ()
+    lost: Cause | None = None
+    waiting: str = ""
+    finishing: bool = False
+    reached: bool = True
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Since when a driver has seen a launch wait (its name), ranks leave on request (their epoch), and the next attempt
+    be held back (the epoch that failed), by its own clock: all that `decide` takes from look to look. A driver begins
+    with none, so a new one waits anew, and decides the same otherwise.
+    """
+
+    waiting: tuple[str, float] | None = None
+    leaving: tuple[int, float] | None = None
+    holding: tuple[int, float] | None = None
 
 
 # --- causes and decisions -----------------------------------------------------------------------------------
@@ -298,10 +341,23 @@ class End:
 
 @dataclass(frozen=True)
 class Watch:
-    """Nothing to order: keep the launch up (idempotent) and look again."""
+    """Nothing to order: look again, and keep the launch up (idempotent) where ``ensure`` says so."""
 
     phase: Phase
     text: str = ""
+    ensure: bool = True
+
+
+@dataclass(frozen=True)
+class AwaitStop:
+    """What was asked to stop saves and leaves first: the next attempt's record would fence it."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """This driver leaves, as a person wants: the gang trains on (``detach``), or saves one agreed step and leaves."""
+
+    detach: bool
 
 
 @dataclass(frozen=True)
@@ -311,4 +367,4 @@ class Finished:
     outcome: str
 
 
-Decision = StartAttempt | MarkDamaged | End | Watch | Finished
+Decision = StartAttempt | MarkDamaged | End | Watch | AwaitStop | Leave | Finished

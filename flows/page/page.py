@@ -29,8 +29,8 @@ from checkpoint.errors import CheckpointError
 from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
+from flows.drive.events import Event, Outcome
 from flows.drive.live import load_curve
-from flows.drive.loop import Event, Outcome
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flows.drive.loop import Event, Sink
+from flows.drive.events import Event, Sink
 
 
 @dataclass

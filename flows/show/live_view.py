@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flows.drive.loop import Event
+from flows.drive.events import Event
 from flows.show.lines import Lines, Meter
 
 NARROW = 64

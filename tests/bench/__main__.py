@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from checkpoint.store import open_store
+from flows.drive.events import Event
 from flows.drive.live import StatusReader
-from flows.drive.loop import Event
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
 from tests.bench import bench_demo, bench_kernels, bench_plan, bench_watch

@@ -13,7 +13,8 @@ from checkpoint.errors import CredentialsRefused, StoreRefused, StoreUnavailable
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.aside import Aside, TurnedAway
-from flows.drive.loop import Driver, Event, Outcome
+from flows.drive.events import Event, Outcome
+from flows.drive.loop import Driver
 from flows.drive.run import Prepared, prepare_run
 from tests.flows.drive.test_orders import Nodes
 from trainer.launch import Launch

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from flows.drive.decide import decide, diagnose, rank_class
+from flows.drive.causes import diagnose, rank_class
+from flows.drive.decide import judge as decide
 from flows.drive.history import STRIKE_FADES, avoided, struck
 from flows.drive.views import (
     AttemptView,

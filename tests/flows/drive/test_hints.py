@@ -13,10 +13,10 @@ import pytest
 from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.codec import pack
 from checkpoint.store import open_store
-from flows.drive.decide import decide
+from flows.drive.decide import judge as decide
+from flows.drive.events import Event
 from flows.drive.hints import node_status, step_line, words_of
 from flows.drive.live import MetricsReader, StatusReader
-from flows.drive.loop import Event
 from flows.drive.views import AttemptView, LogView, NodeView, Policy, RankView, Watch
 from flows.show.lines import Lines
 

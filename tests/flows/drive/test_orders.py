@@ -13,7 +13,8 @@ import pytest
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
-from flows.drive.loop import Driver, Event, Outcome
+from flows.drive.events import Event, Outcome
+from flows.drive.loop import Driver
 from flows.drive.orders import Asked, changes, describe, place_order, who
 from flows.drive.run import Prepared, asked_how, attempt_body, prepare_run, relayout, ruling_how
 from flows.drive.train import cancel

@@ -13,7 +13,7 @@ import pytest
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
-from flows.drive.loop import Event, Outcome
+from flows.drive.events import Event, Outcome
 from flows.hosting import undisturbed
 from flows.page import Page
 from flows.prefect_api import Client, Gone, Refused

@@ -1,0 +1,145 @@
+"""What people see of a run that is driven: the driver's events, in the words of people, each told once.
+
+Nothing here decides anything, and nothing that decides is kept here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint.log import RunState
+from flows.drive.events import Event, NoSink, Outcome, Sink
+from flows.drive.hints import step_line
+from flows.drive.run import order_view
+from flows.drive.views import NodeView, Phase, StartAttempt
+from trainer.failures import FAILURES, Failure
+
+DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
+EXIT_CANCELLED = 1
+EXIT_STOPPED = 85
+EXIT_SUPERSEDED = 78
+
+
+@dataclass
+class Teller:
+    """Tells the sink, and counts what people want to know at the end: lost steps, seconds to recover."""
+
+    run: str
+    sink: Sink = field(default_factory=NoSink)
+    clock: Callable[[], float] = time.monotonic
+    max_step: dict[int, int] = field(default_factory=dict)
+    recoveries: list[float] = field(default_factory=list)
+    lost_steps: int = 0
+    _failed_at: float | None = None
+    _told: set[tuple[Any, ...]] = field(default_factory=set)
+    _told_n: int | None = None  # the newest checkpoint record that was told
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        self.sink.tell(Event(kind, facts))
+
+    def phase(self, phase: Phase | str, text: str, *, key: tuple[Any, ...] | None = None) -> None:
+        """A phase of the run; with a key only where that is not the last one told."""
+        word = phase.value if isinstance(phase, Phase) else phase
+        if key is None or key not in self._told:
+            self.tell("phase", phase=word, text=text)
+        if key is not None:  # a phase may come back: of those only the last one is not repeated
+            self._told = {k for k in self._told if k[0] != "phase"} | {key}
+
+    def known(self, state: RunState) -> None:
+        """The run had begun, or ended, before this driver: whoever started it twice should see that."""
+        newest = state.at_step()
+        facts = {"attempts": len(state.attempts), "step": newest.step if newest else 0}
+        orders = [order_view(o) for o in state.orders]
+        again = state.ended is None or any(o.again and o.n > state.ended.n for o in orders)
+        self.tell("known", **facts, ended=None if again or not state.ended else state.ended.outcome)
+
+    def failed(self) -> None:
+        """Something failed: from now on until a step of the next attempt is the time to recover."""
+        if self._failed_at is None:
+            self._failed_at = self.clock()
+
+    def steps(self, state: RunState, lines: Iterable[Mapping[str, Any]]) -> None:
+        """What the ranks said of their steps."""
+        for line in filter(None, map(step_line, lines)):
+            epoch, step = line["epoch"], line["step"]
+            if self._failed_at is not None and epoch == state.epoch and epoch not in self.max_step:
+                self.recoveries.append(self.clock() - self._failed_at)
+                self._failed_at = None
+                self.tell("recovered", epoch=epoch, step=step, seconds=self.recoveries[-1])
+            self.max_step[epoch] = max(step, self.max_step.get(epoch, -1))
+            self.sink.tell(Event("step", line))
+
+    def nodes(self, state: RunState, nodes: Iterable[NodeView]) -> None:
+        """Their trouble: training goes on, but a person should know that checkpoints do not."""
+        for node in nodes:
+            if state.epoch and node.epoch == state.epoch and any(r.ended and (r.code or r.signal) for r in node.ranks):
+                self.failed()
+            if node.error:
+                self.phase("warning", f"node {node.node}: {node.error}", key=("trouble", node.node))
+            else:
+                self._told.discard(("trouble", node.node))
+
+    def checkpoints(self, state: RunState) -> None:
+        """Those that were not told yet; of a run that had begun before this driver the newest alone."""
+        fresh = []
+        for checkpoint in reversed(state.checkpoints):
+            if self._told_n is None or checkpoint.n > self._told_n:
+                fresh.append(checkpoint)
+            if self._told_n is None or checkpoint.n <= self._told_n:
+                break
+        for checkpoint in reversed(fresh):
+            self.tell("checkpoint", n=checkpoint.n, step=checkpoint.step, epoch=checkpoint.epoch)
+        self._told_n = state.n
+
+    def began(self, state: RunState, order: StartAttempt, cause: Mapping[str, Any] | None) -> None:
+        """An attempt, the newest of the log."""
+        attempts = state.attempts
+        if len(attempts) > 1:
+            reached = self.max_step.get(attempts[-2].epoch, order.restore.step)
+            self.lost_steps += max(0, reached - max(order.restore.step, 0))
+        facts = {"number": len(attempts), "epoch": attempts[-1].epoch, "reason": order.reason, "cause": cause}
+        self.tell("attempt", **facts, **{"step": order.restore.step, "from": order.restore.origin})
+
+    def saved(self, state: RunState, asked_at: int) -> str:
+        """What a stop left in the store: the gang's last state may not have got there. ``asked_at``: the log's newest
+        record when the gang was asked to stop; what it saves then is recorded after that.
+        """
+        newest = state.at_step()  # by step: a slower upload may be recorded after a later one
+        reached = max(self.max_step.values(), default=0)
+        if newest is None:
+            return "nothing was saved yet" + (f"; the steps up to {reached} will be trained again" if reached else "")
+        if newest.step >= reached and newest.n > asked_at:
+            return "state saved"
+        after = f"the steps up to {reached}" if reached > newest.step else "what was trained after it"
+        return f"step {newest.step} is saved; {after} will be trained again"
+
+    def outcome(self, state: RunState, outcome: str, reason: str = "", *, left_running: bool = False) -> Outcome:
+        newest = state.at_step()  # by step: a slower upload may be recorded after a later one
+        code, cls = 0, ""
+        if outcome == "gave_up" and state.ended:
+            reason, cls = state.ended.reason, state.ended.failure
+            code = FAILURES[Failure.read(cls) or Failure.INFRA].exit_code
+        elif outcome == "superseded":
+            code = EXIT_SUPERSEDED
+        elif outcome == "cancelled":
+            reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
+        elif outcome == "stopped":
+            reason, code = ("the gang trains on" if left_running else reason), EXIT_STOPPED
+        result = Outcome(
+            run=self.run,
+            outcome=outcome,
+            reason=reason,
+            step=newest.step if newest else 0,
+            state_digest=newest.state_digest if newest else None,
+            attempts=len(state.attempts),
+            exit_code=code,
+            lost_steps=self.lost_steps,
+            recovery_s=max(self.recoveries) if self.recoveries else None,
+            cls=cls,
+        )
+        said = "" if outcome == "superseded" else reason  # whoever runs the driver says that: it is why it leaves
+        self.tell("ended", outcome=outcome, reason=said, step=result.step, digest=result.state_digest)
+        return result
