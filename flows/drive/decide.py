@@ -38,16 +38,16 @@ from flows.drive.views import (
     End,
     Fallback,
     Finished,
-    Layout,
     Leave,
     LogView,
+    Look,
     MarkDamaged,
     Memory,
     NodeView,
     Phase,
     Policy,
     Restore,
-    Seen,
+    RunLayout,
     StartAttempt,
     Watch,
 )
@@ -78,7 +78,7 @@ def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, u
     return Restore(base.checkpoint, step, (step, epoch), base.parent)
 
 
-def decide(log: LogView, seen: Seen, policy: Policy, memory: Memory) -> tuple[Decision, Memory]:
+def decide(log: LogView, seen: Look, policy: Policy, memory: Memory) -> tuple[Decision, Memory]:
     """What to do next, and what to remember of it until the next look."""
     memory = _remembered(log, seen, policy, memory)
     if seen.finishing and not log.ended:
@@ -105,12 +105,12 @@ def decide(log: LogView, seen: Seen, policy: Policy, memory: Memory) -> tuple[De
     return decision, memory
 
 
-def leaving(seen: Seen | None, *, detaches: bool) -> Leave:
+def leaving(seen: Look | None, *, detaches: bool) -> Leave:
     """How a driver leaves, by its last look: what is out of reach trains on, and so do nodes that outlive a driver."""
     return Leave(detaches or (seen is not None and not seen.reached))
 
 
-def _remembered(log: LogView, seen: Seen, policy: Policy, memory: Memory) -> Memory:
+def _remembered(log: LogView, seen: Look, policy: Policy, memory: Memory) -> Memory:
     """The memory as of this look: what goes on keeps its beginning, what is over is forgotten."""
     epoch = log.attempts[-1].epoch if log.attempts else 0
     ranks = [r for n in seen.nodes if n.epoch == epoch for r in n.ranks if r.ended]
@@ -128,11 +128,11 @@ def _since(before: tuple[K, float] | None, key: K | None, now_s: float) -> tuple
     return before if before is not None and before[0] == key else (key, now_s)
 
 
-def _age(since: tuple[object, float] | None, seen: Seen) -> float:
+def _age(since: tuple[object, float] | None, seen: Look) -> float:
     return seen.now_s - since[1] if since is not None else 0.0
 
 
-def launch_to_use(log: LogView, wanted: Layout, *, detaches: bool, over: bool) -> str | None:
+def launch_to_use(log: LogView, wanted: RunLayout, *, detaches: bool, over: bool) -> str | None:
     """The newest attempt's launch where its layout fits and it has not ended for good; None: a new one.
 
     ``over``: that launch has done its work and left.
@@ -158,7 +158,7 @@ def judge(
     left_s: float = 0.0,
 ) -> Decision:
     """What the log and the nodes ask for, whatever this driver itself should do. ``nodes``, ``lost``, ``waiting``: as
-    in `Seen`; ``waited_s``: for how long the launch has waited; ``left_s``: since a rank of the newest attempt was
+    in `Look`; ``waited_s``: for how long the launch has waited; ``left_s``: since a rank of the newest attempt was
     first seen to have left on request.
     """
     settled = _settled(log, nodes, policy)

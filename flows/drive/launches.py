@@ -7,7 +7,7 @@ from dataclasses import replace
 from checkpoint.log import RunState
 from flows.drive.decide import launch_to_use
 from flows.drive.run import Prepared, fold_view
-from flows.drive.views import Cause, Layout, LogView, NodeView
+from flows.drive.views import Cause, LogView, NodeView, RunLayout
 from trainer.failures import Failure
 from trainer.launch import Launcher, LaunchView
 from trainer.spec import how_map
@@ -24,7 +24,7 @@ def choose_launch(
     log: LogView, state: RunState, prepared: Prepared, launcher: Launcher, seen: LaunchView | None
 ) -> str:
     """As `launch_of`, by what is known already: ``seen`` is the newest attempt's launch."""
-    wanted = Layout(prepared.nodes, prepared.ranks, how_map(prepared.spec))
+    wanted = RunLayout(prepared.nodes, prepared.ranks, how_map(prepared.spec))
     over = seen is not None and seen.state == "done"
     found = launch_to_use(log, wanted, detaches=launcher.detaches, over=over)
     return found or next_launch(state, prepared)

@@ -37,12 +37,12 @@ from flows.drive.views import (
     Finished,
     Leave,
     LogView,
+    Look,
     MarkDamaged,
     Memory,
     NodeView,
     Phase,
     Policy,
-    Seen,
     StartAttempt,
     Watch,
     short,
@@ -88,7 +88,7 @@ class Driver:
     clock: Callable[[], float] = time.monotonic
     # the last look, and what `decide` wants remembered of it
     _state: RunState | None = None
-    _seen: Seen | None = None
+    _seen: Look | None = None
     _memory: Memory = field(default_factory=Memory)
     # readers, and the view of a state that was made last
     _status: StatusReader | None = None
@@ -149,7 +149,7 @@ class Driver:
             return calm_pause_s(time.thread_time() - began, self.poll_s)
         return 0.0 if isinstance(decision, AwaitStop) else self.poll_s
 
-    def _observe(self, state: RunState, *, tell_steps: bool) -> tuple[Policy, Seen, Launch]:
+    def _observe(self, state: RunState, *, tell_steps: bool) -> tuple[Policy, Look, Launch]:
         """The launch that is to be used, and all that can be seen of it. Asks the store and the launcher."""
         newest, was, log_view = state.newest_attempt, self._seen, self._log_view(state)
         view = self.launcher.observe(newest.launch) if newest is not None else None
@@ -162,7 +162,7 @@ class Driver:
         launch = self._launch(log_view, launch_id)
         nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(view)), view)
         self._tell(state, nodes, steps=tell_steps)  # not before the first decision: what to do comes first
-        seen = self._seen = Seen(
+        seen = self._seen = Look(
             now_s=self.clock(),
             nodes=tuple(nodes),
             lost=loss_of(view, nodes, state, self.launcher),
@@ -207,7 +207,7 @@ class Driver:
 
     # --- acting -------------------------------------------------------------------------------------------
 
-    def _act(self, decision: Decision, state: RunState, seen: Seen, launch: Launch) -> Outcome | None:
+    def _act(self, decision: Decision, state: RunState, seen: Look, launch: Launch) -> Outcome | None:
         """Carry the decision out; the outcome where this driver's part is over."""
         match decision:
             case Finished(outcome):

@@ -152,7 +152,7 @@ class LogView:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RunLayout:
     """How many nodes and ranks a run is to have now, and the How that says so."""
 
     nodes: int
@@ -192,7 +192,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Look:
     """One look: what is true now, as far as anybody answered. All but ``now_s`` are hints (D2).
 
     ``nodes``: one view a node of the launch that the policy names, as far as any is known; ``lost``: why that launch

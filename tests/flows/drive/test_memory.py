@@ -12,13 +12,13 @@ from flows.drive.views import (
     Cause,
     CheckpointView,
     Finished,
-    Layout,
     Leave,
     LogView,
+    Look,
     Memory,
     OrderView,
     Phase,
-    Seen,
+    RunLayout,
     StartAttempt,
     Watch,
 )
@@ -32,16 +32,16 @@ CRASHED = tuple(ended(n, epoch=3, code=75) for n in range(2))
 
 
 def test_a_next_attempt_is_held_back_and_begins_when_its_time_has_passed() -> None:
-    held, memory = decide(STUCK, Seen(100.0, CRASHED), POLICY, Memory())
+    held, memory = decide(STUCK, Look(100.0, CRASHED), POLICY, Memory())
     assert held == Watch(Phase.BACKOFF, "next attempt in 2 s", ensure=False)
     assert memory == Memory(holding=(3, 100.0))
-    assert decide(STUCK, Seen(101.9, CRASHED), POLICY, memory) == (held, memory)
-    begun, memory = decide(STUCK, Seen(102.0, CRASHED), POLICY, memory)
+    assert decide(STUCK, Look(101.9, CRASHED), POLICY, memory) == (held, memory)
+    begun, memory = decide(STUCK, Look(102.0, CRASHED), POLICY, memory)
     assert isinstance(begun, StartAttempt)
     fourth = replace(STUCK, attempts=(*STUCK.attempts, attempt(4, cause={"class": "infra", "step": 7})))
-    _, memory = decide(fourth, Seen(103.0, tuple(running(epoch=4))), POLICY, memory)
+    _, memory = decide(fourth, Look(103.0, tuple(running(epoch=4))), POLICY, memory)
     assert memory == Memory()  # held back after attempt 3: that is over
-    again, _ = decide(STUCK, Seen(102.0, CRASHED), POLICY, Memory())  # another driver waits anew
+    again, _ = decide(STUCK, Look(102.0, CRASHED), POLICY, Memory())  # another driver waits anew
     assert again == held
 
 
@@ -49,38 +49,38 @@ def test_a_launch_waits_for_room_since_it_was_first_seen_to() -> None:
     policy = replace(POLICY, capacity_s=30.0, stages=2, fewer=(1,))
     memory = Memory()
     for now in (10.0, 25.0, 39.9):
-        waits, memory = decide(log(), Seen(now, waiting="no machine fits"), policy, memory)
+        waits, memory = decide(log(), Look(now, waiting="no machine fits"), policy, memory)
         assert waits == Watch(Phase.WAITING, "no machine fits")
         assert memory.waiting == ("l", 10.0)
-    less, _ = decide(log(), Seen(40.0, waiting="no machine fits"), policy, memory)
+    less, _ = decide(log(), Look(40.0, waiting="no machine fits"), policy, memory)
     assert isinstance(less, StartAttempt)
     assert less.fallback is not None
-    _, memory = decide(log(), Seen(39.0, tuple(running())), policy, memory)
+    _, memory = decide(log(), Look(39.0, tuple(running())), policy, memory)
     assert memory.waiting is None  # it ran: the next wait begins anew
-    _, memory = decide(log(), Seen(50.0, waiting="no machine fits"), replace(policy, launch="l2"), memory)
+    _, memory = decide(log(), Look(50.0, waiting="no machine fits"), replace(policy, launch="l2"), memory)
     assert memory.waiting == ("l2", 50.0)
 
 
 def test_ranks_that_left_on_request_are_given_time_to_show_why() -> None:
     policy, left = replace(POLICY, detaches=True), tuple(ended(n, code=85) for n in range(2))
-    first, memory = decide(log(), Seen(7.0, left), policy, Memory())
+    first, memory = decide(log(), Look(7.0, left), policy, Memory())
     assert isinstance(first, Watch)
     assert memory.leaving == (1, 7.0)
-    assert isinstance(decide(log(), Seen(11.9, left), policy, memory)[0], Watch)
-    assert isinstance(decide(log(), Seen(12.0, left), policy, memory)[0], StartAttempt)
+    assert isinstance(decide(log(), Look(11.9, left), policy, memory)[0], Watch)
+    assert isinstance(decide(log(), Look(12.0, left), policy, memory)[0], StartAttempt)
 
 
 @pytest.mark.parametrize(
     ("seen", "detaches", "wanted"),
     [
-        (Seen(0.0, stop=True), False, Leave(False)),
-        (Seen(0.0, stop=True), True, Leave(True)),
-        (Seen(0.0, stop=True, reached=False), False, Leave(True)),
-        (Seen(0.0, stop=True, finishing=True), False, AwaitStop()),
-        (Seen(0.0, finishing=True), False, AwaitStop()),
+        (Look(0.0, stop=True), False, Leave(False)),
+        (Look(0.0, stop=True), True, Leave(True)),
+        (Look(0.0, stop=True, reached=False), False, Leave(True)),
+        (Look(0.0, stop=True, finishing=True), False, AwaitStop()),
+        (Look(0.0, finishing=True), False, AwaitStop()),
     ],
 )
-def test_a_wish_to_stop_is_a_decision(seen: Seen, detaches: bool, wanted: object) -> None:
+def test_a_wish_to_stop_is_a_decision(seen: Look, detaches: bool, wanted: object) -> None:
     policy = replace(POLICY, detaches=detaches)
     assert decide(log(), seen, policy, Memory()) == (wanted, Memory())
     assert decide(log(end="cancelled"), seen, policy, Memory())[0] == Finished("cancelled")
@@ -88,16 +88,16 @@ def test_a_wish_to_stop_is_a_decision(seen: Seen, detaches: bool, wanted: object
 
 def test_a_launch_that_is_lost_is_not_kept_up() -> None:
     nodes = tuple(running())
-    assert decide(log(), Seen(0.0, nodes), POLICY, Memory())[0] == Watch(Phase.TRAINING)
+    assert decide(log(), Look(0.0, nodes), POLICY, Memory())[0] == Watch(Phase.TRAINING)
     lost = Cause(Failure.INFRA, "pod x-1 was deleted")
-    draining, _ = decide(log(), Seen(0.0, nodes, lost=lost), POLICY, Memory())
+    draining, _ = decide(log(), Look(0.0, nodes, lost=lost), POLICY, Memory())
     assert draining == Watch(Phase.DRAINING, "pod x-1 was deleted", ensure=False)
 
 
 def test_a_run_that_is_opened_again_gets_new_nodes() -> None:
     order = OrderView(9, {}, "ann", again=True)
     opened = replace(log(saved=(CheckpointView(2, 50, 1),), end="gave_up"), ended_n=8, orders=(order,))
-    begun, _ = decide(opened, Seen(0.0), POLICY, Memory())
+    begun, _ = decide(opened, Look(0.0), POLICY, Memory())
     assert isinstance(begun, StartAttempt)
     assert begun.renew
 
@@ -105,7 +105,7 @@ def test_a_run_that_is_opened_again_gets_new_nodes() -> None:
 def test_the_launch_to_use() -> None:
     how = {"launch": {"target": "local"}, "parallel": {"stages": 2}}
     begun = log(attempt(how=how))
-    wanted = Layout(2, 2, how)
+    wanted = RunLayout(2, 2, how)
     assert launch_to_use(begun, wanted, detaches=False, over=False) == "l"
     assert launch_to_use(begun, wanted, detaches=False, over=True) is None
     assert launch_to_use(replace(begun, ended="cancelled"), wanted, detaches=False, over=True) == "l"
