@@ -70,7 +70,7 @@ check: setup ## format, lint, types, layering, warnings as errors, sanitizers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find trainer/engine tests -name '*.[ch]')
+	$(BIN)/clang-format --dry-run --Werror $$(find trainer/engine tests -name '*.[ch]' -o -name '*.cc' -o -name '*.cu')
 	$(BIN)/python -m tests.tools.sanitize
 
 bench: setup ## figures into out/bench.json

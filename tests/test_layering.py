@@ -136,7 +136,7 @@ def files_of(names: Iterable[str]) -> set[str]:
 
 
 def engine_files() -> list[Path]:
-    return sorted(p for p in ENGINE.rglob("*") if p.suffix in (".c", ".h"))
+    return sorted(p for p in ENGINE.rglob("*") if p.suffix in (".c", ".h", ".cc", ".cu"))
 
 
 def includes(path: str, text: str) -> set[str]:

@@ -1,5 +1,6 @@
 """What the tests need and `make setup` does not bring, made before they run, so that no test waits for it: the second
-compiler, the engine and its kernels by both compilers, the S3 server. All of it is kept in the user's cache folder.
+compiler, the engine and its kernels by both compilers, the emulated CUDA kernels, the S3 server. All of it is kept in
+the user's cache folder.
 
     python -m tests.support.parts
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.engine import kernel_lib
+from tests.engine import cuda_lib, kernel_lib
 from tests.engine.engine_build import build_engine
 from tests.support import compilers, s3_server
 
@@ -21,6 +22,9 @@ def main() -> int:
         build_engine(compiler)
         os.environ["HOTSTAGE_TEST_CC"] = compiler
         kernel_lib.build()
+    os.environ.pop("HOTSTAGE_TEST_CC")
+    for sanitize in ("", "address"):
+        cuda_lib.build(sanitize)
     os.sync()  # else the servers' databases wait for hundreds of MB of freshly installed files at their first fsync
     return 0
 

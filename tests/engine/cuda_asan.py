@@ -1,0 +1,36 @@
+"""The emulated CUDA kernels under the address sanitizer, in a process that has its runtime preloaded (cuda_lib.py).
+
+python -m tests.engine.cuda_asan LIBRARY            every case once; operands are exactly as long as the extents say
+python -m tests.engine.cuda_asan LIBRARY sick KIND  a kernel with a fault, of cuda_lib.cc
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests.engine.cuda_lib import CudaLib
+from tests.engine.kernel_lib import KernelLib, build
+from tests.engine.test_kernels_cpu import CASES, Call
+from trainer import wire
+
+
+def main() -> int:
+    lib = CudaLib(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        x, out = np.arange(64, dtype=np.float32), np.empty(64, np.float32)
+        addresses = [ctypes.c_void_p(a.ctypes.data) for a in (out, x)]
+        return abs(int(lib.c.hs_test_sick(*addresses, int(sys.argv[3]))))
+    oracle = KernelLib(build())
+    for case in CASES:
+        for dtype in (wire.F32, wire.BF16):
+            if dtype == wire.F32 or not case.f32_only:
+                Call.make(oracle, case, dtype).run(lib, "cuda")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

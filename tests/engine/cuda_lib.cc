@@ -1,0 +1,65 @@
+/* What the tests of the emulated CUDA kernels call through ctypes (tests/engine/cuda_lib.py). Kernels of their own show
+ * that the emulator catches what it says it catches. */
+#include "kernels/cuda/device.h"
+
+enum { SICK_THREADS = 64 };
+
+/* Each does right for kind 0: out[i] = in[(i + 1) % 64] through shared memory, and then the sum of its warp. */
+enum {
+    SOUND,
+    NO_BARRIER,
+    HALF_BARRIER,
+    HALF_SHUFFLE,
+    FOREIGN_LANE,
+    UNWRITTEN,
+    BEYOND,
+    UNALIGNED,
+    TWO_BARRIERS
+};
+
+__global__ void sick(float *out, const float *in, int kind) {
+    HS_SHARED(float, row, [SICK_THREADS]);
+    const int t = (int)threadIdx.x;
+    if (kind != UNWRITTEN || t != 5) row[t] = in[t];
+    if (kind == HALF_BARRIER) {
+        if (t < 40) __syncthreads();
+    } else if (kind == TWO_BARRIERS) {
+        if (t < 32)
+            __syncthreads();
+        else
+            __syncthreads();
+    } else if (kind != NO_BARRIER) {
+        __syncthreads();
+    }
+    float x = row[(t + 1) % SICK_THREADS + (kind == BEYOND ? SICK_THREADS : 0)];
+    if (kind == HALF_SHUFFLE) {
+        if (t % 32 < 16) x += __shfl_xor_sync(0xffffffffu, x, 8);
+    } else if (kind == FOREIGN_LANE) {
+        if (t % 32 < 16) x += __shfl_xor_sync(0x0000ffffu, x, 16);
+    } else {
+        for (int bits = 16; bits; bits /= 2) x += __shfl_xor_sync(0xffffffffu, x, bits);
+    }
+    if (kind == UNALIGNED) {
+        const lanes<4> v = load<4>(in + 1, 4, true);
+        x += v.x[0];
+    }
+    out[t] = x;
+}
+
+extern "C" int hs_test_sick(float *out, const float *in, int kind) {
+    cudaStream_t stream = NULL;
+    return HS_LAUNCH(sick, 1, SICK_THREADS, stream, out, in, kind);
+}
+
+extern "C" int hs_test_cuda(uint32_t kernel, uint32_t dtype, void *const *ptrs, const int64_t *dims,
+                            const double *reals) {
+    const hs_cuda_table *table = hs_cuda_kernels();
+    if (table->version != HS_CUDA_VERSION || kernel == 0 || kernel >= table->count) return 1;
+    hs_args args = {};
+    args.dtype = dtype;
+    memcpy(args.ptr, ptrs, sizeof args.ptr);
+    memcpy(args.dim, dims, sizeof args.dim);
+    memcpy(args.real, reals, sizeof args.real);
+    const hs_cuda_ctx ctx = {};
+    return table->fn[kernel](&ctx, &args);
+}

@@ -1,0 +1,140 @@
+"""The CUDA kernels, compiled for the CPU with their emulator (trainer/engine/kernels/cuda/emulate.h), for tests.
+
+Built like the other kernels' library (kernel_lib.py) and kept beside it; no CUDA and no GPU is needed. The compiler is
+the tests' clang (tests/support/compilers.py), or g++ with ``HOTSTAGE_TEST_CC=cc``; the system's C compiler links, so
+that its address sanitizer serves both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest
+from tests.support.compilers import OTHER, find
+from trainer import wire
+
+CUDA = ENGINE / "kernels" / "cuda"
+COMMON = shlex.split("-O1 -g -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
+CXX = shlex.split("-x c++ -std=c++17 -fno-exceptions -fno-rtti -DHS_CUDA_EMULATED")
+C = shlex.split("-std=c11 -D_GNU_SOURCE")
+SYNC = -1  # the op of __syncthreads among the emulator's sites; others are warp operations
+
+
+def compiler() -> list[str]:
+    """The C++ compiler of the tests: clang, which the tests install, or the system's g++ where that is asked for."""
+    if os.environ.get("HOTSTAGE_TEST_CC") == "cc" and shutil.which("g++"):
+        return ["g++"]
+    return [find(OTHER)]  # clang's driver takes -x c++
+
+
+def build(sanitize: str = "") -> Path:
+    """Compiles what changed and links the library. Several processes at once: one compiles, the others wait."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "kernel-tests"
+    base.mkdir(parents=True, exist_ok=True)
+    cxx, link = compiler(), [find("cc")]
+    extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
+    version = subprocess.run([*cxx, "--version"], check=True, capture_output=True).stdout + shlex.join(cxx).encode()
+    headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
+    units = [*sorted(CUDA.glob("*.cu")), CUDA / "emulate.cc", HERE / "cuda_lib.cc", ENGINE / "core" / "math.c"]
+    with (base / ".cuda.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def compiled(source: Path) -> Path:
+            flags = [*COMMON, *extra, *(C if source.suffix == ".c" else CXX), f"-I{ENGINE}"]
+            key = _digest([version, shlex.join(flags[:-1]).encode(), *headers, source.read_bytes()])
+            target = base / f"cuda-{source.stem}-{key}.o"
+            if not target.exists():
+                made = Path(scratch) / target.name
+                _compile([*cxx, *flags, "-c", str(source), "-o", str(made)])
+                made.replace(target)
+            return target
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compiled, units))
+        library = base / f"cuda-{_digest([version, *(o.name.encode() for o in objects)])}.so"
+        if not library.exists():
+            made = Path(scratch) / library.name
+            _compile([*link, *extra, "-shared", "-o", str(made), *map(str, objects), "-lm"])
+            made.replace(library)
+    return library
+
+
+class CudaLib:
+    """The table of libhs_cuda.so, on the CPU. ``call`` is KernelLib's, so that a Call runs on either."""
+
+    def __init__(self, library: Path) -> None:
+        self.c = ctypes.CDLL(str(library))
+        self.c.hs_emulated_text.restype = ctypes.c_char_p
+        self.seed(1)
+
+    def seed(self, seed: int) -> None:
+        self.c.hs_emulated_seed(ctypes.c_uint64(seed))
+
+    def text(self) -> str:
+        """What the emulator said of the last fault."""
+        return str(self.c.hs_emulated_text().decode())
+
+    def call(
+        self,
+        kernel: str,
+        dtype: int,
+        ptrs: Sequence[Array | None],
+        dims: Sequence[int],
+        reals: Sequence[float] = (),
+        *,
+        set_name: str = "cuda",
+        threads: int = 1,
+        guard: str | None = None,
+    ) -> None:
+        assert (set_name, threads, guard) == ("cuda", 1, None)
+        spec = wire.KERNELS[kernel]
+        pointers = (ctypes.c_void_p * wire.CALL_PTRS)()
+        for i, array in enumerate(ptrs):
+            if array is not None:
+                pointers[i] = array.ctypes.data
+        d, r = (ctypes.c_int64 * wire.CALL_DIMS)(*dims), (ctypes.c_double * wire.CALL_REALS)(*reals)
+        rc = self.c.hs_test_cuda(spec.number, dtype, pointers, d, r)
+        assert rc == 0, f"{kernel}: status {rc}, dims {list(dims)}: {self.text()}"
+
+    def sites(self) -> list[tuple[str, int, int]]:
+        """(file, line, op) of the barriers and warp operations that were passed so far."""
+        found, file, line, op = [], ctypes.c_char_p(), ctypes.c_int(), ctypes.c_int()
+        while self.c.hs_emulated_site(len(found), ctypes.byref(file), ctypes.byref(line), ctypes.byref(op)):
+            assert file.value is not None
+            found.append((file.value.decode(), line.value, op.value))
+        return found
+
+    @contextmanager
+    def without(self, file: str, line: int, lanes: int = 0xFFFFFFFF) -> Iterator[None]:
+        """These lanes of every warp walk past the call at that place."""
+        self.c.hs_emulated_skip(file.encode(), line, ctypes.c_uint32(lanes))
+        try:
+            yield
+        finally:
+            self.c.hs_emulated_skip(b"", 0, ctypes.c_uint32(0))
+
+
+def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m tests.engine.cuda_asan`` over a library with the address sanitizer."""
+    library = build("address")
+    runtime = subprocess.run(
+        [find("cc"), "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    environment = os.environ | {
+        "LD_PRELOAD": runtime,
+        "PYTHONMALLOC": "malloc",  # else small arrays share the interpreter's own blocks, which have no red zones
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:allocator_may_return_null=1",
+    }
+    command = [sys.executable, "-m", "tests.engine.cuda_asan", str(library), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)

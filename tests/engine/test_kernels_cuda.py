@@ -1,0 +1,210 @@
+"""The CUDA kernels, emulated: against the oracle, bit for bit against the CPU set where they promise it, under the
+address sanitizer, and with faults planted: what the emulator does not see, no test here sees.
+
+The emulated build is the same .cu source (trainer/engine/kernels/cuda/emulate.h says what it models). No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import numpy as np
+import pytest
+
+from tests.engine.cuda_lib import CUDA, SYNC, CudaLib, build, sanitized
+from tests.engine.kernel_lib import Array, KernelLib
+from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
+from trainer import wire
+
+# cuda.h: operands whose sums have an order of this set's own; everything else has the CPU set's bits
+OWN_ORDER = {
+    "layernorm_wgrad": {"dw", "db"},
+    "rmsnorm_wgrad": {"dw"},
+    "linear_wgrad": {"db"},
+    "classifier_fwd": {"loss"},
+    "classifier_grad": {"loss", "dx", "dw"},
+}
+HALF_WARP = 0xFFFF0000  # lanes that walk past
+SEEDS = range(1, 9)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> CudaLib:
+    return CudaLib(build())
+
+
+def bits(call: Call, arrays: list[Array | None]) -> list[bytes]:
+    """What the kernel wrote."""
+    return [x.tobytes() for i, _ in call.outputs() if (x := arrays[i]) is not None]
+
+
+@pytest.mark.parametrize(("case", "dtype"), WITH_DTYPE)
+def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: int) -> None:
+    """Close to ref; the same bits in any order of threads and blocks; the CPU set's bits where cuda.h says so."""
+    call = Call.make(kernels, case, dtype)
+    cuda.seed(1)
+    got = call.run(cuda, "cuda")
+    assert_close_to_ref(kernels, call, got)
+    cuda.seed(2)
+    assert bits(call, call.run(cuda, "cuda")) == bits(call, got)
+    fast = call.run(kernels, kernels.sets[-1])
+    for i, _ in call.outputs():
+        name, x, y = wire.KERNELS[case.kernel].operands[i].name, got[i], fast[i]
+        assert x is not None
+        assert y is not None
+        if name not in OWN_ORDER.get(case.kernel, set()):
+            assert x.tobytes() == y.tobytes(), f"{name} has other bits than the CPU's"
+
+
+def test_nothing_outside_the_operands_is_touched() -> None:
+    done = sanitized()
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("kernel", ["layernorm_wgrad", "rmsnorm_wgrad", "linear_wgrad", "classifier_grad"])
+def test_own_orders_do_not_depend_on_columns_or_chunks(kernels: KernelLib, cuda: CudaLib, kernel: str) -> None:
+    """A column's sum does not know its neighbours, a row's not the chunk it is in: what another layout would change."""
+    rng = np.random.default_rng(3)
+    r, c = 201, 75
+    x, dy = (rng.normal(size=(r, c)).astype(np.float32) for _ in range(2))
+    stat, other = rng.normal(size=r).astype(np.float32), rng.normal(size=r).astype(np.float32)
+
+    def column_sums(columns: slice) -> list[Array]:
+        d, v = dy[:, columns].copy(), x[:, columns].copy()
+        n = d.shape[1]
+        out = [np.ones(n, np.float32), np.ones(n, np.float32)]
+        if kernel == "layernorm_wgrad":
+            cuda.call(kernel, wire.F32, [*out, d, v, stat, other], (r, n))
+        elif kernel == "rmsnorm_wgrad":
+            cuda.call(kernel, wire.F32, [out[0], d, v, stat], (r, 1, n, n, n))
+        else:
+            dw = np.ones((n, n), np.float32)
+            cuda.call(kernel, wire.F32, [dw, out[1], d, v], (r, n, n, n, n))
+        return out
+
+    def classified(chunk: int) -> list[Array]:
+        v = 301
+        w = np.random.default_rng(4).normal(size=(v, c)).astype(np.float32)
+        target = np.arange(r, dtype=np.int32)
+        out = [np.empty(r, np.float32), np.empty((r, c), np.float32), np.ones((v, c), np.float32)]
+        scratch = [np.empty((chunk, v), np.float32) for _ in range(2)]
+        cuda.call(kernel, wire.F32, [*out, x, w, target, *scratch], (r, c, v, chunk), (0.5,))
+        return out
+
+    if kernel == "classifier_grad":
+        whole = classified(r)
+        assert all(x.tobytes() == y.tobytes() for n in (1, 64, 100) for x, y in zip(classified(n), whole, strict=True))
+    else:
+        whole, part = column_sums(slice(0, c)), column_sums(slice(37, 70))
+        assert all(x[37:70].tobytes() == y.tobytes() for x, y in zip(whole, part, strict=True))
+
+
+# --- the emulator sees what is wrong ----------------------------------------------------------------------
+
+
+HERE = r"cuda_lib\.cc:\d+"
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        pytest.param(2, f"wait for each other .*0-39 .* __syncthreads, {HERE}; 40-63 .* a shuffle", id="some threads"),
+        pytest.param(3, f"0-15 stand at a shuffle of mask ffffffff, {HERE}; 16-31 have returned", id="half a warp"),
+        pytest.param(4, r"thread \d+ reads lane \d+, which is not in the mask 0000ffff", id="a lane outside the mask"),
+        pytest.param(7, r"16 bytes at an address that is no multiple of 16, device\.h:\d+", id="not aligned"),
+        pytest.param(8, f"0-31 stand at __syncthreads, {HERE}; 32-63 stand at __syncthreads", id="two barriers"),
+    ],
+)
+def test_faults_are_told(cuda: CudaLib, kind: int, told: str) -> None:
+    rc, _ = sick(cuda, kind)
+    assert rc == -3
+    assert cuda.text().startswith("sick, block (0,0,0): ")
+    assert re.search(told, cuda.text()), cuda.text()
+
+
+def sick(cuda: CudaLib, kind: int, seed: int = 1) -> tuple[int, Array]:
+    buffer = np.arange(68, dtype=np.float32)
+    x, out = buffer[(-buffer.ctypes.data // 4) % 4 :][:64], np.zeros(64, np.float32)  # x is a multiple of 16
+    cuda.seed(seed)
+    return int(cuda.c.hs_test_sick(*(ctypes.c_void_p(a.ctypes.data) for a in (out, x)), kind)), out
+
+
+def test_a_barrier_that_is_missing_and_an_element_that_nobody_wrote_show(cuda: CudaLib) -> None:
+    rc, good = sick(cuda, 0)
+    assert rc == 0
+    assert good[0] == sum(range(1, 33))
+    wrong = [sick(cuda, 1, seed) for seed in SEEDS]
+    assert all(rc == 0 for rc, _ in wrong)
+    assert all(out.tobytes() != good.tobytes() for _, out in wrong)
+    _, unwritten = sick(cuda, 5)
+    assert np.isnan(unwritten[:32]).all()
+
+
+def test_a_read_beyond_a_shared_array_is_found() -> None:
+    done = sanitized("sick", "6")
+    assert done.returncode == 99
+    assert "global-buffer-overflow" in done.stderr
+
+
+# Enough of every kernel that has barriers or shuffles: loops that go round more than once, ragged ends.
+FAULT_CASES = [
+    *(case for case in CASES if case.kernel.startswith("attention") and case.dims[1] in (65, 130)),
+    *(case for case in CASES if case.kernel.startswith("layernorm") and case.dims[0] == 40),
+    *(case for case in CASES if case.kernel.startswith("rmsnorm") and case.dims[0] == 33),
+    *(case for case in CASES if case.kernel.startswith("linear") and case.dims[0] == 13),
+    *(case for case in CASES if case.kernel.startswith("classifier") and case.dims[0] == 20),
+    *(case for case in CASES if case.kernel == "embed_wgrad"),
+    *(case for case in CASES if case.kernel == "sumsq" and case.dims[0] > 65536 * 3),
+]
+
+
+@pytest.fixture(scope="module")
+def passed(kernels: KernelLib, cuda: CudaLib) -> dict[tuple[str, int, int], list[tuple[Call, list[bytes]]]]:
+    """By barrier or warp operation the calls that pass it, with what they should write; the shortest first."""
+    found: dict[tuple[str, int, int], list[tuple[Call, list[bytes]]]] = {}
+    for case in FAULT_CASES:
+        call = Call.make(kernels, case, wire.F32)
+        cuda.seed(1)
+        good = bits(call, call.run(cuda, "cuda"))
+        for site in cuda.sites():
+            found.setdefault(site, []).append((call, good))
+    return found
+
+
+def shows(cuda: CudaLib, call: Call, good: list[bytes], seed: int) -> bool:
+    """Whether something is seen to be wrong: other bits, or a fault that the emulator tells."""
+    cuda.seed(seed)
+    try:
+        return bits(call, call.run(cuda, "cuda")) != good
+    except AssertionError:
+        assert cuda.text()
+        return True
+
+
+def test_every_barrier_is_needed_and_missed(
+    cuda: CudaLib, passed: dict[tuple[str, int, int], list[tuple[Call, list[bytes]]]]
+) -> None:
+    """Each taken out in turn: at least one call shows it, under one of a few orders of the threads."""
+    barriers = [site for site in passed if site[2] == SYNC]
+    assert len(barriers) == sum(
+        path.read_text().count("__syncthreads()")
+        for path in CUDA.iterdir()
+        if path.name not in ("emulate.h", "emulate.cc")
+    ), f"the cases pass only {barriers}"
+    for file, line, _ in barriers:
+        with cuda.without(file, line):
+            seen = any(shows(cuda, *call, seed) for seed in SEEDS for call in passed[file, line, SYNC])
+        assert seen, f"without the barrier at {file}:{line} nothing comes out wrong"
+
+
+def test_every_shuffle_by_half_a_warp_is_told(
+    cuda: CudaLib, passed: dict[tuple[str, int, int], list[tuple[Call, list[bytes]]]]
+) -> None:
+    shuffles = [site for site in passed if site[2] != SYNC]
+    assert len({file for file, _, _ in shuffles}) >= 5
+    for file, line, op in shuffles:
+        call, _ = passed[file, line, op][0]
+        cuda.seed(1)
+        with cuda.without(file, line, HALF_WARP), pytest.raises(AssertionError, match="threads wait for each other"):
+            call.run(cuda, "cuda")

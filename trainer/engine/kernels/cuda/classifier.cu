@@ -1,0 +1,148 @@
+/* The last layer with its loss, CHUNK rows at a time: a product, a block for each row of logits,
+ * two products.
+ *
+ * Order of a row's sum, of this set alone: thread t of FLAT sums its elements (packs of 4 at 4 t,
+ * 4 (t + FLAT), ...) in one chain; threads join 16, 8, 4, 2, 1 lanes apart, then warps ascending.
+ * It depends on V alone, so CHUNK does not show. The products' order is gemm.h's.
+ */
+#include "kernels/cuda/gemm.h"
+
+#include "kernels/classifier.h"
+
+enum { ROW_WARPS = FLAT / 32, ROW_PACK = 4 };
+
+/* Largest or sum over the block, to all threads. */
+HS_DEVICE float row_max(float (&warps)[ROW_WARPS], float x) {
+    for (int bits = 16; bits; bits /= 2) x = v_max(__shfl_xor_sync(0xffffffffu, x, bits), x);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int i = 0; i < ROW_WARPS; i++) x = v_max(warps[i], x);
+    return x;
+}
+HS_DEVICE float row_sum(float (&warps)[ROW_WARPS], float x) {
+    for (int bits = 16; bits; bits /= 2) x = x + __shfl_xor_sync(0xffffffffu, x, bits);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = warps[0];
+    for (int i = 1; i < ROW_WARPS; i++) sum = sum + warps[i];
+    return sum;
+}
+
+/* Row blockIdx.x of a chunk: its loss and, where dlogits is there, its gradient. logits become
+ * exp(logit - largest). */
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    classifier_row(float *loss, float *logits, T *dlogits, const int32_t *target, int64_t V,
+                   float scale, bool wide) {
+    const int N = ROW_PACK;
+    HS_SHARED(float, largest, [ROW_WARPS]);
+    HS_SHARED(float, sums, [ROW_WARPS]);
+    const int64_t r = blockIdx.x;
+    const int32_t own = target[r];
+    float *z = logits + r * V;
+    const int64_t first = (int64_t)threadIdx.x * N, step = FLAT * N;
+    if (own < 0) {
+        if (threadIdx.x == 0) loss[r] = 0.0f;
+        if (dlogits)
+            for (int64_t v = threadIdx.x; v < V; v += FLAT) narrow(0.0f, dlogits + r * V + v);
+        return;
+    }
+    float top = z[0];
+    for (int64_t v = first; v < V; v += step) {
+        const lanes<N> x = load<N>(z + v, V - v, wide);
+        for (int i = 0; i < N; i++)
+            if (v + i < V) top = v_max(top, x.x[i]);
+    }
+    const float logit = z[own];
+    top = row_max(largest, top);
+    float sum = 0.0f;
+    for (int64_t v = first; v < V; v += step) {
+        lanes<N> x = load<N>(z + v, V - v, wide);
+        for (int i = 0; i < N; i++)
+            if (v + i < V) {
+                x.x[i] = v_exp(x.x[i] - top);
+                sum = sum + x.x[i];
+            }
+        if (dlogits) store(z + v, x, V - v, wide);
+    }
+    sum = row_sum(sums, sum);
+    if (threadIdx.x == 0) loss[r] = (top - logit) + log1_f32(sum);
+    if (!dlogits) return;
+    const float factor = v_div(scale, sum);
+    for (int64_t v = first; v < V; v += step) {
+        const lanes<N> x = load<N>(z + v, V - v, wide);
+        for (int i = 0; i < N; i++) {
+            /* the target's own: p - 1 is taken before scaling */
+            const float d = v + i == own ? (v_div(x.x[i], sum) - 1.0f) * scale : x.x[i] * factor;
+            if (v + i < V) narrow(d, dlogits + r * V + v + i);
+        }
+    }
+}
+
+template <typename T>
+static hs_status classifier_logits(cudaStream_t stream, float *logits, const T *x, const T *w,
+                                   int64_t rows, int64_t C, int64_t V) {
+    gemm<T, float> g = {};
+    g.m = rows, g.n = V, g.k = C;
+    g.a = {x, C, 1};
+    g.b = {w, C, 1};
+    g.out = logits, g.ld_out = V;
+    return gemm_run(stream, g);
+}
+
+template <typename T> static hs_status classifier_fwd_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], CHUNK = a->dim[3];
+    float *logits = static_cast<float *>(a->ptr[4]);
+    const T *w = static_cast<const T *>(a->ptr[2]);
+    T *no_gradient = NULL;
+    for (int64_t r = 0; r < R; r += CHUNK) {
+        const int64_t rows = R - r < CHUNK ? R - r : CHUNK;
+        const T *x = static_cast<const T *>(a->ptr[1]) + r * C;
+        float *loss = static_cast<float *>(a->ptr[0]) + r;
+        const int32_t *target = static_cast<const int32_t *>(a->ptr[3]) + r;
+        HS_TRY(classifier_logits(stream, logits, x, w, rows, C, V));
+        HS_TRY(HS_LAUNCH(classifier_row, (unsigned)rows, FLAT, stream, loss, logits, no_gradient,
+                         target, V, 0.0f, wide_at(logits, V)));
+    }
+    return HS_OK;
+}
+HS_CUDA_OP(classifier_fwd)
+
+template <typename T> static hs_status classifier_grad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], CHUNK = a->dim[3];
+    float *logits = static_cast<float *>(a->ptr[6]);
+    T *dlogits = static_cast<T *>(a->ptr[7]);
+    const T *w = static_cast<const T *>(a->ptr[4]);
+    for (int64_t r = 0; r < R; r += CHUNK) {
+        const int64_t rows = R - r < CHUNK ? R - r : CHUNK;
+        const T *x = static_cast<const T *>(a->ptr[3]) + r * C;
+        float *loss = static_cast<float *>(a->ptr[0]) + r;
+        const int32_t *target = static_cast<const int32_t *>(a->ptr[5]) + r;
+        HS_TRY(classifier_logits(stream, logits, x, w, rows, C, V));
+        HS_TRY(HS_LAUNCH(classifier_row, (unsigned)rows, FLAT, stream, loss, logits, dlogits,
+                         target, V, (float)a->real[0], wide_at(logits, V)));
+        gemm<T, T> dx = {};
+        dx.m = rows, dx.n = C, dx.k = V;
+        dx.a = {dlogits, V, 1};
+        dx.b = {w, 1, C};
+        dx.out = static_cast<T *>(a->ptr[1]) + r * C, dx.ld_out = C;
+        HS_TRY(gemm_run(stream, dx));
+        gemm<T, float> dw = {};
+        dw.m = V, dw.n = C, dw.k = rows;
+        dw.a = {dlogits, 1, V};
+        dw.b = {x, 1, C};
+        dw.out = static_cast<float *>(a->ptr[2]), dw.ld_out = C;
+        dw.from_old = true;
+        HS_TRY(gemm_run(stream, dw));
+    }
+    return HS_OK;
+}
+HS_CUDA_OP(classifier_grad)
+
+template <typename T> static hs_status logits_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2];
+    return classifier_logits(stream, static_cast<float *>(a->ptr[0]),
+                             static_cast<const T *>(a->ptr[1]), static_cast<const T *>(a->ptr[2]),
+                             R, C, V);
+}
+HS_CUDA_OP(logits)

@@ -1,0 +1,50 @@
+/* The CUDA kernels' seam: a table of functions, as kernels/kernels.h has one, that put a call's
+ * work on a stream and return. Operands are device addresses; contracts, dims and extents are those
+ * of kernels/<op>.h and wire/kernels.h. A function allocates nothing, keeps nothing, waits for
+ * nothing.
+ *
+ * libhs_cuda.so exports hs_cuda_kernels alone (`make cuda`); the tests link the same sources,
+ * compiled for the CPU (emulate.h). Nothing in the engine opens it yet.
+ *
+ * Bits: every op but those below gives what the fast CPU set gives, to the last bit, in f32 and
+ * bf16: same order of sums, same functions (lane.h), no contraction. Its own order, fixed by the
+ * sizes alone, have layernorm_wgrad, rmsnorm_wgrad and linear_wgrad's db (columns.h) and the
+ * classifier's rows (classifier.cu). Tensor cores will be a family of their own.
+ */
+#ifndef HS_KERNELS_CUDA_CUDA_H
+#define HS_KERNELS_CUDA_CUDA_H
+
+#ifdef __cplusplus
+#define _Noreturn [[noreturn]]
+extern "C" {
+#endif
+#include "kernels/kernels.h"
+
+#define HS_CUDA_VERSION 1 /* of the table below */
+
+typedef struct hs_cuda_ctx {
+    void *stream; /* a cudaStream_t */
+} hs_cuda_ctx;
+
+/* HS_OK: launched. HS_E_CONFIG: a dtype that is not f32 or bf16. HS_E_BUG: the launch was refused
+ * (cudaGetLastError says why), or the emulator found a fault. */
+typedef hs_status (*hs_cuda_fn)(const hs_cuda_ctx *ctx, const hs_args *args);
+
+typedef struct hs_cuda_table {
+    uint32_t version; /* HS_CUDA_VERSION */
+    uint32_t count;   /* HS_K_COUNT as the library was built */
+    hs_cuda_fn fn[HS_K_COUNT];
+} hs_cuda_table;
+
+const hs_cuda_table *hs_cuda_kernels(void);
+
+#define X(number, NAME, name, ...)                                                                 \
+    hs_status hs_cuda_##name(const hs_cuda_ctx *ctx, const hs_args *args);
+HS_KERNELS(X)
+#undef X
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

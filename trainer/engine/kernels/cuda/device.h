@@ -1,0 +1,154 @@
+/* What every .cu file here starts from: CUDA, or its emulator; launches; 16-byte accesses.
+ *
+ * Sources have no <<<>>>, no __shared__ and no float operators beyond + - * (lane.h has the rest),
+ * so that nvcc with -fmad=false and a C++ compiler with -ffp-contract=off compute the same bits.
+ */
+#ifndef HS_KERNELS_CUDA_DEVICE_H
+#define HS_KERNELS_CUDA_DEVICE_H
+
+#ifdef HS_CUDA_EMULATED
+#include "kernels/cuda/emulate.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+#endif
+
+#include "kernels/cuda/cuda.h"
+
+#ifndef HS_CUDA_EMULATED
+#define HS_SHARED(type, name, dims) __shared__ type name dims
+#define HS_LAUNCH(kernel, grid, block, stream, ...)                                                \
+    (kernel<<<grid, block, 0, stream>>>(__VA_ARGS__), hs_cuda_launched())
+static inline hs_status hs_cuda_launched(void) {
+    return cudaPeekAtLastError() == cudaSuccess ? HS_OK : HS_E_BUG;
+}
+#endif
+
+#define HS_DEVICE static __device__ __forceinline__
+
+/* hs_cuda_<name> from name##_op<T>(stream, args). */
+#define HS_CUDA_OP(name)                                                                           \
+    extern "C" hs_status hs_cuda_##name(const hs_cuda_ctx *ctx, const hs_args *args) {             \
+        const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);                        \
+        if (args->dtype == HS_F32) return name##_op<float>(stream, args);                          \
+        if (args->dtype == HS_BF16) return name##_op<bf16>(stream, args);                          \
+        return HS_E_CONFIG;                                                                        \
+    }
+
+typedef __nv_bfloat16 bf16;
+
+/* Elements of T in 16 bytes: 4 or 8. What a thread works on at a time. */
+template <typename T> struct pack_of {
+    static const int N = 16 / (int)sizeof(T);
+};
+
+template <int N> struct lanes {
+    float x[N];
+};
+
+HS_DEVICE float widen(float x) {
+    return x;
+}
+HS_DEVICE float widen(bf16 x) {
+    return __uint_as_float((uint32_t)__bfloat16_as_ushort(x) << 16);
+}
+HS_DEVICE void narrow(float x, float *to) {
+    *to = x;
+}
+/* to nearest even; a NaN stays one with its sign and upper payload, as on the CPU */
+HS_DEVICE void narrow(float x, bf16 *to) {
+    *to = x == x ? __float2bfloat16_rn(x)
+                 : __ushort_as_bfloat16((uint16_t)(__float_as_uint(x) >> 16 | 0x40));
+}
+HS_DEVICE uint32_t bits_of(float x) {
+    return __float_as_uint(x);
+}
+
+#ifdef HS_CUDA_EMULATED
+#define HS_ALIGNED16(p) hs_emulated::aligned16(p, hs_emulated::site{__FILE__, __LINE__})
+#else
+#define HS_ALIGNED16(p) (void)(p)
+#endif
+
+HS_DEVICE void unpack(uint4 words, float *x, float) {
+    x[0] = __uint_as_float(words.x), x[1] = __uint_as_float(words.y);
+    x[2] = __uint_as_float(words.z), x[3] = __uint_as_float(words.w);
+}
+HS_DEVICE void unpack(uint4 words, float *x, bf16) {
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(w[i] << 16);
+        x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+    }
+}
+HS_DEVICE uint4 packed(const float *x, float) {
+    return uint4{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
+}
+HS_DEVICE uint4 packed(const float *x, bf16) {
+    uint32_t w[4];
+    for (int i = 0; i < 4; i++) {
+        bf16 low, high;
+        narrow(x[2 * i], &low);
+        narrow(x[2 * i + 1], &high);
+        w[i] = (uint32_t)__bfloat16_as_ushort(high) << 16 | __bfloat16_as_ushort(low);
+    }
+    return uint4{w[0], w[1], w[2], w[3]};
+}
+
+/* N elements from p on, of which `left` are there (the rest reads as 0). wide: p is a multiple of
+ * 16 bytes. N is a multiple of pack_of<T>::N. */
+template <int N, typename T> HS_DEVICE lanes<N> load(const T *p, int64_t left, bool wide) {
+    const int W = pack_of<T>::N;
+    lanes<N> r;
+    if (wide && left >= N) {
+#pragma unroll
+        for (int i = 0; i < N; i += W) {
+            HS_ALIGNED16(p + i);
+            unpack(*reinterpret_cast<const uint4 *>(p + i), r.x + i, T());
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) r.x[i] = i < left ? widen(p[i]) : 0.0f;
+    }
+    return r;
+}
+
+template <int N, typename T>
+HS_DEVICE void store(T *p, const lanes<N> &v, int64_t left, bool wide) {
+    const int W = pack_of<T>::N;
+    if (wide && left >= N) {
+#pragma unroll
+        for (int i = 0; i < N; i += W) {
+            HS_ALIGNED16(p + i);
+            *reinterpret_cast<uint4 *>(p + i) = packed(v.x + i, T());
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (i < left) narrow(v.x[i], p + i);
+    }
+}
+
+/* Host side: whether 16-byte accesses may be used at p, and multiples of `step` elements on. */
+template <typename T> static inline bool wide_at(const T *p, int64_t step = 0) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && step * (int64_t)sizeof(T) % 16 == 0;
+}
+
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+HS_DEVICE int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* Elementwise kernels: blocks of FLAT threads, a thread does one pack. */
+enum { FLAT = 256 };
+static inline unsigned flat_blocks(int64_t items) {
+    return (unsigned)ceil_div(items, FLAT);
+}
+HS_DEVICE int64_t flat_index() {
+    return (int64_t)blockIdx.x * FLAT + threadIdx.x;
+}
+
+#endif

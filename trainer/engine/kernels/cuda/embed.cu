@@ -1,0 +1,98 @@
+/* Embedding. Bits of the fast CPU set, wgrad too: a token's row of dwte is one chain over the
+ * occurrences, ascending. No atomics: the block of a token's first occurrence walks all the others.
+ */
+#include "kernels/cuda/lane.h"
+
+#include "kernels/embed.h"
+
+enum { WALKERS = 128 };
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    embed_fwd(T *y, const int32_t *tok, const T *wte, const T *wpe, int64_t R, int64_t C,
+              int64_t T_, int64_t packs, bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t r = flat_index() / packs, c = flat_index() % packs * N, left = C - c;
+    if (r >= R) return;
+    lanes<N> v = load<N>(wte + tok[r] * C + c, left, wide);
+    if (wpe) {
+        const lanes<N> p = load<N>(wpe + r % T_ * C + c, left, wide);
+        for (int i = 0; i < N; i++) v.x[i] = v.x[i] + p.x[i];
+    }
+    store(y + r * C + c, v, left, wide);
+}
+
+/* Block (r, j): the j-th WALKERS packs of columns of the token of row r. */
+template <typename T>
+__global__ void __launch_bounds__(WALKERS)
+    embed_wgrad_tokens(float *dwte, const T *dy, const int32_t *tok, int64_t R, int64_t C,
+                       bool wide) {
+    const int N = pack_of<T>::N, warps = WALKERS / 32;
+    HS_SHARED(int, seen, );
+    HS_SHARED(unsigned, hits, [warps]);
+    const int64_t r = blockIdx.x, c = ((int64_t)blockIdx.y * WALKERS + threadIdx.x) * N;
+    const int32_t own = tok[r];
+    if (threadIdx.x == 0) seen = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < r; i += WALKERS)
+        if (tok[i] == own) seen = 1; /* whoever writes, writes 1 */
+    __syncthreads();
+    if (seen) return; /* the whole block: an earlier row has this token */
+    lanes<N> sum = load<N>(dwte + own * C + c, C - c, wide);
+    for (int64_t base = r; base < R; base += WALKERS) {
+        const int64_t i = base + threadIdx.x;
+        const unsigned word = __ballot_sync(0xffffffffu, i < R && tok[i] == own);
+        if (threadIdx.x % 32 == 0) hits[threadIdx.x / 32] = word;
+        __syncthreads();
+        for (int warp = 0; warp < warps; warp++)
+            for (unsigned rest = hits[warp]; rest; rest &= rest - 1) {
+                const int64_t row = base + warp * 32 + __ffs((int)rest) - 1;
+                const lanes<N> g = load<N>(dy + row * C + c, C - c, wide);
+                for (int k = 0; k < N; k++) sum.x[k] = sum.x[k] + g.x[k];
+            }
+        __syncthreads(); /* before hits is written anew */
+    }
+    store(dwte + own * C + c, sum, C - c, wide);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    embed_wgrad_positions(float *dwpe, const T *dy, int64_t R, int64_t C, int64_t T_, int64_t packs,
+                          bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t t = flat_index() / packs, c = flat_index() % packs * N, left = C - c;
+    if (t >= T_) return;
+    lanes<N> sum = load<N>(dwpe + t * C + c, left, wide);
+    for (int64_t r = t; r < R; r += T_) {
+        const lanes<N> g = load<N>(dy + r * C + c, left, wide);
+        for (int i = 0; i < N; i++) sum.x[i] = sum.x[i] + g.x[i];
+    }
+    store(dwpe + t * C + c, sum, left, wide);
+}
+
+template <typename T> static hs_status embed_fwd_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1], T_ = a->dim[3];
+    const int64_t packs = ceil_div(C, pack_of<T>::N);
+    T *y = static_cast<T *>(a->ptr[0]);
+    const int32_t *tok = static_cast<const int32_t *>(a->ptr[1]);
+    const T *wte = static_cast<const T *>(a->ptr[2]), *wpe = static_cast<const T *>(a->ptr[3]);
+    const bool wide = wide_at(y, C) && wide_at(wte, C) && wide_at(wpe, C);
+    return HS_LAUNCH(embed_fwd, flat_blocks(R * packs), FLAT, stream, y, tok, wte, wpe, R, C, T_,
+                     packs, wide);
+}
+HS_CUDA_OP(embed_fwd)
+
+template <typename T> static hs_status embed_wgrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1], T_ = a->dim[3];
+    const int64_t packs = ceil_div(C, pack_of<T>::N);
+    float *dwte = static_cast<float *>(a->ptr[0]), *dwpe = static_cast<float *>(a->ptr[1]);
+    const T *dy = static_cast<const T *>(a->ptr[2]);
+    const int32_t *tok = static_cast<const int32_t *>(a->ptr[3]);
+    const bool wide = wide_at(dwte, C) && wide_at(dwpe, C) && wide_at(dy, C);
+    const dim3 grid((unsigned)R, (unsigned)ceil_div(packs, WALKERS));
+    HS_TRY(HS_LAUNCH(embed_wgrad_tokens, grid, WALKERS, stream, dwte, dy, tok, R, C, wide));
+    if (!dwpe) return HS_OK;
+    return HS_LAUNCH(embed_wgrad_positions, flat_blocks(T_ * packs), FLAT, stream, dwpe, dy, R, C,
+                     T_, packs, wide);
+}
+HS_CUDA_OP(embed_wgrad)

@@ -1,0 +1,182 @@
+/* CUDA as far as our kernels use it, on the CPU: the same .cu source compiled as C++ with
+ * HS_CUDA_EMULATED (kernels/cuda/device.h includes this file in place of NVIDIA's).
+ *
+ * What it models
+ *   threads    A block's threads are fibers. They run one after another, in an order that a seed
+ *              fixes (mixed anew at every barrier; all threads, or warp by warp), each as far ahead
+ *              of the others as it can get: no more is promised on a GPU, and what a kernel
+ *              assumes beyond that comes out wrong here. Blocks run one after another, in a seeded
+ *              order too.
+ *   barriers   __syncthreads is passed when every thread of the block stands at that very call. A
+ *              thread that has returned, or stands at another call, is a fault.
+ *   warps      32 threads. A shuffle, ballot or __syncwarp is passed when every lane of its mask
+ *              stands at that very call. A mask without the caller, a lane that the block does not
+ *              have, a source lane outside the mask are faults.
+ *   shared     HS_SHARED arrays are full of NaN bytes when a block begins: what is read before it
+ *              is written shows. Under the address sanitizer each stands between red zones.
+ *   accesses   of 16 bytes must be aligned, as on a GPU.
+ *   numbers    f32 and f64 as IEEE says, no contraction, no flushing: compile with
+ *              -ffp-contract=off, and nvcc with -fmad=false (`make cuda` and the tests do).
+ *   launches   run at once; streams do not exist.
+ *
+ * What it does not: time, caches, occupancy, races on global memory between blocks, tensor cores.
+ *
+ * A fault ends the launch with HS_E_BUG and a sentence (hs_emulated_text) that names kernel, block,
+ * threads and the place in the source. One launch at a time in a process; x86-64 and aarch64.
+ */
+#ifndef HS_KERNELS_CUDA_EMULATE_H
+#define HS_KERNELS_CUDA_EMULATE_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+typedef struct hs_no_stream *cudaStream_t;
+
+namespace hs_emulated {
+
+/* Of the thread that runs. */
+extern uint3 thread_at, block_at;
+extern dim3 block_size, grid_size;
+
+struct site {
+    const char *file;
+    int line;
+};
+
+enum warp_op { SYNC, BALLOT, SHUFFLE, SHUFFLE_XOR, SHUFFLE_DOWN };
+
+void barrier(site at);
+/* What the lanes of the mask give each other; `with` is the lane, the bits or the distance. */
+uint64_t exchange(site at, warp_op op, unsigned mask, uint64_t value, unsigned with);
+void shared(void *at, size_t bytes);
+void aligned16(const void *p, site at);
+int launch(const char *kernel, dim3 grid, dim3 block, void (*body)(void *), void *closure);
+
+template <typename Body> static int launch(const char *kernel, dim3 grid, dim3 block, Body body) {
+    return launch(kernel, grid, block, [](void *b) { (*static_cast<Body *>(b))(); }, &body);
+}
+
+template <typename T>
+static inline T shuffle(site at, warp_op op, unsigned mask, T value, unsigned with) {
+    static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+    uint64_t word = 0;
+    memcpy(&word, &value, sizeof value);
+    word = exchange(at, op, mask, word, with);
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+} // namespace hs_emulated
+
+/* For tests. Orders of threads and blocks from now on: */
+extern "C" void hs_emulated_seed(uint64_t seed);
+/* The last fault; "" where there was none since the seed. */
+extern "C" const char *hs_emulated_text(void);
+/* Barriers and warp operations that were passed since the seed, the i-th; 0: no more. op: -1
+ * __syncthreads, else a warp_op. */
+extern "C" int hs_emulated_site(int i, const char **file, int *line, int *op);
+/* From now on these lanes (bits) of every warp walk past this call as if it were not there. line 0:
+ * none do. */
+extern "C" void hs_emulated_skip(const char *file, int line, uint32_t lanes);
+
+#define threadIdx hs_emulated::thread_at
+#define blockIdx  hs_emulated::block_at
+#define blockDim  hs_emulated::block_size
+#define gridDim   hs_emulated::grid_size
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+#define HS_SHARED(type, name, dims)                                                                \
+    static type name dims;                                                                         \
+    hs_emulated::shared(&name, sizeof name)
+/* One status an expression; grid and block as in <<<>>>. */
+#define HS_LAUNCH(kernel, grid, block, stream, ...)                                                \
+    ((void)(stream), hs_emulated::launch(#kernel, grid, block, [=] { kernel(__VA_ARGS__); }))
+
+#define HS_SITE                                                                                    \
+    hs_emulated::site {                                                                            \
+        file, line                                                                                 \
+    }
+#define HS_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+static inline void __syncthreads(HS_AT) {
+    hs_emulated::barrier(HS_SITE);
+}
+static inline void __syncwarp(unsigned mask = 0xffffffffu, HS_AT) {
+    hs_emulated::exchange(HS_SITE, hs_emulated::SYNC, mask, 0, 0);
+}
+static inline unsigned __ballot_sync(unsigned mask, int predicate, HS_AT) {
+    return (unsigned)hs_emulated::exchange(HS_SITE, hs_emulated::BALLOT, mask, predicate != 0, 0);
+}
+template <typename T> static inline T __shfl_sync(unsigned mask, T value, int lane, HS_AT) {
+    return hs_emulated::shuffle(HS_SITE, hs_emulated::SHUFFLE, mask, value, (unsigned)lane & 31u);
+}
+template <typename T> static inline T __shfl_xor_sync(unsigned mask, T value, int bits, HS_AT) {
+    return hs_emulated::shuffle(HS_SITE, hs_emulated::SHUFFLE_XOR, mask, value, (unsigned)bits);
+}
+template <typename T> static inline T __shfl_down_sync(unsigned mask, T value, unsigned by, HS_AT) {
+    return hs_emulated::shuffle(HS_SITE, hs_emulated::SHUFFLE_DOWN, mask, value, by);
+}
+
+/* Intrinsics: one IEEE operation each. */
+static inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+static inline float __fsqrt_rn(float a) {
+    return sqrtf(a);
+}
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+static inline float __uint_as_float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+static inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+    return (uint32_t)((uint64_t)a * b >> 32);
+}
+static inline int __popc(unsigned x) {
+    return __builtin_popcount(x);
+}
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+static inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) {
+    return x.bits;
+}
+static inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) {
+    return __nv_bfloat16{bits};
+}
+/* To nearest even; every NaN becomes 0x7fff, as on a GPU. */
+static inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    uint32_t u = __float_as_uint(x);
+    if (x != x) return __nv_bfloat16{0x7fff};
+    return __nv_bfloat16{(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+
+#endif

@@ -1,0 +1,124 @@
+/* LayerNorm. fwd and igrad: bits of the fast CPU set, row_of of lane.h. wgrad: columns.h. */
+#include "kernels/cuda/columns.h"
+
+#include "kernels/layernorm.h"
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    layernorm_fwd(T *y, float *mean, float *rstd, const T *x, const float *w, const float *b,
+                  int64_t R, int64_t C, float eps, bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t r = row_index<T>(), begin = r * C, end = r < R ? C : 0;
+    lanes<N> sum = {}, square = {};
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        const lanes<N> v = load<N>(x + begin + c, C - c, wide);
+        for (int i = 0; i < N; i++) sum.x[i] = sum.x[i] + v.x[i];
+    }
+    const float m = v_div(join_lanes(sum), (float)C);
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        const lanes<N> v = load<N>(x + begin + c, C - c, wide);
+        for (int i = 0; i < N; i++) {
+            const float d = c + i < C ? v.x[i] - m : 0.0f;
+            square.x[i] = v_fma(d, d, square.x[i]);
+        }
+    }
+    const float s = v_div(1.0f, v_sqrt(v_div(join_lanes(square), (float)C) + eps));
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        lanes<N> v = load<N>(x + begin + c, C - c, wide);
+        const lanes<N> wv = load<N>(w + c, C - c, wide), bv = load<N>(b + c, C - c, wide);
+        for (int i = 0; i < N; i++) v.x[i] = v_fma((v.x[i] - m) * s, wv.x[i], bv.x[i]);
+        store(y + begin + c, v, C - c, wide);
+    }
+    if (r < R && row_column<T>() == 0) mean[r] = m, rstd[r] = s;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    layernorm_igrad(T *dx, const T *dy, const T *x, const float *w, const float *mean,
+                    const float *rstd, int64_t R, int64_t C, bool accumulate, bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t r = row_index<T>(), begin = r * C, end = r < R ? C : 0;
+    const float m = r < R ? mean[r] : 0.0f, s = r < R ? rstd[r] : 0.0f;
+    lanes<N> sum_g = {}, sum_gh = {};
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        const lanes<N> d = load<N>(dy + begin + c, C - c, wide);
+        const lanes<N> v = load<N>(x + begin + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
+        for (int i = 0; i < N; i++) {
+            const float g = d.x[i] * wv.x[i], h = c + i < C ? (v.x[i] - m) * s : 0.0f;
+            sum_g.x[i] = sum_g.x[i] + g;
+            sum_gh.x[i] = v_fma(g, h, sum_gh.x[i]);
+        }
+    }
+    const float mean_g = v_div(join_lanes(sum_g), (float)C);
+    const float mean_gh = v_div(join_lanes(sum_gh), (float)C);
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        lanes<N> d = load<N>(dy + begin + c, C - c, wide);
+        const lanes<N> v = load<N>(x + begin + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
+        lanes<N> old = {};
+        if (accumulate) old = load<N>(dx + begin + c, C - c, wide);
+        for (int i = 0; i < N; i++) {
+            const float g = d.x[i] * wv.x[i], h = (v.x[i] - m) * s;
+            d.x[i] = s * v_fnma(h, mean_gh, g - mean_g);
+            if (accumulate) d.x[i] = d.x[i] + old.x[i];
+        }
+        store(dx + begin + c, d, C - c, wide);
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(columns_of<T>::THREADS)
+    layernorm_wgrad(float *dw, float *db, const T *dy, const T *x, const float *mean,
+                    const float *rstd, int64_t R, int64_t C, bool wide) {
+    const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
+    HS_SHARED(column_sums, sums_w, );
+    HS_SHARED(column_sums, sums_b, );
+    const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
+    lanes<N> w = {}, b = {};
+    for (int64_t r = threadIdx.x / across; r < R && c < C; r += COLUMN_LANES) {
+        const lanes<N> g = load<N>(dy + r * C + c, C - c, wide);
+        const lanes<N> v = load<N>(x + r * C + c, C - c, wide);
+        for (int i = 0; i < N; i++) {
+            w.x[i] = v_fma(g.x[i], (v.x[i] - mean[r]) * rstd[r], w.x[i]);
+            b.x[i] = b.x[i] + g.x[i];
+        }
+    }
+    join_columns(sums_w, w, dw, C);
+    join_columns(sums_b, b, db, C);
+}
+
+template <typename T> static hs_status layernorm_fwd_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1];
+    T *y = static_cast<T *>(a->ptr[0]);
+    float *mean = static_cast<float *>(a->ptr[1]), *rstd = static_cast<float *>(a->ptr[2]);
+    const T *x = static_cast<const T *>(a->ptr[3]);
+    const float *w = static_cast<const float *>(a->ptr[4]);
+    const float *b = static_cast<const float *>(a->ptr[5]);
+    const bool wide = wide_at(y, C) && wide_at(x, C) && wide_at(w) && wide_at(b);
+    return HS_LAUNCH(layernorm_fwd, (unsigned)ceil_div(R, row_of<T>::ROWS), FLAT, stream, y, mean,
+                     rstd, x, w, b, R, C, (float)a->real[0], wide);
+}
+HS_CUDA_OP(layernorm_fwd)
+
+template <typename T> static hs_status layernorm_igrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1], ACCUM = a->dim[2];
+    T *dx = static_cast<T *>(a->ptr[0]);
+    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
+    const float *w = static_cast<const float *>(a->ptr[3]);
+    const float *mean = static_cast<const float *>(a->ptr[4]);
+    const float *rstd = static_cast<const float *>(a->ptr[5]);
+    const bool wide = wide_at(dx, C) && wide_at(dy, C) && wide_at(x, C) && wide_at(w);
+    return HS_LAUNCH(layernorm_igrad, (unsigned)ceil_div(R, row_of<T>::ROWS), FLAT, stream, dx, dy,
+                     x, w, mean, rstd, R, C, ACCUM != 0, wide);
+}
+HS_CUDA_OP(layernorm_igrad)
+
+template <typename T> static hs_status layernorm_wgrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], C = a->dim[1];
+    float *dw = static_cast<float *>(a->ptr[0]), *db = static_cast<float *>(a->ptr[1]);
+    const T *dy = static_cast<const T *>(a->ptr[2]), *x = static_cast<const T *>(a->ptr[3]);
+    const float *mean = static_cast<const float *>(a->ptr[4]);
+    const float *rstd = static_cast<const float *>(a->ptr[5]);
+    return HS_LAUNCH(layernorm_wgrad, (unsigned)ceil_div(C, COLUMNS), columns_of<T>::THREADS,
+                     stream, dw, db, dy, x, mean, rstd, R, C, wide_at(dy, C) && wide_at(x, C));
+}
+HS_CUDA_OP(layernorm_wgrad)

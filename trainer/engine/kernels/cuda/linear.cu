@@ -1,0 +1,63 @@
+/* Linear layers: three products of gemm.h; the bias's gradient is columns.h's. */
+#include "kernels/cuda/columns.h"
+#include "kernels/cuda/gemm.h"
+
+#include "kernels/linear.h"
+
+template <typename T>
+__global__ void __launch_bounds__(columns_of<T>::THREADS)
+    bias_grad(float *db, const T *dy, int64_t R, int64_t N_, int64_t lddy, bool wide) {
+    const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
+    HS_SHARED(column_sums, sums, );
+    const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
+    lanes<N> b = {};
+    for (int64_t r = threadIdx.x / across; r < R && c < N_; r += COLUMN_LANES) {
+        const lanes<N> g = load<N>(dy + r * lddy + c, N_ - c, wide);
+        for (int i = 0; i < N; i++) b.x[i] = b.x[i] + g.x[i];
+    }
+    join_columns(sums, b, db, N_);
+}
+
+template <typename T> static hs_status linear_fwd_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
+    const int64_t ldy = a->dim[3], ldx = a->dim[4], ldres = a->dim[5];
+    gemm<T, T> g = {};
+    g.m = R, g.n = N, g.k = K;
+    g.a = {static_cast<const T *>(a->ptr[1]), ldx, 1};
+    g.b = {static_cast<const T *>(a->ptr[2]), K, 1};
+    g.out = static_cast<T *>(a->ptr[0]), g.ld_out = ldy;
+    g.bias = static_cast<const float *>(a->ptr[3]);
+    g.res = static_cast<const T *>(a->ptr[4]), g.ld_res = ldres;
+    return gemm_run(stream, g);
+}
+HS_CUDA_OP(linear_fwd)
+
+template <typename T> static hs_status linear_igrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
+    const int64_t lddx = a->dim[3], lddy = a->dim[4], ACCUM = a->dim[5];
+    gemm<T, T> g = {};
+    g.m = R, g.n = K, g.k = N;
+    g.a = {static_cast<const T *>(a->ptr[1]), lddy, 1};
+    g.b = {static_cast<const T *>(a->ptr[2]), 1, K};
+    g.out = static_cast<T *>(a->ptr[0]), g.ld_out = lddx;
+    g.add_old = ACCUM != 0;
+    return gemm_run(stream, g);
+}
+HS_CUDA_OP(linear_igrad)
+
+template <typename T> static hs_status linear_wgrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2], lddy = a->dim[3], ldx = a->dim[4];
+    float *db = static_cast<float *>(a->ptr[1]);
+    const T *dy = static_cast<const T *>(a->ptr[2]);
+    gemm<T, float> g = {};
+    g.m = N, g.n = K, g.k = R;
+    g.a = {dy, 1, lddy};
+    g.b = {static_cast<const T *>(a->ptr[3]), 1, ldx};
+    g.out = static_cast<float *>(a->ptr[0]), g.ld_out = K;
+    g.from_old = true;
+    HS_TRY(gemm_run(stream, g));
+    if (!db) return HS_OK;
+    return HS_LAUNCH(bias_grad, (unsigned)ceil_div(N, COLUMNS), columns_of<T>::THREADS, stream, db,
+                     dy, R, N, lddy, wide_at(dy, lddy));
+}
+HS_CUDA_OP(linear_wgrad)

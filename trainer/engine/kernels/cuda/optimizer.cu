@@ -1,0 +1,151 @@
+/* What runs once a step over whole tensors. Bits of the fast CPU set, sumsq too: its 16 double
+ * lanes a block are 16 threads here, and the parts join by the same pairwise tree. */
+#include "kernels/cuda/lane.h"
+
+#include "kernels/optimizer.h"
+
+extern "C" {
+#include "wire/plan.h"
+}
+
+enum { FLAT_F32 = pack_of<float>::N }; /* elements of a thread where masters are walked */
+
+__global__ void __launch_bounds__(FLAT)
+    add_acc(float *dst, const float *src, int64_t n, bool wide) {
+    const int N = FLAT_F32;
+    const int64_t at = flat_index() * N;
+    if (at >= n) return;
+    lanes<N> x = load<N>(dst + at, n - at, wide);
+    const lanes<N> y = load<N>(src + at, n - at, wide);
+    for (int i = 0; i < N; i++) x.x[i] = x.x[i] + y.x[i];
+    store(dst + at, x, n - at, wide);
+}
+
+__global__ void __launch_bounds__(FLAT) sumsq_parts(double *part, const float *x, int64_t n) {
+    const int64_t blocks = (n + HS_SUMSQ_BLOCK - 1) / HS_SUMSQ_BLOCK;
+    const int64_t block = (int64_t)blockIdx.x * (FLAT / LANES) + threadIdx.x / LANES;
+    const int lane = threadIdx.x % LANES;
+    const int64_t end = block < blocks ? min64((block + 1) * HS_SUMSQ_BLOCK, n) : 0;
+    double sum = 0;
+#pragma unroll 16
+    for (int64_t i = block * HS_SUMSQ_BLOCK + lane; i < end; i += LANES) {
+        const double v = (double)x[i];
+        sum = fma(v, v, sum);
+    }
+    for (int bits = LANES / 2; bits; bits /= 2) sum = sum + __shfl_xor_sync(0xffffffffu, sum, bits);
+    if (lane == 0 && block < blocks) part[block] = sum;
+}
+
+/* Neighbours join, level by level, in place; an odd one goes up as it is. One block. */
+__global__ void __launch_bounds__(FLAT) sumsq_join(double *out, double *part, int64_t blocks) {
+    for (; blocks > 1; blocks = (blocks + 1) / 2)
+        for (int64_t base = 0; base < (blocks + 1) / 2; base += FLAT) {
+            const int64_t i = base + threadIdx.x;
+            double sum = 0;
+            if (2 * i + 1 < blocks)
+                sum = part[2 * i] + part[2 * i + 1];
+            else if (2 * i < blocks)
+                sum = part[2 * i];
+            __syncthreads(); /* all have read what is now written over */
+            if (2 * i < blocks) part[i] = sum;
+            __syncthreads(); /* and written what is read next */
+        }
+    if (threadIdx.x == 0) *out = part[0];
+}
+
+struct adamw_reals {
+    float beta1, rest1, beta2, rest2, eps, decay;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    adamw(float *w, float *m, float *v, float *g, T *wc, const hs_step_control *ctl,
+          const adamw_reals k, int64_t n, bool zero, bool wide) {
+    const int N = pack_of<T>::N; /* so that wc is written 16 bytes at a time */
+    const int64_t at = flat_index() * N, left = n - at;
+    if (at >= n) return;
+    const float clip = ctl->clip_scale, shrink = ctl->lr_decay * k.decay;
+    const float step_size = ctl->step_size, v_scale = ctl->v_scale;
+    const lanes<N> gv = load<N>(g + at, left, wide);
+    lanes<N> wv = load<N>(w + at, left, wide), mv = load<N>(m + at, left, wide),
+             vv = load<N>(v + at, left, wide);
+    for (int i = 0; i < N; i++) {
+        const float gg = gv.x[i] * clip;
+        mv.x[i] = v_fma(k.beta1, mv.x[i], k.rest1 * gg);
+        vv.x[i] = v_fma(k.beta2, vv.x[i], (k.rest2 * gg) * gg);
+        const float den = v_fma(v_sqrt(vv.x[i]), v_scale, k.eps);
+        const float ww = v_fnma(shrink, wv.x[i], wv.x[i]);
+        wv.x[i] = ww - v_div(step_size * mv.x[i], den);
+    }
+    store(w + at, wv, left, wide);
+    store(m + at, mv, left, wide);
+    store(v + at, vv, left, wide);
+    if (zero) store(g + at, lanes<N>(), left, wide);
+    if (wc) store(wc + at, wv, left, wide);
+}
+
+__global__ void __launch_bounds__(FLAT) zero(unsigned char *dst, int64_t bytes, bool wide) {
+    const int64_t at = flat_index() * 16;
+    if (wide && at + 16 <= bytes)
+        *reinterpret_cast<uint4 *>(dst + at) = uint4{0, 0, 0, 0};
+    else
+        for (int64_t i = at; i < min64(at + 16, bytes); i++) dst[i] = 0;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT) cast(T *dst, const float *src, int64_t n, bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t at = flat_index() * N;
+    if (at >= n) return;
+    store(dst + at, load<N>(src + at, n - at, wide), n - at, wide);
+}
+
+template <typename T> static hs_status add_acc_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t n = a->dim[0];
+    float *dst = static_cast<float *>(a->ptr[0]);
+    const float *src = static_cast<const float *>(a->ptr[1]);
+    return HS_LAUNCH(add_acc, flat_blocks(ceil_div(n, FLAT_F32)), FLAT, stream, dst, src, n,
+                     wide_at(dst) && wide_at(src));
+}
+HS_CUDA_OP(add_acc)
+
+template <typename T> static hs_status sumsq_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t n = a->dim[0], blocks = ceil_div(n, HS_SUMSQ_BLOCK);
+    double *out = static_cast<double *>(a->ptr[0]), *part = static_cast<double *>(a->ptr[2]);
+    const float *x = static_cast<const float *>(a->ptr[1]);
+    HS_TRY(
+        HS_LAUNCH(sumsq_parts, (unsigned)ceil_div(blocks, FLAT / LANES), FLAT, stream, part, x, n));
+    return HS_LAUNCH(sumsq_join, 1, FLAT, stream, out, part, blocks);
+}
+HS_CUDA_OP(sumsq)
+
+template <typename T> static hs_status adamw_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t n = a->dim[0], ZERO_G = a->dim[1];
+    float *w = static_cast<float *>(a->ptr[0]), *m = static_cast<float *>(a->ptr[1]);
+    float *v = static_cast<float *>(a->ptr[2]), *g = static_cast<float *>(a->ptr[3]);
+    T *wc = static_cast<T *>(a->ptr[4]);
+    const hs_step_control *ctl = static_cast<const hs_step_control *>(a->ptr[5]);
+    const adamw_reals k = {(float)a->real[0],         (float)(1.0 - a->real[0]), (float)a->real[1],
+                           (float)(1.0 - a->real[1]), (float)a->real[2],         (float)a->real[3]};
+    const bool wide = wide_at(w) && wide_at(m) && wide_at(v) && wide_at(g) && wide_at(wc);
+    return HS_LAUNCH(adamw, flat_blocks(ceil_div(n, pack_of<T>::N)), FLAT, stream, w, m, v, g, wc,
+                     ctl, k, n, ZERO_G != 0, wide);
+}
+HS_CUDA_OP(adamw)
+
+template <typename T> static hs_status zero_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t bytes = a->dim[0];
+    unsigned char *dst = static_cast<unsigned char *>(a->ptr[0]);
+    return HS_LAUNCH(zero, flat_blocks(ceil_div(bytes, 16)), FLAT, stream, dst, bytes,
+                     wide_at(dst));
+}
+HS_CUDA_OP(zero)
+
+template <typename T> static hs_status cast_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t n = a->dim[0];
+    T *dst = static_cast<T *>(a->ptr[0]);
+    const float *src = static_cast<const float *>(a->ptr[1]);
+    return HS_LAUNCH(cast, flat_blocks(ceil_div(n, pack_of<T>::N)), FLAT, stream, dst, src, n,
+                     wide_at(dst) && wide_at(src));
+}
+HS_CUDA_OP(cast)

@@ -1,0 +1,111 @@
+/* RMSNorm: a row of lane.h is a group, of which there are R N. fwd and igrad: bits of the fast CPU
+ * set. wgrad: columns.h, a group being a row of it, row r's group n the r N + n-th. */
+#include "kernels/cuda/columns.h"
+
+#include "kernels/rmsnorm.h"
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    rmsnorm_fwd(T *y, float *rstd, const T *x, const float *w, int64_t R, int64_t N_, int64_t C,
+                int64_t ldx, int64_t ldy, float eps, bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t g = row_index<T>(), end = g < R * N_ ? C : 0;
+    const int64_t at = g / N_ * ldx + g % N_ * C, to = g / N_ * ldy + g % N_ * C;
+    lanes<N> square = {};
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        const lanes<N> v = load<N>(x + at + c, C - c, wide);
+        for (int i = 0; i < N; i++) square.x[i] = v_fma(v.x[i], v.x[i], square.x[i]);
+    }
+    const float s = v_div(1.0f, v_sqrt(v_div(join_lanes(square), (float)C) + eps));
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        lanes<N> v = load<N>(x + at + c, C - c, wide);
+        const lanes<N> wv = load<N>(w + c, C - c, wide);
+        for (int i = 0; i < N; i++) v.x[i] = (v.x[i] * s) * wv.x[i];
+        store(y + to + c, v, C - c, wide);
+    }
+    if (end && row_column<T>() == 0) rstd[g] = s;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    rmsnorm_igrad(T *dx, const T *dy, const T *x, const float *w, const float *rstd, int64_t R,
+                  int64_t N_, int64_t C, int64_t lddx, int64_t lddy, int64_t ldx, bool accumulate,
+                  bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t g = row_index<T>(), end = g < R * N_ ? C : 0;
+    const int64_t row = g / N_, in = g % N_ * C;
+    const float s = end ? rstd[g] : 0.0f;
+    dx += row * lddx + in, dy += row * lddy + in, x += row * ldx + in;
+    lanes<N> sum = {};
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        const lanes<N> d = load<N>(dy + c, C - c, wide), v = load<N>(x + c, C - c, wide);
+        const lanes<N> wv = load<N>(w + c, C - c, wide);
+        for (int i = 0; i < N; i++) sum.x[i] = v_fma(d.x[i] * wv.x[i], v.x[i] * s, sum.x[i]);
+    }
+    const float mean = v_div(join_lanes(sum), (float)C);
+    for (int64_t c = row_column<T>(); c < end; c += LANES) {
+        lanes<N> d = load<N>(dy + c, C - c, wide);
+        const lanes<N> v = load<N>(x + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
+        lanes<N> old = {};
+        if (accumulate) old = load<N>(dx + c, C - c, wide);
+        for (int i = 0; i < N; i++) {
+            d.x[i] = s * v_fnma(v.x[i] * s, mean, d.x[i] * wv.x[i]);
+            if (accumulate) d.x[i] = d.x[i] + old.x[i];
+        }
+        store(dx + c, d, C - c, wide);
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(columns_of<T>::THREADS)
+    rmsnorm_wgrad(float *dw, const T *dy, const T *x, const float *rstd, int64_t R, int64_t N_,
+                  int64_t C, int64_t lddy, int64_t ldx, bool wide) {
+    const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
+    HS_SHARED(column_sums, sums, );
+    const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
+    lanes<N> w = {};
+    for (int64_t g = threadIdx.x / across; g < R * N_ && c < C; g += COLUMN_LANES) {
+        const int64_t row = g / N_, in = g % N_ * C + c;
+        const lanes<N> d = load<N>(dy + row * lddy + in, C - c, wide);
+        const lanes<N> v = load<N>(x + row * ldx + in, C - c, wide);
+        for (int i = 0; i < N; i++) w.x[i] = v_fma(d.x[i], v.x[i] * rstd[g], w.x[i]);
+    }
+    join_columns(sums, w, dw, C);
+}
+
+template <typename T> static hs_status rmsnorm_fwd_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], N = a->dim[1], C = a->dim[2], ldx = a->dim[3], ldy = a->dim[4];
+    T *y = static_cast<T *>(a->ptr[0]);
+    float *rstd = static_cast<float *>(a->ptr[1]);
+    const T *x = static_cast<const T *>(a->ptr[2]);
+    const float *w = static_cast<const float *>(a->ptr[3]);
+    const bool wide = wide_at(y, ldy) && wide_at(x, ldx) && wide_at(x, C) && wide_at(w);
+    return HS_LAUNCH(rmsnorm_fwd, (unsigned)ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, y, rstd,
+                     x, w, R, N, C, ldx, ldy, (float)a->real[0], wide);
+}
+HS_CUDA_OP(rmsnorm_fwd)
+
+template <typename T> static hs_status rmsnorm_igrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], N = a->dim[1], C = a->dim[2];
+    const int64_t lddx = a->dim[3], lddy = a->dim[4], ldx = a->dim[5], ACCUM = a->dim[6];
+    T *dx = static_cast<T *>(a->ptr[0]);
+    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
+    const float *w = static_cast<const float *>(a->ptr[3]);
+    const float *rstd = static_cast<const float *>(a->ptr[4]);
+    const bool wide =
+        wide_at(dx, lddx) && wide_at(dy, lddy) && wide_at(x, ldx) && wide_at(x, C) && wide_at(w);
+    return HS_LAUNCH(rmsnorm_igrad, (unsigned)ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, dx,
+                     dy, x, w, rstd, R, N, C, lddx, lddy, ldx, ACCUM != 0, wide);
+}
+HS_CUDA_OP(rmsnorm_igrad)
+
+template <typename T> static hs_status rmsnorm_wgrad_op(cudaStream_t stream, const hs_args *a) {
+    const int64_t R = a->dim[0], N = a->dim[1], C = a->dim[2], lddy = a->dim[3], ldx = a->dim[4];
+    float *dw = static_cast<float *>(a->ptr[0]);
+    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
+    const float *rstd = static_cast<const float *>(a->ptr[3]);
+    const bool wide = wide_at(dy, lddy) && wide_at(x, ldx) && wide_at(x, C);
+    return HS_LAUNCH(rmsnorm_wgrad, (unsigned)ceil_div(C, COLUMNS), columns_of<T>::THREADS, stream,
+                     dw, dy, x, rstd, R, N, C, lddy, ldx, wide);
+}
+HS_CUDA_OP(rmsnorm_wgrad)

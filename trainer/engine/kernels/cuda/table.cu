@@ -1,0 +1,17 @@
+#include "kernels/cuda/device.h"
+
+static const hs_cuda_table table = {
+    HS_CUDA_VERSION,
+    HS_K_COUNT,
+    {NULL,
+#define X(number, NAME, name, ...) hs_cuda_##name,
+     HS_KERNELS(X)
+#undef X
+    },
+};
+
+static_assert(sizeof table.fn / sizeof *table.fn == HS_K_COUNT, "a gap in the kernels' numbers");
+
+extern "C" __attribute__((visibility("default"))) const hs_cuda_table *hs_cuda_kernels(void) {
+    return &table;
+}
