@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from checkpoint.errors import StoreRefused
@@ -67,6 +68,22 @@ def launcher_for(spec: RunSpec, out: Path, store: Store, run: str) -> Launcher:
     return KubernetesLauncher(Api.load(), spec.launch.namespace)
 
 
+def launch_for(store_url: str, out: Path, prepared: Prepared, launch_id: str, avoid: tuple[str, ...]) -> Launch:
+    """All that a launcher must know of a run, to start its nodes under that name."""
+    return Launch(
+        run=prepared.run,
+        launch_id=launch_id,
+        nodes=prepared.nodes,
+        store_url=store_url,
+        work_root=out,
+        ranks_per_node=prepared.ranks // prepared.nodes,
+        how=how_map(prepared.spec),
+        spec=prepared.spec,
+        plan=prepared.plan,
+        avoid=avoid,
+    )
+
+
 def make_driver(
     prepared: Prepared,
     store: Store,
@@ -76,26 +93,11 @@ def make_driver(
     stop: threading.Event | None = None,
 ) -> Driver:
     """A driver for a prepared run, with the launcher that its spec asks for."""
-
-    def launch(ready: Prepared, launch_id: str, avoid: tuple[str, ...]) -> Launch:
-        return Launch(
-            run=ready.run,
-            launch_id=launch_id,
-            nodes=ready.nodes,
-            store_url=store.url,
-            work_root=out,
-            ranks_per_node=ready.ranks // ready.nodes,
-            how=how_map(ready.spec),
-            spec=ready.spec,
-            plan=ready.plan,
-            avoid=avoid,
-        )
-
     return Driver(
         prepared,
         store,
         launcher_for(prepared.spec, out, store, prepared.run),
-        launch,
+        partial(launch_for, store.url, out),
         sink=sink or NoSink(),
         stop=stop or threading.Event(),
     )
