@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml $(PACKAGES) $(ENGINE_SOURCES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: setup ## the main job end to end: prepare, train on two stages, lose one, recover, prove, export, report
+demo: setup ## the main job end to end: prepare, train on two stages, lose a rank, recover, prove, export, report
 	$(BIN)/hotstage demo
 
 test: setup ## the tests, at most 6 minutes on 2 cores (the first time some more: it builds what they need)

@@ -40,7 +40,7 @@ PROMPT = "class Queue:\n    def __init__(self"
 
 @dataclass
 class Killer:
-    """Kills the last stage with SIGKILL once: halfway, between two snapshots, once a checkpoint is durable."""
+    """Kills the last rank with SIGKILL once: halfway, between two snapshots, once a checkpoint is durable."""
 
     store: Store
     run: str
@@ -68,7 +68,7 @@ class Killer:
                 if rank.pid and not rank.ended and node.epoch == newest.epoch:
                     self.say("")
                     self.say(
-                        f">>> kill -9 {rank.pid}: stage {rank.rank} of {newest.ranks} dies in the middle of its work"
+                        f">>> kill -9 {rank.pid}: rank {rank.rank} of {newest.ranks} dies in the middle of its work"
                     )
                     os.kill(rank.pid, signal.SIGKILL)
                     self.killed_rank = rank.rank
@@ -171,7 +171,7 @@ def _demo(
     if prefect is not None:
         prefect.result()  # raises where one is named that cannot be used; its page nobody waits for
     say("")
-    say(f"3. training on {prepared.ranks} stages, a process each; one will be killed halfway")
+    say(f"3. training on {prepared.spec.parallel.stages} stages, a rank each; one rank will be killed halfway")
     try:
         outcome, killer = _train(prepared, store, hosted, voice)
     except BaseException:  # Ctrl-C above all: a demo that is left does not go on in the dark
@@ -180,11 +180,11 @@ def _demo(
     if outcome.outcome != "succeeded":
         raise LaunchError(f"the run ended as {outcome.outcome}: {outcome.reason}")
     if killer.killed_rank is None or outcome.attempts < 2:
-        raise LaunchError("the run ended before a stage could be killed; give it more steps (train.steps)")
+        raise LaunchError("the run ended before a rank could be killed; give it more steps (train.steps)")
     say("")
     say("4. the proof: the last part again, from a checkpoint, on one stage, undisturbed")
     proof = _prove(prepared, store, out, again)
-    say(f"   {prepared.ranks} stages, killed and recovered:")
+    say(f"   {prepared.spec.parallel.stages} stages, a rank killed and recovered:")
     say(f"     {outcome.state_digest}")
     say("   one stage, undisturbed:")
     say(f"     {proof.state_digest}")

@@ -333,10 +333,10 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
             return f"{event.about}: {event.reason}: {event.message}"
     if not pods:
         return "its pods are not made yet"
-    return ", ".join(sorted({_stage(pod) for pod in pods}))
+    return ", ".join(sorted({_waits_for(pod) for pod in pods}))
 
 
-def _stage(pod: PodView) -> str:
+def _waits_for(pod: PodView) -> str:
     if not pod.place:
         return "waiting for the scheduler"
     return "waiting for the agent" if AGENT in pod.containers else "containers are being made"

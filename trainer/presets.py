@@ -103,7 +103,7 @@ warmup = 200              # steps
 # --- How. May change from attempt to attempt without changing a bit of the result.
 
 [parallel]
-stages = 2                # processes that the layers are spread over
+stages = 2                # runs of layers, a process each
 schedule = "1f1b"
 threads = 1               # of each process
 

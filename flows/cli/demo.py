@@ -16,8 +16,8 @@ from flows.cli.voice import Voice
 @click.option("--no-prefect", is_flag=True, help="Without Prefect's server and page.")
 @json_option
 def demo(sets: tuple[str, ...], out: str, no_prefect: bool, as_json: bool) -> int:
-    """The main job end to end: prepare real text, train a small GPT on two stages, kill one with SIGKILL, recover,
-    prove that the bits are those of an undisturbed run on one stage, export, sample, report. About two minutes."""
+    """The main job end to end: prepare real text, train a small GPT on two stages, kill a rank with SIGKILL,
+    recover, prove that the bits are those of an undisturbed run on one stage, export, sample, report. Two minutes."""
     import signal
     import tomllib
 

@@ -49,7 +49,7 @@ or s3://bucket/prefix?endpoint=…; credentials come from the usual places of AW
 _COMMANDS: dict[str, tuple[str, str]] = {
     "demo": (
         "flows.cli.demo",
-        "The main job end to end on this machine: prepare, train, lose a stage, recover, export.",
+        "The main job end to end on this machine: prepare, train, lose a rank, recover, export.",
     ),
     "init": ("flows.cli.spec", "Write a commented spec to start from."),
     "schema": ("flows.cli.spec", "Print the JSON schema of a spec."),

@@ -55,7 +55,7 @@ def schema() -> int:
 )
 @click.option("--svg", type=click.Path(dir_okay=False), help="Write the foretold timeline as SVG.")
 def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, trace: str | None, svg: str | None) -> int:
-    """Show what SPEC's plan says before the first step: memory by kind and stage, the schedule, the step's time.
+    """Show what SPEC's plan says before the first step: memory by kind and position, the schedule, the step's time.
 
     Needs no data: where the spec's dataset is not prepared, data.vocab_size stands for its vocabulary.
     """
@@ -85,7 +85,7 @@ def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, tra
     say(
         f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on this machine, "
         f"{told['tokens_per_step'] / simulation.step_seconds:,.0f} tokens/s, bubble "
-        f"{', '.join(f'{b:.0%}' for b in simulation.bubble)} by stage, MFU {simulation.mfu:.0%}"
+        f"{', '.join(f'{b:.0%}' for b in simulation.bubble)} by rank, MFU {simulation.mfu:.0%}"
     )
     for path in (trace, svg):
         if path:

@@ -70,7 +70,8 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "reason": a.reason,
                 "cause": (a.body.get("cause") or {}).get("text", ""),
                 "launch": a.launch,
-                "stages": a.ranks,
+                "stages": a.how.get("parallel", {}).get("stages", a.ranks),
+                "ranks": a.ranks,
                 "plan": a.plan,
                 "time": a.time,
             }

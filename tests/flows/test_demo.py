@@ -38,7 +38,7 @@ def test_the_demo_keeps_its_promises_and_can_be_run_again(prefect: Api, hosted: 
     assert result["digest"] == result["digest_one_stage"]
     assert len(result["digest"]) == 64
     assert ">>> kill -9" in done.out
-    assert "stage 1 of 2" in done.out
+    assert "rank 1 of 2 dies" in done.out
     page = (out / "report.html").read_text()
     assert result["digest"] in page
     assert "attempt 2: rank 1 was killed (signal 9)" in page

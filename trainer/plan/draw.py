@@ -180,7 +180,7 @@ def bytes_text(count: int) -> str:
 
 
 def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = None) -> str:
-    """The memory of every position by kind, aligned, with totals; over ``budget`` bytes a rank is marked.
+    """The memory of every position by kind, aligned, with totals; over ``budget`` bytes a position is marked.
 
     >>> print(memory_text([{"weights": 2048, "slots": 900}, {"weights": 3 << 20, "slots": 0}], budget=2 << 20))
     position   weights     slots     total

@@ -7,10 +7,11 @@ start of the timeline.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from typing import overload
 
 import numpy as np
@@ -116,13 +117,14 @@ class EventRow(Sequence[Span]):
 class EventList(Sequence[Span]):
     """The events of all ranks, rank by rank."""
 
-    __slots__ = ("rows",)
+    __slots__ = ("ends", "rows")
 
     def __init__(self, rows: Sequence[EventRow]) -> None:
         self.rows = tuple(rows)
+        self.ends = list(accumulate(map(len, self.rows)))  # by row, the events up to its end
 
     def __len__(self) -> int:
-        return sum(map(len, self.rows))
+        return self.ends[-1] if self.ends else 0
 
     @overload
     def __getitem__(self, place: int) -> Span: ...
@@ -131,12 +133,11 @@ class EventList(Sequence[Span]):
     def __getitem__(self, place: int | slice) -> Span | Sequence[Span]:
         if isinstance(place, slice):
             return [self[n] for n in range(*place.indices(len(self)))]
-        left = place if place >= 0 else place + len(self)
-        for row in self.rows:
-            if 0 <= left < len(row):
-                return row[left]
-            left -= len(row)
-        raise IndexError(f"event {place} of {len(self)}")
+        number = place if place >= 0 else place + len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(f"event {place} of {len(self)}")
+        row = bisect_right(self.ends, number)
+        return self.rows[row][number - self.ends[row]]
 
     def __iter__(self) -> Iterator[Span]:
         return chain.from_iterable(self.rows)

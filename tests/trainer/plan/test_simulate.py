@@ -129,6 +129,18 @@ def test_one_table_counts_operations() -> None:
         assert flops_per_token(model, 16) == 6 * weights + 6 * 2 * 17 * 32
 
 
+def test_events_of_all_ranks_read_as_a_list() -> None:
+    rows = [[], [Instruction("a", "F", 1.0), Instruction("b", "B", 1.0)], [], [Instruction("c", "F", 1.0)], []]
+    events = simulate.simulate(rows, FREE_LINKS).timeline.events
+    listed = list(events)
+    assert [event.action for event in listed] == ["a", "b", "c"]
+    assert [events[n] for n in range(-3, 3)] == listed + listed
+    assert events[1:] == listed[1:]
+    for beyond in (3, -4):
+        with pytest.raises(IndexError):
+            events[beyond]
+
+
 def test_a_channel_has_one_rank_at_each_end() -> None:
     rows = [[Instruction("send", "send", channel=7)], [Instruction("again", "send", channel=7)]]
     with pytest.raises(PlanError, match="rank 1 at again: this end of channel 7 belongs to rank 0"):
