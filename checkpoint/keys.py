@@ -18,6 +18,7 @@
     .../nodes/<launch>/<node>                             a node's status (agent/status.py)
     .../<epoch>/node/<node>                               claim of a node (claims.py)
     .../<epoch>/addr/<node>                               where its ranks listen (agent/meet.py)
+    .../<epoch>/addresses                                 where all do, put together for the others (agent/meet.py)
     .../<epoch>/upload/last                               the snapshot that all nodes upload (agent/upload.py)
     .../<epoch>/{metrics,logs/<rank>,trace}/...           what people watch (agent/output.py)
 
@@ -125,8 +126,17 @@ def node_key(run: str, epoch: int, node: int) -> str:
     return live_key(run, epoch, "node", node)
 
 
+def addresses_prefix(run: str, epoch: int) -> str:
+    return live_key(run, epoch, "addr") + "/"
+
+
 def address_key(run: str, epoch: int, node: int) -> str:
-    return live_key(run, epoch, "addr", node)
+    return addresses_prefix(run, epoch) + str(node)
+
+
+def together_key(run: str, epoch: int) -> str:
+    """Of the addresses of all nodes of an attempt."""
+    return live_key(run, epoch, "addresses")
 
 
 def upload_key(run: str, epoch: int) -> str:
@@ -161,9 +171,14 @@ def point(step: int, epoch: int) -> str:
     return f"{step:012d}-{epoch:08d}"
 
 
+def parts_prefix(step: int, epoch: int) -> str:
+    """Of all part manifests of a checkpoint, relative to the run; a node's number follows."""
+    return f"manifests/{point(step, epoch)}/parts/"
+
+
 def part_name(step: int, epoch: int, node: int) -> str:
     """Of a node's part manifest, relative to the run."""
-    return f"manifests/{point(step, epoch)}/parts/{node:05d}"
+    return f"{parts_prefix(step, epoch)}{node:05d}"
 
 
 def manifest_name(step: int, epoch: int) -> str:

@@ -1,9 +1,9 @@
 """From all nodes' parts to a checkpoint: the manifest object, then the log record that names it.
 
 Any agent that sees all parts commits; all compute the same bytes, so creating the manifest twice is creating it once,
-and the log lets one record in. A loser reads what is there. N agents that read N parts each would be N x N requests a
-checkpoint: one has the first turn, the next one a while later, and so on until the log has the record; each reads a
-part once, however often it looks whether the others are there. The log itself keeps a fenced agent out: its record is
+and the log lets one record in. A loser reads what is there. The nodes have an order, another one each step: the first
+one reads the parts, each once, and commits; the others hear of the record by the look at the log that they take anyway,
+and take over in turn where it does not come (``gather.py``). The log itself keeps a fenced agent out: its record is
 refused (Halted) once a newer attempt is there, and would be void.
 """
 
@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpoint import keys, pages
-from checkpoint.errors import Conflict, Damaged, Halted, NotFound, OtherVersion, StoreError
+from checkpoint.agent.gather import gather, next_look_s, present, turn_s
+from checkpoint.errors import Conflict, Damaged, Halted, OtherVersion, StoreError
 from checkpoint.layout import PlanLayout
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import checkpoint_body, merge
@@ -24,25 +25,36 @@ from checkpoint.pages import TooLarge
 
 log = logging.getLogger(__name__)
 
-TURN_S = 2.0
-"""Between the turns of two agents to commit the same step."""
 READINGS = 3
 """Of parts that do not fit together, before the step is given up."""
 
 
 @dataclass
 class _Pending:
-    """A step whose part of this node is in the store; ``turn``: when this agent may commit it."""
+    """A step whose part of this node is in the store, since then. ``turn``: seconds between this node's looks (0: the
+    first turn is its own); ``look``: when the next one is; ``whole``: all parts were there at the one before.
+    """
 
     step: int
+    since: float
     deadline: float
     turn: float
+    look: float
+    whole: bool = False
     damaged: int = 0
     parts: dict[int, bytes] = field(default_factory=dict)
 
+    @property
+    def due(self) -> float:
+        return min(self.look, self.deadline)
+
 
 class Committer:
-    """The commit thread. Callbacks are posted to the agent's loop."""
+    """The commit thread. Callbacks are posted to the agent's loop.
+
+    ``poll_s``: between looks for a part that is missing, at first. ``clock``: without a thread where it is given; then
+    whoever made this calls ``pump``.
+    """
 
     def __init__(
         self,
@@ -55,18 +67,22 @@ class Committer:
         on_idle: Callable[[], None],
         on_error: Callable[[str | None], None],
         poll_s: float,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._log, self._node, self._nodes, self._post = run_log, node, nodes, post
         self._on_commit, self._on_idle, self._on_error, self._poll_s = on_commit, on_idle, on_error, poll_s
+        self._clock = clock or time.monotonic
         self._wake = threading.Condition()
         self._epoch = 0
         self._deadline_s = 0.0
         self._pending: list[_Pending] = []
         self._state: RunState | None = None
+        self._news = False  # since the last round: it has to look what that changes
         self._working = False
         self._closing = False
-        self._thread = threading.Thread(target=self._main, name="commit", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._main, name="commit", daemon=True) if clock is None else None
+        if self._thread is not None:
+            self._thread.start()
 
     # --- called by the agent's loop -----------------------------------------------------------------------
 
@@ -79,13 +95,12 @@ class Committer:
         """The attempt is fenced."""
         with self._wake:
             self._epoch, self._pending = 0, []
-            self._wake.notify_all()
 
     def state(self, state: RunState) -> None:
         """A newer state of the log: what it has committed is done."""
         with self._wake:
             if self._state is None or state.n >= self._state.n:
-                self._state = state
+                self._state, self._news = state, True
                 self._wake.notify_all()
 
     def add(self, step: int, state: RunState) -> None:
@@ -93,8 +108,9 @@ class Committer:
         with self._wake:
             if self._state is None or state.n > self._state.n:
                 self._state = state
-            now, place = time.monotonic(), (self._node - step) % self._nodes
-            self._pending.append(_Pending(step, now + self._deadline_s, now + TURN_S * place))
+            now, turn = self._clock(), self._turn_s(step)
+            self._pending.append(_Pending(step, now, now + self._deadline_s, turn, now + turn))
+            self._news = True
             self._wake.notify_all()
 
     @property
@@ -106,60 +122,79 @@ class Committer:
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        self._thread.join(timeout=5)
+        if self._thread is not None:
+            self._thread.join(timeout=5)
 
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or bool(self._pending))
+                while not self._closing and not self._due():
+                    wait_s = min((p.due for p in self._pending), default=None)
+                    self._wake.wait(None if wait_s is None else max(0.0, wait_s - self._clock()))
                 if self._closing:
                     return
-                self._working = True
-                epoch, state = self._epoch, self._state
-                pending = sorted(self._pending, key=lambda p: -p.step)
-            assert state is not None
-            if state.unreadable is None:
-                for item in pending:
-                    state = self._try(item, epoch, state)
-            with self._wake:
-                self._working = False
-                idle = not self._pending
-                if not idle and not self._closing:
-                    self._wake.wait(self._poll_s)
-            if idle:
-                self._post(self._on_idle)
+            self.pump()
+
+    def _turn_s(self, step: int) -> float:
+        return turn_s((self._node - step) % self._nodes, self._nodes, self._log.store.pace)
+
+    def _due(self) -> bool:
+        """Called under the lock."""
+        return bool(self._pending) and (self._news or self._clock() >= min(p.due for p in self._pending))
+
+    def pump(self) -> float | None:
+        """One round: what the log has is done, what is due is looked at, the newest first. When the next one is due."""
+        with self._wake:
+            self._working, self._news = True, False
+            epoch, state = self._epoch, self._state
+            pending = sorted(self._pending, key=lambda p: -p.step)
+        assert state is not None or not pending
+        for item in pending:
+            if state is not None and state.unreadable is None:
+                state = self._try(item, epoch, state)
+            else:  # until a person has mended the log, whatever the deadline says
+                item.look = self._clock() + self._poll_s
+                item.deadline = max(item.deadline, item.look)
+        with self._wake:
+            self._working = False
+            due = min((p.due for p in self._pending), default=None)
+        if pending and due is None:
+            self._post(self._on_idle)
+        return due
 
     def _try(self, item: _Pending, epoch: int, state: RunState) -> RunState:
-        """Look once whether this step can be committed, or was; the state of the log after it."""
-        done = True
+        """Look once whether this step was committed, or can be now, if it is due; the state of the log after it."""
+        now, done = self._clock(), True
+        pace = self._log.store.pace
+        pause_s = pace.pause_s(now - item.since, self._poll_s)
         try:
             found = state.find(item.step, epoch)
             if found is None:
-                newer = None
-                if time.monotonic() >= item.turn:
-                    newer = commit(self._log, self._nodes, item.step, epoch, state, item.parts)
-                done = newer is not None
-                state = newer or state
+                done = False
+                if now >= item.due:
+                    state, done = self._look(item, epoch, state)
+                    item.look = now + next_look_s(item.turn, item.whole, now - item.since, pace, self._poll_s)
             if done:
                 self._post(lambda: self._on_error(None))
                 self._post(lambda said=state: self._on_commit(said, item.step))  # type: ignore[misc]
         except Halted as error:
             log.warning("step %d is not committed: %s", item.step, error)
+            done = True
         except (Damaged, OtherVersion, TooLarge) as error:
             # what one reading says is read again: parts are small, and a sick read is no sick part
-            item.damaged, item.parts = item.damaged + 1, {}
+            item.damaged, item.parts, item.look = item.damaged + 1, {}, now + pause_s
             done = not isinstance(error, Damaged) or item.damaged >= READINGS
             log.error("step %d cannot be committed: %s", item.step, error)
             text = str(error)
             self._post(lambda: self._on_error(text))
         except StoreError as error:
-            done = False
+            item.look = now + pause_s
             text = f"the checkpoint of step {item.step} cannot be committed: {error}"
             log.warning("%s", text)
             self._post(lambda: self._on_error(text))
-        if not done and time.monotonic() > item.deadline:
+        if not done and now >= item.deadline:
             gone = f"the commit of step {item.step} is given up: not every node's part came in time"
             log.error("%s", gone)
             self._post(lambda: self._on_error(gone))
@@ -171,6 +206,21 @@ class Committer:
                     p for p in self._pending if not (p is item and done) and p.step > min(newest, item.step - 1)
                 ]
         return state
+
+    def _look(self, item: _Pending, epoch: int, state: RunState) -> tuple[RunState, bool]:
+        """Commit the step where all its parts are there; the state of the log, and whether the step is in it."""
+        if item.turn and not item.whole:
+            prefix = keys.run_key(self._log.run, keys.parts_prefix(item.step, epoch))
+            item.whole = len(present(self._log.store, prefix, self._nodes)) == self._nodes
+            return state, False
+        if item.turn:  # somebody else has, most likely
+            state = self._log.fold(state)
+            if state.epoch != epoch or state.unreadable is not None:
+                return state, False
+            if state.find(item.step, epoch) is not None:
+                return state, True
+        newer = commit(self._log, self._nodes, item.step, epoch, state, item.parts)
+        return newer or state, newer is not None
 
 
 def commit(
@@ -184,14 +234,14 @@ def commit(
     """
     run, store = run_log.run, run_log.store
     parts = {} if known is None else known
-    for node in reversed(range(nodes)):
-        if node not in parts:
-            name = keys.part_name(step, epoch, node)
-            try:
-                parts[node] = pages.read(store, run, name, f"part manifest {name}")
-            except NotFound:
-                return None
-    manifest = merge([(keys.part_name(step, epoch, node), data) for node, data in parts.items()])
+
+    def read(node: int) -> bytes:
+        name = keys.part_name(step, epoch, node)
+        return pages.read(store, run, name, f"part manifest {name}")
+
+    if not gather(store, keys.run_key(run, keys.parts_prefix(step, epoch)), nodes, parts, read):
+        return None
+    manifest = merge([(keys.part_name(step, epoch, node), data) for node, data in sorted(parts.items())])
     name = keys.manifest_name(step, epoch)
     root, ours = pages.write(store, run, name, manifest.to_bytes(), "all")
     if not ours:

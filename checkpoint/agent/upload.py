@@ -8,12 +8,13 @@ An upload that fails is tried again until its deadline; when a newer snapshot is
 A final snapshot (done, or preempted) is never given up for another, since nothing newer can come.
 
 Several nodes must pick the same step, or no checkpoint is ever whole. All ranks snapshot at the same steps, and a node
-that begins another one than was begun last says so (a hint, ``live/<epoch>/upload/last``): a node takes the one that
-was begun last where it holds that and has not stored it yet, else its newest. Two requests a node, however many nodes.
+that begins one says so (a hint, ``live/<epoch>/upload/last``): where it has a choice it takes the one that was begun
+last, if that is among them, else its newest. One request a node, and another one to choose, however many nodes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -67,6 +68,23 @@ def segments(position: PositionLayout) -> list[Segment]:
         for state in position.states
         for kind in range(len(KINDS))
     ]
+
+
+def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
+    """Of these steps, newest first, the one to begin: that which a node began last, else the newest. Says which."""
+    key = keys.upload_key(run, epoch)
+    chosen = steps[0]
+    try:
+        begun = -1
+        if len(steps) > 1:
+            with contextlib.suppress(NotFound, Damaged, ValueError):
+                begun = int(store.get(key, max_bytes=32))
+            chosen = begun if begun in steps else chosen
+        if chosen != begun:
+            store.put(key, str(chosen).encode())
+    except StoreError as error:
+        log.warning("the nodes cannot agree on a snapshot now: %s", error)
+    return chosen
 
 
 class Uploader:
@@ -238,20 +256,8 @@ class Uploader:
     def _agreed(
         self, source: Source, ready: Sequence[tuple[tuple[int, int], dict[int, Seen]]]
     ) -> tuple[tuple[int, int], dict[int, Seen]]:
-        """The snapshot that a node began last, where this one holds it, else the newest. Says which."""
-        key = keys.upload_key(self._run, source.epoch)
-        chosen = ready[0]
-        try:
-            try:
-                begun = int(self._store.get(key, max_bytes=32))
-            except (NotFound, Damaged, ValueError):
-                begun = -1
-            chosen = next((item for item in ready if item[0][0] == begun), ready[0])
-            if chosen[0][0] != begun:
-                self._store.put(key, str(chosen[0][0]).encode())
-        except StoreError as error:
-            log.warning("the nodes cannot agree on a snapshot now: %s", error)
-        return chosen
+        step = agreed(self._store, self._run, source.epoch, [step for (step, _), _ in ready])
+        return next(item for item in ready if item[0][0] == step)
 
     def _persist(self, source: Source, step: int, by_rank: dict[int, Seen]) -> bool:
         """True once the part is in the store; False where a newer snapshot takes its place, or the deadline passed."""

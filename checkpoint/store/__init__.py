@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from checkpoint.errors import StoreRefused
 from checkpoint.store.address import address, folder_of
-from checkpoint.store.base import Data, Info, Store
+from checkpoint.store.base import Data, Info, Pace, Store
 from checkpoint.store.file import FileStore
 from checkpoint.store.memory import MemoryStore
 
-__all__ = ["Data", "Info", "Store", "address", "open_store"]
+__all__ = ["Data", "Info", "Pace", "Store", "address", "open_store"]
 
 
 def open_store(url: str) -> Store:

@@ -31,8 +31,40 @@ class Info:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a store is asked while nothing happens, by what a request of it costs. Seconds.
+
+    On S3 they leave an idle agent below one request a second in all: 1 / idle_s + 1 / beat_s + 1 / hint_s.
+    """
+
+    look_s: float
+    """Between looks for what may come any moment."""
+    idle_s: float
+    """Between looks for what may come some time."""
+    beat_s: float
+    """After which a status is written again although nothing in it is new."""
+    hint_s: float
+    """A request that writes other hints, on the average."""
+
+    def pause_s(self, waited_s: float, look_s: float | None = None) -> float:
+        """Until the next look for what has not come for so long: a quarter of that, between ``look_s`` and idle."""
+        least = self.look_s if look_s is None else look_s
+        return min(max(self.idle_s, least), max(least, waited_s / 4))
+
+
+FREE = Pace(look_s=0.05, idle_s=0.05, beat_s=1.0, hint_s=0.0)
+"""Of a store on this machine."""
+PAID = Pace(look_s=0.5, idle_s=3.0, beat_s=5.0, hint_s=2.5)
+"""Of a service, which counts requests and has many agents to answer."""
+
+
 class Store(Protocol):
     """Storage of one root. Every call raises only ``checkpoint.errors``."""
+
+    @property
+    def pace(self) -> Pace:
+        """How often it may be asked while nothing happens."""
 
     @property
     def url(self) -> str:

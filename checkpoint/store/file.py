@@ -23,7 +23,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
-from checkpoint.store.base import Data, Info, check_hint, check_key, check_prefix, check_sha256, check_size, is_hint
+from checkpoint.store.base import (
+    FREE,
+    Data,
+    Info,
+    check_hint,
+    check_key,
+    check_prefix,
+    check_sha256,
+    check_size,
+    is_hint,
+)
 from checkpoint.store.memory import window
 
 _TMP = ".tmp"
@@ -84,6 +94,8 @@ def _no_links(error: OSError, what: str, root: Path) -> StoreRefused:
 
 class FileStore:
     """Objects as files below ``root``; made at the first write where it is missing."""
+
+    pace = FREE
 
     def __init__(self, root: Path) -> None:
         if "\0" in str(root):

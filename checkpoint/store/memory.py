@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.store.base import Data, Info, check_hint, check_key, check_prefix, check_sha256, check_size
+from checkpoint.store.base import FREE, Data, Info, check_hint, check_key, check_prefix, check_sha256, check_size
 
 
 class MemoryStore:
     """Objects in a dict; lives as long as this value does."""
+
+    pace = FREE
 
     def __init__(self) -> None:
         self._objects: dict[str, bytes] = {}

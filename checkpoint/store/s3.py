@@ -49,6 +49,7 @@ from checkpoint.errors import (
     StoreUnavailable,
 )
 from checkpoint.store.base import (
+    PAID,
     Data,
     Info,
     check_hint,
@@ -260,6 +261,8 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
 
 class S3Store:
     """Objects under a prefix of a bucket."""
+
+    pace = PAID
 
     def __init__(
         self,

@@ -1,0 +1,71 @@
+"""What N nodes wrote, read once: by one of them, with the next one in order should it die.
+
+N nodes that each read what N nodes wrote would ask N x N times. So the nodes have an order, another one each time: the
+node at place 0 reads, as the objects come, and makes one object or record of them, which is all that the others look
+for. The one at place k looks every k turns (and more seldom the longer it takes), by a listing, whether the whole is
+there. Where it is, and k turns later the one thing that everybody waits for is still not, those before it are dead or
+slow, and it does their work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from checkpoint.errors import NotFound
+from checkpoint.store import Pace, Store
+
+T = TypeVar("T")
+
+TURN_S, TURN_NODE_S = 1.0, 0.02
+"""Of a turn, beside a look; what each node adds to it: to read its object, and to make it part of the whole."""
+_AT_ONCE = 16
+
+
+def turn_s(place: int, nodes: int, pace: Pace) -> float:
+    """The turns of the node at this place; 0 for the first one, which looks as the objects come."""
+    return place * (TURN_S + pace.idle_s + TURN_NODE_S * nodes)
+
+
+def next_look_s(turn: float, whole: bool, waited_s: float, pace: Pace, look_s: float) -> float:
+    """From this look to the next of a node with this ``turn``, which began to wait so long ago."""
+    if not turn:
+        return pace.pause_s(waited_s, look_s)
+    return turn if whole else max(turn, waited_s / 4)
+
+
+def present(store: Store, prefix: str, nodes: int) -> set[int]:
+    """The nodes whose object, named by the node's number after the prefix, is there."""
+    names = (info.key.removeprefix(prefix) for info in store.list(prefix))
+    return {int(name) for name in names if name.isdecimal() and int(name) < nodes}
+
+
+def gather(
+    store: Store,
+    prefix: str,
+    nodes: int,
+    known: MutableMapping[int, T],
+    read: Callable[[int], T],
+) -> bool:
+    """Read what is there and not ``known`` yet, into it; whether all of it is known now.
+
+    Raises what ``read`` raises, after the rest was read.
+    """
+    if len(known) == nodes:
+        return True
+    new = sorted(present(store, prefix, nodes) - known.keys())
+    if not new:
+        return False
+    failure: Exception | None = None
+    with ThreadPoolExecutor(min(_AT_ONCE, len(new)), thread_name_prefix="gather") as pool:
+        for node, answer in [(node, pool.submit(read, node)) for node in new]:
+            try:
+                known[node] = answer.result()
+            except NotFound:
+                pass
+            except Exception as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
+    return len(known) == nodes
