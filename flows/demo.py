@@ -28,7 +28,7 @@ from flows.page import Page
 from flows.prefect_api import Client, PrefectServer, PrefectSettingsError, configured, why_not
 from flows.show.export import checkpoint_at, export_hf, generate
 from flows.show.facts import report_facts
-from flows.show.lines import Lines, Many
+from flows.show.lines import Lines
 from flows.show.peak import measured_peak
 from flows.show.report import render
 from trainer.errors import LaunchError, OutputError
@@ -150,13 +150,7 @@ def _page(spec: RunSpec, out: Path, store: Store, say: Callable[[str], None], pr
 
 
 def _demo(
-    spec: RunSpec,
-    out: Path,
-    voice: Voice,
-    began: float,
-    store: Store,
-    hosted: Hosted,
-    prefect: Future[Prefect] | None,
+    spec: RunSpec, out: Path, voice: Voice, began: float, store: Store, hosted: Hosted, prefect: Future[Prefect] | None
 ) -> DemoResult:
     say = voice.say
     say("1. data")
@@ -172,60 +166,14 @@ def _demo(
         prefect.result()  # raises where one is named that cannot be used; its page nobody waits for
     say("")
     say(f"3. training on {prepared.spec.parallel.stages} stages, a rank each; one rank will be killed halfway")
-    try:
-        outcome, killer = _train(prepared, store, hosted, voice)
-    except BaseException:  # Ctrl-C above all: a demo that is left does not go on in the dark
-        cancel(store, prepared.run, "the demo was left")
-        raise
-    if outcome.outcome != "succeeded":
-        raise LaunchError(f"the run ended as {outcome.outcome}: {outcome.reason}")
-    if killer.killed_rank is None or outcome.attempts < 2:
-        raise LaunchError("the run ended before a rank could be killed; give it more steps (train.steps)")
+    outcome = _train(prepared, store, hosted, voice)
     say("")
     say("4. the proof: the last part again, from a checkpoint, on one stage, undisturbed")
     proof = _prove(prepared, store, out, again)
-    say(f"   {prepared.spec.parallel.stages} stages, a rank killed and recovered:")
-    say(f"     {outcome.state_digest}")
-    say("   one stage, undisturbed:")
-    say(f"     {proof.state_digest}")
-    if outcome.state_digest != proof.state_digest or not outcome.state_digest or not proof.state_digest:
-        raise LaunchError("the digests differ: this is a bug of hotstage")
-    say("   equal: every weight, every moment, the step and the data position, bit for bit")
+    _compare(prepared, outcome, proof, say)
     say("")
     say("5. export, sample, report")
-    weights = export_hf(store, prepared.run, None, out / "model")
-    sample = generate(store, prepared.run, PROMPT, tokens=160, temperature=0.7)
-    say(f"   {weights} opens in transformers")
-    say("   a sample:")
-    for line in sample.splitlines():
-        say(f"   | {line}")
-    seconds = time.monotonic() - began
-    facts = report_facts(
-        store,
-        prepared.run,
-        flops_per_token=flops_per_token(prepared.spec.model, prepared.spec.train.sequence),
-        peak_flops=measured_peak(),
-        digest_one_stage=proof.state_digest,
-        sample=sample,
-        seconds=seconds,
-        data_note=f"trained on {interpreter_note()}" if spec.data.source == "python-stdlib" else spec.data.source,
-    )
-    (out / "report.html").write_text(render(facts), encoding="utf-8")
-    losses = list(facts.curve.values())
-    result = DemoResult(
-        run=prepared.run,
-        attempts=outcome.attempts,
-        lost_steps=outcome.lost_steps,
-        recovery_s=outcome.recovery_s,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        digest=outcome.state_digest,
-        digest_one_stage=proof.state_digest,
-        seconds=seconds,
-    )
-    (out / "result.json").write_text(json.dumps(result.__dict__, indent=1) + "\n")
-    say(f"   report: {out / 'report.html'}    result: {out / 'result.json'}    {seconds:.0f} s in all")
-    return result
+    return _report(prepared, outcome, proof, store, out, began, say)
 
 
 def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
@@ -240,16 +188,25 @@ def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
     say(f"a step: {simulation.step_seconds * 1e3:.0f} ms foretold")
 
 
-def _train(prepared: Prepared, store: Store, hosted: Hosted, voice: Voice) -> tuple[Outcome, Killer]:
+def _train(prepared: Prepared, store: Store, hosted: Hosted, voice: Voice) -> Outcome:
+    """The run to its end, with a stage killed on the way."""
     steps = prepared.spec.train.steps
     killer = Killer(store, prepared.run, steps // 2 + prepared.spec.checkpoint.every // 2, voice.say)
     sinks: list[Sink] = [voice.sink(prepared, every_s=2.0), killer]
     if hosted.page is not None:
         sinks.append(Lines(hosted.page.line, steps, every_s=10.0))
     try:
-        return hosted.drive(prepared, Many(sinks)), killer
+        outcome = hosted.drive(prepared, *sinks)
+    except BaseException:  # Ctrl-C above all: a demo that is left does not go on in the dark
+        cancel(store, prepared.run, "the demo was left")
+        raise
     finally:
         voice.quiet()
+    if outcome.outcome != "succeeded":
+        raise LaunchError(f"the run ended as {outcome.outcome}: {outcome.reason}")
+    if killer.killed_rank is None or outcome.attempts < 2:
+        raise LaunchError("the run ended before a rank could be killed; give it more steps (train.steps)")
+    return outcome
 
 
 def _prove(prepared: Prepared, store: Store, out: Path, again: str) -> Outcome:
@@ -270,3 +227,60 @@ def _prove(prepared: Prepared, store: Store, out: Path, again: str) -> Outcome:
         raise
     checkpoint_at(store, proof.run, prepared.spec.train.steps)
     return outcome
+
+
+def _compare(prepared: Prepared, outcome: Outcome, proof: Outcome, say: Callable[[str], None]) -> None:
+    say(f"   {prepared.spec.parallel.stages} stages, a rank killed and recovered:")
+    say(f"     {outcome.state_digest}")
+    say("   one stage, undisturbed:")
+    say(f"     {proof.state_digest}")
+    if outcome.state_digest != proof.state_digest or not outcome.state_digest or not proof.state_digest:
+        raise LaunchError("the digests differ: this is a bug of hotstage")
+    say("   equal: every weight, every moment, the step and the data position, bit for bit")
+
+
+def _report(
+    prepared: Prepared,
+    outcome: Outcome,
+    proof: Outcome,
+    store: Store,
+    out: Path,
+    began: float,
+    say: Callable[[str], None],
+) -> DemoResult:
+    """Weights, a sample, ``report.html`` and ``result.json``."""
+    weights = export_hf(store, prepared.run, None, out / "model")
+    sample = generate(store, prepared.run, PROMPT, tokens=160, temperature=0.7)
+    say(f"   {weights} opens in transformers")
+    say("   a sample:")
+    for line in sample.splitlines():
+        say(f"   | {line}")
+    spec, seconds = prepared.spec, time.monotonic() - began
+    facts = report_facts(
+        store,
+        prepared.run,
+        flops_per_token=flops_per_token(spec.model, spec.train.sequence),
+        peak_flops=measured_peak(),
+        digest_one_stage=proof.state_digest,
+        sample=sample,
+        seconds=seconds,
+        data_note=f"trained on {interpreter_note()}" if spec.data.source == "python-stdlib" else spec.data.source,
+    )
+    (out / "report.html").write_text(render(facts), encoding="utf-8")
+    losses = list(facts.curve.values())
+    assert outcome.state_digest is not None
+    assert proof.state_digest is not None
+    result = DemoResult(
+        run=prepared.run,
+        attempts=outcome.attempts,
+        lost_steps=outcome.lost_steps,
+        recovery_s=outcome.recovery_s,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        digest=outcome.state_digest,
+        digest_one_stage=proof.state_digest,
+        seconds=seconds,
+    )
+    (out / "result.json").write_text(json.dumps(result.__dict__, indent=1) + "\n")
+    say(f"   report: {out / 'report.html'}    result: {out / 'result.json'}    {seconds:.0f} s in all")
+    return result

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.store import Store
-from flows.drive.events import Outcome, Sink
+from flows.drive.events import Outcome, Sink, Sinks
 from flows.drive.run import Board, NoBoard, Prepared
 from flows.drive.train import make_driver
 from flows.page import Page
 from flows.prefect_api import Client, Configured, PrefectServer, PrefectSettingsError, answers, configured
-from flows.show.lines import Many
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +123,12 @@ class Hosted:
     def board(self) -> Board:
         return self.page if self.page is not None else NoBoard()
 
-    def drive(self, prepared: Prepared, sink: Sink) -> Outcome:
+    def drive(self, prepared: Prepared, *sinks: Sink) -> Outcome:
         """The run to its end; Prefect is told of that, as long as it listens."""
-        sinks: list[Sink] = [sink]
         if self.page is not None:
             self.page.run_is(prepared.run, prepared.spec.train.steps)
-            sinks.append(self.page)
-        driver = make_driver(prepared, self.store, sink=Many(sinks), out=self.out, stop=self.stop)
+            sinks = (*sinks, self.page)
+        driver = make_driver(prepared, self.store, sink=Sinks(sinks), out=self.out, stop=self.stop)
         outcome = driver.run()
         self._ended = True
         if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s):

@@ -106,7 +106,7 @@ def _drive(
     from flows.drive.train import store_at
     from flows.hosting import Hosted, Prefect
     from flows.page import Page
-    from flows.show.lines import Lines, Many
+    from flows.show.lines import Lines
 
     store = store_at(store_url)
     prefect = Prefect(say=voice.warn)
@@ -133,7 +133,7 @@ def _drive(
             sinks: list[Sink] = [Reach(signals), voice.sink(prepared)]
             if page is not None:
                 sinks.append(Lines(page.line, prepared.spec.train.steps, every_s=10.0))
-            return hosted.drive(prepared, Many(sinks))
+            return hosted.drive(prepared, *sinks)
     finally:
         prefect.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,17 @@ class Sink(Protocol):
     """Takes events. Must return at once; may lose them."""
 
     def tell(self, event: Event) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Tells several."""
+
+    sinks: Sequence[Sink]
+
+    def tell(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.tell(event)
 
 
 class NoSink:

@@ -5,22 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.drive.events import Event, Sink
-
-
-@dataclass
-class Many:
-    """Tells several sinks, each on its own risk."""
-
-    sinks: Sequence[Sink]
-
-    def tell(self, event: Event) -> None:
-        for sink in self.sinks:
-            sink.tell(event)
+from flows.drive.events import Event
 
 
 @dataclass
