@@ -1,7 +1,7 @@
 """Who holds a launch, and a node of an attempt: one place, named when it is claimed and never changed.
 
     runs/<run>/live/launch/<launch>         a launch of local nodes, by the folder that it works in (trainer/launch.py)
-    runs/<run>/live/<epoch>/node/<node>     a node of an attempt, by its agent (agent/service.py, A6)
+    runs/<run>/live/<epoch>/node/<node>     a node of an attempt, by its agent (agent/machine.py, A6)
 
 A claim is created once (create-if-absent), so whoever comes second reads who was first. It names the machine, its boot
 and its space of process numbers, and the folder with a token that was made in it: equal addresses and equal paths of

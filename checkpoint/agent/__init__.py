@@ -5,7 +5,12 @@ holds no credentials and never waits for storage. Who does what:
 
     link.py          the Unix socket: connections, messages, descriptors
     slots.py         the shared-memory slots: creation, reading under hold, filling for a restore
-    gang.py          what a node knows of one attempt; the agent's options
+    gang.py          an attempt's ranks on this node; the agent's options
+    events.py        what the machine hears (hear.py: out of the engine's messages); effects.py: what it wants done
+    attempt.py       an attempt's phases, with the table of moves, and what is known of its ranks
+    machine.py       the agent's mind, pure: events into effects; its invariants (course.py: the steps of an attempt)
+    rules.py         the invariants, asserted after every event
+    hands.py         does the effects; service.py: the loop around all of them; __main__.py: the command line
     watch.py         the log, folded as it grows
     prepare.py       plan, data, slots and restore point of an attempt (fetch.py: from the store, verified)
     meet.py          who is a node of an attempt, and the nodes' addresses
@@ -15,5 +20,4 @@ holds no credentials and never waits for storage. Who does what:
     commit.py        all parts seen -> manifest -> log record, by whichever agent gets there first
     output.py        metrics segments and the ring of each rank's output
     status.py        the live hint that the driver watches
-    service.py       the loop that orders all of them; __main__.py the command line
 """

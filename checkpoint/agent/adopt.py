@@ -4,16 +4,17 @@
     plan-<digest>     its plan (``fetch.py``)
     agent.json        notes: what the ranks have said so far, and whether the attempt is over here
 
-The slots are not on the disk: the ranks keep their descriptors and hand them back (``Service._on_rank``).
+The slots are not on the disk: the ranks keep their descriptors and hand them back (``Machine._on_rank``).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from checkpoint.agent.gang import CannotStart, Gang
+from checkpoint.agent.gang import CannotStart
 from checkpoint.agent.status import RankStatus
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from trainer.wire.files import write_file
@@ -26,32 +27,33 @@ def attempt_path(work: Path, epoch: int) -> Path:
     return work / f"attempt-{epoch}"
 
 
-def remember(work: Path, gang: Gang) -> None:
+def remember(work: Path, epoch: int, over: bool, ranks: Mapping[int, RankStatus]) -> None:
     """Write the notes; a disk that does not take them costs what the ranks said, nothing else."""
-    ranks = {str(rank): status.to_map() for rank, status in gang.ranks.items()}
-    text = json.dumps({"epoch": gang.epoch, "over": gang.phase == "idle", "ranks": ranks})
+    said = {str(rank): status.to_map() for rank, status in ranks.items()}
     try:
-        write_file(work / "agent.json", text.encode())
+        write_file(work / "agent.json", json.dumps({"epoch": epoch, "over": over, "ranks": said}).encode())
     except OSError as error:
         log.warning("the agent's notes cannot be written: %s", error)
 
 
-def recall(work: Path, gang: Gang) -> bool:
-    """Into ``gang.ranks`` what the agent before noted of them; whether the attempt was over here."""
+def recall(work: Path, epoch: int) -> tuple[bool, dict[int, RankStatus]]:
+    """Whether the attempt was over here, and what the agent before noted of its ranks."""
     try:
         notes = json.loads((work / "agent.json").read_bytes())
-        if notes["epoch"] == gang.epoch:
-            gang.ranks.update({int(rank): RankStatus.from_map(value) for rank, value in notes["ranks"].items()})
-            return bool(notes["over"])
+        if notes["epoch"] == epoch:
+            return bool(notes["over"]), {
+                int(rank): RankStatus.from_map(value) for rank, value in notes["ranks"].items()
+            }
     except (OSError, ValueError, KeyError, TypeError):
-        log.info("no notes of attempt %d: what its ranks said before is lost", gang.epoch)
-    return False
+        pass
+    log.info("no notes of attempt %d: what its ranks said before is lost", epoch)
+    return False, {}
 
 
-def found_plan(work: Path, gang: Gang) -> tuple[PlanLayout, Path]:
+def found_plan(work: Path, digest: str) -> tuple[PlanLayout, Path]:
     """The plan of an attempt that was started before this agent. Raises CannotStart where it is gone."""
-    path = work / f"plan-{gang.attempt.plan}"
+    path = work / f"plan-{digest}"
     try:
-        return read_plan(path.read_bytes(), digest=bytes.fromhex(gang.attempt.plan)), path
+        return read_plan(path.read_bytes(), digest=bytes.fromhex(digest)), path
     except (OSError, PlanRefused) as error:
         raise CannotStart(75, f"the plan of the attempt that this agent found is gone: {error}") from error

@@ -13,31 +13,31 @@ import os
 import struct
 from collections.abc import Mapping
 
+from checkpoint.agent.events import Address
 from checkpoint.agent.gang import Gang, Options
-from checkpoint.agent.meet import Address
+from checkpoint.agent.prepare import Provisions
 from checkpoint.agent.slots import crc32c
 from trainer import wire
 
 
-def attempt_bytes(options: Options, gang: Gang, nodes: Mapping[int, Address]) -> bytes:
+def attempt_bytes(options: Options, gang: Gang, has: Provisions, nodes: Mapping[int, Address]) -> bytes:
     """The attempt file of a prepared gang: ``nodes`` is where everybody listens."""
-    assert gang.layout is not None
-    assert gang.data_dir is not None
+    assert has.data_dir is not None
     key = hmac.new(options.key, struct.pack("<Q", gang.epoch), hashlib.sha256).digest()
     head = wire.Attempt()
     head.magic[:], head.version = wire.ATTEMPT_MAGIC, wire.ATTEMPT_VERSION
     head.run, head.epoch = options.run.encode(), gang.epoch
-    head.plan_digest[:], head.key[:] = gang.layout.digest, key
+    head.plan_digest[:], head.key[:] = has.layout.digest, key
     nonce = hmac.new(key, b"gang", hashlib.sha256).digest()[:16]  # the same on every node, without an exchange
     head.nonce[:] = nonce
     head.ranks = gang.attempt.ranks
     head.kernel_path = wire.PATHS[str(gang.how("launch", "kernel_path"))]
-    head.start_step, head.stop_after = gang.start_step, int(gang.how("launch", "stop_after"))
+    head.start_step, head.stop_after = has.start_step, int(gang.how("launch", "stop_after"))
     head.connect_ms = _ms(gang.how("launch", "connect_s"))
     head.stall_ms = _ms(gang.how("launch", "stall_s"))
     head.commit_ms = _ms(gang.how("checkpoint", "commit_s"))
     head.trace = int(bool(gang.how("launch", "trace")))
-    head.data_dir, head.work_dir = os.fsencode(gang.data_dir), os.fsencode(options.work)
+    head.data_dir, head.work_dir = os.fsencode(has.data_dir), os.fsencode(options.work)
     ranks = b"".join(
         bytes(wire.AttemptRank(host.encode(), port, node))
         for node, (host, ports) in sorted(nodes.items())

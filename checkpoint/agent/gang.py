@@ -1,16 +1,12 @@
-"""What a node knows of one attempt: the gang's part here, what was prepared for it, and the agent's own options."""
+"""One attempt's ranks on this node, and the agent's own options."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint.agent.link import Peer
-from checkpoint.agent.slots import SlotTable
-from checkpoint.agent.status import RankStatus
 from checkpoint.claims import Place
 from checkpoint.layout import PlanLayout, PositionLayout
 from checkpoint.log import AttemptInfo
@@ -47,34 +43,18 @@ class Options:
     log_poll_s: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gang:
-    """One attempt, as this node runs it.
-
-    ``phase``: kill (older ranks must go), prepare, ports, peers, run, adopt, idle (over, or never begun here).
-    """
+    """The ranks of one attempt on this node, as the log orders them."""
 
     attempt: AttemptInfo
     first: int
     count: int
-    phase: str = "prepare"
-    layout: PlanLayout | None = None
-    plan_path: Path | None = None
-    data_dir: Path | None = None
-    table: SlotTable | None = None
-    restore: dict[int, int] = field(default_factory=dict)
-    """Rank -> index of the slot to restore from; empty on a fresh start."""
-    start_step: int = -1
-    held: bool = False
-    """The claim of this node is ours (A6): until then nobody hears of it and no rank is started."""
-    preparing: bool = False
-    found: Prepared | None = None
-    """What the preparer found while ranks of an older attempt still had to go."""
-    from_slot: tuple[int, int] | None = None
-    """(step, epoch) of slots that this attempt started from: uploaded as its own checkpoint where not durable yet."""
-    ranks: dict[int, RankStatus] = field(default_factory=dict)
-    peers: dict[int, Peer] = field(default_factory=dict)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def of(cls, attempt: AttemptInfo, node: int) -> Gang:
+        count = attempt.ranks // attempt.nodes
+        return cls(attempt, node * count, count)
 
     @property
     def epoch(self) -> int:
@@ -90,19 +70,6 @@ class Gang:
         found = how.get(section) if isinstance(how, Mapping) else None
         value = found.get(key) if isinstance(found, Mapping) else None
         return DEFAULTS[f"{section}.{key}"] if value is None else value
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the preparer found out."""
-
-    layout: PlanLayout
-    plan_path: Path
-    data_dir: Path
-    table: SlotTable
-    restore: dict[int, int]
-    start_step: int
-    from_slot: tuple[int, int] | None
 
 
 class CannotStart(Exception):

@@ -44,10 +44,10 @@ class Message:
 
 
 class Peer:
-    """A connection. ``rank`` is None until its HELLO, -1 for the supervisor."""
+    """A connection, by its ``number``. ``rank`` is None until its HELLO, -1 for the supervisor."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self, sock: socket.socket, number: int) -> None:
+        self.sock, self.number = sock, number
         self.rank: int | None = None
         self.queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
         cred = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -56,7 +56,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Event:
+class Arrival:
     """A message, or with ``message`` None the end of a connection."""
 
     peer: Peer
@@ -85,15 +85,16 @@ class Link:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
+        self._accepted = 0
         self.peers: list[Peer] = []
 
     def wake(self) -> None:
         """From any thread: make a `poll` in progress return."""
         os.eventfd_write(self._wake, 1)
 
-    def poll(self, timeout: float) -> list[Event]:
+    def poll(self, timeout: float) -> list[Arrival]:
         """Wait at most ``timeout`` seconds; everything that came, in each peer's order."""
-        events: list[Event] = []
+        events: list[Arrival] = []
         for key, mask in self._selector.select(max(0.0, timeout)):
             if key.fileobj is self._listener:
                 self._accept()
@@ -164,11 +165,12 @@ class Link:
             except BlockingIOError:
                 return
             sock.setblocking(False)
-            peer = Peer(sock)
+            self._accepted += 1
+            peer = Peer(sock, self._accepted)
             self.peers.append(peer)
             self._selector.register(sock, selectors.EVENT_READ, peer)
 
-    def _receive(self, peer: Peer, events: list[Event]) -> None:
+    def _receive(self, peer: Peer, events: list[Arrival]) -> None:
         for _ in range(_BURST):
             try:
                 data, ancillary, flags, _ = peer.sock.recvmsg(
@@ -189,11 +191,11 @@ class Link:
                     os.close(fd)
                 self._end(peer, events)
                 return
-            events.append(Event(peer, message))
+            events.append(Arrival(peer, message))
 
-    def _end(self, peer: Peer, events: list[Event]) -> None:
+    def _end(self, peer: Peer, events: list[Arrival]) -> None:
         self.drop(peer)
-        events.append(Event(peer, None))
+        events.append(Arrival(peer, None))
 
     def _flush(self, peer: Peer) -> None:
         try:

@@ -11,11 +11,13 @@ the engine decides who is who.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Container
 from typing import Any
 
 from checkpoint import codec, keys
+from checkpoint.agent.events import Address
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.agent.gather import gather, next_look_s, present, turn_s
 from checkpoint.claims import MAX_BYTES, Place
@@ -24,9 +26,6 @@ from checkpoint.store import Store
 
 log = logging.getLogger(__name__)
 
-Address = tuple[str, list[int]]
-"""A node's host, and the port of each of its ranks."""
-
 SMALL = 4
 """Nodes that read each other's address: to have them put together would cost them a look more."""
 MAX_TOGETHER = 64 << 20
@@ -34,33 +33,39 @@ _MAX_BYTES = 1 << 16
 _NAMED = 20
 
 
-def claim(store: Store, options: Options, gang: Gang) -> Place | None:
+def claim(store: Store, options: Options, gang: Gang, cancelled: threading.Event) -> Place | None:
     """The place that has this node of the attempt: our own where nobody was first; None where the attempt was
     cancelled.
 
     Blocks until the store answers, for a thread of its own.
     """
     key = keys.node_key(options.run, gang.epoch, options.node)
-    while not gang.cancelled.is_set():
+    while not cancelled.is_set():
         try:
             if store.create(key, options.place.to_bytes()):
                 return options.place
             return Place.parse(store.get(key, max_bytes=MAX_BYTES), key)
         except (StoreError, Damaged) as error:
             log.warning("the node's place in attempt %d cannot be claimed now: %s", gang.epoch, error)
-            gang.cancelled.wait(0.5)
+            cancelled.wait(0.5)
     return None
 
 
 def meet(
-    store: Store, options: Options, gang: Gang, ports: list[int], *, clock: Callable[[], float] = time.monotonic
+    store: Store,
+    options: Options,
+    gang: Gang,
+    ports: list[int],
+    cancelled: threading.Event,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[int, Address] | None:
     """The address of every node, once all are there; None where the attempt was cancelled meanwhile.
 
     Blocks until then, for a thread of its own. Raises CannotStart after ``launch.connect_s``.
     """
     meeting = Meeting(store, options, gang, ports, clock)
-    while not gang.cancelled.wait(meeting.pause_s):
+    while not cancelled.wait(meeting.pause_s):
         if (found := meeting.look()) is not None:
             return found
     return None

@@ -8,18 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint.agent.fetch import fetch_data, fetch_plan
-from checkpoint.agent.gang import CannotStart, Gang, Options, Prepared, positions
+from checkpoint.agent.fetch import fetch_data, fetch_plan, room_words
+from checkpoint.agent.gang import CannotStart, Gang, Options, positions
 from checkpoint.agent.slots import SlotTable
-from checkpoint.layout import PlanLayout
+from checkpoint.errors import CheckpointError
+from checkpoint.layout import PlanLayout, PlanRefused
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.restore import restore_slots
 from checkpoint.store import Store
 
 PREFAULT_FIRST_BYTES = 64 << 20
 """Slots of up to this size have their pages made here; larger ones while the ranks start."""
+
+
+@dataclass(frozen=True)
+class Provisions:
+    """What a node has for an attempt: what its preparation found and made.
+
+    ``restore``: rank -> index of the slot to restore from, empty on a fresh start. ``from_slot``: (step, epoch) of
+    slots that it starts from, uploaded as its own checkpoint where not durable yet.
+    """
+
+    layout: PlanLayout
+    plan_path: Path
+    table: SlotTable
+    data_dir: Path | None = None
+    restore: Mapping[int, int] = field(default_factory=dict)
+    start_step: int = -1
+    from_slot: tuple[int, int] | None = None
 
 
 class Preparer:
@@ -29,7 +48,7 @@ class Preparer:
         self._store, self._options, self._pool = store, options, pool
         self.layouts: dict[str, tuple[PlanLayout, Path]] = {}
 
-    def prepare(self, gang: Gang, state: RunState, table: SlotTable | None) -> Prepared:
+    def prepare(self, gang: Gang, state: RunState, table: SlotTable | None) -> Provisions:
         """What ``gang`` needs; ``table``: slots of the attempt before, used again where they fit.
 
         For a thread of its own, while no rank of the node runs (A3). Raises CannotStart, CheckpointError, OSError.
@@ -56,7 +75,7 @@ class Preparer:
         if table.total_bytes <= PREFAULT_FIRST_BYTES:
             table.prefault()
         restore, start_step, from_slot = self._restore(gang, state, layout, table)
-        return Prepared(layout, plan_path, data_dir, table, restore, start_step, from_slot)
+        return Provisions(layout, plan_path, table, data_dir, restore, start_step, from_slot)
 
     def _restore(
         self, gang: Gang, state: RunState, layout: PlanLayout, table: SlotTable
@@ -98,3 +117,14 @@ class Preparer:
         if info is None:
             raise CannotStart(76, f"record {number} of run {run}, which this fork begins from, is no valid checkpoint")
         return info, run
+
+
+def why_not(error: CannotStart | CheckpointError | OSError, work: Path) -> tuple[int, str]:
+    """Why an attempt cannot be prepared: exit code for its ranks, and words."""
+    if isinstance(error, CannotStart):
+        return error.code, str(error)
+    if isinstance(error, OSError):
+        return 78, f"this node cannot hold the attempt: {room_words(error, work)}"
+    # 66 (no such object) is the store's word; a rank that cannot have what it needs is refused
+    code = {66: 78, 70: 78}.get(error.exit_code, error.exit_code)
+    return 78 if isinstance(error, PlanRefused) else code, str(error)

@@ -20,8 +20,9 @@ from typing import Any
 
 from checkpoint import keys, pages
 from checkpoint.agent.commit import Committer
+from checkpoint.agent.events import Address
 from checkpoint.agent.gang import CannotStart, Gang, Options
-from checkpoint.agent.meet import Address, Meeting
+from checkpoint.agent.meet import Meeting
 from checkpoint.agent.upload import agreed
 from checkpoint.claims import Place
 from checkpoint.log import AttemptInfo, RunLog, RunState

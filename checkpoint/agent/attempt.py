@@ -1,0 +1,159 @@
+"""One attempt as this node goes through it: its phase, and what is known of its ranks. Plain data.
+
+    RECALL    was it started before this agent?      -> ADOPT, else KILL or PREPARE
+    ADOPT     it was: its engine is waited for       -> RUN, or IDLE where the engine is lost
+    KILL      ranks of an older attempt must go      -> PREPARE on the supervisor's IDLE, or once it is lost
+    PREPARE   plan, data, slots, restore point       -> PORTS
+    PORTS     the supervisor binds ports             -> PEERS
+    PEERS     all nodes' addresses, attempt file     -> RUN; PORTS again where the supervisor was lost
+    RUN       ranks run                              -> IDLE when all are gone
+    IDLE      over, or never begun here
+
+Another phase leads to KILL where a supervisor comes that has older ranks, and each to IDLE where the attempt cannot go
+on here. ``MOVES`` is that table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from checkpoint.agent.events import Provided, RankExit
+from checkpoint.agent.gang import Gang
+from checkpoint.agent.status import RankStatus
+from trainer import wire
+
+
+class Phase(Enum):
+    RECALL = "recall"
+    ADOPT = "adopt"
+    KILL = "kill"
+    PREPARE = "prepare"
+    PORTS = "ports"
+    PEERS = "peers"
+    RUN = "run"
+    IDLE = "idle"
+
+
+MOVES: Mapping[Phase, frozenset[Phase]] = {
+    Phase.RECALL: frozenset({Phase.ADOPT, Phase.KILL, Phase.PREPARE, Phase.IDLE}),
+    Phase.ADOPT: frozenset({Phase.RUN, Phase.IDLE}),
+    Phase.KILL: frozenset({Phase.PREPARE, Phase.IDLE}),
+    Phase.PREPARE: frozenset({Phase.PORTS, Phase.KILL, Phase.IDLE}),
+    Phase.PORTS: frozenset({Phase.PEERS, Phase.KILL, Phase.IDLE}),
+    Phase.PEERS: frozenset({Phase.RUN, Phase.PORTS, Phase.KILL, Phase.IDLE}),
+    Phase.RUN: frozenset({Phase.IDLE}),
+    Phase.IDLE: frozenset(),
+}
+STARTED = frozenset({Phase.RUN, Phase.ADOPT})
+"""Its ranks run, as far as is known."""
+BEFORE_START = frozenset({Phase.PREPARE, Phase.PORTS, Phase.PEERS})
+"""No rank runs on this node."""
+
+_SHOWN: Mapping[Phase, str] = {
+    Phase.RECALL: "restoring",
+    Phase.ADOPT: "running",
+    Phase.KILL: "restoring",
+    Phase.PREPARE: "restoring",
+    Phase.PORTS: "starting",
+    Phase.PEERS: "starting",
+    Phase.RUN: "running",
+    Phase.IDLE: "idle",
+}
+
+
+@dataclass
+class Attempt:
+    """The newest attempt of this launch, on this node."""
+
+    gang: Gang
+    phase: Phase = Phase.RECALL
+    held: bool = False
+    """The claim of this node is ours (A6)."""
+    found: Provided | None = None
+    used: bool = False
+    """What was found is in its place."""
+    spoiled: bool = False
+    """What is being prepared will not hold: ranks turned out to run that may write into the same slots (A3)."""
+    ports: tuple[int, ...] = ()
+    """Of this node, as the supervisor said them last."""
+    asked: int | None = None
+    """The supervisor that was asked for them."""
+    adopted: bool = False
+    ranks: dict[int, RankStatus] = field(default_factory=dict)
+    peers: dict[int, int] = field(default_factory=dict)
+    """Rank -> its connection."""
+    taken: set[int] = field(default_factory=set)
+    """Ranks of an adopted attempt that have handed their slots back."""
+    bare: set[int] = field(default_factory=set)
+    """Ranks of an adopted attempt that have none to hand back."""
+    finals: dict[int, int] = field(default_factory=dict)
+    """Rank -> step of the last snapshot that it takes."""
+
+    def __post_init__(self) -> None:
+        self.ranks = {rank: RankStatus(step=self.gang.attempt.step) for rank in self.gang.local}
+
+    @property
+    def epoch(self) -> int:
+        return self.gang.epoch
+
+    @property
+    def shown(self) -> str:
+        """The phase as the node's status says it."""
+        here = len(self.peers) == self.gang.count or any(status.step for status in self.ranks.values())
+        return "starting" if self.phase is Phase.RUN and not here else _SHOWN[self.phase]
+
+    def enter(self, phase: Phase) -> None:
+        if phase not in MOVES[self.phase]:
+            raise AssertionError(f"attempt {self.epoch} goes from {self.phase.name} to {phase.name}")
+        self.phase = phase
+
+    def has_slots(self, rank: int) -> bool:
+        """Whether this agent holds the rank's slots."""
+        return not self.adopted or rank in self.taken
+
+    def restore(self, rank: int) -> int:
+        """The index of the slot that the rank begins from, or -1."""
+        return self.found.restore.get(rank, -1) if self.found is not None else -1
+
+    # --- what ranks say -----------------------------------------------------------------------------------
+
+    def stepped(self, rank: int, metrics: bytes) -> None:
+        """A line of metrics."""
+        try:
+            step = json.loads(metrics).get("step")
+        except (ValueError, AttributeError):
+            return
+        if isinstance(step, int) and rank in self.ranks:
+            self.ranks[rank].step = step
+
+    def snapshot(self, rank: int, step: int, final: bool) -> None:
+        """A snapshot is ready."""
+        status = self.ranks.get(rank)
+        if status is not None:
+            status.step, status.final = max(status.step, step), status.final or final
+            if final:
+                self.finals[rank] = step
+
+    def ended(self, exit: RankExit) -> bool:
+        """How a rank ended; whether it is one of ours."""
+        status = self.ranks.get(exit.rank)
+        if status is None:
+            return False
+        status.pid = exit.pid or status.pid
+        status.killed = exit.how == wire.ENDED_BY_SUPERVISOR
+        if exit.how == wire.ENDED_BY_OOM:
+            status.memory = exit.memory
+        if exit.code >= 0:
+            status.code = exit.code
+        else:
+            status.signal = -exit.code
+        return True
+
+    def gone(self, code: int, words: str) -> None:
+        """Ranks whose end nobody said have ended with this code."""
+        for status in self.ranks.values():
+            if not status.gone:
+                status.code, status.words = code, status.words or words

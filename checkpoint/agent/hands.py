@@ -1,0 +1,330 @@
+"""The agent's hands: does what the machine says (``effects.py``), each in its method. Decides nothing.
+
+What may block runs in a thread and is answered by an event: the claim and the preparation of an attempt, the exchange
+of addresses, uploads, commits, hints. Owns the node's slots and all that was prepared for the attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from checkpoint import keys
+from checkpoint.agent import effects as do
+from checkpoint.agent import events as ev
+from checkpoint.agent.adopt import attempt_path, found_plan, recall, remember
+from checkpoint.agent.attempt_file import attempt_bytes
+from checkpoint.agent.commit import Committer
+from checkpoint.agent.events import Work
+from checkpoint.agent.fetch import room_words
+from checkpoint.agent.gang import CannotStart, Gang, Options, positions
+from checkpoint.agent.link import Link, Peer
+from checkpoint.agent.meet import claim, meet
+from checkpoint.agent.output import Hints
+from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer, Provisions, why_not
+from checkpoint.agent.slots import SlotChanged, SlotTable
+from checkpoint.agent.upload import Source, Uploader
+from checkpoint.errors import CheckpointError
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import Store
+from trainer.wire.files import write_file
+
+log = logging.getLogger(__name__)
+
+
+class Hands:
+    """``post`` has the loop call something, from any thread; ``feed`` has the machine hear an event, in the loop."""
+
+    def __init__(
+        self,
+        options: Options,
+        store: Store,
+        run_log: RunLog,
+        link: Link,
+        incarnation: str,
+        *,
+        post: Callable[[Callable[[], None]], None],
+        feed: Callable[[ev.Event], None],
+        on_commit: Callable[[RunState, int], None],
+        on_error: Callable[[str | None], None],
+    ) -> None:
+        self.options, self.store, self.link, self._post, self._feed = options, store, link, post, feed
+        self.handed: tuple[int, ...] = ()
+        """Descriptors of the HELLO that is being heard; who takes them leaves none."""
+        self._has: Provisions | None = None  # the present attempt's
+        self._found: dict[int, Provisions] = {}  # by epoch, until they are used
+        self._retired: list[SlotTable] = []
+        self._cancelled = threading.Event()
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
+        self._preparer = Preparer(store, options, self._pool)
+        run, node = options.run, options.node
+        self.hints = Hints(store, run, keys.status_key(run, options.launch, node))
+        self.committer = Committer(
+            run_log,
+            node,
+            options.nodes,
+            post=post,
+            on_commit=on_commit,
+            on_idle=lambda: feed(self._drained()),
+            on_error=on_error,
+            poll_s=options.log_poll_s,
+        )
+        self.uploader = Uploader(
+            store,
+            run,
+            node,
+            options.nodes,
+            incarnation,
+            pool=self._pool,
+            post=post,
+            on_part=lambda step, epoch: feed(ev.PartStored(epoch, step)),
+            on_idle=lambda: feed(self._drained()),
+            on_error=on_error,
+        )
+
+    def run(self, effect: do.Effect) -> ev.Event | None:
+        """Do it; the event that answers it at once, where there is one."""
+        return _EFFECTS[type(effect)](self, effect)
+
+    def tidy(self) -> None:
+        """Slots that nobody uses any more go, as soon as nobody reads them."""
+        self._retired = [table for table in self._retired if not table.close()]
+
+    def stop(self) -> None:
+        """Whoever works for an attempt may leave."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        self.uploader.close()
+        self.committer.close()
+        self.hints.close()
+
+    def finals(self, epoch: int, ranks: Sequence[int]) -> dict[int, int]:
+        """Rank -> step of its last snapshot of this attempt, where it is ready."""
+        table = self._has.table if self._has is not None else None
+        return {
+            rank: seen.step
+            for rank in ranks
+            for seen in (table.look(rank) if table is not None else ())
+            if seen.ready and seen.final and seen.epoch == epoch
+        }
+
+    def held(self) -> list[tuple[int, int]]:
+        """(step, epoch) of what every rank of the node holds ready, newest first."""
+        return sorted(self._has.table.held_by_all(), reverse=True) if self._has is not None else []
+
+    def peer(self, number: int | None) -> Peer | None:
+        """The connection of this number, while it lasts."""
+        return next((peer for peer in self.link.peers if peer.number == number), None)
+
+    # --- the engine --------------------------------------------------------------------------------------
+
+    def _send(self, e: do.Send) -> None:
+        peer = self.peer(e.peer)
+        if peer is not None:
+            self.link.send(peer, e.name, rank=e.rank, epoch=e.epoch, a=e.a, payload=e.payload)
+
+    def _start(self, e: do.Start) -> None:
+        peer, gang, has = self.peer(e.peer), e.gang, self._has
+        assert has is not None
+        if peer is not None:
+            paths = attempt_path(self.options.work, gang.epoch), has.plan_path
+            payload = b"".join(os.fsencode(path) + b"\0" for path in paths)
+            self.link.send(peer, "START", epoch=gang.epoch, a=gang.first, b=gang.count, payload=payload)
+        if has.table.total_bytes > PREFAULT_FIRST_BYTES:
+            self._thread("prefault", self._prefault, gang, has.table)
+
+    def _give_slots(self, e: do.GiveSlots) -> None:
+        peer = self.peer(e.peer)
+        if peer is not None and self._has is not None:
+            fds = tuple(slot.fd for slot in self._has.table.slots[e.rank])
+            self.link.send(peer, "SLOTS", rank=e.rank, epoch=e.epoch, a=len(fds), b=e.restore, fds=fds)
+
+    def _take_slots(self, e: do.TakeSlots) -> ev.Event:
+        assert self._has is not None
+        fds, self.handed = self.handed, ()
+        try:
+            self._has.table.adopt(e.rank, fds)
+        except (SlotChanged, OSError) as error:
+            return ev.SlotsLost(e.epoch, e.rank, str(error))
+        return ev.SlotsTaken(e.epoch, e.rank, self.finals(e.epoch, [e.rank]).get(e.rank))
+
+    def _drop(self, e: do.Drop) -> None:
+        peer = self.peer(e.peer)
+        if peer is not None:
+            peer.rank = None
+            self.link.drop(peer)
+
+    # --- an attempt --------------------------------------------------------------------------------------
+
+    def _begin(self, e: do.Begin) -> None:
+        self._cancelled.set()
+        self._cancelled = threading.Event()
+        self.uploader.cancel()
+        self.committer.cancel()
+        self.hints.begin(e.gang.epoch)
+
+    def _cancel(self, _: object = None) -> None:
+        self._cancelled.set()
+
+    def _recall(self, e: do.Recall) -> ev.Event:
+        gang, work = e.gang, self.options.work
+        if not attempt_path(work, gang.epoch).exists():
+            return ev.Recalled(gang.epoch, False)
+        over, ranks = recall(work, gang.epoch)
+        try:
+            layout, path = found_plan(work, gang.attempt.plan)
+        except CannotStart as error:
+            return ev.Recalled(gang.epoch, True, over, ranks, (error.code, str(error)))
+        self._preparer.layouts[gang.attempt.plan] = layout, path
+        table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
+        self._has = Provisions(layout, path, table)
+        return ev.Recalled(gang.epoch, True, over, ranks)
+
+    def _claim(self, e: do.Claim) -> None:
+        self._thread("claim", self._claim_thread, e.gang, self._cancelled)
+
+    def _claim_thread(self, gang: Gang, cancelled: threading.Event) -> ev.Event | None:
+        holder = claim(self.store, self.options, gang, cancelled)
+        return None if holder is None else ev.Claimed(gang.epoch, holder)
+
+    def _prepare(self, e: do.Prepare) -> None:
+        table = self._has.table if self._has is not None else None
+        self._thread("prepare", self._prepare_thread, e.gang, e.state, table)
+
+    def _prepare_thread(self, gang: Gang, state: RunState, table: SlotTable | None) -> ev.Event:
+        try:
+            found = self._preparer.prepare(gang, state, table)
+        except (CannotStart, CheckpointError, OSError) as error:
+            return ev.Failed(gang.epoch, Work.PREPARE, *why_not(error, self.options.work))
+        self._post(lambda: self._keep(gang, found))
+        return ev.Provided(gang.epoch, found.restore, found.start_step, found.from_slot)
+
+    def _keep(self, gang: Gang, found: Provisions) -> None:
+        unused, self._found = self._found, {gang.epoch: found}
+        for provisions in unused.values():
+            self._retire(provisions.table)
+
+    def _use(self, e: do.Use) -> None:
+        before, self._has = self._has, self._found.pop(e.gang.epoch)
+        if before is not None:
+            self._retire(before.table)
+
+    def _retire(self, table: SlotTable) -> None:
+        """The slots go, where nobody uses them any more."""
+        if all(provisions.table is not table for provisions in (self._has, *self._found.values()) if provisions):
+            self._retired.append(table)
+
+    def _meet(self, e: do.Meet) -> None:
+        self._thread("peers", self._meet_thread, e.gang, e.ports, self._cancelled)
+
+    def _meet_thread(self, gang: Gang, ports: Sequence[int], cancelled: threading.Event) -> ev.Event | None:
+        try:
+            nodes = meet(self.store, self.options, gang, list(ports), cancelled)
+        except CannotStart as error:
+            return ev.Failed(gang.epoch, Work.MEET, error.code, str(error))
+        return None if nodes is None else ev.Met(gang.epoch, nodes)
+
+    def _mark(self, e: do.Mark) -> ev.Event:
+        assert self._has is not None
+        work, epoch = self.options.work, e.gang.epoch
+        path = attempt_path(work, epoch)
+        for old in work.glob("attempt-*"):
+            old.unlink(missing_ok=True)
+        try:
+            write_file(path, attempt_bytes(self.options, e.gang, self._has, e.nodes))
+        except OSError as error:
+            words = f"the attempt file {path} cannot be written: {room_words(error, work)}"
+            return ev.Failed(epoch, Work.MARK, 78, words)
+        return ev.Marked(epoch)
+
+    def _remember(self, e: do.Remember) -> None:
+        remember(self.options.work, e.epoch, e.over, e.ranks)
+
+    def _prefault(self, gang: Gang, table: SlotTable) -> ev.Event | None:
+        _behind_training()
+        try:
+            table.prefault()
+        except OSError as error:
+            return ev.NoMemory(
+                gang.epoch,
+                f"the memory of this node does not hold {table.total_bytes} bytes of snapshot slots: {error}; "
+                "lower checkpoint.slots",
+            )
+        return None
+
+    def _thread(self, name: str, work: Callable[..., ev.Event | None], *args: object) -> None:
+        """Run what may block; the event that it returns is heard."""
+
+        def call() -> None:
+            event = work(*args)
+            if event is not None:
+                self._post(lambda: self._feed(event))
+
+        threading.Thread(target=call, name=name, daemon=True).start()
+
+    # --- the store ---------------------------------------------------------------------------------------
+
+    def _upload(self, e: do.Upload) -> None:
+        assert self._has is not None
+        layout, table = self._has.layout, self._has.table
+        self.uploader.begin(Source(e.epoch, layout, table, e.deadline_s, e.point, e.stored))
+        self.committer.begin(e.epoch, layout, e.deadline_s)
+
+    def _look(self, _: do.LookForSnapshots) -> None:
+        self.uploader.wake()
+
+    def _commit(self, e: do.Commit) -> None:
+        self.committer.add(e.step, e.state)
+
+    def _drained(self, _: object = None) -> ev.Drained:
+        return ev.Drained(self.uploader.idle and self.committer.idle)
+
+    def _publish(self, e: do.Publish) -> None:
+        if e.kind == "METRICS":
+            self.hints.metrics(e.payload)
+        elif e.kind == "OUTPUT":
+            self.hints.output(e.rank, e.payload)
+        else:
+            # the engine must not have the agent publish what only the agent may read: a file of this folder, no other
+            name = os.path.basename(os.fsdecode(e.payload.rstrip(b"\0")))
+            self.hints.trace(e.rank, self.options.work / name)
+
+    def _mark_done(self, e: do.MarkDone) -> None:
+        try:
+            write_file(self.options.work / "done", e.why.encode(), 0o644)
+        except OSError as error:
+            log.warning("the mark that this node is done cannot be written: %s", error)
+
+
+_EFFECTS: dict[type, Callable[[Hands, Any], ev.Event | None]] = {
+    do.Send: Hands._send,
+    do.Start: Hands._start,
+    do.GiveSlots: Hands._give_slots,
+    do.TakeSlots: Hands._take_slots,
+    do.Drop: Hands._drop,
+    do.Begin: Hands._begin,
+    do.Recall: Hands._recall,
+    do.Claim: Hands._claim,
+    do.Prepare: Hands._prepare,
+    do.Use: Hands._use,
+    do.Meet: Hands._meet,
+    do.Mark: Hands._mark,
+    do.Remember: Hands._remember,
+    do.Cancel: Hands._cancel,
+    do.Upload: Hands._upload,
+    do.LookForSnapshots: Hands._look,
+    do.Commit: Hands._commit,
+    do.AskDrained: Hands._drained,
+    do.Publish: Hands._publish,
+    do.MarkDone: Hands._mark_done,
+}
+
+
+def _behind_training() -> None:
+    """This thread hashes and copies beside the ranks: it takes the processor time that they leave."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
