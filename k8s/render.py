@@ -312,20 +312,18 @@ def limits_of(spec: RunSpec, plan: Plan, job: Mapping[str, Any]) -> Limits:
 
 def _engine_memory(spec: RunSpec, plan: Plan) -> int:
     """Bytes of the ranks of the fullest node, without their snapshot slots (the agent's: it makes them)."""
-    each = _local_ranks(spec)
     # without a number of CPUs nobody knows the machine's: the engine starts as many threads as the limit has room for
     try:
         more = more_threads_bytes(spec, float(amount(spec.launch.resources["cpu"])))
     except (KeyError, ValueError):  # _resources refuses what is no quantity
         more = 0
-    totals = [p.total_bytes - p.bytes_by_kind["slots"] + max(more, 0) for p in plan.positions]
-    return max(sum(totals[i : i + each]) for i in range(0, len(totals), each)) + ENGINE_OVERHEAD
+    nodes = plan.on_nodes(spec.launch.nodes)
+    return max(sum(p.total_bytes - p.bytes_by_kind["slots"] + max(more, 0) for p in n) for n in nodes) + ENGINE_OVERHEAD
 
 
 def _agent_memory(spec: RunSpec, plan: Plan) -> int:
-    each = _local_ranks(spec)
-    slots = [p.bytes_by_kind["slots"] for p in plan.positions]
-    return max(sum(slots[i : i + each]) for i in range(0, len(slots), each)) + AGENT_OVERHEAD
+    nodes = plan.on_nodes(spec.launch.nodes)
+    return max(sum(p.bytes_by_kind["slots"] for p in node) for node in nodes) + AGENT_OVERHEAD
 
 
 def _resources(said: str, memory: int, wanted: Mapping[str, str], more: Mapping[str, str]) -> dict[str, Any]:

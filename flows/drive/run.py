@@ -54,8 +54,8 @@ class Prepared:
 
     def policy(self, launch: str, *, detaches: bool = False) -> Policy:
         """The spec's recovery half as the driver takes it. ``detaches``: of the launcher."""
-        spec, each = self.spec, self.ranks // self.nodes
-        needs = [p.total_bytes - p.bytes_by_kind["slots"] for p in self.plan.positions] * spec.parallel.replicas
+        spec = self.spec
+        nodes = self.plan.on_nodes(self.nodes)
         return Policy(
             steps=spec.train.steps,
             launch=launch,
@@ -70,7 +70,7 @@ class Prepared:
             stages=spec.parallel.stages,
             fewer=tuple(s for s in spec.recovery.allowed_stages if s < spec.parallel.stages),
             detaches=detaches,
-            node_bytes=max(sum(needs[i : i + each]) for i in range(0, len(needs), each)),
+            node_bytes=max(sum(p.total_bytes - p.bytes_by_kind["slots"] for p in node) for node in nodes),
         )
 
 

@@ -43,7 +43,7 @@ def compile_for(spec: RunSpec, store_url: str | None) -> tuple[Plan, RunSpec, st
 
 def simulate(plan: Plan) -> Simulation:
     """The plan's step, timed with this machine's measured speed shared by its ranks."""
-    peak, bandwidth, ranks = measured_peak(), measured_bandwidth(), len(plan.positions)
+    peak, bandwidth, ranks = measured_peak(), measured_bandwidth(), len(plan.ranks)
     cost = CostModel(flops_per_s=0.8 * peak / ranks, memory_bytes_per_s=bandwidth / ranks)
     return play(from_plan(plan, cost), cost, peak_flops=peak)
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e import engine_runs
 from tests.engine.engine_build import engine
+from tests.engine.native import build_program
 from tests.engine.plans import SEQUENCE, VOCAB, small_plan
 from tests.reference.sample_order import SampleOrder
 from trainer.dataset import DatasetRef, write_shard
@@ -55,6 +56,14 @@ def test_the_order_is_the_mirrors_and_every_pass_a_permutation(
             assert max(Counter(one).values()) == 1
         if shuffled and used > 20:
             assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_replicas_share_a_step_s_samples_in_order(replicas: int) -> None:
+    """8 microbatches of 3 samples a step, whatever the number of replicas: none is read twice or left out."""
+    command = [build_program("order_drive"), str(replicas), str(8 // replicas), "3", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert [int(line) for line in done.stdout.split()] == list(range(0, 5 * 24, 24 // replicas))
 
 
 def run(folder: Path, engine: Path) -> tuple[int, str]:

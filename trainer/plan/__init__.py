@@ -1,8 +1,9 @@
 """The plan compiler: RunSpec to Plan, in passes of pure functions.
 
+    places      which stage is at which position, which rank fills it, which position owns a tensor
     expand      a family's calls into forward and backward programs of a stage
     layout      layers to stages, by cost (flops: what a kernel call costs)
-    schedules   computations of every rank, in order (rows: actions as columns)
+    schedules   computations of every position, in order (rows: actions as columns)
     messages    sends and receives put in
     check       order and place of all of these (rules, channels: order, deadlock)
     lower       buffers, operands, action lists; slots: microbatches to memory

@@ -9,6 +9,7 @@ from trainer import wire
 from trainer.models.base import Tensor
 from trainer.plan.binary import to_bytes
 from trainer.plan.draw import memory_text
+from trainer.plan.places import Ranks
 from trainer.plan.records import Channel, Config, PositionPlan
 from trainer.plan.rows import Row
 
@@ -37,6 +38,16 @@ class Plan:
         """Hex digits of the file's digest: SHA-256 of its bytes from 64 on, as its header has it."""
         first = wire.PlanHeader.digest.offset
         return self._bytes[first : first + 32].hex()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that run it."""
+        return Ranks(self.config.positions, self.config.replicas)
+
+    def on_nodes(self, nodes: int) -> list[list[PositionPlan]]:
+        """By node, what each of its ranks runs."""
+        ranks = self.ranks
+        return [[self.positions[ranks.position(r)] for r in ranks.on_node(node, nodes)] for node in range(nodes)]
 
     @property
     def parameters(self) -> int:

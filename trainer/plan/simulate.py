@@ -308,13 +308,12 @@ _OTHER_NAMES = {
 
 def from_plan(plan: Plan, cost: CostModel) -> list[InstructionList]:
     """Instructions of one step of a compiled plan, one list a rank; without snapshots, which few steps have."""
-    ranks = Ranks(plan.config.positions, plan.config.replicas)
-    return [_of_rank(plan, cost, ranks, rank) for rank in ranks.all]
+    return [_of_rank(plan, cost, rank) for rank in plan.ranks.all]
 
 
-def _of_rank(plan: Plan, cost: CostModel, ranks: Ranks, rank: Rank) -> InstructionList:
-    position = plan.positions[ranks.position(rank)]
-    first_channel = ranks.replica(rank) * len(plan.channels)
+def _of_rank(plan: Plan, cost: CostModel, rank: Rank) -> InstructionList:
+    position = plan.positions[plan.ranks.position(rank)]
+    first_channel = plan.ranks.replica(rank) * len(plan.channels)
     programs = {}
     for name, program in position.programs.items():
         seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)

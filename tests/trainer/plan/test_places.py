@@ -188,6 +188,14 @@ def test_a_node_s_memory_is_that_of_its_ranks() -> None:
         check_budget(positions, 4, max(first, second) - 1, replicas=2)
 
 
+def test_a_plan_says_what_runs_on_a_node() -> None:
+    plan = plan_of(3, MOVED)
+    twice = replace(plan, config=replace(plan.config, replicas=2))
+    assert [[p.position for p in node] for node in plan.on_nodes(3)] == [[0], [1], [2]]
+    assert [[p.position for p in node] for node in twice.on_nodes(2)] == [[0, 1, 2], [0, 1, 2]]
+    assert [[p.position for p in node] for node in twice.on_nodes(3)] == [[0, 1], [2, 0], [1, 2]]
+
+
 def test_a_plan_whose_stages_are_at_other_positions() -> None:
     plain, moved = plan_of(3), plan_of(3, MOVED)
     assert [p.chunks for p in moved.positions] == [(1,), (2,), (0,)]

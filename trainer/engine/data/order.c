@@ -48,3 +48,8 @@ uint64_t hs_order_sample(const hs_plan_config *config, uint64_t index) {
     const uint64_t slot = q * config->data_window + k / block;
     return hs_order_permute(hs_order_key(config->seed, pass, 0), blocks, slot) * block + k % block;
 }
+
+uint64_t hs_order_first(const hs_plan_config *config, uint64_t replica, int64_t step) {
+    const uint64_t before = (uint64_t)(step - 1) * config->replicas + replica;
+    return before * config->microbatches * config->microbatch;
+}

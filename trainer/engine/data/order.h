@@ -18,4 +18,8 @@ uint64_t hs_order_key(uint64_t seed, uint64_t pass, uint64_t use);
  * reads. config: data_samples >= 1, data_block >= 1, data_window >= 1. */
 uint64_t hs_order_sample(const hs_plan_config *config, uint64_t index);
 
+/* The run's sample with which a replica begins 1-based `step`: a step's samples are shared out in
+ * order, its first microbatches are replica 0's. */
+uint64_t hs_order_first(const hs_plan_config *config, uint64_t replica, int64_t step);
+
 #endif

@@ -13,15 +13,12 @@ static int64_t last_step(const hs_executor *ex) {
     return after >= 0 && after < steps ? after : steps;
 }
 
-/* Tokens and targets of every microbatch of step ex->step, where this position reads them. A step's
- * samples are shared out in order: its first microbatches are replica 0's. */
+/* Tokens and targets of every microbatch of step ex->step, where this position reads them. */
 static hs_status fill_data(const hs_executor *ex, hs_why *why) {
     const hs_plan_config *g = ex->plan->config;
     const hs_plan_position *p = ex->position;
     uint8_t *const mb0 = ex->arena->base + p->mb_offset;
-    const uint64_t replica = hs_plan_replica_of(ex->plan, ex->rank);
-    uint64_t sample =
-        ((uint64_t)(ex->step - 1) * g->replicas + replica) * g->microbatches * g->microbatch;
+    uint64_t sample = hs_order_first(g, hs_plan_replica_of(ex->plan, ex->rank), ex->step);
     for (uint32_t m = 0; m < g->microbatches; m++) {
         uint8_t *const mb = mb0 + m * p->mb_stride;
         int32_t *tokens =
