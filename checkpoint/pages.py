@@ -86,6 +86,13 @@ def read(store: Store, run: str, name: str, what: str, *, size: int | None = Non
     return bytes(whole)
 
 
+def check_list(root: bytes, what: str) -> bool:
+    """Whether these bytes are a list of pages; Damaged or OtherVersion where they are one that does not hold."""
+    if is_list(root):
+        _parse(root, what)
+    return is_list(root)
+
+
 def is_list(root: bytes) -> bool:
     """Whether these bytes are a list of pages, not a manifest."""
     return root.startswith(_LIST_HEAD)

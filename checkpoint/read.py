@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from checkpoint import keys, pages
+from checkpoint import codec, keys, pages
 from checkpoint.digest import BLOCK_ELEMENTS, blocks, wrong_block
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.log import CheckpointInfo
-from checkpoint.manifest import PARAM, Manifest, Piece
+from checkpoint.manifest import PARAM, VERSION, Manifest, Piece
 from checkpoint.store.base import Store
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,21 @@ def load_manifest(store: Store, run: str, info: CheckpointInfo) -> Manifest:
             f"{what}: gives the state digest {manifest.state_digest.hex()}, record {info.n} says {info.state_digest}"
         )
     return manifest
+
+
+def refuse_newer(store: Store, run: str, info: CheckpointInfo) -> None:
+    """OtherVersion where a newer hotstage wrote the manifest that a checkpoint record names: one request.
+
+    For before anything is written that would go on from it. What is damaged or gone passes: whoever restores sees it,
+    and so whoever reads the pages of a large one.
+    """
+    what = f"manifest {info.manifest} of run {run}"
+    try:
+        root = store.get(keys.run_key(run, info.manifest), max_bytes=pages.ONE_OBJECT_BYTES)
+        if not pages.check_list(root, what):
+            codec.Fields(codec.unseal(root, what, max_bytes=len(root)), what).version(VERSION)
+    except (Damaged, NotFound):
+        pass
 
 
 class StateReader:

@@ -5,8 +5,9 @@
     full    and every chunk's bytes are hashed, whole and block by block, so that the state digest is worked out
             again; every shard's too
 
-A problem is a finding, not an exception; a store that does not answer is an exception (StoreUnavailable), since it says
-nothing about the bytes. Reads only. Memory: one chunk (64 MiB) and one manifest at a time.
+A problem is a finding, not an exception; a store that does not answer (StoreUnavailable) and an object of a newer
+version (OtherVersion) are exceptions, since they say nothing about the bytes. Reads only. Memory: one chunk (64 MiB)
+and one manifest at a time.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Literal
 from checkpoint import keys, pages
 from checkpoint.dataset import load_dataset_manifest
 from checkpoint.digest import wrong_block
-from checkpoint.errors import Damaged, NotFound, StoreRefused
+from checkpoint.errors import Damaged, NotFound, OtherVersion, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
 from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, Manifest, Piece, merge
 from checkpoint.read import load_manifest
 from checkpoint.store.base import Store
 from trainer.wire.plan import parse
-from trainer.wire.unreadable import Unreadable
+from trainer.wire.unreadable import NewerVersion, Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +159,11 @@ def _spec_and_plans(store: Store, run: str, state: RunState, tally: _Tally) -> N
 
 
 def is_plan(data: bytes, digest: str) -> bool:
-    """Whether these are a plan file's bytes with this digest (trainer/engine/wire/plan.h)."""
+    """Whether these are a plan file's bytes with this digest. OtherVersion where a newer hotstage wrote them."""
     try:
         return parse(data).digest == digest
+    except NewerVersion as error:
+        raise OtherVersion(str(error)) from error
     except Unreadable:
         return False
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint.log import RunLog, RunState
+from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
 from flows.drive.run import Prepared, asked_how, create_run, load_what
@@ -29,6 +30,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
         raise SpecError(
             f"{parent} has no usable checkpoint at step {step}; it has {', '.join(map(str, steps)) or 'none'}"
         )
+    refuse_newer(store, parent, found)
     what = load_what(store, parent)
     data = dict(what["data"])
     digest = data.pop("digest")

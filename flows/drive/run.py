@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from checkpoint.codec import pack, unpack
-from checkpoint.errors import NotFound
+from checkpoint.errors import Damaged, NotFound
 from checkpoint.keys import INDEX, index_key, plan_key, spec_key
 from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
+from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
 from flows.drive.decide import opened, superseded
@@ -27,6 +28,8 @@ from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
 from trainer.spec import RunSpec, how_map, parse_spec, run_id, what_bytes, what_digest
+from trainer.wire.plan import parse
+from trainer.wire.unreadable import Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +130,10 @@ def prepare_run(
 def create_run(prepared: Prepared, store: Store) -> None:
     """The objects by which a run is known, created where they are not there: its What, its plan, its place in the list.
 
-    Raises SpecError where another run has this name, PlanError where its plan is there and damaged.
+    Raises SpecError where another run has this name, PlanError where its plan is there and damaged, OtherVersion.
     """
     run, spec = prepared.run, prepared.spec
+    readable(store, run)
     if not store.create(spec_key(run), what_bytes(spec, prepared.dataset)):
         raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
     publish_plan(store, run, prepared.plan)
@@ -166,11 +170,17 @@ def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
 def publish_plan(store: Store, run: str, plan: Plan) -> None:
     """Create the plan object that the agents fetch. Raises PlanError where a damaged one has its name."""
     key = plan_key(run, plan.digest)
-    if not store.create(key, plan.to_bytes()):
-        raise PlanError(
-            f"plan {key} in {store.describe()} has other bytes than its digest says: it is damaged; remove that "
-            "object and start again (the plan is compiled anew)"
-        )
+    if store.create(key, plan.to_bytes()):
+        return
+    try:
+        parse(store.get(key, max_bytes=len(plan.to_bytes()) + 1))
+        why = "it is another one than its name says"
+    except (Damaged, Unreadable) as error:
+        why = str(error)
+    raise PlanError(
+        f"plan {key} in {store.describe()} is damaged, or of another version: {why}; remove that object and start "
+        "again (the plan is compiled anew)"
+    )
 
 
 def run_names(store: Store) -> Iterator[str]:
@@ -191,6 +201,16 @@ def find_run(store: Store, name: str) -> str:
         raise SpecError(f"{name!r} could be {', '.join(fitting[:5])}; write more of it")
     known = f"; it has {', '.join(names[:8])}" if names else "; it has no runs"
     raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE)")
+
+
+def readable(store: Store, run: str) -> RunState:
+    """The run's log, before anything is written for it. OtherVersion where a newer hotstage wrote what it would go on
+    from.
+    """
+    state = RunLog(store, run).fold(quick=True)
+    for newest in state.restore_candidates()[:1]:
+        refuse_newer(store, run, newest)
+    return state
 
 
 def load_what(store: Store, run: str) -> dict[str, Any]:
@@ -229,12 +249,13 @@ def load_spec_of(
 
 def load_run(store: Store, run: str) -> Prepared:
     """A run as the store knows it, with the How that rules now; publishes the plan."""
-    return _loaded(store, run, ruling_how(RunLog(store, run).fold(quick=True)), ())
+    state = readable(store, run)
+    return _loaded(store, run, ruling_how(state), ())
 
 
 def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
     """A run with the How that was last asked for and ``sets`` over it: what ``orders.place_order`` makes an order."""
-    return _loaded(store, run, asked_how(RunLog(store, run).fold(quick=True)), sets)
+    return _loaded(store, run, asked_how(readable(store, run)), sets)
 
 
 def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequence[str]) -> Prepared:

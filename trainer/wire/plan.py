@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from trainer import wire
-from trainer.wire.unreadable import Unreadable, check_version
+from trainer.wire.unreadable import NewerVersion, Unreadable, check_version
 
 Record = TypeVar("Record", bound=ctypes.LittleEndianStructure)
 RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
@@ -61,15 +61,17 @@ class PlanFile:
 
 
 def parse(data: bytes) -> PlanFile:
-    """A plan file's sections; Unreadable names the first thing that does not hold."""
+    """A plan file's sections; Unreadable (NewerVersion) names the first thing that does not hold."""
     size = ctypes.sizeof(wire.PlanHeader)
     if len(data) < size:
         raise Unreadable(f"the plan has {len(data)} bytes, fewer than its header of {size}; compile it again")
     header = wire.PlanHeader.from_buffer_copy(data)
     if bytes(header.magic) != wire.PLAN_MAGIC:
         raise Unreadable(f"not a plan: it begins with {bytes(header.magic)!r}; compile it again")
+    if header.version < 1:
+        raise Unreadable("the plan has version 0, and there is none; compile it again")
     mend = "use the hotstage that compiled it, or compile it again with this one"
-    check_version("the plan", header.version, wire.PLAN_VERSION, Unreadable, mend)
+    check_version("the plan", header.version, wire.PLAN_VERSION, NewerVersion, mend)
     if header.sections != len(wire.SECTIONS) or header.reserved:
         raise Unreadable("the plan's header has other sections than its version; compile it again")
     if header.file_bytes != len(data):

@@ -9,6 +9,10 @@ class Unreadable(ValueError):
     """Bytes that are not what they should be. Each package's reader turns it into an error of its own."""
 
 
+class NewerVersion(Unreadable):
+    """Bytes that a newer version wrote."""
+
+
 def check_version(
     what: str,
     found: int,
