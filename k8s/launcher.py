@@ -30,7 +30,7 @@ from k8s.labels import LAUNCH, MANAGED_BY, MANAGER, RUN, SPEC_DIGEST, label_valu
 from k8s.render import check_fabric, limits_of, owned, render_launch
 from k8s.version import MEND, OLDEST, too_old
 from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_view
-from k8s.watch import PACE, ObjectWatcher, Pace, Sight, WatchedApi
+from k8s.watch import PACE, ObjectWatcher, Sight, WatchedApi, WatchPace
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchView
@@ -89,7 +89,7 @@ class KubernetesLauncher:
         api: Cluster,
         namespace: str,
         *,
-        pace: Pace = PACE,
+        pace: WatchPace = PACE,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:

@@ -39,7 +39,7 @@ class QuotaProblem:
 
 
 @dataclass(frozen=True)
-class Use:
+class PodUse:
     """What a container or a pod asks for, and what it may use at most."""
 
     name: str
@@ -47,13 +47,13 @@ class Use:
     limits: Amounts
 
 
-def uses(pod: Mapping[str, Any], ranges: Sequence[Json] = ()) -> list[tuple[Use, str]]:
+def uses(pod: Mapping[str, Any], ranges: Sequence[Json] = ()) -> list[tuple[PodUse, str]]:
     """Every container with the defaults that the namespace gives it, and how it counts: "main", "sidecar", "init"."""
     found = []
     for group, raw in (("init", "initContainers"), ("main", "containers")):
         for container in pod.get(raw) or ():
             said = container.get("resources") or {}
-            use = Use(container["name"], _amounts(said.get("requests")), _amounts(said.get("limits")))
+            use = PodUse(container["name"], _amounts(said.get("requests")), _amounts(said.get("limits")))
             for key, value in use.limits.items():
                 use.requests.setdefault(key, value)
             for item in ranges:
@@ -66,7 +66,7 @@ def uses(pod: Mapping[str, Any], ranges: Sequence[Json] = ()) -> list[tuple[Use,
     return found
 
 
-def of_pod(containers: Sequence[tuple[Use, str]]) -> Use:
+def of_pod(containers: Sequence[tuple[PodUse, str]]) -> PodUse:
     """The pod's own: containers and sidecars together, or what a plain init container needs beside the sidecars before
     it, whichever is more.
     """
@@ -82,10 +82,10 @@ def of_pod(containers: Sequence[tuple[Use, str]]) -> Use:
                 running = _sum(running, mine)
         return _most(running, starting)
 
-    return Use("pod", total("requests"), total("limits"))
+    return PodUse("pod", total("requests"), total("limits"))
 
 
-def charges(pod: Use) -> Amounts:
+def charges(pod: PodUse) -> Amounts:
     """What one pod counts in a quota, by the quota's keys."""
     found: Amounts = {"pods": Fraction(1), "count/pods": Fraction(1)}
     for key, value in pod.requests.items():
@@ -114,7 +114,7 @@ def range_problems(item: Json, pod: Mapping[str, Any], ranges: Sequence[Json]) -
     return found
 
 
-def _above_limit(name: str, use: Use, pod: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _above_limit(name: str, use: PodUse, pod: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A default limit below what the container asks for makes a pod that is not valid."""
     own = {c["name"]: (c.get("resources") or {}).get("limits") or {} for c in _all(pod)}[use.name]
     return [
@@ -128,7 +128,7 @@ def _above_limit(name: str, use: Use, pod: Mapping[str, Any]) -> list[tuple[str,
     ]
 
 
-def _bounded(name: str, limit: Json, use: Use, containers: Sequence[str]) -> list[QuotaProblem]:
+def _bounded(name: str, limit: Json, use: PodUse, containers: Sequence[str]) -> list[QuotaProblem]:
     who = "the pod" if use.name == "pod" and len(containers) != 1 else f"container {use.name}"
     found: list[tuple[str, str]] = []
 
@@ -207,7 +207,7 @@ def _objects() -> dict[str, int]:
     return {**{f"count/{key}": count for key, count in _OBJECTS.items()}, **bare}
 
 
-def _unnamed(name: str, hard: Amounts, containers: Sequence[tuple[Use, str]]) -> dict[str, QuotaProblem]:
+def _unnamed(name: str, hard: Amounts, containers: Sequence[tuple[PodUse, str]]) -> dict[str, QuotaProblem]:
     found = {}
     for key in (k for k in _NAMED if k in hard):
         side, what = ("limits" if key.startswith("limits.") else "requests"), key.rpartition(".")[2]
@@ -226,7 +226,7 @@ def _scopes(spec: Json) -> list[Json]:
     return [*plain, *((spec.get("scopeSelector") or {}).get("matchExpressions") or ())]
 
 
-def _in_scope(scope: Json, pod: Mapping[str, Any], use: Use) -> bool:
+def _in_scope(scope: Json, pod: Mapping[str, Any], use: PodUse) -> bool:
     name, operator, values = scope["scopeName"], scope.get("operator", "Exists"), scope.get("values") or ()
     deadline = pod.get("activeDeadlineSeconds")
     best_effort = not any(side.get(key) for side in (use.requests, use.limits) for key in ("cpu", "memory"))

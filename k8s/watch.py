@@ -1,4 +1,4 @@
-"""What is in the cluster now: list, then watch, kept for readers who never wait. ``Machine`` is pure.
+"""What is in the cluster now: list, then watch, kept for readers who never wait. ``WatchMachine`` is pure.
 
 Invariants
   W1  No hot loop: every failure, and every stream that ends at once, waits before the next request, doubling
@@ -33,7 +33,7 @@ GONE_MOST = 8192
 
 
 @dataclass(frozen=True)
-class Pace:
+class WatchPace:
     """Times of a watcher, in seconds."""
 
     watch_s: float = 50.0
@@ -44,7 +44,7 @@ class Pace:
     stable_s: float = 5.0
 
 
-PACE = Pace()
+PACE = WatchPace()
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class Wait:
 
 
 @dataclass
-class Machine:
+class WatchMachine:
     """When to list, watch and wait. Pure: times come in, actions go out.
 
     Example::
 
-        machine = Machine(Pace(), random.Random(1))
+        machine = WatchMachine(WatchPace(), random.Random(1))
         machine.next(0.0)                  # List()
         machine.listed(0.1, "41")
         machine.next(0.1)                  # WatchRequest(version="41", timeout_s=50.0)
     """
 
-    pace: Pace
+    pace: WatchPace
     rng: random.Random
     version: str | None = None
     failures: int = 0
@@ -173,7 +173,7 @@ class ObjectWatcher(Generic[T]):
     namespace: str
     selector: str
     reduce: Callable[[Json], T]
-    pace: Pace = PACE
+    pace: WatchPace = PACE
     seed: int | None = None
     clock: Callable[[], float] = time.monotonic
     _objects: dict[str, T] = field(default_factory=dict)
@@ -187,7 +187,7 @@ class ObjectWatcher(Generic[T]):
     _thread: threading.Thread | None = None
 
     def __post_init__(self) -> None:
-        self._machine = Machine(self.pace, random.Random(self.seed))
+        self._machine = WatchMachine(self.pace, random.Random(self.seed))
 
     def start(self) -> None:
         """Begin to watch, in a daemon thread. Idempotent."""

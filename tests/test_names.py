@@ -18,9 +18,6 @@ SAME: Mapping[str, str] = {
     "translate": "where foreign errors become ours: of a file system, of the SDK for S3, of the Kubernetes API",
     "unpack": "bytes to a value: of msgpack, and as the checkpoint package says it (Damaged)",
     "unpack_hint": "the same, of hints",
-    # until checkpoint/agent/service.py is in pieces
-    "Event": "of a run, for people; of the agent's socket",
-    "Prepared": "a run; an attempt on a node",
 }
 
 

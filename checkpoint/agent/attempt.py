@@ -26,7 +26,7 @@ from checkpoint.agent.status import RankStatus
 from trainer import wire
 
 
-class Phase(Enum):
+class NodePhase(Enum):
     RECALL = "recall"
     ADOPT = "adopt"
     KILL = "kill"
@@ -37,39 +37,39 @@ class Phase(Enum):
     IDLE = "idle"
 
 
-MOVES: Mapping[Phase, frozenset[Phase]] = {
-    Phase.RECALL: frozenset({Phase.ADOPT, Phase.KILL, Phase.PREPARE, Phase.IDLE}),
-    Phase.ADOPT: frozenset({Phase.RUN, Phase.IDLE}),
-    Phase.KILL: frozenset({Phase.PREPARE, Phase.IDLE}),
-    Phase.PREPARE: frozenset({Phase.PORTS, Phase.KILL, Phase.IDLE}),
-    Phase.PORTS: frozenset({Phase.PEERS, Phase.KILL, Phase.IDLE}),
-    Phase.PEERS: frozenset({Phase.RUN, Phase.PORTS, Phase.KILL, Phase.IDLE}),
-    Phase.RUN: frozenset({Phase.IDLE}),
-    Phase.IDLE: frozenset(),
+MOVES: Mapping[NodePhase, frozenset[NodePhase]] = {
+    NodePhase.RECALL: frozenset({NodePhase.ADOPT, NodePhase.KILL, NodePhase.PREPARE, NodePhase.IDLE}),
+    NodePhase.ADOPT: frozenset({NodePhase.RUN, NodePhase.IDLE}),
+    NodePhase.KILL: frozenset({NodePhase.PREPARE, NodePhase.IDLE}),
+    NodePhase.PREPARE: frozenset({NodePhase.PORTS, NodePhase.KILL, NodePhase.IDLE}),
+    NodePhase.PORTS: frozenset({NodePhase.PEERS, NodePhase.KILL, NodePhase.IDLE}),
+    NodePhase.PEERS: frozenset({NodePhase.RUN, NodePhase.PORTS, NodePhase.KILL, NodePhase.IDLE}),
+    NodePhase.RUN: frozenset({NodePhase.IDLE}),
+    NodePhase.IDLE: frozenset(),
 }
-STARTED = frozenset({Phase.RUN, Phase.ADOPT})
+STARTED = frozenset({NodePhase.RUN, NodePhase.ADOPT})
 """Its ranks run, as far as is known."""
-BEFORE_START = frozenset({Phase.PREPARE, Phase.PORTS, Phase.PEERS})
+BEFORE_START = frozenset({NodePhase.PREPARE, NodePhase.PORTS, NodePhase.PEERS})
 """No rank runs on this node."""
 
-_SHOWN: Mapping[Phase, str] = {
-    Phase.RECALL: "restoring",
-    Phase.ADOPT: "running",
-    Phase.KILL: "restoring",
-    Phase.PREPARE: "restoring",
-    Phase.PORTS: "starting",
-    Phase.PEERS: "starting",
-    Phase.RUN: "running",
-    Phase.IDLE: "idle",
+_SHOWN: Mapping[NodePhase, str] = {
+    NodePhase.RECALL: "restoring",
+    NodePhase.ADOPT: "running",
+    NodePhase.KILL: "restoring",
+    NodePhase.PREPARE: "restoring",
+    NodePhase.PORTS: "starting",
+    NodePhase.PEERS: "starting",
+    NodePhase.RUN: "running",
+    NodePhase.IDLE: "idle",
 }
 
 
 @dataclass
-class Attempt:
+class NodeAttempt:
     """The newest attempt of this launch, on this node."""
 
     gang: Gang
-    phase: Phase = Phase.RECALL
+    phase: NodePhase = NodePhase.RECALL
     held: bool = False
     """The claim of this node is ours (A6)."""
     found: Provided | None = None
@@ -103,9 +103,9 @@ class Attempt:
     def shown(self) -> str:
         """The phase as the node's status says it."""
         here = len(self.peers) == self.gang.count or any(status.step for status in self.ranks.values())
-        return "starting" if self.phase is Phase.RUN and not here else _SHOWN[self.phase]
+        return "starting" if self.phase is NodePhase.RUN and not here else _SHOWN[self.phase]
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: NodePhase) -> None:
         if phase not in MOVES[self.phase]:
             raise AssertionError(f"attempt {self.epoch} goes from {self.phase.name} to {phase.name}")
         self.phase = phase

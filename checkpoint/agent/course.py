@@ -12,7 +12,7 @@ from enum import Enum
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.attempt import Attempt, Phase
+from checkpoint.agent.attempt import NodeAttempt, NodePhase
 from checkpoint.agent.events import Timer, Work
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.log import AttemptInfo, RunState
@@ -54,7 +54,7 @@ class Course:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.state: RunState | None = None
-        self.attempt: Attempt | None = None
+        self.attempt: NodeAttempt | None = None
         self.engine = Engine()
         self.life = Life.SERVING
         self.stopping = False
@@ -105,7 +105,7 @@ class Course:
                 self._tell("KILL", self.engine.epoch)
                 self.exit = EXIT_ENDED
             return
-        before, self.attempt = self.attempt, Attempt(Gang.of(newest, self.options.node))
+        before, self.attempt = self.attempt, NodeAttempt(Gang.of(newest, self.options.node))
         self.slot_error = None
         self._disarm(*_OF_AN_ATTEMPT)
         log.info("attempt %d begins: %s", newest.n, newest.reason, extra={"epoch": newest.n})
@@ -115,17 +115,17 @@ class Course:
         else:
             self._set_out(self.attempt)
 
-    def _set_out(self, attempt: Attempt) -> None:
+    def _set_out(self, attempt: NodeAttempt) -> None:
         self._do(do.Claim(attempt.gang))  # beside the preparation: it is not waited for where the node is ours
         if self.engine.epoch:
             self._kill(attempt)
         else:
             self._prepare(attempt)
 
-    def _kill(self, attempt: Attempt) -> None:
+    def _kill(self, attempt: NodeAttempt) -> None:
         """Ranks of an older attempt run: they go first."""
-        if attempt.phase is not Phase.KILL:
-            attempt.enter(Phase.KILL)
+        if attempt.phase is not NodePhase.KILL:
+            attempt.enter(NodePhase.KILL)
         if self.shared:  # A3
             attempt.found, attempt.used, attempt.spoiled = None, False, self.preparing == attempt.epoch
         log.info("ranks of attempt %d are killed", self.engine.epoch)
@@ -135,15 +135,15 @@ class Course:
             self._tell("KILL", self.engine.epoch)
             self._arm(Timer.KILL, KILL_S)
 
-    def _prepare(self, attempt: Attempt) -> None:
-        if attempt.phase is not Phase.PREPARE:
-            attempt.enter(Phase.PREPARE)
+    def _prepare(self, attempt: NodeAttempt) -> None:
+        if attempt.phase is not NodePhase.PREPARE:
+            attempt.enter(NodePhase.PREPARE)
         self.changed = True
         self._disarm(Timer.KILL, Timer.LOST)
         if not self.serves:
             return
         if attempt.found is not None:
-            attempt.enter(Phase.PORTS)
+            attempt.enter(NodePhase.PORTS)
             if not attempt.used:
                 attempt.used = True
                 self._do(do.Use(attempt.gang))
@@ -153,7 +153,7 @@ class Course:
             self._do(do.Prepare(attempt.gang, self.state))
         # else the end of the preparation in progress comes here again (A3)
 
-    def _prepared(self, epoch: int) -> Attempt | None:
+    def _prepared(self, epoch: int) -> NodeAttempt | None:
         """A preparation has ended: the attempt that it holds for. Where another one is due, that begins."""
         self.preparing, attempt = None, self.attempt
         if attempt is None:
@@ -161,7 +161,7 @@ class Course:
         if attempt.epoch == epoch and not attempt.spoiled:
             return attempt
         attempt.spoiled = False
-        if attempt.phase is Phase.PREPARE:
+        if attempt.phase is NodePhase.PREPARE:
             self._prepare(attempt)
         return None
 
@@ -169,12 +169,12 @@ class Course:
         attempt = self._prepared(event.epoch)
         if attempt is not None:
             attempt.found = event
-            if attempt.phase is Phase.PREPARE:
+            if attempt.phase is NodePhase.PREPARE:
                 self._prepare(attempt)
 
     def _on_failed(self, event: ev.Failed) -> None:
         attempt = self._prepared(event.epoch) if event.work is Work.PREPARE else self._of(event.epoch)
-        if attempt is not None and (event.work is Work.PREPARE or attempt.phase is Phase.PEERS):
+        if attempt is not None and (event.work is Work.PREPARE or attempt.phase is NodePhase.PEERS):
             self._cannot_start(attempt, event.code, event.words)
 
     def _on_claimed(self, event: ev.Claimed) -> None:
@@ -192,10 +192,10 @@ class Course:
                 place.describe(),
             )
             self._over(attempt)
-        elif attempt.phase is Phase.PORTS:
+        elif attempt.phase is NodePhase.PORTS:
             self._ask_ports(attempt)
 
-    def _ask_ports(self, attempt: Attempt) -> None:
+    def _ask_ports(self, attempt: NodeAttempt) -> None:
         if self.engine.peer is None or not attempt.held or not self.serves:
             return  # its HELLO, or the claim, comes here again
         gang = attempt.gang
@@ -207,7 +207,7 @@ class Course:
 
     def _on_ports(self, event: ev.Ports) -> None:
         attempt = self._of(event.epoch)
-        if attempt is None or attempt.phase is not Phase.PORTS or not self.serves:
+        if attempt is None or attempt.phase is not NodePhase.PORTS or not self.serves:
             return
         if event.peer != self.engine.peer or event.peer != attempt.asked:
             return  # what an agent before this one asked for: the claim may not be ours (A6)
@@ -215,7 +215,7 @@ class Course:
         if got != 2 * count:
             self._cannot_start(attempt, 70, f"the supervisor sent {got} bytes of ports for {count} ranks")
             return
-        attempt.enter(Phase.PEERS)
+        attempt.enter(NodePhase.PEERS)
         attempt.ports, self.changed = struct.unpack(f"<{count}H", event.payload), True
         if self.options.nodes == 1:
             self._do(do.Mark(attempt.gang, {0: (self.options.host, list(attempt.ports))}))
@@ -224,23 +224,23 @@ class Course:
 
     def _on_met(self, event: ev.Met) -> None:
         attempt = self._of(event.epoch)
-        if attempt is None or attempt.phase is not Phase.PEERS or not self.serves:
+        if attempt is None or attempt.phase is not NodePhase.PEERS or not self.serves:
             return
         if self.engine.peer is not None and tuple(event.nodes[self.options.node][1]) == attempt.ports:
             self._do(do.Mark(attempt.gang, event.nodes))  # else a supervisor is waited for, which binds new ports
 
     def _on_marked(self, event: ev.Marked) -> None:
         attempt = self._of(event.epoch)
-        if attempt is None or attempt.phase is not Phase.PEERS or self.engine.peer is None or not self.serves:
+        if attempt is None or attempt.phase is not NodePhase.PEERS or self.engine.peer is None or not self.serves:
             return
-        attempt.enter(Phase.RUN)
+        attempt.enter(NodePhase.RUN)
         self.changed, self.shared = True, True
         self.engine.epoch = self.started = attempt.epoch
         self._do(do.Start(self.engine.peer, attempt.gang))
         self._remember(attempt)
         self._offer_uploads(attempt)
 
-    def _offer_uploads(self, attempt: Attempt) -> None:
+    def _offer_uploads(self, attempt: NodeAttempt) -> None:
         """From here on the uploader takes the newest ready snapshot of this attempt by itself."""
         found = attempt.found
         point, start = (found.from_slot, found.start_step) if found is not None else (None, -1)
@@ -251,18 +251,18 @@ class Course:
         deadline_s = float(attempt.gang.how("checkpoint", "deadline_s"))
         self._do(do.Upload(attempt.epoch, deadline_s, point, stored))
 
-    def _cannot_start(self, attempt: Attempt, code: int, words: str) -> None:
+    def _cannot_start(self, attempt: NodeAttempt, code: int, words: str) -> None:
         """The attempt is over on this node before it began, or its engine is gone: say so as if the ranks had."""
-        if attempt.phase is Phase.IDLE:
+        if attempt.phase is NodePhase.IDLE:
             return
         log.error("attempt %d cannot run here (%d): %s", attempt.epoch, code, words, extra={"epoch": attempt.epoch})
         attempt.gone(code, words)
         self._over(attempt)
 
-    def _over(self, attempt: Attempt) -> None:
-        if attempt.phase is Phase.IDLE:
+    def _over(self, attempt: NodeAttempt) -> None:
+        if attempt.phase is NodePhase.IDLE:
             return
-        attempt.enter(Phase.IDLE)
+        attempt.enter(NodePhase.IDLE)
         self.changed = True
         self._disarm(*_OF_AN_ATTEMPT)
         self._do(do.Cancel())
@@ -271,11 +271,11 @@ class Course:
         if self.stopping:
             self._do(do.AskDrained())
 
-    def _remember(self, attempt: Attempt) -> None:
+    def _remember(self, attempt: NodeAttempt) -> None:
         ranks = {rank: replace(status) for rank, status in attempt.ranks.items()}
-        self._do(do.Remember(attempt.epoch, attempt.phase is Phase.IDLE, ranks))
+        self._do(do.Remember(attempt.epoch, attempt.phase is NodePhase.IDLE, ranks))
 
-    def _of(self, epoch: int) -> Attempt | None:
+    def _of(self, epoch: int) -> NodeAttempt | None:
         """The attempt, where the epoch is its."""
         return self.attempt if self.attempt is not None and self.attempt.epoch == epoch else None
 
@@ -283,7 +283,7 @@ class Course:
 
     def _on_recalled(self, event: ev.Recalled) -> None:
         attempt = self._of(event.epoch)
-        if attempt is None or attempt.phase is not Phase.RECALL:
+        if attempt is None or attempt.phase is not NodePhase.RECALL:
             return
         if not event.started:
             self._set_out(attempt)
@@ -296,20 +296,20 @@ class Course:
         elif event.over:
             self._over(attempt)
         else:
-            attempt.enter(Phase.ADOPT)
+            attempt.enter(NodePhase.ADOPT)
             self._arm(Timer.ADOPT, ADOPT_S)
             log.info("attempt %d was running before this agent: waiting for its engine", attempt.epoch)
             self._offer_uploads(attempt)
             if self.engine.peer is not None:
                 self._meet_engine(attempt, self.engine.epoch or attempt.epoch)
 
-    def _meet_engine(self, attempt: Attempt, known: int) -> None:
+    def _meet_engine(self, attempt: NodeAttempt, known: int) -> None:
         """A supervisor is there, and the attempt was started: does it have its ranks?"""
         if known != attempt.epoch:
             self._lost(attempt)
             return
-        if attempt.phase is Phase.ADOPT:
-            attempt.enter(Phase.RUN)
+        if attempt.phase is NodePhase.ADOPT:
+            attempt.enter(NodePhase.RUN)
             self.changed = True
             log.info("attempt %d goes on under this agent", attempt.epoch)
         self._disarm(Timer.ADOPT, Timer.ENDS)
@@ -318,14 +318,14 @@ class Course:
         elif attempt.bare:
             self._kill_bare(attempt)
 
-    def _kill_bare(self, attempt: Attempt) -> None:
+    def _kill_bare(self, attempt: NodeAttempt) -> None:
         """Ranks were started, but had no slots yet when the agent before this one died: its descriptors are gone."""
         for rank in sorted(attempt.bare):
             log.error("rank %d has no slots and its agent died with them: the attempt ends", rank)
             attempt.ranks[rank].words = "the agent died between START and SLOTS"
         self._tell("KILL", attempt.epoch)
 
-    def _lost(self, attempt: Attempt) -> None:
+    def _lost(self, attempt: NodeAttempt) -> None:
         if self.engine.peer is None:
             self.engine.epoch = 0  # ranks die with their supervisor
         self._cannot_start(

@@ -58,7 +58,7 @@ class Terminate:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class PeerGone:
     """A connection ended."""
 
     peer: int
@@ -261,7 +261,7 @@ Event = (
     LogRead
     | Due
     | Terminate
-    | Gone
+    | PeerGone
     | SupervisorHello
     | Ports
     | RankExit

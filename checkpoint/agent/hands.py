@@ -25,7 +25,7 @@ from checkpoint.agent.gang import CannotStart, Gang, Options, positions
 from checkpoint.agent.link import Link, Peer
 from checkpoint.agent.meet import claim, meet
 from checkpoint.agent.output import Hints
-from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer, Provisions, why_not
+from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer, Provisions, exit_of
 from checkpoint.agent.slots import SlotChanged, SlotTable
 from checkpoint.agent.upload import Source, Uploader
 from checkpoint.errors import CheckpointError
@@ -200,7 +200,7 @@ class Hands:
         try:
             found = self._preparer.prepare(gang, state, table)
         except (CannotStart, CheckpointError, OSError) as error:
-            return ev.Failed(gang.epoch, Work.PREPARE, *why_not(error, self.options.work))
+            return ev.Failed(gang.epoch, Work.PREPARE, *exit_of(error, self.options.work))
         self._post(lambda: self._keep(gang, found))
         return ev.Provided(gang.epoch, found.restore, found.start_step, found.from_slot)
 

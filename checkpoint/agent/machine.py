@@ -33,7 +33,7 @@ from typing import Any
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.attempt import STARTED, Phase
+from checkpoint.agent.attempt import STARTED, NodePhase
 from checkpoint.agent.course import EXIT_ENDED, EXIT_FENCED, KILL_S, LAST_RANKS_S, LOST_S, Course, Life
 from checkpoint.agent.events import Timer
 from checkpoint.agent.gang import Options
@@ -112,7 +112,7 @@ class Machine(Course):
             return
         self._tell_committed()
         self.life = Life.LAST_RANKS
-        if outcome == "succeeded" and self.attempt is not None and self.attempt.phase is Phase.RUN:
+        if outcome == "succeeded" and self.attempt is not None and self.attempt.phase is NodePhase.RUN:
             # the ranks have just been told that their last state is safe: they leave by themselves
             self._arm(Timer.LAST_RANKS, LAST_RANKS_S)
         else:
@@ -139,7 +139,7 @@ class Machine(Course):
             self._tell("END")
         elif self.stopping and engine.epoch:
             self._tell("STOP")
-        if attempt is None or attempt.phase is Phase.IDLE:
+        if attempt is None or attempt.phase is NodePhase.IDLE:
             return
         if attempt.phase in STARTED:
             self._meet_engine(attempt, event.epoch)
@@ -147,20 +147,20 @@ class Machine(Course):
             return
         elif engine.epoch:
             self._kill(attempt)
-        elif attempt.phase is Phase.KILL:
+        elif attempt.phase is NodePhase.KILL:
             self._prepare(attempt)
-        elif attempt.phase in (Phase.PORTS, Phase.PEERS):
-            if attempt.phase is Phase.PEERS:
-                attempt.enter(Phase.PORTS)
+        elif attempt.phase in (NodePhase.PORTS, NodePhase.PEERS):
+            if attempt.phase is NodePhase.PEERS:
+                attempt.enter(NodePhase.PORTS)
             self._ask_ports(attempt)
 
-    def _on_gone(self, event: ev.Gone) -> None:
+    def _on_gone(self, event: ev.PeerGone) -> None:
         self.changed = True
         attempt = self.attempt
         if event.peer == self.engine.peer:
             self.engine.peer = self.engine.pid = None
             log.warning("the supervisor's connection ended")
-            if attempt is not None and attempt.phase in (Phase.KILL, Phase.RUN):
+            if attempt is not None and attempt.phase in (NodePhase.KILL, NodePhase.RUN):
                 self._arm(Timer.LOST, LOST_S)
         elif attempt is not None:
             attempt.peers = {rank: peer for rank, peer in attempt.peers.items() if peer != event.peer}
@@ -184,7 +184,7 @@ class Machine(Course):
         self.engine.epoch = 0
         if attempt is None:
             return
-        if attempt.phase is Phase.KILL:
+        if attempt.phase is NodePhase.KILL:
             self._prepare(attempt)
         elif attempt.phase in STARTED and event.epoch in (0, attempt.epoch):
             attempt.gone(75, "the supervisor says that it is gone, not how")
@@ -208,7 +208,7 @@ class Machine(Course):
             self._do(do.TakeSlots(event.epoch, rank))
         else:
             attempt.bare.add(rank)
-            if attempt.phase is Phase.RUN:
+            if attempt.phase is NodePhase.RUN:
                 self._kill_bare(attempt)
         self._tell_committed()
 
@@ -253,7 +253,7 @@ class Machine(Course):
 
     def _on_no_memory(self, event: ev.NoMemory) -> None:
         attempt = self._of(event.epoch)
-        if attempt is not None and attempt.phase is Phase.RUN and self.engine.peer is not None:
+        if attempt is not None and attempt.phase is NodePhase.RUN and self.engine.peer is not None:
             for status in attempt.ranks.values():
                 status.words = event.why
             self.slot_error, self.changed = event.why, True
@@ -325,7 +325,7 @@ class Machine(Course):
                 pass
             case Timer.KILL:
                 self._cannot_start(attempt, 75, "the supervisor did not reap the ranks of the attempt before")
-            case Timer.LOST if attempt.phase is Phase.KILL:
+            case Timer.LOST if attempt.phase is NodePhase.KILL:
                 self.engine.epoch = 0
                 self._prepare(attempt)
             case Timer.LOST | Timer.ADOPT | Timer.ENDS:
@@ -336,7 +336,7 @@ _HANDLERS: dict[type, Callable[[Machine, Any], None]] = {
     ev.LogRead: Machine._on_log,
     ev.Due: Machine._on_due,
     ev.Terminate: Machine._on_terminate,
-    ev.Gone: Machine._on_gone,
+    ev.PeerGone: Machine._on_gone,
     ev.SupervisorHello: Machine._on_supervisor,
     ev.Ports: Machine._on_ports,
     ev.RankExit: Machine._on_exit,

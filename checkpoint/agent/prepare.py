@@ -119,7 +119,7 @@ class Preparer:
         return info, run
 
 
-def why_not(error: CannotStart | CheckpointError | OSError, work: Path) -> tuple[int, str]:
+def exit_of(error: CannotStart | CheckpointError | OSError, work: Path) -> tuple[int, str]:
     """Why an attempt cannot be prepared: exit code for its ranks, and words."""
     if isinstance(error, CannotStart):
         return error.code, str(error)

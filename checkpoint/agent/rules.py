@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.attempt import BEFORE_START, STARTED, Attempt, Phase
+from checkpoint.agent.attempt import BEFORE_START, STARTED, NodeAttempt, NodePhase
 from checkpoint.agent.course import Course, Life
 from checkpoint.agent.events import Timer
 
@@ -24,7 +24,7 @@ class Before:
     """What an event found."""
 
     epoch: int
-    phase: Phase | None
+    phase: NodePhase | None
     engine: int
     started: int
     preparing: int | None
@@ -47,7 +47,7 @@ def check(m: Course, before: Before, event: ev.Event, effects: Sequence[do.Effec
     if m.engine.epoch:
         _hold(not m.serves or phase not in BEFORE_START, "A1: an attempt gets ready while ranks run")
         _hold(phase not in STARTED or m.engine.epoch == m.epoch, "A1: ranks of two attempts")
-        if m.shared and attempt is not None and m.preparing == m.epoch and phase is not Phase.IDLE:
+        if m.shared and attempt is not None and m.preparing == m.epoch and phase is not NodePhase.IDLE:
             _hold(attempt.spoiled, "A3: what is written while ranks run would be used")
     if isinstance(event, _OF_THE_STORE):
         _hold(before.phase not in STARTED or phase in STARTED, "A5: the store ends an attempt that runs")
@@ -55,7 +55,7 @@ def check(m: Course, before: Before, event: ev.Event, effects: Sequence[do.Effec
         _check_waits(m, attempt, effects)
 
 
-def _check_effect(m: Course, attempt: Attempt | None, before: Before, event: ev.Event, effect: do.Effect) -> None:
+def _check_effect(m: Course, attempt: NodeAttempt | None, before: Before, event: ev.Event, effect: do.Effect) -> None:
     if isinstance(effect, _BEGINNINGS):
         _hold(m.serves, "A8: an agent that leaves begins something")
         _hold(attempt is not None and effect.gang.epoch == attempt.epoch, "A4: work for an older attempt")
@@ -81,7 +81,7 @@ def _check_effect(m: Course, attempt: Attempt | None, before: Before, event: ev.
             _hold(not isinstance(event, _OF_THE_STORE), "A5: the store ends ranks")
 
 
-def _check_waits(m: Course, attempt: Attempt | None, effects: Sequence[do.Effect]) -> None:
+def _check_waits(m: Course, attempt: NodeAttempt | None, effects: Sequence[do.Effect]) -> None:
     """A7"""
     here, timers = m.engine.peer is not None, m.timers
     if m.life is not Life.SERVING:
@@ -94,19 +94,19 @@ def _check_waits(m: Course, attempt: Attempt | None, effects: Sequence[do.Effect
     if attempt is None:
         return
     match attempt.phase:
-        case Phase.RECALL:
+        case NodePhase.RECALL:
             waits = any(isinstance(effect, do.Recall) for effect in effects)
-        case Phase.KILL:
+        case NodePhase.KILL:
             waits = (Timer.KILL if here else Timer.LOST) in timers
-        case Phase.PREPARE:
+        case NodePhase.PREPARE:
             waits = m.preparing is not None
-        case Phase.PORTS:
+        case NodePhase.PORTS:
             waits = not here or not attempt.held or attempt.asked == m.engine.peer
-        case Phase.ADOPT:
+        case NodePhase.ADOPT:
             waits = Timer.ADOPT in timers
-        case Phase.RUN if here:
+        case NodePhase.RUN if here:
             waits = m.engine.epoch == attempt.epoch or Timer.ENDS in timers
-        case Phase.RUN:
+        case NodePhase.RUN:
             waits = Timer.LOST in timers
         case _:
             waits = True  # PEERS: a result; IDLE: the next attempt

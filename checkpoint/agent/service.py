@@ -143,7 +143,7 @@ class Service:
                 self.link.drop(peer)
             return
         if message is None:
-            self._feed(ev.Gone(peer.number))
+            self._feed(ev.PeerGone(peer.number))
             return
         self.hands.handed = message.fds
         try:

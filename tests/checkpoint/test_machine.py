@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.attempt import MOVES, Phase
+from checkpoint.agent.attempt import MOVES, NodePhase
 from checkpoint.agent.course import ADOPT_S, END_S, KILL_S, LAST_RANKS_S, LOST_S, Life
 from checkpoint.agent.events import Timer
 from checkpoint.agent.machine import Machine
@@ -56,36 +56,36 @@ class Walk:
         return self.names(ev.LogRead(RunState("run", n, tuple(infos), **more)))
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> NodePhase:
         assert self.machine.attempt is not None
         return self.machine.attempt.phase
 
-    def to(self, phase: Phase, epoch: int = 1) -> Walk:
+    def to(self, phase: NodePhase, epoch: int = 1) -> Walk:
         """From a machine that knows nothing to this phase of an attempt, its supervisor there."""
-        if phase is Phase.ADOPT:
+        if phase is NodePhase.ADOPT:
             self.log(epoch)
             self.on(ev.Recalled(epoch, True))
             return self
-        older = 5 if phase is Phase.KILL else 0
+        older = 5 if phase is NodePhase.KILL else 0
         self.on(ev.LogRead(RunState("run")))
         self.on(ev.SupervisorHello(1, 100, older, 2 if older else 0))
         self.log(epoch)
-        if phase is Phase.RECALL:
+        if phase is NodePhase.RECALL:
             return self
         self.on(ev.Recalled(epoch, False))
         self.on(ev.Claimed(epoch, HERE))
-        if phase in (Phase.KILL, Phase.PREPARE):
+        if phase in (NodePhase.KILL, NodePhase.PREPARE):
             return self
         self.on(ev.Provided(epoch, {0: 1, 1: 2}, 4, (4, 1)))
-        if phase is Phase.PORTS:
+        if phase is NodePhase.PORTS:
             return self
         self.on(ev.Ports(1, epoch, b"\1\0\2\0"))
-        if phase is Phase.PEERS:
+        if phase is NodePhase.PEERS:
             return self
         if self.nodes > 1:
             self.on(ev.Met(epoch, {0: ("h", [1, 2]), 1: ("i", [3, 4])}))
         self.on(ev.Marked(epoch))
-        if phase is Phase.IDLE:
+        if phase is NodePhase.IDLE:
             self.on(ev.EngineIdle(1, epoch))
         return self
 
@@ -114,7 +114,7 @@ def test_from_the_first_record_to_the_end_of_the_run() -> None:
     assert walk.names(ev.SupervisorHello(1, 100, 0, 0)) == []
     assert walk.log(1) == ["Begin", "Recall"]
     assert walk.names(ev.Recalled(1, False)) == ["Claim", "Prepare"]
-    assert (walk.phase, walk.machine.phase, walk.machine.speaks(None)) == (Phase.PREPARE, "restoring", False)
+    assert (walk.phase, walk.machine.phase, walk.machine.speaks(None)) == (NodePhase.PREPARE, "restoring", False)
     assert walk.names(ev.Claimed(1, HERE)) == []
     assert walk.machine.speaks(None)
     assert walk.names(ev.Provided(1, {0: 0, 1: 2}, 3)) == ["Use", "PREPARE"]
@@ -123,7 +123,7 @@ def test_from_the_first_record_to_the_end_of_the_run() -> None:
     assert isinstance(start, do.Start)
     assert isinstance(remember, do.Remember)
     assert upload == do.Upload(1, 600.0, None, 3)  # what came from the store does not go there again
-    assert (walk.phase, walk.machine.phase) == (Phase.RUN, "starting")
+    assert (walk.phase, walk.machine.phase) == (NodePhase.RUN, "starting")
     assert walk.on(ev.RankHello(2, 1, 0, 7)) == [do.GiveSlots(2, 1, 0, 0)]
     assert walk.on(ev.RankHello(3, 1, 1, 8)) == [do.GiveSlots(3, 1, 1, 2)]
     assert walk.machine.phase == "running"
@@ -138,13 +138,13 @@ def test_from_the_first_record_to_the_end_of_the_run() -> None:
         assert walk.names(ev.RankExit(1, 1, rank, 0, 7 + rank, wire.ENDED_ITSELF, 0)) == ["Remember"]
     walk.busy = True
     assert walk.names(ev.EngineIdle(1, 1)) == ["Cancel", "Remember", "END", "AskDrained"]
-    assert (walk.phase, walk.machine.phase, walk.machine.exit) == (Phase.IDLE, "ended", None)
+    assert (walk.phase, walk.machine.phase, walk.machine.exit) == (NodePhase.IDLE, "ended", None)
     assert walk.names(ev.Drained(True)) == ["Cancel", "END", "MarkDone"]
     assert walk.machine.exit == 0
 
 
 def test_a_newer_attempt_waits_for_the_ranks_of_the_older_one() -> None:
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     assert walk.log(1, 2) == ["Begin", "Claim", "KILL"]
     assert walk.names(ev.RankExit(1, 1, 0, -9, 1, wire.ENDED_BY_SUPERVISOR, 0)) == []  # of no interest any more
     assert walk.names(ev.EngineIdle(1, 1)) == ["Prepare"]
@@ -158,7 +158,7 @@ def test_a_newer_attempt_waits_for_the_ranks_of_the_older_one() -> None:
 
 
 def test_a_supervisor_that_does_not_reap_ends_the_attempt_here() -> None:
-    walk = Walk().to(Phase.KILL)
+    walk = Walk().to(NodePhase.KILL)
     assert walk.later(KILL_S) == ["Cancel", "Remember"]
     assert walk.machine.attempt is not None
     assert walk.machine.attempt.ranks[0].code == 75
@@ -166,10 +166,10 @@ def test_a_supervisor_that_does_not_reap_ends_the_attempt_here() -> None:
 
 def test_ranks_may_live_on_beside_a_supervisor_that_went_away() -> None:
     """A3: a newer attempt does not write into their slots before the supervisor is given up."""
-    walk = Walk().to(Phase.RUN)
-    walk.on(ev.Gone(1))
+    walk = Walk().to(NodePhase.RUN)
+    walk.on(ev.PeerGone(1))
     assert walk.log(1, 2) == ["Begin", "Claim"]
-    assert walk.phase is Phase.KILL
+    assert walk.phase is NodePhase.KILL
     assert walk.later(LOST_S) == ["Prepare"]
     # it was only slow: what is being prepared will not hold
     assert walk.names(ev.SupervisorHello(4, 100, 1, 2)) == ["KILL"]
@@ -180,7 +180,7 @@ def test_ranks_may_live_on_beside_a_supervisor_that_went_away() -> None:
 
 def test_one_preparation_at_a_time() -> None:
     """A3: two that fill the same slots would mix two states under one checksum."""
-    walk = Walk().to(Phase.IDLE)
+    walk = Walk().to(NodePhase.IDLE)
     assert walk.log(1, 2) == ["Begin", "Claim", "Prepare"]
     assert walk.log(1, 2, 3) == ["Begin", "Claim"]
     assert [e.gang.epoch for e in walk.on(ev.Provided(2))] == [3]
@@ -195,7 +195,7 @@ def test_a_second_place_stands_by_in_silence() -> None:
     walk.on(ev.Recalled(1, False))
     assert walk.names(ev.Provided(1)) == ["Use"]
     assert walk.names(ev.Claimed(1, THERE)) == ["Cancel", "Remember"]
-    assert (walk.phase, walk.machine.speaks("the log cannot be read")) == (Phase.IDLE, False)
+    assert (walk.phase, walk.machine.speaks("the log cannot be read")) == (NodePhase.IDLE, False)
 
 
 def test_ports_that_an_agent_before_asked_for_are_not_used() -> None:
@@ -212,27 +212,27 @@ def test_ports_that_an_agent_before_asked_for_are_not_used() -> None:
 
 def test_a_start_that_its_supervisor_never_got_is_noticed() -> None:
     """A7: it came again, has no ranks of the attempt and does not say that they ended."""
-    walk = Walk().to(Phase.RUN)
-    walk.on(ev.Gone(1))
+    walk = Walk().to(NodePhase.RUN)
+    walk.on(ev.PeerGone(1))
     walk.on(ev.SupervisorHello(2, 100, 1, 0))
     walk.on(ev.Ports(2, 1, b"\1\0\2\0"))
-    assert walk.phase is Phase.RUN
+    assert walk.phase is NodePhase.RUN
     assert walk.later(LOST_S) == ["Cancel", "Remember"]
-    assert walk.phase is Phase.IDLE
+    assert walk.phase is NodePhase.IDLE
 
 
 @pytest.mark.parametrize("lost_s", [0.0, LOST_S])
 def test_a_supervisor_may_come_back(lost_s: float) -> None:
-    walk = Walk().to(Phase.RUN)
-    walk.on(ev.Gone(1))
+    walk = Walk().to(NodePhase.RUN)
+    walk.on(ev.PeerGone(1))
     walk.later(lost_s)
     walk.on(ev.SupervisorHello(2, 100, 1, 2))
-    assert walk.phase is (Phase.IDLE if lost_s else Phase.RUN)
+    assert walk.phase is (NodePhase.IDLE if lost_s else NodePhase.RUN)
 
 
 def test_addresses_of_a_supervisor_that_is_gone_are_not_used() -> None:
-    walk = Walk(nodes=2).to(Phase.PEERS)
-    walk.on(ev.Gone(1))
+    walk = Walk(nodes=2).to(NodePhase.PEERS)
+    walk.on(ev.PeerGone(1))
     stale = ev.Met(1, {0: ("h", [1, 2]), 1: ("i", [3, 4])})
     assert walk.names(stale) == []
     assert walk.names(ev.SupervisorHello(2, 101, 0, 0)) == ["PREPARE"]
@@ -240,11 +240,11 @@ def test_addresses_of_a_supervisor_that_is_gone_are_not_used() -> None:
     assert walk.names(stale) == []
     assert walk.names(ev.Met(1, {0: ("h", [5, 6]), 1: ("i", [3, 4])})) == ["Mark"]
     assert walk.names(ev.SupervisorHello(3, 102, 7, 1)) == ["Drop", "KILL"]
-    assert walk.phase is Phase.KILL
+    assert walk.phase is NodePhase.KILL
 
 
-@pytest.mark.parametrize("phase", [Phase.RUN, Phase.ADOPT])
-def test_a_failure_of_the_store_ends_no_rank(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", [NodePhase.RUN, NodePhase.ADOPT])
+def test_a_failure_of_the_store_ends_no_rank(phase: NodePhase) -> None:
     walk = Walk(nodes=2).to(phase)
     for work in (ev.Work.MEET, ev.Work.MARK):
         assert walk.names(ev.Failed(1, work, 75, "the store is away")) == []
@@ -259,12 +259,12 @@ def test_an_agent_that_finds_the_mark_adopts() -> None:
     assert walk.names(ev.SupervisorHello(1, 100, 1, 1)) == []
     assert walk.on(ev.RankHello(2, 1, 0, 7, handed=3)) == [do.TakeSlots(1, 0)]
     assert walk.names(ev.SlotsTaken(1, 0, 4)) == ["LookForSnapshots"]
-    assert (walk.phase, walk.machine.phase, walk.machine.attempt.ranks[1].code) == (Phase.RUN, "running", 1)  # type: ignore[union-attr]
+    assert (walk.phase, walk.machine.phase, walk.machine.attempt.ranks[1].code) == (NodePhase.RUN, "running", 1)  # type: ignore[union-attr]
     assert walk.log(1, n=2, checkpoints=(checkpoint_info(2, 1, 4),)) == ["COMMITTED"]
 
 
 def test_an_engine_that_does_not_come_to_a_restarted_agent_is_lost() -> None:
-    walk = Walk().to(Phase.ADOPT)
+    walk = Walk().to(NodePhase.ADOPT)
     assert walk.later(ADOPT_S) == ["Cancel", "Remember"]
     over = Walk()
     over.log(1)
@@ -273,20 +273,20 @@ def test_an_engine_that_does_not_come_to_a_restarted_agent_is_lost() -> None:
 
 @pytest.mark.parametrize("first", ["rank", "supervisor"])
 def test_ranks_whose_slots_died_with_their_agent_are_ended(first: str) -> None:
-    walk = Walk().to(Phase.ADOPT)
+    walk = Walk().to(NodePhase.ADOPT)
     both = [ev.RankHello(2, 1, 0, 7), ev.SupervisorHello(1, 100, 1, 2)]
     one, other = both if first == "rank" else both[::-1]
     assert walk.names(one) == []
     assert walk.names(other) == ["KILL"]
 
 
-@pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.RECALL])  # that ends at once
-def test_asked_to_leave_in_each_phase(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", [phase for phase in NodePhase if phase is not NodePhase.RECALL])  # that ends at once
+def test_asked_to_leave_in_each_phase(phase: NodePhase) -> None:
     """Ranks that run save first; else it leaves at once. While the store is slow nothing is begun any more (A8)."""
     walk = Walk(nodes=2).to(phase)
     walk.busy = True
-    adopts = phase is Phase.ADOPT
-    assert walk.names(ev.Terminate())[0] == ("STOP" if phase is Phase.RUN else "AskDrained")
+    adopts = phase is NodePhase.ADOPT
+    assert walk.names(ev.Terminate())[0] == ("STOP" if phase is NodePhase.RUN else "AskDrained")
     for event in [
         ev.Claimed(1, HERE),
         ev.SupervisorHello(2, 100, 1 if adopts else 0, 2 if adopts else 0),
@@ -304,8 +304,8 @@ def test_asked_to_leave_in_each_phase(phase: Phase) -> None:
     assert walk.machine.exit == 0
 
 
-@pytest.mark.parametrize("phase", [Phase.PORTS, Phase.PEERS])
-def test_asked_to_leave_with_its_supervisor_there(phase: Phase) -> None:
+@pytest.mark.parametrize("phase", [NodePhase.PORTS, NodePhase.PEERS])
+def test_asked_to_leave_with_its_supervisor_there(phase: NodePhase) -> None:
     walk = Walk(nodes=2).to(phase)
     walk.busy = True
     walk.on(ev.Terminate())
@@ -320,12 +320,12 @@ def test_asked_to_leave_with_its_supervisor_there(phase: Phase) -> None:
 
 
 def test_leaving_has_an_end_though_the_store_is_away() -> None:
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     walk.busy = True
     walk.on(ev.Terminate())
     walk.later(120.0 + KILL_S)
     assert walk.machine.exit == 0
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     walk.busy = True
     assert walk.log(1, ended="succeeded") == []
     assert walk.later(LAST_RANKS_S) == ["END", "AskDrained"]
@@ -333,7 +333,7 @@ def test_leaving_has_an_end_though_the_store_is_away() -> None:
 
 
 def test_a_run_that_has_ended_begins_nothing() -> None:
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     walk.busy = True
     assert walk.log(1, ended="cancelled") == ["END", "AskDrained"]
     assert walk.log(1, 3) == []
@@ -341,13 +341,13 @@ def test_a_run_that_has_ended_begins_nothing() -> None:
 
 
 def test_another_launch_fences_this_one() -> None:
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     assert walk.log(1, launch="launch-2") == ["Cancel", "END", "MarkDone"]
     assert walk.machine.exit == 75
 
 
 def test_a_log_that_cannot_be_read_halts() -> None:
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     assert walk.log(1, 2, unreadable="record 3 is damaged") == []
     assert walk.names(ev.PartStored(1, 4)) == []
     assert walk.log(1, 2) == ["Begin", "Claim", "KILL"]
@@ -355,14 +355,14 @@ def test_a_log_that_cannot_be_read_halts() -> None:
 
 def test_a_late_part_of_an_older_attempt_is_not_committed() -> None:
     """A4: the run was resumed and ended again before this agent heard of it."""
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     walk.busy = True
     walk.log(1, 2, ended="cancelled")
     assert walk.names(ev.PartStored(1, 4)) == []
 
 
 def test_the_rules_find_a_broken_machine() -> None:
-    walk = Walk().to(Phase.RUN)
+    walk = Walk().to(NodePhase.RUN)
     walk.machine.timers.clear()
     walk.machine.engine.peer = None
     with pytest.raises(Broken, match="A7: RUN waits for nothing"):
@@ -373,7 +373,7 @@ def test_campaign() -> None:
     """Lost supervisors, late and repeated messages, lost claims, slow uploads, restarts, orders to leave, at random:
     the rules hold after every event, no sequence ends where nothing comes any more, and every move is made.
     """
-    moves: set[tuple[Phase, Phase]] = set()
+    moves: set[tuple[NodePhase, NodePhase]] = set()
     for seed in range(SEQUENCES):
         world = World(seed)
         try:
@@ -386,5 +386,8 @@ def test_campaign() -> None:
             print(f"seed {seed}", *world.trace[-80:], sep="\n")
             raise
         moves |= world.moves
-    rare = {(Phase.PEERS, Phase.KILL), (Phase.RECALL, Phase.KILL)}  # walked above, and by `to(Phase.KILL)`
+    rare = {
+        (NodePhase.PEERS, NodePhase.KILL),
+        (NodePhase.RECALL, NodePhase.KILL),
+    }  # walked above, and by `to(NodePhase.KILL)`
     assert {(before, after) for before, afters in MOVES.items() for after in afters} - moves <= rare

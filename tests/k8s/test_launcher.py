@@ -17,7 +17,7 @@ from k8s.api import Api
 from k8s.errors import ApiUnavailable, ForeignObject, Invalid, NotAllowed, QuotaFull
 from k8s.labels import LAUNCH, SPEC_DIGEST
 from k8s.launcher import KubernetesLauncher, run_of
-from k8s.watch import Pace
+from k8s.watch import WatchPace
 from tests.k8s.api_server import ApiServer
 from tests.k8s.test_render import TINY
 from tests.k8s.test_watch import until
@@ -26,7 +26,7 @@ from trainer.launch import Launch
 from trainer.plan import compile_plan
 from trainer.spec import parse_spec, what_digest
 
-QUICK = Pace(watch_s=2.0, idle_s=5.0, backoff_s=0.05, backoff_max_s=0.4, stable_s=0.3)
+QUICK = WatchPace(watch_s=2.0, idle_s=5.0, backoff_s=0.05, backoff_max_s=0.4, stable_s=0.3)
 AT = "/apis/batch/v1/namespaces/train/jobs"
 PODS_AT = "/api/v1/namespaces/train/pods"
 NAME = "tiny-0a1b2c-k1"

@@ -13,10 +13,10 @@ from kubernetes.client import Configuration
 from k8s.api import JOBS, PODS, Api
 from k8s.errors import ApiUnavailable, Expired, NotAllowed
 from k8s.views import PodView, pod_view
-from k8s.watch import List, Machine, ObjectWatcher, Pace, Wait, WatchRequest
+from k8s.watch import List, ObjectWatcher, Wait, WatchMachine, WatchPace, WatchRequest
 from tests.k8s.api_server import ApiServer, pod
 
-QUICK = Pace(watch_s=2.0, idle_s=5.0, relist_s=60.0, backoff_s=0.05, backoff_max_s=0.4, stable_s=0.3)
+QUICK = WatchPace(watch_s=2.0, idle_s=5.0, relist_s=60.0, backoff_s=0.05, backoff_max_s=0.4, stable_s=0.3)
 PODS_AT = "/api/v1/namespaces/train/pods"
 JOB = {"metadata": {"name": "x-k1", "uid": "j1", "labels": {"hotstage.dev/run": "x"}}, "spec": {"completions": 2}}
 
@@ -56,8 +56,8 @@ def started(watcher: ObjectWatcher[PodView]) -> ObjectWatcher[PodView]:
 # --- the pure machine -----------------------------------------------------------------------------------------
 
 
-def machine(**pace: Any) -> Machine:
-    return Machine(Pace(**pace), random.Random(1))
+def machine(**pace: Any) -> WatchMachine:
+    return WatchMachine(WatchPace(**pace), random.Random(1))
 
 
 def test_first_a_list_then_watches_from_its_version() -> None:
@@ -217,7 +217,7 @@ def test_a_server_that_is_away_is_unknown_and_says_since_when(
 
 
 def test_a_connection_that_says_nothing_is_given_up(server: ApiServer) -> None:
-    pace = Pace(watch_s=0.5, idle_s=0.5, backoff_s=0.05, backoff_max_s=0.1)
+    pace = WatchPace(watch_s=0.5, idle_s=0.5, backoff_s=0.05, backoff_max_s=0.1)
     watcher = ObjectWatcher(api_of(server), PODS, "train", "hotstage.dev/run=x", pod_view, pace, seed=1)
     try:
         started(watcher)

@@ -16,7 +16,7 @@ from typing import Any
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.attempt import Phase
+from checkpoint.agent.attempt import NodePhase
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.agent.machine import Machine
 from checkpoint.agent.status import RankStatus
@@ -90,7 +90,7 @@ class World:
         self.states: list[RunState] = []
         self.claims: dict[int, Place] = {}
         self.trace: list[str] = []
-        self.moves: set[tuple[Phase, Phase]] = set()
+        self.moves: set[tuple[NodePhase, NodePhase]] = set()
         self.number = 0
         self.supervisor: Supervisor | None = None
         # the disk
@@ -155,7 +155,7 @@ class World:
 
     def cut(self, peer: int) -> None:
         """A connection ends: what was under way is still heard."""
-        self.wires[peer].append(ev.Gone(peer))
+        self.wires[peer].append(ev.PeerGone(peer))
         s = self.supervisor
         if s is not None and s.peer == peer:
             s.peer, s.heard = None, False
@@ -352,7 +352,7 @@ class World:
 
     def deliver(self, peer: int) -> None:
         event = self.wires[peer].popleft()
-        if not self.wires[peer] and isinstance(event, ev.Gone):
+        if not self.wires[peer] and isinstance(event, ev.PeerGone):
             del self.wires[peer]
         s = self.supervisor
         if isinstance(event, ev.SupervisorHello) and s is not None and s.peer == peer:
@@ -498,10 +498,10 @@ class World:
             return not any(attempt.launch == LAUNCH for attempt in self.attempts)
         if attempt.epoch != self.attempts[-1].epoch:
             return False
-        if attempt.phase is Phase.IDLE:
+        if attempt.phase is NodePhase.IDLE:
             return True
         s = self.supervisor
-        return attempt.phase is Phase.RUN and s is not None and bool(s.ranks) and s.epoch == attempt.epoch
+        return attempt.phase is NodePhase.RUN and s is not None and bool(s.ranks) and s.epoch == attempt.epoch
 
 
 def _short(what: object) -> str:

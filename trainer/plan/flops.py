@@ -28,7 +28,7 @@ class Flops:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Operations:
     """What a call does: multiply-adds of products that the mathematics has, of products done again, and the rest."""
 
     products: int = 0
@@ -41,21 +41,21 @@ def _pairs(d: Dims) -> int:
     return d[0] * d[2] * d[4] * (d[1] * (d[1] + 1) // 2)
 
 
-def _product(d: Dims) -> Work:
-    return Work(d[0] * d[1] * d[2])
+def _product(d: Dims) -> Operations:
+    return Operations(d[0] * d[1] * d[2])
 
 
-def _elements(each: int, dims: int) -> Callable[[Dims], Work]:
-    def work(d: Dims) -> Work:
+def _elements(each: int, dims: int) -> Callable[[Dims], Operations]:
+    def work(d: Dims) -> Operations:
         count = each
         for size in d[:dims]:
             count *= size
-        return Work(elementwise=count)
+        return Operations(elementwise=count)
 
     return work
 
 
-_WORK: Mapping[str, Callable[[Dims], Work]] = {
+_WORK: Mapping[str, Callable[[Dims], Operations]] = {
     "embed_fwd": _elements(1, 2),
     "embed_wgrad": _elements(2, 2),
     "layernorm_fwd": _elements(8, 2),
@@ -67,17 +67,17 @@ _WORK: Mapping[str, Callable[[Dims], Work]] = {
     "linear_fwd": _product,
     "linear_igrad": _product,
     "linear_wgrad": _product,
-    "attention_fwd": lambda d: Work(2 * _pairs(d)),
-    "attention_igrad": lambda d: Work(4 * _pairs(d), again=_pairs(d)),
+    "attention_fwd": lambda d: Operations(2 * _pairs(d)),
+    "attention_igrad": lambda d: Operations(4 * _pairs(d), again=_pairs(d)),
     "rope_table": _elements(20, 2),
-    "rope_fwd": lambda d: Work(elementwise=3 * d[0] * d[2] * d[3]),
-    "rope_igrad": lambda d: Work(elementwise=3 * d[0] * d[2] * d[3]),
+    "rope_fwd": lambda d: Operations(elementwise=3 * d[0] * d[2] * d[3]),
+    "rope_igrad": lambda d: Operations(elementwise=3 * d[0] * d[2] * d[3]),
     "gelu_fwd": _elements(20, 1),
     "gelu_igrad": _elements(30, 1),
     "swiglu_fwd": _elements(20, 2),
     "swiglu_igrad": _elements(30, 2),
-    "classifier_fwd": lambda d: Work(d[0] * d[1] * d[2], elementwise=20 * d[0] * d[2]),
-    "classifier_grad": lambda d: Work(3 * d[0] * d[1] * d[2], elementwise=20 * d[0] * d[2]),
+    "classifier_fwd": lambda d: Operations(d[0] * d[1] * d[2], elementwise=20 * d[0] * d[2]),
+    "classifier_grad": lambda d: Operations(3 * d[0] * d[1] * d[2], elementwise=20 * d[0] * d[2]),
     "logits": _product,
     "add_acc": _elements(1, 1),
     "sumsq": _elements(2, 1),
@@ -98,7 +98,7 @@ _TRAINING: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def work(kernel: str, dims: Dims) -> Work:
+def work(kernel: str, dims: Dims) -> Operations:
     """What one call of ``kernel`` (a key of ``trainer.wire.KERNELS``) does."""
     try:
         return _WORK[kernel](dims)
