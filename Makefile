@@ -18,7 +18,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser newcomer images test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test test-browser newcomer images cuda test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ newcomer: ## `make test` in a bare Debian with only the README's packages (root;
 
 images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: what they stand on; BASE=local: the S3 server too)
 	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
+
+cuda: setup ## the kernels for GPUs into out/cuda, with what each takes (nvcc from pinned wheels; no GPU is needed)
+	$(BIN)/python -m k8s.images.cuda
 
 test-cluster: setup ## tests on a real Kubernetes, at most 10 minutes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.cluster build

@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,32 +32,39 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def tools() -> Path:
-    """The ``bin`` folder of an environment with the compiler; made on first use (100 MB are fetched)."""
-    digest = hashlib.sha256(" ".join((*TOOLS, sys.version)).encode()).hexdigest()[:12]
-    home = cache() / f"static-{digest}"
+def environment_of(name: str, pins: Sequence[str], options: Sequence[str] = ()) -> Path:
+    """An environment with these wheels, in the user's cache folder; made on first use."""
+    digest = hashlib.sha256(" ".join((*pins, sys.version)).encode()).hexdigest()[:12]
+    home = cache() / f"{name}-{digest}"
     done = home / ".done"
     if done.exists():
-        return home / "bin"
+        return home
     with open(cache() / f".{home.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            say(f"installing {', '.join(TOOLS)} into {home} (once)")
+            say(f"installing {', '.join(pins)} into {home} (once)")
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
             pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, *TOOLS], check=True)
+            subprocess.run([*pip, *options, *pins], check=True)
             done.touch()
-    return home / "bin"
+    return home
+
+
+def tools() -> Path:
+    """The ``bin`` folder of an environment with the compiler (100 MB are fetched)."""
+    return environment_of("static", TOOLS) / "bin"
 
 
 def compiler(target: str) -> Path:
-    """A folder with ``cc``, ``ar`` and ``ranlib`` for one of zig's targets. The first build for a target makes its libc
-    (40 s, once); what zig keeps lies in the user's cache folder."""
+    """A folder with ``cc``, ``c++``, ``ar`` and ``ranlib`` for one of zig's targets. The first build for a target makes
+    its libc (40 s, once); what zig keeps lies in the user's cache folder."""
     python = tools() / "python"
     folder = python.parents[1] / "for" / target
     folder.mkdir(parents=True, exist_ok=True)
     kept = f'ZIG_GLOBAL_CACHE_DIR="{cache()}/zig" ZIG_LOCAL_CACHE_DIR="{cache()}/zig"'
-    for name, command in (("cc", f"cc -target {target} -fno-sanitize=all"), ("ar", "ar"), ("ranlib", "ranlib")):
+    compile_for = f"-target {target} -fno-sanitize=all"
+    commands = {"cc": f"cc {compile_for}", "c++": f"c++ {compile_for}", "ar": "ar", "ranlib": "ranlib"}
+    for name, command in commands.items():
         text = f'#!/bin/sh\n{kept} exec "{python}" -m ziglang {command} "$@"\n'
         wrapper = folder / name
         if not wrapper.exists() or wrapper.read_text() != text:

@@ -84,8 +84,8 @@ static hs_status classifier_logits(cudaStream_t stream, float *logits, const T *
                                    int64_t rows, int64_t C, int64_t V) {
     gemm<T, float> g = {};
     g.m = rows, g.n = V, g.k = C;
-    g.a = {x, C, 1};
-    g.b = {w, C, 1};
+    g.a = gemm_side<T>{x, C, 1};
+    g.b = gemm_side<T>{w, C, 1};
     g.out = logits, g.ld_out = V;
     return gemm_run(stream, g);
 }
@@ -123,14 +123,14 @@ template <typename T> static hs_status classifier_grad_op(cudaStream_t stream, c
                          target, V, (float)a->real[0], wide_at(logits, V)));
         gemm<T, T> dx = {};
         dx.m = rows, dx.n = C, dx.k = V;
-        dx.a = {dlogits, V, 1};
-        dx.b = {w, 1, C};
+        dx.a = gemm_side<T>{dlogits, V, 1};
+        dx.b = gemm_side<T>{w, 1, C};
         dx.out = static_cast<T *>(a->ptr[1]) + r * C, dx.ld_out = C;
         HS_TRY(gemm_run(stream, dx));
         gemm<T, float> dw = {};
         dw.m = V, dw.n = C, dw.k = rows;
-        dw.a = {dlogits, 1, V};
-        dw.b = {x, 1, C};
+        dw.a = gemm_side<T>{dlogits, 1, V};
+        dw.b = gemm_side<T>{x, 1, C};
         dw.out = static_cast<float *>(a->ptr[2]), dw.ld_out = C;
         dw.from_old = true;
         HS_TRY(gemm_run(stream, dw));

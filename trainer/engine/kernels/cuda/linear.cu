@@ -23,8 +23,8 @@ template <typename T> static hs_status linear_fwd_op(cudaStream_t stream, const 
     const int64_t ldy = a->dim[3], ldx = a->dim[4], ldres = a->dim[5];
     gemm<T, T> g = {};
     g.m = R, g.n = N, g.k = K;
-    g.a = {static_cast<const T *>(a->ptr[1]), ldx, 1};
-    g.b = {static_cast<const T *>(a->ptr[2]), K, 1};
+    g.a = gemm_side<T>{static_cast<const T *>(a->ptr[1]), ldx, 1};
+    g.b = gemm_side<T>{static_cast<const T *>(a->ptr[2]), K, 1};
     g.out = static_cast<T *>(a->ptr[0]), g.ld_out = ldy;
     g.bias = static_cast<const float *>(a->ptr[3]);
     g.res = static_cast<const T *>(a->ptr[4]), g.ld_res = ldres;
@@ -37,8 +37,8 @@ template <typename T> static hs_status linear_igrad_op(cudaStream_t stream, cons
     const int64_t lddx = a->dim[3], lddy = a->dim[4], ACCUM = a->dim[5];
     gemm<T, T> g = {};
     g.m = R, g.n = K, g.k = N;
-    g.a = {static_cast<const T *>(a->ptr[1]), lddy, 1};
-    g.b = {static_cast<const T *>(a->ptr[2]), 1, K};
+    g.a = gemm_side<T>{static_cast<const T *>(a->ptr[1]), lddy, 1};
+    g.b = gemm_side<T>{static_cast<const T *>(a->ptr[2]), 1, K};
     g.out = static_cast<T *>(a->ptr[0]), g.ld_out = lddx;
     g.add_old = ACCUM != 0;
     return gemm_run(stream, g);
@@ -51,8 +51,8 @@ template <typename T> static hs_status linear_wgrad_op(cudaStream_t stream, cons
     const T *dy = static_cast<const T *>(a->ptr[2]);
     gemm<T, float> g = {};
     g.m = N, g.n = K, g.k = R;
-    g.a = {dy, 1, lddy};
-    g.b = {static_cast<const T *>(a->ptr[3]), 1, ldx};
+    g.a = gemm_side<T>{dy, 1, lddy};
+    g.b = gemm_side<T>{static_cast<const T *>(a->ptr[3]), 1, ldx};
     g.out = static_cast<float *>(a->ptr[0]), g.ld_out = K;
     g.from_old = true;
     HS_TRY(gemm_run(stream, g));
