@@ -393,6 +393,23 @@ def test_a_second_writer_is_found() -> None:
     assert len(list(said_again("flows/x.py", ast.parse(text)))) == 4
 
 
+COUNTED = re.compile(r"\b(?:ptr|dim|real)\[\w*\d\w*\]")
+
+
+def test_kernels_name_their_arguments() -> None:
+    """``a->K``, not ``dim[2]``: which argument is which is said once, in wire/kernels.h (kernels/args.h)."""
+    wrong = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in engine_files()
+        if path.is_relative_to(ENGINE / "kernels") and path.suffix in (".c", ".h")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if COUNTED.search(line)
+    ]
+    assert not wrong, wrong
+    assert COUNTED.search("int64_t K = a->dim[2];")
+    assert not COUNTED.search("void *ptr[HS_CALL_PTRS];")
+
+
 INVARIANT = re.compile(r"^ \* I(\d+) {1,3}\S", re.MULTILINE)
 
 

@@ -7,13 +7,14 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests.engine.engine_build import engine
 from trainer import wire
 from trainer.plan.memory import workspace_bytes
+from trainer.spec import KernelPath
 
 __all__ = ["engine"]
 
@@ -44,8 +45,9 @@ def test_records_have_the_same_fields_at_the_same_places(printed: dict[str, Any]
 
 def test_tables_are_the_same(printed: dict[str, Any]) -> None:
     assert printed["kernels"] == {
-        name: [k.number, k.dim_names, k.real_names, [list(o) for o in k.operands]] for name, k in wire.KERNELS.items()
+        name: [*kernel[:-1], [list(operand) for operand in kernel.operands]] for name, kernel in wire.KERNELS.items()
     }
+    assert printed["paths"] == wire.PATHS == {name: i for i, name in enumerate(get_args(KernelPath))}
     assert printed["exits"] == {str(code): list(row) for code, row in wire.EXITS.items()}
     assert printed["messages"] == wire.MSGS
 

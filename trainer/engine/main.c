@@ -126,7 +126,7 @@ static hs_status command_infer(int argc, char **argv, hs_why *why) {
         {.name = "--threads", .number = &threads},
     };
     HS_TRY(PARSE(options, why));
-    args.kernel_path = path > 4 ? 5 : (uint32_t)path;
+    args.kernel_path = path >= HS_PATH_COUNT ? HS_PATH_COUNT : (uint32_t)path;
     args.threads = threads > 256 ? 256 : (uint32_t)threads;
     return hs_infer(&args, why);
 }

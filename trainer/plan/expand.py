@@ -1,8 +1,9 @@
 """Pass 0: a family's calls into the forward and backward programs of a stage.
 
-Every kernel declares its own gradients here, as one rule: which call gives the gradient of its inputs (part ``I``) and
-which the gradient of its weights (part ``W``). Backward is the rules in reverse order, each W right after the I of the
-same op, because residual gradients are updated in place. Knows nothing of precision, addresses, slots or messages.
+Every kernel declares its own gradients in its row of the table (``wire/kernels.h``): which kernel gives the gradient of
+its inputs (part ``I``), which the gradient of its weights (part ``W``), and, by the names of their operands and dims,
+what they are given. Backward is that in reverse order, each W right after the I of the same op, because residual
+gradients are updated in place. Knows nothing of precision, addresses, slots or messages.
 
 The gradient of the residual stream is one buffer: ``linear``'s residual operand passes it on unchanged, and the norms
 add to it in place. On a stage that sends its output on, that buffer is the output itself: the output is not needed once
@@ -18,14 +19,17 @@ I3  a value has one gradient buffer
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from trainer.errors import PlanError
 from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight
 from trainer.plan.places import Stage
 from trainer.spec import ModelSpec
+from trainer.wire.kernels import KERNELS, Kernel, product
+from trainer.wire.kernels import Operand as KernelOperand
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def expand_stage(
 
 
 class Tape:
-    """Derives backward calls; the rules below speak to it in its verbs."""
+    """Derives backward calls from the table of kernels."""
 
     def __init__(
         self, b: Builder, forward: list[Call], received: View | None, sent: View | None, chunk: int, scale: float
@@ -131,13 +135,77 @@ class Tape:
         """All backward calls, in order."""
         for call in ([] if head is None else [head]) + self.forward[::-1]:
             self.layer = call.layer
-            rule = RULES.get(call.kernel)
-            if rule is None:
-                raise PlanError(f"kernel {call.kernel} declares no gradient; add a rule to trainer/plan/expand.py")
-            rule(call, self)
+            self.derive(call)
         return self.calls
 
-    # the verbs of the rules
+    def derive(self, call: Call) -> None:
+        """The calls that give the gradients of one forward call's operands, as its row says."""
+        row = KERNELS.get(call.kernel)
+        if row is None or not row.derived:
+            raise PlanError(f"kernel {call.kernel} declares no gradient; its row of trainer/engine/wire/kernels.h must")
+        self._emit("I", row.input_gradient, call)
+        if row.weight_gradient != row.input_gradient:
+            self._emit("W", row.weight_gradient, call)
+        passed = _by_name(row, call).get(row.passes)
+        if passed is not None:
+            self.share(_view(passed), self.gradient(_view(call.ptr[0])))
+
+    def _emit(self, part: Literal["I", "W"], kernel: str, call: Call) -> None:
+        if not kernel:
+            return
+        row, forward = KERNELS[kernel], _by_name(KERNELS[call.kernel], call)
+        dims = KERNELS[call.kernel].named(call.dim) | {"CHUNK": self.chunk}
+        reals = {"scale": self.scale} | dict(zip(KERNELS[call.kernel].real_names.split(), call.real, strict=True))
+        given: dict[str, Operand] = {}
+        for operand in row.operands:  # what is read first: a gradient may take the place of a value
+            if operand.role == "read":
+                given[operand.name] = self._read(operand.name, forward)
+        for operand in row.operands:
+            if operand.role != "read":
+                given[operand.name] = self._written(row, operand, forward, given, dims)
+        for name, view in given.items():
+            if isinstance(view, View):
+                dims[f"ld{name}"] = view.ld
+        ptr = tuple(given[operand.name] for operand in row.operands)
+        dim = tuple(dims[name] for name in row.dim_names.split())
+        self.calls.append(
+            Call(kernel, ptr, dim, tuple(reals[name] for name in row.real_names.split()), self.layer, part)
+        )
+
+    def _read(self, name: str, forward: Mapping[str, Operand]) -> Operand:
+        if name not in forward:
+            return self.gradient(_view(forward[name[1:]]))
+        value = forward[name]
+        return self.keep(value) if isinstance(value, View) else value
+
+    def _written(
+        self,
+        row: Kernel,
+        operand: KernelOperand,
+        forward: Mapping[str, Operand],
+        given: Mapping[str, Operand],
+        dims: dict[str, int],
+    ) -> Operand:
+        name = operand.name
+        if operand.role == "scratch":
+            elements = product(operand.rows, dims) * product(operand.columns, dims)
+            return self._new(name, elements, operand.kind)
+        if name in forward:
+            value = forward[name]
+            return self.gradient(_view(value)) if operand.role == "update" else value
+        value, other = forward[name[1:]], operand.note.removeprefix("may be ")
+        if not isinstance(value, View):
+            return self.weight_gradient(value)
+        if other in forward:
+            return self.overwrite(value) or self.only(value)
+        if other in given:  # the gradient of the output has no other reader
+            return self.share(value, _view(given[other]))
+        if "ACCUM" not in row.dim_names.split():
+            return self.only(value)
+        target, dims["ACCUM"] = self.into(value)
+        return target
+
+    # what a value's gradient may be
 
     def keep(self, view: View) -> View:
         """A forward value, read in backward (I1)."""
@@ -193,15 +261,6 @@ class Tape:
         assert isinstance(weight, Weight)
         return replace(weight, use="head_gradient" if weight.use == "head" else "gradient")
 
-    def scratch(self, name: str, elements: int, kind: str = "acc") -> View:
-        """Memory for the next call alone."""
-        return self._new(name, elements, kind)
-
-    def emit(self, part: str, kernel: str, ptr: tuple[Operand, ...], dim: tuple[int, ...], *real: float) -> None:
-        """Append a backward call."""
-        assert part in ("I", "W")
-        self.calls.append(Call(kernel, ptr, dim, real, self.layer, "I" if part == "I" else "W"))
-
     # bookkeeping
 
     def _new(self, name: str, elements: int, kind: str) -> View:
@@ -223,98 +282,10 @@ class Tape:
         return 0
 
 
-# --- the rules: one a kernel --------------------------------------------------------------------------------
-
-
 def _view(operand: Operand) -> View:
     assert isinstance(operand, View)
     return operand
 
 
-def _embed(call: Call, t: Tape) -> None:
-    y, tokens, wte, wpe = call.ptr
-    dy = t.gradient(_view(y))
-    t.emit("W", "embed_wgrad", (t.weight_gradient(wte), t.weight_gradient(wpe), dy, tokens), call.dim)
-
-
-def _layernorm(call: Call, t: Tape) -> None:
-    y, mean, rstd, x, w, bias = call.ptr
-    dy, x, (rows, cols) = t.gradient(_view(y)), t.keep(_view(x)), call.dim
-    dx, accum = t.into(x)
-    t.emit("I", "layernorm_igrad", (dx, dy, x, w, mean, rstd), (rows, cols, accum))
-    weights = (t.weight_gradient(w), t.weight_gradient(bias))
-    t.emit("W", "layernorm_wgrad", (*weights, dy, x, mean, rstd), (rows, cols))
-
-
-def _rmsnorm(call: Call, t: Tape) -> None:
-    y, rstd, x, w = call.ptr
-    dy, x, (rows, groups, cols, ldx, _) = t.gradient(_view(y)), t.keep(_view(x)), call.dim
-    dx, accum = t.into(x)
-    t.emit("I", "rmsnorm_igrad", (dx, dy, x, w, rstd), (rows, groups, cols, dx.ld, dy.ld, ldx, accum))
-    t.emit("W", "rmsnorm_wgrad", (t.weight_gradient(w), dy, x, rstd), (rows, groups, cols, dy.ld, ldx))
-
-
-def _linear(call: Call, t: Tape) -> None:
-    y, x, w, bias, residual = call.ptr
-    dy, x, (rows, out, inner, _, ldx, _) = t.gradient(_view(y)), t.keep(_view(x)), call.dim
-    dx, accum = t.into(x)
-    t.emit("I", "linear_igrad", (dx, dy, w), (rows, out, inner, dx.ld, dy.ld, accum))
-    t.emit("W", "linear_wgrad", (t.weight_gradient(w), t.weight_gradient(bias), dy, x), (rows, out, inner, dy.ld, ldx))
-    if residual is not None:
-        t.share(_view(residual), dy)
-
-
-def _attention(call: Call, t: Tape) -> None:
-    o, lse, q, k, v = (_view(p) for p in call.ptr)
-    do = t.gradient(o)
-    o, q, k, v = t.keep(o), t.keep(q), t.keep(k), t.keep(v)
-    batch, sequence, heads, groups, size, ldo, ldq, ldk, ldv = call.dim
-    dq, dk, dv = t.only(q), t.only(k), t.only(v)
-    delta = t.scratch("delta", batch * heads * sequence)
-    lds = (dq.ld, dk.ld, dv.ld, do.ld, ldo, ldq, ldk, ldv)
-    dim = (batch, sequence, heads, groups, size, *lds)
-    t.emit("I", "attention_igrad", (dq, dk, dv, do, o, q, k, v, lse, delta), dim, *call.real)
-
-
-def _rope(call: Call, t: Tape) -> None:
-    x, table = call.ptr
-    dx, (rows, sequence, heads, size, _) = t.gradient(_view(x)), call.dim
-    t.emit("I", "rope_igrad", (dx, table), (rows, sequence, heads, size, dx.ld))
-
-
-def _gelu(call: Call, t: Tape) -> None:
-    y, x = (_view(p) for p in call.ptr)
-    dy = t.gradient(y)
-    dx = t.share(t.keep(x), dy)  # dx may be dy: the gradient of y has no other reader
-    t.emit("I", "gelu_igrad", (dx, dy, x), call.dim)
-
-
-def _swiglu(call: Call, t: Tape) -> None:
-    y, x = (_view(p) for p in call.ptr)
-    dy = t.gradient(y)
-    x = t.keep(x)
-    dx = t.overwrite(x) or t.only(x)
-    t.emit("I", "swiglu_igrad", (dx, dy, x), call.dim)
-
-
-def _classifier(call: Call, t: Tape) -> None:
-    loss, x, w, targets, _ = call.ptr
-    x, (rows, width, vocab) = t.keep(_view(x)), call.dim
-    dx = t.only(x)
-    logits = t.scratch("logits", t.chunk * vocab)
-    dlogits = t.scratch("dlogits", t.chunk * vocab, "dt")
-    ptr = (loss, dx, t.weight_gradient(w), x, w, targets, logits, dlogits)
-    t.emit("I", "classifier_grad", ptr, (rows, width, vocab, t.chunk), t.scale)
-
-
-RULES: dict[str, Callable[[Call, Tape], None]] = {
-    "embed_fwd": _embed,
-    "layernorm_fwd": _layernorm,
-    "rmsnorm_fwd": _rmsnorm,
-    "linear_fwd": _linear,
-    "attention_fwd": _attention,
-    "rope_fwd": _rope,
-    "gelu_fwd": _gelu,
-    "swiglu_fwd": _swiglu,
-    "classifier_fwd": _classifier,
-}
+def _by_name(row: Kernel, call: Call) -> dict[str, Operand]:
+    return dict(zip((operand.name for operand in row.operands), call.ptr, strict=True))

@@ -41,7 +41,6 @@ from trainer.plan.schedules import GENERATORS
 from trainer.plan.slots import assign_slots, check_hazards
 from trainer.spec import RunSpec
 
-SUMSQ_BLOCK = 65536
 COMBINES = Position(0)
 """The position that adds up the reports and decides for the gang."""
 REPORT_BYTES, CONTROL_BYTES = 64, 96
@@ -189,7 +188,7 @@ class _Lowering:
             if self.tied is not None and self.first and not self.last:
                 received = align(4 * self.job.tensors[self.tied].elements)
             largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
-            partials = 8 * -(-largest // SUMSQ_BLOCK)
+            partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
             most = max(most, received + partials)
         base = arena.take(most, "scratch")
         for name, offset in places.items():
@@ -323,7 +322,7 @@ class _Lowering:
         for n in self.owned:
             elements = self.job.tensors[n].elements
             out = Ref(wire.SPACE_STATIC, self.sumsq.offset + 8 * n, 8)
-            partials = Ref(wire.SPACE_STATIC, self.partials, 8 * -(-elements // SUMSQ_BLOCK))
+            partials = Ref(wire.SPACE_STATIC, self.partials, 8 * -(-elements // wire.SUMSQ_BLOCK))
             calls.append(self._call("sumsq", (out, self.gradients[n], partials), (elements,)))
         return calls
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
+from trainer.wire.kernels import ATTENTION_HEAD_MAX as ATTENTION_HEAD_MAX
+from trainer.wire.kernels import KERNELS as KERNELS
+from trainer.wire.kernels import SUMSQ_BLOCK as SUMSQ_BLOCK
+
 u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
 i32, i64, f32, f64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 char = ctypes.c_char
@@ -40,172 +44,13 @@ EXITS: dict[int, Exit] = {
     143: Exit("TERMINATED", "infra", "stopped on request, this attempt saved nothing"),
 }
 
-# --- kernels.h --------------------------------------------------------------------------------------------
+# --- kernels.h (its table: trainer/wire/kernels.py) --------------------------------------------------------
 
 CALL_PTRS, CALL_DIMS, CALL_REALS = 12, 16, 6
 F32, BF16, F64, I32 = 1, 2, 3, 4
 DTYPE_BYTES = {F32: 4, BF16: 2, F64: 8, I32: 4}
-
-
-class Operand(NamedTuple):
-    """An operand of a kernel. ``role``: read, write, update, scratch; ``kind``: dt, acc, f64, byte, tokens, targets,
-    control. Rows and columns are products of dims and numbers; ``note``: optional, "below V", "may be dy"."""
-
-    role: str
-    name: str
-    kind: str
-    rows: str = ""
-    columns: str = ""
-    ld: str = ""
-    note: str = ""
-
-
-class Kernel(NamedTuple):
-    """A row of the table of kernels: its number, the names of its dims and reals, and its operands."""
-
-    number: int
-    dim_names: str
-    real_names: str
-    operands: tuple[Operand, ...]
-
-    @property
-    def ptrs(self) -> int:
-        """How many operands it takes."""
-        return len(self.operands)
-
-    @property
-    def dims(self) -> int:
-        """How many integers it takes."""
-        return len(self.dim_names.split())
-
-    @property
-    def reals(self) -> int:
-        """How many reals it takes."""
-        return len(self.real_names.split())
-
-
-def _kernel(number: int, dims: str, reals: str, operands: str) -> Kernel:
-    """``operands``: fields of :class:`Operand` with ``:`` between, operands with ``,``."""
-    return Kernel(number, dims, reals, tuple(Operand(*text.split(":")) for text in operands.split(", ")))
-
-
-KERNELS: dict[str, Kernel] = {
-    "embed_fwd": _kernel(
-        1,
-        "R C V T",
-        "",
-        "write:y:dt:R:C, read:tok:tokens::R::below V, read:wte:dt:V:C, read:wpe:dt:T:C::optional",
-    ),
-    "embed_wgrad": _kernel(
-        2,
-        "R C V T",
-        "",
-        "update:dwte:acc:V:C, update:dwpe:acc:T:C::optional, read:dy:dt:R:C, read:tok:tokens::R::below V",
-    ),
-    "layernorm_fwd": _kernel(
-        3,
-        "R C",
-        "eps",
-        "write:y:dt:R:C, write:mean:acc::R, write:rstd:acc::R, read:x:dt:R:C, read:w:acc::C, read:b:acc::C",
-    ),
-    "layernorm_igrad": _kernel(
-        4,
-        "R C ACCUM",
-        "",
-        "update:dx:dt:R:C, read:dy:dt:R:C, read:x:dt:R:C, read:w:acc::C, read:mean:acc::R, read:rstd:acc::R",
-    ),
-    "layernorm_wgrad": _kernel(
-        5,
-        "R C",
-        "",
-        "update:dw:acc::C, update:db:acc::C, read:dy:dt:R:C, read:x:dt:R:C, read:mean:acc::R, read:rstd:acc::R",
-    ),
-    "rmsnorm_fwd": _kernel(
-        6,
-        "R N C ldx ldy",
-        "eps",
-        "write:y:dt:R:N C:ldy, write:rstd:acc:R:N, read:x:dt:R:N C:ldx, read:w:acc::C",
-    ),
-    "rmsnorm_igrad": _kernel(
-        7,
-        "R N C lddx lddy ldx ACCUM",
-        "",
-        "update:dx:dt:R:N C:lddx, read:dy:dt:R:N C:lddy, read:x:dt:R:N C:ldx, read:w:acc::C, read:rstd:acc:R:N",
-    ),
-    "rmsnorm_wgrad": _kernel(
-        8,
-        "R N C lddy ldx",
-        "",
-        "update:dw:acc::C, read:dy:dt:R:N C:lddy, read:x:dt:R:N C:ldx, read:rstd:acc:R:N",
-    ),
-    "linear_fwd": _kernel(
-        9,
-        "R N K ldy ldx ldres",
-        "",
-        "write:y:dt:R:N:ldy, read:x:dt:R:K:ldx, read:w:dt:N:K, read:b:acc::N::optional, read:res:dt:R:N:ldres:optional",
-    ),
-    "linear_igrad": _kernel(
-        10,
-        "R N K lddx lddy ACCUM",
-        "",
-        "update:dx:dt:R:K:lddx, read:dy:dt:R:N:lddy, read:w:dt:N:K",
-    ),
-    "linear_wgrad": _kernel(
-        11,
-        "R N K lddy ldx",
-        "",
-        "update:dw:acc:N:K, update:db:acc::N::optional, read:dy:dt:R:N:lddy, read:x:dt:R:K:ldx",
-    ),
-    "attention_fwd": _kernel(
-        12,
-        "B T H G D ldo ldq ldk ldv",
-        "scale",
-        "write:o:dt:B T:H D:ldo, write:lse:acc:B H:T, read:q:dt:B T:H D:ldq, read:k:dt:B T:G D:ldk, "
-        "read:v:dt:B T:G D:ldv",
-    ),
-    "attention_igrad": _kernel(
-        13,
-        "B T H G D lddq lddk lddv lddo ldo ldq ldk ldv",
-        "scale",
-        "write:dq:dt:B T:H D:lddq, write:dk:dt:B T:G D:lddk, write:dv:dt:B T:G D:lddv, read:do:dt:B T:H D:lddo, "
-        "read:o:dt:B T:H D:ldo, read:q:dt:B T:H D:ldq, read:k:dt:B T:G D:ldk, read:v:dt:B T:G D:ldv, "
-        "read:lse:acc:B H:T, scratch:delta:acc:B H:T",
-    ),
-    "rope_table": _kernel(14, "T D", "base", "write:tab:acc:T:D"),
-    "rope_fwd": _kernel(15, "R T N D ldx", "", "update:x:dt:R:N D:ldx, read:tab:acc:T:D"),
-    "rope_igrad": _kernel(16, "R T N D ldx", "", "update:x:dt:R:N D:ldx, read:tab:acc:T:D"),
-    "gelu_fwd": _kernel(17, "n", "", "write:y:dt::n, read:x:dt::n"),
-    "gelu_igrad": _kernel(18, "n", "", "write:dx:dt::n::may be dy, read:dy:dt::n, read:x:dt::n"),
-    "swiglu_fwd": _kernel(19, "R F", "", "write:y:dt:R:F, read:gu:dt:R:2 F"),
-    "swiglu_igrad": _kernel(20, "R F", "", "write:dgu:dt:R:2 F::may be gu, read:dy:dt:R:F, read:gu:dt:R:2 F"),
-    "classifier_fwd": _kernel(
-        21,
-        "R C V CHUNK",
-        "",
-        "write:loss:acc::R, read:x:dt:R:C, read:w:dt:V:C, read:target:targets::R::below V, scratch:logits:acc:CHUNK:V",
-    ),
-    "classifier_grad": _kernel(
-        22,
-        "R C V CHUNK",
-        "scale",
-        "write:loss:acc::R, write:dx:dt:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
-        "read:target:targets::R::below V, scratch:logits:acc:CHUNK:V, scratch:dlogits:dt:CHUNK:V",
-    ),
-    "logits": _kernel(23, "R C V", "", "write:logits:acc:R:V, read:x:dt:R:C, read:w:dt:V:C"),
-    "add_acc": _kernel(24, "n", "", "update:dst:acc::n, read:src:acc::n"),
-    "sumsq": _kernel(25, "n", "", "write:out:f64, read:x:acc::n, scratch:part:f64::BLOCKS n"),
-    "adamw": _kernel(
-        26,
-        "n ZERO_G",
-        "beta1 beta2 eps decay",
-        "update:w:acc::n, update:m:acc::n, update:v:acc::n, update:g:acc::n, write:wc:dt::n::optional, "
-        "read:ctl:control",
-    ),
-    "zero": _kernel(27, "bytes", "", "write:dst:byte::bytes"),
-    "init_normal": _kernel(28, "n TENSOR SEED", "mean std", "write:w:acc::n"),
-    "init_const": _kernel(29, "n", "value", "write:w:acc::n"),
-    "cast": _kernel(30, "n", "", "write:dst:dt::n, read:src:acc::n"),
-}
+PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4}
+"""Families of kernels by number: ``launch.kernel_path``, and ``kernel_path`` of an attempt."""
 
 # --- plan.h -----------------------------------------------------------------------------------------------
 
@@ -458,7 +303,6 @@ class SlotHeader(ctypes.LittleEndianStructure):
 # --- attempt.h --------------------------------------------------------------------------------------------
 
 ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 1
-PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4}
 
 
 class Attempt(ctypes.LittleEndianStructure):

@@ -1,10 +1,11 @@
-/* The table of wire/kernels.h as data, and what follows from it: which bytes a call touches, and
- * whether two of its operands may lie as they do. One place multiplies, with a check for overflow.
+/* The table of wire/kernels.h as data, and what follows from it: which bytes a call touches, what it
+ * does, and whether two of its operands may lie as they do. One place multiplies, with a check for
+ * overflow.
  */
+#include <stdlib.h>
 #include <string.h>
 
-#include "kernels/attention.h"
-#include "kernels/optimizer.h"
+#include "kernels/kernels.h"
 #include "wire/plan.h"
 
 #define OPERAND(what, n, type, r, c, l, ...)                                                       \
@@ -23,18 +24,29 @@
 #define BELOW(dim)   .below = #dim
 #define MAY_BE(n)    .may_be = #n
 
-#define X(number, NAME, name, d, s, z, r, ...)                                                     \
+#define DIMS(...)  #__VA_ARGS__
+#define REALS(...) #__VA_ARGS__
+#define NO_REALS   ""
+#define GRADIENT(INPUT, WEIGHT, passed)                                                            \
+    .input_gradient = HS_K_##INPUT, .weight_gradient = HS_K_##WEIGHT, .passes = (passed)
+#define NO_GRADIENT   GRADIENT(NONE, NONE, "")
+#define WORK(p, a, e) .products = (p), .again = (a), .each = (e)
+
+#define X(number, NAME, name, dims, sizes, switch_, reals, holds, gradient, work, ...)             \
     static const hs_operand name##_operands[] = {__VA_ARGS__};
 HS_KERNELS(X)
 #undef X
 
 static const hs_kernel_facts kernels[HS_K_COUNT] = {
-#define X(number, NAME, name_, dims_, sizes_, switch_, reals_, ...)                                \
+#define X(number, NAME, name_, dims_, sizes_, switch_, reals_, holds_, gradient, work, ...)        \
     [number] = {.name = #name_,                                                                    \
-                .dims = (dims_),                                                                   \
-                .reals = (reals_),                                                                 \
+                .dims = dims_,                                                                     \
+                .reals = reals_,                                                                   \
                 .one_or_zero = (switch_),                                                          \
                 .sizes = (sizes_),                                                                 \
+                .holds = holds_,                                                                   \
+                gradient,                                                                          \
+                work,                                                                              \
                 .operand_count = (int)(sizeof name_##_operands / sizeof *name_##_operands),        \
                 .operands = name_##_operands},
     HS_KERNELS(X)
@@ -45,19 +57,27 @@ const hs_kernel_facts *hs_kernel_facts_of(uint32_t kernel) {
     return kernel > 0 && kernel < HS_K_COUNT ? &kernels[kernel] : NULL;
 }
 
+/* Length of the word that the text starts with; words end with a blank, a comma, or the text. */
+static size_t word(const char *text) {
+    return strcspn(text, ", ");
+}
+
+/* Past a word and what divides it from the next. */
+static const char *after(const char *text) {
+    text += word(text);
+    return text + strspn(text, ", ");
+}
+
 int hs_kernel_names(const char *names) {
-    int count = names[0] != '\0';
-    for (; *names; names++) count += *names == ' ';
+    int count = 0;
+    for (; *names; names = after(names)) count++;
     return count;
 }
 
 /* Position of a name among `names`; -1: it is none of them. */
 static int position_of(const char *names, const char *name, size_t length) {
-    for (int i = 0; *names; i++) {
-        const size_t n = strcspn(names, " ");
-        if (n == length && memcmp(names, name, n) == 0) return i;
-        names += n + (names[n] == ' ');
-    }
+    for (int i = 0; *names; i++, names = after(names))
+        if (word(names) == length && memcmp(names, name, length) == 0) return i;
     return -1;
 }
 
@@ -85,59 +105,62 @@ static int64_t bytes_of_kind(hs_kind kind, uint16_t dtype) {
     return 1;
 }
 
+/* A dim or a number. */
+static int64_t value_of(const hs_kernel_facts *k, const char *text, size_t length,
+                        const int64_t dim[]) {
+    const int i = position_of(k->dims, text, length);
+    HS_ASSERT(i >= 0 || (*text >= '0' && *text <= '9'));
+    return i >= 0 ? dim[i] : strtoll(text, NULL, 10);
+}
+
+static bool is_word(const char *text, const char *wanted) {
+    return word(text) == strlen(wanted) && memcmp(text, wanted, word(text)) == 0;
+}
+
 /* The product that the text stands for ("": 1). False: beyond int64. */
 static bool product(const hs_kernel_facts *k, const char *factors, const int64_t dim[],
                     int64_t *out) {
-    bool blocks = false;
     *out = 1;
-    while (*factors) {
-        const size_t n = strcspn(factors, " ");
-        const int i = position_of(k->dims, factors, n);
-        if (n == 6 && memcmp(factors, "BLOCKS", n) == 0) {
-            blocks = true;
-        } else {
-            HS_ASSERT(i >= 0 || (n == 1 && *factors >= '1' && *factors <= '9'));
-            if (__builtin_mul_overflow(*out, i < 0 ? *factors - '0' : dim[i], out)) return false;
-        }
-        factors += n + (factors[n] == ' ');
+    for (; *factors; factors = after(factors)) {
+        const bool blocks = is_word(factors, "BLOCKS"), pairs = is_word(factors, "PAIRS");
+        if (blocks || pairs) factors = after(factors);
+        int64_t x = value_of(k, factors, word(factors), dim);
+        if (blocks) x = x / HS_SUMSQ_BLOCK + (x % HS_SUMSQ_BLOCK != 0);
+        if (pairs && (x == INT64_MAX ||
+                      __builtin_mul_overflow(x % 2 ? x : x / 2, x % 2 ? x / 2 + 1 : x + 1, &x)))
+            return false;
+        if (__builtin_mul_overflow(*out, x, out)) return false;
     }
-    if (blocks) *out = *out / HS_SUMSQ_BLOCK + (*out % HS_SUMSQ_BLOCK != 0);
     return true;
 }
 
-/* What dims must satisfy beyond being sizes and switches. */
-static bool dims_agree(uint16_t number, const int64_t dim[]) {
-    switch (number) {
-    case HS_K_EMBED_FWD:
-    case HS_K_EMBED_WGRAD: /* whole sequences; tokens are i32 */
-        return dim[0] % dim[3] == 0 && dim[2] <= INT32_MAX;
-    case HS_K_ATTENTION_FWD:
-    case HS_K_ATTENTION_IGRAD: /* heads share evenly; a row fits on the stack */
-        return dim[2] % dim[3] == 0 && dim[4] <= HS_ATTENTION_HEAD_MAX;
-    case HS_K_ROPE_TABLE: /* pairs; angles that core/math.h takes */
-        return dim[1] % 2 == 0 && dim[0] <= 1 << 30;
-    case HS_K_ROPE_FWD:
-    case HS_K_ROPE_IGRAD:
-        return dim[0] % dim[1] == 0 && dim[3] % 2 == 0;
-    case HS_K_CLASSIFIER_FWD:
-    case HS_K_CLASSIFIER_GRAD:
-        return dim[2] <= INT32_MAX;
-    case HS_K_INIT_NORMAL:
-        return dim[1] >= 0 && dim[1] <= UINT32_MAX;
-    default:
-        return true;
-    }
+hs_status hs_kernel_work(uint16_t kernel, const int64_t dim[], hs_work *work) {
+    const hs_kernel_facts *k = &kernels[kernel];
+    const bool fits = product(k, k->products, dim, &work->products) &&
+                      product(k, k->again, dim, &work->again) &&
+                      product(k, k->each, dim, &work->each);
+    return fits ? HS_OK : HS_E_OVERFLOW;
 }
 
-static bool dims_valid(uint16_t number, const int64_t dim[]) {
-    const hs_kernel_facts *k = &kernels[number];
+/* What dims must satisfy beyond being sizes and switches. */
+static bool dims_agree(const hs_kernel_facts *k, const int64_t dim[]) {
+    for (const char *rule = k->holds; *rule; rule = after(rule)) {
+        const size_t left = strcspn(rule, "|<");
+        const char *right = rule + left + (rule[left] == '|' ? 1 : 2);
+        const int64_t a = value_of(k, rule, left, dim), b = value_of(k, right, word(right), dim);
+        if (rule[left] == '|' ? b % a != 0 : a > b) return false;
+    }
+    return true;
+}
+
+static bool dims_valid(const hs_kernel_facts *k, const int64_t dim[]) {
     for (int d = 0; d < k->sizes; d++)
         if (dim[d] <= 0) return false;
     if (k->one_or_zero[0]) {
         const int64_t flag = hs_kernel_dim(k, dim, k->one_or_zero);
         if (flag != 0 && flag != 1) return false;
     }
-    return dims_agree(number, dim);
+    return dims_agree(k, dim);
 }
 
 /* An operand as equal pieces: `count` of `bytes`, each `stride` after the last. */
@@ -177,7 +200,7 @@ hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[],
     const hs_kernel_facts *k = hs_kernel_facts_of(kernel);
     if (!k || operand < 0 || operand >= k->operand_count) return HS_E_CONFIG;
     if (dtype != HS_F32 && dtype != HS_BF16 && dtype != HS_F64) return HS_E_CONFIG;
-    if (!dims_valid(kernel, dim)) return HS_E_CONFIG;
+    if (!dims_valid(k, dim)) return HS_E_CONFIG;
     pieces p;
     HS_TRY(pieces_of(k, dtype, dim, operand, &p));
     *bytes = (uint64_t)extent_of(&p);

@@ -48,8 +48,7 @@ extern const hs_kernel_set
 extern const hs_kernel_set hs_kernels_avx2;   /* AVX2 and FMA */
 extern const hs_kernel_set hs_kernels_avx512; /* AVX-512 F, BW, DQ, VL */
 
-/* hs_attempt.kernel_path (wire/attempt.h) to a set: 0 the best that this CPU runs, 1 ref, 2
- * portable, 3 avx2, 4 avx512. NULL: the CPU lacks it, or no such path. */
+/* HS_PATH_* to its set. NULL: the CPU lacks it, or no such path. */
 const hs_kernel_set *hs_kernels_pick(uint32_t path);
 
 /* Workspace that every kernel of every set fits in, for each call, with this many threads. */
@@ -79,15 +78,28 @@ typedef struct hs_operand {
 
 typedef struct hs_kernel_facts {
     const char *name;
-    const char *dims, *reals; /* their names, a blank between two */
-    const char *one_or_zero;  /* the dim that is a switch; "": none */
-    int sizes;                /* dims from the first on that are above 0 */
+    const char *dims, *reals;                 /* their names, ", " between two */
+    const char *one_or_zero;                  /* the dim that is a switch; "": none */
+    const char *holds;                        /* of dims, beside that */
+    int sizes;                                /* dims from the first on that are above 0 */
+    uint16_t input_gradient, weight_gradient; /* HS_K_*; HS_K_NONE: it has none */
+    const char *passes;                       /* the operand whose gradient is the output's; "" */
+    const char *products, *again, *each;      /* of a call's work */
     int operand_count;
     const hs_operand *operands;
 } hs_kernel_facts;
 
+/* What a call does: multiply-adds of the mathematics' matrix products, of products computed again,
+ * and other operations. */
+typedef struct hs_work {
+    int64_t products, again, each;
+} hs_work;
+
 /* NULL: no such kernel. */
 const hs_kernel_facts *hs_kernel_facts_of(uint32_t kernel);
+
+/* What a call of a kernel does. HS_E_OVERFLOW: beyond int64. The dims must be valid. */
+hs_status hs_kernel_work(uint16_t kernel, const int64_t dim[], hs_work *work);
 
 /* How many names a list of the facts holds. */
 int hs_kernel_names(const char *names);

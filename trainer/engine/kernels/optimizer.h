@@ -24,6 +24,4 @@
 
 #include "kernels/kernels.h"
 
-#define HS_SUMSQ_BLOCK 65536
-
 #endif

@@ -11,7 +11,7 @@
 
 typedef struct hs_infer_args {
     const char *plan, *weights; /* files */
-    uint32_t kernel_path;       /* as in attempt.h */
+    uint32_t kernel_path;       /* HS_PATH_* */
     uint32_t threads;           /* 0: the plan's, or the cores */
     const hs_log *log;
 } hs_infer_args;

@@ -50,15 +50,32 @@ static const field fields[] = {
 };
 /* clang-format on */
 
-/* "name": [number, dims, reals, operands]; an operand as role, name, kind, rows, columns, row
- * distance, and what else there is to say: "optional", "below V", "may be dy". */
+static const char *kernel_name(uint16_t number) {
+    return number == HS_K_NONE ? "" : hs_kernel_facts_of(number)->name;
+}
+
+/* "a, b, c" as "a b c" */
+static void print_names(const char *names) {
+    (void)putchar('"');
+    for (; *names; names++)
+        if (*names != ',') (void)putchar(*names);
+    (void)printf("\", ");
+}
+
+/* "name": [number, dims, reals, holds, input gradient, weight gradient, passes, products, again,
+ * each, operands]; an operand as role, name, kind, rows, columns, row distance, and what else there
+ * is to say: "optional", "below V", "may be dy". */
 static void print_kernel(uint32_t number) {
     static const char *const roles[] = {"", "read", "write", "update", "scratch"};
     static const char *const kinds[] = {"",     "dt",     "acc",     "f64",
                                         "byte", "tokens", "targets", "control"};
     const hs_kernel_facts *k = hs_kernel_facts_of(number);
-    (void)printf("%s\"%s\": [%u, \"%s\", \"%s\", [", number > 1 ? ", " : "", k->name,
-                 (unsigned)number, k->dims, k->reals);
+    (void)printf("%s\"%s\": [%u, ", number > 1 ? ", " : "", k->name, (unsigned)number);
+    print_names(k->dims);
+    print_names(k->reals);
+    (void)printf("\"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s\", [", k->holds,
+                 kernel_name(k->input_gradient), kernel_name(k->weight_gradient), k->passes,
+                 k->products, k->again, k->each);
     for (int i = 0; i < k->operand_count; i++) {
         const hs_operand *o = &k->operands[i];
         (void)printf("%s[\"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s%s%s%s%s\"]",
@@ -84,6 +101,10 @@ void hs_wire_print(void) {
     }
     (void)printf("}}},\n\"kernels\": {");
     for (uint32_t k = 1; k < HS_K_COUNT; k++) print_kernel(k);
+    (void)printf("},\n\"paths\": {");
+#define X(number, NAME, name) (void)printf("%s\"%s\": %d", number ? ", " : "", #name, number);
+    HS_PATHS(X)
+#undef X
     (void)printf("},\n\"exits\": {");
     static const struct {
         int code;
@@ -133,6 +154,8 @@ void hs_wire_print(void) {
         N(HS_CALL_PTRS),
         N(HS_CALL_DIMS),
         N(HS_CALL_REALS),
+        N(HS_SUMSQ_BLOCK),
+        N(HS_ATTENTION_HEAD_MAX),
         N(HS_SECTION_COUNT),
         N(HS_SLOT_HEADER_BYTES),
         N(HS_F32),

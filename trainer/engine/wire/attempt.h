@@ -22,7 +22,7 @@ typedef struct hs_attempt {
     uint8_t key[32];         /* of this attempt: HMAC of the handshakes */
     uint8_t nonce[16];       /* of this gang */
     uint32_t ranks;          /* records that follow */
-    uint32_t kernel_path;    /* 0 automatic, 1 ref, 2 portable, 3 avx2, 4 avx512; recorded, one a gang */
+    uint32_t kernel_path;    /* HS_PATH_* of wire/kernels.h; recorded, one a gang */
     int64_t start_step;      /* steps done at the restore point; -1: fresh start */
     int64_t stop_after;      /* leave with DONE after this step; -1: the plan's last (a debugging aid) */
     uint32_t connect_ms;     /* deadline to find and greet all peers */

@@ -1,19 +1,29 @@
-/* The table of kernels: one number, one name, one fixed list of operands each. The only place that says so: the
- * extents (kernels/extent.c), the loader's checks (run/plan/), the plan fuzzer and `wire` (which
- * trainer/wire/__init__.py is compared with) all read it.
+/* The table of kernels: one number, one name, one fixed list of operands each, what its gradients are, what it costs.
+ * The only place that says so: typed arguments (kernels/args.h), extents and work (kernels/extent.c), the loader's
+ * checks (run/plan/), the plan fuzzer, and `wire` (which trainer/wire/kernels.py is compared with, and so the expand
+ * pass, the layout, the simulator and MFU) all read it. C++ may include it.
  *
  * A plan names a kernel by its number (HS_K_*), its element type (HS_F32 ...), up to HS_CALL_PTRS operand
  * references, HS_CALL_DIMS integers and HS_CALL_REALS reals, in the order given here. kernels/<op>.h says what is
  * computed and in which order the sums are taken.
  *
- * X(number, NAME, name, dims, sizes, switch, reals, operands ...)
- *   dims    their names, in order. The first `sizes` of them must be above 0; `switch` names one that is 0 or 1.
- *           ld* is the distance between two rows of an operand, in elements, at least its columns.
- *   reals   their names, in order
+ * X(number, NAME, name, dims, sizes, switch, reals, holds, gradient, work, operands ...)
+ *   dims      DIMS(names, in order). The first `sizes` of them must be above 0; `switch` names one that is 0 or 1.
+ *             ld* is the distance between two rows of an operand, in elements, at least its columns.
+ *   reals     REALS(names, in order), or NO_REALS
+ *   holds     what else must hold of dims, all of it: "a|b", a divides b; "a<=b"; each a dim or a number
+ *   gradient  GRADIENT(INPUT, WEIGHT, passes): the kernels that give the gradient of its inputs and of its weights
+ *             (NONE: there is none; twice the same: one call gives both), and the operand whose gradient is that of the
+ *             output as it is; NO_GRADIENT for what no program derives. Names say what a gradient kernel takes:
+ *             d<operand> is the gradient of the forward call's operand; UPDATE of an operand that forward changes in
+ *             place is that value's gradient, changed back in place; any other operand, dim or real is the forward
+ *             call's of that name. Beside them: ld<operand>, the row distance of what is given for it; ACCUM, 1 where
+ *             the gradient has a part already; CHUNK and scale, the head's.
+ *   work      WORK(products, again, each): multiply-adds of the matrix products that the mathematics has, of products
+ *             that are computed again, and other operations (a rounded number an element: memory decides their time)
  *
- * ROLE(name, type, rows, columns, ld, ...)   an operand: `rows` rows of `columns` elements; both are products of
- *                                            dims and numbers ("": 1; "BLOCKS n": n / HS_SUMSQ_BLOCK rounded
- *                                            up, see kernels/optimizer.h); ld is the name of a dim, or "": dense
+ * ROLE(name, type, rows, columns, ld, ...)   an operand: `rows` rows of `columns` elements; ld is the name of a dim, or
+ *                                            "": dense
  *   READ     is only read. Two READ operands may overlap, and only they.
  *   WRITE    is written wholly and not read before
  *   UPDATE   is read and written ("+=")
@@ -25,6 +35,9 @@
  *   MAY_BE(name)   may be the same memory as that operand, at the same place; else they do not overlap
  * Matrices of weights are DT, vectors of weights (norms, biases) ACC, gradients of weights ACC.
  *
+ * Rows, columns and work are products of dims and numbers ("": 1). "BLOCKS n" is n / HS_SUMSQ_BLOCK rounded up,
+ * "PAIRS n" is n (n + 1) / 2: the keys that n causal queries see.
+ *
  * Letters: B microbatch size, T sequence length, R = B*T rows, C width, H query heads, G key/value heads,
  * D head size, F hidden width of the MLP, V vocabulary, K inner and N outer size of a linear layer.
  */
@@ -35,106 +48,158 @@
 #define HS_CALL_DIMS 16
 #define HS_CALL_REALS 6
 
+/* Families of kernels, X(number, NAME, name): launch.kernel_path, hs_attempt.kernel_path. AUTO is the fastest that the
+ * machine runs. The attempt records what its gang runs; bits are those of one family (kernels/cpu has one in three). */
+#define HS_PATHS(X) X(0, AUTO, auto) X(1, REF, ref) X(2, PORTABLE, portable) X(3, AVX2, avx2) X(4, AVX512, avx512)
+
+enum {
+#define X(number, NAME, name) HS_PATH_##NAME = number,
+    HS_PATHS(X)
+#undef X
+    HS_PATH_COUNT = 5
+};
+
 /* element types; the size in bytes is 4, 2, 8, 4 */
 enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4 };
 
+/* Head sizes go up to this: a row fits on the stack, and in registers of a GPU. */
+#define HS_ATTENTION_HEAD_MAX 512
+/* Elements of a block of sumsq. */
+#define HS_SUMSQ_BLOCK 65536
+
+#define HS_TEXT_OF2(number) #number
+#define HS_TEXT_OF(number)  HS_TEXT_OF2(number)
+
 #define HS_KERNELS(X)                                                                                                 \
     /* y[r] = wte[tok[r]] + wpe[r % T] */                                                                             \
-    X(1, EMBED_FWD, embed_fwd, "R C V T", 4, "", "",                                                                  \
+    X(1, EMBED_FWD, embed_fwd, DIMS(R, C, V, T), 4, "", NO_REALS,                                                     \
+      "T|R V<=2147483647", GRADIENT(NONE, EMBED_WGRAD, ""), WORK("0", "0", "R C"),                                    \
       WRITE(y, DT, "R", "C", ""), READ(tok, TOKENS, "", "R", "", BELOW(V)), READ(wte, DT, "V", "C", ""),              \
       READ(wpe, DT, "T", "C", "", OPTIONAL))                                                                          \
-    X(2, EMBED_WGRAD, embed_wgrad, "R C V T", 4, "", "",                                                              \
+    X(2, EMBED_WGRAD, embed_wgrad, DIMS(R, C, V, T), 4, "", NO_REALS,                                                 \
+      "T|R V<=2147483647", NO_GRADIENT, WORK("0", "0", "2 R C"),                                                      \
       UPDATE(dwte, ACC, "V", "C", ""), UPDATE(dwpe, ACC, "T", "C", "", OPTIONAL), READ(dy, DT, "R", "C", ""),         \
       READ(tok, TOKENS, "", "R", "", BELOW(V)))                                                                       \
-    X(3, LAYERNORM_FWD, layernorm_fwd, "R C", 2, "", "eps",                                                           \
+    X(3, LAYERNORM_FWD, layernorm_fwd, DIMS(R, C), 2, "", REALS(eps),                                                 \
+      "", GRADIENT(LAYERNORM_IGRAD, LAYERNORM_WGRAD, ""), WORK("0", "0", "8 R C"),                                    \
       WRITE(y, DT, "R", "C", ""), WRITE(mean, ACC, "", "R", ""), WRITE(rstd, ACC, "", "R", ""),                       \
       READ(x, DT, "R", "C", ""), READ(w, ACC, "", "C", ""), READ(b, ACC, "", "C", ""))                                \
     /* ACCUM 1: dx +=, 0: dx = */                                                                                     \
-    X(4, LAYERNORM_IGRAD, layernorm_igrad, "R C ACCUM", 2, "ACCUM", "",                                               \
-      UPDATE(dx, DT, "R", "C", ""), READ(dy, DT, "R", "C", ""), READ(x, DT, "R", "C", ""),                            \
-      READ(w, ACC, "", "C", ""), READ(mean, ACC, "", "R", ""), READ(rstd, ACC, "", "R", ""))                          \
-    X(5, LAYERNORM_WGRAD, layernorm_wgrad, "R C", 2, "", "",                                                          \
+    X(4, LAYERNORM_IGRAD, layernorm_igrad, DIMS(R, C, ACCUM), 2, "ACCUM", NO_REALS,                                   \
+      "", NO_GRADIENT, WORK("0", "0", "11 R C"),                                                                      \
+      UPDATE(dx, DT, "R", "C", ""), READ(dy, DT, "R", "C", ""), READ(x, DT, "R", "C", ""), READ(w, ACC, "", "C", ""), \
+      READ(mean, ACC, "", "R", ""), READ(rstd, ACC, "", "R", ""))                                                     \
+    X(5, LAYERNORM_WGRAD, layernorm_wgrad, DIMS(R, C), 2, "", NO_REALS,                                               \
+      "", NO_GRADIENT, WORK("0", "0", "4 R C"),                                                                       \
       UPDATE(dw, ACC, "", "C", ""), UPDATE(db, ACC, "", "C", ""), READ(dy, DT, "R", "C", ""),                         \
       READ(x, DT, "R", "C", ""), READ(mean, ACC, "", "R", ""), READ(rstd, ACC, "", "R", ""))                          \
     /* N groups of C in a row are normalised apart with the same w: element (r,n,c) at r*ld + n*C + c */              \
-    X(6, RMSNORM_FWD, rmsnorm_fwd, "R N C ldx ldy", 3, "", "eps",                                                     \
+    X(6, RMSNORM_FWD, rmsnorm_fwd, DIMS(R, N, C, ldx, ldy), 3, "", REALS(eps),                                        \
+      "", GRADIENT(RMSNORM_IGRAD, RMSNORM_WGRAD, ""), WORK("0", "0", "4 R N C"),                                      \
       WRITE(y, DT, "R", "N C", "ldy"), WRITE(rstd, ACC, "R", "N", ""), READ(x, DT, "R", "N C", "ldx"),                \
       READ(w, ACC, "", "C", ""))                                                                                      \
-    X(7, RMSNORM_IGRAD, rmsnorm_igrad, "R N C lddx lddy ldx ACCUM", 3, "ACCUM", "",                                   \
+    X(7, RMSNORM_IGRAD, rmsnorm_igrad, DIMS(R, N, C, lddx, lddy, ldx, ACCUM), 3, "ACCUM", NO_REALS,                   \
+      "", NO_GRADIENT, WORK("0", "0", "7 R N C"),                                                                     \
       UPDATE(dx, DT, "R", "N C", "lddx"), READ(dy, DT, "R", "N C", "lddy"), READ(x, DT, "R", "N C", "ldx"),           \
       READ(w, ACC, "", "C", ""), READ(rstd, ACC, "R", "N", ""))                                                       \
-    X(8, RMSNORM_WGRAD, rmsnorm_wgrad, "R N C lddy ldx", 3, "", "",                                                   \
+    X(8, RMSNORM_WGRAD, rmsnorm_wgrad, DIMS(R, N, C, lddy, ldx), 3, "", NO_REALS,                                     \
+      "", NO_GRADIENT, WORK("0", "0", "3 R N C"),                                                                     \
       UPDATE(dw, ACC, "", "C", ""), READ(dy, DT, "R", "N C", "lddy"), READ(x, DT, "R", "N C", "ldx"),                 \
       READ(rstd, ACC, "R", "N", ""))                                                                                  \
     /* y = (sum_k x w) + b + res, rounded once */                                                                     \
-    X(9, LINEAR_FWD, linear_fwd, "R N K ldy ldx ldres", 3, "", "",                                                    \
+    X(9, LINEAR_FWD, linear_fwd, DIMS(R, N, K, ldy, ldx, ldres), 3, "", NO_REALS,                                     \
+      "", GRADIENT(LINEAR_IGRAD, LINEAR_WGRAD, "res"), WORK("R N K", "0", "0"),                                       \
       WRITE(y, DT, "R", "N", "ldy"), READ(x, DT, "R", "K", "ldx"), READ(w, DT, "N", "K", ""),                         \
       READ(b, ACC, "", "N", "", OPTIONAL), READ(res, DT, "R", "N", "ldres", OPTIONAL))                                \
-    X(10, LINEAR_IGRAD, linear_igrad, "R N K lddx lddy ACCUM", 3, "ACCUM", "",                                        \
+    X(10, LINEAR_IGRAD, linear_igrad, DIMS(R, N, K, lddx, lddy, ACCUM), 3, "ACCUM", NO_REALS,                         \
+      "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dx, DT, "R", "K", "lddx"), READ(dy, DT, "R", "N", "lddy"), READ(w, DT, "N", "K", ""))                    \
-    X(11, LINEAR_WGRAD, linear_wgrad, "R N K lddy ldx", 3, "", "",                                                    \
+    X(11, LINEAR_WGRAD, linear_wgrad, DIMS(R, N, K, lddy, ldx), 3, "", NO_REALS,                                      \
+      "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dw, ACC, "N", "K", ""), UPDATE(db, ACC, "", "N", "", OPTIONAL), READ(dy, DT, "R", "N", "lddy"),          \
       READ(x, DT, "R", "K", "ldx"))                                                                                   \
     /* causal; head h reads kv head h / (H/G); lse is [B,H,T] */                                                      \
-    X(12, ATTENTION_FWD, attention_fwd, "B T H G D ldo ldq ldk ldv", 5, "", "scale",                                  \
-      WRITE(o, DT, "B T", "H D", "ldo"), WRITE(lse, ACC, "B H", "T", ""), READ(q, DT, "B T", "H D", "ldq"),           \
+    X(12, ATTENTION_FWD, attention_fwd, DIMS(B, T, H, G, D, ldy, ldq, ldk, ldv), 5, "", REALS(scale),                 \
+      "G|H D<=" HS_TEXT_OF(HS_ATTENTION_HEAD_MAX), GRADIENT(ATTENTION_IGRAD, NONE, ""),                               \
+      WORK("2 B H D PAIRS T", "0", "0"),                                                                              \
+      WRITE(y, DT, "B T", "H D", "ldy"), WRITE(lse, ACC, "B H", "T", ""), READ(q, DT, "B T", "H D", "ldq"),           \
       READ(k, DT, "B T", "G D", "ldk"), READ(v, DT, "B T", "G D", "ldv"))                                             \
-    X(13, ATTENTION_IGRAD, attention_igrad, "B T H G D lddq lddk lddv lddo ldo ldq ldk ldv", 5, "", "scale",          \
+    X(13, ATTENTION_IGRAD, attention_igrad, DIMS(B, T, H, G, D, lddq, lddk, lddv, lddy, ldy, ldq, ldk, ldv), 5, "",   \
+      REALS(scale), "G|H D<=" HS_TEXT_OF(HS_ATTENTION_HEAD_MAX), NO_GRADIENT,                                         \
+      WORK("4 B H D PAIRS T", "B H D PAIRS T", "0"),                                                                  \
       WRITE(dq, DT, "B T", "H D", "lddq"), WRITE(dk, DT, "B T", "G D", "lddk"), WRITE(dv, DT, "B T", "G D", "lddv"),  \
-      READ(do, DT, "B T", "H D", "lddo"), READ(o, DT, "B T", "H D", "ldo"), READ(q, DT, "B T", "H D", "ldq"),         \
+      READ(dy, DT, "B T", "H D", "lddy"), READ(y, DT, "B T", "H D", "ldy"), READ(q, DT, "B T", "H D", "ldq"),         \
       READ(k, DT, "B T", "G D", "ldk"), READ(v, DT, "B T", "G D", "ldv"), READ(lse, ACC, "B H", "T", ""),             \
       SCRATCH(delta, ACC, "B H", "T", ""))                                                                            \
     /* tab[t,i] = cos, sin of the angle t / base^(2i/D) */                                                            \
-    X(14, ROPE_TABLE, rope_table, "T D", 2, "", "base",                                                               \
+    X(14, ROPE_TABLE, rope_table, DIMS(T, D), 2, "", REALS(base),                                                     \
+      "2|D T<=1073741824", NO_GRADIENT, WORK("0", "0", "20 T D"),                                                     \
       WRITE(tab, ACC, "T", "D", ""))                                                                                  \
     /* in place; pairs (i, i + D/2) are turned by tab[r % T] */                                                       \
-    X(15, ROPE_FWD, rope_fwd, "R T N D ldx", 4, "", "",                                                               \
+    X(15, ROPE_FWD, rope_fwd, DIMS(R, T, N, D, ldx), 4, "", NO_REALS,                                                 \
+      "T|R 2|D", GRADIENT(ROPE_IGRAD, NONE, ""), WORK("0", "0", "3 R N D"),                                           \
       UPDATE(x, DT, "R", "N D", "ldx"), READ(tab, ACC, "T", "D", ""))                                                 \
     /* turned back */                                                                                                 \
-    X(16, ROPE_IGRAD, rope_igrad, "R T N D ldx", 4, "", "",                                                           \
+    X(16, ROPE_IGRAD, rope_igrad, DIMS(R, T, N, D, ldx), 4, "", NO_REALS,                                             \
+      "T|R 2|D", NO_GRADIENT, WORK("0", "0", "3 R N D"),                                                              \
       UPDATE(x, DT, "R", "N D", "ldx"), READ(tab, ACC, "T", "D", ""))                                                 \
     /* tanh form */                                                                                                   \
-    X(17, GELU_FWD, gelu_fwd, "n", 1, "", "",                                                                         \
+    X(17, GELU_FWD, gelu_fwd, DIMS(n), 1, "", NO_REALS,                                                               \
+      "", GRADIENT(GELU_IGRAD, NONE, ""), WORK("0", "0", "20 n"),                                                     \
       WRITE(y, DT, "", "n", ""), READ(x, DT, "", "n", ""))                                                            \
-    X(18, GELU_IGRAD, gelu_igrad, "n", 1, "", "",                                                                     \
+    X(18, GELU_IGRAD, gelu_igrad, DIMS(n), 1, "", NO_REALS,                                                           \
+      "", NO_GRADIENT, WORK("0", "0", "30 n"),                                                                        \
       WRITE(dx, DT, "", "n", "", MAY_BE(dy)), READ(dy, DT, "", "n", ""), READ(x, DT, "", "n", ""))                    \
     /* gu holds a row's gates, then its ups; y = silu(gate) * up */                                                   \
-    X(19, SWIGLU_FWD, swiglu_fwd, "R F", 2, "", "",                                                                   \
+    X(19, SWIGLU_FWD, swiglu_fwd, DIMS(R, F), 2, "", NO_REALS,                                                        \
+      "", GRADIENT(SWIGLU_IGRAD, NONE, ""), WORK("0", "0", "20 R F"),                                                 \
       WRITE(y, DT, "R", "F", ""), READ(gu, DT, "R", "2 F", ""))                                                       \
-    X(20, SWIGLU_IGRAD, swiglu_igrad, "R F", 2, "", "",                                                               \
+    X(20, SWIGLU_IGRAD, swiglu_igrad, DIMS(R, F), 2, "", NO_REALS,                                                    \
+      "", NO_GRADIENT, WORK("0", "0", "30 R F"),                                                                      \
       WRITE(dgu, DT, "R", "2 F", "", MAY_BE(gu)), READ(dy, DT, "R", "F", ""), READ(gu, DT, "R", "2 F", ""))           \
     /* loss[r] = lse(x w) - logit[target], unscaled; a target < 0 gives 0 */                                          \
-    X(21, CLASSIFIER_FWD, classifier_fwd, "R C V CHUNK", 4, "", "",                                                   \
+    X(21, CLASSIFIER_FWD, classifier_fwd, DIMS(R, C, V, CHUNK), 4, "", NO_REALS,                                      \
+      "V<=2147483647", GRADIENT(CLASSIFIER_GRAD, CLASSIFIER_GRAD, ""), WORK("R C V", "0", "20 R V"),                  \
       WRITE(loss, ACC, "", "R", ""), READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""),                            \
       READ(target, TARGETS, "", "R", "", BELOW(V)), SCRATCH(logits, ACC, "CHUNK", "V", ""))                           \
     /* gradients of scale * sum(loss); rows chunk by chunk */                                                         \
-    X(22, CLASSIFIER_GRAD, classifier_grad, "R C V CHUNK", 4, "", "scale",                                            \
+    X(22, CLASSIFIER_GRAD, classifier_grad, DIMS(R, C, V, CHUNK), 4, "", REALS(scale),                                \
+      "V<=2147483647", NO_GRADIENT, WORK("3 R C V", "0", "20 R V"),                                                   \
       WRITE(loss, ACC, "", "R", ""), WRITE(dx, DT, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),                      \
       READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(V)),             \
       SCRATCH(logits, ACC, "CHUNK", "V", ""), SCRATCH(dlogits, DT, "CHUNK", "V", ""))                                 \
     /* inference */                                                                                                   \
-    X(23, LOGITS, logits, "R C V", 3, "", "",                                                                         \
+    X(23, LOGITS, logits, DIMS(R, C, V), 3, "", NO_REALS,                                                             \
+      "", NO_GRADIENT, WORK("R C V", "0", "0"),                                                                       \
       WRITE(logits, ACC, "R", "V", ""), READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""))                         \
-    X(24, ADD_ACC, add_acc, "n", 1, "", "",                                                                           \
+    X(24, ADD_ACC, add_acc, DIMS(n), 1, "", NO_REALS,                                                                 \
+      "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
       UPDATE(dst, ACC, "", "n", ""), READ(src, ACC, "", "n", ""))                                                     \
-    X(25, SUMSQ, sumsq, "n", 1, "", "",                                                                               \
+    X(25, SUMSQ, sumsq, DIMS(n), 1, "", NO_REALS,                                                                     \
+      "", NO_GRADIENT, WORK("0", "0", "2 n"),                                                                         \
       WRITE(out, F64, "", "", ""), READ(x, ACC, "", "n", ""), SCRATCH(part, F64, "", "BLOCKS n", ""))                 \
     /* g is zeroed on the way where ZERO_G is 1 */                                                                    \
-    X(26, ADAMW, adamw, "n ZERO_G", 1, "ZERO_G", "beta1 beta2 eps decay",                                             \
+    X(26, ADAMW, adamw, DIMS(n, ZERO_G), 1, "ZERO_G", REALS(beta1, beta2, eps, decay),                                \
+      "", NO_GRADIENT, WORK("0", "0", "14 n"),                                                                        \
       UPDATE(w, ACC, "", "n", ""), UPDATE(m, ACC, "", "n", ""), UPDATE(v, ACC, "", "n", ""),                          \
       UPDATE(g, ACC, "", "n", ""), WRITE(wc, DT, "", "n", "", OPTIONAL), READ(ctl, CONTROL, "", "", ""))              \
-    X(27, ZERO, zero, "bytes", 1, "", "",                                                                             \
+    X(27, ZERO, zero, DIMS(bytes), 1, "", NO_REALS,                                                                   \
+      "", NO_GRADIENT, WORK("0", "0", "0"),                                                                           \
       WRITE(dst, BYTE, "", "bytes", ""))                                                                              \
     /* Philox keyed by (seed, tensor, element) */                                                                     \
-    X(28, INIT_NORMAL, init_normal, "n TENSOR SEED", 1, "", "mean std",                                               \
+    X(28, INIT_NORMAL, init_normal, DIMS(n, TENSOR, SEED), 1, "", REALS(mean, std),                                   \
+      "0<=TENSOR TENSOR<=4294967295", NO_GRADIENT, WORK("0", "0", "60 n"),                                            \
       WRITE(w, ACC, "", "n", ""))                                                                                     \
-    X(29, INIT_CONST, init_const, "n", 1, "", "value",                                                                \
+    X(29, INIT_CONST, init_const, DIMS(n), 1, "", REALS(value),                                                       \
+      "", NO_GRADIENT, WORK("0", "0", "0"),                                                                           \
       WRITE(w, ACC, "", "n", ""))                                                                                     \
     /* round to nearest even */                                                                                       \
-    X(30, CAST, cast, "n", 1, "", "",                                                                                 \
+    X(30, CAST, cast, DIMS(n), 1, "", NO_REALS,                                                                       \
+      "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
       WRITE(dst, DT, "", "n", ""), READ(src, ACC, "", "n", ""))
 
 enum {
+    HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X

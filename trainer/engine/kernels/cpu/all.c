@@ -14,7 +14,7 @@
  * why); a row of a result does not depend on how many rows there are.
  * tests/engine/test_kernels_cpu.py holds them to it.
  */
-#include "kernels/kernels.h"
+#include "kernels/args.h"
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/vec.h"
@@ -36,7 +36,8 @@
 #define X(number, NAME, name, ...)                                                                 \
     static hs_status name(hs_kernel_ctx *ctx, const hs_args *args) {                               \
         if (args->dtype != HS_F32 && args->dtype != HS_BF16) return HS_E_CONFIG;                   \
-        name##_op(ctx, args);                                                                      \
+        hs_##name##_args a = hs_##name##_args_of(args);                                            \
+        name##_op(ctx, &a);                                                                        \
         return HS_OK;                                                                              \
     }
 HS_KERNELS(X)

@@ -10,7 +10,7 @@
  *   igrad   p = exp(s - lse). dq: one chain over keys ascending. dk, dv: one chain over the heads
  *           of the group ascending, rows ascending inside a head. Then times scale, rounded once.
  *
- * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or do is not
+ * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or dy is not
  * finite: 0 times that is NaN, so such a number also shows in earlier rows of the same tile).
  *
  * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk
@@ -41,8 +41,10 @@ typedef struct attention_scratch {
 _Static_assert(sizeof(attention_scratch) <= (size_t)WORKER_FLOATS * sizeof(float),
                "scratch of a worker");
 
+/* What both directions share of their arguments, and the arguments of the one that runs. */
 typedef struct attention_job {
-    const hs_args *a;
+    const hs_attention_fwd_args *fwd;
+    const hs_attention_igrad_args *igrad;
     attention_scratch *scratch;
     int64_t T, H, G, D;
     float scale;
@@ -61,9 +63,8 @@ typedef struct head {
     int dt;
 } head;
 
-static head head_of(const attention_job *j, int operand, int64_t ld, int64_t b, int64_t h) {
-    return (head){(char *)j->a->ptr[operand] + (b * j->T * ld + h * j->D) * dt_size(j->dt), ld,
-                  j->dt};
+static head head_of(const attention_job *j, void *operand, int64_t ld, int64_t b, int64_t h) {
+    return (head){(char *)operand + (b * j->T * ld + h * j->D) * dt_size(j->dt), ld, j->dt};
 }
 
 /* (row, d) and (d, row) of a head as the side of a product whose inner index is d, or the row */
@@ -132,25 +133,24 @@ static void softmax_row(attention_scratch *s, int64_t i, int64_t valid, float sc
 }
 
 static void attention_fwd_head(const attention_job *j, attention_scratch *s, int64_t b, int64_t h) {
-    const hs_args *a = j->a;
-    const int64_t T = j->T, D = j->D;
-    head o = head_of(j, 0, a->dim[5], b, h), q = head_of(j, 2, a->dim[6], b, h);
-    head k = head_of(j, 3, a->dim[7], b, h / (j->H / j->G)),
-         v = head_of(j, 4, a->dim[8], b, h / (j->H / j->G));
-    float *lse = (float *)a->ptr[1] + (b * j->H + h) * T;
+    const hs_attention_fwd_args *a = j->fwd;
+    const int64_t T = j->T, D = j->D, kv = h / (j->H / j->G);
+    head o = head_of(j, a->y, a->ldy, b, h), q = head_of(j, a->q, a->ldq, b, h);
+    head k = head_of(j, a->k, a->ldk, b, kv), v = head_of(j, a->v, a->ldv, b, kv);
+    float *lse = (float *)a->lse + (b * j->H + h) * T;
     side q_d = inner_d(q), k_d = inner_d(k), v_row = inner_row(v);
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
-        int64_t rows = min64(WIDE, T - q0);
+        int64_t rows = hs_min(WIDE, T - q0);
         pack_a(s->rows0, &q_d, q0, rows, T, 0, D);
         memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
         for (int64_t i = 0; i < rows; i++) s->top[i] = -__builtin_inff(), s->total[i] = 0;
         for (int64_t k0 = 0; k0 < q0 + rows; k0 += KEYS) {
-            int64_t keys = min64(KEYS, T - k0),
-                    first = max64(0, k0 - q0); /* rows before it see no key */
+            int64_t keys = hs_min(KEYS, T - k0),
+                    first = hs_max(0, k0 - q0); /* rows before it see no key */
             pack_b(s->cols0, &k_d, k0, keys, T, 0, D);
             scores(s->score, s->rows0, s->cols0, first, rows, keys, D);
             for (int64_t i = first; i < rows; i++)
-                softmax_row(s, i, min64(keys, q0 + i - k0 + 1), j->scale, s->sum0 + i * D, D);
+                softmax_row(s, i, hs_min(keys, q0 + i - k0 + 1), j->scale, s->sum0 + i * D, D);
             side p = {s->score, KEYS, 1, HS_F32};
             pack_a(s->packed, &p, first, rows - first, rows, 0, keys);
             pack_b(s->cols1, &v_row, 0, D, D, k0, keys);
@@ -167,25 +167,19 @@ static void attention_fwd_range(void *ctx, int64_t begin, int64_t end, int worke
         attention_fwd_head(j, scratch_of(j, worker), i / j->H, i % j->H);
 }
 
-static attention_job attention_make(const hs_kernel_ctx *ctx, const hs_args *a) {
-    return (attention_job){.a = a,
-                           .scratch = ctx->scratch,
-                           .T = a->dim[1],
-                           .H = a->dim[2],
-                           .G = a->dim[3],
-                           .D = a->dim[4],
-                           .scale = (float)a->real[0],
-                           .dt = (int)a->dtype};
-}
-
-static void attention_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    attention_job j = attention_make(ctx, a);
-    share_rows(ctx, a->dim[0] * j.H, j.T * j.T * j.D, attention_fwd_range, &j);
+static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
+    attention_job j = {.fwd = a,
+                       .scratch = ctx->scratch,
+                       .T = a->T,
+                       .H = a->H,
+                       .G = a->G,
+                       .D = a->D,
+                       .scale = (float)a->scale,
+                       .dt = (int)a->dtype};
+    share_rows(ctx, a->B * a->H, a->T * a->T * a->D, attention_fwd_range, &j);
 }
 
 /* -------------------- backward */
-
-enum { AT_DQ, AT_DK, AT_DV, AT_DO, AT_O, AT_Q, AT_K, AT_V, AT_LSE, AT_DELTA }; /* operands */
 
 VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *delta, int dt) {
     for (int64_t t = 0; t < T; t++) {
@@ -209,17 +203,17 @@ static void attention_dq(const attention_job *j, attention_scratch *s, head dq, 
     side q_d = inner_d(q), k_d = inner_d(k), v_d = inner_d(v), grad_d = inner_d(grad),
          k_row = inner_row(k);
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
-        int64_t rows = min64(WIDE, T - q0);
+        int64_t rows = hs_min(WIDE, T - q0);
         pack_a(s->rows0, &q_d, q0, rows, T, 0, D);
         pack_a(s->rows1, &grad_d, q0, rows, T, 0, D);
         for (int64_t k0 = 0; k0 < q0 + rows; k0 += KEYS) {
-            int64_t keys = min64(KEYS, T - k0), first = max64(0, k0 - q0);
+            int64_t keys = hs_min(KEYS, T - k0), first = hs_max(0, k0 - q0);
             pack_b(s->cols0, &k_d, k0, keys, T, 0, D);
             scores(s->score, s->rows0, s->cols0, first, rows, keys, D);
             pack_b(s->cols1, &v_d, k0, keys, T, 0, D);
             scores(s->other, s->rows1, s->cols1, first, rows, keys, D);
             for (int64_t i = first; i < rows; i++) {
-                int64_t valid = min64(keys, q0 + i - k0 + 1);
+                int64_t valid = hs_min(keys, q0 + i - k0 + 1);
                 vf lv = v_set1(lse[q0 + i]), dv = v_set1(delta[q0 + i]);
                 for (int64_t u = 0; u < keys; u += LANES) {
                     float *z = s->score + i * KEYS + u;
@@ -250,11 +244,11 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
     const vf sv = v_set1(j->scale);
     side q_d = inner_d(q), grad_d = inner_d(grad), q_row = inner_row(q), grad_row = inner_row(grad);
     for (int64_t q0 = k0; q0 < T; q0 += KEYS) {
-        int64_t queries = min64(KEYS, T - q0);
+        int64_t queries = hs_min(KEYS, T - q0);
         int64_t seen =
-            min64(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
+            hs_min(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
         int64_t panels =
-            min64(keys, ceil_div(seen, MR) * MR); /* whole panels, as they were packed */
+            hs_min(keys, hs_ceil_div(seen, MR) * MR); /* whole panels, as they were packed */
         pack_b(s->cols0, &q_d, q0, queries, T, 0, D);
         scores(s->score, s->rows0, s->cols0, 0, panels, queries, D);
         pack_b(s->cols1, &grad_d, q0, queries, T, 0, D);
@@ -288,28 +282,28 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
 
 static void attention_igrad_group(const attention_job *j, attention_scratch *s, int64_t b,
                                   int64_t g) {
-    const hs_args *a = j->a;
+    const hs_attention_igrad_args *a = j->igrad;
     const int64_t T = j->T, D = j->D, each = j->H / j->G;
-    head dk = head_of(j, AT_DK, a->dim[6], b, g), dv = head_of(j, AT_DV, a->dim[7], b, g);
-    head k = head_of(j, AT_K, a->dim[11], b, g), v = head_of(j, AT_V, a->dim[12], b, g);
-    const float *lse = (const float *)a->ptr[AT_LSE] + b * j->H * T;
-    float *delta = (float *)a->ptr[AT_DELTA] + b * j->H * T;
+    head dk = head_of(j, a->dk, a->lddk, b, g), dv = head_of(j, a->dv, a->lddv, b, g);
+    head k = head_of(j, a->k, a->ldk, b, g), v = head_of(j, a->v, a->ldv, b, g);
+    const float *lse = (const float *)a->lse + b * j->H * T;
+    float *delta = (float *)a->delta + b * j->H * T;
     for (int64_t h = g * each; h < (g + 1) * each; h++) {
-        head dq = head_of(j, AT_DQ, a->dim[5], b, h), grad = head_of(j, AT_DO, a->dim[8], b, h);
-        delta_rows(grad, head_of(j, AT_O, a->dim[9], b, h), T, D, delta + h * T);
-        attention_dq(j, s, dq, grad, head_of(j, AT_Q, a->dim[10], b, h), k, v, lse + h * T,
+        head dq = head_of(j, a->dq, a->lddq, b, h), grad = head_of(j, a->dy, a->lddy, b, h);
+        delta_rows(grad, head_of(j, a->y, a->ldy, b, h), T, D, delta + h * T);
+        attention_dq(j, s, dq, grad, head_of(j, a->q, a->ldq, b, h), k, v, lse + h * T,
                      delta + h * T);
     }
     side k_d = inner_d(k), v_d = inner_d(v);
     for (int64_t k0 = 0; k0 < T; k0 += WIDE) {
-        int64_t keys = min64(WIDE, T - k0);
+        int64_t keys = hs_min(WIDE, T - k0);
         pack_a(s->rows0, &k_d, k0, keys, T, 0, D);
         pack_a(s->rows1, &v_d, k0, keys, T, 0, D);
         memset(s->sum0, 0, (size_t)(keys * D) * sizeof(float));
         memset(s->sum1, 0, (size_t)(keys * D) * sizeof(float));
         for (int64_t h = g * each; h < (g + 1) * each; h++)
-            attention_dkv(j, s, k0, keys, head_of(j, AT_DO, a->dim[8], b, h),
-                          head_of(j, AT_Q, a->dim[10], b, h), lse + h * T, delta + h * T);
+            attention_dkv(j, s, k0, keys, head_of(j, a->dy, a->lddy, b, h),
+                          head_of(j, a->q, a->ldq, b, h), lse + h * T, delta + h * T);
         put_rows(dk, k0, keys, D, s->sum0, j->scale, NULL);
         put_rows(dv, k0, keys, D, s->sum1, 1.0f, NULL);
     }
@@ -321,7 +315,14 @@ static void attention_igrad_range(void *ctx, int64_t begin, int64_t end, int wor
         attention_igrad_group(j, scratch_of(j, worker), i / j->G, i % j->G);
 }
 
-static void attention_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    attention_job j = attention_make(ctx, a);
-    share_rows(ctx, a->dim[0] * j.G, j.T * j.T * j.D, attention_igrad_range, &j);
+static void attention_igrad_op(hs_kernel_ctx *ctx, hs_attention_igrad_args *a) {
+    attention_job j = {.igrad = a,
+                       .scratch = ctx->scratch,
+                       .T = a->T,
+                       .H = a->H,
+                       .G = a->G,
+                       .D = a->D,
+                       .scale = (float)a->scale,
+                       .dt = (int)a->dtype};
+    share_rows(ctx, a->B * a->G, a->T * a->T * a->D, attention_igrad_range, &j);
 }

@@ -76,37 +76,37 @@ VINLINE void classifier_logits(hs_kernel_ctx *ctx, float *logits, const char *x,
     gemm_run(ctx, &g);
 }
 
-static void classifier_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], chunk = a->dim[3];
+static void classifier_fwd_op(hs_kernel_ctx *ctx, hs_classifier_fwd_args *a) {
+    const int64_t R = a->R, C = a->C, V = a->V, chunk = a->CHUNK;
     const int dt = (int)a->dtype;
     for (int64_t r = 0; r < R; r += chunk) {
-        int64_t rows = min64(chunk, R - r);
+        int64_t rows = hs_min(chunk, R - r);
         classifier_job j = {
-            (float *)a->ptr[0] + r, a->ptr[4], NULL, (const int32_t *)a->ptr[3] + r, V, 0, dt};
-        classifier_logits(ctx, a->ptr[4], (const char *)a->ptr[1] + r * C * dt_size(dt), a->ptr[2],
-                          rows, C, V, dt);
+            (float *)a->loss + r, a->logits, NULL, (const int32_t *)a->target + r, V, 0, dt};
+        classifier_logits(ctx, a->logits, (const char *)a->x + r * C * dt_size(dt), a->w, rows, C,
+                          V, dt);
         share_rows(ctx, rows, V, classifier_range, &j);
     }
 }
 
-static void classifier_grad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], chunk = a->dim[3];
+static void classifier_grad_op(hs_kernel_ctx *ctx, hs_classifier_grad_args *a) {
+    const int64_t R = a->R, C = a->C, V = a->V, chunk = a->CHUNK;
     const int dt = (int)a->dtype;
-    const void *w = a->ptr[4], *dlogits = a->ptr[7];
+    const void *w = a->w, *dlogits = a->dlogits;
     for (int64_t r = 0; r < R; r += chunk) {
-        int64_t rows = min64(chunk, R - r);
-        const char *x = (const char *)a->ptr[3] + r * C * dt_size(dt);
+        int64_t rows = hs_min(chunk, R - r);
+        const char *x = (const char *)a->x + r * C * dt_size(dt);
         classifier_job j = {
-            (float *)a->ptr[0] + r, a->ptr[6], a->ptr[7], (const int32_t *)a->ptr[5] + r, V,
-            (float)a->real[0],      dt};
-        classifier_logits(ctx, a->ptr[6], x, w, rows, C, V, dt);
+            (float *)a->loss + r, a->logits, a->dlogits, (const int32_t *)a->target + r, V,
+            (float)a->scale,      dt};
+        classifier_logits(ctx, a->logits, x, w, rows, C, V, dt);
         share_rows(ctx, rows, V, classifier_range, &j);
         gemm dx = {.m = rows,
                    .n = C,
                    .k = V,
                    .a = {dlogits, V, 1, dt},
                    .b = {w, 1, C, dt},
-                   .out = (char *)a->ptr[1] + r * C * dt_size(dt),
+                   .out = (char *)a->dx + r * C * dt_size(dt),
                    .ld_out = C,
                    .dt_out = dt};
         gemm_run(ctx, &dx);
@@ -115,7 +115,7 @@ static void classifier_grad_op(hs_kernel_ctx *ctx, const hs_args *a) {
                    .k = rows,
                    .a = {dlogits, 1, V, dt},
                    .b = {x, 1, C, dt},
-                   .out = a->ptr[2],
+                   .out = a->dw,
                    .ld_out = C,
                    .dt_out = HS_F32,
                    .from_old = 1};
@@ -123,7 +123,6 @@ static void classifier_grad_op(hs_kernel_ctx *ctx, const hs_args *a) {
     }
 }
 
-static void logits_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    classifier_logits(ctx, a->ptr[0], a->ptr[1], a->ptr[2], a->dim[0], a->dim[1], a->dim[2],
-                      (int)a->dtype);
+static void logits_op(hs_kernel_ctx *ctx, hs_logits_args *a) {
+    classifier_logits(ctx, a->logits, a->x, a->w, a->R, a->C, a->V, (int)a->dtype);
 }

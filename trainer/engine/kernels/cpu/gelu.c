@@ -2,14 +2,8 @@
  * y = x s and dy/dx = s + x s (1 - s) dz/dx: no tanh, and full relative accuracy on both sides. */
 #include "kernels/gelu.h"
 
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
 #include "kernels/cpu/vec_math.h"
-
-typedef struct gelu_job {
-    const hs_args *a;
-    int64_t n;
-} gelu_job;
 
 /* s and 1 - s; x cut to [-12, 12] for z, beyond which both are 0 or 1 to f32 (and x^2 could
  * overflow) */
@@ -22,46 +16,44 @@ VINLINE void gelu_sigmoid(vf x, vf *cut, vf *square, vf *s, vf *rest) {
     v_sigmoid(z, s, rest);
 }
 
-VINLINE void gelu_fwd_flat(const gelu_job *j, int64_t begin, int64_t end, int dt) {
+VINLINE void gelu_fwd_flat(const hs_gelu_fwd_args *a, int64_t begin, int64_t end, int dt) {
     for (int64_t i = begin; i < end; i += LANES) {
-        vf x = v_load_dt_n(j->a->ptr[1], i, end - i, dt), cut, square, s, rest;
+        vf x = v_load_dt_n(a->x, i, end - i, dt), cut, square, s, rest;
         gelu_sigmoid(x, &cut, &square, &s, &rest);
-        v_store_dt_n(j->a->ptr[0], i, v_mul(x, s), end - i, dt);
+        v_store_dt_n(a->y, i, v_mul(x, s), end - i, dt);
     }
 }
 
 static void gelu_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const gelu_job *j = ctx;
+    const hs_gelu_fwd_args *a = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
-    BY_DTYPE(j->a->dtype, gelu_fwd_flat, j, begin, end);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, a->n);
+    BY_DTYPE(a->dtype, gelu_fwd_flat, a, begin, end);
 }
 
-static void gelu_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    gelu_job j = {a, a->dim[0]};
-    share_flat(ctx, j.n, gelu_fwd_range, &j);
+static void gelu_fwd_op(hs_kernel_ctx *ctx, hs_gelu_fwd_args *a) {
+    share_flat(ctx, a->n, gelu_fwd_range, a);
 }
 
-VINLINE void gelu_igrad_flat(const gelu_job *j, int64_t begin, int64_t end, int dt) {
+VINLINE void gelu_igrad_flat(const hs_gelu_igrad_args *a, int64_t begin, int64_t end, int dt) {
     const float two_a = (float)(2 * HS_GELU_A), six_ab = (float)(6 * HS_GELU_A * HS_GELU_B);
     for (int64_t i = begin; i < end; i += LANES) {
         int64_t left = end - i;
-        vf x = v_load_dt_n(j->a->ptr[2], i, left, dt), cut, square, s, rest;
+        vf x = v_load_dt_n(a->x, i, left, dt), cut, square, s, rest;
         gelu_sigmoid(x, &cut, &square, &s, &rest);
         vf dz = v_fma(square, v_set1(six_ab), v_set1(two_a));
         vf d = v_fma(v_mul(cut, v_mul(s, rest)), dz, s);
-        v_store_dt_n(j->a->ptr[0], i, v_mul(v_load_dt_n(j->a->ptr[1], i, left, dt), d), left, dt);
+        v_store_dt_n(a->dx, i, v_mul(v_load_dt_n(a->dy, i, left, dt), d), left, dt);
     }
 }
 
 static void gelu_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const gelu_job *j = ctx;
+    const hs_gelu_igrad_args *a = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
-    BY_DTYPE(j->a->dtype, gelu_igrad_flat, j, begin, end);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, a->n);
+    BY_DTYPE(a->dtype, gelu_igrad_flat, a, begin, end);
 }
 
-static void gelu_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    gelu_job j = {a, a->dim[0]};
-    share_flat(ctx, j.n, gelu_igrad_range, &j);
+static void gelu_igrad_op(hs_kernel_ctx *ctx, hs_gelu_igrad_args *a) {
+    share_flat(ctx, a->n, gelu_igrad_range, a);
 }

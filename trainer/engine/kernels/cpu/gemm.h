@@ -14,6 +14,7 @@
 #ifndef HS_KERNELS_CPU_GEMM_H
 #define HS_KERNELS_CPU_GEMM_H
 
+#include "core/ints.h"
 #include "core/threads.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/kernels.h"
@@ -39,16 +40,6 @@ enum {
     PACK_C = MC * NC_MAX,
     WORKER_FLOATS = PACK_A + PACK_B + PACK_C + 64
 };
-
-VINLINE int64_t min64(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-VINLINE int64_t max64(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-VINLINE int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 
 /* Element (i, k) is p[i * row + k * col]; one of row and col is 1. */
 typedef struct side {
@@ -218,7 +209,7 @@ VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int
         for (; k + LANES <= kn; k += LANES)
             transpose16(dst + k * width, width, base + k * dt_size(dt), s->row, dt);
     for (; k < kn; k += LANES) {
-        int64_t left = min64(kn - k, LANES);
+        int64_t left = hs_min(kn - k, LANES);
         for (int64_t i = 0; i < LANES; i++)
             v_store(t + i * LANES, i < n ? v_load_dt_n(base, i * s->row + k, left, dt) : v_zero());
         transpose16(turned, LANES, t, LANES, HS_F32);
@@ -230,7 +221,7 @@ VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int
 VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
                        int64_t kn, int dt) {
     for (int64_t i = 0; i < m; i += MR) {
-        int64_t n = min64(MR, m - i);
+        int64_t n = hs_min(MR, m - i);
         pack16(dst + i * kn, n, a, i0 + i, n, rows, k0, kn, dt);
     }
 }
@@ -245,7 +236,7 @@ VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t
                        int64_t kn, int dt) {
     for (int64_t j = 0; j < n; j += NR)
         for (int64_t l = 0; l < NR && j + l < n; l += LANES)
-            pack16(dst + j * kn + l, NR, b, j0 + j + l, min64(LANES, n - j - l), rows, k0, kn, dt);
+            pack16(dst + j * kn + l, NR, b, j0 + j + l, hs_min(LANES, n - j - l), rows, k0, kn, dt);
 }
 
 /* The same for B, in panels of NR, padded with zero to a multiple of 16. */
@@ -351,10 +342,10 @@ static const micro_fn micro[MR + 1][2] = {
 static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
                             float *c, int64_t ldc, int load) {
     for (int64_t j = 0; j < n; j += NR) {
-        int64_t nn = min64(NR, n - j);
+        int64_t nn = hs_min(NR, n - j);
         for (int64_t i = 0; i < m; i += MR) {
-            int64_t mr = min64(MR, m - i);
-            for (int64_t r = i + MR; r < min64(i + 2 * MR, m); r++) { /* the next tile of c */
+            int64_t mr = hs_min(MR, m - i);
+            for (int64_t r = i + MR; r < hs_min(i + 2 * MR, m); r++) { /* the next tile of c */
                 __builtin_prefetch(c + r * ldc + j, 1);
                 __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
             }
@@ -403,17 +394,17 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
                          int64_t n) {
     float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
     int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old;
-    int64_t kc = ceil_div(g->k, ceil_div(g->k, KC));
-    int64_t wide = ceil_div(n, NR) * NR;
+    int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, KC));
+    int64_t wide = hs_ceil_div(n, NR) * NR;
     int keep_b = i1 - i0 > MC && wide * g->k <= PACK_B;
-    int64_t row_blocks = ceil_div(i1 - i0, MC);
-    int64_t mc = ceil_div(ceil_div(i1 - i0, row_blocks), MR) * MR;
+    int64_t row_blocks = hs_ceil_div(i1 - i0, MC);
+    int64_t mc = hs_ceil_div(hs_ceil_div(i1 - i0, row_blocks), MR) * MR;
     for (int64_t i = i0; i < i1; i += mc) {
-        int64_t m = min64(mc, i1 - i);
+        int64_t m = hs_min(mc, i1 - i);
         float *c = direct ? (float *)g->out + i * g->ld_out + j0 : pc;
         int64_t ldc = direct ? g->ld_out : wide;
         for (int64_t k = 0; k < g->k; k += kc) {
-            int64_t kn = min64(kc, g->k - k);
+            int64_t kn = hs_min(kc, g->k - k);
             float *b = keep_b ? pb + wide * k : pb;
             if (!keep_b || i == i0) pack_b(b, &g->b, j0, n, g->n, k, kn);
             pack_a(pa, &g->a, i, m, g->m, k, kn);
@@ -429,14 +420,14 @@ static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
     float *scratch = job->scratch + (int64_t)worker * WORKER_FLOATS;
     for (int64_t cell = begin; cell < end; cell++) {
         int64_t i0 = cell / job->split_n * job->each_m, j0 = cell % job->split_n * job->each_n;
-        int64_t i1 = min64(g->m, i0 + job->each_m), j1 = min64(g->n, j0 + job->each_n);
+        int64_t i1 = hs_min(g->m, i0 + job->each_m), j1 = hs_min(g->n, j0 + job->each_n);
         if (i0 >= i1 || j0 >= j1) continue;
         /* as many columns at once as keep B packed across the blocks of rows, 256 at least */
-        int64_t nc = min64(NC_MAX, max64(256, PACK_B / max64(1, g->k) / NR * NR));
+        int64_t nc = hs_min(NC_MAX, hs_max(256, PACK_B / hs_max(1, g->k) / NR * NR));
         if (i1 - i0 <= MC) nc = NC_MAX;
-        nc = ceil_div(ceil_div(j1 - j0, ceil_div(j1 - j0, nc)), NR) * NR;
+        nc = hs_ceil_div(hs_ceil_div(j1 - j0, hs_ceil_div(j1 - j0, nc)), NR) * NR;
         for (int64_t j = j0; j < j1; j += nc)
-            gemm_columns(g, scratch, i0, i1, j, min64(nc, j1 - j));
+            gemm_columns(g, scratch, i0, i1, j, hs_min(nc, j1 - j));
     }
 }
 
@@ -450,8 +441,8 @@ static void gemm_run(hs_kernel_ctx *ctx, const gemm *g) {
         for (int64_t tm = 1; tm <= threads; tm++) {
             if (threads % tm) continue;
             int64_t tn = threads / tm;
-            int64_t em = ceil_div(ceil_div(g->m, MR), tm) * MR,
-                    en = ceil_div(ceil_div(g->n, NR), tn) * NR;
+            int64_t em = hs_ceil_div(hs_ceil_div(g->m, MR), tm) * MR,
+                    en = hs_ceil_div(hs_ceil_div(g->n, NR), tn) * NR;
             /* the slowest worker's time: its tiles, and its packing at about 16 products an element
              */
             int64_t cost = em * en + 16 * (em + en);

@@ -3,7 +3,6 @@
 #include "kernels/init.h"
 
 #include "core/rng.h"
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
 #include "kernels/cpu/vec_math.h"
 
@@ -83,7 +82,7 @@ VINLINE void normals64(const init_job *j, uint64_t quad, float *out) {
 static void init_normal_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const init_job *j = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->n);
     int64_t i = begin;
     for (; i + 64 <= end; i += 64) normals64(j, (uint64_t)i / 4, j->w + i);
     if (i < end) {
@@ -93,21 +92,21 @@ static void init_normal_range(void *ctx, int64_t begin, int64_t end, int worker)
     }
 }
 
-static void init_normal_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    init_job j = {a->ptr[0], a->dim[0],
-                  hs_rng_make_key((uint64_t)a->dim[2], (uint32_t)a->dim[1], HS_RNG_USE_INIT),
-                  (float)a->real[0], (float)a->real[1]};
+static void init_normal_op(hs_kernel_ctx *ctx, hs_init_normal_args *a) {
+    init_job j = {a->w, a->n,
+                  hs_rng_make_key((uint64_t)a->SEED, (uint32_t)a->TENSOR, HS_RNG_USE_INIT),
+                  (float)a->mean, (float)a->std};
     share_flat(ctx, j.n, init_normal_range, &j);
 }
 
 static void init_const_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const init_job *j = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->n);
     for (int64_t i = begin; i < end; i += LANES) v_store_n(j->w + i, v_set1(j->mean), end - i);
 }
 
-static void init_const_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    init_job j = {.w = a->ptr[0], .n = a->dim[0], .mean = (float)a->real[0]};
+static void init_const_op(hs_kernel_ctx *ctx, hs_init_const_args *a) {
+    init_job j = {.w = a->w, .n = a->n, .mean = (float)a->value};
     share_flat(ctx, j.n, init_const_range, &j);
 }

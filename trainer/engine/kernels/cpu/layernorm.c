@@ -3,20 +3,15 @@
 
 #include <math.h>
 
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
+#include "kernels/cpu/vec.h"
 
-typedef struct layernorm_job {
-    const hs_args *a;
-    int64_t R, C;
-    float eps;
-} layernorm_job;
-
-VINLINE void layernorm_fwd_rows(const layernorm_job *j, int64_t begin, int64_t end, int dt) {
-    float *mean = j->a->ptr[1], *rstd = j->a->ptr[2];
-    const void *x = j->a->ptr[3];
-    const float *w = j->a->ptr[4], *b = j->a->ptr[5];
-    const int64_t C = j->C;
+VINLINE void layernorm_fwd_rows(const hs_layernorm_fwd_args *a, int64_t begin, int64_t end,
+                                int dt) {
+    float *mean = a->mean, *rstd = a->rstd;
+    const void *x = a->x;
+    const float *w = a->w, *b = a->b;
+    const int64_t C = a->C;
     for (int64_t r = begin; r < end; r++) {
         vf sum = v_zero(), square = v_zero();
         for (int64_t c = 0; c < C; c += LANES)
@@ -27,13 +22,13 @@ VINLINE void layernorm_fwd_rows(const layernorm_job *j, int64_t begin, int64_t e
             vf d = v_keep(v_sub(v_load_dt_n(x, r * C + c, C - c, dt), mv), C - c);
             square = v_fma(d, d, square);
         }
-        float s = 1.0f / sqrtf(v_sum(square) / (float)C + j->eps);
+        float s = 1.0f / sqrtf(v_sum(square) / (float)C + (float)a->eps);
         vf sv = v_set1(s);
         for (int64_t c = 0; c < C; c += LANES) {
             int64_t left = C - c;
             vf h = v_mul(v_sub(v_load_dt_n(x, r * C + c, left, dt), mv), sv);
             h = v_fma(h, v_load_n(w + c, left), v_load_n(b + c, left));
-            v_store_dt_n(j->a->ptr[0], r * C + c, h, left, dt);
+            v_store_dt_n(a->y, r * C + c, h, left, dt);
         }
         mean[r] = m;
         rstd[r] = s;
@@ -41,22 +36,22 @@ VINLINE void layernorm_fwd_rows(const layernorm_job *j, int64_t begin, int64_t e
 }
 
 static void layernorm_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const layernorm_job *j = ctx;
+    const hs_layernorm_fwd_args *a = ctx;
     (void)worker;
-    BY_DTYPE(j->a->dtype, layernorm_fwd_rows, j, begin, end);
+    BY_DTYPE(a->dtype, layernorm_fwd_rows, a, begin, end);
 }
 
-static void layernorm_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    layernorm_job j = {a, a->dim[0], a->dim[1], (float)a->real[0]};
-    share_rows(ctx, j.R, j.C, layernorm_fwd_range, &j);
+static void layernorm_fwd_op(hs_kernel_ctx *ctx, hs_layernorm_fwd_args *a) {
+    share_rows(ctx, a->R, a->C, layernorm_fwd_range, a);
 }
 
-VINLINE void layernorm_igrad_rows(const layernorm_job *j, int64_t begin, int64_t end, int dt) {
-    void *dx = j->a->ptr[0];
-    const void *dy = j->a->ptr[1], *x = j->a->ptr[2];
-    const float *w = j->a->ptr[3], *mean = j->a->ptr[4], *rstd = j->a->ptr[5];
-    const int accumulate = j->a->dim[2] != 0;
-    const int64_t C = j->C;
+VINLINE void layernorm_igrad_rows(const hs_layernorm_igrad_args *a, int64_t begin, int64_t end,
+                                  int dt) {
+    void *dx = a->dx;
+    const void *dy = a->dy, *x = a->x;
+    const float *w = a->w, *mean = a->mean, *rstd = a->rstd;
+    const int accumulate = a->ACCUM != 0;
+    const int64_t C = a->C;
     for (int64_t r = begin; r < end; r++) {
         vf mv = v_set1(mean[r]), sv = v_set1(rstd[r]), sum_g = v_zero(), sum_gh = v_zero();
         for (int64_t c = 0; c < C; c += LANES) {
@@ -79,26 +74,26 @@ VINLINE void layernorm_igrad_rows(const layernorm_job *j, int64_t begin, int64_t
 }
 
 static void layernorm_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const layernorm_job *j = ctx;
+    const hs_layernorm_igrad_args *a = ctx;
     (void)worker;
-    BY_DTYPE(j->a->dtype, layernorm_igrad_rows, j, begin, end);
+    BY_DTYPE(a->dtype, layernorm_igrad_rows, a, begin, end);
 }
 
-static void layernorm_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    layernorm_job j = {a, a->dim[0], a->dim[1], 0};
-    share_rows(ctx, j.R, j.C, layernorm_igrad_range, &j);
+static void layernorm_igrad_op(hs_kernel_ctx *ctx, hs_layernorm_igrad_args *a) {
+    share_rows(ctx, a->R, a->C, layernorm_igrad_range, a);
 }
 
-VINLINE void layernorm_wgrad_columns(const layernorm_job *j, int64_t begin, int64_t end, int dt) {
-    float *dw = j->a->ptr[0], *db = j->a->ptr[1];
-    const void *dy = j->a->ptr[2], *x = j->a->ptr[3];
-    const float *mean = j->a->ptr[4], *rstd = j->a->ptr[5];
+VINLINE void layernorm_wgrad_columns(const hs_layernorm_wgrad_args *a, int64_t begin, int64_t end,
+                                     int dt) {
+    float *dw = a->dw, *db = a->db;
+    const void *dy = a->dy, *x = a->x;
+    const float *mean = a->mean, *rstd = a->rstd;
     for (int64_t c = begin; c < end; c += LANES) {
         int64_t left = end - c;
         vf w = v_load_n(dw + c, left), b = v_load_n(db + c, left);
-        for (int64_t r = 0; r < j->R; r++) {
-            vf g = v_load_dt_n(dy, r * j->C + c, left, dt);
-            vf h = v_mul(v_sub(v_load_dt_n(x, r * j->C + c, left, dt), v_set1(mean[r])),
+        for (int64_t r = 0; r < a->R; r++) {
+            vf g = v_load_dt_n(dy, r * a->C + c, left, dt);
+            vf h = v_mul(v_sub(v_load_dt_n(x, r * a->C + c, left, dt), v_set1(mean[r])),
                          v_set1(rstd[r]));
             w = v_fma(g, h, w);
             b = v_add(b, g);
@@ -109,13 +104,12 @@ VINLINE void layernorm_wgrad_columns(const layernorm_job *j, int64_t begin, int6
 }
 
 static void layernorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const layernorm_job *j = ctx;
+    const hs_layernorm_wgrad_args *a = ctx;
     (void)worker;
-    begin *= SHARE_COLUMNS, end = min64(end * SHARE_COLUMNS, j->C);
-    BY_DTYPE(j->a->dtype, layernorm_wgrad_columns, j, begin, end);
+    begin *= SHARE_COLUMNS, end = hs_min(end * SHARE_COLUMNS, a->C);
+    BY_DTYPE(a->dtype, layernorm_wgrad_columns, a, begin, end);
 }
 
-static void layernorm_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    layernorm_job j = {a, a->dim[0], a->dim[1], 0};
-    share_columns(ctx, j.R, j.C, layernorm_wgrad_range, &j);
+static void layernorm_wgrad_op(hs_kernel_ctx *ctx, hs_layernorm_wgrad_args *a) {
+    share_columns(ctx, a->R, a->C, layernorm_wgrad_range, a);
 }

@@ -4,35 +4,35 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
 
-static void linear_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
+static void linear_fwd_op(hs_kernel_ctx *ctx, hs_linear_fwd_args *a) {
+    int64_t R = a->R, N = a->N, K = a->K;
     int dt = (int)a->dtype;
     gemm g = {.m = R,
               .n = N,
               .k = K,
-              .a = {a->ptr[1], a->dim[4], 1, dt},
-              .b = {a->ptr[2], K, 1, dt},
-              .out = a->ptr[0],
-              .ld_out = a->dim[3],
+              .a = {a->x, a->ldx, 1, dt},
+              .b = {a->w, K, 1, dt},
+              .out = a->y,
+              .ld_out = a->ldy,
               .dt_out = dt,
-              .bias = a->ptr[3],
-              .res = a->ptr[4],
-              .ld_res = a->dim[5]};
+              .bias = a->b,
+              .res = a->res,
+              .ld_res = a->ldres};
     gemm_run(ctx, &g);
 }
 
-static void linear_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
+static void linear_igrad_op(hs_kernel_ctx *ctx, hs_linear_igrad_args *a) {
+    int64_t R = a->R, N = a->N, K = a->K;
     int dt = (int)a->dtype;
     gemm g = {.m = R,
               .n = K,
               .k = N,
-              .a = {a->ptr[1], a->dim[4], 1, dt},
-              .b = {a->ptr[2], 1, K, dt},
-              .out = a->ptr[0],
-              .ld_out = a->dim[3],
+              .a = {a->dy, a->lddy, 1, dt},
+              .b = {a->w, 1, K, dt},
+              .out = a->dx,
+              .ld_out = a->lddx,
               .dt_out = dt,
-              .add_old = a->dim[5] != 0};
+              .add_old = a->ACCUM != 0};
     gemm_run(ctx, &g);
 }
 
@@ -56,25 +56,25 @@ VINLINE void bias_columns(const bias_job *j, int64_t begin, int64_t end, int dt)
 static void bias_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const bias_job *j = ctx;
     (void)worker;
-    begin *= SHARE_COLUMNS, end = min64(end * SHARE_COLUMNS, j->N);
+    begin *= SHARE_COLUMNS, end = hs_min(end * SHARE_COLUMNS, j->N);
     BY_DTYPE(j->dt, bias_columns, j, begin, end);
 }
 
-static void linear_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
+static void linear_wgrad_op(hs_kernel_ctx *ctx, hs_linear_wgrad_args *a) {
+    int64_t R = a->R, N = a->N, K = a->K;
     int dt = (int)a->dtype;
     gemm g = {.m = N,
               .n = K,
               .k = R,
-              .a = {a->ptr[2], 1, a->dim[3], dt},
-              .b = {a->ptr[3], 1, a->dim[4], dt},
-              .out = a->ptr[0],
+              .a = {a->dy, 1, a->lddy, dt},
+              .b = {a->x, 1, a->ldx, dt},
+              .out = a->dw,
               .ld_out = K,
               .dt_out = HS_F32,
               .from_old = 1};
     gemm_run(ctx, &g);
-    if (a->ptr[1]) {
-        bias_job j = {a->ptr[1], a->ptr[2], R, N, a->dim[3], dt};
+    if (a->db) {
+        bias_job j = {a->db, a->dy, R, N, a->lddy, dt};
         share_columns(ctx, R, N, bias_range, &j);
     }
 }

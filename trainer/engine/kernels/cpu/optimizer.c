@@ -1,40 +1,34 @@
 /* What runs once a step over whole tensors; see optimizer.h for AdamW's exact steps. */
 #include "kernels/optimizer.h"
 
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
+#include "kernels/cpu/vec.h"
 #include "wire/plan.h"
 
-typedef struct flat_job {
-    const hs_args *a;
-    int64_t n;
-} flat_job;
-
 static void add_acc_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const flat_job *j = ctx;
-    float *dst = j->a->ptr[0];
-    const float *src = j->a->ptr[1];
+    const hs_add_acc_args *a = ctx;
+    float *dst = a->dst;
+    const float *src = a->src;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, a->n);
     for (int64_t i = begin; i < end; i += LANES) {
         int64_t left = end - i;
         v_store_n(dst + i, v_add(v_load_n(dst + i, left), v_load_n(src + i, left)), left);
     }
 }
 
-static void add_acc_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    flat_job j = {a, a->dim[0]};
-    share_flat(ctx, j.n, add_acc_range, &j);
+static void add_acc_op(hs_kernel_ctx *ctx, hs_add_acc_args *a) {
+    share_flat(ctx, a->n, add_acc_range, a);
 }
 
 /* Blocks are cut among threads whole, so where the cuts lie does not show. */
 static void sumsq_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const flat_job *j = ctx;
-    const float *x = j->a->ptr[1];
-    double *part = j->a->ptr[2];
+    const hs_sumsq_args *a = ctx;
+    const float *x = a->x;
+    double *part = a->part;
     (void)worker;
     for (int64_t block = begin; block < end; block++) {
-        int64_t first = block * HS_SUMSQ_BLOCK, last = min64(first + HS_SUMSQ_BLOCK, j->n);
+        int64_t first = block * HS_SUMSQ_BLOCK, last = hs_min(first + HS_SUMSQ_BLOCK, a->n);
         vd sum = vd_zero();
         double lane[LANES];
         for (int64_t i = first; i < last; i += LANES)
@@ -46,29 +40,28 @@ static void sumsq_range(void *ctx, int64_t begin, int64_t end, int worker) {
     }
 }
 
-static void sumsq_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    flat_job j = {a, a->dim[0]};
-    double *part = a->ptr[2];
-    int64_t blocks = ceil_div(j.n, HS_SUMSQ_BLOCK);
-    share_rows(ctx, blocks, HS_SUMSQ_BLOCK, sumsq_range, &j);
+static void sumsq_op(hs_kernel_ctx *ctx, hs_sumsq_args *a) {
+    double *part = a->part;
+    int64_t blocks = hs_ceil_div(a->n, HS_SUMSQ_BLOCK);
+    share_rows(ctx, blocks, HS_SUMSQ_BLOCK, sumsq_range, a);
     /* neighbours join, level by level; an odd one goes up as it is */
     for (; blocks > 1; blocks = (blocks + 1) / 2) {
         for (int64_t i = 0; i < blocks / 2; i++) part[i] = part[2 * i] + part[2 * i + 1];
         if (blocks % 2) part[blocks / 2] = part[blocks - 1];
     }
-    *(double *)a->ptr[0] = part[0];
+    *(double *)a->out = part[0];
 }
 
 typedef struct adamw_job {
-    const hs_args *a;
-    int64_t n;
+    const hs_adamw_args *a;
     float clip, beta1, rest1, beta2, rest2, eps, shrink, step_size, v_scale;
 } adamw_job;
 
 VINLINE void adamw_flat(const adamw_job *j, int64_t begin, int64_t end, int dt) {
-    float *w = j->a->ptr[0], *m = j->a->ptr[1], *v = j->a->ptr[2], *g = j->a->ptr[3];
-    void *wc = j->a->ptr[4];
-    const int zero = j->a->dim[1] != 0;
+    const hs_adamw_args *a = j->a;
+    float *w = a->w, *m = a->m, *v = a->v, *g = a->g;
+    void *wc = a->wc;
+    const int zero = a->ZERO_G != 0;
     for (int64_t i = begin; i < end; i += LANES) {
         int64_t left = end - i;
         vf gg = v_mul(v_load_n(g + i, left), v_set1(j->clip));
@@ -90,54 +83,51 @@ VINLINE void adamw_flat(const adamw_job *j, int64_t begin, int64_t end, int dt) 
 static void adamw_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const adamw_job *j = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->a->n);
     BY_DTYPE(j->a->dtype, adamw_flat, j, begin, end);
 }
 
-static void adamw_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    const hs_step_control *control = a->ptr[5];
+static void adamw_op(hs_kernel_ctx *ctx, hs_adamw_args *a) {
+    const hs_step_control *control = a->ctl;
     adamw_job j = {
         .a = a,
-        .n = a->dim[0],
         .clip = control->clip_scale,
-        .beta1 = (float)a->real[0],
-        .rest1 = (float)(1.0 - a->real[0]),
-        .beta2 = (float)a->real[1],
-        .rest2 = (float)(1.0 - a->real[1]),
-        .eps = (float)a->real[2],
-        .shrink = control->lr_decay * (float)a->real[3],
+        .beta1 = (float)a->beta1,
+        .rest1 = (float)(1.0 - a->beta1),
+        .beta2 = (float)a->beta2,
+        .rest2 = (float)(1.0 - a->beta2),
+        .eps = (float)a->eps,
+        .shrink = control->lr_decay * (float)a->decay,
         .step_size = control->step_size,
         .v_scale = control->v_scale,
     };
-    share_flat(ctx, j.n, adamw_range, &j);
+    share_flat(ctx, a->n, adamw_range, &j);
 }
 
 static void zero_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const flat_job *j = ctx;
+    const hs_zero_args *a = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
-    memset((char *)j->a->ptr[0] + begin, 0, (size_t)(end - begin));
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, a->bytes);
+    memset((char *)a->dst + begin, 0, (size_t)(end - begin));
 }
 
-static void zero_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    flat_job j = {a, a->dim[0]}; /* bytes */
-    share_flat(ctx, j.n, zero_range, &j);
+static void zero_op(hs_kernel_ctx *ctx, hs_zero_args *a) {
+    share_flat(ctx, a->bytes, zero_range, a);
 }
 
-VINLINE void cast_flat(const flat_job *j, int64_t begin, int64_t end, int dt) {
-    const float *src = j->a->ptr[1];
+VINLINE void cast_flat(const hs_cast_args *a, int64_t begin, int64_t end, int dt) {
+    const float *src = a->src;
     for (int64_t i = begin; i < end; i += LANES)
-        v_store_dt_n(j->a->ptr[0], i, v_load_n(src + i, end - i), end - i, dt);
+        v_store_dt_n(a->dst, i, v_load_n(src + i, end - i), end - i, dt);
 }
 
 static void cast_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const flat_job *j = ctx;
+    const hs_cast_args *a = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = min64(end * SHARE_FLAT, j->n);
-    BY_DTYPE(j->a->dtype, cast_flat, j, begin, end);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, a->n);
+    BY_DTYPE(a->dtype, cast_flat, a, begin, end);
 }
 
-static void cast_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    flat_job j = {a, a->dim[0]};
-    share_flat(ctx, j.n, cast_range, &j);
+static void cast_op(hs_kernel_ctx *ctx, hs_cast_args *a) {
+    share_flat(ctx, a->n, cast_range, a);
 }

@@ -4,22 +4,16 @@
 
 #include <math.h>
 
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
+#include "kernels/cpu/vec.h"
 
-typedef struct rmsnorm_job {
-    const hs_args *a;
-    int64_t R, N, C;
-} rmsnorm_job;
-
-VINLINE void rmsnorm_fwd_rows(const rmsnorm_job *j, int64_t begin, int64_t end, int dt) {
-    const hs_args *a = j->a;
-    float *rstd = a->ptr[1];
-    const void *x = a->ptr[2];
-    const float *w = a->ptr[3], eps = (float)a->real[0];
-    const int64_t C = j->C, ldx = a->dim[3], ldy = a->dim[4];
+VINLINE void rmsnorm_fwd_rows(const hs_rmsnorm_fwd_args *a, int64_t begin, int64_t end, int dt) {
+    float *rstd = a->rstd;
+    const void *x = a->x;
+    const float *w = a->w, eps = (float)a->eps;
+    const int64_t C = a->C, ldx = a->ldx, ldy = a->ldy;
     for (int64_t r = begin; r < end; r++)
-        for (int64_t n = 0; n < j->N; n++) {
+        for (int64_t n = 0; n < a->N; n++) {
             int64_t at = r * ldx + n * C, to = r * ldy + n * C;
             vf square = v_zero();
             for (int64_t c = 0; c < C; c += LANES) {
@@ -30,34 +24,33 @@ VINLINE void rmsnorm_fwd_rows(const rmsnorm_job *j, int64_t begin, int64_t end, 
             vf sv = v_set1(s);
             for (int64_t c = 0; c < C; c += LANES) {
                 vf h = v_mul(v_load_dt_n(x, at + c, C - c, dt), sv);
-                v_store_dt_n(a->ptr[0], to + c, v_mul(h, v_load_n(w + c, C - c)), C - c, dt);
+                v_store_dt_n(a->y, to + c, v_mul(h, v_load_n(w + c, C - c)), C - c, dt);
             }
-            rstd[r * j->N + n] = s;
+            rstd[r * a->N + n] = s;
         }
 }
 
 static void rmsnorm_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const rmsnorm_job *j = ctx;
+    const hs_rmsnorm_fwd_args *a = ctx;
     (void)worker;
-    BY_DTYPE(j->a->dtype, rmsnorm_fwd_rows, j, begin, end);
+    BY_DTYPE(a->dtype, rmsnorm_fwd_rows, a, begin, end);
 }
 
-static void rmsnorm_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    rmsnorm_job j = {a, a->dim[0], a->dim[1], a->dim[2]};
-    share_rows(ctx, j.R, j.N * j.C, rmsnorm_fwd_range, &j);
+static void rmsnorm_fwd_op(hs_kernel_ctx *ctx, hs_rmsnorm_fwd_args *a) {
+    share_rows(ctx, a->R, a->N * a->C, rmsnorm_fwd_range, a);
 }
 
-VINLINE void rmsnorm_igrad_rows(const rmsnorm_job *j, int64_t begin, int64_t end, int dt) {
-    const hs_args *a = j->a;
-    void *dx = a->ptr[0];
-    const void *dy = a->ptr[1], *x = a->ptr[2];
-    const float *w = a->ptr[3], *rstd = a->ptr[4];
-    const int64_t C = j->C, lddx = a->dim[3], lddy = a->dim[4], ldx = a->dim[5];
-    const int accumulate = a->dim[6] != 0;
+VINLINE void rmsnorm_igrad_rows(const hs_rmsnorm_igrad_args *a, int64_t begin, int64_t end,
+                                int dt) {
+    void *dx = a->dx;
+    const void *dy = a->dy, *x = a->x;
+    const float *w = a->w, *rstd = a->rstd;
+    const int64_t C = a->C, lddx = a->lddx, lddy = a->lddy, ldx = a->ldx;
+    const int accumulate = a->ACCUM != 0;
     for (int64_t r = begin; r < end; r++)
-        for (int64_t n = 0; n < j->N; n++) {
+        for (int64_t n = 0; n < a->N; n++) {
             int64_t at_dx = r * lddx + n * C, at_dy = r * lddy + n * C, at = r * ldx + n * C;
-            vf sv = v_set1(rstd[r * j->N + n]), sum = v_zero();
+            vf sv = v_set1(rstd[r * a->N + n]), sum = v_zero();
             for (int64_t c = 0; c < C; c += LANES) {
                 vf g = v_mul(v_load_dt_n(dy, at_dy + c, C - c, dt), v_load_n(w + c, C - c));
                 sum = v_fma(g, v_mul(v_load_dt_n(x, at + c, C - c, dt), sv), sum);
@@ -75,29 +68,28 @@ VINLINE void rmsnorm_igrad_rows(const rmsnorm_job *j, int64_t begin, int64_t end
 }
 
 static void rmsnorm_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const rmsnorm_job *j = ctx;
+    const hs_rmsnorm_igrad_args *a = ctx;
     (void)worker;
-    BY_DTYPE(j->a->dtype, rmsnorm_igrad_rows, j, begin, end);
+    BY_DTYPE(a->dtype, rmsnorm_igrad_rows, a, begin, end);
 }
 
-static void rmsnorm_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    rmsnorm_job j = {a, a->dim[0], a->dim[1], a->dim[2]};
-    share_rows(ctx, j.R, j.N * j.C, rmsnorm_igrad_range, &j);
+static void rmsnorm_igrad_op(hs_kernel_ctx *ctx, hs_rmsnorm_igrad_args *a) {
+    share_rows(ctx, a->R, a->N * a->C, rmsnorm_igrad_range, a);
 }
 
-VINLINE void rmsnorm_wgrad_columns(const rmsnorm_job *j, int64_t begin, int64_t end, int dt) {
-    const hs_args *a = j->a;
-    float *dw = a->ptr[0];
-    const void *dy = a->ptr[1], *x = a->ptr[2];
-    const float *rstd = a->ptr[3];
-    const int64_t C = j->C, lddy = a->dim[3], ldx = a->dim[4];
+VINLINE void rmsnorm_wgrad_columns(const hs_rmsnorm_wgrad_args *a, int64_t begin, int64_t end,
+                                   int dt) {
+    float *dw = a->dw;
+    const void *dy = a->dy, *x = a->x;
+    const float *rstd = a->rstd;
+    const int64_t C = a->C, lddy = a->lddy, ldx = a->ldx;
     for (int64_t c = begin; c < end; c += LANES) {
         int64_t left = end - c;
         vf w = v_load_n(dw + c, left);
-        for (int64_t r = 0; r < j->R; r++)
-            for (int64_t n = 0; n < j->N; n++) {
+        for (int64_t r = 0; r < a->R; r++)
+            for (int64_t n = 0; n < a->N; n++) {
                 vf h = v_mul(v_load_dt_n(x, r * ldx + n * C + c, left, dt),
-                             v_set1(rstd[r * j->N + n]));
+                             v_set1(rstd[r * a->N + n]));
                 w = v_fma(v_load_dt_n(dy, r * lddy + n * C + c, left, dt), h, w);
             }
         v_store_n(dw + c, w, left);
@@ -105,13 +97,12 @@ VINLINE void rmsnorm_wgrad_columns(const rmsnorm_job *j, int64_t begin, int64_t 
 }
 
 static void rmsnorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const rmsnorm_job *j = ctx;
+    const hs_rmsnorm_wgrad_args *a = ctx;
     (void)worker;
-    begin *= SHARE_COLUMNS, end = min64(end * SHARE_COLUMNS, j->C);
-    BY_DTYPE(j->a->dtype, rmsnorm_wgrad_columns, j, begin, end);
+    begin *= SHARE_COLUMNS, end = hs_min(end * SHARE_COLUMNS, a->C);
+    BY_DTYPE(a->dtype, rmsnorm_wgrad_columns, a, begin, end);
 }
 
-static void rmsnorm_wgrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    rmsnorm_job j = {a, a->dim[0], a->dim[1], a->dim[2]};
-    share_columns(ctx, j.R * j.N, j.C, rmsnorm_wgrad_range, &j);
+static void rmsnorm_wgrad_op(hs_kernel_ctx *ctx, hs_rmsnorm_wgrad_args *a) {
+    share_columns(ctx, a->R * a->N, a->C, rmsnorm_wgrad_range, a);
 }

@@ -2,15 +2,15 @@
 #include "kernels/rope.h"
 
 #include "core/math.h"
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
+#include "kernels/cpu/vec.h"
 
-static void rope_table_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    int64_t T = a->dim[0], half = a->dim[1] / 2;
-    float *tab = a->ptr[0];
+static void rope_table_op(hs_kernel_ctx *ctx, hs_rope_table_args *a) {
+    int64_t T = a->T, half = a->D / 2;
+    float *tab = a->tab;
     (void)ctx; /* once a run: not worth sharing */
     for (int64_t i = 0; i < half; i++) {
-        double power = hs_pow(a->real[0], 2.0 * (double)i / (double)a->dim[1]);
+        double power = hs_pow(a->base, 2.0 * (double)i / (double)a->D);
         for (int64_t t = 0; t < T; t++) {
             double angle = (double)t / power;
             tab[2 * (t * half + i)] = (float)hs_cos(angle);
@@ -20,19 +20,21 @@ static void rope_table_op(hs_kernel_ctx *ctx, const hs_args *a) {
 }
 
 typedef struct rope_job {
-    const hs_args *a;
-    int64_t R, T, N, D, ld;
+    void *x;
+    const float *tab;
+    int64_t T, N, D, ld;
     float sign; /* of the sine: 1, or -1 to turn back */
+    int dt;
 } rope_job;
 
 VINLINE void rope_rows(const rope_job *j, int64_t begin, int64_t end, int dt) {
-    void *x = j->a->ptr[0];
-    const float *tab = j->a->ptr[1];
+    void *x = j->x;
+    const float *tab = j->tab;
     const int64_t half = j->D / 2;
     const vf sign = v_set1(j->sign);
     for (int64_t r = begin; r < end; r++)
         for (int64_t i = 0; i < half; i += LANES) {
-            int64_t left = min64(half - i, LANES);
+            int64_t left = hs_min(half - i, LANES);
             const float *pairs = tab + 2 * (r % j->T * half + i);
             float cosines[LANES] = {0}, sines[LANES] = {0};
             for (int64_t l = 0; l < left; l++)
@@ -50,18 +52,15 @@ VINLINE void rope_rows(const rope_job *j, int64_t begin, int64_t end, int dt) {
 static void rope_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const rope_job *j = ctx;
     (void)worker;
-    BY_DTYPE(j->a->dtype, rope_rows, j, begin, end);
+    BY_DTYPE(j->dt, rope_rows, j, begin, end);
 }
 
-static void rope_turn(hs_kernel_ctx *ctx, const hs_args *a, float sign) {
-    rope_job j = {a, a->dim[0], a->dim[1], a->dim[2], a->dim[3], a->dim[4], sign};
-    share_rows(ctx, j.R, j.N * j.D, rope_range, &j);
+static void rope_fwd_op(hs_kernel_ctx *ctx, hs_rope_fwd_args *a) {
+    rope_job j = {a->x, a->tab, a->T, a->N, a->D, a->ldx, 1.0f, (int)a->dtype};
+    share_rows(ctx, a->R, a->N * a->D, rope_range, &j);
 }
 
-static void rope_fwd_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    rope_turn(ctx, a, 1.0f);
-}
-
-static void rope_igrad_op(hs_kernel_ctx *ctx, const hs_args *a) {
-    rope_turn(ctx, a, -1.0f);
+static void rope_igrad_op(hs_kernel_ctx *ctx, hs_rope_igrad_args *a) {
+    rope_job j = {a->x, a->tab, a->T, a->N, a->D, a->ldx, -1.0f, (int)a->dtype};
+    share_rows(ctx, a->R, a->N * a->D, rope_range, &j);
 }

@@ -3,8 +3,9 @@
 #ifndef HS_KERNELS_CPU_SHARE_H
 #define HS_KERNELS_CPU_SHARE_H
 
+#include "core/ints.h"
 #include "core/threads.h"
-#include "kernels/kernels.h"
+#include "kernels/args.h"
 
 /* Below this many elements a loop is not worth waking threads for. */
 #define SHARE_FROM 16384
@@ -23,12 +24,12 @@ static inline void share_rows(hs_kernel_ctx *ctx, int64_t rows, int64_t width, h
 static inline void share_columns(hs_kernel_ctx *ctx, int64_t rows, int64_t columns, hs_range_fn fn,
                                  void *job) {
     hs_parallel_for(rows * columns < SHARE_FROM ? NULL : ctx->pool,
-                    (columns + SHARE_COLUMNS - 1) / SHARE_COLUMNS, fn, job);
+                    hs_ceil_div(columns, SHARE_COLUMNS), fn, job);
 }
 
 /* fn over blocks of SHARE_FLAT elements */
 static inline void share_flat(hs_kernel_ctx *ctx, int64_t n, hs_range_fn fn, void *job) {
-    hs_parallel_for(n < SHARE_FROM ? NULL : ctx->pool, (n + SHARE_FLAT - 1) / SHARE_FLAT, fn, job);
+    hs_parallel_for(n < SHARE_FROM ? NULL : ctx->pool, hs_ceil_div(n, SHARE_FLAT), fn, job);
 }
 
 #endif

@@ -20,14 +20,13 @@ static void store_row(void *y, int64_t at, const double *row, int64_t n, uint32_
     for (int64_t i = 0; i < n; i++) store(y, dt, at + i, row[i]);
 }
 
-hs_status hs_ref_attention_fwd(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t B = a->dim[0], T = a->dim[1], H = a->dim[2], G = a->dim[3], D = a->dim[4];
-    const int64_t ldo = a->dim[5], ldq = a->dim[6], ldk = a->dim[7], ldv = a->dim[8];
+void hs_ref_attention_fwd(const hs_attention_fwd_args *a) {
+    const int64_t B = a->B, T = a->T, H = a->H, G = a->G, D = a->D;
+    const int64_t ldo = a->ldy, ldq = a->ldq, ldk = a->ldk, ldv = a->ldv;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
-    const double scale = a->real[0];
-    void *o = a->ptr[0], *lse_bht = a->ptr[1];
-    const void *q = a->ptr[2], *k = a->ptr[3], *v = a->ptr[4];
+    const double scale = a->scale;
+    void *o = a->y, *lse_bht = a->lse;
+    const void *q = a->q, *k = a->k, *v = a->v;
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t t = 0; t < T; t++) {
@@ -48,19 +47,17 @@ hs_status hs_ref_attention_fwd(hs_kernel_ctx *ctx, const hs_args *a) {
                 store_row(o, (row + t) * ldo + h * D, out, D, dt);
                 store(lse_bht, acc, (b * H + h) * T + t, max + hs_log(sum));
             }
-    return HS_OK;
 }
 
-hs_status hs_ref_attention_igrad(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t B = a->dim[0], T = a->dim[1], H = a->dim[2], G = a->dim[3], D = a->dim[4];
-    const int64_t lddq = a->dim[5], lddk = a->dim[6], lddv = a->dim[7], lddo = a->dim[8];
-    const int64_t ldo = a->dim[9], ldq = a->dim[10], ldk = a->dim[11], ldv = a->dim[12];
+void hs_ref_attention_igrad(const hs_attention_igrad_args *a) {
+    const int64_t B = a->B, T = a->T, H = a->H, G = a->G, D = a->D;
+    const int64_t lddq = a->lddq, lddk = a->lddk, lddv = a->lddv, lddo = a->lddy;
+    const int64_t ldo = a->ldy, ldq = a->ldq, ldk = a->ldk, ldv = a->ldv;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
-    const double scale = a->real[0];
-    const void *d_o = a->ptr[3], *o = a->ptr[4], *q = a->ptr[5], *k = a->ptr[6], *v = a->ptr[7];
-    const void *lse_bht = a->ptr[8];
-    void *delta_bht = a->ptr[9];
+    const double scale = a->scale;
+    const void *d_o = a->dy, *o = a->y, *q = a->q, *k = a->k, *v = a->v;
+    const void *lse_bht = a->lse;
+    void *delta_bht = a->delta;
 
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
@@ -76,7 +73,7 @@ hs_status hs_ref_attention_igrad(hs_kernel_ctx *ctx, const hs_args *a) {
                     double dp = dot(d_o, at_do, v, (row + u) * ldv + kv, D, dt);
                     add_scaled(dq, scale * p * (dp - load(delta_bht, acc, i)), k, at_k, D, dt);
                 }
-                store_row(a->ptr[0], (row + t) * lddq + h * D, dq, D, dt);
+                store_row(a->dq, (row + t) * lddq + h * D, dq, D, dt);
             }
 
     for (int64_t b = 0; b < B; b++)
@@ -94,8 +91,7 @@ hs_status hs_ref_attention_igrad(hs_kernel_ctx *ctx, const hs_args *a) {
                         add_scaled(dk, scale * p * (dp - load(delta_bht, acc, i)), q, at_q, D, dt);
                         add_scaled(dv, p, d_o, at_do, D, dt);
                     }
-                store_row(a->ptr[1], (row + u) * lddk + g * D, dk, D, dt);
-                store_row(a->ptr[2], (row + u) * lddv + g * D, dv, D, dt);
+                store_row(a->dk, (row + u) * lddk + g * D, dk, D, dt);
+                store_row(a->dv, (row + u) * lddv + g * D, dv, D, dt);
             }
-    return HS_OK;
 }

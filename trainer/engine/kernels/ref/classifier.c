@@ -1,10 +1,7 @@
 #include "kernels/classifier.h"
 
+#include "core/ints.h"
 #include "kernels/ref/ref_internal.h"
-
-static int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
 
 /* logits of rows [first, first + rows) into the first rows of logits_iv. */
 static void logits_of(void *logits_iv, const void *x_rc, const void *w_vc, int64_t first,
@@ -35,31 +32,28 @@ static double loss_of(const void *logits_iv, int64_t i, int64_t V, int32_t targe
     return target < 0 ? 0 : lse_of(logits_iv, i, V, acc) - load(logits_iv, acc, i * V + target);
 }
 
-hs_status hs_ref_classifier_fwd(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], CHUNK = a->dim[3];
+void hs_ref_classifier_fwd(const hs_classifier_fwd_args *a) {
+    const int64_t R = a->R, C = a->C, V = a->V, CHUNK = a->CHUNK;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
-    const int32_t *target_r = a->ptr[3];
-    void *logits = a->ptr[4];
+    const int32_t *target_r = a->target;
+    void *logits = a->logits;
     for (int64_t first = 0; first < R; first += CHUNK) {
-        const int64_t rows = smaller(CHUNK, R - first);
-        logits_of(logits, a->ptr[1], a->ptr[2], first, rows, C, V, dt);
+        const int64_t rows = hs_min(CHUNK, R - first);
+        logits_of(logits, a->x, a->w, first, rows, C, V, dt);
         for (int64_t i = 0; i < rows; i++)
-            store(a->ptr[0], acc, first + i, loss_of(logits, i, V, target_r[first + i], acc));
+            store(a->loss, acc, first + i, loss_of(logits, i, V, target_r[first + i], acc));
     }
-    return HS_OK;
 }
 
-hs_status hs_ref_classifier_grad(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], CHUNK = a->dim[3];
+void hs_ref_classifier_grad(const hs_classifier_grad_args *a) {
+    const int64_t R = a->R, C = a->C, V = a->V, CHUNK = a->CHUNK;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
-    void *loss_r = a->ptr[0], *dx_rc = a->ptr[1], *dw_vc = a->ptr[2];
-    const void *x_rc = a->ptr[3], *w_vc = a->ptr[4];
-    const int32_t *target_r = a->ptr[5];
-    void *logits = a->ptr[6], *dlogits = a->ptr[7];
+    void *loss_r = a->loss, *dx_rc = a->dx, *dw_vc = a->dw;
+    const void *x_rc = a->x, *w_vc = a->w;
+    const int32_t *target_r = a->target;
+    void *logits = a->logits, *dlogits = a->dlogits;
     for (int64_t first = 0; first < R; first += CHUNK) {
-        const int64_t rows = smaller(CHUNK, R - first);
+        const int64_t rows = hs_min(CHUNK, R - first);
         logits_of(logits, x_rc, w_vc, first, rows, C, V, dt);
         for (int64_t i = 0; i < rows; i++) {
             const int32_t target = target_r[first + i];
@@ -67,7 +61,7 @@ hs_status hs_ref_classifier_grad(hs_kernel_ctx *ctx, const hs_args *a) {
             const double lse = lse_of(logits, i, V, acc);
             for (int64_t v = 0; v < V; v++) {
                 double p = hs_exp(load(logits, acc, i * V + v) - lse);
-                store(dlogits, dt, i * V + v, target < 0 ? 0 : a->real[0] * (p - (v == target)));
+                store(dlogits, dt, i * V + v, target < 0 ? 0 : a->scale * (p - (v == target)));
             }
         }
         for (int64_t i = 0; i < rows; i++)
@@ -85,11 +79,8 @@ hs_status hs_ref_classifier_grad(hs_kernel_ctx *ctx, const hs_args *a) {
                 store(dw_vc, acc, v * C + c, dw);
             }
     }
-    return HS_OK;
 }
 
-hs_status hs_ref_logits(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    logits_of(a->ptr[0], a->ptr[1], a->ptr[2], 0, a->dim[0], a->dim[1], a->dim[2], a->dtype);
-    return HS_OK;
+void hs_ref_logits(const hs_logits_args *a) {
+    logits_of(a->logits, a->x, a->w, 0, a->R, a->C, a->V, a->dtype);
 }

@@ -2,12 +2,11 @@
 
 #include "kernels/ref/ref_internal.h"
 
-hs_status hs_ref_linear_fwd(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
-    const int64_t ldy = a->dim[3], ldx = a->dim[4], ldres = a->dim[5];
+void hs_ref_linear_fwd(const hs_linear_fwd_args *a) {
+    const int64_t R = a->R, N = a->N, K = a->K;
+    const int64_t ldy = a->ldy, ldx = a->ldx, ldres = a->ldres;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
-    const void *x_rk = a->ptr[1], *w_nk = a->ptr[2], *b_n = a->ptr[3], *res_rn = a->ptr[4];
+    const void *x_rk = a->x, *w_nk = a->w, *b_n = a->b, *res_rn = a->res;
     for (int64_t r = 0; r < R; r++)
         for (int64_t n = 0; n < N; n++) {
             double y = 0;
@@ -15,18 +14,16 @@ hs_status hs_ref_linear_fwd(hs_kernel_ctx *ctx, const hs_args *a) {
                 y += load(x_rk, dt, r * ldx + k) * load(w_nk, dt, n * K + k);
             if (b_n) y += load(b_n, acc, n);
             if (res_rn) y += load(res_rn, dt, r * ldres + n);
-            store(a->ptr[0], dt, r * ldy + n, y);
+            store(a->y, dt, r * ldy + n, y);
         }
-    return HS_OK;
 }
 
-hs_status hs_ref_linear_igrad(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
-    const int64_t lddx = a->dim[3], lddy = a->dim[4], accum = a->dim[5];
+void hs_ref_linear_igrad(const hs_linear_igrad_args *a) {
+    const int64_t R = a->R, N = a->N, K = a->K;
+    const int64_t lddx = a->lddx, lddy = a->lddy, accum = a->ACCUM;
     const uint32_t dt = a->dtype;
-    void *dx_rk = a->ptr[0];
-    const void *dy_rn = a->ptr[1], *w_nk = a->ptr[2];
+    void *dx_rk = a->dx;
+    const void *dy_rn = a->dy, *w_nk = a->w;
     for (int64_t r = 0; r < R; r++)
         for (int64_t k = 0; k < K; k++) {
             double dx = 0;
@@ -35,15 +32,13 @@ hs_status hs_ref_linear_igrad(hs_kernel_ctx *ctx, const hs_args *a) {
             if (accum) dx += load(dx_rk, dt, r * lddx + k);
             store(dx_rk, dt, r * lddx + k, dx);
         }
-    return HS_OK;
 }
 
-hs_status hs_ref_linear_wgrad(hs_kernel_ctx *ctx, const hs_args *a) {
-    (void)ctx;
-    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2], lddy = a->dim[3], ldx = a->dim[4];
+void hs_ref_linear_wgrad(const hs_linear_wgrad_args *a) {
+    const int64_t R = a->R, N = a->N, K = a->K, lddy = a->lddy, ldx = a->ldx;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
-    void *dw_nk = a->ptr[0], *db_n = a->ptr[1];
-    const void *dy_rn = a->ptr[2], *x_rk = a->ptr[3];
+    void *dw_nk = a->dw, *db_n = a->db;
+    const void *dy_rn = a->dy, *x_rk = a->x;
     for (int64_t n = 0; n < N; n++) {
         for (int64_t k = 0; k < K; k++) {
             double dw = load(dw_nk, acc, n * K + k);
@@ -56,5 +51,4 @@ hs_status hs_ref_linear_wgrad(hs_kernel_ctx *ctx, const hs_args *a) {
         for (int64_t r = 0; r < R; r++) db += load(dy_rn, dt, r * lddy + n);
         store(db_n, acc, n, db);
     }
-    return HS_OK;
 }

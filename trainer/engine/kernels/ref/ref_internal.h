@@ -11,10 +11,10 @@
 #include <string.h>
 
 #include "core/math.h"
-#include "kernels/kernels.h"
+#include "kernels/args.h"
 
 /* hs_ref_<name> for every row of the table of kernels. */
-#define X(number, NAME, name, ...) hs_status hs_ref_##name(hs_kernel_ctx *ctx, const hs_args *args);
+#define X(number, NAME, name, ...) void hs_ref_##name(const hs_##name##_args *a);
 HS_KERNELS(X)
 #undef X
 
