@@ -55,7 +55,7 @@ class CannotBuild(Exception):
 
 
 @dataclass(frozen=True)
-class Use:
+class Resources:
     """What one kernel takes on one architecture."""
 
     registers: int
@@ -64,7 +64,7 @@ class Use:
     shared_bytes: int
 
 
-Table = dict[str, dict[str, Use]]  # by kernel, then architecture
+Table = dict[str, dict[str, Resources]]  # by kernel, then architecture
 
 
 def say(text: str) -> None:
@@ -134,20 +134,20 @@ ENTRY = re.compile(
 )
 
 
-def uses_of(text: str) -> Iterator[tuple[str, str, Use]]:
+def uses_of(text: str) -> Iterator[tuple[str, str, Resources]]:
     """(kernel, architecture, what it takes) of what ``ptxas -v`` said."""
     for m in ENTRY.finditer(text):
         shared = re.search(r"(\d+) bytes smem", m["rest"])
-        use = Use(
+        use = Resources(
             registers=int(m["registers"]),
             spill_bytes=int(m["stores"]) + int(m["loads"]),
             stack_bytes=int(m["stack"]),
             shared_bytes=int(shared[1]) if shared else 0,
         )
-        yield name_of(m["name"]), m["arch"], use
+        yield kernel_name(m["name"]), m["arch"], use
 
 
-def name_of(mangled: str) -> str:
+def kernel_name(mangled: str) -> str:
     """``attention_dq<float>``: the mangled name's first name, and its template arguments."""
     m = re.match(r"_Z(\d+)", mangled)
     if m is None:
@@ -165,7 +165,7 @@ def name_of(mangled: str) -> str:
             elif re.match(r"S\d?_", rest):
                 types, rest = [*types, "bf16"], rest[rest.index("_") + 1 :]  # the one type that can stand twice
             else:
-                raise ValueError(f"{mangled}: a template argument that is neither float nor bf16; teach name_of")
+                raise ValueError(f"{mangled}: a template argument that is neither float nor bf16; teach kernel_name")
     return f"{name}<{', '.join(types)}>" if types else name
 
 
@@ -209,7 +209,7 @@ def look_into(home: Path, library: Path, table: Table) -> list[str]:
         if m := re.match(r"arch = (\w+)", line):
             arch = m[1]
         elif m := re.match(r" Function (\w+):", line):
-            kernel = name_of(m[1])
+            kernel = kernel_name(m[1])
         elif m := re.search(r"REG:(\d+)", line):
             inside.add((kernel, arch))
             want = table[kernel][arch].registers

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from k8s.images import cuda
-from k8s.images.cuda import ARCHITECTURES, OUT, SOURCES, Use, faults, name_of, uses_of
+from k8s.images.cuda import ARCHITECTURES, OUT, SOURCES, Resources, faults, kernel_name, uses_of
 
 TOLD = """\
 ptxas info    : 0 bytes gmem
@@ -27,8 +27,8 @@ ptxas info    : Used 12 registers, used 0 barriers
 
 def test_what_the_compiler_says_becomes_the_table() -> None:
     assert list(uses_of(TOLD)) == [
-        ("attention_dq<float>", "sm_90a", Use(registers=128, spill_bytes=20, stack_bytes=8, shared_bytes=24960)),
-        ("init_const", "sm_100a", Use(registers=12, spill_bytes=0, stack_bytes=0, shared_bytes=0)),
+        ("attention_dq<float>", "sm_90a", Resources(registers=128, spill_bytes=20, stack_bytes=8, shared_bytes=24960)),
+        ("init_const", "sm_100a", Resources(registers=12, spill_bytes=0, stack_bytes=0, shared_bytes=0)),
     ]
 
 
@@ -43,11 +43,11 @@ def test_what_the_compiler_says_becomes_the_table() -> None:
     ],
 )
 def test_names(mangled: str, name: str) -> None:
-    assert name_of(mangled) == name
+    assert kernel_name(mangled) == name
 
 
 def test_a_spill_fails_the_build_unless_it_is_answered_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound, spilling = Use(32, 0, 0, 0), Use(255, 24, 16, 0)
+    sound, spilling = Resources(32, 0, 0, 0), Resources(255, 24, 16, 0)
     assert faults({"a": dict.fromkeys(ARCHITECTURES, sound)}) == []
     (fault,) = faults({"a": dict.fromkeys(ARCHITECTURES, sound) | {"sm_80": spilling}})
     assert "a spills registers (24 bytes on sm_80)" in fault
