@@ -1,6 +1,6 @@
 """Who holds a launch, and a node of an attempt: one place, named when it is claimed and never changed.
 
-    runs/<run>/live/launch/<launch>         a launch of local nodes, by the folder that it works in (trainer/launch.py)
+    runs/<run>/live/launch/<launch>         a launch of local nodes, by its folder (trainer/local_launch.py)
     runs/<run>/live/<epoch>/node/<node>     a node of an attempt, by its agent (agent/machine.py, A6)
 
 A claim is created once (create-if-absent), so whoever comes second reads who was first. It names the machine, its boot

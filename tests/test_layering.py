@@ -360,7 +360,7 @@ ONCE_CALLED = {
 }
 KEYS, STORE_KEY = "checkpoint/keys.py", re.compile(r"(runs|data|index|manifests|chunks|folds|live)/")
 # a launch's folder is called as its claim; what other programs made is moved to its name, folders too
-APART = {"trainer/launch.py", "k8s/images/build.py", "k8s/images/store.py"}
+APART = {"trainer/local_launch.py", "k8s/images/build.py", "k8s/images/store.py"}
 
 
 def said_again(own: str, tree: ast.AST) -> Iterator[str]:

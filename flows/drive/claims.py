@@ -1,4 +1,4 @@
-"""Claims of local launches in the run's store, as ``trainer.launch`` asks for them (checkpoint/claims.py has the form).
+"""Claims of local launches in the run's store, as ``trainer.local_launch`` asks for them.
 
 A launch works in one folder of one machine. Whoever finds it claimed there attaches, where this machine can; else it
 watches, until the launch's nodes have left or have not been heard for a while. Silence is counted by this process's
@@ -19,7 +19,7 @@ from checkpoint.claims import MAX_BYTES, Place, read_token
 from checkpoint.errors import Damaged, NotFound, StoreUnavailable
 from checkpoint.store import Store
 from trainer.errors import LaunchUnknown
-from trainer.launch import Held
+from trainer.local_launch import Held
 
 SILENT_S = 30.0
 """Without a word of any of its nodes a launch that cannot be reached is over."""

@@ -27,7 +27,8 @@ from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
 from flows.drive.run import Prepared, ask_run, prepare_run
-from trainer.launch import Launch, Launcher, LocalLauncher, Watching
+from trainer.launch import Launch, Launcher, Watching
+from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec, how_map, load_spec
 
 OUT = Path("out")

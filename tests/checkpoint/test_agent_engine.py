@@ -14,7 +14,8 @@ import pytest
 from checkpoint.log import CheckpointInfo
 from tests.support.agents import Run, make_run, put_dataset, tiny_spec, wait_for
 from tests.support.s3_server import S3Server
-from trainer.launch import Launch, LocalLauncher
+from trainer.launch import Launch
+from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec
 
 STEPS = 400

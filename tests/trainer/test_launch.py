@@ -17,7 +17,8 @@ from tests.support.agents import ROOT, Run, make_run, put_dataset, tiny_spec, wa
 from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
-from trainer.launch import Launch, LaunchedNode, LocalLauncher, ProcessMark
+from trainer.launch import Launch, LaunchedNode
+from trainer.local_launch import LocalLauncher, ProcessMark
 from trainer.spec import how_map
 
 
@@ -120,7 +121,7 @@ def test_nodes_survive_their_starter(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tiny_spec())
     launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
     text = (
-        "from pathlib import Path; from trainer.launch import Launch, LocalLauncher;"
+        "from pathlib import Path; from trainer.launch import Launch; from trainer.local_launch import LocalLauncher;"
         f"launch = Launch({run.name!r}, {run.launch!r}, 1, {run.store.url!r}, Path('out'));"
         f"LocalLauncher({str(tmp_path / 'out')!r}).ensure(launch)"
     )

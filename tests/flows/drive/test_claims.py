@@ -25,7 +25,8 @@ from flows.drive.run import attempt_body, prepare_run
 from flows.drive.train import Run as Driven
 from flows.drive.train import make_driver
 from tests.support.agents import NodePeer, agent, make_run, tiny_spec, wait_for
-from trainer.launch import Launch, LocalLauncher
+from trainer.launch import Launch
+from trainer.local_launch import LocalLauncher
 from trainer.spec import parse_spec
 
 RUN, LAUNCH = "tiny-0a0a0a", "tiny-0a0a0a-l1"
