@@ -7,7 +7,7 @@ checked against its digest in the manifest before a byte of it counts. Damaged n
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
@@ -115,10 +115,12 @@ def restore_slots(
     epoch: int,
     pool: Executor,
     same_what: bool = True,
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill one slot of each rank from the checkpoint that the record names; ``epoch`` is that of the attempt to come.
 
-    Raises Damaged (which names the object), OtherModel, StoreError; the slots are then not READY.
+    ``go_on`` is asked between reads: what it raises ends the restore. Raises that, Damaged (which names the object),
+    OtherModel, StoreError; the slots are then not READY.
     """
     manifest = load_manifest(store, run, info)
     check_same_model(manifest, plan, f"the checkpoint of step {info.step} (log record {info.n})", same_what=same_what)
@@ -129,6 +131,7 @@ def restore_slots(
         futures = [pool.submit(_read, store, manifest, read, views) for read in reads]
         try:
             for future in futures:
+                go_on()
                 future.result()
         finally:
             for future in futures:

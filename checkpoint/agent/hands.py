@@ -194,11 +194,13 @@ class Hands:
 
     def _prepare(self, e: do.Prepare) -> None:
         table = self._has.table if self._has is not None else None
-        self._thread("prepare", self._prepare_thread, e.gang, e.state, table)
+        self._thread("prepare", self._prepare_thread, e.gang, e.state, table, self._cancelled)
 
-    def _prepare_thread(self, gang: Gang, state: RunState, table: SlotTable | None) -> ev.Event:
+    def _prepare_thread(
+        self, gang: Gang, state: RunState, table: SlotTable | None, cancelled: threading.Event
+    ) -> ev.Event:
         try:
-            found = self._preparer.prepare(gang, state, table)
+            found = self._preparer.prepare(gang, state, table, cancelled)
         except (CannotStart, CheckpointError, OSError) as error:
             return ev.Failed(gang.epoch, Work.PREPARE, *exit_of(error, self.options.work))
         self._post(lambda: self._keep(gang, found))

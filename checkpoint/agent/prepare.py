@@ -6,7 +6,8 @@ every rank of the node still holds, else a checkpoint that is read into slots, e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,17 @@ class Preparer:
         self._store, self._options, self._pool = store, options, pool
         self.layouts: dict[str, tuple[PlanLayout, Path]] = {}
 
-    def prepare(self, gang: Gang, state: RunState, table: SlotTable | None) -> Provisions:
+    def prepare(self, gang: Gang, state: RunState, table: SlotTable | None, cancelled: threading.Event) -> Provisions:
         """What ``gang`` needs; ``table``: slots of the attempt before, used again where they fit.
 
-        For a thread of its own, while no rank of the node runs (A3). Raises CannotStart, CheckpointError, OSError.
+        For a thread of its own, while no rank of the node runs (A3). Raises CannotStart, CheckpointError, OSError; soon
+        where it is ``cancelled``, since the next preparation waits for this one.
         """
+
+        def go_on() -> None:
+            if cancelled.is_set():
+                raise CannotStart(75, f"attempt {gang.epoch} is over: nobody waits for its preparation")
+
         attempt, options = gang.attempt, self._options
         if attempt.nodes != options.nodes:
             raise CannotStart(
@@ -67,18 +74,20 @@ class Preparer:
                 f"the attempt has {attempt.ranks} ranks on {attempt.nodes} nodes, its plan is for "
                 f"{len(layout.positions) * layout.replicas}; the driver must write another attempt",
             )
+        go_on()
         data_dir = fetch_data(self._store, layout, options.work / "data")
+        go_on()
         if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
             table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
         for rank in gang.local:
             table.create(rank)
         if table.total_bytes <= PREFAULT_FIRST_BYTES:
             table.prefault()
-        restore, start_step, from_slot = self._restore(gang, state, layout, table)
+        restore, start_step, from_slot = self._restore(gang, state, layout, table, go_on)
         return Provisions(layout, plan_path, table, data_dir, restore, start_step, from_slot)
 
     def _restore(
-        self, gang: Gang, state: RunState, layout: PlanLayout, table: SlotTable
+        self, gang: Gang, state: RunState, layout: PlanLayout, table: SlotTable, go_on: Callable[[], None]
     ) -> tuple[dict[int, int], int, tuple[int, int] | None]:
         attempt = gang.attempt
         info = state.checkpoint(attempt.checkpoint) if attempt.checkpoint is not None else None
@@ -102,9 +111,17 @@ class Preparer:
             info, source = self._parent(attempt)
             if info is None:
                 return {}, -1, None
-        slots = {rank: table.slots[rank][0] for rank in gang.local}
-        same_what = source == self._options.run
-        restore_slots(self._store, source, info, layout, slots, epoch=gang.epoch, pool=self._pool, same_what=same_what)
+        restore_slots(
+            self._store,
+            source,
+            info,
+            layout,
+            {rank: table.slots[rank][0] for rank in gang.local},
+            epoch=gang.epoch,
+            pool=self._pool,
+            same_what=source == self._options.run,
+            go_on=go_on,
+        )
         return dict.fromkeys(gang.local, 0), info.step, None
 
     def _parent(self, attempt: AttemptInfo) -> tuple[CheckpointInfo | None, str]:

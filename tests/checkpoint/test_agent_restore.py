@@ -135,6 +135,24 @@ def test_damage_is_named_and_leaves_no_slot_ready(saved: tuple[Run, PlanLayout, 
     assert table.close()
 
 
+def test_a_restore_that_nobody_waits_for_ends_early(saved: tuple[Run, PlanLayout, CheckpointInfo]) -> None:
+    """The next preparation waits until this one writes into the slots no more."""
+    run, layout, info = saved
+    table, asked = table_of(layout), 0
+
+    def go_on() -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise InterruptedError
+
+    slots = {rank: slots[0] for rank, slots in table.slots.items()}
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InterruptedError):
+        restore_slots(run.store, run.name, info, layout, slots, epoch=9, pool=pool, go_on=go_on)
+    assert not any(seen.ready for rank in table.slots for seen in table.look(rank))
+    assert table.close()
+
+
 def test_another_model_is_refused(saved: tuple[Run, PlanLayout, CheckpointInfo], tmp_path: Path) -> None:
     run, _, info = saved
     other = tiny_spec(model__width=64)
