@@ -259,6 +259,29 @@ def test_a_file_without_a_room_and_a_row_that_is_wrong_are_seen() -> None:
     assert circle(both.may) == ["flows/a/", "flows/b/", "k8s/", "flows/a/"]
 
 
+def astray(tests: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Tests that are called after a module and lie in another folder than it."""
+    homes: dict[tuple[str, str], set[str]] = {}
+    for module in modules:
+        folder, _, name = module.rpartition("/")
+        homes.setdefault((module.split("/")[0], name), set()).add(folder)
+    found = []
+    for test in tests:
+        folder, _, name = test.removeprefix("tests/").rpartition("/")
+        right = homes.get((test.split("/")[1], name.removeprefix("test_")), {folder})
+        found += [f"{test} belongs into tests/{'/ or tests/'.join(sorted(right))}/"] if folder not in right else []
+    return found
+
+
+def test_tests_mirror_the_tree() -> None:
+    modules = [name_of(path) for path in python_files() if path.name != "__init__.py"]
+    tests = [name_of(path) for package in PACKAGES for path in sorted((ROOT / "tests" / package).rglob("test_*.py"))]
+    assert astray(tests, modules) == []
+    assert astray(["tests/trainer/test_lower.py"], modules) == [
+        "tests/trainer/test_lower.py belongs into tests/trainer/plan/"
+    ]
+
+
 # --- no circle between files ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,17 @@ def test_what_is_not_there_is_found() -> None:
         "[a](docs/nowhere.md), [b](README.md#start), `tests/e2e/test_gone.py`, `tests/e2e`, `tests/engine/test_c*.py`"
     )
     assert missing(ROOT / "README.md", text) == ["docs/nowhere.md", "tests/e2e/test_gone.py"]
+
+
+def not_there(text: str, files: list[str]) -> list[str]:
+    """Names of files in backticks, however short, that no file ends with (`*` stands for any letters)."""
+    names = re.findall(r"`([\w./*-]+\.(?:py|c|h|md|toml))`", text)
+    return [name for name in names if not any(fnmatch(f"/{file}", f"*/{name}") for file in files)]
+
+
+def test_every_file_that_the_architecture_names_is_there() -> None:
+    kept = ("flows", "checkpoint", "k8s", "trainer", "tests", "docs", "examples")
+    files = [path.relative_to(ROOT).as_posix() for name in kept for path in (ROOT / name).rglob("*.*")]
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert not_there(text, files) == []
+    assert not_there("`plan/lower.py`, `test_c*.py`, `plan/gone.py`", files) == ["plan/gone.py"]

@@ -27,7 +27,7 @@ from flows.data import sources as sources_of
 from flows.data.paths import files_of
 from flows.data.prepare import telling
 from flows.data.tokenizer import LONG_WORD, cut_long_words
-from tests.checkpoint.test_file_store import in_child
+from tests.checkpoint.store.test_file_store import in_child
 from tests.support.place import Place, finish
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError

@@ -22,7 +22,7 @@ from tests.support.agent_world import HERE, THERE, World, attempt_info, checkpoi
 from trainer import wire
 
 SEQUENCES = int(os.environ.get("HOTSTAGE_MACHINE_SEQUENCES", "1200"))
-AGENT = Path(__file__).resolve().parents[2] / "checkpoint" / "agent"
+AGENT = Path(__file__).resolve().parents[3] / "checkpoint" / "agent"
 
 
 class Walk:
