@@ -127,7 +127,7 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody waits any more for what was asked for the attempt."""
+    """Nobody waits any more for the preparation or the meeting of the attempt; for its claim still, to speak (A6)."""
 
 
 # --- the store ------------------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ class Hands:
         self._has: Provisions | None = None  # the present attempt's
         self._found: dict[int, Provisions] = {}  # by epoch, until they are used
         self._retired: list[SlotTable] = []
-        self._cancelled = threading.Event()
+        self._cancelled = threading.Event()  # what is done to start the attempt is of no use any more
+        self._superseded = threading.Event()  # nor is its claim
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
         self._preparer = Preparer(store, options, self._pool)
         run, node = options.run, options.node
@@ -97,6 +98,7 @@ class Hands:
     def stop(self) -> None:
         """Whoever works for an attempt may leave."""
         self._cancelled.set()
+        self._superseded.set()
 
     def close(self) -> None:
         self.uploader.close()
@@ -162,8 +164,8 @@ class Hands:
     # --- an attempt --------------------------------------------------------------------------------------
 
     def _begin(self, e: do.Begin) -> None:
-        self._cancelled.set()
-        self._cancelled = threading.Event()
+        self.stop()
+        self._cancelled, self._superseded = threading.Event(), threading.Event()
         self.uploader.cancel()
         self.committer.cancel()
         self.hints.begin(e.gang.epoch)
@@ -186,10 +188,10 @@ class Hands:
         return ev.Recalled(gang.epoch, True, over, ranks)
 
     def _claim(self, e: do.Claim) -> None:
-        self._thread("claim", self._claim_thread, e.gang, self._cancelled)
+        self._thread("claim", self._claim_thread, e.gang, self._superseded)
 
-    def _claim_thread(self, gang: Gang, cancelled: threading.Event) -> ev.Event | None:
-        holder = claim(self.store, self.options, gang, cancelled)
+    def _claim_thread(self, gang: Gang, superseded: threading.Event) -> ev.Event | None:
+        holder = claim(self.store, self.options, gang, superseded)
         return None if holder is None else ev.Claimed(gang.epoch, holder)
 
     def _prepare(self, e: do.Prepare) -> None:

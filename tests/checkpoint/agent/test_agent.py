@@ -388,6 +388,27 @@ def test_damaged_data_is_refused_before_the_start(tmp_path: Path) -> None:
         node.close()
 
 
+def test_a_refusal_is_said_once_the_node_could_be_claimed(tmp_path: Path) -> None:
+    """Only the node's holder speaks for it (A6): the claim is sought on although the attempt is over here already."""
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path, spec)
+    shard = run.store.local_path(f"data/{run.layouts[plan].dataset_digest.hex()}/00000.bin")
+    claims = run.store.local_path(keys.node_key(run.name, 1, 0))
+    assert shard is not None
+    assert claims is not None
+    shard.write_bytes(b"not tokens")
+    claims.parent.parent.mkdir(parents=True)
+    claims.parent.write_bytes(b"")  # where the folder of the claims belongs
+    with agent(run, tmp_path) as process:
+        assert run.attempt(spec, plan) == 1
+        wait_for(lambda: "attempt 1 cannot run here (65)" in process.log(), "the refusal")
+        wait_for(lambda: "cannot be claimed now" in process.log(), "the claim to fail")
+        assert (run.status() or {"epoch": 0})["epoch"] == 0
+        claims.parent.unlink()
+        status = wait_for(lambda: (s := run.status()) and s["epoch"] == 1 and s, "the status")
+        assert status["ranks"]["0"]["code"] == 65
+
+
 def test_a_store_that_refuses_writes_costs_checkpoints_only(one: Started) -> None:
     run, (rank,) = one.run, one.ranks
     # a file where the chunks' folder belongs: no rights are asked of root, yet nothing can be written there
