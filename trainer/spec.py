@@ -16,402 +16,55 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
-from trainer.wire.packed import RECORD_DEPTH, pack
+from trainer.spec_sections import (
+    MAX_HOW_BYTES,
+    MAX_INT32,
+    MAX_VOCAB_SIZE,
+    RETIRED,
+    RULES,
+    DataSpec,
+    ModelSpec,
+    RunSpec,
+    how_map,
+    shown,
+    too_short,
+)
+from trainer.wire.packed import pack
+
+__all__ = [
+    "MAX_HOW_BYTES",
+    "MAX_INT32",
+    "MAX_VOCAB_SIZE",
+    "RETIRED",
+    "DataSpec",
+    "ModelSpec",
+    "RunSpec",
+    "explain",
+    "how_map",
+    "load_spec",
+    "parse_spec",
+    "run_id",
+    "too_short",
+    "what_bytes",
+    "what_digest",
+    "what_map",
+]
 
 SPEC_SCHEMA = 1
 """Version of the What half; part of its digest."""
 
-MAX_INT32 = (1 << 31) - 1
-MAX_VOCAB_SIZE = 1 << 24
-MAX_MICROBATCHES = 1 << 16
 MAX_SPEC_BYTES = 1 << 20
-NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
-DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
-_RULES = {
-    NAME: "lower-case letters, digits and inner dashes, a letter first, at most 40",
-    DNS_LABEL: "lower-case letters, digits and inner dashes, at most 63 characters (a DNS label)",
-}
-
-Precision = Literal["fp32", "bf16"]
-KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512"]
-"""Families of kernels, in the order of their numbers (``wire.PATHS``)."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-
-RETIRED = {"recovery": ("max_rollbacks",)}
-"""Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
-
-
-def _divisors(number: int) -> list[int]:
-    """All divisors, in the time of its square root: a wrong number must not take minutes to refuse."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return [*small, *(number // d for d in small)]
-
-
-def _size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str) -> Any:
-    return Field(default, ge=low, le=high, description=text, strict=True)
-
-
-class ModelSpec(_Section):
-    """The model: a family and its sizes (in elements, heads, tokens)."""
-
-    family: str = Field(description="model family: a module of trainer/models (gpt2, llama, qwen3)")
-    layers: int = _size(high=10_000, text="transformer layers")
-    width: int = _size(high=1 << 20, text="size of the residual stream")
-    heads: int = _size(high=1 << 16, text="query heads")
-    kv_heads: int | None = _size(None, high=1 << 16, text="key/value heads (llama, qwen3); unset: as many as heads")
-    head_size: int | None = _size(None, high=1024, text="elements of a head; unset: width / heads")
-    hidden: int | None = _size(
-        None, high=1 << 22, text="width inside the MLP; unset: 4*width (gpt2), else 8/3*width rounded up to 64"
-    )
-    vocab: int = _size(0, low=0, text="vocabulary; 0: that of the dataset")
-    context: int = _size(high=1 << 24, text="longest sequence that the model takes, in tokens")
-    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in norms")
-    rope_base: float = Field(10_000.0, gt=1, description="base of the rotary angles (llama, qwen3)")
-    tied: bool = Field(True, description="the head shares the token embedding's weights")
-    init_std: float = Field(0.02, gt=0, lt=10, description="standard deviation of initial weights")
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelSpec:
-        if self.family not in models.names():
-            raise ValueError(f"family {_shown(self.family)} is unknown; take one of {', '.join(models.names())}")
-        if self.head_size is None and self.width % self.heads:
-            below = max(h for h in range(1, self.heads + 1) if self.width % h == 0)
-            raise ValueError(
-                f"heads {self.heads} do not divide width {self.width}; take heads = {below} or a width that is a "
-                f"multiple of {self.heads}"
-            )
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads {self.kv_heads} do not divide heads {self.heads}; every key/value head serves the same "
-                "number of query heads"
-            )
-        models.family(self.family).check(self)
-        return self
-
-    @property
-    def size_of_head(self) -> int:
-        """``head_size``, or width / heads where it is unset."""
-        return self.head_size if self.head_size is not None else self.width // self.heads
-
-    @property
-    def groups(self) -> int:
-        """Key/value heads."""
-        return self.kv_heads if self.kv_heads is not None else self.heads
-
-    @property
-    def size_of_hidden(self) -> int:
-        """``hidden``, or the family's usual size where it is unset."""
-        if self.hidden is not None:
-            return self.hidden
-        return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // 3 // 64) * 64
-
-
-class DataSpec(_Section):
-    """Where the text comes from and in which order its samples are read."""
-
-    source: str = Field(
-        "python-stdlib", description='"python-stdlib", "text:<glob>", "jsonl:<glob>" (field text) or "dataset:<digest>"'
-    )
-    vocab_size: int = _size(4096, low=257, high=MAX_VOCAB_SIZE, text="vocabulary of the tokenizer to train")
-    tokenizer: str | None = Field(None, description="path of a tokenizer.json; unset: train a byte-level BPE")
-    end_token: str | None = Field(
-        None, description='token of data.tokenizer that ends a document; unset: <|endoftext|>; "": none'
-    )
-    shuffled: bool = Field(True, description="keyed permutation of blocks and samples; false: in order")
-    block: int = _size(64, text="samples a block of the shuffle")
-    window: int = _size(64, text="blocks a window of the shuffle")
-    shard_tokens: int = _size(1 << 24, low=2, text="tokens a shard file")
-    packing: Literal["across"] = Field("across", description="documents are packed, attention crosses their borders")
-
-    @model_validator(mode="after")
-    def _check(self) -> DataSpec:
-        if self.end_token is not None and self.tokenizer is None:
-            raise ValueError(
-                f"end_token {_shown(self.end_token)} is for a tokenizer that is given with data.tokenizer; the one "
-                "that is trained here ends documents with <|endoftext|>: leave it out"
-            )
-        kind, _, rest = self.source.partition(":")
-        if self.source == "python-stdlib" or (kind in ("text", "jsonl") and rest):
-            return self
-        if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
-            return self
-        raise ValueError(
-            f"source {_shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>' or "
-            "'dataset:<64 hex digits>'"
-        )
-
-
-class OptimizerSpec(_Section):
-    """AdamW. Decay applies to tensors of two and more dimensions."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-4, gt=0, le=10, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, le=10, description="floor of the learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, lt=1)
-    weight_decay: float = Field(0.1, ge=0, le=10)
-    clip: float = Field(1.0, ge=0, description="limit of the global gradient norm; 0: off")
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerSpec:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; lower it")
-        return self
-
-
-class ScheduleSpec(_Section):
-    """Learning rate over steps."""
-
-    kind: Literal["constant", "cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, linear decay")
-    warmup: int = _size(0, low=0, text="steps of the linear warm-up")
-    decay: int = _size(0, low=0, text="steps of the final decay (wsd) or of the whole curve (cosine); 0: from steps")
-
-
-class TrainSpec(_Section):
-    """How long and with which batches, precision and optimizer."""
-
-    steps: int = _size(high=1 << 40, text="optimizer steps of the run")
-    batch: int = _size(text="sequences a step")
-    microbatch: int = _size(text="sequences a microbatch")
-    sequence: int = _size(high=1 << 24, text="tokens a sequence")
-    precision: Precision = Field("fp32", description="of activations and weight matrices; masters are fp32")
-    seed: int = _size(0, low=0, high=(1 << 63) - 1, text="of initial weights and the order of samples")
-    reduction_groups: int = _size(1, text="groups of microbatches whose gradients join in a tree")
-    vocab_blocks: int = _size(1, text="blocks of the head's sums")
-    classifier_chunk: int = _size(64, text="rows of logits that exist at a time")
-    optimizer: OptimizerSpec = OptimizerSpec()
-    schedule: ScheduleSpec = ScheduleSpec()
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainSpec:
-        if self.batch % self.microbatch:
-            best = max(d for d in _divisors(self.batch) if d <= self.microbatch)
-            raise ValueError(
-                f"batch {self.batch} is not a multiple of microbatch {self.microbatch}; take microbatch = {best}"
-            )
-        if self.microbatches > MAX_MICROBATCHES:
-            fits = min(d for d in _divisors(self.batch) if self.batch // d <= MAX_MICROBATCHES)
-            raise ValueError(
-                f"batch {self.batch} is {self.microbatches} microbatches of {self.microbatch}; the limit is "
-                f"{MAX_MICROBATCHES}, a plan lists each of them: take microbatch = {fits} or a smaller batch"
-            )
-        if self.reduction_groups != 1:
-            raise ValueError(f"reduction_groups {self.reduction_groups}: this version runs 1; set it to 1")
-        if self.vocab_blocks != 1:
-            raise ValueError(f"vocab_blocks {self.vocab_blocks}: this version runs 1; set it to 1")
-        if self.schedule.warmup > self.steps:
-            raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than steps {self.steps}; lower it")
-        if self.schedule.kind == "wsd" and self.schedule.warmup + self.schedule.decay > self.steps:
-            raise ValueError(
-                f"schedule.warmup {self.schedule.warmup} and decay {self.schedule.decay} exceed steps {self.steps}; "
-                "shorten one"
-            )
-        if self.batch * self.sequence > MAX_INT32:
-            raise ValueError(
-                f"batch * sequence is {self.batch * self.sequence} tokens a step; the limit is {MAX_INT32}; lower batch"
-            )
-        return self
-
-    @property
-    def microbatches(self) -> int:
-        """Microbatches a step."""
-        return self.batch // self.microbatch
-
-    @property
-    def rows(self) -> int:
-        """Tokens a microbatch."""
-        return self.microbatch * self.sequence
-
-    @property
-    def tokens(self) -> int:
-        """Tokens a step."""
-        return self.batch * self.sequence
-
-
-class ParallelSpec(_Section):
-    """How the work is split. Never changes the bits."""
-
-    stages: int = _size(1, high=4096, text="pipeline stages")
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    replicas: int = _size(1, text="data-parallel replicas")
-    threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
-
-    @property
-    def ranks(self) -> int:
-        """Processes of a gang. The pipeline has a position a stage, and a rank fills each in every replica."""
-        return self.stages * self.replicas
-
-    @model_validator(mode="after")
-    def _check(self) -> ParallelSpec:
-        if self.replicas != 1:
-            raise ValueError(f"replicas {self.replicas}: this version runs 1; set it to 1")
-        return self
-
-
-class CheckpointSpec(_Section):
-    """When state is saved and how long saving may take."""
-
-    every: int = _size(100, low=0, high=1 << 40, text="steps between snapshots; 0: only after the last step")
-    slots: int = _size(3, low=2, high=16, text="snapshot slots of a rank in memory")
-    deadline_s: float = Field(600.0, gt=0, le=86_400, description="of one upload")
-    commit_s: float = Field(120.0, gt=0, le=86_400, description="wait of the last step for its commit")
-
-
-class LaunchSpec(_Section):
-    """Where the ranks run."""
-
-    target: Literal["local", "kubernetes"] = "local"
-    nodes: int = _size(1, high=4096, text="nodes (local: groups of processes; kubernetes: pods)")
-    kernel_path: KernelPath = "auto"
-    memory_gib: float = Field(0.0, ge=0, description="memory budget of a node; a plan above it is refused; 0: none")
-    connect_s: float = Field(60.0, gt=0, le=3600, description="deadline for all ranks to find each other")
-    stall_s: float = Field(120.0, gt=0, le=86_400, description="deadline of every wait inside a step")
-    trace: bool = Field(False, description="record the time of every instruction")
-    host: str = Field("127.0.0.1", min_length=1, max_length=63, description="address that local ranks listen on")
-    port_base: int = _size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones, in pods 7400 and on")
-    namespace: str = Field("default", pattern=DNS_LABEL, description="kubernetes")
-    image: str = Field("", description="kubernetes: image of the engine")
-    agent_image: str = Field("", description="kubernetes: image of the agent; unset: same as image")
-    service_account: str = Field("", description="kubernetes: service account of the pods; unset: the default one")
-    resources: dict[str, str] = Field(default_factory=dict, description="kubernetes: of the engine, e.g. cpu, memory")
-    agent_resources: dict[str, str] = Field(default_factory=dict, description="kubernetes: of the agent")
-    store_secret: str = Field("", description="kubernetes: Secret with the store's credentials, for the agent only")
-    pod_patch: dict[str, Any] = Field(default_factory=dict, description="kubernetes: strategic-merge patch of the pod")
-    fabric: Literal["tcp", "infiniband", "roce", "efa", "nvl72"] = "tcp"
-    queue: str = Field("", max_length=63, description="kubernetes: Kueue's queue; the Job then waits to be admitted")
-    priority_class: str = Field("", max_length=253, description="kubernetes: PriorityClass of the pods")
-    node_selector: dict[str, str] = Field(default_factory=dict, description="kubernetes: labels of the machines to use")
-    tolerations: list[dict[str, Any]] = Field(default_factory=list, description="kubernetes: taints that are borne")
-    toleration_s: int = _size(30, low=0, high=86_400, text="kubernetes: seconds until a silent machine's pods are lost")
-    spread: str = Field(
-        "kubernetes.io/hostname", description="kubernetes: topology that pods are spread over; empty: they are not"
-    )
-
-
-class RecoverySpec(_Section):
-    """What the driver does after a failure."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_retired(cls, value: Any) -> Any:
-        gone = RETIRED["recovery"]
-        return {k: v for k, v in value.items() if k not in gone} if isinstance(value, Mapping) else value
-
-    max_same_step: int = _size(2, high=100, text="crashes at the same step before it gives up")
-    backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
-    backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
-    allowed_stages: tuple[int, ...] = Field(
-        (), description="stages to go on with where fewer nodes are to be had than asked for, best first"
-    )
-    capacity_s: float = Field(
-        300.0, gt=0, le=86_400, description="wait for nodes before the next of allowed_stages is taken"
-    )
-
-
-class RunSpec(_Section):
-    """A run. See the module's text for the two halves."""
-
-    name: str = Field(pattern=NAME, description=_RULES[NAME])
-    model: ModelSpec
-    data: DataSpec = DataSpec()
-    train: TrainSpec
-    parallel: ParallelSpec = ParallelSpec()
-    checkpoint: CheckpointSpec = CheckpointSpec()
-    launch: LaunchSpec = LaunchSpec()
-    recovery: RecoverySpec = RecoverySpec()
-
-    @model_validator(mode="after")
-    def _check(self) -> RunSpec:
-        if self.parallel.stages > self.model.layers:
-            raise ValueError(
-                f"parallel.stages {self.parallel.stages} is more than model.layers {self.model.layers}; every stage "
-                f"needs a layer: take at most {self.model.layers} stages"
-            )
-        if self.train.sequence > self.model.context:
-            raise ValueError(
-                f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}; "
-                "shorten the sequence or widen the context"
-            )
-        ranks = self.parallel.ranks
-        per_node = ranks // self.launch.nodes
-        for stages in self.recovery.allowed_stages:
-            if stages < 1 or (per_node and stages * self.parallel.replicas % per_node):
-                raise ValueError(
-                    f"recovery.allowed_stages {stages}: it must be 1 or more and fill whole nodes of {per_node} ranks"
-                )
-        if ranks % self.launch.nodes:
-            fits = max(n for n in range(1, min(self.launch.nodes, ranks) + 1) if not ranks % n)
-            raise ValueError(
-                f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks (stages * replicas); every node "
-                f"runs the same number of ranks: take nodes = {fits}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_how(self) -> RunSpec:
-        """Every attempt's record holds the How half: what a record cannot hold is refused here."""
-        for key in OPEN_TREES:
-            _check_tree(getattr(self.launch, key), f"launch.{key}")
-        size = len(pack(how_map(self), RECORD_DEPTH))
-        if size > MAX_HOW_BYTES:
-            sizes = {key: len(pack(getattr(self.launch, key), RECORD_DEPTH)) for key in OPEN_TREES}
-            largest = max(sizes, key=lambda key: sizes[key])
-            raise ValueError(
-                f"launch.{largest} has {sizes[largest]} bytes, and parallel, checkpoint, launch and recovery together "
-                f"{size}; an attempt's record holds {MAX_HOW_BYTES} of them: shorten it (bulk belongs in a ConfigMap)"
-            )
-        return self
-
-    def resolve(self, dataset: DatasetRef) -> RunSpec:
-        """The spec with ``model.vocab`` filled from the dataset; refuses data that do not fit. Idempotent."""
-        problems: list[str] = []
-        if self.model.vocab and self.model.vocab < dataset.vocab:
-            problems.append(
-                f"model.vocab {self.model.vocab} is smaller than the dataset's vocabulary {dataset.vocab}; set it to 0 "
-                f"(the dataset's) or to at least {dataset.vocab}"
-            )
-        short = too_short(dataset.shards, self.train.sequence)
-        if short is not None:
-            problems.append(short)
-        if problems:
-            raise SpecError(problems)
-        if self.model.vocab:
-            return self
-        return self.model_copy(update={"model": self.model.model_copy(update={"vocab": dataset.vocab})})
-
-
-def too_short(shards: Sequence[int], sequence: int) -> str | None:
-    """Why shards of so many tokens hold no sample of a sequence; None where one does."""
-    longest = max(shards, default=0)
-    if longest > sequence:
-        return None
-    if sum(shards) > sequence:
-        return (
-            f"train.sequence {sequence} needs a shard of {sequence + 1} tokens, the longest has {longest} of the "
-            f"dataset's {sum(shards)}; raise data.shard_tokens"
-        )
-    return (
-        f"train.sequence {sequence} needs a shard of {sequence + 1} tokens, the longest has {longest}: the whole "
-        "corpus is shorter than one sequence; shorten the sequence or add text"
-    )
 
 
 def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str = "spec") -> RunSpec:
@@ -505,53 +158,6 @@ def run_id(spec: RunSpec, dataset: DatasetRef) -> str:
     return f"{spec.name}-{what_digest(spec, dataset).hex()[:6]}"
 
 
-def how_map(spec: RunSpec) -> dict[str, Any]:
-    """The How half as plain values, for the attempt record."""
-    return spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
-
-
-MAX_HOW_BYTES = 24 << 10
-"""Of a record's 64 KiB; the rest is for why an attempt ended: a rank's last words have up to 16 KiB, twice."""
-MAX_TREE_DEPTH = 20
-OPEN_TREES = ("pod_patch", "tolerations", "resources", "agent_resources", "node_selector")
-"""Keys of ``launch`` whose values are whatever Kubernetes takes."""
-
-
-def _check_tree(value: Any, where: str) -> None:
-    """Plain values of JSON, whole numbers of 64 bits, not too deep. ValueError otherwise, with the place."""
-    level: list[tuple[str, Any]] = [(where, value)]
-    for _ in range(MAX_TREE_DEPTH + 1):
-        deeper: list[tuple[str, Any]] = []
-        for name, item in level:
-            if isinstance(item, Mapping):
-                bad = next((key for key in item if not isinstance(key, str) or not _is_unicode(key)), None)
-                if bad is not None:
-                    raise ValueError(f"{name} has the key {_shown(bad)}, which is not text in UTF-8; correct it")
-                deeper += [(f"{name}.{key}", below) for key, below in item.items()]
-            elif isinstance(item, list | tuple):
-                deeper += [(f"{name}[{number}]", below) for number, below in enumerate(item)]
-            elif isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{name} {item} is not a finite number; write one, or text in quotes")
-            elif isinstance(item, int) and not -(1 << 63) <= item < 1 << 63:
-                raise ValueError(f"{name} {_shown(item)} does not fit 64 bits; write it as text in quotes")
-            elif not (item is None or isinstance(item, str | bool | int | float)):
-                raise ValueError(f"{name} {_shown(item)} is a {type(item).__name__}; write it as text in quotes")
-            elif isinstance(item, str) and not _is_unicode(item):
-                raise ValueError(f"{name} {_shown(item)} is not text that can be written as UTF-8; correct it")
-        if not deeper:
-            return
-        level = deeper
-    raise ValueError(f"{level[0][0][:200]} is nested deeper than {MAX_TREE_DEPTH} levels; flatten it")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
@@ -637,7 +243,7 @@ _TYPES = {
 
 def explain(details: ErrorDetails) -> list[str]:
     """A pydantic error as lines for people: value, limit, mend."""
-    kind, value = details["type"], _shown(details["input"])
+    kind, value = details["type"], shown(details["input"])
     where = ".".join(str(part)[:100] for part in details["loc"])
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
@@ -653,21 +259,10 @@ def explain(details: ErrorDetails) -> list[str]:
     if kind == "literal_error":
         return [f"{where} {value} is unknown; take one of {context['expected']}"]
     if kind == "string_pattern_mismatch":
-        return [f"{where} {value} is no name; take {_RULES[context['pattern']]}"]
+        return [f"{where} {value} is no name; take {RULES[context['pattern']]}"]
     if kind == "value_error":
         return [f"{where}.{context['error']}" if where else str(context["error"])]
     return [f"{where} {value}: {details['msg']}; correct it"]
-
-
-def _shown(value: Any) -> str:
-    """A value as a refusal repeats it: not longer than a line or two."""
-    if isinstance(value, int) and value.bit_length() > 400:
-        return f"(a number of {value.bit_length()} bits)"
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # it holds such a number, or is nested without end
-        text = f"({type(value).__name__})"
-    return text if len(text) <= 200 else f"{text[:150]}… ({len(text)} characters)"
 
 
 def _unknown_key(loc: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ DEFAULTS: Mapping[str, Any] = {
     "launch.stop_after": -1,  # no key of a spec: tests and the chaos harness set it
     "launch.trace": False,
 }
-"""The spec's defaults, where a record's How lacks a key. The agent's image has no trainer/spec.py: a test compares."""
+"""The spec's defaults, where a record's How lacks a key. The agent's image has no RunSpec: a test compares."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from trainer.wire.unreadable import Unreadable
 
 MAX_DEPTH = 8
 RECORD_DEPTH = 32
-"""Of maps and lists in each other in a log record: one holds a pod's whole patch (trainer/spec.py allows 20 levels)."""
+"""Of maps and lists in each other in a log record: one holds a pod's whole patch (a spec allows 20 levels of it)."""
 
 
 def pack(value: object, max_depth: int = MAX_DEPTH) -> bytes:
