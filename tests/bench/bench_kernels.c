@@ -1,18 +1,23 @@
 /* Times the fast kernels at GPT-2 124M shapes. Built by bench_kernels.py, once per instruction set
  * (-DHS_PATH).
  *
- *   bench_kernels THREADS ROUNDS [NAME]     one JSON line a kernel: name, best seconds of a call,
- * work, unit of work
+ *   bench_kernels THREADS ROUNDS [NAME]     one JSON line a kernel: name, median seconds of a call
+ *                                           warm and cold, its operations and bytes, the peaks
  *
- * Before and after every timed call a calibration loop runs (independent fma chains in registers),
- * so that a kernel and its peak see the same clock and the same neighbours; the peak printed beside
- * a kernel is the best of its own rounds. One thread is timed by its CPU clock (other processes do
- * not count), several by the wall clock.
+ * Warm: the call comes right after the same call, so that what fits a cache lies there. Cold: before
+ * every call a buffer of twice the last-level cache is written, so that operands come from memory.
+ *
+ * Operations and bytes are those of the table of kernels: every operand's extent once, twice where it
+ * is read and written. Beside them stand two peaks of the same rounds, medians too, so that a kernel
+ * and its peak see the same clock and the same neighbours: independent fma chains in registers, and a
+ * copy (bytes read and bytes written; memory also reads the lines that a copy writes). One thread is
+ * timed by its CPU clock (other processes do not count), several by the wall clock.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "core/threads.h"
 #include "kernels/cpu/vec.h"
@@ -21,6 +26,7 @@
 
 #define SET    HS_VEC_CAT(hs_kernels_, HS_PATH)
 #define CHAINS 12
+#define ROUNDS 100 /* at most */
 
 static double now(int threads) {
     struct timespec t;
@@ -57,38 +63,65 @@ static double peak(hs_pool *pool, int threads, int64_t steps) {
     return 2.0 * LANES * CHAINS * (double)steps * threads / (now(threads) - t);
 }
 
+/* Two buffers that no cache holds: what a copy moves, and what drives operands out of the caches. */
+typedef struct far_memory {
+    char *from, *to;
+    size_t bytes; /* of each */
+} far_memory;
+
+static int far_open(far_memory *f) {
+    const long last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    f->bytes = 2 * (size_t)(last_level > 0 ? last_level : 32 << 20);
+    if (f->bytes < 64u << 20) f->bytes = 64u << 20;
+    if (f->bytes > 512u << 20) f->bytes = 512u << 20;
+    f->bytes = f->bytes / 4096 * 4096;
+    f->from = aligned_alloc(4096, f->bytes);
+    f->to = aligned_alloc(4096, f->bytes);
+    if (!f->from || !f->to) return -1;
+    memset(f->from, 1, f->bytes);
+    memset(f->to, 2, f->bytes);
+    return 0;
+}
+
+/* Pages [begin, end) of `to` from `from`. */
+static void copy_pages(void *ctx, int64_t begin, int64_t end, int worker) {
+    const far_memory *f = ctx;
+    (void)worker;
+    memcpy(f->to + begin * 4096, f->from + begin * 4096, (size_t)(end - begin) * 4096);
+}
+
+/* Bytes a second that a copy moves, in and out. */
+static double copy_peak(hs_pool *pool, int threads, far_memory *f) {
+    double t = now(threads);
+    hs_parallel_for(pool, (int64_t)(f->bytes / 4096), copy_pages, f);
+    return 2.0 * (double)f->bytes / (now(threads) - t);
+}
+
 typedef struct call {
     const char *name;
     uint16_t kernel;
     uint16_t dtype;
     int64_t dim[HS_CALL_DIMS];
     double real[HS_CALL_REALS];
-    double work; /* floating-point operations, or bytes, or elements */
-    const char *unit;
 } call;
 
-#define GEMM(r, n, k) 2.0 * (r) * (n) * (k), "flop"
 #define LINEAR(dt, text, r, n, k)                                                                  \
-    {"linear_fwd " text, HS_K_LINEAR_FWD, dt, {r, n, k, n, k, n}, {0}, GEMM(r, n, k)},             \
-        {"linear_igrad " text, HS_K_LINEAR_IGRAD, dt, {r, n, k, k, n, 1}, {0}, GEMM(r, n, k)}, {   \
-        "linear_wgrad " text, HS_K_LINEAR_WGRAD, dt, {r, n, k, n, k}, {0}, GEMM(r, n, k)           \
+    {"linear_fwd " text, HS_K_LINEAR_FWD, dt, {r, n, k, n, k, n}, {0}},                            \
+        {"linear_igrad " text, HS_K_LINEAR_IGRAD, dt, {r, n, k, k, n, 1}, {0}}, {                  \
+        "linear_wgrad " text, HS_K_LINEAR_WGRAD, dt, {r, n, k, n, k}, {0}                          \
     }
 #define ATTENTION(b, t, h, d, text)                                                                \
     {"attention_fwd " text,                                                                        \
      HS_K_ATTENTION_FWD,                                                                           \
      HS_F32,                                                                                       \
      {b, t, h, h, d, h * d, 3 * h * d, 3 * h * d, 3 * h * d},                                      \
-     {0.125},                                                                                      \
-     2.0 * (b) * (h) * (t) * (t) * (d),                                                            \
-     "flop"},                                                                                      \
-        {"attention_igrad " text,                                                                  \
-         HS_K_ATTENTION_IGRAD,                                                                     \
-         HS_F32,                                                                                   \
-         {b, t, h, h, d, 3 * h * d, 3 * h * d, 3 * h * d, h * d, h * d, 3 * h * d, 3 * h * d,      \
-          3 * h * d},                                                                              \
-         {0.125},                                                                                  \
-         5.0 * (b) * (h) * (t) * (t) * (d),                                                        \
-         "flop"}
+     {0.125}},                                                                                     \
+    {                                                                                              \
+        "attention_igrad " text, HS_K_ATTENTION_IGRAD, HS_F32,                                     \
+            {b,         t,     h,     h,         d,         3 * h * d, 3 * h * d,                  \
+             3 * h * d, h * d, h * d, 3 * h * d, 3 * h * d, 3 * h * d},                            \
+            {0.125}                                                                                \
+    }
 
 static const call calls[] = {
     LINEAR(HS_F32, "256x3072x768", 256, 3072, 768),
@@ -98,74 +131,51 @@ static const call calls[] = {
     LINEAR(HS_F32, "1024x3072x768", 1024, 3072, 768),
     LINEAR(HS_F32, "64x768x768", 64, 768, 768),
     LINEAR(HS_BF16, "bf16 256x3072x768", 256, 3072, 768),
-    {"classifier_grad 256, chunk 64",
-     HS_K_CLASSIFIER_GRAD,
-     HS_F32,
-     {256, 768, 50257, 64},
-     {1.0},
-     3 * GEMM(256, 50257, 768)},
-    {"classifier_grad 256, chunk 256",
-     HS_K_CLASSIFIER_GRAD,
-     HS_F32,
-     {256, 768, 50257, 256},
-     {1.0},
-     3 * GEMM(256, 50257, 768)},
+    {"classifier_grad 256, chunk 64", HS_K_CLASSIFIER_GRAD, HS_F32, {256, 768, 50257, 64}, {1.0}},
+    {"classifier_grad 256, chunk 256", HS_K_CLASSIFIER_GRAD, HS_F32, {256, 768, 50257, 256}, {1.0}},
     ATTENTION(4, 64, 12, 64, "4x64, 12 heads of 64"),
     ATTENTION(1, 1024, 12, 64, "1x1024, 12 heads of 64"),
-    {"layernorm_fwd 1024x768",
-     HS_K_LAYERNORM_FWD,
-     HS_F32,
-     {1024, 768},
-     {1e-5},
-     1024 * 768,
-     "element"},
-    {"layernorm_igrad 1024x768",
-     HS_K_LAYERNORM_IGRAD,
-     HS_F32,
-     {1024, 768, 1},
-     {0},
-     1024 * 768,
-     "element"},
-    {"layernorm_wgrad 1024x768",
-     HS_K_LAYERNORM_WGRAD,
-     HS_F32,
-     {1024, 768},
-     {0},
-     1024 * 768,
-     "element"},
-    {"gelu_fwd 1024x3072", HS_K_GELU_FWD, HS_F32, {1024 * 3072}, {0}, 1024 * 3072, "element"},
-    {"gelu_igrad 1024x3072", HS_K_GELU_IGRAD, HS_F32, {1024 * 3072}, {0}, 1024 * 3072, "element"},
-    {"adamw 32M",
-     HS_K_ADAMW,
-     HS_F32,
-     {1 << 25, 1},
-     {0.9, 0.95, 1e-8, 0.1},
-     32.0 * (1 << 25),
-     "byte"},
-    {"sumsq 32M", HS_K_SUMSQ, HS_F32, {1 << 25}, {0}, 4.0 * (1 << 25), "byte"},
-    {"init_normal 32M", HS_K_INIT_NORMAL, HS_F32, {1 << 25, 1, 2}, {0, 0.02}, 1 << 25, "element"},
-    {"cast 32M to bf16", HS_K_CAST, HS_BF16, {1 << 25}, {0}, 6.0 * (1 << 25), "byte"},
+    {"embed_fwd 1024x768", HS_K_EMBED_FWD, HS_F32, {1024, 768, 50257, 256}, {0}},
+    {"layernorm_fwd 1024x768", HS_K_LAYERNORM_FWD, HS_F32, {1024, 768}, {1e-5}},
+    {"layernorm_igrad 1024x768", HS_K_LAYERNORM_IGRAD, HS_F32, {1024, 768, 1}, {0}},
+    {"layernorm_wgrad 1024x768", HS_K_LAYERNORM_WGRAD, HS_F32, {1024, 768}, {0}},
+    {"gelu_fwd 1024x3072", HS_K_GELU_FWD, HS_F32, {1024 * 3072}, {0}},
+    {"gelu_igrad 1024x3072", HS_K_GELU_IGRAD, HS_F32, {1024 * 3072}, {0}},
+    {"adamw 32M", HS_K_ADAMW, HS_F32, {1 << 25, 1}, {0.9, 0.95, 1e-8, 0.1}},
+    {"sumsq 32M", HS_K_SUMSQ, HS_F32, {1 << 25}, {0}},
+    {"init_normal 32M", HS_K_INIT_NORMAL, HS_F32, {1 << 25, 1, 2}, {0, 0.02}},
+    {"cast 32M to bf16", HS_K_CAST, HS_BF16, {1 << 25}, {0}},
 };
 
 /* Operands of the sizes that the extents say, filled with small numbers that are right for every
- * role. */
-static int prepare(const call *c, hs_args *args) {
-    const int operands = hs_kernel_facts_of((uint32_t)c->kernel)->operand_count;
+ * role. *moved: bytes that the call reads and writes. */
+static int prepare(const call *c, hs_args *args, double *moved) {
+    const hs_kernel_facts *facts = hs_kernel_facts_of((uint32_t)c->kernel);
     *args = (hs_args){.dtype = c->dtype};
+    uint64_t output = 0;
+    *moved = 0;
     memcpy(args->dim, c->dim, sizeof c->dim);
     memcpy(args->real, c->real, sizeof c->real);
-    for (int i = 0; i < operands; i++) {
+    for (int i = 0; i < facts->operand_count; i++) {
+        const hs_operand *o = &facts->operands[i];
         uint64_t bytes;
         if (hs_kernel_extent(c->kernel, c->dtype, c->dim, i, &bytes) != HS_OK) return -1;
         args->ptr[i] = aligned_alloc(64, (bytes + 4095) / 64 * 64);
         if (!args->ptr[i]) return -1;
-        if (c->kernel == HS_K_ADAMW && i == 5) {
+        if (i == 0) output = bytes;
+        const bool gathered =
+            o->role == HS_ROLE_READ && !strcmp(o->name, "wte"); /* a row a token */
+        *moved += (double)(gathered ? output : bytes) *
+                  (o->role == HS_ROLE_READ || o->role == HS_ROLE_WRITE ? 1 : 2);
+        if (o->kind == HS_KIND_CONTROL) {
             *(hs_step_control *)args->ptr[i] =
                 (hs_step_control){.clip_scale = 1, .step_size = 1e-4f, .v_scale = 1};
             continue;
         }
-        if (c->kernel == HS_K_CLASSIFIER_GRAD && i == 5) {
-            memset(args->ptr[i], 0, bytes);
+        if (o->kind == HS_KIND_TARGETS || o->kind == HS_KIND_TOKENS) {
+            const int64_t below = hs_kernel_dim(facts, c->dim, o->below);
+            for (uint64_t k = 0; k < bytes / 4; k++)
+                ((int32_t *)args->ptr[i])[k] = (int32_t)((int64_t)k * 7919 % below);
             continue;
         }
         uint32_t x = 1;
@@ -178,36 +188,58 @@ static int prepare(const call *c, hs_args *args) {
     return 0;
 }
 
+static int by_size(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof *values, by_size);
+    return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
+}
+
 int main(int argc, char **argv) {
     if (argc < 3) return 64;
     const int threads = atoi(argv[1]), rounds = atoi(argv[2]);
+    if (rounds < 1 || rounds > ROUNDS) return 64;
     hs_pool *pool = NULL;
-    if (hs_pool_create(threads, &pool) != HS_OK) return 70;
+    far_memory far;
+    if (hs_pool_create(threads, &pool) != HS_OK || far_open(&far)) return 70;
     hs_kernel_ctx ctx = {pool, aligned_alloc(64, hs_kernels_scratch_bytes(threads) + 64), 0};
     ctx.scratch_bytes = hs_kernels_scratch_bytes(threads);
     for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
         const call *c = &calls[i];
         if (argc > 3 && !strstr(c->name, argv[3])) continue;
         hs_args args;
-        if (!ctx.scratch || prepare(c, &args)) return 70;
-        if (SET.fn[c->kernel](&ctx, &args)) return 70;
-        double best = 1e9, top = 0;
-        for (int r = 0; r < rounds; r++) {
-            double p = peak(pool, threads, 100000);
-            if (p > top) top = p;
-            double t = now(threads);
-            SET.fn[c->kernel](&ctx, &args);
-            t = now(threads) - t;
-            if (t < best) best = t;
+        hs_work work;
+        double moved, seconds[2][ROUNDS], fma[ROUNDS], copied[ROUNDS];
+        if (!ctx.scratch || prepare(c, &args, &moved)) return 70;
+        if (hs_kernel_work(c->kernel, c->dim, &work) != HS_OK) return 70;
+        for (int cold = 0; cold < 2; cold++) {
+            for (int r = -1; r < rounds; r++) { /* the first is not counted */
+                if (cold) {
+                    const double rate = copy_peak(pool, threads, &far);
+                    if (r >= 0) copied[r] = rate;
+                } else if (r >= 0) {
+                    fma[r] = peak(pool, threads, 100000);
+                }
+                const double began = now(threads);
+                if (SET.fn[c->kernel](&ctx, &args)) return 70;
+                if (r >= 0) seconds[cold][r] = now(threads) - began;
+            }
         }
-        printf("{\"name\": \"%s\", \"path\": \"%s\", \"threads\": %d, \"seconds\": %.9f, \"work\": "
-               "%.1f, "
-               "\"unit\": \"%s\", \"peak_flops\": %.4g}\n",
-               c->name, SET.name, threads, best, c->work, c->unit, top);
+        printf("{\"name\": \"%s\", \"path\": \"%s\", \"threads\": %d, \"warm\": %.9f, "
+               "\"cold\": %.9f, \"operations\": %.1f, \"bytes\": %.1f, \"peak_operations\": %.4g, "
+               "\"peak_bytes\": %.4g}\n",
+               c->name, SET.name, threads, median(seconds[0], rounds), median(seconds[1], rounds),
+               2.0 * (double)(work.products + work.again) + (double)work.each, moved,
+               median(fma, rounds), median(copied, rounds));
         fflush(stdout);
         for (int k = 0; k < HS_CALL_PTRS; k++) free(args.ptr[k]);
     }
     hs_pool_destroy(pool);
     free(ctx.scratch);
+    free(far.from);
+    free(far.to);
     return 0;
 }

@@ -1,7 +1,9 @@
 """Speed of the fast CPU kernels: ``python -m tests.bench.bench_kernels [--path avx512] [--threads 1] [--json FILE]``.
 
-Builds bench_kernels.c with the engine's sources, runs it, and prints a table. Products are given as a fraction of the
-peak that a loop of independent fused multiply-adds reached in the same rounds on the same cores.
+Builds bench_kernels.c with the engine's sources, runs it, and prints a table: every kernel warm (its operands lie in
+the caches as far as they fit) and cold (they come from memory), medians. A kernel is given as a fraction of what bounds
+it, the longer time of its operations at the peak of independent fused multiply-adds and of its bytes at the rate of a
+copy; both peaks are of the same rounds on the same cores.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any
 from tests.engine.kernel_lib import CPU_PATHS, ENGINE
 
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-pthread", f"-I{ENGINE}"]
-UNITS = {"flop": ("GFLOP/s", 1e-9), "byte": ("GB/s", 1e-9), "element": ("elements/ns", 1e-9)}
 
 
 def build(path: str, folder: Path, compiler: str = "cc") -> Path:
@@ -39,8 +40,8 @@ def build(path: str, folder: Path, compiler: str = "cc") -> Path:
     return program
 
 
-def measure(path: str, threads: int, rounds: int = 20, only: str = "") -> list[dict[str, Any]]:
-    """One entry a kernel: {name, value, unit, peer, peer_value, ratio}; the peer of a product is the fma peak."""
+def measure(path: str, threads: int, rounds: int = 11, only: str = "") -> list[dict[str, Any]]:
+    """Two entries a kernel, warm and cold: {name, value, unit, ms, peer, peer_value, ratio}."""
     with tempfile.TemporaryDirectory() as folder:
         program = build(path, Path(folder))
         command = [str(program), str(threads), str(rounds), *([only] if only else [])]
@@ -48,13 +49,14 @@ def measure(path: str, threads: int, rounds: int = 20, only: str = "") -> list[d
     out: list[dict[str, Any]] = []
     for line in lines:
         row = json.loads(line)
-        unit, scale = UNITS[row["unit"]]
-        value = row["work"] / row["seconds"] * scale
-        entry = {"name": f"{row['name']} [{path}, {threads}]", "value": value, "unit": unit, "ms": row["seconds"] * 1e3}
-        if row["unit"] == "flop":
-            peer = row["peak_flops"] * scale
-            entry |= {"peer": "fma peak", "peer_value": peer, "ratio": value / peer}
-        out.append(entry)
+        computes = row["operations"] / row["peak_operations"] > row["bytes"] / row["peak_bytes"]
+        unit, peer, what = ("GFLOP/s", "fma peak", "operations") if computes else ("GB/s", "copy probe", "bytes")
+        peak = row[f"peak_{what}"] / 1e9
+        for state in ("warm", "cold"):
+            value = row[what] / row[state] / 1e9
+            name = f"{row['name']}, {state} [{path}, {threads}]"
+            entry = {"name": name, "value": value, "unit": unit, "ms": row[state] * 1e3}
+            out.append(entry | {"peer": peer, "peer_value": peak, "ratio": value / peak})
     return out
 
 
@@ -62,14 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", choices=sorted(CPU_PATHS), default="avx512")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the list here")
     options = parser.parse_args()
     entries = measure(options.path, options.threads, options.rounds, options.only)
     for e in entries:
-        share = f"{e['ratio']:6.1%} of {e['peer_value']:.0f}" if "ratio" in e else ""
-        print(f"{e['name']:52} {e['ms']:9.3f} ms {e['value']:8.1f} {e['unit']:12} {share}")
+        share = f"{e['ratio']:6.1%} of the {e['peer']}, {e['peer_value']:.0f}"
+        print(f"{e['name']:56} {e['ms']:9.3f} ms {e['value']:8.1f} {e['unit']:8} {share}")
     if options.json:
         options.json.write_text(json.dumps(entries, indent=1))
 
