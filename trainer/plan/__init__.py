@@ -6,7 +6,7 @@
     schedules   computations of every position, in order (rows: actions as columns)
     messages    sends and receives put in
     check       order and place of all of these (rules, channels: order, deadlock)
-    lower       buffers, operands, action lists; slots: microbatches to memory
+    lower       operands bound, action lists (job: what positions share; arena: where all lies; slots: microbatches)
     memory      static placement, the account of bytes, the budget
     simulate    seconds of a step; draw: pictures of it
     binary      the flat file that the engine reads

@@ -16,8 +16,9 @@ from trainer.models.base import tensor_table
 from trainer.plan.compiled import Plan
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import call_cost, model_flops
+from trainer.plan.job import Job
 from trainer.plan.layout import split_layers
-from trainer.plan.lower import Job, lower
+from trainer.plan.lower import lower
 from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config

@@ -1,0 +1,51 @@
+"""What all positions of a plan share while it is lowered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from trainer import wire
+from trainer.models.base import Tensor, Weight
+from trainer.plan.expand import StagePrograms
+from trainer.plan.places import Layout
+from trainer.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all positions of a plan share."""
+
+    spec: RunSpec
+    tensors: tuple[Tensor, ...]
+    stages: tuple[StagePrograms, ...]
+    layout: Layout
+    infer: bool = False
+
+    @cached_property
+    def dtype(self) -> int:
+        """``wire.F32`` or ``wire.BF16``."""
+        return wire.BF16 if self.spec.train.precision == "bf16" else wire.F32
+
+    @cached_property
+    def dt_bytes(self) -> int:
+        """Bytes of an activation's element."""
+        return wire.DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def number(self) -> Mapping[str, int]:
+        """Numbers of the tensors by name."""
+        return {tensor.name: number for number, tensor in enumerate(self.tensors)}
+
+    @cached_property
+    def tied_tensor(self) -> int | None:
+        """The embedding, where it is the head's weight too."""
+        calls = (call for stage in self.stages for call in (*stage.forward, *stage.backward))
+        heads = {p.tensor for call in calls for p in call.ptr if isinstance(p, Weight) and p.use == "head"}
+        return min((self.number[name] for name in heads), default=None)
+
+    @cached_property
+    def owned(self) -> tuple[tuple[int, ...], ...]:
+        """By position, the tensors whose state it keeps, in the table's order."""
+        return self.layout.owned(self.tensors)
