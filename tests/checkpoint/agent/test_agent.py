@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +108,16 @@ def committed(run: Run, step: int) -> object:
     )
 
 
+def idle(run: Run, epoch: int) -> dict[str, Any]:
+    """The node's status once this attempt is over there; before its first attempt a node is idle too."""
+
+    def look() -> dict[str, Any] | None:
+        status = run.status()
+        return status if status and (status["epoch"], status["phase"]) == (epoch, "idle") else None
+
+    return wait_for(look, f"attempt {epoch} to be over on the node")
+
+
 def test_an_engine_cannot_have_the_agents_own_files_published(one: Started) -> None:
     """It may name its trace, and no other file: neither by a path nor by a link in the folder that they share."""
     work, (rank,) = one.agents[0].work, one.ranks
@@ -156,7 +167,7 @@ def test_whole_cycle(tmp_path: Path) -> None:
         assert last.data_position == 4 * 4
         node.end(0)
 
-        status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the status idle")
+        status = idle(run, epoch)
         assert status["epoch"] == epoch
         assert {r: v["code"] for r, v in status["ranks"].items()} == {"0": 0, "1": 0}
         assert status["durable"] == 4
@@ -196,7 +207,7 @@ def test_how_a_rank_was_killed_is_in_the_status(tmp_path: Path) -> None:
         node.link.send("EXIT", rank=0, epoch=epoch, a=-9, b=ranks[0].rank, c=wire.ENDED_BY_OOM, payload=limit)
         node.link.send("EXIT", rank=1, epoch=epoch, a=-9, b=ranks[1].rank, c=wire.ENDED_BY_SUPERVISOR)
         node.link.send("IDLE", epoch=epoch)
-        status = wait_for(lambda: (s := run.status()) and s["phase"] == "idle" and s, "the status idle")
+        status = idle(run, epoch)
         ends = {rank: (view["signal"], view["killed"], view["memory"]) for rank, view in status["ranks"].items()}
         assert ends == {"0": (9, False, 256 << 20), "1": (9, True, None)}
         node.close()
@@ -366,7 +377,7 @@ def test_a_flipped_byte_is_damage_that_names_the_object(one: Started) -> None:
     data[len(data) // 2] ^= 0x10
     path.write_bytes(data)
     epoch = run.attempt(one.spec, one.plan, checkpoint=info.n, step=2)
-    status = wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["phase"] == "idle" and s, "the refusal")
+    status = idle(run, epoch)
     assert status["ranks"]["0"]["code"] == 76
     assert chunk.key in status["ranks"]["0"]["words"]
 
@@ -485,7 +496,7 @@ def test_an_unreadable_record_halts(one: Started) -> None:
 
 def test_supervisor_lost_ends_the_attempt_here(one: Started) -> None:
     one.nodes[0].close()
-    status = wait_for(lambda: (s := one.run.status()) and s["phase"] == "idle" and s, "the loss to be noticed")
+    status = idle(one.run, one.epoch)
     assert status["ranks"]["0"]["code"] == 75
     assert status["supervisor"] is None
 
