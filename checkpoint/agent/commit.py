@@ -199,7 +199,7 @@ class Committer:
             log.error("%s", gone)
             self._post(lambda: self._on_error(gone))
             done = True
-        newest = max((c.step for c in state.checkpoints if c.epoch == epoch), default=-1)
+        newest = max(state.checkpoints.steps_of(epoch), default=-1)
         with self._wake:
             if self._epoch == epoch:
                 self._pending = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoint import codec, keys
 from checkpoint.errors import Damaged
@@ -59,12 +59,10 @@ class Record:
 
     @classmethod
     def parse(cls, data: bytes, n: int) -> Record:
-        """The record of these bytes, which lay at number ``n``; Damaged for anything else."""
+        """The record of these bytes, which lay at number ``n``; else Damaged, or OtherVersion for a newer one."""
         what = f"log record {n}"
         f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_RECORD_BYTES, max_depth=codec.RECORD_DEPTH), what)
-        version = f.integer("v", 1)
-        if version != VERSION:
-            raise Damaged(f"{what}: schema version {version}, this program reads {VERSION}: use a newer hotstage")
+        f.version(VERSION)
         found = f.integer("n", 1)
         if found != n:
             raise Damaged(f"{what}: it says that it is record {found}")
@@ -246,13 +244,25 @@ def parse_intervention(n: int, body: Any) -> Mapping[str, Any]:
     return MappingProxyType(dict(body))
 
 
-def fold_target(record: Record) -> tuple[str, int, str]:
-    what = f"log record {record.n} (fold)"
-    f = codec.Fields(dict(record.body), what)
-    found = (
-        keys.check_relative(f.text("state", 400), "folds", what),
-        f.integer("bytes", 1, MAX_STATE_BYTES),
-        f.hex("sha256"),
-    )
-    f.done()
-    return found
+class FoldTarget(NamedTuple):
+    """The object that a fold record names: relative to the run, its bytes, its SHA-256 in hex."""
+
+    state: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def parse(cls, value: Any, what: str) -> FoldTarget:
+        f = codec.Fields(dict(value) if isinstance(value, Mapping) else value, what)
+        found = cls(
+            keys.check_relative(f.text("state", 400), "folds", what),
+            f.integer("bytes", 1, MAX_STATE_BYTES),
+            f.hex("sha256"),
+        )
+        f.done()
+        return found
+
+
+def fold_target(record: Record) -> FoldTarget:
+    """What a fold record names; Damaged where its body is none."""
+    return FoldTarget.parse(record.body, f"log record {record.n} (fold)")

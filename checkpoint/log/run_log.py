@@ -12,14 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from checkpoint import keys
-from checkpoint.errors import Conflict, Damaged, Halted, NotFound, StoreError, StoreUnavailable
-from checkpoint.log.records import FOLD_EVERY, KINDS, MAX_RECORD_BYTES, MAX_STATE_BYTES, Record, fold_target
+from checkpoint.errors import Conflict, Damaged, Halted, NotFound, OtherVersion, StoreError, StoreUnavailable
+from checkpoint.log.records import FOLD_EVERY, KINDS, MAX_RECORD_BYTES, MAX_STATE_BYTES, FoldTarget, Record, fold_target
 from checkpoint.log.state import Fold, RunState
 from checkpoint.store.base import Store
 
 logger = logging.getLogger(__name__)
 
 CONDENSE_EVERY = 4
+MOST_FOLDS = 32
 _WRITER = re.compile(r"[A-Za-z0-9._@-]{1,120}\Z")
 
 
@@ -28,6 +29,19 @@ def condensed_key(run: str) -> str:
     SHA-256, and the sealed state after it.
     """
     return keys.run_key(run, "live", "fold")
+
+
+def fold_base(n: int) -> int:
+    """The fold record on whose state that of fold record ``n`` builds, 0 for none.
+
+    Of fold k its lowest set bit says how many folds' rows it holds, `MOST_FOLDS` at most: 1, 2, 1, 4, 1, 2, 1, 8 and so
+    on. So a row is written again a few times at most, however long the log is, and a reader follows a few objects.
+
+    >>> [fold_base(k * 256) // 256 for k in (1, 2, 3, 4, 5, 6, 7, 8, 33, 64, 80)]
+    [0, 0, 2, 0, 4, 4, 6, 0, 32, 32, 64]
+    """
+    k = n // FOLD_EVERY
+    return (k - min(k & -k, MOST_FOLDS)) * FOLD_EVERY
 
 
 class RunLog:
@@ -46,11 +60,11 @@ class RunLog:
     # --- reading ------------------------------------------------------------------------------------------
 
     def read(self, n: int) -> Record:
-        """Record ``n``: NotFound where there is none yet, Damaged where it cannot be read."""
+        """Record ``n``: NotFound where there is none yet, Damaged or OtherVersion where it cannot be read."""
         return Record.parse(self.store.get(keys.log_key(self.run, n), max_bytes=MAX_RECORD_BYTES), n)
 
     def records(self, first: int = 1) -> Iterator[Record]:
-        """The records from ``first`` on, until one is absent; Damaged at one that cannot be read."""
+        """The records from ``first`` on, until one is absent; Damaged or OtherVersion at one that cannot be read."""
         n = first
         while True:
             try:
@@ -88,7 +102,7 @@ class RunLog:
                 if self.store.head(keys.log_key(self.run, n)) is None:
                     why = f"log record {n} is missing, but {later} exists: a record was deleted"
                     return self._halted(fold or Fold(state), why)
-            except Damaged as error:
+            except (Damaged, OtherVersion) as error:
                 return self._halted(fold or Fold(state), str(error))
         if fold is not None:
             return fold.freeze()
@@ -114,15 +128,15 @@ class RunLog:
             record = self.store.get(keys.log_key(self.run, n), max_bytes=MAX_RECORD_BYTES)
             if hashlib.sha256(record).digest() != raw[8:40]:
                 return None
-            return RunState.parse(raw[40:], self.run, n)
-        except (NotFound, Damaged) as error:
+            return RunState.parse(raw[40:], self.run, n, self._load)
+        except (NotFound, Damaged, OtherVersion) as error:
             logger.debug("run %s: no condensed state: %s", self.run, error)
             return None
 
     def _condense(self, state: RunState, record: bytes) -> None:
         head = state.n.to_bytes(8, "little") + hashlib.sha256(record).digest()
         try:
-            self.store.put(condensed_key(self.run), head + state.to_bytes())
+            self.store.put(condensed_key(self.run), head + state.to_bytes(state.n // FOLD_EVERY * FOLD_EVERY))
         except StoreError as error:  # it saves requests, nothing else
             logger.debug("run %s: the condensed state is not written: %s", self.run, error)
 
@@ -141,15 +155,18 @@ class RunLog:
         for k in range(low, 0, -1):
             n = k * FOLD_EVERY
             try:
-                record = self.read(n)
-                name, size, sha256 = fold_target(record)
-                data = self.store.get(keys.run_key(self.run, name), max_bytes=size)
-                if hashlib.sha256(data).hexdigest() != sha256:
-                    raise Damaged(f"folded state {name}: its bytes do not have the digest that log record {n} names")
-                return RunState.parse(data, self.run, n - 1).apply(record)
-            except (Damaged, NotFound) as error:
+                return self._load(n)
+            except (NotFound, Damaged, OtherVersion) as error:
                 logger.error("run %s: fold record %d is of no use, reading from an earlier one: %s", self.run, n, error)
         return RunState(self.run)
+
+    def _load(self, n: int, target: FoldTarget | None = None) -> RunState:
+        """The state after fold record ``n``: what that names, and the folds that this builds on."""
+        state, size, sha256 = target or fold_target(self.read(n))
+        data = self.store.get(keys.run_key(self.run, state), max_bytes=size)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise Damaged(f"folded state {state}: its bytes do not have the digest that log record {n} names")
+        return replace(RunState.parse(data, self.run, n - 1, self._load), n=n)  # on earlier ones
 
     # --- writing ------------------------------------------------------------------------------------------
 
@@ -220,7 +237,8 @@ class RunLog:
         raise Conflict(f"log record {n} was written by another: the log is at {newer.n}", newer)
 
     def _store_state(self, state: RunState) -> dict[str, Any]:
-        data = replace(state, unreadable=None).to_bytes()
+        base = fold_base(state.n + 1)
+        data = state.to_bytes(base, fold_target(self.read(base)) if base else None)
         name = keys.fold_name(state.n + 1, secrets.token_hex(8))
         digest = hashlib.sha256(data)
         self.store.create(keys.run_key(self.run, name), data, sha256=digest.digest())

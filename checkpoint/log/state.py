@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import Any
 
 from checkpoint import codec
 from checkpoint.errors import Damaged
+from checkpoint.log.points import Line, Points
 from checkpoint.log.records import (
     MAX_STATE_BYTES,
-    VERSION,
     AttemptInfo,
     CheckpointInfo,
     EndedInfo,
+    FoldTarget,
     Intervention,
     Record,
     ended_map,
@@ -25,19 +28,25 @@ from checkpoint.log.records import (
     parse_intervention,
 )
 
+STATE_VERSION = 2
+Load = Callable[[int, FoldTarget | None], "RunState"]
+
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Everything the log says up to record ``n``. A value: folding gives a new one."""
+    """Everything the log says up to record ``n``. A value: folding gives a new one.
+
+    What is asked of it by number, epoch or step is found without looking at the rest.
+    """
 
     run: str
     n: int = 0
     attempts: tuple[AttemptInfo, ...] = ()
-    checkpoints: tuple[CheckpointInfo, ...] = ()  # valid when written, in order of record
-    void: tuple[CheckpointInfo, ...] = ()  # fenced off, or a second record of the same checkpoint
+    checkpoints: Points = field(default_factory=Points)  # valid when written, in order of record
+    void: Points = field(default_factory=Points)  # fenced off, or a second record of the same checkpoint
     damaged: Mapping[int, str] = field(default_factory=dict)  # checkpoint record -> why
     pins: Mapping[str, int] = field(default_factory=dict)  # name -> checkpoint record
-    tombstones: frozenset[int] = frozenset()  # checkpoint records whose objects may go
+    buried: Mapping[int, int] = field(default_factory=dict)  # checkpoint record -> the tombstone's record
     interventions: tuple[Intervention, ...] = ()
     ended: EndedInfo | None = None
     unreadable: str | None = None  # why record n + 1 cannot be read; set: no writer may write
@@ -56,26 +65,40 @@ class RunState:
         """Of the newest attempt; 0 before the first."""
         return self.attempts[-1].n if self.attempts else 0
 
+    @property
+    def tombstones(self) -> Set[int]:
+        """Checkpoint records whose objects may go."""
+        return self.buried.keys()
+
     def attempt(self, epoch: int) -> AttemptInfo | None:
-        return next((a for a in reversed(self.attempts) if a.n == epoch), None)
+        at = bisect_left(self.attempts, epoch, key=_number)
+        return self.attempts[at] if at < len(self.attempts) and self.attempts[at].n == epoch else None
 
     def checkpoint(self, n: int) -> CheckpointInfo | None:
         """The valid checkpoint of this record number."""
-        return next((c for c in reversed(self.checkpoints) if c.n == n), None)
+        row = self.checkpoints.row_of(n)
+        return None if row is None else self.checkpoints[row]
 
     def usable(self, info: CheckpointInfo) -> bool:
         """Valid, and neither marked damaged nor given up to the collector."""
-        return info.n not in self.damaged and info.n not in self.tombstones
+        return info.n not in self.damaged and info.n not in self.buried
 
     def find(self, step: int, epoch: int) -> CheckpointInfo | None:
         """The valid checkpoint of this step and epoch: has somebody committed it?"""
-        return next((c for c in reversed(self.checkpoints) if c.step == step and c.epoch == epoch), None)
+        row = self.checkpoints.row_at(step, epoch)
+        return None if row is None else self.checkpoints[row]
 
     def at_step(self, step: int | None = None) -> CheckpointInfo | None:
         """The usable checkpoint of this step on the line that leads here, or the newest; None where there is none."""
-        return next((c for c in self.restore_candidates() if step is None or c.step == step), None)
+        points, damaged, buried = self.checkpoints, self.damaged, self.buried
+        for rows in self._line():
+            for row in rows:
+                n = points.n[row]
+                if (step is None or points.step[row] == step) and n not in damaged and n not in buried:
+                    return points[row]
+        return None
 
-    def restore_candidates(self) -> tuple[CheckpointInfo, ...]:
+    def restore_candidates(self) -> Line:
         """What the next attempt may start from, best first; empty: only from scratch.
 
         First the checkpoints written after the newest attempt record, by step; then the one which that record names;
@@ -83,24 +106,39 @@ class RunState:
         then the one that its attempt names, and so on). So a second crash right after a rollback goes back to the
         rollback's point, and what the rollback left behind is never picked again.
         """
-        return tuple(c for c in self.lineage() if self.usable(c))
+        numbers, damaged, buried = self.checkpoints.n, self.damaged, self.buried
+        rows = self.lineage().rows
+        if damaged or buried:
+            rows = [row for row in rows if numbers[row] not in damaged and numbers[row] not in buried]
+        return Line(self.checkpoints, rows)
 
-    def lineage(self) -> tuple[CheckpointInfo, ...]:
+    def lineage(self) -> Line:
         """As ``restore_candidates``, with the damaged and the buried ones."""
-        by_epoch: dict[int, list[CheckpointInfo]] = {}
-        for info in self.checkpoints:
-            by_epoch.setdefault(info.epoch, []).append(info)
-        line: list[CheckpointInfo] = []
-        attempt, limit = self.newest_attempt, self.n + 1
+        return Line(self.checkpoints, list(chain.from_iterable(self._line())))
+
+    def _line(self) -> Iterator[Sequence[int]]:
+        """Rows of the lineage, best first, an attempt's together."""
+        points, attempt, before = self.checkpoints, self.newest_attempt, self.n + 1
         while attempt is not None:
-            own = [c for c in by_epoch.get(attempt.n, []) if c.n < limit]
-            line.extend(sorted(own, key=lambda c: (c.step, c.n), reverse=True))
-            named = None if attempt.checkpoint is None else self.checkpoint(attempt.checkpoint)
+            own = points.rows_of(attempt.n, before)
+            yield sorted(own, key=points.step.__getitem__, reverse=True)
+            named = None if attempt.checkpoint is None else points.row_of(attempt.checkpoint)
             if named is None:
-                break
-            line.append(named)
-            attempt, limit = self.attempt(named.epoch), named.n
-        return tuple(line)
+                return
+            yield (named,)
+            attempt, before = self.attempt(points.epoch[named]), points.n[named]
+
+    def upto(self, n: int) -> RunState:
+        """Attempts, checkpoints and interventions up to record ``n``; what is no row of a record stays as it is now."""
+        return replace(
+            self,
+            n=n,
+            attempts=self.attempts[: bisect_right(self.attempts, n, key=_number)],
+            checkpoints=self.checkpoints.upto(n),
+            void=self.void.upto(n),
+            buried={c: by for c, by in self.buried.items() if by <= n},
+            interventions=self.interventions[: bisect_right(self.interventions, n, key=_number)],
+        )
 
     # --- the fold, one record at a time -------------------------------------------------------------------
 
@@ -108,20 +146,29 @@ class RunState:
         """The state after this record, number n + 1; Damaged where its body is not what its kind needs."""
         return Fold(self).add(record).freeze()
 
-    def to_bytes(self) -> bytes:
-        """Sealed bytes of the whole state: what a fold record names."""
+    # --- bytes --------------------------------------------------------------------------------------------
+
+    def to_bytes(self, base: int = 0, target: FoldTarget | None = None) -> bytes:
+        """Sealed bytes: the rows of records after ``base``, the number of a fold record whose state has the others (0:
+        all rows), and what is no row: pins, marks of damage, the end. So what one object holds is bounded.
+        ``target``: what that fold record names, where the writer knows.
+        """
+        attempts = self.attempts[bisect_right(self.attempts, base, key=_number) :]
+        interventions = self.interventions[bisect_right(self.interventions, base, key=_number) :]
         return codec.seal(
             {
-                "v": VERSION,
+                "v": STATE_VERSION,
                 "run": self.run,
                 "n": self.n,
-                "attempts": [[a.n, a.time, a.body] for a in self.attempts],
-                "checkpoints": [[c.n, c.epoch, c.time, c.body()] for c in self.checkpoints],
-                "void": [[c.n, c.epoch, c.time, c.body()] for c in self.void],
+                "base": base,
+                "target": None if target is None else target._asdict(),
+                "attempts": [[a.n, a.time, a.body] for a in attempts],
+                "checkpoints": self.checkpoints.after(base).to_map(),
+                "void": self.void.after(base).to_map(),
                 "damaged": [[n, self.damaged[n]] for n in sorted(self.damaged)],
                 "pins": dict(self.pins),
-                "tombstones": sorted(self.tombstones),
-                "interventions": [[i.n, i.epoch, i.time, i.body] for i in self.interventions],
+                "tombstones": [[c, by] for c, by in self.buried.items() if by > base],
+                "interventions": [[i.n, i.epoch, i.time, i.body] for i in interventions],
                 "ended": None
                 if self.ended is None
                 else [self.ended.n, self.ended.epoch, self.ended.time, ended_map(self.ended)],
@@ -130,20 +177,26 @@ class RunState:
         )
 
     @classmethod
-    def parse(cls, data: bytes, run: str, n: int) -> RunState:
-        """The state of these bytes, which must be of this run and number; Damaged for anything else."""
+    def parse(cls, data: bytes, run: str, n: int, load: Load | None = None) -> RunState:
+        """The state of these bytes, which must be of this run and number; Damaged for anything else.
+
+        ``load``: gives the state that a fold record names, by its number and what it names, if known. Version 1 had all
+        rows in one object.
+        """
         what = f"folded state {n} of run {run}"
         f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_STATE_BYTES, max_depth=codec.RECORD_DEPTH + 2), what)
-        if f.integer("v", 1) != VERSION or f.text("run", 200) != run or f.integer("n", 0) != n:
-            raise Damaged(f"{what}: of another version, run or number")
+        version = f.version(STATE_VERSION)
+        if f.text("run", 200) != run or f.integer("n", 0) != n:
+            raise Damaged(f"{what}: of another run or number")
+        base = f.integer("base", 0, n) if version > 1 else 0
+        if base and load is None:
+            raise Damaged(f"{what}: its first {base} records are in other objects")
+        target = FoldTarget.parse(f.map("target"), f"{what}, target") if f.has("target") else None
+        below = load(base, target) if base and load is not None else cls(run)
 
         def rows(key: str, width: int) -> Iterator[list[Any]]:
             for row in f.array(key, n):
-                if (
-                    not isinstance(row, list)
-                    or len(row) != width
-                    or not all(isinstance(x, int) and 0 < x <= n for x in row[:1])
-                ):
+                if not isinstance(row, list) or len(row) != width or type(row[0]) is not int or not 0 < row[0] <= n:
                     raise Damaged(f"{what}: a row of {key!r} is not {width} entries that start with a record's number")
                 yield row
 
@@ -151,13 +204,26 @@ class RunState:
             g = codec.Fields({"epoch": row[1], "time": row[2]}, f"{what}, {key} {row[0]}")
             return row[0], g.integer("epoch", 0, n), g.real("time"), row[3]
 
-        def point(row: list[Any], key: str) -> CheckpointInfo:
-            number, epoch, time, body = header(row, key)
-            return parse_checkpoint(number, epoch, time, body)
+        def points(key: str) -> Points:
+            if version == 1:
+                found = Points(parse_checkpoint(*header(row, key)) for row in rows(key, 4))
+                return Points.parse(found.to_map(), f"{what}, {key}", 0, n, grouped=key == "checkpoints")
+            found = Points.parse(f.map(key), f"{what}, {key}", base, n, grouped=key == "checkpoints")
+            whole: Points = getattr(below, key).copy()
+            whole.extend(found)
+            return whole
 
-        attempts = tuple(
+        attempts = [
             parse_attempt(row[0], codec.Fields({"t": row[1]}, what).real("t"), row[2]) for row in rows("attempts", 3)
-        )
+        ]
+        interventions = []
+        for row in rows("interventions", 4):
+            number, epoch, time, body = header(row, "intervention")
+            interventions.append(Intervention(number, epoch, time, parse_intervention(number, body)))
+        for key, found in (("attempts", attempts), ("interventions", interventions)):
+            numbers = [base, *(x.n for x in found)]
+            if not all(a < b for a, b in pairwise(numbers)):
+                raise Damaged(f"{what}: {key} are not in order, or not after record {base}")
         ended = None
         if f.has("ended"):
             row = f.array("ended", 4)
@@ -169,59 +235,58 @@ class RunState:
             if not isinstance(number, int):
                 raise Damaged(f"{what}: a pin names no record")
             pins[name] = number
-        stones = f.array("tombstones", n)
-        if not all(isinstance(x, int) for x in stones):
+        stones = [[c, c] for c in f.array("tombstones", n)] if version == 1 else list(rows("tombstones", 2))
+        if not all(type(c) is int and type(by) is int and base < by <= n for c, by in stones):
             raise Damaged(f"{what}: a tombstone names no record")
         damaged: dict[int, str] = {}
         for number, why in rows("damaged", 2):
             damaged[number] = str(why)
-        interventions = []
-        for row in rows("interventions", 4):
-            number, epoch, time, body = header(row, "intervention")
-            interventions.append(Intervention(number, epoch, time, parse_intervention(number, body)))
         state = cls(
             run=run,
             n=n,
-            attempts=attempts,
-            checkpoints=tuple(point(row, "checkpoint") for row in rows("checkpoints", 4)),
-            void=tuple(point(row, "void") for row in rows("void", 4)),
+            attempts=(*below.attempts, *attempts),
+            checkpoints=points("checkpoints"),
+            void=points("void"),
             damaged=MappingProxyType(damaged),
             pins=MappingProxyType(pins),
-            tombstones=frozenset(stones),
-            interventions=tuple(interventions),
+            buried=MappingProxyType({**below.buried, **dict(stones)}),
+            interventions=(*below.interventions, *interventions),
             ended=ended,
         )
         f.done()
         return state
 
 
+def _number(row: AttemptInfo | Intervention) -> int:
+    return row.n
+
+
 class Fold:
-    """The state being folded, open for change."""
+    """The state being folded, open for change. ``freeze`` gives it away: nothing is added after."""
 
     def __init__(self, state: RunState) -> None:
         self.base = state
         self.n = state.n
         self.attempts = list(state.attempts)
-        self.checkpoints = list(state.checkpoints)
-        self.void = list(state.void)
+        self.checkpoints = state.checkpoints.copy()
+        self.void = state.void.copy()
         self.damaged = dict(state.damaged)
         self.pins = dict(state.pins)
-        self.tombstones = set(state.tombstones)
+        self.buried = dict(state.buried)
         self.interventions = list(state.interventions)
         self.ended = state.ended
-        self.numbers = {c.n: c for c in state.checkpoints}
-        self.points = {(c.step, c.epoch) for c in state.checkpoints}
+        self.steps: set[int] | None = None  # saved by the newest attempt, once it is asked
 
     def freeze(self, unreadable: str | None = None) -> RunState:
         return RunState(
             run=self.base.run,
             n=self.n,
             attempts=tuple(self.attempts),
-            checkpoints=tuple(self.checkpoints),
-            void=tuple(self.void),
+            checkpoints=self.checkpoints,
+            void=self.void,
             damaged=MappingProxyType(self.damaged),
             pins=MappingProxyType(self.pins),
-            tombstones=frozenset(self.tombstones),
+            buried=MappingProxyType(self.buried),
             interventions=tuple(self.interventions),
             ended=self.ended,
             unreadable=unreadable,
@@ -241,24 +306,23 @@ class Fold:
                 if r.epoch != r.n:
                     raise Damaged(f"{what}: epoch {r.epoch}; an attempt's epoch is its number")
                 attempt = parse_attempt(r.n, r.time, r.body)
-                if attempt.checkpoint is not None and attempt.checkpoint not in self.numbers:
+                if attempt.checkpoint is not None and self.checkpoints.row_of(attempt.checkpoint) is None:
                     raise Damaged(f"{what}: restores from record {attempt.checkpoint}, which is no valid checkpoint")
                 self.attempts.append(attempt)
-                self.ended = None
+                self.ended, self.steps = None, set()
             case "checkpoint":
                 info = parse_checkpoint(r.n, r.epoch, r.time, r.body)
-                if r.epoch != newest or newest == 0 or (info.step, info.epoch) in self.points:
-                    self.void.append(info)
+                if r.epoch != newest or newest == 0 or info.step in self._saved(newest):
+                    self.void.add(info)
                 else:
-                    self.checkpoints.append(info)
-                    self.numbers[info.n] = info
-                    self.points.add((info.step, info.epoch))
+                    self.checkpoints.add(info)
+                    self._saved(newest).add(info.step)
             case "damaged":
                 number, why = self._known(f), f.text("reason")
                 self.damaged.setdefault(number, why)
             case "pin":
                 number, name = self._known(f), f.text("name", 200)
-                if number not in self.tombstones:  # too late: the collector may be at work
+                if number not in self.buried:  # too late: the collector may be at work
                     self.pins[name] = number
             case "unpin":
                 self.pins.pop(f.text("name", 200), None)
@@ -266,7 +330,7 @@ class Fold:
                 number = self._known(f)
                 named = {c for a in self.attempts[-1:] if (c := a.checkpoint) is not None}
                 if number not in named and number not in self.pins.values():
-                    self.tombstones.add(number)
+                    self.buried.setdefault(number, r.n)
             case "intervention":
                 self.interventions.append(Intervention(r.n, r.epoch, r.time, parse_intervention(r.n, r.body)))
             case "ended":
@@ -276,9 +340,14 @@ class Fold:
         self.n = r.n
         return self
 
+    def _saved(self, epoch: int) -> set[int]:
+        if self.steps is None:
+            self.steps = set(self.checkpoints.steps_of(epoch))
+        return self.steps
+
     def _known(self, f: codec.Fields) -> int:
         number = f.integer("checkpoint", 1, self.n)
-        if number not in self.numbers:
+        if self.checkpoints.row_of(number) is None:
             raise Damaged(f"log record {self.n + 1}: names checkpoint record {number}, which is none")
         return number
 

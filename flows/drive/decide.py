@@ -48,6 +48,7 @@ from flows.drive.views import (
     Policy,
     Restore,
     RunLayout,
+    Saves,
     StartAttempt,
     Watch,
 )
@@ -206,7 +207,7 @@ def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decisio
     by = f" by {order.by}" if order is not None and order.by else ""
     if log.ended and not opened(log):
         return Finished(log.ended)
-    if any(c.step >= policy.steps for c in log.candidates):
+    if max(Saves.of(log.candidates).step, default=-1) >= policy.steps:
         return End("succeeded", f"step {policy.steps} is saved")
     if not log.attempts:
         return _begin(log, policy, "start")
@@ -269,7 +270,7 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     again = False
     if cause.cls == Failure.RESTORE and newest.restore_slots is None:
         tried = newest.restore_checkpoint
-        usable = any(c.n == tried for c in log.candidates)
+        usable = tried in Saves.of(log.candidates).n
         if not suspected(log, tried):
             again = usable or tried is None
         elif usable and tried is not None:

@@ -7,7 +7,12 @@ clock orders anything.
 
 from __future__ import annotations
 
-from flows.drive.views import AttemptView, Cause, LogView, Policy
+import operator
+import sys
+from bisect import bisect_left, bisect_right
+from itertools import accumulate, compress
+
+from flows.drive.views import AttemptView, Cause, LogView, Policy, Saves
 from trainer.failures import FAILURES, SIGKILL, Again, Failure, Strike
 
 STRIKE_FADES = 8
@@ -23,12 +28,16 @@ def raises(log: LogView) -> list[int]:
     """The records by which the run came further than ever: a checkpoint of a later step, or an attempt that began from
     a later step (in memory).
     """
-    marks = sorted([(c.n, c.step) for c in log.checkpoints] + [(a.epoch, a.restore_step) for a in log.attempts])
-    best, found = -1, []
-    for n, step in marks:
-        if step > best:
-            best = step
-            found.append(n)
+    saved, best, at = Saves.of(log.checkpoints), -1, 0
+    found: list[int] = []
+    for epoch, restored in [*((a.epoch, a.restore_step) for a in log.attempts), (sys.maxsize, -1)]:
+        end = bisect_left(saved.n, epoch)
+        reached = list(accumulate(saved.step[at:end], max, initial=best))  # before the first, and after each
+        found += compress(saved.n[at:end], map(operator.gt, reached[1:], reached))
+        best, at = reached[-1], end
+        if restored > best:
+            best = restored
+            found.append(epoch)
     return found
 
 
@@ -89,8 +98,10 @@ def struck(log: LogView, strikes: int, also: Cause | None = None) -> frozenset[s
     A strike fades with newer checkpoints, all of them with a person's word, those of a machine with its pardon; a sick
     machine stays out until a person's word or its pardon. ``also``: a failure that is not in the log yet.
     """
+    if also is None and not any(a.cause and a.cause.get("place") for a in log.attempts):
+        return frozenset()
     word, further = spoken(log), set(raises(log))
-    saved = [c.n for c in log.checkpoints if c.n in further]
+    saved = [n for n in Saves.of(log.checkpoints).n if n in further]
     pardoned: dict[str, int] = {}
     for a in log.attempts:
         pardoned.update(dict.fromkeys(a.pardon, a.epoch))
@@ -100,7 +111,8 @@ def struck(log: LogView, strikes: int, also: Cause | None = None) -> frozenset[s
         if not a.cause or not place or a.epoch <= max(word, pardoned.get(place, 0)):
             continue
         strike = _strike(Failure.read(a.cause.get("class")))
-        if strike is Strike.OUT or (strike is Strike.FADES and sum(n > a.epoch for n in saved) < STRIKE_FADES):
+        newer = len(saved) - bisect_right(saved, a.epoch)
+        if strike is Strike.OUT or (strike is Strike.FADES and newer < STRIKE_FADES):
             found.append((place, strike))
     if also is not None and also.place:
         found.append((also.place, _strike(also.cls)))
@@ -121,7 +133,7 @@ def avoided(log: LogView, launch: str, strikes: int) -> tuple[str, ...]:
         return tuple(sorted(struck(log, strikes)))
     then = LogView(
         attempts=tuple(a for a in log.attempts if a.epoch <= first.epoch),
-        checkpoints=tuple(c for c in log.checkpoints if c.n < first.epoch),
+        checkpoints=Saves.of(log.checkpoints).before(first.epoch),
         orders=tuple(o for o in log.orders if o.n < first.epoch),
     )
     out = set(struck(then, strikes))

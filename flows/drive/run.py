@@ -23,7 +23,7 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
 from flows.drive.decide import opened, superseded
-from flows.drive.views import AttemptView, CheckpointView, LogView, OrderView, Policy
+from flows.drive.views import AttemptView, LogView, OrderView, Policy, Saves
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
@@ -328,11 +328,11 @@ def attempt_view(a: AttemptInfo) -> AttemptView:
 
 def fold_view(state: RunState) -> LogView:
     """A folded log as the driver's plain data."""
-    parent = parent_of(state)
+    parent, points, best = parent_of(state), state.checkpoints, state.restore_candidates()
     return LogView(
         attempts=tuple(attempt_view(a) for a in state.attempts),
-        checkpoints=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.checkpoints),
-        candidates=tuple(CheckpointView(c.n, c.step, c.epoch) for c in state.restore_candidates()),
+        checkpoints=Saves(points.n, points.step, points.epoch),
+        candidates=Saves(best.column("n"), best.column("step"), best.column("epoch")),
         ended=state.ended.outcome if state.ended else None,
         parent=(str(parent["run"]), int(parent["checkpoint"]), int(parent["step"])) if parent else None,
         ended_n=state.ended.n if state.ended else 0,

@@ -7,10 +7,11 @@ text is for people and nothing reads it back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, overload
 
 from trainer.failures import Failure, of_code
 
@@ -117,6 +118,41 @@ class CheckpointView:
 
 
 @dataclass(frozen=True)
+class Saves(Sequence[CheckpointView]):
+    """Many checkpoints, as columns: what is asked of all of them is asked of numbers."""
+
+    n: Sequence[int] = ()
+    step: Sequence[int] = ()
+    epoch: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, views: Sequence[CheckpointView]) -> Saves:
+        """Themselves where they are columns already."""
+        if isinstance(views, Saves):
+            return views
+        return cls([c.n for c in views], [c.step for c in views], [c.epoch for c in views])
+
+    def before(self, n: int) -> Saves:
+        """Those of records before ``n``, where they are in order of record."""
+        end = bisect_left(self.n, n)
+        return Saves(self.n[:end], self.step[:end], self.epoch[:end])
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    @overload
+    def __getitem__(self, index: int) -> CheckpointView: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Saves: ...
+
+    def __getitem__(self, index: int | slice) -> CheckpointView | Saves:
+        if isinstance(index, slice):
+            return Saves(self.n[index], self.step[index], self.epoch[index])
+        return CheckpointView(self.n[index], self.step[index], self.epoch[index])
+
+
+@dataclass(frozen=True)
 class OrderView:
     """What a person asked: record number, the How, who asked. ``again``: to open a run that had ended, and to count its
     failures anew; ``anew``: from step 0, where no checkpoint can be used any more.
@@ -137,8 +173,8 @@ class LogView:
     """
 
     attempts: tuple[AttemptView, ...] = ()
-    checkpoints: tuple[CheckpointView, ...] = ()
-    candidates: tuple[CheckpointView, ...] = ()
+    checkpoints: Sequence[CheckpointView] = ()
+    candidates: Sequence[CheckpointView] = ()
     ended: str | None = None
     parent: tuple[str, int, int] | None = None
     ended_n: int = 0

@@ -337,7 +337,7 @@ class Page:
                 row.states.append((kind, word, state.ended.reason, state.ended.time))
                 if kind == "FAILED":
                     row.name = f"attempt {number}: {state.ended.reason[:60]}"
-        self._durable = max([self._durable, *(c.step for c in state.checkpoints)])
+        self._durable = max([self._durable, *state.checkpoints.step])
 
     def _take_index(self) -> None:
         """What the run had done before this page began, from the index of its metrics: one request."""

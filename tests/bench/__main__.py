@@ -28,7 +28,7 @@ from flows.drive.events import Event
 from flows.drive.live import StatusReader
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
-from tests.bench import bench_demo, bench_kernels, bench_plan, bench_watch
+from tests.bench import bench_demo, bench_kernels, bench_log, bench_plan, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -208,6 +208,17 @@ def demo() -> Iterator[dict[str, Any]]:
     yield entry("demo/seconds", seconds["all"], "s", "target", 120.0)
 
 
+def log() -> Iterator[dict[str, Any]]:
+    """A log of 500 attempts and 20,000 checkpoints in a folder."""
+    told = bench_log.measure()
+    yield entry("log/fold-idle-us", told["idle_us"], "us", "target", 200.0)
+    yield entry("driver/first-decision-s", told["decision_s"], "s", "target", 1.0)
+    on_s3 = told["decision_s"] + told["requests"] * bench_log.S3_REQUEST_S
+    yield entry("driver/first-decision-requests", told["requests"], "requests", "seconds on S3", on_s3)
+    yield entry("log/lineage-500-attempts-ms", told["lineage_ms"], "ms", "target", 20.0)
+    yield entry("log/folds-written-mib", told["folds_mib"], "MiB", "largest", told["fold_mib"])
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -225,6 +236,7 @@ def main() -> int:
         "recovery": lambda: [recovery()],
         "watch": lambda: list(watch()),
         "plan": lambda: list(plan()),
+        "log": lambda: list(log()),
         "demo": lambda: list(demo()),
     }
     wanted = sys.argv[1:] or list(parts)
