@@ -51,6 +51,11 @@ class RunState:
     ended: EndedInfo | None = None
     unreadable: str | None = None  # why record n + 1 cannot be read; set: no writer may write
 
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "void"):  # any rows will do: they are kept as columns
+            if not isinstance(rows := getattr(self, name), Points):
+                object.__setattr__(self, name, Points(rows))
+
     @property
     def newest_attempt(self) -> AttemptInfo | None:
         return self.attempts[-1] if self.attempts else None
