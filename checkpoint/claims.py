@@ -93,7 +93,7 @@ class Place:
         texts = [value.get(name) for name in _TEXTS]
         nodes = value.get("nodes")
         if not all(isinstance(text, str) for text in texts) or not isinstance(nodes, int) or not 0 < nodes <= 1 << 20:
-            raise Damaged(f"{what}: it does not name a place")
+            raise Damaged(f"{what}: it names no host and folder")
         return cls(**dict(zip(_TEXTS, cast(list[str], texts), strict=True)), nodes=nodes)
 
 

@@ -129,9 +129,9 @@ class Curve:
             rows = [AttemptRow(_point(a), _point(b), int(since), int(after)) for a, b, since, after in value["rows"]]
             made = cls(int(value["began"]), int(value["stride"]))
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise Damaged(f"the index of metrics does not hold: {error!r}") from error
+            raise Damaged(f"the index of metrics is damaged: {error!r}") from error
         if made.stride < 1 or len(points) > MAX_POINTS or len(rows) > MAX_ROWS:
-            raise Damaged("the index of metrics does not hold: more than it may have")
+            raise Damaged("the index of metrics is damaged: it has more points or attempts than it may")
         made.points = {p.step: p for p in points}
         made.rows = {r.last.epoch: r for r in rows}
         return made

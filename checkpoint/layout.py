@@ -129,7 +129,7 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
 
 def _tensor(t: wire.PlanTensor, name: str) -> TensorInfo:
     if not 1 <= t.rank <= 4:
-        raise PlanRefused(f"tensor {name} of the plan has {t.rank} dimensions, 1 to 4 can be")
+        raise PlanRefused(f"tensor {name} of the plan has {t.rank} dimensions, it must have 1 to 4")
     shape = tuple(t.shape)[: t.rank]
     if min(shape) < 1 or math.prod(shape) != t.elements or t.elements > 1 << 48:
         raise PlanRefused(f"tensor {name} of the plan, of shape {shape}, cannot have {t.elements} elements")

@@ -54,7 +54,7 @@ def ensure_probed(store: Store) -> None:
 def _round(store: Store, pool: ThreadPoolExecutor, key: str, creators: int) -> None:
     refuse = _Refuse(store)
     if store.head(key) is not None:
-        raise refuse(f"object {key} is there before anybody has created it")
+        raise refuse(f"object {key} exists before anybody has created it")
     start = threading.Barrier(creators)
     tokens = [f"{number:04d} {secrets.token_hex(16)}".encode() for number in range(creators)]
 

@@ -138,7 +138,7 @@ class Api:
                     if line.strip():
                         yield json.loads(line)
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise ApiUnavailable(f"{what}: the stream broke: {error}") from error
+            raise ApiUnavailable(f"{what}: the stream ended: {error}") from error
         finally:
             # a stream that was not read to its end cannot carry another request
             with contextlib.suppress(Exception):
@@ -159,9 +159,9 @@ class Api:
         try:
             value = json.loads(data)
         except ValueError as error:
-            raise ApiUnavailable(f"{method} {path}: the answer is no JSON: {data[:100]!r}") from error
+            raise ApiUnavailable(f"{method} {path}: the answer is not JSON: {data[:100]!r}") from error
         if not isinstance(value, dict):
-            raise ApiUnavailable(f"{method} {path}: the answer is no object")
+            raise ApiUnavailable(f"{method} {path}: the answer is not a JSON object")
         return value
 
     def _call(
@@ -181,7 +181,7 @@ class Api:
                 raise translate(response.status, data, what, response.headers.get("Retry-After"))
             return data
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailable(f"{what}: the answer broke off: {error}") from error
+            raise ApiUnavailable(f"{what}: the answer ended early: {error}") from error
         finally:
             response.release_conn()
 
@@ -201,9 +201,7 @@ class Api:
                 if setting.get("in") == "header" and setting.get("value"):
                     headers[setting["key"]] = setting["value"]
         except Exception as error:  # the user's own credential program may fail in any way
-            raise Unauthenticated(
-                f"{what}: the kubeconfig's credentials cannot be had: {error}; log in again"
-            ) from error
+            raise Unauthenticated(f"{what}: cannot get the kubeconfig's credentials: {error}; log in again") from error
         username, password = self._configuration.username, self._configuration.password
         if username and "authorization" not in {h.lower() for h in headers}:
             pair = base64.b64encode(f"{username}:{password}".encode()).decode()

@@ -126,12 +126,16 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
             return found(POD_REASONS[container.reason], f"cannot start its {name}: {never[0]}", never[1])
     if pod.reason == "Evicted":
         own = re.search(r"exceeds|limit", pod.message, re.I) is not None
-        mend = "raise that limit (launch.pod_patch)" if own else "the machine ran short; request what the run needs"
+        mend = (
+            "raise that limit (launch.pod_patch)"
+            if own
+            else "the machine ran out of a resource; request what the run needs (launch.resources)"
+        )
         return found(Failure.MEMORY if own else POD_REASONS[pod.reason], f"was evicted: {pod.message}", mend)
     if pod.reason in TURNED_AWAY:
-        return found(POD_REASONS[pod.reason], f"was turned away by its machine: {pod.message or pod.reason}")
+        return found(POD_REASONS[pod.reason], f"was rejected by its machine: {pod.message or pod.reason}")
     if _machine_gone(pod):
-        return found(Failure.INFRA, "is on a machine that does not answer the control plane any more")
+        return found(Failure.INFRA, "is on a machine that no longer answers the control plane")
     disruption = pod.conditions.get("DisruptionTarget")
     if engine.reason == "OOMKilled" and engine.exit_code == 137:
         return found(POD_REASONS[engine.reason], *_memory("the engine", limits.engine_needs, limits.engine_limit))
@@ -185,7 +189,11 @@ def _exit_words(engine: ContainerView) -> tuple[Failure, str, str]:
         return cls, f"lost its supervisor: killed ({code}){said}", ""
     cls = POD_REASONS[engine.reason] if engine.reason in CANNOT_RUN else cls
     if cls is Failure.CONFIG:
-        return cls, f"cannot run its engine: {engine.message or code}", "correct launch.image: it is no engine"
+        return (
+            cls,
+            f"cannot run its engine: {engine.message or code}",
+            "correct launch.image: it does not hold the engine",
+        )
     return cls, f"ended with {code}{said}", ""
 
 
@@ -201,7 +209,7 @@ def _why_disrupted(reason: str) -> str:
         "EvictionByEvictionAPI": "its machine is drained",
         "DeletionByTaintManager": "its machine is tainted",
         "DeletionByPodGC": "its machine is gone",
-        "TerminationByKubelet": "its machine shuts down or ran short",
+        "TerminationByKubelet": "its machine is shutting down or ran out of a resource",
     }.get(reason, reason or "no reason given")
 
 
@@ -300,7 +308,7 @@ def job_loss(job: JobView, events: Sequence[EventView] = ()) -> list[Finding]:
             refused = refusal(event.message)
             if refused is not None and not refused.waits:
                 found.append(
-                    Finding(Failure.CONFIG, f"Job {job.name} cannot make its pods: {event.message}", refused.mend)
+                    Finding(Failure.CONFIG, f"Job {job.name} cannot create its pods: {event.message}", refused.mend)
                 )
     return found
 
@@ -328,18 +336,18 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
         if event.about == job.name and event.reason == "FailedCreate":
             refused = refusal(event.message)
             mend = f"; {refused.mend}" if refused else ""
-            return f"the API server does not take its pods: {event.message}{mend}"
+            return f"the API server rejects its pods: {event.message}{mend}"
         if event.about in names and event.type == "Warning":
             return f"{event.about}: {event.reason}: {event.message}"
     if not pods:
-        return "its pods are not made yet"
+        return "its pods are not created yet"
     return ", ".join(sorted({_waits_for(pod) for pod in pods}))
 
 
 def _waits_for(pod: PodView) -> str:
     if not pod.place:
         return "waiting for the scheduler"
-    return "waiting for the agent" if AGENT in pod.containers else "containers are being made"
+    return "waiting for the agent" if AGENT in pod.containers else "containers are being created"
 
 
 def _mend(message: str) -> str:

@@ -102,7 +102,7 @@ def examine(api: Reader, wanted: RunNeeds, clock: Callable[[], float] = time.mon
         except LaunchError as error:
             found.append(Check(name, "bad", str(error)))
         except ValueError as error:  # a quantity of the cluster that is none
-            found.append(Check(name, "unknown", f"the cluster has what cannot be read: {error}"))
+            found.append(Check(name, "unknown", f"the cluster's objects cannot be read: {error}"))
     return found
 
 
@@ -111,7 +111,7 @@ def _version(api: Reader, wanted: RunNeeds) -> list[Check]:
     text = str(said.get("gitVersion", "unknown"))
     old = too_old(text)
     if old is None:
-        return [Check("version", "unknown", f"the API server calls itself {text!r}")]
+        return [Check("version", "unknown", f"the API server reports version {text!r}")]
     if old:
         return [Check("version", "bad", f"Kubernetes {text} is older than {'.'.join(map(str, OLDEST))}", MEND)]
     return [Check("version", "ok", f"Kubernetes {text}")]
@@ -328,4 +328,4 @@ def _admission(api: Reader, wanted: RunNeeds) -> list[Check]:
     if wanted.job is None:
         return []
     api.create(JOBS.path(wanted.namespace), wanted.job, dry_run=True)
-    return [Check("admission", "ok", "the API server takes the Job (server-side dry run)")]
+    return [Check("admission", "ok", "the API server accepts the Job (server-side dry run)")]

@@ -123,7 +123,7 @@ class KubernetesLauncher:
         if found is None:
             self._check_version()
             found = job_view(self._api.apply(self._path(JOBS, name), job))
-            log.info("Job %s is made", name)
+            log.info("Job %s is created", name)
         self._check_ours(found, launch.launch_id)
         same = found.digest == job["metadata"]["annotations"][SPEC_DIGEST]
         if not same and not known.warned:
@@ -144,8 +144,8 @@ class KubernetesLauncher:
         jobs, pods = eyes.jobs.sight(), eyes.pods.sight()
         failing = max(jobs.failing_s, pods.failing_s)
         if not (jobs.synced and pods.synced) or failing > UNKNOWN_S:
-            error = jobs.error or pods.error or "nothing was listed yet"
-            return LaunchView(launch_id, "unknown", detail=f"the cluster cannot be seen: {error}")
+            error = jobs.error or pods.error or "nothing has been listed yet"
+            return LaunchView(launch_id, "unknown", detail=f"the cluster does not answer: {error}")
         job = self._job(launch_id)
         known = self._known.setdefault(launch_id, _Known())
         if job is None:

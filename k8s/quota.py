@@ -190,11 +190,11 @@ def quota_problems(item: Json, job: Json, ranges: Sequence[Json] = ()) -> list[Q
         most, words = max(each.get(key, Fraction(0)), Fraction(objects.get(key, 0))), spelled(ask, key)
         lower = f", or lower {lowering(key)}" if lowering(key) else ""
         if most > hard[key]:
-            text = f"quota {name} has {spelled(hard[key], key)} of {key} in all, and one "
+            text = f"quota {name} has {spelled(hard[key], key)} of {key} in total, and one "
             text += f"{'pod' if key in each else 'launch'} asks for {spelled(most, key)}"
             found.append(QuotaProblem(text, f"raise the quota{lower}", never=True))
         elif ask > hard[key]:
-            text = f"quota {name} has {spelled(hard[key], key)} of {key} in all, the run asks for {words}"
+            text = f"quota {name} has {spelled(hard[key], key)} of {key} in total, the run asks for {words}"
             found.append(QuotaProblem(text, f"raise the quota{lower}; the run waits until then"))
         else:
             text = f"quota {name} leaves {spelled(left, key)} of {key}, the run asks for {words}"
@@ -214,7 +214,7 @@ def _unnamed(name: str, hard: Amounts, containers: Sequence[tuple[PodUse, str]])
         lacking = [use.name for use, _ in containers if what not in getattr(use, side)]
         if lacking:
             who = f"container {lacking[0]} sets" if len(lacking) == 1 else f"containers {', '.join(lacking)} set"
-            text = f"quota {name} counts {key} and {who} none: no pod of the run is taken"
+            text = f"quota {name} counts {key} and {who} none: no pod of the run is accepted"
             found[key] = QuotaProblem(
                 text, f'set {keys_of(lacking, key)} (a quantity, for example "2")', True, unnamed=True
             )

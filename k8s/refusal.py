@@ -58,13 +58,13 @@ def refusal(message: str) -> Refusal | None:
         found = _UNSET_ONE.findall(match[2])
         keys = ", ".join(keys_of(names.split(","), resource) for resource, names in found)
         keys = keys or f"{match[2]} in launch.resources and launch.agent_resources"
-        return Refusal("unset", f"quota {match[1]} takes only pods that say it: set {keys}")
+        return Refusal("unset", f"quota {match[1]} accepts only pods that say it: set {keys}")
     if match := _EXCEEDED.search(message):
         return _exceeded(match[1], *(_listed(match[n]) for n in (2, 4)))
     if "exceeded quota" in message:
         return Refusal("quota", _ROOM, waits=True)
     if "insufficient quota" in message:
-        return Refusal("unset", "the cluster takes such pods only where a ResourceQuota grants them: ask for one")
+        return Refusal("unset", "the cluster accepts such pods only where a ResourceQuota grants them: ask for one")
     if _RANGE.search(message):
         return Refusal("range", f"a LimitRange of the namespace bounds it: {', '.join(_bounds(message))}")
     if match := _ABOVE_LIMIT.search(message):
@@ -100,7 +100,9 @@ def _exceeded(quota: str, requested: dict[str, str], limited: dict[str, str]) ->
     never = [key for key, asked in requested.items() if _above(asked, limited.get(key))]
     if not never:
         return Refusal("quota", _ROOM, waits=True)
-    told = ", ".join(f"{requested[key]} of {key} is asked for at once, {limited[key]} is all there is" for key in never)
+    told = ", ".join(
+        f"{requested[key]} of {key} is asked for at once, the whole quota is {limited[key]}" for key in never
+    )
     lower = [keys for key in never if (keys := lowering(key))]
     return Refusal(
         "quota", f"it never fits: {told}; raise quota {quota}{' or lower ' if lower else ''}{', '.join(lower)}"

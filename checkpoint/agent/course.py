@@ -184,7 +184,7 @@ class Course:
         attempt.held, self.changed = event.holder.same(place), True
         if not attempt.held:
             log.error(
-                "node %d of attempt %d is %s already (%s): this second one (%s) stands by, and starts no rank",
+                "node %d of attempt %d is held by %s (%s): this second one (%s) waits, and starts no rank",
                 self.options.node,
                 attempt.epoch,
                 event.holder.address,

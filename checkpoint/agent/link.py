@@ -148,7 +148,7 @@ class Link:
                     while peer.queue:
                         self._transmit(peer)
                 except OSError:
-                    log.warning("a message did not reach its peer before the agent left", extra={"rank": peer.rank})
+                    log.warning("a message was not sent before the agent left", extra={"rank": peer.rank})
 
     def close(self) -> None:
         for peer in list(self.peers):
@@ -186,7 +186,7 @@ class Link:
                 return
             message = _parse(data, flags, fds)
             if message is None:
-                log.error("a message breaks the format; its sender is turned away", extra={"rank": peer.rank})
+                log.error("a message is malformed; its connection is closed", extra={"rank": peer.rank})
                 for fd in fds:
                     os.close(fd)
                 self._end(peer, events)

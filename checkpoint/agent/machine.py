@@ -126,7 +126,7 @@ class Machine(Course):
             return  # once a connection: what it says again is older than what was sent meanwhile
         if engine.peer is not None:
             if event.rival:
-                log.error("a second supervisor is turned away; another one that lives has the node")
+                log.error("a second supervisor is refused: the node's own one is alive")
                 self._do(do.Send(event.peer, "END"))
                 self._do(do.Drop(event.peer))
                 return
@@ -195,7 +195,7 @@ class Machine(Course):
     def _on_rank(self, event: ev.RankHello) -> None:
         attempt, rank = self._of(event.epoch), event.rank
         if attempt is None or rank not in attempt.gang.local or attempt.phase not in STARTED:
-            log.warning("rank %d of attempt %d is turned away", rank, event.epoch)
+            log.warning("rank %d of attempt %d is refused: it is not of the attempt that runs", rank, event.epoch)
             self._do(do.Drop(event.peer))
             return
         attempt.peers[rank] = event.peer

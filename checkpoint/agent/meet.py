@@ -175,7 +175,7 @@ def _address(value: Any, count: int) -> Address:
     try:
         host, ports = str(value["host"]), [int(port) for port in value["ports"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"a node's address is not one: {error!r}") from error
+        raise Damaged(f"a node's address cannot be read: {error!r}") from error
     if len(ports) != count or not all(0 < port < 65536 for port in ports) or len(host.encode()) > 255:
         raise Damaged(f"a node's address has {len(ports)} ports for {count} ranks, or a bad host or port")
     return host, ports

@@ -139,7 +139,10 @@ class Service:
         if self.machine.state is None:
             self._early.append(arrival)
             if len(self._early) > _EARLY:
-                log.error("the log cannot be read, and %d messages wait: a peer is sent away to come again", _EARLY)
+                log.error(
+                    "the log cannot be read, and %d messages wait: a connection is closed, its peer will connect again",
+                    _EARLY,
+                )
                 self.link.drop(peer)
             return
         if message is None:
@@ -150,7 +153,7 @@ class Service:
             if message.name == "HELLO":
                 peer.rank = message.rank
             if peer.rank is None:
-                log.error("a peer sent %s before HELLO and is turned away", message.name)
+                log.error("a peer sent %s before HELLO: its connection is closed", message.name)
                 self.link.drop(peer)
                 return
             event = event_of(peer.number, message, rival=self._rival(peer))

@@ -159,7 +159,7 @@ class Slot:
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):
-                raise SlotChanged(f"what was handed back as a slot is none: {error}") from error
+                raise SlotChanged(f"what was handed back is not a slot: {error}") from error
             raise
         slot = cls(fd, layout)
         if not slot._fits(plan_digest):

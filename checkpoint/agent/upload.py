@@ -244,8 +244,8 @@ class Uploader:
             self._done[source.epoch].add(step)
             self._failing = True
             text = (
-                f"the snapshot of step {step} does not hold ({error}; {times} times, and nobody refills it): it is not "
-                "stored, the next one is; look at this machine's memory"
+                f"the snapshot of step {step} is damaged in memory ({error}; {times} times): it is not stored, the "
+                "next one will be; check this machine's memory"
             )
             log.error("%s", text)
             self._post(lambda: self._on_error(text))

@@ -8,7 +8,7 @@ import click
 
 from flows.cli.main import Number, json_option, say, show, store_option
 
-step_option = click.option("--step", type=int, help="Of the checkpoint (else the newest).")
+step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
 
 
 @click.group()
@@ -82,13 +82,13 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
 
 @ckpt.command()
 @click.argument("run")
-@click.option("--quick", is_flag=True, help="Names and sizes only; without it every byte is hashed again.")
+@click.option("--quick", is_flag=True, help="Check names and sizes only, do not hash every byte again.")
 @store_option
 @json_option
 def verify(run: str, quick: bool, store: str | None, as_json: bool) -> int:
     """Check everything that RUN has written.
 
-    Exits 76 where an object is not what was written, and names it.
+    Exits 76 where an object is damaged or missing, and names it.
     """
     from checkpoint.verify import verify_run
     from flows.drive.run import find_run
@@ -167,7 +167,7 @@ def export(run: str, output: str, step: int | None, store: str | None) -> int:
 @click.command()
 @click.argument("run")
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--tokens", type=click.IntRange(min=1), default=120, show_default=True, help="How many to add.")
+@click.option("--tokens", type=click.IntRange(min=1), default=120, show_default=True, help="Number of tokens to add.")
 @click.option(
     "--temperature",
     type=Number(min=0),

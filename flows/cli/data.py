@@ -20,12 +20,12 @@ def data() -> None:
 
 @data.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
-@click.option("--again", is_flag=True, help="Make it anew where it is there; objects that are damaged are replaced.")
+@click.option("--again", is_flag=True, help="Make it again even where it exists; damaged objects are replaced.")
 @set_option
 @store_option
 @json_option
 def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
-    """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it is there already."""
+    """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it exists already."""
     from flows.data import prepare as make
     from flows.drive.run import ready_store
     from flows.drive.train import store_at

@@ -10,7 +10,7 @@ import click
 
 from flows.cli.main import Number, json_option, say, set_option, show, store_option
 
-_namespace = click.option("--namespace", "-n", help="Else the spec's or the run's launch.namespace.")
+_namespace = click.option("--namespace", "-n", help="Default: launch.namespace of the spec or the run.")
 
 
 @click.group()
@@ -56,11 +56,11 @@ def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -
 @click.argument("spec", type=click.Path(dir_okay=False))
 @set_option
 @store_option
-@click.option("--dry-run", is_flag=True, help="Only have the API server judge the objects; nothing is made.")
+@click.option("--dry-run", is_flag=True, help="Only have the API server check the objects; create nothing.")
 def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) -> int:
-    """Make the objects of SPEC's run now: its pods find their places and pull their images, and wait.
+    """Create the objects of SPEC's run now: its pods are scheduled, pull their images, and wait.
 
-    `hotstage train SPEC` with the same --set adopts them and begins; until then nothing is trained.
+    `hotstage train SPEC` with the same --set adopts them and starts training; until then nothing is trained.
     """
     from checkpoint.log import RunLog
     from flows.drive.launches import launch_of
@@ -78,7 +78,7 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
         for resource, item in zip((JOBS, SERVICES, SECRETS), objects, strict=True):
             name = item["metadata"]["name"]
             api.apply(resource.path(resolved.launch.namespace, name), item, dry_run=True)
-            say(f"{resource.kind} {name}: the API server takes it")
+            say(f"{resource.kind} {name}: the API server accepts it")
         return 0
     opened = store_at(store)
     loaded = load_spec(spec, sets)
@@ -87,7 +87,7 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
     driver = make_driver(prepare_run(loaded, opened, say=say), opened)
     name = launch_of(RunLog(opened, driver.prepared.run).fold(), driver.prepared, driver.launcher)
     driver.launcher.ensure(driver.make_launch(driver.prepared, name, ()))
-    say(f"launch {name} is there; begin with: hotstage train {spec}")
+    say(f"launch {name} is created; start training with: hotstage train {spec}")
     return 0
 
 
@@ -98,7 +98,7 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
 @_namespace
 @json_option
 def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace: str | None, as_json: bool) -> int:
-    """Say within ten seconds what the cluster lacks (for SPEC, where given), and the mend of each finding.
+    """Say within ten seconds what the cluster lacks (for SPEC, where given), and how to mend it.
 
     Exits 0 where nothing is bad, else 78.
     """
@@ -135,7 +135,7 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
 @store_option
 @_namespace
 def logs(run: str, node: int | None, container: str, tail: int, store: str | None, namespace: str | None) -> int:
-    """What the containers of RUN's pods print; before they are there, what they wait for.
+    """What the containers of RUN's pods print; before they start, what they wait for.
 
     What the ranks printed is in the store also when the pods are gone: `hotstage logs RUN`.
     """
@@ -240,7 +240,7 @@ def _where(opened: Any, name: str, namespace: str | None) -> tuple[Any, str]:
 
 @click.command("debug-dump")
 @click.argument("run")
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The file to write (else RUN.debug.tar.gz).")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The file to write (default: RUN.debug.tar.gz).")
 @store_option
 @_namespace
 def debug_dump(run: str, output: str | None, store: str | None, namespace: str | None) -> int:

@@ -26,14 +26,14 @@ Exit codes of train, runs resume and demo:
    2  wrong command line
   65  bad or missing training data
   70  internal error (a bug)
-  75  a peer, a node or the store was lost and recovery ended
+  75  a peer, a node or the store was lost, and the run could not recover
   76  no checkpoint can be used any more; a run does not begin again by itself
-  78  refused: spec, plan, store or launch, or an order stands that this command cannot serve; the message names
+  78  refused: the spec, plan, store or launch, or an order that this command cannot follow; the message names
       the value, the limit and the mend
   85  stopped on request (Ctrl-C, SIGTERM); the same command, or `hotstage runs resume RUN`, goes on from what is saved
   86  stalled
   87  loss or gradient norm became not finite
-  88  a machine computes or remembers wrongly, and there is no other
+  88  a machine computes or remembers wrongly, and no other machine is left
  130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
 """
 
@@ -63,7 +63,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
     "k8s": ("flows.cli.k8s", "Kubernetes: render, apply, doctor, logs."),
-    "debug-dump": ("flows.cli.k8s", "Everything that explains a run in one file, without secrets."),
+    "debug-dump": ("flows.cli.k8s", "Write all that explains a run into one file, without secrets."),
 }
 
 
@@ -130,7 +130,7 @@ class Number(click.FloatRange):
         return number
 
 
-store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (else HOTSTAGE_STORE).")
+store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (default: HOTSTAGE_STORE).")
 
 
 def _json_asked(_context: click.Context, _parameter: click.Parameter, value: bool) -> bool:

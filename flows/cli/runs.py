@@ -83,7 +83,7 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
 @out_option
 @json_option
 @click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect.")
-@click.option("--begin-anew", is_flag=True, help="Where no checkpoint can be used any more: begin again at the start.")
+@click.option("--begin-anew", is_flag=True, help="Begin again at step 0 where no checkpoint can be used any more.")
 def resume(
     run: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool, begin_anew: bool
 ) -> int:
@@ -112,7 +112,7 @@ def resume(
 def cancel(run: str, store: str | None) -> int:
     """End RUN; its checkpoints stay.
 
-    What runs of it leaves within seconds. `hotstage runs resume RUN` opens it again.
+    Its processes leave within seconds. `hotstage runs resume RUN` opens it again.
     """
     from flows.drive.run import find_run
     from flows.drive.train import cancel as end
@@ -120,13 +120,13 @@ def cancel(run: str, store: str | None) -> int:
 
     opened = store_at(store)
     name = find_run(opened, run)
-    say(f"{name}: cancelled" if end(opened, name) else f"{name}: had ended before")
+    say(f"{name}: cancelled" if end(opened, name) else f"{name}: had already ended")
     return 0
 
 
 @runs.command()
 @click.argument("run")
-@click.option("--step", type=int, help="Of the checkpoint to start from (else the newest).")
+@click.option("--step", type=int, help="Step of the checkpoint to start from (default: the newest).")
 @set_option
 @store_option
 @out_option
@@ -156,9 +156,9 @@ def fork(
 
 @click.command()
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on printing what comes.")
+@click.option("-f", "--follow", is_flag=True, help="Follow: go on printing new output.")
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--attempt", type=click.IntRange(min=1), help="Number of the attempt (else the newest).")
+@click.option("--attempt", type=click.IntRange(min=1), help="Number of the attempt (default: the newest).")
 @click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @store_option
 def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | None, store: str | None) -> int:
@@ -172,7 +172,7 @@ def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | Non
     name = find_run(opened, run)
     state = RunLog(opened, name).fold()
     if attempt is not None and attempt > len(state.attempts):
-        raise click.UsageError(f"{name} has had {len(state.attempts)} attempt(s), not {attempt}")
+        raise click.UsageError(f"{name} has {len(state.attempts)} attempt(s); there is no attempt {attempt}")
     while follow and not state.attempts:
         time.sleep(0.25)
         state = RunLog(opened, name).fold(state)
@@ -188,7 +188,7 @@ def logs(run: str, follow: bool, rank: int, attempt: int | None, tail: int | Non
     if tail is not None:
         data = b"".join(data.splitlines(keepends=True)[-tail:]) if tail > 0 else b""
     if not data and not follow:
-        click.echo(f"rank {rank} of attempt {number} has printed nothing that is kept", err=True)
+        click.echo(f"rank {rank} of attempt {number} has no output in the store", err=True)
     sys.stdout.buffer.write(data)
     sys.stdout.flush()
     while follow:

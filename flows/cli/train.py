@@ -152,12 +152,14 @@ class Reach:
 @click.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
 @click.option("--cron", help='When, e.g. "0 2 * * *".')
-@click.option("--interval", type=Number(min=1), metavar="SECONDS", help="Instead of --cron: every so many seconds.")
-@click.option("--timezone", metavar="ZONE", help="Of --cron, e.g. Europe/Berlin (else UTC).")
+@click.option(
+    "--interval", type=Number(min=1), metavar="SECONDS", help="Instead of --cron: seconds between two starts."
+)
+@click.option("--timezone", metavar="ZONE", help="Time zone of --cron, e.g. Europe/Berlin (default: UTC).")
 @click.option(
     "--day-and", is_flag=True, help="A cron line with day and weekday fires where both fit (else where one does)."
 )
-@click.option("--name", help="Name of the deployment (else the spec's).")
+@click.option("--name", help="Name of the deployment (default: the spec's).")
 @set_option
 @store_option
 @out_option
@@ -186,7 +188,7 @@ def schedule(
     if (cron is None) == (interval is None):
         raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
     if cron is None and day_and:
-        raise click.UsageError("--day-and is of --cron")
+        raise click.UsageError("--day-and needs --cron")
     run_spec = load_spec(spec, sets)
     try:
         zone = zone_of(timezone)

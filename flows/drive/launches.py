@@ -54,7 +54,7 @@ def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: 
     newest = state.newest_attempt
     left = view.state == "absent" and launcher.detaches and newest is not None and not state.ended
     if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):
-        return Cause(Failure.INFRA, f"launch {view.launch_id} ran and is not there any more")
+        return Cause(Failure.INFRA, f"launch {view.launch_id} was running and is gone")
     return None
 
 

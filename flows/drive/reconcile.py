@@ -98,6 +98,6 @@ class Reconciler:
     def _tell_end(self, run: Run) -> None:
         if run.error is None:
             return
-        self.say(f"the driver of run {run.name} ended: {run.error}; what runs of it goes on")
+        self.say(f"the driver of run {run.name} ended: {run.error}; the gang trains on")
         expected = isinstance(run.error, CheckpointError | TrainerError)
         log.error("the driver of run %s ended: %s", run.name, run.error, exc_info=None if expected else run.error)

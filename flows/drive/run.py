@@ -198,7 +198,7 @@ def find_run(store: Store, name: str) -> str:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise SpecError(f"{name!r} could be {', '.join(fitting[:5])}; write more of it")
+        raise SpecError(f"{name!r} is the beginning of {', '.join(fitting[:5])}; write more of the name")
     known = f"; it has {', '.join(names[:8])}" if names else "; it has no runs"
     raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE)")
 
@@ -220,7 +220,7 @@ def load_what(store: Store, run: str) -> dict[str, Any]:
     except NotFound:
         raise SpecError(f"run {run} has no spec in {store.describe()}") from None
     if not isinstance(what, dict):
-        raise SpecError(f"the spec of run {run} does not hold")
+        raise SpecError(f"the spec of run {run} is damaged: it is not a map")
     return what
 
 

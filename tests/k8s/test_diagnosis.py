@@ -37,7 +37,7 @@ def test_a_whole_gang_runs() -> None:
 
 
 WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
-    "not made yet": (None, [], "not made yet"),
+    "not made yet": (None, [], "not created yet"),
     "no cpu": (unscheduled("0/2 nodes are available: 2 Insufficient cpu."), [], "lower launch.resources.cpu"),
     "no memory": (unscheduled("2 Insufficient memory"), [], "more stages"),
     "taint": (unscheduled("1 node(s) had untolerated taint"), [], "launch.tolerations"),
@@ -140,18 +140,18 @@ LOSSES: dict[str, tuple[PodView, str, str, str]] = {
         pod(1, phase="Failed", reason="Evicted", message="The node was low on resource: memory"),
         *("infra", "low on resource", "request what the run needs"),
     ),
-    "turned away": (pod(1, phase="Failed", reason="OutOfcpu"), "infra", "turned away", ""),
+    "turned away": (pod(1, phase="Failed", reason="OutOfcpu"), "infra", "was rejected", ""),
     "machine silent": (
         pod(
             1,
             deleting=True,
             conditions={**disrupted("DeletionByTaintManager"), "Ready": Condition("False", "NodeNotReady")},
         ),
-        *("infra", "does not answer the control plane", ""),
+        *("infra", "no longer answers the control plane", ""),
     ),
     "machine gone": (
         pod(1, phase="Failed", conditions=disrupted("DeletionByPodGC")),
-        *("infra", "does not answer the control plane", ""),
+        *("infra", "no longer answers the control plane", ""),
     ),
     "preempted": (
         pod(1, deleting=True, conditions=disrupted("PreemptionByScheduler")),
@@ -253,7 +253,7 @@ def test_an_index_that_was_started_twice_counts_once() -> None:
         ),
         (
             'pods "x" is forbidden: exceeded quota: q, requested: limits.cpu=5, used: cpu=0, limited: limits.cpu=4',
-            "5 of limits.cpu is asked for at once, 4 is all there is",
+            "5 of limits.cpu is asked for at once, the whole quota is 4",
         ),
         ('pods "x" is forbidden: maximum cpu usage per Container is 1, but limit is 4', "LimitRange"),
     ],

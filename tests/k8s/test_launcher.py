@@ -230,7 +230,7 @@ def test_events_that_may_not_be_read_are_told_with_what_it_waits_for(
     launcher.ensure(LAUNCH_OF)
     until(lambda: state_of(launcher) == "waiting", "the Job to be seen")
     detail = launcher.observe(NAME).detail
-    assert "its pods are not made yet (its events cannot be read: " in detail
+    assert "its pods are not created yet (its events cannot be read: " in detail
     assert "apply the Role `hotstage-launcher`" in detail
 
 
@@ -325,7 +325,9 @@ def test_a_quota_without_room_is_waited_for_and_one_that_never_has_any_is_not(
     with pytest.raises(QuotaFull, match="raise the quota, end what uses it"):
         launcher.ensure(LAUNCH_OF)
     server.storms["write"] = (403, f"{said}count/jobs.batch=0")
-    with pytest.raises(Invalid, match=r"it never fits: 1 of count/jobs.batch is asked for at once, 0 is all there is"):
+    with pytest.raises(
+        Invalid, match=r"it never fits: 1 of count/jobs.batch is asked for at once, the whole quota is 0"
+    ):
         launcher.ensure(LAUNCH_OF)
     server.storms.clear()
     launcher.ensure(LAUNCH_OF)

@@ -71,7 +71,7 @@ def test_a_limit_range_says_it_for_them() -> None:
     default = limits(default={"cpu": "2"}, defaultRequest={"cpu": "1"})
     assert judged(quota({"limits.cpu": "8", "requests.cpu": "4"}), default) == []
     (problem,) = judged(quota({"limits.cpu": "7"}), default)
-    assert "has 7 of limits.cpu in all, the run asks for 8" in problem.text
+    assert "has 7 of limits.cpu in total, the run asks for 8" in problem.text
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_a_limit_range_says_it_for_them() -> None:
     [
         ({"pods": "1e3"}, {}, "", "", False),
         ({"pods": "3"}, {"pods": "2"}, "leaves 1 of pods, the run asks for 2", "launch.nodes", False),
-        ({"pods": "1"}, {}, "has 1 of pods in all, the run asks for 2", "launch.nodes", False),
-        ({"pods": "0"}, {}, "has 0 of pods in all, and one pod asks for 1", "launch.nodes", True),
-        ({"count/pods": "1"}, {}, "has 1 of count/pods in all", "launch.nodes", False),
+        ({"pods": "1"}, {}, "has 1 of pods in total, the run asks for 2", "launch.nodes", False),
+        ({"pods": "0"}, {}, "has 0 of pods in total, and one pod asks for 1", "launch.nodes", True),
+        ({"count/pods": "1"}, {}, "has 1 of count/pods in total", "launch.nodes", False),
         (
             {"count/jobs.batch": "1"},
             {"count/jobs.batch": "1"},
@@ -89,14 +89,14 @@ def test_a_limit_range_says_it_for_them() -> None:
             "end what uses it",
             False,
         ),
-        ({"count/jobs.batch": "0"}, {}, "has 0 of count/jobs.batch in all, and one launch asks for 1", "raise", True),
-        ({"services": "0"}, {}, "services in all", "raise the quota", True),
+        ({"count/jobs.batch": "0"}, {}, "has 0 of count/jobs.batch in total, and one launch asks for 1", "raise", True),
+        ({"services": "0"}, {}, "services in total", "raise the quota", True),
         ({"count/secrets": "5"}, {"count/secrets": "5"}, "leaves 0 of count/secrets", "raise the quota", False),
         ({"secrets": "5"}, {"secrets": "4"}, "", "", False),
-        ({"limits.cpu": "9999m"}, {}, "has 9999m of limits.cpu in all, the run asks for 10", '"limits.cpu"', False),
+        ({"limits.cpu": "9999m"}, {}, "has 9999m of limits.cpu in total, the run asks for 10", '"limits.cpu"', False),
         ({"limits.cpu": "1e1"}, {}, "", "", False),
         ({"limits.cpu": "10"}, {"limits.cpu": "1m"}, "leaves 9999m of limits.cpu", "end what uses it", False),
-        ({"requests.cpu": "2.4"}, {}, "has 2400m of requests.cpu in all, and one pod asks for 2500m", "cpu", True),
+        ({"requests.cpu": "2.4"}, {}, "has 2400m of requests.cpu in total, and one pod asks for 2500m", "cpu", True),
         ({"requests.memory": "1Gi"}, {}, "1Gi of requests.memory", "launch.resources.memory", False),
         ({"memory": "1E"}, {}, "", "", False),
     ],
@@ -251,7 +251,7 @@ def test_a_plain_key_is_a_request_and_a_named_side_is_that_side() -> None:
         (
             'pods "x" is forbidden: exceeded quota: q, requested: limits.cpu=5,requests.nvidia.com/gpu=1, '
             "used: limits.cpu=0,requests.nvidia.com/gpu=0, limited: limits.cpu=2500m,requests.nvidia.com/gpu=4",
-            "quota", False, '5 of limits.cpu is asked for at once, 2500m is all there is; raise quota q or lower '
+            "quota", False, '5 of limits.cpu is asked for at once, the whole quota is 2500m; raise quota q or lower '
             'launch.resources."limits.cpu"',
         ),
         (

@@ -223,7 +223,7 @@ def test_logs_of_an_attempt_by_its_number(trained: Trained) -> None:
     assert trained.place.run("logs", trained.run, "--attempt", "1", "--tail", "1").startswith("{")
     done = trained.place.call("logs", trained.run, "--attempt", "2")
     assert done.code == 2
-    assert "has had 1 attempt(s), not 2" in done.err
+    assert "has 1 attempt(s); there is no attempt 2" in done.err
 
 
 def test_looking_costs_a_fixed_share_of_a_core_while_all_is_well() -> None:
