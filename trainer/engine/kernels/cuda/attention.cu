@@ -288,46 +288,44 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 /* -------------------- launches */
 
-template <typename T> static operand<T> operand_of(const hs_args *a, int i, int64_t ld) {
-    return operand<T>{static_cast<T *>(a->ptr[i]), ld};
+template <typename T> static operand<T> operand_of(void *p, int64_t ld) {
+    return operand<T>{static_cast<T *>(p), ld};
 }
 template <typename T> static bool wide_rows(operand<T> x, int64_t D) {
     return wide_at(x.p, x.ld) && wide_at(x.p, D);
 }
 
-template <typename T> static hs_status attention_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t B = a->dim[0], T_ = a->dim[1], H = a->dim[2], G = a->dim[3], D = a->dim[4];
-    const int64_t ldo = a->dim[5], ldq = a->dim[6], ldk = a->dim[7], ldv = a->dim[8];
-    const operand<T> o = operand_of<T>(a, 0, ldo);
-    float *lse = static_cast<float *>(a->ptr[1]);
-    const operand<const T> q = operand_of<const T>(a, 2, ldq), k = operand_of<const T>(a, 3, ldk),
-                           v = operand_of<const T>(a, 4, ldv);
+template <typename T>
+static hs_status attention_fwd_op(cudaStream_t stream, const hs_attention_fwd_args &a) {
+    const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE);
+    const operand<T> o = operand_of<T>(a.y, a.ldy);
+    float *lse = static_cast<float *>(a.lse);
+    const operand<const T> q = operand_of<const T>(a.q, a.ldq), k = operand_of<const T>(a.k, a.ldk),
+                           v = operand_of<const T>(a.v, a.ldv);
     const bool wide = wide_rows(q, D) && wide_rows(k, D) && wide_rows(v, D);
-    const shape s = {T_, H, G, D, ceil_div(T_, TILE), (float)a->real[0], wide};
-    const dim3 grid((unsigned)(B * H * s.tiles), (unsigned)ceil_div(D, SLICE));
+    const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide};
+    const dim3 grid((unsigned)(a.B * a.H * tiles), (unsigned)hs_ceil_div(D, SLICE));
     return HS_LAUNCH(attention_fwd, grid, THREADS, stream, s, o, lse, q, k, v);
 }
 HS_CUDA_OP(attention_fwd)
 
-template <typename T> static hs_status attention_igrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t B = a->dim[0], T_ = a->dim[1], H = a->dim[2], G = a->dim[3], D = a->dim[4];
-    const int64_t lddq = a->dim[5], lddk = a->dim[6], lddv = a->dim[7], lddo = a->dim[8];
-    const int64_t ldo = a->dim[9], ldq = a->dim[10], ldk = a->dim[11], ldv = a->dim[12];
-    const operand<T> dq = operand_of<T>(a, 0, lddq), dk = operand_of<T>(a, 1, lddk),
-                     dv = operand_of<T>(a, 2, lddv);
-    const operand<const T> grad = operand_of<const T>(a, 3, lddo),
-                           o = operand_of<const T>(a, 4, ldo), q = operand_of<const T>(a, 5, ldq),
-                           k = operand_of<const T>(a, 6, ldk), v = operand_of<const T>(a, 7, ldv);
-    const float *lse = static_cast<const float *>(a->ptr[8]);
-    float *delta = static_cast<float *>(a->ptr[9]);
+template <typename T>
+static hs_status attention_igrad_op(cudaStream_t stream, const hs_attention_igrad_args &a) {
+    const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE), rows = a.B * a.H * a.T;
+    const operand<T> dq = operand_of<T>(a.dq, a.lddq), dk = operand_of<T>(a.dk, a.lddk),
+                     dv = operand_of<T>(a.dv, a.lddv);
+    const operand<const T> grad = operand_of<const T>(a.dy, a.lddy),
+                           o = operand_of<const T>(a.y, a.ldy), q = operand_of<const T>(a.q, a.ldq),
+                           k = operand_of<const T>(a.k, a.ldk), v = operand_of<const T>(a.v, a.ldv);
+    const float *lse = static_cast<const float *>(a.lse);
+    float *delta = static_cast<float *>(a.delta);
     const bool wide = wide_rows(grad, D) && wide_rows(o, D) && wide_rows(q, D) && wide_rows(k, D) &&
                       wide_rows(v, D);
-    const shape s = {T_, H, G, D, ceil_div(T_, TILE), (float)a->real[0], wide};
-    const unsigned slices = (unsigned)ceil_div(D, SLICE);
-    const dim3 queries((unsigned)(B * H * s.tiles), slices),
-        keys((unsigned)(B * G * s.tiles), slices);
-    const int64_t rows = B * H * T_;
-    HS_TRY(HS_LAUNCH(attention_delta, (unsigned)ceil_div(rows, row_of<T>::ROWS), FLAT, stream, s,
+    const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide};
+    const unsigned slices = (unsigned)hs_ceil_div(D, SLICE);
+    const dim3 queries((unsigned)(a.B * a.H * tiles), slices),
+        keys((unsigned)(a.B * a.G * tiles), slices);
+    HS_TRY(HS_LAUNCH(attention_delta, (unsigned)hs_ceil_div(rows, row_of<T>::ROWS), FLAT, stream, s,
                      delta, grad, o, rows));
     HS_TRY(HS_LAUNCH(attention_dq, queries, THREADS, stream, s, dq, grad, q, k, v, lse, delta));
     return HS_LAUNCH(attention_dkv, keys, THREADS, stream, s, dk, dv, grad, q, k, v, lse, delta);

@@ -90,16 +90,17 @@ static hs_status classifier_logits(cudaStream_t stream, float *logits, const T *
     return gemm_run(stream, g);
 }
 
-template <typename T> static hs_status classifier_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], CHUNK = a->dim[3];
-    float *logits = static_cast<float *>(a->ptr[4]);
-    const T *w = static_cast<const T *>(a->ptr[2]);
+template <typename T>
+static hs_status classifier_fwd_op(cudaStream_t stream, const hs_classifier_fwd_args &a) {
+    const int64_t R = a.R, C = a.C, V = a.V, CHUNK = a.CHUNK;
+    float *logits = static_cast<float *>(a.logits);
+    const T *w = static_cast<const T *>(a.w);
     T *no_gradient = NULL;
     for (int64_t r = 0; r < R; r += CHUNK) {
         const int64_t rows = R - r < CHUNK ? R - r : CHUNK;
-        const T *x = static_cast<const T *>(a->ptr[1]) + r * C;
-        float *loss = static_cast<float *>(a->ptr[0]) + r;
-        const int32_t *target = static_cast<const int32_t *>(a->ptr[3]) + r;
+        const T *x = static_cast<const T *>(a.x) + r * C;
+        float *loss = static_cast<float *>(a.loss) + r;
+        const int32_t *target = static_cast<const int32_t *>(a.target) + r;
         HS_TRY(classifier_logits(stream, logits, x, w, rows, C, V));
         HS_TRY(HS_LAUNCH(classifier_row, (unsigned)rows, FLAT, stream, loss, logits, no_gradient,
                          target, V, 0.0f, wide_at(logits, V)));
@@ -108,30 +109,31 @@ template <typename T> static hs_status classifier_fwd_op(cudaStream_t stream, co
 }
 HS_CUDA_OP(classifier_fwd)
 
-template <typename T> static hs_status classifier_grad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2], CHUNK = a->dim[3];
-    float *logits = static_cast<float *>(a->ptr[6]);
-    T *dlogits = static_cast<T *>(a->ptr[7]);
-    const T *w = static_cast<const T *>(a->ptr[4]);
+template <typename T>
+static hs_status classifier_grad_op(cudaStream_t stream, const hs_classifier_grad_args &a) {
+    const int64_t R = a.R, C = a.C, V = a.V, CHUNK = a.CHUNK;
+    float *logits = static_cast<float *>(a.logits);
+    T *dlogits = static_cast<T *>(a.dlogits);
+    const T *w = static_cast<const T *>(a.w);
     for (int64_t r = 0; r < R; r += CHUNK) {
         const int64_t rows = R - r < CHUNK ? R - r : CHUNK;
-        const T *x = static_cast<const T *>(a->ptr[3]) + r * C;
-        float *loss = static_cast<float *>(a->ptr[0]) + r;
-        const int32_t *target = static_cast<const int32_t *>(a->ptr[5]) + r;
+        const T *x = static_cast<const T *>(a.x) + r * C;
+        float *loss = static_cast<float *>(a.loss) + r;
+        const int32_t *target = static_cast<const int32_t *>(a.target) + r;
         HS_TRY(classifier_logits(stream, logits, x, w, rows, C, V));
         HS_TRY(HS_LAUNCH(classifier_row, (unsigned)rows, FLAT, stream, loss, logits, dlogits,
-                         target, V, (float)a->real[0], wide_at(logits, V)));
+                         target, V, (float)a.scale, wide_at(logits, V)));
         gemm<T, T> dx = {};
         dx.m = rows, dx.n = C, dx.k = V;
         dx.a = gemm_side<T>{dlogits, V, 1};
         dx.b = gemm_side<T>{w, 1, C};
-        dx.out = static_cast<T *>(a->ptr[1]) + r * C, dx.ld_out = C;
+        dx.out = static_cast<T *>(a.dx) + r * C, dx.ld_out = C;
         HS_TRY(gemm_run(stream, dx));
         gemm<T, float> dw = {};
         dw.m = V, dw.n = C, dw.k = rows;
         dw.a = gemm_side<T>{dlogits, 1, V};
         dw.b = gemm_side<T>{x, 1, C};
-        dw.out = static_cast<float *>(a->ptr[2]), dw.ld_out = C;
+        dw.out = static_cast<float *>(a.dw), dw.ld_out = C;
         dw.from_old = true;
         HS_TRY(gemm_run(stream, dw));
     }
@@ -139,10 +141,9 @@ template <typename T> static hs_status classifier_grad_op(cudaStream_t stream, c
 }
 HS_CUDA_OP(classifier_grad)
 
-template <typename T> static hs_status logits_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], V = a->dim[2];
-    return classifier_logits(stream, static_cast<float *>(a->ptr[0]),
-                             static_cast<const T *>(a->ptr[1]), static_cast<const T *>(a->ptr[2]),
-                             R, C, V);
+template <typename T> static hs_status logits_op(cudaStream_t stream, const hs_logits_args &a) {
+    const int64_t R = a.R, C = a.C, V = a.V;
+    return classifier_logits(stream, static_cast<float *>(a.logits), static_cast<const T *>(a.x),
+                             static_cast<const T *>(a.w), R, C, V);
 }
 HS_CUDA_OP(logits)

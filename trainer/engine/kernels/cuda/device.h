@@ -14,6 +14,8 @@
 #include <stdint.h>
 #endif
 
+#include "core/ints.h"
+#include "kernels/args.h"
 #include "kernels/cuda/cuda.h"
 
 #ifndef HS_CUDA_EMULATED
@@ -27,12 +29,13 @@ static inline hs_status hs_cuda_launched(void) {
 
 #define HS_DEVICE static __device__ __forceinline__
 
-/* hs_cuda_<name> from name##_op<T>(stream, args). */
+/* hs_cuda_<name> from name##_op<T>(stream, hs_<name>_args). */
 #define HS_CUDA_OP(name)                                                                           \
     extern "C" hs_status hs_cuda_##name(const hs_cuda_ctx *ctx, const hs_args *args) {             \
         const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);                        \
-        if (args->dtype == HS_F32) return name##_op<float>(stream, args);                          \
-        if (args->dtype == HS_BF16) return name##_op<bf16>(stream, args);                          \
+        const hs_##name##_args a = hs_##name##_args_of(args);                                      \
+        if (args->dtype == HS_F32) return name##_op<float>(stream, a);                             \
+        if (args->dtype == HS_BF16) return name##_op<bf16>(stream, a);                             \
         return HS_E_CONFIG;                                                                        \
     }
 
@@ -135,9 +138,6 @@ template <typename T> static inline bool wide_at(const T *p, int64_t step = 0) {
     return reinterpret_cast<uintptr_t>(p) % 16 == 0 && step * (int64_t)sizeof(T) % 16 == 0;
 }
 
-static inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 HS_DEVICE int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
@@ -145,7 +145,7 @@ HS_DEVICE int64_t min64(int64_t a, int64_t b) {
 /* Elementwise kernels: blocks of FLAT threads, a thread does one pack. */
 enum { FLAT = 256 };
 static inline unsigned flat_blocks(int64_t items) {
-    return (unsigned)ceil_div(items, FLAT);
+    return (unsigned)hs_ceil_div(items, FLAT);
 }
 HS_DEVICE int64_t flat_index() {
     return (int64_t)blockIdx.x * FLAT + threadIdx.x;

@@ -70,26 +70,28 @@ __global__ void __launch_bounds__(FLAT)
     store(dwpe + t * C + c, sum, left, wide);
 }
 
-template <typename T> static hs_status embed_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], T_ = a->dim[3];
-    const int64_t packs = ceil_div(C, pack_of<T>::N);
-    T *y = static_cast<T *>(a->ptr[0]);
-    const int32_t *tok = static_cast<const int32_t *>(a->ptr[1]);
-    const T *wte = static_cast<const T *>(a->ptr[2]), *wpe = static_cast<const T *>(a->ptr[3]);
+template <typename T>
+static hs_status embed_fwd_op(cudaStream_t stream, const hs_embed_fwd_args &a) {
+    const int64_t R = a.R, C = a.C, T_ = a.T;
+    const int64_t packs = hs_ceil_div(C, pack_of<T>::N);
+    T *y = static_cast<T *>(a.y);
+    const int32_t *tok = static_cast<const int32_t *>(a.tok);
+    const T *wte = static_cast<const T *>(a.wte), *wpe = static_cast<const T *>(a.wpe);
     const bool wide = wide_at(y, C) && wide_at(wte, C) && wide_at(wpe, C);
     return HS_LAUNCH(embed_fwd, flat_blocks(R * packs), FLAT, stream, y, tok, wte, wpe, R, C, T_,
                      packs, wide);
 }
 HS_CUDA_OP(embed_fwd)
 
-template <typename T> static hs_status embed_wgrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], T_ = a->dim[3];
-    const int64_t packs = ceil_div(C, pack_of<T>::N);
-    float *dwte = static_cast<float *>(a->ptr[0]), *dwpe = static_cast<float *>(a->ptr[1]);
-    const T *dy = static_cast<const T *>(a->ptr[2]);
-    const int32_t *tok = static_cast<const int32_t *>(a->ptr[3]);
+template <typename T>
+static hs_status embed_wgrad_op(cudaStream_t stream, const hs_embed_wgrad_args &a) {
+    const int64_t R = a.R, C = a.C, T_ = a.T;
+    const int64_t packs = hs_ceil_div(C, pack_of<T>::N);
+    float *dwte = static_cast<float *>(a.dwte), *dwpe = static_cast<float *>(a.dwpe);
+    const T *dy = static_cast<const T *>(a.dy);
+    const int32_t *tok = static_cast<const int32_t *>(a.tok);
     const bool wide = wide_at(dwte, C) && wide_at(dwpe, C) && wide_at(dy, C);
-    const dim3 grid((unsigned)R, (unsigned)ceil_div(packs, WALKERS));
+    const dim3 grid((unsigned)R, (unsigned)hs_ceil_div(packs, WALKERS));
     HS_TRY(HS_LAUNCH(embed_wgrad_tokens, grid, WALKERS, stream, dwte, dy, tok, R, C, wide));
     if (!dwpe) return HS_OK;
     return HS_LAUNCH(embed_wgrad_positions, flat_blocks(T_ * packs), FLAT, stream, dwpe, dy, R, C,

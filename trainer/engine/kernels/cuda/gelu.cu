@@ -42,20 +42,21 @@ __global__ void __launch_bounds__(FLAT)
     store(dx + at, g, n - at, wide);
 }
 
-template <typename T> static hs_status gelu_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0];
-    T *y = static_cast<T *>(a->ptr[0]);
-    const T *x = static_cast<const T *>(a->ptr[1]);
-    return HS_LAUNCH(gelu_fwd, flat_blocks(ceil_div(n, pack_of<T>::N)), FLAT, stream, y, x, n,
+template <typename T> static hs_status gelu_fwd_op(cudaStream_t stream, const hs_gelu_fwd_args &a) {
+    const int64_t n = a.n;
+    T *y = static_cast<T *>(a.y);
+    const T *x = static_cast<const T *>(a.x);
+    return HS_LAUNCH(gelu_fwd, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, y, x, n,
                      wide_at(y) && wide_at(x));
 }
 HS_CUDA_OP(gelu_fwd)
 
-template <typename T> static hs_status gelu_igrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0];
-    T *dx = static_cast<T *>(a->ptr[0]);
-    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
-    return HS_LAUNCH(gelu_igrad, flat_blocks(ceil_div(n, pack_of<T>::N)), FLAT, stream, dx, dy, x,
-                     n, wide_at(dx) && wide_at(dy) && wide_at(x));
+template <typename T>
+static hs_status gelu_igrad_op(cudaStream_t stream, const hs_gelu_igrad_args &a) {
+    const int64_t n = a.n;
+    T *dx = static_cast<T *>(a.dx);
+    const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
+    return HS_LAUNCH(gelu_igrad, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, dx, dy,
+                     x, n, wide_at(dx) && wide_at(dy) && wide_at(x));
 }
 HS_CUDA_OP(gelu_igrad)

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O> g, in
 
 template <typename I, typename O>
 static hs_status gemm_run(cudaStream_t stream, const gemm<I, O> &g) {
-    const int64_t tiles_n = ceil_div(g.n, GEMM_TILE);
-    const unsigned tiles = (unsigned)(ceil_div(g.m, GEMM_TILE) * tiles_n);
+    const int64_t tiles_n = hs_ceil_div(g.n, GEMM_TILE);
+    const unsigned tiles = (unsigned)(hs_ceil_div(g.m, GEMM_TILE) * tiles_n);
     return HS_LAUNCH(gemm_tile, tiles, GEMM_THREADS, stream, g, tiles_n);
 }
 

@@ -51,20 +51,22 @@ __global__ void __launch_bounds__(FLAT) init_const(float *w, int64_t n, float va
     store(w + at, lanes<4>{{value, value, value, value}}, n - at, wide);
 }
 
-template <typename T> static hs_status init_normal_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0], TENSOR = a->dim[1], SEED = a->dim[2];
-    float *w = static_cast<float *>(a->ptr[0]);
+template <typename T>
+static hs_status init_normal_op(cudaStream_t stream, const hs_init_normal_args &a) {
+    const int64_t n = a.n, TENSOR = a.TENSOR, SEED = a.SEED;
+    float *w = static_cast<float *>(a.w);
     uint32_t k0, k1;
     init_key((uint64_t)SEED, (uint32_t)TENSOR, &k0, &k1);
-    return HS_LAUNCH(init_normal, flat_blocks(ceil_div(n, 4)), FLAT, stream, w, n, k0, k1,
-                     (float)a->real[0], (float)a->real[1], wide_at(w));
+    return HS_LAUNCH(init_normal, flat_blocks(hs_ceil_div(n, 4)), FLAT, stream, w, n, k0, k1,
+                     (float)a.mean, (float)a.std, wide_at(w));
 }
 HS_CUDA_OP(init_normal)
 
-template <typename T> static hs_status init_const_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0];
-    float *w = static_cast<float *>(a->ptr[0]);
-    return HS_LAUNCH(init_const, flat_blocks(ceil_div(n, 4)), FLAT, stream, w, n, (float)a->real[0],
+template <typename T>
+static hs_status init_const_op(cudaStream_t stream, const hs_init_const_args &a) {
+    const int64_t n = a.n;
+    float *w = static_cast<float *>(a.w);
+    return HS_LAUNCH(init_const, flat_blocks(hs_ceil_div(n, 4)), FLAT, stream, w, n, (float)a.value,
                      wide_at(w));
 }
 HS_CUDA_OP(init_const)

@@ -86,39 +86,42 @@ __global__ void __launch_bounds__(columns_of<T>::THREADS)
     join_columns(sums_b, b, db, C);
 }
 
-template <typename T> static hs_status layernorm_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1];
-    T *y = static_cast<T *>(a->ptr[0]);
-    float *mean = static_cast<float *>(a->ptr[1]), *rstd = static_cast<float *>(a->ptr[2]);
-    const T *x = static_cast<const T *>(a->ptr[3]);
-    const float *w = static_cast<const float *>(a->ptr[4]);
-    const float *b = static_cast<const float *>(a->ptr[5]);
+template <typename T>
+static hs_status layernorm_fwd_op(cudaStream_t stream, const hs_layernorm_fwd_args &a) {
+    const int64_t R = a.R, C = a.C;
+    T *y = static_cast<T *>(a.y);
+    float *mean = static_cast<float *>(a.mean), *rstd = static_cast<float *>(a.rstd);
+    const T *x = static_cast<const T *>(a.x);
+    const float *w = static_cast<const float *>(a.w);
+    const float *b = static_cast<const float *>(a.b);
     const bool wide = wide_at(y, C) && wide_at(x, C) && wide_at(w) && wide_at(b);
-    return HS_LAUNCH(layernorm_fwd, (unsigned)ceil_div(R, row_of<T>::ROWS), FLAT, stream, y, mean,
-                     rstd, x, w, b, R, C, (float)a->real[0], wide);
+    return HS_LAUNCH(layernorm_fwd, (unsigned)hs_ceil_div(R, row_of<T>::ROWS), FLAT, stream, y,
+                     mean, rstd, x, w, b, R, C, (float)a.eps, wide);
 }
 HS_CUDA_OP(layernorm_fwd)
 
-template <typename T> static hs_status layernorm_igrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1], ACCUM = a->dim[2];
-    T *dx = static_cast<T *>(a->ptr[0]);
-    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
-    const float *w = static_cast<const float *>(a->ptr[3]);
-    const float *mean = static_cast<const float *>(a->ptr[4]);
-    const float *rstd = static_cast<const float *>(a->ptr[5]);
+template <typename T>
+static hs_status layernorm_igrad_op(cudaStream_t stream, const hs_layernorm_igrad_args &a) {
+    const int64_t R = a.R, C = a.C, ACCUM = a.ACCUM;
+    T *dx = static_cast<T *>(a.dx);
+    const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
+    const float *w = static_cast<const float *>(a.w);
+    const float *mean = static_cast<const float *>(a.mean);
+    const float *rstd = static_cast<const float *>(a.rstd);
     const bool wide = wide_at(dx, C) && wide_at(dy, C) && wide_at(x, C) && wide_at(w);
-    return HS_LAUNCH(layernorm_igrad, (unsigned)ceil_div(R, row_of<T>::ROWS), FLAT, stream, dx, dy,
-                     x, w, mean, rstd, R, C, ACCUM != 0, wide);
+    return HS_LAUNCH(layernorm_igrad, (unsigned)hs_ceil_div(R, row_of<T>::ROWS), FLAT, stream, dx,
+                     dy, x, w, mean, rstd, R, C, ACCUM != 0, wide);
 }
 HS_CUDA_OP(layernorm_igrad)
 
-template <typename T> static hs_status layernorm_wgrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], C = a->dim[1];
-    float *dw = static_cast<float *>(a->ptr[0]), *db = static_cast<float *>(a->ptr[1]);
-    const T *dy = static_cast<const T *>(a->ptr[2]), *x = static_cast<const T *>(a->ptr[3]);
-    const float *mean = static_cast<const float *>(a->ptr[4]);
-    const float *rstd = static_cast<const float *>(a->ptr[5]);
-    return HS_LAUNCH(layernorm_wgrad, (unsigned)ceil_div(C, COLUMNS), columns_of<T>::THREADS,
+template <typename T>
+static hs_status layernorm_wgrad_op(cudaStream_t stream, const hs_layernorm_wgrad_args &a) {
+    const int64_t R = a.R, C = a.C;
+    float *dw = static_cast<float *>(a.dw), *db = static_cast<float *>(a.db);
+    const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
+    const float *mean = static_cast<const float *>(a.mean);
+    const float *rstd = static_cast<const float *>(a.rstd);
+    return HS_LAUNCH(layernorm_wgrad, (unsigned)hs_ceil_div(C, COLUMNS), columns_of<T>::THREADS,
                      stream, dw, db, dy, x, mean, rstd, R, C, wide_at(dy, C) && wide_at(x, C));
 }
 HS_CUDA_OP(layernorm_wgrad)

@@ -18,46 +18,49 @@ __global__ void __launch_bounds__(columns_of<T>::THREADS)
     join_columns(sums, b, db, N_);
 }
 
-template <typename T> static hs_status linear_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
-    const int64_t ldy = a->dim[3], ldx = a->dim[4], ldres = a->dim[5];
+template <typename T>
+static hs_status linear_fwd_op(cudaStream_t stream, const hs_linear_fwd_args &a) {
+    const int64_t R = a.R, N = a.N, K = a.K;
+    const int64_t ldy = a.ldy, ldx = a.ldx, ldres = a.ldres;
     gemm<T, T> g = {};
     g.m = R, g.n = N, g.k = K;
-    g.a = gemm_side<T>{static_cast<const T *>(a->ptr[1]), ldx, 1};
-    g.b = gemm_side<T>{static_cast<const T *>(a->ptr[2]), K, 1};
-    g.out = static_cast<T *>(a->ptr[0]), g.ld_out = ldy;
-    g.bias = static_cast<const float *>(a->ptr[3]);
-    g.res = static_cast<const T *>(a->ptr[4]), g.ld_res = ldres;
+    g.a = gemm_side<T>{static_cast<const T *>(a.x), ldx, 1};
+    g.b = gemm_side<T>{static_cast<const T *>(a.w), K, 1};
+    g.out = static_cast<T *>(a.y), g.ld_out = ldy;
+    g.bias = static_cast<const float *>(a.b);
+    g.res = static_cast<const T *>(a.res), g.ld_res = ldres;
     return gemm_run(stream, g);
 }
 HS_CUDA_OP(linear_fwd)
 
-template <typename T> static hs_status linear_igrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2];
-    const int64_t lddx = a->dim[3], lddy = a->dim[4], ACCUM = a->dim[5];
+template <typename T>
+static hs_status linear_igrad_op(cudaStream_t stream, const hs_linear_igrad_args &a) {
+    const int64_t R = a.R, N = a.N, K = a.K;
+    const int64_t lddx = a.lddx, lddy = a.lddy, ACCUM = a.ACCUM;
     gemm<T, T> g = {};
     g.m = R, g.n = K, g.k = N;
-    g.a = gemm_side<T>{static_cast<const T *>(a->ptr[1]), lddy, 1};
-    g.b = gemm_side<T>{static_cast<const T *>(a->ptr[2]), 1, K};
-    g.out = static_cast<T *>(a->ptr[0]), g.ld_out = lddx;
+    g.a = gemm_side<T>{static_cast<const T *>(a.dy), lddy, 1};
+    g.b = gemm_side<T>{static_cast<const T *>(a.w), 1, K};
+    g.out = static_cast<T *>(a.dx), g.ld_out = lddx;
     g.add_old = ACCUM != 0;
     return gemm_run(stream, g);
 }
 HS_CUDA_OP(linear_igrad)
 
-template <typename T> static hs_status linear_wgrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], N = a->dim[1], K = a->dim[2], lddy = a->dim[3], ldx = a->dim[4];
-    float *db = static_cast<float *>(a->ptr[1]);
-    const T *dy = static_cast<const T *>(a->ptr[2]);
+template <typename T>
+static hs_status linear_wgrad_op(cudaStream_t stream, const hs_linear_wgrad_args &a) {
+    const int64_t R = a.R, N = a.N, K = a.K, lddy = a.lddy, ldx = a.ldx;
+    float *db = static_cast<float *>(a.db);
+    const T *dy = static_cast<const T *>(a.dy);
     gemm<T, float> g = {};
     g.m = N, g.n = K, g.k = R;
     g.a = gemm_side<T>{dy, 1, lddy};
-    g.b = gemm_side<T>{static_cast<const T *>(a->ptr[3]), 1, ldx};
-    g.out = static_cast<float *>(a->ptr[0]), g.ld_out = K;
+    g.b = gemm_side<T>{static_cast<const T *>(a.x), 1, ldx};
+    g.out = static_cast<float *>(a.dw), g.ld_out = K;
     g.from_old = true;
     HS_TRY(gemm_run(stream, g));
     if (!db) return HS_OK;
-    return HS_LAUNCH(bias_grad, (unsigned)ceil_div(N, COLUMNS), columns_of<T>::THREADS, stream, db,
-                     dy, R, N, lddy, wide_at(dy, lddy));
+    return HS_LAUNCH(bias_grad, (unsigned)hs_ceil_div(N, COLUMNS), columns_of<T>::THREADS, stream,
+                     db, dy, R, N, lddy, wide_at(dy, lddy));
 }
 HS_CUDA_OP(linear_wgrad)

@@ -100,52 +100,52 @@ __global__ void __launch_bounds__(FLAT) cast(T *dst, const float *src, int64_t n
     store(dst + at, load<N>(src + at, n - at, wide), n - at, wide);
 }
 
-template <typename T> static hs_status add_acc_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0];
-    float *dst = static_cast<float *>(a->ptr[0]);
-    const float *src = static_cast<const float *>(a->ptr[1]);
-    return HS_LAUNCH(add_acc, flat_blocks(ceil_div(n, FLAT_F32)), FLAT, stream, dst, src, n,
+template <typename T> static hs_status add_acc_op(cudaStream_t stream, const hs_add_acc_args &a) {
+    const int64_t n = a.n;
+    float *dst = static_cast<float *>(a.dst);
+    const float *src = static_cast<const float *>(a.src);
+    return HS_LAUNCH(add_acc, flat_blocks(hs_ceil_div(n, FLAT_F32)), FLAT, stream, dst, src, n,
                      wide_at(dst) && wide_at(src));
 }
 HS_CUDA_OP(add_acc)
 
-template <typename T> static hs_status sumsq_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0], blocks = ceil_div(n, HS_SUMSQ_BLOCK);
-    double *out = static_cast<double *>(a->ptr[0]), *part = static_cast<double *>(a->ptr[2]);
-    const float *x = static_cast<const float *>(a->ptr[1]);
-    HS_TRY(
-        HS_LAUNCH(sumsq_parts, (unsigned)ceil_div(blocks, FLAT / LANES), FLAT, stream, part, x, n));
+template <typename T> static hs_status sumsq_op(cudaStream_t stream, const hs_sumsq_args &a) {
+    const int64_t n = a.n, blocks = hs_ceil_div(n, HS_SUMSQ_BLOCK);
+    double *out = static_cast<double *>(a.out), *part = static_cast<double *>(a.part);
+    const float *x = static_cast<const float *>(a.x);
+    HS_TRY(HS_LAUNCH(sumsq_parts, (unsigned)hs_ceil_div(blocks, FLAT / LANES), FLAT, stream, part,
+                     x, n));
     return HS_LAUNCH(sumsq_join, 1, FLAT, stream, out, part, blocks);
 }
 HS_CUDA_OP(sumsq)
 
-template <typename T> static hs_status adamw_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0], ZERO_G = a->dim[1];
-    float *w = static_cast<float *>(a->ptr[0]), *m = static_cast<float *>(a->ptr[1]);
-    float *v = static_cast<float *>(a->ptr[2]), *g = static_cast<float *>(a->ptr[3]);
-    T *wc = static_cast<T *>(a->ptr[4]);
-    const hs_step_control *ctl = static_cast<const hs_step_control *>(a->ptr[5]);
-    const adamw_reals k = {(float)a->real[0],         (float)(1.0 - a->real[0]), (float)a->real[1],
-                           (float)(1.0 - a->real[1]), (float)a->real[2],         (float)a->real[3]};
+template <typename T> static hs_status adamw_op(cudaStream_t stream, const hs_adamw_args &a) {
+    const int64_t n = a.n, ZERO_G = a.ZERO_G;
+    float *w = static_cast<float *>(a.w), *m = static_cast<float *>(a.m);
+    float *v = static_cast<float *>(a.v), *g = static_cast<float *>(a.g);
+    T *wc = static_cast<T *>(a.wc);
+    const hs_step_control *ctl = static_cast<const hs_step_control *>(a.ctl);
+    const adamw_reals k = {(float)a.beta1,         (float)(1.0 - a.beta1), (float)a.beta2,
+                           (float)(1.0 - a.beta2), (float)a.eps,           (float)a.decay};
     const bool wide = wide_at(w) && wide_at(m) && wide_at(v) && wide_at(g) && wide_at(wc);
-    return HS_LAUNCH(adamw, flat_blocks(ceil_div(n, pack_of<T>::N)), FLAT, stream, w, m, v, g, wc,
-                     ctl, k, n, ZERO_G != 0, wide);
+    return HS_LAUNCH(adamw, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, w, m, v, g,
+                     wc, ctl, k, n, ZERO_G != 0, wide);
 }
 HS_CUDA_OP(adamw)
 
-template <typename T> static hs_status zero_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t bytes = a->dim[0];
-    unsigned char *dst = static_cast<unsigned char *>(a->ptr[0]);
-    return HS_LAUNCH(zero, flat_blocks(ceil_div(bytes, 16)), FLAT, stream, dst, bytes,
+template <typename T> static hs_status zero_op(cudaStream_t stream, const hs_zero_args &a) {
+    const int64_t bytes = a.bytes;
+    unsigned char *dst = static_cast<unsigned char *>(a.dst);
+    return HS_LAUNCH(zero, flat_blocks(hs_ceil_div(bytes, 16)), FLAT, stream, dst, bytes,
                      wide_at(dst));
 }
 HS_CUDA_OP(zero)
 
-template <typename T> static hs_status cast_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t n = a->dim[0];
-    T *dst = static_cast<T *>(a->ptr[0]);
-    const float *src = static_cast<const float *>(a->ptr[1]);
-    return HS_LAUNCH(cast, flat_blocks(ceil_div(n, pack_of<T>::N)), FLAT, stream, dst, src, n,
+template <typename T> static hs_status cast_op(cudaStream_t stream, const hs_cast_args &a) {
+    const int64_t n = a.n;
+    T *dst = static_cast<T *>(a.dst);
+    const float *src = static_cast<const float *>(a.src);
+    return HS_LAUNCH(cast, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, dst, src, n,
                      wide_at(dst) && wide_at(src));
 }
 HS_CUDA_OP(cast)

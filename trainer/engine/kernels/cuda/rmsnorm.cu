@@ -73,39 +73,42 @@ __global__ void __launch_bounds__(columns_of<T>::THREADS)
     join_columns(sums, w, dw, C);
 }
 
-template <typename T> static hs_status rmsnorm_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], N = a->dim[1], C = a->dim[2], ldx = a->dim[3], ldy = a->dim[4];
-    T *y = static_cast<T *>(a->ptr[0]);
-    float *rstd = static_cast<float *>(a->ptr[1]);
-    const T *x = static_cast<const T *>(a->ptr[2]);
-    const float *w = static_cast<const float *>(a->ptr[3]);
+template <typename T>
+static hs_status rmsnorm_fwd_op(cudaStream_t stream, const hs_rmsnorm_fwd_args &a) {
+    const int64_t R = a.R, N = a.N, C = a.C, ldx = a.ldx, ldy = a.ldy;
+    T *y = static_cast<T *>(a.y);
+    float *rstd = static_cast<float *>(a.rstd);
+    const T *x = static_cast<const T *>(a.x);
+    const float *w = static_cast<const float *>(a.w);
     const bool wide = wide_at(y, ldy) && wide_at(x, ldx) && wide_at(x, C) && wide_at(w);
-    return HS_LAUNCH(rmsnorm_fwd, (unsigned)ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, y, rstd,
-                     x, w, R, N, C, ldx, ldy, (float)a->real[0], wide);
+    return HS_LAUNCH(rmsnorm_fwd, (unsigned)hs_ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, y,
+                     rstd, x, w, R, N, C, ldx, ldy, (float)a.eps, wide);
 }
 HS_CUDA_OP(rmsnorm_fwd)
 
-template <typename T> static hs_status rmsnorm_igrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], N = a->dim[1], C = a->dim[2];
-    const int64_t lddx = a->dim[3], lddy = a->dim[4], ldx = a->dim[5], ACCUM = a->dim[6];
-    T *dx = static_cast<T *>(a->ptr[0]);
-    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
-    const float *w = static_cast<const float *>(a->ptr[3]);
-    const float *rstd = static_cast<const float *>(a->ptr[4]);
+template <typename T>
+static hs_status rmsnorm_igrad_op(cudaStream_t stream, const hs_rmsnorm_igrad_args &a) {
+    const int64_t R = a.R, N = a.N, C = a.C;
+    const int64_t lddx = a.lddx, lddy = a.lddy, ldx = a.ldx, ACCUM = a.ACCUM;
+    T *dx = static_cast<T *>(a.dx);
+    const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
+    const float *w = static_cast<const float *>(a.w);
+    const float *rstd = static_cast<const float *>(a.rstd);
     const bool wide =
         wide_at(dx, lddx) && wide_at(dy, lddy) && wide_at(x, ldx) && wide_at(x, C) && wide_at(w);
-    return HS_LAUNCH(rmsnorm_igrad, (unsigned)ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, dx,
+    return HS_LAUNCH(rmsnorm_igrad, (unsigned)hs_ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, dx,
                      dy, x, w, rstd, R, N, C, lddx, lddy, ldx, ACCUM != 0, wide);
 }
 HS_CUDA_OP(rmsnorm_igrad)
 
-template <typename T> static hs_status rmsnorm_wgrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], N = a->dim[1], C = a->dim[2], lddy = a->dim[3], ldx = a->dim[4];
-    float *dw = static_cast<float *>(a->ptr[0]);
-    const T *dy = static_cast<const T *>(a->ptr[1]), *x = static_cast<const T *>(a->ptr[2]);
-    const float *rstd = static_cast<const float *>(a->ptr[3]);
+template <typename T>
+static hs_status rmsnorm_wgrad_op(cudaStream_t stream, const hs_rmsnorm_wgrad_args &a) {
+    const int64_t R = a.R, N = a.N, C = a.C, lddy = a.lddy, ldx = a.ldx;
+    float *dw = static_cast<float *>(a.dw);
+    const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
+    const float *rstd = static_cast<const float *>(a.rstd);
     const bool wide = wide_at(dy, lddy) && wide_at(x, ldx) && wide_at(x, C);
-    return HS_LAUNCH(rmsnorm_wgrad, (unsigned)ceil_div(C, COLUMNS), columns_of<T>::THREADS, stream,
-                     dw, dy, x, rstd, R, N, C, lddy, ldx, wide);
+    return HS_LAUNCH(rmsnorm_wgrad, (unsigned)hs_ceil_div(C, COLUMNS), columns_of<T>::THREADS,
+                     stream, dw, dy, x, rstd, R, N, C, lddy, ldx, wide);
 }
 HS_CUDA_OP(rmsnorm_wgrad)

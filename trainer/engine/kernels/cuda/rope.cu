@@ -43,16 +43,17 @@ __global__ void __launch_bounds__(FLAT)
     store(first + half, q, left, wide);
 }
 
-template <typename T> static hs_status rope_table_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t T_ = a->dim[0], D = a->dim[1], half = D / 2, all = T_ * D;
-    float *tab = static_cast<float *>(a->ptr[0]);
+template <typename T>
+static hs_status rope_table_op(cudaStream_t stream, const hs_rope_table_args &a) {
+    const int64_t T_ = a.T, D = a.D, half = D / 2, all = T_ * D;
+    float *tab = static_cast<float *>(a.tab);
     for (int64_t first = 0; first < all; first += TABLE_PART) {
         table_part part;
         const int count =
             (int)(all - first < (int64_t)TABLE_PART ? all - first : (int64_t)TABLE_PART);
         for (int k = 0; k < count; k += 2) {
             const int64_t t = (first + k) / 2 / half, i = (first + k) / 2 % half;
-            const double power = hs_pow(a->real[0], 2.0 * (double)i / (double)D);
+            const double power = hs_pow(a.base, 2.0 * (double)i / (double)D);
             part.x[k] = (float)hs_cos((double)t / power);
             part.x[k + 1] = (float)hs_sin((double)t / power);
         }
@@ -63,22 +64,24 @@ template <typename T> static hs_status rope_table_op(cudaStream_t stream, const 
 }
 HS_CUDA_OP(rope_table)
 
-template <typename T> static hs_status turn(cudaStream_t stream, const hs_args *a, float sign) {
-    const int64_t R = a->dim[0], T_ = a->dim[1], N = a->dim[2], D = a->dim[3], ldx = a->dim[4];
-    const int64_t packs = ceil_div(D / 2, pack_of<T>::N);
-    T *x = static_cast<T *>(a->ptr[0]);
-    const float *tab = static_cast<const float *>(a->ptr[1]);
+template <typename T, typename Args>
+static hs_status turn(cudaStream_t stream, const Args &a, float sign) {
+    const int64_t R = a.R, T_ = a.T, N = a.N, D = a.D, ldx = a.ldx;
+    const int64_t packs = hs_ceil_div(D / 2, pack_of<T>::N);
+    T *x = static_cast<T *>(a.x);
+    const float *tab = static_cast<const float *>(a.tab);
     const bool wide = wide_at(x, ldx) && wide_at(x, D / 2) && wide_at(tab, D);
     return HS_LAUNCH(rope_turn, flat_blocks(R * N * packs), FLAT, stream, x, tab, R, T_, N, D, ldx,
                      sign, packs, wide);
 }
 
-template <typename T> static hs_status rope_fwd_op(cudaStream_t stream, const hs_args *a) {
+template <typename T> static hs_status rope_fwd_op(cudaStream_t stream, const hs_rope_fwd_args &a) {
     return turn<T>(stream, a, 1.0f);
 }
 HS_CUDA_OP(rope_fwd)
 
-template <typename T> static hs_status rope_igrad_op(cudaStream_t stream, const hs_args *a) {
+template <typename T>
+static hs_status rope_igrad_op(cudaStream_t stream, const hs_rope_igrad_args &a) {
     return turn<T>(stream, a, -1.0f);
 }
 HS_CUDA_OP(rope_igrad)

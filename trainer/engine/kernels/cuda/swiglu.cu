@@ -39,19 +39,21 @@ __global__ void __launch_bounds__(FLAT)
     store(dgu + (2 * r + 1) * F + f, up, left, wide);
 }
 
-template <typename T> static hs_status swiglu_fwd_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], F = a->dim[1], packs = ceil_div(F, pack_of<T>::N);
-    T *y = static_cast<T *>(a->ptr[0]);
-    const T *gu = static_cast<const T *>(a->ptr[1]);
+template <typename T>
+static hs_status swiglu_fwd_op(cudaStream_t stream, const hs_swiglu_fwd_args &a) {
+    const int64_t R = a.R, F = a.F, packs = hs_ceil_div(F, pack_of<T>::N);
+    T *y = static_cast<T *>(a.y);
+    const T *gu = static_cast<const T *>(a.gu);
     return HS_LAUNCH(swiglu_fwd, flat_blocks(R * packs), FLAT, stream, y, gu, R, F, packs,
                      wide_at(y, F) && wide_at(gu, F));
 }
 HS_CUDA_OP(swiglu_fwd)
 
-template <typename T> static hs_status swiglu_igrad_op(cudaStream_t stream, const hs_args *a) {
-    const int64_t R = a->dim[0], F = a->dim[1], packs = ceil_div(F, pack_of<T>::N);
-    T *dgu = static_cast<T *>(a->ptr[0]);
-    const T *dy = static_cast<const T *>(a->ptr[1]), *gu = static_cast<const T *>(a->ptr[2]);
+template <typename T>
+static hs_status swiglu_igrad_op(cudaStream_t stream, const hs_swiglu_igrad_args &a) {
+    const int64_t R = a.R, F = a.F, packs = hs_ceil_div(F, pack_of<T>::N);
+    T *dgu = static_cast<T *>(a.dgu);
+    const T *dy = static_cast<const T *>(a.dy), *gu = static_cast<const T *>(a.gu);
     return HS_LAUNCH(swiglu_igrad, flat_blocks(R * packs), FLAT, stream, dgu, dy, gu, R, F, packs,
                      wide_at(dgu, F) && wide_at(dy, F) && wide_at(gu, F));
 }
