@@ -6,11 +6,11 @@ holds no credentials and never waits for storage. Who does what:
     link.py          the Unix socket: connections, messages, descriptors
     slots.py         the shared-memory slots: creation, reading under hold, filling for a restore
     gang.py          an attempt's ranks on this node; the agent's options
-    events.py        what the machine hears (hear.py: out of the engine's messages); effects.py: what it wants done
+    events.py        what the machine hears (decode.py: out of the engine's messages); effects.py: what it wants done
     attempt.py       an attempt's phases, with the table of moves, and what is known of its ranks
-    machine.py       the agent's mind, pure: events into effects; its invariants (course.py: the steps of an attempt)
+    machine.py       decides, pure: events into effects; its invariants (course.py: the steps of an attempt)
     rules.py         the invariants, asserted after every event
-    hands.py         does the effects; service.py: the loop around all of them; __main__.py: the command line
+    actions.py       does the effects; service.py: the loop around all of them; __main__.py: the command line
     watch.py         the log, folded as it grows
     prepare.py       plan, data, slots and restore point of an attempt (fetch.py: from the store, verified)
     meet.py          who is a node of an attempt, and the nodes' addresses

@@ -1,4 +1,4 @@
-"""The agent's mind: what came, and when, into what is to be done. Pure: no thread, store, socket, file or clock here.
+"""What the agent decides: events, and when they came, into effects. Pure: no thread, store, socket, file or clock here.
 
 ``service.py`` is the thin loop that hears events (``events.py``), asks here, and runs the effects (``effects.py``) in
 their order. An attempt's phases and the moves between them are in ``attempt.py``. Order of an attempt, as in

@@ -97,7 +97,7 @@ def _check_waits(m: Course, attempt: NodeAttempt | None, effects: Sequence[do.Ef
         case NodePhase.RECALL:
             waits = any(isinstance(effect, do.Recall) for effect in effects)
         case NodePhase.KILL:
-            waits = (Timer.KILL if here else Timer.LOST) in timers
+            waits = m.engine.epoch != 0 and (Timer.KILL if here else Timer.LOST) in timers
         case NodePhase.PREPARE:
             waits = m.preparing is not None
         case NodePhase.PORTS:

@@ -1,6 +1,6 @@
 """The agent's loop: hears the socket, the log and its own threads, asks the machine, and has done what that says.
 
-``machine.py`` decides and lists the invariants, ``hands.py`` does; nothing is decided here. One thread owns all state;
+``machine.py`` decides and lists the invariants, ``actions.py`` does what it says. One thread owns all state;
 whatever may block runs elsewhere and posts its result.
 """
 
@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable
 
 from checkpoint.agent import events as ev
+from checkpoint.agent.actions import Actions
+from checkpoint.agent.decode import event_of
 from checkpoint.agent.gang import Options
-from checkpoint.agent.hands import Hands
-from checkpoint.agent.hear import event_of
 from checkpoint.agent.link import Arrival, Link, Peer
 from checkpoint.agent.machine import Machine
 from checkpoint.agent.output import BEAT_S
@@ -46,7 +46,7 @@ class Service:
         self._log_error: str | None = None
         self._last_beat = 0.0
         run_log = RunLog(store, options.run, writer=f"agent-{options.node}-{incarnation}")
-        self.hands = Hands(
+        self.actions = Actions(
             options,
             store,
             run_log,
@@ -80,11 +80,11 @@ class Service:
                     self._posted.get()()
                 self._tick()
         finally:
-            self.hands.stop()
+            self.actions.stop()
             self.watcher.close()
             self.status.left = (self.options.work / "done").exists()
             self._beat()
-            self.hands.close()
+            self.actions.close()
             self.link.flush(1.0)
         return code
 
@@ -98,7 +98,7 @@ class Service:
         events = deque([event])
         while events:
             for effect in self.machine.on(time.monotonic(), events.popleft()):
-                answer = self.hands.run(effect)
+                answer = self.actions.run(effect)
                 if answer is not None:
                     events.append(answer)
 
@@ -115,21 +115,21 @@ class Service:
             self._feed(ev.Due(timer))
         if self.machine.changed or now - self._last_beat >= BEAT_S:
             self._beat()
-        self.hands.tidy()
+        self.actions.tidy()
 
     def _beat(self) -> None:
         """The node's status, as it stands."""
-        machine, status, hands, attempt = self.machine, self.status, self.hands, self.machine.attempt
+        machine, status, actions, attempt = self.machine, self.status, self.actions, self.machine.attempt
         self._last_beat = time.monotonic()
         machine.changed = False
         if attempt is not None:
-            self._feed(ev.SlotsSeen(attempt.epoch, hands.finals(attempt.epoch, attempt.gang.local)))
+            self._feed(ev.SlotsSeen(attempt.epoch, actions.finals(attempt.epoch, attempt.gang.local)))
             status.epoch, status.ranks = attempt.epoch, attempt.ranks
         status.supervisor, status.phase, status.durable = machine.engine.pid, machine.phase, machine.durable
-        status.error = self._log_error or self._store_error or machine.slot_error or hands.hints.error
-        status.slots = hands.held()
+        status.error = self._log_error or self._store_error or machine.slot_error or actions.hints.error
+        status.slots = actions.held()
         if machine.speaks(self._log_error):
-            hands.hints.status(status.pack())
+            actions.hints.status(status.pack())
 
     # --- what is heard ------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class Service:
         if message is None:
             self._feed(ev.PeerGone(peer.number))
             return
-        self.hands.handed = message.fds
+        self.actions.handed = message.fds
         try:
             if message.name == "HELLO":
                 peer.rank = message.rank
@@ -160,13 +160,13 @@ class Service:
             if event is not None:
                 self._feed(event)
         finally:
-            for fd in self.hands.handed:
+            for fd in self.actions.handed:
                 os.close(fd)
-            self.hands.handed = ()
+            self.actions.handed = ()
 
     def _rival(self, peer: Peer) -> bool:
         """Whether another supervisor that lives has the node."""
-        before = self.hands.peer(self.machine.engine.peer)
+        before = self.actions.peer(self.machine.engine.peer)
         return before is not None and before.pid not in (0, peer.pid) and _alive(before.pid)
 
     def _on_refused(self) -> None:
@@ -182,7 +182,7 @@ class Service:
         """A newer state of the run, from the watcher or from a commit of our own."""
         if self.machine.state is None or state.n >= self.machine.state.n:
             self._log_error = state.unreadable
-            self.hands.committer.state(state)
+            self.actions.committer.state(state)
             self._feed(ev.LogRead(state))
         early, self._early = self._early, []
         for arrival in early:

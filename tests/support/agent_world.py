@@ -271,7 +271,7 @@ class World:
             self.look()
 
     def do(self, effect: do.Effect) -> ev.Event | None:
-        """The hands (``hands.py``), on a disk and slots that are numbers."""
+        """The actions (``actions.py``), on a disk and slots that are numbers."""
         s = self.supervisor
         match effect:
             case do.Send(peer=peer) | do.Start(peer=peer):

@@ -1,4 +1,4 @@
-"""The agent's hands: does what the machine says (``effects.py``), each in its method. Decides nothing.
+"""Does what the machine says: an effect (``effects.py``), a method. Decides nothing.
 
 What may block runs in a thread and is answered by an event: the claim and the preparation of an attempt, the exchange
 of addresses, uploads, commits, hints. Owns the node's slots and all that was prepared for the attempt.
@@ -36,7 +36,7 @@ from trainer.wire.files import write_file
 log = logging.getLogger(__name__)
 
 
-class Hands:
+class Actions:
     """``post`` has the loop call something, from any thread; ``feed`` has the machine hear an event, in the loop."""
 
     def __init__(
@@ -305,27 +305,27 @@ class Hands:
             log.warning("the mark that this node is done cannot be written: %s", error)
 
 
-_EFFECTS: dict[type, Callable[[Hands, Any], ev.Event | None]] = {
-    do.Send: Hands._send,
-    do.Start: Hands._start,
-    do.GiveSlots: Hands._give_slots,
-    do.TakeSlots: Hands._take_slots,
-    do.Drop: Hands._drop,
-    do.Begin: Hands._begin,
-    do.Recall: Hands._recall,
-    do.Claim: Hands._claim,
-    do.Prepare: Hands._prepare,
-    do.Use: Hands._use,
-    do.Meet: Hands._meet,
-    do.Mark: Hands._mark,
-    do.Remember: Hands._remember,
-    do.Cancel: Hands._cancel,
-    do.Upload: Hands._upload,
-    do.LookForSnapshots: Hands._look,
-    do.Commit: Hands._commit,
-    do.AskDrained: Hands._drained,
-    do.Publish: Hands._publish,
-    do.MarkDone: Hands._mark_done,
+_EFFECTS: dict[type, Callable[[Actions, Any], ev.Event | None]] = {
+    do.Send: Actions._send,
+    do.Start: Actions._start,
+    do.GiveSlots: Actions._give_slots,
+    do.TakeSlots: Actions._take_slots,
+    do.Drop: Actions._drop,
+    do.Begin: Actions._begin,
+    do.Recall: Actions._recall,
+    do.Claim: Actions._claim,
+    do.Prepare: Actions._prepare,
+    do.Use: Actions._use,
+    do.Meet: Actions._meet,
+    do.Mark: Actions._mark,
+    do.Remember: Actions._remember,
+    do.Cancel: Actions._cancel,
+    do.Upload: Actions._upload,
+    do.LookForSnapshots: Actions._look,
+    do.Commit: Actions._commit,
+    do.AskDrained: Actions._drained,
+    do.Publish: Actions._publish,
+    do.MarkDone: Actions._mark_done,
 }
 
 
