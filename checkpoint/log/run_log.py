@@ -234,7 +234,7 @@ class RunLog:
         self._may_write(newer, epoch)
         if newer.n == state.n:
             raise StoreUnavailable(
-                f"run {self.run}: the store says that log record {n} exists, but does not return it; try again"
+                f"run {self.run}: the store has log record {n}, but does not show it; try again"
             )
         raise Conflict(f"log record {n} was written by another: the log is at {newer.n}", newer)
 

@@ -247,7 +247,7 @@ def test_a_second_pod_of_the_same_index_stands_by(tmp_path: Path) -> None:
         node.start()
         mine = wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["incarnation"], "the first's status")
         second.process.send_signal(signal.SIGCONT)
-        wait_for(lambda: f"node 0 of attempt {epoch} is 127.0.0.1 already" in second.log(), "the second to stand by")
+        wait_for(lambda: f"node 0 of attempt {epoch} is held by 127.0.0.1" in second.log(), "the second to stand by")
         fill_all(node, run, plan, 2)
         committed(run, 2)
         status = run.status()
@@ -510,9 +510,9 @@ def test_a_header_that_does_not_hold_is_given_up_with_a_word(one: Started) -> No
     del header
     rank.link.send("READY", rank=0, epoch=one.epoch, a=index, b=2)
     status = wait_for(
-        lambda: (s := run.status()) and "does not hold" in (s["error"] or "") and s, "the error to be said"
+        lambda: (s := run.status()) and "is damaged in memory" in (s["error"] or "") and s, "the error to be said"
     )
-    assert "the snapshot of step 2 does not hold" in status["error"]
+    assert "the snapshot of step 2 is damaged in memory" in status["error"]
     assert one.agents[0].log().count("the upload of step 2 is void") == 5
     rank.fill(4, state_bytes(one.layout, 0, 4))
     committed(run, 4)

@@ -227,7 +227,7 @@ def test_a_second_folder_of_this_machine_stands_by(tmp_path: Path) -> None:
         wait_for(lambda: run.store.head(key), "the claim")
         first = Path(Place.parse(run.store.get(key), key).folder)
         loser, winner = sorted(processes, key=lambda p: p.work == first)
-        wait_for(lambda: f"node 0 of attempt {epoch} is 127.0.0.1 already" in loser.log(), "the second to stand by")
+        wait_for(lambda: f"node 0 of attempt {epoch} is held by 127.0.0.1" in loser.log(), "the second to stand by")
         assert f"folder {first}" in loser.log()
         peers[processes.index(winner)].start()
         for peer in peers:
