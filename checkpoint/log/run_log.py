@@ -233,9 +233,7 @@ class RunLog:
         newer = self.fold(state)
         self._may_write(newer, epoch)
         if newer.n == state.n:
-            raise StoreUnavailable(
-                f"run {self.run}: the store has log record {n}, but does not show it; try again"
-            )
+            raise StoreUnavailable(f"run {self.run}: the store has log record {n}, but does not show it; try again")
         raise Conflict(f"log record {n} was written by another: the log is at {newer.n}", newer)
 
     def _store_state(self, state: RunState) -> dict[str, Any]:
