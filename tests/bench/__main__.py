@@ -202,7 +202,10 @@ def plan() -> Iterator[dict[str, Any]]:
 
 
 def demo() -> Iterator[dict[str, Any]]:
-    """`make demo` after `make setup`; cold are its data, plan, store and Prefect's home, nothing of an earlier one."""
+    """`make demo` after `make setup`."""
+    say(
+        "  cold: data, plan, store, Prefect's home and database; warm: environment and engine, as the setup leaves them"
+    )
     seconds = bench_demo.measure()
     yield entry("demo/first-step-s", seconds["first_step"], "s", "target", 20.0)
     yield entry("demo/seconds", seconds["all"], "s", "target", 120.0)

@@ -22,7 +22,12 @@ def measure() -> dict[str, float]:
     """Seconds from the start of the command: ``first_step`` to the end of step 1, ``all`` to the end of the command."""
     with tempfile.TemporaryDirectory() as folder:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "HOTSTAGE"))}
-        env |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": f"{folder}/cache", "XDG_DATA_HOME": f"{folder}/data"}
+        env |= {
+            "XDG_CACHE_HOME": f"{folder}/cache",
+            "XDG_DATA_HOME": f"{folder}/data",
+            "PREFECT_HOME": f"{folder}/home",
+        }
+        env["PYTHONPATH"] = str(ROOT)
         began = time.time()
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "demo", "--json"],
