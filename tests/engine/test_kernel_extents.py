@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 
 from tests.engine.kernel_lib import SETS, KernelLib
 from trainer import wire
+from trainer.wire.kernels import product
 
 CONFIG, OVERFLOW = -6, -11  # core/status.h
 
@@ -103,6 +106,22 @@ def test_the_extents_are_exact(kernels: KernelLib, kernel: str) -> None:
         ptrs[i] = operand[:-1].copy()
         with pytest.raises(AssertionError, match="status 1011 "):
             kernels.call(kernel, wire.F32, ptrs, dims, reals_of(kernel), guard="after")
+
+
+@pytest.mark.parametrize("kernel", list(CASES))
+def test_work_is_counted_alike_in_both_languages(kernels: KernelLib, kernel: str) -> None:
+    spec = wire.KERNELS[kernel]
+    for dims in CASES[kernel]:
+        named = spec.named(dims)
+        assert work(kernels, kernel, dims) == [product(text, named) for text in (spec.products, spec.again, spec.each)]
+
+
+def work(kernels: KernelLib, kernel: str, dims: tuple[int, ...]) -> list[int]:
+    """hs_kernel_work: products, products again, others."""
+    found = (ctypes.c_int64 * 3)()
+    d = (ctypes.c_int64 * wire.CALL_DIMS)(*dims)
+    assert kernels.c.hs_kernel_work(wire.KERNELS[kernel].number, d, found) == 0
+    return list(found)
 
 
 @pytest.mark.parametrize("kernel", list(CASES))
@@ -219,6 +238,9 @@ def test_overflow_is_found(kernels: KernelLib) -> None:
     assert kernels.extent("attention_fwd", wire.F32, [2**40, 2**40, 1, 1, 8, 8, 8, 8, 8], 0) == OVERFLOW
     assert kernels.extent("swiglu_fwd", wire.F32, [1, big], 1) == OVERFLOW
     assert kernels.extent("sumsq", wire.F32, [2**61 - 1], 2) == 2**45 * 8
+    assert work(kernels, "attention_fwd", (1, 2**31, 1, 1, 1, 1, 1, 1, 1))[0] == 2 * (2**30 * (2**31 + 1))
+    with pytest.raises(AssertionError, match="-11"):
+        work(kernels, "attention_fwd", (1, 2**32, 1, 1, 1, 1, 1, 1, 1))
 
 
 def test_pick_follows_the_attempt_s_numbers(kernels: KernelLib) -> None:

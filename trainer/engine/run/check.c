@@ -8,6 +8,7 @@
 #include "core/clock.h"
 #include "core/hash.h"
 #include "core/rng.h"
+#include "kernels/args.h"
 
 enum {
     ROWS = 96,
@@ -56,9 +57,16 @@ static void multiply(void *ctx, int64_t begin, int64_t end, int worker) {
     (void)begin;
     (void)end;
     hs_kernel_ctx lent = {.scratch = me->scratch, .scratch_bytes = m->scratch_bytes};
-    const hs_args args = {.ptr = {me->y, (void *)(uintptr_t)m->x, (void *)(uintptr_t)m->w},
-                          .dim = {ROWS, OUT, INNER, OUT, INNER, 0},
-                          .dtype = HS_F32};
+    const hs_linear_fwd_args product = {.y = me->y,
+                                        .x = (void *)(uintptr_t)m->x,
+                                        .w = (void *)(uintptr_t)m->w,
+                                        .R = ROWS,
+                                        .N = OUT,
+                                        .K = INNER,
+                                        .ldy = OUT,
+                                        .ldx = INNER,
+                                        .dtype = HS_F32};
+    const hs_args args = hs_linear_fwd_args_to(&product);
     const int64_t began = hs_clock_ns();
     (void)m->set->fn[HS_K_LINEAR_FWD](&lent, &args);
     me->ns = hs_clock_ns() - began;
