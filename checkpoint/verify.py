@@ -124,7 +124,7 @@ def _log(store: Store, run: str, tally: _Tally) -> RunState:
                 _fold(store, run, record, state if whole else None, tally)
             if whole:
                 state = state.apply(record)
-        except (Damaged, NotFound, OtherVersion) as error:
+        except (Damaged, NotFound) as error:
             tally.found(entry.key, str(error))
             whole = False
     if expected == 1:
@@ -143,7 +143,7 @@ def _fold(store: Store, run: str, record: Record, state: RunState | None, tally:
             raise Damaged(f"not the bytes that log record {record.n} names")
         known = state or RunState(run)  # the folds below it were compared before
         found = RunState.parse(data, run, record.n - 1, lambda base, _: known.upto(base))
-    except (Damaged, NotFound, OtherVersion) as error:
+    except (Damaged, NotFound) as error:
         tally.found(key, str(error))
         return
     if state is not None and found != state:

@@ -103,14 +103,15 @@ class RunLog:
                     why = f"log record {n} is missing, but {later} exists: a record was deleted"
                     return self._halted(fold or Fold(state), why)
             except (Damaged, OtherVersion) as error:
-                return self._halted(fold or Fold(state), str(error))
+                return self._halted(fold or Fold(state), str(error), newer=isinstance(error, OtherVersion))
         if fold is not None:
             return fold.freeze()
-        return state if state.unreadable is None else replace(state, unreadable=None)
+        return state if state.unreadable is None else replace(state, unreadable=None, newer=False)
 
-    def _halted(self, fold: Fold, why: str) -> RunState:
-        logger.error("run %s: %s; nobody may write until it is mended (hotstage ckpt verify)", self.run, why)
-        return fold.freeze(unreadable=why)
+    def _halted(self, fold: Fold, why: str, *, newer: bool = False) -> RunState:
+        mend = "" if newer else " until it is mended (hotstage ckpt verify)"
+        logger.error("run %s: %s; nobody may write%s", self.run, why, mend)
+        return fold.freeze(unreadable=why, newer=newer)
 
     def _after(self, n: int) -> str | None:
         """The name of a record later than ``n``, if there is one."""

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from checkpoint import codec
-from checkpoint.errors import Damaged
+from checkpoint.errors import Damaged, OtherVersion
 from checkpoint.log.points import Line, Points
 from checkpoint.log.records import (
     MAX_STATE_BYTES,
@@ -50,6 +50,7 @@ class RunState:
     interventions: tuple[Intervention, ...] = ()
     ended: EndedInfo | None = None
     unreadable: str | None = None  # why record n + 1 cannot be read; set: no writer may write
+    newer: bool = False  # it is of a newer version
 
     def __post_init__(self) -> None:
         for name in ("checkpoints", "void"):  # any rows will do: they are kept as columns
@@ -144,6 +145,12 @@ class RunState:
             buried={c: by for c, by in self.buried.items() if by <= n},
             interventions=self.interventions[: bisect_right(self.interventions, n, key=_number)],
         )
+
+    def of_this_version(self) -> RunState:
+        """Itself; OtherVersion, with both, where a newer hotstage wrote what comes next: nobody acts without it."""
+        if self.newer:
+            raise OtherVersion(f"run {self.run}: {self.unreadable}")
+        return self
 
     # --- the fold, one record at a time -------------------------------------------------------------------
 
@@ -282,7 +289,7 @@ class Fold:
         self.ended = state.ended
         self.steps: set[int] | None = None  # saved by the newest attempt, once it is asked
 
-    def freeze(self, unreadable: str | None = None) -> RunState:
+    def freeze(self, unreadable: str | None = None, *, newer: bool = False) -> RunState:
         return RunState(
             run=self.base.run,
             n=self.n,
@@ -295,6 +302,7 @@ class Fold:
             interventions=tuple(self.interventions),
             ended=self.ended,
             unreadable=unreadable,
+            newer=newer,
         )
 
     def add(self, r: Record) -> Fold:

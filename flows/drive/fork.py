@@ -23,7 +23,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     The child's model must have the parent's tensors; what is trained (data, rate, steps, seed) may change.
     """
     log = RunLog(store, parent, writer="user")
-    state = log.fold()
+    state = log.fold().of_this_version()
     found = state.at_step(step)
     if found is None:
         steps = sorted({c.step for c in state.restore_candidates()})

@@ -134,7 +134,7 @@ class Driver:
     def _look(self) -> Outcome | float:
         """One look and what follows from it: the end, or the pause until the next look."""
         began, known = time.thread_time(), self._state
-        state = self._state = self._log.fold(known, quick=True)
+        state = self._state = self._log.fold(known, quick=True).of_this_version()
         if known is None and state.attempts:
             self._teller.known(state)
         if self._view is None or self._view[0] is not state:

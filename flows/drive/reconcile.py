@@ -58,7 +58,7 @@ class Reconciler:
                 del self.driven[name]
                 self._tell_end(known)
             try:
-                state = RunLog(self.store, name).fold(quick=True)
+                state = RunLog(self.store, name).fold(quick=True).of_this_version()
                 if not wants_driver(state):
                     self._seen[name] = state.n, state.ended is not None
                     continue

@@ -51,8 +51,8 @@ def summary(store: Store, run: str) -> dict[str, Any]:
 
 
 def details(store: Store, run: str) -> dict[str, Any]:
-    """One run as `runs show` shows it."""
-    state = RunLog(store, run).fold()
+    """One run as `runs show` shows it; OtherVersion where a newer hotstage has gone on with it."""
+    state = RunLog(store, run).fold().of_this_version()
     what = load_what(store, run)
     numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
     return {

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 from checkpoint import codec, dataset, keys, manifest, pages
-from checkpoint.log import Record, RunLog
+from checkpoint.log import Record, RunLog, condensed_key, records
 from checkpoint.probe import ensure_probed
 from checkpoint.store import open_store
+from flows.drive.reconcile import Reconciler
 from tests.flows.cli.test_fuzz import called
 from tests.flows.conftest import Trained
+from tests.support.agents import Run, agent, wait_for
 from trainer import wire
 from trainer.engine_path import engine_binary
 
@@ -71,6 +73,11 @@ class Planted:
         data = bytearray(self.get(key))
         data[wire.PlanHeader.version.offset] = wire.PLAN_VERSION + 1
         self.put(key, bytes(data))
+
+    def record(self) -> None:
+        n = self.log.fold().n + 1
+        body = {"v": records.VERSION + 1, "n": n, "kind": "note", "body": {}}  # what else it holds is its own affair
+        self.put(keys.log_key(self.run, n), codec.seal(body))
 
     def dataset(self) -> None:
         key = next((self.root / "data" / "inputs").iterdir())
@@ -139,6 +146,42 @@ def test_a_newer_version_is_refused(
         assert planted.objects() == before, command
     code, said = called(["runs", "show", planted.run])
     assert (code, planted.objects()) == (0, before), said  # the log is of this version, and can be read
+
+
+NEWER_RECORD = "version 2, this hotstage reads version 1: use the hotstage that wrote it, or a newer one"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_log_that_a_newer_version_went_on_with_is_left_to_it(planted: Planted, ended: bool) -> None:
+    if not ended:  # a run that is open, and this version's driver would go on with it
+        planted.log.append("attempt", dict(planted.attempt.body), planted.log.fold())
+        (planted.root / condensed_key(planted.run)).unlink(missing_ok=True)
+    planted.record()
+    before = planted.objects()
+    show, cancel = ("runs", "show", "RUN"), ("runs", "cancel", "RUN")
+    for command in (show, VERIFY, *GOES_ON[:3], *([] if ended else [cancel])):
+        code, said = called([planted.run if word == "RUN" else word for word in command])
+        assert code == 78, (command, said)
+        assert NEWER_RECORD in said, (command, said)
+        assert planted.objects() == before, command
+    told: list[str] = []
+    assert Reconciler(planted.log.store, say=told.append).look() == []
+    assert len(told) == 1
+    assert NEWER_RECORD in told[0]
+    assert planted.objects() == before
+    code, said = called(["runs", "ls"])
+    assert (code, planted.objects()) == (0, before), said  # of all runs, also those that others go on with
+
+
+def test_an_agent_starts_nothing_behind_a_newer_record(planted: Planted, tmp_path: Path) -> None:
+    planted.log.append("attempt", dict(planted.attempt.body), planted.log.fold())
+    planted.record()
+    before = planted.objects()
+    run = Run(planted.log.store, planted.run, launch=planted.attempt.launch)
+    with agent(run, tmp_path / "nodes", more=("--log-poll", "0.01")):
+        assert NEWER_RECORD in wait_for(lambda: (run.status() or {}).get("error"), "the agent's status")
+    left = {key: data for key, data in planted.objects().items() if "/live/" not in key}
+    assert left == {key: data for key, data in before.items() if "/live/" not in key}
 
 
 def test_the_engine_refuses_a_newer_plan(planted: Planted) -> None:
