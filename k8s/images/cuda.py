@@ -73,11 +73,14 @@ def say(text: str) -> None:
 
 
 def toolkit() -> Path:
-    """The folder with nvcc's ``bin`` and ``include``; made on first use (104 MB are fetched)."""
+    """The folder with nvcc's ``bin`` and ``include``; it and the host compiler are fetched at first use."""
     try:
         home = environment_of("cuda", WHEELS, ("--no-deps",))
+        compiler(TARGET)
     except subprocess.CalledProcessError as error:
-        raise CannotBuild(f"nvcc's wheels cannot be had ({' '.join(WHEELS)}): {error}") from error
+        raise CannotBuild(
+            f"the compilers cannot be had: {shlex.join(map(str, error.cmd))} ended with {error.returncode}"
+        ) from error
     return next(home.glob("lib/python3*/site-packages/nvidia/cu13"))
 
 

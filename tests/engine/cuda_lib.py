@@ -27,7 +27,7 @@ from trainer import wire
 CUDA = ENGINE / "kernels" / "cuda"
 COMMON = shlex.split("-O1 -g -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
 CXX = shlex.split("-x c++ -std=c++17 -fno-exceptions -fno-rtti -DHS_CUDA_EMULATED")
-C = shlex.split("-std=c11 -D_GNU_SOURCE")
+C = shlex.split("-x c -std=c11 -D_GNU_SOURCE")
 SYNC = -1  # the op of __syncthreads among the emulator's sites; others are warp operations
 
 

@@ -3,13 +3,20 @@ The build itself runs in CI."""
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
 from k8s.images import cuda
 from k8s.images.cuda import ARCHITECTURES, OUT, SOURCES, Resources, faults, kernel_name, uses_of
+from trainer import wire
+
+BUG, CONFIG = -3, -6  # core/status.h
 
 TOLD = """\
 ptxas info    : 0 bytes gmem
@@ -57,6 +64,36 @@ def test_a_spill_fails_the_build_unless_it_is_answered_for(monkeypatch: pytest.M
     assert faults({"a": dict.fromkeys(ARCHITECTURES, spilling)}) == []
     (fault,) = faults({"a": dict.fromkeys(ARCHITECTURES, sound)})
     assert "no longer spills" in fault
+
+
+def test_where_the_compilers_cannot_be_had_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert cuda.main() == cuda.CANNOT
+    assert "cuda: the compilers cannot be had: " in capsys.readouterr().err
+
+
+def test_without_a_driver_a_launch_answers_and_nothing_else_happens() -> None:
+    """Of the library that was made last: the runtime inside it opens the driver at the first call, or not."""
+    path = OUT / "libhs_cuda.so"
+    if not path.exists():
+        pytest.skip("make cuda has not run here: no out/cuda/libhs_cuda.so")
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("this machine has a driver")
+    library = ctypes.CDLL(str(path))
+    library.hs_cuda_kernels.restype = ctypes.c_void_p
+    version, count = (ctypes.c_uint32 * 2).from_address(library.hs_cuda_kernels())
+    assert (version, count) == (1, 1 + len(wire.KERNELS))
+    functions = (ctypes.c_void_p * count).from_address(library.hs_cuda_kernels() + 8)
+    gelu = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(functions[wire.KERNELS["gelu_fwd"].number])
+    stream = ctypes.c_void_p()
+    words = (ctypes.c_uint64 * (wire.CALL_PTRS + wire.CALL_DIMS + wire.CALL_REALS + 1))()
+    words[wire.CALL_PTRS], words[-1] = 1, wire.F32  # one element, of nowhere
+    assert gelu(ctypes.addressof(stream), ctypes.addressof(words)) == BUG
+    words[-1] = wire.F64
+    assert gelu(ctypes.addressof(stream), ctypes.addressof(words)) == CONFIG
 
 
 def test_the_table_that_was_made_last() -> None:

@@ -73,8 +73,8 @@ __attribute__((format(printf, 3, 4))) hs_status hs_fail(hs_why *why, hs_status s
         if ((st) != HS_OK) goto label;                                                             \
     } while (0)
 
-_Noreturn void hs_assert_failed(const char *expression, const char *file, int line,
-                                const char *function);
+__attribute__((noreturn)) void hs_assert_failed(const char *expression, const char *file, int line,
+                                                const char *function);
 /* What the assertion that failed said; empty while none has. For a handler of SIGABRT. */
 const char *hs_assert_text(void);
 #define HS_ASSERT(expression)                                                                      \

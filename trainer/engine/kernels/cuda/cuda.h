@@ -15,10 +15,9 @@
 #define HS_KERNELS_CUDA_CUDA_H
 
 #ifdef __cplusplus
-#define _Noreturn [[noreturn]]
 extern "C" {
 #endif
-#include "kernels/kernels.h"
+#include "kernels/args.h"
 
 #define HS_CUDA_VERSION 1 /* of the table below */
 

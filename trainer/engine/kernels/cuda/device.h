@@ -15,7 +15,6 @@
 #endif
 
 #include "core/ints.h"
-#include "kernels/args.h"
 #include "kernels/cuda/cuda.h"
 
 #ifndef HS_CUDA_EMULATED
