@@ -20,6 +20,8 @@ Rules:
       and asks for another How. No driver compares a plan of its own with the attempt's.
   D7  A checkpoint is damaged when two readings in a row say so. A run that has had a checkpoint never goes back to its
       beginning by itself.
+  D8  What a driver remembers from look to look is a value (`Memory`): times since when, which only make it wait. The
+      same log, look and memory are the same decision.
 """
 
 from __future__ import annotations
