@@ -10,6 +10,8 @@ Rules
       OOMKilled with another code is what a rank died of long ago, and its gang went on in the pod.
   G5  The machine counts as gone when the control plane says so (deletion by the taint manager, NodeLost), or when a pod
       that must go has not gone: nobody waits for a dead machine.
+  G6  What Kubernetes says in words alone (whether an image exists, whose limit an eviction was) is looked for in its
+      words, here and in ``refusal.py``. Our own words are for people, and nothing reads them back.
 """
 
 from __future__ import annotations
