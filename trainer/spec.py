@@ -2,7 +2,7 @@
 
 **What** is trained (``model``, ``data``, ``train``) alone determines the bits; it is immutable for a run and its
 digest is the run's identity. **How** (``parallel``, ``checkpoint``, ``launch``, ``recovery``) may change from attempt
-to attempt. Three doors lead here: a TOML file with ``--set`` (``load_spec``), the form that Prefect draws from the
+to attempt. Three ways lead here: a TOML file with ``--set`` (``load_spec``), the form that Prefect draws from the
 model, and plain Python. Every refusal is a ``SpecError`` line that names the value, the limit and the mend.
 
 Example::

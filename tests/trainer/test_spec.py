@@ -1,4 +1,4 @@
-"""RunSpec: the three doors, the two halves, and every refusal with value, limit and mend."""
+"""RunSpec: the three ways in, the two halves, and every refusal with value, limit and mend."""
 
 from __future__ import annotations
 

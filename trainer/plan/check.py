@@ -1,6 +1,6 @@
 """Checks of a schedule, with and without its messages. Decides nothing about memory.
 
-Two doors, each pure, each raising PlanError that names the position, the action and why:
+Two functions, each pure, each raising PlanError that names the position, the action and why:
 
 - ``check_schedule``   compute-only or lowered rows: the numbered rules below
 - ``check_lowered``    rows with messages: every send matched in order on its channel, no deadlock under rendezvous

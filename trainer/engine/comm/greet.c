@@ -82,7 +82,7 @@ static hs_status turn(hs_greeter *g, hs_why *why) {
         else if (t->at != HS_TALK_FREE && hs_clock_ns() >= t->until_ns) /* I3 */
             hs_talk_turn_away(g, t, "it did not finish its greeting in 2 s");
     }
-    if (g->polls[2].revents) hs_door_let_in(g);
+    if (g->polls[2].revents) hs_accept_peers(g);
     return HS_OK;
 }
 

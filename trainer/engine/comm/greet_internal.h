@@ -4,7 +4,7 @@
  *   hello.c     the messages: what a hello says, whether two of them agree, their codes
  *   talk.c      a conversation, from the first byte to the last: the phases, and what becomes of it
  *   dial.c      the connecting side: addresses, tries, pauses
- *   door.c      the listener: who comes in, and for whom there is no room
+ *   accept.c    the listener: who is accepted, and for whom there is no room
  *
  * I1  A channel is connected at most once; the first conversation that ends well is it.
  * I2  What is turned away is closed and logged and changes nothing else.
@@ -109,9 +109,9 @@ hs_status hs_dial_finish(hs_greeter *greeter, hs_talk *talk, hs_why *why);
 /* Moves a sender that waits for time or for an address. */
 hs_status hs_dial_tick(hs_greeter *greeter, uint32_t job, hs_why *why);
 
-/* --- door.c ------------------------------------------------------------------------------ */
+/* --- accept.c ---------------------------------------------------------------------------- */
 
 /* Takes in who waits at the listener. */
-void hs_door_let_in(hs_greeter *greeter);
+void hs_accept_peers(hs_greeter *greeter);
 
 #endif

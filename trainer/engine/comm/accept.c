@@ -1,4 +1,4 @@
-/* The receiving side of the handshake: the listener, and who is let in (I3, I4). */
+/* The receiving side of the handshake: the listener, and who is accepted (I3, I4). */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <poll.h>
@@ -11,7 +11,7 @@
 
 enum { BACKLOG = 128 };
 
-void hs_door_let_in(hs_greeter *g) {
+void hs_accept_peers(hs_greeter *g) {
     for (int i = 0; i < HS_STRANGERS; i++) { /* a bounded number a turn, so that talks go on */
         struct sockaddr_storage address;
         socklen_t bytes = sizeof address;
