@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cuda_lib import CUDA, SYNC, CudaLib, build, sanitized
-from tests.engine.kernel_lib import Array, KernelLib
+from tests.engine.kernel_lib import Array, KernelLib, encode
 from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
 from trainer import wire
 
@@ -25,6 +25,7 @@ OWN_ORDER = {
     "classifier_fwd": {"loss"},
     "classifier_grad": {"loss", "dx", "dw"},
 }
+CONTROL_BYTES = ctypes.sizeof(wire.StepControl)
 HALF_WARP = 0xFFFF0000  # lanes that walk past
 SEEDS = range(1, 9)
 
@@ -60,6 +61,43 @@ def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: i
 def test_nothing_outside_the_operands_is_touched() -> None:
     done = sanitized()
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("kernel", list(wire.KERNELS))
+def test_operands_may_lie_anywhere(kernels: KernelLib, cuda: CudaLib, kernel: str) -> None:
+    """16-byte accesses are for addresses that allow them: the same bits where operands begin one element later."""
+    largest = 130 if kernel.startswith(("attention", "classifier", "linear")) else 50_000
+    for case in (case for case in CASES if case.kernel == kernel and max(case.dims) <= largest):
+        for dtype in (wire.F32, wire.BF16):
+            call = Call.make(kernels, case, dtype)
+            aligned = bits(call, call.run(cuda, "cuda"))
+            shifted: list[Array | None] = []
+            for x in call.inputs:
+                buffer = None if x is None else np.zeros(x.size + 16, x.dtype)
+                if buffer is not None and x is not None:
+                    first = (-buffer.ctypes.data % 16) // x.itemsize + (0 if x.nbytes == CONTROL_BYTES else 1)
+                    buffer = buffer[first : first + x.size]
+                    buffer[:] = x.reshape(-1)
+                shifted.append(buffer)
+            cuda.call(kernel, dtype, shifted, case.dims, case.reals)
+            assert bits(call, shifted) == aligned, case.name
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_in_place(cuda: CudaLib, dtype: int) -> None:
+    """What the table calls MAY_BE: the output on top of an input gives the same bits."""
+    rng = np.random.default_rng(6)
+    n, r, f = 4099, 37, 56
+    x, dy = (encode(rng.normal(size=n), dtype) for _ in range(2))
+    dx = np.empty_like(x)
+    cuda.call("gelu_igrad", dtype, [dx, dy, x], (n,))
+    cuda.call("gelu_igrad", dtype, [dy, dy, x], (n,))
+    assert dx.tobytes() == dy.tobytes()
+    gu, g = encode(rng.normal(size=(r, 2 * f)), dtype), encode(rng.normal(size=(r, f)), dtype)
+    dgu = np.empty_like(gu)
+    cuda.call("swiglu_igrad", dtype, [dgu, g, gu], (r, f))
+    cuda.call("swiglu_igrad", dtype, [gu, g, gu], (r, f))
+    assert dgu.tobytes() == gu.tobytes()
 
 
 @pytest.mark.parametrize("kernel", ["layernorm_wgrad", "rmsnorm_wgrad", "linear_wgrad"])
