@@ -13,7 +13,7 @@
       Halted                    stop writing: a newer epoch holds the run, or the log has an unreadable record
 
 Everything that boto3, the file system or msgpack can raise is turned into one of these at one boundary each
-(``store/s3.py``, ``store/file.py``, ``codec.py`` over ``trainer/wire/packed.py``); the cause stays attached.
+(``store/s3_answers.py``, ``store/file.py``, ``codec.py`` over ``trainer/wire/packed.py``); the cause stays attached.
 """
 
 from __future__ import annotations

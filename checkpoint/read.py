@@ -9,10 +9,11 @@ import logging
 from collections.abc import Iterator
 
 from checkpoint import codec, keys, pages
+from checkpoint.chunks import Piece
 from checkpoint.digest import BLOCK_ELEMENTS, blocks, wrong_block
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.log import CheckpointInfo
-from checkpoint.manifest import PARAM, VERSION, Manifest, Piece
+from checkpoint.manifest import PARAM, VERSION, Manifest
 from checkpoint.store.base import Store
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint import keys
+from checkpoint.chunks import Piece
 from checkpoint.digest import KINDS, wrong_block
 from checkpoint.errors import CheckpointError, Damaged, NotFound
 from checkpoint.layout import PlanLayout, PositionLayout
 from checkpoint.log import CheckpointInfo
-from checkpoint.manifest import Manifest, Piece
+from checkpoint.manifest import Manifest
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint import keys, pages
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Piece
 from checkpoint.dataset import load_dataset_manifest
 from checkpoint.digest import wrong_block
 from checkpoint.errors import Damaged, NotFound, OtherVersion, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
-from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, Manifest, Piece, merge
+from checkpoint.manifest import Manifest, merge
 from checkpoint.read import load_manifest
 from checkpoint.store.base import Store
 from trainer.wire.plan import parse

@@ -25,7 +25,8 @@ from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import cancel, make_driver, store_at
 from flows.hosting import Hosted, Prefect
 from flows.page import Page
-from flows.prefect_api import Client, PrefectServer, PrefectSettingsError, configured, why_not
+from flows.prefect_api import Client, PrefectSettingsError, configured, why_not
+from flows.prefect_server import PrefectServer
 from flows.show.export import checkpoint_at, export_hf, generate
 from flows.show.facts import report_facts
 from flows.show.lines import Lines

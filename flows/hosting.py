@@ -21,7 +21,8 @@ from flows.drive.events import Outcome, Sink, Sinks
 from flows.drive.run import Board, NoBoard, Prepared
 from flows.drive.train import make_driver
 from flows.page import Page
-from flows.prefect_api import Client, Configured, PrefectServer, PrefectSettingsError, answers, configured
+from flows.prefect_api import Client, Configured, PrefectSettingsError, answers, configured
+from flows.prefect_server import PrefectServer
 
 log = logging.getLogger(__name__)
 

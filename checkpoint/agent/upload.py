@@ -25,10 +25,11 @@ from functools import partial
 
 from checkpoint import keys, pages
 from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
+from checkpoint.chunks import Chunk, ChunkPlan, Piece, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.digest import KINDS
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.layout import PlanLayout, PositionLayout
-from checkpoint.manifest import Chunk, ChunkPlan, PartManifest, Piece, Segment, Tensor, chunk_pieces, plan_chunks
+from checkpoint.manifest import PartManifest
 from checkpoint.pages import TooLarge
 from checkpoint.store import Store
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.prefect_api import free_port
+from flows.prefect_server import free_port
 
 NEEDED = ("chromium", "chromedriver")
 

@@ -8,19 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoint import codec, keys
+from checkpoint.chunks import Chunk, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.digest import KINDS, leaf_digests, state_root, tree_root
 from checkpoint.log import RunLog, RunState
-from checkpoint.manifest import (
-    Chunk,
-    Manifest,
-    PartManifest,
-    Segment,
-    Tensor,
-    checkpoint_body,
-    chunk_pieces,
-    merge,
-    plan_chunks,
-)
+from checkpoint.manifest import Manifest, PartManifest, checkpoint_body, merge
 from checkpoint.store import Store
 
 WHAT = bytes(range(32))

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-CHECKPOINT = ("codec", "digest", "manifest", "export", "store")
+CHECKPOINT = ("codec", "digest", "chunks", "export", "store")
 WIRE = ("packed", "unreadable")
 
 

@@ -14,10 +14,11 @@ import pytest
 from safetensors import safe_open
 
 from checkpoint import keys
+from checkpoint.chunks import Chunk, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.errors import Damaged, StoreRefused, StoreUnavailable
 from checkpoint.export import Buffer, ExportTensor, Read, export_safetensors, safetensors_header, whole
 from checkpoint.log import RunLog
-from checkpoint.manifest import Chunk, Manifest, PartManifest, Segment, Tensor, chunk_pieces, merge, plan_chunks
+from checkpoint.manifest import Manifest, PartManifest, merge
 from checkpoint.store import Store
 from checkpoint.store.file import FileStore
 from tests.checkpoint.samples import TENSORS, WHAT, attempt_body, save, state_bytes

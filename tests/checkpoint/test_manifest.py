@@ -12,23 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import codec, keys
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Segment, Tensor, plan_chunks
 from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, KINDS, leaf_digests, state_root, tree_root, wrong_block
 from checkpoint.errors import Damaged
 from checkpoint.log import RunLog
-from checkpoint.manifest import (
-    EXP_AVG,
-    MAX_CHUNK_BYTES,
-    PARAM,
-    Chunk,
-    Manifest,
-    PartManifest,
-    Segment,
-    Tensor,
-    checkpoint_body,
-    merge,
-    plan_chunks,
-    state_digest,
-)
+from checkpoint.manifest import EXP_AVG, PARAM, Manifest, PartManifest, checkpoint_body, merge, state_digest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
 from checkpoint.store.memory import MemoryStore

@@ -11,10 +11,11 @@ import pytest
 
 from checkpoint import keys, pages
 from checkpoint.agent.commit import Committer, commit
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Piece, Tensor
 from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
 from checkpoint.errors import Damaged
 from checkpoint.log import RunLog, RunState
-from checkpoint.manifest import MAX_CHUNK_BYTES, Chunk, PartManifest, Piece, Tensor, checkpoint_body, merge
+from checkpoint.manifest import PartManifest, checkpoint_body, merge
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import MemoryStore
 from checkpoint.store.base import Data, Info

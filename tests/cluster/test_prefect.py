@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.prefect_api import PrefectServer
+from flows.prefect_server import PrefectServer
 from k8s.render import PORT_BASE
 from tests.cluster.cluster import Cluster
 from tests.cluster.gang import Gang, ended, gang

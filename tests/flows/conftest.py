@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from checkpoint.store import Store, open_store
-from flows.prefect_api import PrefectServer
+from flows.prefect_server import PrefectServer
 from tests.support.place import Place
 from tests.support.shared import kept
 from tests.support.undisturbed import undisturbed_run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.prefect_api import PrefectServer, free_port
+from flows.prefect_server import PrefectServer, free_port
 from tests.flows.conftest import Api
 from tests.support.agents import wait_for
 from tests.support.place import Place

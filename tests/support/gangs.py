@@ -24,9 +24,10 @@ from checkpoint.agent.events import Address
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.agent.meet import Meeting
 from checkpoint.agent.upload import agreed
+from checkpoint.chunks import Tensor
 from checkpoint.claims import Place
 from checkpoint.log import AttemptInfo, RunLog, RunState
-from checkpoint.manifest import PartManifest, Tensor
+from checkpoint.manifest import PartManifest
 from checkpoint.store.base import PAID, Data, Info
 from checkpoint.store.memory import MemoryStore
 
@@ -116,8 +117,8 @@ class OneOf(MemoryStore):
 
 def part(node: int, nodes: int, step: int) -> bytes:
     """A node's part manifest; of the one tensor that the whole has, node 0 has all."""
+    from checkpoint.chunks import Chunk, Segment, chunk_pieces, plan_chunks
     from checkpoint.digest import KINDS
-    from checkpoint.manifest import Chunk, Segment, chunk_pieces, plan_chunks
 
     tensor, saved = Tensor("w", (8,)), []
     if node == 0:

@@ -27,7 +27,8 @@ from checkpoint.errors import (
 )
 from checkpoint.probe import probe
 from checkpoint.store import open_store
-from checkpoint.store.s3 import FOREIGN, Retry, S3Store, translate
+from checkpoint.store.s3 import S3Store
+from checkpoint.store.s3_answers import FOREIGN, Retry, translate
 from tests.support.hostile_s3 import Fault, HostileS3, Length, hostile_s3
 from tests.support.s3_server import BUCKET, S3Server
 

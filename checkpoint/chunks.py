@@ -1,0 +1,138 @@
+"""What lies in a chunk object: ranges of tensors that start on a border of the digest's blocks, and their digests.
+
+Plain data in, plain data out. Who calls what, in order: ``manifest.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from checkpoint.digest import BLOCK_ELEMENTS, leaf_digests
+from checkpoint.store.base import Data
+
+MAX_CHUNK_BYTES = 64 << 20
+Digest = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A row of the table: a tensor as the model knows it, whatever rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of a tensor's elements in somebody's memory: ``source`` is a byte offset there (of a slot's data)."""
+
+    tensor: int
+    kind: int
+    first: int
+    elements: int
+    source: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What goes into one chunk object: segments, one after the other without gaps."""
+
+    index: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(s.bytes for s in self.segments)
+
+
+def plan_chunks(segments: Iterable[Segment], limit: int = MAX_CHUNK_BYTES) -> tuple[ChunkPlan, ...]:
+    """Segments packed into chunks of at most ``limit`` bytes, cut on block borders only; order and elements are kept.
+
+    A segment must start on a block border of its tensor, as every layout's cuts do.
+
+    >>> [c.bytes for c in plan_chunks([Segment(0, 0, 0, 600000, 0), Segment(1, 0, 0, 10, 2400000)], limit=2 << 20)]
+    [2097152, 302888]
+    """
+    block = BLOCK_ELEMENTS * 4
+    if limit < block:
+        raise ValueError(f"a chunk of {limit} bytes is smaller than one block of {block}")
+    chunks: list[ChunkPlan] = []
+    held: list[Segment] = []
+    room = limit
+
+    def close() -> None:
+        nonlocal held, room
+        if held:
+            chunks.append(ChunkPlan(len(chunks), tuple(held)))
+        held, room = [], limit
+
+    for segment in segments:
+        if segment.first % BLOCK_ELEMENTS or segment.elements <= 0:
+            raise ValueError(f"{segment} does not start on a block border, or is empty")
+        first, source, left = segment.first, segment.source, segment.elements
+        while left:
+            take = left if left * 4 <= room else room // block * BLOCK_ELEMENTS
+            if take == 0:
+                close()
+                continue
+            held.append(Segment(segment.tensor, segment.kind, first, take, source))
+            first, source, left, room = first + take, source + take * 4, left - take, room - take * 4
+            if room == 0:
+                close()
+    close()
+    return tuple(chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk object: name relative to the run, size, SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: Digest
+
+    @classmethod
+    def of(cls, name: str, data: Data) -> Chunk:
+        """The chunk that these bytes make."""
+        return cls(name, memoryview(data).nbytes, hashlib.sha256(data).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements [first, first + elements) of a tensor and kind, at a byte offset of a chunk; their blocks' digests."""
+
+    tensor: int
+    kind: int
+    first: int
+    elements: int
+    chunk: int
+    offset: int
+    leaves: tuple[bytes, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * 4
+
+
+def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:
+    """The pieces of a chunk with their leaves, from its bytes (``data`` must be exactly the plan's)."""
+    view = memoryview(data).cast("B")
+    if len(view) != plan.bytes:
+        raise ValueError(f"chunk {plan.index} has {len(view)} bytes, its plan says {plan.bytes}")
+    found, at = [], 0
+    for s in plan.segments:
+        leaves = tuple(leaf_digests(view[at : at + s.bytes]))
+        found.append(Piece(s.tensor, s.kind, s.first, s.elements, plan.index, at, leaves))
+        at += s.bytes
+    return tuple(found)

@@ -1,0 +1,183 @@
+"""What S3, and what stands before it, answers: which errors are tried again, and what each means to a person.
+
+Every exception of the SDK becomes one of ours in ``translate``.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import boto3
+import boto3.exceptions
+import botocore.config
+import botocore.exceptions
+import botocore.parsers
+import urllib3.exceptions
+
+from checkpoint.errors import (
+    CredentialsExpired,
+    CredentialsRefused,
+    Damaged,
+    NotFound,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FOREIGN = (
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    botocore.exceptions.MissingServiceIdError,  # these two are plain Exceptions
+    botocore.exceptions.UndefinedModelAttributeError,
+    botocore.parsers.ResponseParserError,  # an answer that is not S3's; a plain Exception too
+    boto3.exceptions.Boto3Error,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    ValueError,
+)
+"""What a call of the SDK can raise for a reason outside this program."""
+
+_RETRY = (
+    botocore.exceptions.HTTPClientError,  # connect, read and proxy errors, closed connections
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.IncompleteReadError,
+    botocore.exceptions.ResponseStreamingError,
+    botocore.exceptions.MetadataRetrievalError,  # the credentials' service did not answer
+    botocore.exceptions.CredentialRetrievalError,
+    botocore.exceptions.ChecksumError,
+    botocore.exceptions.FlexibleChecksumError,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+)
+_NO_RETRY = (botocore.exceptions.SSLError, botocore.exceptions.InvalidProxiesConfigError)
+CREDENTIALS = (
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.PartialCredentialsError,
+    botocore.exceptions.ProfileNotFound,
+    botocore.exceptions.TokenRetrievalError,
+    botocore.exceptions.SSOError,
+)
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_UNKNOWN_CODES = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+}
+_RETRY_CODES = {
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "TooManyRequests",
+    "InternalError",
+    "ServiceUnavailable",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "BadDigest",
+    "QuotaExceeded",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+_RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
+_RIGHTS = "this identity needs s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket"
+_REGION = "the bucket is in another region: add ?region=… to the address"
+_MEND = {
+    "NoSuchBucket": "create the bucket, or correct its name in the address",
+    "AccessDenied": _RIGHTS,
+    "403": f"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; {_RIGHTS}",
+    "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
+    "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
+    "NotImplemented": "the server lacks what hotstage needs (conditional writes): use another one",
+    "InvalidToken": "the session token does not belong to the access key: check AWS_SESSION_TOKEN",
+    "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "301": _REGION,
+    "302": "the endpoint sends its callers elsewhere: is it a login page or a web console? Check the endpoint",
+    "307": _REGION,
+    "308": _REGION,
+    "401": "the server wants a login that is not S3's: check the endpoint, and AWS_ACCESS_KEY_ID",
+    "MethodNotAllowed": "the address does not lead to an S3 bucket",
+}
+
+
+NOT_S3 = "what answers there is not S3 (a proxy, a login page, a web console?): check the endpoint in the address"
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how long one call is tried: at most ``attempts``, none begun after ``deadline_s``."""
+
+    attempts: int = 6
+    first_s: float = 0.1  # the wait before the second attempt is up to this, then twice as long each time ...
+    most_s: float = 5.0  # ... up to this
+    deadline_s: float = 60.0
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    jitter: Callable[[], float] = field(default=random.random, repr=False)
+
+    def run(self, what: str, call: Callable[[], T]) -> T:
+        """The call's result; StoreUnavailable of the last attempt where none succeeded."""
+        end = self.clock() + self.deadline_s
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return call()
+            except StoreUnavailable as error:
+                wait = min(self.most_s, self.first_s * 2 ** (attempt - 1)) * (0.5 + 0.5 * self.jitter())
+                if attempt == self.attempts or self.clock() + wait >= end:
+                    raise
+                logger.info("%s, attempt %d of %d: %s; again in %.2f s", what, attempt, self.attempts, error, wait)
+            self.sleep(wait)
+        raise AssertionError("unreachable")
+
+
+def translate(error: BaseException, what: str, store: str, key: str = "") -> StoreError | Damaged:
+    """The one place where an exception of the SDK, or below it, becomes one of ours."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        answer = error.response
+        code = str(answer.get("Error", {}).get("Code", "?"))
+        text = str(answer.get("Error", {}).get("Message", ""))[:300]
+        meta = answer.get("ResponseMetadata", {})
+        status = int(meta.get("HTTPStatusCode", 0) or 0)
+        request = str(meta.get("RequestId", "") or "none")
+        said = f"{what}: {store} answered {status} {code} ({text}; request {request})"
+        if code in ("NoSuchKey", "404", "NotFound"):
+            return NotFound(key, store)
+        if code == "InvalidRange" or status == 416:
+            return Damaged(f"{said}: the object was cut short")
+        if code in _EXPIRED_CODES:
+            return CredentialsExpired(said)
+        if code in _UNKNOWN_CODES:
+            return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
+        if code in _RETRY_CODES or (status in _RETRY_STATUS and code not in _MEND):
+            return StoreUnavailable(said)
+        return StoreRefused(f"{said}: {_MEND.get(code, 'check the address, the rights and what the server supports')}")
+    said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
+    if isinstance(error, botocore.parsers.ResponseParserError):
+        return StoreRefused(f"{said}; {NOT_S3}")
+    if isinstance(error, CREDENTIALS):
+        return CredentialsRefused(
+            f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "
+            "(never in the address)"
+        )
+    if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
+        return StoreUnavailable(said)
+    return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")

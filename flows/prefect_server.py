@@ -1,0 +1,98 @@
+"""A Prefect server of one's own, on loopback, for as long as a command runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.prefect_api import answers
+
+
+def free_port() -> int:
+    """A free port of loopback, by asking the system for one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class PrefectServer:
+    """A Prefect server of one's own on loopback, with its embedded database under ``home`` (None: Prefect's own home).
+
+    ``start()`` returns at once; ``wait()`` until it answers. ``stop()`` ends it by process id; where the process that
+    started it is killed, it ends by itself.
+    """
+
+    home: Path | None
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    @property
+    def page(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        """What a client process needs to find this server."""
+        return {
+            **({"PREFECT_HOME": str(self.home)} if self.home else {}),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_CLI_PROMPT": "false",
+            "DO_NOT_TRACK": "1",
+        }
+
+    def start(self) -> None:
+        if self.home:
+            self.home.mkdir(parents=True, exist_ok=True)
+            self.log = self.log or self.home / "server.log"
+        self.port = self.port or free_port()
+        env = {
+            **os.environ,
+            **self.environment(),
+            "PREFECT_SERVER_API_HOST": "127.0.0.1",
+            # what the page asks: port 4200 where nothing is said, whatever the server's own port is
+            "PREFECT_SERVER_UI_API_URL": self.api,
+            "PREFECT_UI_API_URL": self.api,
+        }
+        env.pop("PREFECT_API_URL", None)
+        args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        if os.environ.get("HOTSTAGE_PREFECT_NO_SERVICES"):
+            args.append("--no-services")
+        if shutil.which("setpriv"):  # util-linux: nobody's server does not outlive a killed command
+            args = ["setpriv", "--pdeathsig", "TERM", *args]
+        with open(self.log or os.devnull, "ab") as out:
+            self.process = subprocess.Popen(
+                args, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def wait(self, timeout_s: float = 90.0) -> bool:
+        """True once it answers; False where it died or did not in time (its log is ``home/server.log``)."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process is not None and self.process.poll() is not None:
+                return False
+            if answers(self.api, 1.0):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def stop(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
