@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.drive.run import Prepared, asked_how, create_run, load_what
+from flows.drive.run import Prepared, asked_how, create_run, load_what, spec_tree
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -32,16 +31,8 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
         )
     refuse_newer(store, parent, found)
     what = load_what(store, parent)
-    data = dict(what["data"])
-    digest = data.pop("digest")
-    how: Mapping[str, Any] = asked_how(state) or {}
-    tree = {
-        "name": parent.rsplit("-", 1)[0][:32] + "-fork",
-        "model": what["model"],
-        "data": {"source": f"dataset:{digest}", **data},
-        "train": what["train"],
-        **{k: dict(v) for k, v in how.items()},
-    }
+    digest = what["data"]["digest"]
+    tree = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", asked_how(state) or {})
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)

@@ -224,6 +224,18 @@ def load_what(store: Store, run: str) -> dict[str, Any]:
     return what
 
 
+def spec_tree(what: Mapping[str, Any], name: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's plain values again, from a What and a How."""
+    data = {k: v for k, v in what["data"].items() if k != "digest"}
+    return {
+        "name": name,
+        "model": what["model"],
+        "data": {"source": f"dataset:{what['data']['digest']}", **data},
+        "train": what["train"],
+        **{k: dict(v) for k, v in how.items()},
+    }
+
+
 def load_spec_of(
     store: Store, run: str, how: Mapping[str, Any], sets: Sequence[str] = ()
 ) -> tuple[RunSpec, DatasetRef]:
@@ -235,16 +247,8 @@ def load_spec_of(
             f"--set {bad[0]} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
             f"hotstage runs fork {run} --step N --set {bad[0]}"
         )
-    data = dict(what["data"])
-    digest = data.pop("digest")
-    tree = {
-        "name": run.rsplit("-", 1)[0][:40] if "-" in run else run,
-        "model": what["model"],
-        "data": {"source": f"dataset:{digest}", **data},
-        "train": what["train"],
-        **{k: dict(v) for k, v in how.items()},
-    }
-    return parse_spec(tree, sets, origin=run), load_dataset(store, digest)
+    tree = spec_tree(what, run.rsplit("-", 1)[0][:40] if "-" in run else run, how)
+    return parse_spec(tree, sets, origin=run), load_dataset(store, what["data"]["digest"])
 
 
 def load_run(store: Store, run: str) -> Prepared:
