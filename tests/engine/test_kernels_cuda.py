@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cuda_lib import CUDA, SYNC, CudaLib, build, sanitized
-from tests.engine.kernel_lib import Array, KernelLib, encode
+from tests.engine.kernel_lib import Array, KernelLib, decode, encode
 from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
 from trainer import wire
 
@@ -81,6 +81,49 @@ def test_operands_may_lie_anywhere(kernels: KernelLib, cuda: CudaLib, kernel: st
                 shifted.append(buffer)
             cuda.call(kernel, dtype, shifted, case.dims, case.reals)
             assert bits(call, shifted) == aligned, case.name
+
+
+ODD_NUMBERS = [
+    np.nan,
+    np.inf,
+    -np.inf,
+    0.0,
+    -0.0,
+    1e-40,
+    -3e-39,
+    3e38,
+    -3e38,
+    88.5,
+    -87.0,
+    1 + 2.0**-8,
+    1 + 3 * 2.0**-9,
+]
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+@pytest.mark.parametrize("kernel", [name for name in wire.KERNELS if name not in OWN_ORDER])
+def test_odd_numbers(kernels: KernelLib, cuda: CudaLib, kernel: str, dtype: int) -> None:
+    """NaN, infinities, denormals, ties of rounding: NaN where the CPU has it, the CPU's bits elsewhere."""
+    cases = [case for case in CASES if case.kernel == kernel]
+    case = min(cases, key=lambda case: abs(kernels.extent(kernel, dtype, case.dims, 0) - 4000))  # of some size
+    call = Call.make(kernels, case, dtype)
+    for x, operand in zip(call.inputs, wire.KERNELS[kernel].operands, strict=True):
+        if x is not None and operand.kind in ("dt", "acc") and operand.role != "write":
+            at = np.random.default_rng(5).permutation(x.size)[: min(len(ODD_NUMBERS), x.size // 3)]
+            kind = dtype if operand.kind == "dt" else wire.F32
+            x.reshape(-1)[at] = encode(np.array(ODD_NUMBERS[: at.size], np.float32), kind)
+    with np.errstate(all="ignore"):
+        got, want = call.run(cuda, "cuda"), call.run(kernels, kernels.sets[-1])
+        for i, kind in call.outputs():
+            x, y = got[i], want[i]
+            assert x is not None
+            assert y is not None
+            if kind == 0:
+                assert x.tobytes() == y.tobytes()
+                continue
+            nan = np.isnan(decode(x, kind))
+            assert np.array_equal(nan, np.isnan(decode(y, kind)))
+            assert x[~nan].tobytes() == y[~nan].tobytes()
 
 
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
