@@ -16,6 +16,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from checkpoint import keys, pages
@@ -192,7 +193,8 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         tally.datasets.add(dataset)
     parts: list[tuple[str, bytes]] = []
     for source in manifest.sources:
-        data = _source(store, run, source, info, tally)
+        read = partial(pages.read, store, run, source.name, f"part manifest {source.name}")
+        data = _named(read, run, source, info, tally)
         if data is not None:
             parts.append((source.name, data))
     if len(parts) == len(manifest.sources):
@@ -206,7 +208,8 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         if level == "quick":
             _size(store, run, chunk, info, tally)
             continue
-        found = _object(store, run, chunk, info, tally)
+        read = partial(store.get, keys.run_key(run, chunk.name), max_bytes=min(chunk.bytes, MAX_CHUNK_BYTES))
+        found = _named(read, run, chunk, info, tally)
         if found is None:
             continue
         view = memoryview(found)
@@ -255,26 +258,11 @@ def _size(store: Store, run: str, chunk: Chunk, info: CheckpointInfo, tally: _Ta
         tally.found(key, f"has {seen.bytes} bytes, the manifest says {chunk.bytes}", info.n)
 
 
-def _source(store: Store, run: str, source: Chunk, info: CheckpointInfo, tally: _Tally) -> bytes | None:
-    """The whole part manifest that a manifest names, where it is what that says."""
-    key = keys.run_key(run, source.name)
-    try:
-        data = pages.read(store, run, source.name, f"part manifest {source.name}")
-    except (NotFound, Damaged) as error:
-        tally.found(key, str(error), info.n)
-        return None
-    tally.saw(len(data))
-    if len(data) != source.bytes or hashlib.sha256(data).digest() != source.sha256:
-        tally.found(key, f"has {len(data)} bytes that are not those that the manifest names", info.n)
-        return None
-    return data
-
-
-def _object(store: Store, run: str, chunk: Chunk, info: CheckpointInfo, tally: _Tally) -> bytes | None:
-    """The bytes of an object that a manifest names, where they are what it says."""
+def _named(get: Callable[[], bytes], run: str, chunk: Chunk, info: CheckpointInfo, tally: _Tally) -> bytes | None:
+    """The bytes of an object that a manifest names, read by ``get``, where they are what it says."""
     key = keys.run_key(run, chunk.name)
     try:
-        data = store.get(key, max_bytes=min(chunk.bytes, MAX_CHUNK_BYTES))
+        data = get()
     except (NotFound, Damaged) as error:
         tally.found(key, str(error), info.n)
         return None
