@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         help="first port of this node's ranks, where its address is its own; default: as the run says",
     )
     parser.add_argument(
-        "--log-poll", type=float, help="seconds between looks at the log; default 0.05 on file://, else 0.5"
+        "--log-poll",
+        type=float,
+        help="seconds between looks at the log while a record is expected; default: the store's",
     )
     args = parser.parse_args(argv)
     if not 0 <= args.node < args.nodes:
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         host=args.host,
         bind=args.bind or args.host,
         port_base=args.port_base,
-        log_poll_s=args.log_poll or (0.05 if args.store.startswith("file:") else 0.5),
+        log_poll_s=args.log_poll or store.pace.look_s,
     )
     try:
         service = Service(options, store, link, secrets.token_hex(8))

@@ -4,18 +4,23 @@ All of it is hints under ``runs/<run>/live/``: safe to lose, bounded in memory, 
 writes the status alone: it is the node's heartbeat, and must not wait for 64 MiB of a trace. A store that
 does not answer costs the oldest lines, never the training. A bug in one kind of hint is said and costs that kind.
 
+Where requests cost (``store.pace``) they are few, whatever the ranks print: the first come as fast as in a folder, and
+so do those after the status had news (a rank's end); in the long run metrics are one each ``hint_s``, and so is the
+rest, and what waits meanwhile goes together.
+
     live/<epoch>/metrics/<10 digits>     JSON lines; a new object each 0.25 s or 64 KiB, in order, never rewritten
     live/curve                           their index, of all attempts (``curve.py``); each 5 s while lines come
     live/<epoch>/logs/<rank>/<2 digits>  a ring of 64 segments a rank: u64le segment number, then up to 64 KiB of
                                          output; segment n lies at n % 64; the newest one is rewritten while it grows
     live/<epoch>/trace/<rank>            Chrome trace of the rank's last steps
-    live/nodes/<launch>/<node>           the node's status (``status.py``), on every change and each second
+    live/nodes/<launch>/<node>           the node's status (``status.py``): its news at once, else at the store's pace
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import struct
 import threading
@@ -25,8 +30,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from checkpoint import keys
+from checkpoint.agent.status import NodeStatus
 from checkpoint.curve import MAX_BYTES as MAX_CURVE_BYTES
 from checkpoint.curve import Curve
 from checkpoint.errors import Damaged, NotFound, StoreError
@@ -37,6 +44,11 @@ log = logging.getLogger(__name__)
 FLUSH_S = 0.25
 BEAT_S = 1.0
 CURVE_S = 5.0
+CURVE_REQUESTS = 12
+"""The index of metrics is two requests; it is written at most each so many times ``hint_s``."""
+AT_ONCE = 10
+"""Requests that may be made at once after a while without."""
+HELD_UP_S = 60.0
 SEGMENT_BYTES = 64 << 10
 RING = 64
 _KEPT_METRICS = 4 << 20  # bytes kept while the store does not answer
@@ -127,12 +139,42 @@ class Beat:
         return True
 
 
-class Hints:
-    """The threads that write the hints. Every method may be called from the agent's loop; none blocks on the store."""
+class Allowance:
+    """Requests that may be made: `AT_ONCE`, and in the long run one each ``each_s``; none is held up for more than
+    `HELD_UP_S`, so ranks that print more than that carries cost what they cost.
+    """
 
-    def __init__(self, store: Store, run: str, status_key: str) -> None:
+    def __init__(self, each_s: float, clock: Callable[[], float]) -> None:
+        self._each_s, self._clock = each_s, clock
+        self._paid_until = 0.0
+
+    def spend(self, requests: int = 1) -> None:
+        """They are made, whether there is room or not."""
+        now = self._clock()
+        paid = max(self._paid_until, now) + requests * self._each_s
+        self._paid_until = min(paid, now + HELD_UP_S + (AT_ONCE - 1) * self._each_s)
+
+    @property
+    def room(self) -> bool:
+        """Whether one may be made now."""
+        return self._paid_until - self._clock() <= (AT_ONCE - 1) * self._each_s
+
+
+class Hints:
+    """The threads that write the hints. Every method may be called from the agent's loop; none blocks on the store.
+
+    ``clock``: without a thread for all but the status where it is given; then whoever made this calls ``pump``.
+    """
+
+    def __init__(self, store: Store, run: str, status_key: str, clock: Callable[[], float] | None = None) -> None:
         self._store, self._run_name = store, run
+        self._clock = clock or time.monotonic
         self._beat = Beat(store, status_key)
+        self._news: tuple[Any, ...] | None = None
+        self._beat_at = -math.inf
+        self._for_lines, self._for_output = (Allowance(store.pace.hint_s, self._clock) for _ in range(2))
+        self._hurry, self._flushed = False, -math.inf
+        self._segment_bytes = SEGMENT_BYTES if store.pace.hint_s == 0 else 8 * SEGMENT_BYTES
         self._wake = threading.Condition()
         self._epoch = 0
         self._metrics: deque[bytes] = deque()
@@ -140,15 +182,17 @@ class Hints:
         self._older: deque[_Work] = deque(maxlen=4)
         self._segments: dict[int, int] = {}  # epoch -> next segment; this and the curve: of the thread alone
         self._curve: Curve | None = None
-        self._curve_new, self._curve_at = False, -CURVE_S
+        self._curve_new, self._curve_at = False, -math.inf
+        self._curve_s = max(CURVE_S, CURVE_REQUESTS * store.pace.hint_s)
         self._rings: dict[int, _Ring] = {}
         self._traces: dict[int, Path] = {}
         self._closing = False
         self._refused = False  # this and _bugs: of the thread alone
         self._bugs: dict[str, str] = {}  # kind of hint -> why it could not be written, until it is again
         self._error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run, name="hints", daemon=True) if clock is None else None
+        if self._thread is not None:
+            self._thread.start()
 
     @property
     def error(self) -> str | None:
@@ -170,7 +214,7 @@ class Hints:
             self._metrics_bytes += len(line) + 1
             while self._metrics_bytes > _KEPT_METRICS:
                 self._metrics_bytes -= len(self._metrics.popleft())
-            if self._metrics_bytes >= SEGMENT_BYTES:
+            if self._metrics_bytes >= self._segment_bytes:
                 self._wake.notify()
 
     def output(self, rank: int, data: bytes) -> None:
@@ -187,50 +231,76 @@ class Hints:
         """The node's status as it is now; written at once, whatever else is being written."""
         self._beat.status(packed)
 
+    def beat(self, status: NodeStatus) -> bool:
+        """Write the node's status if it has news, or if it is time again; whether it has."""
+        news, now = status.news(), self._clock()
+        new = news != self._news
+        if new or now - self._beat_at >= self._store.pace.beat_s:
+            self._news, self._beat_at = news, now
+            self.status(status.pack())
+        if new:
+            with self._wake:  # what ranks said last is wanted as soon as that they have ended
+                self._hurry = True
+                self._wake.notify()
+        return new
+
     def close(self) -> None:
         """Write what is left, once, and end the threads."""
         deadline = time.monotonic() + 30
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join(deadline - time.monotonic())
+        if self._thread is not None:
+            self._thread.join(deadline - time.monotonic())
         self._beat.close(max(1.0, deadline - time.monotonic()))
 
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        last = 0.0
-        while True:
+        closing = False
+        while not closing:
             with self._wake:
-                if not self._closing:
+                if not self._closing and not self._hurry:
                     self._wake.wait(FLUSH_S)
                 closing = self._closing
-                due = closing or time.monotonic() - last >= FLUSH_S or self._metrics_bytes >= SEGMENT_BYTES
-                work = self._take() if due else None
-                older = list(self._older)
-                self._older.clear()
-            for before in older:
-                self._write(before)
-            if work is not None:
-                work.last = closing
-                self._write(work)
-                last = time.monotonic()
-            if closing:
-                return
+            self.pump(last=closing)
 
-    def _take(self) -> _Work:
-        """Called under the lock: everything that waits, removed from the queues."""
-        metrics = list(self._metrics)
-        self._metrics.clear()
-        self._metrics_bytes = 0
-        traces, self._traces = self._traces, {}
-        return _Work(self._epoch, metrics, dict(self._rings), traces)
+    def pump(self, *, last: bool = False) -> None:
+        """One round of what is due; the ``last`` one writes all."""
+        with self._wake:
+            now = last or self._hurry
+            time_to = self._clock() - self._flushed >= FLUSH_S
+            room = self._for_lines.room and (time_to or self._metrics_bytes >= self._segment_bytes)
+            lines = now or room or self._metrics_bytes >= _KEPT_METRICS // 4
+            output = now or (self._for_output.room and time_to)
+            work = self._take(lines=lines, output=output) if lines or output else None
+            self._hurry = False
+            older = list(self._older)
+            self._older.clear()
+        for before in older:
+            self._write(before)
+        if work is not None:
+            work.last = last
+            self._write(work)
+            self._flushed = self._clock()
+
+    def _take(self, *, lines: bool = True, output: bool = True) -> _Work:
+        """Called under the lock: what waits, removed from the queues."""
+        work = _Work(self._epoch, [], {}, {})
+        if lines:
+            work.metrics = list(self._metrics)
+            self._metrics.clear()
+            self._metrics_bytes = 0
+        if output:
+            work.rings = dict(self._rings)
+            work.traces, self._traces = self._traces, {}
+        return work
 
     def _parts(self, work: _Work) -> Iterator[tuple[str, Callable[[], None]]]:
         """What a round writes, each kind by a name for people."""
         if work.metrics:
             yield "metrics", partial(self._write_metrics, work)
-        if self._curve_new and (work.last or time.monotonic() - self._curve_at >= CURVE_S):
+        if self._curve_new and (work.last or self._clock() - self._curve_at >= self._curve_s):
             yield "index of metrics", self._write_curve
         for rank, ring in work.rings.items():
             yield f"output of rank {rank}", partial(self._write_ring, work.epoch, rank, ring)
@@ -271,10 +341,11 @@ class Hints:
     def _write_metrics(self, work: _Work) -> None:
         while work.metrics:
             lines, size = 0, 0
-            while lines < len(work.metrics) and (not lines or size + len(work.metrics[lines]) <= SEGMENT_BYTES):
+            while lines < len(work.metrics) and (not lines or size + len(work.metrics[lines]) <= self._segment_bytes):
                 size += len(work.metrics[lines])
                 lines += 1
             number = self._next_segment(work.epoch)
+            self._for_lines.spend()
             self._store.put(keys.segment_key(self._run_name, work.epoch, number), b"".join(work.metrics[:lines]))
             self._segments[work.epoch] = number + 1
             written = work.metrics[:lines]
@@ -318,8 +389,9 @@ class Hints:
         """What is there joined with ours: an attempt that is over may still be written by its own agent."""
         assert self._curve is not None
         self._curve.merge(self._stored_curve())
+        self._for_lines.spend(2)
         self._store.put(keys.curve_key(self._run_name), self._curve.to_bytes())
-        self._curve_new, self._curve_at = False, time.monotonic()
+        self._curve_new, self._curve_at = False, self._clock()
 
     def _write_ring(self, epoch: int, rank: int, ring: _Ring) -> None:
         folder = keys.output_prefix(self._run_name, epoch, rank)
@@ -340,6 +412,7 @@ class Hints:
                 return
             number, data = segment
             try:
+                self._for_output.spend()
                 self._store.put(f"{folder}{number % RING:02d}", struct.pack("<Q", number) + data)
             except BaseException:
                 with self._wake:
@@ -368,4 +441,5 @@ class Hints:
         if len(data) > _TRACE_BYTES:
             log.warning("the trace of rank %d has more than %d bytes and stays at %s", rank, _TRACE_BYTES, path)
             return
+        self._for_output.spend()
         self._store.put(keys.trace_key(self._run_name, epoch, rank), data)

@@ -128,8 +128,8 @@ class Service:
         status.supervisor, status.phase, status.durable = machine.engine.pid, machine.phase, machine.durable
         status.error = self._log_error or self._store_error or machine.slot_error or actions.hints.error
         status.slots = actions.held()
-        if machine.speaks(self._log_error):
-            actions.hints.status(status.pack())
+        if machine.speaks(self._log_error) and actions.hints.beat(status):
+            self.watcher.expect()  # who reads that may answer by a record
 
     # --- what is heard ------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The live hint by which the driver sees a node: ``runs/<run>/live/nodes/<launch>/<node>``.
 
-msgpack map, overwritten on every change and at least each second; safe to lose, never a decision by itself:
+msgpack map, overwritten when something in it is new that a reader waits for (``NodeStatus.news``), and else as often
+as the store's pace says (each second in a folder); safe to lose, never a decision by itself:
 
     node, launch       whose it is
     seq                counts up with every write of this agent process; readers age it by their own clock
@@ -90,6 +91,15 @@ class NodeStatus:
     error: str | None = None
     left: bool = False
     seq: int = 0
+
+    def news(self) -> tuple[Any, ...]:
+        """What is told at once: all but the counters that go on while all is well (steps, slots, the newest
+        checkpoint).
+        """
+        ranks = tuple(
+            (n, r.pid, r.code, r.signal, r.words, r.final, r.killed, r.memory) for n, r in sorted(self.ranks.items())
+        )
+        return self.supervisor, self.epoch, self.phase, self.error, self.left, ranks
 
     def pack(self) -> bytes:
         self.seq += 1

@@ -35,7 +35,7 @@ class Info:
 class Pace:
     """How often a store is asked while nothing happens, by what a request of it costs. Seconds.
 
-    On S3 they leave an idle agent below one request a second in all: 1 / idle_s + 1 / beat_s + 1 / hint_s.
+    An idle agent asks 1 / idle_s + 1 / beat_s + 2 / hint_s times a second: on S3 less than once.
     """
 
     look_s: float
@@ -43,9 +43,9 @@ class Pace:
     idle_s: float
     """Between looks for what may come some time."""
     beat_s: float
-    """After which a status is written again although nothing in it is new."""
+    """After which a status is written again although nothing in it is new; 0: whenever its writer looks at it."""
     hint_s: float
-    """A request that writes other hints, on the average."""
+    """A request that writes lines of metrics, on the average, and one that writes what ranks print."""
 
     def pause_s(self, waited_s: float, look_s: float | None = None) -> float:
         """Until the next look for what has not come for so long: a quarter of that, between ``look_s`` and idle."""
@@ -53,9 +53,9 @@ class Pace:
         return min(max(self.idle_s, least), max(least, waited_s / 4))
 
 
-FREE = Pace(look_s=0.05, idle_s=0.05, beat_s=1.0, hint_s=0.0)
+FREE = Pace(look_s=0.05, idle_s=0.05, beat_s=0.0, hint_s=0.0)
 """Of a store on this machine."""
-PAID = Pace(look_s=0.5, idle_s=3.0, beat_s=5.0, hint_s=2.5)
+PAID = Pace(look_s=0.5, idle_s=3.0, beat_s=5.0, hint_s=5.0)
 """Of a service, which counts requests and has many agents to answer."""
 
 

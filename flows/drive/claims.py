@@ -108,7 +108,8 @@ class StoreClaims:
                 return Held(None, f"{words}, which cannot be read from here; its agents (pid {running}) run on")
             if not os.path.lexists(claim.folder) and _readable(Path(claim.folder)):
                 return Held(None, f"{words}, which is gone", over="its folder and its processes are gone")
-        limit = SILENT_SOON_S if claim.same_machine else SILENT_S
+        soon = max(SILENT_SOON_S, 3 * self.store.pace.beat_s)
+        limit = soon if claim.same_machine else SILENT_S
         return self._out_of_reach(self._listen(launch_id, claim.nodes), words, limit)
 
     def _out_of_reach(self, heard: _Heard, words: str, limit: float) -> Held:

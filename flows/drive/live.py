@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,18 +33,27 @@ class MetricsReader:
     """Step lines of a run, in the order of their epochs: ``poll()`` gives what is new since the last call.
 
     ``attach``: begin where the run is, with the newest lines alone, in a handful of requests however long it has been
-    going on. Else everything that is kept is read.
+    going on. Else everything that is kept is read. Once the newest attempt has lines, a store whose requests cost is
+    asked for more at most twice for each time that they are written.
     """
 
     store: Store
     run: str
     attach: bool = False
+    clock: Callable[[], float] = time.monotonic
     _places: dict[int, str] = field(default_factory=dict)
+    _asked: float = -math.inf
 
-    def poll(self, epochs: Iterator[int] | list[int]) -> list[dict[str, Any]]:
-        """New lines of the given attempts, oldest first; damaged ones are left out (they are hints)."""
+    def poll(self, epochs: Iterator[int] | list[int], *, last: bool = False) -> list[dict[str, Any]]:
+        """New lines of the given attempts, oldest first; damaged ones are left out (they are hints). ``last``: nobody
+        will ask again.
+        """
         lines: list[dict[str, Any]] = []
         known = list(epochs)
+        now = self.clock()
+        if not last and known and known[-1] in self._places and now - self._asked < self.store.pace.hint_s / 2:
+            return []
+        self._asked = now
         attaching, self.attach = self.attach, False
         if attaching:
             lines += self._attach(known)
@@ -183,11 +193,14 @@ class OutputFollower:
 
 @dataclass
 class StatusReader:
-    """Node status hints as the driver's views. Heartbeats are aged by this process's own monotonic clock."""
+    """Node status hints as the driver's views. Heartbeats are aged by this process's own monotonic clock, and from when
+    the next one was due: a status without news is not written each second where a store's requests cost.
+    """
 
     store: Store
     run: str
     launch: str
+    clock: Callable[[], float] = time.monotonic
     _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
     _steps: dict[int, tuple[tuple[int, tuple[int, ...]], float]] = field(default_factory=dict)
 
@@ -196,7 +209,7 @@ class StatusReader:
         return [self._one(node, alive.get(node)) for node in range(nodes)]
 
     def _one(self, node: int, alive: bool | None) -> NodeView:
-        now = time.monotonic()
+        now = self.clock()
         try:
             data = self.store.get(status_key(self.run, self.launch, node), max_bytes=STATUS_CAP)
         except (NotFound, Damaged):
@@ -211,5 +224,6 @@ class StatusReader:
         place = (view.epoch, tuple(r.step for r in view.ranks))
         if self._steps.get(node, (None, 0.0))[0] != place:
             self._steps[node] = (place, now)
-        age_s, step_age_s = now - self._beats[node][1], now - self._steps[node][1]
+        due = now - self.store.pace.beat_s
+        age_s, step_age_s = max(0.0, due - self._beats[node][1]), max(0.0, due - self._steps[node][1])
         return replace(view, alive=alive, age_s=age_s, step_age_s=step_age_s)

@@ -146,7 +146,7 @@ class Driver:
         if outcome is not None:
             return outcome
         if isinstance(decision, Watch) and decision.phase in CALM:
-            return calm_pause_s(time.thread_time() - began, self.poll_s)
+            return calm_pause_s(time.thread_time() - began, max(self.poll_s, self.store.pace.look_s))
         return 0.0 if isinstance(decision, AwaitStop) else self.poll_s
 
     def _observe(self, state: RunState, *, tell_steps: bool) -> tuple[Policy, Look, Launch]:
@@ -214,7 +214,7 @@ class Driver:
                 self._settle(launch)
                 state = self._log.fold(state)
                 if not self._metrics.attach:  # what the nodes said last, on their way out
-                    self._tell(state, list(seen.nodes), steps=True)
+                    self._tell(state, list(seen.nodes), steps=True, last=True)
                 return self._teller.outcome(state, outcome)
             case Leave(detach):
                 return self._leave(state, detach)
@@ -310,9 +310,9 @@ class Driver:
             time.sleep(self.poll_s)
         self.launcher.stop(launch.launch_id, 0.0)
 
-    def _tell(self, state: RunState, nodes: list[NodeView], *, steps: bool) -> None:
+    def _tell(self, state: RunState, nodes: list[NodeView], *, steps: bool, last: bool = False) -> None:
         """What the ranks and nodes said, and what was saved since the last look."""
         if steps:
-            self._teller.steps(state, self._metrics.poll([a.epoch for a in state.attempts[-2:]]))
+            self._teller.steps(state, self._metrics.poll([a.epoch for a in state.attempts[-2:]], last=last))
         self._teller.nodes(state, nodes)
         self._teller.checkpoints(state)

@@ -65,8 +65,9 @@ class RankView:
 class NodeView:
     """One node. ``alive``: True, False (known to be gone) or None (unknown: nobody answered).
 
-    ``age_s`` counts since its heartbeat last changed, by the observer's own monotonic clock; ``step_age_s`` since any
-    of its ranks last moved a step. ``slots`` are the (step, epoch) pairs held by all its ranks.
+    ``age_s`` counts since its heartbeat was due (a store that costs has fewer), by the observer's own monotonic clock;
+    ``step_age_s`` since any of its ranks was due to have moved a step. ``slots`` are the (step, epoch) pairs held by
+    all its ranks.
     """
 
     node: int

@@ -28,7 +28,7 @@ from flows.drive.events import Event
 from flows.drive.live import StatusReader
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
-from tests.bench import bench_demo, bench_kernels, bench_log, bench_plan, bench_watch
+from tests.bench import bench_demo, bench_kernels, bench_log, bench_plan, bench_store, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -222,6 +222,18 @@ def log() -> Iterator[dict[str, Any]]:
     yield entry("log/folds-written-mib", told["folds_mib"], "MiB", "largest", told["fold_mib"])
 
 
+def store() -> Iterator[dict[str, Any]]:
+    """Requests: of an idle agent (the worse of one whose gang trains and one that waits), of a driver that watches; of
+    a checkpoint and of a start of 1,000 nodes.
+    """
+    asked, many = bench_store.idle(), bench_store.many_nodes()
+    agent = max(asked["agent trains"], asked["agent waits"])
+    yield entry("store/idle-requests-per-s", agent, "1/s", "target", 1.0)
+    yield entry("store/watching-driver-requests-per-s", asked["driver"], "1/s", "idle agent", agent)
+    yield entry("store/requests-per-checkpoint-node", many["checkpoint"], "1", "target", 6.0)
+    yield entry("store/requests-per-start-node", many["start"], "1", "checkpoint", many["checkpoint"])
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -240,6 +252,7 @@ def main() -> int:
         "watch": lambda: list(watch()),
         "plan": lambda: list(plan()),
         "log": lambda: list(log()),
+        "store": lambda: list(store()),
         "demo": lambda: list(demo()),
     }
     wanted = sys.argv[1:] or list(parts)

@@ -100,21 +100,22 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
+def s3_server(folder: Path, host: str = "127.0.0.1", *, access_log: Path | None = None) -> Iterator[S3Server]:
     """Start a server whose files lie under ``folder``; it is stopped, by its process id, however the block ends.
 
-    ``host``: the address of this machine on which it listens.
+    ``host``: the address of this machine on which it listens; ``access_log``: where it writes a line a request.
     """
     program = binary()
     root, trainer = ("root", secrets.token_hex(16)), ("trainer", secrets.token_hex(16))
     for name in ("iam", "versions", "data"):
         (folder / name).mkdir(parents=True)
+    told = () if access_log is None else ("--access-log", str(access_log))
 
     def start(port: int, *more: str) -> subprocess.Popen[bytes]:
         with open(folder / "server.log", "ab") as log:
             return subprocess.Popen(
                 [
-                    *(str(program), "--port", f"{host}:{port}", *more),
+                    *(str(program), "--port", f"{host}:{port}", *told, *more),
                     *("--iam-dir", str(folder / "iam"), "--health", "/health", "--quiet"),
                     *("posix", "--versioning-dir", str(folder / "versions"), str(folder / "data")),
                 ],
