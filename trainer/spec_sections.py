@@ -229,17 +229,32 @@ class ParallelSpec(_Section):
     """How the work is split. Never changes the bits."""
 
     stages: int = _size(1, high=4096, text="pipeline stages")
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    chunks: int = _size(1, high=4096, text="stages of a rank, at most; more than 1 for interleaved-1f1b")
+    schedule: Literal["1f1b", "gpipe", "interleaved-1f1b"] = "1f1b"
     replicas: int = _size(1, text="data-parallel replicas")
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
 
     @property
     def ranks(self) -> int:
-        """Processes of a gang. The pipeline has a position a stage, and a rank fills each in every replica."""
-        return self.stages * self.replicas
+        """Processes of a gang: a rank fills each position of the pipeline in every replica."""
+        return self.positions(self.stages) * self.replicas
+
+    def positions(self, stages: int) -> int:
+        """Places in a pipeline of so many stages."""
+        return -(-stages // self.chunks)
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSpec:
+        if self.chunks > 1 and self.schedule == "1f1b":
+            raise ValueError(
+                f"chunks {self.chunks}: schedule 1f1b takes 1 stage a rank; take schedule = 'interleaved-1f1b', or "
+                "chunks = 1"
+            )
+        if self.schedule == "interleaved-1f1b" and self.stages % self.chunks:
+            raise ValueError(
+                f"chunks {self.chunks} do not divide stages {self.stages}: schedule interleaved-1f1b takes as many at "
+                f"each rank; take stages = {max(1, self.stages // self.chunks) * self.chunks}"
+            )
         if self.replicas != 1:
             raise ValueError(f"replicas {self.replicas}: this version runs 1; set it to 1")
         return self
@@ -332,15 +347,21 @@ class RunSpec(_Section):
         ranks = self.parallel.ranks
         per_node = ranks // self.launch.nodes
         for stages in self.recovery.allowed_stages:
-            if stages < 1 or (per_node and stages * self.parallel.replicas % per_node):
+            if stages % self.parallel.chunks and self.parallel.schedule == "interleaved-1f1b":
+                raise ValueError(
+                    f"recovery.allowed_stages {stages}: parallel.chunks {self.parallel.chunks} do not divide it; "
+                    "schedule interleaved-1f1b takes as many stages at each rank"
+                )
+            if stages < 1 or (per_node and self.parallel.positions(stages) * self.parallel.replicas % per_node):
                 raise ValueError(
                     f"recovery.allowed_stages {stages}: it must be 1 or more and fill whole nodes of {per_node} ranks"
                 )
         if ranks % self.launch.nodes:
             fits = max(n for n in range(1, min(self.launch.nodes, ranks) + 1) if not ranks % n)
+            product = "stages * replicas" if self.parallel.chunks == 1 else "stages / chunks * replicas"
             raise ValueError(
-                f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks (stages * replicas); every node "
-                f"runs the same number of ranks: take nodes = {fits}"
+                f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks ({product}); every node runs the "
+                f"same number of ranks: take nodes = {fits}"
             )
         return self
 

@@ -163,7 +163,7 @@ def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
     spec, per_node = prepared.spec, prepared.ranks // prepared.nodes
     how = how_map(spec)
     how["parallel"] = {**how["parallel"], "stages": stages}
-    how["launch"] = {**how["launch"], "nodes": stages * spec.parallel.replicas // per_node}
+    how["launch"] = {**how["launch"], "nodes": spec.parallel.positions(stages) * spec.parallel.replicas // per_node}
     return under(prepared, store, how)
 
 

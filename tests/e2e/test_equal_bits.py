@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "tied": True,
     },
 }
+CHUNKED = {f"{name}, 7 layers": MODELS[name] | {"layers": 7} for name in ("gpt2 tied", "llama untied")}
+"""Enough layers for several stages a position, of different sizes."""
 
 
 def run(
@@ -61,7 +63,7 @@ def run(
     spec = parse_spec(
         {
             "name": "bits",
-            "model": MODELS[model] | {"vocab": VOCAB, "context": 32},
+            "model": (MODELS | CHUNKED)[model] | {"vocab": VOCAB, "context": 32},
             "data": {"block": 2, "window": 3},
             "train": {
                 "steps": STEPS,
@@ -132,6 +134,32 @@ def test_stages_at_other_positions(one_stage: Any, tmp_path: Path, model: str, p
     pipeline = Pipeline(tuple(map(Position, (2, 0, 3, 1))), 4)
     ours = run(tmp_path, model, precision, pipeline=pipeline, stages=4)
     assert [p.chunks for p in ours.plan.positions] == [(1,), (3,), (0,), (2,)]
+    assert_same(ours, one_stage(model, precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", CHUNKED)
+@pytest.mark.parametrize(
+    ("pipeline", "schedule"),
+    [
+        (Pipeline.in_turn(4, 2), "interleaved-1f1b"),
+        (Pipeline.in_turn(6, 2), "interleaved-1f1b"),
+        (Pipeline.in_turn(6, 3), "interleaved-1f1b"),
+        (Pipeline.in_turn(5, 2), "gpipe"),
+        (Pipeline.there_and_back(4, 2), "gpipe"),
+        (Pipeline.there_and_back(6, 2), "gpipe"),
+        (Pipeline.in_turn(3, 1), "interleaved-1f1b"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.stages} at {value.positions}",
+)
+def test_several_stages_a_position(
+    one_stage: Any, tmp_path: Path, model: str, precision: str, pipeline: Pipeline, schedule: str
+) -> None:
+    """In turn and there and back, as many a position and not; with stages that follow one another at one position."""
+    chunks = max(map(len, pipeline.chunks))
+    how = {"stages": pipeline.stages, "chunks": chunks, "schedule": schedule}
+    ours = run(tmp_path, model, precision, pipeline=pipeline, **how)
+    assert [p.chunks for p in ours.plan.positions] == list(pipeline.chunks)
     assert_same(ours, one_stage(model, precision))
 
 

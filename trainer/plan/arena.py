@@ -8,22 +8,27 @@ The order in the arena (all offsets multiples of 64):
 What a slot of activations holds: all that lives from a microbatch's forward to its backward, and what is received and
 sent (``StagePrograms.kept``). Scratch is shared by the programs, which never run at once; inside a program buffers
 share it by lifetime.
+
+Stages of one position that follow one another (a run) have one slot for a microbatch, and pass nothing on: the second
+reads what the first made where it lies, and the first's backward works on the gradient where the second's left it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from trainer import wire
-from trainer.models.base import Given, Operand, RopeTable, View, Weight
+from trainer.models.base import Call, Given, Operand, RopeTable, View, Weight
 from trainer.plan import memory
 from trainer.plan.expand import StagePrograms
 from trainer.plan.job import Job
 from trainer.plan.memory import align
-from trainer.plan.places import Position
+from trainer.plan.places import Position, Stage
 from trainer.plan.records import Ref
 from trainer.plan.rows import Row
-from trainer.plan.slots import assign_slots
+from trainer.plan.slots import assign_slots, holders, sent_at_once
 
 COMBINES = Position(0)
 """The position that adds up the reports and decides for the gang."""
@@ -47,15 +52,40 @@ class _Arena:
         return Ref(wire.SPACE_STATIC, self.take(size, kind), size)
 
 
+class _Buffers:
+    """Where the buffers of one stage lie."""
+
+    def __init__(self, stage: StagePrograms, dt_bytes: int) -> None:
+        self.stage, self.dt_bytes = stage, dt_bytes
+        self.places: dict[str, Ref] = {}
+        self.back: dict[str, Ref] = {}
+        """In its backward, where that is elsewhere: what the stage above left where it made it."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a buffer."""
+        buffer = self.stage.buffers[name]
+        return buffer.elements * (self.dt_bytes if buffer.kind == "dt" else 4)
+
+    def bind(self, view: View, backward: bool) -> Ref:
+        """Where what a program sees lies."""
+        kind = self.stage.buffers[view.buffer].kind
+        ref = (backward and self.back.get(view.buffer)) or self.places[view.buffer]
+        size = self.dt_bytes if kind == "dt" else 4
+        return Ref(ref.space, ref.offset + view.first * size, view.extent * size)
+
+
 class PositionMemory:
     """Places all that a position keeps, then finds what operands are bound to."""
 
-    def __init__(self, job: Job, position: Position, stage: StagePrograms, row: Row) -> None:
-        self.job, self.position, self.stage, self.row = job, position, stage, row
+    def __init__(self, job: Job, position: Position, row: Row) -> None:
+        self.job, self.position, self.row = job, position, row
+        self.runs = job.layout.pipeline.runs(position)
+        self.stages = {stage: job.stages[stage] for run in self.runs for stage in run}
         self.train = job.spec.train
         self.rows = 4 * self.train.rows
         self.arena = _Arena()
-        self.first, self.last = stage.first, stage.last  # stages: with the embedding, with the head
+        self.first = any(stage.first for stage in self.stages.values())  # with the embedding
+        self.last = any(stage.last for stage in self.stages.values())  # with the head
         self.tied = job.tied_tensor
         self.owned = job.owned[position]
         self.tables: dict[RopeTable, Ref] = {}
@@ -64,7 +94,7 @@ class PositionMemory:
         self.moments: dict[int, tuple[Ref, Ref]] = {}
         self.gradients: dict[int, Ref] = {}
         self.given: dict[str, Ref] = {}
-        self.buffers: dict[str, Ref] = {}
+        self.buffers = {number: _Buffers(stage, job.dt_bytes) for number, stage in self.stages.items()}
         self.head_weight: Ref | None = None
         self.head_gradient: Ref | None = None
         self.tied_received: Ref | None = None
@@ -104,19 +134,32 @@ class PositionMemory:
             self.gradients[n] = arena.ref(4 * tensors[n].elements, "gradients")
         if self.tied is not None and self.last:
             self.head_gradient = arena.ref(4 * tensors[self.tied].elements, "gradients")
-        sent = self.stage.gradient_sent
-        if sent is not None and sent.buffer not in self.stage.kept:
-            self.buffers[sent.buffer] = arena.ref(self._size(sent.buffer), "activations")
+        for number, stage in self.stages.items():
+            sent, buffers = stage.gradient_sent, self.buffers[number]
+            alone = number - 1 not in self.stages and sent_at_once(self.row, number)
+            if sent is not None and sent.buffer not in stage.kept and alone:
+                buffers.places[sent.buffer] = arena.ref(buffers.size(sent.buffer), "activations")
+
+    def _kept(self, number: Stage) -> list[str]:
+        """The buffers that a stage has in a slot, in its order, those of the stage below it left out."""
+        stage, places = self.stages[number], self.buffers[number].places
+        kept = set(stage.kept)
+        if stage.gradient_sent is not None and stage.gradient_sent.buffer not in places:
+            kept.add(stage.gradient_sent.buffer)
+        if number - 1 in self.stages and stage.received is not None:
+            kept.discard(stage.received.buffer)
+        return [name for name in stage.buffers if name in kept]
 
     def _place_scratch(self, arena: _Arena) -> None:
-        kept = self.stage.kept
-        sizes = {name: self._size(name) for name in self.stage.buffers if name not in kept and name not in self.buffers}
-        places: dict[str, int] = {}
+        places: dict[tuple[Stage, str], int] = {}
         most = 0
-        for calls in (self.stage.forward, self.stage.backward):
-            offsets, end = memory.place(memory.lifetimes(calls, sizes))
-            places |= offsets
-            most = max(most, end)
+        for number, stage in self.stages.items():
+            buffers, kept = self.buffers[number], {*self._kept(number), *stage.kept}
+            sizes = {n: buffers.size(n) for n in stage.buffers if n not in kept and n not in buffers.places}
+            for calls in (stage.forward, stage.backward):
+                offsets, end = memory.place(memory.lifetimes(calls, sizes))
+                places |= {(number, name): offset for name, offset in offsets.items()}
+                most = max(most, end)
         received = 0
         if not self.job.infer:
             if self.tied is not None and self.first and not self.last:
@@ -125,22 +168,19 @@ class PositionMemory:
             partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
             most = max(most, received + partials)
         base = arena.take(most, "scratch")
-        for name, offset in places.items():
-            self.buffers[name] = Ref(wire.SPACE_STATIC, base + offset, sizes[name])
+        for (number, name), offset in places.items():
+            buffers = self.buffers[number]
+            buffers.places[name] = Ref(wire.SPACE_STATIC, base + offset, buffers.size(name))
         if received:
             assert self.tied is not None
             self.tied_received = Ref(wire.SPACE_STATIC, base, 4 * self.job.tensors[self.tied].elements)
         self.partials = base + received
 
     def _place_slots(self, arena: _Arena) -> None:
-        offset = 0
-        kept = self.stage.kept
-        for name in self.stage.buffers:
-            if name in kept:
-                size = self._size(name)
-                self.buffers[name] = Ref(wire.SPACE_ACT, offset, size)
-                offset += align(size)
-        self.slots, self.slot_of = assign_slots(self.row)
+        offset = max(map(self._place_run, self.runs), default=0)
+        held = holders(self.row, self.runs)
+        self.slots, slots = assign_slots(self.row, held)
+        self.slot_of = slots[held]
         self.act_stride, self.act_slots = offset, self.slots if offset else 0
         self.act_offset = arena.take(offset * self.act_slots, "activations")
         stride = 0
@@ -155,26 +195,41 @@ class PositionMemory:
             size = self.rows * self.job.spec.model.vocab
             self.given["logits"] = arena.ref(size, "activations")
 
-    def _rope_tables(self) -> list[RopeTable]:
-        calls = (*self.stage.forward, *self.stage.backward)
-        return list(dict.fromkeys(p for call in calls for p in call.ptr if isinstance(p, RopeTable)))
+    def _place_run(self, run: Sequence[Stage]) -> int:
+        """The stages of a run in their slot; its bytes."""
+        offset = 0
+        kept = [(number, name) for number in run for name in self._kept(number)]
+        for number, name in kept:
+            buffers = self.buffers[number]
+            buffers.places[name] = Ref(wire.SPACE_ACT, offset, buffers.size(name))
+            offset += align(buffers.size(name))
+        for below, above in pairwise(run):
+            sent, received = self.stages[below].sent, self.stages[above].received
+            assert sent is not None
+            assert received is not None
+            self.buffers[above].places[received.buffer] = self.buffers[below].bind(sent, False)
+        for below, above in reversed(list(pairwise(run))):
+            left, taken = self.stages[above].gradient_sent, self.stages[below].gradient_received
+            if left is not None and taken is not None:
+                self.buffers[below].back[taken.buffer] = self.buffers[above].bind(left, True)
+        return offset
 
-    def _size(self, name: str) -> int:
-        buffer = self.stage.buffers[name]
-        return buffer.elements * (self.job.dt_bytes if buffer.kind == "dt" else 4)
+    def _calls(self) -> Iterable[Call]:
+        return (call for stage in self.stages.values() for call in (*stage.forward, *stage.backward))
+
+    def _rope_tables(self) -> list[RopeTable]:
+        return list(dict.fromkeys(p for call in self._calls() for p in call.ptr if isinstance(p, RopeTable)))
 
     def compute(self, n: int) -> Ref:
         """What kernels read of a tensor: its copy in the precision of activations, else its master."""
         return self.copies.get(n, self.masters[n])
 
-    def bind(self, operand: Operand) -> Ref | None:
-        """Where an operand lies; None: the call goes without it."""
+    def bind(self, number: Stage, operand: Operand, backward: bool = False) -> Ref | None:
+        """Where an operand of a stage's program lies; None: the call goes without it."""
         if operand is None:
             return None
         if isinstance(operand, View):
-            buffer, ref = self.stage.buffers[operand.buffer], self.buffers[operand.buffer]
-            size = self.job.dt_bytes if buffer.kind == "dt" else 4
-            return Ref(ref.space, ref.offset + operand.first * size, operand.extent * size)
+            return self.buffers[number].bind(operand, backward)
         if isinstance(operand, Given):
             return self.given[operand.name]
         if isinstance(operand, RopeTable):

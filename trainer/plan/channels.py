@@ -27,7 +27,7 @@ class Ends:
 
     channel: NDArray[np.int32]
     is_send: NDArray[np.bool_]
-    label: NDArray[np.int32]
+    label: NDArray[np.signedinteger]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class _End:
 
     def __init__(self) -> None:
         self.position = Position(-1)
-        self.labels: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.labels: NDArray[np.signedinteger] = np.zeros(0, np.int32)
 
 
 def _numbers(row: Ends) -> NDArray[np.int32]:

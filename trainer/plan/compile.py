@@ -41,7 +41,7 @@ def compile_plan(
     Time and memory are in proportion to the actions of the step lists: about 35 bytes an action while the plan is made,
     and 48 in its file.
 
-    ``pipeline``: where the stages are; None: a position each, in their order.
+    ``pipeline``: where the stages are; None: in turn over the positions that the spec has.
 
     Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
     """
@@ -52,11 +52,12 @@ def compile_plan(
     infer = mode == "infer"
     if infer:
         train = spec.train.model_copy(update={"batch": 1, "microbatch": 1})
-        parallel = spec.parallel.model_copy(update={"stages": 1})
+        parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b"})
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         stages = expand(spec, infer)
-        layout = Layout(tuple(stage.layers for stage in stages), pipeline or Pipeline.in_turn(len(stages)))
+        in_turn = Pipeline.in_turn(len(stages), spec.parallel.positions(len(stages)))
+        layout = Layout(tuple(stage.layers for stage in stages), pipeline or in_turn)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
         job = Job(spec, tensors, stages, layout, infer)
         positions, channels, schedule = lower(job)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer import wire
 from trainer.plan.channels import Ends, check_ends
 from trainer.plan.places import Position
-from trainer.plan.records import ActionList, Channel, PositionPlan
+from trainer.plan.records import ActionList, BoundAction, Channel, PositionPlan
 
 
 class Channels:
@@ -39,6 +40,7 @@ class Channels:
 
 def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel]) -> None:
     """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
+    several = any(len(p.chunks) > 1 for p in positions)
     for name in ("load", "step"):
         lists: list[ActionList] = [ActionList.of(getattr(p, name)) for p in positions]
 
@@ -49,12 +51,26 @@ def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel
             verb = "SEND" if action.kind == wire.A_SEND else "RECV"
             return f"{verb} kind {channels[action.channel].kind} on channel {action.channel}"
 
-        check_ends([_ends(actions) for actions in lists], len(channels), text)
+        check_ends([_ends(actions, several) for actions in lists], len(channels), text)
 
 
-def _ends(actions: ActionList) -> Ends:
+def _ends(actions: ActionList, several: bool) -> Ends:
+    """``several``: some position has more than one stage, and a message is told from others by its stage too."""
     channel = np.array([-1 if p.channel is None else p.channel for p in actions.patterns], np.int32)
     sends = np.array([p.kind == wire.A_SEND for p in actions.patterns], np.bool_)
     messages = np.flatnonzero(channel[actions.which] >= 0)
     which = actions.which[messages]
-    return Ends(channel[which], sends[which], actions.microbatch[messages])
+    label: NDArray[np.signedinteger] = actions.microbatch[messages]
+    if several:
+        sender = np.array([_sender(p) for p in actions.patterns], np.int64)
+        label = sender[which] * (1 << 32) + label
+    return Ends(channel[which], sends[which], label)
+
+
+def _sender(action: BoundAction) -> int:
+    """The stage whose result a message is; -1 where it is no stage's."""
+    if action.stage is None:
+        return -1
+    if action.kind == wire.A_SEND:
+        return action.stage
+    return action.stage - 1 if action.op == "F" else action.stage + 1

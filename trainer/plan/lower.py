@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,13 @@ from trainer.plan import memory
 from trainer.plan.arena import COMBINES, CONTROL_BYTES, REPORT_BYTES, PositionMemory
 from trainer.plan.check import check_placement
 from trainer.plan.edges import Channels, check_messages
-from trainer.plan.expand import StagePrograms
 from trainer.plan.job import Job
 from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
-from trainer.plan.places import Pipeline, Position, Stage
+from trainer.plan.places import Position, Stage
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
 from trainer.plan.rows import OPS, Row
-from trainer.plan.schedules import GENERATORS
+from trainer.plan.schedules import scheduled
 from trainer.plan.slots import check_hazards
 
 _TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
@@ -43,11 +43,11 @@ _F32_KERNELS = {name for name, k in wire.KERNELS.items() if all(o.kind != "dt" f
 class _Lowering:
     """Binds the programs of one position to its memory, and writes its lists."""
 
-    def __init__(self, job: Job, position: Position, stage: StagePrograms, channels: Channels, row: Row) -> None:
-        self.job, self.position, self.stage, self.channels, self.row = job, position, stage, channels, row
-        self.mem = PositionMemory(job, position, stage, row)
+    def __init__(self, job: Job, position: Position, channels: Channels, row: Row) -> None:
+        self.job, self.position, self.channels, self.row = job, position, channels, row
+        self.mem = PositionMemory(job, position, row)
         self.train, self.pipeline = job.spec.train, job.layout.pipeline
-        self.first, self.last = stage.first, stage.last  # stages: with the embedding, with the head
+        self.first, self.last = self.mem.first, self.mem.last  # stages: with the embedding, with the head
         self.tied, self.owned = job.tied_tensor, job.owned[position]
 
     def _call(
@@ -73,15 +73,23 @@ class _Lowering:
 
     def programs(self) -> dict[str, Program]:
         """All programs of the position; empty ones are left out."""
-        named = {"F": self._bound(self.stage.forward), "B": self._bound(self.stage.backward), "load": self._load()}
+        named = {}
+        for number, stage in self.mem.stages.items():
+            named[self._program(number, "F")] = self._bound(number, stage.forward)
+            named[self._program(number, "B")] = self._bound(number, stage.backward, True)
+        named["load"] = self._load()
         if not self.job.infer:
             named |= {"init": self._init(), "sumsq": self._sumsq(), "adamw": self._adamw()}
         return {name: Program(name, tuple(calls)) for name, calls in named.items() if calls}
 
-    def _bound(self, calls: Iterable[Call]) -> list[BoundCall]:
+    def _program(self, stage: Stage, op: str) -> str:
+        """A program's name: the operation, after its stage where there are several."""
+        return op if len(self.mem.stages) == 1 else f"{stage}{op}"
+
+    def _bound(self, stage: Stage, calls: Iterable[Call], backward: bool = False) -> list[BoundCall]:
+        bind = partial(self.mem.bind, stage, backward=backward)
         return [
-            self._call(c.kernel, tuple(self.mem.bind(p) for p in c.ptr), c.dim, *c.real, layer=c.layer, part=c.part)
-            for c in calls
+            self._call(c.kernel, tuple(map(bind, c.ptr)), c.dim, *c.real, layer=c.layer, part=c.part) for c in calls
         ]
 
     def _init(self) -> list[BoundCall]:
@@ -222,7 +230,8 @@ class _Lowering:
 
     def _step(self, programs: Mapping[str, Program]) -> Sequence[BoundAction]:
         if self.job.infer:
-            return (BoundAction(wire.A_RUN, "F", "F", microbatch=0, stage=self.stage.index),)
+            (stage,) = self.mem.stages
+            return (BoundAction(wire.A_RUN, "F", "F", microbatch=0, stage=stage),)
         data = [BoundAction(wire.A_DATA)] if self.mem.given else []
         end = [
             *self._tied_gradient(),
@@ -237,19 +246,24 @@ class _Lowering:
         return self._listed(data, end)
 
     def _listed(self, data: Sequence[BoundAction], end: Sequence[BoundAction]) -> ActionList:
-        """``data``, the scheduled row, ``end``: what is scheduled differs by operation, microbatch and slot alone."""
-        ops, firsts = np.unique(self.row.op, return_index=True)
-        scheduled = {int(op): self._scheduled(OPS[op]) for op in ops[np.argsort(firsts)]}
+        """``data``, the scheduled row, ``end``: what is scheduled differs by stage, operation, microbatch and slot."""
+        names, local = self.row.by_stage()
+        kinds = self.row.op if len(names) == 1 else (local * len(OPS) + self.row.op).astype(np.uint16)
+        found, firsts = np.unique(kinds, return_index=True)
+        scheduled = {
+            int(kind): self._scheduled(Stage(int(names[kind // len(OPS)])), OPS[kind % len(OPS)])
+            for kind in found[np.argsort(firsts)]
+        }
         around = ActionList.of([*data, *end, *scheduled.values()])
-        by_op = np.zeros(len(OPS), np.uint16)
-        by_op[list(scheduled)] = around.which[len(data) + len(end) :]
+        by_kind = np.zeros(1 + max(scheduled), np.uint16)
+        by_kind[list(scheduled)] = around.which[len(data) + len(end) :]
         none = np.full(len(data) + len(end), -1, np.int32)
-        slot = self.mem.slot_of[self.row.microbatch] if self.mem.act_slots else np.full(len(self.row), -1, np.int32)
+        slot = self.mem.slot_of if self.mem.act_slots else np.full(len(self.row), -1, np.int32)
 
         def join(edge: NDArray[Any], middle: NDArray[Any]) -> NDArray[Any]:
             return np.concatenate([edge[: len(data)], middle, edge[len(data) : len(data) + len(end)]])
 
-        which = join(around.which, by_op[self.row.op])
+        which = join(around.which, by_kind[kinds])
         return ActionList(around.patterns, which, join(none, self.row.microbatch), join(none, slot))
 
     def _reports(self) -> list[BoundAction]:
@@ -269,37 +283,41 @@ class _Lowering:
             *(self._send(p, wire.CH_CONTROL, self.mem.control, "-") for p in others),
         ]
 
-    def _scheduled(self, op: str) -> BoundAction:
-        """What an operation of the schedule is here, without microbatch and slot."""
-        stage, here = self.stage, self.stage.index
+    def _scheduled(self, here: Stage, op: str) -> BoundAction:
+        """What an operation of the schedule on a stage is here, without microbatch and slot."""
+        stage = self.mem.stages[here]
 
         def at(other: int) -> Position:
             return self.pipeline.position(Stage(other))
 
         if op == "SEND_F":
-            return self._send(at(here + 1), wire.CH_FORWARD, self.mem.bind(stage.sent), "F", here)
+            return self._send(at(here + 1), wire.CH_FORWARD, self.mem.bind(here, stage.sent), "F", here)
         if op == "RECV_F":
-            return self._receive(at(here - 1), wire.CH_FORWARD, self.mem.bind(stage.received), "F", here)
+            return self._receive(at(here - 1), wire.CH_FORWARD, self.mem.bind(here, stage.received), "F", here)
         if op == "SEND_B":
-            return self._send(at(here - 1), wire.CH_BACKWARD, self.mem.bind(stage.gradient_sent), "B", here)
+            return self._send(at(here - 1), wire.CH_BACKWARD, self.mem.bind(here, stage.gradient_sent, True), "B", here)
         if op == "RECV_B":
-            return self._receive(at(here + 1), wire.CH_BACKWARD, self.mem.bind(stage.gradient_received), "B", here)
-        return BoundAction(wire.A_RUN, op, op, stage=here)
+            return self._receive(
+                at(here + 1), wire.CH_BACKWARD, self.mem.bind(here, stage.gradient_received, True), "B", here
+            )
+        return BoundAction(wire.A_RUN, op, self._program(here, op), stage=here)
 
 
 def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
     spec, pipeline = job.spec, job.layout.pipeline
-    stages = [job.stages[stage] for stage in _one_stage_each(pipeline)]
+    for position, stages in enumerate(pipeline.chunks):
+        if not stages:
+            raise PlanError(f"position {position} holds no stage; take as many positions as hold one")
     if job.infer:
         rows = [Row.of([])]
     else:
-        by_stage = GENERATORS[spec.parallel.schedule](pipeline.stages, spec.train.microbatches)
-        computations = [by_stage[stage.index] for stage in stages]
+        computations = scheduled(spec.parallel.schedule, pipeline, spec.train.microbatches)
         rows = free_slots_early(insert_messages(computations, pipeline.stages))
         check_placement(rows)  # the messages themselves: check_messages, with the optimizer's
-        for row, stage in zip(rows, stages, strict=True):
-            check_hazards(row, stage)
+        for row, stages in zip(rows, pipeline.chunks, strict=True):
+            for stage in stages:
+                check_hazards(row, stage)
     activation = spec.train.rows * spec.model.width * job.dt_bytes
     tied = 0 if job.tied_tensor is None else job.tensors[job.tied_tensor].elements
     channels = Channels(
@@ -312,25 +330,10 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
             wire.CH_CONTROL: CONTROL_BYTES,
         }
     )
-    positions = [
-        _Lowering(job, Position(position), stage, channels, row).plan()
-        for position, (stage, row) in enumerate(zip(stages, rows, strict=True))
-    ]
+    positions = [_Lowering(job, Position(position), channels, row).plan() for position, row in enumerate(rows)]
     positions = [
         replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends[p.position] * memory.CHANNEL_BYTES})
         for p in positions
     ]
     check_messages(positions, channels.all)
     return tuple(positions), channels.all, tuple(rows)
-
-
-def _one_stage_each(pipeline: Pipeline) -> list[Stage]:
-    """By position its stage. The programs, slots and lists below are of one stage a position."""
-    for position, chunks in enumerate(pipeline.chunks):
-        if len(chunks) != 1:
-            holds = f"stages {', '.join(map(str, chunks))}" if chunks else "no stage"
-            raise PlanError(
-                f"position {position} holds {holds}; this version lowers exactly one stage a position: "
-                f"take as many positions as stages ({pipeline.stages})"
-            )
-    return [chunks[0] for chunks in pipeline.chunks]

@@ -87,9 +87,24 @@ class Pipeline:
                 )
 
     @classmethod
-    def in_turn(cls, stages: int) -> Pipeline:
-        """A position for every stage, in the stages' order."""
-        return cls(tuple(map(Position, range(stages))), stages)
+    def in_turn(cls, stages: int, positions: int | None = None) -> Pipeline:
+        """The stages in turn over the positions, round after round. None: a position for every stage.
+
+        >>> Pipeline.in_turn(5, 2).chunks
+        ((0, 2, 4), (1, 3))
+        """
+        count = stages if positions is None else positions
+        return cls(tuple(Position(stage % count) for stage in range(stages)), count)
+
+    @classmethod
+    def there_and_back(cls, stages: int, positions: int) -> Pipeline:
+        """The stages along the positions, back along them, and so on: a V where there are twice as many.
+
+        >>> Pipeline.there_and_back(4, 2).chunks
+        ((0, 3), (1, 2))
+        """
+        rounds = (divmod(stage, positions) for stage in range(stages))
+        return cls(tuple(Position(positions - 1 - n if turn % 2 else n) for turn, n in rounds), positions)
 
     @property
     def stages(self) -> int:
@@ -116,6 +131,16 @@ class Pipeline:
         found: list[list[Stage]] = [[] for _ in range(self.positions)]
         for stage, position in enumerate(self.of_stage):
             found[position].append(Stage(stage))
+        return tuple(map(tuple, found))
+
+    def runs(self, position: Position) -> tuple[tuple[Stage, ...], ...]:
+        """The stages at a position, those that follow one another together: what passes between these stays there."""
+        found: list[list[Stage]] = []
+        for stage in self.chunks[position]:
+            if found and found[-1][-1] == stage - 1:
+                found[-1].append(stage)
+            else:
+                found.append([stage])
         return tuple(map(tuple, found))
 
     @cached_property

@@ -150,6 +150,12 @@ class Row(Sequence[Action]):
         """The actions at ``places``: a slice, indices or a mask."""
         return Row(self.op[places], self.stage[places], self.microbatch[places])
 
+    def of_one(self, stage: Stage) -> Row:
+        """The actions of one stage."""
+        if len(self) and self.stage.min() == self.stage.max() == stage:
+            return self
+        return self.take(np.flatnonzero(self.stage == stage))
+
     @property
     def compute(self) -> NDArray[np.bool_]:
         """Where its computations are."""

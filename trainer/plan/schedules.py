@@ -14,10 +14,12 @@ weight's gradient over microbatches therefore has one order, whatever the schedu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trainer.errors import PlanError
-from trainer.plan.places import Position, Stage
+from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import RECV_F, B, F, I, Row, Rows, W, columns
 
 
@@ -66,8 +68,75 @@ def one_f_one_b(stages: int, microbatches: int) -> list[Row]:
     return rows
 
 
+def interleaved(positions: int, chunks: int, microbatches: int) -> list[Row]:
+    """1F1B with several stages a position, in turn (position p has the stages p, p + P, …): a smaller bubble.
+
+    The microbatches go in rounds of about P: a position does a round's forwards of its first stage, then of its next,
+    and so on; the backwards likewise from its last. Position p runs (chunks - 1) rounds and 2 (P - p - 1) forwards to
+    warm up, then one forward and one backward in turn. Rounds are equal: M is below 2 P, or a multiple of M // P.
+
+    >>> [str(a) for a in interleaved(2, 2, 2)[1]]
+    ['1F0', '1F1', '3F0', '3B0', '3F1', '3B1', '1B0', '1B1']
+    """
+    _sizes(positions * chunks, microbatches)
+    rounds = max(1, microbatches // positions)
+    if microbatches % rounds:
+        less = max(m for m in range(1, microbatches) if not m % max(1, m // positions))
+        more = min(m for m in range(microbatches, 2 * microbatches + positions) if not m % max(1, m // positions))
+        raise PlanError(
+            f"schedule interleaved-1f1b: {microbatches} microbatches on {positions} positions make {rounds} rounds "
+            f"that are not equal; take {less} or {more} microbatches (train.batch / train.microbatch), or 1f1b or gpipe"
+        )
+    each, total = microbatches // rounds, chunks * microbatches
+    step = np.arange(total, dtype=np.int32)
+    turn, microbatch = step // each % chunks, step // (each * chunks) * each + step % each
+    rows: list[Row] = []
+    for position in range(positions):
+        warm = min((chunks - 1) * each + 2 * (positions - position - 1), total)
+        end = 2 * total - warm  # of the turns
+        op, stage, which = np.empty(2 * total, np.uint8), np.empty(2 * total, np.int32), np.empty(2 * total, np.int32)
+        forward, backward = position + positions * turn, position + positions * (chunks - 1 - turn)
+        for places, what, whose, part in (
+            (slice(warm), F, forward, slice(warm)),
+            (slice(warm, end, 2), F, forward, slice(warm, None)),
+            (slice(warm + 1, end, 2), B, backward, slice(total - warm)),
+            (slice(end, None), B, backward, slice(total - warm, None)),
+        ):
+            op[places], stage[places], which[places] = what, whose[part], microbatch[part]
+        rows.append(Row(op, stage, which))
+    return rows
+
+
 GENERATORS = {"gpipe": gpipe, "1f1b": one_f_one_b}
 """By the name that a spec uses. Each gives a position one stage, in the stages' order."""
+
+
+def scheduled(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
+    """What is computed, by position: the schedule that a spec names, for stages that are where ``pipeline`` says."""
+    most = max(map(len, pipeline.chunks))
+    if name == "interleaved-1f1b":
+        if pipeline != Pipeline.in_turn(pipeline.stages, pipeline.positions) or pipeline.stages % pipeline.positions:
+            raise PlanError(
+                f"schedule interleaved-1f1b: {pipeline.stages} stages are placed at {pipeline.positions} positions as "
+                f"{list(pipeline.of_stage)}; it takes them in turn, as many at each: make parallel.stages a multiple "
+                "of parallel.chunks"
+            )
+        return interleaved(pipeline.positions, most, microbatches)
+    if name == "1f1b" and most > 1:
+        raise PlanError(
+            f"schedule 1f1b takes 1 stage a position, parallel.chunks is {most}; take interleaved-1f1b, or chunks = 1"
+        )
+    by_stage = GENERATORS[name](pipeline.stages, microbatches)
+    if most == 1:
+        return [by_stage[stage] for (stage,) in pipeline.chunks]
+    return [_one_after_another(by_stage, stages, microbatches) for stages in pipeline.chunks]
+
+
+def _one_after_another(by_stage: Sequence[Row], stages: Sequence[Stage], microbatches: int) -> Row:
+    """GPipe with several stages a position: forwards stage by stage, then the backwards from the last stage back."""
+    half = slice(microbatches), slice(microbatches, None)
+    parts = [by_stage[s].take(half[0]) for s in stages] + [by_stage[s].take(half[1]) for s in reversed(stages)]
+    return Row(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("op", "stage", "microbatch")))
 
 
 def stage_positions(rows: Rows) -> dict[Stage, Position]:

@@ -1,28 +1,45 @@
-"""Slots of activations: which microbatch lies in which, and whether a message's memory is free when it is written."""
+"""Slots of activations: which microbatch lies in which, and whether a message's memory is free when it is written.
+
+A position has one pool of slots, as large as the largest of its runs of stages needs (a run: stages that follow one
+another). So the pool holds as many as are in flight at once, not as many as each stage would need at its own worst.
+"""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
-from trainer.plan.expand import StagePrograms
+from trainer.plan.places import Stage
 from trainer.plan.rows import RECV_B, SEND_B, SEND_F, B, Row, W
 from trainer.plan.rules import first_of_each
 
 
-def assign_slots(row: Row) -> tuple[int, NDArray[np.int32]]:
-    """How many slots a row of one stage needs, and which each microbatch takes: the lowest that is free.
+def holders(row: Row, runs: Sequence[Sequence[Stage]]) -> NDArray[np.int64]:
+    """What each action of a row needs in a slot, numbered: the microbatch, apart for each run of stages."""
+    if len(runs) < 2:
+        return row.microbatch.astype(np.int64)
+    names = np.array([stage for run in runs for stage in run], np.int32)  # ascending
+    numbers = np.array([number for number, run in enumerate(runs) for _ in run], np.int64)
+    width = 1 + int(row.microbatch.max(initial=-1))
+    return numbers[np.searchsorted(names, row.stage)] * width + row.microbatch.astype(np.int64)
+
+
+def assign_slots(row: Row, held: NDArray[np.int64] | None = None) -> tuple[int, NDArray[np.int32]]:
+    """How many slots a row needs, and which each of its ``holders`` has (None: the microbatches): of those that are
+    free, the lowest is taken.
 
     A slot is taken when the activation is received (on the first stage: at F) and free after the last of B and SEND_B.
     """
-    count, never = 1 + int(row.microbatch.max(initial=-1)), len(row)
-    taken = first_of_each(row.microbatch.astype(np.int64), np.arange(never), count, never)
+    held = holders(row, ()) if held is None else held
+    count, never = 1 + int(held.max(initial=-1)), len(row)
+    taken = first_of_each(held, np.arange(never), count, never)
     places = np.flatnonzero((row.op == B) | (row.op == W) | (row.op == SEND_B))
     freed = np.full(count, never)
-    freed[row.microbatch[places]] = places  # the last of each stays
+    freed[held[places]] = places  # the last of each stays
     change = np.zeros(never + 1, np.int64)
     change[taken] += 1
     change[freed] -= 1
@@ -68,24 +85,27 @@ def _lowest_free(taken: NDArray[np.intp], freed: NDArray[np.intp], never: int) -
     return slots
 
 
-def check_hazards(row: Row, stage: StagePrograms) -> None:
-    """Refuses rows of one stage in which a message's memory would be written before the message is gone."""
-    count, never = 1 + int(row.microbatch.max(initial=-1)), len(row)
-    marks: list[tuple[int, str]] = []
+def check_hazards(row: Row, stage: Stage) -> None:
+    """Refuses rows in which a gradient would be received over an activation that is not sent yet."""
+    mine = row.of_one(stage)
+    receives = np.flatnonzero(mine.op == RECV_B)
+    for place in receives[_first(mine, SEND_F)[mine.microbatch[receives]] > receives][:1]:
+        raise PlanError(
+            f"stage {stage}, action {place}, {mine[place]}: its gradient would be received over an activation that is "
+            "not sent yet"
+        )
 
-    def first(op: int) -> NDArray[np.intp]:
-        places = np.flatnonzero(row.op == op)
-        return first_of_each(row.microbatch[places].astype(np.int64), places, count, never)
 
-    receives = np.flatnonzero(row.op == RECV_B)
-    for place in receives[first(SEND_F)[row.microbatch[receives]] > receives][:1]:
-        marks.append((int(place), "its gradient would be received over an activation that is not sent yet"))
-    if stage.gradient_sent is not None and stage.gradient_sent.buffer not in stage.kept:  # one for all microbatches
-        makes = np.flatnonzero(row.op == B)
-        sent = first(SEND_B)[row.microbatch[makes[:-1]]]
-        for late in np.flatnonzero((sent < makes[:-1]) | (sent > makes[1:]))[:1]:
-            owed = row.microbatch[makes[late]]
-            marks.append((int(makes[late + 1]), f"the gradient of microbatch {owed} is not sent yet"))
-    if marks:
-        place, text = min(marks)
-        raise PlanError(f"stage {stage.index}, action {place}, {row[place]}: {text}")
+def sent_at_once(row: Row, stage: Stage) -> bool:
+    """Whether a stage sends every gradient before it makes the next: one place then serves all microbatches."""
+    mine = row.of_one(stage)
+    makes = np.flatnonzero(mine.op == B)
+    sent = _first(mine, SEND_B)[mine.microbatch[makes[:-1]]]
+    return bool(((sent > makes[:-1]) & (sent < makes[1:])).all())
+
+
+def _first(row: Row, op: int) -> NDArray[np.intp]:
+    """By microbatch, where an operation is in a row of one stage; else its length."""
+    places = np.flatnonzero(row.op == op)
+    count = 1 + int(row.microbatch.max(initial=-1))
+    return first_of_each(row.microbatch[places].astype(np.int64), places, count, len(row))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from trainer.errors import PlanError
 from trainer.plan.channels import MessageEnd
-from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import Interval, align
 from trainer.plan.messages import UNIT_COST
 from trainer.plan.rows import Action, Rows
@@ -388,23 +387,30 @@ def assign_slots(row: Sequence[Action]) -> tuple[int, dict[int, int]]:
     return count, slots
 
 
-def check_hazards(row: Sequence[Action], stage: StagePrograms) -> None:
-    """Refuses lists in which a message's memory would be written before the message is gone."""
-    one_gradient = stage.gradient_sent is not None and stage.gradient_sent.buffer not in stage.kept
+def check_hazards(row: Sequence[Action], stage: int) -> None:
+    """Refuses lists in which a gradient would be received over an activation that is not sent yet."""
     sent: set[int] = set()
-    owed: int | None = None
     for place, action in enumerate(row):
-        where = f"stage {stage.index}, action {place}, {action}"
         if action.op == "SEND_F":
             sent.add(action.microbatch)
         elif action.op == "RECV_B" and action.microbatch not in sent:
-            raise PlanError(f"{where}: its gradient would be received over an activation that is not sent yet")
-        elif action.op == "B" and one_gradient:
+            raise PlanError(
+                f"stage {stage}, action {place}, {action}: its gradient would be received over an activation that is "
+                "not sent yet"
+            )
+
+
+def sent_at_once(row: Sequence[Action]) -> bool:
+    """Whether every gradient is sent before the next is made."""
+    owed: int | None = None
+    for action in row:
+        if action.op == "B":
             if owed is not None:
-                raise PlanError(f"{where}: the gradient of microbatch {owed} is not sent yet")
+                return False
             owed = action.microbatch
         elif action.op == "SEND_B" and action.microbatch == owed:
             owed = None
+    return True
 
 
 def place(intervals: Sequence[Interval]) -> tuple[dict[str, int], int]:

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from tests.trainer.plan import one_by_one
 from trainer import wire
 from trainer.errors import PlanError
-from trainer.models.base import View
 from trainer.plan import check, layout, memory, messages, schedules, simulate, slots
 from trainer.plan.channels import MessageEnd, check_channels
-from trainer.plan.expand import StagePrograms
 from trainer.plan.memory import Interval
+from trainer.plan.places import Stage
 from trainer.plan.records import ActionList, BoundAction
 from trainer.plan.rows import OPS, Action, Row, columns
 from trainer.plan.schedules import GENERATORS
@@ -181,11 +180,9 @@ def test_which_channels_are_refused(raw: list[list[tuple[int, bool, int]]]) -> N
 @given(st.lists(st.tuples(st.sampled_from(("F", "B", "SEND_F", "RECV_F", "SEND_B", "RECV_B")), st.integers(0, 3))))
 def test_hazards(raw: list[tuple[str, int]]) -> None:
     row = [Action(1, op, microbatch) for op, microbatch in dict.fromkeys(raw)]
-    sent = View("d.x", 0, 1, 1, 1)
-    for gradient in (None, sent):
-        stage = StagePrograms(1, range(1), False, True, {}, (), (), None, None, None, gradient)
-        wanted = refusal(lambda stage=stage: one_by_one.check_hazards(row, stage))
-        assert refusal(lambda stage=stage: slots.check_hazards(Row.of(row), stage)) == wanted
+    wanted = refusal(lambda: one_by_one.check_hazards(row, 1))
+    assert refusal(lambda: slots.check_hazards(Row.of(row), Stage(1))) == wanted
+    assert slots.sent_at_once(Row.of(row), Stage(1)) == one_by_one.sent_at_once(row)
 
 
 @settings(max_examples=300, deadline=None)

@@ -16,10 +16,11 @@ from trainer.plan.check import check_lowered
 from trainer.plan.compile import expand
 from trainer.plan.edges import check_messages
 from trainer.plan.messages import free_slots_early, insert_messages
+from trainer.plan.places import Stage
 from trainer.plan.records import PositionPlan, Ref
 from trainer.plan.rows import Row, parse_action
 from trainer.plan.schedules import GENERATORS
-from trainer.plan.slots import assign_slots, check_hazards
+from trainer.plan.slots import assign_slots, check_hazards, sent_at_once
 from trainer.spec import RunSpec, parse_spec, what_digest
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
@@ -175,16 +176,13 @@ def test_inference(family: str, precision: str) -> None:
 
 
 def test_hazards_are_refused() -> None:
-    stages = expand(spec_of(stages=2))
-
     def row(text: str) -> Row:
         return Row.of(parse_action(word) for word in text.split())
 
-    check_hazards(row("1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1"), stages[1])
-    with pytest.raises(PlanError, match="gradient of microbatch 0 is not sent yet"):
-        check_hazards(row("1RECV_F0 1F0 1RECV_F1 1F1 1B0 1B1 1SEND_B0 1SEND_B1"), stages[1])
+    assert sent_at_once(row("1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1"), Stage(1))
+    assert not sent_at_once(row("1RECV_F0 1F0 1RECV_F1 1F1 1B0 1B1 1SEND_B0 1SEND_B1"), Stage(1))
     with pytest.raises(PlanError, match="not sent yet"):
-        check_hazards(row("0F0 0RECV_B0 0SEND_F0 0B0"), stages[0])
+        check_hazards(row("0F0 0RECV_B0 0SEND_F0 0B0"), Stage(0))
 
 
 def test_plans_are_refused_where_none_can_be() -> None:

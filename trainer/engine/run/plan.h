@@ -15,7 +15,8 @@
  * I6   every action names a program, channel, slot and microbatch that exist, only where its kind
  *      uses them, and its reference lies in its space; messages have their channel's length; a
  *      channel joins two positions, and its sends at one end are as many as its receives at the
- *      other, in init, load and step apart
+ *      other, in init, load and step apart; a stage's actions are at one position, and a program
+ *      runs for one stage and operation
  * I7   every call of a program that a position runs has a kernel, operands that lie in that
  *      position's spaces and hold the bytes that the kernel touches, and aligned to their elements
  * I8   what a kernel uses as an index is data that was checked: token and target operands point

@@ -104,6 +104,7 @@ typedef struct hs_plan_shard {
  *   STATIC  arena + offset
  *   ACT     arena + act_offset + slot * act_stride + offset           (slot: of the action)
  *   MB      arena + mb_offset + microbatch * mb_stride + offset       (microbatch: of the action)
+ * A position with several stages has one pool of slots, each as large as the largest of them needs.
  * Every reference of 64-byte alignment at its start of buffer; sub-buffers may start at any element. */
 enum { HS_SPACE_NONE = 0, HS_SPACE_STATIC = 1, HS_SPACE_ACT = 2, HS_SPACE_MB = 3 };
 

@@ -5,8 +5,6 @@
 
 #include "run/plan/plan_internal.h"
 
-enum { MOST_STAGES = 65536 };
-
 /* I6: a SEND or RECV. */
 static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
                                const hs_plan_action *a, size_t i, int list) {
@@ -27,6 +25,30 @@ static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
     }
     (a->kind == HS_A_SEND ? c->sends
                           : c->recvs)[(size_t)a->channel * HS_PLAN_LISTS + (size_t)list]++;
+    return HS_OK;
+}
+
+/* I6: an action of the schedule, whose stage and program exist. */
+static hs_status check_stage(hs_plan_checker *c, const hs_plan_position *p, const hs_plan_action *a,
+                             size_t i) {
+    uint32_t *const at = &c->stage_at[a->stage];
+    if (*at && *at != p->position + 1) {
+        return REFUSE(c,
+                      "action %zu: stage %" PRIu32 " at position %" PRIu32
+                      ", it already runs at position %" PRIu32,
+                      i, a->stage, p->position, *at - 1);
+    }
+    *at = p->position + 1;
+    if (a->kind != HS_A_RUN) return HS_OK;
+    uint32_t *const run = &c->run_for[a->program];
+    const uint32_t here = 1 + 128 * a->stage + (uint32_t)a->op;
+    if (*run && *run != here) {
+        return REFUSE(c,
+                      "action %zu: program %" PRIu32 " runs %c of stage %" PRIu32
+                      ", it already runs %c of stage %" PRIu32,
+                      i, a->program, a->op, a->stage, (char)((*run - 1) % 128), (*run - 1) / 128);
+    }
+    *run = here;
     return HS_OK;
 }
 
@@ -53,7 +75,7 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
     if (!a->op || !strchr("FIWBO-", a->op)) return REFUSE(c, "action %zu: no op %d", i, a->op);
     /* a stage may be at any position; what a position does as a whole says the position */
     const bool scheduled = strchr("FIWB", a->op) != NULL;
-    if (a->reserved || (scheduled ? a->stage >= MOST_STAGES : a->stage != p->position)) {
+    if (a->reserved || (scheduled ? a->stage >= HS_PLAN_STAGES : a->stage != p->position)) {
         return REFUSE(c,
                       "action %zu: stage %" PRIu32 " in the list of position %" PRIu32
                       ", or reserved is not 0",
@@ -89,6 +111,7 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
         HS_TRY(hs_plan_check_program(c, p, a->program));
         uses = c->program_uses[a->program];
     }
+    if (scheduled) HS_TRY(check_stage(c, p, a, i));
     if (((uses & HS_PLAN_USES_ACT) && a->slot == UINT32_MAX) ||
         ((uses & HS_PLAN_USES_MB) && a->microbatch == UINT32_MAX)) {
         return REFUSE(c, "action %zu: it uses a slot or a microbatch area and names none", i);

@@ -26,7 +26,9 @@ static hs_status check_all(hs_plan_checker *c) {
     c->program_uses = calloc(c->plan->count[HS_SECTION_PROGRAMS] + 1, 1);
     c->sends = calloc(c->plan->count[HS_SECTION_CHANNELS] * HS_PLAN_LISTS + 1, sizeof *c->sends);
     c->recvs = calloc(c->plan->count[HS_SECTION_CHANNELS] * HS_PLAN_LISTS + 1, sizeof *c->recvs);
-    if (!c->program_uses || !c->sends || !c->recvs) {
+    c->stage_at = calloc(HS_PLAN_STAGES, sizeof *c->stage_at);
+    c->run_for = calloc(c->plan->count[HS_SECTION_PROGRAMS] + 1, sizeof *c->run_for);
+    if (!c->program_uses || !c->sends || !c->recvs || !c->stage_at || !c->run_for) {
         return hs_fail(c->why, HS_E_MEMORY, "no memory to check plan %s", c->file);
     }
     return hs_plan_check_lists(c);
@@ -39,6 +41,8 @@ hs_status hs_plan_adopt(uint8_t *bytes, size_t size, const char *file, hs_plan *
     free(c.program_uses);
     free(c.sends);
     free(c.recvs);
+    free(c.stage_at);
+    free(c.run_for);
     if (st != HS_OK) hs_plan_close(plan);
     return st;
 }

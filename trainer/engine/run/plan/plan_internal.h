@@ -21,6 +21,8 @@
 #define HS_PLAN_ARENA_MAX                                                                          \
     (UINT64_C(1) << 46) /* bytes of an arena, and so of whatever lies in one */
 
+enum { HS_PLAN_STAGES = 65536 }; /* most of a plan */
+
 /* The lists of actions of a position, and what its programs may use beside STATIC. */
 enum { HS_PLAN_INIT, HS_PLAN_LOAD, HS_PLAN_STEP, HS_PLAN_LISTS };
 enum { HS_PLAN_USES_ACT = 2, HS_PLAN_USES_MB = 4 };
@@ -33,6 +35,8 @@ typedef struct hs_plan_checker {
     /* by program, for the position being checked: 0 unseen, else 1 | HS_PLAN_USES_* */
     uint8_t *program_uses;
     uint64_t *sends, *recvs; /* by channel, HS_PLAN_LISTS of each */
+    uint32_t *stage_at;      /* by stage below HS_PLAN_STAGES: 1 + its position; 0: not seen */
+    uint32_t *run_for;       /* by program: 1 + 128 stage + op that it runs for; 0: not seen */
 } hs_plan_checker;
 
 #define REFUSE(c, ...) hs_plan_refuse((c), __VA_ARGS__)
