@@ -78,8 +78,10 @@ def test_stop_then_resume_on_other_layouts(place: Place, undisturbed: tuple[str,
     run, digest = undisturbed
     saved: list[int] = []
     manifests = place.run_folder(run) / "manifests"
-    for stages, number in ((4, signal.SIGINT), (3, signal.SIGTERM)):
-        process = place.start("train", "spec.toml", "--no-prefect", "--json", "--set", f"parallel.stages={stages}")
+    chunked = ("parallel.stages=4", "parallel.chunks=2", "parallel.schedule='interleaved-1f1b'")
+    for layout, number in ((chunked, signal.SIGINT), (("parallel.stages=3",), signal.SIGTERM)):
+        sets = [word for text in layout for word in ("--set", text)]
+        process = place.start("train", "spec.toml", "--no-prefect", "--json", *sets)
         newest = saved[-1] if saved else 0
         wait_for(
             lambda n=newest: any(int(p.name.split("-")[0]) > n for p in manifests.glob("*")),  # type: ignore[misc]

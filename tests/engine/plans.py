@@ -31,6 +31,7 @@ def small_plan(
     mode: Any = "train",
     data: dict[str, Any] | None = None,
     dataset: DatasetRef | None = None,
+    parallel: dict[str, Any] | None = None,
     **train: Any,
 ) -> Plan:
     """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
@@ -43,7 +44,7 @@ def small_plan(
         "model": model | {"vocab": VOCAB, "context": SEQUENCE},
         "data": data or {},
         "train": {"steps": 3, "batch": 4, "microbatch": 2, "sequence": SEQUENCE, "seed": 3} | train,
-        "parallel": {"stages": stages, "threads": 1},
+        "parallel": {"stages": stages, "threads": 1} | (parallel or {}),
         "checkpoint": {"every": 0},
     }
     spec = parse_spec(values)

@@ -45,6 +45,17 @@ def test_compiled_plans_are_taken(check: Check, stages: int, model: dict[str, An
     assert check(small_plan(stages=stages, model=model, precision=precision).to_bytes()) == (0, "")
 
 
+@pytest.mark.parametrize(("stages", "schedule"), [(4, "interleaved-1f1b"), (3, "gpipe")])
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_compiled_plans_with_several_stages_a_position_are_taken(
+    check: Check, stages: int, schedule: str, model: dict[str, Any]
+) -> None:
+    parallel = {"chunks": 2, "schedule": schedule}
+    plan = small_plan(stages=stages, model=model | {"layers": 4}, parallel=parallel)
+    assert len(plan.positions) == 2
+    assert check(plan.to_bytes()) == (0, "")
+
+
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_compiled_inference_plans_are_taken(check: Check, model: dict[str, Any]) -> None:
     assert check(small_plan(model=model, mode="infer").to_bytes()) == (0, "")
@@ -174,6 +185,14 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("actions", ACTION, None, _set(kind=77), "no kind 77"),
     ("actions", ACTION, lambda a: a.op == ord("F"), _set(stage=65536), "stage 65536 in the list of position 0"),
     ("actions", ACTION, lambda a: a.kind == wire.A_REPORT, _set(stage=1), "stage 1 in the list of position 0"),
+    ("actions", ACTION, lambda a: a.op == ord("F"), _set(stage=1), "runs F of stage 0, it already runs F of stage 1"),
+    (
+        "actions",
+        ACTION,
+        lambda a: a.op == ord("F") and a.kind == wire.A_SEND,
+        _set(stage=1),
+        "stage 1 at position 1, it already runs at position 0",
+    ),
     ("actions", ACTION, None, _set(program=999), "program 999"),
     ("actions", ACTION, lambda a: a.kind == wire.A_RUN and a.slot == 0, _set(slot=99), "slot 99"),
     ("actions", ACTION, lambda a: a.kind == wire.A_RUN and a.slot == 0, _set(slot=wire.NONE32), "names none"),

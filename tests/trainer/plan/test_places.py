@@ -25,8 +25,9 @@ from trainer.plan.memory import check_budget
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Layout, Pipeline, Position, Ranks, Replica
 from trainer.plan.rows import Row, parse_action
-from trainer.plan.schedules import in_flight, stage_positions
+from trainer.plan.schedules import in_flight, interleaved, stage_positions
 from trainer.plan.simulate import CostModel, from_plan, from_rows, simulate
+from trainer.plan.slots import assign_slots, holders
 from trainer.spec import ModelSpec, parse_spec, what_digest
 from trainer.wire.plan import parse
 
@@ -228,6 +229,49 @@ def test_a_plan_whose_stages_are_at_other_positions() -> None:
         assert {a.stage for a in step if chr(a.op) not in "FB"} == {number}
     times = [simulate(from_plan(plan, FREE), FREE).step_seconds for plan in (plain, moved)]
     assert times[0] == pytest.approx(times[1])
+
+
+def test_stages_that_follow_one_another_at_a_position_exchange_nothing() -> None:
+    """Four stages there and back: 1 and 2 share position 1 and a slot, 0 and 3 are apart at position 0."""
+    plan = plan_of(4, V, chunks=2, schedule="gpipe")
+    assert [p.chunks for p in plan.positions] == [(0, 3), (1, 2)]
+    assert V.runs(Position(0)) == ((0,), (3,))
+    assert V.runs(Position(1)) == ((1, 2),)
+    assert [[str(a) for a in row if not a.is_compute][:2] for row in plan.schedule] == [
+        ["0SEND_F0", "0SEND_F1"],
+        ["1RECV_F0", "1RECV_F1"],
+    ]
+    assert {(a.stage, a.op) for row in plan.schedule for a in row if not a.is_compute} == {
+        (0, "SEND_F"), (1, "RECV_F"), (2, "SEND_F"), (3, "RECV_F"),
+        (3, "SEND_B"), (2, "RECV_B"), (1, "SEND_B"), (0, "RECV_B"),
+    }  # fmt: skip
+    first, second = plan.positions
+    assert (first.act_slots, second.act_slots) == (8, 4)  # a slot of a microbatch for each run of stages
+    made = first.programs["0F"].calls[-1].ptr[0]
+    taken = first.programs["3F"].calls[0].ptr
+    assert made is not None
+    assert all(ref is None or ref.space != wire.SPACE_ACT or ref != made for ref in taken[:1])
+    left = second.programs["1F"].calls[-1].ptr[0]
+    assert left in second.programs["2F"].calls[0].ptr  # read where it was made
+    assert [a.slot for a in second.step if a.op == "F" and a.microbatch == 1] == [1, 1, 1, 1]  # RECV, 1F, 2F, SEND
+    assert first.tokens_offset is not None  # the embedding and the head, and so no tied weights on the way
+    assert first.loss_offset is not None
+    assert second.tokens_offset is None
+    assert {c.kind for c in plan.channels}.isdisjoint({wire.CH_TIED_GRAD, wire.CH_TIED_WEIGHT})
+
+
+def test_slots_are_a_pool_of_all_stages_at_a_position() -> None:
+    """As many as are in flight at once, and one for what is being sent: fewer than each stage's own peak together."""
+    for positions, chunks, microbatches in ((2, 2, 4), (4, 2, 8), (4, 4, 16)):
+        at = Pipeline.in_turn(positions * chunks, positions)
+        rows = free_slots_early(insert_messages(interleaved(positions, chunks, microbatches), at.stages))
+        for position in map(Position, range(positions)):
+            row = rows[position]
+            pool = assign_slots(row, holders(row, at.runs(position)))[0]
+            apart = sum(assign_slots(row.of_one(stage))[0] for stage in at.chunks[position])
+            assert pool == (chunks - 1) * positions + 2 * (positions - position - 1) + 2
+            assert pool < apart or position == 0
+    assert [p.act_slots for p in plan_of(4, chunks=2, schedule="interleaved-1f1b").positions] == [6, 4]
 
 
 def test_the_simulator_plays_a_plan_s_replicas() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +14,10 @@ from trainer.errors import PlanError
 from trainer.plan import messages, rows, schedules
 from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.check import check_lowered, check_schedule
-from trainer.plan.messages import insert_messages
-from trainer.plan.rows import COMPUTE, MESSAGES, Action, Row, parse_action
-from trainer.plan.schedules import GENERATORS, gpipe, in_flight, one_f_one_b
+from trainer.plan.messages import free_slots_early, insert_messages
+from trainer.plan.places import Pipeline
+from trainer.plan.rows import COMPUTE, MESSAGES, Action, F, Row, parse_action
+from trainer.plan.schedules import GENERATORS, gpipe, in_flight, interleaved, one_f_one_b, scheduled
 
 SIZES = [(p, m) for p in range(1, 17) for m in (1, 2, 3, 4, 7, 8, 15, 16, 17, 32)]
 
@@ -73,6 +76,59 @@ def assert_lowered_well(name: str, stages: int, microbatches: int) -> None:
             elif not action.is_compute:  # right before what needs it
                 after = next(a for a in row[place:] if a.is_compute)
                 assert (after.op, after.microbatch) == (action.op[-1], action.microbatch)
+
+
+def test_interleaved_by_hand() -> None:
+    """Two positions, two stages each, four microbatches in two rounds."""
+    assert [" ".join(map(str, row)) for row in interleaved(2, 2, 4)] == [
+        "0F0 0F1 2F0 2F1 0F2 2B0 0F3 2B1 2F2 0B0 2F3 0B1 2B2 2B3 0B2 0B3",
+        "1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1F3 1B1 3F2 3B2 3F3 3B3 1B2 1B3",
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.integers(0, 7))
+def test_interleaved_runs_within_its_bound(positions: int, chunks: int, rounds: int, more: int) -> None:
+    microbatches = rounds * (positions + more % positions) if rounds > 1 else 1 + more
+    if microbatches % max(1, microbatches // positions):
+        with pytest.raises(PlanError, match="rounds that are not equal") as refused:
+            interleaved(positions, chunks, microbatches)
+        for take in re.findall(r"take (\d+) or (\d+) microbatches", str(refused.value))[0]:
+            interleaved(positions, chunks, int(take))
+        return
+    rows = interleaved(positions, chunks, microbatches)
+    check_schedule(rows, positions * chunks, microbatches)
+    lowered = insert_messages(rows, positions * chunks)
+    check_lowered(free_slots_early(lowered))
+    each = microbatches // max(1, microbatches // positions)
+    for position, row in enumerate(rows):
+        held = np.where(row.op == F, 1, -1).cumsum().max()
+        assert held <= min((chunks - 1) * each + 2 * (positions - position - 1) + 1, chunks * microbatches)
+
+
+def test_interleaved_with_one_stage_a_position_orders_as_1f1b_does() -> None:
+    """Its warm-up is longer by one forward a position further back; the last position is the same."""
+    for positions, microbatches in ((1, 3), (2, 4), (4, 8)):
+        assert interleaved(positions, 1, microbatches)[-1] == one_f_one_b(positions, microbatches)[-1]
+
+
+def test_what_a_schedule_cannot_place_is_refused_with_the_mend() -> None:
+    with pytest.raises(PlanError, match=r"5 microbatches on 2 positions make 2 rounds .* take 4 or 6 microbatches"):
+        interleaved(2, 2, 5)
+    with pytest.raises(PlanError, match=r"takes 1 stage a position, parallel\.chunks is 2; take interleaved-1f1b"):
+        scheduled("1f1b", Pipeline.in_turn(4, 2), 4)
+    for pipeline in (Pipeline.in_turn(5, 2), Pipeline.there_and_back(4, 2)):
+        with pytest.raises(PlanError, match=r"in turn, as many at each: make parallel\.stages a multiple"):
+            scheduled("interleaved-1f1b", pipeline, 4)
+
+
+def test_gpipe_with_several_stages_a_position() -> None:
+    rows = scheduled("gpipe", Pipeline.there_and_back(4, 2), 2)
+    assert [" ".join(map(str, row)) for row in rows] == [
+        "0F0 0F1 3F0 3F1 3B0 3B1 0B0 0B1",
+        "1F0 1F1 2F0 2F1 2B0 2B1 1B0 1B1",
+    ]
+    check_lowered(insert_messages(rows, 4))
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,7 +20,7 @@ from trainer.plan.draw import memory_text, timeline_svg, timeline_text
 from trainer.plan.expand import expand_stage
 from trainer.plan.flops import kernel_flops
 from trainer.plan.messages import insert_messages
-from trainer.plan.schedules import GENERATORS, gpipe, one_f_one_b
+from trainer.plan.schedules import GENERATORS, gpipe, interleaved, one_f_one_b
 from trainer.plan.simulate import CostModel, Instruction, from_plan, from_rows
 from trainer.plan.timeline import from_chrome, to_chrome
 from trainer.spec import ModelSpec, parse_spec
@@ -233,3 +233,12 @@ def test_memory_over_budget_is_marked() -> None:
     text = memory_text([{"weights": 10, "slots": 4096}, {"weights": 0, "slots": 1}], budget=4000)
     assert "over the budget of 3.9 KiB" in text.splitlines()[1]
     assert "over" not in text.splitlines()[2]
+
+
+@pytest.mark.parametrize(("positions", "chunks", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 4, 16), (8, 2, 8)])
+def test_interleaving_divides_the_bubble(positions: int, chunks: int, microbatches: int) -> None:
+    """(P - 1) (F + B) of a stage, and stages are smaller by the number of chunks (Narayanan et al. 2021)."""
+    stages = positions * chunks
+    rows = insert_messages(interleaved(positions, chunks, microbatches), stages)
+    done = simulate.simulate(from_rows(rows, {"F": 1.0 / chunks, "B": 2.0 / chunks}), FREE_LINKS)
+    assert done.step_seconds == pytest.approx(3.0 * microbatches + 3.0 * (positions - 1) / chunks)
