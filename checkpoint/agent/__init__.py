@@ -19,5 +19,7 @@ holds no credentials and never waits for storage. Who does what:
     upload.py        a held snapshot into chunks in the store, and this node's part manifest
     commit.py        all parts seen -> manifest -> log record, by whichever agent gets there first
     output.py        metrics segments and the ring of each rank's output
+    beat.py          the heartbeat's thread, and how much the other hints may ask
+    gather.py        what all nodes wrote, read once by one of them
     status.py        the live hint that the driver watches
 """
