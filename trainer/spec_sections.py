@@ -225,12 +225,19 @@ class TrainSpec(_Section):
         return self.batch * self.sequence
 
 
+SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b")
+
+
 class ParallelSpec(_Section):
     """How the work is split. Never changes the bits."""
 
     stages: int = _size(1, high=4096, text="pipeline stages")
     chunks: int = _size(1, high=4096, text="stages of a rank, at most; more than 1 for interleaved-1f1b")
-    schedule: Literal["1f1b", "gpipe", "interleaved-1f1b"] = "1f1b"
+    schedule: str = Field(
+        "1f1b",
+        max_length=4096,
+        description='"1f1b", "gpipe", "interleaved-1f1b", or "file:PATH" of a CSV as PyTorch\'s pipelining writes it',
+    )
     replicas: int = _size(1, text="data-parallel replicas")
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
 
@@ -245,6 +252,9 @@ class ParallelSpec(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSpec:
+        if self.schedule not in SCHEDULES and not re.match("file:.", self.schedule):
+            names = ", ".join((*SCHEDULES, "file:PATH"))
+            raise ValueError(f"schedule {shown(self.schedule)} is unknown; take one of {names}")
         if self.chunks > 1 and self.schedule == "1f1b":
             raise ValueError(
                 f"chunks {self.chunks}: schedule 1f1b takes 1 stage a rank; take schedule = 'interleaved-1f1b', or "

@@ -54,13 +54,25 @@ def schema() -> int:
     "--trace", type=click.Path(dir_okay=False), help="Write the foretold timeline as a Chrome/Perfetto trace."
 )
 @click.option("--svg", type=click.Path(dir_okay=False), help="Write the foretold timeline as SVG.")
-def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, trace: str | None, svg: str | None) -> int:
+@click.option(
+    "--schedule-csv", type=click.Path(dir_okay=False), help="Write the schedule as PyTorch's pipelining reads it."
+)
+def plan(
+    spec: str,
+    sets: tuple[str, ...],
+    store: str | None,
+    as_json: bool,
+    trace: str | None,
+    svg: str | None,
+    schedule_csv: str | None,
+) -> int:
     """Show what SPEC's plan says before the first step: memory by kind and position, the schedule, the step's time.
 
     Needs no data: where the spec's dataset is not prepared, data.vocab_size stands for its vocabulary.
     """
     from flows.show import foretell
     from trainer.plan.draw import timeline_svg, timeline_text
+    from trainer.plan.schedule_file import to_csv
     from trainer.plan.timeline import to_chrome
     from trainer.spec import load_spec
 
@@ -70,6 +82,8 @@ def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, tra
         write_out(Path(trace), to_chrome(simulation.timeline))
     if svg:
         write_out(Path(svg), timeline_svg(simulation.timeline))
+    if schedule_csv:
+        write_out(Path(schedule_csv), to_csv(compiled.schedule))
     told: dict[str, Any] = foretell.facts(compiled, resolved, simulation)
     if as_json:
         show(told)
@@ -87,7 +101,7 @@ def plan(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool, tra
         f"{told['tokens_per_step'] / simulation.step_seconds:,.0f} tokens/s, bubble "
         f"{', '.join(f'{b:.0%}' for b in simulation.bubble)} by rank, MFU {simulation.mfu:.0%}"
     )
-    for path in (trace, svg):
+    for path in (trace, svg, schedule_csv):
         if path:
             say(f"written: {path}")
     return 0

@@ -4,6 +4,7 @@
     expand      a family's calls into forward and backward programs of a stage
     layout      layers to stages, by cost (flops: what a kernel call costs)
     schedules   computations of every position, in order (rows: actions as columns)
+    schedule_file  the same, as PyTorch's CSV
     messages    sends and receives put in
     check       order and place of all of these (rules, channels: order, deadlock)
     lower       operands bound, action lists (job: what positions share; arena: where all lies; slots: microbatches)

@@ -1,4 +1,7 @@
-"""RunSpec to Plan: the passes in order, nothing else. Pure: the same input gives the same plan, byte for byte."""
+"""RunSpec to Plan: the passes in order, nothing else. The same input gives the same plan, byte for byte.
+
+Pure, but for a schedule that the spec names as a file.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
+from trainer.plan import schedule_file
 from trainer.plan.compiled import Plan
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import call_cost, model_flops
@@ -22,6 +26,7 @@ from trainer.plan.lower import lower
 from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config
+from trainer.plan.rows import Row
 from trainer.spec import ModelSpec, RunSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
@@ -41,7 +46,7 @@ def compile_plan(
     Time and memory are in proportion to the actions of the step lists: about 35 bytes an action while the plan is made,
     and 48 in its file.
 
-    ``pipeline``: where the stages are; None: in turn over the positions that the spec has.
+    ``pipeline``: where the stages are; None: as the schedule's file says, else in turn over the spec's positions.
 
     Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
     """
@@ -56,10 +61,12 @@ def compile_plan(
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         stages = expand(spec, infer)
-        in_turn = Pipeline.in_turn(len(stages), spec.parallel.positions(len(stages)))
-        layout = Layout(tuple(stage.layers for stage in stages), pipeline or in_turn)
+        rows: list[Row] = []
+        if pipeline is None:
+            rows, pipeline = _placed(spec)
+        layout = Layout(tuple(stage.layers for stage in stages), pipeline)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
-        job = Job(spec, tensors, stages, layout, infer)
+        job = Job(spec, tensors, stages, layout, infer, tuple(rows))
         positions, channels, schedule = lower(job)
     if not infer:
         # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
@@ -68,6 +75,15 @@ def compile_plan(
         check_budget(positions, spec.launch.nodes, budget, more, spec.parallel.replicas)
     shards = () if infer else dataset.shards
     return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+
+
+def _placed(spec: RunSpec) -> tuple[list[Row], Pipeline]:
+    """The computations of a schedule that is a file, and where the spec's stages are."""
+    parallel = spec.parallel
+    positions = parallel.positions(parallel.stages)
+    if parallel.schedule.startswith(schedule_file.PREFIX):
+        return schedule_file.load(parallel.schedule, parallel.stages, positions, spec.train.microbatches)
+    return [], Pipeline.in_turn(parallel.stages, positions)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from trainer import wire
 from trainer.models.base import Tensor, Weight
 from trainer.plan.expand import StagePrograms
 from trainer.plan.places import Layout
+from trainer.plan.rows import Row
 from trainer.spec import RunSpec
 
 
@@ -22,6 +23,8 @@ class Job:
     stages: tuple[StagePrograms, ...]
     layout: Layout
     infer: bool = False
+    rows: tuple[Row, ...] = ()
+    """What is computed, by position; none: what the spec's schedule makes of the layout."""
 
     @cached_property
     def dtype(self) -> int:

@@ -31,7 +31,7 @@ from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
 from trainer.plan.rows import OPS, Row
-from trainer.plan.schedules import scheduled
+from trainer.plan.schedules import rows_for
 from trainer.plan.slots import check_hazards
 
 _TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
@@ -312,7 +312,7 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
     if job.infer:
         rows = [Row.of([])]
     else:
-        computations = scheduled(spec.parallel.schedule, pipeline, spec.train.microbatches)
+        computations = job.rows or rows_for(spec.parallel.schedule, pipeline, spec.train.microbatches)
         rows = free_slots_early(insert_messages(computations, pipeline.stages))
         check_placement(rows)  # the messages themselves: check_messages, with the optimizer's
         for row, stages in zip(rows, pipeline.chunks, strict=True):

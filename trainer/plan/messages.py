@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
-from trainer.plan.places import Pipeline, Stage
+from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import OPS, RECV_B, RECV_F, SEND_B, SEND_F, F, Row, Rows, W, columns
 from trainer.plan.rules import check_rules, needs
+from trainer.plan.schedules import Say, in_words
 
 UNIT_COST = {"F": 1, "I": 1, "W": 1, "B": 2}
 """Relative times that place the messages; only ratios matter, and only for speed, never for correctness."""
@@ -40,9 +41,11 @@ def insert_messages(rows: Rows, stages: int) -> list[Row]:
     return play(listed, check_rules(listed, stages))
 
 
-def play(rows: Sequence[Row], pipeline: Pipeline) -> list[Row]:
-    """The rows with their messages, of compute-only rows that keep S1 to S4. PlanError (S5) where they cannot run."""
-    return _Player(rows, pipeline).play()
+def play(rows: Sequence[Row], pipeline: Pipeline, say: Say = in_words) -> list[Row]:
+    """The rows with their messages, of compute-only rows that keep S1 to S4. PlanError (S5) where they cannot run.
+
+    ``say`` names a place to people."""
+    return _Player(rows, pipeline, say).play()
 
 
 class _Player:
@@ -58,8 +61,8 @@ class _Player:
     what is always there and what never comes.
     """
 
-    def __init__(self, rows: Sequence[Row], pipeline: Pipeline) -> None:
-        self.rows, self.pipeline = rows, pipeline
+    def __init__(self, rows: Sequence[Row], pipeline: Pipeline, say: Say) -> None:
+        self.rows, self.pipeline, self.say = rows, pipeline, say
         stages, lanes = pipeline.stages, len(rows)
         microbatches = 1 + max(int(row.microbatch.max(initial=-1)) for row in rows)
         count = 2 * stages * microbatches
@@ -185,17 +188,34 @@ class _Player:
         return rows
 
     def _finished(self) -> None:
-        for position, row in enumerate(self.rows):
-            place = int(self.place[position] - self.starts[position])
-            if place < len(row):
-                action = row[place]
-                other = int(needs(row.take(slice(place, place + 1)), self.pipeline.stages - 1)[0][0])
-                part = "F" if action.op == "F" else "I"
-                raise PlanError(
-                    f"S5: position {position} can never start {action} (computation {place} of its row): it needs "
-                    f"{part} of stage {other}, microbatch {action.microbatch}, which position "
-                    f"{self.pipeline.of_stage[other]} does not reach"
-                )
+        stands = (self.place - self.starts).tolist()
+        late = next((Position(p) for p, row in enumerate(self.rows) if stands[p] < len(row)), None)
+        if late is None:
+            return
+        circle: list[Position] = []
+        while late not in circle:
+            circle.append(late)
+            late = self._waits_for(late, stands)[1]
+        texts = []
+        for position in circle[circle.index(late) :]:
+            what, other = self._waits_for(position, stands)
+            action = f"{self.say(position, stands[position])}, {self.rows[position][stands[position]]}"
+            texts.append(f"{action}, needs {what}, which is {self.say(other)}'s")
+        position = circle[0]
+        what, other = self._waits_for(position, stands)
+        raise PlanError(
+            f"S5: {self.say(position)} can never start {self.rows[position][stands[position]]} (computation "
+            f"{stands[position]} of its row): it needs {what}, which {self.say(other)} does not reach; they wait for "
+            f"one another: {'; '.join(texts)}"
+        )
+
+    def _waits_for(self, position: Position, stands: Sequence[int]) -> tuple[str, Position]:
+        """What a position that cannot go on needs, and whose that is."""
+        at = stands[position]
+        action = self.rows[position][at]
+        other = int(needs(self.rows[position].take(slice(at, at + 1)), self.pipeline.stages - 1)[0][0])
+        part = "F" if action.op == "F" else "I"
+        return f"{part} of stage {other}, microbatch {action.microbatch}", self.pipeline.of_stage[other]
 
 
 def _own(row: Row) -> Row:

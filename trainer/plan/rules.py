@@ -18,15 +18,19 @@ from numpy.typing import NDArray
 from trainer.errors import PlanError
 from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import SEND_F, B, F, I, Row, W
-from trainer.plan.schedules import stage_positions
+from trainer.plan.schedules import Say, in_words, stage_positions
 
 PARTS = ("F", "I", "W")
 """What is done for a stage and a microbatch; B does I and W."""
 
 
-def check_rules(rows: Sequence[Row], stages: int | None = None, microbatches: int | None = None) -> Pipeline:
-    """Refuses rows that break S1 to S4, with or without messages; returns where the stages are."""
-    positions = stage_positions(rows)
+def check_rules(
+    rows: Sequence[Row], stages: int | None = None, microbatches: int | None = None, say: Say = in_words
+) -> Pipeline:
+    """Refuses rows that break S1 to S4, with or without messages; returns where the stages are.
+
+    ``say`` names a place to people."""
+    positions = stage_positions(rows, None if say is in_words else say)
     count = stages if stages is not None else max(positions, default=-1) + 1
     wrong = sorted(positions.keys() ^ set(range(count)))
     if count < 1 or wrong:
@@ -36,7 +40,7 @@ def check_rules(rows: Sequence[Row], stages: int | None = None, microbatches: in
     if total is None:
         total = max(int(row.microbatch.max(initial=-1)) for row in rows) + 1
     for position, row in enumerate(rows):
-        _check_row(Position(position), row, total)
+        _check_row(Position(position), row, total, say)
     return Pipeline(tuple(positions[Stage(stage)] for stage in range(count)), len(rows))
 
 
@@ -47,7 +51,7 @@ def first_of_each(keys: NDArray[np.int64], places: NDArray[np.intp], count: int,
     return first
 
 
-def _check_row(position: Position, row: Row, microbatches: int) -> None:
+def _check_row(position: Position, row: Row, microbatches: int, say: Say) -> None:
     names, local = row.by_stage()
     places = np.flatnonzero(row.compute)
     beyond = np.flatnonzero(row.microbatch[places] >= microbatches)
@@ -84,18 +88,18 @@ def _check_row(position: Position, row: Row, microbatches: int) -> None:
             marks.append((at[fall + 1], part, 2, "S4", text))
     if marks:
         place, _, _, rule, text = min(marks)
-        raise PlanError(f"{rule}: position {position}, action {place}, {row[int(place)]}: {text}")
+        raise PlanError(f"{rule}: {say(position, int(place))}, {row[int(place)]}: {text}")
     if len(beyond):
         place = int(np.flatnonzero(row.compute)[beyond[0]])
         raise PlanError(
-            f"S2: position {position}, action {place}, {row[place]}: microbatch {row.microbatch[place]} is beyond the "
+            f"S2: {say(position, place)}, {row[place]}: microbatch {row.microbatch[place]} is beyond the "
             f"last, {microbatches - 1}"
         )
-    _check_whole(position, names, first, width, numbers, microbatches, never)
+    _check_whole(say(position), names, first, width, numbers, microbatches, never)
 
 
 def _check_whole(
-    position: Position,
+    where: str,
     names: NDArray[np.int32],
     first: Sequence[NDArray[np.intp]],
     width: int,
@@ -120,7 +124,7 @@ def _check_whole(
                 microbatch, part = found, int(lacks[0][1])
         if microbatch < microbatches:
             wanted = "F" if part == 0 else f"{PARTS[part]} (or B)"
-            raise PlanError(f"S2: position {position}: {wanted} of stage {stage}, microbatch {microbatch} is missing")
+            raise PlanError(f"S2: {where}: {wanted} of stage {stage}, microbatch {microbatch} is missing")
 
 
 def needs(row: Row, last_stage: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

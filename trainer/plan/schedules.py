@@ -15,6 +15,7 @@ weight's gradient over microbatches therefore has one order, whatever the schedu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -111,7 +112,7 @@ GENERATORS = {"gpipe": gpipe, "1f1b": one_f_one_b}
 """By the name that a spec uses. Each gives a position one stage, in the stages' order."""
 
 
-def scheduled(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
+def rows_for(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
     """What is computed, by position: the schedule that a spec names, for stages that are where ``pipeline`` says."""
     most = max(map(len, pipeline.chunks))
     if name == "interleaved-1f1b":
@@ -139,15 +140,27 @@ def _one_after_another(by_stage: Sequence[Row], stages: Sequence[Stage], microba
     return Row(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("op", "stage", "microbatch")))
 
 
-def stage_positions(rows: Rows) -> dict[Stage, Position]:
+class Say(Protocol):
+    """Names a position's row, or a place in it, to people."""
+
+    def __call__(self, position: Position, place: int | None = None) -> str: ...
+
+
+def in_words(position: Position, place: int | None = None) -> str:
+    """A place in a schedule that has no file."""
+    return f"position {position}" if place is None else f"position {position}, action {place}"
+
+
+def stage_positions(rows: Rows, say: Say | None = None) -> dict[Stage, Position]:
     """Which stage is at which position, by the rows' own account. PlanError where a stage is at two of them."""
     positions: dict[Stage, Position] = {}
     for number, row in enumerate(columns(rows)):
         position, (names, firsts) = Position(number), row.stages()
         for place, stage in sorted(zip(firsts.tolist(), names.tolist(), strict=True)):
             if positions.setdefault(stage, position) != position:
+                where = f"position {position}" if say is None else say(position, place)
                 raise PlanError(
-                    f"position {position}, {row[place]}: stage {stage} already runs at position {positions[stage]}; "
+                    f"{where}, {row[place]}: stage {stage} already runs at position {positions[stage]}; "
                     "a stage has one position"
                 )
     return positions

@@ -99,7 +99,7 @@ def refusal(check: Callable[[], object]) -> str | None:
     try:
         check()
     except PlanError as error:
-        return str(error)
+        return str(error).partition("; they wait for one another")[0]  # one by one, no circle is told
     return None
 
 

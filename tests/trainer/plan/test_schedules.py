@@ -17,7 +17,7 @@ from trainer.plan.check import check_lowered, check_schedule
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Pipeline
 from trainer.plan.rows import COMPUTE, MESSAGES, Action, F, Row, parse_action
-from trainer.plan.schedules import GENERATORS, gpipe, in_flight, interleaved, one_f_one_b, scheduled
+from trainer.plan.schedules import GENERATORS, gpipe, in_flight, interleaved, one_f_one_b, rows_for
 
 SIZES = [(p, m) for p in range(1, 17) for m in (1, 2, 3, 4, 7, 8, 15, 16, 17, 32)]
 
@@ -116,14 +116,14 @@ def test_what_a_schedule_cannot_place_is_refused_with_the_mend() -> None:
     with pytest.raises(PlanError, match=r"5 microbatches on 2 positions make 2 rounds .* take 4 or 6 microbatches"):
         interleaved(2, 2, 5)
     with pytest.raises(PlanError, match=r"takes 1 stage a position, parallel\.chunks is 2; take interleaved-1f1b"):
-        scheduled("1f1b", Pipeline.in_turn(4, 2), 4)
+        rows_for("1f1b", Pipeline.in_turn(4, 2), 4)
     for pipeline in (Pipeline.in_turn(5, 2), Pipeline.there_and_back(4, 2)):
         with pytest.raises(PlanError, match=r"in turn, as many at each: make parallel\.stages a multiple"):
-            scheduled("interleaved-1f1b", pipeline, 4)
+            rows_for("interleaved-1f1b", pipeline, 4)
 
 
 def test_gpipe_with_several_stages_a_position() -> None:
-    rows = scheduled("gpipe", Pipeline.there_and_back(4, 2), 2)
+    rows = rows_for("gpipe", Pipeline.there_and_back(4, 2), 2)
     assert [" ".join(map(str, row)) for row in rows] == [
         "0F0 0F1 3F0 3F1 3B0 3B1 0B0 0B1",
         "1F0 1F1 2F0 2F1 2B0 2B1 1B0 1B1",
