@@ -6,6 +6,7 @@ With ``--json`` stdout has one line, the result; all else goes to stderr, each l
 from __future__ import annotations
 
 import atexit
+import contextlib
 import sys
 import threading
 from collections.abc import Mapping
@@ -56,7 +57,8 @@ class Voice:
         from trainer.plan import flops_per_token
 
         def measure(meter: Meter) -> None:
-            meter.peak_flops = measured_peak()
+            with contextlib.suppress(OSError, ValueError):  # no process, or no memory for it: MFU is left out
+                meter.peak_flops = measured_peak()
 
         steps = prepared.spec.train.steps
         if self.as_json:
@@ -68,7 +70,7 @@ class Voice:
             else Lines(self.say, steps, every_s=every_s, flops_per_token=flops)
         )
         # the gang begins meanwhile; MFU is shown from when the yardstick is known
-        threading.Thread(target=measure, args=(shown.meter,), daemon=True).start()
+        threading.Thread(target=measure, args=(shown.meter,), name="yardstick", daemon=True).start()
         if not isinstance(shown, LiveView):
             return shown
         view = shown.start()

@@ -20,7 +20,7 @@ from typing import Any
 
 from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefused, StoreUnavailable
 from checkpoint.log import RunLog, RunState, ended_body
-from checkpoint.store import Store
+from checkpoint.store import Pace, Store
 from flows.drive.aside import Aside, TurnedAway
 from flows.drive.decide import decide, leaving
 from flows.drive.events import NoSink, Outcome, Sink
@@ -54,9 +54,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 POLL_MOST_S = 2.0
-CALM = (Phase.TRAINING, Phase.WAITING)
+CALM = (Phase.TRAINING, Phase.WAITING, Phase.BACKOFF)
 CALM_SHARE = 0.02
-"""Of a core: what looking may cost while all is well. Stores and gangs differ a thousandfold in what a look costs."""
+"""Of a core: what looking may cost where nothing is due. Stores and gangs differ a thousandfold in what one costs."""
 PATIENCE_S = 1.0
 REFUSED_PATIENCE_S = 5.0
 HEARD_S = 0.5
@@ -66,6 +66,13 @@ HEARD_S = 0.5
 def calm_pause_s(look_s: float, least_s: float) -> float:
     """How long to wait after a look that took so much of a core, so that looking stays at `CALM_SHARE` of one."""
     return min(max(least_s, look_s * (1 / CALM_SHARE - 1)), POLL_MOST_S)
+
+
+def pause_after(decision: Decision, look_s: float, least_s: float, pace: Pace) -> float:
+    """How long to wait after a look that led to this and took so much of a core."""
+    if isinstance(decision, Watch) and decision.phase in CALM:
+        return calm_pause_s(look_s, max(least_s, pace.look_s))
+    return 0.0 if isinstance(decision, AwaitStop) else least_s
 
 
 @dataclass
@@ -145,9 +152,7 @@ class Driver:
         outcome = self._act(decision, state, seen, launch)
         if outcome is not None:
             return outcome
-        if isinstance(decision, Watch) and decision.phase in CALM:
-            return calm_pause_s(time.thread_time() - began, max(self.poll_s, self.store.pace.look_s))
-        return 0.0 if isinstance(decision, AwaitStop) else self.poll_s
+        return pause_after(decision, time.thread_time() - began, self.poll_s, self.store.pace)
 
     def _observe(self, state: RunState, *, tell_steps: bool) -> tuple[Policy, Look, Launch]:
         """The launch that is to be used, and all that can be seen of it. Asks the store and the launcher."""

@@ -204,10 +204,10 @@ def find_run(store: Store, name: str) -> str:
 
 
 def readable(store: Store, run: str) -> RunState:
-    """The run's log, before anything is written for it. OtherVersion where a newer hotstage wrote what it would go on
-    from.
+    """The run's log, before anything is written for it. OtherVersion where a newer hotstage has gone on with it, or
+    wrote what it would go on from.
     """
-    state = RunLog(store, run).fold(quick=True)
+    state = RunLog(store, run).fold(quick=True).of_this_version()
     for newest in state.restore_candidates()[:1]:
         refuse_newer(store, run, newest)
     return state

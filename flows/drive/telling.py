@@ -42,9 +42,9 @@ class Teller:
 
     def phase(self, phase: Phase | str, text: str, *, key: tuple[Any, ...] | None = None) -> None:
         """A phase of the run; with a key only where that is not the last one told."""
-        word = phase.value if isinstance(phase, Phase) else phase
-        if key is None or key not in self._told:
-            self.tell("phase", phase=word, text=text)
+        if key is not None and key in self._told:
+            return
+        self.tell("phase", phase=phase.value if isinstance(phase, Phase) else phase, text=text)
         if key is not None:  # a phase may come back: of those only the last one is not repeated
             self._told = {k for k in self._told if k[0] != "phase"} | {key}
 

@@ -159,7 +159,8 @@ def test_a_log_that_a_newer_version_went_on_with_is_left_to_it(planted: Planted,
     planted.record()
     before = planted.objects()
     show, cancel = ("runs", "show", "RUN"), ("runs", "cancel", "RUN")
-    for command in (show, VERIFY, *GOES_ON[:3], *([] if ended else [cancel])):
+    relaid = tuple((*command, "--set", "parallel.threads=2") for command in GOES_ON[:3])  # another plan
+    for command in (show, VERIFY, *GOES_ON, *relaid, *([] if ended else [cancel])):
         code, said = called([planted.run if word == "RUN" else word for word in command])
         assert code == 78, (command, said)
         assert NEWER_RECORD in said, (command, said)

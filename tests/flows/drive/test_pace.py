@@ -17,7 +17,8 @@ from checkpoint.store.base import FREE, PAID, Info, Pace
 from flows.drive.claims import SILENT_SOON_S, StoreClaims
 from flows.drive.decide import judge
 from flows.drive.live import MetricsReader, StatusReader
-from flows.drive.views import AttemptView, LogView, Policy, Watch
+from flows.drive.loop import POLL_S, calm_pause_s, pause_after
+from flows.drive.views import AttemptView, AwaitStop, LogView, Phase, Policy, Watch
 
 RUN = "r-0a1b2c"
 LOOP_S = 1.0
@@ -96,3 +97,14 @@ def test_a_launch_of_this_machine_before_its_boot_is_heard_for_some_beats(pace: 
         assert held is not None
         overs.append(bool(held.over))
     assert overs == [False, False, True]
+
+
+@pytest.mark.parametrize("pace", [FREE, PAID])
+def test_a_driver_looks_often_only_where_something_is_due(pace: Pace) -> None:
+    """An attempt may be held back for a minute: that is no reason to ask the store twenty times a second."""
+    look_s = 0.005
+    for phase in (Phase.TRAINING, Phase.WAITING, Phase.BACKOFF):
+        pause = pause_after(Watch(phase), look_s, POLL_S, pace)
+        assert pause == calm_pause_s(look_s, max(POLL_S, pace.look_s)) > 4 * POLL_S
+    assert pause_after(Watch(Phase.DRAINING), look_s, POLL_S, pace) == POLL_S
+    assert pause_after(AwaitStop(), look_s, POLL_S, pace) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -12,11 +13,13 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 from rich.console import Console
 
 from checkpoint.store import open_store
+from flows.cli.voice import Voice
 from flows.drive.events import Event
 from flows.drive.loop import CALM_SHARE, POLL_MOST_S, calm_pause_s
 from flows.drive.run import prepare_run
@@ -193,6 +196,26 @@ def test_plain_lines_where_the_terminal_is_dumb_and_json_where_asked(place: Plac
 def test_the_peak_is_measured_not_guessed() -> None:
     assert 1e8 < measured_peak() < 1e15
     assert measured_peak() == measured_peak()
+
+
+def test_a_run_is_shown_without_mfu_where_the_yardstick_cannot_be_measured(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured beside the gang's start, by processes of its own: no trace of theirs lands between the lines."""
+
+    def no_process(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    spec, sets = place.folder / "spec.toml", [f"data.source='text:{place.folder}/corpus/*.txt'"]
+    prepared = prepare_run(load_spec(spec, sets), open_store("memory:"))
+    measured_peak.cache_clear()
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    shown = Voice(as_json=False).sink(prepared)
+    for thread in threading.enumerate():
+        if thread.name == "yardstick":
+            thread.join()
+    assert isinstance(shown, Lines)
+    assert shown.meter.mfu is None  # and no thread raised: pytest is told to fail then
 
 
 def test_help_loads_nothing_heavy() -> None:
