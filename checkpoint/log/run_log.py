@@ -239,8 +239,21 @@ class RunLog:
 
     def _store_state(self, state: RunState) -> dict[str, Any]:
         base = fold_base(state.n + 1)
-        data = state.to_bytes(base, fold_target(self.read(base)) if base else None)
+        target = self._readable(base) if base else None
+        data = state.to_bytes(base if target else 0, target)
         name = keys.fold_name(state.n + 1, secrets.token_hex(8))
         digest = hashlib.sha256(data)
         self.store.create(keys.run_key(self.run, name), data, sha256=digest.digest())
         return {"state": name, "bytes": len(data), "sha256": digest.hexdigest()}
+
+    def _readable(self, n: int) -> FoldTarget | None:
+        """What fold record ``n`` names, where it and all that it builds on can be read: damage is not built on, so that
+        it costs readers time until the next fold and no longer. A look in `FOLD_EVERY` records.
+        """
+        try:
+            target = fold_target(self.read(n))
+            self._load(n, target)
+        except (NotFound, Damaged, OtherVersion) as error:
+            logger.error("run %s: fold record %d is of no use, the next one has all rows: %s", self.run, n, error)
+            return None
+        return target

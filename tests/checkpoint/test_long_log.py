@@ -155,6 +155,23 @@ def test_every_row_is_in_the_folds_that_a_fold_builds_on() -> None:
         assert links <= k // 32 + 6
 
 
+@pytest.mark.parametrize("lost", ["record", "state", "state below"])
+def test_a_fold_that_is_damaged_is_not_built_on(lost: str) -> None:
+    """Nobody reads the record of an old fold, until the fold that would build on it: that has all rows instead."""
+    store = Counted()
+    state = long_log(store, RUN, 1, 7 * FOLD_EVERY - 1 - 1 - 6, attempt_body)  # fold 7 comes next, on 6, on 4
+    log = RunLog(store, RUN, writer="w")
+    names = {record.n: record.body["state"] for record in log.records(1) if record.kind == "fold"}
+    number = {"record": 6, "state": 6, "state below": 4}[lost] * FOLD_EVERY
+    key = keys.log_key(RUN, number) if lost == "record" else keys.run_key(RUN, names[number])
+    store._objects[key] = store._objects[key][:-1] + b"?"
+    state = log.append("checkpoint", point_body(10**6, state.epoch), state, epoch=state.epoch)
+    assert state.n == 7 * FOLD_EVERY + 1
+    store.asked.clear()
+    assert RunLog(store, RUN).fold() == state
+    assert sum(store.asked.values()) < 14  # from the newest fold, not from the beginning
+
+
 # --- folds of the version before -------------------------------------------------------------------------------------
 
 
