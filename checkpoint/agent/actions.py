@@ -60,6 +60,7 @@ class Actions:
         self._retired: list[SlotTable] = []
         self._cancelled = threading.Event()  # what is done to start the attempt is of no use any more
         self._superseded = threading.Event()  # nor is its claim
+        self._remet = threading.Event()  # nor are the ports that are being exchanged
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
         self._preparer = Preparer(store, options, self._pool)
         run, node = options.run, options.node
@@ -97,7 +98,7 @@ class Actions:
 
     def stop(self) -> None:
         """Whoever works for an attempt may leave."""
-        self._cancelled.set()
+        self._cancel()
         self._superseded.set()
 
     def close(self) -> None:
@@ -172,6 +173,7 @@ class Actions:
 
     def _cancel(self, _: object = None) -> None:
         self._cancelled.set()
+        self._remet.set()
 
     def _recall(self, e: do.Recall) -> ev.Event:
         gang, work = e.gang, self.options.work
@@ -195,6 +197,9 @@ class Actions:
         return None if holder is None else ev.Claimed(gang.epoch, holder)
 
     def _prepare(self, e: do.Prepare) -> None:
+        unused, self._found = self._found, {}  # another one is prepared: nobody waits for these any more
+        for provisions in unused.values():
+            self._retire(provisions.table)
         table = self._has.table if self._has is not None else None
         self._thread("prepare", self._prepare_thread, e.gang, e.state, table, self._cancelled)
 
@@ -209,9 +214,7 @@ class Actions:
         return ev.Provided(gang.epoch, found.restore, found.start_step, found.from_slot)
 
     def _keep(self, gang: Gang, found: Provisions) -> None:
-        unused, self._found = self._found, {gang.epoch: found}
-        for provisions in unused.values():
-            self._retire(provisions.table)
+        self._found[gang.epoch] = found
 
     def _use(self, e: do.Use) -> None:
         before, self._has = self._has, self._found.pop(e.gang.epoch)
@@ -224,7 +227,9 @@ class Actions:
             self._retired.append(table)
 
     def _meet(self, e: do.Meet) -> None:
-        self._thread("peers", self._meet_thread, e.gang, e.ports, self._cancelled)
+        self._remet.set()  # of a supervisor that was lost: its ports must not be put together as this node's
+        self._remet = threading.Event()
+        self._thread("peers", self._meet_thread, e.gang, e.ports, self._remet)
 
     def _meet_thread(self, gang: Gang, ports: Sequence[int], cancelled: threading.Event) -> ev.Event | None:
         try:

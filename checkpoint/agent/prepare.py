@@ -6,6 +6,7 @@ every rank of the node still holds, else a checkpoint that is read into slots, e
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -77,13 +78,16 @@ class Preparer:
         go_on()
         data_dir = fetch_data(self._store, layout, options.work / "data")
         go_on()
-        if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
-            table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
-        for rank in gang.local:
-            table.create(rank)
-        if table.total_bytes <= PREFAULT_FIRST_BYTES:
-            table.prefault()
-        restore, start_step, from_slot = self._restore(gang, state, layout, table, go_on)
+        with contextlib.ExitStack() as failed:
+            if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
+                table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
+                failed.callback(table.close)  # nobody else has it: its memory would stay until the agent ends
+            for rank in gang.local:
+                table.create(rank)
+            if table.total_bytes <= PREFAULT_FIRST_BYTES:
+                table.prefault()
+            restore, start_step, from_slot = self._restore(gang, state, layout, table, go_on)
+            failed.pop_all()
         return Provisions(layout, plan_path, table, data_dir, restore, start_step, from_slot)
 
     def _restore(
