@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import random
 import re
 import signal
 import socket
@@ -31,7 +33,13 @@ from tests.engine.comm_peer import (
 )
 from tests.engine.native import build_program
 from tests.support.agents import wait_for
+from tests.trainer.plan.test_columns import random_schedule
 from trainer import wire
+from trainer.errors import PlanError
+from trainer.plan.channels import MessageEnd, check_channels
+from trainer.plan.messages import insert_messages
+from trainer.plan.rows import Action
+from trainer.plan.schedules import stage_positions
 
 
 def two(*more: tuple[int, int, int], **changes: object) -> Gang:
@@ -411,3 +419,55 @@ def test_the_four_rank_pipeline_as_threads(tmp_path: Path) -> None:
         lists.append(" ".join(steps))
     code, out = run_loop(tmp_path, gang, *lists)
     assert code == 0, out
+
+
+def disordered(rows: list[list[Action]], source: random.Random) -> None:
+    """Moves, mostly, or loses or doubles a message of a rank."""
+    row = source.choice([row for row in rows if row])
+    at, to = source.randrange(len(row)), source.randrange(len(row))
+    kind = source.randrange(10)
+    if kind < 4:
+        row[at], row[to] = row[to], row[at]
+    elif kind < 8:
+        row.insert(to, row.pop(at))
+    elif kind == 8:
+        del row[at]
+    else:
+        row.insert(to, row[at])
+
+
+def test_the_checker_says_of_messages_what_the_engine_does(tmp_path: Path) -> None:
+    """Random schedules, some with messages out of order: refused where a rank fails, a deadlock where one stalls."""
+    source = random.Random(11)
+    seen = set()
+    for _ in range(int(os.environ.get("HOTSTAGE_FUZZ_MESSAGES", "40"))):
+        computed, stages = random_schedule(source)
+        rows = [[a for a in row if not a.is_compute] for row in insert_messages(computed, stages)]
+        rank_of = stage_positions(computed)
+        edges = sorted({(a.op[-1], a.edge) for row in rows for a in row})
+        if not edges:
+            continue
+        for _ in range(source.randrange(4)):
+            if any(rows):
+                disordered(rows, source)
+        ends = [[MessageEnd((a.op[-1], a.edge), a.is_send, a.microbatch, str(a)) for a in row] for row in rows]
+        try:
+            check_channels(ends)
+            verdict = "runs"
+        except PlanError as error:
+            verdict = "stalls" if str(error).startswith("deadlock") else "breaks"
+        lists = [
+            " ".join(f"{'S' if a.is_send else 'R'}{edges.index((a.op[-1], a.edge))}.{a.microbatch}" for a in row)
+            for row in rows
+        ]
+        gang = Gang(
+            channels=tuple((rank_of[edge[0]], rank_of[edge[1]], 64) for _, edge in edges),
+            ports=tuple(range(1, 1 + len(rows))),
+            stall_ms=20_000 if verdict == "runs" else 100,
+        )
+        code, out = run_loop(tmp_path, gang, *lists)
+        assert (code == 0) == (verdict == "runs"), (verdict, lists, out)
+        if verdict != "breaks":  # what breaks may stall before it
+            assert (" STALLED " in out) == (verdict == "stalls"), (verdict, lists, out)
+        seen.add(verdict)
+    assert seen == {"runs", "stalls", "breaks"}
