@@ -285,7 +285,9 @@ class LaunchSpec(_Section):
     target: Literal["local", "kubernetes"] = "local"
     nodes: int = _size(1, high=4096, text="nodes (local: groups of processes; kubernetes: pods)")
     kernel_path: KernelPath = "auto"
-    memory_gib: float = Field(0.0, ge=0, description="memory budget of a node; a plan above it is refused; 0: none")
+    memory_gib: float = Field(
+        0.0, ge=0, le=1 << 20, description="memory budget of a node; a plan above it is refused; 0: none"
+    )
     connect_s: float = Field(60.0, gt=0, le=3600, description="deadline for all ranks to find each other")
     stall_s: float = Field(120.0, gt=0, le=86_400, description="deadline of every wait inside a step")
     trace: bool = Field(False, description="record the time of every instruction")

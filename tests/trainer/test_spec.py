@@ -61,6 +61,7 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"model__layers": True}, ["model.layers True", "whole number"]),
         ({"model__heads": 5}, ["heads 5", "width 32", "heads = 4"]),
         ({"model__layers": 10_001}, ["model.layers 10001", "at most 10000", "lower it"]),
+        ({"launch__memory_gib": 1e300}, ["launch.memory_gib 1e+300", "at most 1048576", "lower it"]),
         ({"parallel__stages": 5}, ["parallel.stages 5", "model.layers 4", "at most 4 stages"]),
         ({"train__microbatch": 3}, ["batch 8", "microbatch 3", "microbatch = 2"]),
         ({"train__sequence": 65}, ["train.sequence 65", "model.context 64", "shorten"]),
