@@ -1,4 +1,4 @@
-"""Every file that the documentation links to or names as its proof is there."""
+"""Every file that the documentation links to or names as its proof is there, and no page is half merged."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def missing(page: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page: Path) -> None:
     assert missing(page, page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_page_holds_no_marks_of_a_merge(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|>{7}) .*", page.read_text(encoding="utf-8"), re.MULTILINE) == []
 
 
 def test_what_is_not_there_is_found() -> None:
