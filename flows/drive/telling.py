@@ -32,7 +32,7 @@ class Teller:
     clock: Callable[[], float] = time.monotonic
     max_step: dict[int, int] = field(default_factory=dict)
     recoveries: list[float] = field(default_factory=list)
-    lost_steps: int = 0
+    _begins: list[tuple[int, int]] = field(default_factory=list)  # (epoch that was left, step from which it goes on)
     _failed_at: float | None = None
     _told: set[tuple[Any, ...]] = field(default_factory=set)
     _told_n: int | None = None  # the newest checkpoint record that was told
@@ -98,10 +98,14 @@ class Teller:
         """An attempt, the newest of the log."""
         attempts = state.attempts
         if len(attempts) > 1:
-            reached = self.max_step.get(attempts[-2].epoch, order.restore.step)
-            self.lost_steps += max(0, reached - max(order.restore.step, 0))
+            self._begins.append((attempts[-2].epoch, max(order.restore.step, 0)))
         facts = {"number": len(attempts), "epoch": attempts[-1].epoch, "reason": order.reason, "cause": cause}
         self.tell("attempt", **facts, **{"step": order.restore.step, "from": order.restore.origin})
+
+    @property
+    def lost_steps(self) -> int:
+        """Done twice, by all that was heard until now: the last lines of an attempt may come after its end."""
+        return sum(max(0, self.max_step.get(epoch, step) - step) for epoch, step in self._begins)
 
     def saved(self, state: RunState, asked_at: int) -> str:
         """What a stop left in the store: the gang's last state may not have got there. ``asked_at``: the log's newest

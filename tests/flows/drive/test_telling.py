@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from checkpoint.log import RunState
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import open_store
 from flows.drive.events import Event
 from flows.drive.telling import Teller
-from flows.drive.views import NodeView, Phase
+from flows.drive.views import NodeView, Phase, Restore, StartAttempt
+from tests.checkpoint.samples import attempt_body
 
 
 @dataclass
@@ -40,3 +42,20 @@ def test_trouble_that_lasts_is_told_once_and_so_is_the_phase_beside_it() -> None
         ("warning", f"node 0: {trouble}"),
         ("training", ""),
     ]
+
+
+def test_steps_whose_lines_come_after_the_next_attempt_has_begun_are_lost_all_the_same() -> None:
+    """A store that costs is asked for lines each few seconds: the last of them come when their gang is long gone."""
+    log = RunLog(open_store("memory:"), "r-0a1b2c", writer="driver")
+    state = log.append("attempt", attempt_body(), log.fold())
+    teller = Teller("r-0a1b2c")
+
+    def line(step: int) -> dict[str, object]:
+        return {"event": "step", "epoch": 1, "step": step, "loss": 2.0, "grad_norm": 1.0}
+
+    teller.steps(state, map(line, range(1, 11)))
+    state = log.append("attempt", attempt_body(step=8), state)
+    teller.began(state, StartAttempt(Restore(2, 8), (), "recover"), None)
+    assert teller.outcome(state, "stopped").lost_steps == 2
+    teller.steps(state, [line(11), line(12)])
+    assert teller.outcome(state, "stopped").lost_steps == 4
