@@ -247,7 +247,8 @@ class RunState:
             if not isinstance(number, int):
                 raise Damaged(f"{what}: a pin names no record")
             pins[name] = number
-        stones = [[c, c] for c in f.array("tombstones", n)] if version == 1 else list(rows("tombstones", 2))
+        # version 1 did not say which record buried one: at the latest this, so no fold that builds below leaves it out
+        stones = [[c, n] for c in f.array("tombstones", n)] if version == 1 else list(rows("tombstones", 2))
         if not all(type(c) is int and type(by) is int and base < by <= n for c, by in stones):
             raise Damaged(f"{what}: a tombstone names no record")
         damaged: dict[int, str] = {}

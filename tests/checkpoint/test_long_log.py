@@ -231,6 +231,21 @@ def test_a_log_of_the_version_before_is_read_and_goes_on() -> None:
     assert sum(store.asked.values()) < 12
 
 
+def test_a_tombstone_that_the_version_before_folded_is_kept() -> None:
+    """Its fold does not say when that came: after the fold below, on which the next one of this version builds."""
+    store = Counted()
+    old = FirstVersion(store, RUN, writer="old")
+    state = old.append("attempt", attempt_body(), old.fold())
+    while state.n < 2 * FOLD_EVERY + 3:
+        state = old.append("checkpoint", point_body(state.n, 1), state, epoch=1)
+    state = old.append("tombstone", {"checkpoint": 2}, state)
+    new = RunLog(store, RUN, writer="new")
+    state = new.fold(quick=True)
+    while state.n < 3 * FOLD_EVERY + 1:
+        state = new.append("intervention", {"kind": "note"}, state)
+    assert new.fold().tombstones == {2}
+
+
 def test_rows_that_are_in_other_objects_are_not_left_out() -> None:
     state = RunState(RUN, n=3 * FOLD_EVERY - 1)
     with pytest.raises(Damaged, match="its first 256 records are in other objects"):
