@@ -11,11 +11,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "backend/check.h"
 #include "core/math.h"
 #include "core/rng.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
-#include "run/check.h"
 
 const hs_kernel_set *hs_test_set(const char *name);
 int hs_test_has_set(const char *name);
@@ -197,7 +197,7 @@ void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t firs
     for (int64_t i = 0; i < n; i++) out[i] = hs_rng_normal(key, first + (uint64_t)i);
 }
 
-/* --- run/check.h: a core that computes wrongly --------------------------------------------------
+/* --- backend/check.h: a core that computes wrongly --------------------------------------------------
  */
 
 static const hs_kernel_set *sound;

@@ -61,7 +61,7 @@ def _units() -> list[tuple[Path, list[str], list[Path]]]:
     units: list[tuple[Path, list[str], list[Path]]] = [
         (source, [], []) for source in [*core, ENGINE / "kernels" / "extent.c", *ref]
     ]
-    check = ENGINE / "run" / "check.c"
+    check = ENGINE / "backend" / "check.c"
     units.append((HERE / "kernel_lib.c", ["-DHS_TEST_CPU"] if fast else [], [check.with_suffix(".h")]))
     units.append((check, [], [check.with_suffix(".h")]))
     if fast:

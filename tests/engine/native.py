@@ -21,17 +21,22 @@ FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra 
 
 
 @functools.cache
-def build_program(name: str) -> Path:
-    """The program's path, in the engine's build folder; built where a source changed since the last time."""
+def build_program(name: str, *more: str, main: Path | None = None) -> Path:
+    """The program's path, in the engine's build folder; built where a source changed since the last time. ``more``:
+    flags; ``main``: another source beside it.
+    """
     compiler, sanitize = os.environ.get("HOTSTAGE_TEST_CC", "cc"), os.environ.get("HOTSTAGE_TEST_SANITIZE", "")
     folder, source = build_folder(compiler, sanitize), PROGRAMS / f"{name}.c"
-    flags = shlex.split(FLAGS) + ([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])
-    digest = hashlib.sha256(source.read_bytes() + shlex.join(flags).encode()).hexdigest()[:16]
+    flags = (
+        shlex.split(FLAGS) + list(more) + ([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])
+    )
+    sources = [source, main] if main else [source]
+    digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + shlex.join(flags).encode()).hexdigest()[:16]
     target = folder / f"{name}-{digest}"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
         include, library = f"-I{ROOT / 'trainer' / 'engine'}", str(folder / "libhotstage.a")
-        command = [find(compiler), *flags, include, "-o", str(made), str(source), library, "-lm"]
+        command = [find(compiler), *flags, include, "-o", str(made), *map(str, sources), library, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
         made.replace(target)

@@ -1,4 +1,4 @@
-"""run/check.h: what a rank asks of its machine before the first step."""
+"""backend/check.h: what a rank asks of its machine before the first step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check(
 
 
 def sheet(name: str) -> int:
-    source = (ENGINE / "run" / "check.c").read_text()
+    source = (ENGINE / "backend" / "check.c").read_text()
     found = re.search(rf"{name} = (0x[0-9a-f]{{8}})", source)
     assert found, name
     return int(found.group(1), 16)

@@ -128,6 +128,21 @@ static bool index_data(const hs_plan *plan, uint8_t *base, bool fill) {
     return true;
 }
 
+struct hs_device {
+    void *scratch;
+    size_t scratch_bytes;
+};
+
+static hs_status launch(hs_device *d, int stream, uint16_t kernel, const hs_args *args,
+                        hs_why *why) {
+    hs_kernel_ctx ctx = {.scratch = d->scratch, .scratch_bytes = d->scratch_bytes};
+    (void)stream;
+    (void)why;
+    return hs_kernels_portable.fn[kernel](&ctx, args);
+}
+
+static const hs_backend here = {.version = HS_BACKEND_VERSION, .unified = true, .launch = launch};
+
 /* One microbatch of position 0, then the optimizer's programs: every program that its step list
  * runs, once. */
 static bool run_plan(const hs_plan *plan) {
@@ -138,13 +153,13 @@ static bool run_plan(const hs_plan *plan) {
     if (map == MAP_FAILED || mprotect(map + PAGE, room, PROT_READ | PROT_WRITE) != 0) abort();
     /* against the end of the mapping, as far as 64-byte alignment lets it */
     uint8_t *base = map + PAGE + (room - p->arena_bytes) / 64 * 64;
-    const hs_arena arena = {.base = base, .bytes = p->arena_bytes};
     const size_t scratch_bytes = hs_kernels_scratch_bytes(1) + 64;
     uint8_t *scratch = aligned_alloc(64, (scratch_bytes + 63) / 64 * 64);
     hs_linked *linked = NULL;
     hs_why why = {0};
-    if (!scratch || hs_link(plan, p, &arena, &hs_kernels_portable, &linked, &why) != HS_OK) abort();
-    hs_kernel_ctx ctx = {.pool = NULL, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    hs_device device = {.scratch = scratch, .scratch_bytes = scratch_bytes};
+    hs_spaces spaces = {.backend = &here, .device = &device, .arena = base};
+    if (!scratch || hs_link(plan, p, &spaces, &linked, &why) != HS_OK) abort();
     const uint64_t seed = state;
     (void)index_data(plan, base, true);
     uint8_t *done = calloc(plan->count[HS_SECTION_PROGRAMS] + 1, 1);
@@ -154,7 +169,7 @@ static bool run_plan(const hs_plan *plan) {
         for (uint32_t i = 0; i < counts[list]; i++) {
             const hs_plan_action *a = &plan->actions[firsts[list] + i];
             if (a->kind != HS_A_RUN || done[a->program]++) continue;
-            (void)hs_linked_run(linked, a->program, a->slot, a->microbatch, &ctx, &why);
+            (void)hs_linked_run(linked, a->program, a->slot, a->microbatch, &why);
         }
     }
     state = seed;

@@ -33,7 +33,8 @@
     X(-15, STOPPED, 85, "stopped on request")                                                      \
     X(-16, UNSUPPORTED, 78, "this machine or build cannot do it")                                  \
     X(-17, SICK, 88, "this machine computes or remembers wrongly")                                 \
-    X(-18, TERMINATED, 143, "stopped on request, this attempt saved nothing")
+    X(-18, TERMINATED, 143, "stopped on request, this attempt saved nothing")                      \
+    X(-19, DEVICE, 88, "a device failed or is gone")
 
 typedef int hs_status;
 

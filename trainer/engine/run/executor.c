@@ -13,45 +13,75 @@ static int64_t last_step(const hs_executor *ex) {
     return after >= 0 && after < steps ? after : steps;
 }
 
+/* One of the plan's arrays of a number a row, of a microbatch; UINT64_MAX: this position has none. */
+typedef struct rows {
+    uint64_t offset, bytes;
+    void *host; /* NULL: none */
+} rows;
+
+static rows rows_of(const hs_executor *ex, uint32_t microbatch, uint64_t inside) {
+    const hs_plan_position *p = ex->position;
+    rows r = {.offset = p->mb_offset + microbatch * p->mb_stride + inside,
+              .bytes = 4 * (uint64_t)hs_plan_rows(ex->plan)};
+    if (inside != UINT64_MAX) r.host = hs_spaces_host(ex->spaces, r.offset, r.bytes);
+    return r;
+}
+
 /* Tokens and targets of every microbatch of step ex->step, where this position reads them. */
 static hs_status fill_data(const hs_executor *ex, hs_why *why) {
     const hs_plan_config *g = ex->plan->config;
-    const hs_plan_position *p = ex->position;
-    uint8_t *const mb0 = ex->arena->base + p->mb_offset;
     uint64_t sample = hs_order_first(g, hs_plan_replica_of(ex->plan, ex->rank), ex->step);
     for (uint32_t m = 0; m < g->microbatches; m++) {
-        uint8_t *const mb = mb0 + m * p->mb_stride;
-        int32_t *tokens =
-            p->tokens_offset == UINT64_MAX ? NULL : (int32_t *)(mb + p->tokens_offset);
-        int32_t *targets =
-            p->targets_offset == UINT64_MAX ? NULL : (int32_t *)(mb + p->targets_offset);
+        const rows both[2] = {rows_of(ex, m, ex->position->tokens_offset),
+                              rows_of(ex, m, ex->position->targets_offset)};
+        int32_t *tokens = both[0].host, *targets = both[1].host;
         for (uint32_t b = 0; b < g->microbatch; b++, sample++) {
             HS_TRY(hs_shards_read(ex->shards, hs_order_sample(g, sample), tokens, targets, why));
             if (tokens) tokens += g->sequence;
             if (targets) targets += g->sequence;
         }
+        for (int k = 0; k < 2; k++)
+            if (both[k].host)
+                HS_TRY(hs_spaces_put(ex->spaces, both[k].offset, both[k].host, both[k].bytes, why));
     }
     return HS_OK;
 }
 
+/* Losses and squared norms come to the host. */
+static hs_status fetch_sums(const hs_executor *ex, double **sumsq, hs_why *why) {
+    const hs_plan_position *p = ex->position;
+    const uint64_t bytes = 8 * (uint64_t)ex->plan->count[HS_SECTION_TENSORS];
+    for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
+        const rows losses = rows_of(ex, m, p->loss_offset);
+        HS_TRY(hs_spaces_get(ex->spaces, losses.offset, losses.host, losses.bytes, why));
+    }
+    *sumsq = (double *)(void *)hs_spaces_host(ex->spaces, p->sumsq_offset, bytes);
+    HS_TRY(hs_spaces_get(ex->spaces, p->sumsq_offset, *sumsq, bytes, why));
+    return hs_spaces_wait(ex->spaces, HS_STREAM_OUT, why);
+}
+
 /* This position's report at `out`: losses, squared norms, whether a slot is free, whether a stop
  * was asked for. */
-static void write_report(const hs_executor *ex, uint8_t *out) {
+static hs_status write_report(const hs_executor *ex, uint8_t *out, hs_why *why) {
     const hs_plan_position *p = ex->position;
     hs_step_report report = {.step = ex->step, .position = p->position};
     bool finite = true;
+    double *sumsq;
+    hs_stop_busy(ex->stop, true);
+    const hs_status st = fetch_sums(ex, &sumsq, why);
+    hs_stop_busy(ex->stop, false);
+    if (st != HS_OK) return st;
     for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
-        const uint8_t *mb = ex->arena->base + p->mb_offset + m * p->mb_stride;
-        finite &= hs_step_add_losses((const float *)(mb + p->loss_offset),
-                                     (const int32_t *)(mb + p->targets_offset),
-                                     hs_plan_rows(ex->plan), &report.loss_sum, &report.loss_count);
+        finite &= hs_step_add_losses(rows_of(ex, m, p->loss_offset).host,
+                                     rows_of(ex, m, p->targets_offset).host, hs_plan_rows(ex->plan),
+                                     &report.loss_sum, &report.loss_count);
     }
     report.not_finite = !finite;
     report.free_slot = ex->snapshot && hs_snapshot_can_fill(ex->snapshot);
     report.stop = hs_stop_requested(ex->stop);
     memcpy(out, &report, sizeof report);
-    memcpy(out + sizeof report, ex->arena->base + p->sumsq_offset,
-           8 * ex->plan->count[HS_SECTION_TENSORS]);
+    memcpy(out + sizeof report, sumsq, 8 * ex->plan->count[HS_SECTION_TENSORS]);
+    return HS_OK;
 }
 
 static void combine(const hs_executor *ex, const uint8_t *reports) {
@@ -59,12 +89,14 @@ static void combine(const hs_executor *ex, const uint8_t *reports) {
                                    .tensors = ex->plan->count[HS_SECTION_TENSORS],
                                    .last_step = last_step(ex),
                                    .slots = ex->snapshot != NULL};
-    hs_step_decide(&policy, reports, ex->plan->config->positions,
-                   (hs_step_control *)(ex->arena->base + ex->position->control_offset));
+    hs_step_decide(
+        &policy, reports, ex->plan->config->positions,
+        (void *)hs_spaces_host(ex->spaces, ex->position->control_offset, sizeof(hs_step_control)));
 }
 
-static hs_status apply(hs_executor *ex, const void *block, hs_why *why) {
+static hs_status apply(hs_executor *ex, uint64_t offset, const void *block, hs_why *why) {
     memcpy(&ex->control, block, sizeof ex->control);
+    HS_TRY(hs_spaces_put(ex->spaces, offset, block, sizeof ex->control, why));
     if (ex->control.step != ex->step) {
         return hs_fail(why, HS_E_BUG,
                        "the control block is of step %" PRId64 ", this is step %" PRId64,
@@ -72,7 +104,7 @@ static hs_status apply(hs_executor *ex, const void *block, hs_why *why) {
     }
     if (ex->dump_dir) {
         HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_GRADS, ex->plan, ex->position,
-                               ex->arena, why));
+                               ex->spaces, why));
     }
     if (ex->control.not_finite) {
         return hs_fail(why, HS_E_DIVERGED,
@@ -112,34 +144,58 @@ static hs_status save(hs_executor *ex, bool final, hs_why *why) {
     return HS_OK;
 }
 
+/* Messages of the device space pass through a window, which holds the longest. */
+static hs_status send(hs_executor *ex, const hs_plan_action *a, uint64_t offset, hs_why *why) {
+    const uint8_t *from = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
+    uint64_t bytes = a->ref.bytes;
+    if (!from) {
+        hs_stop_busy(ex->stop, true);
+        const hs_status st = hs_spaces_readable(ex->spaces, offset, &bytes, &from, why);
+        hs_stop_busy(ex->stop, false);
+        if (st != HS_OK) return st;
+    }
+    return ex->transport->send(ex->comm, a->channel, from, bytes, a->microbatch, why);
+}
+
+static hs_status receive(hs_executor *ex, const hs_plan_action *a, uint64_t offset, hs_why *why) {
+    uint8_t *const host = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
+    uint8_t *to = host;
+    uint64_t bytes = a->ref.bytes;
+    if (!host) {
+        hs_stop_busy(ex->stop, true);
+        const hs_status st = hs_spaces_writable(ex->spaces, offset, &bytes, &to, why);
+        hs_stop_busy(ex->stop, false);
+        if (st != HS_OK) return st;
+    }
+    HS_TRY(ex->transport->recv(ex->comm, a->channel, to, bytes, a->microbatch, why));
+    return host ? HS_OK : hs_spaces_put(ex->spaces, offset, to, bytes, why);
+}
+
 static hs_status run_action(hs_executor *ex, const hs_plan_action *a, hs_why *why) {
-    void *const at = a->ref.space == HS_SPACE_NONE
-                         ? NULL
-                         : hs_linked_address(ex->linked, &a->ref, a->slot, a->microbatch);
+    const uint64_t offset = hs_linked_offset(ex->linked, &a->ref, a->slot, a->microbatch);
     hs_status st;
     switch (a->kind) {
     case HS_A_RUN:
         hs_stop_busy(ex->stop, true);
-        st = hs_linked_run(ex->linked, a->program, a->slot, a->microbatch, &ex->kernels, why);
+        st = hs_linked_run(ex->linked, a->program, a->slot, a->microbatch, why);
         hs_stop_busy(ex->stop, false);
         return st;
     case HS_A_SEND:
-        return ex->transport->send(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
+        return send(ex, a, offset, why);
     case HS_A_RECV:
-        return ex->transport->recv(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
+        return receive(ex, a, offset, why);
     case HS_A_DATA:
         hs_stop_busy(ex->stop, true);
         st = fill_data(ex, why);
         hs_stop_busy(ex->stop, false);
         return st;
     case HS_A_REPORT:
-        write_report(ex, at);
-        return HS_OK;
+        return write_report(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_COMBINE:
-        combine(ex, at);
+        combine(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes));
         return HS_OK;
     case HS_A_APPLY:
-        return apply(ex, at, why);
+        return apply(ex, offset, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_SNAPSHOT: {
         const bool final = ex->control.stop || ex->step >= last_step(ex);
         return ex->control.snapshot ? save(ex, final, why) : HS_OK;
@@ -200,7 +256,7 @@ hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
         HS_TRY(run_list(ex, ex->position->first_step, ex->position->steps, why));
         if (ex->dump_dir) {
             HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->position,
-                                   ex->arena, why));
+                                   ex->spaces, why));
         }
         tell_step(ex);
         if (ex->agent) hs_agent_link_poll(ex->agent);

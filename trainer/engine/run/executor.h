@@ -1,8 +1,9 @@
-/* One loop that runs a position's lists of actions. It knows instructions, not models: order,
- * memory and messages are the plan's. All parts are made by run/rank.c and lent to it; it allocates
- * nothing.
+/* One loop that runs a position's lists of actions. It knows instructions, not models and not
+ * devices: order, memory and messages are the plan's, run/spaces.h makes them a device's work. All
+ * parts are made by run/rank.c and lent to it; it allocates nothing.
  *
- * I1  Actions run in the plan's order, one at a time, on one thread (kernels use the pool).
+ * I1  Actions are issued in the plan's order, from one thread (the CPU's kernels use the pool). The
+ *     host waits for the device where it reads what the device made: at SEND, REPORT and SNAPSHOT.
  * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY),
  *     and not at all where the block says that the numbers are not finite.
  * I3  A snapshot holds the state of a whole step: SNAPSHOT comes after the optimizer, by the same
@@ -14,7 +15,6 @@
 #include <stdint.h>
 
 #include "comm/comm.h"
-#include "core/arena.h"
 #include "core/rank_page.h"
 #include "core/stop.h"
 #include "core/text.h"
@@ -23,6 +23,7 @@
 #include "run/linker.h"
 #include "run/metrics.h"
 #include "run/plan.h"
+#include "run/spaces.h"
 #include "run/trace.h"
 #include "snapshot/snapshot.h"
 #include "wire/attempt.h"
@@ -33,9 +34,8 @@ typedef struct hs_executor {
     const hs_plan_position *position; /* that this rank fills */
     uint32_t rank;
     const hs_attempt *attempt;
-    const hs_arena *arena;
+    hs_spaces *spaces;
     const hs_linked *linked;
-    hs_kernel_ctx kernels;
     const hs_comm_table *transport;
     hs_comm *comm;           /* NULL: the plan has no channels */
     const hs_shards *shards; /* NULL: no DATA action here */

@@ -41,8 +41,20 @@ static hs_status run_list(const hs_plan *plan, hs_machine *machine, uint32_t fir
     for (uint32_t i = 0; i < count; i++) {
         const hs_plan_action *a = &plan->actions[first + i];
         HS_ASSERT(a->kind == HS_A_RUN);
-        HS_TRY(hs_linked_run(machine->linked, a->program, a->slot, a->microbatch, &machine->kernels,
-                             why));
+        HS_TRY(hs_linked_run(machine->linked, a->program, a->slot, a->microbatch, why));
+    }
+    return HS_OK;
+}
+
+/* The logits of the request that ran last, to standard output. */
+static hs_status answer(const hs_plan *plan, hs_spaces *spaces, hs_why *why) {
+    uint64_t offset = plan->positions[0].logits_offset;
+    uint64_t left = 4 * (uint64_t)hs_plan_rows(plan) * plan->config->vocab;
+    for (uint64_t n; left > 0; left -= n, offset += n) {
+        const uint8_t *from;
+        n = left;
+        HS_TRY(hs_spaces_readable(spaces, offset, &n, &from, why));
+        HS_TRY(write_all(from, n, why));
     }
     return HS_OK;
 }
@@ -50,7 +62,8 @@ static hs_status run_list(const hs_plan *plan, hs_machine *machine, uint32_t fir
 static hs_status serve(const hs_plan *plan, hs_machine *machine, hs_why *why) {
     const hs_plan_position *p = &plan->positions[0];
     const size_t rows = (size_t)hs_plan_rows(plan);
-    int32_t *tokens = (int32_t *)(machine->arena.base + p->mb_offset + p->tokens_offset);
+    const uint64_t at = p->mb_offset + p->tokens_offset;
+    int32_t *tokens = (int32_t *)(void *)hs_spaces_host(&machine->spaces, at, rows * 4);
     for (;;) {
         size_t got;
         HS_TRY(read_all((uint8_t *)tokens, rows * 4, &got, why));
@@ -66,9 +79,9 @@ static hs_status serve(const hs_plan *plan, hs_machine *machine, hs_why *why) {
                                plan->config->vocab - 1);
             }
         }
+        HS_TRY(hs_spaces_put(&machine->spaces, at, tokens, rows * 4, why));
         HS_TRY(run_list(plan, machine, p->first_step, p->steps, why));
-        HS_TRY(
-            write_all(machine->arena.base + p->logits_offset, rows * plan->config->vocab * 4, why));
+        HS_TRY(answer(plan, &machine->spaces, why));
     }
 }
 
@@ -82,7 +95,8 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
                      args->plan);
         goto out;
     }
-    const hs_machine_config config = {.plan = &plan,
+    const hs_machine_config config = {.backend = args->backend,
+                                      .plan = &plan,
                                       .position = &plan.positions[0],
                                       .kernel_path = args->kernel_path,
                                       .threads =
@@ -91,12 +105,12 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
                                       .arena_fd = -1};
     HS_TRY_GOTO(st, out, hs_machine_create(&config, &machine, why));
     HS_TRY_GOTO(st, out,
-                hs_weights_read(args->weights, &plan, &plan.positions[0], &machine.arena, why));
+                hs_weights_read(args->weights, &plan, &plan.positions[0], &machine.spaces, why));
     HS_TRY_GOTO(
         st, out,
         run_list(&plan, &machine, plan.positions[0].first_load, plan.positions[0].loads, why));
-    HS_LOG(args->log, HS_LOG_INFO, "ready", HS_S("kernel_path", machine.set->name),
-           HS_I("threads", machine.threads), HS_I("arena_bytes", (int64_t)machine.arena.bytes));
+    HS_LOG(args->log, HS_LOG_INFO, "ready", HS_S("kernel_path", machine.facts.kernels),
+           HS_I("threads", machine.threads), HS_I("arena_bytes", (int64_t)machine.spaces.bytes));
     st = serve(&plan, &machine, why);
 out:
     hs_machine_destroy(&machine);

@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "backend/backend.h"
 #include "core/log.h"
 #include "core/status.h"
 
@@ -13,6 +14,7 @@ typedef struct hs_infer_args {
     const char *plan, *weights; /* files */
     uint32_t kernel_path;       /* HS_PATH_* */
     uint32_t threads;           /* 0: the plan's, or the cores */
+    const hs_backend *backend;
     const hs_log *log;
 } hs_infer_args;
 

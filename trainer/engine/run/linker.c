@@ -5,7 +5,6 @@
 #include <string.h>
 
 typedef struct linked_call {
-    hs_kernel_fn run;
     hs_args args;                  /* STATIC operands are addresses, ACT and MB ones NULL */
     uint64_t offset[HS_CALL_PTRS]; /* of ACT and MB operands in their area */
     uint8_t space[HS_CALL_PTRS];
@@ -17,28 +16,26 @@ typedef struct linked_call {
 struct hs_linked {
     const hs_plan *plan;
     const hs_plan_position *position;
-    uint8_t *base;
+    hs_spaces *spaces;
     uint32_t *first; /* by program: index into calls */
     linked_call *calls;
 };
 
-static uint8_t *area(const hs_linked *linked, uint32_t space, uint32_t slot, uint32_t microbatch) {
+static uint64_t area(const hs_linked *linked, uint32_t space, uint32_t slot, uint32_t microbatch) {
     const hs_plan_position *p = linked->position;
-    if (space == HS_SPACE_ACT) return linked->base + p->act_offset + slot * p->act_stride;
-    if (space == HS_SPACE_MB) return linked->base + p->mb_offset + microbatch * p->mb_stride;
-    return linked->base;
+    if (space == HS_SPACE_ACT) return p->act_offset + slot * p->act_stride;
+    if (space == HS_SPACE_MB) return p->mb_offset + microbatch * p->mb_stride;
+    return 0;
 }
 
-void *hs_linked_address(const hs_linked *linked, const hs_plan_ref *ref, uint32_t slot,
-                        uint32_t microbatch) {
+uint64_t hs_linked_offset(const hs_linked *linked, const hs_plan_ref *ref, uint32_t slot,
+                          uint32_t microbatch) {
     return area(linked, ref->space, slot, microbatch) + ref->offset;
 }
 
-static void link_call(const hs_linked *linked, uint32_t number, const hs_kernel_set *kernels,
-                      linked_call *out) {
+static void link_call(const hs_linked *linked, uint32_t number, linked_call *out) {
     const hs_plan_call *call = &linked->plan->calls[number];
-    *out =
-        (linked_call){.run = kernels->fn[call->kernel], .number = number, .kernel = call->kernel};
+    *out = (linked_call){.number = number, .kernel = call->kernel};
     memcpy(out->args.dim, call->dim, sizeof out->args.dim);
     memcpy(out->args.real, call->real, sizeof out->args.real);
     out->args.dtype = call->dtype;
@@ -46,7 +43,7 @@ static void link_call(const hs_linked *linked, uint32_t number, const hs_kernel_
         const hs_plan_ref *ref = &call->ptr[o];
         out->space[o] = (uint8_t)ref->space;
         out->offset[o] = ref->offset;
-        if (ref->space == HS_SPACE_STATIC) out->args.ptr[o] = linked->base + ref->offset;
+        if (ref->space == HS_SPACE_STATIC) out->args.ptr[o] = linked->spaces->arena + ref->offset;
         out->moves |= ref->space == HS_SPACE_ACT || ref->space == HS_SPACE_MB;
     }
 }
@@ -67,14 +64,14 @@ static size_t count_calls(const hs_plan *plan, const hs_plan_position *p, uint8_
     return calls;
 }
 
-hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, const hs_arena *arena,
-                  const hs_kernel_set *kernels, hs_linked **out, hs_why *why) {
+hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spaces *spaces,
+                  hs_linked **out, hs_why *why) {
     *out = NULL;
     const size_t programs = plan->count[HS_SECTION_PROGRAMS];
     uint8_t *used = calloc(programs + 1, 1);
     hs_linked *linked = calloc(1, sizeof *linked);
     if (!used || !linked) goto no_memory;
-    *linked = (hs_linked){.plan = plan, .position = position, .base = arena->base};
+    *linked = (hs_linked){.plan = plan, .position = position, .spaces = spaces};
     const size_t calls = count_calls(plan, position, used);
     linked->first = calloc(programs + 1, sizeof *linked->first);
     linked->calls = calloc(calls + 1, sizeof *linked->calls);
@@ -84,7 +81,7 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, const h
         if (!used[p]) continue;
         linked->first[p] = next;
         for (uint32_t i = 0; i < plan->programs[p].calls; i++) {
-            link_call(linked, plan->programs[p].first_call + i, kernels, &linked->calls[next++]);
+            link_call(linked, plan->programs[p].first_call + i, &linked->calls[next++]);
         }
     }
     free(used);
@@ -105,18 +102,20 @@ void hs_linked_destroy(hs_linked *linked) {
 }
 
 hs_status hs_linked_run(const hs_linked *linked, uint32_t program, uint32_t slot,
-                        uint32_t microbatch, hs_kernel_ctx *ctx, hs_why *why) {
+                        uint32_t microbatch, hs_why *why) {
     const linked_call *call = &linked->calls[linked->first[program]];
     const uint32_t count = linked->plan->programs[program].calls;
-    uint8_t *const act = area(linked, HS_SPACE_ACT, slot == UINT32_MAX ? 0 : slot, 0);
-    uint8_t *const mb = area(linked, HS_SPACE_MB, 0, microbatch == UINT32_MAX ? 0 : microbatch);
+    uint8_t *const base = linked->spaces->arena;
+    uint8_t *const act = base + area(linked, HS_SPACE_ACT, slot == UINT32_MAX ? 0 : slot, 0);
+    uint8_t *const mb =
+        base + area(linked, HS_SPACE_MB, 0, microbatch == UINT32_MAX ? 0 : microbatch);
     for (const linked_call *const end = call + count; call < end; call++) {
         hs_args args = call->args;
         for (int o = 0; call->moves && o < HS_CALL_PTRS; o++) {
             if (call->space[o] == HS_SPACE_ACT) args.ptr[o] = act + call->offset[o];
             if (call->space[o] == HS_SPACE_MB) args.ptr[o] = mb + call->offset[o];
         }
-        const hs_status st = call->run(ctx, &args);
+        const hs_status st = hs_spaces_launch(linked->spaces, call->kernel, &args, why);
         if (st != HS_OK) {
             return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,
                            hs_status_text(st));

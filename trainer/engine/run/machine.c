@@ -55,23 +55,9 @@ int hs_machine_threads(const hs_machine_config *c, const hs_machine_limits *limi
     return n < 1 ? 1 : (int)n;
 }
 
-static hs_status open_arena(const hs_machine_config *c, hs_machine *machine, hs_why *why) {
-    const size_t bytes = c->position->arena_bytes;
-    return c->arena_fd < 0 ? hs_arena_create(bytes, &machine->arena, why)
-                           : hs_arena_open(c->arena_fd, bytes, machine->pool, &machine->arena, why);
-}
-
 hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_why *why) {
-    *machine = (hs_machine){0};
+    *machine = (hs_machine){.backend = c->backend};
     hs_status st = HS_OK;
-    machine->set = hs_kernels_pick(c->kernel_path);
-    if (!machine->set) {
-        return hs_fail(why, HS_E_UNSUPPORTED,
-                       "this CPU lacks kernel path %" PRIu32
-                       " (1 ref, 2 portable, 3 avx2, 4 avx512); choose "
-                       "launch.kernel_path for the weakest node of the gang",
-                       c->kernel_path);
-    }
     hs_machine_limits limits = {.cpus = cpus(),
                                 .cpu_milli = hs_cgroup_cpu_milli(self, mount),
                                 .memory_bytes = hs_cgroup_memory(self, mount)};
@@ -83,15 +69,12 @@ hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_
                      machine->threads);
         goto failed;
     }
-    HS_TRY_GOTO(st, failed, open_arena(c, machine, why));
-    const size_t scratch = hs_kernels_scratch_bytes(machine->threads);
-    HS_TRY_GOTO(st, failed, hs_arena_create(scratch ? scratch : 64, &machine->scratch, why));
-    HS_TRY_GOTO(
-        st, failed,
-        hs_link(c->plan, c->position, &machine->arena, machine->set, &machine->linked, why));
-    machine->kernels = (hs_kernel_ctx){.pool = machine->pool,
-                                       .scratch = machine->scratch.base,
-                                       .scratch_bytes = machine->scratch.bytes};
+    const hs_device_config device = {.kernel_path = c->kernel_path, .pool = machine->pool};
+    HS_TRY_GOTO(st, failed, c->backend->open(&device, &machine->device, &machine->facts, why));
+    HS_TRY_GOTO(st, failed,
+                hs_spaces_create(c->backend, machine->device, c->plan, c->position, c->arena_fd,
+                                 &machine->spaces, why));
+    HS_TRY_GOTO(st, failed, hs_link(c->plan, c->position, &machine->spaces, &machine->linked, why));
     return HS_OK;
 
 failed:
@@ -101,8 +84,8 @@ failed:
 
 void hs_machine_destroy(hs_machine *machine) {
     hs_linked_destroy(machine->linked);
+    hs_spaces_destroy(&machine->spaces);
+    if (machine->device) machine->backend->close(machine->device);
     hs_pool_destroy(machine->pool);
-    hs_arena_destroy(&machine->scratch);
-    hs_arena_destroy(&machine->arena);
     *machine = (hs_machine){0};
 }

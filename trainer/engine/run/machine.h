@@ -1,23 +1,26 @@
-/* What a position needs of the machine before it can run: arena, kernels, threads, workspace,
- * linked calls. Shared by training and inference. */
+/* What a position needs of the machine before it can run: threads, a device with the position's
+ * memory, linked calls. Shared by training and inference. */
 #ifndef HS_RUN_MACHINE_H
 #define HS_RUN_MACHINE_H
 
-#include "core/arena.h"
+#include "backend/backend.h"
 #include "core/threads.h"
 #include "run/linker.h"
+#include "run/spaces.h"
 
 typedef struct hs_machine {
-    hs_arena arena, scratch;
-    const hs_kernel_set *set;
+    const hs_backend *backend;
+    hs_device *device;
+    hs_device_facts facts;
+    hs_spaces spaces;
     int threads;
     int cpu_threads; /* what the CPUs alone would allow: more than threads where memory is short */
     hs_pool *pool;
     hs_linked *linked;
-    hs_kernel_ctx kernels;
 } hs_machine;
 
 typedef struct hs_machine_config {
+    const hs_backend *backend;
     const hs_plan *plan;
     const hs_plan_position *position;
     uint32_t kernel_path;
@@ -39,7 +42,7 @@ typedef struct hs_machine_limits {
  * at most HS_POOL_MAX_THREADS. */
 int hs_machine_threads(const hs_machine_config *config, const hs_machine_limits *limits);
 
-/* HS_E_UNSUPPORTED where the CPU lacks the kernel path. On failure everything is given back. */
+/* HS_E_UNSUPPORTED where the device lacks the kernel path. On failure everything is given back. */
 hs_status hs_machine_create(const hs_machine_config *config, hs_machine *machine, hs_why *why);
 void hs_machine_destroy(hs_machine *machine); /* safe on a zeroed machine */
 

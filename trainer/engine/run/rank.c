@@ -10,7 +10,6 @@
 #include "core/clock.h"
 #include "run/abort_words.h"
 #include "run/attempt.h"
-#include "run/check.h"
 #include "run/executor.h"
 #include "run/machine.h"
 #include "run/weights.h"
@@ -86,14 +85,29 @@ static hs_status open_agent(rank *r, int fds[HS_SNAPSHOT_SLOTS_MAX], int *count,
                                fds, count, &r->restore_slot, why);
 }
 
+/* What a slot holds, of a device whose memory is apart (snapshot/snapshot.h). */
+static hs_status move(void *ctx, bool to_slot, uint64_t offset, uint8_t *data, uint64_t bytes,
+                      hs_why *why) {
+    return to_slot ? hs_spaces_get(ctx, offset, data, bytes, why)
+                   : hs_spaces_put(ctx, offset, data, bytes, why);
+}
+
+static hs_status move_done(void *ctx, bool to_slot, hs_why *why) {
+    return hs_spaces_wait(ctx, to_slot ? HS_STREAM_OUT : HS_STREAM_IN, why);
+}
+
 static hs_status open_snapshot(rank *r, const int *fds, int count, hs_why *why) {
     const hs_plan_position *p = r->executor.position;
+    hs_spaces *spaces = &r->machine.spaces;
     const hs_snapshot_config config = {.position = p->position,
                                        .states = r->plan.states + p->first_state,
                                        .state_count = p->states,
                                        .tensors = r->plan.tensors,
                                        .slot_bytes = p->slot_bytes,
-                                       .arena = r->machine.arena.base,
+                                       .arena = spaces->backend->unified ? spaces->arena : NULL,
+                                       .move = move,
+                                       .move_done = move_done,
+                                       .ctx = spaces,
                                        .plan_digest = r->plan.header->digest,
                                        .what_digest = r->plan.config->what_digest,
                                        .epoch = r->attempt.attempt->epoch,
@@ -115,7 +129,8 @@ static hs_status open_parts(rank *r, hs_why *why) {
     const hs_plan_position *p = r->executor.position;
     int fds[HS_SNAPSHOT_SLOTS_MAX], count = 0;
     HS_TRY(open_agent(r, fds, &count, why));
-    const hs_machine_config config = {.plan = &r->plan,
+    const hs_machine_config config = {.backend = r->args->backend,
+                                      .plan = &r->plan,
                                       .position = p,
                                       .kernel_path = a->kernel_path,
                                       .threads = g->threads,
@@ -153,7 +168,7 @@ static hs_status restore(rank *r, hs_why *why) {
     const int64_t start = r->attempt.attempt->start_step;
     if (start < 0) {
         return r->args->weights ? hs_weights_read(r->args->weights, &r->plan, r->executor.position,
-                                                  &r->machine.arena, why)
+                                                  &r->machine.spaces, why)
                                 : HS_OK;
     }
     if (r->restore_slot < 0) {
@@ -189,9 +204,8 @@ static void fill_executor(rank *r) {
     hs_executor *ex = &r->executor;
     ex->plan = &r->plan;
     ex->attempt = r->attempt.attempt;
-    ex->arena = &r->machine.arena;
+    ex->spaces = &r->machine.spaces;
     ex->linked = r->machine.linked;
-    ex->kernels = r->machine.kernels;
     ex->transport = &hs_comm_tcp;
     ex->comm = r->comm;
     ex->shards = r->shards;
@@ -212,10 +226,10 @@ static void tell(rank *r, hs_text *text) {
 }
 
 static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
-    HS_LOG(&r->log, HS_LOG_INFO, "started", HS_S("kernel_path", r->machine.set->name),
+    HS_LOG(&r->log, HS_LOG_INFO, "started", HS_S("kernel_path", r->machine.facts.kernels),
            HS_I("threads", r->machine.threads), HS_I("start_step", start_step),
            HS_I("check_mflops", (int64_t)(check->gflops * 1000)), HS_I("check_us", check->us),
-           HS_I("arena_bytes", (int64_t)r->machine.arena.bytes));
+           HS_I("arena_bytes", (int64_t)r->machine.spaces.bytes));
     if (r->machine.threads < r->machine.cpu_threads)
         HS_LOG(&r->log, HS_LOG_WARN,
                "fewer threads than CPUs: the memory limit has no room for their workspaces",
@@ -228,8 +242,9 @@ static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
     hs_metrics_event(&r->metrics, "start", &text);
     hs_text_printf(&text,
                    ",\"kernel_path\":\"%s\",\"threads\":%d,\"start_step\":%" PRId64
-                   ",\"arena_bytes\":%zu}",
-                   r->machine.set->name, r->machine.threads, start_step, r->machine.arena.bytes);
+                   ",\"arena_bytes\":%" PRIu64 "}",
+                   r->machine.facts.kernels, r->machine.threads, start_step,
+                   r->machine.spaces.bytes);
     tell(r, &text);
 }
 
@@ -266,8 +281,9 @@ static hs_status run(rank *r, hs_why *why) {
     hs_check check;
     HS_TRY(open_parts(r, why));
     hs_stop_busy(r->stop, true);
+    const hs_spaces *spaces = &r->machine.spaces;
     hs_status st =
-        hs_check_machine(r->machine.set, r->machine.pool, &r->machine.arena, &check, why);
+        spaces->backend->check(spaces->device, spaces->arena, spaces->bytes, &check, why);
     if (st == HS_OK) st = restore(r, why);
     hs_stop_busy(r->stop, false);
     HS_TRY(st);

@@ -1,6 +1,6 @@
 /* `hotstage-engine rank`: one rank of an attempt, from its files to its exit. Builds the parts, in
  * this order, each failing with its own status: plan, attempt, stop requests, agent and slots,
- * memory and kernels (checked: run/check.h), data, state (restored and verified, or weights from a
+ * memory and kernels (checked: backend/check.h), data, state (restored and verified, or weights from a
  * file), peers, then the init and load lists, the steps, the last commit. No rank steps before
  * every peer has verified what it restored: the handshake carries the start step.
  */
@@ -9,9 +9,11 @@
 
 #include <stdint.h>
 
+#include "backend/backend.h"
 #include "core/status.h"
 
 typedef struct hs_rank_args {
+    const hs_backend *backend;
     const char *plan, *attempt; /* files */
     uint32_t rank;
     const char *agent;    /* socket; NULL: none (metrics to standard output only, no slots) */

@@ -24,6 +24,19 @@ static hs_status read_at(int fd, const char *path, uint8_t *to, uint64_t bytes, 
     return HS_OK;
 }
 
+static hs_status write_all(int fd, const char *path, const uint8_t *from, uint64_t bytes,
+                           hs_why *why) {
+    while (bytes > 0) {
+        const ssize_t n = write(fd, from, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0)
+            return hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));
+        from += n;
+        bytes -= (uint64_t)n;
+    }
+    return HS_OK;
+}
+
 /* First byte of a tensor in the file, or the file's size for tensor = count. */
 static uint64_t place(const hs_plan *plan, uint32_t tensor) {
     uint64_t at = 0;
@@ -35,7 +48,7 @@ static uint64_t place(const hs_plan *plan, uint32_t tensor) {
 }
 
 hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_position *position,
-                          const hs_arena *arena, hs_why *why) {
+                          hs_spaces *spaces, hs_why *why) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat info;
     if (fd < 0 || fstat(fd, &info) != 0) {
@@ -54,16 +67,22 @@ hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_p
     }
     for (uint32_t i = 0; st == HS_OK && i < position->states; i++) {
         const hs_plan_state *state = &plan->states[position->first_state + i];
-        st = read_at(fd, path, arena->base + state->master_offset,
-                     (uint64_t)plan->tensors[state->tensor].elements * 4,
-                     place(plan, state->tensor), why);
+        uint64_t left = (uint64_t)plan->tensors[state->tensor].elements * 4;
+        uint64_t from = place(plan, state->tensor), offset = state->master_offset;
+        for (uint64_t n; st == HS_OK && left > 0; left -= n, from += n, offset += n) {
+            uint8_t *to;
+            n = left;
+            st = hs_spaces_writable(spaces, offset, &n, &to, why);
+            if (st == HS_OK) st = read_at(fd, path, to, n, from, why);
+            if (st == HS_OK) st = hs_spaces_put(spaces, offset, to, n, why);
+        }
     }
     (void)close(fd);
     return st;
 }
 
 hs_status hs_weights_dump(const char *dir, int64_t step, int what, const hs_plan *plan,
-                          const hs_plan_position *position, const hs_arena *arena, hs_why *why) {
+                          const hs_plan_position *position, hs_spaces *spaces, hs_why *why) {
     char path[4300];
     (void)snprintf(path, sizeof path, "%s/%" PRId64 "-%" PRIu32 ".%s", dir, step,
                    position->position, what == HS_DUMP_GRADS ? "grads" : "weights");
@@ -73,17 +92,13 @@ hs_status hs_weights_dump(const char *dir, int64_t step, int what, const hs_plan
     hs_status st = HS_OK;
     for (uint32_t i = 0; st == HS_OK && i < position->states; i++) {
         const hs_plan_state *state = &plan->states[position->first_state + i];
-        const uint8_t *from =
-            arena->base + (what == HS_DUMP_GRADS ? state->grad_offset : state->master_offset);
+        uint64_t offset = what == HS_DUMP_GRADS ? state->grad_offset : state->master_offset;
         uint64_t left = (uint64_t)plan->tensors[state->tensor].elements * 4;
-        while (st == HS_OK && left > 0) {
-            const ssize_t n = write(fd, from, left);
-            if (n > 0) {
-                from += n;
-                left -= (uint64_t)n;
-            } else if (n == 0 || errno != EINTR) {
-                st = hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));
-            }
+        for (uint64_t n; st == HS_OK && left > 0; left -= n, offset += n) {
+            const uint8_t *from;
+            n = left;
+            st = hs_spaces_readable(spaces, offset, &n, &from, why);
+            if (st == HS_OK) st = write_all(fd, path, from, n, why);
         }
     }
     if (close(fd) != 0 && st == HS_OK) {

@@ -22,9 +22,8 @@ enum {
 /* One tensor's master, m or v: where it lies in a slot's data and in the arena. Ascending, without
  * overlap. */
 typedef struct piece {
-    uint64_t at; /* in the data */
-    uint64_t bytes;
-    uint8_t *arena;
+    uint64_t at;            /* in the data */
+    uint64_t bytes, offset; /* in the arena */
 } piece;
 
 typedef struct mapping {
@@ -36,6 +35,10 @@ struct hs_snapshot {
     uint32_t position;
     uint8_t plan_digest[32], what_digest[32];
     uint64_t epoch, data_offset, data_bytes, chunks, slot_bytes;
+    uint8_t *arena; /* NULL: `move` copies */
+    hs_status (*move)(void *, bool, uint64_t, uint8_t *, uint64_t, hs_why *);
+    hs_status (*move_done)(void *, bool, hs_why *);
+    void *ctx;
     hs_pool *pool;
     const hs_log *log;
     uint32_t piece_count;
@@ -99,6 +102,10 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
     memcpy(s->plan_digest, config->plan_digest, sizeof s->plan_digest);
     memcpy(s->what_digest, config->what_digest, sizeof s->what_digest);
     s->epoch = config->epoch;
+    s->arena = config->arena;
+    s->move = config->move;
+    s->move_done = config->move_done;
+    s->ctx = config->ctx;
     s->pool = config->pool;
     s->log = config->log;
     s->newest = -1;
@@ -110,7 +117,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
             s->pieces[s->piece_count++] =
                 (piece){.at = state->slot_offset + k * round_up(bytes, 64),
                         .bytes = bytes,
-                        .arena = config->arena + offsets[k]};
+                        .offset = offsets[k]};
     }
     qsort(s->pieces, s->piece_count, sizeof *s->pieces, by_place);
     for (uint32_t i = 0; i < s->piece_count; i++) {
@@ -247,8 +254,8 @@ static uint32_t find_piece(const hs_snapshot *s, uint64_t at) {
     return low;
 }
 
-/* Copies data [at, at + bytes) between the slot and the arena; what lies between pieces is zero in
- * a slot. */
+/* Copies data [at, at + bytes) between the slot and the arena, if it is the host's; what lies between
+ * pieces is zero in a slot. */
 static void copy_range(const hs_snapshot *s, uint8_t *data, uint64_t at, uint64_t bytes,
                        bool to_slot) {
     const uint64_t end = at + bytes;
@@ -262,8 +269,10 @@ static void copy_range(const hs_snapshot *s, uint8_t *data, uint64_t at, uint64_
         if (!any) return;
         const uint64_t stop = s->pieces[p].at + s->pieces[p].bytes;
         const uint64_t n = (stop < end ? stop : end) - at;
-        uint8_t *arena = s->pieces[p].arena + (at - s->pieces[p].at);
-        if (to_slot)
+        uint8_t *arena = s->arena ? s->arena + s->pieces[p].offset + (at - s->pieces[p].at) : NULL;
+        if (!arena) {
+            /* move_pieces did, or will */
+        } else if (to_slot)
             memcpy(data + at, arena, n);
         else
             memcpy(arena, data + at, n);
@@ -277,6 +286,16 @@ typedef struct work {
     bool to_slot, sha256;
     _Atomic int64_t bad; /* the first damaged chunk that was found; INT64_MAX: none */
 } work;
+
+/* All of a slot's pieces, where the arena is not the host's. */
+static hs_status move_pieces(const hs_snapshot *s, int slot, bool to_slot, hs_why *why) {
+    uint8_t *data = s->slots[slot].map + s->data_offset;
+    for (uint32_t i = 0; !s->arena && i < s->piece_count; i++) {
+        const piece *p = &s->pieces[i];
+        HS_TRY(s->move(s->ctx, to_slot, p->offset, data + p->at, p->bytes, why));
+    }
+    return s->arena ? HS_OK : s->move_done(s->ctx, to_slot, why);
+}
 
 static void move_chunks(void *ctx, int64_t begin, int64_t end, int worker) {
     work *w = ctx;
@@ -342,6 +361,8 @@ hs_status hs_snapshot_fill(hs_snapshot *s, int64_t step, bool final, int64_t dea
     header->position = s->position;
     __atomic_store_n(&header->generation, header->generation + 1, __ATOMIC_SEQ_CST);
     fence(); /* I4 */
+    HS_TRY(
+        move_pieces(s, i, true, why)); /* on failure the slot stays FILLING, which nobody reads */
     work w = {.snapshot = s, .slot = i, .to_slot = true, .bad = INT64_MAX};
     hs_parallel_for(s->pool, (int64_t)s->chunks, move_chunks, &w);
     header->step = step;
@@ -410,6 +431,7 @@ hs_status hs_snapshot_restore(hs_snapshot *s, int i, int64_t step, hs_why *why) 
     if (bad != INT64_MAX)
         return hs_fail(why, HS_E_RESTORE, "chunk %lld of slot %d (step %lld) is damaged (checksum)",
                        (long long)bad, i, (long long)step);
+    HS_TRY(move_pieces(s, i, false, why));
     s->newest = i;
     HS_LOG(s->log, HS_LOG_DEBUG, "slot restored", HS_I("step", step), HS_I("slot", i),
            HS_I("us", (hs_clock_ns() - begin_ns) / 1000));

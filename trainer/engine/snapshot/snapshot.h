@@ -33,16 +33,22 @@
 typedef struct hs_snapshot hs_snapshot;
 struct hs_stop;
 
-/* states and tensors must outlive create only; arena, pool and log outlive the snapshot. */
+/* states and tensors must outlive create only; arena, ctx, pool and log outlive the snapshot. */
 typedef struct hs_snapshot_config {
     uint32_t position;           /* of this rank */
     const hs_plan_state *states; /* this position's, `state_count` of them */
     uint32_t state_count;
     const hs_plan_tensor *tensors; /* the plan's table; states index it */
     uint64_t slot_bytes;           /* of the position, from the plan */
-    uint8_t *arena;                /* STATIC offset 0 */
-    const uint8_t *plan_digest;    /* 32 bytes */
-    const uint8_t *what_digest;    /* 32 bytes */
+    uint8_t *arena; /* STATIC offset 0, where the host may use it; NULL: move does all copies */
+    /* Between offset of the arena and a slot, on the thread that fills or restores; may return
+     * before the copy is done, which move_done waits for. Lent ctx. */
+    hs_status (*move)(void *ctx, bool to_slot, uint64_t offset, uint8_t *data, uint64_t bytes,
+                      hs_why *why);
+    hs_status (*move_done)(void *ctx, bool to_slot, hs_why *why);
+    void *ctx;
+    const uint8_t *plan_digest; /* 32 bytes */
+    const uint8_t *what_digest; /* 32 bytes */
     uint64_t epoch;
     hs_pool *pool; /* NULL: this thread alone */
     const hs_log *log;

@@ -1,4 +1,4 @@
-#include "run/check.h"
+#include "backend/check.h"
 
 #include <inttypes.h>
 #include <sched.h>

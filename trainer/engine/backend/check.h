@@ -1,8 +1,8 @@
 /* What a rank asks of its machine before it trusts it with a step: that every thread's core
  * computes a matrix product to the bit, and that memory gives back what was written to it. Takes
  * tens of milliseconds. What passes a link is checked frame by frame (comm/). */
-#ifndef HS_RUN_CHECK_H
-#define HS_RUN_CHECK_H
+#ifndef HS_BACKEND_CHECK_H
+#define HS_BACKEND_CHECK_H
 
 #include "core/arena.h"
 #include "core/threads.h"

@@ -1,0 +1,190 @@
+"""A device whose memory is not the host's and whose work is queued (``programs/emulated_device.c``): the same bits as
+the CPU, in every order that the events allow; and each event and each wait that is left out shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.engine.agent_end import agent_at
+from tests.engine.engine_build import SOURCES, engine
+from tests.engine.native import build_program
+from tests.engine.plans import GPT2, LLAMA, SEQUENCE, VOCAB, small_plan
+from tests.engine.test_agent_link import slots
+from trainer import wire
+from trainer.plan.compiled import Plan
+
+__all__ = ["engine"]
+
+COMPUTE, IN, OUT = range(3)
+ORDERS = range(6)  # of three streams; further numbers are seeds
+STEADY: dict[str, Any] = {"schedule": {"kind": "constant"}, "steps": 1}  # the last step too changes every weight
+
+
+@pytest.fixture(scope="session")
+def device() -> Path:
+    return build_program("emulated_device", "-DHS_BACKEND=hs_backend_emulated", main=SOURCES / "main.c")
+
+
+@pytest.fixture(scope="session")
+def liar() -> Path:
+    return build_program("emulated_device", "-DHS_BACKEND=hs_backend_lying", main=SOURCES / "main.c")
+
+
+class Runs:
+    """Runs of one plan in a folder."""
+
+    def __init__(self, folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.plan, self.patch, self.count = folder, plan, monkeypatch, 0
+
+    def state(self, engine: Path, **emulated: str) -> dict[str, Any]:
+        """Losses, norms, gradients and weights of every step, as they were told and dumped."""
+        self.count += 1
+        folder = self.folder / f"run-{self.count}"
+        with self.patch.context() as patch:
+            for name, value in emulated.items():
+                patch.setenv(f"HS_EMULATED_{name}", value)
+            gang = engine_runs.train(self.plan, self.folder / "data", folder, engine=engine)
+        dumped = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".grads", ".weights")}
+        assert len(dumped) == 2 * len(gang.steps) * len(self.plan.positions)
+        return {"losses": gang.losses, "norms": gang.norms} | dumped
+
+    def counts(self, what: str) -> list[int]:
+        """Of the last run: the most that a rank had, by stream and event, or by event."""
+        folder = self.folder / f"run-{self.count}"
+        ranks = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
+        return np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0).tolist()
+
+    def shows(self, engine: Path, sound: dict[str, Any], **emulated: str) -> bool:
+        """Whether a fault does: other numbers, or a rank that ends with a word."""
+        try:
+            return self.state(engine, **emulated) != sound
+        except AssertionError as ended:
+            said = str(ended)
+        assert "last words" in said
+        return True
+
+
+MakeRuns = Callable[..., Runs]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRuns:
+    def make(**plan: Any) -> Runs:
+        return Runs(tmp_path, small_plan(tmp_path, **plan), monkeypatch)
+
+    return make
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_the_same_bits_in_any_order(
+    engine: Path, device: Path, runs: MakeRuns, model: dict[str, Any], stages: int
+) -> None:
+    some = runs(model=model, stages=stages, batch=6, steps=3)
+    sound = some.state(engine)
+    for order in [*ORDERS, 7, 8, 9]:
+        assert some.state(device, ORDER=str(order)) == sound, order
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_each_event_that_is_left_out_shows(device: Path, runs: MakeRuns, stages: int) -> None:
+    """But those of I3 (``run/spaces.h``) one by one: they wait for all kernels, any of which may read what comes in."""
+    some = runs(stages=stages, **STEADY)
+    sound = some.state(device)
+    follows = np.reshape(some.counts("follows"), (3, 3))
+    assert np.argwhere(follows).tolist() == [[COMPUTE, IN], *([[IN, COMPUTE]] if stages > 1 else []), [OUT, COMPUTE]]
+    for stream, event in np.argwhere(follows).tolist():
+        shown = (
+            any(some.shows(device, sound, DROP=f"{stream} {event} {n}", ORDER=str(order)) for order in ORDERS)
+            for n in range(1, follows[stream, event] + 1)
+        )
+        assert any(shown) if stream == IN else all(shown), (stream, event)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_each_wait_that_is_left_out_shows(device: Path, runs: MakeRuns, stages: int) -> None:
+    """But those for a window that is free already."""
+    some = runs(stages=stages, **STEADY)
+    sound = some.state(device)
+    waits = some.counts("waits")
+    assert [e for e in range(3) if waits[e]] == ([OUT] if stages == 1 else [IN, OUT])
+    for event in np.flatnonzero(waits).tolist():
+        shown = (some.shows(device, sound, HASTE=f"{event} {n}") for n in range(1, waits[event] + 1))
+        assert all(shown) if event == OUT else any(shown), event
+
+
+def continued(engine: Path, folder: Path, plan: Plan, fds: tuple[int, ...], start: int, stop: int) -> dict[str, bytes]:
+    """An attempt with an agent: from the slot 0 (after step ``start``; -1: fresh) to step ``stop``. What it dumped, and
+    the data of the slots.
+    """
+    folder.mkdir()
+    (folder / "plan").write_bytes(plan.to_bytes())
+    data = engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder)
+    head, rest = wire.Attempt.from_buffer_copy(data), data[ctypes.sizeof(wire.Attempt) :]
+    head.start_step, head.stop_after = start, stop
+    head.crc = engine_runs._crc32c(bytes(head)[wire.Attempt.run.offset :] + rest)
+    (folder / "attempt").write_bytes(bytes(head) + rest)
+    socket = folder / "agent"
+    command = [engine, "rank", "--plan", folder / "plan", "--attempt", folder / "attempt", "--rank", "0"]
+    command += ["--agent", socket, "--dump", folder]
+    with agent_at(socket) as agent, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as rank:
+        try:
+            agent.hears("HELLO", 0)
+            agent.tell("SLOTS", 0, a=len(fds), b=0 if start >= 0 else -1, fds=fds, epoch=1)
+            agent.hears("READY", 0)
+            agent.tell("COMMITTED", 0, a=stop)
+            assert rank.communicate(timeout=60)[1] is not None
+            assert rank.returncode == 0
+        finally:
+            rank.kill()
+    slot = agent.of("READY")[-1].a
+    header = wire.SlotHeader.from_buffer_copy(os.pread(fds[slot], ctypes.sizeof(wire.SlotHeader), 0))
+    assert (header.state, header.step) == (wire.SLOT_READY, stop)
+    dumped = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".grads", ".weights")}
+    return dumped | {"slot": os.pread(fds[slot], header.data_bytes, header.data_offset)}
+
+
+def test_a_slot_is_filled_and_restored_across(engine: Path, device: Path, tmp_path: Path) -> None:
+    """Each goes on from what the other saved, to the same bits."""
+    plan = small_plan(tmp_path, steps=4, schedule={"kind": "constant"})
+    found = []
+    for number, (first, then) in enumerate([(engine, engine), (engine, device), (device, engine)]):
+        with slots(2) as fds:
+            before = continued(first, tmp_path / f"{number}a", plan, fds, -1, 2)
+            found.append((before, continued(then, tmp_path / f"{number}b", plan, fds, 2, 4)))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    assert found[0][0]["slot"] != found[0][1]["slot"]
+
+
+def test_a_host_that_reads_device_memory_dies(liar: Path, runs: MakeRuns) -> None:
+    with pytest.raises(AssertionError, match="rank 0: exit -11"):
+        runs().state(liar)
+
+
+def test_a_failed_device_says_so_at_a_wait(device: Path, runs: MakeRuns) -> None:
+    with pytest.raises(AssertionError) as ended:
+        runs().state(device, FAIL="40")
+    assert "rank 0: exit 88" in str(ended.value)
+    assert "the device fell off its bus in kernel" in str(ended.value)
+
+
+def test_inference(engine: Path, device: Path, tmp_path: Path) -> None:
+    plan = small_plan(mode="infer")
+    rng = np.random.default_rng(3)
+    values = {t.name: rng.normal(0, 0.3, t.shape).astype(np.float32) for t in plan.tensors}
+    weights = engine_runs.weights_file(plan, values, tmp_path / "weights")
+    tokens = rng.integers(0, VOCAB, (3, 4, SEQUENCE))
+    here, there = (engine_runs.infer(plan, weights, tokens, tmp_path, engine=one) for one in (engine, device))
+    assert here.tobytes() == there.tobytes()

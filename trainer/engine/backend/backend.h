@@ -1,0 +1,100 @@
+/* The seam of the devices: memory, copies, kernels, and the order between them. run/ issues a
+ * plan's work through this table and knows no device; the CPU is the first implementation.
+ *
+ * Two kinds of memory. Device memory (alloc) is what kernels read and write; its address may be
+ * counted on from (base + offset) and given back to this table, and the host reads and writes it
+ * nowhere else, unless `unified` says that it is host memory too. Host memory (pinned, or any other)
+ * is the caller's to read and write, but while a copy uses it: from `copy` until a wait that covers
+ * the copy.
+ *
+ * Streams and events. Work put on one stream (launch, copy) runs in the order in which it was put
+ * there; of two streams nothing is promised, but what events say: `record` marks how far a stream's
+ * work has come so far, `follow` lets what is put on a stream from now on begin only when the work
+ * before an event's last record is done, `wait` blocks the host until it is. An event can be
+ * recorded again and again; a follow or wait means the last record before it; an event that was
+ * never recorded holds nobody up.
+ *
+ * Statuses. launch, copy, record and follow return at once and allocate nothing. What fails on the
+ * device shows in a wait that covers it, or in any call before; the first failure stays, and every
+ * later call returns it. HS_E_DEVICE: the device failed, or is gone, with the device's own words in
+ * why. HS_E_BUG: a call that breaks this contract, where it is noticed. A backend that computes at
+ * once (the CPU) may return what failed from launch.
+ *
+ * One thread calls a device, from open to close. Order of calls: open, alloc and pinned, check, then
+ * the others, close.
+ */
+#ifndef HS_BACKEND_BACKEND_H
+#define HS_BACKEND_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "backend/check.h"
+#include "core/status.h"
+#include "core/threads.h"
+#include "kernels/kernels.h"
+
+#define HS_BACKEND_VERSION 1u /* of hs_backend below */
+
+typedef struct hs_device hs_device; /* each backend has its own */
+
+/* Kernels; copies to the device; copies from it. An event for each. */
+enum { HS_STREAM_COMPUTE, HS_STREAM_IN, HS_STREAM_OUT, HS_STREAMS };
+enum { HS_EVENTS = HS_STREAMS };
+
+typedef enum hs_copy { HS_COPY_TO_DEVICE = 1, HS_COPY_FROM_DEVICE } hs_copy;
+
+typedef struct hs_device_config {
+    uint32_t index;       /* of the machine's devices; the CPU is 0 */
+    uint32_t kernel_path; /* HS_PATH_* */
+    hs_pool *pool;        /* lent until close: threads of the host */
+} hs_device_config;
+
+/* Filled by open; valid until close. */
+typedef struct hs_device_facts {
+    const char *kernels;  /* name of the kernel set */
+    size_t scratch_bytes; /* its workspace, which the device owns */
+} hs_device_facts;
+
+typedef struct hs_backend {
+    uint32_t version; /* HS_BACKEND_VERSION */
+    const char *name;
+    bool unified; /* device memory is host memory: the host may use it where a wait covers the
+                   * work that does, and a copy onto itself is nothing */
+
+    /* HS_E_UNSUPPORTED: no such device, or it cannot run the kernel path; HS_E_MEMORY. On failure
+     * *device is NULL. */
+    hs_status (*open)(const hs_device_config *config, hs_device **device, hs_device_facts *facts,
+                      hs_why *why);
+    /* Waits for all work, frees all memory. NULL is fine. */
+    void (*close)(hs_device *device);
+
+    /* Device memory, zero, aligned to 64 bytes; the device's, freed by close. fd: a memfd that keeps
+     * pages beyond this process (core/arena.h), for backends whose memory is the host's; -1: none.
+     * At most HS_DEVICE_ARENAS of both kinds. Blocks. HS_E_MEMORY, HS_E_IO, HS_E_DEVICE. */
+    hs_status (*alloc)(hs_device *device, size_t bytes, int fd, uint8_t **at, hs_why *why);
+    /* Host memory, zero, that copies run fastest from and to; else the same. */
+    hs_status (*pinned)(hs_device *device, size_t bytes, uint8_t **at, hs_why *why);
+
+    /* backend/check.h: that the device computes to the bit, and that this memory of it, which is
+     * zero, before and after, gives back what was written. Blocks. HS_E_SICK, HS_E_MEMORY. */
+    hs_status (*check)(hs_device *device, uint8_t *at, size_t bytes, hs_check *check, hs_why *why);
+
+    /* One call of a kernel, HS_K_*, on device addresses. args are copied. */
+    hs_status (*launch)(hs_device *device, int stream, uint16_t kernel, const hs_args *args,
+                        hs_why *why);
+    /* One of the two sides is device memory, which `direction` says. */
+    hs_status (*copy)(hs_device *device, int stream, void *to, const void *from, size_t bytes,
+                      hs_copy direction, hs_why *why);
+
+    hs_status (*record)(hs_device *device, int stream, int event, hs_why *why);
+    hs_status (*follow)(hs_device *device, int stream, int event, hs_why *why);
+    hs_status (*wait)(hs_device *device, int event, hs_why *why);
+} hs_backend;
+
+enum { HS_DEVICE_ARENAS = 4 };
+
+extern const hs_backend hs_backend_cpu;
+
+#endif
