@@ -63,7 +63,7 @@ class Runs:
         """Of the last run: the most that a rank had, by stream and event, or by event."""
         folder = self.folder / f"run-{self.count}"
         ranks = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
-        return np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0).tolist()
+        return [int(n) for n in np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0)]
 
     def shows(self, engine: Path, sound: dict[str, Any], **emulated: str) -> bool:
         """Whether a fault does: other numbers, or a rank that ends with a word."""
@@ -86,12 +86,15 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRuns:
     return make
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+CHUNKS = {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b"}
+
+
+@pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS], ids=["1", "2", "2x2"])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_the_same_bits_in_any_order(
-    engine: Path, device: Path, runs: MakeRuns, model: dict[str, Any], stages: int
+    engine: Path, device: Path, runs: MakeRuns, model: dict[str, Any], parallel: dict[str, Any]
 ) -> None:
-    some = runs(model=model, stages=stages, batch=6, steps=3)
+    some = runs(model=model | {"layers": 4}, parallel=parallel, batch=8, steps=3)
     sound = some.state(engine)
     for order in [*ORDERS, 7, 8, 9]:
         assert some.state(device, ORDER=str(order)) == sound, order
@@ -136,8 +139,8 @@ def continued(engine: Path, folder: Path, plan: Plan, fds: tuple[int, ...], star
     head.crc = engine_runs._crc32c(bytes(head)[wire.Attempt.run.offset :] + rest)
     (folder / "attempt").write_bytes(bytes(head) + rest)
     socket = folder / "agent"
-    command = [engine, "rank", "--plan", folder / "plan", "--attempt", folder / "attempt", "--rank", "0"]
-    command += ["--agent", socket, "--dump", folder]
+    command = [str(engine), "rank", "--plan", f"{folder}/plan", "--attempt", f"{folder}/attempt", "--rank", "0"]
+    command += ["--agent", str(socket), "--dump", str(folder)]
     with agent_at(socket) as agent, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as rank:
         try:
             agent.hears("HELLO", 0)
