@@ -186,7 +186,8 @@ def drawn(of_stage: tuple[int, ...], seed: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("of_stage", "seed"), [((0, 1, 1, 0, 0), 1), ((1, 0, 1, 0, 1, 0), 2), ((0, 0, 1, 2, 2, 1, 0), 3)]
+    ("of_stage", "seed"),
+    [((0, 1, 1, 0, 0), 1), ((1, 0, 1, 0, 1, 0), 2), ((0, 0, 1, 2, 2, 1, 0), 3), ((0, 1, 2, 1, 2), 7)],
 )
 @pytest.mark.parametrize(("model", "precision"), [("gpt2 tied, 7 layers", "bf16"), ("llama untied, 7 layers", "fp32")])
 def test_schedules_of_a_file(

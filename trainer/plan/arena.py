@@ -136,8 +136,9 @@ class PositionMemory:
             self.head_gradient = arena.ref(4 * tensors[self.tied].elements, "gradients")
         for number, stage in self.stages.items():
             sent, buffers = stage.gradient_sent, self.buffers[number]
-            alone = number - 1 not in self.stages and sent_at_once(self.row, number)
-            if sent is not None and sent.buffer not in stage.kept and alone:
+            if sent is None or sent.buffer in stage.kept or number - 1 in self.stages:
+                continue
+            if sent_at_once(self.row, number):
                 buffers.places[sent.buffer] = arena.ref(buffers.size(sent.buffer), "activations")
 
     def _kept(self, number: Stage) -> list[str]:

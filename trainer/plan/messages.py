@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import PlanError
-from trainer.plan.places import Pipeline, Position, Stage
+from trainer.plan.places import Pipeline, Position
 from trainer.plan.rows import OPS, RECV_B, RECV_F, SEND_B, SEND_F, F, Row, Rows, W, columns
 from trainer.plan.rules import check_rules, needs
 from trainer.plan.schedules import Say, in_words
@@ -151,9 +151,9 @@ class _Player:
     ) -> None:
         """Messages of one time, in order, each to the next computation of its receiver."""
         sends = np.bincount(senders, minlength=len(self.owes)).astype(np.int32)
-        if sends.max() > 1:  # one after the other
-            for n in range(len(receivers)):
-                self._send(receivers[n : n + 1], senders[n : n + 1], results[n : n + 1], now)
+        if sends.max() > 1:
+            for wave in _waves(senders.tolist(), receivers.tolist()):
+                self._send(receivers[wave], senders[wave], results[wave], now)
             return
         place, number = self.place[receivers], np.arange(len(receivers), dtype=np.int32)
         second = []  # of each end: whether its position stands at the other end of an earlier one of these messages
@@ -218,11 +218,23 @@ class _Player:
         return f"{part} of stage {other}, microbatch {action.microbatch}", self.pipeline.of_stage[other]
 
 
+def _waves(senders: Sequence[int], receivers: Sequence[int]) -> list[list[int]]:
+    """The messages in as few groups as keep every position's order and have each sender once; all receivers differ."""
+    waves: list[list[int]] = []
+    touched, sent = dict[int, int](), dict[int, int]()  # by position, the wave of its last message, of its last send
+    for number, (sender, receiver) in enumerate(zip(senders, receivers, strict=True)):
+        wave = max(touched.get(sender, 0), touched.get(receiver, 0), sent.get(sender, -1) + 1)
+        touched[sender] = touched[receiver] = sent[sender] = wave
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(number)
+    return waves
+
+
 def _own(row: Row) -> Row:
     """The same row, without memory for a column of one stage."""
-    if len(row) and row.stage.min() == row.stage.max():
-        return Row.of_stage(Stage(int(row.stage[0])), row.op, row.microbatch)
-    return row
+    alone = row.only_stage
+    return row if alone is None else Row.of_stage(alone, row.op, row.microbatch)
 
 
 def free_slots_early(rows: Rows) -> list[Row]:

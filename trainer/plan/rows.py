@@ -152,7 +152,7 @@ class Row(Sequence[Action]):
 
     def of_one(self, stage: Stage) -> Row:
         """The actions of one stage."""
-        if len(self) and self.stage.min() == self.stage.max() == stage:
+        if self.only_stage == stage:
             return self
         return self.take(np.flatnonzero(self.stage == stage))
 
@@ -161,15 +161,24 @@ class Row(Sequence[Action]):
         """Where its computations are."""
         return np.less(self.op, SEND_F)
 
+    @property
+    def only_stage(self) -> Stage | None:
+        """The stage of all its actions; None where there are several, or none."""
+        if not len(self):
+            return None
+        first = self.stage[0]
+        alone = self.stage.strides == (0,) or (self.stage[-1] == first and self.stage.min() == self.stage.max())
+        return Stage(int(first)) if alone else None
+
     def stages(self) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
         """Its stages, ascending, and where each comes first."""
-        if len(self) and self.stage.min() == self.stage.max():
+        if self.only_stage is not None:
             return self.stage[:1], np.zeros(1, np.intp)
         return np.unique(self.stage, return_index=True)
 
     def by_stage(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Its stages, ascending, and of every action the place of its stage among them."""
-        if len(self) and self.stage.min() == self.stage.max():
+        if self.only_stage is not None:
             return self.stage[:1], np.broadcast_to(np.int32(0), self.stage.shape)
         names, places = np.unique(self.stage, return_inverse=True)
         return names, places.astype(np.int32)
