@@ -25,9 +25,11 @@ def insert_messages(rows: Rows, stages: int) -> list[Row]:
     Every message takes one place in a single order of all that happens, and a position's row is its share of that
     order: the first message not yet passed always has both its ends waiting for it. The order comes from playing the
     schedule with UNIT_COST; of messages that could go at the same time, the one made first goes first. A receive stands
-    right before the computation that needs it, so that no buffer is taken early; a send stands right after the
-    computation that made it, before the next one (GPipe and 1F1B always; a schedule whose rows make that impossible
-    sends as soon as the receiver can take it). Stages at one position exchange no message.
+    right before the computation that needs it, so that no buffer is taken early. Where each position has one stage, a
+    send stands right after the computation that made it, before the next one (GPipe and 1F1B always; a schedule whose
+    rows make that impossible sends as soon as the receiver can take it). Where some position has several, neighbours
+    are seldom free at once: a position that has something to compute goes on, and sends when the receiver comes to it.
+    Stages at one position exchange no message.
 
     >>> from trainer.plan.schedules import one_f_one_b
     >>> [str(a) for a in insert_messages(one_f_one_b(2, 2), 2)[1]]
@@ -52,10 +54,10 @@ class _Player:
     """Plays compute-only rows on a clock of unit costs and writes down what each position does, messages included.
 
     What happens next is always the earliest that can: a message when both its positions have come to it, a computation
-    when it has what it needs and its position owes no message. At one time messages go first, by when they were made,
-    then by the receiving position. So all that happens at a time is played at once, on columns of all positions: first
-    its messages, then its computations (they take time, so nothing that they make can happen at that time). Where every
-    position owes, one computation goes ahead of its position's sends.
+    when it has what it needs and its position owes no message (``eager``: or owes some). At one time messages go first,
+    by when they were made, then by the receiving position. So all that happens at a time is played at once, on columns
+    of all positions: first its messages, then its computations (they take time, so nothing that they make can happen at
+    that time). Where every position owes, one computation goes ahead of its position's sends.
 
     Results are numbered, forwards by (stage, microbatch), then input gradients likewise; two more numbers stand for
     what is always there and what never comes.
@@ -105,6 +107,7 @@ class _Player:
         self.place = self.starts.copy()
         self.wants, self.whose = self.need[self.place], self.source[self.place]  # of each position's next computation
         self.clock = np.zeros(lanes, np.int32)
+        self.eager = max(map(len, pipeline.chunks)) > 1  # a send waits for its receiver, not the position for it
         self.owes = np.zeros(lanes, np.int32)  # results made at a position, for another, not yet sent
 
     def play(self) -> list[Row]:
@@ -112,7 +115,7 @@ class _Player:
             has, made = self.here[self.wants], self.made[self.wants]
             meets = np.maximum(self.clock, self.clock[self.whose])
             message = np.where(has | (made == _NEVER), _NEVER, meets)
-            compute = np.where(has & (self.owes == 0), self.clock, _NEVER)
+            compute = np.where(has & ((self.owes == 0) | self.eager), self.clock, _NEVER)
             now = min(message.min(), compute.min())
             if now == _NEVER:
                 ahead = np.where(has, self.clock, _NEVER)
@@ -126,7 +129,7 @@ class _Player:
                 receivers = receivers[np.argsort(made[receivers], kind="stable")]
                 self._send(receivers, self.whose[receivers], self.wants[receivers], now)
                 has[receivers] = True
-                compute = np.where(has & (self.owes == 0), self.clock, _NEVER)
+                compute = np.where(has & ((self.owes == 0) | self.eager), self.clock, _NEVER)
             ready = np.flatnonzero(compute == now)
             if len(ready):
                 self._compute(ready)

@@ -159,6 +159,7 @@ class _Player:
 
     def __init__(self, rows: Rows, stages: int) -> None:
         self.rows, self.last_stage, self.positions = rows, stages - 1, stage_positions(rows)
+        self.eager = len(self.positions) > len(rows)
         self.place = [0] * len(rows)
         self.clock = [0] * len(rows)
         self.out: list[list[Action]] = [[] for _ in rows]
@@ -168,7 +169,7 @@ class _Player:
 
     def play(self) -> list[list[Action]]:
         while any(place < len(row) for place, row in zip(self.place, self.rows, strict=True)):
-            best = self._choose(tight=True) or self._choose(tight=False)
+            best = (None if self.eager else self._choose(tight=True)) or self._choose(tight=False)
             assert best is not None, "check_schedule lets through only what can run"
             _, is_compute, _, position = best
             if is_compute:

@@ -261,7 +261,7 @@ def test_stages_that_follow_one_another_at_a_position_exchange_nothing() -> None
 
 
 def test_slots_are_a_pool_of_all_stages_at_a_position() -> None:
-    """As many as are in flight at once, and one for what is being sent: fewer than each stage's own peak together."""
+    """As many as are in flight at once, and one for what is sent; never more than the stages' own peaks."""
     for positions, chunks, microbatches in ((2, 2, 4), (4, 2, 8), (4, 4, 16)):
         at = Pipeline.in_turn(positions * chunks, positions)
         rows = free_slots_early(insert_messages(interleaved(positions, chunks, microbatches), at.stages))
@@ -270,7 +270,7 @@ def test_slots_are_a_pool_of_all_stages_at_a_position() -> None:
             pool = assign_slots(row, holders(row, at.runs(position)))[0]
             apart = sum(assign_slots(row.of_one(stage))[0] for stage in at.chunks[position])
             assert pool == (chunks - 1) * positions + 2 * (positions - position - 1) + 2
-            assert pool < apart or position == 0
+            assert pool <= apart
     assert [p.act_slots for p in plan_of(4, chunks=2, schedule="interleaved-1f1b").positions] == [6, 4]
 
 
