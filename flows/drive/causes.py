@@ -104,9 +104,8 @@ def explained(cause: Cause, mine: Sequence[NodeView], *, leave: bool) -> Cause:
     """The cause with what its nodes say beside it: an agent's trouble, or that all left on request."""
     told = {str(v) for v in (cause.words or {}).values()}
     trouble = next((n for n in mine if n.error and n.error not in told), None)
-    if (
-        cause.cls == Failure.INFRA and trouble is not None
-    ):  # what an agent could not store is why its ranks left with 75
+    if cause.cls == Failure.INFRA and trouble is not None:
+        # what an agent could not store is why its ranks left with 75
         return replace(cause, trouble=f"node {trouble.node} says: {trouble.error}")
     ended = [r for n in mine for r in n.ranks if r.ended]
     if not leave and cause.cls == Failure.PREEMPTED and all(rank_class(r) == Failure.PREEMPTED for r in ended):
