@@ -16,7 +16,8 @@
  * I2  A get is after every kernel that was issued before it.
  * I3  A put outside of the HOST space is after every kernel that was issued before it: one may still
  *     read what was there. HOST pieces need none: what reads them on the device was issued before
- *     the last REPORT (APPLY's control block: before this one), and a REPORT waits for all of that.
+ *     the last REPORT (APPLY's control block: before this one), and a REPORT waits for all of that;
+ *     in inference, the answer to a request does.
  * I4  The host looks at what it got after a wait, and touches what it put after one.
  *
  * One event a dependency, none where nothing was issued since the last. Nothing allocates after
