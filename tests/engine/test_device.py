@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.e2e import engine_runs
+from tests.engine import cuda_lib
 from tests.engine.agent_end import agent_at
 from tests.engine.engine_build import SOURCES, engine
 from tests.engine.native import build_program
@@ -50,7 +51,7 @@ class Runs:
     def state(self, engine: Path, **emulated: str) -> dict[str, Any]:
         """Losses, norms, gradients and weights of every step, as they were told and dumped."""
         self.count += 1
-        folder = self.folder / f"run-{self.count}"
+        folder = self.folder / f"run-{len(self.plan.positions)}-{self.count}"
         with self.patch.context() as patch:
             for name, value in emulated.items():
                 patch.setenv(f"HS_EMULATED_{name}", value)
@@ -61,7 +62,7 @@ class Runs:
 
     def counts(self, what: str) -> list[int]:
         """Of the last run: the most that a rank had, by stream and event, or by event."""
-        folder = self.folder / f"run-{self.count}"
+        folder = self.folder / f"run-{len(self.plan.positions)}-{self.count}"
         ranks = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
         return [int(n) for n in np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0)]
 
@@ -98,6 +99,17 @@ def test_the_same_bits_in_any_order(
     sound = some.state(engine)
     for order in [*ORDERS, 7, 8, 9]:
         assert some.state(device, ORDER=str(order)) == sound, order
+
+
+def test_cuda_kernels_train(engine: Path, device: Path, runs: MakeRuns) -> None:
+    """Emulated, in the engine: one order of bits whatever the order of streams, blocks and threads, and the stages."""
+    library = str(cuda_lib.build())
+    one, two = (runs(stages=stages, steps=2) for stages in (1, 2))
+    sound = one.state(device, CUDA=library)
+    assert one.state(device, CUDA=library, ORDER="7") == sound
+    split = two.state(device, CUDA=library, ORDER="8")
+    assert (split["losses"], split["norms"]) == (sound["losses"], sound["norms"])
+    assert sound["losses"] == pytest.approx(one.state(engine)["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stages", [1, 2])

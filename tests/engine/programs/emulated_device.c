@@ -10,10 +10,14 @@
  *             what the host changes between call and copy is a fault
  *   statuses  come from wait alone
  *
+ * HS_EMULATED_CUDA names a library of CUDA kernels that run on the CPU (kernels/cuda/emulate.h): they
+ * take the place of the CPU's, threads and blocks in the same HS_EMULATED_ORDER.
+ *
  * Planted faults: HS_EMULATED_DROP="S E N", the N-th follow (from 1) of event E by stream S is left
  * out; HS_EMULATED_HASTE="E N", the N-th wait for event E returns at once; HS_EMULATED_FAIL="N", the
  * N-th launch fails on the device. At close one line of JSON on standard error says how many follows
  * (by stream, then event), waits (by event) and launches there were. */
+#include <dlfcn.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +26,7 @@
 
 #include "backend/backend.h"
 #include "core/hash.h"
+#include "kernels/cuda/cuda.h"
 
 enum { ANY = 6, SEVERAL = 16 };
 
@@ -53,6 +58,7 @@ typedef struct memory {
 
 struct hs_device {
     hs_device *cpu;
+    const hs_cuda_table *cuda; /* NULL: the CPU's kernels */
     memory own[HS_DEVICE_ARENAS], host[HS_DEVICE_ARENAS];
     int owns, hosts;
     queue streams[HS_STREAMS];
@@ -132,6 +138,23 @@ static void emulated_close(hs_device *d) {
     free(d);
 }
 
+static hs_status load_cuda(hs_device *d, hs_device_facts *facts, hs_why *why) {
+    const char *path = getenv("HS_EMULATED_CUDA");
+    if (!path) return HS_OK;
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return hs_fail(why, HS_E_UNSUPPORTED, "%s", dlerror());
+    const hs_cuda_table *(*table)(void);
+    void (*seed)(uint64_t);
+    *(void **)&table = dlsym(library, "hs_cuda_kernels");
+    *(void **)&seed = dlsym(library, "hs_emulated_seed");
+    if (!table || !seed || table()->version != HS_CUDA_VERSION || table()->count != HS_K_COUNT)
+        return hs_fail(why, HS_E_UNSUPPORTED, "%s has not the kernels of this version", path);
+    seed(d->order);
+    d->cuda = table();
+    facts->kernels = "cuda";
+    return HS_OK;
+}
+
 static hs_status emulated_open(const hs_device_config *config, hs_device **device,
                                hs_device_facts *facts, hs_why *why) {
     hs_device *d = *device = calloc(1, sizeof *d);
@@ -141,8 +164,10 @@ static hs_status emulated_open(const hs_device_config *config, hs_device **devic
     numbers("HS_EMULATED_HASTE", &d->haste[0], &d->haste[1], NULL);
     numbers("HS_EMULATED_FAIL", &d->fail, NULL, NULL);
     d->random = d->order;
-    const hs_status st = hs_backend_cpu.open(config, &d->cpu, facts, why);
+    hs_status st = hs_backend_cpu.open(config, &d->cpu, facts, why);
+    if (st == HS_OK) st = load_cuda(d, facts, why);
     if (st != HS_OK) {
+        hs_backend_cpu.close(d->cpu);
         free(d);
         *device = NULL;
     }
@@ -233,8 +258,9 @@ static void run(hs_device *d, const work *w) {
             if (w->args.ptr[o] && !is_own(d, w->args.ptr[o], 1))
                 fail(d, HS_E_BUG, "kernel %u got an address that is not the device's", w->kernel);
         if (w->fails) fail(d, HS_E_DEVICE, "the device fell off its bus in kernel %u", w->kernel);
-        if (d->status == HS_OK)
-            d->status = hs_backend_cpu.launch(d->cpu, 0, w->kernel, &w->args, &d->why);
+        if (d->status != HS_OK) return;
+        d->status = d->cuda ? d->cuda->fn[w->kernel](&(hs_cuda_ctx){.stream = NULL}, &w->args)
+                            : hs_backend_cpu.launch(d->cpu, 0, w->kernel, &w->args, &d->why);
         return;
     case COPY:
         if (!is_own(d, w->direction == HS_COPY_FROM_DEVICE ? w->from : w->to, w->bytes))
@@ -284,7 +310,9 @@ static hs_status emulated_wait(hs_device *d, int event, hs_why *why) {
         run(d, &q->list[q->first++]);
     }
     protect(d, PROT_NONE);
-    return d->status == HS_OK ? HS_OK : hs_fail(why, d->status, "%s", d->why.text);
+    return d->status == HS_OK ? HS_OK
+                              : hs_fail(why, d->status, "%s",
+                                        d->why.text[0] ? d->why.text : hs_status_text(d->status));
 }
 
 #define TABLE(one)                                                                                 \

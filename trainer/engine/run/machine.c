@@ -58,6 +58,7 @@ int hs_machine_threads(const hs_machine_config *c, const hs_machine_limits *limi
 hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_why *why) {
     *machine = (hs_machine){.backend = c->backend};
     hs_status st = HS_OK;
+    HS_ASSERT(c->backend->version == HS_BACKEND_VERSION);
     hs_machine_limits limits = {.cpus = cpus(),
                                 .cpu_milli = hs_cgroup_cpu_milli(self, mount),
                                 .memory_bytes = hs_cgroup_memory(self, mount)};
