@@ -1,8 +1,8 @@
 """``python -m checkpoint.agent``: the command line of the checkpoint agent.
 
 Exit codes: 0 the run has ended or the agent was asked to leave; 70 a bug, in any of its threads (the launcher starts
-another agent, which takes the ranks over); 75 another launch holds the run, another agent has this node, the store was
-lost for good, or the agent was asked to leave twice; 78 the store or the command line is refused.
+another agent, which takes the ranks over); 75 another launch holds the run, another agent has this node, or the store
+was lost for good; 78 the store or the command line is refused.
 """
 
 from __future__ import annotations

@@ -286,12 +286,13 @@ class Machine(Course):
     # --- leaving ------------------------------------------------------------------------------------------
 
     def _on_terminate(self, event: ev.Terminate) -> None:
-        """SIGTERM: have the ranks saved and gone, upload what they saved, leave; a second one leaves now."""
+        """SIGTERM: have the ranks saved and gone, upload what they saved, leave. Whoever takes over a run that is being
+        stopped asks again, and waits for the same: what ends an agent now is SIGKILL.
+        """
+        log.info("asked to leave%s", " again" if self.stopping else "")
         if self.stopping:
-            self.exit = EXIT_FENCED
             return
         self.stopping = True
-        log.info("asked to leave")
         attempt = self.attempt
         commit_s = float(attempt.gang.how("checkpoint", "commit_s")) if attempt is not None else 0.0
         self._arm(Timer.TERMINATE, commit_s + KILL_S)

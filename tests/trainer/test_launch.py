@@ -181,6 +181,27 @@ def test_stop_saves_what_runs(started: tuple[LocalLauncher, Launch, Run, str]) -
     assert launcher.observe(launch.launch_id).state == "done"
 
 
+def test_who_stops_it_again_waits_for_what_is_being_saved(started: tuple[LocalLauncher, Launch, Run, str]) -> None:
+    """A command that was stopping the run is left, and the next one does its part over again."""
+    launcher, launch, run, _ = started
+    spec = tiny_spec(parallel__stages=2, train__steps=1_000_000, checkpoint__every=0)
+    epoch = run.attempt(spec, run.add_plan(spec, put_dataset(run.store)))
+    wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["ranks"]["0"]["step"] > 3, "a few steps", 60)
+    node = launcher.observe(launch.launch_id).nodes[0]
+    assert node.agent_pid is not None
+    assert node.supervisor_pid is not None
+    os.kill(node.supervisor_pid, signal.SIGSTOP)  # nothing is saved before the second one has asked
+    os.kill(node.agent_pid, signal.SIGTERM)
+    log = launch.work_root / "runs" / launch.run / launch.launch_id / "node0" / "agent.log"
+    wait_for(lambda: b"asked to leave" in log.read_bytes(), "the agent hears it", 20)
+    os.kill(node.agent_pid, signal.SIGTERM)
+    wait_for(lambda: b"asked to leave again" in log.read_bytes(), "the agent hears the second one", 20)
+    os.kill(node.supervisor_pid, signal.SIGCONT)
+    launcher.stop(launch.launch_id, 30)
+    (saved,) = run.fold().checkpoints
+    assert saved.step > 3
+
+
 def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = LocalLauncher(tmp_path)
     with pytest.raises(LaunchError, match="no plain name"):
