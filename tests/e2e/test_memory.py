@@ -12,8 +12,14 @@ from trainer.plan import compile_plan
 from trainer.spec import parse_spec, what_digest
 
 
-@pytest.mark.parametrize(("stages", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
-def test_resident_memory_is_what_the_plan_foretold(tmp_path: Path, stages: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("stages", "precision", "chunks", "schedule"),
+    [(1, "fp32", 1, "1f1b"), (2, "fp32", 1, "1f1b"), (2, "bf16", 1, "1f1b"), (4, "fp32", 2, "interleaved-1f1b")],
+)
+def test_resident_memory_is_what_the_plan_foretold(
+    tmp_path: Path, stages: int, precision: str, chunks: int, schedule: str
+) -> None:
+    """Also where a rank has two stages."""
     samples = np.random.default_rng(0).integers(0, 4000, (4, 65))
     data = engine_runs.write_samples(tmp_path / "data", samples, 4096)
     spec = parse_spec(
@@ -21,7 +27,7 @@ def test_resident_memory_is_what_the_plan_foretold(tmp_path: Path, stages: int, 
             "name": "memory",
             "model": {"family": "gpt2", "layers": 4, "width": 256, "heads": 4, "context": 64},
             "train": {"steps": 2, "batch": 4, "microbatch": 1, "sequence": 64, "precision": precision},
-            "parallel": {"stages": stages, "threads": 1},
+            "parallel": {"stages": stages, "chunks": chunks, "schedule": schedule, "threads": 1},
             "checkpoint": {"every": 0},
         }
     ).resolve(data)
