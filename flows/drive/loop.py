@@ -305,7 +305,7 @@ class Driver:
 
     def _settle(self, launch: Launch) -> None:
         """The log has ended: agents end their engines and themselves; wait for that, then make sure."""
-        deadline = self.clock() + 10.0
+        deadline = self.clock() + 10.0 + self.store.pace.idle_s  # when an agent hears of it, and 10 s to leave
         while self.clock() < deadline:
             view = self.launcher.observe(launch.launch_id)
             if view.state in ("absent", "gone", "done", "elsewhere"):
