@@ -66,6 +66,8 @@ class Prefect:
         if answers(self.own.api, 1.0):
             return Client.connect(self.own.api)
         ended = self.own.process is None or self.own.process.poll() is not None
+        if self._dead:
+            return None  # closed meanwhile: it ended because this process leaves
         if ended or time.monotonic() - self._began > SERVER_UP_S:
             self._dead = True
             where = f"; its log is {self.own.log}" if self.own.log else ""
@@ -93,6 +95,7 @@ class Prefect:
             atexit.register(self.own.stop)
 
     def close(self) -> None:
+        self._dead = True
         if self.own is not None:
             self.own.stop()
 

@@ -14,6 +14,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _heard() -> tuple[object, ...]:
+    """What this process does about Ctrl-C and SIGTERM; a process that it starts inherits what is ignored or blocked."""
+    return (
+        signal.getsignal(signal.SIGINT),
+        signal.getsignal(signal.SIGTERM),
+        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard_after_a_test() -> Iterator[None]:
+    before = _heard()
+    yield
+    assert _heard() == before
+
+
 @pytest.fixture(autouse=True)
 def _nothing_of_a_test_lives_on(request: pytest.FixtureRequest) -> Iterator[None]:
     """When a test and its fixtures are through, no engine and no agent works in its folder any more."""

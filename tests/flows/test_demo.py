@@ -82,7 +82,7 @@ def test_the_first_step_waits_for_no_page(place: Place) -> None:
     done = finish(process, 30)
     assert done.code == 130, done.out + done.err
     assert "attempt 1: at step 0 from the start" in done.out
-    assert "Prefect" not in done.out + done.err
+    assert "Prefect" not in done.out + done.err, done.out + done.err
     place.all_gone(20)
 
 

@@ -7,14 +7,11 @@ prints the seed and the call.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import random
 import shutil
-import signal
-import sys
 import threading
 import time
 import tomllib
@@ -25,12 +22,11 @@ from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner
 
-from flows.cli import terminal
-from flows.cli.main import cli, exit_code_of
+from flows.cli.main import cli
 from flows.drive.run import NoBoard, Prepared
 from tests.flows.conftest import Trained
+from tests.support.calls import called
 from tests.support.place import SPEC, TEXT
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
@@ -316,7 +312,7 @@ def drawn(base: str, changes: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
+def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
     """A folder with a corpus, a spec and a store with a run that has ended; nothing trains, serves or waits."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
@@ -345,19 +341,7 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
     monkeypatch.setattr("flows.cli.train.serve_until_signal", lambda *_, **__: None)
     monkeypatch.setattr("flows.drive.reconcile.Reconciler.look", lambda *_: threading.Event().wait())
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path, [trained.run]
-    for number, handler in handlers.items():
-        signal.signal(number, handler or signal.SIG_DFL)
-
-
-def called(arguments: list[str]) -> tuple[int, str]:
-    with CliRunner().isolation() as (out, err, _):
-        for stream in (sys.stdout, sys.stderr):
-            assert isinstance(stream, io.TextIOWrapper)
-            stream.reconfigure(errors=terminal.register())
-        code = exit_code_of(arguments)
-    return code, (out.getvalue() + err.getvalue()).decode(errors="replace")
+    return tmp_path, [trained.run]
 
 
 def test_no_call_ends_in_a_bug(place: tuple[Path, list[str]]) -> None:

@@ -20,9 +20,9 @@ from checkpoint.log import Record, RunLog, condensed_key, records
 from checkpoint.probe import ensure_probed
 from checkpoint.store import open_store
 from flows.drive.reconcile import Reconciler
-from tests.flows.cli.test_fuzz import called
 from tests.flows.conftest import Trained
 from tests.support.agents import Run, agent, wait_for
+from tests.support.calls import called
 from trainer import wire
 from trainer.engine_path import engine_binary
 
