@@ -230,7 +230,7 @@ def test_one_index_started_twice(one: Gang, judge: Judge) -> None:
         def stands_by() -> bool:
             nonlocal told
             said = one.kubectl("logs", f"{meta['name']}-twin", "-c", "agent", check=False)
-            told = next((line for line in said.splitlines() if "stands by" in line), "")
+            told = next((line for line in said.splitlines() if "this second one" in line), "")
             return bool(told)
 
         until(stands_by, "the second pod to stand by", 60.0, one.picture)
