@@ -270,7 +270,18 @@ class Client:
         """Give the server a deployment (Prefect's ``RunnerDeployment``); its id."""
         import asyncio
 
-        return UUID(str(self._call(lambda: asyncio.run(deployment.aapply()))))
+        import httpx
+        from prefect.deployments.runner import DeploymentApplyError
+
+        def apply() -> Any:
+            try:
+                return asyncio.run(deployment.aapply())
+            except DeploymentApplyError as error:  # Prefect's words around what the server answered, or did not
+                if isinstance(error.__cause__, httpx.HTTPError):
+                    raise error.__cause__ from None
+                raise
+
+        return UUID(str(self._call(apply)))
 
     def has_deployment(self, deployment: UUID) -> bool:
         try:

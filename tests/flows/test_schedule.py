@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,11 +14,14 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import httpx
 import pytest
+from prefect.deployments.runner import DeploymentApplyError
 
-from flows.prefect_api import Client
+from flows.prefect_api import Client, Gone
 from flows.serve import cron_of, zone_of
 from tests.flows.conftest import Api
 from tests.support.agents import wait_for
@@ -199,6 +203,33 @@ def test_a_zone_that_is_none_names_near_ones(name: str, near: str) -> None:
     assert zone_of(None) == "UTC"
 
 
+def test_a_server_that_is_busy_while_a_deployment_is_made_is_asked_again(prefect: Api) -> None:
+    """Prefect hides the server's 503 in an error of its own; it ended the schedule as a bug."""
+    answer = httpx.Response(503, request=httpx.Request("POST", prefect.server.api))
+
+    class Busy:
+        async def aapply(self) -> None:
+            raise DeploymentApplyError("Error while applying deployment") from httpx.HTTPStatusError(
+                "503", request=answer.request, response=answer
+            )
+
+    with Client.open(prefect.server.api) as client, pytest.raises(Gone, match="answers 503"):
+        client.register(Busy())
+
+
+def registered(client: Client, flow: Any) -> UUID:
+    """As the schedule's process does it: a server that is busy (503) is asked again."""
+    found: list[UUID] = []
+
+    def ask() -> bool:
+        with contextlib.suppress(Gone):
+            found.append(client.register(flow))
+        return bool(found)
+
+    wait_for(ask, "the deployment", 60)
+    return found[0]
+
+
 def test_the_nights_when_the_clocks_change_fire_once(prefect: Api) -> None:
     """As the server itself plans them: 02:30 that does not exist, and 02:30 that exists twice."""
     from flows.flow import scheduled
@@ -206,7 +237,7 @@ def test_the_nights_when_the_clocks_change_fire_once(prefect: Api) -> None:
     spec = load_spec(ROOT / "examples" / "demo.toml", [])
     with Client.open(prefect.server.api) as client:
         when = cron_of("30 2 * * *", "Europe/Berlin")
-        made = client.register(scheduled(spec, "file:///nowhere", "out", when, "nights"))
+        made = registered(client, scheduled(spec, "file:///nowhere", "out", when, "nights"))
         for month in ("03-26", "10-29"):
             first = f"2027-{month}T12:00:00+00:00"
             client.plan_firings(made, 5, first, str(datetime.fromisoformat(first) + timedelta(days=5)))
