@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.store.base import FREE, Data, Info, check_hint, check_key, check_prefix, check_sha256, check_size
+from checkpoint.store.base import FREE, Data, Info, Pace, check_hint, check_key, check_prefix, check_sha256, check_size
 
 
 class MemoryStore:
-    """Objects in a dict; lives as long as this value does."""
+    """Objects in a dict; lives as long as this value does. ``pace``: as if its requests cost another store's."""
 
-    pace = FREE
-
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace = FREE) -> None:
+        self.pace = pace
         self._objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
 

@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest
+from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest, marshalled
 from tests.support.compilers import OTHER, find
-from trainer import wire
 
 CUDA = ENGINE / "kernels" / "cuda"
 COMMON = shlex.split("-O1 -g -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
@@ -98,13 +97,8 @@ class CudaLib:
         guard: str | None = None,
     ) -> None:
         assert (set_name, threads, guard) == ("cuda", 1, None)
-        spec = wire.KERNELS[kernel]
-        pointers = (ctypes.c_void_p * wire.CALL_PTRS)()
-        for i, array in enumerate(ptrs):
-            if array is not None:
-                pointers[i] = array.ctypes.data
-        d, r = (ctypes.c_int64 * wire.CALL_DIMS)(*dims), (ctypes.c_double * wire.CALL_REALS)(*reals)
-        rc = self.c.hs_test_cuda(spec.number, dtype, pointers, d, r)
+        number, pointers, _, d, r = marshalled(kernel, ptrs, dims, reals)
+        rc = self.c.hs_test_cuda(number, dtype, pointers, d, r)
         assert rc == 0, f"{kernel}: status {rc}, dims {list(dims)}: {self.text()}"
 
     def sites(self) -> list[tuple[str, int, int]]:

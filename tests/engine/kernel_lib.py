@@ -130,6 +130,22 @@ def acc_of(dtype: int) -> int:
     return wire.F64 if dtype == wire.F64 else wire.F32
 
 
+def marshalled(
+    kernel: str, ptrs: Sequence[Array | None], dims: Sequence[int], reals: Sequence[float]
+) -> tuple[int, Any, Any, Any, Any]:
+    """A call's number, operands, their bytes, dims and reals, as C takes them."""
+    spec = wire.KERNELS[kernel]
+    assert (len(ptrs), len(dims), len(reals)) == (spec.ptrs, spec.dims, spec.reals), kernel
+    pointers = (ctypes.c_void_p * wire.CALL_PTRS)()
+    sizes = (ctypes.c_uint64 * wire.CALL_PTRS)()
+    for i, array in enumerate(ptrs):
+        if array is not None:
+            assert array.flags.c_contiguous, (kernel, i)
+            pointers[i], sizes[i] = array.ctypes.data, array.nbytes
+    d = (ctypes.c_int64 * wire.CALL_DIMS)(*dims)
+    return spec.number, pointers, sizes, d, (ctypes.c_double * wire.CALL_REALS)(*reals)
+
+
 class KernelLib:
     """The loaded library. Arrays go in as they are (C-contiguous) and are written in place."""
 
@@ -152,22 +168,13 @@ class KernelLib:
         guard: str | None = None,
     ) -> None:
         """One call. ``guard``: None, "before" or "after": where the page lies that nobody may touch."""
-        spec = wire.KERNELS[kernel]
-        assert (len(ptrs), len(dims), len(reals)) == (spec.ptrs, spec.dims, spec.reals), kernel
-        pointers = (ctypes.c_void_p * wire.CALL_PTRS)()
-        sizes = (ctypes.c_uint64 * wire.CALL_PTRS)()
-        for i, array in enumerate(ptrs):
-            if array is not None:
-                assert array.flags.c_contiguous, (kernel, i)
-                pointers[i], sizes[i] = array.ctypes.data, array.nbytes
-        d = (ctypes.c_int64 * wire.CALL_DIMS)(*dims)
-        r = (ctypes.c_double * wire.CALL_REALS)(*reals)
+        number, pointers, sizes, d, r = marshalled(kernel, ptrs, dims, reals)
         name = set_name.encode()
         if guard is None:
-            rc = self.c.hs_kernel_call(name, spec.number, dtype, pointers, d, r, threads)
+            rc = self.c.hs_kernel_call(name, number, dtype, pointers, d, r, threads)
         else:
             rc = self.c.hs_kernel_call_guarded(
-                name, spec.number, dtype, pointers, sizes, d, r, threads, int(guard == "after")
+                name, number, dtype, pointers, sizes, d, r, threads, int(guard == "after")
             )
         assert rc == 0, f"{kernel} of {set_name}: status {rc} (1000 + n: signal n), dims {list(dims)}"
 

@@ -397,7 +397,8 @@ def test_attention_of_a_prefix(kernels: KernelLib) -> None:
         assert fwd(t).tobytes() == whole[:t].tobytes(), t
 
 
-def test_chunks_do_not_change_bits(kernels: KernelLib) -> None:
+def bits_by_chunk(lib: KernelLib, set_name: str) -> list[tuple[bytes, ...]]:
+    """Loss and gradients of the classifier, of one batch in chunks of several sizes."""
     rng = np.random.default_rng(4)
     r, c, v = 23, 40, 301
     x, w = rng.normal(size=(r, c)).astype(np.float32), rng.normal(size=(v, c)).astype(np.float32)
@@ -407,8 +408,13 @@ def test_chunks_do_not_change_bits(kernels: KernelLib) -> None:
         loss, dx, dw = np.empty(r, np.float32), np.empty((r, c), np.float32), np.ones((v, c), np.float32)
         scratch = [np.empty((chunk, v), np.float32) for _ in range(2)]
         arrays = [loss, dx, dw, x, w, target, *scratch]
-        kernels.call("classifier_grad", wire.F32, arrays, (r, c, v, chunk), (0.5,), set_name=kernels.sets[-1])
+        lib.call("classifier_grad", wire.F32, arrays, (r, c, v, chunk), (0.5,), set_name=set_name)
         results.append((loss.tobytes(), dx.tobytes(), dw.tobytes()))
+    return results
+
+
+def test_chunks_do_not_change_bits(kernels: KernelLib) -> None:
+    results = bits_by_chunk(kernels, kernels.sets[-1])
     assert all(x == results[0] for x in results)
 
 

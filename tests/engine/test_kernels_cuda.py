@@ -14,7 +14,7 @@ import pytest
 
 from tests.engine.cuda_lib import CUDA, SYNC, CudaLib, build, sanitized
 from tests.engine.kernel_lib import Array, KernelLib, decode, encode
-from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
+from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref, bits_by_chunk
 from trainer import wire
 
 # cuda.h: operands whose sums have an order of this set's own; everything else has the CPU set's bits
@@ -166,16 +166,7 @@ def test_a_column_s_sum_does_not_know_its_neighbours(cuda: CudaLib, kernel: str)
 
 
 def test_chunks_do_not_change_bits(cuda: CudaLib) -> None:
-    rng = np.random.default_rng(4)
-    r, c, v = 23, 40, 301
-    x, w = rng.normal(size=(r, c)).astype(np.float32), rng.normal(size=(v, c)).astype(np.float32)
-    target = rng.integers(0, v, r).astype(np.int32)
-    results = []
-    for chunk in (1, 5, 23, 64):
-        loss, dx, dw = np.empty(r, np.float32), np.empty((r, c), np.float32), np.ones((v, c), np.float32)
-        scratch = [np.empty((chunk, v), np.float32) for _ in range(2)]
-        cuda.call("classifier_grad", wire.F32, [loss, dx, dw, x, w, target, *scratch], (r, c, v, chunk), (0.5,))
-        results.append((loss.tobytes(), dx.tobytes(), dw.tobytes()))
+    results = bits_by_chunk(cuda, "cuda")
     assert all(x == results[0] for x in results)
 
 

@@ -37,8 +37,7 @@ class Counted(MemoryStore):
     """Every request by its verb and the kind of object."""
 
     def __init__(self, pace: Pace) -> None:
-        super().__init__()
-        self.pace = pace  # type: ignore[misc]
+        super().__init__(pace)
         self.asked: Counter[str] = Counter()
 
     def _ask(self, verb: str, key: str) -> None:

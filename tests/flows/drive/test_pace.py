@@ -28,8 +28,7 @@ class Paced(MemoryStore):
     """A store of some pace, that counts its listings."""
 
     def __init__(self, pace: Pace) -> None:
-        super().__init__()
-        self.pace = pace  # type: ignore[misc]
+        super().__init__(pace)
         self.lists = 0
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
