@@ -25,8 +25,8 @@ RULES = {
 }
 
 Precision = Literal["fp32", "bf16"]
-KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512"]
-"""Families of kernels, in the order of their numbers (``wire.PATHS``)."""
+KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda"]
+"""Families of kernels, in the order of their numbers (``wire.PATHS``); the last two run on CUDA devices."""
 
 
 class _Section(BaseModel):

@@ -38,7 +38,11 @@ const hs_kernel_set *hs_test_set(const char *name) {
 #ifdef HS_TEST_CPU
     static const char *const names[] = {"portable", "avx2", "avx512"};
     for (uint32_t i = 0; i < 3; i++)
-        if (!strcmp(name, names[i])) return hs_kernels_pick(2 + i);
+        if (!strcmp(name, names[i])) {
+            const hs_kernel_set *set = NULL;
+            (void)hs_kernels_pick(HS_PATH_PORTABLE + i, &set, NULL);
+            return set;
+        }
 #endif
     return NULL;
 }
@@ -47,11 +51,13 @@ int hs_test_has_set(const char *name) {
     return hs_test_set(name) != NULL;
 }
 
-/* The name of what hs_kernels_pick gives; NULL for none. */
+/* The name of what hs_kernels_pick gives, or why it gives none. */
 const char *hs_test_pick(uint32_t path) {
 #ifdef HS_TEST_CPU
-    const hs_kernel_set *set = hs_kernels_pick(path);
-    return set ? set->name : NULL;
+    static hs_why why;
+    const hs_kernel_set *set = NULL;
+    why = (hs_why){0};
+    return hs_kernels_pick(path, &set, &why) == HS_OK ? set->name : why.text;
 #else
     (void)path;
     return NULL;

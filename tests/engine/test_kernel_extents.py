@@ -244,12 +244,15 @@ def test_overflow_is_found(kernels: KernelLib) -> None:
 
 
 def test_pick_follows_the_attempt_s_numbers(kernels: KernelLib) -> None:
-    """hs_attempt.kernel_path: 0 the best that runs here, 1 ref, 2 portable, 3 avx2, 4 avx512; nothing instead."""
+    """0 is the best that runs here; a set that this CPU lacks, a path of GPUs and none at all are refused."""
     if kernels.sets == ("ref",):
         pytest.skip("built without the fast sets")
-    picked = [kernels.c.hs_test_pick(path) for path in range(7)]
-    assert picked[0] == kernels.sets[-1].encode()
-    for path, name in enumerate(SETS, start=1):
-        assert picked[path] == (name.encode() if name in kernels.sets else None)
-    assert picked[5:] == [None, None]
-    assert kernels.c.hs_test_pick(2**32 - 1) is None
+    assert kernels.c.hs_test_pick(0) == kernels.sets[-1].encode()
+    for name in SETS:
+        picked = kernels.c.hs_test_pick(wire.PATHS[name]).decode()
+        assert picked == name if name in kernels.sets else picked.startswith(f"this CPU lacks kernel path {name}; ")
+    for name in ("cuda-exact", "cuda"):
+        picked = kernels.c.hs_test_pick(wire.PATHS[name]).decode()
+        assert picked.startswith(f"kernel path {name} runs on CUDA devices, and this rank runs on the CPU; choose ")
+    for path in (len(wire.PATHS), 2**32 - 1):
+        assert kernels.c.hs_test_pick(path).decode().startswith(f"there is no kernel path {path}; ")

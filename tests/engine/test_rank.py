@@ -270,7 +270,8 @@ def test_a_peer_that_never_comes_passes_the_deadline(gang: Gang, tmp_path: Path)
         (lambda a: setattr(a, "start_step", 99), "starts after step 99, the plan ends at 3"),
         (lambda a: setattr(a, "start_step", 2), "without an agent there are no slots"),
         (lambda a: a.plan_digest.__setitem__(0, a.plan_digest[0] ^ 1), "is not the one that attempt"),
-        (lambda a: setattr(a, "kernel_path", 9), "lacks kernel path 9"),
+        (lambda a: setattr(a, "kernel_path", 9), "there is no kernel path 9"),
+        (lambda a: setattr(a, "kernel_path", wire.PATHS["cuda"]), "kernel path cuda runs on CUDA devices"),
     ],
 )
 def test_bad_attempts_are_refused(gang: Gang, tmp_path: Path, change: Change, words: str) -> None:

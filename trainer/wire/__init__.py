@@ -49,7 +49,7 @@ EXITS: dict[int, Exit] = {
 CALL_PTRS, CALL_DIMS, CALL_REALS = 12, 16, 6
 F32, BF16, F64, I32 = 1, 2, 3, 4
 DTYPE_BYTES = {F32: 4, BF16: 2, F64: 8, I32: 4}
-PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4}
+PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4, "cuda-exact": 5, "cuda": 6}
 """Families of kernels by number: ``launch.kernel_path``, and ``kernel_path`` of an attempt."""
 
 # --- plan.h -----------------------------------------------------------------------------------------------

@@ -24,13 +24,8 @@ static void cpu_close(hs_device *d) {
 static hs_status cpu_open(const hs_device_config *config, hs_device **device,
                           hs_device_facts *facts, hs_why *why) {
     *device = NULL;
-    const hs_kernel_set *set = hs_kernels_pick(config->kernel_path);
-    if (!set)
-        return hs_fail(why, HS_E_UNSUPPORTED,
-                       "this CPU lacks kernel path %" PRIu32
-                       " (1 ref, 2 portable, 3 avx2, 4 avx512); choose "
-                       "launch.kernel_path for the weakest node of the gang",
-                       config->kernel_path);
+    const hs_kernel_set *set = NULL;
+    HS_TRY(hs_kernels_pick(config->kernel_path, &set, why));
     if (config->index != 0)
         return hs_fail(why, HS_E_UNSUPPORTED,
                        "there is no device %" PRIu32 ": the CPU is device 0, and the only one",

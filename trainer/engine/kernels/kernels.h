@@ -48,8 +48,13 @@ extern const hs_kernel_set
 extern const hs_kernel_set hs_kernels_avx2;   /* AVX2 and FMA */
 extern const hs_kernel_set hs_kernels_avx512; /* AVX-512 F, BW, DQ, VL */
 
-/* HS_PATH_* to its set. NULL: the CPU lacks it, or no such path. */
-const hs_kernel_set *hs_kernels_pick(uint32_t path);
+/* HS_PATH_* to its set on this CPU. HS_E_UNSUPPORTED: the CPU lacks it, it is one of CUDA devices, or
+ * there is no such path; why names what to choose instead. */
+hs_status hs_kernels_pick(uint32_t path, const hs_kernel_set **set, hs_why *why);
+/* As launch.kernel_path has it; "?" where there is no such path. */
+const char *hs_kernel_path_name(uint32_t path);
+/* Whether it is a path of CUDA devices. */
+bool hs_kernel_path_is_cuda(uint32_t path);
 
 /* Workspace that every kernel of every set fits in, for each call, with this many threads. */
 size_t hs_kernels_scratch_bytes(int threads);

@@ -102,7 +102,7 @@ void hs_wire_print(void) {
     (void)printf("}}},\n\"kernels\": {");
     for (uint32_t k = 1; k < HS_K_COUNT; k++) print_kernel(k);
     (void)printf("},\n\"paths\": {");
-#define X(number, NAME, name) (void)printf("%s\"%s\": %d", number ? ", " : "", #name, number);
+#define X(number, NAME, name) (void)printf("%s\"%s\": %d", number ? ", " : "", name, number);
     HS_PATHS(X)
 #undef X
     (void)printf("},\n\"exits\": {");
