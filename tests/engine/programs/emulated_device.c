@@ -4,8 +4,8 @@
  *   memory    a mapping of its own, which nobody may touch but while the device works: a host that
  *             does dies of SIGSEGV
  *   work      is queued; nothing runs before a wait, and then in an order of HS_EMULATED_ORDER that
- *             the events allow: 0..5, which stream goes first, second and third where several may
- *             go; from 6 on, any, by that seed. Nothing runs beyond what the wait is for
+ *             the events allow: 0..23, which stream goes first, second, third and fourth where
+ *             several may go; from 24 on, any, by that seed. Nothing runs beyond what the wait is for
  *   copies    to the host: where they will land is garbage (0xff) from the call on. To the device:
  *             what the host changes between call and copy is a fault
  *   statuses  come from wait alone
@@ -28,7 +28,7 @@
 #include "core/hash.h"
 #include "kernels/cuda/cuda.h"
 
-enum { ANY = 6, SEVERAL = 16 };
+enum { ANY = 24, SEVERAL = 16 };
 
 typedef enum kind { LAUNCH, COPY, RECORD, FOLLOW } kind;
 
@@ -109,6 +109,14 @@ static hs_status emulated_alloc(hs_device *d, size_t bytes, int fd, uint8_t **at
 
 static hs_status emulated_pinned(hs_device *d, size_t bytes, uint8_t **at, hs_why *why) {
     return map(d->host, &d->hosts, bytes, at, why);
+}
+
+static hs_status emulated_pin(hs_device *d, void *at, size_t bytes, hs_why *why) {
+    (void)d;
+    (void)at;
+    (void)bytes;
+    (void)why;
+    return HS_OK;
 }
 
 static bool is_own(const hs_device *d, const void *at, size_t bytes) {
@@ -219,7 +227,7 @@ static hs_status emulated_copy(hs_device *d, int stream, void *to, const void *f
     w->direction = direction;
     if (direction == HS_COPY_FROM_DEVICE)
         memset(to, 0xff, bytes);
-    else
+    else if (direction == HS_COPY_TO_DEVICE)
         w->crc = hs_crc32c(0, from, bytes);
     return HS_OK;
 }
@@ -263,7 +271,8 @@ static void run(hs_device *d, const work *w) {
                             : hs_backend_cpu.launch(d->cpu, 0, w->kernel, &w->args, &d->why);
         return;
     case COPY:
-        if (!is_own(d, w->direction == HS_COPY_FROM_DEVICE ? w->from : w->to, w->bytes))
+        if ((w->direction != HS_COPY_FROM_DEVICE && !is_own(d, w->to, w->bytes)) ||
+            (w->direction != HS_COPY_TO_DEVICE && !is_own(d, w->from, w->bytes)))
             fail(d, HS_E_BUG, "a copy of %u bytes misses the device", (unsigned)w->bytes);
         if (w->direction == HS_COPY_TO_DEVICE && hs_crc32c(0, w->from, w->bytes) != w->crc)
             fail(d, HS_E_BUG, "the host wrote over %u bytes that were being copied",
@@ -285,12 +294,22 @@ static bool may_run(const hs_device *d, int stream) {
     return w->kind != FOLLOW || d->done[w->event] >= w->ticket;
 }
 
+/* The streams in the order of this number, below ANY. */
+static void order_of(uint64_t number, int order[HS_STREAMS]) {
+    for (int i = 0; i < HS_STREAMS; i++) order[i] = i;
+    for (int i = 0, of = ANY; i < HS_STREAMS; i++) {
+        of /= HS_STREAMS - i;
+        const int from = i + (int)(number / (uint64_t)of), stream = order[from];
+        number %= (uint64_t)of;
+        memmove(order + i + 1, order + i, sizeof *order * (size_t)(from - i));
+        order[i] = stream;
+    }
+}
+
 /* The stream whose next work runs; -1: none may. */
 static int choose(hs_device *d) {
-    static const int orders[ANY][HS_STREAMS] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2},
-                                                {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
-    int ready[HS_STREAMS], count = 0;
-    const int *order = orders[d->order < ANY ? d->order : 0];
+    int ready[HS_STREAMS], order[HS_STREAMS], count = 0;
+    order_of(d->order < ANY ? d->order : 0, order);
     for (int i = 0; i < HS_STREAMS; i++)
         if (may_run(d, order[i])) ready[count++] = order[i];
     if (count == 0) return -1;
@@ -315,20 +334,43 @@ static hs_status emulated_wait(hs_device *d, int event, hs_why *why) {
                                         d->why.text[0] ? d->why.text : hs_status_text(d->status));
 }
 
+/* Looking makes a little progress, so that one who looks again and again gets there. */
+static hs_status emulated_query(hs_device *d, int event, bool *done, hs_why *why) {
+    const int stream = d->done[event] < d->recorded[event] ? choose(d) : -1;
+    if (stream >= 0) {
+        protect(d, PROT_READ | PROT_WRITE);
+        queue *q = &d->streams[stream];
+        run(d, &q->list[q->first++]);
+        protect(d, PROT_NONE);
+    }
+    *done = d->done[event] >= d->recorded[event];
+    return d->status == HS_OK ? HS_OK
+                              : hs_fail(why, d->status, "%s",
+                                        d->why.text[0] ? d->why.text : hs_status_text(d->status));
+}
+
+static hs_status emulated_devices(hs_device_facts *list, uint32_t room, uint32_t *count,
+                                  hs_why *why) {
+    return hs_backend_cpu.devices(list, room, count, why);
+}
+
 #define TABLE(one)                                                                                 \
     {.version = HS_BACKEND_VERSION,                                                                \
      .name = "emulated",                                                                           \
      .unified = (one),                                                                             \
+     .devices = emulated_devices,                                                                  \
      .open = emulated_open,                                                                        \
      .close = emulated_close,                                                                      \
      .alloc = emulated_alloc,                                                                      \
      .pinned = emulated_pinned,                                                                    \
+     .pin = emulated_pin,                                                                          \
      .check = emulated_check,                                                                      \
      .launch = emulated_launch,                                                                    \
      .copy = emulated_copy,                                                                        \
      .record = emulated_record,                                                                    \
      .follow = emulated_follow,                                                                    \
-     .wait = emulated_wait}
+     .wait = emulated_wait,                                                                        \
+     .query = emulated_query}
 
 const hs_backend hs_backend_emulated = TABLE(false);
 

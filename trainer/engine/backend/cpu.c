@@ -21,6 +21,15 @@ static void cpu_close(hs_device *d) {
     free(d);
 }
 
+static const hs_device_facts the_cpu = {.device = "cpu"};
+
+static hs_status cpu_devices(hs_device_facts *list, uint32_t room, uint32_t *count, hs_why *why) {
+    (void)why;
+    *count = 1;
+    if (room > 0) list[0] = the_cpu;
+    return HS_OK;
+}
+
 static hs_status cpu_open(const hs_device_config *config, hs_device **device,
                           hs_device_facts *facts, hs_why *why) {
     *device = NULL;
@@ -41,7 +50,9 @@ static hs_status cpu_open(const hs_device_config *config, hs_device **device,
     d->set = set;
     d->kernels = (hs_kernel_ctx){
         .pool = config->pool, .scratch = d->scratch.base, .scratch_bytes = d->scratch.bytes};
-    *facts = (hs_device_facts){.kernels = set->name, .scratch_bytes = d->scratch.bytes};
+    *facts = the_cpu;
+    facts->kernels = set->name;
+    facts->scratch_bytes = d->scratch.bytes;
     *device = d;
     return HS_OK;
 }
@@ -58,6 +69,14 @@ static hs_status cpu_alloc(hs_device *d, size_t bytes, int fd, uint8_t **at, hs_
 
 static hs_status cpu_pinned(hs_device *d, size_t bytes, uint8_t **at, hs_why *why) {
     return cpu_alloc(d, bytes, -1, at, why);
+}
+
+static hs_status cpu_pin(hs_device *d, void *at, size_t bytes, hs_why *why) {
+    (void)d;
+    (void)at;
+    (void)bytes;
+    (void)why;
+    return HS_OK;
 }
 
 static hs_status cpu_check(hs_device *d, uint8_t *at, size_t bytes, hs_check *check, hs_why *why) {
@@ -97,16 +116,27 @@ static hs_status cpu_wait(hs_device *d, int event, hs_why *why) {
     return HS_OK;
 }
 
+static hs_status cpu_query(hs_device *d, int event, bool *done, hs_why *why) {
+    (void)d;
+    (void)event;
+    (void)why;
+    *done = true;
+    return HS_OK;
+}
+
 const hs_backend hs_backend_cpu = {.version = HS_BACKEND_VERSION,
                                    .name = "cpu",
                                    .unified = true,
+                                   .devices = cpu_devices,
                                    .open = cpu_open,
                                    .close = cpu_close,
                                    .alloc = cpu_alloc,
                                    .pinned = cpu_pinned,
+                                   .pin = cpu_pin,
                                    .check = cpu_check,
                                    .launch = cpu_launch,
                                    .copy = cpu_copy,
                                    .record = cpu_event,
                                    .follow = cpu_event,
-                                   .wait = cpu_wait};
+                                   .wait = cpu_wait,
+                                   .query = cpu_query};

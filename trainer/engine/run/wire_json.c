@@ -185,6 +185,8 @@ void hs_wire_print(void) {
         N(HS_CH_TIED_WEIGHT),
         N(HS_CH_REPORT),
         N(HS_CH_CONTROL),
+        N(HS_DEVICE_CPU),
+        N(HS_DEVICE_CUDA),
         N(HS_SLOT_EMPTY),
         N(HS_SLOT_FILLING),
         N(HS_SLOT_READY),

@@ -11,6 +11,8 @@
 #define HS_ATTEMPT_VERSION 1u
 
 enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1 };
+/* What a rank runs on (backend/load.h); never "auto": who writes an attempt has chosen. */
+enum { HS_DEVICE_CPU = 1, HS_DEVICE_CUDA = 2 };
 
 typedef struct hs_attempt {
     char magic[8];
