@@ -37,6 +37,7 @@ def attempt_bytes(options: Options, gang: Gang, has: Provisions, nodes: Mapping[
     head.stall_ms = _ms(gang.how("launch", "stall_s"))
     head.commit_ms = _ms(gang.how("checkpoint", "commit_s"))
     head.trace = int(bool(gang.how("launch", "trace")))
+    head.device_kind = wire.DEVICES["cpu"]
     head.data_dir, head.work_dir = os.fsencode(has.data_dir), os.fsencode(options.work)
     ranks = b"".join(
         bytes(wire.AttemptRank(host.encode(), port, node))

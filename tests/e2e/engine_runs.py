@@ -122,6 +122,7 @@ def attempt_bytes(
         stall_ms=60_000,
         commit_ms=30_000,
         trace=int(trace),
+        device_kind=wire.DEVICES["cpu"],
         data_dir=str(data).encode(),
         work_dir=str(work).encode(),
     )

@@ -68,6 +68,7 @@ class Gang:
         a.magic[:] = wire.ATTEMPT_MAGIC
         a.version, a.run, a.epoch, a.ranks = wire.ATTEMPT_VERSION, self.run, self.epoch, len(self.ports)
         a.plan_digest[:], a.key[:], a.nonce[:] = self.plan, self.key, self.nonce
+        a.device_kind = wire.DEVICES["cpu"]
         a.start_step, a.connect_ms, a.stall_ms = self.start_step, self.connect_ms, self.stall_ms
         path.write_bytes(bytes(a) + ranks)
         return path

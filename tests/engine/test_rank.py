@@ -264,7 +264,9 @@ def test_a_peer_that_never_comes_passes_the_deadline(gang: Gang, tmp_path: Path)
     ("change", "words"),
     [
         (lambda a: setattr(a, "ranks", 1), "ranks do not go with"),
-        (lambda a: setattr(a, "version", 9), "not an attempt file of version 1"),
+        (lambda a: a.magic.__setitem__(0, 0), "is not an attempt file"),
+        (lambda a: setattr(a, "version", 1), "is of version 1, this engine reads version 2"),
+        (lambda a: setattr(a, "device_kind", 3), "no device of kind 3 (1 is the CPU, 2 is CUDA)"),
         (lambda a: setattr(a, "run", b""), "does not end"),
         (lambda a: setattr(a, "stall_ms", 0), "deadline of 0 ms"),
         (lambda a: setattr(a, "start_step", 99), "starts after step 99, the plan ends at 3"),
@@ -279,6 +281,23 @@ def test_bad_attempts_are_refused(gang: Gang, tmp_path: Path, change: Change, wo
     code, _, err = gang.run(0)
     assert code == 78, err
     assert words in err
+
+
+def test_an_attempt_for_a_device_that_is_not_here_is_refused(gang: Gang, tmp_path: Path) -> None:
+    gang.prepare(small_plan(tmp_path), lambda a: setattr(a, "device_kind", wire.DEVICES["cuda"]))
+    code, _, err = gang.run(0, env={"HOTSTAGE_CUDA": "/nowhere/libhs_cuda.so"})
+    assert code == 78, err
+    assert "/nowhere/libhs_cuda.so" in err
+    gang.prepare(small_plan(tmp_path))
+    ranks = bytearray((tmp_path / "attempt").read_bytes())
+    last = wire.AttemptRank.from_buffer(ranks, len(ranks) - ctypes.sizeof(wire.AttemptRank))
+    last.device = 3
+    head = wire.Attempt.from_buffer(ranks)
+    head.crc = engine_runs._crc32c(bytes(ranks[wire.Attempt.run.offset :]))
+    (tmp_path / "attempt").write_bytes(ranks)
+    code, _, err = gang.run(0)
+    assert code == 78, err
+    assert "there is no device 3" in err
 
 
 def test_a_flipped_attempt_is_refused(gang: Gang, tmp_path: Path) -> None:

@@ -19,10 +19,12 @@
 #include "wire/attempt.h"
 #include "wire/exit.h"
 
-#ifndef HS_BACKEND /* the tests build one that runs on a device of theirs */
-#define HS_BACKEND hs_backend_cpu
-#endif
+#ifdef HS_BACKEND /* the tests build one that runs on a device of theirs */
 extern const hs_backend HS_BACKEND;
+#define HS_BACKEND_FIXED (&HS_BACKEND)
+#else
+#define HS_BACKEND_FIXED NULL
+#endif
 
 static const char usage[] =
     "hotstage-engine: runs a compiled plan\n"
@@ -32,6 +34,7 @@ static const char usage[] =
     "       [--arena-fd N] [--weights F] [--dump DIR]\n"
     "                                 one rank; `-`: no agent, metrics on standard output only\n"
     "  infer --plan F --weights F [--kernel-path N] [--threads N]\n"
+    "       [--device-kind N] [--device N]\n"
     "                                 i32 tokens on standard input, f32 logits on standard output\n"
     "  check-plan F                   0 where the plan holds, 78 and one line where it does not\n"
     "  order --plan F --first I --count N\n"
@@ -94,7 +97,8 @@ static hs_status parse(int argc, char **argv, const option *options, size_t coun
 #define PARSE(options, why) parse(argc, argv, options, sizeof(options) / sizeof *(options), why)
 
 static hs_status command_rank(int argc, char **argv, hs_why *why) {
-    hs_rank_args args = {.backend = &HS_BACKEND, .listen_fd = -1, .page_fd = -1, .arena_fd = -1};
+    hs_rank_args args = {
+        .backend = HS_BACKEND_FIXED, .listen_fd = -1, .page_fd = -1, .arena_fd = -1};
     uint64_t rank = 0;
     const option options[] = {
         {.name = "--plan", .required = true, .text = &args.plan},
@@ -122,16 +126,20 @@ static hs_status command_rank(int argc, char **argv, hs_why *why) {
 
 static hs_status command_infer(int argc, char **argv, hs_why *why) {
     const hs_log log = {.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = -1};
-    hs_infer_args args = {.backend = &HS_BACKEND, .log = &log};
-    uint64_t path = 0, threads = 0;
+    hs_infer_args args = {.backend = HS_BACKEND_FIXED, .log = &log};
+    uint64_t path = 0, threads = 0, kind = HS_DEVICE_CPU, device = 0;
     const option options[] = {
         {.name = "--plan", .required = true, .text = &args.plan},
         {.name = "--weights", .required = true, .text = &args.weights},
         {.name = "--kernel-path", .number = &path},
         {.name = "--threads", .number = &threads},
+        {.name = "--device-kind", .number = &kind},
+        {.name = "--device", .number = &device},
     };
     HS_TRY(PARSE(options, why));
     args.kernel_path = path >= HS_PATH_COUNT ? HS_PATH_COUNT : (uint32_t)path;
+    args.device_kind = kind > UINT32_MAX ? UINT32_MAX : (uint32_t)kind;
+    args.device = device > UINT32_MAX ? UINT32_MAX : (uint32_t)device;
     args.threads = threads > 256 ? 256 : (uint32_t)threads;
     return hs_infer(&args, why);
 }

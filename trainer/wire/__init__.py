@@ -303,7 +303,9 @@ class SlotHeader(ctypes.LittleEndianStructure):
 
 # --- attempt.h --------------------------------------------------------------------------------------------
 
-ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 1
+ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 2
+DEVICES = {"cpu": DEVICE_CPU, "cuda": DEVICE_CUDA}
+"""What a gang runs on, by the name that ``parallel.device`` has for it."""
 
 
 class Attempt(ctypes.LittleEndianStructure):
@@ -324,13 +326,16 @@ class Attempt(ctypes.LittleEndianStructure):
         ("stall_ms", u32),
         ("commit_ms", u32),
         ("trace", u32),
+        ("device_kind", u32),
+        ("reserved", u32),
+        ("algorithms_digest", u8 * 32),
         ("data_dir", char * 512),
         ("work_dir", char * 512),
     ]
 
 
 class AttemptRank(ctypes.LittleEndianStructure):
-    _fields_ = [("host", char * 256), ("port", u32), ("node", u32)]
+    _fields_ = [("host", char * 256), ("port", u32), ("node", u32), ("device", u32), ("reserved", u32)]
 
 
 # --- agent.h ----------------------------------------------------------------------------------------------

@@ -20,10 +20,13 @@ static size_t file_bytes(const hs_attempt *attempt) {
 /* All that can be said about the bytes alone. */
 static hs_status check(const char *path, const hs_attempt *a, size_t size, hs_why *why) {
     const size_t checked = offsetof(hs_attempt, run);
-    if (memcmp(a->magic, HS_ATTEMPT_MAGIC, sizeof a->magic) != 0 ||
-        a->version != HS_ATTEMPT_VERSION) {
-        return hs_fail(why, HS_E_CONFIG, "%s is not an attempt file of version %u", path,
-                       HS_ATTEMPT_VERSION);
+    if (memcmp(a->magic, HS_ATTEMPT_MAGIC, sizeof a->magic) != 0)
+        return hs_fail(why, HS_E_CONFIG, "%s is not an attempt file", path);
+    if (a->version != HS_ATTEMPT_VERSION) {
+        return hs_fail(why, HS_E_CONFIG,
+                       "attempt %s is of version %" PRIu32
+                       ", this engine reads version %u: install agent and engine of one release",
+                       path, a->version, HS_ATTEMPT_VERSION);
     }
     if (a->ranks == 0 || a->ranks > MAX_RANKS || file_bytes(a) != size) {
         return hs_fail(why, HS_E_CONFIG, "attempt %s: %" PRIu32 " ranks do not go with %zu bytes",

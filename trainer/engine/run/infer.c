@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "backend/load.h"
 #include "run/machine.h"
 #include "run/weights.h"
 
@@ -95,10 +96,13 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
                      args->plan);
         goto out;
     }
-    const hs_machine_config config = {.backend = args->backend,
+    const hs_backend *backend = args->backend;
+    if (!backend) HS_TRY_GOTO(st, out, hs_backend_load(args->device_kind, &backend, why));
+    const hs_machine_config config = {.backend = backend,
                                       .plan = &plan,
                                       .position = &plan.positions[0],
                                       .kernel_path = args->kernel_path,
+                                      .device = args->device,
                                       .threads =
                                           args->threads ? args->threads : plan.config->threads,
                                       .local_ranks = 1,

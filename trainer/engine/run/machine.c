@@ -70,7 +70,8 @@ hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_
                      machine->threads);
         goto failed;
     }
-    const hs_device_config device = {.kernel_path = c->kernel_path,
+    const hs_device_config device = {.index = c->device,
+                                     .kernel_path = c->kernel_path,
                                      .bytes_needed = c->position->arena_bytes,
                                      .pool = machine->pool};
     HS_TRY_GOTO(st, failed, c->backend->open(&device, &machine->device, &machine->facts, why));

@@ -24,6 +24,7 @@ typedef struct hs_machine_config {
     const hs_plan *plan;
     const hs_plan_position *position;
     uint32_t kernel_path;
+    uint32_t device;  /* index, of the backend's devices on this machine */
     uint32_t threads; /* 0: see hs_machine_threads */
     uint32_t local_ranks;
     int arena_fd; /* memfd that keeps the arena's pages beyond this process; -1: a private arena */

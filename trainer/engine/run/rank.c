@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "backend/load.h"
 #include "core/clock.h"
 #include "run/abort_words.h"
 #include "run/attempt.h"
@@ -22,6 +23,7 @@ enum {
 /* All parts of a rank; zero-initialised, so that close_all takes whatever was opened. */
 typedef struct rank {
     const hs_rank_args *args;
+    const hs_backend *backend;
     hs_log log;
     hs_plan plan;
     hs_attempt_file attempt;
@@ -71,6 +73,8 @@ static hs_status open_files(rank *r, hs_why *why) {
                        ", but without an agent there are no slots to restore from",
                        a->start_step);
     }
+    r->backend = r->args->backend;
+    if (!r->backend) HS_TRY(hs_backend_load(a->device_kind, &r->backend, why));
     r->executor.rank = r->args->rank;
     r->executor.position = &r->plan.positions[hs_plan_position_of(&r->plan, r->args->rank)];
     return HS_OK;
@@ -129,10 +133,11 @@ static hs_status open_parts(rank *r, hs_why *why) {
     const hs_plan_position *p = r->executor.position;
     int fds[HS_SNAPSHOT_SLOTS_MAX], count = 0;
     HS_TRY(open_agent(r, fds, &count, why));
-    const hs_machine_config config = {.backend = r->args->backend,
+    const hs_machine_config config = {.backend = r->backend,
                                       .plan = &r->plan,
                                       .position = p,
                                       .kernel_path = a->kernel_path,
+                                      .device = r->attempt.ranks[r->args->rank].device,
                                       .threads = g->threads,
                                       .local_ranks =
                                           hs_attempt_local_ranks(&r->attempt, r->args->rank),

@@ -13,7 +13,7 @@
 #include "core/status.h"
 
 typedef struct hs_rank_args {
-    const hs_backend *backend;
+    const hs_backend *backend;  /* NULL: the attempt's (backend/load.h) */
     const char *plan, *attempt; /* files */
     uint32_t rank;
     const char *agent;    /* socket; NULL: none (metrics to standard output only, no slots) */

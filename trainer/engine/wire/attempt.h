@@ -8,10 +8,10 @@
 #include <stdint.h>
 
 #define HS_ATTEMPT_MAGIC "HSATTM\r\n"
-#define HS_ATTEMPT_VERSION 1u
+#define HS_ATTEMPT_VERSION 2u /* 1 had no devices; each engine reads one version, its agent's */
 
 enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1 };
-/* What a rank runs on (backend/load.h); never "auto": who writes an attempt has chosen. */
+/* What a gang runs on (backend/load.h); never "auto": who writes an attempt has chosen. */
 enum { HS_DEVICE_CPU = 1, HS_DEVICE_CUDA = 2 };
 
 typedef struct hs_attempt {
@@ -31,6 +31,9 @@ typedef struct hs_attempt {
     uint32_t stall_ms;       /* deadline of every wait inside a step */
     uint32_t commit_ms;      /* deadline of the wait for the last commit */
     uint32_t trace;          /* HS_TRACE_*: instruction times of the last steps into trace_dir */
+    uint32_t device_kind;    /* HS_DEVICE_* */
+    uint32_t reserved;       /* 0 */
+    uint8_t algorithms_digest[32]; /* SHA-256 of the table of a library's algorithms that the gang uses; zero: none yet */
     char data_dir[512];      /* shards: <data_dir>/00000.bin ... */
     char work_dir[512];      /* of the node: traces go here */
 } hs_attempt;
@@ -39,6 +42,8 @@ typedef struct hs_attempt_rank {
     char host[256]; /* NUL-terminated name or address; resolved again until connect_ms */
     uint32_t port;
     uint32_t node;
+    uint32_t device;   /* index among the devices of its node; the CPU is 0 */
+    uint32_t reserved; /* 0 */
 } hs_attempt_rank;
 
 #endif
