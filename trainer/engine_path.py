@@ -1,4 +1,6 @@
-"""Where the C engine's binary lies: ``HOTSTAGE_ENGINE``, else what the installation put beside this package."""
+"""Where the C engine's binary lies: ``HOTSTAGE_ENGINE``, else what the installation put beside this package. Where its
+library for CUDA lies, and the libraries that this one opens. Nothing is opened here.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,9 @@ from pathlib import Path
 from trainer.errors import LaunchError
 
 NAME = "hotstage-engine"
+CUDA_NAME = "libhs_cuda.so"
+CUDA_WHEELS = ("cublas", "cudnn", "nccl")
+"""What ``hotstage[cuda]`` installs, by their folders under ``nvidia`` (those of CUDA 13 share one more, ``cu13``)."""
 
 
 def engine_binary() -> Path:
@@ -24,13 +29,51 @@ def engine_binary() -> Path:
         if not os.access(path, os.X_OK) or path.is_dir():
             raise LaunchError(f"HOTSTAGE_ENGINE names {path}, which is no program; unset it or give the engine's path")
         return path
-    places = [Path(__file__).resolve().parent / "bin" / NAME]
-    places += [Path(sysconfig.get_path(kind)) / "trainer" / "bin" / NAME for kind in ("platlib", "purelib")]
+    places = [folder / NAME for folder in _bins()]
     for place in places:
         if os.access(place, os.X_OK):
             return place
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
     raise LaunchError(f"the engine is not built: no {looked}; run 'make setup', or name it in HOTSTAGE_ENGINE")
+
+
+def _bins() -> list[Path]:
+    return [
+        Path(__file__).resolve().parent / "bin",
+        *(Path(sysconfig.get_path(kind)) / "trainer" / "bin" for kind in ("platlib", "purelib")),
+    ]
+
+
+def cuda_library() -> Path | None:
+    """The engine's backend for CUDA: what ``HOTSTAGE_CUDA`` names, be it there or not (the engine says what is wrong
+    with it); else beside the engine, else what ``make cuda`` built in this source tree; None where there is none.
+    """
+    named = os.environ.get("HOTSTAGE_CUDA")
+    if named:
+        return Path(named).absolute()
+    places = [folder / CUDA_NAME for folder in _bins()]
+    places.append(Path(__file__).resolve().parent.parent / "out" / "cuda" / CUDA_NAME)
+    return next((place for place in places if place.is_file()), None)
+
+
+def cuda_folders() -> list[Path]:
+    """Folders of the libraries that the backend opens by absolute path: those of ``HOTSTAGE_CUDA_LIBRARIES`` (colons
+    between them), then those of the wheels of ``hotstage[cuda]`` in this environment.
+    """
+    folders = [Path(part) for part in os.environ.get("HOTSTAGE_CUDA_LIBRARIES", "").split(":") if part]
+    for kind in ("platlib", "purelib"):
+        nvidia = Path(sysconfig.get_path(kind)) / "nvidia"
+        folders += [nvidia / "cu13" / "lib", *(nvidia / name / "lib" for name in CUDA_WHEELS)]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def cuda_environment() -> dict[str, str]:
+    """What the engine is told of both; empty where there is no library."""
+    library = cuda_library()
+    if library is None:
+        return {}
+    folders = os.pathsep.join(str(folder) for folder in cuda_folders())
+    return {"HOTSTAGE_CUDA": str(library), **({"HOTSTAGE_CUDA_LIBRARIES": folders} if folders else {})}
 
 
 if __name__ == "__main__":

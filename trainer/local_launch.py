@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from trainer.engine_path import engine_binary
+from trainer.engine_path import cuda_environment, engine_binary
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
@@ -42,9 +42,12 @@ from trainer.wire.files import create_file
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _ENGINE_ENV = re.compile(
-    r"(PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|(A|L|UB|T)SAN_OPTIONS|HOTSTAGE_ENGINE_\w+)\Z"
+    r"(PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|(A|L|UB|T)SAN_OPTIONS|HOTSTAGE_ENGINE_\w+|"
+    r"HOTSTAGE_(CUDA|CUDA_LIBRARIES|DEVICES)|(CUDA|NVIDIA|NCCL|CUBLAS|CUBLASLT|CUDNN|HS_EMULATED)_\w+)\Z"
 )
-"""All that the engine inherits: it holds no credentials and needs no other variable."""
+"""All that the engine inherits: it holds no credentials and needs no other variable. The last line is CUDA's: which
+devices are seen, how its libraries behave.
+"""
 _TAIL_BYTES = 2000
 _LOG_BYTES = 4 << 20  # of a process's own log; beyond it, its last quarter is kept
 _LOCK_S = 10.0  # for a starting agent to write its number, or a killed one to let go of its lock
@@ -266,6 +269,7 @@ class LocalLauncher:
                 self._start(args, env, folder, "agent", lock)
             if _alive(folder / "supervisor.pid") is None:
                 env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}
+                env |= cuda_environment()
                 self._start([str(engine), "node", "--agent", "agent.sock"], env, folder, "supervisor", lock)
 
     def _agent_lives(self, folder: Path) -> bool:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.wire import CUDA_PATHS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
 MAX_INT32 = (1 << 31) - 1
@@ -27,6 +28,9 @@ RULES = {
 Precision = Literal["fp32", "bf16"]
 KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda"]
 """Families of kernels, in the order of their numbers (``wire.PATHS``); the last two run on CUDA devices."""
+
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class _Section(BaseModel):
@@ -240,6 +244,10 @@ class ParallelSpec(_Section):
     )
     replicas: int = _size(1, text="data-parallel replicas")
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
+    device: Device = Field(
+        "auto",
+        description="what ranks run on: cuda, cpu, or auto: cuda where the node's engine has a device, else cpu",
+    )
 
     @property
     def ranks(self) -> int:
@@ -356,6 +364,8 @@ class RunSpec(_Section):
                 f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}; "
                 "shorten the sequence or widen the context"
             )
+        if (refusal := _device_refusal(self.parallel.device, self.launch.kernel_path)) is not None:
+            raise ValueError(refusal)
         ranks = self.parallel.ranks
         per_node = ranks // self.launch.nodes
         for stages in self.recovery.allowed_stages:
@@ -408,6 +418,18 @@ class RunSpec(_Section):
         if self.model.vocab:
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab": dataset.vocab})})
+
+
+def _device_refusal(device: Device, kernel_path: KernelPath) -> str | None:
+    """Why kernels of this family do not run on this device; None where they do, or where the node decides."""
+    needs = "cuda" if kernel_path in CUDA_PATHS else "cpu"
+    if "auto" in (device, kernel_path) or device == needs:
+        return None
+    takes = f"'auto' or one of {', '.join(CUDA_PATHS)}" if device == "cuda" else "'auto'"
+    return (
+        f"launch.kernel_path {kernel_path!r} does not run on parallel.device {device!r}: take kernel_path {takes}, or "
+        f"device {needs!r}"
+    )
 
 
 def too_short(shards: Sequence[int], sequence: int) -> str | None:

@@ -229,11 +229,11 @@ class Actions:
     def _meet(self, e: do.Meet) -> None:
         self._remet.set()  # of a supervisor that was lost: its ports must not be put together as this node's
         self._remet = threading.Event()
-        self._thread("peers", self._meet_thread, e.gang, e.ports, self._remet)
+        self._thread("peers", self._meet_thread, e.gang, e.address, self._remet)
 
-    def _meet_thread(self, gang: Gang, ports: Sequence[int], cancelled: threading.Event) -> ev.Event | None:
+    def _meet_thread(self, gang: Gang, address: ev.Address, cancelled: threading.Event) -> ev.Event | None:
         try:
-            nodes = meet(self.store, self.options, gang, list(ports), cancelled)
+            nodes = meet(self.store, self.options, gang, address, cancelled)
         except CannotStart as error:
             return ev.Failed(gang.epoch, Work.MEET, error.code, str(error))
         return None if nodes is None else ev.Met(gang.epoch, nodes)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.events import Provided, RankExit
 from checkpoint.agent.gang import Gang
 from checkpoint.agent.status import RankStatus
@@ -81,6 +82,8 @@ class NodeAttempt:
     """Of this node, as the supervisor said them last."""
     asked: int | None = None
     """The supervisor that was asked for them."""
+    devices: Devices = ON_CPU
+    """What the ranks of this node run on."""
     adopted: bool = False
     ranks: dict[int, RankStatus] = field(default_factory=dict)
     peers: dict[int, int] = field(default_factory=dict)

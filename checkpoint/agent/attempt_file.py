@@ -37,12 +37,12 @@ def attempt_bytes(options: Options, gang: Gang, has: Provisions, nodes: Mapping[
     head.stall_ms = _ms(gang.how("launch", "stall_s"))
     head.commit_ms = _ms(gang.how("checkpoint", "commit_s"))
     head.trace = int(bool(gang.how("launch", "trace")))
-    head.device_kind = wire.DEVICES["cpu"]
+    head.device_kind = wire.DEVICES[nodes[options.node].devices.kind]
     head.data_dir, head.work_dir = os.fsencode(has.data_dir), os.fsencode(options.work)
     ranks = b"".join(
-        bytes(wire.AttemptRank(host.encode(), port, node))
-        for node, (host, ports) in sorted(nodes.items())
-        for port in ports
+        bytes(wire.AttemptRank(host.encode(), port, node, devices.device(local)))
+        for node, (host, ports, devices) in sorted(nodes.items())
+        for local, port in enumerate(ports)
     )
     crc_at = wire.Attempt.crc.offset + ctypes.sizeof(wire.u32)
     head.crc = crc32c(bytes(head)[crc_at:], ranks)

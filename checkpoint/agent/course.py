@@ -13,6 +13,7 @@ from enum import Enum
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
 from checkpoint.agent.attempt import NodeAttempt, NodePhase
+from checkpoint.agent.devices import NoDevice, asked_kind, choose, read_devices, same_kind
 from checkpoint.agent.events import Timer, Work
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.log import AttemptInfo, RunState
@@ -202,8 +203,14 @@ class Course:
         shared = int(gang.how("launch", "port_base"))  # by nodes of one machine: each has ports of its own
         base = self.options.port_base or (shared + gang.first if shared else 0)
         prepare = wire.MsgPrepare(gang.count, base, self.options.bind.encode())
+        try:
+            asked = asked_kind(*gang.device)
+        except NoDevice as error:
+            self._cannot_start(attempt, 78, str(error))
+            return
         attempt.asked = self.engine.peer
-        self._do(do.Send(self.engine.peer, "PREPARE", epoch=gang.epoch, payload=bytes(prepare)))
+        payload, look = bytes(prepare), int(asked != "cpu")
+        self._do(do.Send(self.engine.peer, "PREPARE", epoch=gang.epoch, a=look, payload=payload))
 
     def _on_ports(self, event: ev.Ports) -> None:
         attempt = self._of(event.epoch)
@@ -212,21 +219,35 @@ class Course:
         if event.peer != self.engine.peer or event.peer != attempt.asked:
             return  # what an agent before this one asked for: the claim may not be ours (A6)
         count, got = attempt.gang.count, len(event.payload)
-        if got != 2 * count:
+        if got < 2 * count:
             self._cannot_start(attempt, 70, f"the supervisor sent {got} bytes of ports for {count} ranks")
             return
+        try:
+            devices = choose(asked_kind(*attempt.gang.device), count, read_devices(event.payload[2 * count :]))
+        except NoDevice as error:
+            self._cannot_start(attempt, 78, f"node {self.options.node}: {error}")
+            return
+        if devices.note:
+            log.info("the ranks of this node: %s", devices.note, extra={"epoch": attempt.epoch})
         attempt.enter(NodePhase.PEERS)
-        attempt.ports, self.changed = struct.unpack(f"<{count}H", event.payload), True
+        attempt.ports, self.changed = struct.unpack_from(f"<{count}H", event.payload), True
+        attempt.devices = devices
+        address = ev.Address(self.options.host, attempt.ports, devices)
         if self.options.nodes == 1:
-            self._do(do.Mark(attempt.gang, {0: (self.options.host, list(attempt.ports))}))
+            self._do(do.Mark(attempt.gang, {0: address}))
         else:
-            self._do(do.Meet(attempt.gang, attempt.ports))
+            self._do(do.Meet(attempt.gang, address))
 
     def _on_met(self, event: ev.Met) -> None:
         attempt = self._of(event.epoch)
         if attempt is None or attempt.phase is not NodePhase.PEERS or not self.serves:
             return
-        if self.engine.peer is not None and tuple(event.nodes[self.options.node][1]) == attempt.ports:
+        try:
+            same_kind({node: address.devices for node, address in event.nodes.items()})
+        except NoDevice as error:
+            self._cannot_start(attempt, 78, str(error))
+            return
+        if self.engine.peer is not None and tuple(event.nodes[self.options.node].ports) == attempt.ports:
             self._do(do.Mark(attempt.gang, event.nodes))  # else a supervisor is waited for, which binds new ports
 
     def _on_marked(self, event: ev.Marked) -> None:

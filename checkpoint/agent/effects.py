@@ -5,7 +5,7 @@ An effect with an answer says which event that is. Answers marked *at once* come
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from checkpoint.agent.events import Address
@@ -105,7 +105,7 @@ class Meet:
     """Met, or Failed."""
 
     gang: Gang
-    ports: Sequence[int]
+    address: Address
 
 
 @dataclass(frozen=True, slots=True)

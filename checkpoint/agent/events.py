@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
+from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.status import RankStatus
 from checkpoint.claims import Place
 from checkpoint.log import RunState
 
-Address = tuple[str, list[int]]
-"""A node's host, and the port of each of its ranks."""
+
+class Address(NamedTuple):
+    """A node's host, the port of each of its ranks, and what they run on."""
+
+    host: str
+    ports: Sequence[int]
+    devices: Devices = ON_CPU
 
 
 class Timer(Enum):

@@ -20,6 +20,7 @@ DEFAULTS: Mapping[str, Any] = {
     "launch.stall_s": 120.0,
     "launch.stop_after": -1,  # no key of a spec: tests and the chaos harness set it
     "launch.trace": False,
+    "parallel.device": "auto",
 }
 """The spec's defaults, where a record's How lacks a key. The agent's image has no RunSpec: a test compares."""
 
@@ -63,6 +64,11 @@ class Gang:
     @property
     def local(self) -> range:
         return range(self.first, self.first + self.count)
+
+    @property
+    def device(self) -> tuple[str, str]:
+        """``parallel.device`` and ``launch.kernel_path``, which say together what the ranks run on."""
+        return str(self.how("parallel", "device")), str(self.how("launch", "kernel_path"))
 
     def how(self, section: str, key: str) -> Any:
         """A value of the How half in the attempt record."""

@@ -2,7 +2,8 @@
 
 ``runs/<run>/live/<epoch>/node/<node>`` is created by the first agent that comes, with its place
 (checkpoint/claims.py): a second one, a pod of the same index or an agent of another folder, finds another's there.
-Then each node says its addresses: hints, ``…/addr/<node>``, a map of ``host`` and ``ports``. In a small gang each reads
+Then each node says its addresses: hints, ``…/addr/<node>``, a map of ``host``, ``ports`` and, but on the CPU that was
+asked for, ``devices`` (``devices.py``). In a small gang each reads
 everybody's; in a larger one the first in order, another one each attempt, does and puts them together in
 ``…/addresses``, a list of these maps, which the others wait for (``gather.py``). Nothing trusts them; the handshake of
 the engine decides who is who.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 from checkpoint import codec, keys
+from checkpoint.agent.devices import from_map, to_map
 from checkpoint.agent.events import Address
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.agent.gather import gather, next_look_s, present, turn_s
@@ -55,7 +57,7 @@ def meet(
     store: Store,
     options: Options,
     gang: Gang,
-    ports: list[int],
+    address: Address,
     cancelled: threading.Event,
     *,
     clock: Callable[[], float] = time.monotonic,
@@ -64,7 +66,7 @@ def meet(
 
     Blocks until then, for a thread of its own. Raises CannotStart after ``launch.connect_s``.
     """
-    meeting = Meeting(store, options, gang, ports, clock)
+    meeting = Meeting(store, options, gang, address, clock)
     while not cancelled.wait(meeting.pause_s):
         if (found := meeting.look()) is not None:
             return found
@@ -75,10 +77,10 @@ class Meeting:
     """One node's part in it: ``look`` again and again, each ``pause_s`` after the one before."""
 
     def __init__(
-        self, store: Store, options: Options, gang: Gang, ports: list[int], clock: Callable[[], float]
+        self, store: Store, options: Options, gang: Gang, address: Address, clock: Callable[[], float]
     ) -> None:
         self._store, self._options, self._gang, self._clock = store, options, gang, clock
-        self._mine: Address = (options.host, ports)
+        self._mine = _address(_to_map(address), gang.count)  # as the others read it
         self._found: dict[int, Address] = {options.node: self._mine}
         self._said = False
         self._began = clock()
@@ -166,16 +168,16 @@ class Meeting:
 
 
 def _to_map(address: Address) -> dict[str, Any]:
-    host, ports = address
-    return {"host": host, "ports": ports}
+    return {"host": address.host, "ports": list(address.ports), **to_map(address.devices)}
 
 
 def _address(value: Any, count: int) -> Address:
     """A node's address hint, as another agent wrote it; Damaged where it is not one."""
     try:
         host, ports = str(value["host"]), [int(port) for port in value["ports"]]
-    except (ValueError, KeyError, TypeError) as error:
+        devices = from_map(value, count)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"a node's address cannot be read: {error!r}") from error
     if len(ports) != count or not all(0 < port < 65536 for port in ports) or len(host.encode()) > 255:
         raise Damaged(f"a node's address has {len(ports)} ports for {count} ranks, or a bad host or port")
-    return host, ports
+    return Address(host, ports, devices)

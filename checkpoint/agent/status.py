@@ -16,6 +16,7 @@ as the store's pace says (each second in a folder); safe to lose, never a decisi
                        killed it for memory, the bytes that its container may use (0: no limit), else None
     slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
     durable            step of the newest checkpoint committed in this attempt or before it, or -1
+    devices            what its ranks run on, for people; "" where there is nothing to say
     error              what the store or the machine refuses at the moment, or None
     left               True once this node has left for good: its launcher does not start it again
 """
@@ -88,6 +89,7 @@ class NodeStatus:
     ranks: dict[int, RankStatus] = field(default_factory=dict)
     slots: Sequence[tuple[int, int]] = ()
     durable: int = -1
+    devices: str = ""
     error: str | None = None
     left: bool = False
     seq: int = 0
@@ -116,6 +118,7 @@ class NodeStatus:
                 "ranks": {str(rank): status.to_map() for rank, status in sorted(self.ranks.items())},
                 "slots": [{"step": step, "epoch": epoch} for step, epoch in self.slots],
                 "durable": self.durable,
+                "devices": self.devices,
                 "error": self.error,
                 "left": self.left,
             }

@@ -101,7 +101,7 @@ def _node(node: int, status: Any) -> tuple[NodeView, int] | None:
         if rank is None:
             return None
         views.append(rank)
-    error = status.get("error")
+    error, devices = status.get("error"), status.get("devices")
     view = NodeView(
         node=node,
         epoch=epoch,
@@ -109,6 +109,7 @@ def _node(node: int, status: Any) -> tuple[NodeView, int] | None:
         ranks=tuple(sorted(views, key=lambda r: r.rank)),
         slots=_slots(status.get("slots")),
         error=short(error, MAX_TEXT) if isinstance(error, str) and error else None,
+        devices=short(devices, MAX_TEXT) if isinstance(devices, str) else "",
     )
     return view, beat
 

@@ -77,6 +77,9 @@ class Teller:
         for node in nodes:
             if state.epoch and node.epoch == state.epoch and any(r.ended and (r.code or r.signal) for r in node.ranks):
                 self.failed()
+            if node.devices and node.epoch == state.epoch and ("devices", node.node, node.devices) not in self._told:
+                self._told.add(("devices", node.node, node.devices))
+                self.tell("phase", phase=f"node {node.node}", text=node.devices)
             if node.error:
                 self.phase("warning", f"node {node.node}: {node.error}", key=("trouble", node.node))
             else:

@@ -79,6 +79,8 @@ class NodeView:
     age_s: float = 0.0
     step_age_s: float = 0.0
     error: str | None = None
+    devices: str = ""
+    """What its ranks run on, for people."""
     place: str = ""
     """The machine, by its cluster's name; empty on this one."""
 

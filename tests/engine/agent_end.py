@@ -71,8 +71,8 @@ class Agent:
     def output(self, rank: int, stream: int = 1) -> str:
         return b"".join(m.payload for m in self.of("OUTPUT", rank) if m.a == stream).decode()
 
-    def prepare(self, epoch: int, ranks: int, port_base: int = 0, bind: bytes = b"127.0.0.1") -> None:
-        self.tell("PREPARE", epoch=epoch, payload=bytes(wire.MsgPrepare(ranks, port_base, bind)))
+    def prepare(self, epoch: int, ranks: int, port_base: int = 0, bind: bytes = b"127.0.0.1", look: int = 0) -> None:
+        self.tell("PREPARE", epoch=epoch, a=look, payload=bytes(wire.MsgPrepare(ranks, port_base, bind)))
 
     def ports(self, epoch: int) -> tuple[int, ...]:
         data = self.hears("PORTS", epoch=epoch).payload

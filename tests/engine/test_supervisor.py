@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -302,3 +304,46 @@ def test_a_socket_path_that_cannot_be_one(tmp_path: Path) -> None:
     with node(tmp_path / ("x" * 120), tmp_path / "log") as process:
         assert process.wait(WAIT_S) == 78
     assert "a Unix socket takes 1 to 107" in (tmp_path / "log").read_text()
+
+
+@contextmanager
+def looking(folder: Path, **env: str) -> Iterator[Node]:
+    """A node whose look at its devices says ``NODE_DRIVE_DEVICES``."""
+    with agent_at(folder / "agent.sock") as agent, node(folder / "agent.sock", folder / "log", env) as process:
+        agent.hears("HELLO", -1)
+        yield Node(agent, process, folder)
+
+
+def test_ports_carry_the_line_of_devices_where_it_was_asked_for(tmp_path: Path) -> None:
+    line = '{"devices":[],"why":"' + "x" * 30000 + '"}'
+    with looking(tmp_path, NODE_DRIVE_DEVICES=line) as ready:
+        ready.agent.prepare(1, 2, look=1)
+        payload = ready.agent.hears("PORTS", epoch=1).payload
+        assert payload[4:].decode() == line
+        ready.agent.start(1, 2, tmp_path / "attempt", ready.plan("0 exit 0\n1 exit 0\n"))
+        assert ready.exits(1) == {0: 0, 1: 0}
+        ready.agent.prepare(2, 2)
+        assert len(ready.agent.hears("PORTS", epoch=2).payload) == 4
+
+
+def test_a_look_at_devices_that_ends_without_a_word(ready: Node) -> None:
+    ready.agent.prepare(1, 1, look=1)
+    found = json.loads(ready.agent.hears("PORTS", epoch=1).payload[2:])
+    assert found["devices"] == []
+    assert found["why"].startswith("the process that looks for devices ended without a word")
+
+
+def test_a_look_at_devices_that_hangs_keeps_nobody(tmp_path: Path) -> None:
+    """It is killed with its attempt, and the next one looks anew; a supervisor that is told to end ends."""
+    with looking(tmp_path, NODE_DRIVE_DEVICES="hang") as ready:
+        ready.agent.prepare(1, 1, look=1)
+        ready.agent.until(lambda: len(children(ready.process.pid)) == 1, "the look")
+        (first,) = children(ready.process.pid)
+        ready.agent.prepare(2, 1, look=1)
+        ready.agent.until(lambda: children(ready.process.pid) not in ([first], []), "another look")
+        ready.agent.until(lambda: not alive(first), "the end of the first")
+        ready.agent.prepare(3, 1)
+        assert len(ready.agent.ports(3)) == 1
+        assert not ready.agent.of("PORTS", epoch=1) + ready.agent.of("PORTS", epoch=2)
+        ready.agent.tell("END")
+        assert ready.process.wait(WAIT_S) == 0

@@ -10,6 +10,7 @@ import random
 import re
 import struct
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ def options(nodes: int = 1) -> Options:
     return Options("run", LAUNCH, 0, nodes, Path("sock"), Path("work"), b"k" * 16, HERE, "127.0.0.1", "127.0.0.1", 0, 1)
 
 
-def attempt_info(n: int, nodes: int = 1, launch: str = LAUNCH, step: int = 0) -> AttemptInfo:
-    return AttemptInfo(n, 0.0, launch, nodes, 2 * nodes, "00", "00", None, step, None, "a test", {"how": {}})
+def attempt_info(
+    n: int, nodes: int = 1, launch: str = LAUNCH, step: int = 0, how: Mapping[str, Any] | None = None
+) -> AttemptInfo:
+    return AttemptInfo(n, 0.0, launch, nodes, 2 * nodes, "00", "00", None, step, None, "a test", {"how": how or {}})
 
 
 def checkpoint_info(n: int, epoch: int, step: int) -> CheckpointInfo:
@@ -305,11 +308,11 @@ class World:
                 found = self.found.pop(gang.epoch)
                 assert not found.tainted, "A3: slots that ranks had while they were written"
                 self.table = found.table
-            case do.Meet(gang=gang, ports=ports):
+            case do.Meet(gang=gang, address=address):
                 if self.rng.random() < 0.05:
                     self.results.append(ev.Failed(gang.epoch, ev.Work.MEET, 75, "late"))
                 else:
-                    self.results.append(ev.Met(gang.epoch, {n: ("h", list(ports)) for n in range(self.nodes)}))
+                    self.results.append(ev.Met(gang.epoch, dict.fromkeys(range(self.nodes), address)))
             case do.Mark(gang=gang):
                 if self.rng.random() < 0.02:
                     return ev.Failed(gang.epoch, ev.Work.MARK, 78, "disk full")
@@ -390,7 +393,7 @@ class World:
             ev.Ready(epoch, rank, 3, True),
             ev.RankSaid(self.rng.choice(("METRICS", "WORDS", "TRACE", "OUTPUT")), epoch, rank, b'{"step": 3}'),
             ev.Claimed(max(0, mine - 1), THERE),
-            ev.Met(max(0, mine - 1), {n: ("h", [1, 2]) for n in range(self.nodes)}),
+            ev.Met(max(0, mine - 1), {n: ev.Address("h", [1, 2]) for n in range(self.nodes)}),
             ev.PartStored(max(0, mine - 1), 3),
             ev.Drained(not self.busy),
             ev.LogRead(self.rng.choice(self.states)),

@@ -20,6 +20,7 @@ from typing import Any
 
 from checkpoint import keys, pages
 from checkpoint.agent.commit import Committer
+from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.events import Address
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.agent.meet import Meeting
@@ -238,7 +239,12 @@ class ManyAgents:
 
     # --- a start ------------------------------------------------------------------------------------------
 
-    def meet(self, ready: Mapping[int, float], how: Mapping[str, Any] | None = None) -> dict[int, Any]:
+    def meet(
+        self,
+        ready: Mapping[int, float],
+        how: Mapping[str, Any] | None = None,
+        devices: Mapping[int, Devices] | None = None,
+    ) -> dict[int, Any]:
         """Every node has its ports at its time; by node, whom it found, or why it cannot start."""
         ended: dict[int, dict[int, Address] | str] = {}
         attempt: AttemptInfo = self.state.attempts[-1]
@@ -253,7 +259,8 @@ class ManyAgents:
                 RUN, "l", node, self.nodes, folder, folder, b"", place, f"10.0.{node // 250}.{node % 250 + 1}", "", 0,
                 PAID.look_s,
             )  # fmt: skip
-            look(node, Meeting(self.agents[node].store, options, gang, [20000 + node % 1000], lambda: self.now))
+            address = Address(options.host, [20000 + node % 1000], (devices or {}).get(node, ON_CPU))
+            look(node, Meeting(self.agents[node].store, options, gang, address, lambda: self.now))
 
         def look(node: int, meeting: Meeting) -> None:
             try:

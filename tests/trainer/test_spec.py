@@ -56,6 +56,19 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"model__widht": 3}, ["model.widht", "unknown key", "did you mean width?"]),
         ({"lr": 1.0}, ["unknown key", "train.optimizer.lr"]),
         ({"train__batch": -4}, ["train.batch -4", "at least 1", "raise it"]),
+        ({"parallel__device": "gpu"}, ["parallel.device 'gpu'", "'auto'", "'cpu'", "'cuda'"]),
+        (
+            {"parallel__device": "cpu", "launch__kernel_path": "cuda-exact"},
+            [
+                "launch.kernel_path 'cuda-exact' does not run on parallel.device 'cpu'",
+                "take kernel_path 'auto'",
+                "'cuda'",
+            ],
+        ),
+        (
+            {"parallel__device": "cuda", "launch__kernel_path": "avx2"},
+            ["'avx2' does not run on parallel.device 'cuda'", "one of cuda-exact, cuda", "device 'cpu'"],
+        ),
         ({"train__sequence": 8.5}, ["train.sequence 8.5", "whole number"]),
         ({"train__sequence": "long"}, ["train.sequence 'long'", "whole number"]),
         ({"model__layers": True}, ["model.layers True", "whole number"]),

@@ -10,6 +10,7 @@
 
 #include "data/order.h"
 #include "run/abort_words.h"
+#include "run/devices.h"
 #include "run/environment.h"
 #include "run/infer.h"
 #include "run/plan.h"
@@ -37,6 +38,8 @@ static const char usage[] =
     "       [--device-kind N] [--device N]\n"
     "                                 i32 tokens on standard input, f32 logits on standard output\n"
     "  check-plan F                   0 where the plan holds, 78 and one line where it does not\n"
+    "  devices                        the CUDA devices of this machine, or why there are none: "
+    "JSON\n"
     "  order --plan F --first I --count N\n"
     "                                 which sample the run reads at place I, I+1, ... one a line\n"
     "  wire                           every byte format as JSON\n"
@@ -200,6 +203,8 @@ int main(int argc, char **argv) {
         st = parse(left, rest, options, 1, &why);
         if (st == HS_OK) st = hs_environment_read(&environment, &why);
         if (st == HS_OK) return hs_supervisor_main(agent, environment.agent_away_ms);
+    } else if (strcmp(command, "devices") == 0 && left == 0) {
+        st = hs_devices_print(&why);
     } else if (strcmp(command, "wire") == 0 && left == 0) {
         hs_wire_print();
         st = HS_OK;

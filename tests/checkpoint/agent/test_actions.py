@@ -119,15 +119,15 @@ def test_ports_of_a_supervisor_that_is_lost_are_not_put_together(node: Node, lin
     actions = node.actions(link, nodes=nodes)
     try:
         before = set(threading.enumerate())
-        actions.run(do.Meet(gang, [1, 2]))
+        actions.run(do.Meet(gang, ev.Address("127.0.0.1", [1, 2])))
         (old,) = [thread for thread in threading.enumerate() if thread.name == "peers" and thread not in before]
-        actions.run(do.Meet(gang, [3, 4]))
+        actions.run(do.Meet(gang, ev.Address("127.0.0.1", [3, 4])))
         old.join(20)
         assert not old.is_alive()
         for other in range(1, nodes):
             address = codec.pack_hint({"host": "h", "ports": [5, 6]})
             store.put(keys.address_key(node.run.name, epoch, other), address)
-        assert node.hear(ev.Met).nodes[0] == ("127.0.0.1", [3, 4])
+        assert node.hear(ev.Met).nodes[0] == ev.Address("127.0.0.1", [3, 4])
         together = codec.unpack_hint(store.get(keys.together_key(node.run.name, epoch)), "", max_bytes=1 << 16)
         assert together[0]["ports"] == [3, 4]
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ AGENT = Path(__file__).resolve().parents[3] / "checkpoint" / "agent"
 class Walk:
     """A machine, driven by hand; ``busy``: uploads are under way."""
 
-    def __init__(self, nodes: int = 1) -> None:
-        self.machine, self.nodes, self.now = Machine(options(nodes)), nodes, 0.0
+    def __init__(self, nodes: int = 1, how: dict[str, Any] | None = None) -> None:
+        self.machine, self.nodes, self.now, self.how = Machine(options(nodes)), nodes, 0.0, how
         self.busy = False
 
     def on(self, event: ev.Event) -> list[Any]:
@@ -47,7 +48,7 @@ class Walk:
         return [name for timer in self.machine.due(self.now) for name in self.names(ev.Due(timer))]
 
     def log(self, *attempts: int, n: int = 0, ended: str = "", launch: str = "", **more: Any) -> list[str]:
-        infos = [attempt_info(a, self.nodes) for a in attempts]
+        infos = [attempt_info(a, self.nodes, how=self.how) for a in attempts]
         if launch:
             infos.append(attempt_info(max(attempts) + 1, self.nodes, launch))
         n = n or max([0, *(info.n for info in infos)])
@@ -83,7 +84,7 @@ class Walk:
         if phase is NodePhase.PEERS:
             return self
         if self.nodes > 1:
-            self.on(ev.Met(epoch, {0: ("h", [1, 2]), 1: ("i", [3, 4])}))
+            self.on(ev.Met(epoch, {0: ev.Address("h", [1, 2]), 1: ev.Address("i", [3, 4])}))
         self.on(ev.Marked(epoch))
         if phase is NodePhase.IDLE:
             self.on(ev.EngineIdle(1, epoch))
@@ -93,7 +94,7 @@ class Walk:
 def test_the_machine_and_what_it_is_made_of_are_pure() -> None:
     """No thread, socket, clock, store or file: what they import says so."""
     allowed = {"__future__", "collections", "dataclasses", "enum", "json", "logging", "struct", "typing"}
-    inside = {"attempt", "course", "effects", "events", "gang", "machine", "rules", "status"}
+    inside = {"attempt", "course", "devices", "effects", "events", "gang", "machine", "rules", "status"}
     for name in ("machine", "course", "attempt", "events", "effects", "rules"):
         for node in ast.walk(ast.parse((AGENT / f"{name}.py").read_text())):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -233,12 +234,12 @@ def test_a_supervisor_may_come_back(lost_s: float) -> None:
 def test_addresses_of_a_supervisor_that_is_gone_are_not_used() -> None:
     walk = Walk(nodes=2).to(NodePhase.PEERS)
     walk.on(ev.PeerGone(1))
-    stale = ev.Met(1, {0: ("h", [1, 2]), 1: ("i", [3, 4])})
+    stale = ev.Met(1, {0: ev.Address("h", [1, 2]), 1: ev.Address("i", [3, 4])})
     assert walk.names(stale) == []
     assert walk.names(ev.SupervisorHello(2, 101, 0, 0)) == ["PREPARE"]
     assert walk.names(ev.Ports(2, 1, b"\5\0\6\0")) == ["Meet"]
     assert walk.names(stale) == []
-    assert walk.names(ev.Met(1, {0: ("h", [5, 6]), 1: ("i", [3, 4])})) == ["Mark"]
+    assert walk.names(ev.Met(1, {0: ev.Address("h", [5, 6]), 1: ev.Address("i", [3, 4])})) == ["Mark"]
     assert walk.names(ev.SupervisorHello(3, 102, 7, 1)) == ["Drop", "KILL"]
     assert walk.phase is NodePhase.KILL
 
@@ -293,7 +294,7 @@ def test_asked_to_leave_in_each_phase(phase: NodePhase) -> None:
         ev.EngineIdle(2, 1),
         ev.Provided(1),
         ev.Ports(2, 1, b"\1\0\2\0"),
-        ev.Met(1, {0: ("h", [1, 2]), 1: ("i", [3, 4])}),
+        ev.Met(1, {0: ev.Address("h", [1, 2]), 1: ev.Address("i", [3, 4])}),
         ev.Marked(1),
     ]:
         walk.on(event)  # the rules are asserted after each
@@ -312,7 +313,7 @@ def test_asked_to_leave_with_its_supervisor_there(phase: NodePhase) -> None:
     for event in (
         ev.Claimed(1, HERE),
         ev.Ports(1, 1, b"\1\0\2\0"),
-        ev.Met(1, {0: ("h", [1, 2]), 1: ("i", [3, 4])}),
+        ev.Met(1, {0: ev.Address("h", [1, 2]), 1: ev.Address("i", [3, 4])}),
     ):
         assert walk.names(event) == []
     assert walk.names(ev.Terminate()) == []  # asked again, by whoever takes the run over
@@ -395,3 +396,41 @@ def test_campaign() -> None:
         (NodePhase.RECALL, NodePhase.KILL),
     }  # walked above, and by `to(NodePhase.KILL)`
     assert {(before, after) for before, afters in MOVES.items() for after in afters} - moves <= rare
+
+
+def devices_line(count: int, why: str = "") -> bytes:
+    one = {"name": "GPU", "uuid": "GPU-1", "capability": 90, "memory": 1}
+    devices = [{"index": index, **one} for index in range(count)]
+    return json.dumps({"devices": devices, "why": why, "driver": True, "chosen": None}).encode()
+
+
+def test_devices_are_looked_for_and_the_ranks_get_theirs() -> None:
+    walk = Walk().to(NodePhase.PREPARE)
+    *_, send = walk.on(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1)))
+    assert (send.name, send.a) == ("PREPARE", 1)
+    (mark,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(2)))
+    assert (mark.nodes[0].ports, mark.nodes[0].devices.kind, mark.nodes[0].devices.of_rank) == ((1, 2), "cuda", (0, 1))
+
+
+def test_a_node_that_cannot_run_what_was_asked_for_refuses_the_attempt() -> None:
+    walk = Walk(how={"parallel": {"device": "cuda"}}).to(NodePhase.PORTS)
+    assert walk.names(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(0, "no driver"))) == ["Cancel", "Remember"]
+    said = walk.machine.attempt.ranks[0]
+    assert (said.code, said.words) == (
+        78, "node 0: parallel.device 'cuda': no driver; mend that, or take parallel.device = 'cpu'",
+    )  # fmt: skip
+    cpu = Walk(how={"parallel": {"device": "cpu"}}).to(NodePhase.PREPARE)
+    *_, send = cpu.on(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1)))
+    assert (send.name, send.a) == ("PREPARE", 0), "nobody looks for devices that nobody wants"
+    both = Walk(how={"parallel": {"device": "cpu"}, "launch": {"kernel_path": "cuda"}}).to(NodePhase.PREPARE)
+    assert both.names(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1))) == ["Use", "Cancel", "Remember"]
+
+
+def test_a_gang_of_two_kinds_does_not_start() -> None:
+    walk = Walk(nodes=2).to(NodePhase.PORTS)
+    (meet,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(2)))
+    other = ev.Address("i", [3, 4])
+    assert walk.names(ev.Met(1, {0: meet.address, 1: other})) == ["Cancel", "Remember"]
+    said = walk.machine.attempt.ranks[0]
+    assert said.code == 78
+    assert "node 0 has CUDA (GPU), node 1 the CPU" in said.words

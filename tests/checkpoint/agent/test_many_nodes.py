@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from checkpoint import keys
+from checkpoint.agent.devices import Devices
+from checkpoint.agent.events import Address
 from checkpoint.agent.gather import turn_s
 from checkpoint.log import RunLog
 from checkpoint.store.base import PAID
@@ -151,7 +153,7 @@ def test_a_fenced_gang_commits_nothing() -> None:
 def test_a_start_costs_a_handful_of_requests_a_node(nodes: int, most: int) -> None:
     agents = ManyAgents(nodes)
     found = agents.meet(spread(nodes, 5.0))
-    want = {node: (f"10.0.{node // 250}.{node % 250 + 1}", [20000 + node % 1000]) for node in range(nodes)}
+    want = {node: Address(f"10.0.{node // 250}.{node % 250 + 1}", [20000 + node % 1000]) for node in range(nodes)}
     assert all(found[node] == want for node in range(nodes))
     assert agents.asked.total <= most * nodes, agents.asked.counts
 
@@ -187,4 +189,13 @@ def test_an_agent_that_was_started_again_is_not_met_under_its_old_ports() -> Non
     again = (EPOCH + 3) % nodes
     agents.agents[again].store.put(f"runs/{RUN}/live/{EPOCH}/addr/{again}", b"\x82\xa4host\xa1x\xa5ports\x91\x01")
     stale = agents.meet(spread(nodes, 1.0, 1))
-    assert all(stale[node][again] != ("x", [1]) for node in range(nodes))
+    assert all(stale[node][again] != Address("x", [1]) for node in range(nodes))
+
+
+@pytest.mark.parametrize("nodes", [3, 8])
+def test_everybody_learns_what_the_others_run_on(nodes: int) -> None:
+    agents = ManyAgents(nodes)
+    devices = {node: Devices("cuda", (node % 2,), "a note", ("NVIDIA H100 80GB HBM3",)) for node in range(1, nodes)}
+    found = agents.meet(spread(nodes, 1.0), devices=devices)
+    for node in range(nodes):
+        assert {n: address.devices for n, address in found[node].items()} == {0: Devices(), **devices}

@@ -122,6 +122,14 @@ static int be_rank(int argc, char **argv) {
     return result;
 }
 
+/* What NODE_DRIVE_DEVICES says: a line; nothing where it is not set; "hang" waits for a SIGKILL. */
+static int be_devices(void) {
+    const char *line = getenv("NODE_DRIVE_DEVICES");
+    if (!line) return 1;
+    while (strcmp(line, "hang") == 0) (void)poll(NULL, 0, -1);
+    return puts(line) < 0;
+}
+
 int main(int argc, char **argv) {
     if (argc == 4 && strcmp(argv[1], "node") == 0) {
         hs_environment environment;
@@ -130,5 +138,6 @@ int main(int argc, char **argv) {
         return hs_supervisor_main(argv[3], environment.agent_away_ms);
     }
     if (argc > 3 && strcmp(argv[1], "rank") == 0) return be_rank(argc, argv);
+    if (argc == 2 && strcmp(argv[1], "devices") == 0) return be_devices();
     return 64;
 }

@@ -37,11 +37,22 @@ static char **clean_environment(void) {
     return clean;
 }
 
+/* What a child keeps of the parent's descriptors, beside the standard ones. */
+enum { KEPT = 3 };
+typedef struct child {
+    char *const *arguments, *const *environment;
+    int out_fd, err_fd; /* err_fd -1: the parent's own */
+    int keep[KEPT];     /* -1: none */
+} child;
+
+static bool keep(int fd) {
+    return fd < 0 || fcntl(fd, F_SETFD, 0) == 0;
+}
+
 /* In the child. Never returns. */
-_Noreturn static void become_rank(pid_t parent, char *const *arguments, char *const *environment,
-                                  int out_fd, int err_fd, const hs_spawn *spawn) {
+_Noreturn static void become(pid_t parent, const child *c) {
     static const char complaint[] =
-        "{\"level\":\"error\",\"event\":\"a rank's process cannot start\"}\n";
+        "{\"level\":\"error\",\"event\":\"a process of the node cannot start\"}\n";
     (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent) _exit(HS_EXIT_LOST); /* it died before the prctl */
     sigset_t waiting;
@@ -52,11 +63,11 @@ _Noreturn static void become_rank(pid_t parent, char *const *arguments, char *co
     (void)sigprocmask(SIG_SETMASK, &waiting, NULL);
     (void)signal(SIGPIPE, SIG_DFL);
     const int nothing = open("/dev/null", O_RDONLY);
-    if (nothing >= 0 && dup2(nothing, STDIN_FILENO) >= 0 && dup2(out_fd, STDOUT_FILENO) >= 0 &&
-        dup2(err_fd, STDERR_FILENO) >= 0 &&
-        (spawn->listen_fd < 0 || fcntl(spawn->listen_fd, F_SETFD, 0) == 0) &&
-        fcntl(spawn->status_fd, F_SETFD, 0) == 0 && fcntl(spawn->arena_fd, F_SETFD, 0) == 0)
-        (void)execve("/proc/self/exe", arguments, environment);
+    bool ready = nothing >= 0 && dup2(nothing, STDIN_FILENO) >= 0 &&
+                 dup2(c->out_fd, STDOUT_FILENO) >= 0 &&
+                 (c->err_fd < 0 || dup2(c->err_fd, STDERR_FILENO) >= 0);
+    for (int i = 0; i < KEPT; i++) ready = ready && keep(c->keep[i]);
+    if (ready) (void)execve("/proc/self/exe", c->arguments, c->environment);
     (void)!write(STDERR_FILENO, complaint, sizeof complaint - 1);
     _exit(HS_EXIT_BUG);
 }
@@ -72,9 +83,46 @@ static void close_pair(const int ends[2]) {
     if (ends[1] >= 0) close(ends[1]);
 }
 
-hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err_fd, hs_why *why) {
+/* `name` is for the refusal. err_fd NULL: the child has the caller's. */
+static hs_status start(const char *name, const char *const *arguments, const int kept[KEPT],
+                       pid_t *pid, int *out_fd, int *err_fd, hs_why *why) {
     int out[2] = {-1, -1}, err[2] = {-1, -1};
-    char rank[16], listen_fd[16], status_fd[16], arena_fd[16];
+    char **environment = clean_environment();
+    hs_status st = environment ? HS_OK : hs_fail(why, HS_E_MEMORY, "no memory for an environment");
+    if (st == HS_OK) st = make_pipe(out, why);
+    if (st == HS_OK && err_fd) st = make_pipe(err, why);
+    const child c = {.arguments = (char *const *)(uintptr_t)arguments,
+                     .environment = environment,
+                     .out_fd = out[1],
+                     .err_fd = err[1],
+                     .keep = {kept[0], kept[1], kept[2]}};
+    const pid_t parent = getpid();
+    const pid_t made = st == HS_OK ? fork() : -1;
+    if (made == 0) become(parent, &c);
+    free(environment);
+    if (made < 0) {
+        if (st == HS_OK) st = hs_fail(why, HS_E_MEMORY, "fork of %s: %s", name, strerror(errno));
+        close_pair(out);
+        close_pair(err);
+        return st;
+    }
+    close(out[1]);
+    if (err_fd) close(err[1]);
+    *pid = made;
+    *out_fd = out[0];
+    if (err_fd) *err_fd = err[0];
+    return HS_OK;
+}
+
+hs_status hs_spawn_devices(pid_t *pid, int *out_fd, hs_why *why) {
+    const char *const arguments[] = {"hotstage-engine", "devices", NULL};
+    const int none[KEPT] = {-1, -1, -1};
+    return start("the look at the devices", arguments, none, pid, out_fd, NULL, why);
+}
+
+hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err_fd, hs_why *why) {
+    char name[32], rank[16], listen_fd[16], status_fd[16], arena_fd[16];
+    (void)snprintf(name, sizeof name, "rank %u", spawn->rank);
     (void)snprintf(rank, sizeof rank, "%u", spawn->rank);
     (void)snprintf(listen_fd, sizeof listen_fd, "%d", spawn->listen_fd);
     (void)snprintf(status_fd, sizeof status_fd, "%d", spawn->status_fd);
@@ -100,27 +148,6 @@ hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err
         arguments[14] = "--listen-fd";
         arguments[15] = listen_fd;
     }
-    char **environment = clean_environment();
-    hs_status st = environment ? HS_OK : hs_fail(why, HS_E_MEMORY, "no memory for an environment");
-    if (st == HS_OK) st = make_pipe(out, why);
-    if (st == HS_OK) st = make_pipe(err, why);
-    const pid_t parent = getpid();
-    const pid_t child = st == HS_OK ? fork() : -1;
-    if (child == 0)
-        become_rank(parent, (char *const *)(uintptr_t)arguments, environment, out[1], err[1],
-                    spawn);
-    free(environment);
-    if (child < 0) {
-        if (st == HS_OK)
-            st = hs_fail(why, HS_E_MEMORY, "fork of rank %u: %s", spawn->rank, strerror(errno));
-        close_pair(out);
-        close_pair(err);
-        return st;
-    }
-    close(out[1]);
-    close(err[1]);
-    *pid = child;
-    *out_fd = out[0];
-    *err_fd = err[0];
-    return HS_OK;
+    const int kept[KEPT] = {spawn->listen_fd, spawn->status_fd, spawn->arena_fd};
+    return start(name, arguments, kept, pid, out_fd, err_fd, why);
 }

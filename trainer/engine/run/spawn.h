@@ -1,4 +1,5 @@
-/* Starting a rank's process: what a child gets and what it does not. */
+/* Starting a process of the node, a rank's or a look at its devices: what a child gets and what it
+ * does not. */
 #ifndef HS_RUN_SPAWN_H
 #define HS_RUN_SPAWN_H
 
@@ -21,6 +22,9 @@ typedef struct hs_spawn {
  * thread, has SIGTERM, SIGINT and SIGUSR1 blocked (they wait for its hs_stop), and lacks every
  * secret of the environment. */
 hs_status hs_spawn_rank(const hs_spawn *spawn, pid_t *pid, int *out_fd, int *err_fd, hs_why *why);
+
+/* The same for `devices`: its standard output is *out_fd, its errors go where the caller's go. */
+hs_status hs_spawn_devices(pid_t *pid, int *out_fd, hs_why *why);
 
 /* True for names such as AWS_SECRET_ACCESS_KEY: those a rank must not see. */
 bool hs_spawn_is_secret(const char *name_and_value);

@@ -7,8 +7,11 @@
  *   supervisor   HELLO(rank = -1)                 once a connection; again after a reconnection. a = pid, epoch = the
  *                                                 attempt that it knows (0: none), b = how many of its ranks live;
  *                                                 then PORTS, EXIT and IDLE of that attempt once more, where they stand
- *   agent        PREPARE                          for each attempt: bind listeners for the node's ranks
- *   supervisor   PORTS                            payload u16[local ranks]; or EXIT(rank -1, HS_EXIT_CONFIG) and text
+ *   agent        PREPARE                          for each attempt: bind listeners for the node's ranks; a = 1: and look
+ *                                                 which devices there are
+ *   supervisor   PORTS                            payload u16[local ranks], then the line of `hotstage-engine devices`
+ *                                                 (run/devices.h) where it was asked for; or EXIT(rank -1,
+ *                                                 HS_EXIT_CONFIG) and text
  *   agent        START                            payload: attempt path NUL plan path NUL; a = first local rank
  *                                                 (position), b = local ranks. The supervisor forks the ranks.
  *   rank         HELLO(rank)                      a = pid; with its slots' descriptors where it already has them
@@ -16,10 +19,7 @@
  *   agent        SLOTS                            a = how many, with that many descriptors (only to a rank that sent none);
  *                                                 b = index of the slot to restore from, or -1
  *   rank         METRICS (JSON object, one a step; rank 0), READY (a = slot, b = step, c = 1 where final),
- *                WORDS (JSON object: last words), TRACE (path of a file),
- *                ALGORITHMS (payload: a table of wire/algorithms.h, what it would choose)
- *   agent        ALGORITHMS                       to that rank: the run's choice for the same products, once the store
- *                                                 has it
+ *                WORDS (JSON object: last words), TRACE (path of a file)
  *   supervisor   OUTPUT (rank, bytes of its stdout or stderr; a = 1 or 2), EXIT(rank, a = exit code or -signal,
  *                b = pid, c = HS_ENDED_*; of HS_ENDED_BY_OOM payload u64: bytes that the container may use, 0:
  *                no limit; in the order in which they ended), IDLE (all ranks of the attempt are reaped)
@@ -42,7 +42,7 @@
 #define HS_MSGS(X)                                                                          \
     X(1, HELLO) X(2, PREPARE) X(3, PORTS) X(4, START) X(5, SLOTS) X(6, METRICS) X(7, READY) \
     X(8, WORDS) X(9, TRACE) X(10, OUTPUT) X(11, EXIT) X(12, IDLE) X(13, COMMITTED)          \
-    X(14, STOP) X(15, KILL) X(16, END) X(17, ALGORITHMS)
+    X(14, STOP) X(15, KILL) X(16, END)
 
 enum {
 #define X(number, NAME) HS_MSG_##NAME = number,

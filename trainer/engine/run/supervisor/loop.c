@@ -33,11 +33,12 @@ static void earlier(int64_t *wake_ns, int64_t ns) {
 static void wait_for_something(hs_supervisor *s, struct pollfd *polls) {
     const hs_sup_attempt *a = &s->attempt;
     int64_t wake_ns = INT64_MAX;
-    nfds_t n = 2;
+    nfds_t n = 3;
     polls[0] = (struct pollfd){.fd = s->signal_fd, .events = POLLIN};
     polls[1] = (struct pollfd){
         .fd = s->agent_fd,
         .events = (short)(hs_sup_anything_waits(s) || !s->greeted ? POLLIN | POLLOUT : POLLIN)};
+    polls[2] = (struct pollfd){.fd = a->devices.asking ? a->devices.fd : -1, .events = POLLIN};
     for (uint32_t i = 0; i < a->count; i++) {
         polls[n++] = (struct pollfd){.fd = a->ranks[i].out_fd, .events = POLLIN};
         polls[n++] = (struct pollfd){.fd = a->ranks[i].err_fd, .events = POLLIN};
@@ -46,14 +47,15 @@ static void wait_for_something(hs_supervisor *s, struct pollfd *polls) {
     if (s->away_ns) earlier(&wake_ns, s->away_ns);
     if (a->kill_ns) earlier(&wake_ns, a->kill_ns);
     if (a->live && a->stall_ms) earlier(&wake_ns, s->look_ns);
+    if (a->devices.asking) earlier(&wake_ns, a->devices.deadline_ns);
     if (s->leave_ns) earlier(&wake_ns, s->leave_ns);
     (void)poll(polls, n, wake_ns == INT64_MAX ? -1 : hs_deadline_poll_ms(wake_ns));
     for (uint32_t i = 0; i < a->count; i++) {
         hs_sup_rank *r = &a->ranks[i];
-        if (r->out_fd >= 0 && polls[2 + 2 * i].revents &&
+        if (r->out_fd >= 0 && polls[3 + 2 * i].revents &&
             !hs_sup_drain(s, r, r->out_fd, STDOUT_FILENO))
             hs_sup_close_fd(&r->out_fd);
-        if (r->err_fd >= 0 && polls[3 + 2 * i].revents &&
+        if (r->err_fd >= 0 && polls[4 + 2 * i].revents &&
             !hs_sup_drain(s, r, r->err_fd, STDERR_FILENO))
             hs_sup_close_fd(&r->err_fd);
     }
@@ -85,13 +87,14 @@ static void tick(hs_supervisor *s) {
         if (s->agent_fd >= 0) (void)hs_sup_send_waiting(s);
         hs_sup_prepare_pending(s);
     }
+    hs_sup_hear_devices(s);
     hs_sup_talk(s);
 }
 
 static int run(hs_supervisor *s) {
-    struct pollfd two[2];
+    struct pollfd few[3];
     for (;;) {
-        wait_for_something(s, s->attempt.polls ? s->attempt.polls : two);
+        wait_for_something(s, s->attempt.polls ? s->attempt.polls : few);
         tick(s);
         if (!(s->stopping || s->ending) || s->attempt.live) continue;
         if (s->abandoned && s->agent_fd < 0) break;

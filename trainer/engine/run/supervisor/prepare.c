@@ -18,10 +18,7 @@
 #include "run/supervisor/supervisor_internal.h"
 #include "wire/attempt.h"
 
-enum {
-    LISTEN_BACKLOG = 128,
-    RANKS_MAX = 1024, /* of a node */
-};
+enum { LISTEN_BACKLOG = 128 };
 
 void hs_sup_forget_attempt(hs_supervisor *s) {
     hs_sup_attempt *a = &s->attempt;
@@ -34,6 +31,7 @@ void hs_sup_forget_attempt(hs_supervisor *s) {
         hs_sup_close_fd(&r->status_fd);
         if (r->page) (void)munmap(r->page, HS_RANK_PAGE_BYTES);
     }
+    hs_sup_forget_devices(&a->devices);
     free(a->ranks);
     free(a->polls);
     free(a->ports);
@@ -121,11 +119,11 @@ static void refuse(hs_supervisor *s, hs_status st, const hs_why *why) {
 
 static hs_status open_attempt(hs_sup_attempt *a, const hs_msg_prepare *prepare, hs_why *why) {
     const uint32_t count = prepare->local_ranks;
-    if (count == 0 || count > RANKS_MAX)
+    if (count == 0 || count > HS_SUP_RANKS_MAX)
         return hs_fail(why, HS_E_CONFIG, "an attempt with %u ranks on a node; 1 to %d are possible",
-                       count, RANKS_MAX);
+                       count, HS_SUP_RANKS_MAX);
     a->ranks = calloc(count, sizeof *a->ranks);
-    a->polls = calloc(2 + 2 * (size_t)count, sizeof *a->polls);
+    a->polls = calloc(3 + 2 * (size_t)count, sizeof *a->polls);
     a->ports = calloc(count, sizeof *a->ports);
     if (!a->ranks || !a->polls || !a->ports)
         return hs_fail(why, HS_E_MEMORY, "no memory for the table of %u ranks", count);
@@ -155,7 +153,8 @@ static void prepare_attempt(hs_supervisor *s, const hs_msg *msg, const hs_msg_pr
         return;
     }
     a->at = HS_SUP_PREPARED;
-    a->ports_unsent = true;
+    if (msg->a) hs_sup_ask_devices(s);
+    a->ports_unsent = !a->devices.asking;
     HS_LOG(&s->log, HS_LOG_INFO, "prepared", HS_I("of_epoch", (int64_t)a->epoch),
            HS_I("ranks", a->count));
 }
@@ -169,7 +168,7 @@ void hs_sup_on_prepare(hs_supervisor *s, const hs_msg *msg, const char *payload)
     if (s->stopping || s->ending) return;
     if (a->at != HS_SUP_NONE &&
         msg->epoch <= a->epoch) { /* an agent that was restarted asks again */
-        a->ports_unsent = a->at == HS_SUP_PREPARED && msg->epoch == a->epoch;
+        a->ports_unsent = a->at == HS_SUP_PREPARED && msg->epoch == a->epoch && !a->devices.asking;
         return;
     }
     hs_msg_prepare prepare;

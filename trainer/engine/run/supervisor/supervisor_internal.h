@@ -4,6 +4,7 @@
  *   talk.c      the agent (I4): what it asks for, and what waits to be said to it, in order
  *   prepare.c   PREPARE and START (I1): listeners, pages, arenas, processes; an attempt's end
  *   ranks.c     the ranks while they live (I2, I5): output, reaping, last words, and killing
+ *   devices.c   which devices the node has, asked while an attempt is prepared
  *   pages.c     what the ranks' pages say: where they stand at a stall, and who was stopped
  *
  * An attempt is NONE until the first PREPARE, PREPARED with listeners, RUNNING from START on, ENDED
@@ -21,9 +22,12 @@
 #include "core/log.h"
 #include "core/rank_page.h"
 #include "core/status.h"
+#include "run/devices.h"
 #include "run/message.h"
 #include "run/oom.h"
 #include "run/output.h"
+
+enum { HS_SUP_RANKS_MAX = 1024 }; /* of a node */
 
 typedef struct hs_sup_rank {
     uint32_t number;
@@ -45,13 +49,23 @@ typedef enum hs_sup_phase {
     HS_SUP_ENDED
 } hs_sup_phase;
 
+typedef struct hs_sup_devices {
+    bool asking; /* pid and fd are those of a process that has not answered yet */
+    pid_t pid;
+    int fd;
+    int64_t deadline_ns;
+    size_t bytes; /* of line; 0: nobody asked */
+    char line[HS_DEVICES_LINE_MAX];
+} hs_sup_devices;
+
 typedef struct hs_sup_attempt {
     hs_sup_phase at;
     uint64_t epoch;
     uint32_t count, live, ended;
     hs_sup_rank *ranks;
-    struct pollfd *polls; /* signals, agent, then two a rank */
+    struct pollfd *polls; /* signals, agent, devices, then two a rank */
     uint16_t *ports;
+    hs_sup_devices devices;
     bool ports_unsent, idle_unsent, refused_unsent;
     hs_why refusal;
     int refusal_code;
@@ -96,6 +110,13 @@ void hs_sup_kill_late(hs_supervisor *s);
 bool hs_sup_drain(hs_supervisor *s, const hs_sup_rank *r, int fd, int stream);
 /* Takes every end that waits. */
 void hs_sup_reap(hs_supervisor *s);
+
+/* --- devices.c --- */
+
+/* PORTS is to wait until hs_sup_hear_devices has the answer. */
+void hs_sup_ask_devices(hs_supervisor *s);
+void hs_sup_hear_devices(hs_supervisor *s);
+void hs_sup_forget_devices(hs_sup_devices *d);
 
 /* --- pages.c --- */
 

@@ -22,7 +22,7 @@ static void disconnect(hs_supervisor *s) {
 static void restate(hs_supervisor *s) {
     hs_sup_attempt *a = &s->attempt;
     for (uint32_t i = 0; i < a->count; i++) a->ranks[i].exit_unsent = a->ranks[i].reaped;
-    a->ports_unsent = a->at == HS_SUP_PREPARED;
+    a->ports_unsent = a->at == HS_SUP_PREPARED && !a->devices.asking;
     a->idle_unsent = a->at == HS_SUP_ENDED && a->count;
     a->refused_unsent = a->refusal.text[0] != '\0';
 }
@@ -69,7 +69,12 @@ hs_status hs_sup_send_waiting(hs_supervisor *s) {
     if (a->ports_unsent) {
         hs_msg msg = base;
         msg.type = HS_MSG_PORTS;
-        HS_TRY(send_one(s, msg, a->ports, a->count * sizeof *a->ports));
+        const size_t ports = a->count * sizeof *a->ports;
+        _Static_assert(HS_SUP_RANKS_MAX * sizeof *a->ports + HS_DEVICES_LINE_MAX <= HS_MSG_MAX,
+                       "a PORTS fits one message");
+        memcpy(s->payload, a->ports, ports);
+        memcpy(s->payload + ports, a->devices.line, a->devices.bytes);
+        HS_TRY(send_one(s, msg, s->payload, ports + a->devices.bytes));
         a->ports_unsent = false;
     }
     if (a->refused_unsent) {
