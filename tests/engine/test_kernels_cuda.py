@@ -260,9 +260,7 @@ def test_every_barrier_is_needed_and_missed(cuda: CudaLib, passed: Passed) -> No
     """Each taken out in turn: at least one call shows it, under one of a few orders of the threads."""
     barriers = [site for site in passed if site[2] == SYNC]
     assert len(barriers) == sum(
-        path.read_text().count("__syncthreads()")
-        for path in CUDA.iterdir()
-        if not path.name.startswith("emulate")
+        path.read_text().count("__syncthreads()") for path in CUDA.iterdir() if not path.name.startswith("emulate")
     ), f"the cases pass only {barriers}"
     for file, line, _ in barriers:
         with cuda.without(file, line):
