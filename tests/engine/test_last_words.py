@@ -95,8 +95,8 @@ def test_a_stop_before_the_first_step_saved_nothing(engine: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("HOTSTAGE_ENGINE_FABRIC", "efa", "is 'efa'; this engine carries its messages over tcp alone"),
-        ("HOTSTAGE_ENGINE_FABRIC", "TCP", "set launch.fabric"),
+        ("HOTSTAGE_ENGINE_FABRIC", "TCP", "is 'TCP'; it is what launch.fabric says: tcp, infiniband, roce"),
+        ("HOTSTAGE_ENGINE_CHANNELS", "ipc,rdma", "is 'ipc,rdma'; it lists ways between devices, of ipc, nccl and tcp"),
         ("HOTSTAGE_ENGINE_AGENT_AWAY_S", "0", "is '0'; it is the seconds that a supervisor waits for its agent"),
         ("HOTSTAGE_ENGINE_AGENT_AWAY_S", "soon", "above 0 and at most 604800 (360 where it is not set)"),
         ("HOTSTAGE_ENGINE_AGENT_AWAY_S", "nan", "is 'nan'"),

@@ -122,6 +122,7 @@ static hs_status command_rank(int argc, char **argv, hs_why *why) {
         (void)fprintf(stderr, "hotstage-engine rank: %s\n", why->text);
         return known;
     }
+    args.environment = &environment;
     args.rank = (uint32_t)rank;
     if (strcmp(args.agent, "-") == 0) args.agent = NULL;
     return hs_rank_run(&args, why);

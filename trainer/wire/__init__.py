@@ -340,58 +340,6 @@ class AttemptRank(ctypes.LittleEndianStructure):
     _fields_ = [("host", char * 256), ("port", u32), ("node", u32), ("device", u32), ("reserved", u32)]
 
 
-# --- algorithms.h -----------------------------------------------------------------------------------------
-
-ALGORITHMS_MAGIC, ALGORITHMS_VERSION, ALGORITHMS_MAX = b"HSALGO\r\n", 1, 256
-
-
-class Algorithms(ctypes.LittleEndianStructure):
-    _fields_ = [
-        ("magic", u8 * 8),
-        ("version", u32),
-        ("crc", u32),
-        ("device", char * 96),
-        ("library", char * 32),
-        ("capability", u32),
-        ("count", u32),
-    ]
-
-
-class AlgorithmKey(ctypes.LittleEndianStructure):
-    _fields_ = [
-        ("m", i64),
-        ("n", i64),
-        ("k", i64),
-        ("ld_a", i64),
-        ("ld_b", i64),
-        ("ld_out", i64),
-        ("ld_add", i64),
-        ("type_a", u8),
-        ("type_b", u8),
-        ("type_out", u8),
-        ("across", u8),
-        ("add", u8),
-        ("bias", u8),
-        ("scale", u8),
-        ("align_a", u8),
-        ("align_b", u8),
-        ("align_out", u8),
-        ("align_add", u8),
-        ("align_bias", u8),
-        ("unused", u8 * 4),
-    ]
-
-
-class Algorithm(ctypes.LittleEndianStructure):
-    _fields_ = [
-        ("key", AlgorithmKey),
-        ("algorithm", u8 * 64),
-        ("workspace_bytes", u64),
-        ("microseconds", u32),
-        ("candidates", u32),
-    ]
-
-
 # --- agent.h ----------------------------------------------------------------------------------------------
 
 MSG_MAGIC, MSG_MAX = 0x4D475348, 65536
@@ -413,7 +361,6 @@ MSGS = {
     "STOP": 14,
     "KILL": 15,
     "END": 16,
-    "ALGORITHMS": 17,
 }
 
 
@@ -464,6 +411,45 @@ class Frame(ctypes.LittleEndianStructure):
         ("bytes", u64),
         ("crc", u32),
         ("microbatch", u32),
+    ]
+
+
+OFFER_MAGIC, OFFER_VERSION, ANSWER_MAGIC, BYE = b"HSOFFR\r\n", 1, 0x52574E41, 0x42
+WAYS = {"tcp": 0, "ipc": 1, "nccl": 2}
+"""How the messages of a channel of device memory pass."""
+
+
+class Offer(ctypes.LittleEndianStructure):
+    """What an end of a channel of device memory may and can do."""
+
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("channel", u32),
+        ("rank", u32),
+        ("allowed", u32),
+        ("able", u32),
+        ("library", u32),
+        ("bytes", u64),
+        ("boot", char * 40),
+        ("device", u8 * 16),
+        ("memory", u8 * 80),
+        ("flags", u8 * 80),
+        ("flag", u64),
+        ("why", char * 160),
+    ]
+
+
+class Answer(ctypes.LittleEndianStructure):
+    """Whether an end can do what was chosen."""
+
+    _fields_ = [
+        ("magic", u32),
+        ("channel", u32),
+        ("way", u32),
+        ("can", u32),
+        ("id", u8 * 128),
+        ("why", char * 256),
     ]
 
 

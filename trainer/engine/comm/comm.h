@@ -18,9 +18,11 @@
 #ifndef HS_COMM_COMM_H
 #define HS_COMM_COMM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "backend/backend.h"
 #include "core/log.h"
 #include "core/status.h"
 #include "wire/attempt.h"
@@ -29,6 +31,31 @@
 typedef struct hs_comm hs_comm; /* opaque, a transport's own */
 struct hs_comm_loop;            /* loop.c: what the contexts of one process share */
 struct hs_stop;                 /* core/stop.h */
+
+/* Messages of a device's memory, where it is not the host's. A channel that carries them (forward,
+ * backward, tied: hs_comm_of_device) agrees at create on one of HS_WAY_* (wire/frame.h):
+ *
+ *   IPC    the sender's device copies into the receiver's memory; values that streams write and
+ *          wait for are credit and arrival (backend/links.h, ways.c)
+ *   NCCL   the library moves the bytes
+ *   TCP    send and recv below, and the copies to and from host memory are the caller's
+ *
+ * On the first two put and take only issue: the order of put and take is that of send and recv
+ * (the plan's, which needs no buffers), the streams do the rest, and no host waits. What fails there
+ * shows in await, which is how the device is waited for from create on. */
+typedef struct hs_comm_device {
+    const hs_backend *backend;
+    hs_device *device;
+    const uint8_t *arena; /* of this rank: where peers copy to, whole */
+    uint64_t arena_bytes;
+    uint32_t allowed;   /* ways: 1 << HS_WAY_* */
+    int event;          /* of the device, the communicator's own */
+    const char *fabric; /* launch.fabric, for words */
+} hs_comm_device;
+
+static inline bool hs_comm_of_device(uint32_t kind) {
+    return kind != HS_CH_REPORT && kind != HS_CH_CONTROL;
+}
 
 /* Channels join positions of the pipeline, and a rank talks to the ranks of its own replica: the rank
  * at position p is first_rank + p. A peer is named by its rank wherever a process is meant (hello, log,
@@ -51,12 +78,15 @@ typedef struct hs_comm_config {
     struct hs_stop *stop;      /* NULL: none. hs_stop_lost ends every wait at once with HS_E_LOST;
                                 * hs_stop_requested ends create with HS_E_TERMINATED (there is nothing to
                                 * save yet) and no other wait (the gang agrees on the step to stop at) */
+    const hs_comm_device
+        *device; /* NULL: all messages are of host memory. tcp only; outlives close */
     const hs_log *log;
 } hs_comm_config;
 
 /* What the communicator waits for, or waited for last: for the watchdog's words. */
 typedef struct hs_comm_wait {
-    const char *doing;   /* "connect", "send" or "recv"; "" before the first wait */
+    const char *doing;   /* "connect", "agree", "send" or "recv", of the device "put" or "take"; ""
+                          * before the first wait */
     uint32_t channel;    /* UINT32_MAX: none */
     uint32_t peer;       /* rank; UINT32_MAX: none */
     uint32_t microbatch; /* UINT32_MAX: none */
@@ -76,6 +106,26 @@ typedef struct hs_comm_table {
     hs_status (*recv)(hs_comm *comm, uint32_t channel, void *buf, size_t bytes, uint32_t microbatch,
                       hs_why *why);
     void (*last_wait)(const hs_comm *comm, hs_comm_wait *wait);
+
+    /* Device memory; NULL where a transport has none. way: HS_WAY_* of a channel of this rank; put
+     * and take are for those that are not TCP. */
+    uint32_t (*way)(const hs_comm *comm, uint32_t channel);
+    /* On HS_STREAM_OUT: what was put there before is done, then the message goes from `from` to
+     * `offset` of the receiver's arena, where the matching take has its place. `from` may be written
+     * again when what OUT has so far is done. */
+    hs_status (*put)(hs_comm *comm, uint32_t channel, const uint8_t *from, uint64_t offset,
+                     size_t bytes, uint32_t microbatch, hs_why *why);
+    /* On HS_STREAM_IN: when what was put there before is done, the place is free for the message;
+     * what is put there from now on finds it at `to`, in this rank's arena. */
+    hs_status (*take)(hs_comm *comm, uint32_t channel, uint8_t *to, size_t bytes,
+                      uint32_t microbatch, hs_why *why);
+    /* Until the device's event is done, like backend's wait; also ends where a peer is gone, or where
+     * no message has moved for stall_ms and one is missing, as every wait here does. */
+    hs_status (*await)(hs_comm *comm, int event, hs_why *why);
+    /* Until every put and take is done, before a close that is no failure's. */
+    hs_status (*settle)(hs_comm *comm, hs_why *why);
+    /* Whether the device may wait for a peer that does not come: it must not be closed then. */
+    bool (*hangs)(const hs_comm *comm);
     /* Flushes what was accepted by send (bounded by stall_ms), then closes and frees. NULL is fine.
      */
     void (*close)(hs_comm *comm);

@@ -1,7 +1,7 @@
 /* Ranks over TCP: one connection a directed channel, frames of wire/frame.h on it.
  *
- * I1  After the greeting bytes go one way only, from `from` to `to`; so a readable sender's end
- *     means that the peer is gone.
+ * I1  After create bytes go one way only, from `from` to `to`; so a readable sender's end means that
+ *     the peer is gone. (A channel of device memory, ways.c: no bytes at all, but HS_BYE of each end.)
  * I2  A frame is whole or the communicator has failed: nothing is read or written after half a
  *     frame.
  * I3  failed != HS_OK is final; send and recv then return it without touching a socket.
@@ -16,28 +16,28 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "comm/comm_internal.h"
+#include "comm/tcp_internal.h"
 #include "core/clock.h"
 #include "core/hash.h"
 #include "core/stop.h"
-#include "wire/frame.h"
 
-struct hs_comm {
-    const hs_plan_channel *channels;
-    uint32_t channel_count, position, first_rank, stall_ms;
-    const hs_log *log;
-    struct hs_stop *stop;
-    hs_status failed; /* I3 */
-    hs_why failed_why;
-    hs_comm_wait wait;
-    int *fds;            /* by channel; -1: not ours */
-    uint64_t *sequences; /* by channel: of the next frame */
-};
-
-static hs_status fail(hs_comm *comm, hs_status st, hs_why *why) {
+hs_status hs_tcp_fail(hs_comm *comm, hs_status st, const hs_why *local, hs_why *why) {
     comm->failed = st;
-    if (why) comm->failed_why = *why;
-    return st;
+    comm->failed_why = *local;
+    return hs_fail(why, st, "%s", local->text);
+}
+
+hs_status hs_tcp_enter(hs_comm *comm, hs_why *why) {
+    return comm->failed == HS_OK ? HS_OK : hs_fail(why, comm->failed, "%s", comm->failed_why.text);
+}
+
+void hs_tcp_doing(hs_comm *comm, const char *doing, uint32_t channel, uint32_t microbatch) {
+    comm->wait =
+        (hs_comm_wait){.doing = doing,
+                       .channel = channel,
+                       .peer = channel == UINT32_MAX ? UINT32_MAX : hs_tcp_peer(comm, channel),
+                       .microbatch = microbatch,
+                       .since_ns = hs_clock_ns()};
 }
 
 /* "recv of microbatch 3 on channel 1", or without the microbatch where the message has none. */
@@ -60,9 +60,11 @@ static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t de
         if (hs_stop_lost(comm->stop))
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost (during %s)",
                            wait_text(comm, text));
+        if (comm->config && hs_stop_requested(comm->stop)) /* still in create */
+            return hs_fail(why, HS_E_TERMINATED, "stopped on request before the first step");
         if (hs_clock_ns() >= deadline_ns)
             return hs_fail(why, HS_E_STALLED, "no byte moved for %u ms: %s with rank %u",
-                           comm->stall_ms, wait_text(comm, text), comm->wait.peer);
+                           comm->patience_ms, wait_text(comm, text), comm->wait.peer);
         struct pollfd polls[2] = {{.fd = comm->fds[channel], .events = events},
                                   {.fd = hs_stop_fd(comm->stop), .events = POLLIN}};
         const int n = poll(polls, 2, hs_deadline_poll_ms(deadline_ns));
@@ -77,10 +79,10 @@ static hs_status lost(hs_comm *comm, const char *how, hs_why *why) {
                    wait_text(comm, text));
 }
 
-static hs_status put_all(hs_comm *comm, uint32_t channel, struct iovec *parts, size_t count,
-                         hs_why *why) {
+hs_status hs_tcp_put(hs_comm *comm, uint32_t channel, struct iovec *parts, size_t count,
+                     hs_why *why) {
     const int fd = comm->fds[channel];
-    int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
+    int64_t deadline_ns = hs_deadline_ns(comm->patience_ms);
     while (count) {
         const struct msghdr message = {.msg_iov = parts, .msg_iovlen = count};
         ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
@@ -93,7 +95,7 @@ static hs_status put_all(hs_comm *comm, uint32_t channel, struct iovec *parts, s
             continue;
         }
         if (n < 0) return lost(comm, strerror(errno), why);
-        deadline_ns = hs_deadline_ns(comm->stall_ms);
+        deadline_ns = hs_deadline_ns(comm->patience_ms);
         for (; count && (size_t)n >= parts->iov_len; parts++, count--) n -= (ssize_t)parts->iov_len;
         if (count) {
             parts->iov_base = (uint8_t *)parts->iov_base + n;
@@ -103,9 +105,9 @@ static hs_status put_all(hs_comm *comm, uint32_t channel, struct iovec *parts, s
     return HS_OK;
 }
 
-static hs_status get_all(hs_comm *comm, uint32_t channel, void *buffer, size_t bytes, hs_why *why) {
+hs_status hs_tcp_get(hs_comm *comm, uint32_t channel, void *buffer, size_t bytes, hs_why *why) {
     uint8_t *at = buffer;
-    int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
+    int64_t deadline_ns = hs_deadline_ns(comm->patience_ms);
     while (bytes) {
         const ssize_t n = recv(comm->fds[channel], at, bytes, 0);
         if (n < 0 && errno == EINTR) continue;
@@ -116,26 +118,19 @@ static hs_status get_all(hs_comm *comm, uint32_t channel, void *buffer, size_t b
         if (n <= 0) return lost(comm, n ? strerror(errno) : "the connection was closed", why);
         at += n;
         bytes -= (size_t)n;
-        deadline_ns = hs_deadline_ns(comm->stall_ms);
+        deadline_ns = hs_deadline_ns(comm->patience_ms);
     }
     return HS_OK;
 }
 
 static hs_status enter(hs_comm *comm, const char *doing, uint32_t channel, size_t bytes,
                        uint32_t microbatch, hs_why *why) {
-    if (comm->failed != HS_OK) {
-        (void)hs_fail(why, comm->failed, "%s", comm->failed_why.text);
-        return comm->failed;
-    }
+    HS_TRY(hs_tcp_enter(comm, why));
     HS_ASSERT(channel < comm->channel_count && comm->fds[channel] >= 0);
+    HS_ASSERT(!comm->ways || comm->ways->channels[channel].way == HS_WAY_TCP);
     const hs_plan_channel *ch = &comm->channels[channel];
-    const bool sends = doing[0] == 's';
-    HS_ASSERT((sends ? ch->from : ch->to) == comm->position && bytes == ch->bytes);
-    comm->wait = (hs_comm_wait){.doing = doing,
-                                .channel = channel,
-                                .peer = comm->first_rank + (sends ? ch->to : ch->from),
-                                .microbatch = microbatch,
-                                .since_ns = hs_clock_ns()};
+    HS_ASSERT((doing[0] == 's' ? ch->from : ch->to) == comm->position && bytes == ch->bytes);
+    hs_tcp_doing(comm, doing, channel, microbatch);
     return HS_OK;
 }
 
@@ -151,10 +146,8 @@ static hs_status tcp_send(hs_comm *comm, uint32_t channel, const void *buf, size
                       .microbatch = microbatch};
     struct iovec parts[2] = {{.iov_base = &frame, .iov_len = sizeof frame},
                              {.iov_base = (void *)(uintptr_t)buf, .iov_len = bytes}};
-    const hs_status st = put_all(comm, channel, parts, 2, &local);
-    if (st == HS_OK) return HS_OK;
-    (void)hs_fail(why, st, "%s", local.text);
-    return fail(comm, st, &local);
+    const hs_status st = hs_tcp_put(comm, channel, parts, 2, &local);
+    return st == HS_OK ? HS_OK : hs_tcp_fail(comm, st, &local, why);
 }
 
 static hs_status check_frame(const hs_comm *comm, uint32_t channel, const hs_frame *frame,
@@ -181,9 +174,9 @@ static hs_status tcp_recv(hs_comm *comm, uint32_t channel, void *buf, size_t byt
     hs_why local = {.text = ""};
     hs_frame frame;
     HS_TRY(enter(comm, "recv", channel, bytes, microbatch, why));
-    hs_status st = get_all(comm, channel, &frame, sizeof frame, &local);
+    hs_status st = hs_tcp_get(comm, channel, &frame, sizeof frame, &local);
     if (st == HS_OK) st = check_frame(comm, channel, &frame, bytes, microbatch, &local);
-    if (st == HS_OK) st = get_all(comm, channel, buf, bytes, &local);
+    if (st == HS_OK) st = hs_tcp_get(comm, channel, buf, bytes, &local);
     if (st == HS_OK && hs_crc32c(0, buf, bytes) != frame.crc)
         st = hs_fail(&local, HS_E_LOST,
                      "frame %llu of channel %u from rank %u was damaged on its way (checksum)",
@@ -192,8 +185,7 @@ static hs_status tcp_recv(hs_comm *comm, uint32_t channel, void *buf, size_t byt
         comm->sequences[channel]++;
         return HS_OK;
     }
-    (void)hs_fail(why, st, "%s", local.text);
-    return fail(comm, st, &local);
+    return hs_tcp_fail(comm, st, &local, why);
 }
 
 static void tcp_last_wait(const hs_comm *comm, hs_comm_wait *wait) {
@@ -215,8 +207,19 @@ static void flush(const hs_comm *comm) {
     }
 }
 
+static uint32_t tcp_way(const hs_comm *comm, uint32_t channel) {
+    return comm->ways ? comm->ways->channels[channel].way : HS_WAY_TCP;
+}
+
+static bool tcp_hangs(const hs_comm *comm) {
+    for (uint32_t c = 0; comm->failed != HS_OK && comm->ways && c < comm->channel_count; c++)
+        if (comm->ways->channels[c].way != HS_WAY_TCP) return true;
+    return false;
+}
+
 static void tcp_close(hs_comm *comm) {
     if (!comm) return;
+    hs_ways_close(comm, comm->failed == HS_OK);
     if (comm->failed == HS_OK && comm->fds) flush(comm);
     for (uint32_t c = 0; comm->fds && c < comm->channel_count; c++)
         if (comm->fds[c] >= 0) close(comm->fds[c]);
@@ -250,24 +253,26 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     comm->position = config->rank - config->first_rank;
     comm->first_rank = config->first_rank;
     comm->stall_ms = config->attempt->stall_ms;
+    comm->patience_ms = config->attempt->connect_ms;
+    comm->config = config;
     comm->log = config->log;
     comm->stop = config->stop;
-    comm->wait = (hs_comm_wait){.doing = "connect",
-                                .channel = UINT32_MAX,
-                                .peer = UINT32_MAX,
-                                .microbatch = UINT32_MAX,
-                                .since_ns = hs_clock_ns()};
+    hs_tcp_doing(comm, "connect", UINT32_MAX, UINT32_MAX);
+    const int64_t since_ns = comm->wait.since_ns;
     for (uint32_t c = 0; c < comm->channel_count; c++) comm->fds[c] = -1;
     hs_status st = HS_OK;
     if (receives && listen_fd < 0) st = hs_greet_listen(config, &listen_fd, why);
     if (st == HS_OK) st = hs_greet_all(config, listen_fd, comm->fds, why);
+    if (st == HS_OK && config->device) st = hs_ways_create(comm, config->device, why);
     if (st != HS_OK) {
         comm->failed = st;
         tcp_close(comm);
         return st;
     }
+    comm->config = NULL;
+    comm->patience_ms = comm->stall_ms;
     HS_LOG(comm->log, HS_LOG_INFO, "gang complete", HS_I("channels", comm->channel_count),
-           HS_I("ms", (hs_clock_ns() - comm->wait.since_ns) / 1000000));
+           HS_I("ms", (hs_clock_ns() - since_ns) / 1000000));
     *out = comm;
     return HS_OK;
 }
@@ -278,5 +283,11 @@ const hs_comm_table hs_comm_tcp = {
     .send = tcp_send,
     .recv = tcp_recv,
     .last_wait = tcp_last_wait,
+    .way = tcp_way,
+    .put = hs_ways_put,
+    .take = hs_ways_take,
+    .await = hs_ways_await,
+    .settle = hs_ways_settle,
+    .hangs = tcp_hangs,
     .close = tcp_close,
 };

@@ -1,6 +1,6 @@
-/* What the engine reads of its environment: HOTSTAGE_ENGINE_FABRIC and
- * HOTSTAGE_ENGINE_AGENT_AWAY_S, and nothing else. A value that it cannot honour is refused, never
- * ignored. */
+/* What the engine reads of its environment: HOTSTAGE_ENGINE_FABRIC, HOTSTAGE_ENGINE_CHANNELS and
+ * HOTSTAGE_ENGINE_AGENT_AWAY_S, and nothing else (a backend has its own). A value that it cannot
+ * honour is refused, never ignored. */
 #ifndef HS_RUN_ENVIRONMENT_H
 #define HS_RUN_ENVIRONMENT_H
 
@@ -15,9 +15,12 @@
 
 typedef struct hs_environment {
     int64_t agent_away_ms;
+    const char *fabric; /* launch.fabric: "tcp", ... */
+    uint32_t ways; /* of messages between devices, 1 << HS_WAY_* (wire/frame.h): ipc and, on tcp,
+                         * tcp, else nccl; or what HOTSTAGE_ENGINE_CHANNELS lists */
 } hs_environment;
 
-/* HS_E_CONFIG for a fabric that this engine does not carry, and for a number that is none. */
+/* HS_E_CONFIG for a fabric or a way that does not exist, and for a number that is none. */
 hs_status hs_environment_read(hs_environment *environment, hs_why *why);
 
 #endif

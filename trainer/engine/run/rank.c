@@ -12,6 +12,7 @@
 #include "run/abort_words.h"
 #include "run/attempt.h"
 #include "run/executor.h"
+#include "run/landings.h"
 #include "run/machine.h"
 #include "run/weights.h"
 
@@ -36,6 +37,8 @@ typedef struct rank {
     hs_metrics metrics;
     hs_trace *trace;
     hs_rank_page *page;
+    hs_comm_device between; /* devices; of comm */
+    hs_landings landings;
     hs_comm *comm;
     bool started; /* the start line was printed */
     hs_executor executor;
@@ -72,6 +75,12 @@ static hs_status open_files(rank *r, hs_why *why) {
                        "the attempt starts after step %" PRId64
                        ", but without an agent there are no slots to restore from",
                        a->start_step);
+    }
+    if (a->device_kind == HS_DEVICE_CPU && strcmp(r->args->environment->fabric, "tcp") != 0) {
+        return hs_fail(why, HS_E_CONFIG,
+                       "launch.fabric is '%s' (HOTSTAGE_ENGINE_FABRIC); ranks on CPUs carry their "
+                       "messages over tcp alone: set launch.fabric = \"tcp\"",
+                       r->args->environment->fabric);
     }
     r->backend = r->args->backend;
     if (!r->backend) HS_TRY(hs_backend_load(a->device_kind, &r->backend, why));
@@ -192,6 +201,16 @@ static hs_status connect_peers(rank *r, hs_why *why) {
         if (r->args->listen_fd >= 0) (void)close(r->args->listen_fd);
         return HS_OK;
     }
+    const hs_spaces *spaces = &r->machine.spaces;
+    r->between = (hs_comm_device){.backend = spaces->backend,
+                                  .device = spaces->device,
+                                  .arena = spaces->arena,
+                                  .arena_bytes = spaces->bytes,
+                                  .allowed = r->args->environment->ways,
+                                  .event = HS_EVENTS - 1,
+                                  .fabric = r->args->environment->fabric};
+    if (!spaces->backend->unified)
+        HS_TRY(hs_landings_find(&r->plan, r->executor.position, &r->landings, why));
     const hs_comm_config config = {.attempt = r->attempt.attempt,
                                    .peers = r->attempt.ranks,
                                    .channels = r->plan.channels,
@@ -201,6 +220,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                    .start_step = r->attempt.attempt->start_step,
                                    .listen_fd = r->args->listen_fd,
                                    .stop = r->stop,
+                                   .device = spaces->backend->unified ? NULL : &r->between,
                                    .log = &r->log};
     return hs_comm_tcp.create(&config, &r->comm, why);
 }

@@ -11,6 +11,7 @@
 
 #include "backend/backend.h"
 #include "core/status.h"
+#include "run/environment.h"
 
 typedef struct hs_rank_args {
     const hs_backend *backend;  /* NULL: the attempt's (backend/load.h) */
@@ -21,7 +22,8 @@ typedef struct hs_rank_args {
     const char *dump_dir; /* gradients and weights of every step, for tests; NULL: none */
     int listen_fd; /* listening socket from the supervisor; -1: open one on the attempt's port */
     int page_fd;   /* memfd of hs_rank_page from the supervisor; -1: none */
-    int arena_fd;  /* memfd that keeps the arena's pages (core/arena.h); -1: none */
+    const hs_environment *environment;
+    int arena_fd; /* memfd that keeps the arena's pages (core/arena.h); -1: none */
 } hs_rank_args;
 
 /* HS_OK: trained to the end; HS_E_STOPPED: stopped on request and saved; HS_E_TERMINATED: stopped

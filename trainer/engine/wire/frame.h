@@ -8,6 +8,13 @@
  * Both refuse where magic, version, run, epoch, plan digest, gang nonce, channel or ranks differ, where a channel is
  * already connected, and where the mac is wrong. The listener stays open until every channel of the rank is connected; what is
  * turned away does not end the attempt.
+ * In a gang on CUDA a channel of device memory (forward, backward, tied) then agrees on its way, channel after channel
+ * in ascending order:
+ *   both      hs_offer   what this end may and can do; each end chooses from the two by the same rule (comm/offer.c)
+ *   both      hs_answer  whether this end can do what was chosen; where one cannot, both choose again without it
+ *   NCCL: an hs_answer of the sender with the name to meet under, and when both have joined one more of both
+ * Its messages are frames where the way is TCP. Else no byte passes until the end, but a closing end's
+ * HS_BYE: the connection is the life line.
  * Frames: hs_frame, then bytes of payload. crc = CRC-32C of the payload; sequence counts from 0 on a channel.
  */
 #ifndef HS_WIRE_FRAME_H
@@ -18,6 +25,14 @@
 #define HS_HELLO_MAGIC "HSHELO\r\n"
 #define HS_HELLO_VERSION 1u
 #define HS_FRAME_MAGIC 0x52465348u
+#define HS_OFFER_MAGIC "HSOFFR\r\n"
+#define HS_OFFER_VERSION 1u
+#define HS_ANSWER_MAGIC 0x52574E41u
+#define HS_BYE 0x42u
+
+/* How the messages of a channel pass: over its connection; by a copy into the receiver's memory (CUDA IPC); through a
+ * library. */
+enum { HS_WAY_TCP = 0, HS_WAY_IPC, HS_WAY_NCCL, HS_WAYS };
 
 typedef struct hs_hello {
     char magic[8];
@@ -41,5 +56,31 @@ typedef struct hs_frame {
     uint32_t crc;
     uint32_t microbatch;
 } hs_frame;
+
+typedef struct hs_offer {
+    char magic[8];
+    uint32_t version;
+    uint32_t channel;
+    uint32_t rank;
+    uint32_t allowed;      /* 1 << HS_WAY_*: by the launch */
+    uint32_t able;         /* by this machine */
+    uint32_t library;      /* NCCL's version number; 0: none */
+    uint64_t bytes;        /* of a message */
+    char boot[40];         /* of this host's kernel: equal on one machine alone */
+    uint8_t device[16];    /* UUID */
+    uint8_t memory[80];    /* what messages are copied into (receiver): hs_link_memory of backend/links.h */
+    uint8_t flags[80];     /* what the other end's device writes to, both ends: the same */
+    uint64_t flag;         /* offset of this channel's in it */
+    char why[160];         /* where an allowed way is not able: what is missing */
+} hs_offer;
+
+typedef struct hs_answer {
+    uint32_t magic;
+    uint32_t channel;
+    uint32_t way;
+    uint32_t can;          /* 1, or 0 and why */
+    uint8_t id[128];       /* NCCL, of the sender */
+    char why[256];
+} hs_answer;
 
 #endif
