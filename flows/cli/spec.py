@@ -51,6 +51,9 @@ def schema() -> int:
 @store_option
 @json_option
 @click.option(
+    "--device", metavar="NAME", help="For a GPU, a rank on each: H100, H200, B200 or GB300. Nothing is looked at here."
+)
+@click.option(
     "--trace", type=click.Path(dir_okay=False), help="Write the foretold timeline as a Chrome/Perfetto trace."
 )
 @click.option("--svg", type=click.Path(dir_okay=False), help="Write the foretold timeline as SVG.")
@@ -62,6 +65,7 @@ def plan(
     sets: tuple[str, ...],
     store: str | None,
     as_json: bool,
+    device: str | None,
     trace: str | None,
     svg: str | None,
     schedule_csv: str | None,
@@ -71,20 +75,26 @@ def plan(
     Needs no data: where the spec's dataset is not prepared, data.vocab_size stands for its vocabulary.
     """
     from flows.show import foretell
+    from trainer.plan.devices import sheet_of
     from trainer.plan.draw import timeline_svg, timeline_text
     from trainer.plan.schedule_file import to_csv
     from trainer.plan.timeline import to_chrome
     from trainer.spec import load_spec
 
+    sheet = sheet_of(device) if device is not None else None
     compiled, resolved, note = foretell.compile_for(load_spec(spec, sets), store)
-    simulation = foretell.simulate(compiled)
+    if sheet is None:
+        simulation = foretell.simulate(compiled)
+        told: dict[str, Any] = foretell.facts(compiled, resolved, simulation)
+    else:
+        simulation = foretell.simulate_on(compiled, resolved, sheet)
+        told = foretell.facts_on(compiled, resolved, simulation, sheet)
     if trace:
         write_out(Path(trace), to_chrome(simulation.timeline))
     if svg:
         write_out(Path(svg), timeline_svg(simulation.timeline))
     if schedule_csv:
         write_out(Path(schedule_csv), to_csv(compiled.schedule))
-    told: dict[str, Any] = foretell.facts(compiled, resolved, simulation)
     if as_json:
         show(told)
         return 0
@@ -97,10 +107,12 @@ def plan(
     say(timeline_text(simulation.timeline))
     say("")
     say(
-        f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on this machine, "
+        f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on {sheet.name if sheet else 'this machine'}, "
         f"{told['tokens_per_step'] / simulation.step_seconds:,.0f} tokens/s, bubble "
         f"{', '.join(f'{b:.0%}' for b in simulation.bubble)} by rank, MFU {simulation.mfu:.0%}"
     )
+    if sheet is not None:
+        say(told["assumptions"])
     for path in (trace, svg, schedule_csv):
         if path:
             say(f"written: {path}")

@@ -12,6 +12,7 @@ from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
+from trainer.plan.devices import DeviceSheet, assumptions, cost_of, fits, on_device, on_host
 from trainer.plan.draw import memory_text
 from trainer.plan.memory import more_threads_bytes
 from trainer.plan.simulate import CostModel, Simulation, from_plan
@@ -46,6 +47,24 @@ def simulate(plan: Plan) -> Simulation:
     peak, bandwidth, ranks = measured_peak(), measured_bandwidth(), len(plan.ranks)
     cost = CostModel(flops_per_s=0.8 * peak / ranks, memory_bytes_per_s=bandwidth / ranks)
     return play(from_plan(plan, cost), cost, peak_flops=peak)
+
+
+def simulate_on(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> Simulation:
+    """The plan's step on such devices, a rank on each, by roofline; MFU is of the peak of the sheet."""
+    cost = cost_of(sheet, spec)
+    return play(from_plan(plan, cost), cost, peak_flops=sheet.peak[spec.train.precision])
+
+
+def facts_on(plan: Plan, spec: RunSpec, simulation: Simulation, sheet: DeviceSheet) -> dict[str, Any]:
+    """`facts` of a plan on devices: their memory, and what the estimate assumes. PlanError where it does not fit."""
+    told = {
+        "device": sheet.name,
+        "memory": [on_device(position, spec) for position in plan.positions],
+        "host_memory": [on_host(position) for position in plan.positions],
+        "memory_text": fits(plan, spec, sheet),
+        "assumptions": assumptions(sheet, spec),
+    }
+    return {**facts(plan, spec, simulation), **told}
 
 
 def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:

@@ -119,14 +119,16 @@ def compile_all(home: Path) -> tuple[list[Path], Table]:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = list(pool.map(compiled, sorted(SOURCES.glob("*.cu"))))
-    math = kept / f"math-{common.hexdigest()[:24]}.o"
-    _run([str(compiler(TARGET) / "cc"), "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", f"-I{ENGINE}", "-c",
-          str(ENGINE / "core" / "math.c"), "-o", str(math)])  # fmt: skip
+    core = []
+    for name in ("math", "status"):
+        core.append(kept / f"{name}-{common.hexdigest()[:24]}.o")
+        _run([str(compiler(TARGET) / "cc"), "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", f"-I{ENGINE}",
+              "-c", str(ENGINE / "core" / f"{name}.c"), "-o", str(core[-1])])  # fmt: skip
     table: Table = {}
     for _, text in results:
         for kernel, arch, use in uses_of(text):
             table.setdefault(kernel, {})[arch] = use
-    return [*(path for path, _ in results), math], table
+    return [*(path for path, _ in results), *core], table
 
 
 ENTRY = re.compile(

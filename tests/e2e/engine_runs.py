@@ -107,9 +107,17 @@ def _crc32c(data: bytes) -> int:
 
 
 def attempt_bytes(
-    plan: Plan, ports: Sequence[int], data: Path, work: Path, *, kernel_path: str = "auto", trace: bool = False
+    plan: Plan,
+    ports: Sequence[int],
+    data: Path,
+    work: Path,
+    *,
+    kernel_path: str = "auto",
+    trace: bool = False,
+    device: str = "cpu",
+    devices: Sequence[int] = (),
 ) -> bytes:
-    """A fresh start of all ranks on this machine."""
+    """A fresh start of all ranks on this machine. ``devices``: the index of each rank's; all 0 where left out."""
     head = wire.Attempt(
         version=wire.ATTEMPT_VERSION,
         run=b"test",
@@ -122,7 +130,7 @@ def attempt_bytes(
         stall_ms=60_000,
         commit_ms=30_000,
         trace=int(trace),
-        device_kind=wire.DEVICES["cpu"],
+        device_kind=wire.DEVICES[device],
         data_dir=str(data).encode(),
         work_dir=str(work).encode(),
     )
@@ -130,7 +138,11 @@ def attempt_bytes(
     head.plan_digest[:] = bytes.fromhex(plan.digest)
     head.key[:] = secrets.token_bytes(32)
     head.nonce[:] = secrets.token_bytes(16)
-    ranks = b"".join(bytes(wire.AttemptRank(host=b"127.0.0.1", port=port, node=0)) for port in ports)
+    indices = devices or [0] * len(ports)
+    ranks = b"".join(
+        bytes(wire.AttemptRank(host=b"127.0.0.1", port=port, node=0, device=index))
+        for port, index in zip(ports, indices, strict=True)
+    )
     checked = wire.Attempt.run.offset
     head.crc = _crc32c(bytes(head)[checked:] + ranks)
     assert ctypes.sizeof(head) + len(ranks) == len(bytes(head) + ranks)
@@ -171,20 +183,29 @@ def train(
     dump: bool = True,
     trace: bool = False,
     engine: Path | None = None,
+    device: str = "cpu",
+    devices: Sequence[int] = (),
+    prefix: Sequence[str] = (),
+    deadline_s: float = DEADLINE_S,
 ) -> Gang:
-    """All steps of ``plan``, a process a rank; fails the test with the ranks' words where one does not end with 0."""
+    """All steps of ``plan``, a process a rank; fails the test with the ranks' words where one does not end with 0.
+    ``prefix``: a command that each rank runs under.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plan_path, attempt_path = folder / "plan", folder / "attempt"
     plan_path.write_bytes(plan.to_bytes())
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in plan.positions]
     ports = [listener.getsockname()[1] for listener in listeners]
-    attempt_path.write_bytes(attempt_bytes(plan, ports, data, folder, kernel_path=kernel_path, trace=trace))
+    attempt_path.write_bytes(
+        attempt_bytes(plan, ports, data, folder, kernel_path=kernel_path, trace=trace, device=device, devices=devices)
+    )
     arenas = [os.memfd_create("hotstage-arena") for _ in plan.positions]  # as the supervisor does
     processes: list[subprocess.Popen[bytes]] = []
     outputs = [(folder / f"stdout-{rank}", folder / f"stderr-{rank}") for rank in range(len(ports))]
     try:
         for rank, listener in enumerate(listeners):
-            command = [str(engine or engine_binary()), "rank", "--plan", str(plan_path), "--attempt", str(attempt_path)]
+            command = [*prefix, str(engine or engine_binary()), "rank"]
+            command += ["--plan", str(plan_path), "--attempt", str(attempt_path)]
             command += ["--rank", str(rank), "--agent", "-", "--listen-fd", str(listener.fileno())]
             command += ["--arena-fd", str(arenas[rank])]
             command += ["--dump", str(folder)] if dump else []
@@ -192,7 +213,7 @@ def train(
             with outputs[rank][0].open("wb") as out, outputs[rank][1].open("wb") as err:
                 fds = [listener.fileno(), arenas[rank]]
                 processes.append(subprocess.Popen(command, stdout=out, stderr=err, pass_fds=fds))
-        codes = [process.wait(DEADLINE_S) for process in processes]
+        codes = [process.wait(deadline_s) for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:

@@ -1,6 +1,9 @@
 /* What the tests of the emulated CUDA kernels call through ctypes (tests/engine/cuda_lib.py). Kernels of their own show
  * that the emulator catches what it says it catches. */
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/libraries.h"
+
+#include <stdlib.h>
 
 enum { SICK_THREADS = 64 };
 
@@ -62,4 +65,36 @@ extern "C" int hs_test_cuda(uint32_t kernel, uint32_t dtype, void *const *ptrs, 
     memcpy(args.real, reals, sizeof args.real);
     const hs_cuda_ctx ctx = {};
     return table->fn[kernel](&ctx, &args);
+}
+
+/* A call under path cuda, by the algorithms in `list`, *count of them; run 0: instead, what would be chosen for its
+ * products beside them, into list. why: 1,024 bytes. */
+extern "C" int hs_test_products(uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                                const int64_t *dims, const double *reals, hs_algorithm *list,
+                                uint32_t *count, int run, char *text) {
+    hs_args args = {};
+    args.dtype = dtype;
+    memcpy(args.ptr, ptrs, sizeof args.ptr);
+    memcpy(args.dim, dims, sizeof args.dim);
+    memcpy(args.real, reals, sizeof args.real);
+    hs_why why = {};
+    hs_cuda_ctx ctx = {};
+    ctx.path = HS_PATH_CUDA;
+    ctx.why = &why;
+    static void *workspace;
+    if (!workspace) workspace = aligned_alloc(256, HS_CUDA_WORKSPACE);
+    ctx.workspace = workspace;
+    ctx.workspace_bytes = HS_CUDA_WORKSPACE;
+    const uint32_t known = *count;
+    hs_status st = hs_products_create("emulated", 90, &ctx.products, &why);
+    if (st == HS_OK) st = hs_products_need(ctx.products, &ctx, (uint16_t)kernel, &args, &why);
+    if (st == HS_OK) st = hs_products_use(ctx.products, list, known, &why);
+    if (st == HS_OK && run) st = hs_cuda_kernels()->fn[kernel](&ctx, &args);
+    if (st == HS_OK && !run) {
+        *count = hs_products_missing(ctx.products);
+        st = hs_products_choose(ctx.products, &ctx, list, &why);
+    }
+    hs_products_destroy(ctx.products);
+    memcpy(text, why.text, sizeof why.text);
+    return st;
 }

@@ -20,8 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest, marshalled
 from tests.support.compilers import OTHER, find
+from trainer import wire
 
 CUDA = ENGINE / "kernels" / "cuda"
 COMMON = shlex.split("-O1 -g -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
@@ -45,7 +48,8 @@ def build(sanitize: str = "") -> Path:
     extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
     version = subprocess.run([*cxx, "--version"], check=True, capture_output=True).stdout + shlex.join(cxx).encode()
     headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
-    units = [*sorted(CUDA.glob("*.cu")), CUDA / "emulate.cc", HERE / "cuda_lib.cc", ENGINE / "core" / "math.c"]
+    units = [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cc")), HERE / "cuda_lib.cc"]
+    units += [ENGINE / "core" / "math.c", ENGINE / "core" / "status.c"]
     with (base / ".cuda.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
@@ -67,6 +71,14 @@ def build(sanitize: str = "") -> Path:
             _compile([*link, *extra, "-shared", "-o", str(made), *map(str, objects), "-lm"])
             made.replace(library)
     return library
+
+
+class Refused(AssertionError):
+    """A status of the library's, and what it said."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"status {status}: {words}")
+        self.status, self.words = status, words
 
 
 class CudaLib:
@@ -96,10 +108,57 @@ class CudaLib:
         threads: int = 1,
         guard: str | None = None,
     ) -> None:
-        assert (set_name, threads, guard) == ("cuda", 1, None)
+        assert (threads, guard) == (1, None)
+        assert set_name in ("cuda", "library")
+        if set_name == "library":
+            nothing = [None if x is None else np.zeros_like(x) for x in ptrs]
+            self.products(kernel, dtype, ptrs, dims, reals, self.chosen(kernel, dtype, nothing, dims, reals))
+            return
         number, pointers, _, d, r = marshalled(kernel, ptrs, dims, reals)
         rc = self.c.hs_test_cuda(number, dtype, pointers, d, r)
         assert rc == 0, f"{kernel}: status {rc}, dims {list(dims)}: {self.text()}"
+
+    def chosen(
+        self,
+        kernel: str,
+        dtype: int,
+        ptrs: Sequence[Array | None],
+        dims: Sequence[int],
+        reals: Sequence[float] = (),
+        known: Sequence[wire.Algorithm] = (),
+    ) -> list[wire.Algorithm]:
+        """What would compute the call's products under path cuda, beside what is known: by the emulated cuBLASLt."""
+        return self._products(False, kernel, dtype, ptrs, dims, reals, known)
+
+    def products(
+        self,
+        kernel: str,
+        dtype: int,
+        ptrs: Sequence[Array | None],
+        dims: Sequence[int],
+        reals: Sequence[float],
+        known: Sequence[wire.Algorithm],
+    ) -> None:
+        """The call under path cuda, by these algorithms."""
+        self._products(True, kernel, dtype, ptrs, dims, reals, known)
+
+    def _products(
+        self,
+        run: bool,
+        kernel: str,
+        dtype: int,
+        ptrs: Sequence[Array | None],
+        dims: Sequence[int],
+        reals: Sequence[float],
+        known: Sequence[wire.Algorithm],
+    ) -> list[wire.Algorithm]:
+        number, pointers, _, d, r = marshalled(kernel, ptrs, dims, reals)
+        table, count = (wire.Algorithm * wire.ALGORITHMS_MAX)(*known), ctypes.c_uint32(len(known))
+        why = ctypes.create_string_buffer(1024)
+        rc = self.c.hs_test_products(number, dtype, pointers, d, r, table, ctypes.byref(count), int(run), why)
+        if rc != 0:
+            raise Refused(rc, why.value.decode() or self.text())
+        return list(table[: count.value])
 
     def sites(self) -> list[tuple[str, int, int]]:
         """(file, line, op) of the barriers and warp operations that were passed so far."""

@@ -9,7 +9,7 @@
     check       order and place of all of these (rules, channels: order, deadlock)
     lower       operands bound, action lists (job: what positions share; arena: where all lies; slots: microbatches)
     memory      static placement, the account of bytes, the budget
-    simulate    seconds of a step; draw: pictures of it
+    simulate    seconds of a step; draw: pictures of it; devices: both, and memory, on accelerators
     binary      the flat file that the engine reads
 
 Example::

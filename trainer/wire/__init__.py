@@ -340,6 +340,58 @@ class AttemptRank(ctypes.LittleEndianStructure):
     _fields_ = [("host", char * 256), ("port", u32), ("node", u32), ("device", u32), ("reserved", u32)]
 
 
+# --- algorithms.h -----------------------------------------------------------------------------------------
+
+ALGORITHMS_MAGIC, ALGORITHMS_VERSION, ALGORITHMS_MAX = b"HSALGO\r\n", 1, 256
+
+
+class Algorithms(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("magic", u8 * 8),
+        ("version", u32),
+        ("crc", u32),
+        ("device", char * 96),
+        ("library", char * 32),
+        ("capability", u32),
+        ("count", u32),
+    ]
+
+
+class AlgorithmKey(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("m", i64),
+        ("n", i64),
+        ("k", i64),
+        ("ld_a", i64),
+        ("ld_b", i64),
+        ("ld_out", i64),
+        ("ld_add", i64),
+        ("type_a", u8),
+        ("type_b", u8),
+        ("type_out", u8),
+        ("across", u8),
+        ("add", u8),
+        ("bias", u8),
+        ("scale", u8),
+        ("align_a", u8),
+        ("align_b", u8),
+        ("align_out", u8),
+        ("align_add", u8),
+        ("align_bias", u8),
+        ("unused", u8 * 4),
+    ]
+
+
+class Algorithm(ctypes.LittleEndianStructure):
+    _fields_ = [
+        ("key", AlgorithmKey),
+        ("algorithm", u8 * 64),
+        ("workspace_bytes", u64),
+        ("microseconds", u32),
+        ("candidates", u32),
+    ]
+
+
 # --- agent.h ----------------------------------------------------------------------------------------------
 
 MSG_MAGIC, MSG_MAX = 0x4D475348, 65536
@@ -361,6 +413,7 @@ MSGS = {
     "STOP": 14,
     "KILL": 15,
     "END": 16,
+    "ALGORITHMS": 17,
 }
 
 

@@ -8,6 +8,7 @@
 
 #include "kernels/kernels.h"
 #include "wire/agent.h"
+#include "wire/algorithms.h"
 #include "wire/attempt.h"
 #include "wire/exit.h"
 #include "wire/frame.h"
@@ -42,6 +43,9 @@ static const field fields[] = {
     S(hs_slot_header) F(hs_slot_header, magic) F(hs_slot_header, version) F(hs_slot_header, position) F(hs_slot_header, state) F(hs_slot_header, hold) F(hs_slot_header, generation) F(hs_slot_header, step) F(hs_slot_header, epoch) F(hs_slot_header, data_offset) F(hs_slot_header, data_bytes) F(hs_slot_header, chunks) F(hs_slot_header, plan_digest) F(hs_slot_header, what_digest) F(hs_slot_header, header_crc) F(hs_slot_header, final) F(hs_slot_header, checksum_kind) F(hs_slot_header, reserved)
     S(hs_attempt) F(hs_attempt, magic) F(hs_attempt, version) F(hs_attempt, crc) F(hs_attempt, run) F(hs_attempt, epoch) F(hs_attempt, plan_digest) F(hs_attempt, key) F(hs_attempt, nonce) F(hs_attempt, ranks) F(hs_attempt, kernel_path) F(hs_attempt, start_step) F(hs_attempt, stop_after) F(hs_attempt, connect_ms) F(hs_attempt, stall_ms) F(hs_attempt, commit_ms) F(hs_attempt, trace) F(hs_attempt, device_kind) F(hs_attempt, reserved) F(hs_attempt, algorithms_digest) F(hs_attempt, data_dir) F(hs_attempt, work_dir)
     S(hs_attempt_rank) F(hs_attempt_rank, host) F(hs_attempt_rank, port) F(hs_attempt_rank, node) F(hs_attempt_rank, device) F(hs_attempt_rank, reserved)
+    S(hs_algorithms) F(hs_algorithms, magic) F(hs_algorithms, version) F(hs_algorithms, crc) F(hs_algorithms, device) F(hs_algorithms, library) F(hs_algorithms, capability) F(hs_algorithms, count)
+    S(hs_algorithm_key) F(hs_algorithm_key, m) F(hs_algorithm_key, n) F(hs_algorithm_key, k) F(hs_algorithm_key, ld_a) F(hs_algorithm_key, ld_b) F(hs_algorithm_key, ld_out) F(hs_algorithm_key, ld_add) F(hs_algorithm_key, type_a) F(hs_algorithm_key, type_b) F(hs_algorithm_key, type_out) F(hs_algorithm_key, across) F(hs_algorithm_key, add) F(hs_algorithm_key, bias) F(hs_algorithm_key, scale) F(hs_algorithm_key, align_a) F(hs_algorithm_key, align_b) F(hs_algorithm_key, align_out) F(hs_algorithm_key, align_add) F(hs_algorithm_key, align_bias) F(hs_algorithm_key, unused)
+    S(hs_algorithm) F(hs_algorithm, key) F(hs_algorithm, algorithm) F(hs_algorithm, workspace_bytes) F(hs_algorithm, microseconds) F(hs_algorithm, candidates)
     S(hs_msg) F(hs_msg, magic) F(hs_msg, type) F(hs_msg, rank) F(hs_msg, bytes) F(hs_msg, epoch) F(hs_msg, a) F(hs_msg, b) F(hs_msg, c)
     S(hs_msg_prepare) F(hs_msg_prepare, local_ranks) F(hs_msg_prepare, port_base) F(hs_msg_prepare, bind)
     S(hs_hello) F(hs_hello, magic) F(hs_hello, version) F(hs_hello, channel) F(hs_hello, from) F(hs_hello, to) F(hs_hello, epoch) F(hs_hello, run) F(hs_hello, plan_digest) F(hs_hello, gang_nonce) F(hs_hello, nonce) F(hs_hello, start_step) F(hs_hello, mac)
@@ -140,6 +144,8 @@ void hs_wire_print(void) {
 #define N(name) {#name, name}
         N(HS_PLAN_VERSION),
         N(HS_ATTEMPT_VERSION),
+        N(HS_ALGORITHMS_VERSION),
+        N(HS_ALGORITHMS_MAX),
         N(HS_SLOT_VERSION),
         N(HS_SHARD_VERSION),
         N(HS_HELLO_VERSION),

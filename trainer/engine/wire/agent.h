@@ -19,7 +19,10 @@
  *   agent        SLOTS                            a = how many, with that many descriptors (only to a rank that sent none);
  *                                                 b = index of the slot to restore from, or -1
  *   rank         METRICS (JSON object, one a step; rank 0), READY (a = slot, b = step, c = 1 where final),
- *                WORDS (JSON object: last words), TRACE (path of a file)
+ *                WORDS (JSON object: last words), TRACE (path of a file),
+ *                ALGORITHMS (payload: a table of wire/algorithms.h, what it would choose)
+ *   agent        ALGORITHMS                       to that rank: the run's choice for the same products, once the store
+ *                                                 has it
  *   supervisor   OUTPUT (rank, bytes of its stdout or stderr; a = 1 or 2), EXIT(rank, a = exit code or -signal,
  *                b = pid, c = HS_ENDED_*; of HS_ENDED_BY_OOM payload u64: bytes that the container may use, 0:
  *                no limit; in the order in which they ended), IDLE (all ranks of the attempt are reaped)
@@ -42,7 +45,7 @@
 #define HS_MSGS(X)                                                                          \
     X(1, HELLO) X(2, PREPARE) X(3, PORTS) X(4, START) X(5, SLOTS) X(6, METRICS) X(7, READY) \
     X(8, WORDS) X(9, TRACE) X(10, OUTPUT) X(11, EXIT) X(12, IDLE) X(13, COMMITTED)          \
-    X(14, STOP) X(15, KILL) X(16, END)
+    X(14, STOP) X(15, KILL) X(16, END) X(17, ALGORITHMS)
 
 enum {
 #define X(number, NAME) HS_MSG_##NAME = number,

@@ -1,11 +1,12 @@
 /* The last layer with its loss, CHUNK rows at a time: a product, a block for each row of logits,
- * two products.
+ * two products; of gemm.h or, under path cuda, of a library (libraries.h).
  *
  * Order of a row's sum, of this set alone: thread t of FLAT sums its elements (packs of 4 at 4 t,
  * 4 (t + FLAT), ...) in one chain; threads join 16, 8, 4, 2, 1 lanes apart, then warps ascending.
  * It depends on V alone, so CHUNK does not show. The products' order is gemm.h's.
  */
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/libraries.h"
 
 #include "kernels/classifier.h"
 
@@ -90,8 +91,115 @@ static hs_status classifier_logits(cudaStream_t stream, float *logits, const T *
     return gemm_run(stream, g);
 }
 
+/* --- path cuda -------------------------------------------------------------------------------- */
+
+enum { LOSS_THREADS = 512, LOSS_WARPS = LOSS_THREADS / 32, LOSS_PACK = 8 };
+
+/* The largest of some logits, and the sum of exp(logit - largest). */
+struct loss_sum {
+    float top, sum;
+};
+
+HS_DEVICE loss_sum joined(loss_sum a, loss_sum b) {
+    const float top = v_max(a.top, b.top);
+    return loss_sum{top, a.sum * v_exp(a.top - top) + b.sum * v_exp(b.top - top)};
+}
+
+/* A row of a chunk in two passes over its logits: largest and sum together, then its gradient. The
+ * order of its sum depends on V alone: a thread takes packs of 8 at 8 t, 8 (t + LOSS_THREADS), ...;
+ * threads join 16, 8, 4, 2, 1 lanes apart, then warps ascending. */
 template <typename T>
-static hs_status classifier_fwd_op(cudaStream_t stream, const hs_classifier_fwd_args &a) {
+__global__ void __launch_bounds__(LOSS_THREADS)
+    classifier_loss(float *loss, const float *logits, T *dlogits, const int32_t *target, int64_t V,
+                    float scale, bool wide, bool wide_out) {
+    const int N = LOSS_PACK;
+    HS_SHARED(loss_sum, warps, [LOSS_WARPS]);
+    const int64_t r = blockIdx.x;
+    const int32_t own = target[r];
+    const float *z = logits + r * V;
+    const int64_t first = (int64_t)threadIdx.x * N, step = LOSS_THREADS * N;
+    if (own < 0) {
+        if (threadIdx.x == 0) loss[r] = 0.0f;
+        if (dlogits)
+            for (int64_t v = threadIdx.x; v < V; v += LOSS_THREADS)
+                narrow(0.0f, dlogits + r * V + v);
+        return;
+    }
+    loss_sum s = {z[0], 0.0f};
+    for (int64_t v = first; v < V; v += step) {
+        const lanes<N> x = load<N>(z + v, V - v, wide);
+        float top = s.top;
+        for (int i = 0; i < N; i++)
+            if (v + i < V) top = v_max(top, x.x[i]);
+        if (top > s.top) s = loss_sum{top, s.sum * v_exp(s.top - top)};
+        for (int i = 0; i < N; i++)
+            if (v + i < V) s.sum = s.sum + v_exp(x.x[i] - s.top);
+    }
+    for (int bits = 16; bits; bits /= 2) {
+        const loss_sum other = {__shfl_xor_sync(0xffffffffu, s.top, bits),
+                                __shfl_xor_sync(0xffffffffu, s.sum, bits)};
+        s = threadIdx.x & (unsigned)bits ? joined(other, s) : joined(s, other);
+    }
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
+    __syncthreads();
+    s = warps[0];
+    for (int i = 1; i < LOSS_WARPS; i++) s = joined(s, warps[i]);
+    if (threadIdx.x == 0) loss[r] = (s.top - z[own]) + log1_f32(s.sum);
+    if (!dlogits) return;
+    const float factor = v_div(scale, s.sum);
+    for (int64_t v = first; v < V; v += step) {
+        lanes<N> x = load<N>(z + v, V - v, wide);
+        for (int i = 0; i < N; i++) {
+            const float p = v_exp(x.x[i] - s.top);
+            x.x[i] = v + i == own ? (v_div(p, s.sum) - 1.0f) * scale : p * factor;
+        }
+        store(dlogits + r * V + v, x, V - v, wide_out);
+    }
+}
+
+/* Products of hs_products_of, and the rows between them. */
+template <typename T>
+static hs_status by_chunks(const hs_cuda_ctx *ctx, uint16_t kernel, const hs_args &args,
+                           const hs_classifier_grad_args &a) {
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
+    hs_product all[HS_PRODUCTS_OF_A_CALL];
+    (void)hs_products_of(kernel, &args, NULL, all);
+    const int each = kernel == HS_K_CLASSIFIER_GRAD ? 3 : 1;
+    float *logits = static_cast<float *>(a.logits);
+    T *dlogits = static_cast<T *>(a.dlogits);
+    for (int64_t r = 0; r < a.R; r += a.CHUNK) {
+        const int64_t rows = a.R - r < a.CHUNK ? a.R - r : a.CHUNK;
+        /* the products of a whole chunk come first, if there is one */
+        const hs_product *p = rows < a.CHUNK && a.R >= a.CHUNK ? all + each : all;
+        const T *x = static_cast<const T *>(a.x) + r * a.C;
+        hs_product z = p[0];
+        z.a.at = x;
+        HS_TRY(hs_products_run(ctx->products, ctx, &z));
+        HS_TRY(HS_LAUNCH(classifier_loss, (unsigned)rows, LOSS_THREADS, stream,
+                         static_cast<float *>(a.loss) + r, logits, dlogits,
+                         static_cast<const int32_t *>(a.target) + r, a.V, (float)a.scale,
+                         wide_at(logits, a.V), wide_at(dlogits, a.V)));
+        if (each == 1) continue;
+        hs_product dx = p[1], dw = p[2];
+        dx.out = static_cast<T *>(a.dx) + r * a.C;
+        dw.b.at = x;
+        HS_TRY(hs_products_run(ctx->products, ctx, &dx));
+        HS_TRY(hs_products_run(ctx->products, ctx, &dw));
+    }
+    return HS_OK;
+}
+
+/* --- ops ----------------------------------------------------------------------------------------- */
+
+template <typename T>
+static hs_status classifier_fwd_op(const hs_cuda_ctx *ctx, const hs_classifier_fwd_args &a) {
+    if (hs_by_library(ctx)) {
+        hs_classifier_grad_args g = {};
+        g.loss = a.loss, g.x = a.x, g.w = a.w, g.target = a.target, g.logits = a.logits;
+        g.R = a.R, g.C = a.C, g.V = a.V, g.CHUNK = a.CHUNK;
+        return by_chunks<T>(ctx, HS_K_CLASSIFIER_FWD, hs_classifier_fwd_args_to(&a), g);
+    }
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t R = a.R, C = a.C, V = a.V, CHUNK = a.CHUNK;
     float *logits = static_cast<float *>(a.logits);
     const T *w = static_cast<const T *>(a.w);
@@ -107,10 +215,13 @@ static hs_status classifier_fwd_op(cudaStream_t stream, const hs_classifier_fwd_
     }
     return HS_OK;
 }
-HS_CUDA_OP(classifier_fwd)
+HS_CUDA_CTX_OP(classifier_fwd)
 
 template <typename T>
-static hs_status classifier_grad_op(cudaStream_t stream, const hs_classifier_grad_args &a) {
+static hs_status classifier_grad_op(const hs_cuda_ctx *ctx, const hs_classifier_grad_args &a) {
+    if (hs_by_library(ctx))
+        return by_chunks<T>(ctx, HS_K_CLASSIFIER_GRAD, hs_classifier_grad_args_to(&a), a);
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t R = a.R, C = a.C, V = a.V, CHUNK = a.CHUNK;
     float *logits = static_cast<float *>(a.logits);
     T *dlogits = static_cast<T *>(a.dlogits);
@@ -139,11 +250,18 @@ static hs_status classifier_grad_op(cudaStream_t stream, const hs_classifier_gra
     }
     return HS_OK;
 }
-HS_CUDA_OP(classifier_grad)
+HS_CUDA_CTX_OP(classifier_grad)
 
-template <typename T> static hs_status logits_op(cudaStream_t stream, const hs_logits_args &a) {
+template <typename T> static hs_status logits_op(const hs_cuda_ctx *ctx, const hs_logits_args &a) {
+    if (hs_by_library(ctx)) {
+        hs_product p[HS_PRODUCTS_OF_A_CALL];
+        const hs_args args = hs_logits_args_to(&a);
+        (void)hs_products_of(HS_K_LOGITS, &args, NULL, p);
+        return hs_products_run(ctx->products, ctx, p);
+    }
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t R = a.R, C = a.C, V = a.V;
     return classifier_logits(stream, static_cast<float *>(a.logits), static_cast<const T *>(a.x),
                              static_cast<const T *>(a.w), R, C, V);
 }
-HS_CUDA_OP(logits)
+HS_CUDA_CTX_OP(logits)

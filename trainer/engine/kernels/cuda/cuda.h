@@ -22,8 +22,18 @@ extern "C" {
 #define HS_CUDA_VERSION 1 /* of the table below */
 
 typedef struct hs_cuda_ctx {
-    void *stream; /* a cudaStream_t */
+    void *stream;        /* a cudaStream_t */
+    uint32_t path;       /* HS_PATH_CUDA, or HS_PATH_CUDA_EXACT, which 0 means too */
+    uint32_t capability; /* of the device: 90 */
+    void *workspace; /* the device's, of this stream alone, aligned to 256 bytes: what lies there
+                             * means nothing between two calls. NULL: none (then the path is exact) */
+    size_t workspace_bytes;       /* HS_CUDA_WORKSPACE */
+    struct hs_products *products; /* libraries.h; NULL: none (then the path is exact) */
+    hs_why *why;                  /* says more where a call fails; may be NULL */
 } hs_cuda_ctx;
+
+/* A workspace's first part is the libraries', the rest is for kernels of ours (kernels/cuda/libraries.h). */
+#define HS_CUDA_WORKSPACE (UINT64_C(40) << 20)
 
 /* HS_OK: launched. HS_E_CONFIG: a dtype that is not f32 or bf16. HS_E_BUG: the launch was refused
  * (cudaGetLastError says why), or the emulator found a fault. */

@@ -38,6 +38,15 @@ static inline hs_status hs_cuda_launched(void) {
         return HS_E_CONFIG;                                                                        \
     }
 
+/* The same, for ops that need more of the context: from name##_op<T>(ctx, hs_<name>_args). */
+#define HS_CUDA_CTX_OP(name)                                                                       \
+    extern "C" hs_status hs_cuda_##name(const hs_cuda_ctx *ctx, const hs_args *args) {             \
+        const hs_##name##_args a = hs_##name##_args_of(args);                                      \
+        if (args->dtype == HS_F32) return name##_op<float>(ctx, a);                                \
+        if (args->dtype == HS_BF16) return name##_op<bf16>(ctx, a);                                \
+        return HS_E_CONFIG;                                                                        \
+    }
+
 typedef __nv_bfloat16 bf16;
 
 /* Elements of T in 16 bytes: 4 or 8. What a thread works on at a time. */

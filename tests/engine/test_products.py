@@ -1,0 +1,162 @@
+"""Products under kernel path cuda: linear layers and the classifier through the library's seam (libraries.h), with an
+emulated cuBLASLt (``emulate_cublaslt.cc`` says what it offers and how it is told to be otherwise).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from tests.engine.cuda_lib import CudaLib, Refused, build
+from tests.engine.kernel_lib import Array, KernelLib, decode, encode
+from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
+from trainer import wire
+
+OPS = ("linear_fwd", "linear_igrad", "linear_wgrad", "classifier_fwd", "classifier_grad", "logits")
+SPLIT, REDUCE = 3, 4
+UNSUPPORTED, CONFIG, BUG, DEVICE = -16, -6, -3, -19
+
+
+@pytest.fixture(scope="module")
+def cuda() -> CudaLib:
+    return CudaLib(build())
+
+
+def numbers(table: list[wire.Algorithm]) -> list[int]:
+    """Which of the emulated library's algorithms."""
+    return [entry.algorithm[0] for entry in table]
+
+
+def some_call(kernels: KernelLib, kernel: str = "linear_fwd", dtype: int = wire.F32) -> Call:
+    return Call.make(kernels, next(case for case in CASES if case.kernel == kernel and min(case.dims[:3]) > 4), dtype)
+
+
+def chosen(cuda: CudaLib, call: Call, known: list[wire.Algorithm] | None = None) -> list[wire.Algorithm]:
+    nothing = [None if x is None else np.zeros_like(x) for x in call.inputs]
+    table = cuda.chosen(call.case.kernel, call.dtype, nothing, call.case.dims, call.case.reals, known or [])
+    assert not any(x.any() for x in nothing if x is not None), "zero operands did not stay zero"
+    return table
+
+
+def copies(call: Call) -> list[Array | None]:
+    return [None if x is None else x.copy() for x in call.inputs]
+
+
+def written(call: Call, arrays: list[Array | None]) -> list[bytes]:
+    return [x.tobytes() for i, _ in call.outputs() if (x := arrays[i]) is not None]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [p for p in WITH_DTYPE if p.values[0].kernel in OPS],  # type: ignore[union-attr]
+)
+def test_right(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: int) -> None:
+    """Every layout, distance between rows, ACCUM, chunk: close to ref; the same bits in any order of the threads."""
+    call = Call.make(kernels, case, dtype)
+    if case.kernel == "linear_fwd" and dtype == wire.BF16 and (bias := call.inputs[3]) is not None:
+        bias[:] = decode(encode(bias, dtype), dtype)  # the library adds one of the result's type
+    cuda.seed(1)
+    got = call.run(cuda, "library")
+    assert_close_to_ref(kernels, call, got)
+    cuda.seed(2)
+    assert written(call, call.run(cuda, "library")) == written(call, got)
+
+
+def test_the_table_decides_the_bits(kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which algorithm is the fastest decides what a table says, and a table what is computed, whatever is fastest."""
+    call, results = some_call(kernels), []
+    tables = []
+    for fastest in (0, 1):
+        monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"fastest {fastest}")
+        tables.append(chosen(cuda, call))
+        assert numbers(tables[-1]) == [fastest]
+    for table in (*tables, tables[0]):
+        arrays = copies(call)
+        cuda.products(call.case.kernel, call.dtype, arrays, call.case.dims, call.case.reals, table)
+        results.append(written(call, arrays))
+    assert results[0] == results[2] != results[1]
+
+
+def test_what_a_run_has_is_not_chosen_again(kernels: KernelLib, cuda: CudaLib) -> None:
+    call = some_call(kernels, "classifier_grad")
+    table = chosen(cuda, call)
+    assert len(table) == 6, "a whole chunk's products, and the last one's"
+    assert chosen(cuda, call, table) == []
+    rest = chosen(cuda, call, table[:2])
+    assert [bytes(entry.key) for entry in rest] == [bytes(entry.key) for entry in table[2:]]
+    foreign = chosen(cuda, some_call(kernels))
+    assert len(chosen(cuda, call, foreign)) == len(table)
+
+
+@pytest.mark.parametrize("number", [SPLIT, REDUCE])
+def test_a_sum_in_parts_is_never_chosen(
+    kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It is offered first and is the fastest; where nothing else is offered, that is said; in a table it is refused."""
+    call = some_call(kernels)
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"fastest {number}")
+    table = chosen(cuda, call)
+    assert numbers(table) == [0]
+    assert table[0].candidates == 2
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"only {number}")
+    with pytest.raises(Refused, match="has no algorithm of one sum") as refused:
+        chosen(cuda, call)
+    assert refused.value.status == UNSUPPORTED
+    table[0].algorithm[0] = number
+    with pytest.raises(
+        Refused, match=r"cuBLASLt 13\.1\.0 refuses the algorithm that this run has for a product of"
+    ) as no:
+        chosen(cuda, call, table)
+    assert no.value.status == CONFIG
+
+
+def test_a_table_that_the_library_refuses_is_told(
+    kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = some_call(kernels)
+    table = chosen(cuda, call)
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"refuse {numbers(table)[0]}")
+    with pytest.raises(
+        Refused, match=r"not supported\); go on with the library and device that it began with, or "
+    ) as no:
+        chosen(cuda, call, table)
+    assert no.value.status == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "words"),
+    [
+        ("missing", UNSUPPORTED, "said to be missing"),
+        ("version 120800", UNSUPPORTED, r"cuBLASLt 12\.8\.0 was found, and this build needs version 13"),
+        ("fail 1", DEVICE, r"cuBLASLt 13\.1\.0 failed in a product of"),
+    ],
+)
+def test_a_library_that_does_not_do(
+    kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch, said: str, status: int, words: str
+) -> None:
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", said)
+    with pytest.raises(Refused, match=words) as refused:
+        chosen(cuda, some_call(kernels))
+    assert refused.value.status == status
+
+
+def test_a_product_without_an_algorithm_is_a_bug(kernels: KernelLib, cuda: CudaLib) -> None:
+    call = some_call(kernels)
+    with pytest.raises(Refused, match="was never asked for") as refused:
+        cuda.products(call.case.kernel, call.dtype, copies(call), call.case.dims, call.case.reals, [])
+    assert refused.value.status == BUG
+
+
+def test_every_block_of_rows_has_the_same_key(kernels: KernelLib, cuda: CudaLib) -> None:
+    """A chunk's rows may begin at odd addresses: alignment is that of all rows."""
+    case = Case("classifier_grad", (21, 33, 40, 5), (0.5,))
+    call = Call.make(kernels, case, wire.BF16)
+    assert_close_to_ref(kernels, call, call.run(cuda, "library"))
+
+
+def test_numbers_and_sizes_are_those_of_the_header() -> None:
+    assert (ctypes.sizeof(wire.AlgorithmKey), ctypes.sizeof(wire.Algorithm), ctypes.sizeof(wire.Algorithms)) == (
+        72, 152, 152,
+    )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Sheets of accelerators, and what a plan is on one: its memory there, and its step's time by roofline.
+
+A sheet is what a maker says (dense, without sparsity), and which share of it real programs reach. The estimate takes a
+rank a device: products run at ``product_share`` of the peak of their element type, attention at ``attention_share``,
+and every call at no more than ``memory_share`` of the bandwidth. The shares are assumptions until `make gpu-session`
+has measured ours; ``assumptions`` lists them for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer import wire
+from trainer.errors import PlanError
+from trainer.plan.compiled import Plan
+from trainer.plan.draw import bytes_text, memory_text
+from trainer.plan.flops import Dims, work
+from trainer.plan.memory import RUNTIME_BYTES, workspace_bytes
+from trainer.plan.records import PositionPlan
+from trainer.plan.simulate import CostModel
+from trainer.spec import RunSpec
+
+WORKSPACE_BYTES = 40 << 20
+"""Of a device's kernels and libraries (``HS_CUDA_WORKSPACE``)."""
+CONTEXT_BYTES = 700 << 20
+"""What the driver and the libraries take of a device for one process: assumed, not measured yet."""
+CALL_S = 2e-6
+"""Between two kernels of a graph: assumed."""
+
+
+@dataclass(frozen=True)
+class DeviceSheet:
+    """One accelerator. Bytes, bytes a second, operations a second; links one way."""
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_s: float
+    peak: Mapping[str, float]
+    """By train.precision."""
+    product_share: Mapping[str, float]
+    attention_share: float
+    link_bytes_per_s: float
+    """To another device of the node."""
+    network_bytes_per_s: float
+    """To another node."""
+    memory_share: float = 0.9
+
+
+# Memory, bandwidth, bf16 and fp8 peaks, links, network: the makers' tables as collected in August 2026 by
+# stas00/ml-engineering (compute/accelerator); H200's memory and bandwidth: NVIDIA's sheet of it, the rest as H100's;
+# fp32 without tensor cores, as our products of that type run: the makers' sheets (GB300's as B200's: assumed).
+# Shares of products: the best shape of torch's matrix products, same source ("MAMF"): H100 794.5 of 989 (bf16) and
+# 1402.6 of 1979 (fp8), B200 1745 of 2250, B300 1769 (here of GB300's 2500), GB200 fp8 3615.6 of 5000 (B200's too).
+# Of attention: forward and backward of head size 64 to 128 at 1k to 4k, figures of arXiv 2407.08608 (Hopper);
+# Blackwell's forward reaches more (arXiv 2603.05451: 71 %), its backward is not published: assumed as Hopper's.
+SHEETS: Mapping[str, DeviceSheet] = {
+    sheet.name: sheet
+    for sheet in (
+        DeviceSheet(
+            "H100", 80 * 10**9, 3.35e12, {"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12},
+            {"fp32": 0.8, "bf16": 0.80, "fp8": 0.71}, 0.45, 450e9, 50e9,
+        ),
+        DeviceSheet(
+            "H200", 141 * 10**9, 4.8e12, {"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12},
+            {"fp32": 0.8, "bf16": 0.80, "fp8": 0.71}, 0.45, 450e9, 50e9,
+        ),
+        DeviceSheet(
+            "B200", 180 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2250e12, "fp8": 4500e12},
+            {"fp32": 0.8, "bf16": 0.77, "fp8": 0.72}, 0.45, 900e9, 50e9,
+        ),
+        DeviceSheet(
+            "GB300", 279 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2500e12, "fp8": 5000e12},
+            {"fp32": 0.8, "bf16": 0.70, "fp8": 0.72}, 0.45, 900e9, 100e9,
+        ),
+    )
+}  # fmt: skip
+
+
+def sheet_of(name: str) -> DeviceSheet:
+    """The sheet of this name, in either case of letters.
+
+    >>> sheet_of("h100").memory_bytes
+    80000000000
+    """
+    found = SHEETS.get(name.upper())
+    if found is None:
+        raise PlanError(f"there is no sheet of a device {name!r}; there are {', '.join(SHEETS)}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceCost(CostModel):
+    """A sheet's costs, for products of one precision."""
+
+    sheet: DeviceSheet
+    precision: str
+
+    def call_seconds(self, kernel: str, dims: Dims, bytes_touched: int) -> float:
+        # fp8 is of the blocks' linears alone, which have kernels of their own
+        kind = "bf16" if self.precision == "fp8" and not kernel.startswith("linear8") else self.precision
+        share = self.sheet.attention_share if kernel.startswith("attention") else self.sheet.product_share[kind]
+        rate = share * self.sheet.peak[kind]
+        found = work(kernel, dims)
+        done = 2 * (found.products + found.again)
+        return self.call_s + max(done / rate, bytes_touched / self.memory_bytes_per_s)
+
+
+def cost_of(sheet: DeviceSheet, spec: RunSpec) -> DeviceCost:
+    """What a step of ``spec`` costs on this device, a rank on each."""
+    link = sheet.link_bytes_per_s if spec.launch.nodes == 1 else sheet.network_bytes_per_s
+    precision = spec.train.precision
+    return DeviceCost(
+        flops_per_s=sheet.product_share[precision] * sheet.peak[precision],
+        memory_bytes_per_s=sheet.memory_share * sheet.memory_bytes_per_s,
+        link_bytes_per_s=0.8 * link,
+        link_latency_s=10e-6,
+        call_s=CALL_S,
+        sheet=sheet,
+        precision=precision,
+    )
+
+
+def assumptions(sheet: DeviceSheet, spec: RunSpec) -> str:
+    """What the estimate stands on, for people."""
+    precision = spec.train.precision
+    return (
+        f"by roofline of {sheet.name}'s sheet, a rank a device; assumed: products at "
+        f"{sheet.product_share[precision]:.0%} of {sheet.peak[precision] / 1e12:,.0f} TFLOP/s ({precision}), attention "
+        f"at {sheet.attention_share:.0%} of its peak, the rest at {sheet.memory_share:.0%} of "
+        f"{sheet.memory_bytes_per_s / 1e12:.2f} TB/s, {CALL_S * 1e6:.0f} us a call; nothing of it is measured"
+    )
+
+
+def on_device(position: PositionPlan, spec: RunSpec) -> dict[str, int]:
+    """Bytes by kind that a rank at this position takes of its device."""
+    kinds = {kind: position.bytes_by_kind[kind] for kind in wire.MEMORY_KINDS if kind not in ("slots", "channels")}
+    kinds["other"] -= RUNTIME_BYTES + workspace_bytes(spec.parallel.threads)
+    return {**kinds, "workspace": WORKSPACE_BYTES, "context": CONTEXT_BYTES}
+
+
+def on_host(position: PositionPlan) -> dict[str, int]:
+    """Bytes of the host that it takes beside that: ``pinned`` (snapshot slots, which the agent reads), and the rest."""
+    kinds = position.bytes_by_kind
+    return {"pinned": kinds["slots"], "channels": kinds["channels"], "process": RUNTIME_BYTES}
+
+
+def fits(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> str:
+    """The tables of device and host memory; PlanError with them where a rank does not fit its device."""
+    device = [on_device(position, spec) for position in plan.positions]
+    text = (
+        f"memory of each {sheet.name} ({bytes_text(sheet.memory_bytes)}):\n{memory_text(device, sheet.memory_bytes)}"
+        f"memory of the host, by rank:\n{memory_text([on_host(position) for position in plan.positions])}"
+    )
+    over = _over(device, sheet.memory_bytes)
+    if over is not None:
+        needs = sum(device[over].values())
+        raise PlanError(
+            f"position {over} needs {needs} bytes ({bytes_text(needs)}) of a {sheet.name}, which has "
+            f"{sheet.memory_bytes} ({bytes_text(sheet.memory_bytes)}): take more stages (parallel.stages) or a smaller "
+            f"microbatch (train.microbatch)\n{text}"
+        )
+    return text
+
+
+def _over(by_position: Sequence[Mapping[str, int]], most: int) -> int | None:
+    """The position that is furthest above ``most``; None where all fit."""
+    worst = max(range(len(by_position)), key=lambda p: sum(by_position[p].values()))
+    return worst if sum(by_position[worst].values()) > most else None
