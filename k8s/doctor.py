@@ -17,7 +17,7 @@ from k8s.errors import ApiUnavailable, Missing, NotAllowed, Unauthenticated
 from k8s.labels import AGENT, ENGINE
 from k8s.quantity import amount, spelled
 from k8s.quota import of_pod, quota_problems, range_problems, uses
-from k8s.render import FABRIC_MEND
+from k8s.render import CUDA_IMAGE, DEFAULT_IMAGE, FABRIC_MEND
 from k8s.version import MEND, OLDEST, too_old
 from trainer.errors import LaunchError
 
@@ -37,6 +37,7 @@ RIGHTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 """(API group, resource, verbs): all that the launcher and this doctor need, and all that the Role grants."""
 
+_GPUS = "nvidia.com/"
 _OPTIONAL = {("resourcequotas", "list"), ("namespaces", "get"), ("events", "list"), ("pods/log", "get")}
 
 
@@ -79,6 +80,7 @@ def examine(api: Reader, wanted: RunNeeds, clock: Callable[[], float] = time.mon
         ("fabric", _fabric),
         ("quota", _quota),
         ("machines", _machines),
+        ("gpus", _gpus),
         ("images", _images),
         ("store", _store),
         ("queue", _queue),
@@ -243,6 +245,49 @@ def _machines(api: Reader, wanted: RunNeeds) -> list[Check]:
         mend = "several pods will share a machine where it has room; else set recovery.allowed_stages"
         return [Check("machines", "warn", f"{text}, and it has {count} pods", mend)]
     return [Check("machines", "ok", text)]
+
+
+def _gpus(api: Reader, wanted: RunNeeds) -> list[Check]:
+    """What the cluster has of each kind of NVIDIA device that a pod asks for; and whether its image can use them."""
+    pod = wanted.job["spec"]["template"]["spec"] if wanted.job else {}
+    asked = {key: value for key, value in of_pod(uses(pod)).requests.items() if key.startswith(_GPUS) and value}
+    if not asked:
+        return []
+    found = [
+        Check(
+            "gpus",
+            "bad",
+            f"the engine's image {container['image']} is the one for CPUs: it opens no CUDA device",
+            f"take {CUDA_IMAGE} (`make images` builds it), or unset launch.image",
+        )
+        for container in _containers(wanted.job)
+        if container["name"] == ENGINE and _image_name(container["image"]) == _image_name(DEFAULT_IMAGE)
+    ]
+    try:
+        items = api.get("/api/v1/nodes", {"limit": "1000"}, read_s=READ_S).get("items") or ()
+    except NotAllowed:
+        return [*found, Check("gpus", "unknown", "this user may not list machines (not needed to run)")]
+    assert wanted.job is not None
+    pods = int(wanted.job["spec"]["completions"])
+    for key, value in sorted(asked.items()):
+        has = [amount(((item.get("status") or {}).get("allocatable") or {}).get(key, "0")) for item in items]
+        room = sum(int(one / value) for one in has)
+        text = f"{sum(has)} {key} on {sum(one > 0 for one in has)} of {len(items)} machines; the run asks for "
+        text += f"{spelled(value, key)} in each of {pods} pods"
+        if not any(has):
+            mend = "install NVIDIA's device plugin (or its GPU operator) where machines have GPUs; or name what they offer"
+            found.append(Check("gpus", "bad", text, f"{mend} in launch.resources"))
+        elif room < pods:
+            mend = "lower launch.nodes or the ranks of a pod, or add machines; recovery.allowed_stages goes on with fewer"
+            found.append(Check("gpus", "bad", f"{text}: room for {room}", mend))
+        else:
+            found.append(Check("gpus", "ok", text))
+    return found
+
+
+def _image_name(image: str) -> str:
+    """Without registry, tag and digest."""
+    return image.rsplit("/", 1)[-1].partition("@")[0].partition(":")[0]
 
 
 def _unfit(node: Json, pod: Json, need: Mapping[str, Fraction]) -> str | None:

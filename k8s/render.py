@@ -21,6 +21,7 @@ from k8s.quantity import amount
 from trainer.errors import LaunchRefused
 from trainer.failures import FAIL_JOB_CODES, FAIL_JOB_CONDITIONS
 from trainer.plan import Plan
+from trainer.plan.devices import on_host
 from trainer.plan.memory import more_threads_bytes
 from trainer.spec import RunSpec
 
@@ -32,6 +33,10 @@ PORTS = 256
 AGENT_OVERHEAD = 512 << 20
 ENGINE_OVERHEAD = 128 << 20
 DEFAULT_IMAGE, DEFAULT_AGENT_IMAGE = "hotstage-engine:0.1.0", "hotstage-agent:0.1.0"
+CUDA_IMAGE = "hotstage-engine-cuda:0.1.0"
+GPU = "nvidia.com/gpu"
+SHM_BYTES = 256 << 20  # of /dev/shm, where NCCL exchanges what its ranks need to begin: the runtime's 64 MiB are few
+CUDA_HOST_BYTES = 2 << 30  # of a rank's process: driver, libraries, pinned windows; assumed, not measured yet
 # fabric -> devices, capabilities and environment; tcp is what this version runs, the others are rendered
 FABRICS: Mapping[str, Mapping[str, Any]] = {
     "tcp": {},
@@ -182,11 +187,11 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
     }
     engine: dict[str, Any] = {
         "name": ENGINE,
-        "image": spec.launch.image or DEFAULT_IMAGE,
+        "image": spec.launch.image or (CUDA_IMAGE if has_gpus(spec) else DEFAULT_IMAGE),
         "args": ["node", "--agent", SOCKET],
         "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
         "resources": _resources(
-            "resources", _engine_memory(spec, plan), spec.launch.resources, fabric.get("resources", {})
+            "resources", _engine_memory(spec, plan), _with_gpus(spec), fabric.get("resources", {})
         ),
         "securityContext": restricted,
         "volumeMounts": [
@@ -252,6 +257,12 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             {"name": "launch-key", "secret": {"secretName": f"{name}-key", "defaultMode": 0o440}},
         ],
     }  # fmt: skip
+    if has_gpus(spec):
+        pod["tolerations"].append({"key": GPU, "operator": "Exists", "effect": "NoSchedule"})
+        pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{SHM_BYTES >> 20}Mi"}})
+        engine["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
+    if spec.launch.runtime_class:
+        pod["runtimeClassName"] = spec.launch.runtime_class
     if spec.launch.node_selector:
         pod["nodeSelector"] = dict(spec.launch.node_selector)
     if spec.launch.priority_class:
@@ -271,6 +282,20 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
         pod["resourceClaims"] = [{"name": c, "resourceClaimTemplateName": c} for c in fabric["claims"]]
         engine["resources"]["claims"] = [{"name": c} for c in fabric["claims"]]
     return pod
+
+
+def has_gpus(spec: RunSpec) -> bool:
+    """Whether the engine's container gets GPUs: ranks are asked to run on them, or ``launch.resources`` names some."""
+    named = any(key.removeprefix("limits.").startswith("nvidia.com/") for key in spec.launch.resources)
+    return spec.parallel.on_cuda(spec.launch.kernel_path) or (named and spec.parallel.device != "cpu")
+
+
+def _with_gpus(spec: RunSpec) -> Mapping[str, str]:
+    """``launch.resources``, with a GPU for each rank of the pod where ranks need them and nothing names any."""
+    given = spec.launch.resources
+    if not spec.parallel.on_cuda(spec.launch.kernel_path) or any("nvidia.com/" in key for key in given):
+        return given
+    return {**given, GPU: str(_local_ranks(spec))}
 
 
 _INDEX_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -312,13 +337,20 @@ def limits_of(spec: RunSpec, plan: Plan, job: Mapping[str, Any]) -> Limits:
 
 def _engine_memory(spec: RunSpec, plan: Plan) -> int:
     """Bytes of the ranks of the fullest node, without their snapshot slots (the agent's: it makes them)."""
+    nodes = plan.on_nodes(spec.launch.nodes)
+    on_cuda = 0
+    if has_gpus(spec):
+        beside = max(sum(on_host(p)["channels"] + on_host(p)["process"] for p in node) for node in nodes)
+        on_cuda = beside + _local_ranks(spec) * CUDA_HOST_BYTES + SHM_BYTES + ENGINE_OVERHEAD
+        if spec.parallel.on_cuda(spec.launch.kernel_path):
+            return on_cuda  # else its ranks may turn out to run on the CPU
     # without a number of CPUs nobody knows the machine's: the engine starts as many threads as the limit has room for
     try:
         more = more_threads_bytes(spec, float(amount(spec.launch.resources["cpu"])))
     except (KeyError, ValueError):  # _resources refuses what is no quantity
         more = 0
-    nodes = plan.on_nodes(spec.launch.nodes)
-    return max(sum(p.total_bytes - p.bytes_by_kind["slots"] + max(more, 0) for p in n) for n in nodes) + ENGINE_OVERHEAD
+    on_cpu = max(sum(p.total_bytes - p.bytes_by_kind["slots"] + max(more, 0) for p in node) for node in nodes)
+    return max(on_cpu + ENGINE_OVERHEAD, on_cuda)
 
 
 def _agent_memory(spec: RunSpec, plan: Plan) -> int:

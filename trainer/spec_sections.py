@@ -254,6 +254,10 @@ class ParallelSpec(_Section):
         """Processes of a gang: a rank fills each position of the pipeline in every replica."""
         return self.positions(self.stages) * self.replicas
 
+    def on_cuda(self, kernel_path: KernelPath) -> bool:
+        """Whether ranks are asked to run on CUDA devices: by name, or by a family of kernels that runs nowhere else."""
+        return self.device == "cuda" or (self.device == "auto" and kernel_path in CUDA_PATHS)
+
     def positions(self, stages: int) -> int:
         """Places in a pipeline of so many stages."""
         return -(-stages // self.chunks)
@@ -311,6 +315,7 @@ class LaunchSpec(_Section):
     pod_patch: dict[str, Any] = Field(default_factory=dict, description="kubernetes: strategic-merge patch of the pod")
     fabric: Literal["tcp", "infiniband", "roce", "efa", "nvl72"] = "tcp"
     queue: str = Field("", max_length=63, description="kubernetes: Kueue's queue; the Job then waits to be admitted")
+    runtime_class: str = Field("", max_length=253, description="kubernetes: RuntimeClass of the pods, e.g. nvidia")
     priority_class: str = Field("", max_length=253, description="kubernetes: PriorityClass of the pods")
     node_selector: dict[str, str] = Field(default_factory=dict, description="kubernetes: labels of the machines to use")
     tolerations: list[dict[str, Any]] = Field(default_factory=list, description="kubernetes: taints that are borne")

@@ -224,3 +224,30 @@ def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) ->
     wanted = {(verb, resource) for _, resource, verbs in RIGHTS for verb in verbs}
     more = {("list", "nodes"), ("list", "version"), ("list", "limitranges")}  # everybody's, or not needed
     assert server.used - more == wanted
+
+
+def with_gpus(server: ApiServer, *counts: int, **launch: Any) -> list[Check]:
+    machines = [node(f"m{number}") for number, _ in enumerate(counts)]
+    for machine, count in zip(machines, counts, strict=True):
+        if count:
+            machine["status"]["allocatable"]["nvidia.com/gpu"] = str(count)
+    server.documents[NODES] = {"items": machines}
+    return examined(server, resources={"nvidia.com/gpu": "4"}, **launch)["gpus"]
+
+
+def test_gpus_of_the_cluster_and_of_the_run(server: ApiServer) -> None:
+    (check,) = with_gpus(server, 8, 0)
+    assert check == Check(
+        "gpus", "ok", "8 nvidia.com/gpu on 1 of 2 machines; the run asks for 4 in each of 2 pods"
+    )
+    (check,) = with_gpus(server, 7, 2)
+    assert (check.verdict, check.text.endswith("in each of 2 pods: room for 1")) == ("bad", True)
+    (check,) = with_gpus(server, 0, 0)
+    assert (check.verdict, check.mend.startswith("install NVIDIA's device plugin")) == ("bad", True)
+
+
+def test_the_image_for_cpus_on_gpus(server: ApiServer) -> None:
+    image, room = with_gpus(server, 8, image="reg.example/train/hotstage-engine:0.1.0")
+    assert (image.verdict, room.verdict) == ("bad", "ok")
+    assert "is the one for CPUs" in image.text
+    assert "hotstage-engine-cuda:0.1.0" in image.mend

@@ -12,7 +12,17 @@ from kubernetes.client import V1Job, V1Service
 import k8s
 from flows.show.foretell import stand_in
 from k8s.labels import object_name
-from k8s.render import AGENT, ENGINE, FABRICS, PORT_BASE, PORTS, apply_patch, render_launch
+from k8s.render import (
+    AGENT,
+    CUDA_IMAGE,
+    DEFAULT_IMAGE,
+    ENGINE,
+    FABRICS,
+    PORT_BASE,
+    PORTS,
+    apply_patch,
+    render_launch,
+)
 from trainer.errors import LaunchRefused
 from trainer.plan import compile_plan
 from trainer.plan.memory import WORKSPACE_BYTES_PER_THREAD
@@ -167,3 +177,50 @@ def test_a_quantity_of_the_patch_that_is_none_is_refused() -> None:
         LaunchRefused, match=r"launch\.pod_patch of container engine: .*limits\.cpu = 'x' is no quantity"
     ):
         rendered(pod_patch=patch)
+
+
+def on_gpus(*sets: str, **launch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pod of a gang that asks for CUDA, and its engine's container."""
+    job = rendered("parallel.device=cuda", *sets, **launch)[0]
+    V1Job.model_validate(job)
+    pod = job["spec"]["template"]["spec"]
+    return pod, pod["containers"][0]
+
+
+def test_a_rank_gets_a_gpu_in_the_engines_container_alone() -> None:
+    pod, engine = on_gpus(runtime_class="nvidia")
+    assert engine["resources"]["requests"]["nvidia.com/gpu"] == engine["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert engine["image"] == CUDA_IMAGE
+    assert "nvidia.com/gpu" not in pod["initContainers"][0]["resources"]["limits"]
+    assert pod["runtimeClassName"] == "nvidia"
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+    (shm,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "256Mi"}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in engine["volumeMounts"]
+    assert engine["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_what_resources_name_of_gpus_holds() -> None:
+    """Fewer than ranks (they share), slices of one, or a device for a run that takes what there is (auto)."""
+    assert on_gpus(resources={"nvidia.com/gpu": "1"})[1]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    slices = on_gpus(resources={"nvidia.com/mig-3g.40gb": "2"})[1]["resources"]["limits"]
+    assert (slices["nvidia.com/mig-3g.40gb"], "nvidia.com/gpu" in slices) == ("2", False)
+    auto = rendered(resources={"nvidia.com/gpu": "2"})[0]["spec"]["template"]["spec"]["containers"][0]
+    assert (auto["image"], auto["resources"]["requests"]["nvidia.com/gpu"]) == (CUDA_IMAGE, "2")
+    cpu = rendered("parallel.device=cpu", resources={"nvidia.com/gpu": "2"})[0]["spec"]["template"]["spec"]
+    assert cpu["containers"][0]["image"] == DEFAULT_IMAGE
+    exact = rendered("launch.kernel_path=cuda-exact")[0]["spec"]["template"]["spec"]["containers"][0]
+    assert exact["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    with pytest.raises(LaunchRefused, match=r"nvidia.com/gpu = '0.5': devices are whole"):
+        on_gpus(resources={"nvidia.com/gpu": "0.5"})
+
+
+def test_a_pod_on_gpus_has_no_arena_in_its_host_memory() -> None:
+    big = ("model.width=2048", "model.layers=16")
+
+    def memory(*sets: str) -> int:
+        limits = rendered(*sets)[0]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return int(limits["memory"].removesuffix("Mi"))
+
+    assert memory("parallel.device=cuda", *big) == memory("parallel.device=cuda") < memory(*big)
+    assert memory('launch.resources."nvidia.com/gpu"="2"', *big) == memory(*big), "auto may turn out to be the CPU"
