@@ -49,7 +49,7 @@ newcomer: ## `make test` in a bare Debian with only the README's packages (root;
 	$(PYTHON) -m tests.tools.newcomer --suite $(or $(SUITE),bookworm) $(or $(COMMAND),make test)
 
 images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: what they stand on; BASE=local: the S3 server too)
-	$(BIN)/python -m k8s.images.build $(if $(BASE),--base $(BASE))
+	$(BIN)/python -m k8s.images.build $(IMAGES) $(if $(BASE),--base $(BASE))
 
 cuda: setup ## the kernels for GPUs into out/cuda, with what each takes (nvcc from pinned wheels; no GPU is needed)
 	$(BIN)/python -m k8s.images.cuda

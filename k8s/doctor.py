@@ -258,7 +258,7 @@ def _gpus(api: Reader, wanted: RunNeeds) -> list[Check]:
             "gpus",
             "bad",
             f"the engine's image {container['image']} is the one for CPUs: it opens no CUDA device",
-            f"take {CUDA_IMAGE} (`make images` builds it), or unset launch.image",
+            f"take {CUDA_IMAGE} (`make images IMAGES=engine-cuda` builds it), or unset launch.image",
         )
         for container in _containers(wanted.job)
         if container["name"] == ENGINE and _image_name(container["image"]) == _image_name(DEFAULT_IMAGE)
@@ -275,10 +275,14 @@ def _gpus(api: Reader, wanted: RunNeeds) -> list[Check]:
         text = f"{sum(has)} {key} on {sum(one > 0 for one in has)} of {len(items)} machines; the run asks for "
         text += f"{spelled(value, key)} in each of {pods} pods"
         if not any(has):
-            mend = "install NVIDIA's device plugin (or its GPU operator) where machines have GPUs; or name what they offer"
+            mend = (
+                "install NVIDIA's device plugin (or its GPU operator) where machines have GPUs; or name what they offer"
+            )
             found.append(Check("gpus", "bad", text, f"{mend} in launch.resources"))
         elif room < pods:
-            mend = "lower launch.nodes or the ranks of a pod, or add machines; recovery.allowed_stages goes on with fewer"
+            mend = (
+                "lower launch.nodes or the ranks of a pod, or add machines; recovery.allowed_stages goes on with fewer"
+            )
             found.append(Check("gpus", "bad", f"{text}: room for {room}", mend))
         else:
             found.append(Check("gpus", "ok", text))

@@ -190,9 +190,7 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
         "image": spec.launch.image or (CUDA_IMAGE if has_gpus(spec) else DEFAULT_IMAGE),
         "args": ["node", "--agent", SOCKET],
         "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
-        "resources": _resources(
-            "resources", _engine_memory(spec, plan), _with_gpus(spec), fabric.get("resources", {})
-        ),
+        "resources": _resources("resources", _engine_memory(spec, plan), _with_gpus(spec), fabric.get("resources", {})),
         "securityContext": restricted,
         "volumeMounts": [
             {"name": "run", "mountPath": "/run/hotstage"},

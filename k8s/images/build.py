@@ -1,4 +1,6 @@
-"""Build the images engine, agent, flows and store: ``python -m k8s.images.build [NAME…] [--base IMAGE] [--out DIR]``.
+"""Build the images engine, engine-cuda, agent, flows and store.
+
+    python -m k8s.images.build [NAME…] [--base IMAGE] [--out DIR]
 
 What goes into an image is laid out here, in a context that depends on sources and pinned requirements alone; the
 Containerfile beside this module only copies it, so docker, podman and buildah give the same files (an image's ID is of
@@ -6,7 +8,8 @@ its builder too). An archive is made anew only where its context changed. Beside
 JSON), which is in the image too.
 
 The engine is static (``static.py``), for amd64 and arm64. Agent and flows stand on a Python image, BASE of their
-recipe. The store is the S3 server that the quick overlay names, for clusters that cannot pull it.
+recipe; so does engine-cuda, the engine for NVIDIA GPUs (amd64), which holds 1 GB of NVIDIA's libraries and is built
+where it is named. The store is the S3 server that the quick overlay names, for clusters that cannot pull it.
 
 Builds of one user take turns: a builder's storage has one image of a name.
 """
@@ -33,13 +36,13 @@ from pathlib import Path
 from k8s.images.base import VERSION, base_image
 from k8s.images.builder import ImageBuilder, ImageError, machine, one_at_a_time
 from k8s.images.sbom import engine_sbom, python_sbom, store_sbom
-from k8s.images.static import ROOT, cache, say, static_engine
+from k8s.images.static import ROOT, cache, glibc_engine, say, static_engine
 from k8s.images.store import VERSION as STORE_VERSION
 from k8s.images.store import store_server
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("engine", "agent", "flows", "store")
-ON_PYTHON = ("agent", "flows")
+NAMES = ("engine", "engine-cuda", "agent", "flows", "store")
+ON_PYTHON = ("engine-cuda", "agent", "flows")
 ENGINE_LIMIT = 10_000_000  # bytes
 PYTHON = "3.11"  # of the base image: what compiled packages are fetched for
 BASE = f"docker.io/library/python:{PYTHON}-slim-bookworm"
@@ -154,6 +157,15 @@ def _lay_out(name: str, arch: str, context: Path, base: str, python: str, epoch:
         binary = context / "hotstage-engine"
         shutil.copy(static_engine(arch), binary)
         bill = engine_sbom(version(), binary, epoch)
+    elif name == "engine-cuda":
+        if arch != "amd64":
+            raise ImageError(f"the image for GPUs is built for amd64, not for {arch}")
+        packages = _packages(name, arch, python)
+        shutil.copytree(packages, context / "packages", symlinks=True)
+        (context / "hotstage").mkdir()
+        shutil.copy(glibc_engine(), context / "hotstage" / "hotstage-engine")
+        shutil.copy(cuda_backend(), context / "hotstage" / "libhs_cuda.so")
+        bill = python_sbom(f"hotstage-{name}", version(), base, list(_distributions(packages)), epoch)
     elif name == "store":
         binary = context / "versitygw"
         shutil.copy(store_server(), binary)
@@ -167,6 +179,15 @@ def _lay_out(name: str, arch: str, context: Path, base: str, python: str, epoch:
         bill = python_sbom(f"hotstage-{name}", version(), base, list(_distributions(packages)), epoch)
     (context / "sbom.spdx.json").write_text(bill)
     return bill
+
+
+def cuda_backend() -> Path:
+    """libhs_cuda.so, built where it is not there as the sources have it."""
+    from k8s.images import cuda
+
+    if cuda.main() != 0:
+        raise ImageError("the CUDA backend cannot be built; `make cuda` says why")
+    return cuda.OUT / "libhs_cuda.so"
 
 
 def _packages(name: str, arch: str, python: str) -> Path:
@@ -201,10 +222,12 @@ def _packages(name: str, arch: str, python: str) -> Path:
 def _prune(packages: Path) -> None:
     """Take out what is never used, and what differs from one installation to the next."""
     for data in (packages / "botocore" / "data", packages / "boto3" / "data"):
-        for service in data.iterdir():
+        for service in data.iterdir() if data.exists() else ():
             if service.is_dir() and service.name not in SERVICES:
                 shutil.rmtree(service)
     shutil.rmtree(packages / "boto3" / "examples", ignore_errors=True)
+    for headers in packages.glob("nvidia/*/include"):
+        shutil.rmtree(headers)
     for info in packages.glob("*.dist-info"):
         for file in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json"):
             (info / file).unlink(missing_ok=True)
@@ -266,7 +289,7 @@ def _revision() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m k8s.images.build", description="Build hotstage's images.")
-    text = f"of {', '.join(NAMES)}; default: all, the store only with --base local (it needs Go; else it is pulled)"
+    text = f"of {', '.join(NAMES)}; default: all but engine-cuda, the store only with --base local"
     parser.add_argument("names", nargs="*", metavar="NAME", help=text)
     parser.add_argument(
         "--base",
@@ -277,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "images", help="folder of the archives and SBOMs")
     parser.add_argument("--tool", choices=["docker", "podman", "buildah"], help="default: the first that works here")
     options = parser.parse_args(argv)
-    wanted = options.names or [name for name in NAMES if name != "store" or options.base == "local"]
+    by_name = {"engine-cuda", *(["store"] if options.base != "local" else [])}
+    wanted = options.names or [name for name in NAMES if name not in by_name]
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         parser.error(f"no image is called {', '.join(unknown)}; there are {', '.join(NAMES)}")

@@ -1,4 +1,5 @@
-"""The engine as one static binary a platform, by zig's C compiler (clang with musl): what the engine's image holds.
+"""The engine as one static binary a platform, by zig's C compiler (clang with musl): what the engine's image holds. And
+as one that is linked to glibc, which the image for GPUs needs: a static one cannot open the CUDA backend.
 
 The compiler comes from the package registry into an environment in the user's cache folder; nothing of the machine's
 own toolchain is used, so a binary depends on the sources alone.
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ZIG = "0.17.1"
 TOOLS = (f"ziglang=={ZIG}", "cmake==3.31.6", "ninja==1.11.1.4")
+GLIBC_TARGET = "x86_64-linux-gnu.2.28"
 TARGETS = {"amd64": ("x86_64-linux-musl", "x86_64"), "arm64": ("aarch64-linux-musl", "aarch64")}
 
 
@@ -78,10 +80,19 @@ def compiler(target: str) -> Path:
 def static_engine(arch: str) -> Path:
     """The static binary for amd64 or arm64, stripped; only what changed is compiled again."""
     target, processor = TARGETS[arch]
+    return _engine(f"static-engine-{arch}", target, processor, "-static -s")
+
+
+def glibc_engine() -> Path:
+    """The binary for amd64 that opens libraries, for glibc 2.28 and later; stripped."""
+    return _engine("glibc-engine-amd64", GLIBC_TARGET, "x86_64", "-s")
+
+
+def _engine(name: str, target: str, processor: str, link_flags: str) -> Path:
     programs = tools()
     zig = compiler(target)
     # a folder of its own for each tree and compiler: CMake does not go on where another one configured
-    build = cache() / f"static-engine-{arch}" / hashlib.sha256(f"{ROOT} {zig}".encode()).hexdigest()[:8]
+    build = cache() / name / hashlib.sha256(f"{ROOT} {zig}".encode()).hexdigest()[:8]
     build.mkdir(parents=True, exist_ok=True)
     settings = {
         "CMAKE_SYSTEM_NAME": "Linux",
@@ -93,12 +104,12 @@ def static_engine(arch: str) -> Path:
         "CMAKE_BUILD_TYPE": "Release",
         # no path of the machine in the binary
         "CMAKE_C_FLAGS": f"-ffile-prefix-map={ROOT}=.",
-        "CMAKE_EXE_LINKER_FLAGS": "-static -s",
+        "CMAKE_EXE_LINKER_FLAGS": link_flags,
     }
     env = dict(os.environ)
-    for name in ("CC", "CFLAGS", "LDFLAGS", "CPPFLAGS"):
-        env.pop(name, None)
-    say(f"building the static engine for {arch}")
+    for variable in ("CC", "CFLAGS", "LDFLAGS", "CPPFLAGS"):
+        env.pop(variable, None)
+    say(f"building {name}")
     cmake = str(programs / "cmake")
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT / "trainer" / "engine"), "-B", str(build)]
     with open(build / ".lock", "w") as lock:

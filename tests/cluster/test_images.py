@@ -17,7 +17,7 @@ import pytest
 from k8s.images.base import VERSION
 from k8s.images.build import ENGINE_LIMIT, HERE, Image, build, image_id, version
 from k8s.images.builder import ImageBuilder, machine
-from k8s.images.static import ROOT, static_engine
+from k8s.images.static import ROOT, glibc_engine, static_engine
 from k8s.images.store import store_server
 from tests.cluster.cluster import Cluster
 from tests.cluster.test_cluster import CONFINED
@@ -85,6 +85,17 @@ def test_the_engine_is_alone_in_its_image_and_static(images: dict[str, Image]) -
     headers = subprocess.run(["readelf", "-lW", str(static_engine(image.arch))], capture_output=True, text=True)
     assert headers.returncode == 0
     assert "INTERP" not in headers.stdout
+
+
+def test_the_engine_for_gpus_opens_libraries_and_the_static_one_says_that_it_cannot(tmp_path: Path) -> None:
+    """The image itself holds 1 GB of NVIDIA's libraries: it is built by name, and by no test."""
+    env = {"HOTSTAGE_CUDA": str(tmp_path / "none.so")}
+    said = {}
+    for name, engine in (("glibc", glibc_engine()), ("static", static_engine(machine()))):
+        done = subprocess.run([str(engine), "devices"], env=env, capture_output=True, text=True, check=True)
+        said[name] = json.loads(done.stdout)["why"]
+    assert "none.so: cannot open shared object file" in said["glibc"]
+    assert "built without dynamic loading" in said["static"]
 
 
 @pytest.mark.parametrize("name", ["engine", "agent"])

@@ -8,13 +8,16 @@ import ctypes.util
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from k8s.images import cuda
 from k8s.images.cuda import ARCHITECTURES, OUT, SOURCES, Resources, faults, kernel_name, uses_of
+from k8s.images.static import ROOT
 from trainer import wire
+from trainer.engine_path import CUDA_WHEELS
 
 BUG, CONFIG = -3, -6  # core/status.h
 
@@ -114,3 +117,13 @@ def test_the_table_that_was_made_last() -> None:
     source = "".join(p.read_text() for p in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.h")))
     written = set(re.findall(r"__global__ void __launch_bounds__\([^;{]*?\)\s+(\w+)\(", source))
     assert {name.partition("<")[0] for name in told["kernels"]} == written, "run make cuda again"
+
+
+def test_the_extra_and_the_image_have_the_same_libraries() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {line.partition(";")[0] for line in project["optional-dependencies"]["cuda"]}
+    lines = (ROOT / "k8s" / "images" / "engine-cuda.requirements.txt").read_text().splitlines()
+    assert {line for line in lines if not line.startswith("#")} == extra
+    recipe = (ROOT / "k8s" / "images" / "engine-cuda.Containerfile").read_text()
+    (folders,) = re.findall(r"HOTSTAGE_CUDA_LIBRARIES=(\S+)", recipe)
+    assert {Path(f).relative_to("/opt/packages/nvidia").parts[0] for f in folders.split(":")} <= {"cu13", *CUDA_WHEELS}

@@ -202,7 +202,7 @@ def test_no_time_left_is_said(server: ApiServer) -> None:
     configuration.host = server.url
     times = iter([0.0, 1.0, *([20.0] * 20)])
     found = examine(Api(configuration), RunNeeds("train"), clock=lambda: next(times))
-    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 9
+    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 10
 
 
 def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) -> None:
@@ -237,9 +237,7 @@ def with_gpus(server: ApiServer, *counts: int, **launch: Any) -> list[Check]:
 
 def test_gpus_of_the_cluster_and_of_the_run(server: ApiServer) -> None:
     (check,) = with_gpus(server, 8, 0)
-    assert check == Check(
-        "gpus", "ok", "8 nvidia.com/gpu on 1 of 2 machines; the run asks for 4 in each of 2 pods"
-    )
+    assert check == Check("gpus", "ok", "8 nvidia.com/gpu on 1 of 2 machines; the run asks for 4 in each of 2 pods")
     (check,) = with_gpus(server, 7, 2)
     assert (check.verdict, check.text.endswith("in each of 2 pods: room for 1")) == ("bad", True)
     (check,) = with_gpus(server, 0, 0)
