@@ -32,6 +32,7 @@ def small_plan(
     data: dict[str, Any] | None = None,
     dataset: DatasetRef | None = None,
     parallel: dict[str, Any] | None = None,
+    every: int = 0,
     **train: Any,
 ) -> Plan:
     """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
@@ -45,7 +46,7 @@ def small_plan(
         "data": data or {},
         "train": {"steps": 3, "batch": 4, "microbatch": 2, "sequence": SEQUENCE, "seed": 3} | train,
         "parallel": {"stages": stages, "threads": 1} | (parallel or {}),
-        "checkpoint": {"every": 0},
+        "checkpoint": {"every": every},
     }
     spec = parse_spec(values)
     return compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), mode)

@@ -52,13 +52,20 @@ class Rank:
 
 @contextmanager
 def rank(
-    slots: list[Slot], *, epoch: int = 5, threads: int = 2, plan: bytes = PLAN, position: int = 2
+    slots: list[Slot],
+    *,
+    epoch: int = 5,
+    threads: int = 2,
+    plan: bytes = PLAN,
+    position: int = 2,
+    apart: bool = False,
 ) -> Iterator[Rank]:
     layout = slots[0].layout
     fds = [slot.fd for slot in slots]
     command = [str(build_program("snapshot_drive")), str(position), plan.hex(), WHAT.hex(), str(epoch), str(threads)]
     command += [str(layout.slot_bytes), ",".join(str(s.elements) for s in layout.states), *map(str, fds)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds)
+    env = os.environ | ({"SNAPSHOT_APART": "1"} if apart else {})
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds, env=env)
     try:
         yield Rank(process)
     finally:
@@ -228,9 +235,67 @@ class Wider(Slot):
 
 def test_on_arm64_a_fence_parts_generation_and_data(tmp_path: Path) -> None:
     """I4 of snapshot.h, which x86-64 keeps by itself and no test on it can break: the full fence is in the code."""
-    made = tmp_path / "snapshot.o"
-    flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", f"-I{SOURCES}", "-c", str(SOURCES / "snapshot" / "snapshot.c")]
+    made = tmp_path / "fill.o"
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", f"-I{SOURCES}", "-c", str(SOURCES / "snapshot" / "fill.c")]
     subprocess.run([compiler("aarch64-linux-musl") / "cc", *flags, "-o", made], check=True)
     code = made.read_bytes()
     fences = [at for at in range(0, len(code) - 3, 4) if code[at : at + 4] == bytes.fromhex("bf3b03d5")]  # dmb ish
     assert fences
+
+
+def test_a_device_copies_while_the_rank_goes_on() -> None:
+    """READY, and word of it, come when the copies are done; until then nothing else is filled and nothing given up."""
+    with slots_of(2) as slots, rank(slots, apart=True) as r:
+        r.ask("set 17")
+        assert r.ask("begin 40 1") == "ok 40"
+        seen = slots[0].look(0)
+        assert (seen.ready, seen.generation) == (False, 1)
+        assert (r.ask("can"), r.ask("take"), r.ask("step 0")) == ("ok 0", "ok -1", "ok -1")
+        assert (r.ask("let"), r.ask("wait"), r.ask("take")) == ("ok 0", "ok 0", "ok -1")
+        seen = slots[0].look(0)
+        assert (seen.ready, seen.step, seen.final) == (True, 40, True)
+        slots[0].hold(seen)
+        assert copy_of(slots[0]) == expected(17, slots[0].layout)
+        r.ask("set 18")
+        assert (r.ask("can"), r.ask("begin 41 0"), r.ask("let"), r.ask("wait")) == ("ok 1", "ok 41", "ok 0", "ok 1")
+        assert copy_of(slots[1]) == expected(18, slots[1].layout)
+        with rank(slots, epoch=6) as cpu:  # the two kinds of rank fill and restore the same bytes
+            assert (cpu.ask("restore 1 41"), cpu.ask("check 18")) == ("ok 1", "ok 0")
+
+
+def test_a_rank_that_dies_in_a_fill_leaves_the_snapshot_before() -> None:
+    with slots_of(2) as slots:
+        with rank(slots, apart=True) as r:
+            r.ask("set 17")
+            assert (r.ask("begin 40 0"), r.ask("let"), r.ask("wait")) == ("ok 40", "ok 0", "ok 0")
+            r.ask("set 18")
+            assert r.ask("begin 41 0") == "ok 41"
+            r.process.kill()
+            r.process.wait()
+        assert (slots[0].look(0).ready, slots[1].look(1).ready) == (True, False)
+        with rank(slots, epoch=6, apart=True) as again:
+            assert (again.ask("step 0"), again.ask("step 1"), again.ask("can")) == ("ok 40", "ok -1", "ok 1")
+            assert (again.ask("restore 0 40"), again.ask("check 17")) == ("ok 0", "ok 0")
+            assert (again.ask("begin 41 0"), again.ask("let"), again.ask("wait")) == ("ok 41", "ok 0", "ok 1")
+
+
+def test_copies_that_fail_are_said_and_their_slot_is_nobodys() -> None:
+    with slots_of(2) as slots, rank(slots, apart=True) as r:
+        assert (r.ask("begin 40 0"), r.ask("fail")) == ("ok 40", "ok 0")
+        assert r.ask("wait") == "DEVICE the snapshot of step 40: it fell off its bus"
+        assert (slots[0].look(0).ready, r.ask("step 0")) == (False, "ok -1")
+
+
+def test_a_device_gets_no_byte_of_a_damaged_slot() -> None:
+    with slots_of(1) as slots, rank(slots, apart=True) as r:
+        r.ask("set 17")
+        assert (r.ask("begin 40 0"), r.ask("let"), r.ask("wait")) == ("ok 40", "ok 0", "ok 0")
+        issued = r.ask("copies")
+        at = slots[0].layout.data_offset + slots[0].layout.data_bytes // 2
+        os.pwrite(slots[0].fd, bytes([os.pread(slots[0].fd, 1, at)[0] ^ 1]), at)
+        assert r.ask("restore 0 40").startswith("RESTORE chunk ")
+        assert r.ask("copies") == issued
+        os.pwrite(slots[0].fd, bytes([os.pread(slots[0].fd, 1, at)[0] ^ 1]), at)
+        r.ask("set 1")
+        assert (r.ask("restore 0 40"), r.ask("check 17")) == ("ok 0", "ok 0")
+        assert r.ask("copies") != issued

@@ -15,10 +15,13 @@
  *
  * Planted faults: HS_EMULATED_DROP="S E N", the N-th follow (from 1) of event E by stream S is left
  * out; HS_EMULATED_HASTE="E N", the N-th wait for event E returns at once; HS_EMULATED_FAIL="N", the
- * N-th launch fails on the device. At close one line of JSON on standard error says how many follows
+ * N-th launch fails on the device;
+ * HS_EMULATED_SLOW="E N M", the N-th wait for event E begins only
+ * when M other waits ended since its N-th record. At close one line of JSON on standard error says how many follows
  * (by stream, then event), waits (by event) and launches there were. */
 #include <dlfcn.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,7 +68,7 @@ struct hs_device {
     uint64_t recorded[HS_EVENTS], done[HS_EVENTS]; /* tickets */
     uint64_t order, random;
     uint64_t follows[HS_STREAMS][HS_EVENTS], waits[HS_EVENTS], launches;
-    uint64_t drop[3], haste[2], fail;
+    uint64_t drop[3], haste[2], slow[3], fail;
     hs_status status; /* the first failure */
     hs_why why;
 };
@@ -170,6 +173,7 @@ static hs_status emulated_open(const hs_device_config *config, hs_device **devic
     numbers("HS_EMULATED_ORDER", &d->order, NULL, NULL);
     numbers("HS_EMULATED_DROP", &d->drop[0], &d->drop[1], &d->drop[2]);
     numbers("HS_EMULATED_HASTE", &d->haste[0], &d->haste[1], NULL);
+    numbers("HS_EMULATED_SLOW", &d->slow[0], &d->slow[1], &d->slow[2]);
     numbers("HS_EMULATED_FAIL", &d->fail, NULL, NULL);
     d->random = d->order;
     hs_status st = hs_backend_cpu.open(config, &d->cpu, facts, why);
@@ -354,6 +358,47 @@ static hs_status emulated_devices(hs_device_facts *list, uint32_t room, uint32_t
     return hs_backend_cpu.devices(list, room, count, why);
 }
 
+/* Threads take turns, call by call (a wait or query may come from another). */
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t ended = PTHREAD_COND_INITIALIZER;
+static uint64_t ends,
+    slow_from; /* waits that ended: by now, when the slow one's event was recorded */
+
+#define IN_TURN(call)                                                                              \
+    (void)pthread_mutex_lock(&turn);                                                               \
+    const hs_status st = (call);                                                                   \
+    (void)pthread_mutex_unlock(&turn);                                                             \
+    return st
+
+static hs_status turn_launch(hs_device *d, int stream, uint16_t kernel, const hs_args *args,
+                             hs_why *why) {
+    IN_TURN(emulated_launch(d, stream, kernel, args, why));
+}
+static hs_status turn_copy(hs_device *d, int stream, void *to, const void *from, size_t bytes,
+                           hs_copy direction, hs_why *why) {
+    IN_TURN(emulated_copy(d, stream, to, from, bytes, direction, why));
+}
+static hs_status turn_record(hs_device *d, int stream, int event, hs_why *why) {
+    if ((uint64_t)event == d->slow[0] && d->recorded[event] + 1 == d->slow[1]) slow_from = ends;
+    IN_TURN(emulated_record(d, stream, event, why));
+}
+static hs_status turn_follow(hs_device *d, int stream, int event, hs_why *why) {
+    IN_TURN(emulated_follow(d, stream, event, why));
+}
+static hs_status turn_wait(hs_device *d, int event, hs_why *why) {
+    (void)pthread_mutex_lock(&turn);
+    if ((uint64_t)event == d->slow[0] && d->waits[event] + 1 == d->slow[1])
+        while (ends < slow_from + d->slow[2]) (void)pthread_cond_wait(&ended, &turn);
+    const hs_status st = emulated_wait(d, event, why);
+    ends++;
+    (void)pthread_cond_broadcast(&ended);
+    (void)pthread_mutex_unlock(&turn);
+    return st;
+}
+static hs_status turn_query(hs_device *d, int event, bool *done, hs_why *why) {
+    IN_TURN(emulated_query(d, event, done, why));
+}
+
 #define TABLE(one)                                                                                 \
     {.version = HS_BACKEND_VERSION,                                                                \
      .name = "emulated",                                                                           \
@@ -365,12 +410,12 @@ static hs_status emulated_devices(hs_device_facts *list, uint32_t room, uint32_t
      .pinned = emulated_pinned,                                                                    \
      .pin = emulated_pin,                                                                          \
      .check = emulated_check,                                                                      \
-     .launch = emulated_launch,                                                                    \
-     .copy = emulated_copy,                                                                        \
-     .record = emulated_record,                                                                    \
-     .follow = emulated_follow,                                                                    \
-     .wait = emulated_wait,                                                                        \
-     .query = emulated_query}
+     .launch = turn_launch,                                                                        \
+     .copy = turn_copy,                                                                            \
+     .record = turn_record,                                                                        \
+     .follow = turn_follow,                                                                        \
+     .wait = turn_wait,                                                                            \
+     .query = turn_query}
 
 const hs_backend hs_backend_emulated = TABLE(false);
 

@@ -8,11 +8,18 @@
  * place shows. set SEED          every element of every master, m and v gets a value of its own
  *   fill STEP FINAL   restore SLOT STEP     can     step SLOT     check SEED (the arena is what set
  * SEED made) One line of answer each: "ok ...", or "<STATUS> why".
+ *
+ * With SNAPSHOT_APART in the environment the arena is a device's, whose copies to a slot are done when
+ * the test says so, as the arena is then:
+ *   begin STEP FINAL   let (the copies are done)   fail (they fail)   take (-1: not READY)   wait
+ *   copies (how many were issued)
  */
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/clock.h"
 #include "snapshot/snapshot.h"
 
 enum { STATES_MAX = 16 };
@@ -68,6 +75,56 @@ static void lay_out(char *elements) {
     arena = calloc(1, total + 64);
 }
 
+/* --- a device ---------------------------------------------------------------------------- */
+
+static struct {
+    struct {
+        uint8_t *to;
+        const uint8_t *from;
+        uint64_t bytes;
+    } list[3 * STATES_MAX]; /* to a slot, not done yet */
+    int count, issued;
+    sem_t answer;
+    bool failed;
+} device;
+
+static hs_status device_copy(void *ctx, bool to_slot, uint64_t offset, uint8_t *data,
+                             uint64_t bytes, hs_why *why) {
+    (void)ctx;
+    (void)why;
+    device.issued++;
+    if (!to_slot) {
+        memcpy(arena + offset, data, bytes);
+        return HS_OK;
+    }
+    memset(data, 0xff, bytes);
+    device.list[device.count].to = data;
+    device.list[device.count].from = arena + offset;
+    device.list[device.count++].bytes = bytes;
+    return HS_OK;
+}
+
+static hs_status device_copied(void *ctx, bool to_slot, hs_why *why) {
+    (void)ctx;
+    (void)to_slot;
+    (void)why;
+    return HS_OK;
+}
+
+static hs_status device_wait(void *ctx, hs_why *why) {
+    (void)ctx;
+    while (sem_wait(&device.answer) != 0) continue;
+    return device.failed ? hs_fail(why, HS_E_DEVICE, "it fell off its bus") : HS_OK;
+}
+
+static void device_answers(bool well) {
+    for (int i = 0; well && i < device.count; i++)
+        memcpy(device.list[i].to, device.list[i].from, device.list[i].bytes);
+    device.count = 0;
+    device.failed = !well;
+    (void)sem_post(&device.answer);
+}
+
 static void digest_of(const char *hex, uint8_t digest[32]) {
     for (int i = 0; i < 32; i++) {
         unsigned byte = 0;
@@ -84,6 +141,14 @@ static void answer(hs_status st, long long number, const hs_why *why) {
     (void)fflush(stdout);
 }
 
+static hs_status take(hs_snapshot *snapshot, int *slot, hs_why *why) {
+    bool any;
+    hs_snapshot_done done = {.slot = -1};
+    const hs_status st = hs_snapshot_take(snapshot, &any, &done, why);
+    *slot = done.slot;
+    return st;
+}
+
 static void serve(hs_snapshot *snapshot) {
     char line[256], word[32];
     while (fgets(line, sizeof line, stdin)) {
@@ -96,8 +161,21 @@ static void serve(hs_snapshot *snapshot) {
         } else if (strcmp(word, "check") == 0) {
             answer(HS_OK, walk((uint32_t)a, 0), &why);
         } else if (strcmp(word, "fill") == 0) {
-            const hs_status st = hs_snapshot_fill(snapshot, a, b != 0, 0, NULL, &slot, &why);
+            hs_status st = hs_snapshot_begin(snapshot, a, b != 0, 0, NULL, &why);
+            if (st == HS_OK) st = take(snapshot, &slot, &why);
             answer(st, slot, &why);
+        } else if (strcmp(word, "begin") == 0) {
+            answer(hs_snapshot_begin(snapshot, a, b != 0, 0, NULL, &why), a, &why);
+        } else if (strcmp(word, "let") == 0 || strcmp(word, "fail") == 0) {
+            device_answers(word[0] == 'l');
+            answer(HS_OK, 0, &why);
+        } else if (strcmp(word, "take") == 0 || strcmp(word, "wait") == 0) {
+            hs_status st = HS_OK;
+            if (word[0] == 'w') st = hs_snapshot_wait(snapshot, hs_deadline_ns(20000), NULL, &why);
+            if (st == HS_OK) st = take(snapshot, &slot, &why);
+            answer(st, slot, &why);
+        } else if (strcmp(word, "copies") == 0) {
+            answer(HS_OK, device.issued, &why);
         } else if (strcmp(word, "restore") == 0) {
             answer(hs_snapshot_restore(snapshot, (int)a, b, &why), a, &why);
         } else if (strcmp(word, "can") == 0) {
@@ -115,21 +193,24 @@ int main(int argc, char **argv) {
     hs_pool *pool = NULL;
     hs_snapshot *snapshot = NULL;
     hs_why why = {.text = ""};
+    (void)sem_init(&device.answer, 0, 0);
     digest_of(argv[2], plan);
     digest_of(argv[3], what);
     lay_out(argv[7]);
     for (int i = 8; i < argc && count < HS_SNAPSHOT_SLOTS_MAX; i++) fds[count++] = atoi(argv[i]);
     const hs_log log = {.fd = 2, .level = HS_LOG_DEBUG, .rank = -1};
-    const hs_snapshot_config config = {.position = (uint32_t)atoi(argv[1]),
-                                       .states = states,
-                                       .state_count = state_count,
-                                       .tensors = tensors,
-                                       .slot_bytes = strtoull(argv[6], NULL, 10),
-                                       .arena = arena,
-                                       .plan_digest = plan,
-                                       .what_digest = what,
-                                       .epoch = strtoull(argv[4], NULL, 10),
-                                       .log = &log};
+    const hs_snapshot_config config = {
+        .position = (uint32_t)atoi(argv[1]),
+        .states = states,
+        .state_count = state_count,
+        .tensors = tensors,
+        .slot_bytes = strtoull(argv[6], NULL, 10),
+        .arena = getenv("SNAPSHOT_APART") ? NULL : arena,
+        .device = {.copy = device_copy, .copied = device_copied, .wait = device_wait},
+        .plan_digest = plan,
+        .what_digest = what,
+        .epoch = strtoull(argv[4], NULL, 10),
+        .log = &log};
     hs_snapshot_config with_pool = config;
     hs_status st = hs_pool_create(atoi(argv[5]), &pool);
     with_pool.pool = pool;

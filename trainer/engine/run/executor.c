@@ -47,28 +47,40 @@ static hs_status fill_data(const hs_executor *ex, hs_why *why) {
     return HS_OK;
 }
 
-/* Losses and squared norms come to the host. */
-static hs_status fetch_sums(const hs_executor *ex, double **sumsq, hs_why *why) {
+/* Losses and squared norms come to the host: the one wait of a step. */
+static hs_status fetch_sums(const hs_executor *ex, const hs_turn *turn, double **sumsq,
+                            hs_why *why) {
     const hs_plan_position *p = ex->position;
     const uint64_t bytes = 8 * (uint64_t)ex->plan->count[HS_SECTION_TENSORS];
+    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
     for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
         const rows losses = rows_of(ex, m, p->loss_offset);
         HS_TRY(hs_spaces_get(ex->spaces, losses.offset, losses.host, losses.bytes, why));
     }
     *sumsq = (double *)(void *)hs_spaces_host(ex->spaces, p->sumsq_offset, bytes);
     HS_TRY(hs_spaces_get(ex->spaces, p->sumsq_offset, *sumsq, bytes, why));
+    HS_TRY(hs_spaces_end(ex->spaces, turn, why));
     return hs_spaces_wait(ex->spaces, HS_STREAM_OUT, why);
+}
+
+/* Word to the agent of a snapshot that is READY by now. */
+static hs_status tell_saved(hs_executor *ex, hs_why *why) {
+    bool any;
+    hs_snapshot_done done;
+    HS_TRY(hs_snapshot_take(ex->snapshot, &any, &done, why));
+    if (any) hs_agent_link_ready(ex->agent, done.slot, done.step, done.final);
+    return HS_OK;
 }
 
 /* This position's report at `out`: losses, squared norms, whether a slot is free, whether a stop
  * was asked for. */
-static hs_status write_report(const hs_executor *ex, uint8_t *out, hs_why *why) {
+static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out, hs_why *why) {
     const hs_plan_position *p = ex->position;
     hs_step_report report = {.step = ex->step, .position = p->position};
     bool finite = true;
     double *sumsq;
     hs_stop_busy(ex->stop, true);
-    const hs_status st = fetch_sums(ex, &sumsq, why);
+    const hs_status st = fetch_sums(ex, turn, &sumsq, why);
     hs_stop_busy(ex->stop, false);
     if (st != HS_OK) return st;
     for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
@@ -77,6 +89,7 @@ static hs_status write_report(const hs_executor *ex, uint8_t *out, hs_why *why) 
                                      &report.loss_sum, &report.loss_count);
     }
     report.not_finite = !finite;
+    if (ex->snapshot) HS_TRY(tell_saved(ex, why));
     report.free_slot = ex->snapshot && hs_snapshot_can_fill(ex->snapshot);
     report.stop = hs_stop_requested(ex->stop);
     memcpy(out, &report, sizeof report);
@@ -94,9 +107,12 @@ static void combine(const hs_executor *ex, const uint8_t *reports) {
         (void *)hs_spaces_host(ex->spaces, ex->position->control_offset, sizeof(hs_step_control)));
 }
 
-static hs_status apply(hs_executor *ex, uint64_t offset, const void *block, hs_why *why) {
+static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, const void *block,
+                       hs_why *why) {
     memcpy(&ex->control, block, sizeof ex->control);
+    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
     HS_TRY(hs_spaces_put(ex->spaces, offset, block, sizeof ex->control, why));
+    HS_TRY(hs_spaces_end(ex->spaces, turn, why));
     if (ex->control.step != ex->step) {
         return hs_fail(why, HS_E_BUG,
                        "the control block is of step %" PRId64 ", this is step %" PRId64,
@@ -116,15 +132,21 @@ static hs_status apply(hs_executor *ex, uint64_t offset, const void *block, hs_w
     return HS_OK;
 }
 
-/* A slot for the state of ex->step, and word to the agent. Not final: every rank had a free slot at
- * the report, so a wait is short (the agent just took a hold of it); a slot that stays held is left
- * out, loudly. */
+/* Until no snapshot is under way. */
+static hs_status finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why *why) {
+    HS_TRY(hs_snapshot_wait(ex->snapshot, deadline_ns, ex->stop, why));
+    return tell_saved(ex, why);
+}
+
+/* A slot for the state of ex->step. Not final: every rank had a free slot at the report, so a wait is
+ * short (the agent just took a hold of it); a slot that stays held is left out, loudly. */
 static hs_status save(hs_executor *ex, bool final, hs_why *why) {
     const int64_t ms = final ? ex->attempt->commit_ms : ex->attempt->stall_ms / 2;
-    int slot = -1;
+    const int64_t deadline_ns = hs_deadline_ns(ms);
     hs_stop_busy(ex->stop, true);
-    const hs_status st =
-        hs_snapshot_fill(ex->snapshot, ex->step, final, hs_deadline_ns(ms), ex->stop, &slot, why);
+    hs_status st = finish_saving(ex, deadline_ns, why);
+    if (st == HS_OK)
+        st = hs_snapshot_begin(ex->snapshot, ex->step, final, deadline_ns, ex->stop, why);
     hs_stop_busy(ex->stop, false);
     if (st == HS_E_AGAIN && !final) {
         HS_LOG(ex->log, HS_LOG_WARN, "snapshot left out", HS_I("step", ex->step),
@@ -139,63 +161,74 @@ static hs_status save(hs_executor *ex, bool final, hs_why *why) {
                        " ms for the last state (step %" PRId64 "): is the agent or the store gone?",
                        ms, ex->step);
     }
-    if (st != HS_OK) return st;
-    hs_agent_link_ready(ex->agent, slot, ex->step, final);
-    return HS_OK;
+    return st == HS_OK ? tell_saved(ex, why) : st;
 }
 
 /* Messages of the device space pass through a window, which holds the longest. */
-static hs_status send(hs_executor *ex, const hs_plan_action *a, uint64_t offset, hs_why *why) {
+static hs_status send(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
+                      uint64_t offset, hs_why *why) {
     const uint8_t *from = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
-    uint64_t bytes = a->ref.bytes;
     if (!from) {
+        uint8_t *const window = hs_spaces_out_window(ex->spaces);
         hs_stop_busy(ex->stop, true);
-        const hs_status st = hs_spaces_readable(ex->spaces, offset, &bytes, &from, why);
+        hs_status st = hs_spaces_begin(ex->spaces, turn, why);
+        if (st == HS_OK) st = hs_spaces_get(ex->spaces, offset, window, a->ref.bytes, why);
+        if (st == HS_OK) st = hs_spaces_end(ex->spaces, turn, why);
+        if (st == HS_OK) st = hs_spaces_wait(ex->spaces, HS_STREAM_OUT, why);
         hs_stop_busy(ex->stop, false);
         if (st != HS_OK) return st;
+        from = window;
     }
-    return ex->transport->send(ex->comm, a->channel, from, bytes, a->microbatch, why);
+    return ex->transport->send(ex->comm, a->channel, from, a->ref.bytes, a->microbatch, why);
 }
 
-static hs_status receive(hs_executor *ex, const hs_plan_action *a, uint64_t offset, hs_why *why) {
+static hs_status receive(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
+                         uint64_t offset, hs_why *why) {
     uint8_t *const host = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
     uint8_t *to = host;
-    uint64_t bytes = a->ref.bytes;
     if (!host) {
         hs_stop_busy(ex->stop, true);
-        const hs_status st = hs_spaces_writable(ex->spaces, offset, &bytes, &to, why);
+        const hs_status st = hs_spaces_in_window(ex->spaces, &to, why);
         hs_stop_busy(ex->stop, false);
         if (st != HS_OK) return st;
     }
-    HS_TRY(ex->transport->recv(ex->comm, a->channel, to, bytes, a->microbatch, why));
-    return host ? HS_OK : hs_spaces_put(ex->spaces, offset, to, bytes, why);
+    HS_TRY(ex->transport->recv(ex->comm, a->channel, to, a->ref.bytes, a->microbatch, why));
+    if (host) return HS_OK;
+    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
+    HS_TRY(hs_spaces_put(ex->spaces, offset, to, a->ref.bytes, why));
+    return hs_spaces_end(ex->spaces, turn, why);
 }
 
-static hs_status run_action(hs_executor *ex, const hs_plan_action *a, hs_why *why) {
+/* A program, or the tokens of a step: between what it follows and what follows it. */
+static hs_status in_turn(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
+                         hs_why *why) {
+    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
+    HS_TRY(a->kind == HS_A_RUN ? hs_linked_run(ex->linked, a, why) : fill_data(ex, why));
+    return hs_spaces_end(ex->spaces, turn, why);
+}
+
+static hs_status run_action(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
+                            hs_why *why) {
     const uint64_t offset = hs_linked_offset(ex->linked, &a->ref, a->slot, a->microbatch);
     hs_status st;
     switch (a->kind) {
     case HS_A_RUN:
+    case HS_A_DATA:
         hs_stop_busy(ex->stop, true);
-        st = hs_linked_run(ex->linked, a->program, a->slot, a->microbatch, why);
+        st = in_turn(ex, a, turn, why);
         hs_stop_busy(ex->stop, false);
         return st;
     case HS_A_SEND:
-        return send(ex, a, offset, why);
+        return send(ex, a, turn, offset, why);
     case HS_A_RECV:
-        return receive(ex, a, offset, why);
-    case HS_A_DATA:
-        hs_stop_busy(ex->stop, true);
-        st = fill_data(ex, why);
-        hs_stop_busy(ex->stop, false);
-        return st;
+        return receive(ex, a, turn, offset, why);
     case HS_A_REPORT:
-        return write_report(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
+        return write_report(ex, turn, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_COMBINE:
         combine(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes));
         return HS_OK;
     case HS_A_APPLY:
-        return apply(ex, offset, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
+        return apply(ex, turn, offset, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_SNAPSHOT: {
         const bool final = ex->control.stop || ex->step >= last_step(ex);
         return ex->control.snapshot ? save(ex, final, why) : HS_OK;
@@ -206,7 +239,31 @@ static hs_status run_action(hs_executor *ex, const hs_plan_action *a, hs_why *wh
     }
 }
 
-static hs_status run_list(hs_executor *ex, uint32_t first, uint32_t count, hs_why *why) {
+/* The plan's actions of a list. */
+static void bounds(const hs_executor *ex, hs_list list, uint32_t *first, uint32_t *count) {
+    const hs_plan_position *p = ex->position;
+    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step};
+    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps};
+    *first = firsts[list];
+    *count = counts[list];
+}
+
+hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
+    ex->last = HS_LISTS;
+    for (int list = 0; list < HS_LISTS && !ex->spaces->backend->unified; list++) {
+        hs_hazards_config c = {
+            .plan = ex->plan, .position = ex->position, .again = list == HS_LIST_STEP};
+        bounds(ex, (hs_list)list, &c.first, &c.count);
+        HS_TRY(hs_hazards_find(&c, &ex->turns[list], why));
+    }
+    return HS_OK;
+}
+
+static hs_status run_list(hs_executor *ex, hs_list list, hs_why *why) {
+    uint32_t first, count;
+    bounds(ex, list, &first, &count);
+    if (ex->last != list) HS_TRY(hs_spaces_join(ex->spaces, why));
+    ex->last = list;
     for (uint32_t i = 0; i < count; i++) {
         const hs_plan_action *a = ex->at = &ex->plan->actions[first + i];
         uint32_t peer = UINT32_MAX;
@@ -219,11 +276,11 @@ static hs_status run_list(hs_executor *ex, uint32_t first, uint32_t count, hs_wh
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
         hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch, peer);
         const int64_t start = hs_clock_ns();
-        const hs_status st = run_action(ex, a, why);
+        const hs_turn *turn = ex->turns[list] ? &ex->turns[list][i] : NULL;
+        const hs_status st = run_action(ex, a, turn, why);
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;
-        if (first == ex->position->first_step)
-            hs_trace_add(ex->trace, ex->step, first + i, start, end);
+        if (list == HS_LIST_STEP) hs_trace_add(ex->trace, ex->step, first + i, start, end);
         if (st != HS_OK) return st;
     }
     ex->at = NULL;
@@ -231,9 +288,7 @@ static hs_status run_list(hs_executor *ex, uint32_t first, uint32_t count, hs_wh
 }
 
 hs_status hs_executor_prepare(hs_executor *ex, hs_list list, hs_why *why) {
-    const hs_plan_position *p = ex->position;
-    return list == HS_LIST_INIT ? run_list(ex, p->first_init, p->inits, why)
-                                : run_list(ex, p->first_load, p->loads, why);
+    return run_list(ex, list, why);
 }
 
 /* One line from rank 0: to standard output and to the agent. */
@@ -253,7 +308,7 @@ hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
     while (ex->step < last && !stopped) {
         ex->step++;
         hs_metrics_begin(ex->metrics);
-        HS_TRY(run_list(ex, ex->position->first_step, ex->position->steps, why));
+        HS_TRY(run_list(ex, HS_LIST_STEP, why));
         if (ex->dump_dir) {
             HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->position,
                                    ex->spaces, why));
@@ -266,10 +321,24 @@ hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
     if (!ex->snapshot) return stopped ? HS_E_STOPPED : HS_OK;
     /* An attempt that starts where the run ends: its gang died between the last step and the
      * commit. */
+    const int64_t deadline_ns = hs_deadline_ns(ex->attempt->commit_ms);
     if (!saved) HS_TRY(save(ex, true, why));
-    HS_TRY(hs_agent_link_wait_committed(ex->agent, ex->step, hs_deadline_ns(ex->attempt->commit_ms),
-                                        ex->stop, why));
+    const hs_status st = finish_saving(ex, deadline_ns, why);
+    if (st == HS_E_AGAIN) {
+        why->text[0] = 0;
+        return hs_fail(why, HS_E_LOST,
+                       "the device did not copy the state of step %" PRId64 " in time", ex->step);
+    }
+    HS_TRY(st);
+    HS_TRY(hs_agent_link_wait_committed(ex->agent, ex->step, deadline_ns, ex->stop, why));
     return stopped ? HS_E_STOPPED : HS_OK;
+}
+
+void hs_executor_leave(hs_executor *ex, int64_t ms) {
+    hs_why why = {0};
+    if (ex->snapshot && hs_snapshot_under_way(ex->snapshot) &&
+        hs_snapshot_wait(ex->snapshot, hs_deadline_ns(ms), NULL, &why) == HS_OK)
+        (void)tell_saved(ex, &why);
 }
 
 void hs_executor_where(const hs_executor *ex, hs_text *text) {

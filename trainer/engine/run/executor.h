@@ -2,12 +2,16 @@
  * devices: order, memory and messages are the plan's, run/spaces.h makes them a device's work. All
  * parts are made by run/rank.c and lent to it; it allocates nothing.
  *
- * I1  Actions are issued in the plan's order, from one thread (the CPU's kernels use the pool). The
- *     host waits for the device where it reads what the device made: at SEND, REPORT and SNAPSHOT.
+ * I1  Actions are issued in the plan's order, from one thread (the CPU's kernels use the pool), each
+ *     behind what its turn names (run/hazards.h). Inside a step the host waits for the device where it
+ *     reads what the device made, at REPORT, once, and for messages that pass through it (SEND; RECV,
+ *     where its window is still being copied); nowhere else.
  * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY),
  *     and not at all where the block says that the numbers are not finite.
  * I3  A snapshot holds the state of a whole step: SNAPSHOT comes after the optimizer, by the same
- *     control block on every rank. The last one of an attempt is never skipped.
+ *     control block on every rank. A device copies it while the next step runs, as far as its optimizer
+ *     (run/spaces.h, I3); the agent hears of it when it is READY. The last one of an attempt is never
+ *     skipped, and awaited.
  */
 #ifndef HS_RUN_EXECUTOR_H
 #define HS_RUN_EXECUTOR_H
@@ -28,6 +32,8 @@
 #include "snapshot/snapshot.h"
 #include "wire/attempt.h"
 
+typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP, HS_LISTS } hs_list;
+
 typedef struct hs_executor {
     /* lent, set before the first call */
     const hs_plan *plan;
@@ -35,7 +41,7 @@ typedef struct hs_executor {
     uint32_t rank;
     const hs_attempt *attempt;
     hs_spaces *spaces;
-    const hs_linked *linked;
+    hs_linked *linked;
     const hs_comm_table *transport;
     hs_comm *comm;           /* NULL: the plan has no channels */
     const hs_shards *shards; /* NULL: no DATA action here */
@@ -48,13 +54,16 @@ typedef struct hs_executor {
     const char *dump_dir; /* NULL: off */
     const hs_log *log;
 
-    /* its own */
+    /* its own; turns: by list and action, NULL: the device is the host. The rank frees them */
+    hs_turn *turns[HS_LISTS];
+    hs_list last;             /* the list that ran last; HS_LISTS: none */
     int64_t step;             /* steps done; inside a step the number of that step */
     const hs_plan_action *at; /* being run; NULL: none */
     hs_step_control control;  /* taken by the last APPLY */
 } hs_executor;
 
-typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP } hs_list;
+/* What follows what on the device, before the first call of the others. HS_E_MEMORY. */
+hs_status hs_executor_order(hs_executor *executor, hs_why *why);
 
 /* Runs the init or load list (step 0 of the last words). */
 hs_status hs_executor_prepare(hs_executor *executor, hs_list list, hs_why *why);
@@ -63,6 +72,10 @@ hs_status hs_executor_prepare(hs_executor *executor, hs_list list, hs_why *why);
  * HS_E_STOPPED: stopped on request, state saved; else what went wrong, with the instruction named
  * in why. */
 hs_status hs_executor_train(hs_executor *executor, int64_t start_step, hs_why *why);
+
+/* After a failure: a snapshot that is under way is finished, for at most so long, and told; else it is
+ * nothing. */
+void hs_executor_leave(hs_executor *executor, int64_t ms);
 
 /* Adds ,"step":..,"action":..,"microbatch":..,"peer":..,"waited_us":.. of where it is: for last
  * words. */

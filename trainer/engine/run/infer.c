@@ -39,10 +39,11 @@ static hs_status write_all(const uint8_t *from, size_t bytes, hs_why *why) {
  * refuses the rest). */
 static hs_status run_list(const hs_plan *plan, hs_machine *machine, uint32_t first, uint32_t count,
                           hs_why *why) {
+    HS_TRY(hs_spaces_join(&machine->spaces, why));
     for (uint32_t i = 0; i < count; i++) {
         const hs_plan_action *a = &plan->actions[first + i];
         HS_ASSERT(a->kind == HS_A_RUN);
-        HS_TRY(hs_linked_run(machine->linked, a->program, a->slot, a->microbatch, why));
+        HS_TRY(hs_linked_run(machine->linked, a, why));
     }
     return HS_OK;
 }

@@ -19,7 +19,13 @@ struct hs_linked {
     hs_spaces *spaces;
     uint32_t *first; /* by program: index into calls */
     linked_call *calls;
+    uint16_t
+        *graph_of;     /* by action of the step's list; NO_GRAPH: plain launches. NULL: no graphs */
+    hs_graph **graphs; /* NULL: not captured yet */
 };
+
+enum { NO_GRAPH = UINT16_MAX };
+_Static_assert((int)HS_LINKED_GRAPHS < (int)NO_GRAPH, "numbers of graphs");
 
 static uint64_t area(const hs_linked *linked, uint32_t space, uint32_t slot, uint32_t microbatch) {
     const hs_plan_position *p = linked->position;
@@ -64,6 +70,52 @@ static size_t count_calls(const hs_plan *plan, const hs_plan_position *p, uint8_
     return calls;
 }
 
+/* The part of an action that its addresses come from. */
+typedef struct graph_key {
+    uint32_t program, slot, microbatch;
+} graph_key;
+
+static graph_key key_of(const hs_linked *linked, const hs_plan_action *a) {
+    graph_key key = {.program = a->program, .slot = UINT32_MAX, .microbatch = UINT32_MAX};
+    const linked_call *call = &linked->calls[linked->first[a->program]];
+    for (uint32_t i = 0; i < linked->plan->programs[a->program].calls; i++)
+        for (int o = 0; call[i].moves && o < HS_CALL_PTRS; o++) {
+            if (call[i].space[o] == HS_SPACE_ACT) key.slot = a->slot;
+            if (call[i].space[o] == HS_SPACE_MB) key.microbatch = a->microbatch;
+        }
+    return key;
+}
+
+/* Actions of equal keys share a graph. */
+static hs_status number_graphs(hs_linked *linked, hs_why *why) {
+    const hs_plan_position *p = linked->position;
+    graph_key *keys = calloc(HS_LINKED_GRAPHS, sizeof *keys);
+    uint32_t count = 0, calls = 0;
+    linked->graph_of = malloc((p->steps + (size_t)1) * sizeof *linked->graph_of);
+    linked->graphs = calloc(HS_LINKED_GRAPHS, sizeof *linked->graphs);
+    if (!keys || !linked->graph_of || !linked->graphs) {
+        free(keys);
+        return hs_fail(why, HS_E_MEMORY, "no memory for the table of graphs");
+    }
+    for (uint32_t i = 0; i < p->steps; i++) {
+        const hs_plan_action *a = &linked->plan->actions[p->first_step + i];
+        linked->graph_of[i] = NO_GRAPH;
+        if (a->kind != HS_A_RUN || linked->plan->programs[a->program].calls < 2) continue;
+        const graph_key key = key_of(linked, a);
+        uint32_t k = 0;
+        while (k < count && memcmp(&keys[k], &key, sizeof key) != 0) k++;
+        if (k == count) {
+            const uint32_t more = linked->plan->programs[a->program].calls;
+            if (count == HS_LINKED_GRAPHS || more > HS_LINKED_GRAPH_CALLS - calls) continue;
+            keys[count++] = key;
+            calls += more;
+        }
+        linked->graph_of[i] = (uint16_t)k;
+    }
+    free(keys);
+    return HS_OK;
+}
+
 hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spaces *spaces,
                   hs_linked **out, hs_why *why) {
     *out = NULL;
@@ -85,6 +137,11 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spac
         }
     }
     free(used);
+    const hs_status st = spaces->backend->capture ? number_graphs(linked, why) : HS_OK;
+    if (st != HS_OK) {
+        hs_linked_destroy(linked);
+        return st;
+    }
     *out = linked;
     return HS_OK;
 
@@ -98,17 +155,18 @@ void hs_linked_destroy(hs_linked *linked) {
     if (!linked) return;
     free(linked->first);
     free(linked->calls);
+    free(linked->graph_of);
+    free(linked->graphs); /* which the device has */
     free(linked);
 }
 
-hs_status hs_linked_run(const hs_linked *linked, uint32_t program, uint32_t slot,
-                        uint32_t microbatch, hs_why *why) {
-    const linked_call *call = &linked->calls[linked->first[program]];
-    const uint32_t count = linked->plan->programs[program].calls;
+static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why *why) {
+    const linked_call *call = &linked->calls[linked->first[a->program]];
+    const uint32_t count = linked->plan->programs[a->program].calls;
     uint8_t *const base = linked->spaces->arena;
-    uint8_t *const act = base + area(linked, HS_SPACE_ACT, slot == UINT32_MAX ? 0 : slot, 0);
+    uint8_t *const act = base + area(linked, HS_SPACE_ACT, a->slot == UINT32_MAX ? 0 : a->slot, 0);
     uint8_t *const mb =
-        base + area(linked, HS_SPACE_MB, 0, microbatch == UINT32_MAX ? 0 : microbatch);
+        base + area(linked, HS_SPACE_MB, 0, a->microbatch == UINT32_MAX ? 0 : a->microbatch);
     for (const linked_call *const end = call + count; call < end; call++) {
         hs_args args = call->args;
         for (int o = 0; call->moves && o < HS_CALL_PTRS; o++) {
@@ -122,4 +180,19 @@ hs_status hs_linked_run(const hs_linked *linked, uint32_t program, uint32_t slot
         }
     }
     return HS_OK;
+}
+
+hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *a, hs_why *why) {
+    hs_spaces *spaces = linked->spaces;
+    const size_t at = (size_t)(a - linked->plan->actions) - linked->position->first_step;
+    const uint16_t number = linked->graph_of && at < linked->position->steps ? linked->graph_of[at]
+                                                                             : (uint16_t)NO_GRAPH;
+    if (number == NO_GRAPH) return issue(linked, a, why);
+    hs_graph **graph = &linked->graphs[number];
+    if (!*graph) {
+        HS_TRY(spaces->backend->capture(spaces->device, HS_STREAM_COMPUTE, why));
+        HS_TRY(issue(linked, a, why));
+        HS_TRY(spaces->backend->captured(spaces->device, HS_STREAM_COMPUTE, graph, why));
+    }
+    return hs_spaces_replay(spaces, *graph, why);
 }

@@ -15,15 +15,19 @@
 
 typedef struct hs_linked hs_linked;
 
+enum { HS_LINKED_GRAPHS = 1024, HS_LINKED_GRAPH_CALLS = 1 << 16 };
+
 /* plan, position and spaces must outlive the result. HS_E_MEMORY. */
 hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spaces *spaces,
                   hs_linked **out, hs_why *why);
 void hs_linked_destroy(hs_linked *linked); /* NULL is fine */
 
-/* Issues a program's calls in order. slot and microbatch as in the action (UINT32_MAX: none). A
- * call that fails at once is named in why; others show at a wait. Allocates nothing. */
-hs_status hs_linked_run(const hs_linked *linked, uint32_t program, uint32_t slot,
-                        uint32_t microbatch, hs_why *why);
+/* Issues the calls of a RUN action's program in order. A call that fails at once is named in why; others
+ * show at a wait. A device that has graphs gets the calls of a step's action one by one the first time,
+ * captured, and from then on as one graph, of at most HS_LINKED_GRAPHS for HS_LINKED_GRAPH_CALLS calls (programs
+ * of one call, and what comes beyond that in the list of a step, are issued each time). Allocates
+ * nothing but the device's graphs, in the first step. */
+hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *action, hs_why *why);
 
 /* Offset in the arena of a reference of this position. */
 uint64_t hs_linked_offset(const hs_linked *linked, const hs_plan_ref *ref, uint32_t slot,

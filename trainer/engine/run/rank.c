@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -99,33 +100,50 @@ static hs_status open_agent(rank *r, int fds[HS_SNAPSHOT_SLOTS_MAX], int *count,
 }
 
 /* What a slot holds, of a device whose memory is apart (snapshot/snapshot.h). */
-static hs_status move(void *ctx, bool to_slot, uint64_t offset, uint8_t *data, uint64_t bytes,
-                      hs_why *why) {
-    return to_slot ? hs_spaces_get(ctx, offset, data, bytes, why)
+static hs_status slot_copy(void *ctx, bool to_slot, uint64_t offset, uint8_t *data, uint64_t bytes,
+                           hs_why *why) {
+    return to_slot ? hs_spaces_save(ctx, offset, data, bytes, why)
                    : hs_spaces_put(ctx, offset, data, bytes, why);
 }
 
-static hs_status move_done(void *ctx, bool to_slot, hs_why *why) {
-    return hs_spaces_wait(ctx, to_slot ? HS_STREAM_OUT : HS_STREAM_IN, why);
+static hs_status slot_copied(void *ctx, bool to_slot, hs_why *why) {
+    return to_slot ? hs_spaces_saved(ctx, why) : hs_spaces_wait(ctx, HS_STREAM_IN, why);
+}
+
+static hs_status slot_wait(void *ctx, hs_why *why) {
+    return hs_spaces_wait_saved(ctx, why);
+}
+
+/* Where the host does not let the slots be pinned, their copies are slow, and right. */
+static void pin_slots(const rank *r) {
+    const hs_spaces *spaces = &r->machine.spaces;
+    uint64_t bytes;
+    uint8_t *at;
+    for (int i = 0; (at = hs_snapshot_memory(r->snapshot, i, &bytes)); i++) {
+        hs_why why = {0};
+        if (spaces->backend->pin(spaces->device, at, bytes, &why) == HS_OK) continue;
+        HS_LOG(&r->log, HS_LOG_WARN, "a snapshot slot is not pinned: saving holds up the steps",
+               HS_I("slot", i), HS_I("bytes", (int64_t)bytes), HS_S("why", why.text),
+               HS_S("mend", "raise the limit of locked memory (ulimit -l, or the container's)"));
+    }
 }
 
 static hs_status open_snapshot(rank *r, const int *fds, int count, hs_why *why) {
     const hs_plan_position *p = r->executor.position;
     hs_spaces *spaces = &r->machine.spaces;
-    const hs_snapshot_config config = {.position = p->position,
-                                       .states = r->plan.states + p->first_state,
-                                       .state_count = p->states,
-                                       .tensors = r->plan.tensors,
-                                       .slot_bytes = p->slot_bytes,
-                                       .arena = spaces->backend->unified ? spaces->arena : NULL,
-                                       .move = move,
-                                       .move_done = move_done,
-                                       .ctx = spaces,
-                                       .plan_digest = r->plan.header->digest,
-                                       .what_digest = r->plan.config->what_digest,
-                                       .epoch = r->attempt.attempt->epoch,
-                                       .pool = r->machine.pool,
-                                       .log = &r->log};
+    const hs_snapshot_config config = {
+        .position = p->position,
+        .states = r->plan.states + p->first_state,
+        .state_count = p->states,
+        .tensors = r->plan.tensors,
+        .slot_bytes = p->slot_bytes,
+        .arena = spaces->backend->unified ? spaces->arena : NULL,
+        .device = {.ctx = spaces, .copy = slot_copy, .copied = slot_copied, .wait = slot_wait},
+        .plan_digest = r->plan.header->digest,
+        .what_digest = r->plan.config->what_digest,
+        .epoch = r->attempt.attempt->epoch,
+        .pool = r->machine.pool,
+        .log = &r->log};
     hs_status st = hs_snapshot_create(&config, &r->snapshot, why);
     if (st != HS_OK) {
         for (int i = 0; i < count; i++) (void)close(fds[i]);
@@ -133,6 +151,7 @@ static hs_status open_snapshot(rank *r, const int *fds, int count, hs_why *why) 
     }
     HS_TRY(hs_snapshot_attach(r->snapshot, fds, count, why));
     hs_agent_link_keep(r->agent, r->snapshot);
+    pin_slots(r);
     return HS_OK;
 }
 
@@ -225,7 +244,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
     return hs_comm_tcp.create(&config, &r->comm, why);
 }
 
-static void fill_executor(rank *r) {
+static hs_status fill_executor(rank *r, hs_why *why) {
     hs_executor *ex = &r->executor;
     ex->plan = &r->plan;
     ex->attempt = r->attempt.attempt;
@@ -242,6 +261,7 @@ static void fill_executor(rank *r) {
     ex->metrics = &r->metrics;
     ex->dump_dir = r->args->dump_dir;
     ex->log = &r->log;
+    return hs_executor_order(ex, why);
 }
 
 /* One object of rank 0, to standard output and to the agent. */
@@ -313,7 +333,7 @@ static hs_status run(rank *r, hs_why *why) {
     hs_stop_busy(r->stop, false);
     HS_TRY(st);
     HS_TRY(connect_peers(r, why));
-    fill_executor(r);
+    HS_TRY(fill_executor(r, why));
     const int64_t start = r->attempt.attempt->start_step;
     hs_metrics_begin(&r->metrics);
     if (start < 0 && !r->args->weights) {
@@ -368,12 +388,15 @@ static void close_all(rank *r) {
     hs_comm_tcp.close(r->comm);
     hs_abort_words_disarm();
     hs_agent_link_destroy(r->agent);
-    hs_snapshot_destroy(r->snapshot);
+    hs_snapshot_stop(
+        r->snapshot); /* it uses the device, which has its slots pinned until it closes */
     if (r->page) (void)munmap(r->page, HS_RANK_PAGE_BYTES);
     if (r->metrics.run) hs_metrics_close(&r->metrics);
     hs_trace_destroy(r->trace);
     hs_shards_close(r->shards);
     hs_machine_destroy(&r->machine);
+    hs_snapshot_destroy(r->snapshot);
+    for (int list = 0; list < HS_LISTS; list++) free(r->executor.turns[list]);
     hs_stop_destroy(r->stop);
     hs_attempt_close(&r->attempt);
     hs_plan_close(&r->plan);
@@ -383,6 +406,7 @@ hs_status hs_rank_run(const hs_rank_args *args, hs_why *why) {
     rank r = {.args = args, .restore_slot = -1};
     r.log = (hs_log){.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = (int32_t)args->rank};
     const hs_status st = run(&r, why);
+    hs_executor_leave(&r.executor, IN_TIME_MS);
     write_trace(&r);
     say_last(&r, st, why);
     close_all(&r);

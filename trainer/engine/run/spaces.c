@@ -67,11 +67,11 @@ static hs_status open_host(hs_spaces *s, const hs_plan *plan, const hs_plan_posi
     if (!s->pieces) return hs_fail(why, HS_E_MEMORY, "no memory for the list of HOST memory");
     const uint64_t total = find_pieces(s, plan, p);
     s->window_bytes = longest_message(plan, p);
-    uint8_t *pinned = NULL;
-    HS_TRY(s->backend->pinned(s->device, total + 2 * s->window_bytes, &pinned, why));
-    s->window[HS_STREAM_IN] = pinned + total;
-    s->window[HS_STREAM_OUT] = pinned + total + s->window_bytes;
-    s->host = pinned;
+    s->host_bytes = total + (HS_WINDOWS + 1) * s->window_bytes;
+    HS_TRY(s->backend->pinned(s->device, s->host_bytes, &s->host, why));
+    s->out_window = s->host + total;
+    for (int w = 0; w < HS_WINDOWS; w++)
+        s->in_window[w] = s->out_window + (uint64_t)(w + 1) * s->window_bytes;
     return HS_OK;
 }
 
@@ -95,60 +95,118 @@ uint8_t *hs_spaces_host(const hs_spaces *s, uint64_t offset, uint64_t bytes) {
     return piece ? s->host + piece->at + (offset - piece->offset) : NULL;
 }
 
-/* What is put on `stream` from now on runs after all that was put on `before` so far. */
-static hs_status after(hs_spaces *s, int stream, int before, hs_why *why) {
-    if (!s->news[stream][before]) return HS_OK;
+static void issued(hs_spaces *s, int stream) {
+    for (int other = 0; other < HS_STREAMS; other++) s->news[other][stream] = true;
+}
+
+hs_status hs_spaces_after(hs_spaces *s, int stream, int before, hs_why *why) {
+    if (stream == before || !s->news[stream][before]) return HS_OK;
     s->news[stream][before] = false;
-    HS_TRY(s->backend->record(s->device, before, before, why));
-    return s->backend->follow(s->device, stream, before, why);
+    HS_TRY(s->backend->record(s->device, before, HS_EVENT_STREAM + before, why));
+    return s->backend->follow(s->device, stream, HS_EVENT_STREAM + before, why);
+}
+
+hs_status hs_spaces_join(hs_spaces *s, hs_why *why) {
+    if (s->backend->unified) return HS_OK;
+    for (int stream = 0; stream < HS_TURN_STREAMS; stream++)
+        for (int before = 0; before < HS_TURN_STREAMS; before++)
+            HS_TRY(hs_spaces_after(s, stream, before, why));
+    return HS_OK;
+}
+
+hs_status hs_spaces_begin(hs_spaces *s, const hs_turn *turn, hs_why *why) {
+    if (!turn || s->backend->unified) return HS_OK;
+    for (int u = 0; u < HS_TURN_STREAMS; u++)
+        if (turn->follow[u] >= 0)
+            HS_TRY(s->backend->follow(s->device, turn->stream, turn->follow[u], why));
+    if (!turn->saved || !s->saving) return HS_OK;
+    s->saving = false;
+    return s->backend->follow(s->device, turn->stream, HS_EVENT_STREAM + HS_STREAM_SAVE, why);
+}
+
+hs_status hs_spaces_end(hs_spaces *s, const hs_turn *turn, hs_why *why) {
+    if (!turn || s->backend->unified || turn->record < 0) return HS_OK;
+    return s->backend->record(s->device, turn->stream, turn->record, why);
 }
 
 hs_status hs_spaces_put(hs_spaces *s, uint64_t offset, const void *host, uint64_t bytes,
                         hs_why *why) {
     uint8_t *const to = s->arena + offset;
     if (s->backend->unified && host == to) return HS_OK;
-    if (!hs_spaces_host(s, offset, bytes))
-        HS_TRY(after(s, HS_STREAM_IN, HS_STREAM_COMPUTE, why)); /* I3 */
-    s->news[HS_STREAM_COMPUTE][HS_STREAM_IN] = true;
-    return s->backend->copy(s->device, HS_STREAM_IN, to, host, bytes, HS_COPY_TO_DEVICE, why);
+    issued(s, HS_STREAM_IN);
+    HS_TRY(s->backend->copy(s->device, HS_STREAM_IN, to, host, bytes, HS_COPY_TO_DEVICE, why));
+    for (int w = 0; w < HS_WINDOWS; w++)
+        if (host == s->in_window[w])
+            return s->backend->record(s->device, HS_STREAM_IN, HS_EVENT_WINDOW + w, why);
+    return HS_OK;
 }
 
 hs_status hs_spaces_get(hs_spaces *s, uint64_t offset, void *host, uint64_t bytes, hs_why *why) {
     const uint8_t *const from = s->arena + offset;
-    HS_TRY(after(s, HS_STREAM_OUT, HS_STREAM_COMPUTE, why)); /* I2 */
     if (s->backend->unified && host == from) return HS_OK;
+    issued(s, HS_STREAM_OUT);
     return s->backend->copy(s->device, HS_STREAM_OUT, host, from, bytes, HS_COPY_FROM_DEVICE, why);
 }
 
+hs_status hs_spaces_in_window(hs_spaces *s, uint8_t **at, hs_why *why) {
+    const int w = (int)(s->in_turn++ % HS_WINDOWS);
+    *at = s->in_window[w];
+    return s->backend->wait(s->device, HS_EVENT_WINDOW + w, why);
+}
+
+uint8_t *hs_spaces_out_window(hs_spaces *s) {
+    return s->out_window;
+}
+
 hs_status hs_spaces_launch(hs_spaces *s, uint16_t kernel, const hs_args *args, hs_why *why) {
-    HS_TRY(after(s, HS_STREAM_COMPUTE, HS_STREAM_IN, why)); /* I1 */
-    s->news[HS_STREAM_IN][HS_STREAM_COMPUTE] = s->news[HS_STREAM_OUT][HS_STREAM_COMPUTE] = true;
+    issued(s, HS_STREAM_COMPUTE);
     return s->backend->launch(s->device, HS_STREAM_COMPUTE, kernel, args, why);
 }
 
-hs_status hs_spaces_wait(hs_spaces *s, int stream, hs_why *why) {
-    HS_TRY(s->backend->record(s->device, stream, stream, why));
-    return s->backend->wait(s->device, stream, why);
+hs_status hs_spaces_replay(hs_spaces *s, hs_graph *graph, hs_why *why) {
+    issued(s, HS_STREAM_COMPUTE);
+    return s->backend->replay(s->device, HS_STREAM_COMPUTE, graph, why);
 }
 
-/* Bytes at a time, and where: the memory itself, or a window. */
-static uint8_t *window(const hs_spaces *s, int stream, uint64_t offset, uint64_t *bytes) {
-    if (s->backend->unified) return s->arena + offset;
-    if (*bytes > s->window_bytes) *bytes = s->window_bytes;
-    return s->window[stream];
+hs_status hs_spaces_wait(hs_spaces *s, int stream, hs_why *why) {
+    HS_TRY(s->backend->record(s->device, stream, HS_EVENT_STREAM + stream, why));
+    return s->backend->wait(s->device, HS_EVENT_STREAM + stream, why);
 }
 
 hs_status hs_spaces_readable(hs_spaces *s, uint64_t offset, uint64_t *bytes, const uint8_t **at,
                              hs_why *why) {
-    uint8_t *const to = window(s, HS_STREAM_OUT, offset, bytes);
+    const bool unified = s->backend->unified;
+    uint8_t *const to = unified ? s->arena + offset : s->out_window;
+    if (!unified && *bytes > s->window_bytes) *bytes = s->window_bytes;
     *at = to;
+    HS_TRY(hs_spaces_after(s, HS_STREAM_OUT, HS_STREAM_COMPUTE, why));
     HS_TRY(hs_spaces_get(s, offset, to, *bytes, why));
     return hs_spaces_wait(s, HS_STREAM_OUT, why);
 }
 
 hs_status hs_spaces_writable(hs_spaces *s, uint64_t offset, uint64_t *bytes, uint8_t **at,
                              hs_why *why) {
-    *at = window(s, HS_STREAM_IN, offset, bytes);
-    if (s->backend->unified) HS_TRY(after(s, HS_STREAM_IN, HS_STREAM_COMPUTE, why)); /* I3 */
-    return hs_spaces_wait(s, HS_STREAM_IN, why);
+    HS_TRY(hs_spaces_after(s, HS_STREAM_IN, HS_STREAM_COMPUTE, why));
+    if (s->backend->unified) {
+        *at = s->arena + offset;
+        return hs_spaces_wait(s, HS_STREAM_IN, why);
+    }
+    if (*bytes > s->window_bytes) *bytes = s->window_bytes;
+    return hs_spaces_in_window(s, at, why);
+}
+
+hs_status hs_spaces_save(hs_spaces *s, uint64_t offset, void *host, uint64_t bytes, hs_why *why) {
+    HS_TRY(hs_spaces_after(s, HS_STREAM_SAVE, HS_STREAM_COMPUTE, why));
+    issued(s, HS_STREAM_SAVE);
+    return s->backend->copy(s->device, HS_STREAM_SAVE, host, s->arena + offset, bytes,
+                            HS_COPY_FROM_DEVICE, why);
+}
+
+hs_status hs_spaces_saved(hs_spaces *s, hs_why *why) {
+    s->saving = true;
+    return s->backend->record(s->device, HS_STREAM_SAVE, HS_EVENT_STREAM + HS_STREAM_SAVE, why);
+}
+
+hs_status hs_spaces_wait_saved(const hs_spaces *s, hs_why *why) {
+    return s->backend->wait(s->device, HS_EVENT_STREAM + HS_STREAM_SAVE, why);
 }

@@ -1,9 +1,7 @@
-#include "snapshot/snapshot.h"
+#include "snapshot/snapshot_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -11,82 +9,40 @@
 #include <unistd.h>
 
 #include "core/clock.h"
-#include "core/hash.h"
-#include "core/stop.h"
 
-enum {
-    BLOCK = 256 * 1024, /* copied, then summed while it is in the cache */
-    HOLD_POLL_MS = 5,
-};
-
-/* One tensor's master, m or v: where it lies in a slot's data and in the arena. Ascending, without
- * overlap. */
-typedef struct piece {
-    uint64_t at;            /* in the data */
-    uint64_t bytes, offset; /* in the arena */
-} piece;
-
-typedef struct mapping {
-    int fd;
-    uint8_t *map; /* hs_slot_header, checksums, data */
-} mapping;
-
-struct hs_snapshot {
-    uint32_t position;
-    uint8_t plan_digest[32], what_digest[32];
-    uint64_t epoch, data_offset, data_bytes, chunks, slot_bytes;
-    uint8_t *arena; /* NULL: `move` copies */
-    hs_status (*move)(void *, bool, uint64_t, uint8_t *, uint64_t, hs_why *);
-    hs_status (*move_done)(void *, bool, hs_why *);
-    void *ctx;
-    hs_pool *pool;
-    const hs_log *log;
-    uint32_t piece_count;
-    piece *pieces;
-    int count, newest; /* slots; I2, -1: none */
-    mapping slots[HS_SNAPSHOT_SLOTS_MAX];
-};
+enum { BLOCK = 256 * 1024 }; /* copied, then summed while it is in the cache */
 
 /* header_crc covers [24, 136) and the checksums. */
 enum { CRC_FIRST = 24, CRC_END = 136 };
 _Static_assert(offsetof(hs_slot_header, generation) == CRC_FIRST, "slot header");
 _Static_assert(offsetof(hs_slot_header, header_crc) == CRC_END, "slot header");
 
-static hs_slot_header *header_of(const hs_snapshot *s, int i) {
-    return (void *)s->slots[i].map;
-}
-static uint64_t *sums_of(const hs_snapshot *s, int i) {
-    return (void *)(s->slots[i].map + HS_SLOT_HEADER_BYTES);
-}
-
-/* The two words that two processes write and read: plain fields in the wire header, atomics here.
- */
-static uint32_t load_word(const uint32_t *word) {
-    return __atomic_load_n(word, __ATOMIC_SEQ_CST);
-}
-static void store_word(uint32_t *word, uint32_t value) {
-    __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
-}
-
-/* gcc's thread sanitizer knows no fences (and refuses to compile them). */
-static void fence(void) {
-#ifndef __SANITIZE_THREAD__
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-#endif
-}
-
 static uint64_t round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
 }
 
-static uint32_t header_crc(const hs_snapshot *s, int i) {
+uint32_t hs_snapshot_header_crc(const hs_snapshot *s, int i) {
     const uint32_t crc = hs_crc32c(0, s->slots[i].map + CRC_FIRST, CRC_END - CRC_FIRST);
-    return hs_crc32c(crc, sums_of(s, i), s->chunks * sizeof(uint64_t));
+    return hs_crc32c(crc, hs_snapshot_sums(s, i), s->chunks * sizeof(uint64_t));
 }
 
 static int by_place(const void *a, const void *b) {
-    const piece *left = a, *right = b;
+    const hs_piece *left = a, *right = b;
     return left->at < right->at ? -1 : left->at > right->at;
+}
+
+/* What lies behind one another in both places is copied at once. */
+static void join_pieces(hs_snapshot *s) {
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < s->piece_count; i++) {
+        hs_piece *last = kept ? &s->pieces[kept - 1] : NULL, *next = &s->pieces[i];
+        if (last && last->at + last->bytes == next->at &&
+            last->offset + last->bytes == next->offset)
+            last->bytes += next->bytes;
+        else
+            s->pieces[kept++] = *next;
+    }
+    s->piece_count = kept;
 }
 
 hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out, hs_why *why) {
@@ -103,21 +59,19 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
     memcpy(s->what_digest, config->what_digest, sizeof s->what_digest);
     s->epoch = config->epoch;
     s->arena = config->arena;
-    s->move = config->move;
-    s->move_done = config->move_done;
-    s->ctx = config->ctx;
+    s->device = config->device;
     s->pool = config->pool;
     s->log = config->log;
-    s->newest = -1;
+    s->newest = s->ended_fd = -1;
     for (uint32_t i = 0; i < config->state_count; i++) {
         const hs_plan_state *state = &config->states[i];
         const uint64_t bytes = (uint64_t)config->tensors[state->tensor].elements * sizeof(float);
         const uint64_t offsets[3] = {state->master_offset, state->m_offset, state->v_offset};
         for (uint64_t k = 0; k < 3; k++)
             s->pieces[s->piece_count++] =
-                (piece){.at = state->slot_offset + k * round_up(bytes, 64),
-                        .bytes = bytes,
-                        .offset = offsets[k]};
+                (hs_piece){.at = state->slot_offset + k * round_up(bytes, 64),
+                           .bytes = bytes,
+                           .offset = offsets[k]};
     }
     qsort(s->pieces, s->piece_count, sizeof *s->pieces, by_place);
     for (uint32_t i = 0; i < s->piece_count; i++) {
@@ -127,6 +81,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
         }
         s->data_bytes = round_up(s->pieces[i].at + s->pieces[i].bytes, 64);
     }
+    join_pieces(s);
     s->chunks = (s->data_bytes + HS_SLOT_CHUNK - 1) / HS_SLOT_CHUNK;
     s->data_offset = HS_SLOT_HEADER_BYTES + round_up(s->chunks * sizeof(uint64_t), 4096);
     s->slot_bytes = config->slot_bytes;
@@ -144,6 +99,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
 
 void hs_snapshot_destroy(hs_snapshot *s) {
     if (!s) return;
+    hs_snapshot_stop(s);
     for (int i = 0; i < s->count; i++) {
         if (s->slots[i].map) (void)munmap(s->slots[i].map, s->data_offset + s->data_bytes);
         close(s->slots[i].fd);
@@ -172,14 +128,15 @@ static hs_status map_slot(hs_snapshot *s, int i, hs_why *why) {
         return hs_fail(why, HS_E_MEMORY, "mmap of slot %d (%llu bytes): %s", i,
                        (unsigned long long)need, strerror(errno));
     s->slots[i].map = map;
-    hs_slot_header *header = header_of(s, i);
+    hs_slot_header *header = hs_snapshot_header(s, i);
     const bool known = memcmp(header->magic, HS_SLOT_MAGIC, sizeof header->magic) == 0;
-    if (known && load_word(&header->state) == HS_SLOT_READY && header->position != s->position)
+    if (known && hs_snapshot_load(&header->state) == HS_SLOT_READY &&
+        header->position != s->position)
         return hs_fail(why, HS_E_CONFIG, "slot %d is of position %u, not %u", i, header->position,
                        s->position);
     /* FILLING: its rank died in the middle. Without a magic: fresh from the agent. */
-    if (!known || load_word(&header->state) != HS_SLOT_READY)
-        store_word(&header->state, HS_SLOT_EMPTY);
+    if (!known || hs_snapshot_load(&header->state) != HS_SLOT_READY)
+        hs_snapshot_store(&header->state, HS_SLOT_EMPTY);
     return HS_OK;
 }
 
@@ -189,10 +146,15 @@ hs_status hs_snapshot_attach(hs_snapshot *s, const int *fds, int count, hs_why *
         return hs_fail(why, HS_E_CONFIG, "%d snapshot slots came, at most %d are taken, once",
                        count, HS_SNAPSHOT_SLOTS_MAX);
     }
-    for (int i = 0; i < count; i++) s->slots[i] = (mapping){.fd = fds[i], .map = NULL};
+    for (int i = 0; i < count; i++) s->slots[i] = (hs_mapping){.fd = fds[i], .map = NULL};
     s->count = count;
     for (int i = 0; i < count; i++) HS_TRY(map_slot(s, i, why));
-    return HS_OK;
+    return count ? hs_snapshot_start_filling(s, why) : HS_OK;
+}
+
+uint8_t *hs_snapshot_memory(const hs_snapshot *s, int i, uint64_t *bytes) {
+    *bytes = s->data_offset + s->data_bytes;
+    return i < s->count ? s->slots[i].map : NULL;
 }
 
 int hs_snapshot_fds(const hs_snapshot *s, int fds[HS_SNAPSHOT_SLOTS_MAX]) {
@@ -201,45 +163,13 @@ int hs_snapshot_fds(const hs_snapshot *s, int fds[HS_SNAPSHOT_SLOTS_MAX]) {
 }
 
 int64_t hs_snapshot_step(const hs_snapshot *s, int i) {
-    if (i < 0 || i >= s->count || load_word(&header_of(s, i)->state) != HS_SLOT_READY) return -1;
-    return header_of(s, i)->step;
+    if (i < 0 || i >= s->count ||
+        hs_snapshot_load(&hs_snapshot_header(s, i)->state) != HS_SLOT_READY)
+        return -1;
+    return hs_snapshot_header(s, i)->step;
 }
 
-/* --- filling ----------------------------------------------------------------------------- */
-
-/* The slot to fill next: an EMPTY one, else the one with the oldest snapshot; -1: none (I1, I2). */
-static int choose(const hs_snapshot *s) {
-    int best = -1;
-    for (int i = 0; i < s->count; i++) {
-        const hs_slot_header *header = header_of(s, i);
-        if (i == s->newest || load_word(&header->hold)) continue;
-        if (load_word(&header->state) == HS_SLOT_EMPTY) return i;
-        const hs_slot_header *old = best < 0 ? NULL : header_of(s, best);
-        if (!old || header->epoch < old->epoch ||
-            (header->epoch == old->epoch && header->step < old->step))
-            best = i;
-    }
-    return best;
-}
-
-bool hs_snapshot_can_fill(const hs_snapshot *s) {
-    return choose(s) >= 0;
-}
-
-/* Takes a slot for writing, against an agent that takes hold of it at the same moment: each side
- * writes its own word and then reads the other's, so at least one of them sees the other. */
-static int take(hs_snapshot *s) {
-    for (int tries = 0; tries < 2 * HS_SNAPSHOT_SLOTS_MAX; tries++) {
-        const int i = choose(s);
-        if (i < 0) return -1;
-        hs_slot_header *header = header_of(s, i);
-        const uint32_t before = load_word(&header->state);
-        store_word(&header->state, HS_SLOT_FILLING);
-        if (!load_word(&header->hold)) return i;
-        store_word(&header->state, before);
-    }
-    return -1;
-}
+/* --- chunks ------------------------------------------------------------------------------ */
 
 /* The first piece that ends after `at`. */
 static uint32_t find_piece(const hs_snapshot *s, uint64_t at) {
@@ -271,7 +201,7 @@ static void copy_range(const hs_snapshot *s, uint8_t *data, uint64_t at, uint64_
         const uint64_t n = (stop < end ? stop : end) - at;
         uint8_t *arena = s->arena ? s->arena + s->pieces[p].offset + (at - s->pieces[p].at) : NULL;
         if (!arena) {
-            /* move_pieces did, or will */
+            /* the device did, or will */
         } else if (to_slot)
             memcpy(data + at, arena, n);
         else
@@ -280,29 +210,12 @@ static void copy_range(const hs_snapshot *s, uint8_t *data, uint64_t at, uint64_
     }
 }
 
-typedef struct work {
-    const hs_snapshot *snapshot;
-    int slot;
-    bool to_slot, sha256;
-    _Atomic int64_t bad; /* the first damaged chunk that was found; INT64_MAX: none */
-} work;
-
-/* All of a slot's pieces, where the arena is not the host's. */
-static hs_status move_pieces(const hs_snapshot *s, int slot, bool to_slot, hs_why *why) {
-    uint8_t *data = s->slots[slot].map + s->data_offset;
-    for (uint32_t i = 0; !s->arena && i < s->piece_count; i++) {
-        const piece *p = &s->pieces[i];
-        HS_TRY(s->move(s->ctx, to_slot, p->offset, data + p->at, p->bytes, why));
-    }
-    return s->arena ? HS_OK : s->move_done(s->ctx, to_slot, why);
-}
-
-static void move_chunks(void *ctx, int64_t begin, int64_t end, int worker) {
-    work *w = ctx;
+void hs_snapshot_chunks(void *ctx, int64_t begin, int64_t end, int worker) {
+    hs_chunks *w = ctx;
     const hs_snapshot *s = w->snapshot;
     uint8_t *data = s->slots[w->slot].map + s->data_offset;
     (void)worker;
-    for (int64_t chunk = begin; chunk < end; chunk++) {
+    for (int64_t chunk = begin; chunk < end && !atomic_load(&s->abandon); chunk++) {
         const uint64_t first = (uint64_t)chunk * HS_SLOT_CHUNK;
         const uint64_t last =
             first + HS_SLOT_CHUNK < s->data_bytes ? first + HS_SLOT_CHUNK : s->data_bytes;
@@ -325,73 +238,22 @@ static void move_chunks(void *ctx, int64_t begin, int64_t end, int worker) {
             memcpy(&sum, digest, sizeof sum);
         }
         if (w->to_slot) {
-            sums_of(s, w->slot)[chunk] = sum;
-        } else if (sums_of(s, w->slot)[chunk] != sum) {
+            hs_snapshot_sums(s, w->slot)[chunk] = sum;
+        } else if (hs_snapshot_sums(s, w->slot)[chunk] != sum) {
             int64_t seen = atomic_load(&w->bad);
             while (chunk < seen && !atomic_compare_exchange_weak(&w->bad, &seen, chunk)) continue;
         }
     }
 }
 
-static hs_status wait_for_slot(hs_snapshot *s, int64_t deadline_ns, struct hs_stop *stop, int *slot,
-                               hs_why *why) {
-    while ((*slot = take(s)) < 0) {
-        if (hs_stop_lost(stop))
-            return hs_fail(why, HS_E_LOST,
-                           "a peer was lost while this rank waited for a snapshot slot");
-        if (hs_clock_ns() >= deadline_ns)
-            return hs_fail(why, HS_E_AGAIN,
-                           "none of the %d snapshot slots is free: the agent still reads them",
-                           s->count);
-        (void)poll(NULL, 0, HOLD_POLL_MS); /* shared memory cannot wake us */
-    }
-    return HS_OK;
-}
-
-hs_status hs_snapshot_fill(hs_snapshot *s, int64_t step, bool final, int64_t deadline_ns,
-                           struct hs_stop *stop, int *slot, hs_why *why) {
-    const int64_t begin_ns = hs_clock_ns();
-    int i = -1;
-    *slot = -1;
-    if (s->count == 0) return hs_fail(why, HS_E_AGAIN, "this rank has no snapshot slots");
-    HS_TRY(wait_for_slot(s, deadline_ns, stop, &i, why));
-    hs_slot_header *header = header_of(s, i);
-    memcpy(header->magic, HS_SLOT_MAGIC, sizeof header->magic);
-    header->version = HS_SLOT_VERSION;
-    header->position = s->position;
-    __atomic_store_n(&header->generation, header->generation + 1, __ATOMIC_SEQ_CST);
-    fence(); /* I4 */
-    HS_TRY(
-        move_pieces(s, i, true, why)); /* on failure the slot stays FILLING, which nobody reads */
-    work w = {.snapshot = s, .slot = i, .to_slot = true, .bad = INT64_MAX};
-    hs_parallel_for(s->pool, (int64_t)s->chunks, move_chunks, &w);
-    header->step = step;
-    header->epoch = s->epoch;
-    header->data_offset = s->data_offset;
-    header->data_bytes = s->data_bytes;
-    header->chunks = s->chunks;
-    memcpy(header->plan_digest, s->plan_digest, sizeof header->plan_digest);
-    memcpy(header->what_digest, s->what_digest, sizeof header->what_digest);
-    header->checksum_kind = HS_SLOT_SUM_CRC32C;
-    header->reserved = 0;
-    header->final = final;
-    header->header_crc = header_crc(s, i);
-    store_word(&header->state, HS_SLOT_READY); /* I3 */
-    s->newest = i;
-    *slot = i;
-    HS_LOG(s->log, HS_LOG_DEBUG, "snapshot", HS_I("step", step), HS_I("slot", i),
-           HS_I("us", (hs_clock_ns() - begin_ns) / 1000));
-    return HS_OK;
-}
-
 /* --- restoring --------------------------------------------------------------------------- */
 
 static hs_status check_header(const hs_snapshot *s, int i, int64_t step, hs_why *why) {
-    const hs_slot_header *header = header_of(s, i);
+    const hs_slot_header *header = hs_snapshot_header(s, i);
     if (memcmp(header->magic, HS_SLOT_MAGIC, sizeof header->magic) != 0 ||
         header->version != HS_SLOT_VERSION)
         return hs_fail(why, HS_E_RESTORE, "slot %d holds no snapshot of this version", i);
-    const uint32_t state = load_word(&header->state);
+    const uint32_t state = hs_snapshot_load(&header->state);
     if (state != HS_SLOT_READY)
         return hs_fail(why, HS_E_RESTORE, "slot %d is not ready (state %u)", i, state);
     if (header->data_offset != s->data_offset || header->data_bytes != s->data_bytes ||
@@ -400,7 +262,7 @@ static hs_status check_header(const hs_snapshot *s, int i, int64_t step, hs_why 
             why, HS_E_RESTORE, "slot %d holds %llu bytes at %llu, this position %llu at %llu", i,
             (unsigned long long)header->data_bytes, (unsigned long long)header->data_offset,
             (unsigned long long)s->data_bytes, (unsigned long long)s->data_offset);
-    if (header->header_crc != header_crc(s, i))
+    if (header->header_crc != hs_snapshot_header_crc(s, i))
         return hs_fail(why, HS_E_RESTORE, "the header of slot %d is damaged (checksum)", i);
     if (header->position != s->position ||
         memcmp(header->plan_digest, s->plan_digest, sizeof s->plan_digest) != 0)
@@ -417,21 +279,31 @@ static hs_status check_header(const hs_snapshot *s, int i, int64_t step, hs_why 
     return HS_OK;
 }
 
+/* A slot's pieces, to a device. */
+static hs_status copy_back(const hs_snapshot *s, int slot, hs_why *why) {
+    uint8_t *data = s->slots[slot].map + s->data_offset;
+    for (uint32_t i = 0; i < s->piece_count; i++) {
+        const hs_piece *p = &s->pieces[i];
+        HS_TRY(s->device.copy(s->device.ctx, false, p->offset, data + p->at, p->bytes, why));
+    }
+    return s->device.copied(s->device.ctx, false, why);
+}
+
 hs_status hs_snapshot_restore(hs_snapshot *s, int i, int64_t step, hs_why *why) {
     if (i < 0 || i >= s->count)
         return hs_fail(why, HS_E_RESTORE, "no slot %d to restore from: %d came", i, s->count);
     const int64_t begin_ns = hs_clock_ns();
     HS_TRY(check_header(s, i, step, why));
-    work w = {.snapshot = s,
-              .slot = i,
-              .sha256 = header_of(s, i)->checksum_kind == HS_SLOT_SUM_SHA256,
-              .bad = INT64_MAX};
-    hs_parallel_for(s->pool, (int64_t)s->chunks, move_chunks, &w);
+    hs_chunks w = {.snapshot = s,
+                   .slot = i,
+                   .sha256 = hs_snapshot_header(s, i)->checksum_kind == HS_SLOT_SUM_SHA256,
+                   .bad = INT64_MAX};
+    hs_parallel_for(s->pool, (int64_t)s->chunks, hs_snapshot_chunks, &w);
     const int64_t bad = atomic_load(&w.bad);
     if (bad != INT64_MAX)
         return hs_fail(why, HS_E_RESTORE, "chunk %lld of slot %d (step %lld) is damaged (checksum)",
                        (long long)bad, i, (long long)step);
-    HS_TRY(move_pieces(s, i, false, why));
+    if (!s->arena) HS_TRY(copy_back(s, i, why));
     s->newest = i;
     HS_LOG(s->log, HS_LOG_DEBUG, "slot restored", HS_I("step", step), HS_I("slot", i),
            HS_I("us", (hs_clock_ns() - begin_ns) / 1000));

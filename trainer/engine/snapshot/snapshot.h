@@ -3,9 +3,15 @@
  * starts again from them.
  *
  * Order of calls, all from the rank's main thread: create (with the plan's tables), attach (with
- * the descriptors from the agent), perhaps restore, then can_fill and fill as the gang decides,
- * destroy. Without attach (a rank without an agent) there are no slots: can_fill is false and fill
+ * the descriptors from the agent), perhaps restore, then can_fill, begin and take as the gang decides,
+ * destroy. Without attach (a rank without an agent) there are no slots: can_fill is false and begin
  * returns HS_E_AGAIN.
+ *
+ * A fill goes from begin, which takes a slot, to take, which says that it is READY. Where the arena is
+ * the host's, all of it is done when begin returns. Else begin issues the device's copies and returns;
+ * a thread of the snapshot's own waits for them, computes the checksums and stores READY, while the
+ * next steps run. One fill at a time. destroy abandons one that is under way: its slot stays FILLING,
+ * which the next rank to attach makes EMPTY, as after a crash.
  *
  * I1  A slot that the agent holds is never written.
  * I2  The newest READY slot (restored from, or filled last) is never written; so with two slots or
@@ -14,7 +20,8 @@
  * I4  Nothing of a fill is stored before its FILLING and generation are: a reader that saw any byte
  *     of it and then (behind a fence of its own) looks at the generation sees that too.
  *
- * Threads: copying and checksums run on the pool. Nothing allocates after attach.
+ * Threads: copying and checksums run on the pool, or on that thread's own. Nothing allocates after
+ * attach.
  */
 #ifndef HS_SNAPSHOT_SNAPSHOT_H
 #define HS_SNAPSHOT_SNAPSHOT_H
@@ -33,22 +40,29 @@
 typedef struct hs_snapshot hs_snapshot;
 struct hs_stop;
 
-/* states and tensors must outlive create only; arena, ctx, pool and log outlive the snapshot. */
+/* How a device whose memory is apart copies between an offset of the arena and a slot. */
+typedef struct hs_snapshot_device {
+    void *ctx;
+    /* Issues one copy. What is copied to a slot is the state as all that was issued before made it. */
+    hs_status (*copy)(void *ctx, bool to_slot, uint64_t offset, uint8_t *data, uint64_t bytes,
+                      hs_why *why);
+    /* Ends a slot's copies. To the slot: returns at once; from it: waits until they are done. */
+    hs_status (*copied)(void *ctx, bool to_slot, hs_why *why);
+    /* On another thread: until the copies to a slot that were ended last are done. */
+    hs_status (*wait)(void *ctx, hs_why *why);
+} hs_snapshot_device;
+
+/* states and tensors must outlive create only; arena, device, pool and log outlive the snapshot. */
 typedef struct hs_snapshot_config {
     uint32_t position;           /* of this rank */
     const hs_plan_state *states; /* this position's, `state_count` of them */
     uint32_t state_count;
     const hs_plan_tensor *tensors; /* the plan's table; states index it */
     uint64_t slot_bytes;           /* of the position, from the plan */
-    uint8_t *arena; /* STATIC offset 0, where the host may use it; NULL: move does all copies */
-    /* Between offset of the arena and a slot, on the thread that fills or restores; may return
-     * before the copy is done, which move_done waits for. Lent ctx. */
-    hs_status (*move)(void *ctx, bool to_slot, uint64_t offset, uint8_t *data, uint64_t bytes,
-                      hs_why *why);
-    hs_status (*move_done)(void *ctx, bool to_slot, hs_why *why);
-    void *ctx;
-    const uint8_t *plan_digest; /* 32 bytes */
-    const uint8_t *what_digest; /* 32 bytes */
+    uint8_t *arena;                /* STATIC offset 0, where the host may use it; NULL: */
+    hs_snapshot_device device;     /* copies */
+    const uint8_t *plan_digest;    /* 32 bytes */
+    const uint8_t *what_digest;    /* 32 bytes */
     uint64_t epoch;
     hs_pool *pool; /* NULL: this thread alone */
     const hs_log *log;
@@ -56,7 +70,9 @@ typedef struct hs_snapshot_config {
 
 /* HS_E_CONFIG where the states do not fit slot_bytes. */
 hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out, hs_why *why);
-/* Unmaps, and closes the descriptors. NULL is fine. */
+/* Nothing runs, and nothing uses the device, from here on: abandons what is under way. NULL is fine. */
+void hs_snapshot_stop(hs_snapshot *snapshot);
+/* The same, unmaps, and closes the descriptors. NULL is fine. */
 void hs_snapshot_destroy(hs_snapshot *snapshot);
 
 /* Maps the slots. Takes the descriptors (closes them also on failure). A slot that a dead rank left
@@ -67,14 +83,32 @@ hs_status hs_snapshot_attach(hs_snapshot *snapshot, const int *fds, int count, h
  */
 int hs_snapshot_fds(const hs_snapshot *snapshot, int fds[HS_SNAPSHOT_SLOTS_MAX]);
 
-/* True where fill would find a slot now (hs_step_report.free_slot). */
-bool hs_snapshot_can_fill(const hs_snapshot *snapshot);
+/* Where slot i lies in this process, all of it (to be pinned); NULL: there is none. */
+uint8_t *hs_snapshot_memory(const hs_snapshot *snapshot, int slot, uint64_t *bytes);
 
-/* Copies the state of `step` done steps into a free slot, with checksums, and marks it READY; *slot
- * is its index. Where none is free it waits for the agent to let go until deadline_ns (hs_clock_ns;
- * 0: does not wait), then HS_E_AGAIN. hs_stop_lost ends that wait with HS_E_LOST. */
-hs_status hs_snapshot_fill(hs_snapshot *snapshot, int64_t step, bool final, int64_t deadline_ns,
-                           struct hs_stop *stop, int *slot, hs_why *why);
+/* True where begin would find a slot now (hs_step_report.free_slot): none is being filled. */
+bool hs_snapshot_can_fill(const hs_snapshot *snapshot);
+/* Whether a fill began that take has not given yet. */
+bool hs_snapshot_under_way(const hs_snapshot *snapshot);
+
+/* Begins to copy the state of `step` done steps into a free slot. Where none is free it waits for the
+ * agent to let go until deadline_ns (hs_clock_ns; 0: does not wait), then HS_E_AGAIN. hs_stop_lost
+ * ends that wait with HS_E_LOST. None may be under way. */
+hs_status hs_snapshot_begin(hs_snapshot *snapshot, int64_t step, bool final, int64_t deadline_ns,
+                            struct hs_stop *stop, hs_why *why);
+
+typedef struct hs_snapshot_done {
+    int slot;
+    int64_t step;
+    bool final;
+} hs_snapshot_done;
+
+/* Whether the fill that is under way is READY, and what it is; never blocks. What failed in it: the
+ * device's status. */
+hs_status hs_snapshot_take(hs_snapshot *snapshot, bool *any, hs_snapshot_done *done, hs_why *why);
+/* Until take has something to say, if a fill is under way. HS_E_AGAIN at the deadline, HS_E_LOST. */
+hs_status hs_snapshot_wait(hs_snapshot *snapshot, int64_t deadline_ns, struct hs_stop *stop,
+                           hs_why *why);
 
 /* Verifies every checksum of the slot and copies it into the arena. HS_E_RESTORE where it is not
  * READY, not of `step`, of another layout or What, or damaged; the arena's states are then garbage.

@@ -1,0 +1,112 @@
+"""What the executor gives a device that runs behind the host (``run/executor.c``, ``hazards.c``, ``spaces.c``): few
+events and waits, each needed; snapshots that are copied while the next step runs. On the device of ``test_device.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.engine.agent_end import agent_at
+from tests.engine.engine_build import engine
+from tests.engine.plans import GPT2, small_plan
+from tests.engine.test_agent_link import slots
+from tests.engine.test_device import CHUNKS, COMPUTE, EVENTS, IN, ORDERS, OUT, SAVE, STREAMS, MakeRuns, device, runs
+from trainer import wire
+from trainer.plan.compiled import Plan
+
+__all__ = ["device", "engine", "runs"]  # fixtures
+
+LISTS, LINKS = 8, 56  # events of lists of actions: HS_EVENT_* of run/hazards.h
+
+
+def steady(**more: Any) -> dict[str, Any]:
+    return {"schedule": {"kind": "constant"}} | more
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_each_event_of_a_step_is_needed(device: Path, runs: MakeRuns, stages: int) -> None:
+    """The first of two steps, in which whatever comes too late or too early changes the second too."""
+    some = runs(stages=stages, **steady(steps=2))
+    sound = some.state(device)
+    follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[:, LISTS:LINKS]
+    for stream, event in np.argwhere(follows).tolist():
+        drop = f"{stream} {LISTS + event} 1"
+        assert any(some.shows(device, sound, DROP=drop, ORDER=str(order)) for order in ORDERS), drop
+
+
+def test_a_step_has_few_events_and_one_wait(device: Path, runs: MakeRuns) -> None:
+    """One stage: tokens, losses and norms, the control block. Dumps wait too, so their waits are in both numbers."""
+    counts = []
+    for steps in (2, 3):
+        some = runs(**steady(steps=steps))
+        some.state(device)
+        follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[:, LISTS:LINKS]
+        counts.append((follows.sum(axis=1).tolist(), sum(some.counts("waits"))))
+    (few, less), (more, waits) = counts
+    per_step = [b - a for a, b in zip(few, more, strict=True)]
+    assert (per_step[COMPUTE], per_step[IN], per_step[OUT], per_step[SAVE]) == (2, 0, 1, 0)
+    dumps = 2 * len(small_plan().tensors)  # each of gradients and weights, by one window at a time
+    assert waits - less == 1 + dumps
+
+
+def test_a_message_waits_for_what_has_its_buffer_alone(device: Path, runs: MakeRuns) -> None:
+    """Of all that is received in a step: what comes into a buffer whose reader the host has not waited for."""
+    some = runs(model=GPT2 | {"layers": 4}, parallel=CHUNKS, batch=8, **steady(steps=1))
+    some.state(device)
+    gradients = {n for n, c in enumerate(some.plan.channels) if c.kind in (wire.CH_FORWARD, wire.CH_BACKWARD)}
+    received = max(sum(a.kind == wire.A_RECV and a.channel in gradients for a in p.step) for p in some.plan.positions)
+    follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[IN, LISTS:LINKS]
+    assert 0 < follows.sum() < received // 2
+
+
+def saved(engine: Path, folder: Path, plan: Plan, count: int, **emulated: str) -> dict[int, bytes]:
+    """Steps to the data of the slots, as a rank with an agent left them; `count` of them were saved."""
+    folder.mkdir()
+    (folder / "plan").write_bytes(plan.to_bytes())
+    (folder / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder))
+    command = [str(engine), "rank", "--plan", f"{folder}/plan", "--attempt", f"{folder}/attempt", "--rank", "0"]
+    command += ["--agent", f"{folder}/agent"]
+    env = os.environ | {f"HS_EMULATED_{name}": value for name, value in emulated.items()}
+    with (
+        slots(count) as fds,
+        agent_at(folder / "agent") as agent,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as rank,
+    ):
+        try:
+            agent.hears("HELLO", 0)
+            agent.tell("SLOTS", 0, a=len(fds), b=-1, fds=fds, epoch=1)
+            agent.until(lambda: len(agent.of("READY")) == count, "every snapshot")
+            agent.tell("COMMITTED", 0, a=agent.of("READY")[-1].b)
+            said = rank.communicate(timeout=60)[1]
+            assert rank.returncode == 0, said
+        finally:
+            rank.kill()
+        found = {}
+        for ready in agent.of("READY"):
+            header = wire.SlotHeader.from_buffer_copy(os.pread(fds[ready.a], ctypes.sizeof(wire.SlotHeader), 0))
+            assert (header.state, header.step, header.final) == (wire.SLOT_READY, ready.b, ready.c)
+            found[ready.b] = os.pread(fds[ready.a], header.data_bytes, header.data_offset)
+        return found
+
+
+def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, device: Path, tmp_path: Path) -> None:
+    """The host begins to wait for the copies when the next step's optimizer has run: the fence alone keeps
+    it from what is being copied, in any order; without it, it does not.
+    """
+    plan = small_plan(tmp_path, every=2, **steady(steps=4))
+    sound = saved(engine, tmp_path / "cpu", plan, 2)
+    assert sorted(sound) == [2, 4]
+    slow = {"SLOW": f"{SAVE} 1 2"}
+    for order in (*ORDERS, 31):
+        assert saved(device, tmp_path / f"{order}", plan, 2, ORDER=str(order), **slow) == sound, order
+    unfenced = saved(device, tmp_path / "unfenced", plan, 2, ORDER="0", DROP=f"{COMPUTE} {SAVE} 1", **slow)
+    assert unfenced[4] == sound[4]
+    assert unfenced[2] != sound[2]
