@@ -190,6 +190,54 @@ def of_supervisor(code: int) -> Failure:
     return Failure.INFRA
 
 
+class DeviceFault(NamedTuple):
+    """A number by which NVIDIA's driver names a fault. ``sick``: the device's, not the program's."""
+
+    text: str
+    sick: bool
+
+
+# After NVIDIA's catalogue of Xid errors (docs.nvidia.com/deploy/xid-errors) and its health checks, November 2026. What
+# is not here is told by its number, and says nothing of the device.
+XIDS: Mapping[int, DeviceFault] = {
+    13: DeviceFault("an exception in a kernel", False),
+    31: DeviceFault("a kernel touched memory that is not its own", False),
+    43: DeviceFault("the device stopped a program's work after a fault of that program", False),
+    45: DeviceFault("the driver took a program's work back, after another fault", False),
+    46: DeviceFault("the device stopped working", True),
+    48: DeviceFault("uncorrectable error of its memory (double bit ECC)", True),
+    61: DeviceFault("its controller halted", True),
+    62: DeviceFault("its controller halted", True),
+    63: DeviceFault("a row of its memory is to be remapped: reset the device when it is idle", False),
+    64: DeviceFault("a row of its memory could not be remapped", True),
+    69: DeviceFault("an exception in a kernel", False),
+    74: DeviceFault("an error of NVLink", True),
+    79: DeviceFault("the device has fallen off the bus", True),
+    92: DeviceFault("many corrected errors of its memory", False),
+    94: DeviceFault("uncorrectable error of its memory, contained to one program", True),
+    95: DeviceFault("uncorrectable error of its memory, not contained", True),
+    119: DeviceFault("its firmware (GSP) does not answer", True),
+    120: DeviceFault("its firmware (GSP) failed", True),
+    140: DeviceFault("uncorrectable error of its memory", True),
+}
+
+
+def xid_text(number: int) -> str:
+    """For people.
+
+    >>> xid_text(79)
+    'Xid 79: the device has fallen off the bus'
+    """
+    known = XIDS.get(number)
+    return f"Xid {number}: {known.text}" if known else f"Xid {number}, which NVIDIA's catalogue explains"
+
+
+def of_xid(number: int | None) -> Failure | None:
+    """SICK where the driver's word makes the device the cause of whatever its rank ended with; else None."""
+    known = XIDS.get(number) if number is not None else None
+    return Failure.SICK if known is not None and known.sick else None
+
+
 # reason or condition of a pod, or of its container, by Kubernetes' names
 POD_REASONS: Mapping[str, Failure] = {
     "OOMKilled": Failure.MEMORY,

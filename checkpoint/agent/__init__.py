@@ -15,6 +15,7 @@ holds no credentials and never waits for storage. Who does what:
     prepare.py       plan, data, slots and restore point of an attempt (fetch.py: from the store, verified)
     meet.py          who is a node of an attempt, and the nodes' addresses
     devices.py       what the ranks run on: the CPU or which CUDA devices
+    kernel_log.py    what NVIDIA's driver says of a rank's device
     attempt_file.py  what the ranks are told
     adopt.py         what an agent leaves for the one after it
     upload.py        a held snapshot into chunks in the store, and this node's part manifest

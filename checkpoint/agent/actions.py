@@ -22,6 +22,7 @@ from checkpoint.agent.commit import Committer
 from checkpoint.agent.events import Work
 from checkpoint.agent.fetch import room_words
 from checkpoint.agent.gang import CannotStart, Gang, Options, positions
+from checkpoint.agent.kernel_log import first_xid, kernel_lines, xids
 from checkpoint.agent.link import Link, Peer
 from checkpoint.agent.meet import claim, meet
 from checkpoint.agent.output import Hints
@@ -34,6 +35,8 @@ from checkpoint.store import Store
 from trainer.wire.files import write_file
 
 log = logging.getLogger(__name__)
+
+_CLOCKS_S = 1.0  # the clock of the kernel's log is not quite ours
 
 
 class Actions:
@@ -251,6 +254,14 @@ class Actions:
             return ev.Failed(epoch, Work.MARK, 78, words)
         return ev.Marked(epoch)
 
+    def _ask_kernel(self, e: do.AskKernel) -> ev.Event | None:
+        try:
+            found = first_xid(xids(kernel_lines()), e.since_s - _CLOCKS_S, e.buses)
+        except OSError as error:  # as in most containers
+            log.info("the kernel's log cannot be read: %s", error)
+            return None
+        return None if found is None else ev.KernelSaid(e.epoch, e.rank, found.number, found.line)
+
     def _remember(self, e: do.Remember) -> None:
         remember(self.options.work, e.epoch, e.over, e.ranks)
 
@@ -323,6 +334,7 @@ _EFFECTS: dict[type, Callable[[Actions, Any], ev.Event | None]] = {
     do.Use: Actions._use,
     do.Meet: Actions._meet,
     do.Mark: Actions._mark,
+    do.AskKernel: Actions._ask_kernel,
     do.Remember: Actions._remember,
     do.Cancel: Actions._cancel,
     do.Upload: Actions._upload,

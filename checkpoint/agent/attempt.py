@@ -82,6 +82,8 @@ class NodeAttempt:
     """Of this node, as the supervisor said them last."""
     asked: int | None = None
     """The supervisor that was asked for them."""
+    began_s: float = 0.0
+    """When its ranks were started, by the machine's clock; 0 where this agent did not start them."""
     devices: Devices = ON_CPU
     """What the ranks of this node run on."""
     adopted: bool = False

@@ -257,6 +257,7 @@ class Course:
         attempt.enter(NodePhase.RUN)
         self.changed, self.shared = True, True
         self.engine.epoch = self.started = attempt.epoch
+        attempt.began_s = self._now
         self._do(do.Start(self.engine.peer, attempt.gang))
         self._remember(attempt)
         self._offer_uploads(attempt)

@@ -3,7 +3,7 @@
 The engine says what is there (``hotstage-engine devices``, by the supervisor, in the container that has the devices), a
 JSON object of one line:
 
-    devices    [{index, name, uuid, capability, memory}]: capability 90 is sm_90, memory in bytes
+    devices    [{index, name, uuid, bus, capability, memory}]: capability 90 is sm_90, memory in bytes
     why        why there are none, for people; "" where there are some
     driver     whether NVIDIA's driver is loaded: then it is worth a word that it is not used
     chosen     HOTSTAGE_DEVICES as the engine's environment has it, or null
@@ -37,6 +37,7 @@ class Device:
     index: int
     name: str
     uuid: str
+    bus: str
     capability: int
     memory: int
 
@@ -63,11 +64,18 @@ class Devices:
     note: str = ""
     names: tuple[str, ...] = ()
     """Of the devices that are used, each once."""
+    buses: tuple[str, ...] = ()
+    """By local rank, the place of its device on the bus; "" where the engine does not say it."""
     told: str = ""
     """What a person who watches the run should see; a machine without GPUs is not worth a word."""
 
     def device(self, local: int) -> int:
+        """The number of a local rank's device; of the CPU 0."""
         return self.of_rank[local] if self.of_rank else 0
+
+    def bus(self, local: int) -> str:
+        """Where it is; "" where nobody knows."""
+        return self.buses[local] if 0 <= local < len(self.buses) else ""
 
 
 ON_CPU = Devices()
@@ -118,7 +126,14 @@ def _device(value: Any) -> Device:
     numbers = [value[key] for key in ("index", "capability", "memory")]
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         raise ValueError("a device with a wrong number")
-    return Device(numbers[0], str(value["name"])[:128], str(value["uuid"])[:64], numbers[1], numbers[2])
+    return Device(
+        numbers[0],
+        str(value["name"])[:128],
+        str(value["uuid"])[:64],
+        str(value.get("bus", ""))[:32],
+        numbers[1],
+        numbers[2],
+    )
 
 
 def choose(asked: str, ranks: int, found: Found) -> Devices:
@@ -144,7 +159,8 @@ def choose(asked: str, ranks: int, found: Found) -> Devices:
         )
     numbers = ", ".join(str(device.index) for device in used[: min(ranks, 16)])
     told = f"on {', '.join(names)} (CUDA device {numbers})"
-    return Devices("cuda", of_rank, note, names, f"{told}; {note}" if note else told)
+    buses = tuple(used[local % len(used)].bus for local in range(ranks))
+    return Devices("cuda", of_rank, note, names, buses, f"{told}; {note}" if note else told)
 
 
 def chosen(text: str | None, devices: Sequence[Device]) -> list[Device]:

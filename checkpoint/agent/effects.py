@@ -5,7 +5,7 @@ An effect with an answer says which event that is. Answers marked *at once* come
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint.agent.events import Address
@@ -117,6 +117,16 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class AskKernel:
+    """Look what the driver wrote of these devices since then (seconds of the monotonic clock). KernelSaid, at once."""
+
+    epoch: int
+    rank: int
+    since_s: float
+    buses: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Notes for the agent after this one."""
 
@@ -194,6 +204,7 @@ Effect = (
     | Use
     | Meet
     | Mark
+    | AskKernel
     | Remember
     | Cancel
     | Upload

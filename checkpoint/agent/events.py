@@ -191,6 +191,16 @@ class Provided:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelSaid:
+    """What NVIDIA's driver wrote of the device of a rank that ended (``kernel_log.py``)."""
+
+    epoch: int
+    rank: int
+    xid: int
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
 class Met:
     """Where every node's ranks listen."""
 
@@ -271,6 +281,7 @@ Event = (
     | PeerGone
     | SupervisorHello
     | Ports
+    | KernelSaid
     | RankExit
     | EngineRefused
     | EngineIdle

@@ -38,6 +38,7 @@ from checkpoint.agent.course import EXIT_ENDED, EXIT_FENCED, KILL_S, LAST_RANKS_
 from checkpoint.agent.events import Timer
 from checkpoint.agent.gang import Options
 from checkpoint.agent.rules import Before, check
+from trainer import wire
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,18 @@ class Machine(Course):
         if attempt is not None and attempt.ended(event):
             log.info("rank %d of attempt %d is gone: %d", event.rank, attempt.epoch, event.code)
             self.changed = True
+            self._remember(attempt)
+            ended_ill = event.code not in (0, 85) and event.how == wire.ENDED_ITSELF
+            if ended_ill and attempt.devices.kind == "cuda":
+                bus = attempt.devices.bus(event.rank - attempt.gang.first)
+                self._do(do.AskKernel(attempt.epoch, event.rank, attempt.began_s, [bus]))
+
+    def _on_kernel(self, event: ev.KernelSaid) -> None:
+        attempt = self._of(event.epoch)
+        if attempt is not None and event.rank in attempt.ranks:
+            log.error("rank %d: the kernel's log has: %s", event.rank, event.line)
+            status = attempt.ranks[event.rank]
+            status.xid, status.kernel, self.changed = event.xid, event.line, True
             self._remember(attempt)
 
     def _on_refused(self, event: ev.EngineRefused) -> None:
@@ -341,6 +354,7 @@ _HANDLERS: dict[type, Callable[[Machine, Any], None]] = {
     ev.SupervisorHello: Machine._on_supervisor,
     ev.Ports: Machine._on_ports,
     ev.RankExit: Machine._on_exit,
+    ev.KernelSaid: Machine._on_kernel,
     ev.EngineRefused: Machine._on_refused,
     ev.EngineIdle: Machine._on_idle,
     ev.RankHello: Machine._on_rank,

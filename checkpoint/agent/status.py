@@ -10,10 +10,12 @@ as the store's pace says (each second in a folder); safe to lose, never a decisi
     supervisor         pid of the supervisor that is connected, or None
     epoch              attempt that this node runs or ran last; 0: none yet
     phase              idle | restoring | starting | running | ended
-    ranks              {"<rank>": {pid, code, signal, words, step, final, killed, memory}}: of this attempt; code and
-                       signal are None while it lives; words: last words (JSON text), or why the agent could not start
-                       it; killed: by its supervisor, after another rank's end: never a cause; memory: where the kernel
-                       killed it for memory, the bytes that its container may use (0: no limit), else None
+    ranks              {"<rank>": {pid, code, signal, words, step, final, killed, memory, xid, kernel}}: of this
+                       attempt; code and signal are None while it lives; words: last words (JSON text), or why the
+                       agent could not start it; killed: by its supervisor, after another rank's end: never a cause;
+                       memory: where the kernel killed it for memory, the bytes that its container may use (0: no
+                       limit), else None; xid: number of what NVIDIA's driver wrote of its device, kernel: that line
+                       (``kernel_log.py``), else None
     slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
     durable            step of the newest checkpoint committed in this attempt or before it, or -1
     devices            what its ranks run on, for people; "" where there is nothing to say
@@ -45,6 +47,8 @@ class RankStatus:
     final: bool = False
     killed: bool = False
     memory: int | None = None
+    xid: int | None = None
+    kernel: str | None = None
 
     @property
     def gone(self) -> bool:
@@ -60,6 +64,8 @@ class RankStatus:
             "final": self.final,
             "killed": self.killed,
             "memory": self.memory,
+            "xid": self.xid,
+            "kernel": self.kernel,
         }
 
     @classmethod
@@ -73,6 +79,8 @@ class RankStatus:
             bool(value.get("final", False)),
             bool(value.get("killed", False)),
             value.get("memory"),
+            value.get("xid"),
+            value.get("kernel"),
         )
 
 
@@ -99,7 +107,8 @@ class NodeStatus:
         checkpoint).
         """
         ranks = tuple(
-            (n, r.pid, r.code, r.signal, r.words, r.final, r.killed, r.memory) for n, r in sorted(self.ranks.items())
+            (n, r.pid, r.code, r.signal, r.words, r.final, r.killed, r.memory, r.xid)
+            for n, r in sorted(self.ranks.items())
         )
         return self.supervisor, self.epoch, self.phase, self.error, self.left, ranks
 

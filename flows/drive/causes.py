@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flows.drive.views import AttemptView, Cause, NodeView, Policy, RankView
-from trainer.failures import CAUSAL, FAILURES, Failure, of_code, of_signal
+from trainer.failures import CAUSAL, FAILURES, Failure, of_code, of_signal, of_xid, xid_text
 from trainer.wire import EXITS
 
 
@@ -14,6 +14,8 @@ def rank_class(rank: RankView) -> Failure:
     """The class of an ended rank. One that its own supervisor killed was lost with a peer: never a cause."""
     if rank.killed:
         return Failure.INFRA
+    if (sick := of_xid(rank.xid)) is not None:
+        return sick
     if rank.memory is not None:
         return Failure.MEMORY
     if rank.signal is not None:
@@ -37,7 +39,8 @@ def _describe(rank: RankView, node_bytes: int) -> str:
         known = EXITS.get(rank.code if rank.code is not None else 70)
         what = f"exited with {rank.code}: {known.text if known else 'unknown code'}"
     said = (rank.words.get("why") or rank.words.get("error")) if rank.words else None
-    return f"rank {rank.rank} {what}" + (f" ({said})" if said else "")
+    driver = f"; NVIDIA's driver says of its device: {xid_text(rank.xid)}" if rank.xid is not None else ""
+    return f"rank {rank.rank} {what}" + (f" ({said})" if said else "") + driver
 
 
 def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:

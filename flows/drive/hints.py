@@ -134,6 +134,7 @@ def _rank(name: Any, value: Any) -> RankView | None:
         words=words_of(value.get("words")),
         killed=value.get("killed") is True,
         memory=_whole(value.get("memory"), 0, 1 << 62),
+        xid=_whole(value.get("xid"), 0, 1 << 16),
     )
 
 

@@ -44,7 +44,7 @@ class Phase(Enum):
 class RankView:
     """One rank as its node's status tells it. ``code`` is an exit code of wire/exit.h; ``signal`` a signal's number;
     ``killed``: by its own supervisor after another rank's end, so never a cause; ``memory``: where the kernel killed it
-    for memory, the bytes that its container may use (0: no limit).
+    for memory, the bytes that its container may use (0: no limit); ``xid``: of what NVIDIA's driver said of its device.
     """
 
     rank: int
@@ -55,6 +55,7 @@ class RankView:
     words: Mapping[str, Any] | None = None
     killed: bool = False
     memory: int | None = None
+    xid: int | None = None
 
     @property
     def ended(self) -> bool:

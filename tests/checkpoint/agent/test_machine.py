@@ -434,3 +434,19 @@ def test_a_gang_of_two_kinds_does_not_start() -> None:
     said = walk.machine.attempt.ranks[0]
     assert said.code == 78
     assert "node 0 has CUDA (GPU), node 1 the CPU" in said.words
+
+
+def test_what_the_driver_said_of_a_ranks_device_is_told_with_its_end() -> None:
+    line = json.loads(devices_line(2))
+    for index, device in enumerate(line["devices"]):
+        device["bus"] = f"0000:3{index}:00"
+    walk = Walk().to(NodePhase.PORTS)
+    walk.on(ev.Ports(1, 1, b"\1\0\2\0" + json.dumps(line).encode()))
+    walk.now = 50.0
+    walk.on(ev.Marked(1))
+    *_, ask = walk.on(ev.RankExit(1, 1, 1, 86, 9, wire.ENDED_ITSELF, 0))
+    assert ask == do.AskKernel(1, 1, 50.0, ["0000:31:00"])
+    walk.on(ev.KernelSaid(1, 1, 79, "NVRM: …"))
+    assert (walk.machine.attempt.ranks[1].xid, walk.machine.attempt.ranks[1].kernel) == (79, "NVRM: …")
+    killed = walk.names(ev.RankExit(1, 1, 0, -9, 9, wire.ENDED_BY_SUPERVISOR, 0))
+    assert "AskKernel" not in killed, "it was killed because of the other"

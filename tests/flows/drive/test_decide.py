@@ -140,6 +140,22 @@ def test_killed_for_memory_where_nothing_limits_the_container() -> None:
     assert "no limit but the machine's" in cause.text
 
 
+@pytest.mark.parametrize("end", [{"code": 86}, {"code": 70}, {"signal": 7}, {"code": 88}])
+def test_what_the_driver_says_of_a_device_is_the_cause(end: dict[str, int]) -> None:  # D3
+    """However the rank ended; its machine is left out. A fault of a program says nothing of the device."""
+    cause = diagnose([RankView(0, code=75, step=3), RankView(1, step=3, xid=79, **end)])
+    assert cause is not None
+    assert (cause.cls, cause.rank) == ("sick", 1)
+    assert cause.text.endswith("; NVIDIA's driver says of its device: Xid 79: the device has fallen off the bus")
+    ours = diagnose([RankView(1, step=3, xid=31, code=70)])
+    assert ours is not None
+    assert ours.cls == "bug"
+    assert "Xid 31: a kernel touched memory that is not its own" in ours.text
+    unknown = diagnose([RankView(1, step=3, xid=31999, code=70)])
+    assert unknown is not None
+    assert "Xid 31999, which NVIDIA's catalogue explains" in unknown.text
+
+
 def test_what_a_supervisor_killed_is_no_cause() -> None:  # D3
     cause = diagnose([RankView(0, signal=9, step=3, killed=True), RankView(1, code=86, step=3)])
     assert cause is not None

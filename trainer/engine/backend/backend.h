@@ -68,11 +68,12 @@ typedef struct hs_device_config {
 
 /* Filled by open, valid until close; by `devices`, without what only an open device has. */
 typedef struct hs_device_facts {
-    const char *kernels;   /* name of the kernel set; NULL: not open */
-    size_t scratch_bytes;  /* its workspace, which the device owns; 0: not open */
-    char device[96];       /* "cpu", "NVIDIA H100 80GB HBM3" */
-    char uuid[48];         /* "GPU-01234567-89ab-…"; empty where there is none */
-    uint32_t capability;   /* 90: compute capability 9.0; the CPU 0 */
+    const char *kernels;  /* name of the kernel set; NULL: not open */
+    size_t scratch_bytes; /* its workspace, which the device owns; 0: not open */
+    char device[96];      /* "cpu", "NVIDIA H100 80GB HBM3" */
+    char uuid[48];        /* "GPU-01234567-89ab-…"; empty where there is none */
+    char bus[16];        /* "0000:3b:00", as the kernel's log names it; empty where there is none */
+    uint32_t capability; /* 90: compute capability 9.0; the CPU 0 */
     uint64_t memory_bytes; /* of the device: all, and what is free now; the CPU 0 */
     uint64_t free_bytes;
 } hs_device_facts;

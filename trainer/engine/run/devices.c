@@ -17,6 +17,8 @@ static void one(hs_text *line, uint32_t index, const hs_device_facts *facts) {
     hs_text_json_string(line, facts->device);
     hs_text_printf(line, ",\"uuid\":");
     hs_text_json_string(line, facts->uuid);
+    hs_text_printf(line, ",\"bus\":");
+    hs_text_json_string(line, facts->bus);
     hs_text_printf(line, ",\"capability\":%" PRIu32 ",\"memory\":%" PRIu64 "}", facts->capability,
                    facts->memory_bytes);
 }
