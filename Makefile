@@ -17,8 +17,11 @@ RUN_TESTS = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 	$(BIN)/python -m tests.support.contained $(BIN)/python -m pytest -q
 
+# on a bare machine with a GPU there is no environment, and none can be made: the Python that has PyTorch
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser newcomer images cuda test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -53,6 +56,15 @@ images: setup ## images of engine, agent, flows into out/images (BASE=IMAGE: wha
 
 cuda: setup ## the kernels for GPUs into out/cuda, with what each takes (nvcc from pinned wheels; no GPU is needed)
 	$(BIN)/python -m k8s.images.cuda
+
+test-gpu: ## tests on this machine's first GPU (docs/gpu-session.md); without one it says so and why
+	$(GPU_PYTHON) -m tests.gpu test
+
+bench-gpu: ## figures of this machine's first GPU beside PyTorch and JAX, into out/gpu/bench.json
+	$(GPU_PYTHON) -m tests.gpu bench
+
+gpu-session: ## both, at most 9 minutes a call; call again while it says that there is more to do
+	$(GPU_PYTHON) -m tests.gpu session
 
 test-cluster: setup ## tests on a real Kubernetes, at most 10 minutes: two nodes on this machine (root; built once), or HOTSTAGE_KUBECONFIG
 	$(BIN)/python -m tests.cluster build

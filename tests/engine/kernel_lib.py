@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def build() -> Path:
     headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
     with (base / ".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects: list[Path] = []
-        for source, extra, parts in _units():
+
+        def compiled(unit: tuple[Path, list[str], list[Path]]) -> Path:
+            source, extra, parts = unit
             flags = [*FLAGS, *extra, f"-I{ENGINE}"]
             texts = [p.read_bytes() for p in (source, *parts)]
             key = _digest([version, " ".join([*FLAGS, *extra]).encode(), *headers, *texts])
@@ -92,7 +94,10 @@ def build() -> Path:
                 made = Path(scratch) / target.name
                 _compile([*compiler, *flags, "-c", str(source), "-o", str(made)])
                 made.replace(target)
-            objects.append(target)
+            return target
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compiled, _units()))
         library = base / f"kernels-{_digest([version, *(o.name.encode() for o in objects)])}.so"
         if not library.exists():
             made = Path(scratch) / library.name

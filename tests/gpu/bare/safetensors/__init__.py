@@ -1,0 +1,1 @@
+"""Stands in for safetensors on a machine that has none (a GPU session's)."""

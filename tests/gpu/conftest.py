@@ -1,0 +1,34 @@
+"""Fixtures of the tests on a device: they run as a stage of a session (stages.py), on a GPU or on the emulated library,
+and are collected where they are named alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.kernel_lib import KernelLib
+from tests.engine.kernel_lib import build as build_kernels
+from tests.gpu.device_lib import DeviceLib
+
+
+@pytest.fixture(scope="session")
+def kernels() -> KernelLib:
+    """The CPU's kernels: the oracle, and the bits."""
+    return KernelLib(build_kernels())
+
+
+@pytest.fixture(scope="session")
+def path() -> str:
+    """The kernel path under test."""
+    return os.environ.get("HOTSTAGE_GPU_PATH", "cuda-exact")
+
+
+@pytest.fixture(scope="session")
+def device(path: str) -> Iterator[DeviceLib]:
+    lib = DeviceLib(Path(os.environ["HOTSTAGE_GPU_WAY"]), Path(os.environ["HOTSTAGE_CUDA"]), path)
+    yield lib
+    lib.close()

@@ -1,0 +1,112 @@
+"""Every kernel on the device through the backend's table: near the oracle, with the CPU's bits where cuda.h promises
+them, the same bits each time and wherever operands lie, and nothing but its outputs changed. One body for a GPU and for
+the emulated library; ``HOTSTAGE_GPU_PATH`` is the kernel path, ``HOTSTAGE_GPU_CASES=few`` takes the small cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.engine.kernel_lib import Array, KernelLib, decode
+from tests.engine.test_kernels_cpu import CASES, Call, Case, assert_close_to_ref
+from tests.engine.test_kernels_cuda import OWN_ORDER
+from tests.gpu.device_lib import DeviceLib
+from trainer import wire
+
+# on the path with tensor cores these have bits of their own: a library's products, our flash attention
+TENSOR_CORES = ("attention", "linear", "logits", "classifier", "quant")
+# and these may round what is between two products (probabilities, gradients of logits) to bf16: of the largest output
+ROUNDED, ROUNDED_REL = ("attention", "classifier"), 2.0**-6
+
+LARGE = [  # of a real model: loops that go round often, grids of many blocks
+    Case("embed_wgrad", (2048, 768, 50304, 1024)),
+    Case("layernorm_fwd", (1024, 768), (1e-5,), rel=1e-5),
+    Case("layernorm_wgrad", (4096, 768), rel=1e-5),
+    Case("rmsnorm_igrad", (1024, 1, 2048, 2048, 2048, 2048, 0), rel=1e-5),
+    Case("linear_fwd", (1024, 2304, 768, 2304, 768, 2304)),
+    Case("linear_igrad", (1024, 3072, 768, 768, 3072, 0)),
+    Case("linear_wgrad", (1024, 768, 3072, 768, 3072)),
+    Case("attention_fwd", (1, 1024, 12, 12, 64, 768, 2304, 2304, 2304), (0.125,), rel=1e-5),
+    Case("attention_igrad", (1, 1024, 12, 12, 64, 768, 2304, 2304, 2304, 768, 2304, 2304, 2304), (0.125,), rel=4e-5),
+    Case("attention_fwd", (1, 2048, 8, 2, 128, 1024, 1024, 256, 256), (128**-0.5,), rel=1e-5),
+    Case("classifier_grad", (256, 768, 50304, 128), (1 / 256,), rel=1e-5),
+    Case("gelu_fwd", (1024 * 3072,), rel=1e-6),
+    Case("swiglu_igrad", (512, 8192), rel=1e-6),
+    Case("sumsq", (768 * 50304,), rel=1e-12, f32_only=True),
+    Case("adamw", (768 * 3072, 1), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
+    Case("init_normal", (768 * 3072, 3, 0), (0.0, 0.02), rel=2e-6, f32_only=True),
+]
+
+
+def _chosen() -> Iterator[Case]:
+    which = os.environ.get("HOTSTAGE_GPU_CASES", "all")
+    for case in CASES:
+        small = np.prod([float(d) for d in case.dims[:3]]) < 40_000
+        if which == "all" or small:
+            yield case
+    if which == "all":
+        yield from LARGE
+
+
+def _key(case: Case, dtype: int) -> str:
+    return f"{case.name}-{'f32' if dtype == wire.F32 else 'bf16'}"
+
+
+PARAMETERS = [
+    pytest.param(case, dtype, id=_key(case, dtype))
+    for case in _chosen()
+    for dtype in (wire.F32, wire.BF16)
+    if dtype == wire.F32 or not case.f32_only
+]
+
+
+def written(call: Call, arrays: list[Array | None]) -> list[bytes]:
+    return [x.tobytes() for i, _ in call.outputs() if (x := arrays[i]) is not None]
+
+
+def on(device: DeviceLib, call: Call, shift: int = 0) -> list[Array | None]:
+    """What the device makes of a call."""
+    arrays = [None if x is None else x.copy() for x in call.inputs]
+    device.call(call.case.kernel, call.dtype, arrays, call.case.dims, call.case.reals, shift=shift)
+    return arrays
+
+
+@pytest.mark.parametrize(("case", "dtype"), PARAMETERS)
+def test_kernel(kernels: KernelLib, device: DeviceLib, path: str, case: Case, dtype: int) -> None:
+    call = Call.make(kernels, case, dtype)
+    got = on(device, call)
+    assert written(call, on(device, call)) == written(call, got), "a second call gives other bits"
+    own = path == "cuda" and case.kernel.startswith(TENSOR_CORES)
+    if own and dtype == wire.BF16 and case.kernel.startswith(ROUNDED):
+        assert_near(kernels, call, got)
+    else:
+        assert_close_to_ref(kernels, call, got)
+    if own:
+        return
+    assert written(call, on(device, call, shift=1)) == written(call, got), "other bits where operands are not aligned"
+    fast = call.run(kernels, kernels.sets[-1], threads=len(os.sched_getaffinity(0)))
+    for i, _ in call.outputs():
+        name, x, y = wire.KERNELS[case.kernel].operands[i].name, got[i], fast[i]
+        assert x is not None
+        assert y is not None
+        if name not in OWN_ORDER.get(case.kernel, set()):
+            assert x.tobytes() == y.tobytes(), f"{name} has other bits than the CPU's"
+
+
+def assert_near(kernels: KernelLib, call: Call, got: list[Array | None]) -> None:
+    """Each output within a part of its largest element."""
+    want = call.run(kernels, "ref")
+    for i, kind in call.outputs():
+        w, x = want[i], got[i]
+        assert w is not None
+        assert x is not None
+        if kind == 0:
+            continue
+        w, x = decode(w, kind), decode(x, kind)
+        assert np.isfinite(x).all()
+        worst = np.abs(x - w).max() / max(np.abs(w).max(), 1e-30)
+        assert worst <= ROUNDED_REL, f"operand {i}: off by {worst:.3g} of its largest element"

@@ -1,0 +1,176 @@
+/* The tests' way to a device of the CUDA backend, through ctypes (tests/gpu/device_lib.py): the library, real or
+ * emulated, is opened as the engine opens it, and used through its table (backend/backend.h) alone. One arena; where
+ * operands lie in it the caller says. Calls return a status; hs_gpu_text has the words. */
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "backend/backend.h"
+#include "kernels/args.h"
+
+enum { LOADED, COMPUTED, TAKEN };
+
+typedef struct gpu {
+    const hs_backend *table;
+    hs_device *device;
+    hs_device_facts facts;
+    uint8_t *arena, *window; /* of the device, of the host (pinned) */
+    size_t arena_bytes, window_bytes;
+    hs_why why;
+} gpu;
+
+static gpu the;
+
+#define TRY(call)                                                                                  \
+    do {                                                                                           \
+        const hs_status status_ = (call);                                                          \
+        if (status_ != HS_OK) return status_;                                                      \
+    } while (0)
+
+const char *hs_gpu_text(void) { return the.why.text; }
+
+hs_status hs_gpu_open(const char *library, uint32_t index, uint32_t path, size_t arena_bytes, size_t window_bytes) {
+    memset(&the, 0, sizeof the);
+    void *const opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+    if (!opened) return hs_fail(&the.why, HS_E_UNSUPPORTED, "%s", dlerror());
+    const hs_backend *(*table)(void);
+    *(void **)&table = dlsym(opened, "hs_cuda_backend");
+    if (!table) return hs_fail(&the.why, HS_E_UNSUPPORTED, "%s has no hs_cuda_backend", library);
+    the.table = table();
+    if (the.table->version != HS_BACKEND_VERSION)
+        return hs_fail(&the.why, HS_E_UNSUPPORTED, "%s is of version %u, the tests of %u", library,
+                       (unsigned)the.table->version, HS_BACKEND_VERSION);
+    const hs_device_config config = {.index = index, .kernel_path = path, .bytes_needed = arena_bytes};
+    TRY(the.table->open(&config, &the.device, &the.facts, &the.why));
+    TRY(the.table->alloc(the.device, arena_bytes, -1, &the.arena, &the.why));
+    TRY(the.table->pinned(the.device, window_bytes, &the.window, &the.why));
+    the.arena_bytes = arena_bytes;
+    the.window_bytes = window_bytes;
+    return HS_OK;
+}
+
+void hs_gpu_close(void) {
+    if (the.device) the.table->close(the.device);
+    the.device = NULL;
+}
+
+const char *hs_gpu_device(void) { return the.facts.device; }
+const char *hs_gpu_kernels(void) { return the.facts.kernels ? the.facts.kernels : ""; }
+
+/* capability, memory, free, scratch */
+void hs_gpu_facts(uint64_t out[4]) {
+    out[0] = the.facts.capability;
+    out[1] = the.facts.memory_bytes;
+    out[2] = the.facts.free_bytes;
+    out[3] = the.facts.scratch_bytes;
+}
+
+/* Bytes between host memory and the arena; blocks. */
+static hs_status move(void *host, size_t at, size_t bytes, hs_copy direction) {
+    uint8_t *const device = the.arena + at;
+    const int stream = direction == HS_COPY_TO_DEVICE ? HS_STREAM_IN : HS_STREAM_OUT;
+    void *const to = direction == HS_COPY_TO_DEVICE ? (void *)device : host;
+    TRY(the.table->copy(the.device, stream, to, direction == HS_COPY_TO_DEVICE ? host : (void *)device, bytes,
+                        direction, &the.why));
+    TRY(the.table->record(the.device, stream, LOADED, &the.why));
+    return the.table->wait(the.device, LOADED, &the.why);
+}
+
+hs_status hs_gpu_put(void *host, size_t at, size_t bytes) { return move(host, at, bytes, HS_COPY_TO_DEVICE); }
+
+/* A call's arguments: operands at these offsets of the arena, -1 for one that is absent. */
+static hs_args args_at(uint32_t dtype, const int64_t *at, const int64_t *dims, const double *reals) {
+    hs_args args;
+    memset(&args, 0, sizeof args);
+    args.dtype = dtype;
+    for (int i = 0; i < HS_CALL_PTRS; i++) args.ptr[i] = at[i] < 0 ? NULL : the.arena + at[i];
+    memcpy(args.dim, dims, sizeof args.dim);
+    memcpy(args.real, reals, sizeof args.real);
+    return args;
+}
+
+/* The image becomes the arena's first bytes, one kernel runs, the image is what they are then. */
+hs_status hs_gpu_call(uint32_t kernel, uint32_t dtype, uint8_t *image, size_t bytes, const int64_t *at,
+                      const int64_t *dims, const double *reals) {
+    if (bytes > the.arena_bytes) return hs_fail(&the.why, HS_E_MEMORY, "%zu bytes, the arena has %zu", bytes, the.arena_bytes);
+    const hs_args args = args_at(dtype, at, dims, reals);
+    const hs_backend *const t = the.table;
+    TRY(t->copy(the.device, HS_STREAM_IN, the.arena, image, bytes, HS_COPY_TO_DEVICE, &the.why));
+    TRY(t->record(the.device, HS_STREAM_IN, LOADED, &the.why));
+    TRY(t->follow(the.device, HS_STREAM_COMPUTE, LOADED, &the.why));
+    TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
+    TRY(t->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));
+    TRY(t->follow(the.device, HS_STREAM_OUT, COMPUTED, &the.why));
+    TRY(t->copy(the.device, HS_STREAM_OUT, image, the.arena, bytes, HS_COPY_FROM_DEVICE, &the.why));
+    TRY(t->record(the.device, HS_STREAM_OUT, TAKEN, &the.why));
+    return t->wait(the.device, TAKEN, &the.why);
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Seconds of `rounds` times the call on each of `sets` sets of offsets, as one graph where the device has graphs: what
+ * the host takes to launch is left out where it is shorter. */
+hs_status hs_gpu_time(uint32_t kernel, uint32_t dtype, uint32_t sets, const int64_t *at, const int64_t *dims,
+                      const double *reals, uint32_t rounds, double *seconds) {
+    const hs_backend *const t = the.table;
+    hs_graph *graph = NULL;
+    double began = 0;
+    for (int pass = 0; pass < 2; pass++) { /* the first one warms up, launch by launch */
+        if (pass && t->capture) {
+            TRY(t->capture(the.device, HS_STREAM_COMPUTE, &the.why));
+            for (uint32_t s = 0; s < sets; s++) {
+                const hs_args args = args_at(dtype, at + s * HS_CALL_PTRS, dims, reals);
+                TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
+            }
+            TRY(t->captured(the.device, HS_STREAM_COMPUTE, &graph, &the.why));
+            TRY(t->replay(the.device, HS_STREAM_COMPUTE, graph, &the.why));
+            TRY(t->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));
+            TRY(t->wait(the.device, COMPUTED, &the.why));
+        }
+        began = now();
+        for (uint32_t round = 0; round < (pass ? rounds : 1); round++) {
+            if (graph) {
+                TRY(t->replay(the.device, HS_STREAM_COMPUTE, graph, &the.why));
+                continue;
+            }
+            for (uint32_t s = 0; s < sets; s++) {
+                const hs_args args = args_at(dtype, at + s * HS_CALL_PTRS, dims, reals);
+                TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
+            }
+        }
+        TRY(t->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));
+        TRY(t->wait(the.device, COMPUTED, &the.why));
+    }
+    *seconds = now() - began;
+    return HS_OK;
+}
+
+/* Seconds of `rounds` copies of `bytes`: HS_COPY_TO_DEVICE and _FROM_DEVICE with the pinned window, HS_COPY_ON_DEVICE from
+ * the arena's beginning to its middle. */
+hs_status hs_gpu_copy_time(int direction, size_t bytes, uint32_t rounds, double *seconds) {
+    const size_t room = direction == HS_COPY_ON_DEVICE ? the.arena_bytes / 2 : the.window_bytes;
+    if (bytes > room || bytes > the.arena_bytes)
+        return hs_fail(&the.why, HS_E_MEMORY, "%zu bytes, there is room for %zu", bytes, room);
+    uint8_t *const half = the.arena + the.arena_bytes / 2;
+    const int stream = direction == HS_COPY_ON_DEVICE    ? HS_STREAM_COMPUTE
+                       : direction == HS_COPY_TO_DEVICE ? HS_STREAM_IN
+                                                        : HS_STREAM_OUT;
+    void *const to = direction == HS_COPY_FROM_DEVICE ? the.window : direction == HS_COPY_TO_DEVICE ? the.arena : half;
+    const void *const from = direction == HS_COPY_TO_DEVICE ? the.window : the.arena;
+    double began = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        began = now();
+        for (uint32_t round = 0; round < (pass ? rounds : 1); round++)
+            TRY(the.table->copy(the.device, stream, to, from, bytes, (hs_copy)direction, &the.why));
+        TRY(the.table->record(the.device, stream, TAKEN, &the.why));
+        TRY(the.table->wait(the.device, TAKEN, &the.why));
+    }
+    *seconds = now() - began;
+    return HS_OK;
+}

@@ -1,0 +1,272 @@
+"""The runner of a session, with stages that are small programs: what is done is not done again, a stage that fails or
+hangs takes nothing with it, a call that ends or is killed is gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.gpu import box, kernel_times, report
+from tests.gpu.bare import msgpack as bare_msgpack
+from tests.gpu.bare.safetensors.numpy import load_file as bare_load_file
+from tests.gpu.build import ENGINE, ROOMS, engine_units
+from tests.gpu.session import CANNOT, LOG, MORE, STATE, Session, Stage
+from tests.gpu.snapshot import blocked_ms
+from tests.gpu.stages import TOOLS, function_of, read_junit, stages
+from tests.support.wait import wait_for
+
+KEY = {"tree": "t", "device": "d", "driver": "1"}
+PROGRAMS = {
+    "good": "write({'tests': [{'name': 'a', 'outcome': 'passed', 'seconds': 0, 'why': ''}], 'notes': ['fine']})",
+    "bad": "write({'why': 'it is broken'}); sys.exit(1)",
+    "cannot": "write({'why': 'no such tool'}); sys.exit(69)",
+    "crash": "os.kill(os.getpid(), signal.SIGSEGV)",
+    "hang": "print('begun', flush=True); time.sleep(600)",
+}
+HEAD = "import json, os, signal, sys, time\nwrite = lambda v: open(sys.argv[1], 'w').write(json.dumps(v))\n"
+
+
+def command(stage: Stage, folder: Path, result: Path) -> list[str]:
+    kind = stage.name.partition("-")[0]
+    return [sys.executable, "-c", f"{HEAD}open({str(folder / 'ran')!r}, 'a').write('{stage.name} ')\n{PROGRAMS[kind]}",
+            str(result)]  # fmt: skip
+
+
+def session(folder: Path, names: Sequence[str | Stage], key: dict[str, str] | None = None, **lacks: str) -> Session:
+    listed = [n if isinstance(n, Stage) else Stage(n, n, 20, 1) for n in names]
+    return Session(folder, listed, key or KEY, lacks, lambda s: report.publish(s, None, True), None, command)
+
+
+def outcomes(s: Session) -> dict[str, str]:
+    return {name: done.outcome for name, done in s.done.items()}
+
+
+def test_each_outcome_is_kept_and_the_next_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs, after = Stage("good-2", "", 20, 1, ("gpu",)), Stage("good-3", "", 20, 1, (), ("bad",))
+    listed: list[str | Stage] = ["good", "bad", "crash", "cannot", needs, after, Stage("hang", "", 0.5, 0.1), "good-4"]
+    s = session(tmp_path, listed, gpu="the device is emulated")
+    assert s.run(60) == 1
+    wanted = ["passed", "failed", "failed", "skipped", "skipped", "skipped", "failed", "passed"]
+    assert list(outcomes(s).values()) == wanted
+    assert list(outcomes(s)) == ["good", "bad", "crash", "cannot", "good-2", "good-3", "hang", "good-4"]
+    assert s.done["bad"].why == "it is broken"
+    assert s.done["crash"].why.startswith("ended with 139")
+    assert s.done["cannot"].why == "no such tool"
+    assert s.done["good-2"].why == "the device is emulated"
+    assert s.done["good-3"].why == "bad failed"
+    assert "longer than" in s.done["hang"].why
+    assert "good-4" in capsys.readouterr().out
+    told = (tmp_path / "summary.txt").read_text()
+    assert "3 passed" not in told
+    assert "2 passed, 3 failed, 3 skipped" in told
+    assert "skipped" in told
+    assert "it is broken" in told
+    assert [t["stage"] for t in json.loads((tmp_path / "test.json").read_text())] == ["good", "good-4"]
+    assert "$ " in (tmp_path / LOG).read_text()
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    assert session(tmp_path, ["good", "bad"]).run(60) == 1
+    assert session(tmp_path, ["good", "bad", "good-2"]).run(60) == 1
+    assert (tmp_path / "ran").read_text().split() == ["good", "bad", "good-2"]
+
+
+def test_a_call_that_has_too_little_left_says_more(tmp_path: Path) -> None:
+    """The small stage behind a large one still fits."""
+    s = session(tmp_path, [Stage("good-1", "", 300, 200), "good-2"])
+    assert s.run(60) == MORE
+    assert outcomes(s) == {"good-2": "passed"}
+    assert session(tmp_path, [Stage("good-1", "", 300, 0), "good-2"]).run(60) == 0
+
+
+def test_a_stage_that_the_call_cuts_off_is_done_again(tmp_path: Path) -> None:
+    s = session(tmp_path, [Stage("hang", "", 300, 0.1)])
+    assert s.run(5.4) == MORE
+    assert s.done["hang"].outcome == "cut off"
+    assert session(tmp_path, [Stage("hang", "", 300, 0.1)]).run(5.4) == MORE
+    s = session(tmp_path, [Stage("hang", "", 300, 0.1), "good"])
+    assert s.run(60) == 1
+    assert outcomes(s) == {"hang": "failed", "good": "passed"}
+
+
+def test_a_killed_call_leaves_no_process_and_is_gone_on_with(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.gpu import test_session as t\n"
+        f"t.session(Path({str(tmp_path)!r}), ['good', t.Stage('hang', '', 300, 1)]).run(600)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    call = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.DEVNULL)
+    log = tmp_path / LOG
+    try:
+        wait_for(lambda: log.exists() and "\nbegun" in log.read_text(), "the hanging stage", 30)
+    finally:
+        call.kill()
+        call.wait()
+    held = json.loads((tmp_path / STATE).read_text())["stages"]
+    assert {name: done["outcome"] for name, done in held.items()} == {"good": "passed", "hang": "cut off"}
+    wait_for(lambda: not _mine(str(tmp_path)), "the end of what the call had started", 30)
+    s = session(tmp_path, ["good", Stage("hang", "", 0.5, 0.1)])
+    assert s.run(60) == 1
+    assert s.done["hang"].tries == 2
+    assert (tmp_path / "ran").read_text().split() == ["good", "hang", "hang"]
+
+
+def _mine(word: str) -> list[int]:
+    """Processes with this word in their command line."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = Path(entry.path, "cmdline").read_bytes()
+            except OSError:
+                continue
+            if word.encode() in line:
+                found.append(int(entry.name))
+    return found
+
+
+def test_results_of_another_tree_or_device_are_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert session(tmp_path, ["good"]).run(60) == 0
+    s = session(tmp_path, ["good"], KEY | {"device": "another"})
+    assert s.done == {}
+    assert "results of another device" in capsys.readouterr().out
+    assert s.run(60) == 0
+    assert json.loads((tmp_path / "before-1" / STATE).read_text())["key"] == KEY
+
+
+def test_without_a_device_each_command_says_so(tmp_path: Path) -> None:
+    """With 69, which is this house's for what a machine cannot do."""
+    environment = {k: v for k, v in os.environ.items() if k != "HOTSTAGE_CUDA"} | {"PATH": "/nowhere"}
+    for what in ("session", "test", "bench"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.gpu", what, "--folder", str(tmp_path)],
+            capture_output=True, text=True, env=environment, check=False,
+        )  # fmt: skip
+        assert done.returncode == CANNOT, done.stderr
+        assert done.stdout.startswith("skipped: no GPU: there is no driver (no nvidia-smi).")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_needs_nothing_but_numpy_pydantic_and_pytest() -> None:
+    """Every module that a session runs, with all other packages of this environment out of reach."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    modules = [p.stem for p in files if not p.stem.startswith("test_")]
+    assert len(modules) > 10
+    own = {"trainer", "tests", "k8s", "checkpoint"}
+    pydantic = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"}
+    of_pytest = {"pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py"}
+    allowed = {"numpy", *own, *pydantic, *of_pytest}
+    program = f"""
+import importlib.abc, importlib.util, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in {allowed!r} or top in sys.stdlib_module_names or top.startswith(("_cython", "cython", "_sysconfig")):
+            return None
+        if top in ("msgpack", "safetensors"):
+            sys.meta_path.remove(self)
+            sys.path.insert(0, "tests/gpu/bare")
+            try:
+                return importlib.util.find_spec(name)
+            finally:
+                sys.path.pop(0)
+                sys.meta_path.insert(0, self)
+        raise ModuleNotFoundError(f"a bare machine has no {{name}}", name=name)
+sys.meta_path.insert(0, Refuse())
+for name in {modules!r}:
+    importlib.import_module(f"tests.gpu.{{name}}")
+from trainer.spec import parse_spec
+assert sys.modules["msgpack"].__file__.endswith("bare/msgpack.py")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_stand_ins_do_what_the_packages_do() -> None:
+    whole = [0, 127, 128, -1, -32, -33, 255, 256, 65535, 65536, 2**32, 2**63, -(2**15), -(2**31), -(2**63)]
+    texts = ["", "é" * 40, "x" * 300, "y" * 70000, b"", b"z" * 300]
+    values = [None, True, 1.5, *whole, *texts, list(range(20)), {"a": {"b": [1, {}]}}, {str(n): n for n in range(20)}]
+    values.append(["w"] * 70000)
+    for value in values:
+        assert bare_msgpack.packb(value) == msgpack.packb(value, use_bin_type=True)
+    for path in sorted(Path("tests/golden/gpt2-tied").glob("*.safetensors")):
+        ours, theirs = bare_load_file(path), load_file(path)
+        assert list(ours) == list(theirs) or set(ours) == set(theirs)
+        assert all(
+            np.array_equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs
+        )
+
+
+def test_a_bare_box_compiles_the_engine_that_cmake_compiles() -> None:
+    text = (ENGINE / "CMakeLists.txt").read_text()
+    listed = text.partition("CONFIGURE_DEPENDS")[2].partition(")")[0].split()
+    cmake = {p for pattern in listed for p in ENGINE.glob(pattern)}
+    ours = {source for source, _, _ in engine_units() if source.name != "all.c"}
+    assert ours == cmake, f"tests/gpu/build.py has {ROOMS}"
+
+
+def test_every_stage_has_its_function_and_its_order() -> None:
+    listed = stages()
+    names = [stage.name for stage in listed]
+    assert len(set(names)) == len(names)
+    for place, stage in enumerate(listed):
+        assert callable(function_of(stage.name))
+        assert stage.least_s <= stage.limit_s <= 535
+        assert set(stage.after) <= set(names[:place]), "a stage comes before one that it stands on"
+    assert set(TOOLS) <= set(names)
+
+
+def test_times_outside_kernels() -> None:
+    """Overlap counts once; the first steps are left out."""
+    times = []
+    for step in range(4):
+        at = step * 1000
+        times += [
+            (at, at + 400, "void product<float>(int)"),
+            (at + 300, at + 600, "norm"),
+            (at + 700, at + 1000, "adamw(x)"),
+        ]
+    found = kernel_times.outside(sorted(times), 4)
+    assert found["outside"] == pytest.approx(0.1)
+    assert found["kernels_a_step"] == 3
+    assert found["longest"]["product"] == pytest.approx(0.4)
+    with pytest.raises(AssertionError, match="updates"):
+        kernel_times.outside(times[:-1], 4)
+    text = "".join(f"{a} {b} {name}\n" for a, b, name in reversed(times))
+    assert kernel_times.read(text) == sorted(times)
+    assert kernel_times.newest_record("} CUpti_ActivityKernel9;\n} CUpti_ActivityKernel10;") == "CUpti_ActivityKernel10"
+
+
+def test_rows_have_the_form_of_the_bench() -> None:
+    rows = [
+        report.row("a", 3.0, "s", "target", 2.0, 1.0, least=False),
+        report.row("b", 3.0, "tok/s", "torch", 2.0, 1.2),
+    ]
+    assert [r["met"] for r in rows] == [False, True]
+    assert {"name", "value", "unit", "peer", "peer_value", "ratio"} <= set(rows[0])
+
+
+def test_architectures_and_junit() -> None:
+    assert [box.architecture([{"compute_cap": c}]) for c in ("8.0", "8.9", "9.0", "10.0")] == [
+        "sm_80",
+        "sm_89",
+        "sm_90a",
+        "sm_100a",
+    ]
+    cases = '<testcase name="a" time="1"/><testcase name="b"><failure message="m">t</failure></testcase>'
+    text = f"<testsuites><testsuite>{cases}</testsuite></testsuites>"
+    assert [(t["name"], t["outcome"]) for t in read_junit(text, "p")] == [("a[p]", "passed"), ("b[p]", "failed")]
+
+
+def test_what_a_snapshot_blocks() -> None:
+    lines = [{"step": n, "step_us": 1000 + 500 * (n % 4 == 0), "us": {"snapshot": 9}} for n in range(1, 13)]
+    assert blocked_ms(lines)["blocks_ms"] == 0.5
