@@ -338,7 +338,7 @@ def _engine_memory(spec: RunSpec, plan: Plan) -> int:
     nodes = plan.on_nodes(spec.launch.nodes)
     on_cuda = 0
     if has_gpus(spec):
-        beside = max(sum(on_host(p)["channels"] + on_host(p)["process"] for p in node) for node in nodes)
+        beside = max(sum(sum(on_host(plan, p).values()) - p.bytes_by_kind["slots"] for p in node) for node in nodes)
         on_cuda = beside + _local_ranks(spec) * CUDA_HOST_BYTES + SHM_BYTES + ENGINE_OVERHEAD
         if spec.parallel.on_cuda(spec.launch.kernel_path):
             return on_cuda  # else its ranks may turn out to run on the CPU

@@ -60,7 +60,7 @@ def facts_on(plan: Plan, spec: RunSpec, simulation: Simulation, sheet: DeviceShe
     told = {
         "device": sheet.name,
         "memory": [on_device(position, spec) for position in plan.positions],
-        "host_memory": [on_host(position) for position in plan.positions],
+        "host_memory": [on_host(plan, position) for position in plan.positions],
         "memory_text": fits(plan, spec, sheet),
         "assumptions": assumptions(sheet, spec),
     }

@@ -5,6 +5,7 @@ events and waits, each needed; snapshots that are copied while the next step run
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.engine.test_agent_link import slots
 from tests.engine.test_device import CHUNKS, COMPUTE, EVENTS, IN, ORDERS, OUT, SAVE, STREAMS, MakeRuns, device, runs
 from trainer import wire
 from trainer.plan.compiled import Plan
+from trainer.plan.memory import staging_bytes
 
 __all__ = ["device", "engine", "runs"]  # fixtures
 
@@ -110,3 +112,14 @@ def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, devic
     unfenced = saved(device, tmp_path / "unfenced", plan, 2, ORDER="0", DROP=f"{COMPUTE} {SAVE} 1", **slow)
     assert unfenced[4] == sound[4]
     assert unfenced[2] != sound[2]
+
+
+@pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS], ids=["1", "2", "2x2"])
+def test_pinned_memory_is_what_the_plan_says(device: Path, runs: MakeRuns, parallel: dict[str, Any]) -> None:
+    some = runs(model=GPT2 | {"layers": 4}, parallel=parallel, batch=8, **steady(steps=1))
+    some.state(device)
+    plan, folder = some.plan, some.folder / f"run-{len(some.plan.positions)}-{some.count}"
+    for rank, position in enumerate(plan.positions):
+        lines = (json.loads(line) for line in (folder / f"stderr-{rank}").read_text().splitlines())
+        (told,) = (line["staging_bytes"] for line in lines if line.get("event") == "started")
+        assert told == staging_bytes(plan.config, position, plan.channels, len(plan.tensors))

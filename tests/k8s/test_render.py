@@ -222,5 +222,6 @@ def test_a_pod_on_gpus_has_no_arena_in_its_host_memory() -> None:
         limits = rendered(*sets)[0]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
         return int(limits["memory"].removesuffix("Mi"))
 
-    assert memory("parallel.device=cuda", *big) == memory("parallel.device=cuda") < memory(*big)
+    small, windows = memory("parallel.device=cuda"), 64  # MiB, of messages on their way
+    assert small <= memory("parallel.device=cuda", *big) < small + windows < memory(*big)
     assert memory('launch.resources."nvidia.com/gpu"="2"', *big) == memory(*big), "auto may turn out to be the CPU"

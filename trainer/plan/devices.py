@@ -16,7 +16,7 @@ from trainer.errors import PlanError
 from trainer.plan.compiled import Plan
 from trainer.plan.draw import bytes_text, memory_text
 from trainer.plan.flops import Dims, work
-from trainer.plan.memory import RUNTIME_BYTES, workspace_bytes
+from trainer.plan.memory import RUNTIME_BYTES, staging_bytes, workspace_bytes
 from trainer.plan.records import PositionPlan
 from trainer.plan.simulate import CostModel
 from trainer.spec import RunSpec
@@ -139,18 +139,22 @@ def on_device(position: PositionPlan, spec: RunSpec) -> dict[str, int]:
     return {**kinds, "workspace": WORKSPACE_BYTES, "context": CONTEXT_BYTES}
 
 
-def on_host(position: PositionPlan) -> dict[str, int]:
-    """Bytes of the host that it takes beside that: ``pinned`` (snapshot slots, which the agent reads), and the rest."""
-    kinds = position.bytes_by_kind
-    return {"pinned": kinds["slots"], "channels": kinds["channels"], "process": RUNTIME_BYTES}
+def on_host(plan: Plan, position: PositionPlan) -> dict[str, int]:
+    """Bytes of the host that it takes beside that: pinned ones (``slots`` of snapshots, which the agent reads, and
+    ``staging``, between host and device), and the rest.
+    """
+    kinds, parts = position.bytes_by_kind, len(plan.tensors)
+    staging = staging_bytes(plan.config, position, plan.channels, parts)
+    return {"slots": kinds["slots"], "staging": staging, "channels": kinds["channels"], "process": RUNTIME_BYTES}
 
 
 def fits(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> str:
     """The tables of device and host memory; PlanError with them where a rank does not fit its device."""
     device = [on_device(position, spec) for position in plan.positions]
+    host = [on_host(plan, position) for position in plan.positions]
     text = (
         f"memory of each {sheet.name} ({bytes_text(sheet.memory_bytes)}):\n{memory_text(device, sheet.memory_bytes)}"
-        f"memory of the host, by rank:\n{memory_text([on_host(position) for position in plan.positions])}"
+        f"memory of the host, by rank (slots and staging are pinned):\n{memory_text(host)}"
     )
     over = _over(device, sheet.memory_bytes)
     if over is not None:

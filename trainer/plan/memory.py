@@ -6,6 +6,7 @@ snapshot slots, the channels' buffers, the kernels' workspace and the process it
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from trainer.errors import PlanError
 from trainer.models.base import Call
 from trainer.plan.draw import bytes_text, memory_text
 from trainer.plan.places import Ranks
-from trainer.plan.records import PositionPlan
+from trainer.plan.records import Channel, Config, PositionPlan
 from trainer.spec import RunSpec
 
 ALIGN = 64
@@ -27,6 +28,10 @@ WORKSPACE_BYTES_PER_THREAD = 5_681_664
 
 CHANNEL_BYTES = 256 << 10
 """Kernel and user buffers of one end of a TCP channel."""
+
+
+WINDOWS, WINDOW_BYTES = 2, 1 << 20
+"""To the device, beside one from it; each at least so large (``run/spaces.c``)."""
 
 
 def align(value: int, to: int = ALIGN) -> int:
@@ -98,6 +103,22 @@ def slot_bytes(data_bytes: int) -> int:
     """Bytes of a snapshot slot (``wire/slot.h``): header, checksums padded to a page, data, rounded to a page."""
     chunks = -(-data_bytes // wire.SLOT_CHUNK)
     return align(wire.SLOT_HEADER_BYTES + align(8 * chunks, PAGE) + data_bytes, PAGE)
+
+
+def staging_bytes(config: Config, position: PositionPlan, channels: Sequence[Channel], tensors: int) -> int:
+    """Pinned memory that a rank takes on a device whose memory is apart (``run/spaces.c``): a second place for what the
+    host makes or reads (tokens, targets, losses, norms, reports, control), and three windows for messages.
+    """
+    rows = (position.tokens_offset, position.targets_offset, position.loss_offset)
+    pieces = (
+        position.mb_count * sum(offset is not None for offset in rows) * align(4 * config.microbatch * config.sequence)
+    )
+    if config.mode == wire.MODE_TRAIN:
+        reports = config.positions if position.position == 0 else 1
+        pieces += align(8 * tensors) + align(ctypes.sizeof(wire.StepControl))
+        pieces += align(reports * (ctypes.sizeof(wire.StepReport) + 8 * tensors))
+    own = [c.bytes for c in channels if position.position in (c.source, c.target)]
+    return pieces + (WINDOWS + 1) * align(max([WINDOW_BYTES, *own]))
 
 
 def _threads_words(more_bytes: int) -> str:

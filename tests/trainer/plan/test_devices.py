@@ -40,10 +40,10 @@ def test_the_workspace_is_the_engines() -> None:
 def test_memory_of_device_and_host_is_the_plans(one: tuple[Plan, RunSpec]) -> None:
     plan, spec = one
     (position,) = plan.positions
-    device, host = on_device(position, spec), on_host(position)
+    device, host = on_device(position, spec), on_host(plan, position)
     arena = sum(device[kind] for kind in device if kind not in ("workspace", "context"))
     assert position.arena_bytes - 8192 < arena <= position.arena_bytes  # it is rounded up to a page, twice
-    assert host["pinned"] == 3 * position.slot_bytes
+    assert host["slots"] == 3 * position.slot_bytes
     assert all(value >= 0 for value in device.values())
 
 

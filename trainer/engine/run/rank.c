@@ -274,7 +274,8 @@ static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
     HS_LOG(&r->log, HS_LOG_INFO, "started", HS_S("kernel_path", r->machine.facts.kernels),
            HS_I("threads", r->machine.threads), HS_I("start_step", start_step),
            HS_I("check_mflops", (int64_t)(check->gflops * 1000)), HS_I("check_us", check->us),
-           HS_I("arena_bytes", (int64_t)r->machine.spaces.bytes));
+           HS_I("arena_bytes", (int64_t)r->machine.spaces.bytes),
+           HS_I("staging_bytes", (int64_t)r->machine.spaces.host_bytes));
     if (r->machine.threads < r->machine.cpu_threads)
         HS_LOG(&r->log, HS_LOG_WARN,
                "fewer threads than CPUs: the memory limit has no room for their workspaces",
