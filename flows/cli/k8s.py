@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from flows.cli.doctor import tell_checks
 from flows.cli.main import Number, json_option, say, set_option, show, store_option
 
 _namespace = click.option("--namespace", "-n", help="Default: launch.namespace of the spec or the run.")
@@ -115,16 +115,7 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
         )
     elif namespace is None and api.namespace:
         wanted = RunNeeds(api.namespace)
-    checks = examine(api, wanted)
-    if as_json:
-        show([asdict(check) for check in checks])
-    else:
-        marks = {"ok": "ok     ", "warn": "warning", "bad": "BAD    ", "unknown": "?      "}
-        for check in checks:
-            say(f"{marks[check.verdict]}  {check.name:<10} {check.text}")
-            if check.mend:
-                say(f"{'':>20} mend: {check.mend}")
-    return 78 if any(check.verdict == "bad" for check in checks) else 0
+    return tell_checks(examine(api, wanted), as_json)
 
 
 @k8s.command()

@@ -62,6 +62,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "ckpt": ("flows.cli.ckpt", "List, show, verify, digest and export checkpoints."),
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
+    "doctor": ("flows.cli.doctor", "Say what this machine can train on: engine, GPUs, driver, libraries."),
     "k8s": ("flows.cli.k8s", "Kubernetes: render, apply, doctor, logs."),
     "debug-dump": ("flows.cli.k8s", "Write all that explains a run into one file, without secrets."),
 }
