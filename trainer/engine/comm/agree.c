@@ -174,7 +174,8 @@ static hs_status open(hs_comm *comm, hs_why *why) {
     for (uint32_t c = 0; c < comm->channel_count; c++)
         w->channels[c].flag = w->flag_memory + (size_t)c * HS_FLAG_BYTES;
     HS_TRY(w->links->facts(d->device, d->allowed & 1u << HS_WAY_NCCL, &w->facts, why));
-    if (!w->facts.shares_memory || !(d->allowed & 1u << HS_WAY_IPC)) return HS_OK;
+    if (!(d->allowed & 1u << HS_WAY_IPC)) w->facts.shares_memory = 0;
+    if (!w->facts.shares_memory) return HS_OK;
     hs_why local = {.text = ""};
     hs_status st = w->links->export_memory(d->device, d->arena, d->arena_bytes, &w->memory, &local);
     if (st == HS_OK)
@@ -237,9 +238,10 @@ static void part(hs_comm *comm) {
     }
 }
 
-void hs_ways_close(hs_comm *comm, bool orderly) {
+void hs_ways_close(hs_comm *comm) {
     hs_ways *w = comm->ways;
     if (!w) return;
+    const bool orderly = w->settled;
     for (uint32_t c = 0; (orderly || comm->config) && w->channels && c < comm->channel_count; c++)
         if (w->channels[c].link) w->links->leave(w->channels[c].link, orderly);
     if (orderly) part(comm);

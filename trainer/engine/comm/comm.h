@@ -124,7 +124,8 @@ typedef struct hs_comm_table {
     hs_status (*await)(hs_comm *comm, int event, hs_why *why);
     /* Until every put and take is done, before a close that is no failure's. */
     hs_status (*settle)(hs_comm *comm, hs_why *why);
-    /* Whether the device may wait for a peer that does not come: it must not be closed then. */
+    /* Whether the device may wait for a peer that does not come (no settle has ended well): who closes
+     * it, or waits for it, may wait for ever. */
     bool (*hangs)(const hs_comm *comm);
     /* Flushes what was accepted by send (bounded by stall_ms), then closes and frees. NULL is fine.
      */

@@ -112,7 +112,7 @@ hs_status hs_offer_choose(const hs_comm *comm, uint32_t channel, const hs_offer 
                            " are on one device, between which NCCL carries nothing (channel "
                            "%" PRIu32 "; ipc: %s); give each rank a device of its own "
                            "(HOTSTAGE_DEVICES), or let them share memory",
-                           from, to, channel, whys[0]);
+                           from < to ? from : to, from < to ? to : from, channel, whys[0]);
         *way = ways[i];
         return HS_OK;
     }

@@ -212,14 +212,12 @@ static uint32_t tcp_way(const hs_comm *comm, uint32_t channel) {
 }
 
 static bool tcp_hangs(const hs_comm *comm) {
-    for (uint32_t c = 0; comm->failed != HS_OK && comm->ways && c < comm->channel_count; c++)
-        if (comm->ways->channels[c].way != HS_WAY_TCP) return true;
-    return false;
+    return comm->ways && comm->ways->joined && !comm->ways->settled;
 }
 
 static void tcp_close(hs_comm *comm) {
     if (!comm) return;
-    hs_ways_close(comm, comm->failed == HS_OK);
+    hs_ways_close(comm);
     if (comm->failed == HS_OK && comm->fds) flush(comm);
     for (uint32_t c = 0; comm->fds && c < comm->channel_count; c++)
         if (comm->fds[c] >= 0) close(comm->fds[c]);

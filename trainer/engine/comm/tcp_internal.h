@@ -38,6 +38,7 @@ typedef struct hs_ways {
     uint8_t *flag_memory;         /* HS_FLAG_BYTES a channel, then HS_PROBE_BYTES */
     hs_way *channels;             /* by channel */
     uint32_t joined;              /* that are not TCP */
+    bool settled;                 /* every message is done */
     struct pollfd *polls;         /* the life lines, and the stop */
     uint32_t *values;             /* by channel, of flags: as last seen */
 } hs_ways;
@@ -92,9 +93,9 @@ const char *hs_way_name(uint32_t way);
 /* --- agree.c ----------------------------------------------------------------------------- */
 
 hs_status hs_ways_create(hs_comm *comm, const hs_comm_device *config, hs_why *why);
-/* orderly, after a settle that went well: tells the peers, and waits until they have told, so that no
- * memory goes while a peer has it imported. */
-void hs_ways_close(hs_comm *comm, bool orderly);
+/* After a settle that went well: tells the peers, and waits until they have told, so that no memory goes
+ * while a peer has it imported. Else it tells nobody, and they are right to miss this rank. */
+void hs_ways_close(hs_comm *comm);
 
 /* --- ways.c ------------------------------------------------------------------------------ */
 

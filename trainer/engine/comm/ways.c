@@ -202,9 +202,11 @@ hs_status hs_ways_await_link(hs_comm *comm, uint32_t channel, hs_why *why) {
 }
 
 hs_status hs_ways_settle(hs_comm *comm, hs_why *why) {
-    if (!comm->ways) return HS_OK;
+    if (!comm->ways || !comm->ways->joined) return HS_OK;
     HS_TRY(hs_ways_await_stream(comm, HS_STREAM_IN, why));
-    return hs_ways_await_stream(comm, HS_STREAM_OUT, why);
+    HS_TRY(hs_ways_await_stream(comm, HS_STREAM_OUT, why));
+    comm->ways->settled = true;
+    return HS_OK;
 }
 
 /* --- messages ---------------------------------------------------------------------------- */

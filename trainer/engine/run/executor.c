@@ -164,6 +164,28 @@ static hs_status save(hs_executor *ex, bool final, hs_why *why) {
     return st == HS_OK ? tell_saved(ex, why) : st;
 }
 
+static void bounds(const hs_executor *ex, hs_list list, uint32_t *first, uint32_t *count);
+
+/* From device to device: nobody waits here. */
+static hs_status pass(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
+                      uint64_t offset, hs_why *why) {
+    uint32_t first, count;
+    const bool sends = a->kind == HS_A_SEND;
+    bounds(ex, ex->last, &first, &count);
+    const uint64_t there = ex->landings->lists[ex->last][a - &ex->plan->actions[first]];
+    hs_stop_busy(ex->stop, true);
+    hs_status st = hs_spaces_begin(ex->spaces, turn, why);
+    uint8_t *const at = hs_spaces_message(ex->spaces, sends ? HS_STREAM_OUT : HS_STREAM_IN, offset);
+    if (st == HS_OK)
+        st = sends
+                 ? ex->transport->put(ex->comm, a->channel, at, there, a->ref.bytes, a->microbatch,
+                                      why)
+                 : ex->transport->take(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
+    if (st == HS_OK) st = hs_spaces_end(ex->spaces, turn, why);
+    hs_stop_busy(ex->stop, false);
+    return st;
+}
+
 /* Messages of the device space pass through a window, which holds the longest. */
 static hs_status send(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
                       uint64_t offset, hs_why *why) {
@@ -219,8 +241,10 @@ static hs_status run_action(hs_executor *ex, const hs_plan_action *a, const hs_t
         hs_stop_busy(ex->stop, false);
         return st;
     case HS_A_SEND:
+        if (ex->direct && ex->direct[a->channel]) return pass(ex, a, turn, offset, why);
         return send(ex, a, turn, offset, why);
     case HS_A_RECV:
+        if (ex->direct && ex->direct[a->channel]) return pass(ex, a, turn, offset, why);
         return receive(ex, a, turn, offset, why);
     case HS_A_REPORT:
         return write_report(ex, turn, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
@@ -251,8 +275,10 @@ static void bounds(const hs_executor *ex, hs_list list, uint32_t *first, uint32_
 hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
     ex->last = HS_LISTS;
     for (int list = 0; list < HS_LISTS && !ex->spaces->backend->unified; list++) {
-        hs_hazards_config c = {
-            .plan = ex->plan, .position = ex->position, .again = list == HS_LIST_STEP};
+        hs_hazards_config c = {.plan = ex->plan,
+                               .position = ex->position,
+                               .again = list == HS_LIST_STEP,
+                               .direct = ex->direct};
         bounds(ex, (hs_list)list, &c.first, &c.count);
         HS_TRY(hs_hazards_find(&c, &ex->turns[list], why));
     }

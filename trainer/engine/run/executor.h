@@ -24,6 +24,7 @@
 #include "core/text.h"
 #include "data/shards.h"
 #include "run/agent_link.h"
+#include "run/landings.h"
 #include "run/linker.h"
 #include "run/metrics.h"
 #include "run/plan.h"
@@ -43,10 +44,12 @@ typedef struct hs_executor {
     hs_spaces *spaces;
     hs_linked *linked;
     const hs_comm_table *transport;
-    hs_comm *comm;           /* NULL: the plan has no channels */
-    const hs_shards *shards; /* NULL: no DATA action here */
-    hs_snapshot *snapshot;   /* NULL: no agent, no slots */
-    hs_agent_link *agent;    /* NULL: no agent */
+    hs_comm *comm;      /* NULL: the plan has no channels */
+    const bool *direct; /* by channel: from device to device (comm.h, put, take); NULL: none */
+    const hs_landings *landings; /* of such messages; NULL: none */
+    const hs_shards *shards;     /* NULL: no DATA action here */
+    hs_snapshot *snapshot;       /* NULL: no agent, no slots */
+    hs_agent_link *agent;        /* NULL: no agent */
     hs_stop *stop;
     hs_rank_page *page; /* NULL: none */
     hs_trace *trace;    /* NULL: off */

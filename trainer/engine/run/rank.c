@@ -16,6 +16,7 @@
 #include "run/landings.h"
 #include "run/machine.h"
 #include "run/weights.h"
+#include "wire/frame.h"
 
 enum {
     LEAVE_MS = 2000,  /* for the agent to take the last words */
@@ -40,6 +41,7 @@ typedef struct rank {
     hs_rank_page *page;
     hs_comm_device between; /* devices; of comm */
     hs_landings landings;
+    bool *direct; /* by channel */
     hs_comm *comm;
     bool started; /* the start line was printed */
     hs_executor executor;
@@ -215,6 +217,21 @@ static hs_status restore(rank *r, hs_why *why) {
     return HS_OK;
 }
 
+static hs_status await(void *ctx, int event, hs_why *why) {
+    return hs_comm_tcp.await(ctx, event, why);
+}
+
+/* Which channels go from device to device, and that such a device is waited for as they need it. */
+static hs_status take_ways(rank *r, hs_why *why) {
+    const size_t count = r->plan.count[HS_SECTION_CHANNELS];
+    r->direct = calloc(count + 1, sizeof *r->direct);
+    if (!r->direct) return hs_fail(why, HS_E_MEMORY, "no memory for a list of channels");
+    for (uint32_t c = 0; c < count; c++) r->direct[c] = hs_comm_tcp.way(r->comm, c) != HS_WAY_TCP;
+    r->machine.spaces.await = await;
+    r->machine.spaces.await_ctx = r->comm;
+    return HS_OK;
+}
+
 static hs_status connect_peers(rank *r, hs_why *why) {
     if (r->plan.count[HS_SECTION_CHANNELS] == 0) {
         if (r->args->listen_fd >= 0) (void)close(r->args->listen_fd);
@@ -226,7 +243,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                   .arena = spaces->arena,
                                   .arena_bytes = spaces->bytes,
                                   .allowed = r->args->environment->ways,
-                                  .event = HS_EVENTS - 1,
+                                  .event = HS_EVENT_LINKS,
                                   .fabric = r->args->environment->fabric};
     if (!spaces->backend->unified)
         HS_TRY(hs_landings_find(&r->plan, r->executor.position, &r->landings, why));
@@ -241,7 +258,9 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                    .stop = r->stop,
                                    .device = spaces->backend->unified ? NULL : &r->between,
                                    .log = &r->log};
-    return hs_comm_tcp.create(&config, &r->comm, why);
+    HS_TRY(hs_comm_tcp.create(&config, &r->comm, why));
+    if (config.device) return take_ways(r, why);
+    return HS_OK;
 }
 
 static hs_status fill_executor(rank *r, hs_why *why) {
@@ -255,6 +274,8 @@ static hs_status fill_executor(rank *r, hs_why *why) {
     ex->shards = r->shards;
     ex->snapshot = r->snapshot;
     ex->agent = r->agent;
+    ex->direct = r->direct;
+    ex->landings = &r->landings;
     ex->stop = r->stop;
     ex->page = r->page;
     ex->trace = r->trace;
@@ -268,6 +289,21 @@ static hs_status fill_executor(rank *r, hs_why *why) {
 static void tell(rank *r, hs_text *text) {
     hs_metrics_print(text);
     if (r->agent) hs_agent_link_metrics(r->agent, text->at);
+}
+
+/* How many of this rank's channels of device memory go which way. */
+static void tell_ways(const rank *r, hs_text *text) {
+    uint32_t counts[HS_WAYS] = {0};
+    const uint32_t position = r->executor.position->position;
+    for (uint32_t c = 0; r->direct && c < r->plan.count[HS_SECTION_CHANNELS]; c++) {
+        const hs_plan_channel *ch = &r->plan.channels[c];
+        if ((ch->from == position || ch->to == position) && hs_comm_of_device(ch->kind))
+            counts[hs_comm_tcp.way(r->comm, c)]++;
+    }
+    if (r->direct)
+        hs_text_printf(text,
+                       ",\"ways\":{\"ipc\":%" PRIu32 ",\"nccl\":%" PRIu32 ",\"tcp\":%" PRIu32 "}",
+                       counts[HS_WAY_IPC], counts[HS_WAY_NCCL], counts[HS_WAY_TCP]);
 }
 
 static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
@@ -288,9 +324,11 @@ static void tell_start(rank *r, int64_t start_step, const hs_check *check) {
     hs_metrics_event(&r->metrics, "start", &text);
     hs_text_printf(&text,
                    ",\"kernel_path\":\"%s\",\"threads\":%d,\"start_step\":%" PRId64
-                   ",\"arena_bytes\":%" PRIu64 "}",
+                   ",\"arena_bytes\":%" PRIu64,
                    r->machine.facts.kernels, r->machine.threads, start_step,
                    r->machine.spaces.bytes);
+    tell_ways(r, &text);
+    hs_text_printf(&text, "}");
     tell(r, &text);
 }
 
@@ -342,7 +380,9 @@ static hs_status run(rank *r, hs_why *why) {
     }
     HS_TRY(hs_executor_prepare(&r->executor, HS_LIST_LOAD, why));
     tell_start(r, start < 0 ? 0 : start, &check);
-    return hs_executor_train(&r->executor, start < 0 ? 0 : start, why);
+    st = hs_executor_train(&r->executor, start < 0 ? 0 : start, why);
+    if (r->comm && (st == HS_OK || st == HS_E_STOPPED)) HS_TRY(hs_comm_tcp.settle(r->comm, why));
+    return st;
 }
 
 /* What this rank says when it leaves: to the log, to the agent, and rank 0 on standard output. */
@@ -384,9 +424,14 @@ static void write_trace(rank *r) {
 
 /* The last words leave before the channels close, so that the cause is known before the peers see
  * its effect. */
-static void close_all(rank *r) {
+static void close_all(rank *r, hs_status st) {
     if (r->agent) (void)hs_agent_link_leave(r->agent, hs_deadline_ns(LEAVE_MS));
+    const bool hangs = r->comm && hs_comm_tcp.hangs(r->comm);
     hs_comm_tcp.close(r->comm);
+    if (hangs) { /* the device may wait for a peer for ever, and whoever waits for the device */
+        (void)fflush(stdout);
+        _exit(hs_status_exit(st));
+    }
     hs_abort_words_disarm();
     hs_agent_link_destroy(r->agent);
     hs_snapshot_stop(
@@ -398,6 +443,8 @@ static void close_all(rank *r) {
     hs_machine_destroy(&r->machine);
     hs_snapshot_destroy(r->snapshot);
     for (int list = 0; list < HS_LISTS; list++) free(r->executor.turns[list]);
+    hs_landings_free(&r->landings);
+    free(r->direct);
     hs_stop_destroy(r->stop);
     hs_attempt_close(&r->attempt);
     hs_plan_close(&r->plan);
@@ -410,6 +457,6 @@ hs_status hs_rank_run(const hs_rank_args *args, hs_why *why) {
     hs_executor_leave(&r.executor, IN_TIME_MS);
     write_trace(&r);
     say_last(&r, st, why);
-    close_all(&r);
+    close_all(&r, st);
     return st;
 }

@@ -148,10 +148,14 @@ hs_status hs_spaces_get(hs_spaces *s, uint64_t offset, void *host, uint64_t byte
     return s->backend->copy(s->device, HS_STREAM_OUT, host, from, bytes, HS_COPY_FROM_DEVICE, why);
 }
 
+static hs_status await(hs_spaces *s, int event, hs_why *why) {
+    return s->await ? s->await(s->await_ctx, event, why) : s->backend->wait(s->device, event, why);
+}
+
 hs_status hs_spaces_in_window(hs_spaces *s, uint8_t **at, hs_why *why) {
     const int w = (int)(s->in_turn++ % HS_WINDOWS);
     *at = s->in_window[w];
-    return s->backend->wait(s->device, HS_EVENT_WINDOW + w, why);
+    return await(s, HS_EVENT_WINDOW + w, why);
 }
 
 uint8_t *hs_spaces_out_window(hs_spaces *s) {
@@ -163,6 +167,11 @@ hs_status hs_spaces_launch(hs_spaces *s, uint16_t kernel, const hs_args *args, h
     return s->backend->launch(s->device, HS_STREAM_COMPUTE, kernel, args, why);
 }
 
+uint8_t *hs_spaces_message(hs_spaces *s, int stream, uint64_t offset) {
+    issued(s, stream);
+    return s->arena + offset;
+}
+
 hs_status hs_spaces_replay(hs_spaces *s, hs_graph *graph, hs_why *why) {
     issued(s, HS_STREAM_COMPUTE);
     return s->backend->replay(s->device, HS_STREAM_COMPUTE, graph, why);
@@ -170,7 +179,7 @@ hs_status hs_spaces_replay(hs_spaces *s, hs_graph *graph, hs_why *why) {
 
 hs_status hs_spaces_wait(hs_spaces *s, int stream, hs_why *why) {
     HS_TRY(s->backend->record(s->device, stream, HS_EVENT_STREAM + stream, why));
-    return s->backend->wait(s->device, HS_EVENT_STREAM + stream, why);
+    return await(s, HS_EVENT_STREAM + stream, why);
 }
 
 hs_status hs_spaces_readable(hs_spaces *s, uint64_t offset, uint64_t *bytes, const uint8_t **at,

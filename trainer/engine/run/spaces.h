@@ -45,7 +45,11 @@ typedef struct hs_spaces {
     uint64_t bytes;
 
     bool news[HS_STREAMS][HS_STREAMS]; /* [a][b]: b has work that a does not follow yet */
-    bool saving;                       /* I3: a snapshot's copies that nobody followed yet */
+    /* how the device is waited for by the thread that issues, where it may wait for peers itself
+     * (comm.h, await); NULL: as the backend does */
+    hs_status (*await)(void *ctx, int event, hs_why *why);
+    void *await_ctx;
+    bool saving; /* I3: a snapshot's copies that nobody followed yet */
 
     /* not unified */
     uint8_t *host; /* pinned: the HOST pieces, and the windows */
@@ -87,6 +91,10 @@ hs_status hs_spaces_get(hs_spaces *spaces, uint64_t offset, void *host, uint64_t
  * put); the one to get into. Not unified only. */
 hs_status hs_spaces_in_window(hs_spaces *spaces, uint8_t **at, hs_why *why);
 uint8_t *hs_spaces_out_window(hs_spaces *spaces);
+
+/* The address of a message that goes to or from another device, and that something of it is put on the
+ * stream now (comm.h, put and take). */
+uint8_t *hs_spaces_message(hs_spaces *spaces, int stream, uint64_t offset);
 
 /* A kernel, or a captured program, on the compute stream. */
 hs_status hs_spaces_launch(hs_spaces *spaces, uint16_t kernel, const hs_args *args, hs_why *why);
