@@ -5,6 +5,7 @@
     index/<run>                                       that there is such a run
     runs/<run>/spec                                   canonical What
     runs/<run>/plans/<plan digest>                    a plan file
+    runs/<run>/algorithms/<6 digits>                  which algorithm computes which product (agent/algorithms.py)
     runs/<run>/log/<20 digits>                        records
     runs/<run>/folds/<20 digits>-<token>              folded states that fold records name
     runs/<run>/manifests/<step>-<epoch>/parts/<node>  part manifests, one an agent
@@ -52,6 +53,10 @@ def spec_key(run: str) -> str:
 
 def plan_key(run: str, digest: str) -> str:
     return run_key(run, "plans", digest)
+
+
+def algorithms_key(run: str, n: int) -> str:
+    return run_key(run, "algorithms", f"{n:06d}")
 
 
 def log_prefix(run: str) -> str:

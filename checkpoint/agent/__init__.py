@@ -17,6 +17,7 @@ holds no credentials and never waits for storage. Who does what:
     devices.py       what the ranks run on: the CPU or which CUDA devices
     kernel_log.py    what NVIDIA's driver says of a rank's device
     attempt_file.py  what the ranks are told
+    algorithms.py    the run's choice of algorithms for GPUs, created once in the store
     adopt.py         what an agent leaves for the one after it
     upload.py        a held snapshot into chunks in the store, and this node's part manifest
     commit.py        all parts seen -> manifest -> log record, by whichever agent gets there first

@@ -17,6 +17,7 @@ from checkpoint import keys
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
 from checkpoint.agent.adopt import attempt_path, found_plan, recall, remember
+from checkpoint.agent.algorithms import answer, bring
 from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.commit import Committer
 from checkpoint.agent.events import Work
@@ -235,11 +236,15 @@ class Actions:
         self._thread("peers", self._meet_thread, e.gang, e.address, self._remet)
 
     def _meet_thread(self, gang: Gang, address: ev.Address, cancelled: threading.Event) -> ev.Event | None:
+        options = self.options
         try:
-            nodes = meet(self.store, self.options, gang, address, cancelled)
-        except CannotStart as error:
-            return ev.Failed(gang.epoch, Work.MEET, error.code, str(error))
-        return None if nodes is None else ev.Met(gang.epoch, nodes)
+            alone = options.nodes == 1
+            nodes = {0: address} if alone else meet(self.store, options, gang, address, cancelled)
+            if address.devices.kind != "cpu":
+                bring(self.store, options.run, options.work, cancelled)
+        except (CannotStart, CheckpointError, OSError) as error:
+            return ev.Failed(gang.epoch, Work.MEET, *exit_of(error, options.work))
+        return None if nodes is None or cancelled.is_set() else ev.Met(gang.epoch, nodes)
 
     def _mark(self, e: do.Mark) -> ev.Event:
         assert self._has is not None
@@ -301,6 +306,13 @@ class Actions:
     def _commit(self, e: do.Commit) -> None:
         self.committer.add(e.step, e.state)
 
+    def _agree(self, e: do.Agree) -> None:
+        self._thread("algorithms", self._agree_thread, e, self._superseded)
+
+    def _agree_thread(self, e: do.Agree, cancelled: threading.Event) -> ev.Event | None:
+        heard = answer(self.store, self.options.run, e.table, cancelled)
+        return None if heard is None else ev.Agreed(e.peer, e.epoch, e.rank, *heard)
+
     def _drained(self, _: object = None) -> ev.Drained:
         return ev.Drained(self.uploader.idle and self.committer.idle)
 
@@ -340,6 +352,7 @@ _EFFECTS: dict[type, Callable[[Actions, Any], ev.Event | None]] = {
     do.Upload: Actions._upload,
     do.LookForSnapshots: Actions._look,
     do.Commit: Actions._commit,
+    do.Agree: Actions._agree,
     do.AskDrained: Actions._drained,
     do.Publish: Actions._publish,
     do.MarkDone: Actions._mark_done,

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 
+from checkpoint.agent.algorithms import digest
 from checkpoint.agent.events import Address
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.agent.prepare import Provisions
@@ -37,7 +38,10 @@ def attempt_bytes(options: Options, gang: Gang, has: Provisions, nodes: Mapping[
     head.stall_ms = _ms(gang.how("launch", "stall_s"))
     head.commit_ms = _ms(gang.how("checkpoint", "commit_s"))
     head.trace = int(bool(gang.how("launch", "trace")))
-    head.device_kind = wire.DEVICES[nodes[options.node].devices.kind]
+    kind = nodes[options.node].devices.kind
+    head.device_kind = wire.DEVICES[kind]
+    if kind != "cpu":
+        head.algorithms_digest[:] = digest(options.work)
     head.data_dir, head.work_dir = os.fsencode(has.data_dir), os.fsencode(options.work)
     ranks = b"".join(
         bytes(wire.AttemptRank(host.encode(), port, node, devices.device(local)))

@@ -233,7 +233,7 @@ class Course:
         attempt.ports, self.changed = struct.unpack_from(f"<{count}H", event.payload), True
         attempt.devices = devices
         address = ev.Address(self.options.host, attempt.ports, devices)
-        if self.options.nodes == 1:
+        if self.options.nodes == 1 and devices.kind == "cpu":
             self._do(do.Mark(attempt.gang, {0: address}))
         else:
             self._do(do.Meet(attempt.gang, address))

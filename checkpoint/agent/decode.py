@@ -19,6 +19,8 @@ def event_of(peer: int, m: Message, *, rival: bool = False) -> ev.Event | None:
             return ev.Ready(m.epoch, m.rank, m.b, bool(m.c))
         case "METRICS" | "WORDS" | "TRACE" | "OUTPUT":
             return ev.RankSaid(m.name, m.epoch, m.rank, m.payload)
+        case "ALGORITHMS" if m.rank >= 0:
+            return ev.Proposed(peer, m.epoch, m.rank, m.payload)
         case "EXIT" if m.rank < 0:
             return ev.EngineRefused(peer, m.epoch, m.a, m.payload.rstrip(b"\0").decode(errors="replace"))
         case "EXIT":

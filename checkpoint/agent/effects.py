@@ -171,6 +171,16 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class Agree:
+    """Keep what a rank proposes, where the run has no algorithm for a product yet. Agreed."""
+
+    peer: int
+    epoch: int
+    rank: int
+    table: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class AskDrained:
     """Drained, at once."""
 
@@ -210,6 +220,7 @@ Effect = (
     | Upload
     | LookForSnapshots
     | Commit
+    | Agree
     | AskDrained
     | Publish
     | MarkDone

@@ -155,6 +155,16 @@ class RankSaid:
     payload: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """A table of algorithms that a rank would go by; it waits for the run's."""
+
+    peer: int
+    epoch: int
+    rank: int
+    table: bytes
+
+
 # --- results of what the machine asked for --------------------------------------------------------------------
 
 
@@ -226,6 +236,17 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreed:
+    """The run's algorithms, for the rank that proposed some: ``code`` 0 and a table; or an exit code, and why."""
+
+    peer: int
+    epoch: int
+    rank: int
+    code: int
+    table: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SlotsTaken:
     """A rank handed its slots back; ``final``: the step of its last snapshot, where it has taken that."""
 
@@ -288,12 +309,14 @@ Event = (
     | RankHello
     | Ready
     | RankSaid
+    | Proposed
     | Recalled
     | Claimed
     | Provided
     | Met
     | Marked
     | Failed
+    | Agreed
     | SlotsTaken
     | SlotsLost
     | SlotsSeen

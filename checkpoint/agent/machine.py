@@ -264,6 +264,15 @@ class Machine(Course):
         if kind == "METRICS":
             attempt.stepped(event.rank, event.payload)
 
+    def _on_proposed(self, event: ev.Proposed) -> None:
+        if self._of(event.epoch) is not None:
+            self._do(do.Agree(event.peer, event.epoch, event.rank, event.table))
+
+    def _on_agreed(self, event: ev.Agreed) -> None:
+        attempt = self._of(event.epoch)
+        if attempt is not None and attempt.peers.get(event.rank) == event.peer:  # else it proposes them once more
+            self._do(do.Send(event.peer, "ALGORITHMS", event.epoch, event.rank, event.code, event.table))
+
     def _on_no_memory(self, event: ev.NoMemory) -> None:
         attempt = self._of(event.epoch)
         if attempt is not None and attempt.phase is NodePhase.RUN and self.engine.peer is not None:
@@ -360,12 +369,14 @@ _HANDLERS: dict[type, Callable[[Machine, Any], None]] = {
     ev.RankHello: Machine._on_rank,
     ev.Ready: Machine._on_ready,
     ev.RankSaid: Machine._on_said,
+    ev.Proposed: Machine._on_proposed,
     ev.Recalled: Machine._on_recalled,
     ev.Claimed: Machine._on_claimed,
     ev.Provided: Machine._on_provided,
     ev.Met: Machine._on_met,
     ev.Marked: Machine._on_marked,
     ev.Failed: Machine._on_failed,
+    ev.Agreed: Machine._on_agreed,
     ev.SlotsTaken: Machine._on_slots_taken,
     ev.SlotsLost: Machine._on_slots_lost,
     ev.SlotsSeen: Machine._on_slots_seen,
