@@ -1,9 +1,9 @@
-"""Which algorithm computes each product of a run on a GPU (``engine/wire/algorithms.h``): chosen once, kept in the store.
+"""Which algorithm computes each product of a run on a GPU (``engine/wire/algorithms.h``): chosen once, kept.
 
-``runs/<run>/algorithms/<number>`` are tables, from 0 on without a gap, each created if absent: what no table before it
-has. So of two ranks that time the same product at once the first one's choice is the run's, and both go by it; later
-attempts, on any number of nodes and stages, find it before they start. A product's key is opaque here; a table is of one
-kind of device and one version of the library, its *family*.
+``runs/<run>/algorithms/<number>`` are tables, from 0 on without a gap, each created if absent: what no table before
+it has. So of two ranks that time the same product at once the first one's choice is the run's, and both go by it; later
+attempts, on any number of nodes and stages, find it before they start. A product's key is opaque here; a table is of
+one kind of device and one version of the library, its *family*.
 """
 
 from __future__ import annotations

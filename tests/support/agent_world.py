@@ -331,6 +331,8 @@ class World:
                     return ev.SlotsLost(effect.epoch, number, "torn")
                 self.table = rank.slots
                 return ev.SlotsTaken(effect.epoch, number, None)
+            case do.Agree():
+                self.results.append(ev.Agreed(effect.peer, effect.epoch, effect.rank, 0, effect.table))
             case do.AskDrained():
                 return ev.Drained(not self.busy)
             case do.LookForSnapshots() | do.Upload():
@@ -452,6 +454,7 @@ class World:
         rank = self.supervisor.ranks[number]
         if rank.peer in self.wires and rank.slots is not None:
             self.wires[rank.peer].append(ev.Ready(rank.epoch, number, self.rng.randint(1, 9), self.rng.random() < 0.3))
+            self.wires[rank.peer].append(ev.Proposed(rank.peer, rank.epoch, number, b"table"))
 
     def halt(self) -> None:
         """A record that nobody can read, or its mending."""

@@ -408,7 +408,9 @@ def test_devices_are_looked_for_and_the_ranks_get_theirs() -> None:
     walk = Walk().to(NodePhase.PREPARE)
     *_, send = walk.on(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1)))
     assert (send.name, send.a) == ("PREPARE", 1)
-    (mark,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(2)))
+    (meet,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(2)))
+    assert isinstance(meet, do.Meet), "also alone: what the run has of algorithms is fetched meanwhile"
+    (mark,) = walk.on(ev.Met(1, {0: meet.address}))
     assert (mark.nodes[0].ports, mark.nodes[0].devices.kind, mark.nodes[0].devices.of_rank) == ((1, 2), "cuda", (0, 1))
 
 
@@ -441,7 +443,8 @@ def test_what_the_driver_said_of_a_ranks_device_is_told_with_its_end() -> None:
     for index, device in enumerate(line["devices"]):
         device["bus"] = f"0000:3{index}:00"
     walk = Walk().to(NodePhase.PORTS)
-    walk.on(ev.Ports(1, 1, b"\1\0\2\0" + json.dumps(line).encode()))
+    (meet,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + json.dumps(line).encode()))
+    walk.on(ev.Met(1, {0: meet.address}))
     walk.now = 50.0
     walk.on(ev.Marked(1))
     *_, ask = walk.on(ev.RankExit(1, 1, 1, 86, 9, wire.ENDED_ITSELF, 0))
@@ -450,3 +453,13 @@ def test_what_the_driver_said_of_a_ranks_device_is_told_with_its_end() -> None:
     assert (walk.machine.attempt.ranks[1].xid, walk.machine.attempt.ranks[1].kernel) == (79, "NVRM: …")
     killed = walk.names(ev.RankExit(1, 1, 0, -9, 9, wire.ENDED_BY_SUPERVISOR, 0))
     assert "AskKernel" not in killed, "it was killed because of the other"
+
+
+def test_a_rank_hears_the_run_s_algorithms() -> None:
+    walk = Walk().to(NodePhase.RUN)
+    walk.on(ev.RankHello(7, 1, 0, 100))
+    assert walk.on(ev.Proposed(7, 1, 0, b"mine")) == [do.Agree(7, 1, 0, b"mine")]
+    assert walk.on(ev.Agreed(7, 1, 0, 0, b"the run's")) == [do.Send(7, "ALGORITHMS", 1, 0, 0, b"the run's")]
+    walk.on(ev.RankHello(8, 1, 0, 100))  # connected again, it proposes again
+    assert walk.on(ev.Agreed(7, 1, 0, 0, b"the run's")) == []
+    assert walk.on(ev.Proposed(8, 2, 0, b"mine")) == [], "of another attempt"

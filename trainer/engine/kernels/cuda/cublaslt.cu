@@ -71,7 +71,7 @@ hs_status hs_cublaslt_open(hs_cublaslt *lib, const char *device, hs_why *why) {
                        lib->name);
     const lt::status st = lib->api.Create(&lib->handle);
     if (st)
-        return hs_fail(why, HS_E_DEVICE, "%s cannot use %s: %s", lib->name, device,
+        return hs_fail(why, HS_E_UNSUPPORTED, "%s cannot use %s: %s", lib->name, device,
                        lib->api.GetStatusString(st));
     return HS_OK;
 }
@@ -267,7 +267,7 @@ hs_status hs_cublaslt_run(hs_cublaslt *lib, const hs_cuda_ctx *ctx, const hs_pro
                              c.at_c, &c.c, p->out, &c.d, &algo, ctx->workspace,
                              HS_LIBRARY_WORKSPACE, ctx->stream);
     if (!st) return HS_OK;
-    return hs_fail(why, HS_E_DEVICE,
+    return hs_fail(why, HS_E_BUG,
                    "%s failed in a product of %" PRId64 " x %" PRId64 " x %" PRId64 ": %s",
                    lib->name, p->m, p->n, p->k, lib->api.GetStatusString(st));
 }
