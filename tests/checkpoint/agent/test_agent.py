@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from checkpoint import keys
+from checkpoint.agent.algorithms import Table
 from checkpoint.agent.fetch import room_words
 from checkpoint.agent.gang import DEFAULTS
 from checkpoint.agent.slots import Slot, SlotChanged
@@ -542,3 +543,23 @@ def test_a_slot_that_is_refilled_while_held_is_void(tmp_path: Path) -> None:
         with pytest.raises(SlotChanged):
             slot.hold(seen)
     assert slot.close()
+
+
+def test_ranks_agree_on_algorithms(two: Started) -> None:
+    """Over the socket of two nodes: the first one's choice is the run's; what cannot be kept is told."""
+
+    def proposed(rank: RankPeer, choice: int) -> bytes:
+        entry = wire.Algorithm(key=wire.AlgorithmKey(m=1, n=2, k=3), microseconds=choice)
+        table = Table(b"GPU", b"cuBLASLt 13.1.0", 90, {bytes(entry.key): bytes(entry)}).to_bytes()
+        rank.link.send("ALGORITHMS", rank=rank.rank, epoch=two.epoch, payload=table)
+        got = rank.link.receive("ALGORITHMS")
+        assert (got.rank, got.epoch, got.a) == (rank.rank, two.epoch, 0)
+        assert (two.run.store.get(keys.algorithms_key(two.run.name, 0)) == table) == (choice == 5)
+        return got.payload
+
+    one, other = two.ranks
+    assert proposed(one, 5) == proposed(other, 6)
+    one.link.send("ALGORITHMS", rank=one.rank, epoch=two.epoch, payload=b"nonsense")
+    refused = one.link.receive("ALGORITHMS")
+    assert refused.a == 78
+    assert b"is not a table of algorithms" in refused.payload
