@@ -200,9 +200,8 @@ def _packages(name: str, arch: str, python: str) -> Path:
     say(f"fetching the packages of {pins.name}")
     found.parent.mkdir(parents=True, exist_ok=True)
     machine_name = {"amd64": "x86_64", "arm64": "aarch64"}[arch]
-    platforms = [
-        f"manylinux{glibc}_{machine_name}" for glibc in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010")
-    ]
+    glibcs = [*(f"_2_{minor}" for minor in range(28, 16, -1)), "2014", "_2_12", "2010"]
+    platforms = [f"manylinux{glibc}_{machine_name}" for glibc in glibcs]
     with tempfile.TemporaryDirectory(dir=found.parent) as place:
         target = Path(place) / "packages"
         subprocess.run(

@@ -30,8 +30,8 @@ static hs_status no_library(const char *name, const char *told, hs_why *why) {
             "this hotstage-engine was built without dynamic loading and cannot use CUDA; "
             "use the image for CUDA, or parallel.device = \"cpu\"");
     return hs_fail(why, HS_E_UNSUPPORTED,
-                   "the CUDA backend cannot be opened (%s: %s); install hotstage[cuda], or let "
-                   "HOTSTAGE_CUDA name the library that `make cuda` builds",
+                   "the CUDA backend cannot be opened (%s: %s): `make cuda` builds it in a source "
+                   "tree, the image for CUDA has it, HOTSTAGE_CUDA may name it",
                    name, told);
 }
 
