@@ -1,5 +1,5 @@
-"""The CUDA kernels as one library, ``out/cuda/libhs_cuda.so``, for every architecture at once, with no toolkit, no g++
-and no GPU; and ``out/cuda/kernels.json``: registers, spills and shared memory of every kernel.
+"""The CUDA backend and its kernels as one library, ``out/cuda/libhs_cuda.so``, for every architecture at once, with no
+toolkit, no g++ and no GPU; and ``out/cuda/kernels.json``: registers, spills and shared memory of every kernel.
 
     python -m k8s.images.cuda        (`make cuda`; exits 69, saying why, where the compiler cannot be had)
 
@@ -39,11 +39,12 @@ WHEELS = (
 )
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 ENGINE = ROOT / "trainer" / "engine"
-SOURCES = ENGINE / "kernels" / "cuda"
+ROOMS = (ENGINE / "backend" / "cuda", ENGINE / "kernels" / "cuda")  # every .cu and .cc there, but emulate*
+CORE = ("hash", "math", "status")  # of core/, which they call
 HEADERS = ROOT / "k8s" / "images" / "cuda_host"
 OUT = ROOT / "out" / "cuda"
 TARGET = "x86_64-linux-gnu.2.28"
-SYMBOL = "hs_cuda_kernels"
+SYMBOL = "hs_cuda_backend"
 # -fmad=false: a product is rounded unless the source says fma; bits are the CPU's (kernels/cuda/device.h)
 FLAGS = shlex.split("-std=c++17 -O3 -lineinfo -fmad=false -Werror all-warnings -Xptxas -v")
 HOST = "-nostdinc++,-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
@@ -96,20 +97,27 @@ def _run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+def sources() -> list[Path]:
+    """What nvcc compiles: a file that is dropped into one of the rooms is built."""
+    found = [p for room in ROOMS for p in sorted(room.iterdir()) if p.suffix in (".cu", ".cc")]
+    return [p for p in found if not p.name.startswith("emulate")]
+
+
 def compile_all(home: Path) -> tuple[list[Path], Table]:
     """The objects of every source, and what their kernels take."""
     kept = cache() / "cuda-objects"
     kept.mkdir(parents=True, exist_ok=True)
     codes = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
     command = [str(home / "bin" / "nvcc"), *host_compiler(), *FLAGS, *codes, f"-I{ENGINE}"]
-    headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
+    rooms = ("backend", "core", "kernels", "wire")
+    headers = [p.read_bytes() for room in rooms for p in sorted((ENGINE / room).rglob("*.h"))]
     headers += [p.read_bytes() for p in sorted(HEADERS.iterdir())]
     common = hashlib.sha256(b"\0".join([shlex.join([*WHEELS, *command[3:-1]]).encode(), *headers]))
 
     def compiled(source: Path) -> tuple[Path, str]:
         key = common.copy()
         key.update(source.read_bytes())
-        target = kept / f"{source.stem}-{key.hexdigest()[:24]}.o"
+        target = kept / f"{source.parents[1].name}-{source.stem}-{key.hexdigest()[:24]}.o"
         told = target.with_suffix(".txt")
         if not (target.exists() and told.exists()):
             made = target.with_suffix(f".{os.getpid()}.o")
@@ -118,12 +126,11 @@ def compile_all(home: Path) -> tuple[list[Path], Table]:
         return target, told.read_text()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(compiled, sorted(SOURCES.glob("*.cu"))))
-    core = []
-    for name in ("math", "status"):
-        core.append(kept / f"{name}-{common.hexdigest()[:24]}.o")
-        _run([str(compiler(TARGET) / "cc"), "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", f"-I{ENGINE}",
-              "-c", str(ENGINE / "core" / f"{name}.c"), "-o", str(core[-1])])  # fmt: skip
+        results = list(pool.map(compiled, sources()))
+    core = [kept / f"{name}-{common.hexdigest()[:24]}.o" for name in CORE]
+    c = [str(compiler(TARGET) / "cc"), "-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-ffp-contract=off"]
+    for name, made in zip(CORE, core, strict=True):
+        _run([*c, "-fvisibility=hidden", f"-I{ENGINE}", "-c", str(ENGINE / "core" / f"{name}.c"), "-o", str(made)])
     table: Table = {}
     for _, text in results:
         for kernel, arch, use in uses_of(text):
@@ -229,7 +236,7 @@ def look_into(home: Path, library: Path, table: Table) -> list[str]:
         return [*found, f"the library exports {', '.join(outside) or 'nothing'}; it must be {SYMBOL} alone"]
     answer = getattr(ctypes.CDLL(str(library)), SYMBOL)
     answer.restype = ctypes.POINTER(ctypes.c_uint32)
-    version = re.search(r"define HS_CUDA_VERSION (\d+)", (SOURCES / "cuda.h").read_text())
+    version = re.search(r"define HS_BACKEND_VERSION (\d+)", (ENGINE / "backend" / "backend.h").read_text())
     assert version is not None
     if answer()[0] != int(version[1]):
         found.append(f"{SYMBOL} answers with version {answer()[0]}, the sources have {version[1]}")

@@ -231,13 +231,16 @@ def train(
     return Gang(plan, [event for event in events if event["event"] == "step"], folder)
 
 
-def infer(plan: Plan, weights: Path, tokens: NDArray[np.int64], folder: Path, engine: Path | None = None) -> F32:
+def infer(
+    plan: Plan, weights: Path, tokens: NDArray[np.int64], folder: Path, engine: Path | None = None, device: str = "cpu"
+) -> F32:
     """Logits [n, microbatch, T, V] of requests ``tokens`` [n, microbatch, T]."""
     folder.mkdir(parents=True, exist_ok=True)
     plan_path = folder / "plan-infer"
     plan_path.write_bytes(plan.to_bytes())
+    command = [str(engine or engine_binary()), "infer", "--plan", str(plan_path), "--weights", str(weights)]
     done = subprocess.run(
-        [str(engine or engine_binary()), "infer", "--plan", str(plan_path), "--weights", str(weights)],
+        [*command, "--device-kind", str(wire.DEVICES[device])],
         input=tokens.astype("<i4").tobytes(),
         capture_output=True,
         timeout=DEADLINE_S,

@@ -1,6 +1,7 @@
 /* What the tests of the emulated CUDA kernels call through ctypes (tests/engine/cuda_lib.py). Kernels of their own show
  * that the emulator catches what it says it catches. */
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/emulate_runtime.h"
 #include "kernels/cuda/libraries.h"
 
 #include <stdlib.h>
@@ -97,4 +98,12 @@ extern "C" int hs_test_products(uint32_t kernel, uint32_t dtype, void *const *pt
     hs_products_destroy(ctx.products);
     memcpy(text, why.text, sizeof why.text);
     return st;
+}
+
+/* A page of the host's, or of a device's. */
+extern "C" void *hs_test_memory(int of_device) {
+    void *at = NULL;
+    const cudaError_t error =
+        of_device ? cudaMalloc(&at, 4096) : cudaHostAlloc(&at, 4096, cudaHostAllocDefault);
+    return error == cudaSuccess ? at : NULL;
 }

@@ -1,4 +1,5 @@
-"""The CUDA kernels, compiled for the CPU with their emulator (trainer/engine/kernels/cuda/emulate.h), for tests.
+"""The CUDA backend and its kernels, compiled for the CPU with their emulator (trainer/engine/kernels/cuda/emulate.h and
+emulate_runtime.h), for tests: a library that an ordinary engine opens where ``HOTSTAGE_CUDA`` names it.
 
 Built like the other kernels' library (kernel_lib.py) and kept beside it; no CUDA and no GPU is needed. The compiler is
 the tests' clang (tests/support/compilers.py), or g++ with ``HOTSTAGE_TEST_CC=cc``; the system's C compiler links, so
@@ -27,9 +28,15 @@ from tests.support.compilers import OTHER, find
 from trainer import wire
 
 CUDA = ENGINE / "kernels" / "cuda"
+BACKEND = ENGINE / "backend" / "cuda"
 COMMON = shlex.split("-O1 -g -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
-CXX = shlex.split("-x c++ -std=c++17 -fno-exceptions -fno-rtti -DHS_CUDA_EMULATED")
-C = shlex.split("-x c -std=c11 -D_GNU_SOURCE")
+CXX = shlex.split(
+    "-x c++ -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -DHS_CUDA_EMULATED -D_GNU_SOURCE"
+)
+C = shlex.split("-x c -std=c11 -D_GNU_SOURCE -Wno-psabi")
+# the tests' own functions take their places (emulated_backend.cc)
+BEHIND = shlex.split("-Dhs_cuda_backend=hs_cuda_backend_inside -Dhs_cuda_kernels=hs_emulated_kernels")
+CPU = ENGINE / "kernels" / "cpu" / "all.c"  # the portable set, which may stand in for the kernels
 SYNC = -1  # the op of __syncthreads among the emulator's sites; others are warp operations
 
 
@@ -47,15 +54,23 @@ def build(sanitize: str = "") -> Path:
     cxx, link = compiler(), [find("cc")]
     extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
     version = subprocess.run([*cxx, "--version"], check=True, capture_output=True).stdout + shlex.join(cxx).encode()
-    headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
-    units = [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cc")), HERE / "cuda_lib.cc"]
-    units += [ENGINE / "core" / "math.c", ENGINE / "core" / "status.c"]
+    rooms = ("backend", "core", "kernels", "wire")
+    headers = [p.read_bytes() for room in rooms for p in sorted((ENGINE / room).rglob("*.h"))]
+    parts = [p.read_bytes() for p in sorted(CPU.parent.glob("*.c"))]
+    units = [CPU, *(p for room in (BACKEND, CUDA) for p in sorted(room.iterdir()) if p.suffix in (".cu", ".cc"))]
+    units += [HERE / "cuda_lib.cc", HERE / "emulated_backend.cc"]
+    units += [ENGINE / "core" / f"{name}.c" for name in ("hash", "math", "status", "threads")]
     with (base / ".cuda.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def compiled(source: Path) -> Path:
             flags = [*COMMON, *extra, *(C if source.suffix == ".c" else CXX), f"-I{ENGINE}"]
-            key = _digest([version, shlex.join(flags[:-1]).encode(), *headers, source.read_bytes()])
+            if source == CPU:  # not what the sanitizer is for, and a large file
+                flags = [*COMMON, "-O2", *C, "-DHS_PATH=portable", f"-I{ENGINE}"]
+            elif source.parent == BACKEND:
+                flags[-1:-1] = BEHIND
+            texts = [source.read_bytes(), *(parts if source == CPU else [])]
+            key = _digest([version, shlex.join(flags[:-1]).encode(), *headers, *texts])
             target = base / f"cuda-{source.stem}-{key}.o"
             if not target.exists():
                 made = Path(scratch) / target.name
@@ -68,7 +83,7 @@ def build(sanitize: str = "") -> Path:
         library = base / f"cuda-{_digest([version, *(o.name.encode() for o in objects)])}.so"
         if not library.exists():
             made = Path(scratch) / library.name
-            _compile([*link, *extra, "-shared", "-o", str(made), *map(str, objects), "-lm"])
+            _compile([*link, *extra, "-shared", "-pthread", "-o", str(made), *map(str, objects), "-lm"])
             made.replace(library)
     return library
 

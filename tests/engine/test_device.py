@@ -1,5 +1,6 @@
-"""A device whose memory is not the host's and whose work is queued (``programs/emulated_device.c``): the same bits as
-the CPU, in every order that the events allow; and each event and each wait that is left out shows.
+"""The CUDA backend in an ordinary engine, on an emulated CUDA (``trainer/engine/kernels/cuda/emulate_runtime.h``) whose
+memory is not the host's and whose work is queued: the same bits as the CPU, in every order that the events allow; and
+each event and each wait that is left out shows. Where a test is about order, the CPU's kernels stand in for CUDA's.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import ctypes
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,7 @@ import pytest
 from tests.e2e import engine_runs
 from tests.engine import cuda_lib
 from tests.engine.agent_end import agent_at
-from tests.engine.engine_build import SOURCES, engine
-from tests.engine.native import build_program
+from tests.engine.engine_build import engine
 from tests.engine.plans import GPT2, LLAMA, SEQUENCE, VOCAB, small_plan
 from tests.engine.test_agent_link import slots
 from trainer import wire
@@ -34,29 +35,31 @@ STEADY: dict[str, Any] = {"schedule": {"kind": "constant"}, "steps": 1}  # the l
 
 
 @pytest.fixture(scope="session")
-def device() -> Path:
-    return build_program("emulated_device", "-DHS_BACKEND=hs_backend_emulated", main=SOURCES / "main.c")
+def library() -> Path:
+    return cuda_lib.build()
 
 
-@pytest.fixture(scope="session")
-def liar() -> Path:
-    return build_program("emulated_device", "-DHS_BACKEND=hs_backend_lying", main=SOURCES / "main.c")
+@pytest.fixture(autouse=True)
+def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOTSTAGE_CUDA", str(library))
+    monkeypatch.setenv("HS_EMULATED_KERNELS", "cpu")
+    monkeypatch.setenv("HS_EMULATED_COUNTS", "1")
 
 
 class Runs:
     """Runs of one plan in a folder."""
 
-    def __init__(self, folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.plan, self.patch, self.count = folder, plan, monkeypatch, 0
+    def __init__(self, engine: Path, folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.folder, self.plan, self.patch, self.count = engine, folder, plan, monkeypatch, 0
 
-    def state(self, engine: Path, **emulated: str) -> dict[str, Any]:
+    def state(self, device: str, **emulated: str) -> dict[str, Any]:
         """Losses, norms, gradients and weights of every step, as they were told and dumped."""
         self.count += 1
         folder = self.folder / f"run-{len(self.plan.positions)}-{self.count}"
         with self.patch.context() as patch:
             for name, value in emulated.items():
                 patch.setenv(f"HS_EMULATED_{name}", value)
-            gang = engine_runs.train(self.plan, self.folder / "data", folder, engine=engine)
+            gang = engine_runs.train(self.plan, self.folder / "data", folder, engine=self.engine, device=device)
         dumped = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".grads", ".weights")}
         assert len(dumped) == 2 * len(gang.steps) * len(self.plan.positions)
         return {"losses": gang.losses, "norms": gang.norms} | dumped
@@ -67,10 +70,10 @@ class Runs:
         ranks = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
         return [int(n) for n in np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0)]
 
-    def shows(self, engine: Path, sound: dict[str, Any], **emulated: str) -> bool:
+    def shows(self, sound: dict[str, Any], **emulated: str) -> bool:
         """Whether a fault does: other numbers, or a rank that ends with a word."""
         try:
-            return self.state(engine, **emulated) != sound
+            return self.state("cuda", **emulated) != sound
         except AssertionError as ended:
             said = str(ended)
         assert "last words" in said
@@ -81,9 +84,9 @@ MakeRuns = Callable[..., Runs]
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRuns:
+def runs(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRuns:
     def make(**plan: Any) -> Runs:
-        return Runs(tmp_path, small_plan(tmp_path, **plan), monkeypatch)
+        return Runs(engine, tmp_path, small_plan(tmp_path, **plan), monkeypatch)
 
     return make
 
@@ -93,47 +96,46 @@ CHUNKS = {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b"}
 
 @pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS], ids=["1", "2", "2x2"])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_the_same_bits_in_any_order(
-    engine: Path, device: Path, runs: MakeRuns, model: dict[str, Any], parallel: dict[str, Any]
-) -> None:
+def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], parallel: dict[str, Any]) -> None:
     some = runs(model=model | {"layers": 4}, parallel=parallel, batch=8, steps=3)
-    sound = some.state(engine)
+    sound = some.state("cpu")
     for order in [*ORDERS, 31, 32, 33]:
-        assert some.state(device, ORDER=str(order)) == sound, order
+        assert some.state("cuda", ORDER=str(order)) == sound, order
 
 
-def test_cuda_kernels_train(engine: Path, device: Path, runs: MakeRuns) -> None:
+def test_cuda_kernels_train(runs: MakeRuns) -> None:
     """Emulated, in the engine: one order of bits whatever the order of streams, blocks and threads, and the stages."""
-    library = str(cuda_lib.build())
     one, two = (runs(stages=stages, steps=2) for stages in (1, 2))
-    sound = one.state(device, CUDA=library)
-    assert one.state(device, CUDA=library, ORDER="31") == sound
-    split = two.state(device, CUDA=library, ORDER="32")
+    sound = one.state("cuda", KERNELS="cuda")
+    assert one.state("cuda", KERNELS="cuda", ORDER="31") == sound
+    split = two.state("cuda", KERNELS="cuda", ORDER="32")
     assert (split["losses"], split["norms"]) == (sound["losses"], sound["norms"])
-    assert sound["losses"] == pytest.approx(one.state(engine)["losses"], rel=1e-5)
+    assert sound["losses"] == pytest.approx(one.state("cpu")["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_each_wait_that_is_left_out_shows(device: Path, runs: MakeRuns, stages: int) -> None:
+def test_each_wait_that_is_left_out_shows(runs: MakeRuns, stages: int) -> None:
     """But those for a window that is free already: of four messages in a row, the second two go through the windows of
     the first two.
     """
     some = runs(parallel={"stages": stages, "schedule": "gpipe"}, batch=8, **STEADY)
-    sound = some.state(device)
+    sound = some.state("cuda")
     waits = some.counts("waits")
     assert [e for e in range(EVENTS) if waits[e]] == ([OUT] if stages == 1 else [OUT, *WINDOWS])
     for event in np.flatnonzero(waits).tolist():
-        shown = (some.shows(device, sound, HASTE=f"{event} {n}") for n in range(1, waits[event] + 1))
+        shown = (some.shows(sound, HASTE=f"{event} {n}") for n in range(1, waits[event] + 1))
         assert all(shown) if event == OUT else any(shown), event
 
 
-def continued(engine: Path, folder: Path, plan: Plan, fds: tuple[int, ...], start: int, stop: int) -> dict[str, bytes]:
+def continued(
+    engine: Path, device: str, folder: Path, plan: Plan, fds: tuple[int, ...], start: int, stop: int
+) -> dict[str, bytes]:
     """An attempt with an agent: from the slot 0 (after step ``start``; -1: fresh) to step ``stop``. What it dumped, and
     the data of the slots.
     """
     folder.mkdir()
     (folder / "plan").write_bytes(plan.to_bytes())
-    data = engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder)
+    data = engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder, device=device)
     head, rest = wire.Attempt.from_buffer_copy(data), data[ctypes.sizeof(wire.Attempt) :]
     head.start_step, head.stop_after = start, stop
     head.crc = engine_runs._crc32c(bytes(head)[wire.Attempt.run.offset :] + rest)
@@ -158,36 +160,41 @@ def continued(engine: Path, folder: Path, plan: Plan, fds: tuple[int, ...], star
     return dumped | {"slot": os.pread(fds[slot], header.data_bytes, header.data_offset)}
 
 
-def test_a_slot_is_filled_and_restored_across(engine: Path, device: Path, tmp_path: Path) -> None:
+def test_a_slot_is_filled_and_restored_across(engine: Path, tmp_path: Path) -> None:
     """Each goes on from what the other saved, to the same bits."""
     plan = small_plan(tmp_path, steps=4, schedule={"kind": "constant"})
     found = []
-    for number, (first, then) in enumerate([(engine, engine), (engine, device), (device, engine)]):
+    for number, (first, then) in enumerate([("cpu", "cpu"), ("cpu", "cuda"), ("cuda", "cpu")]):
         with slots(2) as fds:
-            before = continued(first, tmp_path / f"{number}a", plan, fds, -1, 2)
-            found.append((before, continued(then, tmp_path / f"{number}b", plan, fds, 2, 4)))
+            before = continued(engine, first, tmp_path / f"{number}a", plan, fds, -1, 2)
+            found.append((before, continued(engine, then, tmp_path / f"{number}b", plan, fds, 2, 4)))
     assert found[1] == found[0]
     assert found[2] == found[0]
     assert found[0][0]["slot"] != found[0][1]["slot"]
 
 
-def test_a_host_that_reads_device_memory_dies(liar: Path, runs: MakeRuns) -> None:
-    with pytest.raises(AssertionError, match="rank 0: exit -11"):
-        runs().state(liar)
+def test_a_host_that_reads_device_memory_dies(library: Path) -> None:
+    """So an engine that trained without dying touched none of it."""
+    code = (
+        "import ctypes, sys; c = ctypes.CDLL(sys.argv[1]); c.hs_test_memory.restype = ctypes.c_void_p; "
+        "print(ctypes.string_at(c.hs_test_memory(0), 1)); ctypes.string_at(c.hs_test_memory(1), 1)"
+    )
+    died = subprocess.run([sys.executable, "-c", code, str(library)], capture_output=True, check=False)
+    assert died.returncode == -11, died.stderr
 
 
-def test_a_failed_device_says_so_at_a_wait(device: Path, runs: MakeRuns) -> None:
+def test_a_failed_device_says_so_at_a_wait(runs: MakeRuns) -> None:
     with pytest.raises(AssertionError) as ended:
-        runs().state(device, FAIL="40")
+        runs().state("cuda", FAIL="40")
     assert "rank 0: exit 88" in str(ended.value)
-    assert "the device fell off its bus in kernel" in str(ended.value)
+    assert "an illegal memory access was encountered (cudaErrorIllegalAddress)" in str(ended.value)
 
 
-def test_inference(engine: Path, device: Path, tmp_path: Path) -> None:
+def test_inference(engine: Path, tmp_path: Path) -> None:
     plan = small_plan(mode="infer")
     rng = np.random.default_rng(3)
     values = {t.name: rng.normal(0, 0.3, t.shape).astype(np.float32) for t in plan.tensors}
     weights = engine_runs.weights_file(plan, values, tmp_path / "weights")
     tokens = rng.integers(0, VOCAB, (3, 4, SEQUENCE))
-    here, there = (engine_runs.infer(plan, weights, tokens, tmp_path, engine=one) for one in (engine, device))
+    here, there = (engine_runs.infer(plan, weights, tokens, tmp_path, engine, one) for one in ("cpu", "cuda"))
     assert here.tobytes() == there.tobytes()

@@ -19,12 +19,25 @@ from tests.engine.agent_end import agent_at
 from tests.engine.engine_build import engine
 from tests.engine.plans import GPT2, small_plan
 from tests.engine.test_agent_link import slots
-from tests.engine.test_device import CHUNKS, COMPUTE, EVENTS, IN, ORDERS, OUT, SAVE, STREAMS, MakeRuns, device, runs
+from tests.engine.test_device import (
+    CHUNKS,
+    COMPUTE,
+    EVENTS,
+    IN,
+    ORDERS,
+    OUT,
+    SAVE,
+    STREAMS,
+    MakeRuns,
+    emulated,
+    library,
+    runs,
+)
 from trainer import wire
 from trainer.plan.compiled import Plan
 from trainer.plan.memory import staging_bytes
 
-__all__ = ["device", "engine", "runs"]  # fixtures
+__all__ = ["emulated", "engine", "library", "runs"]  # fixtures
 
 LISTS, LINKS = 8, 56  # events of lists of actions: HS_EVENT_* of run/hazards.h
 
@@ -34,22 +47,22 @@ def steady(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_each_event_of_a_step_is_needed(device: Path, runs: MakeRuns, stages: int) -> None:
+def test_each_event_of_a_step_is_needed(runs: MakeRuns, stages: int) -> None:
     """The first of two steps, in which whatever comes too late or too early changes the second too."""
     some = runs(stages=stages, **steady(steps=2))
-    sound = some.state(device)
+    sound = some.state("cuda")
     follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[:, LISTS:LINKS]
     for stream, event in np.argwhere(follows).tolist():
         drop = f"{stream} {LISTS + event} 1"
-        assert any(some.shows(device, sound, DROP=drop, ORDER=str(order)) for order in ORDERS), drop
+        assert any(some.shows(sound, DROP=drop, ORDER=str(order)) for order in ORDERS), drop
 
 
-def test_a_step_has_few_events_and_one_wait(device: Path, runs: MakeRuns) -> None:
+def test_a_step_has_few_events_and_one_wait(runs: MakeRuns) -> None:
     """One stage: tokens, losses and norms, the control block. Dumps wait too, so their waits are in both numbers."""
     counts = []
     for steps in (2, 3):
         some = runs(**steady(steps=steps))
-        some.state(device)
+        some.state("cuda")
         follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[:, LISTS:LINKS]
         counts.append((follows.sum(axis=1).tolist(), sum(some.counts("waits"))))
     (few, less), (more, waits) = counts
@@ -59,21 +72,22 @@ def test_a_step_has_few_events_and_one_wait(device: Path, runs: MakeRuns) -> Non
     assert waits - less == 1 + dumps
 
 
-def test_a_message_waits_for_what_has_its_buffer_alone(device: Path, runs: MakeRuns) -> None:
+def test_a_message_waits_for_what_has_its_buffer_alone(runs: MakeRuns) -> None:
     """Of all that is received in a step: what comes into a buffer whose reader the host has not waited for."""
     some = runs(model=GPT2 | {"layers": 4}, parallel=CHUNKS, batch=8, **steady(steps=1))
-    some.state(device)
+    some.state("cuda")
     gradients = {n for n, c in enumerate(some.plan.channels) if c.kind in (wire.CH_FORWARD, wire.CH_BACKWARD)}
     received = max(sum(a.kind == wire.A_RECV and a.channel in gradients for a in p.step) for p in some.plan.positions)
     follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[IN, LISTS:LINKS]
     assert 0 < follows.sum() < received // 2
 
 
-def saved(engine: Path, folder: Path, plan: Plan, count: int, **emulated: str) -> dict[int, bytes]:
+def saved(engine: Path, device: str, folder: Path, plan: Plan, count: int, **emulated: str) -> dict[int, bytes]:
     """Steps to the data of the slots, as a rank with an agent left them; `count` of them were saved."""
     folder.mkdir()
     (folder / "plan").write_bytes(plan.to_bytes())
-    (folder / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder))
+    attempt = engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder, device=device)
+    (folder / "attempt").write_bytes(attempt)
     command = [str(engine), "rank", "--plan", f"{folder}/plan", "--attempt", f"{folder}/attempt", "--rank", "0"]
     command += ["--agent", f"{folder}/agent"]
     env = os.environ | {f"HS_EMULATED_{name}": value for name, value in emulated.items()}
@@ -99,17 +113,17 @@ def saved(engine: Path, folder: Path, plan: Plan, count: int, **emulated: str) -
         return found
 
 
-def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, device: Path, tmp_path: Path) -> None:
+def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, tmp_path: Path) -> None:
     """The host begins to wait for the copies when the next step's optimizer has run: the fence alone keeps
     it from what is being copied, in any order; without it, it does not.
     """
     plan = small_plan(tmp_path, every=2, **steady(steps=4))
-    sound = saved(engine, tmp_path / "cpu", plan, 2)
+    sound = saved(engine, "cpu", tmp_path / "cpu", plan, 2)
     assert sorted(sound) == [2, 4]
     slow = {"SLOW": f"{SAVE} 1 2"}
     for order in (*ORDERS, 31):
-        assert saved(device, tmp_path / f"{order}", plan, 2, ORDER=str(order), **slow) == sound, order
-    unfenced = saved(device, tmp_path / "unfenced", plan, 2, ORDER="0", DROP=f"{COMPUTE} {SAVE} 1", **slow)
+        assert saved(engine, "cuda", tmp_path / f"{order}", plan, 2, ORDER=str(order), **slow) == sound, order
+    unfenced = saved(engine, "cuda", tmp_path / "unfenced", plan, 2, ORDER="0", DROP=f"{COMPUTE} {SAVE} 1", **slow)
     assert unfenced[4] == sound[4]
     assert unfenced[2] != sound[2]
 

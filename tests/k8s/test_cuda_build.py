@@ -3,10 +3,11 @@ The build itself runs in CI."""
 
 from __future__ import annotations
 
-import ctypes
 import ctypes.util
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from k8s.images import cuda
-from k8s.images.cuda import ARCHITECTURES, OUT, SOURCES, Resources, faults, kernel_name, uses_of
+from k8s.images.cuda import ARCHITECTURES, OUT, ROOMS, Resources, faults, kernel_name, uses_of
 from k8s.images.static import ROOT
-from trainer import wire
+from tests.engine.engine_build import engine
 from trainer.engine_path import CUDA_WHEELS
 
-BUG, CONFIG = -3, -6  # core/status.h
+__all__ = ["engine"]
 
 TOLD = """\
 ptxas info    : 0 bytes gmem
@@ -78,25 +79,20 @@ def test_where_the_compilers_cannot_be_had_it_says_so(
     assert "cuda: the compilers cannot be had: " in capsys.readouterr().err
 
 
-def test_without_a_driver_a_launch_answers_and_nothing_else_happens() -> None:
-    """Of the library that was made last: the runtime inside it opens the driver at the first call, or not."""
+def test_without_a_driver_the_engine_says_so(engine: Path) -> None:
+    """With the library that was made last: the runtime inside it looks for the driver at the first call."""
     path = OUT / "libhs_cuda.so"
     if not path.exists():
         pytest.skip("make cuda has not run here: no out/cuda/libhs_cuda.so")
     if ctypes.util.find_library("cuda"):
         pytest.skip("this machine has a driver")
-    library = ctypes.CDLL(str(path))
-    library.hs_cuda_kernels.restype = ctypes.c_void_p
-    version, count = (ctypes.c_uint32 * 2).from_address(library.hs_cuda_kernels())
-    assert (version, count) == (1, 1 + len(wire.KERNELS))
-    functions = (ctypes.c_void_p * count).from_address(library.hs_cuda_kernels() + 8)
-    gelu = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(functions[wire.KERNELS["gelu_fwd"].number])
-    stream = ctypes.c_void_p()
-    words = (ctypes.c_uint64 * (wire.CALL_PTRS + wire.CALL_DIMS + wire.CALL_REALS + 1))()
-    words[wire.CALL_PTRS], words[-1] = 1, wire.F32  # one element, of nowhere
-    assert gelu(ctypes.addressof(stream), ctypes.addressof(words)) == BUG
-    words[-1] = wire.F64
-    assert gelu(ctypes.addressof(stream), ctypes.addressof(words)) == CONFIG
+    environment = os.environ | {"HOTSTAGE_CUDA": str(path)}
+    done = subprocess.run([engine, "devices"], env=environment, capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["devices"] == []
+    assert told["why"].startswith("there is no NVIDIA driver here: run on a machine that has one"), (
+        "run make cuda again"
+    )
 
 
 def test_the_table_that_was_made_last() -> None:
@@ -114,7 +110,7 @@ def test_the_table_that_was_made_last() -> None:
             assert 0 < use["registers"] <= 255
             assert use["spill_bytes"] == 0 or name in cuda.SPILLS
             assert use["shared_bytes"] <= 48 << 10
-    source = "".join(p.read_text() for p in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.h")))
+    source = "".join(p.read_text() for room in ROOMS for p in sorted(room.glob("*.*")) if p.suffix in (".cu", ".h"))
     written = set(re.findall(r"__global__ void __launch_bounds__\([^;{]*?\)\s+(\w+)\(", source))
     assert {name.partition("<")[0] for name in told["kernels"]} == written, "run make cuda again"
 

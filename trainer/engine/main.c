@@ -20,13 +20,6 @@
 #include "wire/attempt.h"
 #include "wire/exit.h"
 
-#ifdef HS_BACKEND /* the tests build one that runs on a device of theirs */
-extern const hs_backend HS_BACKEND;
-#define HS_BACKEND_FIXED (&HS_BACKEND)
-#else
-#define HS_BACKEND_FIXED NULL
-#endif
-
 static const char usage[] =
     "hotstage-engine: runs a compiled plan\n"
     "\n"
@@ -100,8 +93,7 @@ static hs_status parse(int argc, char **argv, const option *options, size_t coun
 #define PARSE(options, why) parse(argc, argv, options, sizeof(options) / sizeof *(options), why)
 
 static hs_status command_rank(int argc, char **argv, hs_why *why) {
-    hs_rank_args args = {
-        .backend = HS_BACKEND_FIXED, .listen_fd = -1, .page_fd = -1, .arena_fd = -1};
+    hs_rank_args args = {.listen_fd = -1, .page_fd = -1, .arena_fd = -1};
     uint64_t rank = 0;
     const option options[] = {
         {.name = "--plan", .required = true, .text = &args.plan},
@@ -130,7 +122,7 @@ static hs_status command_rank(int argc, char **argv, hs_why *why) {
 
 static hs_status command_infer(int argc, char **argv, hs_why *why) {
     const hs_log log = {.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = -1};
-    hs_infer_args args = {.backend = HS_BACKEND_FIXED, .log = &log};
+    hs_infer_args args = {.log = &log};
     uint64_t path = 0, threads = 0, kind = HS_DEVICE_CPU, device = 0;
     const option options[] = {
         {.name = "--plan", .required = true, .text = &args.plan},

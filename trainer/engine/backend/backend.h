@@ -66,16 +66,19 @@ typedef struct hs_device_config {
     hs_pool *pool;         /* lent until close: threads of the host */
 } hs_device_config;
 
-/* Filled by open, valid until close; by `devices`, without what only an open device has. */
+/* Filled by open, valid until close; by `devices`, without what only an open device has (0 or NULL).
+ * What does not apply to the CPU is 0 or "". */
 typedef struct hs_device_facts {
-    const char *kernels;  /* name of the kernel set; NULL: not open */
-    size_t scratch_bytes; /* its workspace, which the device owns; 0: not open */
-    char device[96];      /* "cpu", "NVIDIA H100 80GB HBM3" */
-    char uuid[48];        /* "GPU-01234567-89ab-…"; empty where there is none */
-    char bus[16];        /* "0000:3b:00", as the kernel's log names it; empty where there is none */
-    uint32_t capability; /* 90: compute capability 9.0; the CPU 0 */
-    uint64_t memory_bytes; /* of the device: all, and what is free now; the CPU 0 */
-    uint64_t free_bytes;
+    const char *kernels;   /* name of the kernel set; of an open device */
+    size_t scratch_bytes;  /* its workspace, which the device owns; of an open device */
+    char device[96];       /* "cpu", "NVIDIA H100 80GB HBM3" */
+    char uuid[48];         /* "GPU-01234567-89ab-...", as nvidia-smi says it */
+    char bus[16];          /* "0000:3b:00", as the kernel's log names it */
+    uint32_t capability;   /* 90: compute capability 9.0 */
+    uint32_t driver;       /* the CUDA that the driver is for, 13000: 13.0 */
+    uint32_t runtime;      /* and the one that the backend was built with */
+    uint64_t memory_bytes; /* all of the device's */
+    uint64_t free_bytes;   /* what was free as it was opened */
 } hs_device_facts;
 
 typedef struct hs_backend {

@@ -5,9 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/sheet.h"
 #include "core/clock.h"
 #include "core/hash.h"
-#include "core/rng.h"
 #include "kernels/args.h"
 
 enum {
@@ -40,17 +40,6 @@ typedef struct machine {
     uint64_t words, stride; /* of a unit; from one unit to the next */
 } machine;
 
-/* The first n numbers of a fixed stream, in [-0.5, 0.5) with 24 random bits. */
-static void fill(float *x, int64_t n, uint32_t stream) {
-    const hs_rng_key key = hs_rng_make_key(1, stream, 0);
-    for (int64_t i = 0; i < n; i += 4) {
-        uint32_t words[4];
-        hs_rng_words(key, (uint64_t)i / 4, words);
-        for (int64_t k = 0; k < 4; k++)
-            x[i + k] = (float)((int32_t)(words[k] >> 8) - (1 << 23)) * 0x1p-24f;
-    }
-}
-
 static void multiply(void *ctx, int64_t begin, int64_t end, int worker) {
     const machine *m = ctx;
     core *me = &m->cores[worker];
@@ -74,12 +63,6 @@ static void multiply(void *ctx, int64_t begin, int64_t end, int worker) {
     me->cpu = sched_getcpu();
 }
 
-/* Every word names its place, so that two addresses of one cell are seen too. */
-static uint64_t pattern(uint64_t at, int pass) {
-    const uint64_t word = (at + 1) * UINT64_C(0x9E3779B97F4A7C15);
-    return pass ? ~word : word;
-}
-
 /* All are written, then all are read; the second pass has every bit the other way. */
 static void write_and_read(void *ctx, int64_t begin, int64_t end, int worker) {
     const machine *m = ctx;
@@ -88,14 +71,14 @@ static void write_and_read(void *ctx, int64_t begin, int64_t end, int worker) {
     for (int pass = 0; pass < 2; pass++) {
         for (int64_t u = begin; u < end; u++)
             for (uint64_t i = 0, at = (uint64_t)u * m->stride; i < m->words; i++, at++)
-                memory[at] = pattern(at, pass);
+                memory[at] = HS_SHEET_PATTERN(at, pass);
         for (int64_t u = begin; u < end; u++)
             for (uint64_t i = 0, at = (uint64_t)u * m->stride; i < m->words; i++, at++) {
                 const uint64_t word = memory[at];
-                if (word == pattern(at, pass) || me->bad_at != UINT64_MAX) continue;
+                if (word == HS_SHEET_PATTERN(at, pass) || me->bad_at != UINT64_MAX) continue;
                 me->bad_at = at;
                 me->bad_word = word;
-                me->wanted = pattern(at, pass);
+                me->wanted = HS_SHEET_PATTERN(at, pass);
             }
     }
     for (int64_t u = begin; u < end; u++)
@@ -159,8 +142,8 @@ hs_status hs_check_machine(const hs_kernel_set *set, hs_pool *pool, const hs_are
     uint8_t *own = bytes + of_x + of_w + of_cores;
     for (int i = 0; i < threads; i++, own += of_y + of_scratch)
         m.cores[i] = (core){.y = (void *)own, .scratch = own + of_y, .bad_at = UINT64_MAX};
-    fill((float *)(void *)bytes, ROWS * INNER, 1);
-    fill((float *)(void *)(bytes + of_x), OUT * INNER, 2);
+    hs_sheet_fill((float *)(void *)bytes, ROWS * INNER, HS_SHEET_X);
+    hs_sheet_fill((float *)(void *)(bytes + of_x), OUT * INNER, HS_SHEET_W);
     hs_parallel_for(pool, threads, multiply, &m);
     hs_parallel_for(pool, units, write_and_read, &m);
     const hs_status st = judge(&m, threads, check, why);

@@ -97,8 +97,8 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
                      args->plan);
         goto out;
     }
-    const hs_backend *backend = args->backend;
-    if (!backend) HS_TRY_GOTO(st, out, hs_backend_load(args->device_kind, &backend, why));
+    const hs_backend *backend;
+    HS_TRY_GOTO(st, out, hs_backend_load(args->device_kind, &backend, why));
     const hs_machine_config config = {.backend = backend,
                                       .plan = &plan,
                                       .position = &plan.positions[0],

@@ -15,7 +15,6 @@ typedef struct hs_infer_args {
     uint32_t kernel_path;         /* HS_PATH_* */
     uint32_t threads;             /* 0: the plan's, or the cores */
     uint32_t device_kind, device; /* HS_DEVICE_* (wire/attempt.h), and which of them */
-    const hs_backend *backend;    /* NULL: device_kind's (backend/load.h) */
     const hs_log *log;
 } hs_infer_args;
 

@@ -85,8 +85,7 @@ static hs_status open_files(rank *r, hs_why *why) {
                        "messages over tcp alone: set launch.fabric = \"tcp\"",
                        r->args->environment->fabric);
     }
-    r->backend = r->args->backend;
-    if (!r->backend) HS_TRY(hs_backend_load(a->device_kind, &r->backend, why));
+    HS_TRY(hs_backend_load(a->device_kind, &r->backend, why));
     r->executor.rank = r->args->rank;
     r->executor.position = &r->plan.positions[hs_plan_position_of(&r->plan, r->args->rank)];
     return HS_OK;

@@ -14,7 +14,6 @@
 #include "run/environment.h"
 
 typedef struct hs_rank_args {
-    const hs_backend *backend;  /* NULL: the attempt's (backend/load.h) */
     const char *plan, *attempt; /* files */
     uint32_t rank;
     const char *agent;    /* socket; NULL: none (metrics to standard output only, no slots) */

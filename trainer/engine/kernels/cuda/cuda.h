@@ -3,8 +3,8 @@
  * of kernels/<op>.h and wire/kernels.h. A function allocates nothing, keeps nothing, waits for
  * nothing.
  *
- * libhs_cuda.so exports hs_cuda_kernels alone (`make cuda`); the tests link the same sources,
- * compiled for the CPU (emulate.h). Nothing in the engine opens it yet.
+ * backend/cuda opens them, in libhs_cuda.so (`make cuda`) and, compiled for the CPU (emulate.h), in
+ * the tests' library.
  *
  * Bits: every op but those below gives what the fast CPU set gives, to the last bit, in f32 and
  * bf16: same order of sums, same functions (lane.h), no contraction. Its own order, fixed by the

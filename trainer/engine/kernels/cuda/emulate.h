@@ -17,7 +17,7 @@
  *   accesses   of 16 bytes must be aligned, as on a GPU.
  *   numbers    f32 and f64 as IEEE says, no contraction, no flushing: compile with
  *              -ffp-contract=off, and nvcc with -fmad=false (`make cuda` and the tests do).
- *   launches   run at once; streams do not exist.
+ *   launches   on no stream run at once; on a stream when its turn comes (emulate_runtime.h).
  *
  * What it does not: time, caches, occupancy, races on global memory between blocks, tensor cores.
  *
@@ -48,7 +48,7 @@ struct alignas(16) uint4 {
 struct __nv_bfloat16 {
     uint16_t bits;
 };
-typedef struct hs_no_stream *cudaStream_t;
+typedef struct hs_emulated_stream *cudaStream_t;
 
 namespace hs_emulated {
 
@@ -72,6 +72,30 @@ int launch(const char *kernel, dim3 grid, dim3 block, void (*body)(void *), void
 
 template <typename Body> static int launch(const char *kernel, dim3 grid, dim3 block, Body body) {
     return launch(kernel, grid, block, [](void *b) { (*static_cast<Body *>(b))(); }, &body);
+}
+
+/* emulate_runtime.h */
+int enqueue(cudaStream_t stream, const char *name, int (*body)(void *), const void *closure,
+            size_t bytes);
+
+template <typename Body> struct launched {
+    const char *kernel;
+    dim3 grid, block;
+    Body body;
+};
+
+template <typename Body>
+static int launch_on(cudaStream_t stream, const char *kernel, dim3 grid, dim3 block, Body body) {
+    if (!stream) return launch(kernel, grid, block, body);
+    static_assert(__is_trivially_copyable(Body), "a kernel's arguments are copied as bytes");
+    const launched<Body> later = {kernel, grid, block, body};
+    return enqueue(
+        stream, kernel,
+        [](void *l) {
+            launched<Body> *now = static_cast<launched<Body> *>(l);
+            return launch(now->kernel, now->grid, now->block, now->body);
+        },
+        &later, sizeof later);
 }
 
 template <typename T>
@@ -113,7 +137,7 @@ extern "C" void hs_emulated_skip(const char *file, int line, uint32_t lanes);
     hs_emulated::shared(&name, sizeof name)
 /* One status an expression; grid and block as in <<<>>>. */
 #define HS_LAUNCH(kernel, grid, block, stream, ...)                                                \
-    ((void)(stream), hs_emulated::launch(#kernel, grid, block, [=] { kernel(__VA_ARGS__); }))
+    hs_emulated::launch_on(stream, #kernel, grid, block, [=] { kernel(__VA_ARGS__); })
 
 #define HS_SITE                                                                                    \
     hs_emulated::site {                                                                            \

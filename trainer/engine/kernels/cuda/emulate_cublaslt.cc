@@ -18,6 +18,7 @@
  *   fail N        the N-th product fails */
 #include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/emulate_runtime.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -206,47 +207,75 @@ const char *element(const void *at, int64_t i, int type) {
     return static_cast<const char *>(at) + i * (type == lt::R_32F ? 4 : 2);
 }
 
-lt::status matmul(void *, lt::description *what, const void *alpha, const void *a, lt::layout *la,
-                  const void *b, lt::layout *lb, const void *beta, const void *c, lt::layout *lc,
-                  void *d, lt::layout *ld, const lt::algorithm *algo, void *workspace,
-                  size_t workspace_bytes, void *) {
-    const what_of w = *inside<what_of>(what);
-    const side_of A = *inside<side_of>(la), B = *inside<side_of>(lb), C = *inside<side_of>(lc),
-                  D = *inside<side_of>(ld);
-    const int number = number_of(algo);
-    if (number < 0 || number >= ALGORITHMS || !fits(what, la, lb, lc, ld)) return 7;
-    if (asked("fail") > 0 && ++products == (uint64_t)asked("fail")) return 13;
-    memset(workspace, 0xff, workspace_bytes < 4096 ? workspace_bytes : 4096);
+/* A product that a stream does when its turn comes. */
+struct job {
+    what_of what;
+    side_of a, b, c, d;
+    const void *at_a, *at_b, *at_c;
+    void *at_d, *workspace;
+    size_t workspace_bytes;
     float by, old;
-    memcpy(&by, alpha, 4);
-    memcpy(&old, beta, 4);
-    const int64_t k = (int64_t)(w.transa ? A.rows : A.columns);
-    for (int64_t j = 0; j < (int64_t)D.columns; j++)
-        for (int64_t i = 0; i < (int64_t)D.rows; i++) {
+    int number;
+};
+
+int work(void *closure) {
+    const job &j = *static_cast<const job *>(closure);
+    const int64_t k = (int64_t)(j.what.transa ? j.a.rows : j.a.columns);
+    memset(j.workspace, 0xff, j.workspace_bytes < 4096 ? j.workspace_bytes : 4096);
+    for (int64_t column = 0; column < (int64_t)j.d.columns; column++)
+        for (int64_t row = 0; row < (int64_t)j.d.rows; row++) {
             sum_of s;
-            s.a = element(a, w.transa ? i * A.ld : i, A.type);
-            s.b = element(b, w.transb ? j : j * B.ld, B.type);
-            s.type_a = A.type, s.type_b = B.type, s.k = k;
-            s.step_a = w.transa ? 1 : A.ld, s.step_b = w.transb ? B.ld : 1;
-            float x = number == 1   ? chain(s, 1, 2, chain(s, 0, 2, 0.0f))
-                      : number == 2 ? chain(s, k - 1, -1, 0.0f)
-                                    : chain(s, 0, 1, 0.0f);
-            x = x * by;
-            if (old != 0.0f) x = x + old * read(c, i + j * C.ld, C.type);
-            if (w.epilogue & lt::EPILOGUE_BIAS) x = x + read(w.bias, i, D.type);
-            if (D.type == lt::R_32F)
-                static_cast<float *>(d)[i + j * D.ld] = x;
+            s.a = element(j.at_a, j.what.transa ? row * j.a.ld : row, j.a.type);
+            s.b = element(j.at_b, j.what.transb ? column : column * j.b.ld, j.b.type);
+            s.type_a = j.a.type, s.type_b = j.b.type, s.k = k;
+            s.step_a = j.what.transa ? 1 : j.a.ld, s.step_b = j.what.transb ? j.b.ld : 1;
+            float x = j.number == 1   ? chain(s, 1, 2, chain(s, 0, 2, 0.0f))
+                      : j.number == 2 ? chain(s, k - 1, -1, 0.0f)
+                                      : chain(s, 0, 1, 0.0f);
+            x = x * j.by;
+            if (j.old != 0.0f) x = x + j.old * read(j.at_c, row + column * j.c.ld, j.c.type);
+            if (j.what.epilogue & lt::EPILOGUE_BIAS) x = x + read(j.what.bias, row, j.d.type);
+            if (j.d.type == lt::R_32F)
+                static_cast<float *>(j.at_d)[row + column * j.d.ld] = x;
             else
-                narrow(x, static_cast<bf16 *>(d) + i + j * D.ld);
+                narrow(x, static_cast<bf16 *>(j.at_d) + row + column * j.d.ld);
         }
-    const int64_t fastest = asked("fastest");
-    now_ns += (fastest < 0 ? number == (k % 2 ? 0 : 1) : fastest == number) ? 1500000 : 2500000;
-    if (number == SPLIT) now_ns -= 1000000;
     return 0;
 }
 
-int wait_stream(void *) {
-    return 0;
+lt::status matmul(void *, lt::description *what, const void *alpha, const void *a, lt::layout *la,
+                  const void *b, lt::layout *lb, const void *beta, const void *c, lt::layout *lc,
+                  void *d, lt::layout *ld, const lt::algorithm *algo, void *workspace,
+                  size_t workspace_bytes, void *on) {
+    const int number = number_of(algo);
+    if (number < 0 || number >= ALGORITHMS || !fits(what, la, lb, lc, ld)) return 7;
+    if (asked("fail") > 0 && ++products == (uint64_t)asked("fail")) return 13;
+    job j = {*inside<what_of>(what),
+             *inside<side_of>(la),
+             *inside<side_of>(lb),
+             *inside<side_of>(lc),
+             *inside<side_of>(ld),
+             a,
+             b,
+             c,
+             d,
+             workspace,
+             workspace_bytes,
+             0.0f,
+             0.0f,
+             number};
+    memcpy(&j.by, alpha, 4);
+    memcpy(&j.old, beta, 4);
+    const int64_t k = (int64_t)(j.what.transa ? j.a.rows : j.a.columns), fastest = asked("fastest");
+    now_ns += (fastest < 0 ? number == (k % 2 ? 0 : 1) : fastest == number) ? 1500000 : 2500000;
+    if (number == SPLIT) now_ns -= 1000000;
+    const cudaStream_t stream = static_cast<cudaStream_t>(on);
+    if (!stream) return work(&j);
+    return hs_emulated::enqueue(stream, "cublaslt", work, &j, sizeof j) ? 13 : 0;
+}
+
+int wait_stream(void *on) {
+    return on ? cudaStreamSynchronize(static_cast<cudaStream_t>(on)) : 0;
 }
 int64_t clock_ns() {
     return now_ns;

@@ -12,6 +12,6 @@ static const hs_cuda_table table = {
 
 static_assert(sizeof table.fn / sizeof *table.fn == HS_K_COUNT, "a gap in the kernels' numbers");
 
-extern "C" __attribute__((visibility("default"))) const hs_cuda_table *hs_cuda_kernels(void) {
+extern "C" const hs_cuda_table *hs_cuda_kernels(void) {
     return &table;
 }
