@@ -166,10 +166,18 @@ static bool run_plan(const hs_plan *plan) {
     const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
     const uint32_t counts[3] = {p->inits, p->loads, p->steps};
     for (int list = 0; list < 3; list++) {
+        const hs_hazards_config order = {.plan = plan,
+                                         .position = p,
+                                         .first = firsts[list],
+                                         .count = counts[list],
+                                         .again = list == 2};
+        hs_turn *turns;
+        if (hs_hazards_find(&order, &turns, &why) != HS_OK) abort();
+        free(turns);
         for (uint32_t i = 0; i < counts[list]; i++) {
             const hs_plan_action *a = &plan->actions[firsts[list] + i];
             if (a->kind != HS_A_RUN || done[a->program]++) continue;
-            (void)hs_linked_run(linked, a->program, a->slot, a->microbatch, &why);
+            (void)hs_linked_run(linked, a, &why);
         }
     }
     state = seed;
