@@ -13,8 +13,8 @@ from trainer.errors import LaunchError
 
 NAME = "hotstage-engine"
 CUDA_NAME = "libhs_cuda.so"
-CUDA_WHEELS = ("cublas", "cudnn", "nccl")
-"""What ``hotstage[cuda]`` installs, by their folders under ``nvidia`` (those of CUDA 13 share one more, ``cu13``)."""
+CUDA_WHEELS = ("cu13", "cudnn", "nccl")
+"""Folders under ``nvidia`` in which the wheels of ``hotstage[cuda]`` put their libraries."""
 
 
 def engine_binary() -> Path:
@@ -62,18 +62,23 @@ def cuda_folders() -> list[Path]:
     """
     folders = [Path(part) for part in os.environ.get("HOTSTAGE_CUDA_LIBRARIES", "").split(":") if part]
     for kind in ("platlib", "purelib"):
-        nvidia = Path(sysconfig.get_path(kind)) / "nvidia"
-        folders += [nvidia / "cu13" / "lib", *(nvidia / name / "lib" for name in CUDA_WHEELS)]
+        folders += [Path(sysconfig.get_path(kind)) / "nvidia" / name / "lib" for name in CUDA_WHEELS]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
 def cuda_environment() -> dict[str, str]:
-    """What the engine is told of both; empty where there is no library."""
+    """What the engine is told of both, beside its own environment; empty where there is no library.
+
+    ``LD_LIBRARY_PATH`` is for what the libraries open themselves, by name: cuDNN its parts and nvrtc.
+    """
     library = cuda_library()
     if library is None:
         return {}
-    folders = os.pathsep.join(str(folder) for folder in cuda_folders())
-    return {"HOTSTAGE_CUDA": str(library), **({"HOTSTAGE_CUDA_LIBRARIES": folders} if folders else {})}
+    told, folders = {"HOTSTAGE_CUDA": str(library)}, os.pathsep.join(map(str, cuda_folders()))
+    if folders:
+        told["HOTSTAGE_CUDA_LIBRARIES"] = folders
+        told["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folders, os.environ.get("LD_LIBRARY_PATH"))))
+    return told
 
 
 if __name__ == "__main__":

@@ -46,4 +46,7 @@ def test_folders_of_the_wheels(bins: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOTSTAGE_CUDA_LIBRARIES", f"{own}:/nowhere::{own}")
     assert cuda_folders() == [own, cu13, nccl]
     touched(bins / "libhs_cuda.so")
-    assert cuda_environment()["HOTSTAGE_CUDA_LIBRARIES"] == f"{own}:{cu13}:{nccl}"
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
+    told = cuda_environment()
+    assert told["HOTSTAGE_CUDA_LIBRARIES"] == f"{own}:{cu13}:{nccl}"
+    assert told["LD_LIBRARY_PATH"] == f"{own}:{cu13}:{nccl}:/mine"
