@@ -63,7 +63,7 @@ class Devices:
     of_rank: tuple[int, ...] = ()
     note: str = ""
     names: tuple[str, ...] = ()
-    """Of the devices that are used, each once."""
+    """Of the devices that are used, a device one name."""
     buses: tuple[str, ...] = ()
     """By local rank, the place of its device on the bus; "" where the engine does not say it."""
     told: str = ""
@@ -150,7 +150,7 @@ def choose(asked: str, ranks: int, found: Found) -> Devices:
         raise NoDevice(f"parallel.device 'cuda': {found.why}; mend that, or take parallel.device = 'cpu'")
     used = chosen(found.chosen, found.devices)
     of_rank = tuple(used[local % len(used)].index for local in range(ranks))
-    names = tuple(dict.fromkeys(device.name for device in used[:ranks]))
+    names = tuple(device.name for device in used[:ranks])
     note = ""
     if ranks > len(used):
         note = (
@@ -158,7 +158,7 @@ def choose(asked: str, ranks: int, found: Found) -> Devices:
             "shared memory of the device or TCP, never NCCL; a device for each rank is faster"
         )
     numbers = ", ".join(str(device.index) for device in used[: min(ranks, 16)])
-    told = f"on {', '.join(names)} (CUDA device {numbers})"
+    told = f"on {', '.join(dict.fromkeys(names))} (CUDA device {numbers})"
     buses = tuple(used[local % len(used)].bus for local in range(ranks))
     return Devices("cuda", of_rank, note, names, buses, f"{told}; {note}" if note else told)
 
@@ -206,7 +206,7 @@ def same_kind(nodes: Mapping[int, Devices]) -> None:
     if len(first) < 2:
         return
     cuda, cpu = first["cuda"], first["cpu"]
-    names = ", ".join(nodes[cuda].names) or "its devices"
+    names = ", ".join(dict.fromkeys(nodes[cuda].names)) or "its devices"
     why = nodes[cpu].note.removeprefix("on the CPU: ") or "it does not say why"
     raise NoDevice(
         f"the nodes of this attempt would not run on the same kind of device: node {cuda} has CUDA ({names}), node "

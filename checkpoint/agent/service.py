@@ -125,7 +125,7 @@ class Service:
         if attempt is not None:
             self._feed(ev.SlotsSeen(attempt.epoch, actions.finals(attempt.epoch, attempt.gang.local)))
             status.epoch, status.ranks = attempt.epoch, attempt.ranks
-            status.devices = attempt.devices.told
+            status.devices, status.gpus = attempt.devices.told, attempt.devices.names
         status.supervisor, status.phase, status.durable = machine.engine.pid, machine.phase, machine.durable
         status.error = self._log_error or self._store_error or machine.slot_error or actions.hints.error
         status.slots = actions.held()

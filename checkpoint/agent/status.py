@@ -19,6 +19,7 @@ as the store's pace says (each second in a folder); safe to lose, never a decisi
     slots              [{step, epoch}] that every rank of this node holds ready in memory, newest first
     durable            step of the newest checkpoint committed in this attempt or before it, or -1
     devices            what its ranks run on, for people; "" where there is nothing to say
+    gpus               names of the CUDA devices that its ranks use, each device's; [] on the CPU
     error              what the store or the machine refuses at the moment, or None
     left               True once this node has left for good: its launcher does not start it again
 """
@@ -98,6 +99,7 @@ class NodeStatus:
     slots: Sequence[tuple[int, int]] = ()
     durable: int = -1
     devices: str = ""
+    gpus: Sequence[str] = ()
     error: str | None = None
     left: bool = False
     seq: int = 0
@@ -128,6 +130,7 @@ class NodeStatus:
                 "slots": [{"step": step, "epoch": epoch} for step, epoch in self.slots],
                 "durable": self.durable,
                 "devices": self.devices,
+                "gpus": list(self.gpus),
                 "error": self.error,
                 "left": self.left,
             }

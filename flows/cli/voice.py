@@ -69,6 +69,7 @@ class Voice:
             if wanted(sys.stdout)
             else Lines(self.say, steps, every_s=every_s, flops_per_token=flops)
         )
+        shown.meter.precision = prepared.spec.train.precision
         # the gang begins meanwhile; MFU is shown from when the yardstick is known
         threading.Thread(target=measure, args=(shown.meter,), name="yardstick", daemon=True).start()
         if not isinstance(shown, LiveView):

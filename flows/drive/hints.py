@@ -17,6 +17,7 @@ from flows.drive.views import NodeView, RankView, short
 
 MOST = 1 << 53
 MAX_RANKS = 1 << 20
+MAX_GPUS = 1024
 MAX_TEXT = 900
 MAX_WORDS = 24
 MAX_BYTES = 1 << 20
@@ -101,7 +102,7 @@ def _node(node: int, status: Any) -> tuple[NodeView, int] | None:
         if rank is None:
             return None
         views.append(rank)
-    error, devices = status.get("error"), status.get("devices")
+    error, devices, gpus = status.get("error"), status.get("devices"), status.get("gpus")
     view = NodeView(
         node=node,
         epoch=epoch,
@@ -110,6 +111,9 @@ def _node(node: int, status: Any) -> tuple[NodeView, int] | None:
         slots=_slots(status.get("slots")),
         error=short(error, MAX_TEXT) if isinstance(error, str) and error else None,
         devices=short(devices, MAX_TEXT) if isinstance(devices, str) else "",
+        gpus=tuple(short(name, 128) for name in gpus[:MAX_GPUS] if isinstance(name, str))
+        if isinstance(gpus, list)
+        else (),
     )
     return view, beat
 

@@ -79,7 +79,7 @@ class Teller:
                 self.failed()
             if node.devices and node.epoch == state.epoch and ("devices", node.node, node.devices) not in self._told:
                 self._told.add(("devices", node.node, node.devices))
-                self.tell("phase", phase=f"node {node.node}", text=node.devices)
+                self.tell("devices", node=node.node, text=node.devices, names=list(node.gpus))
             if node.error:
                 self.phase("warning", f"node {node.node}: {node.error}", key=("trouble", node.node))
             else:

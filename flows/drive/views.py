@@ -82,6 +82,8 @@ class NodeView:
     error: str | None = None
     devices: str = ""
     """What its ranks run on, for people."""
+    gpus: tuple[str, ...] = ()
+    """Names of the CUDA devices that they use."""
     place: str = ""
     """The machine, by its cluster's name; empty on this one."""
 

@@ -6,10 +6,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flows.drive.events import Event
+from trainer.plan.devices import peak_of
 
 
 @dataclass
@@ -25,6 +26,9 @@ class Meter:
     rate: float = 0.0
     durable: int = -1
     attempts: int = 0
+    precision: str = "fp32"
+    gpus: dict[int, list[str]] = field(default_factory=dict)
+    """By node, the names of the devices that its ranks use; their sheets are the yardstick then."""
     _step_s: float = 0.0
 
     def take(self, event: Event) -> None:
@@ -37,12 +41,16 @@ class Meter:
             self._step_s = seconds if self._step_s == 0 else 0.9 * self._step_s + 0.1 * seconds
         elif event.kind == "checkpoint":
             self.durable = int(facts["step"])
+        elif event.kind == "devices":
+            self.gpus[int(facts["node"])] = list(facts["names"])
         elif event.kind in ("attempt", "known"):
             self.attempts = int(facts["number"] if event.kind == "attempt" else facts["attempts"])
 
     @property
     def mfu(self) -> float | None:
-        return self.rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        names = [name for node in self.gpus.values() for name in node]
+        peak = peak_of(names, self.precision) if names else self.peak_flops
+        return self.rate * self.flops_per_token / peak if peak else None
 
     @property
     def eta(self) -> str:
@@ -93,6 +101,8 @@ class Lines:
                 )
             case "recovered":
                 self.say(f"recovered: step {facts['step']} done {facts['seconds']:.2f} s after the failure was seen")
+            case "devices":
+                self.say(f"node {facts['node']}: {facts['text']}")
             case "damaged":
                 record, why = facts["checkpoint"], facts["why"]
                 self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")

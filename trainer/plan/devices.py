@@ -89,6 +89,21 @@ def sheet_of(name: str) -> DeviceSheet:
     return found
 
 
+def peak_of(names: Sequence[str], precision: str) -> float:
+    """What devices of these names (as the driver says them) do at most, all together; 0 where one has no sheet here.
+
+    >>> peak_of(["NVIDIA H100 80GB HBM3"] * 2, "bf16") / 1e12
+    1978.0
+    >>> peak_of(["NVIDIA H100 PCIe"], "bf16"), peak_of(["NVIDIA GB200"], "bf16")
+    (0.0, 0.0)
+    """
+    peaks = [
+        next((s.peak[precision] for s in SHEETS.values() if s.name in name.split() and "PCIe" not in name), 0.0)
+        for name in names
+    ]
+    return sum(peaks) if all(peaks) else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceCost(CostModel):
     """A sheet's costs, for products of one precision."""
