@@ -28,7 +28,7 @@ from flows.drive.events import Event
 from flows.drive.live import StatusReader
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
-from tests.bench import bench_demo, bench_kernels, bench_log, bench_plan, bench_store, bench_watch
+from tests.bench import bench_demo, bench_executor, bench_kernels, bench_log, bench_plan, bench_store, bench_watch
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -183,6 +183,15 @@ def kernels() -> Iterator[dict[str, Any]]:
             yield entry(row["name"], row["value"], row["unit"], row["peer"], row["peer_value"])
 
 
+def executor() -> Iterator[dict[str, Any]]:
+    """Of a step outside kernels, on one core, beside a fiftieth of the step that 0.58 M tok/s (an H100) would be."""
+    told = bench_executor.measure()
+    most = 0.02 * bench_executor.TOKENS / 0.58
+    kernels = f"{told['programs']:.0f} programs of {told['kernels']:.0f} kernels"
+    yield entry(f"executor/step-us, GPT-2 124M, {kernels}, as graphs", told["graphs"], "us", "target", most)
+    yield entry(f"executor/step-us, GPT-2 124M, {kernels}, plain", told["plain"], "us", "graphs", told["graphs"])
+
+
 def watch() -> Iterator[dict[str, Any]]:
     """CPU time of the process that watches a gang of 1,000 pods, the API server in another process."""
     for weather, (used, requests) in bench_watch.measure().items():
@@ -249,6 +258,7 @@ def main() -> int:
         "throughput": lambda: [throughput("fp32"), throughput("bf16")],
         "memory": lambda: list(memory()),
         "recovery": lambda: [recovery()],
+        "executor": lambda: list(executor()),
         "watch": lambda: list(watch()),
         "plan": lambda: list(plan()),
         "log": lambda: list(log()),

@@ -107,6 +107,12 @@ def build_preload() -> Path:
     return _small("preload_alloc", [PROGRAMS / "preload_alloc.c"], flags)
 
 
+def build_idle_device() -> Path:
+    """``programs/idle_device.c``, for HOTSTAGE_CUDA."""
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O2 -g -shared -fPIC -Wall -Wextra -Werror")
+    return _small("idle_device", [PROGRAMS / "idle_device.c", SOURCES / "core" / "status.c"], flags)
+
+
 @pytest.fixture(scope="session")
 def engine() -> Path:
     """The engine's binary: ``HOTSTAGE_ENGINE`` where set, else built here."""

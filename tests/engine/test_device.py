@@ -70,6 +70,12 @@ class Runs:
         ranks = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
         return [int(n) for n in np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0)]
 
+    def count_of(self, what: str) -> int:
+        """Of the last run, of all ranks: of something that is counted as one number."""
+        folder = self.folder / f"run-{len(self.plan.positions)}-{self.count}"
+        last = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
+        return sum(int(json.loads(line)["emulated"][what]) for line in last)
+
     def shows(self, sound: dict[str, Any], **emulated: str) -> bool:
         """Whether a fault does: other numbers, or a rank that ends with a word."""
         try:

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests.e2e import engine_runs
 from tests.engine.agent_end import agent_at
-from tests.engine.engine_build import engine
+from tests.engine.engine_build import build_idle_device, build_preload, engine
 from tests.engine.plans import GPT2, small_plan
 from tests.engine.test_agent_link import slots
 from tests.engine.test_device import (
@@ -129,11 +130,67 @@ def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, tmp_p
 
 
 @pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS], ids=["1", "2", "2x2"])
-def test_pinned_memory_is_what_the_plan_says(device: Path, runs: MakeRuns, parallel: dict[str, Any]) -> None:
+def test_pinned_memory_is_what_the_plan_says(runs: MakeRuns, parallel: dict[str, Any]) -> None:
     some = runs(model=GPT2 | {"layers": 4}, parallel=parallel, batch=8, **steady(steps=1))
-    some.state(device)
+    some.state("cuda")
     plan, folder = some.plan, some.folder / f"run-{len(some.plan.positions)}-{some.count}"
     for rank, position in enumerate(plan.positions):
         lines = (json.loads(line) for line in (folder / f"stderr-{rank}").read_text().splitlines())
         (told,) = (line["staging_bytes"] for line in lines if line.get("event") == "started")
         assert told == staging_bytes(plan.config, position, plan.channels, len(plan.tensors))
+
+
+def test_programs_become_graphs_in_the_first_step(runs: MakeRuns) -> None:
+    """One by program, slot and microbatch; from then on a step launches what has one call alone."""
+    told = []
+    for steps in (1, 2, 3):
+        some = runs(batch=8, **steady(steps=steps))
+        some.state("cuda")
+        told.append([some.count_of(name) for name in ("captures", "replays", "launches")])
+    (graphs, ran, _), (same, twice, launched), (still, thrice, more) = told
+    (position,) = some.plan.positions
+    programs = [a.program for a in position.step if a.kind == wire.A_RUN]
+    long = [name for name in programs if len(position.programs[name].calls) > 1]
+    assert graphs == same == still == len(long)  # each action of this step has an address of its own
+    assert (ran, twice, thrice) == (len(long), 2 * len(long), 3 * len(long))
+    assert more - launched == len(programs) - len(long)
+
+
+def idle(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    monkeypatch.setenv("HOTSTAGE_CUDA", str(build_idle_device()))
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+
+
+def idle_calls(engine: Path, folder: Path, plan: Plan) -> dict[str, int]:
+    """Of the device of each rank together."""
+    engine_runs.train(plan, folder.parent / "data", folder, engine=engine, device="cuda", dump=False)
+    last = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(plan.positions))]
+    return dict(sum((Counter(json.loads(line)["idle"]) for line in last), Counter()))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_nothing_allocates_after_the_start(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    """The engine itself, on a device apart; the device's graphs are its own, made in the first step."""
+    idle(monkeypatch, LD_PRELOAD=str(build_preload()), HS_ALLOC_FORBID="1")
+    plan = small_plan(tmp_path, stages=stages, steps=5)
+    assert idle_calls(engine, tmp_path / "run", plan)["captured"] > 0
+    if stages == 1:
+        saving = small_plan(tmp_path, every=2, **steady(steps=4))
+        assert sorted(saved(engine, "cuda", tmp_path / "saving", saving, 2)) == [2, 4]
+
+
+def test_what_a_step_asks_of_a_device(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All calls of a step but the kernels' own: a handful, and one a program."""
+    idle(monkeypatch)
+    calls = []
+    for steps in (2, 3):
+        plan = small_plan(tmp_path, batch=8, steps=steps)
+        calls.append(Counter(idle_calls(engine, tmp_path / f"{steps}", plan)))
+    step = calls[1] - calls[0]
+    programs = sum(a.kind == wire.A_RUN for a in plan.positions[0].step)
+    rows = plan.config.microbatches  # tokens, targets and losses of each; norms, control
+    assert step["replay"] + step["launch"] == programs
+    assert (step["copy"], step["follow"], step["record"], step["wait"]) == (3 * rows + 2, 3, 4, 1)
