@@ -86,7 +86,7 @@ steps = 1800
 batch = 8                 # sequences a step
 microbatch = 1            # sequences at a time: the pipeline is filled with batch / microbatch of them
 sequence = 128
-precision = "fp32"        # or "bf16": activations and matrices in bfloat16, masters and moments in fp32
+precision = "fp32"        # or "bf16": activations and matrices in bfloat16, masters and moments in fp32; or "fp8"
 seed = 1
 
 [train.optimizer]

@@ -18,6 +18,7 @@ from trainer.wire.packed import RECORD_DEPTH, pack
 MAX_INT32 = (1 << 31) - 1
 MAX_VOCAB_SIZE = 1 << 24
 MAX_MICROBATCHES = 1 << 16
+FP8_SIDE = 16
 NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 RULES = {
@@ -25,7 +26,7 @@ RULES = {
     DNS_LABEL: "lower-case letters, digits and inner dashes, at most 63 characters (a DNS label)",
 }
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda"]
 """Families of kernels, in the order of their numbers (``wire.PATHS``); the last two run on CUDA devices."""
 
@@ -175,7 +176,10 @@ class TrainSpec(_Section):
     batch: int = _size(text="sequences a step")
     microbatch: int = _size(text="sequences a microbatch")
     sequence: int = _size(high=1 << 24, text="tokens a sequence")
-    precision: Precision = Field("fp32", description="of activations and weight matrices; masters are fp32")
+    precision: Precision = Field(
+        "fp32",
+        description="of activations and weight matrices; masters are fp32. fp8: bf16, but the layers' products in FP8",
+    )
     seed: int = _size(0, low=0, high=(1 << 63) - 1, text="of initial weights and the order of samples")
     reduction_groups: int = _size(1, text="groups of microbatches whose gradients join in a tree")
     vocab_blocks: int = _size(1, text="blocks of the head's sums")
@@ -345,6 +349,23 @@ class RecoverySpec(_Section):
     )
 
 
+def _check_fp8(model: ModelSpec, train: TrainSpec) -> None:
+    """Tensor cores take FP8 where all sides of a product are multiples of 16 bytes."""
+    for tensor in models.family(model.family).tensors(model):
+        if tensor.part == "layer" and len(tensor.shape) == 2 and any(side % FP8_SIDE for side in tensor.shape):
+            raise ValueError(
+                f'train.precision "fp8" multiplies matrices whose sides are multiples of {FP8_SIDE}; '
+                f"{tensor.name} is {tensor.shape[0]} x {tensor.shape[1]}: take such a width, hidden and heads * "
+                'head_size, or precision = "bf16"'
+            )
+    if train.rows % FP8_SIDE:
+        raise ValueError(
+            f'train.precision "fp8" takes microbatches whose tokens are a multiple of {FP8_SIDE}; microbatch '
+            f"{train.microbatch} * sequence {train.sequence} is {train.rows}: change one, or take precision = "
+            '"bf16"'
+        )
+
+
 class RunSpec(_Section):
     """A run. See the module's text for the two halves."""
 
@@ -371,6 +392,8 @@ class RunSpec(_Section):
             )
         if (refusal := _device_refusal(self.parallel.device, self.launch.kernel_path)) is not None:
             raise ValueError(refusal)
+        if self.train.precision == "fp8":
+            _check_fp8(self.model, self.train)
         ranks = self.parallel.ranks
         per_node = ranks // self.launch.nodes
         for stages in self.recovery.allowed_stages:

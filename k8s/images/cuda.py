@@ -167,17 +167,19 @@ def kernel_name(mangled: str) -> str:
     start = m.end()
     name, rest = mangled[start : start + int(m[1])], mangled[start + int(m[1]) :]
     types: list[str] = []
+    classes: list[str] = []  # S0_ is the first of them, S_ the kernel's own name
     if rest.startswith("I"):
         rest = rest[1:]
         while not rest.startswith("E"):
             if rest.startswith("f"):
                 types, rest = [*types, "float"], rest[1:]
-            elif rest.startswith("13__nv_bfloat16"):
-                types, rest = [*types, "bf16"], rest[15:]
-            elif re.match(r"S\d?_", rest):
-                types, rest = [*types, "bf16"], rest[rest.index("_") + 1 :]  # the one type that can stand twice
+            elif named := re.match(r"\d+(__nv_bfloat16|e4m3|e5m2)", rest):
+                classes.append(named[1].replace("__nv_bfloat16", "bf16"))
+                types, rest = [*types, classes[-1]], rest[named.end() :]
+            elif again := re.match(r"S(\d)_", rest):
+                types, rest = [*types, classes[int(again[1])]], rest[again.end() :]
             else:
-                raise ValueError(f"{mangled}: a template argument that is neither float nor bf16; teach kernel_name")
+                raise ValueError(f"{mangled}: a template argument that is no element type; teach kernel_name")
     return f"{name}<{', '.join(types)}>" if types else name
 
 

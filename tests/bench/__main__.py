@@ -28,7 +28,16 @@ from flows.drive.events import Event
 from flows.drive.live import StatusReader
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
-from tests.bench import bench_demo, bench_executor, bench_kernels, bench_log, bench_plan, bench_store, bench_watch
+from tests.bench import (
+    bench_demo,
+    bench_executor,
+    bench_fp8,
+    bench_kernels,
+    bench_log,
+    bench_plan,
+    bench_store,
+    bench_watch,
+)
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -210,6 +219,14 @@ def plan() -> Iterator[dict[str, Any]]:
     yield entry("plan/simulate-1000-stages-s", runs[1]["simulation_seconds"], "s", "target", 60.0)
 
 
+def fp8() -> Iterator[dict[str, Any]]:
+    """The loss of fp8 against bf16's after 1,000 steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        for seed, bf16, low in bench_fp8.measure(bench_fp8.corpus(data), data):
+            yield entry(f"fp8/loss-1000-steps/seed-{seed}", low, "nats", "bf16", bf16)
+
+
 def demo() -> Iterator[dict[str, Any]]:
     """`make demo` after `make setup`."""
     say(
@@ -264,6 +281,7 @@ def main() -> int:
         "log": lambda: list(log()),
         "store": lambda: list(store()),
         "demo": lambda: list(demo()),
+        "fp8": lambda: list(fp8()),
     }
     wanted = sys.argv[1:] or list(parts)
     rows: list[dict[str, Any]] = []

@@ -36,6 +36,8 @@ def small_plan(
     **train: Any,
 ) -> Plan:
     """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
+    if train.get("precision") == "fp8" and "hidden" in model:
+        model = model | {"hidden": 32}  # a multiple of 16
     if dataset is None and folder is not None:
         tokens = np.random.default_rng(5).integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))
         dataset = write_samples(folder / "data", tokens, VOCAB)

@@ -53,6 +53,10 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "init_normal": [(1, 0, 0), (37, 5, -1)],
     "init_const": [(1,), (37,)],
     "cast": [(1,), (37,)],
+    "quantise": [(3, 5, 7, 0), (1, 1, 1, 1), (70, 37, 41, 1)],
+    "linear8_fwd": [(3, 5, 7, 11, 13), (1, 1, 1, 1, 1), (17, 70, 37, 71, 73)],
+    "linear8_igrad": [(3, 5, 7, 11, 0), (17, 70, 37, 38, 1), (1, 1, 1, 1, 0)],
+    "linear8_wgrad": [(3, 5, 7, 11), (17, 70, 37, 71), (1, 1, 1, 1)],
 }
 REALS = {"rope_table": (10000.0,), "adamw": (0.9, 0.95, 1e-8, 0.1), "init_normal": (0.0, 0.02)}
 
@@ -100,6 +104,8 @@ def test_the_extents_are_exact(kernels: KernelLib, kernel: str) -> None:
     for i, spec in enumerate(wire.KERNELS[kernel].operands):
         if spec.kind in ("control", "byte"):
             continue  # a record; its last bytes are spare
+        if kernel == "quantise" and spec.role == "scratch":
+            continue  # room for as many parts as a set may make; ref makes none
         ptrs = kernels.operands(kernel, wire.F32, dims, rng)
         operand = ptrs[i]
         assert operand is not None

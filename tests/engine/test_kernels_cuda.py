@@ -22,6 +22,7 @@ OWN_ORDER = {
     "layernorm_wgrad": {"dw", "db"},
     "rmsnorm_wgrad": {"dw"},
     "linear_wgrad": {"db"},
+    "linear8_wgrad": {"db"},
     "classifier_fwd": {"loss"},
     "classifier_grad": {"loss", "dx", "dw"},
 }
@@ -225,6 +226,7 @@ FAULT_CASES = [
     *(case for case in CASES if case.kernel.startswith("linear") and case.dims[0] == 13),
     *(case for case in CASES if case.kernel.startswith("classifier") and case.dims[0] == 20),
     *(case for case in CASES if case.kernel == "embed_wgrad"),
+    *(case for case in CASES if case.kernel == "quantise" and case.dims[0] == 130),
     *(case for case in CASES if case.kernel == "sumsq" and case.dims[0] > 65536 * 3),
 ]
 

@@ -40,7 +40,7 @@ def good() -> bytes:
 
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_compiled_plans_are_taken(check: Check, stages: int, model: dict[str, Any], precision: str) -> None:
     assert check(small_plan(stages=stages, model=model, precision=precision).to_bytes()) == (0, "")
 
@@ -224,7 +224,7 @@ def test_each_check_names_what_it_found(
 
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_every_write_over_what_it_must_not_touch_is_refused(
     tmp_path: Path, stages: int, model: dict[str, Any], precision: str
 ) -> None:
@@ -240,7 +240,7 @@ def test_every_write_over_what_it_must_not_touch_is_refused(
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_mutated_plans_are_refused_or_run_inside_their_memory(tmp_path: Path, stages: int, precision: str) -> None:
     path = tmp_path / "plan"
     for model, seed in ((GPT2, 1), (LLAMA, 2)):

@@ -14,7 +14,9 @@ from tests.engine.kernel_lib import Array, KernelLib, decode, encode
 from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
 from trainer import wire
 
-OPS = ("linear_fwd", "linear_igrad", "linear_wgrad", "classifier_fwd", "classifier_grad", "logits")
+FP8 = ("linear8_fwd", "linear8_igrad", "linear8_wgrad")
+OPS = ("linear_fwd", "linear_igrad", "linear_wgrad", *FP8, "classifier_fwd", "classifier_grad", "logits")
+BIAS = {"linear_fwd": 3, "linear8_fwd": 5}
 SPLIT, REDUCE = 3, 4
 UNSUPPORTED, CONFIG, BUG = -16, -6, -3
 
@@ -55,13 +57,26 @@ def written(call: Call, arrays: list[Array | None]) -> list[bytes]:
 def test_right(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: int) -> None:
     """Every layout, distance between rows, ACCUM, chunk: close to ref; the same bits in any order of the threads."""
     call = Call.make(kernels, case, dtype)
-    if case.kernel == "linear_fwd" and dtype == wire.BF16 and (bias := call.inputs[3]) is not None:
+    at = BIAS.get(case.kernel)
+    if at is not None and dtype == wire.BF16 and (bias := call.inputs[at]) is not None:
         bias[:] = decode(encode(bias, dtype), dtype)  # the library adds one of the result's type
     cuda.seed(1)
     got = call.run(cuda, "library")
     assert_close_to_ref(kernels, call, got)
     cuda.seed(2)
     assert written(call, call.run(cuda, "library")) == written(call, got)
+
+
+@pytest.mark.parametrize("kernel", FP8)
+def test_fp8_is_the_library_s_where_its_sides_are_multiples_of_16(
+    kernels: KernelLib, cuda: CudaLib, kernel: str
+) -> None:
+    """Elsewhere, and in f32, the plain kernel computes it; a device without FP8 is refused."""
+    for case in (case for case in CASES if case.kernel == kernel):
+        for dtype in (wire.F32, wire.BF16):
+            table = chosen(cuda, Call.make(kernels, case, dtype))
+            assert len(table) == int(dtype == wire.BF16 and not any(side % 16 for side in case.dims[:3]))
+            assert all(entry.key.scale for entry in table)
 
 
 def test_the_table_decides_the_bits(kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch) -> None:

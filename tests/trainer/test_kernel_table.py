@@ -16,7 +16,17 @@ IDLE = {"zero", "init_const"}
 
 
 def names(kernel: Kernel) -> list[str]:
-    return [operand.name for operand in kernel.operands]
+    """What its operands are called; beside codes ``<v>8`` what the table says may stand in a gradient's row."""
+    found = [operand.name for operand in kernel.operands]
+    return [*found, *(more for name in found if name.endswith("8") for more in (f"{name}t", name.removesuffix("8")))]
+
+
+def codes(kernel: Kernel) -> list[str]:
+    """The gradients of its outputs in FP8, where it takes FP8."""
+    if not any(operand.name.endswith("8") for operand in kernel.operands):
+        return []
+    outputs = [operand.name for operand in kernel.operands if operand.role == "write"]
+    return [f"d{name}{end}" for name in outputs for end in ("8", "8t", "s")]
 
 
 def test_every_forward_kernel_has_gradients_and_no_gradient_has() -> None:
@@ -34,6 +44,7 @@ def test_a_gradient_is_given_only_what_its_forward_call_can_name(name: str) -> N
         given |= {operand.name for operand in row.operands if operand.role != "read"}
         for operand in row.operands:
             known = operand.name in names(forward) or operand.name.removeprefix("d") in names(forward)
+            known |= operand.name in codes(forward)
             assert operand.role == "scratch" or known, f"{gradient}: nobody can give {operand.name}"
         for dim in row.dim_names.split():
             known = dim.startswith("ld") and dim[2:] in names(row)
@@ -44,7 +55,9 @@ def test_a_gradient_is_given_only_what_its_forward_call_can_name(name: str) -> N
             continue
         if operand.name in CONSTANT.get(name, ()) or operand.name == forward.passes:
             continue
-        own = operand.name if operand.role == "update" else f"d{operand.name}"
+        if operand.name.endswith("s") and f"{operand.name[:-1]}8" in names(forward):
+            continue  # a scale
+        own = operand.name if operand.role == "update" else f"d{operand.name.removesuffix('8')}"
         assert own in given, f"{name}: no gradient of {operand.name}"
 
 

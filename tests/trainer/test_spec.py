@@ -83,7 +83,15 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"model__family": "llama", "model__kv_heads": 3}, ["kv_heads 3", "divide heads 4"]),
         ({"model__family": "llama", "model__head_size": 7}, ["head size 7", "odd", "even"]),
         ({"model__tied": "yes please"}, ["model.tied 'yes please'", "true or false"]),
-        ({"train__precision": "fp8"}, ["train.precision 'fp8'", "'fp32' or 'bf16'"]),
+        ({"train__precision": "fp16"}, ["train.precision 'fp16'", "'fp32', 'bf16' or 'fp8'"]),
+        (
+            {"train__precision": "fp8", "model__width": 40},
+            ['"fp8"', "multiples of 16", "transformer.h.{layer}.attn.c_attn.weight is 120 x 40", '"bf16"'],
+        ),
+        (
+            {"train__precision": "fp8", "train__sequence": 19, "train__microbatch": 4},
+            ['"fp8"', "multiple of 16", "microbatch 4 * sequence 19 is 76"],
+        ),
         ({"train__optimizer": {"lr": 0}}, ["train.optimizer.lr 0", "above 0"]),
         ({"train__optimizer": {"lr": float("nan")}}, ["train.optimizer.lr", "finite"]),
         ({"train__optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, ["min_lr 0.01", "above lr 0.001"]),

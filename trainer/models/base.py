@@ -11,11 +11,12 @@ vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import PlanError
+from trainer.wire.kernels import QUANTISE_PARTS
 
 if TYPE_CHECKING:
     from trainer.spec import ModelSpec
@@ -78,11 +79,11 @@ class HfTensor:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory for a value of one microbatch. ``kind``: "dt" (precision of activations) or "acc" (always f32)."""
+    """Memory for a value of one microbatch. ``kind``: "dt" (precision of activations), "acc" (always f32) or "byte"."""
 
     name: str
     elements: int
-    kind: Literal["dt", "acc"]
+    kind: Literal["dt", "acc", "byte"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,11 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor, or its gradient. The head's use of a tied embedding has a gradient (and perhaps a copy) of its own."""
+    """A tensor, or its gradient. The head's use of a tied embedding has a gradient (and perhaps a copy) of its own.
+    ``fp8``, ``fp8_turned`` and ``fp8_scale``: its codes, their transpose and their scale."""
 
     tensor: str
-    use: Literal["weight", "gradient", "head", "head_gradient"] = "weight"
+    use: Literal["weight", "gradient", "head", "head_gradient", "fp8", "fp8_turned", "fp8_scale"] = "weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,21 @@ class Call:
         return tuple(p for p in self.ptr if isinstance(p, View))
 
 
+NewBuffer = Callable[[str, int, Literal["acc", "byte"]], View]
+"""Makes a buffer of a name, so many elements and a kind."""
+
+
+def quantise(
+    new: NewBuffer, x: View, turned: bool, layer: int | None, e5m2: bool = False, part: Literal["F", "I"] = "F"
+) -> tuple[Call, tuple[View, View | None, View]]:
+    """The call that makes ``x`` FP8, and what it makes: codes, their transpose if ``turned``, scale."""
+    size = x.rows * x.cols
+    codes, transpose = new("fp8", size, "byte"), new("fp8_turned", size, "byte") if turned else None
+    scale, parts = new("fp8_scale", 1, "acc"), new("fp8_parts", QUANTISE_PARTS, "acc")
+    ptr = (codes, transpose, scale, x, parts)
+    return Call("quantise", ptr, (x.rows, x.cols, x.ld, int(e5m2)), (), layer, part), (codes, transpose, scale)
+
+
 Tensors = Sequence[Tensor] | Mapping[str, Tensor]
 """A model's tensors, in order or by name."""
 
@@ -161,16 +178,28 @@ Tensors = Sequence[Tensor] | Mapping[str, Tensor]
 class Builder:
     """Writes down forward calls. Names of tensors may hold ``{layer}``, which stands for the layer being built.
 
-    Every method appends one call and returns the value that it computes, a ``View``.
+    Every method appends one call and returns the value that it computes, a ``View``. With ``fp8`` the linear layers of
+    the model's layers take FP8; "forward": and no backward will follow.
     """
 
-    def __init__(self, model: ModelSpec, tensors: Tensors, microbatch: int, sequence: int) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: ModelSpec,
+        tensors: Tensors,
+        microbatch: int,
+        sequence: int,
+        fp8: Literal["", "forward", "train"] = "",
+    ) -> None:
+        self.model, self.fp8 = model, fp8
         self.tensors = tensors if isinstance(tensors, Mapping) else {tensor.name: tensor for tensor in tensors}
         self.batch, self.sequence, self.rows = microbatch, sequence, microbatch * sequence
         self.layer: int | None = None
         self.calls: list[Call] = []
         self.buffers: dict[str, Buffer] = {}
+        self.codes: dict[View, tuple[View, View | None, View]] = {}
+        """By value, what it is in FP8 now: codes, their transpose (for backward), scale."""
+        self.sources: dict[View, tuple[View, View | None]] = {}
+        """By codes, the value that they are of, and their transpose."""
 
     # values and weights
 
@@ -200,7 +229,7 @@ class Builder:
             raise PlanError(f"the family has no tensor {self._resolve(name)!r}; add it to tensors()")
         return found
 
-    def _buffer(self, name: str, elements: int, kind: Literal["dt", "acc"]) -> str:
+    def _buffer(self, name: str, elements: int, kind: Literal["dt", "acc", "byte"]) -> str:
         place = "" if self.layer is None else f"{self.layer}."
         unique = f"{place}{name}.{len(self.buffers)}"
         self.buffers[unique] = Buffer(unique, elements, kind)
@@ -247,9 +276,26 @@ class Builder:
             raise PlanError(f"{self._resolve(name)}.weight takes {inner} inputs, {x.buffer} has {x.cols}")
         y = self.value(name.rsplit(".", 1)[-1], out)
         bias = self.weight(f"{name}.bias") if self._resolve(f"{name}.bias") in self.tensors else None
-        dim = (self.rows, out, inner, y.ld, x.ld, 0 if residual is None else residual.ld)
+        ld = 0 if residual is None else residual.ld
+        if self.fp8 and self.layer is not None:
+            codes, _, scale = self.quantised(x)
+            w, ws = (Weight(self.weight(f"{name}.weight").tensor, use) for use in ("fp8", "fp8_scale"))
+            self._call("linear8_fwd", (y, codes, scale, w, ws, bias, residual), (self.rows, out, inner, y.ld, ld))
+            return y
+        dim = (self.rows, out, inner, y.ld, x.ld, ld)
         self._call("linear_fwd", (y, x, self.weight(f"{name}.weight"), bias, residual), dim)
         return y
+
+    def quantised(self, x: View) -> tuple[View, View | None, View]:
+        """A value in E4M3: codes, their transpose, scale; made once for all that read it."""
+        if x not in self.codes:
+            call, made = quantise(self._codes, x, self.fp8 == "train", self.layer)
+            self.calls.append(call)
+            self.codes[x], self.sources[made[0]] = made, (x, made[1])
+        return self.codes[x]
+
+    def _codes(self, name: str, elements: int, kind: Literal["acc", "byte"]) -> View:
+        return View(self._buffer(name, elements, kind), 0, 1, elements, elements)
 
     def attention(self, q: View, k: View, v: View, heads: int, groups: int, size: int) -> View:
         """Causal attention; query head h reads key/value head h / (heads / groups). Scale 1 / sqrt(size)."""
@@ -262,6 +308,7 @@ class Builder:
     def rope(self, x: View, heads: int) -> View:
         """Turns x in place: pairs (i, i + D/2) of every head by the angle of their position."""
         size = x.cols // heads
+        self.codes = {value: made for value, made in self.codes.items() if value.buffer != x.buffer}
         table = RopeTable(self.sequence, size, self.model.rope_base)
         self._call("rope_fwd", (x, table), (self.rows, self.sequence, heads, size, x.ld))
         return x

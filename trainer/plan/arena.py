@@ -56,7 +56,7 @@ class _Buffers:
     """Where the buffers of one stage lie."""
 
     def __init__(self, stage: StagePrograms, dt_bytes: int) -> None:
-        self.stage, self.dt_bytes = stage, dt_bytes
+        self.stage, self.bytes = stage, {"dt": dt_bytes, "acc": 4, "byte": 1}
         self.places: dict[str, Ref] = {}
         self.back: dict[str, Ref] = {}
         """In its backward, where that is elsewhere: what the stage above left where it made it."""
@@ -64,13 +64,13 @@ class _Buffers:
     def size(self, name: str) -> int:
         """Bytes of a buffer."""
         buffer = self.stage.buffers[name]
-        return buffer.elements * (self.dt_bytes if buffer.kind == "dt" else 4)
+        return buffer.elements * self.bytes[buffer.kind]
 
     def bind(self, view: View, backward: bool) -> Ref:
         """Where what a program sees lies."""
         kind = self.stage.buffers[view.buffer].kind
         ref = (backward and self.back.get(view.buffer)) or self.places[view.buffer]
-        size = self.dt_bytes if kind == "dt" else 4
+        size = self.bytes[kind]
         return Ref(ref.space, ref.offset + view.first * size, view.extent * size)
 
 
@@ -91,6 +91,8 @@ class PositionMemory:
         self.tables: dict[RopeTable, Ref] = {}
         self.masters: dict[int, Ref] = {}
         self.copies: dict[int, Ref] = {}
+        self.codes: dict[int, tuple[Ref, Ref | None, Ref]] = {}
+        """By tensor, its FP8: codes, their transpose (for training), scale."""
         self.moments: dict[int, tuple[Ref, Ref]] = {}
         self.gradients: dict[int, Ref] = {}
         self.given: dict[str, Ref] = {}
@@ -114,7 +116,11 @@ class PositionMemory:
         for n in self.owned:
             self.masters[n] = arena.ref(4 * job.tensors[n].elements, "weights")
         for n in self.owned:
-            if job.dtype != wire.F32 and job.tensors[n].decay:
+            if n in job.quantised:
+                size = job.tensors[n].elements
+                turned = None if job.infer else arena.ref(size, "weights")
+                self.codes[n] = (arena.ref(size, "weights"), turned, arena.ref(4, "weights"))
+            elif job.dtype != wire.F32 and job.tensors[n].decay:
                 self.copies[n] = arena.ref(job.dt_bytes * job.tensors[n].elements, "weights")
         if self.tied is not None and self.last:
             alone = self.first
@@ -168,6 +174,8 @@ class PositionMemory:
             largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
             partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
             most = max(most, received + partials)
+        if self.codes:
+            most = max(most, received + 4 * wire.QUANTISE_PARTS)
         base = arena.take(most, "scratch")
         for (number, name), offset in places.items():
             buffers = self.buffers[number]
@@ -243,6 +251,10 @@ class PositionMemory:
             return self.compute(n)
         if weight.use == "gradient":
             return self.gradients[n]
+        if n in self.codes and weight.use.startswith("fp8"):
+            part = self.codes[n][("fp8", "fp8_turned", "fp8_scale").index(weight.use)]
+            assert part is not None
+            return part
         found = self.head_weight if weight.use == "head" else self.head_gradient
         assert found is not None
         return found

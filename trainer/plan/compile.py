@@ -113,7 +113,7 @@ def expand(spec: RunSpec, infer: bool = False) -> tuple[StagePrograms, ...]:
     def stage(layers: range, forward_only: bool) -> StagePrograms:
         scale = 1.0 / train.tokens
         sizes = (train.microbatch, train.sequence, train.classifier_chunk)
-        return expand_stage(family, spec.model, tensors, layers, *sizes, scale, forward_only)
+        return expand_stage(family, spec.model, tensors, layers, *sizes, scale, forward_only, train.precision == "fp8")
 
     whole = stage(range(spec.model.layers), True)
     costs = [0] * spec.model.layers
@@ -137,7 +137,7 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
         decay = max(1, min(train.steps // WSD_DECAY_SHARE, train.steps - s.warmup))
     return Config(
         mode=wire.MODE_INFER if infer else wire.MODE_TRAIN,
-        dtype=job.dtype,
+        dtype=job.plan_dtype,
         positions=job.layout.pipeline.positions,
         replicas=spec.parallel.replicas,
         microbatches=train.microbatches,

@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Literal
 
 from trainer.errors import PlanError
-from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight
+from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight, quantise
 from trainer.plan.places import Stage
 from trainer.spec import ModelSpec
 from trainer.wire.kernels import KERNELS, Kernel, product
@@ -71,14 +71,15 @@ def expand_stage(
     classifier_chunk: int,
     scale: float,
     infer: bool = False,
+    fp8: bool = False,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
     ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
-    is no backward and the head gives logits.
+    is no backward and the head gives logits. With ``fp8`` the layers' linear layers take FP8.
     """
     first, last = layers.start == 0, layers.stop == model.layers
-    b = Builder(model, tensors, microbatch, sequence)
+    b = Builder(model, tensors, microbatch, sequence, ("forward" if infer else "train") if fp8 else "")
     received = None if first else b.value("input", model.width)
     x = family.embed(b) if received is None else received
     for number in layers:
@@ -122,6 +123,7 @@ class Tape:
         self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
         self.calls: list[Call] = []
         self.layer: int | None = None
+        self.gradient_codes: dict[str, Operand] = {}  # of the call that is derived
         self.readers = Counter(view for call in forward for view in {p for p in call.ptr[1:] if isinstance(p, View)})
         self.home: dict[str, str] = {}  # value's buffer -> its gradient's buffer
         self.written: dict[str, set[tuple[int, int]]] = {}  # value's buffer -> columns of its gradient that are set
@@ -135,7 +137,8 @@ class Tape:
         """All backward calls, in order."""
         for call in ([] if head is None else [head]) + self.forward[::-1]:
             self.layer = call.layer
-            self.derive(call)
+            if call.kernel != "quantise":  # whoever reads the codes gives the gradient of the value itself
+                self.derive(call)
         return self.calls
 
     def derive(self, call: Call) -> None:
@@ -143,17 +146,18 @@ class Tape:
         row = KERNELS.get(call.kernel)
         if row is None or not row.derived:
             raise PlanError(f"kernel {call.kernel} declares no gradient; its row of trainer/engine/wire/kernels.h must")
+        self.gradient_codes = {}
         self._emit("I", row.input_gradient, call)
         if row.weight_gradient != row.input_gradient:
             self._emit("W", row.weight_gradient, call)
-        passed = _by_name(row, call).get(row.passes)
+        passed = self._named(row, call).get(row.passes)
         if passed is not None:
             self.share(_view(passed), self.gradient(_view(call.ptr[0])))
 
     def _emit(self, part: Literal["I", "W"], kernel: str, call: Call) -> None:
         if not kernel:
             return
-        row, forward = KERNELS[kernel], _by_name(KERNELS[call.kernel], call)
+        row, forward = KERNELS[kernel], self._named(KERNELS[call.kernel], call)
         dims = KERNELS[call.kernel].named(call.dim) | {"CHUNK": self.chunk}
         reals = {"scale": self.scale} | dict(zip(KERNELS[call.kernel].real_names.split(), call.real, strict=True))
         given: dict[str, Operand] = {}
@@ -174,9 +178,32 @@ class Tape:
 
     def _read(self, name: str, forward: Mapping[str, Operand]) -> Operand:
         if name not in forward:
-            return self.gradient(_view(forward[name[1:]]))
+            own = name.removeprefix("d")
+            return self.gradient(_view(forward[own])) if own in forward else self._codes(name, forward)
         value = forward[name]
         return self.keep(value) if isinstance(value, View) else value
+
+    def _named(self, row: Kernel, call: Call) -> dict[str, Operand]:
+        """A forward call's operands by name; beside codes ``<v>8`` the value ``<v>`` and their transpose ``<v>8t``."""
+        named: dict[str, Operand] = dict(zip((operand.name for operand in row.operands), call.ptr, strict=True))
+        for name, codes in list(named.items()):
+            if name.endswith("8"):
+                if isinstance(codes, Weight):
+                    found: tuple[Operand, Operand] = (replace(codes, use="weight"), replace(codes, use="fp8_turned"))
+                else:
+                    found = self.b.sources[_view(codes)]
+                named |= {name.removesuffix("8"): found[0], f"{name}t": found[1]}
+        return named
+
+    def _codes(self, name: str, forward: Mapping[str, Operand]) -> Operand:
+        """``d<v>8``, ``d<v>8t`` or ``d<v>s``: the gradient of a value in E5M2, made once for both gradient kernels."""
+        if name not in self.gradient_codes:
+            value = next(v for v in forward if name in (f"d{v}8", f"d{v}8t", f"d{v}s"))
+            view = self.gradient(_view(forward[value]))
+            call, made = quantise(self._new, view, True, self.layer, e5m2=True, part="I")
+            self.calls.append(call)
+            self.gradient_codes |= zip((f"d{value}8", f"d{value}8t", f"d{value}s"), made, strict=True)
+        return self.gradient_codes[name]
 
     def _written(
         self,
@@ -189,7 +216,7 @@ class Tape:
         name = operand.name
         if operand.role == "scratch":
             elements = product(operand.rows, dims) * product(operand.columns, dims)
-            return self._new(name, elements, operand.kind)
+            return self._new(name, elements, "dt" if operand.kind == "dt" else "acc")
         if name in forward:
             value = forward[name]
             return self.gradient(_view(value)) if operand.role == "update" else value
@@ -263,9 +290,9 @@ class Tape:
 
     # bookkeeping
 
-    def _new(self, name: str, elements: int, kind: str) -> View:
+    def _new(self, name: str, elements: int, kind: Literal["dt", "acc", "byte"]) -> View:
         unique = f"{name}.{len(self.b.buffers)}"
-        self.b.buffers[unique] = Buffer(unique, elements, "dt" if kind == "dt" else "acc")
+        self.b.buffers[unique] = Buffer(unique, elements, kind)
         return View(unique, 0, 1, elements, elements)
 
     def _settle(self, view: View, home: str) -> None:
@@ -285,7 +312,3 @@ class Tape:
 def _view(operand: Operand) -> View:
     assert isinstance(operand, View)
     return operand
-
-
-def _by_name(row: Kernel, call: Call) -> dict[str, Operand]:
-    return dict(zip((operand.name for operand in row.operands), call.ptr, strict=True))

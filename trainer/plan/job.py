@@ -28,8 +28,19 @@ class Job:
 
     @cached_property
     def dtype(self) -> int:
-        """``wire.F32`` or ``wire.BF16``."""
-        return wire.BF16 if self.spec.train.precision == "bf16" else wire.F32
+        """Of activations: ``wire.F32`` or ``wire.BF16``."""
+        return wire.F32 if self.spec.train.precision == "fp32" else wire.BF16
+
+    @cached_property
+    def plan_dtype(self) -> int:
+        """What the plan says: ``wire.FP8`` where the layers' products take it."""
+        return wire.FP8 if self.spec.train.precision == "fp8" else self.dtype
+
+    @cached_property
+    def quantised(self) -> frozenset[int]:
+        """The weights that kernels read as FP8 alone."""
+        operands = (p for stage in self.stages for call in stage.forward for p in call.ptr)
+        return frozenset(self.number[p.tensor] for p in operands if isinstance(p, Weight) and p.use == "fp8")
 
     @cached_property
     def dt_bytes(self) -> int:

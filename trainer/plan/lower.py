@@ -110,6 +110,16 @@ class _Lowering:
         ]
         for n, copy in self.mem.copies.items():
             calls.append(self._call("cast", (copy, self.mem.masters[n]), (self.job.tensors[n].elements,)))
+        return calls + self._quantised()
+
+    def _quantised(self) -> list[BoundCall]:
+        """The weights that kernels read as FP8, out of their masters."""
+        part = Ref(wire.SPACE_STATIC, self.mem.partials, 4 * wire.QUANTISE_PARTS)
+        calls = []
+        for n, codes in self.mem.codes.items():
+            rows, columns = self.job.tensors[n].shape
+            ptr = (*codes, self.mem.masters[n], part)
+            calls.append(self._call("quantise", ptr, (rows, columns, columns, 0), dtype=wire.F32))
         return calls
 
     def _sumsq(self) -> list[BoundCall]:
@@ -139,7 +149,7 @@ class _Lowering:
             calls.append(self._call("adamw", ptr, (tensor.elements, 1), *real, dtype=dtype))
         if self.mem.head_gradient is not None:
             calls.append(self._call("zero", (self.mem.head_gradient,), (self.mem.head_gradient.bytes,)))
-        return calls
+        return calls + self._quantised()
 
     # lists
 

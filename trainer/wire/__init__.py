@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from trainer.wire.kernels import ATTENTION_HEAD_MAX as ATTENTION_HEAD_MAX
 from trainer.wire.kernels import KERNELS as KERNELS
+from trainer.wire.kernels import QUANTISE_PARTS as QUANTISE_PARTS
 from trainer.wire.kernels import SUMSQ_BLOCK as SUMSQ_BLOCK
 
 u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
@@ -47,8 +48,8 @@ EXITS: dict[int, Exit] = {
 # --- kernels.h (its table: trainer/wire/kernels.py) --------------------------------------------------------
 
 CALL_PTRS, CALL_DIMS, CALL_REALS = 12, 16, 6
-F32, BF16, F64, I32 = 1, 2, 3, 4
-DTYPE_BYTES = {F32: 4, BF16: 2, F64: 8, I32: 4}
+F32, BF16, F64, I32, E4M3, E5M2, FP8 = range(1, 8)
+DTYPE_BYTES = {F32: 4, BF16: 2, F64: 8, I32: 4, E4M3: 1, E5M2: 1}
 PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4, "cuda-exact": 5, "cuda": 6}
 """Families of kernels by number: ``launch.kernel_path``, and ``kernel_path`` of an attempt."""
 CUDA_PATHS = ("cuda-exact", "cuda")

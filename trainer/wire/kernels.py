@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-SUMSQ_BLOCK, ATTENTION_HEAD_MAX = 65536, 512
+SUMSQ_BLOCK, ATTENTION_HEAD_MAX, QUANTISE_PARTS = 65536, 512, 1024
 
 
 class Operand(NamedTuple):
@@ -343,5 +343,38 @@ KERNELS: dict[str, Kernel] = {
         "",
         "write:dst:dt::n, read:src:acc::n",
         each="n",
+    ),
+    "quantise": _kernel(
+        31,
+        "R C ldx E5M2",
+        "",
+        "write:q:byte:R:C, write:qt:byte:C:R::optional, write:s:acc, read:x:dt:R:C:ldx, scratch:part:acc::1024",
+        each="4 R C",
+    ),
+    "linear8_fwd": _kernel(
+        32,
+        "R N K ldy ldres",
+        "",
+        "write:y:dt:R:N:ldy, read:x8:byte:R:K, read:xs:acc, read:w8:byte:N:K, read:ws:acc, read:b:acc::N::optional, "
+        "read:res:dt:R:N:ldres:optional",
+        input_gradient="linear8_igrad",
+        weight_gradient="linear8_wgrad",
+        passes="res",
+        products="R N K",
+    ),
+    "linear8_igrad": _kernel(
+        33,
+        "R N K lddx ACCUM",
+        "",
+        "update:dx:dt:R:K:lddx, read:dy8:byte:R:N, read:dys:acc, read:w8t:byte:K:N, read:ws:acc",
+        products="R N K",
+    ),
+    "linear8_wgrad": _kernel(
+        34,
+        "R N K lddy",
+        "",
+        "update:dw:acc:N:K, update:db:acc::N::optional, read:dy8t:byte:N:R, read:dys:acc, read:x8t:byte:K:R, "
+        "read:xs:acc, read:dy:dt:R:N:lddy",
+        products="R N K",
     ),
 }

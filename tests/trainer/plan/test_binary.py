@@ -101,7 +101,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_the_engine_takes_every_plan(tmp_path: Path, family: str, precision: str) -> None:
     over = [f"model.family={family}", f"train.precision={precision}"]
     over += ["model.kv_heads=4"] if family == "gpt2" else []

@@ -62,6 +62,9 @@ def cases(every: bool = False) -> Iterator[tuple[str, RunSpec, Literal["train", 
                 tree = {"name": "golden", "model": model, "train": train, "parallel": parallel}
                 yield f"golden {folder.name}, {stages}", parse_spec(tree), "train"
             yield f"golden {folder.name}, inference", parse_spec(tree), "infer"
+    for name in SMALL:
+        yield f"{name}, 3, 1f1b, 4, fp8", small(name, 3, "1f1b", 4, "fp8"), "train"
+        yield f"{name}, fp8, inference", small(name, 1, "1f1b", 4, "fp8"), "infer"
     grid = itertools.product(SMALL, range(1, 9), ("1f1b", "gpipe"), MICROBATCHES, ("fp32", "bf16"))
     for number, case in enumerate(grid):
         if every or number % 7 == 0:  # 7 divides none of the axes, so every value meets every other

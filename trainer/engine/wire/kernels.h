@@ -18,7 +18,9 @@
  *             d<operand> is the gradient of the forward call's operand; UPDATE of an operand that forward changes in
  *             place is that value's gradient, changed back in place; any other operand, dim or real is the forward
  *             call's of that name. Beside them: ld<operand>, the row distance of what is given for it; ACCUM, 1 where
- *             the gradient has a part already; CHUNK and scale, the head's.
+ *             the gradient has a part already; CHUNK and scale, the head's. Where forward takes <v>8 and <v>s, what
+ *             QUANTISE makes of a value or of a weight, also: <v>8t, its transpose; d<v>, the gradient of v itself; and
+ *             of the gradient of an output d<v>8, d<v>8t, d<v>s, in E5M2.
  *   work      WORK(products, again, each): multiply-adds of the matrix products that the mathematics has, of products
  *             that are computed again, and other operations (a rounded number an element: memory decides their time)
  *
@@ -63,8 +65,12 @@ enum {
     HS_PATH_COUNT = 7
 };
 
-/* element types; the size in bytes is 4, 2, 8, 4 */
-enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4 };
+/* Element types; the size in bytes is 4, 2, 8, 4, 1, 1. A call's is one of the first three; operands of E4M3 or E5M2
+ * are BYTE below. FP8 is a plan's alone: BF16, but the products of the layers take E4M3 and E5M2. */
+enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6, HS_FP8 = 7 };
+
+/* Partial maxima of a tensor that is quantised, at most. */
+#define HS_QUANTISE_PARTS 1024
 
 /* Head sizes go up to this: a row fits on the stack, and in registers of a GPU. */
 #define HS_ATTENTION_HEAD_MAX 512
@@ -200,14 +206,34 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4 };
     /* round to nearest even */                                                                                       \
     X(30, CAST, cast, DIMS(n), 1, "", NO_REALS,                                                                       \
       "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
-      WRITE(dst, DT, "", "n", ""), READ(src, ACC, "", "n", ""))
+      WRITE(dst, DT, "", "n", ""), READ(src, ACC, "", "n", ""))                                                       \
+    /* q = x / s in E4M3 (E5M2 1: in E5M2), row by row, qt = its transpose; s = a power of two, of all of x */        \
+    X(31, QUANTISE, quantise, DIMS(R, C, ldx, E5M2), 2, "E5M2", NO_REALS,                                             \
+      "", NO_GRADIENT, WORK("0", "0", "4 R C"),                                                                       \
+      WRITE(q, BYTE, "R", "C", ""), WRITE(qt, BYTE, "C", "R", "", OPTIONAL), WRITE(s, ACC, "", "", ""),               \
+      READ(x, DT, "R", "C", "ldx"), SCRATCH(part, ACC, "", HS_TEXT_OF(HS_QUANTISE_PARTS), ""))                        \
+    /* y = (sum_k x8 w8) xs ws + b + res, rounded once */                                                             \
+    X(32, LINEAR8_FWD, linear8_fwd, DIMS(R, N, K, ldy, ldres), 3, "", NO_REALS,                                       \
+      "", GRADIENT(LINEAR8_IGRAD, LINEAR8_WGRAD, "res"), WORK("R N K", "0", "0"),                                     \
+      WRITE(y, DT, "R", "N", "ldy"), READ(x8, BYTE, "R", "K", ""), READ(xs, ACC, "", "", ""),                         \
+      READ(w8, BYTE, "N", "K", ""), READ(ws, ACC, "", "", ""), READ(b, ACC, "", "N", "", OPTIONAL),                   \
+      READ(res, DT, "R", "N", "ldres", OPTIONAL))                                                                     \
+    X(33, LINEAR8_IGRAD, linear8_igrad, DIMS(R, N, K, lddx, ACCUM), 3, "ACCUM", NO_REALS,                             \
+      "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
+      UPDATE(dx, DT, "R", "K", "lddx"), READ(dy8, BYTE, "R", "N", ""), READ(dys, ACC, "", "", ""),                    \
+      READ(w8t, BYTE, "K", "N", ""), READ(ws, ACC, "", "", ""))                                                       \
+    X(34, LINEAR8_WGRAD, linear8_wgrad, DIMS(R, N, K, lddy), 3, "", NO_REALS,                                         \
+      "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
+      UPDATE(dw, ACC, "N", "K", ""), UPDATE(db, ACC, "", "N", "", OPTIONAL), READ(dy8t, BYTE, "N", "R", ""),          \
+      READ(dys, ACC, "", "", ""), READ(x8t, BYTE, "K", "R", ""), READ(xs, ACC, "", "", ""),                           \
+      READ(dy, DT, "R", "N", "lddy"))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 31
+    HS_K_COUNT = 35
 };
 
 #endif

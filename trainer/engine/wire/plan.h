@@ -58,7 +58,7 @@ enum { HS_LR_CONSTANT = 1, HS_LR_COSINE = 2, HS_LR_WSD = 3 };
 typedef struct hs_plan_config {
     uint32_t mode;             /* HS_MODE_* */
     uint32_t numerics_version; /* 1 */
-    uint32_t dtype;            /* HS_F32 or HS_BF16: of activations and weight matrices */
+    uint32_t dtype;            /* of activations and weight matrices: HS_F32, HS_BF16 or HS_FP8 */
     uint32_t positions;        /* P, of the pipeline; each is a rank in every replica */
     uint32_t replicas;         /* D; 1 in this version */
     uint32_t microbatches;     /* M of a step, in each replica */

@@ -18,6 +18,7 @@
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/cpu/vec_fp8.h"
 #include "kernels/cpu/vec_math.h"
 
 #include "kernels/cpu/attention.c"
@@ -27,7 +28,9 @@
 #include "kernels/cpu/init.c"
 #include "kernels/cpu/layernorm.c"
 #include "kernels/cpu/linear.c"
+#include "kernels/cpu/linear8.c"
 #include "kernels/cpu/optimizer.c"
+#include "kernels/cpu/quantise.c"
 #include "kernels/cpu/rmsnorm.c"
 #include "kernels/cpu/rope.c"
 #include "kernels/cpu/swiglu.c"

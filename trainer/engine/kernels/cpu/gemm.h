@@ -3,8 +3,8 @@
  *
  * Order contract: every element of C is ONE chain of fma over k ascending, from 0 or from the old
  * C. Tiles, blocks of k (the f32 accumulator is carried between them exactly), remainders and
- * threads do not show in the result. bf16 operands are widened while they are packed, which is
- * exact.
+ * threads do not show in the result. bf16 and FP8 operands are widened while they are packed, which
+ * is exact.
  *
  * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width], so that the
  * micro kernel streams. A worker packs the B of its columns once for all rows (it fits PACK_B
@@ -17,6 +17,7 @@
 #include "core/ints.h"
 #include "core/threads.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/cpu/vec_fp8.h"
 #include "kernels/kernels.h"
 
 #if HS_VEC == 2
@@ -41,12 +42,43 @@ enum {
     WORKER_FLOATS = PACK_A + PACK_B + PACK_C + 64
 };
 
-/* Element (i, k) is p[i * row + k * col]; one of row and col is 1. */
+/* Element (i, k) is p[i * row + k * col]; one of row and col is 1. dt: HS_F32, HS_BF16, HS_E4M3 or
+ * HS_E5M2. */
 typedef struct side {
     const void *p;
     int64_t row, col;
     int dt;
 } side;
+
+/* -------------------- elements of a side, dt being a constant wherever these are inlined */
+
+VINLINE vf side_load_n(const void *p, int64_t at, int64_t n, int dt) {
+    if (dt == HS_E4M3 || dt == HS_E5M2)
+        return v_from_fp8(vi_load_bytes_n((const uint8_t *)p + at, n), dt == HS_E5M2);
+    return v_load_dt_n(p, at, n, dt);
+}
+VINLINE vf side_load(const void *p, int64_t at, int dt) {
+    return side_load_n(p, at, LANES, dt);
+}
+VINLINE float side_load1(const void *p, int64_t at, int dt) {
+    float t[LANES];
+    if (dt != HS_E4M3 && dt != HS_E5M2) return load1_dt(p, at, dt);
+    v_store(t, side_load_n(p, at, 1, dt));
+    return t[0];
+}
+VINLINE int64_t side_size(int dt) {
+    return dt == HS_E4M3 || dt == HS_E5M2 ? 1 : dt_size(dt);
+}
+
+#define BY_SIDE(dt, body, ...)                                                                     \
+    do {                                                                                           \
+        if ((dt) == HS_E4M3)                                                                       \
+            body(__VA_ARGS__, HS_E4M3);                                                            \
+        else if ((dt) == HS_E5M2)                                                                  \
+            body(__VA_ARGS__, HS_E5M2);                                                            \
+        else                                                                                       \
+            BY_DTYPE(dt, body, __VA_ARGS__);                                                       \
+    } while (0)
 
 /* -------------------- transposition */
 
@@ -63,14 +95,14 @@ typedef struct side {
 
 /* dst[k * width + i] = src[i * ld + k], 16 x 16. Row k is stored 16 wide, k ascending. */
 VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
-    vf a0 = v_load_dt(src, 0, dt), a1 = v_load_dt(src, ld, dt), a2 = v_load_dt(src, 2 * ld, dt),
-       a3 = v_load_dt(src, 3 * ld, dt), a4 = v_load_dt(src, 4 * ld, dt),
-       a5 = v_load_dt(src, 5 * ld, dt), a6 = v_load_dt(src, 6 * ld, dt),
-       a7 = v_load_dt(src, 7 * ld, dt), a8 = v_load_dt(src, 8 * ld, dt),
-       a9 = v_load_dt(src, 9 * ld, dt), a10 = v_load_dt(src, 10 * ld, dt),
-       a11 = v_load_dt(src, 11 * ld, dt), a12 = v_load_dt(src, 12 * ld, dt),
-       a13 = v_load_dt(src, 13 * ld, dt), a14 = v_load_dt(src, 14 * ld, dt),
-       a15 = v_load_dt(src, 15 * ld, dt);
+    vf a0 = side_load(src, 0, dt), a1 = side_load(src, ld, dt), a2 = side_load(src, 2 * ld, dt),
+       a3 = side_load(src, 3 * ld, dt), a4 = side_load(src, 4 * ld, dt),
+       a5 = side_load(src, 5 * ld, dt), a6 = side_load(src, 6 * ld, dt),
+       a7 = side_load(src, 7 * ld, dt), a8 = side_load(src, 8 * ld, dt),
+       a9 = side_load(src, 9 * ld, dt), a10 = side_load(src, 10 * ld, dt),
+       a11 = side_load(src, 11 * ld, dt), a12 = side_load(src, 12 * ld, dt),
+       a13 = side_load(src, 13 * ld, dt), a14 = side_load(src, 14 * ld, dt),
+       a15 = side_load(src, 15 * ld, dt);
     /* b: pairs of rows; c: columns 0, 1, 2, 3 (mod 4) of four rows; d, e: 4-lane blocks into place
      */
     UNPACK(b, a, 0, 1);
@@ -162,10 +194,10 @@ VINLINE void transpose8(float *dst, int64_t width, __m256 a0, __m256 a1, __m256 
  * stored. */
 VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
     for (int64_t i = 0; i < (width < LANES ? 8 : LANES); i += 8) {
-        vf a0 = v_load_dt(src, i * ld, dt), a1 = v_load_dt(src, (i + 1) * ld, dt),
-           a2 = v_load_dt(src, (i + 2) * ld, dt), a3 = v_load_dt(src, (i + 3) * ld, dt),
-           a4 = v_load_dt(src, (i + 4) * ld, dt), a5 = v_load_dt(src, (i + 5) * ld, dt),
-           a6 = v_load_dt(src, (i + 6) * ld, dt), a7 = v_load_dt(src, (i + 7) * ld, dt);
+        vf a0 = side_load(src, i * ld, dt), a1 = side_load(src, (i + 1) * ld, dt),
+           a2 = side_load(src, (i + 2) * ld, dt), a3 = side_load(src, (i + 3) * ld, dt),
+           a4 = side_load(src, (i + 4) * ld, dt), a5 = side_load(src, (i + 5) * ld, dt),
+           a6 = side_load(src, (i + 6) * ld, dt), a7 = side_load(src, (i + 7) * ld, dt);
         transpose8(dst + i, width, a0.a, a1.a, a2.a, a3.a, a4.a, a5.a, a6.a, a7.a);
         transpose8(dst + i + 8 * width, width, a0.b, a1.b, a2.b, a3.b, a4.b, a5.b, a6.b, a7.b);
     }
@@ -173,7 +205,7 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
 #else
 VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
     float t[16][16];
-    for (int i = 0; i < 16; i++) v_store(t[i], v_load_dt(src, i * ld, dt));
+    for (int i = 0; i < 16; i++) v_store(t[i], side_load(src, i * ld, dt));
     for (int k = 0; k < 16; k++) {
         float row[16];
         for (int i = 0; i < 16; i++) row[i] = t[i][k];
@@ -189,29 +221,29 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
  * floats of room behind it. */
 VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int64_t n,
                     int64_t rows, int64_t k0, int64_t kn, int dt) {
-    const char *base = (const char *)s->p + (first * s->row + k0 * s->col) * dt_size(dt);
+    const char *base = (const char *)s->p + (first * s->row + k0 * s->col) * side_size(dt);
     if (s->row == 1 && s->col != 1) {
         /* contiguous along i; where the row goes on, read 16 and let the surplus be overwritten */
         int64_t take = width < LANES && first + LANES <= rows ? LANES : n;
         for (int64_t k = 0; k < kn; k++)
-            v_store(dst + k * width, v_load_dt_n(base, k * s->col, take, dt));
+            v_store(dst + k * width, side_load_n(base, k * s->col, take, dt));
         return;
     }
     if (s->col != 1) { /* a row length of 1 on both sides, or a general stride: rare, small */
         for (int64_t k = 0; k < kn; k++)
             for (int64_t i = 0; i < LANES; i++)
-                dst[k * width + i] = i < n ? load1_dt(base, i * s->row + k * s->col, dt) : 0.0f;
+                dst[k * width + i] = i < n ? side_load1(base, i * s->row + k * s->col, dt) : 0.0f;
         return;
     }
     int64_t k = 0;
     float t[16 * 16], turned[16 * 16];
     if (n == LANES || (width < LANES && first + LANES <= rows))
         for (; k + LANES <= kn; k += LANES)
-            transpose16(dst + k * width, width, base + k * dt_size(dt), s->row, dt);
+            transpose16(dst + k * width, width, base + k * side_size(dt), s->row, dt);
     for (; k < kn; k += LANES) {
         int64_t left = hs_min(kn - k, LANES);
         for (int64_t i = 0; i < LANES; i++)
-            v_store(t + i * LANES, i < n ? v_load_dt_n(base, i * s->row + k, left, dt) : v_zero());
+            v_store(t + i * LANES, i < n ? side_load_n(base, i * s->row + k, left, dt) : v_zero());
         transpose16(turned, LANES, t, LANES, HS_F32);
         for (int64_t j = 0; j < left; j++)
             v_store(dst + (k + j) * width, v_load(turned + j * LANES));
@@ -229,7 +261,7 @@ VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t
 /* Rows [i0, i0 + m) of A (which has `rows` rows) and k in [k0, k0 + kn), in panels of MR rows. */
 static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
                    int64_t kn) {
-    BY_DTYPE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn);
+    BY_SIDE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn);
 }
 
 VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
@@ -242,7 +274,7 @@ VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t
 /* The same for B, in panels of NR, padded with zero to a multiple of 16. */
 static void pack_b(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
                    int64_t kn) {
-    BY_DTYPE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn);
+    BY_SIDE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn);
 }
 
 /* -------------------- micro kernel */
@@ -362,10 +394,11 @@ typedef struct gemm {
     void *out;
     int64_t ld_out;
     int dt_out;
-    int from_old;      /* out is f32 and each chain starts from it */
-    int add_old;       /* the old out is added at the end */
-    const float *bias; /* [n], added at the end; NULL: none */
-    const void *res;   /* [m, n] of dt_out, added after the bias; NULL: none */
+    int from_old;                   /* out is f32 and each chain starts from it */
+    int add_old;                    /* the old out is added at the end */
+    const float *scale_a, *scale_b; /* each sum is multiplied with both, one by one; NULL: not */
+    const float *bias;              /* [n], added at the end; NULL: none */
+    const void *res;                /* [m, n] of dt_out, added after the bias; NULL: none */
     int64_t ld_res;
 } gemm;
 
@@ -382,6 +415,7 @@ VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, i
         for (int64_t j = 0; j < n; j += LANES) {
             int64_t left = n - j, at = (i0 + i) * g->ld_out + j0 + j;
             vf x = v_load_n(c + i * ldc + j, left);
+            if (g->scale_a) x = v_mul(v_mul(x, v_set1(*g->scale_a)), v_set1(*g->scale_b));
             if (g->bias) x = v_add(x, v_load_n(g->bias + j0 + j, left));
             if (g->res) x = v_add(x, v_load_dt_n(g->res, (i0 + i) * g->ld_res + j0 + j, left, dt));
             if (g->add_old) x = v_add(x, v_load_dt_n(g->out, at, left, dt));
@@ -393,7 +427,7 @@ VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, i
 static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, int64_t j0,
                          int64_t n) {
     float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
-    int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old;
+    int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
     int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, KC));
     int64_t wide = hs_ceil_div(n, NR) * NR;
     int keep_b = i1 - i0 > MC && wide * g->k <= PACK_B;

@@ -60,6 +60,12 @@ static void bias_range(void *ctx, int64_t begin, int64_t end, int worker) {
     BY_DTYPE(j->dt, bias_columns, j, begin, end);
 }
 
+static void bias_gradient(hs_kernel_ctx *ctx, float *db, const void *dy, int64_t R, int64_t N,
+                          int64_t lddy, int dt) {
+    bias_job j = {db, dy, R, N, lddy, dt};
+    share_columns(ctx, R, N, bias_range, &j);
+}
+
 static void linear_wgrad_op(hs_kernel_ctx *ctx, hs_linear_wgrad_args *a) {
     int64_t R = a->R, N = a->N, K = a->K;
     int dt = (int)a->dtype;
@@ -73,8 +79,5 @@ static void linear_wgrad_op(hs_kernel_ctx *ctx, hs_linear_wgrad_args *a) {
               .dt_out = HS_F32,
               .from_old = 1};
     gemm_run(ctx, &g);
-    if (a->db) {
-        bias_job j = {a->db, a->dy, R, N, a->lddy, dt};
-        share_columns(ctx, R, N, bias_range, &j);
-    }
+    if (a->db) bias_gradient(ctx, a->db, a->dy, R, N, a->lddy, dt);
 }

@@ -158,6 +158,12 @@ VINLINE void vi_mul_wide(vi a, uint32_t m, vi *high, vi *low) {
     *low = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
     *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
 }
+VINLINE vi vi_load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+VINLINE void vi_store_bytes(uint8_t *p, vi x) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(x));
+}
 VINLINE vf v_load_bf16(const bf16 *p) {
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -318,6 +324,17 @@ VINLINE void vi_mul_wide(vi a, uint32_t m, vi *high, vi *low) {
     __m256i mm = _mm256_set1_epi64x((long long)m);
     half_mul_wide(a.a, mm, &high->a, &low->a);
     half_mul_wide(a.b, mm, &high->b, &low->b);
+}
+VINLINE vi vi_load_bytes(const uint8_t *p) {
+    __m128i b = _mm_loadu_si128((const __m128i *)(const void *)p);
+    EACH(vi, _mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)));
+}
+VINLINE void vi_store_bytes(uint8_t *p, vi x) {
+    __m256i mask = _mm256_set1_epi32(0xff);
+    __m256i h = _mm256_packus_epi32(_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));
+    h = _mm256_permute4x64_epi64(h, 0xd8);
+    _mm_storeu_si128((__m128i *)(void *)p,
+                     _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
 }
 VINLINE __m256 half_load_bf16(const bf16 *p) {
     __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
@@ -566,6 +583,16 @@ VINLINE vi vi_load(const uint32_t *p) {
     memcpy(&r, p, sizeof r);
     return r;
 }
+VINLINE vi vi_load_bytes(const uint8_t *p) {
+    uint32_t t[16];
+    for (int i = 0; i < 16; i++) t[i] = p[i];
+    return vi_load(t);
+}
+VINLINE void vi_store_bytes(uint8_t *p, vi x) {
+    uint32_t t[16];
+    memcpy(t, &x, sizeof t);
+    for (int i = 0; i < 16; i++) p[i] = (uint8_t)t[i];
+}
 VINLINE void vi_mul_wide(vi a, uint32_t m, vi *high, vi *low) {
     uint32_t x[16], h[16];
     memcpy(x, &a, sizeof x);
@@ -651,6 +678,24 @@ VINLINE float load1_dt(const void *p, int64_t at, int dt) {
 }
 VINLINE int64_t dt_size(int dt) {
     return dt == HS_BF16 ? 2 : 4;
+}
+
+/* n bytes, 16 at most, one in each lane; the others read as 0. */
+VINLINE vi vi_load_bytes_n(const uint8_t *p, int64_t n) {
+    uint8_t t[16] = {0};
+    if (n >= LANES) return vi_load_bytes(p);
+    memcpy(t, p, (size_t)n);
+    return vi_load_bytes(t);
+}
+/* The low bytes of the first n lanes. */
+VINLINE void vi_store_bytes_n(uint8_t *p, vi x, int64_t n) {
+    uint8_t t[16];
+    if (n >= LANES) {
+        vi_store_bytes(p, x);
+        return;
+    }
+    vi_store_bytes(t, x);
+    memcpy(p, t, (size_t)n);
 }
 
 /* Zero in the lanes from n on: keeps padding out of sums. */

@@ -19,6 +19,7 @@
 #include "kernels/cuda/cublaslt.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/emulate_runtime.h"
+#include "kernels/cuda/fp8.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -65,6 +66,8 @@ int number_of(const lt::algorithm *algo) {
 
 float read(const void *at, int64_t i, int type) {
     if (type == lt::R_32F) return static_cast<const float *>(at)[i];
+    if (type == lt::R_8F_E4M3) return widen(static_cast<const e4m3 *>(at)[i]);
+    if (type == lt::R_8F_E5M2) return widen(static_cast<const e5m2 *>(at)[i]);
     return widen(static_cast<const bf16 *>(at)[i]);
 }
 
@@ -110,6 +113,12 @@ lt::status desc_set(lt::description *to, int attribute, const void *value, size_
     case lt::DESC_BIAS_POINTER:
         if (bytes == 8) return memcpy(&w->bias, value, bytes), 0;
         return 7;
+    case lt::DESC_A_SCALE_POINTER:
+        if (bytes == 8) return memcpy(&w->scale_a, value, bytes), 0;
+        return 7;
+    case lt::DESC_B_SCALE_POINTER:
+        if (bytes == 8) return memcpy(&w->scale_b, value, bytes), 0;
+        return 7;
     default:
         return 7;
     }
@@ -131,6 +140,10 @@ lt::status preference_set(lt::preference *to, int attribute, const void *value, 
                : 7;
 }
 
+bool is_fp8(int type) {
+    return type == lt::R_8F_E4M3 || type == lt::R_8F_E5M2;
+}
+
 /* Whether the shapes fit each other. */
 bool fits(lt::description *what, lt::layout *a, lt::layout *b, lt::layout *c, lt::layout *d) {
     const what_of *w = inside<what_of>(what);
@@ -138,6 +151,13 @@ bool fits(lt::description *what, lt::layout *a, lt::layout *b, lt::layout *c, lt
                   *D = inside<side_of>(d);
     const uint64_t m = w->transa ? A->columns : A->rows, k = w->transa ? A->rows : A->columns;
     const uint64_t n = w->transb ? B->rows : B->columns, kb = w->transb ? B->columns : B->rows;
+    const bool eight = is_fp8(A->type);
+    if (eight != is_fp8(B->type) || (w->scale_a != NULL) != eight || (w->scale_b != NULL) != eight)
+        return false;
+    /* FP8: the index that is summed over side by side in both, sides of 16 bytes, not E5M2 twice */
+    if (eight && (!w->transa || w->transb || m % 16 || n % 16 || k % 16 || A->ld % 16 ||
+                  B->ld % 16 || (A->type == lt::R_8F_E5M2 && B->type == lt::R_8F_E5M2)))
+        return false;
     return m == D->rows && n == D->columns && k == kb && C->rows == m && C->columns == n &&
            C->type == D->type;
 }
@@ -204,7 +224,7 @@ float chain(const sum_of &s, int64_t first, int64_t step, float sum) {
 }
 
 const char *element(const void *at, int64_t i, int type) {
-    return static_cast<const char *>(at) + i * (type == lt::R_32F ? 4 : 2);
+    return static_cast<const char *>(at) + i * (type == lt::R_32F ? 4 : is_fp8(type) ? 1 : 2);
 }
 
 /* A product that a stream does when its turn comes. */
@@ -233,6 +253,7 @@ int work(void *closure) {
                       : j.number == 2 ? chain(s, k - 1, -1, 0.0f)
                                       : chain(s, 0, 1, 0.0f);
             x = x * j.by;
+            if (j.what.scale_a) x = (x * *j.what.scale_a) * *j.what.scale_b;
             if (j.old != 0.0f) x = x + j.old * read(j.at_c, row + column * j.c.ld, j.c.type);
             if (j.what.epilogue & lt::EPILOGUE_BIAS) x = x + read(j.what.bias, row, j.d.type);
             if (j.d.type == lt::R_32F)

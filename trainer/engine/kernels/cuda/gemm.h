@@ -19,10 +19,11 @@ template <typename T> struct gemm_side {
     int64_t row, col;
 };
 
-/* I of the operands, O of the result. */
-template <typename I, typename O> struct gemm {
+/* I of the operands (J of b where it is another), O of the result. */
+template <typename I, typename O, typename J = I> struct gemm {
     int64_t m, n, k;
-    gemm_side<I> a, b;
+    gemm_side<I> a;
+    gemm_side<J> b;
     O *out;
     int64_t ld_out;
     bool from_old;     /* each chain starts from the old out */
@@ -30,6 +31,8 @@ template <typename I, typename O> struct gemm {
     const float *bias; /* [n], added at the end; NULL: none */
     const O *res;      /* [m, n], added after the bias; NULL: none */
     int64_t ld_res;
+    const float *scale_a,
+        *scale_b; /* each sum is multiplied with both at the end, first; NULL: not */
 };
 
 typedef float gemm_panel[GEMM_K][GEMM_TILE + 1];
@@ -47,8 +50,8 @@ HS_DEVICE void gemm_fetch(gemm_panel &panel, const gemm_side<T> &s, int64_t firs
     }
 }
 
-template <typename I, typename O>
-__global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O> g, int64_t tiles_n) {
+template <typename I, typename O, typename J>
+__global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O, J> g, int64_t tiles_n) {
     HS_SHARED(gemm_panel, a, );
     HS_SHARED(gemm_panel, b, );
     const int64_t i0 = blockIdx.x / tiles_n * GEMM_TILE, j0 = blockIdx.x % tiles_n * GEMM_TILE;
@@ -80,6 +83,7 @@ __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O> g, in
             if (row >= g.m || column >= g.n) continue;
             float x = c[i][j];
             O *out = g.out + row * g.ld_out + column;
+            if (g.scale_a) x = (x * *g.scale_a) * *g.scale_b;
             if (g.bias) x = x + g.bias[column];
             if (g.res) x = x + widen(g.res[row * g.ld_res + column]);
             if (g.add_old) x = x + widen(*out);
@@ -87,8 +91,8 @@ __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O> g, in
         }
 }
 
-template <typename I, typename O>
-static hs_status gemm_run(cudaStream_t stream, const gemm<I, O> &g) {
+template <typename I, typename O, typename J>
+static hs_status gemm_run(cudaStream_t stream, const gemm<I, O, J> &g) {
     const int64_t tiles_n = hs_ceil_div(g.n, GEMM_TILE);
     const unsigned tiles = (unsigned)(hs_ceil_div(g.m, GEMM_TILE) * tiles_n);
     return HS_LAUNCH(gemm_tile, tiles, GEMM_THREADS, stream, g, tiles_n);

@@ -18,9 +18,6 @@ extern "C" {
 #include "kernels/cuda/cuda.h"
 #include "wire/algorithms.h"
 
-/* Element types beside HS_F32 and HS_BF16: FP8. */
-enum { HS_E4M3 = 5, HS_E5M2 = 6 };
-
 /* Row i of a product's side is at + i * ld, its elements side by side; across: element (i, k) is
  * at[k * ld + i]. ld in elements. */
 typedef struct hs_side {
@@ -82,6 +79,12 @@ int hs_products_of(uint16_t kernel, const hs_args *args, void *own,
 /* Whether products are the library's. */
 static inline bool hs_by_library(const hs_cuda_ctx *ctx) {
     return ctx->path == HS_PATH_CUDA && ctx->products;
+}
+
+/* Whether a product of linear8.h may be the library's: tensor cores take FP8 where every side is a
+ * multiple of 16 bytes, and give bf16 or add to f32. */
+static inline bool hs_fp8_fits(uint32_t dtype, int64_t R, int64_t N, int64_t K) {
+    return dtype == HS_BF16 && R % 16 == 0 && N % 16 == 0 && K % 16 == 0;
 }
 
 /* What an algorithm is kept under. */

@@ -1,47 +1,17 @@
 /* Linear layers: three products, of gemm.h or, under path cuda, of a library (libraries.h). The
  * library adds a bias of the result's type: of bf16 results it is rounded first. The bias's gradient is
- * columns.h's. */
-#include "kernels/cuda/columns.h"
+ * bias.h's. */
+#include "kernels/cuda/bias.h"
+#include "kernels/cuda/by_library.h"
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/libraries.h"
 
 #include "kernels/linear.h"
-
-template <typename T>
-__global__ void __launch_bounds__(columns_of<T>::THREADS)
-    bias_grad(float *db, const T *dy, int64_t R, int64_t N_, int64_t lddy, bool wide) {
-    const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
-    HS_SHARED(column_sums, sums, );
-    const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
-    lanes<N> b = {};
-    for (int64_t r = threadIdx.x / across; r < R && c < N_; r += COLUMN_LANES) {
-        const lanes<N> g = load<N>(dy + r * lddy + c, N_ - c, wide);
-        for (int i = 0; i < N; i++) b.x[i] = b.x[i] + g.x[i];
-    }
-    join_columns(sums, b, db, N_);
-}
-
-__global__ void __launch_bounds__(FLAT) round_bias(bf16 *to, const float *from, int64_t n) {
-    const int64_t i = flat_index();
-    if (i < n) narrow(from[i], to + i);
-}
-
-static hs_status library_product(const hs_cuda_ctx *ctx, uint16_t kernel, const hs_args &args) {
-    hs_product p[HS_PRODUCTS_OF_A_CALL];
-    (void)hs_products_of(kernel, &args, HS_OWN_WORKSPACE(ctx), p);
-    return hs_products_run(ctx->products, ctx, p);
-}
 
 template <typename T>
 static hs_status linear_fwd_op(const hs_cuda_ctx *ctx, const hs_linear_fwd_args &a) {
     const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     if (hs_by_library(ctx)) {
-        if (a.b && sizeof(T) == sizeof(bf16)) {
-            if ((uint64_t)a.N * sizeof(bf16) > HS_OWN_BYTES) return HS_E_CONFIG;
-            bf16 *bias = reinterpret_cast<bf16 *>(HS_OWN_WORKSPACE(ctx));
-            HS_TRY(HS_LAUNCH(round_bias, flat_blocks(a.N), FLAT, stream, bias,
-                             static_cast<const float *>(a.b), a.N));
-        }
+        if (a.b && sizeof(T) == sizeof(bf16)) HS_TRY(rounded_bias(ctx, a.b, a.N));
         return library_product(ctx, HS_K_LINEAR_FWD, hs_linear_fwd_args_to(&a));
     }
     const int64_t R = a.R, N = a.N, K = a.K;
@@ -92,7 +62,6 @@ static hs_status linear_wgrad_op(const hs_cuda_ctx *ctx, const hs_linear_wgrad_a
         HS_TRY(gemm_run(stream, g));
     }
     if (!db) return HS_OK;
-    return HS_LAUNCH(bias_grad, (unsigned)hs_ceil_div(N, COLUMNS), columns_of<T>::THREADS, stream,
-                     db, dy, R, N, lddy, wide_at(dy, lddy));
+    return bias_gradient(stream, db, dy, R, N, lddy);
 }
 HS_CUDA_CTX_OP(linear_wgrad)

@@ -16,6 +16,7 @@ struct entry {
 
 struct hs_products {
     hs_cublaslt lib;
+    uint32_t capability;
     uint32_t count;
     entry entries[HS_ALGORITHMS_MAX];
 };
@@ -58,6 +59,39 @@ static hs_product linear_wgrad(const hs_linear_wgrad_args &a) {
     return p;
 }
 
+/* linear8.h: rows of codes, k of each, with their scales. */
+static hs_product product8(int64_t m, int64_t n, int64_t k, const void *a, uint32_t type_a,
+                           const void *a_scale, const void *b, const void *b_scale, void *out,
+                           int64_t ld_out, uint32_t type_out) {
+    hs_product p = product(m, n, k, side(a, k, false, type_a), side(b, k, false, HS_E4M3), out,
+                           ld_out, type_out);
+    p.a.scale = static_cast<const float *>(a_scale);
+    p.b.scale = static_cast<const float *>(b_scale);
+    return p;
+}
+
+static int linear8_fwd(const hs_linear8_fwd_args &a, void *own, hs_product *p) {
+    if (!hs_fp8_fits(a.dtype, a.R, a.N, a.K)) return 0;
+    *p = product8(a.R, a.N, a.K, a.x8, HS_E4M3, a.xs, a.w8, a.ws, a.y, a.ldy, a.dtype);
+    p->add = a.res, p->ld_add = a.res ? a.ldres : 0;
+    p->bias = a.b ? own : NULL;
+    return 1;
+}
+
+static int linear8_igrad(const hs_linear8_igrad_args &a, hs_product *p) {
+    if (!hs_fp8_fits(a.dtype, a.R, a.N, a.K)) return 0;
+    *p = product8(a.R, a.K, a.N, a.dy8, HS_E5M2, a.dys, a.w8t, a.ws, a.dx, a.lddx, a.dtype);
+    if (a.ACCUM) p->add = a.dx, p->ld_add = a.lddx;
+    return 1;
+}
+
+static int linear8_wgrad(const hs_linear8_wgrad_args &a, hs_product *p) {
+    if (!hs_fp8_fits(a.dtype, a.R, a.N, a.K)) return 0;
+    *p = product8(a.N, a.K, a.R, a.dy8t, HS_E5M2, a.dys, a.x8t, a.xs, a.dw, a.K, HS_F32);
+    p->add = a.dw, p->ld_add = a.K;
+    return 1;
+}
+
 static hs_product logits(const hs_logits_args &a) {
     return product(a.R, a.V, a.C, side(a.x, a.C, false, a.dtype), side(a.w, a.C, false, a.dtype),
                    a.logits, a.V, HS_F32);
@@ -81,6 +115,9 @@ static int classifier_grad(const hs_classifier_grad_args &a, int64_t rows, hs_pr
 extern "C" int hs_products_of(uint16_t kernel, const hs_args *args, void *own,
                               hs_product out[HS_PRODUCTS_OF_A_CALL]) {
     hs_linear_fwd_args fwd;
+    hs_linear8_fwd_args fwd8;
+    hs_linear8_igrad_args igrad8;
+    hs_linear8_wgrad_args wgrad8;
     hs_classifier_fwd_args loss;
     hs_classifier_grad_args grad = {};
     int n = 0;
@@ -95,6 +132,15 @@ extern "C" int hs_products_of(uint16_t kernel, const hs_args *args, void *own,
     case HS_K_LINEAR_WGRAD:
         out[0] = linear_wgrad(hs_linear_wgrad_args_of(args));
         return 1;
+    case HS_K_LINEAR8_FWD:
+        fwd8 = hs_linear8_fwd_args_of(args);
+        return linear8_fwd(fwd8, own, out);
+    case HS_K_LINEAR8_IGRAD:
+        igrad8 = hs_linear8_igrad_args_of(args);
+        return linear8_igrad(igrad8, out);
+    case HS_K_LINEAR8_WGRAD:
+        wgrad8 = hs_linear8_wgrad_args_of(args);
+        return linear8_wgrad(wgrad8, out);
     case HS_K_LOGITS:
         out[0] = logits(hs_logits_args_of(args));
         return 1;
@@ -155,9 +201,9 @@ static entry *find(hs_products *products, const hs_algorithm_key *key) {
 extern "C" hs_status hs_products_create(const char *device, uint32_t capability, hs_products **out,
                                         hs_why *why) {
     *out = NULL;
-    (void)capability;
     hs_products *products = static_cast<hs_products *>(calloc(1, sizeof *products));
     if (!products) return hs_fail(why, HS_E_MEMORY, "no memory for the table of algorithms");
+    products->capability = capability;
     const hs_status st = hs_cublaslt_open(&products->lib, device, why);
     if (st != HS_OK) {
         free(products);
@@ -184,6 +230,12 @@ extern "C" hs_status hs_products_need(hs_products *products, const hs_cuda_ctx *
     for (int i = 0; i < count; i++) {
         hs_algorithm_key key;
         hs_algorithm_key_of(&list[i], &key);
+        if (key.scale && products->capability < 89)
+            return hs_fail(why, HS_E_CONFIG,
+                           "train.precision \"fp8\" needs tensor cores that have it: compute "
+                           "capability 8.9 or more, this device has %u.%u; use another device, "
+                           "precision \"bf16\", or launch.kernel_path cuda-exact, which is slow",
+                           products->capability / 10, products->capability % 10);
         if (find(products, &key)) continue;
         if (products->count == HS_ALGORITHMS_MAX)
             return hs_fail(why, HS_E_CONFIG,

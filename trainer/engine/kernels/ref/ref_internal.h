@@ -52,6 +52,30 @@ static inline void store(void *p, uint32_t dtype, int64_t i, double value) {
         ((uint16_t *)p)[i] = bf16_of(value);
 }
 
+/* The number of a code of E4M3, or of E5M2. */
+static inline double fp8_value(uint8_t code, int e5m2) {
+    const int bits = e5m2 ? 2 : 3, bias = e5m2 ? 15 : 7, size = code & 0x7f;
+    const int exponent = size >> bits, mantissa = size & ((1 << bits) - 1);
+    double x = exponent ? ldexp(mantissa + (1 << bits), exponent - bias - bits)
+                        : ldexp(mantissa, 1 - bias - bits);
+    if (e5m2 && exponent == 31) x = mantissa ? (double)NAN : (double)INFINITY;
+    if (!e5m2 && size == 0x7f) x = (double)NAN;
+    return code & 0x80 ? -x : x;
+}
+
+/* The nearest code, ties to even; beyond the largest number, that; of a NaN 0x7f. */
+static inline uint8_t fp8_of(double value, int e5m2) {
+    const int bits = e5m2 ? 2 : 3, bias = e5m2 ? 15 : 7;
+    const double size = fabs(value), most = e5m2 ? 57344 : 448;
+    const uint8_t sign = signbit(value) ? 0x80 : 0;
+    if (value != value) return 0x7f;
+    if (size >= most) return sign | (e5m2 ? 0x7b : 0x7e);
+    const int least = 1 - bias, own = size > 0 ? ilogb(size) : least;
+    const int exponent = own > least ? own : least;
+    const int places = (int)nearbyint(ldexp(size, bits - exponent)); /* to even */
+    return (uint8_t)(sign | (((exponent + bias) << bits) + places - (1 << bits)));
+}
+
 static inline void add_to(void *p, uint32_t dtype, int64_t i, double value) {
     store(p, dtype, i, load(p, dtype, i) + value);
 }

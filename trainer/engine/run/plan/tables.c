@@ -24,7 +24,7 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
     } ranges[] = {
         {"mode", g->mode, HS_MODE_TRAIN, HS_MODE_INFER},
         {"numerics_version", g->numerics_version, 1, 1},
-        {"dtype", g->dtype, HS_F32, HS_BF16},
+        {"dtype", g->dtype, HS_F32, HS_FP8},
         {"positions", g->positions, 1, train ? 65536 : 1},
         {"replicas", g->replicas, 1, 1},
         {"microbatches", g->microbatches, 1, 1 << 20},
@@ -48,6 +48,10 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
             return REFUSE(c, "config %s is %" PRId64 ", outside %" PRId64 "..%" PRId64,
                           ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high);
         }
+    }
+    if (g->dtype > HS_BF16 && g->dtype < HS_FP8) {
+        return REFUSE(c, "config dtype is %" PRIu32 ", not f32 (%d), bf16 (%d) or fp8 (%d)",
+                      g->dtype, HS_F32, HS_BF16, HS_FP8);
     }
     if (g->token_bytes == 3) return REFUSE(c, "config token_bytes is 3, not 2 or 4");
     if ((int64_t)g->microbatch * g->sequence > INT64_C(1) << 31) {
