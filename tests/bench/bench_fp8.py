@@ -1,7 +1,7 @@
-"""What FP8 costs in loss: the demo's model and text, trained in bf16 and in fp8 from the same weights on the same batches.
+"""What FP8 costs in loss: the demo's model and text, in bf16 and in fp8 from the same weights on the same batches.
 
-The figure of a seed is the mean loss of the last tenth of the steps, fp8's against bf16's. docs/numerics.md has the last
-result; `measure` with few steps and text of its own is the short form in `make test`.
+The figure of a seed is the mean loss of the last tenth of the steps, fp8's against bf16's. docs/numerics.md has the
+last result; `measure` with few steps and text of its own is the short form in `make test`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two formats of FP8 and what is quantised to them: every bf16 number and every code, against arithmetic in float64."""
+"""The two formats of FP8, and what is quantised to them: every bf16 number and every code, against float64."""
 
 from __future__ import annotations
 

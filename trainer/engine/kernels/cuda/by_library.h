@@ -5,7 +5,8 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/libraries.h"
 
-__global__ void __launch_bounds__(FLAT) round_bias(bf16 *to, const float *from, int64_t n) {
+template <typename T>
+__global__ void __launch_bounds__(FLAT) round_bias(T *to, const float *from, int64_t n) {
     const int64_t i = flat_index();
     if (i < n) narrow(from[i], to + i);
 }
