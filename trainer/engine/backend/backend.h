@@ -42,11 +42,12 @@
 #include "core/threads.h"
 #include "kernels/kernels.h"
 
-#define HS_BACKEND_VERSION 2u /* of hs_backend below, and of all that it is made of */
+#define HS_BACKEND_VERSION 3u /* of hs_backend below, and of all that it is made of */
 
 typedef struct hs_device hs_device; /* each backend has its own */
 typedef struct hs_graph hs_graph;
-struct hs_link_table; /* backend/links.h */
+struct hs_link_table;    /* backend/links.h */
+struct hs_product_table; /* backend/products.h */
 
 /* Kernels; messages to the device; messages from it; snapshots. */
 enum { HS_STREAM_COMPUTE, HS_STREAM_IN, HS_STREAM_OUT, HS_STREAM_SAVE, HS_STREAMS };
@@ -130,7 +131,8 @@ typedef struct hs_backend {
     hs_status (*captured)(hs_device *device, int stream, hs_graph **graph, hs_why *why);
     hs_status (*replay)(hs_device *device, int stream, hs_graph *graph, hs_why *why);
 
-    const struct hs_link_table *links; /* between devices; NULL: none */
+    const struct hs_product_table *products; /* backend/products.h; NULL: nothing to choose */
+    const struct hs_link_table *links;       /* between devices; NULL: none */
 } hs_backend;
 
 enum { HS_DEVICE_ARENAS = 8, HS_DEVICE_PINS = 32 };

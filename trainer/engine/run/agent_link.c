@@ -37,6 +37,14 @@ struct hs_agent_link {
     bool slots_came;
     int slot_fds[HS_SNAPSHOT_SLOTS_MAX], slot_count, restore;
     int64_t committed;
+    /* a proposal of algorithms, while hs_agent_link_agree waits */
+    const void *proposal; /* NULL: none */
+    size_t proposal_bytes;
+    bool proposal_unsent;
+    char *agreed; /* where the answer goes */
+    size_t agreed_room, agreed_bytes;
+    bool agreed_came;
+    int64_t agreed_code;
     /* what waits */
     line_ring metrics;
     ready readies[HS_SNAPSHOT_SLOTS_MAX];
@@ -119,6 +127,7 @@ static void disconnect(hs_agent_link *link) {
     /* An agent that comes after this one learns the newest snapshots again; READY twice does no
      * harm. */
     for (int i = 0; i < HS_SNAPSHOT_SLOTS_MAX; i++) link->readies[i].unsent = link->readies[i].any;
+    link->proposal_unsent = link->proposal != NULL;
 }
 
 /* HS_OK: sent. HS_E_AGAIN: later. HS_E_LOST: the connection is gone (already noted). */
@@ -145,6 +154,11 @@ static hs_status send_waiting(hs_agent_link *link) {
         HS_TRY(send_one(link, HS_MSG_READY, (hs_msg){.a = i, .b = r->step, .c = r->final}, NULL, 0,
                         NULL, 0));
         r->unsent = false;
+    }
+    if (link->proposal_unsent) {
+        HS_TRY(send_one(link, HS_MSG_ALGORITHMS, (hs_msg){.a = 0}, link->proposal,
+                        link->proposal_bytes, NULL, 0));
+        link->proposal_unsent = false;
     }
     while (link->metrics.used) {
         const uint16_t length = ring_length(&link->metrics);
@@ -185,6 +199,14 @@ static void take_slots(hs_agent_link *link, const hs_msg *msg, int *fds, int cou
     link->slots_came = true;
 }
 
+static void take_agreed(hs_agent_link *link, const hs_msg *msg) {
+    if (!link->proposal) return; /* the answer came already, over the connection before */
+    link->agreed_came = true;
+    link->agreed_code = msg->a;
+    link->agreed_bytes = msg->bytes;
+    if (msg->bytes <= link->agreed_room) memcpy(link->agreed, link->payload, msg->bytes);
+}
+
 static void receive(hs_agent_link *link) {
     while (link->fd >= 0) {
         hs_msg msg;
@@ -202,6 +224,8 @@ static void receive(hs_agent_link *link) {
         for (int i = 0; i < count; i++) close(fds[i]);
         if (msg.type == HS_MSG_COMMITTED) {
             if (msg.a > link->committed) link->committed = msg.a;
+        } else if (msg.type == HS_MSG_ALGORITHMS) {
+            take_agreed(link, &msg);
         } else {
             HS_LOG(link->log, HS_LOG_WARN, "a message that is not for a rank",
                    HS_S("type", hs_message_name(msg.type)));
@@ -266,6 +290,46 @@ hs_status hs_agent_link_slots(hs_agent_link *link, int64_t deadline_ns, hs_stop 
     *restore = link->restore;
     link->slot_count = 0; /* theirs now */
     return HS_OK;
+}
+
+/* HS_OK: it came. */
+static hs_status wait_agreed(hs_agent_link *link, int64_t deadline_ns, hs_stop *stop, hs_why *why) {
+    for (;;) {
+        hs_agent_link_poll(link);
+        if (link->agreed_came) return HS_OK;
+        if (hs_stop_lost(stop))
+            return hs_fail(why, HS_E_LOST,
+                           "a peer was lost while this rank waited for the run's algorithms");
+        if (hs_stop_requested(stop))
+            return hs_fail(why, HS_E_TERMINATED, "stopped on request before the first step");
+        if (hs_clock_ns() >= deadline_ns)
+            return hs_fail(why, HS_E_LOST,
+                           "the agent at %.200s did not say in time which algorithms the run has "
+                           "chosen; does it reach its store?",
+                           link->path);
+        doze(link, stop, link->proposal_unsent, deadline_ns);
+    }
+}
+
+hs_status hs_agent_link_agree(hs_agent_link *link, const void *table, size_t bytes, void *answer,
+                              size_t room, size_t *came, int64_t deadline_ns, hs_stop *stop,
+                              hs_why *why) {
+    link->proposal = table;
+    link->proposal_bytes = bytes;
+    link->proposal_unsent = true;
+    link->agreed = answer;
+    link->agreed_room = room;
+    link->agreed_came = false;
+    hs_status st = wait_agreed(link, deadline_ns, stop, why);
+    link->proposal = NULL;
+    link->proposal_unsent = false;
+    if (st == HS_OK && link->agreed_bytes > room)
+        st = hs_fail(why, HS_E_BUG, "the agent's algorithms have %zu bytes, asked were %zu",
+                     link->agreed_bytes, bytes);
+    if (st == HS_OK && link->agreed_code != 0)
+        st = hs_fail(why, HS_E_CONFIG, "%.*s", (int)link->agreed_bytes, (const char *)answer);
+    *came = link->agreed_bytes;
+    return st;
 }
 
 void hs_agent_link_keep(hs_agent_link *link, const hs_snapshot *snapshot) {

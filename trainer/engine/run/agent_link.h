@@ -41,6 +41,13 @@ hs_status hs_agent_link_slots(hs_agent_link *link, int64_t deadline_ns, hs_stop 
                               int fds[HS_SNAPSHOT_SLOTS_MAX], int *count, int *restore,
                               hs_why *why);
 
+/* Proposes a table of algorithms (wire/algorithms.h) and waits for the run's: its bytes in answer, of
+ * which there are *came. HS_E_CONFIG: the agent cannot keep it, in its words; HS_E_LOST and
+ * HS_E_TERMINATED as above. */
+hs_status hs_agent_link_agree(hs_agent_link *link, const void *table, size_t bytes, void *answer,
+                              size_t room, size_t *came, int64_t deadline_ns, hs_stop *stop,
+                              hs_why *why);
+
 /* From now on a reconnection hands over the descriptors of this snapshot, which must outlive the
  * link. */
 void hs_agent_link_keep(hs_agent_link *link, const hs_snapshot *snapshot);

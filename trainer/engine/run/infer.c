@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "backend/load.h"
+#include "run/algorithms.h"
 #include "run/machine.h"
 #include "run/weights.h"
 
@@ -109,6 +110,8 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
                                       .local_ranks = 1,
                                       .arena_fd = -1};
     HS_TRY_GOTO(st, out, hs_machine_create(&config, &machine, why));
+    const hs_algorithms_config algorithms = {.machine = &machine, .log = args->log};
+    HS_TRY_GOTO(st, out, hs_algorithms_settle(&algorithms, why));
     HS_TRY_GOTO(st, out,
                 hs_weights_read(args->weights, &plan, &plan.positions[0], &machine.spaces, why));
     HS_TRY_GOTO(

@@ -19,6 +19,7 @@ struct hs_linked {
     hs_spaces *spaces;
     uint32_t *first; /* by program: index into calls */
     linked_call *calls;
+    size_t count;
     uint16_t
         *graph_of;     /* by action of the step's list; NO_GRAPH: plain launches. NULL: no graphs */
     hs_graph **graphs; /* NULL: not captured yet */
@@ -124,7 +125,7 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spac
     hs_linked *linked = calloc(1, sizeof *linked);
     if (!used || !linked) goto no_memory;
     *linked = (hs_linked){.plan = plan, .position = position, .spaces = spaces};
-    const size_t calls = count_calls(plan, position, used);
+    const size_t calls = linked->count = count_calls(plan, position, used);
     linked->first = calloc(programs + 1, sizeof *linked->first);
     linked->calls = calloc(calls + 1, sizeof *linked->calls);
     if (!linked->first || !linked->calls) goto no_memory;
@@ -160,6 +161,28 @@ void hs_linked_destroy(hs_linked *linked) {
     free(linked);
 }
 
+static hs_args resolved(const linked_call *call, uint8_t *act, uint8_t *mb) {
+    hs_args args = call->args;
+    for (int o = 0; call->moves && o < HS_CALL_PTRS; o++) {
+        if (call->space[o] == HS_SPACE_ACT) args.ptr[o] = act + call->offset[o];
+        if (call->space[o] == HS_SPACE_MB) args.ptr[o] = mb + call->offset[o];
+    }
+    return args;
+}
+
+hs_status hs_linked_each(const hs_linked *linked,
+                         hs_status (*each)(void *ctx, uint16_t kernel, const hs_args *args,
+                                           hs_why *why),
+                         void *ctx, hs_why *why) {
+    uint8_t *const base = linked->spaces->arena;
+    for (size_t i = 0; i < linked->count; i++) {
+        const hs_args args = resolved(&linked->calls[i], base + area(linked, HS_SPACE_ACT, 0, 0),
+                                      base + area(linked, HS_SPACE_MB, 0, 0));
+        HS_TRY(each(ctx, linked->calls[i].kernel, &args, why));
+    }
+    return HS_OK;
+}
+
 static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why *why) {
     const linked_call *call = &linked->calls[linked->first[a->program]];
     const uint32_t count = linked->plan->programs[a->program].calls;
@@ -168,11 +191,7 @@ static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why 
     uint8_t *const mb =
         base + area(linked, HS_SPACE_MB, 0, a->microbatch == UINT32_MAX ? 0 : a->microbatch);
     for (const linked_call *const end = call + count; call < end; call++) {
-        hs_args args = call->args;
-        for (int o = 0; call->moves && o < HS_CALL_PTRS; o++) {
-            if (call->space[o] == HS_SPACE_ACT) args.ptr[o] = act + call->offset[o];
-            if (call->space[o] == HS_SPACE_MB) args.ptr[o] = mb + call->offset[o];
-        }
+        const hs_args args = resolved(call, act, mb);
         const hs_status st = hs_spaces_launch(linked->spaces, call->kernel, &args, why);
         if (st != HS_OK) {
             return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,

@@ -29,6 +29,13 @@ void hs_linked_destroy(hs_linked *linked); /* NULL is fine */
  * nothing but the device's graphs, in the first step. */
 hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *action, hs_why *why);
 
+/* Each call of the position's programs once, with ACT and MB operands in the first slot and microbatch.
+ * Ends at the first failure. */
+hs_status hs_linked_each(const hs_linked *linked,
+                         hs_status (*each)(void *ctx, uint16_t kernel, const hs_args *args,
+                                           hs_why *why),
+                         void *ctx, hs_why *why);
+
 /* Offset in the arena of a reference of this position. */
 uint64_t hs_linked_offset(const hs_linked *linked, const hs_plan_ref *ref, uint32_t slot,
                           uint32_t microbatch);

@@ -11,6 +11,7 @@
 #include "backend/load.h"
 #include "core/clock.h"
 #include "run/abort_words.h"
+#include "run/algorithms.h"
 #include "run/attempt.h"
 #include "run/executor.h"
 #include "run/landings.h"
@@ -367,7 +368,16 @@ static hs_status run(rank *r, hs_why *why) {
     const hs_spaces *spaces = &r->machine.spaces;
     hs_status st =
         spaces->backend->check(spaces->device, spaces->arena, spaces->bytes, &check, why);
-    if (st == HS_OK) st = restore(r, why);
+    hs_stop_busy(r->stop, false);
+    HS_TRY(st);
+    const hs_algorithms_config algorithms = {.machine = &r->machine,
+                                             .attempt = r->attempt.attempt,
+                                             .agent = r->agent,
+                                             .stop = r->stop,
+                                             .log = &r->log};
+    HS_TRY(hs_algorithms_settle(&algorithms, why));
+    hs_stop_busy(r->stop, true);
+    st = restore(r, why);
     hs_stop_busy(r->stop, false);
     HS_TRY(st);
     HS_TRY(connect_peers(r, why));
