@@ -7,7 +7,8 @@
  * many follows (by stream, then event), waits (by event), launches, captures and replays there were, and how many bytes
  * were copied from or to memory of the host that is not pinned.
  *
- * HS_EMULATED_KERNELS=cpu: the CPU's portable kernels stand in for the .cu ones, on the same streams. Either way a
+ * HS_EMULATED_KERNELS=cpu: the CPU's portable kernels stand in for the .cu ones, on the same streams, and there are no
+ * algorithms to choose. Either way a
  * kernel that is given an address which is not the device's is a fault. */
 #include <inttypes.h>
 #include <pthread.h>
@@ -135,12 +136,16 @@ int on_the_cpu(void *closure) {
     return hs_kernels_portable.fn[c->kernel](&ctx, &c->args);
 }
 
+bool on_cpu() {
+    const char *stand_in = getenv("HS_EMULATED_KERNELS");
+    return stand_in && strcmp(stand_in, "cpu") == 0;
+}
+
 hs_status run(uint16_t kernel, const hs_cuda_ctx *ctx, const hs_args *args) {
-    static const char *const stand_in = getenv("HS_EMULATED_KERNELS");
     if (!of_the_device(args))
         return hs_fail(ctx->why, HS_E_BUG, "kernel %u got an address that is not the device's",
                        kernel);
-    if (!stand_in || strcmp(stand_in, "cpu") != 0) return hs_cuda_kernels()->fn[kernel](ctx, args);
+    if (!on_cpu()) return hs_cuda_kernels()->fn[kernel](ctx, args);
     const call c = {kernel, *args};
     return hs_emulated::enqueue(static_cast<cudaStream_t>(ctx->stream), "cpu", on_the_cpu, &c,
                                 sizeof c);
@@ -180,5 +185,6 @@ extern "C" const hs_backend *hs_cuda_backend(void) {
     table.wait = wait;
     table.captured = captured;
     table.replay = replay;
+    if (on_cpu()) table.products = NULL;
     return &table;
 }

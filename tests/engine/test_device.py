@@ -52,14 +52,16 @@ class Runs:
     def __init__(self, engine: Path, folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine, self.folder, self.plan, self.patch, self.count = engine, folder, plan, monkeypatch, 0
 
-    def state(self, device: str, **emulated: str) -> dict[str, Any]:
+    def state(self, device: str, path: str = "auto", **emulated: str) -> dict[str, Any]:
         """Losses, norms, gradients and weights of every step, as they were told and dumped."""
         self.count += 1
         folder = self.folder / f"run-{len(self.plan.positions)}-{self.count}"
         with self.patch.context() as patch:
             for name, value in emulated.items():
                 patch.setenv(f"HS_EMULATED_{name}", value)
-            gang = engine_runs.train(self.plan, self.folder / "data", folder, engine=self.engine, device=device)
+            gang = engine_runs.train(
+                self.plan, self.folder / "data", folder, engine=self.engine, device=device, kernel_path=path
+            )
         dumped = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".grads", ".weights")}
         assert len(dumped) == 2 * len(gang.steps) * len(self.plan.positions)
         return {"losses": gang.losses, "norms": gang.norms} | dumped
@@ -109,12 +111,13 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
         assert some.state("cuda", ORDER=str(order)) == sound, order
 
 
-def test_cuda_kernels_train(runs: MakeRuns) -> None:
+@pytest.mark.parametrize("path", ["cuda-exact", "cuda"])
+def test_cuda_kernels_train(runs: MakeRuns, path: str) -> None:
     """Emulated, in the engine: one order of bits whatever the order of streams, blocks and threads, and the stages."""
     one, two = (runs(stages=stages, steps=2) for stages in (1, 2))
-    sound = one.state("cuda", KERNELS="cuda")
-    assert one.state("cuda", KERNELS="cuda", ORDER="31") == sound
-    split = two.state("cuda", KERNELS="cuda", ORDER="32")
+    sound = one.state("cuda", path, KERNELS="cuda")
+    assert one.state("cuda", path, KERNELS="cuda", ORDER="31") == sound
+    split = two.state("cuda", path, KERNELS="cuda", ORDER="32")
     assert (split["losses"], split["norms"]) == (sound["losses"], sound["norms"])
     assert sound["losses"] == pytest.approx(one.state("cpu")["losses"], rel=1e-5)
 

@@ -321,6 +321,7 @@ static const hs_backend table = {
     hs_cuda::capture,
     hs_cuda::captured,
     hs_cuda::replay,
+    &hs_cuda::products,
     NULL, /* links */
 };
 

@@ -73,6 +73,7 @@ hs_status open(const hs_device_config *config, hs_device **device, hs_device_fac
                hs_why *why);
 void close(hs_device *device);
 hs_status check(hs_device *device, uint8_t *at, size_t bytes, hs_check *check, hs_why *why);
+extern const struct hs_product_table products;
 
 } // namespace hs_cuda
 

@@ -8,6 +8,7 @@
 
 extern "C" {
 #include "core/clock.h"
+#include "kernels/cuda/libraries.h"
 }
 
 namespace hs_cuda {
@@ -153,6 +154,8 @@ static hs_status make(const hs_device_config *config, hs_device *d, hs_device_fa
     d->kernels.path = config->kernel_path == HS_PATH_CUDA_EXACT ? HS_PATH_CUDA_EXACT : HS_PATH_CUDA;
     d->kernels.capability = facts->capability;
     d->kernels.workspace_bytes = HS_CUDA_WORKSPACE;
+    if (d->kernels.path == HS_PATH_CUDA)
+        HS_TRY(hs_products_create(d->name, facts->capability, &d->kernels.products, why));
     facts->kernels = d->kernels.path == HS_PATH_CUDA ? "cuda" : "cuda-exact";
     facts->scratch_bytes = HS_CUDA_WORKSPACE;
     return HS_OK;
@@ -195,6 +198,7 @@ static bool came_to_rest(hs_device *d) {
 void close(hs_device *d) {
     if (!d) return;
     if (came_to_rest(d)) {
+        hs_products_destroy(d->kernels.products);
         for (hs_graph *g = d->graphs, *next; g; g = next) {
             next = g->next;
             (void)cudaGraphExecDestroy(g->exec);
