@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <sched.h>
+#include <stdio.h>
+#include <string.h>
 
 #include "run/cgroup.h"
 
@@ -55,6 +57,20 @@ int hs_machine_threads(const hs_machine_config *c, const hs_machine_limits *limi
     return n < 1 ? 1 : (int)n;
 }
 
+/* What the plan's memory of a device is for, behind what the device said of its room. */
+static void add_kinds(const hs_plan_position *position, hs_why *why) {
+    static const char *const kinds[] = {"weights", "moments", "gradients", "activations",
+                                        "scratch"}; /* the first ones of bytes_by_kind */
+    if (!why) return;
+    size_t at = strlen(why->text);
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds && at < sizeof why->text; i++) {
+        const int n = snprintf(why->text + at, sizeof why->text - at, "%s%s %.2f",
+                               i ? ", " : "; the plan in GiB: ", kinds[i],
+                               (double)position->bytes_by_kind[i] / (1 << 30));
+        at += n > 0 ? (size_t)n : 0;
+    }
+}
+
 hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_why *why) {
     *machine = (hs_machine){.backend = c->backend};
     hs_status st = HS_OK;
@@ -74,7 +90,9 @@ hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_
                                      .kernel_path = c->kernel_path,
                                      .bytes_needed = c->position->arena_bytes,
                                      .pool = machine->pool};
-    HS_TRY_GOTO(st, failed, c->backend->open(&device, &machine->device, &machine->facts, why));
+    st = c->backend->open(&device, &machine->device, &machine->facts, why);
+    if (st == HS_E_MEMORY) add_kinds(c->position, why);
+    if (st != HS_OK) goto failed;
     HS_TRY_GOTO(st, failed,
                 hs_spaces_create(c->backend, machine->device, c->plan, c->position, c->arena_fd,
                                  &machine->spaces, why));

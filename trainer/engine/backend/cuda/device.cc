@@ -35,6 +35,16 @@ hs_status status_of(cudaError_t error) {
     case cudaErrorStreamCaptureUnsupported:
     case cudaErrorStreamCaptureInvalidated:
     case cudaErrorStreamCaptureWrongThread:
+    /* What a kernel of ours, or of a library, did: the machine is not to blame, and HS_E_DEVICE would
+     * leave it out of later launches. A device that is ill as well says so in the kernel's log. */
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
         return HS_E_BUG;
     default:
         return HS_E_DEVICE;

@@ -59,7 +59,7 @@ struct hs_device {
 namespace hs_cuda {
 
 /* What a CUDA error is to the engine: HS_E_MEMORY, HS_E_UNSUPPORTED, HS_E_BUG (a call that CUDA
- * refuses), else HS_E_DEVICE. */
+ * refuses, a kernel that went wrong), else HS_E_DEVICE. */
 hs_status status_of(cudaError_t error);
 /* A failure for good: in the device's own words, and at what. Forgets the runtime's last error. */
 hs_status failed(hs_device *d, cudaError_t error, const doing *at, const char *action, hs_why *why);

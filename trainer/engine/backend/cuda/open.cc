@@ -123,7 +123,8 @@ static hs_status choose(const hs_device_config *config, hs_device *d, hs_device_
         return hs_fail(why, HS_E_MEMORY,
                        "CUDA device %d (%s) has %.2f GiB free of %.2f GiB, and this rank needs "
                        "%.2f GiB (its plan %.2f, its workspace %.2f): free the device (nvidia-smi "
-                       "shows who is on it), use more stages, a smaller microbatch, or recompute",
+                       "shows who is on it), take more stages (parallel.stages) or a smaller "
+                       "train.microbatch",
                        d->index, d->name, gib(free), gib(total), gib(needed),
                        gib(config->bytes_needed), gib(HS_CUDA_WORKSPACE));
     return HS_OK;
