@@ -27,6 +27,8 @@ TESTS = (
     "test_supervisor.py",
     "test_agent_link.py",
     "test_comm.py",
+    "test_snapshot.py",
+    "test_executor.py",
     "test_hostile.py",
 )
 # A library loaded before the engine and a sanitizer both want malloc.

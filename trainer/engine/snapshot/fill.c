@@ -165,6 +165,16 @@ void hs_snapshot_stop(hs_snapshot *s) {
 
 /* --- what the rank's thread calls -------------------------------------------------------- */
 
+/* Hands the fill to the other thread, or ends it. */
+static void go_to(hs_snapshot *s, hs_fill_state state) {
+    if (s->threaded) (void)pthread_mutex_lock(&s->lock);
+    s->fill.state = state;
+    if (s->threaded) {
+        (void)pthread_cond_signal(&s->wake);
+        (void)pthread_mutex_unlock(&s->lock);
+    }
+}
+
 static hs_status copy_pieces(const hs_snapshot *s, int slot, hs_why *why) {
     uint8_t *data = s->slots[slot].map + s->data_offset;
     for (uint32_t i = 0; i < s->piece_count; i++) {
@@ -183,17 +193,16 @@ hs_status hs_snapshot_begin(hs_snapshot *s, int64_t step, bool final, int64_t de
     HS_TRY(wait_for_slot(s, deadline_ns, stop, &slot, why));
     open_slot(s, slot);
     s->under_way = true;
-    s->fill = (hs_fill){.what = {.slot = slot, .step = step, .final = final}, .begin_ns = begin_ns};
+    s->fill.what = (hs_snapshot_done){.slot = slot, .step = step, .final = final};
+    s->fill.begin_ns = begin_ns;
+    s->fill.status = HS_OK;
     if (s->arena) {
         sum_and_close(s, s->pool);
-        s->fill.state = HS_FILL_ENDED;
+        go_to(s, HS_FILL_ENDED);
         return HS_OK;
     }
     HS_TRY(copy_pieces(s, slot, why)); /* on failure the slot stays FILLING, which nobody reads */
-    (void)pthread_mutex_lock(&s->lock);
-    s->fill.state = HS_FILL_RUNS;
-    (void)pthread_cond_signal(&s->wake);
-    (void)pthread_mutex_unlock(&s->lock);
+    go_to(s, HS_FILL_RUNS);
     return HS_OK;
 }
 
@@ -212,7 +221,7 @@ hs_status hs_snapshot_take(hs_snapshot *s, bool *any, hs_snapshot_done *done, hs
     uint64_t count;
     if (s->threaded) (void)!read(s->ended_fd, &count, sizeof count);
     s->under_way = false;
-    s->fill.state = HS_FILL_NONE;
+    go_to(s, HS_FILL_NONE);
     if (s->fill.status != HS_OK)
         return hs_fail(why, s->fill.status, "the snapshot of step %lld: %s",
                        (long long)s->fill.what.step, s->fill.why.text);
