@@ -70,7 +70,7 @@ class Runs:
         """Of the last run: the most that a rank had, by stream and event, or by event."""
         folder = self.folder / f"run-{len(self.plan.positions)}-{self.count}"
         ranks = [(folder / f"stderr-{r}").read_text().splitlines()[-1] for r in range(len(self.plan.positions))]
-        return [int(n) for n in np.max([json.loads(line)["emulated"][what] for line in ranks], axis=0)]
+        return [int(n) for n in np.max([np.atleast_1d(json.loads(line)["emulated"][what]) for line in ranks], axis=0)]
 
     def count_of(self, what: str) -> int:
         """Of the last run, of all ranks: of something that is counted as one number."""

@@ -1,8 +1,6 @@
 /* The check of a device (backend/check.h): every multiprocessor computes a product whose bits are
  * known, as often as blocks of this size fit on it; and units of memory, evenly over the arena, give
  * back what was written, all of them after all were written. */
-#include <stdlib.h>
-
 #include "backend/cuda/device.h"
 #include "kernels/cuda/device.h"
 
@@ -171,12 +169,13 @@ hs_status check(hs_device *d, uint8_t *at, size_t bytes, hs_check *check, hs_why
     e.words = (int64_t)(unit / 8);
     e.units = (unsigned)(there < UNITS ? there : UNITS);
     e.stride = e.units ? (int64_t)(there / e.units * (unit / 8)) : 0;
-    void *device = NULL;
-    e.host = static_cast<sheet *>(malloc(e.bytes));
-    const cudaError_t error = cudaMalloc(&device, e.bytes);
-    hs_status st = HS_OK;
+    void *device = NULL, *host = NULL;
+    hs_status st;
+    cudaError_t error = cudaMalloc(&device, e.bytes);
+    if (error == cudaSuccess) error = cudaHostAlloc(&host, e.bytes, cudaHostAllocDefault);
     e.device = static_cast<sheet *>(device);
-    if (!e.host || error == cudaErrorMemoryAllocation) {
+    e.host = static_cast<sheet *>(host);
+    if (error == cudaErrorMemoryAllocation) {
         (void)cudaGetLastError();
         st = hs_fail(why, HS_E_MEMORY, "no %zu bytes to check CUDA device %d before the first step",
                      e.bytes, d->index);
@@ -186,7 +185,7 @@ hs_status check(hs_device *d, uint8_t *at, size_t bytes, hs_check *check, hs_why
         st = examine(&e, check, why);
     }
     if (device) (void)cudaFree(device);
-    free(e.host);
+    if (host) (void)cudaFreeHost(host);
     check->us = hs_clock_us() - began;
     return st;
 }

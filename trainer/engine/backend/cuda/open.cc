@@ -84,12 +84,20 @@ hs_status devices(hs_device_facts *list, uint32_t room, uint32_t *count, hs_why 
 }
 
 static hs_status check_path(uint32_t path, hs_why *why) {
+    static const char *const names[] = {
+#define X(number, NAME, name) name,
+        HS_PATHS(X)
+#undef X
+    };
     if (path == HS_PATH_AUTO || path == HS_PATH_CUDA || path == HS_PATH_CUDA_EXACT) return HS_OK;
+    if (path >= HS_PATH_COUNT)
+        return hs_fail(why, HS_E_UNSUPPORTED,
+                       "there is no kernel path %" PRIu32 "; they are numbered from 0 to %d", path,
+                       HS_PATH_COUNT - 1);
     return hs_fail(why, HS_E_UNSUPPORTED,
-                   "kernel path %" PRIu32
-                   " is none of CUDA devices; choose launch.kernel_path auto, "
-                   "cuda or cuda-exact, or run on the CPU",
-                   path);
+                   "kernel path %s runs on the CPU, and this rank runs on a CUDA device; choose "
+                   "launch.kernel_path auto, cuda or cuda-exact, or run on the CPU",
+                   names[path]);
 }
 
 /* The device exists, is new enough, answers, and has room. */
