@@ -42,7 +42,7 @@ def check(
 
 
 def sheet(name: str) -> int:
-    source = (ENGINE / "backend" / "check.c").read_text()
+    source = "".join((ENGINE / "backend" / file).read_text() for file in ("check.c", "cuda/check.cu"))
     found = re.search(rf"{name} = (0x[0-9a-f]{{8}})", source)
     assert found, name
     return int(found.group(1), 16)
@@ -55,17 +55,27 @@ def stream(kernels: KernelLib, count: int, number: int) -> Array:
     return ((np.array(words, np.int64).reshape(-1) >> 8) - (1 << 23)).astype(np.float32) * np.float32(2**-24)
 
 
-@pytest.mark.parametrize("set_name", ["ref", "portable", "avx2", "avx512"])
-def test_the_sheet_is_the_product_of_every_set(kernels: KernelLib, set_name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "set_name", "rows", "out"),
+    [
+        ("SHEET_REF", "ref", ROWS, OUT),
+        *[("SHEET_FAST", name, ROWS, OUT) for name in ("portable", "avx2", "avx512")],
+        ("SHEET_CUDA", "portable", 16, 64),
+    ],
+)
+def test_the_sheet_is_the_product_of_every_set(
+    kernels: KernelLib, name: str, set_name: str, rows: int, out: int
+) -> None:
+    """CUDA's is smaller, of the fast sets' bits."""
     if set_name not in kernels.sets:
         pytest.skip(f"this CPU lacks {set_name}")
-    x = stream(kernels, ROWS * INNER, 1).reshape(ROWS, INNER)
-    w = stream(kernels, OUT * INNER, 2).reshape(OUT, INNER)
-    y = np.zeros((ROWS, OUT), np.float32)
-    kernels.call("linear_fwd", wire.F32, [y, x, w, None, None], [ROWS, OUT, INNER, OUT, INNER, 0], set_name=set_name)
+    x = stream(kernels, rows * INNER, 1).reshape(rows, INNER)
+    w = stream(kernels, out * INNER, 2).reshape(out, INNER)
+    y = np.zeros((rows, out), np.float32)
+    kernels.call("linear_fwd", wire.F32, [y, x, w, None, None], [rows, out, INNER, out, INNER, 0], set_name=set_name)
     np.testing.assert_allclose(y, x.astype(np.float64) @ w.astype(np.float64).T, rtol=0, atol=2e-5)
     crc = kernels.c.hs_crc32c(0, ctypes.c_void_p(y.ctypes.data), ctypes.c_size_t(y.nbytes))
-    assert crc == sheet("SHEET_REF" if set_name == "ref" else "SHEET_FAST"), f"{crc:#010x}"
+    assert crc == sheet(name), f"{crc:#010x}"
 
 
 @pytest.mark.parametrize("size", [0, 8, 4096 + 4, UNIT, 40 * UNIT + 64])
