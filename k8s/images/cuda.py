@@ -178,8 +178,10 @@ def kernel_name(mangled: str) -> str:
                 types, rest = [*types, classes[-1]], rest[named.end() :]
             elif again := re.match(r"S(\d)_", rest):
                 types, rest = [*types, classes[int(again[1])]], rest[again.end() :]
+            elif number := re.match(r"Li(\d+)E", rest):
+                types, rest = [*types, number[1]], rest[number.end() :]
             else:
-                raise ValueError(f"{mangled}: a template argument that is no element type; teach kernel_name")
+                raise ValueError(f"{mangled}: a template argument that is no element type and no number; teach kernel_name")
     return f"{name}<{', '.join(types)}>" if types else name
 
 

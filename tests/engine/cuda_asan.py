@@ -14,6 +14,7 @@ import numpy as np
 
 from tests.engine.cuda_lib import CudaLib
 from tests.engine.kernel_lib import KernelLib, build
+from tests.engine.test_flash import FLASH_CASES
 from tests.engine.test_kernels_cpu import CASES, Call
 from trainer import wire
 
@@ -29,6 +30,8 @@ def main() -> int:
         for dtype in (wire.F32, wire.BF16):
             if dtype == wire.F32 or not case.f32_only:
                 Call.make(oracle, case, dtype).run(lib, "cuda")
+    for case in FLASH_CASES:
+        Call.make(oracle, case, wire.BF16).run(lib, "flash")
     return 0
 
 

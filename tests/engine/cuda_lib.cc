@@ -1,8 +1,8 @@
 /* What the tests of the emulated CUDA kernels call through ctypes (tests/engine/cuda_lib.py). Kernels of their own show
  * that the emulator catches what it says it catches. */
-#include "kernels/cuda/device.h"
 #include "kernels/cuda/emulate_runtime.h"
 #include "kernels/cuda/libraries.h"
+#include "kernels/cuda/tensor.h"
 
 #include <stdlib.h>
 
@@ -55,8 +55,47 @@ extern "C" int hs_test_sick(float *out, const float *in, int kind) {
     return HS_LAUNCH(sick, 1, SICK_THREADS, stream, out, in, kind);
 }
 
-extern "C" int hs_test_cuda(uint32_t kernel, uint32_t dtype, void *const *ptrs, const int64_t *dims,
-                            const double *reals) {
+/* One mma of a 16 x 16 and a 16 x 8 matrix, both through ldmatrix, which reads a [row][k] and b as [column][k] or, turned,
+ * as [k][column]; waits or not for the copies. */
+enum { MMA_TURNED = 1, MMA_HASTY = 2, MMA_LEAVES = 4 };
+
+__global__ void one_mma(float *out, const bf16 *a, const bf16 *b, int how) {
+    HS_DYNAMIC_SHARED(memory);
+    bf16 *shared_a = reinterpret_cast<bf16 *>(memory), *shared_b = shared_a + 16 * 16;
+    const int lane = lane_id();
+    hs_copy16(shared_a + 8 * lane, a + 8 * lane, true);
+    hs_copies_end();
+    if (lane < 16) hs_copy16(shared_b + 8 * lane, b + 8 * lane, true);
+    hs_copies_end();
+    if (how & MMA_HASTY)
+        hs_copies_wait<1>(); /* a alone */
+    else
+        hs_copies_wait<0>();
+    __syncwarp();
+    uint32_t x[4], y[2];
+    hs_ldmatrix(x, shared_a + lane % 16 * 16 + lane / 16 * 8);
+    if (how & MMA_TURNED)
+        hs_ldmatrix_trans(y, shared_b + lane % 16 * 8);
+    else
+        hs_ldmatrix(y, shared_b + lane % 8 * 16 + lane / 8 % 2 * 8);
+    float c[4] = {1, 2, 3, 4}; /* by place in the fragment */
+    hs_mma(c, x, y);
+    for (int i = 0; i < 4; i++) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
+    if (!(how & MMA_LEAVES)) hs_copies_wait<0>();
+}
+
+extern "C" int hs_test_mma(float *out, const void *a, const void *b, int how, int shared_bytes) {
+    cudaStream_t stream = NULL;
+    return HS_LAUNCH_SHARED(one_mma, 1, 32, (size_t)shared_bytes, stream, out,
+                            static_cast<const bf16 *>(a), static_cast<const bf16 *>(b), how);
+}
+
+extern "C" void hs_test_two_to(float *x, int64_t n, float c) {
+    for (int64_t i = 0; i < n; i++) x[i] = two_to(x[i], c);
+}
+
+extern "C" int hs_test_cuda(uint32_t path, uint32_t kernel, uint32_t dtype, void *const *ptrs,
+                            const int64_t *dims, const double *reals) {
     const hs_cuda_table *table = hs_cuda_kernels();
     if (table->version != HS_CUDA_VERSION || kernel == 0 || kernel >= table->count) return 1;
     hs_args args = {};
@@ -64,7 +103,8 @@ extern "C" int hs_test_cuda(uint32_t kernel, uint32_t dtype, void *const *ptrs, 
     memcpy(args.ptr, ptrs, sizeof args.ptr);
     memcpy(args.dim, dims, sizeof args.dim);
     memcpy(args.real, reals, sizeof args.real);
-    const hs_cuda_ctx ctx = {};
+    hs_cuda_ctx ctx = {};
+    ctx.path = path;
     return table->fn[kernel](&ctx, &args);
 }
 

@@ -37,7 +37,7 @@ C = shlex.split("-x c -std=c11 -D_GNU_SOURCE -Wno-psabi")
 # the tests' own functions take their places (emulated_backend.cc)
 BEHIND = shlex.split("-Dhs_cuda_backend=hs_cuda_backend_inside -Dhs_cuda_kernels=hs_emulated_kernels")
 CPU = ENGINE / "kernels" / "cpu" / "all.c"  # the portable set, which may stand in for the kernels
-SYNC = -1  # the op of __syncthreads among the emulator's sites; others are warp operations
+SYNC, WAIT = -1, -2  # ops of __syncthreads and of waits for copies among the emulator's sites; others are a warp's
 
 
 def compiler() -> list[str]:
@@ -102,6 +102,7 @@ class CudaLib:
     def __init__(self, library: Path) -> None:
         self.c = ctypes.CDLL(str(library))
         self.c.hs_emulated_text.restype = ctypes.c_char_p
+        self.c.hs_emulated_conflicts.restype = ctypes.c_uint64
         self.seed(1)
 
     def seed(self, seed: int) -> None:
@@ -124,13 +125,14 @@ class CudaLib:
         guard: str | None = None,
     ) -> None:
         assert (threads, guard) == (1, None)
-        assert set_name in ("cuda", "library")
+        assert set_name in ("cuda", "library", "flash")  # kernel path cuda-exact; cuda; cuda with no library at hand
         if set_name == "library":
             nothing = [None if x is None else np.zeros_like(x) for x in ptrs]
             self.products(kernel, dtype, ptrs, dims, reals, self.chosen(kernel, dtype, nothing, dims, reals))
             return
         number, pointers, _, d, r = marshalled(kernel, ptrs, dims, reals)
-        rc = self.c.hs_test_cuda(number, dtype, pointers, d, r)
+        path = wire.PATHS["cuda" if set_name == "flash" else "cuda-exact"]
+        rc = self.c.hs_test_cuda(path, number, dtype, pointers, d, r)
         assert rc == 0, f"{kernel}: status {rc}, dims {list(dims)}: {self.text()}"
 
     def chosen(

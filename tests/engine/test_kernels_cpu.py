@@ -46,7 +46,7 @@ class Case:
         return f"{self.kernel}-{'x'.join(map(str, self.dims))}{mark}"
 
 
-def _attention(b: int, t: int, h: int, g: int, d: int, pad: int = 0) -> list[Case]:
+def attention_cases(b: int, t: int, h: int, g: int, d: int, pad: int = 0) -> list[Case]:
     q, k = h * d + pad, g * d + 2 * pad
     scale = d**-0.5
     return [
@@ -102,14 +102,14 @@ CASES = [
             Case("linear_wgrad", (r, n, k, n, k), absent=(1,)),
         )
     ),
-    *_attention(1, 1, 1, 1, 16),
-    *_attention(2, 3, 2, 1, 2, 1),
-    *_attention(2, 17, 4, 2, 20, 3),
-    *_attention(1, 65, 3, 3, 24),
-    *_attention(1, 130, 4, 1, 64),
-    *_attention(1, 200, 2, 2, 128, 8),
-    *_attention(1, 259, 2, 1, 32),
-    *_attention(1, 5, 1, 1, 256),
+    *attention_cases(1, 1, 1, 1, 16),
+    *attention_cases(2, 3, 2, 1, 2, 1),
+    *attention_cases(2, 17, 4, 2, 20, 3),
+    *attention_cases(1, 65, 3, 3, 24),
+    *attention_cases(1, 130, 4, 1, 64),
+    *attention_cases(1, 200, 2, 2, 128, 8),
+    *attention_cases(1, 259, 2, 1, 32),
+    *attention_cases(1, 5, 1, 1, 256),
     Case("rope_table", (7, 20), (10000.0,), rel=1e-7, f32_only=True),
     Case("rope_table", (130, 128), (500000.0,), rel=1e-7, f32_only=True),
     *(

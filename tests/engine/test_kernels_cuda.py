@@ -12,9 +12,17 @@ import re
 import numpy as np
 import pytest
 
-from tests.engine.cuda_lib import CUDA, SYNC, CudaLib, build, sanitized
+from tests.engine.cuda_lib import CUDA, SYNC, WAIT, CudaLib, build, sanitized
 from tests.engine.kernel_lib import Array, KernelLib, decode, encode
-from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref, bits_by_chunk
+from tests.engine.test_kernels_cpu import (
+    CASES,
+    WITH_DTYPE,
+    Call,
+    Case,
+    assert_close_to_ref,
+    attention_cases,
+    bits_by_chunk,
+)
 from trainer import wire
 
 # cuda.h: operands whose sums have an order of this set's own; everything else has the CPU set's bits
@@ -231,16 +239,20 @@ FAULT_CASES = [
 ]
 
 
+# The same of path cuda's attention: several tiles of both sides.
+FLASH_FAULT_CASES = [*attention_cases(1, 200, 2, 1, 64, 8), attention_cases(1, 200, 1, 1, 128)[0]]
+
 Passed = dict[tuple[str, int, int], list[tuple[Call, str, list[bytes]]]]
 
 
 @pytest.fixture(scope="module")
 def passed(kernels: KernelLib, cuda: CudaLib) -> Passed:
-    """By barrier or warp operation the calls that pass it, with what they should write; the shortest first."""
+    """By barrier, wait or warp operation the calls that pass it, with what they should write; the shortest first."""
     found: Passed = {}
-    for case in FAULT_CASES:
-        call = Call.make(kernels, case, wire.F32)
-        for path in ("cuda", "library") if case.kernel.startswith("classifier") else ("cuda",):
+    for case in [*FAULT_CASES, *FLASH_FAULT_CASES]:
+        flash = case in FLASH_FAULT_CASES
+        call = Call.make(kernels, case, wire.BF16 if flash else wire.F32)
+        for path in ("flash",) if flash else ("cuda", "library") if case.kernel.startswith("classifier") else ("cuda",):
             cuda.seed(1)
             good = bits(call, call.run(cuda, path))
             for site in cuda.sites():
@@ -258,22 +270,28 @@ def shows(cuda: CudaLib, call: Call, path: str, good: list[bytes], seed: int) ->
         return True
 
 
-def test_every_barrier_is_needed_and_missed(cuda: CudaLib, passed: Passed) -> None:
+@pytest.mark.parametrize(
+    ("op", "text"), [(SYNC, "__syncthreads()"), (WAIT, "hs_copies_wait<")], ids=["barrier", "wait"]
+)
+def test_every_barrier_is_needed_and_missed(cuda: CudaLib, passed: Passed, op: int, text: str) -> None:
     """Each taken out in turn: at least one call shows it, under one of a few orders of the threads."""
-    barriers = [site for site in passed if site[2] == SYNC]
-    assert len(barriers) == sum(
-        path.read_text().count("__syncthreads()") for path in CUDA.iterdir() if not path.name.startswith("emulate")
-    ), f"the cases pass only {barriers}"
-    for file, line, _ in barriers:
+    places = [site for site in passed if site[2] == op]
+    assert len(places) == sum(
+        path.read_text().count(text)
+        for path in CUDA.iterdir()
+        if not path.name.startswith("emulate") and path.name != "tensor.h"
+    ), f"the cases pass only {places}"
+    for file, line, _ in places:
         with cuda.without(file, line):
-            seen = any(shows(cuda, *call, seed) for seed in SEEDS for call in passed[file, line, SYNC])
+            seen = any(shows(cuda, *call, seed) for seed in SEEDS for call in passed[file, line, op])
         assert seen, f"without the barrier at {file}:{line} nothing comes out wrong"
 
 
-def test_every_shuffle_by_half_a_warp_is_told(cuda: CudaLib, passed: Passed) -> None:
-    shuffles = [site for site in passed if site[2] != SYNC]
-    assert len({file for file, _, _ in shuffles}) >= 5
-    for file, line, op in shuffles:
+def test_every_warp_operation_by_half_a_warp_is_told(cuda: CudaLib, passed: Passed) -> None:
+    """Shuffles, mma, ldmatrix."""
+    operations = [site for site in passed if site[2] not in (SYNC, WAIT)]
+    assert len({file for file, _, _ in operations}) >= 6
+    for file, line, op in operations:
         call, path, _ = passed[file, line, op][0]
         cuda.seed(1)
         with cuda.without(file, line, HALF_WARP), pytest.raises(AssertionError, match="threads wait for each other"):

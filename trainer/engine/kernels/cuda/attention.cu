@@ -8,9 +8,7 @@
  * slice of SLICE; wider heads take more blocks (grid y), each making its scores anew. So registers
  * and shared memory do not grow with D.
  */
-#include "kernels/cuda/lane.h"
-
-#include "kernels/attention.h"
+#include "kernels/cuda/heads.h"
 
 enum {
     TILE = 64,
@@ -27,12 +25,6 @@ union panel {
         float a[INNER][TILE + 1], b[INNER][TILE + 1];
     };
     float rows[INNER][SLICE];
-};
-
-/* One head of one sequence: T rows, ld apart, D wide. */
-template <typename T> struct head {
-    T *p;
-    int64_t ld;
 };
 
 /* to[d][i] = h(first + i, d0 + d), 0 outside. */
@@ -118,23 +110,6 @@ HS_DEVICE void put_rows(head<T> h, const float (&sum)[4][OWN], int64_t first, in
             if (row < rows && d < D) narrow(v, h.p + row * h.ld + d);
         }
 }
-
-struct shape {
-    int64_t T, H, G, D, tiles;
-    float scale;
-    bool wide;
-};
-
-template <typename T>
-HS_DEVICE head<T> head_of(T *p, int64_t ld, const shape &s, int64_t b, int64_t h) {
-    return head<T>{p + b * s.T * ld + h * s.D, ld};
-}
-
-/* Operands with their row distances. */
-template <typename T> struct operand {
-    T *p;
-    int64_t ld;
-};
 
 /* -------------------- forward */
 
@@ -288,15 +263,17 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 /* -------------------- launches */
 
-template <typename T> static operand<T> operand_of(void *p, int64_t ld) {
-    return operand<T>{static_cast<T *>(p), ld};
-}
-template <typename T> static bool wide_rows(operand<T> x, int64_t D) {
-    return wide_at(x.p, x.ld) && wide_at(x.p, D);
+static int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
 }
 
 template <typename T>
-static hs_status attention_fwd_op(cudaStream_t stream, const hs_attention_fwd_args &a) {
+static hs_status attention_fwd_op(const hs_cuda_ctx *ctx, const hs_attention_fwd_args &a) {
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
+    const int64_t largest = max64(max64(a.T, a.ldq), max64(a.ldk, max64(a.ldv, a.ldy)));
+    if (ctx->path == HS_PATH_CUDA && sizeof(T) == sizeof(bf16) &&
+        hs_cuda_flash_takes(a.D, a.scale, largest))
+        return hs_cuda_flash_fwd(stream, a);
     const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE);
     const operand<T> o = operand_of<T>(a.y, a.ldy);
     float *lse = static_cast<float *>(a.lse);
@@ -307,27 +284,45 @@ static hs_status attention_fwd_op(cudaStream_t stream, const hs_attention_fwd_ar
     const dim3 grid((unsigned)(a.B * a.H * tiles), (unsigned)hs_ceil_div(D, SLICE));
     return HS_LAUNCH(attention_fwd, grid, THREADS, stream, s, o, lse, q, k, v);
 }
-HS_CUDA_OP(attention_fwd)
+HS_CUDA_CTX_OP(attention_fwd)
 
 template <typename T>
-static hs_status attention_igrad_op(cudaStream_t stream, const hs_attention_igrad_args &a) {
-    const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE), rows = a.B * a.H * a.T;
+static hs_status delta_of(cudaStream_t stream, const hs_attention_igrad_args &a) {
+    const int64_t rows = a.B * a.H * a.T;
+    const operand<const T> grad = operand_of<const T>(a.dy, a.lddy),
+                           o = operand_of<const T>(a.y, a.ldy);
+    const bool wide = wide_rows(grad, a.D) && wide_rows(o, a.D);
+    const shape s = {a.T, a.H, a.G, a.D, 0, 0.0f, wide};
+    return HS_LAUNCH(attention_delta, (unsigned)hs_ceil_div(rows, row_of<T>::ROWS), FLAT, stream, s,
+                     static_cast<float *>(a.delta), grad, o, rows);
+}
+hs_status hs_cuda_attention_delta(cudaStream_t stream, const hs_attention_igrad_args &a) {
+    return delta_of<bf16>(stream, a);
+}
+
+template <typename T>
+static hs_status attention_igrad_op(const hs_cuda_ctx *ctx, const hs_attention_igrad_args &a) {
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
+    const int64_t largest = max64(max64(max64(a.T, a.ldq), max64(a.ldk, a.ldv)),
+                                  max64(max64(a.lddy, a.lddq), max64(a.lddk, a.lddv)));
+    if (ctx->path == HS_PATH_CUDA && sizeof(T) == sizeof(bf16) &&
+        hs_cuda_flash_takes(a.D, a.scale, largest))
+        return hs_cuda_flash_igrad(stream, a);
+    const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE);
     const operand<T> dq = operand_of<T>(a.dq, a.lddq), dk = operand_of<T>(a.dk, a.lddk),
                      dv = operand_of<T>(a.dv, a.lddv);
     const operand<const T> grad = operand_of<const T>(a.dy, a.lddy),
-                           o = operand_of<const T>(a.y, a.ldy), q = operand_of<const T>(a.q, a.ldq),
-                           k = operand_of<const T>(a.k, a.ldk), v = operand_of<const T>(a.v, a.ldv);
+                           q = operand_of<const T>(a.q, a.ldq), k = operand_of<const T>(a.k, a.ldk),
+                           v = operand_of<const T>(a.v, a.ldv);
     const float *lse = static_cast<const float *>(a.lse);
-    float *delta = static_cast<float *>(a.delta);
-    const bool wide = wide_rows(grad, D) && wide_rows(o, D) && wide_rows(q, D) && wide_rows(k, D) &&
-                      wide_rows(v, D);
+    const float *delta = static_cast<const float *>(a.delta);
+    const bool wide = wide_rows(grad, D) && wide_rows(q, D) && wide_rows(k, D) && wide_rows(v, D);
     const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide};
     const unsigned slices = (unsigned)hs_ceil_div(D, SLICE);
     const dim3 queries((unsigned)(a.B * a.H * tiles), slices),
         keys((unsigned)(a.B * a.G * tiles), slices);
-    HS_TRY(HS_LAUNCH(attention_delta, (unsigned)hs_ceil_div(rows, row_of<T>::ROWS), FLAT, stream, s,
-                     delta, grad, o, rows));
+    HS_TRY(delta_of<T>(stream, a));
     HS_TRY(HS_LAUNCH(attention_dq, queries, THREADS, stream, s, dq, grad, q, k, v, lse, delta));
     return HS_LAUNCH(attention_dkv, keys, THREADS, stream, s, dk, dv, grad, q, k, v, lse, delta);
 }
-HS_CUDA_OP(attention_igrad)
+HS_CUDA_CTX_OP(attention_igrad)

@@ -24,6 +24,14 @@
 static inline hs_status hs_cuda_launched(void) {
     return cudaPeekAtLastError() == cudaSuccess ? HS_OK : HS_E_BUG;
 }
+/* With dynamic shared memory, of which HS_DYNAMIC_SHARED names the first byte. Beyond 48 KiB a
+ * kernel must be told so first. */
+#define HS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                                  \
+    (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)) !=    \
+             cudaSuccess                                                                           \
+         ? HS_E_BUG                                                                                \
+         : (kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__), hs_cuda_launched()))
+#define HS_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
 #define HS_DEVICE static __device__ __forceinline__

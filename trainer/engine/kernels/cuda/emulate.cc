@@ -48,10 +48,19 @@ namespace hs_emulated {
 
 uint3 thread_at, block_at;
 dim3 block_size, grid_size;
+uint64_t conflicts;
 
 namespace {
 
-enum { THREADS = 1024, STACK = 64 << 10, SHARED = 16, SHARED_BYTES = 48 << 10, SITES = 512 };
+enum {
+    THREADS = 1024,
+    STACK = 64 << 10,
+    SHARED = 16,
+    SHARED_BYTES = 48 << 10, /* of static arrays */
+    SITES = 512,
+    COPIES = 128 /* of a thread, in flight */
+};
+enum { AT_SYNC = -1, AT_WAIT = -2 };
 enum state { READY, AT_BARRIER, AT_WARP, DONE };
 
 struct fiber {
@@ -62,6 +71,18 @@ struct fiber {
     warp_op op;
     unsigned mask, with;
     uint64_t value;
+    together_fn does;
+};
+
+struct copy {
+    void *to;
+    const void *from;
+    unsigned bytes, there;
+    int group;
+};
+struct copies {
+    int count, group; /* in flight; groups committed so far */
+    copy at[COPIES];
 };
 
 struct passed {
@@ -70,6 +91,7 @@ struct passed {
 };
 
 fiber fibers[THREADS];
+copies flights[THREADS];
 int order[THREADS], place[THREADS]; /* who runs as the i-th, and as which one runs */
 void *scheduler_sp;
 #ifdef HS_ASAN
@@ -94,6 +116,9 @@ struct {
 } regions[SHARED];
 int region_count;
 size_t region_bytes;
+void *dynamic;
+size_t dynamic_bytes;
+int capability = 86;
 
 uint64_t next_random() {
     random_state += 0x9e3779b97f4a7c15u;
@@ -150,6 +175,10 @@ void entry() {
     __sanitizer_finish_switch_fiber(NULL, &scheduler_bottom, &scheduler_size);
 #endif
     body(closure);
+    if (flights[running].count) {
+        fault_begins();
+        say("thread %d returns with %d copies in flight", running, flights[running].count);
+    }
     fibers[running].is = DONE;
     stop();
 }
@@ -172,6 +201,7 @@ bool prepare(int i) {
     f->sp = sp;
     f->fake = NULL;
     f->is = READY;
+    flights[i].count = flights[i].group = 0;
     return true;
 }
 
@@ -223,6 +253,16 @@ bool warp_passes(int i) {
         if (g->is != AT_WARP || g->op != f->op || g->mask != f->mask || !same(g->at, f->at))
             return false;
     }
+    if (f->op == MMA || f->op == LDMATRIX) {
+        void *records[32];
+        for (int lane = 0; lane < 32; lane++) {
+            records[lane] = reinterpret_cast<void *>(fibers[first + lane].value);
+            fibers[first + lane].is = READY;
+        }
+        f->does(records);
+        note(f->at, f->op);
+        return true;
+    }
     uint64_t given[32] = {0};
     unsigned ballot = 0;
     for (int lane = 0; lane < 32; lane++)
@@ -237,6 +277,8 @@ bool warp_passes(int i) {
         unsigned from = (unsigned)lane;
         switch (g->op) {
         case SYNC:
+        case MMA:
+        case LDMATRIX:
             break;
         case BALLOT:
             g->value = ballot;
@@ -281,9 +323,11 @@ void stuck() {
             say("stand at __syncthreads, %s:%d", name_of(f->at.file), f->at.line);
         else
             say("stand at a %s of mask %08x, %s:%d",
-                f->op == SYNC     ? "__syncwarp"
-                : f->op == BALLOT ? "ballot"
-                                  : "shuffle",
+                f->op == SYNC       ? "__syncwarp"
+                : f->op == BALLOT   ? "ballot"
+                : f->op == MMA      ? "mma"
+                : f->op == LDMATRIX ? "ldmatrix"
+                                    : "shuffle",
                 f->mask, name_of(f->at.file), f->at.line);
         i = last + 1;
     }
@@ -293,7 +337,7 @@ void stuck() {
 bool barrier_passes() {
     for (int i = 0; i < threads; i++)
         if (fibers[i].is != AT_BARRIER || !same(fibers[i].at, fibers[0].at)) return false;
-    note(fibers[0].at, -1);
+    note(fibers[0].at, AT_SYNC);
     for (int i = 0; i < threads; i++) fibers[i].is = READY;
     mix();
     return true;
@@ -308,6 +352,7 @@ bool all_done() {
 void run_block() {
     region_count = 0;
     region_bytes = 0;
+    if (dynamic) memset(dynamic, 0xff, dynamic_bytes);
     for (int i = 0; i < threads; i++)
         if (!prepare(i)) {
             fault_begins();
@@ -370,6 +415,56 @@ uint64_t exchange(site at, warp_op op, unsigned mask, uint64_t value, unsigned w
     return f->value;
 }
 
+void together(site at, warp_op op, together_fn does, void *record) {
+    fibers[running].does = does;
+    exchange(at, op, 0xffffffffu, reinterpret_cast<uint64_t>(record), 0);
+}
+
+void copy_async(site at, void *to, const void *from, unsigned bytes, unsigned there) {
+    copies *f = &flights[running];
+    const uintptr_t both = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+    if (f->count == COPIES || there > bytes || both % bytes) {
+        fault_begins();
+        if (f->count == COPIES)
+            say("thread %d has %d copies in flight and begins one more, %s:%d", running, COPIES,
+                name_of(at.file), at.line);
+        else if (both % bytes)
+            say("thread %d copies %u bytes from or to an address that is no multiple of it, %s:%d",
+                running, bytes, name_of(at.file), at.line);
+        else
+            say("thread %d copies %u of %u bytes, %s:%d", running, there, bytes, name_of(at.file),
+                at.line);
+        stop();
+    }
+    memset(to, 0xff, bytes);
+    f->at[f->count++] = copy{to, from, bytes, there, f->group};
+}
+
+void copy_commit() {
+    flights[running].group++;
+}
+
+void copy_wait(site at, int left) {
+    copies *f = &flights[running];
+    note(at, AT_WAIT);
+    const bool skipping = skips(at);
+    int kept = 0;
+    for (int i = 0; i < f->count; i++) {
+        const copy c = f->at[i];
+        if (c.group >= f->group - left) {
+            f->at[kept++] = c;
+        } else if (!skipping) {
+            if (c.there) memcpy(c.to, c.from, c.there);
+            memset(static_cast<char *>(c.to) + c.there, 0, c.bytes - c.there);
+        } /* else it never lands: what was waited for in vain is not told at the end too */
+    }
+    f->count = kept;
+}
+
+void *dynamic_shared() {
+    return dynamic;
+}
+
 void shared(void *at, size_t bytes) {
     for (int i = 0; i < region_count; i++)
         if (regions[i].at == at) return;
@@ -394,7 +489,8 @@ void aligned16(const void *p, site at) {
     stop();
 }
 
-int launch(const char *name, dim3 grid, dim3 size, void (*body_)(void *), void *closure_) {
+int launch(const char *name, dim3 grid, dim3 size, size_t bytes, void (*body_)(void *),
+           void *closure_) {
     kernel = name;
     body = body_;
     closure = closure_;
@@ -412,6 +508,20 @@ int launch(const char *name, dim3 grid, dim3 size, void (*body_)(void *), void *
         return -3;
     }
     threads = (int)per_block;
+    /* CUDA's programming guide, "maximum amount of shared memory per thread block" */
+    const size_t given = (capability == 80 || capability == 87   ? 163
+                          : capability >= 90 && capability < 120 ? 227
+                                                                 : 99)
+                         << 10;
+    if (bytes > given) {
+        fault_begins();
+        say("a launch asks %zu bytes of shared memory a block; capability %d.%d gives %zu", bytes,
+            capability / 10, capability % 10, given);
+        return -3;
+    }
+    dynamic_bytes = bytes;
+    dynamic = bytes ? aligned_alloc(128, (bytes + 127) / 128 * 128) : NULL;
+    if (bytes && !dynamic) return -3;
     /* every block once: forwards or backwards from anywhere */
     const uint64_t from = next_random() % blocks;
     const bool backwards = next_random() & 1;
@@ -422,6 +532,8 @@ int launch(const char *name, dim3 grid, dim3 size, void (*body_)(void *), void *
         block_at.z = (unsigned)(i / grid.x / grid.y);
         run_block();
     }
+    free(dynamic);
+    dynamic = NULL;
     return faulty ? -3 : 0;
 }
 
@@ -431,6 +543,15 @@ extern "C" void hs_emulated_seed(uint64_t seed) {
     hs_emulated::random_state = seed;
     hs_emulated::text[0] = 0;
     hs_emulated::site_count = 0;
+    hs_emulated::conflicts = 0;
+}
+
+extern "C" void hs_emulated_architecture(int capability) {
+    hs_emulated::capability = capability;
+}
+
+extern "C" uint64_t hs_emulated_conflicts(void) {
+    return hs_emulated::conflicts;
 }
 
 extern "C" const char *hs_emulated_text(void) {

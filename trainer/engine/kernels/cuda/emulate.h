@@ -12,14 +12,23 @@
  *   warps      32 threads. A shuffle, ballot or __syncwarp is passed when every lane of its mask
  *              stands at that very call. A mask without the caller, a lane that the block does not
  *              have, a source lane outside the mask are faults.
- *   shared     HS_SHARED arrays are full of NaN bytes when a block begins: what is read before it
- *              is written shows. Under the address sanitizer each stands between red zones.
+ *   shared     HS_SHARED arrays and a launch's dynamic shared memory are full of NaN bytes when a
+ *              block begins: what is read before it is written shows. Under the address sanitizer
+ *              each stands between red zones. A block may have what an architecture gives it.
+ *   tensor     mma and ldmatrix (tensor.h) are passed by a whole warp at that very call; fragments
+ *   cores      lie as the PTX manual says. A product of an mma adds k ascending to its accumulator,
+ *              rounded each time; a GPU's tensor cores round in ways that nobody states, so that
+ *              bits of a kernel with mma are compared on one kind of device alone. Bank conflicts
+ *              of ldmatrix are counted.
+ *   copies     cp.async (tensor.h): the target is NaN bytes from the call to the wait that covers
+ *              its group, and the source is read at that wait. A thread that returns with a copy in
+ *              flight is a fault.
  *   accesses   of 16 bytes must be aligned, as on a GPU.
  *   numbers    f32 and f64 as IEEE says, no contraction, no flushing: compile with
  *              -ffp-contract=off, and nvcc with -fmad=false (`make cuda` and the tests do).
  *   launches   on no stream run at once; on a stream when its turn comes (emulate_runtime.h).
  *
- * What it does not: time, caches, occupancy, races on global memory between blocks, tensor cores.
+ * What it does not: time, caches, occupancy, races on global memory between blocks.
  *
  * A fault ends the launch with HS_E_BUG and a sentence (hs_emulated_text) that names kernel, block,
  * threads and the place in the source. One launch at a time in a process; x86-64 and aarch64.
@@ -61,17 +70,28 @@ struct site {
     int line;
 };
 
-enum warp_op { SYNC, BALLOT, SHUFFLE, SHUFFLE_XOR, SHUFFLE_DOWN };
+enum warp_op { SYNC, BALLOT, SHUFFLE, SHUFFLE_XOR, SHUFFLE_DOWN, MMA, LDMATRIX };
+/* What a whole warp does at once, from the records of its 32 lanes. */
+typedef void (*together_fn)(void *const *lanes);
 
 void barrier(site at);
 /* What the lanes of the mask give each other; `with` is the lane, the bits or the distance. */
 uint64_t exchange(site at, warp_op op, unsigned mask, uint64_t value, unsigned with);
+void together(site at, warp_op op, together_fn does, void *record);
 void shared(void *at, size_t bytes);
+void *dynamic_shared();
 void aligned16(const void *p, site at);
-int launch(const char *kernel, dim3 grid, dim3 block, void (*body)(void *), void *closure);
+/* bytes 4 or 16, of which `there` are read and the rest is zero */
+void copy_async(site at, void *to, const void *from, unsigned bytes, unsigned there);
+void copy_commit();
+void copy_wait(site at, int left); /* for all groups but the `left` youngest */
+int launch(const char *kernel, dim3 grid, dim3 block, size_t dynamic, void (*body)(void *),
+           void *closure);
 
-template <typename Body> static int launch(const char *kernel, dim3 grid, dim3 block, Body body) {
-    return launch(kernel, grid, block, [](void *b) { (*static_cast<Body *>(b))(); }, &body);
+template <typename Body>
+static int launch(const char *kernel, dim3 grid, dim3 block, size_t dynamic, Body body) {
+    return launch(
+        kernel, grid, block, dynamic, [](void *b) { (*static_cast<Body *>(b))(); }, &body);
 }
 
 /* emulate_runtime.h */
@@ -81,19 +101,21 @@ int enqueue(cudaStream_t stream, const char *name, int (*body)(void *), const vo
 template <typename Body> struct launched {
     const char *kernel;
     dim3 grid, block;
+    size_t dynamic;
     Body body;
 };
 
 template <typename Body>
-static int launch_on(cudaStream_t stream, const char *kernel, dim3 grid, dim3 block, Body body) {
-    if (!stream) return launch(kernel, grid, block, body);
+static int launch_on(cudaStream_t stream, const char *kernel, dim3 grid, dim3 block, size_t dynamic,
+                     Body body) {
+    if (!stream) return launch(kernel, grid, block, dynamic, body);
     static_assert(__is_trivially_copyable(Body), "a kernel's arguments are copied as bytes");
-    const launched<Body> later = {kernel, grid, block, body};
+    const launched<Body> later = {kernel, grid, block, dynamic, body};
     return enqueue(
         stream, kernel,
         [](void *l) {
             launched<Body> *now = static_cast<launched<Body> *>(l);
-            return launch(now->kernel, now->grid, now->block, now->body);
+            return launch(now->kernel, now->grid, now->block, now->dynamic, now->body);
         },
         &later, sizeof later);
 }
@@ -114,12 +136,18 @@ static inline T shuffle(site at, warp_op op, unsigned mask, T value, unsigned wi
 extern "C" void hs_emulated_seed(uint64_t seed);
 /* The last fault; "" where there was none since the seed. */
 extern "C" const char *hs_emulated_text(void);
-/* Barriers and warp operations that were passed since the seed, the i-th; 0: no more. op: -1
- * __syncthreads, else a warp_op. */
+/* Barriers, warp operations and waits that were passed since the seed, the i-th; 0: no more. op: -1
+ * __syncthreads, -2 a wait for copies, else a warp_op. */
 extern "C" int hs_emulated_site(int i, const char **file, int *line, int *op);
 /* From now on these lanes (bits) of every warp walk past this call as if it were not there. line 0:
  * none do. */
 extern "C" void hs_emulated_skip(const char *file, int line, uint32_t lanes);
+
+/* Shared memory of a block is what this architecture gives (80, 86, 90 ...); 86, which gives the
+ * least of those that we know, where nothing was said. */
+extern "C" void hs_emulated_architecture(int capability);
+/* ldmatrix calls since the seed whose 8 rows do not lie in 8 different banks of 16 bytes. */
+extern "C" uint64_t hs_emulated_conflicts(void);
 
 #define threadIdx hs_emulated::thread_at
 #define blockIdx  hs_emulated::block_at
@@ -137,7 +165,12 @@ extern "C" void hs_emulated_skip(const char *file, int line, uint32_t lanes);
     hs_emulated::shared(&name, sizeof name)
 /* One status an expression; grid and block as in <<<>>>. */
 #define HS_LAUNCH(kernel, grid, block, stream, ...)                                                \
-    hs_emulated::launch_on(stream, #kernel, grid, block, [=] { kernel(__VA_ARGS__); })
+    hs_emulated::launch_on(stream, #kernel, grid, block, 0, [=] { kernel(__VA_ARGS__); })
+/* With dynamic shared memory, of which HS_DYNAMIC_SHARED names the first byte. */
+#define HS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                                  \
+    hs_emulated::launch_on(stream, #kernel, grid, block, bytes, [=] { kernel(__VA_ARGS__); })
+#define HS_DYNAMIC_SHARED(name)                                                                    \
+    unsigned char *const name = static_cast<unsigned char *>(hs_emulated::dynamic_shared())
 
 #define HS_SITE                                                                                    \
     hs_emulated::site {                                                                            \

@@ -1,0 +1,293 @@
+"""Attention on tensor cores (kernel path cuda), emulated: right within a bound, the same bits always; and what the
+emulator makes of mma, ldmatrix and asynchronous copies. Faults planted in it: test_kernels_cuda.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tests.engine.cuda_lib import CudaLib, build
+from tests.engine.kernel_lib import Array, KernelLib, decode, encode
+from tests.engine.test_kernels_cpu import Call, Case, attention_cases
+from trainer import wire
+
+# Lengths around the tiles of 64, all head sizes, grouped queries, rows that lie apart; by 3 and 1: addresses that
+# allow no 16-byte accesses, and none of 4 bytes.
+FLASH_CASES = [
+    *attention_cases(1, 1, 1, 1, 64),
+    *attention_cases(2, 7, 2, 1, 32, 8),
+    *attention_cases(1, 63, 2, 2, 64, 2),
+    *attention_cases(2, 64, 4, 2, 32),
+    *attention_cases(1, 65, 3, 3, 96, 8),
+    *attention_cases(1, 129, 4, 1, 64, 1),
+    *attention_cases(1, 200, 2, 1, 128, 16),
+    *attention_cases(2, 200, 2, 2, 32, 3),
+    *attention_cases(1, 193, 1, 1, 64),
+]
+U16, F32 = 2.0**-8, 2.0**-24  # half a unit in the last place
+
+
+@pytest.fixture(scope="module")
+def cuda() -> CudaLib:
+    return CudaLib(build())
+
+
+@dataclass
+class Whole:
+    """Attention of one call in float64, with the sums of magnitudes that errors are measured by."""
+
+    want: list[Array]
+    bound: list[Array]
+
+
+def rows(flat: Array, b: int, t: int, heads: int, d: int, ld: int) -> Array:
+    """[b, heads, t, d] of an operand whose rows are ld apart."""
+    padded = np.zeros(b * t * ld)
+    padded[: flat.size] = decode(flat, wire.BF16)
+    return padded.reshape(b, t, ld)[:, :, : heads * d].reshape(b, t, heads, d).transpose(0, 2, 1, 3)
+
+
+def float64(call: Call) -> Whole:
+    """The bounds: every p, and every ds, is rounded to bf16 once (U16); sums of n
+    products in f32, in any order, rounded or cut off: 2 n F32 of their magnitudes; the result is rounded to bf16."""
+    backward = call.case.kernel == "attention_igrad"
+    b, t, h, g, d = call.case.dims[:5]
+    lds = call.case.dims[5:]
+    heads = (h, g, g, h, h, h, g, g) if backward else (h, 0, h, g, g)
+    a = call.inputs
+    scale = call.case.reals[0]
+    if backward:
+        dy, y, q, k, v = (rows(a[i], b, t, heads[i], d, lds[i]) for i in range(3, 8))  # type: ignore[arg-type]
+    else:
+        q, k, v = (rows(a[i], b, t, heads[i], d, lds[i - 1]) for i in range(2, 5))  # type: ignore[arg-type]
+    k, v = (np.repeat(x, h // g, axis=1) for x in (k, v))
+    seen = np.tril(np.ones((t, t), bool))
+    s = np.where(seen, scale * q @ k.swapaxes(-1, -2), -np.inf)
+    off = 2 * d * F32 * scale * np.abs(q) @ np.abs(k).swapaxes(-1, -2)  # of a score, and so of p relatively
+    if not backward:
+        top = s.max(-1, keepdims=True)
+        total = np.exp(s - top).sum(-1, keepdims=True)
+        lse = top + np.log(total)
+        p = np.exp(s - lse)
+        worst = off.max(-1, keepdims=True) + 4e-6 + 2 * t * F32
+        o = p @ v
+        return Whole(
+            [o, lse[..., 0]],
+            [(p * (U16 + 2 * worst)) @ np.abs(v) + U16 * np.abs(o), (worst + 2 * F32 * np.abs(lse))[..., 0]],
+        )
+    lse = a[8].astype(np.float64).reshape(b, h, t, 1)  # type: ignore[union-attr]
+    p = np.where(seen, np.exp(s - lse), 0)
+    rel = off + 4e-6 + 4 * F32 * np.abs(lse) + 2 * t * F32
+    delta = (dy * y).sum(-1, keepdims=True)
+    dp = dy @ v.swapaxes(-1, -2)
+    ds = p * (dp - delta)
+    off_dp = 2 * d * F32 * (np.abs(dy) @ np.abs(v).swapaxes(-1, -2) + (np.abs(dy) * np.abs(y)).sum(-1, keepdims=True))
+    off_ds = np.abs(ds) * (U16 + rel) + p * off_dp
+    off_p = p * (U16 + rel)
+
+    def grouped(x: Array) -> Array:
+        return np.asarray(x.reshape(b, g, h // g, t, d).sum(2))
+
+    want = [scale * ds @ k, grouped(scale * ds.swapaxes(-1, -2) @ q), grouped(p.swapaxes(-1, -2) @ dy)]
+    bound = [
+        scale * off_ds @ np.abs(k),
+        grouped(scale * off_ds.swapaxes(-1, -2) @ np.abs(q)),
+        grouped(off_p.swapaxes(-1, -2) @ np.abs(dy)),
+    ]
+    return Whole(want, [x + U16 * np.abs(w) + 1e-30 for x, w in zip(bound, want, strict=True)])
+
+
+def outputs(call: Call, arrays: list[Array | None]) -> list[Array]:
+    b, t, h, g, d = call.case.dims[:5]
+    lds = call.case.dims[5:]
+    if call.case.kernel == "attention_fwd":
+        o, lse = arrays[:2]
+        assert o is not None
+        assert lse is not None
+        return [rows(o, b, t, h, d, lds[0]), lse.reshape(b, h, t)]
+    return [rows(x, b, t, n, d, ld) for x, n, ld in zip(arrays[:3], (h, g, g), lds, strict=False) if x is not None]
+
+
+def written(call: Call, arrays: list[Array | None]) -> list[bytes]:
+    return [x.tobytes() for x in outputs(call, arrays)]
+
+
+@pytest.mark.parametrize("case", FLASH_CASES, ids=lambda case: case.name)
+def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case) -> None:
+    """Within the bound; near ref; nothing written beside the rows; the same bits in any order of threads and blocks,
+    and where operands begin at odd addresses; no bank conflicts."""
+    call = Call.make(kernels, case, wire.BF16)
+    cuda.seed(1)
+    got = call.run(cuda, "flash")
+    assert cuda.c.hs_emulated_conflicts() == 0
+    assert any(op in (5, 6) for _, _, op in cuda.sites()), "the plain kernels ran"
+    whole = float64(call)
+    ref = outputs(call, call.run(kernels, "ref"))
+    for x, want, bound, oracle in zip(outputs(call, got), whole.want, whole.bound, ref, strict=True):
+        assert np.max(np.abs(oracle - want) - bound) <= 0, "the oracle and this file disagree"
+        assert np.max(np.abs(x - want) - bound) <= 0, np.max(np.abs(x - want) / bound)
+    before = [None if x is None else x.copy() for x in call.inputs]
+    for i, _ in call.outputs():
+        x, y = before[i], got[i]
+        assert x is not None
+        assert y is not None
+        if wire.KERNELS[case.kernel].operands[i].kind == "dt":
+            n = case.dims[2 if i == 0 else 3] * case.dims[4]
+            ld = case.dims[5 + i]
+            for array in (x, y):
+                for row in range(-(-array.size // ld)):
+                    array[row * ld : row * ld + n] = 0
+            assert x.tobytes() == y.tobytes(), "bytes between rows changed"
+    good = written(call, call.run(cuda, "flash"))
+    cuda.seed(2)
+    assert written(call, call.run(cuda, "flash")) == good
+    shifted: list[Array | None] = []
+    for x in call.inputs:
+        assert x is not None
+        buffer = np.zeros(x.size + 16, x.dtype)
+        buffer = buffer[(-buffer.ctypes.data % 16) // x.itemsize + 1 :][: x.size]
+        buffer[:] = x.reshape(-1)
+        shifted.append(buffer)
+    cuda.call(case.kernel, wire.BF16, shifted, case.dims, case.reals, set_name="flash")
+    assert written(call, shifted) == good
+
+
+def _fwd(cuda: CudaLib, q: Array, k: Array, v: Array, b: int, h: int, g: int) -> list[Array]:
+    t, d = len(q) // b, q.shape[1] // h
+    o, lse = np.empty_like(q), np.empty((b * h, t), np.float32)
+    cuda.call(
+        "attention_fwd",
+        wire.BF16,
+        [o, lse, q, k, v],
+        (b, t, h, g, d, h * d, h * d, g * d, g * d),
+        (d**-0.5,),
+        set_name="flash",
+    )
+    return [o, lse]
+
+
+def _igrad(cuda: CudaLib, dy: Array, q: Array, k: Array, v: Array, b: int, h: int, g: int) -> list[Array]:
+    t, d = len(q) // b, q.shape[1] // h
+    y, lse = _fwd(cuda, q, k, v, b, h, g)
+    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    lds = (h * d, g * d, g * d, h * d, h * d, h * d, g * d, g * d)
+    cuda.call("attention_igrad", wire.BF16, [dq, dk, dv, dy, y, q, k, v, lse, np.empty_like(lse)],
+              (b, t, h, g, d, *lds), (d**-0.5,), set_name="flash")  # fmt: skip
+    return [dq, dk, dv]
+
+
+def test_a_sequence_does_not_know_its_batch(cuda: CudaLib) -> None:
+    """Alone or among others, and what a longer sequence adds behind it: the same bits."""
+    rng = np.random.default_rng(4)
+    b, t, h, g, d = 3, 130, 2, 1, 64
+    dy, q, k, v = (encode(rng.normal(size=(b * t, n * d)), wire.BF16) for n in (h, h, g, g))
+    whole, grads = _fwd(cuda, q, k, v, b, h, g)[0], _igrad(cuda, dy, q, k, v, b, h, g)
+    one = slice(t, 2 * t)
+    alone = [x[one].copy() for x in (dy, q, k, v)]
+    assert _fwd(cuda, *alone[1:], 1, h, g)[0].tobytes() == whole[one].tobytes()
+    for x, y in zip(_igrad(cuda, *alone, 1, h, g), grads, strict=True):
+        assert x.tobytes() == y[one].tobytes()
+    for n in (1, 64, 65):
+        prefix = _fwd(cuda, *(x[:n].copy() for x in (q, k, v)), 1, h, g)[0]
+        assert prefix.tobytes() == whole[:n].tobytes(), n
+
+
+def test_a_nan_is_not_lost(cuda: CudaLib) -> None:
+    """One element of q, k, v or dy that is NaN: every row that depends on it has an element that is not finite. (What
+    two_to and maxima do to a NaN is the kernels' own.) An infinity in q or dy leaves its own row so."""
+    rng = np.random.default_rng(7)
+    t, d, at = 70, 32, 40
+    clean = [rng.normal(size=(t, d)) for _ in range(4)]
+    spot = np.arange(t * d).reshape(t, d) == at * d + 3
+    for bad in (np.nan, np.inf):
+        for which, name in enumerate(("dy", "q", "k", "v")):
+            dy, q, k, v = (encode(np.where(spot & (i == which), bad, x), wire.BF16) for i, x in enumerate(clean))
+            o, lse = _fwd(cuda, q, k, v, 1, 1, 1)
+            dq, dk, dv = _igrad(cuda, dy, q, k, v, 1, 1, 1)
+            sound = [np.isfinite(decode(x, wire.BF16)).all(-1) for x in (o, dq, dk, dv)]
+            if np.isinf(bad):
+                assert name not in ("q", "dy") or not sound[1][at], name
+                continue
+            assert name not in ("q", "k") or not np.isfinite(lse[0, at])
+            rows_of = {
+                "dy": ([], [at], range(at + 1), range(at + 1)),
+                "q": ([at], [at], range(at + 1), range(at + 1)),
+                "k": (range(at, t), range(at, t), [at], [at]),
+                "v": (range(at, t), range(at, t), [at], []),
+            }
+            for x, touched in zip(sound, rows_of[name], strict=True):
+                assert not x[list(touched)].any(), name
+
+
+def test_others_fall_back_to_the_plain_kernels(kernels: KernelLib, cuda: CudaLib) -> None:
+    for case, dtype in [(c, wire.BF16) for c in attention_cases(1, 33, 2, 1, 40)] + [
+        (c, wire.F32) for c in attention_cases(1, 33, 2, 1, 32)
+    ]:
+        call = Call.make(kernels, case, dtype)
+        for x, y in zip(call.run(cuda, "flash"), call.run(cuda, "cuda"), strict=True):
+            assert x is not None
+            assert y is not None
+            assert x.tobytes() == y.tobytes()
+
+
+# --- the emulator's tensor cores, and what they compute with ---------------------------------------------------------
+
+
+def _aligned(x: Array) -> Array:
+    buffer = np.zeros(x.size + 16, x.dtype)
+    buffer = buffer[(-buffer.ctypes.data % 16) // x.itemsize :][: x.size]
+    buffer[:] = x.reshape(-1)
+    return buffer
+
+
+def _mma(cuda: CudaLib, how: int, shared: int = 768, seed: int = 1) -> tuple[int, Array, Array]:
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(-8, 9, (16, 16)), rng.integers(-8, 9, (16, 8))  # sums of their products are exact
+    stored = [_aligned(encode(x.astype(np.float32), wire.BF16)) for x in (a, b if how & 1 else b.T)]
+    out = np.zeros((16, 8), np.float32)
+    cuda.seed(seed)
+    rc = cuda.c.hs_test_mma(*(ctypes.c_void_p(x.ctypes.data) for x in (out, *stored)), how, shared)
+    begun = np.array([[1, 2], [3, 4]])[np.arange(16)[:, None] // 8, np.arange(8) % 2]
+    return int(rc), out, a @ b + begun
+
+
+def test_fragments_lie_as_the_manual_says(cuda: CudaLib) -> None:
+    for how in (0, 1):
+        rc, out, want = _mma(cuda, how)
+        assert rc == 0, cuda.text()
+        assert np.array_equal(out, want)
+    assert cuda.c.hs_emulated_conflicts() > 0  # its rows of 32 bytes lie four to a bank's width
+
+
+def test_data_arrive_at_their_wait_and_not_before(cuda: CudaLib) -> None:
+    rc, out, _ = _mma(cuda, 2)
+    assert rc == 0
+    assert np.isnan(out).all()
+    rc, _, _ = _mma(cuda, 2 | 4)
+    assert rc == -3
+    assert "returns with 1 copies in flight" in cuda.text()
+
+
+def test_shared_memory_is_what_an_architecture_gives(cuda: CudaLib) -> None:
+    for capability, kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)):
+        cuda.c.hs_emulated_architecture(capability)
+        try:
+            assert _mma(cuda, 0, kib << 10)[0] == 0
+            assert _mma(cuda, 0, (kib << 10) + 1)[0] == -3
+            assert f"capability {capability // 10}.{capability % 10} gives {kib << 10}" in cuda.text()
+        finally:
+            cuda.c.hs_emulated_architecture(86)
+
+
+def test_power_of_two(cuda: CudaLib) -> None:
+    x = np.concatenate([np.linspace(-125, 0, 100_001), np.linspace(-1, 0, 100_001)]).astype(np.float32)
+    for c in (1.0, 0.18):
+        y = x.copy()
+        cuda.c.hs_test_two_to(ctypes.c_void_p(y.ctypes.data), ctypes.c_int64(x.size), ctypes.c_float(c))
+        want = 2.0 ** (x.astype(np.float64) * np.float32(c))
+        assert np.max(np.abs(y / want - 1)) < 3e-6
+        assert y[-1] == 1
