@@ -181,7 +181,9 @@ def kernel_name(mangled: str) -> str:
             elif number := re.match(r"Li(\d+)E", rest):
                 types, rest = [*types, number[1]], rest[number.end() :]
             else:
-                raise ValueError(f"{mangled}: a template argument that is no element type and no number; teach kernel_name")
+                raise ValueError(
+                    f"{mangled}: a template argument that is no element type and no number; teach kernel_name"
+                )
     return f"{name}<{', '.join(types)}>" if types else name
 
 
