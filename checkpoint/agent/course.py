@@ -223,7 +223,11 @@ class Course:
             self._cannot_start(attempt, 70, f"the supervisor sent {got} bytes of ports for {count} ranks")
             return
         try:
-            devices = choose(asked_kind(*attempt.gang.device), count, read_devices(event.payload[2 * count :]))
+            # nodes that share a machine, and so its ports, share its devices too
+            here = 0 if self.options.port_base else attempt.gang.attempt.ranks - count
+            first = attempt.gang.first if here else 0
+            found = read_devices(event.payload[2 * count :])
+            devices = choose(asked_kind(*attempt.gang.device), count, found, first=first, others=here)
         except NoDevice as error:
             self._cannot_start(attempt, 78, f"node {self.options.node}: {error}")
             return

@@ -136,10 +136,11 @@ def _device(value: Any) -> Device:
     )
 
 
-def choose(asked: str, ranks: int, found: Found) -> Devices:
+def choose(asked: str, ranks: int, found: Found, *, first: int = 0, others: int = 0) -> Devices:
     """The devices of so many local ranks. NoDevice where ``asked`` (`asked_kind`) cannot be had, with the mend.
 
-    ``auto`` is CUDA where the engine has a device, else the CPU; a HOTSTAGE_DEVICES that is wrong is refused by both.
+    ``first``: ranks of other nodes of this machine that come before these, ``others``: all of them, where nodes share a
+    machine. ``auto`` is CUDA where the engine has a device, else the CPU; a wrong HOTSTAGE_DEVICES is refused by both.
     """
     if asked == "cpu":
         return ON_CPU
@@ -148,19 +149,25 @@ def choose(asked: str, ranks: int, found: Found) -> Devices:
             note = f"on the CPU: {found.why}"
             return Devices(note=note, told=note if found.driver else "")
         raise NoDevice(f"parallel.device 'cuda': {found.why}; mend that, or take parallel.device = 'cpu'")
-    used = chosen(found.chosen, found.devices)
-    of_rank = tuple(used[local % len(used)].index for local in range(ranks))
-    names = tuple(device.name for device in used[:ranks])
+    there = chosen(found.chosen, found.devices)
+    mine = [there[(first + local) % len(there)] for local in range(ranks)]
+    used = list(dict.fromkeys(mine))
     note = ""
-    if ranks > len(used):
+    if ranks + others > len(there):
         note = (
-            f"{ranks} ranks share {len(used)} device{'s' * (len(used) > 1)} (round robin): their messages go through "
-            "shared memory of the device or TCP, never NCCL; a device for each rank is faster"
+            f"{ranks + others} ranks share {len(there)} device{'s' * (len(there) > 1)} (round robin): their messages "
+            "go through shared memory of the device or TCP, never NCCL; a device for each rank is faster"
         )
-    numbers = ", ".join(str(device.index) for device in used[: min(ranks, 16)])
-    told = f"on {', '.join(dict.fromkeys(names))} (CUDA device {numbers})"
-    buses = tuple(used[local % len(used)].bus for local in range(ranks))
-    return Devices("cuda", of_rank, note, names, buses, f"{told}; {note}" if note else told)
+    numbers = ", ".join(str(device.index) for device in used[:16])
+    told = f"on {', '.join(dict.fromkeys(device.name for device in used))} (CUDA device {numbers})"
+    return Devices(
+        "cuda",
+        tuple(device.index for device in mine),
+        note,
+        tuple(device.name for device in used),
+        tuple(device.bus for device in mine),
+        f"{told}; {note}" if note else told,
+    )
 
 
 def chosen(text: str | None, devices: Sequence[Device]) -> list[Device]:

@@ -27,6 +27,8 @@ from flows.drive.views import AttemptView, LogView, OrderView, Policy, Saves
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
+from trainer.plan.memory import host_kinds
+from trainer.plan.records import PositionPlan
 from trainer.spec import RunSpec, how_map, parse_spec, run_id, what_bytes, what_digest
 from trainer.wire.plan import parse
 from trainer.wire.unreadable import Unreadable
@@ -58,7 +60,7 @@ class Prepared:
     def policy(self, launch: str, *, detaches: bool = False) -> Policy:
         """The spec's recovery half as the driver takes it. ``detaches``: of the launcher."""
         spec = self.spec
-        nodes = self.plan.on_nodes(self.nodes)
+        nodes, on_cuda = self.plan.on_nodes(self.nodes), spec.parallel.on_cuda(spec.launch.kernel_path)
         return Policy(
             steps=spec.train.steps,
             launch=launch,
@@ -73,8 +75,14 @@ class Prepared:
             stages=spec.parallel.stages,
             fewer=tuple(s for s in spec.recovery.allowed_stages if s < spec.parallel.stages),
             detaches=detaches,
-            node_bytes=max(sum(p.total_bytes - p.bytes_by_kind["slots"] for p in node) for node in nodes),
+            node_bytes=max(sum(_without_slots(p, on_cuda) for p in node) for node in nodes),
         )
+
+
+def _without_slots(position: PositionPlan, on_cuda: bool) -> int:
+    """Bytes of the engine's container; its slots are the agent's."""
+    kinds = host_kinds(position, on_cuda)
+    return sum(kinds.values()) - kinds["slots"]
 
 
 def ready_store(store: Store) -> None:

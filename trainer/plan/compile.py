@@ -70,9 +70,10 @@ def compile_plan(
         positions, channels, schedule = lower(job)
     if not infer:
         # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
-        more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" else 0
+        on_cuda = spec.parallel.on_cuda(spec.launch.kernel_path)
+        more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" and not on_cuda else 0
         budget = int(spec.launch.memory_gib * (1 << 30))
-        check_budget(positions, spec.launch.nodes, budget, more, spec.parallel.replicas)
+        check_budget(positions, spec.launch.nodes, budget, more, spec.parallel.replicas, on_cuda=on_cuda)
     shards = () if infer else dataset.shards
     return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
 

@@ -130,23 +130,38 @@ def _threads_words(more_bytes: int) -> str:
     )
 
 
+def host_kinds(position: PositionPlan, on_cuda: bool) -> Mapping[str, int]:
+    """Bytes by kind that a rank takes of its machine's own memory: on a CUDA device without its arena."""
+    if not on_cuda:
+        return position.bytes_by_kind
+    kinds = position.bytes_by_kind
+    return {"slots": kinds["slots"], "channels": kinds["channels"], "process": RUNTIME_BYTES}
+
+
 def check_budget(
-    positions: Sequence[PositionPlan], nodes: int, budget_bytes: int, more_bytes: int = 0, replicas: int = 1
+    positions: Sequence[PositionPlan],
+    nodes: int,
+    budget_bytes: int,
+    more_bytes: int = 0,
+    replicas: int = 1,
+    *,
+    on_cuda: bool = False,
 ) -> None:
     """Refuses a plan whose ranks on one node take more than ``budget_bytes``; the text carries the table.
 
-    ``more_bytes``: of each rank, beside what its position counts (`more_threads_bytes`).
+    ``more_bytes``: of each rank, beside what its position counts (`more_threads_bytes`). ``on_cuda``: ranks have their
+    arenas on devices.
     """
     if budget_bytes <= 0:
         return
     ranks = Ranks(len(positions), replicas)
     for node in range(nodes):
         here = [positions[ranks.position(rank)] for rank in ranks.on_node(node, nodes)]
-        total = sum(position.total_bytes + more_bytes for position in here)
+        total = sum(sum(host_kinds(position, on_cuda).values()) + more_bytes for position in here)
         if total > budget_bytes:
             raise PlanError(
                 f"node {node} needs {total} bytes ({bytes_text(total)}), its budget is {budget_bytes} "
                 f"({bytes_text(budget_bytes)}); use more nodes, a smaller microbatch, or raise launch.memory_gib\n"
                 f"{_threads_words(more_bytes)}"
-                f"{memory_text([p.bytes_by_kind for p in positions])}"
+                f"{memory_text([host_kinds(p, on_cuda) for p in positions])}"
             )

@@ -75,6 +75,14 @@ def test_a_rank_a_device_in_order() -> None:
     assert choose("cpu", 2, gpus(2)) == ON_CPU
 
 
+def test_nodes_that_share_a_machine_take_devices_in_turn() -> None:
+    assert choose("cuda", 2, gpus(4), first=2, others=2).of_rank == (2, 3)
+    shared = choose("cuda", 2, gpus(3), first=2, others=2)
+    assert shared.of_rank == (2, 0)
+    assert shared.note.startswith("4 ranks share 3 devices")
+    assert shared.told.startswith(f"on {H100} (CUDA device 2, 0); ")
+
+
 def test_more_ranks_than_devices_share_them_and_that_is_said() -> None:
     found = choose("cuda", 5, gpus(2))
     assert found.of_rank == (0, 1, 0, 1, 0)

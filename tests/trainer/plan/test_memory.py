@@ -12,7 +12,7 @@ from trainer import wire
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.plan import Plan, compile_plan
-from trainer.plan.memory import Interval, align, place, slot_bytes
+from trainer.plan.memory import RUNTIME_BYTES, Interval, align, place, slot_bytes
 from trainer.spec import parse_spec, what_digest
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000,), "cd" * 32)
@@ -88,3 +88,13 @@ def test_over_the_budget_is_refused_with_the_table() -> None:
     plan_of("parallel.stages=2", "launch.nodes=2", f"launch.memory_gib={each}")
     with pytest.raises(PlanError, match="node 0 needs"):
         plan_of("parallel.stages=2", "launch.nodes=1", f"launch.memory_gib={each}")
+
+
+def test_a_budget_of_the_host_does_not_count_what_lies_on_devices() -> None:
+    position = plan_of().positions[0]
+    slots = (position.bytes_by_kind["slots"] + RUNTIME_BYTES) / (1 << 30)
+    assert position.total_bytes / (1 << 30) > 1.05 * slots
+    plan_of("parallel.device=cuda", f"launch.memory_gib={1.01 * slots}")
+    with pytest.raises(PlanError, match=r"raise launch\.memory_gib") as caught:
+        plan_of("parallel.device=cuda", f"launch.memory_gib={0.99 * slots}")
+    assert "activations" not in str(caught.value)
