@@ -98,8 +98,8 @@ REFUSALS: dict[str, tuple[tuple[int, ...], dict[str, str], str]] = {
         (0, 0, 3 * GIB),
         {"FREE": str(2 * GIB)},
         "MEMORY: CUDA device 0 (Emulated 9.0) has 2.00 GiB free of 8.00 GiB, and this rank needs 3.04 GiB (its plan "
-        "3.00, its workspace 0.04): free the device (nvidia-smi shows who is on it), use more stages, a smaller "
-        "microbatch, or recompute",
+        "3.00, its workspace 0.04): free the device (nvidia-smi shows who is on it), take more stages "
+        "(parallel.stages) or a smaller train.microbatch",
     ),
 }
 
@@ -206,7 +206,7 @@ def test_the_first_failure_stays() -> None:
 
 def test_one_call_at_a_time_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOTSTAGE_CUDA_SYNC", "1")
-    assert "giving it work (stream compute, last given kernel gelu_fwd)" in refused(DEVICE, "fails", FAIL="5")
+    assert "giving it work (stream compute, last given kernel gelu_fwd)" in refused(BUG, "fails", FAIL="5")
 
 
 # --- whole trainings --------------------------------------------------------------------------------------------
