@@ -22,6 +22,7 @@ struct hs_linked {
     size_t count;
     uint16_t
         *graph_of;     /* by action of the step's list; NO_GRAPH: plain launches. NULL: no graphs */
+    bool *launched;    /* by graph: its calls were once, plainly */
     hs_graph **graphs; /* NULL: not captured yet */
 };
 
@@ -93,8 +94,9 @@ static hs_status number_graphs(hs_linked *linked, hs_why *why) {
     graph_key *keys = calloc(HS_LINKED_GRAPHS, sizeof *keys);
     uint32_t count = 0, calls = 0;
     linked->graph_of = malloc((p->steps + (size_t)1) * sizeof *linked->graph_of);
+    linked->launched = calloc(HS_LINKED_GRAPHS, sizeof *linked->launched);
     linked->graphs = calloc(HS_LINKED_GRAPHS, sizeof *linked->graphs);
-    if (!keys || !linked->graph_of || !linked->graphs) {
+    if (!keys || !linked->graph_of || !linked->launched || !linked->graphs) {
         free(keys);
         return hs_fail(why, HS_E_MEMORY, "no memory for the table of graphs");
     }
@@ -157,6 +159,7 @@ void hs_linked_destroy(hs_linked *linked) {
     free(linked->first);
     free(linked->calls);
     free(linked->graph_of);
+    free(linked->launched);
     free(linked->graphs); /* which the device has */
     free(linked);
 }
@@ -206,7 +209,10 @@ hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *a, hs_why *why)
     const size_t at = (size_t)(a - linked->plan->actions) - linked->position->first_step;
     const uint16_t number = linked->graph_of && at < linked->position->steps ? linked->graph_of[at]
                                                                              : (uint16_t)NO_GRAPH;
-    if (number == NO_GRAPH) return issue(linked, a, why);
+    if (number == NO_GRAPH || !linked->launched[number]) {
+        if (number != NO_GRAPH) linked->launched[number] = true;
+        return issue(linked, a, why);
+    }
     hs_graph **graph = &linked->graphs[number];
     if (!*graph) {
         HS_TRY(spaces->backend->capture(spaces->device, HS_STREAM_COMPUTE, why));

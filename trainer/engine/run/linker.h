@@ -23,10 +23,11 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spac
 void hs_linked_destroy(hs_linked *linked); /* NULL is fine */
 
 /* Issues the calls of a RUN action's program in order. A call that fails at once is named in why; others
- * show at a wait. A device that has graphs gets the calls of a step's action one by one the first time,
- * captured, and from then on as one graph, of at most HS_LINKED_GRAPHS for HS_LINKED_GRAPH_CALLS calls (programs
- * of one call, and what comes beyond that in the list of a step, are issued each time). Allocates
- * nothing but the device's graphs, in the first step. */
+ * show at a wait. A device that has graphs gets the calls of a step's action one by one the first time (what
+ * a library or driver loads at its first launch may not be loaded inside of a capture), the second
+ * time captured, and from then on as one graph, of at most HS_LINKED_GRAPHS for HS_LINKED_GRAPH_CALLS
+ * calls (programs of one call, and what comes beyond that in the list of a step, are issued each
+ * time). Allocates nothing but the device's graphs, in the second step. */
 hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *action, hs_why *why);
 
 /* Each call of the position's programs once, with ACT and MB operands in the first slot and microbatch.
