@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from checkpoint.agent.devices import NoDevice, choose, read_devices
 from tests.engine import cuda_lib
+from tests.support.chaos import frozen
 from tests.support.leftover import expect_none
 from tests.support.place import Place, finish
 from tests.support.wait import wait_for
@@ -139,3 +141,49 @@ def test_what_a_machine_lacks_is_said_in_one_line(library: Path, env: dict[str, 
     assert ("cpu" in said) == ("HOTSTAGE_DEVICES" not in env)
     if "HOTSTAGE_DEVICES" not in env:
         assert choose("auto", 2, read_devices(told.stdout)).note.startswith("on the CPU: ")
+
+
+def supervisor_log(place: Place) -> str:
+    return "".join(path.read_text() for path in place.folder.glob("out/runs/*/*/node0/supervisor.log"))
+
+
+def test_a_run_s_products_go_by_its_own_algorithms(library: Path, tmp_path: Path) -> None:
+    """Kernel path cuda: stopped, and gone on with on one stage where another algorithm would be the fastest by now, a
+    run has the bits of one that was never stopped.
+    """
+
+    def place(name: str) -> Place:
+        env = {"HOTSTAGE_CUDA": str(library), "HS_EMULATED_DEVICES": "2", "HS_EMULATED_CUBLASLT": "fastest 0"}
+        spec = SPEC
+        for key, value in {
+            "width": 16,
+            "context": 8,
+            "sequence": 8,
+            "steps": 30,
+            "batch": 2,
+            "microbatch": 1,
+            "every": 2,
+        }.items():
+            spec = re.sub(rf"^{key} = .*$", f"{key} = {value}", spec, flags=re.MULTILINE)
+        return Place(tmp_path / name, spec, env=env)
+
+    sets = ("parallel.device=cuda", "launch.kernel_path=cuda")
+    stopped, whole = place("stopped"), place("whole")
+    try:
+        process = stopped.start_train(*sets)
+        runs = stopped.folder / "store" / "runs"
+        wait_for(lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint", 60)
+        with frozen(stopped.folder / "out", 0):
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: "asked to stop" in supervisor_log(stopped), "the supervisor to be asked to stop", 60)
+        assert finish(process).code == 85
+        (kept,) = runs.glob("*/algorithms")
+        before = {path.name: path.read_bytes() for path in kept.iterdir()}
+        stopped.env["HS_EMULATED_CUBLASLT"] = "fastest 1"
+        told = stopped.train(*sets, "parallel.stages=1")
+        assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+        assert told["state_digest"] == whole.train(*sets)["state_digest"]
+        expect_none(stopped.folder, of_ended=True)
+    finally:
+        stopped.stop_all()
+        whole.stop_all()

@@ -145,7 +145,7 @@ def test_a_table_that_the_library_refuses_is_told(
     [
         ("missing", UNSUPPORTED, "said to be missing"),
         ("version 120800", UNSUPPORTED, r"cuBLASLt 12\.8\.0 was found, and this build needs version 13"),
-        ("fail 1", BUG, r"cuBLASLt 13\.1\.0 failed in a product of"),
+        ("only 1 balk 1", UNSUPPORTED, r"cuBLASLt 13\.1\.0 failed in a product of .*; it was offered 1 algorithms"),
     ],
 )
 def test_a_library_that_does_not_do(
@@ -155,6 +155,22 @@ def test_a_library_that_does_not_do(
     with pytest.raises(Refused, match=words) as refused:
         chosen(cuda, some_call(kernels))
     assert refused.value.status == status
+
+
+def test_a_candidate_that_the_library_refuses_after_all_is_passed_over(
+    kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", "fastest 0 balk 0")
+    assert numbers(chosen(cuda, some_call(kernels))) == [1]
+
+
+def test_a_product_that_fails_is_told(kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = some_call(kernels)
+    table = chosen(cuda, call)
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"balk {numbers(table)[0]}")
+    with pytest.raises(Refused, match=r"cuBLASLt 13\.1\.0 failed in a product of .*not supported") as refused:
+        cuda.products(call.case.kernel, call.dtype, copies(call), call.case.dims, call.case.reals, table)
+    assert refused.value.status == BUG
 
 
 def test_a_product_without_an_algorithm_is_a_bug(kernels: KernelLib, cuda: CudaLib) -> None:

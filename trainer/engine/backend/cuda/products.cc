@@ -37,9 +37,10 @@ static uint32_t missing(hs_device *d) {
 static hs_status choose(hs_device *d, hs_algorithm *list, hs_why *why) {
     HS_TRY(here(d, why));
     const hs_cuda_ctx ctx = compute(d, why);
-    HS_TRY(hs_products_choose(d->kernels.products, &ctx, list, why));
+    const hs_status st = hs_products_choose(d->kernels.products, &ctx, list, why);
     const cudaError_t error = cudaStreamSynchronize(d->streams[HS_STREAM_COMPUTE]);
-    return error == cudaSuccess ? HS_OK : failed(d, error, NULL, "timing products", why);
+    if (error != cudaSuccess) return failed(d, error, NULL, "timing products", why);
+    return st;
 }
 
 const hs_product_table products = {library, need, use, missing, choose};

@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(FLAT) clear_words(uint32_t *at, int64_t n) {
     if (i < n) at[i] = 0;
 }
 
-/* The time of the product by one algorithm: the lower of two rounds of about a millisecond. */
+/* The time of the product by one algorithm: the lower of two rounds of about a millisecond. HS_E_BUG:
+ * the library refuses it. */
 static hs_status time_one(hs_products *products, const hs_cuda_ctx *ctx, const hs_product *p,
                           const hs_algorithm *a, int64_t *ns, hs_why *why) {
     enum { ROUND_NS = 1000000, ROUND_MOST = 32, ROUNDS = 2 };
@@ -312,13 +313,23 @@ static hs_status choose_one(hs_products *products, const hs_cuda_ctx *ctx, const
                        "; use launch.kernel_path cuda-exact, or another train.microbatch",
                        products->lib.name, p->m, p->n, p->k);
     int64_t least = INT64_MAX;
+    hs_why refused = {};
     for (int i = 0; i < count; i++) {
         int64_t ns = 0;
-        HS_TRY(time_one(products, ctx, p, &list[i], &ns, why));
+        hs_why told = {};
+        const hs_status st = time_one(products, ctx, p, &list[i], &ns, &told);
+        if (st == HS_E_BUG) { /* offered, and then refused at once: another may do */
+            refused = told;
+            continue;
+        }
+        if (st != HS_OK) return hs_fail(why, st, "%s", told.text);
         if (ns >= least) continue;
         least = ns;
         *best = list[i];
     }
+    if (least == INT64_MAX)
+        return hs_fail(why, HS_E_UNSUPPORTED, "%s; it was offered %d algorithms", refused.text,
+                       count);
     best->microseconds = (uint32_t)(least / 1000);
     best->candidates = (uint32_t)count;
     return HS_OK;
