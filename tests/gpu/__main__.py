@@ -69,11 +69,7 @@ def main() -> int:
         "driver": "none" if box.emulated() else gpus[0]["driver_version"],
     }
     path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH", ""), str(BARE)) if p)
-    environment = {
-        "PYTHONPATH": path,
-        "HOTSTAGE_GPU_LD_BEFORE": os.environ.get("LD_LIBRARY_PATH", ""),
-    } | box.library_path()
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | box.libraries()
     listed = stages()
     if options.what == "test":
         listed = [s for s in listed if not s.name.startswith(FIGURES)]

@@ -5,7 +5,6 @@ python -m tests.gpu.box        prints it as JSON
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -63,11 +62,10 @@ def library_folders() -> list[str]:
     ]
 
 
-def library_path() -> dict[str, str]:
-    """LD_LIBRARY_PATH for processes that open the backend."""
-    before = os.environ.get("LD_LIBRARY_PATH", "")
-    joined = os.pathsep.join([*library_folders(), *([before] if before else [])])
-    return {"LD_LIBRARY_PATH": joined} if joined else {}
+def libraries() -> dict[str, str]:
+    """Where the backend looks for libraries (``HOTSTAGE_CUDA_LIBRARIES``, where it is not set already)."""
+    name, folders = "HOTSTAGE_CUDA_LIBRARIES", library_folders()
+    return {} if name in os.environ or not folders else {name: os.pathsep.join(folders)}
 
 
 def _said(*command: str) -> str:
@@ -174,15 +172,6 @@ def architecture(gpus: list[Mapping[str, str]] | None = None) -> str:
     capability = (gpus[0].get("compute_cap") or "9.0") if gpus else "9.0"
     number = capability.replace(".", "")
     return f"sm_{number}a" if int(number) >= 90 else f"sm_{number}"
-
-
-def has_library(name: str) -> bool:
-    """Whether the loader finds a library by its plain name too."""
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -145,12 +145,12 @@ def one_test(name: str, passed: bool, why: str = "") -> Told:
 
 
 def peer(name: str, model: str, *arguments: str) -> Told:
-    """What a peer's script says of a workload; its process has our libraries' paths taken out again."""
+    """What a peer's script says of a workload."""
     from tests.gpu.workloads import workload
 
     w = workload(model, tiny())
     command = [sys.executable, str(HERE / "peers" / f"{name}_train.py"), json.dumps(w.for_peers()), *arguments]
-    done = run(command, more={"LD_LIBRARY_PATH": os.environ.get("HOTSTAGE_GPU_LD_BEFORE", "")})
+    done = run(command)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
         return {"error": done.stderr.strip()[-400:] or f"ended with {done.returncode}"}

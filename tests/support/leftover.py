@@ -11,7 +11,7 @@ import os
 import signal
 from pathlib import Path
 
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 
 _ENGINES = ("hotstage-engine", "node_drive")
 LEAVE_S = 15.0  # for what was told to leave: an agent's last uploads, a rank's last words
