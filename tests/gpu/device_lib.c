@@ -29,9 +29,12 @@ static gpu the;
         if (status_ != HS_OK) return status_;                                                      \
     } while (0)
 
-const char *hs_gpu_text(void) { return the.why.text; }
+const char *hs_gpu_text(void) {
+    return the.why.text;
+}
 
-hs_status hs_gpu_open(const char *library, uint32_t index, uint32_t path, size_t arena_bytes, size_t window_bytes) {
+hs_status hs_gpu_open(const char *library, uint32_t index, uint32_t path, size_t arena_bytes,
+                      size_t window_bytes) {
     memset(&the, 0, sizeof the);
     void *const opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     if (!opened) return hs_fail(&the.why, HS_E_UNSUPPORTED, "%s", dlerror());
@@ -42,7 +45,8 @@ hs_status hs_gpu_open(const char *library, uint32_t index, uint32_t path, size_t
     if (the.table->version != HS_BACKEND_VERSION)
         return hs_fail(&the.why, HS_E_UNSUPPORTED, "%s is of version %u, the tests of %u", library,
                        (unsigned)the.table->version, HS_BACKEND_VERSION);
-    const hs_device_config config = {.index = index, .kernel_path = path, .bytes_needed = arena_bytes};
+    const hs_device_config config = {
+        .index = index, .kernel_path = path, .bytes_needed = arena_bytes};
     TRY(the.table->open(&config, &the.device, &the.facts, &the.why));
     TRY(the.table->alloc(the.device, arena_bytes, -1, &the.arena, &the.why));
     TRY(the.table->pinned(the.device, window_bytes, &the.window, &the.why));
@@ -56,8 +60,12 @@ void hs_gpu_close(void) {
     the.device = NULL;
 }
 
-const char *hs_gpu_device(void) { return the.facts.device; }
-const char *hs_gpu_kernels(void) { return the.facts.kernels ? the.facts.kernels : ""; }
+const char *hs_gpu_device(void) {
+    return the.facts.device;
+}
+const char *hs_gpu_kernels(void) {
+    return the.facts.kernels ? the.facts.kernels : "";
+}
 
 /* capability, memory, free, scratch */
 void hs_gpu_facts(uint64_t out[4]) {
@@ -72,16 +80,20 @@ static hs_status move(void *host, size_t at, size_t bytes, hs_copy direction) {
     uint8_t *const device = the.arena + at;
     const int stream = direction == HS_COPY_TO_DEVICE ? HS_STREAM_IN : HS_STREAM_OUT;
     void *const to = direction == HS_COPY_TO_DEVICE ? (void *)device : host;
-    TRY(the.table->copy(the.device, stream, to, direction == HS_COPY_TO_DEVICE ? host : (void *)device, bytes,
-                        direction, &the.why));
+    TRY(the.table->copy(the.device, stream, to,
+                        direction == HS_COPY_TO_DEVICE ? host : (void *)device, bytes, direction,
+                        &the.why));
     TRY(the.table->record(the.device, stream, LOADED, &the.why));
     return the.table->wait(the.device, LOADED, &the.why);
 }
 
-hs_status hs_gpu_put(void *host, size_t at, size_t bytes) { return move(host, at, bytes, HS_COPY_TO_DEVICE); }
+hs_status hs_gpu_put(void *host, size_t at, size_t bytes) {
+    return move(host, at, bytes, HS_COPY_TO_DEVICE);
+}
 
 /* A call's arguments: operands at these offsets of the arena, -1 for one that is absent. */
-static hs_args args_at(uint32_t dtype, const int64_t *at, const int64_t *dims, const double *reals) {
+static hs_args args_at(uint32_t dtype, const int64_t *at, const int64_t *dims,
+                       const double *reals) {
     hs_args args;
     memset(&args, 0, sizeof args);
     args.dtype = dtype;
@@ -91,19 +103,21 @@ static hs_args args_at(uint32_t dtype, const int64_t *at, const int64_t *dims, c
     return args;
 }
 
-/* The image becomes the arena's first bytes, one kernel runs, the image is what they are then. */
-hs_status hs_gpu_call(uint32_t kernel, uint32_t dtype, uint8_t *image, size_t bytes, const int64_t *at,
-                      const int64_t *dims, const double *reals) {
-    if (bytes > the.arena_bytes) return hs_fail(&the.why, HS_E_MEMORY, "%zu bytes, the arena has %zu", bytes, the.arena_bytes);
+/* `before` becomes the arena's first bytes, one kernel runs, `after` is what they are then. */
+hs_status hs_gpu_call(uint32_t kernel, uint32_t dtype, const uint8_t *before, uint8_t *after,
+                      size_t bytes, const int64_t *at, const int64_t *dims, const double *reals) {
+    if (bytes > the.arena_bytes)
+        return hs_fail(&the.why, HS_E_MEMORY, "%zu bytes, the arena has %zu", bytes,
+                       the.arena_bytes);
     const hs_args args = args_at(dtype, at, dims, reals);
     const hs_backend *const t = the.table;
-    TRY(t->copy(the.device, HS_STREAM_IN, the.arena, image, bytes, HS_COPY_TO_DEVICE, &the.why));
+    TRY(t->copy(the.device, HS_STREAM_IN, the.arena, before, bytes, HS_COPY_TO_DEVICE, &the.why));
     TRY(t->record(the.device, HS_STREAM_IN, LOADED, &the.why));
     TRY(t->follow(the.device, HS_STREAM_COMPUTE, LOADED, &the.why));
     TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
     TRY(t->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));
     TRY(t->follow(the.device, HS_STREAM_OUT, COMPUTED, &the.why));
-    TRY(t->copy(the.device, HS_STREAM_OUT, image, the.arena, bytes, HS_COPY_FROM_DEVICE, &the.why));
+    TRY(t->copy(the.device, HS_STREAM_OUT, after, the.arena, bytes, HS_COPY_FROM_DEVICE, &the.why));
     TRY(t->record(the.device, HS_STREAM_OUT, TAKEN, &the.why));
     return t->wait(the.device, TAKEN, &the.why);
 }
@@ -116,8 +130,8 @@ static double now(void) {
 
 /* Seconds of `rounds` times the call on each of `sets` sets of offsets, as one graph where the device has graphs: what
  * the host takes to launch is left out where it is shorter. */
-hs_status hs_gpu_time(uint32_t kernel, uint32_t dtype, uint32_t sets, const int64_t *at, const int64_t *dims,
-                      const double *reals, uint32_t rounds, double *seconds) {
+hs_status hs_gpu_time(uint32_t kernel, uint32_t dtype, uint32_t sets, const int64_t *at,
+                      const int64_t *dims, const double *reals, uint32_t rounds, double *seconds) {
     const hs_backend *const t = the.table;
     hs_graph *graph = NULL;
     double began = 0;
@@ -158,10 +172,12 @@ hs_status hs_gpu_copy_time(int direction, size_t bytes, uint32_t rounds, double 
     if (bytes > room || bytes > the.arena_bytes)
         return hs_fail(&the.why, HS_E_MEMORY, "%zu bytes, there is room for %zu", bytes, room);
     uint8_t *const half = the.arena + the.arena_bytes / 2;
-    const int stream = direction == HS_COPY_ON_DEVICE    ? HS_STREAM_COMPUTE
+    const int stream = direction == HS_COPY_ON_DEVICE   ? HS_STREAM_COMPUTE
                        : direction == HS_COPY_TO_DEVICE ? HS_STREAM_IN
                                                         : HS_STREAM_OUT;
-    void *const to = direction == HS_COPY_FROM_DEVICE ? the.window : direction == HS_COPY_TO_DEVICE ? the.arena : half;
+    void *const to = direction == HS_COPY_FROM_DEVICE ? the.window
+                     : direction == HS_COPY_TO_DEVICE ? the.arena
+                                                      : half;
     const void *const from = direction == HS_COPY_TO_DEVICE ? the.window : the.arena;
     double began = 0;
     for (int pass = 0; pass < 2; pass++) {

@@ -109,10 +109,9 @@ class DeviceLib:
         for i, x in enumerate(ptrs):
             if x is not None:
                 image[offsets[i] : offsets[i] + x.nbytes] = x.reshape(-1).view(np.uint8)
-        before = image.copy()
-        done = self.c.hs_gpu_call(
-            number, dtype, ctypes.c_void_p(image.ctypes.data), ctypes.c_size_t(end), offsets, d, r
-        )
+        before, image = image, np.empty_like(image)
+        there = [ctypes.c_void_p(x.ctypes.data) for x in (before, image)]
+        done = self.c.hs_gpu_call(number, dtype, *there, ctypes.c_size_t(end), offsets, d, r)
         self._done(done, f"{kernel} {list(dims)}")
         for i, (x, operand) in enumerate(zip(ptrs, KERNELS[kernel].operands, strict=True)):
             if x is not None and operand.role != "read":

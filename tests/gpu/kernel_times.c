@@ -24,14 +24,17 @@ static void CUPTIAPI give(uint8_t **buffer, size_t *size, size_t *most) {
     *most = 0;
 }
 
-static void CUPTIAPI take(CUcontext context, uint32_t stream, uint8_t *buffer, size_t size, size_t valid) {
+static void CUPTIAPI take(CUcontext context, uint32_t stream, uint8_t *buffer, size_t size,
+                          size_t valid) {
     (void)context, (void)stream, (void)size;
     CUpti_Activity *record = NULL;
     while (out && cuptiActivityGetNextRecord(buffer, valid, &record) == CUPTI_SUCCESS) {
-        if (record->kind != CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL && record->kind != CUPTI_ACTIVITY_KIND_KERNEL) continue;
+        if (record->kind != CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL &&
+            record->kind != CUPTI_ACTIVITY_KIND_KERNEL)
+            continue;
         const HS_KERNEL_RECORD *const kernel = (const HS_KERNEL_RECORD *)record;
-        fprintf(out, "%llu %llu %s\n", (unsigned long long)kernel->start, (unsigned long long)kernel->end,
-                kernel->name ? kernel->name : "?");
+        fprintf(out, "%llu %llu %s\n", (unsigned long long)kernel->start,
+                (unsigned long long)kernel->end, kernel->name ? kernel->name : "?");
     }
     free(buffer);
 }

@@ -14,7 +14,7 @@ import numpy as np
 from tests.gpu.device_lib import DeviceLib, fill
 from trainer import wire
 from trainer.plan.compiled import Plan
-from trainer.plan.flops import kernel_flops
+from trainer.plan.flops import work
 from trainer.wire.kernels import KERNELS
 
 CACHE_BYTES = 1 << 28  # operands are taken from sets of this much, several times the last cache: they come from memory
@@ -32,7 +32,7 @@ class Timed:
     count: int
     seconds: float
     bytes: int
-    operations: float
+    operations: float  # of products
 
     def told(self, copy_rate: float, product_rate: float) -> dict[str, Any]:
         """With what bounds it: the longer of its times at both probes."""
@@ -120,8 +120,14 @@ def timed(lib: DeviceLib, plan: Plan) -> tuple[list[Timed], list[str]]:
         except MemoryError as error:
             left_out.append(str(error))
             continue
-        found.append(Timed(kernel, dtype, dims, count, seconds, size, kernel_flops(kernel, dims).done))
+        found.append(Timed(kernel, dtype, dims, count, seconds, size, _products(kernel, dims)))
     return sorted(found, key=lambda t: -t.seconds * t.count), left_out
+
+
+def _products(kernel: str, dims: Sequence[int]) -> float:
+    """Operations of its matrix products; what else it does, memory's traffic hides."""
+    done = work(kernel, dims)
+    return 2.0 * (done.products + done.again)
 
 
 def probes(lib: DeviceLib, tiny: bool) -> dict[str, float]:
