@@ -29,6 +29,9 @@ def path() -> str:
 
 @pytest.fixture(scope="session")
 def device(path: str) -> Iterator[DeviceLib]:
-    lib = DeviceLib(Path(os.environ["HOTSTAGE_GPU_WAY"]), Path(os.environ["HOTSTAGE_CUDA"]), path)
+    small = os.environ.get("HOTSTAGE_GPU_CASES", "all") != "all"
+    arena = 4 << 20 if small else 1 << 30  # the largest case's operands
+    way, library = Path(os.environ["HOTSTAGE_GPU_WAY"]), Path(os.environ["HOTSTAGE_CUDA"])
+    lib = DeviceLib(way, library, path, arena=arena)
     yield lib
     lib.close()

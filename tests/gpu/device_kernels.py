@@ -1,6 +1,7 @@
 """Every kernel on the device through the backend's table: near the oracle, with the CPU's bits where cuda.h promises
 them, the same bits each time and wherever operands lie, and nothing but its outputs changed. One body for a GPU and for
-the emulated library; ``HOTSTAGE_GPU_PATH`` is the kernel path, ``HOTSTAGE_GPU_CASES=few`` takes the small cases.
+the emulated library; ``HOTSTAGE_GPU_PATH`` is the kernel path, ``HOTSTAGE_GPU_CASES``: ``few``
+are the small cases (compute-sanitizer), ``one`` is the smallest that is no trifle of each kernel (rehearsal).
 """
 
 from __future__ import annotations
@@ -42,12 +43,18 @@ LARGE = [  # of a real model: loops that go round often, grids of many blocks
 ]
 
 
+def _size(case: Case) -> float:
+    return float(np.prod([float(d) for d in case.dims[:3]]))
+
+
 def _chosen() -> Iterator[Case]:
     which = os.environ.get("HOTSTAGE_GPU_CASES", "all")
-    for case in CASES:
-        small = np.prod([float(d) for d in case.dims[:3]]) < 40_000
-        if which == "all" or small:
-            yield case
+    if which == "one":
+        for kernel in wire.KERNELS:
+            some = sorted((case for case in CASES if case.kernel == kernel), key=_size)
+            yield next((case for case in some if _size(case) > 100), some[-1])
+        return
+    yield from (case for case in CASES if which == "all" or _size(case) < 40_000)
     if which == "all":
         yield from LARGE
 

@@ -19,6 +19,7 @@ from tests.reference.golden import CASES, Golden
 
 ENGINE = Path(os.environ.get("HOTSTAGE_ENGINE", ""))
 MODELS = {"gpt2": GPT2, "llama": LLAMA}
+FEW = os.environ.get("HOTSTAGE_GPU_CASES", "all") != "all"  # the rehearsal: what differs, once
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {"stages": 1},
     "2": {"stages": 2},
@@ -38,8 +39,10 @@ class Runs:
         """Losses, norms and the last step's weights."""
         self.count += 1
         folder = self.folder / str(self.count)
-        sizes = MODELS[model] | {"layers": 4}
-        plan = small_plan(folder, model=sizes, parallel=LAYOUTS[layout], batch=8, steps=3, precision=precision)
+        sizes = MODELS[model] | {"layers": 2 if FEW else 4}
+        plan = small_plan(
+            folder, model=sizes, parallel=LAYOUTS[layout], batch=4 if FEW else 8, steps=3, precision=precision
+        )
         if device:
             gang = gang_of(plan, folder, kernel_path=self.path, dump=True)
         else:
@@ -54,14 +57,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, path: str) -> Runs:
     return Runs(tmp_path_factory.mktemp("models"), path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("precision", ["bf16"] if FEW else ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["llama"] if FEW else sorted(MODELS))
 def test_one_bit_pattern(runs: Runs, model: str, precision: str) -> None:
     """Run to run, over stages and schedules; and the CPU's losses."""
     first = runs.state(model, precision, "1")
     here = runs.state(model, precision, "1", device=False)
     assert first["losses"] == pytest.approx(here["losses"], rel=LOSSES[runs.path])
-    for layout in ("1", "2", "2-gpipe", "2x2"):
+    for layout in ("2",) if FEW else ("1", "2", "2-gpipe", "2x2"):
         again = runs.state(model, precision, layout)
         differs = [name for name in first if first[name] != again[name]]
         assert not differs, f"layout {layout} gives other {', '.join(differs)}"
@@ -85,6 +88,7 @@ def test_resume(tmp_path: Path, path: str) -> None:
     assert parts == whole
 
 
+@pytest.mark.skipif(FEW, reason="the rehearsal is short")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stages", [1, 2])
 def test_golden(path: str, tmp_path: Path, case: str, stages: int) -> None:

@@ -212,11 +212,11 @@ class opened:
 
 
 def kernels(path: str) -> Told:
-    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "few"} if tiny() else {})
+    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "one"} if tiny() else {})
 
 
 def models(path: str) -> Told:
-    return under_pytest("device_models.py", path, {"HOTSTAGE_GPU_CASES": "few"} if tiny() else {})
+    return under_pytest("device_models.py", path, {"HOTSTAGE_GPU_CASES": "one"} if tiny() else {})
 
 
 def sanitizer(tool: str) -> Told:
