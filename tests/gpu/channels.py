@@ -12,17 +12,19 @@ from tests.gpu.ours import gang_of
 from tests.gpu.workloads import plan_of, workload
 
 
-def measure(tiny: bool) -> dict[str, Any]:
+def measure(tiny: bool, kept: Path) -> dict[str, Any]:
     """The stage."""
     from tests.gpu.stages import one_test
 
     w = workload("gpt2-124m", tiny)
     steps = 4 if tiny else 8
     found: dict[str, Any] = {}
+    choice = kept / ".algorithms-channels"
+    choice.unlink(missing_ok=True)
     for name, stages in (("one rank", 1), ("two ranks", 2)):
         with tempfile.TemporaryDirectory(prefix="hotstage-gpu-") as scratch:
             folder = Path(scratch)
-            gang = gang_of(plan_of(w, "bf16", steps, folder, stages=stages), folder)
+            gang = gang_of(plan_of(w, "bf16", steps, folder, stages=stages), folder, algorithms=choice)
             said = "\n".join(p.read_text() for p in sorted((folder / "run").glob("stderr-*")))
         found[name] = {
             "losses": gang.losses,

@@ -17,6 +17,7 @@ from trainer import wire
 from trainer.wire.kernels import KERNELS
 
 ALIGN = 256
+PRODUCTS = 200  # of a library, before the device is opened again: it keeps HS_ALGORITHMS_MAX
 GUARD, PATTERN = 256, 0xA5  # bytes around each operand, and what they hold
 COPIES = {"to device": 1, "from device": 2, "on device": 3}
 
@@ -47,12 +48,22 @@ class DeviceLib:
         self.c = ctypes.CDLL(str(way))
         for name in ("hs_gpu_text", "hs_gpu_device", "hs_gpu_kernels"):
             getattr(self.c, name).restype = ctypes.c_char_p
-        self.arena, self.window = arena, window
-        self._done(
-            self.c.hs_gpu_open(
-                str(library).encode(), index, wire.PATHS[path], ctypes.c_size_t(arena), ctypes.c_size_t(window)
-            )
-        )
+        self.arena, self.window, self.library, self.path, self.index = arena, window, library, path, index
+        self.lost = False
+        self.open()
+
+    def open(self) -> None:
+        """From its beginning; what was in the arena is gone."""
+        sizes = [ctypes.c_size_t(n) for n in (self.arena, self.window)]
+        self._done(self.c.hs_gpu_open(str(self.library).encode(), self.index, wire.PATHS[self.path], *sizes))
+
+    def reopen(self) -> None:
+        """After a failure, which stays with a device; ``lost`` where this process gets none any more."""
+        self.close()
+        try:
+            self.open()
+        except DeviceError:
+            self.lost = True
 
     def _done(self, status: int, what: str = "") -> None:
         if status != 0:
@@ -96,6 +107,8 @@ class DeviceLib:
         """One call; the arrays get what the device has afterwards. Fails where it changed anything else: what it only
         reads, or bytes between operands. ``shift``: elements by which operands miss the alignment of the arena."""
         assert (set_name, threads, guard) == ("cuda", 1, None)
+        if self.c.hs_gpu_products() > PRODUCTS:
+            self.reopen()
         number, _, _, d, r = marshalled(kernel, ptrs, dims, reals)
         offsets = (ctypes.c_int64 * wire.CALL_PTRS)(*[-1] * wire.CALL_PTRS)
         end = GUARD

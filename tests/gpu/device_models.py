@@ -44,7 +44,8 @@ class Runs:
             folder, model=sizes, parallel=LAYOUTS[layout], batch=4 if FEW else 8, steps=3, precision=precision
         )
         if device:
-            gang = gang_of(plan, folder, kernel_path=self.path, dump=True)
+            choice = self.folder / f"algorithms-{model}-{precision}"
+            gang = gang_of(plan, folder, kernel_path=self.path, dump=True, algorithms=choice)
         else:
             gang = engine_runs.train(plan, folder / "data", folder / "run", engine=ENGINE)
         weights = gang.weights(3)
@@ -73,11 +74,12 @@ def test_one_bit_pattern(runs: Runs, model: str, precision: str) -> None:
 def test_resume(tmp_path: Path, path: str) -> None:
     """Four steps, and two and then two from the slot: the same bits."""
     plan = small_plan(tmp_path, steps=4, schedule={"kind": "constant"})
+    choice: list[bytes] = []
 
     def dumped(name: str, fds: tuple[int, ...], start: int, stop: int) -> dict[str, bytes]:
         folder = tmp_path / name
         folder.mkdir()
-        with rank_with_slots(plan, folder, fds, kernel_path=path, start=start, stop=stop, dump=True):
+        with rank_with_slots(plan, folder, fds, kernel_path=path, start=start, stop=stop, dump=True, algorithms=choice):
             return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".grads", ".weights")}
 
     with slots(2, 1 << 20) as fds:
@@ -97,7 +99,5 @@ def test_golden(path: str, tmp_path: Path, case: str, stages: int) -> None:
     spec = spec_of(golden, stages)
     plan = compile_golden(golden, spec, tmp_path)
     weights = engine_runs.weights_file(plan, engine_runs.from_hf(spec.model, golden.weights32), tmp_path / "weights")
-    gang = engine_runs.train(
-        plan, tmp_path / "data", tmp_path / "run", weights=weights, kernel_path=path, device="cuda", engine=ENGINE
-    )
+    gang = gang_of(plan, tmp_path, kernel_path=path, dump=True, weights=weights)
     assert_agrees(golden, gang, model_of(golden))

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,24 +90,33 @@ class Trained:
 
 
 def gang_of(
-    plan: Plan, folder: Path, *, kernel_path: str = "cuda", dump: bool = False, prefix: Sequence[str] = ()
-) -> Gang:
-    """The engine on the device, to the plan's end."""
-    engine = Path(os.environ["HOTSTAGE_ENGINE"])
-    return engine_runs.train(
-        plan, folder / "data", folder / "run", kernel_path=kernel_path, device="cuda", engine=engine, dump=dump,
-        prefix=prefix, deadline_s=DEADLINE_S,
+    plan: Plan, folder: Path, *, kernel_path: str = "cuda", dump: bool = False, weights: Path | None = None,
+    algorithms: Path | None = None,
+) -> Gang:  # fmt: skip
+    """The engine on the device, to the plan's end. ``algorithms``: the file of a run's choice (wire/algorithms.h),
+    which the ranks of a gang without an agent keep in its folder: taken from there before, and put back afterwards.
+    """
+    engine, work = Path(os.environ["HOTSTAGE_ENGINE"]), folder / "run"
+    work.mkdir(parents=True, exist_ok=True)
+    if algorithms is not None and algorithms.exists():
+        shutil.copyfile(algorithms, work / "algorithms")
+    gang = engine_runs.train(
+        plan, folder / "data", work, kernel_path=kernel_path, device="cuda", engine=engine, dump=dump, weights=weights,
+        deadline_s=DEADLINE_S,
     )  # fmt: skip
+    if algorithms is not None and (work / "algorithms").exists():
+        shutil.copyfile(work / "algorithms", algorithms)
+    return gang
 
 
-def trained(w: Workload, precision: str, *, kernel_path: str = "cuda", prefix: Sequence[str] = ()) -> Trained:
-    """One run of the workload."""
+def trained(w: Workload, precision: str, *, algorithms: Path | None = None) -> Trained:
+    """One run of the workload; ``algorithms`` as for :func:`gang_of`."""
     with tempfile.TemporaryDirectory(prefix="hotstage-gpu-") as scratch:
         folder = Path(scratch)
         plan = plan_of(w, precision, w.warm + w.steps, folder)
         with watched() as memory:
             began = time.time()
-            gang = gang_of(plan, folder, kernel_path=kernel_path, prefix=prefix)
+            gang = gang_of(plan, folder, algorithms=algorithms)
     steps = [float(event["step_us"]) / 1e6 for event in gang.steps[w.warm :]]
     middle = statistics.median(steps)
     position = plan.positions[0]

@@ -78,16 +78,17 @@ def moved(sizes: Sequence[int], kernel: str, absent: Sequence[bool], dims: Seque
 
 
 def time_call(
-    lib: DeviceLib, kernel: str, dtype: int, dims: Sequence[int], reals: Sequence[float], absent: Sequence[bool]
-) -> tuple[float, int]:
-    """(seconds, bytes moved) of one call, its operands coming from memory."""
+    lib: DeviceLib, kernel: str, dtype: int, dims: Sequence[int], reals: Sequence[float], absent: Sequence[bool],
+    long_s: float = LONG_S,
+) -> tuple[float, int]:  # fmt: skip
+    """(seconds, bytes moved) of one call, its operands coming from memory; ``long_s``: of a measurement, 0: one call."""
     rng = np.random.default_rng(7)
     spec = KERNELS[kernel]
     sizes = [0 if none else lib.extent(kernel, dtype, dims, i) for i, none in enumerate(absent)]
     room = sum(-(-size // 256) * 256 for size in sizes)
     if room > lib.arena:
         raise MemoryError(f"{kernel} {list(dims)} needs {room} bytes, the arena has {lib.arena}")
-    sets = max(1, min(8, CACHE_BYTES // max(room, 1), lib.arena // max(room, 1)))
+    sets = max(1, min(8, CACHE_BYTES // max(room, 1), lib.arena // max(room, 1))) if long_s else 1
     places, at = [], 0
     datas: list[Any] = []
     for i, operand in enumerate(spec.operands):
@@ -106,17 +107,17 @@ def time_call(
             at += -(-size // 256) * 256
         places.append(place)
     once = lib.time(kernel, dtype, places, dims, reals, 1)
-    rounds = max(1, min(200, math.ceil(LONG_S / max(once * sets, 1e-7))))
-    best = sorted(lib.time(kernel, dtype, places, dims, reals, rounds) for _ in range(3))[1]
+    rounds = min(200, math.ceil(long_s / max(once * sets, 1e-7)))
+    best = sorted(lib.time(kernel, dtype, places, dims, reals, rounds) for _ in range(3))[1] if rounds else once
     return best, moved(sizes, kernel, absent, dims)
 
 
-def timed(lib: DeviceLib, plan: Plan) -> tuple[list[Timed], list[str]]:
+def timed(lib: DeviceLib, plan: Plan, long_s: float = LONG_S) -> tuple[list[Timed], list[str]]:
     """Every distinct call of a step, the one that takes longest in all first; and what could not be timed."""
     found, left_out = [], []
     for (kernel, dtype, dims, reals, absent), count in calls_of(plan).items():
         try:
-            seconds, size = time_call(lib, kernel, dtype, dims, reals, absent)
+            seconds, size = time_call(lib, kernel, dtype, dims, reals, absent, long_s)
         except MemoryError as error:
             left_out.append(str(error))
             continue
@@ -137,7 +138,8 @@ def probes(lib: DeviceLib, tiny: bool) -> dict[str, float]:
     n = 64 if tiny else 8192
     r = 3 if tiny else 20
     # y = x w^T, no bias and no residual; every dim n
-    seconds, _ = time_call(lib, "linear_fwd", wire.BF16, (n, n, n, n, n, n), (), (False, False, False, True, True))
+    dims, absent = (n, n, n, n, n, n), (False, False, False, True, True)
+    seconds, _ = time_call(lib, "linear_fwd", wire.BF16, dims, (), absent, 0 if tiny else LONG_S)
     return {
         "copy on device": lib.copy_rate("on device", min(size, lib.arena // 2), r),
         "copy to device": lib.copy_rate("to device", window, r),

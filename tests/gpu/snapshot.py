@@ -68,9 +68,12 @@ def rank_with_slots(
     start: int = -1,
     stop: int = -1,
     dump: bool = False,
+    algorithms: list[bytes] | None = None,
 ) -> Iterator[Agent]:
     """A rank from the slot 0 (after step ``start``; -1: from its beginning) to the end or to ``stop``, with its last
-    snapshot in a slot; ``folder.parent / "data"`` holds the tokens. What it said is in the agent's messages."""
+    snapshot in a slot; ``folder.parent / "data"`` holds the tokens. What it said is in the agent's messages.
+    ``algorithms``: the run's choice (wire/algorithms.h), which the first rank makes.
+    """
     data = engine_runs.attempt_bytes(plan, [0], folder.parent / "data", folder, kernel_path=kernel_path, device="cuda")
     head, rest = wire.Attempt.from_buffer_copy(data), data[ctypes.sizeof(wire.Attempt) :]
     head.start_step, head.stop_after = start, stop
@@ -84,6 +87,11 @@ def rank_with_slots(
             try:
                 agent.hears("HELLO", 0)
                 agent.tell("SLOTS", 0, a=len(fds), b=0 if start >= 0 else -1, fds=tuple(fds), epoch=1)
+                agent.until(lambda: bool(agent.left or agent.of("ALGORITHMS") or agent.of("READY")), "a word", WAIT_S)
+                if asked := agent.of("ALGORITHMS"):
+                    choice = algorithms if algorithms is not None else []
+                    choice.extend([asked[0].payload] if not choice else [])
+                    agent.tell("ALGORITHMS", 0, payload=choice[0])
                 agent.until(lambda: any(m.c for m in agent.of("READY")) or bool(agent.left), "the last slot", WAIT_S)
                 if not agent.left:
                     agent.tell("COMMITTED", 0, a=stop if stop >= 0 else plan.config.steps)

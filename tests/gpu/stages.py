@@ -240,32 +240,30 @@ def sanitizer(tool: str) -> Told:
     return told
 
 
-def train(model: str) -> Told:
+def train(model: str, folder: Path) -> Told:
     from tests.gpu.ours import trained
     from tests.gpu.workloads import workload
 
     w = workload(model, tiny())
-    again = None
-    first = trained(w, "bf16")
-    if model == "gpt2-124m":
-        again = trained(w, "bf16")
-    equal = again is None or again.losses == first.losses
-    told: Told = {
-        "figures": {"ours": first.told(w)},
-        "tests": [one_test(f"two runs of {model} give equal losses", equal)],
-    }
+    choice = folder / f".algorithms-{model}"
+    choice.unlink(missing_ok=True)
+    first, again = (trained(w, "bf16", algorithms=choice) for _ in range(2))
+    equal = again.losses == first.losses
+    ours = again.told(w) | {"first_start_s": first.start_s}
+    told: Told = {"figures": {"ours": ours}, "tests": [one_test(f"two runs of {model} give equal losses", equal)]}
     if not equal:
         told |= {"failed": True, "why": "two runs of the same training have other losses"}
     return told
 
 
-def beside(name: str, model: str) -> Told:
+def beside(name: str, model: str, folder: Path) -> Told:
     """Ours, the peer's variants, ours again: one run, so that what drifts drifts for both."""
     from tests.gpu.ours import trained, watched
     from tests.gpu.workloads import workload
 
     w = workload(model, tiny())
-    before = trained(w, "bf16").told(w)
+    choice = folder / f".algorithms-{model}"
+    before = trained(w, "bf16", algorithms=choice).told(w)
     variants = ("autocast", "pure") if name == "torch" else ("",)
     found: dict[str, Told] = {}
     for variant in variants:
@@ -277,7 +275,7 @@ def beside(name: str, model: str) -> Told:
         # what JAX sets aside is not what it needs: it tells its own peak
         said["memory_mib"] = said.get("jax_peak_mib") or memory.mib or said.get("torch_reserved_mib")
         found[variant or name] = said
-    after = trained(w, "bf16").told(w)
+    after = trained(w, "bf16", algorithms=choice).told(w)
     speeds = [said["tokens_per_s"] for said in found.values() if "tokens_per_s" in said]
     told: Told = {"figures": {"ours": before, "again": after, name: found}}
     if not speeds:
@@ -308,7 +306,7 @@ def roofline(model: str) -> Told:
         plan = plan_of(w, "bf16", 1, Path(scratch))
     with opened("cuda", arena=1 << 22 if tiny() else 6 << 30, window=1 << 16 if tiny() else 1 << 28) as lib:
         rates = probes(lib, tiny())
-        found, left_out = timed(lib, plan)
+        found, left_out = timed(lib, plan, 0) if tiny() else timed(lib, plan)
     rows = [one.told(rates["copy on device"], rates["product bf16"]) for one in found]
     whole = sum(one.seconds * one.count for one in found)
     for row in rows:
@@ -329,7 +327,7 @@ def timeline(model: str) -> Told:
 def channels(folder: Path) -> Told:
     from tests.gpu.channels import measure
 
-    return measure(tiny())
+    return measure(tiny(), folder)
 
 
 def snapshot(folder: Path) -> Told:
@@ -349,8 +347,10 @@ def function_of(name: str) -> Callable[[Path], Told]:
     if what in ("kernels", "models"):
         return lambda _: {"kernels": kernels, "models": models}[what](paths[which])
     if what in PEERS:
-        return lambda _: beside(what, which)
-    return lambda _: {"train": train, "fp8": fp8, "roofline": roofline, "timeline": timeline}[what](which)
+        return lambda folder: beside(what, which, folder)
+    if what == "train":
+        return lambda folder: train(which, folder)
+    return lambda _: {"fp8": fp8, "roofline": roofline, "timeline": timeline}[what](which)
 
 
 def main() -> int:

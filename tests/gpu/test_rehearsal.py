@@ -1,0 +1,71 @@
+"""A whole session on the emulated library, as `make gpu-session` runs it on a GPU, with small sizes: every stage that a
+device can do is done and passes, what needs a real one or what is not installed here says so; calls go on where the
+last one ended, and the results read well. Nothing is timed: what comes out as a figure is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.engine import cuda_lib
+from tests.engine.engine_build import engine
+from tests.gpu.box import module_version
+from tests.gpu.session import MORE
+
+__all__ = ["engine"]
+
+REAL = ["timeline-gpt2-124m", "memcheck", "racecheck", "initcheck", "synccheck"]  # these alone need a real device
+PEERS = ["torch-gpt2-124m", "torch-llama-1b", "torch-gpt2-1.5b", "jax-gpt2-124m", "jax-llama-1b", "jax-gpt2-1.5b"]
+
+
+def call(folder: Path, engine: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "HOTSTAGE_CUDA": str(cuda_lib.build()),
+        "HOTSTAGE_ENGINE": str(engine),
+        "HOTSTAGE_GPU_TINY": "1",
+        "HOTSTAGE_GPU_BUILD": str(folder / "build"),
+        "OUT": str(folder / "back"),
+    }
+    command = [sys.executable, "-m", "tests.gpu", "session", "--folder", str(folder / "gpu"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_session(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "back").mkdir()
+    first = call(tmp_path, engine, "--budget", "8")
+    assert first.returncode == MORE, first.stdout + first.stderr
+    assert "there is more to do" in first.stdout
+    done = call(tmp_path, engine)
+    log = (tmp_path / "gpu" / "log.txt").read_text()
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{log[-4000:]}"
+
+    state = json.loads((tmp_path / "gpu" / "session.json").read_text())
+    assert state["key"]["device"] == "emulated"
+    stages = state["stages"]
+    skipped = {name: told["why"] for name, told in stages.items() if told["outcome"] == "skipped"}
+    missing = [name for name in PEERS if module_version(name.partition("-")[0]) is None]
+    assert sorted(skipped) == sorted(REAL + missing)
+    assert {skipped[name] for name in REAL} == {"the device is emulated"}
+    assert all(told["outcome"] == "passed" for name, told in stages.items() if name not in skipped)
+
+    tests = json.loads((tmp_path / "gpu" / "test.json").read_text())
+    assert {test["outcome"] for test in tests} == {"passed", "skipped"}
+    assert len([test for test in tests if test["stage"] == "kernels-cuda"]) > 50
+    rows = json.loads((tmp_path / "gpu" / "bench.json").read_text())
+    assert {"name", "value", "unit", "peer", "peer_value", "ratio", "limit", "met"} <= set.intersection(*map(set, rows))
+    names = {row["name"] for row in rows}
+    assert {"train/gpt2-124m/bf16/t16", "train/llama-1b/fp8/t16", "start/gpt2-1.5b", "kernel/attention_igrad"} <= names
+    assert {name for name in names if name.startswith("snapshot/")}
+    assert all(row["emulated"] for row in rows)
+    roofs = json.loads((tmp_path / "gpu" / "rooflines.json").read_text())
+    assert sorted(roofs) == ["gpt2-124m", "llama-1b"]
+    summary = (tmp_path / "gpu" / "summary.txt").read_text()
+    assert f"{len(stages) - len(skipped)} passed, {len(skipped)} skipped" in summary
+    assert "$ HOTSTAGE_GPU_PATH=cuda " in log
+    back = {p.name for p in (tmp_path / "back").iterdir()}
+    assert back == {"session.json", "log.txt", "summary.txt", "test.json", "bench.json", "rooflines.json"}
+    assert len(back) <= 8, "a lent machine gives no more files back"
