@@ -81,7 +81,7 @@ def time_call(
     lib: DeviceLib, kernel: str, dtype: int, dims: Sequence[int], reals: Sequence[float], absent: Sequence[bool],
     long_s: float = LONG_S,
 ) -> tuple[float, int]:  # fmt: skip
-    """(seconds, bytes moved) of one call, its operands coming from memory; ``long_s``: of a measurement, 0: one call."""
+    """(seconds, bytes moved) of one call, its operands coming from memory. ``long_s``: 0 is one call."""
     rng = np.random.default_rng(7)
     spec = KERNELS[kernel]
     sizes = [0 if none else lib.extent(kernel, dtype, dims, i) for i, none in enumerate(absent)]
