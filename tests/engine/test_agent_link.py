@@ -122,6 +122,30 @@ def test_a_restarted_agent_gets_the_slots_and_what_was_kept(tmp_path: Path) -> N
                 os.close(fd)
 
 
+def test_algorithms_are_agreed_on_also_with_an_agent_that_was_restarted(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with slots(1) as fds, rank(path) as r:
+        with agent_at(path) as agent:
+            hand_over(agent, r, fds)
+            r.say("agree 20000 mine")
+            assert agent.hears("ALGORITHMS", 3, 8).payload == b"mine"
+        with agent_at(path) as again:
+            assert again.hears("ALGORITHMS", 3, 8).payload == b"mine"
+            again.tell("ALGORITHMS", 3, payload=b"the run's", epoch=8)
+            assert r.answer() == "ok 0 the run's"
+            for fd in again.hears("HELLO", 3).fds:
+                os.close(fd)
+            for answer, told in ((b"no room", "CONFIG 0 no room"), (b"x" * 65, "BUG 0 the agent's algorithms have 65")):
+                again.messages.clear()
+                r.say("agree 20000 more")
+                again.hears("ALGORITHMS", 3)
+                again.tell("ALGORITHMS", 3, a=0 if len(answer) > 64 else 78, payload=answer, epoch=8)
+                assert r.answer().startswith(told)
+            assert "did not say in time which algorithms the run has chosen" in r.ask("agree 100 more")
+            r.process.send_signal(signal.SIGUSR1)
+            assert r.ask("agree 20000 more") == "LOST 0 a peer was lost while this rank waited for the run's algorithms"
+
+
 def test_an_agent_that_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
     path = tmp_path / "agent.sock"
     with agent_at(path) as agent, slots(1) as fds, rank(path) as r:

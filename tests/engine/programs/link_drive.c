@@ -2,7 +2,7 @@
  *
  *   link_drive SOCKET RANK EPOCH
  *   slots MS    metrics TEXT    ready SLOT STEP FINAL    words TEXT    trace PATH    poll committed
- * STEP MS    leave MS
+ * STEP MS    leave MS    agree MS TEXT (the answer, of 64 bytes at most, is in the line)
  *
  * One line of answer each: "ok ...", or "<STATUS> why". After `slots` the descriptors are attached
  * to a snapshot of one tensor of 16 elements, and are what a restarted agent gets.
@@ -34,6 +34,17 @@ static hs_status take_slots(hs_agent_link *link, int64_t ms, uint64_t epoch, hs_
     HS_TRY(hs_snapshot_create(&config, snapshot, why));
     HS_TRY(hs_snapshot_attach(*snapshot, fds, count, why));
     hs_agent_link_keep(link, *snapshot);
+    return HS_OK;
+}
+
+static hs_status agree(hs_agent_link *link, const char *text, int64_t ms, hs_stop *stop,
+                       hs_why *why) {
+    char answer[64];
+    size_t came;
+    const char *table = strchr(text, ' ') ? strchr(text, ' ') + 1 : "";
+    HS_TRY(hs_agent_link_agree(link, table, strlen(table), answer, sizeof answer, &came,
+                               hs_deadline_ns(ms), stop, why));
+    (void)snprintf(why->text, sizeof why->text, "%.*s", (int)came, answer);
     return HS_OK;
 }
 
@@ -75,6 +86,8 @@ int main(int argc, char **argv) {
             hs_agent_link_poll(link);
         else if (strcmp(word, "committed") == 0)
             st = hs_agent_link_wait_committed(link, a, hs_deadline_ns(b), stop, &why);
+        else if (strcmp(word, "agree") == 0)
+            st = agree(link, text, a, stop, &why);
         else if (strcmp(word, "leave") == 0)
             st = hs_agent_link_leave(link, hs_deadline_ns(a)) ? HS_OK : HS_E_AGAIN;
         (void)printf("%s %d %s\n", st == HS_OK ? "ok" : hs_status_name(st), restore, why.text);
