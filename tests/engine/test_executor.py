@@ -41,6 +41,7 @@ from trainer.plan.memory import staging_bytes
 __all__ = ["emulated", "engine", "library", "runs"]  # fixtures
 
 LISTS, LINKS = 8, 56  # events of lists of actions: HS_EVENT_* of run/hazards.h
+MOST_GRAPHS = 1024  # HS_LINKED_GRAPHS of run/linker.h
 
 
 def steady(**more: Any) -> dict[str, Any]:
@@ -197,3 +198,29 @@ def test_what_a_step_asks_of_a_device(engine: Path, tmp_path: Path, monkeypatch:
     rows = plan.config.microbatches  # tokens, targets and losses of each; norms, control
     assert step["replay"] + step["launch"] == programs
     assert (step["copy"], step["follow"], step["record"], step["wait"]) == (3 * rows + 2, 3, 4, 1)
+
+
+def test_more_messages_than_events(runs: MakeRuns) -> None:
+    """A step that records more than a stream has events for takes turns with them, and still every order is right."""
+    some = runs(parallel={"stages": 2, "schedule": "gpipe"}, batch=64, **steady(steps=2))
+    sound = some.state("cpu")
+    for order in (13, 31):
+        assert some.state("cuda", ORDER=str(order)) == sound, order
+    follows = np.reshape(some.counts("follows"), (STREAMS, EVENTS))[:, LISTS:LINKS]
+    assert follows[COMPUTE].max() > 2  # of two steps: an event that is followed more often has two owners
+
+
+def test_what_is_beyond_the_most_graphs_is_launched(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle(monkeypatch)
+    calls = []
+    for steps in (3, 4):
+        plan = small_plan(tmp_path, batch=1200, steps=steps)
+        calls.append(Counter(idle_calls(engine, tmp_path / f"{steps}", plan)))
+    assert calls[0]["captured"] == calls[1]["captured"] == MOST_GRAPHS
+    step = calls[1] - calls[0]
+    (position,) = plan.positions
+    sizes = [len(position.programs[str(a.program)].calls) for a in position.step if a.kind == wire.A_RUN]
+    assert len(sizes) > step["replay"] >= MOST_GRAPHS
+    assert step["launch"] > len(sizes) - step["replay"]
