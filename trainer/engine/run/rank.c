@@ -463,9 +463,9 @@ hs_status hs_rank_run(const hs_rank_args *args, hs_why *why) {
     rank r = {.args = args, .restore_slot = -1};
     r.log = (hs_log){.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = (int32_t)args->rank};
     const hs_status st = run(&r, why);
-    hs_executor_leave(&r.executor, IN_TIME_MS);
     write_trace(&r);
     say_last(&r, st, why);
+    hs_executor_leave(&r.executor, IN_TIME_MS); /* behind the words, which may have little time */
     close_all(&r, st);
     return st;
 }
