@@ -36,7 +36,7 @@ DEFAULT_IMAGE, DEFAULT_AGENT_IMAGE = "hotstage-engine:0.1.0", "hotstage-agent:0.
 CUDA_IMAGE = "hotstage-engine-cuda:0.1.0"
 GPU = "nvidia.com/gpu"
 SHM_BYTES = 256 << 20  # of /dev/shm, where NCCL exchanges what its ranks need to begin: the runtime's 64 MiB are few
-CUDA_HOST_BYTES = 2 << 30  # of a rank's process: driver, libraries, pinned windows; assumed, not measured yet
+CUDA_HOST_BYTES = 1 << 30  # of a rank's process: driver, libraries, pinned windows; assumed, not measured yet
 # fabric -> devices, capabilities and environment; tcp is what this version runs, the others are rendered
 FABRICS: Mapping[str, Mapping[str, Any]] = {
     "tcp": {},

@@ -64,9 +64,10 @@ def examine_machine(kmsg: str = "/dev/kmsg") -> list[Check]:
         found.append(Check("backend", "warn" if driver else "ok", f"no {CUDA_NAME}: ranks run on the CPU", mend))
         return [*found, *_gpus(), *_kernel(kmsg)] if driver else found
     found.append(Check("backend", "ok", str(library)))
-    if engine is not None:
-        found += _devices(engine)
-    return [*found, *_gpus(), *_libraries(), *_kernel(kmsg)]
+    devices = _devices(engine) if engine is not None else []
+    if not driver and all(check.verdict == "bad" for check in devices):  # no machine for it: `auto` is the CPU here
+        return [*found, *(Check(check.name, "warn", check.text, check.mend) for check in devices)]
+    return [*found, *devices, *_gpus(), *_libraries(), *_kernel(kmsg)]
 
 
 def _said(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[int, bytes]:

@@ -54,6 +54,13 @@ def test_a_machine_in_order_but_for_the_backend(bench: Path) -> None:
     assert "nvidia-nccl-cu13" in checks["libraries"][2].mend
 
 
+def test_a_backend_on_a_machine_without_gpus_is_no_fault(bench: Path) -> None:
+    (bench / "version").unlink()
+    checks = found(bench)
+    assert sorted(checks) == ["backend", "devices", "engine"]
+    assert checks["devices"][0].verdict == "warn"
+
+
 def test_an_old_driver(bench: Path) -> None:
     (bench / "version").write_text(DRIVER.format("535.183.01"))
     (check,) = found(bench)["driver"]
