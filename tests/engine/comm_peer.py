@@ -188,12 +188,19 @@ class Driver:
 
 
 @contextmanager
-def drive(gang: Gang, path: Path, rank: int, *actions: str, start_step: int | None = None) -> Iterator[Driver]:
-    """comm_drive as one rank over tcp; killed at the end, whatever happened."""
-    command = [str(build_program("comm_drive")), "tcp", str(gang.file(path / f"attempt-{rank}")), channels(gang)]
+def drive(
+    gang: Gang, path: Path, rank: int, *actions: str, start_step: int | None = None, mode: str = "tcp", **more: str
+) -> Iterator[Driver]:
+    """comm_drive as one rank over tcp, or between devices; killed at the end, whatever happened. more: environment."""
+    command = [str(build_program("comm_drive")), mode, str(gang.file(path / f"attempt-{rank}")), channels(gang)]
     command += [str(rank), "-1", str(gang.start_step if start_step is None else start_step), *actions]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **more},
     )
     try:
         yield Driver(process)

@@ -7,18 +7,22 @@
  * many follows (by stream, then event), waits (by event), launches, captures and replays there were, and how many bytes
  * were copied from or to memory of the host that is not pinned.
  *
+ * HS_EMULATED_UNWAITED="N", HS_EMULATED_UNWRITTEN="N": the N-th wait for a value (from 1), or write of one, is left out.
+ * HS_EMULATED_DIE="N": at the N-th write of a value the process is gone.
+ *
  * HS_EMULATED_KERNELS=cpu: the CPU's portable kernels stand in for the .cu ones, on the same streams, and there are no
  * algorithms to choose. Either way a
  * kernel that is given an address which is not the device's is a fault. */
 #include <inttypes.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/cuda/runtime.h"
 extern "C" {
-#include "backend/backend.h"
+#include "backend/links.h"
 #include "kernels/cuda/cuda.h"
 
 const hs_backend *hs_cuda_backend_inside(void);
@@ -114,6 +118,29 @@ hs_status replay(hs_device *device, int stream, hs_graph *graph, hs_why *why) {
     return inside()->replay(device, stream, graph, why);
 }
 
+/* --- links ------------------------------------------------------------------------------- */
+
+bool is_nth(const char *name, uint64_t nth) {
+    uint64_t n, none, other;
+    numbers(name, &n, &none, &other);
+    return n == nth;
+}
+
+hs_status wait_value(hs_device *device, int stream, const uint8_t *at, uint32_t value,
+                     hs_why *why) {
+    static uint64_t nth;
+    if (is_nth("HS_EMULATED_UNWAITED", ++nth)) return HS_OK;
+    return inside()->links->wait_value(device, stream, at, value, why);
+}
+
+hs_status write_value(hs_device *device, int stream, uint8_t *at, uint32_t value, hs_why *why) {
+    static uint64_t nth;
+    nth++;
+    if (is_nth("HS_EMULATED_DIE", nth)) (void)raise(SIGKILL);
+    if (is_nth("HS_EMULATED_UNWRITTEN", nth)) return HS_OK;
+    return inside()->links->write_value(device, stream, at, value, why);
+}
+
 /* --- kernels ----------------------------------------------------------------------------- */
 
 bool of_the_device(const hs_args *args) {
@@ -186,5 +213,10 @@ extern "C" const hs_backend *hs_cuda_backend(void) {
     table.captured = captured;
     table.replay = replay;
     if (on_cpu()) table.products = NULL;
+    static hs_link_table links;
+    links = *inside()->links;
+    links.wait_value = wait_value;
+    links.write_value = write_value;
+    table.links = &links;
     return &table;
 }

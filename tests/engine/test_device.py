@@ -44,6 +44,7 @@ def emulated(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOTSTAGE_CUDA", str(library))
     monkeypatch.setenv("HS_EMULATED_KERNELS", "cpu")
     monkeypatch.setenv("HS_EMULATED_COUNTS", "1")
+    monkeypatch.setenv("HOTSTAGE_ENGINE_CHANNELS", "tcp")  # through the host; test_links.py has the others
 
 
 class Runs:

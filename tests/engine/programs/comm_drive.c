@@ -1,6 +1,8 @@
 /* Ranks of a communicator, told on the command line what to do; the tests are their peers.
  *
  *   comm_drive tcp ATTEMPT CHANNELS RANK LISTEN_FD START_STEP ACTION...
+ *   comm_drive device ...      the same with CUDA device RANK % (devices that there are): a message lies in its memory,
+ *                              at the place of its channel, and goes as the ends agree
  *   comm_drive loop ATTEMPT CHANNELS ACTIONS_OF_RANK_0 ACTIONS_OF_RANK_1 ...   (each one argument,
  * by spaces)
  *
@@ -15,9 +17,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "backend/load.h"
 #include "comm/comm.h"
 #include "core/stop.h"
+#include "run/environment.h"
+#include "wire/frame.h"
 
 enum { CHANNELS_MAX = 64, RANKS_MAX = 16 };
 
@@ -40,6 +46,8 @@ typedef struct driver {
     char *const *actions;
     int action_count;
     hs_status result;
+    hs_comm_device between; /* device: NULL without */
+    uint8_t *pinned;
 } driver;
 
 static uint8_t byte_at(uint32_t channel, uint32_t microbatch, size_t i) {
@@ -51,6 +59,34 @@ static void say(const driver *d, const char *word, const char *what, const char 
     (void)snprintf(line, sizeof line, "%u %s %s %s\n", d->rank, word, what, why);
     (void)fputs(line, stdout);
     (void)fflush(stdout);
+}
+
+static size_t place_of(const setting *set, uint32_t channel) {
+    size_t at = 0;
+    for (uint32_t c = 0; c < channel; c++) at += (set->channels[c].bytes + 63) / 64 * 64;
+    return at;
+}
+
+/* From memory of the device to the same place of the peer's; the host looks at it before and after. */
+static hs_status pass(driver *d, hs_comm *comm, bool sends, uint32_t channel, uint32_t microbatch,
+                      uint8_t *buffer, hs_why *why) {
+    const hs_backend *b = d->between.backend;
+    hs_device *device = d->between.device;
+    const size_t bytes = d->set->channels[channel].bytes, place = place_of(d->set, channel);
+    uint8_t *at = (uint8_t *)(uintptr_t)d->between.arena + place, *host = d->pinned + place;
+    if (sends) {
+        memcpy(host, buffer, bytes);
+        HS_TRY(b->copy(device, HS_STREAM_OUT, at, host, bytes, HS_COPY_TO_DEVICE, why));
+        HS_TRY(d->table->put(comm, channel, at, place, bytes, microbatch, why));
+        HS_TRY(b->record(device, HS_STREAM_OUT, 0, why));
+        return d->table->await(comm, 0, why);
+    }
+    HS_TRY(d->table->take(comm, channel, at, bytes, microbatch, why));
+    HS_TRY(b->copy(device, HS_STREAM_IN, host, at, bytes, HS_COPY_FROM_DEVICE, why));
+    HS_TRY(b->record(device, HS_STREAM_IN, 0, why));
+    HS_TRY(d->table->await(comm, 0, why));
+    memcpy(buffer, host, bytes);
+    return HS_OK;
 }
 
 static hs_status act(driver *d, hs_comm *comm, const char *action, hs_why *why) {
@@ -65,8 +101,11 @@ static hs_status act(driver *d, hs_comm *comm, const char *action, hs_why *why) 
     if (!buffer) return HS_E_MEMORY;
     for (size_t i = 0; i < bytes; i++)
         buffer[i] = action[0] == 'S' ? byte_at(channel, microbatch, i) : 0;
-    hs_status st = action[0] == 'S' ? d->table->send(comm, channel, buffer, bytes, microbatch, why)
-                                    : d->table->recv(comm, channel, buffer, bytes, microbatch, why);
+    hs_status st = d->between.device && d->table->way(comm, channel) != HS_WAY_TCP
+                       ? pass(d, comm, action[0] == 'S', channel, microbatch, buffer, why)
+                   : action[0] == 'S'
+                       ? d->table->send(comm, channel, buffer, bytes, microbatch, why)
+                       : d->table->recv(comm, channel, buffer, bytes, microbatch, why);
     for (size_t i = 0; st == HS_OK && i < bytes; i++)
         if (buffer[i] != byte_at(channel, microbatch, i))
             st = hs_fail(why, HS_E_BUG, "byte %zu differs", i);
@@ -88,6 +127,7 @@ static void *drive(void *argument) {
                                    .listen_fd = d->listen_fd,
                                    .loop = d->loop,
                                    .stop = d->stop,
+                                   .device = d->between.device ? &d->between : NULL,
                                    .log = &log};
     hs_comm *comm = NULL;
     d->result = d->table->create(&config, &comm, &why);
@@ -100,6 +140,11 @@ static void *drive(void *argument) {
         if (st != HS_OK && d->result == HS_OK)
             d->result = st; /* and on: the rest must be refused */
     }
+    if (comm && d->result == HS_OK && d->between.device) {
+        d->result = d->table->settle(comm, &why);
+        if (d->result != HS_OK) say(d, hs_status_name(d->result), "settle", why.text);
+    }
+    if (comm && d->between.device && d->table->hangs(comm)) _exit(hs_status_exit(d->result));
     d->table->close(comm);
     return NULL;
 }
@@ -152,6 +197,27 @@ static int run_loop(const setting *set, int count, char **lists) {
     return hs_status_exit(first);
 }
 
+static hs_status open_device(driver *d, hs_environment *environment, hs_why *why) {
+    hs_device_facts facts, list[RANKS_MAX];
+    uint32_t count = 0;
+    uint8_t *arena;
+    const size_t bytes = place_of(d->set, d->set->channel_count) + 64;
+    HS_TRY(hs_environment_read(environment, why));
+    HS_TRY(hs_backend_load(HS_DEVICE_CUDA, &d->between.backend, why));
+    const hs_backend *b = d->between.backend;
+    HS_TRY(b->devices(list, RANKS_MAX, &count, why));
+    const hs_device_config config = {.index = d->rank % count};
+    HS_TRY(b->open(&config, &d->between.device, &facts, why));
+    HS_TRY(b->alloc(d->between.device, bytes, -1, &arena, why));
+    HS_TRY(b->pinned(d->between.device, bytes, &d->pinned, why));
+    d->between.arena = arena;
+    d->between.arena_bytes = bytes;
+    d->between.allowed = environment->ways;
+    d->between.fabric = environment->fabric;
+    d->between.event = HS_EVENTS - 1;
+    return HS_OK;
+}
+
 int main(int argc, char **argv) {
     static setting set;
     if (argc < 5 || !read_setting(argv[2], argv[3], &set)) return 64;
@@ -164,8 +230,15 @@ int main(int argc, char **argv) {
                 .start_step = atoll(argv[6]),
                 .actions = argv + 7,
                 .action_count = argc - 7};
+    hs_environment environment;
+    hs_why why = {.text = ""};
+    if (strcmp(argv[1], "device") == 0 && open_device(&d, &environment, &why) != HS_OK) {
+        (void)fprintf(stderr, "%s\n", why.text);
+        return 70;
+    }
     if (hs_stop_create(&d.stop) != HS_OK) return 70;
     (void)drive(&d);
+    if (d.between.device) d.between.backend->close(d.between.device);
     hs_stop_destroy(d.stop);
     return hs_status_exit(d.result);
 }

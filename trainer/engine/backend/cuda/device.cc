@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "backend/cuda/device.h"
+#include "backend/cuda/links.h"
 
 extern "C" {
 #include "core/clock.h"
@@ -332,7 +333,7 @@ static const hs_backend table = {
     hs_cuda::captured,
     hs_cuda::replay,
     &hs_cuda::products,
-    NULL, /* links */
+    &hs_cuda::links,
 };
 
 extern "C" __attribute__((visibility("default"))) const hs_backend *hs_cuda_backend(void) {

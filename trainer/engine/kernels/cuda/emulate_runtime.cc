@@ -16,7 +16,8 @@ using hs_emulated::on_device;
 
 namespace {
 
-enum kind { KERNEL, COPY, SET, RECORD, FOLLOW };
+enum { NAP_NS = 20000 }; /* where only another process can go on */
+enum kind { KERNEL, COPY, SET, RECORD, FOLLOW, WHEN };
 enum {
     ANY = 24,
     ORDERED = 4,
@@ -30,6 +31,7 @@ enum {
 struct work {
     kind is;
     const char *name;
+    bool (*ready)(void *); /* of WHEN */
     int (*body)(void *);
     void *closure; /* its own copy */
     size_t closure_bytes;
@@ -51,7 +53,8 @@ struct list {
 struct piece {
     char *base;
     size_t bytes;
-    int fd; /* of device memory; -1: the host's */
+    int fd;               /* of device memory; -1: the host's */
+    bool foreign = false; /* another process's */
 };
 
 } // namespace
@@ -80,6 +83,7 @@ int owns, hosts;
 cudaStream_t streams[STREAMS];
 int stream_count, captures;
 uint64_t kernels_run, unpinned;
+void (*idle)();
 cudaError_t broken; /* stays */
 char broken_text[1024];
 pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -254,6 +258,8 @@ void run_kernel(const work &w) {
 void run(work *w) {
     if (w->is == RECORD) w->event->done = w->ticket;
     if (broken == cudaSuccess) {
+        if (w->is == WHEN && w->body(w->closure) != 0)
+            breaks(cudaErrorIllegalAddress, "what passes between processes failed");
         if (w->is == KERNEL) run_kernel(*w);
         if (w->is == COPY) run_copy(*w);
         if (w->is == SET && !on_device(w->to, w->bytes))
@@ -267,7 +273,17 @@ void run(work *w) {
 bool may_run(const hs_emulated_stream *s) {
     if (s->queue.first == s->queue.last) return false;
     const work &w = s->queue.at[s->queue.first];
+    if (w.is == WHEN) return w.ready(w.closure);
     return w.is != FOLLOW || w.event->done >= w.ticket;
+}
+
+/* Whether another process can make something run. */
+bool waits_outside() {
+    for (int i = 0; i < stream_count; i++) {
+        const list &q = streams[i]->queue;
+        if (q.first < q.last && q.at[q.first].is == WHEN) return true;
+    }
+    return false;
 }
 
 /* The streams as they go: the first four in the order of the switch, then the others. */
@@ -304,8 +320,20 @@ bool run_one() {
 /* Runs until `done`, which none of what may run makes true: a fault. */
 template <typename Done> void run_until(Done done) {
     protect(PROT_READ | PROT_WRITE);
-    while (broken == cudaSuccess && !done())
-        if (!run_one()) breaks(cudaErrorUnknown, "the device waits for ever");
+    while (broken == cudaSuccess && !done()) {
+        if (run_one()) continue;
+        if (idle) idle();
+        if (!waits_outside()) {
+            breaks(cudaErrorUnknown, "the device waits for ever");
+            break;
+        }
+        const struct timespec nap = {0, NAP_NS};
+        pthread_mutex_unlock(&lock); /* other threads may go on meanwhile */
+        (void)nanosleep(&nap, NULL);
+        pthread_mutex_lock(&lock);
+        protect(PROT_READ | PROT_WRITE);
+    }
+    if (idle) idle();
     protect(PROT_NONE);
 }
 
@@ -314,6 +342,7 @@ template <typename Done> void look(Done done) {
     protect(PROT_READ | PROT_WRITE);
     for (int i = 0; i < AT_A_LOOK && broken == cudaSuccess && !done(); i++)
         if (!run_one()) break;
+    if (idle) idle();
     protect(PROT_NONE);
 }
 
@@ -339,6 +368,69 @@ int enqueue(cudaStream_t stream, const char *name, int (*body)(void *), const vo
     if (!w->closure) abort();
     memcpy(w->closure, closure, bytes);
     return 0;
+}
+
+int enqueue_when(cudaStream_t stream, bool (*ready)(void *), int (*body)(void *),
+                 const void *closure, size_t bytes) {
+    guard held;
+    list *where = NULL;
+    if (const cudaError_t error = told(next_of(stream, false, &where))) return error;
+    work *w = put(where);
+    w->is = WHEN;
+    w->ready = ready;
+    w->body = body;
+    w->closure_bytes = bytes;
+    w->closure = malloc(bytes);
+    if (!w->closure) abort();
+    memcpy(w->closure, closure, bytes);
+    return 0;
+}
+
+bool find_memory(const void *at, void **base, size_t *bytes, int *fd) {
+    guard held;
+    const piece *p = piece_of(own, owns, at, 1);
+    if (!p || p->foreign) return false;
+    *base = p->base;
+    *bytes = p->bytes;
+    *fd = p->fd;
+    return true;
+}
+
+void when_idle(void (*fn)()) {
+    idle = fn;
+}
+
+bool is_own(const void *at) {
+    const piece *p = piece_of(own, owns, at, 1);
+    return p && !p->foreign;
+}
+
+void *adopt(int fd, size_t bytes) {
+    guard held;
+    if (owns == PIECES) return NULL;
+    void *map = mmap(NULL, bytes, PROT_NONE, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) return NULL;
+    own[owns++] = piece{static_cast<char *>(map), bytes, -1, true};
+    return map;
+}
+
+bool disown(void *base) {
+    guard held;
+    piece *p = piece_of(own, owns, base, 1);
+    if (!p || p->base != base || !p->foreign) return false;
+    munmap(p->base, p->bytes);
+    forget(own, &owns, p);
+    return true;
+}
+
+cudaError_t call_failed(cudaError_t error) {
+    guard held;
+    return told(error);
+}
+
+cudaError_t call_allowed() {
+    guard held;
+    return told(absent());
 }
 
 } // namespace hs_emulated
@@ -441,6 +533,7 @@ const char *cudaGetErrorName(cudaError_t error) {
         NAME(cudaErrorNoKernelImageForDevice)
         NAME(cudaErrorECCUncorrectable)
         NAME(cudaErrorInvalidResourceHandle)
+        NAME(cudaErrorMapBufferObjectFailed)
         NAME(cudaErrorNotReady)
         NAME(cudaErrorIllegalAddress)
         NAME(cudaErrorLaunchOutOfResources)
@@ -529,7 +622,7 @@ cudaError_t cudaFree(void *at) {
     guard held;
     if (const cudaError_t error = absent()) return told(error);
     piece *p = piece_of(own, owns, at, 1);
-    if (!p || p->base != at) return told(cudaErrorInvalidValue);
+    if (!p || p->base != at || p->foreign) return told(cudaErrorInvalidValue);
     munmap(p->base, p->bytes);
     close(p->fd);
     machine.used -= p->bytes < machine.used ? p->bytes : machine.used;

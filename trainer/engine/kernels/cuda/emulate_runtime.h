@@ -29,6 +29,18 @@
 
 #include "kernels/cuda/emulate.h"
 
+#define CUDA_IPC_HANDLE_SIZE 64
+typedef struct cudaIpcMemHandle_st {
+    char reserved[CUDA_IPC_HANDLE_SIZE];
+} cudaIpcMemHandle_t;
+enum { cudaIpcMemLazyEnablePeerAccess = 1 };
+enum cudaDeviceAttr { cudaDevAttrIpcEventSupport = 125 };
+enum { cudaEnableDefault = 0 };
+enum cudaDriverEntryPointQueryResult {
+    cudaDriverEntryPointSuccess = 0,
+    cudaDriverEntryPointSymbolNotFound = 1
+};
+
 typedef enum cudaError {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
@@ -41,6 +53,7 @@ typedef enum cudaError {
     cudaErrorNoKernelImageForDevice = 209,
     cudaErrorECCUncorrectable = 214,
     cudaErrorInvalidResourceHandle = 400,
+    cudaErrorMapBufferObjectFailed = 205,
     cudaErrorNotReady = 600,
     cudaErrorIllegalAddress = 700,
     cudaErrorLaunchOutOfResources = 701,
@@ -136,6 +149,15 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
+/* emulate_share.cc */
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult *answer = NULL);
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *at);
+cudaError_t cudaIpcOpenMemHandle(void **at, cudaIpcMemHandle_t handle, unsigned flags);
+cudaError_t cudaIpcCloseMemHandle(void *at);
+
 namespace hs_emulated {
 
 /* Host code as work of a stream, as a kernel of that name is: a copy of the closure's bytes is kept
@@ -144,6 +166,24 @@ int enqueue(cudaStream_t stream, const char *name, int (*body)(void *), const vo
             size_t bytes);
 /* Whether all of these bytes are memory of a device that this process may touch from one. */
 bool on_device(const void *at, size_t bytes);
+
+/* For emulate_share.cc and the emulated NCCL. Work that waits for other processes: it runs when `ready`
+ * says so, which is asked again and again, memory of the device being open; neither counts as a
+ * kernel. */
+int enqueue_when(cudaStream_t stream, bool (*ready)(void *), int (*body)(void *),
+                 const void *closure, size_t bytes);
+/* Called when the device has nothing that it may run, or a wait is done. One in all. */
+void when_idle(void (*fn)());
+/* Of work that runs: whether memory of the device is this process's. */
+bool is_own(const void *at);
+/* The allocation in which `at` lies, and its memfd; not what was adopted. */
+bool find_memory(const void *at, void **base, size_t *bytes, int *fd);
+/* Another process's memory as this device's, and the end of that; NULL, false: no room, none. */
+void *adopt(int fd, size_t bytes);
+bool disown(void *base);
+/* A call of the API that failed, remembered for cudaGetLastError; what every call says first. */
+cudaError_t call_failed(cudaError_t error);
+cudaError_t call_allowed();
 
 } // namespace hs_emulated
 
