@@ -138,7 +138,7 @@ static hs_status agree(hs_comm *comm, uint32_t channel, hs_why *why) {
         const hs_status st = join(comm, channel, &local);
         if (st != HS_OK)
             return hs_fail(why, st, "channel %" PRIu32 " with rank %" PRIu32 " over NCCL: %s",
-                           channel, comm->wait.peer, local.text);
+                           channel, hs_tcp_peer(comm, channel), local.text);
     }
     w->channels[channel].way = way;
     w->joined += way != HS_WAY_TCP;

@@ -32,6 +32,7 @@ struct ncclComm {
     char path[96];
     int fd, rank, device, questions;
     uint32_t messages;
+    bool given_up; /* what is on streams ends, and does nothing */
     meeting *shared;
     nccl::result state;
     char text[160];
@@ -68,17 +69,17 @@ void store(uint32_t *at, uint32_t number) {
 
 bool wanted(void *closure) {
     const message *m = static_cast<message *>(closure);
-    return load(&m->c->shared->posted) == m->number;
+    return m->c->given_up || load(&m->c->shared->posted) == m->number;
 }
 
 bool taken(void *closure) {
     const message *m = static_cast<message *>(closure);
-    return load(&m->c->shared->taken) >= m->number;
+    return m->c->given_up || load(&m->c->shared->taken) >= m->number;
 }
 
 bool arrived(void *closure) {
     const message *m = static_cast<message *>(closure);
-    return load(&m->c->shared->given) == m->number;
+    return m->c->given_up || load(&m->c->shared->given) == m->number;
 }
 
 bool always(void *) {
@@ -88,6 +89,7 @@ bool always(void *) {
 /* Bytes that fit no mapping made at the start go through the file. */
 int give(void *closure) {
     const message *m = static_cast<message *>(closure);
+    if (m->c->given_up) return 0;
     if (m->c->shared->bytes != m->bytes || !hs_emulated::on_device(m->from, m->bytes)) return 1;
     if (pwrite(m->c->fd, m->from, m->bytes, sizeof(meeting)) != (ssize_t)m->bytes) return 1;
     store(&m->c->shared->given, m->number);
@@ -96,6 +98,7 @@ int give(void *closure) {
 
 int post(void *closure) {
     const message *m = static_cast<message *>(closure);
+    if (m->c->given_up) return 0;
     m->c->shared->bytes = m->bytes;
     store(&m->c->shared->posted, m->number);
     return 0;
@@ -103,6 +106,7 @@ int post(void *closure) {
 
 int take(void *closure) {
     const message *m = static_cast<message *>(closure);
+    if (m->c->given_up) return 0;
     if (!hs_emulated::on_device(m->to, m->bytes)) return 1;
     if (pread(m->c->fd, m->to, m->bytes, sizeof(meeting)) != (ssize_t)m->bytes) return 1;
     store(&m->c->shared->taken, m->number);
@@ -212,6 +216,12 @@ nccl::result destroy(nccl::comm c) {
     return nccl::SUCCESS;
 }
 
+/* Streams still hold its work, so that it stays, until the process ends. */
+nccl::result abort_(nccl::comm c) {
+    c->given_up = true;
+    return nccl::SUCCESS;
+}
+
 const char *error_string(nccl::result error) {
     static const char *const texts[] = {"no error",
                                         "unhandled cuda error",
@@ -234,7 +244,7 @@ hs_status nccl::open(api *out, hs_why *why) {
     const char *text = getenv("HS_EMULATED_NCCL");
     if (text && text[0] == 'n')
         return hs_fail(why, HS_E_UNSUPPORTED, "libnccl.so.2 is not found; install hotstage[cuda]");
-    *out = api{22809,   version, unique_id, init,        async_error, finalize,     destroy,
-               destroy, send,    receive,   group_start, group_end,   error_string, last_error};
+    *out = api{22809,  version, unique_id, init,        async_error, finalize,     destroy,
+               abort_, send,    receive,   group_start, group_end,   error_string, last_error};
     return HS_OK;
 }
