@@ -176,7 +176,7 @@ def test_each_wait_that_is_left_out_shows(tmp_path: Path) -> None:
     """A place that is written to before it is free; a message that is read before it is there."""
     early = {"HS_EMULATED_UNWAITED": "3"}  # rank 0 waits for channel 0, 1, then 0 again
     with both(pair(), tmp_path, ZERO, ONE, "ipc", early, {"HS_EMULATED_HOLD": "3"}) as (a, b):
-        assert b.says("1 DEVICE R0.1"), told(a, b)
+        assert b.says("what passes between processes failed"), told(a, b)
     hasty = {"HS_EMULATED_UNWAITED": "3", "HS_EMULATED_LAZY": "1"}
     with both(pair(stall_ms=400), tmp_path, ZERO, ONE, "ipc", {}, hasty) as (a, b):
         assert b.says("1 BUG R0.1 byte 0 differs"), told(a, b)
