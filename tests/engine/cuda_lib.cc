@@ -94,6 +94,13 @@ extern "C" void hs_test_two_to(float *x, int64_t n, float c) {
     for (int64_t i = 0; i < n; i++) x[i] = two_to(x[i], c);
 }
 
+/* A device has one. */
+static void *workspace() {
+    static void *at;
+    if (!at) at = aligned_alloc(256, HS_CUDA_WORKSPACE);
+    return at;
+}
+
 extern "C" int hs_test_cuda(uint32_t path, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                             const int64_t *dims, const double *reals) {
     const hs_cuda_table *table = hs_cuda_kernels();
@@ -105,6 +112,7 @@ extern "C" int hs_test_cuda(uint32_t path, uint32_t kernel, uint32_t dtype, void
     memcpy(args.real, reals, sizeof args.real);
     hs_cuda_ctx ctx = {};
     ctx.path = path;
+    ctx.workspace = workspace(), ctx.workspace_bytes = HS_CUDA_WORKSPACE;
     return table->fn[kernel](&ctx, &args);
 }
 
@@ -122,9 +130,7 @@ extern "C" int hs_test_products(uint32_t kernel, uint32_t dtype, void *const *pt
     hs_cuda_ctx ctx = {};
     ctx.path = HS_PATH_CUDA;
     ctx.why = &why;
-    static void *workspace;
-    if (!workspace) workspace = aligned_alloc(256, HS_CUDA_WORKSPACE);
-    ctx.workspace = workspace;
+    ctx.workspace = workspace();
     ctx.workspace_bytes = HS_CUDA_WORKSPACE;
     const uint32_t known = *count;
     hs_status st = hs_products_create("emulated", 90, &ctx.products, &why);

@@ -6,12 +6,15 @@
 
 template <typename T>
 __global__ void __launch_bounds__(columns_of<T>::THREADS)
-    bias_grad(float *db, const T *dy, int64_t R, int64_t N_, int64_t lddy, bool wide) {
+    bias_grad(float *db, const T *dy, int64_t R, int64_t N_, int64_t lddy, int64_t part,
+              bool wide) {
     const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
     HS_SHARED(column_sums, sums, );
     const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
+    const int64_t first = (int64_t)blockIdx.y * part, end = c < N_ ? min64(first + part, R) : 0;
     lanes<N> b = {};
-    for (int64_t r = threadIdx.x / across; r < R && c < N_; r += COLUMN_LANES) {
+#pragma unroll 4
+    for (int64_t r = first + threadIdx.x / across; r < end; r += COLUMN_LANES) {
         const lanes<N> g = load<N>(dy + r * lddy + c, N_ - c, wide);
         for (int i = 0; i < N; i++) b.x[i] = b.x[i] + g.x[i];
     }
@@ -19,10 +22,14 @@ __global__ void __launch_bounds__(columns_of<T>::THREADS)
 }
 
 template <typename T>
-static hs_status bias_gradient(cudaStream_t stream, float *db, const T *dy, int64_t R, int64_t N,
+static hs_status bias_gradient(const hs_cuda_ctx *ctx, float *db, const T *dy, int64_t R, int64_t N,
                                int64_t lddy) {
-    return HS_LAUNCH(bias_grad, (unsigned)hs_ceil_div(N, COLUMNS), columns_of<T>::THREADS, stream,
-                     db, dy, R, N, lddy, wide_at(dy, lddy));
+    column_plan p;
+    HS_TRY(plan_columns(ctx, R, N, db, NULL, &p));
+    HS_TRY(HS_LAUNCH(bias_grad, column_grid(p, N), columns_of<T>::THREADS,
+                     static_cast<cudaStream_t>(ctx->stream), p.to[0], dy, R, N, lddy, p.part,
+                     wide_at(dy, lddy)));
+    return finish_columns(ctx, p, db, NULL, N);
 }
 
 #endif

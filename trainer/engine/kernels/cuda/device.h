@@ -158,6 +158,12 @@ HS_DEVICE int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+/* a / b; neither is below 0. A division of 64 bits is a loop on a GPU: taken where it must be. */
+HS_DEVICE int64_t quotient(int64_t a, int64_t b) {
+    if (b == 1) return a;
+    return ((uint64_t)(a | b) >> 32) ? a / b : (int64_t)((uint32_t)a / (uint32_t)b);
+}
+
 /* Elementwise kernels: blocks of FLAT threads, a thread does one pack. */
 enum { FLAT = 256 };
 static inline unsigned flat_blocks(int64_t items) {

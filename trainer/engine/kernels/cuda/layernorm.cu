@@ -68,13 +68,15 @@ __global__ void __launch_bounds__(FLAT)
 template <typename T>
 __global__ void __launch_bounds__(columns_of<T>::THREADS)
     layernorm_wgrad(float *dw, float *db, const T *dy, const T *x, const float *mean,
-                    const float *rstd, int64_t R, int64_t C, bool wide) {
+                    const float *rstd, int64_t R, int64_t C, int64_t part, bool wide) {
     const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
     HS_SHARED(column_sums, sums_w, );
     HS_SHARED(column_sums, sums_b, );
     const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
+    const int64_t first = (int64_t)blockIdx.y * part, end = c < C ? min64(first + part, R) : 0;
     lanes<N> w = {}, b = {};
-    for (int64_t r = threadIdx.x / across; r < R && c < C; r += COLUMN_LANES) {
+#pragma unroll 4
+    for (int64_t r = first + threadIdx.x / across; r < end; r += COLUMN_LANES) {
         const lanes<N> g = load<N>(dy + r * C + c, C - c, wide);
         const lanes<N> v = load<N>(x + r * C + c, C - c, wide);
         for (int i = 0; i < N; i++) {
@@ -115,13 +117,17 @@ static hs_status layernorm_igrad_op(cudaStream_t stream, const hs_layernorm_igra
 HS_CUDA_OP(layernorm_igrad)
 
 template <typename T>
-static hs_status layernorm_wgrad_op(cudaStream_t stream, const hs_layernorm_wgrad_args &a) {
+static hs_status layernorm_wgrad_op(const hs_cuda_ctx *ctx, const hs_layernorm_wgrad_args &a) {
     const int64_t R = a.R, C = a.C;
     float *dw = static_cast<float *>(a.dw), *db = static_cast<float *>(a.db);
     const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
     const float *mean = static_cast<const float *>(a.mean);
     const float *rstd = static_cast<const float *>(a.rstd);
-    return HS_LAUNCH(layernorm_wgrad, (unsigned)hs_ceil_div(C, COLUMNS), columns_of<T>::THREADS,
-                     stream, dw, db, dy, x, mean, rstd, R, C, wide_at(dy, C) && wide_at(x, C));
+    column_plan p;
+    HS_TRY(plan_columns(ctx, R, C, dw, db, &p));
+    HS_TRY(HS_LAUNCH(layernorm_wgrad, column_grid(p, C), columns_of<T>::THREADS,
+                     static_cast<cudaStream_t>(ctx->stream), p.to[0], p.to[1], dy, x, mean, rstd, R,
+                     C, p.part, wide_at(dy, C) && wide_at(x, C)));
+    return finish_columns(ctx, p, dw, db, C);
 }
-HS_CUDA_OP(layernorm_wgrad)
+HS_CUDA_CTX_OP(layernorm_wgrad)

@@ -62,6 +62,6 @@ static hs_status linear_wgrad_op(const hs_cuda_ctx *ctx, const hs_linear_wgrad_a
         HS_TRY(gemm_run(stream, g));
     }
     if (!db) return HS_OK;
-    return bias_gradient(stream, db, dy, R, N, lddy);
+    return bias_gradient(ctx, db, dy, R, N, lddy);
 }
 HS_CUDA_CTX_OP(linear_wgrad)

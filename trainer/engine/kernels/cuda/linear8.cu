@@ -60,7 +60,7 @@ static hs_status linear8_wgrad_op(const hs_cuda_ctx *ctx, const hs_linear8_wgrad
         HS_TRY(gemm_run(stream, g));
     }
     if (!a.db) return HS_OK;
-    return bias_gradient(stream, static_cast<float *>(a.db), static_cast<const T *>(a.dy), a.R, a.N,
+    return bias_gradient(ctx, static_cast<float *>(a.db), static_cast<const T *>(a.dy), a.R, a.N,
                          a.lddy);
 }
 HS_CUDA_CTX_OP(linear8_wgrad)

@@ -21,19 +21,46 @@ __global__ void __launch_bounds__(FLAT)
     store(dst + at, x, n - at, wide);
 }
 
-__global__ void __launch_bounds__(FLAT) sumsq_parts(double *part, const float *x, int64_t n) {
-    const int64_t blocks = (n + HS_SUMSQ_BLOCK - 1) / HS_SUMSQ_BLOCK;
-    const int64_t block = (int64_t)blockIdx.x * (FLAT / LANES) + threadIdx.x / LANES;
-    const int lane = threadIdx.x % LANES;
-    const int64_t end = block < blocks ? min64((block + 1) * HS_SUMSQ_BLOCK, n) : 0;
+/* A block of threads does one of numbers: all of them fetch a stage, 64 bytes each, while 16 of them
+ * add the one before, a chain each. */
+enum { SUMSQ_PACKS = 4, SUMSQ_STAGE = SUMSQ_PACKS * FLAT * FLAT_F32 };
+struct alignas(16) sumsq_stages {
+    float x[2][SUMSQ_STAGE];
+};
+
+HS_DEVICE void sumsq_fetch(lanes<FLAT_F32> (&v)[SUMSQ_PACKS], const float *x, int64_t at,
+                           int64_t end, bool wide) {
+#pragma unroll
+    for (int p = 0; p < SUMSQ_PACKS; p++) {
+        const int64_t i = at + (p * FLAT + (int)threadIdx.x) * FLAT_F32;
+        v[p] = load<FLAT_F32>(x + i, end - i, wide);
+    }
+}
+
+__global__ void __launch_bounds__(FLAT)
+    sumsq_parts(double *part, const float *x, int64_t n, bool wide) {
+    HS_SHARED(sumsq_stages, stages, );
+    const int64_t first = (int64_t)blockIdx.x * HS_SUMSQ_BLOCK;
+    const int64_t end = min64(first + HS_SUMSQ_BLOCK, n);
     double sum = 0;
+    lanes<FLAT_F32> v[SUMSQ_PACKS];
+    sumsq_fetch(v, x, first, end, wide);
+    int turn = 0;
+    for (int64_t at = first; at < end; at += SUMSQ_STAGE, turn ^= 1) {
+#pragma unroll
+        for (int p = 0; p < SUMSQ_PACKS; p++)
+            store(&stages.x[turn][(p * FLAT + (int)threadIdx.x) * FLAT_F32], v[p], FLAT_F32, true);
+        __syncthreads(); /* and all have added what lay here two stages ago */
+        sumsq_fetch(v, x, at + SUMSQ_STAGE, end, wide);
+        if (threadIdx.x < LANES)
 #pragma unroll 16
-    for (int64_t i = block * HS_SUMSQ_BLOCK + lane; i < end; i += LANES) {
-        const double v = (double)x[i];
-        sum = fma(v, v, sum);
+            for (int i = (int)threadIdx.x; i < SUMSQ_STAGE; i += LANES) {
+                const double d = (double)stages.x[turn][i];
+                sum = fma(d, d, sum);
+            }
     }
     for (int bits = LANES / 2; bits; bits /= 2) sum = sum + __shfl_xor_sync(0xffffffffu, sum, bits);
-    if (lane == 0 && block < blocks) part[block] = sum;
+    if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
 /* Neighbours join, level by level, in place; an odd one goes up as it is. One block. */
@@ -113,8 +140,7 @@ template <typename T> static hs_status sumsq_op(cudaStream_t stream, const hs_su
     const int64_t n = a.n, blocks = hs_ceil_div(n, HS_SUMSQ_BLOCK);
     double *out = static_cast<double *>(a.out), *part = static_cast<double *>(a.part);
     const float *x = static_cast<const float *>(a.x);
-    HS_TRY(HS_LAUNCH(sumsq_parts, (unsigned)hs_ceil_div(blocks, FLAT / LANES), FLAT, stream, part,
-                     x, n));
+    HS_TRY(HS_LAUNCH(sumsq_parts, (unsigned)blocks, FLAT, stream, part, x, n, wide_at(x)));
     return HS_LAUNCH(sumsq_join, 1, FLAT, stream, out, part, blocks);
 }
 HS_CUDA_OP(sumsq)

@@ -10,7 +10,8 @@ __global__ void __launch_bounds__(FLAT)
                 int64_t ldx, int64_t ldy, float eps, bool wide) {
     const int N = pack_of<T>::N;
     const int64_t g = row_index<T>(), end = g < R * N_ ? C : 0;
-    const int64_t at = g / N_ * ldx + g % N_ * C, to = g / N_ * ldy + g % N_ * C;
+    const int64_t row = quotient(g, N_), in = (g - row * N_) * C;
+    const int64_t at = row * ldx + in, to = row * ldy + in;
     lanes<N> square = {};
     for (int64_t c = row_column<T>(); c < end; c += LANES) {
         const lanes<N> v = load<N>(x + at + c, C - c, wide);
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(FLAT)
                   bool wide) {
     const int N = pack_of<T>::N;
     const int64_t g = row_index<T>(), end = g < R * N_ ? C : 0;
-    const int64_t row = g / N_, in = g % N_ * C;
+    const int64_t row = quotient(g, N_), in = (g - row * N_) * C;
     const float s = end ? rstd[g] : 0.0f;
     dx += row * lddx + in, dy += row * lddy + in, x += row * ldx + in;
     lanes<N> sum = {};
@@ -59,13 +60,16 @@ __global__ void __launch_bounds__(FLAT)
 template <typename T>
 __global__ void __launch_bounds__(columns_of<T>::THREADS)
     rmsnorm_wgrad(float *dw, const T *dy, const T *x, const float *rstd, int64_t R, int64_t N_,
-                  int64_t C, int64_t lddy, int64_t ldx, bool wide) {
+                  int64_t C, int64_t lddy, int64_t ldx, int64_t part, bool wide) {
     const int N = pack_of<T>::N, across = columns_of<T>::ACROSS;
     HS_SHARED(column_sums, sums, );
     const int64_t c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % across * N;
+    const int64_t first = (int64_t)blockIdx.y * part;
+    const int64_t end = c < C ? min64(first + part, R * N_) : 0;
     lanes<N> w = {};
-    for (int64_t g = threadIdx.x / across; g < R * N_ && c < C; g += COLUMN_LANES) {
-        const int64_t row = g / N_, in = g % N_ * C + c;
+#pragma unroll 4
+    for (int64_t g = first + threadIdx.x / across; g < end; g += COLUMN_LANES) {
+        const int64_t row = quotient(g, N_), in = (g - row * N_) * C + c;
         const lanes<N> d = load<N>(dy + row * lddy + in, C - c, wide);
         const lanes<N> v = load<N>(x + row * ldx + in, C - c, wide);
         for (int i = 0; i < N; i++) w.x[i] = v_fma(d.x[i], v.x[i] * rstd[g], w.x[i]);
@@ -102,13 +106,17 @@ static hs_status rmsnorm_igrad_op(cudaStream_t stream, const hs_rmsnorm_igrad_ar
 HS_CUDA_OP(rmsnorm_igrad)
 
 template <typename T>
-static hs_status rmsnorm_wgrad_op(cudaStream_t stream, const hs_rmsnorm_wgrad_args &a) {
+static hs_status rmsnorm_wgrad_op(const hs_cuda_ctx *ctx, const hs_rmsnorm_wgrad_args &a) {
     const int64_t R = a.R, N = a.N, C = a.C, lddy = a.lddy, ldx = a.ldx;
     float *dw = static_cast<float *>(a.dw);
     const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
     const float *rstd = static_cast<const float *>(a.rstd);
     const bool wide = wide_at(dy, lddy) && wide_at(x, ldx) && wide_at(x, C);
-    return HS_LAUNCH(rmsnorm_wgrad, (unsigned)hs_ceil_div(C, COLUMNS), columns_of<T>::THREADS,
-                     stream, dw, dy, x, rstd, R, N, C, lddy, ldx, wide);
+    column_plan p;
+    HS_TRY(plan_columns(ctx, R * N, C, dw, NULL, &p));
+    HS_TRY(HS_LAUNCH(rmsnorm_wgrad, column_grid(p, C), columns_of<T>::THREADS,
+                     static_cast<cudaStream_t>(ctx->stream), p.to[0], dy, x, rstd, R, N, C, lddy,
+                     ldx, p.part, wide));
+    return finish_columns(ctx, p, dw, NULL, C);
 }
-HS_CUDA_OP(rmsnorm_wgrad)
+HS_CUDA_CTX_OP(rmsnorm_wgrad)
