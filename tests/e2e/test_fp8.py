@@ -148,3 +148,10 @@ def test_the_loss_after_some_steps_is_bf16_s(tmp_path: Path) -> None:
     assert bf16 < 0.9 * np.log(64)
     assert fp8 != bf16
     assert abs(fp8 / bf16 - 1) < 0.01  # of 60 steps; after 1,000 a quarter of this
+
+
+@pytest.mark.slow
+def test_the_loss_after_a_thousand_steps_is_within_a_quarter_of_a_percent(tmp_path: Path) -> None:
+    dataset = bench_fp8.corpus(tmp_path / "data")
+    for seed, bf16, fp8 in bench_fp8.measure(dataset, tmp_path / "data"):
+        assert fp8 <= (1 + bench_fp8.LIMIT) * bf16, f"seed {seed}: {fp8} in fp8, {bf16} in bf16"

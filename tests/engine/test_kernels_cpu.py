@@ -62,7 +62,7 @@ CASES = [
     Case("embed_wgrad", (300, 130, 7, 300), absent=(1,)),
     *(
         case
-        for rows, c in ((1, 1), (3, 16), (5, 20), (2, 33), (40, 770))
+        for rows, c in ((1, 1), (3, 16), (5, 20), (2, 33), (40, 770), (3, 4200))
         for case in (
             Case("layernorm_fwd", (rows, c), (1e-5,), rel=1e-5),
             Case("layernorm_igrad", (rows, c, 0), rel=1e-5),
@@ -72,7 +72,7 @@ CASES = [
     ),
     *(
         case
-        for rows, n, c, pad in ((1, 1, 1, 0), (3, 4, 20, 5), (33, 1, 768, 0), (7, 3, 128, 1))
+        for rows, n, c, pad in ((1, 1, 1, 0), (3, 4, 20, 5), (33, 1, 768, 0), (7, 3, 128, 1), (3, 1, 4200, 0))
         for case in (
             Case("rmsnorm_fwd", (rows, n, c, n * c + pad, n * c + 2 * pad), (1e-6,)),
             Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 0), rel=1e-5),

@@ -12,11 +12,12 @@ __global__ void __launch_bounds__(FLAT)
     embed_fwd(T *y, const int32_t *tok, const T *wte, const T *wpe, int64_t R, int64_t C,
               int64_t T_, int64_t packs, bool wide) {
     const int N = pack_of<T>::N;
-    const int64_t r = flat_index() / packs, c = flat_index() % packs * N, left = C - c;
+    const int64_t r = quotient(flat_index(), packs), c = (flat_index() - r * packs) * N;
+    const int64_t left = C - c;
     if (r >= R) return;
     lanes<N> v = load<N>(wte + tok[r] * C + c, left, wide);
     if (wpe) {
-        const lanes<N> p = load<N>(wpe + r % T_ * C + c, left, wide);
+        const lanes<N> p = load<N>(wpe + (r - quotient(r, T_) * T_) * C + c, left, wide);
         for (int i = 0; i < N; i++) v.x[i] = v.x[i] + p.x[i];
     }
     store(y + r * C + c, v, left, wide);
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(FLAT)
     embed_wgrad_positions(float *dwpe, const T *dy, int64_t R, int64_t C, int64_t T_, int64_t packs,
                           bool wide) {
     const int N = pack_of<T>::N;
-    const int64_t t = flat_index() / packs, c = flat_index() % packs * N, left = C - c;
+    const int64_t t = quotient(flat_index(), packs), c = (flat_index() - t * packs) * N;
+    const int64_t left = C - c;
     if (t >= T_) return;
     lanes<N> sum = load<N>(dwpe + t * C + c, left, wide);
     for (int64_t r = t; r < R; r += T_) {

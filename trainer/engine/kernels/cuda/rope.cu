@@ -27,12 +27,13 @@ __global__ void __launch_bounds__(FLAT)
     rope_turn(T *x, const float *tab, int64_t R, int64_t T_, int64_t N_, int64_t D, int64_t ldx,
               float sign, int64_t packs, bool wide) {
     const int N = pack_of<T>::N;
-    const int64_t half = D / 2, head = flat_index() / packs, i0 = flat_index() % packs * N;
-    const int64_t r = head / N_, left = half - i0;
+    const int64_t half = D / 2, head = quotient(flat_index(), packs);
+    const int64_t i0 = (flat_index() - head * packs) * N, r = quotient(head, N_), left = half - i0;
     if (r >= R) return;
-    T *first = x + r * ldx + head % N_ * D + i0;
+    T *first = x + r * ldx + (head - r * N_) * D + i0;
     lanes<N> p = load<N>(first, left, wide), q = load<N>(first + half, left, wide);
-    const lanes<2 * N> pairs = load<2 * N>(tab + 2 * (r % T_ * half + i0), 2 * left, wide);
+    const lanes<2 * N> pairs =
+        load<2 * N>(tab + 2 * ((r - quotient(r, T_) * T_) * half + i0), 2 * left, wide);
     for (int i = 0; i < N; i++) {
         const float c = pairs.x[2 * i], s = pairs.x[2 * i + 1] * sign;
         const float a = p.x[i], b = q.x[i];

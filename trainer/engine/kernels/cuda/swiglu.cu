@@ -7,7 +7,8 @@ template <typename T>
 __global__ void __launch_bounds__(FLAT)
     swiglu_fwd(T *y, const T *gu, int64_t R, int64_t F, int64_t packs, bool wide) {
     const int N = pack_of<T>::N;
-    const int64_t r = flat_index() / packs, f = flat_index() % packs * N, left = F - f;
+    const int64_t r = quotient(flat_index(), packs), f = (flat_index() - r * packs) * N;
+    const int64_t left = F - f;
     if (r >= R) return;
     lanes<N> gate = load<N>(gu + 2 * r * F + f, left, wide);
     const lanes<N> up = load<N>(gu + (2 * r + 1) * F + f, left, wide);
@@ -23,7 +24,8 @@ template <typename T>
 __global__ void __launch_bounds__(FLAT)
     swiglu_igrad(T *dgu, const T *dy, const T *gu, int64_t R, int64_t F, int64_t packs, bool wide) {
     const int N = pack_of<T>::N;
-    const int64_t r = flat_index() / packs, f = flat_index() % packs * N, left = F - f;
+    const int64_t r = quotient(flat_index(), packs), f = (flat_index() - r * packs) * N;
+    const int64_t left = F - f;
     if (r >= R) return;
     const lanes<N> g = load<N>(dy + r * F + f, left, wide);
     lanes<N> gate = load<N>(gu + 2 * r * F + f, left, wide);
