@@ -17,7 +17,7 @@ from trainer import wire
 FP8 = ("linear8_fwd", "linear8_igrad", "linear8_wgrad")
 OPS = ("linear_fwd", "linear_igrad", "linear_wgrad", *FP8, "classifier_fwd", "classifier_grad", "logits")
 BIAS = {"linear_fwd": 3, "linear8_fwd": 5}
-SPLIT, REDUCE = 3, 4
+SPLIT, REDUCE, TF32 = 3, 4, 5
 UNSUPPORTED, CONFIG, BUG = -16, -6, -3
 
 
@@ -105,8 +105,8 @@ def test_what_a_run_has_is_not_chosen_again(kernels: KernelLib, cuda: CudaLib) -
     assert len(chosen(cuda, call, foreign)) == len(table)
 
 
-@pytest.mark.parametrize("number", [SPLIT, REDUCE])
-def test_a_sum_in_parts_is_never_chosen(
+@pytest.mark.parametrize("number", [SPLIT, REDUCE, TF32])
+def test_a_sum_in_parts_or_of_rounded_operands_is_never_chosen(
     kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """It is offered first and is the fastest; where nothing else is offered, that is said; in a table it is refused."""

@@ -162,17 +162,18 @@ static const char *fault_of(const lt::api *api, const hs_product *p, const lt::a
     size_t written = 0;
     int32_t splits = 0;
     uint32_t reduction = lt::REDUCTION_MASK;
-    uint64_t flags = 0;
+    uint64_t flags = 0; /* 0: the library does not say, and the compute type holds */
     if (api->MatmulAlgoConfigGetAttribute(algo, lt::CONFIG_SPLITK_NUM, &splits, sizeof splits,
                                           &written) ||
         api->MatmulAlgoConfigGetAttribute(algo, lt::CONFIG_REDUCTION, &reduction, sizeof reduction,
-                                          &written) ||
-        api->MatmulAlgoCapGetAttribute(algo, lt::CAP_NUMERICAL_FLAGS, &flags, sizeof flags,
-                                       &written))
+                                          &written))
         return "the library does not know it";
+    if (api->MatmulAlgoCapGetAttribute(algo, lt::CAP_NUMERICAL_FLAGS, &flags, sizeof flags,
+                                       &written))
+        flags = 0;
     if (splits > 1 || splits < 0) return "it splits the sum (split-K)";
     if (reduction != lt::REDUCTION_NONE) return "it adds parts of the sum in a second pass";
-    if (!(flags & lt::ACCUMULATOR_32F)) return "it does not accumulate in f32";
+    if (flags & lt::ACCUMULATOR_MASK & ~lt::ACCUMULATOR_32F) return "it does not accumulate in f32";
     const uint64_t allowed = inputs_of(p->a.type) | inputs_of(p->b.type);
     if (flags & lt::INPUT_MASK & ~allowed) return "it rounds its operands";
     return NULL;
@@ -209,8 +210,10 @@ hs_status hs_cublaslt_candidates(hs_cublaslt *lib, const hs_product *p, hs_algor
         if (st) break;
         const lt::status asked = api->MatmulAlgoGetHeuristic(lib->handle, &c.what, &c.a, &c.b, &c.c,
                                                              &c.d, &wish, ASKED, found, &some);
-        if (asked == lt::NOT_SUPPORTED) continue; /* none by this mask */
-        st = asked;
+        if (asked) { /* none by this mask */
+            if (ask > 0 && asked != lt::NOT_SUPPORTED) st = asked;
+            continue;
+        }
         for (int i = 0; !st && i < some && *count < room; i++) {
             if (found[i].state || found[i].workspace_bytes > workspace ||
                 fault_of(api, p, &found[i].algo))

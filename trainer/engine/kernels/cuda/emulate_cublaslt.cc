@@ -1,12 +1,13 @@
 /* cuBLASLt on the CPU, as far as cublaslt.h declares it, for the tests: column-major products in plain
- * loops, on the emulator's terms. It has five algorithms:
+ * loops, on the emulator's terms. It has six algorithms:
  *
  *   0, 1   one sum, k ascending; 1 takes even k first, then odd: other bits
  *   2      one sum, k descending
  *   3      split-K: fast, and never to be chosen
  *   4      a reduction in a second pass: the same
+ *   5      operands rounded to TF32: the same
  *
- * They are offered in the order 3, 4, 0, 1, 2. Its clock is its own: an algorithm takes a time that
+ * They are offered in the order 3, 4, 5, 0, 1, 2. Its clock is its own: an algorithm takes a time that
  * follows from its number and the product, so that a choice can be foretold; and
  * HS_EMULATED_CUBLASLT, some of these words, makes others of it:
  *
@@ -57,7 +58,7 @@ int64_t asked(const char *word) {
     return at ? strtoll(at + strlen(word), NULL, 10) : -1;
 }
 
-enum { ALGORITHMS = 5, SPLIT = 3, REDUCE = 4 };
+enum { ALGORITHMS = 6, SPLIT = 3, REDUCE = 4, TF32 = 5 };
 
 int number_of(const lt::algorithm *algo) {
     return algo->data[0] >> 8 == 0x4853 ? (int)(algo->data[0] & 0xff) : -1;
@@ -163,7 +164,7 @@ bool fits(lt::description *what, lt::layout *a, lt::layout *b, lt::layout *c, lt
 
 lt::status offer(void *, lt::description *what, lt::layout *a, lt::layout *b, lt::layout *c,
                  lt::layout *d, lt::preference *wish, int room, lt::heuristic *list, int *count) {
-    static const int order[ALGORITHMS] = {SPLIT, REDUCE, 0, 1, 2};
+    static const int order[ALGORITHMS] = {SPLIT, REDUCE, TF32, 0, 1, 2};
     const wish_of *w = inside<wish_of>(wish);
     *count = 0;
     if (!fits(what, a, b, c, d)) return 7;
@@ -204,7 +205,7 @@ lt::status config_get(const lt::algorithm *algo, int attribute, void *to, size_t
 lt::status cap_get(const lt::algorithm *algo, int attribute, void *to, size_t bytes,
                    size_t *written) {
     if (number_of(algo) < 0 || attribute != lt::CAP_NUMERICAL_FLAGS || bytes != 8) return 7;
-    const uint64_t flags = lt::ACCUMULATOR_32F;
+    const uint64_t flags = lt::ACCUMULATOR_32F | (number_of(algo) == TF32 ? lt::INPUT_TF32 : 0);
     memcpy(to, &flags, 8);
     *written = 8;
     return 0;
@@ -288,7 +289,7 @@ lt::status matmul(void *, lt::description *what, const void *alpha, const void *
     memcpy(&j.old, beta, 4);
     const int64_t k = (int64_t)(j.what.transa ? j.a.rows : j.a.columns), fastest = asked("fastest");
     now_ns += (fastest < 0 ? number == (k % 2 ? 0 : 1) : fastest == number) ? 1500000 : 2500000;
-    if (number == SPLIT) now_ns -= 1000000;
+    if (number == SPLIT || number == TF32) now_ns -= 1000000;
     const cudaStream_t stream = static_cast<cudaStream_t>(on);
     if (!stream) return work(&j);
     return hs_emulated::enqueue(stream, "cublaslt", work, &j, sizeof j) ? 13 : 0;
