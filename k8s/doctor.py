@@ -69,6 +69,7 @@ class RunNeeds:
     store_secret: str = ""
     queue: str = ""
     fabric: str = "tcp"
+    on_gpus: bool = False
 
 
 def examine(api: Reader, wanted: RunNeeds, clock: Callable[[], float] = time.monotonic) -> list[Check]:
@@ -214,7 +215,11 @@ def _quota(api: Reader, wanted: RunNeeds) -> list[Check]:
 def _fabric(api: Reader, wanted: RunNeeds) -> list[Check]:
     if wanted.fabric == "tcp":
         return []
-    return [Check("fabric", "bad", f"launch.fabric = {wanted.fabric!r} is not run by this version", FABRIC_MEND)]
+    if not wanted.on_gpus:
+        return [Check("fabric", "bad", f"launch.fabric = {wanted.fabric!r} is for ranks on GPUs alone", FABRIC_MEND)]
+    text = f"launch.fabric = {wanted.fabric!r}: messages between pods go by NCCL, which meets on ports of its own"
+    mend = "where a NetworkPolicy holds, let the pods of a run reach each other on every TCP port (trainer-peers)"
+    return [Check("fabric", "warn", text, mend)]
 
 
 def _containers(job: Json | None) -> list[Json]:

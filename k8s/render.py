@@ -37,7 +37,7 @@ CUDA_IMAGE = "hotstage-engine-cuda:0.1.0"
 GPU = "nvidia.com/gpu"
 SHM_BYTES = 256 << 20  # of /dev/shm, where NCCL exchanges what its ranks need to begin: the runtime's 64 MiB are few
 CUDA_HOST_BYTES = 1 << 30  # of a rank's process: driver, libraries, pinned windows; assumed, not measured yet
-# fabric -> devices, capabilities and environment; tcp is what this version runs, the others are rendered
+# fabric -> devices, capabilities and environment; all but tcp are for ranks on GPUs, whose NCCL uses them
 FABRICS: Mapping[str, Mapping[str, Any]] = {
     "tcp": {},
     "infiniband": {
@@ -53,15 +53,18 @@ FABRICS: Mapping[str, Mapping[str, Any]] = {
     },
     "nvl72": {"claims": ["imex-channel"], "env": {"HOTSTAGE_ENGINE_FABRIC": "nvl72"}},
 }
-FABRIC_MEND = (
-    "set launch.fabric = 'tcp', which is what this engine runs; `hotstage k8s render` shows the others' objects"
-)
+FABRIC_MEND = "set launch.fabric = 'tcp', or parallel.device = 'cuda'; `hotstage k8s render` shows the objects"
 
 
 def check_fabric(spec: RunSpec) -> None:
-    """Raises LaunchRefused for a fabric that is rendered, but not run: its pods would talk TCP in silence."""
-    if spec.launch.fabric != "tcp":
-        raise LaunchRefused(f"launch.fabric = {spec.launch.fabric!r} is not run by this version; {FABRIC_MEND}")
+    """Raises LaunchRefused for a fabric that the ranks would not use: on CPUs they talk TCP."""
+    if not uses_fabric(spec):
+        raise LaunchRefused(f"launch.fabric = {spec.launch.fabric!r} is for ranks on GPUs alone; {FABRIC_MEND}")
+
+
+def uses_fabric(spec: RunSpec) -> bool:
+    """Whether ranks talk over what ``launch.fabric`` names; ``auto`` may turn out to be CPUs."""
+    return spec.launch.fabric == "tcp" or spec.parallel.device == "cuda"
 
 
 def render_launch(

@@ -39,10 +39,10 @@ def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -
     """Print the objects that a launch of SPEC makes (YAML; --json for JSON): Job, Service, Secret without its key."""
     import yaml
 
-    from k8s.render import FABRIC_MEND
+    from k8s.render import FABRIC_MEND, uses_fabric
 
     resolved, objects, _ = _objects(spec, sets, store)
-    if resolved.launch.fabric != "tcp":
+    if not uses_fabric(resolved):
         text = f"launch.fabric = {resolved.launch.fabric!r} is rendered, not run: `k8s apply` and `train` refuse it"
         click.echo(f"hotstage: {text}; {FABRIC_MEND.partition(';')[0]}", err=True)
     if as_json:
@@ -110,9 +110,8 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
     if spec is not None:
         resolved, objects, url = _objects(spec, sets, store)
         space = namespace or resolved.launch.namespace
-        wanted = RunNeeds(
-            space, objects[0], url, resolved.launch.store_secret, resolved.launch.queue, resolved.launch.fabric
-        )
+        launch, on_gpus = resolved.launch, resolved.parallel.device == "cuda"
+        wanted = RunNeeds(space, objects[0], url, launch.store_secret, launch.queue, launch.fabric, on_gpus)
     elif namespace is None and api.namespace:
         wanted = RunNeeds(api.namespace)
     return tell_checks(examine(api, wanted), as_json)

@@ -47,7 +47,7 @@ def refused(place: Place, *sets: str) -> str:
         ),
         (
             ["launch.fabric=infiniband"],
-            ["launch.fabric = 'infiniband' is not run by this version; set launch.fabric = 'tcp'"],
+            ["launch.fabric = 'infiniband' is for ranks on GPUs alone; set launch.fabric = 'tcp'"],
         ),
     ],
     ids=lambda value: value[0][:40] if isinstance(value, list) else None,
@@ -111,6 +111,6 @@ def test_a_fabric_that_is_not_run_is_still_rendered(place: Place, server: ApiSer
     for how in ((), ("--dry-run",)):
         done = place.call("k8s", "apply", "spec.toml", *SETS, *fabric, *how)
         assert done.code == REFUSED
-        assert "launch.fabric = 'infiniband' is not run by this version; set launch.fabric = 'tcp'" in done.err
+        assert "launch.fabric = 'infiniband' is for ranks on GPUs alone; set launch.fabric = 'tcp'" in done.err
     assert not server.bodies
     assert not (place.folder / "store" / "index").exists()

@@ -39,13 +39,13 @@ def server() -> Iterator[ApiServer]:
         yield made
 
 
-def examined(server: ApiServer, **launch: Any) -> dict[str, list[Check]]:
+def examined(server: ApiServer, on_gpus: bool = False, **launch: Any) -> dict[str, list[Check]]:
     configuration = Configuration()
     configuration.host = server.url
     launch = {"store_secret": "s3", "image": "reg/engine:1", "agent_image": "reg/agent:1", **launch}
     job = rendered(**launch)[0]
     fabric = launch.get("fabric", "tcp")
-    wanted = RunNeeds("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""), fabric)
+    wanted = RunNeeds("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""), fabric, on_gpus)
     found: dict[str, list[Check]] = {}
     for check in examine(Api(configuration), wanted):
         found.setdefault(check.name, []).append(check)
@@ -138,8 +138,11 @@ def test_credentials_that_have_expired_are_bad_and_missing_rights_are_not(server
 
 def test_a_fabric_that_is_not_run(server: ApiServer) -> None:
     (check,) = examined(server, fabric="nvl72")["fabric"]
-    assert (check.verdict, check.text) == ("bad", "launch.fabric = 'nvl72' is not run by this version")
+    assert (check.verdict, check.text) == ("bad", "launch.fabric = 'nvl72' is for ranks on GPUs alone")
     assert "set launch.fabric = 'tcp'" in check.mend
+    (check,) = examined(server, on_gpus=True, fabric="nvl72")["fabric"]
+    assert check.verdict == "warn"
+    assert "on every TCP port (trainer-peers)" in check.mend
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,7 @@ def test_a_fabric_that_is_not_run_is_refused_before_anything_is_made(
     server: ApiServer, launcher: KubernetesLauncher
 ) -> None:
     with pytest.raises(
-        LaunchRefused, match=r"launch\.fabric = 'efa' is not run by this version; set launch\.fabric = 'tcp'"
+        LaunchRefused, match=r"launch\.fabric = 'efa' is for ranks on GPUs alone; set launch\.fabric = 'tcp'"
     ):
         launcher.ensure(launch_named(fabric="efa"))
     assert server.count("PATCH", "write", "jobs") == 0

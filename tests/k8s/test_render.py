@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from k8s.render import (
     PORT_BASE,
     PORTS,
     apply_patch,
+    check_fabric,
     render_launch,
 )
 from trainer.errors import LaunchRefused
@@ -51,6 +53,13 @@ def test_objects_pass_the_clients_models() -> None:
     job, service, _ = rendered()
     V1Service.model_validate(service)
     V1Job.model_validate(job)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_another_fabric_than_tcp_is_for_ranks_on_gpus(device: str) -> None:
+    spec = parse_spec({**TINY, "launch": {**TINY["launch"], "fabric": "roce"}}, [f"parallel.device={device}"])  # type: ignore[dict-item]
+    with nullcontext() if device == "cuda" else pytest.raises(LaunchRefused, match="is for ranks on GPUs alone"):
+        check_fabric(spec)
 
 
 @pytest.mark.parametrize("fabric", sorted(FABRICS))
