@@ -148,7 +148,8 @@ def choose(asked: str, ranks: int, found: Found, *, first: int = 0, others: int 
         if asked == "auto":
             note = f"on the CPU: {found.why}"
             return Devices(note=note, told=note if found.driver else "")
-        raise NoDevice(f"parallel.device 'cuda': {found.why}; mend that, or take parallel.device = 'cpu'")
+        mend = "" if "parallel.device" in found.why else "; mend that, or take parallel.device = 'cpu'"
+        raise NoDevice(f"parallel.device 'cuda': {found.why}{mend}")
     there = chosen(found.chosen, found.devices)
     mine = [there[(first + local) % len(there)] for local in range(ranks)]
     used = list(dict.fromkeys(mine))

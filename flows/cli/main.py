@@ -33,7 +33,7 @@ Exit codes of train, runs resume and demo:
   85  stopped on request (Ctrl-C, SIGTERM); the same command, or `hotstage runs resume RUN`, goes on from what is saved
   86  stalled
   87  loss or gradient norm became not finite
-  88  a machine computes or remembers wrongly, and no other machine is left
+  88  a machine computes or remembers wrongly, or its GPU failed, and no other machine is left
  130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
 """
 

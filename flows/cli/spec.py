@@ -113,6 +113,8 @@ def plan(
     )
     if sheet is not None:
         say(told["assumptions"])
+    elif resolved.parallel.on_cuda(resolved.launch.kernel_path):
+        say("that is of this machine's CPUs; for GPUs: --device H100, H200, B200 or GB300")
     for path in (trace, svg, schedule_csv):
         if path:
             say(f"written: {path}")

@@ -41,7 +41,7 @@ EXITS: dict[int, Exit] = {
     85: Exit("PREEMPTED", "preempted", "stopped on request, state saved"),
     86: Exit("STALLED", "stall", "a wait passed its deadline"),
     87: Exit("DIVERGED", "numeric", "loss or gradient norm is not finite"),
-    88: Exit("SICK", "sick", "the machine computes or remembers wrongly"),
+    88: Exit("SICK", "sick", "the machine, or a device of it, computes wrongly or is gone"),
     143: Exit("TERMINATED", "infra", "stopped on request, this attempt saved nothing"),
 }
 

@@ -17,7 +17,7 @@
     X(85, PREEMPTED, "preempted", "stopped on request, state saved")                        \
     X(86, STALLED, "stall", "a wait passed its deadline")                                   \
     X(87, DIVERGED, "numeric", "loss or gradient norm is not finite")                       \
-    X(88, SICK, "sick", "the machine computes or remembers wrongly")                        \
+    X(88, SICK, "sick", "the machine, or a device of it, computes wrongly or is gone")      \
     X(143, TERMINATED, "infra", "stopped on request, this attempt saved nothing")
 
 enum {
