@@ -14,7 +14,13 @@ from trainer.spec import parse_spec, what_digest
 
 @pytest.mark.parametrize(
     ("stages", "precision", "chunks", "schedule"),
-    [(1, "fp32", 1, "1f1b"), (2, "fp32", 1, "1f1b"), (2, "bf16", 1, "1f1b"), (4, "fp32", 2, "interleaved-1f1b")],
+    [
+        (1, "fp32", 1, "1f1b"),
+        (2, "fp32", 1, "1f1b"),
+        (2, "bf16", 1, "1f1b"),
+        (4, "fp32", 2, "interleaved-1f1b"),
+        (1, "fp8", 1, "1f1b"),
+    ],
 )
 def test_resident_memory_is_what_the_plan_foretold(
     tmp_path: Path, stages: int, precision: str, chunks: int, schedule: str

@@ -101,6 +101,10 @@ static void *workspace() {
     return at;
 }
 
+/* Of the device that products are for. */
+extern "C" uint32_t hs_test_capability;
+uint32_t hs_test_capability = 90;
+
 extern "C" int hs_test_cuda(uint32_t path, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                             const int64_t *dims, const double *reals) {
     const hs_cuda_table *table = hs_cuda_kernels();
@@ -133,7 +137,7 @@ extern "C" int hs_test_products(uint32_t kernel, uint32_t dtype, void *const *pt
     ctx.workspace = workspace();
     ctx.workspace_bytes = HS_CUDA_WORKSPACE;
     const uint32_t known = *count;
-    hs_status st = hs_products_create("emulated", 90, &ctx.products, &why);
+    hs_status st = hs_products_create("emulated", hs_test_capability, &ctx.products, &why);
     if (st == HS_OK) st = hs_products_need(ctx.products, &ctx, (uint16_t)kernel, &args, &why);
     if (st == HS_OK) st = hs_products_use(ctx.products, list, known, &why);
     if (st == HS_OK && run) st = hs_cuda_kernels()->fn[kernel](&ctx, &args);

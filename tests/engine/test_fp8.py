@@ -145,6 +145,32 @@ def test_scales(kernels: KernelLib, e5m2: int) -> None:
             assert (qt == 0x7F).all()
 
 
+def test_the_oracle_s_products(kernels: KernelLib) -> None:
+    """linear8.h in f64: codes as numbers, scales, bias, residual, the old value."""
+    r, n, k, pad = 5, 7, 9, 2
+    rng = np.random.default_rng(4)
+
+    def codes(rows: int, columns: int, e5m2: int) -> tuple[Array, Array]:
+        found = rng.choice(np.flatnonzero(np.abs(numbers(e5m2)) < 60), (rows, columns)).astype(np.uint8)
+        return found, numbers(e5m2)[found]
+
+    (x8, x), (w8, w), (dy8, dy) = codes(r, k, 0), codes(n, k, 0), codes(r, n, 1)
+    xs, ws, dys = (np.array([2.0**e]) for e in (-3, 2, -9))
+    b, res, y = rng.normal(size=n), rng.normal(size=(r, n + pad)), np.zeros((r, n + pad))
+    kernels.call("linear8_fwd", wire.F64, [y, x8, xs, w8, ws, b, res], (r, n, k, n + pad, n + pad))
+    np.testing.assert_allclose(y[:, :n], x @ w.T * xs * ws + b + res[:, :n], rtol=1e-12)
+    assert not y[:, n:].any()
+    old = rng.normal(size=(r, k))
+    dx = old.copy()
+    kernels.call("linear8_igrad", wire.F64, [dx, dy8, dys, w8.T.copy(), ws], (r, n, k, k, 1))
+    np.testing.assert_allclose(dx, old + dy @ w * dys * ws, rtol=1e-12)
+    dw, db, given = rng.normal(size=(n, k)), rng.normal(size=n), rng.normal(size=(r, n))
+    want_w, want_b = dw + dy.T @ x * dys * xs, db + given.sum(axis=0)
+    kernels.call("linear8_wgrad", wire.F64, [dw, db, dy8.T.copy(), dys, x8.T.copy(), xs, given], (r, n, k, n))
+    np.testing.assert_allclose(dw, want_w, rtol=1e-12)
+    np.testing.assert_allclose(db, want_b, rtol=1e-12)
+
+
 @FORMATS
 def test_products_read_every_code(kernels: KernelLib, e5m2: int) -> None:
     """Each code times 1: fwd's first operand is E4M3, igrad's E5M2; scales of either sign of exponent."""

@@ -79,6 +79,19 @@ def test_fp8_is_the_library_s_where_its_sides_are_multiples_of_16(
             assert all(entry.key.scale for entry in table)
 
 
+def test_a_device_without_fp8_is_refused(kernels: KernelLib, cuda: CudaLib) -> None:
+    call = Call.make(kernels, next(c for c in CASES if c.kernel == "linear8_fwd" and c.dims[0] == 32), wire.BF16)
+    capability = ctypes.c_uint32.in_dll(cuda.c, "hs_test_capability")
+    capability.value = 80
+    try:
+        with pytest.raises(Refused, match=r'"fp8" needs .*8\.9 or more, this device has 8\.0; use another') as refused:
+            chosen(cuda, call)
+        assert len(chosen(cuda, some_call(kernels))) == 1, "the others stay"
+    finally:
+        capability.value = 90
+    assert refused.value.status == CONFIG
+
+
 def test_the_table_decides_the_bits(kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which algorithm is the fastest decides what a table says, and a table what is computed, whatever is fastest."""
     call, results = some_call(kernels), []

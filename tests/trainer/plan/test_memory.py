@@ -71,6 +71,16 @@ def test_half_precision_halves_activations() -> None:
     assert half.bytes_by_kind["weights"] > full.bytes_by_kind["weights"]
 
 
+def test_fp8_copies_are_counted() -> None:
+    """Codes and their transpose take what a bf16 copy takes, and 64 bytes for a scale; kept activations less."""
+    bf16, fp8 = (plan_of(f"train.precision={p}").positions[0] for p in ("bf16", "fp8"))
+    matrices = 4 * 4  # of a layer, layers
+    assert fp8.bytes_by_kind["weights"] == bf16.bytes_by_kind["weights"] + 64 * matrices
+    assert fp8.act_stride < bf16.act_stride
+    for kind in ("moments", "gradients", "slots"):
+        assert fp8.bytes_by_kind[kind] == bf16.bytes_by_kind[kind]
+
+
 def test_a_slot_has_room_for_header_checksums_and_data() -> None:
     assert slot_bytes(64) == 4096 + 4096 + 4096
     data = 600 * wire.SLOT_CHUNK
