@@ -38,6 +38,8 @@ WHEELS = (
     "nvidia-cuda-cuobjdump==13.2.78",
 )
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+# beside them PTX, which the driver of any other device compiles as it loads it: sm_103 of a GB300 runs nothing of sm_100a
+PORTABLE = "compute_80"
 ENGINE = ROOT / "trainer" / "engine"
 ROOMS = (ENGINE / "backend" / "cuda", ENGINE / "kernels" / "cuda")  # every .cu and .cc there, but emulate*
 CORE = ("hash", "math", "status")  # of core/, which they call
@@ -108,6 +110,7 @@ def compile_all(home: Path) -> tuple[list[Path], Table]:
     kept = cache() / "cuda-objects"
     kept.mkdir(parents=True, exist_ok=True)
     codes = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
+    codes.append(f"-gencode=arch={PORTABLE},code={PORTABLE}")
     command = [str(home / "bin" / "nvcc"), *host_compiler(), *FLAGS, *codes, f"-I{ENGINE}"]
     rooms = ("backend", "core", "kernels", "wire")
     headers = [p.read_bytes() for room in rooms for p in sorted((ENGINE / room).rglob("*.h"))]
@@ -237,6 +240,9 @@ def look_into(home: Path, library: Path, table: Table) -> list[str]:
                 )
     lost = {(kernel, arch) for kernel, uses in table.items() for arch in uses} - inside
     found += [f"{kernel} for {arch} is not in the library" for kernel, arch in sorted(lost)]
+    listed = _run([str(home / "bin" / "cuobjdump"), "--list-ptx", str(library)])
+    if PORTABLE.replace("compute", "sm") not in listed:
+        found.append(f"the library has no PTX of {PORTABLE} for devices that are none of {', '.join(ARCHITECTURES)}")
     outside = [line.split()[-1] for line in _run(["nm", "-D", "--defined-only", str(library)]).splitlines()]
     if outside != [SYMBOL]:
         return [*found, f"the library exports {', '.join(outside) or 'nothing'}; it must be {SYMBOL} alone"]

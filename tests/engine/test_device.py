@@ -112,10 +112,20 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
         assert some.state("cuda", ORDER=str(order)) == sound, order
 
 
-@pytest.mark.parametrize(("precision", "path"), [("fp32", "cuda-exact"), ("fp32", "cuda"), ("fp8", "cuda")])
-def test_cuda_kernels_train(runs: MakeRuns, precision: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "path", "model"),
+    [
+        ("fp32", "cuda-exact", GPT2),
+        ("bf16", "cuda-exact", LLAMA),
+        ("fp32", "cuda", LLAMA),
+        ("bf16", "cuda", GPT2),
+        ("fp8", "cuda", GPT2),
+    ],
+    ids=["fp32-exact-gpt2", "bf16-exact-llama", "fp32-llama", "bf16-gpt2", "fp8-gpt2"],
+)
+def test_cuda_kernels_train(runs: MakeRuns, precision: str, path: str, model: dict[str, Any]) -> None:
     """Emulated, in the engine: one order of bits whatever the order of streams, blocks and threads, and the stages."""
-    one, two = (runs(stages=stages, steps=2, precision=precision) for stages in (1, 2))
+    one, two = (runs(model=model, stages=stages, precision=precision, steps=2) for stages in (1, 2))
     sound = one.state("cuda", path, KERNELS="cuda")
     assert one.state("cuda", path, KERNELS="cuda", ORDER="31") == sound
     split = two.state("cuda", path, KERNELS="cuda", ORDER="32")
