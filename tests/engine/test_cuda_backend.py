@@ -153,7 +153,7 @@ def test_a_graph_is_the_calls_that_it_was_made_of(order: str) -> None:
     assert told("graph", ORDER=order) == ["equal 3"]
 
 
-@pytest.mark.parametrize("what", ["event", "follow", "capture", "memory", "copy"])
+@pytest.mark.parametrize("what", ["kernel", "event", "follow", "capture", "memory", "copy"])
 def test_what_a_capture_does_not_hold(what: str) -> None:
     assert refused(BUG, f"rule-{what}").startswith("BUG: ")
 

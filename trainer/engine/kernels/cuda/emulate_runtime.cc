@@ -23,6 +23,7 @@ enum {
     ORDERED = 4,
     STREAMS = 64,
     PIECES = 256,
+    NAMES = 256,
     SEVERAL = 16,
     AT_A_LOOK = 64,
     LEFT = 1 << 16
@@ -81,6 +82,8 @@ struct {
 piece own[PIECES], host[PIECES];
 int owns, hosts;
 cudaStream_t streams[STREAMS];
+const char *loaded[NAMES];
+int loaded_count;
 int stream_count, captures;
 uint64_t kernels_run, unpinned;
 void (*idle)();
@@ -224,6 +227,14 @@ cudaError_t next_of(cudaStream_t s, bool captured, list **where) {
     return cudaSuccess;
 }
 
+/* Whether a kernel of this name has been launched before, which loads it. load: it is now. */
+bool is_loaded(const char *name, bool load) {
+    for (int i = 0; i < loaded_count; i++)
+        if (!strcmp(loaded[i], name)) return true;
+    if (load && loaded_count < NAMES) loaded[loaded_count++] = name;
+    return load;
+}
+
 /* --- running ----------------------------------------------------------------------------- */
 
 void run_copy(const work &w) {
@@ -359,6 +370,11 @@ int enqueue(cudaStream_t stream, const char *name, int (*body)(void *), const vo
     guard held;
     list *where = NULL;
     if (told(next_of(stream, true, &where)) != cudaSuccess) return -3;
+    if (!is_loaded(name, stream->capture == NULL)) {
+        stream->spoilt = true;
+        (void)told(cudaErrorStreamCaptureUnsupported);
+        return -3;
+    }
     work *w = put(where);
     w->is = KERNEL;
     w->name = name;

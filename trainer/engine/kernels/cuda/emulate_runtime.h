@@ -11,7 +11,8 @@
  *   copies    To the host: where they will land is garbage (0xff) from the call on. To the device:
  *             what the host changes between call and copy is a fault.
  *   capture   takes kernels and copies between device memories; all else on that stream, and what
- *             CUDA forbids beside a capture (allocation), makes it fail, as there.
+ *             CUDA forbids beside a capture (allocation), makes it fail, as there. So does a kernel
+ *             that was not launched before: the driver would have to load it, and may not.
  *   errors    A fault of a kernel (emulate.h) or of a copy shows as the device's: it stays, and every
  *             later call that touches the device returns it. Others are forgotten by
  *             cudaGetLastError; cudaErrorNotReady is remembered too, as NVIDIA's does.
