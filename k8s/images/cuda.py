@@ -38,7 +38,7 @@ WHEELS = (
     "nvidia-cuda-cuobjdump==13.2.78",
 )
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-# beside them PTX, which the driver of any other device compiles as it loads it: sm_103 of a GB300 runs nothing of sm_100a
+# beside them PTX, which the driver of any other device compiles as it loads it (a GB300, sm_103, runs no sm_100a)
 PORTABLE = "compute_80"
 ENGINE = ROOT / "trainer" / "engine"
 ROOMS = (ENGINE / "backend" / "cuda", ENGINE / "kernels" / "cuda")  # every .cu and .cc there, but emulate*
