@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(FLAT)
     uint32_t most = 0;
     for (int p = (int)threadIdx.x; p < parts; p += FLAT) most = larger(most, part[p]);
     most = largest_of_block(each, most);
-    const uint32_t scale = fp8_scale_bits(most, most < 0x7f800000u, e5m2);
+    const bool finite = most < 0x7f800000u;
+    const uint32_t scale = fp8_scale_bits(most, finite, e5m2);
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *s = __uint_as_float(scale);
     const float inverse = __uint_as_float(fp8_inverse_bits(scale));
 #pragma unroll
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(FLAT)
         const int64_t r = r0 + row, c = c0 + 16 * group;
 #pragma unroll
         for (int j = 0; j < 16; j++) v[i].x[j] = v[i].x[j] * inverse;
-        const uint4 codes = fp8_codes(v[i], e5m2);
+        uint4 codes = fp8_codes(v[i], e5m2);
+        /* all are NaN, whichever of its codes the device takes */
+        if (!finite) codes = uint4{0x7f7f7f7fu, 0x7f7f7f7fu, 0x7f7f7f7fu, 0x7f7f7f7fu};
         tile[row][group ^ row / 16] = codes;
         if (r < R) store16(q + r * C + c, codes, C - c, wide_q);
     }
