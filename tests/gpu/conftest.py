@@ -15,6 +15,14 @@ from tests.engine.kernel_lib import build as build_kernels
 from tests.gpu.device_lib import DeviceLib
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``HOTSTAGE_GPU_ONLY`` names a file with the names of the tests that are wanted, one a line."""
+    named = os.environ.get("HOTSTAGE_GPU_ONLY")
+    if named:
+        wanted = set(Path(named).read_text().splitlines())
+        items[:] = [item for item in items if item.name in wanted]
+
+
 @pytest.fixture(scope="session")
 def kernels() -> KernelLib:
     """The CPU's kernels: the oracle, and the bits."""

@@ -15,6 +15,7 @@ import pytest
 from tests.engine.kernel_lib import Array, KernelLib, decode
 from tests.engine.test_kernels_cpu import CASES, Call, Case, assert_close_to_ref
 from tests.engine.test_kernels_cuda import OWN_ORDER
+from tests.gpu import stages
 from tests.gpu.device_lib import DeviceLib
 from trainer import wire
 
@@ -73,6 +74,21 @@ PARAMETERS = [
 
 def written(call: Call, arrays: list[Array | None]) -> list[bytes]:
     return [x.tobytes() for i, _ in call.outputs() if (x := arrays[i]) is not None]
+
+
+LOST = stages.LOST
+
+
+@pytest.fixture(autouse=True)
+def _a_device_that_works(device: DeviceLib) -> Iterator[None]:
+    """A failure stays with a device, which is opened again. Where that fails (after a bad access CUDA gives a process
+    none any more) the rest waits for another process (stages.py).
+    """
+    if device.lost:
+        pytest.skip(LOST)
+    yield
+    if device.failed:
+        device.reopen()
 
 
 def on(device: DeviceLib, call: Call, shift: int = 0) -> list[Array | None]:

@@ -49,7 +49,7 @@ class DeviceLib:
         for name in ("hs_gpu_text", "hs_gpu_device", "hs_gpu_kernels"):
             getattr(self.c, name).restype = ctypes.c_char_p
         self.arena, self.window, self.library, self.path, self.index = arena, window, library, path, index
-        self.lost = False
+        self.lost = self.failed = False
         self.open()
 
     def open(self) -> None:
@@ -60,6 +60,7 @@ class DeviceLib:
     def reopen(self) -> None:
         """After a failure, which stays with a device; ``lost`` where this process gets none any more."""
         self.close()
+        self.failed = False
         try:
             self.open()
         except DeviceError:
@@ -67,6 +68,7 @@ class DeviceLib:
 
     def _done(self, status: int, what: str = "") -> None:
         if status != 0:
+            self.failed = True
             raise DeviceError(f"{what}{': ' if what else ''}{self.c.hs_gpu_text().decode()} (status {status})")
 
     def close(self) -> None:

@@ -30,6 +30,8 @@ from tests.gpu.session import CANNOT, ROOT, Stage
 Told = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 BUILT = ".built.json"  # where the build's files are, for the stages after it
+PROCESSES = 8  # at most, for tests that lost their device
+LOST = "the device was lost in a test before this one"
 PEERS = ("torch", "jax")
 MODELS = ("gpt2-124m", "llama-1b", "gpt2-1.5b")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -106,15 +108,28 @@ def run(
 
 
 def under_pytest(file: str, path: str, more: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Told:
-    """pytest over a file of this folder, each test with its outcome."""
+    """pytest over a file of this folder, each test with its outcome. Tests that lost their device to one before them
+    are done in another process."""
+    tests: list[Told] = []
     with tempfile.TemporaryDirectory(prefix="hotstage-gpu-") as scratch:
-        report = Path(scratch) / "junit.xml"
-        command = [*prefix, sys.executable, "-m", "pytest", "-q", "-x" if prefix else "-ra", "--tb=short"]
-        command += ["-p", "no:cacheprovider", f"--basetemp={scratch}/tmp", f"--junitxml={report}", str(HERE / file)]
-        done = run(command, more={"HOTSTAGE_GPU_PATH": path} | (more or {}))
-        if not report.exists():
-            raise AssertionError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
-        tests = read_junit(report.read_text(), path)
+        left, wanted = Path(scratch) / "junit.xml", Path(scratch) / "wanted"
+        variables = {"HOTSTAGE_GPU_PATH": path} | (more or {})
+        for _ in range(PROCESSES):
+            left.unlink(missing_ok=True)
+            command = [*prefix, sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+            command += [f"--basetemp={scratch}/tmp", f"--junitxml={left}", str(HERE / file)]
+            done = run(command, more=variables)
+            if not left.exists():
+                raise AssertionError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
+            found = read_junit(left.read_text(), path)
+            lost = [test for test in found if test["outcome"] == "skipped" and LOST in test["why"]]
+            tests += [test for test in found if test not in lost]
+            if not lost:
+                break
+            wanted.write_text("\n".join(test["name"].removesuffix(f"[{path}]") for test in lost))
+            variables["HOTSTAGE_GPU_ONLY"] = str(wanted)
+        else:
+            tests += lost  # they count as skipped, and say why
     failed = [test["name"] for test in tests if test["outcome"] == "failed"]
     told: Told = {"tests": tests, "code": done.returncode, "said": (done.stdout + done.stderr)[-3000:]}
     if failed or (done.returncode != 0 and not prefix):

@@ -9,12 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from tests.engine import cuda_lib
 from tests.engine.engine_build import engine
 from tests.gpu.box import module_version
+from tests.gpu.build import Builder, build_way_to_device
 from tests.gpu.session import MORE
+from tests.gpu.stages import under_pytest
 
 __all__ = ["engine"]
 
@@ -69,3 +74,18 @@ def test_a_session(engine: Path, tmp_path: Path) -> None:
     back = {p.name for p in (tmp_path / "back").iterdir()}
     assert back == {"session.json", "log.txt", "summary.txt", "test.json", "bench.json", "rooflines.json"}
     assert len(back) <= 8, "a lent machine gives no more files back"
+
+
+def test_a_lost_device_costs_the_test_that_lost_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a bad access CUDA gives a process no device any more: the rest is done in another one."""
+    monkeypatch.setenv("HOTSTAGE_CUDA", str(cuda_lib.build()))
+    monkeypatch.setenv("HOTSTAGE_GPU_WAY", str(build_way_to_device(Builder(tmp_path))))
+    monkeypatch.setenv("HS_EMULATED_FAIL", "120 700")  # the 120th kernel of each process
+    told = under_pytest("device_kernels.py", "cuda-exact", {"HOTSTAGE_GPU_CASES": "one"})
+    assert told["failed"]
+    failed = [test for test in told["tests"] if test["outcome"] == "failed"]
+    assert 1 <= len(failed) <= 3
+    assert all("illegal memory access" in test["why"] for test in failed)
+    counted = Counter(test["outcome"] for test in told["tests"])
+    assert counted == {"failed": len(failed), "passed": len({test["name"] for test in told["tests"]}) - len(failed)}
+    assert counted["passed"] > 50
