@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,9 @@ ROOMS = ("backend", "core", "comm", "data", "kernels", "kernels/ref", "run", "ru
 C = shlex.split(
     "-std=c11 -D_GNU_SOURCE -O2 -g -fPIC -pthread -Wall -Wextra -Wno-psabi -ffp-contract=off -fno-math-errno"
 )
-CORE = ("math", "status")  # of the engine's, what the library uses
-HOST = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
+# as `make cuda` compiles, but for the warnings and the resources that it asks for, and with the box's own C++ library
+DEVICE = [flag for flag in cuda.FLAGS if flag not in ("-Werror", "all-warnings", "-Xptxas", "-v")]
+HOST = cuda.HOST.removeprefix("-nostdinc++,")
 
 
 class BuildFailed(Exception):
@@ -106,15 +107,14 @@ def build_engine(builder: Builder) -> Path:
 
 
 def library_sources() -> list[Path]:
-    """What libhs_cuda.so is made of, as `make cuda` makes it (the rehearsal compares): for nvcc, then for gcc."""
-    device = [*(ENGINE / "kernels" / "cuda").glob("*.cu"), *(ENGINE / "backend" / "cuda").glob("*.c[cu]")]
-    return [*sorted(device), *(ENGINE / "core" / f"{name}.c" for name in CORE)]
+    """What libhs_cuda.so is made of, as `make cuda` makes it: for nvcc, then for gcc."""
+    return [*cuda.sources(), *(ENGINE / "core" / f"{name}.c" for name in cuda.CORE)]
 
 
 def build_library(builder: Builder, nvcc: str, architecture: str, more: Sequence[str] = ()) -> Path:
     """``libhs_cuda.so`` for one architecture; ``more``: options of nvcc."""
     number = architecture.removeprefix("sm_")
-    common = ["-std=c++17", "-O3", "-lineinfo", "-fmad=false", "-Xcompiler", HOST, f"-I{ENGINE}", *more]
+    common = [*DEVICE, "-allow-unsupported-compiler", "-Xcompiler", HOST, f"-I{ENGINE}", *more]
     device = [nvcc, *common, f"-gencode=arch=compute_{number},code=sm_{number}"]
     texts = [p.read_bytes() for p in sorted(ENGINE.rglob("*.h"))]
     units: list[tuple[Path, str, Sequence[str]]] = []
@@ -165,22 +165,29 @@ class Built:
 
 def build(folder: Path = FOLDER) -> Built:
     """All three, what is named by a variable left out. BuildFailed with the compiler's words."""
-    builder, seconds = Builder(folder), {}
+    builder = Builder(folder)
+    seconds: dict[str, float] = {}
+    nvcc = box.tool("nvcc")
+    # a wheel's nvcc looks for the runtime in lib64, and the wheel has lib
+    beside = Path(nvcc).resolve().parents[1] / "lib" if nvcc else Path()
+    more = [f"-L{beside}"] if (beside / "libcudart_static.a").exists() else []
+    wanted: list[tuple[str, str, Callable[[], Path]]] = [
+        ("library", "HOTSTAGE_CUDA", lambda: build_library(builder, nvcc or "nvcc", box.architecture(), more)),
+        ("engine", "HOTSTAGE_ENGINE", lambda: build_engine(builder)),
+        ("way", "", lambda: build_way_to_device(builder)),
+    ]
 
-    def timed(name: str, given: str, make: object) -> Path:
-        named = os.environ.get(given) if given else None
-        if named:
-            return Path(named)
+    def one(what: tuple[str, str, Callable[[], Path]]) -> Path:
+        name, given, make = what
+        if os.environ.get(given):
+            return Path(os.environ[given])
         began = time.monotonic()
-        assert callable(make)
-        path: Path = make()
+        path = make()
         seconds[name] = round(time.monotonic() - began, 1)
         return path
 
-    way = timed("way", "", lambda: build_way_to_device(builder))
-    nvcc = box.tool("nvcc")
-    library = timed("library", "HOTSTAGE_CUDA", lambda: build_library(builder, nvcc or "nvcc", box.architecture()))
-    engine = timed("engine", "HOTSTAGE_ENGINE", lambda: build_engine(builder))
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        library, engine, way = pool.map(one, wanted)
     slowest = dict(sorted(builder.took.items(), key=lambda item: -item[1])[:6])
     return Built(engine, library, way, seconds, slowest)
 
