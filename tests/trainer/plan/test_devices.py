@@ -16,6 +16,7 @@ from trainer.plan import Plan
 from trainer.plan.devices import SHEETS, WORKSPACE_BYTES, cost_of, fits, on_device, on_host, sheet_of
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec
+from trainer.wire.kernels import KERNELS
 
 ENGINE = Path(__file__).resolve().parents[3] / "trainer" / "engine"
 
@@ -64,6 +65,13 @@ def test_the_rates_are_those_of_a_calls_kind(one: tuple[Plan, RunSpec]) -> None:
     assert product == pytest.approx(2 * 4096**3 / (0.8 * 989e12) + cost.call_s)
     attention = cost.call_seconds("attention_fwd", [1, 4096, 32, 32, 64, 1, 1, 1, 1], 0)
     assert attention == pytest.approx(4 * 32 * 64 * 4096 * 4097 / 2 / (0.45 * 989e12) + cost.call_s)
+    eight = cost_of(
+        SHEETS["H100"], one[1].model_copy(update={"train": one[1].train.model_copy(update={"precision": "fp8"})})
+    )
+    dims = [4096] * KERNELS["linear8_fwd"].dims
+    assert eight.call_seconds("linear8_fwd", dims, 0) == pytest.approx(2 * 4096**3 / (0.71 * 1979e12) + cost.call_s)
+    same = [4096, 4096, 4096, 4096, 4096, 0]
+    assert eight.call_seconds("linear_fwd", same, 0) == product, "what is not the blocks' stays bf16"
     assert cost.call_seconds("gelu_fwd", [1], 3_015_000) == pytest.approx(1e-6 + cost.call_s)
 
 
