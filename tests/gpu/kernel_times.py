@@ -5,6 +5,7 @@ PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from k8s.images.cuda import kernel_name
 from tests.gpu import box
 
 SKIPPED = 2  # first steps, in which graphs are made
@@ -76,6 +78,13 @@ def union(times: Iterable[tuple[int, int, str]]) -> int:
     return busy
 
 
+def readable(name: str) -> str:
+    """A kernel's name without the types of its operands; CUPTI gives it as the linker knows it."""
+    with contextlib.suppress(ValueError, IndexError):  # a library's are what they are
+        name = kernel_name(name)
+    return re.sub(r"[(].*", "", name.removeprefix("void "))[:80]
+
+
 def outside(times: Sequence[tuple[int, int, str]], steps: int) -> dict[str, Any]:
     """What part of whole steps no kernel ran in, and the kernels that took most. A step ends with its last update."""
     updates = sorted(end for _, end, name in times if OPTIMIZER in name)
@@ -88,7 +97,7 @@ def outside(times: Sequence[tuple[int, int, str]], steps: int) -> dict[str, Any]
     busy = union(inside)
     by_name: Counter[str] = Counter()
     for begin, end, name in inside:
-        by_name[re.sub(r"[<(].*", "", name.removeprefix("void "))[:80]] += end - begin
+        by_name[readable(name)] += end - begin
     whole = steps - SKIPPED
     return {
         "outside": 1 - busy / (last - first),

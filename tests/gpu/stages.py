@@ -66,7 +66,7 @@ def stages() -> list[Stage]:
         Stage("roofline-gpt2-124m", "each kernel call of GPT-2 124M beside the probes", 120, 40, one, (small,)),
         Stage("timeline-gpt2-124m", "time of a step outside kernels", 90, 30, ("gpu",), (small,)),
         Stage("channels", "two ranks on one device: one rank's bits", 120, 30, one, (small,)),
-        Stage("memcheck", "compute-sanitizer on the small kernel cases", 200, 60, sanitizer_, ("kernels-exact",)),
+        Stage("memcheck", "compute-sanitizer on the small kernel cases", 300, 90, sanitizer_, ("kernels-exact",)),
         Stage(llama, "a llama of 1B, T 4096, bf16", 120, 40, one, build),
         Stage("torch-llama-1b", "the llama beside PyTorch", 420, 170, (*one, "torch"), (llama,)),
         Stage(large, "GPT-2 1.5B-shaped, bf16", 150, 45, one, build),
@@ -75,8 +75,8 @@ def stages() -> list[Stage]:
         Stage("fp8-llama-1b", "the llama in FP8 beside bf16", 200, 60, (*one, "fp8"), (llama,)),
         Stage("roofline-llama-1b", "each kernel call of the llama beside the probes", 120, 50, one, (llama,)),
         Stage("racecheck", "compute-sanitizer: races in shared memory", 240, 60, sanitizer_, clean),
-        Stage("initcheck", "compute-sanitizer: memory read before it was written", 200, 60, sanitizer_, clean),
-        Stage("synccheck", "compute-sanitizer: barriers", 200, 60, sanitizer_, clean),
+        Stage("initcheck", "compute-sanitizer: memory read before it was written", 240, 60, sanitizer_, clean),
+        Stage("synccheck", "compute-sanitizer: barriers", 240, 60, sanitizer_, clean),
         Stage("jax-gpt2-124m", "GPT-2 124M beside JAX", 300, 120, (*one, "jax"), (small,)),
         Stage("jax-llama-1b", "the llama beside JAX", 400, 150, (*one, "jax"), (llama,)),
         Stage("jax-gpt2-1.5b", "GPT-2 1.5B-shaped beside JAX", 480, 200, (*one, "jax"), (large,)),
@@ -240,9 +240,10 @@ def sanitizer(tool: str) -> Told:
     if program is None:
         raise Cannot("compute-sanitizer is not installed")
     told: Told = {"tests": []}
+    cases = "few" if tool == "memcheck" else "one"  # the others take long
     for path in ("cuda-exact", "cuda"):
         prefix = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        found = under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "few"}, prefix)
+        found = under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": cases}, prefix)
         if "Device not supported" in found["said"] or "Unable to" in found["said"]:
             raise Cannot(f"compute-sanitizer cannot work on this machine: {found['said'][-300:]}")
         summary = re.findall(r"={3,} (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", found["said"])
