@@ -16,7 +16,7 @@ from typing import Any
 from checkpoint import keys
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.adopt import attempt_path, found_plan, recall, remember
+from checkpoint.agent.adopt import attempt_path, found_devices, found_plan, recall, remember
 from checkpoint.agent.algorithms import answer, bring
 from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.commit import Committer
@@ -191,7 +191,7 @@ class Actions:
         self._preparer.layouts[gang.attempt.plan] = layout, path
         table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
         self._has = Provisions(layout, path, table)
-        return ev.Recalled(gang.epoch, True, over, ranks)
+        return ev.Recalled(gang.epoch, True, over, ranks, devices=found_devices(work, gang.epoch, gang.local))
 
     def _claim(self, e: do.Claim) -> None:
         self._thread("claim", self._claim_thread, e.gang, self._superseded)

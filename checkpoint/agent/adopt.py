@@ -9,14 +9,17 @@ The slots are not on the disk: the ranks keep their descriptors and hand them ba
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.gang import CannotStart
 from checkpoint.agent.status import RankStatus
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
+from trainer import wire
 from trainer.wire.files import write_file
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,22 @@ def recall(work: Path, epoch: int) -> tuple[bool, dict[int, RankStatus]]:
         pass
     log.info("no notes of attempt %d: what its ranks said before is lost", epoch)
     return False, {}
+
+
+def found_devices(work: Path, epoch: int, local: range) -> Devices:
+    """What the ranks of this node were told that they run on; the CPU where the file does not say it."""
+    head, size, one = wire.Attempt(), ctypes.sizeof(wire.Attempt), ctypes.sizeof(wire.AttemptRank)
+    try:
+        data = attempt_path(work, epoch).read_bytes()
+    except OSError:
+        return ON_CPU
+    if len(data) < size + one * local.stop:
+        return ON_CPU
+    ctypes.memmove(ctypes.byref(head), data, size)
+    if head.version != wire.ATTEMPT_VERSION or head.device_kind != wire.DEVICES["cuda"]:
+        return ON_CPU
+    ranks = (wire.AttemptRank.from_buffer_copy(data, size + one * rank) for rank in local)
+    return Devices("cuda", tuple(rank.device for rank in ranks))
 
 
 def found_plan(work: Path, digest: str) -> tuple[PlanLayout, Path]:

@@ -83,7 +83,7 @@ class NodeAttempt:
     asked: int | None = None
     """The supervisor that was asked for them."""
     began_s: float = 0.0
-    """When its ranks were started, by the machine's clock; 0 where this agent did not start them."""
+    """When its ranks were started, by the machine's clock; those of an agent before: when this one found them."""
     devices: Devices = ON_CPU
     """What the ranks of this node run on."""
     adopted: bool = False

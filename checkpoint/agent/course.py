@@ -315,6 +315,7 @@ class Course:
             self._set_out(attempt)
             return
         attempt.held = attempt.adopted = True
+        attempt.devices, attempt.began_s = event.devices, self._now
         attempt.ranks.update(event.ranks)
         self.started = attempt.epoch
         if event.refusal is not None:

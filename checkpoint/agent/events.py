@@ -180,6 +180,8 @@ class Recalled:
     over: bool = False
     ranks: Mapping[int, RankStatus] = field(default_factory=dict)
     refusal: tuple[int, str] | None = None
+    devices: Devices = ON_CPU
+    """What they run on; without names."""
 
 
 @dataclass(frozen=True, slots=True)

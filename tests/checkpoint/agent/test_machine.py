@@ -12,8 +12,10 @@ import pytest
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
+from checkpoint.agent.adopt import found_devices
 from checkpoint.agent.attempt import MOVES, NodePhase
 from checkpoint.agent.course import ADOPT_S, END_S, KILL_S, LAST_RANKS_S, LOST_S, Life
+from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.events import Timer
 from checkpoint.agent.machine import Machine
 from checkpoint.agent.rules import Broken
@@ -463,3 +465,27 @@ def test_a_rank_hears_the_run_s_algorithms() -> None:
     walk.on(ev.RankHello(8, 1, 0, 100))  # connected again, it proposes again
     assert walk.on(ev.Agreed(7, 1, 0, 0, b"the run's")) == []
     assert walk.on(ev.Proposed(8, 2, 0, b"mine")) == [], "of another attempt"
+
+
+def test_the_driver_is_asked_for_ranks_that_an_agent_before_started() -> None:
+    walk = Walk()
+    walk.log(1)
+    walk.now = 9.0
+    walk.on(ev.Recalled(1, True, devices=Devices("cuda", (2, 3))))
+    walk.now = 50.0
+    walk.on(ev.SupervisorHello(1, 100, 1, 2))
+    *_, ask = walk.on(ev.RankExit(1, 1, 1, 88, 9, wire.ENDED_ITSELF, 0))
+    assert ask == do.AskKernel(1, 1, 9.0, [""])
+
+
+def test_devices_of_an_attempt_are_found_in_its_file(tmp_path: Path) -> None:
+    assert found_devices(tmp_path, 3, range(2, 4)) == ON_CPU
+    head = wire.Attempt()
+    head.version, head.device_kind = wire.ATTEMPT_VERSION, wire.DEVICES["cuda"]
+    ranks = b"".join(bytes(wire.AttemptRank(b"h", 1, 0, 5 + rank)) for rank in range(4))
+    (tmp_path / "attempt-3").write_bytes(bytes(head) + ranks)
+    assert found_devices(tmp_path, 3, range(2, 4)) == Devices("cuda", (7, 8))
+    assert found_devices(tmp_path, 3, range(2, 9)) == ON_CPU
+    head.device_kind = wire.DEVICES["cpu"]
+    (tmp_path / "attempt-3").write_bytes(bytes(head) + ranks)
+    assert found_devices(tmp_path, 3, range(2, 4)) == ON_CPU
