@@ -155,7 +155,7 @@ static hs_status examine(exam *e, hs_check *check, hs_why *why) {
 
 hs_status check(hs_device *d, uint8_t *at, size_t bytes, hs_check *check, hs_why *why) {
     const int64_t began = hs_clock_us();
-    const size_t unit = bytes < UNIT ? bytes / 8 * 8 : UNIT;
+    const size_t unit = bytes < UNIT ? bytes / 8 * 8 : (size_t)UNIT;
     const size_t there = unit ? bytes / unit : 0;
     exam e = {};
     *check = hs_check{};
@@ -167,7 +167,7 @@ hs_status check(hs_device *d, uint8_t *at, size_t bytes, hs_check *check, hs_why
     e.bytes = e.of_processor + e.blocks * sizeof(unsigned);
     e.memory = reinterpret_cast<uint64_t *>(at);
     e.words = (int64_t)(unit / 8);
-    e.units = (unsigned)(there < UNITS ? there : UNITS);
+    e.units = (unsigned)(there < UNITS ? there : (size_t)UNITS);
     e.stride = e.units ? (int64_t)(there / e.units * (unit / 8)) : 0;
     void *device = NULL, *host = NULL;
     hs_status st;

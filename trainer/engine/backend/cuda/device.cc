@@ -130,7 +130,8 @@ static hs_status alloc(hs_device *d, size_t bytes, int fd, uint8_t **at, hs_why 
     void *memory = NULL;
     HS_ASSERT(d->memories < HS_DEVICE_ARENAS);
     HS_TRY(sound(d, why));
-    cudaError_t error = cudaMalloc(&memory, bytes ? (bytes + PIECE - 1) / PIECE * PIECE : PIECE);
+    cudaError_t error =
+        cudaMalloc(&memory, bytes ? (bytes + PIECE - 1) / PIECE * PIECE : (size_t)PIECE);
     if (error != cudaSuccess) return no_room(d, error, bytes, "memory of the device", why);
     keep(d, memory, false);
     cudaStream_t stream = d->streams[HS_STREAM_COMPUTE];

@@ -38,7 +38,7 @@ struct column_plan {
 
 static inline int64_t column_part(int64_t R, int64_t C) {
     const int64_t room = (int64_t)(HS_OWN_BYTES / (2 * sizeof(float))) / C;
-    const int64_t most = room < 1 ? 1 : room < COLUMN_PARTS ? room : COLUMN_PARTS;
+    const int64_t most = room < 1 ? 1 : room < COLUMN_PARTS ? room : (int64_t)COLUMN_PARTS;
     return COLUMN_ROWS * hs_ceil_div(R, COLUMN_ROWS * most);
 }
 

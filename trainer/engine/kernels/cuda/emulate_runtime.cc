@@ -191,7 +191,7 @@ void forget(piece *pieces, int *count, piece *p) {
 work *put(list *q) {
     if (q->first == q->last) q->first = q->last = 0;
     if (q->last == q->room) {
-        q->room = q->room ? 2 * q->room : SEVERAL;
+        q->room = q->room ? 2 * q->room : (size_t)SEVERAL;
         q->at = static_cast<work *>(realloc(q->at, q->room * sizeof *q->at));
         if (!q->at) abort();
     }
@@ -626,7 +626,7 @@ cudaError_t cudaMalloc(void **at, size_t bytes) {
     if (fd < 0 || ftruncate(fd, (off_t)whole) != 0) return told(cudaErrorMemoryAllocation);
     void *map = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (map == MAP_FAILED) return told(cudaErrorMemoryAllocation);
-    memset(map, 0xa5, bytes < LEFT ? bytes : LEFT); /* what was there before */
+    memset(map, 0xa5, bytes < LEFT ? bytes : (size_t)LEFT); /* what was there before */
     own[owns++] = piece{static_cast<char *>(map), whole, fd};
     machine.used += whole < machine.memory - machine.used ? whole : machine.memory - machine.used;
     protect(PROT_NONE);
@@ -654,7 +654,7 @@ cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
     if (hosts == PIECES) return told(cudaErrorMemoryAllocation);
     void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) return told(cudaErrorMemoryAllocation);
-    memset(map, 0xa5, bytes < LEFT ? bytes : LEFT);
+    memset(map, 0xa5, bytes < LEFT ? bytes : (size_t)LEFT);
     host[hosts++] = piece{static_cast<char *>(map), bytes, -1};
     *at = map;
     return cudaSuccess;

@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(FLAT) clear_words(uint32_t *at, int64_t n) {
  * the library refuses it. */
 static hs_status time_one(hs_products *products, const hs_cuda_ctx *ctx, const hs_product *p,
                           const hs_algorithm *a, int64_t *ns, hs_why *why) {
-    enum { ROUND_NS = 1000000, ROUND_MOST = 32, ROUNDS = 2 };
+    enum { ROUNDS = 2 };
+    const int64_t ROUND_NS = 1000000, ROUND_MOST = 32;
     const lt::api *api = &products->lib.api;
     int64_t times = 1, best = INT64_MAX;
     for (int round = -1; round < ROUNDS;
