@@ -14,10 +14,12 @@
  * instructions of a warp; no device was at hand, so these are sums and not timings). Of a tile of 64
  * keys and 16 M rows a warp's two products take 2 * 64 * 16 M * D fma, and read 2 * 64 * D * 2 bytes
  * through ldmatrix: at M = 1 shared memory is as slow as the products, at M = 2 twice as fast. So
- * M = 2 wherever registers allow. A score costs about 18 instructions (scale, mask, maximum,
- * two_to's 8, sum, rounding): D = 64 is bound by them and the products about alike, D = 128 by the
- * products. The forward reads 2 * 64 * D * 2 bytes of keys and values for 64 * 64 M rows, nearly all
- * from L2: blocks of one head follow each other, the longest first.
+ * M = 2 wherever registers allow. Off the diagonal a score costs 13 instructions beside its products
+ * (SASS of sm_90a: 6 fma, 3 adds, 2 maxima, a shift-and-add, half a rounding; 7 of them are the
+ * exponential), 13 / 128 cycles an SM where its products take 2 D / 1024: as much at D = 52. So D = 32
+ * is bound by the softmax, D = 64 by both about alike, D = 128 by the products. The backward's score
+ * costs 10. The forward reads 2 * 64 * D * 2 bytes of keys and values for 64 * 64 M scores, nearly
+ * all from L2: blocks of one head follow each other, the longest first.
  *
  * Rows of shared memory are D bf16; 16-byte chunks are swizzled so that the 8 rows of an ldmatrix
  * lie in 8 different banks (place). Rows beyond T are zeros, and what they give is not stored.
@@ -187,6 +189,23 @@ HS_DEVICE void put_rows(rows<bf16> x, const float (&sum)[M][D / 8][4], int first
         }
 }
 
+/* What lies above the diagonal becomes `value`. edge: the first row less the first column (rows are
+ * queries); turned: the other way round. A pass of its own, which most tiles branch around: as a
+ * choice beside each score it costs every tile two instructions a score, or a branch. */
+template <bool TURNED, int M, int N>
+HS_DEVICE void hide(float (&s)[M][N / 8][4], int edge, float value) {
+    const int lane = lane_id(), row = lane / 4 + edge, column = lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int r = row + 16 * m + i / 2 * 8, c = column + 8 * n + i % 2;
+                if (TURNED ? r > c : c > r) s[m][n][i] = value;
+            }
+}
+
 HS_DEVICE float finite_or_nan(float x, float y) {
     return x - x == 0.0f ? y : __uint_as_float(0x7fffffffu);
 }
@@ -237,21 +256,16 @@ __global__ void __launch_bounds__(THREADS)
             clear(z);
             add_scores<D, M, STEP>(z, q_tile, warp_row, k_tile, at);
             const bool masked = k0 + STEP - 1 > first;
+            if (masked) hide<false, M, STEP>(z, first - k0, -INFINITY);
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const int seen = /* the last column that this row sees, of this lane's first */
-                        masked ? first - k0 + 16 * m + 8 * r + lane / 4 - lane % 4 * 2 : STEP;
-                    float best = top[m][r], part = 0.0f;
+                    float best = top[m][r];
 #pragma unroll
                     for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            float &x = z[m][n][2 * r + i];
-                            if (masked && 8 * n + i > seen) x = -INFINITY;
-                            best = hs_max(best, x);
-                        }
+                        for (int i = 0; i < 2; i++) best = hs_max(best, z[m][n][2 * r + i]);
                     best = hs_max(best, __shfl_xor_sync(0xffffffffu, best, 1));
                     best = hs_max(best, __shfl_xor_sync(0xffffffffu, best, 2));
 #pragma unroll
@@ -260,8 +274,6 @@ __global__ void __launch_bounds__(THREADS)
                         for (int i = 0; i < 2; i++) {
                             float &x = z[m][n][2 * r + i];
                             x = two_to(hs_max(x - best, floor), c.to_log2);
-                            if (masked && 8 * n + i > seen) x = 0.0f;
-                            part = part + x;
                         }
                     if (best != top[m][r]) { /* else the factor is exactly 1 */
                         const float shrink = two_to(hs_max(top[m][r] - best, floor), c.to_log2);
@@ -273,6 +285,16 @@ __global__ void __launch_bounds__(THREADS)
                                 sum[m][n][2 * r + i] = sum[m][n][2 * r + i] * shrink;
                         top[m][r] = best;
                     }
+                }
+            if (masked) hide<false, M, STEP>(z, first - k0, 0.0f);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float part = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < STEP / 8; n++)
+                        part = part + z[m][n][2 * r] + z[m][n][2 * r + 1];
                     total[m][r] = total[m][r] + part;
                 }
             add_rows<D, M, STEP>(sum, z, v_tile, at);
@@ -354,29 +376,23 @@ __global__ void __launch_bounds__(THREADS)
             clear(ds);
             add_scores<D, M, STEP>(z, q_tile, warp_row, k_tile, at);
             add_scores<D, M, STEP>(ds, do_tile, warp_row, v_tile, at);
-            const bool masked = k0 + STEP - 1 > first;
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int seen =
-                        masked ? first - k0 + 16 * m + 8 * r + lane / 4 - lane % 4 * 2 : STEP;
+                for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-                    for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const float p = probability(z[m][n][2 * r + i], c.to_log2, l[m][r]);
-                            float &x = ds[m][n][2 * r + i];
-                            x = masked && 8 * n + i > seen ? 0.0f : p * (x - e[m][r]);
-                        }
-                }
+                    for (int i = 0; i < 4; i++) {
+                        const float p = probability(z[m][n][i], c.to_log2, l[m][i / 2]);
+                        ds[m][n][i] = p * (ds[m][n][i] - e[m][i / 2]);
+                    }
+            if (k0 + STEP - 1 > first) hide<false, M, STEP>(ds, first - k0, 0.0f);
             add_rows<D, M, STEP>(sum, ds, k_tile, at);
         }
     }
     put_rows<D, M>(rows_of<D>(dq_, c, b, h), sum, first, c, times);
 }
 
-/* Rows are keys, columns queries; heads of the group ascending, queries ascending. */
+/* Rows are keys, columns queries. */
 template <int D, int M, int STEP>
 __global__ void __launch_bounds__(THREADS)
     flash_dkv(const call c, operand<bf16> dk_, operand<bf16> dv_, operand<const bf16> do_,
@@ -389,68 +405,66 @@ __global__ void __launch_bounds__(THREADS)
     const int lane = lane_id(), warp_row = (int)threadIdx.x / 32 * 16 * M;
     const int bg = (int)blockIdx.x / c.tiles, b = bg / c.G, g = bg % c.G, each = c.H / c.G;
     const int k0 = (int)blockIdx.x % c.tiles * ROWS, first = k0 + warp_row;
-    const int from = k0 / TILE, tiles = (c.T + TILE - 1) / TILE;
+    const int from = k0 / TILE, span = (c.T + TILE - 1) / TILE - from;
     const rows<const bf16> k = rows_of<D>(k_, c, b, g), v = rows_of<D>(v_, c, b, g);
     float dk[M][D / 8][4], dv[M][D / 8][4], times[M][2];
     clear(dk);
     clear(dv);
 
-    const auto fetch_stage = [&](int which, int h, int tile) {
-        bf16 *to = stage + which * STAGE;
+    /* the t-th tile: heads of the group ascending, of each the tiles from the diagonal on */
+    const auto fetch_stage = [&](int t) {
+        bf16 *to = stage + t % 2 * STAGE;
         float *numbers = reinterpret_cast<float *>(to + 2 * TILE * D);
-        fetch<D, TILE>(to, rows_of<D>(q_, c, b, h), tile * TILE, c);
-        fetch<D, TILE>(to + TILE * D, rows_of<D>(do_, c, b, h), tile * TILE, c);
-        fetch_numbers(numbers, lse + ((int64_t)b * c.H + h) * c.T, tile * TILE, c, 0);
-        fetch_numbers(numbers + TILE, delta + ((int64_t)b * c.H + h) * c.T, tile * TILE, c, TILE);
+        const int h = g * each + t / span, q0 = (from + t % span) * TILE;
+        const int64_t at = ((int64_t)b * c.H + h) * c.T;
+        fetch<D, TILE>(to, rows_of<D>(q_, c, b, h), q0, c);
+        fetch<D, TILE>(to + TILE * D, rows_of<D>(do_, c, b, h), q0, c);
+        fetch_numbers(numbers, lse + at, q0, c, 0);
+        fetch_numbers(numbers + TILE, delta + at, q0, c, TILE);
     };
 
     fetch<D, ROWS>(k_tile, k, k0, c);
     fetch<D, ROWS>(v_tile, v, k0, c);
-    fetch_stage(0, g * each, from);
+    fetch_stage(0);
     hs_copies_end();
-    int which = 0;
-    for (int h = g * each, j = from; h < (g + 1) * each; which ^= 1) {
-        const bf16 *q_tile = stage + which * STAGE, *do_tile = q_tile + TILE * D;
+    for (int t = 0; t < each * span; t++) {
+        const bf16 *q_tile = stage + t % 2 * STAGE, *do_tile = q_tile + TILE * D;
         const float *numbers = reinterpret_cast<const float *>(q_tile + 2 * TILE * D);
-        const int next_j = j + 1 < tiles ? j + 1 : from, next_h = j + 1 < tiles ? h : h + 1;
         hs_copies_wait<0>();
         __syncthreads();
-        if (next_h < (g + 1) * each) {
-            fetch_stage(which ^ 1, next_h, next_j);
+        if (t + 1 < each * span) {
+            fetch_stage(t + 1);
             hs_copies_end();
         }
 #pragma unroll 1
         for (int at = 0; at < TILE; at += STEP) {
-            const int q0 = j * TILE + at;
+            const int q0 = (from + t % span) * TILE + at;
             if (q0 + STEP - 1 < first) continue; /* above the diagonal: all of the warp */
             float p[M][STEP / 8][4], ds[M][STEP / 8][4];
             clear(p);
-            clear(ds);
             add_scores<D, M, STEP>(p, k_tile, warp_row, q_tile, at);
-            add_scores<D, M, STEP>(ds, v_tile, warp_row, do_tile, at);
-            const bool masked = q0 < first + 16 * M - 1;
 #pragma unroll
             for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int column = at + 8 * n + lane % 4 * 2 + i;
-                    const float l = numbers[column] * LOG2_E, e = numbers[TILE + column];
+                for (int i = 0; i < 4; i++) {
+                    const float l = numbers[at + 8 * n + lane % 4 * 2 + i % 2] * LOG2_E;
 #pragma unroll
-                    for (int m = 0; m < M; m++)
-#pragma unroll
-                        for (int r = 0; r < 2; r++) {
-                            const int row = 16 * m + 8 * r + lane / 4;
-                            float &x = p[m][n][2 * r + i], &d = ds[m][n][2 * r + i];
-                            x = probability(x, c.to_log2, l);
-                            if (masked && first - j * TILE + row > column) x = 0.0f;
-                            d = x * (d - e);
-                        }
+                    for (int m = 0; m < M; m++) p[m][n][i] = probability(p[m][n][i], c.to_log2, l);
                 }
+            if (q0 < first + 16 * M - 1) hide<true, M, STEP>(p, first - q0, 0.0f);
+            clear(ds);
+            add_scores<D, M, STEP>(ds, v_tile, warp_row, do_tile, at);
             add_rows<D, M, STEP>(dv, p, do_tile, at);
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float e = numbers[TILE + at + 8 * n + lane % 4 * 2 + i % 2];
+#pragma unroll
+                    for (int m = 0; m < M; m++) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - e);
+                }
             add_rows<D, M, STEP>(dk, ds, q_tile, at);
         }
-        h = next_h;
-        j = next_j;
     }
 #pragma unroll
     for (int m = 0; m < M; m++) times[m][0] = times[m][1] = c.scale;
