@@ -124,13 +124,25 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
     ids=["fp32-exact-gpt2", "bf16-exact-llama", "fp32-llama", "bf16-gpt2", "fp8-gpt2"],
 )
 def test_cuda_kernels_train(runs: MakeRuns, precision: str, path: str, model: dict[str, Any]) -> None:
-    """Emulated, in the engine: one order of bits whatever the order of streams, blocks and threads, and the stages."""
+    """Path cuda in bf16, heads of 32, a key head shared by two: flash.cu, the same bits over stages and orders."""
     one, two = (runs(model=model, stages=stages, precision=precision, steps=2) for stages in (1, 2))
     sound = one.state("cuda", path, KERNELS="cuda")
     assert one.state("cuda", path, KERNELS="cuda", ORDER="31") == sound
     split = two.state("cuda", path, KERNELS="cuda", ORDER="32")
     assert (split["losses"], split["norms"]) == (sound["losses"], sound["norms"])
     assert sound["losses"] == pytest.approx(one.state("cpu")["losses"], rel=1e-5 if precision == "fp32" else 1e-3)
+
+
+def test_attention_on_tensor_cores_trains(runs: MakeRuns) -> None:
+    """Path cuda in bf16, heads of 32, a key head shared by two: flash.cu, the same bits over stages and orders."""
+    model = LLAMA | {"width": 64, "hidden": 64}
+    one, two = (runs(model=model, stages=stages, steps=2, precision="bf16") for stages in (1, 2))
+    sound = one.state("cuda", "cuda", KERNELS="cuda")
+    split = two.state("cuda", "cuda", KERNELS="cuda", ORDER="33")
+    assert (split["losses"], split["norms"]) == (sound["losses"], sound["norms"])
+    exact = one.state("cuda", "cuda-exact", KERNELS="cuda")
+    assert sound["losses"] != exact["losses"]
+    assert sound["losses"] == pytest.approx(exact["losses"], rel=1e-3)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
