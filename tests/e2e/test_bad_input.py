@@ -80,7 +80,7 @@ def resumed(place: Place, run: str, digest: str, *more: str) -> None:
         (["train.sequence=100000"], ["train.sequence 100000", "context 64"]),
         (["checkpoint.every=-1"], ["checkpoint.every -1", "at least 0"]),
         (["model.family=gpt9"], ["gpt9", "gpt2"]),
-        (["launch.fabric=efa"], ["launch.fabric = 'efa' is not run by this version", "set launch.fabric = 'tcp'"]),
+        (["launch.fabric=efa"], ["launch.fabric = 'efa' is for ranks on GPUs alone", "set launch.fabric = 'tcp'"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )

@@ -126,8 +126,10 @@ def lacks() -> dict[str, str]:
         found["compute-sanitizer"] = "compute-sanitizer is not installed; it comes with the CUDA toolkit"
     if not os.environ.get("HOTSTAGE_CUDA") and not tool("nvcc"):
         found["nvcc"] = "there is no nvcc: not on PATH, in CUDA_HOME, /usr/local/cuda or a wheel"
-    if not (shutil.which("g++") and shutil.which("gcc")):
-        found["compilers"] = "gcc and g++ are needed to build the engine and the library"
+    # g++ is what nvcc compiles host code with: a library that is there needs none
+    missing = [name for name in ("gcc", "g++") if not shutil.which(name)]
+    if missing and not (missing == ["g++"] and os.environ.get("HOTSTAGE_CUDA")):
+        found["compilers"] = f"{' and '.join(missing)} missing: gcc builds the engine, nvcc uses g++ for the library"
     for name in ("torch", "jax"):
         if module_version(name) is None:
             found[name] = f"{name} is not installed in {sys.executable}"
