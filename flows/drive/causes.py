@@ -81,14 +81,15 @@ def cause_of(
         reached = max((r.step for r in ranks), default=-1)
         cause = Cause(Failure.INFRA, f"node {first.node} is gone", "", None, reached, place=first.place)
     if cause is not None and cause.rank is not None:
-        blamed = _waited_for(cause.rank, ranks) if cause.cls == Failure.STALL else cause.rank
+        # a rank that lost its peer tells of that peer's machine, which may be gone without a word
+        blamed = _waited_for(cause.rank, ranks) if cause.cls in (Failure.STALL, Failure.INFRA) else cause.rank
         place = next((n.place for n in mine if any(r.rank == blamed for r in n.ranks)), "")
         cause = replace(cause, place=place)
     return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
 
 
 def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
-    """At the end of who waits for whom, from the last words of a rank that stalled: where the stall comes from.
+    """At the end of who waits for whom, from the last words of a rank that stalled or lost its peer.
 
     Who ended because of it, or was ended, waited too: of a chain of ranks, any one's deadline may pass first.
     """

@@ -537,6 +537,22 @@ def test_a_stall_is_of_the_machine_that_is_waited_for() -> None:
     assert decision.cause.cls == "stall"
 
 
+def test_a_loss_is_of_the_machine_that_was_lost() -> None:
+    """Also where its peer's end is seen before its own: a machine that goes says nothing."""
+    lost = RankView(0, pid=1, code=75, step=3, words={"why": "rank 1 closed the connection", "peer": 1})
+    gone = NodeView(1, None, 1, "running", (RankView(1, pid=1, step=3),), place="b", age_s=99.0)
+    decision = decide(log(), [NodeView(0, True, 1, "running", (lost,), place="a"), gone], POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert (decision.cause.cls, decision.cause.rank, decision.cause.place) == ("infra", 0, "b")
+    # who lost its agent or the store was not at a message
+    alone = replace(lost, words={"why": "the agent is gone"})
+    decision = decide(log(), [NodeView(0, True, 1, "running", (alone,), place="a"), gone], POLICY)
+    assert isinstance(decision, StartAttempt)
+    assert decision.cause is not None
+    assert (decision.cause.rank, decision.cause.place) == (0, "a")
+
+
 def test_two_strikes_make_a_machine_unfit() -> None:
     causes = [None, LOST.to_map(), {"class": "signal", "place": "b"}, {"class": "config", "place": "a"}]
     attempts = [attempt(n + 1, cause=cause) for n, cause in enumerate(causes)]
