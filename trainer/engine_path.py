@@ -13,7 +13,7 @@ from trainer.errors import LaunchError
 
 NAME = "hotstage-engine"
 CUDA_NAME = "libhs_cuda.so"
-CUDA_WHEELS = ("cu13", "cudnn", "nccl")
+CUDA_WHEELS = ("cu13", "nccl")
 """Folders under ``nvidia`` in which the wheels of ``hotstage[cuda]`` put their libraries."""
 
 
@@ -69,7 +69,7 @@ def cuda_folders() -> list[Path]:
 def cuda_environment() -> dict[str, str]:
     """What the engine is told of both, beside its own environment; empty where there is no library.
 
-    ``LD_LIBRARY_PATH`` is for what the libraries open themselves, by name: cuDNN its parts and nvrtc.
+    ``LD_LIBRARY_PATH`` is for what the libraries open themselves, by name: cuBLASLt its parts.
     """
     library = cuda_library()
     if library is None:

@@ -24,7 +24,6 @@ from trainer.failures import of_xid, xid_text
 OLDEST_DRIVER = 580  # what CUDA 13 needs
 LIBRARIES: Mapping[str, tuple[str, str]] = {
     "libcublasLt.so.13": ("nvidia-cublas", "products on tensor cores"),
-    "libcudnn.so.9": ("nvidia-cudnn-cu13", "cuDNN's attention; without it ours runs"),
     "libnccl.so.2": ("nvidia-nccl-cu13", "messages between nodes by NCCL; without it they go through TCP"),
 }
 """What the backend opens: the wheel that brings it, what it is for."""
