@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.prefect_server import PrefectServer
+from k8s.labels import LAUNCH
 from k8s.render import PORT_BASE
 from tests.cluster.cluster import Cluster
 from tests.cluster.gang import Gang, ended, gang
@@ -62,18 +63,21 @@ def talks(pid: int, others: set[str]) -> list[set[int]]:
     return found
 
 
-APART = (
-    '{ topologySpreadConstraints = [{ maxSkew = 1, topologyKey = "kubernetes.io/hostname", labelSelector = {}, '
-    'whenUnsatisfiable = "DoNotSchedule" }] }'
-)
-"""On both machines, however full one of them is: what `launch.spread` only prefers."""
+def apart(run: str) -> str:
+    """A patch for pods: on both machines, however full one of them is (what `launch.spread` only prefers). Pods of this
+    launch alone count: an empty selector counts whatever else lies in the namespace."""
+    own = f'matchLabels = {{ "{LAUNCH}" = "{run}-k1" }}'
+    return (
+        '{ topologySpreadConstraints = [{ maxSkew = 1, topologyKey = "kubernetes.io/hostname", '
+        f'labelSelector = {{ {own} }}, whenUnsatisfiable = "DoNotSchedule" }}] }}'
+    )
 
 
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
     prefect: Api, one: Gang, local: tuple[str, str], nodes: int
 ) -> None:
-    more = ["--set", f"launch.nodes={nodes}", "--set", f"launch.pod_patch={APART}"]
+    more = ["--set", f"launch.nodes={nodes}", "--set", f"launch.pod_patch={apart(local[0])}"]
     driver = one.drive("train", "spec.toml", "--json", *one.arguments, *more)
     one.reached(4)
     pods = one.pods()
