@@ -249,5 +249,8 @@ def _tell_firings(client: Client, deployment: UUID, zone: str) -> None:
 
     from flows.serve import firings
 
-    for at in firings(client, deployment):
+    found = firings(client, deployment)
+    for at in found:
         say(f"  fires {at.astimezone(ZoneInfo(zone)).strftime('%a %Y-%m-%d %H:%M:%S %z')} ({zone})")
+    if len(found) < 3:
+        say("  Prefect tells no more firings yet; its page shows them when it has planned them")

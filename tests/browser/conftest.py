@@ -100,6 +100,7 @@ def schedule(prefect: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         while len(re.findall("^  fires", said, re.MULTILINE)) < 3:
             line = process.stdout.readline().decode()
             assert line, said
+            assert "no more firings" not in line, said
             said += line
         process.send_signal(signal.SIGINT)
         finish(process, 60)

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -22,7 +22,7 @@ import pytest
 from prefect.deployments.runner import DeploymentApplyError
 
 from flows.prefect_api import Client, Gone
-from flows.serve import cron_of, zone_of
+from flows.serve import cron_of, firings, zone_of
 from tests.flows.conftest import Api
 from tests.support.agents import wait_for
 from tests.support.front import Front
@@ -290,3 +290,17 @@ def test_where_prefect_is_may_be_said_in_every_place_that_prefect_reads(tmp_path
         assert source in said[name].out
     assert said["nothing"].out.strip() == "None"
     assert said["broken"].code == 0, said["broken"].err
+
+
+def test_firings_that_the_server_is_still_planning_are_asked_for_again() -> None:
+    """Its own planner may hold the same ones: the answer then has fewer, for a moment."""
+    asked = []
+
+    class Planning:
+        def plan_firings(self, deployment: UUID, count: int) -> list[datetime]:
+            asked.append(deployment)
+            day = datetime.now(UTC) + timedelta(days=1)
+            return [day + timedelta(days=k) for k in range(min(len(asked), count))]
+
+    found = firings(Planning(), uuid4())  # type: ignore[arg-type]
+    assert (len(found), len(asked)) == (3, 3)
