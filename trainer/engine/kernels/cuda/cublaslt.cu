@@ -6,9 +6,9 @@
 
 #ifndef HS_CUDA_EMULATED
 #include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <stdlib.h>
-#include <time.h>
+
+#include "core/clock.h"
+#include "kernels/cuda/open_library.h"
 
 #define LIBRARY "libcublasLt.so.13"
 
@@ -16,28 +16,8 @@ static int wait_stream(void *stream) {
     return (int)cudaStreamSynchronize((cudaStream_t)stream);
 }
 
-static int64_t clock_ns() {
-    struct timespec now;
-    (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-/* In the folders of HOTSTAGE_CUDA_LIBRARIES, one after the other, then where the system looks. */
-static void *open_library() {
-    const char *folders = getenv("HOTSTAGE_CUDA_LIBRARIES");
-    for (const char *at = folders ? folders : ""; *at;) {
-        const int length = (int)strcspn(at, ":");
-        char path[4096];
-        const int n = snprintf(path, sizeof path, "%.*s/" LIBRARY, length, at);
-        void *found = length && n < (int)sizeof path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
-        if (found) return found;
-        at += length + (at[length] == ':');
-    }
-    return dlopen(LIBRARY, RTLD_NOW | RTLD_LOCAL);
-}
-
 hs_status lt::open(api *out, hs_why *why) {
-    void *library = open_library();
+    void *library = hs_open_library(LIBRARY);
     if (!library)
         return hs_fail(why, HS_E_UNSUPPORTED,
                        "kernel path cuda needs " LIBRARY
@@ -54,7 +34,7 @@ hs_status lt::open(api *out, hs_why *why) {
     HS_CUBLASLT(X)
 #undef X
     out->wait = wait_stream;
-    out->clock_ns = clock_ns;
+    out->clock_ns = hs_clock_ns;
     return HS_OK;
 }
 #endif
