@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,46 @@ def read_dump(plan: Plan, folder: Path, step: int, what: str) -> dict[str, F32]:
 
 
 # --- data ---------------------------------------------------------------------------------------------------
+
+
+def bits_tree(
+    name: str, model: dict[str, Any], precision: str, steps: int, sequence: int, parallel: dict[str, Any]
+) -> dict[str, Any]:
+    """The spec of a small run whose bits are compared: every part of a step, in few steps."""
+    return {
+        "name": name,
+        "model": model,
+        "data": {"block": 2, "window": 3},
+        "train": {
+            "steps": steps,
+            "batch": 6,
+            "microbatch": 1,
+            "sequence": sequence,
+            "precision": precision,
+            "seed": 11,
+            "classifier_chunk": 8,
+            "optimizer": {"lr": 3e-3, "clip": 0.5},
+            "schedule": {"kind": "cosine", "warmup": 2},
+        },
+        "parallel": parallel,
+        "checkpoint": {"every": 0},
+    }
+
+
+def dumped(gang: Gang, folder: Path) -> dict[str, Any]:
+    """Losses and norms, and of what the ranks dumped, gradients and weights of every step."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".grads", ".weights")}
+    return {"losses": gang.losses, "norms": gang.norms} | files
+
+
+def shows(state: Callable[[], dict[str, Any]], sound: dict[str, Any]) -> bool:
+    """Whether a planted fault does: other numbers, or a rank that ends with a word."""
+    try:
+        return state() != sound
+    except AssertionError as ended:
+        said = str(ended)
+    assert "last words" in said
+    return True
 
 
 def write_samples(folder: Path, samples: NDArray[np.int64], vocab: int) -> DatasetRef:

@@ -61,26 +61,8 @@ def run(
 ) -> Gang:
     """Trains a few steps in ``folder``; ``parallel`` is the spec's section."""
     tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))  # 15 samples: 24 are 1.6 passes
-    spec = parse_spec(
-        {
-            "name": "bits",
-            "model": (MODELS | CHUNKED)[model] | {"vocab": VOCAB, "context": 32},
-            "data": {"block": 2, "window": 3},
-            "train": {
-                "steps": STEPS,
-                "batch": 6,
-                "microbatch": 1,
-                "sequence": SEQUENCE,
-                "precision": precision,
-                "seed": 11,
-                "classifier_chunk": 8,
-                "optimizer": {"lr": 3e-3, "clip": 0.5},
-                "schedule": {"kind": "cosine", "warmup": 2},
-            },
-            "parallel": parallel,
-            "checkpoint": {"every": 0},
-        }
-    )
+    sizes = (MODELS | CHUNKED)[model] | {"vocab": VOCAB, "context": 32}
+    spec = parse_spec(engine_runs.bits_tree("bits", sizes, precision, STEPS, SEQUENCE, parallel))
     dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
     plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), pipeline=pipeline)
     return engine_runs.train(plan, folder / "data", folder / "run", kernel_path=kernel_path)

@@ -48,24 +48,8 @@ DIGESTS = {"gpt2 tied": "47c3a06d8eee7971", "llama untied": "91e26c16303cf431", 
 
 def run(folder: Path, model: str, precision: str = "fp8", kernel_path: str = "auto", **parallel: Any) -> Gang:
     tokens = np.random.default_rng(7).integers(0, VOCAB, (9, SEQUENCE + 1))
-    tree = {
-        "name": "fp8",
-        "model": MODELS[model] | {"layers": 4, "vocab": VOCAB, "context": 32},
-        "data": {"block": 2, "window": 3},
-        "train": {
-            "steps": STEPS,
-            "batch": 6,
-            "microbatch": 1,
-            "sequence": SEQUENCE,
-            "precision": precision,
-            "seed": 11,
-            "classifier_chunk": 8,
-            "optimizer": {"lr": 3e-3, "clip": 0.5},
-            "schedule": {"kind": "cosine", "warmup": 2},
-        },
-        "parallel": parallel,
-        "checkpoint": {"every": 0},
-    }
+    sizes = MODELS[model] | {"layers": 4, "vocab": VOCAB, "context": 32}
+    tree = engine_runs.bits_tree("fp8", sizes, precision, STEPS, SEQUENCE, parallel)
     dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
     spec = parse_spec(tree).resolve(dataset)
     plan = compile_plan(spec, dataset, what_digest(spec, dataset))
