@@ -231,7 +231,7 @@ class KernelLib:
             array: Array
             if kind:
                 array = encode(rng.normal(size=size // wire.DTYPE_BYTES[kind]), kind)
-                if kernel == "adamw" and i == 2:
+                if kernel.startswith("adamw") and operand.name == "v":
                     array = np.abs(array)  # a mean of squares
             elif operand.kind in ("tokens", "targets"):
                 vocabulary = dims[spec.dim_names.split().index(operand.note.removeprefix("below "))]

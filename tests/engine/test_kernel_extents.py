@@ -57,8 +57,10 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "linear8_fwd": [(3, 5, 7, 11, 13), (1, 1, 1, 1, 1), (17, 70, 37, 71, 73)],
     "linear8_igrad": [(3, 5, 7, 11, 0), (17, 70, 37, 38, 1), (1, 1, 1, 1, 0)],
     "linear8_wgrad": [(3, 5, 7, 11), (17, 70, 37, 71), (1, 1, 1, 1)],
+    "adamw_copy": [(1,), (37,)],
 }
-REALS = {"rope_table": (10000.0,), "adamw": (0.9, 0.95, 1e-8, 0.1), "init_normal": (0.0, 0.02)}
+ADAMW = (0.9, 0.95, 1e-8, 0.1)
+REALS = {"rope_table": (10000.0,), "adamw": ADAMW, "adamw_copy": ADAMW, "init_normal": (0.0, 0.02)}
 
 
 def reals_of(kernel: str) -> tuple[float, ...]:

@@ -145,6 +145,8 @@ CASES = [
     Case("adamw", (1, 1), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
     Case("adamw", (20001, 0), (0.9, 0.999, 1e-8, 0.0), absent=(4,), rel=1e-6),
     Case("adamw", (20001, 1), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
+    Case("adamw_copy", (1,), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
+    Case("adamw_copy", (20001,), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
     Case("zero", (1,), f32_only=True),
     Case("zero", (70001,), f32_only=True),
     Case("init_normal", (1, 3, 7), (0.0, 0.02), rel=1e-6, f32_only=True),
@@ -333,6 +335,22 @@ def other() -> KernelLib:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOTSTAGE_TEST_CC", other_than(os.environ.get("HOTSTAGE_TEST_CC", "cc")))
         return KernelLib(build())
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_adamw_copy_has_the_bits_that_adamw_copies(kernels: KernelLib, dtype: int) -> None:
+    """The optimistic step runs on what adamw_copy made before adamw itself runs."""
+    call = Call.make(kernels, Case("adamw", (20001, 1), (0.9, 0.95, 1e-8, 0.1)), dtype)
+    w, m, v, g, wc, ctl = call.inputs
+    for set_name in kernels.sets:
+        assert wc is not None
+        foreseen = np.empty_like(wc)
+        kernels.call(
+            "adamw_copy", dtype, [foreseen, w, m, v, g, ctl], (20001,), call.case.reals, set_name=set_name, threads=2
+        )
+        copied = call.run(kernels, set_name)[4]
+        assert copied is not None
+        assert foreseen.tobytes() == copied.tobytes(), set_name
 
 
 def _fma32(a: Array, b: Array, c: Array) -> Array:

@@ -417,7 +417,11 @@ def test_adamw(kernels: KernelLib, rng: np.random.Generator, dtype: int, zero_g:
         ).copy()
         given = g.copy()
         operands = [w, m, v, g, wc if copy else None, ctl]
+        foreseen, before = np.empty_like(wc), [x.copy() for x in (w, m, v, g)]
+        kernels.call("adamw_copy", dtype, [foreseen, w, m, v, g, ctl], [n], [beta1, beta2, eps, decay])
+        assert all(np.array_equal(x, y) for x, y in zip((w, m, v, g), before, strict=True))
         kernels.call("adamw", dtype, operands, [n, zero_g], [beta1, beta2, eps, decay])
+        assert foreseen.tobytes() == encode(w, dtype).tobytes()
         assert np.array_equal(g, np.zeros(n) if zero_g else given)
         tolerance = 1e-6  # the control block is f32
         np.testing.assert_allclose(m, tm, rtol=tolerance, atol=tolerance)

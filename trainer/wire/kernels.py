@@ -377,4 +377,11 @@ KERNELS: dict[str, Kernel] = {
         "read:xs:acc, read:dy:dt:R:N:lddy",
         products="R N K",
     ),
+    "adamw_copy": _kernel(
+        35,
+        "n",
+        "beta1 beta2 eps decay",
+        "write:wc:dt::n, read:w:acc::n, read:m:acc::n, read:v:acc::n, read:g:acc::n, read:ctl:control",
+        each="14 n",
+    ),
 }

@@ -1,11 +1,12 @@
 /* What runs once a step over whole tensors.
  *
- *   sumsq    out = sum of x^2 in double: blocks of HS_SUMSQ_BLOCK elements into part[], then out.
- *            Fast set: 16 double lanes a block, joined 8,4,2,1; parts by a fixed pairwise tree.
- *   adamw    see below
- *   zero     bytes = 0
- *   cast     dst = src rounded to nearest even
- *   add_acc  dst += src
+ *   sumsq       out = sum of x^2 in double: blocks of HS_SUMSQ_BLOCK elements into part[], then out.
+ *               Fast set: 16 double lanes a block, joined 8,4,2,1; parts by a fixed pairwise tree.
+ *   adamw       see below
+ *   adamw_copy  only the wc that adamw writes; w, m, v and g stay
+ *   zero        bytes = 0
+ *   cast        dst = src rounded to nearest even
+ *   add_acc     dst += src
  *
  * AdamW has decoupled decay; clip, learning rate and bias corrections come ready from the control
  * block (hs_step_control in wire/plan.h). In acc and in this order, each m, v and w as stored:

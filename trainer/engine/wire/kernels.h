@@ -226,14 +226,19 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dw, ACC, "N", "K", ""), UPDATE(db, ACC, "", "N", "", OPTIONAL), READ(dy8t, BYTE, "N", "R", ""),          \
       READ(dys, ACC, "", "", ""), READ(x8t, BYTE, "K", "R", ""), READ(xs, ACC, "", "", ""),                           \
-      READ(dy, DT, "R", "N", "lddy"))
+      READ(dy, DT, "R", "N", "lddy"))                                                                                 \
+    /* the wc that ADAMW will write, and nothing else (run/steps.h) */                                                \
+    X(35, ADAMW_COPY, adamw_copy, DIMS(n), 1, "", REALS(beta1, beta2, eps, decay),                                    \
+      "", NO_GRADIENT, WORK("0", "0", "14 n"),                                                                        \
+      WRITE(wc, DT, "", "n", ""), READ(w, ACC, "", "n", ""), READ(m, ACC, "", "n", ""), READ(v, ACC, "", "n", ""),    \
+      READ(g, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 35
+    HS_K_COUNT = 36
 };
 
 #endif

@@ -52,55 +52,75 @@ static void sumsq_op(hs_kernel_ctx *ctx, hs_sumsq_args *a) {
     *(double *)a->out = part[0];
 }
 
+/* Both of AdamW's: what changes the state, and what only makes the copy that it will leave. */
 typedef struct adamw_job {
-    const hs_adamw_args *a;
-    float clip, beta1, rest1, beta2, rest2, eps, shrink, step_size, v_scale;
+    const hs_step_control *control;
+    float *w, *m, *v, *g;
+    void *wc;
+    int64_t n;
+    uint32_t dtype;
+    bool zero, copy_only;
+    float beta1, rest1, beta2, rest2, eps, decay;
 } adamw_job;
 
 VINLINE void adamw_flat(const adamw_job *j, int64_t begin, int64_t end, int dt) {
-    const hs_adamw_args *a = j->a;
-    float *w = a->w, *m = a->m, *v = a->v, *g = a->g;
-    void *wc = a->wc;
-    const int zero = a->ZERO_G != 0;
+    const hs_step_control *control = j->control;
+    const float clip = control->clip_scale, shrink = control->lr_decay * j->decay;
+    const float step_size = control->step_size, v_scale = control->v_scale;
+    float *w = j->w, *m = j->m, *v = j->v, *g = j->g;
+    void *wc = j->wc;
+    const bool zero = j->zero, copy_only = j->copy_only;
     for (int64_t i = begin; i < end; i += LANES) {
         int64_t left = end - i;
-        vf gg = v_mul(v_load_n(g + i, left), v_set1(j->clip));
+        vf gg = v_mul(v_load_n(g + i, left), v_set1(clip));
         vf mm = v_fma(v_set1(j->beta1), v_load_n(m + i, left), v_mul(v_set1(j->rest1), gg));
         vf vv =
             v_fma(v_set1(j->beta2), v_load_n(v + i, left), v_mul(v_mul(v_set1(j->rest2), gg), gg));
-        vf den = v_fma(v_sqrt(vv), v_set1(j->v_scale), v_set1(j->eps));
+        vf den = v_fma(v_sqrt(vv), v_set1(v_scale), v_set1(j->eps));
         vf ww = v_load_n(w + i, left);
-        ww = v_fnma(v_set1(j->shrink), ww, ww);
-        ww = v_sub(ww, v_div(v_mul(v_set1(j->step_size), mm), den));
+        ww = v_fnma(v_set1(shrink), ww, ww);
+        ww = v_sub(ww, v_div(v_mul(v_set1(step_size), mm), den));
+        if (wc) v_store_dt_n(wc, i, ww, left, dt);
+        if (copy_only) continue;
         v_store_n(w + i, ww, left);
         v_store_n(m + i, mm, left);
         v_store_n(v + i, vv, left);
         if (zero) v_store_n(g + i, v_zero(), left);
-        if (wc) v_store_dt_n(wc, i, ww, left, dt);
     }
 }
 
 static void adamw_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const adamw_job *j = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->a->n);
-    BY_DTYPE(j->a->dtype, adamw_flat, j, begin, end);
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->n);
+    BY_DTYPE(j->dtype, adamw_flat, j, begin, end);
 }
 
+/* The operands and numbers that both have. */
+#define ADAMW_JOB(a, ...)                                                                          \
+    {.control = (a)->ctl,                                                                          \
+     .w = (a)->w,                                                                                  \
+     .m = (a)->m,                                                                                  \
+     .v = (a)->v,                                                                                  \
+     .g = (a)->g,                                                                                  \
+     .wc = (a)->wc,                                                                                \
+     .n = (a)->n,                                                                                  \
+     .dtype = (a)->dtype,                                                                          \
+     .beta1 = (float)(a)->beta1,                                                                   \
+     .rest1 = (float)(1.0 - (a)->beta1),                                                           \
+     .beta2 = (float)(a)->beta2,                                                                   \
+     .rest2 = (float)(1.0 - (a)->beta2),                                                           \
+     .eps = (float)(a)->eps,                                                                       \
+     .decay = (float)(a)->decay,                                                                   \
+     __VA_ARGS__}
+
 static void adamw_op(hs_kernel_ctx *ctx, hs_adamw_args *a) {
-    const hs_step_control *control = a->ctl;
-    adamw_job j = {
-        .a = a,
-        .clip = control->clip_scale,
-        .beta1 = (float)a->beta1,
-        .rest1 = (float)(1.0 - a->beta1),
-        .beta2 = (float)a->beta2,
-        .rest2 = (float)(1.0 - a->beta2),
-        .eps = (float)a->eps,
-        .shrink = control->lr_decay * (float)a->decay,
-        .step_size = control->step_size,
-        .v_scale = control->v_scale,
-    };
+    adamw_job j = ADAMW_JOB(a, .zero = a->ZERO_G != 0);
+    share_flat(ctx, a->n, adamw_range, &j);
+}
+
+static void adamw_copy_op(hs_kernel_ctx *ctx, hs_adamw_copy_args *a) {
+    adamw_job j = ADAMW_JOB(a, .copy_only = true);
     share_flat(ctx, a->n, adamw_range, &j);
 }
 

@@ -84,6 +84,22 @@ struct adamw_reals {
     float beta1, rest1, beta2, rest2, eps, decay;
 };
 
+/* AdamW of N elements in registers: g may be changed by nobody else, w, m and v are what it makes of them. */
+template <int N>
+HS_DEVICE void adamw_lanes(lanes<N> &w, lanes<N> &m, lanes<N> &v, const lanes<N> &g,
+                           const hs_step_control *ctl, const adamw_reals &k) {
+    const float clip = ctl->clip_scale, shrink = ctl->lr_decay * k.decay;
+    const float step_size = ctl->step_size, v_scale = ctl->v_scale;
+    for (int i = 0; i < N; i++) {
+        const float gg = g.x[i] * clip;
+        m.x[i] = v_fma(k.beta1, m.x[i], k.rest1 * gg);
+        v.x[i] = v_fma(k.beta2, v.x[i], (k.rest2 * gg) * gg);
+        const float den = v_fma(v_sqrt(v.x[i]), v_scale, k.eps);
+        const float ww = v_fnma(shrink, w.x[i], w.x[i]);
+        w.x[i] = ww - v_div(step_size * m.x[i], den);
+    }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(FLAT)
     adamw(float *w, float *m, float *v, float *g, T *wc, const hs_step_control *ctl,
@@ -91,24 +107,29 @@ __global__ void __launch_bounds__(FLAT)
     const int N = pack_of<T>::N; /* so that wc is written 16 bytes at a time */
     const int64_t at = flat_index() * N, left = n - at;
     if (at >= n) return;
-    const float clip = ctl->clip_scale, shrink = ctl->lr_decay * k.decay;
-    const float step_size = ctl->step_size, v_scale = ctl->v_scale;
     const lanes<N> gv = load<N>(g + at, left, wide);
     lanes<N> wv = load<N>(w + at, left, wide), mv = load<N>(m + at, left, wide),
              vv = load<N>(v + at, left, wide);
-    for (int i = 0; i < N; i++) {
-        const float gg = gv.x[i] * clip;
-        mv.x[i] = v_fma(k.beta1, mv.x[i], k.rest1 * gg);
-        vv.x[i] = v_fma(k.beta2, vv.x[i], (k.rest2 * gg) * gg);
-        const float den = v_fma(v_sqrt(vv.x[i]), v_scale, k.eps);
-        const float ww = v_fnma(shrink, wv.x[i], wv.x[i]);
-        wv.x[i] = ww - v_div(step_size * mv.x[i], den);
-    }
+    adamw_lanes(wv, mv, vv, gv, ctl, k);
     store(w + at, wv, left, wide);
     store(m + at, mv, left, wide);
     store(v + at, vv, left, wide);
     if (zero) store(g + at, lanes<N>(), left, wide);
     if (wc) store(wc + at, wv, left, wide);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(FLAT)
+    adamw_copy(T *wc, const float *w, const float *m, const float *v, const float *g,
+               const hs_step_control *ctl, const adamw_reals k, int64_t n, bool wide) {
+    const int N = pack_of<T>::N;
+    const int64_t at = flat_index() * N, left = n - at;
+    if (at >= n) return;
+    const lanes<N> gv = load<N>(g + at, left, wide);
+    lanes<N> wv = load<N>(w + at, left, wide), mv = load<N>(m + at, left, wide),
+             vv = load<N>(v + at, left, wide);
+    adamw_lanes(wv, mv, vv, gv, ctl, k);
+    store(wc + at, wv, left, wide);
 }
 
 __global__ void __launch_bounds__(FLAT) zero(unsigned char *dst, int64_t bytes, bool wide) {
@@ -158,6 +179,21 @@ template <typename T> static hs_status adamw_op(cudaStream_t stream, const hs_ad
                      wc, ctl, k, n, ZERO_G != 0, wide);
 }
 HS_CUDA_OP(adamw)
+
+template <typename T>
+static hs_status adamw_copy_op(cudaStream_t stream, const hs_adamw_copy_args &a) {
+    const int64_t n = a.n;
+    const float *w = static_cast<const float *>(a.w), *m = static_cast<const float *>(a.m);
+    const float *v = static_cast<const float *>(a.v), *g = static_cast<const float *>(a.g);
+    T *wc = static_cast<T *>(a.wc);
+    const hs_step_control *ctl = static_cast<const hs_step_control *>(a.ctl);
+    const adamw_reals k = {(float)a.beta1,         (float)(1.0 - a.beta1), (float)a.beta2,
+                           (float)(1.0 - a.beta2), (float)a.eps,           (float)a.decay};
+    const bool wide = wide_at(w) && wide_at(m) && wide_at(v) && wide_at(g) && wide_at(wc);
+    return HS_LAUNCH(adamw_copy, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, wc, w, m,
+                     v, g, ctl, k, n, wide);
+}
+HS_CUDA_OP(adamw_copy)
 
 template <typename T> static hs_status zero_op(cudaStream_t stream, const hs_zero_args &a) {
     const int64_t bytes = a.bytes;

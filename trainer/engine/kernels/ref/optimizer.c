@@ -42,6 +42,29 @@ void hs_ref_adamw(const hs_adamw_args *a) {
     }
 }
 
+/* The same on copies of the state, an element at a time. */
+void hs_ref_adamw_copy(const hs_adamw_copy_args *a) {
+    const size_t size = acc_of(a->dtype) == HS_F64 ? 8 : 4, copied = a->dtype == HS_BF16 ? 2 : size;
+    for (int64_t i = 0; i < a->n; i++) {
+        double w, m, v;
+        memcpy(&w, (const char *)a->w + (size_t)i * size, size);
+        memcpy(&m, (const char *)a->m + (size_t)i * size, size);
+        memcpy(&v, (const char *)a->v + (size_t)i * size, size);
+        hs_ref_adamw(&(hs_adamw_args){.w = &w,
+                                      .m = &m,
+                                      .v = &v,
+                                      .g = (char *)a->g + (size_t)i * size,
+                                      .wc = (char *)a->wc + (size_t)i * copied,
+                                      .ctl = a->ctl,
+                                      .n = 1,
+                                      .beta1 = a->beta1,
+                                      .beta2 = a->beta2,
+                                      .eps = a->eps,
+                                      .decay = a->decay,
+                                      .dtype = a->dtype});
+    }
+}
+
 void hs_ref_zero(const hs_zero_args *a) {
     memset(a->dst, 0, (size_t)a->bytes);
 }
