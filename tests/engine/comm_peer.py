@@ -143,8 +143,8 @@ def contents(channel: int, microbatch: int, count: int) -> bytes:
 
 
 def frame(channel: int, microbatch: int, data: bytes, sequence: int) -> bytes:
-    head = wire.Frame(wire.FRAME_MAGIC, channel, sequence, len(data), crc32c(data), microbatch)
-    return bytes(head) + data
+    head = wire.Frame(wire.FRAME_MAGIC, channel, sequence, len(data), microbatch, 0)
+    return bytes(head) + data + bytes(wire.FrameEnd(wire.FRAME_END_MAGIC, crc32c(data)))
 
 
 @dataclass

@@ -210,7 +210,8 @@ def test_a_sender_turns_a_false_receiver_away_and_finds_the_right_one(tmp_path: 
         s, _ = door.accept()
         with s:
             assert greet_sender(s, gang, 0)
-            assert exactly(s, ctypes.sizeof(wire.Frame) + 64) == frame(0, 5, contents(0, 5, 64), 0)
+            whole = frame(0, 5, contents(0, 5, 64), 0)
+            assert exactly(s, len(whole)) == whole
             assert zero.wait() == 0
     assert zero.logs("does not hold this attempt's key")
 
@@ -282,22 +283,93 @@ def test_a_flipped_bit_is_found(tmp_path: Path, place: str, reason: str) -> None
     assert [line for line in one.lines if "LOST R0.1" in line], "a failed communicator refuses further work"
 
 
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        (frame(0, 1, contents(0, 0, 1000), 0), "of microbatch 1 on channel 0"),
-        (frame(0, 0, contents(0, 0, 1000), 1), "sent frame 1 of channel 0, not 0"),
-        (frame(0, 0, contents(0, 0, 999), 0), "sent 999 bytes"),
-        (frame(1, 0, contents(0, 0, 1000), 0), "no frame of channel 0"),
-    ],
-)
-def test_a_frame_that_does_not_fit_is_refused(tmp_path: Path, bad: bytes, reason: str) -> None:
+BAD = {
+    "microbatch": (frame(0, 1, contents(0, 0, 1000), 0), "of microbatch 1 on channel 0"),
+    "sequence": (frame(0, 0, contents(0, 0, 1000), 1), "sent frame 1 of channel 0, not 0"),
+    "length": (frame(0, 0, contents(0, 0, 999), 0), "sent 999 bytes"),
+    "channel": (frame(1, 0, contents(0, 0, 1000), 0), "no frame of channel 0"),
+    "checksum": (frame(0, 0, contents(0, 0, 1000), 0)[:-1] + b"x", "frame 0 of channel 0 from rank 0 was damaged"),
+}
+
+
+@pytest.mark.parametrize("what", sorted(BAD))
+def test_a_frame_that_does_not_fit_is_refused(tmp_path: Path, what: str) -> None:
+    bad, reason = BAD[what]
     gang = Gang(channels=((0, 1, 1000),), ports=tuple(free_ports(2)))
     with drive(gang, tmp_path, 1, "R0.0") as one, dial_when_open(gang.ports[1]) as s:
         assert greet_receiver(s, gang, 0)
         s.sendall(bad)
         assert one.wait() == 75
     assert one.says(reason)
+
+
+@pytest.mark.parametrize("what", [*sorted(BAD), "half"])
+def test_what_comes_wrong_while_a_rank_computes_is_found_there(tmp_path: Path, what: str) -> None:
+    """The place is open and kernels run: no wait is needed to see it, and whatever is called next says the same."""
+    whole = frame(0, 0, contents(0, 0, 1000), 0)
+    closed = (whole[:500], "rank 0 is gone: the connection was closed during recv of microbatch 0 on channel 0")
+    bad, reason = BAD.get(what, closed)
+    gang = to_one()
+    with (
+        drive(gang, tmp_path, 1, "O0.0", "C", "R1.0") as one,
+        dial_when_open(gang.ports[1]) as a,
+        dial(gang.ports[1]) as b,
+    ):
+        assert greet_receiver(a, gang, 0)
+        assert greet_receiver(b, gang, 1)
+        a.sendall(bad)
+        if what == "half":
+            a.shutdown(socket.SHUT_WR)
+        assert one.wait() == 75
+    assert one.says(f"LOST C {reason}" if what in ("half", "checksum") else "LOST C rank 0 sent")
+    assert one.says(reason)
+    assert [line for line in one.lines if line.startswith("1 LOST R1.0") and reason in line]
+
+
+def test_a_peer_that_stops_in_the_middle_of_a_message_is_a_stall(tmp_path: Path) -> None:
+    """Bytes that move give more time; those of another channel do not."""
+    gang = to_one(stall_ms=300)
+    whole = frame(0, 3, contents(0, 3, 1000), 0)
+    with (
+        drive(gang, tmp_path, 1, "O0.3", "O1.0", "G0.3") as one,
+        dial_when_open(gang.ports[1]) as a,
+        dial(gang.ports[1]) as b,
+    ):
+        assert greet_receiver(a, gang, 0)
+        assert greet_receiver(b, gang, 1)
+        a.sendall(whole[:700])
+        b.sendall(frame(1, 0, contents(1, 0, 64), 0))
+        assert one.wait() == 86
+    assert one.says("STALLED G0.3 no byte moved for 300 ms: recv of microbatch 3 on channel 0 with rank 0")
+
+
+def test_messages_pass_behind_what_a_rank_does(tmp_path: Path) -> None:
+    """Longer than any buffer, both ways at once, both send first: each moves in the other's wait."""
+    size = 20_000_000
+    gang = Gang(channels=((0, 1, size), (1, 0, size), (0, 1, 64)), ports=tuple(free_ports(2)))
+    with (
+        drive(gang, tmp_path, 0, "O1.0", "B0.0", "O1.1", "B0.1", "S2.0", "G1.0", "W0.2", "G1.1") as zero,
+        drive(gang, tmp_path, 1, "B1.0", "B1.1", "O0.0", "O0.1", "R2.0", "W1.1", "G0.0", "G0.1", "W1.2") as one,
+    ):
+        assert (zero.wait(), one.wait()) == (0, 0), (zero.lines, one.lines)
+
+
+def test_what_fails_behind_a_send_shows_at_the_next_call(tmp_path: Path) -> None:
+    gang = two((0, 1, 50_000_000))
+    with drive(gang, tmp_path, 0, "B2.5", "P", "R1.0") as zero, drive(gang, tmp_path, 1, "P") as one:
+        until(lambda: zero.says("ok B2.5") and one.says("created"), "the send under way")
+        one.process.kill()
+        one.process.wait()
+        zero.go()
+        assert zero.wait() == 75
+    assert [line for line in zero.lines if line.startswith("0 LOST R1.0 rank 1 is gone")], zero.lines
+    gang = two((0, 1, 50_000_000))
+    with drive(gang, tmp_path, 0, "B2.5", "C") as zero, drive(gang, tmp_path, 1, "P") as one:
+        until(lambda: zero.says("ok B2.5") and one.says("created"), "the send under way")
+        one.process.kill()
+        assert zero.wait() == 75
+    assert zero.says("LOST C rank 1 is gone")
+    assert zero.says("during send of microbatch 5 on channel 2")
 
 
 def test_a_peer_that_dies_ends_the_wait(tmp_path: Path) -> None:
@@ -373,9 +445,9 @@ def test_the_supervisors_word_ends_a_wait_and_a_stop_request_does_not(tmp_path: 
         assert zero.wait() in (143, -signal.SIGTERM)  # the latter where it came before the first instruction
 
 
-def run_loop(path: Path, gang: Gang, *ranks: str) -> tuple[int, str]:
+def run_loop(path: Path, gang: Gang, *ranks: str, mode: str = "loop") -> tuple[int, str]:
     done = subprocess.run(
-        [str(build_program("comm_drive")), "loop", str(gang.file(path / "attempt")), channels(gang), *ranks],
+        [str(build_program("comm_drive")), mode, str(gang.file(path / "attempt")), channels(gang), *ranks],
         capture_output=True,
         text=True,
         timeout=WAIT_S,
@@ -401,6 +473,22 @@ def test_rendezvous_sees_what_does_not_fit_and_who_left(tmp_path: Path) -> None:
     code, out = run_loop(tmp_path, gang, "S0.0 S0.1", "R0.0")
     assert code == 75
     assert "0 LOST S0.1 rank 1 is gone" in out
+
+
+def test_messages_as_late_as_they_may_be(tmp_path: Path) -> None:
+    """Both send first, which passes; a wait that can never end is seen at once; that a rank left, too."""
+    gang = Gang(channels=((0, 1, 4096), (1, 0, 64)), ports=(1, 2), stall_ms=20000, connect_ms=5000)
+    for seed in range(4):
+        code, out = run_loop(tmp_path, gang, "B0.0 O1.0 G1.0 W0.1", "B1.0 O0.0 W1.1 G0.0", mode=f"late.{seed}")
+        assert code == 0, out
+    code, out = run_loop(tmp_path, gang, "R1.0 B0.0", "R0.0 B1.0", mode="late.1")
+    assert code in (75, 86)
+    assert re.search(
+        r"[01] STALLED R([01]).0 recv of microbatch 0 on channel \1 .* can never pass: every rank waits", out
+    )
+    code, out = run_loop(tmp_path, gang, "B0.0", "O0.0 G0.0", mode="late.1")
+    assert code == 75
+    assert "1 LOST G0.0 rank 0 is gone" in out
 
 
 def test_the_four_rank_pipeline_as_threads(tmp_path: Path) -> None:

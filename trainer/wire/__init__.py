@@ -437,7 +437,8 @@ class MsgPrepare(ctypes.LittleEndianStructure):
 
 # --- frame.h, shard.h -------------------------------------------------------------------------------------
 
-HELLO_MAGIC, HELLO_VERSION, FRAME_MAGIC = b"HSHELO\r\n", 1, 0x52465348
+HELLO_MAGIC, HELLO_VERSION = b"HSHELO\r\n", 2
+FRAME_MAGIC, FRAME_END_MAGIC = 0x52465348, 0x45465348
 
 
 class Hello(ctypes.LittleEndianStructure):
@@ -463,9 +464,13 @@ class Frame(ctypes.LittleEndianStructure):
         ("channel", u32),
         ("sequence", u64),
         ("bytes", u64),
-        ("crc", u32),
         ("microbatch", u32),
+        ("reserved", u32),
     ]
+
+
+class FrameEnd(ctypes.LittleEndianStructure):
+    _fields_ = [("magic", u32), ("crc", u32)]
 
 
 OFFER_MAGIC, OFFER_VERSION, ANSWER_MAGIC, BYE = b"HSOFFR\r\n", 1, 0x52574E41, 0x42

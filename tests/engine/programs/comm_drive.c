@@ -5,14 +5,18 @@
  *                              at the place of its channel, and goes as the ends agree
  *   comm_drive loop ATTEMPT CHANNELS ACTIONS_OF_RANK_0 ACTIONS_OF_RANK_1 ...   (each one argument,
  * by spaces)
+ *   comm_drive late.SEED ...   the same, messages as late as may be
  *
  * ATTEMPT: file of hs_attempt and its hs_attempt_rank. CHANNELS: from:to:bytes,from:to:bytes,... of
  * positions; with more ranks than positions every replica has them.
- * ACTION: S<channel>.<microbatch> send, R<channel>.<microbatch> receive and check the contents, P
- * pause until a line comes on standard input. Lines on standard output: "<rank> created", "<rank>
+ * ACTION: S<channel>.<microbatch> send and see it off, R<channel>.<microbatch> receive and check the contents; in two:
+ * B begins a send, W<channel>.<messages> waits until they are sent, O<channel>.<microbatch> opens a place, G gets what
+ * the oldest open place of the channel is for and checks it; P pauses until a line comes on standard input, C
+ * computes until then: calls progress. Lines on standard output: "<rank> created", "<rank>
  * ok <action>",
  * "<rank> <STATUS> <action or create> <why>". Exit: hs_status_exit of the first failure.
  */
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +29,7 @@
 #include "run/environment.h"
 #include "wire/frame.h"
 
-enum { CHANNELS_MAX = 64, RANKS_MAX = 16 };
+enum { CHANNELS_MAX = 64, RANKS_MAX = 16, BUFFERS_MAX = 256, MOST = 16 };
 
 typedef struct setting {
     hs_attempt attempt;
@@ -48,6 +52,10 @@ typedef struct driver {
     hs_status result;
     hs_comm_device between; /* device: NULL without */
     uint8_t *pinned;
+    uint8_t *buffers[BUFFERS_MAX]; /* until the end: a message may be under way */
+    int buffer_count;
+    uint8_t *open[CHANNELS_MAX][BUFFERS_MAX];
+    uint64_t opened[CHANNELS_MAX], got[CHANNELS_MAX], sent[CHANNELS_MAX];
 } driver;
 
 static uint8_t byte_at(uint32_t channel, uint32_t microbatch, size_t i) {
@@ -89,28 +97,66 @@ static hs_status pass(driver *d, hs_comm *comm, bool sends, uint32_t channel, ui
     return HS_OK;
 }
 
+/* Calls progress, as a rank does between kernels, until a line comes on standard input. */
+static hs_status compute(driver *d, hs_comm *comm, hs_why *why) {
+    struct pollfd in = {.fd = STDIN_FILENO, .events = POLLIN};
+    char line[16];
+    while (poll(&in, 1, 1) == 0) HS_TRY(d->table->progress(comm, why));
+    return fgets(line, sizeof line, stdin) ? HS_OK : HS_E_IO;
+}
+
+static hs_status check(const uint8_t *buffer, uint32_t channel, uint32_t microbatch, size_t bytes,
+                       hs_why *why) {
+    for (size_t i = 0; i < bytes; i++)
+        if (buffer[i] != byte_at(channel, microbatch, i))
+            return hs_fail(why, HS_E_BUG, "byte %zu differs", i);
+    return HS_OK;
+}
+
+static uint8_t *new_buffer(driver *d, size_t bytes) {
+    HS_ASSERT(d->buffer_count < BUFFERS_MAX);
+    return d->buffers[d->buffer_count++] = calloc(bytes + 1, 1);
+}
+
 static hs_status act(driver *d, hs_comm *comm, const char *action, hs_why *why) {
+    if (action[0] == 'C') return compute(d, comm, why);
     if (action[0] == 'P') {
         char line[16];
         return fgets(line, sizeof line, stdin) ? HS_OK : HS_E_IO;
     }
     uint32_t channel = 0, microbatch = 0;
     if (sscanf(action + 1, "%u.%u", &channel, &microbatch) != 2) return HS_E_USAGE;
+    if (action[0] == 'W') return d->table->sent(comm, channel, microbatch, why);
     const size_t bytes = d->set->channels[channel].bytes;
-    uint8_t *buffer = malloc(bytes);
+    const bool direct = d->between.device && d->table->way(comm, channel) != HS_WAY_TCP;
+    uint8_t *buffer =
+        action[0] == 'G' ? d->open[channel][d->got[channel] % BUFFERS_MAX] : new_buffer(d, bytes);
     if (!buffer) return HS_E_MEMORY;
-    for (size_t i = 0; i < bytes; i++)
-        buffer[i] = action[0] == 'S' ? byte_at(channel, microbatch, i) : 0;
-    hs_status st = d->between.device && d->table->way(comm, channel) != HS_WAY_TCP
-                       ? pass(d, comm, action[0] == 'S', channel, microbatch, buffer, why)
-                   : action[0] == 'S'
-                       ? d->table->send(comm, channel, buffer, bytes, microbatch, why)
-                       : d->table->recv(comm, channel, buffer, bytes, microbatch, why);
-    for (size_t i = 0; st == HS_OK && i < bytes; i++)
-        if (buffer[i] != byte_at(channel, microbatch, i))
-            st = hs_fail(why, HS_E_BUG, "byte %zu differs", i);
-    free(buffer);
-    return st;
+    if (action[0] == 'S' || action[0] == 'B')
+        for (size_t i = 0; i < bytes; i++) buffer[i] = byte_at(channel, microbatch, i);
+    switch (action[0]) {
+    case 'S':
+    case 'B':
+        if (direct) return pass(d, comm, true, channel, microbatch, buffer, why);
+        HS_TRY(d->table->send(comm, channel, buffer, bytes, microbatch, why));
+        d->sent[channel]++;
+        return action[0] == 'S' ? d->table->sent(comm, channel, d->sent[channel], why) : HS_OK;
+    case 'R':
+    case 'O':
+        if (direct) {
+            HS_TRY(pass(d, comm, false, channel, microbatch, buffer, why));
+            return check(buffer, channel, microbatch, bytes, why);
+        }
+        HS_TRY(d->table->post(comm, channel, buffer, bytes, microbatch, why));
+        d->open[channel][d->opened[channel]++ % BUFFERS_MAX] = buffer;
+        if (action[0] == 'O') return HS_OK;
+        HS_ASSERT(d->opened[channel] == d->got[channel] + 1);
+        break;
+    default:
+        break;
+    }
+    HS_TRY(d->table->got(comm, channel, ++d->got[channel], why));
+    return check(buffer, channel, microbatch, bytes, why);
 }
 
 static void *drive(void *argument) {
@@ -126,6 +172,7 @@ static void *drive(void *argument) {
                                    .start_step = d->start_step,
                                    .listen_fd = d->listen_fd,
                                    .loop = d->loop,
+                                   .most = MOST,
                                    .stop = d->stop,
                                    .device = d->between.device ? &d->between : NULL,
                                    .log = &log};
@@ -146,6 +193,7 @@ static void *drive(void *argument) {
     }
     if (comm && d->between.device && d->table->hangs(comm)) _exit(hs_status_exit(d->result));
     d->table->close(comm);
+    for (int i = 0; i < d->buffer_count; i++) free(d->buffers[i]);
     return NULL;
 }
 
@@ -167,12 +215,15 @@ static int read_setting(const char *path, const char *channels, setting *set) {
     return 1;
 }
 
-static int run_loop(const setting *set, int count, char **lists) {
+static int run_loop(const setting *set, const char *mode, int count, char **lists) {
     static driver drivers[RANKS_MAX];
     static char *words[RANKS_MAX][256];
     pthread_t threads[RANKS_MAX];
     struct hs_comm_loop *loop;
-    if (hs_comm_loop_create((uint32_t)count, set->channels, set->channel_count, &loop) != HS_OK)
+    const bool late = strncmp(mode, "late.", 5) == 0;
+    if (hs_comm_loop_create((uint32_t)count, set->channels, set->channel_count,
+                            late ? HS_LOOP_LATE : HS_LOOP_RENDEZVOUS,
+                            late ? (uint64_t)atoll(mode + 5) : 0, &loop) != HS_OK)
         return 70;
     for (int r = 0; r < count; r++) {
         char *state = NULL;
@@ -221,15 +272,17 @@ static hs_status open_device(driver *d, hs_environment *environment, hs_why *why
 int main(int argc, char **argv) {
     static setting set;
     if (argc < 5 || !read_setting(argv[2], argv[3], &set)) return 64;
-    if (strcmp(argv[1], "loop") == 0) return run_loop(&set, argc - 4, argv + 4);
+    if (strcmp(argv[1], "loop") == 0 || strncmp(argv[1], "late.", 5) == 0)
+        return run_loop(&set, argv[1], argc - 4, argv + 4);
     if (argc < 7) return 64;
-    driver d = {.set = &set,
-                .table = &hs_comm_tcp,
-                .rank = (uint32_t)atoi(argv[4]),
-                .listen_fd = atoi(argv[5]),
-                .start_step = atoll(argv[6]),
-                .actions = argv + 7,
-                .action_count = argc - 7};
+    static driver d;
+    d = (driver){.set = &set,
+                 .table = &hs_comm_tcp,
+                 .rank = (uint32_t)atoi(argv[4]),
+                 .listen_fd = atoi(argv[5]),
+                 .start_step = atoll(argv[6]),
+                 .actions = argv + 7,
+                 .action_count = argc - 7};
     hs_environment environment;
     hs_why why = {.text = ""};
     if (strcmp(argv[1], "device") == 0 && open_device(&d, &environment, &why) != HS_OK) {

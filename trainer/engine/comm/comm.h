@@ -2,16 +2,37 @@
  *
  * A rank makes one hs_comm from the plan's channels and the attempt file; after create every
  * channel that starts or ends at this rank is connected, greeted (wire/frame.h) and known to agree
- * on run, epoch, plan and start step. Order of calls, all from the rank's main thread: create, then
- * send and recv in the order of the plan's actions, then close. The plan checker has shown that
- * this order cannot deadlock even where a send completes only when its receive is posted (loop.c
- * behaves so on purpose), so both calls may block and need no thread of their own.
+ * on run, epoch, plan and start step. All calls come from the rank's main thread, and there is no other:
+ * messages move while it is in a call.
  *
- * Every wait has a deadline and a name. A wait that passes stall_ms returns HS_E_STALLED, a peer
- * that is gone or that sends what does not fit (sequence, length, checksum) returns HS_E_LOST, at
- * create HS_E_STALLED after connect_ms, HS_E_BUSY where the port is taken. After any failure the
- * communicator is in its error state: send and recv return the same status at once until it is
- * closed.
+ *   post      gives a receive its place, ahead       returns at once
+ *   got       waits until a channel's first n messages are in their places
+ *   send      starts a message                       returns at once (but loop.c, where it says so)
+ *   sent      waits until the first n that this rank sent on a channel have left their places
+ *   progress  moves what can move, between pieces of work; never blocks
+ *
+ * Messages of a channel keep their order, each way; n counts them from create on. A place belongs to
+ * the transport from post until got has returned for it, or from send (to be read) until sent has.
+ *
+ * Every wait has a deadline and a name, and moves all that is under way, not only what it is for. A
+ * wait in which nothing moves for stall_ms returns HS_E_STALLED, a peer that is gone or that sends
+ * what does not fit (sequence, length, checksum) HS_E_LOST; create HS_E_STALLED after connect_ms,
+ * HS_E_BUSY where the port is taken. What fails behind a post or a send shows at the next call, whatever
+ * it is for, and names its own channel, peer and microbatch. After any failure the communicator is
+ * in its error state: all calls return the same status at once until it is closed.
+ *
+ * Why nobody blocks for ever. The plan's checker has shown that the lists pass where a send blocks
+ * until its receive is posted, and a receive from its own place in the list until it is filled
+ * (trainer/plan/channels.py): there is an order L of all actions of all ranks, each rank's own in its
+ * order, with both ends of a message side by side. run/messages.c starts a send at its place in the
+ * list, posts a receive at its place or earlier (without waiting for anything for it), and waits for
+ * either only behind its place. Say that all waits before some point of L have ended. A wait there is for
+ * a message whose two ends stand earlier in L, as do those of all earlier messages of its channel: by what
+ * was said both ranks are past them, so both ends are with their transports. Each of the two ranks is then in
+ * a wait, in which it moves them, or will come to a call that does: so the message passes and the wait
+ * ends. A rank that leaves has seen off all it began. An exchange (a send directly followed by a receive
+ * of the same channel, between two ranks that run the same list) needs less still: each rank comes to
+ * its send whether or not the other has, and from then on both ends of both messages are there.
  *
  * Nothing allocates after create.
  */
@@ -38,10 +59,10 @@ struct hs_stop;                 /* core/stop.h */
  *   IPC    the sender's device copies into the receiver's memory; values that streams write and
  *          wait for are credit and arrival (backend/links.h, ways.c)
  *   NCCL   the library moves the bytes
- *   TCP    send and recv below, and the copies to and from host memory are the caller's
+ *   TCP    post and send below, and the copies to and from host memory are the caller's
  *
- * On the first two put and take only issue: the order of put and take is that of send and recv
- * (the plan's, which needs no buffers), the streams do the rest, and no host waits. What fails there
+ * On the first two put and take only issue: the order of put and take is that of the plan's actions
+ * (which needs no buffers), the streams do the rest, and no host waits. What fails there
  * shows in await, which is how the device is waited for from create on. */
 typedef struct hs_comm_device {
     const hs_backend *backend;
@@ -75,7 +96,8 @@ typedef struct hs_comm_config {
     int listen_fd;  /* tcp: a listening socket, owned by the communicator from here; -1: open one
                      * on peers[rank].port */
     struct hs_comm_loop *loop; /* loop only */
-    struct hs_stop *stop;      /* NULL: none. hs_stop_lost ends every wait at once with HS_E_LOST;
+    uint32_t most; /* messages of a channel, each way, that may be under way at once; 0: one */
+    struct hs_stop *stop; /* NULL: none. hs_stop_lost ends every wait at once with HS_E_LOST;
                                 * hs_stop_requested ends create with HS_E_TERMINATED (there is nothing to
                                 * save yet) and no other wait (the gang agrees on the step to stop at) */
     const hs_comm_device
@@ -85,8 +107,9 @@ typedef struct hs_comm_config {
 
 /* What the communicator waits for, or waited for last: for the watchdog's words. */
 typedef struct hs_comm_wait {
-    const char *doing;   /* "connect", "agree", "send" or "recv", of the device "put" or "take"; ""
-                          * before the first wait */
+    const char *doing;   /* "connect", "agree", "send" or "recv" (of a message that was not there or
+                          * away when it had to be), of the device "put" or "take"; "" before the first
+                          * wait */
     uint32_t channel;    /* UINT32_MAX: none */
     uint32_t peer;       /* rank; UINT32_MAX: none */
     uint32_t microbatch; /* UINT32_MAX: none */
@@ -98,13 +121,16 @@ typedef struct hs_comm_table {
     /* Connects everything or nothing. On failure *out is NULL and why names the channel and the
      * peer. */
     hs_status (*create)(const hs_comm_config *config, hs_comm **out, hs_why *why);
-    /* Sends exactly `bytes` (= the channel's). Returns when buf may be written again. */
+    /* The next message of the channel shall come to buf: exactly `bytes` (= the channel's), of that
+     * microbatch. */
+    hs_status (*post)(hs_comm *comm, uint32_t channel, void *buf, size_t bytes, uint32_t microbatch,
+                      hs_why *why);
+    hs_status (*got)(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why);
     hs_status (*send)(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
                       uint32_t microbatch, hs_why *why);
-    /* Receives the next message of the channel; its length and microbatch must be the ones given.
-     */
-    hs_status (*recv)(hs_comm *comm, uint32_t channel, void *buf, size_t bytes, uint32_t microbatch,
-                      hs_why *why);
+    hs_status (*sent)(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why);
+    hs_status (*progress)(hs_comm *comm, hs_why *why);
+    /* What is waited for, or was last; after a failure, what failed. From any thread. */
     void (*last_wait)(const hs_comm *comm, hs_comm_wait *wait);
 
     /* Device memory; NULL where a transport has none. way: HS_WAY_* of a channel of this rank; put
@@ -127,18 +153,28 @@ typedef struct hs_comm_table {
     /* Whether the device may wait for a peer that does not come (no settle has ended well): who closes
      * it, or waits for it, may wait for ever. */
     bool (*hangs)(const hs_comm *comm);
-    /* Flushes what was accepted by send (bounded by stall_ms), then closes and frees. NULL is fine.
-     */
+    /* Sees off what was accepted by send (bounded by stall_ms), then closes and frees. NULL is fine. */
     void (*close)(hs_comm *comm);
 } hs_comm_table;
 
 extern const hs_comm_table hs_comm_tcp;
 extern const hs_comm_table hs_comm_loop_table;
 
-/* loop.c: the meeting place of `ranks` contexts in one process, of all replicas, each driven by a
- * thread of its own (tests). */
+/* loop.c: how messages pass there. */
+typedef enum hs_loop_mode {
+    /* send returns when its receive was posted and filled: nothing is buffered */
+    HS_LOOP_RENDEZVOUS,
+    /* send returns at once, and bytes pass as late as they may: only when no rank can go on without, and
+     * then those of one message that is waited for, chosen by the seed. Until then its place holds
+     * poison. So runs are the same every time, and what reads or writes a place before its wait shows. */
+    HS_LOOP_LATE
+} hs_loop_mode;
+
+/* The meeting place of `ranks` contexts in one process, of all replicas, each driven by a thread of its
+ * own (tests). */
 hs_status hs_comm_loop_create(uint32_t ranks, const hs_plan_channel *channels,
-                              uint32_t channel_count, struct hs_comm_loop **out);
+                              uint32_t channel_count, hs_loop_mode mode, uint64_t seed,
+                              struct hs_comm_loop **out);
 void hs_comm_loop_destroy(struct hs_comm_loop *loop);
 
 #endif

@@ -1,6 +1,6 @@
-/* Ranks as threads of one process, strictly by rendezvous: a send completes only when its receive
- * is posted and filled. What passes here passes on every transport; an order that needs buffering
- * stalls here.
+/* Ranks as threads of one process, in two modes (comm.h). By rendezvous: what passes here passes on every
+ * transport; an order that needs buffering stalls here. As late as may be: what a rank does before it
+ * has waited for a message shows here.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -16,13 +16,32 @@ enum {
     SLICE_MS = 20
 }; /* how often a waiting thread looks at its hs_stop, which a condition cannot wake */
 
-typedef struct meeting {
-    void *buffer; /* of the posted receive; NULL: none is posted */
-    size_t bytes;
+enum { POISON = 0xA5 };
+
+typedef struct end_message {
+    void *at;
     uint32_t microbatch;
-    bool filled; /* the sender has come; the receiver may go */
-    bool broken; /* lengths or microbatches differed: both fail */
+} end_message;
+
+/* What one end has begun. */
+typedef struct side {
+    uint64_t begun;
+    end_message *ring; /* number n lies at n % most */
+    uint32_t most;
+} side;
+
+typedef struct meeting {
+    side sent, posted;
+    uint64_t ended;
+    bool broken; /* microbatches differed: both ends fail */
 } meeting;
+
+/* What a rank waits for: that `count` messages have passed. */
+typedef struct waiter {
+    meeting *at; /* NULL: it does not */
+    uint32_t channel, peer;
+    uint64_t count;
+} waiter;
 
 struct hs_comm_loop {
     pthread_mutex_t lock;
@@ -32,7 +51,11 @@ struct hs_comm_loop {
     uint32_t *present; /* by rank: 0 not yet, 1 there, 2 gone */
     int64_t *start_steps;
     uint64_t *epochs;
-    meeting *meetings; /* by channel and replica: meeting_of */
+    meeting *meetings; /* by channel and sending rank */
+    waiter *waiters;   /* by rank */
+    hs_loop_mode mode;
+    uint64_t random;
+    bool stuck; /* late: everybody waits, and nothing can pass */
 };
 
 struct hs_comm {
@@ -45,24 +68,29 @@ struct hs_comm {
 };
 
 hs_status hs_comm_loop_create(uint32_t ranks, const hs_plan_channel *channels,
-                              uint32_t channel_count, struct hs_comm_loop **out) {
+                              uint32_t channel_count, hs_loop_mode mode, uint64_t seed,
+                              struct hs_comm_loop **out) {
     *out = NULL;
     struct hs_comm_loop *loop = calloc(1, sizeof *loop);
     if (!loop) return HS_E_MEMORY;
     loop->ranks = ranks;
     loop->channels = channels;
     loop->channel_count = channel_count;
+    loop->mode = mode;
+    loop->random = seed;
     loop->present = calloc((size_t)ranks + 1, sizeof *loop->present);
     loop->start_steps = calloc((size_t)ranks + 1, sizeof *loop->start_steps);
     loop->epochs = calloc((size_t)ranks + 1, sizeof *loop->epochs);
     loop->meetings = calloc((size_t)channel_count * ranks + 1, sizeof *loop->meetings);
+    loop->waiters = calloc((size_t)ranks + 1, sizeof *loop->waiters);
     pthread_condattr_t monotonic;
     (void)pthread_condattr_init(&monotonic);
     (void)pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     (void)pthread_mutex_init(&loop->lock, NULL);
     (void)pthread_cond_init(&loop->moved, &monotonic);
     (void)pthread_condattr_destroy(&monotonic);
-    if (!loop->present || !loop->start_steps || !loop->epochs || !loop->meetings) {
+    if (!loop->present || !loop->start_steps || !loop->epochs || !loop->meetings ||
+        !loop->waiters) {
         hs_comm_loop_destroy(loop);
         return HS_E_MEMORY;
     }
@@ -77,8 +105,27 @@ void hs_comm_loop_destroy(struct hs_comm_loop *loop) {
     free(loop->present);
     free(loop->start_steps);
     free(loop->epochs);
+    for (size_t i = 0; loop->meetings && i < (size_t)loop->channel_count * loop->ranks; i++) {
+        free(loop->meetings[i].sent.ring);
+        free(loop->meetings[i].posted.ring);
+    }
     free(loop->meetings);
+    free(loop->waiters);
     free(loop);
+}
+
+static hs_status stalled(const hs_comm *comm, const char *how, hs_why *why) {
+    return hs_fail(why, HS_E_STALLED, "%s of microbatch %d on channel %d with rank %d %s",
+                   comm->wait.doing, (int)comm->wait.microbatch, (int)comm->wait.channel,
+                   (int)comm->wait.peer, how);
+}
+
+/* splitmix64 */
+static uint64_t next_random(struct hs_comm_loop *loop) {
+    uint64_t z = loop->random += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
 }
 
 /* One turn of waiting, lock held: HS_OK to look again, else why the wait ends. */
@@ -86,11 +133,7 @@ static hs_status wait_turn(hs_comm *comm, int64_t deadline_ns, hs_why *why) {
     if (hs_stop_lost(comm->stop))
         return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
     const int64_t now = hs_clock_ns();
-    if (now >= deadline_ns)
-        return hs_fail(why, HS_E_STALLED,
-                       "%s of microbatch %d on channel %d with rank %d passed its deadline",
-                       comm->wait.doing, (int)comm->wait.microbatch, (int)comm->wait.channel,
-                       (int)comm->wait.peer);
+    if (now >= deadline_ns) return stalled(comm, "passed its deadline", why);
     int64_t until_ns = now + (int64_t)SLICE_MS * 1000000;
     if (until_ns > deadline_ns) until_ns = deadline_ns;
     const struct timespec until = {.tv_sec = until_ns / 1000000000,
@@ -99,30 +142,8 @@ static hs_status wait_turn(hs_comm *comm, int64_t deadline_ns, hs_why *why) {
     return HS_OK;
 }
 
-static hs_status peer_gone(const hs_comm *comm, hs_why *why) {
-    if (comm->loop->present[comm->wait.peer] != 2) return HS_OK;
-    return hs_fail(why, HS_E_LOST, "rank %u is gone (%s on channel %u)", comm->wait.peer,
-                   comm->wait.doing, comm->wait.channel);
-}
-
-static hs_status enter(hs_comm *comm, const char *doing, uint32_t channel, size_t bytes,
-                       uint32_t microbatch, hs_why *why) {
-    if (comm->failed != HS_OK) return hs_fail(why, comm->failed, "%s", comm->failed_why.text);
-    HS_ASSERT(channel < comm->loop->channel_count);
-    const hs_plan_channel *ch = &comm->loop->channels[channel];
-    const bool sends = doing[0] == 's';
-    HS_ASSERT(comm->first_rank + (sends ? ch->from : ch->to) == comm->rank && bytes == ch->bytes);
-    comm->wait = (hs_comm_wait){.doing = doing,
-                                .channel = channel,
-                                .peer = comm->first_rank + (sends ? ch->to : ch->from),
-                                .microbatch = microbatch,
-                                .since_ns = hs_clock_ns()};
-    return HS_OK;
-}
-
-/* Where a channel's two ranks of this replica meet. */
-static meeting *meeting_of(const hs_comm *comm, uint32_t channel) {
-    return &comm->loop->meetings[(size_t)channel * comm->loop->ranks + comm->first_rank];
+static hs_status enter(const hs_comm *comm, hs_why *why) {
+    return comm->failed == HS_OK ? HS_OK : hs_fail(why, comm->failed, "%s", comm->failed_why.text);
 }
 
 static hs_status leave(hs_comm *comm, hs_status st, const hs_why *local, hs_why *why) {
@@ -132,54 +153,159 @@ static hs_status leave(hs_comm *comm, hs_status st, const hs_why *local, hs_why 
     return hs_fail(why, st, "%s", local->text);
 }
 
-static hs_status loop_send(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
-                           uint32_t microbatch, hs_why *why) {
+/* Where one way of a channel meets, by its receiving or sending end at this rank. */
+static meeting *meeting_of(const hs_comm *comm, bool in, uint32_t channel) {
+    HS_ASSERT(channel < comm->loop->channel_count);
+    const hs_plan_channel *ch = &comm->loop->channels[channel];
+    HS_ASSERT(comm->first_rank + (in ? ch->to : ch->from) == comm->rank);
+    const uint32_t sender = in ? comm->first_rank + ch->from : comm->rank;
+    return &comm->loop->meetings[(size_t)channel * comm->loop->ranks + sender];
+}
+
+static uint32_t peer_of(const hs_comm *comm, bool in, uint32_t channel) {
+    const hs_plan_channel *ch = &comm->loop->channels[channel];
+    return comm->first_rank + (in ? ch->from : ch->to);
+}
+
+/* Lock held. Both ends of the next message are there. */
+static bool meets(const meeting *m) {
+    return !m->broken && m->sent.begun > m->ended && m->posted.begun > m->ended;
+}
+
+/* Lock held. The next message passes, or breaks its channel. */
+static void pass(struct hs_comm_loop *loop, meeting *m, uint64_t bytes) {
+    const end_message *from = &m->sent.ring[m->ended % m->sent.most];
+    const end_message *to = &m->posted.ring[m->ended % m->posted.most];
+    m->broken = from->microbatch != to->microbatch;
+    if (!m->broken) memcpy(to->at, from->at, bytes);
+    m->ended += !m->broken;
+    (void)pthread_cond_broadcast(&loop->moved);
+}
+
+static hs_status broken(const hs_comm *comm, bool in, uint32_t channel, const meeting *m,
+                        hs_why *why) {
+    const uint32_t sent = m->sent.ring[m->ended % m->sent.most].microbatch;
+    const uint32_t posted = m->posted.ring[m->ended % m->posted.most].microbatch;
+    const uint64_t bytes = comm->loop->channels[channel].bytes;
+    if (in)
+        return hs_fail(why, HS_E_LOST, "channel %u: what came was not microbatch %u of %llu bytes",
+                       channel, posted, (unsigned long long)bytes);
+    return hs_fail(why, HS_E_LOST, "channel %u: sent microbatch %u, %u was awaited", channel, sent,
+                   posted);
+}
+
+/* Lock held, HS_LOOP_LATE. Nobody can go on: one message passes that somebody waits for. */
+static void pass_one(struct hs_comm_loop *loop) {
+    uint32_t can = 0;
+    for (int pick = 0; pick < 2; pick++) {
+        uint32_t chosen = can ? (uint32_t)(next_random(loop) % can) : 0;
+        for (uint32_t r = 0; r < loop->ranks; r++) {
+            const waiter *w = &loop->waiters[r];
+            if (!w->at || !meets(w->at)) continue;
+            if (!pick) can++;
+            if (pick && chosen-- == 0) {
+                pass(loop, w->at, loop->channels[w->channel].bytes);
+                return;
+            }
+        }
+    }
+    loop->stuck = true;
+    (void)pthread_cond_broadcast(&loop->moved);
+}
+
+/* Lock held. The message can never come. */
+static bool deserted(const struct hs_comm_loop *loop, const waiter *w) {
+    return loop->present[w->peer] == 2 && !meets(w->at);
+}
+
+/* Lock held. Whether each rank that has not left waits, and for a message that may still pass. */
+static bool all_wait(const struct hs_comm_loop *loop) {
+    for (uint32_t r = 0; r < loop->ranks; r++) {
+        const waiter *w = &loop->waiters[r];
+        if (loop->present[r] == 2) continue;
+        if (!w->at || w->at->ended >= w->count || w->at->broken || deserted(loop, w)) return false;
+    }
+    return true;
+}
+
+static hs_status wait_for(hs_comm *comm, bool in, uint32_t channel, uint64_t count, hs_why *why) {
     hs_why local = {.text = ""};
-    HS_TRY(enter(comm, "send", channel, bytes, microbatch, why));
-    meeting *m = meeting_of(comm, channel);
+    struct hs_comm_loop *loop = comm->loop;
+    meeting *m = meeting_of(comm, in, channel);
+    waiter *w = &loop->waiters[comm->rank];
     const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
     hs_status st = HS_OK;
-    (void)pthread_mutex_lock(&comm->loop->lock);
-    while (st == HS_OK && (!m->buffer || m->filled)) {
-        st = peer_gone(comm, &local);
-        if (st == HS_OK) st = wait_turn(comm, deadline_ns, &local);
+    (void)pthread_mutex_lock(&loop->lock);
+    const side *mine = in ? &m->posted : &m->sent;
+    HS_ASSERT(mine->ring && count <= mine->begun);
+    if (m->ended < count) {
+        comm->wait = (hs_comm_wait){.doing = in ? "recv" : "send",
+                                    .channel = channel,
+                                    .peer = peer_of(comm, in, channel),
+                                    .microbatch = mine->ring[(count - 1) % mine->most].microbatch,
+                                    .since_ns = hs_clock_ns()};
+        *w = (waiter){
+            .at = m, .channel = channel, .peer = peer_of(comm, in, channel), .count = count};
     }
-    if (st == HS_OK) {
-        if (m->bytes != bytes || m->microbatch != microbatch) {
-            m->broken = true;
-            st = hs_fail(&local, HS_E_LOST,
-                         "channel %u: sent %zu bytes of microbatch %u, %zu of %u were awaited",
-                         channel, bytes, microbatch, m->bytes, m->microbatch);
-        } else {
-            memcpy(m->buffer, buf, bytes);
-        }
-        m->filled = true;
-        (void)pthread_cond_broadcast(&comm->loop->moved);
+    while (st == HS_OK && m->ended < count) {
+        if (m->broken)
+            st = broken(comm, in, channel, m, &local);
+        else if (deserted(loop, w))
+            st = hs_fail(&local, HS_E_LOST, "rank %u is gone (%s on channel %u)", comm->wait.peer,
+                         comm->wait.doing, channel);
+        else if (loop->stuck)
+            st = stalled(comm, "can never pass: every rank waits", &local);
+        else if (loop->mode == HS_LOOP_LATE && all_wait(loop))
+            pass_one(loop);
+        else
+            st = wait_turn(comm, deadline_ns, &local);
     }
-    (void)pthread_mutex_unlock(&comm->loop->lock);
+    *w = (waiter){.at = NULL};
+    (void)pthread_mutex_unlock(&loop->lock);
     return leave(comm, st, &local, why);
 }
 
-static hs_status loop_recv(hs_comm *comm, uint32_t channel, void *buf, size_t bytes,
+static hs_status begin(hs_comm *comm, bool in, uint32_t channel, void *at, size_t bytes,
+                       uint32_t microbatch, hs_why *why) {
+    HS_TRY(enter(comm, why));
+    struct hs_comm_loop *loop = comm->loop;
+    meeting *m = meeting_of(comm, in, channel);
+    HS_ASSERT(bytes == loop->channels[channel].bytes);
+    if (in && loop->mode == HS_LOOP_LATE) memset(at, POISON, bytes);
+    (void)pthread_mutex_lock(&loop->lock);
+    side *mine = in ? &m->posted : &m->sent;
+    HS_ASSERT(mine->begun - m->ended < mine->most);
+    mine->ring[mine->begun++ % mine->most] = (end_message){.at = at, .microbatch = microbatch};
+    if (loop->mode == HS_LOOP_RENDEZVOUS && meets(m)) pass(loop, m, bytes);
+    (void)pthread_mutex_unlock(&loop->lock);
+    return HS_OK;
+}
+
+static hs_status loop_post(hs_comm *comm, uint32_t channel, void *buf, size_t bytes,
                            uint32_t microbatch, hs_why *why) {
-    hs_why local = {.text = ""};
-    HS_TRY(enter(comm, "recv", channel, bytes, microbatch, why));
-    meeting *m = meeting_of(comm, channel);
-    const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
-    hs_status st = HS_OK;
-    (void)pthread_mutex_lock(&comm->loop->lock);
-    *m = (meeting){.buffer = buf, .bytes = bytes, .microbatch = microbatch};
-    (void)pthread_cond_broadcast(&comm->loop->moved);
-    while (st == HS_OK && !m->filled) {
-        st = peer_gone(comm, &local);
-        if (st == HS_OK) st = wait_turn(comm, deadline_ns, &local);
-    }
-    if (st == HS_OK && m->broken)
-        st = hs_fail(&local, HS_E_LOST, "channel %u: what came was not microbatch %u of %zu bytes",
-                     channel, microbatch, bytes);
-    *m = (meeting){.buffer = NULL};
-    (void)pthread_mutex_unlock(&comm->loop->lock);
-    return leave(comm, st, &local, why);
+    return begin(comm, true, channel, buf, bytes, microbatch, why);
+}
+
+static hs_status loop_got(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why) {
+    HS_TRY(enter(comm, why));
+    return wait_for(comm, true, channel, count, why);
+}
+
+static hs_status loop_sent(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why) {
+    HS_TRY(enter(comm, why));
+    return wait_for(comm, false, channel, count, why);
+}
+
+static hs_status loop_send(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
+                           uint32_t microbatch, hs_why *why) {
+    HS_TRY(begin(comm, false, channel, (void *)(uintptr_t)buf, bytes, microbatch, why));
+    return comm->loop->mode == HS_LOOP_LATE
+               ? HS_OK
+               : wait_for(comm, false, channel, meeting_of(comm, false, channel)->sent.begun, why);
+}
+
+static hs_status loop_progress(hs_comm *comm, hs_why *why) {
+    return enter(comm, why);
 }
 
 static void loop_last_wait(const hs_comm *comm, hs_comm_wait *wait) {
@@ -189,10 +315,34 @@ static void loop_last_wait(const hs_comm *comm, hs_comm_wait *wait) {
 static void loop_close(hs_comm *comm) {
     if (!comm) return;
     (void)pthread_mutex_lock(&comm->loop->lock);
+    for (uint32_t c = 0; c < comm->loop->channel_count; c++) {
+        const hs_plan_channel *ch = &comm->loop->channels[c];
+        for (int in = 0; in < 2; in++) { /* its memory goes */
+            if (comm->first_rank + (in ? ch->to : ch->from) != comm->rank) continue;
+            meeting *m = meeting_of(comm, in == 1, c);
+            *(in ? &m->posted.begun : &m->sent.begun) = m->ended;
+        }
+    }
     comm->loop->present[comm->rank] = 2;
     (void)pthread_cond_broadcast(&comm->loop->moved);
     (void)pthread_mutex_unlock(&comm->loop->lock);
     free(comm);
+}
+
+/* Room for what this rank begins. */
+static hs_status open_sides(hs_comm *comm, uint32_t most) {
+    for (uint32_t c = 0; c < comm->loop->channel_count; c++) {
+        const hs_plan_channel *ch = &comm->loop->channels[c];
+        for (int in = 0; in < 2; in++) {
+            if (comm->first_rank + (in ? ch->to : ch->from) != comm->rank) continue;
+            meeting *m = meeting_of(comm, in == 1, c);
+            side *mine = in ? &m->posted : &m->sent;
+            mine->most = most ? most : 1;
+            mine->ring = calloc(mine->most, sizeof *mine->ring);
+            if (!mine->ring) return HS_E_MEMORY;
+        }
+    }
+    return HS_OK;
 }
 
 /* Lock held. The first rank that is not there, or `ranks` when all are. */
@@ -227,6 +377,12 @@ static hs_status loop_create(const hs_comm_config *config, hs_comm **out, hs_why
         free(comm);
         return st;
     }
+    if (open_sides(comm, config->most) != HS_OK) {
+        st = hs_fail(why, HS_E_MEMORY, "no memory for the messages of rank %u", config->rank);
+        (void)pthread_mutex_unlock(&loop->lock);
+        free(comm);
+        return st;
+    }
     loop->present[config->rank] = 1;
     loop->start_steps[config->rank] = config->start_step;
     loop->epochs[config->rank] = config->attempt->epoch;
@@ -251,8 +407,11 @@ static hs_status loop_create(const hs_comm_config *config, hs_comm **out, hs_why
 const hs_comm_table hs_comm_loop_table = {
     .name = "loop",
     .create = loop_create,
+    .post = loop_post,
+    .got = loop_got,
     .send = loop_send,
-    .recv = loop_recv,
+    .sent = loop_sent,
+    .progress = loop_progress,
     .last_wait = loop_last_wait,
     .close = loop_close,
 };

@@ -1,10 +1,10 @@
-/* Ranks over TCP: one connection a directed channel, frames of wire/frame.h on it.
+/* Ranks over TCP: one connection a directed channel, frames of wire/frame.h on it (lines.c).
  *
  * I1  After create bytes go one way only, from `from` to `to`; so a readable sender's end means that
  *     the peer is gone. (A channel of device memory, ways.c: no bytes at all, but HS_BYE of each end.)
  * I2  A frame is whole or the communicator has failed: nothing is read or written after half a
- *     frame.
- * I3  failed != HS_OK is final; send and recv then return it without touching a socket.
+ *     frame that does not fit.
+ * I3  failed != HS_OK is final; every call then returns it without touching a socket.
  */
 #include <errno.h>
 #include <linux/sockios.h>
@@ -18,7 +18,6 @@
 
 #include "comm/tcp_internal.h"
 #include "core/clock.h"
-#include "core/hash.h"
 #include "core/stop.h"
 
 hs_status hs_tcp_fail(hs_comm *comm, hs_status st, const hs_why *local, hs_why *why) {
@@ -40,9 +39,7 @@ void hs_tcp_doing(hs_comm *comm, const char *doing, uint32_t channel, uint32_t m
                        .since_ns = hs_clock_ns()};
 }
 
-/* "recv of microbatch 3 on channel 1", or without the microbatch where the message has none. */
-static const char *wait_text(const hs_comm *comm, char text[96]) {
-    const hs_comm_wait *w = &comm->wait;
+const char *hs_tcp_wait_text(const hs_comm_wait *w, char text[96]) {
     if (w->microbatch == UINT32_MAX)
         (void)snprintf(text, 96, "%s on channel %u", w->doing, w->channel);
     else
@@ -59,12 +56,12 @@ static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t de
     for (;;) {
         if (hs_stop_lost(comm->stop))
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost (during %s)",
-                           wait_text(comm, text));
+                           hs_tcp_wait_text(&comm->wait, text));
         if (comm->config && hs_stop_requested(comm->stop)) /* still in create */
             return hs_fail(why, HS_E_TERMINATED, "stopped on request before the first step");
         if (hs_clock_ns() >= deadline_ns)
             return hs_fail(why, HS_E_STALLED, "no byte moved for %u ms: %s with rank %u",
-                           comm->patience_ms, wait_text(comm, text), comm->wait.peer);
+                           comm->patience_ms, hs_tcp_wait_text(&comm->wait, text), comm->wait.peer);
         struct pollfd polls[2] = {{.fd = comm->fds[channel], .events = events},
                                   {.fd = hs_stop_fd(comm->stop), .events = POLLIN}};
         const int n = poll(polls, 2, hs_deadline_poll_ms(deadline_ns));
@@ -76,7 +73,7 @@ static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t de
 static hs_status lost(hs_comm *comm, const char *how, hs_why *why) {
     char text[96];
     return hs_fail(why, HS_E_LOST, "rank %u is gone: %s during %s", comm->wait.peer, how,
-                   wait_text(comm, text));
+                   hs_tcp_wait_text(&comm->wait, text));
 }
 
 hs_status hs_tcp_put(hs_comm *comm, uint32_t channel, struct iovec *parts, size_t count,
@@ -123,80 +120,21 @@ hs_status hs_tcp_get(hs_comm *comm, uint32_t channel, void *buffer, size_t bytes
     return HS_OK;
 }
 
-static hs_status enter(hs_comm *comm, const char *doing, uint32_t channel, size_t bytes,
-                       uint32_t microbatch, hs_why *why) {
-    HS_TRY(hs_tcp_enter(comm, why));
-    HS_ASSERT(channel < comm->channel_count && comm->fds[channel] >= 0);
-    HS_ASSERT(!comm->ways || comm->ways->channels[channel].way == HS_WAY_TCP);
-    const hs_plan_channel *ch = &comm->channels[channel];
-    HS_ASSERT((doing[0] == 's' ? ch->from : ch->to) == comm->position && bytes == ch->bytes);
-    hs_tcp_doing(comm, doing, channel, microbatch);
-    return HS_OK;
-}
-
-static hs_status tcp_send(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
-                          uint32_t microbatch, hs_why *why) {
-    hs_why local = {.text = ""};
-    HS_TRY(enter(comm, "send", channel, bytes, microbatch, why));
-    hs_frame frame = {.magic = HS_FRAME_MAGIC,
-                      .channel = channel,
-                      .sequence = comm->sequences[channel]++,
-                      .bytes = bytes,
-                      .crc = hs_crc32c(0, buf, bytes),
-                      .microbatch = microbatch};
-    struct iovec parts[2] = {{.iov_base = &frame, .iov_len = sizeof frame},
-                             {.iov_base = (void *)(uintptr_t)buf, .iov_len = bytes}};
-    const hs_status st = hs_tcp_put(comm, channel, parts, 2, &local);
-    return st == HS_OK ? HS_OK : hs_tcp_fail(comm, st, &local, why);
-}
-
-static hs_status check_frame(const hs_comm *comm, uint32_t channel, const hs_frame *frame,
-                             size_t bytes, uint32_t microbatch, hs_why *why) {
-    const uint32_t peer = comm->wait.peer;
-    if (frame->magic != HS_FRAME_MAGIC || frame->channel != channel)
-        return hs_fail(why, HS_E_LOST,
-                       "rank %u sent no frame of channel %u (magic %08x, channel %u)", peer,
-                       channel, frame->magic, frame->channel);
-    if (frame->sequence != comm->sequences[channel])
-        return hs_fail(why, HS_E_LOST, "rank %u sent frame %llu of channel %u, not %llu", peer,
-                       (unsigned long long)frame->sequence, channel,
-                       (unsigned long long)comm->sequences[channel]);
-    if (frame->bytes != bytes || frame->microbatch != microbatch)
-        return hs_fail(why, HS_E_LOST,
-                       "rank %u sent %llu bytes of microbatch %d on channel %u, not %zu of %d",
-                       peer, (unsigned long long)frame->bytes, (int)frame->microbatch, channel,
-                       bytes, (int)microbatch);
-    return HS_OK;
-}
-
-static hs_status tcp_recv(hs_comm *comm, uint32_t channel, void *buf, size_t bytes,
-                          uint32_t microbatch, hs_why *why) {
-    hs_why local = {.text = ""};
-    hs_frame frame;
-    HS_TRY(enter(comm, "recv", channel, bytes, microbatch, why));
-    hs_status st = hs_tcp_get(comm, channel, &frame, sizeof frame, &local);
-    if (st == HS_OK) st = check_frame(comm, channel, &frame, bytes, microbatch, &local);
-    if (st == HS_OK) st = hs_tcp_get(comm, channel, buf, bytes, &local);
-    if (st == HS_OK && hs_crc32c(0, buf, bytes) != frame.crc)
-        st = hs_fail(&local, HS_E_LOST,
-                     "frame %llu of channel %u from rank %u was damaged on its way (checksum)",
-                     (unsigned long long)frame.sequence, channel, comm->wait.peer);
-    if (st == HS_OK) {
-        comm->sequences[channel]++;
-        return HS_OK;
-    }
-    return hs_tcp_fail(comm, st, &local, why);
-}
-
 static void tcp_last_wait(const hs_comm *comm, hs_comm_wait *wait) {
-    *wait = comm->wait;
+    *wait = comm->broken ? comm->failed_wait : comm->wait;
 }
 
-/* What the kernel took is on its way; give it until stall_ms to be acknowledged, then go. */
-static void flush(const hs_comm *comm) {
+/* What was begun goes to the kernel; what the kernel took is on its way, and has until stall_ms to be
+ * acknowledged. */
+static void flush(hs_comm *comm) {
+    hs_why why;
+    for (uint32_t c = 0; comm->lines[0] && c < comm->channel_count; c++)
+        if (comm->lines[0][c].ring &&
+            hs_lines_sent(comm, c, comm->lines[0][c].begun, &why) != HS_OK)
+            return;
     const int64_t deadline_ns = hs_deadline_ns(comm->stall_ms);
     for (uint32_t c = 0; c < comm->channel_count; c++) {
-        if (comm->fds[c] < 0 || comm->channels[c].from != comm->position) continue;
+        if (comm->fds[c] < 0 || !hs_tcp_sends(comm, c)) continue;
         (void)shutdown(comm->fds[c], SHUT_WR);
         int left = 0;
         while (ioctl(comm->fds[c], SIOCOUTQ, &left) == 0 && left > 0 &&
@@ -222,7 +160,7 @@ static void tcp_close(hs_comm *comm) {
     for (uint32_t c = 0; comm->fds && c < comm->channel_count; c++)
         if (comm->fds[c] >= 0) close(comm->fds[c]);
     free(comm->fds);
-    free(comm->sequences);
+    hs_lines_destroy(comm);
     free(comm);
 }
 
@@ -233,15 +171,8 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     for (uint32_t c = 0; c < config->channel_count; c++)
         receives |= config->first_rank + config->channels[c].to == config->rank;
     hs_comm *comm = calloc(1, sizeof *comm);
-    if (comm) {
-        comm->fds = malloc(((size_t)config->channel_count + 1) * sizeof *comm->fds);
-        comm->sequences = calloc((size_t)config->channel_count + 1, sizeof *comm->sequences);
-    }
-    if (!comm || !comm->fds || !comm->sequences) {
-        if (comm) {
-            free(comm->fds);
-            free(comm->sequences);
-        }
+    if (comm) comm->fds = malloc(((size_t)config->channel_count + 1) * sizeof *comm->fds);
+    if (!comm || !comm->fds) {
         free(comm);
         if (listen_fd >= 0) close(listen_fd);
         return hs_fail(why, HS_E_MEMORY, "no memory for %u channels", config->channel_count);
@@ -261,6 +192,7 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     hs_status st = HS_OK;
     if (receives && listen_fd < 0) st = hs_greet_listen(config, &listen_fd, why);
     if (st == HS_OK) st = hs_greet_all(config, listen_fd, comm->fds, why);
+    if (st == HS_OK) st = hs_lines_create(comm, config->most, why);
     if (st == HS_OK && config->device) st = hs_ways_create(comm, config->device, why);
     if (st != HS_OK) {
         comm->failed = st;
@@ -278,8 +210,11 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
 const hs_comm_table hs_comm_tcp = {
     .name = "tcp",
     .create = tcp_create,
-    .send = tcp_send,
-    .recv = tcp_recv,
+    .post = hs_lines_post,
+    .got = hs_lines_got,
+    .send = hs_lines_send,
+    .sent = hs_lines_sent,
+    .progress = hs_lines_progress,
     .last_wait = tcp_last_wait,
     .way = tcp_way,
     .put = hs_ways_put,

@@ -1,6 +1,7 @@
 /* Inside the TCP transport: what tcp.c shares with the ways of device memory.
  *
- *   tcp.c     the connections, frames on them, the table
+ *   tcp.c     the connections, the talk at create, the table
+ *   lines.c   messages: frames that move, piece by piece, while the rank computes or waits
  *   offer.c   what an end of a channel can do, and which way two ends choose
  *   agree.c   the talk about it, channel after channel, at create; close
  *   ways.c    messages of device memory, and the wait for the device
@@ -9,6 +10,7 @@
 #define HS_COMM_TCP_INTERNAL_H
 
 #include <poll.h>
+#include <stdatomic.h>
 #include <sys/uio.h>
 
 #include "backend/links.h"
@@ -45,6 +47,26 @@ typedef struct hs_ways {
 
 enum { HS_FLAG_BYTES = 64, HS_PROBE_BYTES = 256 };
 
+/* A message that was begun. */
+typedef struct hs_message {
+    uint8_t *at; /* of a send: only read */
+    uint32_t microbatch;
+} hs_message;
+
+/* One way of a channel, as seen from this rank: what it was given and is not done with yet. */
+typedef struct hs_line {
+    uint32_t channel;
+    bool in;
+    uint64_t bytes;        /* of a message */
+    uint64_t begun, ended; /* messages; the one of number `ended` is moving */
+    hs_message *ring;      /* number n lies at n % most */
+    uint64_t moved;        /* bytes of its frame: head, payload, end */
+    uint64_t hashed;       /* bytes of its payload that crc has */
+    uint32_t crc;
+    hs_frame head;
+    hs_frame_end end;
+} hs_line;
+
 struct hs_comm {
     const hs_comm_config *config; /* create only */
     const hs_plan_channel *channels;
@@ -54,9 +76,16 @@ struct hs_comm {
     struct hs_stop *stop;
     hs_status failed; /* I3 of tcp.c */
     hs_why failed_why;
-    hs_comm_wait wait;
+    hs_comm_wait wait, failed_wait;
+    _Atomic bool broken; /* failed_wait is written */
     int *fds;            /* by channel; -1: not ours */
-    uint64_t *sequences; /* by channel: of the next frame */
+    hs_line *lines[2];   /* out, in; by channel */
+    uint32_t most;
+    hs_message *messages; /* the lines' rings */
+    hs_line **busy;       /* with messages begun and not ended */
+    uint32_t busy_count;
+    struct pollfd *polls; /* of the busy ones, and the stop */
+    int64_t look_ns;      /* progress has nothing to do before */
     hs_ways *ways;
 };
 
@@ -72,10 +101,33 @@ hs_status hs_tcp_enter(hs_comm *comm, hs_why *why);
 /* The error state, for good. */
 hs_status hs_tcp_fail(hs_comm *comm, hs_status st, const hs_why *local, hs_why *why);
 
+/* "recv of microbatch 3 on channel 1", or without the microbatch where the message has none. */
+const char *hs_tcp_wait_text(const hs_comm_wait *wait, char text[96]);
+
+static inline bool hs_tcp_sends(const hs_comm *comm, size_t channel) {
+    return comm->channels[channel].from == comm->position;
+}
+static inline bool hs_tcp_receives(const hs_comm *comm, size_t channel) {
+    return comm->channels[channel].to == comm->position;
+}
+
 static inline uint32_t hs_tcp_peer(const hs_comm *comm, uint32_t channel) {
     const hs_plan_channel *ch = &comm->channels[channel];
     return comm->first_rank + (ch->from == comm->position ? ch->to : ch->from);
 }
+
+/* --- lines.c ----------------------------------------------------------------------------- */
+
+/* After the handshake. HS_E_MEMORY. */
+hs_status hs_lines_create(hs_comm *comm, uint32_t most, hs_why *why);
+void hs_lines_destroy(hs_comm *comm);
+hs_status hs_lines_post(hs_comm *comm, uint32_t channel, void *buf, size_t bytes,
+                        uint32_t microbatch, hs_why *why);
+hs_status hs_lines_got(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why);
+hs_status hs_lines_send(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
+                        uint32_t microbatch, hs_why *why);
+hs_status hs_lines_sent(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why);
+hs_status hs_lines_progress(hs_comm *comm, hs_why *why);
 
 /* --- offer.c ----------------------------------------------------------------------------- */
 

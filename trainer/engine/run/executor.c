@@ -164,63 +164,6 @@ static hs_status save(hs_executor *ex, bool final, hs_why *why) {
     return st == HS_OK ? tell_saved(ex, why) : st;
 }
 
-static void bounds(const hs_executor *ex, hs_list list, uint32_t *first, uint32_t *count);
-
-/* From device to device: nobody waits here. */
-static hs_status pass(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
-                      uint64_t offset, hs_why *why) {
-    uint32_t first, count;
-    const bool sends = a->kind == HS_A_SEND;
-    bounds(ex, ex->last, &first, &count);
-    const uint64_t there = ex->landings->lists[ex->last][a - &ex->plan->actions[first]];
-    hs_stop_busy(ex->stop, true);
-    hs_status st = hs_spaces_begin(ex->spaces, turn, why);
-    uint8_t *const at = hs_spaces_message(ex->spaces, sends ? HS_STREAM_OUT : HS_STREAM_IN, offset);
-    if (st == HS_OK)
-        st = sends
-                 ? ex->transport->put(ex->comm, a->channel, at, there, a->ref.bytes, a->microbatch,
-                                      why)
-                 : ex->transport->take(ex->comm, a->channel, at, a->ref.bytes, a->microbatch, why);
-    if (st == HS_OK) st = hs_spaces_end(ex->spaces, turn, why);
-    hs_stop_busy(ex->stop, false);
-    return st;
-}
-
-/* Messages of the device space pass through a window, which holds the longest. */
-static hs_status send(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
-                      uint64_t offset, hs_why *why) {
-    const uint8_t *from = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
-    if (!from) {
-        uint8_t *const window = hs_spaces_out_window(ex->spaces);
-        hs_stop_busy(ex->stop, true);
-        hs_status st = hs_spaces_begin(ex->spaces, turn, why);
-        if (st == HS_OK) st = hs_spaces_get(ex->spaces, offset, window, a->ref.bytes, why);
-        if (st == HS_OK) st = hs_spaces_end(ex->spaces, turn, why);
-        if (st == HS_OK) st = hs_spaces_wait(ex->spaces, HS_STREAM_OUT, why);
-        hs_stop_busy(ex->stop, false);
-        if (st != HS_OK) return st;
-        from = window;
-    }
-    return ex->transport->send(ex->comm, a->channel, from, a->ref.bytes, a->microbatch, why);
-}
-
-static hs_status receive(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
-                         uint64_t offset, hs_why *why) {
-    uint8_t *const host = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
-    uint8_t *to = host;
-    if (!host) {
-        hs_stop_busy(ex->stop, true);
-        const hs_status st = hs_spaces_in_window(ex->spaces, &to, why);
-        hs_stop_busy(ex->stop, false);
-        if (st != HS_OK) return st;
-    }
-    HS_TRY(ex->transport->recv(ex->comm, a->channel, to, a->ref.bytes, a->microbatch, why));
-    if (host) return HS_OK;
-    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
-    HS_TRY(hs_spaces_put(ex->spaces, offset, to, a->ref.bytes, why));
-    return hs_spaces_end(ex->spaces, turn, why);
-}
-
 /* A program, or the tokens of a step: between what it follows and what follows it. */
 static hs_status in_turn(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
                          hs_why *why) {
@@ -229,8 +172,9 @@ static hs_status in_turn(hs_executor *ex, const hs_plan_action *a, const hs_turn
     return hs_spaces_end(ex->spaces, turn, why);
 }
 
-static hs_status run_action(hs_executor *ex, const hs_plan_action *a, const hs_turn *turn,
+static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_plan_action *a,
                             hs_why *why) {
+    const hs_turn *turn = ex->turns[list] ? &ex->turns[list][i] : NULL;
     const uint64_t offset = hs_linked_offset(ex->linked, &a->ref, a->slot, a->microbatch);
     hs_status st;
     switch (a->kind) {
@@ -241,11 +185,8 @@ static hs_status run_action(hs_executor *ex, const hs_plan_action *a, const hs_t
         hs_stop_busy(ex->stop, false);
         return st;
     case HS_A_SEND:
-        if (ex->direct && ex->direct[a->channel]) return pass(ex, a, turn, offset, why);
-        return send(ex, a, turn, offset, why);
     case HS_A_RECV:
-        if (ex->direct && ex->direct[a->channel]) return pass(ex, a, turn, offset, why);
-        return receive(ex, a, turn, offset, why);
+        return hs_messages_run(ex->messages, list, i, turn, why);
     case HS_A_REPORT:
         return write_report(ex, turn, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_COMBINE:
@@ -302,8 +243,7 @@ static hs_status run_list(hs_executor *ex, hs_list list, hs_why *why) {
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
         hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch, peer);
         const int64_t start = hs_clock_ns();
-        const hs_turn *turn = ex->turns[list] ? &ex->turns[list][i] : NULL;
-        const hs_status st = run_action(ex, a, turn, why);
+        const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;
         if (list == HS_LIST_STEP) hs_trace_add(ex->trace, ex->step, first + i, start, end);

@@ -24,16 +24,14 @@
 #include "core/text.h"
 #include "data/shards.h"
 #include "run/agent_link.h"
-#include "run/landings.h"
 #include "run/linker.h"
+#include "run/messages.h"
 #include "run/metrics.h"
 #include "run/plan.h"
 #include "run/spaces.h"
 #include "run/trace.h"
 #include "snapshot/snapshot.h"
 #include "wire/attempt.h"
-
-typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP, HS_LISTS } hs_list;
 
 typedef struct hs_executor {
     /* lent, set before the first call */
@@ -46,10 +44,10 @@ typedef struct hs_executor {
     const hs_comm_table *transport;
     hs_comm *comm;      /* NULL: the plan has no channels */
     const bool *direct; /* by channel: from device to device (comm.h, put, take); NULL: none */
-    const hs_landings *landings; /* of such messages; NULL: none */
-    const hs_shards *shards;     /* NULL: no DATA action here */
-    hs_snapshot *snapshot;       /* NULL: no agent, no slots */
-    hs_agent_link *agent;        /* NULL: no agent */
+    hs_messages *messages;
+    const hs_shards *shards; /* NULL: no DATA action here */
+    hs_snapshot *snapshot;   /* NULL: no agent, no slots */
+    hs_agent_link *agent;    /* NULL: no agent */
     hs_stop *stop;
     hs_rank_page *page; /* NULL: none */
     hs_trace *trace;    /* NULL: off */

@@ -44,6 +44,7 @@ typedef struct rank {
     hs_landings landings;
     bool *direct; /* by channel */
     hs_comm *comm;
+    hs_messages *messages;
     bool started; /* the start line was printed */
     hs_executor executor;
 } rank;
@@ -255,6 +256,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                    .first_rank = hs_plan_first_rank(&r->plan, r->args->rank),
                                    .start_step = r->attempt.attempt->start_step,
                                    .listen_fd = r->args->listen_fd,
+                                   .most = hs_messages_most(&r->plan, r->executor.position),
                                    .stop = r->stop,
                                    .device = spaces->backend->unified ? NULL : &r->between,
                                    .log = &r->log};
@@ -265,6 +267,16 @@ static hs_status connect_peers(rank *r, hs_why *why) {
 
 static hs_status fill_executor(rank *r, hs_why *why) {
     hs_executor *ex = &r->executor;
+    const hs_messages_config messages = {.plan = &r->plan,
+                                         .position = ex->position,
+                                         .spaces = &r->machine.spaces,
+                                         .linked = r->machine.linked,
+                                         .transport = &hs_comm_tcp,
+                                         .comm = r->comm,
+                                         .direct = r->direct,
+                                         .landings = &r->landings,
+                                         .stop = r->stop};
+    HS_TRY(hs_messages_create(&messages, &r->messages, why));
     ex->plan = &r->plan;
     ex->attempt = r->attempt.attempt;
     ex->spaces = &r->machine.spaces;
@@ -275,7 +287,7 @@ static hs_status fill_executor(rank *r, hs_why *why) {
     ex->snapshot = r->snapshot;
     ex->agent = r->agent;
     ex->direct = r->direct;
-    ex->landings = &r->landings;
+    ex->messages = r->messages;
     ex->stop = r->stop;
     ex->page = r->page;
     ex->trace = r->trace;
@@ -452,6 +464,7 @@ static void close_all(rank *r, hs_status st) {
     hs_machine_destroy(&r->machine);
     hs_snapshot_destroy(r->snapshot);
     for (int list = 0; list < HS_LISTS; list++) free(r->executor.turns[list]);
+    hs_messages_destroy(r->messages);
     hs_landings_free(&r->landings);
     free(r->direct);
     hs_stop_destroy(r->stop);

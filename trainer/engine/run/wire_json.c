@@ -49,7 +49,8 @@ static const field fields[] = {
     S(hs_msg) F(hs_msg, magic) F(hs_msg, type) F(hs_msg, rank) F(hs_msg, bytes) F(hs_msg, epoch) F(hs_msg, a) F(hs_msg, b) F(hs_msg, c)
     S(hs_msg_prepare) F(hs_msg_prepare, local_ranks) F(hs_msg_prepare, port_base) F(hs_msg_prepare, bind)
     S(hs_hello) F(hs_hello, magic) F(hs_hello, version) F(hs_hello, channel) F(hs_hello, from) F(hs_hello, to) F(hs_hello, epoch) F(hs_hello, run) F(hs_hello, plan_digest) F(hs_hello, gang_nonce) F(hs_hello, nonce) F(hs_hello, start_step) F(hs_hello, mac)
-    S(hs_frame) F(hs_frame, magic) F(hs_frame, channel) F(hs_frame, sequence) F(hs_frame, bytes) F(hs_frame, crc) F(hs_frame, microbatch)
+    S(hs_frame) F(hs_frame, magic) F(hs_frame, channel) F(hs_frame, sequence) F(hs_frame, bytes) F(hs_frame, microbatch) F(hs_frame, reserved)
+    S(hs_frame_end) F(hs_frame_end, magic) F(hs_frame_end, crc)
     S(hs_offer) F(hs_offer, magic) F(hs_offer, version) F(hs_offer, channel) F(hs_offer, rank) F(hs_offer, allowed) F(hs_offer, able) F(hs_offer, library) F(hs_offer, bytes) F(hs_offer, boot) F(hs_offer, device) F(hs_offer, memory) F(hs_offer, flags) F(hs_offer, flag) F(hs_offer, why)
     S(hs_answer) F(hs_answer, magic) F(hs_answer, channel) F(hs_answer, way) F(hs_answer, can) F(hs_answer, id) F(hs_answer, why)
     S(hs_shard_header) F(hs_shard_header, magic) F(hs_shard_header, version) F(hs_shard_header, token_bytes) F(hs_shard_header, tokens) F(hs_shard_header, vocab) F(hs_shard_header, reserved0) F(hs_shard_header, reserved)
@@ -150,6 +151,7 @@ void hs_wire_print(void) {
         N(HS_SHARD_VERSION),
         N(HS_HELLO_VERSION),
         N(HS_FRAME_MAGIC),
+        N(HS_FRAME_END_MAGIC),
         N(HS_MSG_MAGIC),
         N(HS_MSG_MAX),
         N(HS_ENDED_ITSELF),

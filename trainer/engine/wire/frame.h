@@ -15,7 +15,8 @@
  *   NCCL: an hs_answer of the sender with the name to meet under, and when both have joined one more of both
  * Its messages are frames where the way is TCP. Else no byte passes until the end, but a closing end's
  * HS_BYE: the connection is the life line.
- * Frames: hs_frame, then bytes of payload. crc = CRC-32C of the payload; sequence counts from 0 on a channel.
+ * Frames: hs_frame, bytes of payload, hs_frame_end. sequence counts from 0 on a channel, each way. crc = CRC-32C of the
+ * payload: it comes last, so that neither end goes over the payload but piece by piece, as it passes.
  */
 #ifndef HS_WIRE_FRAME_H
 #define HS_WIRE_FRAME_H
@@ -23,8 +24,9 @@
 #include <stdint.h>
 
 #define HS_HELLO_MAGIC "HSHELO\r\n"
-#define HS_HELLO_VERSION 1u
+#define HS_HELLO_VERSION 2u
 #define HS_FRAME_MAGIC 0x52465348u
+#define HS_FRAME_END_MAGIC 0x45465348u
 #define HS_OFFER_MAGIC "HSOFFR\r\n"
 #define HS_OFFER_VERSION 1u
 #define HS_ANSWER_MAGIC 0x52574E41u
@@ -53,9 +55,14 @@ typedef struct hs_frame {
     uint32_t channel;
     uint64_t sequence;
     uint64_t bytes;
-    uint32_t crc;
     uint32_t microbatch;
+    uint32_t reserved; /* 0 */
 } hs_frame;
+
+typedef struct hs_frame_end {
+    uint32_t magic; /* HS_FRAME_END_MAGIC */
+    uint32_t crc;
+} hs_frame_end;
 
 typedef struct hs_offer {
     char magic[8];
