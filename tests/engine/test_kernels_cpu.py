@@ -142,6 +142,11 @@ CASES = [
     Case("sumsq", (1,), rel=1e-14, f32_only=True),
     Case("sumsq", (65536 * 3 + 17,), rel=1e-12, f32_only=True),
     Case("sumsq", (65536 * 4,), rel=1e-12, f32_only=True),
+    Case("fold", (1,), f32_only=True),
+    Case("fold", (40001,), f32_only=True),
+    Case("sumsq_parts", (1,), rel=1e-14, f32_only=True),
+    Case("sumsq_parts", (65536 * 3 + 17,), rel=1e-12, f32_only=True),
+    *(Case("sum", (n,), rel=1e-12, f32_only=True) for n in (1, 2, 7, 600)),
     Case("adamw", (1, 1), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
     Case("adamw", (20001, 0), (0.9, 0.999, 1e-8, 0.0), absent=(4,), rel=1e-6),
     Case("adamw", (20001, 1), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
@@ -250,7 +255,7 @@ class Call:
 
 def _magnitudes(lib: KernelLib, call: Call) -> list[Array | None] | None:
     """The sum of the terms' magnitudes behind each output element of a linear kernel: ref on absolute values."""
-    if not call.case.kernel.startswith(("linear", "logits", "embed", "add_acc")):
+    if not call.case.kernel.startswith(("linear", "logits", "embed", "add_acc", "fold")):
         return None
     inputs: list[Array | None] = []
     for x, operand in zip(call.inputs, wire.KERNELS[call.case.kernel].operands, strict=True):

@@ -439,6 +439,10 @@ def test_sumsq(kernels: KernelLib, rng: np.random.Generator, n: int, dtype: int)
     out, part = np.full(1, np.nan), np.full(-(-n // 65536), np.nan)
     kernels.call("sumsq", dtype, [out, x, part], [n])
     assert out[0] == pytest.approx(math.fsum(x.astype(np.float64) ** 2), rel=1e-12)
+    parts, joined = np.full(part.size, np.nan), np.full(1, np.nan)
+    kernels.call("sumsq_parts", dtype, [parts, x], [n])
+    kernels.call("sum", dtype, [joined, parts, np.full(parts.size, np.nan)], [parts.size])
+    assert joined[0] == out[0]
 
 
 def test_cast_rounds_to_nearest_even(kernels: KernelLib, rng: np.random.Generator) -> None:
@@ -473,6 +477,10 @@ def test_small_ops(kernels: KernelLib, rng: np.random.Generator) -> None:
     want = dst + src
     kernels.call("add_acc", F64, [dst, src], [37])
     assert np.array_equal(dst, want)
+    before, last = src.copy(), dst[36]
+    kernels.call("fold", F64, [dst, src], [36])
+    assert np.array_equal(dst, np.append(want[:36] + before[:36], last))
+    assert np.array_equal(src, np.append(np.zeros(36), before[36]))
     raw = np.full(40, 7, np.uint8)
     kernels.call("zero", F32, [raw], [37])
     assert list(raw) == [0] * 37 + [7] * 3

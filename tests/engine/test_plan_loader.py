@@ -81,7 +81,16 @@ def test_another_version_is_named(check: Check, good: bytes) -> None:
     data[8:12] = (7).to_bytes(4, "little")
     code, words = check(sealed(data))
     assert code == 78
-    assert "version 7, this engine reads 1" in words
+    assert "version 7, this engine reads 2" in words
+
+
+def test_a_plan_of_version_1_is_refused_with_the_mend(check: Check, good: bytes) -> None:
+    data = bytearray(good)
+    data[8:12] = (1).to_bytes(4, "little")
+    code, words = check(sealed(data))
+    assert code == 78
+    assert "version 1, this engine reads 2" in words
+    assert "compile it again" in words
 
 
 def test_a_missing_file_is_refused(engine: Path, tmp_path: Path) -> None:
@@ -150,7 +159,11 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("config", CONFIG, None, _set(token_bytes=3), "token_bytes is 3"),
     ("config", CONFIG, None, _set(dtype=5), "config dtype is 5, not f32 (1), bf16 (2) or fp8 (7)"),
     ("config", CONFIG, None, _set(dtype=8), "config dtype is 8, outside 1..7"),
-    ("config", CONFIG, None, _set(replicas=2), "config replicas is 2, outside 1..1"),
+    ("config", CONFIG, None, _set(replicas=0), "config replicas is 0, outside 1..65536"),
+    ("config", CONFIG, None, _set(replicas=2), "1 reduction groups and 2 replicas of 2 microbatches"),
+    ("config", CONFIG, None, _set(reduction_groups=4), "4 reduction groups and 1 replicas of 2 microbatches"),
+    ("config", CONFIG, None, _set(reduction_groups=3), "both are powers of two"),
+    ("config", CONFIG, None, _set(reserved0=1), "config: reserved is not zero"),
     ("config", CONFIG, None, _set(beta1=1.0), "beta1 1"),
     ("config", CONFIG, None, _set(lr=float("nan")), "lr nan"),
     ("config", CONFIG, None, _set(positions=3), "3 positions, the table has 2"),
@@ -166,6 +179,11 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("positions", POSITION, None, _set(tokens_offset=1 << 40), "tokens at"),
     ("positions", POSITION, None, _set(slot_bytes=64), "slot_bytes 64, its states take"),
     ("positions", POSITION, None, _set(first_step=1 << 31), "step actions"),
+    ("positions", POSITION, None, _set(first_redo=1 << 31, redos=1), "redo actions"),
+    ("positions", POSITION, None, _set(step_prefix=1000), "a prefix of 1000 of"),
+    ("positions", POSITION, None, _set(step_prefix=1), "an optimistic step, which this engine does not run"),
+    ("states", STATE, None, _set(pieces=0), "in 0 pieces of 1 replicas"),
+    ("states", STATE, None, _set(pieces=2), "in 2 pieces of 1 replicas"),
     ("states", STATE, None, _set(tensor=999), "tensor 999"),
     ("states", STATE, None, _set(tensor=1), "is owned by positions"),
     ("states", STATE, None, _set(master_offset=1 << 50), "passes the arena"),
@@ -175,6 +193,9 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("calls", CALL, None, _set(dtype=3), "dtype 3"),
     ("calls", CALL, lambda c: c.kernel == 9, _ref(0, bytes=4), "its reference holds 4"),
     ("calls", CALL, lambda c: c.kernel == 9, _ref(0, offset=1 << 40), "passes its space"),
+    ("calls", CALL, lambda c: c.kernel == 9, _ref(0, across=1), "a reference across 1 of 1 replicas"),
+    ("calls", CALL, lambda c: c.kernel == 9, _ref(0, space=5), "no space 5"),
+    ("calls", CALL, lambda c: c.kernel == 9, _ref(0, space=wire.SPACE_PIECE, across=1), "across 1 of 1 replicas"),
     ("calls", CALL, lambda c: c.kernel == 9, _ref(2, space=0, offset=0, bytes=0), "operand 2 is missing"),
     ("calls", CALL, lambda c: c.kernel == 9, _dim(2, 1 << 62), "call"),
     ("calls", CALL, lambda c: c.kernel == 9, _dim(15, 1), "unused dim 15"),
@@ -201,9 +222,17 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("actions", ACTION, lambda a: a.kind == wire.A_SEND, _set(channel=99), "channel 99"),
     ("actions", ACTION, lambda a: a.kind == wire.A_SEND, _set(kind=wire.A_RECV), "does not end at position"),
     ("actions", ACTION, lambda a: a.kind == wire.A_COMBINE, _set(kind=wire.A_APPLY), "comes before"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_DECIDE, _set(kind=wire.A_COMBINE), "its block takes"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_DECIDE, _ref_of(offset=64), "of the report at 64, position 0"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_DECIDE, _set(kind=wire.A_MERGE), "kind 9 of the report at"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_SNAPSHOT, _set(kind=wire.A_COUNT), "no kind 12"),
     ("actions", ACTION, lambda a: a.kind == wire.A_APPLY, _ref_of(offset=0), "it applies what is not position 0's"),
     ("channels", CHANNEL, None, _set(to=7), "channel 0"),
     ("channels", CHANNEL, None, _set(bytes=4), "carries 4"),
+    ("channels", CHANNEL, None, _set(kind=10), "kind 10"),
+    ("channels", CHANNEL, None, _set(kind=wire.CH_REDUCE), "kind 7 at position 1 across 0 of 1 replicas"),
+    ("channels", CHANNEL, None, _set(across=1), "across 1"),
+    ("channels", CHANNEL, None, _set(to=1, across=1), "at position 1 across 1 of 1 replicas"),
 ]
 
 

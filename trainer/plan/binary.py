@@ -57,7 +57,7 @@ def to_bytes(
     for position in positions:
         tables["positions"].append(bytes(_position(position, tables, actions, strings)))
     for channel in channels:
-        record = wire.PlanChannel(to=channel.target, kind=channel.kind, bytes=channel.bytes)
+        record = wire.PlanChannel(to=channel.target, kind=channel.kind, across=channel.across, bytes=channel.bytes)
         record.from_ = channel.source
         tables["channels"].append(bytes(record))
     counts = {name: len(records) for name, records in tables.items()}
@@ -156,6 +156,7 @@ def _or32(value: int | None) -> int:
 def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, strings: _Strings) -> wire.PlanPosition:
     record = wire.PlanPosition(
         position=p.position,
+        step_prefix=p.step_prefix,
         arena_bytes=p.arena_bytes,
         act_offset=p.act_offset,
         act_stride=p.act_stride,
@@ -178,6 +179,7 @@ def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, 
             bytes(
                 wire.PlanState(
                     tensor=state.tensor,
+                    pieces=state.pieces,
                     master_offset=state.master,
                     m_offset=_or64(state.m),
                     v_offset=_or64(state.v),
@@ -195,7 +197,7 @@ def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, 
         tables["programs"].append(
             bytes(wire.PlanProgram(first_call=first, calls=len(program.calls), name_offset=offset, name_length=length))
         )
-    for name in ("init", "load", "step"):
+    for name in ("init", "load", "step", "redo"):
         first, count = lists.add(getattr(p, name), p.position, numbers)
         setattr(record, f"first_{name}", first)
         setattr(record, f"{name}s", count)
@@ -204,7 +206,7 @@ def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, 
 
 
 def _ref(ref: Ref | None) -> tuple[int, int, int, int]:
-    return (wire.SPACE_NONE, 0, 0, 0) if ref is None else (ref.space, 0, ref.offset, ref.bytes)
+    return (wire.SPACE_NONE, 0, 0, 0) if ref is None else (ref.space, ref.across, ref.offset, ref.bytes)
 
 
 def _call(call: BoundCall) -> wire.PlanCall:

@@ -290,6 +290,7 @@ class _Lowering:
                 for p in others
             ),
             BoundAction(wire.A_COMBINE, ref=self.mem.reports),
+            BoundAction(wire.A_DECIDE, ref=self.mem.report),
             *(self._send(p, wire.CH_CONTROL, self.mem.control, "-") for p in others),
         ]
 

@@ -18,11 +18,15 @@ from trainer.plan.places import Position, Stage
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Bytes of a position's memory: ``space`` is ``wire.SPACE_*``; the offset counts from the space's start."""
+    """Bytes of a position's memory: ``space`` is ``wire.SPACE_*``; the offset counts from the space's start.
+
+    ``across``: of a PIECE, whose (``wire.SPACE_PIECE``).
+    """
 
     space: int
     offset: int
     bytes: int
+    across: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +131,24 @@ class ActionList(Sequence[BoundAction]):
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A directed edge between positions and kind (``wire.CH_*``). Every message on it has ``bytes`` bytes."""
+    """A directed edge between positions and kind (``wire.CH_*``). Every message on it has ``bytes`` bytes.
+
+    ``across`` k: between replica r and r ^ k, both ways, of one position.
+    """
 
     source: Position
     target: Position
     kind: int
     bytes: int
+    across: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A state tensor at its owner: byte offsets in the arena and in a slot's data. None: not kept (inference)."""
+    """A state tensor at its owner: byte offsets in the arena and in a slot's data. None: not kept (inference).
+
+    ``pieces``: 1, whole in every replica, or as many as there are replicas, each with its own.
+    """
 
     tensor: int
     master: int
@@ -145,6 +156,7 @@ class State:
     v: int | None
     grad: int | None
     slot: int
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,8 @@ class PositionPlan:
     load: Sequence[BoundAction]
     step: Sequence[BoundAction]
     bytes_by_kind: Mapping[str, int]
+    redo: Sequence[BoundAction] = ()
+    step_prefix: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -212,4 +226,5 @@ class Config:
     data_window: int
     dataset_digest: bytes
     what_digest: bytes
+    reduction_groups: int = 1
     numerics_version: int = 1

@@ -296,6 +296,9 @@ _MESSAGE_NAMES = {
     wire.CH_TIED_WEIGHT: "TIED_WEIGHT",
     wire.CH_REPORT: "REPORT",
     wire.CH_CONTROL: "CONTROL",
+    wire.CH_REDUCE: "REDUCE",
+    wire.CH_GATHER: "GATHER",
+    wire.CH_NORMS: "NORMS",
 }
 _OTHER_NAMES = {
     wire.A_DATA: "data",
@@ -303,6 +306,9 @@ _OTHER_NAMES = {
     wire.A_REPORT: "report",
     wire.A_APPLY: "apply",
     wire.A_SNAPSHOT: "snapshot",
+    wire.A_MERGE: "merge",
+    wire.A_DECIDE: "decide",
+    wire.A_CHECK: "check",
 }
 
 

@@ -57,7 +57,7 @@ CUDA_PATHS = ("cuda-exact", "cuda")
 
 # --- plan.h -----------------------------------------------------------------------------------------------
 
-PLAN_MAGIC, PLAN_VERSION = b"HSPLAN\r\n", 1
+PLAN_MAGIC, PLAN_VERSION = b"HSPLAN\r\n", 2
 SECTIONS = (
     "config",
     "strings",
@@ -73,7 +73,8 @@ SECTIONS = (
 MODE_TRAIN, MODE_INFER = 1, 2
 THREADS_COUNTED, THREADS_MAX = 2, 256
 LR_CONSTANT, LR_COSINE, LR_WSD = 1, 2, 3
-SPACE_NONE, SPACE_STATIC, SPACE_ACT, SPACE_MB = 0, 1, 2, 3
+SPACE_NONE, SPACE_STATIC, SPACE_ACT, SPACE_MB, SPACE_PIECE = range(5)
+PIECE_BLOCK = 262144
 (
     A_RUN,
     A_SEND,
@@ -83,7 +84,11 @@ SPACE_NONE, SPACE_STATIC, SPACE_ACT, SPACE_MB = 0, 1, 2, 3
     A_REPORT,
     A_APPLY,
     A_SNAPSHOT,
-) = range(1, 9)
+    A_MERGE,
+    A_DECIDE,
+    A_CHECK,
+    A_COUNT,
+) = range(1, 13)
 (
     CH_FORWARD,
     CH_BACKWARD,
@@ -91,7 +96,10 @@ SPACE_NONE, SPACE_STATIC, SPACE_ACT, SPACE_MB = 0, 1, 2, 3
     CH_TIED_WEIGHT,
     CH_REPORT,
     CH_CONTROL,
-) = range(1, 7)
+    CH_REDUCE,
+    CH_GATHER,
+    CH_NORMS,
+) = range(1, 10)
 NONE32, NONE64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MEMORY_KINDS = ("weights", "moments", "gradients", "activations", "scratch", "slots", "channels", "other")
 
@@ -143,7 +151,9 @@ class PlanConfig(ctypes.LittleEndianStructure):
         ("data_window", u32),
         ("dataset_digest", u8 * 32),
         ("what_digest", u8 * 32),
-        ("reserved", u64 * 6),
+        ("reduction_groups", u32),
+        ("reserved0", u32),
+        ("reserved", u64 * 5),
     ]
 
 
@@ -164,13 +174,13 @@ class PlanShard(ctypes.LittleEndianStructure):
 
 
 class PlanRef(ctypes.LittleEndianStructure):
-    _fields_ = [("space", u32), ("reserved", u32), ("offset", u64), ("bytes", u64)]
+    _fields_ = [("space", u32), ("across", u32), ("offset", u64), ("bytes", u64)]
 
 
 class PlanPosition(ctypes.LittleEndianStructure):
     _fields_ = [
         ("position", u32),
-        ("reserved0", u32),
+        ("step_prefix", u32),
         ("arena_bytes", u64),
         ("act_offset", u64),
         ("act_stride", u64),
@@ -193,6 +203,8 @@ class PlanPosition(ctypes.LittleEndianStructure):
         ("loads", u32),
         ("first_step", u32),
         ("steps", u32),
+        ("first_redo", u32),
+        ("redos", u32),
         ("bytes_by_kind", u64 * 8),
     ]
 
@@ -200,7 +212,7 @@ class PlanPosition(ctypes.LittleEndianStructure):
 class PlanState(ctypes.LittleEndianStructure):
     _fields_ = [
         ("tensor", u32),
-        ("reserved", u32),
+        ("pieces", u32),
         ("master_offset", u64),
         ("m_offset", u64),
         ("v_offset", u64),
@@ -239,7 +251,7 @@ class PlanAction(ctypes.LittleEndianStructure):
 
 
 class PlanChannel(ctypes.LittleEndianStructure):
-    _fields_ = [("from_", u32), ("to", u32), ("kind", u32), ("reserved", u32), ("bytes", u64)]
+    _fields_ = [("from_", u32), ("to", u32), ("kind", u32), ("across", u32), ("bytes", u64)]
 
 
 class StepReport(ctypes.LittleEndianStructure):

@@ -384,4 +384,25 @@ KERNELS: dict[str, Kernel] = {
         "write:wc:dt::n, read:w:acc::n, read:m:acc::n, read:v:acc::n, read:g:acc::n, read:ctl:control",
         each="14 n",
     ),
+    "fold": _kernel(
+        36,
+        "n",
+        "",
+        "update:dst:acc::n, update:src:acc::n",
+        each="n",
+    ),
+    "sumsq_parts": _kernel(
+        37,
+        "n",
+        "",
+        "write:part:f64::BLOCKS n, read:x:acc::n",
+        each="2 n",
+    ),
+    "sum": _kernel(
+        38,
+        "n",
+        "",
+        "write:out:f64, read:part:f64::n, scratch:tree:f64::n",
+        each="n",
+    ),
 }

@@ -68,8 +68,10 @@ def parse(data: bytes) -> PlanFile:
     header = wire.PlanHeader.from_buffer_copy(data)
     if bytes(header.magic) != wire.PLAN_MAGIC:
         raise Unreadable(f"not a plan: it begins with {bytes(header.magic)!r}; compile it again")
-    if header.version < 1:
-        raise Unreadable("the plan has version 0, and there is none; compile it again")
+    if header.version < wire.PLAN_VERSION:
+        raise Unreadable(
+            f"the plan has version {header.version}, this hotstage reads {wire.PLAN_VERSION}; compile it again"
+        )
     mend = "use the hotstage that compiled it, or compile it again with this one"
     check_version("the plan", header.version, wire.PLAN_VERSION, NewerVersion, mend)
     if header.sections != len(wire.SECTIONS) or header.reserved:

@@ -159,7 +159,7 @@ static bool run_plan(const hs_plan *plan) {
     hs_why why = {0};
     hs_device device = {.scratch = scratch, .scratch_bytes = scratch_bytes};
     hs_spaces spaces = {.backend = &here, .device = &device, .arena = base};
-    if (!scratch || hs_link(plan, p, &spaces, &linked, &why) != HS_OK) abort();
+    if (!scratch || hs_link(plan, p, 0, &spaces, &linked, &why) != HS_OK) abort();
     const uint64_t seed = state;
     (void)index_data(plan, base, true);
     uint8_t *done = calloc(plan->count[HS_SECTION_PROGRAMS] + 1, 1);
@@ -255,7 +255,8 @@ static void plant_call(garden *g, const hs_plan_position *p, size_t number) {
         const hs_plan_ref *x = &call->ptr[a];
         const hs_operand *out = &facts->operands[a];
         if (x->space == HS_SPACE_NONE || out->role == HS_ROLE_READ) continue;
-        const bool norm = call->kernel == HS_K_SUMSQ && out->role == HS_ROLE_WRITE;
+        const bool norm =
+            (call->kernel == HS_K_SUMSQ || call->kernel == HS_K_SUM) && out->role == HS_ROLE_WRITE;
         plant_over_places(g, x, p, "call", number, !norm);
         const uint64_t element = hs_operand_alignment(out, call->dtype);
         uint64_t mine = 0;

@@ -97,13 +97,13 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
     return HS_OK;
 }
 
-static void combine(const hs_executor *ex, const uint8_t *reports) {
+static void decide(const hs_executor *ex, const uint8_t *report) {
     const hs_step_policy policy = {.config = ex->plan->config,
                                    .tensors = ex->plan->count[HS_SECTION_TENSORS],
                                    .last_step = last_step(ex),
                                    .slots = ex->snapshot != NULL};
     hs_step_decide(
-        &policy, reports, ex->plan->config->positions,
+        &policy, report,
         (void *)hs_spaces_host(ex->spaces, ex->position->control_offset, sizeof(hs_step_control)));
 }
 
@@ -190,7 +190,15 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
     case HS_A_REPORT:
         return write_report(ex, turn, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_COMBINE:
-        combine(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes));
+        ex->own_report = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
+        hs_step_combine(ex->own_report, ex->plan->config->positions,
+                        ex->plan->count[HS_SECTION_TENSORS]);
+        return HS_OK;
+    case HS_A_MERGE:
+        return hs_step_merge(ex->own_report, hs_spaces_host(ex->spaces, offset, a->ref.bytes),
+                             ex->plan->count[HS_SECTION_TENSORS], why);
+    case HS_A_DECIDE:
+        decide(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes));
         return HS_OK;
     case HS_A_APPLY:
         return apply(ex, turn, offset, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
@@ -218,6 +226,7 @@ hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
     for (int list = 0; list < HS_LISTS && !ex->spaces->backend->unified; list++) {
         hs_hazards_config c = {.plan = ex->plan,
                                .position = ex->position,
+                               .replica = hs_plan_replica_of(ex->plan, ex->rank),
                                .again = list == HS_LIST_STEP,
                                .direct = ex->direct};
         bounds(ex, (hs_list)list, &c.first, &c.count);

@@ -60,6 +60,7 @@ typedef struct hs_executor {
     hs_list last;             /* the list that ran last; HS_LISTS: none */
     int64_t step;             /* steps done; inside a step the number of that step */
     const hs_plan_action *at; /* being run; NULL: none */
+    uint8_t *own_report;      /* position 0: where the last COMBINE left the positions' */
     hs_step_control control;  /* taken by the last APPLY */
 } hs_executor;
 

@@ -126,13 +126,14 @@ static void list_ranges(finder *f) {
     add(f->ranges, n, HS_SPACE_STATIC, p->control_offset, sizeof(hs_step_control));
     for (uint32_t i = 0; i < f->c->count; i++) {
         const hs_plan_action *a = &plan->actions[f->c->first + i];
+        const hs_plan_ref ref = hs_plan_resolve(&a->ref, f->c->replica);
         if (a->kind == HS_A_APPLY || (is_message(a) && stream_of(f, a) >= 0))
-            add(f->ranges, n, a->ref.space, a->ref.offset, a->ref.bytes);
+            add(f->ranges, n, ref.space, ref.offset, ref.bytes);
     }
     merge(f->ranges, n);
     for (uint32_t i = 0; i < p->states; i++) {
         const hs_plan_state *s = &plan->states[p->first_state + i];
-        const uint64_t bytes = 4 * (uint64_t)plan->tensors[s->tensor].elements;
+        const uint64_t bytes = 4 * hs_plan_kept(plan, s);
         add(f->states, &f->state_count, HS_SPACE_STATIC, s->master_offset, bytes);
         add(f->states, &f->state_count, HS_SPACE_STATIC, s->m_offset, bytes);
         add(f->states, &f->state_count, HS_SPACE_STATIC, s->v_offset, bytes);
@@ -166,19 +167,19 @@ static void scan_program(finder *f, uint32_t number) {
         const hs_plan_call *call = &plan->calls[program->first_call + k];
         const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
         for (int o = 0; o < facts->operand_count; o++) {
-            const hs_plan_ref *ref = &call->ptr[o];
-            uint64_t bytes = ref->bytes;
-            if (ref->space == HS_SPACE_NONE) continue;
+            const hs_plan_ref ref = hs_plan_resolve(&call->ptr[o], f->c->replica);
+            uint64_t bytes = ref.bytes;
+            if (ref.space == HS_SPACE_NONE) continue;
             (void)hs_kernel_extent(call->kernel, call->dtype, call->dim, o, &bytes);
-            const uint64_t end = ref->offset + bytes;
+            const uint64_t end = ref.offset + bytes;
             const hs_role role = facts->operands[o].role;
             const uint8_t how =
                 (uint8_t)((role == HS_ROLE_READ || role == HS_ROLE_UPDATE ? READS : 0) |
                           (role != HS_ROLE_READ ? WRITES : 0));
-            uint32_t i = find(f->ranges, f->range_count, ref->space, ref->offset);
-            for (; meets(f->ranges, f->range_count, i, ref->space, end); i++) touched[i] |= how;
-            i = find(f->states, f->state_count, ref->space, ref->offset);
-            if ((how & WRITES) && meets(f->states, f->state_count, i, ref->space, end))
+            uint32_t i = find(f->ranges, f->range_count, ref.space, ref.offset);
+            for (; meets(f->ranges, f->range_count, i, ref.space, end); i++) touched[i] |= how;
+            i = find(f->states, f->state_count, ref.space, ref.offset);
+            if ((how & WRITES) && meets(f->states, f->state_count, i, ref.space, end))
                 f->seen[number] |= 2;
         }
     }
@@ -218,6 +219,7 @@ static void touch_action(finder *f, const hs_plan_action *a, int stream, uint64_
     const hs_plan *plan = f->c->plan;
     const hs_plan_position *p = f->c->position;
     const uint64_t rows = 4 * (uint64_t)hs_plan_rows(plan);
+    const hs_plan_ref ref = hs_plan_resolve(&a->ref, f->c->replica);
     const uint8_t *touched;
     switch (a->kind) {
     case HS_A_RUN:
@@ -240,8 +242,8 @@ static void touch_action(finder *f, const hs_plan_action *a, int stream, uint64_
                   READS, stream, now, needs);
         break;
     default: /* SEND, RECV, APPLY */
-        touch_all(f, a->ref.space, a->ref.offset, a->ref.bytes,
-                  a->ref.space == HS_SPACE_MB ? a->microbatch : a->slot,
+        touch_all(f, ref.space, ref.offset, ref.bytes,
+                  ref.space == HS_SPACE_MB ? a->microbatch : a->slot,
                   a->kind == HS_A_SEND ? READS : WRITES, stream, now, needs);
     }
 }

@@ -48,6 +48,7 @@ typedef struct hs_turn {
 typedef struct hs_hazards_config {
     const hs_plan *plan;
     const hs_plan_position *position;
+    uint32_t replica;
     uint32_t first, count; /* of the plan's actions */
     bool again;            /* the list runs again and again */
     /* by channel: its messages go from device to device, on the stream; NULL: none do, the host

@@ -13,11 +13,12 @@ static list list_of(const hs_plan_position *p, int which) {
     return lists[which];
 }
 
-static uint64_t offset_of(const hs_plan_position *p, const hs_plan_action *a) {
+static uint64_t offset_of(const hs_plan_position *p, uint32_t replica, const hs_plan_action *a) {
+    const hs_plan_ref ref = hs_plan_resolve(&a->ref, replica);
     uint64_t base = 0;
     if (a->ref.space == HS_SPACE_ACT) base = p->act_offset + a->slot * p->act_stride;
     if (a->ref.space == HS_SPACE_MB) base = p->mb_offset + a->microbatch * p->mb_stride;
-    return base + a->ref.offset;
+    return base + ref.offset;
 }
 
 /* The receiver's action that meets a channel's send; `from`: where to look on from, by channel. */
@@ -30,8 +31,8 @@ static const hs_plan_action *meet(const hs_plan *plan, uint32_t channel, list th
     return NULL;
 }
 
-static hs_status find(const hs_plan *plan, const hs_plan_position *p, int which, uint32_t *from,
-                      uint64_t **out, hs_why *why) {
+static hs_status find(const hs_plan *plan, const hs_plan_position *p, uint32_t replica, int which,
+                      uint32_t *from, uint64_t **out, hs_why *why) {
     const list here = list_of(p, which);
     uint64_t *at = *out = malloc(((size_t)here.count + 1) * sizeof *at);
     if (!at) return hs_fail(why, HS_E_MEMORY, "no memory for %" PRIu32 " actions", here.count);
@@ -47,18 +48,18 @@ static hs_status find(const hs_plan *plan, const hs_plan_position *p, int which,
                            "action %" PRIu32 " of position %" PRIu32 " sends on channel %" PRIu32
                            " what position %" PRIu32 " does not receive",
                            i, p->position, a->channel, peer->position);
-        at[i] = offset_of(peer, theirs);
+        at[i] = offset_of(peer, replica ^ plan->channels[a->channel].across, theirs);
     }
     return HS_OK;
 }
 
-hs_status hs_landings_find(const hs_plan *plan, const hs_plan_position *position,
+hs_status hs_landings_find(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
                            hs_landings *landings, hs_why *why) {
     *landings = (hs_landings){.lists = {NULL}};
     uint32_t *from = malloc((plan->count[HS_SECTION_CHANNELS] + 1) * sizeof *from);
     hs_status st = from ? HS_OK : hs_fail(why, HS_E_MEMORY, "no memory for a list of channels");
     for (int which = 0; st == HS_OK && which < 3; which++)
-        st = find(plan, position, which, from, &landings->lists[which], why);
+        st = find(plan, position, replica, which, from, &landings->lists[which], why);
     free(from);
     if (st != HS_OK) hs_landings_free(landings);
     return st;

@@ -1,4 +1,4 @@
-/* Where the messages that a position sends land: the offset in the receiver's arena, for channels
+/* Where the messages that a position of a replica sends land: the offset in the receiver's arena, for channels
  * whose sender's device writes there itself (comm/comm.h, put). Both ends read one plan: the n-th
  * send of a channel in a list meets the n-th receive of it in the same list of the other end. */
 #ifndef HS_RUN_LANDINGS_H
@@ -14,7 +14,7 @@ typedef struct hs_landings {
 } hs_landings;
 
 /* HS_E_MEMORY; HS_E_BUG where ends do not match, which the plan's checks rule out. */
-hs_status hs_landings_find(const hs_plan *plan, const hs_plan_position *position,
+hs_status hs_landings_find(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
                            hs_landings *landings, hs_why *why);
 void hs_landings_free(hs_landings *landings); /* safe on a zeroed one */
 

@@ -5,7 +5,7 @@
 #include <string.h>
 
 typedef struct linked_call {
-    hs_args args;                  /* STATIC operands are addresses, ACT and MB ones NULL */
+    hs_args args; /* STATIC operands and PIECEs are addresses, ACT and MB ones NULL */
     uint64_t offset[HS_CALL_PTRS]; /* of ACT and MB operands in their area */
     uint8_t space[HS_CALL_PTRS];
     uint32_t number; /* in the plan's table, for messages */
@@ -16,6 +16,7 @@ typedef struct linked_call {
 struct hs_linked {
     const hs_plan *plan;
     const hs_plan_position *position;
+    uint32_t replica;
     hs_spaces *spaces;
     uint32_t *first; /* by program: index into calls */
     linked_call *calls;
@@ -38,7 +39,8 @@ static uint64_t area(const hs_linked *linked, uint32_t space, uint32_t slot, uin
 
 uint64_t hs_linked_offset(const hs_linked *linked, const hs_plan_ref *ref, uint32_t slot,
                           uint32_t microbatch) {
-    return area(linked, ref->space, slot, microbatch) + ref->offset;
+    const hs_plan_ref here = hs_plan_resolve(ref, linked->replica);
+    return area(linked, here.space, slot, microbatch) + here.offset;
 }
 
 static void link_call(const hs_linked *linked, uint32_t number, linked_call *out) {
@@ -48,20 +50,20 @@ static void link_call(const hs_linked *linked, uint32_t number, linked_call *out
     memcpy(out->args.real, call->real, sizeof out->args.real);
     out->args.dtype = call->dtype;
     for (int o = 0; o < HS_CALL_PTRS; o++) {
-        const hs_plan_ref *ref = &call->ptr[o];
-        out->space[o] = (uint8_t)ref->space;
-        out->offset[o] = ref->offset;
-        if (ref->space == HS_SPACE_STATIC) out->args.ptr[o] = linked->spaces->arena + ref->offset;
-        out->moves |= ref->space == HS_SPACE_ACT || ref->space == HS_SPACE_MB;
+        const hs_plan_ref ref = hs_plan_resolve(&call->ptr[o], linked->replica);
+        out->space[o] = (uint8_t)ref.space;
+        out->offset[o] = ref.offset;
+        if (ref.space == HS_SPACE_STATIC) out->args.ptr[o] = linked->spaces->arena + ref.offset;
+        out->moves |= ref.space == HS_SPACE_ACT || ref.space == HS_SPACE_MB;
     }
 }
 
 /* Marks the programs that the position's lists run; returns their calls. */
 static size_t count_calls(const hs_plan *plan, const hs_plan_position *p, uint8_t *used) {
-    const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
-    const uint32_t counts[3] = {p->inits, p->loads, p->steps};
+    const uint32_t firsts[4] = {p->first_init, p->first_load, p->first_step, p->first_redo};
+    const uint32_t counts[4] = {p->inits, p->loads, p->steps, p->redos};
     size_t calls = 0;
-    for (int list = 0; list < 3; list++) {
+    for (int list = 0; list < 4; list++) {
         for (uint32_t k = 0; k < counts[list]; k++) {
             const hs_plan_action *a = &plan->actions[firsts[list] + k];
             if (a->kind != HS_A_RUN || used[a->program]) continue;
@@ -119,14 +121,14 @@ static hs_status number_graphs(hs_linked *linked, hs_why *why) {
     return HS_OK;
 }
 
-hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spaces *spaces,
-                  hs_linked **out, hs_why *why) {
+hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
+                  hs_spaces *spaces, hs_linked **out, hs_why *why) {
     *out = NULL;
     const size_t programs = plan->count[HS_SECTION_PROGRAMS];
     uint8_t *used = calloc(programs + 1, 1);
     hs_linked *linked = calloc(1, sizeof *linked);
     if (!used || !linked) goto no_memory;
-    *linked = (hs_linked){.plan = plan, .position = position, .spaces = spaces};
+    *linked = (hs_linked){.plan = plan, .position = position, .replica = replica, .spaces = spaces};
     const size_t calls = linked->count = count_calls(plan, position, used);
     linked->first = calloc(programs + 1, sizeof *linked->first);
     linked->calls = calloc(calls + 1, sizeof *linked->calls);

@@ -1,5 +1,5 @@
 /* From a checked plan to kernels and device addresses: each call of the programs that a position
- * runs, with its STATIC operands resolved once, at start-up. ACT and MB operands get their base added
+ * runs, with its STATIC and PIECE operands resolved once, at start-up. ACT and MB operands get their base added
  * when the call is issued, because they depend on the action's slot and microbatch.
  *
  * The plan has been checked (run/plan.h, I1-I9), so nothing here can point outside the arena. One
@@ -17,9 +17,9 @@ typedef struct hs_linked hs_linked;
 
 enum { HS_LINKED_GRAPHS = 1024, HS_LINKED_GRAPH_CALLS = 1 << 16 };
 
-/* plan, position and spaces must outlive the result. HS_E_MEMORY. */
-hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, hs_spaces *spaces,
-                  hs_linked **out, hs_why *why);
+/* Of a rank of that replica. plan, position and spaces must outlive the result. HS_E_MEMORY. */
+hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
+                  hs_spaces *spaces, hs_linked **out, hs_why *why);
 void hs_linked_destroy(hs_linked *linked); /* NULL is fine */
 
 /* Issues the calls of a RUN action's program in order. A call that fails at once is named in why; others

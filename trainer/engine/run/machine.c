@@ -96,7 +96,8 @@ hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_
     HS_TRY_GOTO(st, failed,
                 hs_spaces_create(c->backend, machine->device, c->plan, c->position, c->arena_fd,
                                  &machine->spaces, why));
-    HS_TRY_GOTO(st, failed, hs_link(c->plan, c->position, &machine->spaces, &machine->linked, why));
+    HS_TRY_GOTO(st, failed,
+                hs_link(c->plan, c->position, c->replica, &machine->spaces, &machine->linked, why));
     return HS_OK;
 
 failed:

@@ -23,6 +23,7 @@ typedef struct hs_machine_config {
     const hs_backend *backend;
     const hs_plan *plan;
     const hs_plan_position *position;
+    uint32_t replica;
     uint32_t kernel_path;
     uint32_t device;  /* index, of the backend's devices on this machine */
     uint32_t threads; /* 0: see hs_machine_threads */

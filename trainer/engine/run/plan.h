@@ -9,23 +9,24 @@
  *      shape
  * I4   act slots and microbatch areas lie in the arena; tokens, targets and losses lie in a
  *      microbatch area and do not overlap
- * I5   every state tensor is owned exactly once; master, m, v, grad lie in STATIC, overlap neither
+ * I5   every state tensor is owned exactly once, whole or in as many pieces as there are replicas; master, m, v, grad lie in STATIC, overlap neither
  *      one another nor the act, microbatch, sumsq, control and logits areas; the slot layout is
  *      dense enough to hold no overlap and slot_bytes is what slot.h says for it
  * I6   every action names a program, channel, slot and microbatch that exist, only where its kind
  *      uses them, and its reference lies in its space; messages have their channel's length; a
  *      channel joins two positions, and its sends at one end are as many as its receives at the
- *      other, in init, load and step apart; a stage's actions are at one position, and a program
- *      runs for one stage and operation
+ *      other, in init, load, step and redo apart; one that joins two replicas is used in exchanges
+ *      alone (wire/plan.h); a stage's actions are at one position, and a program runs for one stage
+ *      and operation
  * I7   every call of a program that a position runs has a kernel, operands that lie in that
  *      position's spaces and hold the bytes that the kernel touches, and aligned to their elements
  * I8   what a kernel uses as an index is data that was checked: token and target operands point
  *      into the microbatch's tokens and targets, and the vocabulary of the call is at least the
  *      plan's; the control block that AdamW reads is the position's
- * I9   reports and control blocks have their room; only position 0 combines
- * I10  the three spaces share no byte. What a call writes overlaps no other operand of it (but
+ * I9   reports and control blocks have their room; only position 0 combines, merges and decides
+ * I10  the spaces share no byte, but PIECE, which names bytes of STATIC. What a call writes overlaps no other operand of it (but
  *      where the kernel may work in place); nothing but DATA writes tokens and targets, nothing but
- *      COMBINE or a control message the control block, nothing but SUMSQ the squared norms; no
+ *      DECIDE or a control message the control block, nothing but SUMSQ and SUM the squared norms; no
  *      report and no message lies over a state tensor
  */
 #ifndef HS_RUN_PLAN_H
@@ -73,6 +74,29 @@ static inline uint32_t hs_plan_replica_of(const hs_plan *plan, uint32_t rank) {
 /* The rank at position 0 of the same replica; the one at position p is p further on. */
 static inline uint32_t hs_plan_first_rank(const hs_plan *plan, uint32_t rank) {
     return rank - hs_plan_position_of(plan, rank);
+}
+
+/* The reference as a replica has it: a PIECE is the STATIC bytes that it means there. */
+static inline hs_plan_ref hs_plan_resolve(const hs_plan_ref *ref, uint32_t replica) {
+    hs_plan_ref here = *ref;
+    if (ref->space != HS_SPACE_PIECE) return here;
+    here.space = HS_SPACE_STATIC;
+    here.offset += (replica ^ ref->across) * ref->bytes;
+    here.across = 0;
+    return here;
+}
+
+/* Elements of a tensor that a replica keeps of it, and of its gradient's buffer: with those that pad
+ * it. `first`: where a replica's begin in the tensor, which may be past its end. */
+static inline uint64_t hs_plan_kept(const hs_plan *plan, const hs_plan_state *state) {
+    const uint64_t elements = (uint64_t)plan->tensors[state->tensor].elements;
+    if (state->pieces == 1) return elements;
+    const uint64_t blocks = (elements + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK;
+    return (blocks + state->pieces - 1) / state->pieces * HS_PIECE_BLOCK;
+}
+static inline uint64_t hs_plan_kept_first(const hs_plan *plan, const hs_plan_state *state,
+                                          uint32_t replica) {
+    return state->pieces == 1 ? 0 : replica * hs_plan_kept(plan, state);
 }
 
 /* Rows of a microbatch, B*T. */

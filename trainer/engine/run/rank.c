@@ -167,6 +167,7 @@ static hs_status open_parts(rank *r, hs_why *why) {
     const hs_machine_config config = {.backend = r->backend,
                                       .plan = &r->plan,
                                       .position = p,
+                                      .replica = hs_plan_replica_of(&r->plan, r->args->rank),
                                       .kernel_path = a->kernel_path,
                                       .device = r->attempt.ranks[r->args->rank].device,
                                       .threads = g->threads,
@@ -247,7 +248,8 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                   .event = HS_EVENT_LINKS,
                                   .fabric = r->args->environment->fabric};
     if (!spaces->backend->unified)
-        HS_TRY(hs_landings_find(&r->plan, r->executor.position, &r->landings, why));
+        HS_TRY(hs_landings_find(&r->plan, r->executor.position,
+                                hs_plan_replica_of(&r->plan, r->args->rank), &r->landings, why));
     const hs_comm_config config = {.attempt = r->attempt.attempt,
                                    .peers = r->attempt.ranks,
                                    .channels = r->plan.channels,

@@ -48,6 +48,8 @@ static uint64_t find_pieces(hs_spaces *s, const hs_plan *plan, const hs_plan_pos
     add_blocks(s, plan, p, HS_A_COMBINE, &total); /* holds position 0's own report */
     add_blocks(s, plan, p, HS_A_REPORT, &total);
     add_blocks(s, plan, p, HS_A_APPLY, &total);
+    add_blocks(s, plan, p, HS_A_MERGE, &total);
+    add_blocks(s, plan, p, HS_A_CHECK, &total);
     return total;
 }
 

@@ -1,5 +1,6 @@
 #include "run/step_math.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <string.h>
 
@@ -49,32 +50,63 @@ bool hs_step_add_losses(const float *losses, const int32_t *targets, int64_t row
     return finite;
 }
 
-void hs_step_decide(const hs_step_policy *policy, const uint8_t *reports, size_t positions,
-                    hs_step_control *control) {
+static double sumsq_of(const uint8_t *report, size_t tensor) {
+    double x;
+    memcpy(&x, report + sizeof(hs_step_report) + 8 * tensor, sizeof x);
+    return x;
+}
+
+static void add_report(hs_step_report *to, const uint8_t *report) {
+    hs_step_report one;
+    memcpy(&one, report, sizeof one);
+    to->loss_sum += one.loss_sum;
+    to->loss_count += one.loss_count;
+    to->stop |= one.stop;
+    to->not_finite |= one.not_finite;
+    to->free_slot &= one.free_slot;
+}
+
+void hs_step_combine(uint8_t *reports, size_t positions, size_t tensors) {
+    const size_t stride = sizeof(hs_step_report) + 8 * tensors;
+    hs_step_report total;
+    memcpy(&total, reports, sizeof total);
+    for (size_t p = 1; p < positions; p++) add_report(&total, reports + p * stride);
+    memcpy(reports, &total, sizeof total);
+    for (size_t t = 0; t < tensors; t++) {
+        double sum = 0.0;
+        for (size_t p = 0; p < positions; p++) sum += sumsq_of(reports + p * stride, t);
+        memcpy(reports + sizeof total + 8 * t, &sum, sizeof sum);
+    }
+}
+
+hs_status hs_step_merge(uint8_t *own, const uint8_t *other, size_t tensors, hs_why *why) {
+    hs_step_report total, theirs;
+    memcpy(&total, own, sizeof total);
+    memcpy(&theirs, other, sizeof theirs);
+    if (total.step != theirs.step) {
+        return hs_fail(why, HS_E_BUG, "a replica reports step %" PRId64 ", this is step %" PRId64,
+                       theirs.step, total.step);
+    }
+    for (size_t t = 0; t < tensors; t++) {
+        const double a = sumsq_of(own, t), b = sumsq_of(other, t);
+        if (a == b || (!is_finite(a) && !is_finite(b))) continue;
+        return hs_fail(why, HS_E_BUG,
+                       "the squared norm of the gradient of tensor %zu is %.17g, another replica "
+                       "has %.17g: one of them computes or communicates wrongly",
+                       t, a, b);
+    }
+    add_report(&total, other);
+    memcpy(own, &total, sizeof total);
+    return HS_OK;
+}
+
+void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step_control *control) {
     const hs_plan_config *config = policy->config;
-    const size_t stride = sizeof(hs_step_report) + 8 * policy->tensors;
-    hs_step_report total = {0};
-    bool all_free = true;
-    for (size_t p = 0; p < positions; p++) {
-        hs_step_report one;
-        memcpy(&one, reports + p * stride, sizeof one);
-        total.step = one.step;
-        total.loss_sum += one.loss_sum;
-        total.loss_count += one.loss_count;
-        total.stop |= one.stop;
-        total.not_finite |= one.not_finite;
-        all_free &= one.free_slot != 0;
-    }
+    hs_step_report total;
+    memcpy(&total, report, sizeof total);
+    const bool all_free = total.free_slot != 0;
     double sumsq = 0.0;
-    for (size_t t = 0; t < policy->tensors; t++) {
-        double of_tensor = 0.0;
-        for (size_t p = 0; p < positions; p++) {
-            double one;
-            memcpy(&one, reports + p * stride + sizeof(hs_step_report) + 8 * t, sizeof one);
-            of_tensor += one;
-        }
-        sumsq += of_tensor;
-    }
+    for (size_t t = 0; t < policy->tensors; t++) sumsq += sumsq_of(report, t);
     const int64_t step = total.step;
     const double norm = sqrt(sumsq);
     const double loss = total.loss_count ? total.loss_sum / (double)total.loss_count : 0.0;

@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core/status.h"
 #include "wire/plan.h"
 
 /* Learning rate of 1-based step s. W = warmup_steps, N = steps, D = decay_steps:
@@ -34,11 +35,19 @@ typedef struct hs_step_policy {
     bool slots;        /* this gang has snapshot slots */
 } hs_step_policy;
 
-/* Position 0's decision from `positions` reports of report_bytes each, in order of position, each
- * followed by its f64 sumsq[tensors]. Norm: the positions' sums of each tensor in order of
- * position, then tensors in the table's order, plain ascending adds. A snapshot is due at multiples
- * of checkpoint_every; the last one of an attempt is taken in any case. */
-void hs_step_decide(const hs_step_policy *policy, const uint8_t *reports, size_t positions,
-                    hs_step_control *control);
+/* Reports are an hs_step_report and its f64 sumsq[tensors], one after the other. COMBINE: those of
+ * the positions 1.. are added to position 0's, the first, in order of position: a tensor's sum of
+ * squares is its owner's, the others' are 0. */
+void hs_step_combine(uint8_t *reports, size_t positions, size_t tensors);
+
+/* MERGE: a replica's combined report is added to `own`. Losses are added, which commutes, so both
+ * ends of an exchange get the same bits; the sums of squares are equal already. HS_E_BUG where the
+ * two are of two steps or their sums of squares differ: then their weights would. */
+hs_status hs_step_merge(uint8_t *own, const uint8_t *other, size_t tensors, hs_why *why);
+
+/* DECIDE, by a report of all positions and replicas. Norm: tensors in the table's order, plain
+ * ascending adds. A snapshot is due at multiples of checkpoint_every; the last one of an attempt is
+ * taken in any case. */
+void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step_control *control);
 
 #endif

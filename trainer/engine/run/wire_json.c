@@ -28,16 +28,16 @@ typedef struct field {
 static const field fields[] = {
     S(hs_plan_section) F(hs_plan_section, offset) F(hs_plan_section, count)
     S(hs_plan_header) F(hs_plan_header, magic) F(hs_plan_header, version) F(hs_plan_header, sections) F(hs_plan_header, file_bytes) F(hs_plan_header, reserved) F(hs_plan_header, digest) F(hs_plan_header, section)
-    S(hs_plan_config) F(hs_plan_config, mode) F(hs_plan_config, numerics_version) F(hs_plan_config, dtype) F(hs_plan_config, positions) F(hs_plan_config, replicas) F(hs_plan_config, microbatches) F(hs_plan_config, microbatch) F(hs_plan_config, sequence) F(hs_plan_config, vocab) F(hs_plan_config, token_bytes) F(hs_plan_config, steps) F(hs_plan_config, seed) F(hs_plan_config, lr) F(hs_plan_config, min_lr) F(hs_plan_config, warmup_steps) F(hs_plan_config, decay_steps) F(hs_plan_config, lr_schedule) F(hs_plan_config, threads) F(hs_plan_config, clip) F(hs_plan_config, beta1) F(hs_plan_config, beta2) F(hs_plan_config, checkpoint_every) F(hs_plan_config, slots) F(hs_plan_config, data_shuffled) F(hs_plan_config, data_samples) F(hs_plan_config, data_block) F(hs_plan_config, data_window) F(hs_plan_config, dataset_digest) F(hs_plan_config, what_digest) F(hs_plan_config, reserved)
+    S(hs_plan_config) F(hs_plan_config, mode) F(hs_plan_config, numerics_version) F(hs_plan_config, dtype) F(hs_plan_config, positions) F(hs_plan_config, replicas) F(hs_plan_config, microbatches) F(hs_plan_config, microbatch) F(hs_plan_config, sequence) F(hs_plan_config, vocab) F(hs_plan_config, token_bytes) F(hs_plan_config, steps) F(hs_plan_config, seed) F(hs_plan_config, lr) F(hs_plan_config, min_lr) F(hs_plan_config, warmup_steps) F(hs_plan_config, decay_steps) F(hs_plan_config, lr_schedule) F(hs_plan_config, threads) F(hs_plan_config, clip) F(hs_plan_config, beta1) F(hs_plan_config, beta2) F(hs_plan_config, checkpoint_every) F(hs_plan_config, slots) F(hs_plan_config, data_shuffled) F(hs_plan_config, data_samples) F(hs_plan_config, data_block) F(hs_plan_config, data_window) F(hs_plan_config, dataset_digest) F(hs_plan_config, what_digest) F(hs_plan_config, reduction_groups) F(hs_plan_config, reserved0) F(hs_plan_config, reserved)
     S(hs_plan_tensor) F(hs_plan_tensor, name_offset) F(hs_plan_tensor, name_length) F(hs_plan_tensor, rank) F(hs_plan_tensor, decay) F(hs_plan_tensor, shape) F(hs_plan_tensor, elements) F(hs_plan_tensor, reserved)
     S(hs_plan_shard) F(hs_plan_shard, tokens) F(hs_plan_shard, first_sample)
-    S(hs_plan_ref) F(hs_plan_ref, space) F(hs_plan_ref, reserved) F(hs_plan_ref, offset) F(hs_plan_ref, bytes)
-    S(hs_plan_position) F(hs_plan_position, position) F(hs_plan_position, reserved0) F(hs_plan_position, arena_bytes) F(hs_plan_position, act_offset) F(hs_plan_position, act_stride) F(hs_plan_position, act_slots) F(hs_plan_position, mb_count) F(hs_plan_position, mb_offset) F(hs_plan_position, mb_stride) F(hs_plan_position, tokens_offset) F(hs_plan_position, targets_offset) F(hs_plan_position, loss_offset) F(hs_plan_position, sumsq_offset) F(hs_plan_position, control_offset) F(hs_plan_position, logits_offset) F(hs_plan_position, slot_bytes) F(hs_plan_position, first_state) F(hs_plan_position, states) F(hs_plan_position, first_init) F(hs_plan_position, inits) F(hs_plan_position, first_load) F(hs_plan_position, loads) F(hs_plan_position, first_step) F(hs_plan_position, steps) F(hs_plan_position, bytes_by_kind)
-    S(hs_plan_state) F(hs_plan_state, tensor) F(hs_plan_state, reserved) F(hs_plan_state, master_offset) F(hs_plan_state, m_offset) F(hs_plan_state, v_offset) F(hs_plan_state, grad_offset) F(hs_plan_state, slot_offset)
+    S(hs_plan_ref) F(hs_plan_ref, space) F(hs_plan_ref, across) F(hs_plan_ref, offset) F(hs_plan_ref, bytes)
+    S(hs_plan_position) F(hs_plan_position, position) F(hs_plan_position, step_prefix) F(hs_plan_position, arena_bytes) F(hs_plan_position, act_offset) F(hs_plan_position, act_stride) F(hs_plan_position, act_slots) F(hs_plan_position, mb_count) F(hs_plan_position, mb_offset) F(hs_plan_position, mb_stride) F(hs_plan_position, tokens_offset) F(hs_plan_position, targets_offset) F(hs_plan_position, loss_offset) F(hs_plan_position, sumsq_offset) F(hs_plan_position, control_offset) F(hs_plan_position, logits_offset) F(hs_plan_position, slot_bytes) F(hs_plan_position, first_state) F(hs_plan_position, states) F(hs_plan_position, first_init) F(hs_plan_position, inits) F(hs_plan_position, first_load) F(hs_plan_position, loads) F(hs_plan_position, first_step) F(hs_plan_position, steps) F(hs_plan_position, first_redo) F(hs_plan_position, redos) F(hs_plan_position, bytes_by_kind)
+    S(hs_plan_state) F(hs_plan_state, tensor) F(hs_plan_state, pieces) F(hs_plan_state, master_offset) F(hs_plan_state, m_offset) F(hs_plan_state, v_offset) F(hs_plan_state, grad_offset) F(hs_plan_state, slot_offset)
     S(hs_plan_program) F(hs_plan_program, first_call) F(hs_plan_program, calls) F(hs_plan_program, name_offset) F(hs_plan_program, name_length)
     S(hs_plan_call) F(hs_plan_call, kernel) F(hs_plan_call, dtype) F(hs_plan_call, layer) F(hs_plan_call, ptr) F(hs_plan_call, dim) F(hs_plan_call, real)
     S(hs_plan_action) F(hs_plan_action, kind) F(hs_plan_action, op) F(hs_plan_action, reserved) F(hs_plan_action, program) F(hs_plan_action, channel) F(hs_plan_action, stage) F(hs_plan_action, microbatch) F(hs_plan_action, slot) F(hs_plan_action, ref)
-    S(hs_plan_channel) F(hs_plan_channel, from) F(hs_plan_channel, to) F(hs_plan_channel, kind) F(hs_plan_channel, reserved) F(hs_plan_channel, bytes)
+    S(hs_plan_channel) F(hs_plan_channel, from) F(hs_plan_channel, to) F(hs_plan_channel, kind) F(hs_plan_channel, across) F(hs_plan_channel, bytes)
     S(hs_step_report) F(hs_step_report, step) F(hs_step_report, loss_sum) F(hs_step_report, loss_count) F(hs_step_report, free_slot) F(hs_step_report, stop) F(hs_step_report, not_finite) F(hs_step_report, position) F(hs_step_report, reserved)
     S(hs_step_control) F(hs_step_control, step) F(hs_step_control, loss) F(hs_step_control, norm) F(hs_step_control, lr) F(hs_step_control, clip_scale) F(hs_step_control, step_size) F(hs_step_control, v_scale) F(hs_step_control, lr_decay) F(hs_step_control, snapshot) F(hs_step_control, stop) F(hs_step_control, not_finite) F(hs_step_control, skipped) F(hs_step_control, reserved)
     S(hs_slot_header) F(hs_slot_header, magic) F(hs_slot_header, version) F(hs_slot_header, position) F(hs_slot_header, state) F(hs_slot_header, hold) F(hs_slot_header, generation) F(hs_slot_header, step) F(hs_slot_header, epoch) F(hs_slot_header, data_offset) F(hs_slot_header, data_bytes) F(hs_slot_header, chunks) F(hs_slot_header, plan_digest) F(hs_slot_header, what_digest) F(hs_slot_header, header_crc) F(hs_slot_header, final) F(hs_slot_header, checksum_kind) F(hs_slot_header, reserved)
@@ -185,6 +185,8 @@ void hs_wire_print(void) {
         N(HS_SPACE_STATIC),
         N(HS_SPACE_ACT),
         N(HS_SPACE_MB),
+        N(HS_SPACE_PIECE),
+        N(HS_PIECE_BLOCK),
         N(HS_A_RUN),
         N(HS_A_SEND),
         N(HS_A_RECV),
@@ -193,12 +195,18 @@ void hs_wire_print(void) {
         N(HS_A_REPORT),
         N(HS_A_APPLY),
         N(HS_A_SNAPSHOT),
+        N(HS_A_MERGE),
+        N(HS_A_DECIDE),
+        N(HS_A_CHECK),
         N(HS_CH_FORWARD),
         N(HS_CH_BACKWARD),
         N(HS_CH_TIED_GRAD),
         N(HS_CH_TIED_WEIGHT),
         N(HS_CH_REPORT),
         N(HS_CH_CONTROL),
+        N(HS_CH_REDUCE),
+        N(HS_CH_GATHER),
+        N(HS_CH_NORMS),
         N(HS_DEVICE_CPU),
         N(HS_DEVICE_CUDA),
         N(HS_SLOT_EMPTY),

@@ -231,14 +231,25 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
     X(35, ADAMW_COPY, adamw_copy, DIMS(n), 1, "", REALS(beta1, beta2, eps, decay),                                    \
       "", NO_GRADIENT, WORK("0", "0", "14 n"),                                                                        \
       WRITE(wc, DT, "", "n", ""), READ(w, ACC, "", "n", ""), READ(m, ACC, "", "n", ""), READ(v, ACC, "", "n", ""),    \
-      READ(g, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))
+      READ(g, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))                                                      \
+    /* dst += src, src = 0 */                                                                                         \
+    X(36, FOLD, fold, DIMS(n), 1, "", NO_REALS,                                                                       \
+      "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
+      UPDATE(dst, ACC, "", "n", ""), UPDATE(src, ACC, "", "n", ""))                                                   \
+    /* sumsq in two: a number a block, and the numbers' sum */                                                        \
+    X(37, SUMSQ_PARTS, sumsq_parts, DIMS(n), 1, "", NO_REALS,                                                         \
+      "", NO_GRADIENT, WORK("0", "0", "2 n"),                                                                         \
+      WRITE(part, F64, "", "BLOCKS n", ""), READ(x, ACC, "", "n", ""))                                                \
+    X(38, SUM, sum, DIMS(n), 1, "", NO_REALS,                                                                         \
+      "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
+      WRITE(out, F64, "", "", ""), READ(part, F64, "", "n", ""), SCRATCH(tree, F64, "", "n", ""))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 36
+    HS_K_COUNT = 39
 };
 
 #endif

@@ -19,7 +19,7 @@
 #include "wire/kernels.h"
 
 #define HS_PLAN_MAGIC "HSPLAN\r\n" /* 8 bytes, no terminator */
-#define HS_PLAN_VERSION 1u
+#define HS_PLAN_VERSION 2u
 
 enum {
     HS_SECTION_CONFIG = 0, /* one hs_plan_config */
@@ -60,7 +60,7 @@ typedef struct hs_plan_config {
     uint32_t numerics_version; /* 1 */
     uint32_t dtype;            /* of activations and weight matrices: HS_F32, HS_BF16 or HS_FP8 */
     uint32_t positions;        /* P, of the pipeline; each is a rank in every replica */
-    uint32_t replicas;         /* D; 1 in this version */
+    uint32_t replicas;         /* D, a power of two */
     uint32_t microbatches;     /* M of a step, in each replica */
     uint32_t microbatch;       /* B, sequences */
     uint32_t sequence;         /* T, tokens */
@@ -83,7 +83,11 @@ typedef struct hs_plan_config {
     uint32_t data_window;      /* blocks a window */
     uint8_t dataset_digest[32];
     uint8_t what_digest[32];   /* of the What half of the spec */
-    uint64_t reserved[6];
+    uint32_t reduction_groups; /* G, a power of two and a multiple of D that divides M*D: the step's microbatches are
+                                * added up in G groups of consecutive ones, the groups in a balanced tree; replica r
+                                * has those from r*G/D on */
+    uint32_t reserved0;        /* 0 */
+    uint64_t reserved[5];
 } hs_plan_config;
 
 typedef struct hs_plan_tensor {
@@ -104,13 +108,16 @@ typedef struct hs_plan_shard {
  *   STATIC  arena + offset
  *   ACT     arena + act_offset + slot * act_stride + offset           (slot: of the action)
  *   MB      arena + mb_offset + microbatch * mb_stride + offset       (microbatch: of the action)
+ *   PIECE   arena + offset + (replica ^ across) * bytes               (replica: of the rank)
  * A position with several stages has one pool of slots, each as large as the largest of them needs.
+ * PIECE is one of D pieces of a buffer, each `bytes` long, all D in the arena: the rank's own (across 0), or
+ * that of the replica which an exchange over `across` is with.
  * Every reference of 64-byte alignment at its start of buffer; sub-buffers may start at any element. */
-enum { HS_SPACE_NONE = 0, HS_SPACE_STATIC = 1, HS_SPACE_ACT = 2, HS_SPACE_MB = 3 };
+enum { HS_SPACE_NONE = 0, HS_SPACE_STATIC = 1, HS_SPACE_ACT = 2, HS_SPACE_MB = 3, HS_SPACE_PIECE = 4 };
 
 typedef struct hs_plan_ref {
     uint32_t space;
-    uint32_t reserved; /* 0 */
+    uint32_t across; /* PIECE: below D; else 0 */
     uint64_t offset;
     uint64_t bytes; /* that may be touched from offset on; inside the space (ACT: inside act_stride) */
 } hs_plan_ref;
@@ -123,10 +130,11 @@ enum { HS_THREADS_COUNTED = 2, HS_THREADS_MAX = 256 };
  *   init   once, on a fresh start, before load: fills master weights (moments are zero: the arena is)
  *   load   once, at every start: what follows from the master weights (compute copies, tables, tied copies)
  *   step   once a step
+ *   redo   after a CHECK that does not agree: what the step before did too early, again
  * Infer mode: load once, then step for each request (tokens in MB 0, logits out). */
 typedef struct hs_plan_position {
     uint32_t position;       /* = its index in this table */
-    uint32_t reserved0;
+    uint32_t step_prefix;    /* so many actions of the step list may run before the step before is checked; 0: none */
     uint64_t arena_bytes;
     uint64_t act_offset, act_stride;
     uint32_t act_slots, mb_count;
@@ -142,16 +150,25 @@ typedef struct hs_plan_position {
     uint32_t first_init, inits;
     uint32_t first_load, loads;
     uint32_t first_step, steps;
+    uint32_t first_redo, redos;
     uint64_t bytes_by_kind[HS_MEMORY_KINDS]; /* weights, moments, gradients, activations, scratch, slots, channels, other: for show */
 } hs_plan_position;
 
-/* A state tensor at its owner. Exactly one position owns each tensor. Offsets are STATIC; f32. */
+/* A state tensor at its owner. Exactly one position owns each tensor. Offsets are STATIC; f32.
+ *
+ * pieces 1: every replica keeps it whole. pieces D, for a tensor of more than HS_PIECE_BLOCK elements: a replica keeps
+ * one piece of it. Of e elements in ceil(e / HS_PIECE_BLOCK) blocks a piece has ceil(blocks / D) blocks, `per` elements;
+ * replica r has [r*per, min((r+1)*per, e)), which may be empty. Memory and slot always hold `per` elements; those that
+ * the tensor does not have are zero. */
+#define HS_PIECE_BLOCK 262144
+
 typedef struct hs_plan_state {
     uint32_t tensor;
-    uint32_t reserved;
-    uint64_t master_offset, m_offset, v_offset;
-    uint64_t grad_offset; /* f32; as summed over microbatches (a tied tensor: over both uses after the exchange) */
-    uint64_t slot_offset; /* in a slot's data: master, then m, then v, each elements*4 bytes rounded up to 64 */
+    uint32_t pieces; /* 1 or D */
+    uint64_t master_offset, m_offset, v_offset; /* `per` elements each (pieces 1: all) */
+    uint64_t grad_offset; /* D*per elements (pieces 1: all), of which the own piece is summed over all replicas'
+                           * microbatches after the exchanges (a tied tensor: over both uses) */
+    uint64_t slot_offset; /* in a slot's data: master, then m, then v, each of as many bytes, rounded up to 64 */
 } hs_plan_state;
 
 typedef struct hs_plan_program {
@@ -173,11 +190,14 @@ enum {
     HS_A_SEND,      /* ref over channel */
     HS_A_RECV,      /* ref over channel */
     HS_A_DATA,      /* fill tokens and targets of every microbatch of this step */
-    HS_A_COMBINE,   /* position 0 only: add the others' reports to its own, decide, write the control block
+    HS_A_COMBINE,   /* position 0 only: add the others' reports to its own
                      * (reports lie at ref, one hs_step_report each, in order of position; own first) */
     HS_A_REPORT,    /* write this position's hs_step_report at ref */
     HS_A_APPLY,     /* take the control block at ref as this step's: learning rate, clip, snapshot, stop */
     HS_A_SNAPSHOT,  /* fill a slot where the control block says so */
+    HS_A_MERGE,     /* position 0 only: add the report at ref, of another replica, to its own */
+    HS_A_DECIDE,    /* position 0 only: write the control block by its report at ref */
+    HS_A_CHECK,     /* take the control block at ref as that of the step before: go on, or redo */
     HS_A_COUNT
 };
 
@@ -193,17 +213,34 @@ typedef struct hs_plan_action {
     hs_plan_ref ref;
 } hs_plan_action;
 
-/* A directed edge and kind. Messages on it are matched in order, one at a time. */
-enum { HS_CH_FORWARD = 1, HS_CH_BACKWARD, HS_CH_TIED_GRAD, HS_CH_TIED_WEIGHT, HS_CH_REPORT, HS_CH_CONTROL };
+/* A directed edge and kind. Messages on it are matched in order, one at a time.
+ *
+ * across 0: both ends are in one replica. across k > 0: from == to, and rank (r, from) talks to rank (r ^ k, from), both
+ * ways, in exchanges: a SEND, directly followed by the RECV of the same channel. Both ends run the same list, so each
+ * exchange meets its like: the two send at once, and neither waits for the other to have taken its message before it
+ * takes the other's (comm/comm.h). */
+enum {
+    HS_CH_FORWARD = 1,
+    HS_CH_BACKWARD,
+    HS_CH_TIED_GRAD,
+    HS_CH_TIED_WEIGHT,
+    HS_CH_REPORT,
+    HS_CH_CONTROL,
+    HS_CH_REDUCE, /* gradients, to be added; across */
+    HS_CH_GATHER, /* weights; across */
+    HS_CH_NORMS,  /* partial sums of squares; across */
+    HS_CH_COUNT
+};
 
 typedef struct hs_plan_channel {
     uint32_t from, to; /* positions */
     uint32_t kind;     /* HS_CH_* */
-    uint32_t reserved;
+    uint32_t across;   /* 0, or below D; REPORT is either, the last three across only, the others 0 only */
     uint64_t bytes;    /* of a message */
 } hs_plan_channel;
 
-/* What a position tells position 0 before the optimizer. Followed at once by f64 sumsq[tensors]. */
+/* What a position tells position 0 before the optimizer, and a replica's position 0 another's. Followed at once by f64
+ * sumsq[tensors]: after COMBINE of all tensors, the same in every replica. */
 typedef struct hs_step_report {
     int64_t step;        /* 1-based number of the step being finished */
     double loss_sum;     /* sum of the losses of every token (last position; else 0), in the fixed order */
@@ -215,7 +252,7 @@ typedef struct hs_step_report {
     uint64_t reserved[3];
 } hs_step_report;
 
-/* What position 0 answers; read by ADAMW. */
+/* What position 0 answers to its replica; read by ADAMW. */
 typedef struct hs_step_control {
     int64_t step;
     double loss;        /* mean over tokens */

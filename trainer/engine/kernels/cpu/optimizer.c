@@ -21,9 +21,25 @@ static void add_acc_op(hs_kernel_ctx *ctx, hs_add_acc_args *a) {
     share_flat(ctx, a->n, add_acc_range, a);
 }
 
+static void fold_range(void *ctx, int64_t begin, int64_t end, int worker) {
+    const hs_fold_args *a = ctx;
+    float *dst = a->dst, *src = a->src;
+    (void)worker;
+    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, a->n);
+    for (int64_t i = begin; i < end; i += LANES) {
+        int64_t left = end - i;
+        v_store_n(dst + i, v_add(v_load_n(dst + i, left), v_load_n(src + i, left)), left);
+        v_store_n(src + i, v_zero(), left);
+    }
+}
+
+static void fold_op(hs_kernel_ctx *ctx, hs_fold_args *a) {
+    share_flat(ctx, a->n, fold_range, a);
+}
+
 /* Blocks are cut among threads whole, so where the cuts lie does not show. */
 static void sumsq_range(void *ctx, int64_t begin, int64_t end, int worker) {
-    const hs_sumsq_args *a = ctx;
+    const hs_sumsq_parts_args *a = ctx;
     const float *x = a->x;
     double *part = a->part;
     (void)worker;
@@ -40,16 +56,29 @@ static void sumsq_range(void *ctx, int64_t begin, int64_t end, int worker) {
     }
 }
 
-static void sumsq_op(hs_kernel_ctx *ctx, hs_sumsq_args *a) {
-    double *part = a->part;
-    int64_t blocks = hs_ceil_div(a->n, HS_SUMSQ_BLOCK);
-    share_rows(ctx, blocks, HS_SUMSQ_BLOCK, sumsq_range, a);
-    /* neighbours join, level by level; an odd one goes up as it is */
-    for (; blocks > 1; blocks = (blocks + 1) / 2) {
-        for (int64_t i = 0; i < blocks / 2; i++) part[i] = part[2 * i] + part[2 * i + 1];
-        if (blocks % 2) part[blocks / 2] = part[blocks - 1];
+static void sumsq_parts_op(hs_kernel_ctx *ctx, hs_sumsq_parts_args *a) {
+    share_rows(ctx, hs_ceil_div(a->n, HS_SUMSQ_BLOCK), HS_SUMSQ_BLOCK, sumsq_range, a);
+}
+
+/* Neighbours join, level by level; an odd one goes up as it is. */
+static double sum_pairs(double *part, int64_t n) {
+    for (; n > 1; n = (n + 1) / 2) {
+        for (int64_t i = 0; i < n / 2; i++) part[i] = part[2 * i] + part[2 * i + 1];
+        if (n % 2) part[n / 2] = part[n - 1];
     }
-    *(double *)a->out = part[0];
+    return part[0];
+}
+
+static void sumsq_op(hs_kernel_ctx *ctx, hs_sumsq_args *a) {
+    hs_sumsq_parts_args parts = {.part = a->part, .x = a->x, .n = a->n, .dtype = a->dtype};
+    sumsq_parts_op(ctx, &parts);
+    *(double *)a->out = sum_pairs(a->part, hs_ceil_div(a->n, HS_SUMSQ_BLOCK));
+}
+
+static void sum_op(hs_kernel_ctx *ctx, hs_sum_args *a) {
+    (void)ctx;
+    memcpy(a->tree, a->part, (size_t)a->n * sizeof(double));
+    *(double *)a->out = sum_pairs(a->tree, a->n);
 }
 
 /* Both of AdamW's: what changes the state, and what only makes the copy that it will leave. */

@@ -21,6 +21,17 @@ __global__ void __launch_bounds__(FLAT)
     store(dst + at, x, n - at, wide);
 }
 
+__global__ void __launch_bounds__(FLAT) fold(float *dst, float *src, int64_t n, bool wide) {
+    const int N = FLAT_F32;
+    const int64_t at = flat_index() * N;
+    if (at >= n) return;
+    lanes<N> x = load<N>(dst + at, n - at, wide);
+    const lanes<N> y = load<N>(src + at, n - at, wide);
+    for (int i = 0; i < N; i++) x.x[i] = x.x[i] + y.x[i];
+    store(dst + at, x, n - at, wide);
+    store(src + at, lanes<N>(), n - at, wide);
+}
+
 /* A block of threads does one of numbers: all of them fetch a stage, 64 bytes each, while 16 of them
  * add the one before, a chain each. */
 enum { SUMSQ_PACKS = 4, SUMSQ_STAGE = SUMSQ_PACKS * FLAT * FLAT_F32 };
@@ -63,21 +74,23 @@ __global__ void __launch_bounds__(FLAT)
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
-/* Neighbours join, level by level, in place; an odd one goes up as it is. One block. */
-__global__ void __launch_bounds__(FLAT) sumsq_join(double *out, double *part, int64_t blocks) {
-    for (; blocks > 1; blocks = (blocks + 1) / 2)
-        for (int64_t base = 0; base < (blocks + 1) / 2; base += FLAT) {
+/* Neighbours join, level by level, of `from` in `tree`, which may be the same; an odd one goes up as
+ * it is. One block. */
+__global__ void __launch_bounds__(FLAT)
+    join_pairs(double *out, const double *from, double *tree, int64_t n) {
+    for (; n > 1; n = (n + 1) / 2, from = tree)
+        for (int64_t base = 0; base < (n + 1) / 2; base += FLAT) {
             const int64_t i = base + threadIdx.x;
             double sum = 0;
-            if (2 * i + 1 < blocks)
-                sum = part[2 * i] + part[2 * i + 1];
-            else if (2 * i < blocks)
-                sum = part[2 * i];
+            if (2 * i + 1 < n)
+                sum = from[2 * i] + from[2 * i + 1];
+            else if (2 * i < n)
+                sum = from[2 * i];
             __syncthreads(); /* all have read what is now written over */
-            if (2 * i < blocks) part[i] = sum;
+            if (2 * i < n) tree[i] = sum;
             __syncthreads(); /* and written what is read next */
         }
-    if (threadIdx.x == 0) *out = part[0];
+    if (threadIdx.x == 0) *out = from[0];
 }
 
 struct adamw_reals {
@@ -157,14 +170,42 @@ template <typename T> static hs_status add_acc_op(cudaStream_t stream, const hs_
 }
 HS_CUDA_OP(add_acc)
 
+template <typename T> static hs_status fold_op(cudaStream_t stream, const hs_fold_args &a) {
+    const int64_t n = a.n;
+    float *dst = static_cast<float *>(a.dst), *src = static_cast<float *>(a.src);
+    return HS_LAUNCH(fold, flat_blocks(hs_ceil_div(n, FLAT_F32)), FLAT, stream, dst, src, n,
+                     wide_at(dst) && wide_at(src));
+}
+HS_CUDA_OP(fold)
+
+static hs_status square(cudaStream_t stream, void *part, const void *from, int64_t n) {
+    const int64_t blocks = hs_ceil_div(n, HS_SUMSQ_BLOCK);
+    const float *x = static_cast<const float *>(from);
+    return HS_LAUNCH(sumsq_parts, (unsigned)blocks, FLAT, stream, static_cast<double *>(part), x, n,
+                     wide_at(x));
+}
+
+static hs_status join(cudaStream_t stream, void *out, const void *from, void *tree, int64_t n) {
+    return HS_LAUNCH(join_pairs, 1, FLAT, stream, static_cast<double *>(out),
+                     static_cast<const double *>(from), static_cast<double *>(tree), n);
+}
+
 template <typename T> static hs_status sumsq_op(cudaStream_t stream, const hs_sumsq_args &a) {
-    const int64_t n = a.n, blocks = hs_ceil_div(n, HS_SUMSQ_BLOCK);
-    double *out = static_cast<double *>(a.out), *part = static_cast<double *>(a.part);
-    const float *x = static_cast<const float *>(a.x);
-    HS_TRY(HS_LAUNCH(sumsq_parts, (unsigned)blocks, FLAT, stream, part, x, n, wide_at(x)));
-    return HS_LAUNCH(sumsq_join, 1, FLAT, stream, out, part, blocks);
+    HS_TRY(square(stream, a.part, a.x, a.n));
+    return join(stream, a.out, a.part, a.part, hs_ceil_div(a.n, HS_SUMSQ_BLOCK));
 }
 HS_CUDA_OP(sumsq)
+
+template <typename T>
+static hs_status sumsq_parts_op(cudaStream_t stream, const hs_sumsq_parts_args &a) {
+    return square(stream, a.part, a.x, a.n);
+}
+HS_CUDA_OP(sumsq_parts)
+
+template <typename T> static hs_status sum_op(cudaStream_t stream, const hs_sum_args &a) {
+    return join(stream, a.out, a.part, a.tree, a.n);
+}
+HS_CUDA_OP(sum)
 
 template <typename T> static hs_status adamw_op(cudaStream_t stream, const hs_adamw_args &a) {
     const int64_t n = a.n, ZERO_G = a.ZERO_G;

@@ -1,5 +1,6 @@
 #include "kernels/optimizer.h"
 
+#include "core/ints.h"
 #include "kernels/ref/ref_internal.h"
 #include "wire/plan.h"
 
@@ -8,19 +9,40 @@ void hs_ref_add_acc(const hs_add_acc_args *a) {
     for (int64_t i = 0; i < a->n; i++) add_to(a->dst, acc, i, load(a->src, acc, i));
 }
 
-void hs_ref_sumsq(const hs_sumsq_args *a) {
-    const int64_t n = a->n;
-    double *part = a->part, total = 0;
+void hs_ref_fold(const hs_fold_args *a) {
+    const uint32_t acc = acc_of(a->dtype);
+    for (int64_t i = 0; i < a->n; i++) {
+        add_to(a->dst, acc, i, load(a->src, acc, i));
+        store(a->src, acc, i, 0);
+    }
+}
+
+static void square(double *part, const void *x, uint32_t acc, int64_t n) {
     for (int64_t first = 0; first < n; first += HS_SUMSQ_BLOCK) {
         double sum = 0;
-        for (int64_t i = first; i < n && i < first + HS_SUMSQ_BLOCK; i++) {
-            double x = load(a->x, acc_of(a->dtype), i);
-            sum += x * x;
-        }
+        for (int64_t i = first; i < n && i < first + HS_SUMSQ_BLOCK; i++)
+            sum += load(x, acc, i) * load(x, acc, i);
         part[first / HS_SUMSQ_BLOCK] = sum;
-        total += sum;
     }
-    *(double *)a->out = total;
+}
+
+static double sum_of(const double *part, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += part[i];
+    return total;
+}
+
+void hs_ref_sumsq(const hs_sumsq_args *a) {
+    square(a->part, a->x, acc_of(a->dtype), a->n);
+    *(double *)a->out = sum_of(a->part, hs_ceil_div(a->n, HS_SUMSQ_BLOCK));
+}
+
+void hs_ref_sumsq_parts(const hs_sumsq_parts_args *a) {
+    square(a->part, a->x, acc_of(a->dtype), a->n);
+}
+
+void hs_ref_sum(const hs_sum_args *a) {
+    *(double *)a->out = sum_of(a->part, a->n);
 }
 
 void hs_ref_adamw(const hs_adamw_args *a) {

@@ -62,7 +62,7 @@ static hs_status check_call(hs_plan_checker *c, const hs_plan_position *p, size_
         const hs_plan_ref *ref = &call->ptr[o];
         const bool used = o < facts->operand_count;
         if (ref->space == HS_SPACE_NONE) {
-            if (ref->offset || ref->bytes || ref->reserved) {
+            if (ref->offset || ref->bytes || ref->across) {
                 return REFUSE(c, "call %zu (%s): absent operand %d is not zero", i, kernel, o);
             }
             if (used && !facts->operands[o].optional) {
@@ -83,7 +83,8 @@ static hs_status check_call(hs_plan_checker *c, const hs_plan_position *p, size_
                           " bytes, its reference holds %" PRIu64,
                           i, kernel, o, bytes, ref->bytes);
         }
-        if (ref->offset % hs_operand_alignment(&facts->operands[o], call->dtype)) {
+        const uint64_t stride = ref->space == HS_SPACE_PIECE ? ref->bytes : 0;
+        if ((ref->offset | stride) % hs_operand_alignment(&facts->operands[o], call->dtype)) {
             return REFUSE(c,
                           "call %zu (%s): operand %d at %" PRIu64 " is not aligned to its elements",
                           i, kernel, o, ref->offset);

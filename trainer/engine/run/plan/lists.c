@@ -23,6 +23,9 @@ static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
             c, "action %zu: a message of %" PRIu64 " bytes, channel %" PRIu32 " carries %" PRIu64,
             i, a->ref.bytes, a->channel, ch->bytes);
     }
+    if (ch->across && ch->kind == HS_CH_REPORT && c->own_report == UINT64_MAX) {
+        return REFUSE(c, "action %zu: replicas exchange reports before theirs are combined", i);
+    }
     (a->kind == HS_A_SEND ? c->sends
                           : c->recvs)[(size_t)a->channel * HS_PLAN_LISTS + (size_t)list]++;
     return HS_OK;
@@ -64,12 +67,53 @@ static hs_status check_block(hs_plan_checker *c, const hs_plan_action *a, size_t
     return HS_OK;
 }
 
+/* I6: each send to another replica is directly followed by the receive that it goes with. */
+static hs_status check_exchange(hs_plan_checker *c, size_t i, const hs_plan_action *before,
+                                const hs_plan_action *a) {
+    const hs_plan_channel *channels = c->plan->channels;
+    const bool open = before && before->kind == HS_A_SEND && channels[before->channel].across;
+    const bool across =
+        a && (a->kind == HS_A_SEND || a->kind == HS_A_RECV) && channels[a->channel].across;
+    const bool closes = across && a->kind == HS_A_RECV;
+    if (open == closes && (!open || before->channel == a->channel)) return HS_OK;
+    return REFUSE(c,
+                  "action %zu: a send to another replica and the receive from it do not follow one "
+                  "another",
+                  i);
+}
+
+/* I9: what position 0 makes of the reports. */
+static hs_status check_decision(hs_plan_checker *c, const hs_plan_position *p,
+                                const hs_plan_action *a, size_t i) {
+    const uint64_t report = hs_plan_report_bytes(c->plan);
+    if (p->position != 0) {
+        return REFUSE(c, "action %zu: position %" PRIu32 " combines, merges or decides, not 0", i,
+                      p->position);
+    }
+    if (p->control_offset == UINT64_MAX) return REFUSE(c, "action %zu: no control block", i);
+    if (a->kind == HS_A_COMBINE) {
+        c->own_report = a->ref.offset;
+        return check_block(c, a, i, report * c->plan->config->positions);
+    }
+    HS_TRY(check_block(c, a, i, report));
+    const bool own =
+        a->ref.offset < c->own_report + report && c->own_report < a->ref.offset + report;
+    if (c->own_report == UINT64_MAX ||
+        (a->kind == HS_A_DECIDE ? a->ref.offset != c->own_report : own)) {
+        return REFUSE(
+            c, "action %zu: kind %u of the report at %" PRIu64 ", position 0 combines at %" PRIu64,
+            i, a->kind, a->ref.offset, c->own_report);
+    }
+    return HS_OK;
+}
+
 /* I6, I9 */
 static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, size_t i, int list) {
     const hs_plan *plan = c->plan;
     const hs_plan_action *a = &plan->actions[i];
     const bool message = a->kind == HS_A_SEND || a->kind == HS_A_RECV;
-    const bool block = a->kind == HS_A_COMBINE || a->kind == HS_A_REPORT || a->kind == HS_A_APPLY;
+    const bool block = a->kind == HS_A_COMBINE || a->kind == HS_A_REPORT || a->kind == HS_A_APPLY ||
+                       a->kind >= HS_A_MERGE;
     if (a->kind == 0 || a->kind >= HS_A_COUNT)
         return REFUSE(c, "action %zu: no kind %u", i, a->kind);
     if (!a->op || !strchr("FIWBO-", a->op)) return REFUSE(c, "action %zu: no op %d", i, a->op);
@@ -100,7 +144,7 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
         uses = a->ref.space == HS_SPACE_ACT  ? HS_PLAN_USES_ACT
                : a->ref.space == HS_SPACE_MB ? HS_PLAN_USES_MB
                                              : 0;
-    } else if (a->ref.space || a->ref.offset || a->ref.bytes || a->ref.reserved) {
+    } else if (a->ref.space || a->ref.offset || a->ref.bytes || a->ref.across) {
         return REFUSE(c, "action %zu: kind %u has no reference", i, a->kind);
     }
     if (a->kind == HS_A_RUN) {
@@ -127,11 +171,11 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
             return REFUSE(c, "action %zu: a report without sumsq", i);
         return check_block(c, a, i, hs_plan_report_bytes(plan));
     case HS_A_COMBINE:
-        if (p->position != 0)
-            return REFUSE(c, "action %zu: position %" PRIu32 " combines, not 0", i, p->position);
-        if (p->control_offset == UINT64_MAX) return REFUSE(c, "action %zu: no control block", i);
-        return check_block(c, a, i, hs_plan_report_bytes(plan) * plan->config->positions);
+    case HS_A_MERGE:
+    case HS_A_DECIDE:
+        return check_decision(c, p, a, i);
     case HS_A_APPLY:
+    case HS_A_CHECK:
         return check_block(c, a, i, sizeof(hs_step_control));
     default: /* DATA, SNAPSHOT */
         return HS_OK;
@@ -142,14 +186,17 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
  * that order. */
 static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
     const hs_plan *plan = c->plan;
-    const uint32_t firsts[HS_PLAN_LISTS] = {p->first_init, p->first_load, p->first_step};
-    const uint32_t counts[HS_PLAN_LISTS] = {p->inits, p->loads, p->steps};
+    const uint32_t firsts[HS_PLAN_LISTS] = {p->first_init, p->first_load, p->first_step,
+                                            p->first_redo};
+    const uint32_t counts[HS_PLAN_LISTS] = {p->inits, p->loads, p->steps, p->redos};
     uint32_t seen[HS_A_COUNT] = {0};
     memset(c->program_uses, 0, plan->count[HS_SECTION_PROGRAMS]);
+    c->own_report = UINT64_MAX;
     for (int list = 0; list < HS_PLAN_LISTS; list++) {
         for (uint32_t k = 0; k < counts[list]; k++) {
             const size_t i = (size_t)firsts[list] + k;
             HS_TRY(check_action(c, p, i, list));
+            HS_TRY(check_exchange(c, i, k ? &plan->actions[i - 1] : NULL, &plan->actions[i]));
             if (list != HS_PLAN_STEP) {
                 HS_TRY(hs_plan_check_action_writes(c, p, i));
                 continue;
@@ -157,22 +204,36 @@ static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
             const uint8_t kind = plan->actions[i].kind;
             seen[kind]++;
             const bool early = (kind == HS_A_COMBINE && !seen[HS_A_REPORT]) ||
+                               (kind == HS_A_MERGE && seen[HS_A_DECIDE]) ||
                                (kind == HS_A_APPLY && !seen[HS_A_REPORT]) ||
-                               (kind == HS_A_APPLY && p->position == 0 && !seen[HS_A_COMBINE]) ||
+                               (kind == HS_A_APPLY && p->position == 0 && !seen[HS_A_DECIDE]) ||
                                (kind == HS_A_SNAPSHOT && !seen[HS_A_APPLY]);
             if (early) return REFUSE(c, "action %zu: kind %u comes before what it needs", i, kind);
             HS_TRY(hs_plan_check_action_writes(c, p, i));
         }
+        if (counts[list]) {
+            const size_t last = (size_t)firsts[list] + counts[list] - 1;
+            HS_TRY(check_exchange(c, last, &plan->actions[last], NULL));
+        }
     }
     if (plan->config->mode != HS_MODE_TRAIN) return HS_OK;
     if (seen[HS_A_REPORT] != 1 || seen[HS_A_APPLY] != 1 || seen[HS_A_SNAPSHOT] != 1 ||
-        seen[HS_A_COMBINE] != (p->position == 0)) {
+        seen[HS_A_COMBINE] != (p->position == 0) || seen[HS_A_DECIDE] != (p->position == 0)) {
         return REFUSE(c,
                       "position %" PRIu32 ": a step has %" PRIu32 " reports, %" PRIu32
-                      " combines, %" PRIu32 " applies and %" PRIu32
-                      " snapshots; one each, combines at position 0 only",
-                      p->position, seen[HS_A_REPORT], seen[HS_A_COMBINE], seen[HS_A_APPLY],
-                      seen[HS_A_SNAPSHOT]);
+                      " combines, %" PRIu32 " decisions, %" PRIu32 " applies and %" PRIu32
+                      " snapshots; one each, combines and decisions at position 0 only",
+                      p->position, seen[HS_A_REPORT], seen[HS_A_COMBINE], seen[HS_A_DECIDE],
+                      seen[HS_A_APPLY], seen[HS_A_SNAPSHOT]);
+    }
+    if (p->position == 0 &&
+        (seen[HS_A_MERGE] > 16 || 1u << seen[HS_A_MERGE] != plan->config->replicas)) {
+        return REFUSE(c, "position 0: %" PRIu32 " reports are merged, of %" PRIu32 " replicas",
+                      seen[HS_A_MERGE], plan->config->replicas);
+    }
+    if (seen[HS_A_CHECK] || p->redos || p->step_prefix) {
+        return REFUSE(c, "position %" PRIu32 ": an optimistic step, which this engine does not run",
+                      p->position);
     }
     if (!seen[HS_A_DATA] && (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX)) {
         return REFUSE(c, "position %" PRIu32 ": it reads tokens and has no data action",
@@ -194,12 +255,22 @@ hs_status hs_plan_check_lists(hs_plan_checker *c) {
     for (size_t i = 0; i < plan->count[HS_SECTION_CHANNELS]; i++) {
         const hs_plan_channel *ch = &plan->channels[i];
         if (ch->from >= plan->config->positions || ch->to >= plan->config->positions ||
-            ch->from == ch->to || ch->kind < HS_CH_FORWARD || ch->kind > HS_CH_CONTROL ||
-            ch->reserved || ch->bytes == 0 || ch->bytes > HS_PLAN_ARENA_MAX) {
+            (ch->from == ch->to) != (ch->across > 0) || ch->kind < HS_CH_FORWARD ||
+            ch->kind >= HS_CH_COUNT || ch->bytes == 0 || ch->bytes > HS_PLAN_ARENA_MAX) {
             return REFUSE(c,
                           "channel %zu: from %" PRIu32 " to %" PRIu32 " of %" PRIu32
-                          ", kind %" PRIu32 ", %" PRIu64 " bytes",
-                          i, ch->from, ch->to, plan->config->positions, ch->kind, ch->bytes);
+                          ", kind %" PRIu32 ", %" PRIu64 " bytes, across %" PRIu32,
+                          i, ch->from, ch->to, plan->config->positions, ch->kind, ch->bytes,
+                          ch->across);
+        }
+        if (ch->across >= plan->config->replicas ||
+            (ch->across ? ch->kind != HS_CH_REPORT && ch->kind < HS_CH_REDUCE
+                        : ch->kind >= HS_CH_REDUCE) ||
+            (ch->across && ch->kind == HS_CH_REPORT && ch->from != 0)) {
+            return REFUSE(c,
+                          "channel %zu: kind %" PRIu32 " at position %" PRIu32 " across %" PRIu32
+                          " of %" PRIu32 " replicas",
+                          i, ch->kind, ch->from, ch->across, plan->config->replicas);
         }
     }
     for (uint32_t p = 0; p < plan->config->positions; p++)
@@ -208,7 +279,7 @@ hs_status hs_plan_check_lists(hs_plan_checker *c) {
         if (c->sends[i] != c->recvs[i]) {
             return REFUSE(c, "channel %zu: %" PRIu64 " sends and %" PRIu64 " receives in one %s",
                           i / HS_PLAN_LISTS, c->sends[i], c->recvs[i],
-                          (const char *const[]){"init", "load", "step"}[i % HS_PLAN_LISTS]);
+                          (const char *const[]){"init", "load", "step", "redo"}[i % HS_PLAN_LISTS]);
         }
     }
     return HS_OK;

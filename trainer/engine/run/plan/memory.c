@@ -52,10 +52,8 @@ static hs_status check_range(hs_plan_checker *c, const hs_plan_position *p, cons
 static hs_status check_position(hs_plan_checker *c, uint32_t index) {
     const hs_plan *plan = c->plan;
     const hs_plan_position *p = &plan->positions[index];
-    if (p->position != index || p->reserved0) {
-        return REFUSE(c, "position %" PRIu32 ": it says %" PRIu32 ", or reserved is not 0", index,
-                      p->position);
-    }
+    if (p->position != index)
+        return REFUSE(c, "position %" PRIu32 ": it says %" PRIu32, index, p->position);
     if (p->arena_bytes < 64 || p->arena_bytes > HS_PLAN_ARENA_MAX) {
         return REFUSE(c,
                       "position %" PRIu32 ": an arena of %" PRIu64 " bytes, outside 64..%" PRIu64,
@@ -106,6 +104,12 @@ static hs_status check_position(hs_plan_checker *c, uint32_t index) {
     HS_TRY(check_range(c, p, "init actions", p->first_init, p->inits, HS_SECTION_ACTIONS));
     HS_TRY(check_range(c, p, "load actions", p->first_load, p->loads, HS_SECTION_ACTIONS));
     HS_TRY(check_range(c, p, "step actions", p->first_step, p->steps, HS_SECTION_ACTIONS));
+    HS_TRY(check_range(c, p, "redo actions", p->first_redo, p->redos, HS_SECTION_ACTIONS));
+    if (p->step_prefix > p->steps) {
+        return REFUSE(c,
+                      "position %" PRIu32 ": a prefix of %" PRIu32 " of %" PRIu32 " step actions",
+                      index, p->step_prefix, p->steps);
+    }
     if (plan->config->mode == HS_MODE_INFER &&
         (p->tokens_offset == UINT64_MAX || p->logits_offset == UINT64_MAX)) {
         return REFUSE(c, "position %" PRIu32 ": inference without tokens or logits", index);
@@ -148,18 +152,27 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
              UINT32_MAX);
     for (uint32_t i = 0; i < p->states; i++) {
         const hs_plan_state *s = &plan->states[p->first_state + i];
-        if (s->tensor >= plan->count[HS_SECTION_TENSORS] || s->reserved) {
-            return REFUSE(c, "state %" PRIu32 ": tensor %" PRIu32 " of %zu, or reserved is not 0",
-                          p->first_state + i, s->tensor, plan->count[HS_SECTION_TENSORS]);
+        if (s->tensor >= plan->count[HS_SECTION_TENSORS]) {
+            return REFUSE(c, "state %" PRIu32 ": tensor %" PRIu32 " of %zu", p->first_state + i,
+                          s->tensor, plan->count[HS_SECTION_TENSORS]);
+        }
+        if (s->pieces != 1 && (s->pieces != plan->config->replicas || s->pieces == 0 ||
+                               plan->tensors[s->tensor].elements <= HS_PIECE_BLOCK)) {
+            return REFUSE(c,
+                          "tensor %" PRIu32 " of %" PRId64 " elements in %" PRIu32
+                          " pieces of %" PRIu32 " replicas; 1, or of more than %d elements as many",
+                          s->tensor, plan->tensors[s->tensor].elements, s->pieces,
+                          plan->config->replicas, HS_PIECE_BLOCK);
         }
         if (owners[s->tensor]) {
             return REFUSE(c, "tensor %" PRIu32 " is owned by positions %" PRIu32 " and %" PRIu32,
                           s->tensor, owners[s->tensor] - 1, p->position);
         }
         owners[s->tensor] = p->position + 1;
-        const uint64_t bytes = (uint64_t)plan->tensors[s->tensor].elements * 4;
+        const uint64_t kept = hs_plan_kept(plan, s) * 4;
         const uint64_t offsets[4] = {s->master_offset, s->m_offset, s->v_offset, s->grad_offset};
         for (int k = 0; k < 4; k++) {
+            const uint64_t bytes = k < 3 ? kept : kept * s->pieces;
             if (!train && k > 0)
                 break; /* inference keeps the masters alone; the others are not looked at */
             if (offsets[k] % 64 || !hs_plan_inside(offsets[k], bytes, p->arena_bytes)) {
@@ -178,7 +191,7 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
                           ", the tensor before ends at %" PRIu64,
                           s->tensor, s->slot_offset, slot_end);
         }
-        slot_end = s->slot_offset + 3 * up64(bytes);
+        slot_end = s->slot_offset + 3 * up64(kept);
     }
     qsort(areas, n, sizeof *areas, compare_areas);
     for (size_t i = 1; i < n; i++) {
@@ -224,6 +237,7 @@ hs_status hs_plan_check_states(hs_plan_checker *c) {
 uint64_t hs_plan_space_bytes(const hs_plan_position *p, uint32_t space) {
     switch (space) {
     case HS_SPACE_STATIC:
+    case HS_SPACE_PIECE:
         return p->arena_bytes;
     case HS_SPACE_ACT:
         return p->act_slots ? p->act_stride : 0;
@@ -236,16 +250,25 @@ uint64_t hs_plan_space_bytes(const hs_plan_position *p, uint32_t space) {
 
 hs_status hs_plan_check_ref(const hs_plan_checker *c, const hs_plan_position *p,
                             const hs_plan_ref *ref, const char *what, size_t i) {
-    if (ref->reserved) return REFUSE(c, "%s %zu: reserved of a reference is not 0", what, i);
-    if (ref->space == HS_SPACE_NONE || ref->space > HS_SPACE_MB) {
+    if (ref->space == HS_SPACE_NONE || ref->space > HS_SPACE_PIECE) {
         return REFUSE(c, "%s %zu: no space %" PRIu32, what, i, ref->space);
     }
+    const uint32_t replicas = ref->space == HS_SPACE_PIECE ? c->plan->config->replicas : 1;
+    if (ref->across >= replicas) {
+        return REFUSE(
+            c, "%s %zu: a reference across %" PRIu32 " of %" PRIu32 " replicas, in space %" PRIu32,
+            what, i, ref->across, replicas, ref->space);
+    }
+    if (ref->bytes > HS_PLAN_ARENA_MAX) {
+        return REFUSE(c, "%s %zu: a reference of %" PRIu64 " bytes", what, i, ref->bytes);
+    }
     const uint64_t limit = hs_plan_space_bytes(p, ref->space);
-    if (!hs_plan_inside(ref->offset, ref->bytes, limit)) {
+    if (!hs_plan_inside(ref->offset, hs_plan_span(c->plan, ref), limit)) {
         return REFUSE(c,
                       "%s %zu at position %" PRIu32 ": reference %" PRIu64 "+%" PRIu64
                       " passes its space (%" PRIu32 ") of %" PRIu64 " bytes",
-                      what, i, p->position, ref->offset, ref->bytes, ref->space, limit);
+                      what, i, p->position, ref->offset, hs_plan_span(c->plan, ref), ref->space,
+                      limit);
     }
     return hs_plan_check_apart(c, p, ref, what, i);
 }
@@ -253,7 +276,7 @@ hs_status hs_plan_check_ref(const hs_plan_checker *c, const hs_plan_position *p,
 uint64_t hs_plan_slot_data_bytes(const hs_plan *plan, const hs_plan_position *position) {
     if (position->states == 0) return 0;
     const hs_plan_state *last = &plan->states[position->first_state + position->states - 1];
-    return last->slot_offset + 3 * up64((uint64_t)plan->tensors[last->tensor].elements * 4);
+    return last->slot_offset + 3 * up64(hs_plan_kept(plan, last) * 4);
 }
 
 uint64_t hs_plan_slot_data_offset(uint64_t data_bytes) {

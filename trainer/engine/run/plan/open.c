@@ -61,8 +61,9 @@ void hs_plan_close(hs_plan *plan) {
 }
 
 void hs_plan_action_name(const hs_plan *plan, const hs_plan_action *a, char text[40]) {
-    static const char *const names[HS_A_COUNT] = {"",        "run",    "SEND",  "RECV",    "data",
-                                                  "combine", "report", "apply", "snapshot"};
+    static const char *const names[HS_A_COUNT] = {"",         "run",     "SEND",   "RECV",
+                                                  "data",     "combine", "report", "apply",
+                                                  "snapshot", "merge",   "decide", "check"};
     char number[12] = "";
     if (a->microbatch != UINT32_MAX)
         (void)snprintf(number, sizeof number, "%" PRIu32, a->microbatch);
@@ -73,8 +74,9 @@ void hs_plan_action_name(const hs_plan *plan, const hs_plan_action *a, char text
         (void)snprintf(text, 40, "%.*s", (int)(p->name_length < 32 ? p->name_length : 32),
                        plan->strings + p->name_offset);
     } else if (a->kind == HS_A_SEND || a->kind == HS_A_RECV) {
-        static const char *const kinds[] = {"?",           "F",      "B",      "TIED_GRAD",
-                                            "TIED_WEIGHT", "REPORT", "CONTROL"};
+        static const char *const kinds[HS_CH_COUNT] = {
+            "?",      "F",       "B",      "TIED_GRAD", "TIED_WEIGHT",
+            "REPORT", "CONTROL", "REDUCE", "GATHER",    "NORMS"};
         const uint32_t kind = plan->channels[a->channel].kind;
         (void)snprintf(text, 40, "%" PRIu32 "%s_%s%s", a->stage, names[a->kind],
                        a->op != '-' && a->op != 'O' ? (const char[]){a->op, 0} : kinds[kind],

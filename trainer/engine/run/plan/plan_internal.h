@@ -24,7 +24,7 @@
 enum { HS_PLAN_STAGES = 65536 }; /* most of a plan */
 
 /* The lists of actions of a position, and what its programs may use beside STATIC. */
-enum { HS_PLAN_INIT, HS_PLAN_LOAD, HS_PLAN_STEP, HS_PLAN_LISTS };
+enum { HS_PLAN_INIT, HS_PLAN_LOAD, HS_PLAN_STEP, HS_PLAN_REDO, HS_PLAN_LISTS };
 enum { HS_PLAN_USES_ACT = 2, HS_PLAN_USES_MB = 4 };
 
 /* Working state of the checks; `why` gets the first failure. */
@@ -37,6 +37,7 @@ typedef struct hs_plan_checker {
     uint64_t *sends, *recvs; /* by channel, HS_PLAN_LISTS of each */
     uint32_t *stage_at;      /* by stage below HS_PLAN_STAGES: 1 + its position; 0: not seen */
     uint32_t *run_for;       /* by program: 1 + 128 stage + op that it runs for; 0: not seen */
+    uint64_t own_report;     /* where the position being checked combines; UINT64_MAX: not yet */
 } hs_plan_checker;
 
 #define REFUSE(c, ...) hs_plan_refuse((c), __VA_ARGS__)
@@ -80,6 +81,10 @@ hs_status hs_plan_check_name(hs_plan_checker *c, const char *what, size_t i, uin
 hs_status hs_plan_check_positions(hs_plan_checker *c);
 /* I5 */
 hs_status hs_plan_check_states(hs_plan_checker *c);
+/* Bytes from the reference's offset on that it means in one replica or another: all of its pieces. */
+static inline uint64_t hs_plan_span(const hs_plan *plan, const hs_plan_ref *ref) {
+    return ref->space == HS_SPACE_PIECE ? ref->bytes * plan->config->replicas : ref->bytes;
+}
 /* Bytes that a reference into a space (HS_SPACE_*) may reach; 0: the position has no such space. */
 uint64_t hs_plan_space_bytes(const hs_plan_position *p, uint32_t space);
 /* That a reference names a space and lies in it (and I10: in no other). `what` and `i` name it. */
@@ -100,7 +105,7 @@ hs_status hs_plan_check_program(hs_plan_checker *c, const hs_plan_position *p, u
 
 /* I4: tokens, targets and losses of a microbatch do not overlap. */
 hs_status hs_plan_check_rows_apart(const hs_plan_checker *c, const hs_plan_position *p);
-/* I10, for a reference that lies in its space: a STATIC one keeps out of the other two spaces. */
+/* I10, for a reference that lies in its space: one of STATIC or PIECE keeps out of ACT and MB. */
 hs_status hs_plan_check_apart(const hs_plan_checker *c, const hs_plan_position *p,
                               const hs_plan_ref *ref, const char *what, size_t i);
 /* I10, for call i, whose operands hold their extents. */

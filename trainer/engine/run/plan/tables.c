@@ -26,7 +26,8 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         {"numerics_version", g->numerics_version, 1, 1},
         {"dtype", g->dtype, HS_F32, HS_FP8},
         {"positions", g->positions, 1, train ? 65536 : 1},
-        {"replicas", g->replicas, 1, 1},
+        {"replicas", g->replicas, 1, train ? 65536 : 1},
+        {"reduction_groups", g->reduction_groups, 1, train ? 65536 : 1},
         {"microbatches", g->microbatches, 1, 1 << 20},
         {"microbatch", g->microbatch, 1, 1 << 20},
         {"sequence", g->sequence, 1, 1 << 24},
@@ -53,6 +54,16 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         return REFUSE(c, "config dtype is %" PRIu32 ", not f32 (%d), bf16 (%d) or fp8 (%d)",
                       g->dtype, HS_F32, HS_BF16, HS_FP8);
     }
+    if ((g->replicas & (g->replicas - 1)) || (g->reduction_groups & (g->reduction_groups - 1)) ||
+        g->reduction_groups < g->replicas ||
+        g->microbatches % (g->reduction_groups / g->replicas)) {
+        return REFUSE(
+            c,
+            "config: %" PRIu32 " reduction groups and %" PRIu32 " replicas of %" PRIu32
+            " microbatches; both are powers of two, and each replica has a whole number of "
+            "groups of a whole number of microbatches",
+            g->reduction_groups, g->replicas, g->microbatches);
+    }
     if (g->token_bytes == 3) return REFUSE(c, "config token_bytes is 3, not 2 or 4");
     if ((int64_t)g->microbatch * g->sequence > INT64_C(1) << 31) {
         return REFUSE(c, "config: %" PRIu32 " x %" PRIu32 " rows a microbatch are more than 2^31",
@@ -75,7 +86,7 @@ hs_status hs_plan_check_config(hs_plan_checker *c) {
         return REFUSE(c, "config: lr %g, min_lr %g, clip %g, beta1 %g or beta2 %g is out of range",
                       g->lr, g->min_lr, g->clip, g->beta1, g->beta2);
     }
-    if (!hs_plan_is_zero((const uint8_t *)g->reserved, sizeof g->reserved)) {
+    if (g->reserved0 || !hs_plan_is_zero((const uint8_t *)g->reserved, sizeof g->reserved)) {
         return REFUSE(c, "config: reserved is not zero");
     }
     uint64_t samples = 0;

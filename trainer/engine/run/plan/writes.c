@@ -1,7 +1,7 @@
 /* I10 of run/plan.h: nothing is written where another part of the engine, or another operand of the
  * same call, counts on what is there. Every write that a plan can order is one of: a kernel's
- * operand (roles in wire/kernels.h), DATA (tokens and targets), COMBINE (the control block), REPORT
- * and RECV (their reference). */
+ * operand (roles in wire/kernels.h), DATA (tokens and targets), COMBINE and MERGE (the combined
+ * report), DECIDE (the control block), REPORT and RECV (their reference). */
 #include <inttypes.h>
 
 #include "kernels/kernels.h"
@@ -16,6 +16,10 @@ typedef struct place {
     const char *name;
     uint64_t offset, bytes;
 } place;
+
+static bool of_arena(const hs_plan_ref *ref) {
+    return ref->space == HS_SPACE_STATIC || ref->space == HS_SPACE_PIECE;
+}
 
 static bool touches(const place *at, uint64_t offset, uint64_t bytes) {
     return at->offset != UINT64_MAX && meet(at->offset, at->bytes, offset, bytes);
@@ -58,16 +62,17 @@ hs_status hs_plan_check_rows_apart(const hs_plan_checker *c, const hs_plan_posit
 
 hs_status hs_plan_check_apart(const hs_plan_checker *c, const hs_plan_position *p,
                               const hs_plan_ref *ref, const char *what, size_t i) {
-    if (ref->space != HS_SPACE_STATIC || ref->bytes == 0) return HS_OK;
+    const uint64_t span = hs_plan_span(c->plan, ref);
+    if (!of_arena(ref) || span == 0) return HS_OK;
     const place areas[2] = {{"activation slots", p->act_offset, p->act_stride * p->act_slots},
                             {"microbatch areas", p->mb_offset, p->mb_stride * p->mb_count}};
     for (int k = 0; k < 2; k++) {
-        if (areas[k].bytes && touches(&areas[k], ref->offset, ref->bytes)) {
+        if (areas[k].bytes && touches(&areas[k], ref->offset, span)) {
             return REFUSE(c,
                           "%s %zu at position %" PRIu32 ": static reference %" PRIu64 "+%" PRIu64
                           " reaches into the %s at %" PRIu64 "+%" PRIu64,
-                          what, i, p->position, ref->offset, ref->bytes, areas[k].name,
-                          areas[k].offset, areas[k].bytes);
+                          what, i, p->position, ref->offset, span, areas[k].name, areas[k].offset,
+                          areas[k].bytes);
         }
     }
     return HS_OK;
@@ -83,9 +88,11 @@ static hs_status check_operand_write(const hs_plan_checker *c, const hs_plan_pos
     HS_TRY(hs_kernel_extent(call->kernel, call->dtype, call->dim, o, &bytes));
     const char *over = NULL;
     if (ref->space == HS_SPACE_MB) over = reaches_index(c->plan, p, ref->offset, bytes);
-    if (ref->space == HS_SPACE_STATIC) {
+    if (ref->space == HS_SPACE_PIECE) bytes = hs_plan_span(c->plan, ref);
+    if (of_arena(ref)) {
         const place control = control_of(p), sumsq = sumsq_of(c->plan, p);
-        const bool norm = call->kernel == HS_K_SUMSQ && facts->operands[o].role == HS_ROLE_WRITE;
+        const bool norm = (call->kernel == HS_K_SUMSQ || call->kernel == HS_K_SUM) &&
+                          facts->operands[o].role == HS_ROLE_WRITE;
         if (touches(&control, ref->offset, bytes)) over = control.name;
         if (!norm && touches(&sumsq, ref->offset, bytes)) over = sumsq.name;
     }
@@ -97,6 +104,24 @@ static hs_status check_operand_write(const hs_plan_checker *c, const hs_plan_pos
                   ref->space, over);
 }
 
+/* Whether two operands of a call share a byte that they must not, in any replica. */
+static bool clash(const hs_plan *plan, const hs_plan_call *call, int a, int b) {
+    const hs_plan_ref *x = &call->ptr[a], *y = &call->ptr[b];
+    if (x->space != HS_SPACE_PIECE && y->space != HS_SPACE_PIECE) {
+        return x->space == y->space &&
+               hs_kernel_clash(call->kernel, call->dtype, call->dim, a, x->offset, b, y->offset);
+    }
+    if (!of_arena(x) || !of_arena(y) ||
+        !meet(x->offset, hs_plan_span(plan, x), y->offset, hs_plan_span(plan, y)))
+        return false;
+    for (uint32_t replica = 0; replica < plan->config->replicas; replica++) {
+        const uint64_t at = hs_plan_resolve(x, replica).offset;
+        const uint64_t other = hs_plan_resolve(y, replica).offset;
+        if (hs_kernel_clash(call->kernel, call->dtype, call->dim, a, at, b, other)) return true;
+    }
+    return false;
+}
+
 hs_status hs_plan_check_call_writes(const hs_plan_checker *c, const hs_plan_position *p, size_t i) {
     const hs_plan_call *call = &c->plan->calls[i];
     const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
@@ -106,10 +131,8 @@ hs_status hs_plan_check_call_writes(const hs_plan_checker *c, const hs_plan_posi
         HS_TRY(check_operand_write(c, p, i, a));
         for (int b = 0; b < facts->operand_count; b++) {
             const hs_plan_ref *y = &call->ptr[b];
-            /* two spaces share no byte (hs_plan_check_apart) */
-            if (b == a || y->space != x->space ||
-                !hs_kernel_clash(call->kernel, call->dtype, call->dim, a, x->offset, b, y->offset))
-                continue;
+            /* else two spaces share no byte (hs_plan_check_apart) */
+            if (b == a || !clash(c->plan, call, a, b)) continue;
             return REFUSE(c,
                           "call %zu (%s) at position %" PRIu32 ": it writes %s at %" PRIu64
                           " of space %" PRIu32 ", over its operand %s at %" PRIu64,
@@ -125,11 +148,11 @@ static const hs_plan_state *reaches_state(const hs_plan *plan, const hs_plan_pos
                                           uint64_t offset, uint64_t bytes) {
     for (uint32_t i = 0; i < p->states; i++) {
         const hs_plan_state *s = &plan->states[p->first_state + i];
-        const uint64_t size = (uint64_t)plan->tensors[s->tensor].elements * 4;
+        const uint64_t kept = hs_plan_kept(plan, s) * 4;
         const uint64_t at[4] = {s->master_offset, s->m_offset, s->v_offset, s->grad_offset};
         for (int k = 0; k < 4; k++) {
             if (k > 0 && plan->config->mode != HS_MODE_TRAIN) break;
-            if (meet(at[k], size, offset, bytes)) return s;
+            if (meet(at[k], k < 3 ? kept : kept * s->pieces, offset, bytes)) return s;
         }
     }
     return NULL;
@@ -139,26 +162,27 @@ hs_status hs_plan_check_action_writes(const hs_plan_checker *c, const hs_plan_po
                                       size_t i) {
     const hs_plan_action *a = &c->plan->actions[i];
     const hs_plan_ref *ref = &a->ref;
-    if (a->kind == HS_A_APPLY && ref->offset != p->control_offset) {
+    if ((a->kind == HS_A_APPLY || a->kind == HS_A_CHECK) && ref->offset != p->control_offset) {
         return REFUSE(c, "action %zu: it applies what is not position %" PRIu32 "'s control block",
                       i, p->position);
     }
     if (a->kind != HS_A_RECV && a->kind != HS_A_REPORT && a->kind != HS_A_COMBINE) return HS_OK;
     const char *over = NULL;
     if (ref->space == HS_SPACE_MB) over = reaches_index(c->plan, p, ref->offset, ref->bytes);
-    if (ref->space == HS_SPACE_STATIC) {
+    const uint64_t span = hs_plan_span(c->plan, ref);
+    if (of_arena(ref)) {
         const place control = control_of(p), sumsq = sumsq_of(c->plan, p);
         const bool order = a->kind == HS_A_RECV &&
                            a->channel < c->plan->count[HS_SECTION_CHANNELS] &&
                            c->plan->channels[a->channel].kind == HS_CH_CONTROL &&
                            ref->offset == control.offset && ref->bytes == control.bytes;
-        if (!order && touches(&control, ref->offset, ref->bytes)) over = control.name;
-        if (touches(&sumsq, ref->offset, ref->bytes)) over = sumsq.name;
-        if (reaches_state(c->plan, p, ref->offset, ref->bytes)) over = "state of a tensor";
+        if (!order && touches(&control, ref->offset, span)) over = control.name;
+        if (touches(&sumsq, ref->offset, span)) over = sumsq.name;
+        if (reaches_state(c->plan, p, ref->offset, span)) over = "state of a tensor";
     }
     if (!over) return HS_OK;
     return REFUSE(c,
                   "action %zu at position %" PRIu32 ": kind %u at %" PRIu64 "+%" PRIu64
                   " of space %" PRIu32 " lies over the %s",
-                  i, p->position, a->kind, ref->offset, ref->bytes, ref->space, over);
+                  i, p->position, a->kind, ref->offset, span, ref->space, over);
 }
