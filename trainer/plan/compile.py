@@ -27,6 +27,7 @@ from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config
 from trainer.plan.rows import Row
+from trainer.plan.schedules import pipeline_for
 from trainer.spec import ModelSpec, RunSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
@@ -46,7 +47,7 @@ def compile_plan(
     Time and memory are in proportion to the actions of the step lists: about 35 bytes an action while the plan is made,
     and 48 in its file.
 
-    ``pipeline``: where the stages are; None: as the schedule's file says, else in turn over the spec's positions.
+    ``pipeline``: where the stages are; None: as the schedule or its file places them.
 
     Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
     """
@@ -84,7 +85,7 @@ def _placed(spec: RunSpec) -> tuple[list[Row], Pipeline]:
     positions = parallel.positions(parallel.stages)
     if parallel.schedule.startswith(schedule_file.PREFIX):
         return schedule_file.load(parallel.schedule, parallel.stages, positions, spec.train.microbatches)
-    return [], Pipeline.in_turn(parallel.stages, positions)
+    return [], pipeline_for(parallel.schedule, parallel.stages, positions)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Schedules as data: what is computed at a position, in which order. Owns the generators.
+"""Schedules as data: what is computed at a position, in which order. Owns the generators, those whose backward has two
+parts in ``zero_bubble.py``.
 
 A schedule is one row of actions a position, which the position's rank of every replica follows. An action is (stage,
 operation, microbatch), and its text is that of PyTorch's pipelining (where a row is called a rank): ``2F0`` is stage
@@ -22,6 +23,7 @@ import numpy as np
 from trainer.errors import PlanError
 from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import RECV_F, B, F, I, Row, Rows, W, columns
+from trainer.plan.zero_bubble import v_half, zb_h1, zb_v
 
 
 def _sizes(stages: int, microbatches: int) -> None:
@@ -109,12 +111,34 @@ def interleaved(positions: int, chunks: int, microbatches: int) -> list[Row]:
 
 
 GENERATORS = {"gpipe": gpipe, "1f1b": one_f_one_b}
-"""By the name that a spec uses. Each gives a position one stage, in the stages' order."""
+"""By the name that a spec uses: a position has one stage, in the stages' order, and does its backward whole."""
+
+ZERO_BUBBLE = {"zb-h1": zb_h1, "zb-v": zb_v, "v-half": v_half}
+"""By the name that a spec uses: the backward has two parts. Those of V take two stages a position, there and back."""
+
+V = ("zb-v", "v-half")
+
+ONE_STAGE = {"1f1b": "interleaved-1f1b", "zb-h1": "zb-v"}
+"""Schedules of one stage a position, each with the one that takes several."""
+
+
+def pipeline_for(name: str, stages: int, positions: int) -> Pipeline:
+    """Where a spec's stages are under a schedule that it names."""
+    return (Pipeline.there_and_back if name in V else Pipeline.in_turn)(stages, positions)
 
 
 def rows_for(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
     """What is computed, by position: the schedule that a spec names, for stages that are where ``pipeline`` says."""
     most = max(map(len, pipeline.chunks))
+    _sizes(pipeline.stages, microbatches)
+    if name in V:
+        if pipeline != Pipeline.there_and_back(2 * pipeline.positions, pipeline.positions):
+            raise PlanError(
+                f"schedule {name}: {pipeline.stages} stages are placed at {pipeline.positions} positions as "
+                f"{list(pipeline.of_stage)}; it takes two at each, there and back: set parallel.chunks = 2 and "
+                f"parallel.stages = {2 * pipeline.positions}"
+            )
+        return ZERO_BUBBLE[name](pipeline.positions, microbatches)
     if name == "interleaved-1f1b":
         if pipeline != Pipeline.in_turn(pipeline.stages, pipeline.positions) or pipeline.stages % pipeline.positions:
             raise PlanError(
@@ -123,11 +147,12 @@ def rows_for(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
                 "of parallel.chunks"
             )
         return interleaved(pipeline.positions, most, microbatches)
-    if name == "1f1b" and most > 1:
+    if name in ONE_STAGE and most > 1:
         raise PlanError(
-            f"schedule 1f1b takes 1 stage a position, parallel.chunks is {most}; take interleaved-1f1b, or chunks = 1"
+            f"schedule {name} takes 1 stage a position, parallel.chunks is {most}; take {ONE_STAGE[name]}, or "
+            "chunks = 1"
         )
-    by_stage = GENERATORS[name](pipeline.stages, microbatches)
+    by_stage = {**GENERATORS, **ZERO_BUBBLE}[name](pipeline.stages, microbatches)
     if most == 1:
         return [by_stage[stage] for (stage,) in pipeline.chunks]
     return [_one_after_another(by_stage, stages, microbatches) for stages in pipeline.chunks]
@@ -181,6 +206,20 @@ def in_flight(rows: Rows) -> list[int]:
             mine = row.take(np.flatnonzero(local == number))
             peak[stage] = _most_held(mine)
     return [peak.get(stage, 0) for stage in range(max(peak, default=-1) + 1)]
+
+
+def held_at_once(rows: Rows) -> list[int]:
+    """At every position, the most activations of a stage and microbatch that it holds at once.
+
+    >>> held_at_once(zb_v(4, 8))
+    [8, 8, 8, 8]
+    """
+    held = []
+    for row in columns(rows):
+        _, local = row.by_stage()
+        each = 1 + int(row.microbatch.max(initial=-1))
+        held.append(_most_held(Row.of_stage(Stage(0), row.op, (local * each + row.microbatch).astype(np.int32))))
+    return held
 
 
 def _most_held(row: Row) -> int:

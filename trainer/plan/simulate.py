@@ -4,12 +4,14 @@ Owns the cost model and the event simulation; ``flops.py`` counts operations. It
 rank: ``from_plan`` makes them from a compiled plan, ``from_rows`` from a bare schedule. The same code times two
 processes and a cluster.
 
-The model of a message: the sender is busy for bytes / bandwidth; the receiver has it a latency after the sender is
-done, and waits from where it asked. With ``rendezvous`` the sender also waits until the receiver asks.
+The model of a message: it starts when what makes it is done, wherever the list has its send;
+the sender is busy for bytes / bandwidth; the receiver has it a latency after the sender is done, and waits from
+where it asked. With ``rendezvous`` the send stays at its place, and the sender also waits until the receiver asks.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
@@ -138,6 +140,8 @@ def simulate(
 ) -> Simulation:
     """Plays the ranks' lists of one step. PlanError where a message has no other end or the ranks block one another."""
     lists = [InstructionList.of(row) for row in rows]
+    if not cost.rendezvous:
+        lists = [sends_at_once(row) for row in lists]
     play = _Play(lists, cost)
     play.run()
     timeline = Timeline(EventList(play.events()), len(lists), title)
@@ -146,6 +150,34 @@ def simulate(
     seconds = timeline.seconds
     mfu = flops / (seconds * peak) if seconds > 0 else 0.0
     return Simulation(timeline, seconds, timeline.bubble, flops, mfu, play.link_bytes())
+
+
+_MAKES = re.compile(r"(\d+)(SEND_)?([FIB])\d*")
+"""The text of what makes a message between stages, and of its send; of I or B, the send is SEND_B."""
+
+
+def sends_at_once(row: InstructionList) -> InstructionList:
+    """The same instructions, each send between stages right behind what makes it; a channel keeps its order."""
+    found = [_MAKES.fullmatch(p.action) for p in row.patterns]
+    if not any(match and match[2] for match in found):
+        return row
+    made = np.array([2 * int(m[1]) + (m[3] != "F") if m else -1 for m in found], np.int64)[row.which]
+    sends = np.flatnonzero(np.array([bool(m and m[2]) for m in found])[row.which])
+    numbers = row.numbers
+    keys = made * (1 + int(numbers.max(initial=0))) + numbers
+    makes = np.flatnonzero(made >= 0)
+    makes = np.setdiff1d(makes, sends, assume_unique=True)
+    behind = np.full(int(keys.max(initial=0)) + 1, -1, np.int64)
+    behind[keys[makes]] = makes
+    place = 2 * np.arange(len(row), dtype=np.int64)
+    early = np.where(behind[keys[sends]] < 0, place[sends], 2 * behind[keys[sends]] + 1)
+    channel = np.array([-1 if p.channel is None else p.channel for p in row.patterns])[row.which[sends]]
+    for name in np.unique(channel):
+        mine = channel == name
+        early[mine] = np.maximum.accumulate(early[mine])
+    place[sends] = early
+    order = np.argsort(place, kind="stable")
+    return InstructionList(row.patterns, row.which[order], row.microbatch[order])
 
 
 _OTHER, _SEND, _RECEIVE, _END = range(4)

@@ -483,8 +483,27 @@ def _cut(
     return best[0]
 
 
+def sends_at_once(row: Sequence[Instruction]) -> list[Instruction]:
+    """Each send between stages right behind what makes it, or behind what lets the one before it on its channel go."""
+    behind: dict[int, list[Instruction]] = {}
+    made = {i.action.replace("I", "B"): place for place, i in enumerate(row) if i.channel is None}
+    last: dict[int, int] = {}
+    stays: list[int] = []
+    for place, i in enumerate(row):
+        maker = made.get(i.action.replace("SEND_", "")) if "SEND_" in i.action and i.channel is not None else None
+        if maker is None:
+            stays.append(place)
+            continue
+        assert i.channel is not None
+        last[i.channel] = max(last.get(i.channel, -1), maker)
+        behind.setdefault(last[i.channel], []).append(i)
+    return [i for place in stays for i in (row[place], *behind.get(place, ()))]
+
+
 def simulate(rows: Sequence[Sequence[Instruction]], cost: CostModel) -> tuple[list[Span], dict[tuple[int, int], int]]:
     """Events by rank and start, and bytes by link."""
+    if not cost.rendezvous:
+        rows = [sends_at_once(row) for row in rows]
     clock = [0.0] * len(rows)
     place = [0] * len(rows)
     events: list[Span] = []
