@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from checkpoint.digest import BLOCK_ELEMENTS, leaf_digests
+from checkpoint.digest import BLOCK_ELEMENTS, blocks, leaf_digests
 from checkpoint.store.base import Data
 
 MAX_CHUNK_BYTES = 64 << 20
@@ -123,6 +123,15 @@ class Piece:
     @property
     def bytes(self) -> int:
         return self.elements * 4
+
+    def cut(self, first: int, end: int) -> Piece:
+        """What of it lies in [first, end) of the tensor. Both are block borders, or the tensor's end."""
+        low, high = max(first, self.first), min(end, self.first + self.elements)
+        if (low, high) == (self.first, self.first + self.elements):
+            return self
+        leaf = (low - self.first) // BLOCK_ELEMENTS
+        leaves = self.leaves[leaf : leaf + blocks(high - low)]
+        return Piece(self.tensor, self.kind, low, high - low, self.chunk, self.offset + 4 * (low - self.first), leaves)
 
 
 def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:

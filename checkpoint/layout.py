@@ -1,4 +1,4 @@
-"""What the checkpoint side needs of a plan file: which position owns which tensor, and where it lies in a slot.
+"""What the checkpoint side needs of a plan file: which rank keeps what of which tensor, and where it lies in a slot.
 
 The plan compiler writes the file (``trainer/engine/wire/plan.h``), the engine runs it, ``trainer/wire/plan.py`` reads
 its sections; here its records are read as hostile input, every index and offset against its table.
@@ -7,16 +7,15 @@ its sections; here its records are read as hostile input, every index and offset
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
 from checkpoint.errors import CheckpointError
 from trainer import wire
 from trainer.wire.plan import parse
 from trainer.wire.unreadable import Unreadable
 
-KINDS = ("param", "exp_avg", "exp_avg_sq")
-"""The three f32 arrays of a tensor's state, in the order in which a slot holds them."""
-
+MAX_REPLICAS = 1 << 16
 _ALIGN = 64
 
 
@@ -35,25 +34,35 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StateSlot:
-    """Where a position keeps one tensor in its slot: byte ``offset`` of the master weights from the data's start."""
+    """Where a rank keeps its piece of a tensor in its slot: elements [first, first + elements), maybe none.
+
+    ``offset``: of the master weights, in bytes from the data's start; each kind has ``room`` elements, zero after the
+    piece. ``saves``: whether it is this rank that stores them; of a whole tensor the first replica's alone does.
+    """
 
     tensor: int
     offset: int
     elements: int
+    room: int
+    first: int = 0
+    saves: bool = True
 
     def kind_offset(self, kind: int) -> int:
         """Byte offset of KINDS[kind] from the start of the slot's data."""
-        return self.offset + kind * round_up(4 * self.elements, _ALIGN)
+        return self.offset + kind * round_up(4 * self.room, _ALIGN)
 
 
 @dataclass(frozen=True)
-class PositionLayout:
-    """A position's part of the state and the size of its slots, in bytes."""
+class RankLayout:
+    """A rank's part of the state and the size of its slots, in bytes: equal at the ranks of one position, but for the
+    pieces of tensors that each replica has.
+    """
 
     position: int
     slot_bytes: int
     data_bytes: int
     states: tuple[StateSlot, ...]
+    replica: int = 0
 
     @property
     def chunks(self) -> int:
@@ -67,6 +76,39 @@ class PositionLayout:
 
 
 @dataclass(frozen=True)
+class PositionLayout:
+    """What the ranks of a position have in common. ``owned``: (tensor, byte offset in a slot, its elements, pieces)."""
+
+    position: int
+    slot_bytes: int
+    data_bytes: int
+    owned: tuple[tuple[int, int, int, int], ...]
+
+    def of(self, replica: int) -> RankLayout:
+        """The part of its rank in this replica."""
+        states = []
+        for tensor, offset, whole, pieces in self.owned:
+            first, elements, room = piece(whole, pieces, replica)
+            states.append(StateSlot(tensor, offset, elements, room, first, elements > 0 and pieces > replica))
+        return RankLayout(self.position, self.slot_bytes, self.data_bytes, tuple(states), replica)
+
+
+def piece(elements: int, pieces: int, replica: int) -> tuple[int, int, int]:
+    """Of a tensor in so many pieces: the first element of this replica's, how many it has, and room for how many.
+
+    Every piece is as many whole blocks of the digest; the last ones may be cut short, or empty (``hs_plan_state``).
+
+    >>> [piece(600_000, 2, r) for r in (0, 1)], piece(600_000, 4, 3)
+    ([(0, 524288, 524288), (524288, 75712, 524288)], (600000, 0, 262144))
+    """
+    if pieces == 1:
+        return 0, elements, elements
+    room = -(-blocks(elements) // pieces) * BLOCK_ELEMENTS
+    first = min(replica * room, elements)
+    return first, min(room, elements - first), room
+
+
+@dataclass(frozen=True)
 class PlanLayout:
     """A plan, as far as checkpoints care. Digests are raw 32 bytes."""
 
@@ -77,12 +119,22 @@ class PlanLayout:
     steps: int
     slots: int
     batch: int
-    """Samples of an optimizer step: microbatches x microbatch."""
+    """Samples of an optimizer step, of all replicas."""
     shards: tuple[int, ...]
     """Tokens of each shard, in order."""
     token_bytes: int
     tensors: tuple[TensorInfo, ...]
     positions: tuple[PositionLayout, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Of the gang."""
+        return len(self.positions) * self.replicas
+
+    def rank(self, rank: int) -> RankLayout:
+        """A rank's part: rank = replica x positions + position."""
+        replica, position = divmod(rank, len(self.positions))
+        return self.positions[position].of(replica)
 
 
 def round_up(value: int, to: int) -> int:
@@ -103,11 +155,14 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
         raise PlanRefused(str(error)) from error
     if digest is not None and file.digest != digest.hex():
         raise PlanRefused(f"the plan has digest {file.digest}, the attempt names {digest.hex()}")
-    states = file.records("states", wire.PlanState)
+    states, replicas = file.records("states", wire.PlanState), c.replicas
+    if not 1 <= replicas <= MAX_REPLICAS:
+        raise PlanRefused(f"the plan has {replicas} replicas, it must have 1 to {MAX_REPLICAS}")
     positions = tuple(
-        _position(number, p, states, tensors) for number, p in enumerate(file.records("positions", wire.PlanPosition))
+        _position(number, p, states, tensors, replicas)
+        for number, p in enumerate(file.records("positions", wire.PlanPosition))
     )
-    owned = [s.tensor for p in positions for s in p.states]
+    owned = [tensor for p in positions for tensor, *_ in p.owned]
     if sorted(owned) != list(range(len(tensors))):
         raise PlanRefused("the plan does not give every tensor exactly one owner")
     if c.positions != len(positions) or not positions:
@@ -116,10 +171,10 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
         digest=bytes.fromhex(file.digest),
         what_digest=bytes(c.what_digest),
         dataset_digest=bytes(c.dataset_digest),
-        replicas=c.replicas,
+        replicas=replicas,
         steps=c.steps,
         slots=c.slots,
-        batch=c.microbatches * c.microbatch,
+        batch=c.microbatches * c.microbatch * replicas,
         shards=tuple(s.tokens for s in file.records("shards", wire.PlanShard)),
         token_bytes=c.token_bytes,
         tensors=tensors,
@@ -137,20 +192,31 @@ def _tensor(t: wire.PlanTensor, name: str) -> TensorInfo:
 
 
 def _position(
-    number: int, p: wire.PlanPosition, states: tuple[wire.PlanState, ...], tensors: tuple[TensorInfo, ...]
+    number: int,
+    p: wire.PlanPosition,
+    states: tuple[wire.PlanState, ...],
+    tensors: tuple[TensorInfo, ...],
+    replicas: int,
 ) -> PositionLayout:
     if p.first_state + p.states > len(states):
         raise PlanRefused(f"position {number} of the plan owns states beyond the table")
-    owned, data_bytes = [], 0
+    owned = []
     for s in states[p.first_state : p.first_state + p.states]:
         if s.tensor >= len(tensors):
             raise PlanRefused(f"position {number} of the plan owns tensor {s.tensor} of {len(tensors)}")
-        slot = StateSlot(s.tensor, s.slot_offset, tensors[s.tensor].elements)
-        data_bytes = max(data_bytes, slot.kind_offset(3))
-        owned.append(slot)
-    layout = PositionLayout(number, p.slot_bytes, data_bytes, tuple(owned))
-    if layout.data_offset + data_bytes > p.slot_bytes:
+        tensor = tensors[s.tensor]
+        if s.pieces not in (1, replicas):
+            raise PlanRefused(
+                f"position {number} of the plan keeps tensor {tensor.name} in {s.pieces} pieces; with {replicas} "
+                "replicas it is whole, or in as many"
+            )
+        owned.append((s.tensor, s.slot_offset, tensor.elements, s.pieces))
+    layout = PositionLayout(number, p.slot_bytes, 0, tuple(owned))
+    needed = max((state.kind_offset(len(KINDS)) for state in layout.of(0).states), default=0)
+    layout = replace(layout, data_bytes=needed)
+    first = layout.of(0)
+    if first.data_offset + needed > p.slot_bytes:
         raise PlanRefused(
-            f"a slot of position {number} has {p.slot_bytes} bytes; its state needs {layout.data_offset + data_bytes}"
+            f"a slot of position {number} has {p.slot_bytes} bytes; its state needs {first.data_offset + needed}"
         )
     return layout

@@ -1,13 +1,14 @@
-"""From a checkpoint in the store into slots, for any layout: a tensor goes to whichever position owns it now.
+"""From a checkpoint in the store into slots, for any layout: a tensor, or a piece of one, goes to who keeps it now.
 
-Only what the given positions own is read, in ranges as large as the chunks allow, several at a time; every block is
-checked against its digest in the manifest before a byte of it counts. Damaged names the object.
+Only what the given ranks keep is read, in ranges as large as the chunks allow, several at a time: once a node, also
+what several of its ranks keep (a whole tensor, in every replica). Every block is checked against its digest in the
+manifest before a byte of it counts. Damaged names the object.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,7 @@ from checkpoint import keys
 from checkpoint.chunks import Piece
 from checkpoint.digest import KINDS, wrong_block
 from checkpoint.errors import CheckpointError, Damaged, NotFound
-from checkpoint.layout import PlanLayout, PositionLayout
+from checkpoint.layout import PlanLayout, RankLayout, StateSlot
 from checkpoint.log import CheckpointInfo
 from checkpoint.manifest import Manifest
 from checkpoint.read import load_manifest
@@ -25,7 +26,9 @@ from checkpoint.store import Store
 log = logging.getLogger(__name__)
 
 GAP_BYTES = 1 << 20
-"""Bytes of a chunk that are read and thrown away rather than asking twice."""
+"""Bytes of a chunk that are read and thrown away rather than asking twice: at most so many at once, and"""
+WASTE = 32
+"""of a read at most one in so many: what lies between is another rank's, who reads it too."""
 
 
 class OtherModel(CheckpointError):
@@ -37,7 +40,7 @@ class OtherModel(CheckpointError):
 class Target(Protocol):
     """A slot, as restore sees it (``agent/slots.py``)."""
 
-    layout: PositionLayout
+    layout: RankLayout
 
     def begin_fill(self) -> memoryview: ...
 
@@ -46,11 +49,10 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """A piece of the manifest and where its bytes go: offset ``at`` of target ``target``'s data."""
+    """Whole blocks of a piece of the manifest and where their bytes go: (target, offset in its data) of each."""
 
     piece: Piece
-    target: int
-    at: int
+    to: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -77,33 +79,42 @@ def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_wh
             raise OtherModel(f"{what} has tensor {tensor.name} as {shape}, the plan as {tensor.shape}: another model")
 
 
-def plan_reads(manifest: Manifest, plan: PlanLayout, positions: Sequence[PositionLayout]) -> list[ChunkRead]:
-    """What to read for these positions (one target each, in order): pure, the largest reads first.
+def plan_reads(manifest: Manifest, plan: PlanLayout, ranks: Sequence[RankLayout]) -> list[ChunkRead]:
+    """What to read for these ranks (one target each, in order): pure, the largest reads first.
 
-    Pieces of one chunk that lie next to each other, or nearly, become one read.
+    Ranges of one chunk that lie next to each other, or nearly, become one read; what several ranks keep is read once.
     """
+    kept: dict[tuple[int, int, int], list[tuple[int, StateSlot]]] = {}
+    for target, rank in enumerate(ranks):
+        for state in rank.states:
+            if state.elements:
+                kept.setdefault((state.tensor, state.first, state.elements), []).append((target, state))
     by_chunk: dict[int, list[Placement]] = {}
-    for target, position in enumerate(positions):
-        for state in position.states:
-            name = plan.tensors[state.tensor].name
-            for kind in range(len(KINDS)):
-                base = state.kind_offset(kind)
-                for piece in manifest.pieces_of(name, kind):
-                    by_chunk.setdefault(piece.chunk, []).append(Placement(piece, target, base + 4 * piece.first))
-    runs: list[ChunkRead] = []
-    for chunk, wanted in by_chunk.items():
-        held: list[Placement] = []
-        first = end = 0
-        for w in sorted(wanted, key=lambda w: w.piece.offset):
-            if held and w.piece.offset > end + GAP_BYTES:
-                runs.append(ChunkRead(chunk, first, end - first, tuple(held)))
-                held = []
-            if not held:
-                first = end = w.piece.offset
-            held.append(w)
-            end = max(end, w.piece.offset + w.piece.bytes)
-        runs.append(ChunkRead(chunk, first, end - first, tuple(held)))
-    return sorted(runs, key=lambda run: -run.length)
+    for (tensor, first, elements), places in kept.items():
+        for kind in range(len(KINDS)):
+            for whole in manifest.pieces_of(plan.tensors[tensor].name, kind, first, elements):
+                piece = whole.cut(first, first + elements)
+                to = tuple((target, state.kind_offset(kind) + 4 * (piece.first - first)) for target, state in places)
+                by_chunk.setdefault(piece.chunk, []).append(Placement(piece, to))
+    reads = [read for chunk, wanted in by_chunk.items() for read in _joined(chunk, wanted)]
+    return sorted(reads, key=lambda read: -read.length)
+
+
+def _joined(chunk: int, wanted: Sequence[Placement]) -> Iterator[ChunkRead]:
+    """The ranges of one chunk as few reads."""
+    held: list[Placement] = []
+    first = end = waste = 0
+    for w in sorted(wanted, key=lambda w: w.piece.offset):
+        gap = w.piece.offset - end
+        if held and (gap > GAP_BYTES or (waste + gap) * WASTE > end - first - waste):
+            yield ChunkRead(chunk, first, end - first, tuple(held))
+            held = []
+        if not held:
+            first, waste, gap = w.piece.offset, 0, 0
+        held.append(w)
+        waste += gap
+        end = w.piece.offset + w.piece.bytes
+    yield ChunkRead(chunk, first, end - first, tuple(held))
 
 
 def restore_slots(
@@ -166,4 +177,5 @@ def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[mem
                 f"chunk {key}: {KINDS[piece.kind]} of tensor {name}, elements from {piece.first + at // 4} on, "
                 "is not what was saved"
             )
-        views[wanted.target][wanted.at : wanted.at + piece.bytes] = own
+        for target, offset in wanted.to:
+            views[target][offset : offset + piece.bytes] = own

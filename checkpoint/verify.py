@@ -28,7 +28,7 @@ from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState,
 from checkpoint.manifest import Manifest, merge
 from checkpoint.read import load_manifest
 from checkpoint.store.base import Store
-from trainer.wire.plan import parse
+from trainer.wire.plan import checked_digest
 from trainer.wire.unreadable import NewerVersion, Unreadable
 
 logger = logging.getLogger(__name__)
@@ -162,9 +162,9 @@ def _spec_and_plans(store: Store, run: str, state: RunState, tally: _Tally) -> N
 
 
 def is_plan(data: bytes, digest: str) -> bool:
-    """Whether these are a plan file's bytes with this digest. OtherVersion where a newer hotstage wrote them."""
+    """Whether these are a plan file's bytes with this digest, also of an older version; OtherVersion of a newer one."""
     try:
-        return parse(data).digest == digest
+        return checked_digest(data) == digest
     except NewerVersion as error:
         raise OtherVersion(str(error)) from error
     except Unreadable:

@@ -22,7 +22,7 @@ from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.commit import Committer
 from checkpoint.agent.events import Work
 from checkpoint.agent.fetch import room_words
-from checkpoint.agent.gang import CannotStart, Gang, Options, positions
+from checkpoint.agent.gang import CannotStart, Gang, Options, layouts
 from checkpoint.agent.kernel_log import first_xid, kernel_lines, xids
 from checkpoint.agent.link import Link, Peer
 from checkpoint.agent.meet import claim, meet
@@ -189,7 +189,7 @@ class Actions:
         except CannotStart as error:
             return ev.Recalled(gang.epoch, True, over, ranks, (error.code, str(error)))
         self._preparer.layouts[gang.attempt.plan] = layout, path
-        table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
+        table = SlotTable(layouts(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
         self._has = Provisions(layout, path, table)
         return ev.Recalled(gang.epoch, True, over, ranks, devices=found_devices(work, gang.epoch, gang.local))
 

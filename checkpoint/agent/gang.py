@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.claims import Place
-from checkpoint.layout import PlanLayout, PositionLayout
+from checkpoint.layout import PlanLayout, RankLayout
 from checkpoint.log import AttemptInfo
 
 DEFAULTS: Mapping[str, Any] = {
@@ -86,6 +86,6 @@ class CannotStart(Exception):
         self.code = code
 
 
-def positions(layout: PlanLayout, ranks: range) -> dict[int, PositionLayout]:
+def layouts(layout: PlanLayout, ranks: range) -> dict[int, RankLayout]:
     """The layout of each of these ranks."""
-    return {rank: layout.positions[rank % len(layout.positions)] for rank in ranks}
+    return {rank: layout.rank(rank) for rank in ranks}

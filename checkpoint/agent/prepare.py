@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.agent.fetch import fetch_data, fetch_plan, room_words
-from checkpoint.agent.gang import CannotStart, Gang, Options, positions
+from checkpoint.agent.gang import CannotStart, Gang, Options, layouts
 from checkpoint.agent.slots import SlotTable
 from checkpoint.errors import CheckpointError
 from checkpoint.layout import PlanLayout, PlanRefused
@@ -69,18 +69,18 @@ class Preparer:
         if attempt.plan not in self.layouts:
             self.layouts[attempt.plan] = fetch_plan(self._store, options.run, attempt.plan, options.work)
         layout, plan_path = self.layouts[attempt.plan]
-        if attempt.ranks != len(layout.positions) * layout.replicas or attempt.ranks % attempt.nodes:
+        if attempt.ranks != layout.ranks or attempt.ranks % attempt.nodes:
             raise CannotStart(
                 78,
                 f"the attempt has {attempt.ranks} ranks on {attempt.nodes} nodes, its plan is for "
-                f"{len(layout.positions) * layout.replicas}; the driver must write another attempt",
+                f"{layout.ranks}; the driver must write another attempt",
             )
         go_on()
         data_dir = fetch_data(self._store, layout, options.work / "data")
         go_on()
         with contextlib.ExitStack() as failed:
             if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
-                table = SlotTable(positions(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
+                table = SlotTable(layouts(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
                 failed.callback(table.close)  # nobody else has it: its memory would stay until the agent ends
             for rank in gang.local:
                 table.create(rank)

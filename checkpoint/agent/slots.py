@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from trainer import wire
 
-from ..layout import PositionLayout
+from ..layout import RankLayout
 
 _HEADER_CRC_FIRST, _HEADER_CRC_END = 24, 136
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
@@ -113,7 +113,7 @@ class Slot:
     the slot cannot be made.
     """
 
-    def __init__(self, fd: int, layout: PositionLayout) -> None:
+    def __init__(self, fd: int, layout: RankLayout) -> None:
         self.fd, self.layout = fd, layout
         self._closing = threading.Lock()  # prefault runs in a thread of its own
         try:
@@ -133,7 +133,7 @@ class Slot:
         self._header = wire.SlotHeader.from_buffer(self._map)
 
     @classmethod
-    def create(cls, layout: PositionLayout, plan_digest: bytes, what_digest: bytes) -> Slot:
+    def create(cls, layout: RankLayout, plan_digest: bytes, what_digest: bytes) -> Slot:
         """A new, empty slot. Its pages are not there yet: see `prefault`."""
         fd = os.memfd_create(f"hotstage-slot-{layout.position}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -145,13 +145,13 @@ class Slot:
         slot = cls(fd, layout)
         h = slot._header
         h.magic[:] = wire.SLOT_MAGIC
-        h.version, h.position = wire.SLOT_VERSION, layout.position
+        h.version, h.position, h.replica = wire.SLOT_VERSION, layout.position, layout.replica
         h.data_offset, h.data_bytes, h.chunks = layout.data_offset, layout.data_bytes, layout.chunks
         h.plan_digest[:], h.what_digest[:] = plan_digest, what_digest
         return slot
 
     @classmethod
-    def adopt(cls, fd: int, layout: PositionLayout, plan_digest: bytes) -> Slot:
+    def adopt(cls, fd: int, layout: RankLayout, plan_digest: bytes) -> Slot:
         """A slot that a rank hands back to a restarted agent. Raises SlotChanged where it is not this plan's."""
         try:
             if fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS != _SEALS:
@@ -164,7 +164,10 @@ class Slot:
         slot = cls(fd, layout)
         if not slot._fits(plan_digest):
             slot.close()
-            raise SlotChanged(f"a slot handed back for position {layout.position} is of another plan or position")
+            raise SlotChanged(
+                f"a slot handed back for position {layout.position} of replica {layout.replica} is of another plan, "
+                "position or replica"
+            )
         slot.release()
         return slot
 
@@ -173,7 +176,7 @@ class Slot:
         return (
             bytes(h.magic) == wire.SLOT_MAGIC
             and h.version == wire.SLOT_VERSION
-            and h.position == layout.position
+            and (h.position, h.replica) == (layout.position, layout.replica)
             and bytes(h.plan_digest) == plan_digest
             and (h.data_offset, h.data_bytes, h.chunks) == (layout.data_offset, layout.data_bytes, layout.chunks)
         )
@@ -286,7 +289,7 @@ def _prefix(chunk: memoryview) -> int:
 class SlotTable:
     """The slots of a node's ranks for one plan: ``slots[rank][index]``."""
 
-    def __init__(self, layouts: dict[int, PositionLayout], plan_digest: bytes, what_digest: bytes, count: int) -> None:
+    def __init__(self, layouts: dict[int, RankLayout], plan_digest: bytes, what_digest: bytes, count: int) -> None:
         self.layouts, self.plan_digest, self.what_digest, self.count = layouts, plan_digest, what_digest, count
         self.slots: dict[int, list[Slot]] = {}
 

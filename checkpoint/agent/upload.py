@@ -28,7 +28,7 @@ from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
 from checkpoint.chunks import Chunk, ChunkPlan, Piece, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.digest import KINDS
 from checkpoint.errors import Damaged, NotFound, StoreError
-from checkpoint.layout import PlanLayout, PositionLayout
+from checkpoint.layout import PlanLayout, RankLayout
 from checkpoint.manifest import PartManifest
 from checkpoint.pages import TooLarge
 from checkpoint.store import Store
@@ -59,14 +59,12 @@ class Abandoned(Exception):
     """This upload is not wanted any more."""
 
 
-def segments(position: PositionLayout) -> list[Segment]:
-    """Where each tensor and kind lies in the data of this position's slots.
-
-    A tensor has one owner, so every segment is a whole tensor.
-    """
+def segments(layout: RankLayout) -> list[Segment]:
+    """Where each tensor and kind that this rank stores, or its piece of it, lies in the data of its slots."""
     return [
-        Segment(state.tensor, kind, 0, state.elements, state.kind_offset(kind))
-        for state in position.states
+        Segment(state.tensor, kind, state.first, state.elements, state.kind_offset(kind))
+        for state in layout.states
+        if state.saves
         for kind in range(len(KINDS))
     ]
 
@@ -345,11 +343,10 @@ class Uploader:
             raise SlotChanged(str(error)) from error  # what was read of the slots before was something else
 
     def _chunk_plans(self, source: Source, rank: int) -> tuple[ChunkPlan, ...]:
-        position = source.table.layouts[rank]
-        key = source.layout.digest, position.position
+        key = source.layout.digest, rank
         if key not in self._plans:
             self._plans = {k: v for k, v in self._plans.items() if k[0] == source.layout.digest}
-            self._plans[key] = plan_chunks(segments(position))
+            self._plans[key] = plan_chunks(segments(source.table.layouts[rank]))
         return self._plans[key]
 
     def _put_chunk(

@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from checkpoint.agent.slots import Slot, SlotChanged
-from checkpoint.layout import PositionLayout, StateSlot, round_up
+from checkpoint.layout import PositionLayout, RankLayout, StateSlot, round_up
 from k8s.images.static import compiler
 from tests.engine.engine_build import SOURCES
 from tests.engine.native import build_program
@@ -23,13 +24,24 @@ PLAN, WHAT = b"p" * 32, b"w" * 32
 ELEMENTS = (1, 1_500_000, 7, 333_333)  # several chunks, borders inside tensors, padding between
 
 
-def layout_of(elements: tuple[int, ...] = ELEMENTS, position: int = 2) -> PositionLayout:
-    states, at = [], 0
+def layout_of(
+    elements: tuple[int, ...] = ELEMENTS, position: int = 2, replica: int = 0, pieces: tuple[int, ...] = ()
+) -> RankLayout:
+    """``pieces``: of each tensor; none: all are whole."""
+    owned, at = [], 0
     for number, count in enumerate(elements):
-        states.append(StateSlot(number, at, count))
-        at += 3 * round_up(4 * count, 64)
-    layout = PositionLayout(position, 0, at, tuple(states))
-    return PositionLayout(position, round_up(layout.data_offset + at, 4096), at, tuple(states))
+        one = PositionLayout(position, 0, 0, ((number, at, count, pieces[number] if pieces else 1),)).of(replica)
+        owned.append(one.states[0])
+        at = one.states[0].kind_offset(3)
+    layout = RankLayout(position, 0, at, tuple(owned), replica)
+    return replace(layout, slot_bytes=round_up(layout.data_offset + at, 4096))
+
+
+def words_of(state: StateSlot) -> str:
+    """A tensor as snapshot_drive takes it; of the last piece's replica, where it is in pieces."""
+    if state.room == state.elements and not state.first:
+        return str(state.elements)
+    return f"{state.first + state.elements}/{state.first // state.room + 1}"
 
 
 class Rank:
@@ -57,13 +69,13 @@ def rank(
     epoch: int = 5,
     threads: int = 2,
     plan: bytes = PLAN,
-    position: int = 2,
+    position: str = "2",
     apart: bool = False,
 ) -> Iterator[Rank]:
     layout = slots[0].layout
     fds = [slot.fd for slot in slots]
-    command = [str(build_program("snapshot_drive")), str(position), plan.hex(), WHAT.hex(), str(epoch), str(threads)]
-    command += [str(layout.slot_bytes), ",".join(str(s.elements) for s in layout.states), *map(str, fds)]
+    command = [str(build_program("snapshot_drive")), position, plan.hex(), WHAT.hex(), str(epoch), str(threads)]
+    command += [str(layout.slot_bytes), ",".join(map(words_of, layout.states)), *map(str, fds)]
     env = os.environ | ({"SNAPSHOT_APART": "1"} if apart else {})
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds, env=env)
     try:
@@ -77,7 +89,7 @@ def rank(
 
 
 @contextmanager
-def slots_of(count: int, layout: PositionLayout | None = None) -> Iterator[list[Slot]]:
+def slots_of(count: int, layout: RankLayout | None = None) -> Iterator[list[Slot]]:
     slots = [Slot.create(layout or layout_of(), PLAN, WHAT) for _ in range(count)]
     try:
         yield slots
@@ -91,16 +103,16 @@ def copy_of(slot: Slot) -> bytes:
         return bytes(view)
 
 
-def expected(seed: int, layout: PositionLayout) -> bytes:
+def expected(seed: int, layout: RankLayout) -> bytes:
     """What `set SEED` of snapshot_drive looks like in a slot."""
     data = bytearray(layout.data_bytes)
     for number, state in enumerate(layout.states):
         for kind in range(3):
-            i = np.arange(state.elements, dtype=np.uint32)
+            i = np.arange(state.room, dtype=np.uint32)
             base = (seed * 2654435761 + number * 40503 + kind * 977) & 0xFFFFFFFF
             values = ((np.uint32(base) + i * np.uint32(31)) % np.uint32(1000003)).astype(np.float32)
             at = state.kind_offset(kind)
-            data[at : at + 4 * state.elements] = values.tobytes()
+            data[at : at + 4 * state.room] = values.tobytes()
     return bytes(data)
 
 
@@ -166,9 +178,25 @@ def test_what_does_not_belong_is_not_restored() -> None:
             assert r.ask("fill 8 0") == "ok 0"
             assert r.ask("restore 0 9") == "RESTORE slot 0 is of step 8, the attempt starts after step 9"
         with rank(slots, plan=b"q" * 32) as r:
-            assert r.ask("restore 0 8") == "RESTORE slot 0 is of another layout or position"
-        with rank(slots, position=3) as r:
-            assert r.first.startswith("CONFIG slot 0 is of position 2, not 3")
+            assert r.ask("restore 0 8") == "RESTORE slot 0 is of another layout, position or replica"
+        with rank(slots, position="3") as r:
+            assert r.first.startswith("CONFIG slot 0 is of position 2 of replica 0, not 3 of 0")
+        with rank(slots, position="2.1") as r:
+            assert r.first.startswith("CONFIG slot 0 is of position 2 of replica 0, not 2 of 1")
+
+
+def test_of_a_tensor_in_pieces_a_slot_holds_one() -> None:
+    """600,000 elements are three blocks: of two replicas the second one keeps the last block, in a room for two."""
+    layout = layout_of((7, 600_000, 5), replica=1, pieces=(1, 2, 1))
+    assert [(s.first, s.elements, s.room) for s in layout.states] == [(0, 7, 7), (524288, 75712, 524288), (0, 5, 5)]
+    with slots_of(2, layout) as slots, rank(slots, position="2.1") as r:
+        r.ask("set 17")
+        assert r.ask("fill 40 1") == "ok 0"
+        slots[0].hold(slots[0].look(0))
+        assert copy_of(slots[0]) == expected(17, layout)
+        slots[0].release()
+        r.ask("set 18")
+        assert (r.ask("restore 0 40"), r.ask("check 17")) == ("ok 0", "ok 0")
 
 
 def test_a_slot_that_is_held_and_the_newest_are_never_written() -> None:
@@ -228,7 +256,7 @@ def test_slots_of_the_wrong_size_or_unsealed_are_refused() -> None:
 class Wider(Slot):
     """A slot's descriptor under another layout: what a confused agent would hand over."""
 
-    def __init__(self, slot: Slot, layout: PositionLayout, fd: int | None = None) -> None:
+    def __init__(self, slot: Slot, layout: RankLayout, fd: int | None = None) -> None:
         self.fd = slot.fd if fd is None else fd
         self.layout = layout
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Run:
         body = {
             "launch": launch or self.launch,
             "nodes": spec.launch.nodes,
-            "ranks": len(layout.positions),
+            "ranks": layout.ranks,
             "how": how or how_map(spec),
             "plan": plan,
             "what": layout.what_digest.hex(),
@@ -404,16 +405,21 @@ class NodePeer:
         self.link.close()
 
 
-def state_bytes(layout: PlanLayout, position: int, seed: int) -> bytes:
-    """A state for this position in which every tensor's bytes depend on its name and the seed alone, not on the
-    layout."""
-    p = layout.positions[position]
-    data = bytearray(p.data_bytes)
-    for s in p.states:
+def state_bytes(layout: PlanLayout, rank: int, seed: int) -> bytes:
+    """A state for this rank in which every element depends on its tensor's name, its place and the seed alone, not on
+    the layout."""
+    own = layout.rank(rank)
+    data = bytearray(own.data_bytes)
+    for s in own.states:
         for kind in range(3):
-            number = int.from_bytes(
-                hashlib.sha256(f"{layout.tensors[s.tensor].name}/{kind}/{seed}".encode()).digest()[:8], "little"
-            )
-            values = np.random.default_rng(number).standard_normal(s.elements).astype("<f4").tobytes()
-            data[s.kind_offset(kind) : s.kind_offset(kind) + len(values)] = values
+            whole = tensor_bytes(layout.tensors[s.tensor].name, layout.tensors[s.tensor].elements, kind, seed)
+            at = s.kind_offset(kind)
+            data[at : at + 4 * s.elements] = whole[4 * s.first : 4 * (s.first + s.elements)]
     return bytes(data)
+
+
+@lru_cache(1000)
+def tensor_bytes(name: str, elements: int, kind: int, seed: int) -> bytes:
+    """Of a tensor of that state."""
+    number = int.from_bytes(hashlib.sha256(f"{name}/{kind}/{seed}".encode()).digest()[:8], "little")
+    return np.random.default_rng(number).standard_normal(elements).astype("<f4").tobytes()

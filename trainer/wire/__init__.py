@@ -312,7 +312,7 @@ class SlotHeader(ctypes.LittleEndianStructure):
         ("header_crc", u32),
         ("final", u32),
         ("checksum_kind", u32),
-        ("reserved", u32),
+        ("replica", u32),
     ]
 
 

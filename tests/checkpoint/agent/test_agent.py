@@ -188,9 +188,9 @@ def test_whole_cycle(tmp_path: Path) -> None:
     assert b'"step":2' in run.store.get(keys.run_key(run.name, "live", str(epoch), "metrics", "0000000000"))
     manifest = load_manifest(run.store, run.name, last)
     reader = StateReader(run.store, manifest)
-    for position in layout.positions:
-        data = state_bytes(layout, position.position, 4)
-        for state in position.states:
+    for rank in range(layout.ranks):
+        data = state_bytes(layout, rank, 4)
+        for state in layout.rank(rank).states:
             name = layout.tensors[state.tensor].name
             for kind in range(3):
                 at = state.kind_offset(kind)
@@ -526,7 +526,7 @@ def test_a_slot_that_is_refilled_while_held_is_void(tmp_path: Path) -> None:
     """A rank that breaks the hold (it must not) costs that upload, not the truth of a checkpoint."""
     run, plan = make_run(tmp_path, tiny_spec())
     layout = run.layouts[plan]
-    position = layout.positions[0]
+    position = layout.rank(0)
     slot = Slot.create(position, layout.digest, layout.what_digest)
     with ThreadPoolExecutor(2) as pool:
         view = slot.begin_fill()

@@ -13,6 +13,7 @@ import pytest
 
 from checkpoint import keys
 from checkpoint.agent.commit import commit
+from checkpoint.agent.gang import layouts
 from checkpoint.agent.slots import SlotTable
 from checkpoint.agent.upload import Source, Uploader
 from checkpoint.errors import Damaged, Halted
@@ -26,7 +27,7 @@ from tests.support.agents import Run, make_run, put_dataset, state_bytes, tiny_s
 
 
 def table_of(layout: PlanLayout) -> SlotTable:
-    table = SlotTable({p.position: p for p in layout.positions}, layout.digest, layout.what_digest, 2)
+    table = SlotTable(layouts(layout, range(layout.ranks)), layout.digest, layout.what_digest, 2)
     for rank in table.layouts:
         table.create(rank)
     return table
@@ -97,12 +98,12 @@ def test_any_layout_gets_the_same_state(saved: tuple[Run, PlanLayout, Checkpoint
 def test_reads_are_joined_and_only_what_is_owned_is_read(saved: tuple[Run, PlanLayout, CheckpointInfo]) -> None:
     run, layout, info = saved
     manifest = load_manifest(run.store, run.name, info)
-    whole = plan_reads(manifest, layout, layout.positions)
+    whole = plan_reads(manifest, layout, [layout.rank(0), layout.rank(1)])
     assert len(whole) == len(manifest.chunks)  # small tensors next to each other: one read a chunk
     assert sum(read.length for read in whole) == manifest.total_bytes
-    half = plan_reads(manifest, layout, layout.positions[:1])
+    half = plan_reads(manifest, layout, [layout.rank(0)])
     wanted = sum(w.piece.bytes for read in half for w in read.wanted)
-    assert wanted == sum(3 * 4 * s.elements for s in layout.positions[0].states)
+    assert wanted == sum(3 * 4 * s.elements for s in layout.rank(0).states)
     assert all(read.length <= sum(w.piece.bytes for w in read.wanted) + GAP_BYTES * len(read.wanted) for read in half)
 
 

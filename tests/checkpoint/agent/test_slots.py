@@ -24,7 +24,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> PlanLayout:
 
 
 def table_of(layout: PlanLayout, count: int = 3) -> SlotTable:
-    return SlotTable({0: layout.positions[0]}, layout.digest, layout.what_digest, count)
+    return SlotTable({0: layout.rank(0)}, layout.digest, layout.what_digest, count)
 
 
 def opened() -> dict[int, str]:
@@ -45,13 +45,13 @@ def handed_back(layout: PlanLayout, wrong: int | None, how: str) -> list[int]:
         if number == wrong and how == "no memfd":
             fds.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
             continue
-        bytes_ = layout.positions[0].slot_bytes + (4096 if number == wrong and how == "size" else 0)
+        bytes_ = layout.rank(0).slot_bytes + (4096 if number == wrong and how == "size" else 0)
         fd = os.memfd_create("hotstage-slot-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, bytes_)
         if not (number == wrong and how == "seals"):
             fcntl.fcntl(fd, 1033, SEALS)
         if number != wrong or how != "header":
-            slot = Slot.create(layout.positions[0], layout.digest, layout.what_digest)
+            slot = Slot.create(layout.rank(0), layout.digest, layout.what_digest)
             os.pwrite(fd, os.pread(slot.fd, 4096, 0), 0)
             slot.close()
         fds.append(fd)

@@ -26,6 +26,7 @@ enum { STATES_MAX = 16 };
 
 static hs_plan_state states[STATES_MAX];
 static hs_plan_tensor tensors[STATES_MAX];
+static int64_t kept[STATES_MAX]; /* elements of a tensor that a rank has */
 static uint32_t state_count;
 static uint8_t *arena;
 
@@ -45,7 +46,7 @@ static int64_t walk(uint32_t seed, int set) {
     int64_t bad = 0;
     for (uint32_t s = 0; s < state_count; s++)
         for (uint32_t kind = 0; kind < 3; kind++)
-            for (int64_t i = 0; i < tensors[s].elements; i++) {
+            for (int64_t i = 0; i < kept[s]; i++) {
                 const float want = value(seed, s, kind, i);
                 if (set)
                     place(s, kind)[i] = want;
@@ -59,14 +60,20 @@ static void lay_out(char *elements) {
     uint64_t slot = 0, total = 0;
     char *state = NULL;
     for (char *word = strtok_r(elements, ",", &state); word; word = strtok_r(NULL, ",", &state)) {
-        const uint64_t bytes = (strtoull(word, NULL, 10) * 4 + 63) / 64 * 64;
-        tensors[state_count].elements = (int64_t)strtoull(word, NULL, 10);
-        states[state_count] = (hs_plan_state){.tensor = state_count, .slot_offset = slot};
+        char *end;
+        const int64_t whole = strtoll(word, &end, 10), pieces = *end == '/' ? atoi(end + 1) : 1;
+        const int64_t room =
+            ((whole + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK + pieces - 1) / pieces * HS_PIECE_BLOCK;
+        kept[state_count] = pieces == 1 ? whole : room;
+        const uint64_t bytes = ((uint64_t)kept[state_count] * 4 + 63) / 64 * 64;
+        tensors[state_count].elements = whole;
+        states[state_count] = (hs_plan_state){
+            .tensor = state_count, .pieces = (uint32_t)pieces, .slot_offset = slot};
         state_count++;
         slot += 3 * bytes;
     }
     for (uint32_t s = state_count; s-- > 0;) {
-        const uint64_t bytes = ((uint64_t)tensors[s].elements * 4 + 63) / 64 * 64;
+        const uint64_t bytes = ((uint64_t)kept[s] * 4 + 63) / 64 * 64;
         states[s].v_offset = total;
         states[s].m_offset = total + bytes;
         states[s].master_offset = total + 2 * bytes;
@@ -194,13 +201,16 @@ int main(int argc, char **argv) {
     hs_snapshot *snapshot = NULL;
     hs_why why = {.text = ""};
     (void)sem_init(&device.answer, 0, 0);
+    unsigned position, replica = 0; /* as 2 or 2.1 */
+    if (sscanf(argv[1], "%u.%u", &position, &replica) < 1) return 64;
     digest_of(argv[2], plan);
     digest_of(argv[3], what);
     lay_out(argv[7]);
     for (int i = 8; i < argc && count < HS_SNAPSHOT_SLOTS_MAX; i++) fds[count++] = atoi(argv[i]);
     const hs_log log = {.fd = 2, .level = HS_LOG_DEBUG, .rank = -1};
     const hs_snapshot_config config = {
-        .position = (uint32_t)atoi(argv[1]),
+        .position = position,
+        .replica = replica,
         .states = states,
         .state_count = state_count,
         .tensors = tensors,

@@ -136,6 +136,7 @@ static hs_status open_snapshot(rank *r, const int *fds, int count, hs_why *why) 
     hs_spaces *spaces = &r->machine.spaces;
     const hs_snapshot_config config = {
         .position = p->position,
+        .replica = hs_plan_replica_of(&r->plan, r->args->rank),
         .states = r->plan.states + p->first_state,
         .state_count = p->states,
         .tensors = r->plan.tensors,

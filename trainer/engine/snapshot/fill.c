@@ -72,6 +72,7 @@ static void open_slot(const hs_snapshot *s, int i) {
     memcpy(header->magic, HS_SLOT_MAGIC, sizeof header->magic);
     header->version = HS_SLOT_VERSION;
     header->position = s->position;
+    header->replica = s->replica;
     __atomic_store_n(&header->generation, header->generation + 1, __ATOMIC_SEQ_CST);
     fence();
 }
@@ -87,7 +88,6 @@ static void close_slot(const hs_snapshot *s, const hs_snapshot_done *what) {
     memcpy(header->plan_digest, s->plan_digest, sizeof header->plan_digest);
     memcpy(header->what_digest, s->what_digest, sizeof header->what_digest);
     header->checksum_kind = HS_SLOT_SUM_CRC32C;
-    header->reserved = 0;
     header->final = what->final;
     header->header_crc = hs_snapshot_header_crc(s, what->slot);
     hs_snapshot_store(&header->state, HS_SLOT_READY);

@@ -45,6 +45,15 @@ static void join_pieces(hs_snapshot *s) {
     s->piece_count = kept;
 }
 
+/* That a rank keeps of each of a tensor's three (hs_plan_state). */
+static uint64_t kept_bytes(const hs_plan_state *state, uint64_t elements) {
+    if (state->pieces > 1) {
+        const uint64_t blocks = (elements + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK;
+        elements = (blocks + state->pieces - 1) / state->pieces * HS_PIECE_BLOCK;
+    }
+    return elements * sizeof(float);
+}
+
 hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out, hs_why *why) {
     *out = NULL;
     hs_snapshot *s = calloc(1, sizeof *s);
@@ -55,6 +64,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
                        config->state_count);
     }
     s->position = config->position;
+    s->replica = config->replica;
     memcpy(s->plan_digest, config->plan_digest, sizeof s->plan_digest);
     memcpy(s->what_digest, config->what_digest, sizeof s->what_digest);
     s->epoch = config->epoch;
@@ -65,7 +75,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
     s->newest = s->ended_fd = -1;
     for (uint32_t i = 0; i < config->state_count; i++) {
         const hs_plan_state *state = &config->states[i];
-        const uint64_t bytes = (uint64_t)config->tensors[state->tensor].elements * sizeof(float);
+        const uint64_t bytes = kept_bytes(state, (uint64_t)config->tensors[state->tensor].elements);
         const uint64_t offsets[3] = {state->master_offset, state->m_offset, state->v_offset};
         for (uint64_t k = 0; k < 3; k++)
             s->pieces[s->piece_count++] =
@@ -131,9 +141,9 @@ static hs_status map_slot(hs_snapshot *s, int i, hs_why *why) {
     hs_slot_header *header = hs_snapshot_header(s, i);
     const bool known = memcmp(header->magic, HS_SLOT_MAGIC, sizeof header->magic) == 0;
     if (known && hs_snapshot_load(&header->state) == HS_SLOT_READY &&
-        header->position != s->position)
-        return hs_fail(why, HS_E_CONFIG, "slot %d is of position %u, not %u", i, header->position,
-                       s->position);
+        (header->position != s->position || header->replica != s->replica))
+        return hs_fail(why, HS_E_CONFIG, "slot %d is of position %u of replica %u, not %u of %u", i,
+                       header->position, header->replica, s->position, s->replica);
     /* FILLING: its rank died in the middle. Without a magic: fresh from the agent. */
     if (!known || hs_snapshot_load(&header->state) != HS_SLOT_READY)
         hs_snapshot_store(&header->state, HS_SLOT_EMPTY);
@@ -264,9 +274,9 @@ static hs_status check_header(const hs_snapshot *s, int i, int64_t step, hs_why 
             (unsigned long long)s->data_bytes, (unsigned long long)s->data_offset);
     if (header->header_crc != hs_snapshot_header_crc(s, i))
         return hs_fail(why, HS_E_RESTORE, "the header of slot %d is damaged (checksum)", i);
-    if (header->position != s->position ||
+    if (header->position != s->position || header->replica != s->replica ||
         memcmp(header->plan_digest, s->plan_digest, sizeof s->plan_digest) != 0)
-        return hs_fail(why, HS_E_RESTORE, "slot %d is of another layout or position", i);
+        return hs_fail(why, HS_E_RESTORE, "slot %d is of another layout, position or replica", i);
     if (memcmp(header->what_digest, s->what_digest, sizeof s->what_digest) != 0)
         return hs_fail(why, HS_E_RESTORE, "slot %d is of another run's spec", i);
     if (header->step != step)

@@ -54,7 +54,7 @@ typedef struct hs_snapshot_device {
 
 /* states and tensors must outlive create only; arena, device, pool and log outlive the snapshot. */
 typedef struct hs_snapshot_config {
-    uint32_t position;           /* of this rank */
+    uint32_t position, replica;  /* of this rank */
     const hs_plan_state *states; /* this position's, `state_count` of them */
     uint32_t state_count;
     const hs_plan_tensor *tensors; /* the plan's table; states index it */

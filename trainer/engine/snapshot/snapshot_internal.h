@@ -8,7 +8,7 @@
 #include "core/hash.h"
 #include "snapshot/snapshot.h"
 
-/* One tensor's master, m or v: where it lies in a slot's data and in the arena. Ascending, without
+/* One tensor's master, m or v, or the rank's piece of it: where it lies in a slot's data and in the arena. Ascending, without
  * overlap. */
 typedef struct hs_piece {
     uint64_t at;            /* in the data */
@@ -32,7 +32,7 @@ typedef struct hs_fill {
 } hs_fill;
 
 struct hs_snapshot {
-    uint32_t position;
+    uint32_t position, replica;
     uint8_t plan_digest[32], what_digest[32];
     uint64_t epoch, data_offset, data_bytes, chunks, slot_bytes;
     uint8_t *arena; /* NULL: `device` copies */

@@ -51,7 +51,7 @@ typedef struct hs_slot_header {
     uint32_t header_crc;     /* CRC-32C of bytes [24, 136) then of the checksum table; offset 136 */
     uint32_t final;          /* 1: last of the attempt (done or preempted): the rank waits for its commit; offset 140 */
     uint32_t checksum_kind;  /* HS_SLOT_SUM_*; offset 144 */
-    uint32_t reserved;       /* 0 */
+    uint32_t replica;        /* of the rank */
 } hs_slot_header;
 
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L

@@ -1,0 +1,252 @@
+"""Tensors in pieces over replicas: what a rank's slot holds, stores and reads; the same state in any layout."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pytest
+
+from checkpoint.agent.commit import commit
+from checkpoint.agent.gang import layouts
+from checkpoint.agent.slots import SlotTable
+from checkpoint.agent.upload import Source, Uploader, segments
+from checkpoint.chunks import Chunk, Piece, Tensor, plan_chunks
+from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
+from checkpoint.layout import PlanLayout, PlanRefused, piece, read_plan
+from checkpoint.log import CheckpointInfo
+from checkpoint.manifest import Manifest
+from checkpoint.read import StateReader, load_manifest
+from checkpoint.restore import plan_reads, restore_slots
+from checkpoint.store import MemoryStore
+from checkpoint.verify import verify_checkpoint
+from tests.support.agents import Run, put_dataset, state_bytes, tensor_bytes, tiny_spec, wait_for
+from trainer.dataset import DatasetRef
+from trainer.plan import compile_plan
+from trainer.plan.compiled import Plan
+from trainer.spec import RunSpec, what_digest
+
+STEP = 6
+SPEC = tiny_spec(model__width=320, model__layers=2, train__batch=16)
+"""Tensors of one block and of two, some short of whole blocks."""
+
+
+def in_replicas(plan: Plan, replicas: int) -> Plan:
+    """The plan for so many replicas as far as checkpoints care: its tensors of more than a block in pieces."""
+    config, elements = plan.config, [t.elements for t in plan.tensors]
+    positions = []
+    for position in plan.positions:
+        states, at = [], 0
+        for state in position.states:
+            pieces = replicas if elements[state.tensor] > BLOCK_ELEMENTS else 1
+            states.append(replace(state, slot=at, pieces=pieces))
+            at += 3 * -(-4 * piece(elements[state.tensor], pieces, 0)[2] // 64) * 64
+        positions.append(replace(position, states=tuple(states)))  # its slots are larger than they need be
+    config = replace(config, replicas=replicas, microbatches=config.microbatches // replicas)
+    return replace(plan, config=config, positions=tuple(positions))
+
+
+def layout_of(spec: RunSpec, dataset: DatasetRef, stages: int, replicas: int) -> PlanLayout:
+    changed = spec.model_copy(update={"parallel": spec.parallel.model_copy(update={"stages": stages})})
+    plan = compile_plan(changed.resolve(dataset), dataset, what_digest(changed, dataset))
+    return read_plan(in_replicas(plan, replicas).to_bytes())
+
+
+@dataclass
+class World:
+    """A run in memory and its checkpoints of the same state, one of each layout."""
+
+    run: Run
+    dataset: DatasetRef
+
+    def __post_init__(self) -> None:
+        self.saved: dict[tuple[int, int], CheckpointInfo] = {}
+        self.layouts: dict[tuple[int, int], PlanLayout] = {}
+
+    @cached_property
+    def elements(self) -> Mapping[str, int]:
+        return {t.name: t.elements for t in self.layout(1, 1).tensors}
+
+    def layout(self, stages: int, replicas: int) -> PlanLayout:
+        if (stages, replicas) not in self.layouts:
+            self.layouts[stages, replicas] = layout_of(SPEC, self.dataset, stages, replicas)
+        return self.layouts[stages, replicas]
+
+    def checkpoint(self, stages: int, replicas: int) -> CheckpointInfo:
+        """Saved by a gang of this layout, each replica's ranks on a node of their own."""
+        key = stages, replicas
+        if key not in self.saved:
+            layout = self.layout(stages, replicas)
+            self.run.layouts[layout.digest.hex()] = layout
+            epoch = self.run.attempt(SPEC, layout.digest.hex())
+            for node in range(replicas):
+                self._upload(layout, epoch, node, replicas)
+            state = commit(self.run.log, replicas, STEP, epoch, self.run.fold())
+            assert state is not None
+            self.saved[key] = state.checkpoints[-1]
+        return self.saved[key]
+
+    def _upload(self, layout: PlanLayout, epoch: int, node: int, nodes: int) -> None:
+        each = layout.ranks // nodes
+        table = SlotTable(layouts(layout, range(node * each, (node + 1) * each)), layout.digest, layout.what_digest, 2)
+        stored = threading.Event()
+        with ThreadPoolExecutor(2) as pool:
+            for rank in table.layouts:
+                table.create(rank)
+                with table.slots[rank][0].begin_fill() as view:
+                    view[:] = state_bytes(layout, rank, STEP)
+                table.slots[rank][0].finish_fill(STEP, epoch, pool)
+            uploader = Uploader(
+                self.run.store, self.run.name, node, nodes, "a0", pool=pool, post=lambda call: call(),
+                on_part=lambda *_: stored.set(), on_idle=lambda: None, on_error=lambda _: None,
+            )  # fmt: skip
+            uploader.begin(Source(epoch, layout, table, 20.0))
+            assert stored.wait(20)
+            wait_for(lambda: uploader.idle, "the upload to end")
+            uploader.close()
+        assert table.close()
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    store = MemoryStore()
+    dataset = put_dataset(store)
+    return World(Run(store, f"tiny-{what_digest(SPEC, dataset).hex()[:6]}"), dataset)
+
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 8)]
+
+
+def test_the_pieces_of_a_tensor_are_whole_blocks_and_all_of_it() -> None:
+    for elements in (1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1, 5 * BLOCK_ELEMENTS - 3, 16 * BLOCK_ELEMENTS):
+        for pieces in (2, 4, 8):
+            found = [piece(elements, pieces, replica) for replica in range(pieces)]
+            assert [first for first, _, _ in found] == [min(r * found[0][2], elements) for r in range(pieces)]
+            assert sum(count for _, count, _ in found) == elements
+            assert {room for *_, room in found} == {-(-blocks(elements) // pieces) * BLOCK_ELEMENTS}
+    assert piece(5 * BLOCK_ELEMENTS, 4, 3) == (5 * BLOCK_ELEMENTS, 0, 2 * BLOCK_ELEMENTS)  # 2, 2, 1 and none
+
+
+@pytest.mark.parametrize(("stages", "replicas"), LAYOUTS)
+def test_every_element_is_stored_by_exactly_one_rank(world: World, stages: int, replicas: int) -> None:
+    layout = world.layout(stages, replicas)
+    stored: Counter[tuple[int, int]] = Counter()
+    for rank in range(layout.ranks):
+        for s in segments(layout.rank(rank)):
+            stored.update((s.tensor * 3 + s.kind, s.first // BLOCK_ELEMENTS + i) for i in range(blocks(s.elements)))
+    assert set(stored.values()) == {1}
+    assert len(stored) == 3 * sum(blocks(t.elements) for t in layout.tensors)
+    assert layout.batch == SPEC.train.batch
+
+
+@pytest.mark.parametrize(("stages", "replicas"), LAYOUTS)
+def test_every_layout_stores_the_same_state(world: World, stages: int, replicas: int) -> None:
+    """One state digest, a manifest that holds, and bytes that can be read in any range."""
+    info = world.checkpoint(stages, replicas)
+    assert info.state_digest == world.checkpoint(1, 1).state_digest
+    assert verify_checkpoint(world.run.store, world.run.name, info, "full") == ()
+    reader = StateReader(world.run.store, load_manifest(world.run.store, world.run.name, info))
+    for name, elements in world.elements.items():
+        first, count = elements // 3, elements - elements // 3 - 1
+        whole = tensor_bytes(name, elements, 1, STEP)
+        assert reader.read(name, 1, first, count) == whole[4 * first : 4 * (first + count)]
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("shift", [1, 3])
+def test_any_layout_is_restored_into_any_other(world: World, source: tuple[int, int], shift: int) -> None:
+    """What every rank finds in its slot is what it would have saved; where a piece ends its room is zero."""
+    target = LAYOUTS[(LAYOUTS.index(source) + shift) % len(LAYOUTS)]
+    info, layout, run = world.checkpoint(*source), world.layout(*target), world.run
+    for node in range(target[1]):
+        ranks = range(node * target[0], (node + 1) * target[0])
+        table = SlotTable(layouts(layout, ranks), layout.digest, layout.what_digest, 1)
+        for rank in ranks:
+            table.create(rank)
+        with ThreadPoolExecutor(2) as pool:
+            slots = {rank: table.slots[rank][0] for rank in ranks}
+            restore_slots(run.store, run.name, info, layout, slots, epoch=99, pool=pool)
+        for rank in ranks:
+            with table.slots[rank][0].data() as view:
+                assert view == state_bytes(layout, rank, STEP)
+        assert table.close()
+
+
+def test_a_plan_with_other_pieces_than_replicas_is_refused(world: World) -> None:
+    plan = compile_plan(SPEC.resolve(world.dataset), world.dataset, what_digest(SPEC, world.dataset))
+    four = in_replicas(plan, 4)
+    torn = replace(four.positions[0], states=tuple(replace(s, pieces=2) for s in four.positions[0].states))
+    with pytest.raises(PlanRefused, match="in 2 pieces; with 4 replicas"):
+        read_plan(replace(four, positions=(torn,)).to_bytes())
+    none = replace(four, config=replace(four.config, replicas=0))
+    with pytest.raises(PlanRefused, match="has 0 replicas"):
+        read_plan(none.to_bytes())
+    small = replace(four.positions[0], slot_bytes=four.positions[0].slot_bytes // 8)
+    with pytest.raises(PlanRefused, match="its state needs"):
+        read_plan(replace(four, positions=(small,)).to_bytes())
+
+
+# --- how much is read -------------------------------------------------------------------------------------
+
+LARGE = tiny_spec(model__width=768, model__layers=12, model__heads=12, train__batch=16, train__microbatch=1)
+LARGE_LAYOUTS = [(1, 1, 1), (1, 2, 2), (4, 1, 4), (2, 4, 8), (2, 4, 2), (4, 8, 4), (1, 16, 2)]
+"""(stages, replicas, nodes)"""
+
+
+def manifest_of(layout: PlanLayout) -> Manifest:
+    """What a gang of this layout would have committed, but for the digests."""
+    chunks: list[Chunk] = []
+    pieces: list[Piece] = []
+    for rank in range(layout.ranks):
+        for plan in plan_chunks(segments(layout.rank(rank))):
+            at = 0
+            for s in plan.segments:
+                leaves = (bytes(32),) * blocks(s.elements)
+                pieces.append(Piece(s.tensor, s.kind, s.first, s.elements, len(chunks), at, leaves))
+                at += s.bytes
+            chunks.append(Chunk(f"chunks/{len(chunks)}", plan.bytes, bytes(32)))
+    pieces.sort(key=lambda p: (p.tensor, p.kind, p.first))
+    tensors = tuple(Tensor(t.name, t.shape) for t in layout.tensors)
+    return Manifest("r", 1, 1, 1, layout.what_digest, tensors, tuple(chunks), tuple(pieces), (), {})
+
+
+def kept_by(layout: PlanLayout, ranks: range) -> int:
+    """Bytes of state that a node's ranks keep, what several keep once."""
+    kept = {(s.tensor, s.first, s.elements) for rank in ranks for s in layout.rank(rank).states}
+    return sum(len(KINDS) * 4 * elements for _, _, elements in kept)
+
+
+@pytest.fixture(scope="module")
+def large() -> dict[tuple[int, int, int], tuple[PlanLayout, Manifest]]:
+    dataset = put_dataset(MemoryStore())
+    made: dict[tuple[int, int, int], tuple[PlanLayout, Manifest]] = {}
+    for layout in LARGE_LAYOUTS:
+        plan = layout_of(LARGE, dataset, *layout[:2])
+        made[layout] = plan, manifest_of(plan)
+    return made
+
+
+def pairs() -> Iterator[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    for source in LARGE_LAYOUTS:
+        for target in LARGE_LAYOUTS:
+            yield source, target
+
+
+def test_a_gang_reads_each_byte_once(large: dict[tuple[int, int, int], tuple[PlanLayout, Manifest]]) -> None:
+    """From every layout into every other: each node at most 1.05 times what its ranks keep, the gang at most 1.05 times
+    the state."""
+    for source, target in pairs():
+        _, manifest = large[source]
+        layout, nodes = large[target][0], target[2]
+        each, read = layout.ranks // nodes, 0
+        for node in range(nodes):
+            ranks = range(node * each, (node + 1) * each)
+            reads = plan_reads(manifest, layout, [layout.rank(rank) for rank in ranks])
+            own = sum(r.length for r in reads)
+            assert own <= 1.05 * kept_by(layout, ranks), (source, target, node)
+            read += own
+        assert read <= 1.05 * manifest.total_bytes, (source, target, read / manifest.total_bytes)
