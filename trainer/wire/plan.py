@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from trainer import wire
-from trainer.wire.unreadable import NewerVersion, Unreadable, check_version
+from trainer.wire.unreadable import NewerVersion, Unreadable
 
 Record = TypeVar("Record", bound=ctypes.LittleEndianStructure)
 RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
@@ -60,20 +60,23 @@ class PlanFile:
             raise Unreadable("a name in the plan is not UTF-8; compile it again") from None
 
 
-def parse(data: bytes) -> PlanFile:
-    """A plan file's sections; Unreadable (NewerVersion) names the first thing that does not hold."""
+def checked_digest(data: bytes) -> str:
+    """The hex digest of a plan file, also of an older version, whose header and bytes agree; Unreadable (NewerVersion)
+    names the first thing that does not hold.
+    """
     size = ctypes.sizeof(wire.PlanHeader)
     if len(data) < size:
         raise Unreadable(f"the plan has {len(data)} bytes, fewer than its header of {size}; compile it again")
     header = wire.PlanHeader.from_buffer_copy(data)
     if bytes(header.magic) != wire.PLAN_MAGIC:
         raise Unreadable(f"not a plan: it begins with {bytes(header.magic)!r}; compile it again")
-    if header.version < wire.PLAN_VERSION:
-        raise Unreadable(
-            f"the plan has version {header.version}, this hotstage reads {wire.PLAN_VERSION}; compile it again"
+    if header.version < 1:
+        raise Unreadable("the plan has version 0, and there is none; compile it again")
+    if header.version > wire.PLAN_VERSION:
+        raise NewerVersion(
+            f"the plan has version {header.version}, this hotstage reads version {wire.PLAN_VERSION}: use the hotstage "
+            "that compiled it, or compile it again with this one"
         )
-    mend = "use the hotstage that compiled it, or compile it again with this one"
-    check_version("the plan", header.version, wire.PLAN_VERSION, NewerVersion, mend)
     if header.sections != len(wire.SECTIONS) or header.reserved:
         raise Unreadable("the plan's header has other sections than its version; compile it again")
     if header.file_bytes != len(data):
@@ -83,7 +86,23 @@ def parse(data: bytes) -> PlanFile:
     actual, named = hashlib.sha256(memoryview(data)[64:]).hexdigest(), bytes(header.digest).hex()
     if actual != named:
         raise Unreadable(f"the plan's digest is {actual}, its header says {named}; compile it again")
-    sections, end = {}, size
+    return actual
+
+
+def version_of(head: bytes) -> int:
+    """The version that a plan file's first bytes say; 0 where they are no plan's."""
+    at = wire.PlanHeader.version.offset
+    return int.from_bytes(head[at : at + 4], "little") if head[: len(wire.PLAN_MAGIC)] == wire.PLAN_MAGIC else 0
+
+
+def parse(data: bytes) -> PlanFile:
+    """A plan file's sections; Unreadable (NewerVersion) names the first thing that does not hold."""
+    actual, header = checked_digest(data), wire.PlanHeader.from_buffer_copy(data)
+    if header.version < wire.PLAN_VERSION:
+        raise Unreadable(
+            f"the plan has version {header.version}, this hotstage reads {wire.PLAN_VERSION}; compile it again"
+        )
+    sections, end = {}, ctypes.sizeof(header)
     for name, section in zip(wire.SECTIONS, header.section, strict=True):
         stop = section.offset + section.count * (ctypes.sizeof(RECORDS[name]) if name in RECORDS else 1)
         if section.count and (section.offset % 64 or section.offset < end or stop > len(data)):

@@ -130,7 +130,7 @@ VERIFY = ("ckpt", "verify", "RUN")
         ("manifest", 2, "version 1", (VERIFY, *GOES_ON)),
         ("part", 2, "version 1", (VERIFY,)),
         ("pages", 3, "versions 1 to 2", (VERIFY, *GOES_ON)),
-        ("plan", 2, "version 1", (VERIFY, TRAIN)),
+        ("plan", wire.PLAN_VERSION + 1, f"version {wire.PLAN_VERSION}", (VERIFY, TRAIN)),
         ("dataset", 2, "version 1", (TRAIN, ("data", "prepare", "spec.toml"))),
     ],
 )
@@ -190,4 +190,4 @@ def test_the_engine_refuses_a_newer_plan(planted: Planted) -> None:
     path = planted.root / keys.plan_key(planted.run, planted.attempt.plan)
     done = subprocess.run([engine_binary(), "check-plan", path], capture_output=True, text=True, check=False)
     assert done.returncode == 78
-    assert "version 2, this engine reads 1" in done.stderr + done.stdout
+    assert f"version {wire.PLAN_VERSION + 1}, this engine reads {wire.PLAN_VERSION}" in done.stderr + done.stdout
