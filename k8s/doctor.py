@@ -247,7 +247,7 @@ def _machines(api: Reader, wanted: RunNeeds) -> list[Check]:
         return [Check("machines", "bad", f"{text} ({'; '.join(reasons[:5]) or 'there are none'})", mend)]
     count = int(wanted.job["spec"]["completions"]) if wanted.job else 1
     if fit < count:
-        mend = "several pods will share a machine where it has room; else set recovery.allowed_stages"
+        mend = "several pods will share a machine where it has room; else set recovery.layouts"
         return [Check("machines", "warn", f"{text}, and it has {count} pods", mend)]
     return [Check("machines", "ok", text)]
 
@@ -286,7 +286,7 @@ def _gpus(api: Reader, wanted: RunNeeds) -> list[Check]:
             found.append(Check("gpus", "bad", text, f"{mend} in launch.resources"))
         elif room < pods:
             mend = (
-                "lower launch.nodes or the ranks of a pod, or add machines; recovery.allowed_stages goes on with fewer"
+                "lower launch.nodes or the ranks of a pod, or add machines; recovery.layouts goes on with fewer"
             )
             found.append(Check("gpus", "bad", f"{text}: room for {room}", mend))
         else:

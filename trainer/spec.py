@@ -20,7 +20,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -37,6 +37,7 @@ from trainer.spec_sections import (
     ModelSpec,
     RunSpec,
     how_map,
+    other_name,
     shown,
     too_short,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "explain",
     "how_map",
     "load_spec",
+    "other_name",
     "parse_spec",
     "run_id",
     "too_short",
@@ -268,9 +270,12 @@ def explain(details: ErrorDetails) -> list[str]:
 def _unknown_key(loc: tuple[str, ...]) -> str:
     model: type[BaseModel] = RunSpec
     for part in loc[:-1]:
-        field = model.model_fields[part]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        if part.isdigit():
+            continue  # of a list, whose kind of section is known by now
+        kind = model.model_fields[part].annotation
+        kind = next((a for a in get_args(kind) if isinstance(a, type)), kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            model = kind
     keys = list(model.model_fields)
     near = difflib.get_close_matches(loc[-1], keys, n=1)
     elsewhere = [".".join(p) for p in _paths(RunSpec) if p[-1] == loc[-1]]

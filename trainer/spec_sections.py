@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.spec_layouts import layout_words, other_hows
 from trainer.wire import CUDA_PATHS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
@@ -329,6 +330,16 @@ class LaunchSpec(_Section):
     )
 
 
+class OtherLayout(_Section):
+    """How a run goes on where there is no room for it as it was asked for; a key that is left out stays as it is."""
+
+    nodes: int | None = _size(None, high=4096, text="nodes; unset: as many as the ranks fill")
+    stages: int | None = _size(None, high=4096, text="pipeline stages")
+    replicas: int | None = _size(None, text="data-parallel replicas")
+    chunks: int | None = _size(None, high=4096, text="stages of a rank, at most")
+    schedule: str | None = Field(None, max_length=4096, description="as parallel.schedule")
+
+
 class RecoverySpec(_Section):
     """What the driver does after a failure."""
 
@@ -341,12 +352,22 @@ class RecoverySpec(_Section):
     max_same_step: int = _size(2, high=100, text="crashes at the same step before it gives up")
     backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
     backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
+    layouts: tuple[OtherLayout, ...] = Field(
+        (),
+        max_length=16,
+        description="layouts to go on with where fewer nodes are to be had than asked for, best first: tables of "
+        "nodes, stages, replicas, chunks, schedule",
+    )
     allowed_stages: tuple[int, ...] = Field(
-        (), description="stages to go on with where fewer nodes are to be had than asked for, best first"
+        (), max_length=16, description="short for layouts that differ in stages alone"
     )
-    capacity_s: float = Field(
-        300.0, gt=0, le=86_400, description="wait for nodes before the next of allowed_stages is taken"
-    )
+    capacity_s: float = Field(300.0, gt=0, le=86_400, description="wait for nodes before the next of layouts is taken")
+
+    @model_validator(mode="after")
+    def _check(self) -> RecoverySpec:
+        if self.layouts and self.allowed_stages:
+            raise ValueError("allowed_stages is short for layouts: give one of the two; take layouts")
+        return self
 
 
 def _check_fp8(model: ModelSpec, train: TrainSpec) -> None:
@@ -395,17 +416,6 @@ class RunSpec(_Section):
         if self.train.precision == "fp8":
             _check_fp8(self.model, self.train)
         ranks = self.parallel.ranks
-        per_node = ranks // self.launch.nodes
-        for stages in self.recovery.allowed_stages:
-            if stages % self.parallel.chunks and self.parallel.schedule == "interleaved-1f1b":
-                raise ValueError(
-                    f"recovery.allowed_stages {stages}: parallel.chunks {self.parallel.chunks} do not divide it; "
-                    "schedule interleaved-1f1b takes as many stages at each rank"
-                )
-            if stages < 1 or (per_node and self.parallel.positions(stages) * self.parallel.replicas % per_node):
-                raise ValueError(
-                    f"recovery.allowed_stages {stages}: it must be 1 or more and fill whole nodes of {per_node} ranks"
-                )
         if ranks % self.launch.nodes:
             fits = max(n for n in range(1, min(self.launch.nodes, ranks) + 1) if not ranks % n)
             product = "stages * replicas" if self.parallel.chunks == 1 else "stages / chunks * replicas"
@@ -413,6 +423,21 @@ class RunSpec(_Section):
                 f"launch.nodes {self.launch.nodes} does not divide the {ranks} ranks ({product}); every node runs the "
                 f"same number of ranks: take nodes = {fits}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layouts(self) -> RunSpec:
+        """Each layout to go on with is one that the spec could have asked for."""
+        if not (self.recovery.layouts or self.recovery.allowed_stages):
+            return self
+        tree = self.model_dump(mode="json")
+        for number, how in enumerate(other_hows(how_map(self))):
+            alone = {k: v for k, v in how["recovery"].items() if k not in ("layouts", "allowed_stages")}
+            try:
+                RunSpec.model_validate({**tree, **how, "recovery": alone})
+            except ValidationError as error:
+                why = "; ".join(str(e.get("ctx", {}).get("error", e["msg"])) for e in error.errors(include_url=False))
+                raise ValueError(f"{other_name(self.recovery, number)} ({layout_words(how)}): {why}") from error
         return self
 
     @model_validator(mode="after")
@@ -479,6 +504,13 @@ def too_short(shards: Sequence[int], sequence: int) -> str | None:
 def how_map(spec: RunSpec) -> dict[str, Any]:
     """The How half as plain values, for the attempt record."""
     return spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
+
+
+def other_name(recovery: RecoverySpec, number: int) -> str:
+    """The key of the spec that gave the layout of this number."""
+    if recovery.layouts:
+        return f"recovery.layouts[{number}]"
+    return f"recovery.allowed_stages {recovery.allowed_stages[number]}"
 
 
 MAX_HOW_BYTES = 24 << 10

@@ -64,9 +64,13 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         say(f"  {told['reason']}")
     for order in told["orders"]:
         say(f"  order {order['record']:>5}  by {order['by']} ({order['via']}): {order['text']}")
+    layout = ""
     for attempt in told["attempts_list"]:
         why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")
         say(f"  attempt {attempt['attempt']:>3}  from step {attempt['step']:>6}  {attempt['from']:<10}  {why}")
+        if attempt["layout"] != layout:
+            layout = attempt["layout"]
+            say(f"{'':>14}{layout}" + (", because of no room for more" if attempt["fallback"] else ""))
     for checkpoint in told["checkpoints"]:
         flag = "" if checkpoint["usable"] else "  (not usable)"
         say(

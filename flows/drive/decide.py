@@ -22,6 +22,8 @@ Rules:
       beginning by itself.
   D8  What a driver remembers from look to look is a value (`Memory`): times since when, which only make it wait. The
       same log, look and memory are the same decision.
+  D9  Where a launch cannot be had, the run takes the next layout of its spec's list that fits what there is; no gang
+      that trains is ended for that, nor to have more nodes again: the next launch is for the layout that was asked for.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def decide(log: LogView, seen: Look, policy: Policy, memory: Memory) -> tuple[De
         policy,
         lost=seen.lost,
         waiting=seen.waiting,
+        room=seen.room,
         waited_s=_age(memory.waiting, seen),
         left_s=_age(memory.leaving, seen),
     )
@@ -157,19 +160,20 @@ def judge(
     *,
     lost: Cause | None = None,
     waiting: str = "",
+    room: int = 0,
     waited_s: float = 0.0,
     left_s: float = 0.0,
 ) -> Decision:
-    """What the log and the nodes ask for, whatever this driver itself should do. ``nodes``, ``lost``, ``waiting``: as
-    in `Look`; ``waited_s``: for how long the launch has waited; ``left_s``: since a rank of the newest attempt was
-    first seen to have left on request.
+    """What the log and the nodes ask for, whatever this driver itself should do. ``nodes``, ``lost``, ``waiting``,
+    ``room``: as in `Look`; ``waited_s``: for how long the launch has waited; ``left_s``: since a rank of the newest
+    attempt was first seen to have left on request.
     """
     settled = _settled(log, nodes, policy)
     if settled is not None:
         return settled
     newest = log.attempts[-1]
     if waiting and lost is None and waited_s >= policy.capacity_s:
-        relief = _without_room(log, policy, waiting)
+        relief = _without_room(log, policy, waiting, room)
         if relief is not None:
             return relief
     mine = [n for n in nodes if n.epoch == newest.epoch]
@@ -218,14 +222,15 @@ def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decisio
     if superseded(log):
         return _begin(log, policy, f"ordered{by}")
     if log.attempts[-1].launch != policy.launch:
-        return _begin(log, policy, "another launch")
+        return _begin(log, policy, "another launch", _asked(policy))
     return None
 
 
-def _begin(log: LogView, policy: Policy, reason: str) -> Decision:
+def _begin(log: LogView, policy: Policy, reason: str, layout: RunLayout | None = None) -> Decision:
     """An attempt that nothing in memory can serve."""
     restore = choose_restore(log, (), policy, use_slots=False)
-    return _no_way_back(log, restore) or StartAttempt(restore, (), reason)
+    begin = StartAttempt(restore, (), reason, renew=layout is not None, layout=layout)
+    return _no_way_back(log, restore) or begin
 
 
 def _no_way_back(log: LogView, restore: Restore) -> End | None:
@@ -241,17 +246,22 @@ def _no_way_back(log: LogView, restore: Restore) -> End | None:
     return End("gave_up", cause.text, cause)
 
 
-def _without_room(log: LogView, policy: Policy, waiting: str) -> Decision | None:
-    """For a launch that has waited long enough: fewer stages, where the spec allows them, else the machines that were
-    left out, once more.
+def _without_room(log: LogView, policy: Policy, waiting: str, room: int) -> Decision | None:
+    """For a launch that has waited long enough: another layout, where the spec allows one (D9), else the machines that
+    were left out, once more.
     """
-    launch = log.attempts[-1].launch
-    if policy.fewer:
-        fallback = Fallback("capacity", policy.fewer[0], policy.stages, waiting)
-        reason = f"fewer nodes: {fallback.stages} stages instead of {fallback.was}; {waiting}"[:500]
+    newest = log.attempts[-1]
+    if room >= newest.nodes:
+        return None  # it does not wait for machines
+    layout = _smaller(policy, room)
+    if layout is not None:
+        fallback = Fallback("capacity", layout, policy.layouts[policy.layout], waiting)
+        told = fallback.to_map()
+        reason = f"fewer nodes: {told['layout']} instead of {told['before']}; {waiting}"[:500]
         restore = choose_restore(log, (), policy, use_slots=False)
-        return _no_way_back(log, restore) or StartAttempt(restore, (), reason, renew=True, fallback=fallback)
-    out = avoided(log, launch, policy.strikes)
+        begin = StartAttempt(restore, (), reason, renew=True, layout=layout, fallback=fallback)
+        return _no_way_back(log, restore) or begin
+    out = avoided(log, newest.launch, policy.strikes)
     if not out:
         return None
     text = f"no room without {', '.join(out)}, left out for earlier failures: {waiting}"
@@ -261,6 +271,17 @@ def _without_room(log: LogView, policy: Policy, waiting: str) -> Decision | None
         return End("gave_up", why, cause)
     restore = choose_restore(log, (), policy, use_slots=False)
     return _no_way_back(log, restore) or StartAttempt(restore, (), "recover", cause, renew=True, pardon=out)
+
+
+def _smaller(policy: Policy, room: int) -> RunLayout | None:
+    """The next layout of the list that there are machines for; where nobody knows how many there are, the next one."""
+    later = policy.layouts[policy.layout + 1 :]
+    return next((layout for layout in later if not room or layout.nodes <= room), None)
+
+
+def _asked(policy: Policy) -> RunLayout | None:
+    """The layout that was asked for, where the run has another."""
+    return policy.layouts[0] if policy.layout else None
 
 
 def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cause, *, leave: bool) -> Decision:
@@ -290,8 +311,9 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     restore = choose_restore(log, nodes, policy, use_slots=use_slots)
     epochs = (*newest.slot_epochs, newest.epoch)[-16:] if use_slots else ()
     reason = "read the checkpoint again" if again else "recover"
+    layout = _asked(policy) if renew else None
     return _no_way_back(log, restore) or StartAttempt(
-        restore, epochs, reason, cause, backoff(log, policy), renew, same_plan=not renew
+        restore, epochs, reason, cause, backoff(log, policy), renew, same_plan=not renew, layout=layout
     )
 
 

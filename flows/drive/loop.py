@@ -28,7 +28,7 @@ from flows.drive.history import avoided
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
 from flows.drive.live import MetricsReader, StatusReader
 from flows.drive.orders import CannotFollow, followed
-from flows.drive.run import Prepared, attempt_body, fold_view, relayout
+from flows.drive.run import Prepared, attempt_body, fallback_body, fold_view, layouts_of, still_read, under
 from flows.drive.telling import DETACHED, Teller
 from flows.drive.views import (
     AwaitStop,
@@ -43,6 +43,7 @@ from flows.drive.views import (
     NodeView,
     Phase,
     Policy,
+    RunLayout,
     StartAttempt,
     Watch,
     short,
@@ -100,6 +101,7 @@ class Driver:
     # readers, and the view of a state that was made last
     _status: StatusReader | None = None
     _view: tuple[RunState, LogView] | None = None
+    _layouts: tuple[RunLayout, ...] = ()
 
     def __post_init__(self) -> None:
         self._log = RunLog(self.store, self.prepared.run, writer="driver")
@@ -146,6 +148,7 @@ class Driver:
             self._teller.known(state)
         if self._view is None or self._view[0] is not state:
             self.prepared = followed(self.store, state, self.prepared, self._teller.phase)
+            self._layouts = layouts_of(self.prepared, state)
         policy, seen, launch = self._observe(state, tell_steps=known is not None)
         decision, self._memory = decide(self._log_view(state), seen, policy, self._memory)
         self._aside.go_on()
@@ -172,6 +175,7 @@ class Driver:
             nodes=tuple(nodes),
             lost=loss_of(view, nodes, state, self.launcher),
             waiting=view.detail if view.state == "waiting" else "",
+            room=sum(1 for node in view.nodes if node.place and node.alive is not False),
             finishing=finishing,
             reached=view.state != "elsewhere",
             stop=self.stop.is_set(),
@@ -182,7 +186,7 @@ class Driver:
             self._teller.phase("here", "the run goes on from here")
         if view.state == "unknown" and not seen.stop:
             self._teller.phase("unknown", view.detail, key=("launcher", view.detail[:80]))
-        return self.prepared.policy(launch_id, detaches=self.launcher.detaches), seen, launch
+        return self.prepared.policy(launch_id, self._layouts, detaches=self.launcher.detaches), seen, launch
 
     def _log_view(self, state: RunState) -> LogView:
         if self._view is None or self._view[0] is not state:
@@ -249,16 +253,20 @@ class Driver:
         if state.attempts:
             self._teller.failed()
         prepared, cause, more = self.prepared, order.cause.to_map() if order.cause else None, dict[str, Any]()
-        if order.fallback is not None:
-            prepared = relayout(prepared, self.store, order.fallback.stages)
-            more["fallback"] = order.fallback.to_map()
+        if order.layout is not None:
+            prepared = under(prepared, self.store, order.layout.how)
+        if (fallback := fallback_body(state, order)) is not None:
+            more["fallback"] = fallback
         if order.pardon:
             more["pardon"] = list(order.pardon)
+        same = state.attempts[-1].plan if order.same_plan else None
+        if same and order.restore.slots is None and not still_read(self.store, prepared.run, same):
+            same = None  # its gang is gone, and nothing in memory depends on it
         body = attempt_body(
             prepared,
             next_launch(state, prepared) if order.renew else launch.launch_id,
             order.restore.to_map(),
-            plan=state.attempts[-1].plan if order.same_plan else None,
+            plan=same,
             order=state.orders[-1].n if state.orders else 0,
             slot_epochs=list(order.slot_epochs),
             reason=short(order.reason, 2000),

@@ -175,5 +175,6 @@ def who_ruled(state: RunState) -> str:
     if state.orders and not changed:
         order = order_view(state.orders[-1])
         return f"the order of {order.by}, log record {order.n}"
-    why = f" ({newest.reason})" if changed and newest else ""
+    kept = newest.body.get("fallback") if changed and newest else None
+    why = f" ({(kept or {}).get('why') or newest.reason})" if changed and newest else ""
     return f"that of attempt {newest.epoch}{why}" if newest else "the first attempt's"

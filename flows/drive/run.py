@@ -23,19 +23,22 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
 from flows.drive.decide import opened, superseded
-from flows.drive.views import AttemptView, LogView, OrderView, Policy, Saves
+from flows.drive.views import AttemptView, LogView, OrderView, Policy, RunLayout, Saves, StartAttempt
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
 from trainer.plan.memory import host_kinds
 from trainer.plan.records import PositionPlan
-from trainer.spec import RunSpec, how_map, parse_spec, run_id, what_bytes, what_digest
-from trainer.wire.plan import parse
+from trainer.spec import RunSpec, how_map, other_name, parse_spec, run_id, what_bytes, what_digest
+from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
+from trainer.wire import PLAN_VERSION
+from trainer.wire.plan import parse, version_of
 from trainer.wire.unreadable import Unreadable
 
 log = logging.getLogger(__name__)
 
 SPEC_CAP = 1 << 20
+PLAN_HEAD = 16
 WHAT_KEYS = ("name", "model", "data", "train")
 
 
@@ -57,9 +60,11 @@ class Prepared:
     def ranks(self) -> int:
         return self.spec.parallel.ranks
 
-    def policy(self, launch: str, *, detaches: bool = False) -> Policy:
-        """The spec's recovery half as the driver takes it. ``detaches``: of the launcher."""
-        spec = self.spec
+    def policy(self, launch: str, layouts: Sequence[RunLayout] = (), *, detaches: bool = False) -> Policy:
+        """The spec's recovery half as the driver takes it. ``layouts``: as `layouts_of` gives them; ``detaches``: of
+        the launcher.
+        """
+        spec, how = self.spec, how_map(self.spec)
         nodes, on_cuda = self.plan.on_nodes(self.nodes), spec.parallel.on_cuda(spec.launch.kernel_path)
         return Policy(
             steps=spec.train.steps,
@@ -72,8 +77,8 @@ class Prepared:
             backoff_s=spec.recovery.backoff_s,
             backoff_max_s=spec.recovery.backoff_max_s,
             capacity_s=spec.recovery.capacity_s,
-            stages=spec.parallel.stages,
-            fewer=tuple(s for s in spec.recovery.allowed_stages if s < spec.parallel.stages),
+            layouts=tuple(layouts),
+            layout=next((i for i, layout in enumerate(layouts) if same_layout(layout.how, how)), 0),
             detaches=detaches,
             node_bytes=max(sum(_without_slots(p, on_cuda) for p in node) for node in nodes),
         )
@@ -130,6 +135,7 @@ def prepare_run(
         run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
         plan = compile_plan(resolved, dataset, what)
         prepared = Prepared(run, resolved, dataset, what, plan)
+        check_layouts(prepared)
         create_run(prepared, store)
         told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")
     return prepared
@@ -166,13 +172,24 @@ def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:
     return parse_spec({**what, **{k: dict(v) for k, v in how.items()}}, origin="its order")
 
 
-def relayout(prepared: Prepared, store: Store, stages: int) -> Prepared:
-    """The same run in another number of stages, on as many nodes as they fill; its plan is in the store."""
-    spec, per_node = prepared.spec, prepared.ranks // prepared.nodes
-    how = how_map(spec)
-    how["parallel"] = {**how["parallel"], "stages": stages}
-    how["launch"] = {**how["launch"], "nodes": spec.parallel.positions(stages) * spec.parallel.replicas // per_node}
-    return under(prepared, store, how)
+def layouts_of(prepared: Prepared, state: RunState) -> tuple[RunLayout, ...]:
+    """The layout that was asked for last, then those that the spec allows where there is no room for it, best first."""
+    asked, how = asked_how(state), how_map(prepared.spec)
+    if asked is not None and asked != how:
+        with contextlib.suppress(SpecError):  # of another version: what this one drives is all that it knows
+            how = how_map(spec_under(prepared.spec, asked))
+    hows: list[Mapping[str, Any]] = [how, *other_hows(how)]
+    return tuple(RunLayout(int(h["launch"]["nodes"]), how_ranks(h), h) for h in hows)
+
+
+def check_layouts(prepared: Prepared) -> None:
+    """PlanError where one of the layouts that the spec allows makes no plan."""
+    for number, how in enumerate(other_hows(how_map(prepared.spec))):
+        try:
+            compiled(prepared, spec_under(prepared.spec, how))
+        except PlanError as error:
+            name = other_name(prepared.spec.recovery, number)
+            raise PlanError(f"{name} ({layout_words(how)}): {error}") from error
 
 
 def publish_plan(store: Store, run: str, plan: Plan) -> None:
@@ -189,6 +206,15 @@ def publish_plan(store: Store, run: str, plan: Plan) -> None:
         f"plan {key} in {store.describe()} is damaged, or of another version: {why}; remove that object and start "
         "again (the plan is compiled anew)"
     )
+
+
+def still_read(store: Store, run: str, plan: str) -> bool:
+    """Whether nodes of this version read that plan; one of an older version is compiled anew, for the same bits."""
+    try:
+        version = version_of(store.get(plan_key(run, plan), first=0, length=PLAN_HEAD))
+    except (NotFound, Damaged):
+        return True  # they say what is wrong with it
+    return not 0 < version < PLAN_VERSION
 
 
 def run_names(store: Store) -> Iterator[str]:
@@ -267,7 +293,9 @@ def load_run(store: Store, run: str) -> Prepared:
 
 def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
     """A run with the How that was last asked for and ``sets`` over it: what ``orders.place_order`` makes an order."""
-    return _loaded(store, run, asked_how(readable(store, run)), sets)
+    prepared = _loaded(store, run, asked_how(readable(store, run)), sets)
+    check_layouts(prepared)
+    return prepared
 
 
 def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequence[str]) -> Prepared:
@@ -356,6 +384,17 @@ def fold_view(state: RunState) -> LogView:
 def parent_of(state: RunState) -> Mapping[str, Any] | None:
     """The parent that a forked run's log names (flows/drive/fork.py): its run, checkpoint record and step."""
     return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
+
+
+def fallback_body(state: RunState, begin: StartAttempt) -> Mapping[str, Any] | None:
+    """What the next attempt's record says of a layout that nobody asked for: what is so now, or was so before."""
+    if begin.fallback is not None:
+        return begin.fallback.to_map()
+    newest = state.newest_attempt
+    if newest is None or not newest.fell_back or begin.layout is not None or is_superseded(state):
+        return None
+    kept: Mapping[str, Any] = newest.body.get("fallback") or {"kind": "capacity", "why": newest.reason}
+    return kept
 
 
 def attempt_body(

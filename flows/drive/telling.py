@@ -16,6 +16,7 @@ from flows.drive.hints import step_line
 from flows.drive.run import order_view
 from flows.drive.views import NodeView, Phase, StartAttempt
 from trainer.failures import FAILURES, Failure
+from trainer.spec_layouts import layout_words
 
 DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
 EXIT_CANCELLED = 1
@@ -103,6 +104,9 @@ class Teller:
         if len(attempts) > 1:
             self._begins.append((attempts[-2].epoch, max(order.restore.step, 0)))
         facts = {"number": len(attempts), "epoch": attempts[-1].epoch, "reason": order.reason, "cause": cause}
+        if order.layout is not None:
+            facts["layout"] = layout_words(order.layout.how)
+            facts["for_want_of"] = order.fallback.why if order.fallback else ""
         self.tell("attempt", **facts, **{"step": order.restore.step, "from": order.restore.origin})
 
     @property

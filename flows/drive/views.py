@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, overload
 
 from trainer.failures import Failure, of_code
+from trainer.spec_layouts import layout_words
 
 
 def short(text: str, most: int) -> str:
@@ -204,8 +205,9 @@ class RunLayout:
 
 @dataclass(frozen=True)
 class Policy:
-    """How to recover. Seconds; counts. ``steps`` is the run's last step; ``stages`` and ``fewer`` (best first): now,
-    and what the spec allows where there is no room; ``detaches``: the nodes outlive their driver (a cluster).
+    """How to recover. Seconds; counts. ``steps`` is the run's last step; ``layouts``: as the run was asked for, then
+    what the spec allows where there is no room for that, best first, and ``layout`` which of them the run has now;
+    ``detaches``: the nodes outlive their driver (a cluster).
     """
 
     steps: int
@@ -223,8 +225,8 @@ class Policy:
     strikes: int = 2
     capacity_s: float = 300.0
     leaving_s: float = 5.0
-    stages: int = 1
-    fewer: tuple[int, ...] = ()
+    layouts: tuple[RunLayout, ...] = ()
+    layout: int = 0
     detaches: bool = False
     node_bytes: int = 0
     """What the ranks of the fullest node need by the plan, without their snapshot slots."""
@@ -238,15 +240,17 @@ class Look:
     """One look: what is true now, as far as anybody answered. All but ``now_s`` are hints (D2).
 
     ``nodes``: one view a node of the launch that the policy names, as far as any is known; ``lost``: why that launch
-    cannot be made whole, and ``waiting``: what it waits for, both by its launcher; ``finishing``: the newest attempt's
-    launch was asked to stop by another driver, and still saves; ``reached``: the launch is within this driver's reach;
-    ``stop``: a person wants this driver to leave; ``now_s``: by the observer's own monotonic clock.
+    cannot be made whole, ``waiting``: what it waits for, ``room``: how many of its nodes have their machine (0: nobody
+    knows), all by its launcher; ``finishing``: the newest attempt's launch was asked to stop by another driver, and
+    still saves; ``reached``: the launch is within this driver's reach; ``stop``: a person wants this driver to leave;
+    ``now_s``: by the observer's own monotonic clock.
     """
 
     now_s: float
     nodes: tuple[NodeView, ...] = ()
     lost: Cause | None = None
     waiting: str = ""
+    room: int = 0
     finishing: bool = False
     reached: bool = True
     stop: bool = False
@@ -334,15 +338,20 @@ class Restore:
 
 @dataclass(frozen=True)
 class Fallback:
-    """What the driver itself changed of the How. ``kind`` is ``capacity``: fewer stages, because of no room."""
+    """What the driver itself changed of the How. ``kind`` is ``capacity``: another of the spec's layouts, because there
+    is no room for the one before.
+    """
 
     kind: str
-    stages: int
-    was: int
+    layout: RunLayout
+    was: RunLayout
     why: str
 
     def to_map(self) -> dict[str, Any]:
-        return {"kind": self.kind, "stages": self.stages, "was": self.was, "why": self.why[:500]}
+        stages, was = (layout.how["parallel"].get("stages", 1) for layout in (self.layout, self.was))
+        words, before = layout_words(self.layout.how), layout_words(self.was.how)
+        more = {"layout": words, "before": before, "nodes": self.layout.nodes, "ranks": self.layout.ranks}
+        return {"kind": self.kind, "stages": stages, "was": was, "why": short(self.why, 500), **more}
 
 
 @dataclass(frozen=True)
@@ -350,7 +359,7 @@ class StartAttempt:
     """Win an attempt record (the fence); the nodes' agents do the rest.
 
     ``renew``: with a new launch of nodes; ``same_plan``: by the plan of the attempt before, whatever this version would
-    compile; ``fallback`` and ``pardon`` are recorded in the attempt.
+    compile; ``layout``: another than the run has now; ``fallback`` and ``pardon`` are recorded in the attempt.
     """
 
     restore: Restore
@@ -360,6 +369,7 @@ class StartAttempt:
     delay_s: float = 0.0
     renew: bool = False
     same_plan: bool = False
+    layout: RunLayout | None = None
     fallback: Fallback | None = None
     pardon: tuple[str, ...] = ()
 

@@ -18,6 +18,7 @@ from flows.show.report import AttemptFact, ReportFacts
 from trainer.plan.draw import timeline_svg
 from trainer.plan.places import Rank
 from trainer.plan.timeline import Timeline, from_chrome
+from trainer.spec_layouts import layout_words
 
 TRACE_CAP = 64 << 20
 TRACED = 8
@@ -72,6 +73,8 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "launch": a.launch,
                 "stages": a.how.get("parallel", {}).get("stages", a.ranks),
                 "ranks": a.ranks,
+                "layout": layout_words({"parallel": {"stages": a.ranks}, "launch": {"nodes": a.nodes}, **a.how}),
+                "fallback": (a.body.get("fallback") or {}).get("why", "") if a.fell_back else "",
                 "plan": a.plan,
                 "time": a.time,
             }

@@ -90,6 +90,8 @@ class Lines:
                     facts["from"]
                 ]
                 where = f"at step {max(facts['step'], 0)} {origin}"
+                if facts.get("layout"):
+                    where += f", now {facts['layout']}" + (f" ({facts['for_want_of']})" if facts["for_want_of"] else "")
                 self.say(f"attempt {facts['number']}: {where}" + (f"; because {cause['text']}" if cause else ""))
             case "known" if facts["ended"]:
                 opens = "" if facts["ended"] == "succeeded" else "; `hotstage runs resume` opens it again"

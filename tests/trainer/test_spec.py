@@ -103,6 +103,18 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"name": "a" * 41}, ["name"]),
         ({"launch__nodes": 3}, ["launch.nodes 3", "1 ranks", "take nodes = 1"]),
         ({"train": 3}, ["train 3", "section"]),
+        ({"recovery__allowed_stages": [5]}, ["recovery.allowed_stages 5 (5 stages x 1", "at most 4 stages"]),
+        (
+            {"parallel__stages": 4, "recovery__layouts": [{"stages": 2}, {"stages": 2, "nodes": 4}]},
+            [
+                "recovery.layouts[1] (2 stages x 1 replica on 4 nodes)",
+                "4 does not divide the 2 ranks",
+                "take nodes = 2",
+            ],
+        ),
+        ({"recovery__layouts": [{"stags": 2}]}, ["recovery.layouts.0.stags", "did you mean stages?"]),
+        ({"recovery__layouts": [{"stages": 0}]}, ["recovery.layouts.0.stages 0", "at least 1"]),
+        ({"recovery": {"layouts": [{}], "allowed_stages": [1]}}, ["allowed_stages", "give one of the two"]),
     ],
 )
 def test_refusal_names_value_limit_and_mend(over: dict[str, Any], words: list[str]) -> None:

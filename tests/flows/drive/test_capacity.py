@@ -8,15 +8,21 @@ from typing import Any
 
 import pytest
 
+from checkpoint.keys import plan_key
 from checkpoint.log import RunLog, ended_body
 from checkpoint.store import open_store
 from flows.drive.history import avoided
 from flows.drive.launches import launch_of
 from flows.drive.loop import Driver
 from flows.drive.reconcile import Reconciler, wants_driver
-from flows.drive.run import attempt_body, fold_view, load_run, prepare_run, relayout
+from flows.drive.run import asked_how, attempt_body, fold_view, load_run, prepare_run, under
+from flows.drive.views import Restore, StartAttempt
+from flows.show.facts import details
+from trainer.errors import PlanError
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
-from trainer.spec import parse_spec
+from trainer.spec import how_map, parse_spec
+from trainer.spec_layouts import other_hows
+from trainer.wire import PLAN_VERSION
 
 SPEC: dict[str, Any] = {
     "name": "few",
@@ -86,8 +92,11 @@ def test_fewer_stages_where_there_is_no_room(place: Any) -> None:
     driver = drive(store, prepared, cluster, lambda: len(log.fold().attempts) == 2)
     state = log.fold()
     assert [(a.launch[-2:], a.nodes, a.ranks) for a in state.attempts] == [("k1", 2, 4), ("k2", 1, 2)]
-    assert state.attempts[1].reason.startswith("fewer nodes: 2 stages instead of 4; no machine fits")
-    assert dict(state.attempts[1].body["fallback"], why="") == {"kind": "capacity", "stages": 2, "was": 4, "why": ""}
+    few, many = "2 stages x 1 replica on 1 node", "4 stages x 1 replica on 2 nodes"
+    assert state.attempts[1].reason.startswith(f"fewer nodes: {few} instead of {many}; no machine fits")
+    assert dict(state.attempts[1].body["fallback"], why="") == {
+        "kind": "capacity", "stages": 2, "was": 4, "why": "", "layout": few, "before": many, "nodes": 1, "ranks": 2,
+    }  # fmt: skip
     assert cluster.stopped == [f"{prepared.run}-k1"]
     assert driver.prepared.spec.model == prepared.spec.model  # the What stays
     # another driver, from the same spec, goes on with what had to be
@@ -96,13 +105,62 @@ def test_fewer_stages_where_there_is_no_room(place: Any) -> None:
     assert len(log.fold().attempts) == 2
 
 
+def test_back_to_what_was_asked_for_with_the_next_launch(place: Any) -> None:
+    """The pod of the smaller layout is lost: its next launch is for all that was asked for, then smaller again."""
+    store, prepared = place
+    cluster, log = Cluster(), RunLog(store, prepared.run)
+    drive(store, prepared, cluster, lambda: len(log.fold().attempts) == 2)
+    small = f"{prepared.run}-k2"
+    loss = Finding("infra", "pod x-0 was deleted", place="b")
+    cluster.views[small] = LaunchView(small, "lost", (LaunchedNode(0, None, None, None, "", False, "b"),), loss=loss)
+    drive(store, prepared, cluster, lambda: len(log.fold().attempts) == 4)
+    told = details(store, prepared.run)["attempts_list"]
+    wide, few = "4 stages x 1 replica on 2 nodes", "2 stages x 1 replica on 1 node"
+    assert [(a["launch"][-2:], a["layout"]) for a in told] == [("k1", wide), ("k2", few), ("k3", wide), ("k4", few)]
+    assert [bool(a["fallback"]) for a in told] == [False, True, False, True]
+    assert asked_how(log.fold()) == how_map(prepared.spec)
+
+
+def test_a_layout_that_makes_no_plan_is_refused_before_anything_runs(place: Any) -> None:
+    store, prepared = place
+    fits = max(sum(p.total_bytes for p in node) for node in prepared.plan.on_nodes(2))  # all four ranks take twice that
+    small = {**SPEC, "launch": {**SPEC["launch"], "memory_gib": 1.5 * fits / (1 << 30)}}
+    small |= {"data": {**SPEC["data"], "source": f"dataset:{prepared.dataset.digest}"}}
+    assert prepare_run(parse_spec({**small, "recovery": {}}), store).nodes == 2
+    with pytest.raises(PlanError) as refused:
+        prepare_run(parse_spec({**small, "recovery": {"layouts": [{"stages": 4, "nodes": 1}]}}), store)
+    assert "recovery.layouts[0] (4 stages x 1 replica on 1 node): " in str(refused.value)
+
+
+@pytest.mark.parametrize("version", [PLAN_VERSION - 1, PLAN_VERSION])
+def test_nodes_that_are_started_anew_get_a_plan_that_they_read(place: Any, version: int) -> None:
+    """What the attempt before had, but where an older hotstage compiled it; a gang that lives on keeps its own."""
+    store, prepared = place
+    log = RunLog(store, prepared.run)
+    old = bytearray(prepared.plan.to_bytes())
+    old[8] = version
+    store.create(plan_key(prepared.run, "0" * 64), bytes(old))
+    body = attempt_body(prepared, "k1", {"checkpoint": None, "step": 0, "slots": None}, plan="0" * 64, reason="start")
+    state = log.append("attempt", body, log.fold())
+    driver = Driver(
+        prepared, store, Cluster(), lambda ready, name, avoid: Launch(ready.run, name, 2, store.url, Path("out"))
+    )
+    launch = Launch(prepared.run, "k1", 2, store.url, Path("out"))
+    driver._start(StartAttempt(Restore(None, 0), (), "recover", same_plan=True), state, launch)
+    assert log.fold().attempts[-1].plan == ("0" * 64 if version == PLAN_VERSION else prepared.plan.digest)
+    held = StartAttempt(Restore(None, 4, (4, state.epoch)), (state.epoch,), "recover", same_plan=True)
+    driver._start(held, state := log.fold(), launch)
+    assert log.fold().attempts[-1].plan == state.attempts[-1].plan
+
+
 def driver_nodes(cluster: Cluster) -> int:
     return cluster.ensured[-1].nodes if cluster.ensured else 0
 
 
 def test_the_bits_do_not_know_of_it(place: Any) -> None:
     store, prepared = place
-    fewer = relayout(prepared, store, 2)
+    (how,) = other_hows(how_map(prepared.spec))
+    fewer = under(prepared, store, how)
     assert (fewer.run, fewer.what, fewer.nodes, fewer.ranks) == (prepared.run, prepared.what, 1, 2)
     assert store.head(f"runs/{prepared.run}/plans/{fewer.plan.digest}")
 

@@ -1,4 +1,4 @@
-"""The driver's mind: plain data in, one decision out. Every rule D1..D7 of flows/drive/decide.py has its tests here."""
+"""The driver's mind: plain data in, one decision out. Every rule D1..D9 of flows/drive/decide.py has its tests here."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from flows.drive.views import (
     Policy,
     RankView,
     Restore,
+    RunLayout,
     StartAttempt,
     Watch,
 )
+from trainer.failures import Failure
 from trainer.wire import EXITS
 
 POLICY = Policy(steps=100, launch="l", nodes=2, ranks=2, stall_s=10.0)
@@ -622,16 +624,69 @@ def test_what_had_ended_goes_on_by_an_order_alone() -> None:
     assert decide(replace(again, ended="succeeded"), running(), POLICY) == Finished("succeeded")
 
 
+def layout(nodes: int, stages: int = 2, replicas: int | None = None) -> RunLayout:
+    """A layout of as many replicas as nodes, if nothing else is said."""
+    count = nodes if replicas is None else replicas
+    return RunLayout(
+        nodes, stages * count, {"parallel": {"stages": stages, "replicas": count}, "launch": {"nodes": nodes}}
+    )
+
+
+LADDER = replace(POLICY, nodes=4, layouts=(layout(4), layout(2), layout(2, 1), layout(1)), capacity_s=30.0)
+
+
 def test_no_room_is_answered_by_the_spec_s_list() -> None:
-    policy = replace(POLICY, stages=4, fewer=(2, 1), capacity_s=30.0)
-    nodes = [NodeView(0), NodeView(1)]
-    assert decide(log(), nodes, policy, waiting="no machine fits", waited_s=29.0) == Watch(
+    nodes = [NodeView(n) for n in range(4)]
+    asked = log(replace(attempt(1), nodes=4))
+    assert decide(asked, nodes, LADDER, waiting="no machine fits", waited_s=29.0) == Watch(
         Phase.WAITING, "no machine fits"
     )
-    less = started(decide(log(), nodes, policy, waiting="no machine fits", waited_s=30.0))
+    less = started(decide(asked, nodes, LADDER, waiting="no machine fits", waited_s=30.0))
     assert less.fallback is not None
-    assert less.fallback.to_map() == {"kind": "capacity", "stages": 2, "was": 4, "why": "no machine fits"}
-    assert less.renew
+    assert less.fallback.to_map() == {
+        "kind": "capacity", "stages": 2, "was": 2, "why": "no machine fits", "nodes": 2, "ranks": 4,
+        "layout": "2 stages x 2 replicas on 2 nodes", "before": "2 stages x 4 replicas on 4 nodes",
+    }  # fmt: skip
+    assert (less.renew, less.layout) == (True, LADDER.layouts[1])
+
+
+@pytest.mark.parametrize(("now", "room", "taken"), [(0, 0, 1), (0, 3, 1), (0, 2, 1), (0, 1, 3), (1, 0, 2), (1, 1, 3)])
+def test_the_layout_that_is_taken_fits_what_there_is(now: int, room: int, taken: int) -> None:
+    """The best of those that come after the present one; with unknown room the next one, which may wait in its turn."""
+    before = log(replace(attempt(1), nodes=LADDER.layouts[now].nodes))
+    policy = replace(LADDER, layout=now, nodes=LADDER.layouts[now].nodes)
+    less = started(decide(before, [], policy, waiting="no machine fits", waited_s=30.0, room=room))
+    assert less.layout == LADDER.layouts[taken]
+
+
+def test_nothing_smaller_or_no_want_of_machines_is_waited_for() -> None:
+    waits = Watch(Phase.WAITING, "w")
+    last = replace(LADDER, layout=3, nodes=1)
+    assert decide(log(replace(attempt(1), nodes=1)), [], last, waiting="w", waited_s=99.0) == waits
+    # every pod has its machine: an image is pulled, which fewer pods would pull no faster
+    assert decide(log(replace(attempt(1), nodes=4)), [], LADDER, waiting="w", waited_s=99.0, room=4) == waits
+    # one machine is there, and each layout that is left needs two
+    two = replace(LADDER, layouts=(layout(4), layout(2)))
+    assert decide(log(replace(attempt(1), nodes=4)), [], two, waiting="w", waited_s=99.0, room=1) == waits
+
+
+def test_a_run_goes_back_up_with_its_next_launch_and_never_before() -> None:
+    """No gang is ended for more nodes; a rank's end in place is answered in place; a launch that is lost, by the layout
+    that was asked for."""
+    policy = replace(LADDER, layout=1, nodes=2)
+    assert isinstance(decide(log(), running(), policy), Watch)
+    crashed = [ended(0, code=75), ended(1, signal=9)]
+    again = started(decide(log(), crashed, policy))
+    assert (again.renew, again.layout, again.same_plan) == (False, None, True)
+    lost = Cause(Failure.INFRA, "pod x-1 was deleted", place="b")
+    up = started(decide(log(), crashed, policy, lost=lost))
+    assert (up.renew, up.layout, up.fallback, up.same_plan) == (True, LADDER.layouts[0], None, False)
+    assert up.restore.slots is None
+    other = started(decide(log(), [], replace(policy, launch="l2")))
+    assert (other.reason, other.renew, other.layout) == ("another launch", True, LADDER.layouts[0])
+    # as it was asked for: nothing to go back to
+    asked = started(decide(log(), crashed, replace(LADDER, nodes=2), lost=lost))
+    assert (asked.renew, asked.layout) == (True, None)
 
 
 def test_a_gang_that_left_on_request_is_given_a_moment_on_a_cluster() -> None:

@@ -22,7 +22,7 @@ from flows.drive.views import (
     StartAttempt,
     Watch,
 )
-from tests.flows.drive.test_decide import POLICY, attempt, ended, log, running
+from tests.flows.drive.test_decide import POLICY, attempt, ended, layout, log, running
 from trainer.failures import Failure
 
 STUCK = log(
@@ -46,7 +46,7 @@ def test_a_next_attempt_is_held_back_and_begins_when_its_time_has_passed() -> No
 
 
 def test_a_launch_waits_for_room_since_it_was_first_seen_to() -> None:
-    policy = replace(POLICY, capacity_s=30.0, stages=2, fewer=(1,))
+    policy = replace(POLICY, capacity_s=30.0, layouts=(layout(2), layout(1)))
     memory = Memory()
     for now in (10.0, 25.0, 39.9):
         waits, memory = decide(log(), Look(now, waiting="no machine fits"), policy, memory)

@@ -16,8 +16,18 @@ from checkpoint.store import Store, open_store
 from flows.drive.events import Event, Outcome
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, changes, describe, place_order, who
-from flows.drive.run import Prepared, asked_how, attempt_body, prepare_run, relayout, ruling_how
+from flows.drive.run import (
+    Prepared,
+    asked_how,
+    attempt_body,
+    fallback_body,
+    layouts_of,
+    prepare_run,
+    ruling_how,
+    under,
+)
 from flows.drive.train import cancel
+from flows.drive.views import Restore, StartAttempt
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Trained
 from tests.support.agents import wait_for
@@ -26,6 +36,7 @@ from trainer.errors import SpecError
 from trainer.launch import Launch, LaunchView
 from trainer.plan import compile_plan
 from trainer.spec import RunSpec, how_map, parse_spec
+from trainer.spec_layouts import same_layout
 
 # --- two real drivers ---------------------------------------------------------------------------------------
 
@@ -233,7 +244,10 @@ def test_what_was_asked_is_not_what_a_driver_had_to_make_of_it(small: tuple[Stor
     store, prepared = small
     log = RunLog(store, prepared.run, writer="driver")
     wide = another(store, prepared, "parallel.stages=2", "launch.nodes=2")
-    fewer = relayout(wide, store, 1)
+    how = how_map(wide.spec)
+    fewer = under(
+        wide, store, {**how, "parallel": {**how["parallel"], "stages": 1}, "launch": {**how["launch"], "nodes": 1}}
+    )
     restore = {"checkpoint": None, "step": 0, "slots": None}
     asked = attempt_body(wide, "l1", restore, reason="start", cause=None)
     state = log.append("attempt", asked, log.fold())
@@ -242,6 +256,12 @@ def test_what_was_asked_is_not_what_a_driver_had_to_make_of_it(small: tuple[Stor
         state = log.append("attempt", body, state)
         assert ruling_how(state) == how_map(fewer.spec)
         assert asked_how(state) == asked["how"]
+        # a rank that ends in that layout changes nothing of what was asked
+        again = StartAttempt(Restore(None, 0), (), "recover")
+        body = attempt_body(fewer, "l2", restore, reason="recover", fallback=fallback_body(state, again))
+        state = log.append("attempt", body, state)
+        assert asked_how(state) == asked["how"]
+        assert [same_layout(r.how, asked["how"]) for r in layouts_of(fewer, state)] == [True]
 
 
 def test_orders_are_told(small: tuple[Store, Prepared]) -> None:
