@@ -285,9 +285,7 @@ def _gpus(api: Reader, wanted: RunNeeds) -> list[Check]:
             )
             found.append(Check("gpus", "bad", text, f"{mend} in launch.resources"))
         elif room < pods:
-            mend = (
-                "lower launch.nodes or the ranks of a pod, or add machines; recovery.layouts goes on with fewer"
-            )
+            mend = "lower launch.nodes or the ranks of a pod, or add machines; recovery.layouts goes on with fewer"
             found.append(Check("gpus", "bad", f"{text}: room for {room}", mend))
         else:
             found.append(Check("gpus", "ok", text))
