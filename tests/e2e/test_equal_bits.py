@@ -6,7 +6,6 @@ from the plan's own initial weights, shuffled data over several passes. What cra
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.engine.engine_build import build_engine
 from tests.support.compilers import OTHER
+from tests.support.drawn import as_csv, drawn
 from trainer import wire
 from trainer.plan.compile import compile_plan
 from trainer.plan.places import Pipeline, Position
@@ -146,38 +146,26 @@ def test_several_stages_a_position(
     assert_same(ours, one_stage(model, precision))
 
 
-def drawn(of_stage: tuple[int, ...], seed: int) -> list[list[str]]:
-    """A line a position: whatever can be done next, drawn; forwards in any order, backwards ascending."""
-    source, lines = random.Random(seed), [list[str]() for _ in range(1 + max(of_stage))]
-    forwards = {stage: source.sample(range(6), 6) if stage % 2 else list(range(6)) for stage in range(len(of_stage))}
-    done: set[str] = set()
-    while sum(map(len, lines)) < 12 * len(of_stage):
-        can = []
-        for stage in range(len(of_stage)):
-            ahead = next((m for m in forwards[stage] if f"{stage}F{m}" not in done), 0)
-            back = next((m for m in range(6) if f"{stage}B{m}" not in done), 0)
-            if f"{stage}F{ahead}" not in done and (not stage or f"{stage - 1}F{ahead}" in done):
-                can.append((stage, f"{stage}F{ahead}"))
-            last = stage == len(of_stage) - 1
-            if f"{stage}F{back}" in done and f"{stage}B{back}" not in done and (last or f"{stage + 1}B{back}" in done):
-                can.append((stage, f"{stage}B{back}"))
-        stage, action = source.choice(can)
-        done.add(action)
-        lines[of_stage[stage]].append(action)
-    return lines
-
-
 @pytest.mark.parametrize(
-    ("of_stage", "seed"),
-    [((0, 1, 1, 0, 0), 1), ((1, 0, 1, 0, 1, 0), 2), ((0, 0, 1, 2, 2, 1, 0), 3), ((0, 1, 2, 1, 2), 7)],
+    ("of_stage", "seed", "split"),
+    [
+        ((0, 1, 1, 0, 0), 1, 0.0),
+        ((1, 0, 1, 0, 1, 0), 2, 0.0),
+        ((0, 0, 1, 2, 2, 1, 0), 3, 0.0),
+        ((0, 1, 2, 1, 2), 7, 0.0),
+        ((0, 1, 2, 3), 4, 1.0),
+        ((0, 1, 1, 0), 5, 1.0),
+        ((0, 0, 1, 2, 2, 1, 0), 6, 0.5),
+        ((0,), 8, 0.5),
+    ],
 )
 @pytest.mark.parametrize(("model", "precision"), [("gpt2 tied, 7 layers", "bf16"), ("llama untied, 7 layers", "fp32")])
 def test_schedules_of_a_file(
-    one_stage: Any, tmp_path: Path, model: str, precision: str, of_stage: tuple[int, ...], seed: int
+    one_stage: Any, tmp_path: Path, model: str, precision: str, of_stage: tuple[int, ...], seed: int, split: float
 ) -> None:
-    """Any order that a file may say, stages anywhere."""
+    """Any order that a file may say, stages anywhere, backwards whole or in two parts."""
     path = tmp_path / "schedule.csv"
-    path.write_text("".join(",".join(line) + "\n" for line in drawn(of_stage, seed)))
+    path.write_text(as_csv(drawn(of_stage, seed, split)))
     stages, chunks = len(of_stage), max(of_stage.count(position) for position in of_stage)
     ours = run(tmp_path, model, precision, stages=stages, chunks=chunks, schedule=f"file:{path}")
     assert [p.chunks for p in ours.plan.positions] == list(Pipeline(of_stage, 1 + max(of_stage)).chunks)

@@ -15,6 +15,7 @@ from tests.bench import bench_fp8
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.e2e.test_equal_bits import assert_same, cpu_has
+from tests.support.drawn import as_csv, drawn
 from tests.support.place import Place
 from trainer import wire
 from trainer.plan.compile import compile_plan
@@ -75,11 +76,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("avx2", {"stages": 2, "schedule": "gpipe", "threads": 2}),
         ("portable", {"stages": 4, "schedule": "1f1b", "threads": 1}),
         ("auto", {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b", "threads": 2}),
+        ("auto", {"stages": 4, "chunks": 2, "schedule": "file:", "threads": 1}),
     ],
-    ids=["threads", "gpipe", "1f1b", "interleaved"],
+    ids=["threads", "gpipe", "1f1b", "interleaved", "split"],
 )
 def test_equal_bits(plain: Any, tmp_path: Path, model: str, kernel_path: str, parallel: dict[str, Any]) -> None:
     path = kernel_path if kernel_path == "auto" or cpu_has(kernel_path) else "auto"
+    if parallel.get("schedule") == "file:":
+        (tmp_path / "it.csv").write_text(as_csv(drawn((0, 1, 1, 0), 1, 0.7)))
+        parallel = parallel | {"schedule": f"file:{tmp_path / 'it.csv'}"}
     assert_same(run(tmp_path, model, kernel_path=path, **parallel), plain(model))
 
 

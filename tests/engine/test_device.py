@@ -96,9 +96,11 @@ def runs(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeR
 
 
 CHUNKS = {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b"}
+SPLIT = CHUNKS | {"schedule": f"file:{Path(__file__).parents[1] / 'golden' / 'schedules' / 'zbv-2x2x4.csv'}"}
+"""As PyTorch's pipelining wrote it."""
 
 
-@pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS], ids=["1", "2", "2x2"])
+@pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS, SPLIT], ids=["1", "2", "2x2", "split"])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], parallel: dict[str, Any]) -> None:
     some = runs(model=model | {"layers": 4}, parallel=parallel, batch=8, steps=3)

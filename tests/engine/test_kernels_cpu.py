@@ -65,7 +65,8 @@ CASES = [
         for rows, c in ((1, 1), (3, 16), (5, 20), (2, 33), (40, 770), (3, 4200))
         for case in (
             Case("layernorm_fwd", (rows, c), (1e-5,), rel=1e-5),
-            Case("layernorm_igrad", (rows, c, 0), rel=1e-5),
+            Case("layernorm_igrad", (rows, c, 0), absent=(6,), rel=1e-5),
+            Case("layernorm_igrad", (rows, c, 1), absent=(6,), rel=1e-5),
             Case("layernorm_igrad", (rows, c, 1), rel=1e-5),
             Case("layernorm_wgrad", (rows, c), rel=1e-5),
         )
@@ -75,7 +76,8 @@ CASES = [
         for rows, n, c, pad in ((1, 1, 1, 0), (3, 4, 20, 5), (33, 1, 768, 0), (7, 3, 128, 1), (3, 1, 4200, 0))
         for case in (
             Case("rmsnorm_fwd", (rows, n, c, n * c + pad, n * c + 2 * pad), (1e-6,)),
-            Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 0), rel=1e-5),
+            Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 0), absent=(5,), rel=1e-5),
+            Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 1), absent=(5,), rel=1e-5),
             Case("rmsnorm_igrad", (rows, n, c, n * c + pad, n * c, n * c + 2 * pad, 1), rel=1e-5),
             Case("rmsnorm_wgrad", (rows, n, c, n * c + pad, n * c + 2 * pad), rel=1e-5),
         )
@@ -207,7 +209,7 @@ class Call:
         """Operands that another kernel makes get its values: statistics of norms, attention's output."""
         a, d, acc = self.inputs, self.case.dims, acc_of(self.dtype)
         if self.case.kernel.startswith("layernorm") and not self.case.kernel.endswith("fwd"):
-            x, mean, rstd = a[-3 if self.case.kernel == "layernorm_wgrad" else -4], a[-2], a[-1]
+            x, mean, rstd = (a[3], a[4], a[5]) if self.case.kernel == "layernorm_wgrad" else (a[2], a[4], a[5])
             assert x is not None
             assert mean is not None
             assert rstd is not None
@@ -215,7 +217,7 @@ class Call:
             mean[:] = encode(rows.mean(axis=1), acc)
             rstd[:] = encode(1 / np.sqrt(rows.var(axis=1) + 1e-5), acc)
         if self.case.kernel.startswith("rmsnorm") and not self.case.kernel.endswith("fwd"):
-            rstd = a[-1]
+            rstd = a[4 if self.case.kernel == "rmsnorm_igrad" else 3]
             assert rstd is not None
             rstd[:] = np.abs(rstd) + np.float32(0.5)
         if self.case.kernel.startswith("linear8"):  # the NaNs among random codes become others

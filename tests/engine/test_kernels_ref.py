@@ -104,10 +104,11 @@ def test_layernorm(kernels: KernelLib, rng: np.random.Generator, r: int, c: int)
     np.testing.assert_allclose(y, h * w + b, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(mean, x.mean(axis=1), rtol=1e-13, atol=1e-14)
     np.testing.assert_allclose(rstd, true_rstd, rtol=1e-13)
-    for accum in (0, 1):
+    for accum, apart in ((0, False), (1, False), (1, True)):
         old = rng.normal(size=x.shape)
-        dx = old.copy()
-        kernels.call("layernorm_igrad", F64, [dx, dy, x, w, mean, rstd], [r, c, accum])
+        dx = np.full_like(old, np.nan) if apart else old.copy()
+        given = [dx, dy, x, w, mean, rstd, old.copy() if apart else None]
+        kernels.call("layernorm_igrad", F64, given, [r, c, accum])
         if c > 1:  # with one column y is b, and differences of rounding errors are nothing to compare
             differences(loss, x, dx - accum * old, rng)
             loss()  # mean and rstd of x itself again
@@ -134,10 +135,11 @@ def test_rmsnorm(kernels: KernelLib, rng: np.random.Generator, r: int, n: int, c
     true_rstd = 1 / np.sqrt((groups**2).mean(axis=2) + eps)
     np.testing.assert_allclose(y_in.reshape(r, n, c), groups * true_rstd[:, :, None] * w, rtol=1e-12)
     np.testing.assert_allclose(rstd, true_rstd, rtol=1e-13)
-    for accum in (0, 1):
+    for accum, apart in ((0, False), (1, False), (1, True)):
         old, old_in = strided(rng, r, lddx, n * c)
-        dx = old.copy()
-        kernels.call("rmsnorm_igrad", F64, [dx, dy, x, w, rstd], [r, n, c, lddx, lddy, ldx, accum])
+        dx = np.full_like(old, np.nan) if apart else old.copy()
+        given = [dx, dy, x, w, rstd, old.copy() if apart else None]
+        kernels.call("rmsnorm_igrad", F64, given, [r, n, c, lddx, lddy, ldx, accum])
         differences(loss, x_in, dx[:, : n * c] - accum * old_in, rng)
         loss()
     old_w = rng.normal(size=c)
@@ -555,10 +557,11 @@ def test_lower_precisions_are_roundings_of_f64(kernels: KernelLib, dtype: int) -
     check("embed_fwd", [5, 9, 7, 5], [], ("wD", rc), ("rI", r), ("rD", (7, 9)), ("rD", (5, 9)))
     check("embed_wgrad", [5, 9, 7, 5], [], ("uA", (7, 9)), ("uA", rc), ("rD", rc), ("rI", r))
     check("layernorm_fwd", [5, 9], [1e-5], ("wD", rc), ("wA", r), ("wA", r), ("rD", rc), ("rA", c), ("rA", c))
-    check("layernorm_igrad", [5, 9, 1], [], ("uD", rc), ("rD", rc), ("rD", rc), ("rA", c), ("rA", r), ("rA", r))
+    norm = (("uD", rc), ("rD", rc), ("rD", rc))
+    check("layernorm_igrad", [5, 9, 1], [], *norm, ("rA", c), ("rA", r), ("rA", r), ("rD", rc))
     check("layernorm_wgrad", [5, 9], [], ("uA", c), ("uA", c), ("rD", rc), ("rD", rc), ("rA", r), ("rA", r))
     check("rmsnorm_fwd", [5, 3, 3, 9, 9], [1e-5], ("wD", rc), ("wA", (5, 3)), ("rD", rc), ("rA", (3,)))
-    check("rmsnorm_igrad", [5, 3, 3, 9, 9, 9, 1], [], ("uD", rc), ("rD", rc), ("rD", rc), ("rA", (3,)), ("rA", (5, 3)))
+    check("rmsnorm_igrad", [5, 3, 3, 9, 9, 9, 1], [], *norm, ("rA", (3,)), ("rA", (5, 3)), ("rD", rc))
     check("rmsnorm_wgrad", [5, 3, 3, 9, 9], [], ("uA", (3,)), ("rD", rc), ("rD", rc), ("rA", (5, 3)))
     check(
         "linear_fwd", [5, 4, 9, 4, 9, 4], [], ("wD", (5, 4)), ("rD", rc), ("rD", (4, 9)), ("rA", (4,)), ("rD", (5, 4))

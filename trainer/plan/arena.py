@@ -5,9 +5,9 @@ The order in the arena (all offsets multiples of 64):
     reports, norms and control block | rotary tables | master weights | compute copies | moments | gradients
     | gradient that is sent back (last stage) | scratch of the running program | activation slots | microbatches' tokens
 
-What a slot of activations holds: all that lives from a microbatch's forward to its backward, and what is received and
-sent (``StagePrograms.kept``). Scratch is shared by the programs, which never run at once; inside a program buffers
-share it by lifetime.
+What a slot of activations holds: all that lives from one program of a microbatch to another, and what is received and
+sent (``slot_layout.py``). Scratch is shared by the programs, which never run at once; inside a program buffers share it
+by lifetime.
 
 Stages of one position that follow one another (a run) have one slot for a microbatch, and pass nothing on: the second
 reads what the first made where it lies, and the first's backward works on the gradient where the second's left it.
@@ -15,7 +15,7 @@ reads what the first made where it lies, and the first's backward works on the g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -28,6 +28,7 @@ from trainer.plan.memory import align
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import Ref
 from trainer.plan.rows import Row
+from trainer.plan.slot_layout import SlotLayout, lay_out
 from trainer.plan.slots import assign_slots, holders, sent_at_once
 
 COMBINES = Position(0)
@@ -97,6 +98,8 @@ class PositionMemory:
         self.gradients: dict[int, Ref] = {}
         self.given: dict[str, Ref] = {}
         self.buffers = {number: _Buffers(stage, job.dt_bytes) for number, stage in self.stages.items()}
+        self.layouts: list[SlotLayout] = []
+        """By run, its slot."""
         self.head_weight: Ref | None = None
         self.head_gradient: Ref | None = None
         self.tied_received: Ref | None = None
@@ -128,6 +131,7 @@ class PositionMemory:
             self.head_weight = self.compute(self.tied) if alone else arena.ref(size, "weights")
         if not job.infer:
             self._place_training(arena)
+        self._lay_slots_out()
         self._place_scratch(arena)
         self._place_slots(arena)
 
@@ -147,23 +151,36 @@ class PositionMemory:
             if sent_at_once(self.row, number):
                 buffers.places[sent.buffer] = arena.ref(buffers.size(sent.buffer), "activations")
 
-    def _kept(self, number: Stage) -> list[str]:
-        """The buffers that a stage has in a slot, in its order, those of the stage below it left out."""
-        stage, places = self.stages[number], self.buffers[number].places
-        kept = set(stage.kept)
-        if stage.gradient_sent is not None and stage.gradient_sent.buffer not in places:
-            kept.add(stage.gradient_sent.buffer)
-        if number - 1 in self.stages and stage.received is not None:
-            kept.discard(stage.received.buffer)
-        return [name for name in stage.buffers if name in kept]
+    def _lay_slots_out(self) -> None:
+        """Each run's slot."""
+        elsewhere = {(number, name) for number, buffers in self.buffers.items() for name in buffers.places}
+
+        def size(name: tuple[Stage, str]) -> int:
+            return self.buffers[name[0]].size(name[1])
+
+        self.layouts = [lay_out(run, self.stages, size, elsewhere) for run in self.runs]
+        for layout in self.layouts:
+            for (number, name), offset in layout.offsets.items():
+                buffers = self.buffers[number]
+                buffers.places[name] = Ref(wire.SPACE_ACT, offset, buffers.size(name))
+        for run in self.runs:
+            for below, above in pairwise(run):
+                sent, received = self.stages[below].sent, self.stages[above].received
+                assert sent is not None
+                assert received is not None
+                self.buffers[above].places[received.buffer] = self.buffers[below].bind(sent, False)
+            for below, above in reversed(list(pairwise(run))):
+                left, taken = self.stages[above].gradient_sent, self.stages[below].gradient_received
+                if left is not None and taken is not None:
+                    self.buffers[below].back[taken.buffer] = self.buffers[above].bind(left, True)
 
     def _place_scratch(self, arena: _Arena) -> None:
         places: dict[tuple[Stage, str], int] = {}
         most = 0
         for number, stage in self.stages.items():
-            buffers, kept = self.buffers[number], {*self._kept(number), *stage.kept}
-            sizes = {n: buffers.size(n) for n in stage.buffers if n not in kept and n not in buffers.places}
-            for calls in (stage.forward, stage.backward):
+            buffers = self.buffers[number]
+            sizes = {n: buffers.size(n) for n in stage.buffers if n not in buffers.places}
+            for calls in (stage.forward, stage.backward, stage.weights):
                 offsets, end = memory.place(memory.lifetimes(calls, sizes))
                 places |= {(number, name): offset for name, offset in offsets.items()}
                 most = max(most, end)
@@ -186,7 +203,7 @@ class PositionMemory:
         self.partials = base + received
 
     def _place_slots(self, arena: _Arena) -> None:
-        offset = max(map(self._place_run, self.runs), default=0)
+        offset = max((layout.bytes for layout in self.layouts), default=0)
         held = holders(self.row, self.runs)
         self.slots, slots = assign_slots(self.row, held)
         self.slot_of = slots[held]
@@ -204,27 +221,9 @@ class PositionMemory:
             size = self.rows * self.job.spec.model.vocab
             self.given["logits"] = arena.ref(size, "activations")
 
-    def _place_run(self, run: Sequence[Stage]) -> int:
-        """The stages of a run in their slot; its bytes."""
-        offset = 0
-        kept = [(number, name) for number in run for name in self._kept(number)]
-        for number, name in kept:
-            buffers = self.buffers[number]
-            buffers.places[name] = Ref(wire.SPACE_ACT, offset, buffers.size(name))
-            offset += align(buffers.size(name))
-        for below, above in pairwise(run):
-            sent, received = self.stages[below].sent, self.stages[above].received
-            assert sent is not None
-            assert received is not None
-            self.buffers[above].places[received.buffer] = self.buffers[below].bind(sent, False)
-        for below, above in reversed(list(pairwise(run))):
-            left, taken = self.stages[above].gradient_sent, self.stages[below].gradient_received
-            if left is not None and taken is not None:
-                self.buffers[below].back[taken.buffer] = self.buffers[above].bind(left, True)
-        return offset
-
     def _calls(self) -> Iterable[Call]:
-        return (call for stage in self.stages.values() for call in (*stage.forward, *stage.backward))
+        stages = self.stages.values()
+        return (call for stage in stages for call in (*stage.forward, *stage.backward, *stage.weights))
 
     def _rope_tables(self) -> list[RopeTable]:
         return list(dict.fromkeys(p for call in self._calls() for p in call.ptr if isinstance(p, RopeTable)))

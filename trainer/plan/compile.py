@@ -6,7 +6,7 @@ Pure, but for a schedule that the spec names as a file.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -26,8 +26,8 @@ from trainer.plan.lower import lower
 from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config
-from trainer.plan.rows import Row
-from trainer.plan.schedules import pipeline_for
+from trainer.plan.rows import Row, split_stages
+from trainer.plan.schedules import pipeline_for, rows_for
 from trainer.spec import ModelSpec, RunSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
@@ -61,10 +61,8 @@ def compile_plan(
         parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b"})
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
-        stages = expand(spec, infer)
-        rows: list[Row] = []
-        if pipeline is None:
-            rows, pipeline = _placed(spec)
+        rows, pipeline = _placed(spec, pipeline)
+        stages = expand(spec, infer, split_stages(rows))
         layout = Layout(tuple(stage.layers for stage in stages), pipeline)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
         job = Job(spec, tensors, stages, layout, infer, tuple(rows))
@@ -79,13 +77,18 @@ def compile_plan(
     return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
 
 
-def _placed(spec: RunSpec) -> tuple[list[Row], Pipeline]:
-    """The computations of a schedule that is a file, and where the spec's stages are."""
-    parallel = spec.parallel
+def _placed(spec: RunSpec, pipeline: Pipeline | None) -> tuple[list[Row], Pipeline]:
+    """What is computed, by position, and where the spec's stages are."""
+    parallel, microbatches = spec.parallel, spec.train.microbatches
     positions = parallel.positions(parallel.stages)
-    if parallel.schedule.startswith(schedule_file.PREFIX):
-        return schedule_file.load(parallel.schedule, parallel.stages, positions, spec.train.microbatches)
-    return [], pipeline_for(parallel.schedule, parallel.stages, positions)
+    if pipeline is None and parallel.schedule.startswith(schedule_file.PREFIX):
+        return schedule_file.load(parallel.schedule, parallel.stages, positions, microbatches)
+    if pipeline is None:
+        pipeline = pipeline_for(parallel.schedule, parallel.stages, positions)
+    for position, stages in enumerate(pipeline.chunks):
+        if not stages:
+            raise PlanError(f"position {position} holds no stage; take as many positions as hold one")
+    return rows_for(parallel.schedule, pipeline, microbatches), pipeline
 
 
 @contextmanager
@@ -107,17 +110,17 @@ def flops_per_token(model: ModelSpec, sequence: int) -> float:
     return model_flops(whole.forward) / sequence
 
 
-def expand(spec: RunSpec, infer: bool = False) -> tuple[StagePrograms, ...]:
-    """The stages of a resolved spec: layers laid out by cost, then expanded."""
+def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozenset()) -> tuple[StagePrograms, ...]:
+    """The stages of a resolved spec: layers laid out by cost, then expanded; ``split``: those with programs I and W."""
     family, train = models.family(spec.model.family), spec.train
     tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
 
-    def stage(layers: range, forward_only: bool) -> StagePrograms:
-        scale = 1.0 / train.tokens
+    def stage(layers: range, forward_only: bool, apart: bool) -> StagePrograms:
         sizes = (train.microbatch, train.sequence, train.classifier_chunk)
-        return expand_stage(family, spec.model, tensors, layers, *sizes, scale, forward_only, train.precision == "fp8")
+        how = {"infer": forward_only, "fp8": train.precision == "fp8", "split": apart}
+        return expand_stage(family, spec.model, tensors, layers, *sizes, 1.0 / train.tokens, **how)
 
-    whole = stage(range(spec.model.layers), True)
+    whole = stage(range(spec.model.layers), True, False)
     costs = [0] * spec.model.layers
     head = 0
     for call in whole.forward:
@@ -126,7 +129,9 @@ def expand(spec: RunSpec, infer: bool = False) -> tuple[StagePrograms, ...]:
         else:
             costs[call.layer] += call_cost(call)
     ranges = split_layers(costs, head, spec.parallel.stages)
-    return tuple(replace(stage(layers, infer), index=Stage(number)) for number, layers in enumerate(ranges))
+    return tuple(
+        replace(stage(layers, infer, number in split), index=Stage(number)) for number, layers in enumerate(ranges)
+    )
 
 
 def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:

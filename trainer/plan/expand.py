@@ -9,17 +9,24 @@ The gradient of the residual stream is one buffer: ``linear``'s residual operand
 add to it in place. On a stage that sends its output on, that buffer is the output itself: the output is not needed once
 sent, and the gradient that comes back has its shape.
 
+A stage that is ``split`` has two programs in place of one backward: the weight gradients that are matrix products are
+put off into ``weights`` (W), everything else stays in ``backward`` (I). What a call that is put off reads keeps its
+bytes: a norm that would add to it in place writes the sum elsewhere (operand ``old``), and the gradient lies there from
+then on. Where no kernel can, the call is not put off after all. The calls of both programs are those of the whole
+backward, a weight's in the same order, so that its bits are equal.
+
 Invariants, asserted while expanding:
 
 I1  a forward value that backward reads is never overwritten before that read
 I2  a gradient is read only when all of its columns are written, and written again only by adding
-I3  a value has one gradient buffer
+I3  a value has one gradient buffer at a time
+I4  what a call that is put off reads is not written after its place in the whole backward
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -38,6 +45,7 @@ class StagePrograms:
 
     ``received`` and ``sent`` are the activation that comes from and goes to the neighbours, ``gradient_received`` and
     ``gradient_sent`` likewise on the way back; None where there is no neighbour (or nothing goes back: inference).
+    ``weights``: what is put off of a stage that is split; else none, and ``backward`` is whole.
     """
 
     index: Stage
@@ -51,14 +59,20 @@ class StagePrograms:
     sent: View | None
     gradient_received: View | None
     gradient_sent: View | None
+    weights: tuple[Call, ...] = ()
+
+    def programs(self, ops: Collection[str]) -> dict[str, tuple[Call, ...]]:
+        """What runs for each of these operations of a schedule."""
+        of = {"F": self.forward, "I": self.backward, "W": self.weights, "B": self.backward + self.weights}
+        return {op: calls for op, calls in of.items() if op in ops}
 
     @cached_property
     def kept(self) -> frozenset[str]:
-        """Buffers that live from forward to backward, or meet a message: those of a slot."""
-        ahead = {view.buffer for call in self.forward for view in call.views()}
-        back = {view.buffer for call in self.backward for view in call.views()}
+        """Buffers that live from one program to another, or meet a message: those of a slot."""
+        programs = (self.forward, self.backward, self.weights)
+        users = Counter(name for calls in programs for name in {view.buffer for c in calls for view in c.views()})
         messages = {view.buffer for view in (self.received, self.sent, self.gradient_received) if view is not None}
-        return frozenset(ahead & back | messages)
+        return frozenset({name for name, count in users.items() if count > 1} | messages)
 
 
 def expand_stage(
@@ -72,11 +86,13 @@ def expand_stage(
     scale: float,
     infer: bool = False,
     fp8: bool = False,
+    split: bool = False,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
     ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
-    is no backward and the head gives logits. With ``fp8`` the layers' linear layers take FP8.
+    is no backward and the head gives logits. With ``fp8`` the layers' linear layers take FP8. With ``split`` matrices'
+    gradients are a program of their own.
     """
     first, last = layers.start == 0, layers.stop == model.layers
     b = Builder(model, tensors, microbatch, sequence, ("forward" if infer else "train") if fp8 else "")
@@ -97,7 +113,7 @@ def expand_stage(
         assert head is not None
         forward.append(replace(head, kernel="logits", ptr=(Given("logits"), *head.ptr[1:3])))
         return StagePrograms(Stage(0), layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
-    tape = Tape(b, forward, received, None if last else x, min(classifier_chunk, b.rows), scale)
+    tape = Tape(b, forward, received, None if last else x, min(classifier_chunk, b.rows), scale, split)
     backward = tape.run(head)
     return StagePrograms(
         index=Stage(0),
@@ -111,16 +127,65 @@ def expand_stage(
         sent=None if last else x,
         gradient_received=None if last else tape.gradient(x),
         gradient_sent=None if received is None else tape.gradient(received),
+        weights=tuple(tape.put_off.calls),
     )
+
+
+class PutOff:
+    """The weight gradients of a stage that is split, and which bytes they still need (I4)."""
+
+    def __init__(self, split: bool) -> None:
+        self.split = split
+        self.calls: list[Call] = []
+        self.reads: dict[str, list[tuple[View, Call]]] = {}
+
+    def takes(self, kernel: str, forward: str) -> bool:
+        """Whether a gradient of this forward kernel is put off: a matrix product that gives no other gradient."""
+        row = KERNELS[forward]
+        return self.split and kernel not in ("", row.input_gradient) and KERNELS[kernel].products != "0"
+
+    def add(self, call: Call) -> None:
+        """Puts a call off."""
+        self.calls.append(call)
+        for view, operand in zip(call.ptr, KERNELS[call.kernel].operands, strict=True):
+            if isinstance(view, View) and operand.role == "read":
+                self.reads.setdefault(view.buffer, []).append((view, call))
+
+    def readers(self, view: View) -> list[Call]:
+        """Those that need bytes of a view."""
+        return [call for other, call in self.reads.get(view.buffer, ()) if _overlap(view, other)]
+
+    def no_more(self, calls: Collection[Call]) -> None:
+        """These are not put off after all."""
+        gone = set(map(id, calls))
+        self.calls = [call for call in self.calls if id(call) not in gone]
+        self.reads = {
+            name: [(view, call) for view, call in readers if id(call) not in gone]
+            for name, readers in self.reads.items()
+        }
+
+    def check(self, call: Call) -> None:
+        """I4, of a call that is not put off."""
+        for view, operand in zip(call.ptr, KERNELS[call.kernel].operands, strict=True):
+            if isinstance(view, View) and operand.role != "read" and (readers := self.readers(view)):
+                raise PlanError(f"{call.kernel} writes {view.buffer}, which {readers[0].kernel} is still to read")
 
 
 class Tape:
     """Derives backward calls from the table of kernels."""
 
     def __init__(
-        self, b: Builder, forward: list[Call], received: View | None, sent: View | None, chunk: int, scale: float
+        self,
+        b: Builder,
+        forward: list[Call],
+        received: View | None,
+        sent: View | None,
+        chunk: int,
+        scale: float,
+        split: bool = False,
     ) -> None:
         self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
+        self.put_off = PutOff(split)
         self.calls: list[Call] = []
         self.layer: int | None = None
         self.gradient_codes: dict[str, Operand] = {}  # of the call that is derived
@@ -139,6 +204,8 @@ class Tape:
             self.layer = call.layer
             if call.kernel != "quantise":  # whoever reads the codes gives the gradient of the value itself
                 self.derive(call)
+        if self.received is not None:  # the stage below may change it in place
+            self._hurry(self.gradient(self.received))
         return self.calls
 
     def derive(self, call: Call) -> None:
@@ -163,7 +230,7 @@ class Tape:
         given: dict[str, Operand] = {}
         for operand in row.operands:  # what is read first: a gradient may take the place of a value
             if operand.role == "read":
-                given[operand.name] = self._read(operand.name, forward)
+                given[operand.name] = None if operand.name == "old" else self._read(operand.name, forward)
         for operand in row.operands:
             if operand.role != "read":
                 given[operand.name] = self._written(row, operand, forward, given, dims)
@@ -172,9 +239,22 @@ class Tape:
                 dims[f"ld{name}"] = view.ld
         ptr = tuple(given[operand.name] for operand in row.operands)
         dim = tuple(dims[name] for name in row.dim_names.split())
-        self.calls.append(
-            Call(kernel, ptr, dim, tuple(reals[name] for name in row.real_names.split()), self.layer, part)
-        )
+        made = Call(kernel, ptr, dim, tuple(reals[name] for name in row.real_names.split()), self.layer, part)
+        if part == "W" and self.put_off.takes(kernel, call.kernel):
+            self.put_off.add(made)
+        else:
+            self._do(made)
+
+    def _do(self, call: Call) -> None:
+        self.put_off.check(call)
+        self.calls.append(call)
+
+    def _hurry(self, view: View) -> None:
+        """What is put off and reads bytes that are about to change is done now."""
+        readers = self.put_off.readers(view)
+        if readers:
+            self.put_off.no_more(readers)
+            self.calls += readers
 
     def _read(self, name: str, forward: Mapping[str, Operand]) -> Operand:
         if name not in forward:
@@ -201,7 +281,7 @@ class Tape:
             value = next(v for v in forward if name in (f"d{v}8", f"d{v}8t", f"d{v}s"))
             view = self.gradient(_view(forward[value]))
             call, made = quantise(self._new, view, True, self.layer, e5m2=True, part="I")
-            self.calls.append(call)
+            self._do(call)
             self.gradient_codes |= zip((f"d{value}8", f"d{value}8t", f"d{value}s"), made, strict=True)
         return self.gradient_codes[name]
 
@@ -210,7 +290,7 @@ class Tape:
         row: Kernel,
         operand: KernelOperand,
         forward: Mapping[str, Operand],
-        given: Mapping[str, Operand],
+        given: dict[str, Operand],
         dims: dict[str, int],
     ) -> Operand:
         name = operand.name
@@ -219,17 +299,26 @@ class Tape:
             return self._new(name, elements, "dt" if operand.kind == "dt" else "acc")
         if name in forward:
             value = forward[name]
-            return self.gradient(_view(value)) if operand.role == "update" else value
+            if operand.role == "update":
+                value = self.gradient(_view(value))
+                self._hurry(value)
+            return value
         value, other = forward[name[1:]], operand.note.removeprefix("may be ")
         if not isinstance(value, View):
             return self.weight_gradient(value)
         if other in forward:
             return self.overwrite(value) or self.only(value)
-        if other in given:  # the gradient of the output has no other reader
+        if other in given and not self.put_off.readers(_view(given[other])):  # no other reader
             return self.share(value, _view(given[other]))
         if "ACCUM" not in row.dim_names.split():
             return self.only(value)
         target, dims["ACCUM"] = self.into(value)
+        if not dims["ACCUM"] or not self.put_off.readers(target):
+            return target
+        if "old" in given and self._whole(value):
+            given["old"] = target
+            return self.apart(value)
+        self._hurry(target)
         return target
 
     # what a value's gradient may be
@@ -264,6 +353,15 @@ class Tape:
             raise PlanError(f"{view.buffer} has a gradient already, and the kernel that gives another cannot add")
         return target
 
+    def apart(self, view: View) -> View:
+        """Other memory for a gradient that is about to change: what it was so far is still to be read (I4)."""
+        like = self.b.buffers[view.buffer]
+        self.home[view.buffer] = self._new(f"d.{view.buffer}", like.elements, "dt").buffer
+        return replace(view, buffer=self.home[view.buffer])
+
+    def _whole(self, view: View) -> bool:
+        return view.first == 0 and view.cols == view.ld and view.extent == self.b.buffers[view.buffer].elements
+
     def share(self, view: View, gradient: View) -> View:
         """The value's gradient starts out as (and in the buffer of) a gradient that is there already."""
         if view.buffer in self.home:
@@ -274,7 +372,7 @@ class Tape:
 
     def overwrite(self, view: View) -> View | None:
         """The value's own memory for its gradient, if no other op reads the value in backward; else None."""
-        if self.readers[view] != 1 or view.buffer in self.home:
+        if self.readers[view] != 1 or view.buffer in self.home or self.put_off.readers(view):
             return None
         self._settle(view, view.buffer)
         self._mark(view)
@@ -307,6 +405,14 @@ class Tape:
             raise PlanError(f"the gradients of overlapping columns of {view.buffer} cannot be joined")
         done.add(mine)
         return 0
+
+
+def _overlap(a: View, b: View) -> bool:
+    """Of views of one buffer."""
+    if a.ld != b.ld or 1 in (a.rows, b.rows):
+        return a.first < b.first + b.extent and b.first < a.first + a.extent
+    first, other = a.first % a.ld, b.first % a.ld
+    return first < other + b.cols and other < first + a.cols
 
 
 def _view(operand: Operand) -> View:

@@ -24,7 +24,7 @@ class Job:
     layout: Layout
     infer: bool = False
     rows: tuple[Row, ...] = ()
-    """What is computed, by position; none: what the spec's schedule makes of the layout."""
+    """What is computed, by position."""
 
     @cached_property
     def dtype(self) -> int:

@@ -31,7 +31,6 @@ from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
 from trainer.plan.rows import OPS, Row
-from trainer.plan.schedules import rows_for
 from trainer.plan.slots import check_hazards
 
 _TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
@@ -75,8 +74,9 @@ class _Lowering:
         """All programs of the position; empty ones are left out."""
         named = {}
         for number, stage in self.mem.stages.items():
-            named[self._program(number, "F")] = self._bound(number, stage.forward)
-            named[self._program(number, "B")] = self._bound(number, stage.backward, True)
+            ops = {"F"} if self.job.infer else self.row.computations(number)
+            for op, calls in stage.programs(ops).items():
+                named[self._program(number, op)] = self._bound(number, calls, op != "F")
         named["load"] = self._load()
         if not self.job.infer:
             named |= {"init": self._init(), "sumsq": self._sumsq(), "adamw": self._adamw()}
@@ -317,14 +317,10 @@ class _Lowering:
 def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
     spec, pipeline = job.spec, job.layout.pipeline
-    for position, stages in enumerate(pipeline.chunks):
-        if not stages:
-            raise PlanError(f"position {position} holds no stage; take as many positions as hold one")
     if job.infer:
         rows = [Row.of([])]
     else:
-        computations = job.rows or rows_for(spec.parallel.schedule, pipeline, spec.train.microbatches)
-        rows = free_slots_early(insert_messages(computations, pipeline.stages))
+        rows = free_slots_early(insert_messages(job.rows, pipeline.stages))
         check_placement(rows)  # the messages themselves: check_messages, with the optimizer's
         for row, stages in zip(rows, pipeline.chunks, strict=True):
             for stage in stages:

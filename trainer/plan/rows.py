@@ -176,6 +176,11 @@ class Row(Sequence[Action]):
             return self.stage[:1], np.zeros(1, np.intp)
         return np.unique(self.stage, return_index=True)
 
+    def computations(self, stage: Stage) -> frozenset[str]:
+        """Which of COMPUTE it does for a stage."""
+        found = self.of_one(stage).op
+        return frozenset(op for number, op in enumerate(COMPUTE) if (found == number).any())
+
     def by_stage(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Its stages, ascending, and of every action the place of its stage among them."""
         if self.only_stage is not None:
@@ -186,6 +191,12 @@ class Row(Sequence[Action]):
 
 Rows = Sequence[Sequence[Action]]
 """One list of actions a position: rows of columns, or any sequences."""
+
+
+def split_stages(rows: Rows) -> frozenset[Stage]:
+    """The stages whose weight gradients are a program of their own: for some microbatch it is W."""
+    found = (np.unique(row.stage[row.op == W]).tolist() for row in columns(rows))
+    return frozenset(Stage(stage) for stages in found for stage in stages)
 
 
 def columns(rows: Rows) -> list[Row]:

@@ -13,12 +13,10 @@ import io
 import re
 from pathlib import Path
 
-import numpy as np
-
 from trainer.errors import PlanError
 from trainer.plan.messages import play
 from trainer.plan.places import Pipeline, Position
-from trainer.plan.rows import OPS, Action, Row, Rows, columns, parse_action
+from trainer.plan.rows import Action, Row, Rows, columns, parse_action
 from trainer.plan.rules import check_rules
 
 PREFIX = "file:"
@@ -71,10 +69,6 @@ def _read(text: str, stages: int, microbatches: int) -> tuple[list[Row], Pipelin
 
     pipeline = check_rules(rows, stages, microbatches, say)
     play(rows, pipeline, say)
-    for position, row in enumerate(rows):
-        for place in np.flatnonzero(np.isin(row.op, [OPS.index("I"), OPS.index("W")]))[:1]:
-            where = f"{say(Position(position), int(place))}, {row[int(place)]}"
-            raise PlanError(f"{where}: this version runs a backward whole; write B for I and W")
     return rows, pipeline
 
 

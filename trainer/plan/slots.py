@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import PlanError
 from trainer.plan.places import Stage
-from trainer.plan.rows import RECV_B, SEND_B, SEND_F, B, Row, W
+from trainer.plan.rows import RECV_B, SEND_B, SEND_F, B, I, Row, W
 from trainer.plan.rules import first_of_each
 
 
@@ -32,7 +32,8 @@ def assign_slots(row: Row, held: NDArray[np.int64] | None = None) -> tuple[int, 
     """How many slots a row needs, and which each of its ``holders`` has (None: the microbatches): of those that are
     free, the lowest is taken.
 
-    A slot is taken when the activation is received (on the first stage: at F) and free after the last of B and SEND_B.
+    A slot is taken when the activation is received (on the first stage: at F) and free after the last of B, W and
+    SEND_B.
     """
     held = holders(row, ()) if held is None else held
     count, never = 1 + int(held.max(initial=-1)), len(row)
@@ -99,7 +100,7 @@ def check_hazards(row: Row, stage: Stage) -> None:
 def sent_at_once(row: Row, stage: Stage) -> bool:
     """Whether a stage sends every gradient before it makes the next: one place then serves all microbatches."""
     mine = row.of_one(stage)
-    makes = np.flatnonzero(mine.op == B)
+    makes = np.flatnonzero((mine.op == B) | (mine.op == I))
     sent = _first(mine, SEND_B)[mine.microbatch[makes[:-1]]]
     return bool(((sent > makes[:-1]) & (sent < makes[1:])).all())
 

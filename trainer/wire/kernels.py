@@ -134,7 +134,8 @@ KERNELS: dict[str, Kernel] = {
         4,
         "R C ACCUM",
         "",
-        "update:dx:dt:R:C, read:dy:dt:R:C, read:x:dt:R:C, read:w:acc::C, read:mean:acc::R, read:rstd:acc::R",
+        "update:dx:dt:R:C, read:dy:dt:R:C, read:x:dt:R:C, read:w:acc::C, read:mean:acc::R, read:rstd:acc::R, "
+        "read:old:dt:R:C::optional",
         each="11 R C",
     ),
     "layernorm_wgrad": _kernel(
@@ -157,7 +158,8 @@ KERNELS: dict[str, Kernel] = {
         7,
         "R N C lddx lddy ldx ACCUM",
         "",
-        "update:dx:dt:R:N C:lddx, read:dy:dt:R:N C:lddy, read:x:dt:R:N C:ldx, read:w:acc::C, read:rstd:acc:R:N",
+        "update:dx:dt:R:N C:lddx, read:dy:dt:R:N C:lddy, read:x:dt:R:N C:ldx, read:w:acc::C, read:rstd:acc:R:N, "
+        "read:old:dt:R:N C:lddx:optional",
         each="7 R N C",
     ),
     "rmsnorm_wgrad": _kernel(

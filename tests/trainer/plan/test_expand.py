@@ -25,9 +25,9 @@ def model(family: str = "gpt2", **over: object) -> ModelSpec:
     )
 
 
-def stage(spec: ModelSpec, layers: range, infer: bool = False) -> StagePrograms:
+def stage(spec: ModelSpec, layers: range, infer: bool = False, split: bool = False) -> StagePrograms:
     family = models.family(spec.family)
-    return expand_stage(family, spec, tensor_table(family, spec), layers, 2, 8, 64, 1 / 16, infer)
+    return expand_stage(family, spec, tensor_table(family, spec), layers, 2, 8, 64, 1 / 16, infer, split=split)
 
 
 def weights(calls: tuple[Call, ...], use: str) -> list[str]:
@@ -67,6 +67,45 @@ def test_weight_gradients_follow_their_input_gradients(family: str) -> None:
         if call.part == "W" and call.kernel != "embed_wgrad":
             assert before.part == "I"
             assert before.kernel.rsplit("_", 1)[0] == call.kernel.rsplit("_", 1)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [range(3), range(1), range(1, 2), range(2, 3)], ids=str)
+def test_the_linears_weight_gradients_are_put_off(family: str, layers: range) -> None:
+    """And nothing else; both programs together do what the whole backward does, each kind of call in its order."""
+    spec = model(family)
+    whole, apart = stage(spec, layers), stage(spec, layers, split=True)
+    assert whole.weights == ()
+
+    def shapes(calls: tuple[Call, ...]) -> list[tuple[object, ...]]:
+        return [(c.kernel, c.dim, c.real, c.layer, c.part, weights((c,), "gradient")) for c in calls]
+
+    linears = [one for one in shapes(whole.backward) if one[0] == "linear_wgrad"]
+    assert shapes(apart.weights) == linears
+    assert shapes(apart.backward) == [one for one in shapes(whole.backward) if one not in linears]
+    assert apart.forward == whole.forward
+    assert apart.programs({"F", "B"}) == {"F": apart.forward, "B": apart.backward + apart.weights}
+
+
+def test_what_no_kernel_can_write_elsewhere_is_not_put_off() -> None:
+    """Two linears of one value, no norm between: the second adds to a gradient that the linear before still reads."""
+
+    class Bare(type(models.family("gpt2"))):  # type: ignore[misc]
+        name = "bare"
+
+        def layer(self, b: Builder, x: View) -> View:
+            x = super().layer(b, x)
+            y = b.linear(x, "transformer.h.{layer}.attn.c_proj")
+            return b.linear(y, "transformer.h.{layer}.attn.c_proj", residual=x)
+
+    spec, family = model(), Bare()
+    apart = expand_stage(family, spec, tensor_table(family, spec), range(1, 2), 2, 8, 64, 1.0, split=True)
+    early = [c for c in apart.backward if c.kernel == "linear_wgrad"]
+    assert [weights((c,), "gradient")[0] for c in early] == ["transformer.h.1.attn.c_proj.weight"]
+    assert early[0].ptr[2] == apart.gradient_received
+    changed = apart.backward.index(early[0]) + 1
+    assert apart.backward[changed].ptr[0] == apart.gradient_received
+    assert len(apart.weights) == 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@
  * Two passes: the variance is taken around the stored mean. igrad and wgrad read mean and rstd as
  * fwd stored them and recompute h. Order: sums inside a row in the fixed 16-lane tree of the fast
  * set (ref: ascending, in double); sums over rows ascending, from the old dw and db.
- * igrad with ACCUM 1: the old dx is added before the one rounding.
+ * igrad with ACCUM 1: the old dx (`old`, where it is given) is added before the one rounding.
  */
 #ifndef HS_KERNELS_LAYERNORM_H
 #define HS_KERNELS_LAYERNORM_H

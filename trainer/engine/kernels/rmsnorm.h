@@ -6,7 +6,7 @@
  *   wgrad  dw += sum over rows, and groups in a row, of dy h
  *
  * Order as in layernorm.h; wgrad: rows ascending, groups ascending inside a row, from the old dw.
- * igrad with ACCUM 1: the old dx is added before the one rounding.
+ * igrad with ACCUM 1: the old dx (`old`, where it is given) is added before the one rounding.
  */
 #ifndef HS_KERNELS_RMSNORM_H
 #define HS_KERNELS_RMSNORM_H

@@ -20,7 +20,8 @@
  *             call's of that name. Beside them: ld<operand>, the row distance of what is given for it; ACCUM, 1 where
  *             the gradient has a part already; CHUNK and scale, the head's. Where forward takes <v>8 and <v>s, what
  *             QUANTISE makes of a value or of a weight, also: <v>8t, its transpose; d<v>, the gradient of v itself; and
- *             of the gradient of an output d<v>8, d<v>8t, d<v>s, in E5M2.
+ *             of the gradient of an output d<v>8, d<v>8t, d<v>s, in E5M2; old, what ACCUM adds to where that must stay
+ *             as it is (absent: what is written).
  *   work      WORK(products, again, each): multiply-adds of the matrix products that the mathematics has, of products
  *             that are computed again, and other operations (a rounded number an element: memory decides their time)
  *
@@ -94,11 +95,11 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "", GRADIENT(LAYERNORM_IGRAD, LAYERNORM_WGRAD, ""), WORK("0", "0", "8 R C"),                                    \
       WRITE(y, DT, "R", "C", ""), WRITE(mean, ACC, "", "R", ""), WRITE(rstd, ACC, "", "R", ""),                       \
       READ(x, DT, "R", "C", ""), READ(w, ACC, "", "C", ""), READ(b, ACC, "", "C", ""))                                \
-    /* ACCUM 1: dx +=, 0: dx = */                                                                                     \
+    /* ACCUM 1: dx = old +, where old is absent dx +=; 0: dx = */                                                     \
     X(4, LAYERNORM_IGRAD, layernorm_igrad, DIMS(R, C, ACCUM), 2, "ACCUM", NO_REALS,                                   \
       "", NO_GRADIENT, WORK("0", "0", "11 R C"),                                                                      \
       UPDATE(dx, DT, "R", "C", ""), READ(dy, DT, "R", "C", ""), READ(x, DT, "R", "C", ""), READ(w, ACC, "", "C", ""), \
-      READ(mean, ACC, "", "R", ""), READ(rstd, ACC, "", "R", ""))                                                     \
+      READ(mean, ACC, "", "R", ""), READ(rstd, ACC, "", "R", ""), READ(old, DT, "R", "C", "", OPTIONAL))              \
     X(5, LAYERNORM_WGRAD, layernorm_wgrad, DIMS(R, C), 2, "", NO_REALS,                                               \
       "", NO_GRADIENT, WORK("0", "0", "4 R C"),                                                                       \
       UPDATE(dw, ACC, "", "C", ""), UPDATE(db, ACC, "", "C", ""), READ(dy, DT, "R", "C", ""),                         \
@@ -111,7 +112,7 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
     X(7, RMSNORM_IGRAD, rmsnorm_igrad, DIMS(R, N, C, lddx, lddy, ldx, ACCUM), 3, "ACCUM", NO_REALS,                   \
       "", NO_GRADIENT, WORK("0", "0", "7 R N C"),                                                                     \
       UPDATE(dx, DT, "R", "N C", "lddx"), READ(dy, DT, "R", "N C", "lddy"), READ(x, DT, "R", "N C", "ldx"),           \
-      READ(w, ACC, "", "C", ""), READ(rstd, ACC, "R", "N", ""))                                                       \
+      READ(w, ACC, "", "C", ""), READ(rstd, ACC, "R", "N", ""), READ(old, DT, "R", "N C", "lddx", OPTIONAL))          \
     X(8, RMSNORM_WGRAD, rmsnorm_wgrad, DIMS(R, N, C, lddy, ldx), 3, "", NO_REALS,                                     \
       "", NO_GRADIENT, WORK("0", "0", "3 R N C"),                                                                     \
       UPDATE(dw, ACC, "", "C", ""), READ(dy, DT, "R", "N C", "lddy"), READ(x, DT, "R", "N C", "ldx"),                 \

@@ -48,7 +48,7 @@ static void layernorm_fwd_op(hs_kernel_ctx *ctx, hs_layernorm_fwd_args *a) {
 VINLINE void layernorm_igrad_rows(const hs_layernorm_igrad_args *a, int64_t begin, int64_t end,
                                   int dt) {
     void *dx = a->dx;
-    const void *dy = a->dy, *x = a->x;
+    const void *dy = a->dy, *x = a->x, *old = a->old ? a->old : a->dx;
     const float *w = a->w, *mean = a->mean, *rstd = a->rstd;
     const int accumulate = a->ACCUM != 0;
     const int64_t C = a->C;
@@ -67,7 +67,7 @@ VINLINE void layernorm_igrad_rows(const hs_layernorm_igrad_args *a, int64_t begi
             vf g = v_mul(v_load_dt_n(dy, at, left, dt), v_load_n(w + c, left));
             vf h = v_mul(v_sub(v_load_dt_n(x, at, left, dt), mv), sv);
             vf d = v_mul(sv, v_fnma(h, mean_gh, v_sub(g, mean_g)));
-            if (accumulate) d = v_add(d, v_load_dt_n(dx, at, left, dt));
+            if (accumulate) d = v_add(d, v_load_dt_n(old, at, left, dt));
             v_store_dt_n(dx, at, d, left, dt);
         }
     }

@@ -43,7 +43,7 @@ static void rmsnorm_fwd_op(hs_kernel_ctx *ctx, hs_rmsnorm_fwd_args *a) {
 VINLINE void rmsnorm_igrad_rows(const hs_rmsnorm_igrad_args *a, int64_t begin, int64_t end,
                                 int dt) {
     void *dx = a->dx;
-    const void *dy = a->dy, *x = a->x;
+    const void *dy = a->dy, *x = a->x, *old = a->old ? a->old : a->dx;
     const float *w = a->w, *rstd = a->rstd;
     const int64_t C = a->C, lddx = a->lddx, lddy = a->lddy, ldx = a->ldx;
     const int accumulate = a->ACCUM != 0;
@@ -61,7 +61,7 @@ VINLINE void rmsnorm_igrad_rows(const hs_rmsnorm_igrad_args *a, int64_t begin, i
                 vf g = v_mul(v_load_dt_n(dy, at_dy + c, left, dt), v_load_n(w + c, left));
                 vf h = v_mul(v_load_dt_n(x, at + c, left, dt), sv);
                 vf d = v_mul(sv, v_fnma(h, mean, g));
-                if (accumulate) d = v_add(d, v_load_dt_n(dx, at_dx + c, left, dt));
+                if (accumulate) d = v_add(d, v_load_dt_n(old, at_dx + c, left, dt));
                 v_store_dt_n(dx, at_dx + c, d, left, dt);
             }
         }

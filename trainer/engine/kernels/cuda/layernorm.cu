@@ -36,8 +36,9 @@ __global__ void __launch_bounds__(FLAT)
 
 template <typename T>
 __global__ void __launch_bounds__(FLAT)
-    layernorm_igrad(T *dx, const T *dy, const T *x, const float *w, const float *mean,
-                    const float *rstd, int64_t R, int64_t C, bool accumulate, bool wide) {
+    layernorm_igrad(T *dx, const T *from, const T *dy, const T *x, const float *w,
+                    const float *mean, const float *rstd, int64_t R, int64_t C, bool accumulate,
+                    bool wide) {
     const int N = pack_of<T>::N;
     const int64_t r = row_index<T>(), begin = r * C, end = r < R ? C : 0;
     const float m = r < R ? mean[r] : 0.0f, s = r < R ? rstd[r] : 0.0f;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(FLAT)
         lanes<N> d = load<N>(dy + begin + c, C - c, wide);
         const lanes<N> v = load<N>(x + begin + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
         lanes<N> old = {};
-        if (accumulate) old = load<N>(dx + begin + c, C - c, wide);
+        if (accumulate) old = load<N>(from + begin + c, C - c, wide);
         for (int i = 0; i < N; i++) {
             const float g = d.x[i] * wv.x[i], h = (v.x[i] - m) * s;
             d.x[i] = s * v_fnma(h, mean_gh, g - mean_g);
@@ -99,8 +100,9 @@ __global__ void __launch_bounds__(STAGE_THREADS)
 
 template <typename T>
 __global__ void __launch_bounds__(STAGE_THREADS)
-    layernorm_igrad_staged(T *dx, const T *dy, const T *x, const float *w, const float *mean,
-                           const float *rstd, int64_t R, int64_t C, bool accumulate, bool wide) {
+    layernorm_igrad_staged(T *dx, const T *from, const T *dy, const T *x, const float *w,
+                           const float *mean, const float *rstd, int64_t R, int64_t C,
+                           bool accumulate, bool wide) {
     const int N = pack_of<T>::N;
     HS_SHARED(row_stage<2>, stage, );
     const int64_t r = staged_row(), begin = r * C, end = r < R ? C : 0;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(STAGE_THREADS)
         lanes<N> d = load<N>(row_d + c, C - c, wide);
         const lanes<N> v = load<N>(row_x + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
         lanes<N> old = {};
-        if (accumulate) old = load<N>(dx + begin + c, C - c, wide);
+        if (accumulate) old = load<N>(from + begin + c, C - c, wide);
         for (int i = 0; i < N; i++) {
             const float g = d.x[i] * wv.x[i], h = (v.x[i] - m) * s;
             d.x[i] = s * v_fnma(h, mean_gh, g - mean_g);
@@ -178,17 +180,19 @@ template <typename T>
 static hs_status layernorm_igrad_op(cudaStream_t stream, const hs_layernorm_igrad_args &a) {
     const int64_t R = a.R, C = a.C, ACCUM = a.ACCUM;
     T *dx = static_cast<T *>(a.dx);
+    const T *from = a.old ? static_cast<const T *>(a.old) : dx;
     const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
     const float *w = static_cast<const float *>(a.w);
     const float *mean = static_cast<const float *>(a.mean);
     const float *rstd = static_cast<const float *>(a.rstd);
-    const bool wide = wide_at(dx, C) && wide_at(dy, C) && wide_at(x, C) && wide_at(w);
+    const bool wide =
+        wide_at(dx, C) && wide_at(from, C) && wide_at(dy, C) && wide_at(x, C) && wide_at(w);
     const int staged = staged_rows<T>(C);
     if (staged)
         return HS_LAUNCH(layernorm_igrad_staged, (unsigned)hs_ceil_div(R, staged), staged * LANES,
-                         stream, dx, dy, x, w, mean, rstd, R, C, ACCUM != 0, wide);
+                         stream, dx, from, dy, x, w, mean, rstd, R, C, ACCUM != 0, wide);
     return HS_LAUNCH(layernorm_igrad, (unsigned)hs_ceil_div(R, row_of<T>::ROWS), FLAT, stream, dx,
-                     dy, x, w, mean, rstd, R, C, ACCUM != 0, wide);
+                     from, dy, x, w, mean, rstd, R, C, ACCUM != 0, wide);
 }
 HS_CUDA_OP(layernorm_igrad)
 

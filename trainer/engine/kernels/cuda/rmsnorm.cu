@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(FLAT)
 
 template <typename T>
 __global__ void __launch_bounds__(FLAT)
-    rmsnorm_igrad(T *dx, const T *dy, const T *x, const float *w, const float *rstd, int64_t R,
-                  int64_t N_, int64_t C, int64_t lddx, int64_t lddy, int64_t ldx, bool accumulate,
-                  bool wide) {
+    rmsnorm_igrad(T *dx, const T *from, const T *dy, const T *x, const float *w, const float *rstd,
+                  int64_t R, int64_t N_, int64_t C, int64_t lddx, int64_t lddy, int64_t ldx,
+                  bool accumulate, bool wide) {
     const int N = pack_of<T>::N;
     const int64_t g = row_index<T>(), end = g < R * N_ ? C : 0;
     const int64_t row = quotient(g, N_), in = (g - row * N_) * C;
     const float s = end ? rstd[g] : 0.0f;
-    dx += row * lddx + in, dy += row * lddy + in, x += row * ldx + in;
+    dx += row * lddx + in, from += row * lddx + in, dy += row * lddy + in, x += row * ldx + in;
     lanes<N> sum = {};
     for (int64_t c = row_column<T>(); c < end; c += LANES) {
         const lanes<N> d = load<N>(dy + c, C - c, wide), v = load<N>(x + c, C - c, wide);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(FLAT)
         lanes<N> d = load<N>(dy + c, C - c, wide);
         const lanes<N> v = load<N>(x + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
         lanes<N> old = {};
-        if (accumulate) old = load<N>(dx + c, C - c, wide);
+        if (accumulate) old = load<N>(from + c, C - c, wide);
         for (int i = 0; i < N; i++) {
             d.x[i] = s * v_fnma(v.x[i] * s, mean, d.x[i] * wv.x[i]);
             if (accumulate) d.x[i] = d.x[i] + old.x[i];
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(STAGE_THREADS)
 
 template <typename T>
 __global__ void __launch_bounds__(STAGE_THREADS)
-    rmsnorm_igrad_staged(T *dx, const T *dy, const T *x, const float *w, const float *rstd,
-                         int64_t R, int64_t N_, int64_t C, int64_t lddx, int64_t lddy, int64_t ldx,
-                         bool accumulate, bool wide) {
+    rmsnorm_igrad_staged(T *dx, const T *from, const T *dy, const T *x, const float *w,
+                         const float *rstd, int64_t R, int64_t N_, int64_t C, int64_t lddx,
+                         int64_t lddy, int64_t ldx, bool accumulate, bool wide) {
     const int N = pack_of<T>::N;
     HS_SHARED(row_stage<2>, stage, );
     const int64_t g = staged_row(), end = g < R * N_ ? C : 0;
@@ -106,13 +106,13 @@ __global__ void __launch_bounds__(STAGE_THREADS)
     for (int64_t c = staged_lane(); c < end; c += LANES)
         sum = v_fma(widen(row_d[c]) * w[c], widen(row_x[c]) * s, sum);
     const float mean = v_div(join_row(sum), (float)C);
-    dx += row * lddx + in;
+    dx += row * lddx + in, from += row * lddx + in;
 #pragma unroll 2
     for (int64_t c = staged_lane() * N; c < end; c += LANES * N) {
         lanes<N> d = load<N>(row_d + c, C - c, wide);
         const lanes<N> v = load<N>(row_x + c, C - c, wide), wv = load<N>(w + c, C - c, wide);
         lanes<N> old = {};
-        if (accumulate) old = load<N>(dx + c, C - c, wide);
+        if (accumulate) old = load<N>(from + c, C - c, wide);
         for (int i = 0; i < N; i++) {
             d.x[i] = s * v_fnma(v.x[i] * s, mean, d.x[i] * wv.x[i]);
             if (accumulate) d.x[i] = d.x[i] + old.x[i];
@@ -163,17 +163,19 @@ static hs_status rmsnorm_igrad_op(cudaStream_t stream, const hs_rmsnorm_igrad_ar
     const int64_t R = a.R, N = a.N, C = a.C;
     const int64_t lddx = a.lddx, lddy = a.lddy, ldx = a.ldx, ACCUM = a.ACCUM;
     T *dx = static_cast<T *>(a.dx);
+    const T *from = a.old ? static_cast<const T *>(a.old) : dx;
     const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x);
     const float *w = static_cast<const float *>(a.w);
     const float *rstd = static_cast<const float *>(a.rstd);
-    const bool wide =
-        wide_at(dx, lddx) && wide_at(dy, lddy) && wide_at(x, ldx) && wide_at(x, C) && wide_at(w);
+    const bool wide = wide_at(dx, lddx) && wide_at(from, lddx) && wide_at(dy, lddy) &&
+                      wide_at(x, ldx) && wide_at(x, C) && wide_at(w);
     const int staged = staged_rows<T>(C);
     if (staged)
         return HS_LAUNCH(rmsnorm_igrad_staged, (unsigned)hs_ceil_div(R * N, staged), staged * LANES,
-                         stream, dx, dy, x, w, rstd, R, N, C, lddx, lddy, ldx, ACCUM != 0, wide);
+                         stream, dx, from, dy, x, w, rstd, R, N, C, lddx, lddy, ldx, ACCUM != 0,
+                         wide);
     return HS_LAUNCH(rmsnorm_igrad, (unsigned)hs_ceil_div(R * N, row_of<T>::ROWS), FLAT, stream, dx,
-                     dy, x, w, rstd, R, N, C, lddx, lddy, ldx, ACCUM != 0, wide);
+                     from, dy, x, w, rstd, R, N, C, lddx, lddy, ldx, ACCUM != 0, wide);
 }
 HS_CUDA_OP(rmsnorm_igrad)
 

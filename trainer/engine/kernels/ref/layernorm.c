@@ -29,7 +29,7 @@ void hs_ref_layernorm_igrad(const hs_layernorm_igrad_args *a) {
     const int64_t R = a->R, C = a->C, accum = a->ACCUM;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
     void *dx_rc = a->dx;
-    const void *dy_rc = a->dy, *x_rc = a->x, *w_c = a->w;
+    const void *dy_rc = a->dy, *x_rc = a->x, *w_c = a->w, *old_rc = a->old ? a->old : a->dx;
     for (int64_t r = 0; r < R; r++) {
         const double mean = load(a->mean, acc, r), rstd = load(a->rstd, acc, r);
         double sum_g = 0, sum_gh = 0;
@@ -42,7 +42,7 @@ void hs_ref_layernorm_igrad(const hs_layernorm_igrad_args *a) {
             double g = load(dy_rc, dt, r * C + c) * load(w_c, acc, c);
             double h = (load(x_rc, dt, r * C + c) - mean) * rstd;
             double dx = rstd * (g - sum_g / (double)C - h * sum_gh / (double)C);
-            store(dx_rc, dt, r * C + c, dx + (accum ? load(dx_rc, dt, r * C + c) : 0));
+            store(dx_rc, dt, r * C + c, dx + (accum ? load(old_rc, dt, r * C + c) : 0));
         }
     }
 }

@@ -28,6 +28,7 @@ void hs_ref_rmsnorm_igrad(const hs_rmsnorm_igrad_args *a) {
     const uint32_t dt = a->dtype, acc = acc_of(dt);
     void *dx = a->dx;
     const void *dy = a->dy, *x = a->x, *w_c = a->w, *rstd_rn = a->rstd;
+    const void *from = a->old ? a->old : a->dx;
     for (int64_t r = 0; r < R; r++)
         for (int64_t n = 0; n < N; n++) {
             const double rstd = load(rstd_rn, acc, r * N + n);
@@ -39,7 +40,7 @@ void hs_ref_rmsnorm_igrad(const hs_rmsnorm_igrad_args *a) {
                 double g = load(dy, dt, r * lddy + n * C + c) * load(w_c, acc, c);
                 double h = load(x, dt, r * ldx + n * C + c) * rstd;
                 int64_t at = r * lddx + n * C + c;
-                double old = accum ? load(dx, dt, at) : 0;
+                double old = accum ? load(from, dt, at) : 0;
                 store(dx, dt, at, rstd * (g - h * sum_gh / (double)C) + old);
             }
         }
