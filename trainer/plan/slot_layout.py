@@ -29,7 +29,7 @@ END = 1 << 62
 
 
 @dataclass(slots=True)
-class Life:
+class BufferLife:
     """Of a buffer, from its first to its last use; the programs that use it, and whether a message does."""
 
     first: int
@@ -58,7 +58,7 @@ class _Run:
         self, run: Sequence[Stage], stages: Mapping[Stage, StagePrograms], elsewhere: Collection[Name]
     ) -> None:
         self.stages, self.elsewhere = {number: stages[number] for number in run}, elsewhere
-        self.lives: dict[Name, Life] = {}
+        self.lives: dict[Name, BufferLife] = {}
         self.now = 0
         bottom, top = self.stages[run[0]], self.stages[run[-1]]
         self._message(run[0], bottom.received, False)
@@ -86,8 +86,8 @@ class _Run:
             return Stage(number - 1), made.buffer
         return number, name
 
-    def _use(self, name: Name) -> Life:
-        life = self.lives.setdefault(name, Life(self.now, self.now, set()))
+    def _use(self, name: Name) -> BufferLife:
+        life = self.lives.setdefault(name, BufferLife(self.now, self.now, set()))
         life.last = self.now
         return life
 
