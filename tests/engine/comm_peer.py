@@ -45,9 +45,9 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Gang:
-    """What the ranks of an attempt agree on. ``channels``: (from, to, bytes)."""
+    """What the ranks of an attempt agree on. ``channels``: (from, to, bytes) of positions, or with across."""
 
-    channels: tuple[tuple[int, int, int], ...]
+    channels: tuple[tuple[int, ...], ...]
     ports: tuple[int, ...]
     hosts: tuple[str, ...] = ()
     run: bytes = b"demo-1a2b3c"
@@ -210,4 +210,4 @@ def drive(
 
 
 def channels(gang: Gang) -> str:
-    return ",".join(f"{a}:{b}:{n}" for a, b, n in gang.channels)
+    return ",".join(":".join(map(str, channel)) for channel in gang.channels)

@@ -469,7 +469,7 @@ def test_rendezvous_sees_what_does_not_fit_and_who_left(tmp_path: Path) -> None:
     gang = Gang(channels=((0, 1, 4096),), ports=(1, 2), stall_ms=20000, connect_ms=5000)
     code, out = run_loop(tmp_path, gang, "S0.0", "R0.1")
     assert code == 75
-    assert "1 LOST R0.1 channel 0: what came was not microbatch 1" in out
+    assert "1 LOST R0.1 rank 0, channel 0: 4096 bytes of microbatch 0 were sent, 4096 of 1 awaited" in out
     code, out = run_loop(tmp_path, gang, "S0.0 S0.1", "R0.0")
     assert code == 75
     assert "0 LOST S0.1 rank 1 is gone" in out

@@ -7,11 +7,12 @@
  * by spaces)
  *   comm_drive late.SEED ...   the same, messages as late as may be
  *
- * ATTEMPT: file of hs_attempt and its hs_attempt_rank. CHANNELS: from:to:bytes,from:to:bytes,... of
- * positions; with more ranks than positions every replica has them.
+ * ATTEMPT: file of hs_attempt and its hs_attempt_rank. CHANNELS: from:to:bytes[:across],... of
+ * positions; with more ranks than positions every replica has them. One across replicas carries at most
+ * that many bytes a message, and an action on it may say how many: X0.3.500.
  * ACTION: S<channel>.<microbatch> send and see it off, R<channel>.<microbatch> receive and check the contents; in two:
  * B begins a send, W<channel>.<messages> waits until they are sent, O<channel>.<microbatch> opens a place, G gets what
- * the oldest open place of the channel is for and checks it; P pauses until a line comes on standard input, C
+ * the oldest open place of the channel is for and checks it; X<channel>.<microbatch> exchanges; P pauses until a line comes on standard input, C
  * computes until then: calls progress. Lines on standard output: "<rank> created", "<rank>
  * ok <action>",
  * "<rank> <STATUS> <action or create> <why>". Exit: hs_status_exit of the first failure.
@@ -55,6 +56,7 @@ typedef struct driver {
     uint8_t *buffers[BUFFERS_MAX]; /* until the end: a message may be under way */
     int buffer_count;
     uint8_t *open[CHANNELS_MAX][BUFFERS_MAX];
+    size_t open_bytes[CHANNELS_MAX][BUFFERS_MAX];
     uint64_t opened[CHANNELS_MAX], got[CHANNELS_MAX], sent[CHANNELS_MAX];
 } driver;
 
@@ -125,16 +127,28 @@ static hs_status act(driver *d, hs_comm *comm, const char *action, hs_why *why) 
         return fgets(line, sizeof line, stdin) ? HS_OK : HS_E_IO;
     }
     uint32_t channel = 0, microbatch = 0;
-    if (sscanf(action + 1, "%u.%u", &channel, &microbatch) != 2) return HS_E_USAGE;
+    unsigned long said = 0;
+    if (sscanf(action + 1, "%u.%u.%lu", &channel, &microbatch, &said) < 2) return HS_E_USAGE;
     if (action[0] == 'W') return d->table->sent(comm, channel, microbatch, why);
-    const size_t bytes = d->set->channels[channel].bytes;
+    const size_t bytes = action[0] == 'G' ? d->open_bytes[channel][d->got[channel] % BUFFERS_MAX]
+                         : said           ? said
+                                          : d->set->channels[channel].bytes;
     const bool direct = d->between.device && d->table->way(comm, channel) != HS_WAY_TCP;
     uint8_t *buffer =
         action[0] == 'G' ? d->open[channel][d->got[channel] % BUFFERS_MAX] : new_buffer(d, bytes);
     if (!buffer) return HS_E_MEMORY;
-    if (action[0] == 'S' || action[0] == 'B')
+    if (action[0] == 'S' || action[0] == 'B' || action[0] == 'X')
         for (size_t i = 0; i < bytes; i++) buffer[i] = byte_at(channel, microbatch, i);
     switch (action[0]) {
+    case 'X': {
+        uint8_t *const in = new_buffer(d, bytes);
+        HS_TRY(d->table->post(comm, channel, in, bytes, microbatch, why));
+        HS_TRY(d->table->send(comm, channel, buffer, bytes, microbatch, why));
+        HS_TRY(d->table->got(comm, channel, ++d->got[channel], why));
+        d->opened[channel]++;
+        HS_TRY(d->table->sent(comm, channel, ++d->sent[channel], why));
+        return check(in, channel, microbatch, bytes, why);
+    }
     case 'S':
     case 'B':
         if (direct) return pass(d, comm, true, channel, microbatch, buffer, why);
@@ -148,6 +162,7 @@ static hs_status act(driver *d, hs_comm *comm, const char *action, hs_why *why) 
             return check(buffer, channel, microbatch, bytes, why);
         }
         HS_TRY(d->table->post(comm, channel, buffer, bytes, microbatch, why));
+        d->open_bytes[channel][d->opened[channel] % BUFFERS_MAX] = bytes;
         d->open[channel][d->opened[channel]++ % BUFFERS_MAX] = buffer;
         if (action[0] == 'O') return HS_OK;
         HS_ASSERT(d->opened[channel] == d->got[channel] + 1);
@@ -168,7 +183,7 @@ static void *drive(void *argument) {
                                    .channels = d->set->channels,
                                    .channel_count = d->set->channel_count,
                                    .rank = d->rank,
-                                   .first_rank = d->rank - d->rank % d->set->positions,
+                                   .positions = d->set->positions,
                                    .start_step = d->start_step,
                                    .listen_fd = d->listen_fd,
                                    .loop = d->loop,
@@ -207,8 +222,9 @@ static int read_setting(const char *path, const char *channels, setting *set) {
     for (const char *at = channels; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
         hs_plan_channel *ch = &set->channels[set->channel_count++];
         unsigned long bytes = 0;
-        if (sscanf(at, "%u:%u:%lu", &ch->from, &ch->to, &bytes) != 3) return 0;
+        if (sscanf(at, "%u:%u:%lu:%u", &ch->from, &ch->to, &bytes, &ch->across) < 3) return 0;
         ch->bytes = bytes;
+        ch->kind = ch->across ? HS_CH_REDUCE : 0;
         if (ch->from >= set->positions) set->positions = ch->from + 1;
         if (ch->to >= set->positions) set->positions = ch->to + 1;
     }

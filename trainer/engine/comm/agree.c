@@ -189,7 +189,28 @@ static hs_status open(hs_comm *comm, hs_why *why) {
 }
 
 static bool ours(const hs_comm *comm, uint32_t channel) {
-    return comm->fds[channel] >= 0 && hs_comm_of_device(comm->channels[channel].kind);
+    return comm->fds[channel] >= 0 && hs_comm_of_device(comm->channels[channel].kind) &&
+           !comm->channels[channel].across;
+}
+
+/* Between replicas both ends put before they take. On one hardware queue that would wait for ever where a put
+ * waits for the credit that the other end's take gives (W3 of ways.c), so these messages go over TCP. */
+static hs_status look_across(const hs_comm *comm, hs_why *why) {
+    const hs_comm_device *d = comm->ways->config;
+    uint32_t count = 0;
+    for (uint32_t c = 0; c < comm->channel_count; c++)
+        count += comm->fds[c] >= 0 && hs_comm_of_device(comm->channels[c].kind) &&
+                 comm->channels[c].across;
+    if (count && !(d->allowed & 1u << HS_WAY_TCP))
+        return hs_fail(why, HS_E_CONFIG,
+                       "messages between replicas go over tcp alone in this version, which "
+                       "launch.fabric = \"%s\" rules out; set launch.fabric = \"tcp\", or "
+                       "parallel.replicas = 1",
+                       d->fabric);
+    if (count)
+        HS_LOG(comm->log, HS_LOG_WARN, "messages between replicas pass through the host",
+               HS_I("channels", count), HS_S("way", "tcp"));
+    return HS_OK;
 }
 
 hs_status hs_ways_create(hs_comm *comm, const hs_comm_device *config, hs_why *why) {
@@ -205,6 +226,7 @@ hs_status hs_ways_create(hs_comm *comm, const hs_comm_device *config, hs_why *wh
         return hs_fail(why, HS_E_MEMORY, "no memory for the ways of %u channels",
                        comm->channel_count);
     HS_TRY(open(comm, why));
+    HS_TRY(look_across(comm, why));
     uint32_t counts[HS_WAYS] = {0};
     for (uint32_t c = 0; c < comm->channel_count; c++) {
         if (!ours(comm, c)) continue;

@@ -30,9 +30,10 @@
  * a message whose two ends stand earlier in L, as do those of all earlier messages of its channel: by what
  * was said both ranks are past them, so both ends are with their transports. Each of the two ranks is then in
  * a wait, in which it moves them, or will come to a call that does: so the message passes and the wait
- * ends. A rank that leaves has seen off all it began. An exchange (a send directly followed by a receive
- * of the same channel, between two ranks that run the same list) needs less still: each rank comes to
- * its send whether or not the other has, and from then on both ends of both messages are there.
+ * ends. A rank that leaves has seen off all it began. With
+ * replicas, whose lists are the same: the order of one of them, each action done in all, and an exchange (a
+ * send directly followed by the receive of the same channel, wire/plan.h) where its position comes to it, is
+ * such an order of all ranks; the exchange is one action of it, whose receive is posted before its send.
  *
  * Nothing allocates after create.
  */
@@ -78,9 +79,11 @@ static inline bool hs_comm_of_device(uint32_t kind) {
     return kind != HS_CH_REPORT && kind != HS_CH_CONTROL;
 }
 
-/* Channels join positions of the pipeline, and a rank talks to the ranks of its own replica: the rank
- * at position p is first_rank + p. A peer is named by its rank wherever a process is meant (hello, log,
- * waits).
+/* Channels join positions of the pipeline, in each replica, or one position of two replicas (across,
+ * wire/plan.h), both ways. A peer is named by its rank wherever a process is meant (hello, log, waits).
+ *
+ * A message has its channel's length; on one across, of reduce, gather or norms, at most that, as both ends
+ * say alike.
  *
  * All pointers stay the caller's and must outlive create; `channels`, `peers`, `log` must outlive
  * close. */
@@ -89,8 +92,8 @@ typedef struct hs_comm_config {
     const hs_attempt_rank *peers;    /* by rank, attempt->ranks of them */
     const hs_plan_channel *channels; /* from and to are positions */
     uint32_t channel_count;
-    uint32_t rank;       /* this process */
-    uint32_t first_rank; /* the rank at position 0 of this replica; 0 in the first replica */
+    uint32_t rank;      /* this process */
+    uint32_t positions; /* of the pipeline: rank = replica x positions + position */
     int64_t
         start_step; /* every rank must say the same: steps done before this attempt, 0 when fresh */
     int listen_fd;  /* tcp: a listening socket, owned by the communicator from here; -1: open one
@@ -104,6 +107,15 @@ typedef struct hs_comm_config {
         *device; /* NULL: all messages are of host memory. tcp only; outlives close */
     const hs_log *log;
 } hs_comm_config;
+
+/* The rank at the other end of what comes in on a channel, or goes out; UINT32_MAX where that end of the
+ * channel is not at this rank. */
+static inline uint32_t hs_comm_peer(const hs_plan_channel *channel, uint32_t rank,
+                                    uint32_t positions, bool in) {
+    const uint32_t replica = rank / positions;
+    if (rank % positions != (in ? channel->to : channel->from)) return UINT32_MAX;
+    return (replica ^ channel->across) * positions + (in ? channel->from : channel->to);
+}
 
 /* What the communicator waits for, or waited for last: for the watchdog's words. */
 typedef struct hs_comm_wait {
@@ -121,8 +133,7 @@ typedef struct hs_comm_table {
     /* Connects everything or nothing. On failure *out is NULL and why names the channel and the
      * peer. */
     hs_status (*create)(const hs_comm_config *config, hs_comm **out, hs_why *why);
-    /* The next message of the channel shall come to buf: exactly `bytes` (= the channel's), of that
-     * microbatch. */
+    /* The next message of the channel shall come to buf: exactly `bytes`, of that microbatch. */
     hs_status (*post)(hs_comm *comm, uint32_t channel, void *buf, size_t bytes, uint32_t microbatch,
                       hs_why *why);
     hs_status (*got)(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why);

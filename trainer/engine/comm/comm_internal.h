@@ -38,6 +38,12 @@ hs_status hs_resolver_ask(hs_resolver *resolver, uint32_t job, const char *host,
 bool hs_resolver_take(hs_resolver *resolver, uint32_t job, hs_addresses *addresses,
                       const char **error);
 
+/* Whether a message of that length is one of the channel's. */
+static inline bool hs_comm_length(const hs_plan_channel *channel, uint64_t bytes) {
+    return channel->across && channel->kind >= HS_CH_REDUCE ? bytes > 0 && bytes <= channel->bytes
+                                                            : bytes == channel->bytes;
+}
+
 /* --- greet.c: the handshake of wire/frame.h ---------------------------------------------- */
 
 /* Connects and greets every channel that starts or ends at config->rank: fds[channel] is then a

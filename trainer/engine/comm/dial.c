@@ -72,7 +72,7 @@ hs_status hs_dial_finish(hs_greeter *g, hs_talk *t, hs_why *why) {
 hs_status hs_dial_tick(hs_greeter *g, uint32_t job, hs_why *why) {
     hs_talk *t = &g->talks[job];
     const int64_t now = hs_clock_ns();
-    const uint32_t to = g->config->first_rank + g->config->channels[t->channel].to;
+    const uint32_t to = hs_greet_peer(g->config, t->channel, true);
     if (t->at == HS_TALK_PAUSE && now >= t->until_ns) {
         HS_TRY(hs_resolver_ask(g->resolver, job, g->config->peers[to].host,
                                g->config->peers[to].port, why));

@@ -31,7 +31,7 @@ static void describe_missing(const hs_greeter *g, char *text, size_t size) {
     for (uint32_t s = 0; s < g->senders; s++) {
         const hs_talk *t = &g->talks[s];
         if (t->at == HS_TALK_DONE) continue;
-        const uint32_t to = config->first_rank + config->channels[t->channel].to;
+        const uint32_t to = hs_greet_peer(config, t->channel, true);
         (void)snprintf(text, size, "rank %u at %.100s:%u does not take channel %u; last: %s", to,
                        config->peers[to].host, config->peers[to].port, t->channel,
                        t->trouble[0]             ? t->trouble
@@ -40,9 +40,9 @@ static void describe_missing(const hs_greeter *g, char *text, size_t size) {
         return;
     }
     for (uint32_t c = 0; c < config->channel_count; c++) {
-        if (config->first_rank + config->channels[c].to != config->rank || g->fds[c] >= 0) continue;
-        (void)snprintf(text, size, "rank %u has not connected channel %u",
-                       config->first_rank + config->channels[c].from, c);
+        const uint32_t from = hs_greet_peer(config, c, false);
+        if (from == UINT32_MAX || g->fds[c] >= 0) continue;
+        (void)snprintf(text, size, "rank %u has not connected channel %u", from, c);
         return;
     }
     (void)snprintf(text, size, "nothing");
@@ -121,12 +121,12 @@ static hs_status greet(hs_greeter *g, hs_why *why) {
 
 hs_status hs_greet_all(const hs_comm_config *config, int listen_fd, int *fds, hs_why *why) {
     hs_greeter g = {.config = config, .listen_fd = listen_fd, .fds = fds};
-    const uint32_t position = config->rank - config->first_rank;
     hs_status st = HS_OK;
     for (uint32_t c = 0; c < config->channel_count; c++) {
         fds[c] = -1;
-        g.senders += config->channels[c].from == position;
-        g.missing += config->channels[c].from == position || config->channels[c].to == position;
+        const bool opens = hs_greet_peer(config, c, true) != UINT32_MAX;
+        g.senders += opens;
+        g.missing += opens || hs_greet_peer(config, c, false) != UINT32_MAX;
     }
     g.talks = calloc(hs_talks_count(&g), sizeof *g.talks);
     g.polls = calloc(3 + (size_t)hs_talks_count(&g), sizeof *g.polls);
@@ -135,7 +135,7 @@ hs_status hs_greet_all(const hs_comm_config *config, int listen_fd, int *fds, hs
         goto done;
     }
     for (uint32_t s = 0, c = 0; s < g.senders; c++) {
-        if (config->channels[c].from != position) continue;
+        if (hs_greet_peer(config, c, true) == UINT32_MAX) continue;
         g.talks[s++] = (hs_talk){.fd = -1, .sender = true, .at = HS_TALK_PAUSE, .channel = c};
     }
     for (uint32_t s = g.senders; s < hs_talks_count(&g); s++) g.talks[s].fd = -1;

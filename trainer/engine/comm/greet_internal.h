@@ -43,7 +43,7 @@ typedef enum hs_phase {
 
 typedef struct hs_talk {
     int fd;
-    bool sender;
+    bool sender; /* in the handshake: it opens the connection */
     hs_phase at;
     uint32_t channel; /* sender: known from the start; receiver: from the hello */
     size_t moved;     /* bytes of this phase */
@@ -71,6 +71,14 @@ typedef struct hs_greeter {
     struct pollfd *polls;
     hs_talk *talks; /* senders first, then HS_STRANGERS places */
 } hs_greeter;
+
+/* The rank at the other end of a channel whose connection this rank opens, or else takes; UINT32_MAX: it
+ * does not. */
+static inline uint32_t hs_greet_peer(const hs_comm_config *config, uint32_t channel, bool opens) {
+    const hs_plan_channel *ch = &config->channels[channel];
+    const uint32_t peer = hs_comm_peer(ch, config->rank, config->positions, !opens);
+    return ch->across && (config->rank < peer) != opens ? UINT32_MAX : peer;
+}
 
 static inline uint32_t hs_talks_count(const hs_greeter *g) {
     return g->senders + HS_STRANGERS;

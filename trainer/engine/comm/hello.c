@@ -13,8 +13,9 @@ static void fill_hello(const hs_comm_config *config, uint32_t channel, hs_hello 
     memcpy(hello->magic, HS_HELLO_MAGIC, sizeof hello->magic);
     hello->version = HS_HELLO_VERSION;
     hello->channel = channel;
-    hello->from = config->first_rank + config->channels[channel].from;
-    hello->to = config->first_rank + config->channels[channel].to;
+    const uint32_t to = hs_greet_peer(config, channel, true);
+    hello->from = to == UINT32_MAX ? hs_greet_peer(config, channel, false) : config->rank;
+    hello->to = to == UINT32_MAX ? config->rank : to;
     hello->epoch = attempt->epoch;
     memcpy(hello->run, attempt->run, sizeof hello->run);
     memcpy(hello->plan_digest, attempt->plan_digest, sizeof hello->plan_digest);

@@ -23,10 +23,6 @@ enum {
     LOOK_NS = 200000, /* between looks of progress: a look costs a microsecond or two */
 };
 
-static uint64_t frame_bytes(const hs_line *line) {
-    return sizeof line->head + line->bytes + sizeof line->end;
-}
-
 hs_status hs_lines_create(hs_comm *comm, uint32_t most, hs_why *why) {
     const size_t count = comm->channel_count;
     size_t mine = 0;
@@ -44,10 +40,8 @@ hs_status hs_lines_create(hs_comm *comm, uint32_t most, hs_why *why) {
     for (uint32_t c = 0; c < count; c++) {
         for (int in = 0; in < 2 && comm->fds[c] >= 0; in++) {
             if (in ? !hs_tcp_receives(comm, c) : !hs_tcp_sends(comm, c)) continue;
-            comm->lines[in][c] = (hs_line){.channel = c,
-                                           .in = in == 1,
-                                           .bytes = comm->channels[c].bytes,
-                                           .ring = &comm->messages[comm->most * at++]};
+            comm->lines[in][c] =
+                (hs_line){.channel = c, .in = in == 1, .ring = &comm->messages[comm->most * at++]};
         }
     }
     return HS_OK;
@@ -63,6 +57,10 @@ void hs_lines_destroy(hs_comm *comm) {
 
 static const hs_message *moving(const hs_comm *comm, const hs_line *line) {
     return &line->ring[line->ended % comm->most];
+}
+
+static uint64_t frame_bytes(const hs_comm *comm, const hs_line *line) {
+    return sizeof line->head + moving(comm, line)->bytes + sizeof line->end;
 }
 
 static hs_comm_wait wait_of(const hs_comm *comm, const hs_line *line, uint32_t microbatch) {
@@ -88,27 +86,27 @@ static void hash_until(const hs_comm *comm, hs_line *line, uint64_t payload) {
     line->hashed = payload;
 }
 
-static uint64_t payload_of(const hs_line *line) {
+static uint64_t payload_of(const hs_comm *comm, const hs_line *line) {
     if (line->moved <= sizeof line->head) return 0;
-    const uint64_t payload = line->moved - sizeof line->head;
-    return payload < line->bytes ? payload : line->bytes;
+    const uint64_t payload = line->moved - sizeof line->head, bytes = moving(comm, line)->bytes;
+    return payload < bytes ? payload : bytes;
 }
 
 /* What is next of the frame: the rest of its head, a piece of the payload, then its end. */
 static size_t next_parts(const hs_comm *comm, hs_line *line, struct iovec parts[3]) {
     size_t count = 0;
-    const uint64_t head = sizeof line->head;
+    const uint64_t head = sizeof line->head, bytes = moving(comm, line)->bytes;
     if (line->moved < head)
         parts[count++] = (struct iovec){.iov_base = (uint8_t *)&line->head + line->moved,
                                         .iov_len = head - line->moved};
-    const uint64_t payload = payload_of(line);
-    uint64_t piece = line->bytes - payload;
+    const uint64_t payload = payload_of(comm, line);
+    uint64_t piece = bytes - payload;
     if (piece > PIECE_BYTES) piece = PIECE_BYTES;
     if (piece)
         parts[count++] =
             (struct iovec){.iov_base = moving(comm, line)->at + payload, .iov_len = piece};
-    if (payload + piece < line->bytes) return count;
-    const uint64_t end = line->moved > head + line->bytes ? line->moved - head - line->bytes : 0;
+    if (payload + piece < bytes) return count;
+    const uint64_t end = line->moved > head + bytes ? line->moved - head - bytes : 0;
     parts[count++] =
         (struct iovec){.iov_base = (uint8_t *)&line->end + end, .iov_len = sizeof line->end - end};
     return count;
@@ -128,9 +126,10 @@ static hs_status push(const hs_comm *comm, hs_line *line, hs_why *why) {
             line->head = (hs_frame){.magic = HS_FRAME_MAGIC,
                                     .channel = line->channel,
                                     .sequence = line->ended,
-                                    .bytes = line->bytes,
+                                    .bytes = moving(comm, line)->bytes,
                                     .microbatch = moving(comm, line)->microbatch};
-        const uint64_t payload = payload_of(line), rest = line->bytes - payload;
+        const uint64_t payload = payload_of(comm, line);
+        const uint64_t rest = moving(comm, line)->bytes - payload;
         hash_until(comm, line, payload + (rest < PIECE_BYTES ? rest : PIECE_BYTES));
         line->end = (hs_frame_end){.magic = HS_FRAME_END_MAGIC, .crc = line->crc};
         const struct msghdr message = {.msg_iov = parts,
@@ -142,7 +141,8 @@ static hs_status push(const hs_comm *comm, hs_line *line, hs_why *why) {
         if (n < 0 && errno == EAGAIN) return HS_OK;
         if (n < 0) return gone(comm, line, strerror(errno), why);
         line->moved += (uint64_t)n;
-        if (line->moved == frame_bytes(line)) next_frame(line);
+        line->passed += (uint64_t)n;
+        if (line->moved == frame_bytes(comm, line)) next_frame(line);
     }
     return HS_OK;
 }
@@ -159,11 +159,11 @@ static hs_status check_head(const hs_comm *comm, const hs_line *line, hs_why *wh
         return hs_fail(why, HS_E_LOST, "rank %u sent frame %llu of channel %u, not %llu", peer,
                        (unsigned long long)head->sequence, line->channel,
                        (unsigned long long)line->ended);
-    if (head->bytes != line->bytes || head->microbatch != microbatch)
+    if (head->bytes != moving(comm, line)->bytes || head->microbatch != microbatch)
         return hs_fail(why, HS_E_LOST,
                        "rank %u sent %llu bytes of microbatch %d on channel %u, not %llu of %d",
                        peer, (unsigned long long)head->bytes, (int)head->microbatch, line->channel,
-                       (unsigned long long)line->bytes, (int)microbatch);
+                       (unsigned long long)moving(comm, line)->bytes, (int)microbatch);
     return HS_OK;
 }
 
@@ -185,10 +185,11 @@ static hs_status pull(const hs_comm *comm, hs_line *line, hs_why *why) {
         if (n <= 0) return gone(comm, line, n ? strerror(errno) : "the connection was closed", why);
         const uint64_t before = line->moved;
         line->moved += (uint64_t)n;
+        line->passed += (uint64_t)n;
         if (before < sizeof line->head && line->moved >= sizeof line->head)
             HS_TRY(check_head(comm, line, why));
-        hash_until(comm, line, payload_of(line));
-        if (line->moved < frame_bytes(line)) continue;
+        hash_until(comm, line, payload_of(comm, line));
+        if (line->moved < frame_bytes(comm, line)) continue;
         HS_TRY(check_end(comm, line, why));
         next_frame(line);
     }
@@ -256,9 +257,10 @@ static hs_status begin(hs_comm *comm, bool in, uint32_t channel, const void *at,
     HS_ASSERT(channel < comm->channel_count && comm->fds[channel] >= 0);
     HS_ASSERT(!comm->ways || comm->ways->channels[channel].way == HS_WAY_TCP);
     hs_line *line = &comm->lines[in][channel];
-    HS_ASSERT(line->ring && bytes == line->bytes && line->begun - line->ended < comm->most);
+    HS_ASSERT(line->ring && line->begun - line->ended < comm->most);
+    HS_ASSERT(hs_comm_length(&comm->channels[channel], bytes));
     line->ring[line->begun++ % comm->most] =
-        (hs_message){.at = (uint8_t *)(uintptr_t)at, .microbatch = microbatch};
+        (hs_message){.at = (uint8_t *)(uintptr_t)at, .bytes = bytes, .microbatch = microbatch};
     if (line->begun - line->ended == 1) comm->busy[comm->busy_count++] = line;
     HS_TRY(move_line(comm, line, why));
     if (line->begun == line->ended) tidy(comm);
@@ -273,10 +275,6 @@ hs_status hs_lines_post(hs_comm *comm, uint32_t channel, void *buf, size_t bytes
 hs_status hs_lines_send(hs_comm *comm, uint32_t channel, const void *buf, size_t bytes,
                         uint32_t microbatch, hs_why *why) {
     return begin(comm, false, channel, buf, bytes, microbatch, why);
-}
-
-static uint64_t bytes_moved(const hs_line *line) {
-    return line->ended * frame_bytes(line) + line->moved;
 }
 
 static hs_status stalled(hs_comm *comm, const hs_line *line, hs_why *why) {
@@ -307,11 +305,11 @@ static hs_status until(hs_comm *comm, bool in, uint32_t channel, uint64_t count,
     int64_t deadline_ns = hs_deadline_ns(comm->patience_ms);
     HS_TRY(turn(comm, 0, why));
     while (line->ended < count) {
-        const uint64_t moved = bytes_moved(line);
+        const uint64_t passed = line->passed;
         if (hs_stop_lost(comm->stop)) return told_lost(comm, line, why);
         if (hs_clock_ns() >= deadline_ns) return stalled(comm, line, why);
         HS_TRY(turn(comm, hs_deadline_poll_ms(deadline_ns), why));
-        if (bytes_moved(line) != moved) deadline_ns = hs_deadline_ns(comm->patience_ms);
+        if (line->passed != passed) deadline_ns = hs_deadline_ns(comm->patience_ms);
     }
     return HS_OK;
 }

@@ -20,6 +20,7 @@ enum { POISON = 0xA5 };
 
 typedef struct end_message {
     void *at;
+    uint64_t bytes;
     uint32_t microbatch;
 } end_message;
 
@@ -33,7 +34,7 @@ typedef struct side {
 typedef struct meeting {
     side sent, posted;
     uint64_t ended;
-    bool broken; /* microbatches differed: both ends fail */
+    bool broken; /* microbatches or lengths differed: both ends fail */
 } meeting;
 
 /* What a rank waits for: that `count` messages have passed. */
@@ -60,7 +61,7 @@ struct hs_comm_loop {
 
 struct hs_comm {
     struct hs_comm_loop *loop;
-    uint32_t rank, first_rank, stall_ms;
+    uint32_t rank, positions, stall_ms;
     struct hs_stop *stop;
     hs_status failed;
     hs_why failed_why;
@@ -153,18 +154,17 @@ static hs_status leave(hs_comm *comm, hs_status st, const hs_why *local, hs_why 
     return hs_fail(why, st, "%s", local->text);
 }
 
-/* Where one way of a channel meets, by its receiving or sending end at this rank. */
-static meeting *meeting_of(const hs_comm *comm, bool in, uint32_t channel) {
+/* UINT32_MAX: that end is not at this rank. */
+static uint32_t peer_of(const hs_comm *comm, bool in, uint32_t channel) {
     HS_ASSERT(channel < comm->loop->channel_count);
-    const hs_plan_channel *ch = &comm->loop->channels[channel];
-    HS_ASSERT(comm->first_rank + (in ? ch->to : ch->from) == comm->rank);
-    const uint32_t sender = in ? comm->first_rank + ch->from : comm->rank;
-    return &comm->loop->meetings[(size_t)channel * comm->loop->ranks + sender];
+    return hs_comm_peer(&comm->loop->channels[channel], comm->rank, comm->positions, in);
 }
 
-static uint32_t peer_of(const hs_comm *comm, bool in, uint32_t channel) {
-    const hs_plan_channel *ch = &comm->loop->channels[channel];
-    return comm->first_rank + (in ? ch->from : ch->to);
+/* Where one way of a channel meets, by its receiving or sending end at this rank. */
+static meeting *meeting_of(const hs_comm *comm, bool in, uint32_t channel) {
+    const uint32_t peer = peer_of(comm, in, channel);
+    HS_ASSERT(peer < comm->loop->ranks);
+    return &comm->loop->meetings[(size_t)channel * comm->loop->ranks + (in ? peer : comm->rank)];
 }
 
 /* Lock held. Both ends of the next message are there. */
@@ -173,25 +173,24 @@ static bool meets(const meeting *m) {
 }
 
 /* Lock held. The next message passes, or breaks its channel. */
-static void pass(struct hs_comm_loop *loop, meeting *m, uint64_t bytes) {
+static void pass(struct hs_comm_loop *loop, meeting *m) {
     const end_message *from = &m->sent.ring[m->ended % m->sent.most];
     const end_message *to = &m->posted.ring[m->ended % m->posted.most];
-    m->broken = from->microbatch != to->microbatch;
-    if (!m->broken) memcpy(to->at, from->at, bytes);
+    m->broken = from->microbatch != to->microbatch || from->bytes != to->bytes;
+    if (!m->broken) memcpy(to->at, from->at, to->bytes);
     m->ended += !m->broken;
     (void)pthread_cond_broadcast(&loop->moved);
 }
 
 static hs_status broken(const hs_comm *comm, bool in, uint32_t channel, const meeting *m,
                         hs_why *why) {
-    const uint32_t sent = m->sent.ring[m->ended % m->sent.most].microbatch;
-    const uint32_t posted = m->posted.ring[m->ended % m->posted.most].microbatch;
-    const uint64_t bytes = comm->loop->channels[channel].bytes;
-    if (in)
-        return hs_fail(why, HS_E_LOST, "channel %u: what came was not microbatch %u of %llu bytes",
-                       channel, posted, (unsigned long long)bytes);
-    return hs_fail(why, HS_E_LOST, "channel %u: sent microbatch %u, %u was awaited", channel, sent,
-                   posted);
+    const end_message *sent = &m->sent.ring[m->ended % m->sent.most];
+    const end_message *posted = &m->posted.ring[m->ended % m->posted.most];
+    return hs_fail(why, HS_E_LOST,
+                   "rank %u, channel %u: %llu bytes of microbatch %d were sent, %llu of %d awaited",
+                   peer_of(comm, in, channel), channel, (unsigned long long)sent->bytes,
+                   (int)sent->microbatch, (unsigned long long)posted->bytes,
+                   (int)posted->microbatch);
 }
 
 /* Lock held, HS_LOOP_LATE. Nobody can go on: one message passes that somebody waits for. */
@@ -204,7 +203,7 @@ static void pass_one(struct hs_comm_loop *loop) {
             if (!w->at || !meets(w->at)) continue;
             if (!pick) can++;
             if (pick && chosen-- == 0) {
-                pass(loop, w->at, loop->channels[w->channel].bytes);
+                pass(loop, w->at);
                 return;
             }
         }
@@ -270,13 +269,14 @@ static hs_status begin(hs_comm *comm, bool in, uint32_t channel, void *at, size_
     HS_TRY(enter(comm, why));
     struct hs_comm_loop *loop = comm->loop;
     meeting *m = meeting_of(comm, in, channel);
-    HS_ASSERT(bytes == loop->channels[channel].bytes);
+    HS_ASSERT(hs_comm_length(&loop->channels[channel], bytes));
     if (in && loop->mode == HS_LOOP_LATE) memset(at, POISON, bytes);
     (void)pthread_mutex_lock(&loop->lock);
     side *mine = in ? &m->posted : &m->sent;
     HS_ASSERT(mine->begun - m->ended < mine->most);
-    mine->ring[mine->begun++ % mine->most] = (end_message){.at = at, .microbatch = microbatch};
-    if (loop->mode == HS_LOOP_RENDEZVOUS && meets(m)) pass(loop, m, bytes);
+    mine->ring[mine->begun++ % mine->most] =
+        (end_message){.at = at, .bytes = bytes, .microbatch = microbatch};
+    if (loop->mode == HS_LOOP_RENDEZVOUS && meets(m)) pass(loop, m);
     (void)pthread_mutex_unlock(&loop->lock);
     return HS_OK;
 }
@@ -316,9 +316,8 @@ static void loop_close(hs_comm *comm) {
     if (!comm) return;
     (void)pthread_mutex_lock(&comm->loop->lock);
     for (uint32_t c = 0; c < comm->loop->channel_count; c++) {
-        const hs_plan_channel *ch = &comm->loop->channels[c];
         for (int in = 0; in < 2; in++) { /* its memory goes */
-            if (comm->first_rank + (in ? ch->to : ch->from) != comm->rank) continue;
+            if (peer_of(comm, in == 1, c) == UINT32_MAX) continue;
             meeting *m = meeting_of(comm, in == 1, c);
             *(in ? &m->posted.begun : &m->sent.begun) = m->ended;
         }
@@ -332,9 +331,8 @@ static void loop_close(hs_comm *comm) {
 /* Room for what this rank begins. */
 static hs_status open_sides(hs_comm *comm, uint32_t most) {
     for (uint32_t c = 0; c < comm->loop->channel_count; c++) {
-        const hs_plan_channel *ch = &comm->loop->channels[c];
         for (int in = 0; in < 2; in++) {
-            if (comm->first_rank + (in ? ch->to : ch->from) != comm->rank) continue;
+            if (peer_of(comm, in == 1, c) == UINT32_MAX) continue;
             meeting *m = meeting_of(comm, in == 1, c);
             side *mine = in ? &m->posted : &m->sent;
             mine->most = most ? most : 1;
@@ -360,7 +358,7 @@ static hs_status loop_create(const hs_comm_config *config, hs_comm **out, hs_why
     if (!comm) return hs_fail(why, HS_E_MEMORY, "no memory for a communicator");
     comm->loop = loop;
     comm->rank = config->rank;
-    comm->first_rank = config->first_rank;
+    comm->positions = config->positions;
     comm->stall_ms = config->attempt->stall_ms;
     comm->stop = config->stop;
     comm->wait = (hs_comm_wait){.doing = "connect",

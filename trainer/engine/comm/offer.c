@@ -31,7 +31,7 @@ void hs_offer_fill(const hs_comm *comm, uint32_t channel, hs_offer *offer) {
     memcpy(offer->magic, HS_OFFER_MAGIC, sizeof offer->magic);
     offer->version = HS_OFFER_VERSION;
     offer->channel = channel;
-    offer->rank = comm->first_rank + comm->position;
+    offer->rank = comm->rank;
     offer->allowed = w->config->allowed;
     offer->able = TCP | (w->facts.shares_memory ? IPC : 0u) | (w->facts.library ? NCCL : 0u);
     offer->library = w->facts.library;

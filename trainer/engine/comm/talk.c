@@ -58,7 +58,7 @@ static hs_status next_phase(hs_greeter *g, hs_talk *t, hs_why *why) {
         if (!wrong && !t->sender) {
             t->channel = t->theirs.channel;
             if (t->channel >= config->channel_count ||
-                config->first_rank + config->channels[t->channel].to != config->rank) {
+                hs_greet_peer(config, t->channel, false) == UINT32_MAX) {
                 (void)snprintf(text, sizeof text, "channel %u does not end at this rank",
                                t->channel);
                 wrong = text;

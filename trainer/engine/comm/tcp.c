@@ -1,7 +1,8 @@
 /* Ranks over TCP: one connection a directed channel, frames of wire/frame.h on it (lines.c).
  *
- * I1  After create bytes go one way only, from `from` to `to`; so a readable sender's end means that
- *     the peer is gone. (A channel of device memory, ways.c: no bytes at all, but HS_BYE of each end.)
+ * I1  After create bytes go one way only, from `from` to `to` (on a channel between replicas both ways);
+ *     who closes its way has received all that it will, so a closed one means to a rank that still sends
+ *     that the peer is gone. (A channel of device memory, ways.c: no bytes at all, but HS_BYE of each end.)
  * I2  A frame is whole or the communicator has failed: nothing is read or written after half a
  *     frame that does not fit.
  * I3  failed != HS_OK is final; every call then returns it without touching a socket.
@@ -169,7 +170,8 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     int listen_fd = config->listen_fd;
     bool receives = false;
     for (uint32_t c = 0; c < config->channel_count; c++)
-        receives |= config->first_rank + config->channels[c].to == config->rank;
+        receives |=
+            hs_comm_peer(&config->channels[c], config->rank, config->positions, true) != UINT32_MAX;
     hs_comm *comm = calloc(1, sizeof *comm);
     if (comm) comm->fds = malloc(((size_t)config->channel_count + 1) * sizeof *comm->fds);
     if (!comm || !comm->fds) {
@@ -179,8 +181,9 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     }
     comm->channels = config->channels;
     comm->channel_count = config->channel_count;
-    comm->position = config->rank - config->first_rank;
-    comm->first_rank = config->first_rank;
+    comm->rank = config->rank;
+    comm->positions = config->positions;
+    comm->position = config->rank % config->positions;
     comm->stall_ms = config->attempt->stall_ms;
     comm->patience_ms = config->attempt->connect_ms;
     comm->config = config;

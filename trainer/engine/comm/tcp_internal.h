@@ -50,6 +50,7 @@ enum { HS_FLAG_BYTES = 64, HS_PROBE_BYTES = 256 };
 /* A message that was begun. */
 typedef struct hs_message {
     uint8_t *at; /* of a send: only read */
+    uint64_t bytes;
     uint32_t microbatch;
 } hs_message;
 
@@ -57,10 +58,10 @@ typedef struct hs_message {
 typedef struct hs_line {
     uint32_t channel;
     bool in;
-    uint64_t bytes;        /* of a message */
     uint64_t begun, ended; /* messages; the one of number `ended` is moving */
     hs_message *ring;      /* number n lies at n % most */
     uint64_t moved;        /* bytes of its frame: head, payload, end */
+    uint64_t passed;       /* bytes of all frames */
     uint64_t hashed;       /* bytes of its payload that crc has */
     uint32_t crc;
     hs_frame head;
@@ -70,7 +71,7 @@ typedef struct hs_line {
 struct hs_comm {
     const hs_comm_config *config; /* create only */
     const hs_plan_channel *channels;
-    uint32_t channel_count, position, first_rank, stall_ms;
+    uint32_t channel_count, rank, positions, position, stall_ms;
     uint32_t patience_ms; /* of the waits now: connect_ms at create, then stall_ms */
     const hs_log *log;
     struct hs_stop *stop;
@@ -112,8 +113,8 @@ static inline bool hs_tcp_receives(const hs_comm *comm, size_t channel) {
 }
 
 static inline uint32_t hs_tcp_peer(const hs_comm *comm, uint32_t channel) {
-    const hs_plan_channel *ch = &comm->channels[channel];
-    return comm->first_rank + (ch->from == comm->position ? ch->to : ch->from);
+    return hs_comm_peer(&comm->channels[channel], comm->rank, comm->positions,
+                        !hs_tcp_sends(comm, channel));
 }
 
 /* --- lines.c ----------------------------------------------------------------------------- */

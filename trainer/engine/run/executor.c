@@ -243,11 +243,9 @@ static hs_status run_list(hs_executor *ex, hs_list list, hs_why *why) {
     for (uint32_t i = 0; i < count; i++) {
         const hs_plan_action *a = ex->at = &ex->plan->actions[first + i];
         uint32_t peer = UINT32_MAX;
-        if (a->channel != UINT32_MAX) {
-            const hs_plan_channel *ch = &ex->plan->channels[a->channel];
-            peer =
-                hs_plan_first_rank(ex->plan, ex->rank) + (a->kind == HS_A_SEND ? ch->to : ch->from);
-        }
+        if (a->channel != UINT32_MAX)
+            peer = hs_comm_peer(&ex->plan->channels[a->channel], ex->rank,
+                                ex->plan->config->positions, a->kind == HS_A_RECV);
         if (hs_stop_was_lost(ex->stop)) /* a report looked for a request to stop, and took this */
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
         hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch, peer);

@@ -2,9 +2,16 @@
 
 #include <stdlib.h>
 
+/* Where a receive's message comes to, in host memory. */
+typedef struct place {
+    uint8_t *host, *at; /* host NULL: `at` is a window */
+    uint64_t offset;
+} place;
+
 struct hs_messages {
     hs_messages_config c;
     uint64_t *sent, *posted; /* by channel, since create */
+    place exchanged;         /* of the exchange that is under way */
 };
 
 static void bounds(const hs_plan_position *p, hs_list list, uint32_t *first, uint32_t *count) {
@@ -69,6 +76,18 @@ static hs_status pass(hs_messages *m, const hs_plan_action *a, const hs_turn *tu
     return st;
 }
 
+static hs_status post(hs_messages *m, const hs_plan_action *a, place *p, hs_why *why) {
+    p->offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
+    p->host = p->at = hs_spaces_host(m->c.spaces, p->offset, a->ref.bytes);
+    if (!p->host) {
+        hs_stop_busy(m->c.stop, true);
+        const hs_status st = hs_spaces_in_window(m->c.spaces, &p->at, why);
+        hs_stop_busy(m->c.stop, false);
+        if (st != HS_OK) return st;
+    }
+    return m->c.transport->post(m->c.comm, a->channel, p->at, a->ref.bytes, a->microbatch, why);
+}
+
 /* Messages of the device space pass through a window, which holds the longest. */
 static hs_status send(hs_messages *m, const hs_plan_action *a, const hs_turn *turn, uint64_t offset,
                       hs_why *why) {
@@ -84,25 +103,23 @@ static hs_status send(hs_messages *m, const hs_plan_action *a, const hs_turn *tu
         if (st != HS_OK) return st;
         from = window;
     }
+    const bool across = m->c.plan->channels[a->channel].across > 0;
+    if (across) HS_TRY(post(m, a + 1, &m->exchanged, why)); /* an exchange: comm.h */
     HS_TRY(m->c.transport->send(m->c.comm, a->channel, from, a->ref.bytes, a->microbatch, why));
-    return m->c.transport->sent(m->c.comm, a->channel, ++m->sent[a->channel], why);
+    m->sent[a->channel]++;
+    return across ? HS_OK : m->c.transport->sent(m->c.comm, a->channel, m->sent[a->channel], why);
 }
 
 static hs_status receive(hs_messages *m, const hs_plan_action *a, const hs_turn *turn,
-                         uint64_t offset, hs_why *why) {
-    uint8_t *const host = hs_spaces_host(m->c.spaces, offset, a->ref.bytes);
-    uint8_t *to = host;
-    if (!host) {
-        hs_stop_busy(m->c.stop, true);
-        const hs_status st = hs_spaces_in_window(m->c.spaces, &to, why);
-        hs_stop_busy(m->c.stop, false);
-        if (st != HS_OK) return st;
-    }
-    HS_TRY(m->c.transport->post(m->c.comm, a->channel, to, a->ref.bytes, a->microbatch, why));
+                         hs_why *why) {
+    const bool across = m->c.plan->channels[a->channel].across > 0;
+    place p = m->exchanged;
+    if (!across) HS_TRY(post(m, a, &p, why));
     HS_TRY(m->c.transport->got(m->c.comm, a->channel, ++m->posted[a->channel], why));
-    if (host) return HS_OK;
+    if (across) HS_TRY(m->c.transport->sent(m->c.comm, a->channel, m->sent[a->channel], why));
+    if (p.host) return HS_OK;
     HS_TRY(hs_spaces_begin(m->c.spaces, turn, why));
-    HS_TRY(hs_spaces_put(m->c.spaces, offset, to, a->ref.bytes, why));
+    HS_TRY(hs_spaces_put(m->c.spaces, p.offset, p.at, a->ref.bytes, why));
     return hs_spaces_end(m->c.spaces, turn, why);
 }
 
@@ -112,5 +129,5 @@ hs_status hs_messages_run(hs_messages *m, hs_list list, uint32_t i, const hs_tur
     const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
     if (m->c.direct && m->c.direct[a->channel])
         return pass(m, a, turn, offset, m->c.landings->lists[list][i], why);
-    return a->kind == HS_A_SEND ? send(m, a, turn, offset, why) : receive(m, a, turn, offset, why);
+    return a->kind == HS_A_SEND ? send(m, a, turn, offset, why) : receive(m, a, turn, why);
 }

@@ -71,10 +71,6 @@ static inline uint32_t hs_plan_position_of(const hs_plan *plan, uint32_t rank) {
 static inline uint32_t hs_plan_replica_of(const hs_plan *plan, uint32_t rank) {
     return rank / plan->config->positions;
 }
-/* The rank at position 0 of the same replica; the one at position p is p further on. */
-static inline uint32_t hs_plan_first_rank(const hs_plan *plan, uint32_t rank) {
-    return rank - hs_plan_position_of(plan, rank);
-}
 
 /* The reference as a replica has it: a PIECE is the STATIC bytes that it means there. */
 static inline hs_plan_ref hs_plan_resolve(const hs_plan_ref *ref, uint32_t replica) {

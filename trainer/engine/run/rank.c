@@ -256,7 +256,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                    .channels = r->plan.channels,
                                    .channel_count = (uint32_t)r->plan.count[HS_SECTION_CHANNELS],
                                    .rank = r->args->rank,
-                                   .first_rank = hs_plan_first_rank(&r->plan, r->args->rank),
+                                   .positions = r->plan.config->positions,
                                    .start_step = r->attempt.attempt->start_step,
                                    .listen_fd = r->args->listen_fd,
                                    .most = hs_messages_most(&r->plan, r->executor.position),

@@ -1,6 +1,7 @@
 /* What travels between ranks over TCP: the handshake of a channel, then frames.
  *
- * One connection a channel of the plan, opened by the sender (`from`) to the receiver's listener.
+ * One connection a channel of the plan, opened by the sender (`from`) to the receiver's listener; of a channel between
+ * replicas, which has messages both ways, by the lower of the two ranks, which is the sender here.
  *   sender    hs_hello   with its nonce
  *   receiver  hs_hello   with its nonce and mac = HMAC-SHA256(key, "R" | sender's hello without mac | own hello without mac)
  *   sender    mac[32]    = HMAC-SHA256(key, "S" | the same two)

@@ -236,7 +236,7 @@ typedef struct hs_plan_channel {
     uint32_t from, to; /* positions */
     uint32_t kind;     /* HS_CH_* */
     uint32_t across;   /* 0, or below D; REPORT is either, the last three across only, the others 0 only */
-    uint64_t bytes;    /* of a message */
+    uint64_t bytes;    /* of a message; of REDUCE, GATHER and NORMS at most, the exchange says how many */
 } hs_plan_channel;
 
 /* What a position tells position 0 before the optimizer, and a replica's position 0 another's. Followed at once by f64

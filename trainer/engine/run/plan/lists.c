@@ -18,7 +18,8 @@ static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
         return REFUSE(c, "action %zu: channel %" PRIu32 " does not %s position %" PRIu32, i,
                       a->channel, a->kind == HS_A_SEND ? "start at" : "end at", p->position);
     }
-    if (a->ref.bytes != ch->bytes) {
+    const bool shorter = ch->across && ch->kind >= HS_CH_REDUCE; /* messages of many lengths */
+    if (a->ref.bytes > ch->bytes || (shorter ? a->ref.bytes == 0 : a->ref.bytes != ch->bytes)) {
         return REFUSE(
             c, "action %zu: a message of %" PRIu64 " bytes, channel %" PRIu32 " carries %" PRIu64,
             i, a->ref.bytes, a->channel, ch->bytes);
@@ -67,7 +68,21 @@ static hs_status check_block(hs_plan_checker *c, const hs_plan_action *a, size_t
     return HS_OK;
 }
 
-/* I6: each send to another replica is directly followed by the receive that it goes with. */
+/* Whether two references of actions share a byte in any replica. */
+static bool share(const hs_plan *plan, const hs_plan_action *a, const hs_plan_action *b) {
+    for (uint32_t replica = 0; replica < plan->config->replicas; replica++) {
+        const hs_plan_ref x = hs_plan_resolve(&a->ref, replica),
+                          y = hs_plan_resolve(&b->ref, replica);
+        const bool same =
+            x.space == y.space &&
+            (x.space == HS_SPACE_STATIC || (a->slot == b->slot && a->microbatch == b->microbatch));
+        if (same && x.offset < y.offset + y.bytes && y.offset < x.offset + x.bytes) return true;
+    }
+    return false;
+}
+
+/* I6: each send to another replica is directly followed by the receive that it goes with, of as many bytes and
+ * of the same microbatch; both pass at once, so they share no byte. */
 static hs_status check_exchange(hs_plan_checker *c, size_t i, const hs_plan_action *before,
                                 const hs_plan_action *a) {
     const hs_plan_channel *channels = c->plan->channels;
@@ -75,11 +90,21 @@ static hs_status check_exchange(hs_plan_checker *c, size_t i, const hs_plan_acti
     const bool across =
         a && (a->kind == HS_A_SEND || a->kind == HS_A_RECV) && channels[a->channel].across;
     const bool closes = across && a->kind == HS_A_RECV;
-    if (open == closes && (!open || before->channel == a->channel)) return HS_OK;
-    return REFUSE(c,
-                  "action %zu: a send to another replica and the receive from it do not follow one "
-                  "another",
-                  i);
+    if (open != closes || (open && before->channel != a->channel)) {
+        return REFUSE(c,
+                      "action %zu: a send to another replica and the receive from it do not follow "
+                      "one another",
+                      i);
+    }
+    if (open && (before->ref.bytes != a->ref.bytes || before->microbatch != a->microbatch ||
+                 share(c->plan, before, a))) {
+        return REFUSE(c,
+                      "action %zu: an exchange sends %" PRIu64 " bytes of microbatch %" PRId32
+                      " and receives %" PRIu64 " of %" PRId32 ", or into what it sends",
+                      i, before->ref.bytes, (int32_t)before->microbatch, a->ref.bytes,
+                      (int32_t)a->microbatch);
+    }
+    return HS_OK;
 }
 
 /* I9: what position 0 makes of the reports. */
