@@ -33,6 +33,7 @@ def small_plan(
     dataset: DatasetRef | None = None,
     parallel: dict[str, Any] | None = None,
     every: int = 0,
+    delays: dict[str, float] | None = None,
     **train: Any,
 ) -> Plan:
     """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
@@ -51,7 +52,7 @@ def small_plan(
         "checkpoint": {"every": every},
     }
     spec = parse_spec(values)
-    return compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), mode)
+    return compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), mode, delays=delays)
 
 
 def sealed(data: bytes | bytearray) -> bytes:

@@ -109,6 +109,16 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
         assert some.state("cuda", ORDER=str(order)) == sound, order
 
 
+def test_a_device_does_not_sleep(runs: MakeRuns) -> None:
+    """Kernel delay is for CPUs: there it changes no bits."""
+    slow, plain = runs(stages=2, delays={"F": 1e-4, "B": 2e-4}, steps=2), runs(stages=2, steps=2)
+    assert slow.state("cpu") == plain.state("cpu")
+    with pytest.raises(
+        AssertionError, match=r"(?s)exit 78\n.*kernel delay sleeps, which a device cannot; run the plan on"
+    ):
+        slow.state("cuda")
+
+
 @pytest.mark.parametrize(
     ("precision", "path", "model"),
     [

@@ -61,6 +61,7 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "fold": [(1,), (37,)],
     "sumsq_parts": [(1,), (65536,), (65537,)],
     "sum": [(1,), (2,), (37,)],
+    "delay": [(1,), (1000,)],
 }
 ADAMW = (0.9, 0.95, 1e-8, 0.1)
 REALS = {"rope_table": (10000.0,), "adamw": ADAMW, "adamw_copy": ADAMW, "init_normal": (0.0, 0.02)}

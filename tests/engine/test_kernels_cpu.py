@@ -139,6 +139,7 @@ CASES = [
     ),
     Case("logits", (1, 48, 5)),
     Case("logits", (9, 40, 517)),
+    Case("delay", (1000,), f32_only=True),
     Case("add_acc", (1,), f32_only=True),
     Case("add_acc", (40001,), f32_only=True),
     Case("sumsq", (1,), rel=1e-14, f32_only=True),

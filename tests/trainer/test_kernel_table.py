@@ -12,7 +12,7 @@ from trainer.wire.kernels import KERNELS, Kernel
 GRADIENTS = {name for k in KERNELS.values() for name in (k.input_gradient, k.weight_gradient) if name}
 DERIVED = [name for name, kernel in KERNELS.items() if kernel.derived]
 CONSTANT = {"rope_fwd": {"tab"}}  # what forward reads, is no index, and has no gradient
-IDLE = {"zero", "init_const"}
+IDLE = {"zero", "init_const", "delay"}
 
 
 def names(kernel: Kernel) -> list[str]:

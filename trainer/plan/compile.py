@@ -6,7 +6,7 @@ Pure, but for a schedule that the spec names as a file.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -18,6 +18,7 @@ from trainer.errors import PlanError
 from trainer.models.base import tensor_table
 from trainer.plan import schedule_file
 from trainer.plan.compiled import Plan
+from trainer.plan.delays import with_delays
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import call_cost, model_flops
 from trainer.plan.job import Job
@@ -41,6 +42,7 @@ def compile_plan(
     what_digest: bytes,
     mode: Literal["train", "infer"] = "train",
     pipeline: Pipeline | None = None,
+    delays: Mapping[str, float] | None = None,
 ) -> Plan:
     """The plan of a resolved spec (``spec.resolve(dataset)``). PlanError where none can be made or none fits.
 
@@ -48,6 +50,8 @@ def compile_plan(
     and 48 in its file.
 
     ``pipeline``: where the stages are; None: as the schedule or its file places them.
+
+    ``delays``: seconds by operation (F, I, W, B) that its programs sleep at their end: to measure schedules.
 
     Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
     """
@@ -67,6 +71,8 @@ def compile_plan(
         tensors = tensor_table(models.family(spec.model.family), spec.model)
         job = Job(spec, tensors, stages, layout, infer, tuple(rows))
         positions, channels, schedule = lower(job)
+        if delays:
+            positions = with_delays(positions, delays)
     if not infer:
         # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
         on_cuda = spec.parallel.on_cuda(spec.launch.kernel_path)

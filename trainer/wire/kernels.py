@@ -407,4 +407,11 @@ KERNELS: dict[str, Kernel] = {
         "write:out:f64, read:part:f64::n, scratch:tree:f64::n",
         each="n",
     ),
+    "delay": _kernel(
+        39,
+        "NS",
+        "",
+        "read:behind:byte:::optional",
+        holds="NS<=10000000000",
+    ),
 }

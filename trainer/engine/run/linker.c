@@ -134,15 +134,23 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, uint32_
     linked->calls = calloc(calls + 1, sizeof *linked->calls);
     if (!linked->first || !linked->calls) goto no_memory;
     uint32_t next = 0;
+    bool sleeps = false;
     for (size_t p = 0; p < programs; p++) {
         if (!used[p]) continue;
         linked->first[p] = next;
         for (uint32_t i = 0; i < plan->programs[p].calls; i++) {
             link_call(linked, plan->programs[p].first_call + i, &linked->calls[next++]);
+            sleeps = sleeps || linked->calls[next - 1].kernel == HS_K_DELAY;
         }
     }
     free(used);
-    const hs_status st = spaces->backend->capture ? number_graphs(linked, why) : HS_OK;
+    hs_status st = HS_OK;
+    if (spaces->backend->capture) {
+        st = sleeps ? hs_fail(why, HS_E_CONFIG,
+                              "kernel delay sleeps, which a device cannot; run the plan on CPUs "
+                              "(parallel.device = \"cpu\"), or compile it without delays")
+                    : number_graphs(linked, why);
+    }
     if (st != HS_OK) {
         hs_linked_destroy(linked);
         return st;

@@ -243,14 +243,18 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       WRITE(part, F64, "", "BLOCKS n", ""), READ(x, ACC, "", "n", ""))                                                \
     X(38, SUM, sum, DIMS(n), 1, "", NO_REALS,                                                                         \
       "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
-      WRITE(out, F64, "", "", ""), READ(part, F64, "", "n", ""), SCRATCH(tree, F64, "", "n", ""))
+      WRITE(out, F64, "", "", ""), READ(part, F64, "", "n", ""), SCRATCH(tree, F64, "", "n", ""))                     \
+    /* sleeps; on CPUs alone, for measuring schedules */                                                              \
+    X(39, DELAY, delay, DIMS(NS), 1, "", NO_REALS,                                                                    \
+      "NS<=10000000000", NO_GRADIENT, WORK("0", "0", "0"),                                                            \
+      READ(behind, BYTE, "", "", "", OPTIONAL))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 39
+    HS_K_COUNT = 40
 };
 
 #endif

@@ -23,6 +23,7 @@
 
 #include "kernels/cpu/attention.c"
 #include "kernels/cpu/classifier.c"
+#include "kernels/cpu/delay.c"
 #include "kernels/cpu/embed.c"
 #include "kernels/cpu/gelu.c"
 #include "kernels/cpu/init.c"

@@ -1,0 +1,30 @@
+"""Set times: a sleep ends every program of an operation, and the simulator knows how long it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.plans import small_plan
+from trainer.errors import PlanError
+from trainer.plan.simulate import CostModel, from_plan, simulate
+
+FREE = CostModel(1e18, 1e18, 1e18, 0.0, 0.0)
+
+
+def test_every_program_of_an_operation_ends_with_its_delay() -> None:
+    plan = small_plan(stages=2, batch=8, delays={"F": 0.25, "I": 0.5, "W": 0.125})
+    for position in plan.positions:
+        last = {name: program.calls[-1] for name, program in position.programs.items()}
+        assert {n: c.dim for n, c in last.items() if c.kernel == "delay"} == {"F": (250_000_000,), "B": (625_000_000,)}
+    done = simulate(from_plan(plan, FREE), FREE)
+    m, p = 4, 2
+    assert done.step_seconds == pytest.approx((m + p - 1) * 0.875)
+    plain = small_plan(stages=2, batch=8)
+    assert small_plan(stages=2, batch=8, delays={"F": 0.0}).to_bytes() == plain.to_bytes()
+    assert plan.digest != plain.digest
+
+
+@pytest.mark.parametrize("delays", [{"O": 1.0}, {"F": -1.0}, {"F": 11.0}, {"F": float("nan")}])
+def test_what_is_no_delay_is_refused(delays: dict[str, float]) -> None:
+    with pytest.raises(PlanError, match=r"delays: '[OF]' of .* s; they are of F, I, W, B, from 0 to 10 s each"):
+        small_plan(delays=delays)
