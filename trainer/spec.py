@@ -8,7 +8,7 @@ model, and plain Python. Every refusal is a ``SpecError`` line that names the va
 Example::
 
     spec = load_spec("examples/demo.toml", ["train.steps=20", "parallel.stages=2"])
-    spec = spec.resolve(dataset)            # fills model.vocab
+    spec = spec.resolve(dataset)            # fills model.vocab and train.reduction_groups
     run_id(spec, dataset)                   # "demo-1f0c3a"
 """
 
@@ -141,7 +141,7 @@ def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
             "window": resolved.data.window,
             "packing": resolved.data.packing,
         },
-        "train": resolved.train.model_dump(mode="json"),
+        "train": resolved.train.model_dump(mode="json", exclude={"max_batch_tokens"}),
     }
 
 

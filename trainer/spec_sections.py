@@ -19,6 +19,8 @@ from trainer.wire.packed import RECORD_DEPTH, pack
 MAX_INT32 = (1 << 31) - 1
 MAX_VOCAB_SIZE = 1 << 24
 MAX_MICROBATCHES = 1 << 16
+DEFAULT_GROUPS = 8
+"""Of ``train.reduction_groups``, where the microbatches of a step allow it."""
 FP8_SIDE = 16
 NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
@@ -47,6 +49,15 @@ def _divisors(number: int) -> list[int]:
     """All divisors, in the time of its square root: a wrong number must not take minutes to refuse."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return [*small, *(number // d for d in small)]
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _twos(number: int) -> int:
+    """The largest power of two that divides a number above 0."""
+    return number & -number
 
 
 def _size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str) -> Any:
@@ -182,7 +193,13 @@ class TrainSpec(_Section):
         description="of activations and weight matrices; masters are fp32. fp8: bf16, but the layers' products in FP8",
     )
     seed: int = _size(0, low=0, high=(1 << 63) - 1, text="of initial weights and the order of samples")
-    reduction_groups: int = _size(1, text="groups of microbatches whose gradients join in a tree")
+    max_batch_tokens: int = _size(0, low=0, high=1 << 62, text="most tokens that a step may have; 0: no limit")
+    reduction_groups: int = _size(
+        0,
+        low=0,
+        text="groups of microbatches whose gradients join in a tree, a power of two: the most replicas that give the "
+        "same bits; 0: 8, or the largest power of two below it that divides the step's microbatches",
+    )
     vocab_blocks: int = _size(1, text="blocks of the head's sums")
     classifier_chunk: int = _size(64, text="rows of logits that exist at a time")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -201,8 +218,7 @@ class TrainSpec(_Section):
                 f"batch {self.batch} is {self.microbatches} microbatches of {self.microbatch}; the limit is "
                 f"{MAX_MICROBATCHES}, a plan lists each of them: take microbatch = {fits} or a smaller batch"
             )
-        if self.reduction_groups != 1:
-            raise ValueError(f"reduction_groups {self.reduction_groups}: this version runs 1; set it to 1")
+        self._check_groups()
         if self.vocab_blocks != 1:
             raise ValueError(f"vocab_blocks {self.vocab_blocks}: this version runs 1; set it to 1")
         if self.schedule.warmup > self.steps:
@@ -216,11 +232,32 @@ class TrainSpec(_Section):
             raise ValueError(
                 f"batch * sequence is {self.batch * self.sequence} tokens a step; the limit is {MAX_INT32}; lower batch"
             )
+        if 0 < self.max_batch_tokens < self.tokens:
+            raise ValueError(
+                f"batch {self.batch} * sequence {self.sequence} is {self.tokens} tokens a step; max_batch_tokens is "
+                f"{self.max_batch_tokens}: take batch = {self.max_batch_tokens // self.sequence} or less, or raise it"
+            )
         return self
+
+    def _check_groups(self) -> None:
+        groups, most = self.reduction_groups, _twos(self.microbatches)
+        if not groups or (_power_of_two(groups) and most % groups == 0):
+            return
+        why = "is no power of two"
+        if _power_of_two(groups):
+            why = f"does not divide the step's {self.microbatches} microbatches (batch / microbatch)"
+        fits = min(most, 1 << (groups.bit_length() - 1))
+        more = "" if fits < most else f", or a batch that is a multiple of {self.microbatch * 2 * most}"
+        raise ValueError(f"reduction_groups {groups} {why}; take reduction_groups = {fits}{more}")
+
+    @property
+    def groups(self) -> int:
+        """``reduction_groups``, or what it is where it is unset."""
+        return self.reduction_groups or min(DEFAULT_GROUPS, _twos(self.microbatches))
 
     @property
     def microbatches(self) -> int:
-        """Microbatches a step."""
+        """Microbatches a step, of all replicas."""
         return self.batch // self.microbatch
 
     @property
@@ -247,7 +284,11 @@ class ParallelSpec(_Section):
         max_length=4096,
         description='"1f1b", "gpipe", "interleaved-1f1b", or "file:PATH" of a CSV as PyTorch\'s pipelining writes it',
     )
-    replicas: int = _size(1, text="data-parallel replicas")
+    replicas: int = _size(
+        1,
+        high=4096,
+        text="data-parallel replicas, a power of two, at most train.reduction_groups; they share the batch",
+    )
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
     device: Device = Field(
         "auto",
@@ -282,8 +323,9 @@ class ParallelSpec(_Section):
                 f"chunks {self.chunks} do not divide stages {self.stages}: schedule interleaved-1f1b takes as many at "
                 f"each rank; take stages = {max(1, self.stages // self.chunks) * self.chunks}"
             )
-        if self.replicas != 1:
-            raise ValueError(f"replicas {self.replicas}: this version runs 1; set it to 1")
+        if not _power_of_two(self.replicas):
+            below = 1 << (self.replicas.bit_length() - 1)
+            raise ValueError(f"replicas {self.replicas} is no power of two; take replicas = {below} or {2 * below}")
         return self
 
 
@@ -387,6 +429,23 @@ def _check_fp8(model: ModelSpec, train: TrainSpec) -> None:
         )
 
 
+def _check_replicas(replicas: int, train: TrainSpec) -> None:
+    """A replica has whole groups of microbatches."""
+    if replicas <= train.groups:
+        return
+    if train.microbatches % replicas:
+        raise ValueError(
+            f"parallel.replicas {replicas} does not divide the {train.microbatches} microbatches of a step (batch / "
+            f"microbatch); take replicas = {train.groups}, or a batch that is a multiple of "
+            f"{train.microbatch * replicas}"
+        )
+    raise ValueError(
+        f"parallel.replicas {replicas} is more than the {train.groups} groups of train.reduction_groups, of "
+        f"which every replica has as many; take replicas = {train.groups}, or reduction_groups = {replicas} for a new "
+        "run (it changes the bits)"
+    )
+
+
 class RunSpec(_Section):
     """A run. See the module's text for the two halves."""
 
@@ -415,6 +474,7 @@ class RunSpec(_Section):
             raise ValueError(refusal)
         if self.train.precision == "fp8":
             _check_fp8(self.model, self.train)
+        _check_replicas(self.parallel.replicas, self.train)
         ranks = self.parallel.ranks
         if ranks % self.launch.nodes:
             fits = max(n for n in range(1, min(self.launch.nodes, ranks) + 1) if not ranks % n)
@@ -456,7 +516,8 @@ class RunSpec(_Section):
         return self
 
     def resolve(self, dataset: DatasetRef) -> RunSpec:
-        """The spec with ``model.vocab`` filled from the dataset; refuses data that do not fit. Idempotent."""
+        """The spec with ``model.vocab`` filled from the dataset and ``train.reduction_groups`` from the batch; refuses
+        data that do not fit. Idempotent."""
         problems: list[str] = []
         if self.model.vocab and self.model.vocab < dataset.vocab:
             problems.append(
@@ -468,9 +529,11 @@ class RunSpec(_Section):
             problems.append(short)
         if problems:
             raise SpecError(problems)
-        if self.model.vocab:
+        if self.model.vocab and self.train.reduction_groups:
             return self
-        return self.model_copy(update={"model": self.model.model_copy(update={"vocab": dataset.vocab})})
+        model = self.model.model_copy(update={"vocab": self.model.vocab or dataset.vocab})
+        train = self.train.model_copy(update={"reduction_groups": self.train.groups})
+        return self.model_copy(update={"model": model, "train": train})
 
 
 def _device_refusal(device: Device, kernel_path: KernelPath) -> str | None:

@@ -234,12 +234,12 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     plan_path, attempt_path = folder / "plan", folder / "attempt"
     plan_path.write_bytes(plan.to_bytes())
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in plan.positions]
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in plan.ranks.all]
     ports = [listener.getsockname()[1] for listener in listeners]
     attempt_path.write_bytes(
         attempt_bytes(plan, ports, data, folder, kernel_path=kernel_path, trace=trace, device=device, devices=devices)
     )
-    arenas = [os.memfd_create("hotstage-arena") for _ in plan.positions]  # as the supervisor does
+    arenas = [os.memfd_create("hotstage-arena") for _ in plan.ranks.all]  # as the supervisor does
     processes: list[subprocess.Popen[bytes]] = []
     outputs = [(folder / f"stdout-{rank}", folder / f"stderr-{rank}") for rank in range(len(ports))]
     try:

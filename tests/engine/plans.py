@@ -47,7 +47,8 @@ def small_plan(
         "name": "small",
         "model": model | {"vocab": VOCAB, "context": SEQUENCE},
         "data": data or {},
-        "train": {"steps": 3, "batch": 4, "microbatch": 2, "sequence": SEQUENCE, "seed": 3} | train,
+        "train": {"steps": 3, "batch": 4, "microbatch": 2, "sequence": SEQUENCE, "seed": 3, "reduction_groups": 1}
+        | train,
         "parallel": {"stages": stages, "threads": 1} | (parallel or {}),
         "checkpoint": {"every": every},
     }

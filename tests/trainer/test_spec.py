@@ -20,6 +20,7 @@ from trainer.spec import (
     run_id,
     what_bytes,
     what_digest,
+    what_map,
 )
 from trainer.wire.packed import RECORD_DEPTH, pack
 
@@ -96,8 +97,28 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"train__optimizer": {"lr": float("nan")}}, ["train.optimizer.lr", "finite"]),
         ({"train__optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, ["min_lr 0.01", "above lr 0.001"]),
         ({"train__schedule": {"warmup": 11}}, ["warmup 11", "steps 10"]),
-        ({"train__reduction_groups": 2}, ["reduction_groups 2", "set it to 1"]),
-        ({"parallel__replicas": 2}, ["replicas 2", "set it to 1"]),
+        ({"train__reduction_groups": 3}, ["reduction_groups 3", "no power of two", "take reduction_groups = 2"]),
+        (
+            {"train__reduction_groups": 8},
+            ["reduction_groups 8", "divide the step's 4 microbatches", "reduction_groups = 4", "a multiple of 16"],
+        ),
+        (
+            {"train__reduction_groups": 4, "train__batch": 12},
+            ["reduction_groups 4", "divide the step's 6 microbatches", "reduction_groups = 2", "a multiple of 8"],
+        ),
+        ({"parallel__replicas": 3}, ["replicas 3", "no power of two", "take replicas = 2 or 4"]),
+        (
+            {"parallel__replicas": 4, "train__batch": 12},
+            ["replicas 4", "divide the 6 microbatches", "replicas = 2", "multiple of 8"],
+        ),
+        (
+            {"parallel__replicas": 4, "train__reduction_groups": 2},
+            ["replicas 4", "the 2 groups", "replicas = 2", "reduction_groups = 4", "changes the bits"],
+        ),
+        (
+            {"train__max_batch_tokens": 100},
+            ["batch 8 * sequence 16 is 128 tokens", "max_batch_tokens is 100", "batch = 6"],
+        ),
         ({"data__source": "ftp:x"}, ["'ftp:x'", "text:<glob>"]),
         ({"name": "Not A Label"}, ["name 'Not A Label'", "lower-case letters", "at most 40"]),
         ({"name": "a" * 41}, ["name"]),
@@ -336,3 +357,27 @@ def test_values_too_deep_for_a_reader_are_refused(tmp_path: Path) -> None:
 def test_the_largest_how_is_within_its_limit() -> None:
     spec = parse_spec(tree(launch__pod_patch={"x": "y" * 20_000}))
     assert len(pack(how_map(spec), RECORD_DEPTH)) <= MAX_HOW_BYTES
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(2, 1), (6, 1), (8, 4), (12, 2), (16, 8), (96, 8)])
+def test_groups_are_eight_where_the_microbatches_allow(batch: int, groups: int) -> None:
+    """And the What says how many, so that a later default changes no run."""
+    spec = parse_spec(tree(train__batch=batch))
+    assert spec.train.groups == groups
+    assert what_map(spec, DATA)["train"]["reduction_groups"] == groups
+    explicit = parse_spec(tree(train__batch=batch, train__reduction_groups=groups))
+    assert run_id(spec, DATA) == run_id(explicit, DATA)
+    assert spec.resolve(DATA).resolve(DATA) == spec.resolve(DATA)
+
+
+def test_one_group_and_a_limit_of_tokens_keep_the_names_of_old() -> None:
+    """Digest of a What as it was before there were groups; the limit refuses, and is no part of what is trained."""
+    old = parse_spec(tree(train__reduction_groups=1, train__max_batch_tokens=128))
+    assert what_digest(old, DATA).hex() == "d608b1ad4af3daa1afb7423f04a675523b3ba898867fdaf5587d06ed845b40e3"
+    assert run_id(parse_spec(tree()), DATA) != run_id(old, DATA)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_ranks_are_positions_in_every_replica(replicas: int) -> None:
+    spec = parse_spec(tree(parallel__replicas=replicas, parallel__stages=2, launch__nodes=replicas))
+    assert spec.parallel.ranks == 2 * replicas

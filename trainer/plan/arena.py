@@ -3,7 +3,9 @@
 The order in the arena (all offsets multiples of 64):
 
     reports, norms and control block | rotary tables | master weights | compute copies | moments | gradients
+    (as often as groups of microbatches are added up at once)
     | gradient that is sent back (last stage) | scratch of the running program | activation slots | microbatches' tokens
+    | what other replicas send of their gradients, where it does not lie in a second buffer of gradients
 
 What a slot of activations holds: all that lives from one program of a microbatch to another, and what is received and
 sent (``slot_layout.py``). Scratch is shared by the programs, which never run at once; inside a program buffers share it
@@ -27,6 +29,7 @@ from trainer.plan.job import Job
 from trainer.plan.memory import align
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import Ref
+from trainer.plan.reduce import Gradient, GradientMemory, own_piece
 from trainer.plan.rows import Row
 from trainer.plan.slot_layout import SlotLayout, lay_out
 from trainer.plan.slots import assign_slots, holders, sent_at_once
@@ -96,6 +99,10 @@ class PositionMemory:
         """By tensor, its FP8: codes, their transpose (for training), scale."""
         self.moments: dict[int, tuple[Ref, Ref]] = {}
         self.gradients: dict[int, Ref] = {}
+        self.gradient_memory = GradientMemory((), 0, 0, 1)
+        self.pieces = job.pieces
+        self.norm_parts: dict[int, Ref] = {}
+        """By tensor in pieces, the sums of squares of its blocks, all pieces'."""
         self.given: dict[str, Ref] = {}
         self.buffers = {number: _Buffers(stage, job.dt_bytes) for number, stage in self.stages.items()}
         self.layouts: list[SlotLayout] = []
@@ -114,17 +121,19 @@ class PositionMemory:
             self.report = replace(self.reports, bytes=report)
             self.sumsq = arena.ref(8 * len(job.tensors), "other")
             self.control = arena.ref(CONTROL_BYTES, "other")
+            if job.replicas > 1 and self.position == COMBINES:
+                self.other_report = arena.ref(report, "other")
         for table in self._rope_tables():
             self.tables[table] = arena.ref(4 * table.rows * table.size, "other")
         for n in self.owned:
-            self.masters[n] = arena.ref(4 * job.tensors[n].elements, "weights")
+            self.masters[n] = arena.ref(4 * self.kept(n), "weights")
         for n in self.owned:
             if n in job.quantised:
                 size = job.tensors[n].elements
                 turned = None if job.infer else arena.ref(size, "weights")
                 self.codes[n] = (arena.ref(size, "weights"), turned, arena.ref(4, "weights"))
-            elif job.dtype != wire.F32 and job.tensors[n].decay:
-                self.copies[n] = arena.ref(job.dt_bytes * job.tensors[n].elements, "weights")
+            elif n in self.pieces or (job.dtype != wire.F32 and job.tensors[n].decay):
+                self.copies[n] = self._padded(n, wire.DTYPE_BYTES[self.copy_dtype(n)], "weights")
         if self.tied is not None and self.last:
             alone = self.first
             size = job.dt_bytes * job.tensors[self.tied].elements
@@ -135,15 +144,53 @@ class PositionMemory:
         self._place_scratch(arena)
         self._place_slots(arena)
 
-    def _place_training(self, arena: _Arena) -> None:
-        tensors = self.job.tensors
-        for n in self.owned:
-            size = 4 * tensors[n].elements
-            self.moments[n] = (arena.ref(size, "moments"), arena.ref(size, "moments"))
-        for n in self.owned:
-            self.gradients[n] = arena.ref(4 * tensors[n].elements, "gradients")
+    def kept(self, n: int) -> int:
+        """Elements of a tensor whose state is kept here."""
+        return self.pieces.get(n, self.job.tensors[n].elements)
+
+    def copy_dtype(self, n: int) -> int:
+        """Of what kernels read of a tensor."""
+        return self.job.dtype if self.job.tensors[n].decay else wire.F32
+
+    def own(self, base: Ref, n: int) -> Ref:
+        """What is this replica's of a tensor's gradient or copy: its piece, or all."""
+        if n not in self.pieces:
+            return base
+        return own_piece(base, base.bytes // self.job.tensors[n].elements * self.pieces[n])
+
+    def _padded(self, n: int, item: int, kind: str) -> Ref:
+        """A tensor of elements of ``item`` bytes, with room for all replicas' pieces."""
+        size = item * self.job.tensors[n].elements
+        room = max(size, item * self.pieces.get(n, 0) * self.job.replicas)
+        return Ref(wire.SPACE_STATIC, self.arena.take(room, kind), size)
+
+    def _place_gradients(self, arena: _Arena) -> None:
+        """In several buffers where groups need them; where there are replicas, whole tensors of a stage together."""
+        job, targets = self.job, list[Gradient]()
+        start = arena.end
+        names = [(job.layout.stage(job.tensors[n]), n in self.pieces, n, False) for n in self.owned]
         if self.tied is not None and self.last:
-            self.head_gradient = arena.ref(4 * tensors[self.tied].elements, "gradients")
+            names.append((max(self.stages), self.tied in self.pieces, self.tied, True))
+        for stage, _, n, head in sorted(names) if job.replicas > 1 else names:
+            ref = self._padded(n, 4, "gradients")
+            targets.append(Gradient(stage, ref, self.pieces.get(n, 0)))
+            if head:
+                self.head_gradient = ref
+            else:
+                self.gradients[n] = ref
+        stride, buffers = arena.end - start, job.groups.buffers
+        arena.take(stride * (buffers - 1), "gradients")
+        self.gradient_memory = GradientMemory(tuple(targets), start, stride, buffers)
+
+    def _place_training(self, arena: _Arena) -> None:
+        for n in self.owned:
+            size = 4 * self.kept(n)
+            self.moments[n] = (arena.ref(size, "moments"), arena.ref(size, "moments"))
+        self._place_gradients(arena)
+        for n in self.owned:
+            if n in self.pieces:
+                blocks = self.pieces[n] * self.job.replicas // wire.SUMSQ_BLOCK
+                self.norm_parts[n] = arena.ref(8 * blocks, "scratch")
         for number, stage in self.stages.items():
             sent, buffers = stage.gradient_sent, self.buffers[number]
             if sent is None or sent.buffer in stage.kept or number - 1 in self.stages:
@@ -187,7 +234,7 @@ class PositionMemory:
         received = 0
         if not self.job.infer:
             if self.tied is not None and self.first and not self.last:
-                received = align(4 * self.job.tensors[self.tied].elements)
+                received = align(4 * self.kept(self.tied))
             largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
             partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
             most = max(most, received + partials)
@@ -199,7 +246,7 @@ class PositionMemory:
             buffers.places[name] = Ref(wire.SPACE_STATIC, base + offset, buffers.size(name))
         if received:
             assert self.tied is not None
-            self.tied_received = Ref(wire.SPACE_STATIC, base, 4 * self.job.tensors[self.tied].elements)
+            self.tied_received = Ref(wire.SPACE_STATIC, base, 4 * self.kept(self.tied))
         self.partials = base + received
 
     def _place_slots(self, arena: _Arena) -> None:
@@ -215,7 +262,7 @@ class PositionMemory:
         if self.last and not self.job.infer:
             for name in ("targets", "loss"):
                 self.given[name], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
-        self.mb_stride, self.mb_count = stride, self.train.microbatches
+        self.mb_stride, self.mb_count = stride, self.job.groups.microbatches
         self.mb_offset = arena.take(stride * self.mb_count, "activations")
         if self.job.infer:
             size = self.rows * self.job.spec.model.vocab

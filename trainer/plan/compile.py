@@ -61,8 +61,8 @@ def compile_plan(
         raise PlanError(f"what_digest has {len(what_digest)} bytes; it is a SHA-256 of 32")
     infer = mode == "infer"
     if infer:
-        train = spec.train.model_copy(update={"batch": 1, "microbatch": 1})
-        parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b"})
+        train = spec.train.model_copy(update={"batch": 1, "microbatch": 1, "reduction_groups": 1})
+        parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b", "replicas": 1})
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         rows, pipeline = _placed(spec, pipeline)
@@ -85,7 +85,7 @@ def compile_plan(
 
 def _placed(spec: RunSpec, pipeline: Pipeline | None) -> tuple[list[Row], Pipeline]:
     """What is computed, by position, and where the spec's stages are."""
-    parallel, microbatches = spec.parallel, spec.train.microbatches
+    parallel, microbatches = spec.parallel, spec.train.microbatches // spec.parallel.replicas
     positions = parallel.positions(parallel.stages)
     if pipeline is None and parallel.schedule.startswith(schedule_file.PREFIX):
         return schedule_file.load(parallel.schedule, parallel.stages, positions, microbatches)
@@ -153,7 +153,7 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
         dtype=job.plan_dtype,
         positions=job.layout.pipeline.positions,
         replicas=spec.parallel.replicas,
-        microbatches=train.microbatches,
+        microbatches=job.groups.microbatches,
         microbatch=train.microbatch,
         sequence=train.sequence,
         vocab=spec.model.vocab,
@@ -177,4 +177,5 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
         data_window=spec.data.window,
         dataset_digest=bytes.fromhex(dataset.digest),
         what_digest=what_digest,
+        reduction_groups=train.groups,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer import wire
+from trainer.errors import PlanError
 from trainer.plan.channels import Ends, check_ends
 from trainer.plan.places import Position
 from trainer.plan.records import ActionList, BoundAction, Channel, PositionPlan
@@ -20,7 +22,8 @@ class Channels:
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
         self.sizes = sizes
-        self.numbers: dict[Channel, int] = {}
+        self.numbers: dict[Channel, int] = {}  # of exchanges without their bytes
+        self.largest: dict[int, int] = {}  # of exchanges, by number
         self.ends: Counter[Position] = Counter()
         """Channels that start or end at a position."""
 
@@ -32,17 +35,35 @@ class Channels:
             self.ends.update({source, target})
         return self.numbers[channel]
 
+    def across(self, position: Position, kind: int, across: int, size: int) -> int:
+        """Number of the channel between a position of replicas r and r ^ ``across``, both ways; ``size``: bytes of a
+        message, of which the channel has the most."""
+        number = self.numbers.setdefault(Channel(position, position, kind, 0, across), len(self.numbers))
+        if number not in self.largest:
+            self.ends[position] += 2
+        self.largest[number] = max(size, self.largest.get(number, 0))
+        return number
+
     @property
     def all(self) -> tuple[Channel, ...]:
         """By number."""
-        return tuple(self.numbers)
+        return tuple(replace(c, bytes=self.largest[n]) if c.across else c for c, n in self.numbers.items())
 
 
 def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel]) -> None:
-    """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous."""
+    """Every message of load and step, the optimizer's too: matched in order, no deadlock under rendezvous.
+
+    Exchanges between replicas need to be pairs, a send and at once the receive of its like, and nothing more. Proof:
+    let the messages inside a replica pass, as they do, in some order, in which an exchange of a position stands where
+    its list has it. All replicas have the same lists, so all can follow this one order in step. Where it comes to an
+    exchange across k, each rank (r, p) stands at it, and so does its partner (r ^ k, p), whose partner it is: the two
+    send and receive at once, and both go on.
+    """
     several = any(len(p.chunks) > 1 for p in positions)
     for name in ("load", "step"):
-        lists: list[ActionList] = [ActionList.of(getattr(p, name)) for p in positions]
+        lists: list[ActionList] = [
+            _without_exchanges(ActionList.of(getattr(p, name)), p.position, channels) for p in positions
+        ]
 
         def text(position: Position, place: int, lists: list[ActionList] = lists) -> str:
             messages = (action for action in lists[position] if action.channel is not None)
@@ -52,6 +73,37 @@ def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel
             return f"{verb} kind {channels[action.channel].kind} on channel {action.channel}"
 
         check_ends([_ends(actions, several) for actions in lists], len(channels), text)
+
+
+def _without_exchanges(actions: ActionList, position: Position, channels: Sequence[Channel]) -> ActionList:
+    """The rest of a list; PlanError where an exchange is no pair."""
+    across = [p.channel is not None and channels[p.channel].across > 0 for p in actions.patterns]
+    if not any(across):
+        return actions
+    there = np.array(across, np.bool_)[actions.which]
+    places = np.flatnonzero(there)
+    halves = [actions.patterns[which] for which in actions.which[places].tolist()]
+    for number in range(0, len(halves), 2):
+        send, receive = halves[number], halves[number + 1] if number + 1 < len(halves) else None
+        at, pair = int(places[number]), receive is not None and places[number + 1] == places[number] + 1
+        if not (receive is not None and pair and _is_exchange(send, receive)):
+            kind = "SEND" if send.kind == wire.A_SEND else "RECV"
+            raise PlanError(
+                f"position {position}, action {at}, {kind} on channel {send.channel} to another replica: it is no pair "
+                "of a send and at once the receive of as many bytes on that channel; replicas would wait for each other"
+            )
+    keep = ~there
+    return ActionList(actions.patterns, actions.which[keep], actions.microbatch[keep], actions.slot[keep])
+
+
+def _is_exchange(send: BoundAction, receive: BoundAction) -> bool:
+    assert send.ref is not None
+    return (
+        (send.kind, receive.kind) == (wire.A_SEND, wire.A_RECV)
+        and send.channel == receive.channel
+        and receive.ref is not None
+        and send.ref.bytes == receive.ref.bytes
+    )
 
 
 def _ends(actions: ActionList, several: bool) -> Ends:

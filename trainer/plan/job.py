@@ -10,6 +10,7 @@ from trainer import wire
 from trainer.models.base import Tensor, Weight
 from trainer.plan.expand import StagePrograms
 from trainer.plan.places import Layout
+from trainer.plan.reduce import Groups, piece_elements
 from trainer.plan.rows import Row
 from trainer.spec import RunSpec
 
@@ -46,6 +47,28 @@ class Job:
     def dt_bytes(self) -> int:
         """Bytes of an activation's element."""
         return wire.DTYPE_BYTES[self.dtype]
+
+    @property
+    def replicas(self) -> int:
+        """How many share a step's microbatches."""
+        return self.spec.parallel.replicas
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Groups of microbatches of one replica."""
+        train = self.spec.train
+        return Groups(train.microbatches // self.replicas, train.groups // self.replicas)
+
+    @cached_property
+    def pieces(self) -> Mapping[int, int]:
+        """Elements of a piece, of the tensors of which every replica keeps one; not there: whole in every replica."""
+        if self.replicas == 1:
+            return {}
+        return {
+            number: piece_elements(tensor.elements, self.replicas)
+            for number, tensor in enumerate(self.tensors)
+            if tensor.elements > wire.PIECE_BLOCK and number not in self.quantised
+        }
 
     @cached_property
     def number(self) -> Mapping[str, int]:

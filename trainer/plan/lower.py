@@ -30,7 +30,8 @@ from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
-from trainer.plan.rows import OPS, Row
+from trainer.plan.reduce import Reduction, expanded, joined, own_piece
+from trainer.plan.rows import OPS, SEND_B, SEND_F, B, F, Row, W
 from trainer.plan.slots import check_hazards
 
 _TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
@@ -45,6 +46,7 @@ class _Lowering:
     def __init__(self, job: Job, position: Position, channels: Channels, row: Row) -> None:
         self.job, self.position, self.channels, self.row = job, position, channels, row
         self.mem = PositionMemory(job, position, row)
+        self.reduction = Reduction(position, job.replicas, job.groups, self.mem.gradient_memory, channels)
         self.train, self.pipeline = job.spec.train, job.layout.pipeline
         self.first, self.last = self.mem.first, self.mem.last  # stages: with the embedding, with the head
         self.tied, self.owned = job.tied_tensor, job.owned[position]
@@ -72,15 +74,29 @@ class _Lowering:
 
     def programs(self) -> dict[str, Program]:
         """All programs of the position; empty ones are left out."""
-        named = {}
+        made: dict[str, Program] = {}
+
+        def add(name: str, calls: Sequence[BoundCall]) -> None:
+            if calls:
+                made[name] = Program(name, tuple(calls))
+
         for number, stage in self.mem.stages.items():
             ops = {"F"} if self.job.infer else self.row.computations(number)
             for op, calls in stage.programs(ops).items():
-                named[self._program(number, op)] = self._bound(number, calls, op != "F")
-        named["load"] = self._load()
+                name, bound = self._program(number, op), self._bound(number, calls, op != "F")
+                if op == "F":
+                    add(name, bound)
+                else:
+                    self.reduction.add(number, op, name, bound, op == self._ends_with(number, (B, W)))
+                    made |= self.reduction.programs
+        add("load", self._load())
         if not self.job.infer:
-            named |= {"init": self._init(), "sumsq": self._sumsq(), "adamw": self._adamw()}
-        return {name: Program(name, tuple(calls)) for name, calls in named.items() if calls}
+            self.reduction.finish(lambda size: self.mem.arena.take(size, "gradients"))
+            add("init", self._init())
+            add("sumsq", self._sumsq())
+            add("norms", self._norms())
+            add("adamw", self._adamw())
+        return made | self.reduction.programs
 
     def _program(self, stage: Stage, op: str) -> str:
         """A program's name: the operation, after its stage where there are several."""
@@ -95,12 +111,17 @@ class _Lowering:
     def _init(self) -> list[BoundCall]:
         calls = []
         for n in self.owned:
-            tensor = self.job.tensors[n]
+            tensor, pieces = self.job.tensors[n], n in self.mem.pieces
+            whole = self.mem.gradients[n] if pieces else self.mem.masters[n]
             if isinstance(tensor.init, Normal):
                 dim = (tensor.elements, n, self.train.seed)
-                calls.append(self._call("init_normal", (self.mem.masters[n],), dim, 0.0, tensor.init.std))
+                calls.append(self._call("init_normal", (whole,), dim, 0.0, tensor.init.std))
             else:
-                calls.append(self._call("init_const", (self.mem.masters[n],), (tensor.elements,), tensor.init.value))
+                calls.append(self._call("init_const", (whole,), (tensor.elements,), tensor.init.value))
+            if pieces:
+                ptr = (self.mem.masters[n], self.mem.own(whole, n))
+                calls.append(self._call("cast", ptr, (self.mem.kept(n),), dtype=wire.F32))
+                calls.append(self._call("zero", (whole,), (whole.bytes,)))
         return calls
 
     def _load(self) -> list[BoundCall]:
@@ -109,7 +130,8 @@ class _Lowering:
             for table, ref in self.mem.tables.items()
         ]
         for n, copy in self.mem.copies.items():
-            calls.append(self._call("cast", (copy, self.mem.masters[n]), (self.job.tensors[n].elements,)))
+            ptr = (self.mem.own(copy, n), self.mem.masters[n])
+            calls.append(self._call("cast", ptr, (self.mem.kept(n),), dtype=self.mem.copy_dtype(n)))
         return calls + self._quantised()
 
     def _quantised(self) -> list[BoundCall]:
@@ -128,13 +150,29 @@ class _Lowering:
         if self.tied is not None and self.first:
             share = self.mem.head_gradient if self.last else self.mem.tied_received
             assert share is not None
-            elements = self.job.tensors[self.tied].elements
-            calls.append(self._call("add_acc", (self.mem.gradients[self.tied], share), (elements,)))
+            share = self.mem.own(share, self.tied) if self.last else share
+            ptr = (self.mem.own(self.mem.gradients[self.tied], self.tied), share)
+            calls.append(self._call("add_acc", ptr, (self.mem.kept(self.tied),)))
         for n in self.owned:
-            elements = self.job.tensors[n].elements
-            out = Ref(wire.SPACE_STATIC, self.mem.sumsq.offset + 8 * n, 8)
+            elements = self.mem.kept(n)
+            if n in self.mem.norm_parts:
+                part = own_piece(self.mem.norm_parts[n], 8 * elements // wire.SUMSQ_BLOCK)
+                calls.append(self._call("sumsq_parts", (part, self.mem.own(self.mem.gradients[n], n)), (elements,)))
+                continue
             partials = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * -(-elements // wire.SUMSQ_BLOCK))
-            calls.append(self._call("sumsq", (out, self.mem.gradients[n], partials), (elements,)))
+            calls.append(self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,)))
+        return calls
+
+    def _norm(self, n: int) -> Ref:
+        return Ref(wire.SPACE_STATIC, self.mem.sumsq.offset + 8 * n, 8)
+
+    def _norms(self) -> list[BoundCall]:
+        """The squared norms of tensors in pieces, when every replica has all parts."""
+        calls = []
+        for n, parts in self.mem.norm_parts.items():
+            blocks = -(-self.job.tensors[n].elements // wire.SUMSQ_BLOCK)
+            tree = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * blocks)
+            calls.append(self._call("sum", (self._norm(n), replace(parts, bytes=8 * blocks), tree), (blocks,)))
         return calls
 
     def _adamw(self) -> list[BoundCall]:
@@ -142,13 +180,19 @@ class _Lowering:
         calls = []
         for n in self.owned:
             tensor, (m, v) = self.job.tensors[n], self.mem.moments[n]
-            ptr = (self.mem.masters[n], m, v, self.mem.gradients[n], self.mem.copies.get(n), self.mem.control)
-            dtype = self.job.dtype if n in self.mem.copies else wire.F32
+            copy, gradient = self.mem.copies.get(n), self.mem.own(self.mem.gradients[n], n)
+            own = None if copy is None else self.mem.own(copy, n)
+            ptr = (self.mem.masters[n], m, v, gradient, own, self.mem.control)
+            dtype = wire.F32 if copy is None else self.mem.copy_dtype(n)
             decay = o.weight_decay if tensor.decay else 0.0
             real = (o.beta1, o.beta2, o.eps, decay)
-            calls.append(self._call("adamw", ptr, (tensor.elements, 1), *real, dtype=dtype))
+            calls.append(
+                self._call("adamw", ptr, (self.mem.kept(n), 0 if n in self.mem.pieces else 1), *real, dtype=dtype)
+            )
+        spent = [self.mem.gradients[n] for n in self.owned if n in self.mem.pieces]
         if self.mem.head_gradient is not None:
-            calls.append(self._call("zero", (self.mem.head_gradient,), (self.mem.head_gradient.bytes,)))
+            spent.append(self.mem.head_gradient)
+        calls += [self._call("zero", (ref,), (ref.bytes,)) for ref in joined(spent)]
         return calls + self._quantised()
 
     # lists
@@ -201,9 +245,17 @@ class _Lowering:
                 continue
             m, v = self.mem.moments[n]
             states.append(
-                State(n, self.mem.masters[n].offset, m.offset, v.offset, self.mem.gradients[n].offset, offset)
+                State(
+                    tensor=n,
+                    master=self.mem.masters[n].offset,
+                    m=m.offset,
+                    v=v.offset,
+                    grad=self.mem.gradients[n].offset,
+                    slot=offset,
+                    pieces=self.job.replicas if n in self.mem.pieces else 1,
+                )
             )
-            offset += 3 * align(4 * self.job.tensors[n].elements)
+            offset += 3 * align(4 * self.mem.kept(n))
         return tuple(states), offset
 
     def _send(
@@ -222,7 +274,26 @@ class _Lowering:
 
     def _load_list(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
         run = [BoundAction(wire.A_RUN, program="load")] if "load" in programs else []
-        return (*run, *self._tied_weights())
+        return (*run, *self._gather(), *self._tied_weights())
+
+    def _gather(self) -> list[BoundAction]:
+        """The other replicas' pieces of what kernels read of the tensors here."""
+        return [
+            action
+            for n in self.owned
+            if n in self.mem.pieces
+            for action in self.reduction.gather(
+                wire.CH_GATHER, self.mem.copies[n], self.mem.own(self.mem.copies[n], n).bytes
+            )
+        ]
+
+    def _gather_norms(self) -> list[BoundAction]:
+        exchanges = [
+            action
+            for n, parts in self.mem.norm_parts.items()
+            for action in self.reduction.gather(wire.CH_NORMS, parts, 8 * self.mem.kept(n) // wire.SUMSQ_BLOCK)
+        ]
+        return [*exchanges, BoundAction(wire.A_RUN, "O", "norms")] if exchanges else []
 
     def _tied_weights(self) -> list[BoundAction]:
         if self.tied is None or self.first == self.last:
@@ -236,7 +307,10 @@ class _Lowering:
             return []
         if self.first:
             return [self._receive(self.pipeline.last, wire.CH_TIED_GRAD, self.mem.tied_received)]
-        return [self._send(self.pipeline.first, wire.CH_TIED_GRAD, self.mem.head_gradient)] if self.last else []
+        if not self.last:
+            return []
+        assert self.mem.head_gradient is not None
+        return [self._send(self.pipeline.first, wire.CH_TIED_GRAD, self.mem.own(self.mem.head_gradient, self.tied))]
 
     def _step(self, programs: Mapping[str, Program]) -> Sequence[BoundAction]:
         if self.job.infer:
@@ -246,10 +320,12 @@ class _Lowering:
         end = [
             *self._tied_gradient(),
             BoundAction(wire.A_RUN, "O", "sumsq"),
+            *self._gather_norms(),
             BoundAction(wire.A_REPORT, ref=self.mem.report),
             *self._reports(),
             BoundAction(wire.A_APPLY, ref=self.mem.control),
             BoundAction(wire.A_RUN, "O", "adamw"),
+            *self._gather(),
             *self._tied_weights(),
             BoundAction(wire.A_SNAPSHOT),
         ]
@@ -258,23 +334,52 @@ class _Lowering:
     def _listed(self, data: Sequence[BoundAction], end: Sequence[BoundAction]) -> ActionList:
         """``data``, the scheduled row, ``end``: what is scheduled differs by stage, operation, microbatch and slot."""
         names, local = self.row.by_stage()
-        kinds = self.row.op if len(names) == 1 else (local * len(OPS) + self.row.op).astype(np.uint16)
+        kinds: NDArray[np.unsignedinteger[Any]] = self.row.op
+        if len(names) > 1:
+            kinds = (local * len(OPS) + self.row.op).astype(np.uint16)
+        variants = len(self.job.groups.variants)
+        if variants > 1:  # microbatches of different groups, and the last of each, have programs of their own
+            backward = ((self.row.op != F) & (self.row.op < SEND_F)) | (self.row.op == SEND_B)
+            number = np.where(backward, self.job.groups.variant_of[self.row.microbatch], 0)
+            kinds = (kinds.astype(np.uint32) * variants + number).astype(np.uint32)
         found, firsts = np.unique(kinds, return_index=True)
-        scheduled = {
-            int(kind): self._scheduled(Stage(int(names[kind // len(OPS)])), OPS[kind % len(OPS)])
-            for kind in found[np.argsort(firsts)]
+        scheduled: dict[int, Sequence[BoundAction]] = {}
+        for kind in found[np.argsort(firsts)].tolist():
+            number, op = divmod(kind // variants, len(OPS))
+            scheduled[kind] = self._sequence(Stage(int(names[number])), OPS[op], kind % variants)
+        listed = [action for sequence in scheduled.values() for action in sequence]
+        around = ActionList.of([*data, *end, *listed])
+        numbers = iter(around.which[len(data) + len(end) :].tolist())
+        sequences = {
+            kind: [(next(numbers), action.stage is not None) for action in sequence]
+            for kind, sequence in scheduled.items()
         }
-        around = ActionList.of([*data, *end, *scheduled.values()])
-        by_kind = np.zeros(1 + max(scheduled), np.uint16)
-        by_kind[list(scheduled)] = around.which[len(data) + len(end) :]
         none = np.full(len(data) + len(end), -1, np.int32)
         slot = self.mem.slot_of if self.mem.act_slots else np.full(len(self.row), -1, np.int32)
 
         def join(edge: NDArray[Any], middle: NDArray[Any]) -> NDArray[Any]:
             return np.concatenate([edge[: len(data)], middle, edge[len(data) : len(data) + len(end)]])
 
-        which = join(around.which, by_kind[kinds])
-        return ActionList(around.patterns, which, join(none, self.row.microbatch), join(none, slot))
+        which, microbatch, slot = expanded(kinds, sequences, self.row.microbatch, slot)
+        return ActionList(around.patterns, join(around.which, which), join(none, microbatch), join(none, slot))
+
+    def _sequence(self, stage: Stage, op: str, variant: int) -> Sequence[BoundAction]:
+        """What an operation of the schedule on a stage is here: the actions of a stage are the microbatch's."""
+        actions = self.reduction.sequences.get((stage, op, variant)) or (self._scheduled(stage, op),)
+        if self.job.replicas == 1 or not self.job.groups.variants[variant].last or op != self._tail_after(stage):
+            return actions
+        return (*actions, *self.reduction.tails[stage])
+
+    def _tail_after(self, stage: Stage) -> str:
+        """The operation after which a stage's additions over replicas come to an end: its last backward, or, where that
+        may wait, the message that it makes."""
+        return self._ends_with(stage, (B, W, SEND_B) if self.reduction.waits else (B, W))
+
+    def _ends_with(self, stage: Stage, ops: tuple[int, ...]) -> str:
+        """Which of these operations is the last of a stage's last microbatch."""
+        last = self.row.of_one(stage)
+        found = last.op[(last.microbatch == self.job.groups.microbatches - 1) & np.isin(last.op, ops)]
+        return OPS[int(found[-1])]
 
     def _reports(self) -> list[BoundAction]:
         if self.position != COMBINES:
@@ -290,9 +395,20 @@ class _Lowering:
                 for p in others
             ),
             BoundAction(wire.A_COMBINE, ref=self.mem.reports),
+            *self._merges(),
             BoundAction(wire.A_DECIDE, ref=self.mem.report),
             *(self._send(p, wire.CH_CONTROL, self.mem.control, "-") for p in others),
         ]
+
+    def _merges(self) -> list[BoundAction]:
+        """The other replicas' reports: after each exchange twice as many are joined."""
+        actions: list[BoundAction] = []
+        across = 1
+        while across < self.job.replicas:
+            swap = self.reduction.swap(wire.CH_REPORT, across, self.mem.report, self.mem.other_report)
+            actions += [*(replace(half, op="-") for half in swap), BoundAction(wire.A_MERGE, ref=self.mem.other_report)]
+            across *= 2
+        return actions
 
     def _scheduled(self, here: Stage, op: str) -> BoundAction:
         """What an operation of the schedule on a stage is here, without microbatch and slot."""
@@ -327,11 +443,12 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
                 check_hazards(row, stage)
     activation = spec.train.rows * spec.model.width * job.dt_bytes
     tied = 0 if job.tied_tensor is None else job.tensors[job.tied_tensor].elements
+    tied_piece = tied if job.tied_tensor is None else job.pieces.get(job.tied_tensor, tied)
     channels = Channels(
         {
             wire.CH_FORWARD: activation,
             wire.CH_BACKWARD: activation,
-            wire.CH_TIED_GRAD: 4 * tied,
+            wire.CH_TIED_GRAD: 4 * tied_piece,
             wire.CH_TIED_WEIGHT: job.dt_bytes * tied,
             wire.CH_REPORT: REPORT_BYTES + 8 * len(job.tensors),
             wire.CH_CONTROL: CONTROL_BYTES,

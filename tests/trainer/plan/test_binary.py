@@ -73,7 +73,7 @@ def test_a_file_reads_back(stages: int) -> None:
             assert (raw.kind, chr(raw.op), raw.stage) == (action.kind, action.op, number)
             if action.program is not None:
                 program = programs[raw.program]
-                assert file.name(program) == action.program
+                assert file.name(program) == position.programs[action.program].name
                 bound = position.programs[action.program].calls
                 got = calls[program.first_call : program.first_call + program.calls]
                 assert [c.kernel for c in got] == [wire.KERNELS[b.kernel].number for b in bound]

@@ -38,10 +38,13 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def small(model: str, stages: int, schedule: str, microbatches: int, precision: str) -> RunSpec:
+def small(
+    model: str, stages: int, schedule: str, microbatches: int, precision: str, groups: int = 1, replicas: int = 1
+) -> RunSpec:
     """A spec of tiny layers."""
     train = {"steps": 10, "batch": 2 * microbatches, "microbatch": 2, "sequence": 16, "precision": precision}
-    parallel = {"stages": stages, "schedule": schedule}
+    train["reduction_groups"] = groups
+    parallel = {"stages": stages, "schedule": schedule, "replicas": replicas}
     return parse_spec({"name": "small", "model": SMALL[model], "train": train, "parallel": parallel})
 
 
@@ -57,7 +60,7 @@ def cases(every: bool = False) -> Iterator[tuple[str, RunSpec, Literal["train", 
             config = json.loads((folder / "config.json").read_text())
             model = models.family(config["model_type"]).from_hf_config(config).model_dump()
             for stages in range(1, min(3, model["layers"]) + 1):
-                train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16}
+                train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16, "reduction_groups": 1}
                 parallel = {"stages": stages, "threads": 1}
                 tree = {"name": "golden", "model": model, "train": train, "parallel": parallel}
                 yield f"golden {folder.name}, {stages}", parse_spec(tree), "train"
@@ -65,6 +68,12 @@ def cases(every: bool = False) -> Iterator[tuple[str, RunSpec, Literal["train", 
     for name in SMALL:
         yield f"{name}, 3, 1f1b, 4, fp8", small(name, 3, "1f1b", 4, "fp8"), "train"
         yield f"{name}, fp8, inference", small(name, 1, "1f1b", 4, "fp8"), "infer"
+        for groups, replicas in ((8, 1), (8, 2), (8, 8)):
+            yield (
+                f"{name}, 2, 1f1b, 16, bf16, {groups} groups, {replicas} replicas",
+                small(name, 2, "1f1b", 16, "bf16", groups, replicas),
+                "train",
+            )
     grid = itertools.product(SMALL, range(1, 9), ("1f1b", "gpipe"), MICROBATCHES, ("fp32", "bf16"))
     for number, case in enumerate(grid):
         if every or number % 7 == 0:  # 7 divides none of the axes, so every value meets every other

@@ -1,0 +1,269 @@
+"""Groups and replicas: the step lists are played on symbols, and what they add up is one tree, whatever the layout."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from trainer import wire
+from trainer.dataset import DatasetRef
+from trainer.errors import PlanError
+from trainer.plan import Plan, compile_plan
+from trainer.plan.edges import check_messages
+from trainer.plan.records import ActionList, BoundCall, PositionPlan, Ref
+from trainer.plan.reduce import Groups, piece_elements
+from trainer.spec import parse_spec, what_digest
+
+DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
+
+Sum = Any
+"""A number (a microbatch), or a set of two sums: the operands of an addition may change places."""
+
+
+def plan_of(
+    replicas: int = 1,
+    groups: int = 0,
+    batch: int = 16,
+    stages: int = 1,
+    width: int = 32,
+    precision: str = "fp32",
+    tied: bool = True,
+    family: str = "gpt2",
+    **parallel: Any,
+) -> Plan:
+    tree = {
+        "name": "small",
+        "model": {"family": family, "layers": 4, "width": width, "heads": 4, "context": 64, "tied": tied},
+        "train": {
+            "steps": 10,
+            "batch": batch,
+            "microbatch": 1,
+            "sequence": 16,
+            "precision": precision,
+            "reduction_groups": groups,
+        },
+        "parallel": {"stages": stages, "replicas": replicas, **parallel},
+    }
+    spec = parse_spec(tree).resolve(DATA)
+    return compile_plan(spec, DATA, what_digest(spec, DATA))
+
+
+def plus(a: Sum | None, b: Sum | None) -> Sum | None:
+    """0, which is None, changes nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return frozenset([a, b])
+
+
+def tree_of(groups: int, microbatches: int) -> Sum:
+    """What every gradient must be: groups microbatch by microbatch, then neighbours."""
+    each = microbatches // groups
+    level: list[Sum] = []
+    for group in range(groups):
+        value: Sum | None = None
+        for number in range(group * each, (group + 1) * each):
+            value = plus(value, number)
+        level.append(value)
+    while len(level) > 1:
+        level = [plus(level[n], level[n + 1]) for n in range(0, len(level), 2)]
+    return level[0]
+
+
+class Player:
+    """One position of every replica, action by action at once, on sums instead of numbers."""
+
+    def __init__(self, plan: Plan, position: PositionPlan) -> None:
+        self.plan, self.position = plan, position
+        self.replicas = plan.config.replicas
+        self.memory: list[dict[int, Sum]] = [{} for _ in range(self.replicas)]
+        self.piece: dict[int, int] = {}
+        """By start of a gradient, bytes of a piece; of a whole one, its own."""
+        self.points = dict(self._points())
+
+    def _points(self) -> Iterator[tuple[int, list[int]]]:
+        """By start of a gradient, the places in it that are looked at: of each piece the first, and the last."""
+        size = {s.grad: 4 * self.plan.tensors[s.tensor].elements for s in self.position.states}
+        calls = [call for program in self.position.programs.values() for call in program.calls]
+        heads = [call.ptr[2] for call in calls if call.kernel == "classifier_grad"]
+        head = min((ref for ref in heads if ref is not None), key=lambda ref: ref.offset, default=None)
+        if head is not None:
+            size[head.offset] = head.bytes
+        for start, count in size.items():
+            assert start is not None
+            step = count
+            if self.replicas > 1 and count > 4 * wire.PIECE_BLOCK:
+                step = 4 * piece_elements(count // 4, self.replicas)
+            self.piece[start] = step
+            yield start, [*range(0, count, step), count - 4]
+
+    def at(self, ref: Ref, replica: int) -> range:
+        first = ref.offset
+        if ref.space == wire.SPACE_PIECE:
+            first += (replica ^ ref.across) * ref.bytes
+        return range(first, first + ref.bytes)
+
+    def run(self) -> dict[int, list[dict[int, Sum]]]:
+        """By gradient, what its places hold in each replica when the norms are taken."""
+        found: dict[int, list[dict[int, Sum]]] = {}
+        channels = self.plan.channels
+        listed = list(ActionList.of(self.position.step))
+        for action, after in itertools.zip_longest(listed, listed[1:]):
+            if action.program == "sumsq":
+                found = {start: [self._seen(start, r) for r in range(self.replicas)] for start in self.points}
+            if action.kind == wire.A_RUN:
+                for replica in range(self.replicas):
+                    for call in self.position.programs[action.program or ""].calls:
+                        self._call(call, replica, action.microbatch)
+            elif action.kind == wire.A_SEND and channels[action.channel or 0].kind == wire.CH_REDUCE:
+                across = channels[action.channel or 0].across
+                assert after.kind == wire.A_RECV
+                assert after.channel == action.channel
+                assert action.ref is not None
+                assert after.ref is not None
+                sent = [self._taken(self.at(action.ref, r), r) for r in range(self.replicas)]
+                for replica in range(self.replicas):
+                    place = self.at(after.ref, replica)
+                    self._clear(place, replica)
+                    for at, value in sent[replica ^ across].items():
+                        self.memory[replica][place.start + at] = value
+        assert self.memory == [{} for _ in range(self.replicas)], "a gradient is not zero when the next step begins"
+        return found
+
+    def _seen(self, start: int, replica: int) -> dict[int, Sum]:
+        return {at: self.memory[replica].get(start + at) for at in self.points[start]}
+
+    def _taken(self, place: range, replica: int) -> dict[int, Sum]:
+        return {at - place.start: value for at, value in self.memory[replica].items() if at in place}
+
+    def _clear(self, place: range, replica: int) -> None:
+        self.memory[replica] = {at: v for at, v in self.memory[replica].items() if at not in place}
+
+    def _call(self, call: BoundCall, replica: int, microbatch: int | None) -> None:
+        memory = self.memory[replica]
+        if call.kernel == "fold":
+            to, other = (self.at(ref, replica) for ref in call.ptr if ref is not None)
+            assert len(to) == len(other) == 4 * call.dim[0]
+            for at, value in self._taken(other, replica).items():
+                memory[to.start + at] = plus(memory.get(to.start + at), value)
+            self._clear(other, replica)
+        elif call.kernel == "zero":
+            self._clear(self.at(call.ptr[0], replica), replica)  # type: ignore[arg-type]
+        elif call.kernel == "adamw" and call.dim[1]:
+            self._clear(self.at(call.ptr[3], replica), replica)  # type: ignore[arg-type]
+        elif microbatch is not None and call.part in "BIW":
+            first = replica * self.plan.config.microbatches
+            stride = self._stride()
+            for ref in call.ptr:
+                start = None if ref is None or ref.space != wire.SPACE_STATIC else ref.offset
+                if start is None or self._home(start, stride) is None:
+                    continue
+                for at in self.points[self._home(start, stride)]:  # type: ignore[index]
+                    memory[start + at] = plus(memory.get(start + at), first + microbatch)
+
+    def _stride(self) -> int:
+        """From a buffer of gradients to the next."""
+        return next(
+            (c.ptr[1].offset - c.ptr[0].offset  # type: ignore[union-attr]
+             for name, p in self.position.programs.items() if "fold" in name for c in p.calls), 0)  # fmt: skip
+
+    def _home(self, start: int, stride: int) -> int | None:
+        if start in self.points:
+            return start
+        buffers = (self.plan.config.reduction_groups // self.replicas).bit_length()
+        return next((h for h in self.points for n in range(1, buffers) if start == h + n * stride), None)
+
+
+CASES = [
+    {"replicas": 1, "groups": 1},
+    {"replicas": 1, "groups": 8},
+    {"replicas": 1, "groups": 16},
+    {"replicas": 2, "groups": 8},
+    {"replicas": 8, "groups": 8},
+    {"replicas": 4, "groups": 16, "stages": 2},
+    {"replicas": 4, "groups": 4, "stages": 4, "chunks": 2, "schedule": "interleaved-1f1b"},
+    {"replicas": 2, "groups": 2, "stages": 2, "width": 320},
+    {"replicas": 4, "groups": 8, "stages": 2, "width": 320, "precision": "bf16", "tied": False},
+    {"replicas": 8, "groups": 8, "stages": 4, "chunks": 2, "schedule": "gpipe", "width": 320},
+    {"replicas": 2, "groups": 8, "stages": 2, "width": 320, "family": "llama"},
+    {"replicas": 2, "groups": 4, "width": 512, "precision": "fp8", "batch": 4},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_layout_adds_up_one_tree(case: dict[str, Any]) -> None:
+    plan = plan_of(**case)
+    check_messages(plan.positions, plan.channels)
+    groups, replicas = plan.config.reduction_groups, plan.config.replicas
+    whole = tree_of(groups, plan.config.microbatches * replicas)
+    for position in plan.positions:
+        player = Player(plan, position)
+        for start, seen in player.run().items():
+            size, checked = player.piece[start], 0
+            for replica, at in itertools.product(range(replicas), player.points[start]):
+                if at // size == replica or player.points[start][1] + 4 == size:
+                    checked += 1
+                    assert seen[replica][at] == whole, (position.position, start, replica, at)
+            assert checked >= 2
+
+
+def test_a_replica_s_programs_are_few_and_what_it_does_not_need_is_left_out() -> None:
+    plain, grouped = plan_of(groups=1), plan_of(groups=8)
+    assert set(plain.positions[0].programs) == {"F", "B", "init", "sumsq", "adamw"}
+    names = set(grouped.positions[0].programs)
+    assert {"B", "B.1", "B.2", "B.3"} < names
+    assert {n for n in names if "fold" in n} == {"B fold 1.1", "B fold 2.2", "B fold 2.1", "B fold 3.3"}
+
+
+def test_groups_cost_memory_for_gradients_alone() -> None:
+    """1 + log2 of a replica's groups; two where the replicas' gradients meet in pieces beside one."""
+    kinds = {n: plan_of(n[0], n[1]).positions[0].bytes_by_kind for n in [(1, 1), (1, 2), (1, 8), (2, 8), (4, 8)]}
+    one = kinds[1, 1]["gradients"]
+    assert [kinds[n]["gradients"] // one for n in kinds] == [1, 2, 4, 3, 2]
+    for other in kinds.values():
+        assert [other[k] for k in ("weights", "moments", "slots")] == [
+            kinds[1, 1][k] for k in ("weights", "moments", "slots")
+        ]
+
+
+def test_replicas_share_the_state_of_large_tensors() -> None:
+    one, four = plan_of(1, 4, width=512).positions[0], plan_of(4, 4, width=512).positions[0]
+    assert sum(s.pieces == 4 for s in four.states) == 12
+    assert four.bytes_by_kind["moments"] < 0.4 * one.bytes_by_kind["moments"]
+    assert four.slot_bytes < 0.4 * one.slot_bytes
+
+
+@pytest.mark.parametrize("replicas", [2, 8])
+def test_an_exchange_is_a_pair(replicas: int) -> None:
+    plan = plan_of(replicas, 8, stages=2)
+    position = plan.positions[1]
+    listed = list(ActionList.of(position.step))
+    place = next(n for n, a in enumerate(listed) if a.channel is not None and plan.channels[a.channel].across)
+    swapped = [*listed[:place], listed[place + 1], listed[place], *listed[place + 2 :]]
+    apart = [*listed[:place], listed[place], listed[place + 2], listed[place + 1], *listed[place + 3 :]]
+    for wrong in (swapped, apart, listed[:place] + listed[place + 1 :]):
+        positions = [plan.positions[0], replace(position, step=wrong)]
+        with pytest.raises(PlanError, match=r"position 1, action \d+, .* to another replica: it is no pair"):
+            check_messages(positions, plan.channels)
+
+
+@pytest.mark.parametrize(("microbatches", "count"), [(1, 1), (8, 8), (8, 2), (12, 4), (64, 16)])
+def test_a_group_s_buffer_is_free_when_it_begins(microbatches: int, count: int) -> None:
+    groups = Groups(microbatches, count)
+    used: set[int] = set()
+    for number in range(microbatches):
+        variant = groups.variants[groups.variant_of[number]]
+        begins = number % (microbatches // count) == 0
+        assert (variant.buffer in used) != begins
+        used.add(variant.buffer)
+        used -= set(range(variant.buffer - variant.folds + 1, variant.buffer + 1))
+        assert variant.last == (number == microbatches - 1)
+        assert not variant.last or used == {0}
+    assert max(v.buffer for v in groups.variants) == groups.buffers - 1
+
+
+def test_a_piece_is_whole_blocks() -> None:
+    assert [piece_elements(e, 4) // wire.PIECE_BLOCK for e in (1, 262144, 262145, 1048576, 1048577)] == [1, 1, 1, 1, 2]
