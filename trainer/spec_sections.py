@@ -271,18 +271,23 @@ class TrainSpec(_Section):
         return self.batch * self.sequence
 
 
-SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b")
+SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
+ONE_STAGE = {"1f1b": "interleaved-1f1b", "zb-h1": "zb-v"}
+"""Schedules that take one stage a rank; each with one that takes several."""
+TWO_STAGES = ("zb-v", "v-half")
+"""Schedules that take two stages a rank, there and back along the ranks."""
 
 
 class ParallelSpec(_Section):
     """How the work is split. Never changes the bits."""
 
     stages: int = _size(1, high=4096, text="pipeline stages")
-    chunks: int = _size(1, high=4096, text="stages of a rank, at most; more than 1 for interleaved-1f1b")
+    chunks: int = _size(1, high=4096, text="stages of a rank, at most; 2 for zb-v and v-half")
     schedule: str = Field(
         "1f1b",
         max_length=4096,
-        description='"1f1b", "gpipe", "interleaved-1f1b", or "file:PATH" of a CSV as PyTorch\'s pipelining writes it',
+        description='"1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v", "v-half" (docs/schedules.md), or '
+        '"file:PATH" of a CSV as PyTorch\'s pipelining writes it',
     )
     replicas: int = _size(
         1,
@@ -313,10 +318,16 @@ class ParallelSpec(_Section):
         if self.schedule not in SCHEDULES and not re.match("file:.", self.schedule):
             names = ", ".join((*SCHEDULES, "file:PATH"))
             raise ValueError(f"schedule {shown(self.schedule)} is unknown; take one of {names}")
-        if self.chunks > 1 and self.schedule == "1f1b":
+        if self.chunks > 1 and self.schedule in ONE_STAGE:
             raise ValueError(
-                f"chunks {self.chunks}: schedule 1f1b takes 1 stage a rank; take schedule = 'interleaved-1f1b', or "
-                "chunks = 1"
+                f"chunks {self.chunks}: schedule {self.schedule} takes 1 stage a rank; take schedule = "
+                f"'{ONE_STAGE[self.schedule]}', or chunks = 1"
+            )
+        if self.schedule in TWO_STAGES and (self.chunks != 2 or self.stages % 2):
+            raise ValueError(
+                f"stages {self.stages}, chunks {self.chunks}: schedule {self.schedule} takes 2 stages a rank, there "
+                "and back along the ranks; take chunks = 2 and an even number of stages, such as "
+                f"{self.stages + self.stages % 2}"
             )
         if self.schedule == "interleaved-1f1b" and self.stages % self.chunks:
             raise ValueError(

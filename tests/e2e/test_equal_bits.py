@@ -146,6 +146,18 @@ def test_several_stages_a_position(
     assert_same(ours, one_stage(model, precision))
 
 
+@pytest.mark.parametrize(("model", "precision"), [("gpt2 tied, 7 layers", "bf16"), ("llama untied, 7 layers", "fp32")])
+@pytest.mark.parametrize(
+    ("schedule", "stages", "chunks"), [("zb-h1", 3, 1), ("zb-v", 6, 2), ("zb-v", 2, 2), ("v-half", 4, 2)]
+)
+def test_backwards_in_two_parts(
+    one_stage: Any, tmp_path: Path, model: str, precision: str, schedule: str, stages: int, chunks: int
+) -> None:
+    ours = run(tmp_path, model, precision, schedule=schedule, stages=stages, chunks=chunks)
+    assert len(ours.plan.positions) == stages // chunks
+    assert_same(ours, one_stage(model, precision))
+
+
 @pytest.mark.parametrize(
     ("of_stage", "seed", "split"),
     [

@@ -15,7 +15,7 @@ each lasts half as long. A step is 3 m units of work and what is idle. Memory is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from trainer.plan.messages import insert_messages
@@ -69,17 +69,19 @@ def simulated(name: str, p: int, m: int) -> Figures:
     return Figures(done.step_seconds - 3 * m, within, max(held_at_once(rows)) / chunks)
 
 
-def lines() -> Iterator[str]:
-    """The table: of a step, the part that is idle at a position, by the simulator; `held` below."""
+SIZES = [(p, n * p) for p in (2, 4, 8, 16, 32, 64) for n in (1, 2, 4, 8)]
+
+
+def lines(sizes: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """The table: by the simulator, the part of a step that a position is idle, and the microbatches that it holds."""
     yield "| positions p | microbatches m | " + " | ".join(NAMES) + " |"
     yield "|---" * (2 + len(NAMES)) + "|"
-    for p in (2, 4, 8, 16, 32, 64):
-        for m in (p, 2 * p, 4 * p, 8 * p):
-            found = [simulated(name, p, m) for name in NAMES]
-            cells = [f"{f.idle / (3 * m + f.idle):.1%}, {f.held:g}" for f in found]
-            yield f"| {p} | {m} | " + " | ".join(cells) + " |"
+    for p, m in sizes:
+        found = [simulated(name, p, m) for name in NAMES]
+        cells = [f"{f.idle / (3 * m + f.idle):.1%}, {f.held:g}" for f in found]
+        yield f"| {p} | {m} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
-    for line in lines():
+    for line in lines(SIZES):
         print(line, flush=True)

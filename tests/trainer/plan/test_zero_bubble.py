@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import doctest
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.plan.formulas import NAMES, Figures, formula, simulated
-from trainer.errors import PlanError
+from tests.trainer.plan.formulas import NAMES, Figures, formula, lines, simulated
+from trainer.errors import PlanError, SpecError
 from trainer.plan import zero_bubble
 from trainer.plan.check import check_lowered, check_schedule
 from trainer.plan.messages import free_slots_early, insert_messages
@@ -17,6 +19,7 @@ from trainer.plan.places import Pipeline
 from trainer.plan.rows import Row
 from trainer.plan.schedules import ZERO_BUBBLE, V, held_at_once, in_flight, pipeline_for, rows_for
 from trainer.plan.simulate import CostModel, from_rows, simulate
+from trainer.spec import parse_spec
 
 
 def texts(rows: list[Row]) -> list[str]:
@@ -114,6 +117,38 @@ def test_zb_h1_of_any_times(f: float, i: float, w: float) -> None:
         rows = insert_messages(zero_bubble.zb_h1(p, m), p)
         done = simulate(from_rows(rows, {"F": f, "I": i, "W": w}), CostModel(1.0, 1.0, 1e18, 0.0, 0.0))
         assert done.step_seconds == pytest.approx(m * (f + i + w) + (p - 1) * (f + i - w))
+
+
+def test_the_table_of_the_page_is_the_simulator_s() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "schedules.md").read_text().splitlines()
+    for line in lines([(2, 2), (2, 16), (4, 8), (8, 8)]):
+        assert line in page
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            {"schedule": "zb-h1", "stages": 4, "chunks": 2},
+            "schedule zb-h1 takes 1 stage a rank; take schedule = 'zb-v', or",
+        ),
+        (
+            {"schedule": "zb-v", "stages": 4},
+            "schedule zb-v takes 2 stages a rank, there and back along the ranks; take chunks",
+        ),
+        ({"schedule": "v-half", "stages": 3, "chunks": 2}, "chunks = 2 and an even number of stages, such as 4"),
+        (
+            {"schedule": "zb-h2"},
+            "schedule 'zb-h2' is unknown; take one of 1f1b, gpipe, interleaved-1f1b, zb-h1, zb-v, v-half",
+        ),
+    ],
+)
+def test_a_spec_says_what_a_schedule_takes(how: dict[str, Any], words: str) -> None:
+    model = {"family": "gpt2", "layers": 8, "width": 32, "heads": 4, "context": 64}
+    train = {"steps": 1, "batch": 4, "microbatch": 1, "sequence": 16}
+    with pytest.raises(SpecError) as refused:
+        parse_spec({"name": "small", "model": model, "train": train, "parallel": how})
+    assert words in str(refused.value)
 
 
 def test_what_a_schedule_cannot_place_is_refused_with_the_mend() -> None:
