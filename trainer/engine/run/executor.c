@@ -72,23 +72,35 @@ static hs_status tell_saved(hs_executor *ex, hs_why *why) {
     return HS_OK;
 }
 
+/* Of this replica's microbatches: group by group, and the groups in a balanced tree. */
+static void add_losses(const hs_executor *ex, hs_step_report *report) {
+    const hs_plan_config *g = ex->plan->config;
+    const uint32_t of_group = g->microbatches / (g->reduction_groups / g->replicas);
+    hs_step_tree tree = {.count = 0};
+    bool finite = true;
+    for (uint32_t m = 0; m < g->microbatches;) {
+        double sum = 0.0;
+        for (const uint32_t end = m + of_group; m < end; m++)
+            finite &= hs_step_add_losses(rows_of(ex, m, ex->position->loss_offset).host,
+                                         rows_of(ex, m, ex->position->targets_offset).host,
+                                         hs_plan_rows(ex->plan), &sum, &report->loss_count);
+        hs_step_tree_add(&tree, sum);
+    }
+    report->loss_sum = tree.sums[0];
+    report->not_finite = !finite;
+}
+
 /* This position's report at `out`: losses, squared norms, whether a slot is free, whether a stop
  * was asked for. */
 static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out, hs_why *why) {
     const hs_plan_position *p = ex->position;
     hs_step_report report = {.step = ex->step, .position = p->position};
-    bool finite = true;
     double *sumsq;
     hs_stop_busy(ex->stop, true);
     const hs_status st = fetch_sums(ex, turn, &sumsq, why);
     hs_stop_busy(ex->stop, false);
     if (st != HS_OK) return st;
-    for (uint32_t m = 0; p->loss_offset != UINT64_MAX && m < ex->plan->config->microbatches; m++) {
-        finite &= hs_step_add_losses(rows_of(ex, m, p->loss_offset).host,
-                                     rows_of(ex, m, p->targets_offset).host, hs_plan_rows(ex->plan),
-                                     &report.loss_sum, &report.loss_count);
-    }
-    report.not_finite = !finite;
+    if (p->loss_offset != UINT64_MAX) add_losses(ex, &report);
     if (ex->snapshot) HS_TRY(tell_saved(ex, why));
     report.free_slot = ex->snapshot && hs_snapshot_can_fill(ex->snapshot);
     report.stop = hs_stop_requested(ex->stop);
@@ -119,7 +131,7 @@ static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, co
                        ex->control.step, ex->step);
     }
     if (ex->dump_dir) {
-        HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_GRADS, ex->plan, ex->position,
+        HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_GRADS, ex->plan, ex->rank,
                                ex->spaces, why));
     }
     if (ex->control.not_finite) {
@@ -283,7 +295,7 @@ hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
         hs_metrics_begin(ex->metrics);
         HS_TRY(run_list(ex, HS_LIST_STEP, why));
         if (ex->dump_dir) {
-            HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->position,
+            HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->rank,
                                    ex->spaces, why));
         }
         tell_step(ex);

@@ -113,7 +113,7 @@ hs_status hs_infer(const hs_infer_args *args, hs_why *why) {
     const hs_algorithms_config algorithms = {.machine = &machine, .log = args->log};
     HS_TRY_GOTO(st, out, hs_algorithms_settle(&algorithms, why));
     HS_TRY_GOTO(st, out,
-                hs_weights_read(args->weights, &plan, &plan.positions[0], &machine.spaces, why));
+                hs_weights_read(args->weights, &plan, &plan.positions[0], 0, &machine.spaces, why));
     HS_TRY_GOTO(
         st, out,
         run_list(&plan, &machine, plan.positions[0].first_load, plan.positions[0].loads, why));

@@ -82,17 +82,26 @@ static inline hs_plan_ref hs_plan_resolve(const hs_plan_ref *ref, uint32_t repli
     return here;
 }
 
-/* Elements of a tensor that a replica keeps of it, and of its gradient's buffer: with those that pad
- * it. `first`: where a replica's begin in the tensor, which may be past its end. */
+/* Elements that a replica keeps of a tensor, with those that pad them. */
 static inline uint64_t hs_plan_kept(const hs_plan *plan, const hs_plan_state *state) {
     const uint64_t elements = (uint64_t)plan->tensors[state->tensor].elements;
     if (state->pieces == 1) return elements;
     const uint64_t blocks = (elements + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK;
     return (blocks + state->pieces - 1) / state->pieces * HS_PIECE_BLOCK;
 }
-static inline uint64_t hs_plan_kept_first(const hs_plan *plan, const hs_plan_state *state,
-                                          uint32_t replica) {
-    return state->pieces == 1 ? 0 : replica * hs_plan_kept(plan, state);
+/* Those of them that the tensor has: `count` of them, which may be 0, from `first` on in the tensor, and
+ * so in the buffer of its gradient. */
+typedef struct hs_plan_share {
+    uint64_t first, count;
+} hs_plan_share;
+
+static inline hs_plan_share hs_plan_share_of(const hs_plan *plan, const hs_plan_state *state,
+                                             uint32_t replica) {
+    const uint64_t elements = (uint64_t)plan->tensors[state->tensor].elements;
+    const uint64_t kept = hs_plan_kept(plan, state),
+                   first = state->pieces == 1 ? 0 : replica * kept;
+    const uint64_t left = first < elements ? elements - first : 0;
+    return (hs_plan_share){.first = first, .count = left < kept ? left : kept};
 }
 
 /* Rows of a microbatch, B*T. */

@@ -195,7 +195,8 @@ static hs_status open_parts(rank *r, hs_why *why) {
         }
         r->page = page;
     }
-    const uint64_t tokens = (uint64_t)g->microbatches * (uint64_t)hs_plan_rows(&r->plan);
+    const uint64_t tokens =
+        (uint64_t)g->replicas * g->microbatches * (uint64_t)hs_plan_rows(&r->plan);
     hs_metrics_open(&r->metrics, a->run, a->epoch, r->args->rank, tokens);
     return HS_OK;
 }
@@ -206,6 +207,7 @@ static hs_status restore(rank *r, hs_why *why) {
     const int64_t start = r->attempt.attempt->start_step;
     if (start < 0) {
         return r->args->weights ? hs_weights_read(r->args->weights, &r->plan, r->executor.position,
+                                                  hs_plan_replica_of(&r->plan, r->args->rank),
                                                   &r->machine.spaces, why)
                                 : HS_OK;
     }

@@ -35,6 +35,20 @@ typedef struct hs_step_policy {
     bool slots;        /* this gang has snapshot slots */
 } hs_step_policy;
 
+/* A balanced tree of the numbers that are added to it, a power of two of them: then sums[0] is their sum.
+ * The same tree as that of a replica's gradients (fold), whose buffer of group g is popcount(g). */
+typedef struct hs_step_tree {
+    uint64_t count;
+    double sums[32];
+} hs_step_tree;
+
+static inline void hs_step_tree_add(hs_step_tree *tree, double x) {
+    int at = __builtin_popcountll(tree->count);
+    tree->sums[at] = x;
+    for (uint64_t bits = tree->count++; bits & 1; bits >>= 1, at--)
+        tree->sums[at - 1] += tree->sums[at];
+}
+
 /* Reports are an hs_step_report and its f64 sumsq[tensors], one after the other. COMBINE: those of
  * the positions 1.. are added to position 0's, the first, in order of position: a tensor's sum of
  * squares is its owner's, the others' are 0. */

@@ -48,7 +48,7 @@ static uint64_t place(const hs_plan *plan, uint32_t tensor) {
 }
 
 hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_position *position,
-                          hs_spaces *spaces, hs_why *why) {
+                          uint32_t replica, hs_spaces *spaces, hs_why *why) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat info;
     if (fd < 0 || fstat(fd, &info) != 0) {
@@ -67,8 +67,9 @@ hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_p
     }
     for (uint32_t i = 0; st == HS_OK && i < position->states; i++) {
         const hs_plan_state *state = &plan->states[position->first_state + i];
-        uint64_t left = (uint64_t)plan->tensors[state->tensor].elements * 4;
-        uint64_t from = place(plan, state->tensor), offset = state->master_offset;
+        const hs_plan_share share = hs_plan_share_of(plan, state, replica);
+        uint64_t left = share.count * 4, offset = state->master_offset;
+        uint64_t from = place(plan, state->tensor) + share.first * 4;
         for (uint64_t n; st == HS_OK && left > 0; left -= n, from += n, offset += n) {
             uint8_t *to;
             n = left;
@@ -82,18 +83,21 @@ hs_status hs_weights_read(const char *path, const hs_plan *plan, const hs_plan_p
 }
 
 hs_status hs_weights_dump(const char *dir, int64_t step, int what, const hs_plan *plan,
-                          const hs_plan_position *position, hs_spaces *spaces, hs_why *why) {
+                          uint32_t rank, hs_spaces *spaces, hs_why *why) {
+    const hs_plan_position *position = &plan->positions[hs_plan_position_of(plan, rank)];
     char path[4300];
-    (void)snprintf(path, sizeof path, "%s/%" PRId64 "-%" PRIu32 ".%s", dir, step,
-                   position->position, what == HS_DUMP_GRADS ? "grads" : "weights");
+    (void)snprintf(path, sizeof path, "%s/%" PRId64 "-%" PRIu32 ".%s", dir, step, rank,
+                   what == HS_DUMP_GRADS ? "grads" : "weights");
     const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0)
         return hs_fail(why, HS_E_IO, "dump %s cannot be written: %s", path, strerror(errno));
     hs_status st = HS_OK;
     for (uint32_t i = 0; st == HS_OK && i < position->states; i++) {
         const hs_plan_state *state = &plan->states[position->first_state + i];
-        uint64_t offset = what == HS_DUMP_GRADS ? state->grad_offset : state->master_offset;
-        uint64_t left = (uint64_t)plan->tensors[state->tensor].elements * 4;
+        const hs_plan_share share = hs_plan_share_of(plan, state, hs_plan_replica_of(plan, rank));
+        uint64_t offset =
+            what == HS_DUMP_GRADS ? state->grad_offset + share.first * 4 : state->master_offset;
+        uint64_t left = share.count * 4;
         for (uint64_t n; st == HS_OK && left > 0; left -= n, offset += n) {
             const uint8_t *from;
             n = left;

@@ -64,6 +64,11 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
             "groups of a whole number of microbatches",
             g->reduction_groups, g->replicas, g->microbatches);
     }
+    if ((uint64_t)g->positions * g->replicas > 1u << 20) {
+        return REFUSE(c,
+                      "config: %" PRIu32 " positions x %" PRIu32 " replicas are more than %u ranks",
+                      g->positions, g->replicas, 1u << 20);
+    }
     if (g->token_bytes == 3) return REFUSE(c, "config token_bytes is 3, not 2 or 4");
     if ((int64_t)g->microbatch * g->sequence > INT64_C(1) << 31) {
         return REFUSE(c, "config: %" PRIu32 " x %" PRIu32 " rows a microbatch are more than 2^31",
