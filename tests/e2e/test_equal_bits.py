@@ -184,6 +184,13 @@ def test_schedules_of_a_file(
     assert_same(ours, one_stage(model, precision))
 
 
+@pytest.mark.parametrize("name", ["zbv-2x2x6", "interleavedzerobubble-2x2x6.comms"])
+def test_schedules_that_pytorch_wrote(one_stage: Any, tmp_path: Path, name: str) -> None:
+    path = Path(__file__).parents[1] / "golden" / "schedules" / f"{name}.csv"
+    ours = run(tmp_path, "llama untied, 7 layers", "fp32", stages=4, chunks=2, schedule=f"file:{path}")
+    assert_same(ours, one_stage("llama untied, 7 layers", "fp32"))
+
+
 def cpu_has(path: str) -> bool:
     needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}[
         path

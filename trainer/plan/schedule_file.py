@@ -13,10 +13,12 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
+
 from trainer.errors import PlanError
 from trainer.plan.messages import play
 from trainer.plan.places import Pipeline, Position
-from trainer.plan.rows import Action, Row, Rows, columns, parse_action
+from trainer.plan.rows import Action, F, Row, Rows, columns, parse_action
 from trainer.plan.rules import check_rules
 
 PREFIX = "file:"
@@ -61,7 +63,7 @@ def _read(text: str, stages: int, microbatches: int) -> tuple[list[Row], Pipelin
                 places.append(cell)
         if not actions:
             raise PlanError(f"line {number} holds no computation; a rank has a stage at least")
-        rows.append(Row.of(actions))
+        rows.append(_from_zero(Row.of(actions), stages, microbatches))
         cells.append(places)
 
     def say(position: Position, place: int | None = None) -> str:
@@ -72,7 +74,22 @@ def _read(text: str, stages: int, microbatches: int) -> tuple[list[Row], Pipelin
     return rows, pipeline
 
 
+def _from_zero(row: Row, stages: int, microbatches: int) -> Row:
+    """PyTorch's Schedule1F1B writes the forwards of its last rank as 1 to M, which no schedule can mean: there is no
+    microbatch M. They are read as 0 to M - 1; its backwards are right."""
+    forward = row.op == F
+    if row.only_stage != stages - 1 or not np.array_equal(row.microbatch[forward], np.arange(1, microbatches + 1)):
+        return row
+    return Row(row.op, row.stage, row.microbatch - forward)
+
+
 def _action(word: str, where: str) -> Action:
+    if word.startswith("(") and word.endswith(")OVERLAP_F_B"):
+        apart = word[1 : -len(")OVERLAP_F_B")].replace(";", ",")
+        raise PlanError(
+            f"{where}: {word!r} runs two computations at once; a rank of this engine runs one after the other: write "
+            f"{apart}"
+        )
     try:
         return parse_action(word)
     except PlanError as error:
