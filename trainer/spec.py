@@ -174,8 +174,10 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
     parts = re.findall(r'\s*("[^"]*"|[^.]*)\s*(?:\.|\Z)', key)[:-1] if '"' in key else key.split(".")
     path = _full_path(tuple(part.strip().strip('"') for part in parts), text)
     node = tree
-    for part in path[:-1]:
+    for number, part in enumerate(path[:-1], 1):
         below = node.setdefault(part, {})
+        if path[:number] in _SHORT and isinstance(below, str):
+            below = node[part] = {_SHORT[path[:number]]: below}
         if not isinstance(below, dict):
             raise SpecError(f"--set {text!r}: {part} is a value, not a section")
         node = below
@@ -188,11 +190,13 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
 
 
 _OPEN_KEYS = ("pod_patch", "resources", "node_selector")
+_SHORT = {("parallel", "recompute"): "kind"}
+"""Sections that one of their keys stands for alone."""
 
 
 def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
     known = list(_paths(RunSpec))
-    if path in known or any(p == path[: len(p)] for p in known if p[-1] in _OPEN_KEYS):
+    if path in known or path in _SHORT or any(p == path[: len(p)] for p in known if p[-1] in _OPEN_KEYS):
         return path
     if path[-2:-1] == ("agent_resources",):
         return path

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from trainer import models
 from trainer.dataset import DatasetRef
@@ -21,6 +21,7 @@ MAX_VOCAB_SIZE = 1 << 24
 MAX_MICROBATCHES = 1 << 16
 DEFAULT_GROUPS = 8
 """Of ``train.reduction_groups``, where the microbatches of a step allow it."""
+MAX_LAYERS = 10_000
 FP8_SIDE = 16
 NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
@@ -68,7 +69,7 @@ class ModelSpec(_Section):
     """The model: a family and its sizes (in elements, heads, tokens)."""
 
     family: str = Field(description="model family: a module of trainer/models (gpt2, llama, qwen3)")
-    layers: int = _size(high=10_000, text="transformer layers")
+    layers: int = _size(high=MAX_LAYERS, text="transformer layers")
     width: int = _size(high=1 << 20, text="size of the residual stream")
     heads: int = _size(high=1 << 16, text="query heads")
     kv_heads: int | None = _size(None, high=1 << 16, text="key/value heads (llama, qwen3); unset: as many as heads")
@@ -278,6 +279,42 @@ TWO_STAGES = ("zb-v", "v-half")
 """Schedules that take two stages a rank, there and back along the ranks."""
 
 
+RecomputeKind = Literal["none", "elementwise", "attention", "layer"]
+
+
+class RecomputeSpec(_Section):
+    """What layers compute again in backward instead of keeping it. Written as the kind alone, it is of all layers.
+
+    elementwise: norms and activation functions (and FP8 codes); attention: these and attention; layer: all of it, so
+    that its input alone is kept.
+    """
+
+    kind: RecomputeKind = Field("none", description='"none", "elementwise", "attention" or "layer"')
+    layers: StrictInt | tuple[StrictInt, ...] | None = Field(
+        None, description="how many layers of each stage, its first ones, or a list of a number a stage; unset: all"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> RecomputeSpec:
+        counts = () if self.layers is None else (self.layers,) if isinstance(self.layers, int) else self.layers
+        if self.kind == "none" and self.layers is not None:
+            raise ValueError('layers are set and kind is "none"; take a kind, or leave layers out')
+        if any(not 0 <= count <= MAX_LAYERS for count in counts):
+            raise ValueError(f"layers {self.layers}: each is from 0 to {MAX_LAYERS}")
+        return self
+
+    def of_stage(self, stage: int) -> int | None:
+        """How many layers of a stage; None: all of them."""
+        if self.kind == "none":
+            return 0
+        return self.layers[stage] if isinstance(self.layers, tuple) else self.layers
+
+
 class ParallelSpec(_Section):
     """How the work is split. Never changes the bits."""
 
@@ -294,6 +331,7 @@ class ParallelSpec(_Section):
         high=4096,
         text="data-parallel replicas, a power of two, at most train.reduction_groups; they share the batch",
     )
+    recompute: RecomputeSpec = RecomputeSpec()
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
     device: Device = Field(
         "auto",
@@ -318,6 +356,12 @@ class ParallelSpec(_Section):
         if self.schedule not in SCHEDULES and not re.match("file:.", self.schedule):
             names = ", ".join((*SCHEDULES, "file:PATH"))
             raise ValueError(f"schedule {shown(self.schedule)} is unknown; take one of {names}")
+        counts = self.recompute.layers
+        if isinstance(counts, tuple) and len(counts) != self.stages:
+            raise ValueError(
+                f"recompute.layers has {len(counts)} numbers, there are {self.stages} stages; write one a stage, or "
+                "one for all"
+            )
         if self.chunks > 1 and self.schedule in ONE_STAGE:
             raise ValueError(
                 f"chunks {self.chunks}: schedule {self.schedule} takes 1 stage a rank; take schedule = "

@@ -191,6 +191,36 @@ def test_schedules_that_pytorch_wrote(one_stage: Any, tmp_path: Path, name: str)
     assert_same(ours, one_stage("llama untied, 7 layers", "fp32"))
 
 
+@pytest.mark.parametrize(
+    ("of_stage", "split", "recompute"),
+    [
+        ((0,), 0.0, "layer"),
+        ((0, 1, 2), 0.0, {"kind": "layer", "layers": [2, 1, 0]}),
+        ((0, 1, 1, 0), 0.0, "attention"),
+        ((0, 1, 1, 0), 1.0, "layer"),
+        ((0, 1, 0, 1), 0.5, "elementwise"),
+    ],
+)
+@pytest.mark.parametrize(("model", "precision"), [("gpt2 tied, 7 layers", "bf16"), ("llama untied, 7 layers", "fp32")])
+def test_layers_computed_again(
+    one_stage: Any, tmp_path: Path, model: str, precision: str, of_stage: tuple[int, ...], split: float, recompute: Any
+) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_text(as_csv(drawn(of_stage, 9, split)))
+    stages, chunks = len(of_stage), max(of_stage.count(position) for position in of_stage)
+    ours = run(tmp_path, model, precision, stages=stages, chunks=chunks, schedule=f"file:{path}", recompute=recompute)
+    again = [call for p in ours.plan.positions for g in p.programs.values() for call in g.calls if call.part == "R"]
+    assert again
+    assert_same(ours, one_stage(model, precision))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-half"])
+def test_layers_computed_again_under_each_schedule(one_stage: Any, tmp_path: Path, schedule: str) -> None:
+    layout = {"stages": 4, "chunks": 1 if schedule in ("1f1b", "zb-h1") else 2, "schedule": schedule}
+    ours = run(tmp_path, "qwen3 tied", "bf16", **layout, recompute="layer")
+    assert_same(ours, one_stage("qwen3 tied", "bf16"))
+
+
 def cpu_has(path: str) -> bool:
     needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}[
         path

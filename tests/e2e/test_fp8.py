@@ -77,8 +77,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("portable", {"stages": 4, "schedule": "1f1b", "threads": 1}),
         ("auto", {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b", "threads": 2}),
         ("auto", {"stages": 4, "chunks": 2, "schedule": "file:", "threads": 1}),
+        ("auto", {"stages": 2, "schedule": "1f1b", "threads": 1, "recompute": "layer"}),
+        ("auto", {"stages": 4, "chunks": 2, "schedule": "file:", "threads": 1, "recompute": "elementwise"}),
     ],
-    ids=["threads", "gpipe", "1f1b", "interleaved", "split"],
+    ids=["threads", "gpipe", "1f1b", "interleaved", "split", "again", "split-again"],
 )
 def test_equal_bits(plain: Any, tmp_path: Path, model: str, kernel_path: str, parallel: dict[str, Any]) -> None:
     path = kernel_path if kernel_path == "auto" or cpu_has(kernel_path) else "auto"

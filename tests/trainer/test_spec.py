@@ -119,6 +119,20 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
             {"train__max_batch_tokens": 100},
             ["batch 8 * sequence 16 is 128 tokens", "max_batch_tokens is 100", "batch = 6"],
         ),
+        ({"parallel__recompute": "some"}, ["parallel.recompute.kind 'some'", "'none', 'elementwise'", "'layer'"]),
+        ({"parallel__recompute": {"layers": 1}}, ['kind is "none"', "take a kind, or leave layers out"]),
+        ({"parallel__recompute": {"kind": "layer", "layers": -1}}, ["layers -1", "from 0 to 10000"]),
+        (
+            {"parallel__recompute": {"kind": "layer", "layers": [1, 1]}},
+            ["2 numbers", "there are 1 stages", "one for all"],
+        ),
+        (
+            {
+                "parallel": {"stages": 2, "recompute": {"kind": "layer", "layers": [1, 1]}},
+                "recovery__layouts": [{"stages": 1}],
+            },
+            ["recovery.layouts[0] (1 stage ", "2 numbers"],
+        ),
         ({"data__source": "ftp:x"}, ["'ftp:x'", "text:<glob>"]),
         ({"name": "Not A Label"}, ["name 'Not A Label'", "lower-case letters", "at most 40"]),
         ({"name": "a" * 41}, ["name"]),
@@ -160,6 +174,9 @@ def test_sets_override_and_find_their_section() -> None:
     assert (spec.train.steps, spec.train.optimizer.lr, spec.name) == (20, 1e-2, "other")
     assert spec.data.shuffled is False
     assert spec.parallel.stages == 2
+    assert parse_spec(tree(), ["parallel.recompute='layer'"]).parallel.recompute.of_stage(0) is None
+    layers = parse_spec(tree(), ["parallel.recompute=layer", "parallel.recompute.layers=[2]"]).parallel.recompute
+    assert (layers.of_stage(0), RunSpec.model_validate(tree()).parallel.recompute.of_stage(0)) == (2, 0)
     assert parse_spec(tree(), ["launch.resources.cpu='4'"]).launch.resources == {"cpu": "4"}
 
 
@@ -258,7 +275,8 @@ def test_schema_describes_every_key() -> None:
 
 
 def test_a_dumped_spec_reads_back() -> None:
-    spec = parse_spec(tree(launch__pod_patch={"spec": {"nodeName": "a"}}))
+    recompute = {"kind": "attention", "layers": [1]}
+    spec = parse_spec(tree(launch__pod_patch={"spec": {"nodeName": "a"}}, parallel__recompute=recompute))
     assert RunSpec.model_validate(spec.model_dump(mode="json")) == spec
 
 

@@ -142,14 +142,14 @@ Operand = View | Weight | Given | RopeTable | None
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A kernel call with symbolic operands, in the order of ``wire/kernels.h``. ``part``: F, I or W."""
+    """A kernel call with symbolic operands, in the order of ``wire/kernels.h``. ``part``: F, I or W; R: F once more."""
 
     kernel: str
     ptr: tuple[Operand, ...]
     dim: tuple[int, ...]
     real: tuple[float, ...] = ()
     layer: int | None = None
-    part: Literal["F", "I", "W"] = "F"
+    part: Literal["F", "I", "W", "R"] = "F"
 
     def views(self) -> tuple[View, ...]:
         """The operands that lie in buffers."""

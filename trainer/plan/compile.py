@@ -30,6 +30,7 @@ from trainer.plan.records import Config
 from trainer.plan.rows import Row, split_stages
 from trainer.plan.schedules import pipeline_for, rows_for
 from trainer.spec import ModelSpec, RunSpec
+from trainer.spec_sections import RecomputeSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
 WSD_DECAY_SHARE = 5
@@ -121,12 +122,25 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
     family, train = models.family(spec.model.family), spec.train
     tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
 
-    def stage(layers: range, forward_only: bool, apart: bool) -> StagePrograms:
-        sizes = (train.microbatch, train.sequence, train.classifier_chunk)
-        how = {"infer": forward_only, "fp8": train.precision == "fp8", "split": apart}
-        return expand_stage(family, spec.model, tensors, layers, *sizes, 1.0 / train.tokens, **how)
+    def stage(layers: range, forward_only: bool, number: Stage | None = None) -> StagePrograms:
+        again = spec.parallel.recompute
+        return expand_stage(
+            family,
+            spec.model,
+            tensors,
+            layers,
+            train.microbatch,
+            train.sequence,
+            train.classifier_chunk,
+            1.0 / train.tokens,
+            infer=forward_only,
+            fp8=train.precision == "fp8",
+            split=number in split,
+            recompute=again.kind,
+            again=0 if number is None or forward_only else _again(again, number, len(layers)),
+        )
 
-    whole = stage(range(spec.model.layers), True, False)
+    whole = stage(range(spec.model.layers), True)
     costs = [0] * spec.model.layers
     head = 0
     for call in whole.forward:
@@ -135,9 +149,19 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
         else:
             costs[call.layer] += call_cost(call)
     ranges = split_layers(costs, head, spec.parallel.stages)
-    return tuple(
-        replace(stage(layers, infer, number in split), index=Stage(number)) for number, layers in enumerate(ranges)
-    )
+    stages = ((Stage(number), layers) for number, layers in enumerate(ranges))
+    return tuple(replace(stage(layers, infer, number), index=number) for number, layers in stages)
+
+
+def _again(recompute: RecomputeSpec, stage: Stage, layers: int) -> int:
+    """How many layers of a stage compute again."""
+    count = recompute.of_stage(stage)
+    if count is not None and count > layers:
+        raise PlanError(
+            f"parallel.recompute.layers: {count} layers of stage {stage} are to be computed again, it has {layers}; "
+            f"take at most {layers} there"
+        )
+    return layers if count is None else count
 
 
 def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:

@@ -26,7 +26,7 @@ I4  what a call that is put off reads is not written after its place in the whol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -34,7 +34,9 @@ from typing import Literal
 from trainer.errors import PlanError
 from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight, quantise
 from trainer.plan.places import Stage
+from trainer.plan.recompute import run_again, without_idle
 from trainer.spec import ModelSpec
+from trainer.spec_sections import RecomputeKind
 from trainer.wire.kernels import KERNELS, Kernel, product
 from trainer.wire.kernels import Operand as KernelOperand
 
@@ -87,12 +89,14 @@ def expand_stage(
     infer: bool = False,
     fp8: bool = False,
     split: bool = False,
+    recompute: RecomputeKind = "none",
+    again: int = 0,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
     ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
     is no backward and the head gives logits. With ``fp8`` the layers' linear layers take FP8. With ``split`` matrices'
-    gradients are a program of their own.
+    gradients are a program of their own. The first ``again`` of the layers ``recompute`` (``recompute.py``).
     """
     first, last = layers.start == 0, layers.stop == model.layers
     b = Builder(model, tensors, microbatch, sequence, ("forward" if infer else "train") if fp8 else "")
@@ -113,15 +117,17 @@ def expand_stage(
         assert head is not None
         forward.append(replace(head, kernel="logits", ptr=(Given("logits"), *head.ptr[1:3])))
         return StagePrograms(Stage(0), layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
-    tape = Tape(b, forward, received, None if last else x, min(classifier_chunk, b.rows), scale, split)
-    backward = tape.run(head)
+    chosen = layers[:again] if recompute != "none" else range(0)
+    twice = run_again(b, forward, recompute, chosen, (received, None if last else x))
+    tape = Tape(b, twice.seen, received, None if last else x, min(classifier_chunk, b.rows), scale, split)
+    backward = without_idle(tape.run(head, twice.calls), tape.put_off.calls)
     return StagePrograms(
         index=Stage(0),
         layers=layers,
         first=first,
         last=last,
         buffers=b.buffers,
-        forward=tuple(forward),
+        forward=tuple(twice.forward),
         backward=tuple(backward),
         received=received,
         sent=None if last else x,
@@ -198,9 +204,12 @@ class Tape:
             self.written[sent.buffer] = {(sent.first, sent.cols)}
             self.lost.add(sent.buffer)
 
-    def run(self, head: Call | None) -> list[Call]:
-        """All backward calls, in order."""
+    def run(self, head: Call | None, again: Mapping[int, Sequence[Call]]) -> list[Call]:
+        """All backward calls, in order; ``again``: by layer, the forward calls that come first."""
         for call in ([] if head is None else [head]) + self.forward[::-1]:
+            if call.layer is not None and call.layer != self.layer:
+                for once_more in again.get(call.layer, ()):
+                    self._do(once_more)
             self.layer = call.layer
             if call.kernel != "quantise":  # whoever reads the codes gives the gradient of the value itself
                 self.derive(call)

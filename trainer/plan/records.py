@@ -31,7 +31,7 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class BoundCall:
-    """A kernel call with its operands bound to memory. ``part``: F, I or W; "O" for what belongs to the optimizer."""
+    """A kernel call with its operands bound to memory. ``part``: F, I or W; R: F once more; O: the optimizer's."""
 
     kernel: str
     dtype: int

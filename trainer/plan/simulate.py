@@ -357,7 +357,7 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank) -> InstructionList:
     programs = {}
     for name, program in position.programs.items():
         seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)
-        flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls)
+        flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls if call.part != "R")
         programs[name] = (seconds, flops)
 
     def one(action: BoundAction) -> Instruction:

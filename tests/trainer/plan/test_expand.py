@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -106,6 +108,45 @@ def test_what_no_kernel_can_write_elsewhere_is_not_put_off() -> None:
     changed = apart.backward.index(early[0]) + 1
     assert apart.backward[changed].ptr[0] == apart.gradient_received
     assert len(apart.weights) == 5
+
+
+AGAIN = {
+    "elementwise": {
+        "gpt2": ["layernorm_fwd", "layernorm_fwd", "gelu_fwd"],
+        "llama": ["rmsnorm_fwd", "rmsnorm_fwd", "swiglu_fwd"],
+    },
+    "attention": {
+        "gpt2": ["layernorm_fwd", "attention_fwd", "layernorm_fwd", "gelu_fwd"],
+        "llama": ["rmsnorm_fwd", "attention_fwd", "rmsnorm_fwd", "swiglu_fwd"],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "attention", "layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_layer_computes_again(family: str, kind: Any) -> None:
+    """The first two layers, before their backward; without the last linear, which nobody needs."""
+    spec, built = model(family), models.family(family)
+    table = tensor_table(built, spec)
+    whole = stage(spec, range(3))
+    again = expand_stage(built, spec, table, range(3), 2, 8, 64, 1 / 16, recompute=kind, again=2)
+
+    def shapes(calls: Sequence[Call]) -> list[tuple[object, ...]]:
+        return [(c.kernel, c.dim, c.real, c.layer) for c in calls]
+
+    assert shapes(again.forward) == shapes(whole.forward)
+    assert shapes([c for c in again.backward if c.part != "R"]) == shapes(whole.backward)
+    for layer in range(3):
+        ahead = [c for c in whole.forward if c.layer == layer]
+        more = [c for c in again.backward if c.layer == layer and c.part == "R"]
+        wanted = AGAIN[kind][family] if kind in AGAIN else [c.kernel for c in ahead[:-1]]
+        assert [c.kernel for c in more] == (wanted if layer < 2 else [])
+        first = next(i for i, c in enumerate(again.backward) if c.layer == layer)
+        assert list(again.backward[first : first + len(more)]) == more
+    assert sum(again.buffers[n].elements for n in again.kept) < sum(whole.buffers[n].elements for n in whole.kept)
+    if kind == "layer":
+        kept = [name for name in again.kept if name.startswith(("0.", "1."))]
+        assert sorted(name.split(".")[0] for name in kept) == ["0", "1"]  # a layer's output is the input of the next
 
 
 @pytest.mark.parametrize("family", FAMILIES)

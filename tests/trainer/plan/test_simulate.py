@@ -113,6 +113,32 @@ def test_a_compiled_plan_s_step(stages: int) -> None:
     assert result.model_flops >= tokens * flops_per_token(parse_spec(tree).resolve(data).model, 16)
 
 
+def test_what_is_computed_again_takes_time_and_counts_for_nothing() -> None:
+    """Operations of the model are as many; memory of a slot less, time more, the more is computed again."""
+    model = {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 64}
+    train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16}
+    data, cost = DatasetRef("ab" * 32, 300, 2, (10_000,), "cd" * 32), CostModel(1e9, 1e10, 1e8, 1e-4)
+    found = []
+    for kind in ("none", "elementwise", "attention", "layer"):
+        tree = {"name": "small", "model": model, "train": train, "parallel": {"stages": 2, "recompute": kind}}
+        plan = compile_plan(parse_spec(tree).resolve(data), data, bytes(32))
+        said = simulate.simulate(from_plan(plan, cost), cost)
+        found.append((said.step_seconds, -plan.positions[0].act_stride, said.model_flops))
+    assert found == sorted(found)
+    assert len({flops for _, _, flops in found}) == 1
+    assert len({bytes_ for _, bytes_, _ in found}) == 4
+
+
+def test_layers_that_a_stage_has_not_are_not_computed_again() -> None:
+    model = {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 64}
+    train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16}
+    parallel = {"stages": 2, "recompute": {"kind": "layer", "layers": 3}}
+    data = DatasetRef("ab" * 32, 300, 2, (10_000,), "cd" * 32)
+    spec = parse_spec({"name": "small", "model": model, "train": train, "parallel": parallel}).resolve(data)
+    with pytest.raises(PlanError, match=r"recompute\.layers: 3 layers of stage . are to be .* take at most . there"):
+        compile_plan(spec, data, bytes(32))
+
+
 def test_one_table_counts_operations() -> None:
     """The layout's costs are half of what the training programs' products are; MFU's count is the usual formula."""
     for family, more in (("gpt2", {}), ("llama", {"kv_heads": 2, "tied": False})):

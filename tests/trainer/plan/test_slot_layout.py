@@ -30,11 +30,8 @@ def drawn_spec(folder: Path, of_stage: tuple[int, ...], seed: int, share: float,
     path = folder / "it.csv"
     path.write_text(as_csv(drawn(of_stage, seed, share)))
     chunks = max(of_stage.count(position) for position in of_stage)
-    return spec_of(
-        over.pop("family", "gpt2"),
-        parallel={"stages": len(of_stage), "chunks": chunks, "schedule": f"file:{path}"},
-        **over,
-    )
+    parallel = {"stages": len(of_stage), "chunks": chunks, "schedule": f"file:{path}"}
+    return spec_of(over.pop("family", "gpt2"), parallel=parallel | over.pop("parallel", {}), **over)
 
 
 class Flow:
@@ -135,6 +132,15 @@ def test_what_a_program_reads_is_what_was_written_for_it(
         follow(drawn_spec(tmp_path, of_stage, seed, share, family=family, precision=precision))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["elementwise", "attention", "layer"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_computed_again_is_there_when_it_is_read(tmp_path: Path, family: str, kind: str, share: float) -> None:
+    for of_stage, precision in itertools.product(((0,), (0, 1, 1, 0)), ("bf16", "fp8")):
+        parallel = {"recompute": {"kind": kind, "layers": 1 if len(of_stage) > 1 else 3}}
+        follow(drawn_spec(tmp_path, of_stage, 3, share, family=family, precision=precision, parallel=parallel))
+
+
 @pytest.mark.parametrize("name", ["zbv-2x2x4", "interleavedzerobubble-2x2x4"])
 def test_what_pytorch_wrote_lowers(name: str) -> None:
     parallel = {"stages": 4, "chunks": 2, "schedule": f"file:{FILES / name}.csv"}
@@ -145,12 +151,15 @@ def test_what_pytorch_wrote_lowers(name: str) -> None:
         assert not any(name.endswith("B") for name in position.programs) or "zbv" not in name
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize(("share", "recompute"), [(0.0, "none"), (1.0, "none"), (0.0, "layer"), (1.0, "elementwise")])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
-def test_a_slot_is_as_large_as_what_lives_at_once(tmp_path: Path, family: str, precision: str, share: float) -> None:
+def test_a_slot_is_as_large_as_what_lives_at_once(
+    tmp_path: Path, family: str, precision: str, share: float, recompute: str
+) -> None:
     """Counted apart: of each buffer that outlives a program or meets a message, by its first and last use."""
-    spec = drawn_spec(tmp_path, (0, 1, 2), 1, share, family=family, precision=precision)
+    parallel = {"recompute": recompute}
+    spec = drawn_spec(tmp_path, (0, 1, 2), 1, share, family=family, precision=precision, parallel=parallel)
     plan = compile_plan(spec, DATA, what_digest(spec, DATA))
     size = {"dt": 4 if precision == "fp32" else 2, "acc": 4, "byte": 1}
     for stage, position in zip(expand(spec, split=split_stages(plan.schedule)), plan.positions, strict=True):
