@@ -190,7 +190,7 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
 
 
 _OPEN_KEYS = ("pod_patch", "resources", "node_selector")
-_SHORT = {("parallel", "recompute"): "kind"}
+_SHORT: dict[tuple[str, ...], str] = {("parallel", "recompute"): "kind"}
 """Sections that one of their keys stands for alone."""
 
 
