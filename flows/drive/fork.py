@@ -8,7 +8,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.drive.run import Prepared, asked_how, create_run, load_what, spec_tree
+from flows.drive.run import Prepared, asked_how, check_layouts, create_run, load_what, spec_tree
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -49,6 +49,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     run = run_id(resolved, dataset)
     plan = compile_plan(resolved, dataset, child_what)
     forked = Prepared(run, resolved, dataset, child_what, plan)
+    check_layouts(forked)
     create_run(forked, store)
     _pin(log, state, found.n, run)
     child = RunLog(store, run, writer="user")

@@ -166,6 +166,42 @@ def test_what_strikes_while_it_trains(one: Gang, judge: Judge, fault: str) -> No
     assert launches == (["k1", "k2"] if anew else ["k1"] * result["attempts"])
 
 
+MATCH = 'topologyKey = "kubernetes.io/hostname", labelSelector.matchLabels."app.kubernetes.io/managed-by" = "hotstage"'
+APART = f"{{ affinity.podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution = [{{ {MATCH} }}] }}"
+"""Each pod on a machine of its own."""
+
+
+def test_two_replicas_lose_a_rank_a_pod_and_a_machine(one: Gang, judge: Judge) -> None:
+    """2 stages x 2 replicas in two pods, each on a machine of its own; when one machine is gone for good, 1 replica."""
+    label, machines = f"{one.namespace}-room", one.cluster.nodes
+    one.sets += ["parallel.stages=2", "parallel.replicas=2", "recovery.layouts=[{ replicas = 1 }]"]
+    one.sets += ["recovery.capacity_s=4", f'launch.node_selector={{ "{label}" = "yes" }}', PATCH + APART]
+    try:
+        for name in machines:
+            one.cluster.kubectl("label", "node", name, f"{label}=yes")
+        driver = one.start()
+        one.reached(20)
+        assert len({p["spec"]["nodeName"] for p in one.pods()}) == 2
+        one.strike(rank_killed)
+        until(lambda: one.attempts() == 2, "the attempt after the rank", 60.0, one.picture)
+        one.reached(60)
+        one.strike(pod_deleted)
+        until(lambda: one.attempts() == 3, "the attempt after the pod", 60.0, one.picture)
+        one.reached(100)
+        one.cluster.kubectl("label", "node", one.pod(1)["spec"]["nodeName"], f"{label}-")
+        one.strike(pod_deleted)
+        result = judge.finish(one, driver, "rank killed, pod deleted, then its machine gone for good")
+    finally:
+        for name in machines:
+            one.cluster.kubectl("label", "node", name, f"{label}-")
+    told = one.state().attempts
+    assert [(a.launch[-2:], a.nodes, a.ranks) for a in told] == [
+        ("k1", 2, 4), ("k1", 2, 4), ("k2", 2, 4), ("k3", 2, 4), ("k4", 1, 2),
+    ]  # fmt: skip
+    assert "no machine fits" in told[-1].body["fallback"]["why"]
+    assert "2 stages x 1 replica on 1 node" in one.call("runs", "show", result["run"]).out
+
+
 @pytest.mark.alone
 def test_two_minutes_without_the_api_server_and_without_the_store(
     cluster: Cluster, s3: S3Server, tmp_path: Path, judge: Judge

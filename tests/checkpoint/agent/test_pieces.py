@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,7 @@ import pytest
 
 from checkpoint.agent.commit import commit
 from checkpoint.agent.gang import layouts
-from checkpoint.agent.slots import SlotTable
+from checkpoint.agent.slots import Slot, SlotChanged, SlotTable
 from checkpoint.agent.upload import Source, Uploader, segments
 from checkpoint.chunks import Chunk, Piece, Tensor, plan_chunks
 from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
@@ -174,6 +176,19 @@ def test_any_layout_is_restored_into_any_other(world: World, source: tuple[int, 
             with table.slots[rank][0].data() as view:
                 assert view == state_bytes(layout, rank, STEP)
         assert table.close()
+
+
+def test_a_slot_of_another_replica_is_not_taken_over(world: World) -> None:
+    """The ranks of a position have slots of one size and plan, and different pieces in them."""
+    layout = world.layout(1, 2)
+    with contextlib.ExitStack() as made:
+        slots = [Slot.create(layout.rank(rank), layout.digest, layout.what_digest) for rank in (0, 1)]
+        for slot in slots:
+            made.callback(slot.close)
+        own = Slot.adopt(os.dup(slots[1].fd), layout.rank(1), layout.digest)
+        assert own.close()
+        with pytest.raises(SlotChanged, match="position 0 of replica 0 is of another plan, position or replica"):
+            Slot.adopt(os.dup(slots[1].fd), layout.rank(0), layout.digest)
 
 
 def test_a_plan_with_other_pieces_than_replicas_is_refused(world: World) -> None:
