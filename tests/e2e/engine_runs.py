@@ -25,6 +25,7 @@ from trainer.dataset import DatasetRef, token_bytes_for, write_shard
 from trainer.engine_path import engine_binary
 from trainer.models.base import hf_table
 from trainer.plan.compiled import Plan
+from trainer.plan.reduce import piece_elements
 from trainer.spec import ModelSpec
 
 DEADLINE_S = 120.0
@@ -69,18 +70,25 @@ def weights_file(plan: Plan, tensors: Mapping[str, NDArray[Any]], path: Path) ->
 
 
 def read_dump(plan: Plan, folder: Path, step: int, what: str) -> dict[str, F32]:
-    """All tensors of a step's dump (``what``: grads or weights), joined over the positions."""
-    out: dict[str, F32] = {}
-    for number, position in enumerate(plan.positions):
-        flat = np.fromfile(folder / f"{step}-{number}.{what}", "<f4")
-        at = 0
-        for state in position.states:
+    """All tensors of a step's dump (``what``: grads or weights), joined over positions and pieces. What every replica has
+    is the same in each."""
+    parts: dict[str, list[F32]] = {}
+    for rank in plan.ranks.all:
+        flat, at = np.fromfile(folder / f"{step}-{rank}.{what}", "<f4"), 0
+        replica = plan.ranks.replica(rank)
+        for state in plan.positions[plan.ranks.position(rank)].states:
             tensor = plan.tensors[state.tensor]
-            out[tensor.name] = flat[at : at + tensor.elements].reshape(tensor.shape)
-            at += tensor.elements
+            count = tensor.elements
+            if state.pieces > 1:
+                size = piece_elements(count, state.pieces)
+                count = max(0, min(size, count - replica * size))
+            part, at = flat[at : at + count], at + count
+            if state.pieces > 1 or replica == 0:
+                parts.setdefault(tensor.name, []).append(part)
+            else:
+                np.testing.assert_array_equal(part, parts[tensor.name][0], f"{tensor.name}, replica {replica}")
         assert at == flat.size
-    assert set(out) == {tensor.name for tensor in plan.tensors}
-    return out
+    return {tensor.name: np.concatenate(parts[tensor.name]).reshape(tensor.shape) for tensor in plan.tensors}
 
 
 # --- data ---------------------------------------------------------------------------------------------------

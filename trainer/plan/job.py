@@ -10,7 +10,7 @@ from trainer import wire
 from trainer.models.base import Tensor, Weight
 from trainer.plan.expand import StagePrograms
 from trainer.plan.places import Layout
-from trainer.plan.reduce import Groups, piece_elements
+from trainer.plan.reduce import Groups, in_pieces, piece_elements
 from trainer.plan.rows import Row
 from trainer.spec import RunSpec
 
@@ -61,13 +61,13 @@ class Job:
 
     @cached_property
     def pieces(self) -> Mapping[int, int]:
-        """Elements of a piece, of the tensors of which every replica keeps one; not there: whole in every replica."""
-        if self.replicas == 1:
-            return {}
+        """Elements of a piece, of the tensors of which every replica keeps one; not there: whole in every replica.
+
+        Pieces are whole blocks: where tensors have so few that most replicas would get none, whole ones take less."""
         return {
             number: piece_elements(tensor.elements, self.replicas)
             for number, tensor in enumerate(self.tensors)
-            if tensor.elements > wire.PIECE_BLOCK and number not in self.quantised
+            if number not in self.quantised and in_pieces(tensor.elements, self.replicas)
         }
 
     @cached_property

@@ -3,7 +3,7 @@
 A step has G groups of consecutive microbatches (``train.reduction_groups``). A group's gradients are added microbatch
 by microbatch, the groups in a balanced tree of neighbours: ((0 + 1) + (2 + 3)) + ... With D replicas, each has G / D
 whole neighbours, so what a replica adds up by itself and what the replicas then exchange are the lower and the upper
-levels of one tree, and the sum has the same bits for every D (docs/numerics.md, docs/adr/0010).
+levels of one tree, and the sum has the same bits for every D (docs/numerics.md, docs/adr/0012).
 
 In one replica group j is added up in buffer ``popcount(j)``. After its last microbatch buffer i is added to buffer
 i - 1 and made zero, as often as j ends on ones in binary (the carry of a counter); after the last group all is in
@@ -44,6 +44,16 @@ def piece_elements(elements: int, replicas: int) -> int:
     """
     blocks = -(-elements // wire.PIECE_BLOCK)
     return -(-blocks // replicas) * wire.PIECE_BLOCK
+
+
+def in_pieces(elements: int, replicas: int) -> bool:
+    """Whether replicas share a tensor in pieces: it has blocks for more than half of them.
+
+    >>> [in_pieces(3 * 262144, replicas) for replicas in (1, 2, 4, 8)]
+    [False, True, True, False]
+    """
+    blocks = -(-elements // wire.PIECE_BLOCK)
+    return replicas > 1 and blocks > 1 and 2 * blocks > replicas
 
 
 def own_piece(base: Ref, size: int, across: int = 0) -> Ref:

@@ -1,0 +1,147 @@
+"""Equal bits over layouts: stages x schedules x replicas, up to 16 processes, against one process.
+
+Every loss, norm, gradient and weight of every step is compared for equality. `make test` takes a sample, drawn by SEED
+(``HOTSTAGE_SEED`` in the environment draws another), with every number of stages, replicas and every schedule in it;
+`make nightly` takes all. Tensors of more than 262,144 elements are in pieces, one for each replica; one model's are codes
+in FP8, and whole.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.e2e.engine_runs import Gang
+from trainer.errors import PlanError
+from trainer.plan.compile import compile_plan
+from trainer.spec import parse_spec, what_digest
+from trainer.spec_sections import SCHEDULES, TWO_STAGES
+
+SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
+SAMPLE, STEPS, SEQUENCE, BATCH, GROUPS, RANKS = 16, 2, 16, 16, 8, 16
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    # an embedding of five blocks: pieces of 3, 2 and 1 blocks, the last ones short or empty
+    "gpt2 tied, bf16": ("bf16", {"family": "gpt2", "width": 104, "heads": 4, "vocab": 10_403, "tied": True}),
+    # a matrix of two blocks in each layer: in pieces for two replicas
+    "llama untied, fp32": (
+        "fp32",
+        {"family": "llama", "width": 64, "heads": 4, "kv_heads": 2, "hidden": 2_080, "vocab": 203, "tied": False},
+    ),
+    "qwen3 tied, fp8": (
+        "fp8",
+        {"family": "qwen3", "width": 128, "heads": 4, "kv_heads": 2, "head_size": 32, "hidden": 1_040, "vocab": 203},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class How:
+    """A layout."""
+
+    stages: int
+    schedule: str
+    chunks: int
+    replicas: int
+
+    def __str__(self) -> str:
+        return f"{self.stages} stages {self.schedule}/{self.chunks} x {self.replicas}"
+
+
+def layouts() -> Iterator[How]:
+    """All of them, of up to RANKS processes; two and four chunks a rank where a schedule takes several."""
+    for schedule in SCHEDULES:
+        for chunks in {"interleaved-1f1b": (2, 4), **dict.fromkeys(TWO_STAGES, (2,))}.get(schedule, (1,)):
+            for stages in range(chunks, 9, chunks):
+                for replicas in (1, 2, 4, 8):
+                    positions, microbatches = stages // chunks, BATCH // replicas
+                    rounds = -(-microbatches // positions)
+                    even = microbatches % rounds == 0 or schedule != "interleaved-1f1b"
+                    if positions * replicas <= RANKS and even:
+                        yield How(stages, schedule, chunks, replicas)
+
+
+def sampled() -> list[tuple[str, How]]:
+    """A few of all, drawn until nothing is missing: every number of stages, of replicas, schedule and model."""
+    source, everything = random.Random(SEED), [(model, how) for model in MODELS for how in layouts()]
+    while True:
+        drawn = source.sample(everything, SAMPLE)
+        seen = {(f, getattr(how, f)) for _, how in drawn for f in ("stages", "schedule", "replicas")}
+        wanted = {(f, getattr(how, f)) for how in layouts() for f in ("stages", "schedule", "replicas")}
+        if seen == wanted and {(model, how.replicas > 1) for model, how in drawn} == {
+            (model, several) for model in MODELS for several in (False, True)
+        }:
+            return sorted(drawn, key=str)
+
+
+def train(folder: Path, model: str, how: How) -> Gang:
+    precision, sizes = MODELS[model]
+    tree = {
+        "name": "layouts",
+        "model": {"layers": 8, "context": 32} | sizes,
+        "data": {"block": 2, "window": 3},
+        "train": {
+            "steps": STEPS,
+            "batch": BATCH,
+            "microbatch": 1,
+            "sequence": SEQUENCE,
+            "precision": precision,
+            "seed": 11,
+            "classifier_chunk": 8,
+            "reduction_groups": GROUPS,
+            "optimizer": {"lr": 3e-3, "clip": 0.5},
+        },
+        "parallel": {"threads": 1, **vars(how)},
+        "checkpoint": {"every": 0},
+    }
+    tokens = np.random.default_rng(7).integers(0, sizes["vocab"], (5, SEQUENCE * 3 + 1))
+    spec = parse_spec(tree)
+    dataset = engine_runs.write_samples(folder / "data", tokens, sizes["vocab"])
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
+    assert len(plan.ranks) == how.stages // how.chunks * how.replicas
+    return engine_runs.train(plan, folder / "data", folder / "run")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of one process that all others must equal."""
+
+    @cache
+    def of(model: str) -> Gang:
+        return train(tmp_path_factory.mktemp("one"), model, How(1, "1f1b", 1, 1))
+
+    return of
+
+
+def assert_same(one: Any, folder: Path, model: str, how: How) -> None:
+    ours, theirs = train(folder, model, how), one(model)
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        assert [event.get(key) for event in ours.steps] == [event.get(key) for event in theirs.steps]
+    assert len(ours.steps) == STEPS
+    for step in range(1, STEPS + 1):
+        for what in ("grads", "weights"):
+            mine, other = getattr(ours, what)(step), getattr(theirs, what)(step)
+            assert mine.keys() == other.keys()
+            for name, value in other.items():
+                np.testing.assert_array_equal(mine[name], value, f"step {step}, {what}: {name}")
+
+
+@pytest.mark.parametrize(("model", "how"), sampled(), ids=str)
+def test_a_sample_of_layouts(one: Any, tmp_path: Path, model: str, how: How) -> None:
+    assert_same(one, tmp_path, model, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", layouts(), ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout(one: Any, tmp_path: Path, model: str, how: How) -> None:
+    assert_same(one, tmp_path, model, how)
