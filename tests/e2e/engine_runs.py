@@ -70,8 +70,8 @@ def weights_file(plan: Plan, tensors: Mapping[str, NDArray[Any]], path: Path) ->
 
 
 def read_dump(plan: Plan, folder: Path, step: int, what: str) -> dict[str, F32]:
-    """All tensors of a step's dump (``what``: grads or weights), joined over positions and pieces. What every replica has
-    is the same in each."""
+    """All tensors of a step's dump (``what``: grads or weights), joined over positions and pieces. What every replica
+    has is the same in each."""
     parts: dict[str, list[F32]] = {}
     for rank in plan.ranks.all:
         flat, at = np.fromfile(folder / f"{step}-{rank}.{what}", "<f4"), 0

@@ -2,8 +2,8 @@
 
 Every loss, norm, gradient and weight of every step is compared for equality. `make test` takes a sample, drawn by SEED
 (``HOTSTAGE_SEED`` in the environment draws another), with every number of stages, replicas and every schedule in it;
-`make nightly` takes all. Tensors of more than 262,144 elements are in pieces, one for each replica; one model's are codes
-in FP8, and whole.
+`make nightly` takes all. Tensors of more than 262,144 elements are in pieces, one for each replica; those of the third
+model are codes in FP8, and whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import pytest
 
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
-from trainer.errors import PlanError
 from trainer.plan.compile import compile_plan
 from trainer.spec import parse_spec, what_digest
 from trainer.spec_sections import SCHEDULES, TWO_STAGES
@@ -141,7 +140,7 @@ def test_a_sample_of_layouts(one: Any, tmp_path: Path, model: str, how: How) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", layouts(), ids=str)
+@pytest.mark.parametrize("how", list(layouts()), ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_layout(one: Any, tmp_path: Path, model: str, how: How) -> None:
     assert_same(one, tmp_path, model, how)

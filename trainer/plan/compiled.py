@@ -56,4 +56,4 @@ class Plan:
 
     def memory_table(self) -> str:
         """Bytes at every position by kind, as text."""
-        return memory_text([position.bytes_by_kind for position in self.positions])
+        return memory_text([position.bytes_by_kind for position in self.positions], replicas=self.config.replicas)

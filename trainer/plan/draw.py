@@ -179,8 +179,9 @@ def bytes_text(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = None) -> str:
-    """The memory of every position by kind, aligned, with totals; over ``budget`` bytes a position is marked.
+def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = None, replicas: int = 1) -> str:
+    """The memory of every position by kind, aligned, with totals, of all replicas; over ``budget`` bytes a position is
+    marked.
 
     >>> print(memory_text([{"weights": 2048, "slots": 900}, {"weights": 3 << 20, "slots": 0}], budget=2 << 20))
     position   weights     slots     total
@@ -191,9 +192,10 @@ def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = N
     """
     kinds = list(dict.fromkeys(kind for row in by_position for kind in row))
     widths = [8, *(max(10, len(kind) + 2) for kind in kinds), 10]
-    sums = {kind: sum(row.get(kind, 0) for row in by_position) for kind in kinds}
+    sums = {kind: replicas * sum(row.get(kind, 0) for row in by_position) for kind in kinds}
+    every = "all" if replicas == 1 else f"all x {replicas}"
     lines = [["position", *kinds, "total"]]
-    for name, row in [*((str(number), row) for number, row in enumerate(by_position)), ("all", sums)]:
+    for name, row in [*((str(number), row) for number, row in enumerate(by_position)), (every, sums)]:
         lines.append([name, *(bytes_text(row.get(kind, 0)) for kind in kinds), bytes_text(sum(row.values()))])
     text = ["".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     for number, row in enumerate(by_position):

@@ -6,7 +6,9 @@ processes and a cluster.
 
 The model of a message: it starts when what makes it is done, wherever the list has its send;
 the sender is busy for bytes / bandwidth; the receiver has it a latency after the sender is done, and waits from
-where it asked. With ``rendezvous`` the send stays at its place, and the sender also waits until the receiver asks.
+where it asked. What replicas exchange leaves behind, one message after the other, while the rank computes, and is
+waited for where it is read. With ``rendezvous`` the send stays at its place, and the sender of any other message also
+waits until the receiver asks.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from trainer.errors import PlanError
 from trainer.plan.compiled import Plan
 from trainer.plan.flops import Dims, kernel_flops
 from trainer.plan.places import Rank, Ranks, Replica, Stage
-from trainer.plan.records import ActionList, BoundAction
+from trainer.plan.records import ActionList, BoundAction, PositionPlan, Ref
 from trainer.plan.rows import OPS, Action, Rows, columns
 from trainer.plan.schedules import stage_positions
 from trainer.plan.timeline import COMPUTE_KINDS, EventList, EventRow, Label, Timeline, kind_of
@@ -44,6 +46,8 @@ class Instruction:
     bytes: int = 0
     microbatch: int | None = None
     model_flops: float = 0.0
+    behind: bool = False
+    """A send that leaves while its rank goes on, also where others wait for their receivers: one of an exchange."""
 
 
 class InstructionList(Sequence[Instruction]):
@@ -203,6 +207,8 @@ class _Play:
         self.channel = np.array([*(none if p.channel is None else number[p.channel] for p in patterns), none], np.int32)
         spent = [p.seconds if p.channel is None else p.bytes / cost.link_bytes_per_s for p in patterns]
         self.seconds = np.array([*spent, 0.0], np.float64)
+        self.behind = np.array([*(p.behind for p in patterns), False], np.bool_)
+        self.free = np.zeros(len(lists))  # by rank, when what it sends behind has left
         ends, sends = np.full((2, none + 1), -1, np.int32), np.zeros(none + 1, np.int64)
         bases = np.cumsum([0, *(len(row.patterns) for row in lists)])
         for rank, row in enumerate(lists):
@@ -242,19 +248,22 @@ class _Play:
             sends = kind == _SEND
             begin = self.clock
             if self.cost.rendezvous:
-                peer = self.receiver[channel]
-                sends &= (kind[peer] == _RECEIVE) & (channel[peer] == channel) & ~waits & (peer >= 0)
-                begin = np.where(sends, np.maximum(self.clock, self.clock[peer]), self.clock)
+                peer, behind = self.receiver[channel], self.behind[which]
+                sends &= behind | ((kind[peer] == _RECEIVE) & (channel[peer] == channel) & ~waits & (peer >= 0))
+                begin = np.where(sends & ~behind, np.maximum(self.clock, self.clock[peer]), self.clock)
             ranks = np.flatnonzero(ready | sends)
             if not len(ranks):
                 break
             kind, channel, place, start = kind[ranks], channel[ranks], self.place[ranks], self.clock[ranks]
-            end = begin[ranks] + self.seconds[which[ranks]]
+            behind, seconds = self.behind[which[ranks]], self.seconds[which[ranks]]
+            end = begin[ranks] + np.where(behind, 0.0, seconds)
+            left = np.where(behind, np.maximum(start, self.free[ranks]) + seconds, end)
+            self.free[ranks] = np.where(behind, left, self.free[ranks])
             receives, sends = kind == _RECEIVE, sends[ranks]
             taken = channel[receives]
             end[receives] = np.maximum(start[receives], self.there[self.first[taken] + self.received[taken]])
             given = channel[sends]
-            self.there[self.first[given] + self.sent[given]] = end[sends] + self.cost.link_latency_s
+            self.there[self.first[given] + self.sent[given]] = left[sends] + self.cost.link_latency_s
             self.received[taken] += 1
             self.sent[given] += 1
             self.start[place], self.end[place], self.clock[ranks], self.place[ranks] = start, end, end, place + 1
@@ -348,12 +357,49 @@ _OTHER_NAMES = {
 
 def from_plan(plan: Plan, cost: CostModel) -> list[InstructionList]:
     """Instructions of one step of a compiled plan, one list a rank; without snapshots, which few steps have."""
-    return [_of_rank(plan, cost, rank) for rank in plan.ranks.all]
+    orders = [_order(plan, position) for position in plan.positions]
+    return [_of_rank(plan, cost, rank, orders[plan.ranks.position(rank)]) for rank in plan.ranks.all]
 
 
-def _of_rank(plan: Plan, cost: CostModel, rank: Rank) -> InstructionList:
-    position = plan.positions[plan.ranks.position(rank)]
-    first_channel = plan.ranks.replica(rank) * len(plan.channels)
+def _order(plan: Plan, position: PositionPlan) -> NDArray[np.int64]:
+    """The places of a step list as they happen: what another replica sends is waited for by the first that reads it."""
+    step = ActionList.of(position.step)
+    across = np.array([p.channel is not None and plan.channels[p.channel].across > 0 for p in step.patterns], np.bool_)
+    receives = np.array([p.kind == wire.A_RECV for p in step.patterns], np.bool_)
+    place = 2 * np.arange(len(step), dtype=np.int64)
+    if across.any():
+        touched = [_touches(position, p) for p in step.patterns]
+        which = step.which.tolist()
+        for here in np.flatnonzero((across & receives)[step.which]).tolist():
+            mine = touched[which[here]][0]
+            rest = range(here + 1, len(which))
+            later = (n for n in rest if any(_meet(mine, ref, plan.config.replicas) for ref in touched[which[n]]))
+            place[here] = 2 * next(later, len(which)) - 1
+    return np.argsort(place, kind="stable")
+
+
+def _touches(position: PositionPlan, action: BoundAction) -> list[Ref]:
+    """What an action touches outside of slots and microbatches."""
+    refs = [action.ref]
+    if action.program is not None:
+        refs = [ref for call in position.programs[action.program].calls for ref in call.ptr]
+    return [ref for ref in refs if ref is not None and ref.space in (wire.SPACE_STATIC, wire.SPACE_PIECE)]
+
+
+def _meet(a: Ref, b: Ref, replicas: int) -> bool:
+    """Whether two may share bytes in some replica."""
+    if a.space == b.space == wire.SPACE_PIECE and (a.offset, a.bytes) == (b.offset, b.bytes):
+        return a.across == b.across
+    ends = [r.offset + r.bytes * (replicas if r.space == wire.SPACE_PIECE else 1) for r in (a, b)]
+    return a.offset < ends[1] and b.offset < ends[0]
+
+
+def _of_rank(plan: Plan, cost: CostModel, rank: Rank, order: NDArray[np.int64]) -> InstructionList:
+    position, replica, replicas = (
+        plan.positions[plan.ranks.position(rank)],
+        plan.ranks.replica(rank),
+        plan.config.replicas,
+    )
     programs = {}
     for name, program in position.programs.items():
         seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)
@@ -373,8 +419,13 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank) -> InstructionList:
             channel = plan.channels[action.channel]
             verb = "SEND" if action.kind == wire.A_SEND else "RECV"
             text = f"{number}{verb}_{_MESSAGE_NAMES[channel.kind]}"
-            return Instruction(text, verb.lower(), 0.0, first_channel + action.channel, channel.bytes)
+            sender, size = replica, channel.bytes
+            if channel.across and action.ref is not None:
+                sender = Replica(replica ^ channel.across) if verb == "RECV" else replica
+                size = action.ref.bytes
+            name, behind = action.channel * replicas + sender, channel.across > 0 and verb == "SEND"
+            return Instruction(text, verb.lower(), 0.0, name, size, behind=behind)
         return Instruction(_OTHER_NAMES[action.kind], "other")
 
     step = ActionList.of(position.step)
-    return InstructionList([one(pattern) for pattern in step.patterns], step.which, step.microbatch)
+    return InstructionList([one(pattern) for pattern in step.patterns], step.which[order], step.microbatch[order])

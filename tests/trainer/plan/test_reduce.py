@@ -13,9 +13,11 @@ from trainer import wire
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.plan import Plan, compile_plan
+from trainer.plan.draw import memory_text
 from trainer.plan.edges import check_messages
 from trainer.plan.records import ActionList, BoundCall, PositionPlan, Ref
 from trainer.plan.reduce import Groups, piece_elements
+from trainer.plan.simulate import CostModel, from_plan, simulate
 from trainer.spec import parse_spec, what_digest
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
@@ -267,3 +269,32 @@ def test_a_group_s_buffer_is_free_when_it_begins(microbatches: int, count: int) 
 
 def test_a_piece_is_whole_blocks() -> None:
     assert [piece_elements(e, 4) // wire.PIECE_BLOCK for e in (1, 262144, 262145, 1048576, 1048577)] == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("rendezvous", [False, True])
+def test_the_simulator_plays_exchanges(rendezvous: bool) -> None:
+    """All ranks, every byte of an exchange between the two that it is of; and most of it while the ranks compute."""
+    plan = plan_of(4, 4, stages=2, width=512)
+    slow, fast = (CostModel(1e10, 1e10, rate, 1e-6, 1e-6, rendezvous) for rate in (1e9, 1e15))
+    played = simulate(from_plan(plan, slow), slow)
+    assert len(played.timeline.rows) == 8
+    pieces = [piece_elements(plan.tensors[s.tensor].elements, 4) for s in plan.positions[1].states if s.pieces > 1]
+    whole = [4 * plan.tensors[s.tensor].elements for s in plan.positions[1].states if s.pieces == 1]
+    blocks = sum(pieces) // wire.SUMSQ_BLOCK
+    across = {(a, b): count for (a, b), count in played.link_bytes.items() if a % 2 == b % 2 == 1}
+    assert {a ^ b for a, b in across} == {2, 4, 6}
+    gathered = 4 * sum(pieces)
+    for (a, b), count in across.items():
+        tied = 4 * plan.tensors[0].elements  # the head's share of an embedding that is whole here
+        neighbours = sum(whole) + tied if (a ^ b) // 2 in (1, 2) else 0
+        assert neighbours <= count - (4 * sum(pieces) + gathered + 8 * blocks) <= neighbours + 64 * len(whole)
+    alone = sum(across.values()) / len(across) * 3 / slow.link_bytes_per_s
+    more = played.step_seconds - simulate(from_plan(plan, fast), fast).step_seconds
+    assert more < (1.0 if rendezvous else 0.75) * alone
+
+
+def test_the_table_of_memory_counts_all_replicas() -> None:
+    table = plan_of(2, 8, stages=2).memory_table()
+    assert [line.split()[0] for line in table.splitlines()] == ["position", "0", "1", "all"]
+    assert "all x 2" in table
+    assert memory_text([{"weights": 1024}], replicas=4).splitlines()[-1].split()[-2:] == ["4.0", "KiB"]
