@@ -355,6 +355,16 @@ def test_messages_pass_behind_what_a_rank_does(tmp_path: Path) -> None:
         assert (zero.wait(), one.wait()) == (0, 0), (zero.lines, one.lines)
 
 
+def test_a_message_that_its_connection_holds_is_away_at_once(tmp_path: Path) -> None:
+    """7 MB, whose receiver has no place for it yet. A machine whose limits are lower says so."""
+    gang = Gang(channels=((0, 1, 7_000_000), (1, 0, 64)), ports=tuple(free_ports(2)))
+    with drive(gang, tmp_path, 0, "S0.0", "R1.0") as zero, drive(gang, tmp_path, 1, "P", "R0.0", "S1.0") as one:
+        until(lambda: zero.says("created") and one.says("created"), "the gang")
+        wait_for(lambda: zero.says("ok S0.0") or one.logs("connections hold less than a message"), "room, or the word")
+        one.go()
+        assert (zero.wait(), one.wait()) == (0, 0), (zero.lines, one.lines)
+
+
 def test_what_fails_behind_a_send_shows_at_the_next_call(tmp_path: Path) -> None:
     gang = two((0, 1, 50_000_000))
     with drive(gang, tmp_path, 0, "B2.5", "P", "R1.0") as zero, drive(gang, tmp_path, 1, "P") as one:

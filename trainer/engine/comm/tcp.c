@@ -204,6 +204,7 @@ static hs_status tcp_create(const hs_comm_config *config, hs_comm **out, hs_why 
     }
     comm->config = NULL;
     comm->patience_ms = comm->stall_ms;
+    hs_buffers_widen(comm);
     HS_LOG(comm->log, HS_LOG_INFO, "gang complete", HS_I("channels", comm->channel_count),
            HS_I("ms", (hs_clock_ns() - since_ns) / 1000000));
     *out = comm;

@@ -2,6 +2,7 @@
  *
  *   tcp.c     the connections, the talk at create, the table
  *   lines.c   messages: frames that move, piece by piece, while the rank computes or waits
+ *   buffers.c how much a connection holds
  *   offer.c   what an end of a channel can do, and which way two ends choose
  *   agree.c   the talk about it, channel after channel, at create; close
  *   ways.c    messages of device memory, and the wait for the device
@@ -129,6 +130,15 @@ hs_status hs_lines_send(hs_comm *comm, uint32_t channel, const void *buf, size_t
                         uint32_t microbatch, hs_why *why);
 hs_status hs_lines_sent(hs_comm *comm, uint32_t channel, uint64_t count, hs_why *why);
 hs_status hs_lines_progress(hs_comm *comm, hs_why *why);
+
+/* --- buffers.c --------------------------------------------------------------------------- */
+
+/* CHANNEL_MOST of trainer/plan/memory.py */
+enum { HS_BUFFER_MOST = 8 << 20 };
+
+/* Room for a message in the kernel, at most HS_BUFFER_MOST, as far as the machine allows; logs where that
+ * is less. */
+void hs_buffers_widen(const hs_comm *comm);
 
 /* --- offer.c ----------------------------------------------------------------------------- */
 

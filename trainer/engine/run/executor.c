@@ -131,6 +131,7 @@ static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, co
                        ex->control.step, ex->step);
     }
     if (ex->dump_dir) {
+        HS_TRY(hs_messages_settle(ex->messages, why));
         HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_GRADS, ex->plan, ex->rank,
                                ex->spaces, why));
     }
@@ -250,17 +251,18 @@ hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
 static hs_status run_list(hs_executor *ex, hs_list list, hs_why *why) {
     uint32_t first, count;
     bounds(ex, list, &first, &count);
-    if (ex->last != list) HS_TRY(hs_spaces_join(ex->spaces, why));
+    if (ex->last != list) {
+        HS_TRY(hs_spaces_join(ex->spaces, why));
+        HS_TRY(hs_messages_settle(ex->messages, why));
+    }
     ex->last = list;
     for (uint32_t i = 0; i < count; i++) {
         const hs_plan_action *a = ex->at = &ex->plan->actions[first + i];
-        uint32_t peer = UINT32_MAX;
-        if (a->channel != UINT32_MAX)
-            peer = hs_comm_peer(&ex->plan->channels[a->channel], ex->rank,
-                                ex->plan->config->positions, a->kind == HS_A_RECV);
         if (hs_stop_was_lost(ex->stop)) /* a report looked for a request to stop, and took this */
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
-        hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch, peer);
+        HS_TRY(hs_messages_before(ex->messages, list, i, ex->step, why));
+        hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch,
+                         hs_messages_peer(ex->plan, ex->rank, a));
         const int64_t start = hs_clock_ns();
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
@@ -295,6 +297,7 @@ hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
         hs_metrics_begin(ex->metrics);
         HS_TRY(run_list(ex, HS_LIST_STEP, why));
         if (ex->dump_dir) {
+            HS_TRY(hs_messages_settle(ex->messages, why));
             HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->rank,
                                    ex->spaces, why));
         }
@@ -303,6 +306,7 @@ hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
         stopped = ex->control.stop && ex->step < last;
         saved = true;
     }
+    HS_TRY(hs_messages_settle(ex->messages, why));
     if (!ex->snapshot) return stopped ? HS_E_STOPPED : HS_OK;
     /* An attempt that starts where the run ends: its gang died between the last step and the
      * commit. */
@@ -328,13 +332,15 @@ void hs_executor_leave(hs_executor *ex, int64_t ms) {
 
 void hs_executor_where(const hs_executor *ex, hs_text *text) {
     hs_text_printf(text, ",\"step\":%" PRId64, ex->step);
-    if (ex->at) {
+    const hs_plan_action *awaited = hs_messages_awaited(ex->messages);
+    const hs_plan_action *at = awaited ? awaited : ex->at;
+    if (at) {
         char name[40];
-        hs_plan_action_name(ex->plan, ex->at, name);
+        hs_plan_action_name(ex->plan, at, name);
         hs_text_printf(text, ",\"action\":");
         hs_text_json_string(text, name);
-        if (ex->at->microbatch != UINT32_MAX) {
-            hs_text_printf(text, ",\"microbatch\":%" PRIu32, ex->at->microbatch);
+        if (at->microbatch != UINT32_MAX) {
+            hs_text_printf(text, ",\"microbatch\":%" PRIu32, at->microbatch);
         }
     }
     hs_comm_wait wait = {.doing = "", .peer = UINT32_MAX};

@@ -2,10 +2,11 @@
  * devices: order, memory and messages are the plan's, run/spaces.h makes them a device's work. All
  * parts are made by run/rank.c and lent to it; it allocates nothing.
  *
- * I1  Actions are issued in the plan's order, from one thread (the CPU's kernels use the pool), each
- *     behind what its turn names (run/hazards.h). Inside a step the host waits for the device where it
- *     reads what the device made, at REPORT, once, and for messages that pass through it (SEND; RECV,
- *     where its window is still being copied); nowhere else.
+ * I1  Actions are issued in the plan's order, from one thread (the CPU's kernels use the pool). On a device
+ *     apart each is behind what its turn names (run/hazards.h), and inside a step the host waits for the
+ *     device where it reads what the device made, at REPORT, once, and for messages that pass through it
+ *     (SEND; RECV, where its window is still being copied); nowhere else. On the CPU messages pass behind
+ *     the actions (run/messages.h): an action waits for those whose bytes it touches.
  * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY),
  *     and not at all where the block says that the numbers are not finite.
  * I3  A snapshot holds the state of a whole step: SNAPSHOT comes after the optimizer, by the same

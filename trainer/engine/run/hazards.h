@@ -9,10 +9,8 @@
  * host). So a message waits for the program that made it, a buffer for the program or the message
  * that read it last, and neither for anything else.
  *
- * Bytes are those of messages, tokens, targets, losses, squared norms and the control block, by
- * microbatch and slot; where two of them overlap in a space they count as one. A program touches
- * what its calls' operands reach (kernels/extent.c). State tensors are of two streams only where a
- * snapshot copies them, which not every step does: `saved` marks who must wait for that.
+ * Which bytes: run/touches.h. State tensors are of two streams only where a snapshot copies them, which
+ * not every step does: `saved` marks who must wait for that.
  *
  * The list of a step is run again and again: what an action follows may be of the step before. */
 #ifndef HS_RUN_HAZARDS_H

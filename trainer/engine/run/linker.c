@@ -25,6 +25,8 @@ struct hs_linked {
         *graph_of;     /* by action of the step's list; NO_GRAPH: plain launches. NULL: no graphs */
     bool *launched;    /* by graph: its calls were once, plainly */
     hs_graph **graphs; /* NULL: not captured yet */
+    hs_status (*between)(void *ctx, hs_why *why);
+    void *between_ctx;
 };
 
 enum { NO_GRAPH = UINT16_MAX };
@@ -210,8 +212,14 @@ static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why 
             return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,
                            hs_status_text(st));
         }
+        if (linked->between) HS_TRY(linked->between(linked->between_ctx, why));
     }
     return HS_OK;
+}
+
+void hs_linked_between(hs_linked *linked, hs_status (*between)(void *ctx, hs_why *why), void *ctx) {
+    linked->between = between;
+    linked->between_ctx = ctx;
 }
 
 hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *a, hs_why *why) {

@@ -30,6 +30,10 @@ void hs_linked_destroy(hs_linked *linked); /* NULL is fine */
  * time). Allocates nothing but the device's graphs, in the second step. */
 hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *action, hs_why *why);
 
+/* Called behind each call that is issued, unless it is captured; what it fails with ends the program. NULL:
+ * nothing, as at first. */
+void hs_linked_between(hs_linked *linked, hs_status (*between)(void *ctx, hs_why *why), void *ctx);
+
 /* Each call of the position's programs once, with ACT and MB operands in the first slot and microbatch.
  * Ends at the first failure. */
 hs_status hs_linked_each(const hs_linked *linked,

@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include "core/clock.h"
+
 /* Where a receive's message comes to, in host memory. */
 typedef struct place {
     uint8_t *host, *at; /* host NULL: `at` is a window */
@@ -10,8 +12,11 @@ typedef struct place {
 
 struct hs_messages {
     hs_messages_config c;
-    uint64_t *sent, *posted; /* by channel, since create */
-    place exchanged;         /* of the exchange that is under way */
+    uint64_t *sent, *posted;    /* by channel, since create */
+    bool overlaps;              /* the device's memory is the host's */
+    uint64_t *number[HS_LISTS]; /* by action: of the message that it began last, on its channel */
+    const hs_plan_action *awaited;
+    place exchanged; /* of the exchange that is under way, memory apart */
 };
 
 static void bounds(const hs_plan_position *p, hs_list list, uint32_t *first, uint32_t *count) {
@@ -28,10 +33,56 @@ static const hs_plan_action *action_of(const hs_messages *m, hs_list list, uint3
     return &m->c.plan->actions[first + i];
 }
 
-uint32_t hs_messages_most(const hs_plan *plan, const hs_plan_position *position) {
-    (void)plan;
-    (void)position;
-    return 1;
+static bool is_message(const hs_plan_action *a) {
+    return a->kind == HS_A_SEND || a->kind == HS_A_RECV;
+}
+
+hs_status hs_messages_most(const hs_plan *plan, const hs_plan_position *position, uint32_t *most,
+                           hs_why *why) {
+    const size_t channels = plan->count[HS_SECTION_CHANNELS];
+    uint32_t *counts = malloc((2 * channels + 1) * sizeof *counts);
+    if (!counts) return hs_fail(why, HS_E_MEMORY, "no memory to count messages");
+    *most = 1;
+    for (int list = 0; list < HS_LISTS; list++) {
+        uint32_t first, count;
+        bounds(position, (hs_list)list, &first, &count);
+        for (size_t c = 0; c < 2 * channels; c++) counts[c] = 0;
+        for (uint32_t i = 0; i < count; i++) {
+            const hs_plan_action *a = &plan->actions[first + i];
+            if (!is_message(a)) continue;
+            const uint32_t n = ++counts[2 * (size_t)a->channel + (a->kind == HS_A_RECV)];
+            if (n > *most) *most = n;
+        }
+    }
+    free(counts);
+    return HS_OK;
+}
+
+static hs_status progress(void *ctx, hs_why *why) {
+    const hs_messages *m = ctx;
+    return m->c.transport->progress(m->c.comm, why);
+}
+
+hs_status hs_messages_order(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
+                            hs_behind behind[HS_LISTS], hs_why *why) {
+    for (int list = 0; list < HS_LISTS; list++) {
+        hs_touches_config config = {
+            .plan = plan, .position = position, .replica = replica, .unified = true};
+        bounds(position, (hs_list)list, &config.first, &config.count);
+        HS_TRY(hs_behind_find(&config, list == HS_LIST_STEP, &behind[list], why));
+    }
+    return HS_OK;
+}
+
+static hs_status open_numbers(hs_messages *m, hs_why *why) {
+    for (int list = 0; list < HS_LISTS; list++) {
+        const size_t count = m->c.behind[list].count;
+        m->number[list] = calloc(count + 1, sizeof *m->number[list]);
+        if (!m->number[list])
+            return hs_fail(why, HS_E_MEMORY, "no memory for the numbers of %zu messages", count);
+    }
+    hs_linked_between(m->c.linked, progress, m);
+    return HS_OK;
 }
 
 hs_status hs_messages_create(const hs_messages_config *config, hs_messages **out, hs_why *why) {
@@ -40,6 +91,7 @@ hs_status hs_messages_create(const hs_messages_config *config, hs_messages **out
     const size_t channels = config->plan->count[HS_SECTION_CHANNELS];
     if (m) {
         m->c = *config;
+        m->overlaps = config->comm && config->behind;
         m->sent = calloc(channels + 1, sizeof *m->sent);
         m->posted = calloc(channels + 1, sizeof *m->posted);
     }
@@ -47,16 +99,85 @@ hs_status hs_messages_create(const hs_messages_config *config, hs_messages **out
         hs_messages_destroy(m);
         return hs_fail(why, HS_E_MEMORY, "no memory for the messages of %zu channels", channels);
     }
+    const hs_status st = m->overlaps ? open_numbers(m, why) : HS_OK;
+    if (st != HS_OK) {
+        hs_messages_destroy(m);
+        return st;
+    }
     *out = m;
     return HS_OK;
 }
 
 void hs_messages_destroy(hs_messages *m) {
     if (!m) return;
+    for (int list = 0; list < HS_LISTS; list++) free(m->number[list]);
     free(m->sent);
     free(m->posted);
     free(m);
 }
+
+const hs_plan_action *hs_messages_awaited(const hs_messages *m) {
+    return m ? m->awaited : NULL;
+}
+
+uint32_t hs_messages_peer(const hs_plan *plan, uint32_t rank, const hs_plan_action *a) {
+    if (a->channel == UINT32_MAX) return UINT32_MAX;
+    return hs_comm_peer(&plan->channels[a->channel], rank, plan->config->positions,
+                        a->kind == HS_A_RECV);
+}
+
+/* --- behind the work --------------------------------------------------------------------- */
+
+static hs_status wait_for(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_why *why) {
+    const hs_plan_action *a = action_of(m, list, i);
+    const bool sends = a->kind == HS_A_SEND;
+    const int64_t start = hs_clock_ns();
+    hs_rank_page_set(m->c.page, step, i, a->kind, a->op, a->microbatch,
+                     hs_messages_peer(m->c.plan, m->c.rank, a));
+    m->awaited = a;
+    const hs_status st = sends
+                             ? m->c.transport->sent(m->c.comm, a->channel, m->number[list][i], why)
+                             : m->c.transport->got(m->c.comm, a->channel, m->number[list][i], why);
+    hs_comm_wait wait;
+    m->c.transport->last_wait(m->c.comm, &wait);
+    if (wait.since_ns >= start) { /* it was not there yet */
+        const int64_t end = hs_clock_ns();
+        m->c.metrics->ns[hs_metrics_kind(a)] += end - start;
+        if (list == HS_LIST_STEP)
+            hs_trace_wait(m->c.trace, step, (uint32_t)(a - m->c.plan->actions), start, end);
+    }
+    if (st == HS_OK) m->awaited = NULL;
+    return st;
+}
+
+static hs_status post(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
+    const hs_plan_action *a = action_of(m, list, i);
+    const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
+    m->number[list][i] = ++m->posted[a->channel];
+    return m->c.transport->post(m->c.comm, a->channel, m->c.spaces->arena + offset, a->ref.bytes,
+                                a->microbatch, why);
+}
+
+hs_status hs_messages_before(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_why *why) {
+    if (!m->overlaps) return HS_OK;
+    const hs_behind_part *waits = &m->c.behind[list].waits, *posts = &m->c.behind[list].posts;
+    for (uint32_t k = waits->first[i]; k < waits->first[i + 1]; k++)
+        HS_TRY(wait_for(m, list, waits->action[k], step, why));
+    for (uint32_t k = posts->first[i]; k < posts->first[i + 1]; k++)
+        HS_TRY(post(m, list, posts->action[k], why));
+    return HS_OK;
+}
+
+hs_status hs_messages_settle(hs_messages *m, hs_why *why) {
+    if (!m->overlaps) return HS_OK;
+    for (uint32_t c = 0; c < m->c.plan->count[HS_SECTION_CHANNELS]; c++) {
+        if (m->sent[c]) HS_TRY(m->c.transport->sent(m->c.comm, c, m->sent[c], why));
+        if (m->posted[c]) HS_TRY(m->c.transport->got(m->c.comm, c, m->posted[c], why));
+    }
+    return HS_OK;
+}
+
+/* --- of a device whose memory is apart --------------------------------------------------- */
 
 /* From device to device: nobody waits here. */
 static hs_status pass(hs_messages *m, const hs_plan_action *a, const hs_turn *turn, uint64_t offset,
@@ -76,7 +197,7 @@ static hs_status pass(hs_messages *m, const hs_plan_action *a, const hs_turn *tu
     return st;
 }
 
-static hs_status post(hs_messages *m, const hs_plan_action *a, place *p, hs_why *why) {
+static hs_status open_place(hs_messages *m, const hs_plan_action *a, place *p, hs_why *why) {
     p->offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
     p->host = p->at = hs_spaces_host(m->c.spaces, p->offset, a->ref.bytes);
     if (!p->host) {
@@ -104,7 +225,7 @@ static hs_status send(hs_messages *m, const hs_plan_action *a, const hs_turn *tu
         from = window;
     }
     const bool across = m->c.plan->channels[a->channel].across > 0;
-    if (across) HS_TRY(post(m, a + 1, &m->exchanged, why)); /* an exchange: comm.h */
+    if (across) HS_TRY(open_place(m, a + 1, &m->exchanged, why)); /* an exchange: comm.h */
     HS_TRY(m->c.transport->send(m->c.comm, a->channel, from, a->ref.bytes, a->microbatch, why));
     m->sent[a->channel]++;
     return across ? HS_OK : m->c.transport->sent(m->c.comm, a->channel, m->sent[a->channel], why);
@@ -114,7 +235,7 @@ static hs_status receive(hs_messages *m, const hs_plan_action *a, const hs_turn 
                          hs_why *why) {
     const bool across = m->c.plan->channels[a->channel].across > 0;
     place p = m->exchanged;
-    if (!across) HS_TRY(post(m, a, &p, why));
+    if (!across) HS_TRY(open_place(m, a, &p, why));
     HS_TRY(m->c.transport->got(m->c.comm, a->channel, ++m->posted[a->channel], why));
     if (across) HS_TRY(m->c.transport->sent(m->c.comm, a->channel, m->sent[a->channel], why));
     if (p.host) return HS_OK;
@@ -123,10 +244,18 @@ static hs_status receive(hs_messages *m, const hs_plan_action *a, const hs_turn 
     return hs_spaces_end(m->c.spaces, turn, why);
 }
 
+/* --- both -------------------------------------------------------------------------------- */
+
 hs_status hs_messages_run(hs_messages *m, hs_list list, uint32_t i, const hs_turn *turn,
                           hs_why *why) {
     const hs_plan_action *a = action_of(m, list, i);
     const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
+    if (m->overlaps && a->kind == HS_A_RECV) return HS_OK; /* it has its place */
+    if (m->overlaps) {
+        m->number[list][i] = ++m->sent[a->channel];
+        return m->c.transport->send(m->c.comm, a->channel, m->c.spaces->arena + offset,
+                                    a->ref.bytes, a->microbatch, why);
+    }
     if (m->c.direct && m->c.direct[a->channel])
         return pass(m, a, turn, offset, m->c.landings->lists[list][i], why);
     return a->kind == HS_A_SEND ? send(m, a, turn, offset, why) : receive(m, a, turn, why);

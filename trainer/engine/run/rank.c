@@ -44,6 +44,7 @@ typedef struct rank {
     hs_landings landings;
     bool *direct; /* by channel */
     hs_comm *comm;
+    hs_behind behind[HS_LISTS];
     hs_messages *messages;
     bool started; /* the start line was printed */
     hs_executor executor;
@@ -243,6 +244,8 @@ static hs_status connect_peers(rank *r, hs_why *why) {
         return HS_OK;
     }
     const hs_spaces *spaces = &r->machine.spaces;
+    uint32_t most;
+    HS_TRY(hs_messages_most(&r->plan, r->executor.position, &most, why));
     r->between = (hs_comm_device){.backend = spaces->backend,
                                   .device = spaces->device,
                                   .arena = spaces->arena,
@@ -261,7 +264,7 @@ static hs_status connect_peers(rank *r, hs_why *why) {
                                    .positions = r->plan.config->positions,
                                    .start_step = r->attempt.attempt->start_step,
                                    .listen_fd = r->args->listen_fd,
-                                   .most = hs_messages_most(&r->plan, r->executor.position),
+                                   .most = most,
                                    .stop = r->stop,
                                    .device = spaces->backend->unified ? NULL : &r->between,
                                    .log = &r->log};
@@ -272,15 +275,24 @@ static hs_status connect_peers(rank *r, hs_why *why) {
 
 static hs_status fill_executor(rank *r, hs_why *why) {
     hs_executor *ex = &r->executor;
+    const bool unified = r->machine.spaces.backend->unified;
+    if (unified)
+        HS_TRY(hs_messages_order(&r->plan, ex->position,
+                                 hs_plan_replica_of(&r->plan, r->args->rank), r->behind, why));
     const hs_messages_config messages = {.plan = &r->plan,
                                          .position = ex->position,
+                                         .rank = r->args->rank,
                                          .spaces = &r->machine.spaces,
                                          .linked = r->machine.linked,
                                          .transport = &hs_comm_tcp,
                                          .comm = r->comm,
                                          .direct = r->direct,
                                          .landings = &r->landings,
-                                         .stop = r->stop};
+                                         .behind = unified ? r->behind : NULL,
+                                         .stop = r->stop,
+                                         .page = r->page,
+                                         .trace = r->trace,
+                                         .metrics = &r->metrics};
     HS_TRY(hs_messages_create(&messages, &r->messages, why));
     ex->plan = &r->plan;
     ex->attempt = r->attempt.attempt;
@@ -468,7 +480,10 @@ static void close_all(rank *r, hs_status st) {
     hs_shards_close(r->shards);
     hs_machine_destroy(&r->machine);
     hs_snapshot_destroy(r->snapshot);
-    for (int list = 0; list < HS_LISTS; list++) free(r->executor.turns[list]);
+    for (int list = 0; list < HS_LISTS; list++) {
+        free(r->executor.turns[list]);
+        hs_behind_free(&r->behind[list]);
+    }
     hs_messages_destroy(r->messages);
     hs_landings_free(&r->landings);
     free(r->direct);

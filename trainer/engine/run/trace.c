@@ -13,6 +13,7 @@
 typedef struct event {
     int64_t step, start_ns, end_ns;
     uint32_t action;
+    bool wait;
 } event;
 
 struct hs_trace {
@@ -27,7 +28,12 @@ hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs
     const hs_plan_position *position = &plan->positions[hs_plan_position_of(plan, rank)];
     *out = NULL;
     hs_trace *trace = calloc(1, sizeof *trace);
-    const size_t capacity = (size_t)position->steps * HS_TRACE_STEPS + 1;
+    size_t most = position->steps;
+    for (uint32_t i = 0; i < position->steps; i++) {
+        const uint8_t kind = plan->actions[position->first_step + i].kind;
+        most += kind == HS_A_SEND || kind == HS_A_RECV; /* its wait */
+    }
+    const size_t capacity = most * HS_TRACE_STEPS + 1;
     event *events = calloc(capacity, sizeof *events);
     if (!trace || !events) {
         free(trace);
@@ -48,11 +54,20 @@ void hs_trace_destroy(hs_trace *trace) {
     free(trace);
 }
 
+static void add(hs_trace *trace, const event *e) {
+    if (trace) trace->events[trace->added++ % trace->capacity] = *e;
+}
+
 void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
                   int64_t end_ns) {
-    if (!trace) return;
-    trace->events[trace->added++ % trace->capacity] =
-        (event){.step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action};
+    add(trace, &(event){.step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action});
+}
+
+void hs_trace_wait(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
+                   int64_t end_ns) {
+    add(trace,
+        &(event){
+            .step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action, .wait = true});
 }
 
 static bool flush(int fd, hs_text *text) {
@@ -78,9 +93,10 @@ static bool write_events(const hs_trace *trace, int fd, hs_text *text) {
         hs_text_json_string(text, name);
         hs_text_printf(text,
                        ",\"ph\":\"X\",\"ts\":%.3f,\"dur\":%.3f,\"pid\":%" PRIu32
-                       ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "}}",
+                       ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "%s}}",
                        (double)e->start_ns / 1000.0, (double)(e->end_ns - e->start_ns) / 1000.0,
-                       trace->rank, e->step, (int32_t)action->microbatch);
+                       trace->rank, e->step, (int32_t)action->microbatch,
+                       e->wait ? ",\"wait\":1" : "");
         if (text->used > text->size - 1024 && !flush(fd, text)) return false;
     }
     hs_text_printf(text, "\n]}\n");

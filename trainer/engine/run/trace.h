@@ -21,6 +21,11 @@ void hs_trace_destroy(hs_trace *trace); /* NULL is fine */
  */
 void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns, int64_t end_ns);
 
+/* A wait for the message of a SEND or RECV, behind it: an event beside that action's own, with "wait":1 in
+ * its arguments. */
+void hs_trace_wait(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
+                   int64_t end_ns);
+
 /* Writes the file. HS_E_IO names path and reason; nothing was added: an empty, valid trace. */
 hs_status hs_trace_write(hs_trace *trace, const char *path, hs_why *why);
 

@@ -1,0 +1,99 @@
+"""Messages behind the work (``run/behind.c``, ``run/messages.c``): whole ranks as threads over ``comm/loop.c``, which
+hands messages over as late as it may. What each wait is for, and each place that is given no sooner.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.e2e import engine_runs
+from tests.engine.native import build_program
+from tests.engine.plans import GPT2, small_plan
+from tests.engine.test_device import CHUNKS
+from trainer import wire
+from trainer.plan.compiled import Plan
+
+STEADY = {"schedule": {"kind": "constant"}}
+SEEDS = (1, 2, 3)
+
+
+class Line(NamedTuple):
+    """What the program says of a message of a rank; `action`: before which it is waited for, or gets its place."""
+
+    what: str
+    rank: int
+    action: int
+    message: int
+    name: str
+    verdict: str
+
+
+class Gang:
+    """A plan's ranks in one process."""
+
+    def __init__(self, folder: Path, **plan: Any) -> None:
+        self.folder, self.plan = folder, small_plan(folder, **plan)
+        (folder / "plan").write_bytes(self.plan.to_bytes())
+        ranks = len(self.plan.positions) * self.plan.config.replicas
+        attempt = engine_runs.attempt_bytes(self.plan, [0] * ranks, folder / "data", folder)
+        (folder / "attempt").write_bytes(attempt)
+
+    def run(self, *mode: object) -> tuple[str, list[Line]]:
+        """What all states come to, and what is said of messages."""
+        command = [str(build_program("messages_drive")), f"{self.folder}/plan", f"{self.folder}/attempt"]
+        done = subprocess.run([*command, *map(str, mode)], capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        lines = done.stdout.splitlines()
+        (sound,) = (line.split()[1] for line in lines if line.startswith("sound"))
+        said = [line.split(" ") for line in lines if not line.startswith("sound")]
+        return sound, [Line(what, int(r), int(a), int(m), name, how) for what, r, a, m, name, how in said]
+
+
+def is_send(plan: Plan, line: Line) -> bool:
+    return plan.positions[line.rank % len(plan.positions)].step[line.message].kind == wire.A_SEND
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "1f1b": {"stages": 2, "batch": 8},
+    "gpipe": {"parallel": {"stages": 2, "schedule": "gpipe"}, "batch": 8},
+    "3": {"stages": 3, "batch": 8, "model": GPT2 | {"layers": 3}},
+    "chunks": {"parallel": CHUNKS, "model": GPT2 | {"layers": 4}, "batch": 8},
+    "untied": {"stages": 2, "batch": 8, "model": GPT2 | {"tied": False}},
+}
+
+
+@pytest.mark.parametrize("which", sorted(PLANS))
+def test_each_wait_for_a_message_is_needed(tmp_path: Path, which: str) -> None:
+    """Without it a step's bytes are others, in some order of messages. Or it is for a send that its receiver has got
+    whatever the order, because what came back since then was made of it: then no run ever waits there.
+    """
+    gang = Gang(tmp_path, **PLANS[which], **STEADY)
+    sound = gang.run("rendezvous")[0]
+    shown: dict[Line, bool] = {}
+    held = set()
+    for seed in SEEDS:
+        digest, said = gang.run("without", seed)
+        assert digest == sound, seed
+        held |= {(line.rank, line.message) for line in said if line.what == "held"}
+        for line in said:
+            if line.what == "wait":
+                key = line._replace(verdict="")
+                shown[key] = shown.get(key, False) or line.verdict == "differs"
+    assert any(is_send(gang.plan, line) for line, needed in shown.items() if needed)
+    for line, needed in shown.items():
+        if not needed:
+            assert is_send(gang.plan, line), line
+            assert (line.rank, line.message) not in held, line
+
+
+@pytest.mark.parametrize("which", sorted(PLANS))
+def test_a_place_that_is_given_ahead_is_given_no_sooner(tmp_path: Path, which: str) -> None:
+    """One action sooner, and what still reads the place there finds others' bytes."""
+    gang = Gang(tmp_path, **PLANS[which], **STEADY)
+    ahead = [line for line in gang.run("without", 1)[1] if line.what == "post" and line.action < line.message]
+    assert ahead
+    assert {line.verdict for line in ahead} == {"differs"}, ahead
