@@ -177,7 +177,7 @@ def report_facts(
         "parameters": prepared.plan.parameters,
         "stages": prepared.spec.parallel.stages,
         "memory_text": prepared.plan.memory_table(),
-        "planned_svg": timeline_svg(simulation.timeline),
-        "measured_svg": timeline_svg(measured) if measured else "",
+        "timeline_svg": timeline_svg([simulation.timeline, *([measured] if measured else [])]),
+        "measured": measured is not None,
     }
     return ReportFacts(**{**known, **more})

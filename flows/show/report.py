@@ -26,7 +26,7 @@ p { margin: 6px 0 } .soft { color: var(--soft) } code, pre { font: 13px/1.45 ui-
 table { border-collapse: collapse; width: 100%; font-size: 14px }
 th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap; margin: 0 } .two { display: grid; gap: 12px }
+pre { white-space: pre-wrap; margin: 0 }
 svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
 .good { color: var(--c) } .bad { color: var(--bad) }
 """
@@ -65,8 +65,9 @@ class ReportFacts:
     seconds: float | None = None
     mfu: float | None = None
     memory_text: str = ""
-    planned_svg: str = ""
-    measured_svg: str = ""
+    timeline_svg: str = ""
+    """A step as it was planned and, where ``measured``, as the ranks traced one, on one scale."""
+    measured: bool = False
     sample: str = ""
     data_note: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -204,12 +205,10 @@ def render(facts: ReportFacts) -> str:
         )
     )
     parts.append("</div>")
-    if facts.planned_svg or facts.measured_svg:
-        parts.append("<h2>Pipeline: planned and measured</h2><div class=two>")
-        for label, svg in (("planned", facts.planned_svg), ("measured", facts.measured_svg)):
-            parts.append(
-                f"<div class=card><p class=soft>{label}</p>{svg or '<p class=soft>no trace was recorded</p>'}</div>"
-            )
+    if facts.timeline_svg:
+        parts.append(f"<h2>Pipeline: planned and measured</h2><div class=card>{facts.timeline_svg}")
+        if not facts.measured:
+            parts.append("<p class=soft>no trace was recorded: launch.trace = true measures every step</p>")
         parts.append("</div>")
     if facts.memory_text:
         parts.append(

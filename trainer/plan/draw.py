@@ -84,9 +84,9 @@ def timeline_text(timeline: Timeline, columns: int = 100) -> str:
 
 _STYLE = """
 .hs-tl{font:12px system-ui,sans-serif;color-scheme:light dark;--ink:#1c1e21;--rule:#c9ccd1;--lane:#f1f2f4;--on:#fff;
---F:#2563c9;--I:#b4540a;--W:#8a6a00;--B:#b4540a;--O:#187a4b;--send:#7d5bb5;--recv:#c3c7cd;--other:#6b7280}
+--F:#2563c9;--I:#b4540a;--W:#a3267e;--B:#8a3d08;--O:#187a4b;--send:#7d5bb5;--recv:#c3c7cd;--other:#6b7280}
 @media (prefers-color-scheme:dark){.hs-tl{--ink:#e6e8eb;--rule:#4a4f57;--lane:#22262b;--on:#10131a;
---F:#7db0ff;--I:#ffab66;--W:#e5c453;--B:#ffab66;--O:#62d39b;--send:#bda4ee;--recv:#454b54;--other:#9aa3ae}}
+--F:#7db0ff;--I:#ffab66;--W:#f08fd0;--B:#e08a3c;--O:#62d39b;--send:#bda4ee;--recv:#454b54;--other:#9aa3ae}}
 .hs-tl text{fill:var(--ink)}.hs-tl .on{fill:var(--on);pointer-events:none}
 .hs-tl .lane{fill:var(--lane)}.hs-tl .rule{stroke:var(--rule);stroke-width:1}
 """

@@ -411,8 +411,8 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank, order: NDArray[np.int64]) 
         if action.kind == wire.A_RUN:
             assert action.program is not None
             compute = action.op in COMPUTE_KINDS
-            text = f"{number}{action.op}" if compute else action.program
-            kind = action.op if compute or action.op == "O" else kind_of(action.program)
+            text = f"{number}{action.op}" if compute else position.programs[action.program].name
+            kind = action.op if compute else kind_of(text)
             estimate, flops = programs[action.program]
             return Instruction(text, kind, estimate, model_flops=flops)
         if action.channel is not None:

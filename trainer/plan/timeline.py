@@ -178,6 +178,10 @@ class Timeline:
         return tuple(1.0 - self.busy(rank) / self.seconds for rank in range(self.ranks))
 
 
+_OPTIMIZER = ("O", "fold", "sum", "sumsq", "adamw", "foresee")
+"""Programs behind the backward, by name: gradients joined, norms, the optimizer."""
+
+
 def kind_of(name: str) -> str:
     """The kind of an event by its name in a trace: ``2F0`` is F, ``SEND_F`` and ``3SEND_F1`` are send.
 
@@ -191,28 +195,32 @@ def kind_of(name: str) -> str:
         return "send"
     if bare.startswith("RECV"):
         return "recv"
-    return "O" if bare in ("O", "sumsq", "adamw") else "other"
+    return "O" if bare in _OPTIMIZER else "other"
 
 
-def to_chrome(timeline: Timeline) -> str:
-    """The timeline as a Chrome trace (Perfetto opens it): one process a rank, microseconds."""
-    events: list[dict[str, object]] = [
-        {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
-        for rank in range(timeline.ranks)
-    ]
-    for event in timeline.events:
-        events.append(
-            {
-                "name": event.action,
-                "cat": event.kind,
-                "ph": "X",
-                "ts": event.start * 1e6,
-                "dur": event.seconds * 1e6,
-                "pid": event.rank,
-                "tid": 0,
-                "args": {} if event.microbatch is None else {"mb": event.microbatch},
-            }
-        )
+def to_chrome(timelines: Timeline | Sequence[Timeline]) -> str:
+    """Timelines as one Chrome trace (Perfetto opens it), in microseconds: each a process of its title, a rank a thread.
+    All begin at 0, so that a planned and a measured step lie one below the other."""
+    events: list[dict[str, object]] = []
+    for pid, timeline in enumerate([timelines] if isinstance(timelines, Timeline) else timelines):
+        about = {"ph": "M", "pid": pid}
+        events.append({"name": "process_name", **about, "tid": 0, "args": {"name": timeline.title or "step"}})
+        events.append({"name": "process_sort_index", **about, "tid": 0, "args": {"sort_index": pid}})
+        for rank in range(timeline.ranks):
+            events.append({"name": "thread_name", **about, "tid": rank, "args": {"name": f"rank {rank}"}})
+        for event in timeline.events:
+            events.append(
+                {
+                    "name": event.action,
+                    "cat": event.kind,
+                    "ph": "X",
+                    "ts": event.start * 1e6,
+                    "dur": event.seconds * 1e6,
+                    "pid": pid,
+                    "tid": event.rank,
+                    "args": {} if event.microbatch is None else {"mb": event.microbatch},
+                }
+            )
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 

@@ -227,14 +227,14 @@ def test_empty_timelines_draw() -> None:
 def test_planned_and_measured_have_one_form() -> None:
     shown = planned(2, 4)
     whole = json.loads(to_chrome(shown))
-    names = {e["args"]["name"] for e in whole["traceEvents"] if e["ph"] == "M"}
-    assert names == {"rank 0", "rank 1"}
+    names = [e["args"]["name"] for e in whole["traceEvents"] if e["name"] in ("process_name", "thread_name")]
+    assert names == ["planned", "rank 0", "rank 1"]
     traces = {}
     for rank in range(2):  # as the engine writes them: one file a rank, absolute times, several steps
         events = []
         for step in (6, 7):
             for e in whole["traceEvents"]:
-                if e["ph"] == "X" and e["pid"] == rank:
+                if e["ph"] == "X" and e["tid"] == rank:
                     moved = e | {"ts": e["ts"] + 5e6 + step * 1e6, "args": e["args"] | {"step": step}}
                     events.append(moved)
         events.append({"name": "2F0", "ph": "X", "ts": 9e6, "dur": 1.0, "args": {"step": 8 + rank}})
@@ -246,6 +246,11 @@ def test_planned_and_measured_have_one_form() -> None:
     assert [e.start for e in measured.events] == pytest.approx([e.start for e in shown.events], abs=1e-9)
     body = [timeline_text(t).splitlines()[1:] for t in (shown, measured)]
     assert body[0] == body[1]
+    both = json.loads(to_chrome([shown, measured]))["traceEvents"]
+    assert [e["args"]["name"] for e in both if e["name"] == "process_name"] == ["planned", "measured, step 7"]
+    planned_ones, measured_ones = ([e for e in both if e["ph"] == "X" and e["pid"] == pid] for pid in (0, 1))
+    assert [(e["name"], e["tid"]) for e in planned_ones] == [(e["name"], e["tid"]) for e in measured_ones]
+    assert min(e["ts"] for e in measured_ones) == min(e["ts"] for e in planned_ones) == 0
 
 
 def test_traces_that_cannot_be_read_are_named() -> None:
