@@ -164,15 +164,18 @@ def attempt_bytes(
     trace: bool = False,
     device: str = "cpu",
     devices: Sequence[int] = (),
+    start_step: int = -1,
 ) -> bytes:
-    """A fresh start of all ranks on this machine. ``devices``: the index of each rank's; all 0 where left out."""
+    """A start of all ranks on this machine, by default a fresh one. ``devices``: the index of each rank's; all 0 where
+    left out.
+    """
     head = wire.Attempt(
         version=wire.ATTEMPT_VERSION,
         run=b"test",
         epoch=1,
         ranks=len(ports),
         kernel_path=wire.PATHS[kernel_path],
-        start_step=-1,
+        start_step=start_step,
         stop_after=-1,
         connect_ms=30_000,
         stall_ms=60_000,
