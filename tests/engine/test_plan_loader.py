@@ -14,6 +14,7 @@ import pytest
 from tests.engine.engine_build import build_plan_fuzz, engine
 from tests.engine.plans import GPT2, LLAMA, edited, sealed, small_plan
 from trainer import wire
+from trainer.wire.plan import parse
 
 __all__ = ["engine"]  # the fixture
 
@@ -38,6 +39,22 @@ def good() -> bytes:
     return small_plan(stages=2).to_bytes()
 
 
+WIDE = LLAMA | {"layers": 1, "hidden": 16400}
+"""Matrices of a little more than one and two blocks of a piece."""
+
+
+def replicated(replicas: int = 2, stages: int = 1, precision: str = "fp32") -> bytes:
+    """A plan of several replicas, with tensors in pieces."""
+    train: dict[str, Any] = {"batch": 32, "microbatch": 2, "reduction_groups": 2 * replicas, "precision": precision}
+    model = WIDE | {"layers": stages}
+    return small_plan(stages=stages, model=model, parallel={"replicas": replicas}, **train).to_bytes()
+
+
+@pytest.fixture(scope="module")
+def pair() -> bytes:
+    return replicated()
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
@@ -59,6 +76,13 @@ def test_compiled_plans_with_several_stages_a_position_are_taken(
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_compiled_inference_plans_are_taken(check: Check, model: dict[str, Any]) -> None:
     assert check(small_plan(model=model, mode="infer").to_bytes()) == (0, "")
+
+
+@pytest.mark.parametrize(("replicas", "stages", "precision"), [(2, 1, "bf16"), (4, 2, "fp32"), (8, 1, "fp32")])
+def test_compiled_plans_of_several_replicas_are_taken(check: Check, replicas: int, stages: int, precision: str) -> None:
+    data = replicated(replicas, stages, precision)
+    assert check(data) == (0, "")
+    assert any(state.pieces == replicas for state in parse(data).records("states", wire.PlanState))
 
 
 def test_cut_at_every_section_and_around(check: Check, good: bytes) -> None:
@@ -251,6 +275,94 @@ def test_each_check_names_what_it_found(
     assert code == 78
     assert words in said
     assert said.count("\n") == 1
+
+
+def _across(kind: int) -> Callable[[Any], bool]:
+    return lambda action: bool(action.kind == kind and action.channel != wire.NONE32 and action.ref.space == PIECE)
+
+
+def _action(kind: int) -> Callable[[Any], bool]:
+    return lambda action: bool(action.kind == kind)
+
+
+def _channel(kind: int) -> Callable[[Any], bool]:
+    return lambda channel: bool(channel.kind == kind)
+
+
+def _shrink(record: Any) -> None:
+    record.ref.bytes //= 2
+
+
+def _send_where_it_lands(action: Any) -> None:
+    """Receives the own piece, which the exchange sends."""
+    action.ref.across ^= 1
+
+
+PIECE = wire.SPACE_PIECE
+REFUSALS_OF_REPLICAS: list[tuple[str, Any, Callable[[Any], bool], Callable[[Any], None], str]] = [
+    ("config", CONFIG, bool, _set(replicas=4), "4 replicas"),
+    ("config", CONFIG, bool, _set(replicas=3), "3 replicas"),
+    ("config", CONFIG, bool, _set(replicas=1), "of 1 replicas"),
+    ("config", CONFIG, bool, _set(reduction_groups=1), "1 reduction groups and 2 replicas"),
+    ("config", CONFIG, bool, _set(reduction_groups=32), "32 reduction groups and 2 replicas of 8 microbatches"),
+    ("states", STATE, lambda s: s.pieces == 2, _set(pieces=4), "in 4 pieces of 2 replicas"),
+    ("states", STATE, lambda s: s.pieces == 2, _set(pieces=1), "the tensor before ends at"),
+    ("states", STATE, lambda s: s.pieces == 1, _set(pieces=2), "elements in 2 pieces of 2 replicas"),
+    ("actions", ACTION, _across(wire.A_SEND), _ref_of(across=2), "across 2 of 2 replicas, in space 4"),
+    ("actions", ACTION, _across(wire.A_SEND), _ref_of(space=1, across=1), "across 1 of 1 replicas, in space 1"),
+    ("actions", ACTION, _across(wire.A_SEND), _ref_of(offset=1 << 40), "passes its space (4)"),
+    ("actions", ACTION, _across(wire.A_SEND), _shrink, "an exchange sends"),
+    ("actions", ACTION, _across(wire.A_RECV), _send_where_it_lands, "or into what it sends"),
+    ("actions", ACTION, _across(wire.A_SEND), _set(microbatch=0), "an exchange sends"),
+    ("actions", ACTION, _across(wire.A_SEND), _set(kind=wire.A_RECV), "do not follow one another"),
+    ("actions", ACTION, _across(wire.A_RECV), _set(kind=wire.A_SEND), "do not follow one another"),
+    ("actions", ACTION, _action(wire.A_COMBINE), _set(kind=wire.A_MERGE), "kind 9 of the report at"),
+    ("actions", ACTION, _action(wire.A_MERGE), _set(kind=wire.A_DECIDE), "kind 10 of the report at"),
+    ("actions", ACTION, _action(wire.A_MERGE), _ref_of(bytes=8), "its block takes"),
+    ("actions", ACTION, _action(wire.A_DECIDE), _set(kind=wire.A_MERGE), "kind 9 of the report at"),
+    ("channels", CHANNEL, _channel(wire.CH_REDUCE), _set(across=2), "across 2 of 2 replicas"),
+    ("channels", CHANNEL, _channel(wire.CH_REDUCE), _set(across=0), "across 0"),
+    ("channels", CHANNEL, _channel(wire.CH_REDUCE), _set(kind=wire.CH_FORWARD), "kind 1 at position 0 across 1"),
+    ("channels", CHANNEL, _channel(wire.CH_REDUCE), _set(bytes=64), "carries 64"),
+    ("channels", CHANNEL, _channel(wire.CH_REPORT), _set(bytes=1 << 20), "carries 1048576"),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "wanted", "change", "words"), REFUSALS_OF_REPLICAS, ids=[r[4] for r in REFUSALS_OF_REPLICAS]
+)
+def test_each_check_of_replicas_names_what_it_found(
+    check: Check,
+    pair: bytes,
+    section: str,
+    kind: Any,
+    wanted: Callable[[Any], bool],
+    change: Callable[[Any], None],
+    words: str,
+) -> None:
+    code, said = check(edited(pair, section, _find(pair, section, kind, wanted), kind, change))
+    assert code == 78
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_every_write_in_pieces_over_what_it_must_not_touch_is_refused(tmp_path: Path, pair: bytes) -> None:
+    path = tmp_path / "plan"
+    path.write_bytes(pair)
+    done = subprocess.run([build_plan_fuzz(), path, "plant"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["actions"] > 100
+
+
+def test_mutated_plans_of_replicas_are_refused_or_run_inside_their_memory(tmp_path: Path, pair: bytes) -> None:
+    path = tmp_path / "plan"
+    path.write_bytes(pair)
+    command = [str(build_plan_fuzz()), str(path), "40", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout)
+    assert counted["refused"] > 15
+    assert counted["run"] > 5
 
 
 @pytest.mark.parametrize("stages", [1, 2])

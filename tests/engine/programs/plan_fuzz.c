@@ -159,7 +159,8 @@ static bool run_plan(const hs_plan *plan) {
     hs_why why = {0};
     hs_device device = {.scratch = scratch, .scratch_bytes = scratch_bytes};
     hs_spaces spaces = {.backend = &here, .device = &device, .arena = base};
-    if (!scratch || hs_link(plan, p, 0, &spaces, &linked, &why) != HS_OK) abort();
+    if (!scratch || hs_link(plan, p, plan->config->replicas - 1, &spaces, &linked, &why) != HS_OK)
+        abort();
     const uint64_t seed = state;
     (void)index_data(plan, base, true);
     uint8_t *done = calloc(plan->count[HS_SECTION_PROGRAMS] + 1, 1);
@@ -168,6 +169,7 @@ static bool run_plan(const hs_plan *plan) {
     for (int list = 0; list < 3; list++) {
         const hs_hazards_config order = {.plan = plan,
                                          .position = p,
+                                         .replica = plan->config->replicas - 1,
                                          .first = firsts[list],
                                          .count = counts[list],
                                          .again = list == 2};
@@ -214,6 +216,7 @@ static void plant(garden *g, const hs_plan_ref *at, uint32_t space, uint64_t off
     memcpy(bytes, g->good, g->size);
     hs_plan_ref *ref = (hs_plan_ref *)(bytes + ((const uint8_t *)at - g->plan.bytes));
     ref->space = space;
+    ref->across = 0;
     ref->offset = offset;
     seal(bytes, g->size);
     hs_plan plan;
@@ -262,7 +265,9 @@ static void plant_call(garden *g, const hs_plan_position *p, size_t number) {
         uint64_t mine = 0;
         if (hs_kernel_extent(call->kernel, call->dtype, call->dim, a, &mine) != HS_OK) abort();
         for (int b = 0; b < facts->operand_count; b++) {
-            const hs_plan_ref *y = &call->ptr[b];
+            /* as the last replica has it, which is enough */
+            const hs_plan_ref there = hs_plan_resolve(&call->ptr[b], g->plan.config->replicas - 1);
+            const hs_plan_ref *y = &there;
             uint64_t theirs = 0;
             if (b == a || y->space == HS_SPACE_NONE) continue;
             if (hs_kernel_extent(call->kernel, call->dtype, call->dim, b, &theirs) != HS_OK)

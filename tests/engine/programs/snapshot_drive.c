@@ -67,8 +67,8 @@ static void lay_out(char *elements) {
         kept[state_count] = pieces == 1 ? whole : room;
         const uint64_t bytes = ((uint64_t)kept[state_count] * 4 + 63) / 64 * 64;
         tensors[state_count].elements = whole;
-        states[state_count] = (hs_plan_state){
-            .tensor = state_count, .pieces = (uint32_t)pieces, .slot_offset = slot};
+        states[state_count] =
+            (hs_plan_state){.tensor = state_count, .pieces = (uint32_t)pieces, .slot_offset = slot};
         state_count++;
         slot += 3 * bytes;
     }
