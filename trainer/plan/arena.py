@@ -105,6 +105,8 @@ class PositionMemory:
         """By tensor in pieces, the sums of squares of its blocks, all pieces'."""
         self.given: dict[str, Ref] = {}
         self.buffers = {number: _Buffers(stage, job.dt_bytes) for number, stage in self.stages.items()}
+        self.apart: list[Stage] = []
+        """Stages whose gradient to be sent lies in no slot."""
         self.layouts: list[SlotLayout] = []
         """By run, its slot."""
         self.head_weight: Ref | None = None
@@ -197,6 +199,7 @@ class PositionMemory:
                 continue
             if sent_at_once(self.row, number):
                 buffers.places[sent.buffer] = arena.ref(buffers.size(sent.buffer), "activations")
+                self.apart.append(number)
 
     def _lay_slots_out(self) -> None:
         """Each run's slot."""
@@ -252,7 +255,7 @@ class PositionMemory:
     def _place_slots(self, arena: _Arena) -> None:
         offset = max((layout.bytes for layout in self.layouts), default=0)
         held = holders(self.row, self.runs)
-        self.slots, slots = assign_slots(self.row, held)
+        self.slots, slots = assign_slots(self.row, held, self.apart)
         self.slot_of = slots[held]
         self.act_stride, self.act_slots = offset, self.slots if offset else 0
         self.act_offset = arena.take(offset * self.act_slots, "activations")

@@ -7,7 +7,7 @@ another). So the pool holds as many as are in flight at once, not as many as eac
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +28,20 @@ def holders(row: Row, runs: Sequence[Sequence[Stage]]) -> NDArray[np.int64]:
     return numbers[np.searchsorted(names, row.stage)] * width + row.microbatch.astype(np.int64)
 
 
-def assign_slots(row: Row, held: NDArray[np.int64] | None = None) -> tuple[int, NDArray[np.int32]]:
+def assign_slots(
+    row: Row, held: NDArray[np.int64] | None = None, apart: Collection[Stage] = ()
+) -> tuple[int, NDArray[np.int32]]:
     """How many slots a row needs, and which each of its ``holders`` has (None: the microbatches): of those that are
     free, the lowest is taken.
 
     A slot is taken when the activation is received (on the first stage: at F) and free after the last of B, W and
-    SEND_B.
+    SEND_B. ``apart``: stages whose SEND_B is from another place.
     """
     held = holders(row, ()) if held is None else held
     count, never = 1 + int(held.max(initial=-1)), len(row)
     taken = first_of_each(held, np.arange(never), count, never)
-    places = np.flatnonzero((row.op == B) | (row.op == W) | (row.op == SEND_B))
+    sends = (row.op == SEND_B) & ~np.isin(row.stage, list(apart)) if apart else row.op == SEND_B
+    places = np.flatnonzero((row.op == B) | (row.op == W) | sends)
     freed = np.full(count, never)
     freed[held[places]] = places  # the last of each stays
     change = np.zeros(never + 1, np.int64)
