@@ -97,3 +97,35 @@ def test_a_place_that_is_given_ahead_is_given_no_sooner(tmp_path: Path, which: s
     ahead = [line for line in gang.run("without", 1)[1] if line.what == "post" and line.action < line.message]
     assert ahead
     assert {line.verdict for line in ahead} == {"differs"}, ahead
+
+
+def first_after(plan: Plan, rank: int, send: int) -> int:
+    """Behind the last action before a send that made its bytes: its stage's forward, or backward, of its microbatch."""
+    step = plan.positions[rank].step
+    it = step[send]
+    ops = "F" if it.op == "F" else "BI"
+    (made,) = (n for n, a in enumerate(step[:send]) if a.kind == wire.A_RUN and a.op in ops
+               and (a.stage, a.microbatch) == (it.stage, it.microbatch))  # fmt: skip
+    return made + 1
+
+
+@pytest.mark.parametrize("schedule", ["interleaved-1f1b", "zb-v", "v-half"])
+def test_a_send_begins_as_soon_as_its_bytes_are_made(tmp_path: Path, schedule: str) -> None:
+    """Between stages; the list has it where a rank that blocks would have to wait least, often long after. Where a send
+    blocks it stays there, and both ways give the same bits."""
+    parallel = {"stages": 4, "chunks": 2, "schedule": schedule}
+    gang = Gang(tmp_path, parallel=parallel, model=GPT2 | {"layers": 4}, batch=8, **STEADY)
+    sound, said = gang.run("rendezvous")
+    starts = [
+        line for line in said if line.what == "start" and line.name.lstrip("0123456789")[:6] in ("SEND_F", "SEND_B")
+    ]
+    between = [line for line in starts if gang.plan.positions[line.rank].step[line.message].stage is not None]
+    edges, microbatches = 3 if schedule == "interleaved-1f1b" else 2, 4
+    assert len(between) == 2 * edges * microbatches
+    early = 0
+    for line in between:
+        assert line.action == first_after(gang.plan, line.rank, line.message), line
+        early += line.action < line.message
+    assert early
+    for seed in SEEDS:
+        assert gang.run("late", seed)[0] == sound

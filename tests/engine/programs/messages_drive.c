@@ -7,6 +7,7 @@
  *
  * Lines on standard output: "sound DIGEST", of all states and the last losses; then, of each change, "wait RANK ACTION
  * MESSAGE NAME VERDICT" or "post RANK ACTION MESSAGE NAME VERDICT": "differs" (a run ended otherwise), "same".
+ * "start RANK ACTION MESSAGE NAME", before which a send begins (in a run that may block: at its own place).
  * "held RANK MESSAGE MESSAGE NAME": in the sound run a wait of the list for this message of it was not over at once. */
 #include <fcntl.h>
 #include <pthread.h>
@@ -266,6 +267,32 @@ static void sooner(const gang *g, hs_behind (*behind)[HS_LISTS], uint32_t sound)
     }
 }
 
+/* A send that blocks until it is received stands where the plan has it. */
+static void where_listed(const gang *g, hs_behind (*behind)[HS_LISTS]) {
+    for (uint32_t n = 0; n < g->attempt.attempt->ranks; n++) {
+        const hs_plan_position *p = &g->plan.positions[hs_plan_position_of(&g->plan, n)];
+        const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step};
+        for (int list = 0; list < HS_LISTS; list++) {
+            hs_behind *b = &behind[n][list];
+            for (uint32_t i = 0, k = 0; i < b->count; i++) {
+                b->starts.first[i] = k;
+                if (g->plan.actions[firsts[list] + i].kind == HS_A_SEND) b->starts.action[k++] = i;
+                b->starts.first[i + 1] = k;
+            }
+        }
+    }
+}
+
+/* When each send begins. */
+static void tell_starts(const gang *g, hs_behind (*behind)[HS_LISTS]) {
+    for (uint32_t n = 0; n < g->attempt.attempt->ranks; n++) {
+        const hs_behind *b = &behind[n][HS_LIST_STEP];
+        for (uint32_t i = 0; i < b->count; i++)
+            for (uint32_t k = b->starts.first[i]; k < b->starts.first[i + 1]; k++)
+                tell(g, "start", n, i, b->starts.action[k], "");
+    }
+}
+
 int main(int argc, char **argv) {
     static gang g;
     static hs_behind behind[RANKS_MAX][HS_LISTS];
@@ -287,6 +314,8 @@ int main(int argc, char **argv) {
     FILE *told = fdopen(out, "w");
     (void)dup2(null, STDOUT_FILENO); /* rank 0 tells its steps there */
     stdout = told;
+    tell_starts(&g, behind);
+    if (g.mode == HS_LOOP_RENDEZVOUS) where_listed(&g, behind);
     const uint32_t sound = play(&g, behind, true);
     (void)printf("sound %08x\n", sound);
     if (strcmp(argv[3], "without") == 0) {

@@ -15,12 +15,13 @@ typedef struct message {
 /* Open messages of a channel, one way, in their order. */
 typedef struct line {
     uint32_t first, last; /* NONE: none is open */
-    uint64_t posted;      /* when the last receive got its place */
+    uint64_t begun;       /* when the last receive got its place, the last send began */
 } line;
 
 typedef struct cell {
     uint32_t messages; /* the first that may be open; NONE */
     uint64_t free;     /* from this time on nothing before needs its bytes */
+    uint64_t made;     /* from this time on nothing before writes them */
 } cell;
 
 /* Action number at time: times count through the rounds. */
@@ -37,8 +38,8 @@ typedef struct finder {
     cell *cells;
     uint64_t now, start; /* the action's time; of its round's first */
     uint64_t fence;      /* B2: no earlier than this */
-    pair *waits, *posts;
-    size_t wait_count, post_count;
+    pair *waits, *posts, *starts;
+    size_t wait_count, post_count, start_count;
 } finder;
 
 static const hs_plan_action *action_of(const finder *f, uint32_t i) {
@@ -61,14 +62,19 @@ static void close_until(finder *f, uint32_t number) {
         met = l->first == number;
         m->open = false;
         if (f->cells[m->cell].free < f->now) f->cells[m->cell].free = f->now;
+        if (action_of(f, l->first)->kind == HS_A_RECV) f->cells[m->cell].made = f->now;
         l->first = m->in_line;
     }
     if (l->first == NONE) l->last = NONE;
 }
 
-static void wait_for(finder *f, uint32_t number) {
-    f->waits[f->wait_count++] = (pair){.time = f->now, .action = number};
+static void wait_at(finder *f, uint64_t time, uint32_t number) {
+    f->waits[f->wait_count++] = (pair){.time = time, .action = number};
     close_until(f, number);
+}
+
+static void wait_for(finder *f, uint32_t number) {
+    wait_at(f, f->now, number);
 }
 
 /* How an action uses a cell: it waits for the receives into it, and where it writes for the sends from it. */
@@ -94,6 +100,15 @@ static void use(void *ctx, uint32_t number, int how) {
     finder *f = ctx;
     touch(ctx, number, how);
     f->cells[number].free = f->now + 1;
+    if (how & HS_TOUCH_WRITES) f->cells[number].made = f->now + 1;
+}
+
+/* When a message may begin of which the list is at the action: its own time at the latest. */
+static uint64_t begins(const finder *f, const hs_plan_action *a, uint64_t from) {
+    if (f->c->plan->channels[a->channel].across) return f->now; /* an exchange is one thing */
+    const line *l = line_of(f, a);
+    const uint64_t time = from > f->fence ? from : f->fence;
+    return l->begun > time ? l->begun : time;
 }
 
 static void open_message(finder *f, uint32_t number) {
@@ -113,11 +128,12 @@ static void open_message(finder *f, uint32_t number) {
         m->in_cell = c->messages;
         c->messages = number;
     }
-    if (a->kind != HS_A_RECV) return;
-    uint64_t time = c->free > f->fence ? c->free : f->fence;
-    if (l->posted > time) time = l->posted;
-    l->posted = time;
-    f->posts[f->post_count++] = (pair){.time = time, .action = number};
+    l->begun = begins(f, a, a->kind == HS_A_RECV ? c->free : c->made);
+    const pair begun = {.time = l->begun, .action = number};
+    if (a->kind == HS_A_RECV)
+        f->posts[f->post_count++] = begun;
+    else
+        f->starts[f->start_count++] = begun;
 }
 
 static void find_cell(void *ctx, uint32_t number, int how) {
@@ -137,14 +153,16 @@ static void prepare(finder *f, size_t channels) {
 static void play(finder *f) {
     const hs_plan_position *p = f->c->position;
     const bool step = f->c->first == p->first_step && f->c->count == p->steps;
-    f->wait_count = f->post_count = 0;
+    f->wait_count = f->post_count = f->start_count = 0;
     f->start = f->fence = f->now;
     for (uint32_t i = 0; i < f->c->count; i++, f->now++) {
         const hs_plan_action *a = action_of(f, i);
         if (step && i == p->step_prefix) f->fence = f->now;
         if (is_message(a)) {
-            if (f->messages[i].open) wait_for(f, i);
+            if (f->messages[i].open && a->kind == HS_A_RECV) wait_for(f, i);
             hs_touches_each(f->touches, a, touch, f);
+            if (f->messages[i].open) /* of the run before: over before this one begins */
+                wait_at(f, begins(f, a, f->cells[f->messages[i].cell].made), i);
             open_message(f, i);
         } else {
             hs_touches_each(f->touches, a, use, f);
@@ -176,12 +194,14 @@ hs_status hs_behind_find(const hs_touches_config *config, bool again, hs_behind 
     f.cells = calloc(hs_touches_cells(f.touches) + (size_t)1, sizeof *f.cells);
     f.waits = calloc(2 * count + 1, sizeof *f.waits); /* one of the run before, and one of this */
     f.posts = calloc(count + 1, sizeof *f.posts);
-    bool room = f.messages && f.lines && f.cells && f.waits && f.posts;
+    f.starts = calloc(count + 1, sizeof *f.starts);
+    bool room = f.messages && f.lines && f.cells && f.waits && f.posts && f.starts;
     if (room) {
         prepare(&f, channels);
         for (int round = again ? 0 : 1; round < 2; round++) play(&f);
         room = sort(&f, f.waits, f.wait_count, &behind->waits) &&
-               sort(&f, f.posts, f.post_count, &behind->posts);
+               sort(&f, f.posts, f.post_count, &behind->posts) &&
+               sort(&f, f.starts, f.start_count, &behind->starts);
     }
     hs_touches_destroy(f.touches);
     free(f.messages);
@@ -189,6 +209,7 @@ hs_status hs_behind_find(const hs_touches_config *config, bool again, hs_behind 
     free(f.cells);
     free(f.waits);
     free(f.posts);
+    free(f.starts);
     if (room) return HS_OK;
     hs_behind_free(behind);
     return hs_fail(why, HS_E_MEMORY, "no memory for the messages of a list of %zu actions", count);
@@ -199,5 +220,7 @@ void hs_behind_free(hs_behind *behind) {
     free(behind->waits.action);
     free(behind->posts.first);
     free(behind->posts.action);
+    free(behind->starts.first);
+    free(behind->starts.action);
     *behind = (hs_behind){0};
 }

@@ -158,13 +158,27 @@ static hs_status post(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
                                 a->microbatch, why);
 }
 
+static hs_status start(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
+    const hs_plan_action *a = action_of(m, list, i);
+    const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
+    const int64_t begin = hs_clock_ns();
+    m->number[list][i] = ++m->sent[a->channel];
+    const hs_status st = m->c.transport->send(m->c.comm, a->channel, m->c.spaces->arena + offset,
+                                              a->ref.bytes, a->microbatch, why);
+    m->c.metrics->ns[hs_metrics_kind(a)] += hs_clock_ns() - begin;
+    return st;
+}
+
 hs_status hs_messages_before(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_why *why) {
     if (!m->overlaps) return HS_OK;
     const hs_behind_part *waits = &m->c.behind[list].waits, *posts = &m->c.behind[list].posts;
+    const hs_behind_part *starts = &m->c.behind[list].starts;
     for (uint32_t k = waits->first[i]; k < waits->first[i + 1]; k++)
         HS_TRY(wait_for(m, list, waits->action[k], step, why));
     for (uint32_t k = posts->first[i]; k < posts->first[i + 1]; k++)
         HS_TRY(post(m, list, posts->action[k], why));
+    for (uint32_t k = starts->first[i]; k < starts->first[i + 1]; k++)
+        HS_TRY(start(m, list, starts->action[k], why));
     return HS_OK;
 }
 
@@ -250,12 +264,7 @@ hs_status hs_messages_run(hs_messages *m, hs_list list, uint32_t i, const hs_tur
                           hs_why *why) {
     const hs_plan_action *a = action_of(m, list, i);
     const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
-    if (m->overlaps && a->kind == HS_A_RECV) return HS_OK; /* it has its place */
-    if (m->overlaps) {
-        m->number[list][i] = ++m->sent[a->channel];
-        return m->c.transport->send(m->c.comm, a->channel, m->c.spaces->arena + offset,
-                                    a->ref.bytes, a->microbatch, why);
-    }
+    if (m->overlaps) return HS_OK; /* it has its place, or has begun */
     if (m->c.direct && m->c.direct[a->channel])
         return pass(m, a, turn, offset, m->c.landings->lists[list][i], why);
     return a->kind == HS_A_SEND ? send(m, a, turn, offset, why) : receive(m, a, turn, why);
