@@ -34,6 +34,7 @@ def small_plan(
     parallel: dict[str, Any] | None = None,
     every: int = 0,
     delays: dict[str, float] | None = None,
+    vocab: int = VOCAB,
     **train: Any,
 ) -> Plan:
     """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
@@ -41,11 +42,11 @@ def small_plan(
         model = model | {"hidden": 32}  # a multiple of 16
     if dataset is None and folder is not None:
         tokens = np.random.default_rng(5).integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))
-        dataset = write_samples(folder / "data", tokens, VOCAB)
-    dataset = dataset or DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
+        dataset = write_samples(folder / "data", tokens, vocab)
+    dataset = dataset or DatasetRef("0" * 64, vocab, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
     values: dict[str, Any] = {
         "name": "small",
-        "model": model | {"vocab": VOCAB, "context": SEQUENCE},
+        "model": model | {"vocab": vocab, "context": SEQUENCE},
         "data": data or {},
         "train": {"steps": 3, "batch": 4, "microbatch": 2, "sequence": SEQUENCE, "seed": 3, "reduction_groups": 1}
         | train,

@@ -64,7 +64,7 @@ class Runs:
                 self.plan, self.folder / "data", folder, engine=self.engine, device=device, kernel_path=path
             )
         state = engine_runs.dumped(gang, folder)
-        assert len(state) == 2 + 2 * len(gang.steps) * len(self.plan.positions)
+        assert len(state) == 2 + 2 * len(gang.steps) * len(self.plan.ranks)
         return state
 
     def counts(self, what: str) -> list[int]:
@@ -106,6 +106,24 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
     some = runs(model=model | {"layers": 4}, parallel=parallel, batch=8, steps=3)
     sound = some.state("cpu")
     for order in [*ORDERS, 31, 32, 33]:
+        assert some.state("cuda", ORDER=str(order)) == sound, order
+
+
+WIDE = LLAMA | {"layers": 2, "hidden": 16400}
+"""Matrices of a little more than one and two blocks: in pieces."""
+
+
+@pytest.mark.parametrize(("replicas", "stages", "model"), [(2, 2, GPT2), (2, 1, WIDE), (4, 1, WIDE)])
+def test_replicas_have_the_same_bits_in_any_order(
+    runs: MakeRuns, replicas: int, stages: int, model: dict[str, Any]
+) -> None:
+    """Messages between replicas pass through the host, in both windows at once."""
+    train: dict[str, Any] = {"batch": 8, "microbatch": 1, "reduction_groups": 4, "steps": 2}
+    some = runs(model=model, stages=stages, parallel={"replicas": replicas}, **train)
+    sound = some.state("cpu")
+    alone = runs(model=model, **train).state("cpu")
+    assert (sound["losses"], sound["norms"]) == (alone["losses"], alone["norms"])
+    for order in [*ORDERS, 31]:
         assert some.state("cuda", ORDER=str(order)) == sound, order
 
 

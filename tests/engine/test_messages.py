@@ -66,6 +66,23 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
+REPLICAS: dict[str, dict[str, Any]] = {
+    "whole": {"parallel": {"stages": 2, "replicas": 2}},
+    # the weights that replicas exchange in pieces go whole from the first to the last position
+    "tied": {"parallel": {"stages": 2, "replicas": 2}, "vocab": 16_400},
+    "pieces": {"parallel": {"stages": 1, "replicas": 4}, "vocab": 16_400, "model": GPT2 | {"tied": False}},
+}
+
+
+@pytest.mark.parametrize("which", sorted(REPLICAS))
+def test_exchanges_pass_without_a_buffer(tmp_path: Path, which: str) -> None:
+    """Both ends send first: no rank waits for its half to leave before it has a place for the other's."""
+    plan = REPLICAS[which] | STEADY | {"batch": 8, "microbatch": 1, "reduction_groups": 4}
+    gang = Gang(tmp_path, **plan)
+    sound = gang.run("late", 1)[0]
+    assert gang.run("late", 2)[0] == gang.run("rendezvous")[0] == sound
+
+
 @pytest.mark.parametrize("which", sorted(PLANS))
 def test_each_wait_for_a_message_is_needed(tmp_path: Path, which: str) -> None:
     """Without it a step's bytes are others, in some order of messages. Or it is for a send that its receiver has got

@@ -149,6 +149,21 @@ static void prepare(finder *f, size_t channels) {
             hs_touches_each(f->touches, action_of(f, i), find_cell, &f->messages[i].cell);
 }
 
+static bool is_across(const finder *f, const hs_plan_action *a) {
+    return f->c->plan->channels[a->channel].across > 0;
+}
+
+/* A message, or the two of an exchange (B1). */
+static void play_messages(finder *f, uint32_t i, uint32_t count) {
+    for (uint32_t k = i; k < i + count; k++)
+        if (f->messages[k].open && action_of(f, k)->kind == HS_A_RECV) wait_for(f, k);
+    for (uint32_t k = i; k < i + count; k++) hs_touches_each(f->touches, action_of(f, k), touch, f);
+    for (uint32_t k = i; k < i + count; k++)
+        if (f->messages[k].open) /* of the run before: over before this one begins */
+            wait_at(f, begins(f, action_of(f, k), f->cells[f->messages[k].cell].made), k);
+    for (uint32_t k = i; k < i + count; k++) open_message(f, k);
+}
+
 /* One run of the list. */
 static void play(finder *f) {
     const hs_plan_position *p = f->c->position;
@@ -159,11 +174,8 @@ static void play(finder *f) {
         const hs_plan_action *a = action_of(f, i);
         if (step && i == p->step_prefix) f->fence = f->now;
         if (is_message(a)) {
-            if (f->messages[i].open && a->kind == HS_A_RECV) wait_for(f, i);
-            hs_touches_each(f->touches, a, touch, f);
-            if (f->messages[i].open) /* of the run before: over before this one begins */
-                wait_at(f, begins(f, a, f->cells[f->messages[i].cell].made), i);
-            open_message(f, i);
+            const bool across = is_across(f, a);
+            if (!across || a->kind == HS_A_SEND) play_messages(f, i, across ? 2 : 1);
         } else {
             hs_touches_each(f->touches, a, use, f);
         }

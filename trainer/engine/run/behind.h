@@ -4,14 +4,17 @@
  * A receive gets its place as soon as nothing of the list needs the bytes there any more, at its own
  * place in the list at the latest, and in the order of its channel. It has to be complete when the first
  * action touches its bytes. A send begins as soon as its bytes are made, likewise: the list has it where a
- * rank that cannot send behind its work would have to wait least, which is often long after. It has to be complete
- * when the first action writes its bytes; either when its own action comes again. The list of a step is run again and again: that action may be of the next run, and then no
- * wait is left behind in this one.
+ * rank that cannot send behind its work would have to wait least, which is often long after. It has to be
+ * complete when the first action writes its bytes; either when its own action comes again. The list of a
+ * step is run again and again: that action may be of the next run, and then no wait is left behind in this
+ * one.
  *
  * B1  Whatever is waited for stands earlier in the list, or in the run before (comm/comm.h says why that
- *     cannot block for ever). A place that is given ahead is waited for by nothing.
- * B2  No place is given, and no send begun, ahead over the start of a run, nor over a place at which the list may be entered
- *     or left: behind a CHECK, and where the part that may run before it ends. */
+ *     cannot block for ever). A place that is given ahead is waited for by nothing. The receive of an
+ *     exchange has its place before its send begins, whatever else lies in the range of both: the two
+ *     share no byte (run/plan.h, I6), and waiting for the send first would wait for the other end's.
+ * B2  No place is given, and no send begun, ahead over the start of a run, nor over a place at which the
+ *     list may be entered r left: behind a CHECK, and where the part that may run before it ends. */
 #ifndef HS_RUN_BEHIND_H
 #define HS_RUN_BEHIND_H
 

@@ -9,15 +9,16 @@
  *      shape
  * I4   act slots and microbatch areas lie in the arena; tokens, targets and losses lie in a
  *      microbatch area and do not overlap
- * I5   every state tensor is owned exactly once, whole or in as many pieces as there are replicas; master, m, v, grad lie in STATIC, overlap neither
- *      one another nor the act, microbatch, sumsq, control and logits areas; the slot layout is
- *      dense enough to hold no overlap and slot_bytes is what slot.h says for it
+ * I5   every state tensor is owned exactly once, whole or in as many pieces as there are replicas;
+ *      master, m, v, grad lie in STATIC, overlap neither one another nor the act, microbatch, sumsq,
+ *      control and logits areas; the slot layout is dense enough to hold no overlap and slot_bytes is
+ *      what slot.h says for it
  * I6   every action names a program, channel, slot and microbatch that exist, only where its kind
  *      uses them, and its reference lies in its space; messages have their channel's length; a
  *      channel joins two positions, and its sends at one end are as many as its receives at the
  *      other, in init, load, step and redo apart; one that joins two replicas is used in exchanges
- *      alone (wire/plan.h); a stage's actions are at one position, and a program runs for one stage
- *      and operation
+ *      alone (wire/plan.h), whose two messages have one length and share no byte; a stage's actions
+ *      are at one position, and a program runs for one stage and operation
  * I7   every call of a program that a position runs has a kernel, operands that lie in that
  *      position's spaces and hold the bytes that the kernel touches, and aligned to their elements
  * I8   what a kernel uses as an index is data that was checked: token and target operands point
