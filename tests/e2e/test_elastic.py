@@ -56,14 +56,20 @@ class Machines(LocalLauncher):
             assert pid is not None
             os.killpg(pid, signal.SIGKILL)
 
+    def kill_rank(self, launch_id: str, node: int) -> None:
+        """One of a node's ranks dies; its machine is well."""
+        pid = super().observe(launch_id).nodes[node].supervisor_pid
+        os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1]), signal.SIGKILL)
+
 
 @dataclass
 class Losing:
-    """Loses a machine when the attempt of this number has trained for some steps."""
+    """When the attempt of this number has saved something: a rank dies (None), or a machine goes and leaves so much
+    room."""
 
     machines: Machines
     log: RunLog
-    room_after: dict[int, int]
+    room_after: dict[int, int | None]
     attempt: int = 0
     told: list[str] = field(default_factory=list)
 
@@ -73,21 +79,24 @@ class Losing:
         elif event.kind == "checkpoint" and self.attempt in self.room_after and event.facts["step"] < LONG_STEPS:
             newest = self.log.fold().attempts[-1]
             if event.facts["epoch"] == newest.epoch:
-                room = self.room_after.pop(self.attempt)
-                self.machines.lose(newest.launch, newest.nodes - 1, room)
+                room, last = self.room_after.pop(self.attempt), newest.nodes - 1
+                if room is None:
+                    self.machines.kill_rank(newest.launch, last)
+                else:
+                    self.machines.lose(newest.launch, last, room)
 
 
 def test_a_run_goes_down_with_its_machines_and_up_with_its_next_launch(
     tmp_path: Path, undisturbed: tuple[str, str]
 ) -> None:
-    """2 x 2 on two machines; one is gone: 2 x 1 on the other; that one restarts, and both are there: 2 x 2."""
+    """2 x 2 on two machines, and again where a rank died; one is gone: 2 x 1 on the other; both are there: 2 x 2."""
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text(TEXT)
     (tmp_path / "spec.toml").write_text(LONG.replace("text:corpus", f"text:{tmp_path}/corpus"))
     store = open_store((tmp_path / "store").as_uri())
     prepared = prepare_run(load_spec(tmp_path / "spec.toml", [*ASKED, *SMALLER]), store)
     machines = Machines(tmp_path / "out")
-    losing = Losing(machines, RunLog(store, prepared.run), {1: 1, 3: 2})
+    losing = Losing(machines, RunLog(store, prepared.run), {1: None, 2: 1, 4: 2})
 
     def launch(ready: Prepared, name: str, avoid: tuple[str, ...]) -> Launch:
         return launch_for(store.url, tmp_path / "out", ready, name, avoid)
@@ -98,8 +107,8 @@ def test_a_run_goes_down_with_its_machines_and_up_with_its_next_launch(
     assert (prepared.run, outcome.state_digest) == undisturbed, outcome
     told = details(store, prepared.run)["attempts_list"]
     wide, few = "2 stages x 2 replicas on 2 nodes", "2 stages x 1 replica on 1 node"
-    assert [a["layout"] for a in told] == [wide, wide, few, wide], said
-    assert [bool(a["fallback"]) for a in told] == [False, False, True, False]
-    assert [a["from"] for a in told] == ["start", *["checkpoint"] * 3]
+    assert [a["layout"] for a in told] == [wide, wide, wide, few, wide], said
+    assert [bool(a["fallback"]) for a in told] == [False, False, False, True, False]
+    assert [a["from"] for a in told] == ["start", "memory", *["checkpoint"] * 3]
     assert any(f", now {few} (no machine fits)" in line for line in said)
     assert any(line.endswith(f", now {wide}; because a machine is gone") for line in said)

@@ -12,8 +12,8 @@
  *   supervisor   PORTS                            payload u16[local ranks], then the line of `hotstage-engine devices`
  *                                                 (run/devices.h) where it was asked for; or EXIT(rank -1,
  *                                                 HS_EXIT_CONFIG) and text
- *   agent        START                            payload: attempt path NUL plan path NUL; a = first local rank
- *                                                 (position), b = local ranks. The supervisor forks the ranks.
+ *   agent        START                            payload: attempt path NUL plan path NUL; a = first local rank,
+ *                                                 b = local ranks. The supervisor forks the ranks.
  *   rank         HELLO(rank)                      a = pid; with its slots' descriptors where it already has them
  *                                                 (the agent was restarted), else without
  *   agent        SLOTS                            a = how many, with that many descriptors (only to a rank that sent none);
