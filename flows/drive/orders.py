@@ -14,6 +14,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from checkpoint.log import RunLog, RunState
@@ -125,13 +126,21 @@ def followed(store: Store, state: RunState, prepared: Prepared, say: Callable[..
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two Hows, key by key, for people."""
-    found = []
+    """What differs between two Hows, key by key, for people; what an older version's lacks is its default."""
+    found, defaults = [], _defaults()
     for section in sorted({*old, *new}):
-        a, b = old.get(section) or {}, new.get(section) or {}
+        a, b = ({**defaults.get(section, {}), **(how.get(section) or {})} for how in (old, new))
         keys = sorted(k for k in {*a, *b}.difference(RETIRED.get(section, ())) if a.get(k) != b.get(k))
         found += [f"{section}.{k} {a.get(k)} -> {b.get(k)}"[:120] for k in keys]
     return ", ".join(found) or "the same layout"
+
+
+@cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    """Of the How's sections."""
+    fields = RunSpec.model_fields
+    sections = ("parallel", "checkpoint", "launch", "recovery")
+    return {name: fields[name].default.model_dump(mode="json") for name in sections}
 
 
 def describe(state: RunState) -> list[dict[str, Any]]:

@@ -279,3 +279,10 @@ def test_a_key_that_is_gone_is_no_change() -> None:
     new = {"recovery": {"backoff_s": 2.0}, "launch": {"nodes": 1}}
     assert changes(old, new) == "recovery.backoff_s 1.0 -> 2.0"
     assert changes(old, old | {"recovery": {"backoff_s": 1.0}}) == "the same layout"
+
+
+def test_a_key_that_an_older_version_did_not_have_is_its_default() -> None:
+    old = {"parallel": {"stages": 2}, "recovery": {"backoff_s": 1.0}}
+    new = {"parallel": {"stages": 2, "replicas": 1}, "recovery": {"backoff_s": 1.0, "layouts": []}}
+    assert changes(old, new) == changes(new, old) == "the same layout"
+    assert changes(old, {**new, "parallel": {"stages": 2, "replicas": 2}}) == "parallel.replicas 1 -> 2"
