@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "interleaved-1f1b": ("fp32", {"stages": 4, "chunks": 2}, {}),
     "zb-h1": ("bf16", {"stages": 3}, {"width": 64}),
     "zb-v": ("fp32", {"stages": 4, "chunks": 2}, {"family": "llama", "kv_heads": 2}),
-    "v-half": ("fp32", {"stages": 4, "chunks": 2, "recompute": "elementwise"}, {}),
+    "v-half": ("fp32", {"stages": 4, "chunks": 2, "recompute": {"kind": "elementwise", "layers": 1}}, {"layers": 8}),
 }
 
 

@@ -137,7 +137,7 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
             fp8=train.precision == "fp8",
             split=number in split,
             recompute=again.kind,
-            again=0 if number is None or forward_only else _again(again, number, len(layers)),
+            again=0 if number is None or forward_only else _again(again, number, len(layers), number in split),
         )
 
     whole = stage(range(spec.model.layers), True)
@@ -153,9 +153,15 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
     return tuple(replace(stage(layers, infer, number), index=number) for number, layers in stages)
 
 
-def _again(recompute: RecomputeSpec, stage: Stage, layers: int) -> int:
+def _again(recompute: RecomputeSpec, stage: Stage, layers: int, split: bool) -> int:
     """How many layers of a stage compute again."""
     count = recompute.of_stage(stage)
+    if split and recompute.kind != "none" and (count is None or count == layers):
+        raise PlanError(
+            f"parallel.recompute: all {layers} layers of stage {stage} are to be computed again, and its schedule puts "
+            "weight gradients off (W), which is for layers that keep what they made: nothing would be left for W; set "
+            f"parallel.recompute.layers to at most {layers - 1} there, or take a schedule of whole backwards"
+        )
     if count is not None and count > layers:
         raise PlanError(
             f"parallel.recompute.layers: {count} layers of stage {stage} are to be computed again, it has {layers}; "

@@ -10,10 +10,11 @@ add to it in place. On a stage that sends its output on, that buffer is the outp
 sent, and the gradient that comes back has its shape.
 
 A stage that is ``split`` has two programs in place of one backward: the weight gradients that are matrix products are
-put off into ``weights`` (W), everything else stays in ``backward`` (I). What a call that is put off reads keeps its
-bytes: a norm that would add to it in place writes the sum elsewhere (operand ``old``), and the gradient lies there from
-then on. Where no kernel can, the call is not put off after all. The calls of both programs are those of the whole
-backward, a weight's in the same order, so that its bits are equal.
+put off into ``weights`` (W), everything else stays in ``backward`` (I), as do those of a layer that is computed again
+(``recompute.py``). What a call that is put off reads keeps its bytes: a norm that would add to it in place writes the
+sum elsewhere (operand ``old``), and the gradient lies there from then on. Where no kernel can, the call is not put off
+after all. The calls of both programs are those of the whole backward, a weight's in the same order, so that its bits
+are equal.
 
 Invariants, asserted while expanding:
 
@@ -119,8 +120,9 @@ def expand_stage(
         return StagePrograms(Stage(0), layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
     chosen = layers[:again] if recompute != "none" else range(0)
     twice = run_again(b, forward, recompute, chosen, (received, None if last else x))
-    tape = Tape(b, twice.seen, received, None if last else x, min(classifier_chunk, b.rows), scale, split)
-    backward = without_idle(tape.run(head, twice.calls), tape.put_off.calls)
+    put_off = PutOff(split, chosen)
+    tape = Tape(b, twice.seen, received, None if last else x, min(classifier_chunk, b.rows), scale, put_off)
+    backward = without_idle(tape.run(head, twice.calls), put_off.calls)
     return StagePrograms(
         index=Stage(0),
         layers=layers,
@@ -133,22 +135,24 @@ def expand_stage(
         sent=None if last else x,
         gradient_received=None if last else tape.gradient(x),
         gradient_sent=None if received is None else tape.gradient(received),
-        weights=tuple(tape.put_off.calls),
+        weights=tuple(put_off.calls),
     )
 
 
 class PutOff:
-    """The weight gradients of a stage that is split, and which bytes they still need (I4)."""
+    """The weight gradients of a stage that is split, and which bytes they still need (I4). ``at_once``: layers that do
+    theirs in I."""
 
-    def __init__(self, split: bool) -> None:
-        self.split = split
+    def __init__(self, split: bool, at_once: Collection[int]) -> None:
+        self.split, self.at_once = split, at_once
         self.calls: list[Call] = []
         self.reads: dict[str, list[tuple[View, Call]]] = {}
 
-    def takes(self, kernel: str, forward: str) -> bool:
-        """Whether a gradient of this forward kernel is put off: a matrix product that gives no other gradient."""
-        row = KERNELS[forward]
-        return self.split and kernel not in ("", row.input_gradient) and KERNELS[kernel].products != "0"
+    def takes(self, kernel: str, forward: Call) -> bool:
+        """Whether a gradient of this forward call is put off: a matrix product that gives no other gradient."""
+        if not self.split or forward.layer in self.at_once:
+            return False
+        return kernel not in ("", KERNELS[forward.kernel].input_gradient) and KERNELS[kernel].products != "0"
 
     def add(self, call: Call) -> None:
         """Puts a call off."""
@@ -188,10 +192,10 @@ class Tape:
         sent: View | None,
         chunk: int,
         scale: float,
-        split: bool = False,
+        put_off: PutOff,
     ) -> None:
         self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
-        self.put_off = PutOff(split)
+        self.put_off = put_off
         self.calls: list[Call] = []
         self.layer: int | None = None
         self.gradient_codes: dict[str, Operand] = {}  # of the call that is derived
@@ -249,7 +253,7 @@ class Tape:
         ptr = tuple(given[operand.name] for operand in row.operands)
         dim = tuple(dims[name] for name in row.dim_names.split())
         made = Call(kernel, ptr, dim, tuple(reals[name] for name in row.real_names.split()), self.layer, part)
-        if part == "W" and self.put_off.takes(kernel, call.kernel):
+        if part == "W" and self.put_off.takes(kernel, call):
             self.put_off.add(made)
         else:
             self._do(made)

@@ -4,6 +4,9 @@ A rewrite of a stage's forward calls before backward is derived. The calls that 
 (``again.…``), and backward reads these: so what the forward made is scratch there. What more than one layer touches
 (the residual stream between layers, a message) is kept and never made again. The same calls on the same bytes: the bits
 are equal.
+
+Where a stage's weight gradients are put off, those of a layer that computes again are not: they would need what it made
+until W, in the same slot, and nothing would be saved.
 """
 
 from __future__ import annotations

@@ -110,6 +110,19 @@ def test_what_no_kernel_can_write_elsewhere_is_not_put_off() -> None:
     assert len(apart.weights) == 5
 
 
+def test_layers_that_compute_again_put_nothing_off() -> None:
+    """What they made would be kept for W in the slot that it was to leave."""
+    spec, built = model(), models.family("gpt2")
+    some = expand_stage(
+        built, spec, tensor_table(built, spec), range(3), 2, 8, 64, 1.0, split=True, recompute="layer", again=2
+    )
+    assert {call.layer for call in some.weights} == {2}
+    none = stage(spec, range(3), split=True)
+    assert len(some.weights) + sum(c.kernel == "linear_wgrad" for c in some.backward) == len(none.weights)
+    sizes = [sum(one.buffers[n].elements for n in one.kept) for one in (some, none)]
+    assert sizes[0] < 0.5 * sizes[1]
+
+
 AGAIN = {
     "elementwise": {
         "gpt2": ["layernorm_fwd", "layernorm_fwd", "gelu_fwd"],

@@ -24,6 +24,7 @@ from trainer.plan.schedules import GENERATORS, gpipe, interleaved, one_f_one_b
 from trainer.plan.simulate import CostModel, Instruction, from_plan, from_rows
 from trainer.plan.timeline import from_chrome, to_chrome
 from trainer.spec import ModelSpec, parse_spec
+from trainer.spec_sections import RecomputeSpec
 
 FREE_LINKS = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
 
@@ -137,6 +138,11 @@ def test_layers_that_a_stage_has_not_are_not_computed_again() -> None:
     spec = parse_spec({"name": "small", "model": model, "train": train, "parallel": parallel}).resolve(data)
     with pytest.raises(PlanError, match=r"recompute\.layers: 3 layers of stage . are to be .* take at most . there"):
         compile_plan(spec, data, bytes(32))
+    how = spec.parallel.model_copy(update={"schedule": "zb-h1", "recompute": RecomputeSpec(kind="layer")})
+    with pytest.raises(
+        PlanError, match=r"all . layers of stage . are .* nothing would be left for W; .* whole backwards"
+    ):
+        compile_plan(spec.model_copy(update={"parallel": how}), data, bytes(32))
 
 
 def test_one_table_counts_operations() -> None:
