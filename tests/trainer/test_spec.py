@@ -147,6 +147,10 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
                 "take nodes = 2",
             ],
         ),
+        (
+            {"train__reduction_groups": 2, "recovery__layouts": [{"replicas": 4}]},
+            ["recovery.layouts[0] (1 stage x 4 replicas on 4 nodes)", "the 2 groups", "changes the bits"],
+        ),
         ({"recovery__layouts": [{"stags": 2}]}, ["recovery.layouts.0.stags", "did you mean stages?"]),
         ({"recovery__layouts": [{"stages": 0}]}, ["recovery.layouts.0.stages 0", "at least 1"]),
         ({"recovery": {"layouts": [{}], "allowed_stages": [1]}}, ["allowed_stages", "give one of the two"]),
