@@ -58,6 +58,9 @@ def schema() -> int:
 )
 @click.option("--svg", type=click.Path(dir_okay=False), help="Write the foretold timeline as SVG.")
 @click.option(
+    "--run", metavar="RUN", help="Beside it, in --svg and --trace, a step that this run's ranks traced (launch.trace)."
+)
+@click.option(
     "--schedule-csv", type=click.Path(dir_okay=False), help="Write the schedule as PyTorch's pipelining reads it."
 )
 def plan(
@@ -68,6 +71,7 @@ def plan(
     device: str | None,
     trace: str | None,
     svg: str | None,
+    run: str | None,
     schedule_csv: str | None,
 ) -> int:
     """Show what SPEC's plan says before the first step: memory by kind and position, the schedule, the step's time.
@@ -89,10 +93,15 @@ def plan(
     else:
         simulation = foretell.simulate_on(compiled, resolved, sheet)
         told = foretell.facts_on(compiled, resolved, simulation, sheet)
+    steps = [simulation.timeline]
+    if run is not None:
+        from flows.show.facts import beside
+
+        steps = beside(compiled, run, store, steps)
     if trace:
-        write_out(Path(trace), to_chrome(simulation.timeline))
+        write_out(Path(trace), to_chrome(steps))
     if svg:
-        write_out(Path(svg), timeline_svg(simulation.timeline))
+        write_out(Path(svg), timeline_svg(steps))
     if schedule_csv:
         write_out(Path(schedule_csv), to_csv(compiled.schedule))
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint.curve import AttemptRow
@@ -14,9 +14,13 @@ from checkpoint.store import Store
 from flows.drive.live import read_curve
 from flows.drive.orders import describe
 from flows.drive.run import load_run, load_what
+from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
+from trainer.plan.calibrate import fitted
+from trainer.plan.compiled import Plan
 from trainer.plan.draw import timeline_svg
 from trainer.plan.places import Rank
+from trainer.plan.simulate import from_plan, simulate
 from trainer.plan.timeline import Timeline, from_chrome
 from trainer.spec_layouts import layout_words
 
@@ -136,6 +140,20 @@ def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
         if traces:
             return from_chrome(traces)
     return None
+
+
+def beside(plan: Plan, run: str, store_url: str | None, steps: Sequence[Timeline]) -> list[Timeline]:
+    """``steps``, then one that the run's ranks traced, and the plan's simulated with the rates that its programs had.
+    CheckpointError where the run left no trace, PlanError where it is of another plan."""
+    from flows.show.foretell import yardstick
+
+    store = store_at(store_url)
+    measured = read_traces(store, run, [a.epoch for a in RunLog(store, run).fold(quick=True).attempts])
+    if measured is None:
+        raise CheckpointError(f"run {run} left no trace of a step; set launch.trace = true and let it train some steps")
+    cost = fitted(plan, [measured], yardstick(len(plan.ranks)))
+    again = simulate(from_plan(plan, cost), cost, title="simulated with the measured programs' rates").timeline
+    return [*steps, measured, again]
 
 
 def report_facts(

@@ -42,11 +42,15 @@ def compile_for(spec: RunSpec, store_url: str | None) -> tuple[Plan, RunSpec, st
     return compile_plan(resolved, dataset, what_digest(resolved, dataset)), resolved, note
 
 
+def yardstick(ranks: int) -> CostModel:
+    """This machine's measured speed, shared by so many ranks."""
+    return CostModel(flops_per_s=0.8 * measured_peak() / ranks, memory_bytes_per_s=measured_bandwidth() / ranks)
+
+
 def simulate(plan: Plan) -> Simulation:
     """The plan's step, timed with this machine's measured speed shared by its ranks."""
-    peak, bandwidth, ranks = measured_peak(), measured_bandwidth(), len(plan.ranks)
-    cost = CostModel(flops_per_s=0.8 * peak / ranks, memory_bytes_per_s=bandwidth / ranks)
-    return play(from_plan(plan, cost), cost, peak_flops=peak)
+    cost = yardstick(len(plan.ranks))
+    return play(from_plan(plan, cost), cost, peak_flops=measured_peak())
 
 
 def simulate_on(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> Simulation:

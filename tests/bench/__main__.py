@@ -34,6 +34,7 @@ from tests.bench import (
     bench_fp8,
     bench_kernels,
     bench_log,
+    bench_pipeline,
     bench_plan,
     bench_store,
     bench_watch,
@@ -219,6 +220,22 @@ def plan() -> Iterator[dict[str, Any]]:
     yield entry("plan/simulate-1000-stages-s", runs[1]["simulation_seconds"], "s", "target", 60.0)
 
 
+def pipeline() -> Iterator[dict[str, Any]]:
+    """Schedules on four ranks that sleep, rounds interleaved: the measured step over the simulated one, and the bubble.
+    Then the demo's own step, simulated with the rates that its programs had, and as foretold from the yardstick."""
+    rounds = [{name: bench_pipeline.measure(name) for name in bench_pipeline.SCHEDULES} for _ in range(ROUNDS)]
+    for name in bench_pipeline.SCHEDULES:
+        seen, told = [turn[name][0] for turn in rounds], rounds[0][name][1]
+        ratio = statistics.median(m.seconds for m in seen) / told.seconds
+        yield entry(f"pipeline/{name}/step-vs-simulated", ratio, "1", "target", 1.03)
+        yield entry(f"pipeline/{name}/bubble", statistics.median(m.idle for m in seen), "1", "simulated", told.idle)
+        within = statistics.median(m.within for m in seen)
+        yield entry(f"pipeline/{name}/bubble-between-first-and-last", within, "1", "simulated", told.within)
+    demos = [bench_pipeline.demo() for _ in range(ROUNDS)]
+    yield entry("pipeline/demo/step-vs-simulated", statistics.median(m / s for m, s, _ in demos), "1", "target", 1.08)
+    yield entry("pipeline/demo/step-vs-yardstick", statistics.median(m / f for m, _, f in demos), "1", "target", 1.08)
+
+
 def fp8() -> Iterator[dict[str, Any]]:
     """The loss of fp8 against bf16's after 1,000 steps."""
     with tempfile.TemporaryDirectory() as folder:
@@ -278,6 +295,7 @@ def main() -> int:
         "executor": lambda: list(executor()),
         "watch": lambda: list(watch()),
         "plan": lambda: list(plan()),
+        "pipeline": lambda: list(pipeline()),
         "log": lambda: list(log()),
         "store": lambda: list(store()),
         "demo": lambda: list(demo()),

@@ -1,30 +1,39 @@
 """Schedules measured against the simulator: four ranks on this machine whose programs last a set time (kernel
-``delay``, which sleeps), so that ranks do not wait for cores.
+``delay``, which sleeps), so that ranks do not wait for cores. And the demo's step, which computes.
+
+Ranks run with real-time priority where this user may give it: what else the machine does is no part of a schedule.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import subprocess
 import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flows.show.foretell import yardstick
 from tests.e2e.engine_runs import train, write_samples
 from trainer.plan import Plan, compile_plan
+from trainer.plan.calibrate import fitted
 from trainer.plan.places import Rank
 from trainer.plan.schedules import V
 from trainer.plan.simulate import CostModel, from_plan, simulate
-from trainer.plan.timeline import Timeline, from_chrome
-from trainer.spec import parse_spec, what_digest
+from trainer.plan.timeline import COMPUTE_KINDS, Timeline, from_chrome
+from trainer.presets import PRESETS
+from trainer.spec import RunSpec, parse_spec, what_digest
 
 POSITIONS, MICROBATCHES, STEPS = 4, 8, 6
 UNIT_S = 0.012
 """What F, I and W of a position's whole work on a microbatch last."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
-PREFIX: tuple[str, ...] = ()
 TWO = ("interleaved-1f1b", *V)
 COST = CostModel(flops_per_s=20e9, memory_bytes_per_s=5e9, link_bytes_per_s=1e9, link_latency_s=60e-6, call_s=0.5e-6)
 """Of the rest: a tiny model on a busy core, sockets on loopback."""
@@ -32,12 +41,33 @@ COST = CostModel(flops_per_s=20e9, memory_bytes_per_s=5e9, link_bytes_per_s=1e9,
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a step: seconds and the share that the ranks idle, as measured and as simulated."""
+    """Of a step: seconds; the part that the ranks idle; that between each one's first and last computation."""
 
     seconds: float
-    bubble: float
-    simulated_seconds: float
-    simulated_bubble: float
+    idle: float
+    within: float
+
+
+def real_time() -> tuple[str, ...]:
+    """The command that gives it; empty where this user may not."""
+    return _real_time()
+
+
+@lru_cache(maxsize=1)
+def _real_time() -> tuple[str, ...]:
+    command = ("chrt", "-f", "1")
+    able = shutil.which("chrt") and subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    return command if able else ()
+
+
+def compiled(tree: dict[str, Any], sets: Sequence[str], folder: Path, delays: dict[str, float] | None) -> Plan:
+    """The plan of a spec on samples drawn at random, which it writes."""
+    spec: RunSpec = parse_spec(tree, list(sets))
+    shape = spec.train.batch, spec.train.sequence + 1
+    samples = np.random.default_rng(0).integers(0, spec.model.vocab, shape).astype(np.int64)
+    dataset = write_samples(folder / "data", samples, spec.model.vocab)
+    spec = spec.resolve(dataset)
+    return compile_plan(spec, dataset, what_digest(spec, dataset), delays=delays)
 
 
 def plan_of(schedule: str, folder: Path) -> Plan:
@@ -50,25 +80,55 @@ def plan_of(schedule: str, folder: Path) -> Plan:
         "parallel": {"stages": POSITIONS * chunks, "chunks": chunks, "schedule": schedule, "threads": 1},
         "checkpoint": {"every": 0},
     }
-    samples = np.random.default_rng(0).integers(0, 256, (MICROBATCHES, 9)).astype(np.int64)
-    dataset = write_samples(folder / "data", samples, 256)
-    spec = parse_spec(tree).resolve(dataset)
-    return compile_plan(spec, dataset, what_digest(spec, dataset), delays=dict.fromkeys("FIW", UNIT_S / chunks))
+    return compiled(tree, (), folder, dict.fromkeys("FIW", UNIT_S / chunks))
 
 
-def traced(folder: Path, step: int) -> Timeline:
-    """A step as the ranks traced it."""
-    traces = {Rank(rank): next(folder.glob(f"*trace*{rank}*")).read_text() for rank in range(POSITIONS)}
-    return from_chrome(traces, step)
+def figures(timeline: Timeline) -> Measured:
+    """Of a timeline: means over its ranks."""
+    within = []
+    for row in timeline.rows:
+        work = [event for event in row if event.kind in COMPUTE_KINDS]
+        within.append(1 - sum(e.seconds for e in work) / (work[-1].end - work[0].start))
+    return Measured(timeline.seconds, float(np.mean(timeline.bubble)), float(np.mean(within)))
 
 
-def measure(schedule: str) -> Measured:
-    """The median of the steps of a run."""
+def traced(folder: Path, ranks: int, steps: int) -> Iterator[Timeline]:
+    """The last steps, as the ranks traced them."""
+    traces = {Rank(rank): next(folder.glob(f"*trace*{rank}*")).read_text() for rank in range(ranks)}
+    for step in range(2, steps + 1):
+        try:
+            yield from_chrome(traces, step)
+        except ValueError:
+            continue
+
+
+def run(plan: Plan, folder: Path) -> tuple[float, list[Timeline]]:
+    """Seconds of a step (the median, without the first), and traced ones."""
+    gang = train(plan, folder / "data", folder / "run", dump=False, trace=True, prefix=real_time())
+    seconds = statistics.median(float(step["step_us"]) for step in gang.steps[1:]) * 1e-6
+    return seconds, list(traced(folder / "run", len(plan.ranks), len(gang.steps)))
+
+
+def measure(schedule: str) -> tuple[Measured, Measured]:
+    """A run's steps, and the simulated one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan = plan_of(schedule, folder)
-        gang = train(plan, folder / "data", folder / "run", dump=False, trace=True, prefix=PREFIX)
-        seconds = statistics.median(float(step["step_us"]) for step in gang.steps[1:]) * 1e-6
-        idle = [float(np.mean(traced(folder / "run", n).bubble)) for n in range(2, STEPS)]
-    told = simulate(from_plan(plan, COST), COST)
-    return Measured(seconds, statistics.median(idle), told.step_seconds, float(np.mean(told.bubble)))
+        seconds, steps = run(plan, folder)
+        seen = [figures(timeline) for timeline in steps]
+        told = figures(simulate(from_plan(plan, COST), COST).timeline)
+        middle = (statistics.median(f.idle for f in seen), statistics.median(f.within for f in seen))
+        return Measured(seconds, *middle), told
+
+
+def demo() -> tuple[float, float, float]:
+    """Seconds of the demo's step: measured; simulated with the rates that its programs had; foretold before."""
+    sets = ("train.steps=40", "model.vocab=2048", "train.schedule.warmup=0", "checkpoint.every=0")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan = compiled(tomllib.loads(PRESETS["gpt2-demo"]), sets, folder, None)
+        seconds, steps = run(plan, folder)
+        before = yardstick(len(plan.ranks))
+        after = fitted(plan, steps, before)
+        told = [simulate(from_plan(plan, cost), cost).step_seconds for cost in (after, before)]
+        return seconds, told[0], told[1]

@@ -355,6 +355,14 @@ _OTHER_NAMES = {
 }
 
 
+def run_text(position: PositionPlan, action: BoundAction) -> str:
+    """A program's name in traces, without its microbatch: ``2F`` where it computes for a stage."""
+    assert action.program is not None
+    if action.op not in COMPUTE_KINDS:
+        return position.programs[action.program].name
+    return f"{position.position if action.stage is None else action.stage}{action.op}"
+
+
 def from_plan(plan: Plan, cost: CostModel) -> list[InstructionList]:
     """Instructions of one step of a compiled plan, one list a rank; without snapshots, which few steps have."""
     orders = [_order(plan, position) for position in plan.positions]
@@ -411,7 +419,7 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank, order: NDArray[np.int64]) 
         if action.kind == wire.A_RUN:
             assert action.program is not None
             compute = action.op in COMPUTE_KINDS
-            text = f"{number}{action.op}" if compute else position.programs[action.program].name
+            text = run_text(position, action)
             kind = action.op if compute else kind_of(text)
             estimate, flops = programs[action.program]
             return Instruction(text, kind, estimate, model_flops=flops)
