@@ -172,11 +172,12 @@ def judge(
     if settled is not None:
         return settled
     newest = log.attempts[-1]
-    if waiting and lost is None and waited_s >= policy.capacity_s:
+    mine = [n for n in nodes if n.epoch == newest.epoch]
+    trains = any(r.pid and not r.ended for n in mine for r in n.ranks)  # whatever its launcher says: it is not ended
+    if waiting and lost is None and waited_s >= policy.capacity_s and not trains:
         relief = _without_room(log, policy, waiting, room)
         if relief is not None:
             return relief
-    mine = [n for n in nodes if n.epoch == newest.epoch]
     cause, leave = cause_of(newest, nodes, mine, lost, policy), lost is not None
     began = any(r.pid for n in mine for r in n.ranks)
     if cause is not None and cause.cls == Failure.INFRA and waiting and not leave and not began:

@@ -670,6 +670,13 @@ def test_nothing_smaller_or_no_want_of_machines_is_waited_for() -> None:
     assert decide(log(replace(attempt(1), nodes=4)), [], two, waiting="w", waited_s=99.0, room=1) == waits
 
 
+def test_a_gang_that_trains_is_not_ended_for_want_of_room() -> None:
+    """Whatever a launcher that lags behind says of one of its pods."""
+    nodes = [*running(), NodeView(2), NodeView(3)]
+    asked = log(replace(attempt(1), nodes=4))
+    assert isinstance(decide(asked, nodes, LADDER, waiting="3 of 4 pods run", waited_s=1e6, room=3), Watch)
+
+
 def test_a_run_goes_back_up_with_its_next_launch_and_never_before() -> None:
     """No gang is ended for more nodes; a rank's end in place is answered in place; a launch that is lost, by the layout
     that was asked for."""
