@@ -117,7 +117,7 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
 def test_replicas_have_the_same_bits_in_any_order(
     runs: MakeRuns, replicas: int, stages: int, vocab: int, orders: list[int]
 ) -> None:
-    """Messages between replicas pass through the host, in both windows at once. 16,400 x 16 are two blocks, in pieces."""
+    """Their messages pass through the host, in both windows at once. 16,400 x 16 are two blocks: in pieces."""
     train: dict[str, Any] = {"batch": 8, "microbatch": 1, "reduction_groups": 4, "steps": 2, "vocab": vocab}
     some = runs(stages=stages, parallel={"replicas": replicas}, **train)
     sound = some.state("cpu")
