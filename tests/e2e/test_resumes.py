@@ -31,8 +31,8 @@ from trainer.spec import parse_spec, what_digest
 
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
 LAYOUTS, PAIRS, RANKS = 12, 64, 8
-VOCAB, SEQUENCE, STEP, STEPS = 17_000, 8, 2, 4
-"""The embedding has two blocks, which are pieces of one block, or empty, in many replicas; all else is whole."""
+VOCAB, SEQUENCE, STEP, STEPS = 33_000, 8, 2, 4
+"""The embedding has three blocks: two replicas have two and one, four have one, one, one and none. All else is whole."""
 RUN = "resumes-0a1b2c"
 
 
