@@ -32,7 +32,7 @@ from trainer.spec import parse_spec, what_digest
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
 LAYOUTS, PAIRS, RANKS = 12, 64, 8
 VOCAB, SEQUENCE, STEP, STEPS = 33_000, 8, 2, 4
-"""The embedding has three blocks: two replicas have two and one, four have one, one, one and none. All else is whole."""
+"""The embedding has three blocks: two replicas have two and one, four one, one, one and none. All else is whole."""
 RUN = "resumes-0a1b2c"
 
 
