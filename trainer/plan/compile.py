@@ -137,7 +137,7 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
             fp8=train.precision == "fp8",
             split=number in split,
             recompute=again.kind,
-            again=0 if number is None or forward_only else _again(again, number, len(layers), number in split),
+            again=0 if forward_only else _again(again, number, len(layers), number in split),
         )
 
     whole = stage(range(spec.model.layers), True)
@@ -148,14 +148,17 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
             head += call_cost(call)
         else:
             costs[call.layer] += call_cost(call)
+    if spec.parallel.recompute.of_stage(0) is None:  # every layer; else which ones depends on the split
+        again = sum(call_cost(call, alone=True) for call in stage(range(1), False).backward if call.part == "R")
+        costs = [cost + cost * again // costs[0] for cost in costs]
     ranges = split_layers(costs, head, spec.parallel.stages)
     stages = ((Stage(number), layers) for number, layers in enumerate(ranges))
     return tuple(replace(stage(layers, infer, number), index=number) for number, layers in stages)
 
 
-def _again(recompute: RecomputeSpec, stage: Stage, layers: int, split: bool) -> int:
-    """How many layers of a stage compute again."""
-    count = recompute.of_stage(stage)
+def _again(recompute: RecomputeSpec, stage: Stage | None, layers: int, split: bool) -> int:
+    """How many layers of a stage compute again; None: of one that is but looked at."""
+    count = None if stage is None else recompute.of_stage(stage)
     if split and recompute.kind != "none" and (count is None or count == layers):
         raise PlanError(
             f"parallel.recompute: all {layers} layers of stage {stage} are to be computed again, and its schedule puts "

@@ -66,12 +66,13 @@ def kernel_flops(name: str, dims: Dims) -> Flops:
     return Flops(2 * found.products, 2 * (found.products + found.again) + found.elementwise)
 
 
-def call_cost(call: Call) -> int:
-    """Multiply-adds of a forward call with all its gradients, as executed; 0 where memory traffic decides.
+def call_cost(call: Call, alone: bool = False) -> int:
+    """Multiply-adds of a forward call with all its gradients (``alone``: without), as executed; 0 where memory traffic
+    decides.
 
     The layout's weight of a layer: arithmetic that a stage does for a microbatch.
     """
-    parts = (work(kernel, call.dim) for kernel in _training(call.kernel))
+    parts = (work(kernel, call.dim) for kernel in ((call.kernel,) if alone else _training(call.kernel)))
     return sum(part.products + part.again for part in parts)
 
 

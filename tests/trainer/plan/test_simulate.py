@@ -16,6 +16,7 @@ from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
 from trainer.plan import compile_plan, draw, flops, flops_per_token, simulate, timeline
+from trainer.plan.compile import expand
 from trainer.plan.draw import memory_text, timeline_svg, timeline_text
 from trainer.plan.expand import expand_stage
 from trainer.plan.flops import kernel_flops
@@ -128,6 +129,18 @@ def test_what_is_computed_again_takes_time_and_counts_for_nothing() -> None:
     assert found == sorted(found)
     assert len({flops for _, _, flops in found}) == 1
     assert len({bytes_ for _, bytes_, _ in found}) == 4
+
+
+def test_layers_that_compute_again_count_with_it_in_the_split() -> None:
+    """The head is worth 4.2 layers, and 3.5 of those that compute their products again."""
+    model = {"family": "gpt2", "layers": 15, "width": 32, "heads": 4, "context": 16}
+    train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16}
+    data = DatasetRef("ab" * 32, 1700, 2, (10_000,), "cd" * 32)
+    found = {}
+    for kind in ("none", "elementwise", "layer"):
+        tree = {"name": "small", "model": model, "train": train, "parallel": {"stages": 2, "recompute": kind}}
+        found[kind] = [len(stage.layers) for stage in expand(parse_spec(tree).resolve(data))]
+    assert found == {"none": [10, 5], "elementwise": [10, 5], "layer": [9, 6]}
 
 
 def test_layers_that_a_stage_has_not_are_not_computed_again() -> None:
