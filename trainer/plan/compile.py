@@ -20,7 +20,7 @@ from trainer.plan import schedule_file
 from trainer.plan.compiled import Plan
 from trainer.plan.delays import with_delays
 from trainer.plan.expand import StagePrograms, expand_stage
-from trainer.plan.flops import call_cost, model_flops
+from trainer.plan.flops import call_cost, kernel_flops, model_flops
 from trainer.plan.job import Job
 from trainer.plan.layout import split_layers
 from trainer.plan.lower import lower
@@ -28,7 +28,7 @@ from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config
 from trainer.plan.rows import Row, split_stages
-from trainer.plan.schedules import pipeline_for, rows_for
+from trainer.plan.schedules import TIMED, pipeline_for, rows_for
 from trainer.spec import ModelSpec, RunSpec
 from trainer.spec_sections import RecomputeSpec
 
@@ -95,7 +95,23 @@ def _placed(spec: RunSpec, pipeline: Pipeline | None) -> tuple[list[Row], Pipeli
     for position, stages in enumerate(pipeline.chunks):
         if not stages:
             raise PlanError(f"position {position} holds no stage; take as many positions as hold one")
-    return rows_for(parallel.schedule, pipeline, microbatches), pipeline
+    times = _stage_times(spec) if parallel.schedule in TIMED else None
+    return rows_for(parallel.schedule, pipeline, microbatches, times), pipeline
+
+
+def _stage_times(spec: RunSpec) -> list[tuple[int, int, int]]:
+    """What F, I and W of each stage last, by their operations: whole numbers, TICKS for all three of a mean stage."""
+    count = spec.parallel.stages
+    stages = expand(spec, split=[Stage(number) for number in range(count)])
+    done = [
+        [sum(kernel_flops(c.kernel, c.dim).done for c in calls) for calls in stage.programs("FIW").values()]
+        for stage in stages
+    ]
+    unit = sum(map(sum, done)) / (TICKS * count)
+    return [(max(1, round(f / unit)), max(1, round(i / unit)), max(1, round(w / unit))) for f, i, w in done]
+
+
+TICKS = 24
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 from trainer.errors import PlanError
 from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import RECV_F, B, F, I, Row, Rows, W, columns
-from trainer.plan.zero_bubble import v_half, zb_h1, zb_v
+from trainer.plan.zero_bubble import Times, v_half, zb_h1, zb_v
 
 
 def _sizes(stages: int, microbatches: int) -> None:
@@ -118,6 +118,9 @@ ZERO_BUBBLE = {"zb-h1": zb_h1, "zb-v": zb_v, "v-half": v_half}
 
 V = ("zb-v", "v-half")
 
+TIMED = ("v-half",)
+"""Schedules whose order depends on what F, I and W of the stages last."""
+
 ONE_STAGE = {"1f1b": "interleaved-1f1b", "zb-h1": "zb-v"}
 """Schedules of one stage a position, each with the one that takes several."""
 
@@ -127,8 +130,10 @@ def pipeline_for(name: str, stages: int, positions: int) -> Pipeline:
     return (Pipeline.there_and_back if name in V else Pipeline.in_turn)(stages, positions)
 
 
-def rows_for(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
-    """What is computed, by position: the schedule that a spec names, for stages that are where ``pipeline`` says."""
+def rows_for(name: str, pipeline: Pipeline, microbatches: int, times: Times | None = None) -> list[Row]:
+    """What is computed, by position: the schedule that a spec names, for stages that are where ``pipeline`` says.
+
+    ``times``: what F, I and W of each stage last; for ``TIMED``, which are made for them."""
     most = max(map(len, pipeline.chunks))
     _sizes(pipeline.stages, microbatches)
     if name in V:
@@ -138,6 +143,8 @@ def rows_for(name: str, pipeline: Pipeline, microbatches: int) -> list[Row]:
                 f"{list(pipeline.of_stage)}; it takes two at each, there and back: set parallel.chunks = 2 and "
                 f"parallel.stages = {2 * pipeline.positions}"
             )
+        if name in TIMED:
+            return v_half(pipeline.positions, microbatches, times)
         return ZERO_BUBBLE[name](pipeline.positions, microbatches)
     if name == "interleaved-1f1b":
         if pipeline != Pipeline.in_turn(pipeline.stages, pipeline.positions) or pipeline.stages % pipeline.positions:

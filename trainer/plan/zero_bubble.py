@@ -11,6 +11,9 @@ microbatch. Where every I of a stage is directly followed by its own W and no st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +22,9 @@ from trainer.plan.rows import B, F, I, Row, W
 
 Parts = list[tuple[int, int, NDArray[np.integer], NDArray[np.integer]]]
 """Of a row: operation, stage, microbatches, and when each runs (any numbers that order them)."""
+
+Times = Sequence[tuple[int, int, int]]
+"""By stage, what F, I and W last, in some unit."""
 
 
 def zb_h1(stages: int, microbatches: int) -> list[Row]:
@@ -81,7 +87,7 @@ def zb_v(positions: int, microbatches: int) -> list[Row]:
     return rows
 
 
-def v_half(positions: int, microbatches: int) -> list[Row]:
+def v_half(positions: int, microbatches: int, times: Times | None = None) -> list[Row]:
     """Placed as ``zb_v``, with half as many microbatches held at once (P + 2 at most, P + 1 where P is odd).
 
     A microbatch's forward goes down the V by 2 a position and back by 1, its backward likewise, and every 6 the next
@@ -90,21 +96,25 @@ def v_half(positions: int, microbatches: int) -> list[Row]:
     that leaves room for all that the row still has before it, but W where nothing else can. The bubble of a step is
     then 3 P - 5 of 6 M + 3 P - 5 where F, I and W last alike (3 P - 4 where P is odd); 1F1B's, 6 (P - 1).
 
+    ``times``: what they last, by stage; None: alike. With half of the memory a row has little slack, and an order that
+    is made for other times has ranks wait for one another in every microbatch.
+
     >>> [str(a) for a in v_half(1, 2)[0]]
     ['0F0', '1F0', '1I0', '0I0', '1W0', '0F1', '0W0', '1F1', '1I1', '0I1', '1W1', '0W1']
     """
-    return _Squeeze(positions, microbatches).rows()
+    return _Squeeze(positions, microbatches, times).rows()
 
 
 class _Squeeze:
-    """Plays the pattern of ``v_half`` in units of time: whatever can run early does, within the pattern's memory.
+    """Plays the pattern of ``v_half``: whatever can run early does, within the pattern's memory.
 
     It comes to its end: of all that is left, what the pattern has first has all that it needs, stands first in its row,
     and has its memory. A W that runs early only frees memory.
     """
 
-    def __init__(self, positions: int, microbatches: int) -> None:
+    def __init__(self, positions: int, microbatches: int, times: Times | None) -> None:
         self.positions, self.stages = positions, 2 * positions
+        self.times = [(1, 1, 1)] * self.stages if times is None else times
         self.queues = [self._pattern(here, microbatches) for here in range(positions)]
         self.change = {F: 1, I: 0, W: -1}
         peaks = [max(self._held(queue)) for queue in self.queues]
@@ -166,19 +176,28 @@ class _Squeeze:
         return weights
 
     def rows(self) -> list[Row]:
-        rows: list[list[tuple[int, int, int]]] = [[] for _ in range(self.positions)]
-        now = 0
-        while any(self.queues):
-            chosen = [(here, self._next(here, now)) for here in range(self.positions) if self.queues[here]]
-            for here, place in chosen:
+        """The rows as they were played. A position looks again when it is done, or something comes for it."""
+        pipe = self.positions
+        rows: list[list[tuple[int, int, int]]] = [[] for _ in range(pipe)]
+        clocks = [0] * pipe
+        events = [(0, here) for here in range(pipe)]
+        while events:
+            now, looks = events[0][0], set()
+            while events and events[0][0] == now:
+                looks.add(heappop(events)[1])
+            for here in sorted(looks):
+                place = self._next(here, now) if clocks[here] <= now else None
                 if place is None:
                     continue
                 op, stage, m = action = self.queues[here].pop(place)
                 rows[here].append(action)
                 self.held[here] += self.change[op]
+                clocks[here] = end = now + self.times[stage][(F, I, W).index(op)]
+                heappush(events, (end, here))
                 if op != W:
-                    self.done[0 if op == F else 1, stage, m] = now + 1
-            now += 1
+                    self.done[0 if op == F else 1, stage, m] = end
+                    to = min(max(stage + (1 if op == F else -1), 0), self.stages - 1)
+                    heappush(events, (end, min(to, self.stages - 1 - to)))
         return [_merged(Row(*_columns(row))) for row in rows]
 
 

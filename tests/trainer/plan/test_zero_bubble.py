@@ -119,6 +119,35 @@ def test_zb_h1_of_any_times(f: float, i: float, w: float) -> None:
         assert done.step_seconds == pytest.approx(m * (f + i + w) + (p - 1) * (f + i - w))
 
 
+@pytest.mark.parametrize("fiw", [(8, 10, 6), (8, 11, 5), (7, 8, 9)])
+def test_v_half_is_made_for_what_its_stages_last(fiw: tuple[int, int, int]) -> None:
+    """Times that differ cost no wait in every microbatch: the bubble stays below 1F1B's, however many there are. An
+    order that is made for times alike takes twice 1F1B's bubble and more, where I is the longest."""
+    seconds = dict(zip("FIW", map(float, fiw), strict=True))
+    for p, m in ((4, 8), (4, 32), (5, 40)):
+        pipeline = Pipeline.there_and_back(2 * p, p)
+        rows = rows_for("v-half", pipeline, m, [fiw] * (2 * p))
+        check_schedule(rows, 2 * p, m)
+        assert max(held_at_once(rows)) == bound("v-half", p, m)
+        free = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
+        done = simulate(from_rows(insert_messages(rows, 2 * p), seconds), free)
+        whole = 2 * (p - 1) * sum(fiw)
+        assert done.step_seconds - 2 * m * sum(fiw) < 0.82 * whole
+        if (p, m) == (4, 32) and fiw[1] > fiw[0]:
+            unit = simulate(from_rows(insert_messages(rows_for("v-half", pipeline, m), 2 * p), seconds), free)
+            assert (unit.step_seconds - 2 * m * sum(fiw) > 1.5 * whole) == (fiw[1] > fiw[2])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 8), st.data())
+def test_v_half_of_uneven_stages(positions: int, microbatches: int, data: st.DataObject) -> None:
+    times = [data.draw(st.tuples(*[st.integers(1, 9)] * 3)) for _ in range(2 * positions)]
+    rows = zero_bubble.v_half(positions, microbatches, times)
+    check_schedule(rows, 2 * positions, microbatches)
+    check_lowered(insert_messages(rows, 2 * positions))
+    assert max(held_at_once(rows)) <= max(2, bound("v-half", positions, microbatches))
+
+
 def test_the_table_of_the_page_is_the_simulator_s() -> None:
     page = (Path(__file__).parents[3] / "docs" / "schedules.md").read_text().splitlines()
     for line in lines([(2, 2), (2, 16), (4, 8), (8, 8)]):
