@@ -332,6 +332,11 @@ class ParallelSpec(_Section):
         text="data-parallel replicas, a power of two, at most train.reduction_groups; they share the batch",
     )
     recompute: RecomputeSpec = RecomputeSpec()
+    optimizer: Literal["auto", "checked", "optimistic"] = Field(
+        "auto",
+        description="checked: a step ends when all know that it is finite, and how it is clipped; optimistic: the next "
+        "one begins meanwhile; auto: what the cost model says is quicker",
+    )
     threads: int = _size(0, low=0, high=1024, text="threads a rank; 0: its share of the node's cores")
     device: Device = Field(
         "auto",

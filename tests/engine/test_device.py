@@ -100,7 +100,12 @@ SPLIT = CHUNKS | {"schedule": f"file:{Path(__file__).parents[1] / 'golden' / 'sc
 """As PyTorch's pipelining wrote it."""
 
 
-@pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS, SPLIT], ids=["1", "2", "2x2", "split"])
+AHEAD = {"stages": 2, "schedule": "gpipe", "optimizer": "optimistic"}
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"stages": 1}, {"stages": 2}, CHUNKS, SPLIT, AHEAD], ids=["1", "2", "2x2", "split", "optimistic"]
+)
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], parallel: dict[str, Any]) -> None:
     some = runs(model=model | {"layers": 4}, parallel=parallel, batch=8, steps=3)

@@ -130,7 +130,11 @@ def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, tmp_p
     assert unfenced[2] != sound[2]
 
 
-@pytest.mark.parametrize("parallel", [{"stages": 1}, {"stages": 2}, CHUNKS], ids=["1", "2", "2x2"])
+@pytest.mark.parametrize(
+    "parallel",
+    [{"stages": 1}, {"stages": 2}, CHUNKS, {"stages": 2, "optimizer": "optimistic"}],
+    ids=["1", "2", "2x2", "optimistic"],
+)
 def test_pinned_memory_is_what_the_plan_says(runs: MakeRuns, parallel: dict[str, Any]) -> None:
     some = runs(model=GPT2 | {"layers": 4}, parallel=parallel, batch=8, **steady(steps=1))
     some.state("cuda")

@@ -146,3 +146,17 @@ def test_a_send_begins_as_soon_as_its_bytes_are_made(tmp_path: Path, schedule: s
     assert early
     for seed in SEEDS:
         assert gang.run("late", seed)[0] == sound
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.0], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize("which", ["gpipe", "chunks"])
+def test_an_optimistic_step_comes_to_the_same_in_any_order(tmp_path: Path, which: str, clip: float) -> None:
+    """Where messages wait for their receives, and where they are late; prefixes run once or twice."""
+    more = PLANS[which] | STEADY | {"optimizer": {"clip": clip}}
+    sound = Gang(tmp_path / "checked", **more).run("rendezvous")[0]
+    parallel = more["parallel"] | {"optimizer": "optimistic"}
+    gang = Gang(tmp_path / "optimistic", **more | {"parallel": parallel})
+    assert all(position.step_checks for position in gang.plan.positions)
+    assert gang.run("rendezvous")[0] == sound
+    for seed in SEEDS:
+        assert gang.run("late", seed)[0] == sound, seed

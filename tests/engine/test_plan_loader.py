@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,10 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("positions", POSITION, None, _set(slot_bytes=64), "slot_bytes 64, its states take"),
     ("positions", POSITION, None, _set(first_step=1 << 31), "step actions"),
     ("positions", POSITION, None, _set(first_redo=1 << 31, redos=1), "redo actions"),
-    ("positions", POSITION, None, _set(step_prefix=1000), "a prefix of 1000 of"),
-    ("positions", POSITION, None, _set(step_prefix=1), "an optimistic step, which this engine does not run"),
+    ("positions", POSITION, None, _set(step_prefix=1000), "a prefix of 1000 and a check of 0 of"),
+    ("positions", POSITION, None, _set(reserved0=1), "position 0: reserved is not 0"),
+    ("positions", POSITION, None, _set(step_prefix=1), "a prefix of 1, a check of 0 and a redo of 0 actions"),
+    ("positions", POSITION, None, _set(step_prefix=2, step_checks=1000), "a prefix of 2 and a check of 1000 of"),
     ("states", STATE, None, _set(pieces=0), "in 0 pieces of 1 replicas"),
     ("states", STATE, None, _set(pieces=2), "in 2 pieces of 1 replicas"),
     ("states", STATE, None, _set(tensor=999), "tensor 999"),
@@ -249,7 +252,7 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("actions", ACTION, lambda a: a.kind == wire.A_DECIDE, _set(kind=wire.A_COMBINE), "its block takes"),
     ("actions", ACTION, lambda a: a.kind == wire.A_DECIDE, _ref_of(offset=64), "of the report at 64, position 0"),
     ("actions", ACTION, lambda a: a.kind == wire.A_DECIDE, _set(kind=wire.A_MERGE), "kind 9 of the report at"),
-    ("actions", ACTION, lambda a: a.kind == wire.A_SNAPSHOT, _set(kind=wire.A_COUNT), "no kind 12"),
+    ("actions", ACTION, lambda a: a.kind == wire.A_SNAPSHOT, _set(kind=wire.A_COUNT), "no kind 13"),
     ("actions", ACTION, lambda a: a.kind == wire.A_APPLY, _ref_of(offset=0), "it applies what is not position 0's"),
     ("channels", CHANNEL, None, _set(to=7), "channel 0"),
     ("channels", CHANNEL, None, _set(bytes=4), "carries 4"),
@@ -275,6 +278,74 @@ def test_each_check_names_what_it_found(
     assert code == 78
     assert words in said
     assert said.count("\n") == 1
+
+
+def _optimistic(change: Callable[[Any], None], of: Callable[[Any], bool]) -> Callable[[bytes], bytes]:
+    """What changes the first action of a kind in a plan."""
+
+    def edit(data: bytes) -> bytes:
+        return edited(data, "actions", _find(data, "actions", ACTION, of), ACTION, change)
+
+    return edit
+
+
+def _longer(record: int, **more: int) -> Callable[[bytes], bytes]:
+    """What adds to fields of a position."""
+
+    def change(position: Any) -> None:
+        for name, value in more.items():
+            setattr(position, name, getattr(position, name) + value)
+
+    return lambda data: edited(data, "positions", record, POSITION, change)
+
+
+OPTIMISTIC: list[tuple[Callable[[bytes], bytes], str]] = [
+    (_longer(0, step_prefix=1), "has no place in the prefix of position 0"),
+    (_longer(0, step_prefix=-1), "has no place in the check of position 0"),
+    (_longer(0, step_checks=1), "has no place in the check of position 0"),
+    (_longer(1, step_checks=-1), "has no place in the rest of position 1"),
+    (_longer(1, step_prefix=-2, step_checks=2), "has no place in the check of position 1"),
+    (_optimistic(_set(kind=wire.A_APPLY), lambda a: a.kind == wire.A_CHECK), "comes before what it needs"),
+    (_optimistic(_ref_of(offset=0), lambda a: a.kind == wire.A_CHECK), "it applies what is not position 0's"),
+    (_optimistic(_ref_of(offset=0), lambda a: a.kind == wire.A_FORESEE), "what it foresees lies elsewhere"),
+    (_optimistic(_set(kind=wire.A_DATA), lambda a: a.kind == wire.A_SNAPSHOT), "and 0 snapshots; one each"),
+]
+
+
+@pytest.mark.parametrize(("edit", "words"), OPTIMISTIC, ids=[str(n) for n in range(len(OPTIMISTIC))])
+def test_parts_of_an_optimistic_step(check: Check, edit: Callable[[bytes], bytes], words: str) -> None:
+    good = small_plan(stages=2, parallel={"optimizer": "optimistic"}).to_bytes()
+    assert check(good) == (0, "")
+    code, said = check(edit(good))
+    assert code == 78
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_a_message_of_a_prefix_has_both_its_ends_there(check: Check) -> None:
+    """The last receive of position 1's prefix, and its forward, are left to what follows the check."""
+    plan = small_plan(stages=2, parallel={"optimizer": "optimistic", "schedule": "gpipe"})
+    position = plan.positions[1]
+    end, checked = position.step_prefix, position.step_prefix + position.step_checks
+    at = max(k for k in range(end) if position.step[k].kind == wire.A_RECV)
+    late = [a for a in position.step[at:end] if a.op == "F"]
+    prefix = [*position.step[:at], *(a for a in position.step[at:end] if a.op != "F")]
+    step = (*prefix, *position.step[end:checked], *late, *position.step[checked:])
+    moved = replace(position, step=step, step_prefix=len(prefix))
+    code, said = check(replace(plan, positions=(plan.positions[0], moved)).to_bytes())
+    assert code == 78
+    assert "2 sends and 1 receives in one prefix" in said
+
+
+def test_a_prefix_changes_no_gradient(check: Check) -> None:
+    plan = small_plan(stages=2, parallel={"optimizer": "optimistic"})
+    calls = (*plan.positions[0].programs["F"].calls, plan.positions[0].programs["B"].calls[-1])
+    programs = {**plan.positions[0].programs, "F": replace(plan.positions[0].programs["F"], calls=calls)}
+    code, said = check(
+        replace(plan, positions=(replace(plan.positions[0], programs=programs), plan.positions[1])).to_bytes()
+    )
+    assert code == 78
+    assert "it changes state or gradients in the prefix of position 0" in said
 
 
 def _across(kind: int) -> Callable[[Any], bool]:
@@ -374,7 +445,9 @@ def test_every_write_over_what_it_must_not_touch_is_refused(
     """Each written operand, message and report, laid over each other operand, tokens, targets, control block, norms
     and state tensors, in both spaces that reach them."""
     path = tmp_path / "plan"
-    path.write_bytes(small_plan(stages=stages, model=model, precision=precision).to_bytes())
+    optimizer = "optimistic" if stages == 2 else "checked"
+    plan = small_plan(stages=stages, model=model, precision=precision, parallel={"optimizer": optimizer})
+    path.write_bytes(plan.to_bytes())
     done = subprocess.run([build_plan_fuzz(), path, "plant"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout)
@@ -387,7 +460,9 @@ def test_every_write_over_what_it_must_not_touch_is_refused(
 def test_mutated_plans_are_refused_or_run_inside_their_memory(tmp_path: Path, stages: int, precision: str) -> None:
     path = tmp_path / "plan"
     for model, seed in ((GPT2, 1), (LLAMA, 2)):
-        path.write_bytes(small_plan(stages=stages, model=model, precision=precision).to_bytes())
+        optimizer = "optimistic" if model == LLAMA else "checked"
+        plan = small_plan(stages=stages, model=model, precision=precision, parallel={"optimizer": optimizer})
+        path.write_bytes(plan.to_bytes())
         command = [str(build_plan_fuzz()), str(path), "1000", str(seed)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr

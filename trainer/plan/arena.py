@@ -125,6 +125,9 @@ class PositionMemory:
             self.control = arena.ref(CONTROL_BYTES, "other")
             if job.replicas > 1 and self.position == COMBINES:
                 self.other_report = arena.ref(report, "other")
+            if job.optimistic:  # run/plan.h finds it there
+                self.foreseen = arena.ref(CONTROL_BYTES, "other")
+                assert self.foreseen.offset == self.control.offset + wire.FORESEEN
         for table in self._rope_tables():
             self.tables[table] = arena.ref(4 * table.rows * table.size, "other")
         for n in self.owned:
@@ -134,7 +137,7 @@ class PositionMemory:
                 size = job.tensors[n].elements
                 turned = None if job.infer else arena.ref(size, "weights")
                 self.codes[n] = (arena.ref(size, "weights"), turned, arena.ref(4, "weights"))
-            elif n in self.pieces or (job.dtype != wire.F32 and job.tensors[n].decay):
+            elif n in self.pieces or job.optimistic or (job.dtype != wire.F32 and job.tensors[n].decay):
                 self.copies[n] = self._padded(n, wire.DTYPE_BYTES[self.copy_dtype(n)], "weights")
         if self.tied is not None and self.last:
             alone = self.first
@@ -243,6 +246,9 @@ class PositionMemory:
             most = max(most, received + partials)
         if self.codes:
             most = max(most, received + 4 * wire.QUANTISE_PARTS)
+        whole = received + align(4 * wire.QUANTISE_PARTS)  # of a weight as AdamW will leave it, to be made codes
+        if self.job.optimistic and self.codes:
+            most = max(most, whole + 4 * max(self.job.tensors[n].elements for n in self.codes))
         base = arena.take(most, "scratch")
         for (number, name), offset in places.items():
             buffers = self.buffers[number]
@@ -250,7 +256,7 @@ class PositionMemory:
         if received:
             assert self.tied is not None
             self.tied_received = Ref(wire.SPACE_STATIC, base, 4 * self.kept(self.tied))
-        self.partials = base + received
+        self.partials, self.whole = base + received, base + whole
 
     def _place_slots(self, arena: _Arena) -> None:
         offset = max((layout.bytes for layout in self.layouts), default=0)

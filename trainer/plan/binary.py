@@ -157,6 +157,7 @@ def _position(p: PositionPlan, tables: dict[str, list[bytes]], lists: _Actions, 
     record = wire.PlanPosition(
         position=p.position,
         step_prefix=p.step_prefix,
+        step_checks=p.step_checks,
         arena_bytes=p.arena_bytes,
         act_offset=p.act_offset,
         act_stride=p.act_stride,

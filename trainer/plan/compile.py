@@ -6,7 +6,7 @@ Pure, but for a schedule that the spec names as a file.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -16,7 +16,7 @@ from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
-from trainer.plan import schedule_file
+from trainer.plan import schedule_file, steady
 from trainer.plan.compiled import Plan
 from trainer.plan.delays import with_delays
 from trainer.plan.expand import StagePrograms, expand_stage
@@ -33,6 +33,8 @@ from trainer.spec import ModelSpec, RunSpec
 from trainer.spec_sections import RecomputeSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
+FIRST_IS_LAST = ("1f1b", "gpipe", "interleaved-1f1b")
+"""Schedules whose first position starts first and ends last: no next step can begin sooner, whatever is foreseen."""
 WSD_DECAY_SHARE = 5
 """A warmup-stable-decay schedule whose decay is 0 in the spec decays over a fifth of the steps."""
 
@@ -71,17 +73,39 @@ def compile_plan(
         layout = Layout(tuple(stage.layers for stage in stages), pipeline)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
         job = Job(spec, tensors, stages, layout, infer, tuple(rows))
-        positions, channels, schedule = lower(job)
-        if delays:
-            positions = with_delays(positions, delays)
-    if not infer:
-        # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
-        on_cuda = spec.parallel.on_cuda(spec.launch.kernel_path)
-        more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" and not on_cuda else 0
-        budget = int(spec.launch.memory_gib * (1 << 30))
-        check_budget(positions, spec.launch.nodes, budget, more, spec.parallel.replicas, on_cuda=on_cuda)
-    shards = () if infer else dataset.shards
-    return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+        shards = () if infer else dataset.shards
+
+        def plan(optimistic: bool) -> Plan:
+            positions, channels, schedule = lower(replace(job, optimistic=optimistic))
+            if delays:
+                positions = with_delays(positions, delays)
+            return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+
+        return plan(False) if infer else _chosen(spec, pipeline, plan)
+
+
+def _chosen(spec: RunSpec, pipeline: Pipeline, plan: Callable[[bool], Plan]) -> Plan:
+    """The plan with the spec's optimizer, checked or optimistic, if it fits; auto: the quicker of the two that do."""
+    parallel = spec.parallel
+    if parallel.optimizer != "auto" or pipeline.positions == 1 or parallel.schedule in FIRST_IS_LAST:
+        return _fitting(spec, plan(parallel.optimizer == "optimistic"))
+    checked = _fitting(spec, plan(False))
+    cost = steady.CUDA if parallel.on_cuda(spec.launch.kernel_path) else steady.CPU
+    try:
+        optimistic = _fitting(spec, plan(True))
+    except PlanError:
+        return checked  # it alone fits
+    return optimistic if steady.quicker(checked, optimistic, cost) else checked
+
+
+def _fitting(spec: RunSpec, plan: Plan) -> Plan:
+    """PlanError where it is too large."""
+    # on a cluster nobody knows the machines yet: what they have more, the engine fits into their limit
+    on_cuda = spec.parallel.on_cuda(spec.launch.kernel_path)
+    more = more_threads_bytes(spec, usable_cpus()) if spec.launch.target == "local" and not on_cuda else 0
+    budget = int(spec.launch.memory_gib * (1 << 30))
+    check_budget(plan.positions, spec.launch.nodes, budget, more, spec.parallel.replicas, on_cuda=on_cuda)
+    return plan
 
 
 def _placed(spec: RunSpec, pipeline: Pipeline | None) -> tuple[list[Row], Pipeline]:

@@ -15,6 +15,7 @@ from trainer.errors import PlanError
 from trainer.plan.channels import Ends, check_ends
 from trainer.plan.places import Position
 from trainer.plan.records import ActionList, BoundAction, Channel, PositionPlan
+from trainer.plan.turns import Turns
 
 
 class Channels:
@@ -58,14 +59,18 @@ def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel
     its list has it. All replicas have the same lists, so all can follow this one order in step. Where it comes to an
     exchange across k, each rank (r, p) stands at it, and so does its partner (r ^ k, p), whose partner it is: the two
     send and receive at once, and both go on.
+
+    Of an optimistic step, each of the parts of which an attempt consists (``Turns.closed``). Each leaves no message on
+    its way; whoever can pass in some order of play can pass in any; so what runs part by part, all positions in step,
+    also runs where they are not.
     """
     several = any(len(p.chunks) > 1 for p in positions)
-    for name in ("load", "step"):
-        lists: list[ActionList] = [
-            _without_exchanges(ActionList.of(getattr(p, name)), p.position, channels) for p in positions
-        ]
+    turns = [Turns.of(p, channels).closed() for p in positions]
+    parts = {name: [part[name] for part in turns] for name in turns[0]}
+    for given in ([ActionList.of(p.load) for p in positions], *parts.values()):
+        lists = [_without_exchanges(part, p.position, channels) for p, part in zip(positions, given, strict=True)]
 
-        def text(position: Position, place: int, lists: list[ActionList] = lists) -> str:
+        def text(position: Position, place: int, lists: Sequence[ActionList] = lists) -> str:
             messages = (action for action in lists[position] if action.channel is not None)
             action = next(islice(messages, place, None))
             assert action.channel is not None

@@ -26,6 +26,8 @@ class Job:
     infer: bool = False
     rows: tuple[Row, ...] = ()
     """What is computed, by position."""
+    optimistic: bool = False
+    """The next step begins before this one is checked (``optimistic.py``)."""
 
     @cached_property
     def dtype(self) -> int:

@@ -28,6 +28,7 @@ from trainer.plan.edges import Channels, check_messages
 from trainer.plan.job import Job
 from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
+from trainer.plan.optimistic import Cut, cuts
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
 from trainer.plan.reduce import Reduction, expanded, joined, own_piece
@@ -43,8 +44,8 @@ _F32_KERNELS = {name for name, k in wire.KERNELS.items() if all(o.kind != "dt" f
 class _Lowering:
     """Binds the programs of one position to its memory, and writes its lists."""
 
-    def __init__(self, job: Job, position: Position, channels: Channels, row: Row) -> None:
-        self.job, self.position, self.channels, self.row = job, position, channels, row
+    def __init__(self, job: Job, position: Position, channels: Channels, row: Row, cut: Cut) -> None:
+        self.job, self.position, self.channels, self.row, self.cut = job, position, channels, row, cut
         self.mem = PositionMemory(job, position, row)
         self.reduction = Reduction(position, job.replicas, job.groups, self.mem.gradient_memory, channels)
         self.train, self.pipeline = job.spec.train, job.layout.pipeline
@@ -96,6 +97,9 @@ class _Lowering:
             add("sumsq", self._sumsq())
             add("norms", self._norms())
             add("adamw", self._adamw())
+        if self.job.optimistic:
+            add("foresee", self._foresee())
+            add("codes", self._quantised())
         return made | self.reduction.programs
 
     def _program(self, stage: Stage, op: str) -> str:
@@ -136,13 +140,12 @@ class _Lowering:
 
     def _quantised(self) -> list[BoundCall]:
         """The weights that kernels read as FP8, out of their masters."""
+        return [self._quantise(n, self.mem.masters[n]) for n in self.mem.codes]
+
+    def _quantise(self, n: int, weight: Ref) -> BoundCall:
         part = Ref(wire.SPACE_STATIC, self.mem.partials, 4 * wire.QUANTISE_PARTS)
-        calls = []
-        for n, codes in self.mem.codes.items():
-            rows, columns = self.job.tensors[n].shape
-            ptr = (*codes, self.mem.masters[n], part)
-            calls.append(self._call("quantise", ptr, (rows, columns, columns, 0), dtype=wire.F32))
-        return calls
+        rows, columns = self.job.tensors[n].shape
+        return self._call("quantise", (*self.mem.codes[n], weight, part), (rows, columns, columns, 0), dtype=wire.F32)
 
     def _sumsq(self) -> list[BoundCall]:
         """The head's share of a tied gradient is added, then every tensor's squared norm taken, in table order."""
@@ -175,25 +178,39 @@ class _Lowering:
             calls.append(self._call("sum", (self._norm(n), replace(parts, bytes=8 * blocks), tree), (blocks,)))
         return calls
 
-    def _adamw(self) -> list[BoundCall]:
+    def _reals(self, n: int) -> tuple[float, ...]:
         o = self.train.optimizer
+        return o.beta1, o.beta2, o.eps, o.weight_decay if self.job.tensors[n].decay else 0.0
+
+    def _adamw(self) -> list[BoundCall]:
         calls = []
         for n in self.owned:
-            tensor, (m, v) = self.job.tensors[n], self.mem.moments[n]
+            m, v = self.mem.moments[n]
             copy, gradient = self.mem.copies.get(n), self.mem.own(self.mem.gradients[n], n)
             own = None if copy is None else self.mem.own(copy, n)
             ptr = (self.mem.masters[n], m, v, gradient, own, self.mem.control)
             dtype = wire.F32 if copy is None else self.mem.copy_dtype(n)
-            decay = o.weight_decay if tensor.decay else 0.0
-            real = (o.beta1, o.beta2, o.eps, decay)
-            calls.append(
-                self._call("adamw", ptr, (self.mem.kept(n), 0 if n in self.mem.pieces else 1), *real, dtype=dtype)
-            )
+            dim = (self.mem.kept(n), 0 if n in self.mem.pieces else 1)
+            calls.append(self._call("adamw", ptr, dim, *self._reals(n), dtype=dtype))
         spent = [self.mem.gradients[n] for n in self.owned if n in self.mem.pieces]
         if self.mem.head_gradient is not None:
             spent.append(self.mem.head_gradient)
         calls += [self._call("zero", (ref,), (ref.bytes,)) for ref in joined(spent)]
-        return calls + self._quantised()
+        return calls if self.job.optimistic else calls + self._quantised()
+
+    def _foresee(self) -> list[BoundCall]:
+        """What kernels read of the weights, as AdamW will leave it where nothing is clipped."""
+        calls = []
+        for n in self.owned:
+            m, v = self.mem.moments[n]
+            whole = Ref(wire.SPACE_STATIC, self.mem.whole, 4 * self.job.tensors[n].elements)
+            copy = whole if n in self.mem.codes else self.mem.own(self.mem.copies[n], n)
+            ptr = (copy, self.mem.masters[n], m, v, self.mem.own(self.mem.gradients[n], n), self.mem.foreseen)
+            dtype = wire.F32 if n in self.mem.codes else self.mem.copy_dtype(n)
+            calls.append(self._call("adamw_copy", ptr, (self.mem.kept(n),), *self._reals(n), dtype=dtype))
+            if n in self.mem.codes:
+                calls.append(self._quantise(n, whole))
+        return calls
 
     # lists
 
@@ -207,7 +224,7 @@ class _Lowering:
         size = 0 if infer else memory.slot_bytes(data_bytes)
         by_kind["slots"] = 0 if infer else size * spec.checkpoint.slots
         by_kind["other"] += memory.RUNTIME_BYTES + memory.workspace_bytes(spec.parallel.threads)
-        steps, load = self._step(programs), self._load_list(programs)
+        (steps, prefix, checks), load = self._step(), self._load_list(programs)
 
         def given(name: str) -> int | None:
             return self.mem.given[name].offset if name in self.mem.given else None
@@ -235,6 +252,9 @@ class _Lowering:
             load=load,
             step=steps,
             bytes_by_kind=by_kind,
+            redo=self._redo(programs) if self.job.optimistic else (),
+            step_prefix=prefix,
+            step_checks=checks,
         )
 
     def _states(self) -> tuple[tuple[State, ...], int]:
@@ -312,27 +332,41 @@ class _Lowering:
         assert self.mem.head_gradient is not None
         return [self._send(self.pipeline.first, wire.CH_TIED_GRAD, self.mem.own(self.mem.head_gradient, self.tied))]
 
-    def _step(self, programs: Mapping[str, Program]) -> Sequence[BoundAction]:
+    def _redo(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
+        """What AdamW's copies of the weights are sent on as, where others were foreseen."""
+        run = [BoundAction(wire.A_RUN, "O", "codes")] if "codes" in programs else []
+        return (*run, *self._gather(), *self._tied_weights())
+
+    def _step(self) -> tuple[Sequence[BoundAction], int, int]:
+        """The list of a step; how many of its actions lead it, and how many then check the step before: 0 and 0, where
+        it is checked at its own end."""
         if self.job.infer:
             (stage,) = self.mem.stages
-            return (BoundAction(wire.A_RUN, "F", "F", microbatch=0, stage=stage),)
+            return (BoundAction(wire.A_RUN, "F", "F", microbatch=0, stage=stage),), 0, 0
         data = [BoundAction(wire.A_DATA)] if self.mem.given else []
-        end = [
+        made = [
             *self._tied_gradient(),
             BoundAction(wire.A_RUN, "O", "sumsq"),
             *self._gather_norms(),
             BoundAction(wire.A_REPORT, ref=self.mem.report),
-            *self._reports(),
-            BoundAction(wire.A_APPLY, ref=self.mem.control),
-            BoundAction(wire.A_RUN, "O", "adamw"),
-            *self._gather(),
-            *self._tied_weights(),
-            BoundAction(wire.A_SNAPSHOT),
         ]
-        return self._listed(data, end)
+        tell, decide = self._reports()
+        sent = [*self._gather(), *self._tied_weights()]
+        adamw, snapshot = BoundAction(wire.A_RUN, "O", "adamw"), BoundAction(wire.A_SNAPSHOT)
+        if not self.job.optimistic:
+            apply = BoundAction(wire.A_APPLY, ref=self.mem.control)
+            end = [*made, *tell, *decide, apply, adamw, *sent, snapshot]
+            return self._listed([data, slice(None), end]), 0, 0
+        check = [*decide, BoundAction(wire.A_CHECK, ref=self.mem.control), adamw, snapshot]
+        foresee = [BoundAction(wire.A_FORESEE, ref=self.mem.foreseen), BoundAction(wire.A_RUN, "O", "foresee")]
+        told, prefix = self.cut.report, self.cut.prefix
+        end = [*made, *foresee, *sent]
+        listed = self._listed([data, slice(told), tell, slice(told, prefix), check, slice(prefix, None), end])
+        return listed, len(data) + len(tell) + prefix, len(check)
 
-    def _listed(self, data: Sequence[BoundAction], end: Sequence[BoundAction]) -> ActionList:
-        """``data``, the scheduled row, ``end``: what is scheduled differs by stage, operation, microbatch and slot."""
+    def _listed(self, parts: Sequence[Sequence[BoundAction] | slice]) -> ActionList:
+        """Actions and slices of the scheduled row, one after the other: what is scheduled differs by stage, operation,
+        microbatch and slot."""
         names, local = self.row.by_stage()
         kinds: NDArray[np.unsignedinteger[Any]] = self.row.op
         if len(names) > 1:
@@ -348,20 +382,30 @@ class _Lowering:
             number, op = divmod(kind // variants, len(OPS))
             scheduled[kind] = self._sequence(Stage(int(names[number])), OPS[op], kind % variants)
         listed = [action for sequence in scheduled.values() for action in sequence]
-        around = ActionList.of([*data, *end, *listed])
-        numbers = iter(around.which[len(data) + len(end) :].tolist())
+        edges = [action for part in parts if not isinstance(part, slice) for action in part]
+        around = ActionList.of([*edges, *listed])
+        numbers = iter(around.which[len(edges) :].tolist())
         sequences = {
             kind: [(next(numbers), action.stage is not None) for action in sequence]
             for kind, sequence in scheduled.items()
         }
-        none = np.full(len(data) + len(end), -1, np.int32)
+        none = np.full(len(edges), -1, np.int32)
         slot = self.mem.slot_of if self.mem.act_slots else np.full(len(self.row), -1, np.int32)
 
         def join(edge: NDArray[Any], middle: NDArray[Any]) -> NDArray[Any]:
-            return np.concatenate([edge[: len(data)], middle, edge[len(data) : len(data) + len(end)]])
+            pieces, at = [], 0
+            for part in parts:
+                if isinstance(part, slice):
+                    pieces.append(middle[part])
+                else:
+                    pieces.append(edge[at : at + len(part)])
+                    at += len(part)
+            return np.concatenate(pieces)
 
         which, microbatch, slot = expanded(kinds, sequences, self.row.microbatch, slot)
-        return ActionList(around.patterns, join(around.which, which), join(none, microbatch), join(none, slot))
+        return ActionList(
+            around.patterns, join(around.which[: len(edges)], which), join(none, microbatch), join(none, slot)
+        )
 
     def _sequence(self, stage: Stage, op: str, variant: int) -> Sequence[BoundAction]:
         """What an operation of the schedule on a stage is here: the actions of a stage are the microbatch's."""
@@ -381,15 +425,16 @@ class _Lowering:
         found = last.op[(last.microbatch == self.job.groups.microbatches - 1) & np.isin(last.op, ops)]
         return OPS[int(found[-1])]
 
-    def _reports(self) -> list[BoundAction]:
+    def _reports(self) -> tuple[list[BoundAction], list[BoundAction]]:
+        """What tells position 0 of this position's report, and what brings the decision."""
         if self.position != COMBINES:
-            return [
-                self._send(COMBINES, wire.CH_REPORT, self.mem.report, "-"),
-                self._receive(COMBINES, wire.CH_CONTROL, self.mem.control, "-"),
-            ]
+            return (
+                [self._send(COMBINES, wire.CH_REPORT, self.mem.report, "-")],
+                [self._receive(COMBINES, wire.CH_CONTROL, self.mem.control, "-")],
+            )
         others = [Position(p) for p in range(self.pipeline.positions) if p != COMBINES]
         size = self.mem.report.bytes
-        return [
+        return [], [
             *(
                 self._receive(p, wire.CH_REPORT, Ref(wire.SPACE_STATIC, self.mem.reports.offset + p * size, size), "-")
                 for p in others
@@ -454,7 +499,11 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
             wire.CH_CONTROL: CONTROL_BYTES,
         }
     )
-    positions = [_Lowering(job, Position(position), channels, row).plan() for position, row in enumerate(rows)]
+    parts = cuts(rows, pipeline, COMBINES) if job.optimistic else [Cut(0, 0)] * len(rows)
+    positions = [
+        _Lowering(job, Position(position), channels, row, cut).plan()
+        for position, (row, cut) in enumerate(zip(rows, parts, strict=True))
+    ]
     positions = [
         replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends[p.position] * memory.CHANNEL_BYTES})
         for p in positions

@@ -115,7 +115,8 @@ def staging_bytes(config: Config, position: PositionPlan, channels: Sequence[Cha
     )
     if config.mode == wire.MODE_TRAIN:
         reports = config.positions if position.position == 0 else 1
-        pieces += align(8 * tensors) + align(ctypes.sizeof(wire.StepControl))
+        controls = 2 if position.step_checks else 1  # of an optimistic step, the one foreseen too
+        pieces += align(8 * tensors) + controls * align(ctypes.sizeof(wire.StepControl))
         pieces += align(reports * (ctypes.sizeof(wire.StepReport) + 8 * tensors))
     own = [c.bytes for c in channels if position.position in (c.source, c.target)]
     return pieces + (WINDOWS + 1) * align(max([WINDOW_BYTES, *own]))

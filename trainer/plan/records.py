@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +101,22 @@ class ActionList(Sequence[BoundAction]):
                    ([a.microbatch for a in actions], [a.slot for a in actions])]  # fmt: skip
         return cls(tuple(patterns), np.array(which, np.uint16), *(np.array(n, np.int32) for n in numbers))
 
+    @classmethod
+    def joined(cls, lists: Sequence[ActionList]) -> ActionList:
+        """One after the other."""
+        patterns: dict[BoundAction, int] = {}
+        which = [np.zeros(0, np.uint16)]
+        for part in lists:
+            numbers = [patterns.setdefault(pattern, len(patterns)) for pattern in part.patterns]
+            which.append(np.array(numbers, np.uint16)[part.which])
+        none = np.zeros(0, np.int32)
+        columns = ([none, *(part.microbatch for part in lists)], [none, *(part.slot for part in lists)])
+        return cls(tuple(patterns), np.concatenate(which), *map(np.concatenate, columns))
+
+    def take(self, places: NDArray[Any]) -> ActionList:
+        """The actions at ``places``: indices or a mask."""
+        return ActionList(self.patterns, self.which[places], self.microbatch[places], self.slot[places])
+
     def __len__(self) -> int:
         return len(self.which)
 
@@ -187,6 +203,8 @@ class PositionPlan:
     bytes_by_kind: Mapping[str, int]
     redo: Sequence[BoundAction] = ()
     step_prefix: int = 0
+    step_checks: int = 0
+    """Of an optimistic step's list, how many actions lead it, and how many then check the step before."""
 
     @property
     def total_bytes(self) -> int:

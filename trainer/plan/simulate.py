@@ -30,6 +30,7 @@ from trainer.plan.records import ActionList, BoundAction, PositionPlan, Ref
 from trainer.plan.rows import OPS, Action, Rows, columns
 from trainer.plan.schedules import stage_positions
 from trainer.plan.timeline import COMPUTE_KINDS, EventList, EventRow, Label, Timeline, kind_of
+from trainer.plan.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,17 @@ class InstructionList(Sequence[Instruction]):
         if isinstance(row, InstructionList):
             return row
         return cls(row, np.arange(len(row), dtype=np.uint32), np.full(len(row), -1, np.int32))
+
+    @classmethod
+    def joined(cls, lists: Sequence[InstructionList]) -> InstructionList:
+        """One after the other."""
+        patterns: dict[Instruction, int] = {}
+        which = [np.zeros(0, np.uint32)]
+        for part in lists:
+            numbers = [patterns.setdefault(pattern, len(patterns)) for pattern in part.patterns]
+            which.append(np.array(numbers, np.uint32)[part.which])
+        microbatch = [np.zeros(0, np.int32), *(part.microbatch for part in lists)]
+        return cls(tuple(patterns), np.concatenate(which), np.concatenate(microbatch))
 
     def __len__(self) -> int:
         return len(self.which)
@@ -173,10 +185,13 @@ def sends_at_once(row: InstructionList) -> InstructionList:
     keys = made * (1 + int(numbers.max(initial=0))) + numbers
     makes = np.flatnonzero(made >= 0)
     makes = np.setdiff1d(makes, sends, assume_unique=True)
-    behind = np.full(int(keys.max(initial=0)) + 1, -1, np.int64)
-    behind[keys[makes]] = makes
+    makes = makes[np.argsort(keys[makes], kind="stable")]
     place = 2 * np.arange(len(row), dtype=np.int64)
-    early = np.where(behind[keys[sends]] < 0, place[sends], 2 * behind[keys[sends]] + 1)
+    width = len(row) + 1  # of several steps, what made it last
+    last = np.searchsorted(keys[makes] * width + makes, keys[sends] * width + sends) - 1
+    maker = makes[np.maximum(last, 0)] if len(makes) else sends
+    known = (last >= 0) & (keys[maker] == keys[sends])
+    early = np.where(known, 2 * maker + 1, place[sends])
     channel = np.array([-1 if p.channel is None else p.channel for p in row.patterns])[row.which[sends]]
     for name in np.unique(channel):
         mine = channel == name
@@ -352,6 +367,7 @@ _OTHER_NAMES = {
     wire.A_MERGE: "merge",
     wire.A_DECIDE: "decide",
     wire.A_CHECK: "check",
+    wire.A_FORESEE: "foresee",
 }
 
 
@@ -364,14 +380,30 @@ def run_text(position: PositionPlan, action: BoundAction) -> str:
 
 
 def from_plan(plan: Plan, cost: CostModel) -> list[InstructionList]:
-    """Instructions of one step of a compiled plan, one list a rank; without snapshots, which few steps have."""
-    orders = [_order(plan, position) for position in plan.positions]
-    return [_of_rank(plan, cost, rank, orders[plan.ranks.position(rank)]) for rank in plan.ranks.all]
+    """Instructions of a compiled plan's step by itself, one list a rank; without snapshots, which few steps have."""
+    return [rank[0] for rank in steps_of_plan(plan, cost, 1)]
 
 
-def _order(plan: Plan, position: PositionPlan) -> NDArray[np.int64]:
-    """The places of a step list as they happen: what another replica sends is waited for by the first that reads it."""
-    step = ActionList.of(position.step)
+def steps_of_plan(plan: Plan, cost: CostModel, steps: int) -> list[list[InstructionList]]:
+    """Those of so many steps that follow one another, by rank and step; none of them clips."""
+    lists = [Turns.of(position, plan.channels).steps(steps) for position in plan.positions]
+    return timed(plan, cost, lists)
+
+
+def timed(plan: Plan, cost: CostModel, lists: Sequence[Sequence[ActionList]]) -> list[list[InstructionList]]:
+    """What lists of each position's actions take, by rank."""
+    ordered: list[list[ActionList]] = []
+    for position, mine in zip(plan.positions, lists, strict=True):
+        known: dict[int, ActionList] = {}  # many steps are the same list
+        for actions in mine:
+            if id(actions) not in known:
+                known[id(actions)] = actions.take(_order(plan, position, actions))
+        ordered.append([known[id(actions)] for actions in mine])
+    return [_of_rank(plan, cost, rank, ordered[plan.ranks.position(rank)]) for rank in plan.ranks.all]
+
+
+def _order(plan: Plan, position: PositionPlan, step: ActionList) -> NDArray[np.int64]:
+    """The places of a list as they happen: what another replica sends is waited for by the first that reads it."""
     across = np.array([p.channel is not None and plan.channels[p.channel].across > 0 for p in step.patterns], np.bool_)
     receives = np.array([p.kind == wire.A_RECV for p in step.patterns], np.bool_)
     place = 2 * np.arange(len(step), dtype=np.int64)
@@ -402,7 +434,7 @@ def _meet(a: Ref, b: Ref, replicas: int) -> bool:
     return a.offset < ends[1] and b.offset < ends[0]
 
 
-def _of_rank(plan: Plan, cost: CostModel, rank: Rank, order: NDArray[np.int64]) -> InstructionList:
+def _of_rank(plan: Plan, cost: CostModel, rank: Rank, lists: Sequence[ActionList]) -> list[InstructionList]:
     position, replica, replicas = (
         plan.positions[plan.ranks.position(rank)],
         plan.ranks.replica(rank),
@@ -435,5 +467,5 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank, order: NDArray[np.int64]) 
             return Instruction(text, verb.lower(), 0.0, name, size, behind=behind)
         return Instruction(_OTHER_NAMES[action.kind], "other")
 
-    step = ActionList.of(position.step)
-    return InstructionList([one(pattern) for pattern in step.patterns], step.which[order], step.microbatch[order])
+    patterns = {pattern: one(pattern) for actions in lists for pattern in actions.patterns}
+    return [InstructionList([patterns[p] for p in step.patterns], step.which, step.microbatch) for step in lists]

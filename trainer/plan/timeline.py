@@ -178,7 +178,7 @@ class Timeline:
         return tuple(1.0 - self.busy(rank) / self.seconds for rank in range(self.ranks))
 
 
-_OPTIMIZER = ("O", "fold", "sum", "sumsq", "adamw", "foresee")
+_OPTIMIZER = ("O", "fold", "sum", "sumsq", "adamw", "foresee", "codes")
 """Programs behind the backward, by name: gradients joined, norms, the optimizer."""
 
 

@@ -87,8 +87,9 @@ PIECE_BLOCK = 262144
     A_MERGE,
     A_DECIDE,
     A_CHECK,
+    A_FORESEE,
     A_COUNT,
-) = range(1, 13)
+) = range(1, 14)
 (
     CH_FORWARD,
     CH_BACKWARD,
@@ -100,6 +101,7 @@ PIECE_BLOCK = 262144
     CH_GATHER,
     CH_NORMS,
 ) = range(1, 10)
+FORESEEN = 128  # from the control block to the one foreseen
 NONE32, NONE64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 MEMORY_KINDS = ("weights", "moments", "gradients", "activations", "scratch", "slots", "channels", "other")
 
@@ -205,6 +207,8 @@ class PlanPosition(ctypes.LittleEndianStructure):
         ("steps", u32),
         ("first_redo", u32),
         ("redos", u32),
+        ("step_checks", u32),
+        ("reserved0", u32),
         ("bytes_by_kind", u64 * 8),
     ]
 

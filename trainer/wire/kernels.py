@@ -411,7 +411,7 @@ KERNELS: dict[str, Kernel] = {
         39,
         "NS",
         "",
-        "read:behind:byte:::optional",
+        "read:behind:byte::::optional",
         holds="NS<=10000000000",
     ),
 }

@@ -22,6 +22,7 @@
 #include "run/attempt.h"
 #include "run/executor.h"
 #include "run/machine.h"
+#include "run/steps.h"
 
 enum { RANKS_MAX = 16 };
 
@@ -152,7 +153,7 @@ static hs_status run(rank *r, hs_machine *machine, hs_shards **shards, hs_comm *
     HS_TRY(hs_executor_order(&ex, why));
     HS_TRY(hs_executor_prepare(&ex, HS_LIST_INIT, why));
     HS_TRY(hs_executor_prepare(&ex, HS_LIST_LOAD, why));
-    const hs_status st = hs_executor_train(&ex, 0, why);
+    const hs_status st = hs_steps_run(&ex, 0, why);
     r->crc = digest(g, p, machine->spaces.arena);
     hs_metrics_close(&metrics);
     return st;
@@ -271,7 +272,8 @@ static void sooner(const gang *g, hs_behind (*behind)[HS_LISTS], uint32_t sound)
 static void where_listed(const gang *g, hs_behind (*behind)[HS_LISTS]) {
     for (uint32_t n = 0; n < g->attempt.attempt->ranks; n++) {
         const hs_plan_position *p = &g->plan.positions[hs_plan_position_of(&g->plan, n)];
-        const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step};
+        const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step,
+                                           p->first_redo};
         for (int list = 0; list < HS_LISTS; list++) {
             hs_behind *b = &behind[n][list];
             for (uint32_t i = 0, k = 0; i < b->count; i++) {

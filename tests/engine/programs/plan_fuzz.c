@@ -164,9 +164,9 @@ static bool run_plan(const hs_plan *plan) {
     const uint64_t seed = state;
     (void)index_data(plan, base, true);
     uint8_t *done = calloc(plan->count[HS_SECTION_PROGRAMS] + 1, 1);
-    const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
-    const uint32_t counts[3] = {p->inits, p->loads, p->steps};
-    for (int list = 0; list < 3; list++) {
+    const uint32_t firsts[4] = {p->first_init, p->first_load, p->first_step, p->first_redo};
+    const uint32_t counts[4] = {p->inits, p->loads, p->steps, p->redos};
+    for (int list = 0; list < 4; list++) {
         const hs_hazards_config order = {.plan = plan,
                                          .position = p,
                                          .replica = plan->config->replicas - 1,
@@ -247,6 +247,8 @@ static void plant_over_places(garden *g, const hs_plan_ref *at, const hs_plan_po
         plant(g, at, HS_SPACE_STATIC, p->act_offset, p, what, number, "activation slots");
     if (p->control_offset != UINT64_MAX)
         plant(g, at, HS_SPACE_STATIC, p->control_offset, p, what, number, "the control block");
+    if (hs_plan_foreseen(p) != UINT64_MAX)
+        plant(g, at, HS_SPACE_STATIC, hs_plan_foreseen(p), p, what, number, "what is foreseen");
     if (p->sumsq_offset != UINT64_MAX && norms)
         plant(g, at, HS_SPACE_STATIC, p->sumsq_offset, p, what, number, "squared norms");
 }
@@ -315,10 +317,10 @@ static int plant_all(const uint8_t *good, size_t size) {
     }
     for (uint32_t n = 0; n < g.plan.config->positions; n++) {
         const hs_plan_position *p = &g.plan.positions[n];
-        const uint32_t firsts[3] = {p->first_init, p->first_load, p->first_step};
-        const uint32_t counts[3] = {p->inits, p->loads, p->steps};
+        const uint32_t firsts[4] = {p->first_init, p->first_load, p->first_step, p->first_redo};
+        const uint32_t counts[4] = {p->inits, p->loads, p->steps, p->redos};
         uint8_t *done = calloc(g.plan.count[HS_SECTION_PROGRAMS] + 1, 1);
-        for (int list = 0; list < 3; list++) {
+        for (int list = 0; list < 4; list++) {
             for (uint32_t i = 0; i < counts[list]; i++) {
                 const hs_plan_action *a = &g.plan.actions[firsts[list] + i];
                 if (a->kind == HS_A_RUN && done[a->program]++) continue;

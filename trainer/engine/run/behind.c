@@ -172,14 +172,14 @@ static void play(finder *f) {
     f->start = f->fence = f->now;
     for (uint32_t i = 0; i < f->c->count; i++, f->now++) {
         const hs_plan_action *a = action_of(f, i);
-        if (step && i == p->step_prefix) f->fence = f->now;
+        if (step && (i == p->step_prefix || i == p->step_prefix + p->step_checks))
+            f->fence = f->now;
         if (is_message(a)) {
             const bool across = is_across(f, a);
             if (!across || a->kind == HS_A_SEND) play_messages(f, i, across ? 2 : 1);
         } else {
             hs_touches_each(f->touches, a, use, f);
         }
-        if (a->kind == HS_A_CHECK) f->fence = f->now + 1;
     }
 }
 

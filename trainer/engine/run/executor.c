@@ -5,10 +5,11 @@
 
 #include "core/clock.h"
 #include "data/order.h"
+#include "run/executor_internal.h"
 #include "run/step_math.h"
 #include "run/weights.h"
 
-static int64_t last_step(const hs_executor *ex) {
+int64_t hs_executor_last_step(const hs_executor *ex) {
     const int64_t steps = ex->plan->config->steps, after = ex->attempt->stop_after;
     return after >= 0 && after < steps ? after : steps;
 }
@@ -112,19 +113,25 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
 static void decide(const hs_executor *ex, const uint8_t *report) {
     const hs_step_policy policy = {.config = ex->plan->config,
                                    .tensors = ex->plan->count[HS_SECTION_TENSORS],
-                                   .last_step = last_step(ex),
+                                   .last_step = hs_executor_last_step(ex),
                                    .slots = ex->snapshot != NULL};
     hs_step_decide(
         &policy, report,
         (void *)hs_spaces_host(ex->spaces, ex->position->control_offset, sizeof(hs_step_control)));
 }
 
+/* A control block that the host has, for the device. */
+static hs_status put_control(hs_executor *ex, const hs_turn *turn, uint64_t offset,
+                             const void *block, hs_why *why) {
+    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
+    HS_TRY(hs_spaces_put(ex->spaces, offset, block, sizeof(hs_step_control), why));
+    return hs_spaces_end(ex->spaces, turn, why);
+}
+
 static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, const void *block,
                        hs_why *why) {
     memcpy(&ex->control, block, sizeof ex->control);
-    HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
-    HS_TRY(hs_spaces_put(ex->spaces, offset, block, sizeof ex->control, why));
-    HS_TRY(hs_spaces_end(ex->spaces, turn, why));
+    HS_TRY(put_control(ex, turn, offset, block, why));
     if (ex->control.step != ex->step) {
         return hs_fail(why, HS_E_BUG,
                        "the control block is of step %" PRId64 ", this is step %" PRId64,
@@ -145,19 +152,16 @@ static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, co
     return HS_OK;
 }
 
-/* Until no snapshot is under way. */
-static hs_status finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why *why) {
+hs_status hs_executor_finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why *why) {
     HS_TRY(hs_snapshot_wait(ex->snapshot, deadline_ns, ex->stop, why));
     return tell_saved(ex, why);
 }
 
-/* A slot for the state of ex->step. Not final: every rank had a free slot at the report, so a wait is
- * short (the agent just took a hold of it); a slot that stays held is left out, loudly. */
-static hs_status save(hs_executor *ex, bool final, hs_why *why) {
+hs_status hs_executor_save(hs_executor *ex, bool final, hs_why *why) {
     const int64_t ms = final ? ex->attempt->commit_ms : ex->attempt->stall_ms / 2;
     const int64_t deadline_ns = hs_deadline_ns(ms);
     hs_stop_busy(ex->stop, true);
-    hs_status st = finish_saving(ex, deadline_ns, why);
+    hs_status st = hs_executor_finish_saving(ex, deadline_ns, why);
     if (st == HS_OK)
         st = hs_snapshot_begin(ex->snapshot, ex->step, final, deadline_ns, ex->stop, why);
     hs_stop_busy(ex->stop, false);
@@ -213,11 +217,17 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
     case HS_A_DECIDE:
         decide(ex, hs_spaces_host(ex->spaces, offset, a->ref.bytes));
         return HS_OK;
+    case HS_A_FORESEE: {
+        uint8_t *const block = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
+        hs_step_foresee(ex->plan->config, ex->step, (void *)block);
+        return put_control(ex, turn, offset, block, why);
+    }
     case HS_A_APPLY:
+    case HS_A_CHECK:
         return apply(ex, turn, offset, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
     case HS_A_SNAPSHOT: {
-        const bool final = ex->control.stop || ex->step >= last_step(ex);
-        return ex->control.snapshot ? save(ex, final, why) : HS_OK;
+        const bool final = ex->control.stop || ex->step >= hs_executor_last_step(ex);
+        return ex->control.snapshot ? hs_executor_save(ex, final, why) : HS_OK;
     }
     default:
         HS_ASSERT(!"an action of a kind that the loader refuses");
@@ -228,8 +238,8 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
 /* The plan's actions of a list. */
 static void bounds(const hs_executor *ex, hs_list list, uint32_t *first, uint32_t *count) {
     const hs_plan_position *p = ex->position;
-    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step};
-    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps};
+    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step, p->first_redo};
+    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps, p->redos};
     *first = firsts[list];
     *count = counts[list];
 }
@@ -248,26 +258,30 @@ hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
     return HS_OK;
 }
 
-static hs_status run_list(hs_executor *ex, hs_list list, hs_why *why) {
-    uint32_t first, count;
-    bounds(ex, list, &first, &count);
-    if (ex->last != list) {
+hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t count,
+                          hs_which which, hs_why *why) {
+    uint32_t first, actions;
+    bounds(ex, list, &first, &actions);
+    /* what follows what was found for a list that is run from its first action to its last */
+    if (ex->last != list || ex->next != from) {
         HS_TRY(hs_spaces_join(ex->spaces, why));
         HS_TRY(hs_messages_settle(ex->messages, why));
     }
     ex->last = list;
-    for (uint32_t i = 0; i < count; i++) {
+    ex->next = which == HS_ALL ? (from + count) % (actions ? actions : 1) : UINT32_MAX;
+    for (uint32_t i = from; i < from + count; i++) {
         const hs_plan_action *a = ex->at = &ex->plan->actions[first + i];
         if (hs_stop_was_lost(ex->stop)) /* a report looked for a request to stop, and took this */
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
-        HS_TRY(hs_messages_before(ex->messages, list, i, ex->step, why));
+        HS_TRY(hs_messages_before(ex->messages, list, i, ex->step, which, why));
+        if (hs_which_leaves_out(which, ex->plan, a)) continue;
         hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch,
                          hs_messages_peer(ex->plan, ex->rank, a));
         const int64_t start = hs_clock_ns();
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;
-        if (list == HS_LIST_STEP) hs_trace_add(ex->trace, ex->step, first + i, start, end);
+        if (list >= HS_LIST_STEP) hs_trace_add(ex->trace, ex->step, first + i, start, end);
         if (st != HS_OK) return st;
     }
     ex->at = NULL;
@@ -275,52 +289,9 @@ static hs_status run_list(hs_executor *ex, hs_list list, hs_why *why) {
 }
 
 hs_status hs_executor_prepare(hs_executor *ex, hs_list list, hs_why *why) {
-    return run_list(ex, list, why);
-}
-
-/* One line from rank 0: to standard output and to the agent. */
-static void tell_step(const hs_executor *ex) {
-    char line[2048];
-    hs_text text = hs_text_over(line, sizeof line);
-    hs_metrics_step(ex->metrics, &ex->control, &text);
-    if (ex->rank != 0) return;
-    hs_metrics_print(&text);
-    if (ex->agent) hs_agent_link_metrics(ex->agent, line);
-}
-
-hs_status hs_executor_train(hs_executor *ex, int64_t start_step, hs_why *why) {
-    const int64_t last = last_step(ex);
-    ex->step = start_step;
-    bool saved = false, stopped = false;
-    while (ex->step < last && !stopped) {
-        ex->step++;
-        hs_metrics_begin(ex->metrics);
-        HS_TRY(run_list(ex, HS_LIST_STEP, why));
-        if (ex->dump_dir) {
-            HS_TRY(hs_messages_settle(ex->messages, why));
-            HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->rank,
-                                   ex->spaces, why));
-        }
-        tell_step(ex);
-        if (ex->agent) hs_agent_link_poll(ex->agent);
-        stopped = ex->control.stop && ex->step < last;
-        saved = true;
-    }
-    HS_TRY(hs_messages_settle(ex->messages, why));
-    if (!ex->snapshot) return stopped ? HS_E_STOPPED : HS_OK;
-    /* An attempt that starts where the run ends: its gang died between the last step and the
-     * commit. */
-    const int64_t deadline_ns = hs_deadline_ns(ex->attempt->commit_ms);
-    if (!saved) HS_TRY(save(ex, true, why));
-    const hs_status st = finish_saving(ex, deadline_ns, why);
-    if (st == HS_E_AGAIN) {
-        why->text[0] = 0;
-        return hs_fail(why, HS_E_LOST,
-                       "the device did not copy the state of step %" PRId64 " in time", ex->step);
-    }
-    HS_TRY(st);
-    HS_TRY(hs_agent_link_wait_committed(ex->agent, ex->step, deadline_ns, ex->stop, why));
-    return stopped ? HS_E_STOPPED : HS_OK;
+    uint32_t first, count;
+    bounds(ex, list, &first, &count);
+    return hs_executor_run(ex, list, 0, count, HS_ALL, why);
 }
 
 void hs_executor_leave(hs_executor *ex, int64_t ms) {

@@ -7,8 +7,9 @@
  *     device where it reads what the device made, at REPORT, once, and for messages that pass through it
  *     (SEND; RECV, where its window is still being copied); nowhere else. On the CPU messages pass behind
  *     the actions (run/messages.h): an action waits for those whose bytes it touches.
- * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY),
- *     and not at all where the block says that the numbers are not finite.
+ * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY, or
+ *     CHECK, which the next step's prefix comes before: run/steps.h), and not at all where the block
+ *     says that the numbers are not finite.
  * I3  A snapshot holds the state of a whole step: SNAPSHOT comes after the optimizer, by the same
  *     control block on every rank. A device copies it while the next step runs, as far as its optimizer
  *     (run/spaces.h, I3); the agent hears of it when it is READY. The last one of an attempt is never
@@ -59,10 +60,11 @@ typedef struct hs_executor {
     /* its own; turns: by list and action, NULL: the device is the host. The rank frees them */
     hs_turn *turns[HS_LISTS];
     hs_list last;             /* the list that ran last; HS_LISTS: none */
+    uint32_t next;            /* its action that would be next */
     int64_t step;             /* steps done; inside a step the number of that step */
     const hs_plan_action *at; /* being run; NULL: none */
     uint8_t *own_report;      /* position 0: where the last COMBINE left the positions' */
-    hs_step_control control;  /* taken by the last APPLY */
+    hs_step_control control;  /* taken by the last APPLY or CHECK */
 } hs_executor;
 
 /* What follows what on the device, before the first call of the others. HS_E_MEMORY. */
@@ -70,11 +72,6 @@ hs_status hs_executor_order(hs_executor *executor, hs_why *why);
 
 /* Runs the init or load list (step 0 of the last words). */
 hs_status hs_executor_prepare(hs_executor *executor, hs_list list, hs_why *why);
-
-/* Runs steps start_step + 1 .. the last one, then sees the last snapshot committed. HS_OK: done;
- * HS_E_STOPPED: stopped on request, state saved; else what went wrong, with the instruction named
- * in why. */
-hs_status hs_executor_train(hs_executor *executor, int64_t start_step, hs_why *why);
 
 /* After a failure: a snapshot that is under way is finished, for at most so long, and told; else it is
  * nothing. */

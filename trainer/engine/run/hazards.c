@@ -47,6 +47,8 @@ static int stream_of(const finder *f, const hs_plan_action *a) {
         return a->kind == HS_A_SEND ? HS_STREAM_OUT : HS_STREAM_IN;
     case HS_A_DATA:
     case HS_A_APPLY:
+    case HS_A_CHECK:
+    case HS_A_FORESEE:
         return HS_STREAM_IN;
     case HS_A_REPORT:
         return HS_STREAM_OUT;

@@ -1,7 +1,7 @@
 /* What follows what between the streams of a device, for one of a position's lists of actions:
  * worked out once from the plan, so that a step issues the events it needs and no other.
  *
- * Each action works on one stream: RUN on COMPUTE; RECV, DATA and APPLY on IN; SEND and REPORT on OUT; a
+ * Each action works on one stream: RUN on COMPUTE; RECV, DATA, APPLY, CHECK and FORESEE on IN; SEND and REPORT on OUT; a
  * message of the HOST space and COMBINE on none. Two actions of two streams that touch the same
  * bytes, one of them writing, run in the plan's order: the later follows an event that is recorded
  * behind the earlier. Of that all is left out that holds anyway: what an event that is followed

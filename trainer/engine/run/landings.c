@@ -3,13 +3,17 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+enum { LISTS = 4 };
+
 typedef struct list {
     uint32_t first, count;
 } list;
 
 static list list_of(const hs_plan_position *p, int which) {
-    const list lists[3] = {
-        {p->first_init, p->inits}, {p->first_load, p->loads}, {p->first_step, p->steps}};
+    const list lists[LISTS] = {{p->first_init, p->inits},
+                               {p->first_load, p->loads},
+                               {p->first_step, p->steps},
+                               {p->first_redo, p->redos}};
     return lists[which];
 }
 
@@ -58,7 +62,7 @@ hs_status hs_landings_find(const hs_plan *plan, const hs_plan_position *position
     *landings = (hs_landings){.lists = {NULL}};
     uint32_t *from = malloc((plan->count[HS_SECTION_CHANNELS] + 1) * sizeof *from);
     hs_status st = from ? HS_OK : hs_fail(why, HS_E_MEMORY, "no memory for a list of channels");
-    for (int which = 0; st == HS_OK && which < 3; which++)
+    for (int which = 0; st == HS_OK && which < LISTS; which++)
         st = find(plan, position, replica, which, from, &landings->lists[which], why);
     free(from);
     if (st != HS_OK) hs_landings_free(landings);
@@ -66,6 +70,6 @@ hs_status hs_landings_find(const hs_plan *plan, const hs_plan_position *position
 }
 
 void hs_landings_free(hs_landings *landings) {
-    for (int which = 0; which < 3; which++) free(landings->lists[which]);
+    for (int which = 0; which < LISTS; which++) free(landings->lists[which]);
     *landings = (hs_landings){.lists = {NULL}};
 }

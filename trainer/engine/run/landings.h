@@ -10,7 +10,7 @@
 #include "run/plan.h"
 
 typedef struct hs_landings {
-    uint64_t *lists[3]; /* by hs_list (executor.h), then action of that list; UINT64_MAX: no send */
+    uint64_t *lists[4]; /* by hs_list (executor.h), then action of that list; UINT64_MAX: no send */
 } hs_landings;
 
 /* HS_E_MEMORY; HS_E_BUG where ends do not match, which the plan's checks rule out. */

@@ -20,8 +20,8 @@ struct hs_messages {
 };
 
 static void bounds(const hs_plan_position *p, hs_list list, uint32_t *first, uint32_t *count) {
-    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step};
-    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps};
+    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step, p->first_redo};
+    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps, p->redos};
     *first = firsts[list];
     *count = counts[list];
 }
@@ -143,7 +143,7 @@ static hs_status wait_for(hs_messages *m, hs_list list, uint32_t i, int64_t step
     if (wait.since_ns >= start) { /* it was not there yet */
         const int64_t end = hs_clock_ns();
         m->c.metrics->ns[hs_metrics_kind(a)] += end - start;
-        if (list == HS_LIST_STEP)
+        if (list >= HS_LIST_STEP)
             hs_trace_wait(m->c.trace, step, (uint32_t)(a - m->c.plan->actions), start, end);
     }
     if (st == HS_OK) m->awaited = NULL;
@@ -169,16 +169,33 @@ static hs_status start(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
     return st;
 }
 
-hs_status hs_messages_before(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_why *why) {
+bool hs_which_leaves_out(hs_which which, const hs_plan *plan, const hs_plan_action *a) {
+    const hs_plan_channel *ch = a->kind == HS_A_SEND ? &plan->channels[a->channel] : NULL;
+    const bool report = ch && ch->kind == HS_CH_REPORT && !ch->across;
+    switch (which) {
+    case HS_NO_REPORT:
+        return report;
+    case HS_AGAIN:
+        return report || a->kind == HS_A_DATA;
+    case HS_REPORT:
+        return !report;
+    default:
+        return false;
+    }
+}
+
+hs_status hs_messages_before(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_which which,
+                             hs_why *why) {
     if (!m->overlaps) return HS_OK;
     const hs_behind_part *waits = &m->c.behind[list].waits, *posts = &m->c.behind[list].posts;
     const hs_behind_part *starts = &m->c.behind[list].starts;
-    for (uint32_t k = waits->first[i]; k < waits->first[i + 1]; k++)
+    for (uint32_t k = waits->first[i]; which != HS_REPORT && k < waits->first[i + 1]; k++)
         HS_TRY(wait_for(m, list, waits->action[k], step, why));
-    for (uint32_t k = posts->first[i]; k < posts->first[i + 1]; k++)
+    for (uint32_t k = posts->first[i]; which != HS_REPORT && k < posts->first[i + 1]; k++)
         HS_TRY(post(m, list, posts->action[k], why));
     for (uint32_t k = starts->first[i]; k < starts->first[i + 1]; k++)
-        HS_TRY(start(m, list, starts->action[k], why));
+        if (!hs_which_leaves_out(which, m->c.plan, action_of(m, list, starts->action[k])))
+            HS_TRY(start(m, list, starts->action[k], why));
     return HS_OK;
 }
 

@@ -25,7 +25,17 @@
 #include "run/spaces.h"
 #include "run/trace.h"
 
-typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP, HS_LISTS } hs_list;
+typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP, HS_LIST_REDO, HS_LISTS } hs_list;
+
+/* Which actions of an optimistic step's prefix run (run/steps.h). */
+typedef enum hs_which {
+    HS_ALL,
+    HS_NO_REPORT, /* reports that are sent are of the step before: there is none */
+    HS_AGAIN,     /* nor is DATA, which is there */
+    HS_REPORT     /* nothing else */
+} hs_which;
+
+bool hs_which_leaves_out(hs_which which, const hs_plan *plan, const hs_plan_action *action);
 
 typedef struct hs_messages hs_messages;
 
@@ -60,9 +70,10 @@ hs_status hs_messages_order(const hs_plan *plan, const hs_plan_position *positio
 hs_status hs_messages_most(const hs_plan *plan, const hs_plan_position *position, uint32_t *most,
                            hs_why *why);
 
-/* What action i of the list needs of messages, in step `step`: its bytes. Then places for receives. */
+/* What action i of the list needs of messages, in step `step`: its bytes. Then places for receives, and sends
+ * that begin: before each action of what runs, also one that is left out. */
 hs_status hs_messages_before(hs_messages *messages, hs_list list, uint32_t i, int64_t step,
-                             hs_why *why);
+                             hs_which which, hs_why *why);
 
 /* A SEND or RECV, number i of the list. */
 hs_status hs_messages_run(hs_messages *messages, hs_list list, uint32_t i, const hs_turn *turn,

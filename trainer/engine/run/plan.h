@@ -23,12 +23,15 @@
  *      position's spaces and hold the bytes that the kernel touches, and aligned to their elements
  * I8   what a kernel uses as an index is data that was checked: token and target operands point
  *      into the microbatch's tokens and targets, and the vocabulary of the call is at least the
- *      plan's; the control block that AdamW reads is the position's
+ *      plan's; the control block that AdamW reads is the position's, that of ADAMW_COPY the one it foresees
  * I9   reports and control blocks have their room; only position 0 combines, merges and decides
  * I10  the spaces share no byte, but PIECE, which names bytes of STATIC. What a call writes overlaps no other operand of it (but
  *      where the kernel may work in place); nothing but DATA writes tokens and targets, nothing but
  *      DECIDE or a control message the control block, nothing but SUMSQ and SUM the squared norms; no
  *      report and no message lies over a state tensor
+ * I11  an optimistic step's prefix has forwards and their messages alone, both ends of each, and changes no
+ *      state and no gradient; its check has what comes of the reports, and neither of them what is the
+ *      other's; all positions' steps are optimistic, or none is
  */
 #ifndef HS_RUN_PLAN_H
 #define HS_RUN_PLAN_H
@@ -103,6 +106,13 @@ static inline hs_plan_share hs_plan_share_of(const hs_plan *plan, const hs_plan_
                    first = state->pieces == 1 ? 0 : replica * kept;
     const uint64_t left = first < elements ? elements - first : 0;
     return (hs_plan_share){.first = first, .count = left < kept ? left : kept};
+}
+
+/* Where the control block lies that a position foresees; UINT64_MAX: it foresees none. */
+static inline uint64_t hs_plan_foreseen(const hs_plan_position *position) {
+    return position->step_checks && position->control_offset != UINT64_MAX
+               ? position->control_offset + HS_PLAN_FORESEEN
+               : UINT64_MAX;
 }
 
 /* Rows of a microbatch, B*T. */

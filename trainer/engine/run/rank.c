@@ -16,6 +16,7 @@
 #include "run/executor.h"
 #include "run/landings.h"
 #include "run/machine.h"
+#include "run/steps.h"
 #include "run/weights.h"
 #include "wire/frame.h"
 
@@ -418,7 +419,7 @@ static hs_status run(rank *r, hs_why *why) {
     }
     HS_TRY(hs_executor_prepare(&r->executor, HS_LIST_LOAD, why));
     tell_start(r, start < 0 ? 0 : start, &check);
-    st = hs_executor_train(&r->executor, start < 0 ? 0 : start, why);
+    st = hs_steps_run(&r->executor, start < 0 ? 0 : start, why);
     if (r->comm && (st == HS_OK || st == HS_E_STOPPED)) HS_TRY(hs_comm_tcp.settle(r->comm, why));
     return st;
 }

@@ -50,6 +50,7 @@ static uint64_t find_pieces(hs_spaces *s, const hs_plan *plan, const hs_plan_pos
     add_blocks(s, plan, p, HS_A_APPLY, &total);
     add_blocks(s, plan, p, HS_A_MERGE, &total);
     add_blocks(s, plan, p, HS_A_CHECK, &total);
+    add_blocks(s, plan, p, HS_A_FORESEE, &total);
     return total;
 }
 
@@ -64,8 +65,8 @@ static uint64_t longest_message(const hs_plan *plan, const hs_plan_position *p) 
 
 static hs_status open_host(hs_spaces *s, const hs_plan *plan, const hs_plan_position *p,
                            hs_why *why) {
-    /* a training's step list has one each of COMBINE, REPORT, APPLY */
-    s->pieces = calloc(3 * (size_t)p->mb_count + 5, sizeof *s->pieces);
+    /* a training's step list has one each of COMBINE, REPORT, APPLY or CHECK, FORESEE */
+    s->pieces = calloc(3 * (size_t)p->mb_count + 6, sizeof *s->pieces);
     if (!s->pieces) return hs_fail(why, HS_E_MEMORY, "no memory for the list of HOST memory");
     const uint64_t total = find_pieces(s, plan, p);
     s->window_bytes = longest_message(plan, p);

@@ -100,6 +100,18 @@ hs_status hs_step_merge(uint8_t *own, const uint8_t *other, size_t tensors, hs_w
     return HS_OK;
 }
 
+void hs_step_foresee(const hs_plan_config *config, int64_t step, hs_step_control *control) {
+    const double lr = hs_step_lr(config, step);
+    *control = (hs_step_control){
+        .step = step,
+        .lr = lr,
+        .clip_scale = 1.0f,
+        .step_size = (float)(lr / (1.0 - hs_step_pow(config->beta1, step))),
+        .v_scale = (float)(1.0 / sqrt(1.0 - hs_step_pow(config->beta2, step))),
+        .lr_decay = (float)lr,
+    };
+}
+
 void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step_control *control) {
     const hs_plan_config *config = policy->config;
     hs_step_report total;
@@ -110,21 +122,14 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     const int64_t step = total.step;
     const double norm = sqrt(sumsq);
     const double loss = total.loss_count ? total.loss_sum / (double)total.loss_count : 0.0;
-    const double lr = hs_step_lr(config, step);
     const bool last = step >= policy->last_step || total.stop;
     const bool due = config->checkpoint_every > 0 && step % config->checkpoint_every == 0;
-    *control = (hs_step_control){
-        .step = step,
-        .loss = loss,
-        .norm = norm,
-        .lr = lr,
-        .clip_scale = config->clip > 0 && norm > config->clip ? (float)(config->clip / norm) : 1.0f,
-        .step_size = (float)(lr / (1.0 - hs_step_pow(config->beta1, step))),
-        .v_scale = (float)(1.0 / sqrt(1.0 - hs_step_pow(config->beta2, step))),
-        .lr_decay = (float)lr,
-        .snapshot = policy->slots && (last || (due && all_free)),
-        .stop = total.stop,
-        .not_finite = total.not_finite || !is_finite(norm) || !is_finite(loss),
-        .skipped = policy->slots && due && !last && !all_free,
-    };
+    hs_step_foresee(config, step, control);
+    control->loss = loss;
+    control->norm = norm;
+    if (config->clip > 0 && norm > config->clip) control->clip_scale = (float)(config->clip / norm);
+    control->snapshot = policy->slots && (last || (due && all_free));
+    control->stop = total.stop;
+    control->not_finite = total.not_finite || !is_finite(norm) || !is_finite(loss);
+    control->skipped = policy->slots && due && !last && !all_free;
 }

@@ -28,6 +28,9 @@ double hs_step_pow(double x, int64_t n);
 bool hs_step_add_losses(const float *losses, const int32_t *targets, int64_t rows, double *sum,
                         uint64_t *count);
 
+/* The control block of a step in which nothing is clipped, all is finite, and nobody saves or stops. */
+void hs_step_foresee(const hs_plan_config *config, int64_t step, hs_step_control *control);
+
 typedef struct hs_step_policy {
     const hs_plan_config *config;
     size_t tensors;

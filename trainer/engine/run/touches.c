@@ -70,6 +70,11 @@ static bool is_message(const hs_plan_action *a) {
     return a->kind == HS_A_SEND || a->kind == HS_A_RECV;
 }
 
+/* The host reads or writes a control block. */
+static bool is_control(const hs_plan_action *a) {
+    return a->kind == HS_A_APPLY || a->kind == HS_A_CHECK || a->kind == HS_A_FORESEE;
+}
+
 static void list_ranges(hs_touches *t) {
     const hs_plan *plan = t->c.plan;
     const hs_plan_position *p = t->c.position;
@@ -84,8 +89,7 @@ static void list_ranges(hs_touches *t) {
         const hs_plan_action *a = &plan->actions[t->c.first + i];
         const hs_plan_ref ref = hs_plan_resolve(&a->ref, t->c.replica);
         if (a->kind == HS_A_COMBINE) t->combine = a;
-        if (a->kind == HS_A_APPLY || is_message(a))
-            add(t->ranges, n, ref.space, ref.offset, ref.bytes);
+        if (is_control(a) || is_message(a)) add(t->ranges, n, ref.space, ref.offset, ref.bytes);
     }
     merge(t->ranges, n);
     for (uint32_t i = 0; i < p->states; i++) {
@@ -200,7 +204,11 @@ void hs_touches_each(const hs_touches *t, const hs_plan_action *a, hs_touch_fn *
     case HS_A_RECV:
         touch_ref(&v, a, HS_TOUCH_WRITES);
         break;
+    case HS_A_FORESEE:
+        touch_ref(&v, a, HS_TOUCH_WRITES);
+        break;
     case HS_A_APPLY:
+    case HS_A_CHECK:
         touch_ref(&v, a, t->c.unified ? HS_TOUCH_READS : HS_TOUCH_WRITES);
         break;
     case HS_A_DATA:

@@ -20,7 +20,7 @@ typedef struct hs_touches_config {
     const hs_plan_position *position;
     uint32_t replica;
     uint32_t first, count; /* of the plan's actions: the list */
-    bool unified;          /* the device's memory is the host's: APPLY puts nothing there */
+    bool unified; /* the device's memory is the host's: APPLY and CHECK put nothing there */
 } hs_touches_config;
 
 typedef struct hs_touches hs_touches;

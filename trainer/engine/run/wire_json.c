@@ -32,7 +32,7 @@ static const field fields[] = {
     S(hs_plan_tensor) F(hs_plan_tensor, name_offset) F(hs_plan_tensor, name_length) F(hs_plan_tensor, rank) F(hs_plan_tensor, decay) F(hs_plan_tensor, shape) F(hs_plan_tensor, elements) F(hs_plan_tensor, reserved)
     S(hs_plan_shard) F(hs_plan_shard, tokens) F(hs_plan_shard, first_sample)
     S(hs_plan_ref) F(hs_plan_ref, space) F(hs_plan_ref, across) F(hs_plan_ref, offset) F(hs_plan_ref, bytes)
-    S(hs_plan_position) F(hs_plan_position, position) F(hs_plan_position, step_prefix) F(hs_plan_position, arena_bytes) F(hs_plan_position, act_offset) F(hs_plan_position, act_stride) F(hs_plan_position, act_slots) F(hs_plan_position, mb_count) F(hs_plan_position, mb_offset) F(hs_plan_position, mb_stride) F(hs_plan_position, tokens_offset) F(hs_plan_position, targets_offset) F(hs_plan_position, loss_offset) F(hs_plan_position, sumsq_offset) F(hs_plan_position, control_offset) F(hs_plan_position, logits_offset) F(hs_plan_position, slot_bytes) F(hs_plan_position, first_state) F(hs_plan_position, states) F(hs_plan_position, first_init) F(hs_plan_position, inits) F(hs_plan_position, first_load) F(hs_plan_position, loads) F(hs_plan_position, first_step) F(hs_plan_position, steps) F(hs_plan_position, first_redo) F(hs_plan_position, redos) F(hs_plan_position, bytes_by_kind)
+    S(hs_plan_position) F(hs_plan_position, position) F(hs_plan_position, step_prefix) F(hs_plan_position, arena_bytes) F(hs_plan_position, act_offset) F(hs_plan_position, act_stride) F(hs_plan_position, act_slots) F(hs_plan_position, mb_count) F(hs_plan_position, mb_offset) F(hs_plan_position, mb_stride) F(hs_plan_position, tokens_offset) F(hs_plan_position, targets_offset) F(hs_plan_position, loss_offset) F(hs_plan_position, sumsq_offset) F(hs_plan_position, control_offset) F(hs_plan_position, logits_offset) F(hs_plan_position, slot_bytes) F(hs_plan_position, first_state) F(hs_plan_position, states) F(hs_plan_position, first_init) F(hs_plan_position, inits) F(hs_plan_position, first_load) F(hs_plan_position, loads) F(hs_plan_position, first_step) F(hs_plan_position, steps) F(hs_plan_position, first_redo) F(hs_plan_position, redos) F(hs_plan_position, step_checks) F(hs_plan_position, reserved0) F(hs_plan_position, bytes_by_kind)
     S(hs_plan_state) F(hs_plan_state, tensor) F(hs_plan_state, pieces) F(hs_plan_state, master_offset) F(hs_plan_state, m_offset) F(hs_plan_state, v_offset) F(hs_plan_state, grad_offset) F(hs_plan_state, slot_offset)
     S(hs_plan_program) F(hs_plan_program, first_call) F(hs_plan_program, calls) F(hs_plan_program, name_offset) F(hs_plan_program, name_length)
     S(hs_plan_call) F(hs_plan_call, kernel) F(hs_plan_call, dtype) F(hs_plan_call, layer) F(hs_plan_call, ptr) F(hs_plan_call, dim) F(hs_plan_call, real)
@@ -198,6 +198,7 @@ void hs_wire_print(void) {
         N(HS_A_MERGE),
         N(HS_A_DECIDE),
         N(HS_A_CHECK),
+        N(HS_A_FORESEE),
         N(HS_CH_FORWARD),
         N(HS_CH_BACKWARD),
         N(HS_CH_TIED_GRAD),

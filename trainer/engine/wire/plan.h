@@ -130,11 +130,13 @@ enum { HS_THREADS_COUNTED = 2, HS_THREADS_MAX = 256 };
  *   init   once, on a fresh start, before load: fills master weights (moments are zero: the arena is)
  *   load   once, at every start: what follows from the master weights (compute copies, tables, tied copies)
  *   step   once a step
- *   redo   after a CHECK that does not agree: what the step before did too early, again
+ *   redo   after a CHECK that clips: what the optimizer made after all goes where the foreseen went (run/steps.h)
  * Infer mode: load once, then step for each request (tokens in MB 0, logits out). */
+enum { HS_PLAN_FORESEEN = 128 };
+
 typedef struct hs_plan_position {
     uint32_t position;       /* = its index in this table */
-    uint32_t step_prefix;    /* so many actions of the step list may run before the step before is checked; 0: none */
+    uint32_t step_prefix;    /* optimistic: so many actions of the step list run before the step before is checked */
     uint64_t arena_bytes;
     uint64_t act_offset, act_stride;
     uint32_t act_slots, mb_count;
@@ -143,7 +145,7 @@ typedef struct hs_plan_position {
     uint64_t targets_offset; /* inside an MB: i32[R] targets; UINT64_MAX: none */
     uint64_t loss_offset;    /* inside an MB: f32[R] losses written by the classifier; UINT64_MAX: none */
     uint64_t sumsq_offset;   /* STATIC: f64[tensors] squared norms by tensor, zero where not owned */
-    uint64_t control_offset; /* STATIC: hs_step_control */
+    uint64_t control_offset; /* STATIC: hs_step_control; optimistic: HS_PLAN_FORESEEN further on the one foreseen */
     uint64_t logits_offset;  /* infer mode, STATIC: f32[R,V]; else UINT64_MAX */
     uint64_t slot_bytes;     /* of a snapshot slot: header, checksums and data (slot.h) */
     uint32_t first_state, states;
@@ -151,6 +153,9 @@ typedef struct hs_plan_position {
     uint32_t first_load, loads;
     uint32_t first_step, steps;
     uint32_t first_redo, redos;
+    uint32_t step_checks;    /* optimistic: so many actions behind the prefix check the step before; 0: the step list
+                              * checks its own step at its end */
+    uint32_t reserved0;      /* 0 */
     uint64_t bytes_by_kind[HS_MEMORY_KINDS]; /* weights, moments, gradients, activations, scratch, slots, channels, other: for show */
 } hs_plan_position;
 
@@ -197,7 +202,8 @@ enum {
     HS_A_SNAPSHOT,  /* fill a slot where the control block says so */
     HS_A_MERGE,     /* position 0 only: add the report at ref, of another replica, to its own */
     HS_A_DECIDE,    /* position 0 only: write the control block by its report at ref */
-    HS_A_CHECK,     /* take the control block at ref as that of the step before: go on, or redo */
+    HS_A_CHECK,     /* take the control block at ref as that of the step before, as APPLY does */
+    HS_A_FORESEE,   /* write at ref the control block that this step will have where nothing is clipped */
     HS_A_COUNT
 };
 

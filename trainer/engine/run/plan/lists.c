@@ -28,7 +28,7 @@ static hs_status check_message(hs_plan_checker *c, const hs_plan_position *p,
         return REFUSE(c, "action %zu: replicas exchange reports before theirs are combined", i);
     }
     (a->kind == HS_A_SEND ? c->sends
-                          : c->recvs)[(size_t)a->channel * HS_PLAN_LISTS + (size_t)list]++;
+                          : c->recvs)[(size_t)a->channel * HS_PLAN_COUNTED + (size_t)list]++;
     return HS_OK;
 }
 
@@ -201,14 +201,37 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
         return check_decision(c, p, a, i);
     case HS_A_APPLY:
     case HS_A_CHECK:
+    case HS_A_FORESEE:
         return check_block(c, a, i, sizeof(hs_step_control));
     default: /* DATA, SNAPSHOT */
         return HS_OK;
     }
 }
 
-/* I6: the lists of one position. Training steps end on one report, one apply and one snapshot, in
- * that order. */
+/* Whether an action of a step's list comes before what it needs; seen: how many of each kind come before
+ * it. An optimistic step's reports are of two steps (optimistic.c). */
+static bool is_early(const hs_plan_position *p, uint8_t kind, const uint32_t *seen) {
+    const bool decides = p->position == 0;
+    switch (kind) {
+    case HS_A_COMBINE:
+        return !p->step_checks && !seen[HS_A_REPORT];
+    case HS_A_MERGE:
+        return seen[HS_A_DECIDE] > 0;
+    case HS_A_APPLY:
+        return !seen[HS_A_REPORT] || (decides && !seen[HS_A_DECIDE]);
+    case HS_A_CHECK:
+        return decides && !seen[HS_A_DECIDE];
+    case HS_A_FORESEE:
+        return !seen[HS_A_REPORT];
+    case HS_A_SNAPSHOT:
+        return !seen[HS_A_APPLY] && !seen[HS_A_CHECK];
+    default:
+        return false;
+    }
+}
+
+/* I6: the lists of one position. A training step has one report, one control block to take and one
+ * snapshot; a checked one in that order. */
 static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
     const hs_plan *plan = c->plan;
     const uint32_t firsts[HS_PLAN_LISTS] = {p->first_init, p->first_load, p->first_step,
@@ -227,13 +250,9 @@ static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
                 continue;
             }
             const uint8_t kind = plan->actions[i].kind;
+            if (is_early(p, kind, seen))
+                return REFUSE(c, "action %zu: kind %u comes before what it needs", i, kind);
             seen[kind]++;
-            const bool early = (kind == HS_A_COMBINE && !seen[HS_A_REPORT]) ||
-                               (kind == HS_A_MERGE && seen[HS_A_DECIDE]) ||
-                               (kind == HS_A_APPLY && !seen[HS_A_REPORT]) ||
-                               (kind == HS_A_APPLY && p->position == 0 && !seen[HS_A_DECIDE]) ||
-                               (kind == HS_A_SNAPSHOT && !seen[HS_A_APPLY]);
-            if (early) return REFUSE(c, "action %zu: kind %u comes before what it needs", i, kind);
             HS_TRY(hs_plan_check_action_writes(c, p, i));
         }
         if (counts[list]) {
@@ -242,24 +261,25 @@ static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
         }
     }
     if (plan->config->mode != HS_MODE_TRAIN) return HS_OK;
-    if (seen[HS_A_REPORT] != 1 || seen[HS_A_APPLY] != 1 || seen[HS_A_SNAPSHOT] != 1 ||
+    const bool ahead = p->step_checks > 0;
+    if (seen[HS_A_REPORT] != 1 || seen[HS_A_APPLY] != !ahead || seen[HS_A_CHECK] != ahead ||
+        seen[HS_A_FORESEE] != ahead || seen[HS_A_SNAPSHOT] != 1 ||
         seen[HS_A_COMBINE] != (p->position == 0) || seen[HS_A_DECIDE] != (p->position == 0)) {
         return REFUSE(c,
                       "position %" PRIu32 ": a step has %" PRIu32 " reports, %" PRIu32
                       " combines, %" PRIu32 " decisions, %" PRIu32 " applies and %" PRIu32
-                      " snapshots; one each, combines and decisions at position 0 only",
+                      " snapshots; one each, combines and decisions at position 0 only; an "
+                      "optimistic one a check (%" PRIu32
+                      ") in place of the apply, and foresees (%" PRIu32 ")",
                       p->position, seen[HS_A_REPORT], seen[HS_A_COMBINE], seen[HS_A_DECIDE],
-                      seen[HS_A_APPLY], seen[HS_A_SNAPSHOT]);
+                      seen[HS_A_APPLY], seen[HS_A_SNAPSHOT], seen[HS_A_CHECK], seen[HS_A_FORESEE]);
     }
     if (p->position == 0 &&
         (seen[HS_A_MERGE] > 16 || 1u << seen[HS_A_MERGE] != plan->config->replicas)) {
         return REFUSE(c, "position 0: %" PRIu32 " reports are merged, of %" PRIu32 " replicas",
                       seen[HS_A_MERGE], plan->config->replicas);
     }
-    if (seen[HS_A_CHECK] || p->redos || p->step_prefix) {
-        return REFUSE(c, "position %" PRIu32 ": an optimistic step, which this engine does not run",
-                      p->position);
-    }
+    HS_TRY(hs_plan_check_parts(c, p));
     if (!seen[HS_A_DATA] && (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX)) {
         return REFUSE(c, "position %" PRIu32 ": it reads tokens and has no data action",
                       p->position);
@@ -300,11 +320,12 @@ hs_status hs_plan_check_lists(hs_plan_checker *c) {
     }
     for (uint32_t p = 0; p < plan->config->positions; p++)
         HS_TRY(check_lists(c, &plan->positions[p]));
-    for (size_t i = 0; i < plan->count[HS_SECTION_CHANNELS] * HS_PLAN_LISTS; i++) {
+    for (size_t i = 0; i < plan->count[HS_SECTION_CHANNELS] * HS_PLAN_COUNTED; i++) {
         if (c->sends[i] != c->recvs[i]) {
             return REFUSE(c, "channel %zu: %" PRIu64 " sends and %" PRIu64 " receives in one %s",
-                          i / HS_PLAN_LISTS, c->sends[i], c->recvs[i],
-                          (const char *const[]){"init", "load", "step", "redo"}[i % HS_PLAN_LISTS]);
+                          i / HS_PLAN_COUNTED, c->sends[i], c->recvs[i],
+                          (const char *const[]){"init", "load", "step", "redo",
+                                                "prefix"}[i % HS_PLAN_COUNTED]);
         }
     }
     return HS_OK;

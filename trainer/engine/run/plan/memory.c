@@ -105,10 +105,16 @@ static hs_status check_position(hs_plan_checker *c, uint32_t index) {
     HS_TRY(check_range(c, p, "load actions", p->first_load, p->loads, HS_SECTION_ACTIONS));
     HS_TRY(check_range(c, p, "step actions", p->first_step, p->steps, HS_SECTION_ACTIONS));
     HS_TRY(check_range(c, p, "redo actions", p->first_redo, p->redos, HS_SECTION_ACTIONS));
-    if (p->step_prefix > p->steps) {
+    if (p->reserved0) return REFUSE(c, "position %" PRIu32 ": reserved is not 0", index);
+    if (p->step_checks && p->control_offset == UINT64_MAX)
+        return REFUSE(c, "position %" PRIu32 ": an optimistic step without a control block", index);
+    HS_TRY(
+        check_static_area(c, p, "foreseen control", hs_plan_foreseen(p), sizeof(hs_step_control)));
+    if (p->step_prefix > p->steps || p->step_checks > p->steps - p->step_prefix) {
         return REFUSE(c,
-                      "position %" PRIu32 ": a prefix of %" PRIu32 " of %" PRIu32 " step actions",
-                      index, p->step_prefix, p->steps);
+                      "position %" PRIu32 ": a prefix of %" PRIu32 " and a check of %" PRIu32
+                      " of %" PRIu32 " step actions",
+                      index, p->step_prefix, p->step_checks, p->steps);
     }
     if (plan->config->mode == HS_MODE_INFER &&
         (p->tokens_offset == UINT64_MAX || p->logits_offset == UINT64_MAX)) {
@@ -148,6 +154,7 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
     add_area(areas, &n, p->sumsq_offset, 8u * (uint64_t)plan->count[HS_SECTION_TENSORS],
              UINT32_MAX);
     add_area(areas, &n, p->control_offset, sizeof(hs_step_control), UINT32_MAX);
+    add_area(areas, &n, hs_plan_foreseen(p), sizeof(hs_step_control), UINT32_MAX);
     add_area(areas, &n, p->logits_offset, 4u * (uint64_t)hs_plan_rows(plan) * plan->config->vocab,
              UINT32_MAX);
     for (uint32_t i = 0; i < p->states; i++) {
@@ -220,7 +227,7 @@ hs_status hs_plan_check_states(hs_plan_checker *c) {
     uint32_t *owners = calloc(n, sizeof *owners);
     /* a position may own each tensor once, before a second owner is refused: 4 areas a tensor and 5
      * of its own */
-    area *areas = calloc(4 * n + 5, sizeof *areas);
+    area *areas = calloc(4 * n + 6, sizeof *areas);
     hs_status st = HS_OK;
     if (!owners || !areas) st = hs_fail(c->why, HS_E_MEMORY, "no memory to check %zu tensors", n);
     for (uint32_t p = 0; p < plan->config->positions && st == HS_OK; p++) {

@@ -24,8 +24,8 @@ static hs_status check_all(hs_plan_checker *c) {
     HS_TRY(hs_plan_check_positions(c));
     HS_TRY(hs_plan_check_states(c));
     c->program_uses = calloc(c->plan->count[HS_SECTION_PROGRAMS] + 1, 1);
-    c->sends = calloc(c->plan->count[HS_SECTION_CHANNELS] * HS_PLAN_LISTS + 1, sizeof *c->sends);
-    c->recvs = calloc(c->plan->count[HS_SECTION_CHANNELS] * HS_PLAN_LISTS + 1, sizeof *c->recvs);
+    c->sends = calloc(c->plan->count[HS_SECTION_CHANNELS] * HS_PLAN_COUNTED + 1, sizeof *c->sends);
+    c->recvs = calloc(c->plan->count[HS_SECTION_CHANNELS] * HS_PLAN_COUNTED + 1, sizeof *c->recvs);
     c->stage_at = calloc(HS_PLAN_STAGES, sizeof *c->stage_at);
     c->run_for = calloc(c->plan->count[HS_SECTION_PROGRAMS] + 1, sizeof *c->run_for);
     if (!c->program_uses || !c->sends || !c->recvs || !c->stage_at || !c->run_for) {
@@ -61,9 +61,9 @@ void hs_plan_close(hs_plan *plan) {
 }
 
 void hs_plan_action_name(const hs_plan *plan, const hs_plan_action *a, char text[40]) {
-    static const char *const names[HS_A_COUNT] = {"",         "run",     "SEND",   "RECV",
-                                                  "data",     "combine", "report", "apply",
-                                                  "snapshot", "merge",   "decide", "check"};
+    static const char *const names[HS_A_COUNT] = {
+        "",      "run",      "SEND",  "RECV",   "data",  "combine", "report",
+        "apply", "snapshot", "merge", "decide", "check", "foresee"};
     char number[12] = "";
     if (a->microbatch != UINT32_MAX)
         (void)snprintf(number, sizeof number, "%" PRIu32, a->microbatch);

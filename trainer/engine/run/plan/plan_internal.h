@@ -6,6 +6,7 @@
  *   memory.c   I4 I5    areas of each arena, states in it and in a slot; a reference and its space
  *   lists.c    I6 I9    programs, channels, and each position's actions in order
  *   calls.c    I7 I8    the calls of a program, when a position's list first runs it
+ *   optimistic.c I11    the parts of a step that begins before the one before is checked
  *   writes.c   I10      what a call or an action writes, right after it was found to hold
  *
  * open.c calls them. Every refusal goes through hs_plan_refuse and names the record, the value and
@@ -25,6 +26,8 @@ enum { HS_PLAN_STAGES = 65536 }; /* most of a plan */
 
 /* The lists of actions of a position, and what its programs may use beside STATIC. */
 enum { HS_PLAN_INIT, HS_PLAN_LOAD, HS_PLAN_STEP, HS_PLAN_REDO, HS_PLAN_LISTS };
+/* Of which messages are counted: the lists, and of the step's its prefix by itself. */
+enum { HS_PLAN_PREFIX = HS_PLAN_LISTS, HS_PLAN_COUNTED };
 enum { HS_PLAN_USES_ACT = 2, HS_PLAN_USES_MB = 4 };
 
 /* Working state of the checks; `why` gets the first failure. */
@@ -34,7 +37,7 @@ typedef struct hs_plan_checker {
     hs_why *why;
     /* by program, for the position being checked: 0 unseen, else 1 | HS_PLAN_USES_* */
     uint8_t *program_uses;
-    uint64_t *sends, *recvs; /* by channel, HS_PLAN_LISTS of each */
+    uint64_t *sends, *recvs; /* by channel, HS_PLAN_COUNTED of each */
     uint32_t *stage_at;      /* by stage below HS_PLAN_STAGES: 1 + its position; 0: not seen */
     uint32_t *run_for;       /* by program: 1 + 128 stage + op that it runs for; 0: not seen */
     uint64_t own_report;     /* where the position being checked combines; UINT64_MAX: not yet */
@@ -96,6 +99,11 @@ hs_status hs_plan_check_ref(const hs_plan_checker *c, const hs_plan_position *p,
 /* I6, I9, and through the two below I7, I8 and I10. */
 hs_status hs_plan_check_lists(hs_plan_checker *c);
 
+/* --- optimistic.c --- */
+
+/* I11, for a position whose actions were all accepted. */
+hs_status hs_plan_check_parts(hs_plan_checker *c, const hs_plan_position *p);
+
 /* --- calls.c --- */
 
 /* I7 and I8 for a program on a position. Sets its program_uses; returns at once where it is set. */
@@ -113,5 +121,8 @@ hs_status hs_plan_check_call_writes(const hs_plan_checker *c, const hs_plan_posi
 /* I10, for action i, whose reference lies in its space. */
 hs_status hs_plan_check_action_writes(const hs_plan_checker *c, const hs_plan_position *p,
                                       size_t i);
+/* The first call of a program, whose calls hold, that writes a master weight, a moment or a gradient. */
+const hs_plan_call *hs_plan_writes_state(const hs_plan *plan, const hs_plan_position *p,
+                                         uint32_t program);
 
 #endif

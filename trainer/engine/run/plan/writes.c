@@ -34,6 +34,10 @@ static place control_of(const hs_plan_position *p) {
     return (place){"control block", p->control_offset, sizeof(hs_step_control)};
 }
 
+static place foreseen_of(const hs_plan_position *p) {
+    return (place){"foreseen control block", hs_plan_foreseen(p), sizeof(hs_step_control)};
+}
+
 /* NULL: a write there of a microbatch area reaches neither tokens nor targets. */
 static const char *reaches_index(const hs_plan *plan, const hs_plan_position *p, uint64_t offset,
                                  uint64_t bytes) {
@@ -90,10 +94,12 @@ static hs_status check_operand_write(const hs_plan_checker *c, const hs_plan_pos
     if (ref->space == HS_SPACE_MB) over = reaches_index(c->plan, p, ref->offset, bytes);
     if (ref->space == HS_SPACE_PIECE) bytes = hs_plan_span(c->plan, ref);
     if (of_arena(ref)) {
-        const place control = control_of(p), sumsq = sumsq_of(c->plan, p);
+        const place control = control_of(p), sumsq = sumsq_of(c->plan, p),
+                    foreseen = foreseen_of(p);
         const bool norm = (call->kernel == HS_K_SUMSQ || call->kernel == HS_K_SUM) &&
                           facts->operands[o].role == HS_ROLE_WRITE;
         if (touches(&control, ref->offset, bytes)) over = control.name;
+        if (touches(&foreseen, ref->offset, bytes)) over = foreseen.name;
         if (!norm && touches(&sumsq, ref->offset, bytes)) over = sumsq.name;
     }
     if (!over) return HS_OK;
@@ -158,6 +164,22 @@ static const hs_plan_state *reaches_state(const hs_plan *plan, const hs_plan_pos
     return NULL;
 }
 
+const hs_plan_call *hs_plan_writes_state(const hs_plan *plan, const hs_plan_position *p,
+                                         uint32_t program) {
+    const hs_plan_program *g = &plan->programs[program];
+    for (uint32_t i = 0; i < g->calls; i++) {
+        const hs_plan_call *call = &plan->calls[g->first_call + i];
+        const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
+        for (int o = 0; o < facts->operand_count; o++) {
+            const hs_plan_ref *ref = &call->ptr[o];
+            if (facts->operands[o].role != HS_ROLE_READ && of_arena(ref) &&
+                reaches_state(plan, p, ref->offset, hs_plan_span(plan, ref)))
+                return call;
+        }
+    }
+    return NULL;
+}
+
 hs_status hs_plan_check_action_writes(const hs_plan_checker *c, const hs_plan_position *p,
                                       size_t i) {
     const hs_plan_action *a = &c->plan->actions[i];
@@ -166,18 +188,24 @@ hs_status hs_plan_check_action_writes(const hs_plan_checker *c, const hs_plan_po
         return REFUSE(c, "action %zu: it applies what is not position %" PRIu32 "'s control block",
                       i, p->position);
     }
+    if (a->kind == HS_A_FORESEE && ref->offset != hs_plan_foreseen(p)) {
+        return REFUSE(c, "action %zu: what it foresees lies elsewhere than position %" PRIu32 "'s",
+                      i, p->position);
+    }
     if (a->kind != HS_A_RECV && a->kind != HS_A_REPORT && a->kind != HS_A_COMBINE) return HS_OK;
     const char *over = NULL;
     if (ref->space == HS_SPACE_MB) over = reaches_index(c->plan, p, ref->offset, ref->bytes);
     const uint64_t span = hs_plan_span(c->plan, ref);
     if (of_arena(ref)) {
-        const place control = control_of(p), sumsq = sumsq_of(c->plan, p);
+        const place control = control_of(p), sumsq = sumsq_of(c->plan, p),
+                    foreseen = foreseen_of(p);
         const bool order = a->kind == HS_A_RECV &&
                            a->channel < c->plan->count[HS_SECTION_CHANNELS] &&
                            c->plan->channels[a->channel].kind == HS_CH_CONTROL &&
                            ref->offset == control.offset && ref->bytes == control.bytes;
         if (!order && touches(&control, ref->offset, span)) over = control.name;
         if (touches(&sumsq, ref->offset, span)) over = sumsq.name;
+        if (touches(&foreseen, ref->offset, span)) over = foreseen.name;
         if (reaches_state(c->plan, p, ref->offset, span)) over = "state of a tensor";
     }
     if (!over) return HS_OK;

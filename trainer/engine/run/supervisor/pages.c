@@ -29,8 +29,9 @@ static char process_state(pid_t pid) {
 }
 
 static const char *action_name(uint32_t kind) {
-    static const char *const names[] = {"starting", "RUN",    "SEND",  "RECV",    "DATA",
-                                        "COMBINE",  "REPORT", "APPLY", "SNAPSHOT"};
+    static const char *const names[] = {"starting", "RUN",    "SEND",   "RECV",     "DATA",
+                                        "COMBINE",  "REPORT", "APPLY",  "SNAPSHOT", "MERGE",
+                                        "DECIDE",   "CHECK",  "FORESEE"};
     return kind < sizeof names / sizeof *names ? names[kind] : "?";
 }
 

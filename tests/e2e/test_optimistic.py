@@ -1,0 +1,90 @@
+"""An optimistic step (``trainer/plan/optimistic.py``) has a checked one's bits: losses, norms, gradients, weights.
+
+Whatever the decision is that comes behind the next step's prefix: nothing clipped, everything, or now and then, so that
+prefixes run once, twice, or both. What crashes and resumes meanwhile is at the end.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.e2e.engine_runs import Gang
+from tests.e2e.test_equal_bits import CHUNKED, SEQUENCE, VOCAB
+from trainer.plan.compile import compile_plan
+from trainer.plan.places import Pipeline
+from trainer.spec import parse_spec, what_digest
+
+STEPS = 6
+GPT2, LLAMA = "gpt2 tied, 7 layers", "llama untied, 7 layers"
+CLIPS = {
+    GPT2: {"always": 1e-3, "never": 0.0, "at times": 1.2},
+    LLAMA: {"always": 1e-3, "never": 0.0, "at times": 1.6},
+}
+"""By how often, the limit of the norm: that of the first steps is 1.1 to 2.1."""
+
+
+def run(
+    folder: Path, model: str, precision: str, clip: float, pipeline: Pipeline | None = None, **parallel: Any
+) -> Gang:
+    """Trains in ``folder``; ``parallel`` is the spec's section."""
+    tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))
+    sizes = CHUNKED[model] | {"vocab": VOCAB, "context": 32}
+    tree = engine_runs.bits_tree("bits", sizes, precision, STEPS, SEQUENCE, {"threads": 1, **parallel})
+    tree["train"]["optimizer"]["clip"] = clip
+    spec = parse_spec(tree)
+    dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), pipeline=pipeline)
+    assert {p.step_checks > 0 for p in plan.positions} == {parallel.get("optimizer") == "optimistic"}
+    return engine_runs.train(plan, folder / "data", folder / "run")
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of one stage, whose steps are checked."""
+
+    @cache
+    def of(*case: Any) -> Gang:
+        return run(tmp_path_factory.mktemp("checked"), *case)
+
+    return of
+
+
+def assert_same(ours: Gang, theirs: Gang) -> None:
+    assert [s["step"] for s in ours.steps] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "lr"):
+        assert [step[key] for step in ours.steps] == [step[key] for step in theirs.steps], key
+    for step in range(1, STEPS + 1):
+        for what in ("grads", "weights"):
+            mine, other = getattr(ours, what)(step), getattr(theirs, what)(step)
+            for name, value in other.items():
+                np.testing.assert_array_equal(mine[name], value, f"step {step}, {what}: {name}")
+
+
+@pytest.mark.parametrize("clip", CLIPS[GPT2])
+@pytest.mark.parametrize(("model", "precision"), [(GPT2, "bf16"), (LLAMA, "fp32")])
+@pytest.mark.parametrize(
+    ("pipeline", "schedule"),
+    [
+        (Pipeline.in_turn(3, 3), "1f1b"),
+        (Pipeline.there_and_back(4, 2), "zb-v"),
+        (Pipeline.in_turn(4, 2), "interleaved-1f1b"),
+    ],
+    ids=["1f1b", "zb-v", "interleaved"],
+)
+def test_equal_bits(
+    checked: Any, tmp_path: Path, model: str, precision: str, clip: str, pipeline: Pipeline, schedule: str
+) -> None:
+    """Clipped in every step, in none, in some."""
+    limit = CLIPS[model][clip]
+    theirs = checked(model, precision, limit)
+    clipped = [0 < limit < norm for norm in theirs.norms]
+    assert (any(clipped), all(clipped)) == {"always": (True, True), "never": (False, False)}.get(clip, (True, False))
+    chunks = pipeline.stages // pipeline.positions
+    parallel = {"stages": pipeline.stages, "chunks": chunks, "schedule": schedule, "optimizer": "optimistic"}
+    assert_same(run(tmp_path, model, precision, limit, pipeline, **parallel), theirs)

@@ -1,0 +1,90 @@
+#include "run/steps.h"
+
+#include <inttypes.h>
+
+#include "core/clock.h"
+#include "run/executor_internal.h"
+#include "run/weights.h"
+
+/* One line from rank 0: to standard output and to the agent. */
+static void tell_step(const hs_executor *ex) {
+    char line[2048];
+    hs_text text = hs_text_over(line, sizeof line);
+    hs_metrics_step(ex->metrics, &ex->control, &text);
+    if (ex->rank != 0) return;
+    hs_metrics_print(&text);
+    if (ex->agent) hs_agent_link_metrics(ex->agent, line);
+}
+
+/* The prefix of the step after ex->step. */
+static hs_status run_prefix(hs_executor *ex, hs_which which, hs_why *why) {
+    ex->step++;
+    const hs_status st =
+        hs_executor_run(ex, HS_LIST_STEP, 0, ex->position->step_prefix, which, why);
+    if (st == HS_OK) ex->step--; /* else the last words name the step that failed */
+    return st;
+}
+
+/* Whether the prefix ran on weights that AdamW did not leave. */
+static bool clipped(const hs_executor *ex) {
+    return ex->control.clip_scale != 1.0f;
+}
+
+/* The end of step ex->step, whose rest is done: the next one's prefix, if there is a next one, and the
+ * check. */
+static hs_status check(hs_executor *ex, hs_why *why) {
+    const hs_plan_position *p = ex->position;
+    const bool ahead = ex->step < hs_executor_last_step(ex);
+    if (ahead)
+        HS_TRY(run_prefix(ex, HS_ALL, why));
+    else
+        HS_TRY(hs_executor_run(ex, HS_LIST_STEP, 0, p->step_prefix, HS_REPORT, why));
+    HS_TRY(hs_executor_run(ex, HS_LIST_STEP, p->step_prefix, p->step_checks, HS_ALL, why));
+    if (!ahead || ex->control.stop || !clipped(ex)) return HS_OK;
+    HS_TRY(hs_executor_run(ex, HS_LIST_REDO, 0, p->redos, HS_ALL, why));
+    return run_prefix(ex, HS_AGAIN, why);
+}
+
+/* Step ex->step from behind its prefix to its end. */
+static hs_status run_step(hs_executor *ex, hs_why *why) {
+    const hs_plan_position *p = ex->position;
+    const uint32_t before = p->step_prefix + p->step_checks;
+    HS_TRY(hs_executor_run(ex, HS_LIST_STEP, before, p->steps - before, HS_ALL, why));
+    if (p->step_checks) HS_TRY(check(ex, why));
+    if (!ex->dump_dir) return HS_OK;
+    HS_TRY(hs_messages_settle(ex->messages, why));
+    return hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_WEIGHTS, ex->plan, ex->rank, ex->spaces,
+                           why);
+}
+
+hs_status hs_steps_run(hs_executor *ex, int64_t start_step, hs_why *why) {
+    const int64_t last = hs_executor_last_step(ex);
+    ex->step = start_step;
+    bool saved = false, stopped = false;
+    hs_metrics_begin(ex->metrics);
+    if (ex->step < last && ex->position->step_checks) HS_TRY(run_prefix(ex, HS_NO_REPORT, why));
+    while (ex->step < last && !stopped) {
+        ex->step++;
+        HS_TRY(run_step(ex, why));
+        tell_step(ex);
+        if (ex->agent) hs_agent_link_poll(ex->agent);
+        hs_metrics_begin(ex->metrics);
+        stopped = ex->control.stop && ex->step < last;
+        saved = true;
+    }
+    HS_TRY(hs_messages_settle(ex->messages, why));
+    if (!ex->snapshot) return stopped ? HS_E_STOPPED : HS_OK;
+    /* An attempt that starts where the run ends: its gang died between the last step and the
+     * commit. */
+    const int64_t deadline_ns = hs_deadline_ns(ex->attempt->commit_ms);
+    if (!saved) HS_TRY(hs_executor_save(ex, true, why));
+    const hs_status st = hs_executor_finish_saving(ex, deadline_ns, why);
+    if (st == HS_E_AGAIN) {
+        why->text[0] = 0;
+        return hs_fail(why, HS_E_LOST,
+                       "the device did not copy the state of step %" PRId64 " in time", ex->step);
+    }
+    HS_TRY(st);
+    HS_TRY(hs_agent_link_wait_committed(ex->agent, ex->step, deadline_ns, ex->stop, why));
+    return stopped ? HS_E_STOPPED : HS_OK;
+}
