@@ -15,7 +15,7 @@ from trainer.errors import PlanError
 from trainer.plan import Plan, compile_plan
 from trainer.plan.draw import memory_text
 from trainer.plan.edges import check_messages
-from trainer.plan.records import ActionList, BoundCall, PositionPlan, Ref
+from trainer.plan.records import ActionList, BoundAction, BoundCall, PositionPlan, Ref
 from trainer.plan.reduce import Groups, piece_elements
 from trainer.plan.simulate import CostModel, from_plan, simulate
 from trainer.spec import parse_spec, what_digest
@@ -192,6 +192,10 @@ CASES = [
     {"replicas": 8, "groups": 8, "stages": 4, "chunks": 2, "schedule": "gpipe", "width": 320},
     {"replicas": 2, "groups": 8, "stages": 2, "width": 320, "family": "llama"},
     {"replicas": 2, "groups": 4, "width": 512, "precision": "fp8", "batch": 4},
+    {"replicas": 1, "groups": 8, "stages": 4, "schedule": "zb-h1"},
+    {"replicas": 2, "groups": 8, "stages": 4, "schedule": "zb-h1", "width": 320},
+    {"replicas": 4, "groups": 4, "stages": 4, "schedule": "zb-v", "chunks": 2, "width": 512, "batch": 32},
+    {"replicas": 2, "groups": 2, "stages": 4, "schedule": "v-half", "chunks": 2, "width": 320, "family": "llama"},
 ]
 
 
@@ -236,6 +240,39 @@ def test_replicas_share_the_state_of_large_tensors() -> None:
     assert sum(s.pieces == 4 for s in four.states) == 12
     assert four.bytes_by_kind["moments"] < 0.4 * one.bytes_by_kind["moments"]
     assert four.slot_bytes < 0.4 * one.slot_bytes
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"groups": 4},
+        {"groups": 8},
+        {"groups": 4, "schedule": "zb-h1"},
+        {"groups": 4, "schedule": "v-half", "chunks": 2, "stages": 4},
+    ],
+    ids=str,
+)
+def test_an_exchange_is_under_way_while_the_next_layer_s_backward_runs(case: dict[str, Any]) -> None:
+    """At most one layer's pieces, the last to be made, have no computation between their messages and their sums."""
+    plan = plan_of(4, width=512, **{"stages": 2} | case)
+    for position in plan.positions:
+        listed = list(ActionList.of(position.step))
+
+        def adds(action: BoundAction, ref: Ref, position: PositionPlan = position) -> bool:
+            calls = position.programs[action.program].calls if action.program is not None else ()
+            return any(c.kernel == "fold" and c.ptr[1] == ref for c in calls)
+
+        alone = 0
+        for n, action in enumerate(listed):
+            if action.kind != wire.A_RECV or plan.channels[action.channel or 0].kind != wire.CH_REDUCE:
+                continue
+            assert action.ref is not None
+            end = next(later for later in range(n + 1, len(listed)) if adds(listed[later], action.ref))
+            busy = any(between.op in "BIW" and between.kind == wire.A_RUN for between in listed[n:end])
+            if not busy and not action.ref.bytes % (4 * wire.PIECE_BLOCK):
+                alone += action.ref.bytes
+        layer = 4 * sum(3 * piece_elements(n * 512 * 512, 4) for n in (3, 4, 4))
+        assert alone <= layer * len(position.chunks), position.position
 
 
 @pytest.mark.parametrize("replicas", [2, 8])
