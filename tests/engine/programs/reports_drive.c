@@ -71,6 +71,8 @@ int main(int argc, char **argv) {
                                                before + (r ^ k) * bytes, tensors, &why);
             if (st == HS_OK) continue;
             (void)fprintf(stderr, "%s\n", why.text);
+            free(reports);
+            free(before);
             return hs_status_exit(st);
         }
     }
