@@ -30,9 +30,11 @@ from trainer.errors import SpecError
 from trainer.spec_sections import (
     MAX_HOW_BYTES,
     MAX_INT32,
+    MAX_MICROBATCHES,
     MAX_VOCAB_SIZE,
     RETIRED,
     RULES,
+    SCHEDULES,
     DataSpec,
     ModelSpec,
     RunSpec,
@@ -44,10 +46,13 @@ from trainer.spec_sections import (
 from trainer.wire.packed import pack
 
 __all__ = [
+    "CLUSTER_KEY",
     "MAX_HOW_BYTES",
     "MAX_INT32",
+    "MAX_MICROBATCHES",
     "MAX_VOCAB_SIZE",
     "RETIRED",
+    "SCHEDULES",
     "DataSpec",
     "ModelSpec",
     "RunSpec",
@@ -56,6 +61,7 @@ __all__ = [
     "load_spec",
     "other_name",
     "parse_spec",
+    "read_toml",
     "run_id",
     "too_short",
     "what_bytes",
@@ -67,6 +73,8 @@ SPEC_SCHEMA = 1
 """Version of the What half; part of its digest."""
 
 MAX_SPEC_BYTES = 1 << 20
+CLUSTER_KEY = "cluster"
+"""Of a spec's file: the machines that ``hotstage plan`` plans for, a table or the path of a file with one."""
 
 
 def parse_spec(value: Mapping[str, Any], sets: Sequence[str] = (), origin: str = "spec") -> RunSpec:
@@ -105,27 +113,34 @@ def _not_text(tree: Mapping[str, Any]) -> Iterator[str]:
 def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
     """Read a TOML file and apply ``--set`` overrides (``train.steps=20``; the value is TOML, else a string).
 
-    A shortened key is taken where one key below fits: ``train.lr`` is ``train.optimizer.lr``.
+    A shortened key is taken where one key below fits: ``train.lr`` is ``train.optimizer.lr``. ``cluster`` is left to
+    the planner: it says what machines there are, and is of neither half.
     """
-    file = Path(path)
+    tree = read_toml(Path(path), "a spec")
+    return parse_spec({key: value for key, value in tree.items() if key != CLUSTER_KEY}, sets, origin=str(path))
+
+
+def read_toml(file: Path, what: str) -> dict[str, Any]:
+    """The values of a TOML file that a person wrote. SpecError where it cannot be read; ``what`` it should be."""
+    hint = "; 'hotstage init' writes a spec to start from" if what == "a spec" else ""
     try:
         with file.open("rb") as source:  # not to its end: a device may have none
             data = source.read(MAX_SPEC_BYTES + 1)
         if len(data) > MAX_SPEC_BYTES:
-            raise SpecError(f"{file}: is larger than {MAX_SPEC_BYTES} bytes; a spec is a TOML file of a few keys")
+            raise SpecError(f"{file}: is larger than {MAX_SPEC_BYTES} bytes; {what} is a TOML file of a few keys")
         text = data.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise SpecError(f"{file}: there is no such file; 'hotstage init' writes a spec to start from") from error
+        raise SpecError(f"{file}: there is no such file{hint or f'; {what} is a TOML file'}") from error
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise SpecError(f"{file}: cannot be read: {why}; a spec is a TOML file ('hotstage init' writes one)") from error
+        mend = " ('hotstage init' writes one)" if hint else ""
+        raise SpecError(f"{file}: cannot be read: {why}; {what} is a TOML file{mend}") from error
     try:
-        tree = tomllib.loads(text)
+        return tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, and a number of thousands of digits
         raise SpecError(f"{file}: is not TOML: {str(error)[:300]}") from error
     except RecursionError as error:
         raise SpecError(f"{file}: its values are nested too deep to be read; flatten them") from error
-    return parse_spec(tree, sets, origin=str(file))
 
 
 def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:

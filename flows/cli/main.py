@@ -53,7 +53,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "init": ("flows.cli.spec", "Write a commented spec to start from."),
     "schema": ("flows.cli.spec", "Print the JSON schema of a spec."),
-    "plan": ("flows.cli.spec", "Show what a spec's plan says: memory by kind, schedule, step time."),
+    "plan": ("flows.cli.plan", "Show what a spec's plan says, and which layout a cluster wants."),
     "train": ("flows.cli.train", "Train a spec to its end; recover whatever fails on the way."),
     "schedule": ("flows.cli.train", "Serve a Prefect deployment that starts a new run each time it fires."),
     "data": ("flows.cli.data", "Prepare datasets."),

@@ -45,13 +45,16 @@ class DeviceSheet:
     network_bytes_per_s: float
     """To another node."""
     memory_share: float = 0.9
+    context_bytes: int = CONTEXT_BYTES
+    """What a process takes of its memory beside the plan's buffers."""
 
 
 # Memory, bandwidth, bf16 and fp8 peaks, links, network: the makers' tables as collected in August 2026 by
 # stas00/ml-engineering (compute/accelerator); H200's memory and bandwidth: NVIDIA's sheet of it, the rest as H100's;
 # fp32 without tensor cores, as our products of that type run: the makers' sheets (GB300's as B200's: assumed).
 # Shares of products: the best shape of torch's matrix products, same source ("MAMF"): H100 794.5 of 989 (bf16) and
-# 1402.6 of 1979 (fp8), B200 1745 of 2250, B300 1769 (here of GB300's 2500), GB200 fp8 3615.6 of 5000 (B200's too).
+# 1402.6 of 1979 (fp8), B200 1745 of 2250, B300 1769 (here of GB300's 2500), GB200 1822 of 2500, and fp8 3615.6 of 5000
+# (B200's too).
 # Of attention: forward and backward of head size 64 to 128 at 1k to 4k, figures of arXiv 2407.08608 (Hopper);
 # Blackwell's forward reaches more (arXiv 2603.05451: 71 %), its backward is not published: assumed as Hopper's.
 SHEETS: Mapping[str, DeviceSheet] = {
@@ -70,8 +73,17 @@ SHEETS: Mapping[str, DeviceSheet] = {
             {"fp32": 0.8, "bf16": 0.77, "fp8": 0.72}, 0.45, 900e9, 50e9,
         ),
         DeviceSheet(
+            "GB200", 186 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2500e12, "fp8": 5000e12},
+            {"fp32": 0.8, "bf16": 0.73, "fp8": 0.72}, 0.45, 900e9, 50e9,
+        ),
+        DeviceSheet(
             "GB300", 279 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2500e12, "fp8": 5000e12},
             {"fp32": 0.8, "bf16": 0.70, "fp8": 0.72}, 0.45, 900e9, 100e9,
+        ),
+        # a core of a 2-core laptop: our own measurements of a Zen 4 core; FP8 is computed there as bf16
+        DeviceSheet(
+            "LAPTOP", 8 * 10**9, 15e9, {"fp32": 117e9, "bf16": 235e9, "fp8": 235e9},
+            {"fp32": 0.8, "bf16": 0.75, "fp8": 0.5}, 0.4, 2e9, 0.1e9, 0.8, 3 << 20,
         ),
     )
 }  # fmt: skip
@@ -94,8 +106,8 @@ def peak_of(names: Sequence[str], precision: str) -> float:
 
     >>> peak_of(["NVIDIA H100 80GB HBM3"] * 2, "bf16") / 1e12
     1978.0
-    >>> peak_of(["NVIDIA H100 PCIe"], "bf16"), peak_of(["NVIDIA GB200"], "bf16")
-    (0.0, 0.0)
+    >>> peak_of(["NVIDIA H100 PCIe"], "bf16"), peak_of(["NVIDIA GB200"], "bf16") / 1e15
+    (0.0, 2.5)
     """
     peaks = [
         next((s.peak[precision] for s in SHEETS.values() if s.name in name.split() and "PCIe" not in name), 0.0)

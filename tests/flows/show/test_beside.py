@@ -13,7 +13,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.keys import trace_key
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
-from flows.cli.spec import plan as plan_command
+from flows.cli.plan import plan as plan_command
 from flows.drive.run import load_run
 from flows.show.facts import beside
 from tests.flows.conftest import Trained

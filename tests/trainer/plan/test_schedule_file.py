@@ -170,7 +170,7 @@ def test_a_spec_names_a_file(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_what_a_spec_reads(tmp_path: Path) -> None:
-    from flows.cli.spec import plan
+    from flows.cli.plan import plan
 
     spec, out = tmp_path / "spec.toml", tmp_path / "out.csv"
     spec.write_text(
