@@ -240,16 +240,20 @@ def pairs() -> Iterator[tuple[tuple[int, int, int], tuple[int, int, int]]]:
 
 
 def test_a_gang_reads_each_byte_once(large: dict[tuple[int, int, int], tuple[PlanLayout, Manifest]]) -> None:
-    """From every layout into every other: each node at most 1.05 times what its ranks keep, the gang at most 1.05 times
-    the state."""
+    """From every layout into every other: each node at most 1.05 times what its ranks keep; so the gang at most 1.05
+    times the state, but for large tensors that every replica keeps whole."""
     for source, target in pairs():
         _, manifest = large[source]
         layout, nodes = large[target][0], target[2]
         each, read = layout.ranks // nodes, 0
+        large_ones = {
+            (t, pieces) for p in layout.positions for t, _, elements, pieces in p.owned if elements > BLOCK_ELEMENTS
+        }
         for node in range(nodes):
             ranks = range(node * each, (node + 1) * each)
             reads = plan_reads(manifest, layout, [layout.rank(rank) for rank in ranks])
             own = sum(r.length for r in reads)
             assert own <= 1.05 * kept_by(layout, ranks), (source, target, node)
             read += own
-        assert read <= 1.05 * manifest.total_bytes, (source, target, read / manifest.total_bytes)
+        if all(pieces == layout.replicas for _, pieces in large_ones):
+            assert read <= 1.05 * manifest.total_bytes, (source, target, read / manifest.total_bytes)
