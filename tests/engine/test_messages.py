@@ -62,6 +62,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "gpipe": {"parallel": {"stages": 2, "schedule": "gpipe"}, "batch": 8},
     "3": {"stages": 3, "batch": 8, "model": GPT2 | {"layers": 3}},
     "chunks": {"parallel": CHUNKS, "model": GPT2 | {"layers": 4}, "batch": 8},
+    "replicas": {"parallel": {"stages": 2, "replicas": 2}, "batch": 16, "reduction_groups": 2},
     "untied": {"stages": 2, "batch": 8, "model": GPT2 | {"tied": False}},
 }
 
@@ -107,7 +108,7 @@ def test_each_wait_for_a_message_is_needed(tmp_path: Path, which: str) -> None:
             assert (line.rank, line.message) not in held, line
 
 
-@pytest.mark.parametrize("which", sorted(PLANS))
+@pytest.mark.parametrize("which", sorted(PLANS.keys() - {"replicas"}))  # an exchange's place was only written before
 def test_a_place_that_is_given_ahead_is_given_no_sooner(tmp_path: Path, which: str) -> None:
     """One action sooner, and what still reads the place there finds others' bytes."""
     gang = Gang(tmp_path, **PLANS[which], **STEADY)

@@ -237,26 +237,22 @@ class PositionMemory:
                 offsets, end = memory.place(memory.lifetimes(calls, sizes))
                 places |= {(number, name): offset for name, offset in offsets.items()}
                 most = max(most, end)
-        received = 0
         if not self.job.infer:
-            if self.tied is not None and self.first and not self.last:
-                received = align(4 * self.kept(self.tied))
+            if self.tied is not None and self.first and not self.last:  # comes while the last backward runs
+                self.tied_received = arena.ref(4 * self.kept(self.tied), "gradients")
             largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
             partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
-            most = max(most, received + partials)
+            most = max(most, partials)
         if self.codes:
-            most = max(most, received + 4 * wire.QUANTISE_PARTS)
-        whole = received + align(4 * wire.QUANTISE_PARTS)  # of a weight as AdamW will leave it, to be made codes
+            most = max(most, 4 * wire.QUANTISE_PARTS)
+        whole = align(4 * wire.QUANTISE_PARTS)  # of a weight as AdamW will leave it, to be made codes
         if self.job.optimistic and self.codes:
             most = max(most, whole + 4 * max(self.job.tensors[n].elements for n in self.codes))
         base = arena.take(most, "scratch")
         for (number, name), offset in places.items():
             buffers = self.buffers[number]
             buffers.places[name] = Ref(wire.SPACE_STATIC, base + offset, buffers.size(name))
-        if received:
-            assert self.tied is not None
-            self.tied_received = Ref(wire.SPACE_STATIC, base, 4 * self.kept(self.tied))
-        self.partials, self.whole = base + received, base + whole
+        self.partials, self.whole = base, base + whole
 
     def _place_slots(self, arena: _Arena) -> None:
         offset = max((layout.bytes for layout in self.layouts), default=0)

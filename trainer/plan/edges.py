@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -25,23 +24,18 @@ class Channels:
         self.sizes = sizes
         self.numbers: dict[Channel, int] = {}  # of exchanges without their bytes
         self.largest: dict[int, int] = {}  # of exchanges, by number
-        self.ends: Counter[Position] = Counter()
-        """Channels that start or end at a position."""
 
     def of(self, source: Position, target: Position, kind: int) -> int:
         """Number of the channel."""
         channel = Channel(source, target, kind, self.sizes[kind])
         if channel not in self.numbers:
             self.numbers[channel] = len(self.numbers)
-            self.ends.update({source, target})
         return self.numbers[channel]
 
     def across(self, position: Position, kind: int, across: int, size: int) -> int:
         """Number of the channel between a position of replicas r and r ^ ``across``, both ways; ``size``: bytes of a
         message, of which the channel has the most."""
         number = self.numbers.setdefault(Channel(position, position, kind, 0, across), len(self.numbers))
-        if number not in self.largest:
-            self.ends[position] += 2
         self.largest[number] = max(size, self.largest.get(number, 0))
         return number
 

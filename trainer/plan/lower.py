@@ -505,7 +505,7 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
         for position, (row, cut) in enumerate(zip(rows, parts, strict=True))
     ]
     positions = [
-        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": channels.ends[p.position] * memory.CHANNEL_BYTES})
+        replace(p, bytes_by_kind={**p.bytes_by_kind, "channels": memory.channels_bytes(p.position, channels.all)})
         for p in positions
     ]
     check_messages(positions, channels.all)

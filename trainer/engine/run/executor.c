@@ -277,11 +277,13 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
         if (hs_which_leaves_out(which, ex->plan, a)) continue;
         hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch,
                          hs_messages_peer(ex->plan, ex->rank, a));
-        const int64_t start = hs_clock_ns();
+        const int64_t start = hs_clock_ns(), moved = hs_messages_moved_ns(ex->messages);
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;
-        if (list >= HS_LIST_STEP) hs_trace_add(ex->trace, ex->step, first + i, start, end);
+        if (list >= HS_LIST_STEP)
+            hs_trace_add(ex->trace, ex->step, first + i, start, end,
+                         hs_messages_moved_ns(ex->messages) - moved);
         if (st != HS_OK) return st;
     }
     ex->at = NULL;

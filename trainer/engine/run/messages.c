@@ -16,6 +16,7 @@ struct hs_messages {
     bool overlaps;              /* the device's memory is the host's */
     uint64_t *number[HS_LISTS]; /* by action: of the message that it began last, on its channel */
     const hs_plan_action *awaited;
+    int64_t moved_ns;
     place exchanged; /* of the exchange that is under way, memory apart */
 };
 
@@ -59,8 +60,11 @@ hs_status hs_messages_most(const hs_plan *plan, const hs_plan_position *position
 }
 
 static hs_status progress(void *ctx, hs_why *why) {
-    const hs_messages *m = ctx;
-    return m->c.transport->progress(m->c.comm, why);
+    hs_messages *m = ctx;
+    const int64_t start = hs_clock_ns();
+    const hs_status st = m->c.transport->progress(m->c.comm, why);
+    m->moved_ns += hs_clock_ns() - start;
+    return st;
 }
 
 hs_status hs_messages_order(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
@@ -118,6 +122,10 @@ void hs_messages_destroy(hs_messages *m) {
 
 const hs_plan_action *hs_messages_awaited(const hs_messages *m) {
     return m ? m->awaited : NULL;
+}
+
+int64_t hs_messages_moved_ns(const hs_messages *m) {
+    return m->moved_ns;
 }
 
 uint32_t hs_messages_peer(const hs_plan *plan, uint32_t rank, const hs_plan_action *a) {

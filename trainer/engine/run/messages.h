@@ -83,6 +83,9 @@ hs_status hs_messages_run(hs_messages *messages, hs_list list, uint32_t i, const
  * actions reads memory, and at the end. */
 hs_status hs_messages_settle(hs_messages *messages, hs_why *why);
 
+/* Time that messages took between calls of kernels, so far. */
+int64_t hs_messages_moved_ns(const hs_messages *messages);
+
 /* The message that is waited for, or whose wait failed; NULL: none. For last words. */
 const hs_plan_action *hs_messages_awaited(const hs_messages *messages);
 

@@ -11,7 +11,7 @@
 #include "core/text.h"
 
 typedef struct event {
-    int64_t step, start_ns, end_ns;
+    int64_t step, start_ns, end_ns, moved_ns;
     uint32_t action;
     bool wait;
 } event;
@@ -58,9 +58,13 @@ static void add(hs_trace *trace, const event *e) {
     if (trace) trace->events[trace->added++ % trace->capacity] = *e;
 }
 
-void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
-                  int64_t end_ns) {
-    add(trace, &(event){.step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action});
+void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns, int64_t end_ns,
+                  int64_t moved_ns) {
+    add(trace, &(event){.step = step,
+                        .start_ns = start_ns,
+                        .end_ns = end_ns,
+                        .moved_ns = moved_ns,
+                        .action = action});
 }
 
 void hs_trace_wait(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
@@ -93,10 +97,12 @@ static bool write_events(const hs_trace *trace, int fd, hs_text *text) {
         hs_text_json_string(text, name);
         hs_text_printf(text,
                        ",\"ph\":\"X\",\"ts\":%.3f,\"dur\":%.3f,\"pid\":%" PRIu32
-                       ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "%s}}",
+                       ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "%s",
                        (double)e->start_ns / 1000.0, (double)(e->end_ns - e->start_ns) / 1000.0,
                        trace->rank, e->step, (int32_t)action->microbatch,
                        e->wait ? ",\"wait\":1" : "");
+        if (e->moved_ns) hs_text_printf(text, ",\"moved_us\":%.3f", (double)e->moved_ns / 1000.0);
+        hs_text_printf(text, "}}");
         if (text->used > text->size - 1024 && !flush(fd, text)) return false;
     }
     hs_text_printf(text, "\n]}\n");

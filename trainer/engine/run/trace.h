@@ -17,9 +17,10 @@ typedef struct hs_trace hs_trace;
 hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs_why *why);
 void hs_trace_destroy(hs_trace *trace); /* NULL is fine */
 
-/* One finished action of the step list (its index in the plan's table). A NULL trace does nothing.
- */
-void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns, int64_t end_ns);
+/* One finished action of the step list (its index in the plan's table), and how much of its time went to
+ * messages that moved in it: "moved_us" in its arguments. A NULL trace does nothing. */
+void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns, int64_t end_ns,
+                  int64_t moved_ns);
 
 /* A wait for the message of a SEND or RECV, behind it: an event beside that action's own, with "wait":1 in
  * its arguments. */
