@@ -123,11 +123,11 @@ class PositionMemory:
             self.report = replace(self.reports, bytes=report)
             self.sumsq = arena.ref(8 * len(job.tensors), "other")
             self.control = arena.ref(CONTROL_BYTES, "other")
-            if job.replicas > 1 and self.position == COMBINES:
-                self.other_report = arena.ref(report, "other")
             if job.optimistic:  # run/plan.h finds it there
                 self.foreseen = arena.ref(CONTROL_BYTES, "other")
                 assert self.foreseen.offset == self.control.offset + wire.FORESEEN
+            if job.replicas > 1 and self.position == COMBINES:
+                self.other_report = arena.ref(report, "other")
         for table in self._rope_tables():
             self.tables[table] = arena.ref(4 * table.rows * table.size, "other")
         for n in self.owned:
