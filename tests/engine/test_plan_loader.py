@@ -433,7 +433,7 @@ def test_mutated_plans_of_replicas_are_refused_or_run_inside_their_memory(tmp_pa
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout)
     assert counted["refused"] > 15
-    assert counted["run"] > 5
+    assert counted["run"] > 2
 
 
 @pytest.mark.parametrize("stages", [1, 2])
