@@ -135,6 +135,21 @@ def test_memory_comes_from_the_plan_and_less_is_refused() -> None:
         rendered(agent_resources={"memory": "1 GB"})
 
 
+def test_the_ranks_of_replicas_are_shared_by_the_pods() -> None:
+    """2 stages x 2 replicas are 4 ranks; with two pods the second has the first one's positions again."""
+    for nodes in (1, 2, 4):
+        job, service, _ = rendered("parallel.stages=2", "parallel.replicas=2", nodes=nodes)
+        assert job["spec"]["completions"] == nodes
+        assert len(service["spec"]["ports"]) == 4 // nodes
+
+    def memory(*sets: str, nodes: int) -> int:
+        container = rendered("parallel.stages=2", *sets, nodes=nodes)[0]["spec"]["template"]["spec"]["containers"][0]
+        return int(container["resources"]["limits"]["memory"].removesuffix("Mi"))
+
+    one = memory(nodes=1)
+    assert one <= memory("parallel.replicas=2", nodes=2) < memory("parallel.replicas=2", nodes=1)
+
+
 def test_memory_counts_the_threads_of_the_cpus_that_are_asked_for() -> None:
     """4 stages on 2 nodes: two ranks a pod share its CPUs, and each thread has a workspace."""
 

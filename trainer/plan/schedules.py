@@ -88,7 +88,8 @@ def interleaved(positions: int, chunks: int, microbatches: int) -> list[Row]:
         more = min(m for m in range(microbatches, 2 * microbatches + positions) if not m % max(1, m // positions))
         raise PlanError(
             f"schedule interleaved-1f1b: {microbatches} microbatches on {positions} positions make {rounds} rounds "
-            f"that are not equal; take {less} or {more} microbatches (train.batch / train.microbatch), or 1f1b or gpipe"
+            f"that are not equal; take {less} or {more} microbatches (train.batch / train.microbatch / "
+            "parallel.replicas), or 1f1b or gpipe"
         )
     each, total = microbatches // rounds, chunks * microbatches
     step = np.arange(total, dtype=np.int32)
