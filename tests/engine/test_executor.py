@@ -132,14 +132,18 @@ def test_a_snapshot_is_of_its_step_although_the_next_runs_on(engine: Path, tmp_p
 
 @pytest.mark.parametrize(
     "parallel",
-    [{"stages": 1}, {"stages": 2}, CHUNKS, {"stages": 2, "optimizer": "optimistic"}],
-    ids=["1", "2", "2x2", "optimistic"],
+    [{"stages": 1}, {"stages": 2}, CHUNKS, {"stages": 2, "optimizer": "optimistic"}, {"stages": 2, "replicas": 2}],
+    ids=["1", "2", "2x2", "optimistic", "replicas"],
 )
 def test_pinned_memory_is_what_the_plan_says(runs: MakeRuns, parallel: dict[str, Any]) -> None:
-    some = runs(model=GPT2 | {"layers": 4}, parallel=parallel, batch=8, **steady(steps=1))
+    groups = parallel.get("replicas", 1)
+    some = runs(
+        model=GPT2 | {"layers": 4}, parallel=parallel, batch=8, **(steady(steps=1) | {"reduction_groups": groups})
+    )
     some.state("cuda")
-    plan, folder = some.plan, some.folder / f"run-{len(some.plan.positions)}-{some.count}"
-    for rank, position in enumerate(plan.positions):
+    plan, folder = some.plan, some.folder / f"run-{len(some.plan.ranks)}-{some.count}"
+    for rank in plan.ranks.all:
+        position = plan.positions[plan.ranks.position(rank)]
         lines = (json.loads(line) for line in (folder / f"stderr-{rank}").read_text().splitlines())
         (told,) = (line["staging_bytes"] for line in lines if line.get("event") == "started")
         assert told == staging_bytes(plan.config, position, plan.channels, len(plan.tensors))

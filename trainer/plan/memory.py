@@ -123,7 +123,9 @@ def staging_bytes(config: Config, position: PositionPlan, channels: Sequence[Cha
         reports = config.positions if position.position == 0 else 1
         controls = 2 if position.step_checks else 1  # of an optimistic step, the one foreseen too
         pieces += align(8 * tensors) + controls * align(ctypes.sizeof(wire.StepControl))
-        pieces += align(reports * (ctypes.sizeof(wire.StepReport) + 8 * tensors))
+        report = ctypes.sizeof(wire.StepReport) + 8 * tensors
+        others = align(report) if position.position == 0 and config.replicas > 1 else 0  # another replica's
+        pieces += align(reports * report) + others
     own = [c.bytes for c in channels if position.position in (c.source, c.target)]
     return pieces + (WINDOWS + 1) * align(max([WINDOW_BYTES, *own]))
 
