@@ -178,6 +178,7 @@ CASES = [
             Case("linear8_igrad", (r, n, k, k + pad, 1)),
             Case("linear8_wgrad", (r, n, k, n + pad)),
             Case("linear8_wgrad", (r, n, k, n), absent=(1,)),
+            Case("linear8_wgrad", (r, n, k, 0), absent=(1, 6)),
         )
     ),
 ]

@@ -348,6 +348,17 @@ def test_a_prefix_changes_no_gradient(check: Check) -> None:
     assert "it changes state or gradients in the prefix of position 0" in said
 
 
+def test_what_goes_with_an_operand_is_missing_where_that_is_there(check: Check) -> None:
+    """A bias' gradient reads what nothing else of the call does."""
+    number = wire.KERNELS["linear8_wgrad"].number
+    for model, taken in ((GPT2, False), (LLAMA, True)):
+        data = small_plan(model=model, precision="fp8").to_bytes()
+        at = _find(data, "calls", CALL, lambda call: bool(call.kernel == number))
+        code, said = check(edited(data, "calls", at, CALL, _ref(6, space=0, offset=0, bytes=0)))
+        assert (code == 0) == taken
+        assert taken or "operand 6 is missing" in said
+
+
 def _across(kind: int) -> Callable[[Any], bool]:
     return lambda action: bool(action.kind == kind and action.channel != wire.NONE32 and action.ref.space == PIECE)
 

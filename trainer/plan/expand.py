@@ -243,13 +243,16 @@ class Tape:
         given: dict[str, Operand] = {}
         for operand in row.operands:  # what is read first: a gradient may take the place of a value
             if operand.role == "read":
-                given[operand.name] = None if operand.name == "old" else self._read(operand.name, forward)
+                alone = operand.note.startswith("with d") and forward[operand.note.removeprefix("with d")] is None
+                given[operand.name] = None if alone or operand.name == "old" else self._read(operand.name, forward)
         for operand in row.operands:
             if operand.role != "read":
                 given[operand.name] = self._written(row, operand, forward, given, dims)
         for name, view in given.items():
             if isinstance(view, View):
                 dims[f"ld{name}"] = view.ld
+            elif view is None:
+                dims[f"ld{name}"] = 0
         ptr = tuple(given[operand.name] for operand in row.operands)
         dim = tuple(dims[name] for name in row.dim_names.split())
         made = Call(kernel, ptr, dim, tuple(reals[name] for name in row.real_names.split()), self.layer, part)

@@ -14,7 +14,8 @@ SUMSQ_BLOCK, ATTENTION_HEAD_MAX, QUANTISE_PARTS = 65536, 512, 1024
 
 class Operand(NamedTuple):
     """An operand of a kernel. ``role``: read, write, update, scratch; ``kind``: dt, acc, f64, byte, tokens, targets,
-    control. Rows and columns are products of dims and numbers; ``note``: optional, "below V", "may be dy"."""
+    control. Rows and columns are products of dims and numbers; ``note``: optional, "below V", "may be dy", "with
+    db"."""
 
     role: str
     name: str
@@ -376,7 +377,7 @@ KERNELS: dict[str, Kernel] = {
         "R N K lddy",
         "",
         "update:dw:acc:N:K, update:db:acc::N::optional, read:dy8t:byte:N:R, read:dys:acc, read:x8t:byte:K:R, "
-        "read:xs:acc, read:dy:dt:R:N:lddy",
+        "read:xs:acc, read:dy:dt:R:N:lddy:with db",
         products="R N K",
     ),
     "adamw_copy": _kernel(

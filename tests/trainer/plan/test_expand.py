@@ -123,6 +123,17 @@ def test_layers_that_compute_again_put_nothing_off() -> None:
     assert sizes[0] < 0.5 * sizes[1]
 
 
+def test_a_gradient_that_only_a_bias_reads_is_given_only_where_there_is_one() -> None:
+    """In FP8 a linear's weight gradient takes codes: without a bias nothing in bfloat16 is kept for it."""
+    for family, biased in (("gpt2", True), ("llama", False)):
+        spec, built = model(family, width=32, hidden=64), models.family(family)
+        some = expand_stage(built, spec, tensor_table(built, spec), range(3), 2, 8, 64, 1.0, fp8=True, split=True)
+        assert {call.kernel for call in some.weights} == {"linear8_wgrad"}
+        assert {call.ptr[6] is not None for call in some.weights} == {biased}
+        kept = {some.buffers[name].kind for call in some.weights for name in {v.buffer for v in call.views()}}
+        assert ("dt" in kept) == biased
+
+
 AGAIN = {
     "elementwise": {
         "gpt2": ["layernorm_fwd", "layernorm_fwd", "gelu_fwd"],

@@ -23,6 +23,7 @@
 #define OPTIONAL     .optional = true
 #define BELOW(dim)   .below = #dim
 #define MAY_BE(n)    .may_be = #n
+#define WITH(n)      .with = #n
 
 #define DIMS(...)  #__VA_ARGS__
 #define REALS(...) #__VA_ARGS__

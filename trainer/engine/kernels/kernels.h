@@ -76,6 +76,7 @@ typedef struct hs_operand {
     const char *rows, *columns, *ld; /* of names in the kernel's dims */
     const char *below;               /* TOKENS, TARGETS: the dim that bounds them */
     const char *may_be;              /* the operand that it may be; NULL: none */
+    const char *with; /* the operand where that is absent it may be too; NULL: none */
     hs_role role;
     hs_kind kind;
     bool optional;

@@ -71,7 +71,7 @@ static void print_names(const char *names) {
 
 /* "name": [number, dims, reals, holds, input gradient, weight gradient, passes, products, again,
  * each, operands]; an operand as role, name, kind, rows, columns, row distance, and what else there
- * is to say: "optional", "below V", "may be dy". */
+ * is to say: "optional", "below V", "may be dy", "with db". */
 static void print_kernel(uint32_t number) {
     static const char *const roles[] = {"", "read", "write", "update", "scratch"};
     static const char *const kinds[] = {"",     "dt",     "acc",     "f64",
@@ -85,11 +85,11 @@ static void print_kernel(uint32_t number) {
                  k->products, k->again, k->each);
     for (int i = 0; i < k->operand_count; i++) {
         const hs_operand *o = &k->operands[i];
-        (void)printf("%s[\"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s%s%s%s%s\"]",
+        (void)printf("%s[\"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s\", \"%s%s%s%s%s%s%s\"]",
                      i ? ", " : "", roles[o->role], o->name, kinds[o->kind], o->rows, o->columns,
                      o->ld, o->optional ? "optional" : "", o->below ? "below " : "",
                      o->below ? o->below : "", o->may_be ? "may be " : "",
-                     o->may_be ? o->may_be : "");
+                     o->may_be ? o->may_be : "", o->with ? "with " : "", o->with ? o->with : "");
     }
     (void)printf("]]");
 }

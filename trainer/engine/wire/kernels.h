@@ -35,6 +35,7 @@
  *            TOKENS and TARGETS i32, the position's own, each below the dim `below`; CONTROL the position's
  *            hs_step_control
  *   OPTIONAL       may be absent (HS_SPACE_NONE)
+ *   WITH(name)     may be absent where that operand is, and is not looked at then
  *   MAY_BE(name)   may be the same memory as that operand, at the same place; else they do not overlap
  * Matrices of weights are DT, vectors of weights (norms, biases) ACC, gradients of weights ACC.
  *
@@ -227,7 +228,7 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dw, ACC, "N", "K", ""), UPDATE(db, ACC, "", "N", "", OPTIONAL), READ(dy8t, BYTE, "N", "R", ""),          \
       READ(dys, ACC, "", "", ""), READ(x8t, BYTE, "K", "R", ""), READ(xs, ACC, "", "", ""),                           \
-      READ(dy, DT, "R", "N", "lddy"))                                                                                 \
+      READ(dy, DT, "R", "N", "lddy", WITH(db)))                                                                       \
     /* the wc that ADAMW will write, and nothing else (run/steps.h) */                                                \
     X(35, ADAMW_COPY, adamw_copy, DIMS(n), 1, "", REALS(beta1, beta2, eps, decay),                                    \
       "", NO_GRADIENT, WORK("0", "0", "14 n"),                                                                        \

@@ -1,6 +1,7 @@
 /* I7 and I8 of run/plan.h: calls against the table of kernels (wire/kernels.h). */
 
 #include <inttypes.h>
+#include <string.h>
 
 #include "kernels/kernels.h"
 #include "run/plan/plan_internal.h"
@@ -42,6 +43,14 @@ static hs_status check_known(hs_plan_checker *c, const hs_plan_position *p,
     return HS_OK;
 }
 
+/* Whether operand o may be absent, as the one that it goes with is. */
+static bool goes_with(const hs_kernel_facts *facts, const hs_plan_call *call, int o) {
+    const char *other = facts->operands[o].with;
+    for (int i = 0; other && i < facts->operand_count; i++)
+        if (strcmp(facts->operands[i].name, other) == 0) return call->ptr[i].space == HS_SPACE_NONE;
+    return false;
+}
+
 /* I7: one call for one position; adds HS_PLAN_USES_* to *uses. */
 static hs_status check_call(hs_plan_checker *c, const hs_plan_position *p, size_t i,
                             uint8_t *uses) {
@@ -68,7 +77,7 @@ static hs_status check_call(hs_plan_checker *c, const hs_plan_position *p, size_
             if (ref->offset || ref->bytes || ref->across) {
                 return REFUSE(c, "call %zu (%s): absent operand %d is not zero", i, kernel, o);
             }
-            if (used && !facts->operands[o].optional) {
+            if (used && !facts->operands[o].optional && !goes_with(facts, call, o)) {
                 return REFUSE(c, "call %zu (%s): operand %d is missing", i, kernel, o);
             }
             continue;
