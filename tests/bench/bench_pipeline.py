@@ -26,6 +26,7 @@ from trainer.plan.calibrate import fitted
 from trainer.plan.places import Rank
 from trainer.plan.schedules import V
 from trainer.plan.simulate import CostModel, from_plan, simulate
+from trainer.plan.steady import steady
 from trainer.plan.timeline import COMPUTE_KINDS, Timeline, from_chrome
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec, what_digest
@@ -41,7 +42,7 @@ COST = CostModel(flops_per_s=20e9, memory_bytes_per_s=5e9, link_bytes_per_s=1e9,
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a step: seconds; the part that the ranks idle; that between each one's first and last computation."""
+    """Of one of many steps: seconds; the part that the ranks idle; that between a rank's first and last computation."""
 
     seconds: float
     idle: float
@@ -71,25 +72,27 @@ def compiled(tree: dict[str, Any], sets: Sequence[str], folder: Path, delays: di
 
 
 def plan_of(schedule: str, folder: Path) -> Plan:
-    """Eight layers on four ranks; the same whole work a rank under every schedule."""
+    """Eight layers on four ranks; the same whole work a rank under every schedule. Nothing is clipped: an optimistic
+    step that is does its first forwards twice."""
     chunks = 2 if schedule in TWO else 1
     tree: dict[str, Any] = {
         "name": "delays",
         "model": {"family": "gpt2", "layers": 8, "width": 16, "heads": 2, "context": 16, "vocab": 256},
-        "train": {"steps": STEPS, "batch": MICROBATCHES, "microbatch": 1, "sequence": 8},
+        "train": {"steps": STEPS, "batch": MICROBATCHES, "microbatch": 1, "sequence": 8, "optimizer": {"clip": 0.0}},
         "parallel": {"stages": POSITIONS * chunks, "chunks": chunks, "schedule": schedule, "threads": 1},
         "checkpoint": {"every": 0},
     }
     return compiled(tree, (), folder, dict.fromkeys("FIW", UNIT_S / chunks))
 
 
-def figures(timeline: Timeline) -> Measured:
-    """Of a timeline: means over its ranks."""
-    within = []
-    for row in timeline.rows:
+def figures(timeline: Timeline, seconds: float) -> Measured:
+    """Of a step's timeline, means over its ranks; ``seconds``: what a step takes, where others may run meanwhile."""
+    idle, within = [], []
+    for rank, row in enumerate(timeline.rows):
+        idle.append(1 - timeline.busy(rank) / seconds)
         work = [event for event in row if event.kind in COMPUTE_KINDS]
         within.append(1 - sum(e.seconds for e in work) / (work[-1].end - work[0].start))
-    return Measured(timeline.seconds, float(np.mean(timeline.bubble)), float(np.mean(within)))
+    return Measured(seconds, float(np.mean(idle)), float(np.mean(within)))
 
 
 def traced(folder: Path, ranks: int, steps: int) -> Iterator[Timeline]:
@@ -115,8 +118,8 @@ def measure(schedule: str) -> tuple[Measured, Measured]:
         folder = Path(name)
         plan = plan_of(schedule, folder)
         seconds, steps = run(plan, folder)
-        seen = [figures(timeline) for timeline in steps]
-        told = figures(simulate(from_plan(plan, COST), COST).timeline)
+        seen = [figures(timeline, seconds) for timeline in steps]
+        told = figures(simulate(from_plan(plan, COST), COST).timeline, steady(plan, COST).step_seconds)
         middle = (statistics.median(f.idle for f in seen), statistics.median(f.within for f in seen))
         return Measured(seconds, *middle), told
 

@@ -6,6 +6,8 @@ prefixes run once, twice, or both. What crashes and resumes meanwhile is at the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoint.agent.slots import Slot
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.e2e.test_equal_bits import CHUNKED, SEQUENCE, VOCAB
-from trainer.plan.compile import compile_plan
+from tests.support import slot_gang
+from trainer.plan import Plan, compile_plan
 from trainer.plan.places import Pipeline
 from trainer.spec import parse_spec, what_digest
 
@@ -29,18 +33,28 @@ CLIPS = {
 """By how often, the limit of the norm: that of the first steps is 1.1 to 2.1."""
 
 
+def tree_of(model: str, precision: str, clip: float, parallel: dict[str, Any]) -> dict[str, Any]:
+    """A spec's values."""
+    sizes = CHUNKED[model] | {"vocab": VOCAB, "context": 32}
+    tree = engine_runs.bits_tree("bits", sizes, precision, STEPS, SEQUENCE, {"threads": 1, **parallel})
+    tree["train"]["optimizer"]["clip"] = clip
+    return tree
+
+
+def compiled(tree: dict[str, Any], data: Path, pipeline: Pipeline | None = None) -> Plan:
+    """Its plan; its samples are written to ``data``."""
+    tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))
+    dataset, spec = engine_runs.write_samples(data, tokens, VOCAB), parse_spec(tree)
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), pipeline=pipeline)
+    assert {p.step_checks > 0 for p in plan.positions} == {tree["parallel"].get("optimizer") == "optimistic"}
+    return plan
+
+
 def run(
     folder: Path, model: str, precision: str, clip: float, pipeline: Pipeline | None = None, **parallel: Any
 ) -> Gang:
     """Trains in ``folder``; ``parallel`` is the spec's section."""
-    tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))
-    sizes = CHUNKED[model] | {"vocab": VOCAB, "context": 32}
-    tree = engine_runs.bits_tree("bits", sizes, precision, STEPS, SEQUENCE, {"threads": 1, **parallel})
-    tree["train"]["optimizer"]["clip"] = clip
-    spec = parse_spec(tree)
-    dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
-    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), pipeline=pipeline)
-    assert {p.step_checks > 0 for p in plan.positions} == {parallel.get("optimizer") == "optimistic"}
+    plan = compiled(tree_of(model, precision, clip, parallel), folder / "data", pipeline)
     return engine_runs.train(plan, folder / "data", folder / "run")
 
 
@@ -88,3 +102,32 @@ def test_equal_bits(
     chunks = pipeline.stages // pipeline.positions
     parallel = {"stages": pipeline.stages, "chunks": chunks, "schedule": schedule, "optimizer": "optimistic"}
     assert_same(run(tmp_path, model, precision, limit, pipeline, **parallel), theirs)
+
+
+def holding(held: Sequence[bytes], step: int) -> slot_gang.Fill:
+    """Fills every rank's slot with what it held."""
+
+    def fill(slots: Mapping[int, Slot]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            for rank, slot in slots.items():
+                with slot.begin_fill() as view:
+                    view[:] = held[rank]
+                slot.finish_fill(step, slot_gang.EPOCH, pool)
+
+    return fill
+
+
+@pytest.mark.parametrize("clip", CLIPS[GPT2])
+def test_snapshots_are_a_checked_step_s(tmp_path: Path, clip: str) -> None:
+    """What every rank's slots hold after the steps that are saved, and after a start from the middle; the next step's
+    prefix has run on other weights meanwhile."""
+    data, plans = tmp_path / "data", {}
+    for optimizer in ("checked", "optimistic"):
+        tree = tree_of(GPT2, "bf16", CLIPS[GPT2][clip], {"stages": 2, "optimizer": optimizer})
+        plans[optimizer] = compiled(tree | {"checkpoint": {"every": 2, "slots": 4}}, data)
+    kept = {name: slot_gang.train(plan, data, tmp_path / name) for name, plan in plans.items()}
+    assert sorted(kept["checked"]) == [2, 4, 6]
+    assert kept["optimistic"] == kept["checked"]
+    fill = holding(kept["checked"][2], 2)
+    again = slot_gang.train(plans["optimistic"], data, tmp_path / "again", step=2, fill=fill)
+    assert again == {step: held for step, held in kept["checked"].items() if step > 2}

@@ -141,8 +141,16 @@ def test_learning_rates_follow_the_schedule(gang: Gang, tmp_path: Path) -> None:
         assert [line["lr"] for line in lines[1:-1]] == pytest.approx(rates, rel=1e-12)
 
 
-def test_a_trace_holds_every_instruction_of_the_last_steps(gang: Gang, tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, stages=2, steps=10)
+BOTH = pytest.mark.parametrize(
+    "parallel", [{"optimizer": "checked"}, {"optimizer": "optimistic"}], ids=lambda p: p["optimizer"]
+)
+
+
+@BOTH
+def test_a_trace_holds_every_instruction_of_the_last_steps(
+    gang: Gang, tmp_path: Path, parallel: dict[str, Any]
+) -> None:
+    plan = small_plan(tmp_path, stages=2, steps=10, parallel=parallel, optimizer={"clip": 0.0})
     gang.prepare(plan, lambda a: setattr(a, "trace", 1))
     processes = [gang.start(rank) for rank in range(2)]
     assert [p.wait(60) for p in processes] == [0, 0]
@@ -159,8 +167,11 @@ def test_a_trace_holds_every_instruction_of_the_last_steps(gang: Gang, tmp_path:
         assert all(a <= b["ts"] + 0.01 for a, b in zip(ends, events[1:], strict=False))
 
 
-def test_sigterm_to_one_rank_stops_all_after_the_same_step(gang: Gang, tmp_path: Path) -> None:
-    gang.prepare(small_plan(tmp_path, stages=2, steps=1_000_000))
+@BOTH
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(
+    gang: Gang, tmp_path: Path, parallel: dict[str, Any]
+) -> None:
+    gang.prepare(small_plan(tmp_path, stages=2, steps=1_000_000, parallel=parallel))
     ranks = [gang.start(rank) for rank in range(2)]
     assert ranks[0].stdout
     while '"step":3,' not in ranks[0].stdout.readline():
@@ -204,8 +215,11 @@ def test_a_peer_that_stops_moving_is_a_stall_with_a_name(gang: Gang, tmp_path: P
     assert words["waited_us"] >= 700_000
 
 
-def test_diverged_numbers_end_every_rank_before_they_are_applied(gang: Gang, tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, stages=2)
+@BOTH
+def test_diverged_numbers_end_every_rank_before_they_are_applied(
+    gang: Gang, tmp_path: Path, parallel: dict[str, Any]
+) -> None:
+    plan = small_plan(tmp_path, stages=2, parallel=parallel)
     gang.prepare(plan)
     ones = {t.name: np.ones(t.shape, np.float32) for t in plan.tensors}
     first = plan.tensors[0].name
@@ -216,13 +230,15 @@ def test_diverged_numbers_end_every_rank_before_they_are_applied(gang: Gang, tmp
     assert [rank.returncode for rank in ranks] == [87, 87]
     for _, err in ended:
         assert "nothing of this step was applied" in err
+        assert last_words(err)["step"] == 1
     assert '"event":"step"' not in ended[0][0]
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_nothing_allocates_after_start_up(gang: Gang, tmp_path: Path, stages: int, model: dict[str, Any]) -> None:
-    gang.prepare(small_plan(tmp_path, stages=stages, model=model, steps=5))
+    optimizer = "optimistic" if model == LLAMA else "checked"
+    gang.prepare(small_plan(tmp_path, stages=stages, model=model, steps=5, parallel={"optimizer": optimizer}))
     env = {"LD_PRELOAD": str(build_preload()), "HS_ALLOC_FORBID": "1"}
     others = [gang.start(rank) for rank in range(1, stages)]
     code, lines, err = gang.run(0, env=env)

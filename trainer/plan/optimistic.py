@@ -62,7 +62,7 @@ def cuts(rows: Sequence[Row], pipeline: Pipeline, decides: Position) -> list[Cut
     >>> from trainer.plan.messages import insert_messages
     >>> from trainer.plan.schedules import gpipe
     >>> cuts(insert_messages(gpipe(2, 3), 2), Pipeline.in_turn(2, 2), Position(0))
-    [Cut(prefix=6, report=0), Cut(prefix=6, report=6)]
+    [Cut(prefix=6, report=0), Cut(prefix=6, report=5)]
     """
     most = [_forwards(row) for row in rows]
     edges = _edges(rows, pipeline, most)

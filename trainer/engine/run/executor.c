@@ -258,6 +258,13 @@ hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
     return HS_OK;
 }
 
+/* The step that an action is of: a report that leaves in a prefix is of the step before. */
+static int64_t step_of(const hs_executor *ex, hs_list list, uint32_t i, hs_which which,
+                       const hs_plan_action *a) {
+    const bool ahead = list == HS_LIST_STEP && i < ex->position->step_prefix && which == HS_ALL;
+    return ex->step - (ahead && !hs_which_leaves_out(HS_REPORT, ex->plan, a));
+}
+
 hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t count,
                           hs_which which, hs_why *why) {
     uint32_t first, actions;
@@ -275,14 +282,15 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
         HS_TRY(hs_messages_before(ex->messages, list, i, ex->step, which, why));
         if (hs_which_leaves_out(which, ex->plan, a)) continue;
-        hs_rank_page_set(ex->page, ex->step, i, a->kind, a->op, a->microbatch,
+        const int64_t step = step_of(ex, list, i, which, a);
+        hs_rank_page_set(ex->page, step, i, a->kind, a->op, a->microbatch,
                          hs_messages_peer(ex->plan, ex->rank, a));
         const int64_t start = hs_clock_ns(), moved = hs_messages_moved_ns(ex->messages);
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;
         if (list >= HS_LIST_STEP)
-            hs_trace_add(ex->trace, ex->step, first + i, start, end,
+            hs_trace_add(ex->trace, step, first + i, start, end,
                          hs_messages_moved_ns(ex->messages) - moved);
         if (st != HS_OK) return st;
     }
