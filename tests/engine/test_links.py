@@ -60,7 +60,7 @@ class Runs:
         """Losses, norms, gradients and weights of every step."""
         self.count += 1
         folder = self.folder / f"run-{self.count}"
-        ranks = range(len(self.plan.positions))
+        ranks = range(len(self.plan.ranks))
         with self.patch.context() as patch:
             patch.setenv("HOTSTAGE_ENGINE_CHANNELS", way)
             for name, value in environment.items():
@@ -77,7 +77,7 @@ class Runs:
             )
         if device == "cuda":
             start = json.loads((folder / "stdout-0").read_text().splitlines()[0])
-            assert {name for name, count in start["ways"].items() if count} == {way}
+            assert {name for name, count in start["ways"].items() if count} == set(way.split(","))
         return engine_runs.dumped(gang, folder)
 
     def shows(self, sound: dict[str, Any], **more: Any) -> bool:
@@ -197,6 +197,25 @@ def test_a_message_out_of_turn_lets_nobody_go_on(tmp_path: Path) -> None:
         one = "channel 0 to rank 1 has come to message 2 (microbatch 1), and waits for 2 (microbatch 5)"
         other = "channel 0 from rank 0 has come to message 1 (microbatch 0), and waits for 2 (microbatch 1)"
         assert one in told(a) or other in told(b), told(a, b)
+
+
+def test_replicas_talk_through_the_host_beside_their_own_ways(runs: MakeRuns) -> None:
+    some = runs(parallel={"stages": 2, "replicas": 2}, batch=8, reduction_groups=2, steps=2)
+    sound = some.state("cpu")
+    for way, order in [("ipc", 9), ("nccl", 32)]:
+        assert some.state("cuda", f"{way},tcp", ORDER=str(order)) == sound, (way, order)
+
+
+def test_another_fabric_than_tcp_rules_replicas_out(tmp_path: Path) -> None:
+    """What passes between replicas goes over tcp alone."""
+    gang = Gang(channels=((0, 0, 3000, 1),), ports=tuple(free_ports(2)))
+    with both(gang, tmp_path, ["X0.0"], ["X0.0"], "ipc,tcp") as (a, b):
+        assert codes(a, b) == (0, 0), told(a, b)
+        assert a.logs("messages between replicas pass through the host")
+    fabric = {"HOTSTAGE_ENGINE_FABRIC": "nvl72"}
+    with both(gang, tmp_path, ["X0.0"], ["X0.0"], "", fabric, fabric) as (a, b):
+        assert codes(a, b) == (78, 78)
+        assert 'which launch.fabric = "nvl72" rules out; set launch.fabric = "tcp", or parallel.replicas = 1' in told(a)
 
 
 def test_what_cannot_be_shared_goes_through_the_host_and_says_so(tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ hs_status hs_greet_all(const hs_comm_config *config, int listen_fd, int *fds, hs
     hs_status st = HS_OK;
     for (uint32_t c = 0; c < config->channel_count; c++) {
         fds[c] = -1;
-        const bool opens = hs_greet_peer(config, c, true) != UINT32_MAX;
-        g.senders += opens;
-        g.missing += opens || hs_greet_peer(config, c, false) != UINT32_MAX;
+        g.senders += hs_greet_peer(config, c, true) != UINT32_MAX;
+        g.receivers += hs_greet_peer(config, c, false) != UINT32_MAX;
+        g.missing = g.senders + g.receivers;
     }
     g.talks = calloc(hs_talks_count(&g), sizeof *g.talks);
     g.polls = calloc(3 + (size_t)hs_talks_count(&g), sizeof *g.polls);

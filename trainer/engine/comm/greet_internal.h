@@ -11,7 +11,8 @@
  * I3  A connection that came to us and does not finish its greeting in HS_GREET_MS is dropped. One
  *     that we opened waits as long as the deadline of all: it may lie in the queue of a rank that
  *     still restores.
- * I4  No more than HS_STRANGERS unfinished conversations are kept; the oldest makes room.
+ * I4  As many unfinished conversations are kept as peers come to this rank, and HS_STRANGERS more; the
+ *     oldest makes room.
  */
 #ifndef HS_COMM_GREET_INTERNAL_H
 #define HS_COMM_GREET_INTERNAL_H
@@ -66,10 +67,10 @@ typedef struct hs_greeter {
     int *fds;
     uint32_t missing; /* channels of this rank that are not connected */
     hs_resolver *resolver;
-    uint32_t senders;
+    uint32_t senders, receivers; /* connections that this rank opens, and that come to it */
     int64_t arrivals;
     struct pollfd *polls;
-    hs_talk *talks; /* senders first, then HS_STRANGERS places */
+    hs_talk *talks; /* senders first, then places for those that come */
 } hs_greeter;
 
 /* The rank at the other end of a channel whose connection this rank opens, or else takes; UINT32_MAX: it
@@ -81,7 +82,7 @@ static inline uint32_t hs_greet_peer(const hs_comm_config *config, uint32_t chan
 }
 
 static inline uint32_t hs_talks_count(const hs_greeter *g) {
-    return g->senders + HS_STRANGERS;
+    return g->senders + g->receivers + HS_STRANGERS;
 }
 
 /* --- hello.c ----------------------------------------------------------------------------- */
