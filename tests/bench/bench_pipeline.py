@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from trainer.plan.timeline import COMPUTE_KINDS, Timeline, from_chrome
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec, what_digest
 
-POSITIONS, MICROBATCHES, STEPS = 4, 8, 6
-UNIT_S = 0.012
+POSITIONS, MICROBATCHES, STEPS = 4, 8, 9
+UNIT_S = 0.020
 """What F, I and W of a position's whole work on a microbatch last."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
 TWO = ("interleaved-1f1b", *V)
@@ -42,7 +43,7 @@ COST = CostModel(flops_per_s=20e9, memory_bytes_per_s=5e9, link_bytes_per_s=1e9,
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one of many steps: seconds; the part that the ranks idle; that between a rank's first and last computation."""
+    """Of a step: seconds; the part that the ranks idle; that between each one's first and last computation."""
 
     seconds: float
     idle: float
@@ -71,34 +72,44 @@ def compiled(tree: dict[str, Any], sets: Sequence[str], folder: Path, delays: di
     return compile_plan(spec, dataset, what_digest(spec, dataset), delays=delays)
 
 
-def plan_of(schedule: str, folder: Path) -> Plan:
-    """Eight layers on four ranks; the same whole work a rank under every schedule. Nothing is clipped: an optimistic
-    step that is does its first forwards twice."""
+def plan_of(schedule: str, optimizer: str, folder: Path) -> Plan:
+    """Eight layers on four ranks; the same whole work a rank under every schedule."""
     chunks = 2 if schedule in TWO else 1
     tree: dict[str, Any] = {
         "name": "delays",
         "model": {"family": "gpt2", "layers": 8, "width": 16, "heads": 2, "context": 16, "vocab": 256},
-        "train": {"steps": STEPS, "batch": MICROBATCHES, "microbatch": 1, "sequence": 8, "optimizer": {"clip": 0.0}},
-        "parallel": {"stages": POSITIONS * chunks, "chunks": chunks, "schedule": schedule, "threads": 1},
+        "train": {
+            "steps": STEPS,
+            "batch": MICROBATCHES,
+            "microbatch": 1,
+            "sequence": 8,
+            "optimizer": {"clip": 1e9},  # a step that is clipped runs the beginning of the next one twice
+        },
+        "parallel": {
+            "stages": POSITIONS * chunks,
+            "chunks": chunks,
+            "schedule": schedule,
+            "threads": 1,
+            "optimizer": optimizer,
+        },
         "checkpoint": {"every": 0},
     }
     return compiled(tree, (), folder, dict.fromkeys("FIW", UNIT_S / chunks))
 
 
-def figures(timeline: Timeline, seconds: float) -> Measured:
-    """Of a step's timeline, means over its ranks; ``seconds``: what a step takes, where others may run meanwhile."""
-    idle, within = [], []
-    for rank, row in enumerate(timeline.rows):
-        idle.append(1 - timeline.busy(rank) / seconds)
+def within(timeline: Timeline) -> float:
+    """The part that a rank idles between its first and its last computation; the mean over ranks."""
+    idle = []
+    for row in timeline.rows:
         work = [event for event in row if event.kind in COMPUTE_KINDS]
-        within.append(1 - sum(e.seconds for e in work) / (work[-1].end - work[0].start))
-    return Measured(seconds, float(np.mean(idle)), float(np.mean(within)))
+        idle.append(1 - sum(e.seconds for e in work) / (work[-1].end - work[0].start))
+    return float(np.mean(idle))
 
 
 def traced(folder: Path, ranks: int, steps: int) -> Iterator[Timeline]:
     """The last steps, as the ranks traced them."""
     traces = {Rank(rank): next(folder.glob(f"*trace*{rank}*")).read_text() for rank in range(ranks)}
-    for step in range(2, steps + 1):
+    for step in range(2, steps):
         try:
             yield from_chrome(traces, step)
         except ValueError:
@@ -106,22 +117,25 @@ def traced(folder: Path, ranks: int, steps: int) -> Iterator[Timeline]:
 
 
 def run(plan: Plan, folder: Path) -> tuple[float, list[Timeline]]:
-    """Seconds of a step (the median, without the first), and traced ones."""
+    """Seconds from the end of a step to that of the next (the median, without the first two and the last), and steps as
+    they were traced."""
     gang = train(plan, folder / "data", folder / "run", dump=False, trace=True, prefix=real_time())
-    seconds = statistics.median(float(step["step_us"]) for step in gang.steps[1:]) * 1e-6
+    ends = [float(step["time"]) for step in gang.steps[1:-1]]
+    seconds = statistics.median(b - a for a, b in pairwise(ends))
     return seconds, list(traced(folder / "run", len(plan.ranks), len(gang.steps)))
 
 
-def measure(schedule: str) -> tuple[Measured, Measured]:
-    """A run's steps, and the simulated one."""
+def measure(schedule: str, optimizer: str = "auto") -> tuple[Measured, Measured]:
+    """A run's steps, and the simulated ones: of many steps in a row, and of one by itself."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan = plan_of(schedule, folder)
+        plan = plan_of(schedule, optimizer, folder)
         seconds, steps = run(plan, folder)
-        seen = [figures(timeline, seconds) for timeline in steps]
-        told = figures(simulate(from_plan(plan, COST), COST).timeline, steady(plan, COST).step_seconds)
-        middle = (statistics.median(f.idle for f in seen), statistics.median(f.within for f in seen))
-        return Measured(seconds, *middle), told
+        busy = [[timeline.busy(rank) for rank in range(POSITIONS)] for timeline in steps]
+        idle = 1 - float(np.median(np.array(busy), axis=0).mean()) / seconds
+        one, many = simulate(from_plan(plan, COST), COST), steady(plan, COST)
+        told = Measured(many.step_seconds, float(np.mean(many.bubble)), within(one.timeline))
+        return Measured(seconds, idle, statistics.median(map(within, steps))), told
 
 
 def demo() -> tuple[float, float, float]:
@@ -133,5 +147,5 @@ def demo() -> tuple[float, float, float]:
         seconds, steps = run(plan, folder)
         before = yardstick(len(plan.ranks))
         after = fitted(plan, steps, before)
-        told = [simulate(from_plan(plan, cost), cost).step_seconds for cost in (after, before)]
+        told = [steady(plan, cost).step_seconds for cost in (after, before)]
         return seconds, told[0], told[1]

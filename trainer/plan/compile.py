@@ -6,7 +6,7 @@ Pure, but for a schedule that the spec names as a file.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -68,7 +68,7 @@ def compile_plan(
         parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b", "replicas": 1})
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
-        rows, pipeline = _placed(spec, pipeline)
+        rows, pipeline = _placed(spec, pipeline, delays)
         stages = expand(spec, infer, split_stages(rows))
         layout = Layout(tuple(stage.layers for stage in stages), pipeline)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
@@ -108,7 +108,7 @@ def _fitting(spec: RunSpec, plan: Plan) -> Plan:
     return plan
 
 
-def _placed(spec: RunSpec, pipeline: Pipeline | None) -> tuple[list[Row], Pipeline]:
+def _placed(spec: RunSpec, pipeline: Pipeline | None, delays: Mapping[str, float] | None) -> tuple[list[Row], Pipeline]:
     """What is computed, by position, and where the spec's stages are."""
     parallel, microbatches = spec.parallel, spec.train.microbatches // spec.parallel.replicas
     positions = parallel.positions(parallel.stages)
@@ -119,23 +119,32 @@ def _placed(spec: RunSpec, pipeline: Pipeline | None) -> tuple[list[Row], Pipeli
     for position, stages in enumerate(pipeline.chunks):
         if not stages:
             raise PlanError(f"position {position} holds no stage; take as many positions as hold one")
-    times = _stage_times(spec) if parallel.schedule in TIMED else None
+    times = None
+    if parallel.schedule in TIMED:
+        lasts = [delays.get(op, 0.0) for op in "FIW"] if delays else []
+        times = _ticks([lasts] * parallel.stages) if all(lasts) and lasts else _stage_times(spec)
     return rows_for(parallel.schedule, pipeline, microbatches, times), pipeline
 
 
 def _stage_times(spec: RunSpec) -> list[tuple[int, int, int]]:
-    """What F, I and W of each stage last, by their operations: whole numbers, TICKS for all three of a mean stage."""
+    """What F, I and W of each stage last, by their operations."""
     count = spec.parallel.stages
     stages = expand(spec, split=[Stage(number) for number in range(count)])
     done = [
         [sum(kernel_flops(c.kernel, c.dim).done for c in calls) for calls in stage.programs("FIW").values()]
         for stage in stages
     ]
-    unit = sum(map(sum, done)) / (TICKS * count)
-    return [(max(1, round(f / unit)), max(1, round(i / unit)), max(1, round(w / unit))) for f, i, w in done]
+    return _ticks(done)
+
+
+def _ticks(lasts: Sequence[Sequence[float]]) -> list[tuple[int, int, int]]:
+    """The times of F, I and W by stage as whole numbers."""
+    unit = sum(map(sum, lasts)) / (TICKS * len(lasts))
+    return [(max(1, round(f / unit)), max(1, round(i / unit)), max(1, round(w / unit))) for f, i, w in lasts]
 
 
 TICKS = 24
+"""All three of a mean stage."""
 
 
 @contextmanager

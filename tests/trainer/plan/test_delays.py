@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.engine.plans import small_plan
+from tests.engine.plans import GPT2, small_plan
 from trainer.errors import PlanError
+from trainer.plan.places import Pipeline
+from trainer.plan.schedules import rows_for
 from trainer.plan.simulate import CostModel, from_plan, simulate
 
 FREE = CostModel(1e18, 1e18, 1e18, 0.0, 0.0)
@@ -22,6 +26,19 @@ def test_every_program_of_an_operation_ends_with_its_delay() -> None:
     plain = small_plan(stages=2, batch=8)
     assert small_plan(stages=2, batch=8, delays={"F": 0.0}).to_bytes() == plain.to_bytes()
     assert plan.digest != plain.digest
+
+
+def test_v_half_is_made_for_the_delays() -> None:
+    """Not for the operations of the model, which are next to nothing beside them."""
+    parallel = {"stages": 8, "chunks": 2, "schedule": "v-half"}
+    sizes: dict[str, Any] = {"parallel": parallel, "model": GPT2 | {"layers": 8}, "batch": 32}
+    like, unlike = ({"F": 0.01, "I": i, "W": 0.02 - i} for i in (0.01, 0.012))
+    for delays in (like, unlike):
+        times = [tuple(round(24 * delays[op] / 0.03) for op in "FIW")] * 8
+        plan = small_plan(delays=delays, **sizes)
+        rows = rows_for("v-half", Pipeline.there_and_back(8, 4), 16, times)  # type: ignore[arg-type]
+        assert [[a for a in row if a.is_compute] for row in plan.schedule] == [list(row) for row in rows]
+    assert small_plan(delays=like, **sizes).schedule != small_plan(delays=unlike, **sizes).schedule
 
 
 @pytest.mark.parametrize("delays", [{"O": 1.0}, {"F": -1.0}, {"F": 11.0}, {"F": float("nan")}])
