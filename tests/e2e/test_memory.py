@@ -23,7 +23,6 @@ from trainer.spec import parse_spec, what_digest
         ("fp32", {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b"}),
         ("fp32", {"stages": 2, "schedule": "zb-h1"}),
         ("fp32", {"stages": 4, "chunks": 2, "schedule": "zb-v"}),
-        ("fp32", {"stages": 4, "chunks": 2, "schedule": "v-half"}),
         ("bf16", {"stages": 2, "replicas": 2}),
         ("fp32", {"stages": 1, "replicas": 8}),
     ],
