@@ -81,8 +81,8 @@ class ModelCosts:
     head: ModelPiece
     largest: int
     """Elements of the largest tensor of a layer."""
-    tied: int
-    """Elements of the embedding where it is the head too, else 0."""
+    shared: ModelPiece
+    """The embedding where it is the head too, as a tensor of its own; without tensors where it is not."""
 
     layers: int = 0
     sequence: int = 0
@@ -104,6 +104,11 @@ class ModelCosts:
             ("kv_width", 2 * model.groups * model.size_of_head),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def tied(self) -> int:
+        """Elements of the embedding where it is the head too, else 0."""
+        return sum(elements for elements, _ in self.shared.tensors)
 
     @property
     def parameters(self) -> int:
@@ -149,7 +154,7 @@ def model_costs(sizes: Sizes) -> ModelCosts:
         layer=short.piece(short.stage(1, 2), owned, 1),
         head=short.piece(short.stage(3 * FEW - 1, 3 * FEW), head, None),
         largest=max(tensor.elements for tensor in owned),
-        tied=max(tensor.elements for tensor in embed) if sizes.model.tied else 0,
+        shared=ModelPiece((), 0, ((max(t.elements for t in embed), True),) if sizes.model.tied else (), 0, 0, 0),
     )
 
 

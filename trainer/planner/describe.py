@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from trainer.planner.cluster import ClusterSpec
@@ -16,6 +17,8 @@ from trainer.planner.search import WASTE, Advice, why_lost
 from trainer.planner.times import DeviceTimes
 from trainer.spec import RunSpec
 
+WIDTH = 118
+"""Of running text."""
 MARK = "modelled, not run by this engine"
 PLAN_VERSION = 1
 
@@ -170,7 +173,7 @@ def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, path: str
         lines += ["", f"Memory of each position's device, GB ({best.layout.words()}):", *_memory(best)]
         lines += ["", "Placement:", *_placement(best)]
     lines += ["", "Why the others lost:", *_own_layout(found, sheet.memory_bytes), *_lost(found)]
-    lines += ["", _assumed(cluster, spec)]
+    lines += ["", *wrap(_assumed(cluster, spec), WIDTH)]
     if found.runnable:
         lines += ["", f"To run it: hotstage train {path} {command(found.runnable[0])}"]
     return "\n".join(lines)
@@ -200,13 +203,12 @@ def _side_by_side(plans: Sequence[Sequence[Estimate]], memory: int) -> list[str]
     row("a step goes into", _spent)
     wide = max(len(name) for name, _ in rows)
     cells = [max(len(values[n]) for name, values in rows[:-1]) for n in range(2)]
-    lines = [
-        f"{name:<{wide}}  {values[0]:<{cells[0]}}  {values[1]}".rstrip() for name, values in rows[:-1]
-    ]  # the last is longer than a column
+    # the last is longer than a column
+    lines = [f"{name:<{wide}}  {values[0]:<{cells[0]}}  {values[1]}".rstrip() for name, values in rows[:-1]]
     for head, value in zip(heads, rows[-1][1], strict=True):
-        if value == "none":
-            continue
-        lines.append(f"{rows[-1][0]:<{wide}}  {value}  ({'modelled' if head == MARK else 'runs'})")
+        if value != "none":
+            which = "the modelled step goes into" if head == MARK else "a step here goes into"
+            lines += ["", *wrap(f"{which}: {value}", WIDTH, subsequent_indent="    ")]
     return lines
 
 
@@ -216,26 +218,41 @@ def _spent(plan: Estimate) -> str:
     return ", ".join(f"{names[n]} {s / plan.step_s:.0%}" for n, s in parts if s >= 0.005 * plan.step_s)
 
 
+COLUMNS = ("positions", "chunks", "replicas", "tensor", "context", "schedule", "M", "of", "again")
+
+
+def _cells(plan: Estimate) -> list[str]:
+    """A layout in columns: M microbatches a replica, of so many sequences; what is computed again."""
+    a = plan.layout
+    schedule = a.schedule + ", FP8" * a.fp8 + ", sharded" * (a.sharded > 1)
+    numbers = (a.positions, a.chunks, a.replicas, a.tensor, a.context)
+    return [*map(str, numbers), schedule, str(a.microbatches), str(a.microbatch), a.recompute]
+
+
 def _ranking(plans: Sequence[Estimate], top: int) -> list[str]:
-    head = ["layout", "devices", "a step", "tokens/s", "MFU", "bubble", "memory", "why not"]
-    rows = [head]
+    rows = [[*COLUMNS, "devices", "a step", "tokens/s", "MFU", "memory"]]
+    reasons = []
     for plan in plans[:top]:
-        slower = "" if plan is plans[0] else why_lost(plan, plans[0])
-        if plan is not plans[0] and plan.tokens_s >= plans[0].tokens_s:
-            slower = f"{plan.tokens_s / plans[0].tokens_s - 1:.1%} faster, on more devices"
         rows.append([
-            plan.layout.words(), f"{plan.layout.devices:,}", seconds_text(plan.step_s), count_text(plan.tokens_s),
-            f"{plan.mfu:.1%}", f"{plan.bubble:.1%}", gigabytes(plan.most_bytes), slower,
+            *_cells(plan), f"{plan.layout.devices:,}", seconds_text(plan.step_s), count_text(plan.tokens_s),
+            f"{plan.mfu:.1%}", gigabytes(plan.most_bytes),
         ])  # fmt: skip
-    return _table(rows)
+        faster = plan is not plans[0] and plan.tokens_s >= plans[0].tokens_s
+        why = f"{plan.tokens_s / plans[0].tokens_s - 1:.1%} faster, on more devices" if faster else ""
+        reasons.append(why or ("" if plan is plans[0] else why_lost(plan, plans[0])))
+    lines = _table(rows)
+    for number, why in enumerate(reasons, 1):
+        lines[number] += f"  {number}" if why else ""
+    return [*lines, *(f"    {number}: {why}" for number, why in enumerate(reasons, 1) if why)]
 
 
 def _scaling(plans: Sequence[Estimate]) -> list[str]:
-    rows = [["devices", "tokens/s", "MFU", "bubble", "goodput", "layout"]]
+    rows = [["devices", "tokens/s", "MFU", "bubble", "goodput", *COLUMNS[:3], *COLUMNS[5:]]]
     for plan in plans:
+        cells = _cells(plan)
         rows.append([
             f"{plan.layout.devices:,}", count_text(plan.tokens_s), f"{plan.mfu:.1%}", f"{plan.bubble:.1%}",
-            f"{plan.goodput:.1%}", plan.layout.words(),
+            f"{plan.goodput:.1%}", *cells[:3], *cells[5:],
         ])  # fmt: skip
     return _table(rows)
 

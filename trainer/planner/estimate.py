@@ -16,6 +16,7 @@ from math import exp, log2, sqrt
 
 from trainer.plan.devices import WORKSPACE_BYTES
 from trainer.plan.layout import split_layers
+from trainer.plan.reduce import in_pieces, piece_elements
 from trainer.plan.timeline import Timeline
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.costs import ModelCosts, ModelPiece
@@ -23,7 +24,6 @@ from trainer.planner.layouts import APART, THERE_AND_BACK, Arrangement
 from trainer.planner.links import LINKS, Placed
 from trainer.planner.pipelines import Filled, closed, held, play_out
 from trainer.planner.times import DeviceTimes, Parts
-from trainer.wire import PIECE_BLOCK
 
 TENSOR_EXPOSED = 0.5
 """Of the tensor axis' collectives, what products do not hide (overlapped with them in halves)."""
@@ -72,6 +72,22 @@ class Estimate:
         return max(sum(kinds.values()) for kinds in self.memory)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Elements of a piece's tensors on one device."""
+
+    padded: float
+    """Of gradients: with room for all replicas' pieces."""
+    copies: float
+    """Of what kernels read, where that is not the master."""
+    owned: float
+    """Of masters and moments."""
+    pieces: float
+    """Of what is in pieces, its own."""
+    whole: float
+    """Of what every replica has whole."""
+
+
 class Planner:
     """A model on a cluster: everything that layouts have in common."""
 
@@ -86,7 +102,7 @@ class Planner:
         self.cluster, self.times, self.costs = cluster, times, costs
         self.fp8 = fp8  # the same model with its layers' products in FP8
         self.counts = counts  # layers of each stage, where somebody else split them
-        self._stored: dict[tuple[int, int, int, bool], tuple[float, float, float]] = {}
+        self._stored: dict[tuple[int, int, int, bool], Stored] = {}
         self._pieces: dict[tuple[int, str, int, int], tuple[Parts, Parts, Parts]] = {}
 
     def at(self, a: Arrangement) -> Planner:
@@ -155,30 +171,64 @@ class Planner:
         c = self.costs[a.microbatch]
         return c.rows * c.width * c.dt_bytes / (a.tensor * a.context)
 
-    def stored(self, a: Arrangement, piece: ModelPiece, coded: bool) -> tuple[float, float, float]:
-        """Elements that a device holds of a piece: of gradients, of compute copies, and of the optimizer. In this
-        engine tensors of more than a block are in pieces of whole blocks, so that the last may be padded."""
-        copies, tensor, block = a.replicas * a.context, a.tensor, 1 if a.foreign else PIECE_BLOCK
-        key = (id(piece), copies, tensor * block, coded)
+    def stored(self, a: Arrangement, piece: ModelPiece, coded: bool) -> Stored:
+        """Elements that a device holds of a piece's tensors. In this engine tensors are in pieces of whole blocks, so
+        that the last may be padded, or whole where they have few blocks (``plan/reduce.py``)."""
+        copies = a.replicas * a.context
+        key = (id(piece), copies, a.tensor * (-1 if a.foreign else 1), coded)
         if key not in self._stored:
-            whole = matrices = owned = 0.0
+            padded = matrices = owned = pieces = whole = 0.0
             for elements, copied in piece.tensors:
-                mine = elements / tensor
-                if copies > 1 and mine > PIECE_BLOCK and not (coded and copied):
-                    part = -(-mine // (block * copies)) * block
-                    padded, kept, copied = part * copies, part, True
+                mine = -(-elements // a.tensor)
+                if a.foreign:
+                    part: float = mine / copies if copies > 1 else 0.0
                 else:
-                    padded = kept = mine
-                whole, owned, matrices = whole + padded, owned + kept, matrices + (padded if copied else 0.0)
-            self._stored[key] = (whole, matrices, owned)
+                    part = piece_elements(mine, copies) if in_pieces(mine, copies) else 0
+                if coded and copied:
+                    part = 0
+                padded += max(part * copies, mine)
+                owned += part or mine
+                pieces, whole = pieces + part, whole + (0 if part else mine)
+                # a compute copy: of matrices where they are not fp32, of what is in pieces
+                if part or (copied and self.times.precision != "fp32"):
+                    matrices += max(part * copies, mine)
+            self._stored[key] = Stored(padded, matrices, owned, pieces, whole)
         return self._stored[key]
+
+    def _received(self, a: Arrangement, counts: Sequence[int], first: bool, last: bool) -> float:
+        """Bytes that hold what other replicas send of their gradients, where there is no second buffer of them: of
+        the two largest layers (or ends), as the last backward is cut."""
+        c = self.costs[a.microbatch]
+        copies = a.replicas * a.context
+        if copies == 1 or a.groups > a.replicas:
+            return 0.0
+        layer, embed, head = (self.stored(a, p, self.coded(a) and p is c.layer) for p in (c.layer, c.embed, c.head))
+        most = 0.0
+        for number, count in enumerate(counts):
+            units = [layer.pieces] * count
+            whole = layer.whole * count
+            if last and number == len(counts) - 1:
+                tied = self.stored(a, c.shared, False)
+                units, whole = [head.pieces + tied.pieces, *units], whole + head.whole + tied.whole
+            if first and number == 0:
+                units, whole = [*units, embed.pieces], whole + embed.whole
+            exchanged = (copies - 1) * sum(sorted(units)[-2:])
+            most = max(most, 4 * exchanged, 4 * whole)
+        return most
 
     def deepest_chunk(self, a: Arrangement, position: int) -> int:
         """Layers of a position's largest stage."""
         counts = self.split(a)
         if a.chunks == 1:
             return counts[position]
-        return _largest(counts, a.positions, a.schedule in THERE_AND_BACK)[position]
+        return max(_chunks(counts, a.positions, a.schedule in THERE_AND_BACK)[position])
+
+    def chunks_at(self, a: Arrangement, position: int) -> tuple[int, ...]:
+        """Layers of each of a position's stages."""
+        counts = self.split(a)
+        if a.chunks == 1:
+            return (counts[position],)
+        return _chunks(counts, a.positions, a.schedule in THERE_AND_BACK)[position]
 
     def parameters(self, a: Arrangement) -> float:
         """Of the fullest position, on one device (what the tensor axis leaves of them)."""
@@ -311,15 +361,14 @@ class Planner:
         first = position == 0
         last = position == last_position(a)
         pieces = [(c.layer, layers), (c.embed, int(first)), (c.head, int(last))]
-        copies = a.replicas * a.context
         buffered = log2(a.groups / a.replicas) + 1
-        whole, matrices, owned = (layers * size for size in self.stored(a, c.layer, self.coded(a)))
+        each = self.stored(a, c.layer, self.coded(a))
+        whole, matrices, owned = layers * each.padded, layers * each.copies, layers * each.owned
         for piece, there in pieces[1:]:
             if there:
                 more = self.stored(a, piece, False)
-                whole, matrices, owned = whole + more[0], matrices + more[1], owned + more[2]
-        # fp32 has no compute copy but where masters are in pieces; FP8: codes and their transpose
-        weights = matrices * (c.dt_bytes if c.dt_bytes == 2 or copies > 1 else 0)
+                whole, matrices, owned = whole + more.padded, matrices + more.copies, owned + more.owned
+        weights = matrices * c.dt_bytes  # FP8: codes and their transpose
         gradients, optimizer = 4 * whole * buffered, OPTIMIZER_BYTES * owned
         # where weight gradients are put off; at the first position of the others each is right behind its I
         apart = a.schedule in APART and (position > 0 or a.schedule == "v-half")
@@ -333,6 +382,7 @@ class Planner:
             ahead += 1 / a.chunks
         elif a.schedule in THERE_AND_BACK and position == a.positions - 1:  # both chunks lie in one slot
             ahead += 1
+        ahead = min(ahead, a.microbatches)
         activations = ahead * slot / split + 4 * c.rows * a.microbatches * (first + 2 * last)
         activations += 0 if first and a.chunks == 1 else stream / split  # the gradient that is sent
         again = c.again(a.recompute)
@@ -341,13 +391,13 @@ class Planner:
             gathered = 2 * c.layer.parameters / a.tensor * c.dt_bytes
             weights, gradients = weights / a.sharded + gathered, gradients / a.sharded + 2 * gathered
         if c.tied and last:  # the head's own gradient, and its copy where the embedding is elsewhere
-            gradients += 4 * c.tied / a.tensor * buffered
+            gradients += 4 * self.stored(a, c.shared, False).padded * buffered
             weights += 0 if first else c.tied * c.dt_bytes / a.tensor
-        if c.tied and a.positions > 1 and first and not last:
-            scratch = max(scratch, 4 * c.tied / a.tensor)
+        if c.tied and first and not last:  # the head's gradient, which comes while the last backward runs
+            gradients += 4 * self.stored(a, c.shared, False).owned
         windows = 4 * stream / split if a.positions > 1 else 0.0
-        staging = 4 * c.largest / a.tensor / copies if copies > 1 else 0.0
-        buffers = scratch + windows + staging + WORKSPACE_BYTES + self.times.sheet.context_bytes
+        gradients += self._received(a, self.chunks_at(a, position), first, last)
+        buffers = scratch + windows + WORKSPACE_BYTES + self.times.sheet.context_bytes
         sizes = (weights, gradients, optimizer, activations, buffers)
         return {kind: int(size) for kind, size in zip(KINDS, sizes, strict=True)}
 
@@ -394,11 +444,11 @@ def _by_position(counts: tuple[int, ...], positions: int, back: bool) -> tuple[i
 
 
 @lru_cache(4096)
-def _largest(counts: tuple[int, ...], positions: int, back: bool) -> tuple[int, ...]:
-    found = [0] * positions
+def _chunks(counts: tuple[int, ...], positions: int, back: bool) -> tuple[tuple[int, ...], ...]:
+    found: list[list[int]] = [[] for _ in range(positions)]
     for count, position in zip(counts, of_stage(len(counts), positions, back), strict=True):
-        found[position] = max(found[position], count)
-    return tuple(found)
+        found[position].append(count)
+    return tuple(map(tuple, found))
 
 
 def goodput_of(cluster: ClusterSpec, nodes: int, step_s: float) -> tuple[float, float]:
