@@ -53,10 +53,11 @@ class How:
     chunks: int
     replicas: int
     optimizer: str = "checked"
+    recompute: str = "none"
 
     def __str__(self) -> str:
-        optimistic = ", optimistic" if self.optimizer == "optimistic" else ""
-        return f"{self.stages} stages {self.schedule}/{self.chunks} x {self.replicas}{optimistic}"
+        more = [word for word in (self.optimizer, self.recompute) if word not in ("checked", "none")]
+        return ", ".join([f"{self.stages} stages {self.schedule}/{self.chunks} x {self.replicas}", *more])
 
 
 def layouts() -> Iterator[How]:
@@ -73,9 +74,14 @@ def layouts() -> Iterator[How]:
 
 
 def every() -> list[tuple[str, How]]:
-    """With both ways to step, of each model."""
-    hows = [replace(how, optimizer=optimizer) for how in layouts() for optimizer in ("checked", "optimistic")]
-    return [(model, how) for model in MODELS for how in hows]
+    """Of each model, stepping both ways; the optimistic one computes attention again, where weight gradients are not
+    put off."""
+    whole = ("gpipe", "1f1b", "interleaved-1f1b")
+    again = [
+        replace(how, optimizer="optimistic", recompute="attention" if how.schedule in whole else "none")
+        for how in layouts()
+    ]
+    return [(model, how) for model in MODELS for how in (*layouts(), *again)]
 
 
 def sampled() -> list[tuple[str, How]]:
