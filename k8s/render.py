@@ -57,9 +57,15 @@ FABRIC_MEND = "set launch.fabric = 'tcp', or parallel.device = 'cuda'; `hotstage
 
 
 def check_fabric(spec: RunSpec) -> None:
-    """Raises LaunchRefused for a fabric that the ranks would not use: on CPUs they talk TCP."""
+    """Raises LaunchRefused for a fabric that the ranks would not use: on CPUs they talk TCP, replicas everywhere."""
+    fabric, replicas = spec.launch.fabric, spec.parallel.replicas
     if not uses_fabric(spec):
-        raise LaunchRefused(f"launch.fabric = {spec.launch.fabric!r} is for ranks on GPUs alone; {FABRIC_MEND}")
+        raise LaunchRefused(f"launch.fabric = {fabric!r} is for ranks on GPUs alone; {FABRIC_MEND}")
+    if fabric != "tcp" and replicas > 1:
+        raise LaunchRefused(
+            f"launch.fabric = {fabric!r} with parallel.replicas = {replicas}: messages between replicas go over TCP "
+            "alone in this version, which that fabric rules out; set launch.fabric = 'tcp', or parallel.replicas = 1"
+        )
 
 
 def uses_fabric(spec: RunSpec) -> bool:

@@ -62,6 +62,17 @@ def test_another_fabric_than_tcp_is_for_ranks_on_gpus(device: str) -> None:
         check_fabric(spec)
 
 
+def test_another_fabric_than_tcp_does_not_join_replicas() -> None:
+    sets = ["parallel.device=cuda", "parallel.replicas=2", "train.batch=16", "train.microbatch=1"]
+    for fabric in sorted(FABRICS):
+        spec = parse_spec({**TINY, "launch": {**TINY["launch"], "fabric": fabric}}, sets)  # type: ignore[dict-item]
+        words = (
+            f"launch.fabric = '{fabric}' with parallel.replicas = 2: .*set launch.fabric = 'tcp', or parallel.replicas"
+        )
+        with nullcontext() if fabric == "tcp" else pytest.raises(LaunchRefused, match=words):
+            check_fabric(spec)
+
+
 @pytest.mark.parametrize("fabric", sorted(FABRICS))
 def test_every_fabric_renders_and_validates(fabric: str) -> None:
     job, _, _ = rendered(fabric=fabric)
