@@ -222,6 +222,15 @@ def test_layers_computed_again_under_each_schedule(one_stage: Any, tmp_path: Pat
     assert_same(ours, one_stage("gpt2 tied, 7 layers", "bf16"))
 
 
+@pytest.mark.parametrize("optimizer", ["checked", "optimistic"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_layers_computed_again_by_replicas(one_stage: Any, tmp_path: Path, schedule: str, optimizer: str) -> None:
+    """The last backward of a step is cut by layer for its exchanges, and what a layer computes again goes with it."""
+    layout = {"stages": 3, "replicas": 2, "schedule": schedule, "optimizer": optimizer}
+    ours = run(tmp_path, "gpt2 tied, 7 layers", "bf16", **layout, recompute={"kind": "layer", "layers": [2, 1, 1]})
+    assert_same(ours, one_stage("gpt2 tied, 7 layers", "bf16"))
+
+
 def cpu_has(path: str) -> bool:
     needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}[
         path

@@ -210,9 +210,10 @@ def _again(recompute: RecomputeSpec, stage: Stage | None, layers: int, split: bo
     count = None if stage is None else recompute.of_stage(stage)
     if split and recompute.kind != "none" and (count is None or count == layers):
         raise PlanError(
-            f"parallel.recompute: all {layers} layers of stage {stage} are to be computed again, and its schedule puts "
-            "weight gradients off (W), which is for layers that keep what they made: nothing would be left for W; set "
-            f"parallel.recompute.layers to at most {layers - 1} there, or take a schedule of whole backwards"
+            f"parallel.recompute: every layer of stage {stage} (it has {layers}) is to be computed again, and its "
+            "schedule puts weight gradients off (W), which is for layers that keep what they made: nothing would be "
+            f"left for W; let at most {layers - 1} compute again there (parallel.recompute.layers), or take a schedule "
+            "of whole backwards"
         )
     if count is not None and count > layers:
         raise PlanError(
