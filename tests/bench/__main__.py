@@ -34,6 +34,7 @@ from tests.bench import (
     bench_fp8,
     bench_kernels,
     bench_log,
+    bench_messages,
     bench_pipeline,
     bench_plan,
     bench_store,
@@ -202,6 +203,18 @@ def executor() -> Iterator[dict[str, Any]]:
     yield entry(f"executor/step-us, GPT-2 124M, {kernels}, plain", told["plain"], "us", "graphs", told["graphs"])
 
 
+def messages() -> Iterator[dict[str, Any]]:
+    """What messages cost a step of two stages on this machine's loopback; see ``bench_messages.py``."""
+    costs = [bench_messages.measure() for _ in range(ROUNDS)]
+    shape = f"GPT-2 124M, 2 stages, {bench_messages.MICROBATCHES} microbatches of {bench_messages.MICROBATCH} x "
+    shape += f"{bench_messages.SEQUENCE}"
+    lost = statistics.median(cost.lost for cost in costs)
+    yield entry(f"pipeline/messages-percent-of-step, {shape}", 100 * lost, "%", "target", 3.0)
+    tied = statistics.median(cost.tied for cost in costs)
+    moved = statistics.median(cost.moved for cost in costs)
+    yield entry("pipeline/tied-exchange-ms, begun or waited for", 1e3 * tied, "ms", "moved behind kernels", 1e3 * moved)
+
+
 def watch() -> Iterator[dict[str, Any]]:
     """CPU time of the process that watches a gang of 1,000 pods, the API server in another process."""
     for weather, (used, requests) in bench_watch.measure().items():
@@ -298,6 +311,7 @@ def main() -> int:
         "watch": lambda: list(watch()),
         "plan": lambda: list(plan()),
         "pipeline": lambda: list(pipeline()),
+        "messages": lambda: list(messages()),
         "log": lambda: list(log()),
         "store": lambda: list(store()),
         "demo": lambda: list(demo()),

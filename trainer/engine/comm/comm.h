@@ -24,9 +24,9 @@
  * Why nobody blocks for ever. The plan's checker has shown that the lists pass where a send blocks
  * until its receive is posted, and a receive from its own place in the list until it is filled
  * (trainer/plan/channels.py): there is an order L of all actions of all ranks, each rank's own in its
- * order, with both ends of a message side by side. run/messages.c starts a send at its place in the
- * list, posts a receive at its place or earlier (without waiting for anything for it), and waits for
- * either only behind its place. Say that all waits before some point of L have ended. A wait there is for
+ * order, with both ends of a message side by side. run/messages.c starts a send and posts a receive
+ * at its place in the list or earlier (without waiting for anything for it), and waits for either only
+ * behind its place. Say that all waits before some point of L have ended. A wait there is for
  * a message whose two ends stand earlier in L, as do those of all earlier messages of its channel: by what
  * was said both ranks are past them, so both ends are with their transports. Each of the two ranks is then in
  * a wait, in which it moves them, or will come to a call that does: so the message passes and the wait

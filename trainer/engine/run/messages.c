@@ -166,14 +166,17 @@ static hs_status post(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
                                 a->microbatch, why);
 }
 
-static hs_status start(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
+static hs_status start(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_why *why) {
     const hs_plan_action *a = action_of(m, list, i);
     const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
     const int64_t begin = hs_clock_ns();
     m->number[list][i] = ++m->sent[a->channel];
     const hs_status st = m->c.transport->send(m->c.comm, a->channel, m->c.spaces->arena + offset,
                                               a->ref.bytes, a->microbatch, why);
-    m->c.metrics->ns[hs_metrics_kind(a)] += hs_clock_ns() - begin;
+    const int64_t end = hs_clock_ns();
+    m->c.metrics->ns[hs_metrics_kind(a)] += end - begin;
+    if (list >= HS_LIST_STEP)
+        hs_trace_wait(m->c.trace, step, (uint32_t)(a - m->c.plan->actions), begin, end);
     return st;
 }
 
@@ -203,7 +206,7 @@ hs_status hs_messages_before(hs_messages *m, hs_list list, uint32_t i, int64_t s
         HS_TRY(post(m, list, posts->action[k], why));
     for (uint32_t k = starts->first[i]; k < starts->first[i + 1]; k++)
         if (!hs_which_leaves_out(which, m->c.plan, action_of(m, list, starts->action[k])))
-            HS_TRY(start(m, list, starts->action[k], why));
+            HS_TRY(start(m, list, starts->action[k], step, why));
     return HS_OK;
 }
 

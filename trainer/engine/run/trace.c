@@ -31,7 +31,7 @@ hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs
     size_t most = position->steps;
     for (uint32_t i = 0; i < position->steps; i++) {
         const uint8_t kind = plan->actions[position->first_step + i].kind;
-        most += kind == HS_A_SEND || kind == HS_A_RECV; /* its wait */
+        most += kind == HS_A_SEND ? 2 : kind == HS_A_RECV; /* where it begins, and its wait */
     }
     const size_t capacity = most * HS_TRACE_STEPS + 1;
     event *events = calloc(capacity, sizeof *events);

@@ -22,8 +22,8 @@ void hs_trace_destroy(hs_trace *trace); /* NULL is fine */
 void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns, int64_t end_ns,
                   int64_t moved_ns);
 
-/* A wait for the message of a SEND or RECV, behind it: an event beside that action's own, with "wait":1 in
- * its arguments. */
+/* What a message took elsewhere than at its action: a SEND where it began, either where it was waited for. An
+ * event beside that action's own, with "wait":1 in its arguments. */
 void hs_trace_wait(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
                    int64_t end_ns);
 
