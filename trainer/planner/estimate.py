@@ -171,6 +171,16 @@ class Planner:
         c = self.costs[a.microbatch]
         return c.rows * c.width * c.dt_bytes / (a.tensor * a.context)
 
+    def state_bytes(self, a: Arrangement) -> float:
+        """Of an average position: weights, gradients and optimizer, whatever is in flight. Not more than ``memory``."""
+        if a.sharded > 1:
+            return 0.0
+        c = self.costs[a.microbatch]
+        copies = a.replicas * a.context
+        item = c.dt_bytes if c.dt_bytes == 2 else 0
+        each = 4 + item + OPTIMIZER_BYTES / copies
+        return c.layers / a.positions * c.layer.parameters / a.tensor * each
+
     def stored(self, a: Arrangement, piece: ModelPiece, coded: bool) -> Stored:
         """Elements that a device holds of a piece's tensors. In this engine tensors are in pieces of whole blocks, so
         that the last may be padded, or whole where they have few blocks (``plan/reduce.py``)."""
@@ -290,14 +300,15 @@ class Planner:
         )
 
     def bound(self, a: Arrangement) -> float:
-        """Tokens a second that a layout could not pass: like stages, no messages, no failures."""
+        """Tokens a second that a layout could not pass: like stages, no messages."""
         c = self.costs[a.microbatch]
         _, layer, _ = self.pieces(a)
         share = c.layers / a.positions
         deepest = -(-c.layers // a.positions)
         fill = {"interleaved-1f1b": layer.whole / a.chunks, "zb-h1": max(0.0, layer.f + layer.i - layer.w)}
         idle = 0.0 if a.schedule in THERE_AND_BACK else fill.get(a.schedule, layer.whole) * share * (a.positions - 1)
-        return a.sequences * c.sequence / (a.microbatches * deepest * layer.whole + idle)
+        step = a.microbatches * deepest * layer.whole + idle
+        return a.sequences * c.sequence / step * goodput_of(self.cluster, Placed(self.cluster, a).nodes, step)[0]
 
     def _end(
         self, a: Arrangement, placed: Placed, slow: Parts, parameters: float, deepest: int

@@ -28,7 +28,7 @@ from trainer.spec import MAX_MICROBATCHES, RunSpec
 TOP = 5
 PLAYED = 8
 """Of each kind, how many are played out."""
-HOPELESS = 0.9
+HOPELESS = 0.95
 """A layout that could not reach this share of the best of its family, were messages free, is not looked at further."""
 CLOSE = 0.02
 """Layouts that are no faster than this are not worth more devices."""
@@ -381,6 +381,13 @@ class _Search:
             self.reject(
                 "slower than another of their schedule, whatever messages cost", a, known.tokens_s / bound,
                 lambda: f"at most {bound / known.tokens_s:.0%} of the tokens a second",
+            )  # fmt: skip
+            return None
+        state, have = self.planner.at(a).state_bytes(a), self.cluster.sheet.memory_bytes
+        if state > have:
+            self.reject(
+                "does not fit the device's memory, weights and optimizer alone", a, state,
+                lambda: f"{state / 1e9:.1f} GB of {have / 1e9:.1f} GB",
             )  # fmt: skip
             return None
         for recompute in RECOMPUTES[:1] if a.schedule in APART else RECOMPUTES:  # what is put off must be kept

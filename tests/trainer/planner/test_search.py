@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flows.show import foretell
 from tests.support.calls import called
 from tests.support.place import ROOT
 from trainer.planner import describe
@@ -100,6 +101,11 @@ def test_a_best_plan_is_a_spec_that_is_taken(rack: Advice) -> None:
     spec = spec_of("gpt2-124m", *sets)
     assert spec.parallel.ranks == best.layout.devices
     assert spec.train.microbatches == best.layout.microbatches * best.layout.replicas
+    plan, _, _ = foretell.compile_for(spec_of("gpt2-124m", *sets, "parallel.optimizer=checked"), None)
+    for position, kinds in zip(plan.positions, best.memory, strict=True):
+        real = position.bytes_by_kind
+        assert kinds["weights"] + kinds["optimizer"] == pytest.approx(real["weights"] + real["moments"], rel=0.02)
+        assert kinds["gradients"] == pytest.approx(real["gradients"], rel=0.1)
 
 
 def test_what_this_engine_runs_is_asked_of_the_spec() -> None:
