@@ -20,6 +20,10 @@ from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.e2e.test_equal_bits import CHUNKED, SEQUENCE, VOCAB
 from tests.support import slot_gang
+from tests.support.chaos import Fault, unleashed
+from tests.support.place import SPEC, Place, finish
+from tests.support.place import STEPS as SHORT
+from tests.support.undisturbed import undisturbed_run
 from trainer.plan import Plan, compile_plan
 from trainer.plan.places import Pipeline
 from trainer.spec import parse_spec, what_digest
@@ -131,3 +135,25 @@ def test_snapshots_are_a_checked_step_s(tmp_path: Path, clip: str) -> None:
     fill = holding(kept["checked"][2], 2)
     again = slot_gang.train(plans["optimistic"], data, tmp_path / "again", step=2, fill=fill)
     assert again == {step: held for step, held in kept["checked"].items() if step > 2}
+
+
+CLIPPED = SPEC.replace(f"steps = {SHORT}", "steps = 120").replace(
+    "seed = 3\n", "seed = 3\n[train.optimizer]\nclip = 0.05\n"
+)
+"""Every step is clipped: every prefix runs twice."""
+
+
+def test_kills_in_a_prefix_and_in_one_that_runs_again(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A whole run by the real command, on two ranks; its state is that of one stage and checked steps."""
+    _, run, digest = undisturbed_run(tmp_path_factory, CLIPPED)
+    place = Place(tmp_path / "p", CLIPPED)
+    try:
+        process = place.start_train("parallel.schedule='gpipe'", "parallel.optimizer='optimistic'")
+        for fault in (Fault("again", 0, 6), Fault("forward", 1, 10)):  # one at a time: a watcher takes a core
+            with unleashed(fault, place.run_folder(run), place.folder / "out") as watcher:
+                assert watcher.wait(60) == 0, fault
+        result = finish(process).json()
+        assert (result["run"], result["outcome"], result["attempts"]) == (run, "succeeded", 3)
+        assert result["state_digest"] == digest
+    finally:
+        place.stop_all()
