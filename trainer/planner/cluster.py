@@ -22,6 +22,14 @@ from trainer.plan.devices import SHEETS, DeviceSheet
 from trainer.spec import CLUSTER_KEY, explain, read_toml
 
 NETWORK_LATENCY_S, LINK_LATENCY_S = 10e-6, 3e-6
+SYSTEMS: Mapping[str, Mapping[str, Any]] = {
+    "DGX H100": {"device": "H100", "devices_per_node": 8, "nic_gbit_s": 400},
+    "DGX B200": {"device": "B200", "devices_per_node": 8, "nic_gbit_s": 400},
+    "GB200 NVL72": {"device": "GB200", "devices_per_node": 4, "rack_nodes": 18, "nic_gbit_s": 400},
+    "GB300 NVL72": {"device": "GB300", "devices_per_node": 4, "rack_nodes": 18, "nic_gbit_s": 800},
+    "2-CORE LAPTOP": {"device": "LAPTOP", "devices_per_node": 2},
+}
+"""Nodes that a sheet's ``device`` may name whole; what the sheet says itself goes before."""
 FAILURES_NODE_DAY = 3.8e-3
 """Of a node of 8 GPUs: 419 interruptions that nobody planned, in 54 days of 2,048 nodes (Llama 3, arXiv 2407.21783)."""
 
@@ -72,6 +80,19 @@ class ClusterSpec(_Sheet):
     checkpoint_stall_s: float = Field(0.5, ge=0, le=86_400, description="that a snapshot holds the step back")
     checkpoint_every_s: float = Field(1.0, ge=0, le=86_400, description="least time between two: what the store takes")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_system(cls, value: Any) -> Any:
+        name = value.get("device") if isinstance(value, Mapping) else None
+        known = SYSTEMS.get(name.upper()) if isinstance(name, str) else None
+        if known is None:
+            return value
+        filled = {**known, **value, "device": known["device"]}
+        nodes = value.get("nodes")
+        if "rack_nodes" not in value and isinstance(nodes, int) and "rack_nodes" in known:
+            filled["rack_nodes"] = max(1, min(nodes, known["rack_nodes"]))
+        return filled
+
     @model_validator(mode="after")
     def _check(self) -> ClusterSpec:
         sheet = self.sheet
@@ -110,8 +131,8 @@ class ClusterSpec(_Sheet):
             found = SHEETS.get(self.device.upper())
             if found is None:
                 raise ValueError(
-                    f"device {self.device[:80]!r} has no sheet; take one of {', '.join(SHEETS)}, or give its "
-                    "numbers in a table: [cluster.device] with memory_gb, memory_gbyte_s and peak_tflops"
+                    f"device {self.device[:80]!r} has no sheet; take one of {', '.join((*SHEETS, *SYSTEMS))}, or give "
+                    "its numbers in a table: [cluster.device] with memory_gb, memory_gbyte_s and peak_tflops"
                 )
             return found
         d = self.device

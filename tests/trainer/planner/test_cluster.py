@@ -25,6 +25,14 @@ def test_a_sheet_brings_what_is_not_said() -> None:
     assert shared.network_bytes_s == 50e9 / 2 / 2
 
 
+def test_a_system_brings_its_nodes_and_racks() -> None:
+    rack = parse_cluster({"nodes": 55_000, "device": "GB300 NVL72"}, "x")
+    assert (rack.devices, rack.domain, rack.network_bytes_s) == (220_000, 72, 100e9)
+    part = parse_cluster({"nodes": 4, "device": "gb200 nvl72", "nic_gbit_s": 200}, "x")
+    assert (part.domain, part.network_bytes_s) == (16, 25e9)
+    assert parse_cluster({"nodes": 1, "device": "2-core laptop"}, "x").devices == 2
+
+
 def test_a_device_of_given_numbers() -> None:
     device = {"name": "own", "memory_gb": 64, "memory_gbyte_s": 1600, "peak_tflops": {"bf16": 400}}
     cluster = parse_cluster({**H100, "device": device, "link_gbyte_s": 200}, "x")
