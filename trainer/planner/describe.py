@@ -158,7 +158,7 @@ def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, path: str
         lines += [
             "",
             f"Nothing that this engine runs fits; the nearest needs {gigabytes(one.most_bytes)} of "
-            f"{gigabytes(sheet.memory_bytes)} a device: {one.layout.words()}, GB:",
+            f"{gigabytes(sheet.memory_bytes)} a device: {one.layout.words()}:",
             *_memory(one),
         ]
     for kind, heads in (("this engine runs", found.runnable), ("with axes that are " + MARK, found.modelled)):
@@ -170,12 +170,15 @@ def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, path: str
         lines += ["", "What more devices buy, of what this engine runs:"]
         lines += _scaling(found.scaling[-8:])
     if best is not None:
-        lines += ["", f"Memory of each position's device, GB ({best.layout.words()}):", *_memory(best)]
+        lines += ["", f"Memory of each position's device ({best.layout.words()}):", *_memory(best)]
         lines += ["", "Placement:", *_placement(best)]
     lines += ["", "Why the others lost:", *_own_layout(found, sheet.memory_bytes), *_lost(found)]
     lines += ["", *wrap(_assumed(cluster, spec), WIDTH)]
     if found.runnable:
         lines += ["", f"To run it: hotstage train {path} {command(found.runnable[0])}"]
+        a, train = found.runnable[0].layout, spec.train
+        if (a.sequences, a.microbatch, a.groups) != (train.batch, train.microbatch, train.groups):
+            lines.append("  (a run of its own: train.* above differs from the spec's, and so do the bits; --keep-bits)")
     return "\n".join(lines)
 
 
@@ -263,17 +266,18 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _memory(plan: Estimate) -> list[str]:
-    rows = [["position", *KINDS, "in all"]]
-    runs = _runs([{kind: round(size / 1e8) for kind, size in kinds.items()} for kinds in plan.memory])
+    unit, name = (1e9, "GB") if plan.most_bytes >= 1e9 else (1e6, "MB")
+    rows = [["position", *KINDS, "in all", name]]
+    runs = _runs([{kind: round(size / 1e7) for kind, size in kinds.items()} for kinds in plan.memory])
     shown = runs if len(runs) <= 9 else [*runs[:4], *runs[-4:]]
     for number, run in enumerate(shown):
         if len(runs) > 9 and number == 4:
-            rows.append(["…", *[""] * (len(KINDS) + 1)])
+            rows.append(["…", *[""] * (len(KINDS) + 2)])
         first, last = run["first"], run["last"]
         kinds = plan.memory[first]
-        name = f"{first}" if first == last else f"{first}-{last}"
+        where = f"{first}" if first == last else f"{first}-{last}"
         sizes = [kinds[kind] for kind in KINDS]
-        rows.append([name, *(f"{size / 1e9:.2f}" for size in (*sizes, sum(sizes)))])
+        rows.append([where, *(f"{size / unit:,.2f}" for size in (*sizes, sum(sizes))), ""])
     return _table(rows)
 
 
@@ -287,7 +291,7 @@ def nothing_fits(found: Advice, cluster: ClusterSpec) -> str:
         f"no layout fits {cluster.devices:,} devices of {gigabytes(have)}; the nearest needs "
         f"{gigabytes(one.most_bytes)}: {one.layout.words()}. Take more nodes, devices with more memory, shorter "
         "sequences or a smaller model\n"
-        + "\n".join(["memory of each position's device, GB:", *_memory(one)])
+        + "\n".join(["memory of each position's device:", *_memory(one)])
         + f"\n{reasons}"
     )
 
@@ -299,7 +303,7 @@ def _placement(plan: Estimate) -> list[str]:
     return [
         f"  ranks are numbered with strides: {strides}",
         f"  device = {placed['device']}; node = {placed['node']}; NIC = {placed['nic']}",
-        f"  slowest link between neighbours: {near}; {placed['nodes']:,} nodes used",
+        f"  slowest link between neighbours: {near}; {placed['nodes']:,} node{'s' * (placed['nodes'] > 1)} used",
     ]
 
 
