@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 from checkpoint.errors import CheckpointError
@@ -17,6 +18,7 @@ from trainer.plan.draw import memory_text
 from trainer.plan.memory import more_threads_bytes
 from trainer.plan.simulate import CostModel, Simulation, from_plan
 from trainer.plan.simulate import simulate as play
+from trainer.plan.steady import steady
 from trainer.spec import RunSpec, what_digest
 
 
@@ -49,14 +51,27 @@ def yardstick(ranks: int) -> CostModel:
 
 def simulate(plan: Plan) -> Simulation:
     """The plan's step, timed with this machine's measured speed shared by its ranks."""
-    cost = yardstick(len(plan.ranks))
-    return play(from_plan(plan, cost), cost, peak_flops=measured_peak())
+    return _played(plan, yardstick(len(plan.ranks)), measured_peak())
 
 
 def simulate_on(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> Simulation:
     """The plan's step on such devices, a rank on each, by roofline; MFU is of the peak of the sheet."""
-    cost = cost_of(sheet, spec)
-    return play(from_plan(plan, cost), cost, peak_flops=sheet.peak[spec.train.precision])
+    return _played(plan, cost_of(sheet, spec), sheet.peak[spec.train.precision])
+
+
+def _played(plan: Plan, cost: CostModel, peak: float) -> Simulation:
+    """A step by itself; of one that begins before the one before is checked, the times are those of many in a row."""
+    alone = play(from_plan(plan, cost), cost, peak_flops=peak)
+    if not ahead(plan):
+        return alone
+    many = steady(plan, cost)
+    mfu = alone.mfu * alone.step_seconds / many.step_seconds
+    return replace(alone, step_seconds=many.step_seconds, bubble=many.bubble, mfu=mfu)
+
+
+def ahead(plan: Plan) -> bool:
+    """Whether its steps are optimistic."""
+    return any(position.step_checks for position in plan.positions)
 
 
 def facts_on(plan: Plan, spec: RunSpec, simulation: Simulation, sheet: DeviceSheet) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:
         "tokens_per_step": spec.train.tokens,
         "memory": memory,
         "memory_text": memory_text(memory, replicas=spec.parallel.replicas),
+        "optimizer": "optimistic" if ahead(plan) else "checked",
         "step_seconds": simulation.step_seconds,
         "bubble": list(simulation.bubble),
         "mfu": simulation.mfu,

@@ -96,8 +96,9 @@ def runs(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeR
     return make
 
 
+AHEAD = {"stages": 2, "schedule": "gpipe", "optimizer": "optimistic"}
 CHUNKS = {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b"}
-CASES = {"2": (LLAMA, {"stages": 2}), "4": (GPT2, {"stages": 4}), "2x2": (LLAMA, CHUNKS)}
+CASES = {"2": (LLAMA, {"stages": 2}), "4": (GPT2, {"stages": 4}), "2x2": (LLAMA, CHUNKS), "2 ahead": (GPT2, AHEAD)}
 
 
 @pytest.mark.parametrize("case", CASES)
