@@ -25,7 +25,7 @@ from tests.support.place import SPEC, Place, finish
 from tests.support.place import STEPS as SHORT
 from tests.support.undisturbed import undisturbed_run
 from trainer.plan import Plan, compile_plan
-from trainer.plan.places import Pipeline
+from trainer.plan.places import Pipeline, Position
 from trainer.spec import parse_spec, what_digest
 
 STEPS = 6
@@ -106,6 +106,22 @@ def test_equal_bits(
     chunks = pipeline.stages // pipeline.positions
     parallel = {"stages": pipeline.stages, "chunks": chunks, "schedule": schedule, "optimizer": "optimistic"}
     assert_same(run(tmp_path, model, precision, limit, pipeline, **parallel), theirs)
+
+
+ODD: dict[str, tuple[Pipeline | None, dict[str, Any]]] = {
+    "one position": (None, {"stages": 1}),
+    "stages elsewhere": (Pipeline(tuple(map(Position, (2, 0, 3, 1))), 4), {"stages": 4, "schedule": "gpipe"}),
+    "computed again": (None, {"stages": 3, "recompute": {"kind": "layer"}}),
+}
+"""Nobody to report to; position 0 has neither end of the model; forwards in the backward, on the same weights."""
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_equal_bits_of_odd_layouts(checked: Any, tmp_path: Path, odd: str) -> None:
+    pipeline, parallel = ODD[odd]
+    limit = CLIPS[GPT2]["at times"]
+    ours = run(tmp_path, GPT2, "bf16", limit, pipeline, optimizer="optimistic", **parallel)
+    assert_same(ours, checked(GPT2, "bf16", limit))
 
 
 def holding(held: Sequence[bytes], step: int) -> slot_gang.Fill:
