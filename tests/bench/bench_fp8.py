@@ -41,7 +41,13 @@ def losses(
     dataset: DatasetRef, data: Path, folder: Path, precision: str, seed: int, steps: int, *sets: str
 ) -> list[float]:
     """Of every step of a run."""
-    sets = (f"train.steps={steps}", f'train.precision="{precision}"', f"train.seed={seed}", *sets)
+    sets = (
+        "train.reduction_groups=1",
+        f"train.steps={steps}",
+        f'train.precision="{precision}"',
+        f"train.seed={seed}",
+        *sets,
+    )
     spec = parse_spec(
         tomllib.loads((ROOT / "examples" / "demo.toml").read_text()), ["parallel.stages=1", "launch.trace=false", *sets]
     )
