@@ -27,6 +27,7 @@ TESTS = (
     "test_supervisor.py",
     "test_agent_link.py",
     "test_comm.py",
+    "test_messages.py",
     "test_snapshot.py",
     "test_executor.py",
     "test_hostile.py",
