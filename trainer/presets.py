@@ -1,7 +1,7 @@
 """Commented specs to start from: what ``hotstage init NAME`` writes. ``examples/`` holds some of them as files.
 
 Each is complete TOML that loads as it stands; keys that are left out have the defaults of ``trainer/spec_sections.py``
-(``hotstage schema`` lists them all).
+and ``spec_how.py`` (``hotstage schema`` lists them all).
 """
 
 from __future__ import annotations

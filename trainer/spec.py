@@ -27,20 +27,15 @@ from pydantic_core import ErrorDetails
 
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.spec_fields import MAX_INT32, RULES, shown
+from trainer.spec_how import MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
-    MAX_HOW_BYTES,
-    MAX_INT32,
     MAX_MICROBATCHES,
     MAX_VOCAB_SIZE,
-    RETIRED,
-    RULES,
-    SCHEDULES,
     DataSpec,
     ModelSpec,
     RunSpec,
     how_map,
-    other_name,
-    shown,
     too_short,
 )
 from trainer.wire.packed import pack

@@ -24,7 +24,7 @@ from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from trainer.plan.compile import compile_plan
 from trainer.spec import parse_spec, what_digest
-from trainer.spec_sections import SCHEDULES, TWO_STAGES
+from trainer.spec_how import SCHEDULES, TWO_STAGES
 
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
 SAMPLE, STEPS, SEQUENCE, BATCH, GROUPS, RANKS = 16, 3, 16, 16, 8, 16

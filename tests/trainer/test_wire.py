@@ -14,7 +14,7 @@ import pytest
 from tests.engine.engine_build import engine
 from trainer import wire
 from trainer.plan.memory import workspace_bytes
-from trainer.spec_sections import KernelPath
+from trainer.spec_how import KernelPath
 
 __all__ = ["engine"]
 

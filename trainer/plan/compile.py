@@ -30,7 +30,7 @@ from trainer.plan.records import Config
 from trainer.plan.rows import Row, split_stages
 from trainer.plan.schedules import TIMED, pipeline_for, rows_for
 from trainer.spec import ModelSpec, RunSpec
-from trainer.spec_sections import RecomputeSpec
+from trainer.spec_how import RecomputeSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
 FIRST_IS_LAST = ("1f1b", "gpipe", "interleaved-1f1b")

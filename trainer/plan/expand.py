@@ -37,7 +37,7 @@ from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, T
 from trainer.plan.places import Stage
 from trainer.plan.recompute import run_again, without_idle
 from trainer.spec import ModelSpec
-from trainer.spec_sections import RecomputeKind
+from trainer.spec_how import RecomputeKind
 from trainer.wire.kernels import KERNELS, Kernel, product
 from trainer.wire.kernels import Operand as KernelOperand
 

@@ -19,7 +19,7 @@ from trainer.models.base import Builder, Call, View
 from trainer.wire.kernels import KERNELS
 
 if TYPE_CHECKING:
-    from trainer.spec_sections import RecomputeKind
+    from trainer.spec_how import RecomputeKind
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.errors import SpecError
 from trainer.spec import parse_spec
-from trainer.spec_sections import RecomputeKind
+from trainer.spec_how import RecomputeKind
 
 Recompute = RecomputeKind
 RECOMPUTES: tuple[Recompute, ...] = ("none", "elementwise", "attention", "layer")

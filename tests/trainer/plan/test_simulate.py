@@ -25,7 +25,7 @@ from trainer.plan.schedules import GENERATORS, gpipe, interleaved, one_f_one_b
 from trainer.plan.simulate import CostModel, Instruction, from_plan, from_rows
 from trainer.plan.timeline import from_chrome, to_chrome
 from trainer.spec import ModelSpec, parse_spec
-from trainer.spec_sections import RecomputeSpec
+from trainer.spec_how import RecomputeSpec
 
 FREE_LINKS = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
 

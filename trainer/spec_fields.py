@@ -1,0 +1,55 @@
+"""What the keys of a spec are made of: a section, sizes, the forms of names, a value as a refusal shows it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_INT32 = (1 << 31) - 1
+MAX_LAYERS = 10_000
+
+NAME = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
+DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+RULES = {
+    NAME: "lower-case letters, digits and inner dashes, a letter first, at most 40",
+    DNS_LABEL: "lower-case letters, digits and inner dashes, at most 63 characters (a DNS label)",
+}
+
+
+class Section(BaseModel):
+    """Keys that belong together; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str) -> Any:
+    """A whole number from ``low`` to ``high``."""
+    return Field(default, ge=low, le=high, description=text, strict=True)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in the time of its square root: a wrong number must not take minutes to refuse."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return [*small, *(number // d for d in small)]
+
+
+def power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def largest_two(number: int) -> int:
+    """The largest power of two that divides a number above 0."""
+    return number & -number
+
+
+def shown(value: Any) -> str:
+    """A value as a refusal repeats it: not longer than a line or two."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return f"(a number of {value.bit_length()} bits)"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # it holds such a number, or is nested without end
+        text = f"({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:150]}… ({len(text)} characters)"
