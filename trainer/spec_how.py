@@ -27,7 +27,7 @@ OPEN_TREES = ("pod_patch", "tolerations", "resources", "agent_resources", "node_
 SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
 ONE_STAGE = {"1f1b": "interleaved-1f1b", "zb-h1": "zb-v"}
 """Schedules that take one stage a rank; each with one that takes several."""
-TWO_STAGES = ("zb-v", "v-half")
+THERE_AND_BACK = ("zb-v", "v-half")
 """Schedules that take two stages a rank, there and back along the ranks."""
 
 RecomputeKind = Literal["none", "elementwise", "attention", "layer"]
@@ -123,7 +123,7 @@ class ParallelSpec(Section):
                 f"chunks {self.chunks}: schedule {self.schedule} takes 1 stage a rank; take schedule = "
                 f"'{ONE_STAGE[self.schedule]}', or chunks = 1"
             )
-        if self.schedule in TWO_STAGES and (self.chunks != 2 or self.stages % 2):
+        if self.schedule in THERE_AND_BACK and (self.chunks != 2 or self.stages % 2):
             raise ValueError(
                 f"stages {self.stages}, chunks {self.chunks}: schedule {self.schedule} takes 2 stages a rank, there "
                 "and back along the ranks; take chunks = 2 and an even number of stages, such as "

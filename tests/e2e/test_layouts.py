@@ -24,7 +24,7 @@ from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from trainer.plan.compile import compile_plan
 from trainer.spec import parse_spec, what_digest
-from trainer.spec_how import SCHEDULES, TWO_STAGES
+from trainer.spec_how import SCHEDULES, THERE_AND_BACK
 
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
 SAMPLE, STEPS, SEQUENCE, BATCH, GROUPS, RANKS = 16, 3, 16, 16, 8, 16
@@ -63,7 +63,7 @@ class How:
 def layouts() -> Iterator[How]:
     """All of them, of up to RANKS processes; two and four chunks a rank where a schedule takes several."""
     for schedule in SCHEDULES:
-        for chunks in {"interleaved-1f1b": (2, 4), **dict.fromkeys(TWO_STAGES, (2,))}.get(schedule, (1,)):
+        for chunks in {"interleaved-1f1b": (2, 4), **dict.fromkeys(THERE_AND_BACK, (2,))}.get(schedule, (1,)):
             for stages in range(chunks, 9, chunks):
                 for replicas in (1, 2, 4, 8):
                     positions, microbatches = stages // chunks, BATCH // replicas

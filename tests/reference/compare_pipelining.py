@@ -29,7 +29,8 @@ from trainer.plan.messages import insert_messages
 from trainer.plan.places import Pipeline
 from trainer.plan.rows import Row
 from trainer.plan.schedule_file import from_csv, to_csv
-from trainer.plan.schedules import ZERO_BUBBLE, V, gpipe, interleaved, one_f_one_b, pipeline_for, rows_for
+from trainer.plan.schedules import ZERO_BUBBLE, gpipe, interleaved, one_f_one_b, pipeline_for, rows_for
+from trainer.spec_how import THERE_AND_BACK
 
 FORMS = ("compute_only", "compute_comms")
 SIZES = [(1, 2), (2, 2), (2, 4), (2, 5), (2, 6), (3, 3), (3, 4), (3, 7), (4, 4), (4, 8), (4, 12), (8, 16)]
@@ -94,7 +95,7 @@ def ours(ranks: int, microbatches: int) -> Iterator[tuple[str, list[Row], Pipeli
         if not microbatches % max(1, microbatches // ranks):
             yield "interleaved-1f1b", interleaved(ranks, chunks, microbatches), Pipeline.in_turn(chunks * ranks, ranks)
     for name in ZERO_BUBBLE:
-        pipeline = pipeline_for(name, ranks * (2 if name in V else 1), ranks)
+        pipeline = pipeline_for(name, ranks * (2 if name in THERE_AND_BACK else 1), ranks)
         yield name, rows_for(name, pipeline, microbatches), pipeline
 
 

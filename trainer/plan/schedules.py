@@ -24,6 +24,7 @@ from trainer.errors import PlanError
 from trainer.plan.places import Pipeline, Position, Stage
 from trainer.plan.rows import RECV_F, B, F, I, Row, Rows, W, columns
 from trainer.plan.zero_bubble import Times, v_half, zb_h1, zb_v
+from trainer.spec_how import ONE_STAGE, THERE_AND_BACK
 
 
 def _sizes(stages: int, microbatches: int) -> None:
@@ -115,20 +116,15 @@ GENERATORS = {"gpipe": gpipe, "1f1b": one_f_one_b}
 """By the name that a spec uses: a position has one stage, in the stages' order, and does its backward whole."""
 
 ZERO_BUBBLE = {"zb-h1": zb_h1, "zb-v": zb_v, "v-half": v_half}
-"""By the name that a spec uses: the backward has two parts. Those of V take two stages a position, there and back."""
-
-V = ("zb-v", "v-half")
+"""By the name that a spec uses: the backward has two parts. ``THERE_AND_BACK`` take two stages a position."""
 
 TIMED = ("v-half",)
 """Schedules whose order depends on what F, I and W of the stages last."""
 
-ONE_STAGE = {"1f1b": "interleaved-1f1b", "zb-h1": "zb-v"}
-"""Schedules of one stage a position, each with the one that takes several."""
-
 
 def pipeline_for(name: str, stages: int, positions: int) -> Pipeline:
     """Where a spec's stages are under a schedule that it names."""
-    return (Pipeline.there_and_back if name in V else Pipeline.in_turn)(stages, positions)
+    return (Pipeline.there_and_back if name in THERE_AND_BACK else Pipeline.in_turn)(stages, positions)
 
 
 def rows_for(name: str, pipeline: Pipeline, microbatches: int, times: Times | None = None) -> list[Row]:
@@ -137,7 +133,7 @@ def rows_for(name: str, pipeline: Pipeline, microbatches: int, times: Times | No
     ``times``: what F, I and W of each stage last; for ``TIMED``, which are made for them."""
     most = max(map(len, pipeline.chunks))
     _sizes(pipeline.stages, microbatches)
-    if name in V:
+    if name in THERE_AND_BACK:
         if pipeline != Pipeline.there_and_back(2 * pipeline.positions, pipeline.positions):
             raise PlanError(
                 f"schedule {name}: {pipeline.stages} stages are placed at {pipeline.positions} positions as "

@@ -20,10 +20,11 @@ from trainer.plan.reduce import in_pieces, piece_elements
 from trainer.plan.timeline import Timeline
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.costs import ModelCosts, ModelPiece
-from trainer.planner.layouts import APART, THERE_AND_BACK, Arrangement
+from trainer.planner.layouts import APART, Arrangement
 from trainer.planner.links import LINKS, Placed
 from trainer.planner.pipelines import Filled, closed, held, play_out
 from trainer.planner.times import DeviceTimes, Parts
+from trainer.spec_how import THERE_AND_BACK
 
 TENSOR_EXPOSED = 0.5
 """Of the tensor axis' collectives, what products do not hide (overlapped with them in halves)."""

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from typing import Any, get_args
 
-from trainer.errors import SpecError
-from trainer.spec import parse_spec
-from trainer.spec_how import RecomputeKind
+from trainer.spec_how import THERE_AND_BACK, RecomputeKind
 
 Recompute = RecomputeKind
-RECOMPUTES: tuple[Recompute, ...] = ("none", "elementwise", "attention", "layer")
+RECOMPUTES: tuple[Recompute, ...] = get_args(RecomputeKind)
 """The least first."""
-THERE_AND_BACK = ("zb-v", "v-half")
-"""Schedules whose stages go along the positions and back: two chunks a position, the first and last at position 0."""
 APART = ("zb-h1", *THERE_AND_BACK)
 """Schedules that put weight gradients off."""
-KNOWN = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
-"""Schedules that the planner has formulas for."""
-
-
-@cache
-def engine_runs(key: str, value: str | int) -> bool:
-    """Whether this version takes a value of ``parallel``: asked of the spec, so that nothing is said twice."""
-    parallel: dict[str, Any] = {"stages": 4, key: value}
-    if value in THERE_AND_BACK or value == "interleaved-1f1b":
-        parallel["chunks"] = 2
-    sizes = {"layers": 4, "width": 32, "heads": 2, "context": 32}
-    train = {"steps": 1, "batch": 8, "microbatch": 1, "sequence": 32}
-    try:
-        parse_spec({"name": "x", "model": {"family": "gpt2", **sizes}, "train": train, "parallel": parallel})
-    except SpecError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +67,7 @@ class Arrangement:
 
     def refusal(self) -> str:
         """Why this engine would not run it; empty where it would."""
-        if self.foreign:
-            return f"{' + '.join(self.modelled)}: modelled, not run by this engine"
-        needs = {"schedule": self.schedule, "recompute": self.recompute}
-        if self.replicas > 1 and not engine_runs("replicas", 2):
-            return f"{self.replicas} replicas: modelled, not run by this version"
-        for key, value in needs.items():
-            if value != "none" and not engine_runs(key, value):
-                return f"{key} {value}: modelled, not run by this version"
-        return ""
+        return f"{' + '.join(self.modelled)}: modelled, not run by this engine" if self.foreign else ""
 
     def to_json(self) -> dict[str, Any]:
         """As ``hotstage plan --json`` tells it; microbatches are of one replica."""

@@ -18,8 +18,8 @@ from trainer.plan.places import Pipeline
 from trainer.plan.rows import OPS, B, F, I, Row, W, columns
 from trainer.plan.schedules import pipeline_for, rows_for
 from trainer.plan.simulate import CostModel, Instruction, InstructionList, Simulation, simulate
-from trainer.planner.layouts import THERE_AND_BACK
 from trainer.planner.times import Parts
+from trainer.spec_how import THERE_AND_BACK
 
 MAX_PLAYED = 400_000
 """Computations that are played out; longer steps are played with fewer microbatches and carried on."""

@@ -19,11 +19,11 @@ from trainer.errors import PlanError
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.costs import ModelCosts, costs_of
 from trainer.planner.estimate import Estimate, Planner
-from trainer.planner.layouts import APART, KNOWN, RECOMPUTES, Arrangement
+from trainer.planner.layouts import APART, RECOMPUTES, Arrangement
 from trainer.planner.links import Placed
 from trainer.planner.pipelines import played
 from trainer.planner.times import DeviceTimes
-from trainer.spec import MAX_MICROBATCHES, RunSpec
+from trainer.spec import MAX_MICROBATCHES, SCHEDULES, RunSpec
 
 TOP = 5
 PLAYED = 8
@@ -100,14 +100,14 @@ def search(spec: RunSpec, cluster: ClusterSpec, limits: Choices, clock: Callable
         found = seek.lightest(a)
         if found is None:
             continue
-        kinds[bool(found.layout.refusal())].append(found)
+        kinds[found.layout.foreign].append(found)
         key = family_key(found.layout)
         if key not in best or _rank(found) > _rank(best[key]):
             best[key] = found
     ranked = {kind: _best_played(planner, found) for kind, found in kinds.items()}
     families = []
     for lost in sorted(best.values(), key=_rank, reverse=True):
-        first = ranked[bool(lost.layout.refusal())][0]
+        first = ranked[lost.layout.foreign][0]
         if family_key(lost.layout)[:2] != family_key(first.layout)[:2]:
             families.append((lost, first))
     families = list({family_key(lost.layout)[:2]: (lost, first) for lost, first in reversed(families)}.values())[::-1]
@@ -152,7 +152,11 @@ def _own(spec: RunSpec, planner: Planner) -> Estimate | None:
     """The layout that a spec says, on the cluster."""
     p, train = spec.parallel, spec.train
     positions = p.positions(p.stages)
-    if p.schedule not in KNOWN or train.microbatches % p.replicas or positions * p.replicas > planner.cluster.devices:
+    if (
+        p.schedule not in SCHEDULES
+        or train.microbatches % p.replicas
+        or positions * p.replicas > planner.cluster.devices
+    ):
         return None
     if p.chunks > 1 and p.stages % p.chunks:
         return None
@@ -166,7 +170,7 @@ def _own(spec: RunSpec, planner: Planner) -> Estimate | None:
 
 def family_key(a: Arrangement) -> tuple[bool, str, int]:
     """Layouts whose best is kept: of a kind and schedule, and of what this engine runs also by doublings of devices."""
-    modelled = bool(a.refusal())
+    modelled = a.foreign
     return modelled, a.schedule, 0 if modelled else a.devices.bit_length()
 
 
@@ -314,7 +318,7 @@ class _Search:
             groups = self._groups(replicas, count)
             if groups is None:
                 continue
-            for schedule in KNOWN if positions > 1 else ("1f1b",):
+            for schedule in SCHEDULES if positions > 1 else ("1f1b",):
                 fixed = self._schedule(schedule, positions, chunks, count)
                 if fixed is None:
                     continue
@@ -405,14 +409,14 @@ class _Search:
                 lambda: f"{a.devices} of {cluster.devices} devices",
             )  # fmt: skip
             return None
-        if not a.refusal() and (uneven := self._launch(a, placed)):
+        if not a.foreign and (uneven := self._launch(a, placed)):
             self.reject(uneven, a, a.devices, lambda: f"{a.devices:,} ranks on {placed.nodes:,} nodes")
             return None
         have = cluster.sheet.memory_bytes
         need = max(sum(kinds.values()) for kinds in planner.memory(a, whole=False))
         if need > have:
             self.reject("does not fit the device's memory", a, need, lambda: _too_large(planner, a, need, have))
-            kind = bool(a.refusal())
+            kind = a.foreign
             if kind not in self.tightest or need < self.tightest[kind].most_bytes:
                 self.tightest[kind] = planner.estimate(a)
             return None

@@ -19,11 +19,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from trainer.plan.messages import insert_messages
-from trainer.plan.schedules import V, held_at_once, pipeline_for, rows_for
+from trainer.plan.schedules import held_at_once, pipeline_for, rows_for
 from trainer.plan.simulate import CostModel, from_rows, simulate
+from trainer.spec_how import THERE_AND_BACK
 
 NAMES = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
-TWO = ("interleaved-1f1b", *V)
+TWO = ("interleaved-1f1b", *THERE_AND_BACK)
 """Schedules that have two stages a position here."""
 
 

@@ -17,9 +17,10 @@ from trainer.plan.check import check_lowered, check_schedule
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Pipeline
 from trainer.plan.rows import Row
-from trainer.plan.schedules import ZERO_BUBBLE, V, held_at_once, in_flight, pipeline_for, rows_for
+from trainer.plan.schedules import ZERO_BUBBLE, held_at_once, in_flight, pipeline_for, rows_for
 from trainer.plan.simulate import CostModel, from_rows, simulate
 from trainer.spec import parse_spec
+from trainer.spec_how import THERE_AND_BACK
 
 
 def texts(rows: list[Row]) -> list[str]:
@@ -53,14 +54,14 @@ def bound(name: str, positions: int, microbatches: int) -> int:
     """Of a position: what it holds at once of its stages' microbatches."""
     if name == "v-half":
         return min(positions + 2 - positions % 2, 2 * microbatches)
-    return min(positions, microbatches) * (2 if name in V else 1)
+    return min(positions, microbatches) * (2 if name in THERE_AND_BACK else 1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(ZERO_BUBBLE)), st.integers(1, 8), st.integers(1, 20))
 def test_any_size_runs_within_its_bound(name: str, positions: int, microbatches: int) -> None:
     """In order, free of deadlock, in its memory: at each position, and still so with the messages put in."""
-    stages = positions * (2 if name in V else 1)
+    stages = positions * (2 if name in THERE_AND_BACK else 1)
     rows = rows_for(name, pipeline_for(name, stages, positions), microbatches)
     check_schedule(rows, stages, microbatches)
     lowered = free_slots_early(insert_messages(rows, stages))
@@ -80,7 +81,7 @@ def test_any_size_runs_within_its_bound(name: str, positions: int, microbatches:
 def test_the_backward_has_one_part_where_nobody_waits(name: str) -> None:
     """B on stage 0, where each W directly follows its I; nowhere else, and then for the whole stage."""
     for positions, microbatches in ((1, 1), (2, 5), (4, 8), (3, 2)):
-        stages = positions * (2 if name in V else 1)
+        stages = positions * (2 if name in THERE_AND_BACK else 1)
         for row in rows_for(name, pipeline_for(name, stages, positions), microbatches):
             whole = {a.stage for a in row if a.op == "B"}
             assert whole <= {0}

@@ -11,9 +11,9 @@ import pytest
 import trainer.planner
 from trainer.plan.schedules import held_at_once, pipeline_for, rows_for
 from trainer.planner.estimate import of_stage
-from trainer.planner.layouts import KNOWN, THERE_AND_BACK
 from trainer.planner.pipelines import closed, held, play_out, played
 from trainer.planner.times import Parts
+from trainer.spec_how import SCHEDULES, THERE_AND_BACK
 
 CHUNKS = {"interleaved-1f1b": 4, "zb-v": 2, "v-half": 2}
 SIZES = [(2, 4), (4, 4), (4, 16), (8, 8), (8, 32), (16, 32), (8, 4), (13, 15)]
@@ -40,7 +40,7 @@ def compared(schedule: str, positions: int, microbatches: int, hop: float, heavy
     return found.seconds, play_out(schedule, positions, microbatches, stages, hop).step_seconds
 
 
-@pytest.mark.parametrize("schedule", KNOWN)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("positions", "microbatches"), SIZES)
 def test_the_formula_is_what_is_played(schedule: str, positions: int, microbatches: int) -> None:
     """Exact for GPipe, 1F1B, interleaved and ZB-H1 with like stages; V shapes, whose generators are greedy, nearly."""
@@ -62,7 +62,7 @@ def test_messages_and_a_heavy_stage_are_in_the_formula(schedule: str, positions:
     assert formula == pytest.approx(simulated, rel=0.05)
 
 
-@pytest.mark.parametrize("schedule", KNOWN)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("positions", "microbatches"), SIZES)
 def test_in_flight_is_what_the_rows_hold(schedule: str, positions: int, microbatches: int) -> None:
     chunks = CHUNKS.get(schedule, 1)

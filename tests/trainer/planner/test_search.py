@@ -19,7 +19,7 @@ from tests.support.calls import called
 from tests.support.place import ROOT
 from trainer.planner import describe
 from trainer.planner.cluster import parse_cluster
-from trainer.planner.layouts import Arrangement, engine_runs
+from trainer.planner.layouts import Arrangement
 from trainer.planner.search import Advice, Choices, planner_for, search
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, load_spec, parse_spec
@@ -106,12 +106,6 @@ def test_a_best_plan_is_a_spec_that_is_taken(rack: Advice) -> None:
         real = position.bytes_by_kind
         assert kinds["weights"] + kinds["optimizer"] == pytest.approx(real["weights"] + real["moments"], rel=0.02)
         assert kinds["gradients"] == pytest.approx(real["gradients"], rel=0.1)
-
-
-def test_what_this_engine_runs_is_asked_of_the_spec() -> None:
-    assert engine_runs("schedule", "interleaved-1f1b")
-    assert not engine_runs("schedule", "dualpipe")
-    assert not engine_runs("tensor", 2)
 
 
 def test_json_has_the_names_that_others_rely_on(rack: Advice) -> None:
