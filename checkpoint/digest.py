@@ -18,7 +18,10 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 
-BLOCK_ELEMENTS = 262144
+from trainer import wire
+
+BLOCK_ELEMENTS = wire.PIECE_BLOCK
+"""A replica's piece of a tensor is whole blocks."""
 BLOCK_BYTES = BLOCK_ELEMENTS * 4
 DIGEST_BYTES = 32
 KINDS = ("param", "exp_avg", "exp_avg_sq")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
+from checkpoint.digest import KINDS
 from checkpoint.errors import CheckpointError
 from trainer import wire
-from trainer.wire.plan import parse
+from trainer.wire.plan import parse, piece_elements
 from trainer.wire.unreadable import Unreadable
 
 MAX_REPLICAS = 1 << 16
@@ -96,15 +96,13 @@ class PositionLayout:
 def piece(elements: int, pieces: int, replica: int) -> tuple[int, int, int]:
     """Of a tensor in so many pieces: the first element of this replica's, how many it has, and room for how many.
 
-    Every piece is as many whole blocks of the digest; the last ones may be cut short, or empty (``hs_plan_state``).
+    In one piece, every replica has all of it.
 
     >>> [piece(600_000, 2, r) for r in (0, 1)], piece(600_000, 4, 3)
     ([(0, 524288, 524288), (524288, 75712, 524288)], (600000, 0, 262144))
     """
-    if pieces == 1:
-        return 0, elements, elements
-    room = -(-blocks(elements) // pieces) * BLOCK_ELEMENTS
-    first = min(replica * room, elements)
+    room = piece_elements(elements, pieces)
+    first = 0 if pieces == 1 else min(replica * room, elements)
     return first, min(room, elements - first), room
 
 

@@ -25,8 +25,8 @@ from trainer.dataset import DatasetRef, token_bytes_for, write_shard
 from trainer.engine_path import engine_binary
 from trainer.models.base import hf_table
 from trainer.plan.compiled import Plan
-from trainer.plan.reduce import piece_elements
 from trainer.spec import ModelSpec
+from trainer.wire.plan import piece_elements
 
 DEADLINE_S = 120.0
 

@@ -10,9 +10,10 @@ from trainer import wire
 from trainer.models.base import Tensor, Weight
 from trainer.plan.expand import StagePrograms
 from trainer.plan.places import Layout
-from trainer.plan.reduce import Groups, in_pieces, piece_elements
+from trainer.plan.reduce import Groups, in_pieces
 from trainer.plan.rows import Row
 from trainer.spec import RunSpec
+from trainer.wire.plan import piece_elements
 
 
 @dataclass(frozen=True)

@@ -36,16 +36,6 @@ from trainer.plan.places import Position, Stage
 from trainer.plan.records import BoundAction, BoundCall, Program, Ref
 
 
-def piece_elements(elements: int, replicas: int) -> int:
-    """Elements that each replica keeps of a tensor in pieces (``engine/wire/plan.h``, hs_plan_state).
-
-    >>> piece_elements(3 * 262144 + 1, 2)
-    524288
-    """
-    blocks = -(-elements // wire.PIECE_BLOCK)
-    return -(-blocks // replicas) * wire.PIECE_BLOCK
-
-
 def in_pieces(elements: int, replicas: int) -> bool:
     """Whether replicas share a tensor in pieces: it has blocks for more than half of them.
 

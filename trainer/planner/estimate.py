@@ -16,7 +16,7 @@ from math import exp, log2, sqrt
 
 from trainer.plan.devices import WORKSPACE_BYTES
 from trainer.plan.layout import split_layers
-from trainer.plan.reduce import in_pieces, piece_elements
+from trainer.plan.reduce import in_pieces
 from trainer.plan.timeline import Timeline
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.costs import ModelCosts, ModelPiece
@@ -25,6 +25,7 @@ from trainer.planner.links import LINKS, Placed
 from trainer.planner.pipelines import Filled, closed, held, play_out
 from trainer.planner.times import DeviceTimes, Parts
 from trainer.spec_how import THERE_AND_BACK
+from trainer.wire.plan import piece_elements
 
 TENSOR_EXPOSED = 0.5
 """Of the tensor axis' collectives, what products do not hide (overlapped with them in halves)."""

@@ -29,6 +29,12 @@ RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
 """What a section holds; ``strings`` has bytes."""
 
 
+def piece_elements(elements: int, pieces: int) -> int:
+    """Elements of a piece of a tensor: as many whole blocks for each, so that the last ones may be cut short, or empty
+    (``engine/wire/plan.h``, hs_plan_state)."""
+    return elements if pieces == 1 else -(-elements // wire.PIECE_BLOCK // pieces) * wire.PIECE_BLOCK
+
+
 @dataclass(frozen=True)
 class PlanFile:
     """A plan file's sections. ``digest``: the hex digest that the header holds and the bytes have."""

@@ -119,6 +119,7 @@ def test_the_pieces_of_a_tensor_are_whole_blocks_and_all_of_it() -> None:
             assert [first for first, _, _ in found] == [min(r * found[0][2], elements) for r in range(pieces)]
             assert sum(count for _, count, _ in found) == elements
             assert {room for *_, room in found} == {-(-blocks(elements) // pieces) * BLOCK_ELEMENTS}
+    assert piece(7, 1, 3) == (0, 7, 7)  # whole in every replica
     assert piece(5 * BLOCK_ELEMENTS, 4, 3) == (5 * BLOCK_ELEMENTS, 0, 2 * BLOCK_ELEMENTS)  # 2, 2, 1 and none
 
 

@@ -16,9 +16,10 @@ from trainer.plan import Plan, compile_plan
 from trainer.plan.draw import memory_text
 from trainer.plan.edges import check_messages
 from trainer.plan.records import ActionList, BoundAction, BoundCall, PositionPlan, Ref
-from trainer.plan.reduce import Groups, piece_elements
+from trainer.plan.reduce import Groups
 from trainer.plan.simulate import CostModel, from_plan, simulate
 from trainer.spec import parse_spec, what_digest
+from trainer.wire.plan import piece_elements
 
 DATA = DatasetRef("ab" * 32, 300, 2, (10_000, 5_000), "cd" * 32)
 
