@@ -160,19 +160,11 @@ def _as_written(
     if as_json:
         show(told)
         return 0
-    say(f"plan {compiled.digest[:12]}: {told['parameters'] / 1e6:.2f} M parameters, {told['stages']} stage(s), "
-        f"{told['microbatches']} microbatch(es) of {resolved.train.microbatch} x {resolved.train.sequence} tokens, "
-        f"{resolved.parallel.schedule}, {resolved.train.precision}{note}")  # fmt: skip
+    say(foretell.headline(compiled, resolved) + note)
     say("")
     say(told["memory_text"])
-    say("")
-    say(timeline_text(simulation.timeline))
-    say("")
-    say(
-        f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on {sheet.name if sheet else 'this machine'}, "
-        f"{told['tokens_per_step'] / simulation.step_seconds:,.0f} tokens/s, bubble "
-        f"{', '.join(f'{b:.0%}' for b in simulation.bubble)} by rank, MFU {simulation.mfu:.0%}"
-    )
+    say(timeline_text(simulation.timeline, replicas=resolved.parallel.replicas))
+    say(foretell.foretold_line(compiled, resolved, simulation, sheet.name if sheet else "this machine"))
     if sheet is not None:
         say(told["assumptions"])
     elif resolved.parallel.on_cuda(resolved.launch.kernel_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,8 +51,9 @@ def yardstick(ranks: int) -> CostModel:
 
 
 def simulate(plan: Plan) -> Simulation:
-    """The plan's step, timed with this machine's measured speed shared by its ranks."""
-    return _played(plan, yardstick(len(plan.ranks)), measured_peak())
+    """The plan's step, timed with this machine's measured speed shared by its ranks; so is the peak that MFU is of."""
+    ranks = len(plan.ranks)
+    return _played(plan, yardstick(ranks), measured_peak() / ranks)
 
 
 def simulate_on(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> Simulation:
@@ -60,7 +62,9 @@ def simulate_on(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> Simulation:
 
 
 def _played(plan: Plan, cost: CostModel, peak: float) -> Simulation:
-    """A step by itself; of one that begins before the one before is checked, the times are those of many in a row."""
+    """A step by itself; of one that begins before the one before is checked, the times are those of many in a row.
+
+    ``peak``: a rank's."""
     alone = play(from_plan(plan, cost), cost, peak_flops=peak)
     if not ahead(plan):
         return alone
@@ -72,6 +76,47 @@ def _played(plan: Plan, cost: CostModel, peak: float) -> Simulation:
 def ahead(plan: Plan) -> bool:
     """Whether its steps are optimistic."""
     return any(position.step_checks for position in plan.positions)
+
+
+def headline(plan: Plan, spec: RunSpec) -> str:
+    """What is planned, in a line."""
+    stages, replicas, microbatches = spec.parallel.stages, spec.parallel.replicas, spec.train.microbatches
+    layout = f"{stages} stage{'s' * (stages > 1)}" + f" x {replicas} replicas" * (replicas > 1)
+    size = f"{spec.train.microbatch} x {spec.train.sequence} tokens"
+    work = f"{microbatches} microbatch{'es' * (microbatches > 1)} of {size}"
+    each = f" ({microbatches // replicas} a replica)" * (replicas > 1)
+    return (
+        f"plan {plan.digest[:12]}: {plan.parameters / 1e6:.2f} M parameters, {layout}, {work}{each}, "
+        f"{spec.parallel.schedule}, {spec.train.precision}"
+    )
+
+
+def foretold_line(plan: Plan, spec: RunSpec, simulation: Simulation, where: str) -> str:
+    """The step's time, what comes of it, and what its ranks idle."""
+    many = " (the one that is drawn stands alone; in a run the next begins before it is checked)" * ahead(plan)
+    return (
+        f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on {where}{many}, "
+        f"{spec.train.tokens / simulation.step_seconds:,.0f} tokens/s, "
+        f"bubble {_bubbles(simulation.bubble, spec.parallel.replicas)}, MFU {simulation.mfu:.0%}"
+    )
+
+
+def _bubbles(bubble: Sequence[float], replicas: int) -> str:
+    """The bubble of each rank, once where replicas idle alike; from least to most where ranks are many.
+
+    >>> _bubbles([0.25, 0.5, 0.25, 0.5], 2)
+    '25%, 50% by rank of each replica'
+    >>> _bubbles([0.01 * rank for rank in range(9)], 1)
+    '0% to 8% by rank'
+    """
+    words = [f"{part:.0%}" for part in bubble]
+    ranks = len(words) // replicas
+    whose = "by rank"
+    if replicas > 1 and words == words[:ranks] * replicas:
+        words, whose = words[:ranks], "by rank of each replica"
+    if len(words) > 8:
+        return f"{min(bubble):.0%} to {max(bubble):.0%} {whose}"
+    return f"{', '.join(words)} {whose}"
 
 
 def facts_on(plan: Plan, spec: RunSpec, simulation: Simulation, sheet: DeviceSheet) -> dict[str, Any]:

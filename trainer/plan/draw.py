@@ -19,6 +19,8 @@ _LEGEND = {
     "O": "# optimizer",
     "other": ": data, reports, snapshot",
 }
+_DRAWN = 64
+"""Ranks that are drawn as text, at most."""
 
 
 def _seconds(value: float) -> str:
@@ -65,21 +67,46 @@ def _cells(events: Sequence[Span], seconds: float, columns: int) -> str:
     return "".join(out)
 
 
-def timeline_text(timeline: Timeline, columns: int = 100) -> str:
+def timeline_text(timeline: Timeline, columns: int = 100, replicas: int = 1) -> str:
     """One row a rank on a common scale, at most ``columns`` wide, bubble at the end, legend below.
 
-    ``F3---`` is the forward of microbatch 3; where a block is too narrow for the number, only ``F`` shows.
+    ``F3---`` is the forward of microbatch 3; where a block is too narrow for the number, only ``F`` shows. Of
+    ``replicas`` that look alike the first is drawn, and of many ranks the first and the last.
     """
-    width = max(20, columns - len("rank 00 |") - len("| 99.9%"))
-    lines = [f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else "a step"]
-    lines[0] = lines[0].ljust(len("rank 00 |") + width) + " bubble"
-    for rank, row in enumerate(timeline.rows):
-        cells = _cells(row, timeline.seconds, width)
-        lines.append(f"rank {rank:2d} |{cells}|{timeline.bubble[rank] * 100:5.1f}%")
+    digits = max(2, len(str(timeline.ranks - 1)))
+    margin = len("rank  |") + digits
+    width = max(20, columns - margin - len("| 99.9%"))
+
+    def row(rank: int) -> str:
+        cells = _cells(timeline.rows[rank], timeline.seconds, width)
+        return f"|{cells}|{timeline.bubble[rank] * 100:5.1f}%"
+
+    ranks = timeline.ranks // replicas
+    alike = all(
+        row(rank) == row(other) for rank in _ends(ranks) for other in range(rank + ranks, timeline.ranks, ranks)
+    )
+    ranks = ranks if alike else timeline.ranks
+    title = f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else "a step"
+    lines = [title.ljust(margin + width) + " bubble"]
+    shown = _ends(ranks)
+    for before, rank in zip([-1, *shown], shown, strict=False):
+        if rank > before + 1:
+            lines.append(f"        ranks {before + 1} to {rank - 1} are left out here")
+        lines.append(f"rank {rank:{digits}d} {row(rank)}")
+    if ranks < timeline.ranks:
+        others = "the other replica does" if replicas == 2 else f"the {replicas - 1} other replicas do"
+        lines.append(f"        ranks {ranks} to {timeline.ranks - 1}: {others} the same at the same time")
     used = {event.kind for event in timeline.events if event.seconds > 0}
     legend = "   ".join(text for kind, text in _LEGEND.items() if kind in used)
     lines.append(f"        {legend}   blank: waiting")
     return "\n".join(lines) + "\n"
+
+
+def _ends(ranks: int) -> list[int]:
+    """Of so many ranks those that are drawn as text: all, or the first and the last."""
+    if ranks <= _DRAWN:
+        return list(range(ranks))
+    return [*range(_DRAWN // 2), *range(ranks - _DRAWN // 2, ranks)]
 
 
 _STYLE = """

@@ -34,8 +34,11 @@ def check_rules(
     count = stages if stages is not None else max(positions, default=-1) + 1
     wrong = sorted(positions.keys() ^ set(range(count)))
     if count < 1 or wrong:
-        has = "is missing" if wrong and wrong[0] < count else "is one too many"
-        raise PlanError(f"S1: stage {wrong[0] if wrong else 0} {has}: the schedule must run stages 0 to {count - 1}")
+        stage, has = wrong[0] if wrong else 0, "is missing"
+        if stage in positions:
+            place = int(np.flatnonzero(rows[positions[Stage(stage)]].stage == stage)[0])
+            has = "is one too many" + (f" ({say(positions[Stage(stage)], place)})" if say is not in_words else "")
+        raise PlanError(f"S1: stage {stage} {has}: the schedule must run stages 0 to {count - 1}")
     total = microbatches
     if total is None:
         total = max(int(row.microbatch.max(initial=-1)) for row in rows) + 1

@@ -101,6 +101,10 @@ def load(name: str, stages: int, positions: int, microbatches: int) -> tuple[lis
     path = name.removeprefix(PREFIX)
     mend = "correct parallel.schedule, or take 1f1b"
     try:
+        if Path(path).is_fifo():  # it would be waited for
+            raise PlanError(
+                f"schedule {path}: is no regular file, and every attempt of a run reads it; copy it into one"
+            )
         with Path(path).open("rb") as source:
             data = source.read(MAX_BYTES + 1)
         text = data.decode("utf-8-sig")

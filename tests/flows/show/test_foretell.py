@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flows.show import foretell
+from trainer.plan import flops_per_token
 from trainer.plan.devices import SHEETS, cost_of
 from trainer.plan.steady import steady
 from trainer.spec import parse_spec
@@ -28,3 +29,26 @@ def test_an_optimistic_step_is_foretold_as_one_of_many() -> None:
         steps[optimizer] = (told["step_seconds"], told["mfu"])
     assert steps["optimistic"][0] < steps["checked"][0]
     assert steps["optimistic"][1] > steps["checked"][1]
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+def test_mfu_here_is_of_the_machine_that_its_ranks_share(
+    stages: int, replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foretell, "measured_peak", lambda: 1e11)
+    monkeypatch.setattr(foretell, "measured_bandwidth", lambda: 1e10)
+    tree = {
+        "name": "shared",
+        "model": {"family": "gpt2", "layers": 2, "width": 32, "heads": 2, "context": 32, "vocab": 300},
+        "train": {"steps": 2, "batch": 8, "microbatch": 1, "sequence": 32},
+        "parallel": {"stages": stages, "replicas": replicas, "optimizer": "checked"},
+    }
+    plan, spec, _ = foretell.compile_for(parse_spec(tree), None)
+    told = foretell.simulate(plan)
+    trained = spec.train.tokens / told.step_seconds * flops_per_token(spec.model, spec.train.sequence)
+    assert told.mfu == pytest.approx(trained / 1e11, rel=0.01)
+    assert told.mfu < 1
+    line, where = foretell.headline(plan, spec), foretell.foretold_line(plan, spec, told, "this machine")
+    assert f"{spec.train.tokens / told.step_seconds:,.0f} tokens/s" in where
+    assert ("8 microbatches of 1 x 32 tokens" + f" ({8 // replicas} a replica)" * (replicas > 1) + ",") in line
+    assert where.count("%") == stages + 1, "what replicas idle is said once"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import doctest
+import os
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,10 @@ def test_written_and_read_again(positions: int, chunks: int, microbatches: int, 
             "S4: line 2, cell 5, 1B0: after microbatch 1; backward microbatches ascend on a stage",
         ),
         ("0F0,0B0\n1F0,1B0,0F1,0B1", "line 2, cell 3, 0F1: stage 0 already runs at position 0"),
-        ("0F0,0B0,2F0,2B0\n1F0,1B0", "S1: stage 2 is one too many"),
+        (
+            "0F0,0B0,2F0,2B0\n1F0,1B0",
+            "S1: stage 2 is one too many (line 1, cell 3): the schedule must run stages 0 to 1",
+        ),
         ("0F0,0B0", "S1: stage 1 is missing"),
         ("0F0,0F2,0B0,0B2\n1F0,1B0", "line 1, cell 2, 0F2: microbatch 2 is beyond the last, 0"),
         (
@@ -148,6 +152,12 @@ def test_what_is_wrong_has_line_and_cell(text: str, words: str) -> None:
         from_csv(text, "it", 2, 1 + ("F1" in text))
     assert words in str(refused.value)
     assert str(refused.value).startswith("schedule it, for 2 stages and ")
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PlanError, match=r"pipe: is no regular file, and every attempt of a run reads it; copy it"):
+        plan_of(f"file:{tmp_path / 'pipe'}", batch=2)
 
 
 def test_a_spec_names_a_file(tmp_path: Path) -> None:

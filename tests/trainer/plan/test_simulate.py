@@ -21,6 +21,7 @@ from trainer.plan.draw import memory_text, timeline_svg, timeline_text
 from trainer.plan.expand import expand_stage
 from trainer.plan.flops import kernel_flops
 from trainer.plan.messages import insert_messages
+from trainer.plan.places import Rank
 from trainer.plan.schedules import GENERATORS, gpipe, interleaved, one_f_one_b
 from trainer.plan.simulate import CostModel, Instruction, from_plan, from_rows
 from trainer.plan.timeline import from_chrome, to_chrome
@@ -219,6 +220,25 @@ def test_text_shows_the_schedule() -> None:
         "rank  1 |    F0--B0======F1--B1======        | 33.3%",
         "        F- forward   B= backward   blank: waiting",
     ]
+
+
+def test_text_draws_replicas_that_are_alike_once() -> None:
+    one = planned(2, 4)
+    rows = [timeline.EventRow.of(Rank(rank), row) for rank, row in enumerate((*one.rows, *one.rows))]
+    two = timeline.Timeline(timeline.EventList(rows), 4, one.title)
+    drawn = timeline_text(two, replicas=2).splitlines()
+    assert drawn.pop(3) == "        ranks 2 to 3: the other replica does the same at the same time"
+    assert drawn == timeline_text(one).splitlines()
+    slower = timeline.Timeline(timeline.EventList([*rows[:3], timeline.EventRow.of(Rank(3), ())]), 4)
+    assert [line[:7] for line in timeline_text(slower, replicas=2).splitlines()[1:5]] == [
+        f"rank  {n}" for n in range(4)
+    ]
+
+
+def test_text_of_many_ranks_draws_both_ends() -> None:
+    lines = timeline_text(planned(100, 2)).splitlines()
+    assert [line for line in lines if not line.startswith("rank")][1] == "        ranks 32 to 67 are left out here"
+    assert [int(line[5:7]) for line in lines if line.startswith("rank")] == [*range(32), *range(68, 100)]
 
 
 def test_svg_is_whole_and_safe() -> None:
