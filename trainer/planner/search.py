@@ -394,7 +394,7 @@ class _Search:
                 lambda: f"{state / 1e9:.1f} GB of {have / 1e9:.1f} GB",
             )  # fmt: skip
             return None
-        for recompute in RECOMPUTES[:1] if a.schedule in APART else RECOMPUTES:  # what is put off must be kept
+        for recompute in RECOMPUTES[:1] if a.schedule in APART else RECOMPUTES:  # of all layers: no W is left
             found = self.look(a if recompute == "none" else replace(a, recompute=recompute))
             if found is not None:
                 return found
