@@ -131,8 +131,21 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     for section in sorted({*old, *new}):
         a, b = ({**defaults.get(section, {}), **(how.get(section) or {})} for how in (old, new))
         keys = sorted(k for k in {*a, *b}.difference(RETIRED.get(section, ())) if a.get(k) != b.get(k))
-        found += [f"{section}.{k} {a.get(k)} -> {b.get(k)}"[:120] for k in keys]
+        found += [f"{section}.{k} {_said(a.get(k))} -> {_said(b.get(k))}"[:120] for k in keys]
     return ", ".join(found) or "the same layout"
+
+
+def _said(value: Any) -> str:
+    """A value as a person would write it: of a table only the keys that say something.
+
+    >>> _said([{"stages": 2, "replicas": None}, {"stages": 1, "replicas": None}]), _said("1f1b"), _said(None)
+    ('[{stages = 2}, {stages = 1}]', '1f1b', 'None')
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_said(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_said, value)) + "]"
+    return str(value)
 
 
 @cache

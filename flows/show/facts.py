@@ -8,7 +8,7 @@ from typing import Any
 from checkpoint.curve import AttemptRow
 from checkpoint.errors import CheckpointError, NotFound
 from checkpoint.keys import traces_prefix
-from checkpoint.log import RunLog, RunState
+from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.drive.live import read_curve
@@ -77,7 +77,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "launch": a.launch,
                 "stages": a.how.get("parallel", {}).get("stages", a.ranks),
                 "ranks": a.ranks,
-                "layout": layout_words({"parallel": {"stages": a.ranks}, "launch": {"nodes": a.nodes}, **a.how}),
+                "layout": _layout(a),
                 "fallback": (a.body.get("fallback") or {}).get("why", "") if a.fell_back else "",
                 "plan": a.plan,
                 "time": a.time,
@@ -97,6 +97,11 @@ def details(store: Store, run: str) -> dict[str, Any]:
             for c in state.checkpoints
         ],
     }
+
+
+def _layout(attempt: AttemptInfo) -> str:
+    """For people; of a record without a How what its ranks and nodes tell."""
+    return layout_words({"parallel": {"stages": attempt.ranks}, "launch": {"nodes": attempt.nodes}, **attempt.how})
 
 
 def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[AttemptFact]:
@@ -121,6 +126,8 @@ def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[Attem
                 last_step=row.last.step if row is not None else None,
                 lost_steps=max(0, reached - attempt.step) if out else 0,
                 recovery_s=recovery,
+                layout=_layout(attempt),
+                reason=attempt.reason,
             )
         )
         if row is not None:

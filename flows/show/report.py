@@ -45,6 +45,9 @@ class AttemptFact:
     last_step: int | None = None
     lost_steps: int = 0
     recovery_s: float | None = None
+    layout: str = ""
+    reason: str = ""
+    """Where no failure caused it: the order that did, or the start."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def loss_svg(curve: Mapping[int, float], attempts: Sequence[AttemptFact], checkp
         out.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{height - bottom}" stroke="var(--b)" '
             f'stroke-dasharray="5 4"/><text x="{x + 5:.1f}" y="{top + 4}">attempt {attempt.number}: '
-            f"{html.escape(attempt.cause[:60])}</text>"
+            f"{html.escape((attempt.cause or attempt.reason)[:60])}</text>"
         )
     out.append("</svg>")
     return "".join(out)
@@ -145,7 +148,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence
 def render(facts: ReportFacts) -> str:
     """The page, UTF-8 text, self-contained."""
     losses = list(facts.curve.values())
-    recoveries = [a.recovery_s for a in facts.attempts if a.recovery_s is not None]
+    recoveries = [a.recovery_s for a in facts.attempts if a.recovery_s is not None and a.cause]
     lost = sum(a.lost_steps for a in facts.attempts)
     cards = [
         _fact(facts.outcome, "outcome"),
@@ -188,7 +191,7 @@ def render(facts: ReportFacts) -> str:
     parts.append("<h2>Attempts</h2><div class=card>")
     parts.append(
         _table(
-            ["attempt", "began", "from step", "steps", "done twice", "back after", "why it was started"],
+            ["attempt", "began", "from step", "steps", "done twice", "back after", "layout", "why it was started"],
             [
                 [
                     str(a.number),
@@ -197,7 +200,8 @@ def render(facts: ReportFacts) -> str:
                     f"{a.first_step}–{a.last_step}" if a.first_step is not None else "–",
                     str(a.lost_steps),
                     f"{a.recovery_s:.2f} s" if a.recovery_s is not None else "–",
-                    a.cause or "first",
+                    a.layout or "–",
+                    a.cause or a.reason or "first",
                 ]
                 for a in facts.attempts
             ],

@@ -281,6 +281,12 @@ def test_a_key_that_is_gone_is_no_change() -> None:
     assert changes(old, old | {"recovery": {"backoff_s": 1.0}}) == "the same layout"
 
 
+def test_layouts_are_told_without_what_they_leave_as_it_is() -> None:
+    rows = [{"nodes": None, "stages": 2, "replicas": 1}, {"nodes": None, "stages": 1, "replicas": None}]
+    told = changes({"recovery": {"layouts": []}}, {"recovery": {"layouts": rows}})
+    assert told == "recovery.layouts [] -> [{stages = 2, replicas = 1}, {stages = 1}]"
+
+
 def test_a_key_that_an_older_version_did_not_have_is_its_default() -> None:
     old = {"parallel": {"stages": 2}, "recovery": {"backoff_s": 1.0}}
     new = {"parallel": {"stages": 2, "replicas": 1}, "recovery": {"backoff_s": 1.0, "layouts": []}}

@@ -102,6 +102,15 @@ def test_it_escapes() -> None:
     assert "".join(read(page).text).count("<script>alert(1)</script>") >= 9
 
 
+def test_an_attempt_by_order_is_no_failure() -> None:
+    ordered = replace(FACTS.attempts[1], cause="", reason="ordered by ann (runs resume)", layout="4 stages x 1 replica")
+    text = "".join(read(render(replace(FACTS, attempts=[FACTS.attempts[0], ordered]))).text)
+    assert "4 stages x 1 replica" in text
+    assert "ordered by ann (runs resume)" in text
+    assert "0 stime lost to failures" in text
+    assert "0.6 stime lost to failures" in "".join(read(render(FACTS)).text)
+
+
 def test_attempts_are_marked_in_the_curve() -> None:
     svg = loss_svg(FACTS.curve, FACTS.attempts, [30])
     assert svg.count("stroke-dasharray") == 1
