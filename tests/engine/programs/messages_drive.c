@@ -272,13 +272,12 @@ static void sooner(const gang *g, hs_behind (*behind)[HS_LISTS], uint32_t sound)
 static void where_listed(const gang *g, hs_behind (*behind)[HS_LISTS]) {
     for (uint32_t n = 0; n < g->attempt.attempt->ranks; n++) {
         const hs_plan_position *p = &g->plan.positions[hs_plan_position_of(&g->plan, n)];
-        const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step,
-                                           p->first_redo};
         for (int list = 0; list < HS_LISTS; list++) {
             hs_behind *b = &behind[n][list];
+            const uint32_t first = hs_plan_list(p, (hs_list)list).first;
             for (uint32_t i = 0, k = 0; i < b->count; i++) {
                 b->starts.first[i] = k;
-                if (g->plan.actions[firsts[list] + i].kind == HS_A_SEND) b->starts.action[k++] = i;
+                if (g->plan.actions[first + i].kind == HS_A_SEND) b->starts.action[k++] = i;
                 b->starts.first[i + 1] = k;
             }
         }

@@ -62,9 +62,7 @@ static void lay_out(char *elements) {
     for (char *word = strtok_r(elements, ",", &state); word; word = strtok_r(NULL, ",", &state)) {
         char *end;
         const int64_t whole = strtoll(word, &end, 10), pieces = *end == '/' ? atoi(end + 1) : 1;
-        const int64_t room =
-            ((whole + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK + pieces - 1) / pieces * HS_PIECE_BLOCK;
-        kept[state_count] = pieces == 1 ? whole : room;
+        kept[state_count] = (int64_t)hs_piece_elements((uint64_t)whole, (uint32_t)pieces);
         const uint64_t bytes = ((uint64_t)kept[state_count] * 4 + 63) / 64 * 64;
         tensors[state_count].elements = whole;
         states[state_count] =

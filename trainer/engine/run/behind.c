@@ -46,10 +46,6 @@ static const hs_plan_action *action_of(const finder *f, uint32_t i) {
     return &f->c->plan->actions[f->c->first + i];
 }
 
-static bool is_message(const hs_plan_action *a) {
-    return a->kind == HS_A_SEND || a->kind == HS_A_RECV;
-}
-
 static line *line_of(const finder *f, const hs_plan_action *a) {
     return &f->lines[2 * (size_t)a->channel + (a->kind == HS_A_RECV)];
 }
@@ -145,7 +141,7 @@ static void prepare(finder *f, size_t channels) {
     for (size_t l = 0; l < 2 * channels; l++) f->lines[l] = (line){.first = NONE, .last = NONE};
     for (uint32_t c = 0; c < hs_touches_cells(f->touches); c++) f->cells[c].messages = NONE;
     for (uint32_t i = 0; i < f->c->count; i++)
-        if (is_message(action_of(f, i)))
+        if (hs_plan_is_message(action_of(f, i)))
             hs_touches_each(f->touches, action_of(f, i), find_cell, &f->messages[i].cell);
 }
 
@@ -174,7 +170,7 @@ static void play(finder *f) {
         const hs_plan_action *a = action_of(f, i);
         if (step && (i == p->step_prefix || i == p->step_prefix + p->step_checks))
             f->fence = f->now;
-        if (is_message(a)) {
+        if (hs_plan_is_message(a)) {
             const bool across = is_across(f, a);
             if (!across || a->kind == HS_A_SEND) play_messages(f, i, across ? 2 : 1);
         } else {

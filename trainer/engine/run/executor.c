@@ -235,24 +235,17 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
     }
 }
 
-/* The plan's actions of a list. */
-static void bounds(const hs_executor *ex, hs_list list, uint32_t *first, uint32_t *count) {
-    const hs_plan_position *p = ex->position;
-    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step, p->first_redo};
-    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps, p->redos};
-    *first = firsts[list];
-    *count = counts[list];
-}
-
 hs_status hs_executor_order(hs_executor *ex, hs_why *why) {
     ex->last = HS_LISTS;
     for (int list = 0; list < HS_LISTS && !ex->spaces->backend->unified; list++) {
-        hs_hazards_config c = {.plan = ex->plan,
-                               .position = ex->position,
-                               .replica = hs_plan_replica_of(ex->plan, ex->rank),
-                               .again = list == HS_LIST_STEP,
-                               .direct = ex->direct};
-        bounds(ex, (hs_list)list, &c.first, &c.count);
+        const hs_plan_range actions = hs_plan_list(ex->position, (hs_list)list);
+        const hs_hazards_config c = {.plan = ex->plan,
+                                     .position = ex->position,
+                                     .replica = hs_plan_replica_of(ex->plan, ex->rank),
+                                     .first = actions.first,
+                                     .count = actions.count,
+                                     .again = list == HS_LIST_STEP,
+                                     .direct = ex->direct};
         HS_TRY(hs_hazards_find(&c, &ex->turns[list], why));
     }
     return HS_OK;
@@ -267,17 +260,16 @@ static int64_t step_of(const hs_executor *ex, hs_list list, uint32_t i, hs_which
 
 hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t count,
                           hs_which which, hs_why *why) {
-    uint32_t first, actions;
-    bounds(ex, list, &first, &actions);
+    const hs_plan_range actions = hs_plan_list(ex->position, list);
     /* what follows what was found for a list that is run from its first action to its last */
     if (ex->last != list || ex->next != from) {
         HS_TRY(hs_spaces_join(ex->spaces, why));
         HS_TRY(hs_messages_settle(ex->messages, why));
     }
     ex->last = list;
-    ex->next = which == HS_ALL ? (from + count) % (actions ? actions : 1) : UINT32_MAX;
+    ex->next = which == HS_ALL ? (from + count) % (actions.count ? actions.count : 1) : UINT32_MAX;
     for (uint32_t i = from; i < from + count; i++) {
-        const hs_plan_action *a = ex->at = &ex->plan->actions[first + i];
+        const hs_plan_action *a = ex->at = &ex->plan->actions[actions.first + i];
         if (hs_stop_was_lost(ex->stop)) /* a report looked for a request to stop, and took this */
             return hs_fail(why, HS_E_LOST, "the supervisor says that a peer was lost");
         HS_TRY(hs_messages_before(ex->messages, list, i, ex->step, which, why));
@@ -290,7 +282,7 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;
         if (list >= HS_LIST_STEP)
-            hs_trace_add(ex->trace, step, first + i, start, end,
+            hs_trace_add(ex->trace, step, actions.first + i, start, end,
                          hs_messages_moved_ns(ex->messages) - moved);
         if (st != HS_OK) return st;
     }
@@ -299,9 +291,7 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
 }
 
 hs_status hs_executor_prepare(hs_executor *ex, hs_list list, hs_why *why) {
-    uint32_t first, count;
-    bounds(ex, list, &first, &count);
-    return hs_executor_run(ex, list, 0, count, HS_ALL, why);
+    return hs_executor_run(ex, list, 0, hs_plan_list(ex->position, list).count, HS_ALL, why);
 }
 
 void hs_executor_leave(hs_executor *ex, int64_t ms) {

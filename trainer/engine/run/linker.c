@@ -62,12 +62,11 @@ static void link_call(const hs_linked *linked, uint32_t number, linked_call *out
 
 /* Marks the programs that the position's lists run; returns their calls. */
 static size_t count_calls(const hs_plan *plan, const hs_plan_position *p, uint8_t *used) {
-    const uint32_t firsts[4] = {p->first_init, p->first_load, p->first_step, p->first_redo};
-    const uint32_t counts[4] = {p->inits, p->loads, p->steps, p->redos};
     size_t calls = 0;
-    for (int list = 0; list < 4; list++) {
-        for (uint32_t k = 0; k < counts[list]; k++) {
-            const hs_plan_action *a = &plan->actions[firsts[list] + k];
+    for (int list = 0; list < HS_LISTS; list++) {
+        const hs_plan_range actions = hs_plan_list(p, (hs_list)list);
+        for (uint32_t k = 0; k < actions.count; k++) {
+            const hs_plan_action *a = &plan->actions[actions.first + k];
             if (a->kind != HS_A_RUN || used[a->program]) continue;
             used[a->program] = 1;
             calls += plan->programs[a->program].calls;

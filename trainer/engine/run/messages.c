@@ -20,22 +20,10 @@ struct hs_messages {
     place exchanged; /* of the exchange that is under way, memory apart */
 };
 
-static void bounds(const hs_plan_position *p, hs_list list, uint32_t *first, uint32_t *count) {
-    const uint32_t firsts[HS_LISTS] = {p->first_init, p->first_load, p->first_step, p->first_redo};
-    const uint32_t counts[HS_LISTS] = {p->inits, p->loads, p->steps, p->redos};
-    *first = firsts[list];
-    *count = counts[list];
-}
-
 static const hs_plan_action *action_of(const hs_messages *m, hs_list list, uint32_t i) {
-    uint32_t first, count;
-    bounds(m->c.position, list, &first, &count);
-    HS_ASSERT(i < count);
-    return &m->c.plan->actions[first + i];
-}
-
-static bool is_message(const hs_plan_action *a) {
-    return a->kind == HS_A_SEND || a->kind == HS_A_RECV;
+    const hs_plan_range actions = hs_plan_list(m->c.position, list);
+    HS_ASSERT(i < actions.count);
+    return &m->c.plan->actions[actions.first + i];
 }
 
 hs_status hs_messages_most(const hs_plan *plan, const hs_plan_position *position, uint32_t *most,
@@ -45,12 +33,11 @@ hs_status hs_messages_most(const hs_plan *plan, const hs_plan_position *position
     if (!counts) return hs_fail(why, HS_E_MEMORY, "no memory to count messages");
     *most = 1;
     for (int list = 0; list < HS_LISTS; list++) {
-        uint32_t first, count;
-        bounds(position, (hs_list)list, &first, &count);
+        const hs_plan_range actions = hs_plan_list(position, (hs_list)list);
         for (size_t c = 0; c < 2 * channels; c++) counts[c] = 0;
-        for (uint32_t i = 0; i < count; i++) {
-            const hs_plan_action *a = &plan->actions[first + i];
-            if (!is_message(a)) continue;
+        for (uint32_t i = 0; i < actions.count; i++) {
+            const hs_plan_action *a = &plan->actions[actions.first + i];
+            if (!hs_plan_is_message(a)) continue;
             const uint32_t n = ++counts[2 * (size_t)a->channel + (a->kind == HS_A_RECV)];
             if (n > *most) *most = n;
         }
@@ -70,9 +57,13 @@ static hs_status progress(void *ctx, hs_why *why) {
 hs_status hs_messages_order(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
                             hs_behind behind[HS_LISTS], hs_why *why) {
     for (int list = 0; list < HS_LISTS; list++) {
-        hs_touches_config config = {
-            .plan = plan, .position = position, .replica = replica, .unified = true};
-        bounds(position, (hs_list)list, &config.first, &config.count);
+        const hs_plan_range actions = hs_plan_list(position, (hs_list)list);
+        const hs_touches_config config = {.plan = plan,
+                                          .position = position,
+                                          .replica = replica,
+                                          .first = actions.first,
+                                          .count = actions.count,
+                                          .unified = true};
         HS_TRY(hs_behind_find(&config, list == HS_LIST_STEP, &behind[list], why));
     }
     return HS_OK;

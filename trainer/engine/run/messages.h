@@ -25,8 +25,6 @@
 #include "run/spaces.h"
 #include "run/trace.h"
 
-typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP, HS_LIST_REDO, HS_LISTS } hs_list;
-
 /* Which actions of an optimistic step's prefix run (run/steps.h). */
 typedef enum hs_which {
     HS_ALL,

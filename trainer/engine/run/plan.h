@@ -36,6 +36,7 @@
 #ifndef HS_RUN_PLAN_H
 #define HS_RUN_PLAN_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -76,6 +77,26 @@ static inline uint32_t hs_plan_replica_of(const hs_plan *plan, uint32_t rank) {
     return rank / plan->config->positions;
 }
 
+/* The lists of actions of a position. */
+typedef enum hs_list { HS_LIST_INIT, HS_LIST_LOAD, HS_LIST_STEP, HS_LIST_REDO, HS_LISTS } hs_list;
+
+/* Of the plan's actions: those of a list. */
+typedef struct hs_plan_range {
+    uint32_t first, count;
+} hs_plan_range;
+
+static inline hs_plan_range hs_plan_list(const hs_plan_position *p, hs_list list) {
+    const hs_plan_range lists[HS_LISTS] = {{p->first_init, p->inits},
+                                           {p->first_load, p->loads},
+                                           {p->first_step, p->steps},
+                                           {p->first_redo, p->redos}};
+    return lists[list];
+}
+
+static inline bool hs_plan_is_message(const hs_plan_action *action) {
+    return action->kind == HS_A_SEND || action->kind == HS_A_RECV;
+}
+
 /* The reference as a replica has it: a PIECE is the STATIC bytes that it means there. */
 static inline hs_plan_ref hs_plan_resolve(const hs_plan_ref *ref, uint32_t replica) {
     hs_plan_ref here = *ref;
@@ -88,10 +109,7 @@ static inline hs_plan_ref hs_plan_resolve(const hs_plan_ref *ref, uint32_t repli
 
 /* Elements that a replica keeps of a tensor, with those that pad them. */
 static inline uint64_t hs_plan_kept(const hs_plan *plan, const hs_plan_state *state) {
-    const uint64_t elements = (uint64_t)plan->tensors[state->tensor].elements;
-    if (state->pieces == 1) return elements;
-    const uint64_t blocks = (elements + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK;
-    return (blocks + state->pieces - 1) / state->pieces * HS_PIECE_BLOCK;
+    return hs_piece_elements((uint64_t)plan->tensors[state->tensor].elements, state->pieces);
 }
 /* Those of them that the tensor has: `count` of them, which may be 0, from `first` on in the tensor, and
  * so in the buffer of its gradient. */

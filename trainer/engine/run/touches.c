@@ -66,10 +66,6 @@ static bool meets(const range *list, uint32_t count, uint32_t i, uint32_t space,
     return i < count && list[i].space == space && list[i].begin < end;
 }
 
-static bool is_message(const hs_plan_action *a) {
-    return a->kind == HS_A_SEND || a->kind == HS_A_RECV;
-}
-
 /* The host reads or writes a control block. */
 static bool is_control(const hs_plan_action *a) {
     return a->kind == HS_A_APPLY || a->kind == HS_A_CHECK || a->kind == HS_A_FORESEE;
@@ -89,7 +85,8 @@ static void list_ranges(hs_touches *t) {
         const hs_plan_action *a = &plan->actions[t->c.first + i];
         const hs_plan_ref ref = hs_plan_resolve(&a->ref, t->c.replica);
         if (a->kind == HS_A_COMBINE) t->combine = a;
-        if (is_control(a) || is_message(a)) add(t->ranges, n, ref.space, ref.offset, ref.bytes);
+        if (is_control(a) || hs_plan_is_message(a))
+            add(t->ranges, n, ref.space, ref.offset, ref.bytes);
     }
     merge(t->ranges, n);
     for (uint32_t i = 0; i < p->states; i++) {

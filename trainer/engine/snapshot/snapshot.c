@@ -47,11 +47,7 @@ static void join_pieces(hs_snapshot *s) {
 
 /* That a rank keeps of each of a tensor's three (hs_plan_state). */
 static uint64_t kept_bytes(const hs_plan_state *state, uint64_t elements) {
-    if (state->pieces > 1) {
-        const uint64_t blocks = (elements + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK;
-        elements = (blocks + state->pieces - 1) / state->pieces * HS_PIECE_BLOCK;
-    }
-    return elements * sizeof(float);
+    return hs_piece_elements(elements, state->pieces) * sizeof(float);
 }
 
 hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out, hs_why *why) {

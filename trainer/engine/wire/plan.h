@@ -167,6 +167,13 @@ typedef struct hs_plan_position {
  * the tensor does not have are zero. */
 #define HS_PIECE_BLOCK 262144
 
+/* `per`, or all where it is whole. */
+static inline uint64_t hs_piece_elements(uint64_t elements, uint32_t pieces) {
+    if (pieces <= 1) return elements;
+    const uint64_t blocks = (elements + HS_PIECE_BLOCK - 1) / HS_PIECE_BLOCK;
+    return (blocks + pieces - 1) / pieces * HS_PIECE_BLOCK;
+}
+
 typedef struct hs_plan_state {
     uint32_t tensor;
     uint32_t pieces; /* 1 or D */

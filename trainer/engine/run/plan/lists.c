@@ -87,8 +87,7 @@ static hs_status check_exchange(hs_plan_checker *c, size_t i, const hs_plan_acti
                                 const hs_plan_action *a) {
     const hs_plan_channel *channels = c->plan->channels;
     const bool open = before && before->kind == HS_A_SEND && channels[before->channel].across;
-    const bool across =
-        a && (a->kind == HS_A_SEND || a->kind == HS_A_RECV) && channels[a->channel].across;
+    const bool across = a && hs_plan_is_message(a) && channels[a->channel].across;
     const bool closes = across && a->kind == HS_A_RECV;
     if (open != closes || (open && before->channel != a->channel)) {
         return REFUSE(c,
@@ -136,7 +135,7 @@ static hs_status check_decision(hs_plan_checker *c, const hs_plan_position *p,
 static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, size_t i, int list) {
     const hs_plan *plan = c->plan;
     const hs_plan_action *a = &plan->actions[i];
-    const bool message = a->kind == HS_A_SEND || a->kind == HS_A_RECV;
+    const bool message = hs_plan_is_message(a);
     const bool block = a->kind == HS_A_COMBINE || a->kind == HS_A_REPORT || a->kind == HS_A_APPLY ||
                        a->kind >= HS_A_MERGE;
     if (a->kind == 0 || a->kind >= HS_A_COUNT)
@@ -187,7 +186,7 @@ static hs_status check_action(hs_plan_checker *c, const hs_plan_position *p, siz
     }
     if (message) return check_message(c, p, a, i, list);
     if (a->kind == HS_A_RUN) return HS_OK;
-    if (list != HS_PLAN_STEP || plan->config->mode != HS_MODE_TRAIN) {
+    if (list != HS_LIST_STEP || plan->config->mode != HS_MODE_TRAIN) {
         return REFUSE(c, "action %zu: kind %u outside the steps of a training", i, a->kind);
     }
     switch (a->kind) {
@@ -234,18 +233,16 @@ static bool is_early(const hs_plan_position *p, uint8_t kind, const uint32_t *se
  * snapshot; a checked one in that order. */
 static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
     const hs_plan *plan = c->plan;
-    const uint32_t firsts[HS_PLAN_LISTS] = {p->first_init, p->first_load, p->first_step,
-                                            p->first_redo};
-    const uint32_t counts[HS_PLAN_LISTS] = {p->inits, p->loads, p->steps, p->redos};
     uint32_t seen[HS_A_COUNT] = {0};
     memset(c->program_uses, 0, plan->count[HS_SECTION_PROGRAMS]);
     c->own_report = UINT64_MAX;
-    for (int list = 0; list < HS_PLAN_LISTS; list++) {
-        for (uint32_t k = 0; k < counts[list]; k++) {
-            const size_t i = (size_t)firsts[list] + k;
+    for (int list = 0; list < HS_LISTS; list++) {
+        const hs_plan_range actions = hs_plan_list(p, (hs_list)list);
+        for (uint32_t k = 0; k < actions.count; k++) {
+            const size_t i = (size_t)actions.first + k;
             HS_TRY(check_action(c, p, i, list));
             HS_TRY(check_exchange(c, i, k ? &plan->actions[i - 1] : NULL, &plan->actions[i]));
-            if (list != HS_PLAN_STEP) {
+            if (list != HS_LIST_STEP) {
                 HS_TRY(hs_plan_check_action_writes(c, p, i));
                 continue;
             }
@@ -255,8 +252,8 @@ static hs_status check_lists(hs_plan_checker *c, const hs_plan_position *p) {
             seen[kind]++;
             HS_TRY(hs_plan_check_action_writes(c, p, i));
         }
-        if (counts[list]) {
-            const size_t last = (size_t)firsts[list] + counts[list] - 1;
+        if (actions.count) {
+            const size_t last = (size_t)actions.first + actions.count - 1;
             HS_TRY(check_exchange(c, last, &plan->actions[last], NULL));
         }
     }

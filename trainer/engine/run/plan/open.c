@@ -73,7 +73,7 @@ void hs_plan_action_name(const hs_plan *plan, const hs_plan_action *a, char text
         const hs_plan_program *p = &plan->programs[a->program];
         (void)snprintf(text, 40, "%.*s", (int)(p->name_length < 32 ? p->name_length : 32),
                        plan->strings + p->name_offset);
-    } else if (a->kind == HS_A_SEND || a->kind == HS_A_RECV) {
+    } else if (hs_plan_is_message(a)) {
         static const char *const kinds[HS_CH_COUNT] = {
             "?",      "F",       "B",      "TIED_GRAD", "TIED_WEIGHT",
             "REPORT", "CONTROL", "REDUCE", "GATHER",    "NORMS"};

@@ -7,7 +7,7 @@
 /* The kind of an action's channel, HS_CH_*; 0: it is no message. *across: between replicas. */
 static uint32_t channel_of(const hs_plan *plan, const hs_plan_action *a, bool *across) {
     *across = false;
-    if (a->kind != HS_A_SEND && a->kind != HS_A_RECV) return 0;
+    if (!hs_plan_is_message(a)) return 0;
     *across = plan->channels[a->channel].across > 0;
     return plan->channels[a->channel].kind;
 }

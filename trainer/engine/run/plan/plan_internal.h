@@ -24,10 +24,9 @@
 
 enum { HS_PLAN_STAGES = 65536 }; /* most of a plan */
 
-/* The lists of actions of a position, and what its programs may use beside STATIC. */
-enum { HS_PLAN_INIT, HS_PLAN_LOAD, HS_PLAN_STEP, HS_PLAN_REDO, HS_PLAN_LISTS };
 /* Of which messages are counted: the lists, and of the step's its prefix by itself. */
-enum { HS_PLAN_PREFIX = HS_PLAN_LISTS, HS_PLAN_COUNTED };
+enum { HS_PLAN_PREFIX = HS_LISTS, HS_PLAN_COUNTED };
+/* What a program may use beside STATIC. */
 enum { HS_PLAN_USES_ACT = 2, HS_PLAN_USES_MB = 4 };
 
 /* Working state of the checks; `why` gets the first failure. */
