@@ -56,7 +56,8 @@ class RecomputeSpec(Section):
         if self.kind == "none" and self.layers is not None:
             raise ValueError('layers are set and kind is "none"; take a kind, or leave layers out')
         if any(not 0 <= count <= MAX_LAYERS for count in counts):
-            raise ValueError(f"layers {self.layers}: each is from 0 to {MAX_LAYERS}")
+            said = counts[0] if isinstance(self.layers, int) else list(counts)
+            raise ValueError(f"layers {said}: each must be from 0 to {MAX_LAYERS}; correct it")
         return self
 
     def of_stage(self, stage: int) -> int | None:

@@ -135,7 +135,8 @@ def _threads_words(more_bytes: int) -> str:
         return ""
     more = more_bytes // WORKSPACE_BYTES_PER_THREAD
     return (
-        f"({more} threads a rank more, for this machine's CPUs, take {bytes_text(more_bytes)}; see parallel.threads)\n"
+        f"({more} threads a rank more, for this machine's CPUs, take {bytes_text(more_bytes)} of other; see "
+        "parallel.threads)\n"
     )
 
 
@@ -145,6 +146,10 @@ def host_kinds(position: PositionPlan, on_cuda: bool) -> Mapping[str, int]:
         return position.bytes_by_kind
     kinds = position.bytes_by_kind
     return {"slots": kinds["slots"], "channels": kinds["channels"], "process": RUNTIME_BYTES}
+
+
+def _with_threads(kinds: Mapping[str, int], more_bytes: int) -> Mapping[str, int]:
+    return {**kinds, "other": kinds["other"] + more_bytes} if more_bytes else kinds
 
 
 def check_budget(
@@ -164,13 +169,13 @@ def check_budget(
     if budget_bytes <= 0:
         return
     ranks = Ranks(len(positions), replicas)
+    kinds = [_with_threads(host_kinds(position, on_cuda), more_bytes) for position in positions]
     for node in range(nodes):
-        here = [positions[ranks.position(rank)] for rank in ranks.on_node(node, nodes)]
-        total = sum(sum(host_kinds(position, on_cuda).values()) + more_bytes for position in here)
+        total = sum(sum(kinds[ranks.position(rank)].values()) for rank in ranks.on_node(node, nodes))
         if total > budget_bytes:
             raise PlanError(
                 f"node {node} needs {total} bytes ({bytes_text(total)}), its budget is {budget_bytes} "
                 f"({bytes_text(budget_bytes)}); use more nodes, a smaller microbatch, or raise launch.memory_gib\n"
                 f"{_threads_words(more_bytes)}"
-                f"{memory_text([host_kinds(p, on_cuda) for p in positions])}"
+                f"{memory_text(kinds, replicas=replicas)}"
             )

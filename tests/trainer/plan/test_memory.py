@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -98,6 +99,17 @@ def test_over_the_budget_is_refused_with_the_table() -> None:
     plan_of("parallel.stages=2", "launch.nodes=2", f"launch.memory_gib={each}")
     with pytest.raises(PlanError, match="node 0 needs"):
         plan_of("parallel.stages=2", "launch.nodes=1", f"launch.memory_gib={each}")
+
+
+@pytest.mark.parametrize(("replicas", "threads"), [(1, 0), (2, 0), (4, 1)])
+def test_the_table_of_a_refusal_adds_up_to_what_it_says(replicas: int, threads: int) -> None:
+    sets = (f"parallel.replicas={replicas}", "parallel.stages=2", f"parallel.threads={threads}")
+    with pytest.raises(PlanError, match="node 0 needs") as caught:
+        plan_of(*sets, "train.batch=8", "train.microbatch=1", "launch.memory_gib=0.001")
+    text = str(caught.value)
+    said = re.search(r"node 0 needs \d+ bytes \(([^)]*)\)", text)
+    assert said
+    assert text.splitlines()[-1].endswith(f" {said[1]}")
 
 
 def test_a_budget_of_the_host_does_not_count_what_lies_on_devices() -> None:
