@@ -35,6 +35,8 @@ from trainer.spec_how import RecomputeSpec
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
 FIRST_IS_LAST = ("1f1b", "gpipe", "interleaved-1f1b")
 """Schedules whose first position starts first and ends last: no next step can begin sooner, whatever is foreseen."""
+TICKS = 24
+"""Of F, I and W of a mean stage together, where a schedule is made for their times."""
 WSD_DECAY_SHARE = 5
 """A warmup-stable-decay schedule whose decay is 0 in the spec decays over a fifth of the steps."""
 
@@ -141,10 +143,6 @@ def _ticks(lasts: Sequence[Sequence[float]]) -> list[tuple[int, int, int]]:
     """The times of F, I and W by stage as whole numbers."""
     unit = sum(map(sum, lasts)) / (TICKS * len(lasts))
     return [(max(1, round(f / unit)), max(1, round(i / unit)), max(1, round(w / unit))) for f, i, w in lasts]
-
-
-TICKS = 24
-"""All three of a mean stage."""
 
 
 @contextmanager

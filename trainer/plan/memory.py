@@ -26,8 +26,8 @@ RUNTIME_BYTES = 3 << 20
 WORKSPACE_BYTES_PER_THREAD = 5_681_664
 """The matrix kernels' workspace of a thread (``hs_kernels_scratch_bytes``)."""
 
-CHANNEL_BYTES, CHANNEL_MOST = 256 << 10, 8 << 20
-"""One end of a TCP channel: what the system keeps for it, and the most of a message that lies there (``buffers.c``)."""
+CHANNEL_BYTES = 256 << 10
+"""What the system keeps for one end of a TCP channel, beside the message that lies there."""
 
 
 WINDOWS, WINDOW_BYTES = 2, 1 << 20
@@ -102,7 +102,7 @@ def place(intervals: Sequence[Interval]) -> tuple[dict[str, int], int]:
 def channels_bytes(position: Position, channels: Sequence[Channel]) -> int:
     """The system's buffers for a position's ends of channels, as far as messages fill them; an exchange has both."""
     ends = [channel.bytes for channel in channels for end in (channel.source, channel.target) if end == position]
-    return sum(CHANNEL_BYTES + min(size, CHANNEL_MOST) for size in ends)
+    return sum(CHANNEL_BYTES + min(size, wire.BUFFER_MOST) for size in ends)
 
 
 def slot_bytes(data_bytes: int) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.estimate import KINDS, TENSOR_EXPOSED, Estimate
+from trainer.planner.layouts import MARK
 from trainer.planner.search import WASTE, Advice, why_lost
 from trainer.planner.times import DeviceTimes
 from trainer.spec import RunSpec
 
 WIDTH = 118
 """Of running text."""
-MARK = "modelled, not run by this engine"
 PLAN_VERSION = 1
 
 

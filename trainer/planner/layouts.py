@@ -8,6 +8,7 @@ from typing import Any, get_args
 from trainer.spec_how import THERE_AND_BACK, RecomputeKind
 
 Recompute = RecomputeKind
+MARK = "modelled, not run by this engine"
 RECOMPUTES: tuple[Recompute, ...] = get_args(RecomputeKind)
 """The least first."""
 APART = ("zb-h1", *THERE_AND_BACK)
@@ -67,7 +68,7 @@ class Arrangement:
 
     def refusal(self) -> str:
         """Why this engine would not run it; empty where it would."""
-        return f"{' + '.join(self.modelled)}: modelled, not run by this engine" if self.foreign else ""
+        return f"{' + '.join(self.modelled)}: {MARK}" if self.foreign else ""
 
     def to_json(self) -> dict[str, Any]:
         """As ``hotstage plan --json`` tells it; microbatches are of one replica."""

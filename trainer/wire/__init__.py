@@ -455,6 +455,7 @@ class MsgPrepare(ctypes.LittleEndianStructure):
 
 HELLO_MAGIC, HELLO_VERSION = b"HSHELO\r\n", 2
 FRAME_MAGIC, FRAME_END_MAGIC = 0x52465348, 0x45465348
+BUFFER_MOST = 8 << 20
 
 
 class Hello(ctypes.LittleEndianStructure):

@@ -133,9 +133,6 @@ hs_status hs_lines_progress(hs_comm *comm, hs_why *why);
 
 /* --- buffers.c --------------------------------------------------------------------------- */
 
-/* CHANNEL_MOST of trainer/plan/memory.py */
-enum { HS_BUFFER_MOST = 8 << 20 };
-
 /* Room for a message in the kernel, at most HS_BUFFER_MOST, as far as the machine allows; logs where that
  * is less. */
 void hs_buffers_widen(const hs_comm *comm);

@@ -152,6 +152,7 @@ void hs_wire_print(void) {
         N(HS_HELLO_VERSION),
         N(HS_FRAME_MAGIC),
         N(HS_FRAME_END_MAGIC),
+        N(HS_BUFFER_MOST),
         N(HS_MSG_MAGIC),
         N(HS_MSG_MAX),
         N(HS_ENDED_ITSELF),

@@ -28,6 +28,8 @@
 #define HS_HELLO_VERSION 2u
 #define HS_FRAME_MAGIC 0x52465348u
 #define HS_FRAME_END_MAGIC 0x45465348u
+/* Bytes of a message that one end of a connection keeps in the kernel, at most: plans count them. */
+#define HS_BUFFER_MOST (8 << 20)
 #define HS_OFFER_MAGIC "HSOFFR\r\n"
 #define HS_OFFER_VERSION 1u
 #define HS_ANSWER_MAGIC 0x52574E41u
