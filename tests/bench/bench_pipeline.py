@@ -22,6 +22,7 @@ import numpy as np
 
 from flows.show.foretell import yardstick
 from tests.e2e.engine_runs import train, write_samples
+from tests.trainer.plan.formulas import TWO
 from trainer.plan import Plan, compile_plan
 from trainer.plan.calibrate import fitted
 from trainer.plan.places import Rank
@@ -30,13 +31,11 @@ from trainer.plan.steady import steady
 from trainer.plan.timeline import COMPUTE_KINDS, Timeline, from_chrome
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec, what_digest
-from trainer.spec_how import THERE_AND_BACK
 
 POSITIONS, MICROBATCHES, STEPS = 4, 8, 9
 UNIT_S = 0.020
 """What F, I and W of a position's whole work on a microbatch last."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
-TWO = ("interleaved-1f1b", *THERE_AND_BACK)
 COST = CostModel(flops_per_s=20e9, memory_bytes_per_s=5e9, link_bytes_per_s=1e9, link_latency_s=60e-6, call_s=0.5e-6)
 """Of the rest: a tiny model on a busy core, sockets on loopback."""
 
