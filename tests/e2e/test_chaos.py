@@ -200,5 +200,5 @@ def test_two_nodes_and_a_kill_in_one(place: Place, undisturbed: tuple[str, str],
     assert (result["run"], result["outcome"], result["step"]) == (run, "succeeded", STEPS)
     assert result["state_digest"] == digest
     shown = json.loads(place.run("ckpt", "ls", run, "--json"))
-    assert shown[-1]["step"] == STEPS
+    assert STEPS in [saved["step"] for saved in shown]  # one of an earlier step may be committed behind it
     place.all_gone()
