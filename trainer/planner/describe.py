@@ -7,6 +7,7 @@ grows with the positions alone, whatever the cluster.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
@@ -175,7 +176,7 @@ def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, path: str
     lines += ["", "Why the others lost:", *_own_layout(found, sheet.memory_bytes), *_lost(found)]
     lines += ["", *wrap(_assumed(cluster, spec), WIDTH)]
     if found.runnable:
-        lines += ["", f"To run it: hotstage train {path} {command(found.runnable[0])}"]
+        lines += ["", f"To run it: hotstage train {shlex.quote(path)} {command(found.runnable[0])}"]
         a, train = found.runnable[0].layout, spec.train
         if (a.sequences, a.microbatch, a.groups) != (train.batch, train.microbatch, train.groups):
             lines.append("  (a run of its own: train.* above differs from the spec's, and so do the bits; --keep-bits)")

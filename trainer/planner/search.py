@@ -144,7 +144,9 @@ def planner_for(spec: RunSpec, cluster: ClusterSpec, limits: Choices) -> Planner
     other = None
     if limits.modelled and limits.fp8 and spec.train.precision == "bf16" and "fp8" in cluster.sheet.peak:
         train = spec.train.model_copy(update={"precision": "fp8"})
-        other = planner(spec.model_copy(update={"train": train}))
+        rate, own = (DeviceTimes.of(cluster.sheet, name).rate("linear") for name in ("fp8", "bf16"))
+        if rate > own:  # elsewhere it would only make the modelled layouts slower
+            other = planner(spec.model_copy(update={"train": train}))
     return planner(spec, other)
 
 

@@ -73,6 +73,19 @@ def test_no_layout_that_a_plain_loop_finds_is_better(rack: Advice) -> None:
             assert planner.estimate(a).tokens_s <= 1.001 * best, a.words()
 
 
+def test_fp8_is_modelled_only_where_it_is_quicker() -> None:
+    spec = spec_of("gpt2-124m")
+    found = found_for(spec, {"nodes": 1, "device": "2-core laptop"})
+    assert found.modelled
+    assert not any(one.layout.fp8 for one in found.modelled)
+    assert any(one.layout.fp8 for one in found_for(spec, {"nodes": 1, "device": "DGX H100"}).modelled)
+
+
+def test_the_command_that_runs_it_can_be_pasted(rack: Advice) -> None:
+    spec, cluster = spec_of("gpt2-124m", "train.batch=128"), parse_cluster(RACK, "x")
+    assert "hotstage train 'my specs/a.toml' --set " in describe.text(rack, spec, cluster, 1, "my specs/a.toml")
+
+
 def test_the_numerics_of_a_run_are_kept(rack: Advice) -> None:
     spec = spec_of("gpt2-124m", "train.batch=128", "train.microbatch=2", "train.reduction_groups=4")
     kept = found_for(spec, RACK, keep_numerics=True)
