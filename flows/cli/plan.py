@@ -138,6 +138,8 @@ def _as_written(
     from trainer.plan.schedule_file import to_csv
     from trainer.plan.timeline import to_chrome
 
+    if run is not None and not (files["trace"] or files["svg"]):
+        raise click.UsageError("--run is drawn in --svg and --trace; give one of them a file")
     sheet = sheet_of(device) if device is not None else None
     compiled, resolved, note = foretell.compile_for(spec, store)
     if sheet is None:
@@ -150,7 +152,7 @@ def _as_written(
     if run is not None:
         from flows.show.facts import beside
 
-        steps = beside(compiled, run, store, steps)
+        steps = beside(compiled, resolved, run, store, steps)
     if files["trace"]:
         write_out(Path(files["trace"]), to_chrome(steps))
     if files["svg"]:

@@ -13,18 +13,22 @@ from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.drive.live import read_curve
 from flows.drive.orders import describe
-from flows.drive.run import load_run, load_what
+from flows.drive.run import find_run, load_run, load_what
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
+from trainer.errors import PlanError
 from trainer.plan.calibrate import fitted
 from trainer.plan.compiled import Plan
 from trainer.plan.draw import timeline_svg
 from trainer.plan.places import Rank
 from trainer.plan.simulate import from_plan, simulate
 from trainer.plan.timeline import Timeline, from_chrome
-from trainer.spec_layouts import layout_words
+from trainer.spec import RunSpec, how_map
+from trainer.spec_layouts import layout_words, same_layout
 
 TRACE_CAP = 64 << 20
+_NO_TIME = ("vocab", "steps", "seed", "optimizer", "schedule", "max_batch_tokens")
+"""Keys of a model and its training that change no time, or that a spec without its data does not know."""
 TRACED = 8
 TAILS = 8
 """Attempts whose last lines are looked for beyond the index: an agent that was lost with its machine left it behind."""
@@ -149,18 +153,38 @@ def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
     return None
 
 
-def beside(plan: Plan, run: str, store_url: str | None, steps: Sequence[Timeline]) -> list[Timeline]:
-    """``steps``, then one that the run's ranks traced, and the plan's simulated with the rates that its programs had.
-    CheckpointError where the run left no trace, PlanError where it is of another plan."""
+def beside(plan: Plan, spec: RunSpec, run: str, store_url: str | None, steps: Sequence[Timeline]) -> list[Timeline]:
+    """``steps``, then one that the run's ranks traced in the plan's layout, and the plan's simulated with the rates
+    that its programs had. CheckpointError where the run left no trace, PlanError where it trains something else, or
+    none is of the layout."""
     from flows.show.foretell import yardstick
 
     store = store_at(store_url)
-    measured = read_traces(store, run, [a.epoch for a in RunLog(store, run).fold(quick=True).attempts])
-    if measured is None:
+    run = find_run(store, run)
+    theirs = load_run(store, run).spec
+    for name, own, other in (("model", spec.model, theirs.model), ("train", spec.train, theirs.train)):
+        differ = [k for k, v in own if k not in _NO_TIME and v != getattr(other, k)]
+        if differ:
+            first = f"{name}.{differ[0]}"
+            raise PlanError(
+                f"run {run} trains something else: {first} is {getattr(other, differ[0])} there and "
+                f"{getattr(own, differ[0])} in this spec; give --run one of the runs of this spec"
+            )
+    traced = ""
+    for attempt in reversed(RunLog(store, run).fold(quick=True).attempts[-TRACED:]):
+        measured = read_traces(store, run, [attempt.epoch])
+        if measured is not None and same_layout(how_map(spec), attempt.how):
+            cost = fitted(plan, [measured], yardstick(len(plan.ranks)))
+            again = simulate(from_plan(plan, cost), cost, title="simulated with the measured programs' rates").timeline
+            return [*steps, measured, again]
+        if measured is not None:
+            traced = traced or f"{_layout(attempt)}, {attempt.how.get('parallel', {}).get('schedule', '1f1b')}"
+    if not traced:
         raise CheckpointError(f"run {run} left no trace of a step; set launch.trace = true and let it train some steps")
-    cost = fitted(plan, [measured], yardstick(len(plan.ranks)))
-    again = simulate(from_plan(plan, cost), cost, title="simulated with the measured programs' rates").timeline
-    return [*steps, measured, again]
+    raise PlanError(
+        f"run {run} left no trace of a step in this layout, {layout_words(how_map(spec))}, {spec.parallel.schedule}; "
+        f"its newest is of {traced}: set parallel.… as it was there, or train some steps in this one"
+    )
 
 
 def report_facts(

@@ -26,9 +26,10 @@ SLOW = CostModel(flops_per_s=1e8, memory_bytes_per_s=1e9, call_s=4e-6)
 def test_a_run_s_step_lies_beside_the_foretold_one(trained: Trained, tmp_path: Path) -> None:
     shutil.copytree(trained.place.folder / "store", tmp_path / "store")
     store = open_store(f"file://{tmp_path}/store")
+    prepared = load_run(store, trained.run)
     with pytest.raises(CheckpointError, match=r"left no trace of a step; set launch\.trace = true"):
-        beside(load_run(store, trained.run).plan, trained.run, str(tmp_path / "store"), [])
-    compiled = load_run(store, trained.run).plan
+        beside(prepared.plan, prepared.spec, trained.run, str(tmp_path / "store"), [])
+    compiled = prepared.plan
     traced = simulate(from_plan(compiled, SLOW), SLOW).timeline  # as a slow machine's rank would have written it
     (epoch,) = [a.epoch for a in RunLog(store, trained.run).fold().attempts]
     store.put(trace_key(trained.run, epoch, 0), to_chrome(traced).encode())
@@ -45,3 +46,15 @@ def test_a_run_s_step_lies_beside_the_foretold_one(trained: Trained, tmp_path: P
     ends = [max(e["ts"] + e["dur"] for e in row) for row in rows]
     assert ends[2] == pytest.approx(ends[1], rel=0.02)  # the rates are those that made the measured times
     assert (tmp_path / "t.svg").read_text().count("font-weight") == 3
+
+    def refusal(*options: str) -> str:
+        begin = [word for word in command if not word.startswith(str(tmp_path / "t."))]
+        begin = [word for word in begin if word not in ("--trace", "--svg")]
+        done = CliRunner().invoke(plan_command, [*begin, *options])
+        return str(done.exception) if done.exit_code == 1 else done.output
+
+    svg = ("--svg", str(tmp_path / "t.svg"))
+    assert "--run is drawn in --svg and --trace" in refusal()
+    assert "its newest is of 1 stage x 1 replica on 1 node" in refusal("--set", "parallel.stages=2", *svg)
+    assert "trains something else: model.width is " in refusal("--set", "model.width=16", *svg)
+    assert "there is no run 'none-123456'" in refusal("--run", "none-123456", *svg)
