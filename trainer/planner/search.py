@@ -25,7 +25,6 @@ from trainer.planner.pipelines import played
 from trainer.planner.times import DeviceTimes
 from trainer.spec import MAX_MICROBATCHES, SCHEDULES, RunSpec
 
-TOP = 5
 PLAYED = 8
 """Of each kind, how many are played out."""
 HOPELESS = 0.95

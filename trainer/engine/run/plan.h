@@ -138,9 +138,7 @@ static inline int64_t hs_plan_rows(const hs_plan *plan) {
     return (int64_t)plan->config->microbatch * plan->config->sequence;
 }
 
-/* Bytes of a slot's data for a position, and of the whole slot with header and checksums (slot.h).
- */
-uint64_t hs_plan_slot_data_bytes(const hs_plan *plan, const hs_plan_position *position);
+/* Bytes of a slot before its data: header and checksums (slot.h). */
 uint64_t hs_plan_slot_data_offset(uint64_t data_bytes);
 
 /* Bytes of one position's report: hs_step_report, then f64 sumsq[tensors]. */

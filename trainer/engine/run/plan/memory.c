@@ -280,12 +280,6 @@ hs_status hs_plan_check_ref(const hs_plan_checker *c, const hs_plan_position *p,
     return hs_plan_check_apart(c, p, ref, what, i);
 }
 
-uint64_t hs_plan_slot_data_bytes(const hs_plan *plan, const hs_plan_position *position) {
-    if (position->states == 0) return 0;
-    const hs_plan_state *last = &plan->states[position->first_state + position->states - 1];
-    return last->slot_offset + 3 * up64(hs_plan_kept(plan, last) * 4);
-}
-
 uint64_t hs_plan_slot_data_offset(uint64_t data_bytes) {
     const uint64_t chunks = (data_bytes + HS_SLOT_CHUNK - 1) / HS_SLOT_CHUNK;
     return HS_SLOT_HEADER_BYTES + ((8 * chunks + 4095) & ~UINT64_C(4095));
