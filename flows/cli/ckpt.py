@@ -49,6 +49,7 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
 
     From its manifest alone: no chunk is read.
     """
+    from checkpoint.log import RunLog
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.export import checkpoint_at
@@ -56,9 +57,11 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
     opened = store_at(store)
     name = find_run(opened, run)
     info, manifest = checkpoint_at(opened, name, step)
+    epochs = [attempt.epoch for attempt in RunLog(opened, name).fold(quick=True).attempts]
     told = {
         "run": name,
         "step": info.step,
+        "attempt": epochs.index(info.epoch) + 1 if info.epoch in epochs else None,
         "epoch": info.epoch,
         "samples": info.data_position,
         "state_digest": info.state_digest,
@@ -71,7 +74,7 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
         show(told)
         return 0
     say(
-        f"{name} step {info.step}, attempt {info.epoch}: "
+        f"{name} step {info.step}, attempt {told['attempt'] or '–'}: "
         f"{manifest.total_bytes / 1e6:.1f} MB in {len(manifest.chunks)} chunk(s)"
     )
     say(f"state digest {info.state_digest}, {info.data_position:,} samples read")

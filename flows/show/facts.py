@@ -225,7 +225,7 @@ def report_facts(
         "digest": newest[0].state_digest if newest else None,
         "parameters": prepared.plan.parameters,
         "stages": prepared.spec.parallel.stages,
-        "memory_text": prepared.plan.memory_table(),
+        "memory_text": foretell.facts(prepared.plan, prepared.spec, simulation)["memory_text"],
         "timeline_svg": timeline_svg([simulation.timeline, *([measured] if measured else [])]),
         "measured": measured is not None,
     }

@@ -50,6 +50,7 @@ def test_what_replicas_saved_in_pieces_goes_on_in_one_process(tmp_path: Path) ->
         shown = pieces.run("runs", "show", run)
         assert "2 stages x 2 replicas on 2 nodes" in shown
         assert "1 stage x 1 replica on 1 node" in shown
+        assert f"step {STEPS}, attempt 2: " in pieces.run("ckpt", "show", run)  # not the record's number
     finally:
         for place in places:
             place.stop_all()

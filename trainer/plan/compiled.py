@@ -8,7 +8,6 @@ from functools import cached_property
 from trainer import wire
 from trainer.models.base import Tensor
 from trainer.plan.binary import to_bytes
-from trainer.plan.draw import memory_text
 from trainer.plan.places import Ranks
 from trainer.plan.records import Channel, Config, PositionPlan
 from trainer.plan.rows import Row
@@ -53,7 +52,3 @@ class Plan:
     def parameters(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.elements for tensor in self.tensors)
-
-    def memory_table(self) -> str:
-        """Bytes at every position by kind, as text."""
-        return memory_text([position.bytes_by_kind for position in self.positions], replicas=self.config.replicas)

@@ -12,6 +12,8 @@ import pytest
 
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
+from flows.drive.run import load_run
+from flows.show import foretell
 from flows.show.facts import report_facts
 from flows.show.report import AttemptFact, ReportFacts, loss_svg, render
 from tests.flows.conftest import Trained
@@ -149,3 +151,6 @@ def test_the_page_of_a_real_run_says_what_the_log_says(trained: Trained, tmp_pat
     told = json.loads(trained.place.run("report", trained.run, "-o", str(path), "--json"))
     assert (told["run"], told["outcome"], told["digest"]) == (trained.run, "succeeded", trained.digest)
     assert len(told["attempts"]) == len(state.attempts) == 1
+    prepared = load_run(store, trained.run)
+    planned = foretell.facts(prepared.plan, prepared.spec, foretell.simulate(prepared.plan))["memory_text"]
+    assert facts.memory_text == planned, "the table that hotstage plan shows"

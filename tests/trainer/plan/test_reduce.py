@@ -332,7 +332,7 @@ def test_the_simulator_plays_exchanges(rendezvous: bool) -> None:
 
 
 def test_the_table_of_memory_counts_all_replicas() -> None:
-    table = plan_of(2, 8, stages=2).memory_table()
+    table = memory_text([position.bytes_by_kind for position in plan_of(2, 8, stages=2).positions], replicas=2)
     assert [line.split()[0] for line in table.splitlines()] == ["position", "0", "1", "all"]
     assert "all x 2" in table
     assert memory_text([{"weights": 1024}], replicas=4).splitlines()[-1].split()[-2:] == ["4.0", "KiB"]
