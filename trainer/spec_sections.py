@@ -280,9 +280,10 @@ def _check_replicas(replicas: int, train: TrainSpec) -> None:
             f"microbatch); take replicas = {train.groups}, or a batch that is a multiple of "
             f"{train.microbatch * replicas}"
         )
+    groups = f"{train.groups} group{'s' * (train.groups > 1)}"
     raise ValueError(
-        f"parallel.replicas {replicas} is more than the {train.groups} groups of train.reduction_groups, of "
-        f"which every replica has as many; take replicas = {train.groups}, or reduction_groups = {replicas} for a new "
+        f"parallel.replicas {replicas} is more than the {groups} of train.reduction_groups, of which every replica "
+        f"has as many; take replicas = {train.groups}, or reduction_groups = {replicas} for a new "
         "run (it changes the bits)"
     )
 

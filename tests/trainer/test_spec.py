@@ -115,6 +115,8 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
             {"parallel__replicas": 4, "train__reduction_groups": 2},
             ["replicas 4", "the 2 groups", "replicas = 2", "reduction_groups = 4", "changes the bits"],
         ),
+        ({"parallel__replicas": 2, "train__reduction_groups": 1}, ["replicas 2", "the 1 group of", "replicas = 1"]),
+        ({"recovery__layouts": 3}, ["recovery.layouts 3 is not a list in brackets"]),
         (
             {"train__max_batch_tokens": 100},
             ["batch 8 * sequence 16 is 128 tokens", "max_batch_tokens is 100", "batch = 6"],
