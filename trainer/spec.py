@@ -261,7 +261,8 @@ _TYPES = {
 def explain(details: ErrorDetails) -> list[str]:
     """A pydantic error as lines for people: value, limit, mend."""
     kind, value = details["type"], shown(details["input"])
-    where = ".".join(str(part)[:100] for part in details["loc"])
+    place = [str(part)[:100] for part in details["loc"]]
+    where = ".".join(part for part in place if part != "int" and not part.startswith("tuple["))  # forms of one key
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
         return [_unknown_key(tuple(str(part) for part in details["loc"]))]

@@ -118,6 +118,10 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"parallel__replicas": 2, "train__reduction_groups": 1}, ["replicas 2", "the 1 group of", "replicas = 1"]),
         ({"recovery__layouts": 3}, ["recovery.layouts 3 is not a list in brackets"]),
         (
+            {"parallel__recompute": {"kind": "layer", "layers": "x"}},
+            ["recompute.layers 'x' is not a whole number", "recompute.layers 'x' is not a list in brackets"],
+        ),
+        (
             {"train__max_batch_tokens": 100},
             ["batch 8 * sequence 16 is 128 tokens", "max_batch_tokens is 100", "batch = 6"],
         ),
