@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from trainer import models
 from trainer.models.base import Call, Tensor, View, Weight, tensor_table
@@ -84,26 +84,35 @@ class ModelCosts:
     shared: ModelPiece
     """The embedding where it is the head too, as a tensor of its own; without tensors where it is not."""
 
-    layers: int = 0
-    sequence: int = 0
-    rows: int = 0
-    """Tokens of a microbatch."""
-    dt_bytes: int = 0
-    width: int = 0
-    kv_width: int = 0
-    """Columns of keys and values together."""
+    @cached_property
+    def layers(self) -> int:
+        """Of the whole model."""
+        return self.sizes.model.layers
 
-    def __post_init__(self) -> None:
-        model = self.sizes.model
-        for name, value in (
-            ("layers", model.layers),
-            ("sequence", self.sizes.sequence),
-            ("rows", self.sizes.microbatch * self.sizes.sequence),
-            ("dt_bytes", 4 if self.sizes.precision == "fp32" else 2),
-            ("width", model.width),
-            ("kv_width", 2 * model.groups * model.size_of_head),
-        ):
-            object.__setattr__(self, name, value)
+    @cached_property
+    def sequence(self) -> int:
+        """Tokens of one."""
+        return self.sizes.sequence
+
+    @cached_property
+    def rows(self) -> int:
+        """Tokens of a microbatch."""
+        return self.sizes.microbatch * self.sizes.sequence
+
+    @cached_property
+    def dt_bytes(self) -> int:
+        """Bytes of an activation's element."""
+        return 4 if self.sizes.precision == "fp32" else 2
+
+    @cached_property
+    def width(self) -> int:
+        """Columns of the residual stream."""
+        return self.sizes.model.width
+
+    @cached_property
+    def kv_width(self) -> int:
+        """Columns of keys and values together."""
+        return 2 * self.sizes.model.groups * self.sizes.model.size_of_head
 
     @property
     def tied(self) -> int:

@@ -10,26 +10,26 @@ extern "C" {
 
 enum { FLAT_F32 = pack_of<float>::N }; /* elements of a thread where masters are walked */
 
+/* dst + src, of a pack of numbers. */
+__device__ static void add_to(float *dst, const float *src, int64_t left, bool wide) {
+    const int N = FLAT_F32;
+    lanes<N> x = load<N>(dst, left, wide);
+    const lanes<N> y = load<N>(src, left, wide);
+    for (int i = 0; i < N; i++) x.x[i] = x.x[i] + y.x[i];
+    store(dst, x, left, wide);
+}
+
 __global__ void __launch_bounds__(FLAT)
     add_acc(float *dst, const float *src, int64_t n, bool wide) {
-    const int N = FLAT_F32;
-    const int64_t at = flat_index() * N;
-    if (at >= n) return;
-    lanes<N> x = load<N>(dst + at, n - at, wide);
-    const lanes<N> y = load<N>(src + at, n - at, wide);
-    for (int i = 0; i < N; i++) x.x[i] = x.x[i] + y.x[i];
-    store(dst + at, x, n - at, wide);
+    const int64_t at = flat_index() * FLAT_F32;
+    if (at < n) add_to(dst + at, src + at, n - at, wide);
 }
 
 __global__ void __launch_bounds__(FLAT) fold(float *dst, float *src, int64_t n, bool wide) {
-    const int N = FLAT_F32;
-    const int64_t at = flat_index() * N;
+    const int64_t at = flat_index() * FLAT_F32;
     if (at >= n) return;
-    lanes<N> x = load<N>(dst + at, n - at, wide);
-    const lanes<N> y = load<N>(src + at, n - at, wide);
-    for (int i = 0; i < N; i++) x.x[i] = x.x[i] + y.x[i];
-    store(dst + at, x, n - at, wide);
-    store(src + at, lanes<N>(), n - at, wide);
+    add_to(dst + at, src + at, n - at, wide);
+    store(src + at, lanes<FLAT_F32>(), n - at, wide);
 }
 
 /* A block of threads does one of numbers: all of them fetch a stage, 64 bytes each, while 16 of them
