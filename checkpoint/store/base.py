@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,8 @@ class Info:
 
     key: str
     bytes: int
+    modified: float | None = field(default=None, compare=False)
+    """When it was written, in seconds since 1970 by the store's own clock; None where the store does not say."""
 
 
 @dataclass(frozen=True, slots=True)

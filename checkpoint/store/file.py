@@ -177,7 +177,7 @@ class FileStore:
             return None
         except OSError as error:
             raise translate(error, f"looking at {key!r}", self.root) from error
-        return None if os.path.isdir(path) else Info(key, status.st_size)
+        return None if os.path.isdir(path) else Info(key, status.st_size, status.st_mtime)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         check_prefix(prefix)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound
@@ -11,11 +12,14 @@ from checkpoint.store.base import FREE, Data, Info, Pace, check_hint, check_key,
 
 
 class MemoryStore:
-    """Objects in a dict; lives as long as this value does. ``pace``: as if its requests cost another store's."""
+    """Objects in a dict; lives as long as this value does. ``pace``: as if its requests cost another store's;
+    ``clock``: its own, which says when an object was written."""
 
-    def __init__(self, pace: Pace = FREE) -> None:
+    def __init__(self, pace: Pace = FREE, clock: Callable[[], float] = time.time) -> None:
         self.pace = pace
+        self._clock = clock
         self._objects: dict[str, bytes] = {}
+        self._written: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @property
@@ -30,13 +34,14 @@ class MemoryStore:
         check_size(key, data)
         check_sha256(key, data, sha256)
         with self._lock:
+            self._written.setdefault(key, self._clock())
             return self._objects.setdefault(key, copy := bytes(data)) == copy
 
     def put(self, key: str, data: Data) -> None:
         check_hint(key)
         check_size(key, data)
         with self._lock:
-            self._objects[key] = bytes(data)
+            self._objects[key], self._written[key] = bytes(data), self._clock()
 
     def get(
         self, key: str, *, max_bytes: int | None = None, first: int | None = None, length: int | None = None
@@ -53,19 +58,20 @@ class MemoryStore:
         check_key(key)
         with self._lock:
             data = self._objects.get(key)
-        return None if data is None else Info(key, len(data))
+            return None if data is None else Info(key, len(data), self._written[key])
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         check_prefix(prefix)
         with self._lock:
-            found = sorted((k, len(v)) for k, v in self._objects.items() if k.startswith(prefix) and k > start_after)
-        for key, size in found:
-            yield Info(key, size)
+            names = sorted(k for k in self._objects if k.startswith(prefix) and k > start_after)
+            found = [Info(k, len(self._objects[k]), self._written[k]) for k in names]
+        yield from found
 
     def delete(self, key: str) -> None:
         check_key(key)
         with self._lock:
             self._objects.pop(key, None)
+            self._written.pop(key, None)
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)

@@ -23,6 +23,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -245,7 +246,7 @@ class S3Store:
             )
         except NotFound:
             return None
-        return Info(key, self._size(key, answer))
+        return Info(key, self._size(key, answer), _when(answer))
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         check_prefix(prefix)
@@ -257,7 +258,7 @@ class S3Store:
             for entry in page.get("Contents", ()):
                 key = str(entry["Key"])[len(self._root) :]
                 if key > start_after:
-                    yield Info(key, int(entry["Size"]))
+                    yield Info(key, int(entry["Size"]), _when(entry))
             if not page.get("IsTruncated"):
                 return
             if not page.get("NextContinuationToken"):
@@ -424,6 +425,12 @@ class S3Store:
             return self._holds(key, body)
         except NotFound:
             raise unclear from None
+
+
+def _when(answer: dict[str, Any]) -> float | None:
+    """When the object was written, by the server's clock, as far as it says."""
+    told = answer.get("LastModified")
+    return told.timestamp() if isinstance(told, datetime) else None
 
 
 def _frozen(session: Any) -> tuple[Any, ...]:

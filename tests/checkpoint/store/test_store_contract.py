@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -96,6 +97,18 @@ def test_put_replaces_hints_only(store: Store) -> None:
     for key in (KEY, "runs/r/spec", "data/live/x", "runs/live/r/x", "runs/r/live"):
         with pytest.raises(StoreRefused, match="may not be overwritten"):
             store.put(key, b"x")
+
+
+def test_the_store_says_when_an_object_was_written(store: Store) -> None:
+    before = time.time()
+    store.create(KEY, b"x")
+    store.put("runs/r/live/x", b"1")
+    after = time.time()
+    for info in (store.head(KEY), store.head("runs/r/live/x"), *store.list("runs/")):
+        assert info is not None
+        assert info.modified is not None
+        assert before - 2 < info.modified < after + 2  # whole seconds, and a file system's own tick
+    assert Info(KEY, 1, 5.0) == Info(KEY, 1)
 
 
 def test_list_in_key_order(store: Store) -> None:
