@@ -87,7 +87,9 @@ def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
 
 
 class Uploader:
-    """The upload thread. All callbacks are posted to the agent's loop."""
+    """The upload thread; all callbacks are posted to the agent's loop. ``rest`` (does what it waits for, in seconds):
+    without a thread where it is given; then whoever made this calls ``pump``.
+    """
 
     def __init__(
         self,
@@ -102,8 +104,11 @@ class Uploader:
         on_part: Callable[[int, int], None],
         on_idle: Callable[[], None],
         on_error: Callable[[str | None], None],
+        clock: Callable[[], float] = time.monotonic,
+        rest: Callable[[float], None] | None = None,
     ) -> None:
         self._store, self._run, self._node, self._nodes, self._incarnation = store, run, node, nodes, incarnation
+        self._clock, self._rest = clock, rest
         self._pool, self._post = pool, post
         self._on_part, self._on_idle, self._on_error = on_part, on_idle, on_error
         self._wake = threading.Condition()
@@ -115,8 +120,9 @@ class Uploader:
         self._closing = False
         self._failing = False
         self._plans: dict[tuple[bytes, int], tuple[ChunkPlan, ...]] = {}
-        self._thread = threading.Thread(target=self._main, name="upload", daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._main, name="upload", daemon=True) if rest is None else None
+        if self._thread is not None:
+            self._thread.start()
 
     # --- called by the agent's loop -----------------------------------------------------------------------
 
@@ -151,38 +157,56 @@ class Uploader:
         with self._wake:
             self._closing, self._source = True, None
             self._wake.notify_all()
-        self._thread.join(timeout=5)
+        if self._thread is not None:
+            self._thread.join(timeout=5)
 
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         while True:
             with self._wake:
-                while not self._closing and not (self._again and self._source is not None):
-                    if self._again and self._source is None:
-                        self._again = False
+                while not self._closing and not self._due():
                     self._wake.wait()
                 if self._closing:
                     return
-                source, self._again, self._busy = self._source, False, True
-            assert source is not None
-            try:
-                while self._upload_one(source):
-                    pass
-            except Abandoned:
-                log.info("the upload for attempt %d is given up: the attempt is over", source.epoch)
-            except TooLarge as error:
-                log.error("%s", error)
-                if self._wanted(source):
-                    self._post(partial(self._on_error, str(error)))
-            except Exception:
-                # A bug here must neither end training nor pass unseen: it is said, and the next snapshot is tried.
-                log.exception("the uploader failed")
-                if self._wanted(source):
-                    self._post(lambda: self._on_error("the uploader failed; see the agent's log"))
-            with self._wake:
-                self._busy = False
-            self._post(self._on_idle)
+            self.pump()
+
+    def _due(self) -> bool:
+        """Called under the lock."""
+        if self._source is None:
+            self._again = False
+        return self._again
+
+    def pump(self) -> None:
+        """One round, where there is something to look for: every snapshot that is ready and wanted."""
+        with self._wake:
+            if not self._due() or (source := self._source) is None:
+                return
+            self._again, self._busy = False, True
+        try:
+            while self._upload_one(source):
+                pass
+        except Abandoned:
+            log.info("the upload for attempt %d is given up: the attempt is over", source.epoch)
+        except TooLarge as error:
+            log.error("%s", error)
+            if self._wanted(source):
+                self._post(partial(self._on_error, str(error)))
+        except Exception:
+            # A bug here must neither end training nor pass unseen: it is said, and the next snapshot is tried.
+            log.exception("the uploader failed")
+            if self._wanted(source):
+                self._post(lambda: self._on_error("the uploader failed; see the agent's log"))
+        with self._wake:
+            self._busy = False
+        self._post(self._on_idle)
+
+    def _pause(self, source: Source, seconds: float) -> None:
+        """Until then, or until this source is not wanted any more."""
+        if self._rest is not None:
+            return self._rest(seconds)
+        with self._wake:
+            self._wake.wait_for(lambda: self._source is not source, seconds)
 
     def _wanted(self, source: Source) -> bool:
         with self._wake:
@@ -249,8 +273,7 @@ class Uploader:
             log.error("%s", text)
             self._post(lambda: self._on_error(text))
         elif times > 1:
-            with self._wake:
-                self._wake.wait_for(lambda: self._source is not source, _BACKOFF_S[times - 2])
+            self._pause(source, _BACKOFF_S[times - 2])
 
     def _agreed(
         self, source: Source, ready: Sequence[tuple[tuple[int, int], dict[int, Seen]]]
@@ -260,7 +283,7 @@ class Uploader:
 
     def _persist(self, source: Source, step: int, by_rank: dict[int, Seen]) -> bool:
         """True once the part is in the store; False where a newer snapshot takes its place, or the deadline passed."""
-        deadline = time.monotonic() + source.deadline_s
+        deadline = self._clock() + source.deadline_s
         final = any(seen.final for seen in by_rank.values())
         saved: dict[tuple[int, int], tuple[Chunk, tuple[Piece, ...]]] = {}
         attempt = 0
@@ -272,7 +295,7 @@ class Uploader:
                 text = f"the checkpoint of step {step} cannot be stored: {error}"
                 log.warning("%s", text)
                 self._post(lambda said=text: self._on_error(said))  # type: ignore[misc]
-                if time.monotonic() >= deadline:
+                if self._clock() >= deadline:
                     log.error("the upload of step %d is given up after %.0f s", step, source.deadline_s)
                     self._done[source.epoch].add(step)
                     return False
@@ -285,8 +308,7 @@ class Uploader:
                 return True
             pause = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
             attempt += 1
-            with self._wake:
-                self._wake.wait_for(lambda: self._source is not source, pause)
+            self._pause(source, pause)
             if not self._wanted(source):
                 raise Abandoned
             ready = self._ready(source)

@@ -48,7 +48,13 @@ class RunLog:
     """The log of one run in one store. Safe to use from several threads; keeps no state of its own."""
 
     def __init__(
-        self, store: Store, run: str, *, writer: str = "reader", clock: Callable[[], float] = _time.time
+        self,
+        store: Store,
+        run: str,
+        *,
+        writer: str = "reader",
+        clock: Callable[[], float] = _time.time,
+        token: Callable[[], str] = lambda: secrets.token_hex(8),
     ) -> None:
         if _WRITER.match(writer) is None:
             raise ValueError(f"writer {writer!r}: letters, digits and ._@- only, 120 at most")
@@ -56,6 +62,7 @@ class RunLog:
         self.run = keys.check_run(run)
         self._writer = writer
         self._clock = clock
+        self._token = token  # another one each time, of this writer and no other
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -223,7 +230,7 @@ class RunLog:
         self, kind: str, body: Mapping[str, Any], state: RunState, record_epoch: int, epoch: int | None
     ) -> RunState:
         n = state.n + 1
-        record = Record(n, kind, record_epoch, f"{self._writer}:{secrets.token_hex(8)}", self._clock(), dict(body))
+        record = Record(n, kind, record_epoch, f"{self._writer}:{self._token()}", self._clock(), dict(body))
         data = record.to_bytes()
         after = state.apply(Record.parse(data, n))  # what readers will see, or Damaged before anything is written
         if self.store.create(keys.log_key(self.run, n), data):
@@ -241,7 +248,7 @@ class RunLog:
         base = fold_base(state.n + 1)
         target = self._readable(base) if base else None
         data = state.to_bytes(base if target else 0, target)
-        name = keys.fold_name(state.n + 1, secrets.token_hex(8))
+        name = keys.fold_name(state.n + 1, self._token())
         digest = hashlib.sha256(data)
         self.store.create(keys.run_key(self.run, name), data, sha256=digest.digest())
         return {"state": name, "bytes": len(data), "sha256": digest.hexdigest()}
