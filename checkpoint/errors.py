@@ -11,6 +11,7 @@
       Damaged                   bytes are not what their digest, size or schema says: go to an older one    exit 76
       OtherVersion              a newer hotstage wrote it: not damaged, and not readable here; write nothing    exit 78
       Halted                    stop writing: a newer epoch holds the run, or the log has an unreadable record
+      PinRefused                a checkpoint that was given up, or a pin's name that is taken: take another    exit 78
 
 Everything that boto3, the file system or msgpack can raise is turned into one of these at one boundary each
 (``store/s3_answers.py``, ``store/file.py``, ``codec.py`` over ``trainer/wire/packed.py``); the cause stays attached.
@@ -103,3 +104,9 @@ class Halted(CheckpointError):
     def __init__(self, message: str, state: RunState | None = None) -> None:
         super().__init__(message)
         self.state = state
+
+
+class PinRefused(CheckpointError):
+    """This checkpoint cannot be pinned under this name: it was given up before, or the name is another one's."""
+
+    exit_code = 78

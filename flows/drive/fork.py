@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoint.log import RunLog, RunState
+from checkpoint.collect.pins import pin
+from checkpoint.log import RunLog
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.drive.run import Prepared, asked_how, check_layouts, create_run, load_what, spec_tree
+from flows.drive.run import Prepared, asked_how, check_layouts, create_run, load_what, parent_of, spec_tree
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -17,7 +18,10 @@ from trainer.spec import ModelSpec, parse_spec, run_id, what_digest
 
 
 def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
-    """Create the child's identity and pin the parent's checkpoint. Raises SpecError where step or model do not fit.
+    """Create the child's identity and pin the parent's checkpoint.
+
+    SpecError where step or model do not fit, or where the child began from another checkpoint before; PinRefused where
+    the collector was first.
 
     The child's model must have the parent's tensors; what is trained (data, rate, steps, seed) may change.
     """
@@ -51,8 +55,14 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     forked = Prepared(run, resolved, dataset, child_what, plan)
     check_layouts(forked)
     create_run(forked, store)
-    _pin(log, state, found.n, run)
     child = RunLog(store, run, writer="user")
+    begun = parent_of(child.fold(quick=True)) or {"run": parent, "checkpoint": found.n}
+    if (begun["run"], begun["checkpoint"]) != (parent, found.n):
+        raise SpecError(
+            f"run {run} is there already, a fork of step {begun['step']} of {begun['run']}; give this one another name "
+            "(--set name=…)"
+        )
+    pin(log, found, f"fork-{run}", state)
     body = {
         "kind": "parent",
         "run": parent,
@@ -73,10 +83,3 @@ def _check_tensors(child: ModelSpec, parent: ModelSpec) -> None:
                 f"tensor {name} would be {ours.get(name)}, the parent's is {theirs.get(name)}: a fork trains its "
                 "parent's tensors; leave model.… as it is, or start a new run"
             )
-
-
-def _pin(log: RunLog, state: RunState, checkpoint: int, child: str) -> None:
-    log.transact(
-        lambda s: None if f"fork-{child}" in s.pins else ("pin", {"checkpoint": checkpoint, "name": f"fork-{child}"}),
-        state,
-    )

@@ -1,4 +1,5 @@
-"""A real S3 server for tests: versitygw on loopback, with a root identity and a ``trainer`` that cannot delete.
+"""A real S3 server for tests: versitygw on loopback, with a root identity, a ``trainer`` (an agent and a driver under
+one account, as on a laptop: it cannot delete), and the identities of docs/policies by those files.
 
 The binary is built once with ``go install`` into the user's cache folder and named by its version (`make test` does it
 first: ``python -m tests.support.s3_server``); HOTSTAGE_VERSITYGW names another one.
@@ -19,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 import botocore.config
@@ -27,6 +29,9 @@ from k8s.images.store import store_server
 from tests.support.go import go
 
 BUCKET = "hotstage"
+POLICIES = Path(__file__).resolve().parents[2] / "docs" / "policies"
+ROLES = ("agent", "driver", "collector", "reader")
+"""Each with its policy in docs/policies."""
 
 
 def binary() -> Path:
@@ -72,7 +77,9 @@ class S3Server:
         return f"s3://{BUCKET}/{prefix}?endpoint={self.endpoint}&region=us-east-1"
 
     def environment(self, role: str) -> dict[str, str]:
-        """What a process of this role (root, trainer) has in its environment; nothing of this machine's is used."""
+        """What a process of this role (root, trainer, one of `ROLES`) has in its environment; nothing of this machine's
+        is used.
+        """
         access, secret = self.identities[role]
         return {
             "AWS_ACCESS_KEY_ID": access,
@@ -106,7 +113,8 @@ def s3_server(folder: Path, host: str = "127.0.0.1", *, access_log: Path | None 
     ``host``: the address of this machine on which it listens; ``access_log``: where it writes a line a request.
     """
     program = binary()
-    root, trainer = ("root", secrets.token_hex(16)), ("trainer", secrets.token_hex(16))
+    keys = {role: (role, secrets.token_hex(16)) for role in ("root", "trainer", *ROLES)}
+    root = keys["root"]
     for name in ("iam", "versions", "data"):
         (folder / name).mkdir(parents=True)
     told = () if access_log is None else ("--access-log", str(access_log))
@@ -132,7 +140,7 @@ def s3_server(folder: Path, host: str = "127.0.0.1", *, access_log: Path | None 
             port,
             start(port, "--admin-port", f"{host}:{admin}"),
             folder / "data",
-            {"root": root, "trainer": trainer},
+            keys,
             start,
             host,
         )
@@ -141,14 +149,15 @@ def s3_server(folder: Path, host: str = "127.0.0.1", *, access_log: Path | None 
                 if attempt == 4:
                     raise RuntimeError(f"versitygw does not start:\n{(folder / 'server.log').read_text()[-2000:]}")
                 continue
-            subprocess.run(
-                [
-                    *(str(program), "admin", "-a", root[0], "-s", root[1], "-er", f"http://{host}:{admin}"),
-                    *("create-user", "-a", trainer[0], "-s", trainer[1], "-r", "user"),
-                ],
-                check=True,
-                capture_output=True,
-            )
+            for access, secret in (key for key in keys.values() if key is not root):
+                subprocess.run(
+                    [
+                        *(str(program), "admin", "-a", root[0], "-s", root[1], "-er", f"http://{host}:{admin}"),
+                        *("create-user", "-a", access, "-s", secret, "-r", "user"),
+                    ],
+                    check=True,
+                    capture_output=True,
+                )
             _make_bucket(server)
             yield server
             return
@@ -180,10 +189,18 @@ def _make_bucket(server: S3Server) -> None:
         "Statement": [
             {**allow, "Action": ["s3:GetObject", "s3:PutObject"], "Resource": objects},
             {**allow, "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": bucket},
+            *(statement for role in ROLES for statement in statements(role)),
         ],
     }
     client.put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(policy))
     client.close()
+
+
+def statements(role: str) -> list[dict[str, Any]]:
+    """Of the role's shipped policy, as the bucket's policy holds them: for this user, whatever the store's prefix."""
+    text = (POLICIES / f"{role}.json").read_text().replace("EXAMPLE-bucket/hotstage/", f"{BUCKET}/*/")
+    found: list[dict[str, Any]] = json.loads(text.replace("EXAMPLE-bucket", BUCKET))["Statement"]
+    return [{"Principal": {"AWS": [role]}, **{k: v for k, v in s.items() if k != "Sid"}} for s in found]
 
 
 def _healthy(process: subprocess.Popen[bytes], host: str, port: int) -> bool:
