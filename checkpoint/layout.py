@@ -113,6 +113,8 @@ class PlanLayout:
     digest: bytes
     what_digest: bytes
     dataset_digest: bytes
+    numerics: int
+    """What the bits of its steps mean."""
     replicas: int
     steps: int
     slots: int
@@ -169,6 +171,7 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
         digest=bytes.fromhex(file.digest),
         what_digest=bytes(c.what_digest),
         dataset_digest=bytes(c.dataset_digest),
+        numerics=c.numerics_version,
         replicas=replicas,
         steps=c.steps,
         slots=c.slots,

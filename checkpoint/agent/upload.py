@@ -354,7 +354,11 @@ class Uploader:
             parts=self._nodes,
             tensors=[Tensor(t.name, t.shape) for t in layout.tensors],
             saved=[saved[rank, plan.index] for rank, plan in work],
-            meta={"plan": layout.digest.hex(), "dataset": layout.dataset_digest.hex()},
+            meta={
+                "plan": layout.digest.hex(),
+                "dataset": layout.dataset_digest.hex(),
+                "numerics": str(layout.numerics),
+            },
         )
         name = keys.part_name(step, source.epoch, self._node)
         label = f"{self._node:05d}-{self._incarnation}"

@@ -1,28 +1,50 @@
 """Records of a run's log: the kinds, what the body of each holds, and the sealed bytes of one.
 
 Pure. Every reader here takes bytes and maps as hostile: anything but what a kind needs is Damaged.
+
+Versions. Each kind has its own, in the record's ``v``; it says who may read the record. What an older reader may ignore
+(an entry more in the body of an attempt, an intervention or an end) does not raise it. What it must not ignore does,
+by a row of `NEEDS`: a record carries the lowest version that reads it rightly, and whoever knows a lower one says
+OtherVersion and writes nothing. A new kind starts at version 2. ``numerics`` of an attempt says what its bits mean
+(``trainer/engine/wire/plan.h``; without it: 1), and so those of the checkpoints of its epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from checkpoint import codec, keys
-from checkpoint.errors import Damaged
+from checkpoint.errors import Damaged, OtherVersion
+from trainer import wire
+from trainer.wire.unreadable import check_version
 
-VERSION = 1
 MAX_RECORD_BYTES = 64 << 10
 MAX_STATE_BYTES = 256 << 20
 FOLD_EVERY = 256
 KINDS = ("attempt", "checkpoint", "damaged", "intervention", "pin", "unpin", "tombstone", "ended", "fold")
+Body = Mapping[str, Any]
+NEEDS: Mapping[str, tuple[Callable[[Body], bool], ...]] = {
+    "attempt": (lambda body: body.get("numerics", 1) != 1,),
+}
+"""Of a kind: which bodies need version 2, which need version 3, and so on. Rows are added, never changed."""
 # Nothing writes "unpin" and "tombstone" yet: retention will. Readers know them first, so that a log of a version that
 # collects is read by this one.
 OLD_FALLBACK = "fewer nodes"
 """How the reason of an attempt with fewer stages began before records had ``fallback``: read here, and nowhere else."""
 OUTCOMES = ("succeeded", "cancelled", "gave_up", "preempted")
+
+
+def known_version(kind: object) -> int:
+    """The newest version of this kind that is read here; 1 for a kind that is not known."""
+    return 1 + len(NEEDS.get(kind, ())) if isinstance(kind, str) else 1
+
+
+def needed_version(kind: str, body: Body) -> int:
+    """The lowest version of this kind in which nothing of this body is ignored."""
+    return max((v for v, needs in enumerate(NEEDS.get(kind, ()), 2) if needs(body)), default=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +56,18 @@ class Record:
     epoch: int
     writer: str  # a name, a colon and a token of this one append: who won an unclear create
     time: float  # Unix seconds by the writer's clock; never compared
-    body: Mapping[str, Any]
+    body: Body
+
+    @property
+    def v(self) -> int:
+        """The version that it carries."""
+        return needed_version(self.kind, self.body)
 
     def to_bytes(self) -> bytes:
         """Sealed bytes; ValueError where they pass 64 KiB."""
         data = codec.seal(
             {
-                "v": VERSION,
+                "v": self.v,
                 "n": self.n,
                 "kind": self.kind,
                 "epoch": self.epoch,
@@ -61,8 +88,9 @@ class Record:
     def parse(cls, data: bytes, n: int) -> Record:
         """The record of these bytes, which lay at number ``n``; else Damaged, or OtherVersion for a newer one."""
         what = f"log record {n}"
-        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_RECORD_BYTES, max_depth=codec.RECORD_DEPTH), what)
-        f.version(VERSION)
+        value = codec.unseal(data, what, max_bytes=MAX_RECORD_BYTES, max_depth=codec.RECORD_DEPTH)
+        f = codec.Fields(value, what)
+        version = f.version(known_version(value.get("kind")))  # before all else: a newer one may look as it likes
         found = f.integer("n", 1)
         if found != n:
             raise Damaged(f"{what}: it says that it is record {found}")
@@ -77,6 +105,8 @@ class Record:
             n, kind, f.integer("epoch", 0, n), f.text("writer", 200), f.real("time"), MappingProxyType(f.map("body"))
         )
         f.done()
+        if version < record.v:
+            raise Damaged(f"{what}: a {kind} of version {version}, with what only version {record.v} has")
         return record
 
 
@@ -98,6 +128,7 @@ class AttemptInfo:
     body: Mapping[str, Any]  # the whole body: how, cause, and what a driver adds
     order: int = 0  # number of the order that it follows; 0: of none
     fell_back: bool = False  # the driver itself changed the layout, for want of room
+    numerics: int = 1  # what the bits of its steps mean
 
     @property
     def epoch(self) -> int:
@@ -196,7 +227,15 @@ def parse_attempt(n: int, time: float, body: Any) -> AttemptInfo:
         body=MappingProxyType(dict(body)),
         order=f.integer("order", 1, n - 1) if f.has("order") else 0,
         fell_back=f.has("fallback") or f.text("reason").startswith(OLD_FALLBACK),
+        numerics=_numerics(f, what),
     )
+
+
+def _numerics(f: codec.Fields, what: str) -> int:
+    """What bits mean; OtherVersion for a meaning that a newer hotstage gave them."""
+    found = f.integer("numerics", 1) if f.has("numerics") else 1
+    check_version(f"{what}: its numerics", found, wire.NUMERICS_VERSION, OtherVersion)
+    return found
 
 
 def parse_checkpoint(n: int, epoch: int, time: float, body: Any) -> CheckpointInfo:

@@ -22,13 +22,15 @@ from checkpoint.log.records import (
     Record,
     ended_map,
     fold_target,
+    known_version,
     parse_attempt,
     parse_checkpoint,
     parse_ended,
     parse_intervention,
 )
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+"""1 had all rows in one object; 3 is 2 with ``needs``, and is written where there are such needs alone."""
 Load = Callable[[int, FoldTarget | None], "RunState"]
 
 
@@ -49,6 +51,7 @@ class RunState:
     buried: Mapping[int, int] = field(default_factory=dict)  # checkpoint record -> the tombstone's record
     interventions: tuple[Intervention, ...] = ()
     ended: EndedInfo | None = None
+    needs: Mapping[str, int] = field(default_factory=dict)  # kind -> newest version of its records, where that is not 1
     unreadable: str | None = None  # why record n + 1 cannot be read; set: no writer may write
     newer: bool = False  # it is of a newer version
 
@@ -88,6 +91,11 @@ class RunState:
     def usable(self, info: CheckpointInfo) -> bool:
         """Valid, and neither marked damaged nor given up to the collector."""
         return info.n not in self.damaged and info.n not in self.buried
+
+    def numerics(self, info: CheckpointInfo) -> int:
+        """What the bits of this checkpoint mean: what those of its attempt's steps do."""
+        attempt = self.attempt(info.epoch)
+        return attempt.numerics if attempt else 1
 
     def find(self, step: int, epoch: int) -> CheckpointInfo | None:
         """The valid checkpoint of this step and epoch: has somebody committed it?"""
@@ -163,13 +171,15 @@ class RunState:
     def to_bytes(self, base: int = 0, target: FoldTarget | None = None) -> bytes:
         """Sealed bytes: the rows of records after ``base``, the number of a fold record whose state has the others (0:
         all rows), and what is no row: pins, marks of damage, the end. So what one object holds is bounded.
-        ``target``: what that fold record names, where the writer knows.
+        ``target``: what that fold record names, where the writer knows. Who may not read a record of its log may not
+        read the state either: ``needs`` says what there is, and an older reader finds a state of version 3.
         """
         attempts = self.attempts[bisect_right(self.attempts, base, key=_number) :]
         interventions = self.interventions[bisect_right(self.interventions, base, key=_number) :]
         return codec.seal(
             {
-                "v": STATE_VERSION,
+                "v": STATE_VERSION if self.needs else 2,
+                **({"needs": dict(self.needs)} if self.needs else {}),
                 "run": self.run,
                 "n": self.n,
                 "base": base,
@@ -198,6 +208,15 @@ class RunState:
         what = f"folded state {n} of run {run}"
         f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_STATE_BYTES, max_depth=codec.RECORD_DEPTH + 2), what)
         version = f.version(STATE_VERSION)
+        needs = f.map("needs") if version > 2 else {}
+        for kind, needed in needs.items():
+            if type(needed) is not int or needed < 2:
+                raise Damaged(f"{what}: 'needs' must be versions from 2 on, by kind of record")
+            if needed > known_version(kind):
+                raise OtherVersion(
+                    f"{what}: holds a record of kind {kind[:40]!r} and version {needed}, this hotstage "
+                    f"reads version {known_version(kind)}: use the hotstage that wrote it, or a newer one"
+                )
         if f.text("run", 200) != run or f.integer("n", 0) != n:
             raise Damaged(f"{what}: of another run or number")
         base = f.integer("base", 0, n) if version > 1 else 0
@@ -265,6 +284,7 @@ class RunState:
             buried=MappingProxyType({**below.buried, **dict(stones)}),
             interventions=(*below.interventions, *interventions),
             ended=ended,
+            needs=MappingProxyType(_newest(below.needs, needs)),
         )
         f.done()
         return state
@@ -272,6 +292,11 @@ class RunState:
 
 def _number(row: AttemptInfo | Intervention) -> int:
     return row.n
+
+
+def _newest(some: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+    """Of both, by kind."""
+    return {kind: max(some.get(kind, 0), others.get(kind, 0)) for kind in sorted({*some, *others})}
 
 
 class Fold:
@@ -288,6 +313,7 @@ class Fold:
         self.buried = dict(state.buried)
         self.interventions = list(state.interventions)
         self.ended = state.ended
+        self.needs = state.needs
         self.steps: set[int] | None = None  # saved by the newest attempt, once it is asked
 
     def freeze(self, unreadable: str | None = None, *, newer: bool = False) -> RunState:
@@ -302,6 +328,7 @@ class Fold:
             buried=MappingProxyType(self.buried),
             interventions=tuple(self.interventions),
             ended=self.ended,
+            needs=self.needs,
             unreadable=unreadable,
             newer=newer,
         )
@@ -351,6 +378,8 @@ class Fold:
                 self.ended = parse_ended(r.n, r.epoch, r.time, r.body)
             case "fold":
                 fold_target(r)
+        if r.v > 1:
+            self.needs = MappingProxyType(_newest(self.needs, {r.kind: r.v}))
         self.n = r.n
         return self
 

@@ -259,14 +259,14 @@ class Driver:
             more["fallback"] = fallback
         if order.pardon:
             more["pardon"] = list(order.pardon)
-        same = state.attempts[-1].plan if order.same_plan else None
+        same = state.attempts[-1] if order.same_plan else None
         if same and order.restore.slots is None and not still_read(self.store, prepared.run, same):
             same = None  # its gang is gone, and nothing in memory depends on it
         body = attempt_body(
             prepared,
             next_launch(state, prepared) if order.renew else launch.launch_id,
             order.restore.to_map(),
-            plan=same,
+            same=same,
             order=state.orders[-1].n if state.orders else 0,
             slot_epochs=list(order.slot_epochs),
             reason=short(order.reason, 2000),
@@ -278,6 +278,13 @@ class Driver:
         self._aside.go_on()
         self.prepared, newest = prepared, state.attempts[-1]
         log.info("attempt %d: %s, from step %d", newest.epoch, order.reason, order.restore.step)
+        if old is not None and old.numerics != newest.numerics:
+            log.warning(
+                "from step %d on the run's bits are those of numerics version %d; up to there they are version %d's",
+                newest.step + 1,
+                newest.numerics,
+                old.numerics,
+            )
         self._teller.began(state, order, cause)
         if self.launcher.detaches and old is not None and old.launch != newest.launch:
             # its agents see the record and leave by themselves; this frees their place sooner

@@ -31,7 +31,7 @@ from trainer.plan.memory import host_kinds
 from trainer.plan.records import PositionPlan
 from trainer.spec import RunSpec, how_map, other_name, parse_spec, run_id, what_bytes, what_digest
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
-from trainer.wire import PLAN_VERSION
+from trainer.wire import NUMERICS_VERSION, PLAN_VERSION
 from trainer.wire.plan import parse, version_of
 from trainer.wire.unreadable import Unreadable
 
@@ -208,8 +208,13 @@ def publish_plan(store: Store, run: str, plan: Plan) -> None:
     )
 
 
-def still_read(store: Store, run: str, plan: str) -> bool:
-    """Whether nodes of this version read that plan; one of an older version is compiled anew, for the same bits."""
+def still_read(store: Store, run: str, attempt: AttemptInfo) -> bool:
+    """Whether nodes of this version run that attempt's plan; one of an older version is compiled anew, for the same
+    bits, and so is one of other numerics, for other ones.
+    """
+    if attempt.numerics != NUMERICS_VERSION:
+        return False
+    plan = attempt.plan
     try:
         version = version_of(store.get(plan_key(run, plan), first=0, length=PLAN_HEAD))
     except (NotFound, Damaged):
@@ -398,9 +403,17 @@ def fallback_body(state: RunState, begin: StartAttempt) -> Mapping[str, Any] | N
 
 
 def attempt_body(
-    prepared: Prepared, launch: str, restore: Mapping[str, Any], *, plan: str | None = None, order: int = 0, **more: Any
+    prepared: Prepared,
+    launch: str,
+    restore: Mapping[str, Any],
+    *,
+    same: AttemptInfo | None = None,
+    order: int = 0,
+    **more: Any,
 ) -> dict[str, Any]:
-    """The body of an ``attempt`` record. ``plan``: another than this version's; ``order``: the one that it follows."""
+    """The body of an ``attempt`` record. ``same``: that whose plan it keeps, where that is not this version's;
+    ``order``: the one that it follows.
+    """
     if order:
         more["order"] = order
     return {
@@ -408,7 +421,8 @@ def attempt_body(
         "nodes": prepared.nodes,
         "ranks": prepared.ranks,
         "how": how_map(prepared.spec),
-        "plan": plan or prepared.plan.digest,
+        "plan": same.plan if same else prepared.plan.digest,
+        "numerics": same.numerics if same else NUMERICS_VERSION,
         "what": prepared.what.hex(),
         "restore": dict(restore),
         **more,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.plan.places import Position, Stage
+from trainer.wire import NUMERICS_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,4 +246,4 @@ class Config:
     dataset_digest: bytes
     what_digest: bytes
     reduction_groups: int = 1
-    numerics_version: int = 1
+    numerics_version: int = NUMERICS_VERSION

@@ -58,6 +58,7 @@ CUDA_PATHS = ("cuda-exact", "cuda")
 # --- plan.h -----------------------------------------------------------------------------------------------
 
 PLAN_MAGIC, PLAN_VERSION = b"HSPLAN\r\n", 2
+NUMERICS_VERSION = 1
 SECTIONS = (
     "config",
     "strings",

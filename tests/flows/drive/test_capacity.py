@@ -18,6 +18,7 @@ from flows.drive.reconcile import Reconciler, wants_driver
 from flows.drive.run import asked_how, attempt_body, fold_view, load_run, prepare_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details
+from trainer import wire
 from trainer.errors import PlanError
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 from trainer.spec import how_map, parse_spec
@@ -140,7 +141,9 @@ def test_nodes_that_are_started_anew_get_a_plan_that_they_read(place: Any, versi
     old = bytearray(prepared.plan.to_bytes())
     old[8] = version
     store.create(plan_key(prepared.run, "0" * 64), bytes(old))
-    body = attempt_body(prepared, "k1", {"checkpoint": None, "step": 0, "slots": None}, plan="0" * 64, reason="start")
+    body = attempt_body(prepared, "k1", {"checkpoint": None, "step": 0, "slots": None}, reason="start") | {
+        "plan": "0" * 64
+    }
     state = log.append("attempt", body, log.fold())
     driver = Driver(
         prepared, store, Cluster(), lambda ready, name, avoid: Launch(ready.run, name, 2, store.url, Path("out"))
@@ -265,3 +268,26 @@ def test_an_order_for_a_cluster_wants_a_driver_also_where_its_command_died(place
     state = log.append("ended", ended_body(state, "cancelled", "by ann"), state)
     assert not wants_driver(state)
     assert wants_driver(log.append("intervention", order, state))
+
+
+def test_a_run_of_older_numerics_goes_on_with_a_plan_of_this_one_and_says_so(
+    place: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An upgrade that changes bits strands no run: its record says from where on they are others."""
+    store, prepared = place
+    log = RunLog(store, prepared.run)
+    store.create(plan_key(prepared.run, "0" * 64), prepared.plan.to_bytes())
+    body = attempt_body(prepared, "k1", {"checkpoint": None, "step": 0, "slots": None}, reason="start")
+    state = log.append("attempt", body | {"plan": "0" * 64}, log.fold())
+    monkeypatch.setattr(wire, "NUMERICS_VERSION", 2)
+    monkeypatch.setattr("flows.drive.run.NUMERICS_VERSION", 2)
+    driver = Driver(
+        prepared, store, Cluster(), lambda ready, name, avoid: Launch(ready.run, name, 2, store.url, Path("out"))
+    )
+    launch = Launch(prepared.run, "k1", 2, store.url, Path("out"))
+    driver._start(StartAttempt(Restore(None, 0), (), "recover", same_plan=True), state, launch)
+    newest = log.fold().attempts[-1]
+    assert (newest.plan, newest.numerics) == (prepared.plan.digest, 2)
+    assert (
+        "from step 1 on the run's bits are those of numerics version 2; up to there they are version 1's" in caplog.text
+    )

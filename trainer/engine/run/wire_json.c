@@ -144,6 +144,7 @@ void hs_wire_print(void) {
     } numbers[] = {
 #define N(name) {#name, name}
         N(HS_PLAN_VERSION),
+        N(HS_NUMERICS_VERSION),
         N(HS_ATTEMPT_VERSION),
         N(HS_ALGORITHMS_VERSION),
         N(HS_ALGORITHMS_MAX),

@@ -20,6 +20,10 @@
 
 #define HS_PLAN_MAGIC "HSPLAN\r\n" /* 8 bytes, no terminator */
 #define HS_PLAN_VERSION 2u
+/* What the bits of a step mean: one spec gives equal bits in all engines of one number. Plans,
+ * attempts and manifests say it; a change of a kernel, of a sum's order or of a generator that
+ * makes golden digests differ raises it. */
+#define HS_NUMERICS_VERSION 1u
 
 enum {
     HS_SECTION_CONFIG = 0, /* one hs_plan_config */
@@ -57,7 +61,7 @@ enum { HS_LR_CONSTANT = 1, HS_LR_COSINE = 2, HS_LR_WSD = 3 };
 
 typedef struct hs_plan_config {
     uint32_t mode;             /* HS_MODE_* */
-    uint32_t numerics_version; /* 1 */
+    uint32_t numerics_version; /* HS_NUMERICS_VERSION */
     uint32_t dtype;            /* of activations and weight matrices: HS_F32, HS_BF16 or HS_FP8 */
     uint32_t positions;        /* P, of the pipeline; each is a rank in every replica */
     uint32_t replicas;         /* D, a power of two */

@@ -23,7 +23,7 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         int64_t value, low, high;
     } ranges[] = {
         {"mode", g->mode, HS_MODE_TRAIN, HS_MODE_INFER},
-        {"numerics_version", g->numerics_version, 1, 1},
+        {"numerics_version", g->numerics_version, HS_NUMERICS_VERSION, HS_NUMERICS_VERSION},
         {"dtype", g->dtype, HS_F32, HS_FP8},
         {"positions", g->positions, 1, train ? 65536 : 1},
         {"replicas", g->replicas, 1, train ? 65536 : 1},
