@@ -19,6 +19,8 @@ from checkpoint.errors import StoreRefused
 Data = bytes | bytearray | memoryview
 
 MAX_OBJECT_BYTES = 5 << 30  # of one single PUT on S3
+HASHED_BYTES = 1 << 20
+"""Whoever hands over more than this with its SHA-256 has hashed it a moment ago, and nothing lies between."""
 MAX_KEY_BYTES = 900  # S3 takes 1024, prefix included
 _NAME = re.compile(r"[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,199}\Z")
 
@@ -81,7 +83,8 @@ class Store(Protocol):
         True: the object holds exactly these bytes, because this call (or an identical one) made it. False: another
         one was there first. An unclear answer (time-out, 409, 412, 5xx, reset) is settled inside by reading
         back and comparing, so writers who must know who won put an owner token into their bytes. With ``sha256``
-        the store checks what arrived and refuses what differs.
+        a store that gets the bytes over a wire checks what arrived and refuses what differs; in this process only
+        small objects are hashed again (``HASHED_BYTES``).
         """
 
     def put(self, key: str, data: Data) -> None:
@@ -94,6 +97,19 @@ class Store(Protocol):
 
         NotFound where there is none; Damaged where it is larger than ``max_bytes`` or the range is not inside it.
         """
+
+    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
+        """Fill ``out`` with the bytes from ``first`` on, without another copy of them. As ``get``; what ``out`` holds
+        after an error is nothing.
+        """
+
+    def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
+        """Whether the object is there with exactly these bytes: by the checksum that the store keeps of what it took,
+        where it tells one, else by reading them. Nothing is sent.
+        """
+
+    def limit(self, bytes_per_s: float | None) -> None:
+        """From here on the bodies of large objects leave this process at most so fast, all together; None: freely."""
 
     def head(self, key: str) -> Info | None:
         """Name and size, or None where there is none."""
@@ -155,9 +171,9 @@ def check_size(key: str, data: Data) -> int:
     return size
 
 
-def check_sha256(key: str, data: Data, sha256: bytes | None) -> None:
-    """StoreRefused where the data is not what the digest says."""
-    if sha256 is not None and hashlib.sha256(data).digest() != sha256:
+def check_sha256(key: str, data: Data, sha256: bytes | None, most: int = MAX_OBJECT_BYTES) -> None:
+    """StoreRefused where the data, of at most ``most`` bytes, is not what the digest says."""
+    if sha256 is not None and memoryview(data).nbytes <= most and hashlib.sha256(data).digest() != sha256:
         raise StoreRefused(
             f"object {key!r}: its bytes do not have the SHA-256 {sha256.hex()} that came with them; "
             "they changed between hashing and writing, so nothing was written: hash and write again"

@@ -25,6 +25,7 @@ from pathlib import Path
 from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
 from checkpoint.store.base import (
     FREE,
+    HASHED_BYTES,
     Data,
     Info,
     check_hint,
@@ -34,9 +35,11 @@ from checkpoint.store.base import (
     check_size,
     is_hint,
 )
+from checkpoint.store.limits import PACED_BYTES, SLICE_BYTES, Rate
 from checkpoint.store.memory import window
 
 _TMP = ".tmp"
+_PIECE = 16 << 20  # bytes of one read or write
 _TMP_AGE_S = 24 * 3600.0  # a temporary file this old belongs to nobody alive
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -57,6 +60,8 @@ _SHAPE = {
 def translate(error: OSError, what: str, root: Path) -> StoreError:
     """The one place where an OSError becomes one of ours."""
     code, text = error.errno, error.strerror or str(error)
+    if isinstance(error, TimeoutError) and code is None:
+        return StoreUnavailable(f"{what}: the file store {root}: {text}")
     if code in _FULL:
         return StoreUnavailable(
             f"{what}: the file store {root} is full or over its quota ({text}); "
@@ -105,6 +110,7 @@ class FileStore:
         self.root = root
         self._numbers = itertools.count()
         self._token = secrets.token_hex(4)
+        self._rate: Rate | None = None
 
     @property
     def url(self) -> str:
@@ -116,7 +122,7 @@ class FileStore:
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
         path = self._path(key)
         check_size(key, data)
-        check_sha256(key, data, sha256)
+        check_sha256(key, data, sha256, HASHED_BYTES)
         durable = not is_hint(key)
         try:
             if os.path.lexists(path):  # the common way to lose: no need to write first
@@ -163,11 +169,35 @@ class FileStore:
         except OSError as error:
             raise translate(error, f"reading {key!r}", self.root) from error
         if len(data) != count:
-            raise Damaged(
-                f"object {key!r}: its file {path} became shorter while it was read; objects never change: "
-                "who else writes there?"
-            )
+            raise _shorter(key, path)
         return data
+
+    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
+        path, count, have = self._path(key), out.nbytes, 0
+        try:
+            with open(path, "rb", buffering=0) as file:
+                window(key, os.fstat(file.fileno()).st_size, None, first, count)
+                while have < count:
+                    came = os.preadv(file.fileno(), [out[have : have + _PIECE]], first + have)
+                    if came == 0:
+                        raise _shorter(key, path)
+                    have += came
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFound(key, self.describe()) from error
+        except OSError as error:
+            raise translate(error, f"reading {key!r}", self.root) from error
+
+    def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
+        path = self._path(key)
+        try:
+            return self._holds(path, key, data)
+        except (NotADirectoryError, IsADirectoryError):
+            return False
+        except OSError as error:
+            raise translate(error, f"looking at {key!r}", self.root) from error
+
+    def limit(self, bytes_per_s: float | None) -> None:
+        self._rate = Rate(bytes_per_s) if bytes_per_s else None
 
     def head(self, key: str) -> Info | None:
         path = self._path(key)
@@ -254,9 +284,13 @@ class FileStore:
             descriptor = os.open(path, flags, 0o666)
         try:
             try:
-                rest = memoryview(data).cast("B")
+                rest, rate = memoryview(data).cast("B"), self._rate
+                paced = rate is not None and rest.nbytes >= PACED_BYTES
                 while rest:
-                    rest = rest[os.write(descriptor, rest[: 16 << 20]) :]
+                    piece = rest[: SLICE_BYTES if paced else _PIECE]
+                    if paced and rate is not None:
+                        rate.take(piece.nbytes)
+                    rest = rest[os.write(descriptor, piece) :]
                 if durable:
                     os.fsync(descriptor)
             finally:
@@ -305,6 +339,12 @@ class FileStore:
         except FileNotFoundError:
             return False
         return True
+
+
+def _shorter(key: str, path: Path) -> Damaged:
+    return Damaged(
+        f"object {key!r}: its file {path} became shorter while it was read; objects never change: who else writes there?"
+    )
 
 
 def _read(descriptor: int, count: int) -> bytes:

@@ -8,7 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.store.base import FREE, Data, Info, Pace, check_hint, check_key, check_prefix, check_sha256, check_size
+from checkpoint.store.base import (
+    FREE,
+    HASHED_BYTES,
+    Data,
+    Info,
+    Pace,
+    check_hint,
+    check_key,
+    check_prefix,
+    check_sha256,
+    check_size,
+)
 
 
 class MemoryStore:
@@ -32,7 +43,7 @@ class MemoryStore:
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
         check_key(key)
         check_size(key, data)
-        check_sha256(key, data, sha256)
+        check_sha256(key, data, sha256, HASHED_BYTES)
         with self._lock:
             self._written.setdefault(key, self._clock())
             return self._objects.setdefault(key, copy := bytes(data)) == copy
@@ -53,6 +64,17 @@ class MemoryStore:
             raise NotFound(key, self.describe())
         begin, size = window(key, len(data), max_bytes, first, length)
         return data[begin : begin + size]
+
+    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
+        out[:] = self.get(key, first=first, length=out.nbytes)
+
+    def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
+        check_key(key)
+        with self._lock:
+            return self._objects.get(key) == data
+
+    def limit(self, bytes_per_s: float | None) -> None:
+        """Nothing leaves this process."""
 
     def head(self, key: str) -> Info | None:
         check_key(key)

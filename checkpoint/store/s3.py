@@ -54,7 +54,9 @@ from checkpoint.store.base import (
     check_sha256,
     check_size,
 )
+from checkpoint.store.limits import PACED_BYTES, Rate
 from checkpoint.store.s3_answers import CREDENTIALS, FOREIGN, NOT_S3, Retry, translate
+from checkpoint.store.s3_bodies import Outgoing, hand_over, read_into
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -145,6 +147,7 @@ class S3Store:
             s3={"addressing_style": "path" if path_style else "auto"},
             user_agent_extra="hotstage",
         )
+        self._read_s, self._rate = read_s, None  # type: float, Rate | None
         self._renew_s, self._renewed_at = renew_s, -math.inf
         self._lock = threading.Lock()
         self.client, self._session = self._open()
@@ -153,7 +156,9 @@ class S3Store:
         """A client with the credentials of now, and the session that found them."""
         try:
             session = boto3.session.Session()
-            return session.client("s3", config=self._config, **self._options), session
+            client = session.client("s3", config=self._config, **self._options)
+            client.meta.events.register_last("before-call.s3.PutObject", hand_over)
+            return client, session
         except FOREIGN as error:
             if isinstance(error, CREDENTIALS):
                 raise translate(error, f"opening {self._url}", self._url) from error
@@ -174,8 +179,9 @@ class S3Store:
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
         check_key(key)
         check_size(key, data)
-        body = bytes(data) if isinstance(data, memoryview) else data  # the SDK takes no views
-        checksum = base64.b64encode(hashlib.sha256(body).digest() if sha256 is None else sha256).decode()
+        body = memoryview(data).cast("B")
+        digest = hashlib.sha256(body).digest() if sha256 is None else sha256
+        checksum = base64.b64encode(digest).decode()
 
         def put() -> bool:
             try:
@@ -184,18 +190,18 @@ class S3Store:
                     f"creating {key!r}",
                     key,
                     Key=self._root + key,
-                    Body=body,
+                    Body=self._body(body),
                     IfNoneMatch="*",
                     ChecksumSHA256=checksum,
                 )
             except _Lost:
                 gone = StoreUnavailable(f"creating {key!r}: {self._url} has such an object, but does not show it")
-                return self._made(key, body, gone)
+                return self._made(key, body, digest, gone)
             except _Mismatch:
                 check_sha256(key, body, sha256)  # ours to say, where the caller's digest is wrong
                 raise StoreUnavailable(f"creating {key!r}: {self._url} received other bytes than were sent") from None
             except StoreUnavailable as unclear:
-                return self._made(key, body, unclear)
+                return self._made(key, body, digest, unclear)
             if answer.get("ChecksumSHA256", checksum) != checksum:
                 raise StoreUnavailable(f"creating {key!r}: {self._url} says that it stored other bytes than were sent")
             return True
@@ -236,6 +242,26 @@ class S3Store:
             if length == 0:
                 return b""
         return self._retry.run(f"reading {key!r}", lambda: self._get(key, begin, length, max_bytes))
+
+    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
+        check_key(key)
+        if first < 0:
+            raise Damaged(f"object {key!r}: bytes from {first} on cannot be read")
+        if out.nbytes == 0:
+            self.get(key, first=first, length=0)
+        else:
+            self._retry.run(f"reading {key!r}", lambda: self._read_into(key, first, out.cast("B")))
+
+    def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
+        check_key(key)
+        body = memoryview(data).cast("B")
+        try:
+            return self._retry.run(f"looking at {key!r}", lambda: self._holds(key, body, sha256))
+        except NotFound:
+            return False
+
+    def limit(self, bytes_per_s: float | None) -> None:
+        self._rate = Rate(bytes_per_s) if bytes_per_s else None
 
     def head(self, key: str) -> Info | None:
         check_key(key)
@@ -412,17 +438,50 @@ class S3Store:
             return data[begin : begin + length]
         return data
 
-    def _holds(self, key: str, body: bytes | bytearray) -> bool:
-        """Whether the object that is there has exactly these bytes; NotFound where there is none."""
-        answer = self._ask("head_object", f"looking at {key!r}", key, Key=self._root + key)
-        if self._size(key, answer) != len(body):
+    def _body(self, data: memoryview) -> bytes | Outgoing:
+        """What the SDK sends: small data as it is, signed; large data without a copy, under its checksum (signed)."""
+        return bytes(data) if data.nbytes < PACED_BYTES else Outgoing(data, self._rate, self._read_s)
+
+    def _read_into(self, key: str, begin: int, out: memoryview) -> None:
+        what, length = f"reading {key!r}", out.nbytes
+        span = f"bytes={begin}-{begin + length - 1}"
+        answer = self._ask("get_object", what, key, Key=self._root + key, Range=span)
+        body = answer["Body"]
+        try:
+            told = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            odd = told == 200 and not answer.get("ContentRange")  # a server that ignores Range, or a page of HTML
+            size = None if answer.get("ContentLength") is None else int(answer["ContentLength"])
+            if not odd and size is not None and size != length:
+                raise Damaged(
+                    f"object {key!r}: {length} bytes from byte {begin} on were asked for, {size} came: it was cut short"
+                )
+            have = 0 if odd else read_into(body, out, self._read_s)
+        except FOREIGN as error:
+            raise translate(error, what, self._url, key) from error
+        finally:
+            body.close()
+        if odd:
+            out[:] = self._get(key, begin, length, None)
+        elif have != length:
+            raise StoreUnavailable(f"{what}: {self._url} promised {length} bytes and sent {have}")
+
+    def _holds(self, key: str, body: memoryview, sha256: bytes) -> bool:
+        """Whether the object that is there has exactly these bytes; NotFound where there is none. A large one is not
+        read where the store tells the SHA-256 that it had when it took it.
+        """
+        large = {"ChecksumMode": "ENABLED"} if body.nbytes >= PACED_BYTES else {}
+        answer = self._ask("head_object", f"looking at {key!r}", key, Key=self._root + key, **large)
+        if self._size(key, answer) != body.nbytes:
             return False
+        kept = answer.get("ChecksumSHA256") if large else None
+        if kept is not None:
+            return str(kept) == base64.b64encode(sha256).decode()
         return self._get(key, 0, None, None) == body
 
-    def _made(self, key: str, body: bytes | bytearray, unclear: StoreUnavailable) -> bool:
+    def _made(self, key: str, body: memoryview, sha256: bytes, unclear: StoreUnavailable) -> bool:
         """After an unclear answer: whether the object is ours; ``unclear`` where there is none: it is tried again."""
         try:
-            return self._holds(key, body)
+            return self._holds(key, body, sha256)
         except NotFound:
             raise unclear from None
 

@@ -29,6 +29,7 @@ from checkpoint.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from checkpoint.store.limits import deadline
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -124,7 +125,9 @@ NOT_S3 = "what answers there is not S3 (a proxy, a login page, a web console?): 
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how long one call is tried: at most ``attempts``, none begun after ``deadline_s``."""
+    """How often and how long one call is tried: at most ``attempts``, none begun after ``deadline_s`` or the thread's
+    deadline (``limits.until``).
+    """
 
     attempts: int = 6
     first_s: float = 0.1  # the wait before the second attempt is up to this, then twice as long each time ...
@@ -136,7 +139,10 @@ class Retry:
 
     def run(self, what: str, call: Callable[[], T]) -> T:
         """The call's result; StoreUnavailable of the last attempt where none succeeded."""
-        end = self.clock() + self.deadline_s
+        last = deadline()
+        if time.monotonic() >= last:
+            raise StoreUnavailable(f"{what}: the time that this was given is over")
+        end = min(self.clock() + self.deadline_s, last)
         for attempt in range(1, self.attempts + 1):
             try:
                 return call()

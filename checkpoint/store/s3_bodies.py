@@ -1,0 +1,78 @@
+"""Bodies of S3 requests, without copies: slices of the caller's memory go out, what comes in is written where it is
+wanted. The SDK would read a body in pieces of 16 KiB, after a copy; ``hand_over`` puts an iterator in its place.
+
+A slice is sent under a time-out of its own (a socket's time-out is of one whole ``sendall``), and the request as a whole
+under ``limits.Course``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import botocore.config
+
+from checkpoint.store.limits import SLICE_BYTES, Course, Rate
+
+
+class Outgoing:
+    """A body as the SDK takes it for a file, and as the connection takes it: iterated, once each time that it is sent.
+
+    With a file for a body the SDK asks the server first (``Expect: 100-continue``): an object whose name is taken is
+    then refused before its bytes are sent.
+    """
+
+    def __init__(self, data: memoryview, rate: Rate | None, grace_s: float) -> None:
+        self.view = data.cast("B")
+        self._rate, self._grace_s = rate, grace_s
+
+    def read(self, _: int = -1) -> bytes:
+        raise AssertionError("hand_over has the connection iterate it")
+
+    def slices(self) -> Iterator[memoryview]:
+        course = Course(self._grace_s)
+        for at in range(0, self.view.nbytes, SLICE_BYTES):
+            piece = self.view[at : at + SLICE_BYTES]
+            course.moved(0, self._rate.take(piece.nbytes) if self._rate is not None else 0.0)
+            yield piece
+            course.moved(piece.nbytes)
+
+
+class _Slices:
+    """Without ``read``, which the connection would prefer, in pieces of its own."""
+
+    def __init__(self, body: Outgoing) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self._body.slices()
+
+
+def hand_over(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    """``before-call`` of PutObject: the real body, and its length, which nobody else can tell.
+
+    Its SHA-256 is in a header, which is signed and which the server checks: the SDK need not hash it once more.
+    """
+    body = params.get("body")
+    if isinstance(body, Outgoing):
+        params["body"] = _Slices(body)
+        params["headers"]["Content-Length"] = str(body.view.nbytes)
+        own = context["client_config"]
+        unsigned = botocore.config.Config(s3={**(own.s3 or {}), "payload_signing_enabled": False})
+        context["client_config"] = own.merge(unsigned)
+
+
+def read_into(body: Any, out: memoryview, grace_s: float) -> int:
+    """Bytes of an answer's body (``StreamingBody``) into ``out``, in order; how many came before it ended or was full."""
+    course = Course(grace_s)
+    stream = getattr(body, "_raw_stream", None)
+    read = getattr(stream, "read1", None) or body.read  # one read of the socket, not as many as fill the slice
+    have = 0
+    while have < out.nbytes:
+        piece = read(min(SLICE_BYTES, out.nbytes - have))
+        if not piece:
+            break
+        out[have : have + len(piece)] = piece
+        have += len(piece)
+        course.moved(len(piece))
+    return have
