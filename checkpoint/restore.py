@@ -8,6 +8,7 @@ manifest before a byte of it counts. Damaged names the object.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _joined(chunk: int, wanted: Sequence[Placement]) -> Iterator[ChunkRead]:
     first = end = waste = 0
     for w in sorted(wanted, key=lambda w: w.piece.offset):
         gap = w.piece.offset - end
-        if held and (gap > GAP_BYTES or (waste + gap) * WASTE > end - first - waste):
+        if held and (gap < 0 or gap > GAP_BYTES or (waste + gap) * WASTE > end - first - waste):
             yield ChunkRead(chunk, first, end - first, tuple(held))
             held = []
         if not held:
@@ -151,6 +152,9 @@ def restore_slots(
             for future in futures:
                 if not future.cancelled():
                     future.exception()  # nobody writes into the slots any more
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         for view in views:
             view.release()
@@ -160,16 +164,32 @@ def restore_slots(
     log.info("restored step %d: %d bytes in %d reads", info.step, size, len(reads), extra={"epoch": epoch})
 
 
+def _let_go(error: BaseException | None) -> None:
+    """What the frames of an error hold of the slots: they could not be closed as long as somebody has the error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[memoryview]) -> None:
+    """One read, straight to where it is wanted; what several ranks keep is copied from the first one's."""
     chunk = manifest.chunks[read.chunk]
     key = keys.run_key(manifest.run, chunk.name)
+    places: list[memoryview] = []
+    end = read.first
+    for wanted in read.wanted:
+        if wanted.piece.offset > end:
+            places.append(memoryview(bytearray(wanted.piece.offset - end)))
+        target, offset = wanted.to[0]
+        places.append(views[target][offset : offset + wanted.piece.bytes])
+        end = wanted.piece.offset + wanted.piece.bytes
     try:
-        data = memoryview(store.get(key, first=read.first, length=read.length))
+        store.read_into(key, places, first=read.first)
     except NotFound as error:
         raise Damaged(f"chunk {key}: the manifest of step {manifest.step} names it, but it is gone") from error
     for wanted in read.wanted:
-        piece = wanted.piece
-        own = data[piece.offset - read.first : piece.offset - read.first + piece.bytes]
+        piece, (first, begin) = wanted.piece, wanted.to[0]
+        own = views[first][begin : begin + piece.bytes]
         at = wrong_block(own, piece.leaves)
         if at is not None:
             name = manifest.tensors[piece.tensor].name
@@ -177,5 +197,5 @@ def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[mem
                 f"chunk {key}: {KINDS[piece.kind]} of tensor {name}, elements from {piece.first + at // 4} on, "
                 "is not what was saved"
             )
-        for target, offset in wanted.to:
+        for target, offset in wanted.to[1:]:
             views[target][offset : offset + piece.bytes] = own

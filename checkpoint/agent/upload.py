@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 from checkpoint import keys, pages
 from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
-from checkpoint.chunks import Chunk, ChunkPlan, Piece, Segment, Tensor, chunk_pieces, plan_chunks
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.digest import KINDS
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.layout import PlanLayout, RankLayout
@@ -84,6 +85,24 @@ def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
     except StoreError as error:
         log.warning("the nodes cannot agree on a snapshot now: %s", error)
     return chosen
+
+
+_SCRATCH = threading.local()
+
+
+def _together(plan: ChunkPlan, data: memoryview) -> memoryview:
+    """A chunk's bytes: the slot's own where its segments lie side by side there, else copied into this thread's."""
+    begin, end = plan.segments[0].source, plan.segments[-1].source + plan.segments[-1].bytes
+    if end - begin == plan.bytes and all(a.source + a.bytes == b.source for a, b in pairwise(plan.segments)):
+        return data[begin:end]
+    scratch: bytearray | None = getattr(_SCRATCH, "bytes", None)
+    if scratch is None or len(scratch) < plan.bytes:
+        scratch = _SCRATCH.bytes = bytearray(max(plan.bytes, MAX_CHUNK_BYTES))
+    view, at = memoryview(scratch)[: plan.bytes], 0
+    for s in plan.segments:
+        view[at : at + s.bytes] = data[s.source : s.source + s.bytes]
+        at += s.bytes
+    return view
 
 
 class Uploader:
@@ -382,22 +401,11 @@ class Uploader:
         if not self._wanted(source):
             raise Abandoned
         slot = source.table.slots[rank][seen.index]
-        with slot.data() as data:
-            if len(plan.segments) == 1:
-                only = plan.segments[0]
-                view = data[only.source : only.source + only.bytes]
-            else:
-                gathered = bytearray(plan.bytes)
-                at = 0
-                for s in plan.segments:
-                    gathered[at : at + s.bytes] = data[s.source : s.source + s.bytes]
-                    at += s.bytes
-                view = memoryview(gathered)
-            with view:
-                name = keys.chunk_name(step, source.epoch, rank, self._incarnation, plan.index)
-                pieces = chunk_pieces(plan, view)
-                chunk = Chunk.of(name, view)
-                slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
-                if not self._store.create(keys.run_key(self._run, name), view, sha256=chunk.sha256):
-                    raise SlotChanged(f"object {name} is there with other bytes")
+        with slot.data() as data, _together(plan, data) as view:
+            name = keys.chunk_name(step, source.epoch, rank, self._incarnation, plan.index)
+            pieces = chunk_pieces(plan, view)
+            chunk = Chunk.of(name, view)
+            slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
+            if not self._store.create(keys.run_key(self._run, name), view, sha256=chunk.sha256):
+                raise SlotChanged(f"object {name} is there with other bytes")
         return chunk, pieces

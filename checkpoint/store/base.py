@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -98,9 +98,9 @@ class Store(Protocol):
         NotFound where there is none; Damaged where it is larger than ``max_bytes`` or the range is not inside it.
         """
 
-    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
-        """Fill ``out`` with the bytes from ``first`` on, without another copy of them. As ``get``; what ``out`` holds
-        after an error is nothing.
+    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
+        """Fill these, one after the other, with the bytes from ``first`` on, without another copy of them. As ``get``;
+        after an error they hold nothing that counts.
         """
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:

@@ -19,7 +19,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
@@ -172,16 +172,18 @@ class FileStore:
             raise _shorter(key, path)
         return data
 
-    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
-        path, count, have = self._path(key), out.nbytes, 0
+    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
+        path, at = self._path(key), first
         try:
             with open(path, "rb", buffering=0) as file:
-                window(key, os.fstat(file.fileno()).st_size, None, first, count)
-                while have < count:
-                    came = os.preadv(file.fileno(), [out[have : have + _PIECE]], first + have)
-                    if came == 0:
-                        raise _shorter(key, path)
-                    have += came
+                window(key, os.fstat(file.fileno()).st_size, None, first, sum(view.nbytes for view in out))
+                for view in out:
+                    rest = view.cast("B")
+                    while rest.nbytes:
+                        came = os.preadv(file.fileno(), [rest[:_PIECE]], at)
+                        if came == 0:
+                            raise _shorter(key, path)
+                        rest, at = rest[came:], at + came
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(key, self.describe()) from error
         except OSError as error:
@@ -343,7 +345,8 @@ class FileStore:
 
 def _shorter(key: str, path: Path) -> Damaged:
     return Damaged(
-        f"object {key!r}: its file {path} became shorter while it was read; objects never change: who else writes there?"
+        f"object {key!r}: its file {path} became shorter while it was read; objects never change: who else writes "
+        "there?"
     )
 
 

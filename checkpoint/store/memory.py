@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound
@@ -65,8 +65,11 @@ class MemoryStore:
         begin, size = window(key, len(data), max_bytes, first, length)
         return data[begin : begin + size]
 
-    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
-        out[:] = self.get(key, first=first, length=out.nbytes)
+    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
+        data, at = self.get(key, first=first, length=sum(view.nbytes for view in out)), 0
+        for view in out:
+            view[:] = data[at : at + view.nbytes]
+            at += view.nbytes
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         check_key(key)

@@ -22,7 +22,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -243,14 +243,15 @@ class S3Store:
                 return b""
         return self._retry.run(f"reading {key!r}", lambda: self._get(key, begin, length, max_bytes))
 
-    def read_into(self, key: str, out: memoryview, *, first: int = 0) -> None:
+    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
         check_key(key)
         if first < 0:
             raise Damaged(f"object {key!r}: bytes from {first} on cannot be read")
-        if out.nbytes == 0:
+        length = sum(view.nbytes for view in out)
+        if length == 0:
             self.get(key, first=first, length=0)
         else:
-            self._retry.run(f"reading {key!r}", lambda: self._read_into(key, first, out.cast("B")))
+            self._retry.run(f"reading {key!r}", lambda: self._read_into(key, first, length, out))
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         check_key(key)
@@ -442,8 +443,8 @@ class S3Store:
         """What the SDK sends: small data as it is, signed; large data without a copy, under its checksum (signed)."""
         return bytes(data) if data.nbytes < PACED_BYTES else Outgoing(data, self._rate, self._read_s)
 
-    def _read_into(self, key: str, begin: int, out: memoryview) -> None:
-        what, length = f"reading {key!r}", out.nbytes
+    def _read_into(self, key: str, begin: int, length: int, out: Sequence[memoryview]) -> None:
+        what = f"reading {key!r}"
         span = f"bytes={begin}-{begin + length - 1}"
         answer = self._ask("get_object", what, key, Key=self._root + key, Range=span)
         body = answer["Body"]
@@ -461,7 +462,10 @@ class S3Store:
         finally:
             body.close()
         if odd:
-            out[:] = self._get(key, begin, length, None)
+            data, at = self._get(key, begin, length, None), 0
+            for view in out:
+                view[:] = data[at : at + view.nbytes]
+                at += view.nbytes
         elif have != length:
             raise StoreUnavailable(f"{what}: {self._url} promised {length} bytes and sent {have}")
 

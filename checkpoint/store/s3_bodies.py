@@ -1,18 +1,20 @@
 """Bodies of S3 requests, without copies: slices of the caller's memory go out, what comes in is written where it is
 wanted. The SDK would read a body in pieces of 16 KiB, after a copy; ``hand_over`` puts an iterator in its place.
 
-A slice is sent under a time-out of its own (a socket's time-out is of one whole ``sendall``), and the request as a whole
-under ``limits.Course``.
+A slice is sent under a time-out of its own (a socket's time-out is of one whole ``sendall``), and the request as a
+whole under ``limits.Course``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import botocore.config
 
 from checkpoint.store.limits import SLICE_BYTES, Course, Rate
+
+READ_BYTES = 256 << 10
 
 
 class Outgoing:
@@ -62,17 +64,20 @@ def hand_over(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None
         context["client_config"] = own.merge(unsigned)
 
 
-def read_into(body: Any, out: memoryview, grace_s: float) -> int:
-    """Bytes of an answer's body (``StreamingBody``) into ``out``, in order; how many came before it ended or was full."""
+def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
+    """An answer's body (``StreamingBody``) into these, in order; how many bytes came until it ended or all are full."""
     course = Course(grace_s)
     stream = getattr(body, "_raw_stream", None)
     read = getattr(stream, "read1", None) or body.read  # one read of the socket, not as many as fill the slice
     have = 0
-    while have < out.nbytes:
-        piece = read(min(SLICE_BYTES, out.nbytes - have))
-        if not piece:
-            break
-        out[have : have + len(piece)] = piece
-        have += len(piece)
-        course.moved(len(piece))
+    for view in out:
+        at = 0
+        while at < view.nbytes:
+            piece = read(min(READ_BYTES, view.nbytes - at))
+            if not piece:
+                return have
+            view[at : at + len(piece)] = piece
+            at += len(piece)
+            have += len(piece)
+            course.moved(len(piece))
     return have

@@ -6,6 +6,7 @@ import http.client
 import inspect
 import io
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from checkpoint.errors import (
 )
 from checkpoint.probe import probe
 from checkpoint.store import open_store
+from checkpoint.store.limits import until
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import FOREIGN, Retry, translate
 from tests.support.hostile_s3 import Fault, HostileS3, Length, hostile_s3
@@ -140,6 +142,21 @@ def test_the_deadline_bounds_the_attempts() -> None:
     with pytest.raises(StoreUnavailable):
         retry.run("calling", call)
     assert len(calls) == 4  # none begins after the deadline
+
+
+def test_nothing_is_asked_for_when_the_time_is_over(peer: HostileS3) -> None:
+    """The thread's deadline ends retries too, whatever the store's own would still allow."""
+    store = client(peer, attempts=100)
+    with until(time.monotonic() - 1.0):
+        for ask in (lambda: store.create(KEY, b"late"), lambda: store.get(KEY), lambda: store.head(KEY)):
+            with pytest.raises(StoreUnavailable, match="time that this was given is over"):
+                ask()
+    assert peer.requests == []
+    peer.faults.extend(["503"] * 100)
+    with until(time.monotonic() + 0.2), pytest.raises(StoreUnavailable):
+        client(peer, attempts=10_000).create(KEY, b"x")
+    peer.faults.clear()
+    assert store.create(KEY, b"in time")
 
 
 @pytest.mark.parametrize("faults", [["500"], ["reset", "503"], ["short"], ["short", "short"]], ids="+".join)

@@ -82,6 +82,47 @@ def test_ranges(store: Store) -> None:
             store.get(KEY, first=first, length=length)
 
 
+def test_reads_go_where_they_are_wanted(store: Store) -> None:
+    data = bytes(range(256)) * 5000
+    assert store.create("runs/r/chunks/a", data, sha256=hashlib.sha256(data).digest())
+    memory = bytearray(len(data))
+    views = [memoryview(memory)[at : at + 300_001] for at in range(0, len(data), 300_001)]
+    store.read_into("runs/r/chunks/a", [*views, memoryview(bytearray())])
+    assert memory == data
+    some = bytearray(7)
+    store.read_into("runs/r/chunks/a", [memoryview(some)[:3], memoryview(some)[3:]], first=259)
+    assert some == data[259:266]
+    for first, length in ((len(data) - 6, 7), (-1, 3), (len(data) + 1, 1)):
+        with pytest.raises(Damaged):
+            store.read_into("runs/r/chunks/a", [memoryview(bytearray(length))], first=first)
+    with pytest.raises(NotFound):
+        store.read_into("runs/none", [memoryview(some)])
+
+
+@pytest.mark.parametrize("size", [0, 1000, 2 << 20])
+def test_whether_it_holds_these_bytes(store: Store, size: int) -> None:
+    data = bytes(range(250)) * (size // 250)
+    digest = hashlib.sha256(data).digest()
+    assert not store.holds(KEY, data, sha256=digest)
+    assert store.create(KEY, data, sha256=digest)
+    assert store.holds(KEY, data, sha256=digest)
+    other = (b"x" if data[:1] != b"x" else b"y") + data[1:]
+    assert not store.holds(KEY, other, sha256=hashlib.sha256(other).digest())
+    assert not store.holds(KEY, data + b"!", sha256=hashlib.sha256(data + b"!").digest())
+    assert store.create(KEY, other) is False
+    assert store.create(KEY, data, sha256=digest) is True
+
+
+def test_large_objects_under_a_bandwidth_cap(store: Store) -> None:
+    """They arrive whole; how fast, is said in test_limits.py."""
+    data = memoryview(bytearray(range(256)) * 9000)
+    store.limit(1e9)
+    assert store.create(KEY, data, sha256=hashlib.sha256(data).digest())
+    assert store.get(KEY) == data
+    store.limit(None)
+    assert store.create(KEY + "1", data)
+
+
 def test_size_limit(store: Store) -> None:
     store.create(KEY, bytes(100))
     assert len(store.get(KEY, max_bytes=100)) == 100
