@@ -167,6 +167,37 @@ def export(run: str, output: str, step: int | None, store: str | None) -> int:
     return 0
 
 
+@ckpt.command()
+@click.argument("store_url", metavar="STORE_URL", required=False)
+@click.option("--mb", type=click.IntRange(8, 65536), default=64, show_default=True, help="Written to find the speed.")
+@json_option
+def doctor(store_url: str | None, mb: int, as_json: bool) -> int:
+    """Ask a store what it is good for: STORE_URL, else HOTSTAGE_STORE.
+
+    \b
+    It is asked as whoever calls: what races of writers, conditions, listings, ranges, checksums and its clock are like,
+    which rights there are, how fast it is. Its probe objects are removed again where these rights allow.
+    Exits 0 where nothing is bad, else 78.
+    """
+    from dataclasses import asdict
+
+    from checkpoint.doctor import Effort, examine_store
+    from flows.cli.doctor import tell_checks
+    from flows.drive.train import store_at
+
+    found = examine_store(store_at(store_url), Effort(data_bytes=mb << 20))
+    if as_json:
+        show({**asdict(found), "ok": found.ok})
+        return 0 if found.ok else 78
+    code = tell_checks(found.findings, as_json)
+    for mark, uses in (("good for", found.good_for), ("not for", found.bad_for)):
+        for use in uses:
+            say(f"{mark:>8}  {use}")
+    if found.left:
+        say(f"{found.left} probe objects stay under probe/: this identity cannot delete them")
+    return code
+
+
 @click.command()
 @click.argument("run")
 @click.option("--prompt", required=True, help="The text to continue.")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import click
 
 from flows.cli.main import json_option, say, show
-
-if TYPE_CHECKING:
-    from k8s.doctor import Check
 
 _MARKS = {"ok": "ok     ", "warn": "warning", "bad": "BAD    ", "unknown": "?      "}
 
@@ -28,7 +25,25 @@ def doctor(as_json: bool) -> int:
     return tell_checks(examine_machine(), as_json)
 
 
-def tell_checks(checks: Sequence[Check], as_json: bool) -> int:
+class Told(Protocol):
+    """What a doctor found: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def verdict(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def mend(self) -> str: ...
+
+
+def tell_checks(checks: Sequence[Told], as_json: bool) -> int:
     """What a doctor found, for people or programs; its exit code."""
     if as_json:
         show([asdict(check) for check in checks])

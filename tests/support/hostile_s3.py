@@ -1,21 +1,25 @@
 """A small HTTP server that speaks enough S3 to be misbehaved: the peer that a careful client must survive.
 
 It keeps objects in memory and takes any signature. ``ignore_conditions`` makes it answer 200 to a conditional write
-that must fail, as some servers do; ``faults`` are taken one a request (that ``applies``) before it answers properly.
+that must fail, as some servers do; ``faults`` are taken one a request (that ``applies``) before it answers properly;
+``lies`` are what it does wrong all the time without saying so.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, unquote_plus, urlsplit
 
 Fault = Literal[
     "reset",  # the connection is reset before anything is done
@@ -37,6 +41,25 @@ Fault = Literal[
     "html",  # 200 with a page of HTML: a login page answers instead
     "expired",  # the session token has expired (a HEAD has no body that says so)
 ]
+Lie = Literal[
+    "races",  # looks whether there is an object, and writes it some time after
+    "changes",  # a create that it calls lost changes the object
+    "unlisted",  # the newest object is not in listings yet
+    "hidden",  # an object is shown from the second look on
+    "order",  # lists without regard to letters' case
+    "case",  # names without regard to letters' case
+    "plus",  # a + in a name is a blank
+    "ranges",  # one byte further
+    "beyond",  # a range that does not fit is filled up with zeros
+    "unchecked",  # does not compare digests
+    "keeps",  # refuses what does not have its digest, and keeps it
+    "stale",  # an object that was replaced is read as it was
+    "ahead",  # its clock is an hour ahead
+    "timeless",  # does not say when an object was written
+    "undead",  # says that it has deleted
+    "empty",  # keeps no object without bytes
+    "flips",  # a bit of what is read is another one
+]
 Length = Literal[
     "told",
     "chunked",  # no Content-Length: in chunks
@@ -50,6 +73,13 @@ class HostileS3:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.lies: set[Lie] = set()
+        self.denies: set[str] = set()  # methods that answer AccessDenied, LIST among them
+        self.old: dict[str, bytes] = {}  # what was replaced
+        self.looked: set[str] = set()  # names that were asked for since they are there
+        self.written: dict[str, float] = {}
+        self.meeting = threading.Barrier(2)  # of writers of one object, where it lies about races, ...
+        self.racing = "race"  # ... if its name holds this
         self.ignore_conditions = False
         self.length: Length = "told"  # of answers to GET and HEAD
         self.ignore_range = False
@@ -74,6 +104,7 @@ def hostile_s3() -> Iterator[HostileS3]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # an answer's head and body are two writes
 
         def log_message(self, format: str, *args: object) -> None:
             return
@@ -136,13 +167,44 @@ def hostile_s3() -> Iterator[HostileS3]:
                 return state.faults.popleft() if state.faults and self.command in state.applies else None
 
         def key(self) -> str:
-            return unquote(urlsplit(self.path).path).removeprefix("/bucket/")
+            path = urlsplit(self.path).path
+            key = (unquote_plus(path.replace("%2B", "+")) if "plus" in state.lies else unquote(path)).removeprefix(
+                "/bucket/"
+            )
+            return key.lower() if "case" in state.lies else key
+
+        def denied(self, what: str) -> bool:
+            if what in state.denies:
+                self.error(403, "AccessDenied")
+            return what in state.denies
+
+        def wrong_digest(self, body: bytes) -> bool:
+            told = self.headers.get("x-amz-checksum-sha256")
+            return (
+                told is not None
+                and "unchecked" not in state.lies
+                and told != base64.b64encode(hashlib.sha256(body).digest()).decode()
+            )
+
+        def keep(self, key: str, body: bytes) -> None:
+            """The object, and when it was written; the lock is held."""
+            if "stale" in state.lies and key in state.objects:
+                state.old[key] = state.objects[key]
+            if "empty" in state.lies and not body:
+                return
+            state.objects[key] = body
+            state.written[key] = time.time() + (3600 if "ahead" in state.lies else 0)
 
         def do_PUT(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
             fault = self.next_fault()
-            if self.odd(fault):
+            if self.odd(fault) or self.denied("PUT"):
                 return None
+            if self.wrong_digest(body):
+                if "keeps" in state.lies:
+                    with state.lock:
+                        self.keep(self.key(), body)
+                return self.error(400, "BadDigest")
             conditional = self.headers.get("If-None-Match") == "*" and not state.ignore_conditions
             if fault == "reset":
                 return self.reset()
@@ -162,8 +224,13 @@ def hostile_s3() -> Iterator[HostileS3]:
                     lost = False
                 else:
                     lost = conditional and self.key() in state.objects
-                    if not lost:
-                        state.objects[self.key()] = body
+                    if "races" in state.lies and not lost and state.racing in self.key():
+                        state.lock.release()
+                        with contextlib.suppress(threading.BrokenBarrierError):
+                            state.meeting.wait(5)
+                        state.lock.acquire()
+                    if not lost or "changes" in state.lies:
+                        self.keep(self.key(), body)
             if fault == "done-reset":
                 return self.reset()
             if fault == "done-hang":
@@ -183,7 +250,7 @@ def hostile_s3() -> Iterator[HostileS3]:
 
         def do_GET(self) -> None:
             fault = self.next_fault()
-            if self.odd(fault):
+            if self.odd(fault) or self.denied("LIST" if "list-type" in self.path else "GET"):
                 return None
             if fault == "reset":
                 return self.reset()
@@ -193,15 +260,23 @@ def hostile_s3() -> Iterator[HostileS3]:
             with state.lock:
                 if "list-type" in query:
                     prefix = query.get("prefix", [""])[0]
-                    names = sorted(name for name in state.objects if name.startswith(prefix) and state.lists)
+                    shown = list(state.objects)[: -1 if "unlisted" in state.lies else None]
+                    names = sorted(name for name in shown if name.startswith(prefix) and state.lists)
+                    if "order" in state.lies:
+                        names.sort(key=str.lower)
                     rows = "".join(
-                        f"<Contents><Key>{n}</Key><Size>{len(state.objects[n])}</Size></Contents>" for n in names
+                        f"<Contents><Key>{n}</Key><Size>{len(state.objects[n])}</Size>{self.when(n)}</Contents>"
+                        for n in names
                     )
                     text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>"
                     return self.answer(200, text.encode(), {"Content-Type": "application/xml"})
                 data = state.objects.get(self.key())
+                if "stale" in state.lies:
+                    data = state.old.pop(self.key(), data)
             if data is None:
                 return self.error(404, "NoSuchKey")
+            if "flips" in state.lies and len(data) > 1 << 16:
+                data = data[:-1] + bytes([data[-1] ^ 1])
             if fault == "short":
                 self.answer(200, data[: len(data) // 2], promise=len(data))
                 self.close_connection = True
@@ -210,6 +285,10 @@ def hostile_s3() -> Iterator[HostileS3]:
             if wanted is None or state.ignore_range:
                 return self.answer(200, data, self.tag(data))
             first, last = (int(x) for x in wanted.removeprefix("bytes=").split("-"))
+            if "ranges" in state.lies:
+                data = data[1:] + data[:1]
+            if "beyond" in state.lies:
+                data = data.ljust(last + 1, b"\0")
             if first >= len(data):
                 return self.error(416, "InvalidRange")
             last = min(last, len(data) - 1)
@@ -217,15 +296,36 @@ def hostile_s3() -> Iterator[HostileS3]:
                 206, data[first : last + 1], self.tag(data) | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
             )
 
+        def when(self, key: str) -> str:
+            if "timeless" in state.lies or key not in state.written:
+                return ""
+            at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(state.written[key]))
+            return f"<LastModified>{at}</LastModified>"
+
+        def do_DELETE(self) -> None:
+            if self.odd(self.next_fault()) or self.denied("DELETE"):
+                return None
+            if "undead" not in state.lies:
+                with state.lock:
+                    state.objects.pop(self.key(), None)
+            return self.answer(204)
+
         def do_HEAD(self) -> None:
             fault = self.next_fault()
-            if self.odd(fault):
+            if self.odd(fault) or self.denied("GET"):
                 return None
             if fault in ("500", "503"):
                 return self.answer(int(fault))
             with state.lock:
                 data = state.objects.get(self.key())
-            return self.answer(404) if data is None else self.answer(200, data, self.tag(data))
+                if "hidden" in state.lies and data is not None and self.key() not in state.looked:
+                    state.looked.add(self.key())
+                    data = None
+            if data is None:
+                return self.answer(404)
+            at = state.written.get(self.key())
+            said = {} if at is None or "timeless" in state.lies else {"Last-Modified": formatdate(at, usegmt=True)}
+            return self.answer(200, data, self.tag(data) | said)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -131,7 +131,7 @@ def s3_server(folder: Path, host: str = "127.0.0.1", *, access_log: Path | None 
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     for attempt in range(5):  # a port that was free may be taken meanwhile
@@ -223,7 +223,7 @@ def _free_ports(host: str, count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when the test run itself is killed
 
 
