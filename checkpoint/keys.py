@@ -22,6 +22,7 @@
     .../<epoch>/addresses                                 where all do, put together for the others (agent/meet.py)
     .../<epoch>/upload/last                               the snapshot that all nodes upload (agent/upload.py)
     .../<epoch>/{metrics,logs/<rank>,trace}/...           what people watch (agent/output.py)
+    .../collected                                         the collector's last pass (collect/collector.py)
 
 ``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6; below ``live/`` as they come.
 """
@@ -112,6 +113,11 @@ def curve_key(run: str) -> str:
     return live_key(run, "curve")
 
 
+def collected_key(run: str) -> str:
+    """Of what the collector's last pass left."""
+    return live_key(run, "collected")
+
+
 def launch_key(run: str, launch: str) -> str:
     """Of the claim of a launch."""
     return live_key(run, "launch", launch)
@@ -158,9 +164,14 @@ def segment_key(run: str, epoch: int, number: int) -> str:
     return metrics_prefix(run, epoch) + f"{number:010d}"
 
 
+def outputs_prefix(run: str, epoch: int) -> str:
+    """Of the rings of all ranks."""
+    return live_key(run, epoch, "logs") + "/"
+
+
 def output_prefix(run: str, epoch: int, rank: int) -> str:
     """Of the ring that holds the end of a rank's output."""
-    return live_key(run, epoch, "logs", rank) + "/"
+    return f"{outputs_prefix(run, epoch)}{rank}/"
 
 
 def traces_prefix(run: str, epoch: int) -> str:
@@ -199,6 +210,27 @@ def page_name(manifest: str, label: str, index: int) -> str:
 def chunk_name(step: int, epoch: int, rank: int, incarnation: str, index: int) -> str:
     """Of a chunk, relative to the run; the incarnation (letters and digits) makes an agent's names its own."""
     return f"chunks/{point(step, epoch)}/{rank:06d}-{incarnation}-{index:06d}"
+
+
+_POINT = r"(\d{12,})-(\d{8,})"
+_OF_POINT = re.compile(
+    rf"chunks/{_POINT}/\d{{6,}}-[A-Za-z0-9]+-\d{{6,}}\Z"
+    rf"|manifests/{_POINT}/(?:manifest|parts/\d{{5,}}|pages/[A-Za-z0-9-]+-\d{{5,}})\Z"
+)
+
+
+def point_of(name: str) -> tuple[int, int] | None:
+    """Step and epoch of the checkpoint to which this object (relative to the run) belongs, by its name alone; None
+    where it is no name that `chunk_name`, `part_name`, `manifest_name` or `page_name` gives.
+
+    >>> point_of("chunks/000000000050-00000003/000000-i1-000000"), point_of("chunks/mine")
+    ((50, 3), None)
+    """
+    found = _OF_POINT.match(name)
+    if found is None:
+        return None
+    step, epoch = (int(digits) for digits in found.groups() if digits is not None)
+    return (step, epoch) if f"/{point(step, epoch)}/" in name else None
 
 
 _RELATIVE = re.compile(r"(chunks|manifests|folds)(/[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,199}){1,4}\Z")

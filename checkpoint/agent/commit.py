@@ -229,8 +229,8 @@ def commit(
     """Commit the checkpoint of this step if every part is there; None where one is missing.
 
     ``known``: the parts that were read before, to which those found now are added. Returns a state of the log in which
-    the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds the run, Damaged where the parts do
-    not fit together, StoreError.
+    the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds the run or the collector has given
+    the step up, Damaged where the parts do not fit together, StoreError.
     """
     run, store = run_log.run, run_log.store
     parts = {} if known is None else known
@@ -248,6 +248,8 @@ def commit(
         raise Damaged(f"manifest {keys.run_key(run, name)} is there with other bytes than its parts give")
     body = checkpoint_body(manifest, root)
     while state.find(step, epoch) is None:
+        if (step, epoch) in state.abandoned:
+            raise Halted(f"step {step} was given up by the collector: newer ones were committed before it", state)
         try:
             state = run_log.append("checkpoint", body, state, epoch=epoch)
         except Conflict as conflict:

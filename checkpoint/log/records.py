@@ -28,10 +28,9 @@ KINDS = ("attempt", "checkpoint", "damaged", "intervention", "pin", "unpin", "to
 Body = Mapping[str, Any]
 NEEDS: Mapping[str, tuple[Callable[[Body], bool], ...]] = {
     "attempt": (lambda body: body.get("numerics", 1) != 1,),
+    "tombstone": (lambda body: "checkpoint" not in body,),  # of a step that is not committed: its commit is void
 }
 """Of a kind: which bodies need version 2, which need version 3, and so on. Rows are added, never changed."""
-# Nothing writes "unpin" and "tombstone" yet: retention will. Readers know them first, so that a log of a version that
-# collects is read by this one.
 OLD_FALLBACK = "fewer nodes"
 """How the reason of an attempt with fewer stages began before records had ``fallback``: read here, and nowhere else."""
 OUTCOMES = ("succeeded", "cancelled", "gave_up", "preempted")

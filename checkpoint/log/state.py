@@ -31,6 +31,7 @@ from checkpoint.log.records import (
 
 STATE_VERSION = 3
 """1 had all rows in one object; 3 is 2 with ``needs``, and is written where there are such needs alone."""
+MAX_STEP = (1 << 63) - 1
 Load = Callable[[int, FoldTarget | None], "RunState"]
 
 
@@ -49,6 +50,7 @@ class RunState:
     damaged: Mapping[int, str] = field(default_factory=dict)  # checkpoint record -> why
     pins: Mapping[str, int] = field(default_factory=dict)  # name -> checkpoint record
     buried: Mapping[int, int] = field(default_factory=dict)  # checkpoint record -> the tombstone's record
+    abandoned: Mapping[tuple[int, int], int] = field(default_factory=dict)  # step and epoch -> the tombstone's record
     interventions: tuple[Intervention, ...] = ()
     ended: EndedInfo | None = None
     needs: Mapping[str, int] = field(default_factory=dict)  # kind -> newest version of its records, where that is not 1
@@ -68,6 +70,16 @@ class RunState:
     def orders(self) -> tuple[Intervention, ...]:
         """What people asked of the run's How, oldest first: the last one stands."""
         return tuple(i for i in self.interventions if i.body["kind"] == "order")
+
+    @property
+    def asked_how(self) -> Mapping[str, Any] | None:
+        """The How that a person asked for last: the newest order's; without orders the newest attempt's whose layout no
+        driver had to change by itself. None before the first attempt.
+        """
+        if self.orders:
+            how: Mapping[str, Any] = self.orders[-1].body["how"]
+            return how
+        return next((a.how for a in reversed(self.attempts) if not a.fell_back), None)
 
     @property
     def epoch(self) -> int:
@@ -189,7 +201,10 @@ class RunState:
                 "void": self.void.after(base).to_map(),
                 "damaged": [[n, self.damaged[n]] for n in sorted(self.damaged)],
                 "pins": dict(self.pins),
-                "tombstones": [[c, by] for c, by in self.buried.items() if by > base],
+                "tombstones": [
+                    *([c, by] for c, by in self.buried.items() if by > base),
+                    *([*point, by] for point, by in self.abandoned.items()),  # no row of a record: always whole
+                ],
                 "interventions": [[i.n, i.epoch, i.time, i.body] for i in interventions],
                 "ended": None
                 if self.ended is None
@@ -267,9 +282,19 @@ class RunState:
                 raise Damaged(f"{what}: a pin names no record")
             pins[name] = number
         # version 1 did not say which record buried one: at the latest this, so no fold that builds below leaves it out
-        stones = [[c, n] for c in f.array("tombstones", n)] if version == 1 else list(rows("tombstones", 2))
-        if not all(type(c) is int and type(by) is int and base < by <= n for c, by in stones):
-            raise Damaged(f"{what}: a tombstone names no record")
+        stones: list[list[Any]] = (
+            [[c, n] for c in f.array("tombstones", n)] if version == 1 else f.array("tombstones", n)
+        )
+        buried: dict[int, int] = {}
+        abandoned: dict[tuple[int, int], int] = {}
+        for stone in stones:
+            match stone:
+                case [int(c), int(by)] if base < by <= n and 0 < c <= n:
+                    buried[c] = by
+                case [int(step), int(epoch), int(by)] if version > 2 and step >= 0 and 0 < epoch < by <= n:
+                    abandoned[step, epoch] = by
+                case _:
+                    raise Damaged(f"{what}: a tombstone names no record, or no step of an attempt")
         damaged: dict[int, str] = {}
         for number, why in rows("damaged", 2):
             damaged[number] = str(why)
@@ -281,7 +306,8 @@ class RunState:
             void=points("void"),
             damaged=MappingProxyType(damaged),
             pins=MappingProxyType(pins),
-            buried=MappingProxyType({**below.buried, **dict(stones)}),
+            buried=MappingProxyType({**below.buried, **buried}),
+            abandoned=MappingProxyType(abandoned),
             interventions=(*below.interventions, *interventions),
             ended=ended,
             needs=MappingProxyType(_newest(below.needs, needs)),
@@ -311,6 +337,7 @@ class Fold:
         self.damaged = dict(state.damaged)
         self.pins = dict(state.pins)
         self.buried = dict(state.buried)
+        self.abandoned = dict(state.abandoned)
         self.interventions = list(state.interventions)
         self.ended = state.ended
         self.needs = state.needs
@@ -326,6 +353,7 @@ class Fold:
             damaged=MappingProxyType(self.damaged),
             pins=MappingProxyType(self.pins),
             buried=MappingProxyType(self.buried),
+            abandoned=MappingProxyType(self.abandoned),
             interventions=tuple(self.interventions),
             ended=self.ended,
             needs=self.needs,
@@ -350,10 +378,11 @@ class Fold:
                 if attempt.checkpoint is not None and self.checkpoints.row_of(attempt.checkpoint) is None:
                     raise Damaged(f"{what}: restores from record {attempt.checkpoint}, which is no valid checkpoint")
                 self.attempts.append(attempt)
-                self.ended, self.steps = None, set()
+                self.ended, self.steps, self.abandoned = None, set(), {}
             case "checkpoint":
                 info = parse_checkpoint(r.n, r.epoch, r.time, r.body)
-                if r.epoch != newest or newest == 0 or info.step in self._saved(newest):
+                late = (info.step, info.epoch) in self.abandoned
+                if r.epoch != newest or newest == 0 or info.step in self._saved(newest) or late:
                     self.void.add(info)
                 else:
                     self.checkpoints.add(info)
@@ -367,6 +396,10 @@ class Fold:
                     self.pins[name] = number
             case "unpin":
                 self.pins.pop(f.text("name", 200), None)
+            case "tombstone" if not f.has("checkpoint"):  # of a step that is not committed, and now never will be
+                step, epoch = f.integer("step", 0, MAX_STEP), f.integer("epoch", 1, self.n)
+                if epoch == newest and step not in self._saved(newest):
+                    self.abandoned.setdefault((step, epoch), r.n)
             case "tombstone":
                 number = self._known(f)
                 named = {c for a in self.attempts[-1:] if (c := a.checkpoint) is not None}

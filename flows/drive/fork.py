@@ -9,7 +9,7 @@ from checkpoint.log import RunLog
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.drive.run import Prepared, asked_how, check_layouts, create_run, load_what, parent_of, spec_tree
+from flows.drive.run import Prepared, check_layouts, create_run, load_what, parent_of, spec_tree
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -36,7 +36,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     refuse_newer(store, parent, found)
     what = load_what(store, parent)
     digest = what["data"]["digest"]
-    tree = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", asked_how(state) or {})
+    tree = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", state.asked_how or {})
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)

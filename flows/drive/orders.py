@@ -22,7 +22,6 @@ from checkpoint.store import Store
 from flows.drive.history import recent
 from flows.drive.run import (
     Prepared,
-    asked_how,
     compiled,
     fold_view,
     is_superseded,
@@ -72,7 +71,7 @@ def order_of(state: RunState, spec: RunSpec, how: Mapping[str, Any], asked: Aske
             f"{state.run} has a usable checkpoint at step {usable[0].step} and goes on from there: leave --begin-anew "
             "out, or fork an earlier step"
         )
-    stands = asked_how(state)
+    stands = state.asked_how
     if stands is None or (state.ended and (state.ended.outcome == "succeeded" or not asked.again)):
         return None
     same = _same(spec, stands)

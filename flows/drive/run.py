@@ -174,7 +174,7 @@ def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:
 
 def layouts_of(prepared: Prepared, state: RunState) -> tuple[RunLayout, ...]:
     """The layout that was asked for last, then those that the spec allows where there is no room for it, best first."""
-    asked, how = asked_how(state), how_map(prepared.spec)
+    asked, how = state.asked_how, how_map(prepared.spec)
     if asked is not None and asked != how:
         with contextlib.suppress(SpecError):  # of another version: what this one drives is all that it knows
             how = how_map(spec_under(prepared.spec, asked))
@@ -298,7 +298,7 @@ def load_run(store: Store, run: str) -> Prepared:
 
 def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
     """A run with the How that was last asked for and ``sets`` over it: what ``orders.place_order`` makes an order."""
-    prepared = _loaded(store, run, asked_how(readable(store, run)), sets)
+    prepared = _loaded(store, run, readable(store, run).asked_how, sets)
     check_layouts(prepared)
     return prepared
 
@@ -315,20 +315,10 @@ def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequenc
 # --- the log, read ------------------------------------------------------------------------------------------
 
 
-def asked_how(state: RunState) -> Mapping[str, Any] | None:
-    """The How that a person asked for last: the newest order's; without orders the newest attempt's whose layout no
-    driver had to change by itself. None before the first attempt.
-    """
-    if state.orders:
-        how: Mapping[str, Any] = state.orders[-1].body["how"]
-        return how
-    return next((a.how for a in reversed(state.attempts) if not a.fell_back), None)
-
-
 def ruling_how(state: RunState) -> Mapping[str, Any] | None:
     """The How that every driver follows: the newest attempt's, or that of an order which it does not follow yet."""
     newest = state.newest_attempt
-    return asked_how(state) if newest is None or is_superseded(state) else newest.how
+    return state.asked_how if newest is None or is_superseded(state) else newest.how
 
 
 def opened_again(state: RunState) -> bool:

@@ -15,7 +15,7 @@ from flows.drive.history import avoided
 from flows.drive.launches import launch_of
 from flows.drive.loop import Driver
 from flows.drive.reconcile import Reconciler, wants_driver
-from flows.drive.run import asked_how, attempt_body, fold_view, load_run, prepare_run, under
+from flows.drive.run import attempt_body, fold_view, load_run, prepare_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details
 from trainer import wire
@@ -119,7 +119,7 @@ def test_back_to_what_was_asked_for_with_the_next_launch(place: Any) -> None:
     wide, few = "4 stages x 1 replica on 2 nodes", "2 stages x 1 replica on 1 node"
     assert [(a["launch"][-2:], a["layout"]) for a in told] == [("k1", wide), ("k2", few), ("k3", wide), ("k4", few)]
     assert [bool(a["fallback"]) for a in told] == [False, True, False, True]
-    assert asked_how(log.fold()) == how_map(prepared.spec)
+    assert log.fold().asked_how == how_map(prepared.spec)
 
 
 def test_a_layout_that_makes_no_plan_is_refused_before_anything_runs(place: Any) -> None:

@@ -18,7 +18,6 @@ from flows.drive.loop import Driver
 from flows.drive.orders import Asked, changes, describe, place_order, who
 from flows.drive.run import (
     Prepared,
-    asked_how,
     attempt_body,
     fallback_body,
     layouts_of,
@@ -255,12 +254,12 @@ def test_what_was_asked_is_not_what_a_driver_had_to_make_of_it(small: tuple[Stor
     for body in (old, {**old, "reason": "x", "fallback": {"kind": "capacity", "stages": 1, "was": 2, "why": ""}}):
         state = log.append("attempt", body, state)
         assert ruling_how(state) == how_map(fewer.spec)
-        assert asked_how(state) == asked["how"]
+        assert state.asked_how == asked["how"]
         # a rank that ends in that layout changes nothing of what was asked
         again = StartAttempt(Restore(None, 0), (), "recover")
         body = attempt_body(fewer, "l2", restore, reason="recover", fallback=fallback_body(state, again))
         state = log.append("attempt", body, state)
-        assert asked_how(state) == asked["how"]
+        assert state.asked_how == asked["how"]
         assert [same_layout(r.how, asked["how"]) for r in layouts_of(fewer, state)] == [True]
 
 

@@ -1,0 +1,132 @@
+"""What a run keeps: a pure function of its log. A checkpoint stays if one of the rules says so (a union).
+
+Rules  R1  the newest ``last`` usable ones on the line that leads here (``RunState.restore_candidates``), two at least;
+       R2  of every ``every_steps`` steps the first one on that line;
+       R3  of every ``every_s`` seconds the first one on that line, by the times that its records tell;
+       R4  the ``best`` ones by loss on that line. There is no validation loss yet: it is the training loss, the mean of
+           the points that the index of metrics has since the checkpoint before. One whose loss is not known stays;
+       R5  what a pin names, damaged or not;
+       R6  what the newest attempt began from, and what an order names that no attempt follows yet.
+
+R2 and R3 take the first of each bucket, so a checkpoint that comes later never takes the place of one that was kept,
+and what was once given up is never wanted again as the line grows. A clock that was set back or forth makes more
+buckets, and so keeps more.
+Checkpoints that a rollback left behind and damaged ones count for no rule but R5 and R6.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf, isnan
+from typing import Any
+
+from checkpoint import codec
+from checkpoint.curve import Curve
+from checkpoint.errors import Damaged
+from checkpoint.log import RunState
+
+LEAST = 2
+"""Of ``last``: with one alone a damaged object would cost the run."""
+GRACE_S = 3600.0
+_KEYS = ("last", "every_steps", "every_s", "best", "grace_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """``checkpoint.keep`` of a run's How (trainer/spec_how.py). 0: no such rule.
+
+    ``grace_s``: from a tombstone to the first deletion, by the store's clock.
+    """
+
+    last: int = LEAST
+    every_steps: int = 0
+    every_s: float = 0.0
+    best: int = 0
+    grace_s: float = GRACE_S
+
+    @classmethod
+    def of_how(cls, how: Mapping[str, Any] | None) -> Rules | None:
+        """The rules of a How as a record has it; None where everything is kept.
+
+        Damaged where they are none of this version's: nobody may delete by rules that he does not know.
+        """
+        section = (how or {}).get("checkpoint") or {}
+        keep = section.get("keep") if isinstance(section, Mapping) else None
+        if keep is None:
+            return None
+        what = "checkpoint.keep"
+        f = codec.Fields(dict(keep) if isinstance(keep, Mapping) else keep, what)
+        unknown = sorted(set(keep) - set(_KEYS))
+        if unknown:
+            raise Damaged(f"{what} has the rule {str(unknown[0])[:40]!r}, which this version does not know")
+        found = cls(
+            last=f.integer("last", LEAST) if f.has("last") else LEAST,
+            every_steps=f.integer("every_steps", 0) if f.has("every_steps") else 0,
+            every_s=f.real("every_s") if f.has("every_s") else 0.0,
+            best=f.integer("best", 0) if f.has("best") else 0,
+            grace_s=f.real("grace_s") if f.has("grace_s") else GRACE_S,
+        )
+        if not (0 <= found.every_s < inf and 0 <= found.grace_s < inf):
+            raise Damaged(f"{what}: every_s or grace_s is below 0, or no finite number")
+        return found
+
+
+def spared(state: RunState) -> dict[int, str]:
+    """Checkpoint records that no rule gives up (R5, R6), with why."""
+    found = {n: f"pinned as {name}" for name, n in sorted(state.pins.items(), reverse=True)}
+    newest = state.newest_attempt
+    if newest is not None and newest.checkpoint is not None:
+        found[newest.checkpoint] = "the newest attempt began from it"
+    for order in state.interventions:
+        named = order.body.get("checkpoint")
+        if order.n > state.epoch and order.body["kind"] != "parent" and type(named) is int:
+            found[named] = f"the order of record {order.n} names it"
+    return found
+
+
+def keep(state: RunState, rules: Rules | None, losses: Mapping[int, float] | None = None) -> dict[int, str]:
+    """The records of the checkpoints that stay, with why. ``losses``: by record, for R4; `losses_of` makes them."""
+    kept = {n: why for n, why in spared(state).items() if n not in state.buried}
+    if rules is None:
+        return {n: kept.get(n, "everything is kept") for n in state.checkpoints.n if n not in state.buried}
+    line = state.restore_candidates()
+    numbers, steps = line.column("n"), line.column("step")  # the newest first
+    times = [state.checkpoints.time[row] for row in line.rows]
+    if rules.best:
+        known = {n: inf if isnan(loss) else loss for n, loss in (losses or {}).items()}
+        ranked = sorted((n for n in numbers if n in known), key=lambda n: (known[n], -n))
+        kept |= dict.fromkeys(ranked[: rules.best], f"one of the best {rules.best} by training loss")
+        kept |= {n: "its loss is not known" for n in numbers if n not in known}
+    if rules.every_s:
+        firsts = {time // rules.every_s: n for n, time in zip(numbers, times, strict=True)}  # the oldest is the last
+        kept |= dict.fromkeys(firsts.values(), f"the first of {rules.every_s:g} s")
+    if rules.every_steps:
+        first_of = {step // rules.every_steps: n for n, step in zip(numbers, steps, strict=True)}
+        kept |= dict.fromkeys(first_of.values(), f"the first of {rules.every_steps} steps")
+    kept |= dict.fromkeys(numbers[: max(rules.last, LEAST)], f"one of the newest {max(rules.last, LEAST)}")
+    return kept
+
+
+def given_up(state: RunState, kept: Mapping[int, str]) -> list[int]:
+    """The checkpoints that neither stay nor have a tombstone, oldest first."""
+    return [n for n in state.checkpoints.n if n not in kept and n not in state.buried]
+
+
+def losses_of(state: RunState, curve: Curve) -> dict[int, float]:
+    """Of the checkpoints on the line the mean training loss since the one before, as far as the index of metrics tells:
+    of its points in between, or of the last one before where there is none.
+    """
+    points = curve.curve()
+    steps, values = list(points), [point.loss for point in points.values()]
+    line = state.restore_candidates()
+    found: dict[int, float] = {}
+    before = 0
+    for n, step in zip(reversed(line.column("n")), reversed(line.column("step")), strict=True):
+        low, high = bisect_right(steps, before), bisect_right(steps, step)
+        window = values[low:high] or values[high - 1 : high]
+        if window:
+            found[n] = sum(window) / len(window)
+        before = step
+    return found

@@ -1,0 +1,515 @@
+"""The collector: what goes and stays, when, and what is left where it is killed or where others write meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from checkpoint import keys
+from checkpoint.agent.commit import commit
+from checkpoint.collect.collector import KEPT_OUTPUTS, Collected, PassLimits, collect
+from checkpoint.collect.pins import pin
+from checkpoint.collect.retention import Rules
+from checkpoint.errors import Conflict, Halted, OtherVersion, PinRefused
+from checkpoint.log import RunLog
+from checkpoint.store import Info
+from checkpoint.verify import verify_run
+from tests.support.long_log import long_log
+from tests.support.small_checkpoints import RUN, Clock, Watched, begin, names, save, upload, whole
+
+GRACE_S = 100.0
+KEEP = {"parallel": {"stages": 2}, "checkpoint": {"keep": {"last": 2, "grace_s": GRACE_S}}}
+PLAN = keys.plan_key(RUN, "ab" * 32)
+RULES = Rules(last=2, grace_s=GRACE_S)
+
+
+class World:
+    """A run with rules in a watched store, whose clock the test moves."""
+
+    def __init__(self, how: dict[str, Any] | None = None) -> None:
+        self.clock = Clock()
+        self.store = Watched(self.clock)
+        self.log = RunLog(self.store, RUN, writer="driver")
+        self.how = KEEP if how is None else how
+        self.state = begin(self.log, self.log.fold(), self.how)
+
+    def saved(self, *steps: int) -> World:
+        for step in steps:
+            self.state = save(self.store, self.log, self.log.fold(), step)
+        return self
+
+    def again(self) -> World:
+        """The next attempt."""
+        self.state = begin(self.log, self.log.fold(), self.how)
+        return self
+
+    def late(self, seconds: float = GRACE_S + 2) -> World:
+        self.clock.now += seconds
+        return self
+
+    def collect(self, **more: Any) -> Collected:
+        report = collect(self.store, RUN, **more)
+        self.state = self.log.fold()
+        return report
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """The checkpoints of which anything is there."""
+        found = map(keys.point_of, names(self.store, RUN, "chunks/", "manifests/"))
+        return sorted({at for at in found if at is not None})
+
+    def check(self) -> None:
+        """Whatever the log lets anybody use is whole."""
+        state = self.log.fold()
+        wrong = [why for info in state.restore_candidates() for why in whole(self.store, RUN, info)]
+        pinned = [info for n in state.pins.values() if (info := state.checkpoint(n)) is not None]
+        wrong += [why for info in pinned for why in whole(self.store, RUN, info)]
+        assert not wrong
+
+
+def test_what_no_rule_keeps_goes_after_the_grace_and_the_rest_is_whole() -> None:
+    world = World().saved(10, 20, 30, 40, 50)
+    size = sum(info.bytes for info in world.store.list("runs/"))
+    report = world.collect()
+    assert [info.step for info in report.given_up] == [10, 20, 30]
+    assert (report.objects, len(world.points)) == (0, 5)
+    assert report.kept == dict.fromkeys((5, 6), "one of the newest 2")
+    report = world.late(GRACE_S / 2).collect()
+    assert [(s.step, s.wait_s) for s in report.waiting] == [(10, 51.0), (20, 51.0), (30, 51.0)]
+    report = world.late(51).collect()
+    assert [(s.step, s.objects, s.why) for s in report.deleted] == [(step, 5, "given up") for step in (10, 20, 30)]
+    assert world.points == [(40, 1), (50, 1)]
+    assert sum(info.bytes for info in world.store.list("runs/")) < size - report.bytes + 2000
+    assert {p.key for p in verify_run(world.store, RUN, "full").problems} == {keys.spec_key(RUN), PLAN}  # it has none
+    world.check()
+    report = world.late().collect()
+    assert (report.given_up, report.deleted, report.waiting, report.unknowns) == ([], [], [], 0)
+
+
+def test_without_rules_everything_stays_but_what_dead_attempts_left() -> None:
+    world = World({"parallel": {"stages": 2}}).saved(10, 20, 30)
+    upload(world.store, RUN, 40, 1, 0, 2)
+    world.again().saved(40).late(4000)
+    report = world.collect()
+    assert report.given_up == []
+    assert [(s.step, s.epoch, s.why) for s in report.deleted] == [(40, 1, "its attempt ended before it was committed")]
+    assert world.points == [(10, 1), (20, 1), (30, 1), (40, 5)]
+    assert world.collect(rules=RULES).given_up != []  # a person's rules, for this pass
+
+
+def test_the_living_attempts_uploads_stay_until_two_newer_ones_are_there() -> None:
+    world = World().saved(10)
+    for step in (15, 25):
+        upload(world.store, RUN, step, 1, 0, 2)
+    world.saved(20).late(10_000)
+    assert world.collect().abandoned == []
+    world.saved(30).late(10_000)
+    assert world.collect().abandoned == [(15, 1)]
+    assert (15, 1) in world.points  # the grace begins with its tombstone
+    report = world.late().collect()
+    assert [(s.step, s.why) for s in report.deleted] == [(10, "given up"), (15, "never committed")]
+    assert (25, 1) in world.points
+    world.check()
+
+
+def test_a_commit_after_its_step_was_given_up_is_void_and_ends() -> None:
+    world = World()
+    for node in range(2):
+        upload(world.store, RUN, 5, 1, node, 2)
+    before = world.log.fold()
+    world.saved(10, 20)
+    assert world.collect().abandoned == [(5, 1)]
+    with pytest.raises(Halted, match="step 5 was given up by the collector"):
+        commit(world.log, 2, 5, 1, before)  # an agent that was away meanwhile
+    state = world.log.fold()
+    assert state.find(5, 1) is None
+    world.late().collect()
+    assert (5, 1) not in world.points
+    assert RunLog(world.store, RUN).fold(quick=True) == state
+    world.again()
+    assert not world.state.abandoned  # the newer attempt is the fence
+
+
+def test_an_older_hotstage_does_not_go_on_with_a_log_that_gives_up_a_step() -> None:
+    """It would take the late commit for a checkpoint."""
+    world = World()
+    upload(world.store, RUN, 5, 1, 0, 2)
+    world.saved(10, 20).collect()
+    record = next(r for r in world.log.records() if r.kind == "tombstone")
+    assert (record.v, dict(record.body)) == (2, {"step": 5, "epoch": 1})
+    world.saved(30).collect()
+    assert [r.v for r in world.log.records() if r.kind == "tombstone"] == [2, 1]  # step 10 is given up as ever
+
+
+def test_when_the_run_has_ended_what_was_never_committed_goes_too() -> None:
+    world = World().saved(10)
+    upload(world.store, RUN, 20, 1, 0, 2)
+    world.log.append("ended", {"outcome": "cancelled", "reason": "", "step": 10, "state_digest": None}, world.state)
+    assert world.collect().abandoned == []
+    assert world.late().collect().abandoned == [(20, 1)]
+    world.late().collect()
+    assert world.points == [(10, 1)]
+
+
+def test_what_is_not_known_is_told_and_stays() -> None:
+    world = World().saved(10, 20, 30)
+    mine = [
+        "chunks/notes.txt", "chunks/000000000010-00000001/my-copy", "manifests/000000000010-00000001/manifest.bak",
+        "chunks/10-1/000000-i1-000000", "chunks/000000000010-00000099/000000-i1-000000", "backup/a", "chunks2/b",
+    ]  # fmt: skip
+    for name in mine:
+        world.store.create(keys.run_key(RUN, name), b"mine")
+    world.collect()
+    report = world.late().collect()
+    assert [s.step for s in report.deleted] == [10]
+    assert set(mine) <= set(names(world.store, RUN))
+    assert (report.unknowns, sorted(report.unknown)) == (5, sorted(mine[:5]))
+    assert world.points == [(10, 99), (20, 1), (30, 1)]
+
+
+def test_pins_and_the_newest_attempt_hold_what_the_rules_would_give_up() -> None:
+    world = World().saved(10, 20, 30, 40)
+    info = world.state.at_step(10)
+    assert info is not None
+    pin(world.log, info, "mine")
+    world.again().saved(50, 60)  # from step 40
+    for _ in range(3):
+        world.late().collect()
+    assert world.points == [(10, 1), (40, 1), (50, 7), (60, 7)]
+    world.log.append("unpin", {"name": "mine"}, world.log.fold())
+    world.again()
+    for _ in range(3):
+        world.late().collect()
+    assert world.points == [(50, 7), (60, 7)]
+    world.check()
+
+
+def test_nothing_is_given_up_where_a_newest_one_is_not_whole() -> None:
+    world = World().saved(10, 20, 30, 40)
+    chunk = next(n for n in names(world.store, RUN, "chunks/") if keys.point_of(n) == (40, 1))
+    world.store.delete(keys.run_key(RUN, chunk))
+    report = world.collect()
+    assert report.given_up == []
+    assert report.refused.startswith(f"the checkpoint of step 40 stays, but its object {chunk} is gone or cut short")
+    world.log.append("damaged", {"checkpoint": 5, "reason": "gone"}, world.log.fold())
+    report = world.collect()
+    assert (report.refused, [i.step for i in report.given_up]) == ("", [10, 40])  # 20 and 30 are the newest sound ones
+
+
+def test_a_store_that_tells_no_times_deletes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World().saved(10, 20, 30)
+    for verb in ("head", "list"):
+        monkeypatch.setattr(world.store, verb, _timeless(getattr(world.store, verb)))
+    for _ in range(2):
+        report = world.late().collect()
+        assert "does not say when objects were written" in report.refused
+    assert len(world.points) == 3
+
+
+def _timeless(call: Callable[..., Any]) -> Callable[..., Any]:
+    def without(found: Info | None) -> Info | None:
+        return None if found is None else replace(found, modified=None)
+
+    def asked(*given: Any, **more: Any) -> Any:
+        found = call(*given, **more)
+        return without(found) if found is None or isinstance(found, Info) else iter([without(i) for i in found])
+
+    return asked
+
+
+def test_the_stores_clock_counts_and_nobody_elses() -> None:
+    """The driver's clock is a year ahead, the collector's a year behind."""
+    world = World()
+    world.log = RunLog(world.store, RUN, writer="driver", clock=lambda: world.clock.now + 3e7)
+    world.saved(10, 20, 30).collect()
+    assert world.collect().deleted == []
+    assert [s.step for s in world.late().collect().deleted] == [10]
+
+
+def test_a_pass_has_limits_and_the_next_one_goes_on() -> None:
+    world = World().saved(*range(10, 130, 10))
+    report = world.collect(limits=PassLimits(tombstones=4))
+    assert ([i.step for i in report.given_up], report.more) == ([10, 20, 30, 40], True)
+    world.collect()
+    passes = 0
+    while len(world.points) > 2:
+        report = world.late().collect(limits=PassLimits(objects=7))
+        assert report.objects <= 7
+        assert report.more == (len(world.points) > 2)
+        world.check()
+        passes += 1
+    assert passes == 8  # 50 objects
+
+
+def test_a_dry_run_writes_nothing_and_tells_what_would_go() -> None:
+    world = World().saved(10, 20, 30)
+    upload(world.store, RUN, 40, 1, 0, 2)
+    world.again().saved(40, 50).late()
+    before = dict(world.store._objects)
+    told = world.collect(dry_run=True)
+    assert world.store._objects == before
+    done = world.collect()
+    assert [i.step for i in told.given_up] == [i.step for i in done.given_up] == [10, 20]
+    assert told.kept == done.kept
+    assert [(s.step, s.epoch) for s in done.deleted] == [(40, 1)]
+    assert {(s.step, s.epoch) for s in [*told.deleted, *told.waiting]} == {(40, 1)}  # how late it is it cannot ask
+
+
+def test_a_log_that_cannot_be_read_and_rules_that_are_not_known_stop_it() -> None:
+    world = World({**KEEP, "checkpoint": {"keep": {"last": 2, "per_moon": 1}}}).saved(10, 20, 30)
+    with pytest.raises(Exception, match="has the rule 'per_moon', which this version does not know"):
+        world.collect()
+    world = World().saved(10, 20, 30)
+    world.store.create(keys.log_key(RUN, 5), b"torn")
+    report = world.late().collect()
+    assert "nothing is deleted beside a log that cannot be read" in report.refused
+    assert len(world.points) == 3
+    newer = World().saved(10, 20, 30)
+    record = newer.log.read(4)
+    newer.store._objects[keys.log_key(RUN, 5)] = _newer(replace(record, n=5))
+    with pytest.raises(OtherVersion):
+        newer.collect()
+
+
+def _newer(record: Any) -> bytes:
+    from checkpoint import codec
+
+    value = codec.unseal(record.to_bytes(), "record", max_bytes=1 << 16)
+    return codec.seal({**value, "v": 99}, codec.RECORD_DEPTH)
+
+
+def test_output_of_old_attempts_goes_and_their_metrics_stay() -> None:
+    world = World()
+    for number in range(KEPT_OUTPUTS + 3):
+        epoch = world.state.epoch
+        for name in ("logs/0/00", "logs/1/00", "trace/0", "metrics/0000000000", "node/0"):
+            world.store.put(keys.live_key(RUN, epoch, *name.split("/")), b"x" * 100)
+        world.saved(10 * number + 10).again()
+    report = world.late().collect()
+    old = [s for s in report.deleted if s.step < 0]
+    epochs = [a.epoch for a in world.state.attempts]
+    assert [s.epoch for s in old] == epochs[: len(epochs) - KEPT_OUTPUTS]
+    assert [s.objects for s in old] == [3] * len(old)
+    left = names(world.store, RUN, "live/")
+    assert sum("/logs/" in n for n in left) == 2 * (KEPT_OUTPUTS - 1)
+    assert sum("/metrics/" in n or "/node/" in n for n in left) == 2 * (KEPT_OUTPUTS + 3)
+    asked: list[str] = []
+    world.store.before = lambda verb, key: asked.append(key) if verb == "list" else None
+    world.collect()
+    assert not [key for key in asked if "/logs/" in key]  # it knows how far it came
+
+
+# --- killed, and beside others -----------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The collector's process is gone."""
+
+
+def busy() -> World:
+    """A run in which there is something of every sort to do, anew each time."""
+    world = copy.copy(BUSY)
+    world.clock = Clock()
+    world.clock.now = BUSY.clock.now
+    world.store = Watched(world.clock)
+    world.store._objects, world.store._written = dict(BUSY.store._objects), dict(BUSY.store._written)
+    world.log = RunLog(world.store, RUN, writer="driver")
+    return world
+
+
+def _busy() -> World:
+    world = World().saved(10, 20)
+    upload(world.store, RUN, 25, 1, 0, 2)
+    upload(world.store, RUN, 30, 1, 1, 2)
+    world.again().saved(30)
+    upload(world.store, RUN, 35, world.state.epoch, 0, 2)
+    world.saved(40, 50, 60).late()
+    world.collect()
+    upload(world.store, RUN, 65, world.state.epoch, 0, 2)
+    world.saved(70, 80).late()
+    return world
+
+
+BUSY = _busy()
+
+
+def requests_of_a_pass() -> int:
+    world = busy()
+    world.store.requests = 0
+    collect(world.store, RUN)
+    return world.store.requests
+
+
+REQUESTS = requests_of_a_pass()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_every_request_it_leaves_nothing_that_is_believed_and_not_whole(when: str) -> None:
+    quiet = busy()
+    for _ in range(4):
+        quiet.late().collect()
+    for at in range(1, REQUESTS + 1):
+        world, count = busy(), 0
+
+        def strike(_verb: str, _key: str, at: int = at) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise Killed
+
+        setattr(world.store, when, strike)
+        with pytest.raises(Killed):
+            collect(world.store, RUN)
+        setattr(world.store, when, lambda _verb, _key: None)
+        world.check()
+        for _ in range(3):
+            world.late().collect()
+            world.check()
+        assert world.points == quiet.points
+
+
+def restart(world: World) -> str:
+    """A driver begins the next attempt from what it thinks best."""
+    log, state = RunLog(world.store, RUN, writer="driver2"), world.state
+    while True:
+        try:
+            state = begin(log, state, KEEP)
+        except Conflict as conflict:
+            state = conflict.state
+            continue
+        return f"attempt {state.epoch}"
+
+
+def hold(world: World) -> str:
+    """A reader, or a fork, pins a checkpoint that the rules give up."""
+    log, state = RunLog(world.store, RUN, writer="reader"), world.state
+    try:
+        pin(log, state.restore_candidates()[2], "reader", state)
+    except PinRefused:
+        return "refused"
+    return "pinned"
+
+
+def arrive(world: World) -> str:
+    """An agent that was slow commits a step of the newest attempt whose upload is nearly there."""
+    state = world.state
+    upload(world.store, RUN, 65, state.epoch, 1, 2)
+    log = RunLog(world.store, RUN, writer="agent")
+    try:
+        made = commit(log, 2, 65, state.epoch, state)
+    except Halted:
+        return "void"
+    assert made is not None
+    return "committed"
+
+
+@pytest.mark.parametrize("other", [restart, hold, arrive])
+def test_whatever_others_do_at_any_of_its_requests_what_they_use_is_whole(other: Callable[[World], str]) -> None:
+    """The other one decides by a log that it read before the pass, and acts between any two requests of it."""
+    said = set()
+    for at in range(1, REQUESTS + 1):
+        world, count = busy(), 0
+        world.state = world.log.fold()
+
+        def meet(_verb: str, _key: str, world: World = world, at: int = at) -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                said.add(other(world))
+
+        world.store.before = meet
+        collect(world.store, RUN)
+        world.store.before = lambda _verb, _key: None
+        world.check()
+        for _ in range(3):
+            world.late().collect()
+            world.check()
+    assert len(said) > 1 or other is restart
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_random_life_beside_two_collectors(seed: int) -> None:
+    """Steps, restarts, pins and passes in any order, each pass perhaps killed: what may be used is whole, and in the
+    end the store has what the rules keep.
+    """
+    rng, world, step = random.Random(seed), World(), 0
+    for _ in range(40):
+        match rng.choice(["save", "save", "save", "part", "again", "pin", "unpin", "late", "gc", "gc"]):
+            case "save":
+                world.saved(step := step + 10)
+            case "part":
+                upload(world.store, RUN, step + 5, world.log.fold().epoch, 0, 2)
+            case "again":
+                world.again()
+            case "pin" if line := world.log.fold().restore_candidates():
+                pin(world.log, rng.choice(line), f"p{rng.randrange(10**9)}")
+            case "unpin" if pins := sorted(world.log.fold().pins):
+                world.log.append("unpin", {"name": rng.choice(pins)}, world.log.fold())
+            case "late":
+                world.late(rng.choice([1.0, GRACE_S, 3 * GRACE_S]))
+            case "gc":
+                strikes, count = rng.randrange(1, 60), 0
+
+                def strike(_verb: str, _key: str, strikes: int = strikes) -> None:
+                    nonlocal count
+                    count += 1
+                    if count == strikes:
+                        raise Killed
+
+                world.store.before = strike
+                with contextlib.suppress(Killed):
+                    collect(world.store, RUN)
+                world.store.before = lambda _verb, _key: None
+        world.check()
+    for _ in range(4):
+        world.late().collect()
+    state = world.log.fold()
+    expected = {(c.step, c.epoch) for c in state.checkpoints if c.n not in state.buried}
+    kept = {*state.pins.values(), *(c.n for c in state.restore_candidates()[:2])}
+    assert {c.n for c in state.checkpoints if c.n not in state.buried} <= {*kept, state.attempts[-1].checkpoint}
+    assert expected <= set(world.points)
+    assert {e for _, e in set(world.points) - expected} <= {state.epoch}  # its uploads under way
+
+
+def test_a_pass_costs_what_is_there_and_not_what_ever_was() -> None:
+    """Requests of a pass with nothing to do, after a hundred and after four thousand checkpoints."""
+
+    def requests(each: int) -> int:
+        store = Watched(Clock())
+        body = {**_attempt(), "how": KEEP}
+        state = long_log(store, RUN, 4, each, lambda n, step: {**body, "restore": _restore(n, step)})
+        for number, info in enumerate(state.checkpoints[:-2], state.n + 1):
+            state = replace(state, buried={**state.buried, info.n: number}) if number < state.n + 3 else state
+        store.requests = 0
+        collect(store, RUN, state=replace(state, buried={c.n: c.n for c in state.checkpoints[:-2]}))
+        return store.requests
+
+    assert requests(1000) <= requests(25) + 2
+
+
+def _restore(n: int | None, step: int) -> dict[str, Any]:
+    return {"checkpoint": n, "step": step, "slots": None}
+
+
+def _attempt() -> dict[str, Any]:
+    from tests.checkpoint.samples import attempt_body
+
+    return attempt_body()
+
+
+def test_its_hint_is_a_map_that_people_can_read() -> None:
+    from checkpoint import codec
+
+    world = World().saved(10, 20, 30)
+    world.collect()
+    world.late().collect()
+    raw = world.store.get(keys.collected_key(RUN))
+    found = codec.unpack_hint(raw, "hint", max_bytes=1000)
+    assert json.loads(json.dumps(found)) == {"v": 1, "outputs_before": 0, "objects": 5, "bytes": found["bytes"]}
