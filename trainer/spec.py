@@ -20,7 +20,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,7 +28,7 @@ from pydantic_core import ErrorDetails
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.spec_fields import MAX_INT32, RULES, shown
-from trainer.spec_how import MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
+from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
     MAX_MICROBATCHES,
     MAX_VOCAB_SIZE,
@@ -188,6 +188,8 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         below = node.setdefault(part, {})
         if path[:number] in _SHORT and isinstance(below, str):
             below = node[part] = {_SHORT[path[:number]]: below}
+        if path[:number] == _KEEP and below in (None, KEEP_ALL):
+            below = node[part] = {}
         if not isinstance(below, dict):
             raise SpecError(f"--set {text!r}: {part} is a value, not a section")
         node = below
@@ -202,11 +204,13 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
 _OPEN_KEYS = ("pod_patch", "resources", "node_selector")
 _SHORT: dict[tuple[str, ...], str] = {("parallel", "recompute"): "kind"}
 """Sections that one of their keys stands for alone."""
+_KEEP = ("checkpoint", "keep")
+"""A section that may be unset, or a word."""
 
 
 def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
     known = list(_paths(RunSpec))
-    if path in known or path in _SHORT or any(p == path[: len(p)] for p in known if p[-1] in _OPEN_KEYS):
+    if path in known or path in (*_SHORT, _KEEP) or any(p == path[: len(p)] for p in known if p[-1] in _OPEN_KEYS):
         return path
     if path[-2:-1] == ("agent_resources",):
         return path
@@ -227,8 +231,10 @@ def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
 
 def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _paths(field.annotation, (*prefix, name))
+        forms = (field.annotation, *get_args(field.annotation))  # a section that may be unset has two
+        section = next((f for f in forms if isinstance(f, type) and issubclass(f, BaseModel)), None)
+        if section is not None and get_origin(field.annotation) is not tuple:
+            yield from _paths(section, (*prefix, name))
         else:
             yield (*prefix, name)
 

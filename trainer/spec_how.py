@@ -18,6 +18,10 @@ Device = Literal["auto", "cpu", "cuda"]
 
 RETIRED = {"recovery": ("max_rollbacks",)}
 """Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
+LATER = {"checkpoint": ("keep",)}
+"""Keys that came when runs had records already. Where they are at their default a How is written without them, so that
+it has the bytes that an older version gives it, and can be read by one (``spec.how_map``).
+"""
 MAX_HOW_BYTES = 24 << 10
 """Of a record's 64 KiB; the rest is for why an attempt ended: a rank's last words have up to 16 KiB, twice."""
 MAX_TREE_DEPTH = 20
@@ -141,13 +145,41 @@ class ParallelSpec(Section):
         return self
 
 
+KEEP_ALL = "all"
+
+
+class KeepSpec(Section):
+    """Which checkpoints stay: those that one of these rules names, and pinned ones (checkpoint/collect/)."""
+
+    last: int = size(2, low=2, high=1 << 20, text="the newest so many")
+    every_steps: int = size(0, low=0, high=1 << 40, text="the first of every so many steps; 0: no such rule")
+    every_s: float = Field(0.0, ge=0, le=1e9, description="the first of every so many seconds; 0: no such rule")
+    best: int = size(
+        0,
+        low=0,
+        high=1 << 20,
+        text="so many of the least training loss, averaged since the checkpoint before (there is no validation loss "
+        "yet); 0: no such rule",
+    )
+    grace_s: float = Field(
+        3600.0, ge=0, le=2_592_000, description="from when a checkpoint is given up to when its objects are deleted"
+    )
+
+
 class CheckpointSpec(Section):
     """When state is saved and how long saving may take."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        keeps_all = isinstance(value, Mapping) and value.get("keep") == KEEP_ALL
+        return {**value, "keep": None} if keeps_all else value
 
     every: int = size(100, low=0, high=1 << 40, text="steps between snapshots; 0: only after the last step")
     slots: int = size(3, low=2, high=16, text="snapshot slots of a rank in memory")
     deadline_s: float = Field(600.0, gt=0, le=86_400, description="of one upload")
     commit_s: float = Field(120.0, gt=0, le=86_400, description="wait of the last step for its commit")
+    keep: KeepSpec | None = Field(None, description='which checkpoints stay; unset or "all": all of them')
 
 
 class LaunchSpec(Section):

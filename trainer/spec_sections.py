@@ -24,6 +24,7 @@ from trainer.spec_fields import (
     size,
 )
 from trainer.spec_how import (
+    LATER,
     MAX_HOW_BYTES,
     OPEN_TREES,
     CheckpointSpec,
@@ -396,4 +397,10 @@ def too_short(shards: Sequence[int], sequence: int) -> str | None:
 
 def how_map(spec: RunSpec) -> dict[str, Any]:
     """The How half as plain values, for the attempt record."""
-    return spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
+    how = spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
+    for section, keys in LATER.items():
+        fields = type(getattr(spec, section)).model_fields
+        for key in keys:
+            if getattr(getattr(spec, section), key) == fields[key].default:
+                del how[section][key]
+    return how

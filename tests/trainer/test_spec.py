@@ -54,6 +54,8 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
 @pytest.mark.parametrize(
     ("over", "words"),
     [
+        ({"checkpoint__keep": {"last": 1}}, ["checkpoint.keep.last", "1", "2"]),
+        ({"checkpoint__keep": {"newest": 1}}, ["checkpoint.keep.newest"]),
         ({"model__widht": 3}, ["model.widht", "unknown key", "did you mean width?"]),
         ({"lr": 1.0}, ["unknown key", "train.optimizer.lr"]),
         ({"train__batch": -4}, ["train.batch -4", "at least 1", "raise it"]),
@@ -276,6 +278,20 @@ def test_a_key_that_is_gone_is_still_read() -> None:
     assert "max_rollbacks" not in how_map(old)["recovery"]
     with pytest.raises(SpecError, match=r"there is no key recovery\.max_rollbacks"):
         parse_spec(tree(), ["recovery.max_rollbacks=1"])
+
+
+def test_a_key_that_came_later_is_not_written_at_its_default() -> None:
+    """So the How of a spec without it has the bytes that an older version gives it."""
+    plain, kept = parse_spec(tree()), parse_spec(tree(), ["checkpoint.keep.last=3", "checkpoint.keep.every_steps=1000"])
+    assert "keep" not in how_map(plain)["checkpoint"]
+    how = how_map(kept)
+    assert how["checkpoint"]["keep"] == {"last": 3, "every_steps": 1000, "every_s": 0.0, "best": 0, "grace_s": 3600.0}
+    assert parse_spec({**tree(), **how}) == kept
+    assert parse_spec({**tree(), **how}, ["checkpoint.keep=all"]) == plain
+    assert parse_spec({**tree(), **how}, ["checkpoint.keep=all", "checkpoint.keep.best=1"]).checkpoint.keep is not None
+    assert parse_spec(tree(), ["checkpoint.keep={last=4}"]).checkpoint.keep == kept.checkpoint.keep.model_copy(  # type: ignore[union-attr]
+        update={"last": 4, "every_steps": 0}
+    )
 
 
 def test_schema_describes_every_key() -> None:

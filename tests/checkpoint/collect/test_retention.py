@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -145,6 +146,13 @@ def test_rules_of_a_how() -> None:
     assert Rules.of_how({"checkpoint": {"keep": {}}}) == Rules()
     full = {"last": 5, "every_steps": 100, "every_s": 60, "best": 1, "grace_s": 5.0}
     assert Rules.of_how({"checkpoint": {"keep": full}}) == Rules(5, 100, 60.0, 1, 5.0)
+
+
+def test_rules_are_the_keys_of_a_spec() -> None:
+    from trainer.spec_how import KeepSpec
+
+    assert KeepSpec().model_dump() == asdict(Rules())
+    assert Rules.of_how({"checkpoint": {"keep": KeepSpec(every_steps=7, best=1).model_dump()}}) == Rules(2, 7, 0.0, 1)
 
 
 def random_log(rng: random.Random) -> list[Log]:
