@@ -18,7 +18,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 RETIRED = {"recovery": ("max_rollbacks",)}
 """Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
-LATER = {"checkpoint": ("keep",)}
+LATER = {"checkpoint": ("keep", "snapshot_every", "persist_every")}
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
 it has the bytes that an older version gives it, and can be read by one (``spec.how_map``).
 """
@@ -175,11 +175,52 @@ class CheckpointSpec(Section):
         keeps_all = isinstance(value, Mapping) and value.get("keep") == KEEP_ALL
         return {**value, "keep": None} if keeps_all else value
 
-    every: int = size(100, low=0, high=1 << 40, text="steps between snapshots; 0: only after the last step")
+    every: int = size(
+        100,
+        low=0,
+        high=1 << 40,
+        text="steps between snapshots, each of them stored; 0: only after the last step. Short for the next two",
+    )
+    snapshot_every: int | None = size(
+        None, low=0, high=1 << 40, text="steps between snapshots in memory; 0: only after the last step; unset: every"
+    )
+    persist_every: int | None = size(
+        None,
+        low=0,
+        high=1 << 40,
+        text="steps between snapshots that go to the store, a multiple of snapshot_every; 0: only the last one; "
+        "unset: every",
+    )
     slots: int = size(3, low=2, high=16, text="snapshot slots of a rank in memory")
     deadline_s: float = Field(600.0, gt=0, le=86_400, description="of one upload")
     commit_s: float = Field(120.0, gt=0, le=86_400, description="wait of the last step for its commit")
     keep: KeepSpec | None = Field(None, description='which checkpoints stay; unset or "all": all of them')
+
+    @property
+    def in_memory(self) -> int:
+        """Steps between snapshots; 0: only after the last."""
+        return self.every if self.snapshot_every is None else self.snapshot_every
+
+    @property
+    def in_store(self) -> int:
+        """Steps between those of them that go to the store; 0: only the last."""
+        return self.every if self.persist_every is None else self.persist_every
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointSpec:
+        memory, store = self.in_memory, self.in_store
+        if not store or (memory and store % memory == 0):
+            return self
+        name = "persist_every" if self.persist_every is not None else "every"
+        if not memory:
+            raise ValueError(
+                f"{name} {store} with snapshot_every 0: what is stored is a snapshot in memory first; take "
+                f"snapshot_every = {store}, or persist_every = 0"
+            )
+        raise ValueError(
+            f"{name} {store} is no multiple of snapshot_every {memory}: what is stored is one of these snapshots; take "
+            f"persist_every = {max(1, round(store / memory)) * memory}"
+        )
 
 
 class LaunchSpec(Section):

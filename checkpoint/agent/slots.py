@@ -23,13 +23,13 @@ import struct
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer import wire
 
 from ..layout import RankLayout
 
-_HEADER_CRC_FIRST, _HEADER_CRC_END = 24, 136
+_HEADER_CRC = (slice(24, 136), slice(140, 156))
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
 _LOCK = threading.Lock()
@@ -98,6 +98,10 @@ class Seen:
     step: int
     epoch: int
     final: bool
+    persist: bool
+    """To be stored, and not for a start from memory alone."""
+    claim: bool = field(default=False, compare=False)
+    """The rank may fill it any moment: it is not to be had."""
 
     @property
     def ready(self) -> bool:
@@ -217,14 +221,17 @@ class Slot:
     def look(self, index: int) -> Seen:
         """The header as it stands; nothing is held by it."""
         h = self._header
-        return Seen(index, h.state, h.generation, h.step, h.epoch, bool(h.final))
+        return Seen(index, h.state, h.generation, h.step, h.epoch, bool(h.final), bool(h.persist), bool(h.claim))
 
     def hold(self, expected: Seen) -> None:
-        """Keep the rank from refilling this slot. Raises SlotChanged where it no longer holds what was seen."""
+        """Keep the rank from refilling this slot. Raises SlotChanged where it no longer holds what was seen, or the
+        rank has claimed it.
+        """
         h = self._header
         h.hold = 1
         fence()  # the hold is visible before we look: the rank sees it, or we see that it has begun to fill
-        if self.look(expected.index) != expected or h.header_crc != self._crc():
+        seen = self.look(expected.index)
+        if seen.claim or seen != expected or h.header_crc != self._crc():
             h.hold = 0
             raise SlotChanged(
                 f"slot {expected.index} of position {self.layout.position} was refilled before it was held"
@@ -242,6 +249,10 @@ class Slot:
     def release(self) -> None:
         self._header.hold = 0
 
+    def unclaim(self) -> None:
+        """A claim of a rank that is gone. Only while no rank runs."""
+        self._header.claim = 0
+
     @property
     def held(self) -> bool:
         return bool(self._header.hold)
@@ -253,13 +264,13 @@ class Slot:
     def clear(self) -> None:
         """Empty the slot. Only while no rank has it mapped for writing."""
         h = self._header
-        h.hold, h.final = 0, 0
+        h.hold, h.claim, h.final = 0, 0, 0
         h.state = wire.SLOT_EMPTY
 
     def begin_fill(self) -> memoryview:
         """Open the slot for a restore and give its data to be written. Only while no rank runs."""
         h = self._header
-        h.hold, h.state = 0, wire.SLOT_FILLING
+        h.hold, h.claim, h.state = 0, 0, wire.SLOT_FILLING
         h.generation += 1
         return self.data()
 
@@ -272,13 +283,13 @@ class Slot:
         finally:
             data.release()
         struct.pack_into(f"<{len(sums)}Q", self._map, wire.SLOT_HEADER_BYTES, *sums)
-        h.step, h.epoch, h.final, h.checksum_kind = step, epoch, 0, wire.SUM_SHA256
+        h.step, h.epoch, h.final, h.persist, h.checksum_kind = step, epoch, 0, 1, wire.SUM_SHA256
         h.header_crc = self._crc()
         h.state = wire.SLOT_READY
 
     def _crc(self) -> int:
         table = wire.SLOT_HEADER_BYTES
-        return crc32c(self._map[_HEADER_CRC_FIRST:_HEADER_CRC_END], self._map[table : table + 8 * self.layout.chunks])
+        return crc32c(*(self._map[part] for part in _HEADER_CRC), self._map[table : table + 8 * self.layout.chunks])
 
 
 def _prefix(chunk: memoryview) -> int:
@@ -341,6 +352,7 @@ class SlotTable:
                     slot.clear()
                 else:
                     slot.release()
+                    slot.unclaim()
 
     def close(self) -> bool:
         """Unmap and close all. False where somebody still reads: try again later."""

@@ -1,7 +1,9 @@
 """From a snapshot in the slots to chunks in the store and this node's part manifest.
 
-One upload at a time, in a thread of its own; the next one takes the newest snapshot that is ready by then, so a slow
-store costs checkpoints, never steps. A snapshot is held while it is read: the ranks have other slots. What it needs
+Snapshots that the gang has marked go up (``checkpoint.persist_every``), and the one that an attempt started from; the
+others are for a start from memory. One upload at a time, in a thread of its own; the next one takes the newest such
+snapshot that is ready by then, so a slow store costs checkpoints, never steps. A snapshot is held while it is read: the
+ranks have other slots, and where they have none the gang leaves its save out (``wire/slot.h``). What it needs
 beside the slots is at most one chunk (64 MiB) a worker, however long the store is away.
 
 An upload that fails is tried again until its deadline; when a newer snapshot is ready by then, that one goes instead.
@@ -240,6 +242,8 @@ class Uploader:
             if (point[1] == source.epoch or point == source.point)
             and point[0] not in done
             and (point[0] != source.stored or any(seen.final for seen in by_rank.values()))
+            and (point == source.point or any(seen.persist or seen.final for seen in by_rank.values()))
+            and not any(seen.claim for seen in by_rank.values())
         ]
         return sorted(found, key=lambda item: item[0], reverse=True)
 

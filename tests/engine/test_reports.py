@@ -76,3 +76,22 @@ def test_norms_that_are_not_finite_are_no_drift(tmp_path: Path) -> None:
     code, lines, words = decide(tmp_path / "numbers", 8, 4, 2, "nan")
     assert code == 0, words
     assert [line[5] for line in lines] == ["1"] * 4
+
+
+@pytest.mark.parametrize(
+    ("every", "persist", "free", "wanted"),
+    [
+        (1, 0, "111", "110 110 110"),
+        (2, 0, "1111", "000 110 000 110"),
+        (2, 4, "11111111", "000 100 000 110 000 100 000 110"),
+        (2, -1, "11111111", "000 100 000 100 000 100 000 110"),  # the last step alone
+        (0, 0, "11111111", "000 000 000 000 000 000 000 110"),
+        (2, 0, "10101111", "000 001 000 001 000 110 000 110"),  # skipped, and counted
+        (1, 2, "10111111", "100 001 110 110 100 110 100 110"),  # what was to be stored is owed: the next one is
+        (1, 3, "110000s0", "100 100 001 001 001 001 110 110"),  # a stop and the last step save in any case
+    ],
+)
+def test_the_gang_saves_or_skips_by_one_decision(every: int, persist: int, free: str, wanted: str) -> None:
+    command = [build_program("saves_drive"), str(every), str(persist), "8", free]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == wanted.split()

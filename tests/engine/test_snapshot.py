@@ -206,14 +206,48 @@ def test_a_slot_that_is_held_and_the_newest_are_never_written() -> None:
         slots[1].hold(slots[1].look(1))
         assert r.ask("fill 5 0") == "ok 2"  # 1 is held, 0 is the newest
         slots[0].hold(slots[0].look(0))
-        assert r.ask("can") == "ok 0"
+        assert r.ask("claim") == "ok 0"
         assert r.ask("fill 6 0") == "AGAIN none of the 3 snapshot slots is free: the agent still reads them"
         assert [slot.look(0).step for slot in slots] == [4, 2, 5]
         slots[1].release()
-        assert r.ask("can") == "ok 1"
+        assert r.ask("claim") == "ok 1"
         assert r.ask("fill 6 0") == "ok 1"
         with pytest.raises(SlotChanged):
             slots[2].hold(slots[1].look(2))
+
+
+def test_what_a_rank_has_claimed_the_agent_does_not_take_and_stays_whole_until_it_is_filled() -> None:
+    with slots_of(2) as slots, rank(slots) as r:
+        r.ask("set 1")
+        assert [r.ask(f"fill {step} 0") for step in (10, 20)] == ["ok 0", "ok 1"]
+        assert (r.ask("claim"), r.ask("claim")) == ("ok 1", "ok 1")
+        seen = slots[0].look(0)
+        assert (seen.ready, seen.step, seen.claim) == (True, 10, True)
+        with pytest.raises(SlotChanged):
+            slots[0].hold(seen)
+        assert not slots[0].held
+        r.ask("unclaim")  # the gang does not save
+        slots[0].hold(slots[0].look(0))
+        assert copy_of(slots[0]) == expected(1, slots[0].layout)
+        assert r.ask("claim") == "ok 0"
+        slots[0].release()
+        assert (r.ask("claim"), r.ask("fill 30 0")) == ("ok 1", "ok 0")
+        assert not slots[0].look(0).claim
+        assert r.ask("claim") == "ok 1"
+        r.process.kill()
+        r.process.wait()
+        assert slots[1].look(1).claim  # it died with it
+        with rank(slots, epoch=6) as again:
+            assert again.first == "ok 2"
+            assert not slots[1].look(1).claim
+
+
+@pytest.mark.parametrize(("word", "marks"), [(0, (False, False)), (1, (True, True)), (2, (False, True))])
+def test_a_snapshot_says_whether_it_goes_to_the_store(word: int, marks: tuple[bool, bool]) -> None:
+    with slots_of(1) as slots, rank(slots) as r:
+        assert r.ask(f"fill 8 {word}") == "ok 0"
+        seen = slots[0].look(0)
+        assert (seen.final, seen.persist) == marks
 
 
 def test_the_restored_slot_is_kept_until_a_newer_one_is_whole() -> None:
@@ -278,14 +312,14 @@ def test_a_device_copies_while_the_rank_goes_on() -> None:
         assert r.ask("begin 40 1") == "ok 40"
         seen = slots[0].look(0)
         assert (seen.ready, seen.generation) == (False, 1)
-        assert (r.ask("can"), r.ask("take"), r.ask("step 0")) == ("ok 0", "ok -1", "ok -1")
+        assert (r.ask("claim"), r.ask("take"), r.ask("step 0")) == ("ok 0", "ok -1", "ok -1")
         assert (r.ask("let"), r.ask("wait"), r.ask("take")) == ("ok 0", "ok 0", "ok -1")
         seen = slots[0].look(0)
         assert (seen.ready, seen.step, seen.final) == (True, 40, True)
         slots[0].hold(seen)
         assert copy_of(slots[0]) == expected(17, slots[0].layout)
         r.ask("set 18")
-        assert (r.ask("can"), r.ask("begin 41 0"), r.ask("let"), r.ask("wait")) == ("ok 1", "ok 41", "ok 0", "ok 1")
+        assert (r.ask("claim"), r.ask("begin 41 0"), r.ask("let"), r.ask("wait")) == ("ok 1", "ok 41", "ok 0", "ok 1")
         assert copy_of(slots[1]) == expected(18, slots[1].layout)
         with rank(slots, epoch=6) as cpu:  # the two kinds of rank fill and restore the same bytes
             assert (cpu.ask("restore 1 41"), cpu.ask("check 18")) == ("ok 1", "ok 0")
@@ -302,7 +336,7 @@ def test_a_rank_that_dies_in_a_fill_leaves_the_snapshot_before() -> None:
             r.process.wait()
         assert (slots[0].look(0).ready, slots[1].look(1).ready) == (True, False)
         with rank(slots, epoch=6, apart=True) as again:
-            assert (again.ask("step 0"), again.ask("step 1"), again.ask("can")) == ("ok 40", "ok -1", "ok 1")
+            assert (again.ask("step 0"), again.ask("step 1"), again.ask("claim")) == ("ok 40", "ok -1", "ok 1")
             assert (again.ask("restore 0 40"), again.ask("check 17")) == ("ok 0", "ok 0")
             assert (again.ask("begin 41 0"), again.ask("let"), again.ask("wait")) == ("ok 41", "ok 0", "ok 1")
 

@@ -344,8 +344,11 @@ class RankPeer:
             m[h.data_offset : h.data_offset + h.data_bytes] = data
             sums = [crc32c(data[at : at + wire.SLOT_CHUNK]) for at in range(0, len(data), wire.SLOT_CHUNK)]
             struct.pack_into(f"<{len(sums)}Q", m, wire.SLOT_HEADER_BYTES, *sums)
-            h.step, h.epoch, h.final, h.checksum_kind = step, self.epoch, int(final), wire.SUM_CRC32C
-            h.header_crc = crc32c(m[24:136], m[wire.SLOT_HEADER_BYTES : wire.SLOT_HEADER_BYTES + 8 * len(sums)])
+            h.step, h.epoch, h.final, h.persist = step, self.epoch, int(final), 1
+            h.checksum_kind = wire.SUM_CRC32C
+            h.header_crc = crc32c(
+                m[24:136], m[140:156], m[wire.SLOT_HEADER_BYTES : wire.SLOT_HEADER_BYTES + 8 * len(sums)]
+            )
             h.state = wire.SLOT_READY
         finally:
             del h

@@ -271,6 +271,33 @@ def test_what_bytes_are_canonical() -> None:
     assert what_bytes(parse_spec(turned), DATA) == what_bytes(parse_spec(tree()), DATA)
 
 
+def test_two_cadences_and_the_key_that_is_short_for_both() -> None:
+    def cadences(*sets: str) -> tuple[int, int]:
+        checkpoint = parse_spec(tree(), [f"checkpoint.{text}" for text in sets]).checkpoint
+        return checkpoint.in_memory, checkpoint.in_store
+
+    assert cadences("every=7") == (7, 7)
+    assert cadences("snapshot_every=10") == (10, 100)
+    assert cadences("snapshot_every=10", "persist_every=40") == (10, 40)
+    assert cadences("every=0", "snapshot_every=10") == cadences("snapshot_every=10", "persist_every=0") == (10, 0)
+    for sets, words in (
+        (("snapshot_every=30",), "every 100 is no multiple of snapshot_every 30.*take persist_every = 90"),
+        (("snapshot_every=30", "persist_every=40"), "persist_every 40 is no multiple.*take persist_every = 30"),
+        (("persist_every=10",), "persist_every 10 is no multiple of snapshot_every 100.*take persist_every = 100"),
+        (("snapshot_every=0",), "every 100 with snapshot_every 0.*take snapshot_every = 100, or persist_every = 0"),
+    ):
+        with pytest.raises(SpecError, match=f"checkpoint.*{words}"):
+            cadences(*sets)
+
+
+def test_a_how_is_written_as_before_where_a_newer_key_is_not_used() -> None:
+    """So that an older version reads it, and that a record's How still equals that of its spec."""
+    assert set(how_map(parse_spec(tree()))["checkpoint"]) == {"every", "slots", "deadline_s", "commit_s"}
+    used = parse_spec(tree(), ["checkpoint.snapshot_every=10"])
+    assert how_map(used)["checkpoint"]["snapshot_every"] == 10
+    assert parse_spec(tree() | how_map(used)) == used
+
+
 def test_a_key_that_is_gone_is_still_read() -> None:
     """Specs, the How of a log's records and Prefect's deployments of an older version hold it; it had no effect."""
     old = parse_spec(tree(recovery__max_rollbacks=3, recovery__backoff_s=2.0))

@@ -30,7 +30,7 @@ from trainer.plan.records import Config
 from trainer.plan.rows import Row, split_stages
 from trainer.plan.schedules import TIMED, pipeline_for, rows_for
 from trainer.spec import ModelSpec, RunSpec
-from trainer.spec_how import RecomputeSpec
+from trainer.spec_how import CheckpointSpec, RecomputeSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
 FIRST_IS_LAST = ("1f1b", "gpipe", "interleaved-1f1b")
@@ -221,6 +221,11 @@ def _again(recompute: RecomputeSpec, stage: Stage | None, layers: int, split: bo
     return layers if count is None else count
 
 
+def _persist_every(spec: CheckpointSpec) -> int:
+    """As the plan has it: 0 where every snapshot goes to the store, which plans have always said."""
+    return 0 if spec.in_store == spec.in_memory else spec.in_store or wire.PERSIST_LAST
+
+
 def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
     spec, train, infer = job.spec, job.spec.train, job.infer
     o, s = train.optimizer, train.schedule
@@ -250,7 +255,8 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
         clip=o.clip,
         beta1=o.beta1,
         beta2=o.beta2,
-        checkpoint_every=spec.checkpoint.every,
+        checkpoint_every=spec.checkpoint.in_memory,
+        persist_every=_persist_every(spec.checkpoint),
         slots=0 if infer else spec.checkpoint.slots,
         data_shuffled=spec.data.shuffled,
         data_samples=0 if infer else dataset.samples(train.sequence),

@@ -247,3 +247,4 @@ class Config:
     what_digest: bytes
     reduction_groups: int = 1
     numerics_version: int = NUMERICS_VERSION
+    persist_every: int = 0

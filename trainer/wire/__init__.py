@@ -72,6 +72,7 @@ SECTIONS = (
     "channels",
 )
 MODE_TRAIN, MODE_INFER = 1, 2
+PERSIST_LAST = -1
 THREADS_COUNTED, THREADS_MAX = 2, 256
 LR_CONSTANT, LR_COSINE, LR_WSD = 1, 2, 3
 SPACE_NONE, SPACE_STATIC, SPACE_ACT, SPACE_MB, SPACE_PIECE = range(5)
@@ -156,7 +157,8 @@ class PlanConfig(ctypes.LittleEndianStructure):
         ("what_digest", u8 * 32),
         ("reduction_groups", u32),
         ("reserved0", u32),
-        ("reserved", u64 * 5),
+        ("persist_every", i64),
+        ("reserved", u64 * 4),
     ]
 
 
@@ -286,13 +288,15 @@ class StepControl(ctypes.LittleEndianStructure):
         ("stop", u32),
         ("not_finite", u32),
         ("skipped", u32),
-        ("reserved", u64 * 4),
+        ("persist", u32),
+        ("reserved0", u32),
+        ("reserved", u64 * 3),
     ]
 
 
 # --- slot.h -----------------------------------------------------------------------------------------------
 
-SLOT_MAGIC, SLOT_VERSION = b"HSSLOT\r\n", 1
+SLOT_MAGIC, SLOT_VERSION = b"HSSLOT\r\n", 2
 SLOT_HEADER_BYTES, SLOT_CHUNK, SLOTS_MAX = 4096, 4 << 20, 16
 SLOT_EMPTY, SLOT_FILLING, SLOT_READY = 0, 1, 2
 DEVICE_CPU, DEVICE_CUDA = 1, 2
@@ -318,6 +322,8 @@ class SlotHeader(ctypes.LittleEndianStructure):
         ("final", u32),
         ("checksum_kind", u32),
         ("replica", u32),
+        ("persist", u32),
+        ("claim", u32),
     ]
 
 

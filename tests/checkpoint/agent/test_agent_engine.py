@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from checkpoint import keys
 from checkpoint.log import CheckpointInfo
 from tests.support.agents import Run, make_run, put_dataset, tiny_spec, wait_for
+from tests.support.chaos import step_of
 from tests.support.s3_server import S3Server
+from trainer import wire
 from trainer.launch import Launch
 from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec
@@ -98,6 +102,73 @@ def test_a_killed_rank_and_the_next_attempt_from_the_slots(tmp_path: Path, undis
         assert last(run).state_digest == undisturbed
         assert last(run).epoch == second
         assert {r["code"] for s in idle(run, second, nodes) for r in s["ranks"].values()} == {0}
+
+
+def test_memory_and_store_have_cadences_of_their_own(tmp_path: Path, undisturbed: str) -> None:
+    """Every 5 steps a snapshot, each tenth of them stored; what an attempt starts from in memory is stored too."""
+    spec = spec_of(parallel__stages=2, checkpoint__snapshot_every=5, checkpoint__persist_every=50)
+    run, plan = make_run(tmp_path, spec)
+    with launched(run, spec, tmp_path / "out"):
+        first = run.attempt(spec, plan)
+        status = reached(run, 60)
+        os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
+        slots = newest_in_slots(idle(run, first))
+        assert slots["step"] % 5 == 0
+        checkpoint = run.fold().at_step()
+        run.attempt(spec, plan, checkpoint=checkpoint.n if checkpoint else None, step=slots["step"], slots=slots)
+        assert last(run).state_digest == undisturbed
+        stored = {c.step for c in run.fold().checkpoints}
+    assert {step for step in stored if step % 50} <= {slots["step"]}
+
+
+def test_with_the_agent_stopped_and_every_slot_held_training_goes_on(tmp_path: Path, undisturbed: str) -> None:
+    """No save waits, once for each of some 300 steps: all are skipped, and counted."""
+    spec = spec_of(parallel__stages=2, checkpoint__every=1, checkpoint__slots=2)
+    run, plan = make_run(tmp_path, spec)
+    with launched(run, spec, tmp_path / "out"):
+        epoch = run.attempt(spec, plan)
+        status = wait_for(lambda: (s := run.status()) and s["ranks"].get("0", {}).get("pid") and s, "rank 0", 60)
+        agent, rank = status["pid"], status["ranks"]["0"]["pid"]
+        wait_for(lambda: (step_of(rank) or 0) >= 1, "the first step", 60)
+        os.kill(rank, signal.SIGSTOP)
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            hold_slots(agent, True)
+            began = (step_of(rank) or 0) + 2
+            os.kill(rank, signal.SIGCONT)
+            wait_for(lambda: (step_of(rank) or 0) >= STEPS - 10, "nearly the last step", 60)
+            hold_slots(agent, False)
+        finally:
+            os.kill(agent, signal.SIGCONT)
+        assert last(run).state_digest == undisturbed
+        assert last(run).epoch == epoch
+        steps = wait_for(lambda: (found := steps_told(run, epoch)) and found[-1]["step"] == STEPS and found, "metrics")
+        skipped = {line["step"]: line["skipped"] for line in steps}
+        assert skipped[STEPS - 12] - skipped[began] == STEPS - 12 - began > 0
+        assert {line["snapshot"] for line in steps if began < line["step"] <= STEPS - 12} == {0}
+
+
+def steps_told(run: Run, epoch: int) -> list[dict[str, Any]]:
+    """The metrics of an attempt's steps, as far as its agent has written them."""
+    lines = b"".join(run.store.get(found.key) for found in run.store.list(keys.metrics_prefix(run.name, epoch)))
+    told = (json.loads(line) for line in lines.splitlines())
+    return [line for line in told if line["event"] == "step"]
+
+
+def slots_of(agent: int) -> dict[int, Path]:
+    """Descriptors of the slots of two ranks, once all are there; by inode."""
+    fds = list(Path(f"/proc/{agent}/fd").iterdir())
+    found = {entry.stat().st_ino: entry for entry in fds if "memfd:hotstage-slot" in os.readlink(entry)}
+    return found if len(found) == 4 else {}
+
+
+def hold_slots(agent: int, held: bool) -> None:
+    """As an agent would that reads every slot of its ranks; it is stopped meanwhile."""
+    slots = slots_of(agent)
+    assert slots
+    for entry in slots.values():
+        with entry.open("r+b", buffering=0) as slot:
+            os.pwrite(slot.fileno(), bytes([held]), wire.SlotHeader.hold.offset)
 
 
 @pytest.mark.parametrize("stages", [1, 3])

@@ -6,7 +6,7 @@
  *
  * States lie in a slot one after the other (plan.h), in the arena in reverse order, so that a wrong
  * place shows. set SEED          every element of every master, m and v gets a value of its own
- *   fill STEP FINAL   restore SLOT STEP     can     step SLOT     check SEED (the arena is what set
+ *   fill STEP FINAL (2: to be stored alone)   restore SLOT STEP   claim   unclaim   step SLOT   check SEED (the arena is what set
  * SEED made) One line of answer each: "ok ...", or "<STATUS> why".
  *
  * With SNAPSHOT_APART in the environment the arena is a device's, whose copies to a slot are done when
@@ -166,11 +166,13 @@ static void serve(hs_snapshot *snapshot) {
         } else if (strcmp(word, "check") == 0) {
             answer(HS_OK, walk((uint32_t)a, 0), &why);
         } else if (strcmp(word, "fill") == 0) {
-            hs_status st = hs_snapshot_begin(snapshot, a, b != 0, 0, NULL, &why);
+            const hs_snapshot_done what = {.step = a, .final = b == 1, .persist = b != 0};
+            hs_status st = hs_snapshot_begin(snapshot, &what, 0, NULL, &why);
             if (st == HS_OK) st = take(snapshot, &slot, &why);
             answer(st, slot, &why);
         } else if (strcmp(word, "begin") == 0) {
-            answer(hs_snapshot_begin(snapshot, a, b != 0, 0, NULL, &why), a, &why);
+            const hs_snapshot_done what = {.step = a, .final = b == 1, .persist = b != 0};
+            answer(hs_snapshot_begin(snapshot, &what, 0, NULL, &why), a, &why);
         } else if (strcmp(word, "let") == 0 || strcmp(word, "fail") == 0) {
             device_answers(word[0] == 'l');
             answer(HS_OK, 0, &why);
@@ -183,8 +185,11 @@ static void serve(hs_snapshot *snapshot) {
             answer(HS_OK, device.issued, &why);
         } else if (strcmp(word, "restore") == 0) {
             answer(hs_snapshot_restore(snapshot, (int)a, b, &why), a, &why);
-        } else if (strcmp(word, "can") == 0) {
-            answer(HS_OK, hs_snapshot_can_fill(snapshot), &why);
+        } else if (strcmp(word, "claim") == 0) {
+            answer(HS_OK, hs_snapshot_claim(snapshot), &why);
+        } else if (strcmp(word, "unclaim") == 0) {
+            hs_snapshot_unclaim(snapshot);
+            answer(HS_OK, 0, &why);
         } else if (strcmp(word, "step") == 0) {
             answer(HS_OK, hs_snapshot_step(snapshot, (int)a), &why);
         }

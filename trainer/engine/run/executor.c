@@ -103,18 +103,20 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
     if (st != HS_OK) return st;
     if (p->loss_offset != UINT64_MAX) add_losses(ex, &report);
     if (ex->snapshot) HS_TRY(tell_saved(ex, why));
-    report.free_slot = ex->snapshot && hs_snapshot_can_fill(ex->snapshot);
+    report.free_slot =
+        ex->snapshot && hs_step_due(ex->plan->config, ex->step) && hs_snapshot_claim(ex->snapshot);
     report.stop = hs_stop_requested(ex->stop);
     memcpy(out, &report, sizeof report);
     memcpy(out + sizeof report, sumsq, 8 * ex->plan->count[HS_SECTION_TENSORS]);
     return HS_OK;
 }
 
-static void decide(const hs_executor *ex, const uint8_t *report) {
+static void decide(hs_executor *ex, const uint8_t *report) {
     const hs_step_policy policy = {.config = ex->plan->config,
                                    .tensors = ex->plan->count[HS_SECTION_TENSORS],
                                    .last_step = hs_executor_last_step(ex),
-                                   .slots = ex->snapshot != NULL};
+                                   .slots = ex->snapshot != NULL,
+                                   .owed = &ex->owed};
     hs_step_decide(
         &policy, report,
         (void *)hs_spaces_host(ex->spaces, ex->position->control_offset, sizeof(hs_step_control)));
@@ -158,18 +160,17 @@ hs_status hs_executor_finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why
 }
 
 hs_status hs_executor_save(hs_executor *ex, bool final, hs_why *why) {
-    const int64_t ms = final ? ex->attempt->commit_ms : ex->attempt->stall_ms / 2;
-    const int64_t deadline_ns = hs_deadline_ns(ms);
+    const hs_snapshot_done what = {
+        .step = ex->step, .final = final, .persist = final || ex->control.persist};
+    const int64_t ms = ex->attempt->commit_ms, deadline_ns = final ? hs_deadline_ns(ms) : 0;
     hs_stop_busy(ex->stop, true);
-    hs_status st = hs_executor_finish_saving(ex, deadline_ns, why);
-    if (st == HS_OK)
-        st = hs_snapshot_begin(ex->snapshot, ex->step, final, deadline_ns, ex->stop, why);
+    hs_status st = final ? hs_executor_finish_saving(ex, deadline_ns, why) : HS_OK;
+    if (st == HS_OK) st = hs_snapshot_begin(ex->snapshot, &what, deadline_ns, ex->stop, why);
     hs_stop_busy(ex->stop, false);
     if (st == HS_E_AGAIN && !final) {
-        HS_LOG(ex->log, HS_LOG_WARN, "snapshot left out", HS_I("step", ex->step),
-               HS_I("waited_ms", ms));
-        why->text[0] = 0;
-        return HS_OK;
+        return hs_fail(why, HS_E_BUG,
+                       "the gang saves step %" PRId64 ", and this rank has claimed no slot for it",
+                       ex->step);
     }
     if (st == HS_E_AGAIN) {
         why->text[0] = 0;
@@ -179,6 +180,15 @@ hs_status hs_executor_save(hs_executor *ex, bool final, hs_why *why) {
                        ms, ex->step);
     }
     return st == HS_OK ? tell_saved(ex, why) : st;
+}
+
+/* SNAPSHOT, by what the gang has decided. */
+static hs_status save_or_skip(hs_executor *ex, hs_why *why) {
+    if (!ex->snapshot) return HS_OK;
+    if (ex->control.snapshot)
+        return hs_executor_save(ex, ex->control.stop || ex->step >= hs_executor_last_step(ex), why);
+    hs_snapshot_unclaim(ex->snapshot);
+    return HS_OK;
 }
 
 /* A program, or the tokens of a step: between what it follows and what follows it. */
@@ -225,10 +235,8 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
     case HS_A_APPLY:
     case HS_A_CHECK:
         return apply(ex, turn, offset, hs_spaces_host(ex->spaces, offset, a->ref.bytes), why);
-    case HS_A_SNAPSHOT: {
-        const bool final = ex->control.stop || ex->step >= hs_executor_last_step(ex);
-        return ex->control.snapshot ? hs_executor_save(ex, final, why) : HS_OK;
-    }
+    case HS_A_SNAPSHOT:
+        return save_or_skip(ex, why);
     default:
         HS_ASSERT(!"an action of a kind that the loader refuses");
         return HS_E_BUG;

@@ -12,8 +12,9 @@
  *     says that the numbers are not finite.
  * I3  A snapshot holds the state of a whole step: SNAPSHOT comes after the optimizer, by the same
  *     control block on every rank. A device copies it while the next step runs, as far as its optimizer
- *     (run/spaces.h, I3); the agent hears of it when it is READY. The last one of an attempt is never
- *     skipped, and awaited.
+ *     (run/spaces.h, I3); the agent hears of it when it is READY. Every rank claims its slot for it before it
+ *     reports, so that what the gang decides every rank can do, at once; where one has none, all skip it. The
+ *     last one of an attempt is never skipped: it waits for a slot, and is awaited.
  */
 #ifndef HS_RUN_EXECUTOR_H
 #define HS_RUN_EXECUTOR_H
@@ -65,6 +66,7 @@ typedef struct hs_executor {
     const hs_plan_action *at; /* being run; NULL: none */
     uint8_t *own_report;      /* position 0: where the last COMBINE left the positions' */
     hs_step_control control;  /* taken by the last APPLY or CHECK */
+    bool owed;                /* position 0: hs_step_policy */
 } hs_executor;
 
 /* What follows what on the device, before the first call of the others. HS_E_MEMORY. */

@@ -112,6 +112,10 @@ void hs_step_foresee(const hs_plan_config *config, int64_t step, hs_step_control
     };
 }
 
+bool hs_step_due(const hs_plan_config *config, int64_t step) {
+    return config->checkpoint_every > 0 && step % config->checkpoint_every == 0;
+}
+
 void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step_control *control) {
     const hs_plan_config *config = policy->config;
     hs_step_report total;
@@ -123,7 +127,9 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     const double norm = sqrt(sumsq);
     const double loss = total.loss_count ? total.loss_sum / (double)total.loss_count : 0.0;
     const bool last = step >= policy->last_step || total.stop;
-    const bool due = config->checkpoint_every > 0 && step % config->checkpoint_every == 0;
+    const bool due = hs_step_due(config, step);
+    const int64_t persist = config->persist_every;
+    const bool owed = *policy->owed || (due && (!persist || (persist > 0 && step % persist == 0)));
     hs_step_foresee(config, step, control);
     control->loss = loss;
     control->norm = norm;
@@ -132,4 +138,6 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     control->stop = total.stop;
     control->not_finite = total.not_finite || !is_finite(norm) || !is_finite(loss);
     control->skipped = policy->slots && due && !last && !all_free;
+    control->persist = control->snapshot && (last || owed);
+    *policy->owed = owed && !control->snapshot;
 }

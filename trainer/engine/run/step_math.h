@@ -1,6 +1,6 @@
 /* The numbers of a step's end, in double and by our own arithmetic, so that every machine gets the
  * same bits: learning rate, bias corrections, the sum of the losses, and position 0's decision for
- * the gang. Pure; no I/O. */
+ * the gang. No I/O, no clock. */
 #ifndef HS_RUN_STEP_MATH_H
 #define HS_RUN_STEP_MATH_H
 
@@ -36,7 +36,12 @@ typedef struct hs_step_policy {
     size_t tensors;
     int64_t last_step; /* the run or the attempt ends after it */
     bool slots;        /* this gang has snapshot slots */
+    bool *
+        owed; /* a snapshot was to be stored and was skipped: the next one is; DECIDE reads and writes it */
 } hs_step_policy;
+
+/* Whether a snapshot is due after this step, the last one apart. */
+bool hs_step_due(const hs_plan_config *config, int64_t step);
 
 /* A balanced tree of the numbers that are added to it, a power of two of them: then sums[0] is their sum.
  * The same tree as that of a replica's gradients (fold), whose buffer of group g is popcount(g). */
@@ -63,8 +68,8 @@ void hs_step_combine(uint8_t *reports, size_t positions, size_t tensors);
 hs_status hs_step_merge(uint8_t *own, const uint8_t *other, size_t tensors, hs_why *why);
 
 /* DECIDE, by a report of all positions and replicas. Norm: tensors in the table's order, plain
- * ascending adds. A snapshot is due at multiples of checkpoint_every; the last one of an attempt is
- * taken in any case. */
+ * ascending adds. A snapshot is due at multiples of checkpoint_every, and taken where every rank has a slot
+ * for it; the last one of an attempt is taken in any case. */
 void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step_control *control);
 
 #endif

@@ -32,28 +32,31 @@ static int choose(const hs_snapshot *s) {
     return best;
 }
 
-bool hs_snapshot_can_fill(const hs_snapshot *s) {
-    return !s->under_way && choose(s) >= 0;
-}
-
-/* Takes a slot for writing, against an agent that takes hold of it at the same moment: each side
- * writes its own word and then reads the other's, so at least one of them sees the other. */
-static int take(hs_snapshot *s) {
-    for (int tries = 0; tries < 2 * HS_SNAPSHOT_SLOTS_MAX; tries++) {
+/* Against an agent that takes hold of it at the same moment: each side writes its own word and then reads
+ * the other's, so at least one of them sees the other. */
+bool hs_snapshot_claim(hs_snapshot *s) {
+    if (s->under_way) return false;
+    for (int tries = 0; s->claimed < 0 && tries < 2 * HS_SNAPSHOT_SLOTS_MAX; tries++) {
         const int i = choose(s);
-        if (i < 0) return -1;
+        if (i < 0) break;
         hs_slot_header *header = hs_snapshot_header(s, i);
-        const uint32_t before = hs_snapshot_load(&header->state);
-        hs_snapshot_store(&header->state, HS_SLOT_FILLING);
-        if (!hs_snapshot_load(&header->hold)) return i;
-        hs_snapshot_store(&header->state, before);
+        hs_snapshot_store(&header->claim, 1);
+        if (!hs_snapshot_load(&header->hold))
+            s->claimed = i;
+        else
+            hs_snapshot_store(&header->claim, 0);
     }
-    return -1;
+    return s->claimed >= 0;
 }
 
-static hs_status wait_for_slot(hs_snapshot *s, int64_t deadline_ns, struct hs_stop *stop, int *slot,
+void hs_snapshot_unclaim(hs_snapshot *s) {
+    if (s->claimed >= 0) hs_snapshot_store(&hs_snapshot_header(s, s->claimed)->claim, 0);
+    s->claimed = -1;
+}
+
+static hs_status wait_for_slot(hs_snapshot *s, int64_t deadline_ns, struct hs_stop *stop,
                                hs_why *why) {
-    while ((*slot = take(s)) < 0) {
+    while (!hs_snapshot_claim(s)) {
         if (hs_stop_lost(stop))
             return hs_fail(why, HS_E_LOST,
                            "a peer was lost while this rank waited for a snapshot slot");
@@ -66,15 +69,19 @@ static hs_status wait_for_slot(hs_snapshot *s, int64_t deadline_ns, struct hs_st
     return HS_OK;
 }
 
-/* I4: from here on the slot is nobody's to read. */
-static void open_slot(const hs_snapshot *s, int i) {
+/* I4: from here on the claimed slot is nobody's to read. Returns which it is. */
+static int open_slot(hs_snapshot *s) {
+    const int i = s->claimed;
     hs_slot_header *header = hs_snapshot_header(s, i);
+    hs_snapshot_store(&header->state, HS_SLOT_FILLING);
     memcpy(header->magic, HS_SLOT_MAGIC, sizeof header->magic);
     header->version = HS_SLOT_VERSION;
     header->position = s->position;
     header->replica = s->replica;
     __atomic_store_n(&header->generation, header->generation + 1, __ATOMIC_SEQ_CST);
     fence();
+    hs_snapshot_unclaim(s); /* FILLING says more */
+    return i;
 }
 
 /* I3: data and sums are there. */
@@ -89,6 +96,7 @@ static void close_slot(const hs_snapshot *s, const hs_snapshot_done *what) {
     memcpy(header->what_digest, s->what_digest, sizeof header->what_digest);
     header->checksum_kind = HS_SLOT_SUM_CRC32C;
     header->final = what->final;
+    header->persist = what->persist;
     header->header_crc = hs_snapshot_header_crc(s, what->slot);
     hs_snapshot_store(&header->state, HS_SLOT_READY);
 }
@@ -184,16 +192,16 @@ static hs_status copy_pieces(const hs_snapshot *s, int slot, hs_why *why) {
     return s->device.copied(s->device.ctx, true, why);
 }
 
-hs_status hs_snapshot_begin(hs_snapshot *s, int64_t step, bool final, int64_t deadline_ns,
+hs_status hs_snapshot_begin(hs_snapshot *s, const hs_snapshot_done *what, int64_t deadline_ns,
                             struct hs_stop *stop, hs_why *why) {
-    int slot = -1;
     HS_ASSERT(!s->under_way);
     const int64_t begin_ns = hs_clock_ns();
     if (s->count == 0) return hs_fail(why, HS_E_AGAIN, "this rank has no snapshot slots");
-    HS_TRY(wait_for_slot(s, deadline_ns, stop, &slot, why));
-    open_slot(s, slot);
+    HS_TRY(wait_for_slot(s, deadline_ns, stop, why));
+    const int slot = open_slot(s);
     s->under_way = true;
-    s->fill.what = (hs_snapshot_done){.slot = slot, .step = step, .final = final};
+    s->fill.what = *what;
+    s->fill.what.slot = slot;
     s->fill.begin_ns = begin_ns;
     s->fill.status = HS_OK;
     if (s->arena) {

@@ -12,17 +12,21 @@
 
 enum { BLOCK = 256 * 1024 }; /* copied, then summed while it is in the cache */
 
-/* header_crc covers [24, 136) and the checksums. */
-enum { CRC_FIRST = 24, CRC_END = 136 };
+/* What header_crc covers, before the checksums. */
+enum { CRC_FIRST = 24, CRC_END = 136, CRC_AGAIN = 140, CRC_LAST = 156 };
 _Static_assert(offsetof(hs_slot_header, generation) == CRC_FIRST, "slot header");
 _Static_assert(offsetof(hs_slot_header, header_crc) == CRC_END, "slot header");
+_Static_assert(offsetof(hs_slot_header, final) == CRC_AGAIN, "slot header");
+_Static_assert(offsetof(hs_slot_header, claim) == CRC_LAST, "slot header");
 
 static uint64_t round_up(uint64_t value, uint64_t to) {
     return (value + to - 1) / to * to;
 }
 
 uint32_t hs_snapshot_header_crc(const hs_snapshot *s, int i) {
-    const uint32_t crc = hs_crc32c(0, s->slots[i].map + CRC_FIRST, CRC_END - CRC_FIRST);
+    const uint8_t *header = s->slots[i].map;
+    uint32_t crc = hs_crc32c(0, header + CRC_FIRST, CRC_END - CRC_FIRST);
+    crc = hs_crc32c(crc, header + CRC_AGAIN, CRC_LAST - CRC_AGAIN);
     return hs_crc32c(crc, hs_snapshot_sums(s, i), s->chunks * sizeof(uint64_t));
 }
 
@@ -68,7 +72,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
     s->device = config->device;
     s->pool = config->pool;
     s->log = config->log;
-    s->newest = s->ended_fd = -1;
+    s->newest = s->claimed = s->ended_fd = -1;
     for (uint32_t i = 0; i < config->state_count; i++) {
         const hs_plan_state *state = &config->states[i];
         const uint64_t bytes = kept_bytes(state, (uint64_t)config->tensors[state->tensor].elements);
@@ -140,6 +144,7 @@ static hs_status map_slot(hs_snapshot *s, int i, hs_why *why) {
         (header->position != s->position || header->replica != s->replica))
         return hs_fail(why, HS_E_CONFIG, "slot %d is of position %u of replica %u, not %u of %u", i,
                        header->position, header->replica, s->position, s->replica);
+    hs_snapshot_store(&header->claim, 0); /* of a rank that died before it filled */
     /* FILLING: its rank died in the middle. Without a magic: fresh from the agent. */
     if (!known || hs_snapshot_load(&header->state) != HS_SLOT_READY)
         hs_snapshot_store(&header->state, HS_SLOT_EMPTY);

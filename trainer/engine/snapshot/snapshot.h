@@ -3,8 +3,8 @@
  * starts again from them.
  *
  * Order of calls, all from the rank's main thread: create (with the plan's tables), attach (with
- * the descriptors from the agent), perhaps restore, then can_fill, begin and take as the gang decides,
- * destroy. Without attach (a rank without an agent) there are no slots: can_fill is false and begin
+ * the descriptors from the agent), perhaps restore, then claim, and unclaim or begin and take as the gang decides,
+ * destroy. Without attach (a rank without an agent) there are no slots: claim is false and begin
  * returns HS_E_AGAIN.
  *
  * A fill goes from begin, which takes a slot, to take, which says that it is READY. Where the arena is
@@ -13,7 +13,7 @@
  * next steps run. One fill at a time. destroy abandons one that is under way: its slot stays FILLING,
  * which the next rank to attach makes EMPTY, as after a crash.
  *
- * I1  A slot that the agent holds is never written.
+ * I1  A slot that the agent holds is never claimed, and one that is not claimed is never written.
  * I2  The newest READY slot (restored from, or filled last) is never written; so with two slots or
  *     more there is always one whole snapshot, whenever the rank dies.
  * I3  READY is stored after everything it stands for.
@@ -86,22 +86,25 @@ int hs_snapshot_fds(const hs_snapshot *snapshot, int fds[HS_SNAPSHOT_SLOTS_MAX])
 /* Where slot i lies in this process, all of it (to be pinned); NULL: there is none. */
 uint8_t *hs_snapshot_memory(const hs_snapshot *snapshot, int slot, uint64_t *bytes);
 
-/* True where begin would find a slot now (hs_step_report.free_slot): none is being filled. */
-bool hs_snapshot_can_fill(const hs_snapshot *snapshot);
+/* Claims a slot for the next begin (hs_step_report.free_slot), which then needs not wait for the agent; true where
+ * one is claimed. False: the agent holds them, or a fill is under way. */
+bool hs_snapshot_claim(hs_snapshot *snapshot);
+/* The gang does not save: what was claimed, if anything, is as it was. */
+void hs_snapshot_unclaim(hs_snapshot *snapshot);
 /* Whether a fill began that take has not given yet. */
 bool hs_snapshot_under_way(const hs_snapshot *snapshot);
 
-/* Begins to copy the state of `step` done steps into a free slot. Where none is free it waits for the
- * agent to let go until deadline_ns (hs_clock_ns; 0: does not wait), then HS_E_AGAIN. hs_stop_lost
- * ends that wait with HS_E_LOST. None may be under way. */
-hs_status hs_snapshot_begin(hs_snapshot *snapshot, int64_t step, bool final, int64_t deadline_ns,
-                            struct hs_stop *stop, hs_why *why);
-
 typedef struct hs_snapshot_done {
-    int slot;
+    int slot; /* begin chooses it */
     int64_t step;
-    bool final;
+    bool final, persist; /* of the attempt the last; to be stored */
 } hs_snapshot_done;
+
+/* Begins to copy the state of `what->step` done steps into the claimed slot. Where none is claimed it waits for
+ * the agent to let go of one until deadline_ns (hs_clock_ns; 0: does not wait), then HS_E_AGAIN. hs_stop_lost
+ * ends that wait with HS_E_LOST. No fill may be under way. */
+hs_status hs_snapshot_begin(hs_snapshot *snapshot, const hs_snapshot_done *what,
+                            int64_t deadline_ns, struct hs_stop *stop, hs_why *why);
 
 /* Whether the fill that is under way is READY, and what it is; never blocks. What failed in it: the
  * device's status. */

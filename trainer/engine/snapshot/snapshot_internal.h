@@ -41,7 +41,7 @@ struct hs_snapshot {
     const hs_log *log;
     uint32_t piece_count;
     hs_piece *pieces;
-    int count, newest; /* slots; I2, -1: none */
+    int count, newest, claimed; /* slots; I2, -1: none; for the next fill, -1: none */
     hs_mapping slots[HS_SNAPSHOT_SLOTS_MAX];
 
     bool under_way; /* the rank's thread's: a fill began, and was not taken yet */
@@ -73,7 +73,7 @@ static inline void hs_snapshot_store(uint32_t *word, uint32_t value) {
     __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
 }
 
-/* Of bytes [24, 136) and the checksums. */
+/* Of bytes [24, 136), [140, 156) and the checksums. */
 uint32_t hs_snapshot_header_crc(const hs_snapshot *s, int i);
 
 /* One pass over a slot's chunks, by a pool. */

@@ -56,6 +56,7 @@ typedef struct hs_plan_header {
 
 /* kinds of run */
 enum { HS_MODE_TRAIN = 1, HS_MODE_INFER = 2 };
+#define HS_PERSIST_LAST (-1)
 /* learning-rate schedules: constant after warm-up; cosine to min; warm-up, stable, linear decay to min */
 enum { HS_LR_CONSTANT = 1, HS_LR_COSINE = 2, HS_LR_WSD = 3 };
 
@@ -91,7 +92,9 @@ typedef struct hs_plan_config {
                                 * added up in G groups of consecutive ones, the groups in a balanced tree; replica r
                                 * has those from r*G/D on */
     uint32_t reserved0;        /* 0 */
-    uint64_t reserved[5];
+    int64_t persist_every;     /* of the snapshots, those after steps s with s % this == 0 go to the store, and the last
+                                * one; a multiple of checkpoint_every; 0: all do; HS_PERSIST_LAST: the last one alone */
+    uint64_t reserved[4];
 } hs_plan_config;
 
 typedef struct hs_plan_tensor {
@@ -283,7 +286,9 @@ typedef struct hs_step_control {
     uint32_t stop;      /* 1: save and leave after this step */
     uint32_t not_finite;/* 1: the gang ends with HS_EXIT_DIVERGED before it applies anything */
     uint32_t skipped;   /* 1: a snapshot was due and a slot was missing */
-    uint64_t reserved[4];
+    uint32_t persist;   /* 1: the snapshot goes to the store, as soon as the store takes one */
+    uint32_t reserved0;
+    uint64_t reserved[3];
 } hs_step_control;
 
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L

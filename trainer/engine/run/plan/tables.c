@@ -39,6 +39,7 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         {"lr_schedule", g->lr_schedule, train ? HS_LR_CONSTANT : 0, HS_LR_WSD},
         {"threads", g->threads, 0, 1024}, /* the machine takes HS_THREADS_MAX of them */
         {"checkpoint_every", g->checkpoint_every, 0, INT64_C(1) << 40},
+        {"persist_every", g->persist_every, HS_PERSIST_LAST, INT64_C(1) << 40},
         {"slots", g->slots, 0, HS_SLOTS_MAX},
         {"data_shuffled", g->data_shuffled, 0, 1},
         {"data_block", g->data_block, train ? 1 : 0, most},
@@ -68,6 +69,12 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         return REFUSE(c,
                       "config: %" PRIu32 " positions x %" PRIu32 " replicas are more than %u ranks",
                       g->positions, g->replicas, 1u << 20);
+    }
+    if (g->persist_every > 0 &&
+        (!g->checkpoint_every || g->persist_every % g->checkpoint_every != 0)) {
+        return REFUSE(
+            c, "config: persist_every %" PRId64 " is no multiple of checkpoint_every %" PRId64,
+            g->persist_every, g->checkpoint_every);
     }
     if (g->token_bytes == 3) return REFUSE(c, "config token_bytes is 3, not 2 or 4");
     if ((int64_t)g->microbatch * g->sequence > INT64_C(1) << 31) {
