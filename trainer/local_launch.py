@@ -125,7 +125,8 @@ class LocalLauncher:
     """Nodes as processes of this machine. See the module's text for files and order.
 
     ``claims``: of the run that is launched; without them every launch is taken for this work root's own. ``python`` and
-    ``engine`` are the programs to run; ``clock`` and ``sleep`` may be injected.
+    ``engine`` are the programs to run; ``clock`` and ``sleep`` may be injected. ``with_parent``: what is started ends
+    with the thread of this process that started it, instead of surviving it.
     """
 
     detaches = False
@@ -138,12 +139,14 @@ class LocalLauncher:
         python: str = sys.executable,
         engine: Path | None = None,
         agent_args: Sequence[str] = (),
+        with_parent: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._root = Path(work_root).absolute()
         self._claims = claims
         self._python, self._engine, self._agent_args = python, engine, tuple(agent_args)
+        self._tied = ("--with-parent", str(os.getpid())) if with_parent else ()
         self._clock, self._sleep = clock, sleep
         self._children: list[subprocess.Popen[bytes]] = []
         self._starts: dict[Path, list[float]] = {}
@@ -265,12 +268,13 @@ class LocalLauncher:
                 args += ["--socket", "agent.sock", "--work", str(folder), "--key-file", str(key)]
                 if launch.how:
                     args += ["--host", launch.how["launch"]["host"]]
-                args += self._agent_args
+                args += [*self._agent_args, *self._tied]
                 self._start(args, env, folder, "agent", lock)
             if _alive(folder / "supervisor.pid") is None:
                 env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}
                 env |= cuda_environment()
-                self._start([str(engine), "node", "--agent", "agent.sock"], env, folder, "supervisor", lock)
+                args = [str(engine), "node", "--agent", "agent.sock", *self._tied]
+                self._start(args, env, folder, "supervisor", lock)
 
     def _agent_lives(self, folder: Path) -> bool:
         """By its number; else by its lock, which stays for a moment after a kill, and is all there is of an agent whose

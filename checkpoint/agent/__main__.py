@@ -8,11 +8,13 @@ was lost for good; 78 the store or the command line is refused.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import json
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -28,6 +30,7 @@ from checkpoint.store import open_store
 from trainer.wire.files import write_file
 
 EXIT_BUG = 70
+_PR_SET_PDEATHSIG = 1
 _EXTRA = ("rank", "epoch", "step")
 
 
@@ -79,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="seconds between looks at the log while a record is expected; default: the store's",
     )
+    parser.add_argument("--with-parent", type=int, metavar="PID", help="leave, as on SIGTERM, when this parent ends")
     args = parser.parse_args(argv)
+    if args.with_parent is not None and not _end_with(args.with_parent):
+        return 75
     if not 0 <= args.node < args.nodes:
         parser.error(f"node {args.node} of {args.nodes} nodes: it must be 0 to {args.nodes - 1}")
 
@@ -148,6 +154,12 @@ def _on_thread_bug(args: threading.ExceptHookArgs) -> None:
     trace = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
     logging.getLogger("checkpoint.agent").critical("a bug in thread %s ends the agent", name, exc_info=trace)
     os._exit(EXIT_BUG)
+
+
+def _end_with(parent: int) -> bool:
+    """Have the kernel send SIGTERM when the parent ends; False where it has ended already."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return os.getppid() == parent
 
 
 def _started() -> int:

@@ -7,8 +7,9 @@ from checkpoint.store.address import address, folder_of
 from checkpoint.store.base import Data, Info, Pace, Store
 from checkpoint.store.file import FileStore
 from checkpoint.store.memory import MemoryStore
+from checkpoint.store.overlay import SCHEME, OverlayStore, open_overlay
 
-__all__ = ["Data", "Info", "Pace", "Store", "address", "open_store"]
+__all__ = ["Data", "Info", "OverlayStore", "Pace", "Store", "address", "open_store"]
 
 
 def open_store(url: str) -> Store:
@@ -28,6 +29,8 @@ def open_store(url: str) -> Store:
         return open_s3(url)
     if scheme == "file":
         return FileStore(folder_of(url))
+    if scheme == SCHEME:
+        return open_overlay(url, open_store)
     raise StoreRefused(
         f"store {url[:80].split('@')[-1]!r}: the schemes are file:///absolute/path and s3://bucket/prefix"
     )

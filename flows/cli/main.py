@@ -39,7 +39,8 @@ Exit codes of train, runs resume and demo:
 
 _EPILOG = f"""{EXIT_CODES}
 \b
-The other commands: 0 done, else of the same table; `ckpt verify` 76 where something is damaged.
+The other commands: 0 done, else of the same table; `ckpt verify` 76 where something is damaged, `ckpt diff` 1 where
+the two differ, `replay` 88 where a step computed again has another result.
 
 \b
 Where things are: --store, else HOTSTAGE_STORE, else the user's data folder. A store is a folder, file:///…
@@ -59,7 +60,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("flows.cli.data", "Prepare datasets."),
     "runs": ("flows.cli.runs", "List, show, resume, cancel and fork runs."),
     "logs": ("flows.cli.runs", "What the ranks of a run printed, also when they are gone."),
-    "ckpt": ("flows.cli.ckpt", "List, show, verify, digest and export checkpoints."),
+    "ckpt": ("flows.cli.ckpt", "List, show, verify, digest, compare and export checkpoints."),
+    "replay": ("flows.cli.replay", "Compute steps of a run again, and compare them with what it recorded."),
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
     "doctor": ("flows.cli.doctor", "Say what this machine can train on: engine, GPUs, driver, libraries."),

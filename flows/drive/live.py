@@ -74,24 +74,25 @@ class MetricsReader:
                 self._places[epoch] = segment_key(self.run, epoch, row.next - 1)
                 lines.append(row.last.line())
             elif index is None or epoch < index.began:
-                newest = self._newest(epoch)
+                newest = newest_segment(self.store, self.run, epoch)
                 if newest >= ATTACH_SEGMENTS:
                     self._places[epoch] = segment_key(self.run, epoch, newest - ATTACH_SEGMENTS)
         return lines
 
-    def _newest(self, epoch: int) -> int:
-        """Number of the newest object, by looking at names: they are dense. -1 where there is none."""
 
-        def there(n: int) -> bool:
-            return self.store.head(segment_key(self.run, epoch, n)) is not None
+def newest_segment(store: Store, run: str, epoch: int) -> int:
+    """Number of an attempt's newest object of metrics, by looking at names: they are dense. -1 where there is none."""
 
-        low, high = -1, 0
-        while there(high):
-            low, high = high, 2 * high + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if there(middle) else (low, middle)
-        return low
+    def there(n: int) -> bool:
+        return store.head(segment_key(run, epoch, n)) is not None
+
+    low, high = -1, 0
+    while there(high):
+        low, high = high, 2 * high + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if there(middle) else (low, middle)
+    return low
 
 
 def read_segment(store: Store, key: str) -> list[dict[str, Any]]:

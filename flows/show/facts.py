@@ -155,8 +155,8 @@ def read_traces(store: Store, run: str, epochs: list[int]) -> Timeline | None:
 
 def beside(plan: Plan, spec: RunSpec, run: str, store_url: str | None, steps: Sequence[Timeline]) -> list[Timeline]:
     """``steps``, then one that the run's ranks traced in the plan's layout, and the plan's simulated with the rates
-    that its programs had. CheckpointError where the run left no trace, PlanError where it trains something else, or
-    none is of the layout."""
+    that its programs had. PlanError where the run trains something else, or left no
+    trace of the layout."""
     from flows.show.foretell import yardstick
 
     store = store_at(store_url)
@@ -180,7 +180,7 @@ def beside(plan: Plan, spec: RunSpec, run: str, store_url: str | None, steps: Se
         if measured is not None:
             traced = traced or f"{_layout(attempt)}, {attempt.how.get('parallel', {}).get('schedule', '1f1b')}"
     if not traced:
-        raise CheckpointError(f"run {run} left no trace of a step; set launch.trace = true and let it train some steps")
+        raise PlanError(f"run {run} left no trace of a step; set launch.trace = true and let it train some steps")
     raise PlanError(
         f"run {run} left no trace of a step in this layout, {layout_words(how_map(spec))}, {spec.parallel.schedule}; "
         f"its newest is of {traced}: set parallel.… as it was there, or train some steps in this one"

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "data/order.h"
@@ -23,7 +24,9 @@
 static const char usage[] =
     "hotstage-engine: runs a compiled plan\n"
     "\n"
-    "  node --agent SOCKET            supervise the ranks of a node, as the agent says\n"
+    "  node --agent SOCKET [--with-parent PID]\n"
+    "                                 supervise the ranks of a node, as the agent says; end when "
+    "that parent does\n"
     "  rank --plan F --attempt F --rank R --agent SOCKET|- [--listen-fd N] [--status-fd N]\n"
     "       [--arena-fd N] [--weights F] [--dump DIR]\n"
     "                                 one rank; `-`: no agent, metrics on standard output only\n"
@@ -191,10 +194,16 @@ int main(int argc, char **argv) {
         st = command_order(left, rest, &why);
     } else if (strcmp(command, "node") == 0) {
         const char *agent = NULL;
-        const option options[] = {{.name = "--agent", .required = true, .text = &agent}};
+        uint64_t parent = 0;
+        const option options[] = {{.name = "--agent", .required = true, .text = &agent},
+                                  {.name = "--with-parent", .number = &parent}};
         hs_environment environment;
-        st = parse(left, rest, options, 1, &why);
+        st = parse(left, rest, options, 2, &why);
         if (st == HS_OK) st = hs_environment_read(&environment, &why);
+        if (st == HS_OK && parent != 0) {
+            (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+            if (getppid() != (pid_t)parent) return HS_EXIT_LOST; /* it ended before the prctl */
+        }
         if (st == HS_OK) return hs_supervisor_main(agent, environment.agent_away_ms);
     } else if (strcmp(command, "devices") == 0 && left == 0) {
         st = hs_devices_print(&why);

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from checkpoint.errors import CheckpointError
 from checkpoint.keys import trace_key
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
@@ -17,6 +16,7 @@ from flows.cli.plan import plan as plan_command
 from flows.drive.run import load_run
 from flows.show.facts import beside
 from tests.flows.conftest import Trained
+from trainer.errors import PlanError
 from trainer.plan.simulate import CostModel, from_plan, simulate
 from trainer.plan.timeline import to_chrome
 
@@ -27,7 +27,7 @@ def test_a_run_s_step_lies_beside_the_foretold_one(trained: Trained, tmp_path: P
     shutil.copytree(trained.place.folder / "store", tmp_path / "store")
     store = open_store(f"file://{tmp_path}/store")
     prepared = load_run(store, trained.run)
-    with pytest.raises(CheckpointError, match=r"left no trace of a step; set launch\.trace = true"):
+    with pytest.raises(PlanError, match=r"left no trace of a step; set launch\.trace = true"):
         beside(prepared.plan, prepared.spec, trained.run, str(tmp_path / "store"), [])
     compiled = prepared.plan
     traced = simulate(from_plan(compiled, SLOW), SLOW).timeline  # as a slow machine's rank would have written it

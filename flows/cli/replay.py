@@ -1,0 +1,71 @@
+"""``hotstage replay``: steps of a run computed again, and compared with what it recorded."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flows.cli import terminal
+from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--from", "first", type=click.IntRange(min=0), required=True, help="Step of the checkpoint to begin from."
+)
+@click.option("--to", "last", type=click.IntRange(min=1), required=True, help="The last step to compute.")
+@set_option
+@store_option
+@out_option
+@json_option
+def replay(run: str, first: int, last: int, sets: tuple[str, ...], store: str | None, out: str, as_json: bool) -> int:
+    """Compute steps of RUN again, from a checkpoint, and compare.
+
+    Every loss and gradient norm that RUN's metrics hold, bit for bit, and the state digest where there is a checkpoint
+    at --to. In the layout that RUN had on one node of this machine, or another with --set parallel.…. RUN may train on
+    meanwhile: nothing of it is touched but a pin, which goes at the end. Exits 88 where something differs, with the
+    first step, and the ranks and nodes that computed it.
+    """
+    from flows.drive.run import find_run
+    from flows.drive.train import store_at
+    from flows.replay.replay import replay_run
+    from flows.replay.words import plain, replay_lines
+
+    opened = store_at(store)
+    name = find_run(opened, run)
+    report = replay_run(
+        opened,
+        name,
+        first,
+        last,
+        out=Path(out),
+        sets=sets,
+        stop=_stopped_by_signals(),
+        tell=(lambda _: None) if as_json else terminal.tell,
+    )
+    if as_json:
+        show(plain(asdict(report)))
+    else:
+        for line in replay_lines(report):
+            say(line)
+    return report.exit_code
+
+
+def _stopped_by_signals() -> threading.Event:
+    """Set by the first Ctrl-C or SIGTERM; a second one interrupts whatever is being done."""
+    stop = threading.Event()
+
+    def heard(_number: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heard)
+    return stop

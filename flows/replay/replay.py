@@ -1,0 +1,278 @@
+"""``hotstage replay``: steps of a run computed again from one of its checkpoints, and compared with what it recorded.
+
+Nothing of the run changes but a pin of the checkpoint, for as long as it is read: it may train on meanwhile. What is
+compared: every loss and gradient norm that its metrics hold, bit for bit, and the state digest where a checkpoint of
+the last step was recorded. Any layout will do; another family of kernels, or another version of what bits mean, gives
+other bits by right and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from checkpoint import codec
+from checkpoint.agent.devices import from_map
+from checkpoint.collect.pins import pinned
+from checkpoint.errors import Damaged, NotFound
+from checkpoint.keys import address_key
+from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
+from checkpoint.read import refuse_newer
+from checkpoint.store import Store
+from flows.drive.run import Prepared, load_spec_of, parent_of
+from flows.drive.views import Restore
+from flows.replay.again import compute, scratch
+from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
+from flows.replay.recorded import StepLine, computed_by, newest_step, read_recorded
+from flows.replay.suspects import suspects_of
+from trainer.errors import SpecError
+from trainer.plan import compile_plan
+from trainer.spec import how_map, what_digest
+from trainer.spec_layouts import layout_words
+from trainer.wire import CUDA_PATHS, NUMERICS_VERSION
+
+EXIT_DIFFERS = 88
+MAX_PLAN_BYTES = 1 << 30
+_ADDRESS_BYTES = 1 << 20
+_SETS = ("parallel", "launch")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the steps begin: the run's checkpoint (of a fork maybe its parent's), or nothing: from its first weights.
+
+    ``run``: whose checkpoint it is.
+    """
+
+    step: int
+    run: str
+    info: CheckpointInfo | None
+
+    @property
+    def restore(self) -> Restore:
+        parent = None if self.info is None else (self.run, self.info.n)
+        return Restore(None, self.step, None, parent)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came out. ``compared`` and ``missing``: steps that the run's metrics have, and that they lack.
+
+    ``digest``: the state digest that was recorded after the last step; None where none was, and so none compared.
+    """
+
+    run: str
+    first: int
+    last: int
+    layout: str
+    compared: int
+    missing: int
+    digest: str | None
+    verdict: Verdict
+    difference: Difference | None = None
+    suspects: Suspects | None = None
+    attempt: int | None = None
+    """The number of the attempt that computed what differs."""
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.verdict is Verdict.SAME else EXIT_DIFFERS
+
+
+def replay_run(
+    store: Store,
+    run: str,
+    first: int,
+    last: int,
+    *,
+    out: Path,
+    sets: Sequence[str] = (),
+    stop: threading.Event | None = None,
+    engine: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Replayed:
+    """Compute the steps after ``first`` up to ``last`` again, and compare. ``sets``: of ``parallel`` and ``launch``.
+
+    Raises SpecError where that cannot be asked, and what computing raises (``again.compute``).
+    """
+    stop = stop or threading.Event()
+    state = RunLog(store, run).fold().of_this_version()
+    point = _begin(store, run, state, first)
+    attempts, digest = _line(state, last)
+    reached = newest_step(store, run, attempts)
+    recorded = read_recorded(store, run, attempts, first + 1, last)
+    _check_range(run, first, last, reached, bool(recorded), digest)
+    computed = computed_by(attempts, first + 1)
+    assert computed is not None
+    _check_numerics(run, attempts, first, last)
+    prepared = _prepare(store, run, computed, sets)
+    if last > prepared.spec.train.steps:
+        raise SpecError(f"{run} has {prepared.spec.train.steps} steps; --to {last} is beyond them")
+    report = Replayed(
+        run=run,
+        first=first,
+        last=last,
+        layout=layout_words(how_map(prepared.spec)),
+        compared=len(recorded),
+        missing=last - first - len(recorded),
+        digest=digest.state_digest if digest is not None else None,
+        verdict=Verdict.SAME,
+    )
+    with _pinned(store, point), scratch(out) as folder:
+        told = _Progress(tell, first, last)
+        one = compute(store, prepared, point.restore, last, folder / "1", stop=stop, engine=engine, stepped=told)
+        found = first_difference(recorded, one.lines, last, report.digest, one.info.state_digest)
+        if found is None:
+            return report
+        tell(f"step {found.step}: the {found.what} differs; it is computed a second time")
+        told = _Progress(tell, first, found.step)
+        two = compute(store, prepared, point.restore, found.step, folder / "2", stop=stop, engine=engine, stepped=told)
+        ends = found.step == last
+        again = first_difference(
+            _upto(recorded, found.step), two.lines, found.step, report.digest if ends else None, two.info.state_digest
+        )
+        between = first_difference(
+            _upto(one.lines, found.step),
+            two.lines,
+            found.step,
+            one.info.state_digest if ends else None,
+            two.info.state_digest,
+        )
+        said = verdict(found, again, between)
+        by = computed_by(attempts, found.step)
+        assert by is not None
+        suspects = suspects_of(store, run, by, found, digest, one) if said is Verdict.RUN else None
+        number = [a.epoch for a in state.attempts].index(by.epoch) + 1
+        return replace(report, verdict=said, difference=found, suspects=suspects, attempt=number)
+
+
+def _pinned(store: Store, point: Origin) -> AbstractContextManager[object]:
+    """Over the time that the point is read."""
+    return contextlib.nullcontext() if point.info is None else pinned(store, point.run, point.info, "replay")
+
+
+class _Progress:
+    """Tells now and then how far it has come."""
+
+    def __init__(self, tell: Callable[[str], None], first: int, last: int) -> None:
+        self._tell, self._first, self._last, self._told = tell, first, last, -1
+
+    def __call__(self, step: int) -> None:
+        tenth = 10 * (step - self._first) // max(1, self._last - self._first)
+        if step > self._first and tenth > self._told:
+            self._told = tenth
+            self._tell(f"step {step} of {self._last}")
+
+
+def _upto(lines: Mapping[int, StepLine], step: int) -> dict[int, StepLine]:
+    return {at: line for at, line in lines.items() if at <= step}
+
+
+# --- what is asked ------------------------------------------------------------------------------------------
+
+
+def _begin(store: Store, run: str, state: RunState, step: int) -> Origin:
+    """The point that the steps after ``step`` begin from."""
+    info, parent = state.at_step(step), parent_of(state)
+    if info is not None:
+        refuse_newer(store, run, info)
+        return Origin(step, run, info)
+    if parent is not None and parent["step"] == step:
+        source = str(parent["run"])
+        found = RunLog(store, source).fold(quick=True).of_this_version().checkpoint(int(parent["checkpoint"]))
+        if found is not None:
+            return Origin(step, source, found)
+    if parent is None and step == 0:
+        return Origin(0, run, None)
+    steps = sorted({c.step for c in state.restore_candidates()} | ({0} if parent is None else set()))
+    raise SpecError(
+        f"{run} has no usable checkpoint at step {step} to begin from; --from takes one of "
+        f"{', '.join(map(str, steps[-20:])) or 'none'}"
+    )
+
+
+def _line(state: RunState, last: int) -> tuple[Sequence[AttemptInfo], CheckpointInfo | None]:
+    """The attempts, and the checkpoint of step ``last`` on the line that leads here, also where its objects are gone:
+    its digest is in the log.
+    """
+    return state.attempts, next((c for c in state.lineage() if c.step == last), None)
+
+
+def _check_range(run: str, first: int, last: int, reached: int, any_recorded: bool, digest: object) -> None:
+    if last <= first:
+        raise SpecError(f"--to {last} is not after --from {first}: the steps after {first} up to --to are computed")
+    if digest is None and last > reached:
+        raise SpecError(f"{run} is known to have computed steps up to {reached} so far; take --to {reached} or less")
+    if digest is None and not any_recorded:
+        raise SpecError(
+            f"nothing of steps {first + 1} to {last} of {run} is recorded: its metrics have no line of them and there "
+            f"is no checkpoint of step {last}; take a step with a checkpoint as --to (hotstage ckpt ls {run})"
+        )
+
+
+def _check_numerics(run: str, attempts: Sequence[AttemptInfo], first: int, last: int) -> None:
+    """The bits of another version are other ones by right (of a newer one the log is not even read)."""
+    by = [a for a in attempts if a.step < last]
+    used = {a.n: a for step in (first + 1, last) if (a := computed_by(by, step)) is not None}
+    for number, attempt in enumerate(attempts, 1):
+        between = min(used) <= attempt.n <= max(used)
+        if between and attempt.numerics != NUMERICS_VERSION:
+            raise SpecError(
+                f"attempt {number} of {run} computed with numerics version {attempt.numerics}, this program has "
+                f"version {NUMERICS_VERSION}: the same step has other bits by right. Replay with the hotstage that "
+                "computed it, or take steps that an attempt of this version computed (hotstage runs show)"
+            )
+
+
+def _prepare(store: Store, run: str, attempt: AttemptInfo, sets: Sequence[str]) -> Prepared:
+    """The run in a layout of this machine: the attempt's on one node, with ``sets`` over it."""
+    bad = [text for text in sets if text.split(".")[0] not in _SETS]
+    if bad:
+        raise SpecError(
+            f"--set {bad[0]}: a replay computes what the run computed; only parallel.… and launch.… may be another"
+        )
+    was, how = attempt.how, dict[str, Any]()
+    asked = was.get("launch", {})
+    kind, path = _ran_on(store, run, attempt)
+    how["parallel"] = {**was.get("parallel", {}), "threads": 0, "device": kind}
+    how["launch"] = {k: asked[k] for k in ("kernel_path", "stall_s", "connect_s") if k in asked}
+    how["checkpoint"] = {"every": 0, "slots": 2}
+    spec, dataset = load_spec_of(store, run, how, sets)
+    resolved = spec.resolve(dataset)
+    theirs, ours = kernel_family(kind, path), kernel_family(resolved.parallel.device, resolved.launch.kernel_path)
+    if theirs != ours:
+        raise SpecError(
+            f"{run} ran on kernels of the family {theirs}; those of the family {ours} have other bits by right: leave "
+            "launch.kernel_path and parallel.device as they were"
+        )
+    what = what_digest(resolved, dataset)
+    return Prepared(run, resolved, dataset, what, compile_plan(resolved, dataset, what))
+
+
+def kernel_family(kind: str, kernel_path: str) -> str:
+    """Kernels of one family have the same bits: all paths of the CPU but ``ref`` do, a CUDA path is one by itself.
+
+    >>> kernel_family("cpu", "avx2"), kernel_family("cpu", "ref"), kernel_family("cuda", "auto")
+    ('cpu', 'ref', 'cuda-exact')
+    """
+    if kind == "cuda" or kernel_path in CUDA_PATHS:
+        return kernel_path if kernel_path in CUDA_PATHS else "cuda-exact"
+    return "ref" if kernel_path == "ref" else "cpu"
+
+
+def _ran_on(store: Store, run: str, attempt: AttemptInfo) -> tuple[str, str]:
+    """The kind of device that the attempt ran on, as its first node said it, and the family that was asked for."""
+    device = str(attempt.how.get("parallel", {}).get("device", "auto"))
+    path = str(attempt.how.get("launch", {}).get("kernel_path", "auto"))
+    try:
+        raw = store.get(address_key(run, attempt.epoch, 0), max_bytes=_ADDRESS_BYTES)
+        said = codec.unpack_hint(raw, "a node's address", max_bytes=_ADDRESS_BYTES)
+        kind = from_map(said, attempt.ranks // attempt.nodes).kind
+    except (NotFound, Damaged, ValueError, KeyError, TypeError, AttributeError):
+        kind = "cuda" if path in CUDA_PATHS or device == "cuda" else "cpu"
+    return kind, path
