@@ -21,10 +21,10 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test chaos-checkpoint test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make the environment .venv and build the C engine into it
 
@@ -42,6 +42,9 @@ demo: setup ## the main job end to end: prepare, train on two stages, lose a ran
 test: setup ## the tests, at most 7 minutes on 2 cores (the first time some more: it builds what they need)
 	$(BIN)/python -m tests.support.parts
 	$(RUN_TESTS) -m "not slow and not cluster and not browser"
+
+chaos-checkpoint: setup ## kills at N named points of the checkpoint protocol, in one process, from SEED (1000, 1)
+	$(BIN)/python -m tests.support.protocol.chaos --points $(or $(N),1000) --seed $(or $(SEED),1)
 
 test-browser: setup ## what people read on Prefect's pages and in report.html, in Debian's chromium (KEEP=1: into docs/images)
 	$(BIN)/python -m tests.browser

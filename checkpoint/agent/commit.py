@@ -215,7 +215,9 @@ class Committer:
             return state, False
         if item.turn:  # somebody else has, most likely
             state = self._log.fold(state)
-            if state.epoch != epoch or state.unreadable is not None:
+            if state.epoch != epoch:
+                raise Halted(f"attempt {state.epoch} holds the run", state)
+            if state.unreadable is not None:
                 return state, False
             if state.find(item.step, epoch) is not None:
                 return state, True

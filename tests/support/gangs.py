@@ -66,10 +66,9 @@ class Asked:
 class OneOf(MemoryStore):
     """The store as one agent sees it: what all see, counted, at the pace of a store that is paid for."""
 
-    pace = PAID
-
     def __init__(self, shared: MemoryStore, asked: Asked, node: int, strike: Strike) -> None:
-        self._objects, self._lock = shared._objects, shared._lock
+        super().__init__(PAID)
+        self._objects, self._written, self._lock = shared._objects, shared._written, shared._lock
         self._asked, self._node, self._strike = asked, node, strike
         self.dead = False
         self.looking = False  # at the log, as idle agents do: a record that is not there yet is not counted

@@ -1,0 +1,52 @@
+"""Kills by the thousand at named points of the shipped protocol, in one process (tests/support/protocol)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.support.protocol import agent as agent_module
+from tests.support.protocol import chaos, mistakes
+from tests.support.protocol.gate import Gate
+
+
+@pytest.mark.parametrize(
+    ("points", "seed"), [(1000, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_kills_at_named_points_lose_nothing(points: int, seed: int, tmp_path: Path) -> None:
+    """No committed checkpoint that does not load, no record of one that is not whole, no step lost silently, no run
+    that cannot go on.
+    """
+    campaign = chaos.run(points, seed, tmp_path)
+    print(chaos.report(campaign))
+    assert campaign.line() == f"{points} points, 0 lost, 0 unloadable, 0 silent", chaos.report(campaign)
+    assert len(campaign.struck) > 200
+    assert campaign.instants > points // 2
+
+
+def test_a_seed_gives_one_campaign(tmp_path: Path) -> None:
+    once, again = (chaos.run(40, 3, tmp_path) for _ in range(2))
+    assert once == again
+
+
+MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
+    "unclear is done": (lambda: mistakes.unclear_is_done(Gate), "silent"),
+    "forgets what was saved since": (mistakes.forgets_what_was_saved_since, "lost"),
+    "record before manifest": (mistakes.record_before_manifest, "unloadable"),
+    "claims are not exclusive": (lambda: mistakes.claims_are_not_exclusive(agent_module), "silent"),
+    "safe before the record": (mistakes.safe_before_the_record, "silent"),
+    "collects what is being saved": (mistakes.collects_what_is_being_saved, "unloadable"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
+    """By this many strikes at the latest, and as what it is."""
+    mistake, kind = MISTAKES[name]
+    with mistake():
+        campaign = chaos.run(60, 1, tmp_path)
+    assert campaign.found[kind], chaos.report(campaign)
+    assert not campaign.good

@@ -1,0 +1,13 @@
+"""The checkpoint protocol as it is shipped: several processes inside one, each paused wherever it asks the store.
+
+    hub.py       a simulated clock; processes, and their threads as greenlets
+    gate.py      the store as a process sees it, and where it may be struck
+    state.py     what is trained: layouts, and the state that is true at each step
+    engine.py    a node's supervisor and ranks, simulated
+    agent.py     an agent: the shipped machine, uploader, committer, watcher, preparer, claims
+    driver.py    a driver: the shipped log, views, ``decide``; its launcher, simulated
+    chaos.py     campaigns of kills at named points (``make chaos-checkpoint``)
+    search.py    every order of events of small worlds
+
+Nothing in the product helps (docs/adr/0004): what is injected are clocks, stores and tokens.
+"""

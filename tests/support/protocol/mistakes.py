@@ -1,0 +1,206 @@
+"""Mistakes that the shipped code does not make, each made on purpose inside a block, for those who look for such.
+
+Each says what is left out, where. They are put into the code from outside (docs/adr/0004).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import checkpoint.agent.commit as commit_module
+import checkpoint.collect.collector as collector_module
+import flows.drive.decide as decide_module
+from checkpoint.agent import effects as do
+from checkpoint.agent.machine import Machine
+from checkpoint.agent.slots import Slot
+from checkpoint.errors import Conflict, Halted, StoreUnavailable
+from checkpoint.log import RunLog, RunState
+from checkpoint.log.records import Record, parse_checkpoint
+from checkpoint.log.state import Fold
+from checkpoint.store.base import Data
+from flows.drive.views import LogView, Restore
+
+
+@contextmanager
+def swapped(where: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
+
+
+@contextmanager
+def no_fence_of_writers() -> Iterator[None]:
+    """A writer does not halt where a newer attempt holds the run."""
+    checked = RunLog._may_write
+
+    def may_write(self: RunLog, state: RunState, epoch: int | None) -> None:
+        checked(self, state, None)
+
+    with swapped(RunLog, "_may_write", may_write):
+        yield
+
+
+@contextmanager
+def no_fence_of_readers() -> Iterator[None]:
+    """A checkpoint record of an older attempt counts."""
+    add = Fold.add
+
+    def any_epoch(self: Fold, r: Record) -> Fold:
+        if r.kind == "checkpoint" and self.attempts and r.epoch != self.attempts[-1].n:
+            self.checkpoints.add(parse_checkpoint(r.n, r.epoch, r.time, r.body))
+            self.n = r.n
+            return self
+        return add(self, r)
+
+    with swapped(Fold, "add", any_epoch):
+        yield
+
+
+@contextmanager
+def no_fence() -> Iterator[None]:
+    """Neither who writes nor who reads looks at the epoch."""
+    with no_fence_of_writers(), no_fence_of_readers():
+        yield
+
+
+@contextmanager
+def unclear_is_done(store: type) -> Iterator[None]:
+    """An answer that did not come is taken for done: no read-back."""
+    create = store.create
+
+    def hopeful(self: Any, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        try:
+            return bool(create(self, key, data, sha256=sha256))
+        except StoreUnavailable:
+            return True
+
+    with swapped(store, "create", hopeful):
+        yield
+
+
+@contextmanager
+def acts_without_winning() -> Iterator[None]:
+    """A driver that loses a record's number goes on as if it had won it."""
+    create = RunLog._create
+
+    def winner(self: RunLog, kind: str, body: Mapping[str, Any], state: RunState, record_epoch: int,
+               epoch: int | None) -> RunState:  # fmt: skip
+        try:
+            return create(self, kind, body, state, record_epoch, epoch)
+        except Conflict:
+            if kind != "attempt":
+                raise
+            n = state.n + 1
+            return state.apply(Record(n, kind, n, "mistaken:1", 0.0, dict(body)))
+
+    with swapped(RunLog, "_create", winner):
+        yield
+
+
+@contextmanager
+def forgets_what_was_saved_since() -> Iterator[None]:
+    """A driver begins again where the attempt before began."""
+    choose = decide_module.choose_restore
+
+    def forgetful(log: LogView, nodes: Any, policy: Any, *, use_slots: bool) -> Restore:
+        if not log.attempts:
+            return choose(log, nodes, policy, use_slots=use_slots)
+        newest = log.attempts[-1]
+        return Restore(newest.restore_checkpoint, newest.restore_step)
+
+    with swapped(decide_module, "choose_restore", forgetful):
+        yield
+
+
+@contextmanager
+def record_before_manifest() -> Iterator[None]:
+    """The log names a manifest that is written afterwards."""
+
+    class Late:
+        read, TooLarge = commit_module.pages.read, commit_module.pages.TooLarge
+
+        @staticmethod
+        def write(store: Any, run: str, name: str, data: bytes, label: str) -> tuple[bytes, bool]:
+            return data, True
+
+    with swapped(commit_module, "pages", Late):
+        yield
+
+
+@contextmanager
+def claims_are_not_exclusive(where: Any) -> Iterator[None]:
+    """Whoever starts a node believes that it is its own."""
+
+    def mine(store: Any, options: Any, gang: Any, cancelled: Any) -> Any:
+        return options.place
+
+    with swapped(where, "claim", mine):
+        yield
+
+
+@contextmanager
+def safe_before_the_record() -> Iterator[None]:
+    """Ranks hear COMMITTED once their part is there."""
+
+    def hasty(self: Machine) -> None:
+        attempt = self.attempt
+        for rank, step in attempt.finals.items() if attempt is not None else ():
+            peer = attempt.peers.get(rank) if attempt is not None else None
+            if attempt is not None and peer is not None:
+                self._do(do.Send(peer, "COMMITTED", rank=rank, epoch=attempt.epoch, a=step))
+
+    with swapped(Machine, "_tell_committed", hasty):
+        yield
+
+
+@contextmanager
+def slots_are_not_held() -> Iterator[None]:
+    """What is uploaded may be refilled meanwhile, and nobody looks."""
+    with swapped(Slot, "hold", lambda self, expected: None), swapped(Slot, "check", lambda self, expected: None):
+        yield
+
+
+@contextmanager
+def collects_at_once() -> Iterator[None]:
+    """A collector without grace."""
+    with swapped(collector_module._Pass, "_wait_s", lambda self, n: 0.0):
+        yield
+
+
+@contextmanager
+def collects_what_is_pinned() -> Iterator[None]:
+    """Pins are not looked at, in the log and in the collector."""
+    add = Fold.add
+
+    def no_pins(self: Fold, r: Record) -> Fold:
+        found = add(self, r)
+        if r.kind == "pin":
+            self.pins.clear()
+        return found
+
+    with swapped(Fold, "add", no_pins):
+        yield
+
+
+@contextmanager
+def collects_what_is_being_saved() -> Iterator[None]:
+    """What no record names is an orphan, also of the attempt that runs."""
+    doom = collector_module._Pass._doom
+
+    def hasty(self: Any, point: tuple[int, int]) -> tuple[int, str] | None:
+        found: tuple[int, str] | None = doom(self, point)
+        if found is None and self.state.find(*point) is None:
+            return self.state.epoch, "an orphan"
+        return found
+
+    with swapped(collector_module._Pass, "_doom", hasty):
+        yield
+
+
+Mistake = Callable[[], AbstractContextManager[None]]
+__all__ = ["Halted", "Mistake"]

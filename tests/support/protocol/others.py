@@ -1,0 +1,70 @@
+"""Who else meets a run's log and checkpoints: the collector, and one who reads a checkpoint for long under a pin."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from checkpoint.collect.collector import collect
+from checkpoint.collect.pins import pinned
+from checkpoint.collect.retention import Rules
+from checkpoint.digest import KINDS
+from checkpoint.errors import CheckpointError, Damaged, PinRefused, StoreError
+from checkpoint.log import RunLog
+from checkpoint.read import StateReader, load_manifest
+from tests.support.protocol.gate import Gate
+from tests.support.protocol.hub import Process
+from tests.support.protocol.state import RUN, TENSORS, truth
+
+if TYPE_CHECKING:
+    from tests.support.protocol.world import World
+
+GRACE_S, PASS_S = 15.0, 5.0
+
+
+class Collector(Process):
+    """The shipped pass, again and again."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.hub, "collector", "collector")
+        self.gate = Gate(world, self)
+        self.hub.spawn(self, "pass", self._loop)
+
+    def _loop(self) -> None:
+        while True:
+            with contextlib.suppress(CheckpointError):  # the next pass goes on
+                collect(self.gate, RUN, rules=Rules(last=2, grace_s=GRACE_S))
+            self.hub.sleep(PASS_S)
+
+
+class Reader(Process):
+    """Pins a checkpoint, reads all of it, slowly, and takes the pin away."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.hub, "reader", "reader")
+        self.world, self.gate = world, Gate(world, self)
+        self.hub.spawn(self, "read", self._loop)
+
+    def _loop(self) -> None:
+        while True:
+            with contextlib.suppress(StoreError, PinRefused):
+                self._read()
+            self.hub.sleep(5.0)
+
+    def _read(self) -> None:
+        candidates = RunLog(self.gate, RUN).fold().restore_candidates()
+        if not candidates:
+            return
+        info = self.hub.rng.choice(list(candidates))
+        with pinned(self.gate, RUN, info, "read") as held:
+            if held is None:
+                return
+            try:
+                reader = StateReader(self.gate, load_manifest(self.gate, RUN, info))
+                for number, tensor in enumerate(TENSORS):
+                    for kind in range(len(KINDS)):
+                        if bytes(reader.read(tensor.name, kind)) != truth(number, kind, info.step):
+                            self.world.silent(f"a reader finds record {info.n} wrong")
+                    self.hub.sleep(2.0 + 20.0 * self.hub.rng.random())
+            except Damaged as error:
+                self.world.found["unloadable"].append(f"a reader that has pinned record {info.n}: {error}")
