@@ -47,6 +47,6 @@ def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
     """By this many strikes at the latest, and as what it is."""
     mistake, kind = MISTAKES[name]
     with mistake():
-        campaign = chaos.run(60, 1, tmp_path)
+        campaign = chaos.run(400, 1, tmp_path, until_found=True)
     assert campaign.found[kind], chaos.report(campaign)
     assert not campaign.good

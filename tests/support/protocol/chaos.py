@@ -153,8 +153,8 @@ def run_world(seed: int, names: list[str], work: Path, strikes: int = STRIKES) -
     return world, striker
 
 
-def run(points: int, seed: int, work: Path) -> Campaign:
-    """At least so many points."""
+def run(points: int, seed: int, work: Path, *, until_found: bool = False) -> Campaign:
+    """So many points; ``until_found``: fewer, where something is found."""
     dataset_there(work)
     campaign, names = Campaign(seed), set[str]()
     with quiet():
@@ -163,7 +163,7 @@ def run(points: int, seed: int, work: Path) -> Campaign:
             names |= set(world.points)
             _take(campaign, world, seed * 1_000_000 + clean)
         number = 4
-        while campaign.points < points:
+        while campaign.points < points and (campaign.good or not until_found):
             at = seed * 1_000_000 + number
             world, striker = run_world(at, sorted(names), work, min(STRIKES, points - campaign.points))
             names |= set(world.points)
