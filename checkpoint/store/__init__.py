@@ -24,7 +24,7 @@ def open_store(url: str) -> Store:
             raise StoreRefused(f"store {url!r}: a memory store has no name, write memory:")
         return MemoryStore()
     if scheme == "s3":
-        from checkpoint.store.s3 import open_s3  # boto3 takes 0.3 s to import: only where it is used
+        from checkpoint.store.s3_address import open_s3  # boto3 takes 0.3 s to import: only where it is used
 
         return open_s3(url)
     if scheme == "file":

@@ -1,4 +1,4 @@
-"""S3 and what speaks it, through boto3: ``s3://bucket/prefix[?endpoint=http://…&region=…&path_style=1]``.
+"""S3 and what speaks it, through boto3 (addresses: ``s3_address.py``).
 
 create = PutObject with ``If-None-Match: *`` and the SHA-256 of the body, which the server verifies. The SDK's own
 retries are off: after an unclear answer a blind retry of one's own success looks like a loss, so the retries are here,
@@ -6,8 +6,9 @@ and whenever the answer is unclear the object is read back and compared (``base.
 
 Credentials come from where boto3 finds them (environment, profile, web identity, instance role), never from the
 address; they are not logged and not in any error. Where the server says that they have expired or are unknown they are
-looked for again (``_renew``): a file, a credential process or a role may have newer ones. Every exception of the SDK
-becomes one of ours in ``s3_answers.translate``.
+looked for again (``_renew``): a file, a credential process or a role may have newer ones. The rest of boto3's
+configuration (region, endpoint, addressing style, CA bundle, checksums) holds too where the address says nothing else;
+time-outs and retries are ours. Every exception of the SDK becomes one of ours in ``s3_answers.translate``.
 
 Servers between here and S3 answer oddly: sizes that are not told are found out (``_size``), a Range that is ignored is
 cut out here, a page of HTML is never taken for an answer.
@@ -27,7 +28,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import boto3
 import boto3.exceptions
@@ -61,56 +62,15 @@ from checkpoint.store.s3_bodies import Outgoing, hand_over, read_into
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
-
 _PART = re.compile(r"bytes (\d{1,19})-(\d{1,19})/")
 
 
-def open_s3(url: str, retry: Retry | None = None) -> S3Store:
-    """The store at this address; StoreRefused for an address that is not one, with what is wrong."""
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise StoreRefused(f"store s3://…: {error}; write s3://bucket/prefix") from error
-    if "@" in parts.netloc or "@" in parts.query:
-        raise StoreRefused(
-            f"store s3://…{parts.path}: an address holds no credentials; take them out, and set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead (and change them: addresses end up in logs)"
-        )
-    shown = f"s3://{parts.netloc}{parts.path}"
-    if parts.fragment or _BUCKET.match(parts.netloc) is None:
-        raise StoreRefused(
-            f"store {shown}: must be s3://bucket/prefix, the bucket of 3 to 63 letters, digits, dots and dashes"
-        )
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    unknown = sorted(options.keys() - {"endpoint", "region", "path_style"})
-    if unknown:
-        raise StoreRefused(
-            f"store {shown}: unknown option {unknown[0][:40]!r}; there are endpoint, region and path_style "
-            "(credentials never)"
-        )
-    prefix = parts.path.strip("/")
-    if prefix:
-        check_key(prefix)
-    endpoint = options.get("endpoint")
-    if endpoint is not None:
-        try:
-            at = urlsplit(endpoint)
-            _ = at.port
-        except ValueError as error:
-            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port: {error}") from error
-        if at.scheme not in ("http", "https") or not at.hostname or at.path not in ("", "/") or at.query or at.fragment:
-            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
-    style = options.get("path_style", "1" if endpoint else "0")
-    if style not in ("0", "1"):
-        raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
-    return S3Store(
-        parts.netloc, prefix, endpoint=endpoint, region=options.get("region"), path_style=style == "1", retry=retry
-    )
-
-
 class S3Store:
-    """Objects under a prefix of a bucket."""
+    """Objects under a prefix of a bucket.
+
+    ``path_style``: whether the bucket stands in the path; None: as boto3 is configured (its own: where the endpoint is
+    a number). ``sse``, ``kms_key``: how the server shall encrypt each object; None: as the bucket says.
+    """
 
     pace = PAID
 
@@ -121,7 +81,9 @@ class S3Store:
         *,
         endpoint: str | None = None,
         region: str | None = None,
-        path_style: bool = False,
+        path_style: bool | None = None,
+        sse: str | None = None,
+        kms_key: str | None = None,
         retry: Retry | None = None,
         connect_s: float = 5.0,
         read_s: float = 30.0,
@@ -129,10 +91,11 @@ class S3Store:
     ) -> None:
         self._bucket, self._root = bucket, prefix + "/" if prefix else ""
         self._retry = retry if retry is not None else Retry()
-        query = {"endpoint": endpoint, "region": region, "path_style": "1" if path_style else "0"}
-        plain = {
-            k: v for k, v in query.items() if v is not None and (k != "path_style" or (v == "1") != bool(endpoint))
-        }
+        style = None if path_style is None or (path_style and endpoint) else str(int(path_style))
+        query = {"endpoint": endpoint, "region": region, "path_style": style, "sse": sse, "kms_key": kms_key}
+        plain = {k: v for k, v in query.items() if v is not None}
+        encrypt = {"ServerSideEncryption": sse, "SSEKMSKeyId": kms_key}
+        self._encrypt = {name: value for name, value in encrypt.items() if value is not None}
         self._url = f"s3://{bucket}/{quote(prefix)}".rstrip("/") + (f"?{urlencode(plain, safe=':/')}" if plain else "")
         self._options: dict[str, Any] = {"endpoint_url": endpoint, "region_name": region}
         self._config = botocore.config.Config(
@@ -140,14 +103,12 @@ class S3Store:
             read_timeout=read_s,
             retries={"total_max_attempts": 1, "mode": "standard"},
             signature_version="s3v4",
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
             max_pool_connections=32,
             tcp_keepalive=True,
-            s3={"addressing_style": "path" if path_style else "auto"},
             user_agent_extra="hotstage",
         )
         self._read_s, self._rate = read_s, None  # type: float, Rate | None
+        self._path_style = path_style
         self._renew_s, self._renewed_at = renew_s, -math.inf
         self._lock = threading.Lock()
         self.client, self._session = self._open()
@@ -156,7 +117,10 @@ class S3Store:
         """A client with the credentials of now, and the session that found them."""
         try:
             session = boto3.session.Session()
-            client = session.client("s3", config=self._config, **self._options)
+            if session.region_name is None:  # every SDK but boto3 knows this name, and pods are given it
+                session = boto3.session.Session(region_name=os.environ.get("AWS_REGION"))
+            config = self._config.merge(botocore.config.Config(**_unless_configured(session, self._path_style)))
+            client = session.client("s3", config=config, **self._options)
             client.meta.events.register_last("before-call.s3.PutObject", hand_over)
             return client, session
         except FOREIGN as error:
@@ -193,6 +157,7 @@ class S3Store:
                     Body=self._body(body),
                     IfNoneMatch="*",
                     ChecksumSHA256=checksum,
+                    **self._encrypt,
                 )
             except _Lost:
                 gone = StoreUnavailable(f"creating {key!r}: {self._url} has such an object, but does not show it")
@@ -212,10 +177,17 @@ class S3Store:
         check_hint(key)
         check_size(key, data)
         body = bytes(data) if isinstance(data, memoryview) else data
-        self._retry.run(
-            f"writing {key!r}",
-            lambda: self._ask("put_object", f"writing {key!r}", key, Key=self._root + key, Body=body),
-        )
+        checksum = base64.b64encode(hashlib.sha256(body).digest()).decode()  # buckets with object lock insist on one
+        what = f"writing {key!r}"
+        sent = {"Key": self._root + key, "Body": body, "ChecksumSHA256": checksum, **self._encrypt}
+
+        def replace() -> None:
+            try:
+                self._ask("put_object", what, key, **sent)
+            except (_Lost, _Mismatch) as error:
+                raise StoreUnavailable(f"{what}: {self._url} did not take it: {error.__cause__}") from error
+
+        self._retry.run(what, replace)
 
     def get(
         self, key: str, *, max_bytes: int | None = None, first: int | None = None, length: int | None = None
@@ -332,7 +304,8 @@ class S3Store:
                 if operation == "head_object" and status in (301, 307, 400, 401, 403):  # a HEAD tells no reason: a GET
                     self._answer(client, "get_object", what, key, Range="bytes=0-0", **arguments)["Body"].close()
             raise translate(error, what, self._url, key) from error
-        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        told = answer.get("ResponseMetadata", {})
+        headers = told.get("HTTPHeaders", {}) if told.get("HTTPStatusCode") != 204 else {}  # that has no body to read
         page = str(headers.get("content-type", "")).startswith("text/html") and "etag" not in headers
         if page and operation != "get_object" and headers.get("content-length") != "0":
             raise StoreRefused(f"{what}: {self._url} answered with a page of HTML; {NOT_S3}")
@@ -488,6 +461,25 @@ class S3Store:
             return self._holds(key, body, sha256)
         except NotFound:
             raise unclear from None
+
+
+def _unless_configured(session: Any, path_style: bool | None) -> dict[str, Any]:
+    """What a client gets where neither the environment nor the profile says otherwise.
+
+    Checksums beside the SHA-256 of a create only where they must be: many servers choke on them.
+    """
+    try:
+        profile = session._session.get_scoped_config()
+    except botocore.exceptions.ProfileNotFound:
+        profile = {}  # making the client says so
+    found: dict[str, Any] = {
+        name: "when_required"
+        for name in ("request_checksum_calculation", "response_checksum_validation")
+        if not os.environ.get(f"AWS_{name.upper()}") and name not in profile
+    }
+    if path_style is not None:
+        found["s3"] = {"addressing_style": "path" if path_style else "virtual"}
+    return found
 
 
 def _when(answer: dict[str, Any]) -> float | None:

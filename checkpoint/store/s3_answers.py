@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import os
 import random
 import time
 from collections.abc import Callable
@@ -61,6 +62,8 @@ _RETRY = (
     http.client.HTTPException,
     OSError,
 )
+_FILES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Of what the SDK reads here, before it asks anybody."""
 _NO_RETRY = (botocore.exceptions.SSLError, botocore.exceptions.InvalidProxiesConfigError)
 CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
@@ -77,6 +80,8 @@ _UNKNOWN_CODES = {
     "InvalidClientTokenId",
     "UnrecognizedClientException",
 }
+_ROLES = {"AssumeRoleWithWebIdentity", "AssumeRole"}
+"""Asked of the token service, before anything is asked of the store."""
 _RETRY_CODES = {
     "RequestTimeout",
     "RequestTimeoutException",
@@ -165,6 +170,14 @@ def translate(error: BaseException, what: str, store: str, key: str = "") -> Sto
         status = int(meta.get("HTTPStatusCode", 0) or 0)
         request = str(meta.get("RequestId", "") or "none")
         said = f"{what}: {store} answered {status} {code} ({text}; request {request})"
+        if error.operation_name in _ROLES and code not in _RETRY_CODES and status not in _RETRY_STATUS:
+            expired = code in _EXPIRED_CODES
+            why = "the token that says who this is has expired" if expired else "no credentials were given"
+            kind = CredentialsExpired if expired else CredentialsRefused
+            return kind(
+                f"{said}: {error.operation_name}: {why}; look at the role (AWS_ROLE_ARN, or the profile's role_arn), "
+                "whom it trusts, and AWS_WEB_IDENTITY_TOKEN_FILE"
+            )
         if code in ("NoSuchKey", "404", "NotFound"):
             return NotFound(key, store)
         if code == "InvalidRange" or status == 416:
@@ -183,6 +196,18 @@ def translate(error: BaseException, what: str, store: str, key: str = "") -> Sto
         return CredentialsRefused(
             f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "
             "(never in the address)"
+        )
+    if isinstance(error, _FILES):
+        return CredentialsRefused(
+            f"{said}; look at the files that AWS_WEB_IDENTITY_TOKEN_FILE, AWS_SHARED_CREDENTIALS_FILE and "
+            "AWS_CONFIG_FILE name: this process cannot read one of them"
+        )
+    if isinstance(error, botocore.exceptions.SSLError):
+        named = os.environ.get("AWS_CA_BUNDLE")
+        now = f"it is {named!r} now" if named else "it is not set"
+        return StoreRefused(
+            f"{said}; where the server's certificate is of an authority of your own, name a file with that authority's "
+            f"certificate by AWS_CA_BUNDLE ({now}) or the profile's ca_bundle"
         )
     if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
         return StoreUnavailable(said)

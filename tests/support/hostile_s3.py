@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -90,6 +91,7 @@ class HostileS3:
         self.faults: deque[Fault] = deque()
         self.applies: tuple[str, ...] = ("PUT",)
         self.requests: list[str] = []
+        self.heads: list[dict[str, str]] = []  # of the requests, names in small letters
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.port = 0
@@ -99,7 +101,8 @@ class HostileS3:
 
 
 @contextlib.contextmanager
-def hostile_s3() -> Iterator[HostileS3]:
+def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
+    """``tls``: it speaks https. Asked as a proxy it answers for every host."""
     state = HostileS3()
 
     class Handler(BaseHTTPRequestHandler):
@@ -117,7 +120,9 @@ def hostile_s3() -> Iterator[HostileS3]:
                 promise = len(body) + 7
                 self.close_connection = True
             said = dict(headers or {})
-            if length in ("told", "wrong"):
+            if status == 204:
+                pass  # it has no body, and so no length
+            elif length in ("told", "wrong"):
                 said["Content-Length"] = str(len(body) if promise is None else promise)
             elif length == "chunked":
                 said["Transfer-Encoding"] = "chunked"
@@ -164,6 +169,7 @@ def hostile_s3() -> Iterator[HostileS3]:
         def next_fault(self) -> Fault | None:
             with state.lock:
                 state.requests.append(f"{self.command} {self.path}")
+                state.heads.append({name.lower(): value for name, value in self.headers.items()})
                 return state.faults.popleft() if state.faults and self.command in state.applies else None
 
         def key(self) -> str:
@@ -308,7 +314,7 @@ def hostile_s3() -> Iterator[HostileS3]:
             if "undead" not in state.lies:
                 with state.lock:
                     state.objects.pop(self.key(), None)
-            return self.answer(204)
+            return self.answer(204, headers={"Content-Type": "text/html"})  # as some do: there is no body
 
         def do_HEAD(self) -> None:
             fault = self.next_fault()
@@ -329,6 +335,8 @@ def hostile_s3() -> Iterator[HostileS3]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     state.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

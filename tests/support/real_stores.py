@@ -121,6 +121,15 @@ def _pip(*wanted: str) -> Callable[[Path, str], Path]:
     return build
 
 
+def _weed_mini(folder: Path, port: int) -> list[str]:
+    """Every part of it on a port of its own, and nothing told to its makers."""
+    parts = ("master", "filer", "volume", "admin", "webdav", "s3")
+    ports = [f"-{part}.port={_free_port()}" for part in parts[:-1]]
+    ports += [f"-{part}.port.grpc={_free_port()}" for part in parts if part != "webdav"]
+    off = ("-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.port.legacy=0", "-master.telemetry=false")
+    return ["mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", f"-s3.port={port}", *ports, *off]
+
+
 def _garage_files(folder: Path, port: int) -> list[str]:
     rpc = _free_port()
     (folder / "garage.toml").write_text(
@@ -187,7 +196,7 @@ SERVERS = {
             "seaweedfs",
             "v0.0.0-20261109003541-7506e5f91cd6",
             _go_module("github.com/seaweedfs/seaweedfs/weed"),
-            lambda folder, port: ["mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", f"-s3.port={port}"],
+            _weed_mini,
             {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
         ),
         Server(

@@ -1,0 +1,79 @@
+"""What an S3 address may say: ``s3://bucket/prefix[?endpoint=http://…&region=…&path_style=1&sse=aws:kms&kms_key=…]``.
+
+It says where objects lie and how they are to be kept, never who asks. What it leaves out is boto3's own configuration:
+the environment and the profile (``s3.S3Store``).
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, urlsplit
+
+from checkpoint.errors import StoreRefused
+from checkpoint.store.base import check_key
+from checkpoint.store.s3 import S3Store
+from checkpoint.store.s3_answers import Retry
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
+_KMS_KEY = re.compile(r"[A-Za-z0-9:/_-]{1,256}\Z")
+OPTIONS = ("endpoint", "region", "path_style", "sse", "kms_key")
+ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
+
+
+def open_s3(url: str, retry: Retry | None = None) -> S3Store:
+    """The store at this address; StoreRefused for an address that is not one, with what is wrong."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreRefused(f"store s3://…: {error}; write s3://bucket/prefix") from error
+    if "@" in parts.netloc or "@" in parts.query:
+        raise StoreRefused(
+            f"store s3://…{parts.path}: an address holds no credentials; take them out, and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead (and change them: addresses end up in logs)"
+        )
+    shown = f"s3://{parts.netloc}{parts.path}"
+    if parts.fragment or _BUCKET.match(parts.netloc) is None:
+        raise StoreRefused(
+            f"store {shown}: must be s3://bucket/prefix, the bucket of 3 to 63 letters, digits, dots and dashes"
+        )
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = sorted(options.keys() - set(OPTIONS))
+    if unknown:
+        raise StoreRefused(
+            f"store {shown}: unknown option {unknown[0][:40]!r}; there are {', '.join(OPTIONS)} (credentials never)"
+        )
+    prefix = parts.path.strip("/")
+    if prefix:
+        check_key(prefix)
+    endpoint = options.get("endpoint")
+    if endpoint is not None:
+        try:
+            at = urlsplit(endpoint)
+            _ = at.port
+        except ValueError as error:
+            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port: {error}") from error
+        if at.scheme not in ("http", "https") or not at.hostname or at.path not in ("", "/") or at.query or at.fragment:
+            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
+    style = options.get("path_style", "1" if endpoint else None)
+    if style not in ("0", "1", None):
+        raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
+    sse, key = options.get("sse"), options.get("kms_key")
+    if sse is not None and sse not in ENCRYPTION:
+        raise StoreRefused(
+            f"store {shown}: sse is {', '.join(ENCRYPTION[:-1])} or {ENCRYPTION[-1]}, not {sse[:40]!r}; where it is "
+            "left out the bucket's own encryption holds"
+        )
+    if key is not None and (sse in (None, "AES256") or _KMS_KEY.match(key) is None):
+        raise StoreRefused(
+            f"store {shown}: kms_key is the id, the alias or the ARN of a key, and needs sse=aws:kms beside it"
+        )
+    return S3Store(
+        parts.netloc,
+        prefix,
+        endpoint=endpoint,
+        region=options.get("region"),
+        path_style=None if style is None else style == "1",
+        sse=sse,
+        kms_key=key,
+        retry=retry,
+    )
