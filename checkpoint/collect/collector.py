@@ -31,7 +31,7 @@ from checkpoint import codec, keys
 from checkpoint.collect.retention import LEAST, Rules, given_up, keep, losses_of, spared
 from checkpoint.curve import MAX_BYTES as MAX_CURVE_BYTES
 from checkpoint.curve import Curve
-from checkpoint.errors import Damaged, NotFound
+from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.manifest import Manifest
 from checkpoint.read import load_manifest
@@ -81,6 +81,7 @@ class Collected:
     run: str
     dry_run: bool
     rules: Rules | None = None
+    grace_s: float = 0.0
     kept: dict[int, str] = field(default_factory=dict)  # checkpoint record -> why
     given_up: list[CheckpointInfo] = field(default_factory=list)
     abandoned: list[Point] = field(default_factory=list)
@@ -90,6 +91,7 @@ class Collected:
     unknowns: int = 0
     refused: str = ""
     more: bool = False  # a limit was met: the next pass goes on
+    now: float | None = None  # by the store's clock
 
     @property
     def objects(self) -> int:
@@ -108,13 +110,15 @@ def collect(
     dry_run: bool = False,
     limits: PassLimits = PassLimits(),
     state: RunState | None = None,
+    grace_s: float | None = None,
 ) -> Collected:
-    """One pass over a run. ``rules``: instead of those that the run was asked for; ``state``: of its log, from before.
+    """One pass over a run. ``rules`` and ``grace_s``: instead of those that the run was asked for; ``state``: of its
+    log, from before.
 
-    Raises StoreError where the store does not answer or does not let it, OtherVersion and Damaged where what is there
-    cannot be read: what is done by then is done, and the next pass goes on.
+    Raises StoreError where the store does not answer, does not let it or tells no times, OtherVersion and Damaged where
+    what is there cannot be read: what is done by then is done, and the next pass goes on.
     """
-    return _Pass(store, run, rules, dry_run, limits, state).run()
+    return _Pass(store, run, rules, dry_run, limits, state, grace_s).run()
 
 
 @dataclass
@@ -128,14 +132,21 @@ class _There:
 
 class _Pass:
     def __init__(
-        self, store: Store, run: str, rules: Rules | None, dry_run: bool, limits: PassLimits, state: RunState | None
+        self,
+        store: Store,
+        run: str,
+        rules: Rules | None,
+        dry_run: bool,
+        limits: PassLimits,
+        state: RunState | None,
+        grace_s: float | None,
     ) -> None:
         self.store, self.name, self.limits = store, run, limits
         self.log = RunLog(store, run, writer="collector")
         self.state = self.log.fold(state).of_this_version()
         self.rules = rules or Rules.of_how(self.state.asked_how)
-        self.grace_s = (self.rules or Rules()).grace_s
-        self.report = Collected(run, dry_run, self.rules)
+        self.grace_s = (self.rules or Rules()).grace_s if grace_s is None else grace_s
+        self.report = Collected(run, dry_run, self.rules, self.grace_s)
         self.there: dict[Point, _There] = {}
         self.now: float | None = None
         self.newest = -math.inf  # the newest time that the store told: no later than now
@@ -154,14 +165,14 @@ class _Pass:
         wanted = given_up(self.state, report.kept)
         self._list(wanted)
         before = self._before()
-        self.now = self._clock(before)
+        self.now = report.now = self._clock(before)
+        if self.now is None:
+            raise StoreRefused(
+                f"{self.store.describe()} does not say when objects were written (no Last-Modified), so nobody can "
+                "tell when a grace is over: nothing is deleted; use a store that says it"
+            )
         self._bury(wanted)
         self._abandon()
-        if self.now is None:
-            report.refused = (
-                f"{self.store.describe()} does not say when objects were written (no Last-Modified): nothing is deleted"
-            )
-            return report
         for point in sorted(self.there):
             self._sweep(point)
         if self.rules is not None:
@@ -293,7 +304,7 @@ class _Pass:
         """
         state, report = self.state, self.report
         committed = sorted(state.checkpoints.steps_of(state.epoch))
-        over = state.ended is not None and self.now is not None and self._wait_s(state.ended.n) == 0.0
+        over = state.ended is not None and self._wait_s(state.ended.n) == 0.0
         for point in sorted(self.there):
             step, epoch = point
             overtaken = len(committed) - bisect_right(committed, step) >= OVERTAKEN

@@ -101,7 +101,7 @@ _RETRY_CODES = {
     "XAmzContentSHA256Mismatch",
 }
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
-_RIGHTS = "this identity needs s3:GetObject and s3:PutObject on the prefix, and s3:ListBucket on the bucket"
+_RIGHTS = "this identity has no right to do it; what the agent, the driver and the collector need is in docs/policies"
 _REGION = "the bucket is in another region: add ?region=… to the address"
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",

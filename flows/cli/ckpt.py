@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from flows.cli.collect import collect_garbage, pin_checkpoint, unpin_checkpoint
 from flows.cli.main import Number, json_option, say, show, store_option
 
 step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
@@ -13,7 +14,11 @@ step_option = click.option("--step", type=int, help="Step of the checkpoint (def
 
 @click.group()
 def ckpt() -> None:
-    """List, show, verify, digest, compare and export checkpoints."""
+    """List, show, verify, digest, compare, export, pin and collect checkpoints."""
+
+
+for command in (pin_checkpoint, unpin_checkpoint, collect_garbage):
+    ckpt.add_command(command)
 
 
 @ckpt.command("ls")
@@ -34,8 +39,12 @@ def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
     if not rows:
         say(f"{run} has no checkpoint yet")
     for row in rows:
-        flag = "" if row["usable"] else "  (not usable)"
-        say(f"step {row['step']:>8}  attempt {row['attempt']:>3}  {row['state_digest']}{flag}")
+        if not row["given_up"]:
+            flag = "" if row["usable"] else "  (not usable)"
+            held = f"  pinned: {', '.join(row['pins'])}" if row["pins"] else ""
+            say(f"step {row['step']:>8}  attempt {row['attempt']:>3}  {row['state_digest']}{flag}{held}")
+    if gone := sum(row["given_up"] for row in rows):
+        say(f"and {gone} that the rules of the run gave up")
     return 0
 
 

@@ -72,11 +72,15 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
             layout = attempt["layout"]
             say(f"{'':>14}{layout}" + (", because of no room for more" if attempt["fallback"] else ""))
     for checkpoint in told["checkpoints"]:
+        if checkpoint["given_up"]:
+            continue
         flag = "" if checkpoint["usable"] else "  (not usable)"
         say(
             f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['attempt']:>3}  "
             f"{checkpoint['state_digest']}{flag}"
         )
+    if gone := sum(checkpoint["given_up"] for checkpoint in told["checkpoints"]):
+        say(f"  and {gone} checkpoint(s) that its rules gave up")
     return 0
 
 

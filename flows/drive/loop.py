@@ -22,6 +22,7 @@ from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefuse
 from checkpoint.log import RunLog, RunState, ended_body
 from checkpoint.store import Pace, Store
 from flows.drive.aside import Aside, TurnedAway
+from flows.drive.collecting import Collecting
 from flows.drive.decide import decide, leaving
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.history import avoided
@@ -108,6 +109,7 @@ class Driver:
         self._metrics = MetricsReader(self.store, self.prepared.run, attach=True)
         self._aside = Aside()
         self._teller = Teller(self.prepared.run, self.sink)
+        self._collecting = Collecting(self.store, self.prepared.run)
 
     def run(self) -> Outcome:
         """Look again and again until the log has an end, or until ``stop`` was set and the gang has saved and left.
@@ -139,6 +141,7 @@ class Driver:
                 self.stop.wait(pause_s)
         finally:
             aside.close()
+            self._collecting.close()
 
     def _look(self) -> Outcome | float:
         """One look and what follows from it: the end, or the pause until the next look."""
@@ -146,6 +149,7 @@ class Driver:
         state = self._state = self._log.fold(known, quick=True).of_this_version()
         if known is None and state.attempts:
             self._teller.known(state)
+        self._collecting.look(state)
         if self._view is None or self._view[0] is not state:
             self.prepared = followed(self.store, state, self.prepared, self._teller.phase)
             self._layouts = layouts_of(self.prepared, state)

@@ -33,14 +33,20 @@ _ALIGN = 64
 _PIECE = 1 << 20
 
 
-def checkpoint_at(store: Store, run: str, step: int | None) -> tuple[CheckpointInfo, Manifest]:
-    """The usable checkpoint of a step (or the newest) and its verified manifest. SpecError where there is none."""
+def usable_at(store: Store, run: str, step: int | None) -> CheckpointInfo:
+    """The usable checkpoint of a step (or the newest). SpecError where there is none."""
     state = RunLog(store, run).fold()
     info = state.at_step(step)
     if info is None:
         have = ", ".join(str(c.step) for c in state.restore_candidates()) or "none"
         wanted = "no usable checkpoint" if step is None else f"no usable checkpoint at step {step}"
         raise SpecError(f"run {run} has {wanted}; it has {have}")
+    return info
+
+
+def checkpoint_at(store: Store, run: str, step: int | None) -> tuple[CheckpointInfo, Manifest]:
+    """As `usable_at`, with its verified manifest."""
+    info = usable_at(store, run, step)
     return info, load_manifest(store, run, info)
 
 

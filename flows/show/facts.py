@@ -64,6 +64,9 @@ def details(store: Store, run: str) -> dict[str, Any]:
     state = RunLog(store, run).fold().of_this_version()
     what = load_what(store, run)
     numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
+    pins: dict[int, list[str]] = {}
+    for pin, n in sorted(state.pins.items()):
+        pins.setdefault(n, []).append(pin)
     return {
         **summary(store, run),
         "reason": state.ended.reason if state.ended else "",
@@ -96,6 +99,8 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "state_digest": c.state_digest,
                 "manifest": c.manifest,
                 "usable": state.usable(c),
+                "given_up": c.n in state.buried,
+                "pins": pins.get(c.n, []),
                 "time": c.time,
             }
             for c in state.checkpoints

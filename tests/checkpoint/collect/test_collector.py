@@ -17,7 +17,7 @@ from checkpoint.agent.commit import commit
 from checkpoint.collect.collector import KEPT_OUTPUTS, Collected, PassLimits, collect
 from checkpoint.collect.pins import pin
 from checkpoint.collect.retention import Rules
-from checkpoint.errors import Conflict, Halted, OtherVersion, PinRefused
+from checkpoint.errors import Conflict, Halted, OtherVersion, PinRefused, StoreRefused
 from checkpoint.log import RunLog
 from checkpoint.store import Info
 from checkpoint.verify import verify_run
@@ -208,9 +208,10 @@ def test_a_store_that_tells_no_times_deletes_nothing(monkeypatch: pytest.MonkeyP
     for verb in ("head", "list"):
         monkeypatch.setattr(world.store, verb, _timeless(getattr(world.store, verb)))
     for _ in range(2):
-        report = world.late().collect()
-        assert "does not say when objects were written" in report.refused
+        with pytest.raises(StoreRefused, match="does not say when objects were written"):
+            world.late().collect()
     assert len(world.points) == 3
+    assert not world.log.fold().buried
 
 
 def _timeless(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -513,3 +514,20 @@ def test_its_hint_is_a_map_that_people_can_read() -> None:
     raw = world.store.get(keys.collected_key(RUN))
     found = codec.unpack_hint(raw, "hint", max_bytes=1000)
     assert json.loads(json.dumps(found)) == {"v": 1, "outputs_before": 0, "objects": 5, "bytes": found["bytes"]}
+
+
+def test_what_is_collected_while_a_run_is_verified_is_no_damage() -> None:
+    world = World().saved(10, 20, 30)
+
+    def gone(verb: str, key: str) -> None:
+        if verb == "get" and "/chunks/" in key:
+            world.store.before = lambda _verb, _key: None
+            for _ in range(2):
+                world.late().collect()
+
+    world.store.before = gone
+    report = verify_run(world.store, RUN, "full")
+    assert {p.key for p in report.problems} == {keys.spec_key(RUN), PLAN}
+    assert report.checkpoints == 2
+    world.store.delete(keys.run_key(RUN, keys.manifest_name(30, 1)))
+    assert keys.run_key(RUN, keys.manifest_name(30, 1)) in {p.key for p in verify_run(world.store, RUN).problems}
