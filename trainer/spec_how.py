@@ -18,7 +18,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 RETIRED = {"recovery": ("max_rollbacks",)}
 """Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
-LATER = {"checkpoint": ("keep", "snapshot_every", "persist_every")}
+LATER = {"checkpoint": ("keep", "snapshot_every", "persist_every"), "recovery": ("replay_every",)}
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
 it has the bytes that an older version gives it, and can be read by one (``spec.how_map``).
 """
@@ -289,6 +289,13 @@ class RecoverySpec(Section):
         (), max_length=16, description="short for layouts that differ in stages alone"
     )
     capacity_s: float = Field(300.0, gt=0, le=86_400, description="wait for nodes before the next of layouts is taken")
+    replay_every: int = size(
+        0,
+        low=0,
+        high=1 << 40,
+        text="one step in so many is computed again and compared, where the driver runs, on cores that no rank uses; "
+        "0: none",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RecoverySpec:

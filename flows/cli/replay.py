@@ -16,21 +16,28 @@ from flows.cli.main import json_option, out_option, say, set_option, show, store
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "--from", "first", type=click.IntRange(min=0), required=True, help="Step of the checkpoint to begin from."
-)
-@click.option("--to", "last", type=click.IntRange(min=1), required=True, help="The last step to compute.")
+@click.option("--from", "first", type=click.IntRange(min=0), metavar="STEP", help="Of the checkpoint to begin from.")
+@click.option("--to", "last", type=click.IntRange(min=1), metavar="STEP", help="The last one to compute.")
 @set_option
 @store_option
 @out_option
 @json_option
-def replay(run: str, first: int, last: int, sets: tuple[str, ...], store: str | None, out: str, as_json: bool) -> int:
+def replay(
+    run: str,
+    first: int | None,
+    last: int | None,
+    sets: tuple[str, ...],
+    store: str | None,
+    out: str,
+    as_json: bool,
+) -> int:
     """Compute steps of RUN again, from a checkpoint, and compare.
 
     Every loss and gradient norm that RUN's metrics hold, bit for bit, and the state digest where there is a checkpoint
-    at --to. In the layout that RUN had on one node of this machine, or another with --set parallel.…. RUN may train on
-    meanwhile: nothing of it is touched but a pin, which goes at the end. Exits 88 where something differs, with the
-    first step, and the ranks and nodes that computed it.
+    at --to. Without the two: from the newest checkpoint but one to the newest. In the layout that RUN had on one node
+    of this machine, or another with --set parallel.…. RUN may train on meanwhile: nothing of it is touched but a pin,
+    which goes at the end. Exits 88 where something differs, with the first step, and the ranks and nodes that computed
+    it.
     """
     from flows.drive.run import find_run
     from flows.drive.train import store_at
@@ -50,7 +57,8 @@ def replay(run: str, first: int, last: int, sets: tuple[str, ...], store: str | 
         tell=(lambda _: None) if as_json else terminal.tell,
     )
     if as_json:
-        show(plain(asdict(report)))
+        said = {"said": list(replay_lines(report)), "exit_code": report.exit_code}
+        show(plain({**asdict(report), **said}))
     else:
         for line in replay_lines(report):
             say(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -64,6 +65,11 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         say(f"  {told['reason']}")
     for order in told["orders"]:
         say(f"  order {order['record']:>5}  by {order['by']} ({order['via']}): {order['text']}")
+    replays = told["replays"]
+    if replays["steps"]:
+        say(f"  {replays['steps']} step(s) computed again: " + ("DIFFERENT" if replays["differ"] else "the same"))
+    for found in replays["differ"]:
+        say(textwrap.indent(str(found.get("said", "")), "    "))
     layout = ""
     for attempt in told["attempts_list"]:
         why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """Something that people should see: ``kind`` is step, phase, devices, attempt, checkpoint, damaged or ended."""
+    """What people should see: ``kind`` is step, phase, devices, attempt, checkpoint, damaged, replay or ended."""
 
     kind: str
     facts: dict[str, Any]

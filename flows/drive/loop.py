@@ -29,6 +29,7 @@ from flows.drive.history import avoided
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
 from flows.drive.live import MetricsReader, StatusReader
 from flows.drive.orders import CannotFollow, followed
+from flows.drive.replays import Replays
 from flows.drive.run import Prepared, attempt_body, fallback_body, fold_view, layouts_of, still_read, under
 from flows.drive.telling import DETACHED, Teller
 from flows.drive.views import (
@@ -92,6 +93,8 @@ class Driver:
     sink: Sink = field(default_factory=NoSink)
     stop: threading.Event = field(default_factory=threading.Event)
     poll_s: float = POLL_S
+    replays: Replays | None = None
+    """Computes steps again beside the run, where its spec asks for that."""
     last_s: float = 5.0
     """For the store, to say what the gang saved as it left."""
     clock: Callable[[], float] = time.monotonic
@@ -110,6 +113,8 @@ class Driver:
         self._aside = Aside()
         self._teller = Teller(self.prepared.run, self.sink)
         self._collecting = Collecting(self.store, self.prepared.run)
+        if self.replays is not None:
+            self.replays.tell = lambda found, facts: self._teller.tell("replay", found=found, **facts)
 
     def run(self) -> Outcome:
         """Look again and again until the log has an end, or until ``stop`` was set and the gang has saved and left.
@@ -142,6 +147,8 @@ class Driver:
         finally:
             aside.close()
             self._collecting.close()
+            if self.replays is not None:
+                self.replays.close()
 
     def _look(self) -> Outcome | float:
         """One look and what follows from it: the end, or the pause until the next look."""
@@ -159,6 +166,8 @@ class Driver:
         outcome = self._act(decision, state, seen, launch)
         if outcome is not None:
             return outcome
+        if self.replays is not None:
+            self.replays.look(self.prepared.spec, state, self._teller.max_step.get(state.epoch, -1))
         return pause_after(decision, time.thread_time() - began, self.poll_s, self.store.pace)
 
     def _observe(self, state: RunState, *, tell_steps: bool) -> tuple[Policy, Look, Launch]:

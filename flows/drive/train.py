@@ -26,6 +26,7 @@ from flows.drive.claims import StoreClaims
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
+from flows.drive.replays import Replays
 from flows.drive.run import Prepared, ask_run, prepare_run
 from trainer.launch import Launch, Launcher, Watching
 from trainer.local_launch import LocalLauncher
@@ -94,11 +95,13 @@ def make_driver(
     stop: threading.Event | None = None,
 ) -> Driver:
     """A driver for a prepared run, with the launcher that its spec asks for."""
+    launcher = launcher_for(prepared.spec, out, store, prepared.run)
     return Driver(
         prepared,
         store,
-        launcher_for(prepared.spec, out, store, prepared.run),
+        launcher,
         partial(launch_for, store.url, out),
+        replays=Replays(store, prepared.run, out, elsewhere=launcher.detaches),
         sink=sink or NoSink(),
         stop=stop or threading.Event(),
     )

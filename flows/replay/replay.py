@@ -87,8 +87,8 @@ class Replayed:
 def replay_run(
     store: Store,
     run: str,
-    first: int,
-    last: int,
+    first: int | None,
+    last: int | None,
     *,
     out: Path,
     sets: Sequence[str] = (),
@@ -98,10 +98,13 @@ def replay_run(
 ) -> Replayed:
     """Compute the steps after ``first`` up to ``last`` again, and compare. ``sets``: of ``parallel`` and ``launch``.
 
+    ``first`` None: the newest checkpoint before ``last``; ``last`` None: the newest one.
+
     Raises SpecError where that cannot be asked, and what computing raises (``again.compute``).
     """
     stop = stop or threading.Event()
     state = RunLog(store, run).fold().of_this_version()
+    first, last = _range(run, state, first, last)
     point = _begin(store, run, state, first)
     attempts, digest = _line(state, last)
     reached = newest_step(store, run, attempts)
@@ -176,6 +179,18 @@ def _upto(lines: Mapping[int, StepLine], step: int) -> dict[int, StepLine]:
 # --- what is asked ------------------------------------------------------------------------------------------
 
 
+def _range(run: str, state: RunState, first: int | None, last: int | None) -> tuple[int, int]:
+    """Both, where one is left out from the checkpoints that there are."""
+    steps = sorted({c.step for c in state.restore_candidates()})
+    if last is None:
+        if not steps:
+            raise SpecError(f"{run} has no checkpoint yet: give the last step to compute, --to")
+        last = steps[-1]
+    if first is None:
+        first = max((step for step in steps if step < last), default=0)
+    return first, last
+
+
 def _begin(store: Store, run: str, state: RunState, step: int) -> Origin:
     """The point that the steps after ``step`` begin from."""
     info, parent = state.at_step(step), parent_of(state)
@@ -240,6 +255,9 @@ def _prepare(store: Store, run: str, attempt: AttemptInfo, sets: Sequence[str]) 
     asked = was.get("launch", {})
     kind, path = _ran_on(store, run, attempt)
     how["parallel"] = {**was.get("parallel", {}), "threads": 0, "device": kind}
+    recompute = how["parallel"].get("recompute")
+    if isinstance(recompute, Mapping) and not isinstance(recompute.get("layers"), int):
+        how["parallel"]["recompute"] = {**recompute, "layers": None}  # a list is for so many stages as there were
     how["launch"] = {k: asked[k] for k in ("kernel_path", "stall_s", "connect_s") if k in asked}
     how["checkpoint"] = {"every": 0, "slots": 2}
     spec, dataset = load_spec_of(store, run, how, sets)

@@ -13,6 +13,7 @@ from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.drive.live import read_curve
 from flows.drive.orders import describe
+from flows.drive.replays import Kept
 from flows.drive.run import find_run, load_run, load_what
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
@@ -62,7 +63,7 @@ def summary(store: Store, run: str) -> dict[str, Any]:
 def details(store: Store, run: str) -> dict[str, Any]:
     """One run as `runs show` shows it; OtherVersion where a newer hotstage has gone on with it."""
     state = RunLog(store, run).fold().of_this_version()
-    what = load_what(store, run)
+    what, kept = load_what(store, run), Kept.load(store, run)
     numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
     pins: dict[int, list[str]] = {}
     for pin, n in sorted(state.pins.items()):
@@ -73,6 +74,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],
         "orders": describe(state),
+        "replays": {"steps": kept.steps, "differ": list(kept.differ)},
         "attempts_list": [
             {
                 "attempt": number,

@@ -108,6 +108,9 @@ class Lines:
             case "damaged":
                 record, why = facts["checkpoint"], facts["why"]
                 self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")
+            case "replay" if facts["found"] != "same":
+                warn = "WARNING: a step computed again differs\n" if facts["found"] == "differs" else ""
+                self.say(f"{warn}{facts['text']}")
             case "ended":
                 digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
                 gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend

@@ -8,21 +8,27 @@ import os
 import re
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
+from flows.drive.replays import Kept, Replays
+from flows.drive.run import load_spec_of
 from flows.replay.again import Stopped
 from flows.replay.compare import Verdict
 from flows.replay.replay import EXIT_DIFFERS, replay_run
 from flows.replay.words import replay_lines
 from tests.engine.engine_build import build_flipping
-from tests.support.place import SPEC, Place, finish
+from tests.support.chaos import frozen
+from tests.support.place import LONG, SPEC, Place, finish
+from tests.support.shared import once
 from tests.support.undisturbed import undisturbed_run
 from tests.support.wait import wait_for
+from trainer.cores import usable_cpus
 from trainer.errors import SpecError
 
 
@@ -84,16 +90,27 @@ FLIPS = [
 FLIP_SPEC = SPEC.replace("steps = 60", "steps = 8").replace("stages = 2", 'stages = 2\noptimizer = "checked"')
 
 
+def flipped(factory: pytest.TempPathFactory, flip: Flipped) -> tuple[Store, str]:
+    """A run of 8 steps in which that happened, made once."""
+
+    def make(work: Path) -> tuple[str, str]:
+        engine = build_flipping(flip.kernel, flip.step, flip.rank)
+        place = Place(work / "p", FLIP_SPEC, env={"HOTSTAGE_ENGINE": str(engine)})
+        try:
+            return (place.folder / "store").as_uri(), place.train()["run"]
+        finally:
+            place.stop_all()
+
+    url, run = once(factory, f"flipped-{flip.kernel.lower()}", make)
+    return open_store(url), run
+
+
 @pytest.mark.parametrize("flip", FLIPS, ids=lambda f: f.kernel.lower())
-def test_a_flipped_bit_is_found_by_one_replay(flip: Flipped, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_by_one_replay(
+    flip: Flipped, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
     """A kernel of one rank was wrong once, by a bit: the step, what differs first, and who computed it."""
-    engine = build_flipping(flip.kernel, flip.step, flip.rank)
-    place = Place(tmp_path / "p", FLIP_SPEC, env={"HOTSTAGE_ENGINE": str(engine)})
-    try:
-        run = place.train()["run"]
-    finally:
-        place.stop_all()
-    store = open_store((place.folder / "store").as_uri())
+    store, run = flipped(tmp_path_factory, flip)
     report = replay_run(store, run, 4, 8, out=tmp_path)
     said = "\n".join(replay_lines(report))
     assert (report.verdict, report.exit_code) == (Verdict.RUN, EXIT_DIFFERS), said
@@ -106,20 +123,54 @@ def test_a_flipped_bit_is_found_by_one_replay(flip: Flipped, tmp_path: Path) -> 
         assert report.suspects.ranks == (flip.rank,), said
 
 
-def test_a_run_that_trains_on(tmp_path: Path) -> None:
-    """By the command, while the run trains, in its own store: the run ends as it would have."""
-    place = Place(tmp_path / "p", SPEC.replace("steps = 60", "steps = 9000"))
+def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """As above, by ``recovery.replay_every``: told once, and kept for whoever looks at the run later."""
+    store, run = flipped(tmp_path_factory, FLIPS[0])
+    state = replace(RunLog(store, run).fold(), ended=None)
+    spec, _ = load_spec_of(store, run, {}, ["recovery.replay_every=4"])
+    told: list[tuple[str, Any]] = []
+    replays = Replays(store, run, tmp_path, elsewhere=True, tell=lambda *fact: told.append(fact), cpus=1)
+    wait_for(lambda: replays.look(spec, state, 8) or told, "what came of it", 60)
+    ((found, facts),) = told
+    assert (found, facts["difference"]["step"], facts["suspects"]["nodes"]) == ("differs", 6, [0]), facts
+    replays.look(spec, state, 11)
+    assert len(told) == 1, "fewer than replay_every steps are new"
+    kept = Kept.load(store, run)
+    assert (kept.upto, kept.steps, len(kept.differ)) == (8, facts["steps"], 1)
+    assert "DIFFERS at step 6" in kept.differ[0]["said"]
+    again = Replays(store, run, tmp_path, elsewhere=True, tell=lambda *fact: told.append(fact), cpus=1)
+    again.look(spec, state, 11)
+    again.close()
+    assert len(told) == 1, "another driver goes on where this one was"
+
+
+@pytest.mark.skipif(usable_cpus() < 2, reason="without a core to spare nothing is computed again")
+def test_steps_are_computed_again_beside_a_run_that_trains(tmp_path: Path) -> None:
+    """``recovery.replay_every``, by the driver. The run's rank stands still meanwhile, to leave this machine free."""
+    place, log = Place(tmp_path / "p", LONG), tmp_path / "told"
+    sets = [word for key in ("parallel.stages=1", "recovery.replay_every=6") for word in ("--set", key)]
     try:
-        process = place.start_train("parallel.stages=1")
-        run = wait_for(lambda: next(iter(saved(place, 12)), None), "a later checkpoint", 60)
-        told = json.loads(place.run("replay", run, "--from", "4", "--to", "8", "--json", "--set", "parallel.stages=2"))
-        assert (told["verdict"], told["compared"]) == ("same", 4)
-        assert process.poll() is None, "the run had ended: nothing was shown"
+        with log.open("wb") as err:
+            process = place.start("train", "spec.toml", "--no-prefect", "--json", *sets, err=err)
+        wait_for(lambda: saved(place, 12), "a checkpoint", 60)
+        with frozen(place.folder / "out", 0):
+            (told,) = wait_for(lambda: events(log, "replay")[:1], "steps that were computed again", 60)
+        assert (told["found"], told["verdict"]) == ("same", "same"), told
+        assert (told["first"] % 4, told["last"] - told["first"], told["steps"]) == (0, told["steps"], told["steps"])
         process.send_signal(signal.SIGINT)
         assert finish(process).code == 85
         place.all_gone()
+        (run,) = saved(place, 12)
+        shown = json.loads(place.run("runs", "show", run, "--json"))["replays"]
+        assert (shown["steps"] >= told["steps"], shown["differ"]) == (True, [])
     finally:
         place.stop_all()
+
+
+def events(log: Path, kind: str) -> list[dict[str, Any]]:
+    """What a command with --json told of this kind."""
+    lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if line["event"] == kind]
 
 
 def saved(place: Place, step: int) -> list[str]:
