@@ -68,7 +68,8 @@ def test_the_role_is_the_doctors_list_of_at_most_fifteen_pairs() -> None:
 
 def test_every_pod_is_restricted() -> None:
     pods = [d["spec"]["template"]["spec"] for d in everything() if d["kind"] == "Deployment"]
-    assert len(pods) == 3
+    pods += [d["spec"]["jobTemplate"]["spec"]["template"]["spec"] for d in everything() if d["kind"] == "CronJob"]
+    assert len(pods) == 4
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -78,6 +79,28 @@ def test_every_pod_is_restricted() -> None:
             assert context["readOnlyRootFilesystem"] is True
             assert context["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"]["limits"]["memory"]
+
+
+def test_the_collector_is_an_account_of_its_own_with_credentials_of_its_own() -> None:
+    """And nobody else's: what deletes does not drive, and what drives does not delete."""
+    (job,) = [d for d in everything() if d["kind"] == "CronJob"]
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    others = [d["spec"]["template"]["spec"] for d in everything() if d["kind"] == "Deployment"]
+    assert pod["serviceAccountName"] == "hotstage-collector"
+    assert pod["automountServiceAccountToken"] is False
+    assert job["spec"]["concurrencyPolicy"] == "Forbid"
+    (container,) = pod["containers"]
+    assert container["command"] == ["hotstage", "ckpt", "gc"]
+
+    def secrets(of: dict[str, Any]) -> set[str]:
+        return {e["secretRef"]["name"] for c in of["containers"] for e in c.get("envFrom", ()) if "secretRef" in e}
+
+    assert secrets(pod) == {"hotstage-collector"}
+    assert not any("hotstage-collector" in {*secrets(o), o.get("serviceAccountName")} for o in others)
+    roles = {d["metadata"]["name"]: d for d in documents(FOLDER / "overlays" / "production" / "identity.yaml")}
+    arns = {name: d["metadata"]["annotations"]["eks.amazonaws.com/role-arn"] for name, d in roles.items()}
+    assert set(arns) == {"hotstage-trainer", "hotstage-flows", "hotstage-collector"}
+    assert len(set(arns.values())) == 3
 
 
 def test_the_trainer_has_no_rights_and_nothing_is_open_by_default() -> None:
@@ -113,6 +136,7 @@ def test_kustomize_builds_the_overlays(overlay: str) -> None:
     built = [d for d in yaml.safe_load_all(done.stdout) if d]
     kinds = [d["kind"] for d in built]
     assert kinds.count("Deployment") == (3 if overlay == "quick" else 2)
+    assert kinds.count("CronJob") == 1
     assert all(d["metadata"].get("namespace") == "hotstage" for d in built if d["kind"] != "Namespace")
     for item in built:
         if item["kind"] not in FOREIGN:
@@ -165,6 +189,8 @@ def reaches(who: str, other: str | None, port: int) -> bool:
         ("hotstage-trainer", None, 443),  # a store elsewhere
         ("hotstage-trainer", None, 53),
         ("hotstage-flows", "store", 7070),
+        ("hotstage-collector", "store", 7070),
+        ("hotstage-collector", None, 443),
         ("hotstage-flows", "prefect", 4200),
         ("hotstage-flows", None, 443),
         ("hotstage-flows", None, 6443),  # the API server
@@ -183,6 +209,9 @@ def test_what_a_run_needs_is_open(who: str, other: str | None, port: int) -> Non
         ("hotstage-trainer", None, 6443),
         ("hotstage-trainer", None, 80),
         ("hotstage-flows", "hotstage-trainer", PORT_BASE),
+        ("hotstage-collector", "prefect", 4200),
+        ("hotstage-collector", "hotstage-trainer", PORT_BASE),
+        ("hotstage-collector", None, 6443),
         ("somebody", "hotstage-trainer", PORT_BASE),
         ("somebody", "store", 7070),
         ("somebody", "prefect", 4200),
