@@ -1,5 +1,5 @@
-"""The Prefect flows: `prepare` and `train`, thin over plain functions. The run is in the log, not in Prefect: a flow
-run that is killed loses nothing, and the next one attaches.
+"""The Prefect flows: `prepare`, `train` and `collect`, thin over plain functions. The run is in the log, not in
+Prefect: a flow run that is killed loses nothing, and the next one attaches.
 
 What the page shows of a run (task runs, log, artifacts) is written by `flows/page/`, the same for a flow that Prefect
 runs and for one that a command hosts. Nothing secret is ever a parameter: a store's URL cannot hold credentials, and a
@@ -26,13 +26,15 @@ from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
 from flows.data import prepare
+from flows.drive.collecting import NotCollected, collect_runs
 from flows.drive.events import Outcome
 from flows.drive.orders import Asked, place_order
-from flows.drive.run import ask_run, load_run, prepare_run
+from flows.drive.run import ask_run, load_run, prepare_run, run_names
 from flows.drive.train import store_at
 from flows.hosting import Hosted, undisturbed
 from flows.page import Page, end_message
 from flows.prefect_api import TRAIN_FLOW, Client
+from flows.show.collected import collected_lines
 from flows.show.lines import Lines
 from trainer.spec import RunSpec
 
@@ -106,6 +108,27 @@ def train_flow(
     return ended_as(undisturbed(work))
 
 
+@flow(name="collect", persist_result=False)
+def collect_flow(store: str = "", run: str = "", dry_run: bool = False) -> int:
+    """A pass of the collector over a run, or over all of the store; gives the bytes that it deleted.
+
+    For whoever serves this with an identity that may delete (docs/policies/collector.json). Failed where a run cannot
+    be collected: the others are.
+    """
+    opened, say = store_at(store or None), get_run_logger().info
+    size, wrong = 0, []
+    for done in collect_runs(opened, [run] if run else list(run_names(opened)), dry_run=dry_run, probes=not run):
+        for line in collected_lines(done):
+            say(line)
+        if isinstance(done, NotCollected) or done.refused:
+            wrong.append(done.run)
+        else:
+            size += done.bytes
+    if wrong:
+        raise RunFailed(f"not collected: {', '.join(wrong)}; the flow run's log says why")
+    return size
+
+
 def _printer(name: str) -> Any:
     """Lines of this flow run for whoever watches the process that serves it."""
 
@@ -138,6 +161,19 @@ def scheduled(spec: RunSpec, store_url: str, out: str, when: Schedule, name: str
         schedules=[when],
         description=f"A new run of `{spec.name}` each time: {told}." if told else None,
         parameters={"spec": spec.model_dump(mode="json"), "store": store_url, "fresh": True, "out": out},
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    return cast("RunnerDeployment", made)
+
+
+def collecting(store_url: str, run: str, when: Schedule, told: str) -> RunnerDeployment:
+    """A deployment that collects each time it fires, one pass at a time."""
+    made: Any = collect_flow.to_deployment(
+        name="collect",
+        schedules=[when],
+        description=f"Old checkpoints are given up and deleted: {told}.",
+        parameters={"store": store_url, "run": run},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )

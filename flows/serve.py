@@ -1,4 +1,5 @@
-"""Serving a Prefect deployment of the flow `train` from this process: runs that are due are started, each as a process.
+"""Serving a Prefect deployment of a flow, `train` or `collect`, from this process: runs that are due are started, each
+as a process.
 
 Prefect's own runner ends after three seconds without its server, and ends the flows that it started. This one waits:
   S1. A server that does not answer is unknown, never a reason to end a run or the serving; it is asked again.
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 1.0
 KNOWN_EVERY_S = 20.0
 ENTRYPOINT = "flows.flow.train_flow"
+COLLECT = "flows.flow.collect_flow"
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Server:
 
     ``registered`` hears each time that the deployment was given to the server, with its id. ``logs``: the folder of a
     file for what each run's process says, so that nothing of this terminal is held by what outlives it; None: here.
+    ``entrypoint``: the deployment's flow.
     """
 
     make: Callable[[], RunnerDeployment]
@@ -48,6 +51,7 @@ class Server:
     registered: Callable[[Client, UUID], None] = lambda _client, _deployment: None
     stop: threading.Event = field(default_factory=threading.Event)
     logs: Path | None = None
+    entrypoint: str = ENTRYPOINT
     every_s: float = EVERY_S
     children: dict[UUID, subprocess.Popen[bytes]] = field(default_factory=dict)
     _deployment: UUID | None = None
@@ -111,7 +115,7 @@ class Server:
                 path = self.logs / f"{flow_run}.log"
                 out, where = stack.enter_context(open(path, "ab")), f"; its lines: {path}"
             self.children[flow_run] = subprocess.Popen(
-                [sys.executable, "-m", "prefect.flow_engine", ENTRYPOINT],
+                [sys.executable, "-m", "prefect.flow_engine", self.entrypoint],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

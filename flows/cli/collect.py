@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +9,9 @@ import click
 from flows.cli.main import Number, complain, json_option, say, show, store_option
 
 if TYPE_CHECKING:
-    from checkpoint.collect.collector import Collected, Swept
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.schedules import Schedule
+
     from checkpoint.collect.retention import Rules
 
 
@@ -68,6 +68,7 @@ def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
 @click.option("--every-s", type=Number(min=0), help="... and the first of every so many seconds.")
 @click.option("--best", type=click.IntRange(min=1), help="... and so many of the least training loss.")
 @click.option("--grace-s", type=Number(min=0), help="... objects go so long after they were given up (default: 3600).")
+@click.option("--cron", help='Serve a Prefect deployment that does this each time it fires, e.g. "0 * * * *".')
 @store_option
 @json_option
 def collect_garbage(
@@ -78,6 +79,7 @@ def collect_garbage(
     every_s: float | None,
     best: int | None,
     grace_s: float | None,
+    cron: str | None,
     store: str | None,
     as_json: bool,
 ) -> int:
@@ -90,9 +92,14 @@ def collect_garbage(
     from flows.drive.collecting import collect_runs
     from flows.drive.run import find_run, run_names
     from flows.drive.train import store_at
+    from flows.show.collected import collected_lines, collected_map
 
     opened = store_at(store)
     asked = {"last": last, "every_steps": every_steps, "every_s": every_s, "best": best}
+    if cron is not None:
+        if grace_s is not None or dry_run or any(value is not None for value in asked.values()):
+            raise click.UsageError("--cron collects by the rules of the runs: leave the other options out")
+        return _serve(opened.url, find_run(opened, run) if run else "", cron)
     names = list(run_names(opened)) if run is None else [find_run(opened, run)]
     code, told = 0, []
     passes = collect_runs(opened, names, rules=_rules(asked), dry_run=dry_run, grace_s=grace_s, probes=run is None)
@@ -101,7 +108,7 @@ def collect_garbage(
             complain(f"{done.run}: not collected: {done.error}", exit_code=done.error.exit_code)
             code = code or done.error.exit_code
         elif as_json:
-            told.append(_as_map(done))
+            told.append(collected_map(done))
         else:
             for line in collected_lines(done):
                 say(line)
@@ -114,83 +121,20 @@ def collect_garbage(
     return code
 
 
+def _serve(store_url: str, run: str, cron: str) -> int:
+    from flows.cli.train import Firing, serve_fired
+    from flows.serve import COLLECT
+
+    def make(when: Schedule, told: str) -> RunnerDeployment:
+        from flows.flow import collecting
+
+        return collecting(store_url, run, when, told)
+
+    return serve_fired(make, "collect", Firing(cron), entrypoint=COLLECT)
+
+
 def _rules(asked: dict[str, Any]) -> Rules | None:
     from checkpoint.collect.retention import Rules
 
     given = {key: value for key, value in asked.items() if value is not None}
     return Rules(**given) if given else None
-
-
-def collected_lines(done: Collected) -> list[str]:
-    """A pass, for a person."""
-    would = "would be " if done.dry_run else ""
-    keeps = (
-        f"keeps {len(done.kept)} checkpoint(s)" if done.rules else "keeps every checkpoint (checkpoint.keep is not set)"
-    )
-    lines = [f"{done.run}: {keeps}"]
-    if done.rules:
-        lines += [f"  {count:>6}  {why}" for why, count in sorted(Counter(done.kept.values()).items())]
-    if done.refused:
-        lines.append(f"  NOTHING IS GIVEN UP: {done.refused}")
-    if done.given_up:
-        steps = _some([f"{info.step}" for info in done.given_up])
-        lines.append(f"  {would}given up: step {steps}; the objects go {done.grace_s:g} s later")
-    if done.abandoned:
-        steps = _some([str(step) for step, _ in done.abandoned])
-        lines.append(f"  {would}given up: step {steps}, of which only a part was ever stored")
-    for swept, what in ((done.deleted, f"{would}deleted"), (done.waiting, "waiting")):
-        lines += _swept(swept, what)
-    if done.unknowns:
-        lines.append(f"  left alone, names that hotstage does not know: {_some(done.unknown, done.unknowns)}")
-    if done.more:
-        lines.append("  there is more than one pass deletes: run it again")
-    return lines
-
-
-def _swept(swept: Sequence[Swept], what: str) -> list[str]:
-    lines = []
-    for why in dict.fromkeys(s.why for s in swept):
-        some = [s for s in swept if s.why == why]
-        objects, size = sum(s.objects for s in some), sum(s.bytes for s in some)
-        named = f" of step {_some([str(s.step) for s in some])}" if some[0].step >= 0 else f" of {len(some)} attempt(s)"
-        wait = max(s.wait_s for s in some)
-        left = f", the last in {wait:.0f} s" if 0 < wait < float("inf") else ""
-        lines.append(f"  {what}: {objects} objects, {size / 1e6:.1f} MB{named} ({why}{left})")
-    return lines
-
-
-def _some(texts: Sequence[str], count: int | None = None) -> str:
-    """The first few."""
-    count = len(texts) if count is None else count
-    return ", ".join(texts[:8]) + (f" and {count - 8} more" if count > 8 else "")
-
-
-def _as_map(done: Collected) -> dict[str, Any]:
-    def swept(some: Sequence[Swept]) -> list[dict[str, Any]]:
-        return [
-            {
-                "step": s.step if s.step >= 0 else None,
-                "epoch": s.epoch,
-                "objects": s.objects,
-                "bytes": s.bytes,
-                "why": s.why,
-                "wait_s": s.wait_s if s.wait_s < float("inf") else None,
-            }
-            for s in some
-        ]
-
-    return {
-        "run": done.run,
-        "dry_run": done.dry_run,
-        "kept": [{"record": n, "why": why} for n, why in sorted(done.kept.items())],
-        "given_up": [{"record": info.n, "step": info.step, "epoch": info.epoch} for info in done.given_up],
-        "abandoned": [{"step": step, "epoch": epoch} for step, epoch in done.abandoned],
-        "deleted": swept(done.deleted),
-        "waiting": swept(done.waiting),
-        "unknown": done.unknown,
-        "unknowns": done.unknowns,
-        "refused": done.refused,
-        "more": done.more,
-        "objects": done.objects,
-        "bytes": done.bytes,
-    }

@@ -17,6 +17,9 @@ from flows.cli.voice import Voice
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.schedules import Schedule
+
     from flows.drive.events import Event, Outcome, Sink
     from flows.drive.run import Board, Prepared
     from flows.prefect_api import Client
@@ -178,21 +181,58 @@ def schedule(
 
     Runs in the foreground until Ctrl-C; runs that it started go on. Each run's name ends with its scheduled time.
     """
-    from datetime import timedelta
-
     from flows.drive.train import store_at
-    from flows.prefect_api import PrefectSettingsError, Refused, configured, why_not
-    from flows.serve import Server, cron_of, zone_of
     from trainer.spec import load_spec
 
-    if (cron is None) == (interval is None):
-        raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
-    if cron is None and day_and:
-        raise click.UsageError("--day-and needs --cron")
+    firing = Firing(cron, interval, timezone, day_and)
+    firing.check()
     run_spec = load_spec(spec, sets)
+    folder, url = Path(out).absolute(), store_at(store).url
+    title = name or run_spec.name
+
+    def make(when: Schedule, told: str) -> RunnerDeployment:
+        from flows.flow import scheduled
+
+        return scheduled(run_spec, url, str(folder), when, title, told)
+
+    return serve_fired(make, title, firing, logs=folder / "schedule")
+
+
+@dataclass(frozen=True)
+class Firing:
+    """When a deployment fires, as a person wrote it."""
+
+    cron: str | None
+    interval: float | None = None
+    timezone: str | None = None
+    day_and: bool = False
+
+    def check(self) -> None:
+        if (self.cron is None) == (self.interval is None):
+            raise click.UsageError('give one of --cron "0 2 * * *" and --interval SECONDS')
+        if self.cron is None and self.day_and:
+            raise click.UsageError("--day-and needs --cron")
+
+
+def serve_fired(
+    make: Callable[[Schedule, str], RunnerDeployment],
+    title: str,
+    firing: Firing,
+    *,
+    logs: Path | None = None,
+    entrypoint: str | None = None,
+) -> int:
+    """Serve the deployment that ``make`` gives of a schedule and its words, until Ctrl-C; the exit code."""
+    from datetime import timedelta
+
+    from flows.prefect_api import PrefectSettingsError, Refused, configured, why_not
+    from flows.serve import ENTRYPOINT, Server, cron_of, zone_of
+
+    cron, interval = firing.cron, firing.interval
+    firing.check()
     try:
-        zone = zone_of(timezone)
-        when = cron_of(cron, zone, day_or=not day_and) if cron is not None else None
+        zone = zone_of(firing.timezone)
+        when = cron_of(cron, zone, day_or=not firing.day_and) if cron is not None else None
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     try:
@@ -208,15 +248,10 @@ def schedule(
         return 78
     from prefect.schedules import Interval
 
-    from flows.flow import scheduled
-
-    title = name or run_spec.name
     plan = when if when is not None else Interval(timedelta(seconds=interval or 0), timezone=zone)
     told = f"cron {cron!r} in {zone}" if cron else f"every {interval:g} s"
     say(f"scheduled {title} ({told}) at {found.url}; Ctrl-C ends the schedule, not what runs")
-    folder = str(Path(out).absolute())
-    url = store_at(store).url
-    server = Server(lambda: scheduled(run_spec, url, folder, plan, title, told), say, logs=Path(folder) / "schedule")
+    server = Server(lambda: make(plan, told), say, logs=logs, entrypoint=entrypoint or ENTRYPOINT)
     server.registered = lambda client, deployment: _tell_firings(client, deployment, zone)
     try:
         serve_until_signal(server)

@@ -87,14 +87,19 @@ class Collecting:
     _thread: threading.Thread | None = None
     _closing: bool = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether a pass is at work."""
+        return self._state is not None
+
     def look(self, state: RunState) -> None:
         """The log as it is now: where it is time, a pass begins. Returns at once."""
         since, saved = self.clock() - self._began, len(state.checkpoints)
         if since < (SOON_S if saved > self._saved else EVERY_S) or saved <= LEAST or not self._wanted(state):
             return
         with self._wake:
-            if self._state is not None:
-                return  # one is at work
+            if self.busy:
+                return
             self._state, self._began, self._saved = state, self.clock(), saved
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="collect", daemon=True)

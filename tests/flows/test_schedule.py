@@ -21,12 +21,16 @@ import httpx
 import pytest
 from prefect.deployments.runner import DeploymentApplyError
 
+from checkpoint.keys import index_key, manifest_name, run_key
+from checkpoint.log import RunLog
+from checkpoint.store import open_store
 from flows.prefect_api import Client, Gone
-from flows.serve import cron_of, firings, zone_of
+from flows.serve import COLLECT, cron_of, firings, zone_of
 from tests.flows.conftest import Api
 from tests.support.agents import wait_for
 from tests.support.front import Front
 from tests.support.place import ROOT, Place, finish
+from tests.support.small_checkpoints import RUN, begin, save
 from trainer.spec import load_spec
 
 
@@ -249,6 +253,35 @@ def test_the_nights_when_the_clocks_change_fire_once(prefect: Api) -> None:
     for month, days in (("2027-03", (27, 28, 29, 30)), ("2027-10", (30, 31))):
         for day in days:
             assert nights.count(f"{month}-{day}") == 1
+
+
+def test_a_deployment_collects_and_says_what_it_could_not(prefect: Api, tmp_path: Path) -> None:
+    from prefect.logging import disable_run_logger
+
+    from flows.flow import RunFailed, collect_flow, collecting
+
+    url = (tmp_path / "store").as_uri()
+    store = open_store(url)
+    log = RunLog(store, RUN, writer="driver")
+    store.create(index_key(RUN), b"")
+    state = begin(log, log.fold(), {"checkpoint": {"keep": {"last": 2, "grace_s": 0.0}}})
+    for step in (10, 20, 30):
+        state = save(store, log, state, step)
+    with Client.open(prefect.server.api) as client:
+        made = registered(client, collecting(url, "", cron_of("0 * * * *", "UTC"), "each hour"))
+        told = deployment(prefect, "collect")
+        assert told["entrypoint"] == COLLECT
+        assert (told["parameters"], told["global_concurrency_limit"]["limit"]) == ({"store": url, "run": ""}, 1)
+        prefect.delete(f"deployments/{made}")
+    with disable_run_logger():
+        assert collect_flow.fn(store=url, dry_run=True) == 0
+        assert collect_flow.fn(store=url) == 0
+        assert set(log.fold().buried) == {2}
+        wait_for(lambda: collect_flow.fn(store=url) > 0, "the second of S3's times that a grace has at least", 20)
+        store.delete(run_key(RUN, manifest_name(30, state.epoch)))
+        save(store, log, state, 40)
+        with pytest.raises(RunFailed, match=f"not collected: {RUN}"):
+            collect_flow.fn(store=url)
 
 
 def test_where_prefect_is_may_be_said_in_every_place_that_prefect_reads(tmp_path: Path) -> None:
