@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from checkpoint.digest import BLOCK_ELEMENTS, blocks, leaf_digests
+from checkpoint.digest import BLOCK_ELEMENTS, Leaves, blocks, leaf_digests
 from checkpoint.store.base import Data
 
 MAX_CHUNK_BYTES = 64 << 20
@@ -118,7 +118,7 @@ class Piece:
     elements: int
     chunk: int
     offset: int
-    leaves: tuple[bytes, ...]
+    leaves: Sequence[bytes]
 
     @property
     def bytes(self) -> int:
@@ -141,7 +141,7 @@ def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:
         raise ValueError(f"chunk {plan.index} has {len(view)} bytes, its plan says {plan.bytes}")
     found, at = [], 0
     for s in plan.segments:
-        leaves = tuple(leaf_digests(view[at : at + s.bytes]))
+        leaves = Leaves(b"".join(leaf_digests(view[at : at + s.bytes])))
         found.append(Piece(s.tensor, s.kind, s.first, s.elements, plan.index, at, leaves))
         at += s.bytes
     return tuple(found)

@@ -14,7 +14,8 @@ so that a reader checks size and digest before it parses anything.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, cast
 
 from checkpoint.errors import Damaged, OtherVersion
@@ -22,6 +23,7 @@ from trainer.wire import packed
 from trainer.wire.unreadable import Unreadable, check_version
 
 MAX_DEPTH, RECORD_DEPTH = packed.MAX_DEPTH, packed.RECORD_DEPTH
+Data = bytes | memoryview
 _TAIL = b"\xa6digest\xc4\x20"
 _SEAL_BYTES = len(_TAIL) + 32
 pack, pack_hint = packed.pack, packed.pack_hint
@@ -49,6 +51,46 @@ def seal(value: Mapping[str, object], max_depth: int = MAX_DEPTH) -> bytes:
         raise ValueError("a sealed map has at most 14 entries, and its digest is added here")
     plain = pack(value, max_depth)
     return bytes([plain[0] + 1]) + plain[1:] + _TAIL + hashlib.sha256(plain).digest()
+
+
+def seal_stream(entries: Mapping[str, object], max_depth: int = MAX_DEPTH) -> Iterator[Data]:
+    """The bytes of ``seal``, in pieces, of a map that is too large to be made whole. A value that is a `Stream` gives
+    its canonical bytes itself.
+    """
+    if len(entries) > 14 or "digest" in entries:
+        raise ValueError("a sealed map has at most 14 entries, and its digest is added here")
+    digest = hashlib.sha256(bytes([0x80 + len(entries)]))
+    yield bytes([0x81 + len(entries)])
+    for key in sorted(entries, key=lambda key: key.encode()):
+        value = entries[key]
+        pieces = value.pieces if isinstance(value, Stream) else (pack(value, max_depth - 1),)
+        for piece in chain((pack(key),), pieces):
+            digest.update(piece)
+            yield piece
+    yield _TAIL + digest.digest()
+
+
+class Stream:
+    """Canonical bytes of a value, made piece by piece."""
+
+    def __init__(self, pieces: Iterable[Data]) -> None:
+        self.pieces = pieces
+
+    @classmethod
+    def rows(cls, rows: Sequence[Any], row: Callable[[Any], object], *, at_once: int = 1024) -> Stream:
+        """A list, of what ``row`` makes of each of ``rows``."""
+
+        def pieces() -> Iterator[Data]:
+            yield packed.array_head(len(rows))
+            for at in range(0, len(rows), at_once):
+                yield b"".join([pack(row(item)) for item in rows[at : at + at_once]])
+
+        return cls(pieces())
+
+    @classmethod
+    def raw(cls, size: int, parts: Iterable[Data]) -> Stream:
+        """Bytes, so many of them, from ``parts``."""
+        return cls(chain((packed.bin_head(size),), parts))
 
 
 def unseal(data: bytes, what: str, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> dict[str, Any]:

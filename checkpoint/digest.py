@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 from trainer import wire
 
@@ -26,6 +27,65 @@ BLOCK_BYTES = BLOCK_ELEMENTS * 4
 DIGEST_BYTES = 32
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 _DOMAIN = b"hotstage state v1"
+
+
+class Leaves(Sequence[bytes]):
+    """Digests of consecutive blocks, side by side in one buffer: equal to any sequence of the same ones, and as many of
+    them as a trillion parameters have cost 32 bytes each.
+    """
+
+    __slots__ = ("_data", "_end", "_first")
+
+    def __init__(self, data: bytes, first: int = 0, count: int | None = None) -> None:
+        """``count`` digests of ``data`` from number ``first`` on; all that follow without it."""
+        self._data, self._first = data, first
+        self._end = len(data) // DIGEST_BYTES if count is None else first + count
+        if not 0 <= first <= self._end or self._end * DIGEST_BYTES > len(data):
+            raise ValueError(f"digests {first} to {self._end} of {len(data)} bytes")
+
+    @property
+    def raw(self) -> memoryview:
+        return memoryview(self._data)[self._first * DIGEST_BYTES : self._end * DIGEST_BYTES]
+
+    def __len__(self) -> int:
+        return self._end - self._first
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        places = range(self._first, self._end)[index]
+        if isinstance(places, int):
+            return self._data[places * DIGEST_BYTES : (places + 1) * DIGEST_BYTES]
+        if places.step == 1:
+            return Leaves(self._data, places.start, len(places))
+        return tuple(self[at - self._first] for at in places)
+
+    def __iter__(self) -> Iterator[bytes]:
+        data = self._data
+        for at in range(self._first * DIGEST_BYTES, self._end * DIGEST_BYTES, DIGEST_BYTES):
+            yield data[at : at + DIGEST_BYTES]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Leaves):
+            return self.raw == other.raw
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"Leaves({bytes(self.raw)!r})"
+
+
+def raw_leaves(leaves: Sequence[bytes]) -> bytes | memoryview:
+    """Digests side by side."""
+    return leaves.raw if isinstance(leaves, Leaves) else b"".join(leaves)
 
 
 def blocks(elements: int) -> int:
@@ -54,13 +114,20 @@ def tree_root(leaves: Sequence[bytes]) -> bytes:
     >>> tree_root([b"a" * 32]) == b"a" * 32
     True
     """
-    if not leaves:
+    return raw_root(raw_leaves(leaves))
+
+
+def raw_root(leaves: bytes | bytearray | memoryview) -> bytes:
+    """As ``tree_root``, of digests side by side."""
+    level = bytes(leaves)
+    if not level or len(level) % DIGEST_BYTES:
         raise ValueError("a tensor has at least one block")
-    level = list(leaves)
-    while len(level) > 1:
-        odd = level[len(level) & ~1 :]
-        level = [hashlib.sha256(level[i] + level[i + 1]).digest() for i in range(0, len(level) - 1, 2)] + odd
-    return level[0]
+    sha256, pair = hashlib.sha256, 2 * DIGEST_BYTES
+    while len(level) > DIGEST_BYTES:
+        even = len(level) // pair * pair
+        nodes = [sha256(level[at : at + pair]).digest() for at in range(0, even, pair)]
+        level = b"".join([*nodes, level[even:]])
+    return level
 
 
 def state_root(step: int, samples: int, what: bytes, roots: Iterable[bytes]) -> bytes:

@@ -9,8 +9,9 @@
     runs/<run>/log/<20 digits>                        records
     runs/<run>/folds/<20 digits>-<token>              folded states that fold records name
     runs/<run>/manifests/<step>-<epoch>/parts/<node>  part manifests, one an agent
+    runs/<run>/manifests/<step>-<epoch>/groups/<group>  of groups of nodes, in large gangs (agent/groups.py)
     runs/<run>/manifests/<step>-<epoch>/manifest      what the checkpoint record names
-    runs/<run>/manifests/<step>-<epoch>/pages/...     of either, where it is large (pages.py)
+    runs/<run>/manifests/<step>-<epoch>/pages/...     of any of these, where it is large (pages.py)
     runs/<run>/chunks/<step>-<epoch>/<rank>-<incarnation>-<index>
     runs/<run>/live/...                               hints, and two kinds of claims:
     .../fold                                              the log's condensed state (log/run_log.py)
@@ -195,6 +196,16 @@ def parts_prefix(step: int, epoch: int) -> str:
 def part_name(step: int, epoch: int, node: int) -> str:
     """Of a node's part manifest, relative to the run."""
     return f"{parts_prefix(step, epoch)}{node:05d}"
+
+
+def groups_prefix(step: int, epoch: int) -> str:
+    """Of the parts of all groups of nodes of a checkpoint, relative to the run; a group's number follows."""
+    return f"manifests/{point(step, epoch)}/groups/"
+
+
+def group_name(step: int, epoch: int, group: int) -> str:
+    """Of a group's part manifest, relative to the run."""
+    return f"{groups_prefix(step, epoch)}{group:05d}"
 
 
 def manifest_name(step: int, epoch: int) -> str:

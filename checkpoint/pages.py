@@ -16,6 +16,7 @@ finds the name finds everything.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 from checkpoint import codec, keys
 from checkpoint.errors import CheckpointError, Damaged, NotFound
@@ -36,28 +37,45 @@ class TooLarge(CheckpointError):
     exit_code = 78
 
 
-def write(store: Store, run: str, name: str, data: bytes, label: str) -> tuple[bytes, bool]:
-    """Create the object of this name (relative to the run), with pages where it needs them.
+def write(store: Store, run: str, name: str, data: Iterable[codec.Data] | bytes, label: str) -> tuple[bytes, bool]:
+    """Create the object of this name (relative to the run), with pages where it needs them. ``data``: the whole, or its
+    pieces one after the other, of which a page is held at a time.
 
     What lies under the name, and whether it is ours: False where another one, of other bytes, was there first. The
     ``label`` (letters, digits and dashes) makes the pages' names this writer's own, or those of all that write the
     same bytes. Raises Damaged where a page of its name has other bytes.
     """
-    if len(data) > WHOLE_BYTES:
-        raise TooLarge(f"manifest {name} has {len(data)} bytes, the limit is {WHOLE_BYTES}: report this as a bug")
-    root = data
-    if len(data) > PAGE_BYTES:
-        rows: list[list[object]] = []
-        view = memoryview(data)
-        for at in range(0, len(data), PAGE_BYTES):
-            page = view[at : at + PAGE_BYTES]
-            digest = hashlib.sha256(page).digest()
-            own = keys.page_name(name, label, len(rows))
-            if not store.create(keys.run_key(run, own), page, sha256=digest):
-                raise Damaged(f"page {own} of manifest {name} is there with other bytes")
-            rows.append([own, len(page), digest])
-        root = codec.seal({"v": VERSION, "bytes": len(data), "sha256": hashlib.sha256(data).digest(), "pages": rows})
+    whole, total = hashlib.sha256(), 0
+    rows: list[list[object]] = []
+    root = b""
+    for page, last in _cut((data,) if isinstance(data, bytes) else data):
+        total += len(page)
+        if total > WHOLE_BYTES:
+            raise TooLarge(f"manifest {name} has more than {WHOLE_BYTES} bytes: report this as a bug")
+        if last and not rows:
+            root = page
+            break
+        digest = hashlib.sha256(page).digest()
+        whole.update(page)
+        own = keys.page_name(name, label, len(rows))
+        if not store.create(keys.run_key(run, own), page, sha256=digest):
+            raise Damaged(f"page {own} of manifest {name} is there with other bytes")
+        rows.append([own, len(page), digest])
+    if rows:
+        root = codec.seal({"v": VERSION, "bytes": total, "sha256": whole.digest(), "pages": rows})
     return root, store.create(keys.run_key(run, name), root)
+
+
+def _cut(pieces: Iterable[codec.Data]) -> Iterator[tuple[bytes, bool]]:
+    """Pages, full but for the last one, and whether it is that."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) > PAGE_BYTES:
+            page = bytes(held[:PAGE_BYTES])
+            del held[:PAGE_BYTES]
+            yield page, False
+    yield bytes(held), True
 
 
 def read(store: Store, run: str, name: str, what: str, *, size: int | None = None, sha256: str | None = None) -> bytes:

@@ -298,7 +298,7 @@ class Actions:
         assert self._has is not None
         layout, table = self._has.layout, self._has.table
         self.uploader.begin(Source(e.epoch, layout, table, e.deadline_s, e.point, e.stored))
-        self.committer.begin(e.epoch, layout, e.deadline_s)
+        self.committer.begin(e.epoch, layout.ranks, e.deadline_s)
 
     def _look(self, _: do.LookForSnapshots) -> None:
         self.uploader.wake()

@@ -3,7 +3,8 @@
 Any agent that sees all parts commits; all compute the same bytes, so creating the manifest twice is creating it once,
 and the log lets one record in. A loser reads what is there. The nodes have an order, another one each step: the first
 one reads the parts, each once, and commits; the others hear of the record by the look at the log that they take anyway,
-and take over in turn where it does not come (``gather.py``). The log itself keeps a fenced agent out: its record is
+and take over in turn where it does not come (``gather.py``). In a large gang parts join a group first, by the same rule
+(``groups.py``). The log itself keeps a fenced agent out: its record is
 refused (Halted) once a newer attempt is there, and would be void.
 """
 
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpoint import keys, pages
-from checkpoint.agent.gather import gather, next_look_s, present, turn_s
+from checkpoint.agent.gather import Held, next_look_s, present, turn_s
+from checkpoint.agent.groups import Groups, gather_parts, join_group, there
 from checkpoint.errors import Conflict, Damaged, Halted, OtherVersion, StoreError
-from checkpoint.layout import PlanLayout
 from checkpoint.log import RunLog, RunState
-from checkpoint.manifest import checkpoint_body, merge
+from checkpoint.manifest import ReadPart, checkpoint_body, merge_read
 from checkpoint.pages import TooLarge
 
 log = logging.getLogger(__name__)
@@ -30,23 +31,39 @@ READINGS = 3
 
 
 @dataclass
-class _Pending:
-    """A step whose part of this node is in the store, since then. ``turn``: seconds between this node's looks (0: the
-    first turn is its own); ``look``: when the next one is; ``whole``: all parts were there at the one before.
+class _Duty:
+    """What one node makes of what several wrote. ``turn``: seconds between this node's looks (0: the first turn is its
+    own); ``look``: when the next one is; ``whole``: all parts were there at the one before.
     """
+
+    turn: float
+    look: float
+    whole: bool = False
+    parts: Held[ReadPart] = field(default_factory=Held)
+
+    def again(self, look: float) -> None:
+        """Look at that time; what was read is read anew."""
+        self.look, self.parts = look, Held()
+
+
+@dataclass
+class _Pending:
+    """A step whose part of this node is in the store, since then. ``join``: until its group's part is there."""
 
     step: int
     since: float
     deadline: float
-    turn: float
-    look: float
-    whole: bool = False
+    commit: _Duty
+    join: _Duty | None
     damaged: int = 0
-    parts: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def duties(self) -> list[_Duty]:
+        return [self.commit, self.join] if self.join else [self.commit]
 
     @property
     def due(self) -> float:
-        return min(self.look, self.deadline)
+        return min(self.deadline, *(duty.look for duty in self.duties))
 
 
 class Committer:
@@ -74,6 +91,7 @@ class Committer:
         self._clock = clock or time.monotonic
         self._wake = threading.Condition()
         self._epoch = 0
+        self._groups = Groups(nodes, 1)
         self._deadline_s = 0.0
         self._pending: list[_Pending] = []
         self._state: RunState | None = None
@@ -86,10 +104,11 @@ class Committer:
 
     # --- called by the agent's loop -----------------------------------------------------------------------
 
-    def begin(self, epoch: int, layout: PlanLayout, deadline_s: float) -> None:
-        """What is added from here on belongs to this attempt."""
+    def begin(self, epoch: int, ranks: int, deadline_s: float) -> None:
+        """What is added from here on belongs to this attempt, of so many ranks."""
         with self._wake:
             self._epoch, self._deadline_s, self._pending = epoch, deadline_s, []
+            self._groups = Groups.of(ranks, self._nodes)
 
     def cancel(self) -> None:
         """The attempt is fenced."""
@@ -108,8 +127,9 @@ class Committer:
         with self._wake:
             if self._state is None or state.n > self._state.n:
                 self._state = state
-            now, turn = self._clock(), self._turn_s(step)
-            self._pending.append(_Pending(step, now, now + self._deadline_s, turn, now + turn))
+            now, everybody, group = self._clock(), range(self._nodes), self._groups.of_node(self._node)
+            join = self._duty(self._groups.members(group), step, now) if self._groups.size > 1 else None
+            self._pending.append(_Pending(step, now, now + self._deadline_s, self._duty(everybody, step, now), join))
             self._news = True
             self._wake.notify_all()
 
@@ -137,8 +157,10 @@ class Committer:
                     return
             self.pump()
 
-    def _turn_s(self, step: int) -> float:
-        return turn_s((self._node - step) % self._nodes, self._nodes, self._log.store.pace)
+    def _duty(self, nodes: range, step: int, now: float) -> _Duty:
+        """This node's part in what one of these nodes does."""
+        turn = turn_s((self._node - nodes.start - step) % len(nodes), len(nodes), self._log.store.pace)
+        return _Duty(turn, now + turn)
 
     def _due(self) -> bool:
         """Called under the lock."""
@@ -155,8 +177,10 @@ class Committer:
             if state is not None and state.unreadable is None:
                 state = self._try(item, epoch, state)
             else:  # until a person has mended the log, whatever the deadline says
-                item.look = self._clock() + self._poll_s
-                item.deadline = max(item.deadline, item.look)
+                look = self._clock() + self._poll_s
+                for duty in item.duties:
+                    duty.look = look
+                item.deadline = max(item.deadline, look)
         with self._wake:
             self._working = False
             due = min((p.due for p in self._pending), default=None)
@@ -173,9 +197,15 @@ class Committer:
             found = state.find(item.step, epoch)
             if found is None:
                 done = False
-                if now >= item.due:
-                    state, done = self._look(item, epoch, state)
-                    item.look = now + next_look_s(item.turn, item.whole, now - item.since, pace, self._poll_s)
+                if item.join is not None and now >= min(item.join.look, item.deadline):
+                    duty = item.join
+                    if self._join(duty, item.step, epoch):
+                        item.join = None
+                    duty.look = now + next_look_s(duty.turn, duty.whole, now - item.since, pace, self._poll_s)
+                duty = item.commit
+                if now >= min(duty.look, item.deadline):
+                    state, done = self._look(duty, item.step, epoch, state)
+                    duty.look = now + next_look_s(duty.turn, duty.whole, now - item.since, pace, self._poll_s)
             if done:
                 self._post(lambda: self._on_error(None))
                 self._post(lambda said=state: self._on_commit(said, item.step))  # type: ignore[misc]
@@ -184,13 +214,16 @@ class Committer:
             done = True
         except (Damaged, OtherVersion, TooLarge) as error:
             # what one reading says is read again: parts are small, and a sick read is no sick part
-            item.damaged, item.parts, item.look = item.damaged + 1, {}, now + pause_s
+            item.damaged += 1
+            for duty in item.duties:
+                duty.again(now + pause_s)
             done = not isinstance(error, Damaged) or item.damaged >= READINGS
             log.error("step %d cannot be committed: %s", item.step, error)
             text = str(error)
             self._post(lambda: self._on_error(text))
         except StoreError as error:
-            item.look = now + pause_s
+            for duty in item.duties:
+                duty.look = max(duty.look, now + pause_s)
             text = f"the checkpoint of step {item.step} cannot be committed: {error}"
             log.warning("%s", text)
             self._post(lambda: self._on_error(text))
@@ -207,45 +240,54 @@ class Committer:
                 ]
         return state
 
-    def _look(self, item: _Pending, epoch: int, state: RunState) -> tuple[RunState, bool]:
+    def _join(self, duty: _Duty, step: int, epoch: int) -> bool:
+        """Make this node's group's part where all its nodes' are there; whether it is there."""
+        store, run, groups = self._log.store, self._log.run, self._groups
+        group = groups.of_node(self._node)
+        if duty.turn and not duty.whole:
+            duty.whole = len(there(store, run, groups, step, epoch, group)) == len(groups.members(group))
+            return False
+        if duty.turn and store.head(keys.run_key(run, keys.group_name(step, epoch, group))) is not None:
+            return True
+        return join_group(store, run, groups, step, epoch, group, duty.parts)
+
+    def _look(self, duty: _Duty, step: int, epoch: int, state: RunState) -> tuple[RunState, bool]:
         """Commit the step where all its parts are there; the state of the log, and whether the step is in it."""
-        if item.turn and not item.whole:
-            prefix = keys.run_key(self._log.run, keys.parts_prefix(item.step, epoch))
-            item.whole = len(present(self._log.store, prefix, self._nodes)) == self._nodes
+        groups = self._groups
+        if duty.turn and not duty.whole:
+            prefix = keys.run_key(self._log.run, groups.prefix(step, epoch))
+            duty.whole = len(present(self._log.store, prefix, groups.count)) == groups.count
             return state, False
-        if item.turn:  # somebody else has, most likely
+        if duty.turn:  # somebody else has, most likely
             state = self._log.fold(state)
             if state.epoch != epoch:
                 raise Halted(f"attempt {state.epoch} holds the run", state)
             if state.unreadable is not None:
                 return state, False
-            if state.find(item.step, epoch) is not None:
+            if state.find(step, epoch) is not None:
                 return state, True
-        newer = commit(self._log, self._nodes, item.step, epoch, state, item.parts)
+        newer = commit(self._log, groups, step, epoch, state, duty.parts)
         return newer or state, newer is not None
 
 
 def commit(
-    run_log: RunLog, nodes: int, step: int, epoch: int, state: RunState, known: dict[int, bytes] | None = None
+    run_log: RunLog, nodes: int | Groups, step: int, epoch: int, state: RunState, known: Held[ReadPart] | None = None
 ) -> RunState | None:
-    """Commit the checkpoint of this step if every part is there; None where one is missing.
+    """Commit the checkpoint of this step if every part is there, of the nodes or of the groups; None where one is
+    missing.
 
     ``known``: the parts that were read before, to which those found now are added. Returns a state of the log in which
     the checkpoint is, whoever wrote it. Raises Halted where a newer attempt holds the run or the collector has given
     the step up, Damaged where the parts do not fit together, StoreError.
     """
     run, store = run_log.run, run_log.store
-    parts = {} if known is None else known
-
-    def read(node: int) -> bytes:
-        name = keys.part_name(step, epoch, node)
-        return pages.read(store, run, name, f"part manifest {name}")
-
-    if not gather(store, keys.run_key(run, keys.parts_prefix(step, epoch)), nodes, parts, read):
+    parts = Held[ReadPart]() if known is None else known
+    groups = nodes if isinstance(nodes, Groups) else Groups(nodes, 1)
+    if not gather_parts(store, run, groups, step, epoch, parts):
         return None
-    manifest = merge([(keys.part_name(step, epoch, node), data) for node, data in sorted(parts.items())])
+    manifest = merge_read(list(parts.values()))
     name = keys.manifest_name(step, epoch)
-    root, ours = pages.write(store, run, name, manifest.to_bytes(), "all")
+    root, ours = pages.write(store, run, name, manifest.stream(), "all")
     if not ours:
         raise Damaged(f"manifest {keys.run_key(run, name)} is there with other bytes than its parts give")
     body = checkpoint_body(manifest, root)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from checkpoint.errors import NotFound
 from checkpoint.store import Pace, Store
@@ -35,26 +35,41 @@ def next_look_s(turn: float, whole: bool, waited_s: float, pace: Pace, look_s: f
     return turn if whole else max(turn, waited_s / 4)
 
 
-def present(store: Store, prefix: str, nodes: int) -> set[int]:
-    """The nodes whose object, named by the node's number after the prefix, is there."""
-    names = (info.key.removeprefix(prefix) for info in store.list(prefix))
-    return {int(name) for name in names if name.isdecimal() and int(name) < nodes}
+class Held(dict[int, T]):
+    """What was read so far, by number; ``tables``: of tensors, each checked once (``manifest.PartManifest.parse``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[Any] = []
+
+
+def present(store: Store, prefix: str, nodes: int, first: int = 0) -> set[int]:
+    """The nodes whose object, named by the node's number after the prefix, is there; from ``first`` on, where numbers
+    have five digits, no name before or much behind is listed.
+    """
+    found = set[int]()
+    for info in store.list(prefix, f"{prefix}{first - 1:05d}" if first else ""):
+        name = info.key.removeprefix(prefix)
+        if name.isdecimal() and first <= int(name) < nodes:
+            found.add(int(name))
+        elif first and name.isdecimal():
+            break
+    return found
 
 
 def gather(
-    store: Store,
-    prefix: str,
+    there: Callable[[], set[int]],
     nodes: int,
     known: MutableMapping[int, T],
     read: Callable[[int], T],
 ) -> bool:
-    """Read what is there and not ``known`` yet, into it; whether all of it is known now.
+    """Read of what is ``there`` all that is not ``known`` yet, into it; whether all of it is known now.
 
     Raises what ``read`` raises, after the rest was read.
     """
     if len(known) == nodes:
         return True
-    new = sorted(present(store, prefix, nodes) - known.keys())
+    new = sorted(there() - known.keys())
     if not new:
         return False
     failure: Exception | None = None

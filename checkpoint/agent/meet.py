@@ -146,7 +146,7 @@ class Meeting:
         if not self._whole:
             self._whole = len(present(self._store, prefix, nodes)) == nodes
             return False
-        if not gather(self._store, prefix, nodes, self._found, read):
+        if not gather(lambda: present(self._store, prefix, nodes), nodes, self._found, read):
             return False
         if nodes > SMALL:
             together = [_to_map(self._found[node]) for node in range(nodes)]

@@ -53,7 +53,7 @@ class Asked:
         self.lock = threading.Lock()
 
     def add(self, verb: str, key: str) -> None:
-        kinds = ("/parts", "/manifest", "/pages/", "/log/", "/upload/", "/addresses", "/addr", "/live/fold")
+        kinds = ("/parts", "/groups", "/manifest", "/pages/", "/log/", "/upload/", "/addresses", "/addr", "/live/fold")
         kind = next((kind for kind in kinds if kind in key.removeprefix(f"runs/{RUN}/manifests")), "other")
         with self.lock:
             self.counts[f"{verb} {kind.strip('/')}"] += 1
@@ -146,8 +146,10 @@ class Agent:
 class ManyAgents:
     """``run`` the events of a step's checkpoint, or of an attempt's start, to their end."""
 
-    def __init__(self, nodes: int, *, strike: Strike = lambda *_: "", deadline_s: float = 600.0) -> None:
-        self.nodes, self.now, self.asked = nodes, 0.0, Asked()
+    def __init__(
+        self, nodes: int, *, strike: Strike = lambda *_: "", deadline_s: float = 600.0, local: int = 1
+    ) -> None:
+        self.nodes, self.local, self.now, self.asked = nodes, local, 0.0, Asked()
         self.shared = MemoryStore()
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -170,7 +172,7 @@ class ManyAgents:
             on_idle=lambda: None, on_error=lambda text: agent.errors.append(text or ""), poll_s=PAID.look_s,
             clock=lambda: self.now,
         )  # fmt: skip
-        committer.begin(EPOCH, None, deadline_s)  # type: ignore[arg-type]
+        committer.begin(EPOCH, self.nodes * self.local, deadline_s)
         agent = Agent(store, log, committer, self.state)
         return agent
 

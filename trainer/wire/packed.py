@@ -30,6 +30,19 @@ def pack(value: object, max_depth: int = MAX_DEPTH) -> bytes:
     return cast(bytes, msgpack.packb(_canonical(value, max_depth), use_bin_type=True))
 
 
+def array_head(entries: int) -> bytes:
+    """What stands before a list of so many values, in its shortest form."""
+    return cast(bytes, msgpack.Packer(autoreset=True).pack_array_header(entries))
+
+
+def bin_head(size: int) -> bytes:
+    """What stands before so many bytes, in its shortest form."""
+    for tag, width in ((b"\xc4", 1), (b"\xc5", 2), (b"\xc6", 4)):
+        if size < 1 << 8 * width:
+            return tag + size.to_bytes(width, "big")
+    raise ValueError(f"{size} bytes in one value")
+
+
 def pack_hint(value: object) -> bytes:
     """Bytes of a hint: the same types, floats that are not finite too, keys in the order in which they come."""
     return cast(bytes, msgpack.packb(value, use_bin_type=True))

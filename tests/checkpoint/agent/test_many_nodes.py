@@ -14,7 +14,9 @@ from checkpoint import keys
 from checkpoint.agent.devices import Devices
 from checkpoint.agent.events import Address
 from checkpoint.agent.gather import turn_s
+from checkpoint.agent.groups import Groups
 from checkpoint.log import RunLog
+from checkpoint.read import load_manifest
 from checkpoint.store.base import PAID
 from tests.support.gangs import EPOCH, RUN, ManyAgents, Strike
 
@@ -199,3 +201,68 @@ def test_everybody_learns_what_the_others_run_on(nodes: int) -> None:
     found = agents.meet(spread(nodes, 1.0), devices=devices)
     for node in range(nodes):
         assert {n: address.devices for n, address in found[node].items()} == {0: Devices(), **devices}
+
+
+# --- groups of nodes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("nodes", "local"), [(9, 128), (130, 8), (1001, 1)])
+def test_above_a_thousand_ranks_parts_join_groups(nodes: int, local: int) -> None:
+    """Nobody reads what all wrote: one of each group its nodes' parts, one of all the groups'; six requests a node."""
+    agents = ManyAgents(nodes, local=local)
+    groups = Groups.of(nodes * local, nodes)
+    assert (groups.size - 1) ** 2 < nodes <= groups.size**2
+    agents.checkpoint(STEP, spread(nodes, 5.0))
+    assert all(agent.state.find(STEP, EPOCH) for agent in agents.agents)
+    assert not any(agent.errors and agent.errors[-1] for agent in agents.agents)
+    counts = agents.asked.counts
+    assert (counts["get parts"], counts["create groups"], counts["get groups"]) == (nodes, groups.count, groups.count)
+    assert agents.asked.total <= 6 * nodes + 10, counts  # in a small gang the time that it waits shows
+    (info,) = RunLog(agents.shared, RUN).fold().checkpoints
+    assert info.parts == groups.count
+    assert [s.name for s in load_manifest(agents.shared, RUN, info).sources] == [
+        keys.group_name(STEP, EPOCH, group) for group in range(groups.count)
+    ]
+    assert max(len(agents.shared.get(i.key)) for i in agents.shared.list("")) <= 4 << 20
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_agents_of_groups_that_die_at_any_request(seed: int) -> None:
+    """One agent of each group is left, and there is one record once all parts are there: deaths cost turns."""
+    rng = random.Random(seed)
+    nodes, local = rng.choice([(9, 200), (13, 100), (30, 40)])
+    groups = Groups.of(nodes * local, nodes)
+    spared = {rng.choice(groups.members(group)) for group in range(groups.count)}
+    victims = {node: rng.randrange(3, 30) for node in range(nodes) if node not in spared}
+    made: dict[int, int] = {}
+
+    def strike(node: int, verb: str, key: str) -> str:
+        made[node] = made.get(node, 0) + 1
+        return rng.choice(["before", "after"]) if made[node] == victims.get(node) else ""
+
+    agents = ManyAgents(nodes, strike=strike, local=local)
+    agents.checkpoint(STEP, spread(nodes, 5.0, seed), seed)
+    state = RunLog(agents.shared, RUN).fold()
+    whole = len(list(agents.shared.list(keys.run_key(RUN, keys.parts_prefix(STEP, EPOCH))))) == nodes
+    assert [c.step for c in state.checkpoints] == ([STEP] if whole else [])
+    assert state.void == ()
+    if whole:
+        assert all(agent.state.find(STEP, EPOCH) for agent in agents.alive)
+        assert load_manifest(agents.shared, RUN, state.checkpoints[0]).step == STEP
+
+
+def test_a_node_that_never_comes_is_said_by_every_group() -> None:
+    agents = ManyAgents(9, local=200, deadline_s=60.0)
+    agents.checkpoint(STEP, dict.fromkeys(range(8), 1.0))
+    assert RunLog(agents.shared, RUN).fold().checkpoints == ()
+    for agent in agents.agents[:8]:
+        assert agent.errors[-1] == f"the commit of step {STEP} is given up: not every node's part came in time"
+
+
+def test_a_groups_part_with_other_bytes_is_never_taken() -> None:
+    """Of another version, say: who finds it says so, and commits nothing that its nodes' parts do not give."""
+    agents = ManyAgents(9, local=200, deadline_s=60.0)
+    agents.shared.create(keys.run_key(RUN, keys.group_name(STEP, EPOCH, 1)), b"other")
+    agents.checkpoint(STEP, spread(9, 2.0))
+    assert RunLog(agents.shared, RUN).fold().checkpoints == ()
+    assert any("group" in text and "other bytes" in text for agent in agents.agents for text in agent.errors)
