@@ -37,6 +37,7 @@ from tests.bench import (
     bench_messages,
     bench_pipeline,
     bench_plan,
+    bench_show,
     bench_store,
     bench_watch,
 )
@@ -280,6 +281,13 @@ def log() -> Iterator[dict[str, Any]]:
     yield entry("log/folds-written-mib", told["folds_mib"], "MiB", "largest", told["fold_mib"])
 
 
+def show() -> Iterator[dict[str, Any]]:
+    """`hotstage ckpt show` of 70 billion parameters, from the start of its process to its end."""
+    took, start, size = bench_show.measure(max(ROUNDS, 3))
+    say(f"  {size:.0f} MB of manifest; a command that only starts takes {start:.2f} s")
+    yield entry("checkpoint/show-70b", took, "s", "target", 2.0)
+
+
 def store() -> Iterator[dict[str, Any]]:
     """Requests: of an idle agent (the worse of one whose gang trains and one that waits), of a driver that watches; of
     a checkpoint and of a start of 1,000 nodes.
@@ -313,6 +321,7 @@ def main() -> int:
         "pipeline": lambda: list(pipeline()),
         "messages": lambda: list(messages()),
         "log": lambda: list(log()),
+        "show": lambda: list(show()),
         "store": lambda: list(store()),
         "demo": lambda: list(demo()),
         "fp8": lambda: list(fp8()),

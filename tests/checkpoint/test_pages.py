@@ -196,10 +196,10 @@ class Passing(Sizes):
 @pytest.mark.parametrize(
     ("ranks", "parameters"),
     [
-        (1000, 20_000_000_000),
+        pytest.param(1000, 20_000_000_000, marks=pytest.mark.slow),
         pytest.param(1000, 1_000_000_000_000, marks=pytest.mark.slow),  # one object of 64 MiB held about a sixth
         pytest.param(8, 1_000_000_000_000, marks=pytest.mark.slow),  # parts in pages, too
-        (2400, 10_000_000_000),
+        (2400, 12_000_000_000),
         pytest.param(16000, 1_000_000_000_000, marks=pytest.mark.slow),
     ],
 )
