@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from checkpoint import keys, pages
-from checkpoint.agent.gather import Held, next_look_s, present, turn_s
-from checkpoint.agent.groups import Groups, gather_parts, join_group, there
+from checkpoint.agent.gather import Gathered, next_look_s, present, turn_s
+from checkpoint.agent.groups import NodeGroups, gather_parts, join_group, there
 from checkpoint.errors import Conflict, Damaged, Halted, OtherVersion, StoreError
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import ReadPart, checkpoint_body, merge_read
@@ -39,11 +39,11 @@ class _Duty:
     turn: float
     look: float
     whole: bool = False
-    parts: Held[ReadPart] = field(default_factory=Held)
+    parts: Gathered[ReadPart] = field(default_factory=Gathered)
 
     def again(self, look: float) -> None:
         """Look at that time; what was read is read anew."""
-        self.look, self.parts = look, Held()
+        self.look, self.parts = look, Gathered()
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Committer:
         self._clock = clock or time.monotonic
         self._wake = threading.Condition()
         self._epoch = 0
-        self._groups = Groups(nodes, 1)
+        self._groups = NodeGroups(nodes, 1)
         self._deadline_s = 0.0
         self._pending: list[_Pending] = []
         self._state: RunState | None = None
@@ -108,7 +108,7 @@ class Committer:
         """What is added from here on belongs to this attempt, of so many ranks."""
         with self._wake:
             self._epoch, self._deadline_s, self._pending = epoch, deadline_s, []
-            self._groups = Groups.of(ranks, self._nodes)
+            self._groups = NodeGroups.of(ranks, self._nodes)
 
     def cancel(self) -> None:
         """The attempt is fenced."""
@@ -271,7 +271,12 @@ class Committer:
 
 
 def commit(
-    run_log: RunLog, nodes: int | Groups, step: int, epoch: int, state: RunState, known: Held[ReadPart] | None = None
+    run_log: RunLog,
+    nodes: int | NodeGroups,
+    step: int,
+    epoch: int,
+    state: RunState,
+    known: Gathered[ReadPart] | None = None,
 ) -> RunState | None:
     """Commit the checkpoint of this step if every part is there, of the nodes or of the groups; None where one is
     missing.
@@ -281,8 +286,8 @@ def commit(
     the step up, Damaged where the parts do not fit together, StoreError.
     """
     run, store = run_log.run, run_log.store
-    parts = Held[ReadPart]() if known is None else known
-    groups = nodes if isinstance(nodes, Groups) else Groups(nodes, 1)
+    parts = Gathered[ReadPart]() if known is None else known
+    groups = nodes if isinstance(nodes, NodeGroups) else NodeGroups(nodes, 1)
     if not gather_parts(store, run, groups, step, epoch, parts):
         return None
     manifest = merge_read(list(parts.values()))

@@ -35,7 +35,7 @@ def next_look_s(turn: float, whole: bool, waited_s: float, pace: Pace, look_s: f
     return turn if whole else max(turn, waited_s / 4)
 
 
-class Held(dict[int, T]):
+class Gathered(dict[int, T]):
     """What was read so far, by number; ``tables``: of tensors, each checked once (``manifest.PartManifest.parse``)."""
 
     def __init__(self) -> None:

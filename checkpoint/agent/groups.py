@@ -1,4 +1,4 @@
-"""Groups of nodes: above a thousand ranks parts join a group first, so that nobody reads or lists what all wrote.
+"""NodeGroups of nodes: above a thousand ranks parts join a group first, so that nobody reads or lists what all wrote.
 
 Of N nodes a group is about the square root, consecutive ones. One of a group, another one each step, makes the group's
 part of its nodes' parts as they come (``manifest.join``); the committer reads the groups' as it reads the nodes' in a
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from checkpoint import keys, pages
-from checkpoint.agent.gather import Held, gather, present
+from checkpoint.agent.gather import Gathered, gather, present
 from checkpoint.errors import Damaged
 from checkpoint.manifest import ReadPart, join, read_part
 from checkpoint.store import Store
@@ -25,16 +25,16 @@ GROUPED_ABOVE = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class NodeGroups:
     """How the nodes of a gang are grouped; ``size`` 1: not at all."""
 
     nodes: int
     size: int
 
     @classmethod
-    def of(cls, ranks: int, nodes: int) -> Groups:
+    def of(cls, ranks: int, nodes: int) -> NodeGroups:
         """
-        >>> Groups.of(1000, 1000).size, Groups.of(16384, 2048).size, Groups.of(16384, 2048).count
+        >>> NodeGroups.of(1000, 1000).size, NodeGroups.of(16384, 2048).size, NodeGroups.of(16384, 2048).count
         (1, 46, 45)
         """
         return cls(nodes, 1 if ranks <= GROUPED_ABOVE else isqrt(max(nodes - 1, 0)) + 1)
@@ -59,7 +59,7 @@ class Groups:
         return keys.parts_prefix(step, epoch) if self.size == 1 else keys.groups_prefix(step, epoch)
 
 
-def gather_parts(store: Store, run: str, groups: Groups, step: int, epoch: int, known: Held[ReadPart]) -> bool:
+def gather_parts(store: Store, run: str, groups: NodeGroups, step: int, epoch: int, known: Gathered[ReadPart]) -> bool:
     """Read what the committer reads, as far as it is there and not ``known``; whether all of it is known now."""
 
     def read(number: int) -> ReadPart:
@@ -69,14 +69,14 @@ def gather_parts(store: Store, run: str, groups: Groups, step: int, epoch: int, 
     return gather(lambda: present(store, prefix, groups.count), groups.count, known, read)
 
 
-def there(store: Store, run: str, groups: Groups, step: int, epoch: int, group: int) -> set[int]:
+def there(store: Store, run: str, groups: NodeGroups, step: int, epoch: int, group: int) -> set[int]:
     """The nodes of the group whose part is there: one listing, from its first node's on."""
     members = groups.members(group)
     return present(store, keys.run_key(run, keys.parts_prefix(step, epoch)), members.stop, members.start)
 
 
 def join_group(
-    store: Store, run: str, groups: Groups, step: int, epoch: int, group: int, known: Held[ReadPart]
+    store: Store, run: str, groups: NodeGroups, step: int, epoch: int, group: int, known: Gathered[ReadPart]
 ) -> bool:
     """Make the group's part, if every node's is there; False where one is missing.
 
@@ -98,5 +98,5 @@ def join_group(
     return True
 
 
-def _read(store: Store, run: str, name: str, known: Held[ReadPart]) -> ReadPart:
+def _read(store: Store, run: str, name: str, known: Gathered[ReadPart]) -> ReadPart:
     return read_part(name, pages.read(store, run, name, f"part manifest {name}"), known.tables)

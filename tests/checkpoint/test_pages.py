@@ -14,8 +14,8 @@ import pytest
 
 from checkpoint import keys, pages
 from checkpoint.agent.commit import Committer, commit
-from checkpoint.agent.gather import Held
-from checkpoint.agent.groups import Groups, join_group
+from checkpoint.agent.gather import Gathered
+from checkpoint.agent.groups import NodeGroups, join_group
 from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Piece, Tensor
 from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
 from checkpoint.errors import Damaged
@@ -207,7 +207,7 @@ def test_a_thousand_ranks_commit(ranks: int, parameters: int) -> None:
     """Above a thousand through groups. The committer holds the leaves once and a page; the time is told."""
     store = Passing()
     log, state = begun(store)
-    groups = Groups.of(ranks, nodes := -(-ranks // 8) if ranks > 1000 else ranks)
+    groups = NodeGroups.of(ranks, nodes := -(-ranks // 8) if ranks > 1000 else ranks)
     joined = 0.0
     parts = iter(synthetic(nodes, parameters, b"L" * 32))
     for group in range(-(-nodes // groups.size)):
@@ -216,7 +216,7 @@ def test_a_thousand_ranks_commit(ranks: int, parameters: int) -> None:
             pages.write(store, RUN, keys.part_name(5, 1, node), part.to_bytes(), f"{node:05d}-0123456789abcdef")
         if groups.size > 1:
             began = time.perf_counter()
-            assert join_group(store, RUN, groups, 5, 1, group, Held())
+            assert join_group(store, RUN, groups, 5, 1, group, Gathered())
             joined = max(joined, time.perf_counter() - began)
             for node in groups.members(group):  # so that this test needs less memory; nobody reads them any more
                 store.delete(keys.run_key(RUN, keys.part_name(5, 1, node)))

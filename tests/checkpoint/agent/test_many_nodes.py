@@ -14,7 +14,7 @@ from checkpoint import keys
 from checkpoint.agent.devices import Devices
 from checkpoint.agent.events import Address
 from checkpoint.agent.gather import turn_s
-from checkpoint.agent.groups import Groups
+from checkpoint.agent.groups import NodeGroups
 from checkpoint.log import RunLog
 from checkpoint.read import load_manifest
 from checkpoint.store.base import PAID
@@ -210,7 +210,7 @@ def test_everybody_learns_what_the_others_run_on(nodes: int) -> None:
 def test_above_a_thousand_ranks_parts_join_groups(nodes: int, local: int) -> None:
     """Nobody reads what all wrote: one of each group its nodes' parts, one of all the groups'; six requests a node."""
     agents = ManyAgents(nodes, local=local)
-    groups = Groups.of(nodes * local, nodes)
+    groups = NodeGroups.of(nodes * local, nodes)
     assert (groups.size - 1) ** 2 < nodes <= groups.size**2
     agents.checkpoint(STEP, spread(nodes, 5.0))
     assert all(agent.state.find(STEP, EPOCH) for agent in agents.agents)
@@ -231,7 +231,7 @@ def test_agents_of_groups_that_die_at_any_request(seed: int) -> None:
     """One agent of each group is left, and there is one record once all parts are there: deaths cost turns."""
     rng = random.Random(seed)
     nodes, local = rng.choice([(9, 200), (13, 100), (30, 40)])
-    groups = Groups.of(nodes * local, nodes)
+    groups = NodeGroups.of(nodes * local, nodes)
     spared = {rng.choice(groups.members(group)) for group in range(groups.count)}
     victims = {node: rng.randrange(3, 30) for node in range(nodes) if node not in spared}
     made: dict[int, int] = {}
