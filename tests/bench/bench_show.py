@@ -20,7 +20,7 @@ PARAMETERS, NODES = 70_000_000_000, 60
 
 
 def measure(rounds: int) -> tuple[float, float, float]:
-    """Seconds of the command (the best of so many rounds: what else the machine does is no property of it), seconds of a
+    """Seconds of the command (the best of so many rounds: what else the machine does is no property of it), those of a
     core that it takes, and megabytes of manifest.
     """
     with tempfile.TemporaryDirectory() as name:

@@ -249,7 +249,7 @@ class Agent(Process):
             case do.Upload(epoch=epoch, deadline_s=deadline_s, point=point, stored=stored):
                 assert self.has is not None
                 self.uploader.begin(Source(epoch, self.has.layout, self.has.table, deadline_s, point, stored))
-                self.committer.begin(epoch, self.has.layout, deadline_s)
+                self.committer.begin(epoch, self.has.layout.ranks, deadline_s)
                 self.to_upload.notify()
             case do.LookForSnapshots():
                 self.uploader.wake()

@@ -5,7 +5,7 @@ Each says what is left out, where. They are put into the code from outside (docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -125,8 +125,8 @@ def record_before_manifest() -> Iterator[None]:
         read, TooLarge = commit_module.pages.read, commit_module.pages.TooLarge
 
         @staticmethod
-        def write(store: Any, run: str, name: str, data: bytes, label: str) -> tuple[bytes, bool]:
-            return data, True
+        def write(store: Any, run: str, name: str, data: Iterable[bytes], label: str) -> tuple[bytes, bool]:
+            return b"".join(data), True
 
     with swapped(commit_module, "pages", Late):
         yield

@@ -196,7 +196,7 @@ def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: Attem
         log, where.node, where.nodes, post=_now, on_commit=committed, on_idle=_nothing, on_error=_nothing,
         poll_s=PAID.look_s, clock=line.clock,
     )  # fmt: skip
-    committer.begin(attempt.n, layout, 600.0)
+    committer.begin(attempt.n, layout.ranks, 600.0)
     for at in parts:
         committer.add(at, state)
     while (due := committer.pump()) is not None:
