@@ -18,6 +18,7 @@ from checkpoint.agent.events import Address
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.agent.prepare import Provisions
 from checkpoint.agent.slots import crc32c
+from checkpoint.amendments import Amendments
 from trainer import wire
 
 
@@ -42,15 +43,24 @@ def attempt_bytes(options: Options, gang: Gang, has: Provisions, nodes: Mapping[
     head.device_kind = wire.DEVICES[kind]
     if kind != "cpu":
         head.algorithms_digest[:] = digest(options.work)
+    amended = gang.attempt.amendments
+    head.total_steps, head.skips, head.rates = amended.steps, len(amended.skip), len(amended.rate)
     head.data_dir, head.work_dir = os.fsencode(has.data_dir), os.fsencode(options.work)
     ranks = b"".join(
         bytes(wire.AttemptRank(host.encode(), port, node, devices.device(local)))
         for node, (host, ports, devices) in sorted(nodes.items())
         for local, port in enumerate(ports)
     )
+    rest = ranks + amendment_bytes(amended)
     crc_at = wire.Attempt.crc.offset + ctypes.sizeof(wire.u32)
-    head.crc = crc32c(bytes(head)[crc_at:], ranks)
-    return bytes(head) + ranks
+    head.crc = crc32c(bytes(head)[crc_at:], rest)
+    return bytes(head) + rest
+
+
+def amendment_bytes(amended: Amendments) -> bytes:
+    """The records that follow those of the ranks."""
+    skips = (bytes(wire.AttemptSkip(first, last)) for first, last in amended.skip)
+    return b"".join((*skips, *(bytes(wire.AttemptRate(step, factor)) for step, factor in amended.rate)))
 
 
 def _ms(seconds: object) -> int:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from checkpoint import codec, keys
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.errors import Damaged, OtherVersion
 from trainer import wire
 from trainer.wire.unreadable import check_version
@@ -128,6 +129,7 @@ class AttemptInfo:
     order: int = 0  # number of the order that it follows; 0: of none
     fell_back: bool = False  # the driver itself changed the layout, for want of room
     numerics: int = 1  # what the bits of its steps mean
+    amendments: Amendments = NONE
 
     @property
     def epoch(self) -> int:
@@ -227,6 +229,7 @@ def parse_attempt(n: int, time: float, body: Any) -> AttemptInfo:
         order=f.integer("order", 1, n - 1) if f.has("order") else 0,
         fell_back=f.has("fallback") or f.text("reason").startswith(OLD_FALLBACK),
         numerics=_numerics(f, what),
+        amendments=Amendments.parse(f.map("amendments") if f.has("amendments") else None, f"{what}, amendments"),
     )
 
 

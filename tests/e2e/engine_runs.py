@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoint.agent.attempt_file import amendment_bytes
+from checkpoint.amendments import NONE, Amendments
 from trainer import models, wire
 from trainer.dataset import DatasetRef, token_bytes_for, write_shard
 from trainer.engine_path import engine_binary
@@ -165,6 +167,7 @@ def attempt_bytes(
     device: str = "cpu",
     devices: Sequence[int] = (),
     start_step: int = -1,
+    amended: Amendments = NONE,
 ) -> bytes:
     """A start of all ranks on this machine, by default a fresh one. ``devices``: the index of each rank's; all 0 where
     left out.
@@ -182,6 +185,9 @@ def attempt_bytes(
         commit_ms=30_000,
         trace=int(trace),
         device_kind=wire.DEVICES[device],
+        total_steps=amended.steps,
+        skips=len(amended.skip),
+        rates=len(amended.rate),
         data_dir=str(data).encode(),
         work_dir=str(work).encode(),
     )
@@ -194,10 +200,11 @@ def attempt_bytes(
         bytes(wire.AttemptRank(host=b"127.0.0.1", port=port, node=0, device=index))
         for port, index in zip(ports, indices, strict=True)
     )
+    rest = ranks + amendment_bytes(amended)
     checked = wire.Attempt.run.offset
-    head.crc = _crc32c(bytes(head)[checked:] + ranks)
-    assert ctypes.sizeof(head) + len(ranks) == len(bytes(head) + ranks)
-    return bytes(head) + ranks
+    head.crc = _crc32c(bytes(head)[checked:] + rest)
+    assert ctypes.sizeof(head) + len(rest) == len(bytes(head) + rest)
+    return bytes(head) + rest
 
 
 @dataclass(frozen=True)
@@ -238,6 +245,7 @@ def train(
     devices: Sequence[int] = (),
     prefix: Sequence[str] = (),
     deadline_s: float = DEADLINE_S,
+    amended: Amendments = NONE,
 ) -> Gang:
     """All steps of ``plan``, a process a rank; fails the test with the ranks' words where one does not end with 0.
     ``prefix``: a command that each rank runs under.
@@ -248,7 +256,17 @@ def train(
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in plan.ranks.all]
     ports = [listener.getsockname()[1] for listener in listeners]
     attempt_path.write_bytes(
-        attempt_bytes(plan, ports, data, folder, kernel_path=kernel_path, trace=trace, device=device, devices=devices)
+        attempt_bytes(
+            plan,
+            ports,
+            data,
+            folder,
+            kernel_path=kernel_path,
+            trace=trace,
+            device=device,
+            devices=devices,
+            amended=amended,
+        )
     )
     arenas = [os.memfd_create("hotstage-arena") for _ in plan.ranks.all]  # as the supervisor does
     processes: list[subprocess.Popen[bytes]] = []

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.amendments import Amendments
 from tests.e2e import engine_runs
 from tests.engine.engine_build import engine
 from tests.engine.test_rank import Gang, gang, small_plan
@@ -66,7 +67,8 @@ def resealed(data: bytearray) -> bytes:
 @pytest.mark.parametrize("count", SIZES)
 def test_mutated_attempts_are_refused_or_run(gang: Gang, tmp_path: Path, count: int) -> None:
     """Every end is one of the table of exit codes, with words; a file that still holds trains as it says."""
-    gang.prepare(small_plan(tmp_path), lambda a: setattr(a, "connect_ms", 500))
+    amended = Amendments(steps=2, skip=((1, 1), (4, 5)), rate=((2, 0.5),))
+    gang.prepare(small_plan(tmp_path), lambda a: setattr(a, "connect_ms", 500), amended=amended)
     good = (tmp_path / "attempt").read_bytes()
     seed, ends = 3, dict.fromkeys(wire.EXITS, 0)
     for number in range(count):

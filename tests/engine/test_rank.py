@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoint.amendments import NONE, Amendments
 from tests.e2e import engine_runs
 from tests.engine.engine_build import build_preload, engine
 from tests.engine.plans import GPT2, LLAMA, SEQUENCE, small_plan
@@ -42,13 +43,15 @@ class Gang:
         self.processes: list[subprocess.Popen[str]] = []
         self.sockets: list[socket.socket] = []
 
-    def prepare(self, plan: Plan, change: Change | None = None, ports: list[int] | None = None) -> None:
+    def prepare(
+        self, plan: Plan, change: Change | None = None, ports: list[int] | None = None, amended: Amendments = NONE
+    ) -> None:
         """Writes plan and attempt; ``change`` edits the attempt."""
         if ports is None:
             self.sockets = [socket.create_server(("127.0.0.1", 0)) for _ in plan.positions]
             ports = [s.getsockname()[1] for s in self.sockets]
         (self.folder / "plan").write_bytes(plan.to_bytes())
-        data = engine_runs.attempt_bytes(plan, ports, self.folder / "data", self.folder)
+        data = engine_runs.attempt_bytes(plan, ports, self.folder / "data", self.folder, amended=amended)
         if change:
             head, rest = wire.Attempt.from_buffer_copy(data), data[ctypes.sizeof(wire.Attempt) :]
             change(head)
@@ -283,11 +286,11 @@ def test_a_peer_that_never_comes_passes_the_deadline(gang: Gang, tmp_path: Path)
     [
         (lambda a: setattr(a, "ranks", 1), "ranks do not go with"),
         (lambda a: a.magic.__setitem__(0, 0), "is not an attempt file"),
-        (lambda a: setattr(a, "version", 1), "is of version 1, this engine reads version 2"),
+        (lambda a: setattr(a, "version", 1), "is of version 1, this engine reads version 3"),
         (lambda a: setattr(a, "device_kind", 3), "no device of kind 3 (1 is the CPU, 2 is CUDA)"),
         (lambda a: setattr(a, "run", b""), "does not end"),
         (lambda a: setattr(a, "stall_ms", 0), "deadline of 0 ms"),
-        (lambda a: setattr(a, "start_step", 99), "starts after step 99, the plan ends at 3"),
+        (lambda a: setattr(a, "start_step", 99), "starts after step 99, the run ends at 3"),
         (lambda a: setattr(a, "start_step", 2), "without an agent there are no slots"),
         (lambda a: a.plan_digest.__setitem__(0, a.plan_digest[0] ^ 1), "is not the one that attempt"),
         (lambda a: setattr(a, "kernel_path", 9), "there is no kernel path 9"),

@@ -329,7 +329,8 @@ class SlotHeader(ctypes.LittleEndianStructure):
 
 # --- attempt.h --------------------------------------------------------------------------------------------
 
-ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 2
+ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 3
+ATTEMPT_SKIPS_MAX, ATTEMPT_RATES_MAX = 256, 64
 DEVICES = {"cpu": DEVICE_CPU, "cuda": DEVICE_CUDA}
 """What a gang runs on, by the name that ``parallel.device`` has for it."""
 
@@ -355,6 +356,9 @@ class Attempt(ctypes.LittleEndianStructure):
         ("device_kind", u32),
         ("reserved", u32),
         ("algorithms_digest", u8 * 32),
+        ("total_steps", i64),
+        ("skips", u32),
+        ("rates", u32),
         ("data_dir", char * 512),
         ("work_dir", char * 512),
     ]
@@ -362,6 +366,14 @@ class Attempt(ctypes.LittleEndianStructure):
 
 class AttemptRank(ctypes.LittleEndianStructure):
     _fields_ = [("host", char * 256), ("port", u32), ("node", u32), ("device", u32), ("reserved", u32)]
+
+
+class AttemptSkip(ctypes.LittleEndianStructure):
+    _fields_ = [("first", i64), ("last", i64)]
+
+
+class AttemptRate(ctypes.LittleEndianStructure):
+    _fields_ = [("step", i64), ("factor", f64)]
 
 
 # --- algorithms.h -----------------------------------------------------------------------------------------

@@ -49,7 +49,14 @@ uint64_t hs_order_sample(const hs_plan_config *config, uint64_t index) {
     return hs_order_permute(hs_order_key(config->seed, pass, 0), blocks, slot) * block + k % block;
 }
 
-uint64_t hs_order_first(const hs_plan_config *config, uint64_t replica, int64_t step) {
-    const uint64_t before = (uint64_t)(step - 1) * config->replicas + replica;
+int64_t hs_order_batch(const hs_attempt_skip *skips, uint32_t count, int64_t step) {
+    int64_t batch = step;
+    for (uint32_t i = 0; i < count && skips[i].first <= batch; i++)
+        batch += skips[i].last - skips[i].first + 1;
+    return batch;
+}
+
+uint64_t hs_order_first(const hs_plan_config *config, uint64_t replica, int64_t batch) {
+    const uint64_t before = (uint64_t)(batch - 1) * config->replicas + replica;
     return before * config->microbatches * config->microbatch;
 }

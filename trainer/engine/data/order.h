@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "wire/attempt.h"
 #include "wire/plan.h"
 
 /* x -> its place in the keyed permutation of 0..n-1; n >= 1, x < n. */
@@ -18,8 +19,11 @@ uint64_t hs_order_key(uint64_t seed, uint64_t pass, uint64_t use);
  * reads. config: data_samples >= 1, data_block >= 1, data_window >= 1. */
 uint64_t hs_order_sample(const hs_plan_config *config, uint64_t index);
 
-/* The run's sample with which a replica begins 1-based `step`: a step's samples are shared out in
+/* The 1-based batch that 1-based `step` reads: the step-th that no skip has. */
+int64_t hs_order_batch(const hs_attempt_skip *skips, uint32_t count, int64_t step);
+
+/* The run's sample with which a replica begins a 1-based batch: a batch's samples are shared out in
  * order, its first microbatches are replica 0's. */
-uint64_t hs_order_first(const hs_plan_config *config, uint64_t replica, int64_t step);
+uint64_t hs_order_first(const hs_plan_config *config, uint64_t replica, int64_t batch);
 
 #endif

@@ -6,9 +6,18 @@
 #include "core/status.h"
 #include "wire/attempt.h"
 
+/* What orders changed of the run's numbers; zero: nothing. */
+typedef struct hs_amendments {
+    int64_t steps; /* in all; 0: the plan's */
+    const hs_attempt_skip *skips;
+    const hs_attempt_rate *rates;
+    uint32_t skip_count, rate_count;
+} hs_amendments;
+
 typedef struct hs_attempt_file {
     hs_attempt *attempt;          /* owned, one block with the ranks */
     const hs_attempt_rank *ranks; /* attempt->ranks of them */
+    hs_amendments amendments;     /* lent by the file */
 } hs_attempt_file;
 
 /* HS_E_CONFIG with the first failure named. On failure *file is zero. */

@@ -10,7 +10,8 @@
 #include "run/weights.h"
 
 int64_t hs_executor_last_step(const hs_executor *ex) {
-    const int64_t steps = ex->plan->config->steps, after = ex->attempt->stop_after;
+    const int64_t steps = hs_step_total(ex->plan->config, ex->amendments);
+    const int64_t after = ex->attempt->stop_after;
     return after >= 0 && after < steps ? after : steps;
 }
 
@@ -31,10 +32,12 @@ static rows rows_of(const hs_executor *ex, uint32_t microbatch, uint64_t inside)
 /* Tokens and targets of every microbatch of step ex->step, where this position reads them. */
 static hs_status fill_data(const hs_executor *ex, hs_why *why) {
     const hs_plan_config *g = ex->plan->config;
-    uint64_t sample = hs_order_first(g, hs_plan_replica_of(ex->plan, ex->rank), ex->step);
-    for (uint32_t m = 0; m < g->microbatches; m++) {
-        const rows both[2] = {rows_of(ex, m, ex->position->tokens_offset),
-                              rows_of(ex, m, ex->position->targets_offset)};
+    const hs_amendments *m = ex->amendments;
+    const int64_t batch = hs_order_batch(m->skips, m->skip_count, ex->step);
+    uint64_t sample = hs_order_first(g, hs_plan_replica_of(ex->plan, ex->rank), batch);
+    for (uint32_t mb = 0; mb < g->microbatches; mb++) {
+        const rows both[2] = {rows_of(ex, mb, ex->position->tokens_offset),
+                              rows_of(ex, mb, ex->position->targets_offset)};
         int32_t *tokens = both[0].host, *targets = both[1].host;
         for (uint32_t b = 0; b < g->microbatch; b++, sample++) {
             HS_TRY(hs_shards_read(ex->shards, hs_order_sample(g, sample), tokens, targets, why));
@@ -113,6 +116,7 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
 
 static void decide(hs_executor *ex, const uint8_t *report) {
     const hs_step_policy policy = {.config = ex->plan->config,
+                                   .amendments = ex->amendments,
                                    .tensors = ex->plan->count[HS_SECTION_TENSORS],
                                    .last_step = hs_executor_last_step(ex),
                                    .slots = ex->snapshot != NULL,
@@ -229,7 +233,7 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
         return HS_OK;
     case HS_A_FORESEE: {
         uint8_t *const block = hs_spaces_host(ex->spaces, offset, a->ref.bytes);
-        hs_step_foresee(ex->plan->config, ex->step, (void *)block);
+        hs_step_foresee(ex->plan->config, ex->amendments, ex->step, (void *)block);
         return put_control(ex, turn, offset, block, why);
     }
     case HS_A_APPLY:

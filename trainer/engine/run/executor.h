@@ -27,6 +27,7 @@
 #include "core/text.h"
 #include "data/shards.h"
 #include "run/agent_link.h"
+#include "run/attempt.h"
 #include "run/linker.h"
 #include "run/messages.h"
 #include "run/metrics.h"
@@ -34,7 +35,6 @@
 #include "run/spaces.h"
 #include "run/trace.h"
 #include "snapshot/snapshot.h"
-#include "wire/attempt.h"
 
 typedef struct hs_executor {
     /* lent, set before the first call */
@@ -42,6 +42,7 @@ typedef struct hs_executor {
     const hs_plan_position *position; /* that this rank fills */
     uint32_t rank;
     const hs_attempt *attempt;
+    const hs_amendments *amendments;
     hs_spaces *spaces;
     hs_linked *linked;
     const hs_comm_table *transport;

@@ -66,7 +66,8 @@ void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *tex
     hs_text_printf(text, ",\"epoch\":%" PRIu64 ",\"rank\":%" PRIu32, metrics->epoch, metrics->rank);
 }
 
-void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, hs_text *text) {
+void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_t batch,
+                     hs_text *text) {
     const int64_t ns = hs_clock_ns() - metrics->step_start_ns;
     metrics->skipped += control->skipped;
     hs_metrics_event(metrics, "step", text);
@@ -79,6 +80,7 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, hs_tex
     hs_text_json_real(text, control->norm);
     hs_text_printf(text, ",\"lr\":");
     hs_text_json_real(text, control->lr);
+    if (batch != control->step) hs_text_printf(text, ",\"batch\":%" PRId64, batch);
     hs_text_printf(
         text, ",\"tokens\":%" PRIu64 ",\"step_us\":%" PRId64 ",\"tokens_per_s\":%.1f,\"us\":{",
         metrics->tokens, ns / 1000, (double)metrics->tokens * 1e9 / (double)(ns > 0 ? ns : 1));

@@ -41,8 +41,10 @@ void hs_metrics_begin(hs_metrics *metrics);
 /* HS_TIME_* that an action counts as, or -1. */
 int hs_metrics_kind(const hs_plan_action *action);
 
-/* The step's object, into text (no newline); counts control->skipped. */
-void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, hs_text *text);
+/* The step's object, into text (no newline); counts control->skipped. `batch`: that it read, told where
+ * orders made it another than the step's number. */
+void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_t batch,
+                     hs_text *text);
 /* The same beginning for any other event: {"event":...,"run":...,"epoch":...,"rank":... (no closing
  * brace). */
 void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *text);

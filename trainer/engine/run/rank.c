@@ -16,6 +16,7 @@
 #include "run/executor.h"
 #include "run/landings.h"
 #include "run/machine.h"
+#include "run/step_math.h"
 #include "run/steps.h"
 #include "run/weights.h"
 #include "wire/frame.h"
@@ -72,10 +73,11 @@ static hs_status open_files(rank *r, hs_why *why) {
                        " positions in each of %" PRIu32 " replicas",
                        r->args->rank, a->ranks, g->positions, g->replicas);
     }
-    if (a->start_step > g->steps) {
+    const int64_t steps = hs_step_total(g, &r->attempt.amendments);
+    if (a->start_step > steps) {
         return hs_fail(why, HS_E_CONFIG,
-                       "the attempt starts after step %" PRId64 ", the plan ends at %" PRId64,
-                       a->start_step, g->steps);
+                       "the attempt starts after step %" PRId64 ", the run ends at %" PRId64,
+                       a->start_step, steps);
     }
     if (!r->args->agent && a->start_step >= 0) {
         return hs_fail(why, HS_E_CONFIG,
@@ -297,6 +299,7 @@ static hs_status fill_executor(rank *r, hs_why *why) {
     HS_TRY(hs_messages_create(&messages, &r->messages, why));
     ex->plan = &r->plan;
     ex->attempt = r->attempt.attempt;
+    ex->amendments = &r->attempt.amendments;
     ex->spaces = &r->machine.spaces;
     ex->linked = r->machine.linked;
     ex->transport = &hs_comm_tcp;

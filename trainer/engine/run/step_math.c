@@ -10,7 +10,12 @@ static bool is_finite(double x) {
     return x - x == 0.0;
 }
 
-double hs_step_lr(const hs_plan_config *config, int64_t step) {
+int64_t hs_step_total(const hs_plan_config *config, const hs_amendments *amendments) {
+    return amendments->steps ? amendments->steps : config->steps;
+}
+
+/* By the schedule alone; the curve of a cosine stays where the plan has it. */
+static double scheduled(const hs_plan_config *config, int64_t total, int64_t step) {
     const double range = config->lr - config->min_lr;
     if (step <= config->warmup_steps)
         return config->lr * (double)step / (double)config->warmup_steps;
@@ -22,11 +27,19 @@ double hs_step_lr(const hs_plan_config *config, int64_t step) {
         return config->min_lr + range * ((1.0 + hs_cos(0x1.921fb54442d18p+1 * x)) * 0.5);
     }
     if (config->lr_schedule == HS_LR_WSD && config->decay_steps > 0 &&
-        step > config->steps - config->decay_steps) {
-        const int64_t left = step < config->steps ? config->steps - step : 0;
+        step > total - config->decay_steps) {
+        const int64_t left = step < total ? total - step : 0;
         return config->min_lr + range * ((double)left / (double)config->decay_steps);
     }
     return config->lr;
+}
+
+double hs_step_lr(const hs_plan_config *config, const hs_amendments *amendments, int64_t step) {
+    double lr = scheduled(config, hs_step_total(config, amendments), step);
+    uint32_t next = 0;
+    while (next < amendments->rate_count && amendments->rates[next].step <= step) next++;
+    if (next) lr *= amendments->rates[next - 1].factor;
+    return lr;
 }
 
 double hs_step_pow(double x, int64_t n) {
@@ -100,8 +113,9 @@ hs_status hs_step_merge(uint8_t *own, const uint8_t *other, size_t tensors, hs_w
     return HS_OK;
 }
 
-void hs_step_foresee(const hs_plan_config *config, int64_t step, hs_step_control *control) {
-    const double lr = hs_step_lr(config, step);
+void hs_step_foresee(const hs_plan_config *config, const hs_amendments *amendments, int64_t step,
+                     hs_step_control *control) {
+    const double lr = hs_step_lr(config, amendments, step);
     *control = (hs_step_control){
         .step = step,
         .lr = lr,
@@ -130,7 +144,7 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     const bool due = hs_step_due(config, step);
     const int64_t persist = config->persist_every;
     const bool owed = *policy->owed || (due && (!persist || (persist > 0 && step % persist == 0)));
-    hs_step_foresee(config, step, control);
+    hs_step_foresee(config, policy->amendments, step, control);
     control->loss = loss;
     control->norm = norm;
     if (config->clip > 0 && norm > config->clip) control->clip_scale = (float)(config->clip / norm);

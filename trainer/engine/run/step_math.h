@@ -9,7 +9,11 @@
 #include <stdint.h>
 
 #include "core/status.h"
+#include "run/attempt.h"
 #include "wire/plan.h"
+
+/* The run's last step. */
+int64_t hs_step_total(const hs_plan_config *config, const hs_amendments *amendments);
 
 /* Learning rate of 1-based step s. W = warmup_steps, N = steps, D = decay_steps:
  *   s <= W             lr * s / W
@@ -17,8 +21,9 @@
  *   COSINE             over s in (W, D], D = 0 meaning N: x = (s - W) / (D - W), at most 1;
  *                      min_lr + (lr - min_lr) * (1 + cos(pi x)) / 2
  *   WSD                lr up to step N - D; then min_lr + (lr - min_lr) * (N - s) / D, at least
- *                      min_lr */
-double hs_step_lr(const hs_plan_config *config, int64_t step);
+ *                      min_lr, where N is the run's last step as it is amended
+ * times the factor that is amended for s, if any. */
+double hs_step_lr(const hs_plan_config *config, const hs_amendments *amendments, int64_t step);
 
 /* x^n by repeated squaring, n >= 0: a fixed order of multiplications. */
 double hs_step_pow(double x, int64_t n);
@@ -29,10 +34,12 @@ bool hs_step_add_losses(const float *losses, const int32_t *targets, int64_t row
                         uint64_t *count);
 
 /* The control block of a step in which nothing is clipped, all is finite, and nobody saves or stops. */
-void hs_step_foresee(const hs_plan_config *config, int64_t step, hs_step_control *control);
+void hs_step_foresee(const hs_plan_config *config, const hs_amendments *amendments, int64_t step,
+                     hs_step_control *control);
 
 typedef struct hs_step_policy {
     const hs_plan_config *config;
+    const hs_amendments *amendments;
     size_t tensors;
     int64_t last_step; /* the run or the attempt ends after it */
     bool slots;        /* this gang has snapshot slots */

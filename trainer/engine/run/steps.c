@@ -3,6 +3,7 @@
 #include <inttypes.h>
 
 #include "core/clock.h"
+#include "data/order.h"
 #include "run/executor_internal.h"
 #include "run/weights.h"
 
@@ -10,7 +11,9 @@
 static void tell_step(const hs_executor *ex) {
     char line[2048];
     hs_text text = hs_text_over(line, sizeof line);
-    hs_metrics_step(ex->metrics, &ex->control, &text);
+    const hs_amendments *m = ex->amendments;
+    hs_metrics_step(ex->metrics, &ex->control,
+                    hs_order_batch(m->skips, m->skip_count, ex->control.step), &text);
     if (ex->rank != 0) return;
     hs_metrics_print(&text);
     if (ex->agent) hs_agent_link_metrics(ex->agent, line);

@@ -41,8 +41,10 @@ static const field fields[] = {
     S(hs_step_report) F(hs_step_report, step) F(hs_step_report, loss_sum) F(hs_step_report, loss_count) F(hs_step_report, free_slot) F(hs_step_report, stop) F(hs_step_report, not_finite) F(hs_step_report, position) F(hs_step_report, reserved)
     S(hs_step_control) F(hs_step_control, step) F(hs_step_control, loss) F(hs_step_control, norm) F(hs_step_control, lr) F(hs_step_control, clip_scale) F(hs_step_control, step_size) F(hs_step_control, v_scale) F(hs_step_control, lr_decay) F(hs_step_control, snapshot) F(hs_step_control, stop) F(hs_step_control, not_finite) F(hs_step_control, skipped) F(hs_step_control, persist) F(hs_step_control, reserved0) F(hs_step_control, reserved)
     S(hs_slot_header) F(hs_slot_header, magic) F(hs_slot_header, version) F(hs_slot_header, position) F(hs_slot_header, state) F(hs_slot_header, hold) F(hs_slot_header, generation) F(hs_slot_header, step) F(hs_slot_header, epoch) F(hs_slot_header, data_offset) F(hs_slot_header, data_bytes) F(hs_slot_header, chunks) F(hs_slot_header, plan_digest) F(hs_slot_header, what_digest) F(hs_slot_header, header_crc) F(hs_slot_header, final) F(hs_slot_header, checksum_kind) F(hs_slot_header, replica) F(hs_slot_header, persist) F(hs_slot_header, claim)
-    S(hs_attempt) F(hs_attempt, magic) F(hs_attempt, version) F(hs_attempt, crc) F(hs_attempt, run) F(hs_attempt, epoch) F(hs_attempt, plan_digest) F(hs_attempt, key) F(hs_attempt, nonce) F(hs_attempt, ranks) F(hs_attempt, kernel_path) F(hs_attempt, start_step) F(hs_attempt, stop_after) F(hs_attempt, connect_ms) F(hs_attempt, stall_ms) F(hs_attempt, commit_ms) F(hs_attempt, trace) F(hs_attempt, device_kind) F(hs_attempt, reserved) F(hs_attempt, algorithms_digest) F(hs_attempt, data_dir) F(hs_attempt, work_dir)
+    S(hs_attempt) F(hs_attempt, magic) F(hs_attempt, version) F(hs_attempt, crc) F(hs_attempt, run) F(hs_attempt, epoch) F(hs_attempt, plan_digest) F(hs_attempt, key) F(hs_attempt, nonce) F(hs_attempt, ranks) F(hs_attempt, kernel_path) F(hs_attempt, start_step) F(hs_attempt, stop_after) F(hs_attempt, connect_ms) F(hs_attempt, stall_ms) F(hs_attempt, commit_ms) F(hs_attempt, trace) F(hs_attempt, device_kind) F(hs_attempt, reserved) F(hs_attempt, algorithms_digest) F(hs_attempt, total_steps) F(hs_attempt, skips) F(hs_attempt, rates) F(hs_attempt, data_dir) F(hs_attempt, work_dir)
     S(hs_attempt_rank) F(hs_attempt_rank, host) F(hs_attempt_rank, port) F(hs_attempt_rank, node) F(hs_attempt_rank, device) F(hs_attempt_rank, reserved)
+    S(hs_attempt_skip) F(hs_attempt_skip, first) F(hs_attempt_skip, last)
+    S(hs_attempt_rate) F(hs_attempt_rate, step) F(hs_attempt_rate, factor)
     S(hs_algorithms) F(hs_algorithms, magic) F(hs_algorithms, version) F(hs_algorithms, crc) F(hs_algorithms, device) F(hs_algorithms, library) F(hs_algorithms, capability) F(hs_algorithms, count)
     S(hs_algorithm_key) F(hs_algorithm_key, m) F(hs_algorithm_key, n) F(hs_algorithm_key, k) F(hs_algorithm_key, ld_a) F(hs_algorithm_key, ld_b) F(hs_algorithm_key, ld_out) F(hs_algorithm_key, ld_add) F(hs_algorithm_key, type_a) F(hs_algorithm_key, type_b) F(hs_algorithm_key, type_out) F(hs_algorithm_key, across) F(hs_algorithm_key, add) F(hs_algorithm_key, bias) F(hs_algorithm_key, scale) F(hs_algorithm_key, align_a) F(hs_algorithm_key, align_b) F(hs_algorithm_key, align_out) F(hs_algorithm_key, align_add) F(hs_algorithm_key, align_bias) F(hs_algorithm_key, unused)
     S(hs_algorithm) F(hs_algorithm, key) F(hs_algorithm, algorithm) F(hs_algorithm, workspace_bytes) F(hs_algorithm, microseconds) F(hs_algorithm, candidates)
@@ -146,6 +148,8 @@ void hs_wire_print(void) {
         N(HS_PLAN_VERSION),
         N(HS_NUMERICS_VERSION),
         N(HS_ATTEMPT_VERSION),
+        N(HS_ATTEMPT_SKIPS_MAX),
+        N(HS_ATTEMPT_RATES_MAX),
         N(HS_ALGORITHMS_VERSION),
         N(HS_ALGORITHMS_MAX),
         N(HS_SLOT_VERSION),

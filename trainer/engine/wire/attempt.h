@@ -1,5 +1,10 @@
 /* The attempt file: what a plan does not know. Written by the agent (mode 0600) before START, read once by
- * every rank of the node. Little-endian, hs_attempt followed by positions*replicas hs_attempt_rank.
+ * every rank of the node. Little-endian: hs_attempt, positions*replicas hs_attempt_rank, then the amendments.
+ *
+ * Amendments are what orders changed of the run's numbers (docs/adr/0015). Batch b is the samples that step b reads where
+ * nothing is skipped; step s reads the s-th batch that is in no hs_attempt_skip. The rate of a step is the plan's times
+ * the factor of the last hs_attempt_rate whose step is not above it.
+ *
  * Refused (exit 78) where magic, version, sizes, or crc (CRC-32C of everything after the first 16 bytes) fail.
  */
 #ifndef HS_WIRE_ATTEMPT_H
@@ -8,8 +13,9 @@
 #include <stdint.h>
 
 #define HS_ATTEMPT_MAGIC "HSATTM\r\n"
-#define HS_ATTEMPT_VERSION 2u /* 1 had no devices; each engine reads one version, its agent's */
+#define HS_ATTEMPT_VERSION 3u /* 1 had no devices, 2 no amendments; each engine reads one version, its agent's */
 
+enum { HS_ATTEMPT_SKIPS_MAX = 256, HS_ATTEMPT_RATES_MAX = 64 };
 enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1 };
 /* What a gang runs on (backend/load.h); never "auto": who writes an attempt has chosen. */
 enum { HS_DEVICE_CPU = 1, HS_DEVICE_CUDA = 2 };
@@ -34,6 +40,9 @@ typedef struct hs_attempt {
     uint32_t device_kind;    /* HS_DEVICE_* */
     uint32_t reserved;       /* 0 */
     uint8_t algorithms_digest[32]; /* SHA-256 of the table of a library's algorithms that the gang uses; zero: none yet */
+    int64_t total_steps;     /* the run ends after this many optimizer steps; 0: the plan's */
+    uint32_t skips;          /* hs_attempt_skip records, behind the ranks' */
+    uint32_t rates;          /* hs_attempt_rate records, behind those */
     char data_dir[512];      /* shards: <data_dir>/00000.bin ... */
     char work_dir[512];      /* of the node: traces go here */
 } hs_attempt;
@@ -45,5 +54,15 @@ typedef struct hs_attempt_rank {
     uint32_t device;   /* index among the devices of its node; the CPU is 0 */
     uint32_t reserved; /* 0 */
 } hs_attempt_rank;
+
+/* Batches that are passed over, from 1, both ends included; ascending, apart from one another. */
+typedef struct hs_attempt_skip {
+    int64_t first, last;
+} hs_attempt_skip;
+
+typedef struct hs_attempt_rate {
+    int64_t step;  /* from this 1-based step on; ascending */
+    double factor; /* above 0, at most 1 */
+} hs_attempt_rate;
 
 #endif
