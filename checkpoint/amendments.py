@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +63,13 @@ class Amendments:
 
     def skipping(self, first: int, last: int) -> Amendments:
         """With these batches skipped too, whatever of them was skipped before."""
-        return replace(self, skip=tuple(reduce(_joined, sorted((*self.skip, (first, last))), [])))
+        joined: list[tuple[int, int]] = []
+        for a, b in sorted((*self.skip, (first, last))):
+            if joined and a <= joined[-1][1] + 1:  # what touches is one
+                joined[-1] = joined[-1][0], max(joined[-1][1], b)
+            else:
+                joined.append((a, b))
+        return replace(self, skip=tuple(joined))
 
     def rated(self, step: int, factor: float) -> Amendments:
         """With this factor from that step on, whatever was to come then."""
@@ -100,10 +105,3 @@ NONE = Amendments()
 
 def _pair(value: Any, second: type) -> bool:
     return isinstance(value, list | tuple) and [type(x) for x in value] == [int, second]
-
-
-def _joined(ranges: list[tuple[int, int]], other: tuple[int, int]) -> list[tuple[int, int]]:
-    """With one more that does not begin before the last one; what touches is one."""
-    if ranges and other[0] <= ranges[-1][1] + 1:
-        return [*ranges[:-1], (ranges[-1][0], max(ranges[-1][1], other[1]))]
-    return [*ranges, other]

@@ -277,6 +277,12 @@ class RecoverySpec(Section):
         return {k: v for k, v in value.items() if k not in gone} if isinstance(value, Mapping) else value
 
     max_same_step: int = size(2, high=100, text="crashes at the same step before it gives up")
+    on_divergence: Literal["stop", "skip"] = Field(
+        "stop",
+        description="where numbers are not finite at the same step for the second time. stop: it gives up; skip: it "
+        "goes back to the newest checkpoint and passes over the batches from there to that step",
+    )
+    max_skips: int = size(3, high=100, text='times that on_divergence = "skip" may do so before it gives up')
     backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
     backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
     layouts: tuple[OtherLayout, ...] = Field(

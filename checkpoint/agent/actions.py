@@ -297,7 +297,7 @@ class Actions:
     def _upload(self, e: do.Upload) -> None:
         assert self._has is not None
         layout, table = self._has.layout, self._has.table
-        self.uploader.begin(Source(e.epoch, layout, table, e.deadline_s, e.point, e.stored))
+        self.uploader.begin(Source(e.epoch, layout, table, e.deadline_s, e.point, e.stored, e.amended))
         self.committer.begin(e.epoch, layout.ranks, e.deadline_s)
 
     def _look(self, _: do.LookForSnapshots) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from checkpoint.agent.events import Address
 from checkpoint.agent.gang import Gang
 from checkpoint.agent.status import RankStatus
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.log import RunState
 
 # --- the engine -----------------------------------------------------------------------------------------------
@@ -147,13 +148,14 @@ class Cancel:
 class Upload:
     """From here on this attempt's snapshots go up, and are committed. PartStored for each; Drained at each end.
 
-    ``point``, ``stored``: as in ``upload.Source``.
+    ``point``, ``stored``, ``amended``: as in ``upload.Source``.
     """
 
     epoch: int
     deadline_s: float
     point: tuple[int, int] | None
     stored: int | None
+    amended: Amendments = NONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from itertools import pairwise
 
 from checkpoint import keys, pages
 from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.digest import KINDS
 from checkpoint.errors import Damaged, NotFound, StoreError
@@ -47,7 +48,8 @@ class Source:
     """The attempt whose snapshots go up.
 
     ``point``: a snapshot of an older epoch that this attempt started from, to be stored as its own. ``stored``: the
-    step of the checkpoint from which its slots were filled, which the store has already.
+    step of the checkpoint from which its slots were filled, which the store has already. ``amended``: what says how far
+    in the order of samples a step has got.
     """
 
     epoch: int
@@ -56,6 +58,7 @@ class Source:
     deadline_s: float
     point: tuple[int, int] | None = None
     stored: int | None = None
+    amended: Amendments = NONE
 
 
 class Abandoned(Exception):
@@ -371,7 +374,7 @@ class Uploader:
             run=self._run,
             step=step,
             epoch=source.epoch,
-            samples=step * layout.batch,
+            samples=source.amended.batch(step) * layout.batch,
             what=layout.what_digest,
             part=self._node,
             parts=self._nodes,

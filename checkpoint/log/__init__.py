@@ -30,6 +30,7 @@ from checkpoint.log.records import (
     EndedInfo,
     Intervention,
     Record,
+    StartPoint,
     fold_target,
 )
 from checkpoint.log.run_log import RunLog, condensed_key
@@ -47,6 +48,7 @@ __all__ = [
     "Record",
     "RunLog",
     "RunState",
+    "StartPoint",
     "condensed_key",
     "ended_body",
     "fold_target",

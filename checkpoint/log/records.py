@@ -28,7 +28,9 @@ FOLD_EVERY = 256
 KINDS = ("attempt", "checkpoint", "damaged", "intervention", "pin", "unpin", "tombstone", "ended", "fold")
 Body = Mapping[str, Any]
 NEEDS: Mapping[str, tuple[Callable[[Body], bool], ...]] = {
-    "attempt": (lambda body: body.get("numerics", 1) != 1,),
+    "attempt": (lambda body: body.get("numerics", 1) != 1, lambda body: "amendments" in body),
+    # other bits, or another place to go on from
+    "intervention": (lambda body: "amendments" in body or (body.get("kind") == "order" and "step" in body),),
     "tombstone": (lambda body: "checkpoint" not in body,),  # of a step that is not committed: its commit is void
 }
 """Of a kind: which bodies need version 2, which need version 3, and so on. Rows are added, never changed."""
@@ -189,19 +191,30 @@ class EndedInfo:
         return self.cls or self.reason.partition(":")[0]
 
 
+class StartPoint(NamedTuple):
+    """Where an order has the run go on: after the step of this checkpoint record; None: where the run began."""
+
+    checkpoint: int | None
+    step: int
+
+
 @dataclass(frozen=True, slots=True)
 class Intervention:
     """A change that a person or the driver logged: ``body["kind"]`` says which.
 
-    ``order``: what a person asked of the run's How (the whole map ``how``; ``by`` and ``via``: who, with which command;
-    ``again``: the run goes on although it had ended; ``anew``: it may begin at its start again). The newest order wins.
-    ``parent``: the checkpoint of another run that this one begins from.
+    ``order``: what a person, or the driver by the spec's policy (``own``), asked of the run: the whole How (the map
+    ``how``), the whole of its amendments, and where it goes on (``start``, docs/adr/0015); ``by`` and ``via``: who,
+    with which command; ``again``: the run goes on although it had ended; ``anew``: it may begin at its start again.
+    The newest order wins.
+    ``parent``: the checkpoint of another run that this one begins from, and what it keeps of that one's amendments.
     """
 
     n: int
     epoch: int
     time: float
     body: Mapping[str, Any]
+    amendments: Amendments = NONE
+    start: StartPoint | None = None
 
 
 def parse_attempt(n: int, time: float, body: Any) -> AttemptInfo:
@@ -275,14 +288,19 @@ def ended_map(ended: EndedInfo) -> dict[str, Any]:
     return {**body, "class": ended.cls} if ended.cls else body
 
 
-def parse_intervention(n: int, body: Any) -> Mapping[str, Any]:
+def parse_intervention(n: int, epoch: int, time: float, body: Any) -> Intervention:
     what = f"log record {n} (intervention)"
     f = codec.Fields(dict(body) if isinstance(body, Mapping) else body, what)
+    start = None
     if f.text("kind", 80) == "order":
         f.map("how")
         f.text("by", 200)
         f.text("via", 200)
-    return MappingProxyType(dict(body))
+        if f.has("step"):
+            named = f.integer("checkpoint", 1, n - 1) if f.has("checkpoint") else None
+            start = StartPoint(named, f.integer("step", 0))
+    amendments = Amendments.parse(f.map("amendments") if f.has("amendments") else None, f"{what}, amendments")
+    return Intervention(n, epoch, time, MappingProxyType(dict(body)), amendments, start)
 
 
 class FoldTarget(NamedTuple):

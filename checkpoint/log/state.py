@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from checkpoint import codec
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.errors import Damaged, OtherVersion
 from checkpoint.log.points import Line, Points
 from checkpoint.log.records import (
@@ -20,6 +21,7 @@ from checkpoint.log.records import (
     FoldTarget,
     Intervention,
     Record,
+    StartPoint,
     ended_map,
     fold_target,
     known_version,
@@ -82,6 +84,16 @@ class RunState:
         return next((a.how for a in reversed(self.attempts) if not a.fell_back), None)
 
     @property
+    def amendments(self) -> Amendments:
+        """What a run's next steps are trained by beside its What (docs/adr/0015): the newest order says all of it."""
+        return next((i.amendments for i in reversed(self.interventions) if i.body["kind"] in ("order", "parent")), NONE)
+
+    @property
+    def start(self) -> StartPoint | None:
+        """Where an order has the run go on that no attempt follows yet: the run's line ends there."""
+        return _start(self.interventions, self.epoch)
+
+    @property
     def epoch(self) -> int:
         """Of the newest attempt; 0 before the first."""
         return self.attempts[-1].n if self.attempts else 0
@@ -130,7 +142,8 @@ class RunState:
         First the checkpoints written after the newest attempt record, by step; then the one which that record names;
         then, for when these are damaged, what came before that one on its own line (earlier ones of its epoch,
         then the one that its attempt names, and so on). So a second crash right after a rollback goes back to the
-        rollback's point, and what the rollback left behind is never picked again.
+        rollback's point, and what the rollback left behind is never picked again. Where an order that no attempt
+        follows yet names a checkpoint, that one is first.
         """
         numbers, damaged, buried = self.checkpoints.n, self.damaged, self.buried
         rows = self.lineage().rows
@@ -143,8 +156,14 @@ class RunState:
         return Line(self.checkpoints, list(chain.from_iterable(self._line())))
 
     def _line(self) -> Iterator[Sequence[int]]:
-        """Rows of the lineage, best first, an attempt's together."""
+        """Rows of the lineage, best first, an attempt's together; an order that nobody follows yet says from where."""
         points, attempt, before = self.checkpoints, self.newest_attempt, self.n + 1
+        if (start := self.start) is not None:
+            row = None if start.checkpoint is None else points.row_of(start.checkpoint)
+            if row is None:
+                return
+            yield (row,)
+            attempt, before = self.attempt(points.epoch[row]), points.n[row]
         while attempt is not None:
             own = points.rows_of(attempt.n, before)
             yield sorted(own, key=points.step.__getitem__, reverse=True)
@@ -265,7 +284,7 @@ class RunState:
         interventions = []
         for row in rows("interventions", 4):
             number, epoch, time, body = header(row, "intervention")
-            interventions.append(Intervention(number, epoch, time, parse_intervention(number, body)))
+            interventions.append(parse_intervention(number, epoch, time, body))
         for key, found in (("attempts", attempts), ("interventions", interventions)):
             numbers = [base, *(x.n for x in found)]
             if not all(a < b for a, b in pairwise(numbers)):
@@ -318,6 +337,16 @@ class RunState:
 
 def _number(row: AttemptInfo | Intervention) -> int:
     return row.n
+
+
+def _start(interventions: Sequence[Intervention], epoch: int) -> StartPoint | None:
+    """Of the last order behind this attempt that names one."""
+    for found in reversed(interventions):
+        if found.n < epoch:
+            break
+        if found.start is not None:
+            return found.start
+    return None
 
 
 def _newest(some: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
@@ -402,11 +431,15 @@ class Fold:
                     self.abandoned.setdefault((step, epoch), r.n)
             case "tombstone":
                 number = self._known(f)
-                named = {c for a in self.attempts[-1:] if (c := a.checkpoint) is not None}
+                start = _start(self.interventions, newest)
+                named = {p.checkpoint for p in (*self.attempts[-1:], start) if p is not None}
                 if number not in named and number not in self.pins.values():
                     self.buried.setdefault(number, r.n)
             case "intervention":
-                self.interventions.append(Intervention(r.n, r.epoch, r.time, parse_intervention(r.n, r.body)))
+                found = parse_intervention(r.n, r.epoch, r.time, r.body)
+                if found.start is not None and found.start.checkpoint is not None:
+                    self._known(f)
+                self.interventions.append(found)
             case "ended":
                 self.ended = parse_ended(r.n, r.epoch, r.time, r.body)
             case "fold":

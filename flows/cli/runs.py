@@ -2,21 +2,80 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import EXIT_CODES, json_option, out_option, say, set_option, show, store_option, write_out
+from flows.cli.main import EXIT_CODES, Number, json_option, out_option, say, set_option, show, store_option, write_out
+
+if TYPE_CHECKING:
+    from flows.drive.amend import Wish
 
 
 @click.group()
 def runs() -> None:
-    """List, show, resume, cancel and fork runs."""
+    """List, show, resume, order, cancel and fork runs."""
+
+
+class Batches(click.ParamType[tuple[int, int]]):
+    """Numbers of batches: 121-140, or one."""
+
+    name = "FIRST-LAST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"\s*(\d{1,15})\s*(?:-\s*(\d{1,15})\s*)?", str(value))
+        if found is None:
+            self.fail(f"{value!r} is no range of batches; write it as 121-140, or 121 for one.", param, ctx)
+        return int(found[1]), int(found[2] or found[1])
+
+
+_AMENDS: tuple[Callable[..., Any], ...] = (
+    click.option(
+        "--skip",
+        "skip",
+        type=Batches(),
+        multiple=True,
+        metavar="FIRST-LAST",
+        help="Batches to pass over: batch N is what step N reads where nothing is skipped. Repeatable.",
+    ),
+    click.option(
+        "--rollback-to", type=click.IntRange(min=0), metavar="STEP", help="Go on from this older checkpoint (0: start)."
+    ),
+    click.option("--lr-scale", type=Number(min=0), metavar="FACTOR", help="Of the schedule's rate, above 0 and at most 1."),
+    click.option(
+        "--from-step",
+        type=click.IntRange(min=1),
+        metavar="STEP",
+        help="First step of --lr-scale (default: where the run goes on).",
+    ),
+    click.option("--steps", type=click.IntRange(min=1), metavar="N", help="End after N steps in all."),
+)
+
+
+def amend_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a command may ask of a run's numbers."""
+    for option in reversed(_AMENDS):
+        command = option(command)
+    return command
+
+
+def _wish(
+    skip: tuple[tuple[int, int], ...],
+    rollback_to: int | None,
+    lr_scale: float | None,
+    from_step: int | None,
+    steps: int | None,
+) -> Wish:
+    from flows.drive.amend import Wish
+
+    return Wish(rollback_to, skip, lr_scale, from_step, steps)
 
 
 @runs.command("ls")
@@ -93,18 +152,27 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
 @runs.command(epilog=EXIT_CODES)
 @click.argument("run")
 @set_option
+@amend_options
 @store_option
 @out_option
 @json_option
 @click.option("--no-prefect", is_flag=True, help="Drive the run without Prefect.")
 @click.option("--begin-anew", is_flag=True, help="Begin again at step 0 where no checkpoint can be used any more.")
 def resume(
-    run: str, sets: tuple[str, ...], store: str | None, out: str, as_json: bool, no_prefect: bool, begin_anew: bool
+    run: str,
+    sets: tuple[str, ...],
+    store: str | None,
+    out: str,
+    as_json: bool,
+    no_prefect: bool,
+    begin_anew: bool,
+    **amends: Any,
 ) -> int:
     """Go on with RUN from its newest state, also where it had ended without success.
 
-    With another layout where --set parallel.… or launch.… says so: that is an order, and whatever else drives RUN
-    follows it. Failures before this command do not count any more.
+    With another layout where --set parallel.… or launch.… says so, or other numbers (--skip, --rollback-to, --lr-scale,
+    --steps): that is an order, and whatever else drives RUN follows it. Failures before this command do not count any
+    more.
     """
     from flows.cli.train import host
     from flows.drive.orders import Asked, place_order
@@ -113,11 +181,48 @@ def resume(
 
     opened = store_at(store)
     name = find_run(opened, run)
+    asked = Asked("runs resume", again=True, anew=begin_anew, wish=_wish(**amends))
 
     def make() -> Prepared:
-        return place_order(opened, ask_run(opened, name, sets), Asked("runs resume", again=True, anew=begin_anew))
+        return place_order(opened, ask_run(opened, name, sets), asked)
 
     return host(make, opened.url, Path(out), as_json, not no_prefect)
+
+
+@runs.command()
+@click.argument("run")
+@set_option
+@amend_options
+@store_option
+@json_option
+def order(run: str, sets: tuple[str, ...], store: str | None, as_json: bool, **amends: Any) -> int:
+    """Order RUN to go on otherwise, and leave: whatever drives it follows.
+
+    What is trained stays as it was written at RUN's birth, but for batches to skip, a lower rate and another end; its
+    layout and how often it saves change with --set. An order that changes numbers begins at a checkpoint, the newest or
+    the one of --rollback-to, and RUN goes on from there. It opens a run that had ended.
+    """
+    from checkpoint.log import RunLog
+    from flows.drive.orders import Asked, describe, place_order
+    from flows.drive.run import ask_run, find_run
+    from flows.drive.train import store_at
+
+    wish = _wish(**amends)
+    if not wish and not sets:
+        raise click.UsageError("say what to order: --set, --skip, --rollback-to, --lr-scale or --steps")
+    opened = store_at(store)
+    name = find_run(opened, run)
+    before = RunLog(opened, name).fold(quick=True).n
+    place_order(opened, ask_run(opened, name, sets), Asked("runs order", wish=wish))
+    told = [o for o in describe(RunLog(opened, name).fold()) if o["record"] > before and o["via"] == "runs order"]
+    if as_json:
+        show(told[-1] if told else None)
+    elif told:
+        say(f"{name}: {told[-1]['text']} (log record {told[-1]['record']})")
+        say(f"whatever drives {name} follows; where nothing does: hotstage runs resume {name}")
+    else:
+        say(f"{name}: nothing to order, it is so already")
+    return 0
 
 
 @runs.command()

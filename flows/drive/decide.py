@@ -24,6 +24,9 @@ Rules:
       same log, look and memory are the same decision.
   D9  Where a launch cannot be had, the run takes the next layout of its spec's list that fits what there is; no gang
       that trains is ended for that, nor to have more nodes again: the next launch is for the layout that was asked for.
+  D10 Where numbers diverge for good, and the spec says skip, the driver gives an order of its own: back to the newest
+      checkpoint and past what was read from there on, a few times since a person's last word. All else that changes
+      bits is a person's order (docs/adr/0015).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from flows.drive.causes import cause_of, explained, rank_class, stalled
-from flows.drive.history import avoided, backoff, give_up, struck, suspected
+from flows.drive.history import avoided, backoff, give_up, spoken, struck, suspected
 from flows.drive.views import (
     AttemptView,
     AwaitStop,
@@ -53,10 +56,12 @@ from flows.drive.views import (
     Restore,
     RunLayout,
     Saves,
+    SkipBatches,
     StartAttempt,
     Watch,
 )
 from trainer.failures import FAILURES, Failure
+from trainer.wire import ATTEMPT_SKIPS_MAX
 
 K = TypeVar("K")
 
@@ -197,15 +202,22 @@ def judge(
 
 
 def superseded(log: LogView) -> bool:
-    """Whether an order is newer than the one that the newest attempt follows, and asks for another How (D6)."""
-    order, newest = log.order, log.attempts[-1] if log.attempts else None
-    return order is not None and newest is not None and order.n > newest.order and order.how != newest.how
+    """Whether an order is newer than the one that the newest attempt follows, and asks for another How (D6), or for
+    other bits: then it says where from.
+    """
+    if not log.attempts:
+        return False
+    newest = log.attempts[-1]
+    later = [order for order in log.orders if order.n > newest.order]
+    return bool(later) and (later[-1].how != newest.how or any(o.start is not None for o in later))
 
 
 def opened(log: LogView) -> bool:
-    """Whether a run that had ended without success goes on by an order that came after its end."""
-    order = log.order
-    return order is not None and order.again and log.ended != "succeeded" and order.n > log.ended_n
+    """Whether a run that had ended goes on by an order that came after its end; one that had succeeded, where the order
+    says from where.
+    """
+    later = [order for order in log.orders if order.n > log.ended_n]
+    return any(o.start is not None or (o.again and log.ended != "succeeded") for o in later)
 
 
 def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision | None:
@@ -238,7 +250,8 @@ def _no_way_back(log: LogView, restore: Restore) -> End | None:
     """The end, where this restore point would throw away all that was ever saved (D7) and nobody ordered that."""
     if restore.checkpoint is not None or restore.slots is not None or not log.checkpoints:
         return None
-    if any(order.anew and order.n > log.checkpoints[-1].n for order in log.orders):
+    from_start = [o.n for o in log.orders if o.anew or (o.start is not None and o.start[0] is None)]
+    if from_start and log.checkpoints[-1].epoch < from_start[-1]:
         return None
     records = ", ".join(map(str, log.damaged)) or "none"
     where = f"step {restore.step} of {restore.parent[0]}" if restore.parent else "step 0"
@@ -290,7 +303,7 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     newest = log.attempts[-1]
     why = give_up(log, cause, policy)
     if why:
-        return End("gave_up", why, cause)
+        return _skipped(log, cause, policy) or End("gave_up", why, cause)
     again = False
     if cause.cls == Failure.RESTORE and newest.restore_slots is None:
         tried = newest.restore_checkpoint
@@ -316,6 +329,22 @@ def _recover(log: LogView, nodes: Sequence[NodeView], policy: Policy, cause: Cau
     return _no_way_back(log, restore) or StartAttempt(
         restore, epochs, reason, cause, backoff(log, policy), renew, same_plan=not renew, layout=layout
     )
+
+
+def _skipped(log: LogView, cause: Cause, policy: Policy) -> Decision | None:
+    """Numbers that diverge at this step whenever it is done: past what was read since the newest checkpoint (D10)."""
+    step = (cause.words or {}).get("step")
+    if cause.cls != Failure.NUMERIC or not policy.skips_diverged or not isinstance(step, int):
+        return None
+    restore, amended = choose_restore(log, (), policy, use_slots=False), log.amendments
+    tried = sum(order.own and order.n > spoken(log) for order in log.orders)
+    if step <= restore.step or _no_way_back(log, restore):
+        return None
+    skipping = amended.skipping(amended.batch(restore.step + 1), amended.batch(step))
+    if tried >= policy.max_skips or len(skipping.skip) > ATTEMPT_SKIPS_MAX:
+        why = f"{cause.said()}; batches were skipped {tried} times (recovery.max_skips), which did not help"
+        return End("gave_up", why, cause)
+    return SkipBatches((restore.checkpoint, restore.step), skipping, cause)
 
 
 def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, leaving: bool) -> bool:

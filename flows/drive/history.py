@@ -1,6 +1,6 @@
 """What a run's past means for what comes next: budgets, pauses, strikes, suspicions. Pure; read from the log alone.
 
-Nothing counts for ever. Failures count since the run last saved something newer, or since a person last gave it an
+Nothing counts for ever. Failures count since the run last saved something newer, or since it was last given an
 order; a machine's strikes count until so many newer checkpoints are saved. Ages are counted in records and steps: no
 clock orders anything.
 """
@@ -21,32 +21,44 @@ STRIKE_FADES = 8
 
 def spoken(log: LogView) -> int:
     """The record of a person's last word; 0 where there was none."""
-    return log.orders[-1].n if log.orders else 0
+    return next((order.n for order in reversed(log.orders) if not order.own), 0)
 
 
 def raises(log: LogView) -> list[int]:
     """The records by which the run came further than ever: a checkpoint of a later step, or an attempt that began from
-    a later step (in memory).
+    a later step (in memory). An order that takes it back sets the mark there.
     """
+    back = _ordered_back(log)
     saved, best, at = Saves.of(log.checkpoints), -1, 0
     found: list[int] = []
     for epoch, restored in [*((a.epoch, a.restore_step) for a in log.attempts), (sys.maxsize, -1)]:
         end = bisect_left(saved.n, epoch)
         reached = list(accumulate(saved.step[at:end], max, initial=best))  # before the first, and after each
         found += compress(saved.n[at:end], map(operator.gt, reached[1:], reached))
-        best, at = reached[-1], end
+        best, at = restored if epoch in back else reached[-1], end
         if restored > best:
             best = restored
             found.append(epoch)
     return found
 
 
+def _ordered_back(log: LogView) -> set[int]:
+    """The attempts that are the first to follow an order which says from where."""
+    found: set[int] = set()
+    before = 0
+    for attempt in log.attempts if any(order.start is not None for order in log.orders) else ():
+        if any(before < order.n <= attempt.order and order.start is not None for order in log.orders):
+            found.add(attempt.epoch)
+        before = attempt.order
+    return found
+
+
 def recent(log: LogView) -> tuple[AttemptView, ...]:
-    """The attempts that began since the run came further, or since a person's last word; without those that only found
+    """The attempts that began since the run came further, or since its last order; without those that only found
     out that a checkpoint is damaged: there are as many as checkpoints at most.
     """
     marks = raises(log)
-    since = max(marks[-1] if marks else 0, spoken(log) + 1)
+    since = max(marks[-1] if marks else 0, log.orders[-1].n + 1 if log.orders else 0)
     return tuple(
         a for a in log.attempts if a.epoch >= since and (a.restore_slots or a.restore_checkpoint not in log.damaged)
     )

@@ -10,11 +10,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from checkpoint.curve import MAX_BYTES, Curve
+from checkpoint.curve import MAX_BYTES, Curve, Point
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.keys import curve_key, metrics_prefix, output_prefix, segment_key, status_key
 from checkpoint.store import Store
@@ -144,6 +144,17 @@ def read_curve(store: Store, run: str, epochs: list[int], *, whole: bool = True,
                 more.add(line, _number(key))
     more.merge(curve)
     return more
+
+
+def on_line(points: Mapping[int, Point], back: Sequence[tuple[int, int]]) -> dict[int, Point]:
+    """Without the points that older attempts left behind a step that an order went back to. ``back``: (epoch, step) of
+    the attempts that it sent there.
+    """
+    return {
+        step: point
+        for step, point in points.items()
+        if not any(point.epoch < epoch and step > first for epoch, first in back)
+    }
 
 
 def _number(key: str) -> int:

@@ -28,7 +28,7 @@ from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.history import avoided
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
 from flows.drive.live import MetricsReader, StatusReader
-from flows.drive.orders import CannotFollow, followed
+from flows.drive.orders import CannotFollow, followed, own_order
 from flows.drive.replays import Replays
 from flows.drive.run import Prepared, attempt_body, fallback_body, fold_view, layouts_of, still_read, under
 from flows.drive.telling import DETACHED, Teller
@@ -46,6 +46,7 @@ from flows.drive.views import (
     Phase,
     Policy,
     RunLayout,
+    SkipBatches,
     StartAttempt,
     Watch,
     short,
@@ -155,7 +156,7 @@ class Driver:
         began, known = time.thread_time(), self._state
         state = self._state = self._log.fold(known, quick=True).of_this_version()
         if known is None and state.attempts:
-            self._teller.known(state)
+            self._teller.known(state, state.amendments.total(self.prepared.spec.train.steps))
         self._collecting.look(state)
         if self._view is None or self._view[0] is not state:
             self.prepared = followed(self.store, state, self.prepared, self._teller.phase)
@@ -199,7 +200,10 @@ class Driver:
             self._teller.phase("here", "the run goes on from here")
         if view.state == "unknown" and not seen.stop:
             self._teller.phase("unknown", view.detail, key=("launcher", view.detail[:80]))
-        return self.prepared.policy(launch_id, self._layouts, detaches=self.launcher.detaches), seen, launch
+        policy = self.prepared.policy(
+            launch_id, self._layouts, detaches=self.launcher.detaches, amendments=state.amendments
+        )
+        return policy, seen, launch
 
     def _log_view(self, state: RunState) -> LogView:
         if self._view is None or self._view[0] is not state:
@@ -256,6 +260,8 @@ class Driver:
                 self._log.append("damaged", {"checkpoint": checkpoint, "reason": short(why, 4000)}, state)
                 log.warning("checkpoint record %d is damaged: %s; an older one is used", checkpoint, why)
                 self._teller.tell("damaged", checkpoint=checkpoint, why=why)
+            case SkipBatches():
+                self._log.append("intervention", own_order(state, decision), state)
             case End(outcome, reason, cause):
                 text = short(f"{cause.cls}: {reason}" if cause else reason, 4000)
                 self._log.append("ended", ended_body(state, outcome, text, str(cause.cls) if cause else ""), state)
@@ -281,6 +287,7 @@ class Driver:
             order.restore.to_map(),
             same=same,
             order=state.orders[-1].n if state.orders else 0,
+            amendments=state.amendments,
             slot_epochs=list(order.slot_epochs),
             reason=short(order.reason, 2000),
             cause=cause,
@@ -298,7 +305,7 @@ class Driver:
                 newest.numerics,
                 old.numerics,
             )
-        self._teller.began(state, order, cause)
+        self._teller.began(state, order, cause, steps=state.amendments.total(prepared.spec.train.steps))
         if self.launcher.detaches and old is not None and old.launch != newest.launch:
             # its agents see the record and leave by themselves; this frees their place sooner
             self.launcher.stop(old.launch, 0.0)

@@ -1,9 +1,11 @@
-"""Orders: what a person asks of a run's How becomes a log record, once, when that person's command starts.
+"""Orders: what a person asks of a run becomes a log record, once, when that person's command starts: its How, and the
+amendments of its numbers (``amend.py``, docs/adr/0015).
 
 The newest order wins. Every driver follows it: the layout of the next attempt is the order's, and an attempt names the
 order that it follows. Drivers that nobody asked for (reconcile, a flow run that Prefect executes again) write none.
-Nothing is written where the How does not differ from what was asked before, unless the command opens a run that had
-ended, or asks to count its failures anew.
+Nothing is written where neither differs from what was asked before, unless the command opens a run that had ended, goes
+back to an older checkpoint, or asks to count its failures anew. The driver itself gives an order where the spec's
+policy says so (``recovery.on_divergence``).
 """
 
 from __future__ import annotations
@@ -13,27 +15,35 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from checkpoint.log import RunLog, RunState
+from checkpoint.amendments import NONE, Amendments
+from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import Store
+from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.history import recent
 from flows.drive.run import (
     Prepared,
+    beginning_of,
     compiled,
     fold_view,
     is_superseded,
+    opened_again,
     order_view,
     publish_plan,
     ruling_how,
     spec_under,
 )
+from flows.drive.views import SkipBatches
 from trainer.errors import PlanError, SpecError
 from trainer.spec import RETIRED, RunSpec, how_map
 
 log = logging.getLogger(__name__)
+
+
+SAME = "the same layout"
 
 
 class CannotFollow(Exception):
@@ -43,12 +53,13 @@ class CannotFollow(Exception):
 @dataclass(frozen=True)
 class Asked:
     """Who asks, and with which command; ``again``: to go on with a run that had ended or fails; ``anew``: from its
-    start, where nothing else is left.
+    start, where nothing else is left; ``wish``: what it asks of the run's numbers.
     """
 
     via: str
     again: bool = False
     anew: bool = False
+    wish: Wish = field(default_factory=Wish)
 
 
 def place_order(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
@@ -64,23 +75,49 @@ def place_order(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
 
 
 def order_of(state: RunState, spec: RunSpec, how: Mapping[str, Any], asked: Asked) -> dict[str, Any] | None:
-    """The record's body, or None where it would change nothing."""
+    """The record's body, or None where it would change nothing. SpecError where what is asked cannot be."""
     usable = state.restore_candidates()
     if asked.anew and usable:
         raise SpecError(
             f"{state.run} has a usable checkpoint at step {usable[0].step} and goes on from there: leave --begin-anew "
             "out, or fork an earlier step"
         )
-    stands = state.asked_how
-    if stands is None or (state.ended and (state.ended.outcome == "succeeded" or not asked.again)):
+    stands, wish = state.asked_how, asked.wish
+    if stands is None and wish:
+        raise SpecError(f"{state.run} has not begun: what it is to do goes into its spec, and hotstage train begins it")
+    over = state.ended is not None and not opened_again(state)
+    if stands is None or (over and not wish and not _opens(state, asked)):
         return None
+    amended, start = state.amendments, state.start  # what nobody follows yet still stands
+    if wish:
+        found, begins = amend(state, spec, wish, beginning_of(state))
+        if found != amended or wish.rollback_to is not None:
+            amended, start = found, begins
     same = _same(spec, stands)
     # what failed since the run came further is forgiven; a gang that trains is left alone
-    forgives = asked.again and (state.ended is not None or any(a.cause for a in recent(fold_view(state))))
-    if same and not forgives and not asked.anew:
+    forgives = _opens(state, asked) and (state.ended is not None or any(a.cause for a in recent(fold_view(state))))
+    if same and not forgives and not asked.anew and (amended, start) == (state.amendments, state.start):
         return None
-    body: dict[str, Any] = {"kind": "order", "how": stands if same else how, "by": who(), "via": asked.via}
-    return body | {k: True for k, v in (("again", asked.again), ("anew", asked.anew)) if v}
+    body = {"kind": "order", "how": stands if same else how, "by": who(), "via": asked.via}
+    flags = (("again", asked.again or over), ("anew", asked.anew))
+    return body | _bits(amended, start) | {k: True for k, v in flags if v}
+
+
+def _opens(state: RunState, asked: Asked) -> bool:
+    """Whether the command itself goes on with a run that had ended: one that succeeded has nothing left to do."""
+    return asked.again and not (state.ended and state.ended.outcome == "succeeded")
+
+
+def _bits(amended: Amendments, start: StartPoint | None) -> dict[str, Any]:
+    """What the body of an order says of a run's numbers."""
+    body: dict[str, Any] = {"amendments": amended.to_map()} if amended else {}
+    return body if start is None else body | {"checkpoint": start.checkpoint, "step": start.step}
+
+
+def own_order(state: RunState, skip: SkipBatches) -> dict[str, Any]:
+    """The body of the driver's own order (``decide``, D10)."""
+    body = {"kind": "order", "how": state.asked_how, "by": "the driver", "via": "recovery.on_divergence", "own": True}
+    return body | _bits(skip.amendments, StartPoint(*skip.start)) | {"cause": skip.cause.to_map()}
 
 
 def _same(spec: RunSpec, stands: Mapping[str, Any]) -> bool:
@@ -104,6 +141,11 @@ def followed(store: Store, state: RunState, prepared: Prepared, say: Callable[..
     """The run in the How that rules by the log; ``say`` hears of a change. CannotFollow where this driver cannot."""
     how = ruling_how(state)
     before = how_map(prepared.spec)
+    if is_superseded(state):  # it is told also where this driver's layout stays
+        for order in describe(state):
+            if order["record"] > state.attempts[-1].order and order["amends"]:
+                text = f"{order['by']} ({order['via']}), log record {order['record']}: {order['amends']}"
+                say("order", text, key=("order", order["record"]))
     if how is None or how == before:
         return prepared
     try:
@@ -131,7 +173,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         a, b = ({**defaults.get(section, {}), **(how.get(section) or {})} for how in (old, new))
         keys = sorted(k for k in {*a, *b}.difference(RETIRED.get(section, ())) if a.get(k) != b.get(k))
         found += [f"{section}.{k} {_said(a.get(k))} -> {_said(b.get(k))}"[:120] for k in keys]
-    return ", ".join(found) or "the same layout"
+    return ", ".join(found) or SAME
 
 
 def _said(value: Any) -> str:
@@ -158,15 +200,21 @@ def _defaults() -> dict[str, dict[str, Any]]:
 def describe(state: RunState) -> list[dict[str, Any]]:
     """The orders of a run as `runs show` tells them: number of the record, who, by which command, what it changed."""
     out, before = [], next((a.how for a in state.attempts), {})
+    was = next((i.amendments for i in state.interventions if i.body["kind"] == "parent"), NONE)
     for order in state.orders:
         body = order.body
-        text = changes(before, body["how"])
+        amends = amended_words(was, order.amendments, order.start)
+        text = changes(before, body["how"]) if not amends or changes(before, body["how"]) != SAME else ""
+        text = "; ".join(filter(None, (amends, text)))
+        if why := (body.get("cause") or {}).get("text"):
+            text += f"; because {why}"
         if body.get("again"):
             text += "; goes on again"
         if body.get("anew"):
             text += "; may begin at the start"
-        out.append({"record": order.n, "by": body["by"], "via": body["via"], "text": text, "time": order.time})
-        before = body["how"]
+        told = {"record": order.n, "by": body["by"], "via": body["via"], "text": text, "time": order.time}
+        out.append({**told, "amends": amends})
+        before, was = body["how"], order.amendments
     return out
 
 

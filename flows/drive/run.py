@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.keys import INDEX, index_key, plan_key, spec_key
-from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
+from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState, StartPoint
 from checkpoint.probe import ensure_probed
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
@@ -60,14 +61,21 @@ class Prepared:
     def ranks(self) -> int:
         return self.spec.parallel.ranks
 
-    def policy(self, launch: str, layouts: Sequence[RunLayout] = (), *, detaches: bool = False) -> Policy:
+    def policy(
+        self,
+        launch: str,
+        layouts: Sequence[RunLayout] = (),
+        *,
+        detaches: bool = False,
+        amendments: Amendments = NONE,
+    ) -> Policy:
         """The spec's recovery half as the driver takes it. ``layouts``: as `layouts_of` gives them; ``detaches``: of
-        the launcher.
+        the launcher; ``amendments``: the log's.
         """
         spec, how = self.spec, how_map(self.spec)
         nodes, on_cuda = self.plan.on_nodes(self.nodes), spec.parallel.on_cuda(spec.launch.kernel_path)
         return Policy(
-            steps=spec.train.steps,
+            steps=amendments.total(spec.train.steps),
             launch=launch,
             nodes=self.nodes,
             ranks=self.ranks,
@@ -77,6 +85,8 @@ class Prepared:
             backoff_s=spec.recovery.backoff_s,
             backoff_max_s=spec.recovery.backoff_max_s,
             capacity_s=spec.recovery.capacity_s,
+            skips_diverged=spec.recovery.on_divergence == "skip",
+            max_skips=spec.recovery.max_skips,
             layouts=tuple(layouts),
             layout=next((i for i, layout in enumerate(layouts) if same_layout(layout.how, how)), 0),
             detaches=detaches,
@@ -282,9 +292,12 @@ def load_spec_of(
     what = load_what(store, run)
     bad = [s for s in sets if s.split(".")[0].split("=")[0] in WHAT_KEYS]
     if bad:
+        key = bad[0].split("=")[0]
+        orders = {"steps": "to end it at another step, --steps N", "lr": "to lower its rate, --lr-scale FACTOR"}
+        order = orders.get(key.rsplit(".", 1)[-1]) if key.startswith("train.") else None
         raise SpecError(
             f"--set {bad[0]} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
-            f"hotstage runs fork {run} --step N --set {bad[0]}"
+            f"hotstage runs fork {run} --step N --set {bad[0]}" + (f"; or, {order}" if order else "")
         )
     tree = spec_tree(what, run.rsplit("-", 1)[0][:40] if "-" in run else run, how)
     return parse_spec(tree, sets, origin=run), load_dataset(store, what["data"]["digest"])
@@ -323,7 +336,7 @@ def ruling_how(state: RunState) -> Mapping[str, Any] | None:
 
 def opened_again(state: RunState) -> bool:
     """Whether a run that had ended is to go on by a person's order."""
-    orders = tuple(order_view(o) for o in state.orders[-1:])
+    orders = tuple(order_view(o) for o in state.orders)
     return state.ended is not None and opened(LogView(ended=state.ended.outcome, ended_n=state.ended.n, orders=orders))
 
 
@@ -332,14 +345,16 @@ def is_superseded(state: RunState) -> bool:
     newest, orders = state.newest_attempt, state.orders
     if newest is None or not orders:
         return False
-    return superseded(LogView(attempts=(attempt_view(newest),), orders=(order_view(orders[-1]),)))
+    later = tuple(order_view(order) for order in orders if order.n > newest.order)
+    return superseded(LogView(attempts=(attempt_view(newest),), orders=later))
 
 
 def order_view(order: Intervention) -> OrderView:
     """An order as the driver's plain data."""
     body = order.body
     by = f"{body['by']} ({body['via']})"
-    return OrderView(order.n, body["how"], by, bool(body.get("again")), bool(body.get("anew")))
+    again, anew, own = (bool(body.get(key)) for key in ("again", "anew", "own"))
+    return OrderView(order.n, body["how"], by, again, anew, order.start, own)
 
 
 def attempt_view(a: AttemptInfo) -> AttemptView:
@@ -373,12 +388,29 @@ def fold_view(state: RunState) -> LogView:
         ended_n=state.ended.n if state.ended else 0,
         damaged=tuple(sorted(state.damaged)),
         orders=tuple(order_view(o) for o in state.orders),
+        amendments=state.amendments,
     )
 
 
 def parent_of(state: RunState) -> Mapping[str, Any] | None:
     """The parent that a forked run's log names (flows/drive/fork.py): its run, checkpoint record and step."""
     return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
+
+
+def beginning_of(state: RunState) -> StartPoint:
+    """Where the run began: at the step of its parent's checkpoint, or at 0."""
+    parent = parent_of(state)
+    return StartPoint(None, int(parent["step"]) if parent else 0)
+
+
+def ordered_back(state: RunState) -> list[tuple[int, int]]:
+    """(epoch, step) of the attempts that an order sent back: what older ones did after that step is not the run's."""
+    found, before = [], 0
+    for attempt in state.attempts:
+        if any(before < order.n <= attempt.order and order.start is not None for order in state.orders):
+            found.append((attempt.epoch, attempt.step))
+        before = attempt.order
+    return found
 
 
 def fallback_body(state: RunState, begin: StartAttempt) -> Mapping[str, Any] | None:
@@ -399,6 +431,7 @@ def attempt_body(
     *,
     same: AttemptInfo | None = None,
     order: int = 0,
+    amendments: Amendments = NONE,
     **more: Any,
 ) -> dict[str, Any]:
     """The body of an ``attempt`` record. ``same``: that whose plan it keeps, where that is not this version's;
@@ -406,6 +439,8 @@ def attempt_body(
     """
     if order:
         more["order"] = order
+    if amendments:
+        more["amendments"] = amendments.to_map()
     return {
         "launch": launch,
         "nodes": prepared.nodes,

@@ -13,7 +13,7 @@ from typing import Any
 from checkpoint.log import RunState
 from flows.drive.events import Event, NoSink, Outcome, Sink
 from flows.drive.hints import step_line
-from flows.drive.run import order_view
+from flows.drive.run import opened_again, ordered_back
 from flows.drive.views import NodeView, Phase, StartAttempt
 from trainer.failures import FAILURES, Failure
 from trainer.spec_layouts import layout_words
@@ -49,12 +49,13 @@ class Teller:
         if key is not None:  # a phase may come back: of those only the last one is not repeated
             self._told = {k for k in self._told if k[0] != "phase"} | {key}
 
-    def known(self, state: RunState) -> None:
-        """The run had begun, or ended, before this driver: whoever started it twice should see that."""
+    def known(self, state: RunState, steps: int) -> None:
+        """The run had begun, or ended, before this driver: whoever started it twice should see that. ``steps``: of the
+        run, in all.
+        """
         newest = state.at_step()
-        facts = {"attempts": len(state.attempts), "step": newest.step if newest else 0}
-        orders = [order_view(o) for o in state.orders]
-        again = state.ended is None or any(o.again and o.n > state.ended.n for o in orders)
+        facts = {"attempts": len(state.attempts), "step": newest.step if newest else 0, "steps": steps}
+        again = state.ended is None or opened_again(state)
         self.tell("known", **facts, ended=None if again or not state.ended else state.ended.outcome)
 
     def failed(self) -> None:
@@ -98,12 +99,14 @@ class Teller:
             self.tell("checkpoint", n=checkpoint.n, step=checkpoint.step, epoch=checkpoint.epoch)
         self._told_n = state.n
 
-    def began(self, state: RunState, order: StartAttempt, cause: Mapping[str, Any] | None) -> None:
-        """An attempt, the newest of the log."""
+    def began(self, state: RunState, order: StartAttempt, cause: Mapping[str, Any] | None, *, steps: int) -> None:
+        """An attempt, the newest of the log. ``steps``: of the run, in all."""
         attempts = state.attempts
-        if len(attempts) > 1:
+        back = (attempts[-1].epoch, attempts[-1].step) in ordered_back(state)
+        if len(attempts) > 1 and not back:
             self._begins.append((attempts[-2].epoch, max(order.restore.step, 0)))
         facts = {"number": len(attempts), "epoch": attempts[-1].epoch, "reason": order.reason, "cause": cause}
+        facts |= {"steps": steps, "back": back}
         if order.layout is not None:
             facts["layout"] = layout_words(order.layout.how)
             facts["for_want_of"] = order.fallback.why if order.fallback else ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog, ended_body
 from checkpoint.store import Store, address, open_store
+from flows.drive.amend import Wish
 from flows.drive.claims import StoreClaims
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.loop import Driver
@@ -203,10 +204,13 @@ def resume(
     *,
     store: str | None = None,
     sets: Sequence[str] = (),
+    wish: Wish | None = None,
     sink: Sink | None = None,
     out: Path = OUT,
 ) -> Run:
-    """Drive a run of the store again, with another How where ``sets`` says so."""
+    """Drive a run of the store again, with another How where ``sets`` says so, other numbers where ``wish`` does."""
     the_store = store_at(store)
-    prepared = place_order(the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True))
+    prepared = place_order(
+        the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True, wish=wish or Wish())
+    )
     return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, overload
 
+from checkpoint.amendments import NONE, Amendments
 from trainer.failures import Failure, of_code
 from trainer.spec_layouts import layout_words
 
@@ -162,7 +163,8 @@ class Saves(Sequence[CheckpointView]):
 @dataclass(frozen=True)
 class OrderView:
     """What a person asked: record number, the How, who asked. ``again``: to open a run that had ended, and to count its
-    failures anew; ``anew``: from step 0, where no checkpoint can be used any more.
+    failures anew; ``anew``: from step 0, where no checkpoint can be used any more; ``start``: (checkpoint record or
+    None, step) from which the run goes on; ``own``: the driver's, by the spec's policy.
     """
 
     n: int
@@ -170,13 +172,16 @@ class OrderView:
     by: str = ""
     again: bool = False
     anew: bool = False
+    start: tuple[int | None, int] | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)
 class LogView:
     """The folded log, as far as decisions need it. ``checkpoints``: in order of record; ``candidates``: restore points,
     best first (checkpoint.log); ``parent``: (run, record, step) of the checkpoint that a forked run begins from;
-    ``ended_n``: the record that ended it; ``damaged``: checkpoint records that are marked so; ``orders``: oldest first.
+    ``ended_n``: the record that ended it; ``damaged``: checkpoint records that are marked so; ``orders``: oldest
+    first; ``amendments``: as they stand (docs/adr/0015).
     """
 
     attempts: tuple[AttemptView, ...] = ()
@@ -187,6 +192,7 @@ class LogView:
     ended_n: int = 0
     damaged: tuple[int, ...] = ()
     orders: tuple[OrderView, ...] = ()
+    amendments: Amendments = NONE
 
     @property
     def order(self) -> OrderView | None:
@@ -225,6 +231,8 @@ class Policy:
     strikes: int = 2
     capacity_s: float = 300.0
     leaving_s: float = 5.0
+    skips_diverged: bool = False
+    max_skips: int = 3
     layouts: tuple[RunLayout, ...] = ()
     layout: int = 0
     detaches: bool = False
@@ -419,4 +427,13 @@ class Finished:
     outcome: str
 
 
-Decision = StartAttempt | MarkDamaged | End | Watch | AwaitStop | Leave | Finished
+@dataclass(frozen=True)
+class SkipBatches:
+    """Log an order of the driver's own (D10): the run goes on from ``start``, by these amendments."""
+
+    start: tuple[int | None, int]
+    amendments: Amendments
+    cause: Cause
+
+
+Decision = StartAttempt | MarkDamaged | End | Watch | AwaitStop | Leave | Finished | SkipBatches

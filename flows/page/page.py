@@ -30,7 +30,8 @@ from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.events import Event, Outcome
-from flows.drive.live import load_curve
+from flows.drive.live import load_curve, on_line
+from flows.drive.run import ordered_back
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
@@ -236,6 +237,11 @@ class Page:
                 self._curve = thinned(self._curve, POINTS)
         elif event.kind == "checkpoint":
             self._durable = max(self._durable, int(facts["step"]))
+        elif event.kind in ("known", "attempt"):
+            self.steps = int(facts.get("steps") or self.steps)
+            if facts.get("back"):  # by an order: what came after that step is not the run's any more
+                self._curve = {step: loss for step, loss in self._curve.items() if step <= facts["step"]}
+                self._durable = min(self._durable, int(facts["step"]))
         elif event.kind == "recovered":
             self._back[int(facts["epoch"])] = float(facts["seconds"])
         if event.kind in ("known", "attempt", "recovered", "checkpoint", "damaged", "ended"):
@@ -312,7 +318,7 @@ class Page:
         begun = self._state is not None
         self._state = state = RunLog(self.store, self._run).fold(self._state)
         if not begun:
-            self._take_index()
+            self._take_index(state)
         for number, attempt in enumerate(state.attempts, 1):
             key = f"attempt-{number}"
             row = self._tasks.get(key)
@@ -337,14 +343,16 @@ class Page:
                 row.states.append((kind, word, state.ended.reason, state.ended.time))
                 if kind == "FAILED":
                     row.name = f"attempt {number}: {state.ended.reason[:60]}"
-        self._durable = max([self._durable, *state.checkpoints.step])
+        newest = state.at_step()
+        self._durable = max(self._durable, newest.step if newest else -1)
 
-    def _take_index(self) -> None:
+    def _take_index(self, state: RunState) -> None:
         """What the run had done before this page began, from the index of its metrics: one request."""
         index = load_curve(self.store, self._run)
         if index is None:
             return
-        self._curve = {**{step: point.loss for step, point in index.curve().items()}, **self._curve}
+        points = on_line(index.curve(), ordered_back(state))
+        self._curve = {**{step: point.loss for step, point in points.items()}, **self._curve}
         last: float | None = None
         for epoch, row in sorted(index.rows.items()):
             low, high = self._spans.get(epoch, (row.first.step, row.last.step))

@@ -11,10 +11,10 @@ from checkpoint.keys import traces_prefix
 from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
-from flows.drive.live import read_curve
+from flows.drive.live import on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.replays import Kept
-from flows.drive.run import find_run, load_run, load_what
+from flows.drive.run import find_run, load_run, load_what, ordered_back
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
@@ -47,7 +47,7 @@ def summary(store: Store, run: str) -> dict[str, Any]:
     state = RunLog(store, run).fold(quick=True)
     newest = state.restore_candidates()[:1]
     try:
-        steps = int(load_what(store, run)["train"]["steps"])
+        steps = state.amendments.total(int(load_what(store, run)["train"]["steps"]))
     except CheckpointError:
         steps = 0
     return {
@@ -208,7 +208,7 @@ def report_facts(
     epochs = [a.epoch for a in state.attempts]
     numbers = {epoch: number for number, epoch in enumerate(epochs, 1)}
     index = read_curve(store, run, epochs, tails=TAILS)
-    curve = index.curve()
+    curve = on_line(index.curve(), ordered_back(state))
     simulation = foretell.simulate(prepared.plan)
     measured = read_traces(store, run, epochs)
     rates = [point.tokens_per_s for point in curve.values() if point.tokens_per_s]

@@ -44,6 +44,7 @@ class Meter:
         elif event.kind == "devices":
             self.gpus[int(facts["node"])] = list(facts["names"])
         elif event.kind in ("attempt", "known"):
+            self.steps = int(facts.get("steps") or self.steps)  # an order may have changed it
             self.attempts = int(facts["number"] if event.kind == "attempt" else facts["attempts"])
 
     @property
@@ -124,13 +125,13 @@ class Lines:
         meter = self.meter
         self._phase = ""
         now = self.clock()
-        if now - self._last < self.every_s and meter.step != self.steps:
+        if now - self._last < self.every_s and meter.step != meter.steps:
             return
         self._last = now
         mfu = f"  MFU {meter.mfu:4.0%}" if meter.mfu is not None else ""
         saved = f"  saved {meter.durable}" if meter.durable >= 0 else ""
         self.say(
-            f"step {meter.step:>6}/{self.steps}  loss {meter.loss:.4f}  |g| {meter.grad_norm:.3f}  "
+            f"step {meter.step:>6}/{meter.steps}  loss {meter.loss:.4f}  |g| {meter.grad_norm:.3f}  "
             f"{meter.rate:>8,.0f} tok/s{mfu}  ETA {meter.eta}{saved}"
         )
 
@@ -158,7 +159,7 @@ class JsonLines:
         said = {"said": "\n".join(self._said)} if self._said and event.kind != "step" else {}
         if event.kind == "step":
             now = self.clock()
-            if now - self._last < self.every_s and int(event.facts["step"]) != self.steps:
+            if now - self._last < self.every_s and int(event.facts["step"]) != self._lines.meter.steps:
                 return
             self._last = now
         self.write(json_line({"event": event.kind, **{k: v for k, v in event.facts.items() if k != "event"}, **said}))

@@ -94,16 +94,16 @@ class LiveView:
 
     def _facts_line(self) -> str:
         facts = [fact for fact in self._facts() if not fact.startswith("ETA")]
-        return f"step {self.meter.step}/{self.steps}  " + "  ".join(facts)
+        return f"step {self.meter.step}/{self.meter.steps}  " + "  ".join(facts)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
         meter = self.meter
-        head = f"{self._phase} {meter.step}/{self.steps} {meter.step / max(self.steps, 1):.0%} "
+        head = f"{self._phase} {meter.step}/{self.meter.steps} {meter.step / max(self.meter.steps, 1):.0%} "
         row = Table.grid(expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
-        row.add_row(Text(head), ProgressBar(max(self.steps, 1), meter.step))
+        row.add_row(Text(head), ProgressBar(max(self.meter.steps, 1), meter.step))
         yield row
         facts = self._facts()
         if width >= NARROW:

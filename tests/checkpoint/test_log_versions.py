@@ -86,7 +86,7 @@ def test_states_without_such_records_stay_as_older_versions_read_them() -> None:
     [
         ({"v": 2, "kind": "later"}, OtherVersion, "has version 2, this hotstage reads version 1"),
         ({"v": 1, "kind": "later"}, Damaged, "unknown kind 'later'"),
-        ({"v": 9}, OtherVersion, "has version 9, this hotstage reads versions 1 to 2"),
+        ({"v": 9}, OtherVersion, "has version 9, this hotstage reads versions 1 to 3"),
         ({"v": 0}, Damaged, "'v' is 0"),
         ({"v": 2, "kind": None}, OtherVersion, "version 2"),
         ({"body": {"numerics": 2}}, Damaged, "version 1, with what only version 2 has"),

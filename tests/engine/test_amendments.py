@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoint.amendments import Amendments
+from checkpoint.amendments import NONE, Amendments
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.engine.engine_build import engine
@@ -31,7 +31,7 @@ AMENDED = Amendments(steps=7, skip=((2, 2), (5, 6)), rate=((3, 0.5), (6, 0.125))
 
 
 def trained(
-    folder: Path, amended: Amendments = Amendments(), tokens: Any = TOKENS, schedule: str = "constant", **parallel: Any
+    folder: Path, amended: Amendments = NONE, tokens: Any = TOKENS, schedule: str = "constant", **parallel: Any
 ) -> Gang:
     dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
     plan = small_plan(

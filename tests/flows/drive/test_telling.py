@@ -55,7 +55,7 @@ def test_steps_whose_lines_come_after_the_next_attempt_has_begun_are_lost_all_th
 
     teller.steps(state, map(line, range(1, 11)))
     state = log.append("attempt", attempt_body(step=8), state)
-    teller.began(state, StartAttempt(Restore(2, 8), (), "recover"), None)
+    teller.began(state, StartAttempt(Restore(2, 8), (), "recover"), None, steps=20)
     assert teller.outcome(state, "stopped").lost_steps == 2
     teller.steps(state, [line(11), line(12)])
     assert teller.outcome(state, "stopped").lost_steps == 4
