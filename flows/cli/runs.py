@@ -48,7 +48,7 @@ _AMENDS: tuple[Callable[..., Any], ...] = (
     click.option(
         "--rollback-to", type=click.IntRange(min=0), metavar="STEP", help="Go on from this older checkpoint (0: start)."
     ),
-    click.option("--lr-scale", type=Number(min=0), metavar="FACTOR", help="Of the schedule's rate, above 0 and at most 1."),
+    click.option("--lr-scale", type=Number(min=0), metavar="FACTOR", help="Of the scheduled rate, above 0, at most 1."),
     click.option(
         "--from-step",
         type=click.IntRange(min=1),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from checkpoint.amendments import Amendments
 from checkpoint.collect.pins import pin
 from checkpoint.log import RunLog
 from checkpoint.read import refuse_newer
@@ -14,7 +16,7 @@ from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
-from trainer.spec import ModelSpec, parse_spec, run_id, what_digest
+from trainer.spec import ModelSpec, RunSpec, parse_spec, run_id, what_digest
 
 
 def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
@@ -36,7 +38,8 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     refuse_newer(store, parent, found)
     what = load_what(store, parent)
     digest = what["data"]["digest"]
-    tree = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", state.asked_how or {})
+    whole = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", state.asked_how or {})
+    tree = {**whole, "train": _amended_end(whole["train"], state.amendments)}
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)
@@ -70,8 +73,31 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
         "step": found.step,
         "state_digest": found.state_digest,
     }
+    if kept := _kept(state.amendments, resolved, parse_spec(whole), same_data=dataset.digest == digest):
+        body["amendments"] = kept.to_map()
     child.transact(lambda s: None if s.n else ("intervention", body))
     return forked
+
+
+def _amended_end(train: Mapping[str, Any], amended: Amendments) -> dict[str, Any]:
+    """A parent that was ordered to another end has a child with that end, on the curve that the parent had."""
+    schedule = train["schedule"]
+    if amended.steps and schedule["kind"] == "cosine" and not schedule["decay"]:
+        schedule = {**schedule, "decay": train["steps"]}
+    return {**train, "steps": amended.total(train["steps"]), "schedule": schedule}
+
+
+def _kept(amended: Amendments, child: RunSpec, parent: RunSpec, *, same_data: bool) -> Amendments:
+    """What of a parent's amendments holds for its child: skips where the batches are the same, rates where the schedule
+    is.
+    """
+    ours, theirs = child.train, parent.train
+    order = ("shuffled", "block", "window", "packing")
+    same_order = all(getattr(child.data, key) == getattr(parent.data, key) for key in order)
+    same_batches = (ours.seed, ours.batch, ours.sequence) == (theirs.seed, theirs.batch, theirs.sequence)
+    same_rate = (ours.optimizer.lr, ours.optimizer.min_lr) == (theirs.optimizer.lr, theirs.optimizer.min_lr)
+    skip = amended.skip if same_data and same_order and same_batches else ()
+    return Amendments(0, skip, amended.rate if same_rate and ours.schedule.kind == theirs.schedule.kind else ())
 
 
 def _check_tensors(child: ModelSpec, parent: ModelSpec) -> None:
