@@ -106,7 +106,8 @@ FAILURES: Mapping[Failure, Consequence] = {
         False,
         False,
         87,
-        "lower the rate from an earlier checkpoint: `hotstage runs fork RUN --step N --set train.optimizer.lr=…`",
+        "go back to an earlier checkpoint with a lower rate, `hotstage runs resume RUN --rollback-to N --lr-scale 0.5`,"
+        " or past what it reads there (--skip FIRST-LAST)",
     ),
     Failure.DATA: Consequence(
         Again.NEVER,

@@ -18,7 +18,10 @@ Device = Literal["auto", "cpu", "cuda"]
 
 RETIRED = {"recovery": ("max_rollbacks",)}
 """Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
-LATER = {"checkpoint": ("keep", "snapshot_every", "persist_every"), "recovery": ("replay_every",)}
+LATER = {
+    "checkpoint": ("keep", "snapshot_every", "persist_every"),
+    "recovery": ("replay_every", "on_divergence", "max_skips"),
+}
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
 it has the bytes that an older version gives it, and can be read by one (``spec.how_map``).
 """

@@ -114,9 +114,9 @@ def _check_skip(amended: Amendments, first: int, last: int, start: StartPoint, t
         )
     there = next(((a, b) for a, b in amended.skip if a <= last and first <= b), None)
     if there is not None:
-        raise SpecError(
-            f"{name}: batches {_span(max(first, there[0]), min(last, there[1]))} are skipped already; leave them out"
-        )
+        both = max(first, there[0]), min(last, there[1])
+        verb = "are" if both[0] < both[1] else "is"
+        raise SpecError(f"{name}: {_batches([both])} {verb} skipped already; leave that out")
     read = amended.batch(start.step)
     if first <= read:
         back = line.before(amended, first)
@@ -180,12 +180,12 @@ def amended_words(before: Amendments, after: Amendments, start: StartPoint | Non
     """What an order changes, for people. ``steps``: the spec's.
 
     >>> amended_words(NONE, Amendments(200, ((3, 5),), ((101, 0.5),)), StartPoint(7, 100))
-    'goes on from step 100, batches 3-5 are skipped, rate x 0.5 from step 101, ends at step 200'
+    'goes on from step 100, skips batches 3-5, rate x 0.5 from step 101, ends at step 200'
     """
     found = [] if start is None else [f"goes on from step {start.step}"]
     new = [r for r in after.skip if r not in before.skip]
     if new:
-        found.append(f"batches {', '.join(_span(*r) for r in _apart(new, before))} are skipped")
+        found.append(f"skips {_batches(_apart(new, before))}")
     found += [f"rate x {factor:g} from step {step}" for step, factor in after.rate if (step, factor) not in before.rate]
     gone = [step for step, _ in before.rate if all(step != s for s, _ in after.rate)]
     if gone and len(after.rate) < len(before.rate):
@@ -210,5 +210,11 @@ def _apart(ranges: Iterable[tuple[int, int]], before: Amendments) -> list[tuple[
     return out
 
 
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
+def _batches(ranges: Sequence[tuple[int, int]]) -> str:
+    """For people.
+
+    >>> _batches([(2, 2)]), _batches([(2, 2), (5, 7)])
+    ('batch 2', 'batches 2, 5-7')
+    """
+    told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return f"batch {told}" if told.isdecimal() else f"batches {told}"

@@ -342,7 +342,8 @@ def _skipped(log: LogView, cause: Cause, policy: Policy) -> Decision | None:
         return None
     skipping = amended.skipping(amended.batch(restore.step + 1), amended.batch(step))
     if tried >= policy.max_skips or len(skipping.skip) > ATTEMPT_SKIPS_MAX:
-        why = f"{cause.said()}; batches were skipped {tried} times (recovery.max_skips), which did not help"
+        often = "once" if tried == 1 else f"{tried} times"
+        why = f"{cause.said()}; to skip batches, {often} (recovery.max_skips), did not help"
         return End("gave_up", why, cause)
     return SkipBatches((restore.checkpoint, restore.step), skipping, cause)
 

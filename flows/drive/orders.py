@@ -144,7 +144,7 @@ def followed(store: Store, state: RunState, prepared: Prepared, say: Callable[..
     if is_superseded(state):  # it is told also where this driver's layout stays
         for order in describe(state):
             if order["record"] > state.attempts[-1].order and order["amends"]:
-                text = f"{order['by']} ({order['via']}), log record {order['record']}: {order['amends']}"
+                text = f"{order['by']} ({order['via']}), log record {order['record']}: {order['text']}"
                 say("order", text, key=("order", order["record"]))
     if how is None or how == before:
         return prepared

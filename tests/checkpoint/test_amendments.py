@@ -47,8 +47,9 @@ def test_the_newest_word_on_the_rate_rules_from_its_step_on() -> None:
 
 @pytest.mark.parametrize("value", [
     {"steps": 0}, {"steps": MOST + 1}, {"steps": "4"}, {"steps": True},
-    {"skip": [[0, 1]]}, {"skip": [[3, 2]]}, {"skip": [[1, MOST + 1]]}, {"skip": [[1]]}, {"skip": [7]}, {"skip": [[1, 2.0]]},
-    {"skip": [[1, 3], [3, 4]]}, {"skip": [[5, 6], [1, 2]]}, {"skip": [[True, 2]]}, {"skip": [[i, i] for i in range(1, 600, 2)]},
+    {"skip": [[0, 1]]}, {"skip": [[3, 2]]}, {"skip": [[1, MOST + 1]]}, {"skip": [[1]]}, {"skip": [7]},
+    {"skip": [[1, 2.0]]}, {"skip": [[1, 3], [3, 4]]}, {"skip": [[5, 6], [1, 2]]}, {"skip": [[True, 2]]},
+    {"skip": [[i, i] for i in range(1, 600, 2)]},
     {"rate": [[0, 0.5]]}, {"rate": [[1, 0.0]]}, {"rate": [[1, 1.5]]}, {"rate": [[1, float("nan")]]}, {"rate": [[1, 1]]},
     {"rate": [[2, 0.5], [2, 0.25]]}, {"rate": [[i, 0.5] for i in range(1, 66)]}, {"other": 1}, [1], "x",
 ])  # fmt: skip

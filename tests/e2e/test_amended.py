@@ -1,0 +1,137 @@
+"""Orders on a run's numbers, through the real command: the same orders are the same bits, whatever else happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.log import RunLog, RunState
+from checkpoint.store import open_store
+from tests.support.place import SPEC, STEPS, Place
+from tests.support.place import finish as ended
+from tests.support.undisturbed import undisturbed_run
+from tests.support.wait import wait_for
+
+AMENDS = ("--rollback-to", "8", "--skip", "11-14", "--skip", "30-31", "--lr-scale", "0.5", "--from-step", "13")
+LAST, BATCH = 52, 8
+ORDER = (*AMENDS, "--steps", str(LAST))
+QUIET = ("--no-prefect", "--json")
+
+
+def log_of(at: Place, run: str) -> RunState:
+    return RunLog(open_store((at.folder / "store").as_uri()), run).fold()
+
+
+def rank_pids(at: Place) -> list[int]:
+    return [pid for pid, line in at.left().items() if "hotstage-engine rank" in line]
+
+
+def hold(at: Place, run: str, step: int, epoch: int) -> list[int]:
+    """The gang is stopped once a checkpoint of this step, of this attempt (or later ones), is committed."""
+
+    def reached() -> bool:
+        return any(c.step >= step and c.epoch >= epoch for c in log_of(at, run).checkpoints)
+
+    wait_for(reached, f"a checkpoint of step {step}", 60)
+    pids = rank_pids(at)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
+@pytest.fixture
+def calm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same orders to the undisturbed run, after its end, on one stage: what they give without a fault."""
+    folder, run, _ = undisturbed_run(tmp_path_factory, SPEC)
+    at = Place(tmp_path / "calm", SPEC)
+    shutil.copytree(folder / "store", at.folder / "store")
+    try:
+        told = at.call("runs", "resume", run, *ORDER, *QUIET)
+    finally:
+        at.stop_all()
+    assert told.code == 0, told.err
+    state = log_of(at, run)
+    assert state.attempts[-1].step == 8
+    newest = state.at_step()
+    assert newest is not None
+    # 6 batches of those that it has passed were skipped
+    assert (newest.step, newest.data_position) == (LAST, (LAST + 6) * BATCH)
+    return {"run": run, "lines": told.told, **told.json()}
+
+
+def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
+    place: Place, calm: dict[str, Any], undisturbed: tuple[str, str]
+) -> None:
+    """Given while the gang trains on two stages; a rank is killed after that; then a third layout is ordered."""
+    run, digest = undisturbed
+    assert (calm["run"], calm["step"]) == (run, LAST)
+    assert calm["state_digest"] != digest
+    assert "goes on from step 8, skips batches 11-14, 30-31, rate x 0.5 from step 13, ends at step 52" in calm["lines"]
+    driver = place.start_train()
+    hold(place, run, 8, 1)
+    said = place.run("runs", "order", run, *ORDER)
+    assert "skips batches 11-14, 30-31" in said
+    order = log_of(place, run).orders[-1].n
+    first, *rest = hold(place, run, 20, order)
+    os.kill(first, signal.SIGKILL)
+    for pid in rest:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: len(log_of(place, run).attempts) == 3, "the attempt after the kill", 60)
+    hold(place, run, 28, log_of(place, run).epoch)
+    other = place.start("runs", "resume", run, "--set", "parallel.stages=4", *QUIET)
+    for process in (other, driver):
+        done = ended(process)
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["state_digest"] == calm["state_digest"]
+    state = log_of(place, run)
+    assert [a.ranks for a in state.attempts if a.n > order] == [2, 2, 4]
+    assert {a.amendments for a in state.attempts if a.n > order} == {state.orders[0].amendments}
+    shown = place.run("runs", "show", run)
+    assert f"order {order:>5}  by " in shown
+    assert f"succeeded, step {LAST} of {LAST} saved" in shown
+    # said once more it is refused, and nothing is written
+    again = place.call("runs", "order", run, "--skip", "11-14")
+    assert again.code == 78
+    assert "batches 11-14 are skipped already" in again.err
+    assert log_of(place, run).n == state.n
+
+
+DIVERGES = (
+    SPEC.replace(f"steps = {STEPS}", "steps = 24")
+    .replace("seed = 3\n", "seed = 3\noptimizer = {lr = 10.0, weight_decay = 10.0, min_lr = 10.0}\n")
+    .replace("stages = 2", "stages = 1")
+    .replace("[recovery]\n", '[recovery]\non_divergence = "skip"\nmax_skips = 1\n')
+)
+"""Weights are multiplied by -99 in each step, whatever is read."""
+
+
+def test_divergence_is_skipped_so_often_and_an_order_of_a_lower_rate_gets_the_run_on(tmp_path: Path) -> None:
+    at = Place(tmp_path / "p", DIVERGES)
+    try:
+        done = at.call("train", "spec.toml", *QUIET)
+        assert done.code == 87, done.err
+        (run,) = [path.name for path in (at.folder / "store" / "runs").iterdir()]
+        state = log_of(at, run)
+        assert state.ended is not None
+        assert "to skip batches, once (recovery.max_skips), did not help" in state.ended.reason
+        (own,) = state.orders
+        assert own.body["own"]
+        assert own.start is not None
+        failed = [int(a.body["cause"]["words"]["step"]) for a in state.attempts if a.body["cause"]]
+        assert len(set(failed)) == 1  # the same step each time, whatever was read
+        assert own.amendments.skip == ((own.start.step + 1, failed[0]),)
+        assert [a.step for a in state.attempts] == [0, *[own.start.step] * 3]
+        assert "because rank 0 exited with 87" in at.run("runs", "show", run)
+        told = at.call("runs", "resume", run, "--rollback-to", "0", "--lr-scale", "0.0001", *QUIET)
+        assert told.code == 0, told.err
+        assert told.json()["step"] == 24
+        newest = log_of(at, run).amendments
+        assert (newest.skip, newest.rate) == (own.amendments.skip, ((1, 0.0001),))
+    finally:
+        at.stop_all()
