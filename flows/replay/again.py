@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from checkpoint.amendments import Amendments
 from checkpoint.errors import NotFound
 from checkpoint.keys import algorithms_key
 from checkpoint.log import CheckpointInfo, RunLog, RunState, ended_body
@@ -109,12 +110,13 @@ def compute(
     last: int,
     folder: Path,
     *,
+    amendments: Amendments,
     stop: threading.Event,
     engine: Path | None = None,
     stepped: Callable[[int], None] = lambda _: None,
 ) -> Computed:
-    """All steps after ``restore`` up to ``last``. ``stepped`` hears how far it has come. ``engine``: another binary
-    than this installation's.
+    """All steps after ``restore`` up to ``last``, by these amendments. ``stepped`` hears how far it has come.
+    ``engine``: another binary than this installation's.
 
     Raises Stopped, GangFailed, LaunchError, PlanError, StoreError.
     """
@@ -126,7 +128,9 @@ def compute(
     log, launch_id = RunLog(own, run, writer="replay"), f"{run}-l1"
     how = how_map(mine.spec)
     how["launch"]["stop_after"] = last
-    body = attempt_body(mine, launch_id, restore.to_map(), reason="computed again", cause=None) | {"how": how}
+    body = attempt_body(
+        mine, launch_id, restore.to_map(), amendments=amendments, reason="computed again", cause=None
+    ) | {"how": how}
     state = log.append("attempt", body, log.fold())
     launcher = LocalLauncher(folder / "out", with_parent=True, engine=engine)
     launch = Launch(

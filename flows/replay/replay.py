@@ -114,8 +114,12 @@ def replay_run(
     assert computed is not None
     _check_numerics(run, attempts, first, last)
     prepared = _prepare(store, run, computed, sets)
-    if last > prepared.spec.train.steps:
-        raise SpecError(f"{run} has {prepared.spec.train.steps} steps; --to {last} is beyond them")
+    newest = computed_by(attempts, last)
+    assert newest is not None
+    # what an order amended lies behind where it began: so what was trained last by holds for all steps up to there
+    amended = newest.amendments
+    if last > (total := amended.total(prepared.spec.train.steps)):
+        raise SpecError(f"{run} has {total} steps; --to {last} is beyond them")
     report = Replayed(
         run=run,
         first=first,
@@ -128,13 +132,33 @@ def replay_run(
     )
     with _pinned(store, point), scratch(out) as folder:
         told = _Progress(tell, first, last)
-        one = compute(store, prepared, point.restore, last, folder / "1", stop=stop, engine=engine, stepped=told)
+        one = compute(
+            store,
+            prepared,
+            point.restore,
+            last,
+            folder / "1",
+            amendments=amended,
+            stop=stop,
+            engine=engine,
+            stepped=told,
+        )
         found = first_difference(recorded, one.lines, last, report.digest, one.info.state_digest)
         if found is None:
             return report
         tell(f"step {found.step}: the {found.what} differs; it is computed a second time")
         told = _Progress(tell, first, found.step)
-        two = compute(store, prepared, point.restore, found.step, folder / "2", stop=stop, engine=engine, stepped=told)
+        two = compute(
+            store,
+            prepared,
+            point.restore,
+            found.step,
+            folder / "2",
+            amendments=amended,
+            stop=stop,
+            engine=engine,
+            stepped=told,
+        )
         ends = found.step == last
         again = first_difference(
             _upto(recorded, found.step), two.lines, found.step, report.digest if ends else None, two.info.state_digest

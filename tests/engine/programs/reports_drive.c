@@ -79,11 +79,8 @@ int main(int argc, char **argv) {
     const hs_plan_config config = {.lr = 1.0, .beta1 = 0.9, .beta2 = 0.95, .clip = 1.0};
     bool owed = false;
     const hs_amendments none = {0};
-    const hs_step_policy policy = {.config = &config,
-                                   .amendments = &none,
-                                   .tensors = tensors,
-                                   .last_step = 9,
-                                   .owed = &owed};
+    const hs_step_policy policy = {
+        .config = &config, .amendments = &none, .tensors = tensors, .last_step = 9, .owed = &owed};
     for (uint32_t r = 0; r < replicas; r++) {
         hs_step_report total;
         hs_step_control control;
