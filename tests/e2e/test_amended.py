@@ -128,7 +128,7 @@ def test_divergence_is_skipped_so_often_and_an_order_of_a_lower_rate_gets_the_ru
         failed = [int(a.body["cause"]["words"]["step"]) for a in state.attempts if a.body["cause"]]
         assert len(set(failed)) == 1  # the same step each time, whatever was read
         assert own.amendments.skip == ((own.start.step + 1, failed[0]),)
-        assert [a.step for a in state.attempts] == [0, *[own.start.step] * 3]
+        assert [a.step for a in state.attempts if a.n > own.n] == [own.start.step] * 2
         assert "because rank 0 exited with 87" in at.run("runs", "show", run)
         told = at.call("runs", "resume", run, "--rollback-to", "0", "--lr-scale", "0.0001", *QUIET)
         assert told.code == 0, told.err

@@ -15,8 +15,12 @@ int main(int argc, char **argv) {
                                    .checkpoint_every = atoi(argv[1]),
                                    .persist_every = atoi(argv[2])};
     bool owed = false;
-    const hs_step_policy policy = {
-        .config = &config, .last_step = atoi(argv[3]), .slots = true, .owed = &owed};
+    const hs_amendments none = {0};
+    const hs_step_policy policy = {.config = &config,
+                                   .amendments = &none,
+                                   .last_step = atoi(argv[3]),
+                                   .slots = true,
+                                   .owed = &owed};
     for (int64_t step = 1; argv[4][step - 1]; step++) {
         const char word = argv[4][step - 1];
         const hs_step_report report = {.step = step, .free_slot = word == '1', .stop = word == 's'};
