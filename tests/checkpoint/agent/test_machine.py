@@ -102,7 +102,7 @@ def test_the_machine_and_what_it_is_made_of_are_pure() -> None:
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for module in found:
-                ours = module.startswith(("checkpoint.log", "checkpoint.claims", "trainer"))
+                ours = module.startswith(("checkpoint.log", "checkpoint.claims", "checkpoint.amendments", "trainer"))
                 ours |= module == "checkpoint.agent" or module.removeprefix("checkpoint.agent.") in inside
                 assert ours or module.split(".")[0] in allowed, f"{name}.py imports {module}"
 
