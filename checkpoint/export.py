@@ -1,7 +1,9 @@
 """From a checkpoint to files that other libraries open: safetensors with whatever texts belong beside them.
 
-The caller says which tensors, under which names and in which shapes (a model family's mapping, trainer/models); this
-module streams them, a few megabytes at a time, so that memory does not grow with the model.
+The caller says which tensors, under which names and in which shapes (a model family's mapping, trainer/models), and
+where to (``export_to.py``: a folder, a bucket); this module streams them, a few megabytes at a time, so that memory
+does not grow with the model. What is larger than a shard is cut into several files between tensors, with the index that
+transformers reads: ``model-00001-of-00003.safetensors`` and so on, ``model.safetensors.index.json``.
 
 safetensors: u64le length of the header, the header (JSON: name -> dtype, shape, data_offsets; padded with spaces to a
 multiple of 8), then the tensors' little-endian bytes in the header's order without gaps.
@@ -14,27 +16,25 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from checkpoint.errors import StoreRefused, StoreUnavailable
+from checkpoint.export_to import Buffer, Target
 from checkpoint.manifest import PARAM, Manifest
 from checkpoint.read import StateReader
 from checkpoint.store.base import Store
-from trainer.wire.files import kept
 
 DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+SHARD_BYTES = 5_000_000_000
+"""What one file holds at most, as transformers cuts them; a tensor that is larger has a file of its own."""
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 
 
 class Read(Protocol):
     """Reads verified float32 master weights: ``elements`` of tensor ``name`` from ``first`` on (all that follow)."""
 
     def __call__(self, name: str, first: int = 0, elements: int | None = None) -> bytearray: ...
-
-
-Buffer = bytes | bytearray | memoryview
-"""What a tensor's function yields: contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +87,38 @@ def safetensors_header(tensors: Sequence[ExportTensor], metadata: Mapping[str, s
     return struct.pack("<Q", len(text)) + text
 
 
+def shards(tensors: Sequence[ExportTensor], limit: int = SHARD_BYTES) -> list[tuple[str, list[ExportTensor]]]:
+    """The files that the tensors go into, in order: names, and what each holds."""
+    held: list[list[ExportTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not held or tensor.bytes > room:
+            held.append([])
+            room = limit
+        held[-1].append(tensor)
+        room -= tensor.bytes
+    if len(held) <= 1:
+        return [(WEIGHTS, list(tensors))]
+    stem, dot, kind = WEIGHTS.partition(".")
+    return [(f"{stem}-{n:05d}-of-{len(held):05d}{dot}{kind}", some) for n, some in enumerate(held, 1)]
+
+
 def export_safetensors(
     store: Store,
     manifest: Manifest,
     tensors: Sequence[ExportTensor],
-    folder: Path,
+    target: Target,
     *,
     texts: Mapping[str, str | bytes],
     metadata: Mapping[str, str] | None = None,
-    name: str = "model.safetensors",
-) -> Path:
-    """Write ``folder/name`` and the ``texts`` beside it (``{"config.json": ..., "tokenizer.json": ...}``); its path.
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Write the ``texts`` (``{"config.json": ..., "tokenizer.json": ...}``) and the weights beside them; where the
+    weights begin (of several files: their index).
 
-    Files appear whole or not at all, the weights last. Damaged where the checkpoint's bytes are not what was saved,
-    StoreUnavailable where the disk is full, StoreRefused where the folder cannot be written.
+    Files appear whole or not at all, the weights after the texts, their index last. Damaged where the checkpoint's
+    bytes are not what was saved, StoreUnavailable where the disk is full, StoreRefused where the target cannot be
+    written or holds another model's weights.
     """
     reader = StateReader(store, manifest)
 
@@ -108,38 +126,38 @@ def export_safetensors(
         rest = manifest.tensor(name).elements - first
         return reader.read(name, PARAM, first, rest if elements is None else min(elements, rest))
 
+    files = shards(tensors, shard_bytes)
+    state = manifest.state_digest.hex()
     said = {"format": "pt", "hotstage_run": manifest.run, "hotstage_step": str(manifest.step),
-            "hotstage_state_digest": manifest.state_digest.hex(), **(metadata or {})}  # fmt: skip
-
-    def weights() -> Iterator[Buffer]:
-        yield safetensors_header(tensors, said)
-        for tensor in tensors:
-            count = 0
-            for piece in tensor.data(read):
-                count += memoryview(piece).nbytes
-                yield piece
-            if count != tensor.bytes:
-                raise ValueError(
-                    f"tensor {tensor.name!r} came with {count} bytes, its shape and dtype need {tensor.bytes}"
-                )
-
+            "hotstage_state_digest": state, **(metadata or {})}  # fmt: skip
+    index = {
+        "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
+        "weight_map": {tensor.name: file for file, some in files for tensor in some},
+    }
+    names = [file for file, _ in files] + ([INDEX] if len(files) > 1 else [])
+    target.begin([*texts, *names], WEIGHTS.partition(".")[0])
     for file, text in texts.items():
         if "/" in file or file.startswith("."):
             raise ValueError(f"file name {file!r} does not stand in the folder itself")
-        write_pieces(folder / file, [text.encode() if isinstance(text, str) else text])
-    return write_pieces(folder / name, weights())
+        data = text.encode() if isinstance(text, str) else text
+        target.write(file, [data], len(data), state)
+    where = ""
+    for file, some in files:
+        header = safetensors_header(some, said)
+        size = len(header) + sum(tensor.bytes for tensor in some)
+        where = target.write(file, _pieces(header, some, read), size, state)
+    if len(files) > 1:
+        data = (json.dumps(index, indent=2) + "\n").encode()
+        where = target.write(INDEX, [data], len(data), state)
+    return where
 
 
-def write_pieces(path: Path, pieces: Iterable[Buffer]) -> Path:
-    """Write the pieces to a temporary file, fsync it, move it to its name; nothing stays where it fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with kept(path, durable=True) as file:
-            for piece in pieces:
-                file.write(piece)
-    except OSError as error:
-        text = f"writing {path}: {error.strerror or error}; nothing was left half written"
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
-            raise StoreRefused(f"{text}: choose a folder that can be written with -o") from error
-        raise StoreUnavailable(f"{text}: free space, or choose another folder with -o") from error
-    return path
+def _pieces(header: bytes, tensors: Sequence[ExportTensor], read: Read) -> Iterator[Buffer]:
+    yield header
+    for tensor in tensors:
+        count = 0
+        for piece in tensor.data(read):
+            count += memoryview(piece).nbytes
+            yield piece
+        if count != tensor.bytes:
+            raise ValueError(f"tensor {tensor.name!r} came with {count} bytes, its shape and dtype need {tensor.bytes}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from checkpoint.export_to import Folder
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import interpreter_note
@@ -250,7 +251,7 @@ def _report(
     say: Callable[[str], None],
 ) -> DemoResult:
     """Weights, a sample, ``report.html`` and ``result.json``."""
-    weights = export_hf(store, prepared.run, None, out / "model")
+    weights = Path(export_hf(store, prepared.run, None, Folder(out / "model")))
     sample = generate(store, prepared.run, PROMPT, tokens=160, temperature=0.7)
     say(f"   {weights} opens in transformers")
     say("   a sample:")

@@ -277,6 +277,18 @@ class S3Store:
         check_key(key)
         return None
 
+    # --- beyond the seam ----------------------------------------------------------------------------------
+
+    @property
+    def encryption(self) -> dict[str, str]:
+        """How each object shall be encrypted, as arguments of the request that creates it."""
+        return dict(self._encrypt)
+
+    def request(self, operation: str, what: str, key: str, **arguments: Any) -> dict[str, Any]:
+        """An operation on an object that the seam has not (``s3_parts.py``): its answer, or one of our errors."""
+        check_key(key)
+        return self._retry.run(what, lambda: self._ask(operation, what, key, Key=self._root + key, **arguments))
+
     # --- inside -------------------------------------------------------------------------------------------
 
     def _ask(self, operation: str, what: str, key: str, **arguments: Any) -> dict[str, Any]:

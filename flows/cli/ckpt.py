@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from flows.cli.collect import collect_garbage, pin_checkpoint, unpin_checkpoint
 from flows.cli.main import Number, json_option, say, show, store_option
 
+SHARD_GB = 5.0  # as transformers cuts
 step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
 
 
@@ -182,21 +181,31 @@ def diff(a: str, b: str, store: str | None, as_json: bool) -> int:
 
 @ckpt.command()
 @click.argument("run")
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder to write into.")
+@click.option("-o", "--output", required=True, metavar="WHERE", help="Folder to write into, or s3://bucket/prefix.")
+@click.option(
+    "--shard-gb",
+    type=Number(min=0.001),
+    default=SHARD_GB,
+    show_default=True,
+    help="Weights of more are cut into several files.",
+)
 @step_option
 @store_option
-def export(run: str, output: str, step: int | None, store: str | None) -> int:
+def export(run: str, output: str, shard_gb: float, step: int | None, store: str | None) -> int:
     """Write Hugging Face files of RUN's checkpoint.
 
-    model.safetensors, config.json and tokenizer.json: what transformers opens.
+    \b
+    model.safetensors (above --shard-gb several files and their index), config.json, generation_config.json and
+    tokenizer.json: what transformers opens. Memory does not grow with the model.
     """
+    from checkpoint.export_to import target
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.export import export_hf
 
     opened = store_at(store)
-    path = export_hf(opened, find_run(opened, run), step, Path(output))
-    say(f"written: {path} (with config.json, generation_config.json and tokenizer.json beside it)")
+    where = export_hf(opened, find_run(opened, run), step, target(output), round(shard_gb * 1e9))
+    say(f"written: {where} (with config.json, generation_config.json and tokenizer.json beside it)")
     return 0
 
 

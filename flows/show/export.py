@@ -14,7 +14,9 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint.export import Buffer, ExportTensor, Read, export_safetensors, write_pieces
+from checkpoint.collect.pins import pinned
+from checkpoint.export import SHARD_BYTES, ExportTensor, Read, export_safetensors
+from checkpoint.export_to import Buffer, Target, write_pieces
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
@@ -31,6 +33,8 @@ from trainer.spec import RunSpec
 
 _ALIGN = 64
 _PIECE = 1 << 20
+TILE_BYTES = 256 << 20
+"""Of a matrix that is turned over at most so much is in memory; a larger one is read once for each such part of it."""
 
 
 def usable_at(store: Store, run: str, step: int | None) -> CheckpointInfo:
@@ -50,7 +54,7 @@ def checkpoint_at(store: Store, run: str, step: int | None) -> tuple[CheckpointI
     return info, load_manifest(store, run, info)
 
 
-def _hf_data(entry: HfTensor, columns: int) -> Callable[[Read], Iterable[Buffer]]:
+def _hf_data(entry: HfTensor, columns: int, tile_bytes: int = TILE_BYTES) -> Callable[[Read], Iterable[Buffer]]:
     """The function that gives an HF tensor's bytes from ours: rows of it, transposed where HF has [in, out]."""
     elements = entry.rows * columns
 
@@ -59,9 +63,16 @@ def _hf_data(entry: HfTensor, columns: int) -> Callable[[Read], Iterable[Buffer]
             yield read(entry.tensor, entry.first * columns + first, min(_PIECE, elements - first))
 
     def turned(read: Read) -> Iterator[Buffer]:
-        data = read(entry.tensor, entry.first * columns, elements)
-        matrix = np.frombuffer(data, dtype="<f4").reshape(entry.rows, columns)
-        yield np.ascontiguousarray(matrix.T).data.cast("B")
+        wide = max(1, min(columns, tile_bytes // (4 * entry.rows)))
+        high = max(1, _PIECE // columns)
+        for left in range(0, columns, wide):
+            tile = np.empty((min(wide, columns - left), entry.rows), dtype="<f4")
+            for top in range(0, entry.rows, high):
+                rows = min(high, entry.rows - top)
+                data = read(entry.tensor, (entry.first + top) * columns, rows * columns)
+                part = np.frombuffer(data, dtype="<f4").reshape(rows, columns)
+                tile[:, top : top + rows] = part[:, left : left + len(tile)].T
+            yield tile.data.cast("B")
 
     return turned if entry.transpose else straight
 
@@ -76,10 +87,13 @@ def export_tensors(spec: RunSpec, manifest: Manifest) -> list[ExportTensor]:
     return out
 
 
-def export_hf(store: Store, run: str, step: int | None, folder: Path) -> Path:
-    """Write model.safetensors, the configs and the tokenizer of a checkpoint; the weights' path."""
+def export_hf(store: Store, run: str, step: int | None, target: Target, shard_bytes: int = SHARD_BYTES) -> str:
+    """Write the weights, the configs and the tokenizer of a checkpoint; where the weights begin.
+
+    The checkpoint is pinned meanwhile.
+    """
     prepared = load_run(store, run)
-    _, manifest = checkpoint_at(store, run, step)
+    info, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
     end = prepared.dataset.eot
     # without these other programs take their own defaults, and those are ordinary tokens of this vocabulary
@@ -90,7 +104,9 @@ def export_hf(store: Store, run: str, step: int | None, folder: Path) -> Path:
         "tokenizer.json": tokenizer_json(store, prepared.dataset),
         "tokenizer_config.json": _json(_tokenizer_config(store, prepared.dataset, prepared.spec.model.context)),
     }
-    return export_safetensors(store, manifest, export_tensors(prepared.spec, manifest), folder, texts=texts)
+    tensors = export_tensors(prepared.spec, manifest)
+    with pinned(store, run, info, "export"):
+        return export_safetensors(store, manifest, tensors, target, texts=texts, shard_bytes=shard_bytes)
 
 
 def _tokenizer_config(store: Store, dataset: DatasetRef, context: int) -> dict[str, object]:

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.exceptions
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -16,12 +17,16 @@ from safetensors import safe_open
 from checkpoint import keys
 from checkpoint.chunks import Chunk, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.errors import Damaged, StoreRefused, StoreUnavailable
-from checkpoint.export import Buffer, ExportTensor, Read, export_safetensors, safetensors_header, whole
+from checkpoint.export import ExportTensor, Read, export_safetensors, safetensors_header, shards, whole
+from checkpoint.export_to import Bucket, Buffer, Folder, target
 from checkpoint.log import RunLog
 from checkpoint.manifest import Manifest, PartManifest, merge
-from checkpoint.store import Store
+from checkpoint.store import Store, open_store
 from checkpoint.store.file import FileStore
+from checkpoint.store.s3 import S3Store
+from checkpoint.store.s3_parts import create_in_parts
 from tests.checkpoint.samples import TENSORS, WHAT, attempt_body, save, state_bytes
+from tests.support.s3_server import BUCKET, S3Server
 
 RUN = "demo-0a1b2c"
 
@@ -56,13 +61,15 @@ def test_the_file_opens_in_the_safetensors_library(saved: tuple[Store, Manifest]
     state = state_bytes(3)
     tensors = [ExportTensor(f"t.{t.name}", t.shape, whole(t.name, 100_000)) for t in TENSORS]
     tensors += [transposed("h.0.weight", 600, 1000), halves("ln.weight", (8, 8))]
-    path = export_safetensors(
-        store,
-        manifest,
-        tensors,
-        tmp_path / "out",
-        texts={"config.json": "{}", "tokenizer.json": b"[]"},
-        metadata={"k": "v"},
+    path = Path(
+        export_safetensors(
+            store,
+            manifest,
+            tensors,
+            Folder(tmp_path / "out"),
+            texts={"config.json": "{}", "tokenizer.json": b"[]"},
+            metadata={"k": "v"},
+        )
     )
     with safe_open(path, "numpy") as file:
         assert sorted(file.keys()) == sorted(t.name for t in tensors)
@@ -96,10 +103,10 @@ def test_the_header_by_hand() -> None:
 def test_a_tensor_of_the_wrong_size_is_refused_and_nothing_stays(saved: tuple[Store, Manifest], tmp_path: Path) -> None:
     store, manifest = saved
     with pytest.raises(ValueError, match="came with 28 bytes"):
-        export_safetensors(store, manifest, [ExportTensor("b", (8,), whole("b"))], tmp_path / "o", texts={})
+        export_safetensors(store, manifest, [ExportTensor("b", (8,), whole("b"))], Folder(tmp_path / "o"), texts={})
     assert list((tmp_path / "o").iterdir()) == []
     with pytest.raises(ValueError, match="does not stand in the folder"):
-        export_safetensors(store, manifest, [], tmp_path / "o", texts={"../x": "y"})
+        export_safetensors(store, manifest, [], Folder(tmp_path / "o"), texts={"../x": "y"})
 
 
 def test_a_damaged_checkpoint_is_not_exported(files: Store, tmp_path: Path) -> None:
@@ -114,7 +121,11 @@ def test_a_damaged_checkpoint_is_not_exported(files: Store, tmp_path: Path) -> N
         path.write_bytes(data)
     with pytest.raises(Damaged, match="not what was saved"):
         export_safetensors(
-            files, manifest, [ExportTensor(t.name, t.shape, whole(t.name)) for t in TENSORS], tmp_path / "o", texts={}
+            files,
+            manifest,
+            [ExportTensor(t.name, t.shape, whole(t.name)) for t in TENSORS],
+            Folder(tmp_path / "o"),
+            texts={},
         )
     assert list((tmp_path / "o").iterdir()) == []
 
@@ -123,7 +134,7 @@ def test_a_folder_that_cannot_be_is_refused(saved: tuple[Store, Manifest], tmp_p
     store, manifest = saved
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreRefused, match="choose a folder"):
-        export_safetensors(store, manifest, [], tmp_path / "file", texts={})
+        export_safetensors(store, manifest, [], Folder(tmp_path / "file"), texts={})
     if os.path.exists("/dev/full"):
 
         def full(_: Read) -> Iterator[Buffer]:
@@ -131,7 +142,7 @@ def test_a_folder_that_cannot_be_is_refused(saved: tuple[Store, Manifest], tmp_p
             yield b""
 
         with pytest.raises(StoreUnavailable, match="nothing was left half written"):
-            export_safetensors(store, manifest, [ExportTensor("a", (1,), full)], tmp_path / "o", texts={})
+            export_safetensors(store, manifest, [ExportTensor("a", (1,), full)], Folder(tmp_path / "o"), texts={})
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -156,9 +167,146 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         tensors = [ExportTensor(t.name, t.shape, whole(t.name)) for t in table]
-        path = export_safetensors(store, manifest, tensors, tmp_path / "o", texts={})
+        path = Path(export_safetensors(store, manifest, tensors, Folder(tmp_path / "o"), texts={}))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert path.stat().st_size > 240_000_000
     assert peak < 48 << 20
+
+
+# --- several files -----------------------------------------------------------------------------------------
+
+
+def test_where_files_are_cut() -> None:
+    def sizes(limit: int, *elements: int) -> list[list[int]]:
+        tensors = [ExportTensor(f"t{n}", (count,), whole("x")) for n, count in enumerate(elements)]
+        found = shards(tensors, limit)
+        assert [t for _, some in found for t in some] == tensors
+        names = [name for name, _ in found]
+        several = [f"model-{n:05d}-of-{len(names):05d}.safetensors" for n in range(1, len(names) + 1)]
+        assert names == (several if len(names) > 1 else ["model.safetensors"])
+        return [[t.bytes // 4 for t in some] for _, some in found]
+
+    assert sizes(400, 50, 50) == [[50, 50]]
+    assert sizes(400, 50, 51) == [[50], [51]]
+    assert sizes(400, 10, 500, 10, 10) == [[10], [500], [10, 10]]  # one that is larger has its own
+    assert sizes(400) == [[]]
+
+
+def test_several_files_and_their_index_are_the_same_weights(saved: tuple[Store, Manifest], tmp_path: Path) -> None:
+    store, manifest = saved
+    tensors = [ExportTensor(f"t.{t.name}", t.shape, whole(t.name)) for t in TENSORS]
+    folder = tmp_path / "o"
+    texts = {"config.json": "{}"}
+    where = export_safetensors(store, manifest, tensors, Folder(folder), texts=texts, shard_bytes=1 << 20)
+    assert where == str(folder / "model.safetensors.index.json")
+    index = json.loads(Path(where).read_text())
+    assert index["metadata"] == {"total_size": sum(t.elements for t in TENSORS) * 4}
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["config.json", "model.safetensors.index.json", *files])
+    state = state_bytes(3)
+    assert list(index["weight_map"]) == [t.name for t in tensors]
+    for number, t in enumerate(TENSORS):
+        with safe_open(folder / index["weight_map"][f"t.{t.name}"], "numpy") as file:
+            assert file.get_tensor(f"t.{t.name}").tobytes() == state[number][0]
+            assert file.metadata()["hotstage_state_digest"] == manifest.state_digest.hex()
+    with pytest.raises(StoreRefused, match="of another export"):  # transformers would open the one file, or those
+        export_safetensors(store, manifest, tensors, Folder(folder), texts={})
+    again = export_safetensors(store, manifest, tensors, Folder(folder), texts={}, shard_bytes=1 << 20)
+    assert again == where
+
+
+def bucket(server: S3Server, prefix: str) -> Bucket:
+    with server.identity("root"):
+        store = open_store(server.url(prefix))
+    assert isinstance(store, S3Store)
+    return Bucket(store)
+
+
+def test_straight_into_a_bucket(server: S3Server, files: Store, tmp_path: Path) -> None:
+    log = RunLog(files, RUN, writer="test")
+    _, manifest = save(files, log, log.append("attempt", attempt_body(), log.fold()), seed=3, step=5)
+    tensors = [ExportTensor(t.name, t.shape, whole(t.name)) for t in TENSORS]
+    texts = {"config.json": "{}"}
+    here = Path(export_safetensors(files, manifest, tensors, Folder(tmp_path / "o"), texts=texts))
+    there = bucket(server, "export")
+    where = export_safetensors(files, manifest, tensors, there, texts=texts)
+    assert where.startswith(f"s3://{BUCKET}/export/model.safetensors?")
+    assert there.store.get("model.safetensors") == here.read_bytes()
+    assert there.store.get("config.json") == b"{}"
+    assert export_safetensors(files, manifest, tensors, there, texts=texts) == where  # once more: as it is
+    with pytest.raises(StoreRefused, match=r"has another config\.json.*choose an empty prefix"):
+        export_safetensors(files, manifest, tensors, there, texts={"config.json": "{ }"})
+    with pytest.raises(StoreRefused, match="of another export"):
+        export_safetensors(files, manifest, tensors, there, texts={}, shard_bytes=1 << 20)
+
+
+def pieces(size: int, fail: bool = False) -> Iterator[bytes]:
+    for first in range(0, size, 7 << 20):
+        yield bytes([first >> 20 & 255]) * min(7 << 20, size - first)
+    if fail:
+        raise Damaged("the checkpoint")
+
+
+def test_a_large_object_in_parts(server: S3Server) -> None:
+    store, size = bucket(server, "parts").store, 40_000_000
+    assert create_in_parts(store, "large", pieces(size), size, "s1")
+    assert store.get("large") == b"".join(pieces(size))
+    assert create_in_parts(store, "large", iter(()), size, "s1"), "is there: nothing is read again"
+    assert not create_in_parts(store, "large", pieces(size), size, "s2")
+    assert not create_in_parts(store, "large", pieces(5), 5, "s1")
+    assert create_in_parts(store, "empty", iter(()), 0, "s1")
+    assert store.get("empty") == b""
+
+
+def unfinished(store: S3Store) -> list[str]:
+    found = store.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    return [upload["Key"] for upload in found]
+
+
+def test_parts_of_what_failed_are_taken_back(server: S3Server) -> None:
+    store = bucket(server, "failed").store
+    with pytest.raises(Damaged):
+        create_in_parts(store, "large", pieces(20_000_000, fail=True), 20_000_000, "s1")
+    assert store.head("large") is None
+    assert unfinished(store) == []
+
+
+def test_a_lost_answer_to_the_last_part_is_found_out(server: S3Server) -> None:
+    """The server did it, the answer never came: a second try hears that there is no such upload."""
+    store = bucket(server, "lost").store
+    lost = []
+
+    def lose(**_: object) -> None:
+        if not lost:
+            lost.append(True)
+            raise botocore.exceptions.ReadTimeoutError(endpoint_url="here")
+
+    store.client.meta.events.register("after-call.s3.CompleteMultipartUpload", lose)
+    assert create_in_parts(store, "large", pieces(100), 100, "s1")
+    assert lost
+    assert store.get("large") == b"".join(pieces(100))
+
+
+def test_two_exports_into_one_place_have_one_winner(server: S3Server) -> None:
+    store = bucket(server, "two").store
+
+    def overtaken() -> Iterator[bytes]:
+        yield b"1" * 100
+        assert create_in_parts(store, "large", iter([b"2" * 100]), 100, "other")
+
+    assert not create_in_parts(store, "large", overtaken(), 100, "s1")
+    assert store.get("large") == b"2" * 100
+    assert unfinished(store) == []
+
+
+def test_where_an_export_can_go(tmp_path: Path) -> None:
+    found = target(str(tmp_path / "a b"))
+    assert isinstance(found, Folder)
+    assert found.path == tmp_path / "a b"
+    assert isinstance(target("s3://bucket/p?region=us-east-1"), Bucket)
+    for wrong in ("memory:", "gs://bucket/x", ""):
+        with pytest.raises(StoreRefused):
+            target(wrong)

@@ -10,17 +10,18 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from checkpoint.export_to import Folder
 from checkpoint.read import StateReader
 from checkpoint.store import Store, open_store
 from flows.data import load_dataset, load_tokenizer
 from flows.drive.run import load_what
-from flows.show.export import Inference, checkpoint_at, export_hf, generate, pick
+from flows.show.export import Inference, _hf_data, checkpoint_at, export_hf, generate, pick
 from tests.flows.conftest import Trained
 from tests.reference.model import Config, Model
 from tests.support.place import TEXT, Place
 from trainer.errors import SpecError
 from trainer.models import family
-from trainer.models.base import hf_table
+from trainer.models.base import HfTensor, hf_table
 from trainer.spec import ModelSpec
 
 PROMPT = "the quick brown"
@@ -80,7 +81,7 @@ def test_config_and_tokenizer(trained: Trained, store: Store, model: ModelSpec, 
 
 
 def test_exporting_twice_gives_the_same_bytes(trained: Trained, store: Store, folder: Path, tmp_path: Path) -> None:
-    export_hf(store, trained.run, None, tmp_path)
+    export_hf(store, trained.run, None, Folder(tmp_path))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -105,6 +106,23 @@ def test_ends_of_a_run_with_a_given_tokenizer(tmp_path: Path, end: str) -> None:
     text = place.run("generate", result["run"], "--prompt", "the quick", "--tokens", "3")
     assert "the quick" in text
     place.stop_all()
+
+
+def test_a_matrix_is_turned_over_in_parts_that_fit_memory() -> None:
+    matrix = np.arange(50 * 30, dtype="<f4").reshape(50, 30)
+    asked: list[int] = []
+
+    def read(name: str, first: int = 0, elements: int | None = None) -> bytearray:
+        assert elements is not None
+        asked.append(elements)
+        return bytearray(matrix.tobytes()[first * 4 : (first + elements) * 4])
+
+    entry = HfTensor("hf", "ours", 10, 40, True, (30, 40))  # rows 10 to 50
+    want = np.ascontiguousarray(matrix[10:].T).tobytes()
+    for tile_bytes, passes in ((1 << 20, 1), (40 * 4 * 7, 5), (1, 30)):
+        asked.clear()
+        assert b"".join(bytes(piece) for piece in _hf_data(entry, 30, tile_bytes)(read)) == want
+        assert sum(asked) == passes * 40 * 30
 
 
 def test_generate_stops_at_the_end_token(trained: Trained, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

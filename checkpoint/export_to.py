@@ -1,0 +1,105 @@
+"""Where an export goes: a folder, or under a prefix of a bucket. Files are seen whole or not at all, in either.
+
+Memory: what is being written of one file (a piece, or a few parts of ``store/s3_parts.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from checkpoint.errors import StoreRefused, StoreUnavailable
+from checkpoint.store.address import address, folder_of
+from trainer.wire.files import kept
+
+if TYPE_CHECKING:
+    from checkpoint.store.s3 import S3Store
+
+Buffer = bytes | bytearray | memoryview
+"""Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
+
+
+class Target(Protocol):
+    """Takes files, one after the other."""
+
+    def begin(self, names: Sequence[str], weights: str) -> None:
+        """Before anything is written: StoreRefused where other files that begin with ``weights`` would be taken for a
+        part of these."""
+
+    def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
+        """The file, of ``size`` bytes, from a checkpoint of this state digest; its address."""
+
+
+class Folder:
+    """A folder of this machine; what has a name already is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, names: Sequence[str], weights: str) -> None:
+        if self.path.is_dir():
+            refuse_others(str(self.path), [entry.name for entry in self.path.iterdir()], names, weights)
+
+    def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
+        return str(write_pieces(self.path / name, pieces))
+
+
+class Bucket:
+    """Under a prefix of a bucket. Nothing is replaced: what is there of the same checkpoint stays, so that an export
+    that was interrupted goes on; something else is refused."""
+
+    def __init__(self, store: S3Store) -> None:
+        self.store = store
+
+    def begin(self, names: Sequence[str], weights: str) -> None:
+        there = [info.key for info in self.store.list(weights) if "/" not in info.key]
+        refuse_others(self.store.describe(), there, names, weights)
+
+    def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
+        from checkpoint.store.s3_parts import create_in_parts
+
+        if not create_in_parts(self.store, name, pieces, size, state):
+            raise StoreRefused(
+                f"{self.store.describe()} has another {name}, and an export replaces nothing there: choose an empty "
+                "prefix with -o, or remove it first"
+            )
+        before, mark, after = self.store.url.partition("?")
+        return f"{before}/{name}{mark}{after}"
+
+
+def target(text: str) -> Target:
+    """Where ``-o`` says: a folder, file:///…, or s3://bucket/prefix with the options of a store's address."""
+    url = address(text)
+    if url.lower().startswith("s3:"):
+        from checkpoint.store.s3_address import open_s3
+
+        return Bucket(open_s3(url))
+    if not url.lower().startswith("file:"):
+        raise StoreRefused(f"-o {text}: an export goes into a folder or to s3://bucket/prefix")
+    return Folder(folder_of(url))
+
+
+def refuse_others(where: str, there: Iterable[str], names: Sequence[str], weights: str) -> None:
+    """StoreRefused where other files are there that would be taken for weights of these."""
+    others = sorted(n for n in there if n.startswith(weights) and ".safetensors" in n and n not in names)
+    if others:
+        raise StoreRefused(
+            f"{where} holds {others[0]}{' and more' if len(others) > 1 else ''} of another export, which would be "
+            "opened in place of this one: remove it, or choose another folder with -o"
+        )
+
+
+def write_pieces(path: Path, pieces: Iterable[Buffer]) -> Path:
+    """Write the pieces to a temporary file, fsync it, move it to its name; nothing stays where it fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with kept(path, durable=True) as file:
+            for piece in pieces:
+                file.write(piece)
+    except OSError as error:
+        text = f"writing {path}: {error.strerror or error}; nothing was left half written"
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
+            raise StoreRefused(f"{text}: choose a folder that can be written with -o") from error
+        raise StoreUnavailable(f"{text}: free space, or choose another folder with -o") from error
+    return path
