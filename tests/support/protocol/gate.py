@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from checkpoint import codec
@@ -37,6 +38,7 @@ _KINDS = (
     (re.compile(r"/manifests/"), "page"),
     (re.compile(r"/live/fold$"), "condensed state"),
     (re.compile(r"/live/nodes/"), "status"),
+    (re.compile(r"/live/collected$"), "collected"),
     (re.compile(r"/live/\d+/node/"), "claim"),
     (re.compile(r"/live/\d+/addr"), "address"),
     (re.compile(r"/live/\d+/upload/"), "choice"),
@@ -44,6 +46,7 @@ _KINDS = (
 )
 
 
+@lru_cache(maxsize=1 << 14)
 def kind_of(key: str) -> str:
     return next((kind for pattern, kind in _KINDS if pattern.search(key)), key.removeprefix(f"runs/{RUN}/"))
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,9 @@ Objects = Mapping[str, bytes]
 Note = tuple[Any, ...]
 """What an actor has come to believe or to do: (word, more...)."""
 WRITES = ("create", "put", "delete")
+HINTS = ("condensed state", "choice", "status", "address", "collected")
+EARLY = 1000
+"""Steps up to which a search that has learnt what else is asked begins again at once, not only at its end."""
 _RAISED: Mapping[str, Callable[[str], Exception]] = {
     "unavailable": lambda text: StoreUnavailable(text),
     "absent": lambda text: NotFound(text, "memory"),
@@ -51,6 +55,32 @@ _RAISED: Mapping[str, Callable[[str], Exception]] = {
 
 class Leave(BaseException):
     """A run of the code that is not gone on with."""
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Inside, what the code of an actor takes of the time and of chance is its line's."""
+    import checkpoint.collect.pins as pins_module
+    import checkpoint.log.run_log as log_module
+
+    class Tokens:
+        @staticmethod
+        def token_hex(_: int) -> str:
+            line = getattr(getcurrent(), "line", None)
+            return line.token() if line is not None else "nobody"
+
+    defaults = log_module.RunLog.__init__.__kwdefaults__
+    before, modules = dict(defaults), (pins_module, log_module)
+    real = [module.secrets for module in modules]
+    defaults["clock"] = lambda: 0.0
+    for module in modules:
+        module.secrets = Tokens  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        defaults.update(before)
+        for module, secrets in zip(modules, real, strict=True):
+            module.secrets = secrets  # type: ignore[attr-defined]
 
 
 class Line:
@@ -116,11 +146,11 @@ class Line:
         pass
 
     def head(self, key: str) -> Info | None:
-        found: Info | None = self._ask("head", key)
-        return found
+        found = self._ask("head", key)
+        return None if found is None else Info(*found)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
-        return iter(self._ask("list", prefix, start_after))
+        return iter([Info(*found) for found in self._ask("list", prefix, start_after)])
 
     def delete(self, key: str) -> None:
         self._ask("delete", key)
@@ -141,11 +171,12 @@ Body = Callable[[Line], None]
 class Node:
     """Where an actor stands: its question; ``None``: it is done. ``notes``: since the question before."""
 
-    __slots__ = ("_live", "above", "answer", "below", "notes", "number", "question")
+    __slots__ = ("_live", "above", "answer", "below", "kind", "notes", "number", "question")
 
     def __init__(self, number: int, above: Node | None, answer: Answer | None) -> None:
         self.number, self.above, self.answer = number, above, answer
         self.question: Question | None = None
+        self.kind = ""
         self.notes: tuple[Note, ...] = ()
         self.below: dict[Answer, Node] = {}
         self._live: greenlet | None = None
@@ -202,7 +233,8 @@ class Actor:
         line: Line = run.line
         node.notes, line.notes = tuple(line.notes), []
         node.question = None if run.dead else question
-        if not run.dead:
+        if node.question is not None:
+            node.kind = kind_of(node.question[1])
             node._live = run
             self.kept.append(node)
 
@@ -230,12 +262,17 @@ class Actor:
 
 @dataclass(frozen=True)
 class Budget:
-    """How often each may go wrong: no answer and not done; done and no answer; no answer and done later; a death."""
+    """How often each may go wrong: no answer and not done; done and no answer; no answer and done later; a death.
+
+    ``graces``: how often the store's clock moves on by more than the grace of a collector. Nobody may be reading then
+    without a pin (between the notes ``reads`` and ``read``): that a read takes no longer is taken for granted.
+    """
 
     fails: int = 0
     losses: int = 0
     lates: int = 0
     deaths: int = 0
+    graces: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,8 +286,6 @@ class Small:
     objects: Objects
     budget: Budget = field(default_factory=Budget)
     final: Callable[[End], str] = lambda end: ""
-    graced: Callable[[Objects, str], bool] = lambda objects, key: False
-    """Whether a collector may have taken this checkpoint object."""
 
 
 @dataclass(frozen=True)
@@ -267,18 +302,20 @@ class Violation(Exception):
     """With the way that led there."""
 
 
+Left = tuple[int, int, int, int, int]
+"""Of the budget, in its order."""
+
+
 @dataclass(slots=True)
 class _State:
     objects: dict[str, bytes]
     seen: frozenset[tuple[str, bytes]]
     nodes: tuple[Node | None, ...]
     floating: frozenset[tuple[str, str, bytes]]
-    left: tuple[int, int, int, int]
+    left: Left
     log: RunState
-
-    @property
-    def key(self) -> Any:
-        return self.seen, tuple(0 if n is None else n.number for n in self.nodes), self.floating, self.left
+    times: frozenset[tuple[str, int]] = frozenset()
+    """Graces that had passed when each was written, of the objects whose age counts."""
 
 
 @dataclass
@@ -291,6 +328,8 @@ class Found:
     nodes: int = 0
     runs: int = 0
     ends: int = 0
+    last: set[Any] = field(default_factory=set, repr=False)
+    """What was in the store at each end, and what its actors had come to believe."""
     seconds: float = 0.0
     violation: str | None = None
     way: list[str] = field(default_factory=list)
@@ -304,17 +343,16 @@ class Found:
         )
 
 
-def search(small: Small, most: int = 5_000_000) -> Found:
-    """Every state of the world, or the first that must not be."""
+def search(small: Small, most: int = 5_000_000, *, reduced: bool = True) -> Found:
+    """Every state of the world, or the first that must not be. ``reduced``: questions that cannot change each other's
+    answers are asked in one order; the ends are the same without.
+    """
     began = time.perf_counter()
-    with quiet():
-        one = Search(small, most)
+    with quiet(), told():
+        one = Search(small, most, reduced=reduced)
         try:
-            while True:
-                known = len(one.asked)
-                found = one.run()
-                if found.violation is not None or len(one.asked) == known:
-                    break
+            while (found := one.run()) is None:
+                pass
         finally:
             for actor in one.actors:
                 actor.close()
@@ -323,18 +361,32 @@ def search(small: Small, most: int = 5_000_000) -> Found:
     return found
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Keys, and prefixes of listings."""
+
+    reads: frozenset[str]
+    writes: frozenset[str]
+    deletes: frozenset[str]
+    lists: frozenset[str]
+
+
 class Search:
-    def __init__(self, small: Small, most: int) -> None:
-        self.small, self.most = small, most
+    def __init__(self, small: Small, most: int, *, reduced: bool = True) -> None:
+        self.small, self.most, self.reduced = small, most, reduced
         self.names = tuple(small.actors)
         self.actors = [Actor(name, body) for name, body in small.actors.items()]
         self.asked: set[tuple[int, str, str]] = set()
-        """(actor, verb, kind of object) of every question that came up."""
+        """(actor, verb, key) of every question that came up."""
         self._folds: dict[tuple[int, bytes], RunState] = {}
         self._whole: dict[Any, str] = {}
         self._keep: list[RunState] = []
+        self._sets: dict[frozenset[tuple[str, bytes]], int] = {}
+        self._more = False
+        self._others: dict[tuple[int, tuple[bool, ...]], _Asked] = {}
 
-    def run(self) -> Found:
+    def run(self) -> Found | None:
+        """None where it came out that an actor asks more than was known: what is left out by that may be wrong."""
         found, small = Found(self.small.name), self.small
         objects, log = dict(small.objects), RunState(RUN)
         for key in sorted(objects):
@@ -343,9 +395,9 @@ class Search:
         budget = small.budget
         first = _State(
             objects, frozenset(objects.items()), tuple(actor.root for actor in self.actors), frozenset(),
-            (budget.fails, budget.losses, budget.lates, budget.deaths), log,
+            (budget.fails, budget.losses, budget.lates, budget.deaths, budget.graces), log,
         )  # fmt: skip
-        seen = {first.key}
+        seen = {self._key(first)}
         stack: list[tuple[_State, Iterator[tuple[str, _State]]]] = [(first, self._steps(first))]
         way: list[str] = []
         try:
@@ -359,9 +411,12 @@ class Search:
                     if way:
                         way.pop()
                     continue
+                if self._more and found.steps < EARLY:
+                    self._more = False
+                    return None
                 found.steps += 1
                 text, after = step
-                key = after.key
+                key = self._key(after)
                 if key in seen:
                     continue
                 seen.add(key)
@@ -371,14 +426,23 @@ class Search:
                 stack.append((after, self._steps(after)))
                 if not self._moves(after):
                     found.ends += 1
-                    self._final(after)
+                    found.last.add(self._final(after))
         except Violation as violation:
             found.violation = str(violation)
             found.way = [*way, *([self._last] if self._last not in way[-1:] else [])]
         found.states = len(seen)
+        if self._more and found.violation is None:
+            self._more = False
+            return None
         return found
 
     _last = ""
+
+    def _key(self, state: _State) -> Any:
+        """Equal for equal states, of this search; small."""
+        objects = self._sets.setdefault(state.seen, len(self._sets))
+        nodes = tuple(0 if node is None else node.number for node in state.nodes)
+        return objects, nodes, state.floating, state.left, state.times
 
     # --- steps --------------------------------------------------------------------------------------------
 
@@ -397,8 +461,12 @@ class Search:
             node = state.nodes[i]
             assert node is not None
             assert node.question is not None
-            self.asked.add((i, node.question[0], kind_of(node.question[1])))
-        one = next((i for i in enabled if self.alone(state, i)), None)
+            asked = i, node.question[0], node.question[1]
+            if asked not in self.asked:
+                self.asked.add(asked)
+                self._others.clear()
+                self._more = True
+        one = next((i for i in enabled if self.alone(state, i)), None) if self.reduced else None
         for i in enabled if one is None else [one]:
             yield from self._moves_of(state, i)
         if one is None:
@@ -406,6 +474,10 @@ class Search:
                 self._last = f"lands: {write[0]} {write[1]}"
                 objects, _ = self._apply(state.objects, write)
                 yield self._last, self._with(state, objects, state.nodes, state.floating - {write}, state.left, write)
+            if state.left[4] and not any(self._reads(node) for node in state.nodes):
+                self._last = "the grace passes"
+                left = (*state.left[:4], state.left[4] - 1)
+                yield self._last, self._with(state, state.objects, state.nodes, state.floating, left, None)
 
     def alone(self, state: _State, number: int) -> bool:
         """Whether no other actor, nor a write under way, can ever change this answer, or is changed by it."""
@@ -413,25 +485,44 @@ class Search:
         assert node is not None
         assert node.question is not None
         verb, key = node.question[:2]
-        kind = kind_of(key)
-        if verb in ("tick", "until"):
-            return True  # an until that is enabled stays so
-        deletes = any(i != number and v == "delete" and k == kind for i, v, k in self.asked)
-        if verb in ("get", "head", "create") and key in state.objects and not deletes and not kind_is_hint(kind):
+        if verb == "tick":
             return True
-        others = {(v, k) for i, v, k in self.asked if i != number and self._lives(state, i)}
-        if any(write[1] == key for write in state.floating):
+        others = self._asked_by_others(state, number)
+        if verb == "until":  # one that has come to an end stays so
+            return not any(k in others.deletes for k in node.question[2])
+        if verb == "list":
+            return not any(k.startswith(key) for k in others.writes) and not state.floating
+        there = key in state.objects
+        if verb in ("get", "head", "create") and there and node.kind not in HINTS:
+            return key not in others.deletes
+        if any(write[1] == key for write in state.floating) or key in others.writes:
             return False
-        if verb == "create":
-            # the names of chunks are known to others once their part is there, which is later; only a listing sees them
-            if kind == "chunk":
-                return not any(k == kind and v in ("list", "delete", "head") for v, k in others)
-            return not any(k == kind for v, k in others)
-        if verb == "put":
-            return not any(k == kind for v, k in others)
-        if verb in ("get", "head", "list"):
-            return not any(k == kind and v in WRITES for v, k in others) and not state.floating
-        return False
+        if verb in ("get", "head"):
+            return True
+        # names of these are known to others by a listing, or once something names them that is written later
+        named = verb == "create" and node.kind in ("chunk", "part", "manifest", "page")
+        if verb == "delete" or (verb == "put" and node.kind == "collected" and state.left[4]):
+            return False
+        return (named or key not in others.reads) and not any(key.startswith(p) for p in others.lists)
+
+    def _asked_by_others(self, state: _State, number: int) -> _Asked:
+        """What actors that are not at their end ever ask."""
+        lives = tuple(self._lives(state, i) for i in range(len(self.actors)))
+        found = self._others.get((number, lives))
+        if found is None:
+            theirs = [(verb, key) for i, verb, key in self.asked if i != number and lives[i]]
+            found = self._others[number, lives] = _Asked(
+                frozenset(key for verb, key in theirs if verb in ("get", "head")),
+                frozenset(key for verb, key in theirs if verb in WRITES),
+                frozenset(key for verb, key in theirs if verb == "delete"),
+                frozenset(key for verb, key in theirs if verb == "list"),
+            )
+        return found
+
+    @staticmethod
+    def _reads(node: Node | None) -> bool:
+        words = [note[0] for note in notes_of(node) if note[0] in ("reads", "read")]
+        return words[-1:] == ["reads"]
 
     def _lives(self, state: _State, number: int) -> bool:
         node = state.nodes[number]
@@ -444,9 +535,9 @@ class Search:
         assert question is not None
         verb, key = question[:2]
         told = f"{name}: {verb} {key.removeprefix(f'runs/{RUN}/')}".rstrip()
-        fails, losses, lates, deaths = state.left
+        fails, losses, lates, deaths, graces = state.left
         writes = verb in WRITES
-        objects, answer = self._apply(state.objects, question)
+        objects, answer = self._apply(state.objects, question, state.times)
         yield self._answered(
             state, number, answer, objects, state.floating, state.left, told, question if writes else None
         )
@@ -454,24 +545,24 @@ class Search:
             return
         gone: Answer = ("unavailable", "no answer")
         if fails:
-            left = (fails - 1, losses, lates, deaths)
+            left = (fails - 1, losses, lates, deaths, graces)
             yield self._answered(state, number, gone, state.objects, state.floating, left, f"{told} FAILS", None)
         if losses and writes:
-            left = (fails, losses - 1, lates, deaths)
+            left = (fails, losses - 1, lates, deaths, graces)
             yield self._answered(state, number, gone, objects, state.floating, left, f"{told} ANSWER LOST", question)
         if lates and verb == "create":
-            left = (fails, losses, lates - 1, deaths)
+            left = (fails, losses, lates - 1, deaths, graces)
             floating = state.floating | {(verb, key, question[2])}
             yield self._answered(state, number, gone, state.objects, floating, left, f"{told} IS LATE", None)
         if deaths:
-            left = (fails, losses, lates, deaths - 1)
+            left = (fails, losses, lates, deaths - 1, graces)
             nodes = (*state.nodes[:number], None, *state.nodes[number + 1 :])
             self._last = f"{name}: DIES"
             yield self._last, self._with(state, state.objects, nodes, state.floating, left, None)
 
     def _answered(
         self, state: _State, number: int, answer: Answer, objects: dict[str, bytes],
-        floating: frozenset[tuple[str, str, bytes]], left: tuple[int, int, int, int], told: str,
+        floating: frozenset[tuple[str, str, bytes]], left: Left, told: str,
         write: Question | None,
     ) -> tuple[str, _State]:  # fmt: skip
         node = state.nodes[number]
@@ -486,12 +577,15 @@ class Search:
 
     def _with(
         self, state: _State, objects: dict[str, bytes], nodes: tuple[Node | None, ...],
-        floating: frozenset[tuple[str, str, bytes]], left: tuple[int, int, int, int], write: Question | None,
+        floating: frozenset[tuple[str, str, bytes]], left: Left, write: Question | None,
     ) -> _State:  # fmt: skip
         if objects is state.objects:
-            return _State(objects, state.seen, nodes, floating, left, state.log)
+            return _State(objects, state.seen, nodes, floating, left, state.log, state.times)
         assert write is not None
-        after = _State(objects, frozenset(objects.items()), nodes, floating, left, state.log)
+        times, key = state.times, write[1]
+        if self.small.budget.graces and kind_of(key) in ("record", "collected"):
+            times = frozenset({(k, at) for k, at in times if k != key} | {(key, self.small.budget.graces - left[4])})
+        after = _State(objects, frozenset(objects.items()), nodes, floating, left, state.log, times)
         if write[0] == "create":
             self._wrote(state, after, write[1])
         elif write[0] == "delete":
@@ -499,7 +593,9 @@ class Search:
         return after
 
     @staticmethod
-    def _apply(objects: dict[str, bytes], question: Question) -> tuple[dict[str, bytes], Answer]:
+    def _apply(
+        objects: dict[str, bytes], question: Question, times: frozenset[tuple[str, int]] = frozenset()
+    ) -> tuple[dict[str, bytes], Answer]:
         """As ``MemoryStore`` answers."""
         verb, key = question[:2]
         data = objects.get(key)
@@ -520,10 +616,11 @@ class Search:
                     return objects, ("damaged", str(error))
                 return objects, ("ok", data[begin : begin + size])
             case "head":
-                return objects, ("ok", None if data is None else Info(key, len(data)))
+                at = next((1000.0 * n for k, n in times if k == key), 0.0)
+                return objects, ("ok", None if data is None else (key, len(data), at))
             case "list":
                 names = sorted(k for k in objects if k.startswith(key) and k > question[2])
-                return objects, ("ok", tuple(Info(k, len(objects[k])) for k in names))
+                return objects, ("ok", tuple((k, len(objects[k]), 0.0) for k in names))
         return objects, ("ok", None)
 
     # --- what must hold -----------------------------------------------------------------------------------
@@ -557,7 +654,9 @@ class Search:
 
     def _deleted(self, after: _State, key: str) -> None:
         for info in after.log.checkpoints:
-            if after.log.usable(info) or info.n == (after.log.newest_attempt and after.log.newest_attempt.checkpoint):
+            newest = after.log.newest_attempt
+            named = newest is not None and newest.checkpoint == info.n
+            if after.log.usable(info) or named or info.n in after.log.pins.values():
                 self._check(after, info.n)
 
     def _check(self, state: _State, n: int) -> None:
@@ -608,7 +707,7 @@ class Search:
             case ("wrong", why):
                 raise Violation(f"{name}: {why}")
 
-    def _final(self, state: _State) -> None:
+    def _final(self, state: _State) -> Any:
         blocked = {
             name for name, node in zip(self.names, state.nodes, strict=True) if node is not None and node.question
         }
@@ -618,6 +717,7 @@ class Search:
         if why := self.small.final(end):
             self._last = "nothing can happen any more"
             raise Violation(why)
+        return state.seen, tuple(sorted((name, told) for name, told in notes.items()))
 
 
 def notes_of(node: Node | None) -> list[Note]:
@@ -627,14 +727,3 @@ def notes_of(node: Node | None) -> list[Note]:
         found[:0] = node.notes
         node = node.above
     return found
-
-
-def kind_is_hint(kind: str) -> bool:
-    return kind in ("condensed state", "choice", "status", "address")
-
-
-def all_orders(worlds: Iterable[Small]) -> list[Found]:
-    return [search(small) for small in worlds]
-
-
-Worlds = Sequence[Small]

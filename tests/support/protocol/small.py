@@ -7,8 +7,8 @@ another one by the shipped ``decide``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from checkpoint.agent.meet import claim
 from checkpoint.agent.slots import Seen, SlotChanged
 from checkpoint.agent.upload import Source, Uploader
 from checkpoint.claims import Place
-from checkpoint.errors import Conflict, Damaged, StoreError
+from checkpoint.collect.collector import collect
+from checkpoint.collect.pins import pinned
+from checkpoint.collect.retention import Rules
+from checkpoint.errors import Conflict, Damaged, PinRefused, StoreError
 from checkpoint.layout import RankLayout
 from checkpoint.log import AttemptInfo, RunLog, RunState
+from checkpoint.read import StateReader, load_manifest
 from checkpoint.restore import restore_slots
 from checkpoint.store.base import PAID
 from checkpoint.store.memory import MemoryStore
@@ -31,9 +35,10 @@ from flows.drive.run import fold_view, ruling_how
 from flows.drive.views import Cause, Look, Memory, NodeView, Policy, RankView, RunLayout, StartAttempt
 from tests.support.protocol.driver import attempt_body, ranks_of
 from tests.support.protocol.hub import Serial, quiet
-from tests.support.protocol.search import Body, Budget, End, Line, Objects, Search, Small
+from tests.support.protocol.search import Body, Budget, End, Line, Objects, Search, Small, told
 from tests.support.protocol.state import (
     RUN,
+    TENSORS,
     WHAT,
     State,
     advanced,
@@ -41,6 +46,7 @@ from tests.support.protocol.state import (
     how_of,
     plan_of,
     read_state,
+    truth,
     write_state,
     wrong,
 )
@@ -109,7 +115,11 @@ class Never:
 
 @dataclass(frozen=True)
 class Where:
-    """A node of a launch, on a host; ``incarnation``: of the process. Two with one host are two processes of it."""
+    """A node of a launch, on a host; ``incarnation``: of the process. Two with one host are two processes of it.
+
+    ``known``: the log as its agent has read it; ``begun``: its ranks run the attempt that is the newest there, else it
+    waits for one of its launch. ``saves``: the steps whose snapshots it stores, after the one that it begins from.
+    """
 
     launch: str
     node: int
@@ -117,18 +127,18 @@ class Where:
     host: str = "host"
     incarnation: str = "i1"
     claims: bool = False
-    restores: bool = True
     known: RunState | None = None
-    """The log as its agent had read it when its ranks began; else it reads it from the beginning."""
+    begun: bool = False
+    saves: tuple[int, ...] = (2,)
 
 
 def node(where: Where) -> Body:
     """From the attempt's record to the end of its next checkpoint."""
 
     def body(line: Line) -> None:
-        log = RunLog(line, RUN, writer=line.name, clock=line.clock, token=line.token)
+        log = RunLog(line, RUN, writer=line.name)
         state = where.known or RunState(RUN)
-        while where.known is None:
+        while not where.begun:
             try:
                 line.until(keys.log_key(RUN, state.n + 1))
                 state = log.fold(state)
@@ -161,25 +171,17 @@ def _claimed(line: Line, where: Where, attempt: AttemptInfo) -> bool:
 def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: AttemptInfo) -> None:
     layout = plan_of(attempt.ranks, STEPS)
     mine = {rank: layout.rank(rank) for rank in Gang.of(attempt, where.node).local}
-    table = Table(mine)
-    if where.restores and not _restored(line, table, state, attempt):
+    begins = Table(mine)
+    if not where.begun and not _restored(line, begins, state, attempt):
         return
-    step = attempt.step + EVERY
+    held: dict[int, State] = {}
     for rank, own in mine.items():
-        slot = table.slots[rank][0]
-        if attempt.checkpoint is not None and where.restores:
-            with slot.data() as data:
-                found: State = read_state(own, data)
+        if attempt.checkpoint is None or where.begun:
+            held[rank] = _advanced(first_state(own), 0, attempt.step)
         else:
-            found = first_state(own)
-            for at in range(1, attempt.step + 1):
-                found = {key: advanced(data, at) for key, data in found.items()}
-        line.note("begins", attempt.n, attempt.step, wrong(found, attempt.step))
-        for at in range(attempt.step + 1, step + 1):
-            found = {key: advanced(data, at) for key, data in found.items()}
-        with slot.data() as data:
-            write_state(own, data, found)
-        slot.finish_fill(step, attempt.n)
+            with begins.slots[rank][0].data() as data:
+                held[rank] = read_state(own, data)
+        line.note("begins", attempt.n, attempt.step, wrong(held[rank], attempt.step))
     parts: list[int] = []
 
     def committed(newer: RunState, at: int) -> None:
@@ -187,22 +189,56 @@ def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: Attem
             line.note("told", at, attempt.n)
 
     uploader = Uploader(
-        line, RUN, where.node, where.nodes, where.incarnation, pool=Serial(), post=_now,
-        on_part=lambda at, _: parts.append(at), on_idle=_nothing, on_error=_nothing, clock=line.clock, rest=line.tick,
-    )  # fmt: skip
-    uploader.begin(Source(attempt.n, layout, table, 600.0))  # type: ignore[arg-type]
-    uploader.pump()
+        line,
+        RUN,
+        where.node,
+        where.nodes,
+        where.incarnation,
+        pool=Serial(),
+        post=_now,
+        on_part=lambda at, _: parts.append(at),
+        on_idle=_nothing,
+        on_error=_nothing,
+        clock=line.clock,
+        rest=line.tick,
+    )
     committer = Committer(
-        log, where.node, where.nodes, post=_now, on_commit=committed, on_idle=_nothing, on_error=_nothing,
-        poll_s=PAID.look_s, clock=line.clock,
-    )  # fmt: skip
+        log,
+        where.node,
+        where.nodes,
+        post=_now,
+        on_commit=committed,
+        on_idle=_nothing,
+        on_error=_nothing,
+        poll_s=PAID.look_s,
+        clock=line.clock,
+    )
     committer.begin(attempt.n, layout.ranks, 600.0)
-    for at in parts:
-        committer.add(at, state)
-    while (due := committer.pump()) is not None:
-        for other in range(where.nodes):  # to look again before would find the same
-            line.until(keys.run_key(RUN, keys.part_name(step, attempt.n, other)))
-        line.tick(due - line.now)
+    at = attempt.step
+    for more in where.saves:
+        table, step = Table(mine), attempt.step + more
+        for rank, own in mine.items():
+            held[rank] = _advanced(held[rank], at, step)
+            slot = table.slots[rank][0]
+            with slot.data() as data:
+                write_state(own, data, held[rank])
+            slot.finish_fill(step, attempt.n)
+        at = step
+        uploader.begin(Source(attempt.n, layout, table, 600.0))  # type: ignore[arg-type]
+        uploader.pump()
+        for stored in parts:
+            committer.add(stored, state)
+        parts.clear()
+        while (due := committer.pump()) is not None:
+            for other in range(where.nodes):  # to look again before would find the same
+                line.until(keys.run_key(RUN, keys.part_name(step, attempt.n, other)))
+            line.tick(due - line.now)
+
+
+def _advanced(state: State, at: int, step: int) -> State:
+    for each in range(at + 1, step + 1):
+        state = {key: advanced(data, each) for key, data in state.items()}
+    return state
 
 
 def _restored(line: Line, table: Table, state: RunState, attempt: AttemptInfo) -> bool:
@@ -237,7 +273,7 @@ def driver(ranks: int, *, order: int = 0) -> Body:
     """Finds no attempt, or one that it believes to be lost; ``ranks``: of the layout that it was started with."""
 
     def body(line: Line) -> None:
-        log = RunLog(line, RUN, writer=line.name, clock=line.clock, token=line.token)
+        log = RunLog(line, RUN, writer=line.name)
         state, memory, suspect = RunState(RUN), Memory(), None
         while True:
             try:
@@ -259,7 +295,9 @@ def driver(ranks: int, *, order: int = 0) -> Body:
                     NodeView(n, False, newest.n, "running", (RankView(n, 1, step=0),)) for n in range(newest.nodes)
                 ]  # fmt: skip
                 decision, memory = decide(view, Look(line.now, tuple(nodes), lost=lost), policy, memory)
-                assert isinstance(decision, StartAttempt), decision
+                if not isinstance(decision, StartAttempt):
+                    line.note("wrong", f"it does not go on: {decision}")
+                    return
                 name = _next(state) if decision.renew else launch
                 state = log.append("attempt", attempt_body(decision, state, how, name, STEPS), state)
                 line.note("acts", state.epoch, name)
@@ -275,50 +313,89 @@ def _next(state: RunState) -> str:
     return f"l{len({a.launch for a in state.attempts}) + 1}"
 
 
-NOTHING = Budget()
+GRACE_S = 100.0
+"""The store's clock moves on by ten times that."""
+
+
+def collector(passes: int, known: RunState) -> Body:
+    def body(line: Line) -> None:
+        left = passes
+        while left:
+            try:
+                collect(line, RUN, rules=Rules(last=2, grace_s=GRACE_S), state=known)
+                left -= 1
+            except StoreError:
+                line.tick(1.0)
+
+    return body
+
+
+def reader(known: RunState, *, pins: bool = False) -> Body:
+    """Reads the oldest checkpoint that it finds: under a pin however long that takes, else within the grace."""
+
+    def body(line: Line) -> None:
+        line.note("read" if pins else "reads")
+        candidates = RunLog(line, RUN).fold(known).restore_candidates()
+        try:
+            with pinned(line, RUN, candidates[-1], "read") if pins else nullcontext():
+                found = StateReader(line, load_manifest(line, RUN, candidates[-1]))
+                for number, tensor in enumerate(TENSORS):
+                    if bytes(found.read(tensor.name, 0)) != truth(number, 0, candidates[-1].step):
+                        line.note("wrong", f"tensor {tensor.name} is not what it was")
+        except PinRefused:
+            pass
+        except Damaged as error:
+            line.note("wrong", f"what it reads goes away: {error}")
+        line.note("read")
+
+    return body
+
 
 # --- worlds -------------------------------------------------------------------------------------------------
 
+NOTHING, A_GRACE = Budget(), Budget(graces=1)
 
-def began(ranks: int, step: int = 0) -> Objects:
-    """A run with its first attempt; and, where ``step``, a checkpoint of it in the log and in the store."""
-    store, numbers = MemoryStore(), itertools.count()
-    log = RunLog(store, RUN, writer="first", clock=lambda: 0.0, token=lambda: f"t{next(numbers)}")
-    start = {"checkpoint": None, "step": 0, "slots": None}
+
+def began(ranks: int, saved: tuple[int, ...] = ()) -> Objects:
+    """A run with its first attempt, and these checkpoints of it in the log and in the store."""
+    store = MemoryStore()
+    log = RunLog(store, RUN, writer="first", clock=lambda: 0.0, token=lambda: "t0")
     body: dict[str, Any] = {
-        "launch": "l1", "nodes": ranks, "ranks": ranks, "how": dict(how_of(ranks)), "plan": "ab" * 32,
-        "what": WHAT.hex(), "restore": start, "reason": "start", "cause": None,
-    }  # fmt: skip
-    log.append("attempt", {**body, "plan": plan_of(ranks, STEPS).digest.hex()}, RunState(RUN))
-    objects = dict(store._objects)
-    for _ in range(step // EVERY):
-        assert step == EVERY, "one checkpoint is enough"
-        objects = grown(objects, {f"n{n}": node(Where("l1", n, ranks)) for n in range(ranks)})
+        "launch": "l1",
+        "nodes": ranks,
+        "ranks": ranks,
+        "how": dict(how_of(ranks)),
+        "plan": plan_of(ranks, STEPS).digest.hex(),
+        "what": WHAT.hex(),
+        "restore": {"checkpoint": None, "step": 0, "slots": None},
+        "reason": "start",
+        "cause": None,
+    }
+    state = log.append("attempt", body, RunState(RUN))
+    objects: Objects = dict(store._objects)
+    if saved:
+        objects = grown(objects, nodes_of("l1", ranks, known=state, begun=True, saves=saved))
+        assert [c.step for c in folded(objects).checkpoints] == list(saved)
     return objects
 
 
 def grown(objects: Objects, actors: Mapping[str, Body]) -> Objects:
     """What is in the store after these have run, one as far as it can, then the next."""
-    with quiet():
-        return _grown(objects, actors)
-
-
-def _grown(objects: Objects, actors: Mapping[str, Body]) -> Objects:
-    one = Search(Small("grown", actors, dict(objects)), 10**6)
-    nodes = [actor.root for actor in one.actors]
-    held = dict(objects)
-    moved = True
-    while moved:
-        moved = False
-        for i, actor in enumerate(one.actors):
-            while (question := nodes[i].question) is not None:
-                if question[0] == "until" and not any(key in held for key in question[2]):
-                    break
-                held, answer = one._apply(held, question)
-                nodes[i], moved = actor.after(nodes[i], answer), True
-    for actor in one.actors:
-        actor.close()
-    return held
+    with quiet(), told():
+        one = Search(Small("grown", actors, objects), 10**6)
+        nodes = [actor.root for actor in one.actors]
+        held, moved = dict(objects), True
+        while moved:
+            moved = False
+            for i, actor in enumerate(one.actors):
+                while (question := nodes[i].question) is not None:
+                    if question[0] == "until" and not any(key in held for key in question[2]):
+                        break
+                    held, answer = one._apply(held, question)
+                    nodes[i], moved = actor.after(nodes[i], answer), True
+        for actor in one.actors:
+            actor.close()
+        return held
 
 
 def folded(objects: Objects) -> RunState:
@@ -328,28 +405,122 @@ def folded(objects: Objects) -> RunState:
     return RunLog(store, RUN).fold()
 
 
-def committed_once(end: End) -> str:
-    """Where nobody died and nothing was fenced, the step is in the log."""
-    fenced = len(end.log.attempts) > 1
-    if not fenced and not end.dead and not end.log.checkpoints:
-        return f"every part is there, and the step is not committed; blocked: {', '.join(sorted(end.blocked))}"
-    return ""
-
-
 def nodes_of(launch: str, ranks: int, **more: Any) -> dict[str, Body]:
     return {
         f"{launch}-node-{n}": node(Where(launch, n, ranks, incarnation=f"{launch}x{n}", **more)) for n in range(ranks)
     }
 
 
+def committed(end: End) -> str:
+    """Where every part of the newest attempt is there, and a node of it lives, its step is in the log."""
+    newest = end.log.newest_attempt
+    if newest is None:
+        return "there is no attempt"
+    mine = {name for name in end.notes if name.startswith(f"{newest.launch}-node-")}
+    lives = len(mine) == newest.nodes and mine - end.dead
+    if lives and not end.log.checkpoints.rows_of(newest.n) and (not end.dead or _whole(end, newest)):
+        return f"attempt {newest.n} has saved nothing; blocked: {', '.join(sorted(end.blocked))}"
+    return ""
+
+
+def _whole(end: End, attempt: AttemptInfo) -> bool:
+    parts = [key for key in end.objects if "/parts/" in key and f"-{attempt.n:08d}/" in key]
+    return len(parts) == attempt.nodes
+
+
 def commit_races(ranks: int = 3, budget: Budget = NOTHING) -> Small:
     """The ranks of an attempt commit its first checkpoint, each as fast or slow as it likes."""
     objects = began(ranks)
-    return Small(f"{ranks} ranks commit", nodes_of("l1", ranks, known=folded(objects)), objects, budget, committed_once)
+    actors = nodes_of("l1", ranks, known=folded(objects), begun=True)
+    return Small(f"{ranks} ranks commit", actors, objects, budget, committed)
 
 
 def suspicion(ranks: int = 2, drivers: int = 2, budget: Budget = NOTHING) -> Small:
     """They commit while drivers believe that the attempt is lost, and begin others."""
     objects = began(ranks)
-    actors = {**nodes_of("l1", ranks, known=folded(objects)), **{f"driver-{n}": driver(ranks) for n in range(drivers)}}
-    return Small(f"{ranks} ranks commit, {drivers} drivers suspect them", actors, objects, budget, committed_once)
+    actors = {
+        **nodes_of("l1", ranks, known=folded(objects), begun=True),
+        **{f"driver-{n}": driver(ranks) for n in range(drivers)},
+    }
+    return Small(f"{ranks} ranks commit, {drivers} drivers suspect them", actors, objects, budget, committed)
+
+
+def takeover(ranks: int = 2, budget: Budget = NOTHING) -> Small:
+    """A driver begins another attempt from the first checkpoint, or from the second one, which the gang before is about
+    to commit, and goes on to commit as a zombie.
+    """
+    objects = began(ranks, (2,))
+    known = folded(objects)
+    actors = {
+        **nodes_of("l1", ranks, known=known, begun=True, saves=(4,)),
+        "driver": driver(ranks),
+        **nodes_of("l2", ranks, known=known),
+    }
+    return Small(f"{ranks} ranks are taken over, and go on", actors, objects, budget, committed)
+
+
+def layouts(one: int = 2, other: int = 1, budget: Budget = NOTHING) -> Small:
+    """Two drivers begin a run, each with a layout of its own; nodes are there for both."""
+    actors = {
+        "driver-a": driver(one),
+        "driver-b": driver(other),
+        **{f"l1-a-node-{n}": node(Where("l1", n, one, incarnation=f"a{n}")) for n in range(one)},
+        **{f"l1-b-node-{n}": node(Where("l1", n, other, incarnation=f"b{n}")) for n in range(other)},
+    }
+
+    def final(end: End) -> str:
+        if len({attempt.ranks for attempt in end.log.attempts}) != 1:
+            return f"attempts of {[attempt.ranks for attempt in end.log.attempts]} ranks"
+        fenced = len(end.log.attempts) > 1  # by the driver that came late, and found the other's to suspect
+        return "" if end.dead or fenced or end.log.checkpoints else "nothing is saved"
+
+    return Small(f"two drivers, for {one} and for {other} ranks", actors, {}, budget, final)
+
+
+def claims(budget: Budget = NOTHING) -> Small:
+    """Two hosts claim one node; on the first of them two processes are the same rank's agent."""
+    objects = began(2)
+    known = folded(objects)
+
+    def one(n: int, host: str, incarnation: str) -> Body:
+        return node(Where("l1", n, 2, host, incarnation, claims=True, known=known, begun=True))
+
+    actors = {
+        "l1-0-host-a": one(0, "a", "a1"),
+        "l1-0-host-a-again": one(0, "a", "a2"),
+        "l1-0-host-b": one(0, "b", "b1"),
+        "l1-1-host-c": one(1, "c", "c1"),
+    }
+    return Small("two hosts and a second process", actors, objects, budget, _once)
+
+
+def _once(end: End) -> str:
+    return "" if end.dead or len(end.log.checkpoints) == 1 else "nothing is saved"
+
+
+def collected(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
+    """A collector gives up the oldest of three checkpoints, while two read it, one of them under a pin."""
+    objects = began(ranks, (2, 4, 6))
+    known = folded(objects)
+    actors = {"collector": collector(2, known), "reader": reader(known), "pinned-reader": reader(known, pins=True)}
+    return Small("a collector and two readers", actors, objects, budget)
+
+
+def collected_beside(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
+    """A collector is at work while a gang saves, and while a driver fences it."""
+    objects = began(ranks, (2, 4))
+    known = folded(objects)
+    actors = {
+        "collector": collector(2, known),
+        **nodes_of("l1", ranks, known=known, begun=True, saves=(6,)),
+        "driver": driver(ranks),
+    }
+    return Small("a collector beside a gang that is fenced", actors, objects, budget, committed)
+
+
+def collected_takeover(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
+    """A collector is at work while a driver begins from what was saved, and its gang restores that and goes on."""
+    objects = began(ranks, (2, 4, 6))
+    known = folded(objects)
+    actors = {"collector": collector(2, known), "driver": driver(ranks), **nodes_of("l2", ranks, known=known)}
+    return Small("a collector beside a takeover", actors, objects, budget, committed)
