@@ -144,8 +144,9 @@ class _Pass:
         self.store, self.name, self.limits = store, run, limits
         self.log = RunLog(store, run, writer="collector")
         self.state = self.log.fold(state).of_this_version()
-        self.rules = rules or Rules.of_how(self.state.asked_how)
-        self.grace_s = (self.rules or Rules()).grace_s if grace_s is None else grace_s
+        own = Rules.of_how(self.state.asked_how)
+        self.rules = rules or own
+        self.grace_s = (own or self.rules or Rules()).grace_s if grace_s is None else grace_s
         self.report = Collected(run, dry_run, self.rules, self.grace_s)
         self.there: dict[Point, _There] = {}
         self.now: float | None = None

@@ -67,7 +67,9 @@ def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
 @click.option("--every-steps", type=click.IntRange(min=1), help="... and the first of every so many steps.")
 @click.option("--every-s", type=Number(min=0), help="... and the first of every so many seconds.")
 @click.option("--best", type=click.IntRange(min=1), help="... and so many of the least training loss.")
-@click.option("--grace-s", type=Number(min=0), help="... objects go so long after they were given up (default: 3600).")
+@click.option(
+    "--grace-s", type=Number(min=0), help="Objects go so long after they were given up (default: RUN's own, or 3600)."
+)
 @click.option("--cron", help='Serve a Prefect deployment that does this each time it fires, e.g. "0 * * * *".')
 @store_option
 @json_option
