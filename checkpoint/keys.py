@@ -226,13 +226,13 @@ def chunk_name(step: int, epoch: int, rank: int, incarnation: str, index: int) -
 _POINT = r"(\d{12,})-(\d{8,})"
 _OF_POINT = re.compile(
     rf"chunks/{_POINT}/\d{{6,}}-[A-Za-z0-9]+-\d{{6,}}\Z"
-    rf"|manifests/{_POINT}/(?:manifest|parts/\d{{5,}}|pages/[A-Za-z0-9-]+-\d{{5,}})\Z"
+    rf"|manifests/{_POINT}/(?:manifest|(?:parts|groups)/\d{{5,}}|pages/[A-Za-z0-9-]+-\d{{5,}})\Z"
 )
 
 
 def point_of(name: str) -> tuple[int, int] | None:
     """Step and epoch of the checkpoint to which this object (relative to the run) belongs, by its name alone; None
-    where it is no name that `chunk_name`, `part_name`, `manifest_name` or `page_name` gives.
+    where it is no name that `chunk_name`, `part_name`, `group_name`, `manifest_name` or `page_name` gives.
 
     >>> point_of("chunks/000000000050-00000003/000000-i1-000000"), point_of("chunks/mine")
     ((50, 3), None)

@@ -79,10 +79,8 @@ def spared(state: RunState) -> dict[int, str]:
     newest = state.newest_attempt
     if newest is not None and newest.checkpoint is not None:
         found[newest.checkpoint] = "the newest attempt began from it"
-    for order in state.interventions:
-        named = order.body.get("checkpoint")
-        if order.n > state.epoch and order.body["kind"] != "parent" and type(named) is int:
-            found[named] = f"the order of record {order.n} names it"
+    if state.start is not None and state.start.checkpoint is not None:
+        found[state.start.checkpoint] = "an order names it that no attempt follows yet"
     return found
 
 

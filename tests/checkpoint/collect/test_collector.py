@@ -158,6 +158,18 @@ def test_when_the_run_has_ended_what_was_never_committed_goes_too() -> None:
     assert world.points == [(10, 1)]
 
 
+def test_the_collector_knows_every_name_that_a_checkpoint_has() -> None:
+    known = [
+        keys.chunk_name(10, 3, 1 << 20, "1a2b3c", 7), keys.part_name(10, 3, 1 << 20), keys.group_name(10, 3, 45),
+        keys.manifest_name(10, 3), keys.page_name(keys.manifest_name(10, 3), "all", 2),
+        keys.page_name(keys.part_name(10, 3, 4), "00004-1a2b3c", 2),
+    ]  # fmt: skip
+    assert [keys.point_of(name) for name in known] == [(10, 3)] * len(known)
+    assert keys.point_of(keys.chunk_name(10**12, 10**8, 1, "i", 7)) == (10**12, 10**8)
+    for name in ("chunks/0000000000010-00000003/000000-i1-000000", known[0] + "/x", known[3] + "s"):
+        assert keys.point_of(name) is None
+
+
 def test_what_is_not_known_is_told_and_stays() -> None:
     world = World().saved(10, 20, 30)
     mine = [
