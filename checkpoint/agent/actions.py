@@ -29,7 +29,7 @@ from checkpoint.agent.meet import claim, meet
 from checkpoint.agent.output import Hints
 from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer, Provisions, exit_of
 from checkpoint.agent.slots import SlotChanged, SlotTable
-from checkpoint.agent.upload import Source, Uploader
+from checkpoint.agent.upload import WORKERS, Source, Uploader
 from checkpoint.errors import CheckpointError
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
@@ -65,7 +65,7 @@ class Actions:
         self._cancelled = threading.Event()  # what is done to start the attempt is of no use any more
         self._superseded = threading.Event()  # nor is its claim
         self._remet = threading.Event()  # nor are the ports that are being exchanged
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="chunks", initializer=_behind_training)
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks", initializer=_behind_training)
         self._preparer = Preparer(store, options, self._pool)
         run, node = options.run, options.node
         self.hints = Hints(store, run, keys.status_key(run, options.launch, node))

@@ -39,6 +39,7 @@ from tests.bench import (
     bench_plan,
     bench_show,
     bench_store,
+    bench_transfer,
     bench_watch,
 )
 from tests.e2e.engine_runs import Gang, write_samples
@@ -300,6 +301,19 @@ def store() -> Iterator[dict[str, Any]]:
     yield entry("store/requests-per-start-node", many["start"], "1", "checkpoint", many["checkpoint"])
 
 
+def transfer() -> Iterator[dict[str, Any]]:
+    """Upload and restore of 1.5 GB beside a bare client's, and what more of a processor they take."""
+    for what, value, bare, more in bench_transfer.measure(ROUNDS):
+        yield entry(f"checkpoint/{what}", value, "GB/s", "bare client", bare)
+        yield entry(f"checkpoint/{what}: processor", more, "s/GB more", "target", 0.6)
+
+
+def transfer_vs_dcp() -> Iterator[dict[str, Any]]:
+    """The same beside PyTorch's Distributed Checkpoint, to the same server."""
+    for what, value, other in bench_transfer.versus_torch(ROUNDS):
+        yield entry(f"checkpoint/{what}", value, "s", "PyTorch DCP", other)
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -323,6 +337,8 @@ def main() -> int:
         "log": lambda: list(log()),
         "show": lambda: list(show()),
         "store": lambda: list(store()),
+        "transfer": lambda: list(transfer()),
+        "transfer-vs-dcp": lambda: list(transfer_vs_dcp()),
         "demo": lambda: list(demo()),
         "fp8": lambda: list(fp8()),
     }
