@@ -244,6 +244,11 @@ def point_of(name: str) -> tuple[int, int] | None:
     return (step, epoch) if f"/{point(step, epoch)}/" in name else None
 
 
+def chunk_prefix(step: int, epoch: int, rank: int) -> str:
+    """Of a rank's chunks of a point, whoever wrote them."""
+    return f"chunks/{point(step, epoch)}/{rank:06d}-"
+
+
 _RELATIVE = re.compile(r"(chunks|manifests|folds)(/[A-Za-z0-9_+=@-][A-Za-z0-9._+=@-]{0,199}){1,4}\Z")
 
 

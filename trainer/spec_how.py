@@ -19,7 +19,7 @@ Device = Literal["auto", "cpu", "cuda"]
 RETIRED = {"recovery": ("max_rollbacks",)}
 """Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
 LATER = {
-    "checkpoint": ("keep", "snapshot_every", "persist_every"),
+    "checkpoint": ("bandwidth_mb_s", "keep", "snapshot_every", "persist_every"),
     "recovery": ("replay_every", "on_divergence", "max_skips"),
 }
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
@@ -195,7 +195,10 @@ class CheckpointSpec(Section):
         "unset: every",
     )
     slots: int = size(3, low=2, high=16, text="snapshot slots of a rank in memory")
-    deadline_s: float = Field(600.0, gt=0, le=86_400, description="of one upload")
+    deadline_s: float = Field(600.0, gt=0, le=86_400, description="of a checkpoint, from its first byte to its commit")
+    bandwidth_mb_s: float = Field(
+        0.0, ge=0, le=1e6, description="most that a node's checkpoints take of its network, MB/s; 0: no cap"
+    )
     commit_s: float = Field(120.0, gt=0, le=86_400, description="wait of the last step for its commit")
     keep: KeepSpec | None = Field(None, description='which checkpoints stay; unset or "all": all of them')
 

@@ -60,6 +60,7 @@ class Actions:
         self.handed: tuple[int, ...] = ()
         """Descriptors of the HELLO that is being heard; who takes them leaves none."""
         self._has: Provisions | None = None  # the present attempt's
+        self._recalled = 0  # the epoch of an attempt that another agent had begun here
         self._found: dict[int, Provisions] = {}  # by epoch, until they are used
         self._retired: list[SlotTable] = []
         self._cancelled = threading.Event()  # what is done to start the attempt is of no use any more
@@ -183,6 +184,7 @@ class Actions:
         gang, work = e.gang, self.options.work
         if not attempt_path(work, gang.epoch).exists():
             return ev.Recalled(gang.epoch, False)
+        self._recalled = gang.epoch
         over, ranks = recall(work, gang.epoch)
         try:
             layout, path = found_plan(work, gang.attempt.plan)
@@ -297,14 +299,16 @@ class Actions:
     def _upload(self, e: do.Upload) -> None:
         assert self._has is not None
         layout, table = self._has.layout, self._has.table
-        self.uploader.begin(Source(e.epoch, layout, table, e.deadline_s, e.point, e.stored, e.amended))
+        self.store.limit(e.bytes_per_s or None)
+        resumed = e.epoch == self._recalled
+        self.uploader.begin(Source(e.epoch, layout, table, e.deadline_s, e.point, e.stored, e.amended, resumed))
         self.committer.begin(e.epoch, layout.ranks, e.deadline_s)
 
     def _look(self, _: do.LookForSnapshots) -> None:
         self.uploader.wake()
 
     def _commit(self, e: do.Commit) -> None:
-        self.committer.add(e.step, e.state)
+        self.committer.add(e.step, e.state, self.uploader.deadline(e.epoch, e.step))
 
     def _agree(self, e: do.Agree) -> None:
         self._thread("algorithms", self._agree_thread, e, self._superseded)

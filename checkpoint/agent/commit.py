@@ -122,14 +122,15 @@ class Committer:
                 self._state, self._news = state, True
                 self._wake.notify_all()
 
-    def add(self, step: int, state: RunState) -> None:
-        """This node's part of ``step`` is in the store."""
+    def add(self, step: int, state: RunState, deadline: float | None = None) -> None:
+        """This node's part of ``step`` is in the store; the checkpoint as a whole has time until ``deadline``."""
         with self._wake:
             if self._state is None or state.n > self._state.n:
                 self._state = state
             now, everybody, group = self._clock(), range(self._nodes), self._groups.of_node(self._node)
+            deadline = now + self._deadline_s if deadline is None else deadline
             join = self._duty(self._groups.members(group), step, now) if self._groups.size > 1 else None
-            self._pending.append(_Pending(step, now, now + self._deadline_s, self._duty(everybody, step, now), join))
+            self._pending.append(_Pending(step, now, deadline, self._duty(everybody, step, now), join))
             self._news = True
             self._wake.notify_all()
 

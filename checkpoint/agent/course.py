@@ -275,7 +275,8 @@ class Course:
         if point is not None and self.durable >= point[0]:
             point = None
         deadline_s = float(attempt.gang.how("checkpoint", "deadline_s"))
-        self._do(do.Upload(attempt.epoch, deadline_s, point, stored, attempt.gang.attempt.amendments))
+        bytes_per_s = 1e6 * float(attempt.gang.how("checkpoint", "bandwidth_mb_s"))
+        self._do(do.Upload(attempt.epoch, deadline_s, point, stored, attempt.gang.attempt.amendments, bytes_per_s))
 
     def _cannot_start(self, attempt: NodeAttempt, code: int, words: str) -> None:
         """The attempt is over on this node before it began, or its engine is gone: say so as if the ranks had."""

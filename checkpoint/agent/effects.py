@@ -148,7 +148,7 @@ class Cancel:
 class Upload:
     """From here on this attempt's snapshots go up, and are committed. PartStored for each; Drained at each end.
 
-    ``point``, ``stored``, ``amended``: as in ``upload.Source``.
+    ``point``, ``stored``, ``amended``: as in ``upload.Source``. ``bytes_per_s``: at most; 0: no cap.
     """
 
     epoch: int
@@ -156,6 +156,7 @@ class Upload:
     point: tuple[int, int] | None
     stored: int | None
     amended: Amendments = NONE
+    bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

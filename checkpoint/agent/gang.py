@@ -12,6 +12,7 @@ from checkpoint.layout import PlanLayout, RankLayout
 from checkpoint.log import AttemptInfo
 
 DEFAULTS: Mapping[str, Any] = {
+    "checkpoint.bandwidth_mb_s": 0.0,
     "checkpoint.commit_s": 120.0,
     "checkpoint.deadline_s": 600.0,
     "launch.connect_s": 60.0,

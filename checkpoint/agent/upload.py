@@ -3,11 +3,13 @@
 Snapshots that the gang has marked go up (``checkpoint.persist_every``), and the one that an attempt started from; the
 others are for a start from memory. One upload at a time, in a thread of its own; the next one takes the newest such
 snapshot that is ready by then, so a slow store costs checkpoints, never steps. A snapshot is held while it is read: the
-ranks have other slots, and where they have none the gang leaves its save out (``wire/slot.h``). What it needs
-beside the slots is at most one chunk (64 MiB) a worker, however long the store is away.
+ranks have other slots, and where they have none the gang leaves its save out (``wire/slot.h``). What it needs beside
+the slots is at most one chunk (64 MiB) a worker, however long the store is away (``send.py``).
 
-An upload that fails is tried again until its deadline; when a newer snapshot is ready by then, that one goes instead.
-A final snapshot (done, or preempted) is never given up for another, since nothing newer can come.
+A checkpoint has one deadline, from when its upload begins to its commit: requests, retries and pauses end by then. An
+upload that fails is tried again until then; when a newer snapshot is ready meanwhile, that one goes instead. An agent
+that takes over from another one goes on where that one stopped: a chunk that is there with the bytes that the slots
+hold is not sent again. A final snapshot (done, or preempted) is never given up for another: nothing newer can come.
 
 Several nodes must pick the same step, or no checkpoint is ever whole. All ranks snapshot at the same steps, and a node
 that begins one says so (a hint, ``live/<epoch>/upload/last``): where it has a choice it takes the one that was begun
@@ -16,26 +18,25 @@ last, if that is among them, else its newest. One request a node, and another on
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 from checkpoint import keys, pages
+from checkpoint.agent.send import agreed, segments, send, sent_before
 from checkpoint.agent.slots import Seen, Slot, SlotChanged, SlotTable
 from checkpoint.amendments import NONE, Amendments
-from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, Tensor, chunk_pieces, plan_chunks
-from checkpoint.digest import KINDS
-from checkpoint.errors import Damaged, NotFound, StoreError
-from checkpoint.layout import PlanLayout, RankLayout
+from checkpoint.chunks import Chunk, ChunkPlan, Piece, Tensor, plan_chunks
+from checkpoint.errors import Damaged, StoreError
+from checkpoint.layout import PlanLayout
 from checkpoint.manifest import PartManifest
 from checkpoint.pages import TooLarge
-from checkpoint.store import Store
+from checkpoint.store import Info, Store
+from checkpoint.store.limits import deadline, until
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Source:
 
     ``point``: a snapshot of an older epoch that this attempt started from, to be stored as its own. ``stored``: the
     step of the checkpoint from which its slots were filled, which the store has already. ``amended``: what says how far
-    in the order of samples a step has got.
+    in the order of samples a step has got. ``resumed``: what another agent, which had begun here, sent may be there.
     """
 
     epoch: int
@@ -61,55 +62,11 @@ class Source:
     point: tuple[int, int] | None = None
     stored: int | None = None
     amended: Amendments = NONE
+    resumed: bool = False
 
 
 class Abandoned(Exception):
     """This upload is not wanted any more."""
-
-
-def segments(layout: RankLayout) -> list[Segment]:
-    """Where each tensor and kind that this rank stores, or its piece of it, lies in the data of its slots."""
-    return [
-        Segment(state.tensor, kind, state.first, state.elements, state.kind_offset(kind))
-        for state in layout.states
-        if state.saves
-        for kind in range(len(KINDS))
-    ]
-
-
-def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
-    """Of these steps, newest first, the one to begin: that which a node began last, else the newest. Says which."""
-    key = keys.upload_key(run, epoch)
-    chosen = steps[0]
-    try:
-        begun = -1
-        if len(steps) > 1:
-            with contextlib.suppress(NotFound, Damaged, ValueError):
-                begun = int(store.get(key, max_bytes=32))
-            chosen = begun if begun in steps else chosen
-        if chosen != begun:
-            store.put(key, str(chosen).encode())
-    except StoreError as error:
-        log.warning("the nodes cannot agree on a snapshot now: %s", error)
-    return chosen
-
-
-_SCRATCH = threading.local()
-
-
-def _together(plan: ChunkPlan, data: memoryview) -> memoryview:
-    """A chunk's bytes: the slot's own where its segments lie side by side there, else copied into this thread's."""
-    begin, end = plan.segments[0].source, plan.segments[-1].source + plan.segments[-1].bytes
-    if end - begin == plan.bytes and all(a.source + a.bytes == b.source for a, b in pairwise(plan.segments)):
-        return data[begin:end]
-    scratch: bytearray | None = getattr(_SCRATCH, "bytes", None)
-    if scratch is None or len(scratch) < plan.bytes:
-        scratch = _SCRATCH.bytes = bytearray(max(plan.bytes, MAX_CHUNK_BYTES))
-    view, at = memoryview(scratch)[: plan.bytes], 0
-    for s in plan.segments:
-        view[at : at + s.bytes] = data[s.source : s.source + s.bytes]
-        at += s.bytes
-    return view
 
 
 class Uploader:
@@ -141,6 +98,7 @@ class Uploader:
         self._source: Source | None = None
         self._done: dict[int, set[int]] = {}  # epoch -> steps whose part is in the store, or was given up
         self._voids: dict[int, int] = {}  # step -> how often its slots changed under an upload
+        self._deadlines: dict[tuple[int, int], float] = {}  # (epoch, step) -> of its checkpoint
         self._again = False
         self._busy = False
         self._closing = False
@@ -172,6 +130,10 @@ class Uploader:
         with self._wake:
             self._again = True
             self._wake.notify_all()
+
+    def deadline(self, epoch: int, step: int) -> float | None:
+        """Of the checkpoint of this step, where this one has begun to upload it."""
+        return self._deadlines.get((epoch, step))
 
     @property
     def idle(self) -> bool:
@@ -311,19 +273,25 @@ class Uploader:
 
     def _persist(self, source: Source, step: int, by_rank: dict[int, Seen]) -> bool:
         """True once the part is in the store; False where a newer snapshot takes its place, or the deadline passed."""
-        deadline = self._clock() + source.deadline_s
+        end = self._clock() + source.deadline_s
+        self._deadlines = {key: at for key, at in self._deadlines.items() if key[0] == source.epoch}
+        self._deadlines[source.epoch, step] = end
         final = any(seen.final for seen in by_rank.values())
         saved: dict[tuple[int, int], tuple[Chunk, tuple[Piece, ...]]] = {}
+        there: dict[tuple[int, int], list[Info]] | None = None if source.resumed else {}
         attempt = 0
         while True:
             try:
-                self._put_part(source, step, by_rank, saved)
+                with until(time.monotonic() + end - self._clock()):
+                    if there is None:
+                        there = sent_before(self._store, self._run, step, source.epoch, by_rank, self._incarnation)
+                    self._put_part(source, step, by_rank, saved, there)
             except StoreError as error:
                 self._failing = True
                 text = f"the checkpoint of step {step} cannot be stored: {error}"
                 log.warning("%s", text)
                 self._post(lambda said=text: self._on_error(said))  # type: ignore[misc]
-                if self._clock() >= deadline:
+                if self._clock() >= end:
                     log.error("the upload of step %d is given up after %.0f s", step, source.deadline_s)
                     self._done[source.epoch].add(step)
                     return False
@@ -350,11 +318,13 @@ class Uploader:
         step: int,
         by_rank: dict[int, Seen],
         saved: dict[tuple[int, int], tuple[Chunk, tuple[Piece, ...]]],
+        there: Mapping[tuple[int, int], Sequence[Info]],
     ) -> None:
         """All chunks that are not saved yet, then the part manifest."""
         work = [(rank, plan) for rank in by_rank for plan in self._chunk_plans(source, rank)]
+        put = partial(self._put_chunk, source, step, deadline())
         futures = [
-            (rank, plan, self._pool.submit(self._put_chunk, source, step, rank, by_rank[rank], plan))
+            (rank, plan, self._pool.submit(put, rank, by_rank[rank], plan, there.get((rank, plan.index), ())))
             for rank, plan in work
             if (rank, plan.index) not in saved
         ]
@@ -404,17 +374,11 @@ class Uploader:
         return self._plans[key]
 
     def _put_chunk(
-        self, source: Source, step: int, rank: int, seen: Seen, plan: ChunkPlan
+        self, source: Source, step: int, until_s: float, rank: int, seen: Seen, plan: ChunkPlan, there: Sequence[Info]
     ) -> tuple[Chunk, tuple[Piece, ...]]:
-        """In a worker: read, hash, create one chunk."""
+        """In a worker."""
         if not self._wanted(source):
             raise Abandoned
-        slot = source.table.slots[rank][seen.index]
-        with slot.data() as data, _together(plan, data) as view:
-            name = keys.chunk_name(step, source.epoch, rank, self._incarnation, plan.index)
-            pieces = chunk_pieces(plan, view)
-            chunk = Chunk.of(name, view)
-            slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
-            if not self._store.create(keys.run_key(self._run, name), view, sha256=chunk.sha256):
-                raise SlotChanged(f"object {name} is there with other bytes")
-        return chunk, pieces
+        name = keys.chunk_name(step, source.epoch, rank, self._incarnation, plan.index)
+        with until(until_s):
+            return send(self._store, self._run, name, source.table.slots[rank][seen.index], seen, plan, there)

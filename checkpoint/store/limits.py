@@ -1,7 +1,7 @@
 """Limits of what a store's requests may take: until when, how slowly, and how much of the network.
 
 A deadline is of the thread that calls (``until``): whatever a store does for it, retries and pauses included, ends by
-then. A request that moves its bytes too slowly ends as one that is lost (``Course``), so that a peer that drips is no
+then. A request that moves its bytes too slowly ends as one that is lost (``Progress``), so that a peer that drips is no
 worse than one that hangs.
 """
 
@@ -70,7 +70,7 @@ class Rate:
         return wait
 
 
-class Course:
+class Progress:
     """How one request gets on: at least ``LEAST_RATE`` after a grace, and not beyond the thread's deadline."""
 
     def __init__(self, grace_s: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -2,7 +2,7 @@
 wanted. The SDK would read a body in pieces of 16 KiB, after a copy; ``hand_over`` puts an iterator in its place.
 
 A slice is sent under a time-out of its own (a socket's time-out is of one whole ``sendall``), and the request as a
-whole under ``limits.Course``.
+whole under ``limits.Progress``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import botocore.config
 
-from checkpoint.store.limits import SLICE_BYTES, Course, Rate
+from checkpoint.store.limits import SLICE_BYTES, Progress, Rate
 
 READ_BYTES = 256 << 10
 
@@ -32,12 +32,12 @@ class Outgoing:
         raise AssertionError("hand_over has the connection iterate it")
 
     def slices(self) -> Iterator[memoryview]:
-        course = Course(self._grace_s)
+        progress = Progress(self._grace_s)
         for at in range(0, self.view.nbytes, SLICE_BYTES):
             piece = self.view[at : at + SLICE_BYTES]
-            course.moved(0, self._rate.take(piece.nbytes) if self._rate is not None else 0.0)
+            progress.moved(0, self._rate.take(piece.nbytes) if self._rate is not None else 0.0)
             yield piece
-            course.moved(piece.nbytes)
+            progress.moved(piece.nbytes)
 
 
 class _Slices:
@@ -66,7 +66,7 @@ def hand_over(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None
 
 def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
     """An answer's body (``StreamingBody``) into these, in order; how many bytes came until it ended or all are full."""
-    course = Course(grace_s)
+    progress = Progress(grace_s)
     stream = getattr(body, "_raw_stream", None)
     read = getattr(stream, "read1", None) or body.read  # one read of the socket, not as many as fill the slice
     have = 0
@@ -79,5 +79,5 @@ def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
             view[at : at + len(piece)] = piece
             at += len(piece)
             have += len(piece)
-            course.moved(len(piece))
+            progress.moved(len(piece))
     return have

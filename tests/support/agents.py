@@ -153,7 +153,11 @@ class Run:
 
 def make_run(tmp_path: Path, spec: RunSpec, url: str | None = None) -> tuple[Run, str]:
     """A run in a folder (or at ``url``) and the digest of its plan."""
-    store = open_store(url or (tmp_path / "store").as_uri())
+    return make_run_in(open_store(url or (tmp_path / "store").as_uri()), spec)
+
+
+def make_run_in(store: Store, spec: RunSpec) -> tuple[Run, str]:
+    """A run in this store and the digest of its plan."""
     dataset = put_dataset(store)
     run = Run(store, f"{spec.name}-{what_digest(spec, dataset).hex()[:6]}")
     return run, run.add_plan(spec, dataset)

@@ -24,7 +24,7 @@ from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.events import Address
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.agent.meet import Meeting
-from checkpoint.agent.upload import agreed
+from checkpoint.agent.send import agreed
 from checkpoint.chunks import Tensor
 from checkpoint.claims import Place
 from checkpoint.log import AttemptInfo, RunLog, RunState

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from checkpoint import keys
 from checkpoint.agent.gang import layouts
+from checkpoint.agent.send import segments
 from checkpoint.agent.slots import Slot, SlotTable
-from checkpoint.agent.upload import segments
 from checkpoint.chunks import Chunk, Tensor, chunk_pieces, plan_chunks
 from checkpoint.layout import PlanLayout, read_plan
 from checkpoint.log import CheckpointInfo

@@ -15,8 +15,9 @@ import pytest
 
 from checkpoint.agent.commit import commit
 from checkpoint.agent.gang import layouts
+from checkpoint.agent.send import segments
 from checkpoint.agent.slots import Slot, SlotChanged, SlotTable
-from checkpoint.agent.upload import Source, Uploader, segments
+from checkpoint.agent.upload import Source, Uploader
 from checkpoint.chunks import Chunk, Piece, Tensor, plan_chunks
 from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
 from checkpoint.layout import PlanLayout, PlanRefused, piece, read_plan

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from checkpoint.store.limits import LEAST_RATE, Course, Rate, deadline, until
+from checkpoint.store.limits import LEAST_RATE, Progress, Rate, deadline, until
 
 
 class Clock:
@@ -72,32 +72,32 @@ def test_a_cap_that_leaves_no_time_ends_the_request_at_once() -> None:
 
 def test_a_peer_that_drips_counts_as_lost() -> None:
     clock = Clock()
-    course = Course(30.0, clock)
+    progress = Progress(30.0, clock)
     for _ in range(30):
         clock.now += 1.0
-        course.moved(1)
+        progress.moved(1)
     clock.now += 0.1
     with pytest.raises(TimeoutError, match=r"31 bytes in 30\.1 s.*counts as lost"):
-        course.moved(1)
+        progress.moved(1)
 
 
 def test_a_slow_peer_that_keeps_the_least_rate_is_waited_for() -> None:
     clock = Clock()
-    course = Course(30.0, clock)
+    progress = Progress(30.0, clock)
     for _ in range(1000):
         clock.now += 1.0
-        course.moved(LEAST_RATE)
-    course.moved(0, 0.0)
+        progress.moved(LEAST_RATE)
+    progress.moved(0, 0.0)
     clock.now += 500.0
-    course.moved(0, 500.0)  # our own cap made it wait
+    progress.moved(0, 500.0)  # our own cap made it wait
 
 
 def test_moving_bytes_end_at_the_deadline() -> None:
     clock = Clock()
     with until(110.0):
-        course = Course(30.0, clock)
+        progress = Progress(30.0, clock)
     clock.now = 109.0
-    course.moved(1 << 20)
+    progress.moved(1 << 20)
     clock.now = 110.0
     with pytest.raises(TimeoutError, match="deadline passed"):
-        course.moved(1 << 20)
+        progress.moved(1 << 20)

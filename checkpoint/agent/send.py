@@ -1,0 +1,94 @@
+"""What an upload sends: which snapshot, and its chunks, hashed where they lie, sent from there, checked to be whole."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from checkpoint import keys
+from checkpoint.agent.slots import Seen, Slot, SlotChanged
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, chunk_pieces
+from checkpoint.digest import KINDS
+from checkpoint.errors import Damaged, NotFound, StoreError
+from checkpoint.layout import RankLayout
+from checkpoint.store import Info, Store
+
+log = logging.getLogger(__name__)
+
+
+def segments(layout: RankLayout) -> list[Segment]:
+    """Where each tensor and kind that this rank stores, or its piece of it, lies in the data of its slots."""
+    return [
+        Segment(state.tensor, kind, state.first, state.elements, state.kind_offset(kind))
+        for state in layout.states
+        if state.saves
+        for kind in range(len(KINDS))
+    ]
+
+
+def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
+    """Of these steps, newest first, the one to begin: that which a node began last, else the newest. Says which."""
+    key = keys.upload_key(run, epoch)
+    chosen = steps[0]
+    try:
+        begun = -1
+        if len(steps) > 1:
+            with contextlib.suppress(NotFound, Damaged, ValueError):
+                begun = int(store.get(key, max_bytes=32))
+            chosen = begun if begun in steps else chosen
+        if chosen != begun:
+            store.put(key, str(chosen).encode())
+    except StoreError as error:
+        log.warning("the nodes cannot agree on a snapshot now: %s", error)
+    return chosen
+
+
+_SCRATCH = threading.local()
+
+
+def together(plan: ChunkPlan, data: memoryview) -> memoryview:
+    """A chunk's bytes: the slot's own where its segments lie side by side there, else copied into this thread's."""
+    begin, end = plan.segments[0].source, plan.segments[-1].source + plan.segments[-1].bytes
+    if end - begin == plan.bytes and all(a.source + a.bytes == b.source for a, b in pairwise(plan.segments)):
+        return data[begin:end]
+    scratch: bytearray | None = getattr(_SCRATCH, "bytes", None)
+    if scratch is None or len(scratch) < plan.bytes:
+        scratch = _SCRATCH.bytes = bytearray(max(plan.bytes, MAX_CHUNK_BYTES))
+    view, at = memoryview(scratch)[: plan.bytes], 0
+    for s in plan.segments:
+        view[at : at + s.bytes] = data[s.source : s.source + s.bytes]
+        at += s.bytes
+    return view
+
+
+def sent_before(
+    store: Store, run: str, step: int, epoch: int, ranks: Iterable[int], incarnation: str
+) -> dict[tuple[int, int], list[Info]]:
+    """Chunks of this step that other agents of this node have sent, by rank and index: one request a rank."""
+    found: dict[tuple[int, int], list[Info]] = {}
+    for rank in ranks:
+        for info in store.list(keys.run_key(run, keys.chunk_prefix(step, epoch, rank))):
+            other, index = info.key.rsplit("-", 2)[1:]
+            if other != incarnation and index.isdecimal():
+                found.setdefault((rank, int(index)), []).append(info)
+    log.info("chunks of step %d that an agent before this one has sent: %d", step, len(found))
+    return found
+
+
+def send(
+    store: Store, run: str, name: str, slot: Slot, seen: Seen, plan: ChunkPlan, there: Sequence[Info]
+) -> tuple[Chunk, tuple[Piece, ...]]:
+    """Read, hash and create the chunk of this name, where it is not one of those that are there. Raises SlotChanged."""
+    with slot.data() as data, together(plan, data) as view:
+        pieces = chunk_pieces(plan, view)
+        chunk = Chunk.of(name, view)
+        slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
+        for info in there:
+            if info.bytes == chunk.bytes and store.holds(info.key, view, sha256=chunk.sha256):
+                return Chunk(info.key.removeprefix(keys.run_key(run, "")), chunk.bytes, chunk.sha256), pieces
+        if not store.create(keys.run_key(run, name), view, sha256=chunk.sha256):
+            raise SlotChanged(f"object {name} is there with other bytes")
+    return chunk, pieces
