@@ -38,9 +38,10 @@ class StoreError(CheckpointError):
 
 
 class StoreUnavailable(StoreError):
-    """Not now: the same call may work later."""
+    """Not now: the same call may work later. ``word``: why, for counting."""
 
     exit_code = 75
+    word = "other"
 
 
 class CredentialsExpired(StoreUnavailable):

@@ -30,6 +30,7 @@ WORK = "/var/lib/hotstage"
 KEY_FOLDER = "/etc/hotstage"
 PORT_BASE = 7400  # a pod's ranks listen from here on; k8s/base/network.yaml opens PORTS of them
 PORTS = 256
+METRICS_PORT = 7390  # of a pod's agent; k8s/components/monitoring opens it to Prometheus
 AGENT_OVERHEAD = 512 << 20
 ENGINE_OVERHEAD = 128 << 20
 DEFAULT_IMAGE, DEFAULT_AGENT_IMAGE = "hotstage-engine:0.1.0", "hotstage-agent:0.1.0"
@@ -224,7 +225,9 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             # an address, not a name: a pod keeps it for life, and names come late and are remembered as missing
             *("--host", "$(POD_IP)"),
             *("--port-base", str(_ports(spec).start)),
+            *("--metrics", f"$(POD_IP):{METRICS_PORT}"),
         ],
+        "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
         "env": [_from_field("JOB_COMPLETION_INDEX", _INDEX_FIELD), _from_field("POD_IP", "status.podIP")],
         "resources": _resources("agent_resources", _agent_memory(spec, plan), spec.launch.agent_resources, {}),
         "securityContext": {k: v for k, v in restricted.items() if k != "capabilities"}

@@ -21,6 +21,7 @@ holds no credentials and never waits for storage. Who does what:
     adopt.py         what an agent leaves for the one after it
     upload.py        a held snapshot into chunks in the store, and this node's part manifest
     commit.py        all parts seen -> manifest -> log record, by whichever agent gets there first
+    metrics.py       what Prometheus asks of the agent
     output.py        metrics segments and the ring of each rank's output
     beat.py          the heartbeat's thread, and how much the other hints may ask
     gather.py        what all nodes wrote, read once by one of them

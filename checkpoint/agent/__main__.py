@@ -22,6 +22,7 @@ from pathlib import Path
 
 from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Link
+from checkpoint.agent.metrics import address_of, serve
 from checkpoint.agent.service import Service
 from checkpoint.agent.slots import fence
 from checkpoint.claims import Place
@@ -82,6 +83,13 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="seconds between looks at the log while a record is expected; default: the store's",
     )
+    parser.add_argument(
+        "--metrics",
+        type=_address,
+        default=("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="where Prometheus finds this agent's metrics; default: a free port of 127.0.0.1, named in agent.metrics",
+    )
     parser.add_argument("--with-parent", type=int, metavar="PID", help="leave, as on SIGTERM, when this parent ends")
     args = parser.parse_args(argv)
     if args.with_parent is not None and not _end_with(args.with_parent):
@@ -135,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         service = Service(options, store, link, secrets.token_hex(8))
+        labels = {"run": args.run, "launch": args.launch, "node": str(args.node)}
+        serve(args.metrics, work, lambda: service.gauge.text(labels))
         code = service.run()
     except CheckpointError as error:
         log.error("the agent ends: %s", error)
@@ -146,6 +156,13 @@ def main(argv: list[str] | None = None) -> int:
         link.close()
     log.info("the agent leaves with %d", code)
     return code
+
+
+def _address(text: str) -> tuple[str, int]:
+    try:
+        return address_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _on_thread_bug(args: threading.ExceptHookArgs) -> None:

@@ -26,6 +26,7 @@ from checkpoint.agent.gang import CannotStart, Gang, Options, layouts
 from checkpoint.agent.kernel_log import first_xid, kernel_lines, xids
 from checkpoint.agent.link import Link, Peer
 from checkpoint.agent.meet import claim, meet
+from checkpoint.agent.metrics import Gauge
 from checkpoint.agent.output import Hints
 from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer, Provisions, exit_of
 from checkpoint.agent.slots import SlotChanged, SlotTable
@@ -33,11 +34,13 @@ from checkpoint.agent.upload import WORKERS, Source, Uploader
 from checkpoint.errors import CheckpointError
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
+from trainer import wire
 from trainer.wire.files import write_file
 
 log = logging.getLogger(__name__)
 
 _CLOCKS_S = 1.0  # the clock of the kernel's log is not quite ours
+_SLOT_STATES = {wire.SLOT_EMPTY: "empty", wire.SLOT_FILLING: "filling", wire.SLOT_READY: "ready"}
 
 
 class Actions:
@@ -55,7 +58,9 @@ class Actions:
         feed: Callable[[ev.Event], None],
         on_commit: Callable[[RunState, int], None],
         on_error: Callable[[str | None], None],
+        gauge: Gauge,
     ) -> None:
+        self._gauge = gauge
         self.options, self.store, self.link, self._post, self._feed = options, store, link, post, feed
         self.handed: tuple[int, ...] = ()
         """Descriptors of the HELLO that is being heard; who takes them leaves none."""
@@ -124,6 +129,15 @@ class Actions:
     def held(self) -> list[tuple[int, int]]:
         """(step, epoch) of what every rank of the node holds ready, newest first."""
         return sorted(self._has.table.held_by_all(), reverse=True) if self._has is not None else []
+
+    def slots_by_state(self) -> dict[str, int]:
+        """How many slots of the node's ranks are empty, being filled, or hold a snapshot."""
+        table = self._has.table if self._has is not None else None
+        counts = dict.fromkeys(_SLOT_STATES.values(), 0)
+        for rank in table.layouts if table is not None else ():
+            for seen in table.look(rank) if table is not None else ():
+                counts[_SLOT_STATES.get(seen.state, "filling")] += 1
+        return counts
 
     def peer(self, number: int | None) -> Peer | None:
         """The connection of this number, while it lasts."""
@@ -323,6 +337,7 @@ class Actions:
     def _publish(self, e: do.Publish) -> None:
         if e.kind == "METRICS":
             self.hints.metrics(e.payload)
+            self._gauge.line(e.payload)
         elif e.kind == "OUTPUT":
             self.hints.output(e.rank, e.payload)
         else:

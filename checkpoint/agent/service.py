@@ -20,6 +20,7 @@ from checkpoint.agent.decode import event_of
 from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Arrival, Link, Peer
 from checkpoint.agent.machine import Machine
+from checkpoint.agent.metrics import Gauge
 from checkpoint.agent.output import BEAT_S
 from checkpoint.agent.status import NodeStatus
 from checkpoint.agent.watch import Watcher
@@ -39,6 +40,7 @@ class Service:
         self.options, self.link = options, link
         self.machine = Machine(options)
         self.status = NodeStatus(options.node, options.launch, incarnation)
+        self.gauge = Gauge()
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._early: list[Arrival] = []
         self._refused = False
@@ -56,6 +58,7 @@ class Service:
             feed=self._feed,
             on_commit=self._on_commit,
             on_error=self._on_store,
+            gauge=self.gauge,
         )
         self.watcher = Watcher(
             run_log,
@@ -129,6 +132,19 @@ class Service:
         status.supervisor, status.phase, status.durable = machine.engine.pid, machine.phase, machine.durable
         status.error = self._log_error or self._store_error or machine.slot_error or actions.hints.error
         status.slots = actions.held()
+        uploader, held = actions.uploader, status.slots[0][0] if status.slots else -1
+        self.gauge.tell(
+            epoch=status.epoch,
+            step=max((rank.step for rank in status.ranks.values()), default=0),
+            held=held,
+            committed=machine.durable,
+            slots=actions.slots_by_state(),
+            stored_bytes=uploader.stored_bytes,
+            stored_parts=uploader.stored_parts,
+            given_up=uploader.given_up,
+            retries=actions.store.retries,
+            failing=status.error is not None,
+        )
         if machine.speaks(self._log_error) and actions.hints.beat(status):
             self.watcher.expect()  # who reads that may answer by a record
 

@@ -103,6 +103,7 @@ class Uploader:
         self._busy = False
         self._closing = False
         self._failing = False
+        self.stored_bytes, self.stored_parts, self.given_up = 0, 0, 0  # for people, since this began
         self._plans: dict[tuple[bytes, int], tuple[ChunkPlan, ...]] = {}
         self._thread = threading.Thread(target=self._main, name="upload", daemon=True) if rest is None else None
         if self._thread is not None:
@@ -256,6 +257,7 @@ class Uploader:
             self._voids.pop(step)
             self._done[source.epoch].add(step)
             self._failing = True
+            self.given_up += 1
             text = (
                 f"the snapshot of step {step} is damaged in memory ({error}; {times} times): it is not stored, the "
                 "next one will be; check this machine's memory"
@@ -293,12 +295,14 @@ class Uploader:
                 self._post(lambda said=text: self._on_error(said))  # type: ignore[misc]
                 if self._clock() >= end:
                     log.error("the upload of step %d is given up after %.0f s", step, source.deadline_s)
+                    self.given_up += 1
                     self._done[source.epoch].add(step)
                     return False
             else:
                 if self._failing:
                     self._failing = False
                     self._post(lambda: self._on_error(None))
+                self.stored_parts += 1
                 log.info("this node's part of step %d is in the store", step)
                 self._post(lambda: self._on_part(step, source.epoch))
                 return True
@@ -335,6 +339,7 @@ class Uploader:
             error = future.exception()
             if error is None:
                 saved[rank, plan.index] = future.result()
+                self.stored_bytes += plan.bytes
             else:
                 failure = failure or error
         if failure is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -73,6 +73,10 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """The address that opens it again, without credentials."""
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        """How often a request was sent again since this was opened, by cause."""
 
     def describe(self) -> str:
         """One phrase for people."""

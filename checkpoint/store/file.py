@@ -19,7 +19,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
@@ -115,6 +115,10 @@ class FileStore:
     @property
     def url(self) -> str:
         return self.root.as_uri()
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        return {}
 
     def describe(self) -> str:
         return f"folder {self.root}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from checkpoint.errors import Damaged, NotFound
@@ -36,6 +36,10 @@ class MemoryStore:
     @property
     def url(self) -> str:
         return "memory:"
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        return {}
 
     def describe(self) -> str:
         return "this process's memory"

@@ -9,7 +9,7 @@ any machine that may read them, without leaving a trace beside them (``flows/rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode
 
@@ -34,6 +34,11 @@ class OverlayStore:
     @property
     def url(self) -> str:
         return f"{SCHEME}:?" + urlencode({"own": self.own, "front": self.front.url, "back": self.back.url})
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        front, back = self.front.retries, self.back.retries
+        return {cause: front.get(cause, 0) + back.get(cause, 0) for cause in {*front, *back}}
 
     def describe(self) -> str:
         return f"{self.front.describe()} over {self.back.describe()}"

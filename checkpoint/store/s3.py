@@ -23,7 +23,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -136,6 +136,10 @@ class S3Store:
     @property
     def url(self) -> str:
         return self._url
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        return dict(self._retry.causes)
 
     def describe(self) -> str:
         return self._url

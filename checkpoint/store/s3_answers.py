@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -128,6 +129,14 @@ _MEND = {
 NOT_S3 = "what answers there is not S3 (a proxy, a login page, a web console?): check the endpoint in the address"
 
 
+_TIMEOUTS = (
+    TimeoutError,
+    botocore.exceptions.ConnectTimeoutError,
+    botocore.exceptions.ReadTimeoutError,
+    urllib3.exceptions.TimeoutError,
+)
+
+
 @dataclass(frozen=True)
 class Retry:
     """How often and how long one call is tried: at most ``attempts``, none begun after ``deadline_s`` or the thread's
@@ -141,6 +150,8 @@ class Retry:
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     jitter: Callable[[], float] = field(default=random.random, repr=False)
+    causes: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    """How often calls were tried again, by cause: for people, who can bear one that two threads count as one."""
 
     def run(self, what: str, call: Callable[[], T]) -> T:
         """The call's result; StoreUnavailable of the last attempt where none succeeded."""
@@ -156,12 +167,28 @@ class Retry:
                 if attempt == self.attempts or self.clock() + wait >= end:
                     raise
                 logger.info("%s, attempt %d of %d: %s; again in %.2f s", what, attempt, self.attempts, error, wait)
+                self.causes[error.word] += 1
             self.sleep(wait)
         raise AssertionError("unreachable")
 
 
 def translate(error: BaseException, what: str, store: str, key: str = "") -> StoreError | Damaged:
     """The one place where an exception of the SDK, or below it, becomes one of ours."""
+    found = _translated(error, what, store, key)
+    if isinstance(found, StoreUnavailable):
+        found.word = _word(error)
+    return found
+
+
+def _word(error: BaseException) -> str:
+    """What the server answered, or what became of the connection."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        code = str(error.response.get("Error", {}).get("Code", "?"))
+        return code if code in _RETRY_CODES else str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    return "timeout" if isinstance(error, _TIMEOUTS) else "connection"
+
+
+def _translated(error: BaseException, what: str, store: str, key: str) -> StoreError | Damaged:
     if isinstance(error, botocore.exceptions.ClientError):
         answer = error.response
         code = str(answer.get("Error", {}).get("Code", "?"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from k8s.labels import AGENT, ENGINE, INDEX
-from k8s.render import KEY_FOLDER, PORT_BASE, SOCKET, WORK
+from k8s.render import KEY_FOLDER, METRICS_PORT, PORT_BASE, SOCKET, WORK
 from tests.k8s.api_server import ApiServer, Json
 from trainer.engine_path import engine_binary
 
@@ -186,6 +186,7 @@ class Kubelet:
         # these pods share the machine's one address
         words |= {
             str(PORT_BASE): "0",
+            f"$(POD_IP):{METRICS_PORT}": "127.0.0.1:0",
             WORK: str(pod.folder / "work"),
             f"{KEY_FOLDER}/launch.key": str(pod.folder / "launch.key"),
         }
