@@ -20,6 +20,7 @@ from checkpoint.agent.actions import Actions
 from checkpoint.agent.gang import CannotStart, Gang, Options
 from checkpoint.agent.link import Link
 from checkpoint.agent.meet import SMALL
+from checkpoint.agent.metrics import Gauge
 from checkpoint.agent.prepare import Preparer
 from checkpoint.claims import Place
 from tests.support.agent_world import attempt_info
@@ -45,6 +46,7 @@ class Node:
         return Actions(
             replace(self.options, **options), self.run.store, self.run.log, link, "a0", post=self.posted.put,
             feed=self.events.append, on_commit=lambda *_: None, on_error=lambda _: None,
+            gauge=Gauge(),
         )  # fmt: skip
 
     def gang(self) -> Gang:
