@@ -11,7 +11,8 @@ Rules  R1  the newest ``last`` usable ones on the line that leads here (``RunSta
 R2 and R3 take the first of each bucket, so a checkpoint that comes later never takes the place of one that was kept,
 and what was once given up is never wanted again as the line grows. A clock that was set back or forth makes more
 buckets, and so keeps more.
-Checkpoints that a rollback left behind and damaged ones count for no rule but R5 and R6.
+Checkpoints that a rollback left behind and damaged ones count for no rule but R5 and R6; but while fewer than two on
+the line can be used, nothing is given up.
 """
 
 from __future__ import annotations
@@ -87,9 +88,12 @@ def spared(state: RunState) -> dict[int, str]:
 def keep(state: RunState, rules: Rules | None, losses: Mapping[int, float] | None = None) -> dict[int, str]:
     """The records of the checkpoints that stay, with why. ``losses``: by record, for R4; `losses_of` makes them."""
     kept = {n: why for n, why in spared(state).items() if n not in state.buried}
-    if rules is None:
-        return {n: kept.get(n, "everything is kept") for n in state.checkpoints.n if n not in state.buried}
     line = state.restore_candidates()
+    if (
+        rules is None or len(line) < LEAST
+    ):  # where nearly all is damaged or left behind a person may still want the rest
+        why = "everything is kept" if rules is None else f"fewer than {LEAST} can be used"
+        return {n: kept.get(n, why) for n in state.checkpoints.n if n not in state.buried}
     numbers, steps = line.column("n"), line.column("step")  # the newest first
     times = [state.checkpoints.time[row] for row in line.rows]
     if rules.best:

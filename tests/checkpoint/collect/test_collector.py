@@ -21,6 +21,7 @@ from checkpoint.errors import Conflict, Halted, OtherVersion, PinRefused, StoreR
 from checkpoint.log import RunLog
 from checkpoint.store import Info
 from checkpoint.verify import verify_run
+from tests.checkpoint.samples import attempt_body, point_body
 from tests.support.long_log import long_log
 from tests.support.small_checkpoints import RUN, Clock, Watched, begin, names, save, upload, whole
 
@@ -130,6 +131,8 @@ def test_a_commit_after_its_step_was_given_up_is_void_and_ends() -> None:
         commit(world.log, 2, 5, 1, before)  # an agent that was away meanwhile
     state = world.log.fold()
     assert state.find(5, 1) is None
+    state = world.log.append("checkpoint", point_body(5), state, epoch=1)  # one that does not look
+    assert (state.find(5, 1), state.void[-1].step) == (None, 5)
     world.late().collect()
     assert (5, 1) not in world.points
     assert RunLog(world.store, RUN).fold(quick=True) == state
@@ -496,7 +499,7 @@ def test_a_pass_costs_what_is_there_and_not_what_ever_was() -> None:
 
     def requests(each: int) -> int:
         store = Watched(Clock())
-        body = {**_attempt(), "how": KEEP}
+        body = {**attempt_body(), "how": KEEP}
         state = long_log(store, RUN, 4, each, lambda n, step: {**body, "restore": _restore(n, step)})
         for number, info in enumerate(state.checkpoints[:-2], state.n + 1):
             state = replace(state, buried={**state.buried, info.n: number}) if number < state.n + 3 else state
@@ -509,12 +512,6 @@ def test_a_pass_costs_what_is_there_and_not_what_ever_was() -> None:
 
 def _restore(n: int | None, step: int) -> dict[str, Any]:
     return {"checkpoint": n, "step": step, "slots": None}
-
-
-def _attempt() -> dict[str, Any]:
-    from tests.checkpoint.samples import attempt_body
-
-    return attempt_body()
 
 
 def test_its_hint_is_a_map_that_people_can_read() -> None:
@@ -543,3 +540,22 @@ def test_what_is_collected_while_a_run_is_verified_is_no_damage() -> None:
     assert report.checkpoints == 2
     world.store.delete(keys.run_key(RUN, keys.manifest_name(30, 1)))
     assert keys.run_key(RUN, keys.manifest_name(30, 1)) in {p.key for p in verify_run(world.store, RUN).problems}
+
+
+def test_a_checkpoint_from_which_an_attempt_begins_all_the_same_stays() -> None:
+    """No driver of this version does it; one that did, between tombstone and deletion, would lose nothing (C4)."""
+    world = World().saved(10, 20, 30)
+    world.collect()
+    world.late()
+
+    def begin_anyway(verb: str, key: str) -> None:
+        if verb == "put":  # the pass looks at the clock: it has seen the log and the listing
+            world.store.before = lambda _verb, _key: None
+            body = {**attempt_body(), "how": KEEP, "restore": _restore(2, 10)}
+            world.log.append("attempt", body, world.log.fold())
+
+    world.store.before = begin_anyway
+    assert collect(world.store, RUN).deleted == []
+    info = world.log.fold().checkpoint(2)
+    assert info is not None
+    assert not whole(world.store, RUN, info)

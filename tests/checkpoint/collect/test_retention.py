@@ -119,10 +119,20 @@ def test_damaged_ones_and_what_a_rollback_left_behind_count_for_no_rule() -> Non
     assert log.steps(Rules(last=2)) == [20, 40, 25, 35]
 
 
+def test_where_fewer_than_two_can_be_used_everything_stays() -> None:
+    """All damaged, as two sick machines say: somebody may still want to look."""
+    log = line(10, 20, 30, 40)
+    for n in (3, 4, 5):
+        log.add("damaged", {"checkpoint": n, "reason": "r"})
+    assert log.steps(Rules()) == [10, 20, 30, 40]
+    log.save(50)
+    assert log.steps(Rules()) == [10, 50]
+
+
 def test_an_order_that_names_a_checkpoint_holds_it_until_an_attempt_follows() -> None:
     log = line(10, 20, 30, 40)
     log.add("intervention", {"kind": "order", "how": {}, "by": "me", "via": "v", "checkpoint": 2, "step": 10})
-    assert log.steps(Rules()) == [10]  # the line ends there: what came later is left behind
+    assert log.steps(Rules()) == [10, 20, 30, 40]  # the line ends there, with one: nothing is given up
     log.attempt(2).save(50).save(60).attempt(log.state.n)
     assert log.steps(Rules()) == [50, 60]
 
