@@ -61,17 +61,21 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.export import checkpoint_at
+    from flows.show.facts import skipped_samples
 
     opened = store_at(store)
     name = find_run(opened, run)
     info, manifest = checkpoint_at(opened, name, step)
-    epochs = [attempt.epoch for attempt in RunLog(opened, name).fold(quick=True).attempts]
+    state = RunLog(opened, name).fold(quick=True)
+    epochs = [attempt.epoch for attempt in state.attempts]
+    skipped = skipped_samples(state, info)
     told = {
         "run": name,
         "step": info.step,
         "attempt": epochs.index(info.epoch) + 1 if info.epoch in epochs else None,
         "epoch": info.epoch,
-        "samples": info.data_position,
+        "samples": info.data_position - skipped,
+        "samples_skipped": skipped,
         "state_digest": info.state_digest,
         "bytes": manifest.total_bytes,
         "parts": info.parts,
@@ -85,7 +89,8 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
         f"{name} step {info.step}, attempt {told['attempt'] or '–'}: "
         f"{manifest.total_bytes / 1e6:.1f} MB in {len(manifest.chunks)} chunk(s)"
     )
-    say(f"state digest {info.state_digest}, {info.data_position:,} samples read")
+    passed = f", {skipped:,} skipped" if skipped else ""
+    say(f"state digest {info.state_digest}, {info.data_position - skipped:,} samples read{passed}")
     for tensor in manifest.tensors:
         say(f"  {tensor.name:<48} {' x '.join(map(str, tensor.shape))}")
     return 0

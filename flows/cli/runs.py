@@ -213,13 +213,16 @@ def order(run: str, sets: tuple[str, ...], store: str | None, as_json: bool, **a
     opened = store_at(store)
     name = find_run(opened, run)
     before = RunLog(opened, name).fold(quick=True).n
-    place_order(opened, ask_run(opened, name, sets), Asked("runs order", wish=wish))
-    told = [o for o in describe(RunLog(opened, name).fold()) if o["record"] > before and o["via"] == "runs order"]
+    place_order(opened, ask_run(opened, name, sets), Asked("runs order", again=True, wish=wish))
+    state = RunLog(opened, name).fold()
+    told = [o for o in describe(state) if o["record"] > before and o["via"] == "runs order"]
     if as_json:
         show(told[-1] if told else None)
     elif told:
         say(f"{name}: {told[-1]['text']} (log record {told[-1]['record']})")
         say(f"whatever drives {name} follows; where nothing does: hotstage runs resume {name}")
+    elif state.ended and state.ended.outcome == "succeeded":
+        say(f"{name} has succeeded, and nothing is left to do: --steps N or --rollback-to STEP orders more")
     else:
         say(f"{name}: nothing to order, it is so already")
     return 0

@@ -112,11 +112,10 @@ def _check_skip(amended: Amendments, first: int, last: int, start: StartPoint, t
         raise SpecError(
             f"{name}: the run ends at step {total}, which reads batch {end}; take batches up to {end}, or more --steps"
         )
-    there = next(((a, b) for a, b in amended.skip if a <= last and first <= b), None)
-    if there is not None:
-        both = max(first, there[0]), min(last, there[1])
-        verb = "are" if both[0] < both[1] else "is"
-        raise SpecError(f"{name}: {_batches([both])} {verb} skipped already; leave that out")
+    both = [(max(first, a), min(last, b)) for a, b in amended.skip if a <= last and first <= b]
+    if both:
+        verb = "is" if both == [(both[0][0], both[0][0])] else "are"
+        raise SpecError(f"{name}: {_batches(both)} {verb} skipped already; leave that out")
     read = amended.batch(start.step)
     if first <= read:
         back = line.before(amended, first)

@@ -269,7 +269,7 @@ class Driver:
 
     def _start(self, order: StartAttempt, state: RunState, launch: Launch) -> None:
         """Win the attempt's record, then keep its launch up."""
-        if state.attempts:
+        if state.attempts and order.cause is not None:
             self._teller.failed()
         prepared, cause, more = self.prepared, order.cause.to_map() if order.cause else None, dict[str, Any]()
         if order.layout is not None:

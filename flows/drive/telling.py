@@ -64,9 +64,12 @@ class Teller:
             self._failed_at = self.clock()
 
     def steps(self, state: RunState, lines: Iterable[Mapping[str, Any]]) -> None:
-        """What the ranks said of their steps."""
+        """What the ranks said of their steps, but for those that an order has left."""
+        back = ordered_back(state)
         for line in filter(None, map(step_line, lines)):
             epoch, step = line["epoch"], line["step"]
+            if any(epoch < later and step > first for later, first in back):
+                continue
             if self._failed_at is not None and epoch == state.epoch and epoch not in self.max_step:
                 self.recoveries.append(self.clock() - self._failed_at)
                 self._failed_at = None

@@ -8,13 +8,13 @@ from typing import Any
 from checkpoint.curve import AttemptRow
 from checkpoint.errors import CheckpointError, NotFound
 from checkpoint.keys import traces_prefix
-from checkpoint.log import AttemptInfo, RunLog, RunState
+from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.drive.live import on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.replays import Kept
-from flows.drive.run import find_run, load_run, load_what, ordered_back
+from flows.drive.run import find_run, load_run, load_what, opened_again, ordered_back
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
@@ -37,9 +37,16 @@ TAILS = 8
 
 def state_word(state: RunState) -> str:
     """Where a run stands, as far as the log alone says."""
-    if state.ended:
+    if state.ended and not opened_again(state):
         return state.ended.outcome.replace("_", " ")
     return "open" if state.attempts else "planned"
+
+
+def skipped_samples(state: RunState, info: CheckpointInfo) -> int:
+    """Of the samples up to a checkpoint's data position those that orders passed over."""
+    attempt = state.attempt(info.epoch)
+    batch = attempt.amendments.batch(info.step) if attempt else info.step
+    return info.data_position // batch * (batch - info.step) if batch else 0
 
 
 def summary(store: Store, run: str) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         pins.setdefault(n, []).append(pin)
     return {
         **summary(store, run),
-        "reason": state.ended.reason if state.ended else "",
+        "reason": state.ended.reason if state.ended and not opened_again(state) else "",
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],
         "orders": describe(state),

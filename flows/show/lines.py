@@ -45,6 +45,8 @@ class Meter:
             self.gpus[int(facts["node"])] = list(facts["names"])
         elif event.kind in ("attempt", "known"):
             self.steps = int(facts.get("steps") or self.steps)  # an order may have changed it
+            if facts.get("back"):  # by an order: what was saved behind that step is not the run's any more
+                self.durable = int(facts["step"]) if facts["from"] == "checkpoint" else -1
             self.attempts = int(facts["number"] if event.kind == "attempt" else facts["attempts"])
 
     @property

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from checkpoint.curve import Point
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import open_store
 from flows.drive.events import Event
+from flows.drive.live import on_line
+from flows.drive.run import ordered_back
 from flows.drive.telling import Teller
 from flows.drive.views import NodeView, Phase, Restore, StartAttempt
-from tests.checkpoint.samples import attempt_body
+from flows.show.lines import Lines
+from tests.checkpoint.samples import attempt_body, point_body
 
 
 @dataclass
@@ -59,3 +63,41 @@ def test_steps_whose_lines_come_after_the_next_attempt_has_begun_are_lost_all_th
     assert teller.outcome(state, "stopped").lost_steps == 2
     teller.steps(state, [line(11), line(12)])
     assert teller.outcome(state, "stopped").lost_steps == 4
+
+
+def test_lines_that_an_order_has_left_are_not_told() -> None:
+    """Those of the gang before it, behind the step that the run went back to."""
+    log = RunLog(open_store("memory:"), "r-0a1b2c", writer="driver")
+    state = log.append("attempt", attempt_body(), log.fold())
+    state = log.append("checkpoint", point_body(4), state, epoch=1)
+    order = {"kind": "order", "how": {}, "by": "ann@b", "via": "runs order", "checkpoint": 2, "step": 4}
+    state = log.append("intervention", order, state)
+    state = log.append("attempt", attempt_body(2, 4, order=3), state)
+    told: list[Event] = []
+
+    class Told:
+        def tell(self, event: Event) -> None:
+            told.append(event)
+
+    teller = Teller("r-0a1b2c", Told())
+    lines = [
+        {"event": "step", "epoch": e, "step": s, "loss": 2.0, "grad_norm": 1.0} for e, s in ((1, 4), (1, 9), (4, 5))
+    ]
+    teller.steps(state, lines)
+    assert [(e.facts["epoch"], e.facts["step"]) for e in told] == [(1, 4), (4, 5)]
+    teller.began(state, StartAttempt(Restore(2, 4), (), "ordered"), None, steps=8)
+    assert told[-1].facts["back"]
+    assert teller.lost_steps == 0  # they were left on purpose
+    points = {s: Point(s, e, 0.0, 2.0, 1.0, 1.0, 1.0) for e, s in ((1, 3), (4, 5), (1, 9))}
+    assert sorted(on_line(points, ordered_back(state))) == [3, 5]
+
+
+def test_the_last_step_and_what_is_saved_follow_an_order() -> None:
+    said: list[str] = []
+    lines = Lines(said.append, 10, every_s=0.0)
+    lines.tell(Event("checkpoint", {"n": 3, "step": 8, "epoch": 1}))
+    facts = {"number": 2, "step": 4, "from": "checkpoint", "cause": None, "steps": 20, "back": True}
+    lines.tell(Event("attempt", facts))
+    lines.tell(Event("step", {"step": 5, "loss": 2.0, "grad_norm": 1.0, "tokens_per_s": 9.0, "step_us": 1000}))
+    assert said[-1].startswith("step      5/20 ")
+    assert said[-1].endswith("saved 4")

@@ -1,0 +1,71 @@
+"""``runs order`` and what ``runs show`` and ``ckpt show`` tell of it, on a copy of a run that has ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.log import RunLog
+from checkpoint.store import open_store
+from flows.cli.main import exit_code_of
+from tests.flows.conftest import Trained
+from tests.support.place import STEPS
+
+
+class Copy:
+    def __init__(self, folder: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+        shutil.copytree(trained.place.folder / "store", folder)
+        self.url, self.run, self.capsys = folder.as_uri(), trained.run, capsys
+
+    def __call__(self, *words: str, code: int = 0) -> str:
+        """What a command says."""
+        found = exit_code_of([*words[:2], self.run, *words[2:], "--store", self.url])
+        said = self.capsys.readouterr()
+        assert found == code, said
+        return said.out if code == 0 else said.err
+
+    @property
+    def records(self) -> int:
+        return RunLog(open_store(self.url), self.run).fold().n
+
+
+@pytest.fixture
+def copy(tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> Copy:
+    return Copy(tmp_path / "store", trained, capsys)
+
+
+@pytest.mark.parametrize(("words", "code", "says"), [
+    (["--skip", "x"], 2, "'x' is no range of batches; write it as 121-140"),
+    ([], 2, "say what to order"),
+    (["--skip", "3-4"], 78, "has read the batches up to 60; go back before them (--rollback-to 0)"),
+    (["--rollback-to", "9"], 78, "no usable checkpoint of that step; it can go back to 0, 4, "),
+    (["--lr-scale", "2", "--rollback-to", "4"], 78, "A higher rate is another run: hotstage runs fork RUN --set"),
+    (["--steps", "90"], 78, "the cosine's rate is 0 from step 60 on"),
+    (["--set", "train.steps=90"], 78, "or, to end it at another step, --steps N"),
+    (["--set", "train.lr=3"], 78, "or, to lower its rate, --lr-scale FACTOR"),
+])  # fmt: skip
+def test_what_cannot_be_ordered_is_refused_and_nothing_is_written(
+    copy: Copy, words: list[str], code: int, says: str
+) -> None:
+    before = copy.records
+    assert says in copy("runs", "order", *words, code=code)
+    assert copy.records == before
+
+
+def test_an_order_is_told_and_repeated_it_is_none(copy: Copy) -> None:
+    assert "has succeeded, and nothing is left to do" in copy("runs", "order", "--set", "checkpoint.every=8")
+    assert json.loads(copy("runs", "order", "--steps", str(STEPS), "--json")) is None
+    words = ["--skip", "50", "--skip", "52-53", "--rollback-to", "48", "--steps", "58"]
+    said = copy("runs", "order", *words)
+    assert f"{copy.run}: goes on from step 48, skips batches 50, 52-53, ends at step 58" in said
+    assert f"hotstage runs resume {copy.run}" in said
+    # from here on that is the run, for whoever looks
+    told: dict[str, Any] = json.loads(copy("runs", "show", "--json"))
+    assert (told["state"], told["saved_step"], told["steps"], told["reason"]) == ("open", 48, 58, "")
+    assert told["orders"][0]["amends"] == "goes on from step 48, skips batches 50, 52-53, ends at step 58"
+    assert json.loads(copy("ckpt", "show", "--json"))["step"] == 48
+    assert "batches 50, 52-53 are skipped already" in copy("runs", "order", "--skip", "50-53", code=78)
