@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from checkpoint.export_to import Buffer, Target
+from checkpoint.export_to import Buffer, Destination
 from checkpoint.manifest import PARAM, Manifest
 from checkpoint.read import StateReader
 from checkpoint.store.base import Store
@@ -107,7 +107,7 @@ def export_safetensors(
     store: Store,
     manifest: Manifest,
     tensors: Sequence[ExportTensor],
-    target: Target,
+    target: Destination,
     *,
     texts: Mapping[str, str | bytes],
     metadata: Mapping[str, str] | None = None,

@@ -20,7 +20,7 @@ Buffer = bytes | bytearray | memoryview
 """Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
 
 
-class Target(Protocol):
+class Destination(Protocol):
     """Takes files, one after the other."""
 
     def begin(self, names: Sequence[str], weights: str) -> None:
@@ -68,7 +68,7 @@ class Bucket:
         return f"{before}/{name}{mark}{after}"
 
 
-def target(text: str) -> Target:
+def target(text: str) -> Destination:
     """Where ``-o`` says: a folder, file:///…, or s3://bucket/prefix with the options of a store's address."""
     url = address(text)
     if url.lower().startswith("s3:"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import click
 
 from flows.cli.collect import collect_garbage, pin_checkpoint, unpin_checkpoint
-from flows.cli.main import Number, json_option, say, show, store_option
+from flows.cli.main import Number, json_option, say, set_option, show, store_option
 
 SHARD_GB = 5.0  # as transformers cuts
 step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
@@ -243,6 +246,36 @@ def doctor(store_url: str | None, mb: int, as_json: bool) -> int:
     if found.left:
         say(f"{found.left} probe objects stay under probe/: this identity cannot delete them")
     return code
+
+
+@ckpt.command("import")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("spec", type=click.Path(exists=True, dir_okay=False))
+@set_option
+@store_option
+@json_option
+def import_weights(folder: str, spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
+    """Let the run of SPEC begin from the weights in FOLDER, in Hugging Face's form.
+
+    \b
+    FOLDER: model.safetensors (or several files and their index) and config.json, as `ckpt export` writes them.
+    The weights become step 0 of a run of their own, from which that of SPEC is a fork. `hotstage train SPEC` trains it.
+    """
+    from flows.drive.begin_from import import_run
+    from flows.drive.train import store_at
+    from trainer.spec import load_spec
+
+    def tell(text: str) -> None:
+        if not as_json:
+            say(text)
+
+    made = import_run(store_at(store), Path(folder), load_spec(spec, sets), say=tell)
+    if as_json:
+        show({"run": made.run, "parent": made.parent, "weights_digest": made.digest})
+        return 0
+    options = "".join(f" --set {shlex.quote(text)}" for text in sets)
+    say(f"{made.run} begins from these weights (step 0 of {made.parent}): hotstage train {spec}{options}")
+    return 0
 
 
 @click.command()

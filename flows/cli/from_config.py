@@ -1,4 +1,5 @@
-"""A spec from a Hugging Face config.json: the model as it stands there, and a start for the rest. No weights."""
+"""A spec from a Hugging Face config.json: the model as it stands there, and a start for the rest. No weights:
+`hotstage ckpt import` brings them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def spec_text(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     dropout = left_out(config)
     lines = [
-        f"# {path}: its model, without its weights",
+        f"# {path}: its model, without its weights (hotstage ckpt import brings them)",
         *([f"# not computed here: {', '.join(dropout)}"] if dropout else []),
         f'name = "{name_of(path)}"',
         "",

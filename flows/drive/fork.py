@@ -59,7 +59,13 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     check_layouts(forked)
     create_run(forked, store)
     child = RunLog(store, run, writer="user")
-    begun = parent_of(child.fold(quick=True)) or {"run": parent, "checkpoint": found.n}
+    there = child.fold(quick=True)
+    begun = parent_of(there) or {"run": parent, "checkpoint": found.n}
+    if there.n and parent_of(there) is None:
+        raise SpecError(
+            f"run {run} is there already, and began from its own initial weights; give this one another name "
+            "(--set name=…)"
+        )
     if (begun["run"], begun["checkpoint"]) != (parent, found.n):
         raise SpecError(
             f"run {run} is there already, a fork of step {begun['step']} of {begun['run']}; give this one another name "

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from checkpoint.collect.pins import pinned
 from checkpoint.export import SHARD_BYTES, ExportTensor, Read, export_safetensors
-from checkpoint.export_to import Buffer, Target, write_pieces
+from checkpoint.export_to import Buffer, Destination, write_pieces
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
@@ -87,7 +87,7 @@ def export_tensors(spec: RunSpec, manifest: Manifest) -> list[ExportTensor]:
     return out
 
 
-def export_hf(store: Store, run: str, step: int | None, target: Target, shard_bytes: int = SHARD_BYTES) -> str:
+def export_hf(store: Store, run: str, step: int | None, target: Destination, shard_bytes: int = SHARD_BYTES) -> str:
     """Write the weights, the configs and the tokenizer of a checkpoint; where the weights begin.
 
     The checkpoint is pinned meanwhile.

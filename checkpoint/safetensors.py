@@ -1,0 +1,145 @@
+"""Reading safetensors that others wrote: one file, or several with their index, in a folder. Hostile until shown right.
+
+Only what the files say of themselves is looked at here: names, types, shapes, and where the bytes lie. What they mean
+is the caller's (``flows/drive/begin_from.py``). The format: ``export.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.errors import StoreRefused
+from checkpoint.export import DTYPES, INDEX, MAX_HEADER_BYTES, WEIGHTS
+
+MAX_TENSORS = 1 << 20
+
+
+class NoWeights(StoreRefused):
+    """The folder's files are not safetensors that can be read; the text names the file and what is wrong."""
+
+    exit_code = 65
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor in a file: its little-endian elements from byte ``offset`` on."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_folder(folder: Path) -> dict[str, FileTensor]:
+    """Every tensor of the folder's model.safetensors, or of the files that its index names. NoWeights for anything
+    else."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():
+        return read_file(single)
+    if not index.is_file():
+        raise NoWeights(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}: name the folder that an export or a download made"
+        )
+    where = _json(_read(index, MAX_HEADER_BYTES), index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+        raise NoWeights(f"{index}: 'weight_map' must name the file of each tensor")
+    found: dict[str, FileTensor] = {}
+    for name in sorted(set(where.values())):
+        if name != os.path.basename(name) or name.startswith("."):
+            raise NoWeights(f"{index}: {name[:80]!r} is no file of this folder")
+        for tensor in read_file(folder / name).values():
+            if where.get(tensor.name) == name:
+                found[tensor.name] = tensor
+    missing = sorted(where.keys() - found.keys())
+    if missing:
+        raise NoWeights(f"{index}: {missing[0][:80]!r} is not in {where[missing[0]]}, which it names")
+    return found
+
+
+def read_file(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one file, none of which overlap or leave it."""
+    head = _read(path, 8)
+    size = path.stat().st_size
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise NoWeights(f"{path} is not safetensors, or was cut short: its header would have {length} of {size} bytes")
+    table = _json(_read(path, 8 + length)[8:], path)
+    begin, found = 8 + length, {}
+    if len(table) > MAX_TENSORS:
+        raise NoWeights(f"{path} has {len(table)} tensors, at most {MAX_TENSORS} are read")
+    for name, row in table.items():
+        if name != "__metadata__":
+            found[name] = _tensor(path, name, row, begin, size)
+    end = 0
+    for tensor in sorted(found.values(), key=lambda t: t.offset):
+        if tensor.offset < end:
+            raise NoWeights(f"{path}: tensor {tensor.name[:80]!r} overlaps another one")
+        end = tensor.offset + tensor.elements * DTYPES[tensor.dtype]
+    return found
+
+
+def _tensor(path: Path, name: str, row: Any, begin: int, size: int) -> FileTensor:
+    what = f"{path}: tensor {name[:80]!r}"
+    if not isinstance(row, Mapping):
+        raise NoWeights(f"{what} is not described")
+    dtype, shape, place = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise NoWeights(f"{what} is of type {str(dtype)[:20]!r}; {', '.join(DTYPES)} are read")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(d) is int and 0 <= d < 1 << 48 for d in shape):
+        raise NoWeights(f"{what} has no shape that can be")
+    if not isinstance(place, list) or len(place) != 2 or not all(type(x) is int and x >= 0 for x in place):
+        raise NoWeights(f"{what} has no place in the file")
+    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype] or begin + place[1] > size:
+        raise NoWeights(f"{what}: bytes {place[0]} to {place[1]} of {size - begin} do not hold {shape} of {dtype}")
+    return FileTensor(name, dtype, tuple(shape), path, begin + place[0])
+
+
+def digest_of(tensors: Mapping[str, FileTensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of names: the same whatever files they lie in."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(json.dumps([name, tensor.dtype, list(tensor.shape)]).encode())
+        left = tensor.elements * DTYPES[tensor.dtype]
+        try:
+            with open(tensor.file, "rb") as file:
+                file.seek(tensor.offset)
+                while left:
+                    data = file.read(min(left, 1 << 20))
+                    if not data:
+                        raise NoWeights(f"{tensor.file} became shorter while it was read")
+                    total.update(data)
+                    left -= len(data)
+        except OSError as error:
+            raise NoWeights(f"{tensor.file} cannot be read: {error.strerror or error}") from error
+    return total.hexdigest()
+
+
+def _read(path: Path, count: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise NoWeights(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _json(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise NoWeights(f"{path}: what should be its table is no JSON ({str(error)[:80]})") from error
+    if not isinstance(value, dict):
+        raise NoWeights(f"{path}: what should be its table is no map")
+    return value
