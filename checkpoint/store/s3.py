@@ -57,7 +57,7 @@ from checkpoint.store.base import (
 )
 from checkpoint.store.limits import PACED_BYTES, Rate
 from checkpoint.store.s3_answers import CREDENTIALS, FOREIGN, NOT_S3, Retry, translate
-from checkpoint.store.s3_bodies import Outgoing, hand_over, read_into
+from checkpoint.store.s3_bodies import Outgoing, hand_over, read_all, read_into
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class S3Store:
         sse: str | None = None,
         kms_key: str | None = None,
         retry: Retry | None = None,
-        connect_s: float = 5.0,
+        connect_s: float = 10.0,
         read_s: float = 30.0,
         renew_s: float = 5.0,
     ) -> None:
@@ -410,7 +410,8 @@ class S3Store:
                     f"object {key!r}: {length} bytes from byte {begin} on were asked for, {size} came: it was cut short"
                 )
             # without a size: to the end, but not beyond what the reader takes
-            data = bytes(body.read(max_bytes + 1) if size is None and length is None and max_bytes else body.read())
+            most = max_bytes + 1 if size is None and length is None and max_bytes else None
+            data = read_all(body, most, self._read_s)
         except FOREIGN as error:
             raise translate(error, what, self._url, key) from error
         finally:

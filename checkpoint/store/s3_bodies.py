@@ -7,7 +7,7 @@ whole under ``limits.Progress``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import botocore.config
@@ -64,11 +64,31 @@ def hand_over(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None
         context["client_config"] = own.merge(unsigned)
 
 
-def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
-    """An answer's body (``StreamingBody``) into these, in order; how many bytes came until it ended or all are full."""
-    progress = Progress(grace_s)
+def _reads(body: Any) -> Callable[[int], bytes]:
+    """One read of the socket each, not as many as fill what is asked for: the SDK would wait as long as bytes come."""
     stream = getattr(body, "_raw_stream", None)
-    read = getattr(stream, "read1", None) or body.read  # one read of the socket, not as many as fill the slice
+    read: Callable[[int], bytes] = getattr(stream, "read1", None) or body.read
+    return read
+
+
+def read_all(body: Any, most: int | None, grace_s: float) -> bytes:
+    """An answer's body (``StreamingBody``) to its end, but not beyond ``most``."""
+    progress, read = Progress(grace_s), _reads(body)
+    pieces: list[bytes] = []
+    have = 0
+    while most is None or have < most:
+        piece = read(READ_BYTES if most is None else min(READ_BYTES, most - have))
+        if not piece:
+            break
+        pieces.append(piece)
+        have += len(piece)
+        progress.moved(len(piece))
+    return b"".join(pieces)
+
+
+def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
+    """An answer's body into these, in order; how many bytes came until it ended or all are full."""
+    progress, read = Progress(grace_s), _reads(body)
     have = 0
     for view in out:
         at = 0

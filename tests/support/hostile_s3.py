@@ -16,10 +16,11 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from io import BufferedIOBase
+from typing import BinaryIO, Literal
 from urllib.parse import parse_qs, unquote, unquote_plus, urlsplit
 
 Fault = Literal[
@@ -40,6 +41,10 @@ Fault = Literal[
     "429",
     "301",  # the bucket is in another region
     "html",  # 200 with a page of HTML: a login page answers instead
+    "cut",  # done, but the answer ends after ``cut_at`` bytes, its head counted: closed, or reset
+    "cut-body",  # PUT: reset when ``cut_at`` bytes of the body are read
+    "drip",  # a few bytes each ``drip_s``: of the answer to a GET, of a PUT's body
+    "wrong-sum",  # PUT: done, but the answer tells another SHA-256
     "expired",  # the session token has expired (a HEAD has no body that says so)
 ]
 Lie = Literal[
@@ -90,6 +95,10 @@ class HostileS3:
         self.tokens: set[str] | None = None  # session tokens that are taken; None: all
         self.faults: deque[Fault] = deque()
         self.applies: tuple[str, ...] = ("PUT",)
+        self.cut_at, self.cut_resets = 0, True
+        self.drip_s = 0.05
+        self.sums = False  # whether a HEAD tells the SHA-256 that came with the object
+        self.kept: dict[str, str] = {}
         self.requests: list[str] = []
         self.heads: list[dict[str, str]] = []  # of the requests, names in small letters
         self.lock = threading.Lock()
@@ -98,6 +107,33 @@ class HostileS3:
 
     def url(self, prefix: str = "p") -> str:
         return f"s3://bucket/{prefix}?endpoint=http://127.0.0.1:{self.port}&region=us-east-1"
+
+
+class _Cut:
+    """A connection's writing end that takes so many bytes, then ends."""
+
+    def __init__(self, inner: BinaryIO | BufferedIOBase, left: int, end: Callable[[], None]) -> None:
+        self._inner, self._left, self._end = inner, left, end
+
+    def write(self, data: bytes) -> int:
+        if self._left >= 0:
+            self._inner.write(data[: self._left])
+            self._left -= len(data)
+            if self._left < 0:
+                self._end()
+        return len(data)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._inner.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._inner.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._inner.closed
 
 
 @contextlib.contextmanager
@@ -202,8 +238,18 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
             state.written[key] = time.time() + (3600 if "ahead" in state.lies else 0)
 
         def do_PUT(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
             fault = self.next_fault()
+            size = int(self.headers.get("Content-Length", "0"))
+            if fault == "cut-body":
+                self.rfile.read(min(size, state.cut_at))
+                return self.reset()
+            while fault == "drip" and not state.stopping.wait(state.drip_s):
+                if not self.connection.recv(1):
+                    self.close_connection = True
+                    return None
+            body = self.rfile.read(size)
+            if fault == "cut":
+                self.cut()
             if self.odd(fault) or self.denied("PUT"):
                 return None
             if self.wrong_digest(body):
@@ -237,6 +283,7 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
                         state.lock.acquire()
                     if not lost or "changes" in state.lies:
                         self.keep(self.key(), body)
+                        state.kept[self.key()] = self.headers.get("x-amz-checksum-sha256", "")
             if fault == "done-reset":
                 return self.reset()
             if fault == "done-hang":
@@ -248,8 +295,17 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
                 return self.error(409, "ConditionalRequestConflict")
             if lost or fault == "done-412":
                 return self.error(412, "PreconditionFailed")
-            self.answer(200, headers=self.tag(body))
+            told = {"x-amz-checksum-sha256": base64.b64encode(bytes(32)).decode()} if fault == "wrong-sum" else {}
+            self.answer(200, headers=self.tag(body) | told)
             return None
+
+        def cut(self) -> None:
+            """From here on what is answered ends after so many bytes."""
+            self.wfile = _Cut(self.wfile, state.cut_at, self.reset if state.cut_resets else self.end)  # type: ignore[assignment]
+
+        def end(self) -> None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
 
         def tag(self, body: bytes) -> dict[str, str]:
             return {"ETag": f'"{hashlib.md5(body).hexdigest()}"'} if state.etag else {}
@@ -283,6 +339,19 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
                 return self.error(404, "NoSuchKey")
             if "flips" in state.lies and len(data) > 1 << 16:
                 data = data[:-1] + bytes([data[-1] ^ 1])
+            if fault == "cut":
+                self.cut()
+            if fault == "drip":
+                self.answer(200, b"", promise=len(data))
+                for at in range(len(data)):
+                    if state.stopping.wait(state.drip_s):
+                        break
+                    try:
+                        self.wfile.write(data[at : at + 1])
+                    except OSError:
+                        break
+                self.close_connection = True
+                return None
             if fault == "short":
                 self.answer(200, data[: len(data) // 2], promise=len(data))
                 self.close_connection = True
@@ -331,6 +400,8 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
                 return self.answer(404)
             at = state.written.get(self.key())
             said = {} if at is None or "timeless" in state.lies else {"Last-Modified": formatdate(at, usegmt=True)}
+            if state.sums and state.kept.get(self.key()):
+                said = said | {"x-amz-checksum-sha256": state.kept[self.key()]}
             return self.answer(200, data, self.tag(data) | said)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

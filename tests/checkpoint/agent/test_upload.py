@@ -17,7 +17,8 @@ from checkpoint.agent.upload import Source, Uploader
 from checkpoint.chunks import MAX_CHUNK_BYTES, ChunkPlan, Segment
 from checkpoint.errors import StoreUnavailable
 from checkpoint.layout import PlanLayout
-from checkpoint.store import MemoryStore
+from checkpoint.log import RunLog
+from checkpoint.store import Info, MemoryStore
 from checkpoint.store.base import Data
 from checkpoint.verify import verify_checkpoint
 from tests.support.agents import make_run_in, state_bytes, tiny_spec
@@ -34,6 +35,7 @@ class Counted(MemoryStore):
         self.looked: list[str] = []
         self.left: int | None = None  # so many chunks pass, then none
         self.away = lambda: False
+        self.stale = False  # a listing shows nothing of this run
 
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
         if self.away():
@@ -49,6 +51,9 @@ class Counted(MemoryStore):
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         self.looked.append(key)
         return super().holds(key, data, sha256=sha256)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
+        return iter(()) if self.stale else super().list(prefix, start_after)
 
 
 class Node:
@@ -163,6 +168,27 @@ def test_nothing_is_looked_for_where_no_agent_was_before(node: Node) -> None:
     uploader.pump()
     assert not node.store.looked
     assert node.committed(2)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_stale_listing_costs_time_and_nothing_else(node: Node) -> None:
+    """The log is read by name; a chunk that no listing shows is sent again, parts are waited for until they show."""
+    node.store.stale = True
+    node.fill(2)
+    node.store.left = 3
+    first = node.uploader("a0")
+    first.begin(node.source(deadline_s=1.0))
+    first.pump()
+    node.store.left = None
+    second = node.uploader("b0")
+    second.begin(node.source(resumed=True))
+    second.pump()
+    assert [step for step, _ in node.stored] == [2]
+    assert node.run.fold().epoch == RunLog(node.store, node.run.name, writer="other").fold().epoch == node.epoch
+    unseen = commit(node.run.log, 1, 2, node.epoch, node.run.fold())
+    node.store.stale = False
+    assert node.committed(2)
+    assert unseen is None or unseen.find(2, node.epoch) is not None
 
 
 def test_half_an_hour_without_the_store(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
