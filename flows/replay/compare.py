@@ -61,7 +61,9 @@ def first_difference(
     recorded_digest: str | None = None,
     again_digest: str | None = None,
 ) -> Difference | None:
-    """In order of step: the loss, then the gradient norm; after step ``last`` the state digest, where both have one."""
+    """In order of step: the loss, the gradient norm, the gradient as its groups of tensors tell it; after step ``last``
+    the state digest, where both have one.
+    """
     same = 0
     for step in sorted(recorded.keys() & again.keys()):
         for what, mine, theirs in (

@@ -19,8 +19,10 @@ from flows.drive.live import newest_segment, read_segment
 
 
 class StepLine(NamedTuple):
-    """What was said of a step, by the attempt of that epoch. ``sums``: of the gradient, by groups of tensors, in hex;
-    empty where an engine did not say it.
+    """What was said of a step, by the attempt of that epoch.
+
+    ``sums``: of the gradient by groups of tensors; ``sent``: of the messages of each position of its first replica, in
+    the layout that it had (``engine/run/metrics.h``). Hex; empty where the engine did not say it.
     """
 
     step: int
@@ -28,6 +30,7 @@ class StepLine(NamedTuple):
     loss: float
     norm: float
     sums: str = ""
+    sent: str = ""
 
 
 def bits(value: float) -> str:
@@ -91,7 +94,8 @@ def _lines(store: Store, run: str, epoch: int, number: int) -> list[StepLine]:
     lines = []
     for said in filter(None, map(step_line, read_segment(store, segment_key(run, epoch, number)))):
         if said["epoch"] == epoch:
-            lines.append(StepLine(said["step"], epoch, said["loss"], said["grad_norm"], _hex(said.get("sums"))))
+            more = _hex(said.get("sums")), _hex(said.get("sent"))
+            lines.append(StepLine(said["step"], epoch, said["loss"], said["grad_norm"], *more))
     return lines
 
 

@@ -29,9 +29,10 @@ from flows.drive.views import Restore
 from flows.replay.again import compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
 from flows.replay.recorded import StepLine, computed_by, newest_step, read_recorded
-from flows.replay.suspects import suspects_of
-from trainer.errors import SpecError
+from flows.replay.suspects import Evidence, suspects_of
+from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
+from trainer.plan.memory import host_kinds
 from trainer.spec import how_map, what_digest
 from trainer.spec_layouts import layout_words
 from trainer.wire import CUDA_PATHS, NUMERICS_VERSION
@@ -120,6 +121,7 @@ def replay_run(
     amended = newest.amendments
     if last > (total := amended.total(prepared.spec.train.steps)):
         raise SpecError(f"{run} has {total} steps; --to {last} is beyond them")
+    _check_memory(prepared)
     report = Replayed(
         run=run,
         first=first,
@@ -148,9 +150,12 @@ def replay_run(
             return report
         tell(f"step {found.step}: the {found.what} differs; it is computed a second time")
         told = _Progress(tell, first, found.step)
+        by = computed_by(attempts, found.step)
+        assert by is not None
+        as_it_was = _own_layout(store, run, by, prepared)  # its messages can be compared too
         two = compute(
             store,
-            prepared,
+            as_it_was,
             point.restore,
             found.step,
             folder / "2",
@@ -171,9 +176,8 @@ def replay_run(
             two.info.state_digest,
         )
         said = verdict(found, again, between)
-        by = computed_by(attempts, found.step)
-        assert by is not None
-        suspects = suspects_of(store, run, by, found, digest, one) if said is Verdict.RUN else None
+        evidence = Evidence(found, recorded.get(found.step), two.lines.get(found.step), digest, one.manifest)
+        suspects = suspects_of(store, run, by, evidence) if said is Verdict.RUN else None
         number = [a.epoch for a in state.attempts].index(by.epoch) + 1
         return replace(report, verdict=said, difference=found, suspects=suspects, attempt=number)
 
@@ -294,6 +298,40 @@ def _prepare(store: Store, run: str, attempt: AttemptInfo, sets: Sequence[str]) 
         )
     what = what_digest(resolved, dataset)
     return Prepared(run, resolved, dataset, what, compile_plan(resolved, dataset, what))
+
+
+def _own_layout(store: Store, run: str, attempt: AttemptInfo, prepared: Prepared) -> Prepared:
+    """The run in the layout that the attempt had, where this machine has room for that; else as it is prepared."""
+    try:
+        own = _prepare(store, run, attempt, ())
+    except (SpecError, PlanError):
+        return prepared
+    return own if needs_bytes(own) <= available_bytes() else prepared
+
+
+def _check_memory(prepared: Prepared) -> None:
+    needs, there = needs_bytes(prepared), available_bytes()
+    if needs > there:
+        raise SpecError(
+            f"computing these steps again takes {needs / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free here: "
+            "take another machine, or a layout that keeps less (--set parallel.recompute=layer, fewer replicas)"
+        )
+
+
+def needs_bytes(prepared: Prepared) -> int:
+    """Of this machine's memory, for all ranks."""
+    on_cuda = prepared.spec.parallel.on_cuda(prepared.spec.launch.kernel_path)
+    positions = (p for node in prepared.plan.on_nodes(prepared.nodes) for p in node)
+    return sum(sum(host_kinds(position, on_cuda).values()) for position in positions)
+
+
+def available_bytes() -> int:
+    """As the kernel estimates it; without limit where it does not."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 62
 
 
 def kernel_family(kind: str, kernel_path: str) -> str:

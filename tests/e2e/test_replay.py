@@ -86,6 +86,8 @@ FLIPS = [
     Flipped("GELU_FWD", 0, 6, "loss"),
     Flipped("ADAMW", 1, 8, "state digest"),
     pytest.param(Flipped("LINEAR_WGRAD", 0, 6, "gradient norm"), marks=pytest.mark.slow),
+    pytest.param(Flipped("LINEAR_IGRAD", 1, 6, "gradient norm"), marks=pytest.mark.slow),
+    pytest.param(Flipped("CLASSIFIER_GRAD", 1, 6, "loss"), marks=pytest.mark.slow),
 ]
 FLIP_SPEC = SPEC.replace("steps = 60", "steps = 8").replace("stages = 2", 'stages = 2\noptimizer = "checked"')
 
@@ -119,8 +121,7 @@ def test_a_flipped_bit_is_found_by_one_replay(
     assert (report.difference.step, report.difference.what) == (flip.step, flip.what), said
     assert report.difference.same_before == flip.step - 5 + (flip.what == "state digest")
     assert (report.suspects.nodes, report.suspects.places) == ((0,), {0: f"host {os.uname().nodename}"})
-    if flip.kernel == "ADAMW":
-        assert report.suspects.ranks == (flip.rank,), said
+    assert report.suspects.ranks == (flip.rank,), said
 
 
 def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:

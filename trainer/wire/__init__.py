@@ -270,7 +270,9 @@ class StepReport(ctypes.LittleEndianStructure):
         ("stop", u32),
         ("not_finite", u32),
         ("position", u32),
-        ("reserved", u64 * 3),
+        ("sent_forward", u32),
+        ("sent_backward", u32),
+        ("reserved", u64 * 2),
     ]
 
 
@@ -300,7 +302,7 @@ SLOT_MAGIC, SLOT_VERSION = b"HSSLOT\r\n", 2
 SLOT_HEADER_BYTES, SLOT_CHUNK, SLOTS_MAX = 4096, 4 << 20, 16
 SLOT_EMPTY, SLOT_FILLING, SLOT_READY = 0, 1, 2
 DEVICE_CPU, DEVICE_CUDA = 1, 2
-SUM_CRC32 = 2
+SUM_CRC32C, SUM_SHA256 = 0, 1
 
 
 class SlotHeader(ctypes.LittleEndianStructure):

@@ -138,7 +138,9 @@ static hs_status run(rank *r, hs_machine *machine, hs_shards **shards, hs_comm *
     HS_TRY(hs_messages_create(&of_messages, messages, why));
     r->messages = *messages;
     const hs_log log = {.fd = 2, .level = HS_LOG_ERROR, .rank = (int32_t)r->number};
+    const hs_amendments none = {0};
     hs_executor ex = {.plan = &g->plan,
+                      .amendments = &none,
                       .position = p,
                       .rank = r->number,
                       .attempt = g->attempt.attempt,

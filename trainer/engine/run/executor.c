@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/clock.h"
+#include "core/hash.h"
 #include "data/order.h"
 #include "run/executor_internal.h"
 #include "run/step_math.h"
@@ -98,7 +99,12 @@ static void add_losses(const hs_executor *ex, hs_step_report *report) {
  * was asked for. */
 static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out, hs_why *why) {
     const hs_plan_position *p = ex->position;
-    hs_step_report report = {.step = ex->step, .position = p->position};
+    uint32_t *sent = ex->sent[ex->step & 1];
+    hs_step_report report = {.step = ex->step,
+                             .position = p->position,
+                             .sent_forward = sent[0],
+                             .sent_backward = sent[1]};
+    sent[0] = sent[1] = 0;
     double *sumsq;
     hs_stop_busy(ex->stop, true);
     const hs_status st = fetch_sums(ex, turn, &sumsq, why);
@@ -114,6 +120,18 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
     return HS_OK;
 }
 
+/* A message that leaves for another position counts in its step's report, whatever the order, so that a
+ * step computed again tells whose results are other ones. Of devices it is not known. */
+static void count_sent(hs_executor *ex, const hs_plan_action *a, int64_t step) {
+    const uint32_t kind = ex->plan->channels[a->channel].kind;
+    if (!ex->spaces->backend->unified || (kind != HS_CH_FORWARD && kind != HS_CH_BACKWARD)) return;
+    const uint64_t offset = hs_linked_offset(ex->linked, &a->ref, a->slot, a->microbatch);
+    const uint32_t which[2] = {a->stage, a->microbatch};
+    const uint32_t crc = hs_crc32c(0, which, sizeof which);
+    ex->sent[step & 1][kind == HS_CH_BACKWARD] +=
+        hs_crc32c(crc, ex->spaces->arena + offset, a->ref.bytes);
+}
+
 static void decide(hs_executor *ex, const uint8_t *report) {
     const hs_step_policy policy = {.config = ex->plan->config,
                                    .amendments = ex->amendments,
@@ -124,6 +142,8 @@ static void decide(hs_executor *ex, const uint8_t *report) {
     hs_step_decide(
         &policy, report,
         (void *)hs_spaces_host(ex->spaces, ex->position->control_offset, sizeof(hs_step_control)));
+    if (ex->rank == 0)
+        hs_metrics_evidence(ex->metrics, report, ex->plan->config->positions, policy.tensors);
 }
 
 /* A control block that the host has, for the device. */
@@ -290,6 +310,7 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
         hs_rank_page_set(ex->page, step, i, a->kind, a->op, a->microbatch,
                          hs_messages_peer(ex->plan, ex->rank, a));
         const int64_t start = hs_clock_ns(), moved = hs_messages_moved_ns(ex->messages);
+        if (a->kind == HS_A_SEND) count_sent(ex, a, step);
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
         ex->metrics->ns[hs_metrics_kind(a)] += end - start;

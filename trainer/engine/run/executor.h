@@ -68,6 +68,7 @@ typedef struct hs_executor {
     uint8_t *own_report;      /* position 0: where the last COMBINE left the positions' */
     hs_step_control control;  /* taken by the last APPLY or CHECK */
     bool owed;                /* position 0: hs_step_policy */
+    uint32_t sent[2][2];      /* by step & 1: what was sent forward and backward in it */
 } hs_executor;
 
 /* What follows what on the device, before the first call of the others. HS_E_MEMORY. */

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -10,6 +11,7 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "core/hash.h"
 
 static const char *const time_names[HS_TIME_COUNT] = {"F",    "B",    "opt",     "send",
                                                       "recv", "data", "snapshot"};
@@ -66,6 +68,25 @@ void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *tex
     hs_text_printf(text, ",\"epoch\":%" PRIu64 ",\"rank\":%" PRIu32, metrics->epoch, metrics->rank);
 }
 
+void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t positions,
+                         size_t tensors) {
+    const size_t groups = tensors < HS_METRICS_SUMS ? tensors : HS_METRICS_SUMS;
+    const size_t stride = sizeof(hs_step_report) + 8 * tensors;
+    for (size_t g = 0, t = 0; g < groups; g++) {
+        uint32_t crc = 0;
+        for (; t < tensors && t * groups / tensors == g; t++)
+            crc = hs_crc32c(crc, reports + sizeof(hs_step_report) + 8 * t, 8);
+        (void)snprintf(metrics->sums + 8 * g, 9, "%08" PRIx32, crc);
+    }
+    if (positions < 2 || positions > HS_METRICS_SENT) return;
+    for (size_t p = 0; p < positions; p++) {
+        hs_step_report report;
+        memcpy(&report, reports + p * stride, sizeof report);
+        (void)snprintf(metrics->sent + 16 * p, 17, "%08" PRIx32 "%08" PRIx32, report.sent_forward,
+                       report.sent_backward);
+    }
+}
+
 void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_t batch,
                      hs_text *text) {
     const int64_t ns = hs_clock_ns() - metrics->step_start_ns;
@@ -81,6 +102,7 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_
     hs_text_printf(text, ",\"lr\":");
     hs_text_json_real(text, control->lr);
     if (batch != control->step) hs_text_printf(text, ",\"batch\":%" PRId64, batch);
+    hs_text_printf(text, ",\"sums\":\"%s\",\"sent\":\"%s\"", metrics->sums, metrics->sent);
     hs_text_printf(
         text, ",\"tokens\":%" PRIu64 ",\"step_us\":%" PRId64 ",\"tokens_per_s\":%.1f,\"us\":{",
         metrics->tokens, ns / 1000, (double)metrics->tokens * 1e9 / (double)(ns > 0 ? ns : 1));

@@ -20,6 +20,10 @@ enum {
     HS_TIME_COUNT
 };
 
+/* Groups of tensors whose gradients are told apart, and positions whose messages are, at most. */
+#define HS_METRICS_SUMS 32
+#define HS_METRICS_SENT 32
+
 typedef struct hs_metrics {
     const char *run;
     uint64_t epoch;
@@ -30,6 +34,7 @@ typedef struct hs_metrics {
     int64_t step_start_ns;
     int64_t ns[HS_TIME_COUNT];
     uint64_t skipped; /* snapshots that were due and had no slot, so far in this attempt */
+    char sums[8 * HS_METRICS_SUMS + 1], sent[16 * HS_METRICS_SENT + 1];
 } hs_metrics;
 
 void hs_metrics_open(hs_metrics *metrics, const char *run, uint64_t epoch, uint32_t rank,
@@ -41,6 +46,13 @@ void hs_metrics_begin(hs_metrics *metrics);
 /* HS_TIME_* that an action counts as, or -1. */
 int hs_metrics_kind(const hs_plan_action *action);
 
+/* Rank 0, from the reports of all positions after COMBINE: what a step computed again is compared by,
+ * beside loss and norm (flows/replay). "sums": 8 hex digits for each of G = min(tensors, 32) groups,
+ * CRC-32C of the squared norms (f64) of the gradients of tensors t with t G / tensors = group. "sent":
+ * of each position what it sent forward, then backward, 8 digits each; left out for one position and
+ * for more than 32. */
+void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t positions,
+                         size_t tensors);
 /* The step's object, into text (no newline); counts control->skipped. `batch`: that it read, told where
  * orders made it another than the step's number. */
 void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_t batch,

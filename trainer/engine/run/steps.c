@@ -1,6 +1,7 @@
 #include "run/steps.h"
 
 #include <inttypes.h>
+#include <string.h>
 
 #include "core/clock.h"
 #include "data/order.h"
@@ -44,6 +45,7 @@ static hs_status check(hs_executor *ex, hs_why *why) {
         HS_TRY(hs_executor_run(ex, HS_LIST_STEP, 0, p->step_prefix, HS_REPORT, why));
     HS_TRY(hs_executor_run(ex, HS_LIST_STEP, p->step_prefix, p->step_checks, HS_ALL, why));
     if (!ahead || ex->control.stop || !clipped(ex)) return HS_OK;
+    memset(ex->sent[(ex->step + 1) & 1], 0, sizeof ex->sent[0]); /* what the prefix sent is void */
     HS_TRY(hs_executor_run(ex, HS_LIST_REDO, 0, p->redos, HS_ALL, why));
     return run_prefix(ex, HS_AGAIN, why);
 }

@@ -269,7 +269,9 @@ typedef struct hs_step_report {
     uint32_t stop;       /* 1: this position was asked to stop (SIGTERM) */
     uint32_t not_finite; /* 1: a loss here is not finite */
     uint32_t position;
-    uint64_t reserved[3];
+    uint32_t sent_forward;  /* of the bytes of all its FORWARD messages of the step (run/executor.c); 0 on a device */
+    uint32_t sent_backward; /* of its BACKWARD messages */
+    uint64_t reserved[2];
 } hs_step_report;
 
 /* What position 0 answers to its replica; read by ADAMW. */
