@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint import keys
-from checkpoint.agent.slots import crc32c
+from checkpoint.agent.crc32c import crc32c
 from checkpoint.errors import CheckpointError, Damaged, NotFound, OtherVersion, StoreError
 from checkpoint.store import Store
 from trainer import wire

@@ -14,10 +14,10 @@ import struct
 from collections.abc import Mapping
 
 from checkpoint.agent.algorithms import digest
+from checkpoint.agent.crc32c import crc32c
 from checkpoint.agent.events import Address
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.agent.prepare import Provisions
-from checkpoint.agent.slots import crc32c
 from checkpoint.amendments import Amendments
 from trainer import wire
 

@@ -85,6 +85,7 @@ def send(
     with slot.data() as data, together(plan, data) as view:
         pieces = chunk_pieces(plan, view)
         chunk = Chunk.of(name, view)
+        slot.verify((segment.source, segment.source + segment.bytes) for segment in plan.segments)
         slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
         for info in there:
             if info.bytes == chunk.bytes and store.holds(info.key, view, sha256=chunk.sha256):

@@ -3,9 +3,8 @@
 ``trainer/engine/wire/slot.h`` is the manual: layout, who writes what, the order of a save. This module creates slots
 (sealed memfds, pre-faulted), reads their headers, reads their data under ``hold``, and fills one for a restore.
 
-The checksums of the data are the engine's business when a rank wrote them (CRC-32C is slow in Python): the agent
-checks the header's CRC, holds the slot, and reads the generation again when it is done, and what it uploads carries
-SHA-256. A slot that the agent fills carries SHA-256 prefixes (``SUM_SHA256``), which both sides compute fast.
+Who fills a slot writes checksums, who reads it verifies them: the agent holds the slot, reads, compares with the
+checksums of the rank, and looks at the generation again. So a bit that flips in memory never gets into the store.
 
 The two processes agree on order by fences, because the data cannot be verified here: see `fence`.
 """
@@ -15,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import mmap
 import os
 import platform
 import struct
 import threading
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from trainer import wire
 
 from ..layout import RankLayout
+from .memory_pages import take_pages
 
 _HEADER_CRC = (slice(24, 136), slice(140, 156))
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
@@ -61,31 +61,6 @@ def fence() -> None:
             pass
     else:
         membarrier()
-
-
-def _crc32c_table() -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return tuple(table)
-
-
-_CRC32C = _crc32c_table()
-
-
-def crc32c(*parts: bytes) -> int:
-    """CRC-32C of the parts in a row. About 10 MB/s: for headers and attempt files, never for state.
-
-    >>> hex(crc32c(b"123456789"))
-    '0xe3069283'
-    """
-    crc, table = 0xFFFFFFFF, _CRC32C
-    for part in parts:
-        for byte in part:
-            crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -175,12 +150,15 @@ class Slot:
         slot.release()
         return slot
 
+    def _own(self) -> bool:
+        h, layout = self._header, self.layout
+        named = bytes(h.magic) == wire.SLOT_MAGIC and h.version == wire.SLOT_VERSION
+        return named and (h.position, h.replica) == (layout.position, layout.replica)
+
     def _fits(self, plan_digest: bytes) -> bool:
         h, layout = self._header, self.layout
         return (
-            bytes(h.magic) == wire.SLOT_MAGIC
-            and h.version == wire.SLOT_VERSION
-            and (h.position, h.replica) == (layout.position, layout.replica)
+            self._own()
             and bytes(h.plan_digest) == plan_digest
             and (h.data_offset, h.data_bytes, h.chunks) == (layout.data_offset, layout.data_bytes, layout.chunks)
         )
@@ -195,11 +173,7 @@ class Slot:
                 return
             fd = os.dup(self.fd)
         try:
-            step = 64 << 20
-            for at in range(0, self.layout.slot_bytes, step):
-                if self._map.closed:
-                    return
-                os.posix_fallocate(fd, at, min(step, self.layout.slot_bytes - at))
+            take_pages(fd, self.layout.slot_bytes, lambda: not self._map.closed)
         finally:
             os.close(fd)
 
@@ -231,10 +205,15 @@ class Slot:
         h.hold = 1
         fence()  # the hold is visible before we look: the rank sees it, or we see that it has begun to fill
         seen = self.look(expected.index)
-        if seen.claim or seen != expected or h.header_crc != self._crc():
+        if seen.claim or seen != expected:
             h.hold = 0
             raise SlotChanged(
                 f"slot {expected.index} of position {self.layout.position} was refilled before it was held"
+            )
+        if h.header_crc != self._crc() or not self._own():
+            h.hold = 0
+            raise SlotChanged(
+                f"the header of slot {expected.index} of position {self.layout.position} is not what was saved"
             )
         fence()  # the data is read after that look
 
@@ -245,6 +224,17 @@ class Slot:
             raise SlotChanged(
                 f"slot {expected.index} of position {self.layout.position} was refilled while it was read"
             )
+
+    def verify(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """These bytes [first, end) of the data, which were read before, have the checksums that came with them, else
+        SlotChanged. What shares a chunk with them is read too.
+        """
+        size = wire.SLOT_CHUNK
+        with self.data() as data:
+            for n in sorted({n for first, end in ranges for n in range(first // size, -(-end // size))}):
+                (wanted,) = struct.unpack_from("<Q", self._map, wire.SLOT_HEADER_BYTES + 8 * n)
+                if _sum(data[n * size : (n + 1) * size]) != wanted:
+                    raise SlotChanged(f"bytes from {n * size} on of a slot are not what was saved (checksum)")
 
     def release(self) -> None:
         self._header.hold = 0
@@ -279,22 +269,25 @@ class Slot:
         h, data = self._header, self.data()
         size = wire.SLOT_CHUNK
         try:
-            sums = list(pool.map(_prefix, (data[at : at + size] for at in range(0, len(data), size))))
+            sums = list(pool.map(_sum, (data[at : at + size] for at in range(0, len(data), size))))
         finally:
             data.release()
         struct.pack_into(f"<{len(sums)}Q", self._map, wire.SLOT_HEADER_BYTES, *sums)
-        h.step, h.epoch, h.final, h.persist, h.checksum_kind = step, epoch, 0, 1, wire.SUM_SHA256
+        h.step, h.epoch, h.final, h.persist, h.checksum_kind = step, epoch, 0, 1, wire.SUM_CRC32
         h.header_crc = self._crc()
         h.state = wire.SLOT_READY
 
     def _crc(self) -> int:
         table = wire.SLOT_HEADER_BYTES
-        return crc32c(*(self._map[part] for part in _HEADER_CRC), self._map[table : table + 8 * self.layout.chunks])
+        crc = 0
+        for part in (*_HEADER_CRC, slice(table, table + 8 * self.layout.chunks)):
+            crc = zlib.crc32(self._map[part], crc)
+        return crc
 
 
-def _prefix(chunk: memoryview) -> int:
+def _sum(chunk: memoryview) -> int:
     with chunk:
-        return int.from_bytes(hashlib.sha256(chunk).digest()[:8], "little")
+        return zlib.crc32(chunk)
 
 
 class SlotTable:

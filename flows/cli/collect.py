@@ -65,7 +65,7 @@ def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
 @click.option("--dry-run", is_flag=True, help="Say what would go; write and delete nothing.")
 @click.option("--last", type=click.IntRange(min=2), help="Instead of RUN's own rules: keep the newest so many.")
 @click.option("--every-steps", type=click.IntRange(min=1), help="... and the first of every so many steps.")
-@click.option("--every-s", type=Number(min=0), help="... and the first of every so many seconds.")
+@click.option("--every-s", type=Number(min=1), help="... and the first of every so many seconds.")
 @click.option("--best", type=click.IntRange(min=1), help="... and so many of the least training loss.")
 @click.option(
     "--grace-s", type=Number(min=0), help="Objects go so long after they were given up (default: RUN's own, or 3600)."

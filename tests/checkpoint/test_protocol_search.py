@@ -9,15 +9,22 @@ from contextlib import AbstractContextManager
 
 import pytest
 
+from checkpoint.store.s3 import S3Store
 from tests.support.protocol import mistakes, small
+from tests.support.protocol.hub import folds_every
+from tests.support.protocol.s3 import over_s3
 from tests.support.protocol.search import Budget, Found, Line, Small, search
 from tests.support.protocol.small import (
+    at_folds,
     claims,
     collected,
     collected_beside,
     collected_takeover,
     commit_races,
+    grouped,
+    joined_races,
     layouts,
+    over_wires,
     suspicion,
     takeover,
 )
@@ -40,6 +47,8 @@ WORLDS: dict[str, Callable[[], Small]] = {
     "zombies and a lost answer": lambda: takeover(1, LOSSES),
     "zombies and a late write": lambda: takeover(1, LATES),
     "a collector": collected,
+    "S3 and a lost answer": lambda: over_wires(over_s3, 1, 2, LOSSES),
+    "S3 and a late write": lambda: over_wires(over_s3, 1, 1, LATES),
 }
 LONG: dict[str, Callable[[], Small]] = {
     "three ranks and a lost answer": lambda: commit_races(3, LOSSES),
@@ -50,6 +59,8 @@ LONG: dict[str, Callable[[], Small]] = {
     "two layouts and a lost answer": lambda: layouts(1, 2, LOSSES),
     "two layouts and a late write": lambda: layouts(1, 2, LATES),
     "two hosts and a lost answer": lambda: claims(LOSSES),
+    "S3, two drivers and a late write": lambda: over_wires(over_s3, 1, 2, LATES),
+    "S3, two ranks and a late write": lambda: over_wires(over_s3, 2, 1, LATES),
     "two ranks as zombies": lambda: takeover(2),
     "a collector beside a gang": collected_beside,
     "a collector beside a takeover": collected_takeover,
@@ -78,11 +89,50 @@ def test_orders_that_are_left_out_come_to_the_same_ends(name: str) -> None:
     assert some.states < all_.states
 
 
+JOINED: dict[str, Callable[[], Small]] = {
+    "three ranks": lambda: joined_races(3),
+    "a lost answer": lambda: joined_races(2, LOSSES),
+    "a death": lambda: joined_races(3, DEATHS),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_nor_where_parts_join_a_group_first(name: str) -> None:
+    with grouped():
+        assert looked(JOINED[name]()).violation is None
+
+
+FOLDS: dict[str, Callable[[], Small]] = {
+    "a newcomer": lambda: at_folds(quick=False),
+    "a quick newcomer": lambda: at_folds(quick=True),
+    "a lost answer": lambda: at_folds(quick=False, budget=LOSSES),
+    "a quick newcomer and a lost answer": lambda: at_folds(quick=True, budget=LOSSES),
+    "a late write": lambda: at_folds(quick=False, budget=LATES),
+    "two drivers": lambda: at_folds(quick=False, drivers=2),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[SLOW] if i > 1 else []) for i, n in enumerate(FOLDS)])
+def test_nor_where_the_log_folds(name: str) -> None:
+    with folds_every(2):
+        assert looked(FOLDS[name]()).violation is None
+
+
 Mistaken = tuple[Callable[[], AbstractContextManager[None]], Callable[[], Small], str]
 MISTAKES: dict[str, Mistaken] = {
     "no fence": (mistakes.no_fence, lambda: suspicion(1, 1), "which attempt 2 has fenced"),
     "unclear is done": (lambda: mistakes.unclear_is_done(Line), lambda: suspicion(1, 2, LATES), "not in the log"),
     "unclear is done, by agents": (lambda: mistakes.unclear_is_done(Line), lambda: commit_races(2, FAILS), "is safe"),
+    "no read-back: it was done": (
+        lambda: mistakes.swapped(S3Store, "_made", lambda *_: True),
+        lambda: over_wires(over_s3, 1, 1),
+        "not in the log",
+    ),
+    "no read-back: it was another's": (
+        lambda: mistakes.swapped(S3Store, "_made", lambda *_: False),
+        lambda: over_wires(over_s3, 2, 0, LOSSES),
+        "has saved nothing",
+    ),
     "acts without winning": (mistakes.acts_without_winning, lambda: suspicion(1, 2), "not in the log"),
     "forgets what was saved": (mistakes.forgets_what_was_saved_since, lambda: takeover(1), "does not go on"),
     "record before manifest": (mistakes.record_before_manifest, lambda: commit_races(2), "does not load"),

@@ -142,6 +142,11 @@ def test_a_fork_with_the_same_what_has_the_same_bits(place: Place, undisturbed: 
     assert (told["outcome"], told["state_digest"]) == ("succeeded", digest)
     shown = json.loads(place.run("runs", "show", told["run"], "--json"))
     assert shown["attempts_list"][0]["step"] == steps[1]  # it began there, not from the start
+    pins = {c["step"]: c["pins"] for c in json.loads(place.run("ckpt", "ls", run, "--json")) if c["pins"]}
+    assert pins == {steps[1]: [f"fork-{told['run']}"]}
+    refused = place.call("runs", "fork", run, "--step", str(steps[0]), "--no-prefect", "--json", "--set", "name=again")
+    assert refused.code == 78
+    assert f"{told['run']} is there already, a fork of step {steps[1]} of {run}" in refused.told
 
 
 def test_output_is_kept_after_the_processes_are_gone(place: Place, undisturbed: tuple[str, str]) -> None:

@@ -80,7 +80,7 @@ def test_killed_and_collected_under_three_identities(
 
 
 @pytest.mark.long_run
-def test_in_a_folder_the_driver_collects_and_a_person_does_the_rest(place: Place, undisturbed: tuple[str, str]) -> None:
+def test_in_a_folder_the_driver_collects(place: Place, undisturbed: tuple[str, str]) -> None:
     name, digest = undisturbed
     result = place.train(*KEEP)
     assert (result["run"], result["state_digest"]) == (name, digest)

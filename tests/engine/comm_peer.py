@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from checkpoint.agent.slots import crc32c
+from checkpoint.agent.crc32c import crc32c
 from tests.engine.native import build_program
 from trainer import wire
 

@@ -57,7 +57,7 @@ def _units() -> list[tuple[Path, list[str], list[Path]]]:
     """(source, flags of its own, files that it alone includes) of everything in the library."""
     cpu = ENGINE / "kernels" / "cpu" / "all.c"
     fast = os.environ.get("HOTSTAGE_TEST_SETS") != "ref"
-    core = [ENGINE / "core" / f"{name}.c" for name in ("arena", "status", "text", "math", "hash", "threads")]
+    core = [ENGINE / "core" / f"{name}.c" for name in ("arena", "status", "text", "math", "hash", "crc32", "threads")]
     ref = sorted((ENGINE / "kernels" / "ref").glob("*.c"))
     units: list[tuple[Path, list[str], list[Path]]] = [
         (source, [], []) for source in [*core, ENGINE / "kernels" / "extent.c", *ref]
@@ -157,6 +157,7 @@ class KernelLib:
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
         self.c.hs_crc32c.restype = self.c.hs_crc32c_portable.restype = ctypes.c_uint32
+        self.c.hs_crc32_by.restype = ctypes.c_bool
         self.c.hs_test_pick.restype = ctypes.c_char_p
         self.sets = tuple(name for name in SETS if self.c.hs_test_has_set(name.encode()))
 

@@ -8,6 +8,7 @@ import hmac
 import math
 import os
 import platform
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -228,6 +229,28 @@ CRC32C = [
     (bytes(range(32)), 0x46DD794E),
     (bytes(reversed(range(32))), 0x113FDB5C),
 ]
+
+
+@pytest.mark.parametrize("way", [0, 1, 2])
+def test_crc32_is_that_of_zlib_by_every_way_and_copies_what_it_sums(kernels: KernelLib, way: int) -> None:
+    def crc(data: bytes, to: int | None, before: int) -> int | None:
+        found, size = ctypes.c_uint32(before), ctypes.c_size_t(len(data))
+        done = kernels.c.hs_crc32_by(way, ctypes.byref(found), ctypes.c_void_p(to), data, size)
+        return found.value if done else None
+
+    if crc(b"123456789", None, 0) is None:
+        pytest.skip("this machine has not these instructions")
+    assert crc(b"123456789", None, 0) == 0xCBF43926
+    room = ctypes.create_string_buffer(9000)
+    base = -ctypes.addressof(room) % 64
+    for n in (0, 1, 3, 8, 15, 63, 64, 65, 127, 255, 256, 257, 511, 512, 1000, 4096, 8191):
+        data = payload(n)
+        assert crc(data, None, 0x1234567) == zlib.crc32(data, 0x1234567), n
+        for shift in (0, 1, 16, 63):  # borders that the stores do not have
+            ctypes.memset(room, 0xAB, len(room))
+            assert crc(data, ctypes.addressof(room) + base + shift, 7) == zlib.crc32(data, 7), (n, shift)
+            assert room.raw[base + shift : base + shift + n] == data
+            assert set(room.raw[: base + shift] + room.raw[base + shift + n :]) <= {0xAB}
 
 
 @pytest.mark.parametrize("function", ["hs_crc32c", "hs_crc32c_portable"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -149,25 +150,83 @@ def test_the_rank_restores_what_the_agent_filled() -> None:
 def test_a_flipped_bit_is_found(filler: str, where: str) -> None:
     with slots_of(1) as slots, ThreadPoolExecutor(2) as pool:
         slot = slots[0]
-        if filler == "rank":
-            with rank(slots) as r:
-                r.ask("set 1")
-                assert r.ask("fill 8 0") == "ok 0"
-        else:
-            with slot.begin_fill() as data:
-                data[:] = expected(1, slot.layout)
-            slot.finish_fill(8, 4, pool)
+        save(slots, filler, pool)
         data_at = slot.layout.data_offset
         at = {"first": data_at, "second": data_at + wire.SLOT_CHUNK + 5, "last": data_at + slot.layout.data_bytes - 1}
         at |= {"sums": wire.SLOT_HEADER_BYTES + 3, "header": wire.SlotHeader.epoch.offset}
-        byte = os.pread(slot.fd, 1, at[where])[0]
-        os.pwrite(slot.fd, bytes([byte ^ 4]), at[where])
+        flip(slot, 8 * at[where] + 2)
         with rank(slots) as r:
             answer = r.ask("restore 0 8")
         chunk = {"first": 0, "second": 1, "last": slot.layout.chunks - 1}
         reason = f"chunk {chunk[where]} of slot 0" if where in chunk else "the header of slot 0 is damaged"
         assert answer.startswith("RESTORE ")
         assert reason in answer
+        with pytest.raises(SlotChanged):
+            read_as_agent(slot)
+
+
+@pytest.mark.parametrize("filler", ["rank", "agent"])
+def test_every_flipped_bit_of_a_slot_is_found_by_the_rank_and_by_the_agent(filler: str) -> None:
+    """Of its header, its checksums and its data, paddings between tensors too. `hold` and `claim` say nothing of what a
+    slot holds: whoever sets one of them lets go of it again.
+    """
+    layout = layout_of((5, 17))
+    with slots_of(1, layout) as slots, ThreadPoolExecutor(2) as pool:
+        slot = slots[0]
+        save(slots, filler, pool)
+        with rank(slots) as r:
+            assert r.ask("restore 0 8") == "ok 0"
+            read_as_agent(slot)
+            header, words = wire.SlotHeader, (wire.SlotHeader.hold, wire.SlotHeader.claim)
+            places = [
+                *(at for at in range(ctypes.sizeof(header)) if all(at - w.offset not in range(w.size) for w in words)),
+                *range(wire.SLOT_HEADER_BYTES, wire.SLOT_HEADER_BYTES + 8 * layout.chunks),
+                *range(layout.data_offset, layout.data_offset + layout.data_bytes),
+            ]
+            unseen = []
+            for bit in (8 * at + bit for at in places for bit in range(8)):
+                flip(slot, bit)
+                if not r.ask("restore 0 8").startswith("RESTORE "):
+                    unseen.append(f"the rank: byte {bit // 8}, bit {bit % 8}")
+                try:
+                    read_as_agent(slot)
+                    unseen.append(f"the agent: byte {bit // 8}, bit {bit % 8}")
+                except SlotChanged:
+                    pass
+                flip(slot, bit)
+            assert not unseen
+            assert r.ask("restore 0 8") == "ok 0"
+        assert len(places) == 160 - 8 + 8 + layout.data_bytes
+
+
+def save(slots: list[Slot], filler: str, pool: ThreadPoolExecutor) -> None:
+    """A snapshot of step 8 in the first slot."""
+    if filler == "rank":
+        with rank(slots) as r:
+            r.ask("set 1")
+            assert r.ask("fill 8 0") == "ok 0"
+    else:
+        with slots[0].begin_fill() as data:
+            data[:] = expected(1, slots[0].layout)
+        slots[0].finish_fill(8, 4, pool)
+
+
+def flip(slot: Slot, bit: int) -> None:
+    byte = os.pread(slot.fd, 1, bit // 8)[0]
+    os.pwrite(slot.fd, bytes([byte ^ 1 << bit % 8]), bit // 8)
+
+
+def read_as_agent(slot: Slot) -> None:
+    """What an upload does with a slot."""
+    seen = slot.look(0)
+    if not seen.ready:
+        raise SlotChanged("not ready")
+    slot.hold(seen)
+    try:
+        slot.verify([(0, slot.layout.data_bytes)])
+        slot.check(seen)
+    finally:
+        slot.release()
 
 
 def test_what_does_not_belong_is_not_restored() -> None:

@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +30,7 @@ import msgpack
 import numpy as np
 
 from checkpoint import codec, keys
-from checkpoint.agent.slots import crc32c
+from checkpoint.agent.crc32c import crc32c
 from checkpoint.errors import Conflict
 from checkpoint.layout import PlanLayout, read_plan
 from checkpoint.log import RunLog, RunState
@@ -346,13 +347,12 @@ class RankPeer:
             h.generation += 1
             h.state = wire.SLOT_FILLING
             m[h.data_offset : h.data_offset + h.data_bytes] = data
-            sums = [crc32c(data[at : at + wire.SLOT_CHUNK]) for at in range(0, len(data), wire.SLOT_CHUNK)]
+            sums = [zlib.crc32(data[at : at + wire.SLOT_CHUNK]) for at in range(0, len(data), wire.SLOT_CHUNK)]
             struct.pack_into(f"<{len(sums)}Q", m, wire.SLOT_HEADER_BYTES, *sums)
             h.step, h.epoch, h.final, h.persist = step, self.epoch, int(final), 1
-            h.checksum_kind = wire.SUM_CRC32C
-            h.header_crc = crc32c(
-                m[24:136], m[140:156], m[wire.SLOT_HEADER_BYTES : wire.SLOT_HEADER_BYTES + 8 * len(sums)]
-            )
+            h.checksum_kind = wire.SUM_CRC32
+            table = m[wire.SLOT_HEADER_BYTES : wire.SLOT_HEADER_BYTES + 8 * len(sums)]
+            h.header_crc = zlib.crc32(m[24:136] + m[140:156] + table)
             h.state = wire.SLOT_READY
         finally:
             del h

@@ -320,7 +320,7 @@ def test_restores_from_the_manifest_onto_another_number_of_positions(tmp_path: P
         for rank in ranks:
             assert rank.restore == 0
             h = rank.header(0)
-            assert (h.step, h.epoch, h.checksum_kind, h.state) == (2, epoch, 1, 2)
+            assert (h.step, h.epoch, h.checksum_kind, h.state) == (2, epoch, wire.SUM_CRC32, wire.SLOT_READY)
             assert rank.data(0) == state_bytes(run.layouts[four], rank.rank, 2)
         fill_all(node, run, four, 4)
         again = wait_for(lambda: next((c for c in run.fold().checkpoints if c.step == 4), None), "step 4")

@@ -16,10 +16,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint.agent import groups
 from checkpoint.errors import StoreError
 from checkpoint.log import RunLog, RunState
 from tests.support.protocol.gate import KILLS, LOSSES, Fault, Gate
-from tests.support.protocol.hub import Process, quiet
+from tests.support.protocol.hub import Process, folds_every, quiet, swapped
 from tests.support.protocol.state import OWNERS, RUN, how_of
 from tests.support.protocol.world import World, dataset_there
 
@@ -133,8 +134,14 @@ def _person(world: World, ranks: int) -> None:
 
 
 def run_world(seed: int, names: list[str], work: Path, strikes: int = STRIKES) -> tuple[World, Striker]:
-    """One world from its beginning to its end."""
+    """One world from its beginning to its end; of some the log has many folds, and the gangs' parts join groups."""
     rng = random.Random(seed)
+    with folds_every(rng.choice((256, 256, 8, 3))), swapped(groups, "GROUPED_ABOVE", rng.choice((1000, 1000, 1))):
+        return _run_world(seed, names, work, strikes)
+
+
+def _run_world(seed: int, names: list[str], work: Path, strikes: int) -> tuple[World, Striker]:
+    rng = random.Random(f"world {seed}")
     ranks = rng.choice(tuple(OWNERS))
     world = World(
         seed, work, ranks=ranks, steps=STEPS, every=rng.choice((1, 2, 3)), drivers=rng.choice((1, 1, 2)),

@@ -34,6 +34,7 @@ _KINDS = (
     (re.compile(r"/log/"), "record"),
     (re.compile(r"/chunks/"), "chunk"),
     (re.compile(r"/parts/"), "part"),
+    (re.compile(r"/groups/"), "group's part"),
     (re.compile(r"/manifests/[^/]+/manifest"), "manifest"),
     (re.compile(r"/manifests/"), "page"),
     (re.compile(r"/live/fold$"), "condensed state"),

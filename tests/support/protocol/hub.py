@@ -228,3 +228,32 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def swapped(where: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
+
+
+@contextmanager
+def folds_every(records: int) -> Iterator[None]:
+    """Inside, the log has a folded state so often, not every 256 records."""
+    from checkpoint.log import FOLD_EVERY
+
+    found = [
+        module
+        for key, module in list(sys.modules.items())
+        if key.startswith("checkpoint.") and getattr(module, "FOLD_EVERY", None) == FOLD_EVERY
+    ]
+    for module in found:
+        module.FOLD_EVERY = records  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in found:
+            module.FOLD_EVERY = FOLD_EVERY  # type: ignore[attr-defined]

@@ -15,22 +15,13 @@ import flows.drive.decide as decide_module
 from checkpoint.agent import effects as do
 from checkpoint.agent.machine import Machine
 from checkpoint.agent.slots import Slot
-from checkpoint.errors import Conflict, Halted, StoreUnavailable
+from checkpoint.errors import Conflict, StoreUnavailable
 from checkpoint.log import RunLog, RunState
 from checkpoint.log.records import Record, parse_checkpoint
 from checkpoint.log.state import Fold
 from checkpoint.store.base import Data
 from flows.drive.views import LogView, Restore
-
-
-@contextmanager
-def swapped(where: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(where, name)
-    setattr(where, name, value)
-    try:
-        yield
-    finally:
-        setattr(where, name, before)
+from tests.support.protocol.hub import swapped
 
 
 @contextmanager
@@ -160,8 +151,12 @@ def safe_before_the_record() -> Iterator[None]:
 
 @contextmanager
 def slots_are_not_held() -> Iterator[None]:
-    """What is uploaded may be refilled meanwhile, and nobody looks."""
-    with swapped(Slot, "hold", lambda self, expected: None), swapped(Slot, "check", lambda self, expected: None):
+    """What is uploaded may be refilled meanwhile, and nobody looks, at its checksums neither."""
+    with (
+        swapped(Slot, "hold", lambda self, expected: None),
+        swapped(Slot, "check", lambda self, expected: None),
+        swapped(Slot, "verify", lambda self, ranges: None),
+    ):
         yield
 
 
@@ -203,4 +198,3 @@ def collects_what_is_being_saved() -> Iterator[None]:
 
 
 Mistake = Callable[[], AbstractContextManager[None]]
-__all__ = ["Halted", "Mistake"]

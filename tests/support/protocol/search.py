@@ -42,10 +42,11 @@ Answer = tuple[str, Any]
 Objects = Mapping[str, bytes]
 Note = tuple[Any, ...]
 """What an actor has come to believe or to do: (word, more...)."""
-WRITES = ("create", "put", "delete")
+WRITES = ("create", "create-new", "put", "delete")
+"""``create`` answers whether the object is as wanted, ``create-new`` whether it was made by this."""
 HINTS = ("condensed state", "choice", "status", "address", "collected")
-EARLY = 1000
-"""Steps up to which a search that has learnt what else is asked begins again at once, not only at its end."""
+EARLY = (256, 1024, 4096)
+"""Steps after which a search that has learnt what else is asked begins again, not only at its end."""
 _RAISED: Mapping[str, Callable[[str], Exception]] = {
     "unavailable": lambda text: StoreUnavailable(text),
     "absent": lambda text: NotFound(text, "memory"),
@@ -157,6 +158,9 @@ class Line:
 
     def local_path(self, key: str) -> None:
         return None
+
+    def ask(self, question: Question) -> Answer:
+        return self._question(question)
 
     def _ask(self, *question: Any) -> Any:
         how, value = self._question(question)
@@ -381,6 +385,7 @@ class Search:
         self._folds: dict[tuple[int, bytes], RunState] = {}
         self._whole: dict[Any, str] = {}
         self._keep: list[RunState] = []
+        self._prefixes: dict[bytes, bytes] = {}
         self._sets: dict[frozenset[tuple[str, bytes]], int] = {}
         self._more = False
         self._others: dict[tuple[int, tuple[bool, ...]], _Asked] = {}
@@ -411,7 +416,7 @@ class Search:
                     if way:
                         way.pop()
                     continue
-                if self._more and found.steps < EARLY:
+                if self._more and found.steps in EARLY:
                     self._more = False
                     return None
                 found.steps += 1
@@ -493,14 +498,14 @@ class Search:
         if verb == "list":
             return not any(k.startswith(key) for k in others.writes) and not state.floating
         there = key in state.objects
-        if verb in ("get", "head", "create") and there and node.kind not in HINTS:
+        if verb in ("get", "head", "create", "create-new") and there and node.kind not in HINTS:
             return key not in others.deletes
         if any(write[1] == key for write in state.floating) or key in others.writes:
             return False
         if verb in ("get", "head"):
             return True
         # names of these are known to others by a listing, or once something names them that is written later
-        named = verb == "create" and node.kind in ("chunk", "part", "manifest", "page")
+        named = verb in ("create", "create-new") and node.kind in ("chunk", "part", "group's part", "manifest", "page")
         if verb == "delete" or (verb == "put" and node.kind == "collected" and state.left[4]):
             return False
         return (named or key not in others.reads) and not any(key.startswith(p) for p in others.lists)
@@ -550,7 +555,7 @@ class Search:
         if losses and writes:
             left = (fails, losses - 1, lates, deaths, graces)
             yield self._answered(state, number, gone, objects, state.floating, left, f"{told} ANSWER LOST", question)
-        if lates and verb == "create":
+        if lates and verb in ("create", "create-new"):
             left = (fails, losses, lates - 1, deaths, graces)
             floating = state.floating | {(verb, key, question[2])}
             yield self._answered(state, number, gone, state.objects, floating, left, f"{told} IS LATE", None)
@@ -586,7 +591,7 @@ class Search:
         if self.small.budget.graces and kind_of(key) in ("record", "collected"):
             times = frozenset({(k, at) for k, at in times if k != key} | {(key, self.small.budget.graces - left[4])})
         after = _State(objects, frozenset(objects.items()), nodes, floating, left, state.log, times)
-        if write[0] == "create":
+        if write[0] in ("create", "create-new"):
             self._wrote(state, after, write[1])
         elif write[0] == "delete":
             self._deleted(after, write[1])
@@ -602,7 +607,9 @@ class Search:
         match verb:
             case "create" if data is not None:
                 return objects, ("ok", data == question[2])
-            case "create" | "put":
+            case "create-new" if data is not None:
+                return objects, ("ok", False)
+            case "create" | "create-new" | "put":
                 return {**objects, key: question[2]}, ("ok", True)
             case "delete" if data is not None:
                 return {k: v for k, v in objects.items() if k != key}, ("ok", None)
@@ -704,8 +711,21 @@ class Search:
             case ("begins", epoch, step, why):
                 if why:
                     raise Violation(f"{name} begins attempt {epoch} at step {step} with a wrong state: {why}")
+            case ("folded", n, unreadable, data):
+                if unreadable or data != self._prefix(state, n):
+                    raise Violation(f"{name} reads the log up to record {n} otherwise than it is: {unreadable}")
             case ("wrong", why):
                 raise Violation(f"{name}: {why}")
+
+    def _prefix(self, state: _State, n: int) -> bytes:
+        """The bytes of the state after record ``n``, record by record."""
+        key = state.objects.get(keys.log_key(RUN, n), b"")
+        if key not in self._prefixes:
+            log = RunState(RUN)
+            for number in range(1, n + 1):
+                log = log.apply(Record.parse(state.objects[keys.log_key(RUN, number)], number))
+            self._prefixes[key] = log.to_bytes()
+        return self._prefixes[key]
 
     def _final(self, state: _State) -> Any:
         blocked = {

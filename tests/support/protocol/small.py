@@ -8,14 +8,16 @@ another one by the shipped ``decide``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checkpoint.agent.groups as groups_module
 from checkpoint import keys
 from checkpoint.agent.commit import Committer
 from checkpoint.agent.gang import Gang, Options
+from checkpoint.agent.groups import NodeGroups
 from checkpoint.agent.meet import claim
 from checkpoint.agent.slots import Seen, SlotChanged
 from checkpoint.agent.upload import Source, Uploader
@@ -28,13 +30,14 @@ from checkpoint.layout import RankLayout
 from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.restore import restore_slots
+from checkpoint.store import Store
 from checkpoint.store.base import PAID
 from checkpoint.store.memory import MemoryStore
 from flows.drive.decide import decide, launch_to_use
 from flows.drive.run import fold_view, ruling_how
 from flows.drive.views import Cause, Look, Memory, NodeView, Policy, RankView, RunLayout, StartAttempt
 from tests.support.protocol.driver import attempt_body, ranks_of
-from tests.support.protocol.hub import Serial, quiet
+from tests.support.protocol.hub import Serial, quiet, swapped
 from tests.support.protocol.search import Body, Budget, End, Line, Objects, Search, Small, told
 from tests.support.protocol.state import (
     RUN,
@@ -113,12 +116,20 @@ class Never:
         return False
 
 
+Over = Callable[[Line], Store]
+
+
+def plain(line: Line) -> Store:
+    return line
+
+
 @dataclass(frozen=True)
 class Where:
     """A node of a launch, on a host; ``incarnation``: of the process. Two with one host are two processes of it.
 
     ``known``: the log as its agent has read it; ``begun``: its ranks run the attempt that is the newest there, else it
     waits for one of its launch. ``saves``: the steps whose snapshots it stores, after the one that it begins from.
+    ``over``: its store, of its line.
     """
 
     launch: str
@@ -130,13 +141,14 @@ class Where:
     known: RunState | None = None
     begun: bool = False
     saves: tuple[int, ...] = (2,)
+    over: Over = plain
 
 
 def node(where: Where) -> Body:
     """From the attempt's record to the end of its next checkpoint."""
 
     def body(line: Line) -> None:
-        log = RunLog(line, RUN, writer=line.name)
+        log = RunLog(where.over(line), RUN, writer=line.name)
         state = where.known or RunState(RUN)
         while not where.begun:
             try:
@@ -161,7 +173,7 @@ def _claimed(line: Line, where: Where, attempt: AttemptInfo) -> bool:
     options = Options(
         RUN, where.launch, where.node, where.nodes, NOWHERE, NOWHERE, b"", place, "127.0.0.1", "", 0, PAID.look_s
     )
-    holder = claim(line, options, Gang.of(attempt, where.node), Never(line))  # type: ignore[arg-type]
+    holder = claim(where.over(line), options, Gang.of(attempt, where.node), Never(line))  # type: ignore[arg-type]
     if holder is None or not holder.same(place):
         return False
     line.note("starts", attempt.n, where.node, where.host)
@@ -172,7 +184,7 @@ def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: Attem
     layout = plan_of(attempt.ranks, STEPS)
     mine = {rank: layout.rank(rank) for rank in Gang.of(attempt, where.node).local}
     begins = Table(mine)
-    if not where.begun and not _restored(line, begins, state, attempt):
+    if not where.begun and not _restored(line, log.store, begins, state, attempt):
         return
     held: dict[int, State] = {}
     for rank, own in mine.items():
@@ -189,7 +201,7 @@ def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: Attem
             line.note("told", at, attempt.n)
 
     uploader = Uploader(
-        line,
+        log.store,
         RUN,
         where.node,
         where.nodes,
@@ -232,6 +244,10 @@ def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: Attem
         while (due := committer.pump()) is not None:
             for other in range(where.nodes):  # to look again before would find the same
                 line.until(keys.run_key(RUN, keys.part_name(step, attempt.n, other)))
+            groups = NodeGroups.of(attempt.ranks, where.nodes)
+            if all(item.join is None for item in committer._pending):  # its own group's is there
+                for group in range(groups.count if groups.size > 1 else 0):
+                    line.until(keys.run_key(RUN, groups.name(step, attempt.n, group)))
             line.tick(due - line.now)
 
 
@@ -241,7 +257,7 @@ def _advanced(state: State, at: int, step: int) -> State:
     return state
 
 
-def _restored(line: Line, table: Table, state: RunState, attempt: AttemptInfo) -> bool:
+def _restored(line: Line, store: Store, table: Table, state: RunState, attempt: AttemptInfo) -> bool:
     if attempt.checkpoint is None:
         return True
     info = state.checkpoint(attempt.checkpoint)
@@ -250,8 +266,8 @@ def _restored(line: Line, table: Table, state: RunState, attempt: AttemptInfo) -
     while True:
         try:
             restore_slots(
-                line, RUN, info, plan_of(attempt.ranks, STEPS), targets, epoch=attempt.n, pool=Serial(), same_what=True,
-                go_on=lambda: None,
+                store, RUN, info, plan_of(attempt.ranks, STEPS), targets, epoch=attempt.n, pool=Serial(),
+                same_what=True, go_on=lambda: None,
             )  # type: ignore[arg-type]  # fmt: skip
             return True
         except Damaged as error:
@@ -269,12 +285,12 @@ def _nothing(*_: object) -> None:
     pass
 
 
-def driver(ranks: int, *, order: int = 0) -> Body:
+def driver(ranks: int, over: Over = plain, known: RunState | None = None) -> Body:
     """Finds no attempt, or one that it believes to be lost; ``ranks``: of the layout that it was started with."""
 
     def body(line: Line) -> None:
-        log = RunLog(line, RUN, writer=line.name)
-        state, memory, suspect = RunState(RUN), Memory(), None
+        log = RunLog(over(line), RUN, writer=line.name)
+        state, memory, suspect = known or RunState(RUN), Memory(), None
         while True:
             try:
                 state = log.fold(state)
@@ -351,6 +367,19 @@ def reader(known: RunState, *, pins: bool = False) -> Body:
     return body
 
 
+def newcomer(*, quick: bool) -> Body:
+    """Reads the log at any moment, and knows nothing of it."""
+
+    def body(line: Line) -> None:
+        try:
+            state = RunLog(line, RUN).fold(quick=quick)
+        except StoreError:
+            return
+        line.note("folded", state.n, state.unreadable, state.to_bytes())
+
+    return body
+
+
 # --- worlds -------------------------------------------------------------------------------------------------
 
 NOTHING, A_GRACE = Budget(), Budget(graces=1)
@@ -417,10 +446,21 @@ def committed(end: End) -> str:
     if newest is None:
         return "there is no attempt"
     mine = {name for name in end.notes if name.startswith(f"{newest.launch}-node-")}
-    lives = len(mine) == newest.nodes and mine - end.dead
+    lives = len(mine) == newest.nodes and mine - end.dead and _joined(end, newest)
     if lives and not end.log.checkpoints.rows_of(newest.n) and (not end.dead or _whole(end, newest)):
         return f"attempt {newest.n} has saved nothing; blocked: {', '.join(sorted(end.blocked))}"
     return ""
+
+
+def _joined(end: End, attempt: AttemptInfo) -> bool:
+    """Whether every group's part is there, or one of its nodes lives; in a gang that has groups."""
+    groups = NodeGroups.of(attempt.ranks, attempt.nodes)
+    there = "".join(key for key in end.objects if f"-{attempt.n:08d}/groups/" in key)
+    return groups.size == 1 or all(
+        f"/groups/{group:05d}" in there
+        or any(f"{attempt.launch}-node-{n}" not in end.dead for n in groups.members(group))
+        for group in range(groups.count)
+    )
 
 
 def _whole(end: End, attempt: AttemptInfo) -> bool:
@@ -433,6 +473,17 @@ def commit_races(ranks: int = 3, budget: Budget = NOTHING) -> Small:
     objects = began(ranks)
     actors = nodes_of("l1", ranks, known=folded(objects), begun=True)
     return Small(f"{ranks} ranks commit", actors, objects, budget, committed)
+
+
+def joined_races(ranks: int = 3, budget: Budget = NOTHING) -> Small:
+    """The same where parts join groups of two nodes first; inside `grouped`."""
+    found = commit_races(ranks, budget)
+    return replace(found, name=f"{ranks} ranks in groups commit")
+
+
+def grouped() -> AbstractContextManager[None]:
+    """Inside, a gang of two is one that is too large for one reader."""
+    return swapped(groups_module, "GROUPED_ABOVE", 1)
 
 
 def suspicion(ranks: int = 2, drivers: int = 2, budget: Budget = NOTHING) -> Small:
@@ -524,3 +575,28 @@ def collected_takeover(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
     known = folded(objects)
     actors = {"collector": collector(2, known), "driver": driver(ranks), **nodes_of("l2", ranks, known=known)}
     return Small("a collector beside a takeover", actors, objects, budget, committed)
+
+
+def over_wires(over: Over, ranks: int = 1, drivers: int = 2, budget: Budget = NOTHING) -> Small:
+    """The ranks commit, and drivers suspect them, over a store that settles what it is not answered."""
+    objects = began(ranks)
+    actors = {
+        **nodes_of("l1", ranks, known=folded(objects), begun=True, over=over),
+        **{f"driver-{n}": driver(ranks, over) for n in range(drivers)},
+    }
+    name = f"{ranks} ranks commit, {drivers} drivers suspect them, over S3"
+    return Small(name, actors, objects, budget, committed)
+
+
+def at_folds(quick: bool, drivers: int = 1, budget: Budget = NOTHING) -> Small:
+    """The same where the log has a folded state at every other record (inside `folds_every`), which builds on others;
+    a newcomer reads it at any moment.
+    """
+    objects = began(1, (2,))
+    known = folded(objects)
+    actors = {
+        **nodes_of("l1", 1, known=known, begun=True, saves=(4,)),
+        **{f"driver-{n}": driver(1, known=known) for n in range(drivers)},
+        "newcomer": newcomer(quick=quick),
+    }
+    return Small(f"{drivers} drivers and a commit, with folds", actors, objects, budget, committed)

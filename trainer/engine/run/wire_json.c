@@ -219,8 +219,7 @@ void hs_wire_print(void) {
         N(HS_SLOT_EMPTY),
         N(HS_SLOT_FILLING),
         N(HS_SLOT_READY),
-        N(HS_SLOT_SUM_CRC32C),
-        N(HS_SLOT_SUM_SHA256),
+        N(HS_SLOT_SUM_CRC32),
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         (void)printf("%s\"%s\": %llu", i ? ", " : "", numbers[i].name, numbers[i].value);

@@ -94,7 +94,7 @@ static void close_slot(const hs_snapshot *s, const hs_snapshot_done *what) {
     header->chunks = s->chunks;
     memcpy(header->plan_digest, s->plan_digest, sizeof header->plan_digest);
     memcpy(header->what_digest, s->what_digest, sizeof header->what_digest);
-    header->checksum_kind = HS_SLOT_SUM_CRC32C;
+    header->checksum_kind = HS_SLOT_SUM_CRC32;
     header->final = what->final;
     header->persist = what->persist;
     header->header_crc = hs_snapshot_header_crc(s, what->slot);

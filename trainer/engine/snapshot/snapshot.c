@@ -9,8 +9,9 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "core/crc32.h"
 
-enum { BLOCK = 256 * 1024 }; /* copied, then summed while it is in the cache */
+enum { HUGE_PAGE = 2 << 20 };
 
 /* What header_crc covers, before the checksums. */
 enum { CRC_FIRST = 24, CRC_END = 136, CRC_AGAIN = 140, CRC_LAST = 156 };
@@ -25,9 +26,9 @@ static uint64_t round_up(uint64_t value, uint64_t to) {
 
 uint32_t hs_snapshot_header_crc(const hs_snapshot *s, int i) {
     const uint8_t *header = s->slots[i].map;
-    uint32_t crc = hs_crc32c(0, header + CRC_FIRST, CRC_END - CRC_FIRST);
-    crc = hs_crc32c(crc, header + CRC_AGAIN, CRC_LAST - CRC_AGAIN);
-    return hs_crc32c(crc, hs_snapshot_sums(s, i), s->chunks * sizeof(uint64_t));
+    uint32_t crc = hs_crc32(0, header + CRC_FIRST, CRC_END - CRC_FIRST);
+    crc = hs_crc32(crc, header + CRC_AGAIN, CRC_LAST - CRC_AGAIN);
+    return hs_crc32(crc, hs_snapshot_sums(s, i), s->chunks * sizeof(uint64_t));
 }
 
 static int by_place(const void *a, const void *b) {
@@ -118,6 +119,22 @@ void hs_snapshot_destroy(hs_snapshot *s) {
     free(s);
 }
 
+/* On a border of huge pages, which the agent has made where it could: a fault each of them. NULL with errno. */
+static uint8_t *map_aligned(int fd, uint64_t bytes) {
+    const uint64_t room = bytes + HUGE_PAGE;
+    uint8_t *around = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (around == MAP_FAILED) return NULL;
+    uint8_t *at = around + (-(uintptr_t)around & (HUGE_PAGE - 1));
+    if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        (void)munmap(around, room);
+        return NULL;
+    }
+    const uint64_t mapped = round_up(bytes, 4096);
+    if (at > around) (void)munmap(around, (size_t)(at - around));
+    (void)munmap(at + mapped, (size_t)(around + room - (at + mapped)));
+    return at;
+}
+
 static hs_status map_slot(hs_snapshot *s, int i, hs_why *why) {
     const int fd = s->slots[i].fd;
     struct stat info;
@@ -133,11 +150,10 @@ static hs_status map_slot(hs_snapshot *s, int i, hs_why *why) {
         return hs_fail(why, HS_E_CONFIG,
                        "slot %d has %lld bytes, this position's snapshot needs %llu", i,
                        (long long)info.st_size, (unsigned long long)need);
-    void *map = mmap(NULL, need, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (map == MAP_FAILED)
+    s->slots[i].map = map_aligned(fd, need);
+    if (!s->slots[i].map)
         return hs_fail(why, HS_E_MEMORY, "mmap of slot %d (%llu bytes): %s", i,
                        (unsigned long long)need, strerror(errno));
-    s->slots[i].map = map;
     hs_slot_header *header = hs_snapshot_header(s, i);
     const bool known = memcmp(header->magic, HS_SLOT_MAGIC, sizeof header->magic) == 0;
     if (known && hs_snapshot_load(&header->state) == HS_SLOT_READY &&
@@ -195,30 +211,31 @@ static uint32_t find_piece(const hs_snapshot *s, uint64_t at) {
     return low;
 }
 
-/* Copies data [at, at + bytes) between the slot and the arena, if it is the host's; what lies between
- * pieces is zero in a slot. */
-static void copy_range(const hs_snapshot *s, uint8_t *data, uint64_t at, uint64_t bytes,
-                       bool to_slot) {
-    const uint64_t end = at + bytes;
+/* The checksum of data [at, end) of a slot, which is copied meanwhile from or to the arena, if that is the host's; what
+ * lies between pieces is zero in a slot. */
+static uint32_t pass(const hs_snapshot *s, uint8_t *data, uint64_t at, uint64_t end, bool to_slot) {
+    uint32_t crc = 0;
     for (uint32_t p = find_piece(s, at); at < end; p++) {
         const bool any = p < s->piece_count && s->pieces[p].at < end;
         const uint64_t begin = any ? s->pieces[p].at : end;
         if (begin > at) {
             if (to_slot) memset(data + at, 0, begin - at);
+            crc = hs_crc32(crc, data + at, begin - at);
             at = begin;
         }
-        if (!any) return;
+        if (!any) break;
         const uint64_t stop = s->pieces[p].at + s->pieces[p].bytes;
         const uint64_t n = (stop < end ? stop : end) - at;
         uint8_t *arena = s->arena ? s->arena + s->pieces[p].offset + (at - s->pieces[p].at) : NULL;
-        if (!arena) {
-            /* the device did, or will */
-        } else if (to_slot)
-            memcpy(data + at, arena, n);
+        if (!arena) /* the device did, or will */
+            crc = hs_crc32(crc, data + at, n);
+        else if (to_slot)
+            crc = hs_crc32_copy(crc, data + at, arena, n);
         else
-            memcpy(arena, data + at, n);
+            crc = hs_crc32_copy(crc, arena, data + at, n);
         at += n;
     }
+    return crc;
 }
 
 void hs_snapshot_chunks(void *ctx, int64_t begin, int64_t end, int worker) {
@@ -230,24 +247,7 @@ void hs_snapshot_chunks(void *ctx, int64_t begin, int64_t end, int worker) {
         const uint64_t first = (uint64_t)chunk * HS_SLOT_CHUNK;
         const uint64_t last =
             first + HS_SLOT_CHUNK < s->data_bytes ? first + HS_SLOT_CHUNK : s->data_bytes;
-        uint32_t crc = 0;
-        hs_sha256 sha;
-        if (w->sha256) hs_sha256_init(&sha);
-        for (uint64_t at = first; at < last; at += BLOCK) {
-            const uint64_t n = last - at < BLOCK ? last - at : BLOCK;
-            if (w->to_slot) copy_range(s, data, at, n, true);
-            if (w->sha256)
-                hs_sha256_update(&sha, data + at, n);
-            else
-                crc = hs_crc32c(crc, data + at, n);
-            if (!w->to_slot) copy_range(s, data, at, n, false);
-        }
-        uint64_t sum = crc;
-        if (w->sha256) {
-            uint8_t digest[HS_SHA256_BYTES];
-            hs_sha256_final(&sha, digest);
-            memcpy(&sum, digest, sizeof sum);
-        }
+        const uint64_t sum = pass(s, data, first, last, w->to_slot);
         if (w->to_slot) {
             hs_snapshot_sums(s, w->slot)[chunk] = sum;
         } else if (hs_snapshot_sums(s, w->slot)[chunk] != sum) {
@@ -284,7 +284,7 @@ static hs_status check_header(const hs_snapshot *s, int i, int64_t step, hs_why 
         return hs_fail(why, HS_E_RESTORE,
                        "slot %d is of step %lld, the attempt starts after step %lld", i,
                        (long long)header->step, (long long)step);
-    if (header->checksum_kind > HS_SLOT_SUM_SHA256)
+    if (header->checksum_kind != HS_SLOT_SUM_CRC32)
         return hs_fail(why, HS_E_RESTORE, "slot %d has checksums of the unknown kind %u", i,
                        header->checksum_kind);
     return HS_OK;
@@ -305,10 +305,7 @@ hs_status hs_snapshot_restore(hs_snapshot *s, int i, int64_t step, hs_why *why) 
         return hs_fail(why, HS_E_RESTORE, "no slot %d to restore from: %d came", i, s->count);
     const int64_t begin_ns = hs_clock_ns();
     HS_TRY(check_header(s, i, step, why));
-    hs_chunks w = {.snapshot = s,
-                   .slot = i,
-                   .sha256 = hs_snapshot_header(s, i)->checksum_kind == HS_SLOT_SUM_SHA256,
-                   .bad = INT64_MAX};
+    hs_chunks w = {.snapshot = s, .slot = i, .bad = INT64_MAX};
     hs_parallel_for(s->pool, (int64_t)s->chunks, hs_snapshot_chunks, &w);
     const int64_t bad = atomic_load(&w.bad);
     if (bad != INT64_MAX)

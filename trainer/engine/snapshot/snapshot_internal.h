@@ -5,7 +5,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "core/hash.h"
 #include "snapshot/snapshot.h"
 
 /* One tensor's master, m or v, or the rank's piece of it: where it lies in a slot's data and in the arena. Ascending, without
@@ -80,7 +79,7 @@ uint32_t hs_snapshot_header_crc(const hs_snapshot *s, int i);
 typedef struct hs_chunks {
     const hs_snapshot *snapshot;
     int slot;
-    bool to_slot, sha256;
+    bool to_slot;
     _Atomic int64_t bad; /* the first damaged chunk that was found; INT64_MAX: none */
 } hs_chunks;
 

@@ -6,10 +6,8 @@
  *     4096              8 * chunks            u64 checksums, one a chunk of data, padded to 4096
  *   data_offset         data_bytes            the state: hs_plan_state.slot_offset counts from here
  *
- * chunks = ceil(data_bytes / HS_SLOT_CHUNK); a checksum is, by checksum_kind, CRC-32C of the chunk zero-extended to
- * u64 (what a rank writes), or the first 8 bytes of the chunk's SHA-256 read as little-endian u64 (what the agent
- * writes when it restores a slot: Python has no fast CRC-32C). The engine verifies both; the agent, when it
- * reads, verifies header_crc and the generation, and leaves the data's checksums to the engine.
+ * chunks = ceil(data_bytes / HS_SLOT_CHUNK); a checksum is CRC-32 (zlib's, which C and Python both have fast) of the
+ * chunk, zero-extended to u64. Who reads data verifies it: the rank that restores, the agent that stores.
  *
  * Who writes what: the rank everything but `hold`; the agent `hold`, and everything while it restores a slot
  * before it sends START. Before a rank says that it has a slot for the next snapshot it claims one: EMPTY, or READY but
@@ -33,7 +31,7 @@
 #define HS_SLOTS_MAX 16u /* of a rank: the plan allows, the agent hands over and the rank takes so many */
 
 enum { HS_SLOT_EMPTY = 0, HS_SLOT_FILLING = 1, HS_SLOT_READY = 2 };
-enum { HS_SLOT_SUM_CRC32C = 0, HS_SLOT_SUM_SHA256 = 1 };
+enum { HS_SLOT_SUM_CRC32 = 2 }; /* version 1 of slots had others */
 
 typedef struct hs_slot_header {
     char magic[8];
@@ -49,7 +47,7 @@ typedef struct hs_slot_header {
     uint64_t chunks;         /* offset 64 */
     uint8_t plan_digest[32]; /* layout; offset 72 */
     uint8_t what_digest[32]; /* offset 104 */
-    uint32_t header_crc;     /* CRC-32C of bytes [24, 136), then of [140, 156), then of the checksum table; offset 136 */
+    uint32_t header_crc;     /* CRC-32 of bytes [24, 136), then of [140, 156), then of the checksum table; offset 136 */
     uint32_t final;          /* 1: last of the attempt (done or preempted): the rank waits for its commit; offset 140 */
     uint32_t checksum_kind;  /* HS_SLOT_SUM_*; offset 144 */
     uint32_t replica;        /* of the rank */
