@@ -1,8 +1,8 @@
 """What a store is good for, found out by asking it: `hotstage ckpt doctor STORE_URL`.
 
-Everything is asked through the seam that runs use (``store/base.py``), on objects of its own under ``probe/doctor-…``,
-which are removed again where this identity may delete. A finding says what was seen, never what a product is known
-for; docs/stores.md is a table of such findings.
+Everything is asked through the seam that runs use (``store/base.py``), on objects of its own under ``probe/doctor-…``
+(or, where this identity may not write there, ``runs/doctor-…``), which are removed again where it may delete. A finding
+says what was seen, never what a product is known for; docs/stores.md is a table of such findings.
 """
 
 from __future__ import annotations
@@ -32,6 +32,20 @@ CREATORS = 16
 HINTS = 8
 NAMES = ("A", "a", "Z-9", "_", "a+b=c@d", "a-b", "a.b", "a0", "x" * 200)
 """Every kind of letter that keys are made of, in names that differ in little."""
+READING = "reading runs (show, verify, export)"
+DRIVING = "driving runs (the log, several drivers)"
+SAVING = "saving checkpoints"
+COLLECTING = "collecting old checkpoints"
+WORDS = {"drive": "creates runs", "save": "creates checkpoints", "delete": "deletes"}
+ROLES = {
+    frozenset(("drive", "save", "delete")): "may do everything; give agents and drivers one that cannot delete",
+    frozenset(("drive", "save")): "right for agents and drivers in one",
+    frozenset(("drive",)): "right for a driver",
+    frozenset(("save",)): "right for an agent",
+    frozenset(("delete",)): "right for the collector",
+    frozenset(): "right for who only looks",
+}
+"""What rights make of an identity (docs/policies)."""
 PROMISES = {"races", "conditions", "visible"}
 """What nothing can be trusted without."""
 CLOCK_S = 60.0
@@ -101,22 +115,38 @@ class _Doctor:
     clock: Callable[[], float]
     findings: list[StoreFact] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
-    base: str = field(default_factory=lambda: f"probe/doctor-{secrets.token_hex(8)}")
+    run: str = field(default_factory=lambda: f"doctor-{secrets.token_hex(8)}")
+    base: str = ""
+    may: set[str] = field(default_factory=set)
     removes: bool = False
+    timeless: bool = False
 
     def examine(self) -> Diagnosis:
         with ThreadPoolExecutor(CREATORS, thread_name_prefix="doctor") as self.pool:
-            reads = self.reads()
-            writes = reads and self.writes()
-            refused = reads and self.findings[-1].verdict == "warn"
-            self.removes = deletes = (writes and self.deletes()) or (refused and self.deletes_only())
-            if writes:
-                for check in (self.races, self.conditions, self.visible, self.names, self.ranges, self.hints,
-                              self.checksums, self.times, self.speed):  # fmt: skip
-                    self.guard(check)
-            left = self.clear() if writes else 0
-        good, bad = _uses(self.findings, reads, writes, deletes)
-        return Diagnosis(self.store.describe(), tuple(self.findings), tuple(good), tuple(bad), left)
+            if self.reads():
+                writes = self.writes()
+                self.rights(writes)
+                if writes:
+                    for check in (self.races, self.conditions, self.visible, self.names, self.ranges, self.hints,
+                                  self.checksums, self.times, self.speed):  # fmt: skip
+                        self.guard(check)
+            left = self.clear()
+        uses = self.uses()
+        good = tuple(name for name, is_good in uses if is_good)
+        bad = tuple(name for name, is_good in uses if not is_good)
+        return Diagnosis(self.store.describe(), tuple(self.findings), good, bad, left)
+
+    def uses(self) -> tuple[tuple[str, bool], ...]:
+        """What the store and this identity are good for."""
+        bad = {f.name for f in self.findings if f.verdict in ("bad", "unknown")}
+        sound = not any(f.verdict == "bad" for f in self.findings)
+        orders = sound and not bad & PROMISES
+        return (
+            (READING, sound),
+            (DRIVING, orders and "drive" in self.may),
+            (SAVING, orders and "save" in self.may),
+            (COLLECTING, sound and "delete" in self.may and not self.timeless),
+        )
 
     # --- asking -------------------------------------------------------------------------------------------
 
@@ -135,10 +165,12 @@ class _Doctor:
         except CheckpointError as error:
             self.tell("bad", name, str(error))
 
-    def key(self, name: str) -> str:
-        key = f"{self.base}/{name}"
+    def own(self, key: str) -> str:
         self.made.add(key)
         return key
+
+    def key(self, name: str) -> str:
+        return self.own(f"{self.base}/{name}")
 
     def create(self, name: str, data: bytes, *, sha256: bytes | None = None) -> bool:
         return self.store.create(self.key(name), data, sha256=sha256)
@@ -146,20 +178,24 @@ class _Doctor:
     # --- rights -------------------------------------------------------------------------------------------
 
     def reads(self) -> bool:
-        """Whether it answers, and shows what it holds."""
-        try:
-            self.store.get(f"{self.base}/none", max_bytes=1)
-        except NotFound:
-            pass
-        except StoreUnavailable as error:
-            self.tell("bad", "answers", str(error), "look at the address, and whether the store runs")
-            return False
-        except CheckpointError as error:
-            credentials = isinstance(error, CredentialsRefused)
-            self.tell("bad", "credentials" if credentials else "answers", str(error))
-            return False
+        """Whether it answers, and shows what it holds; finds out where this identity may look."""
+        refusal: CheckpointError | None = None
+        for base in (f"probe/{self.run}", keys.run_key(self.run, "log")):
+            self.base = base
+            try:
+                self.store.get(f"{self.base}/none", max_bytes=1)
+            except NotFound:
+                break
+            except StoreUnavailable as error:
+                self.tell("bad", "answers", str(error), "look at the address, and whether the store runs")
+                return False
+            except CheckpointError as error:
+                refusal = refusal or error
+            else:
+                self.tell("bad", "answers", "shows an object that nobody has created", "what answers there is no store")
+                return False
         else:
-            self.tell("bad", "answers", "shows an object that nobody has created", "what answers there is no store")
+            self.tell("bad", "credentials" if isinstance(refusal, CredentialsRefused) else "answers", str(refusal))
             return False
         try:
             next(self.store.list(f"{self.base}/"), None)
@@ -171,52 +207,46 @@ class _Doctor:
         return True
 
     def writes(self) -> bool:
-        try:
-            made = self.create("first", b"first")
-        except StoreUnavailable as error:
-            self.tell("unknown", "writes", f"the store did not answer: {error}", "ask again when it does")
-            return False
-        except CheckpointError as error:
-            self.tell("warn", "writes", f"this identity cannot create objects: {error}",
-                      "right for a collector and for who only reads; an agent and a driver need s3:PutObject, and what "
-                      "the store does with writes can be asked as one of those only")  # fmt: skip
-            return False
-        if not made or self.store.get(self.key("first"), max_bytes=99) != b"first":
-            self.tell("bad", "writes", "an object that was just created is not there, or holds something else")
-            return False
-        return True
+        """Whether it may create objects, somewhere."""
+        for base in dict.fromkeys((self.base, keys.run_key(self.run, "log"))):
+            self.base = base
+            try:
+                made = self.create("first", b"first")
+            except StoreUnavailable as error:
+                self.tell("unknown", "writes", f"the store did not answer: {error}", "ask again when it does")
+                return False
+            except CheckpointError:
+                continue
+            if not made or self.store.get(self.key("first"), max_bytes=99) != b"first":
+                self.tell("bad", "writes", "an object that was just created is not there, or holds something else")
+                return False
+            return True
+        return False
 
-    def deletes(self) -> bool:
-        key = self.key("goes")
-        try:
-            self.store.create(key, b"goes")
-            self.store.delete(key)
-            gone = self.store.head(key) is None and not any(self.store.list(key))
-        except StoreRefused:
-            self.tell("ok", "rights", "this identity reads, creates and cannot delete: right for an agent and a driver")
-            return False
-        except CheckpointError as error:
-            self.tell("unknown", "rights", f"deleting was not answered: {error}")
-            return False
-        if not gone:
-            self.tell("bad", "rights", "an object that was deleted is still shown",
-                      "is the bucket versioned by a gateway, or cached?")  # fmt: skip
-            return False
-        self.made.discard(key)
-        advice = "; only the collector has to: give agents and drivers one that cannot (docs/stores.md)"
-        on_s3 = self.store.url.startswith("s3:")
-        self.tell("ok", "rights", f"this identity reads, creates and deletes{advice if on_s3 else ''}")
-        return True
-
-    def deletes_only(self) -> bool:
-        """Whether it may delete, where it cannot create: asked of an object that is not there."""
-        try:
-            self.store.delete(f"{self.base}/none")
-        except CheckpointError:
-            self.tell("ok", "rights", "this identity only reads")
-            return False
-        self.tell("ok", "rights", "this identity reads and deletes, and cannot create: right for the collector")
-        return True
+    def rights(self, writes: bool) -> None:
+        """Which of docs/policies' identities this one may be; what it does not show is not asked for."""
+        asked: dict[str, Callable[[], object]] = {
+            "drive": lambda: self.store.create(self.own(keys.plan_key(self.run, "0" * 64)), b"plan"),
+            "save": lambda: self.store.create(self.own(keys.run_key(self.run, "chunks", "a")), b"chunk"),
+            "delete": lambda: self.store.delete(keys.run_key(self.run, "chunks", "none")),
+        }
+        for right, ask in asked.items():
+            if writes or right == "delete":
+                with suppress(CheckpointError):
+                    ask()
+                    self.may.add(right)
+        if writes:
+            with suppress(CheckpointError):  # what was made here, to be removed at the end
+                self.store.delete(self.key("first"))
+                self.removes = True
+        if self.removes and (self.store.head(self.key("first")) or any(self.store.list(self.key("first")))):
+            self.tell(
+                "bad", "rights", "an object that was deleted is still shown", "is there a cache before the store?"
+            )
+            return
+        does = [word for right, word in WORDS.items() if right in self.may]
+        role = ROLES.get(frozenset(self.may), "no identity of docs/policies")
+        self.tell("ok", "rights", f"this identity {', '.join(['reads', *does])}: {role}")
 
     def clear(self) -> int:
         """Remove what was made; how many stayed."""
@@ -306,7 +336,7 @@ class _Doctor:
         self.tell("ok", "ranges", "ranges of an object are what they should be")
 
     def hints(self) -> None:
-        key = keys.live_key(f"doctor-{self.base[-8:]}", "doctor")
+        key = keys.live_key(self.run, "doctor")
         stale = 0
         for number in range(HINTS):
             try:
@@ -349,6 +379,7 @@ class _Doctor:
         after = self.now()
         info = self.store.head(self.key("clock"))
         told = None if info is None else info.modified
+        self.timeless = told is None
         if told is None:
             self.tell("warn", "times", "does not say when an object was written",
                       "the collector cannot wait by its clock: nothing is ever removed there")  # fmt: skip
@@ -396,16 +427,3 @@ class _Doctor:
         begun = self.clock()
         yield took
         took[0] = max(self.clock() - begun, 1e-9)
-
-
-def _uses(findings: list[StoreFact], reads: bool, writes: bool, deletes: bool) -> tuple[list[str], list[str]]:
-    """What the store and this identity are good for, and what not."""
-    unsure = {f.name for f in findings if f.verdict in ("bad", "unknown")}
-    sound = reads and not any(f.verdict == "bad" for f in findings)
-    late = any(f.name == "times" and f.text.startswith("does not say") for f in findings)
-    uses = (
-        ("reading runs (show, verify, export)", sound),
-        ("training (the log, checkpoints, several drivers)", writes and sound and not unsure & PROMISES),
-        ("collecting old checkpoints", deletes and sound and not late),
-    )
-    return [name for name, is_good in uses if is_good], [name for name, is_good in uses if not is_good]

@@ -244,7 +244,7 @@ def doctor(store_url: str | None, mb: int, as_json: bool) -> int:
         for use in uses:
             say(f"{mark:>8}  {use}")
     if found.left:
-        say(f"{found.left} probe objects stay under probe/: this identity cannot delete them")
+        say(f"{found.left} probe objects stay (under probe/ or runs/doctor-…): this identity cannot delete them")
     return code
 
 

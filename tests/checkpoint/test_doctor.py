@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from checkpoint.doctor import Diagnosis, Effort, examine_store
+from checkpoint.doctor import COLLECTING, DRIVING, READING, SAVING, Diagnosis, Effort, examine_store
 from checkpoint.errors import StoreRefused
 from checkpoint.probe import Unordered, probe
 from checkpoint.store import Store, open_store
@@ -17,11 +17,9 @@ from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
 from flows.cli.main import exit_code_of
 from tests.support.hostile_s3 import HostileS3, Lie, hostile_s3
+from tests.support.s3_server import S3Server
 
 LITTLE = Effort(data_bytes=1 << 18, races=((2, 4, 64),), objects=6, small=2)
-TRAINING = "training (the log, checkpoints, several drivers)"
-READING = "reading runs (show, verify, export)"
-COLLECTING = "collecting old checkpoints"
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_what_is_right_is_called_right_and_nothing_is_left(store: Store, collect
     found = examine_store(collector, LITTLE)
     assert {f.verdict for f in found.findings} == {"ok"}, found
     assert found.ok
-    assert found.good_for == (READING, TRAINING, COLLECTING)
+    assert found.good_for == (READING, DRIVING, SAVING, COLLECTING)
     assert (found.bad_for, found.left) == ((), 0)
     assert list(store.list("")) == []
 
@@ -53,11 +51,11 @@ def test_the_trainers_identity_is_right_for_training_and_leaves_little(store: St
         return  # a folder has one identity
     found = examine_store(store, LITTLE)
     assert found.ok
-    assert found.good_for == (READING, TRAINING)
+    assert found.good_for == (READING, DRIVING, SAVING)
     assert found.left == len(list(store.list("")))
     assert found.left > 0
     assert [f.text for f in found.findings if f.name == "rights"] == [
-        "this identity reads, creates and cannot delete: right for an agent and a driver"
+        "this identity reads, creates runs, creates checkpoints: right for agents and drivers in one"
     ]
 
 
@@ -99,7 +97,9 @@ def test_lies_are_found_and_named(peer: HostileS3, lies: set[Lie]) -> None:
         assert any(f"{f.verdict} {f.name}" == kind and re.search(says, f.text) for f in found.findings), (lie, found)
     broken = any(FOUND[lie][0].startswith("bad") for lie in lies)
     assert found.ok is not broken
-    assert found.good_for == (() if broken else (READING, TRAINING, COLLECTING)[: 2 if "timeless" in lies else 3])
+    assert found.good_for == (
+        () if broken else (READING, DRIVING, SAVING, COLLECTING)[: 3 if "timeless" in lies else 4]
+    )
 
 
 def test_every_lie_that_the_server_can_tell_is_in_the_list() -> None:
@@ -109,9 +109,9 @@ def test_every_lie_that_the_server_can_tell_is_in_the_list() -> None:
 @pytest.mark.parametrize(
     ("denied", "good", "says"),
     [
-        ({"DELETE"}, (READING, TRAINING), "right for an agent and a driver"),
-        ({"PUT"}, (READING, COLLECTING), "cannot create: right for the collector"),
-        ({"PUT", "DELETE"}, (READING,), "this identity only reads"),
+        ({"DELETE"}, (READING, DRIVING, SAVING), "right for agents and drivers in one"),
+        ({"PUT"}, (READING, COLLECTING), "this identity reads, deletes: right for the collector"),
+        ({"PUT", "DELETE"}, (READING,), "this identity reads: right for who only looks"),
         ({"LIST"}, (), "can be read, but not listed.*|s3:ListBucket"),
         ({"GET"}, (), "AccessDenied"),
     ],
@@ -124,13 +124,33 @@ def test_rights_are_told(peer: HostileS3, denied: set[str], good: tuple[str, ...
     assert any(re.search(says, f.text) for f in found.findings), found
 
 
+@pytest.mark.parametrize(
+    ("role", "good", "says"),
+    [
+        ("agent", (READING, SAVING), "this identity reads, creates checkpoints: right for an agent"),
+        ("driver", (READING, DRIVING), "this identity reads, creates runs: right for a driver"),
+        ("collector", (READING, COLLECTING), "this identity reads, deletes: right for the collector"),
+        ("reader", (READING,), "this identity reads: right for who only looks"),
+    ],
+)
+def test_the_identities_of_docs_policies_are_known_again(
+    server: S3Server, role: str, good: tuple[str, ...], says: str
+) -> None:
+    with server.identity(role):
+        found = examine_store(open_store(server.url(f"doctor-{role}")), LITTLE)
+    assert found.ok, found
+    assert found.good_for == good
+    assert [f.text for f in found.findings if f.name == "rights"] == [says]
+    assert (found.verdict("races") == "ok") is (role != "reader")
+
+
 def test_a_store_that_stops_answering_is_unknown_not_bad(peer: HostileS3) -> None:
     peer.applies = ("PUT",)
     peer.faults.extend(["503"] * 1000)
     found = examined(peer)
     assert found.ok
     assert found.verdict("writes") == "unknown"
-    assert TRAINING in found.bad_for
+    assert SAVING in found.bad_for
 
 
 @pytest.mark.parametrize("lie", ["races", "changes", "unlisted"])
@@ -149,7 +169,7 @@ def test_the_command_tells_people_and_programs(
     assert exit_code_of(["ckpt", "doctor", f"{tmp_path}/store", "--mb", "8"]) == 0
     said = capsys.readouterr().out
     assert "ok       races" in said
-    assert f"good for  {TRAINING}" in said
+    assert f"good for  {SAVING}" in said
     assert exit_code_of(["ckpt", "doctor", f"{tmp_path}/store", "--mb", "8", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
@@ -158,5 +178,5 @@ def test_the_command_tells_people_and_programs(
     assert exit_code_of(["ckpt", "doctor", peer.url()]) == 78
     said = capsys.readouterr().out
     assert "BAD      answers" in said
-    assert f"not for  {TRAINING}" in said
+    assert f"not for  {SAVING}" in said
     assert "mend: give this identity s3:ListBucket on the bucket" in said

@@ -21,6 +21,7 @@ BAD: dict[str, set[str]] = {
     "minio": set(),
     "seaweedfs": set(),
     "moto": set(),
+    "garage": {"races", "conditions"},
 }
 """What is bad of each, by name of the check."""
 
