@@ -308,6 +308,17 @@ def transfer() -> Iterator[dict[str, Any]]:
         yield entry(f"checkpoint/{what}: processor", more, "s/GB more", "target", 0.6)
 
 
+def reshard() -> Iterator[dict[str, Any]]:
+    """Restores between all pairs of layouts of {1, 2, 4, 8} stages and replicas, beside the same layout's."""
+    seconds = bench_transfer.reshard(ROUNDS)
+    (source, target), worst = max(seconds.items(), key=lambda item: item[1] / seconds[item[0][1], item[0][1]])
+    pair = f"{source[0]} x {source[1]} into {target[0]} x {target[1]}"
+    same = seconds[target, target]
+    yield entry(f"checkpoint/reshard: the worst of {len(seconds)} pairs, {pair}", worst, "s", "same layout", same)
+    middle = statistics.median(t / seconds[into, into] for (_, into), t in seconds.items())
+    yield entry("checkpoint/reshard: the middle one, to the same layout's time", middle, "1", "target", 1.5)
+
+
 def transfer_vs_dcp() -> Iterator[dict[str, Any]]:
     """The same beside PyTorch's Distributed Checkpoint, to the same server."""
     for what, value, other in bench_transfer.versus_torch(ROUNDS):
@@ -338,6 +349,7 @@ def main() -> int:
         "show": lambda: list(show()),
         "store": lambda: list(store()),
         "transfer": lambda: list(transfer()),
+        "reshard": lambda: list(reshard()),
         "transfer-vs-dcp": lambda: list(transfer_vs_dcp()),
         "demo": lambda: list(demo()),
         "fp8": lambda: list(fp8()),

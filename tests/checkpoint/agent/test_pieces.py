@@ -4,110 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from checkpoint.agent.commit import commit
-from checkpoint.agent.gang import layouts
 from checkpoint.agent.send import segments
-from checkpoint.agent.slots import Slot, SlotChanged, SlotTable
-from checkpoint.agent.upload import Source, Uploader
+from checkpoint.agent.slots import Slot, SlotChanged
 from checkpoint.chunks import Chunk, Piece, Tensor, plan_chunks
 from checkpoint.digest import BLOCK_ELEMENTS, KINDS, blocks
 from checkpoint.layout import PlanLayout, PlanRefused, piece, read_plan
-from checkpoint.log import CheckpointInfo
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
-from checkpoint.restore import plan_reads, restore_slots
+from checkpoint.restore import plan_reads
 from checkpoint.store import MemoryStore
 from checkpoint.verify import verify_checkpoint
-from tests.support.agents import Run, put_dataset, state_bytes, tensor_bytes, tiny_spec, wait_for
-from trainer.dataset import DatasetRef
-from trainer.plan import compile_plan
-from trainer.plan.compiled import Plan
-from trainer.spec import RunSpec, what_digest
+from tests.support.agents import put_dataset, tensor_bytes, tiny_spec
+from tests.support.layout_world import STEP, Way, World, layout_of, plan_of
 
-STEP = 6
 SPEC = tiny_spec(model__width=320, model__layers=2, train__batch=16)
 """Tensors of one block and of two, some short of whole blocks."""
 
 
-def plan_of(spec: RunSpec, dataset: DatasetRef, stages: int, replicas: int) -> Plan:
-    parallel = spec.parallel.model_copy(update={"stages": stages, "replicas": replicas})
-    changed = spec.model_copy(update={"parallel": parallel}).resolve(dataset)
-    return compile_plan(changed, dataset, what_digest(changed, dataset))
-
-
-def layout_of(spec: RunSpec, dataset: DatasetRef, stages: int, replicas: int) -> PlanLayout:
-    return read_plan(plan_of(spec, dataset, stages, replicas).to_bytes())
-
-
-@dataclass
-class World:
-    """A run in memory and its checkpoints of the same state, one of each layout."""
-
-    run: Run
-    dataset: DatasetRef
-
-    def __post_init__(self) -> None:
-        self.saved: dict[tuple[int, int], CheckpointInfo] = {}
-        self.layouts: dict[tuple[int, int], PlanLayout] = {}
-
-    @cached_property
-    def elements(self) -> Mapping[str, int]:
-        return {t.name: t.elements for t in self.layout(1, 1).tensors}
-
-    def layout(self, stages: int, replicas: int) -> PlanLayout:
-        if (stages, replicas) not in self.layouts:
-            self.layouts[stages, replicas] = layout_of(SPEC, self.dataset, stages, replicas)
-        return self.layouts[stages, replicas]
-
-    def checkpoint(self, stages: int, replicas: int) -> CheckpointInfo:
-        """Saved by a gang of this layout, each replica's ranks on a node of their own."""
-        key = stages, replicas
-        if key not in self.saved:
-            layout = self.layout(stages, replicas)
-            self.run.layouts[layout.digest.hex()] = layout
-            epoch = self.run.attempt(SPEC, layout.digest.hex())
-            for node in range(replicas):
-                self._upload(layout, epoch, node, replicas)
-            state = commit(self.run.log, replicas, STEP, epoch, self.run.fold())
-            assert state is not None
-            self.saved[key] = state.checkpoints[-1]
-        return self.saved[key]
-
-    def _upload(self, layout: PlanLayout, epoch: int, node: int, nodes: int) -> None:
-        each = layout.ranks // nodes
-        table = SlotTable(layouts(layout, range(node * each, (node + 1) * each)), layout.digest, layout.what_digest, 2)
-        stored = threading.Event()
-        with ThreadPoolExecutor(2) as pool:
-            for rank in table.layouts:
-                table.create(rank)
-                with table.slots[rank][0].begin_fill() as view:
-                    view[:] = state_bytes(layout, rank, STEP)
-                table.slots[rank][0].finish_fill(STEP, epoch, pool)
-            uploader = Uploader(
-                self.run.store, self.run.name, node, nodes, "a0", pool=pool, post=lambda call: call(),
-                on_part=lambda *_: stored.set(), on_idle=lambda: None, on_error=lambda _: None,
-            )  # fmt: skip
-            uploader.begin(Source(epoch, layout, table, 20.0))
-            assert stored.wait(20)
-            wait_for(lambda: uploader.idle, "the upload to end")
-            uploader.close()
-        assert table.close()
-
-
 @pytest.fixture(scope="module")
 def world() -> World:
-    store = MemoryStore()
-    dataset = put_dataset(store)
-    return World(Run(store, f"tiny-{what_digest(SPEC, dataset).hex()[:6]}"), dataset)
+    return World(MemoryStore(), SPEC)
 
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 8)]
@@ -154,19 +76,27 @@ def test_every_layout_stores_the_same_state(world: World, stages: int, replicas:
 def test_any_layout_is_restored_into_any_other(world: World, source: tuple[int, int], shift: int) -> None:
     """What every rank finds in its slot is what it would have saved; where a piece ends its room is zero."""
     target = LAYOUTS[(LAYOUTS.index(source) + shift) % len(LAYOUTS)]
-    info, layout, run = world.checkpoint(*source), world.layout(*target), world.run
-    for node in range(target[1]):
-        ranks = range(node * target[0], (node + 1) * target[0])
-        table = SlotTable(layouts(layout, ranks), layout.digest, layout.what_digest, 1)
-        for rank in ranks:
-            table.create(rank)
-        with ThreadPoolExecutor(2) as pool:
-            slots = {rank: table.slots[rank][0] for rank in ranks}
-            restore_slots(run.store, run.name, info, layout, slots, epoch=99, pool=pool)
-        for rank in ranks:
-            with table.slots[rank][0].data() as view:
-                assert view == state_bytes(layout, rank, STEP)
-        assert table.close()
+    assert world.wrong(source, target) == []
+
+
+ALL = [(stages, replicas) for stages in (1, 2, 4, 8) for replicas in (1, 2, 4, 8)]
+DRAWN = [((8, 8), (1, 1)), ((1, 8), (8, 1)), ((2, 1), (4, 8)), ((8, 2), (2, 4))]
+
+
+@pytest.fixture(scope="module")
+def deep() -> World:
+    """Layers for eight stages; tensors of one block and of two."""
+    return World(MemoryStore(), tiny_spec(model__width=264, model__layers=8, train__batch=16))
+
+
+@pytest.mark.parametrize(
+    "source", [*{s: s for s, _ in DRAWN}, *(pytest.param(way, marks=pytest.mark.slow, id=f"all-{way}") for way in ALL)]
+)
+def test_all_pairs_of_layouts(deep: World, source: Way, request: pytest.FixtureRequest) -> None:
+    """A few pairs, drawn; and each of the 256 in `make nightly`."""
+    everything = request.node.get_closest_marker("slow") is not None
+    for target in ALL if everything else [t for s, t in DRAWN if s == source]:
+        assert deep.wrong(source, target) == [], target
 
 
 def test_a_slot_of_another_replica_is_not_taken_over(world: World) -> None:
