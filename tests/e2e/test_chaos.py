@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from tests.support.chaos import (
     spoil_arenas,
     unleashed,
 )
+from tests.support.place import LONG, Place, finish
 from tests.support.place import LONG_STEPS as STEPS
-from tests.support.place import Place, finish
+from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
 
@@ -29,11 +31,17 @@ SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
 pytestmark = pytest.mark.long_run
 
 
-@pytest.mark.parametrize("fault", draw(SEED, PLACES, ranks=2, steps=range(9, STEPS // 2)), ids=str)
+TWELVE = draw(SEED, (*PLACES, "driver", "store"), ranks=2, steps=range(9, STEPS // 2))
+"""Kills of real processes, one at each named place (HOTSTAGE_CHAOS_SEED draws other ranks and steps)."""
+CADENCES = ("checkpoint.snapshot_every=2", "checkpoint.persist_every=8", "checkpoint.slots=2")
+"""Most of what a gang starts again from is in memory alone, in as few slots as there may be."""
+
+
+@pytest.mark.parametrize("fault", TWELVE[:-2], ids=str)
 def test_a_kill_anywhere_ends_with_the_same_bits(place: Place, undisturbed: tuple[str, str], fault: Fault) -> None:
     run, digest = undisturbed
     with unleashed(fault, place.folder / "store" / "runs" / run, place.folder / "out") as watcher:
-        result = place.train()
+        result = place.train(*(CADENCES if fault.place in ("report", "snapshot", "upload") else ()))
         assert watcher.wait(5) == 0, f"{fault}: the place was never seen"
     assert (result["run"], result["outcome"], result["step"]) == (run, "succeeded", STEPS)
     assert result["state_digest"] == digest
@@ -41,6 +49,47 @@ def test_a_kill_anywhere_ends_with_the_same_bits(place: Place, undisturbed: tupl
         assert result["attempts"] > 1
     else:
         assert result["attempts"] == 1  # a lost agent costs no attempt
+
+
+def test_a_driver_killed_while_a_checkpoint_is_told_of_loses_nothing(
+    place: Place, undisturbed: tuple[str, str]
+) -> None:
+    run, digest = undisturbed
+    fault = TWELVE[-2]
+    with unleashed(fault, place.run_folder(run), place.folder) as watcher:
+        process = place.start_train()
+        assert watcher.wait(60) == 0, f"{fault}: the place was never seen"
+        assert finish(process).code == -signal.SIGKILL
+    result = place.train()
+    assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)
+
+
+def test_a_store_killed_while_a_checkpoint_comes_costs_no_step(
+    tmp_path: Path, server: S3Server, undisturbed: tuple[str, str]
+) -> None:
+    run, digest = undisturbed
+    fault = TWELVE[-1]
+    made = Place(tmp_path / "p", LONG, store=server.url("chaos"), env=server.environment("trainer"))
+    try:
+        with unleashed(fault, server.data / BUCKET / "chaos" / "runs" / run, server.data) as watcher:
+            process = made.start_train()
+            assert watcher.wait(60) == 0, f"{fault}: the place was never seen"
+        assert server.process.wait() == -signal.SIGKILL
+        left_at = rank_step(made.folder / "out", 0)
+        wait_for(lambda: (rank_step(made.folder / "out", 0) or STEPS) > min(STEPS - 1, (left_at or STEPS) + 8), "steps")
+        server.restart()
+        result = finish(process)
+        assert result.code == 0, result.err
+        told = result.json()
+    finally:
+        made.stop_all()
+    assert (told["outcome"], told["attempts"], told["state_digest"]) == ("succeeded", 1, digest)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
+        yield running
 
 
 def test_what_an_attempt_leaves_in_memory_never_shows_in_the_next(place: Place, undisturbed: tuple[str, str]) -> None:

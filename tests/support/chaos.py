@@ -26,16 +26,20 @@ from pathlib import Path
 from tests.support.agents import wait_for
 from trainer import wire
 
-PLACES = ("forward", "backward", "send", "receive", "snapshot", "upload", "commit", "agent", "supervisor")
+PLACES = ("forward", "backward", "send", "receive", "report", "snapshot", "upload", "commit", "agent", "supervisor")
+"""Of a node: what kills one of its ranks, its agent or its supervisor. Besides them ``driver`` and ``store``."""
 _KINDS = {
     "forward": (wire.A_RUN, "F"),
     "backward": (wire.A_RUN, "B"),
     "send": (wire.A_SEND, None),
     "receive": (wire.A_RECV, None),
+    "report": (wire.A_REPORT, None),
     "snapshot": (wire.A_SNAPSHOT, None),
     "again": (wire.A_RUN, "F"),
 }
-"""``again``: in an optimistic step's prefix, the second time; under a schedule that has all forwards there."""
+"""``report``: a slot is claimed, the gang has not decided; ``again``: in an optimistic step's prefix, the second time, under
+a schedule that has all forwards there.
+"""
 _PAGE = struct.Struct("<QqIIIII")  # hs_rank_page
 _PATIENCE_S = 60.0
 
@@ -230,21 +234,29 @@ def _of_kind(work: Path, word: str) -> int | None:
             return pid
         if word == "supervisor" and args[1:2] == ["node"]:
             return pid
+        if word == "driver" and "flows.cli" in args:
+            return pid
+        if word == "store" and "--versioning-dir" in args:
+            return pid
     return None
 
 
 def _outside(fault: Fault, run_folder: Path, work: Path, deadline: float) -> bool:
-    """Kill agent or supervisor when the store shows the place: a chunk (upload), a part without its record (commit)."""
-    word = "supervisor" if fault.place == "supervisor" else "agent"
+    """Kill agent, supervisor, driver or store when the store shows the place: a chunk (upload, store), a part without
+    its record (commit), a manifest that is being told (driver).
+    """
+    word = "agent" if fault.place in ("upload", "commit") else fault.place
     pattern = {
         "upload": "chunks/*/*",
         "commit": "manifests/*/parts/*",
         "agent": "live/*/metrics/*",
         "supervisor": "live/*/metrics/*",
+        "driver": "manifests/*/manifest",
+        "store": "chunks/*/*",
     }[fault.place]
     while time.monotonic() < deadline:
         for found in run_folder.glob(pattern):
-            if fault.place in ("upload", "commit"):
+            if "live" not in pattern:
                 step = int(found.relative_to(run_folder).parts[1].split("-")[0])
                 there = step >= fault.step
             else:
