@@ -34,7 +34,7 @@ def manifest(store: MemoryStore, key: str, info: CheckpointInfo) -> Manifest:
 
 def part(store: MemoryStore, key: str, info: CheckpointInfo) -> PartManifest:
     name = key.removeprefix(keys.run_key(RUN, ""))
-    return PartManifest.parse(pages.read(store, RUN, name))
+    return PartManifest.parse(pages.read(store, RUN, name, "part"))
 
 
 READERS: dict[str, Callable[[MemoryStore, str, CheckpointInfo], object]] = {

@@ -37,8 +37,8 @@ _KINDS = {
     "snapshot": (wire.A_SNAPSHOT, None),
     "again": (wire.A_RUN, "F"),
 }
-"""``report``: a slot is claimed, the gang has not decided; ``again``: in an optimistic step's prefix, the second time, under
-a schedule that has all forwards there.
+"""``report``: a slot is claimed, the gang has not decided; ``again``: in an optimistic step's prefix, the second time,
+under a schedule that has all forwards there.
 """
 _PAGE = struct.Struct("<QqIIIII")  # hs_rank_page
 _PATIENCE_S = 60.0
