@@ -13,12 +13,14 @@ from checkpoint.store.s3 import S3Store
 from tests.support.protocol import mistakes, small
 from tests.support.protocol.hub import folds_every
 from tests.support.protocol.s3 import over_s3
-from tests.support.protocol.search import Budget, Found, Line, Small, search
-from tests.support.protocol.small import (
+from tests.support.protocol.search import Budget, Found, Small, search
+from tests.support.protocol.tree import Line
+from tests.support.protocol.worlds import (
     at_folds,
     claims,
     collected,
     collected_beside,
+    collected_rollback,
     collected_takeover,
     commit_races,
     grouped,
@@ -64,6 +66,7 @@ LONG: dict[str, Callable[[], Small]] = {
     "two ranks as zombies": lambda: takeover(2),
     "a collector beside a gang": collected_beside,
     "a collector beside a takeover": collected_takeover,
+    "a collector beside a rollback": collected_rollback,
 }
 
 

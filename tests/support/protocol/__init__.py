@@ -7,7 +7,9 @@
     agent.py     an agent: the shipped machine, uploader, committer, watcher, preparer, claims
     driver.py    a driver: the shipped log, views, ``decide``; its launcher, simulated
     chaos.py     campaigns of kills at named points (``make chaos-checkpoint``)
-    search.py    every order of events of small worlds
+    tree.py, search.py, small.py, worlds.py, s3.py
+                 every order of events of small worlds
+    mistakes.py  that both must find
 
 Nothing in the product helps (docs/adr/0004): what is injected are clocks, stores and tokens.
 """

@@ -16,7 +16,7 @@ import botocore.exceptions
 from checkpoint.store import Store
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
-from tests.support.protocol.search import Line
+from tests.support.protocol.tree import Line
 
 
 def _error(status: int, code: str, operation: str) -> botocore.exceptions.ClientError:

@@ -1,4 +1,4 @@
-"""The actors and worlds that `search` visits whole: nodes that restore, save and commit, drivers that suspect them.
+"""The actors of small worlds (`worlds.py`): nodes that restore, save and commit, drivers that suspect them, others.
 
 A node's thread of saving does what it does without hearing of anything else, so each one is also a zombie: fenced or
 not, it goes on until the store tells it. A driver suspects the attempt that it finds, rightly or not, and starts
@@ -7,42 +7,38 @@ another one by the shipped ``decide``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint.agent.groups as groups_module
 from checkpoint import keys
 from checkpoint.agent.commit import Committer
 from checkpoint.agent.gang import Gang, Options
 from checkpoint.agent.groups import NodeGroups
 from checkpoint.agent.meet import claim
-from checkpoint.agent.slots import Seen, SlotChanged
+from checkpoint.agent.slots import SlotTable
 from checkpoint.agent.upload import Source, Uploader
 from checkpoint.claims import Place
 from checkpoint.collect.collector import collect
 from checkpoint.collect.pins import pinned
 from checkpoint.collect.retention import Rules
 from checkpoint.errors import Conflict, Damaged, PinRefused, StoreError
-from checkpoint.layout import RankLayout
+from checkpoint.layout import PlanLayout, RankLayout
 from checkpoint.log import AttemptInfo, RunLog, RunState
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.restore import restore_slots
 from checkpoint.store import Store
 from checkpoint.store.base import PAID
-from checkpoint.store.memory import MemoryStore
 from flows.drive.decide import decide, launch_to_use
 from flows.drive.run import fold_view, ruling_how
 from flows.drive.views import Cause, Look, Memory, NodeView, Policy, RankView, RunLayout, StartAttempt
 from tests.support.protocol.driver import attempt_body, ranks_of
-from tests.support.protocol.hub import Serial, quiet, swapped
-from tests.support.protocol.search import Body, Budget, End, Line, Objects, Search, Small, told
+from tests.support.protocol.hub import Serial
 from tests.support.protocol.state import (
     RUN,
     TENSORS,
-    WHAT,
     State,
     advanced,
     first_state,
@@ -53,53 +49,23 @@ from tests.support.protocol.state import (
     write_state,
     wrong,
 )
-from trainer import wire
+from tests.support.protocol.tree import Body, Line
 from trainer.failures import Failure
 
 STEPS, EVERY = 100, 2
 NOWHERE = Path("/nowhere")
 
 
-class Slot:
-    """A slot of this process's memory, that nobody else writes."""
-
-    def __init__(self, layout: RankLayout) -> None:
-        self.layout, self._data = layout, bytearray(layout.data_bytes)
-        self.seen = Seen(0, wire.SLOT_EMPTY, 0, -1, 0, final=False, persist=False)
-
-    def look(self, _: int) -> Seen:
-        return self.seen
-
-    def hold(self, expected: Seen) -> None:
-        self.check(expected)
-
-    def check(self, expected: Seen) -> None:
-        if self.seen != expected:
-            raise SlotChanged("refilled")
-
-    def release(self) -> None:
-        pass
-
-    def data(self) -> memoryview:
-        return memoryview(self._data)
-
-    begin_fill = data
-
-    def finish_fill(self, step: int, epoch: int, pool: object = None) -> None:
-        self.seen = Seen(0, wire.SLOT_READY, 1, step, epoch, final=False, persist=True)
+OPENED: list[SlotTable] = []
+"""Slots are real; they go at the end of the search."""
 
 
-class Table:
-    def __init__(self, layouts: Mapping[int, RankLayout]) -> None:
-        self.layouts = layouts
-        self.slots = {rank: [Slot(layout)] for rank, layout in layouts.items()}
-
-    def held_by_all(self) -> dict[tuple[int, int], dict[int, Seen]]:
-        found: dict[tuple[int, int], dict[int, Seen]] = {}
-        for rank, (slot,) in self.slots.items():
-            if slot.seen.ready:
-                found.setdefault((slot.seen.step, slot.seen.epoch), {})[rank] = slot.seen
-        return {key: by_rank for key, by_rank in found.items() if len(by_rank) == len(self.layouts)}
+def slots_of(layouts: dict[int, RankLayout], plan: PlanLayout) -> SlotTable:
+    table = SlotTable(layouts, plan.digest, plan.what_digest, 1)
+    for rank in layouts:
+        table.create(rank)
+    OPENED.append(table)
+    return table
 
 
 class Never:
@@ -158,7 +124,8 @@ def node(where: Where) -> Body:
                 line.tick(1.0)
                 continue
             attempt = state.newest_attempt
-            if attempt is not None and (attempt.launch, attempt.nodes) == (where.launch, where.nodes):
+            wanted = attempt is not None and (attempt.launch, attempt.nodes) == (where.launch, where.nodes)
+            if wanted and state.epoch > (where.known.epoch if where.known else 0):
                 break
         attempt = state.newest_attempt
         assert attempt is not None
@@ -183,7 +150,7 @@ def _claimed(line: Line, where: Where, attempt: AttemptInfo) -> bool:
 def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: AttemptInfo) -> None:
     layout = plan_of(attempt.ranks, STEPS)
     mine = {rank: layout.rank(rank) for rank in Gang.of(attempt, where.node).local}
-    begins = Table(mine)
+    begins = slots_of(mine, layout)
     if not where.begun and not _restored(line, log.store, begins, state, attempt):
         return
     held: dict[int, State] = {}
@@ -228,15 +195,15 @@ def _save(line: Line, where: Where, log: RunLog, state: RunState, attempt: Attem
     committer.begin(attempt.n, layout.ranks, 600.0)
     at = attempt.step
     for more in where.saves:
-        table, step = Table(mine), attempt.step + more
+        table, step = slots_of(mine, layout), attempt.step + more
         for rank, own in mine.items():
             held[rank] = _advanced(held[rank], at, step)
             slot = table.slots[rank][0]
-            with slot.data() as data:
+            with slot.begin_fill() as data:
                 write_state(own, data, held[rank])
-            slot.finish_fill(step, attempt.n)
+            slot.finish_fill(step, attempt.n, Serial())
         at = step
-        uploader.begin(Source(attempt.n, layout, table, 600.0))  # type: ignore[arg-type]
+        uploader.begin(Source(attempt.n, layout, table, 600.0))
         uploader.pump()
         for stored in parts:
             committer.add(stored, state)
@@ -257,7 +224,7 @@ def _advanced(state: State, at: int, step: int) -> State:
     return state
 
 
-def _restored(line: Line, store: Store, table: Table, state: RunState, attempt: AttemptInfo) -> bool:
+def _restored(line: Line, store: Store, table: SlotTable, state: RunState, attempt: AttemptInfo) -> bool:
     if attempt.checkpoint is None:
         return True
     info = state.checkpoint(attempt.checkpoint)
@@ -367,6 +334,27 @@ def reader(known: RunState, *, pins: bool = False) -> Body:
     return body
 
 
+def goes_back(known: RunState, step: int) -> Body:
+    """A person orders the run to go on from the checkpoint of this step, if it can be used."""
+
+    def order(state: RunState) -> tuple[str, dict[str, Any]] | None:
+        found = state.at_step(step)
+        if found is None or state.orders:
+            return None
+        how = {"kind": "order", "how": dict(how_of(1)), "by": "a test", "via": "a test"}
+        return "intervention", {**how, "checkpoint": found.n, "step": found.step}
+
+    def body(line: Line) -> None:
+        while True:
+            try:
+                RunLog(line, RUN, writer="order").transact(order, known)
+                return
+            except StoreError:
+                line.tick(1.0)
+
+    return body
+
+
 def newcomer(*, quick: bool) -> Body:
     """Reads the log at any moment, and knows nothing of it."""
 
@@ -378,225 +366,3 @@ def newcomer(*, quick: bool) -> Body:
         line.note("folded", state.n, state.unreadable, state.to_bytes())
 
     return body
-
-
-# --- worlds -------------------------------------------------------------------------------------------------
-
-NOTHING, A_GRACE = Budget(), Budget(graces=1)
-
-
-def began(ranks: int, saved: tuple[int, ...] = ()) -> Objects:
-    """A run with its first attempt, and these checkpoints of it in the log and in the store."""
-    store = MemoryStore()
-    log = RunLog(store, RUN, writer="first", clock=lambda: 0.0, token=lambda: "t0")
-    body: dict[str, Any] = {
-        "launch": "l1",
-        "nodes": ranks,
-        "ranks": ranks,
-        "how": dict(how_of(ranks)),
-        "plan": plan_of(ranks, STEPS).digest.hex(),
-        "what": WHAT.hex(),
-        "restore": {"checkpoint": None, "step": 0, "slots": None},
-        "reason": "start",
-        "cause": None,
-    }
-    state = log.append("attempt", body, RunState(RUN))
-    objects: Objects = dict(store._objects)
-    if saved:
-        objects = grown(objects, nodes_of("l1", ranks, known=state, begun=True, saves=saved))
-        assert [c.step for c in folded(objects).checkpoints] == list(saved)
-    return objects
-
-
-def grown(objects: Objects, actors: Mapping[str, Body]) -> Objects:
-    """What is in the store after these have run, one as far as it can, then the next."""
-    with quiet(), told():
-        one = Search(Small("grown", actors, objects), 10**6)
-        nodes = [actor.root for actor in one.actors]
-        held, moved = dict(objects), True
-        while moved:
-            moved = False
-            for i, actor in enumerate(one.actors):
-                while (question := nodes[i].question) is not None:
-                    if question[0] == "until" and not any(key in held for key in question[2]):
-                        break
-                    held, answer = one._apply(held, question)
-                    nodes[i], moved = actor.after(nodes[i], answer), True
-        for actor in one.actors:
-            actor.close()
-        return held
-
-
-def folded(objects: Objects) -> RunState:
-    store = MemoryStore()
-    for key, data in objects.items():
-        store.create(key, data)
-    return RunLog(store, RUN).fold()
-
-
-def nodes_of(launch: str, ranks: int, **more: Any) -> dict[str, Body]:
-    return {
-        f"{launch}-node-{n}": node(Where(launch, n, ranks, incarnation=f"{launch}x{n}", **more)) for n in range(ranks)
-    }
-
-
-def committed(end: End) -> str:
-    """Where every part of the newest attempt is there, and a node of it lives, its step is in the log."""
-    newest = end.log.newest_attempt
-    if newest is None:
-        return "there is no attempt"
-    mine = {name for name in end.notes if name.startswith(f"{newest.launch}-node-")}
-    lives = len(mine) == newest.nodes and mine - end.dead and _joined(end, newest)
-    if lives and not end.log.checkpoints.rows_of(newest.n) and (not end.dead or _whole(end, newest)):
-        return f"attempt {newest.n} has saved nothing; blocked: {', '.join(sorted(end.blocked))}"
-    return ""
-
-
-def _joined(end: End, attempt: AttemptInfo) -> bool:
-    """Whether every group's part is there, or one of its nodes lives; in a gang that has groups."""
-    groups = NodeGroups.of(attempt.ranks, attempt.nodes)
-    there = "".join(key for key in end.objects if f"-{attempt.n:08d}/groups/" in key)
-    return groups.size == 1 or all(
-        f"/groups/{group:05d}" in there
-        or any(f"{attempt.launch}-node-{n}" not in end.dead for n in groups.members(group))
-        for group in range(groups.count)
-    )
-
-
-def _whole(end: End, attempt: AttemptInfo) -> bool:
-    parts = [key for key in end.objects if "/parts/" in key and f"-{attempt.n:08d}/" in key]
-    return len(parts) == attempt.nodes
-
-
-def commit_races(ranks: int = 3, budget: Budget = NOTHING) -> Small:
-    """The ranks of an attempt commit its first checkpoint, each as fast or slow as it likes."""
-    objects = began(ranks)
-    actors = nodes_of("l1", ranks, known=folded(objects), begun=True)
-    return Small(f"{ranks} ranks commit", actors, objects, budget, committed)
-
-
-def joined_races(ranks: int = 3, budget: Budget = NOTHING) -> Small:
-    """The same where parts join groups of two nodes first; inside `grouped`."""
-    found = commit_races(ranks, budget)
-    return replace(found, name=f"{ranks} ranks in groups commit")
-
-
-def grouped() -> AbstractContextManager[None]:
-    """Inside, a gang of two is one that is too large for one reader."""
-    return swapped(groups_module, "GROUPED_ABOVE", 1)
-
-
-def suspicion(ranks: int = 2, drivers: int = 2, budget: Budget = NOTHING) -> Small:
-    """They commit while drivers believe that the attempt is lost, and begin others."""
-    objects = began(ranks)
-    actors = {
-        **nodes_of("l1", ranks, known=folded(objects), begun=True),
-        **{f"driver-{n}": driver(ranks) for n in range(drivers)},
-    }
-    return Small(f"{ranks} ranks commit, {drivers} drivers suspect them", actors, objects, budget, committed)
-
-
-def takeover(ranks: int = 2, budget: Budget = NOTHING) -> Small:
-    """A driver begins another attempt from the first checkpoint, or from the second one, which the gang before is about
-    to commit, and goes on to commit as a zombie.
-    """
-    objects = began(ranks, (2,))
-    known = folded(objects)
-    actors = {
-        **nodes_of("l1", ranks, known=known, begun=True, saves=(4,)),
-        "driver": driver(ranks),
-        **nodes_of("l2", ranks, known=known),
-    }
-    return Small(f"{ranks} ranks are taken over, and go on", actors, objects, budget, committed)
-
-
-def layouts(one: int = 2, other: int = 1, budget: Budget = NOTHING) -> Small:
-    """Two drivers begin a run, each with a layout of its own; nodes are there for both."""
-    actors = {
-        "driver-a": driver(one),
-        "driver-b": driver(other),
-        **{f"l1-a-node-{n}": node(Where("l1", n, one, incarnation=f"a{n}")) for n in range(one)},
-        **{f"l1-b-node-{n}": node(Where("l1", n, other, incarnation=f"b{n}")) for n in range(other)},
-    }
-
-    def final(end: End) -> str:
-        if len({attempt.ranks for attempt in end.log.attempts}) != 1:
-            return f"attempts of {[attempt.ranks for attempt in end.log.attempts]} ranks"
-        fenced = len(end.log.attempts) > 1  # by the driver that came late, and found the other's to suspect
-        return "" if end.dead or fenced or end.log.checkpoints else "nothing is saved"
-
-    return Small(f"two drivers, for {one} and for {other} ranks", actors, {}, budget, final)
-
-
-def claims(budget: Budget = NOTHING) -> Small:
-    """Two hosts claim one node; on the first of them two processes are the same rank's agent."""
-    objects = began(2)
-    known = folded(objects)
-
-    def one(n: int, host: str, incarnation: str) -> Body:
-        return node(Where("l1", n, 2, host, incarnation, claims=True, known=known, begun=True))
-
-    actors = {
-        "l1-0-host-a": one(0, "a", "a1"),
-        "l1-0-host-a-again": one(0, "a", "a2"),
-        "l1-0-host-b": one(0, "b", "b1"),
-        "l1-1-host-c": one(1, "c", "c1"),
-    }
-    return Small("two hosts and a second process", actors, objects, budget, _once)
-
-
-def _once(end: End) -> str:
-    return "" if end.dead or len(end.log.checkpoints) == 1 else "nothing is saved"
-
-
-def collected(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
-    """A collector gives up the oldest of three checkpoints, while two read it, one of them under a pin."""
-    objects = began(ranks, (2, 4, 6))
-    known = folded(objects)
-    actors = {"collector": collector(2, known), "reader": reader(known), "pinned-reader": reader(known, pins=True)}
-    return Small("a collector and two readers", actors, objects, budget)
-
-
-def collected_beside(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
-    """A collector is at work while a gang saves, and while a driver fences it."""
-    objects = began(ranks, (2, 4))
-    known = folded(objects)
-    actors = {
-        "collector": collector(2, known),
-        **nodes_of("l1", ranks, known=known, begun=True, saves=(6,)),
-        "driver": driver(ranks),
-    }
-    return Small("a collector beside a gang that is fenced", actors, objects, budget, committed)
-
-
-def collected_takeover(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
-    """A collector is at work while a driver begins from what was saved, and its gang restores that and goes on."""
-    objects = began(ranks, (2, 4, 6))
-    known = folded(objects)
-    actors = {"collector": collector(2, known), "driver": driver(ranks), **nodes_of("l2", ranks, known=known)}
-    return Small("a collector beside a takeover", actors, objects, budget, committed)
-
-
-def over_wires(over: Over, ranks: int = 1, drivers: int = 2, budget: Budget = NOTHING) -> Small:
-    """The ranks commit, and drivers suspect them, over a store that settles what it is not answered."""
-    objects = began(ranks)
-    actors = {
-        **nodes_of("l1", ranks, known=folded(objects), begun=True, over=over),
-        **{f"driver-{n}": driver(ranks, over) for n in range(drivers)},
-    }
-    name = f"{ranks} ranks commit, {drivers} drivers suspect them, over S3"
-    return Small(name, actors, objects, budget, committed)
-
-
-def at_folds(quick: bool, drivers: int = 1, budget: Budget = NOTHING) -> Small:
-    """The same where the log has a folded state at every other record (inside `folds_every`), which builds on others;
-    a newcomer reads it at any moment.
-    """
-    objects = began(1, (2,))
-    known = folded(objects)
-    actors = {
-        **nodes_of("l1", 1, known=known, begun=True, saves=(4,)),
-        **{f"driver-{n}": driver(1, known=known) for n in range(drivers)},
-        "newcomer": newcomer(quick=quick),
-    }
-    return Small(f"{drivers} drivers and a commit, with folds", actors, objects, budget, committed)
