@@ -140,6 +140,7 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         if checkpoint["given_up"]:
             continue
         flag = "" if checkpoint["usable"] else "  (not usable)"
+        flag += "  (left: the run went on from an earlier step)" if checkpoint["left"] else ""
         say(
             f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['attempt']:>3}  "
             f"{checkpoint['state_digest']}{flag}"

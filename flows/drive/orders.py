@@ -26,6 +26,7 @@ from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.history import recent
 from flows.drive.run import (
     Prepared,
+    asks_layout,
     beginning_of,
     compiled,
     fold_view,
@@ -240,7 +241,7 @@ def unreadable(state: RunState, prepared: Prepared, error: Exception) -> str:
 def who_ruled(state: RunState) -> str:
     """Whose the layout is that every driver follows now, for people."""
     newest = state.newest_attempt
-    changed = newest is not None and not is_superseded(state) and newest.fell_back
+    changed = newest is not None and not asks_layout(state) and newest.fell_back
     if state.orders and not changed:
         order = order_view(state.orders[-1])
         return f"the order of {order.by}, log record {order.n}"

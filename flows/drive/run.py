@@ -331,7 +331,7 @@ def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequenc
 def ruling_how(state: RunState) -> Mapping[str, Any] | None:
     """The How that every driver follows: the newest attempt's, or that of an order which it does not follow yet."""
     newest = state.newest_attempt
-    return state.asked_how if newest is None or is_superseded(state) else newest.how
+    return state.asked_how if newest is None or asks_layout(state) else newest.how
 
 
 def opened_again(state: RunState) -> bool:
@@ -347,6 +347,14 @@ def is_superseded(state: RunState) -> bool:
         return False
     later = tuple(order_view(order) for order in orders if order.n > newest.order)
     return superseded(LogView(attempts=(attempt_view(newest),), orders=later))
+
+
+def asks_layout(state: RunState) -> bool:
+    """Whether a person's order waits to be followed: it is for the layout that was asked for, whatever the run had to
+    make of that. An order of the driver's own is for the layout that there is.
+    """
+    newest = state.attempts[-1].order if state.attempts else 0
+    return is_superseded(state) and any(order.n > newest and not order.body.get("own") for order in state.orders)
 
 
 def order_view(order: Intervention) -> OrderView:
@@ -418,7 +426,7 @@ def fallback_body(state: RunState, begin: StartAttempt) -> Mapping[str, Any] | N
     if begin.fallback is not None:
         return begin.fallback.to_map()
     newest = state.newest_attempt
-    if newest is None or not newest.fell_back or begin.layout is not None or is_superseded(state):
+    if newest is None or not newest.fell_back or begin.layout is not None or asks_layout(state):
         return None
     kept: Mapping[str, Any] = newest.body.get("fallback") or {"kind": "capacity", "why": newest.reason}
     return kept

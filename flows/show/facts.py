@@ -72,6 +72,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
     state = RunLog(store, run).fold().of_this_version()
     what, kept = load_what(store, run), Kept.load(store, run)
     numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
+    line = set(state.lineage().column("n"))
     pins: dict[int, list[str]] = {}
     for pin, n in sorted(state.pins.items()):
         pins.setdefault(n, []).append(pin)
@@ -108,6 +109,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "state_digest": c.state_digest,
                 "manifest": c.manifest,
                 "usable": state.usable(c),
+                "left": c.n not in line,
                 "given_up": c.n in state.buried,
                 "pins": pins.get(c.n, []),
                 "time": c.time,

@@ -67,5 +67,9 @@ def test_an_order_is_told_and_repeated_it_is_none(copy: Copy) -> None:
     told: dict[str, Any] = json.loads(copy("runs", "show", "--json"))
     assert (told["state"], told["saved_step"], told["steps"], told["reason"]) == ("open", 48, 58, "")
     assert told["orders"][0]["amends"] == "goes on from step 48, skips batches 50, 52-53, ends at step 58"
+    assert [c["step"] for c in told["checkpoints"] if c["left"]] == [
+        c["step"] for c in told["checkpoints"] if c["step"] > 48
+    ]
+    assert "(left: the run went on from an earlier step)" in copy("runs", "show")
     assert json.loads(copy("ckpt", "show", "--json"))["step"] == 48
     assert "batches 50, 52-53 are skipped already" in copy("runs", "order", "--skip", "50-53", code=78)

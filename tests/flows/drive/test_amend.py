@@ -15,14 +15,23 @@ from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.decide import judge, superseded
 from flows.drive.fork import fork_run
 from flows.drive.history import give_up, raises, recent, spoken, struck
-from flows.drive.orders import Asked, describe, order_of, place_order
-from flows.drive.run import Prepared, fold_view, load_run, ordered_back
+from flows.drive.orders import Asked, describe, order_of, own_order, place_order
+from flows.drive.run import (
+    Prepared,
+    fallback_body,
+    fold_view,
+    is_superseded,
+    load_run,
+    ordered_back,
+    ruling_how,
+)
 from flows.drive.views import (
     Cause,
     CheckpointView,
     End,
     LogView,
     OrderView,
+    Restore,
     SkipBatches,
     StartAttempt,
 )
@@ -313,6 +322,29 @@ def test_a_driver_follows_an_order_on_numbers_in_the_launch_that_it_has(small: t
     log.append("checkpoint", point_body(3, newest.epoch), state, epoch=newest.epoch)
     nodes.ensured.clear()
     assert driven(store, prepared, nodes)[0].outcome == "succeeded"
+
+
+def test_the_drivers_own_order_is_for_the_layout_that_there_is(small: tuple[Store, Prepared]) -> None:
+    """And a person's for the one that was asked for."""
+    store, prepared = small
+    log = RunLog(store, prepared.run, writer="driver")
+    wide = how_map(parse_spec(prepared.spec.model_dump(mode="json"), ["parallel.stages=2"]))
+    state = log.append("attempt", attempt_body(how=wide), log.fold())
+    fewer = attempt_body(how=how_map(prepared.spec), fallback={"kind": "capacity", "why": "no room"})
+    state = log.append("attempt", fewer, state)
+    skip = SkipBatches((None, 0), Amendments(skip=((1, 3),)), Cause(Failure.NUMERIC, "not finite", step=2))
+    state = log.append("intervention", own_order(state, skip), state)
+    assert is_superseded(state)
+    assert ruling_how(state) == how_map(prepared.spec)
+    assert fallback_body(state, StartAttempt(Restore(None, 0), (), "ordered")) == {"kind": "capacity", "why": "no room"}
+    (told,) = describe(state)
+    assert (told["by"], told["amends"]) == ("the driver", "goes on from step 0, skips batches 1-3")
+    assert told["text"].endswith("; because not finite")
+    body = order_of(state, prepared.spec, how_map(prepared.spec), Asked("runs order", again=True, wish=Wish(steps=3)))
+    assert body is not None
+    assert (body["amendments"], body["step"]) == ({"skip": [[1, 3]], "steps": 3}, 0)
+    person = {**body, "how": wide}
+    assert ruling_how(log.append("intervention", person, state)) == wide
 
 
 def test_a_fork_takes_its_parents_amendments_along(small: tuple[Store, Prepared]) -> None:
