@@ -1,4 +1,4 @@
-"""The CPUs that this process may use: affinity and cpuset, and the quota of its control group, as the engine reads it.
+"""What this process may use: CPUs, by affinity, cpuset and its control group's quota, as the engine reads it; memory.
 
 The engine's own is ``trainer/engine/run/cgroup.c``; a test gives both the same trees. Decides nothing about training.
 """
@@ -28,6 +28,23 @@ def usable_cpus() -> int:
     """Whole CPUs that this process may use, at least 1: 2.5 are two, because a third thread would be throttled."""
     cpus, milli = len(os.sched_getaffinity(0)), cpu_milli()
     return max(1, min(cpus, milli // 1000) if milli else cpus)
+
+
+def free_bytes(self: Path = SELF, mount: Path = MOUNT, meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory that is free for this process, by the machine and by its control group and that one's parents: the least.
+
+    What the kernel caches of files counts as free: it makes room.
+    """
+    words = [line.split() for line in _text(meminfo).splitlines() if line.startswith("MemAvailable:")]
+    found = [int(w[1]) << 10 for w in words if len(w) > 1 and w[1].isdigit()]
+    for folder, first in _groups("memory", self, mount):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+        limit, used = (_text(folder / name).strip() for name in names)
+        stats = (line.split() for line in _text(folder / "memory.stat").splitlines())
+        cached = next((w[1] for w in stats if w[:1] == ["total_inactive_file" if first else "inactive_file"]), "0")
+        if limit.isdigit() and used.isdigit() and cached.isdigit():
+            found.append(max(0, int(limit) - int(used) + int(cached)))
+    return min(found, default=1 << 62)
 
 
 def _milli(quota: str, period: str) -> int:

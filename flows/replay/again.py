@@ -21,7 +21,7 @@ from pathlib import Path
 
 from checkpoint.amendments import Amendments
 from checkpoint.errors import NotFound
-from checkpoint.keys import algorithms_key
+from checkpoint.keys import algorithms_key, dataset_manifest_key
 from checkpoint.log import CheckpointInfo, RunLog, RunState, ended_body
 from checkpoint.manifest import Manifest
 from checkpoint.read import load_manifest
@@ -32,7 +32,7 @@ from flows.drive.live import StatusReader
 from flows.drive.run import Prepared, attempt_body, publish_plan
 from flows.drive.views import Restore
 from flows.replay.recorded import StepLine, read_lines
-from trainer.errors import LaunchError, LaunchRefused, TrainerError
+from trainer.errors import LaunchError, LaunchRefused, SpecError, TrainerError
 from trainer.failures import FAILURES
 from trainer.launch import Launch
 from trainer.local_launch import LocalLauncher
@@ -41,6 +41,8 @@ from trainer.spec import how_map
 LOOK_S = 0.05
 LEAVE_S = 20.0
 FOLDER = "replay"
+DATA = "data"
+"""Below it: token shards of stores that are no folder here, kept for the next replay."""
 _LOCK = "lock"
 
 
@@ -70,7 +72,8 @@ def scratch(out: Path) -> Iterator[Path]:
     root = out.absolute() / FOLDER
     try:
         for old in root.iterdir() if root.is_dir() else ():
-            _sweep(old)
+            if old.name != DATA:
+                _sweep(old)
         folder = root / secrets.token_hex(4)
         folder.mkdir(parents=True)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -115,8 +118,9 @@ def compute(
     engine: Path | None = None,
     stepped: Callable[[int], None] = lambda _: None,
 ) -> Computed:
-    """All steps after ``restore`` up to ``last``, by these amendments. ``stepped`` hears how far it has come.
-    ``engine``: another binary than this installation's.
+    """All steps after ``restore`` up to ``last``, by these amendments, in a folder below a `scratch` one.
+
+    ``stepped`` hears how far it has come. ``engine``: another binary than this installation's.
 
     Raises Stopped, GangFailed, LaunchError, PlanError, StoreError.
     """
@@ -124,7 +128,7 @@ def compute(
     own = OverlayStore(run, open_store((folder / "store").as_uri()), store)
     mine = replace(prepared, run=run)
     publish_plan(own, run, mine.plan)
-    _take_algorithms(own, prepared.run, run)
+    chosen = _take_algorithms(own, prepared.run, run)
     log, launch_id = RunLog(own, run, writer="replay"), f"{run}-l1"
     how = how_map(mine.spec)
     how["launch"]["stop_after"] = last
@@ -132,6 +136,8 @@ def compute(
         mine, launch_id, restore.to_map(), amendments=amendments, reason="computed again", cause=None
     ) | {"how": how}
     state = log.append("attempt", body, log.fold())
+    if store.local_path(dataset_manifest_key(prepared.dataset.digest)) is None:
+        _share_data(folder, run, launch_id, mine.nodes)
     launcher = LocalLauncher(folder / "out", with_parent=True, engine=engine)
     launch = Launch(
         run=run,
@@ -148,17 +154,40 @@ def compute(
         _until_left(launcher, launch_id)
     finally:
         launcher.stop(launch_id, 0.0)
+    _check_algorithms(own, run, chosen)
     info = state.find(last, state.epoch)
     assert info is not None
     lines = {line.step: line for line in read_lines(own, run, state.epoch, restore.step + 1, last)}
     return Computed(lines, info, load_manifest(own, run, info), own)
 
 
-def _take_algorithms(own: Store, source: str, run: str) -> None:
-    """What the run chose for its products on GPUs (ADR 9) is chosen for the gang too."""
+def _share_data(folder: Path, run: str, launch_id: str, nodes: int) -> None:
+    """The nodes fetch their token shards to where an earlier replay left them: they are named by their content."""
+    data = folder.parent.parent / DATA
+    data.mkdir(exist_ok=True)
+    for node in range(nodes):
+        work = folder / "out" / "runs" / run / launch_id / f"node{node}"
+        work.mkdir(parents=True)
+        (work / DATA).symlink_to(data)
+
+
+def _take_algorithms(own: Store, source: str, run: str) -> int:
+    """What the run chose for its products on GPUs (ADR 9) is chosen for the gang too: so many tables."""
+    number = 0
     with contextlib.suppress(NotFound):
-        for number in range(1 << 12):
+        while True:
             own.create(algorithms_key(run, number), own.get(algorithms_key(source, number)))
+            number += 1
+    return number
+
+
+def _check_algorithms(own: Store, run: str, chosen: int) -> None:
+    """Where the gang had to choose more, its products may have other bits by right, and nothing is to be compared."""
+    if chosen and own.head(algorithms_key(run, chosen)) is not None:
+        raise SpecError(
+            "the GPUs or the library of products of this machine are other ones than the run's: its products were "
+            "chosen anew here, and have other bits by right. Replay on a machine of the same kind"
+        )
 
 
 def _until_saved(

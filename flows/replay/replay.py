@@ -30,6 +30,7 @@ from flows.replay.again import compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
 from flows.replay.recorded import StepLine, computed_by, newest_step, read_recorded
 from flows.replay.suspects import Evidence, suspects_of
+from trainer.cores import free_bytes
 from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
 from trainer.plan.memory import host_kinds
@@ -306,14 +307,14 @@ def _own_layout(store: Store, run: str, attempt: AttemptInfo, prepared: Prepared
         own = _prepare(store, run, attempt, ())
     except (SpecError, PlanError):
         return prepared
-    return own if needs_bytes(own) <= available_bytes() else prepared
+    return own if needs_bytes(own) <= free_bytes() else prepared
 
 
 def _check_memory(prepared: Prepared) -> None:
-    needs, there = needs_bytes(prepared), available_bytes()
+    needs, there = needs_bytes(prepared), free_bytes()
     if needs > there:
         raise SpecError(
-            f"computing these steps again takes {needs / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free here: "
+            f"computing these steps again takes {needs / 2**30:.2f} GiB, and {there / 2**30:.2f} GiB are free here: "
             "take another machine, or a layout that keeps less (--set parallel.recompute=layer, fewer replicas)"
         )
 
@@ -323,15 +324,6 @@ def needs_bytes(prepared: Prepared) -> int:
     on_cuda = prepared.spec.parallel.on_cuda(prepared.spec.launch.kernel_path)
     positions = (p for node in prepared.plan.on_nodes(prepared.nodes) for p in node)
     return sum(sum(host_kinds(position, on_cuda).values()) for position in positions)
-
-
-def available_bytes() -> int:
-    """As the kernel estimates it; without limit where it does not."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 1 << 62
 
 
 def kernel_family(kind: str, kernel_path: str) -> str:

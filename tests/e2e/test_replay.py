@@ -8,23 +8,27 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpoint.keys import algorithms_key
 from checkpoint.log import RunLog, RunState
-from checkpoint.store import Store, open_store
+from checkpoint.store import OverlayStore, Store, open_store
 from flows.drive.replays import Kept, Replays
 from flows.drive.run import load_spec_of
-from flows.replay.again import Stopped
+from flows.replay import again
+from flows.replay.again import DATA, FOLDER, Stopped
 from flows.replay.compare import Verdict
 from flows.replay.replay import EXIT_DIFFERS, replay_run
 from flows.replay.words import replay_lines
 from tests.engine.engine_build import build_flipping
 from tests.support.chaos import frozen
 from tests.support.place import LONG, SPEC, Place, finish
+from tests.support.s3_server import S3Server, s3_server
 from tests.support.shared import once
 from tests.support.undisturbed import undisturbed_run
 from tests.support.wait import wait_for
@@ -139,9 +143,9 @@ def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPath
     kept = Kept.load(store, run)
     assert (kept.upto, kept.steps, len(kept.differ)) == (8, facts["steps"], 1)
     assert "DIFFERS at step 6" in kept.differ[0]["said"]
-    again = Replays(store, run, tmp_path, elsewhere=True, tell=lambda *fact: told.append(fact), cpus=1)
-    again.look(spec, state, 11)
-    again.close()
+    other = Replays(store, run, tmp_path, elsewhere=True, tell=lambda *fact: told.append(fact), cpus=1)
+    other.look(spec, state, 11)
+    other.close()
     assert len(told) == 1, "another driver goes on where this one was"
 
 
@@ -227,6 +231,34 @@ def test_what_cannot_be_asked(
         replay_run(trained.store, trained.run, first, last, out=tmp_path, sets=sets)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
+        yield running
+
+
+def test_who_may_only_read_a_bucket_computes_again_too(
+    trained: Trained, server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unpinned, which is said; nothing is written there, and the tokens are fetched once for all replays."""
+    with server.identity("root"):
+        there = open_store(server.url("replayed"))
+        for path in (p for p in (trained.folder / "store").rglob("*") if p.is_file()):
+            key = str(path.relative_to(trained.folder / "store"))
+            if not re.search(r"/(chunks|manifests)/0*(1[2-9]|[2-9]\d)-|/live/fold|probe", key):
+                (there.put if "/live/" in key else there.create)(key, path.read_bytes())
+        before = {info.key for prefix in ("runs/", "data/") for info in there.list(prefix)}
+    with server.identity("reader"):
+        for first, last in ((4, 8), (4, 6)):
+            report = replay_run(open_store(server.url("replayed")), trained.run, first, last, out=tmp_path)
+            assert (report.verdict, report.compared) == (Verdict.SAME, last - first)
+    assert "is read without a pin" in caplog.text
+    assert {info.key for prefix in ("runs/", "data/") for info in there.list(prefix)} == before
+    shards = list((tmp_path / FOLDER / DATA).rglob("*.bin"))
+    assert len(shards) == 1, "kept for the next one"
+    assert [p.name for p in (tmp_path / FOLDER).iterdir()] == [DATA]
+
+
 def test_a_wish_to_stop_is_heard(trained: Trained, tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
@@ -241,3 +273,25 @@ def test_bits_of_another_version_are_not_compared(
     monkeypatch.setattr("flows.replay.replay.NUMERICS_VERSION", 2)
     with pytest.raises(SpecError, match=r"numerics version 1, this program has version 2: .* other bits by right"):
         replay_run(trained.store, trained.run, 4, 8, out=tmp_path)
+
+
+def test_where_it_does_not_fit_nothing_is_begun(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.replay.replay.free_bytes", lambda: 1 << 20)
+    with pytest.raises(SpecError, match=r"takes 0\.\d\d GiB, and 0\.00 GiB are free here: take another machine"):
+        replay_run(trained.store, trained.run, 4, 8, out=tmp_path)
+
+
+def test_products_that_were_chosen_anew_are_not_compared() -> None:
+    """The tables of algorithms that the run has are the gang's; one more says that this machine is of another kind."""
+    store = open_store("memory:")
+    for number in range(2):
+        store.create(algorithms_key("run-0a1b2c", number), bytes([number]))
+    own = OverlayStore("replay-1", open_store("memory:"), store)
+    assert again._take_algorithms(own, "run-0a1b2c", "replay-1") == 2
+    again._check_algorithms(own, "replay-1", 2)
+    own.create(algorithms_key("replay-1", 2), b"more")
+    with pytest.raises(SpecError, match="on a machine of the same kind"):
+        again._check_algorithms(own, "replay-1", 2)
+    again._check_algorithms(own, "replay-1", 0)

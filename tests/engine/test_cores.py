@@ -11,7 +11,7 @@ import pytest
 from tests.engine.native import build_program
 from tests.engine.plans import small_plan
 from tests.support.agents import tiny_spec
-from trainer.cores import cpu_milli, usable_cpus
+from trainer.cores import cpu_milli, free_bytes, usable_cpus
 from trainer.errors import PlanError
 from trainer.plan.memory import (
     WORKSPACE_BYTES_PER_THREAD,
@@ -136,3 +136,41 @@ def test_a_budget_counts_the_threads_of_this_machine() -> None:
         PlanError, match=r"62 threads a rank more, for this machine's CPUs, take .*; see parallel\.threads"
     ):
         check_budget(plan.positions, 1, budget - 1, more)
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "free"),
+    [
+        (V2, {}, 4 << 30),
+        (V2, {"pods/a/b/memory.max": "max\n", "pods/a/b/memory.current": "7\n"}, 4 << 30),
+        (V2, {"pods/a/b/memory.max": "1000\n", "pods/a/b/memory.current": "400\n"}, 600),
+        (
+            V2,
+            {
+                "pods/memory.max": "1000\n",
+                "pods/memory.current": "900\n",
+                "pods/memory.stat": "anon 600\ninactive_file 250\n",
+            },
+            350,
+        ),
+        (V2, {"memory.max": "1000\n", "memory.current": "1200\n"}, 0),
+        (
+            "4:memory:/pods/a\n",
+            {
+                "memory/pods/a/memory.limit_in_bytes": "5000\n",
+                "memory/pods/a/memory.usage_in_bytes": "4000\n",
+                "memory/pods/a/memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
+            },
+            1100,
+        ),
+    ],
+)
+def test_memory_that_is_free(tmp_path: Path, group: str, files: dict[str, str], free: int) -> None:
+    mount = tmp_path / "mount"
+    for name, text in {"pods/a/b/x": "", **files}.items():
+        path = mount / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "self").write_text(group)
+    (tmp_path / "meminfo").write_text("MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\n")
+    assert free_bytes(tmp_path / "self", mount, tmp_path / "meminfo") == free
