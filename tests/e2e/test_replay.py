@@ -93,7 +93,12 @@ FLIPS = [
     pytest.param(Flipped("LINEAR_IGRAD", 1, 6, "gradient norm"), marks=pytest.mark.slow),
     pytest.param(Flipped("CLASSIFIER_GRAD", 1, 6, "loss"), marks=pytest.mark.slow),
 ]
-FLIP_SPEC = SPEC.replace("steps = 60", "steps = 8").replace("stages = 2", 'stages = 2\noptimizer = "checked"')
+FLIP_SPEC = (
+    SPEC.replace("steps = 60", "steps = 8")
+    .replace("stages = 2", 'stages = 2\noptimizer = "checked"')
+    .replace("[launch]", "[launch]\nnodes = 2")
+)
+"""A rank a node."""
 
 
 def flipped(factory: pytest.TempPathFactory, flip: Flipped) -> tuple[Store, str]:
@@ -124,8 +129,8 @@ def test_a_flipped_bit_is_found_by_one_replay(
     assert report.suspects is not None
     assert (report.difference.step, report.difference.what) == (flip.step, flip.what), said
     assert report.difference.same_before == flip.step - 5 + (flip.what == "state digest")
-    assert (report.suspects.nodes, report.suspects.places) == ((0,), {0: f"host {os.uname().nodename}"})
-    assert report.suspects.ranks == (flip.rank,), said
+    assert (report.suspects.ranks, report.suspects.nodes) == ((flip.rank,), (flip.rank,)), said
+    assert report.suspects.places == {flip.rank: f"host {os.uname().nodename}"}
 
 
 def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from checkpoint.log import RunLog
 from checkpoint.store.memory import MemoryStore
+from flows.drive.events import Event
 from flows.drive.replays import Kept, Replays, next_range, replays_key, spare_cores
+from flows.show.lines import Lines
 from tests.checkpoint.samples import attempt_body, point_body
 from tests.support.place import SPEC
 from tests.support.wait import wait_for
@@ -103,3 +105,16 @@ def test_a_hint_that_does_not_hold_is_nothing(raw: bytes) -> None:
 def test_a_how_without_it_is_written_as_before() -> None:
     assert "replay_every" not in how_map(spec())["recovery"]
     assert how_map(spec("recovery.replay_every=7"))["recovery"]["replay_every"] == 7
+
+
+def test_what_differs_is_a_warning_and_what_is_the_same_no_word() -> None:
+    said: list[str] = []
+    shown = Lines(said.append, 100)
+    shown.tell(Event("replay", {"found": "same", "text": "", "steps": 3}))
+    assert said == []
+    shown.tell(Event("replay", {"found": "none", "text": "recovery.replay_every: no room"}))
+    shown.tell(Event("replay", {"found": "differs", "text": "DIFFERS at step 6, the loss"}))
+    assert said == [
+        "recovery.replay_every: no room",
+        "WARNING: a step computed again differs\nDIFFERS at step 6, the loss",
+    ]
