@@ -121,6 +121,8 @@ class Agent(Process):
         engine = self.host.engine
         if engine is not None and self.host.agent is self:
             engine.peer = None
+            if self.machine.exit is not None:  # a node that has left leaves as a whole
+                engine.kill()
 
     def on_state(self, state: RunState) -> None:
         if self.machine.state is None or state.n >= self.machine.state.n:

@@ -16,9 +16,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint.agent import events as ev
 from checkpoint.agent import groups
 from checkpoint.errors import StoreError
 from checkpoint.log import RunLog, RunState
+from flows.drive.run import ruling_how
 from tests.support.protocol.gate import KILLS, LOSSES, Fault, Gate
 from tests.support.protocol.hub import Process, folds_every, quiet, swapped
 from tests.support.protocol.state import OWNERS, RUN, how_of
@@ -34,6 +36,8 @@ PATIENCE_S = 2.5
 END_S = 1500.0
 """For a run to end, once nothing strikes any more."""
 ENGINE = ("rank", "supervisor", "machine", "frozen", "cut off")
+LEAVES = 0.005
+"""Share of looks at which a gang is asked to leave."""
 INSTANTS = 0.03
 """A second, that something is killed at no point at all."""
 
@@ -89,6 +93,8 @@ class Striker:
         while len(world.armed) < AT_ONCE:
             point = rng.choice(self.names)
             world.armed[point] = Fault(point, rng.choice((1, 1, 1, 2)), rng.choice(self._ways(point)))
+        if rng.random() < LEAVES:
+            self._leave()
         if world.hub.now - self._quiet > PATIENCE_S or rng.random() < INSTANTS:
             self._quiet = world.hub.now
             self._instant()
@@ -102,6 +108,13 @@ class Striker:
         ways = KILLS if point.split()[2] in ("create", "put", "delete") else KILLS[:2]
         return (*ways, *ways, *LOSSES, "frozen", "cut off")
 
+    def _leave(self) -> None:
+        """SIGTERM to a gang: its ranks save one step and go, its agents with them."""
+        for host in list(self.world.hosts.values())[-1] if self.world.hosts else ():
+            agent = host.agent
+            if agent is not None and agent.alive:
+                self.world.hub.at(0.0, agent, lambda agent=agent: agent.hear(ev.Terminate()))  # type: ignore[misc]
+
     def _instant(self) -> None:
         world = self.world
         hosts = [host for launch in list(world.hosts.values())[-1:] for host in launch]
@@ -112,15 +125,23 @@ class Striker:
             self.rng.choice(processes).kill()
 
 
-def _person(world: World, ranks: int) -> None:
-    """Somebody wants another layout."""
+def _person(world: World, ranks: int | None) -> None:
+    """Somebody wants another layout; or, without one, that the run goes back to what was saved at some step."""
     process = Process(world.hub, "person", "a person")
     log = RunLog(Gate(world, process), RUN, writer="order", clock=world.hub.clock, token=world.hub.token)
 
     def order(state: RunState) -> tuple[str, dict[str, object]] | None:
         if state.ended or not state.attempts:
             return None
-        return "intervention", {"kind": "order", "how": dict(how_of(ranks)), "by": "a test", "via": "a test"}
+        how = dict(how_of(ranks) if ranks else ruling_how(state) or {})
+        order: dict[str, object] = {"kind": "order", "how": how, "by": "a test", "via": "a test"}
+        if ranks is None:
+            candidates = list(state.restore_candidates())
+            if not candidates:
+                return None
+            found = world.hub.rng.choice(candidates)
+            order |= {"checkpoint": found.n, "step": found.step}
+        return "intervention", order
 
     def work() -> None:
         while True:
@@ -149,9 +170,9 @@ def _run_world(seed: int, names: list[str], work: Path, strikes: int) -> tuple[W
     )  # fmt: skip
     striker = Striker(world, rng, names, strikes if names else 0)
     try:
-        if rng.random() < 0.3:
-            other = rng.choice([n for n in OWNERS if n != ranks])
-            world.hub.at(2.0 + rng.random() * 20.0, None, lambda: _person(world, other))
+        for other in (rng.choice([n for n in OWNERS if n != ranks]), None):
+            if rng.random() < 0.3:
+                world.hub.at(2.0 + rng.random() * 60.0, None, lambda other=other: _person(world, other))  # type: ignore[misc]
         world.hub.run(lambda: world.outcome is not None or striker.done_at is not None, 100_000.0)
         world.hub.run(lambda: world.outcome is not None, world.hub.now + END_S)
         world.last_look()
