@@ -58,11 +58,25 @@ class MetricsReader:
         if attaching:
             lines += self._attach(known)
         for epoch in known:
+            if epoch in self._places and not attaching:
+                lines += self._following(epoch)
+                continue
             new = [info.key for info in self.store.list(metrics_prefix(self.run, epoch), self._places.get(epoch, ""))]
             for key in new[-ATTACH_SEGMENTS:] if attaching else new:
                 self._places[epoch] = key
-                lines += read_segment(self.store, key)
+                lines += read_segment(self.store, key) or []
         return lines
+
+    def _following(self, epoch: int) -> list[dict[str, Any]]:
+        """What came behind the last object: its numbers are dense. A folder of a million names is not listed again."""
+        lines: list[dict[str, Any]] = []
+        while True:
+            key = segment_key(self.run, epoch, _number(self._places[epoch]) + 1)
+            found = read_segment(self.store, key)
+            if found is None:
+                return lines
+            self._places[epoch] = key
+            lines += found
 
     def _attach(self, epochs: list[int]) -> list[dict[str, Any]]:
         """Places at the end of each attempt, and its newest line as far as the index has it."""
@@ -95,11 +109,13 @@ def newest_segment(store: Store, run: str, epoch: int) -> int:
     return low
 
 
-def read_segment(store: Store, key: str) -> list[dict[str, Any]]:
-    """The lines of one object of metrics; none where it is gone or does not hold."""
+def read_segment(store: Store, key: str) -> list[dict[str, Any]] | None:
+    """The lines of one object of metrics; empty where it does not hold, None where there is none."""
     try:
         data = store.get(key, max_bytes=SEGMENT_CAP)
-    except (NotFound, Damaged):
+    except NotFound:
+        return None
+    except Damaged:
         return []
     lines = []
     for line in data.splitlines():
@@ -140,7 +156,7 @@ def read_curve(store: Store, run: str, epochs: list[int], *, whole: bool = True,
             after = segment_key(run, epoch, end - 1) if end else ""
             wanted += [info.key for info in store.list(metrics_prefix(run, epoch), after)]
         for key in wanted:
-            for line in read_segment(store, key):
+            for line in read_segment(store, key) or ():
                 more.add(line, _number(key))
     more.merge(curve)
     return more

@@ -92,7 +92,7 @@ def read_lines(store: Store, run: str, epoch: int, first: int, last: int) -> Ite
 
 def _lines(store: Store, run: str, epoch: int, number: int) -> list[StepLine]:
     lines = []
-    for said in filter(None, map(step_line, read_segment(store, segment_key(run, epoch, number)))):
+    for said in filter(None, map(step_line, read_segment(store, segment_key(run, epoch, number)) or ())):
         if said["epoch"] == epoch:
             more = _hex(said.get("sums")), _hex(said.get("sent"))
             lines.append(StepLine(said["step"], epoch, said["loss"], said["grad_norm"], *more))

@@ -147,9 +147,11 @@ def test_metrics_are_followed_from_where_the_run_is(long: tuple[Counted, Prepare
     lines = reader.poll([epoch - 1, epoch])
     assert [line["step"] for line in lines] == [epoch - 1, OBJECTS - 3, OBJECTS - 1, OBJECTS]
     assert len(store.asked) <= 6, store.asked
+    store.asked.clear()
     assert reader.poll([epoch - 1, epoch]) == []
     store.create(segment_key(prepared.run, epoch, OBJECTS), json.dumps(step(epoch, OBJECTS + 1)).encode())
     assert [line["step"] for line in reader.poll([epoch])] == [OBJECTS + 1]
+    assert not [a for a in store.asked if a.startswith("list")]  # a folder is not listed again, however full it is
     store.delete(segment_key(prepared.run, epoch, OBJECTS))
 
 
