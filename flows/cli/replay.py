@@ -11,14 +11,26 @@ from typing import Any
 import click
 
 from flows.cli import terminal
-from flows.cli.main import json_option, out_option, say, set_option, show, store_option
+from flows.cli.main import json_option, out_option, say, show, store_option
 
 
 @click.command()
 @click.argument("run")
-@click.option("--from", "first", type=click.IntRange(min=0), metavar="STEP", help="Of the checkpoint to begin from.")
-@click.option("--to", "last", type=click.IntRange(min=1), metavar="STEP", help="The last one to compute.")
-@set_option
+@click.option(
+    "--from",
+    "first",
+    type=click.IntRange(min=0),
+    metavar="STEP",
+    help="Of the checkpoint to begin from (default: the last before --to).",
+)
+@click.option(
+    "--to",
+    "last",
+    type=click.IntRange(min=1),
+    metavar="STEP",
+    help="The last one to compute (default: that of the newest checkpoint).",
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Another layout: parallel.…. Repeatable.")
 @store_option
 @out_option
 @json_option

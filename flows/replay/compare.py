@@ -113,5 +113,7 @@ def whom(suspects: Suspects, attempt: int) -> str:
     places = [f"node {n}" + (f" ({suspects.places[n]})" if n in suspects.places else "") for n in suspects.nodes[:8]]
     more = f" and {len(suspects.nodes) - 8} more" if len(suspects.nodes) > 8 else ""
     word = "rank" if len(suspects.ranks) == 1 else "ranks"
-    text = f"attempt {attempt}, {word} {numbers(suspects.ranks)} on {', '.join(places)}{more}"
-    return text + (f": {suspects.why}" if suspects.why else "")
+    text = f"{word} {numbers(suspects.ranks)} on {', '.join(places)}{more}, attempt {attempt}"
+    if not suspects.why:
+        return f"computed by {text}" + ("" if len(suspects.ranks) == 1 else "; which of them cannot be told")
+    return f"it was {text}: {suspects.why}"

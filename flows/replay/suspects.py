@@ -66,12 +66,14 @@ def by_step(layout: PlanLayout, was: StepLine, now: StepLine, *, messages: bool)
     told = messages and len(was.sent) == len(now.sent) == 16 * positions
     forward, backward = ([p for p in range(positions) if _differs(was, now, p, way)] if told else [] for way in (0, 1))
     if forward:
-        return (forward[0],), "it got the same from the rank before it, and sent something else on"
+        got = "got the same from the rank before it" if forward[0] else "is the first"
+        return (forward[0],), f"it {got}, and sent something else on"
     if was.loss != now.loss:
         head = "what the ranks before it sent on is the same" if told or positions == 1 else ""
         return ((positions - 1, *others), head) if head else ((), "")
     if backward:
-        return (backward[-1],), "it got the same from the rank behind it, and sent another gradient back"
+        got = "got the same from the rank behind it" if backward[-1] < positions - 1 else "is the last"
+        return (backward[-1],), f"it {got}, and sent another gradient back"
     tensors = _differing_tensors(layout, was.sums, now.sums, last_alone=not told)
     kept = [{state.tensor for state in layout.rank(rank).states} for rank in range(layout.ranks)]
     ranks = tuple(rank for rank in range(layout.ranks) if kept[rank] & set(tensors))

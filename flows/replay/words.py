@@ -26,10 +26,17 @@ def replay_lines(report: Replayed) -> Iterator[str]:
     else:
         told = f"{found.recorded} was recorded, {found.again} is computed"
     yield f"DIFFERS at step {found.step}, the {found.what}: {told}"
-    yield f"before it {found.same_before} compared steps are the same"
+    before = found.same_before
+    yield (
+        "no step before it was compared"
+        if not before
+        else f"the {before} steps compared before it are the same"
+        if before > 1
+        else "the one step compared before it is the same"
+    )
     yield _SAYS[r.verdict]
     if r.suspects is not None and r.attempt is not None:
-        yield f"who computed it: {whom(r.suspects, r.attempt)}"
+        yield whom(r.suspects, r.attempt)
 
 
 _SAYS = {

@@ -55,7 +55,7 @@ def test_two_that_agree_outvote_the_third() -> None:
 
 def test_who_it_was_in_words() -> None:
     few = Suspects(3, (5,), (2,), {2: "host a7"}, "only what it keeps differs (w)")
-    assert whom(few, 2) == "attempt 2, rank 5 on node 2 (host a7): only what it keeps differs (w)"
+    assert whom(few, 2) == "it was rank 5 on node 2 (host a7), attempt 2: only what it keeps differs (w)"
     many = Suspects(3, tuple(range(40)), tuple(range(10)), {0: "host a"})
-    assert whom(many, 1).startswith("attempt 1, ranks 0 to 39 on node 0 (host a), node 1, ")
-    assert whom(many, 1).endswith("node 7 and 2 more")
+    assert whom(many, 1).startswith("computed by ranks 0 to 39 on node 0 (host a), node 1, ")
+    assert whom(many, 1).endswith("node 7 and 2 more, attempt 1; which of them cannot be told")
