@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from checkpoint.log import RunState
+from checkpoint.log import AttemptInfo, RunState
 from flows.drive.decide import launch_to_use
 from flows.drive.run import Prepared, fold_view
 from flows.drive.views import Cause, LogView, NodeView, RunLayout
@@ -47,14 +48,29 @@ def placed(nodes: list[NodeView], view: LaunchView) -> list[NodeView]:
     return [replace(n, place=places.get(n.node, "")) for n in nodes]
 
 
-def loss_of(view: LaunchView, nodes: list[NodeView], state: RunState, launcher: Launcher) -> Cause | None:
-    """Why the launch cannot be made whole in place; None where it can, or where nobody knows."""
+def loss_of(
+    view: LaunchView,
+    nodes: list[NodeView],
+    state: RunState,
+    launcher: Launcher,
+    runs_here: Callable[[AttemptInfo], bool],
+) -> Cause | None:
+    """Why the launch cannot be made whole in place; None where it can, or where nobody knows. ``runs_here``: whether
+    nodes of this version run an attempt's plan.
+    """
     if view.loss is not None:
         return Cause(view.loss.cls, view.loss.text, view.loss.mend, None, place=view.loss.place, code=view.loss.code)
     newest = state.newest_attempt
     left = view.state == "absent" and launcher.detaches and newest is not None and not state.ended
     if left and newest is not None and any(n.epoch == newest.epoch for n in nodes):
         return Cause(Failure.INFRA, f"launch {view.launch_id} was running and is gone")
+    if newest is None or state.ended or view.state != "absent" or view.launch_id != newest.launch:
+        return None
+    # of nodes that would be started for this attempt nothing is there: they would begin where it began
+    if state.checkpoints.steps_of(newest.epoch):
+        return Cause(Failure.INFRA, f"launch {view.launch_id} has saved checkpoints and is gone")
+    if not runs_here(newest):
+        return Cause(Failure.INFRA, f"launch {view.launch_id} is not there, and its plan is another version's")
     return None
 
 

@@ -187,7 +187,9 @@ class Driver:
         seen = self._seen = Look(
             now_s=self.clock(),
             nodes=tuple(nodes),
-            lost=loss_of(view, nodes, state, self.launcher),
+            lost=loss_of(
+                view, nodes, state, self.launcher, lambda attempt: still_read(self.store, self.prepared.run, attempt)
+            ),
             waiting=view.detail if view.state == "waiting" else "",
             room=sum(1 for node in view.nodes if node.place and node.alive is not False),
             finishing=finishing,
