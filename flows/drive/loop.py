@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefused, StoreUnavailable
-from checkpoint.log import RunLog, RunState, ended_body
+from checkpoint.log import AttemptInfo, RunLog, RunState, ended_body
 from checkpoint.store import Pace, Store
 from flows.drive.aside import Aside, TurnedAway
 from flows.drive.collecting import Collecting
@@ -187,9 +187,7 @@ class Driver:
         seen = self._seen = Look(
             now_s=self.clock(),
             nodes=tuple(nodes),
-            lost=loss_of(
-                view, nodes, state, self.launcher, lambda attempt: still_read(self.store, self.prepared.run, attempt)
-            ),
+            lost=loss_of(view, nodes, state, self.launcher, self._runs_here),
             waiting=view.detail if view.state == "waiting" else "",
             room=sum(1 for node in view.nodes if node.place and node.alive is not False),
             finishing=finishing,
@@ -206,6 +204,11 @@ class Driver:
             launch_id, self._layouts, detaches=self.launcher.detaches, amendments=state.amendments
         )
         return policy, seen, launch
+
+    def _runs_here(self, attempt: AttemptInfo) -> bool:
+        """Whether nodes of this version run that attempt's plan."""
+        ours = attempt.plan == self.prepared.plan.digest
+        return ours or still_read(self.store, self.prepared.run, attempt)
 
     def _log_view(self, state: RunState) -> LogView:
         if self._view is None or self._view[0] is not state:
