@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from checkpoint.digest import BLOCK_ELEMENTS, Leaves, blocks, leaf_digests
+from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, Leaves, blocks
+from checkpoint.hashes import sha256_leaves
 from checkpoint.store.base import Data
 
 MAX_CHUNK_BYTES = 64 << 20
@@ -134,14 +135,20 @@ class Piece:
         return Piece(self.tensor, self.kind, low, high - low, self.chunk, self.offset + 4 * (low - self.first), leaves)
 
 
-def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:
-    """The pieces of a chunk with their leaves, from its bytes (``data`` must be exactly the plan's)."""
+def chunk_digests(plan: ChunkPlan, data: Data) -> tuple[tuple[Piece, ...], Digest]:
+    """The pieces of a chunk with their leaves, and its own SHA-256, in one pass over its bytes (exactly the plan's)."""
     view = memoryview(data).cast("B")
     if len(view) != plan.bytes:
         raise ValueError(f"chunk {plan.index} has {len(view)} bytes, its plan says {plan.bytes}")
-    found, at = [], 0
+    leaves, whole = sha256_leaves(view, [s.bytes for s in plan.segments], BLOCK_BYTES, whole=True)
+    found, at, first = [], 0, 0
     for s in plan.segments:
-        leaves = Leaves(b"".join(leaf_digests(view[at : at + s.bytes])))
-        found.append(Piece(s.tensor, s.kind, s.first, s.elements, plan.index, at, leaves))
-        at += s.bytes
-    return tuple(found)
+        own = Leaves(leaves[32 * first : 32 * (first + blocks(s.elements))])
+        found.append(Piece(s.tensor, s.kind, s.first, s.elements, plan.index, at, own))
+        at, first = at + s.bytes, first + len(own)
+    return tuple(found), whole
+
+
+def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:
+    """The first half of ``chunk_digests``."""
+    return chunk_digests(plan, data)[0]

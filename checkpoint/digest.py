@@ -19,6 +19,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
+from checkpoint.hashes import sha256_leaves
 from trainer import wire
 
 BLOCK_ELEMENTS = wire.PIECE_BLOCK
@@ -93,10 +94,10 @@ def blocks(elements: int) -> int:
     return -(-elements // BLOCK_ELEMENTS)
 
 
-def leaf_digests(data: bytes | bytearray | memoryview) -> list[bytes]:
+def leaf_digests(data: bytes | bytearray | memoryview) -> Leaves:
     """The leaves of float32 bytes that start at a block's border and end at one, or at the tensor's end."""
     view = memoryview(data).cast("B")
-    return [hashlib.sha256(view[at : at + BLOCK_BYTES]).digest() for at in range(0, len(view), BLOCK_BYTES)]
+    return Leaves(sha256_leaves(view, (view.nbytes,), BLOCK_BYTES, whole=False)[0])
 
 
 def wrong_block(data: bytes | bytearray | memoryview, leaves: Sequence[bytes]) -> int | None:

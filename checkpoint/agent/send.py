@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from checkpoint import keys
 from checkpoint.agent.slots import Seen, Slot, SlotChanged
-from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, chunk_pieces
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, chunk_digests
 from checkpoint.digest import KINDS
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.layout import RankLayout
@@ -83,8 +83,8 @@ def send(
 ) -> tuple[Chunk, tuple[Piece, ...]]:
     """Read, hash and create the chunk of this name, where it is not one of those that are there. Raises SlotChanged."""
     with slot.data() as data, together(plan, data) as view:
-        pieces = chunk_pieces(plan, view)
-        chunk = Chunk.of(name, view)
+        pieces, digest = chunk_digests(plan, view)
+        chunk = Chunk(name, view.nbytes, digest)
         slot.verify((segment.source, segment.source + segment.bytes) for segment in plan.segments)
         slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up
         for info in there:

@@ -128,6 +128,54 @@ sha_blocks_ni(uint32_t state[8], const uint8_t *data, size_t blocks) {
 }
 #endif
 
+#if defined(__x86_64__)
+/* sha_blocks_ni of two digests at once: each instruction of one waits for the one before it, and two of
+ * them fit into that time. */
+__attribute__((target("sha,sse4.1,ssse3"))) static void
+sha_blocks_ni_twice(uint32_t *states[2], const uint8_t *data[2], size_t blocks) {
+    const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+    __m128i abef[2], cdgh[2];
+    for (int l = 0; l < 2; l++) {
+        __m128i abcd = _mm_loadu_si128((const __m128i *)states[l]);
+        __m128i efgh = _mm_loadu_si128((const __m128i *)(states[l] + 4));
+        __m128i cdab = _mm_shuffle_epi32(abcd, 0xB1);
+        __m128i hgfe = _mm_shuffle_epi32(efgh, 0x1B);
+        abef[l] = _mm_alignr_epi8(cdab, hgfe, 8);
+        cdgh[l] = _mm_blend_epi16(hgfe, cdab, 0xF0);
+    }
+    for (size_t block = 0; block < blocks; block++) {
+        const __m128i abef_old[2] = {abef[0], abef[1]}, cdgh_old[2] = {cdgh[0], cdgh[1]};
+        __m128i w[2][4];
+        for (int l = 0; l < 2; l++)
+            for (int i = 0; i < 4; i++)
+                w[l][i] = _mm_shuffle_epi8(
+                    _mm_loadu_si128((const __m128i *)(data[l] + 64 * block) + i), swap);
+        for (int i = 0; i < 16; i++) {
+            __m128i k = _mm_loadu_si128((const __m128i *)(sha_k + 4 * i));
+            for (int l = 0; l < 2; l++) {
+                __m128i now = w[l][i & 3], sum = _mm_add_epi32(now, k);
+                cdgh[l] = _mm_sha256rnds2_epu32(cdgh[l], abef[l], sum);
+                abef[l] = _mm_sha256rnds2_epu32(abef[l], cdgh[l], _mm_shuffle_epi32(sum, 0x0E));
+                __m128i last = w[l][(i + 3) & 3];
+                __m128i next = _mm_sha256msg1_epu32(now, w[l][(i + 1) & 3]);
+                next = _mm_add_epi32(next, _mm_alignr_epi8(last, w[l][(i + 2) & 3], 4));
+                w[l][i & 3] = _mm_sha256msg2_epu32(next, last);
+            }
+        }
+        for (int l = 0; l < 2; l++) {
+            abef[l] = _mm_add_epi32(abef[l], abef_old[l]);
+            cdgh[l] = _mm_add_epi32(cdgh[l], cdgh_old[l]);
+        }
+    }
+    for (int l = 0; l < 2; l++) {
+        __m128i feba = _mm_shuffle_epi32(abef[l], 0x1B);
+        __m128i dchg = _mm_shuffle_epi32(cdgh[l], 0xB1);
+        _mm_storeu_si128((__m128i *)states[l], _mm_blend_epi16(feba, dchg, 0xF0));
+        _mm_storeu_si128((__m128i *)(states[l] + 4), _mm_alignr_epi8(dchg, feba, 8));
+    }
+}
+#endif
+
 static void sha_blocks(hs_sha256 *sha, const uint8_t *data, size_t blocks) {
 #if defined(__x86_64__)
     if (sha->use_sha_ni) {
@@ -187,6 +235,64 @@ void hs_sha256_of(const void *data, size_t bytes, uint8_t digest[HS_SHA256_BYTES
     hs_sha256_init(&sha);
     hs_sha256_update(&sha, data, bytes);
     hs_sha256_final(&sha, digest);
+}
+
+/* As many bytes more of each of two digests. */
+static void update_both(hs_sha256 *sha[2], const uint8_t *const data[2], size_t bytes) {
+    size_t done[2] = {0, 0};
+#if defined(__x86_64__)
+    size_t first[2], least = bytes;
+    for (int l = 0; l < 2; l++) {
+        first[l] = (64 - sha[l]->bytes % 64) % 64;
+        size_t left = first[l] < bytes ? bytes - first[l] : 0;
+        if (left < least) least = left;
+    }
+    if (sha[0]->use_sha_ni && sha[1]->use_sha_ni && least >= 64) {
+        size_t blocks = least / 64;
+        uint32_t *states[2];
+        const uint8_t *from[2];
+        for (int l = 0; l < 2; l++) {
+            hs_sha256_update(sha[l], data[l], first[l]);
+            states[l] = sha[l]->state;
+            from[l] = data[l] + first[l];
+            sha[l]->bytes += 64 * blocks;
+            done[l] = first[l] + 64 * blocks;
+        }
+        sha_blocks_ni_twice(states, from, blocks);
+    }
+#endif
+    for (int l = 0; l < 2; l++) hs_sha256_update(sha[l], data[l] + done[l], bytes - done[l]);
+}
+
+void hs_sha256_leaves(const void *data, const uint64_t *lengths, size_t count, size_t block,
+                      uint8_t *leaves, uint8_t *whole) {
+    const uint8_t *p = data;
+    hs_sha256 all;
+    hs_sha256_init(&all);
+    for (size_t piece = 0; piece < count; piece++) {
+        for (size_t left = lengths[piece]; left;) {
+            size_t one = left < block ? left : block;
+            size_t two = whole ? 0 : left - one < block ? left - one : block;
+            hs_sha256 leaf, next;
+            hs_sha256_init(&leaf);
+            hs_sha256_init(&next);
+            if (whole) {
+                update_both((hs_sha256 *[]){&all, &leaf}, (const uint8_t *[]){p, p}, one);
+            } else {
+                update_both((hs_sha256 *[]){&leaf, &next}, (const uint8_t *[]){p, p + one}, two);
+                hs_sha256_update(&leaf, p + two, one - two);
+            }
+            hs_sha256_final(&leaf, leaves);
+            leaves += HS_SHA256_BYTES;
+            if (two) {
+                hs_sha256_final(&next, leaves);
+                leaves += HS_SHA256_BYTES;
+            }
+            p += one + two;
+            left -= one + two;
+        }
+    }
+    if (whole) hs_sha256_final(&all, whole);
 }
 
 /* --- HMAC-SHA256 ------------------------------------------------------------------------- */

@@ -1,0 +1,56 @@
+"""The engine's digests, as the agent takes them: those of hashlib, for data of every length and in every memory."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import random
+
+import pytest
+
+from checkpoint import hashes
+from checkpoint.hashes import sha256_leaves
+
+LENGTHS = [(), (0,), (1,), (63,), (64,), (65,), (4096,), (4097,), (8191, 1, 64, 0, 5000), (100_000,), (12_288, 12_292)]
+
+
+def expected(data: bytes, lengths: tuple[int, ...], block: int) -> bytes:
+    found, at = b"", 0
+    for length in lengths:
+        piece = data[at : at + length]
+        found += b"".join(hashlib.sha256(piece[n : n + block]).digest() for n in range(0, length, block))
+        at += length
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["library", "hashlib"])
+def test_they_are_hashlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(hashes, "_LIBRARY", None)
+    elif hashes._LIBRARY is None:
+        pytest.skip("the library is not built here")
+    rng = random.Random(0)
+    drawn = [tuple(rng.choice((0, 4, 60, 64, 4096, rng.randrange(9000))) for _ in range(5)) for _ in range(40)]
+    for lengths in [*LENGTHS, *drawn]:
+        data = rng.randbytes(sum(lengths))
+        for block in (64, 1000, 4096):
+            for whole in (False, True):
+                found, total = sha256_leaves(data, lengths, block, whole=whole)
+                assert found == expected(data, lengths, block)
+                assert total == (hashlib.sha256(data).digest() if whole else b"")
+
+
+def test_any_memory_is_taken_and_let_go() -> None:
+    data = random.Random(1).randbytes(10_001)
+    with mmap.mmap(-1, 16_384) as mapped:
+        mapped[1:10_002] = data
+        with memoryview(mapped)[1:10_002] as view:
+            whole = [sha256_leaves(kind, (10_001,), 4096, whole=True) for kind in (data, bytearray(data), view)]
+        mapped.resize(32_768)  # nobody holds it any more
+    assert whole[0] == whole[1] == whole[2]
+    assert whole[0][1] == hashlib.sha256(data).digest()
+
+
+def test_pieces_that_are_not_all_of_it_are_refused() -> None:
+    with pytest.raises(ValueError, match="pieces of 9 bytes in 10"):
+        sha256_leaves(bytes(10), (4, 5), 64, whole=True)
