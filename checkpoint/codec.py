@@ -99,7 +99,7 @@ def unseal(data: bytes, what: str, *, max_bytes: int, max_depth: int = MAX_DEPTH
         raise Damaged(f"{what}: {len(data)} bytes; it must have {_SEAL_BYTES + 1} to {max_bytes}")
     if not 0x81 <= data[0] <= 0x8F or data[-_SEAL_BYTES:-32] != _TAIL:
         raise Damaged(f"{what}: not a sealed map (cut short, or other bytes)")
-    plain = bytes([data[0] - 1]) + data[1:-_SEAL_BYTES]
+    plain = b"".join((bytes([data[0] - 1]), memoryview(data)[1:-_SEAL_BYTES]))  # one copy: it may be large
     if hashlib.sha256(plain).digest() != data[-32:]:
         raise Damaged(f"{what}: its bytes do not have the digest that it carries")
     return cast(dict[str, Any], unpack(plain, what, max_bytes=max_bytes, max_depth=max_depth))

@@ -140,3 +140,23 @@ def test_fields_name_what_is_wrong() -> None:
         codec.Fields([], "record 5")
     with pytest.raises(Damaged, match="unknown entry"):
         codec.Fields({"q": 1}, "record 5").done()
+
+
+def test_a_large_map_is_looked_at_entry_by_entry_and_as_strictly() -> None:
+    """Its bytes are not packed once more to see whether they are in canonical form."""
+    value = {"a": bytes(2 << 20), "b": b"xyz", "c": [1, {"d": "e"}], "f": 7}
+    good = codec.pack(value)
+    assert codec.unpack(good, "large", max_bytes=4 << 20) == value
+    for old, new in (
+        (b"\xc4\x03xyz", b"\xc5\x00\x03xyz"),  # a head that is longer than it must be
+        (b"\xc4\x03xyz", b"\xc6\x00\x00\x00\x03xyz"),
+        (b"\xa1f\x07", b"\xa1f\xcc\x07"),
+        (b"\xa1f\x07", b"\xd9\x01f\x07"),
+        (b"\x92\x01\x81", b"\xdc\x00\x02\x01\x81"),
+        (good[:1], b"\xde\x00\x04"),
+    ):
+        assert good.count(old) == 1 or old == good[:1]
+        with pytest.raises(Damaged, match="canonical"):
+            codec.unpack(good.replace(old, new, 1), "large", max_bytes=4 << 20)
+    with pytest.raises(Damaged):
+        codec.unpack(good + b"\x00", "large", max_bytes=4 << 20)

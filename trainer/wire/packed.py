@@ -17,6 +17,7 @@ import msgpack
 from trainer.wire.unreadable import Unreadable
 
 MAX_DEPTH = 8
+_LARGE = 1 << 20
 RECORD_DEPTH = 32
 """Of maps and lists in each other in a log record: one holds a pod's whole patch (a spec allows 20 levels of it)."""
 
@@ -76,12 +77,32 @@ def unpack(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
     """The value of canonical bytes; Unreadable for anything else."""
     value = _parse(data, max_bytes, max_depth, _in_order)
     try:
-        canonical = cast(bytes, msgpack.packb(value, use_bin_type=True))
+        canonical = _packs_to(value, data)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise Unreadable(f"holds a value that has no canonical form ({error})") from error
-    if canonical != data:
+    if not canonical:
         raise Unreadable("msgpack in a form that is not the canonical one")
     return value
+
+
+def _packs_to(value: Any, data: bytes) -> bool:
+    """Whether these are the bytes of the value that was read from them.
+
+    Of a large map an entry at a time, and without its bytes: where everything before them and their own head is in
+    canonical form, what was read as these bytes is what stands there.
+    """
+    if len(data) < _LARGE or not isinstance(value, dict) or len(value) > 15:
+        return bool(msgpack.packb(value, use_bin_type=True) == data)
+    if data[0] != 0x80 + len(value):
+        return False
+    at = 1
+    for key, entry in value.items():
+        raw = isinstance(entry, bytes)
+        head = pack_hint(key) + (bin_head(len(entry)) if raw else pack_hint(entry))
+        if data[at : at + len(head)] != head:
+            return False
+        at += len(head) + (len(entry) if raw else 0)
+    return at == len(data)
 
 
 def unpack_hint(data: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
