@@ -29,6 +29,7 @@ from flows.drive.live import StatusReader
 from flows.drive.run import Prepared, prepare_run
 from flows.drive.train import make_driver
 from tests.bench import (
+    bench_checkpoint,
     bench_demo,
     bench_executor,
     bench_fp8,
@@ -282,6 +283,23 @@ def log() -> Iterator[dict[str, Any]]:
     yield entry("log/folds-written-mib", told["folds_mib"], "MiB", "largest", told["fold_mib"])
 
 
+def checkpoint() -> Iterator[dict[str, Any]]:
+    """What checkpoints cost the one who trains."""
+    cores = len(os.sched_getaffinity(0))
+    for threads in sorted({1, cores}):
+        told = bench_checkpoint.snapshots(max(5, ROUNDS), threads)
+        name = f"checkpoint/stall, 1.5 GB, {threads} threads"
+        yield entry(name, told["save"], "s", "plain copy", told["copy"])
+        yield entry(f"{name}: to a plain copy, by round", told["ratio"], "1", "target", 1.1)
+        yield entry(f"{name}: the first into a slot", told["first"], "s", "plain copy", told["copy"])
+        yield entry(f"checkpoint/memory-restore, 1.5 GB, {threads} threads", told["restore"], "s", "target", 1.0)
+    with bench_checkpoint.stores() as stores:
+        for name, where in stores.items():
+            cost = bench_checkpoint.interference(*where)
+            say(f"  {name}: a step {cost.step:.3f} s, a snapshot {cost.stall:.3f} s, a checkpoint {cost.lost:.2f} s")
+            yield entry(f"checkpoint/interference, one a minute, {name}", cost.speed(cores), "1", "target", 0.98)
+
+
 def show() -> Iterator[dict[str, Any]]:
     """`hotstage ckpt show` of 70 billion parameters, from the start of its process to its end."""
     took, core, size = bench_show.measure(max(ROUNDS, 3))
@@ -346,6 +364,7 @@ def main() -> int:
         "pipeline": lambda: list(pipeline()),
         "messages": lambda: list(messages()),
         "log": lambda: list(log()),
+        "checkpoint": lambda: list(checkpoint()),
         "show": lambda: list(show()),
         "store": lambda: list(store()),
         "transfer": lambda: list(transfer()),
