@@ -19,6 +19,7 @@ from checkpoint.agent import events as ev
 from checkpoint.agent.adopt import attempt_path, found_devices, found_plan, recall, remember
 from checkpoint.agent.algorithms import answer, bring
 from checkpoint.agent.attempt_file import attempt_bytes
+from checkpoint.agent.background import Background, behind
 from checkpoint.agent.commit import Committer
 from checkpoint.agent.events import Work
 from checkpoint.agent.fetch import room_words
@@ -71,7 +72,8 @@ class Actions:
         self._cancelled = threading.Event()  # what is done to start the attempt is of no use any more
         self._superseded = threading.Event()  # nor is its claim
         self._remet = threading.Event()  # nor are the ports that are being exchanged
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks", initializer=_behind_training)
+        self._background = Background()
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks", initializer=self._background.enter)
         self._preparer = Preparer(store, options, self._pool)
         run, node = options.run, options.node
         self.hints = Hints(store, run, keys.status_key(run, options.launch, node))
@@ -188,6 +190,7 @@ class Actions:
         self._cancelled, self._superseded = threading.Event(), threading.Event()
         self.uploader.cancel()
         self.committer.cancel()
+        self._background.beside(e.gang)
         self.hints.begin(e.gang.epoch)
 
     def _cancel(self, _: object = None) -> None:
@@ -287,7 +290,7 @@ class Actions:
         remember(self.options.work, e.epoch, e.over, e.ranks)
 
     def _prefault(self, gang: Gang, table: SlotTable) -> ev.Event | None:
-        _behind_training()
+        behind()
         try:
             table.prefault()
         except OSError as error:
@@ -376,8 +379,3 @@ _EFFECTS: dict[type, Callable[[Actions, Any], ev.Event | None]] = {
     do.Publish: Actions._publish,
     do.MarkDone: Actions._mark_done,
 }
-
-
-def _behind_training() -> None:
-    """This thread hashes and copies beside the ranks: it takes the processor time that they leave."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -20,8 +20,10 @@ DEFAULTS: Mapping[str, Any] = {
     "launch.port_base": 0,
     "launch.stall_s": 120.0,
     "launch.stop_after": -1,  # no key of a spec: tests and the chaos harness set it
+    "launch.target": "local",
     "launch.trace": False,
     "parallel.device": "auto",
+    "parallel.threads": 0,
 }
 """The spec's defaults, where a record's How lacks a key. The agent's image has no RunSpec: a test compares."""
 

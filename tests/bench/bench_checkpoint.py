@@ -1,10 +1,10 @@
-"""What checkpoints cost the one who trains: how long a snapshot holds a rank up, how soon a rank that was killed has its
-state back from memory, and how much slower steps are while the agent stores.
+"""What checkpoints cost the one who trains: how long a snapshot holds a rank up, how soon a rank that was killed has
+its state back from memory, and how much slower steps are while the agent stores.
 
 `snapshots`: ``bench_checkpoint.c``, the engine's own code over 1.5 GB in slots as the agent makes them, in turns with a
-plain copy. `interference`: GPT-2 124M on two stages by the real node, a checkpoint each 40 steps; what one costs is what
-its steps, from its snapshot to the next one's, take beyond as many usual ones. With a checkpoint a minute training has
-60 / (60 + cost) of its speed. Steps between stored ones are the usual ones, so a busy machine troubles both alike.
+plain copy. `interference`: GPT-2 124M on two stages by the real node, a checkpoint each 24 steps; what one costs is
+what its steps, from its snapshot to 16 later, take beyond as many usual ones. With a checkpoint a minute training has
+60 / (60 + cost) of its speed. The usual steps are those before the snapshot, so a busy machine troubles both alike.
 
 ``python -m tests.bench checkpoint``
 """
@@ -34,7 +34,7 @@ from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec
 
 MIB = 1500
-EVERY, STORED, AFTER = 40, 4, 25
+EVERY, STORED, AFTER = 24, 3, 16
 """Steps between checkpoints, how many are looked at, and steps by which one's upload is over."""
 
 
@@ -60,16 +60,21 @@ def snapshots(rounds: int, threads: int, *, huge: bool = True) -> dict[str, floa
 @dataclass(frozen=True)
 class Cost:
     """Of one checkpoint, medians in seconds: wall time of the steps beyond the usual, and of it the snapshot itself;
-    processor time of the store's server; a usual step."""
+    processor time of the agent and of the store's server; a usual step."""
 
     lost: float
     stall: float
+    agent: float
     server: float
     step: float
 
     def speed(self, cores: int) -> float:
         """Of training with a checkpoint a minute, to training with none; without what the server takes."""
         return 60.0 / (60.0 + max(0.0, self.lost - self.server / cores))
+
+    def least(self, cores: int) -> float:
+        """The same where all that the agent and the snapshot take of the processors is taken from the ranks."""
+        return 1.0 - (self.agent / cores + self.stall) / 60.0
 
 
 def spec_124m() -> RunSpec:
@@ -103,24 +108,28 @@ def interference(url: str | None, server: S3Server | None) -> Cost:
             launcher.ensure(launch)
             epoch = run.attempt(spec, plan)
             last = spec.train.steps
+            status = wait_for(lambda: (s := run.status()) and s["ranks"].get("0", {}).get("pid") and s, "ranks", 120)
+            agent = cpu_of(status["pid"])
             wait_for(lambda: any(c.step == last for c in run.fold().checkpoints), "the last checkpoint", 1800)
             steps = wait_for(lambda: (found := lines_of(run, epoch)) and found[-1]["step"] == last and found, "metrics")
+            agent = cpu_of(status["pid"]) - agent
         finally:
             launcher.stop(launch.launch_id, 0)
         stored = len(run.fold().checkpoints)
         spent = (cpu_of(server.pid) - before) / stored if server else 0.0
-    return cost_of([line["step_us"] / 1e6 for line in steps], [line["us"]["snapshot"] / 1e6 for line in steps], spent)
+    lost, stall, step = cost_of([s["step_us"] / 1e6 for s in steps], [s["us"]["snapshot"] / 1e6 for s in steps])
+    return Cost(lost, stall, agent / stored, spent, step)
 
 
-def cost_of(seconds: list[float], stalls: list[float], server: float) -> Cost:
-    """By the steps of a run; ``seconds[i]`` is step i + 1's."""
+def cost_of(seconds: list[float], stalls: list[float]) -> tuple[float, float, float]:
+    """Lost, stall and a usual step, by the steps of a run; ``seconds[i]`` is step i + 1's."""
     usual, lost, stall = [], [], []
     for n in range(1, STORED + 1):
         saved = n * EVERY - 1
         usual.append(statistics.median(seconds[saved - (EVERY - AFTER) + 1 : saved]))
         lost.append(sum(seconds[saved : saved + AFTER]) - AFTER * usual[-1])
         stall.append(stalls[saved])
-    return Cost(statistics.median(lost), statistics.median(stall), server, statistics.median(usual))
+    return statistics.median(lost), statistics.median(stall), statistics.median(usual)
 
 
 def lines_of(run: Run, epoch: int) -> list[dict[str, Any]]:

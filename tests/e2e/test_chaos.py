@@ -19,6 +19,7 @@ from tests.support.chaos import (
     kill_between_attempts,
     rank_step,
     spoil_arenas,
+    spoil_slots,
     unleashed,
 )
 from tests.support.place import LONG, Place, finish
@@ -104,6 +105,26 @@ def test_what_an_attempt_leaves_in_memory_never_shows_in_the_next(place: Place, 
     told = result.json()
     assert (told["run"], told["attempts"], told["state_digest"]) == (run, 2, digest)
     assert spoiled[0] > 100_000
+
+
+def test_a_bit_that_flips_in_memory_is_found_and_the_store_has_the_state(
+    place: Place, undisturbed: tuple[str, str]
+) -> None:
+    """In every snapshot of every rank: no attempt goes on from it, nothing of it gets into the store."""
+    run, digest = undisturbed
+    process, work = place.start_train(*CADENCES, "checkpoint.slots=3"), place.folder / "out"
+    manifests = place.run_folder(run) / "manifests"
+    wait_for(lambda: any(manifests.glob("*/manifest")) and (rank_step(work, 0) or 0) >= 20, "step 20 and a checkpoint")
+    spoiled: list[int] = []
+    kill_between_attempts(work, 1, lambda: spoiled.append(spoil_slots(work)))
+    result = finish(process)
+    assert result.code == 0, result.err
+    told = result.json()
+    assert (told["run"], told["outcome"], told["state_digest"]) == (run, "succeeded", digest)
+    assert told["attempts"] > 2
+    assert spoiled[0] >= 4
+    assert "is damaged (checksum)" in place.run("runs", "show", run)
+    assert place.call("ckpt", "verify", run).code == 0
 
 
 def test_a_driver_killed_again_and_again_loses_nothing(place: Place, undisturbed: tuple[str, str]) -> None:

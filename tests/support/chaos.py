@@ -11,6 +11,7 @@ a failure replays: ``Fault.parse("forward rank=1 step=7")``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -108,6 +109,25 @@ def spoil_arenas(work: Path) -> int:
         entry.write_bytes(b"\xff" * size)
         spoiled += size
     return spoiled
+
+
+def spoil_slots(work: Path) -> int:
+    """One bit flipped in the data of every snapshot in memory of the agent below the folder; how many there were. None
+    of its ranks may run.
+    """
+    agent = _of_kind(work, "agent")
+    assert agent is not None, "no agent runs"
+    spoiled = set()
+    for entry in Path(f"/proc/{agent}/fd").iterdir():
+        if "memfd:hotstage-slot" not in os.readlink(entry) or (inode := entry.stat().st_ino) in spoiled:
+            continue
+        with entry.open("r+b", buffering=0) as slot:
+            header = wire.SlotHeader.from_buffer_copy(os.pread(slot.fileno(), ctypes.sizeof(wire.SlotHeader), 0))
+            if header.state == wire.SLOT_READY:
+                at = header.data_offset + header.data_bytes // 2
+                os.pwrite(slot.fileno(), bytes([os.pread(slot.fileno(), 1, at)[0] ^ 16]), at)
+                spoiled.add(inode)
+    return len(spoiled)
 
 
 def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> None:

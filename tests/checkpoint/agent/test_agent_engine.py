@@ -145,6 +145,10 @@ def test_with_the_agent_stopped_and_every_slot_held_training_goes_on(tmp_path: P
         steps = wait_for(lambda: (found := steps_told(run, epoch)) and found[-1]["step"] == STEPS and found, "metrics")
         skipped = {line["step"]: line["skipped"] for line in steps}
         assert skipped[STEPS - 12] - skipped[began] == STEPS - 12 - began > 0
+        words = b"".join(
+            run.store.get(found.key)[8:] for found in run.store.list(keys.output_prefix(run.name, epoch, 0))
+        )
+        assert b"snapshot skipped: a rank has no free slot" in words
         assert {line["snapshot"] for line in steps if began < line["step"] <= STEPS - 12} == {0}
 
 

@@ -8,6 +8,16 @@
 #include "run/executor_internal.h"
 #include "run/weights.h"
 
+/* The first skipped snapshot of an attempt, the second, the fourth: who waits for a store hears of it, not of each. */
+static void tell_skipped(const hs_executor *ex) {
+    const uint64_t n = ex->metrics->skipped;
+    if (!ex->control.skipped || (n & (n - 1))) return;
+    HS_LOG(ex->log, HS_LOG_WARN, "snapshot skipped: a rank has no free slot",
+           HS_I("step", ex->control.step), HS_I("skipped", (int64_t)n),
+           HS_S("mend", "its agent still reads them: is the store slow? raise checkpoint.slots or "
+                        "checkpoint.persist_every"));
+}
+
 /* One line from rank 0: to standard output and to the agent. */
 static void tell_step(const hs_executor *ex) {
     char line[2048];
@@ -16,6 +26,7 @@ static void tell_step(const hs_executor *ex) {
     hs_metrics_step(ex->metrics, &ex->control,
                     hs_order_batch(m->skips, m->skip_count, ex->control.step), &text);
     if (ex->rank != 0) return;
+    tell_skipped(ex);
     hs_metrics_print(&text);
     if (ex->agent) hs_agent_link_metrics(ex->agent, line);
 }
