@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -128,7 +127,8 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     if replays["steps"]:
         say(f"  {replays['steps']} step(s) computed again: " + ("DIFFERENT" if replays["differ"] else "the same"))
     for found in replays["differ"]:
-        say(textwrap.indent(str(found.get("said", "")), "    "))
+        lines = str(found.get("said", "")).splitlines()  # of a hint: whatever it holds, it is shown as text
+        say("\n".join("    " + "".join(c if c.isprintable() else " " for c in line) for line in lines))
     layout = ""
     for attempt in told["attempts_list"]:
         why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")
