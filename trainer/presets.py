@@ -150,6 +150,10 @@ schedule = "1f1b"
 every = 250               # steps between snapshots
 slots = 3                 # snapshots in memory: one is written while another is uploaded
 
+# [checkpoint.keep]       # without it every checkpoint stays, 1.5 GB each
+# last = 3                # the newest
+# every_steps = 10000     # and the first of each 10,000 steps
+
 {_LOCAL}"""
 
 _LLAMA_1B = f"""\
