@@ -22,6 +22,7 @@ from tests.support.protocol.worlds import (
     collected_beside,
     collected_rollback,
     collected_takeover,
+    collected_twice,
     commit_races,
     grouped,
     joined_races,
@@ -67,6 +68,10 @@ LONG: dict[str, Callable[[], Small]] = {
     "a collector beside a gang": collected_beside,
     "a collector beside a takeover": collected_takeover,
     "a collector beside a rollback": collected_rollback,
+    "two collectors": collected_twice,
+    "a lost answer and a late write": lambda: commit_races(2, Budget(losses=1, lates=1)),
+    "zombies, a lost answer and a late write": lambda: takeover(1, Budget(losses=1, lates=1)),
+    "three ranks in which two die": lambda: commit_races(3, Budget(deaths=2)),
 }
 
 

@@ -29,9 +29,9 @@ from tests.support.protocol.world import World, dataset_there
 STRIKES = 20
 """In one world."""
 STEPS = 24
-AT_ONCE = 6
+AT_ONCE = 12
 """Points that are armed."""
-PATIENCE_S = 2.5
+PATIENCE_S = 3.0
 """For one of them to come."""
 END_S = 1500.0
 """For a run to end, once nothing strikes any more."""

@@ -191,6 +191,14 @@ def collected(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
     return Small("a collector and two readers", actors, objects, budget)
 
 
+def collected_twice(budget: Budget = A_GRACE) -> Small:
+    """Two collectors give up the same and delete it."""
+    objects = began(1, (2, 4, 6))
+    known = folded(objects)
+    actors = {"collector": collector(2, known), "other-collector": collector(2, known)}
+    return Small("two collectors", actors, objects, budget)
+
+
 def collected_beside(ranks: int = 1, budget: Budget = A_GRACE) -> Small:
     """A collector is at work while a gang saves, and while a driver fences it."""
     objects = began(ranks, (2, 4))
