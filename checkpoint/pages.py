@@ -90,7 +90,7 @@ def read(store: Store, run: str, name: str, what: str, *, size: int | None = Non
     if not is_list(root):
         return root
     total, digest, rows = _parse(root, what)
-    whole = bytearray()
+    held: list[bytes] = []
     for page, length, own in rows:
         try:
             data = store.get(keys.run_key(run, page), max_bytes=length)
@@ -98,10 +98,12 @@ def read(store: Store, run: str, name: str, what: str, *, size: int | None = Non
             raise Damaged(f"{what}: its page {page} is gone") from error
         if len(data) != length or hashlib.sha256(data).digest() != own:
             raise Damaged(f"{what}: its page {page} has other bytes than its list says")
-        whole += data
+        held.append(data)
+    whole = b"".join(held)
+    del held
     if len(whole) != total or hashlib.sha256(whole).digest() != digest:
         raise Damaged(f"{what}: its pages together are not what its list says")
-    return bytes(whole)
+    return whole
 
 
 def check_list(root: bytes, what: str) -> bool:

@@ -218,7 +218,7 @@ def tried(reader: Reader, data: bytes) -> str:
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("rounds", [40, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [25, pytest.param(6000, marks=pytest.mark.slow)])
 def test_bytes_and_values_that_were_changed_are_refused_or_hold(name: str, rounds: int) -> None:
     reader, rng = READERS[name], random.Random(name)
     good = reader.good()
