@@ -5,7 +5,7 @@ A store that takes ``If-None-Match: *`` and ignores it lets two drivers own one 
 one object at the same moment, a few rounds; exactly one may win, every loser must be told, all must read the winner's
 bytes, a late creator must lose, and an object must be seen by name and in the listing once its create has answered.
 
-The objects lie under ``probe/`` of the root; they are tiny and stay, since nobody here may delete.
+The objects lie under ``probe/`` of the root; they are tiny. The collector deletes them a day later (collect/probes.py).
 """
 
 from __future__ import annotations
