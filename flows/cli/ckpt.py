@@ -28,10 +28,13 @@ for command in (pin_checkpoint, unpin_checkpoint, collect_garbage):
 @store_option
 @json_option
 def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
-    """The checkpoints of RUN, oldest first."""
+    """The checkpoints of RUN by step: attempt, age, state digest, what holds or spoils them."""
+    import time
+
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.facts import details
+    from flows.show.saved import checkpoint_lines
 
     opened = store_at(store)
     rows = details(opened, find_run(opened, run))["checkpoints"]
@@ -40,13 +43,8 @@ def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
         return 0
     if not rows:
         say(f"{run} has no checkpoint yet")
-    for row in rows:
-        if not row["given_up"]:
-            flag = "" if row["usable"] else "  (not usable)"
-            held = f"  pinned: {', '.join(row['pins'])}" if row["pins"] else ""
-            say(f"step {row['step']:>8}  attempt {row['attempt']:>3}  {row['state_digest']}{flag}{held}")
-    if gone := sum(row["given_up"] for row in rows):
-        say(f"and {gone} that the rules of the run gave up")
+    for line in checkpoint_lines(rows, time.time()):
+        say(line)
     return 0
 
 
@@ -60,11 +58,14 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
 
     From its manifest alone: no chunk is read.
     """
+    import time
+
     from checkpoint.log import RunLog
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.export import checkpoint_at
     from flows.show.facts import skipped_samples
+    from flows.show.saved import age_words, size_words
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -72,6 +73,7 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
     state = RunLog(opened, name).fold(quick=True)
     epochs = [attempt.epoch for attempt in state.attempts]
     skipped = skipped_samples(state, info)
+    pins = sorted(pin for pin, n in state.pins.items() if n == info.n)
     told = {
         "run": name,
         "step": info.step,
@@ -80,6 +82,8 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
         "samples": info.data_position - skipped,
         "samples_skipped": skipped,
         "state_digest": info.state_digest,
+        "time": info.time,
+        "pins": pins,
         "bytes": manifest.total_bytes,
         "parts": info.parts,
         "chunks": [{"name": c.name, "bytes": c.bytes, "sha256": c.sha256.hex()} for c in manifest.chunks],
@@ -90,7 +94,8 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
         return 0
     say(
         f"{name} step {info.step}, attempt {told['attempt'] or '–'}: "
-        f"{manifest.total_bytes / 1e6:.1f} MB in {len(manifest.chunks)} chunk(s)"
+        f"{size_words(manifest.total_bytes)} in {len(manifest.chunks)} chunk(s) of {info.parts} node(s), "
+        f"{age_words(time.time() - info.time)} ago" + (f", pinned: {', '.join(pins)}" if pins else "")
     )
     passed = f", {skipped:,} skipped" if skipped else ""
     say(f"state digest {info.state_digest}, {info.data_position - skipped:,} samples read{passed}")

@@ -18,13 +18,15 @@ from flows.drive.run import find_run, load_run, load_what, opened_again, ordered
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
+from trainer.models import family
+from trainer.models.base import tensor_table
 from trainer.plan.calibrate import fitted
 from trainer.plan.compiled import Plan
 from trainer.plan.draw import timeline_svg
 from trainer.plan.places import Rank
 from trainer.plan.simulate import from_plan, simulate
 from trainer.plan.timeline import Timeline, from_chrome
-from trainer.spec import RunSpec, how_map
+from trainer.spec import ModelSpec, RunSpec, how_map
 from trainer.spec_layouts import layout_words, same_layout
 
 TRACE_CAP = 64 << 20
@@ -67,12 +69,18 @@ def summary(store: Store, run: str) -> dict[str, Any]:
     }
 
 
+def state_bytes(model: ModelSpec) -> int:
+    """Of a checkpoint of this model: weights and two moments, float32."""
+    return 12 * sum(tensor.elements for tensor in tensor_table(family(model.family), model))
+
+
 def details(store: Store, run: str) -> dict[str, Any]:
     """One run as `runs show` shows it; OtherVersion where a newer hotstage has gone on with it."""
     state = RunLog(store, run).fold().of_this_version()
     what, kept = load_what(store, run), Kept.load(store, run)
     numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
     line = set(state.lineage().column("n"))
+    size = state_bytes(ModelSpec.model_validate(what["model"]))
     pins: dict[int, list[str]] = {}
     for pin, n in sorted(state.pins.items()):
         pins.setdefault(n, []).append(pin)
@@ -108,7 +116,9 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "epoch": c.epoch,
                 "state_digest": c.state_digest,
                 "manifest": c.manifest,
+                "bytes": size,
                 "usable": state.usable(c),
+                "damaged": state.damaged.get(c.n, ""),
                 "left": c.n not in line,
                 "given_up": c.n in state.buried,
                 "pins": pins.get(c.n, []),
