@@ -34,6 +34,7 @@ from tests.support.shared import once
 from tests.support.undisturbed import undisturbed_run
 from tests.support.wait import wait_for
 from trainer.cores import usable_cpus
+from trainer.engine_path import engine_binary
 from trainer.errors import SpecError
 
 
@@ -135,6 +136,21 @@ def test_a_flipped_bit_is_found_by_one_replay(
     assert report.difference.same_before == flip.step - 5 + (flip.what == "state digest")
     assert (report.suspects.ranks, report.suspects.nodes) == ((flip.rank,), (flip.rank,)), said
     assert report.suspects.places == {flip.rank: f"host {os.uname().nodename}"}
+
+
+def test_where_this_machine_was_wrong_the_run_is_not_blamed(trained: Trained, tmp_path: Path) -> None:
+    """The first computation here has the flip, the second has not: it gives what the run recorded."""
+    once_wrong = tmp_path / "engine"
+    wrong = build_flipping("GELU_FWD", 6, 0)
+    once_wrong.write_text(
+        f'#!/bin/sh\nmkdir {tmp_path}/used 2> /dev/null && exec {wrong} "$@"\nexec {engine_binary()} "$@"\n'
+    )
+    once_wrong.chmod(0o755)
+    report = replay_run(trained.store, trained.run, 4, 8, out=tmp_path / "out", engine=once_wrong)
+    assert (report.verdict, report.exit_code, report.suspects) == (Verdict.HERE, EXIT_DIFFERS, None)
+    assert report.difference is not None
+    assert (report.difference.step, report.difference.what) == (6, "loss")
+    assert "this machine computed wrongly the first time" in "\n".join(replay_lines(report))
 
 
 def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
