@@ -135,14 +135,16 @@ def _layout(attempt: AttemptInfo) -> str:
 
 
 def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[AttemptFact]:
-    """Attempts with the steps that each did, what was done twice, and how long until steps came again.
+    """Attempts with the steps that each did, what was done twice (but what an order left), and how long until steps came
+    again.
 
     ``rows``: of the index of metrics, by epoch.
     """
     out: list[AttemptFact] = []
-    reached = 0
+    reached, back = 0, dict(ordered_back(state))
     last_time: float | None = None
     for number, attempt in enumerate(state.attempts, 1):
+        reached = back.get(attempt.epoch, reached)
         row = rows.get(attempt.epoch)
         recovery = row.first.time - last_time if out and row is not None and last_time is not None else None
         out.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from checkpoint.curve import Point
+from checkpoint.curve import AttemptRow, Point
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import open_store
 from flows.drive.events import Event
@@ -12,6 +12,7 @@ from flows.drive.live import on_line
 from flows.drive.run import ordered_back
 from flows.drive.telling import Teller
 from flows.drive.views import NodeView, Phase, Restore, StartAttempt
+from flows.show.facts import attempt_facts
 from flows.show.lines import Lines
 from tests.checkpoint.samples import attempt_body, point_body
 
@@ -90,6 +91,10 @@ def test_lines_that_an_order_has_left_are_not_told() -> None:
     assert teller.lost_steps == 0  # they were left on purpose
     points = {s: Point(s, e, 0.0, 2.0, 1.0, 1.0, 1.0) for e, s in ((1, 3), (4, 5), (1, 9))}
     assert sorted(on_line(points, ordered_back(state))) == [3, 5]
+    rows = {1: AttemptRow(points[3], points[9], 0, 1), 4: AttemptRow(points[5], points[5], 0, 1)}
+    assert [fact.lost_steps for fact in attempt_facts(state, rows)] == [0, 0]
+    state = log.append("attempt", attempt_body(2, 4, order=3), state)
+    assert [fact.lost_steps for fact in attempt_facts(state, rows)] == [0, 0, 1]
 
 
 def test_the_last_step_and_what_is_saved_follow_an_order() -> None:
