@@ -135,8 +135,8 @@ def _layout(attempt: AttemptInfo) -> str:
 
 
 def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[AttemptFact]:
-    """Attempts with the steps that each did, what was done twice (but what an order left), and how long until steps came
-    again.
+    """Attempts with the steps that each did, what was done twice (without what an order left), and how long until steps
+    came again.
 
     ``rows``: of the index of metrics, by epoch.
     """
