@@ -5,17 +5,23 @@ Memory: what is being written of one file (a piece, or a few parts of ``store/s3
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from checkpoint.errors import StoreRefused, StoreUnavailable
+from checkpoint.errors import StoreError, StoreRefused, StoreUnavailable
 from checkpoint.store.address import address, folder_of
 from trainer.wire.files import kept
 
 if TYPE_CHECKING:
     from checkpoint.store.s3 import S3Store
 
+_NO_FOLDER = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
 Buffer = bytes | bytearray | memoryview
 """Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
 
@@ -38,8 +44,13 @@ class Folder:
         self.path = path
 
     def begin(self, names: Sequence[str], weights: str) -> None:
-        if self.path.is_dir():
-            refuse_others(str(self.path), [entry.name for entry in self.path.iterdir()], names, weights)
+        try:
+            there = os.listdir(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return  # it is made, or writing says why not
+        except OSError as error:
+            raise _refusal(self.path, error) from error
+        refuse_others(str(self.path), there, names, weights)
 
     def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
         return str(write_pieces(self.path / name, pieces))
@@ -70,6 +81,8 @@ class Bucket:
 
 def target(text: str) -> Destination:
     """Where ``-o`` says: a folder, file:///…, or s3://bucket/prefix with the options of a store's address."""
+    if not text.strip():
+        raise StoreRefused("-o is empty: give a folder, or s3://bucket/prefix")
     url = address(text)
     if url.lower().startswith("s3:"):
         from checkpoint.store.s3_address import open_s3
@@ -98,8 +111,12 @@ def write_pieces(path: Path, pieces: Iterable[Buffer]) -> Path:
             for piece in pieces:
                 file.write(piece)
     except OSError as error:
-        text = f"writing {path}: {error.strerror or error}; nothing was left half written"
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
-            raise StoreRefused(f"{text}: choose a folder that can be written with -o") from error
-        raise StoreUnavailable(f"{text}: free space, or choose another folder with -o") from error
+        raise _refusal(path, error) from error
     return path
+
+
+def _refusal(path: Path, error: OSError) -> StoreError:
+    text = f"writing {path}: {error.strerror or error}; nothing was left half written"
+    if error.errno in _NO_FOLDER:
+        return StoreRefused(f"{text}: choose a folder that can be written with -o")
+    return StoreUnavailable(f"{text}: free space, or choose another folder with -o")

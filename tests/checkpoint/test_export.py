@@ -307,6 +307,8 @@ def test_where_an_export_can_go(tmp_path: Path) -> None:
     assert isinstance(found, Folder)
     assert found.path == tmp_path / "a b"
     assert isinstance(target("s3://bucket/p?region=us-east-1"), Bucket)
+    with pytest.raises(StoreRefused, match="choose a folder"):
+        target(str(tmp_path / ("x" * 300))).begin(["a"], "model")
     for wrong in ("memory:", "gs://bucket/x", ""):
         with pytest.raises(StoreRefused):
             target(wrong)
