@@ -22,7 +22,7 @@ from pathlib import Path
 
 from checkpoint.agent.gang import Options
 from checkpoint.agent.link import Link
-from checkpoint.agent.metrics import address_of, serve
+from checkpoint.agent.metrics import METRICS_FILE, address_of, serve
 from checkpoint.agent.service import Service
 from checkpoint.agent.slots import fence
 from checkpoint.claims import Place
@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BUG
     finally:
         link.close()
+        (work / METRICS_FILE).unlink(missing_ok=True)
     log.info("the agent leaves with %d", code)
     return code
 

@@ -11,6 +11,7 @@ know the steps of their snapshots. Alerts on these names: ``k8s/components/monit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -20,12 +21,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from socket import AF_INET6
+from socket import AF_INET6, SHUT_RDWR
+from socketserver import TCPServer
 
 from trainer.wire.files import write_file
 
 log = logging.getLogger(__name__)
 
+METRICS_FILE = "agent.metrics"
+"""In the node's folder, while the agent lives: the address of its page."""
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_S = 2.0
 _CAUSES = 32
@@ -162,12 +166,25 @@ def address_of(text: str) -> tuple[str, int]:
 class MetricsServer(threading.Thread):
     """The thread that answers. OSError where the address cannot be listened on."""
 
-    def __init__(self, address: tuple[str, int], text: Callable[[], str]) -> None:
+    def __init__(self, address: tuple[str, int], text: Callable[[], str], request_s: float = _REQUEST_S) -> None:
         super().__init__(name="metrics", daemon=True)
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = _REQUEST_S
             server_version, sys_version = "hotstage-agent", ""
+
+            def setup(self) -> None:
+                super().setup()
+                self._end = threading.Timer(request_s, self._cut)  # also for who sends a byte now and then
+                self._end.daemon = True
+                self._end.start()
+
+            def finish(self) -> None:
+                self._end.cancel()
+                super().finish()
+
+            def _cut(self) -> None:
+                with contextlib.suppress(OSError):
+                    self.connection.shutdown(SHUT_RDWR)
 
             def do_GET(self) -> None:
                 if self.path.partition("?")[0] != "/metrics":
@@ -190,8 +207,7 @@ class MetricsServer(threading.Thread):
                 log.debug("a request for metrics from %s was not answered", client_address, exc_info=True)
 
             def server_bind(self) -> None:  # HTTPServer's asks for the host's name, which may take seconds
-                self.socket.bind(self.server_address)
-                self.server_address = self.socket.getsockname()
+                TCPServer.server_bind(self)
                 self.server_name, self.server_port = address[0], self.server_address[1]
 
         self._listener = Listener(address, Handler)
@@ -213,5 +229,5 @@ def serve(address: tuple[str, int], work: Path, text: Callable[[], str]) -> None
         return
     server.start()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    write_file(work / "agent.metrics", f"http://{host}:{server.port}/metrics\n".encode())
+    write_file(work / METRICS_FILE, f"http://{host}:{server.port}/metrics\n".encode())
     log.info("metrics are at http://%s:%d/metrics", host, server.port)

@@ -83,19 +83,21 @@ def test_stalls_and_skipped_saves_of_several_attempts_add_up_whatever_a_rank_wri
 def test_only_metrics_are_told_and_a_bad_request_costs_nothing() -> None:
     gauge = Gauge()
     gauge.tell(epoch=1, step=2, held=1, committed=0, slots={"ready": 2, "empty": 1}, retries={"SlowDown": 4})
-    server = MetricsServer(("127.0.0.1", 0), lambda: gauge.text(LABELS))
+    server = MetricsServer(("127.0.0.1", 0), lambda: gauge.text(LABELS), request_s=0.2)
     server.start()
     with socket.create_connection(("127.0.0.1", server.port)) as rude:
         rude.sendall(b"\x00\xff" * 40 + b"\r\n\r\n")
         while rude.recv(4096):
             pass
-    for path, status in (("/", 404), ("/metrics/../x", 404), ("/metrics?a=b", 200), ("/metrics", 200)):
-        asked = http.client.HTTPConnection("127.0.0.1", server.port)
-        asked.request("GET", path)
-        answer = asked.getresponse()
-        text = answer.read().decode()
-        assert answer.status == status
-        asked.close()
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.0\r\nX-Drip: ")  # and nothing more: it is cut off, and the next one is heard
+        for path, status in (("/", 404), ("/metrics/../x", 404), ("/metrics?a=b", 200), ("/metrics", 200)):
+            asked = http.client.HTTPConnection("127.0.0.1", server.port)
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            text = answer.read().decode()
+            assert answer.status == status
+            asked.close()
     assert answer.getheader("Content-Type") == TYPE
     found = told(text)
     assert (found["slots ready"], found["retries_total SlowDown"], found["memory_step"]) == (2, 4, 1)
