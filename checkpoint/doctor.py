@@ -407,15 +407,21 @@ class _Doctor:
         total = self.effort.data_bytes if self.removes else min(self.effort.data_bytes, KEPT_BYTES)
         count = max(1, total // BLOCK)
         block = secrets.token_bytes(min(BLOCK, total))
-        datas = [number.to_bytes(8, "little") + block[8:] for number in range(count)]
         named = [self.key(f"speed-{number}") for number in range(count)]
-        digests = [hashlib.sha256(data).digest() for data in datas]
+
+        def data(number: int) -> bytes:
+            return number.to_bytes(8, "little") + block[8:]
+
+        def write(number: int) -> None:
+            own = data(number)
+            self.store.create(named[number], own, sha256=hashlib.sha256(own).digest())
+
         with ThreadPoolExecutor(THREADS) as pool:
             with self.timed() as wrote:
-                list(pool.map(lambda i: self.store.create(named[i], datas[i], sha256=digests[i]), range(count)))
+                list(pool.map(write, range(count)))
             with self.timed() as read:
-                for one in pool.map(lambda i: self.store.get(named[i]) == datas[i], range(count)):
-                    if not one:
+                for same in pool.map(lambda number: self.store.get(named[number]) == data(number), range(count)):
+                    if not same:
                         raise StoreRefused("an object came back with other bytes than were written")
         size = count * len(block) / 1e6
         self.tell("ok", "speed", f"{size / wrote[0]:.0f} MB/s written, {size / read[0]:.0f} MB/s read by {THREADS} "

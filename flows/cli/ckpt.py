@@ -224,7 +224,7 @@ def export(run: str, output: str, shard_gb: float, step: int | None, store: str 
 
 @ckpt.command()
 @click.argument("store_url", metavar="STORE_URL", required=False)
-@click.option("--mb", type=click.IntRange(8, 65536), default=64, show_default=True, help="Written to find the speed.")
+@click.option("--mb", type=click.IntRange(8, 4096), default=64, show_default=True, help="Written to find the speed.")
 @json_option
 def doctor(store_url: str | None, mb: int, as_json: bool) -> int:
     """Ask a store what it is good for: STORE_URL, else HOTSTAGE_STORE.

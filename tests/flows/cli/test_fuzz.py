@@ -23,6 +23,7 @@ from typing import Any
 import click
 import pytest
 
+from checkpoint.doctor import Effort
 from flows.cli.main import cli
 from flows.drive.run import NoBoard, Prepared
 from tests.flows.conftest import Trained
@@ -338,6 +339,8 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("flows.cli.train.host", host)
     monkeypatch.setattr("flows.demo.demo", lambda *_, **__: SimpleNamespace())
+    little = Effort(data_bytes=1 << 16, races=((1, 2, 8),), objects=2, small=1)
+    monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
     monkeypatch.setattr("flows.cli.train.serve_until_signal", lambda *_, **__: None)
     monkeypatch.setattr("flows.drive.reconcile.Reconciler.look", lambda *_: threading.Event().wait())
