@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.agent.memory_pages import HUGE_BYTES, take_pages
 from checkpoint.agent.slots import Slot, SlotChanged, SlotTable, fence, membarrier
 from checkpoint.layout import PlanLayout
 from tests.support.agents import make_run, tiny_spec
@@ -134,3 +135,21 @@ def test_the_kernel_s_fence_is_there() -> None:
     """What an agent on arm64 needs of its kernel; on x86-64 a locked instruction does it."""
     membarrier()
     fence()
+
+
+@pytest.mark.parametrize("size", [4096, (2 << 20) - 4096, 2 << 20, (37 << 20) + 4096])
+def test_all_pages_of_a_slot_are_taken_and_none_beyond(size: int) -> None:
+    fd = os.memfd_create("pages", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        os.pwrite(fd, b"kept", size - 8)
+        take_pages(fd, size)
+        assert size <= os.fstat(fd).st_blocks * 512 < size + HUGE_BYTES
+        assert os.pread(fd, size, 0) == bytes(size - 8) + b"kept" + bytes(4)
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+        looks = iter([True, False])
+        take_pages(fd, size, lambda: next(looks))
+        assert os.fstat(fd).st_blocks * 512 <= 16 << 20
+    finally:
+        os.close(fd)
