@@ -45,11 +45,18 @@ class NodeGroups:
         return -(-self.nodes // self.size)
 
     def of_node(self, node: int) -> int:
-        return node // self.size
+        return ((node + 1) * self.count - 1) // self.nodes
 
     def members(self, group: int) -> range:
-        """The nodes of a group."""
-        return range(group * self.size, min((group + 1) * self.size, self.nodes))
+        """The nodes of a group: as many as of any other, or one fewer. In a group of one nobody would take over.
+
+        >>> groups = NodeGroups.of(2000, 57)
+        >>> groups.size, [len(groups.members(g)) for g in range(groups.count)]
+        (8, [7, 7, 7, 7, 7, 7, 7, 8])
+        >>> all(n in groups.members(groups.of_node(n)) for n in range(57))
+        True
+        """
+        return range(group * self.nodes // self.count, (group + 1) * self.nodes // self.count)
 
     def name(self, step: int, epoch: int, number: int) -> str:
         """Of a part that the committer reads."""
