@@ -24,6 +24,8 @@
     .../<epoch>/upload/last                               the snapshot that all nodes upload (agent/upload.py)
     .../<epoch>/{metrics,logs/<rank>,trace}/...           what people watch (agent/output.py)
     .../collected                                         the collector's last pass (collect/collector.py)
+    .../replays                                           what was computed again, and what differed (replay_every)
+    probe/...                                         what probing the store left (probe.py, doctor.py)
 
 ``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6; below ``live/`` as they come.
 """
@@ -117,6 +119,11 @@ def curve_key(run: str) -> str:
 def collected_key(run: str) -> str:
     """Of what the collector's last pass left."""
     return live_key(run, "collected")
+
+
+def replays_key(run: str) -> str:
+    """Of what replays beside the run have come to (``recovery.replay_every``)."""
+    return live_key(run, "replays")
 
 
 def launch_key(run: str, launch: str) -> str:

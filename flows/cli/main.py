@@ -181,8 +181,16 @@ def complain(text: str, **more: Any) -> None:
 
 
 def show(value: Any) -> None:
-    """JSON on stdout."""
-    click.echo(json.dumps(value, indent=1, default=str))
+    """JSON on stdout. Numbers that it has no word for (NaN, infinities) are texts."""
+    click.echo(json.dumps(_finite(value), indent=1, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> None:

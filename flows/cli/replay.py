@@ -54,7 +54,7 @@ def replay(
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.replay.replay import replay_run
-    from flows.replay.words import plain, replay_lines
+    from flows.replay.words import replay_lines
 
     opened = store_at(store)
     name = find_run(opened, run)
@@ -70,7 +70,7 @@ def replay(
     )
     if as_json:
         said = {"said": list(replay_lines(report)), "exit_code": report.exit_code}
-        show(plain({**asdict(report), **said}))
+        show({**asdict(report), **said})
     else:
         for line in replay_lines(report):
             say(line)

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from checkpoint import codec
 from checkpoint.errors import Damaged, NotFound, StoreError
-from checkpoint.keys import live_key
+from checkpoint.keys import replays_key
 from checkpoint.log import RunState
 from checkpoint.store import Store
 from flows.drive.views import short
@@ -41,6 +41,7 @@ MAX_BYTES = 256 << 10
 MOST_KEPT = 16
 CANDIDATES = 64
 EXIT_DIFFERS, EXIT_REFUSED = 88, 78
+"""Of ``hotstage replay``."""
 MOST_FAILURES = 3
 ONE_RANK = ("parallel.stages=1", "parallel.chunks=1", "parallel.replicas=1", "parallel.schedule=1f1b")
 """The layout that needs fewest processes; its bits are those of any other."""
@@ -71,11 +72,6 @@ class Kept:
             return cls(int(value["upto"]), int(value["steps"]), tuple(value["differ"])[-MOST_KEPT:])
         except (NotFound, Damaged, KeyError, TypeError, ValueError):
             return cls()
-
-
-def replays_key(run: str) -> str:
-    """Of the hint."""
-    return live_key(run, "replays")
 
 
 def next_range(every: int, saved: Sequence[int], reached: int, upto: int) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from checkpoint.keys import address_key
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
+from flows.drive.replays import EXIT_DIFFERS
 from flows.drive.run import Prepared, load_spec_of, parent_of
 from flows.drive.views import Restore
 from flows.replay.again import compute, scratch
@@ -38,7 +39,6 @@ from trainer.spec import how_map, what_digest
 from trainer.spec_layouts import layout_words
 from trainer.wire import CUDA_PATHS, NUMERICS_VERSION
 
-EXIT_DIFFERS = 88
 MAX_PLAN_BYTES = 1 << 30
 _ADDRESS_BYTES = 1 << 20
 _SETS = ("parallel", "launch")

@@ -1,10 +1,8 @@
-"""A replay's result as a person reads it, and as JSON holds it."""
+"""A replay's result as a person reads it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 from flows.replay.compare import Verdict, whom
 from flows.replay.replay import Replayed
@@ -47,12 +45,3 @@ _SAYS = {
     Verdict.UNCLEAR: "computed a second time here it is yet another: this machine computes wrongly; test it (hotstage "
     "doctor), and replay on another one",
 }
-
-
-def plain(value: Any) -> Any:
-    """For JSON: exit code beside what is compared, no infinities."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -121,7 +121,7 @@ def compare(store: Store, a: str, b: str) -> dict[str, Any]:
     found = list(diff(store, manifests[0], store, manifests[1]))
     differ = [(pair, kinds) for pair, kinds in found if kinds or not pair.comparable]
     same = {name: getattr(manifests[0], name) == getattr(manifests[1], name) for name in ("step", "samples", "what")}
-    tensors = [_plain({**asdict(pair), "kinds": [asdict(kind) for kind in kinds]}) for pair, kinds in differ]
+    tensors = [{**asdict(pair), "kinds": [asdict(kind) for kind in kinds]} for pair, kinds in differ]
     return {
         "equal": sides[0]["state_digest"] == sides[1]["state_digest"],
         "a": sides[0],
@@ -132,15 +132,6 @@ def compare(store: Store, a: str, b: str) -> dict[str, Any]:
         "tensors": len(found),
         "differ": tensors,
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are texts."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def diff_lines(told: Mapping[str, Any]) -> Iterator[str]:

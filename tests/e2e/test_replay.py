@@ -19,12 +19,12 @@ import pytest
 from checkpoint.keys import algorithms_key
 from checkpoint.log import RunLog
 from checkpoint.store import OverlayStore, Store, open_store
-from flows.drive.replays import Kept, Replays
+from flows.drive.replays import EXIT_DIFFERS, Kept, Replays
 from flows.drive.run import load_spec_of
 from flows.replay import again
 from flows.replay.again import DATA, FOLDER, Stopped
 from flows.replay.compare import Verdict
-from flows.replay.replay import EXIT_DIFFERS, replay_run
+from flows.replay.replay import replay_run
 from flows.replay.words import replay_lines
 from tests.engine.engine_build import build_flipping
 from tests.support.chaos import frozen

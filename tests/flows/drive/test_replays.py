@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from checkpoint.keys import replays_key
 from checkpoint.log import RunLog
 from checkpoint.store.memory import MemoryStore
 from flows.drive.events import Event
-from flows.drive.replays import Kept, Replays, next_range, replays_key, spare_cores
+from flows.drive.replays import Kept, Replays, next_range, spare_cores
 from flows.show.lines import Lines
 from tests.checkpoint.samples import attempt_body, point_body
 from tests.support.place import SPEC
