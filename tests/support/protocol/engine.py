@@ -135,6 +135,7 @@ class Engine(Process):
                 self.stopping = True
                 for rank in self.ranks.values():
                     self.world.gang(rank.epoch).stopping = True
+                self.leave()
 
     def start(self, effect: do.Start) -> None:
         gang = effect.gang
@@ -183,6 +184,12 @@ class Engine(Process):
             self.say(ev.EngineIdle(self.peer or 0, self.epoch))
             if self.pending is not None:
                 self.prepare(self.pending)
+            self.leave()
+
+    def leave(self) -> None:
+        """As ``loop.c``: a supervisor that was asked to stop ends once it has no rank."""
+        if self.stopping and not self.ranks:
+            self.hub.at(1.0, self, self.kill)
 
     def end_all(self, signal: int) -> None:
         for rank in list(self.ranks.values()):
