@@ -208,6 +208,7 @@ class _Doctor:
 
     def writes(self) -> bool:
         """Whether it may create objects, somewhere."""
+        refusal: CheckpointError | None = None
         for base in dict.fromkeys((self.base, keys.run_key(self.run, "log"))):
             self.base = base
             try:
@@ -215,12 +216,14 @@ class _Doctor:
             except StoreUnavailable as error:
                 self.tell("unknown", "writes", f"the store did not answer: {error}", "ask again when it does")
                 return False
-            except CheckpointError:
+            except CheckpointError as error:
+                refusal = refusal or error
                 continue
             if not made or self.store.get(self.key("first"), max_bytes=99) != b"first":
                 self.tell("bad", "writes", "an object that was just created is not there, or holds something else")
                 return False
             return True
+        self.tell("ok", "writes", f"it is only read by whoever asks here; a write: {refusal}")
         return False
 
     def rights(self, writes: bool) -> None:

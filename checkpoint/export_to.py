@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _NO_FOLDER = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT),
 }
 Buffer = bytes | bytearray | memoryview
 """Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
@@ -116,7 +116,8 @@ def write_pieces(path: Path, pieces: Iterable[Buffer]) -> Path:
 
 
 def _refusal(path: Path, error: OSError) -> StoreError:
-    text = f"writing {path}: {error.strerror or error}; nothing was left half written"
+    why = "a file lies where a folder must be" if isinstance(error, FileExistsError) else error.strerror or error
+    text = f"writing {path}: {why}; nothing was left half written"
     if error.errno in _NO_FOLDER:
         return StoreRefused(f"{text}: choose a folder that can be written with -o")
     return StoreUnavailable(f"{text}: free space, or choose another folder with -o")

@@ -61,7 +61,10 @@ mv "$mark.new" "$mark" || exit 71
 exec < /dev/null
 exec "$@"
 """
-_NO_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_PLACE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
 _RESTARTS, _RESTART_WINDOW_S = 8, 60.0
 
 
@@ -168,6 +171,11 @@ class LocalLauncher:
             if held.folder is None:
                 return  # ``observe`` says where it is
             folder = held.folder
+        if any(0xD800 <= ord(c) < 0xE000 for c in str(folder)):
+            raise LaunchRefused(
+                f"the folder {str(folder)!a} has a name that is not text in UTF-8, as its nodes are told it: choose "
+                "another with --out"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if held is None and self._claims is not None:

@@ -122,6 +122,8 @@ def test_rights_are_told(peer: HostileS3, denied: set[str], good: tuple[str, ...
     found = examined(peer)
     assert found.good_for == good
     assert any(re.search(says, f.text) for f in found.findings), found
+    if "PUT" in denied:
+        assert [f.verdict for f in found.findings if f.name == "writes" and "AccessDenied" in f.text] == ["ok"]
 
 
 @pytest.mark.parametrize(

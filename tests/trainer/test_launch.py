@@ -16,7 +16,7 @@ import pytest
 from tests.support.agents import ROOT, Run, make_run, put_dataset, tiny_spec, wait_for
 from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, LaunchRefused
 from trainer.launch import Launch, LaunchedNode
 from trainer.local_launch import LocalLauncher, ProcessMark
 from trainer.spec import how_map
@@ -208,6 +208,9 @@ def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         launcher.ensure(Launch("run", "../up", 1, "memory:", tmp_path))
     with pytest.raises(LaunchError, match="at least 1"):
         launcher.ensure(Launch("run", "a", 0, "memory:", tmp_path))
+    for name, why in (("\udce9", "is not text in UTF-8"), ("x" * 300, "File name too long")):
+        with pytest.raises(LaunchRefused, match=f"{why}.*--out"):
+            LocalLauncher(tmp_path / name).ensure(Launch("run", "a", 1, "memory:", tmp_path))
     assert launcher.observe("nothing").state == "absent"
     launcher.stop("nothing", 0)
     monkeypatch.setenv("HOTSTAGE_ENGINE", str(tmp_path / "no-engine"))

@@ -30,7 +30,7 @@ from tests.flows.conftest import Trained
 from tests.support.calls import called
 from tests.support.place import SPEC, TEXT
 from trainer.dataset import DatasetRef
-from trainer.errors import SpecError
+from trainer.errors import LaunchError, SpecError
 from trainer.spec import RunSpec, _paths, how_map, parse_spec
 from trainer.wire import EXITS
 from trainer.wire.packed import RECORD_DEPTH, pack
@@ -337,7 +337,11 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def wait(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    def start(*_: object, **__: object) -> None:
+        raise LaunchError("no process is started here")
+
     monkeypatch.setattr("flows.cli.train.host", host)
+    monkeypatch.setattr("trainer.local_launch.LocalLauncher._ensure_node", start)  # of `replay`
     monkeypatch.setattr("flows.demo.demo", lambda *_, **__: SimpleNamespace())
     little = Effort(data_bytes=1 << 16, races=((1, 2, 8),), objects=2, small=1)
     monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
