@@ -1,7 +1,7 @@
 """Digests of state, as fast as the CPU has instructions for: the engine's own code (core/hash.c) as a library.
 
 Two SHA-256 go side by side in about the time of one. Where the library is not there (an image of Python alone) hashlib
-gives the same digests. The interpreter's lock is not held meanwhile.
+and zlib give the same. The interpreter's lock is not held meanwhile.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ def _open() -> ctypes.CDLL | None:
                 library.hs_sha256_leaves.argtypes = (
                     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
                 )  # fmt: skip
+                library.hs_crc32.restype = ctypes.c_uint32
+                library.hs_crc32.argtypes = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t
             except (OSError, AttributeError):  # of another machine, or another version
                 continue
             return library
@@ -82,6 +85,15 @@ def sha256_leaves(data: Data, lengths: Sequence[int], block: int, *, whole: bool
     with _address(view) as at:
         _LIBRARY.hs_sha256_leaves(at, sizes, len(lengths), block, found, total if whole else None)
     return found.raw, total.raw if whole else b""
+
+
+def crc32(data: Data, crc: int = 0) -> int:
+    """The CRC-32 of zlib, of ``data`` behind what gave ``crc``; where the library is there, at the speed of memory."""
+    if _LIBRARY is None:
+        return zlib.crc32(data, crc)
+    with _address(data) as at:
+        found: int = _LIBRARY.hs_crc32(crc, at, memoryview(data).nbytes)
+    return found
 
 
 def _plain(view: memoryview, lengths: Sequence[int], block: int, whole: bool) -> tuple[bytes, bytes]:

@@ -19,11 +19,11 @@ import os
 import platform
 import struct
 import threading
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
+from checkpoint.hashes import crc32
 from trainer import wire
 
 from ..layout import RankLayout
@@ -281,13 +281,13 @@ class Slot:
         table = wire.SLOT_HEADER_BYTES
         crc = 0
         for part in (*_HEADER_CRC, slice(table, table + 8 * self.layout.chunks)):
-            crc = zlib.crc32(self._map[part], crc)
+            crc = crc32(self._map[part], crc)
         return crc
 
 
 def _sum(chunk: memoryview) -> int:
     with chunk:
-        return zlib.crc32(chunk)
+        return crc32(chunk)
 
 
 class SlotTable:

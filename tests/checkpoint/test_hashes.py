@@ -1,15 +1,16 @@
-"""The engine's digests, as the agent takes them: those of hashlib, for data of every length and in every memory."""
+"""The engine's digests, as the agent takes them: hashlib's and zlib's, for data of every length and in every memory."""
 
 from __future__ import annotations
 
 import hashlib
 import mmap
 import random
+import zlib
 
 import pytest
 
 from checkpoint import hashes
-from checkpoint.hashes import sha256_leaves
+from checkpoint.hashes import crc32, sha256_leaves
 
 LENGTHS = [(), (0,), (1,), (63,), (64,), (65,), (4096,), (4097,), (8191, 1, 64, 0, 5000), (100_000,), (12_288, 12_292)]
 
@@ -54,3 +55,16 @@ def test_any_memory_is_taken_and_let_go() -> None:
 def test_pieces_that_are_not_all_of_it_are_refused() -> None:
     with pytest.raises(ValueError, match="pieces of 9 bytes in 10"):
         sha256_leaves(bytes(10), (4, 5), 64, whole=True)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["library", "zlib"])
+def test_sums_are_zlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(hashes, "_LIBRARY", None)
+    elif hashes._LIBRARY is None:
+        pytest.skip("the library is not built here")
+    data = random.Random(2).randbytes(70_000)
+    for first, end in ((0, 0), (0, 1), (3, 66), (1, 70_000), (0, 65_536)):
+        with memoryview(data)[first:end] as view:
+            assert crc32(view) == zlib.crc32(view)
+            assert crc32(view, 0x12345678) == zlib.crc32(view, 0x12345678)
