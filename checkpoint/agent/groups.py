@@ -1,4 +1,4 @@
-"""NodeGroups of nodes: above a thousand ranks parts join a group first, so that nobody reads or lists what all wrote.
+"""Groups of nodes: above a thousand ranks parts join a group first, so that nobody reads or lists what all wrote.
 
 Of N nodes a group is about the square root, consecutive ones. One of a group, another one each step, makes the group's
 part of its nodes' parts as they come (``manifest.join``); the committer reads the groups' as it reads the nodes' in a

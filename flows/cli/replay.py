@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -51,6 +48,9 @@ def replay(
     which goes at the end. Exits 88 where something differs, with the first step, and the ranks and nodes that computed
     it.
     """
+    import threading
+
+    from flows.cli.signals import stopped_by_signals
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.replay.replay import replay_run
@@ -58,6 +58,8 @@ def replay(
 
     opened = store_at(store)
     name = find_run(opened, run)
+    stop = threading.Event()
+    stopped_by_signals(stop, twice=True)
     report = replay_run(
         opened,
         name,
@@ -65,7 +67,7 @@ def replay(
         last,
         out=Path(out),
         sets=sets,
-        stop=_stopped_by_signals(),
+        stop=stop,
         tell=(lambda _: None) if as_json else terminal.tell,
     )
     if as_json:
@@ -75,17 +77,3 @@ def replay(
         for line in replay_lines(report):
             say(line)
     return report.exit_code
-
-
-def _stopped_by_signals() -> threading.Event:
-    """Set by the first Ctrl-C or SIGTERM; a second one interrupts whatever is being done."""
-    stop = threading.Event()
-
-    def heard(_number: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, heard)
-    return stop

@@ -110,6 +110,18 @@ class Signals:
         )
 
 
+def stopped_by_signals(stop: threading.Event, *, twice: bool = False) -> None:
+    """Have Ctrl-C and SIGTERM set ``stop``. ``twice``: a second one interrupts whatever is being done."""
+
+    def heard(_number: int, _frame: Any) -> None:
+        if twice and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heard)
+
+
 def leave(code: int, text: str, say: Callable[[str], None]) -> None:
     """End the process now, whatever its threads do; temporary folders go first, and the terminal is left as it was."""
     say(text)

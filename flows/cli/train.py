@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flows.cli.main import EXIT_CODES, Number, complain, json_option, out_option, say, set_option, store_option
-from flows.cli.signals import Signals
+from flows.cli.signals import Signals, stopped_by_signals
 from flows.cli.voice import Voice
 
 if TYPE_CHECKING:
@@ -264,12 +264,10 @@ def serve_fired(
 
 def serve_until_signal(server: Server | None) -> None:
     """Serve (None: nothing) until Ctrl-C or SIGTERM; what was started goes on."""
-    import signal
     import threading
 
     stop = server.stop if server is not None else threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: stop.set())
+    stopped_by_signals(stop)
     if server is None:
         stop.wait()
         return
