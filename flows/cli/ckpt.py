@@ -95,7 +95,7 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
     say(
         f"{name} step {info.step}, attempt {told['attempt'] or '–'}: "
         f"{size_words(manifest.total_bytes)} in {len(manifest.chunks)} chunk(s) of {info.parts} node(s), "
-        f"{age_words(time.time() - info.time)} ago" + (f", pinned: {', '.join(pins)}" if pins else "")
+        f"{age_words(time.time() - info.time)}" + (f", pinned: {', '.join(pins)}" if pins else "")
     )
     passed = f", {skipped:,} skipped" if skipped else ""
     say(f"state digest {info.state_digest}, {info.data_position - skipped:,} samples read{passed}")
@@ -106,7 +106,10 @@ def show_checkpoint(run: str, step: int | None, store: str | None, as_json: bool
 
 @ckpt.command()
 @click.argument("run")
-@click.option("--quick", is_flag=True, help="Check names and sizes only, do not hash every byte again.")
+@click.option(
+    "--quick/--full",
+    help="Check names and sizes only, or read and hash every byte again (default: --full).",
+)
 @store_option
 @json_option
 def verify(run: str, quick: bool, store: str | None, as_json: bool) -> int:

@@ -205,7 +205,7 @@ def order(run: str, sets: tuple[str, ...], store: str | None, as_json: bool, **a
     """
     from checkpoint.log import RunLog
     from flows.drive.orders import Asked, describe, place_order
-    from flows.drive.run import ask_run, find_run
+    from flows.drive.run import ask_run, find_run, opened_again
     from flows.drive.train import store_at
 
     wish = _wish(**amends)
@@ -222,7 +222,7 @@ def order(run: str, sets: tuple[str, ...], store: str | None, as_json: bool, **a
     elif told:
         say(f"{name}: {told[-1]['text']} (log record {told[-1]['record']})")
         say(f"whatever drives {name} follows; where nothing does: hotstage runs resume {name}")
-    elif state.ended and state.ended.outcome == "succeeded":
+    elif state.ended and state.ended.outcome == "succeeded" and not opened_again(state):
         say(f"{name} has succeeded, and nothing is left to do: --steps N or --rollback-to STEP orders more")
     else:
         say(f"{name}: nothing to order, it is so already")

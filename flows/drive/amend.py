@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from checkpoint.amendments import MOST, NONE, Amendments
 from checkpoint.log import CheckpointInfo, RunState, StartPoint
+from flows.drive.views import some_steps
 from trainer.errors import SpecError
 from trainer.spec import RunSpec
 from trainer.wire import ATTEMPT_RATES_MAX, ATTEMPT_SKIPS_MAX
@@ -82,7 +83,7 @@ class _Line:
         steps = sorted({self.begins.step, *(c.step for c in self.saved)})
         raise SpecError(
             f"--rollback-to {step}: {self.state.run} has no usable checkpoint of that step{why}; it can go back to "
-            f"{_some(steps)}"
+            f"{some_steps(steps)}"
         )
 
     def before(self, amended: Amendments, batch: int) -> str:
@@ -90,16 +91,6 @@ class _Line:
         steps = [*(c.step for c in self.saved), self.begins.step]
         found = next((s for s in sorted(steps, reverse=True) if amended.batch(s) < batch), None)
         return "" if found is None else f"--rollback-to {found}"
-
-
-def _some(steps: Sequence[int]) -> str:
-    """As many as a person reads.
-
-    >>> _some([0, 10, 20]), _some(range(0, 200, 10))
-    ('0, 10, 20', '0, 10, 20, …, 150, 160, 170, 180, 190')
-    """
-    shown = [str(s) for s in steps]
-    return ", ".join(shown if len(shown) <= 12 else [*shown[:3], "…", *shown[-5:]])
 
 
 def _check_skip(amended: Amendments, first: int, last: int, start: StartPoint, total: int, line: _Line) -> None:

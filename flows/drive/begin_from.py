@@ -28,7 +28,7 @@ from checkpoint.pages import write
 from checkpoint.safetensors import FileTensor, NoWeights, digest_of, read_folder
 from checkpoint.store import Store
 from flows.data import prepare
-from flows.drive.fork import fork_run
+from flows.drive.fork import check_beginning, fork_run
 from flows.drive.run import Prepared, attempt_body, check_layouts, create_run, ready_store
 from flows.drive.views import Restore
 from trainer.errors import SpecError
@@ -71,6 +71,7 @@ def import_run(store: Store, folder: Path, spec: RunSpec, *, say: Callable[[str]
     what = what_digest(resolved, dataset)
     prepared = Prepared(run_id(resolved, dataset), resolved, dataset, what, compile_plan(resolved, dataset, what))
     check_layouts(prepared)
+    check_beginning(store, run_id(spec.resolve(dataset), dataset), prepared.run)  # before anything is written
     sources = _sources(files, resolved.model)
     digest = digest_of(files)
     say(f"{len(files)} tensors of {folder} are those of the model; writing them as step 0 of {prepared.run}")

@@ -12,6 +12,7 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
 from flows.drive.run import Prepared, check_layouts, create_run, load_what, parent_of, spec_tree
+from flows.drive.views import some_steps
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -32,9 +33,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     found = state.at_step(step)
     if found is None:
         steps = sorted({c.step for c in state.restore_candidates()})
-        raise SpecError(
-            f"{parent} has no usable checkpoint at step {step}; it has {', '.join(map(str, steps)) or 'none'}"
-        )
+        raise SpecError(f"{parent} has no usable checkpoint at step {step}; it has {some_steps(steps) or 'none'}")
     refuse_newer(store, parent, found)
     what = load_what(store, parent)
     digest = what["data"]["digest"]
@@ -58,19 +57,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     forked = Prepared(run, resolved, dataset, child_what, plan)
     check_layouts(forked)
     create_run(forked, store)
-    child = RunLog(store, run, writer="user")
-    there = child.fold(quick=True)
-    begun = parent_of(there) or {"run": parent, "checkpoint": found.n}
-    if there.n and parent_of(there) is None:
-        raise SpecError(
-            f"run {run} is there already, and began from its own initial weights; give this one another name "
-            "(--set name=…)"
-        )
-    if (begun["run"], begun["checkpoint"]) != (parent, found.n):
-        raise SpecError(
-            f"run {run} is there already, a fork of step {begun['step']} of {begun['run']}; give this one another name "
-            "(--set name=…)"
-        )
+    check_beginning(store, run, parent, found.n)
     pin(log, found, f"fork-{run}", state)
     body = {
         "kind": "parent",
@@ -81,8 +68,24 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     }
     if kept := _kept(state.amendments, resolved, parse_spec(whole), same_data=dataset.digest == digest):
         body["amendments"] = kept.to_map()
-    child.transact(lambda s: None if s.n else ("intervention", body))
+    RunLog(store, run, writer="user").transact(lambda s: None if s.n else ("intervention", body))
     return forked
+
+
+def check_beginning(store: Store, run: str, parent: str, checkpoint: int | None = None) -> None:
+    """SpecError where the run has begun already, but not from the parent (from that checkpoint of it, where named)."""
+    there = RunLog(store, run).fold(quick=True)
+    begun = parent_of(there)
+    if there.n and begun is None:
+        raise SpecError(
+            f"run {run} is there already, and began from its own initial weights; give this one another name "
+            "(--set name=…)"
+        )
+    if begun is not None and (begun["run"] != parent or checkpoint not in (None, begun["checkpoint"])):
+        raise SpecError(
+            f"run {run} is there already, a fork of step {begun['step']} of {begun['run']}; give this one another name "
+            "(--set name=…)"
+        )
 
 
 def _amended_end(train: Mapping[str, Any], amended: Amendments) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Replays:
     def look(self, spec: RunSpec, state: RunState, reached: int) -> None:
         """``reached``: the last step that the newest attempt is known to have computed."""
         if self._child is not None:
-            self._hear(self._child)
+            self._hear(self._child, state)
         every = spec.recovery.replay_every
         if every < 1 or self._child is not None or self._failures >= MOST_FAILURES or state.ended:
             return
@@ -199,7 +199,7 @@ class Replays:
         )
         self._child = _Child(process, output, first, last, reached)
 
-    def _hear(self, child: _Child) -> None:
+    def _hear(self, child: _Child, state: RunState) -> None:
         code = child.process.poll()
         if code is None:
             return
@@ -216,6 +216,8 @@ class Replays:
             differ = (*kept.differ, {**finding, "said": short(said, 4000)})[-MOST_KEPT:] if code else kept.differ
             kept = Kept(max(kept.upto, child.reached), kept.steps + child.last - child.first, differ)
             self.tell("same" if code == 0 else "differs", {**finding, "steps": kept.steps, "text": said})
+        elif code == EXIT_REFUSED and child.first and child.first not in {i.step for i in state.restore_candidates()}:
+            return  # the checkpoint was given up to the collector before it was pinned; from another one, then
         else:  # those steps are not computed again; the next ones may
             self._failures += 1 if code != EXIT_REFUSED else MOST_FAILURES
             kept = Kept(max(kept.upto, child.reached), kept.steps, kept.differ)
@@ -223,8 +225,9 @@ class Replays:
             last = text.strip().splitlines()[-1:] or [f"the process ended with {code}"]
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 last = [str(json.loads(last[0])["text"])]
-            why = short(last[0], 1000)
-            what = f"steps {child.first + 1} to {child.last} could not be computed again"
+            why = short(last[0].removeprefix("hotstage: "), 1000)
+            those = f"steps {child.first + 1} to {child.last}" if child.last > child.first + 1 else f"step {child.last}"
+            what = f"{those} could not be computed again"
             self.tell("none", {"text": f"recovery.replay_every: {what}: {why}{more}"})
         self._kept = kept
         try:

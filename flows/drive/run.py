@@ -239,11 +239,14 @@ def run_names(store: Store) -> Iterator[str]:
 
 
 def find_run(store: Store, name: str) -> str:
-    """The full name of a run, from it or from a beginning that only one run has. Raises SpecError otherwise."""
+    """The full name of a run, from it, from the name in its spec, or from a beginning, where only one run has that.
+    Raises SpecError otherwise.
+    """
     names = list(run_names(store))
     if name in names:
         return name
-    fitting = [n for n in names if n.startswith(name)]
+    of_spec = [n for n in names if n.rpartition("-")[0] == name]
+    fitting = of_spec if len(of_spec) == 1 else [n for n in names if n.startswith(name)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -304,14 +307,21 @@ def load_spec_of(
 
 
 def load_run(store: Store, run: str) -> Prepared:
-    """A run as the store knows it, with the How that rules now; publishes the plan."""
-    state = readable(store, run)
-    return _loaded(store, run, ruling_how(state), ())
+    """As `read_run`, to be driven: its plan is published."""
+    prepared = read_run(store, run)
+    publish_plan(store, run, prepared.plan)
+    return prepared
+
+
+def read_run(store: Store, run: str) -> Prepared:
+    """A run as the store knows it, with the How that rules now. Writes nothing: for whoever only looks."""
+    return _loaded(store, run, ruling_how(readable(store, run)), ())
 
 
 def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
     """A run with the How that was last asked for and ``sets`` over it: what ``orders.place_order`` makes an order."""
     prepared = _loaded(store, run, readable(store, run).asked_how, sets)
+    publish_plan(store, run, prepared.plan)
     check_layouts(prepared)
     return prepared
 
@@ -320,9 +330,7 @@ def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequenc
     spec, dataset = load_spec_of(store, run, how or {}, sets)
     resolved = spec.resolve(dataset)
     what = what_digest(resolved, dataset)
-    plan = compile_plan(resolved, dataset, what)
-    publish_plan(store, run, plan)
-    return Prepared(run, resolved, dataset, what, plan)
+    return Prepared(run, resolved, dataset, what, compile_plan(resolved, dataset, what))
 
 
 # --- the log, read ------------------------------------------------------------------------------------------

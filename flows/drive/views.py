@@ -437,3 +437,13 @@ class SkipBatches:
 
 
 Decision = StartAttempt | MarkDamaged | End | Watch | AwaitStop | Leave | Finished | SkipBatches
+
+
+def some_steps(steps: Sequence[int]) -> str:
+    """As many as a person reads.
+
+    >>> some_steps([0, 10, 20]), some_steps(range(0, 200, 10))
+    ('0, 10, 20', '0, 10, 20, …, 150, 160, 170, 180, 190')
+    """
+    shown = [str(s) for s in steps]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:3], "…", *shown[-5:]])

@@ -26,7 +26,7 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.drive.replays import EXIT_DIFFERS
 from flows.drive.run import Prepared, load_spec_of, parent_of
-from flows.drive.views import Restore
+from flows.drive.views import Restore, some_steps
 from flows.replay.again import compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
 from flows.replay.recorded import StepLine, computed_by, newest_step, read_recorded
@@ -236,7 +236,7 @@ def _begin(store: Store, run: str, state: RunState, step: int) -> Origin:
     steps = sorted({c.step for c in state.restore_candidates()} | ({0} if parent is None else set()))
     raise SpecError(
         f"{run} has no usable checkpoint at step {step} to begin from; --from takes one of "
-        f"{', '.join(map(str, steps[-20:])) or 'none'}"
+        f"{some_steps(steps) or 'none'}"
     )
 
 

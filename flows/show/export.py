@@ -22,7 +22,8 @@ from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
 from flows.data import load_dataset, load_tokenizer, tokenizer_json
-from flows.drive.run import load_run, load_what
+from flows.drive.run import load_what, read_run
+from flows.drive.views import some_steps
 from trainer.dataset import DatasetRef
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, SpecError
@@ -42,7 +43,7 @@ def usable_at(store: Store, run: str, step: int | None) -> CheckpointInfo:
     state = RunLog(store, run).fold()
     info = state.at_step(step)
     if info is None:
-        have = ", ".join(str(c.step) for c in state.restore_candidates()) or "none"
+        have = some_steps(sorted({c.step for c in state.restore_candidates()})) or "none"
         wanted = "no usable checkpoint" if step is None else f"no usable checkpoint at step {step}"
         raise SpecError(f"run {run} has {wanted}; it has {have}")
     return info
@@ -92,7 +93,7 @@ def export_hf(store: Store, run: str, step: int | None, target: Destination, sha
 
     The checkpoint is pinned meanwhile.
     """
-    prepared = load_run(store, run)
+    prepared = read_run(store, run)
     info, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
     end = prepared.dataset.eot
@@ -145,7 +146,7 @@ class Inference:
     """The engine in infer mode: ``logits(tokens)`` for one window of tokens. Use as a context manager."""
 
     def __init__(self, store: Store, run: str, step: int | None = None) -> None:
-        prepared = load_run(store, run)
+        prepared = read_run(store, run)
         _, manifest = checkpoint_at(store, run, step)
         self.spec = prepared.spec
         self._folder = tempfile.TemporaryDirectory(prefix="hotstage-infer-")

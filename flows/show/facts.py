@@ -14,7 +14,7 @@ from checkpoint.store import Store
 from flows.drive.live import on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.replays import Kept
-from flows.drive.run import find_run, load_run, load_what, opened_again, ordered_back
+from flows.drive.run import find_run, load_what, opened_again, ordered_back, read_run
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
@@ -189,7 +189,7 @@ def beside(plan: Plan, spec: RunSpec, run: str, store_url: str | None, steps: Se
 
     store = store_at(store_url)
     run = find_run(store, run)
-    theirs = load_run(store, run).spec
+    theirs = read_run(store, run).spec
     for name, own, other in (("model", spec.model, theirs.model), ("train", spec.train, theirs.train)):
         differ = [k for k, v in own if k not in _NO_TIME and v != getattr(other, k)]
         if differ:
@@ -225,7 +225,7 @@ def report_facts(
     from flows.show import foretell
 
     state = RunLog(store, run).fold(quick=True)
-    prepared = load_run(store, run)
+    prepared = read_run(store, run)
     epochs = [a.epoch for a in state.attempts]
     numbers = {epoch: number for number, epoch in enumerate(epochs, 1)}
     index = read_curve(store, run, epochs, tails=TAILS)

@@ -7,15 +7,15 @@ from typing import Any
 
 
 def age_words(seconds: float) -> str:
-    """How long ago, in one unit; a clock that is behind the writer's says ``now``.
+    """How long ago, in one unit; a clock that is behind the writer's says ``just now``.
 
     >>> [age_words(s) for s in (-5, 59, 3600, 3 * 86400 - 1)]
-    ['now', '59 s', '60 min', '71 h']
+    ['just now', '59 s ago', '60 min ago', '71 h ago']
     """
     for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 96)):
         if seconds < most * size:
-            return f"{int(seconds / size)} {unit}" if seconds >= 1 else "now"
-    return f"{int(seconds / 86400)} days"
+            return f"{int(seconds / size)} {unit} ago" if seconds >= 1 else "just now"
+    return f"{int(seconds / 86400)} days ago"
 
 
 def size_words(count: int) -> str:
@@ -37,7 +37,7 @@ def checkpoint_lines(rows: Sequence[Mapping[str, Any]], now: float) -> list[str]
         notes += [f"pinned: {', '.join(row['pins'])}"] if row["pins"] else []
         attempt = row["attempt"] if row["attempt"] is not None else "-"
         lines.append(
-            f"step {row['step']:>8}  attempt {attempt:>3}  {age_words(now - row['time']):>7} ago  {row['state_digest']}"
+            f"step {row['step']:>8}  attempt {attempt:>3}  {age_words(now - row['time']):>11}  {row['state_digest']}"
             + "".join(f"  {note}" for note in notes)
         )
     if gone := len(rows) - len(there):

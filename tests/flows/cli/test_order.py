@@ -12,8 +12,10 @@ import pytest
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
 from flows.cli.main import exit_code_of
+from flows.drive.run import find_run
 from tests.flows.conftest import Trained
 from tests.support.place import STEPS
+from trainer.errors import SpecError
 
 
 class Copy:
@@ -54,6 +56,38 @@ def test_what_cannot_be_ordered_is_refused_and_nothing_is_written(
     before = copy.records
     assert says in copy("runs", "order", *words, code=code)
     assert copy.records == before
+
+
+def test_a_rollback_that_was_ordered_twice_is_so_already(copy: Copy) -> None:
+    words = ["--rollback-to", "48", "--lr-scale", "0.5"]
+    assert "goes on from step 48" in copy("runs", "order", *words)
+    assert "nothing to order, it is so already" in copy("runs", "order", *words)
+
+
+def test_the_name_in_a_spec_is_a_runs_name_also_where_others_begin_with_it(copy: Copy) -> None:
+    store, name = open_store(copy.url), copy.run.rpartition("-")[0]
+    store.create(f"index/{name}-import-0a1b2c", b"")
+    assert find_run(store, name) == copy.run
+    store.create(f"index/{name}-0a1b2c", b"")
+    with pytest.raises(SpecError, match="write more of the name"):
+        find_run(store, name)
+
+
+def test_who_looks_writes_no_plan(copy: Copy, tmp_path: Path) -> None:
+    """An identity that may only read exports, generates and reports."""
+    store = open_store(copy.url)
+    for info in list(store.list(f"runs/{copy.run}/plans/")):
+        store.delete(info.key)
+    copy("ckpt", "export", "-o", str(tmp_path / "out"))
+    assert exit_code_of(["generate", copy.run, "--prompt", "a", "--tokens", "1", "--store", copy.url]) == 0
+    assert exit_code_of(["report", copy.run, "-o", str(tmp_path / "r.html"), "--store", copy.url]) == 0
+    assert not list(store.list(f"runs/{copy.run}/plans/"))
+
+
+def test_a_step_that_is_not_there_is_told_with_some_that_are(copy: Copy) -> None:
+    said = copy("ckpt", "digest", "--step", "7", code=78)
+    assert "no usable checkpoint at step 7; it has 4, 8, " in said
+    assert copy("ckpt", "verify", "--full") == copy("ckpt", "verify")
 
 
 def test_an_order_is_told_and_repeated_it_is_none(copy: Copy) -> None:

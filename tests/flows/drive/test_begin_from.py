@@ -168,6 +168,9 @@ def test_a_run_that_began_by_itself_or_from_other_weights_is_left_alone(
     log.append("attempt", attempt_body(own, "l", Restore(None, 0).to_map(), reason="start", cause=None), log.fold())
     with pytest.raises(SpecError, match="began from its own initial weights"):
         fork_run(store, first.parent, 0, ["name=imp-own"])
+    with pytest.raises(SpecError, match="began from its own initial weights"):
+        import_run(store, write(tmp_path / "a", weights(spec, vocab)[0]), spec_of(ground, "imp-own"))
+    assert not list(store.list("index/imp-own-import"))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,26 @@ def test_a_process_that_fails_is_told_and_not_tried_for_ever(tmp_path: Path) -> 
     assert Kept.load(store, RUN).steps == 0
 
 
+def test_a_checkpoint_that_the_collector_took_meanwhile_is_no_failure(tmp_path: Path) -> None:
+    """The steps are computed again from another one, and nothing is said."""
+    store = MemoryStore()
+    log = RunLog(store, RUN, writer="test")
+    state = log.append("attempt", attempt_body(), log.fold())
+    state = log.append("checkpoint", point_body(4, state.epoch), state, epoch=state.epoch)
+    told: list[Any] = []
+    refuses = ("sh", "-c", "exit 78")
+    replays = Replays(store, RUN, tmp_path, elsewhere=True, tell=lambda *f: told.append(f), command=refuses, cpus=1)
+    wanted = spec("recovery.replay_every=1")
+    replays.look(wanted, state, 5)
+    assert replays._child is not None
+    replays._child.process.wait(20)
+    gone = log.append("tombstone", {"checkpoint": state.checkpoints[-1].n}, state)
+    replays.look(wanted, gone, 5)
+    assert replays._child is None
+    assert not told
+    assert replays._failures == 0
+
+
 @pytest.mark.parametrize(
     "raw", [b"", b"\xc0", b"\x81\xa1v\x01", b"\x84\xa1v\x01\xa4upto\xa1x\xa5steps\x00\xa6differ\x91\x01"]
 )
