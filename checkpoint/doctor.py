@@ -89,8 +89,14 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether runs may rest on it."""
-        return not any(f.verdict == "bad" for f in self.findings)
+        """Whether runs may rest on it, as far as it was asked: nothing is bad, and nothing stayed without an answer."""
+        return self.exit_code == 0
+
+    @property
+    def exit_code(self) -> int:
+        """78 where something is bad, 75 where the store did not answer, else 0."""
+        verdicts = {f.verdict for f in self.findings}
+        return 78 if "bad" in verdicts else 75 if "unknown" in verdicts else 0
 
     def verdict(self, name: str) -> Verdict:
         return next((f.verdict for f in self.findings if f.name == name), "unknown")
@@ -233,11 +239,10 @@ class _Doctor:
             "save": lambda: self.store.create(self.own(keys.run_key(self.run, "chunks", "a")), b"chunk"),
             "delete": lambda: self.store.delete(keys.run_key(self.run, "chunks", "none")),
         }
-        for right, ask in asked.items():
-            if writes or right == "delete":
-                with suppress(CheckpointError):
-                    ask()
-                    self.may.add(right)
+        for right, ask in asked.items() if writes else ():  # to delete what is not there shows nothing, and a collector
+            with suppress(CheckpointError):  # also writes what it gives up
+                ask()
+                self.may.add(right)
         if writes:
             with suppress(CheckpointError):  # what was made here, to be removed at the end
                 self.store.delete(self.key("first"))

@@ -235,7 +235,7 @@ def doctor(store_url: str | None, mb: int, as_json: bool) -> int:
     \b
     It is asked as whoever calls: what races of writers, conditions, listings, ranges, checksums and its clock are like,
     which rights there are, how fast it is. Its probe objects are removed again where these rights allow.
-    Exits 0 where nothing is bad, else 78.
+    Exits 78 where something is bad, 75 where it did not answer (or is full), else 0.
     """
     from dataclasses import asdict
 
@@ -246,14 +246,14 @@ def doctor(store_url: str | None, mb: int, as_json: bool) -> int:
     found = examine_store(store_at(store_url), Effort(data_bytes=mb << 20))
     if as_json:
         show({**asdict(found), "ok": found.ok})
-        return 0 if found.ok else 78
-    code = tell_checks(found.findings, as_json)
+        return found.exit_code
+    tell_checks(found.findings, as_json)
     for mark, uses in (("good for", found.good_for), ("not for", found.bad_for)):
         for use in uses:
             say(f"{mark:>8}  {use}")
     if found.left:
         say(f"{found.left} probe objects stay (under probe/ or runs/doctor-…): this identity cannot delete them")
-    return code
+    return found.exit_code
 
 
 @ckpt.command("import")
