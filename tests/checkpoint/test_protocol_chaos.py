@@ -38,6 +38,7 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
     "record before manifest": (mistakes.record_before_manifest, "unloadable"),
     "claims are not exclusive": (lambda: mistakes.claims_are_not_exclusive(agent_module), "silent"),
     "safe before the record": (mistakes.safe_before_the_record, "silent"),
+    "slots are not held": (mistakes.slots_are_not_held, "silent"),
     "collects what is being saved": (mistakes.collects_what_is_being_saved, "unloadable"),
 }
 
@@ -47,5 +48,5 @@ def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
     """By this many strikes at the latest, and as what it is."""
     mistake, kinds = MISTAKES[name]
     with mistake():
-        campaign = chaos.run(400, 1, tmp_path, until_found=True)
+        campaign = chaos.run(400, 5, tmp_path, until_found=True)
     assert any(campaign.found[kind] for kind in kinds.split()), chaos.report(campaign)
