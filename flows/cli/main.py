@@ -202,10 +202,16 @@ def main() -> None:
     sys.exit(terminal.finish(exit_code_of(None)))
 
 
+DAMAGE_MEND = (
+    "; `hotstage ckpt verify RUN` names all that is damaged, `hotstage ckpt ls RUN` the checkpoints that --step may "
+    "name instead; a dataset is made again by `hotstage data prepare SPEC --again`"
+)
+
+
 def exit_code_of(arguments: list[str] | None) -> int:
     """Run the command: exceptions of the packages become a message and an exit code."""
     _speaks_json[0] = False
-    from checkpoint.errors import CheckpointError
+    from checkpoint.errors import CheckpointError, Damaged
     from trainer.errors import TrainerError
 
     try:
@@ -223,7 +229,8 @@ def exit_code_of(arguments: list[str] | None) -> int:
     except terminal.OutputLost as error:
         return terminal.lost(error)
     except (TrainerError, CheckpointError) as error:
-        complain(f"hotstage: {error}", exit_code=error.exit_code)
+        mend = DAMAGE_MEND if isinstance(error, Damaged) and "hotstage " not in str(error) else ""
+        complain(f"hotstage: {error}{mend}", exit_code=error.exit_code)
         return error.exit_code
     except Exception:
         terminal.tell(traceback.format_exc().rstrip())

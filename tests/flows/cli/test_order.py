@@ -84,6 +84,15 @@ def test_who_looks_writes_no_plan(copy: Copy, tmp_path: Path) -> None:
     assert not list(store.list(f"runs/{copy.run}/plans/"))
 
 
+def test_damage_is_told_with_what_to_do(copy: Copy, tmp_path: Path) -> None:
+    store = open_store(copy.url)
+    for info in list(store.list(f"runs/{copy.run}/chunks/")):
+        path = Path(copy.url.removeprefix("file://")) / info.key
+        path.write_bytes(bytes(path.stat().st_size))
+    said = copy("ckpt", "export", "-o", str(tmp_path / "out"), code=76)
+    assert "are not what was saved; `hotstage ckpt verify RUN` names all" in said
+
+
 def test_a_step_that_is_not_there_is_told_with_some_that_are(copy: Copy) -> None:
     said = copy("ckpt", "digest", "--step", "7", code=78)
     assert "no usable checkpoint at step 7; it has 4, 8, " in said
