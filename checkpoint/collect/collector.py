@@ -83,6 +83,7 @@ class Collected:
     rules: Rules | None = None
     grace_s: float = 0.0
     kept: dict[int, str] = field(default_factory=dict)  # checkpoint record -> why
+    steps: dict[int, int] = field(default_factory=dict)  # checkpoint record -> step
     given_up: list[CheckpointInfo] = field(default_factory=list)
     abandoned: list[Point] = field(default_factory=list)
     deleted: list[Swept] = field(default_factory=list)
@@ -163,6 +164,7 @@ class _Pass:
         if self.rules is not None and self.rules.best:
             self.losses = losses_of(self.state, self._curve())
         report.kept = keep(self.state, self.rules, self.losses)
+        report.steps = {info.n: info.step for info in self.state.checkpoints}
         wanted = given_up(self.state, report.kept)
         self._list(wanted)
         before = self._before()
@@ -277,6 +279,7 @@ class _Pass:
                 report.given_up.append(info)
         report.more |= len(wanted) > self.limits.tombstones
         report.kept = keep(self.state, self.rules, self.losses)
+        report.steps = {info.n: info.step for info in self.state.checkpoints}
 
     def _tombstone(self, known: RunState, n: int) -> tuple[str, Mapping[str, Any]] | None:
         """Asked again where somebody else wrote meanwhile: what was pinned, ordered or begun from since stays."""

@@ -75,7 +75,7 @@ def collected_map(done: Collected) -> dict[str, Any]:
     return {
         "run": done.run,
         "dry_run": done.dry_run,
-        "kept": [{"record": n, "why": why} for n, why in sorted(done.kept.items())],
+        "kept": [{"record": n, "step": done.steps.get(n), "why": why} for n, why in sorted(done.kept.items())],
         "given_up": [{"record": info.n, "step": info.step, "epoch": info.epoch} for info in done.given_up],
         "abandoned": [{"step": step, "epoch": epoch} for step, epoch in done.abandoned],
         "deleted": swept(done.deleted),

@@ -56,6 +56,7 @@ def test_what_a_person_sees_of_a_pass(store: Store, capsys: pytest.CaptureFixtur
     assert "given up: step 20, 30; the objects go 3600 s later" in said(capsys, "gc")
     text = said(capsys, "gc", RUN, "--json")
     told = json.loads(text)[0]
+    assert {row["step"] for row in told["kept"]} == {10, 40, 50, 60}
     assert [(w["step"], w["objects"], w["why"]) for w in told["waiting"]] == [(20, 5, "given up"), (30, 5, "given up")]
     assert all(3000 < w["wait_s"] <= 3601 for w in told["waiting"])
     waiting = r"  waiting: 10 objects, 0.0 MB of step 20, 30 \(given up, the last in 3\d\d\d s\)"
