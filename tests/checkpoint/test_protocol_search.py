@@ -98,9 +98,8 @@ def test_orders_that_are_left_out_come_to_the_same_ends(name: str) -> None:
 
 
 JOINED: dict[str, Callable[[], Small]] = {
-    "three ranks": lambda: joined_races(3),
     "a lost answer": lambda: joined_races(2, LOSSES),
-    "a death": lambda: joined_races(3, DEATHS),
+    "three ranks, of which one may die": lambda: joined_races(3, DEATHS),
 }
 
 
