@@ -18,6 +18,7 @@ from tests.checkpoint.samples import WHAT
 from tests.support.small_checkpoints import RUN, begin, names, save, upload
 
 HOW = {"parallel": {"stages": 2}}
+MODEL = {"family": "gpt2", "layers": 1, "width": 8, "heads": 1, "context": 8, "vocab": 16}
 KEEP: dict[str, Any] = {**HOW, "checkpoint": {"keep": {"last": 2, "every_steps": 40, "grace_s": 3600.0}}}
 
 
@@ -31,7 +32,8 @@ def made(store: Store, run: str = RUN, how: dict[str, Any] | None = None, steps:
     """A run of so many steps, a checkpoint each ten."""
     log = RunLog(store, run, writer="driver")
     store.create(keys.index_key(run), b"")
-    store.create(keys.spec_key(run), pack({"train": {"steps": steps}, "data": {"digest": WHAT.hex()}}))
+    what = {"train": {"steps": steps}, "data": {"digest": WHAT.hex()}, "model": MODEL}
+    store.create(keys.spec_key(run), pack(what))
     state = begin(log, log.fold(), how or KEEP)
     for step in range(10, steps + 10, 10):
         state = save(store, log, state, step)
@@ -62,7 +64,7 @@ def test_what_a_person_sees_of_a_pass(store: Store, capsys: pytest.CaptureFixtur
     waiting = r"  waiting: 10 objects, 0.0 MB of step 20, 30 \(given up, the last in 3\d\d\d s\)"
     assert re.search(waiting, said(capsys, "gc", RUN))
     listed = said(capsys, "ls", RUN)
-    assert [line.split()[1] for line in listed.splitlines()[:-1]] == ["10", "40", "50", "60"]
+    assert [line.split()[1] for line in listed.splitlines()[1:-1]] == ["10", "40", "50", "60"]
     assert listed.splitlines()[-1] == "and 2 that the rules of the run gave up"
 
 
