@@ -12,8 +12,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
-_OWN = threading.local()
+_DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
 
 SLICE_BYTES = 1 << 20
 """Of a large body: what moves between two looks at the clock."""
@@ -26,18 +27,17 @@ LEAST_RATE = 64 << 10
 @contextlib.contextmanager
 def until(at: float) -> Iterator[None]:
     """Calls of a store inside end by ``at`` (of ``time.monotonic``), as unavailable; never later than around it."""
-    before = deadline()
-    _OWN.at = min(before, at)
+    before = _DEADLINE.get()
+    _DEADLINE.set(min(before, at))
     try:
         yield
     finally:
-        _OWN.at = before
+        _DEADLINE.set(before)
 
 
 def deadline() -> float:
     """Of this thread's calls now; infinity where there is none."""
-    at: float = getattr(_OWN, "at", math.inf)
-    return at
+    return _DEADLINE.get()
 
 
 class Rate:

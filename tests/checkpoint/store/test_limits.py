@@ -6,6 +6,7 @@ import math
 import threading
 
 import pytest
+from greenlet import getcurrent, greenlet
 
 from checkpoint.store.limits import LEAST_RATE, Progress, Rate, deadline, until
 
@@ -35,6 +36,24 @@ def test_deadlines_nest_and_are_of_a_thread() -> None:
             assert deadline() == 20.0
         assert deadline() == 50.0
     assert seen == [math.inf]
+    assert deadline() == math.inf
+
+
+def test_a_deadline_is_of_a_greenlet_and_leaves_nothing_behind() -> None:
+    """The simulated threads of tests/support/protocol are greenlets of one thread, which do not end in order."""
+    seen: list[float] = []
+
+    def work(at: float) -> None:
+        with until(at):
+            getcurrent().parent.switch()
+            seen.append(deadline())
+
+    first, second = greenlet(work), greenlet(work)
+    first.switch(50.0)
+    second.switch(70.0)
+    first.switch()
+    second.switch()
+    assert seen == [50.0, 70.0]
     assert deadline() == math.inf
 
 
