@@ -8,9 +8,9 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from tests.gpu.session import LOG, STATE, Session, mirrored
+from tests.gpu.session import LOG, STATE, Outcome, Session, mirrored
 from tests.gpu.workloads import Workload, workload
 from trainer.wire.files import write_file
 
@@ -138,7 +138,8 @@ def summary(session: Session, rows: list[Row]) -> str:
     counted = Counter(done.outcome for done in session.done.values())
     left = session.left()
     lines.append(
-        ", ".join(f"{n} {outcome}" for outcome, n in counted.items()) + (f", {len(left)} to do" if left else "")
+        ", ".join(f"{counted[outcome]} {outcome}" for outcome in get_args(Outcome) if counted[outcome])
+        + (f", {len(left)} to do" if left else "")
     )
     for stage in session.stages:
         done = session.done.get(stage.name)
