@@ -228,9 +228,9 @@ def test_events_that_may_not_be_read_are_told_with_what_it_waits_for(
 ) -> None:
     server.denied.add(("list", "events"))
     launcher.ensure(LAUNCH_OF)
-    until(lambda: state_of(launcher) == "waiting", "the Job to be seen")
+    words = "its pods are not created yet (its events cannot be read: "
+    until(lambda: words in launcher.observe(NAME).detail, "what it waits for to be told")
     detail = launcher.observe(NAME).detail
-    assert "its pods are not created yet (its events cannot be read: " in detail
     assert "apply the Role `hotstage-launcher`" in detail
 
 
