@@ -29,7 +29,7 @@ import botocore.config
 from checkpoint.doctor import Diagnosis, Effort, examine_store
 from checkpoint.store import open_store
 from tests.support.go import cache, go
-from tests.support.s3_server import die_with_parent
+from tests.support.s3_server import die_with_parent, environment
 
 KEY, SECRET = "GK0123456789abcdef01234567", "0123456789abcdef" * 4  # of a form that Garage takes too
 BUCKET = "hotstage"
@@ -311,20 +311,6 @@ def diagnose(server: Server, folder: Path, effort: Effort | None = None) -> Diag
     """What the doctor says of it."""
     with running(server, folder) as answers, environment(answers.environment):
         return examine_store(open_store(answers.url), effort)
-
-
-@contextlib.contextmanager
-def environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment has these names while inside, and no other credentials."""
-    before = {name: os.environ.pop(name, None) for name in (*wanted, "AWS_SESSION_TOKEN", "AWS_PROFILE")}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def main(names: list[str]) -> None:

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,22 @@ class S3Server:
     @contextlib.contextmanager
     def identity(self, role: str) -> Iterator[None]:
         """This process has the role while inside; stores opened in it keep it."""
-        wanted = self.environment(role)
-        before = {name: os.environ.get(name) for name in [*wanted, "AWS_SESSION_TOKEN", "AWS_PROFILE"]}
-        for name in before:
-            os.environ.pop(name, None)
-        os.environ.update(wanted)
-        try:
+        with environment(self.environment(role)):
             yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment has these names while inside, and no other credentials."""
+    before = {name: os.environ.pop(name, None) for name in {*wanted, "AWS_SESSION_TOKEN", "AWS_PROFILE"}}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -329,6 +329,23 @@ class Killed(BaseException):
     """The collector's process is gone."""
 
 
+def collect_until(world: World, at: int) -> None:
+    """A pass whose process is killed before its request of this number, counted from 1; a shorter pass ends."""
+    count = 0
+
+    def strike(_verb: str, _key: str) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            raise Killed
+
+    world.store.before = strike
+    try:
+        collect(world.store, RUN)
+    finally:
+        world.store.before = lambda _verb, _key: None
+
+
 def busy() -> World:
     """A run in which there is something of every sort to do, anew each time."""
     world = copy.copy(BUSY)
@@ -372,18 +389,9 @@ def test_killed_at_every_request_it_leaves_nothing_that_is_believed_and_not_whol
     for _ in range(4):
         quiet.late().collect()
     for at in range(1, REQUESTS + 1):
-        world, count = busy(), 0
-
-        def strike(_verb: str, _key: str, at: int = at) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                raise Killed
-
-        world.store.before = strike
+        world = busy()
         with pytest.raises(Killed):
-            collect(world.store, RUN)
-        world.store.before = lambda _verb, _key: None
+            collect_until(world, at)
         world.check()
         for _ in range(3):
             world.late().collect()
@@ -471,18 +479,8 @@ def test_a_random_life_beside_two_collectors(seed: int) -> None:
             case "late":
                 world.late(rng.choice([1.0, GRACE_S, 3 * GRACE_S]))
             case "gc":
-                strikes, count = rng.randrange(1, 60), 0
-
-                def strike(_verb: str, _key: str, strikes: int = strikes) -> None:
-                    nonlocal count
-                    count += 1
-                    if count == strikes:
-                        raise Killed
-
-                world.store.before = strike
                 with contextlib.suppress(Killed):
-                    collect(world.store, RUN)
-                world.store.before = lambda _verb, _key: None
+                    collect_until(world, rng.randrange(1, 60))
         world.check()
     for _ in range(4):
         world.late().collect()
