@@ -10,8 +10,13 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 
 #include "backend/check.h"
+#include "core/crc32.h"
 #include "core/math.h"
 #include "core/rng.h"
 #include "core/threads.h"
@@ -28,6 +33,7 @@ int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype
 int hs_test_check(const char *set_name, int threads, uint8_t *arena, size_t bytes, int wrong_call,
                   double *gflops, char text[768]);
 int hs_test_map(const char *function, const double *x, const double *y, double *out, int64_t n);
+int hs_test_wide_after_crc32(int way, const void *data, size_t bytes);
 void hs_test_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t first, int64_t n,
                      double *out);
@@ -49,6 +55,23 @@ const hs_kernel_set *hs_test_set(const char *name) {
 
 int hs_test_has_set(const char *name) {
     return hs_test_set(name) != NULL;
+}
+
+/* 1: the upper halves of vector registers are in use after a CRC-32 although they were not before, 0: they are not,
+ * -1: this CPU does not tell, or has not these instructions. */
+int hs_test_wide_after_crc32(int way, const void *data, size_t bytes) {
+#if defined(__x86_64__)
+    uint32_t a, b, c, d, low, high, crc = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX)) return -1;
+    if (!__get_cpuid_count(13, 1, &a, &b, &c, &d) || !(a & 4)) return -1;
+    __asm__ volatile("vzeroupper" ::: "memory");
+    if (!hs_crc32_by(way, &crc, NULL, data, bytes)) return -1;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1) : "memory");
+    return (low & 0x44) != 0; /* YMM's halves, ZMM's */
+#else
+    (void)way, (void)data, (void)bytes;
+    return -1;
+#endif
 }
 
 /* The name of what hs_kernels_pick gives, or why it gives none. */

@@ -37,7 +37,7 @@ static int cpu_has(int what) {
 
 /* --- SHA-256 ----------------------------------------------------------------------------- */
 
-static const uint32_t sha_k[64] = {
+static _Alignas(16) const uint32_t sha_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -91,88 +91,115 @@ static void sha_blocks_portable(uint32_t state[8], const uint8_t *data, size_t b
 }
 
 #if defined(__x86_64__)
-/* Four rounds an iteration; the instructions hold the state as (a b e f) and (c d g h). */
-__attribute__((target("sha,sse4.1,ssse3"))) static void
-sha_blocks_ni(uint32_t state[8], const uint8_t *data, size_t blocks) {
-    const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+#define NI __attribute__((target("sha,sse4.1,ssse3"))) static
+
+/* The instructions hold the state as (a b e f) and (c d g h). */
+NI inline void ni_begin(const uint32_t state[8], __m128i *abef, __m128i *cdgh) {
     __m128i abcd = _mm_loadu_si128((const __m128i *)state); /* lanes low to high: a b c d */
     __m128i efgh = _mm_loadu_si128((const __m128i *)(state + 4));
     __m128i cdab = _mm_shuffle_epi32(abcd, 0xB1);
     __m128i hgfe = _mm_shuffle_epi32(efgh, 0x1B);
-    __m128i abef = _mm_alignr_epi8(cdab, hgfe, 8);
-    __m128i cdgh = _mm_blend_epi16(hgfe, cdab, 0xF0);
-    for (; blocks; blocks--, data += 64) {
-        const __m128i abef_old = abef, cdgh_old = cdgh;
-        __m128i w[4];
-        for (int i = 0; i < 4; i++)
-            w[i] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)data + i), swap);
-        for (int i = 0; i < 16; i++) {
-            __m128i now = w[i & 3];
-            __m128i k = _mm_loadu_si128((const __m128i *)(sha_k + 4 * i));
-            __m128i sum = _mm_add_epi32(now, k);
-            cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
-            abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0E));
-            /* words 4(i+4) .. 4(i+4)+3 take the place of these */
-            __m128i last = w[(i + 3) & 3];
-            __m128i next = _mm_sha256msg1_epu32(now, w[(i + 1) & 3]);
-            next = _mm_add_epi32(next, _mm_alignr_epi8(last, w[(i + 2) & 3], 4));
-            w[i & 3] = _mm_sha256msg2_epu32(next, last);
-        }
-        abef = _mm_add_epi32(abef, abef_old);
-        cdgh = _mm_add_epi32(cdgh, cdgh_old);
-    }
+    *abef = _mm_alignr_epi8(cdab, hgfe, 8);
+    *cdgh = _mm_blend_epi16(hgfe, cdab, 0xF0);
+}
+
+NI inline void ni_end(uint32_t state[8], __m128i abef, __m128i cdgh) {
     __m128i feba = _mm_shuffle_epi32(abef, 0x1B);
     __m128i dchg = _mm_shuffle_epi32(cdgh, 0xB1);
     _mm_storeu_si128((__m128i *)state, _mm_blend_epi16(feba, dchg, 0xF0));
     _mm_storeu_si128((__m128i *)(state + 4), _mm_alignr_epi8(dchg, feba, 8));
 }
-#endif
 
-#if defined(__x86_64__)
-/* sha_blocks_ni of two digests at once: each instruction of one waits for the one before it, and two of
- * them fit into that time. */
-__attribute__((target("sha,sse4.1,ssse3"))) static void
-sha_blocks_ni_twice(uint32_t *states[2], const uint8_t *data[2], size_t blocks) {
+NI inline __m128i ni_words(const uint8_t *data, int i) {
     const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-    __m128i abef[2], cdgh[2];
-    for (int l = 0; l < 2; l++) {
-        __m128i abcd = _mm_loadu_si128((const __m128i *)states[l]);
-        __m128i efgh = _mm_loadu_si128((const __m128i *)(states[l] + 4));
-        __m128i cdab = _mm_shuffle_epi32(abcd, 0xB1);
-        __m128i hgfe = _mm_shuffle_epi32(efgh, 0x1B);
-        abef[l] = _mm_alignr_epi8(cdab, hgfe, 8);
-        cdgh[l] = _mm_blend_epi16(hgfe, cdab, 0xF0);
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)data + i), swap);
+}
+
+/* Rounds 4 i to 4 i + 3, whose words are w0, and what they can do for the words of later ones, w1 to w3. In
+ * two halves, and of variables: two digests at once just fit into the sixteen registers (4 of states, 8 of
+ * words, xmm0, two sums); arrays of words stay in memory, at half the speed. */
+#define HALF(i, abef, cdgh, sum, w0, w1, w3)                                                       \
+    sum = _mm_add_epi32(w0, _mm_load_si128((const __m128i *)(const void *)(sha_k + 4 * (i))));     \
+    if ((i) > 2 && (i) < 15)                                                                       \
+        w1 = _mm_sha256msg2_epu32(_mm_add_epi32(w1, _mm_alignr_epi8(w0, w3, 4)), w0);              \
+    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
+#define OTHER_HALF(i, abef, cdgh, sum, w0, w3)                                                     \
+    if ((i) > 0 && (i) < 13) w3 = _mm_sha256msg1_epu32(w3, w0);                                    \
+    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0E));
+
+#define ROUNDS(i, w0, w1, w2, w3)                                                                  \
+    HALF(i, abef, cdgh, sum, w0, w1, w3)                                                           \
+    OTHER_HALF(i, abef, cdgh, sum, w0, w3)
+
+NI void sha_blocks_ni(uint32_t state[8], const uint8_t *data, size_t blocks) {
+    __m128i abef, cdgh, sum;
+    ni_begin(state, &abef, &cdgh);
+    for (; blocks; blocks--, data += 64) {
+        const __m128i abef_old = abef, cdgh_old = cdgh;
+        __m128i a = ni_words(data, 0), b = ni_words(data, 1);
+        __m128i c = ni_words(data, 2), d = ni_words(data, 3);
+        ROUNDS(0, a, b, c, d)
+        ROUNDS(1, b, c, d, a)
+        ROUNDS(2, c, d, a, b)
+        ROUNDS(3, d, a, b, c)
+        ROUNDS(4, a, b, c, d)
+        ROUNDS(5, b, c, d, a)
+        ROUNDS(6, c, d, a, b)
+        ROUNDS(7, d, a, b, c)
+        ROUNDS(8, a, b, c, d)
+        ROUNDS(9, b, c, d, a)
+        ROUNDS(10, c, d, a, b)
+        ROUNDS(11, d, a, b, c)
+        ROUNDS(12, a, b, c, d)
+        ROUNDS(13, b, c, d, a)
+        ROUNDS(14, c, d, a, b)
+        ROUNDS(15, d, a, b, c)
+        abef = _mm_add_epi32(abef, abef_old);
+        cdgh = _mm_add_epi32(cdgh, cdgh_old);
     }
-    for (size_t block = 0; block < blocks; block++) {
-        const __m128i abef_old[2] = {abef[0], abef[1]}, cdgh_old[2] = {cdgh[0], cdgh[1]};
-        __m128i w[2][4];
-        for (int l = 0; l < 2; l++)
-            for (int i = 0; i < 4; i++)
-                w[l][i] = _mm_shuffle_epi8(
-                    _mm_loadu_si128((const __m128i *)(data[l] + 64 * block) + i), swap);
-        for (int i = 0; i < 16; i++) {
-            __m128i k = _mm_loadu_si128((const __m128i *)(sha_k + 4 * i));
-            for (int l = 0; l < 2; l++) {
-                __m128i now = w[l][i & 3], sum = _mm_add_epi32(now, k);
-                cdgh[l] = _mm_sha256rnds2_epu32(cdgh[l], abef[l], sum);
-                abef[l] = _mm_sha256rnds2_epu32(abef[l], cdgh[l], _mm_shuffle_epi32(sum, 0x0E));
-                __m128i last = w[l][(i + 3) & 3];
-                __m128i next = _mm_sha256msg1_epu32(now, w[l][(i + 1) & 3]);
-                next = _mm_add_epi32(next, _mm_alignr_epi8(last, w[l][(i + 2) & 3], 4));
-                w[l][i & 3] = _mm_sha256msg2_epu32(next, last);
-            }
-        }
-        for (int l = 0; l < 2; l++) {
-            abef[l] = _mm_add_epi32(abef[l], abef_old[l]);
-            cdgh[l] = _mm_add_epi32(cdgh[l], cdgh_old[l]);
-        }
+    ni_end(state, abef, cdgh);
+}
+
+#define ROUNDS_TWICE(i, w0, w1, w2, w3, v0, v1, v2, v3)                                            \
+    HALF(i, abef, cdgh, sum, w0, w1, w3)                                                           \
+    HALF(i, abef2, cdgh2, sum2, v0, v1, v3)                                                        \
+    OTHER_HALF(i, abef, cdgh, sum, w0, w3)                                                         \
+    OTHER_HALF(i, abef2, cdgh2, sum2, v0, v3)
+
+/* Two digests at once: each instruction of one waits for the one before it, and two of them fit into that
+ * time. */
+NI void sha_blocks_ni_twice(uint32_t *states[2], const uint8_t *data[2], size_t blocks) {
+    __m128i abef, cdgh, sum, abef2, cdgh2, sum2; /* of the first, of the second */
+    const uint8_t *p = data[0], *q = data[1];
+    ni_begin(states[0], &abef, &cdgh);
+    ni_begin(states[1], &abef2, &cdgh2);
+    for (; blocks; blocks--, p += 64, q += 64) {
+        const __m128i abef_old = abef, cdgh_old = cdgh, abef2_old = abef2, cdgh2_old = cdgh2;
+        __m128i a = ni_words(p, 0), b = ni_words(p, 1), c = ni_words(p, 2), d = ni_words(p, 3);
+        __m128i e = ni_words(q, 0), f = ni_words(q, 1), g = ni_words(q, 2), h = ni_words(q, 3);
+        ROUNDS_TWICE(0, a, b, c, d, e, f, g, h)
+        ROUNDS_TWICE(1, b, c, d, a, f, g, h, e)
+        ROUNDS_TWICE(2, c, d, a, b, g, h, e, f)
+        ROUNDS_TWICE(3, d, a, b, c, h, e, f, g)
+        ROUNDS_TWICE(4, a, b, c, d, e, f, g, h)
+        ROUNDS_TWICE(5, b, c, d, a, f, g, h, e)
+        ROUNDS_TWICE(6, c, d, a, b, g, h, e, f)
+        ROUNDS_TWICE(7, d, a, b, c, h, e, f, g)
+        ROUNDS_TWICE(8, a, b, c, d, e, f, g, h)
+        ROUNDS_TWICE(9, b, c, d, a, f, g, h, e)
+        ROUNDS_TWICE(10, c, d, a, b, g, h, e, f)
+        ROUNDS_TWICE(11, d, a, b, c, h, e, f, g)
+        ROUNDS_TWICE(12, a, b, c, d, e, f, g, h)
+        ROUNDS_TWICE(13, b, c, d, a, f, g, h, e)
+        ROUNDS_TWICE(14, c, d, a, b, g, h, e, f)
+        ROUNDS_TWICE(15, d, a, b, c, h, e, f, g)
+        abef = _mm_add_epi32(abef, abef_old);
+        cdgh = _mm_add_epi32(cdgh, cdgh_old);
+        abef2 = _mm_add_epi32(abef2, abef2_old);
+        cdgh2 = _mm_add_epi32(cdgh2, cdgh2_old);
     }
-    for (int l = 0; l < 2; l++) {
-        __m128i feba = _mm_shuffle_epi32(abef[l], 0x1B);
-        __m128i dchg = _mm_shuffle_epi32(cdgh[l], 0xB1);
-        _mm_storeu_si128((__m128i *)states[l], _mm_blend_epi16(feba, dchg, 0xF0));
-        _mm_storeu_si128((__m128i *)(states[l] + 4), _mm_alignr_epi8(dchg, feba, 8));
-    }
+    ni_end(states[0], abef, cdgh);
+    ni_end(states[1], abef2, cdgh2);
 }
 #endif
 
