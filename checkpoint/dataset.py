@@ -6,11 +6,16 @@ token_bytes       of a stored token: 2 or 4
 shards            [{tokens, bytes, sha256 (hex)}...] of ``00000.bin`` and on
 tokenizer_sha256  of ``tokenizer.json`` (hex)
 and what only says where it is from: inputs, documents (flows/data/shards.py writes it)
+
+Beside each shard lie the digests of its leaves, pieces of ``leaf_bytes``, so that a part of it can be fetched and
+checked alone (``data/<digest>/leaves/00000.bin``, a sealed map: v 1, leaf_bytes, bytes of the shard, digests one after
+the other). No digest of a dataset depends on them, and one that was made before there were any has none.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from checkpoint import codec, keys
@@ -20,6 +25,11 @@ from checkpoint.store.base import Store
 VERSION = 1
 MAX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
+LEAF_BYTES = 64 << 10
+"""About a block of the shuffle; a multiple of the disk's blocks, so that leaves can be given back alone."""
+LEAF_ALIGN = 4096
+_LEAVES_VERSION = 1
+_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -67,3 +77,65 @@ def load_dataset_manifest(store: Store, digest: str) -> DatasetManifest:
 def _shard(row: object, what: str) -> ShardRow:
     f = codec.Fields(row, what)
     return ShardRow(f.integer("tokens", 0), f.integer("bytes", 1), f.hex("sha256"))
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """The digests of a shard's leaves.
+
+    >>> table = Leaves.of([b"x" * 5000, b"y" * 5000], leaf_bytes=4096)
+    >>> len(table), table.holds(0, b"x" * 4096), table.holds(2, b"y" * 1808), table.holds(2, b"y")
+    (3, True, True, False)
+    """
+
+    leaf_bytes: int
+    shard_bytes: int
+    digests: bytes
+
+    @classmethod
+    def of(cls, pieces: Iterable[codec.Data], leaf_bytes: int = LEAF_BYTES) -> Leaves:
+        """Of a shard that comes in pieces."""
+        digests, total = bytearray(), 0
+        digest, room = hashlib.sha256(), leaf_bytes
+        for piece in pieces:
+            rest = memoryview(piece)
+            total += rest.nbytes
+            while rest.nbytes:
+                part, rest = rest[:room], rest[room:]
+                digest.update(part)
+                room -= part.nbytes
+                if not room:
+                    digests += digest.digest()
+                    digest, room = hashlib.sha256(), leaf_bytes
+        if room < leaf_bytes:
+            digests += digest.digest()
+        return cls(leaf_bytes, total, bytes(digests))
+
+    def __len__(self) -> int:
+        return len(self.digests) // _DIGEST
+
+    def holds(self, leaf: int, data: codec.Data) -> bool:
+        """Whether these are that leaf's bytes."""
+        return hashlib.sha256(data).digest() == self.digests[leaf * _DIGEST : (leaf + 1) * _DIGEST]
+
+    def pack(self) -> bytes:
+        return codec.seal(
+            {"v": _LEAVES_VERSION, "leaf_bytes": self.leaf_bytes, "bytes": self.shard_bytes, "digests": self.digests}
+        )
+
+    @classmethod
+    def parse(cls, data: bytes, what: str) -> Leaves:
+        """Damaged where it does not hold; OtherVersion."""
+        f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_BYTES), what)
+        f.version(_LEAVES_VERSION)
+        found = cls(f.integer("leaf_bytes", LEAF_ALIGN), f.integer("bytes", 1), f.raw("digests"))
+        f.done()
+        if found.leaf_bytes % LEAF_ALIGN or len(found.digests) != _DIGEST * -(-found.shard_bytes // found.leaf_bytes):
+            raise Damaged(f"{what}: {len(found.digests)} bytes of digests do not go with its leaves")
+        return found
+
+
+def load_leaves(store: Store, digest: str, number: int) -> Leaves:
+    """Of a shard of the dataset of this digest. NotFound where it was made without; Damaged; OtherVersion."""
+    what = f"the leaves' digests of shard {number} of dataset {digest[:12]}"
+    return Leaves.parse(store.get(keys.leaves_key(digest, number), max_bytes=MAX_BYTES), what)

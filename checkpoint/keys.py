@@ -1,6 +1,7 @@
 """The names of all objects in a store, in one place.
 
     data/<dataset digest>/{manifest,tokenizer.json,00000.bin,...}
+    data/<dataset digest>/leaves/00000.bin            digests of a shard's leaves (dataset.py)
     data/inputs/<input digest>                        the dataset that these inputs gave
     index/<run>                                       that there is such a run
     runs/<run>/spec                                   canonical What
@@ -92,6 +93,11 @@ def tokenizer_key(digest: str) -> str:
 def shard_name(number: int) -> str:
     """Of a dataset's token shard, in the store and in a folder."""
     return f"{number:05d}.bin"
+
+
+def leaves_key(digest: str, number: int) -> str:
+    """Of the digests of a shard's leaves."""
+    return dataset_key(digest, f"leaves/{shard_name(number)}")
 
 
 def inputs_key(inputs: str) -> str:

@@ -1,5 +1,6 @@
-"""A dataset in the store: ``data/<digest>/{manifest,tokenizer.json,00000.bin,…}``, and ``data/inputs/<input digest>``,
-which names the dataset that these inputs gave. Every object is created once, its bytes follow from its name.
+"""A dataset in the store: ``data/<digest>/{manifest,tokenizer.json,00000.bin,…,leaves/00000.bin,…}``, and
+``data/inputs/<input digest>``, which names the dataset that these inputs gave. Every object is created once, its bytes
+follow from its name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from checkpoint import keys
 from checkpoint.codec import pack
-from checkpoint.dataset import VERSION, load_dataset_manifest
+from checkpoint.dataset import VERSION, Leaves, load_dataset_manifest
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
 from flows.data.tokenizer import parse_tokenizer
@@ -131,7 +132,9 @@ def write_dataset(
         digest = hashlib.sha256(manifest).hexdigest()
         for index in range(len(shards)):
             name = keys.shard_name(index)
-            _put(store, keys.dataset_key(digest, name), (Path(folder) / name).read_bytes(), mend)
+            data = (Path(folder) / name).read_bytes()
+            _put(store, keys.dataset_key(digest, name), data, mend)
+            _put(store, keys.leaves_key(digest, index), Leaves.of([data]).pack(), mend)
     _put(store, keys.tokenizer_key(digest), tokenizer_bytes, mend)
     _put(store, keys.dataset_manifest_key(digest), manifest, mend)
     _put(store, keys.inputs_key(inputs), digest.encode(), mend)

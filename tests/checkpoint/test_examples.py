@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-CHECKPOINT = ("codec", "digest", "chunks", "export", "store")
+CHECKPOINT = ("codec", "dataset", "digest", "chunks", "export", "store")
 WIRE = ("packed", "unreadable")
 
 

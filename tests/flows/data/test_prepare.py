@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from checkpoint.dataset import load_leaves
 from checkpoint.store import Store, open_store
 from flows.data import documents, load_dataset, load_tokenizer, prepare, stdlib_documents
 from flows.data.tokenizer import EOT
@@ -165,7 +166,7 @@ def test_damage_is_found_and_mended(corpus: Path, store: Store, which: str) -> N
     spec = spec_of(corpus)
     dataset = prepare(spec, store)
     good = objects(store)
-    (key,) = [k for k in good if k.endswith(which) or k.startswith(f"data/{which}/")]
+    (key,) = [k for k in good if (k.endswith(which) and "/leaves/" not in k) or k.startswith(f"data/{which}/")]
     path = store.local_path(key)
     assert path is not None
     path.chmod(0o644)
@@ -193,8 +194,17 @@ def test_what_is_missing_is_made_again(corpus: Path, store: Store) -> None:
     good = objects(store)
     for key in good:
         store.delete(key)
-        assert prepare(spec_of(corpus), store) == dataset
+        # a dataset of before there were leaves is one: they are made when it is made anew
+        assert prepare(spec_of(corpus), store, again="/leaves/" in key) == dataset
         assert objects(store) == good
+
+
+def test_the_digests_of_a_shards_leaves_are_beside_it(corpus: Path, store: Store) -> None:
+    dataset = prepare(spec_of(corpus), store)
+    for number in range(len(dataset.shards)):
+        shard, table = store.get(f"data/{dataset.digest}/{number:05d}.bin"), load_leaves(store, dataset.digest, number)
+        assert (table.shard_bytes, len(table)) == (len(shard), 1)
+        assert table.holds(0, shard)
 
 
 def test_racing_prepares_agree(corpus: Path, store: Store) -> None:
