@@ -36,6 +36,7 @@ from trainer.spec_how import (
     other_name,
 )
 from trainer.spec_layouts import layout_words, other_hows
+from trainer.wire import VOCAB_BLOCKS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
 MAX_VOCAB_SIZE = 1 << 24
@@ -43,6 +44,8 @@ MAX_MICROBATCHES = 1 << 16
 DEFAULT_GROUPS = 8
 """Of ``train.reduction_groups``, where the microbatches of a step allow it."""
 FP8_SIDE = 16
+VOCAB_UNIT = 8
+"""Blocks of a vocabulary begin at multiples of it, so that its rows keep their alignment."""
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
@@ -183,7 +186,12 @@ class TrainSpec(Section):
         text="groups of microbatches whose gradients join in a tree, a power of two: the most replicas that give the "
         "same bits; 0: 8, or the largest power of two below it that divides the step's microbatches",
     )
-    vocab_blocks: int = size(1, text="blocks of the head's sums")
+    vocab_blocks: int = size(
+        1,
+        high=VOCAB_BLOCKS,
+        text="blocks of the vocabulary whose sums join in a tree, a power of two: the most stages that may share the "
+        "head with the same bits",
+    )
     classifier_chunk: int = size(64, text="rows of logits that exist at a time")
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -202,8 +210,12 @@ class TrainSpec(Section):
                 f"{MAX_MICROBATCHES}, a plan lists each of them: take microbatch = {fits} or a smaller batch"
             )
         self._check_groups()
-        if self.vocab_blocks != 1:
-            raise ValueError(f"vocab_blocks {self.vocab_blocks}: this version runs 1; set it to 1")
+        if not power_of_two(self.vocab_blocks):
+            below = 1 << (self.vocab_blocks.bit_length() - 1)
+            raise ValueError(
+                f"vocab_blocks {self.vocab_blocks} is no power of two; take vocab_blocks = {below}"
+                + (f" or {2 * below}" if 2 * below <= VOCAB_BLOCKS else "")
+            )
         if self.schedule.warmup > self.steps:
             raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than steps {self.steps}; lower it")
         if self.schedule.kind == "wsd" and self.schedule.warmup + self.schedule.decay > self.steps:
@@ -252,6 +264,26 @@ class TrainSpec(Section):
     def tokens(self) -> int:
         """Tokens a step."""
         return self.batch * self.sequence
+
+
+def vocab_block(vocab: int, blocks: int) -> int:
+    """Rows of a block of the vocabulary, but the last, which has what is left.
+
+    >>> vocab_block(50257, 8)
+    6288
+    """
+    return -(-vocab // (blocks * VOCAB_UNIT)) * VOCAB_UNIT
+
+
+def _few_for_blocks(vocab: int, blocks: int) -> str | None:
+    """Why a vocabulary cannot be cut into so many blocks; None where it can."""
+    if (blocks - 1) * vocab_block(vocab, blocks) < vocab:
+        return None
+    fits = max(n for n in (1 << i for i in range(blocks.bit_length())) if (n - 1) * vocab_block(vocab, n) < vocab)
+    return (
+        f"train.vocab_blocks {blocks}: a vocabulary of {vocab} in blocks of multiples of {VOCAB_UNIT} has fewer; take "
+        f"vocab_blocks = {fits}"
+    )
 
 
 def _check_fp8(model: ModelSpec, train: TrainSpec) -> None:
@@ -367,6 +399,9 @@ class RunSpec(Section):
                 f"model.vocab {self.model.vocab} is smaller than the dataset's vocabulary {dataset.vocab}; set it to 0 "
                 f"(the dataset's) or to at least {dataset.vocab}"
             )
+        few = _few_for_blocks(self.model.vocab or dataset.vocab, self.train.vocab_blocks)
+        if few is not None and not problems:
+            problems.append(few)
         short = too_short(dataset.shards, self.train.sequence)
         if short is not None:
             problems.append(short)

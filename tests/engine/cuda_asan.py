@@ -31,7 +31,7 @@ def main() -> int:
         for dtype in (wire.F32, wire.BF16):
             if case.kernel in ON_DEVICES and (dtype == wire.F32 or not case.f32_only):
                 Call.make(oracle, case, dtype).run(lib, "cuda")
-                if case.kernel.startswith("classifier"):
+                if case.kernel.startswith(("classifier", "vocab")):
                     Call.make(oracle, case, dtype).run(lib, "library")
     for case in FLASH_CASES:
         Call.make(oracle, case, wire.BF16).run(lib, "flash")

@@ -137,6 +137,23 @@ CASES = [
             Case("classifier_grad", (r, c, v, chunk), (0.125,), rel=1e-5),
         )
     ),
+    *(
+        case
+        for r, c, v, chunk, n, block in (
+            (1, 1, 1, 1, 1, 1),
+            (1, 8, 5, 4, 2, 3),
+            (5, 20, 33, 2, 4, 9),
+            (20, 48, 517, 8, 8, 65),
+            (70, 64, 1003, 64, 2, 512),
+            (7, 33, 65, 7, 64, 1),
+        )
+        for case in (
+            Case("vocab_head", (r, c, v, chunk, n, block), (0.125,), rel=1e-5),
+            Case("vocab_sums", (r, c, v, n, block, 3, v + 5), rel=2e-6),
+            Case("vocab_part", (r, c, v, chunk, n, block, 1, 0, v), (0.125,), rel=1e-5),
+            Case("vocab_part", (r, c, v, chunk, n, block, 4, 2, v + 7), (0.125,), absent=(0,), rel=1e-5),
+        )
+    ),
     Case("logits", (1, 48, 5)),
     Case("logits", (9, 40, 517)),
     Case("delay", (1000,), f32_only=True),
@@ -234,10 +251,19 @@ class Call:
                 "attention_fwd", self.dtype, [a[4], a[8], *a[5:8]], (b, t, h, g, head, ldo, ldq, ldk, ldv),
                 self.case.reals,
             )  # fmt: skip
-        if self.case.kernel == "classifier_grad" and d[0] > 2:
+        if self.case.kernel in ("classifier_grad", "vocab_head", "vocab_sums", "vocab_part") and d[0] > 2:
             target = a[5]
             assert target is not None
             target[1] = -1
+        if self.case.kernel == "vocab_part":
+            e, tops, sums = a[6], a[7], a[8]
+            assert e is not None
+            assert tops is not None
+            assert sums is not None
+            e[:] = np.exp(-np.abs(e))
+            of = sums.reshape(d[6], 3, d[0])
+            of[:, 0] = tops.reshape(d[4], d[0]).max(axis=0)  # no part's largest is below its blocks'
+            of[:, 1] = np.abs(of[:, 1]) + d[2]
 
     def run(self, lib: KernelLib, set_name: str, threads: int = 1, guard: str | None = None) -> list[Array | None]:
         arrays = [None if x is None else x.copy() for x in self.inputs]
@@ -452,6 +478,62 @@ def test_attention_of_a_prefix(kernels: KernelLib) -> None:
     whole = fwd(300)
     for t in (1, 63, 64, 65, 192, 250):
         assert fwd(t).tobytes() == whole[:t].tobytes(), t
+
+
+def head_in_parts(lib: KernelLib, set_name: str, dtype: int, parts: int, blocks: int = 8) -> tuple[bytes, ...]:
+    """Loss and gradients of a head whose blocks are shared by so many parts; 0: by the kernel of all of them."""
+    rng = np.random.default_rng(11)
+    r, c, v, block, chunk = 19, 24, 250, 32, 7
+    x, w = encode(rng.normal(size=(r, c)), dtype), encode(rng.normal(size=(v, c)), dtype)
+    target = rng.integers(0, v, r).astype(np.int32)
+    target[5] = -1
+    loss, dx, dw = np.empty(r, np.float32), np.empty_like(x), np.ones((v, c), np.float32)
+    logits, dlogits = np.empty((chunk, v), np.float32), encode(np.zeros((chunk, v)), dtype)
+    scratch = np.empty((blocks, chunk, c), np.float32)
+    if not parts:
+        arrays = [loss, dx, dw, x, w, target, logits, dlogits, scratch]
+        lib.call("vocab_head", dtype, arrays, (r, c, v, chunk, blocks, block), (0.5,), set_name=set_name)
+        return loss.tobytes(), dx.tobytes(), dw.tobytes()
+    each, sums = blocks // parts, np.empty((parts, 3, r), np.float32)
+    rows = [(p * each * block, min(v, (p + 1) * each * block)) for p in range(parts)]
+    kept = [(np.empty((r, end - first), np.float32), np.empty((each, r), np.float32)) for first, end in rows]
+    for p, (first, end) in enumerate(rows):
+        arrays = [*kept[p], sums[p], x, w[first:end], target]
+        lib.call("vocab_sums", dtype, arrays, (r, c, end - first, each, block, first, v), set_name=set_name)
+    shares = [np.empty((r, c), np.float32) for _ in rows]
+    for p, (first, end) in enumerate(rows):
+        own = dlogits.reshape(-1)[: chunk * (end - first)].reshape(chunk, -1)
+        operands: list[Array | None] = [loss if p == 0 else None, shares[p], dw[first:end], x, w[first:end], target]
+        lib.call(
+            "vocab_part", dtype, [*operands, *kept[p], sums, own, scratch[:each].copy()],
+            (r, c, end - first, chunk, each, block, parts, first, v), (0.5,), set_name=set_name,
+        )  # fmt: skip
+    while len(shares) > 1:
+        shares = [a + b for a, b in zip(shares[::2], shares[1::2], strict=True)]
+    lib.call("cast", dtype, [dx, shares[0]], (dx.size,), set_name=set_name)
+    return loss.tobytes(), dx.tobytes(), dw.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_a_head_in_parts_has_the_bits_of_the_whole(kernels: KernelLib, dtype: int) -> None:
+    for set_name in kernels.sets[1:]:
+        whole = head_in_parts(kernels, set_name, dtype, 0)
+        assert all(head_in_parts(kernels, set_name, dtype, parts) == whole for parts in (1, 2, 4, 8)), set_name
+
+
+def test_a_head_in_blocks_computes_what_one_in_one_piece_does(kernels: KernelLib) -> None:
+    """In double, where both are exact to all that a loss could show."""
+    rng = np.random.default_rng(12)
+    r, c, v, chunk = 9, 12, 100, 4
+    x, w, target = rng.normal(size=(r, c)), rng.normal(size=(v, c)), rng.integers(-1, v, r).astype(np.int32)
+    found = []
+    for kernel, dims in (("classifier_grad", (r, c, v, chunk)), ("vocab_head", (r, c, v, chunk, 8, 13))):
+        loss, dx, dw, logits, dlogits = (np.ones(s) for s in (r, (r, c), (v, c), (chunk, v), (chunk, v)))
+        scratch = [logits, dlogits, np.empty((8, chunk, c))][: 2 if kernel == "classifier_grad" else 3]
+        kernels.call(kernel, wire.F64, [loss, dx, dw, x, w, target, *scratch], dims, (0.5,))
+        found.append((loss, dx, dw))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 def bits_by_chunk(lib: KernelLib, set_name: str) -> list[tuple[bytes, ...]]:

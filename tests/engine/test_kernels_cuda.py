@@ -22,6 +22,7 @@ from tests.engine.test_kernels_cpu import (
     assert_close_to_ref,
     attention_cases,
     bits_by_chunk,
+    head_in_parts,
 )
 from trainer import wire
 
@@ -33,6 +34,8 @@ OWN_ORDER = {
     "linear8_wgrad": {"db"},
     "classifier_fwd": {"loss"},
     "classifier_grad": {"loss", "dx", "dw"},
+    "vocab_head": {"loss", "dx", "dw"},
+    "vocab_sums": {"sums"},
 }
 CONTROL_BYTES = ctypes.sizeof(wire.StepControl)
 HALF_WARP = 0xFFFF0000  # lanes that walk past
@@ -78,7 +81,7 @@ def test_nothing_outside_the_operands_is_touched() -> None:
 @pytest.mark.parametrize("kernel", ON_DEVICES)
 def test_operands_may_lie_anywhere(kernels: KernelLib, cuda: CudaLib, kernel: str) -> None:
     """16-byte accesses are for addresses that allow them: the same bits where operands begin one element later."""
-    largest = 130 if kernel.startswith(("attention", "classifier", "linear")) else 50_000
+    largest = 130 if kernel.startswith(("attention", "classifier", "linear", "vocab")) else 50_000
     for case in (case for case in CASES if case.kernel == kernel and max(case.dims) <= largest):
         for dtype in (wire.F32, wire.BF16):
             call = Call.make(kernels, case, dtype)
@@ -177,6 +180,13 @@ def test_a_column_s_sum_does_not_know_its_neighbours(cuda: CudaLib, kernel: str)
     assert sums(slice(0, c))[:, 37:70].tobytes() == sums(slice(37, 70)).tobytes()
 
 
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_a_head_in_parts_has_the_bits_of_the_whole(cuda: CudaLib, dtype: int) -> None:
+    for path in ("cuda", "library"):
+        whole = head_in_parts(cuda, path, dtype, 0)
+        assert all(head_in_parts(cuda, path, dtype, parts) == whole for parts in (1, 2, 4, 8)), path
+
+
 def test_chunks_do_not_change_bits(cuda: CudaLib) -> None:
     results = bits_by_chunk(cuda, "cuda")
     assert all(x == results[0] for x in results)
@@ -235,7 +245,7 @@ FAULT_CASES = [
     *(case for case in CASES if case.kernel.startswith("layernorm") and case.dims[0] == 40),
     *(case for case in CASES if case.kernel.startswith("rmsnorm") and case.dims[0] == 33),
     *(case for case in CASES if case.kernel.startswith("linear") and case.dims[0] == 13),
-    *(case for case in CASES if case.kernel.startswith("classifier") and case.dims[0] == 20),
+    *(case for case in CASES if case.kernel.startswith(("classifier", "vocab")) and case.dims[0] == 20),
     *(case for case in CASES if case.kernel == "embed_wgrad"),
     *(case for case in CASES if case.kernel == "quantise" and case.dims[0] == 130),
     *(case for case in CASES if case.kernel in ("sumsq", "sumsq_parts") and case.dims[0] > 65536 * 3),
@@ -256,7 +266,13 @@ def passed(kernels: KernelLib, cuda: CudaLib) -> Passed:
     for case in [*FAULT_CASES, *FLASH_FAULT_CASES]:
         flash = case in FLASH_FAULT_CASES
         call = Call.make(kernels, case, wire.BF16 if flash else wire.F32)
-        for path in ("flash",) if flash else ("cuda", "library") if case.kernel.startswith("classifier") else ("cuda",):
+        for path in (
+            ("flash",)
+            if flash
+            else ("cuda", "library")
+            if case.kernel.startswith(("classifier", "vocab"))
+            else ("cuda",)
+        ):
             cuda.seed(1)
             good = bits(call, call.run(cuda, path))
             for site in cuda.sites():

@@ -16,6 +16,7 @@ from trainer import wire
 
 FP8 = ("linear8_fwd", "linear8_igrad", "linear8_wgrad")
 OPS = ("linear_fwd", "linear_igrad", "linear_wgrad", *FP8, "classifier_fwd", "classifier_grad", "logits")
+OPS += ("vocab_head", "vocab_sums", "vocab_part")
 BIAS = {"linear_fwd": 3, "linear8_fwd": 5}
 SPLIT, REDUCE, TF32 = 3, 4, 5
 UNSUPPORTED, CONFIG, BUG = -16, -6, -3

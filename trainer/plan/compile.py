@@ -185,6 +185,7 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
             split=number in split,
             recompute=again.kind,
             again=0 if forward_only else _again(again, number, len(layers), number in split),
+            blocks=train.vocab_blocks,
         )
 
     whole = stage(range(spec.model.layers), True)

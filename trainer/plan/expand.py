@@ -38,6 +38,7 @@ from trainer.plan.places import Stage
 from trainer.plan.recompute import run_again, without_idle
 from trainer.spec import ModelSpec
 from trainer.spec_how import RecomputeKind
+from trainer.spec_sections import vocab_block
 from trainer.wire.kernels import KERNELS, Kernel, product
 from trainer.wire.kernels import Operand as KernelOperand
 
@@ -92,12 +93,14 @@ def expand_stage(
     split: bool = False,
     recompute: RecomputeKind = "none",
     again: int = 0,
+    blocks: int = 1,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
     ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
     is no backward and the head gives logits. With ``fp8`` the layers' linear layers take FP8. With ``split`` matrices'
     gradients are a program of their own. The first ``again`` of the layers ``recompute`` (``recompute.py``).
+    ``blocks``: of the vocabulary, whose sums join in a tree.
     """
     first, last = layers.start == 0, layers.stop == model.layers
     b = Builder(model, tensors, microbatch, sequence, ("forward" if infer else "train") if fp8 else "")
@@ -121,7 +124,8 @@ def expand_stage(
     chosen = layers[:again] if recompute != "none" else range(0)
     twice = run_again(b, forward, recompute, chosen, (received, None if last else x))
     put_off = PutOff(split, chosen)
-    tape = Tape(b, twice.seen, received, None if last else x, min(classifier_chunk, b.rows), scale, put_off)
+    chunk = min(classifier_chunk, b.rows)
+    tape = Tape(b, twice.seen, received, None if last else x, chunk, scale, put_off, blocks)
     backward = without_idle(tape.run(head, twice.calls), put_off.calls)
     return StagePrograms(
         index=Stage(0),
@@ -193,9 +197,10 @@ class Tape:
         chunk: int,
         scale: float,
         put_off: PutOff,
+        blocks: int = 1,
     ) -> None:
         self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
-        self.put_off = put_off
+        self.put_off, self.blocks = put_off, blocks
         self.calls: list[Call] = []
         self.layer: int | None = None
         self.gradient_codes: dict[str, Operand] = {}  # of the call that is derived
@@ -215,7 +220,9 @@ class Tape:
                 for once_more in again.get(call.layer, ()):
                     self._do(once_more)
             self.layer = call.layer
-            if call.kernel != "quantise":  # whoever reads the codes gives the gradient of the value itself
+            if call is head and self.blocks > 1:
+                self.head_in_blocks(call)
+            elif call.kernel != "quantise":  # whoever reads the codes gives the gradient of the value itself
                 self.derive(call)
         if self.received is not None:  # the stage below may change it in place
             self._hurry(self.gradient(self.received))
@@ -233,6 +240,20 @@ class Tape:
         passed = self._named(row, call).get(row.passes)
         if passed is not None:
             self.share(_view(passed), self.gradient(_view(call.ptr[0])))
+
+    def head_in_blocks(self, head: Call) -> None:
+        """The head's loss and gradients, its vocabulary in blocks (``kernels/vocabulary.h``)."""
+        loss, x, weight, targets, _ = head.ptr
+        rows, width, vocab = head.dim
+        value, chunk, blocks = _view(x), self.chunk, self.blocks
+        scratch = (
+            self._new("logits", chunk * vocab, "acc"),
+            self._new("dlogits", chunk * vocab, "dt"),
+            self._new("parts", blocks * chunk * width, "acc"),
+        )
+        ptr = (loss, self.only(value), self.weight_gradient(weight), self.keep(value), weight, targets, *scratch)
+        dim = (rows, width, vocab, chunk, blocks, vocab_block(vocab, blocks))
+        self._do(Call("vocab_head", ptr, dim, (self.scale,), None, "I"))
 
     def _emit(self, part: Literal["I", "W"], kernel: str, call: Call) -> None:
         if not kernel:

@@ -14,6 +14,7 @@ from trainer.wire.kernels import ATTENTION_HEAD_MAX as ATTENTION_HEAD_MAX
 from trainer.wire.kernels import KERNELS as KERNELS
 from trainer.wire.kernels import QUANTISE_PARTS as QUANTISE_PARTS
 from trainer.wire.kernels import SUMSQ_BLOCK as SUMSQ_BLOCK
+from trainer.wire.kernels import VOCAB_BLOCKS as VOCAB_BLOCKS
 
 u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
 i32, i64, f32, f64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-SUMSQ_BLOCK, ATTENTION_HEAD_MAX, QUANTISE_PARTS = 65536, 512, 1024
+SUMSQ_BLOCK, ATTENTION_HEAD_MAX, QUANTISE_PARTS, VOCAB_BLOCKS = 65536, 512, 1024, 64
 
 
 class Operand(NamedTuple):
@@ -414,5 +414,37 @@ KERNELS: dict[str, Kernel] = {
         "",
         "read:behind:byte::::optional",
         holds="NS<=10000000000",
+    ),
+    "vocab_head": _kernel(
+        40,
+        "R C V CHUNK N BLOCK",
+        "scale",
+        "write:loss:acc::R, write:dx:dt:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
+        "read:target:targets::R::below V, scratch:logits:acc:CHUNK:V, scratch:dlogits:dt:CHUNK:V, "
+        "scratch:parts:acc:N CHUNK:C",
+        holds="V<=2147483647 N<=64",
+        products="3 R C V",
+        each="20 R V",
+    ),
+    "vocab_sums": _kernel(
+        41,
+        "R C V N BLOCK FIRST ALL",
+        "",
+        "write:e:acc:R:V, write:tops:acc:N:R, write:sums:acc:3:R, read:x:dt:R:C, read:w:dt:V:C, "
+        "read:target:targets::R::below ALL",
+        holds="0<=FIRST FIRST<=ALL ALL<=2147483647 N<=64",
+        products="R C V",
+        each="15 R V",
+    ),
+    "vocab_part": _kernel(
+        42,
+        "R C V CHUNK N BLOCK P FIRST ALL",
+        "scale",
+        "write:loss:acc::R::optional, write:dx:acc:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
+        "read:target:targets::R::below ALL, read:e:acc:R:V, read:tops:acc:N:R, read:sums:acc:3 P:R, "
+        "scratch:dlogits:dt:CHUNK:V, scratch:parts:acc:N CHUNK:C",
+        holds="0<=FIRST FIRST<=ALL ALL<=2147483647 N<=64 P<=64",
+        products="2 R C V",
+        each="5 R V",
     ),
 }

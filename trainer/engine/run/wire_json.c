@@ -182,6 +182,7 @@ void hs_wire_print(void) {
         N(HS_E5M2),
         N(HS_FP8),
         N(HS_QUANTISE_PARTS),
+        N(HS_VOCAB_BLOCKS),
         N(HS_MODE_TRAIN),
         N(HS_MODE_INFER),
         N(HS_LR_CONSTANT),

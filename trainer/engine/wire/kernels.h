@@ -78,6 +78,8 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
 #define HS_ATTENTION_HEAD_MAX 512
 /* Elements of a block of sumsq. */
 #define HS_SUMSQ_BLOCK 65536
+/* Blocks of a vocabulary, at most. */
+#define HS_VOCAB_BLOCKS 64
 
 #define HS_TEXT_OF2(number) #number
 #define HS_TEXT_OF(number)  HS_TEXT_OF2(number)
@@ -248,14 +250,35 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
     /* sleeps; on CPUs alone, for measuring schedules */                                                              \
     X(39, DELAY, delay, DIMS(NS), 1, "", NO_REALS,                                                                    \
       "NS<=10000000000", NO_GRADIENT, WORK("0", "0", "0"),                                                            \
-      READ(behind, BYTE, "", "", "", OPTIONAL))
+      READ(behind, BYTE, "", "", "", OPTIONAL))                                                                       \
+    /* the head with its loss, its vocabulary in N blocks of BLOCK rows (kernels/vocabulary.h) */                     \
+    X(40, VOCAB_HEAD, vocab_head, DIMS(R, C, V, CHUNK, N, BLOCK), 6, "", REALS(scale),                                \
+      "V<=2147483647 N<=" HS_TEXT_OF(HS_VOCAB_BLOCKS), NO_GRADIENT, WORK("3 R C V", "0", "20 R V"),                   \
+      WRITE(loss, ACC, "", "R", ""), WRITE(dx, DT, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),                      \
+      READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(V)),             \
+      SCRATCH(logits, ACC, "CHUNK", "V", ""), SCRATCH(dlogits, DT, "CHUNK", "V", ""),                                 \
+      SCRATCH(parts, ACC, "N CHUNK", "C", ""))                                                                        \
+    /* part of it: V rows from FIRST on, of ALL */                                                                    \
+    X(41, VOCAB_SUMS, vocab_sums, DIMS(R, C, V, N, BLOCK, FIRST, ALL), 5, "", NO_REALS,                               \
+      "0<=FIRST FIRST<=ALL ALL<=2147483647 N<=" HS_TEXT_OF(HS_VOCAB_BLOCKS), NO_GRADIENT,                             \
+      WORK("R C V", "0", "15 R V"),                                                                                   \
+      WRITE(e, ACC, "R", "V", ""), WRITE(tops, ACC, "N", "R", ""), WRITE(sums, ACC, "3", "R", ""),                    \
+      READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(ALL)))           \
+    /* its gradients, by the sums of all P parts */                                                                   \
+    X(42, VOCAB_PART, vocab_part, DIMS(R, C, V, CHUNK, N, BLOCK, P, FIRST, ALL), 7, "", REALS(scale),                 \
+      "0<=FIRST FIRST<=ALL ALL<=2147483647 N<=" HS_TEXT_OF(HS_VOCAB_BLOCKS) " P<=" HS_TEXT_OF(HS_VOCAB_BLOCKS),       \
+      NO_GRADIENT, WORK("2 R C V", "0", "5 R V"),                                                                     \
+      WRITE(loss, ACC, "", "R", "", OPTIONAL), WRITE(dx, ACC, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),           \
+      READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(ALL)),           \
+      READ(e, ACC, "R", "V", ""), READ(tops, ACC, "N", "R", ""), READ(sums, ACC, "3 P", "R", ""),                     \
+      SCRATCH(dlogits, DT, "CHUNK", "V", ""), SCRATCH(parts, ACC, "N CHUNK", "C", ""))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 40
+    HS_K_COUNT = 43
 };
 
 #endif

@@ -35,6 +35,7 @@
 #include "kernels/cpu/rmsnorm.c"
 #include "kernels/cpu/rope.c"
 #include "kernels/cpu/swiglu.c"
+#include "kernels/cpu/vocabulary.c"
 
 /* Every op behind one check: f64 belongs to ref. */
 #define X(number, NAME, name, ...)                                                                 \

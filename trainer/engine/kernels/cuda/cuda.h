@@ -9,7 +9,7 @@
  * Bits: every op but those below gives what the fast CPU set gives, to the last bit, in f32 and
  * bf16: same order of sums, same functions (lane.h), no contraction. Its own order, fixed by the
  * sizes alone, have layernorm_wgrad, rmsnorm_wgrad, and linear_wgrad's and linear8_wgrad's db (columns.h) and the
- * classifier's rows (classifier.cu). Path cuda is a family of its own:
+ * classifier's rows (classifier.cu, vocabulary.cu). Path cuda is a family of its own:
  * products by libraries, and attention in bf16 by flash.cu.
  */
 #ifndef HS_KERNELS_CUDA_CUDA_H

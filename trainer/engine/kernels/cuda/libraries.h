@@ -72,9 +72,11 @@ hs_status hs_products_run(hs_products *products, const hs_cuda_ctx *ctx, const h
 /* The products of a call of HS_K_<kernel>, in order, but a classifier's: of its first chunk, then of its
  * last where that is shorter. A bias that is rounded to out's type lies at `own` (HS_OWN_WORKSPACE).
  * Their number; 0: the kernel makes none. */
-enum { HS_PRODUCTS_OF_A_CALL = 6 };
+enum { HS_PRODUCTS_OF_A_CALL = 2 * (HS_VOCAB_BLOCKS + 2) };
 int hs_products_of(uint16_t kernel, const hs_args *args, void *own,
                    hs_product out[HS_PRODUCTS_OF_A_CALL]);
+/* Those of vocabulary.cu's kernels. */
+int hs_vocab_products(uint16_t kernel, const hs_args *args, hs_product out[HS_PRODUCTS_OF_A_CALL]);
 
 /* Whether products are the library's. */
 static inline bool hs_by_library(const hs_cuda_ctx *ctx) {

@@ -156,6 +156,10 @@ extern "C" int hs_products_of(uint16_t kernel, const hs_args *args, void *own,
         if (grad.R >= grad.CHUNK) n += classifier_grad(grad, grad.CHUNK, out);
         if (grad.R % grad.CHUNK) n += classifier_grad(grad, grad.R % grad.CHUNK, out + n);
         return n;
+    case HS_K_VOCAB_HEAD:
+    case HS_K_VOCAB_SUMS:
+    case HS_K_VOCAB_PART:
+        return hs_vocab_products(kernel, args, out);
     default:
         return 0;
     }

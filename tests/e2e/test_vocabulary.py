@@ -1,0 +1,168 @@
+"""The head with its vocabulary in blocks: right, and the same bits whatever holds the blocks.
+
+A golden run agrees with transformers and with the float64 reference for every number of blocks; and of each number of
+blocks all layouts give the losses, norms, gradients and weights of one process.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.e2e import engine_runs
+from tests.e2e.engine_runs import Gang, to_hf
+from tests.e2e.golden_runs import GRADIENT, LOSS, assert_agrees, spec_of, train_golden, worst
+from tests.reference.golden import CASES, Golden
+from tests.reference.model import Model
+from trainer.errors import SpecError
+from trainer.plan.compile import compile_plan
+from trainer.spec import parse_spec, what_digest
+
+SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
+BLOCKS = (2, 4, 8)
+STEPS, SEQUENCE, BATCH, SAMPLE = 3, 16, 8, 6
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2 tied, bf16": ("bf16", {"family": "gpt2", "width": 48, "heads": 4, "vocab": 250, "tied": True}),
+    "llama untied, fp32": (
+        "fp32",
+        {"family": "llama", "width": 32, "heads": 4, "kv_heads": 2, "hidden": 64, "vocab": 250, "tied": False},
+    ),
+    # a head of ten blocks of the digest, in pieces where there are replicas
+    "gpt2 tied, pieces": ("fp32", {"family": "gpt2", "width": 104, "heads": 4, "vocab": 10_403, "tied": True}),
+}
+
+
+@dataclass(frozen=True)
+class How:
+    """A layout."""
+
+    stages: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    replicas: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.stages} stages {self.schedule}/{self.chunks} x {self.replicas}"
+
+
+def layouts() -> Iterator[How]:
+    for schedule, chunks in (("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("zb-v", 2)):
+        for stages in (1, 2, 3, 4):
+            for replicas in (1, 2, 4):
+                if stages * chunks <= 4 and stages * replicas <= 8:
+                    yield How(stages * chunks, schedule, chunks, replicas)
+
+
+def every() -> list[tuple[str, int, How]]:
+    return [(model, blocks, how) for model in MODELS for blocks in BLOCKS for how in layouts()]
+
+
+def train(folder: Path, model: str, blocks: int, how: How) -> Gang:
+    precision, sizes = MODELS[model]
+    tree = {
+        "name": "vocabulary",
+        "model": {"layers": 4, "context": 32} | sizes,
+        "data": {"block": 2, "window": 3},
+        "train": {
+            "steps": STEPS,
+            "batch": BATCH,
+            "microbatch": 1,
+            "sequence": SEQUENCE,
+            "precision": precision,
+            "seed": 11,
+            "classifier_chunk": 6,  # rows are not a multiple of it
+            "reduction_groups": 4,
+            "vocab_blocks": blocks,
+            "optimizer": {"lr": 3e-3, "clip": 0.5},
+        },
+        "parallel": {"threads": 1, **vars(how)},
+        "checkpoint": {"every": 0},
+    }
+    tokens = np.random.default_rng(7).integers(0, sizes["vocab"], (5, SEQUENCE * 3 + 1))
+    spec = parse_spec(tree)
+    dataset = engine_runs.write_samples(folder / "data", tokens, sizes["vocab"])
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
+    return engine_runs.train(plan, folder / "data", folder / "run")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of one process that all others must equal."""
+
+    @cache
+    def of(model: str, blocks: int) -> Gang:
+        return train(tmp_path_factory.mktemp("one"), model, blocks, How())
+
+    return of
+
+
+def assert_same(one: Any, folder: Path, model: str, blocks: int, how: How) -> None:
+    ours, theirs = train(folder, model, blocks, how), one(model, blocks)
+    for key in ("loss", "grad_norm"):
+        assert [event[key] for event in ours.steps] == [event[key] for event in theirs.steps]
+    assert len(ours.steps) == STEPS
+    for step in range(1, STEPS + 1):
+        for what in ("grads", "weights"):
+            mine, other = getattr(ours, what)(step), getattr(theirs, what)(step)
+            assert mine.keys() == other.keys()
+            for name, value in other.items():
+                np.testing.assert_array_equal(mine[name], value, f"step {step}, {what}: {name}")
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("model", "blocks", "how"), random.Random(SEED).sample(every(), SAMPLE), ids=str)
+def test_a_sample_of_layouts(one: Any, tmp_path: Path, model: str, blocks: int, how: How) -> None:
+    assert_same(one, tmp_path, model, blocks, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "blocks", "how"), every(), ids=str)
+def test_every_layout(one: Any, tmp_path: Path, model: str, blocks: int, how: How) -> None:
+    assert_same(one, tmp_path, model, blocks, how)
+
+
+@pytest.mark.parametrize(("case", "blocks"), list(zip(CASES, (2, 4, 4, 8), strict=True)))
+def test_training_agrees_with_transformers_and_the_reference(case: str, blocks: int, tmp_path: Path) -> None:
+    golden = Golden(case)
+    spec = spec_of(golden, stages=1)
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"vocab_blocks": blocks})})
+    gang = train_golden(golden, spec, tmp_path)
+    assert_agrees(golden, gang, spec.model)
+    last = len(golden.losses)
+    weights = {name: w.astype(np.float64) for name, w in to_hf(spec.model, gang.weights(last - 1)).items()}
+    batch = golden.batches[last - 1]
+    reference = Model(golden.config, weights, batch[:, :-1], batch[:, 1:])
+    assert gang.losses[-1] == pytest.approx(reference.loss, rel=LOSS)
+    ours = to_hf(spec.model, gang.grads(last))
+    for name, theirs in reference.backward().items():
+        assert worst(ours[name], theirs) < GRADIENT, name
+
+
+@pytest.mark.parametrize(
+    ("blocks", "vocab", "told"),
+    [
+        (3, 250, "vocab_blocks 3 is no power of two; take vocab_blocks = 2 or 4"),
+        (128, 250, "must be at most 64"),
+        (8, 50, r"a vocabulary of 50 in blocks of multiples of 8 has fewer; take vocab_blocks = 4"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(blocks: int, vocab: int, told: str, tmp_path: Path) -> None:
+    tree = {
+        "name": "few",
+        "model": {"family": "gpt2", "layers": 1, "width": 8, "heads": 1, "context": 8, "vocab": vocab},
+        "train": {"steps": 1, "batch": 1, "microbatch": 1, "sequence": 8, "vocab_blocks": blocks},
+    }
+    tokens = np.zeros((1, 9), np.int64)
+    dataset = engine_runs.write_samples(tmp_path, tokens, vocab)
+    with pytest.raises(SpecError, match=told):
+        parse_spec(tree).resolve(dataset)
