@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     if single.is_file():
         return read_file(single)
     if not index.is_file():
-        raise NoWeights(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}: name the folder that an export or a download made"
-        )
+        raise NoWeights(f"{folder} has neither {WEIGHTS} nor {INDEX}: {_instead(folder)}")
     where = _json(_read(index, MAX_HEADER_BYTES), index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
         raise NoWeights(f"{index}: 'weight_map' must name the file of each tensor")
@@ -59,6 +58,8 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     for name in sorted(set(where.values())):
         if name != os.path.basename(name) or name.startswith("."):
             raise NoWeights(f"{index}: {name[:80]!r} is no file of this folder")
+        if not (folder / name).is_file():
+            raise NoWeights(f"{index} names {name[:80]}, which is not in its folder: fetch it again")
         for tensor in read_file(folder / name).values():
             if where.get(tensor.name) == name:
                 found[tensor.name] = tensor
@@ -68,9 +69,35 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     return found
 
 
+def _instead(folder: Path) -> str:
+    """What a folder without weights has in their place, and the mend."""
+    try:
+        there = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    for what, ending, mend in _OTHERS:
+        for name in there:
+            if re.fullmatch(ending, name):
+                return f"{name} is {what}; {mend}"
+    return "name the folder that an export or a download made"
+
+
+_SAVED = "transformers' from_pretrained(DIR).save_pretrained(OTHER) writes safetensors of it"
+_OTHERS = (
+    ("one of several files, whose index is missing", r"model-\d+-of-\d+\.safetensors", f"copy {INDEX} beside it too"),
+    ("an adapter, not a model", r"adapter_model\..*", "merge it into its model first (peft's merge_and_unload)"),
+    ("a pickle, which is not opened, because it can hold any program", r".*\.(bin|pt|pth|ckpt)", _SAVED),
+    ("of llama.cpp", r".*\.gguf", "take the model's safetensors"),
+    ("of TensorFlow or Flax", r".*\.(h5|msgpack)", _SAVED),
+    ("weights under a name of their own", r".*\.safetensors", f"name it {WEIGHTS}"),
+)
+
+
 def read_file(path: Path) -> dict[str, FileTensor]:
     """The tensors of one file, none of which overlap or leave it."""
     head = _read(path, 8)
+    if head == b"version ":
+        raise NoWeights(f"{path} is a pointer of Git LFS, not the file: `git lfs pull` in its folder fetches that")
     size = path.stat().st_size
     length = int.from_bytes(head, "little")
     if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -96,12 +123,16 @@ def _tensor(path: Path, name: str, row: Any, begin: int, size: int) -> FileTenso
         raise NoWeights(f"{what} is not described")
     dtype, shape, place = row.get("dtype"), row.get("shape"), row.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise NoWeights(f"{what} is of type {str(dtype)[:20]!r}; {', '.join(DTYPES)} are read")
+        raise NoWeights(
+            f"{what} is of type {str(dtype)[:20]!r}; {', '.join(DTYPES)} are read (quantised weights are not)"
+        )
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(d) is int and 0 <= d < 1 << 48 for d in shape):
         raise NoWeights(f"{what} has no shape that can be")
     if not isinstance(place, list) or len(place) != 2 or not all(type(x) is int and x >= 0 for x in place):
         raise NoWeights(f"{what} has no place in the file")
-    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype] or begin + place[1] > size:
+    if place[1] - place[0] == math.prod(shape) * DTYPES[dtype] and begin + place[1] > size:
+        raise NoWeights(f"{what} ends at byte {begin + place[1]}, the file at {size}: it was cut short, fetch it again")
+    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype]:
         raise NoWeights(f"{what}: bytes {place[0]} to {place[1]} of {size - begin} do not hold {shape} of {dtype}")
     return FileTensor(name, dtype, tuple(shape), path, begin + place[0])
 

@@ -19,10 +19,11 @@ from checkpoint.export_to import Folder
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import interpreter_note
+from flows.drive.begin import prepare_run
 from flows.drive.events import Event, NoSink, Outcome, Sink
 from flows.drive.fork import fork_run
 from flows.drive.live import StatusReader
-from flows.drive.run import Prepared, prepare_run
+from flows.drive.run import Prepared
 from flows.drive.train import cancel, make_driver, store_at
 from flows.hosting import Hosted, Prefect
 from flows.page import Page

@@ -26,10 +26,11 @@ from prefect.states import Cancelled
 from prefect.types.entrypoint import EntrypointType
 
 from flows.data import prepare
+from flows.drive.begin import data_of, prepare_run
 from flows.drive.collecting import NotCollected, collect_runs
 from flows.drive.events import Outcome
 from flows.drive.orders import Asked, place_order
-from flows.drive.run import ask_run, load_run, prepare_run, run_names
+from flows.drive.run import ask_run, load_run, run_names
 from flows.drive.train import store_at
 from flows.hosting import Hosted, undisturbed
 from flows.page import Page, end_message
@@ -59,8 +60,9 @@ def flow_run_name() -> str:
 @task(name="prepare data", cache_policy=NO_CACHE)
 def prepare_data(spec: RunSpec, store_url: str) -> dict[str, Any]:
     """Text to token shards in the store; content-addressed, so a second time finds them."""
-    say, sequence = get_run_logger().info, spec.train.sequence
-    return prepare(spec.data, store_at(store_url), say=say, sequence=sequence).to_map()
+    say, sequence, store = get_run_logger().info, spec.train.sequence, store_at(store_url)
+    with data_of(spec, store) as data:
+        return prepare(data, store, say=say, sequence=sequence).to_map()
 
 
 @flow(name="prepare")

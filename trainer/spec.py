@@ -30,6 +30,7 @@ from trainer.errors import SpecError
 from trainer.spec_fields import MAX_INT32, RULES, shown
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
+    LATER_WHAT,
     MAX_MICROBATCHES,
     MAX_VOCAB_SIZE,
     DataSpec,
@@ -143,7 +144,7 @@ def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
     resolved = spec.resolve(dataset)
     return {
         "schema": SPEC_SCHEMA,
-        "model": resolved.model.model_dump(mode="json"),
+        "model": _without_later("model", resolved.model),
         "data": {
             "digest": dataset.digest,
             "shuffled": resolved.data.shuffled,
@@ -153,6 +154,13 @@ def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
         },
         "train": resolved.train.model_dump(mode="json", exclude={"max_batch_tokens"}),
     }
+
+
+def _without_later(name: str, section: BaseModel) -> dict[str, Any]:
+    """A section's values, without those keys at their default that runs which were there before did not have."""
+    fields, later = type(section).model_fields, LATER_WHAT.get(name, ())
+    values = section.model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in later or getattr(section, k) != fields[k].default}
 
 
 def what_bytes(spec: RunSpec, dataset: DatasetRef) -> bytes:

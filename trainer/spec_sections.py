@@ -47,6 +47,10 @@ FP8_SIDE = 16
 VOCAB_UNIT = 8
 """Blocks of a vocabulary begin at multiples of it, so that its rows keep their alignment."""
 
+LATER_WHAT = {"model": ("init",)}
+"""Keys of the What half that came when runs had names already: at their default they are no part of it."""
+_INIT = r"(?s:hf:.+)|run:[a-z][-a-z0-9]*@\d{1,18}|(weights|state):[0-9a-f]{64}"
+
 Precision = Literal["fp32", "bf16", "fp8"]
 
 
@@ -68,6 +72,12 @@ class ModelSpec(Section):
     rope_base: float = Field(10_000.0, gt=1, description="base of the rotary angles (llama, qwen3)")
     tied: bool = Field(True, description="the head shares the token embedding's weights")
     init_std: float = Field(0.02, gt=0, lt=10, description="standard deviation of initial weights")
+    init: str | None = Field(
+        None,
+        max_length=4096,
+        description='where the weights come from: "hf:DIR", a folder in Hugging Face\'s form, or "run:ID@STEP", a '
+        "checkpoint of a run (without its moments); unset: they are drawn from train.seed",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
@@ -85,6 +95,11 @@ class ModelSpec(Section):
                 "number of query heads"
             )
         models.family(self.family).check(self)
+        if self.init is not None and not re.fullmatch(_INIT, self.init):
+            raise ValueError(
+                f"init {shown(self.init)} is unknown; take 'hf:DIR' (a folder with config.json and model.safetensors) "
+                "or 'run:ID@STEP' (a checkpoint of a run)"
+            )
         return self
 
     @property

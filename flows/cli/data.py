@@ -27,6 +27,7 @@ def data() -> None:
 def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
     """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it exists already."""
     from flows.data import prepare as make
+    from flows.drive.begin import data_of
     from flows.drive.run import ready_store
     from flows.drive.train import store_at
     from trainer.spec import load_spec
@@ -37,7 +38,8 @@ def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as
     def work() -> DatasetRef:
         ready_store(opened)
         tell = (lambda _: None) if as_json else say
-        made = make(wanted.data, opened, say=tell, again=again, sequence=wanted.train.sequence)
+        with data_of(wanted, opened) as source:
+            made = make(source, opened, say=tell, again=again, sequence=wanted.train.sequence)
         wanted.resolve(made)  # what would be refused at `train` is refused here
         return made
 

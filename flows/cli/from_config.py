@@ -1,21 +1,31 @@
-"""A spec from a Hugging Face config.json: the model as it stands there, and a start for the rest. No weights:
-`hotstage ckpt import` brings them."""
+"""A spec from a Hugging Face config.json: the model as it stands there, and a start for the rest."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from trainer.errors import SpecError
 from trainer.models import family, names
-from trainer.models.hf_config import end_token_id, left_out, name_of, read_config
+from trainer.models.hf_config import left_out, name_of, read_config
 from trainer.spec import ModelSpec
 
 _SEQUENCE = 1024
 
 
-def spec_text(path: Path) -> str:
-    """The TOML of a spec with the model of this config.json (or of this folder's). SpecError for what cannot be."""
+def spec_text(
+    path: Path,
+    *,
+    weights: bool = False,
+    source: str = "python-stdlib",
+    tokenizer: str | None = None,
+    name: str | None = None,
+) -> str:
+    """The TOML of a spec with the model of this config.json (or of this folder's). SpecError for what cannot be.
+
+    ``weights``: the model begins from the folder's weights; ``tokenizer``: a file, where it is not the folder's own.
+    """
     config = read_config(path)
     kind = config.get("model_type")
     if kind not in names():
@@ -25,17 +35,21 @@ def spec_text(path: Path) -> str:
         raise SpecError(f"config.json: vocab_size {model.vocab} must be at least 1; raise it")
     folder = path if path.is_dir() else path.parent
     dropout = left_out(config)
+    what = "trained on from its weights" if weights else "without its weights (hotstage import brings them)"
+    begin = ["", "# the weights to begin from; the run is known by their digest, the folder may move"]
+    begin.append(f"init = {_toml(f'hf:{os.path.abspath(folder)}')}")
     lines = [
-        f"# {path}: its model, without its weights (hotstage ckpt import brings them)",
+        f"# {_comment(path)}: its model, {what}",
         *([f"# not computed here: {', '.join(dropout)}"] if dropout else []),
-        f'name = "{name_of(path)}"',
+        f"name = {_toml(name or name_of(path))}",
         "",
         "[model]",
         *_model_lines(model),
+        *(begin if weights else []),
         "",
         "[data]",
-        'source = "python-stdlib"        # or text:GLOB, jsonl:GLOB',
-        *_tokenizer_lines(folder / "tokenizer.json", end_token_id(config)),
+        f"source = {_toml(source)}        # or text:GLOB, jsonl:GLOB",
+        *_tokenizer_lines(folder, tokenizer),
         "",
         "[train]",
         "steps = 1000",
@@ -45,8 +59,13 @@ def spec_text(path: Path) -> str:
         'precision = "bf16"',
         "",
         "[train.optimizer]",
-        "lr = 3e-4",
+        *(
+            ["lr = 3e-5                       # a tenth of what a model from nothing takes"]
+            if weights
+            else ["lr = 3e-4"]
+        ),
         "",
+        *(["[train.schedule]", "warmup = 20                     # moments begin at zero", ""] if weights else []),
         "[parallel]",
         "stages = 1",
         "",
@@ -58,14 +77,20 @@ def _model_lines(model: ModelSpec) -> list[str]:
     return [f"{key} = {_toml(value)}" for key, value in model.model_dump().items() if value is not None]
 
 
-def _tokenizer_lines(path: Path, end: int | None) -> list[str]:
-    if not path.is_file():
-        return ['# tokenizer = "tokenizer.json"  # the model\'s own; else one is trained']
-    from flows.data.tokenizer import parse_tokenizer
+def _tokenizer_lines(folder: Path, given: str | None) -> list[str]:
+    from flows.drive.weights import TOKENIZER, end_of, read_tokenizer
 
-    token = None if end is None else parse_tokenizer(path.read_bytes(), str(path)).id_to_token(end)
+    path = Path(given) if given is not None else folder / TOKENIZER
+    if given is None and not path.is_file():
+        return ['# tokenizer = "tokenizer.json"  # the model\'s own; else one is trained']
+    token = end_of(folder, read_tokenizer(path))
     named = [f"end_token = {_toml(token)}"] if token is not None else []
-    return [f"tokenizer = {_toml(str(path))}", *named]
+    return [f"tokenizer = {_toml(os.path.abspath(path))}", *named]
+
+
+def _comment(path: Path) -> str:
+    """A path as a comment of one line can hold it."""
+    return "".join(c if c.isprintable() else "?" for c in str(path))
 
 
 def _toml(value: object) -> str:

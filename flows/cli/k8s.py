@@ -63,8 +63,8 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
     `hotstage train SPEC` with the same --set adopts them and starts training; until then nothing is trained.
     """
     from checkpoint.log import RunLog
+    from flows.drive.begin import prepare_run
     from flows.drive.launches import launch_of
-    from flows.drive.run import prepare_run
     from flows.drive.train import make_driver, store_at
     from k8s.api import JOBS, SECRETS, SERVICES, Api
     from k8s.render import check_fabric

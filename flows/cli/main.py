@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import keyword
 import logging
 import math
 import os
@@ -53,6 +54,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "The main job end to end on this machine: prepare, train, lose a rank, recover, export.",
     ),
     "init": ("flows.cli.spec", "Write a commented spec to start from."),
+    "import": ("flows.cli.bring", "Take a model in Hugging Face's form: a spec, its weights, its tokenizer."),
     "schema": ("flows.cli.spec", "Print the JSON schema of a spec."),
     "plan": ("flows.cli.plan", "Show what a spec's plan says, and which layout a cluster wants."),
     "train": ("flows.cli.train", "Train a spec to its end; recover whatever fails on the way."),
@@ -97,7 +99,7 @@ class _Lazy(click.Group):
         if name not in _COMMANDS:
             return None
         module = importlib.import_module(_COMMANDS[name][0])
-        command: click.Command = getattr(module, name.replace("-", "_"))
+        command: click.Command = getattr(module, name.replace("-", "_") + "_" * keyword.iskeyword(name))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -41,8 +41,8 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     terminal, a second Ctrl-C within a second leaves the run to itself; the same command attaches to it again. On a
     cluster the first Ctrl-C does that: the gang trains on.
     """
+    from flows.drive.begin import prepare_run
     from flows.drive.orders import Asked, place_order
-    from flows.drive.run import prepare_run
     from flows.drive.train import store_at
     from trainer.spec import load_spec
 

@@ -7,6 +7,7 @@ store, ``prepare`` goes through all four. Knows nothing of Prefect; ``flows/flow
 from flows.data.prepare import interpreter_note, prepare
 from flows.data.shards import load_dataset, load_tokenizer, tokenizer_json
 from flows.data.sources import Document, documents, stdlib_documents
+from flows.data.tokenizer import parse_tokenizer
 
 __all__ = [
     "Document",
@@ -14,6 +15,7 @@ __all__ = [
     "interpreter_note",
     "load_dataset",
     "load_tokenizer",
+    "parse_tokenizer",
     "prepare",
     "stdlib_documents",
     "tokenizer_json",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoint.amendments import Amendments
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.collect.pins import pin
-from checkpoint.log import RunLog
+from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
@@ -40,6 +40,11 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     whole = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", state.asked_how or {})
     tree = {**whole, "train": _amended_end(whole["train"], state.amendments)}
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
+    if spec.model.init != what["model"].get("init"):
+        raise SpecError(
+            f"model.init {spec.model.init!r}: a fork begins from its parent's checkpoint; leave it out, or write a "
+            "spec with it and train that"
+        )
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)
     else:
@@ -57,23 +62,34 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     forked = Prepared(run, resolved, dataset, child_what, plan)
     check_layouts(forked)
     create_run(forked, store)
-    check_beginning(store, run, parent, found.n)
+    kept = _kept(state.amendments, resolved, parse_spec(whole), same_data=dataset.digest == digest)
+    begin_at(store, run, log, state, found, kept)
+    return forked
+
+
+def begin_at(
+    store: Store, run: str, log: RunLog, state: RunState, found: CheckpointInfo, kept: Amendments = NONE
+) -> None:
+    """Pin the parent's checkpoint and make it the beginning of the run's log. ``kept``: of the parent's amendments.
+
+    SpecError where the run has begun otherwise; PinRefused where the collector was first.
+    """
+    check_beginning(store, run, log.run, found.n)
     pin(log, found, f"fork-{run}", state)
     body = {
         "kind": "parent",
-        "run": parent,
+        "run": log.run,
         "checkpoint": found.n,
         "step": found.step,
         "state_digest": found.state_digest,
     }
-    if kept := _kept(state.amendments, resolved, parse_spec(whole), same_data=dataset.digest == digest):
+    if kept:
         body["amendments"] = kept.to_map()
     RunLog(store, run, writer="user").transact(lambda s: None if s.n else ("intervention", body))
-    return forked
 
 
-def check_beginning(store: Store, run: str, parent: str, checkpoint: int | None = None) -> None:
-    """SpecError where the run has begun already, but not from the parent (from that checkpoint of it, where named)."""
+def check_beginning(store: Store, run: str, parent: str | None = None, checkpoint: int | None = None) -> None:
+    """SpecError where the run has begun already, but not from a parent (that parent, that checkpoint of it)."""
     there = RunLog(store, run).fold(quick=True)
     begun = parent_of(there)
     if there.n and begun is None:
@@ -81,7 +97,8 @@ def check_beginning(store: Store, run: str, parent: str, checkpoint: int | None 
             f"run {run} is there already, and began from its own initial weights; give this one another name "
             "(--set name=…)"
         )
-    if begun is not None and (begun["run"] != parent or checkpoint not in (None, begun["checkpoint"])):
+    others = (parent not in (None, begun["run"]), checkpoint not in (None, begun["checkpoint"])) if begun else ()
+    if begun is not None and any(others):
         raise SpecError(
             f"run {run} is there already, a fork of step {begun['step']} of {begun['run']}; give this one another name "
             "(--set name=…)"

@@ -1,8 +1,7 @@
 """A run, from spec to the objects that identify it: plain functions, no Prefect, no processes.
 
-``prepare_run`` turns a spec into a ``Prepared`` run (dataset, resolved spec, plan, all in the store); ``load_run``
-makes the same from what the store holds, for resume, fork, report and generate. ``fold_view`` reads a folded log as the
-driver's ``LogView``.
+``load_run`` makes a ``Prepared`` run (dataset, resolved spec, plan) of what the store holds, for resume, fork, report
+and generate; ``begin.py`` makes one of a spec. ``fold_view`` reads a folded log as the driver's ``LogView``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState, StartPoi
 from checkpoint.probe import ensure_probed
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
-from flows.data import load_dataset, prepare
+from flows.data import load_dataset
 from flows.drive.decide import opened, superseded
 from flows.drive.views import AttemptView, LogView, OrderView, Policy, RunLayout, Saves, StartAttempt
 from trainer.dataset import DatasetRef
@@ -30,7 +29,7 @@ from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
 from trainer.plan.memory import host_kinds
 from trainer.plan.records import PositionPlan
-from trainer.spec import RunSpec, how_map, other_name, parse_spec, run_id, what_bytes, what_digest
+from trainer.spec import RunSpec, how_map, other_name, parse_spec, what_bytes, what_digest
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
 from trainer.wire import NUMERICS_VERSION, PLAN_VERSION
 from trainer.wire.plan import parse, version_of
@@ -117,38 +116,6 @@ class NoBoard:
     @contextlib.contextmanager
     def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
         yield lambda _: None
-
-
-def prepare_run(
-    spec: RunSpec,
-    store: Store,
-    *,
-    suffix: str = "",
-    say: Callable[[str], None] = log.info,
-    board: Board | None = None,
-) -> Prepared:
-    """Make the dataset (or find it), resolve the spec, compile the plan, and create the run's identity in the store.
-
-    ``suffix`` joins the run's name (a schedule gives its time). Idempotent: the same spec finds the same run.
-    """
-    from k8s.render import check_fabric
-
-    board = board or NoBoard()
-    check_fabric(spec)
-    ready_store(store)
-    with board.task("prepare-data", "prepare data") as told:
-        dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
-        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
-    with board.task("compile-plan", "compile plan") as told:
-        resolved = spec.resolve(dataset)
-        what = what_digest(resolved, dataset)
-        run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
-        plan = compile_plan(resolved, dataset, what)
-        prepared = Prepared(run, resolved, dataset, what, plan)
-        check_layouts(prepared)
-        create_run(prepared, store)
-        told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")
-    return prepared
 
 
 def create_run(prepared: Prepared, store: Store) -> None:
@@ -308,7 +275,7 @@ def load_spec_of(
 
 def load_run(store: Store, run: str) -> Prepared:
     """As `read_run`, to be driven: its plan is published."""
-    prepared = read_run(store, run)
+    prepared = _loaded(store, run, ruling_how(_begun(store, run)), ())
     publish_plan(store, run, prepared.plan)
     return prepared
 
@@ -320,10 +287,22 @@ def read_run(store: Store, run: str) -> Prepared:
 
 def ask_run(store: Store, run: str, sets: Sequence[str]) -> Prepared:
     """A run with the How that was last asked for and ``sets`` over it: what ``orders.place_order`` makes an order."""
-    prepared = _loaded(store, run, readable(store, run).asked_how, sets)
+    prepared = _loaded(store, run, _begun(store, run).asked_how, sets)
     publish_plan(store, run, prepared.plan)
     check_layouts(prepared)
     return prepared
+
+
+def _begun(store: Store, run: str) -> RunState:
+    """As `readable`. SpecError where the run begins from weights that are not stored whole yet: it would begin from
+    random ones."""
+    state = readable(store, run)
+    if not state.n and load_what(store, run)["model"].get("init"):
+        raise SpecError(
+            f"run {run} begins from weights that were not stored to their end (model.init): `hotstage train` with its "
+            "spec goes on with that"
+        )
+    return state
 
 
 def _loaded(store: Store, run: str, how: Mapping[str, Any] | None, sets: Sequence[str]) -> Prepared:

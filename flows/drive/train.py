@@ -23,12 +23,13 @@ from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog, ended_body
 from checkpoint.store import Store, address, open_store
 from flows.drive.amend import Wish
+from flows.drive.begin import prepare_run
 from flows.drive.claims import StoreClaims
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
 from flows.drive.replays import Replays
-from flows.drive.run import Prepared, ask_run, prepare_run
+from flows.drive.run import Prepared, ask_run
 from trainer.launch import Launch, Launcher, Watching
 from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec, how_map, load_spec

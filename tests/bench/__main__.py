@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from checkpoint.store import open_store
+from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.live import StatusReader
-from flows.drive.run import Prepared, prepare_run
+from flows.drive.run import Prepared
 from flows.drive.train import make_driver
 from tests.bench import (
     bench_checkpoint,

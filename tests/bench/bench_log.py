@@ -11,7 +11,8 @@ from typing import Any
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import MemoryStore, Store, open_store
-from flows.drive.run import Prepared, attempt_body, prepare_run
+from flows.drive.begin import prepare_run
+from flows.drive.run import Prepared, attempt_body
 from flows.drive.train import make_driver
 from tests.support.long_log import long_log
 from trainer.launch import Launch

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from checkpoint.store import open_store
-from flows.drive.run import prepare_run
+from flows.drive.begin import prepare_run
 from flows.drive.train import Run as Driven
 from flows.drive.train import cancel, make_driver
 from tests.support.agents import NodePeer, agent, make_run, tiny_spec

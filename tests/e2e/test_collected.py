@@ -16,7 +16,7 @@ from checkpoint.collect.collector import Collected, collect
 from checkpoint.log import RunLog
 from checkpoint.store import Store, open_store
 from checkpoint.verify import verify_run
-from flows.drive.run import prepare_run
+from flows.drive.begin import prepare_run
 from flows.drive.train import Run, make_driver
 from tests.support.chaos import Fault, unleashed
 from tests.support.place import LONG_STEPS, Place

@@ -11,9 +11,10 @@ import pytest
 
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
+from flows.drive.begin import prepare_run
 from flows.drive.events import Event, Sinks
 from flows.drive.loop import Driver
-from flows.drive.run import Prepared, prepare_run
+from flows.drive.run import Prepared
 from flows.drive.train import launch_for
 from flows.show.facts import details
 from flows.show.lines import Lines

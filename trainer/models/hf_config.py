@@ -176,6 +176,9 @@ def _short(value: Any) -> str:
 
 def name_of(path: Path) -> str:
     """A run's name from the folder that a config lies in."""
-    folder = Path(os.path.abspath(path if path.is_dir() else path.parent)).name.lower()
+    whole = Path(os.path.abspath(path if path.is_dir() else path.parent))
+    folder = whole.name.lower()
+    if whole.parent.name == "snapshots" and whole.parent.parent.name.startswith("models--"):  # Hugging Face's cache
+        folder = whole.parent.parent.name.rpartition("--")[2].lower()
     kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in folder).strip("-")[:40].strip("-")
     return kept if kept[:1].isalpha() else f"model-{kept}"[:40].strip("-")

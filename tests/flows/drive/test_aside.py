@@ -13,9 +13,10 @@ from checkpoint.errors import CredentialsRefused, StoreRefused, StoreUnavailable
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.aside import Aside, TurnedAway
+from flows.drive.begin import prepare_run
 from flows.drive.events import Event, Outcome
 from flows.drive.loop import Driver
-from flows.drive.run import Prepared, prepare_run
+from flows.drive.run import Prepared
 from tests.flows.drive.test_orders import Nodes
 from trainer.launch import Launch
 from trainer.spec import RunSpec

@@ -11,11 +11,12 @@ import pytest
 from checkpoint.keys import plan_key
 from checkpoint.log import RunLog, ended_body
 from checkpoint.store import open_store
+from flows.drive.begin import prepare_run
 from flows.drive.history import avoided
 from flows.drive.launches import launch_of
 from flows.drive.loop import Driver
 from flows.drive.reconcile import Reconciler, wants_driver
-from flows.drive.run import attempt_body, fold_view, load_run, prepare_run, under
+from flows.drive.run import attempt_body, fold_view, load_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details
 from trainer import wire

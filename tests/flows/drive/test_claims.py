@@ -21,8 +21,9 @@ from checkpoint.errors import Damaged, StoreUnavailable
 from checkpoint.keys import launch_key, node_key
 from checkpoint.log import RunLog
 from checkpoint.store import MemoryStore, open_store
+from flows.drive.begin import prepare_run
 from flows.drive.claims import SILENT_S, SILENT_SOON_S, StoreClaims
-from flows.drive.run import attempt_body, prepare_run
+from flows.drive.run import attempt_body
 from flows.drive.train import Run as Driven
 from flows.drive.train import make_driver
 from tests.support.agents import NodePeer, agent, make_run, tiny_spec, wait_for

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from checkpoint.log import RunLog
+from flows.drive.begin import prepare_run
 from flows.drive.decide import decide
 from flows.drive.history import raises
 from flows.drive.loop import Driver
-from flows.drive.run import Prepared, attempt_body, fold_view, prepare_run
+from flows.drive.run import Prepared, attempt_body, fold_view
 from flows.drive.train import make_driver
 from flows.drive.views import Cause, CheckpointView, LogView, Look, Memory, StartAttempt
 from tests.flows.drive.test_takeover_cost import Counted, Decided

@@ -13,6 +13,7 @@ import pytest
 
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
+from flows.drive.begin import prepare_run
 from flows.drive.events import Event, Outcome
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, changes, describe, place_order, who
@@ -21,7 +22,6 @@ from flows.drive.run import (
     attempt_body,
     fallback_body,
     layouts_of,
-    prepare_run,
     ruling_how,
     under,
 )

@@ -11,8 +11,9 @@ import pytest
 from checkpoint.codec import pack
 from checkpoint.log import RunLog
 from checkpoint.store import Info, MemoryStore
+from flows.drive.begin import prepare_run
 from flows.drive.reconcile import ENDED_A_LOOK, Reconciler
-from flows.drive.run import Prepared, attempt_body, prepare_run
+from flows.drive.run import Prepared, attempt_body
 from tests.support.agents import wait_for
 from trainer.errors import LaunchRefused
 from trainer.launch import Launch, LaunchView

@@ -14,9 +14,10 @@ from checkpoint.keys import curve_key, segment_key
 from checkpoint.log import RunLog
 from checkpoint.store import Info, MemoryStore
 from checkpoint.store.base import Data
+from flows.drive.begin import prepare_run
 from flows.drive.live import MetricsReader, read_curve
 from flows.drive.loop import Driver
-from flows.drive.run import Prepared, attempt_body, prepare_run
+from flows.drive.run import Prepared, attempt_body
 from flows.drive.train import make_driver
 from flows.show.facts import report_facts, summary
 from trainer.launch import Launch, LaunchView

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from checkpoint.store import open_store
 from flows.cli.voice import Voice
+from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.loop import CALM_SHARE, POLL_MOST_S, calm_pause_s
-from flows.drive.run import prepare_run
 from flows.show.lines import JsonLines, Lines
 from flows.show.live_view import LiveView, spark, wanted
 from flows.show.peak import measured_peak

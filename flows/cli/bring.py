@@ -1,0 +1,83 @@
+"""``hotstage import``: a model that somebody has, in one command."""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from pathlib import Path
+
+import click
+
+from flows.cli.main import json_option, say, show, store_option, write_out
+from trainer.errors import OutputError
+
+
+@click.command("import")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@click.option("-o", "--output", metavar="FILE", help="The spec to write (default: NAME.toml).")
+@click.option("--name", help="Name of spec and runs (default: the folder's).")
+@click.option("--data", "source", metavar="SOURCE", default="python-stdlib", show_default=True, help="data.source.")
+@click.option("--tokenizer", metavar="FILE", help="The model's tokenizer.json, where DIR has none.")
+@store_option
+@json_option
+def import_(
+    folder: str,
+    output: str | None,
+    name: str | None,
+    source: str,
+    tokenizer: str | None,
+    store: str | None,
+    as_json: bool,
+) -> int:
+    """Take the model in DIR, a folder in Hugging Face's form: write a spec that trains on from it, store its weights.
+
+    \b
+    DIR: config.json, model.safetensors (or several files and their index) and tokenizer.json of a GPT-2, Llama or
+    Qwen3. What this version does not compute is refused with the field. Nothing is downloaded, and DIR stays as it is.
+    The weights become step 0 of a run of their own: `hotstage chat` talks to it, `hotstage train SPEC` begins from it.
+    """
+    from flows.cli.from_config import spec_text
+    from flows.cli.signals import Signals
+    from flows.drive.begin_from import import_folder
+    from flows.drive.train import store_at
+    from flows.show.saved import size_words
+    from trainer.errors import SpecError
+    from trainer.planner.describe import count_text
+    from trainer.spec import parse_spec
+
+    path = Path(folder)
+    text = spec_text(path, weights=True, source=source, tokenizer=tokenizer, name=name)
+    spec = parse_spec(tomllib.loads(text), origin="the spec")
+    file = Path(output or f"{spec.name}.toml")
+    if _other_text(file, text):
+        raise SpecError(f"{file} is there already, and says something else: choose another file with -o, or remove it")
+    opened = store_at(store)
+
+    def tell(line: str) -> None:
+        if not as_json:
+            say(line)
+
+    run, weights = Signals().run(lambda: import_folder(opened, path, spec, say=tell))
+    write_out(file, text)
+    if as_json:
+        show({"spec": str(file), "run": run, "weights_digest": weights.digest})
+        return 0
+    model, many = spec.model, count_text(weights.bytes // 4)
+    say(f"model      {model.family}, {many} parameters in {model.layers} layers, {'and '.join(weights.dtypes)}")
+    say(f"tokenizer  {spec.data.tokenizer}, a text ends with {spec.data.end_token or 'nothing'}")
+    say(f"weights    step 0 of {run} in {opened.describe()} ({size_words(3 * weights.bytes)} with moments of zero)")
+    say(f"spec       {file}, data.source = {spec.data.source!r}: write your own text there")
+    at = f" --store {shlex.quote(store)}" if store else ""
+    for text in (f"chat {run}", f"train {shlex.quote(str(file))}"):
+        say(f"next:      hotstage {text}{at}")
+    return 0
+
+
+def _other_text(file: Path, text: str) -> bool:
+    """Whether the file is there with other text."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace") != text
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise OutputError(file, error) from error

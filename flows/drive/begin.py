@@ -1,0 +1,89 @@
+"""From a spec to a run that is ready to be driven: its data, its weights where they are from elsewhere, its plan, its
+identity in the store. Plain functions, no Prefect, no processes."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from checkpoint.store import Store
+from flows.data import load_tokenizer, prepare
+from flows.drive.begin_from import begin
+from flows.drive.run import Board, NoBoard, Prepared, check_layouts, create_run, ready_store
+from flows.drive.weights import TOKENIZER, check_tokenizer, tokenizer_of, weights_of
+from trainer.plan import compile_plan
+from trainer.spec import DataSpec, RunSpec, run_id, what_digest
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def data_of(spec: RunSpec, store: Store) -> Iterator[DataSpec]:
+    """The spec's data. Where weights come from elsewhere and no tokenizer is named, theirs comes along."""
+    data = spec.data
+    if spec.model.init is None or data.tokenizer is not None or data.source.startswith("dataset:"):
+        yield data
+        return
+    found = tokenizer_of(store, spec.model.init)
+    if found is None:
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="hotstage-tokenizer-") as folder:
+        path = found.path or Path(folder) / TOKENIZER
+        if found.path is None:
+            path.write_text(found.tokenizer.to_str(), encoding="utf-8")
+        yield data.model_copy(update={"tokenizer": str(path), "end_token": found.end})
+
+
+def prepare_run(
+    spec: RunSpec,
+    store: Store,
+    *,
+    suffix: str = "",
+    say: Callable[[str], None] = log.info,
+    board: Board | None = None,
+) -> Prepared:
+    """Make the dataset (or find it), resolve the spec, compile the plan, and create the run's identity in the store.
+
+    Where ``model.init`` says so the run begins from weights that lie elsewhere: they are looked through before anything
+    is written, and stored before the run can be driven. ``suffix`` joins the run's name (a schedule gives its time).
+    Idempotent: the same spec finds the same run.
+    """
+    from k8s.render import check_fabric
+
+    board = board or NoBoard()
+    check_fabric(spec)
+    ready_store(store)
+    asked, weights = spec, None
+    if spec.model.init is not None:
+        with board.task("look-at-weights", "look at the weights") as told:
+            weights = weights_of(store, spec.model)
+            if weights is not None:
+                known = {"init": weights.init, "vocab": spec.model.vocab or weights.vocab}
+                spec = spec.model_copy(update={"model": spec.model.model_copy(update=known)})
+            told(str(spec.model.init))
+    with board.task("prepare-data", "prepare data") as told:
+        with data_of(asked, store) as data:
+            dataset = prepare(data, store, say=say, sequence=spec.train.sequence)
+        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
+    if weights is not None:
+        check_tokenizer(weights, load_tokenizer(store, dataset), dataset.vocab)
+    with board.task("compile-plan", "compile plan") as told:
+        resolved = spec.resolve(dataset)
+        what = what_digest(resolved, dataset)
+        run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+        plan = compile_plan(resolved, dataset, what)
+        prepared = Prepared(run, resolved, dataset, what, plan)
+        check_layouts(prepared)
+        if resolved.model.init is None:
+            create_run(prepared, store)
+        told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")
+    if resolved.model.init is not None:
+        with board.task("store-weights", "store the weights") as told:
+            parent = begin(store, prepared, weights, say=say)
+            say(f"weights: the run begins from step 0 of {parent}")
+            told(f"step 0 of {parent}")
+    return prepared

@@ -1,0 +1,440 @@
+"""Weights from elsewhere as a model's tensors: a folder in Hugging Face's form, or a checkpoint of another run.
+
+Owns what is looked at before they are taken: that names, shapes and numbers are those of the spec's model, that they
+were made for its tokenizer, and the digest by which a run names them. Writes nothing; ``begin_from.py`` makes a run of
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from checkpoint.log import CheckpointInfo, RunLog
+from checkpoint.manifest import PARAM
+from checkpoint.read import StateReader, load_manifest, refuse_newer
+from checkpoint.safetensors import FileTensor, NoWeights, digest_of, read_folder
+from checkpoint.store import Store
+from flows.data import load_dataset, load_tokenizer, parse_tokenizer
+from flows.drive.run import find_run, load_what
+from flows.drive.views import some_steps
+from trainer.errors import DatasetError, SpecError
+from trainer.models import family
+from trainer.models.base import HfTensor, hf_table, tensor_table
+from trainer.models.hf_config import end_token_id, read_config
+from trainer.spec import ModelSpec
+
+F32 = npt.NDArray[np.float32]
+
+FLOATS = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Constants that some files carry beside the weights."""
+TOKENIZER = "tokenizer.json"
+_ANY = ("vocab", "context", "init_std", "init")
+"""Of a model: what its tensors' shapes say, or what only matters where weights are drawn."""
+_PIECE = 1 << 22
+_SHOWN = 3
+
+
+class Weights(Protocol):
+    """A model's weights, wherever they lie; what they were made with."""
+
+    @property
+    def init(self) -> str:
+        """``model.init`` as a run's What says it: a digest, no place."""
+
+    @property
+    def place(self) -> str:
+        """For people."""
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that have a row in the embedding."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The one that they were made with, where it is known."""
+
+    def read(self, tensor: str, first: int, elements: int) -> Iterator[F32]:
+        """Elements of one of our tensors from ``first`` on, in order."""
+
+
+def weights_of(store: Store, model: ModelSpec) -> Weights | None:
+    """The weights that ``model.init`` names, looked through; None where it has their digest alone. SpecError, or
+    NoWeights, where they cannot be the model's.
+
+    Reads all bytes of a folder, for their digest.
+    """
+    kind, _, rest = (model.init or "").partition(":")
+    if kind == "hf":
+        return folder_weights(folder_of_init(rest), model)
+    if kind == "run":
+        run, _, step = rest.rpartition("@")
+        return run_weights(store, run, int(step), model)
+    return None
+
+
+def folder_of_init(text: str) -> Path:
+    """The folder that ``hf:…`` names. SpecError where there is none."""
+    path = Path(os.path.expanduser(text))
+    if path.is_dir():
+        return path
+    why = "is a file" if path.exists() else "is not here"
+    raise SpecError(
+        f"model.init 'hf:{text}': the folder {path} {why}; name the folder of a model in Hugging Face's form (hotstage "
+        "downloads nothing: `hf download NAME --local-dir DIR` of huggingface_hub does)"
+    )
+
+
+# --- a folder -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """A folder's weights. Float32 comes back bit for bit by an export; BF16 and F16 are widened: nothing is lost."""
+
+    folder: Path
+    digest: str
+    """SHA-256 over the model's tensors in Hugging Face's names, as float32: the same whatever type, names and files
+    they have."""
+    vocab: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    sources: Mapping[str, _Source]
+
+    @property
+    def init(self) -> str:
+        return f"weights:{self.digest}"
+
+    @property
+    def place(self) -> str:
+        return str(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        found = folder_tokenizer(self.folder)
+        return found.tokenizer if found else None
+
+    def read(self, tensor: str, first: int, elements: int) -> Iterator[F32]:
+        yield from self.sources[tensor].read(first, elements)
+
+
+def folder_weights(folder: Path, model: ModelSpec) -> FolderWeights:
+    """The folder's weights as those of the model. SpecError where they are another model's, or hold numbers that are
+    not finite; NoWeights where the files cannot be read."""
+    files = read_folder(folder)
+    model = _with_vocab(files, model)
+    _check_config(folder, model)
+    rows = _rows_of(files, model)
+    total, size = hashlib.sha256(), 0
+    for entry, tensor in sorted(rows, key=lambda row: row[0].name):
+        total.update(json.dumps([entry.name, "F32", list(tensor.shape)]).encode())
+        for at, block in _pieces(tensor):
+            _finite(entry.name, at, block, tensor.file)
+            total.update(block.data.cast("B"))
+        size += 4 * tensor.elements
+    return FolderWeights(
+        folder, total.hexdigest(), model.vocab, size, tuple(sorted({t.dtype for _, t in rows})), _sources(rows, model)
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One of our tensors as rows of the files'."""
+
+    columns: int
+    rows: Sequence[tuple[HfTensor, FileTensor]]
+
+    def read(self, first: int, elements: int) -> Iterator[F32]:
+        """Its elements from ``first`` on, in order."""
+        end = first + elements
+        for entry, tensor in self.rows:
+            begin, stop = entry.first * self.columns, (entry.first + entry.rows) * self.columns
+            low, high = max(first, begin), min(end, stop)
+            if low >= high:
+                continue
+            top, bottom = (low - begin) // self.columns, -(-(high - begin) // self.columns)
+            block = _rows(entry, tensor, self.columns, top, bottom)
+            skip = low - begin - top * self.columns
+            yield block.reshape(-1)[skip : skip + high - low]
+
+
+def _rows(entry: HfTensor, tensor: FileTensor, columns: int, top: int, bottom: int) -> F32:
+    """Rows ``top`` to ``bottom`` of an entry, as float32."""
+    shape = (columns, entry.rows) if entry.transpose else (entry.rows, columns)
+    try:
+        whole = np.memmap(tensor.file, dtype=FLOATS[tensor.dtype], mode="r", offset=tensor.offset, shape=shape)
+    except (OSError, ValueError) as error:
+        raise NoWeights(f"{tensor.file} cannot be read: {error}") from error
+    return _wide(np.ascontiguousarray((whole.T if entry.transpose else whole)[top:bottom]), tensor.dtype)
+
+
+def _pieces(tensor: FileTensor) -> Iterator[tuple[int, F32]]:
+    """A tensor's elements as they lie in the file, as float32, each piece with the number of its first."""
+    kind = np.dtype(FLOATS[tensor.dtype])
+    for first in range(0, tensor.elements, _PIECE):
+        count = min(_PIECE, tensor.elements - first)
+        try:
+            block = np.fromfile(tensor.file, kind, count, offset=tensor.offset + first * kind.itemsize)
+        except OSError as error:
+            raise NoWeights(f"{tensor.file} cannot be read: {error.strerror or error}") from error
+        if len(block) != count:
+            raise NoWeights(f"{tensor.file} became shorter while it was read")
+        yield first, _wide(block, tensor.dtype)
+
+
+def _wide(block: npt.NDArray[Any], dtype: str) -> F32:
+    if dtype == "BF16":
+        return (block.astype("<u4") << 16).view("<f4")
+    return block.astype("<f4", copy=False)
+
+
+def _finite(name: str, first: int, block: F32, place: object) -> None:
+    bad = np.flatnonzero(~np.isfinite(block))
+    if len(bad):
+        raise SpecError(
+            f"{name} in {place} holds {block[bad[0]]} at element {first + int(bad[0])}: what is not finite is no "
+            "weight to begin from; take another copy, or the checkpoint before"
+        )
+
+
+def _with_vocab(files: Mapping[str, FileTensor], model: ModelSpec) -> ModelSpec:
+    """The model; where its vocabulary is open, with the rows that the files' embedding has."""
+    if model.vocab:
+        return model
+    one = model.model_copy(update={"vocab": 1})
+    table = hf_table(family(model.family), one)
+    embedding = _named(files, [entry.name for entry in table]).get(table[0].name)
+    return model.model_copy(update={"vocab": embedding.shape[0]}) if embedding is not None and embedding.shape else one
+
+
+def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[HfTensor, FileTensor]]:
+    """The model's tensors in the files, in the table's order. SpecError where one is missing, too much, or of another
+    shape or type."""
+    table = hf_table(family(model.family), model)
+    named = _named(files, [entry.name for entry in table])
+    wrong = []
+    for entry in table:
+        tensor = named.get(entry.name)
+        if tensor is None:
+            wrong.append(f"{entry.name} is missing")
+        elif tensor.shape != tuple(entry.shape):
+            wrong.append(f"{entry.name} is {_shape(tensor.shape)}, the spec's model has {_shape(entry.shape)}")
+        elif tensor.dtype not in FLOATS:
+            wrong.append(f"{entry.name} is of type {tensor.dtype}; {', '.join(FLOATS)} are taken")
+    known = {entry.name for entry in table}
+    others = [n for n in sorted(named) if n not in known and not n.endswith(BUFFERS)]
+    if model.tied and "lm_head.weight" in others:
+        others.remove("lm_head.weight")
+        if not _is_embedding(named["lm_head.weight"], table, named):
+            wrong.append(f"lm_head.weight is not {table[0].name}, and the spec's model is tied: set model.tied = false")
+    wrong += [f"{n} ({_shape(named[n].shape)}) is not of the spec's model" for n in others]
+    if wrong:
+        more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+        raise SpecError(
+            f"the weights are not those of the spec's model: {'; '.join(wrong[:_SHOWN])}{more}. `hotstage init "
+            "--from FOLDER` writes a spec with a folder's model"
+        )
+    return [(entry, named[entry.name]) for entry in table]
+
+
+def _sources(rows: Sequence[tuple[HfTensor, FileTensor]], model: ModelSpec) -> dict[str, _Source]:
+    """Of each of our tensors where its rows lie."""
+    found: dict[str, list[tuple[HfTensor, FileTensor]]] = {}
+    for row in sorted(rows, key=lambda row: (row[0].tensor, row[0].first)):
+        found.setdefault(row[0].tensor, []).append(row)
+    shapes = {t.name: t.shape for t in tensor_table(family(model.family), model)}
+    return {name: _Source(int(np.prod(shapes[name][1:], dtype=np.int64)), own) for name, own in found.items()}
+
+
+def _named(files: Mapping[str, FileTensor], wanted: Sequence[str]) -> dict[str, FileTensor]:
+    """The files' tensors by the names that are wanted: some leave the first word out (``transformer.``, ``model.``)."""
+    if any(name in files for name in wanted if "." in name and not name.startswith("lm_head.")):
+        return dict(files)
+    longer = {name.partition(".")[2]: name for name in wanted}
+    return {longer.get(name, name): tensor for name, tensor in files.items()}
+
+
+def _is_embedding(head: FileTensor, table: Sequence[HfTensor], named: Mapping[str, FileTensor]) -> bool:
+    """Whether the head that a tied model's files carry has the bytes of the token embedding."""
+    own = named.get(table[0].name)
+    if own is None or (own.shape, own.dtype) != (head.shape, head.dtype):
+        return False
+    return digest_of({"": head}) == digest_of({"": own})
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _check_config(folder: Path, model: ModelSpec) -> None:
+    """SpecError where the folder's config.json says of the model what no tensor's shape would show."""
+    if not (folder / "config.json").is_file():
+        return
+    config = read_config(folder)
+    kind = family(model.family)
+    theirs = kind.from_hf_config(config)
+    _same_model(theirs, model, f"{folder}/config.json is of another model")
+
+
+def _same_model(theirs: ModelSpec, ours: ModelSpec, text: str) -> None:
+    kind = family(ours.family)
+    theirs = theirs.model_copy(update={key: getattr(ours, key) for key in _ANY})
+    there, here = kind.to_hf_config(theirs), kind.to_hf_config(ours)
+    differ = [f"{key} is {there.get(key)} there and {here.get(key)} by the spec"
+              for key in sorted({*there, *here}) if there.get(key) != here.get(key)]  # fmt: skip
+    if differ:
+        raise SpecError(f"{text}: {'; '.join(differ)}; set model.… as it is there")
+
+
+# --- a run --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """The weights of a checkpoint of another run; its moments and its step are left behind."""
+
+    store: Store
+    run: str
+    info: CheckpointInfo
+    model: ModelSpec
+    dataset: str
+
+    @property
+    def init(self) -> str:
+        return f"state:{self.info.state_digest}"
+
+    @property
+    def place(self) -> str:
+        return f"step {self.info.step} of {self.run}"
+
+    @property
+    def vocab(self) -> int:
+        return self.model.vocab
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return load_tokenizer(self.store, load_dataset(self.store, self.dataset))
+
+    @cached_property
+    def _reader(self) -> StateReader:
+        return StateReader(self.store, load_manifest(self.store, self.run, self.info))
+
+    def read(self, tensor: str, first: int, elements: int) -> Iterator[F32]:
+        for at, data in self._reader.stream(tensor, PARAM, first, elements):
+            block = np.frombuffer(data, "<f4")
+            _finite(tensor, at, block, self.place)
+            yield block
+
+
+def run_weights(store: Store, name: str, step: int, model: ModelSpec) -> RunWeights:
+    """The weights of that checkpoint as those of the model. SpecError where there is none, or of another model."""
+    run = find_run(store, name)
+    state = RunLog(store, run).fold(quick=True).of_this_version()
+    info = state.at_step(step)
+    if info is None:
+        have = some_steps(sorted({c.step for c in state.restore_candidates()})) or "none"
+        raise SpecError(f"model.init 'run:{name}@{step}': {run} has no usable checkpoint at step {step}; it has {have}")
+    refuse_newer(store, run, info)
+    what = load_what(store, run)
+    theirs = ModelSpec.model_validate(what["model"])
+    if theirs.family != model.family:
+        raise SpecError(f"model.init: {run} is a {theirs.family}, the spec's model a {model.family}; set model.family")
+    model = model if model.vocab else model.model_copy(update={"vocab": theirs.vocab})
+    _same_model(theirs, model, f"{run} trains another model")
+    ours, whole = ({t.name: t.shape for t in tensor_table(family(m.family), m)} for m in (model, theirs))
+    for tensor in sorted({*ours, *whole}):
+        if ours.get(tensor) != whole.get(tensor):
+            raise SpecError(
+                f"tensor {tensor} of {run} is {_shape(whole.get(tensor, ()))}, the spec's model has "
+                f"{_shape(ours.get(tensor, ()))}; set model.… as it is there"
+            )
+    return RunWeights(store, run, info, theirs, what["data"]["digest"])
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TheirTokenizer:
+    """The tokenizer that weights were made with. ``end``: the token that ends a text, None where nobody says it and ""
+    where none does."""
+
+    tokenizer: Tokenizer
+    end: str | None
+    path: Path | None = None
+
+
+def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
+    """The tokenizer that lies beside the weights which ``model.init`` names; None where none does."""
+    kind, _, rest = init.partition(":")
+    if kind == "hf":
+        return folder_tokenizer(folder_of_init(rest))
+    if kind != "run":
+        return None
+    dataset = load_dataset(store, load_what(store, find_run(store, rest.rpartition("@")[0]))["data"]["digest"])
+    tokenizer = load_tokenizer(store, dataset)
+    return TheirTokenizer(tokenizer, "" if dataset.eot is None else tokenizer.id_to_token(dataset.eot))
+
+
+def folder_tokenizer(folder: Path) -> TheirTokenizer | None:
+    """The tokenizer.json of a folder, and its end token; None where there is none."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return None
+    tokenizer = read_tokenizer(path)
+    return TheirTokenizer(tokenizer, end_of(folder, tokenizer), path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file. DatasetError where it is none."""
+    try:
+        return parse_tokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}; give a tokenizer.json") from error
+
+
+def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The token that ends a text, as the folder's files say it."""
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            number = end_token_id(read_config(folder / name))
+            token = None if number is None else tokenizer.id_to_token(number)
+            if token is not None:
+                return token
+    named = folder / "tokenizer_config.json"
+    said = read_config(named).get("eos_token") if named.is_file() else None
+    said = said.get("content") if isinstance(said, Mapping) else said
+    return said if isinstance(said, str) and tokenizer.token_to_id(said) is not None else None
+
+
+def check_tokenizer(weights: Weights, tokenizer: Tokenizer, vocab: int) -> None:
+    """DatasetError where the run's tokenizer numbers tokens otherwise than the one that the weights were made with, or
+    has more of them than the weights have rows."""
+    if vocab > weights.vocab:
+        raise DatasetError(
+            f"the tokenizer has {vocab} tokens, the weights of {weights.place} have rows for {weights.vocab}: give the "
+            "tokenizer that they were made with (data.tokenizer)"
+        )
+    theirs = weights.tokenizer
+    if theirs is None:
+        return
+    there = theirs.get_vocab(with_added_tokens=True)
+    names = {number: token for token, number in there.items()}
+    for token, number in sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
+        if there.get(token, number) != number or names.get(number, token) != token:
+            other = f"{token!r} is token {there[token]}" if token in there else f"token {number} is {names[number]!r}"
+            raise DatasetError(
+                f"the weights of {weights.place} were made with another tokenizer: {other} there, and {token!r} is "
+                f"token {number} of this one; leave data.tokenizer out (theirs is taken), or name theirs"
+            )

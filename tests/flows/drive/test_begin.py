@@ -1,0 +1,458 @@
+"""A run that begins from weights which lie elsewhere: models that transformers made, with the numbers that torch gave.
+
+The golden folders (tests/golden/make_import.py) are of odd sizes: heads that are not key/value heads, head sizes that
+are not width / heads, vocabularies with more rows than the tokenizer has tokens; float32, bfloat16 and float16, in one
+file and in several.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+import flows
+from checkpoint.export_to import Folder
+from checkpoint.log import RunLog
+from checkpoint.read import StateReader
+from checkpoint.store import Store, open_store
+from checkpoint.verify import verify_run
+from flows.data import load_dataset, load_tokenizer
+from flows.data.shards import write_dataset
+from flows.drive.begin import prepare_run
+from flows.drive.events import Event
+from flows.drive.fork import fork_run
+from flows.drive.run import ask_run, create_run, load_run, load_what, parent_of, run_names
+from flows.show.export import Inference, checkpoint_at, export_hf
+from tests.e2e import engine_runs
+from tests.reference.golden import FOLDER
+from tests.support.calls import called
+from trainer.errors import DatasetError, SpecError
+from trainer.models import family
+from trainer.models.hf_config import read_config
+from trainer.plan import compile_plan
+from trainer.spec import RunSpec, load_spec, parse_spec, what_digest
+
+IMPORT = FOLDER / "import"
+CASES = sorted(path.name for path in IMPORT.iterdir())
+LOSS = 1e-5
+"""Relative; torch's own float32 run is as far from its float64 one after 25 steps as 1e-6."""
+
+
+OPTIMIZER = ("lr", "eps", "weight_decay", "clip")
+
+
+class Case:
+    """A golden folder that was imported by the command, once."""
+
+    def __init__(self, name: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.work = IMPORT / name, folder / name
+        self.work.mkdir()
+        (self.work / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+        patch.chdir(self.work)
+        self.url = f"file://{folder}/store"
+        arguments = [
+            "import",
+            str(self.folder),
+            "--data",
+            f"text:{self.work}/a.txt",
+            "--store",
+            self.url,
+            "--name",
+            name,
+        ]
+        code, said = called([*arguments, "--json"])
+        assert code == 0, said
+        self.arguments, self.told = arguments, json.loads(said)
+        self.spec = load_spec(self.work / self.told["spec"])
+        self.store = open_store(self.url)
+        self.run = str(self.told["run"])
+        self.numbers = json.loads((self.folder / "numbers.json").read_text())
+        arrays = load_file(self.folder / "numbers.safetensors")
+        self.tokens, self.logits = np.asarray(arrays["tokens"]), np.asarray(arrays["logits"])
+
+    def training(self, **more: Any) -> RunSpec:
+        """The spec of the golden numbers: torch's batches, in order."""
+        o, sequence = self.numbers["optimizer"], self.numbers["sequence"]
+        tree = self.spec.model_dump(mode="json", exclude_none=True)
+        tree["train"] = {
+            "steps": len(self.numbers["steps"]),
+            "batch": self.numbers["batch"],
+            "microbatch": 1,
+            "sequence": sequence,
+            "classifier_chunk": 16,
+            "optimizer": {"beta1": o["betas"][0], "beta2": o["betas"][1], **{k: o[k] for k in OPTIMIZER}},
+            "schedule": {"kind": "constant"},
+        }
+        tree["data"] = {**more.pop("data", tree["data"]), "shuffled": False}
+        return parse_spec({**tree, "checkpoint": {"every": 0}, "parallel": {"threads": 1}, **more})
+
+    def losses(self) -> list[float]:
+        return [step["loss"] for step in self.numbers["steps"]]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    folder, made = tmp_path_factory.mktemp("imported"), dict[str, Case]()
+
+    def case(name: str) -> Case:
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                made[name] = Case(name, folder, patch)
+        return made[name]
+
+    return case
+
+
+Imported = Callable[[str], Case]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(imported: Imported, name: str) -> None:
+    case = imported(name)
+    sequence = case.numbers["sequence"]
+    with Inference(case.store, case.run) as engine:
+        window = np.zeros(engine.context, np.int32)
+        window[:sequence] = case.tokens[:sequence]
+        ours = engine.logits(window)[:sequence]
+    assert ours.shape == case.logits.shape
+    assert np.abs(ours - case.logits).max() < 1e-4 < np.abs(case.logits).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_25_steps_from_imported_weights_are_those_of_torch(imported: Imported, name: str, tmp_path: Path) -> None:
+    """The engine alone, from the stored checkpoint."""
+    case = imported(name)
+    spec = case.training()
+    numbers, sequence = case.numbers, case.numbers["sequence"]
+    count = len(numbers["steps"]) * numbers["batch"]
+    samples = np.stack([case.tokens[k * sequence : (k + 1) * sequence + 1] for k in range(count)]).astype(np.int64)
+    dataset = engine_runs.write_samples(tmp_path / "data", samples, spec.model.vocab)
+    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
+    _, manifest = checkpoint_at(case.store, case.run, 0)
+    reader = StateReader(case.store, manifest)
+    tensors = {t.name: np.frombuffer(bytes(reader.read(t.name)), "<f4").reshape(t.shape) for t in manifest.tensors}
+    weights = engine_runs.weights_file(plan, tensors, tmp_path / "weights")
+    gang = engine_runs.train(plan, tmp_path / "data", tmp_path / "run", weights=weights, dump=False)
+    np.testing.assert_allclose(gang.losses, case.losses(), rtol=LOSS)
+
+
+def test_a_run_that_begins_from_a_folder_trains_as_torch_does(imported: Imported) -> None:
+    """The spec says ``init``, everything else is `train`: a gang of two stages, from bfloat16 weights in four files."""
+    case = imported("llama-odd-bf16")
+    tokenizer = Tokenizer.from_file(str(case.folder / "tokenizer.json"))
+    dataset = write_dataset(
+        case.store, case.tokens.astype(np.uint32), tokenizer, vocab=case.spec.model.vocab, eot=0, shard_tokens=1 << 20,
+        documents=1, inputs="0" * 64, mend=False,
+    )  # fmt: skip
+    spec = case.training(data={"source": f"dataset:{dataset.digest}"}, parallel={"stages": 2, "threads": 1})
+    losses: dict[int, float] = {}
+
+    class Sink:
+        def tell(self, event: Event) -> None:
+            if event.kind == "step":
+                losses[int(event.facts["step"])] = float(event.facts["loss"])
+
+    run = flows.train(spec, store=case.store, sink=Sink(), out=case.work / "out")
+    assert run.result().outcome == "succeeded"
+    np.testing.assert_allclose([losses[n] for n in sorted(losses)], case.losses(), rtol=LOSS)
+    assert load_what(case.store, run.name)["model"]["init"] == f"weights:{case.told['weights_digest']}"
+    assert parent_of(RunLog(case.store, run.name).fold())["run"] == case.run  # type: ignore[index]
+    assert prepare_run(spec, case.store).run == run.name, "the same spec attaches"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_is_what_came_in_and_comes_in_as_the_same(imported: Imported, name: str, tmp_path: Path) -> None:
+    case = imported(name)
+    export_hf(case.store, case.run, 0, Folder(tmp_path / "a"))
+    there = case.folder / "model.safetensors"
+    if there.exists():  # float32
+        theirs, ours = load_file(there), load_file(tmp_path / "a" / "model.safetensors")
+        assert theirs.keys() == ours.keys()
+        assert all(theirs[key].tobytes() == ours[key].tobytes() for key in theirs)
+    code, said = called(["import", str(tmp_path / "a"), "--store", case.url, "-o", str(tmp_path / "a.toml"), "--json"])
+    assert code == 0, said
+    again = json.loads(said)
+    assert (again["run"], again["weights_digest"]) == (case.run, case.told["weights_digest"]), "whatever type and files"
+    export_hf(case.store, again["run"], 0, Folder(tmp_path / "b"))
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_says_the_same_model_when_it_comes_back(imported: Imported, name: str, tmp_path: Path) -> None:
+    case = imported(name)
+    export_hf(case.store, case.run, 0, Folder(tmp_path))
+    theirs, ours = read_config(case.folder), read_config(tmp_path)
+    kind = family(case.spec.model.family)
+    assert kind.from_hf_config(ours) == kind.from_hf_config(theirs)
+    for key in ("bos_token_id", "eos_token_id", "vocab_size", "tie_word_embeddings", "architectures", "model_type"):
+        assert ours[key] == theirs[key]
+    text = "The quick über fox; 12 + 30"
+    first, second = (Tokenizer.from_file(str(p / "tokenizer.json")) for p in (case.folder, tmp_path))
+    assert first.encode(text).ids == second.encode(text).ids
+    assert second.decode(second.encode(text).ids) == text
+
+
+def test_import_again_finds_what_is_there_and_keeps_an_edited_spec(imported: Imported, tmp_path: Path) -> None:
+    case = imported("qwen3-odd-f16")
+    file = case.work / str(case.told["spec"])
+    arguments = [*case.arguments, "-o", str(file)]
+    before = sorted(run_names(case.store))
+    code, said = called(arguments)
+    assert code == 0, said
+    assert sorted(run_names(case.store)) == before
+    for line in ("model      qwen3, 50,520 parameters in 3 layers, F16", f"hotstage chat {case.run}", "hotstage train"):
+        assert line in said
+    text = file.read_text()
+    file.write_text(text.replace("steps = 1000", "steps = 7"))
+    code, said = called(arguments)
+    assert (code, file.read_text().count("steps = 7")) == (78, 1)
+    assert "is there already, and says something else" in said
+    file.write_text(text)
+
+
+def test_other_weights_are_another_run_and_the_same_ones_no_second_copy(imported: Imported, tmp_path: Path) -> None:
+    case = imported("gpt2-untied-f32")
+    spec = case.training()
+    first = prepare_run(spec, case.store)
+    held = [n for n in run_names(case.store) if "-import-" in n]
+    moved = shutil.copytree(case.folder, tmp_path / "moved")
+    tree = spec.model_dump(mode="json", exclude_none=True)
+
+    def begun(**model: Any) -> str:
+        return prepare_run(parse_spec({**tree, "model": {**tree["model"], **model}}), case.store).run
+
+    assert begun(init=f"hf:{moved}") == first.run, "the digest names them, not the folder"
+    assert begun(init=f"weights:{case.told['weights_digest']}") == first.run, "and it alone is enough"
+    slower = {**tree, "train": {**tree["train"], "optimizer": {**tree["train"]["optimizer"], "lr": 1e-5}}}
+    other = prepare_run(parse_spec(slower), case.store).run
+    assert other != first.run
+    assert [n for n in run_names(case.store) if "-import-" in n] == held, "all of them share one import"
+    arrays = dict(load_file(moved / "model.safetensors"))
+    arrays["transformer.ln_f.bias"] = arrays["transformer.ln_f.bias"] + np.float32(1)
+    save_file(arrays, moved / "model.safetensors")
+    changed = begun(init=f"hf:{moved}")
+    assert changed not in (first.run, other)
+    del tree["model"]["init"]
+    assert begun() not in (first.run, changed), "and without any it is drawn"
+    with pytest.raises(SpecError, match=r"no run of .* holds these weights"):
+        begun(init="weights:" + "0" * 64)
+
+
+def test_a_checkpoint_of_a_run_is_a_beginning(imported: Imported) -> None:
+    """The weights of ID@STEP at step 0, with moments of zero; and its tokenizer comes along."""
+    case = imported("qwen3-odd-f16")
+    tree = case.training().model_dump(mode="json", exclude_none=True)
+    tree["data"] = {"source": tree["data"]["source"]}
+    spec = parse_spec({**tree, "name": "again", "model": {**tree["model"], "vocab": 0, "init": f"run:{case.run}@0"}})
+    run = prepare_run(spec, case.store)
+    info, manifest = checkpoint_at(case.store, case.run, 0)
+    assert load_what(case.store, run.run)["model"]["init"] == f"state:{info.state_digest}"
+    began = parent_of(RunLog(case.store, run.run).fold())
+    assert began is not None
+    _, copied = checkpoint_at(case.store, str(began["run"]), 0)
+    assert copied.run != manifest.run
+    ours, theirs = (StateReader(case.store, m) for m in (copied, manifest))
+    assert all(bytes(ours.read(t.name)) == bytes(theirs.read(t.name)) for t in manifest.tensors)
+    assert verify_run(case.store, copied.run, "full").ok
+    assert not RunLog(case.store, case.run).fold().pins, "what was pinned for the copy is free again"
+    held = load_tokenizer(case.store, load_dataset(case.store, load_what(case.store, case.run)["data"]["digest"]))
+    assert load_tokenizer(case.store, run.dataset).get_vocab() == held.get_vocab()
+    assert run.spec.model.vocab == case.spec.model.vocab
+    for init, says in (
+        (f"run:{case.run}@7", "no usable checkpoint at step 7; it has 0"),
+        ("run:nobody@0", "there is no run 'nobody'"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            prepare_run(parse_spec({**tree, "model": {**tree["model"], "init": init}}), case.store)
+    wide = parse_spec({**tree, "model": {**tree["model"], "hidden": 76, "init": f"run:{case.run}@0"}})
+    with pytest.raises(SpecError, match="intermediate_size is 75 there and 76 by the spec"):
+        prepare_run(wide, case.store)
+
+
+def test_a_run_whose_weights_are_not_stored_whole_is_not_driven(imported: Imported) -> None:
+    """Killed between its identity and its beginning: no driver may draw weights for it, and `train` goes on."""
+    case = imported("gpt2-untied-f32")
+    spec = case.training()
+    whole = prepare_run(spec.model_copy(update={"name": "whole"}), case.store)
+    from dataclasses import replace
+
+    begun = replace(whole, run="half-begun")
+    create_run(begun, case.store)
+    for drive in (lambda: load_run(case.store, begun.run), lambda: ask_run(case.store, begun.run, [])):
+        with pytest.raises(SpecError, match="weights that were not stored to their end"):
+            drive()
+
+
+def test_a_fork_begins_from_its_parent_alone(imported: Imported) -> None:
+    case = imported("gpt2-untied-f32")
+    with pytest.raises(SpecError, match="a fork begins from its parent's checkpoint"):
+        fork_run(case.store, case.run, 0, ["model.init=hf:elsewhere"])
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+Change = Callable[[Path, Arrays, dict[str, Any]], object]
+
+
+def poison(name: str, value: float) -> Change:
+    def change(_: Path, arrays: Arrays, __: dict[str, Any]) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name].reshape(-1)[5] = value
+
+    return change
+
+
+def other_tokenizer(folder: Path, *_: object) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tree["model"]["vocab"]
+    first, second = (next(t for t, n in vocab.items() if n == number) for number in (40, 41))
+    vocab[first], vocab[second] = 41, 40
+    (folder / "brought.json").write_text(json.dumps(tree))
+
+
+def long_tokenizer(folder: Path, *_: object) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    more = range(len(tree["model"]["vocab"]), 320)
+    tree["model"]["vocab"] |= {f"more{number}": number for number in more}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+WRONG: list[tuple[str, Change, str, int]] = [
+    ("nan", poison("transformer.h.1.mlp.c_fc.weight", np.nan), "mlp.c_fc.weight in .* holds nan at element 5", 78),
+    ("infinite", poison("transformer.ln_f.weight", np.inf), "ln_f.weight in .* holds inf at element 5", 78),
+    ("missing", lambda f, a, c: a.pop("transformer.h.0.ln_1.bias"), "h.0.ln_1.bias is missing", 78),
+    (
+        "more",
+        lambda f, a, c: a.update({"score.weight": np.ones((2, 30), "<f4")}),
+        r"score.weight \(2 x 30\) is not of",
+        78,
+    ),
+    (
+        "shape",
+        lambda f, a, c: a.update({"transformer.wpe.weight": np.ones((38, 30), "<f4")}),
+        "wpe.weight is 38 x 30, the spec's model has 37 x 30",
+        78,
+    ),
+    ("field", lambda f, a, c: c.update({"activation_function": "relu"}), "activation_function is 'relu'", 78),
+    ("kind", lambda f, a, c: c.update({"model_type": "mamba"}), "model_type is 'mamba'; this version computes", 78),
+    ("quantised", lambda f, a, c: c.update({"quantization_config": {"bits": 4}}), "quantization_config is", 78),
+    (
+        "tied",
+        lambda f, a, c: c.update({"tie_word_embeddings": True}),
+        "lm_head.weight is not transformer.wte.weight",
+        78,
+    ),
+    ("vocabulary", long_tokenizer, "the tokenizer has 320 tokens, the weights of .* have rows for 307", 65),
+    ("no tokenizer", lambda f, a, c: (f / "tokenizer.json").unlink(), "has no tokenizer.json", 65),
+    ("no text", lambda f, a, c: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "does not load", 65),
+]
+
+
+@pytest.mark.parametrize(("change", "says", "code"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_what_cannot_be_a_model_here_is_refused_and_nothing_is_written(
+    tmp_path: Path, change: Change, says: str, code: int
+) -> None:
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    arrays, config = dict(load_file(folder / "model.safetensors")), json.loads((folder / "config.json").read_text())
+    change(folder, arrays, config)
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    store = f"file://{tmp_path}/store"
+    found, said = called(["import", str(folder), "--store", store, "-o", str(tmp_path / "made.toml")])
+    assert found == code, said
+    assert said.startswith("hotstage: ")
+    import re
+
+    assert re.search(says, said), said
+    assert not (tmp_path / "made.toml").exists()
+    assert not list(open_store(store).list(""))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pytorch_model.bin", "is a pickle, which is not opened"),
+        ("consolidated.00.pth", "is a pickle, which is not opened"),
+        ("model-00001-of-00002.safetensors", "is one of several files, whose index is missing"),
+        ("adapter_model.safetensors", "is an adapter, not a model"),
+        ("model-q4.gguf", "is of llama.cpp"),
+        ("weights.safetensors", "is weights under a name of their own"),
+    ],
+)
+def test_a_folder_without_weights_says_what_lies_there(tmp_path: Path, name: str, says: str) -> None:
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copy(IMPORT / "gpt2-untied-f32" / file, tmp_path / file)
+    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
+    code, said = called(
+        ["import", str(tmp_path), "--store", f"file://{tmp_path}/store", "-o", str(tmp_path / "x.toml")]
+    )
+    assert code == 65
+    assert f"{name} {says}" in said
+
+
+def test_a_pointer_of_git_lfs_is_none_of_the_weights(tmp_path: Path) -> None:
+    folder = shutil.copytree(IMPORT / "llama-odd-bf16", tmp_path / "model")
+    file = folder / "model-00003-of-00004.safetensors"
+    whole = file.read_bytes()
+    for data, says in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
+        (whole[:-7], "it was cut short, fetch it again"),
+        (None, "names model-00003-of-00004.safetensors, which is not in its folder"),
+    ):
+        file.unlink()
+        if data is not None:
+            file.write_bytes(data)
+        arguments = ["import", str(folder), "--store", f"file://{tmp_path}/s", "-o", str(tmp_path / "x.toml")]
+        code, said = called(arguments)
+        assert code == 65
+        assert says in said
+        file.write_bytes(b"")
+
+
+def test_a_tokenizer_of_another_model_is_refused(imported: Imported, tmp_path: Path) -> None:
+    """Also where nobody names one and the data has its own."""
+    case = imported("gpt2-untied-f32")
+    folder = shutil.copytree(case.folder, tmp_path / "model")
+    other_tokenizer(folder)
+    tree = case.training().model_dump(mode="json", exclude_none=True)
+    model = {**tree["model"], "init": f"hf:{folder}"}
+    data = {"source": f"text:{case.work}/a.txt", "tokenizer": str(folder / "brought.json"), "end_token": "<|end|>"}
+    spec = parse_spec({**tree, "model": model, "data": data})
+    with pytest.raises(DatasetError, match=r"were made with another tokenizer: .* is token 41 there, and"):
+        prepare_run(spec, case.store)
+    del data["tokenizer"], data["end_token"]
+    brought = prepare_run(parse_spec({**tree, "model": model, "data": data}), case.store)
+    assert load_tokenizer(case.store, brought.dataset).token_to_id("<|end|>") == brought.dataset.eot == 0
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        ("hf:", "init 'hf:' is unknown; take 'hf:DIR'"),
+        ("gpt2", "init 'gpt2' is unknown; take 'hf:DIR'"),
+        ("run:x", "init 'run:x' is unknown"),
+        ("weights:12", "init 'weights:12' is unknown"),
+    ],
+)
+def test_an_init_that_is_none_is_refused(imported: Imported, init: str, says: str) -> None:
+    tree = imported("gpt2-untied-f32").training().model_dump(mode="json", exclude_none=True)
+    with pytest.raises(SpecError, match=says):
+        parse_spec({**tree, "model": {**tree["model"], "init": init}})
+
+
+def test_a_folder_that_is_not_here_says_that_nothing_is_downloaded(ground: tuple[Store, RunSpec]) -> None:
+    store, spec = ground
+    asked = spec.model_copy(update={"model": spec.model.model_copy(update={"init": "hf:gpt2-large"})})
+    with pytest.raises(SpecError, match=r"'hf:gpt2-large': the folder gpt2-large is not here; .* downloads nothing"):
+        prepare_run(asked, store)
