@@ -52,7 +52,7 @@ class Place:
     def of(cls, folder: Path, *, address: str = "", nodes: int = 1) -> Place:
         """This machine's folder, with its token, which is made where it has none. Raises OSError."""
         token = read_token(folder) or _make_token(folder)
-        return cls(socket.gethostname(), _boot(), _space(), str(folder.resolve()), token, address, nodes)
+        return cls(socket.gethostname(), boot_id(), process_space(), str(folder.resolve()), token, address, nodes)
 
     def same(self, other: Place) -> bool:
         """Whether both name one place; with an older version's claim the addresses alone decide."""
@@ -63,12 +63,12 @@ class Place:
     @property
     def here(self) -> bool:
         """Whether its processes would be seen from this one: same boot, same space of process numbers."""
-        return bool(self.boot) and (self.boot, self.space) == (_boot(), _space())
+        return bool(self.boot) and (self.boot, self.space) == (boot_id(), process_space())
 
     @property
     def same_machine(self) -> bool:
         """Whether it is this machine by name, maybe before its last boot."""
-        return self.here or (self.host == socket.gethostname() and self.boot != _boot())
+        return self.here or (self.host == socket.gethostname() and self.boot != boot_id())
 
     def describe(self) -> str:
         """For people; begins with what the claim is known by."""
@@ -112,14 +112,16 @@ def _make_token(folder: Path) -> str:
     return path.read_text(encoding="ascii").strip()
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """Of this machine's kernel; empty where it does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 
 
-def _space() -> str:
+def process_space() -> str:
+    """In which this process has its number: a container has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -18,6 +18,7 @@
     .../fold                                              the log's condensed state (log/run_log.py)
     .../curve                                             the index of metrics (curve.py)
     .../launch/<launch>                                   claim of a launch (claims.py)
+    .../drivers/<token>                                   who drives it (flows/drive/driving.py)
     .../nodes/<launch>/<node>                             a node's status (agent/status.py)
     .../<epoch>/node/<node>                               claim of a node (claims.py)
     .../<epoch>/addr/<node>                               where its ranks listen (agent/meet.py)
@@ -135,6 +136,15 @@ def replays_key(run: str) -> str:
 def launch_key(run: str, launch: str) -> str:
     """Of the claim of a launch."""
     return live_key(run, "launch", launch)
+
+
+def drivers_prefix(run: str) -> str:
+    """Of what every driver of the run said last."""
+    return live_key(run, "drivers") + "/"
+
+
+def driver_key(run: str, token: str) -> str:
+    return drivers_prefix(run) + token
 
 
 def statuses_prefix(run: str) -> str:

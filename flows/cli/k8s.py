@@ -171,34 +171,21 @@ def logs(run: str, node: int | None, container: str, tail: int, store: str | Non
 @k8s.command()
 @store_option
 @click.option(
-    "--every", type=Number(min=1), default=60.0, show_default=True, help="Seconds between looks for open runs."
+    "--every", type=Number(min=1), default=3.0, show_default=True, help="Seconds between looks for open runs."
 )
 def serve(store: str | None, every: float) -> int:
-    """What the manifests run: serve Prefect's deployment `train`, and drive every open run that is on this cluster.
+    """What the manifests run: serve Prefect's deployment `train`, and drive every open run that nobody drives.
 
     Killed at any time, nothing is lost: gangs train on, and the next one goes on from the log in the store. While
     Prefect is away runs are driven all the same, and the deployment is served again when it is back.
     """
-    import threading
-
-    from checkpoint.errors import CheckpointError
+    from flows.care import Care
     from flows.cli.train import serve_until_signal
-    from flows.drive.reconcile import Reconciler
-    from flows.drive.train import store_at
+    from flows.drive.train import OUT, store_at
     from flows.prefect_api import PrefectSettingsError, answers, configured
 
     opened = store_at(store)
-    reconciler = Reconciler(opened, say=say)
-
-    def look() -> None:
-        while True:
-            try:
-                reconciler.look()
-            except CheckpointError as error:
-                say(f"the store does not answer: {error}")
-            threading.Event().wait(every)
-
-    threading.Thread(target=look, name="reconcile", daemon=True).start()
+    Care(opened, OUT, say, every).start()
     try:
         found = configured()
     except PrefectSettingsError as error:

@@ -59,6 +59,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("flows.cli.plan", "Show what a spec's plan says, and which layout a cluster wants."),
     "train": ("flows.cli.train", "Train a spec to its end; recover whatever fails on the way."),
     "schedule": ("flows.cli.train", "Serve a Prefect deployment that starts a new run each time it fires."),
+    "reconcile": ("flows.cli.reconcile", "Drive open runs whose drivers have died, again and again."),
     "data": ("flows.cli.data", "Prepare datasets."),
     "runs": ("flows.cli.runs", "List, show, resume, cancel and fork runs."),
     "logs": ("flows.cli.runs", "What the ranks of a run printed, also when they are gone."),

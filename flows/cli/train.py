@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
     from prefect.schedules import Schedule
 
+    from flows.care import Care
     from flows.drive.events import Event, Outcome, Sink
     from flows.drive.run import Board, Prepared
     from flows.prefect_api import Client
@@ -181,21 +182,22 @@ def schedule(
 
     Runs in the foreground until Ctrl-C; runs that it started go on. Each run's name ends with its scheduled time.
     """
+    from flows.care import Care
     from flows.drive.train import store_at
     from trainer.spec import load_spec
 
     firing = Firing(cron, interval, timezone, day_and)
     firing.check()
     run_spec = load_spec(spec, sets)
-    folder, url = Path(out).absolute(), store_at(store).url
+    opened, folder = store_at(store), Path(out).absolute()
     title = name or run_spec.name
 
     def make(when: Schedule, told: str) -> RunnerDeployment:
         from flows.flow import scheduled
 
-        return scheduled(run_spec, url, str(folder), when, title, told)
+        return scheduled(run_spec, opened.url, str(folder), when, title, told)
 
-    return serve_fired(make, title, firing, logs=folder / "schedule")
+    return serve_fired(make, title, firing, logs=folder / "schedule", beside=Care(opened, folder, say))
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,11 @@ def serve_fired(
     *,
     logs: Path | None = None,
     entrypoint: str | None = None,
+    beside: Care | None = None,
 ) -> int:
-    """Serve the deployment that ``make`` gives of a schedule and its words, until Ctrl-C; the exit code."""
+    """Serve the deployment that ``make`` gives of a schedule and its words, until Ctrl-C; the exit code. ``beside``:
+    begun once Prefect answers.
+    """
     from datetime import timedelta
 
     from flows.prefect_api import PrefectSettingsError, Refused, configured, why_not
@@ -253,6 +258,8 @@ def serve_fired(
     say(f"scheduled {title} ({told}) at {found.url}; Ctrl-C ends the schedule, not what runs")
     server = Server(lambda: make(plan, told), say, logs=logs, entrypoint=entrypoint or ENTRYPOINT)
     server.registered = lambda client, deployment: _tell_firings(client, deployment, zone)
+    if beside is not None:
+        beside.start()
     try:
         serve_until_signal(server)
     except Refused as error:

@@ -24,6 +24,7 @@ from checkpoint.store import Pace, Store
 from flows.drive.aside import Aside, TurnedAway
 from flows.drive.collecting import Collecting
 from flows.drive.decide import decide, leaving
+from flows.drive.driving import STOPPED, Driving
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.history import avoided
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
@@ -98,7 +99,10 @@ class Driver:
     """Computes steps again beside the run, where its spec asks for that."""
     last_s: float = 5.0
     """For the store, to say what the gang saved as it left."""
+    driving: Driving | None = None
+    """Says that this driver drives, for those who look after runs that nobody drives."""
     clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
     # the last look, and what `decide` wants remembered of it
     _state: RunState | None = None
     _seen: Look | None = None
@@ -122,34 +126,37 @@ class Driver:
 
         Each look is made aside: a store that does not answer keeps it for long, and nobody may wait for that.
         """
-        aside = self._aside
+        left = "failed"
         try:
             while True:
-                pause_s = self.poll_s
-                try:
-                    found = aside.call(self._look, self.stop, HEARD_S)
-                except TurnedAway:
-                    return self._turn_away()
-                except CannotFollow as error:
-                    return self._teller.outcome(self._known(), "superseded", str(error))
-                except Conflict as conflict:
-                    log.info("another driver was first: record %d; deciding again", conflict.state.n)
-                    self._state = conflict.state
-                    continue
-                except (StoreUnavailable, LaunchUnknown, StoreRefused) as error:
-                    pause_s = self._unanswered(error)
-                    if self.stop.is_set():
-                        return self._turn_away()
-                else:
-                    if isinstance(found, Outcome):
-                        return found
-                    pause_s = found
-                self.stop.wait(pause_s)
+                found = self.round(lambda look: self._aside.call(look, self.stop, HEARD_S))
+                if isinstance(found, Outcome):
+                    left = found.outcome
+                    return found
+                self.stop.wait(found)
         finally:
-            aside.close()
+            self._aside.close()
             self._collecting.close()
             if self.replays is not None:
                 self.replays.close()
+            if self.driving is not None:
+                self.driving.leave(left)
+
+    def round(self, ask: Callable[[Callable[[], Outcome | float]], Outcome | float]) -> Outcome | float:
+        """A look, made by ``ask``, and what follows whatever it meets: the end, or the pause until the next one."""
+        try:
+            return ask(self._look)
+        except TurnedAway:
+            return self._turn_away()
+        except CannotFollow as error:
+            return self._teller.outcome(self._known(), "superseded", str(error))
+        except Conflict as conflict:
+            log.info("another driver was first: record %d; deciding again", conflict.state.n)
+            self._state = conflict.state
+            return 0.0
+        except (StoreUnavailable, LaunchUnknown, StoreRefused) as error:
+            pause_s = self._unanswered(error)
+            return self._turn_away() if self.stop.is_set() else pause_s
 
     def _look(self) -> Outcome | float:
         """One look and what follows from it: the end, or the pause until the next look."""
@@ -158,6 +165,8 @@ class Driver:
         if known is None and state.attempts:
             self._teller.known(state, state.amendments.total(self.prepared.spec.train.steps))
         self._collecting.look(state)
+        if self.driving is not None:
+            self.driving.beat(state.n)
         if self._view is None or self._view[0] is not state:
             self.prepared = followed(self.store, state, self.prepared, self._teller.phase)
             self._layouts = layouts_of(self.prepared, state)
@@ -180,7 +189,7 @@ class Driver:
         if view is None or newest is None or launch_id != newest.launch:
             view = self.launcher.observe(launch_id)
         if self._status is None or self._status.launch != launch_id:
-            self._status = StatusReader(self.store, self.prepared.run, launch_id)
+            self._status = StatusReader(self.store, self.prepared.run, launch_id, self.clock)
         launch = self._launch(log_view, launch_id)
         nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(view)), view)
         self._tell(state, nodes, steps=tell_steps)  # not before the first decision: what to do comes first
@@ -326,6 +335,8 @@ class Driver:
     def _leave(self, state: RunState, detach: bool) -> Outcome:
         """Have the gang save one agreed step and leave; the run can be resumed. Detached, it trains on."""
         newest = state.newest_attempt
+        if self.driving is not None:  # a person's word, before anything follows from it
+            self.driving.leave("detached" if detach else STOPPED)
         if detach:
             self._teller.phase("detached", DETACHED.format(run=self.prepared.run))
             return self._teller.outcome(state, "stopped", left_running=True)
@@ -352,7 +363,7 @@ class Driver:
                 return
             if view.state == "lost" and not any(n.alive for n in view.nodes):
                 break  # nobody is there to leave
-            time.sleep(self.poll_s)
+            self.sleep(self.poll_s)
         self.launcher.stop(launch.launch_id, 0.0)
 
     def _tell(self, state: RunState, nodes: list[NodeView], *, steps: bool, last: bool = False) -> None:

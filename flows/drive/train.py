@@ -25,6 +25,7 @@ from checkpoint.store import Store, address, open_store
 from flows.drive.amend import Wish
 from flows.drive.begin import prepare_run
 from flows.drive.claims import StoreClaims
+from flows.drive.driving import Driving
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
@@ -106,6 +107,7 @@ def make_driver(
         replays=Replays(store, prepared.run, out, elsewhere=launcher.detaches),
         sink=sink or NoSink(),
         stop=stop or threading.Event(),
+        driving=Driving(store, prepared.run, out),
     )
 
 
@@ -120,6 +122,8 @@ class Run:
     prepared: Prepared
     store: Store
     driver: Driver
+    host: Callable[[Driver], Outcome] = Driver.run
+    """Runs the driver, with what else belongs to it."""
     _done: threading.Event = field(default_factory=threading.Event)
     _outcome: Outcome | None = None
     _error: BaseException | None = None
@@ -136,7 +140,7 @@ class Run:
 
     def _work(self) -> None:
         try:
-            self._outcome = self.driver.run()
+            self._outcome = self.host(self.driver)
         except BaseException as error:
             self._error = error
         finally:

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import shutil
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -347,7 +346,7 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
     monkeypatch.setattr("flows.cli.train.serve_until_signal", lambda *_, **__: None)
-    monkeypatch.setattr("flows.drive.reconcile.Reconciler.look", lambda *_: threading.Event().wait())
+    monkeypatch.setattr("flows.care.Care.run", lambda *_, **__: None)
     return tmp_path, [trained.run]
 
 

@@ -15,7 +15,7 @@ from flows.drive.begin import prepare_run
 from flows.drive.history import avoided
 from flows.drive.launches import launch_of
 from flows.drive.loop import Driver
-from flows.drive.reconcile import Reconciler, wants_driver
+from flows.drive.reconcile import Reconciler, target_of, wants_driver
 from flows.drive.run import attempt_body, fold_view, load_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details
@@ -261,11 +261,11 @@ def test_an_order_for_a_cluster_wants_a_driver_also_where_its_command_died(place
     restore = {"checkpoint": None, "step": 0, "slots": None}
     here = replace(prepared, spec=local)
     state = log.append("attempt", attempt_body(here, "x", restore, reason="start", cause=None), log.fold())
-    assert not wants_driver(state)
+    assert target_of(state) == "local"
     how = attempt_body(prepared, "x", restore)["how"]
     order = {"kind": "order", "how": how, "by": "ann@a", "via": "runs resume", "again": True}
     state = log.append("intervention", order, state)
-    assert wants_driver(state)
+    assert (wants_driver(state), target_of(state)) == (True, "kubernetes")
     state = log.append("ended", ended_body(state, "cancelled", "by ann"), state)
     assert not wants_driver(state)
     assert wants_driver(log.append("intervention", order, state))
