@@ -30,8 +30,9 @@ from checkpoint.agent.meet import claim, meet
 from checkpoint.agent.metrics import Gauge
 from checkpoint.agent.output import Hints
 from checkpoint.agent.prepare import PREFAULT_FIRST_BYTES, Preparer, Provisions, exit_of
+from checkpoint.agent.send import WORKERS
 from checkpoint.agent.slots import SlotChanged, SlotTable
-from checkpoint.agent.upload import WORKERS, Source, Uploader
+from checkpoint.agent.upload import Source, Uploader
 from checkpoint.errors import CheckpointError
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store

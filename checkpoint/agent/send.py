@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -17,6 +18,9 @@ from checkpoint.layout import RankLayout
 from checkpoint.store import Info, Store
 
 log = logging.getLogger(__name__)
+
+WORKERS = 4
+"""Threads of an agent that move chunks."""
 
 
 def segments(layout: RankLayout) -> list[Segment]:
@@ -47,6 +51,8 @@ def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
 
 
 _SCRATCH = threading.local()
+_HASHING = threading.Semaphore(max(1, min(WORKERS, len(os.sched_getaffinity(0))) // 2))
+"""Chunks that are hashed at once: where all workers hash, disk and network wait, and afterwards all wait for them."""
 
 
 def together(plan: ChunkPlan, data: memoryview) -> memoryview:
@@ -83,7 +89,8 @@ def send(
 ) -> tuple[Chunk, tuple[Piece, ...]]:
     """Read, hash and create the chunk of this name, where it is not one of those that are there. Raises SlotChanged."""
     with slot.data() as data, together(plan, data) as view:
-        pieces, digest = chunk_digests(plan, view)
+        with _HASHING:
+            pieces, digest = chunk_digests(plan, view)
         chunk = Chunk(name, view.nbytes, digest)
         slot.verify((segment.source, segment.source + segment.bytes) for segment in plan.segments)
         slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up

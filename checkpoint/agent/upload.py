@@ -40,8 +40,6 @@ from checkpoint.store.limits import deadline, until
 
 log = logging.getLogger(__name__)
 
-WORKERS = 4
-"""Threads of an agent that move chunks."""
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _VOIDS = 4  # uploads of one step that found its slots changed: by then it is their memory
 

@@ -39,9 +39,9 @@ import numpy as np
 
 from checkpoint.agent.commit import commit
 from checkpoint.agent.gang import layouts
-from checkpoint.agent.send import segments
+from checkpoint.agent.send import WORKERS, segments
 from checkpoint.agent.slots import SlotTable
-from checkpoint.agent.upload import WORKERS, Source, Uploader
+from checkpoint.agent.upload import Source, Uploader
 from checkpoint.chunks import plan_chunks
 from checkpoint.log import CheckpointInfo
 from checkpoint.restore import restore_slots

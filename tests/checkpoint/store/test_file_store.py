@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import mmap
 import os
 import random
 import resource
@@ -241,3 +244,57 @@ def test_folders_that_a_collector_removes_meanwhile_are_made_anew(tmp_path: Path
     assert not (tmp_path / "store" / "runs").exists()
     shutil.rmtree(tmp_path / "store")
     assert store.create(KEY, b"x")
+
+
+def cached(path: Path) -> bool:
+    """Whether the page cache has the beginning of this file."""
+    with open(path, "rb", buffering=0) as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
+@pytest.mark.parametrize("first", [0, 512, 1], ids=["page", "sector", "odd"])
+@pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, (16 << 20) + 4095, (20 << 20) + 4096])
+def test_large_objects_are_written_past_the_page_cache(tmp_path: Path, first: int, size: int) -> None:
+    known = tmp_path / "known"
+    known.write_bytes(bytes(4096))
+    try:
+        os.close(os.open(known, os.O_WRONLY | os.O_DIRECT))
+        assert cached(known)
+    except OSError:
+        pytest.skip("the file system of the temporary folder has no O_DIRECT, or does not tell what is cached")
+    store, data = FileStore(tmp_path / "store"), random.Random(size).randbytes(size)
+    with mmap.mmap(-1, size + 4096) as memory, memoryview(memory) as whole, whole[first : first + size] as view:
+        view[:] = data
+        assert store.create("runs/r/chunks/c", view)
+    assert not cached(tmp_path / "store" / "runs/r/chunks/c")
+    assert hashlib.sha256(store.get("runs/r/chunks/c")).digest() == hashlib.sha256(data).digest()
+
+
+@pytest.mark.parametrize("whence", ["open", "write", "later"])
+def test_a_file_system_without_direct_writes_gets_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whence: str
+) -> None:
+    real_write, real_fcntl, writes = os.write, fcntl.fcntl, list[int]()
+
+    def refuse_open(descriptor: int, command: int, flags: int = 0) -> int:
+        if whence == "open" and command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return real_fcntl(descriptor, command, flags)
+
+    def refuse_write(descriptor: int, data: bytes | memoryview) -> int:
+        if real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            if whence == "write" or (whence == "later" and writes):
+                raise OSError(errno.EINVAL, "no direct writes here")
+            data = data[: 3 << 20]  # and a short one before
+        writes.append(real_write(descriptor, data))
+        return writes[-1]
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse_open)
+    monkeypatch.setattr(os, "write", refuse_write)
+    store, data = FileStore(tmp_path / "store"), random.Random(3).randbytes((17 << 20) + 5)
+    assert store.create("runs/r/chunks/c", data)
+    assert sum(writes) == len(data)
+    assert hashlib.sha256(store.get("runs/r/chunks/c")).digest() == hashlib.sha256(data).digest()
