@@ -27,6 +27,7 @@
     .../<epoch>/{metrics,logs/<rank>,trace}/...           what people watch (agent/output.py)
     .../collected                                         the collector's last pass (collect/collector.py)
     .../replays                                           what was computed again, and what differed (replay_every)
+    .../evaluated                                         what evaluations of checkpoints gave (evaluated.py)
     probe/...                                         what probing the store left (probe.py, doctor.py)
 
 ``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6; below ``live/`` as they come.
@@ -131,6 +132,11 @@ def collected_key(run: str) -> str:
 def replays_key(run: str) -> str:
     """Of what replays beside the run have come to (``recovery.replay_every``)."""
     return live_key(run, "replays")
+
+
+def evaluated_key(run: str) -> str:
+    """Of what evaluations of the run's checkpoints gave."""
+    return live_key(run, "evaluated")
 
 
 def launch_key(run: str, launch: str) -> str:

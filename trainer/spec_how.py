@@ -161,8 +161,8 @@ class KeepSpec(Section):
         0,
         low=0,
         high=1 << 20,
-        text="so many of the least training loss, averaged since the checkpoint before (there is no validation loss "
-        "yet); 0: no such rule",
+        text="so many of the least validation loss; without [validation] of the training loss, averaged since the "
+        "checkpoint before; 0: no such rule",
     )
     grace_s: float = Field(
         3600.0, ge=0, le=2_592_000, description="from when a checkpoint is given up to when its objects are deleted"

@@ -36,6 +36,7 @@ from trainer.spec_how import (
     other_name,
 )
 from trainer.spec_layouts import layout_words, other_hows
+from trainer.spec_watch import WATCHED, EvalSpec, TrackSpec, ValidationSpec
 from trainer.wire import VOCAB_BLOCKS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
@@ -347,6 +348,11 @@ class RunSpec(Section):
     checkpoint: CheckpointSpec = CheckpointSpec()
     launch: LaunchSpec = LaunchSpec()
     recovery: RecoverySpec = RecoverySpec()
+    validation: ValidationSpec = ValidationSpec()
+    eval: tuple[EvalSpec, ...] = Field(
+        (), max_length=8, description="commands on exported checkpoints: tables [[eval]]"
+    )
+    track: TrackSpec = TrackSpec()
 
     @model_validator(mode="after")
     def _check(self) -> RunSpec:
@@ -397,11 +403,25 @@ class RunSpec(Section):
             check_tree(getattr(self.launch, key), f"launch.{key}")
         held = len(pack(how_map(self), RECORD_DEPTH))
         if held > MAX_HOW_BYTES:
-            sizes = {key: len(pack(getattr(self.launch, key), RECORD_DEPTH)) for key in OPEN_TREES}
+            sizes = {f"launch.{key}": len(pack(getattr(self.launch, key), RECORD_DEPTH)) for key in OPEN_TREES}
+            sizes["eval"] = len(pack([e.model_dump(mode="json") for e in self.eval], RECORD_DEPTH))
             largest = max(sizes, key=lambda key: sizes[key])
+            bulk = "a script" if largest == "eval" else "a ConfigMap"
             raise ValueError(
-                f"launch.{largest} has {sizes[largest]} bytes, and parallel, checkpoint, launch and recovery together "
-                f"{held}; an attempt's record holds {MAX_HOW_BYTES} of them: shorten it (bulk belongs in a ConfigMap)"
+                f"{largest} has {sizes[largest]} bytes, and parallel, checkpoint, launch and recovery together "
+                f"{held}; an attempt's record holds {MAX_HOW_BYTES} of them: shorten it (bulk belongs in {bulk})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_eval(self) -> RunSpec:
+        names = [e.name for e in self.eval]
+        again = next((name for name in names if names.count(name) > 1 or name == "validation"), None)
+        if again is not None:
+            raise ValueError(
+                f"eval has the name {again!r} "
+                + ("twice" if again != "validation" else "which is that of [validation]")
+                + "; results are found by name: give each [[eval]] its own"
             )
         return self
 
@@ -453,4 +473,5 @@ def how_map(spec: RunSpec) -> dict[str, Any]:
         for key in keys:
             if getattr(getattr(spec, section), key) == fields[key].default:
                 del how[section][key]
-    return how
+    watched = (name for name in WATCHED if getattr(spec, name) != RunSpec.model_fields[name].default)
+    return how | spec.model_dump(mode="json", include=set(watched))

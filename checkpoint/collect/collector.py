@@ -28,10 +28,12 @@ from itertools import pairwise
 from typing import Any
 
 from checkpoint import codec, keys
-from checkpoint.collect.retention import LEAST, Rules, given_up, keep, losses_of, spared
+from checkpoint.collect.retention import LEAST, Rules, given_up, keep, losses_of, spared, validated_of
 from checkpoint.curve import MAX_BYTES as MAX_CURVE_BYTES
 from checkpoint.curve import Curve
 from checkpoint.errors import Damaged, NotFound, StoreRefused
+from checkpoint.evaluated import MAX_BYTES as MAX_EVALUATED_BYTES
+from checkpoint.evaluated import Evaluations
 from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.manifest import Manifest
 from checkpoint.read import load_manifest
@@ -155,6 +157,7 @@ class _Pass:
         self.times: dict[int, float | None] = {}
         self.left = limits.objects
         self.losses: Mapping[int, float] = {}
+        self.validated: Mapping[int, float] = {}
 
     def run(self) -> Collected:
         report = self.report
@@ -163,7 +166,8 @@ class _Pass:
             return report
         if self.rules is not None and self.rules.best:
             self.losses = losses_of(self.state, self._curve())
-        report.kept = keep(self.state, self.rules, self.losses)
+            self.validated = validated_of(self.state, self._evaluations())
+        report.kept = self._kept(self.state)
         report.steps = {info.n: info.step for info in self.state.checkpoints}
         wanted = given_up(self.state, report.kept)
         self._list(wanted)
@@ -256,6 +260,15 @@ class _Pass:
         except (NotFound, Damaged):
             return Curve()
 
+    def _evaluations(self) -> Evaluations:
+        try:
+            return Evaluations.parse(self.store.get(keys.evaluated_key(self.name), max_bytes=MAX_EVALUATED_BYTES))
+        except (NotFound, Damaged):
+            return Evaluations()
+
+    def _kept(self, state: RunState) -> dict[int, str]:
+        return keep(state, self.rules, self.losses, self.validated)
+
     # --- giving up ----------------------------------------------------------------------------------------
 
     def _bury(self, wanted: list[int]) -> None:
@@ -278,12 +291,12 @@ class _Pass:
             if n in self.state.buried:
                 report.given_up.append(info)
         report.more |= len(wanted) > self.limits.tombstones
-        report.kept = keep(self.state, self.rules, self.losses)
+        report.kept = self._kept(self.state)
         report.steps = {info.n: info.step for info in self.state.checkpoints}
 
     def _tombstone(self, known: RunState, n: int) -> tuple[str, Mapping[str, Any]] | None:
         """Asked again where somebody else wrote meanwhile: what was pinned, ordered or begun from since stays."""
-        if n in known.buried or n in keep(known, self.rules, self.losses):
+        if n in known.buried or n in self._kept(known):
             return None
         return "tombstone", {"checkpoint": n}
 

@@ -3,8 +3,10 @@
 Rules  R1  the newest ``last`` usable ones on the line that leads here (``RunState.restore_candidates``), two at least;
        R2  of every ``every_steps`` steps the first one on that line;
        R3  of every ``every_s`` seconds the first one on that line, by the times that its records tell;
-       R4  the ``best`` ones by loss on that line. There is no validation loss yet: it is the training loss, the mean of
-           the points that the index of metrics has since the checkpoint before. One whose loss is not known stays;
+       R4  the ``best`` ones by loss on that line. Where one of them has a validation loss it is that one: as many stay
+           of those newer than the newest that has one, since theirs may come; older ones without were passed over. Else
+           it is the training loss, the mean of the points that the index of metrics has since the checkpoint before;
+           one whose loss is not known stays;
        R5  what a pin names, damaged or not;
        R6  what the newest attempt began from, and what an order names that no attempt follows yet.
 
@@ -26,6 +28,7 @@ from typing import Any
 from checkpoint import codec
 from checkpoint.curve import Curve
 from checkpoint.errors import Damaged
+from checkpoint.evaluated import Evaluations
 from checkpoint.log import RunState
 
 LEAST = 2
@@ -85,8 +88,15 @@ def spared(state: RunState) -> dict[int, str]:
     return found
 
 
-def keep(state: RunState, rules: Rules | None, losses: Mapping[int, float] | None = None) -> dict[int, str]:
-    """The records of the checkpoints that stay, with why. ``losses``: by record, for R4; `losses_of` makes them."""
+def keep(
+    state: RunState,
+    rules: Rules | None,
+    losses: Mapping[int, float] | None = None,
+    validated: Mapping[int, float] | None = None,
+) -> dict[int, str]:
+    """The records of the checkpoints that stay, with why. ``losses``, ``validated``: by record, for R4; `losses_of` and
+    `validated_of` make them.
+    """
     kept = {n: why for n, why in spared(state).items() if n not in state.buried}
     line = state.restore_candidates()
     if (
@@ -96,7 +106,13 @@ def keep(state: RunState, rules: Rules | None, losses: Mapping[int, float] | Non
         return {n: kept.get(n, why) for n in state.checkpoints.n if n not in state.buried}
     numbers, steps = line.column("n"), line.column("step")  # the newest first
     times = [state.checkpoints.time[row] for row in line.rows]
-    if rules.best:
+    if rules.best and (tried := [n for n in numbers if n in (validated or {})]):
+        found = {n: inf if isnan(loss) else loss for n, loss in (validated or {}).items()}
+        best = sorted(tried, key=lambda n: (found[n], -n))[: rules.best]
+        kept |= dict.fromkeys(best, f"one of the best {rules.best} by validation loss")
+        newer = numbers[: numbers.index(tried[0])][: rules.best]
+        kept |= dict.fromkeys(newer, "its validation loss may come")
+    elif rules.best:
         known = {n: inf if isnan(loss) else loss for n, loss in (losses or {}).items()}
         ranked = sorted((n for n in numbers if n in known), key=lambda n: (known[n], -n))
         kept |= dict.fromkeys(ranked[: rules.best], f"one of the best {rules.best} by training loss")
@@ -114,6 +130,22 @@ def keep(state: RunState, rules: Rules | None, losses: Mapping[int, float] | Non
 def given_up(state: RunState, kept: Mapping[int, str]) -> list[int]:
     """The checkpoints that neither stay nor have a tombstone, oldest first."""
     return [n for n in state.checkpoints.n if n not in kept and n not in state.buried]
+
+
+def validated_of(state: RunState, evaluations: Evaluations) -> dict[int, float]:
+    """Of the checkpoints on the line the validation loss, as far as it is known: of those that were validated on what
+    the newest of them was, since others are no measure of it.
+    """
+    line = state.restore_candidates()
+    rows = {
+        n: evaluations.rows[step, epoch]
+        for n, step, epoch in zip(line.column("n"), line.column("step"), line.column("epoch"), strict=True)
+        if (step, epoch) in evaluations.rows
+    }
+    found = {n: row for n, row in rows.items() if row.loss is not None}
+    newest = next(iter(found.values()), None)
+    same = None if newest is None else (newest.data, newest.windows)
+    return {n: row.loss for n, row in found.items() if row.loss is not None and (row.data, row.windows) == same}
 
 
 def losses_of(state: RunState, curve: Curve) -> dict[int, float]:

@@ -65,6 +65,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("flows.cli.runs", "What the ranks of a run printed, also when they are gone."),
     "ckpt": ("flows.cli.ckpt", "List, show, verify, digest, compare and export checkpoints."),
     "replay": ("flows.cli.replay", "Compute steps of a run again, and compare them with what it recorded."),
+    "evaluate": ("flows.cli.evaluate", "Validation loss, a sample and your commands on a checkpoint of a run."),
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
     "doctor": ("flows.cli.doctor", "Say what this machine can train on: engine, GPUs, driver, libraries."),

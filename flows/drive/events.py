@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """What people should see: ``kind`` is step, phase, devices, attempt, checkpoint, damaged, replay or ended."""
+    """What people should see: ``kind`` is step, phase, devices, attempt, checkpoint, damaged, replay, evaluated or
+    ended.
+    """
 
     kind: str
     facts: dict[str, Any]

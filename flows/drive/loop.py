@@ -25,6 +25,7 @@ from flows.drive.aside import Aside, TurnedAway
 from flows.drive.collecting import Collecting
 from flows.drive.decide import decide, leaving
 from flows.drive.driving import STOPPED, Driving
+from flows.drive.evaluations import Evaluating
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.history import avoided
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
@@ -97,6 +98,8 @@ class Driver:
     poll_s: float = POLL_S
     replays: Replays | None = None
     """Computes steps again beside the run, where its spec asks for that."""
+    evaluating: Evaluating | None = None
+    """Evaluates stored checkpoints beside the run, where its spec asks for that."""
     last_s: float = 5.0
     """For the store, to say what the gang saved as it left."""
     driving: Driving | None = None
@@ -120,6 +123,8 @@ class Driver:
         self._collecting = Collecting(self.store, self.prepared.run)
         if self.replays is not None:
             self.replays.tell = lambda found, facts: self._teller.tell("replay", found=found, **facts)
+        if self.evaluating is not None:
+            self.evaluating.tell = lambda facts: self._teller.tell("evaluated", **facts)
 
     def run(self) -> Outcome:
         """Look again and again until the log has an end, or until ``stop`` was set and the gang has saved and left.
@@ -139,6 +144,8 @@ class Driver:
             self._collecting.close()
             if self.replays is not None:
                 self.replays.close()
+            if self.evaluating is not None:
+                self.evaluating.close()
             if self.driving is not None:
                 self.driving.leave(left)
 
@@ -178,6 +185,8 @@ class Driver:
             return outcome
         if self.replays is not None:
             self.replays.look(self.prepared.spec, state, self._teller.max_step.get(state.epoch, -1))
+        if self.evaluating is not None:
+            self.evaluating.look(self.prepared.spec, state, state.amendments.total(self.prepared.spec.train.steps))
         return pause_after(decision, time.thread_time() - began, self.poll_s, self.store.pace)
 
     def _observe(self, state: RunState, *, tell_steps: bool) -> tuple[Policy, Look, Launch]:
@@ -255,6 +264,8 @@ class Driver:
                 state = self._log.fold(state)
                 if not self._metrics.attach:  # what the nodes said last, on their way out
                     self._tell(state, list(seen.nodes), steps=True, last=True)
+                if self.evaluating is not None and outcome == "succeeded":
+                    self._evaluate_last(self.evaluating, state)
                 return self._teller.outcome(state, outcome)
             case Leave(detach):
                 return self._leave(state, detach)
@@ -365,6 +376,15 @@ class Driver:
                 break  # nobody is there to leave
             self.sleep(self.poll_s)
         self.launcher.stop(launch.launch_id, 0.0)
+
+    def _evaluate_last(self, evaluating: Evaluating, state: RunState) -> None:
+        """What the last checkpoint still lacks; nobody trains any more, and who stops this leaves it."""
+        spec = self.prepared.spec
+        last = state.amendments.total(spec.train.steps)
+        evaluating.look(spec, state, last)
+        if evaluating.busy:
+            self._teller.phase("evaluating", "the run has succeeded; its last checkpoint is evaluated")
+            evaluating.finish(spec, state, last, lambda: self.stop.is_set() or self._aside.left.is_set())
 
     def _tell(self, state: RunState, nodes: list[NodeView], *, steps: bool, last: bool = False) -> None:
         """What the ranks and nodes said, and what was saved since the last look."""

@@ -171,9 +171,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two Hows, key by key, for people; what an older version's lacks is its default."""
     found, defaults = [], _defaults()
     for section in sorted({*old, *new}):
-        a, b = ({**defaults.get(section, {}), **(how.get(section) or {})} for how in (old, new))
+        if isinstance(old.get(section) or new.get(section), list):  # [[eval]]
+            a, b = ({section: how.get(section) or []} for how in (old, new))
+        else:
+            a, b = ({**defaults.get(section, {}), **(how.get(section) or {})} for how in (old, new))
         keys = sorted(k for k in {*a, *b}.difference(RETIRED.get(section, ())) if a.get(k) != b.get(k))
-        found += [f"{section}.{k} {_said(a.get(k))} -> {_said(b.get(k))}"[:120] for k in keys]
+        names = {k: k if k == section else f"{section}.{k}" for k in keys}
+        found += [f"{names[k]} {_said(a.get(k))} -> {_said(b.get(k))}"[:120] for k in keys]
     return ", ".join(found) or SAME
 
 
@@ -194,7 +198,7 @@ def _said(value: Any) -> str:
 def _defaults() -> dict[str, dict[str, Any]]:
     """Of the How's sections."""
     fields = RunSpec.model_fields
-    sections = ("parallel", "checkpoint", "launch", "recovery")
+    sections = ("parallel", "checkpoint", "launch", "recovery", "validation", "track")
     return {name: fields[name].default.model_dump(mode="json") for name in sections}
 
 

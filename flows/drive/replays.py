@@ -11,23 +11,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from checkpoint import codec
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.keys import replays_key
 from checkpoint.log import RunState
 from checkpoint.store import Store
+from flows.drive.child import ChildProcess
 from flows.drive.views import short
 from trainer.cores import usable_cpus
 from trainer.engine_path import engine_binary
@@ -108,8 +104,7 @@ def spare_cores(spec: RunSpec, cpus: int, *, elsewhere: bool) -> int:
 
 @dataclass
 class _Child:
-    process: subprocess.Popen[bytes]
-    output: IO[bytes]
+    process: ChildProcess
     first: int
     last: int
     reached: int
@@ -156,9 +151,8 @@ class Replays:
     def close(self) -> None:
         """End what computes; nothing is waited for."""
         child, self._child = self._child, None
-        if child is not None and child.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                child.process.send_signal(signal.SIGTERM)
+        if child is not None:
+            child.process.end()
 
     def _room(self, spec: RunSpec) -> bool:
         if spare_cores(spec, self.cpus, elsewhere=self.elsewhere) < 1:
@@ -182,31 +176,17 @@ class Replays:
 
     def _start(self, spec: RunSpec, first: int, last: int, reached: int) -> None:
         sets = [*ONE_RANK, f"parallel.threads={spare_cores(spec, self.cpus, elsewhere=self.elsewhere)}"]
-        nice = shutil.which("nice")
-        command = [*([nice, "-n", "19"] if nice else []), *self.command, self.run, "--from", str(first)]
+        command = [*self.command, self.run, "--from", str(first)]
         command += ["--to", str(last), "--json", "--store", self.store.url, "--out", str(self.out)]
         command += [word for text in sets for word in ("--set", text)]
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        output = tempfile.TemporaryFile()  # noqa: SIM115 (it is read when the process has ended)
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # a Ctrl-C at the terminal is the driver's, and close is what follows from it
-        )
-        self._child = _Child(process, output, first, last, reached)
+        self._child = _Child(ChildProcess.begin(command), first, last, reached)
 
     def _hear(self, child: _Child, state: RunState) -> None:
-        code = child.process.poll()
+        code = child.process.ended()
         if code is None:
             return
         self._child = None
-        child.output.seek(0)
-        text = child.output.read().decode(errors="replace")
-        child.output.close()
+        text = child.process.said()
         kept = self._kept or Kept()
         if code in (0, EXIT_DIFFERS):
             self._failures = 0

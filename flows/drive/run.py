@@ -146,7 +146,7 @@ def compiled(prepared: Prepared, spec: RunSpec) -> Prepared:
 def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:
     """The spec with another How, checked as any spec is."""
     what = spec.model_dump(mode="json", include={"name", "model", "data", "train"})
-    return parse_spec({**what, **{k: dict(v) for k, v in how.items()}}, origin="its order")
+    return parse_spec({**what, **how}, origin="its order")
 
 
 def layouts_of(prepared: Prepared, state: RunState) -> tuple[RunLayout, ...]:
@@ -251,7 +251,7 @@ def spec_tree(what: Mapping[str, Any], name: str, how: Mapping[str, Any]) -> dic
         "model": what["model"],
         "data": {"source": f"dataset:{what['data']['digest']}", **data},
         "train": what["train"],
-        **{k: dict(v) for k, v in how.items()},
+        **how,
     }
 
 

@@ -26,6 +26,7 @@ from flows.drive.amend import Wish
 from flows.drive.begin import prepare_run
 from flows.drive.claims import StoreClaims
 from flows.drive.driving import Driving
+from flows.drive.evaluations import Evaluating
 from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
@@ -105,6 +106,7 @@ def make_driver(
         launcher,
         partial(launch_for, store.url, out),
         replays=Replays(store, prepared.run, out, elsewhere=launcher.detaches),
+        evaluating=Evaluating(store, prepared.run, out, elsewhere=launcher.detaches),
         sink=sink or NoSink(),
         stop=stop or threading.Event(),
         driving=Driving(store, prepared.run, out),

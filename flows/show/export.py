@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -143,21 +144,27 @@ def write_masters(store: Store, manifest: Manifest, path: Path) -> Path:
 
 
 class Inference:
-    """The engine in infer mode: ``logits(tokens)`` for one window of tokens. Use as a context manager."""
+    """The engine in infer mode: ``logits(tokens)`` for one window of tokens, or ``losses(tokens, targets)`` of one made
+    for that. Use as a context manager. ``threads``: 0, the run's or the cores.
+    """
 
-    def __init__(self, store: Store, run: str, step: int | None = None) -> None:
+    def __init__(
+        self, store: Store, run: str, step: int | None = None, *, losses: bool = False, threads: int = 0
+    ) -> None:
         prepared = read_run(store, run)
         _, manifest = checkpoint_at(store, run, step)
         self.spec = prepared.spec
         self._folder = tempfile.TemporaryDirectory(prefix="hotstage-infer-")
         folder = Path(self._folder.name)
-        plan = compile_plan(prepared.spec, prepared.dataset, prepared.what, mode="infer")
+        mode: Literal["infer", "losses"] = "losses" if losses else "infer"
+        plan = compile_plan(prepared.spec, prepared.dataset, prepared.what, mode=mode)
         write_masters(store, manifest, folder / "weights")
         (folder / "plan").write_bytes(plan.to_bytes())
         self.context = prepared.spec.train.sequence
         self.vocab = prepared.spec.model.vocab
+        files = ["--plan", str(folder / "plan"), "--weights", str(folder / "weights")]
         self._process = subprocess.Popen(
-            [str(engine_binary()), "infer", "--plan", str(folder / "plan"), "--weights", str(folder / "weights")],
+            [str(engine_binary()), "infer", *files, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -179,19 +186,26 @@ class Inference:
 
     def logits(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Logits [T, V] of one window of exactly ``context`` tokens."""
+        return self._ask(self.context * self.vocab, tokens).reshape(self.context, self.vocab)
+
+    def losses(self, tokens: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Losses [T] of one window's tokens against their targets; 0 where a target is -1."""
+        return self._ask(self.context, tokens, targets)
+
+    def _ask(self, values: int, *request: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+            for part in request:
+                self._process.stdin.write(np.ascontiguousarray(part, dtype="<i4").tobytes())
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died: the read below says why
-        size = 4 * self.context * self.vocab
-        data = self._process.stdout.read(size)
-        if len(data) != size:
+        data = self._process.stdout.read(4 * values)
+        if len(data) != 4 * values:
             words = self._process.stderr.read().decode(errors="replace") if self._process.stderr else ""
             raise LaunchError(f"the engine left during inference with {self._process.wait()}: {words.strip()[-800:]}")
-        return np.frombuffer(data, dtype="<f4").reshape(self.context, self.vocab)
+        return np.frombuffer(data, dtype="<f4")
 
 
 def generate(

@@ -114,6 +114,9 @@ class Lines:
             case "replay" if facts["found"] != "same":
                 warn = "WARNING: a step computed again differs\n" if facts["found"] == "differs" else ""
                 self.say(f"{warn}{facts['text']}")
+            case "evaluated":
+                if facts["text"]:
+                    self.say(("WARNING: " if facts.get("failed") else "") + facts["text"])
             case "ended":
                 digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
                 gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend

@@ -301,19 +301,28 @@ def train(
 
 
 def infer(
-    plan: Plan, weights: Path, tokens: NDArray[np.int64], folder: Path, engine: Path | None = None, device: str = "cpu"
+    plan: Plan,
+    weights: Path,
+    tokens: NDArray[np.int64],
+    folder: Path,
+    engine: Path | None = None,
+    device: str = "cpu",
+    targets: NDArray[np.int64] | None = None,
 ) -> F32:
-    """Logits [n, microbatch, T, V] of requests ``tokens`` [n, microbatch, T]."""
+    """Logits [n, microbatch, T, V] of requests ``tokens`` [n, microbatch, T]; with ``targets``, of a plan for that,
+    losses [n, microbatch, T].
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plan_path = folder / "plan-infer"
     plan_path.write_bytes(plan.to_bytes())
     command = [str(engine or engine_binary()), "infer", "--plan", str(plan_path), "--weights", str(weights)]
     done = subprocess.run(
         [*command, "--device-kind", str(wire.DEVICES[device])],
-        input=tokens.astype("<i4").tobytes(),
+        input=(tokens if targets is None else np.stack([tokens, targets], axis=1)).astype("<i4").tobytes(),
         capture_output=True,
         timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
-    return np.frombuffer(done.stdout, "<f4").reshape(*tokens.shape, plan.config.vocab)
+    found = np.frombuffer(done.stdout, "<f4")
+    return found.reshape(tokens.shape if targets is not None else (*tokens.shape, plan.config.vocab))

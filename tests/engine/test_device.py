@@ -260,11 +260,13 @@ def test_a_failed_device_says_so_at_a_wait(runs: MakeRuns, error: int, code: int
     assert words in str(ended.value)
 
 
-def test_inference(engine: Path, tmp_path: Path) -> None:
-    plan = small_plan(mode="infer")
+@pytest.mark.parametrize("mode", ["infer", "losses"])
+def test_inference(engine: Path, tmp_path: Path, mode: str) -> None:
+    plan = small_plan(mode=mode)
     rng = np.random.default_rng(3)
     values = {t.name: rng.normal(0, 0.3, t.shape).astype(np.float32) for t in plan.tensors}
     weights = engine_runs.weights_file(plan, values, tmp_path / "weights")
     tokens = rng.integers(0, VOCAB, (3, 4, SEQUENCE))
-    here, there = (engine_runs.infer(plan, weights, tokens, tmp_path, engine, one) for one in ("cpu", "cuda"))
+    targets = rng.integers(-1, VOCAB, tokens.shape) if mode == "losses" else None
+    here, there = (engine_runs.infer(plan, weights, tokens, tmp_path, engine, one, targets) for one in ("cpu", "cuda"))
     assert here.tobytes() == there.tobytes()

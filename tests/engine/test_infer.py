@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,37 @@ def test_logits_give_the_loss_that_training_reports(engine: Path, tmp_path: Path
         training, tmp_path / "data", tmp_path / "run", weights=tmp_path / "weights", engine=engine, dump=False
     )
     assert gang.losses[0] == pytest.approx(loss(logits, samples[:, 1:]), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_losses_are_those_of_training(engine: Path, tmp_path: Path, model: dict[str, Any]) -> None:
+    """Bit for bit: their mean over the first batch is the loss of step 1. A token without a target has none."""
+    training = small_plan(tmp_path, model=model, steps=1, data={"shuffled": False})
+    plan = small_plan(tmp_path, model=model, mode="losses")
+    samples = np.random.default_rng(5).integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))[:4].astype("<i4")  # small_plan's
+    requests = b"".join(s[:-1].tobytes() + s[1:].tobytes() for s in samples)
+    none = samples[0][:-1].tobytes() + np.full(SEQUENCE, -1, "<i4").tobytes()
+    code, out, err = infer(engine, tmp_path, plan, requests + none)
+    assert code == 0, err
+    losses = np.frombuffer(out, "<f4").reshape(5, SEQUENCE)
+    assert not losses[4].any()
+    gang = engine_runs.train(
+        training, tmp_path / "data", tmp_path / "run", weights=tmp_path / "weights", engine=engine, dump=False
+    )
+    assert gang.losses[0] == math.fsum(losses[:4].ravel().astype(np.float64)) / (4 * SEQUENCE)
+
+
+def test_targets_are_checked_as_tokens_are(engine: Path, tmp_path: Path) -> None:
+    plan, fine = small_plan(mode="losses"), np.zeros(SEQUENCE, "<i4")
+    for bad in (-2, VOCAB):
+        targets = fine.copy()
+        targets[2] = bad
+        code, _, err = infer(engine, tmp_path, plan, fine.tobytes() + targets.tobytes())
+        assert code == 65
+        assert f"token {bad} of a request is outside -1..{VOCAB - 1}" in err
+    code, _, err = infer(engine, tmp_path, plan, fine.tobytes())
+    assert code == 65
+    assert "it has no targets" in err
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**31 - 1])

@@ -74,9 +74,18 @@ def test_compiled_plans_with_several_stages_a_position_are_taken(
     assert check(plan.to_bytes()) == (0, "")
 
 
+@pytest.mark.parametrize("mode", ["infer", "losses"])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_compiled_inference_plans_are_taken(check: Check, model: dict[str, Any]) -> None:
-    assert check(small_plan(model=model, mode="infer").to_bytes()) == (0, "")
+def test_compiled_inference_plans_are_taken(check: Check, model: dict[str, Any], mode: str) -> None:
+    assert check(small_plan(model=model, mode=mode).to_bytes()) == (0, "")
+
+
+@pytest.mark.parametrize(("mode", "field"), [("infer", "logits_offset"), ("losses", "loss_offset")])
+def test_inference_gives_one_of_logits_and_losses(check: Check, mode: str, field: str) -> None:
+    plan = small_plan(mode=mode).to_bytes()
+    code, words = check(edited(plan, "positions", 0, wire.PlanPosition, _set(**{field: 2**64 - 1})))
+    assert code == 78
+    assert "not with one of logits and losses" in words
 
 
 @pytest.mark.parametrize(("replicas", "stages", "precision"), [(2, 1, "bf16"), (4, 2, "fp32")])

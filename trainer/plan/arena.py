@@ -264,12 +264,12 @@ class PositionMemory:
         stride = 0
         if self.first or self.job.infer:
             self.given["tokens"], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
-        if self.last and not self.job.infer:
+        if self.last and (not self.job.infer or self.job.losses):
             for name in ("targets", "loss"):
                 self.given[name], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
         self.mb_stride, self.mb_count = stride, self.job.groups.microbatches
         self.mb_offset = arena.take(stride * self.mb_count, "activations")
-        if self.job.infer:
+        if self.job.infer and not self.job.losses:
             size = self.rows * self.job.spec.model.vocab
             self.given["logits"] = arena.ref(size, "activations")
 

@@ -45,7 +45,7 @@ def compile_plan(
     spec: RunSpec,
     dataset: DatasetRef,
     what_digest: bytes,
-    mode: Literal["train", "infer"] = "train",
+    mode: Literal["train", "infer", "losses"] = "train",
     pipeline: Pipeline | None = None,
     delays: Mapping[str, float] | None = None,
 ) -> Plan:
@@ -58,23 +58,24 @@ def compile_plan(
 
     ``delays``: seconds by operation (F, I, W, B) that its programs sleep at their end: to measure schedules.
 
-    Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out.
+    Mode "infer": one position, one sequence of ``train.sequence`` tokens a request, forward only, logits out;
+    "losses": the same, targets too, losses out.
     """
     if not spec.model.vocab:
         raise PlanError("model.vocab is 0: call spec.resolve(dataset) before compile_plan")
     if len(what_digest) != 32:
         raise PlanError(f"what_digest has {len(what_digest)} bytes; it is a SHA-256 of 32")
-    infer = mode == "infer"
+    infer, losses = mode != "train", mode == "losses"
     if infer:
         train = spec.train.model_copy(update={"batch": 1, "microbatch": 1, "reduction_groups": 1})
         parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b", "replicas": 1})
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         rows, pipeline = _placed(spec, pipeline, delays)
-        stages = expand(spec, infer, split_stages(rows))
+        stages = expand(spec, infer, split_stages(rows), losses)
         layout = Layout(tuple(stage.layers for stage in stages), pipeline)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
-        job = Job(spec, tensors, stages, layout, infer, tuple(rows))
+        job = Job(spec, tensors, stages, layout, infer, losses, tuple(rows))
         shards = () if infer else dataset.shards
 
         def plan(optimistic: bool) -> Plan:
@@ -164,8 +165,12 @@ def flops_per_token(model: ModelSpec, sequence: int) -> float:
     return model_flops(whole.forward) / sequence
 
 
-def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozenset()) -> tuple[StagePrograms, ...]:
-    """The stages of a resolved spec: layers laid out by cost, then expanded; ``split``: those with programs I and W."""
+def expand(
+    spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozenset(), losses: bool = False
+) -> tuple[StagePrograms, ...]:
+    """The stages of a resolved spec: layers laid out by cost, then expanded; ``split``: those with programs I and W;
+    ``losses``: what inference ends with.
+    """
     family, train = models.family(spec.model.family), spec.train
     tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
 
@@ -186,6 +191,7 @@ def expand(spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozen
             recompute=again.kind,
             again=0 if forward_only else _again(again, number, len(layers), number in split),
             blocks=train.vocab_blocks,
+            losses=losses and number is not None,
         )
 
     whole = stage(range(spec.model.layers), True)

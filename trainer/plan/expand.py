@@ -94,12 +94,14 @@ def expand_stage(
     recompute: RecomputeKind = "none",
     again: int = 0,
     blocks: int = 1,
+    losses: bool = False,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
     ``scale`` multiplies every loss before its gradient is taken: 1 / tokens of the global batch. With ``infer`` there
-    is no backward and the head gives logits. With ``fp8`` the layers' linear layers take FP8. With ``split`` matrices'
-    gradients are a program of their own. The first ``again`` of the layers ``recompute`` (``recompute.py``).
+    is no backward and the head gives logits, or ``losses``. With ``fp8`` the layers' linear layers take FP8. With
+    ``split`` matrices' gradients are a program of their own. The first ``again`` of the layers ``recompute``
+    (``recompute.py``).
     ``blocks``: of the vocabulary, whose sums join in a tree.
     """
     first, last = layers.start == 0, layers.stop == model.layers
@@ -119,7 +121,7 @@ def expand_stage(
     forward = list(b.calls)
     if infer:
         assert head is not None
-        forward.append(replace(head, kernel="logits", ptr=(Given("logits"), *head.ptr[1:3])))
+        forward.append(_with_losses(b, head, classifier_chunk) if losses else _with_logits(head))
         return StagePrograms(Stage(0), layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
     chosen = layers[:again] if recompute != "none" else range(0)
     twice = run_again(b, forward, recompute, chosen, (received, None if last else x))
@@ -141,6 +143,19 @@ def expand_stage(
         gradient_sent=None if received is None else tape.gradient(received),
         weights=tuple(put_off.calls),
     )
+
+
+def _with_logits(head: Call) -> Call:
+    return replace(head, kernel="logits", ptr=(Given("logits"), *head.ptr[1:3]))
+
+
+def _with_losses(b: Builder, head: Call, classifier_chunk: int) -> Call:
+    """The head as it is, its logits in chunks of rows that are scratch."""
+    rows = min(classifier_chunk, b.rows)
+    vocab = head.dim[2]
+    b.buffers["logits"] = Buffer("logits", rows * vocab, "acc")
+    logits = View("logits", 0, 1, rows * vocab, rows * vocab)
+    return replace(head, ptr=(*head.ptr[:4], logits), dim=(*head.dim, rows))
 
 
 class PutOff:

@@ -25,6 +25,8 @@ class Job:
     stages: tuple[StagePrograms, ...]
     layout: Layout
     infer: bool = False
+    losses: bool = False
+    """Of inference: it ends with losses, not with logits."""
     rows: tuple[Row, ...] = ()
     """What is computed, by position."""
     optimistic: bool = False

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from checkpoint.collect.retention import LEAST, Rules, given_up, keep, losses_of
+from checkpoint.collect.retention import LEAST, Rules, given_up, keep, losses_of, validated_of
 from checkpoint.curve import Curve
 from checkpoint.errors import Damaged
+from checkpoint.evaluated import Evaluation, Evaluations
 from checkpoint.log import RunState
 from checkpoint.log.records import Record
 from checkpoint.log.state import Fold
@@ -105,6 +106,46 @@ def test_losses_are_the_mean_since_the_checkpoint_before() -> None:
     late = Curve()
     late.add({"event": "step", "step": 25, "epoch": 1, "time": 0, "loss": 1.0}, 0)
     assert losses_of(log.state, late) == {n[2]: 1.0, n[3]: 1.0}  # of the first two nothing is known
+
+
+def test_the_best_are_by_validation_loss_where_there_is_one() -> None:
+    log = line(10, 20, 30, 40, 50, 60, 70)
+    n = dict(zip(range(10, 80, 10), log.state.checkpoints.n, strict=True))
+    training = {n[step]: float(step) for step in n}  # it says that 10 is the best
+
+    def steps(best: int, validated: dict[int, float]) -> list[int]:
+        return log.steps(Rules(best=best), losses=training, validated={n[s]: loss for s, loss in validated.items()})
+
+    assert steps(1, {}) == [10, 60, 70]
+    assert steps(1, {20: 3.0, 30: 1.0, 40: 2.0}) == [30, 60, 70]  # 10 was passed over; 60 and 70 are the newest two
+    assert steps(3, {20: 3.0, 30: math.nan, 40: 2.0}) == [20, 30, 40, 50, 60, 70]  # theirs may come
+    assert steps(2, {60: 2.0, 70: 2.0, 50: 1.0, 40: 5.0}) == [50, 60, 70]
+
+
+def test_what_was_given_up_by_validation_is_never_wanted_again() -> None:
+    """However slowly, and in whatever order, the losses come: the line only grows."""
+    rng = random.Random(11)
+    for _ in range(50):
+        log, gone, known = Log().attempt(), set[int](), dict[int, float]()
+        for step in range(10, 300, 10):
+            log.save(step)
+            numbers = log.state.checkpoints.n
+            if rng.random() < 0.5:  # the newest of those that stay is evaluated
+                known[numbers[-1 - rng.randrange(min(2, len(numbers)))]] = rng.random()
+            known = {n: loss for n, loss in known.items() if n not in gone}
+            kept = keep(log.state, Rules(best=2), validated=known)
+            assert not gone & kept.keys()
+            gone |= set(given_up(log.state, kept))
+
+
+def test_validation_losses_on_other_data_are_no_measure() -> None:
+    log = line(10, 20, 30, 40)
+    n, there = list(log.state.checkpoints.n), Evaluations()
+    for step, loss, data in ((10, 0.5, "old"), (20, 3.0, "new"), (30, 2.0, "new")):
+        there.add(Evaluation(step, 1, loss=loss, windows=4, data=data))
+    there.add(Evaluation(40, 1, windows=0))
+    there.add(Evaluation(30, 9, loss=0.1, windows=4, data="new"))  # of an attempt that the line does not have
+    assert validated_of(log.state, there) == {n[1]: 3.0, n[2]: 2.0}
 
 
 def test_damaged_ones_and_what_a_rollback_left_behind_count_for_no_rule() -> None:

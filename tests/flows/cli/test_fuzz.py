@@ -374,10 +374,10 @@ def test_no_call_ends_in_a_bug(place: tuple[Path, list[str]]) -> None:
                 break
     print(dict(sorted(codes.items())), *(f"{s:.2f} {a!r}"[:200] for s, a in sorted(slow)[-5:]), sep="\n")
     assert not wrong, "\n\n".join(wrong)
-    assert set(codes) >= {0, 2, 65, 78} or CALLS < 500
+    assert set(codes) >= {0, 2, 78} or CALLS < 500
 
 
-@pytest.mark.parametrize("section", ["", *(name for name in RunSpec.model_fields if name != "name")])
+@pytest.mark.parametrize("section", ["", *(name for name in RunSpec.model_fields if name not in ("name", "eval"))])
 def test_every_key_takes_or_refuses_every_value(section: str, tmp_path: Path) -> None:
     """Each value at each key: a refusal of few lines that names the key, or a spec whose both halves can be written."""
     refused, taken = [], 0

@@ -106,7 +106,7 @@ def test_a_checkpoint_that_the_collector_took_meanwhile_is_no_failure(tmp_path: 
     wanted = spec("recovery.replay_every=1")
     replays.look(wanted, state, 5)
     assert replays._child is not None
-    replays._child.process.wait(20)
+    replays._child.process.process.wait(20)
     gone = log.append("tombstone", {"checkpoint": state.checkpoints[-1].n}, state)
     replays.look(wanted, gone, 5)
     assert replays._child is None

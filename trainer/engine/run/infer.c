@@ -49,10 +49,12 @@ static hs_status run_list(const hs_plan *plan, hs_machine *machine, uint32_t fir
     return HS_OK;
 }
 
-/* The logits of the request that ran last, to standard output. */
+/* The logits, or the losses, of the request that ran last, to standard output. */
 static hs_status answer(const hs_plan *plan, hs_spaces *spaces, hs_why *why) {
-    uint64_t offset = plan->positions[0].logits_offset;
-    uint64_t left = 4 * (uint64_t)hs_plan_rows(plan) * plan->config->vocab;
+    const hs_plan_position *p = &plan->positions[0];
+    const bool losses = p->loss_offset != UINT64_MAX;
+    uint64_t offset = losses ? p->mb_offset + p->loss_offset : p->logits_offset;
+    uint64_t left = 4 * (uint64_t)hs_plan_rows(plan) * (losses ? 1 : plan->config->vocab);
     for (uint64_t n; left > 0; left -= n, offset += n) {
         const uint8_t *from;
         n = left;
@@ -62,27 +64,39 @@ static hs_status answer(const hs_plan *plan, hs_spaces *spaces, hs_why *why) {
     return HS_OK;
 }
 
+/* The tokens or targets of a request, each at least `low`, to `offset` in the microbatch's area. *end: the
+ * input has ended before them. */
+static hs_status take(const hs_plan *plan, hs_spaces *spaces, uint64_t offset, int32_t low,
+                      bool *end, hs_why *why) {
+    const size_t rows = (size_t)hs_plan_rows(plan);
+    const uint64_t at = plan->positions[0].mb_offset + offset;
+    int32_t *tokens = (int32_t *)(void *)hs_spaces_host(spaces, at, rows * 4);
+    size_t got;
+    HS_TRY(read_all((uint8_t *)tokens, rows * 4, &got, why));
+    *end = got == 0;
+    if (*end) return HS_OK;
+    if (got != rows * 4)
+        return hs_fail(why, HS_E_DATA, "a request was cut short: %zu bytes of %zu", got, rows * 4);
+    for (size_t r = 0; r < rows; r++) {
+        if (tokens[r] < low || tokens[r] >= (int64_t)plan->config->vocab) {
+            return hs_fail(why, HS_E_DATA,
+                           "token %" PRId32 " of a request is outside %" PRId32 "..%" PRIu32,
+                           tokens[r], low, plan->config->vocab - 1);
+        }
+    }
+    return hs_spaces_put(spaces, at, tokens, rows * 4, why);
+}
+
 static hs_status serve(const hs_plan *plan, hs_machine *machine, hs_why *why) {
     const hs_plan_position *p = &plan->positions[0];
-    const size_t rows = (size_t)hs_plan_rows(plan);
-    const uint64_t at = p->mb_offset + p->tokens_offset;
-    int32_t *tokens = (int32_t *)(void *)hs_spaces_host(&machine->spaces, at, rows * 4);
     for (;;) {
-        size_t got;
-        HS_TRY(read_all((uint8_t *)tokens, rows * 4, &got, why));
-        if (got == 0) return HS_OK;
-        if (got != rows * 4) {
-            return hs_fail(why, HS_E_DATA, "a request was cut short: %zu bytes of %zu", got,
-                           rows * 4);
+        bool end;
+        HS_TRY(take(plan, &machine->spaces, p->tokens_offset, 0, &end, why));
+        if (end) return HS_OK;
+        if (p->loss_offset != UINT64_MAX) {
+            HS_TRY(take(plan, &machine->spaces, p->targets_offset, -1, &end, why));
+            if (end) return hs_fail(why, HS_E_DATA, "a request was cut short: it has no targets");
         }
-        for (size_t r = 0; r < rows; r++) {
-            if (tokens[r] < 0 || tokens[r] >= (int64_t)plan->config->vocab) {
-                return hs_fail(why, HS_E_DATA,
-                               "token %" PRId32 " of a request is outside 0..%" PRIu32, tokens[r],
-                               plan->config->vocab - 1);
-            }
-        }
-        HS_TRY(hs_spaces_put(&machine->spaces, at, tokens, rows * 4, why));
         HS_TRY(run_list(plan, machine, p->first_step, p->steps, why));
         HS_TRY(answer(plan, &machine->spaces, why));
     }

@@ -1,6 +1,7 @@
 /* `hotstage-engine infer`: a plan of mode INFER with weights, answering requests until standard
  * input ends. A request is i32 tokens[R] raw (R = microbatch*T values, each in 0..vocab-1), its
- * answer f32 logits[R,V] raw on standard output. */
+ * answer f32 logits[R,V] raw on standard output. Where the plan has losses instead, i32 targets[R]
+ * follow the tokens (-1: none), and the answer is f32 losses[R], 0 without a target. */
 #ifndef HS_RUN_INFER_H
 #define HS_RUN_INFER_H
 

@@ -138,7 +138,8 @@ enum { HS_THREADS_COUNTED = 2, HS_THREADS_MAX = 256 };
  *   load   once, at every start: what follows from the master weights (compute copies, tables, tied copies)
  *   step   once a step
  *   redo   after a CHECK that clips: what the optimizer made after all goes where the foreseen went (run/steps.h)
- * Infer mode: load once, then step for each request (tokens in MB 0, logits out). */
+ * Infer mode: load once, then step for each request (tokens in MB 0, logits out; or tokens and targets in, losses
+ * out, both in MB 0). */
 enum { HS_PLAN_FORESEEN = 128 };
 
 typedef struct hs_plan_position {
@@ -153,7 +154,7 @@ typedef struct hs_plan_position {
     uint64_t loss_offset;    /* inside an MB: f32[R] losses written by the classifier; UINT64_MAX: none */
     uint64_t sumsq_offset;   /* STATIC: f64[tensors] squared norms by tensor, zero where not owned */
     uint64_t control_offset; /* STATIC: hs_step_control; optimistic: HS_PLAN_FORESEEN further on the one foreseen */
-    uint64_t logits_offset;  /* infer mode, STATIC: f32[R,V]; else UINT64_MAX */
+    uint64_t logits_offset;  /* infer mode without losses, STATIC: f32[R,V]; else UINT64_MAX */
     uint64_t slot_bytes;     /* of a snapshot slot: header, checksums and data (slot.h) */
     uint32_t first_state, states;
     uint32_t first_init, inits;

@@ -117,8 +117,12 @@ static hs_status check_position(hs_plan_checker *c, uint32_t index) {
                       index, p->step_prefix, p->step_checks, p->steps);
     }
     if (plan->config->mode == HS_MODE_INFER &&
-        (p->tokens_offset == UINT64_MAX || p->logits_offset == UINT64_MAX)) {
-        return REFUSE(c, "position %" PRIu32 ": inference without tokens or logits", index);
+        (p->tokens_offset == UINT64_MAX ||
+         (p->logits_offset == UINT64_MAX) == (p->loss_offset == UINT64_MAX))) {
+        return REFUSE(c,
+                      "position %" PRIu32 ": inference without tokens, or not with one of logits "
+                      "and losses",
+                      index);
     }
     return HS_OK;
 }

@@ -1,0 +1,111 @@
+"""The loss of a checkpoint on data that is not trained on: forward only, by the engine, window by window.
+
+Which windows: ``count`` of those that the dataset has, spread evenly over it, the same ones each time. The engine gives
+the losses of a window's tokens, equal bits for any number of threads; they are added up exactly (``math.fsum``), so the
+result does not depend on an order either.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpoint import keys
+from checkpoint.errors import NotFound
+from checkpoint.store import Store
+from flows.data import load_tokenizer, prepare, tokenizer_json
+from flows.drive.run import Prepared
+from flows.show.export import Inference
+from trainer.dataset import HEADER_BYTES, DatasetRef
+from trainer.errors import DatasetError, SpecError
+from trainer.spec import DataSpec
+
+
+@dataclass(frozen=True)
+class Validated:
+    """``loss``: the mean over ``tokens`` tokens in ``windows`` windows of the dataset of this digest."""
+
+    loss: float
+    windows: int
+    tokens: int
+    data: str
+
+
+def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]) -> DatasetRef:
+    """What the run is validated on: ``validation.source`` by the run's own tokenizer, else the validation part of its
+    data. SpecError where there is neither.
+    """
+    source, dataset = prepared.spec.validation.source, prepared.dataset
+    if not source:
+        found = validation_of(store, dataset)
+        if found is None:
+            raise SpecError(
+                "validation.every is set, and there is nothing to validate on: the run's dataset has no validation "
+                "part (data.validation makes one); set validation.source, such as text:held-out/*.txt"
+            )
+        return found
+    if source.startswith("dataset:"):
+        other = prepare(DataSpec(source=source), store, say=say)
+        if other.tokenizer_digest != dataset.tokenizer_digest:
+            raise SpecError(
+                f"validation.source {source[:40]} was made by another tokenizer than the run's data: its tokens mean "
+                "other texts; give the text itself (text:… or jsonl:…)"
+            )
+        return other
+    end = "" if dataset.eot is None else load_tokenizer(store, dataset).id_to_token(dataset.eot)
+    with tempfile.TemporaryDirectory(prefix="hotstage-validation-") as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_bytes(tokenizer_json(store, dataset))
+        return prepare(DataSpec(source=source, tokenizer=str(path), end_token=end), store, say=say)
+
+
+def validation_of(store: Store, dataset: DatasetRef) -> DatasetRef | None:
+    """The validation part that was cut off when the dataset was made."""
+    return None
+
+
+def validate(
+    store: Store, prepared: Prepared, step: int, data: DatasetRef, *, threads: int = 0, stop: Callable[[], bool]
+) -> Validated:
+    """The mean loss of the checkpoint of this step. Stopped where ``stop`` says so."""
+    sequence = prepared.spec.train.sequence
+    losses: list[float] = []
+    windows = 0
+    with Inference(store, prepared.run, step, losses=True, threads=threads) as engine:
+        for window in windows_of(store, data, sequence, prepared.spec.validation.windows):
+            if stop():
+                raise InterruptedError
+            losses += engine.losses(window[:-1], window[1:]).tolist()
+            windows += 1
+    return Validated(math.fsum(losses) / len(losses), windows, len(losses), data.digest)
+
+
+def windows_of(store: Store, data: DatasetRef, sequence: int, count: int) -> Iterator[npt.NDArray[np.int32]]:
+    """Windows of ``sequence`` + 1 tokens, as many as there are, at most ``count``. DatasetError where there is none."""
+    have = data.samples(sequence)
+    if have < 1:
+        raise DatasetError(
+            f"validation data {data.digest[:12]} has {data.tokens} tokens, and no window of {sequence + 1} "
+            "(train.sequence and one) fits into a shard of it; validate on more text"
+        )
+    count = min(count, have)
+    firsts = np.cumsum([0, *(max(0, tokens - 1) // sequence for tokens in data.shards)])
+    for number in range(count):
+        sample = number * have // count
+        shard = int(np.searchsorted(firsts, sample, side="right")) - 1
+        at = HEADER_BYTES + (sample - int(firsts[shard])) * sequence * data.token_bytes
+        key = keys.dataset_key(data.digest, keys.shard_name(shard))
+        size = (sequence + 1) * data.token_bytes
+        try:
+            raw = store.get(key, first=at, length=size)
+        except NotFound:
+            raise DatasetError(f"{key} is not in {store.describe()}; `hotstage data prepare` makes it again") from None
+        if len(raw) != size:
+            raise DatasetError(f"{key} ends within a window: it is damaged; `hotstage data prepare SPEC --again`")
+        yield np.frombuffer(raw, dtype=f"<u{data.token_bytes}").astype(np.int32)
