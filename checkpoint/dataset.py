@@ -5,7 +5,8 @@ vocab, eot        size of the vocabulary; the token that ends a document, or Non
 token_bytes       of a stored token: 2 or 4
 shards            [{tokens, bytes, sha256 (hex)}...] of ``00000.bin`` and on
 tokenizer_sha256  of ``tokenizer.json`` (hex)
-and what only says where it is from: inputs, documents (flows/data/shards.py writes it)
+inputs            digest of what it was made of, which names its validation part too (flows/data/shards.py)
+and what only says where it is from: documents
 
 Beside each shard lie the digests of its leaves, pieces of ``leaf_bytes``, so that a part of it can be fetched and
 checked alone (``data/<digest>/leaves/00000.bin``, a sealed map: v 1, leaf_bytes, bytes of the shard, digests one after
@@ -52,6 +53,8 @@ class DatasetManifest:
     eot: int | None
     shards: tuple[ShardRow, ...]
     tokenizer_sha256: str
+    inputs: str | None = None
+    """Of what it was made (hex)."""
 
 
 def load_dataset_manifest(store: Store, digest: str) -> DatasetManifest:
@@ -71,6 +74,7 @@ def load_dataset_manifest(store: Store, digest: str) -> DatasetManifest:
             _shard(row, f"{what}, shard {number}") for number, row in enumerate(f.array("shards", _MAX_SHARDS))
         ),
         tokenizer_sha256=f.hex("tokenizer_sha256"),
+        inputs=f.text("inputs", 64) if f.has("inputs") else None,
     )
 
 

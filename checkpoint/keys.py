@@ -2,7 +2,9 @@
 
     data/<dataset digest>/{manifest,tokenizer.json,00000.bin,...}
     data/<dataset digest>/leaves/00000.bin            digests of a shard's leaves (dataset.py)
-    data/inputs/<input digest>                        the dataset that these inputs gave
+    data/inputs/<input digest>                        the dataset that these inputs gave; two, with a validation part
+    data/seen/<sight>                                 which inputs files of these names, sizes and times were
+    data/work/<sight>/<stage>/<piece>...              what the work on a piece came to, while a dataset is made
     index/<run>                                       that there is such a run
     runs/<run>/spec                                   canonical What
     runs/<run>/plans/<plan digest>                    a plan file
@@ -105,6 +107,16 @@ def leaves_key(digest: str, number: int) -> str:
 def inputs_key(inputs: str) -> str:
     """Of the name of the dataset that these inputs gave."""
     return dataset_key("inputs", inputs)
+
+
+def seen_key(sight: str) -> str:
+    """Of the input digest that one look at a corpus stands for."""
+    return dataset_key("seen", sight)
+
+
+def work_key(sight: str, *names: str) -> str:
+    """Of what is kept while a dataset is made, and removed when it is."""
+    return "/".join(("data/work", sight, *names))
 
 
 INDEX = "index/"

@@ -60,9 +60,9 @@ def flow_run_name() -> str:
 @task(name="prepare data", cache_policy=NO_CACHE)
 def prepare_data(spec: RunSpec, store_url: str) -> dict[str, Any]:
     """Text to token shards in the store; content-addressed, so a second time finds them."""
-    say, sequence, store = get_run_logger().info, spec.train.sequence, store_at(store_url)
-    with data_of(spec, store) as data:
-        return prepare(data, store, say=say, sequence=sequence).to_map()
+    say, opened = get_run_logger().info, store_at(store_url)
+    with data_of(spec, opened) as data:
+        return prepare(data, opened, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab).to_map()
 
 
 @flow(name="prepare")

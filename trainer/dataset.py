@@ -81,17 +81,20 @@ def token_bytes_for(vocab: int) -> int:
     return 2 if vocab <= 1 << 16 else 4
 
 
-def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int) -> None:
-    """Write one shard file (header, then tokens). Every token must be in ``0..vocab-1``."""
+def shard_bytes(tokens: npt.NDArray[Any], vocab: int, name: str) -> bytes:
+    """One shard file (header, then tokens). Every token must be in ``0..vocab-1``."""
     flat = np.asarray(tokens).reshape(-1)
     if flat.size == 0:
-        raise DatasetError(f"shard {path.name} would hold no token; a shard needs at least one")
+        raise DatasetError(f"shard {name} would hold no token; a shard needs at least one")
     if int(flat.min()) < 0 or int(flat.max()) >= vocab:
         bad = int(flat[(flat < 0) | (flat >= vocab)][0])
-        raise DatasetError(f"token {bad} of shard {path.name} is outside the vocabulary 0..{vocab - 1}")
+        raise DatasetError(f"token {bad} of shard {name} is outside the vocabulary 0..{vocab - 1}")
     size = token_bytes_for(vocab)
     header = wire.ShardHeader(version=wire.SHARD_VERSION, token_bytes=size, tokens=flat.size, vocab=vocab)
     header.magic[:] = wire.SHARD_MAGIC
-    with path.open("wb") as file:
-        file.write(bytes(header))
-        file.write(flat.astype(f"<u{size}").tobytes())
+    return b"".join((bytes(header), flat.astype(f"<u{size}", copy=False).tobytes()))
+
+
+def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int) -> None:
+    """Write one shard file."""
+    path.write_bytes(shard_bytes(tokens, vocab, path.name))

@@ -121,12 +121,64 @@ class ModelSpec(Section):
         return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // 3 // 64) * 64
 
 
+SOURCE_KINDS = ("text", "jsonl", "parquet", "code", "hf")
+
+
+class FilterSpec(Section):
+    """Which documents stay."""
+
+    min_length: int = size(0, low=0, text="characters that a document has at least")
+    max_length: int | None = size(None, text="characters that it has at most; unset: any number")
+    language: tuple[str, ...] = Field(
+        (), description='language tags that stay: "en" takes en, en-GB, EN_us; empty: any'
+    )
+    language_field: str = Field("language", min_length=1, description="key or column that holds a document's tag")
+    predicate: str | None = Field(
+        None, description='"package.module:function" of a document (text, name, fields) that answers True or False'
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FilterSpec:
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise ValueError(
+                f"max_length {self.max_length} is below min_length {self.min_length}: no document would stay; raise it"
+            )
+        if self.predicate is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", self.predicate):
+            raise ValueError(f"predicate {shown(self.predicate)} is no import path; write package.module:function")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """What is looked at beside a document's text; None: everything."""
+        if self.predicate is not None:
+            return None
+        return (self.language_field,) if self.language else ()
+
+
+class DedupeSpec(Section):
+    """Documents that were there before are left out; the first one in the corpus's order stays."""
+
+    exact: bool = Field(True, description="the same text twice")
+    near: float | None = Field(
+        None, ge=0.5, le=0.95, description="texts whose five-word phrases are so much the same (Jaccard); unset: any"
+    )
+
+
 class DataSpec(Section):
     """Where the text comes from and in which order its samples are read."""
 
     source: str = Field(
-        "python-stdlib", description='"python-stdlib", "text:<glob>", "jsonl:<glob>" (field text) or "dataset:<digest>"'
+        "python-stdlib",
+        description='"python-stdlib", "text:<glob>", "jsonl:<glob>", "parquet:<glob>", "code:<folder>", "hf:<dataset>" '
+        'or "dataset:<digest>"; a glob may be s3://bucket/...',
     )
+    field: str = Field("text", min_length=1, description="key or column that holds the text (jsonl, parquet, hf)")
+    filter: FilterSpec | None = Field(None, description="which documents stay; unset: all")
+    dedupe: DedupeSpec | None = Field(None, description="which documents are taken once; unset: none")
+    validation: float = Field(
+        0.0, ge=0, le=0.5, description="share of the documents, chosen by their content, that is a dataset of its own"
+    )
+    piece_mib: int = size(64, low=1, high=4096, text="MiB of text that are worked on at a time; changes no bit")
     vocab_size: int = size(4096, low=257, high=MAX_VOCAB_SIZE, text="vocabulary of the tokenizer to train")
     tokenizer: str | None = Field(None, description="path of a tokenizer.json; unset: train a byte-level BPE")
     end_token: str | None = Field(
@@ -146,14 +198,24 @@ class DataSpec(Section):
                 "that is trained here ends documents with <|endoftext|>: leave it out"
             )
         kind, _, rest = self.source.partition(":")
-        if self.source == "python-stdlib" or (kind in ("text", "jsonl") and rest):
-            return self
         if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
+            made = [key for key in ("filter", "dedupe", "validation") if getattr(self, key)]
+            if made:
+                raise ValueError(
+                    f"{made[0]} is for a corpus that is prepared, and source {shown(self.source)} is prepared already: "
+                    "leave it out, or name the corpus"
+                )
             return self
-        raise ValueError(
-            f"source {shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>' or "
-            "'dataset:<64 hex digits>'"
-        )
+        if self.source != "python-stdlib" and not (kind in SOURCE_KINDS and rest):
+            raise ValueError(
+                f"source {shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>', "
+                "'parquet:<glob>', 'code:<folder>', 'hf:<dataset>' or 'dataset:<64 hex digits>'"
+            )
+        if self.filter is not None and self.filter.language and kind == "text":
+            raise ValueError(
+                "filter.language looks at a document's tag, and plain text has none: take another kind of source"
+            )
+        return self
 
 
 class OptimizerSpec(Section):

@@ -23,7 +23,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -292,6 +292,12 @@ class S3Store:
         """An operation on an object that the seam has not (``s3_parts.py``): its answer, or one of our errors."""
         check_key(key)
         return self._retry.run(what, lambda: self._ask(operation, what, key, Key=self._root + key, **arguments))
+
+    def foreign(self, what: str, read: Callable[[Callable[..., dict[str, Any]], float], T]) -> T:
+        """What ``read`` makes of the bucket (``s3_foreign.py``): it is given how to ask, and how long a body may take;
+        tried again as every request is.
+        """
+        return self._retry.run(what, lambda: read(lambda name, **more: self._ask(name, what, "", **more), self._read_s))
 
     # --- inside -------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as
         ready_store(opened)
         tell = (lambda _: None) if as_json else say
         with data_of(wanted, opened) as source:
-            made = make(source, opened, say=tell, again=again, sequence=wanted.train.sequence)
+            made = make(source, opened, say=tell, again=again, sequence=wanted.train.sequence, vocab=wanted.model.vocab)
         wanted.resolve(made)  # what would be refused at `train` is refused here
         return made
 

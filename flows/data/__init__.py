@@ -1,16 +1,18 @@
 """Datasets: from a corpus to token shards in the store, content-addressed.
 
-``paths`` finds files, ``sources`` reads documents, ``tokenizer`` trains or checks one, ``shards`` is the dataset in the
-store, ``prepare`` goes through all four. Knows nothing of Prefect; ``flows/flow.py`` wraps it in tasks.
+``sources`` looks at a corpus and reads its documents, ``pieces`` cuts it, ``reading`` and ``encoding`` work on a piece,
+``duplicates`` sees the whole, ``tokenizer`` trains or checks one, ``shards`` is the dataset in the store, ``prepare``
+goes through all of it. Knows nothing of Prefect but in ``tasks``, which has pieces worked on by Prefect's tasks.
 """
 
 from flows.data.prepare import interpreter_note, prepare
-from flows.data.shards import load_dataset, load_tokenizer, tokenizer_json
+from flows.data.shards import PreparedData, load_dataset, load_tokenizer, tokenizer_json, validation_of
 from flows.data.sources import Document, documents, stdlib_documents
 from flows.data.tokenizer import parse_tokenizer
 
 __all__ = [
     "Document",
+    "PreparedData",
     "documents",
     "interpreter_note",
     "load_dataset",
@@ -19,4 +21,5 @@ __all__ = [
     "prepare",
     "stdlib_documents",
     "tokenizer_json",
+    "validation_of",
 ]

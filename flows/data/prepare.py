@@ -1,7 +1,14 @@
-"""From a spec's data to a dataset: documents, tokenizer, tokens, shards.
+"""From a spec's data to a dataset: a look, then passes over the pieces of the corpus, each in bounded memory.
 
-The same inputs give the same bytes on every machine: files are read in the order of their names, the tokenizer is
-trained on one thread's order, and every object is created once under the digest of the whole.
+1. look        names, sizes and times: where they are as before, the dataset is found without reading a byte
+2. read        every document is read, filtered and summed
+3. duplicates  which of all were there before; which are of the validation part; the digest of the inputs
+4. tokenizer   given, or trained on a sample of the text (all of it where it is not much)
+5. encode      tokens of each piece
+6. shards      tokens cut into shards, summed, created under the digest of the whole
+
+What a piece comes to is kept in the store (``work.py``): whoever is killed goes on with the piece that he was at, and
+who works on a piece, where, and in which order changes no bit.
 """
 
 from __future__ import annotations
@@ -14,161 +21,401 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer
 
-from checkpoint.store import Store
-from flows.data.shards import known_dataset, load_dataset, write_dataset
-from flows.data.sources import Document, documents
-from flows.data.tokenizer import EOT, GivenTokenizer, encode, given_tokenizer, train_tokenizer, vocab_of
+from checkpoint import keys
+from checkpoint.errors import StoreRefused
+from checkpoint.store import Store, open_store
+from flows.data import duplicates, encoding
+from flows.data import pieces as pieces_of
+from flows.data.encoding import HELD, TRAIN, Encoder, encode_piece, sample_piece, sampled
+from flows.data.filters import REASONS, filter_of
+from flows.data.job import DataJob, Task, hold_store, release_store
+from flows.data.pieces import cut
+from flows.data.reading import read_piece
+from flows.data.runners import Runner, Threads
+from flows.data.shards import (
+    PreparedData,
+    Shard,
+    commit_datasets,
+    known_dataset,
+    load_dataset,
+    manifest_bytes,
+    put,
+    put_shard,
+    spread,
+    sum_shard,
+)
+from flows.data.sources import Borne, Entry, open_source
+from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, train_tokenizer
+from flows.data.work import WorkGone, piece_name
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec, too_short
 
 log = logging.getLogger(__name__)
 
-_BATCH_DOCUMENTS, _BATCH_LETTERS = 256, 8 << 20
 _MANY_UNKNOWN = 0.01  # share of unknown tokens that is worth a word
+_SETTLED_S = 2.0
+"""A file that changed less than that ago may change again without another time: it is not known by its looks."""
+_NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing")
+"""Keys that say nothing of what is made, or of which a digest says more."""
 Say = Callable[[str], None]
 
 
 def prepare(
-    spec: DataSpec, store: Store, *, say: Say = log.info, again: bool = False, sequence: int | None = None
+    spec: DataSpec,
+    store: Store,
+    *,
+    say: Say = log.info,
+    again: bool = False,
+    sequence: int | None = None,
+    vocab: int = 0,
+    runner: Runner | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> DatasetRef:
-    """Make the spec's dataset in the store, or find it there. ``again`` makes it anew, checks every object of it and
-    replaces those that are not what they should be. ``sequence``: what the run needs a shard to hold; nothing is
-    written where none does.
+    """Make the spec's dataset in the store, or find it there; ``validation_of`` gives the part that was split off.
+
+    ``again`` makes it anew, looks at every byte, checks every object and replaces those that are not what they should
+    be. ``sequence``, ``vocab``: what the run needs a shard to hold, and what its model can (0: any); nothing is written
+    where that cannot be. ``runner``: who works on pieces.
 
     Raises DatasetError for an empty corpus, a damaged dataset, or a tokenizer that does not fit; SpecError where no
-    sample can be had; StoreError from the store.
+    sample can be had, the model cannot hold the vocabulary, or a library or predicate is missing; StoreError from the
+    store.
     """
     if spec.source.startswith("dataset:"):
         return load_dataset(store, spec.source.removeprefix("dataset:"))
-    docs = list(documents(spec.source))
-    if not any(doc.text.strip() for doc in docs):
-        raise DatasetError(f"data.source {spec.source!r} has no text in it; the corpus is empty")
-    given = given_tokenizer(spec)
-    inputs = _input_digest(docs, spec, given)
-    known = None if again else known_dataset(store, inputs)
-    if known is not None:
-        say(f"data: {known.digest[:12]} is already there ({known.tokens:,} tokens)")
-        _long_enough(known.shards, sequence)
+    wanted = _Wanted(sequence, vocab)
+    for _ in range(3):
+        try:
+            return _Preparation(spec, store, say, again, wanted, runner or Threads(), clock).run().train
+        except WorkGone as error:
+            gone = error  # another preparation of the same has finished: the next look finds what it made
+    raise gone
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a run needs of a dataset."""
+
+    sequence: int | None
+    vocab: int
+
+    def check(self, shards: Sequence[int], what: str = "") -> None:
+        problem = None if self.sequence is None else too_short(shards, self.sequence)
+        if problem is not None:
+            raise SpecError(what + problem)
+
+    def check_vocab(self, vocab: int, what: str) -> None:
+        if self.vocab and vocab > self.vocab:
+            raise SpecError(
+                f"model.vocab {self.vocab} is smaller than the vocabulary of {what}, {vocab}; set it to 0 (the "
+                f"dataset's) or to at least {vocab}"
+            )
+
+
+@dataclass
+class _Corpus:
+    """What the first pass came to."""
+
+    reads: list[dict[str, Any]]
+    parts: list[duplicates.Part] = field(default_factory=list)
+    documents: dict[int, int] = field(default_factory=lambda: {TRAIN: 0, HELD: 0})
+    letters: dict[int, int] = field(default_factory=lambda: {TRAIN: 0, HELD: 0})
+    inputs: str = ""
+
+
+class _Preparation:
+    def __init__(
+        self,
+        spec: DataSpec,
+        store: Store,
+        say: Say,
+        again: bool,
+        wanted: _Wanted,
+        runner: Runner,
+        clock: Callable[[], float],
+    ) -> None:
+        self.spec, self.store, self.say, self.again, self.wanted = spec, store, say, again, wanted
+        self.runner, self.clock = runner, clock
+        self.given = given_tokenizer(spec)
+        self.filter = filter_of(spec)
+
+    def run(self) -> PreparedData:
+        if self.given is not None:
+            self.wanted.check_vocab(self.given.vocab, self.given.what)
+        source, begin = open_source(self.spec), self.clock()
+        entries = source.look()
+        seen, fresh = self._sight(entries), any(entry.changed > begin - _SETTLED_S for entry in entries)
+        if not self.again and (inputs := self._seen(seen)) is not None:
+            known = self._known(inputs)
+            if known is not None:
+                return known
+        pieces = cut(entries, source.divides, self.spec.piece_mib * pieces_of.MIB)
+        sight = hashlib.sha256(f"{seen} {self.spec.piece_mib}".encode()).hexdigest()
+        # a kill loses one piece at most: where there is one alone, nothing need be kept
+        store = self.store if len(pieces) > 1 else open_store("memory:")
+        runner: Runner = self.runner if len(pieces) > 1 else Threads(1)
+        url = store.url if runner.remote else f"{store.url} {id(self)} work"
+        self.into = self.store.url if runner.remote else f"{self.store.url} {id(self)} into"
+        hold_store(store, url)
+        hold_store(self.store, self.into)
+        try:
+            self.job, self.run_on = DataJob(self.spec, url, sight), runner
+            if self.again:
+                self.job.work.remove()
+            self.tasks = [Task(self.job, piece, tuple(entries[piece.begin : piece.end])) for piece in pieces]
+            made = self._made()
+            if not fresh:
+                self._remember(seen)
+            self.job.work.remove()
+            return made
+        finally:
+            release_store(url)
+            release_store(self.into)
+
+    def _made(self) -> PreparedData:
+        corpus = self._read()
+        self._decide(corpus)
+        self.inputs = corpus.inputs
+        known = None if self.again else self._known(corpus.inputs)
+        return known if known is not None else self._make(corpus)
+
+    # --- what was there before --------------------------------------------------------------------------------
+
+    def _sight(self, entries: Sequence[Entry]) -> str:
+        h = hashlib.sha256(b"hotstage sight v1\n")
+        settings = self.spec.model_dump(mode="json", exclude=set(_NO_INPUT))
+        settings["tokenizers"] = version("tokenizers")
+        h.update(json.dumps(settings, sort_keys=True).encode())
+        h.update(self.given.digest if self.given else b"train")
+        h.update(self.filter.source)
+        for entry in entries:
+            h.update(json.dumps([entry.name, entry.size, entry.mark]).encode())
+        return h.hexdigest()
+
+    def _seen(self, sight: str) -> str | None:
+        key = keys.seen_key(sight)
+        return None if self.store.head(key) is None else self.store.get(key, max_bytes=64).decode(errors="replace")
+
+    def _remember(self, sight: str) -> None:
+        with contextlib.suppress(StoreRefused):  # who may not replace it reads the corpus again the next time
+            put(self.store, keys.seen_key(sight), self.inputs.encode(), True)
+
+    def _known(self, inputs: str) -> PreparedData | None:
+        known = known_dataset(self.store, inputs)
+        if known is not None:
+            self.say(f"data: {known.train.digest[:12]} is already there ({known.train.tokens:,} tokens)")
+            self.wanted.check(known.train.shards)
+            self.wanted.check_vocab(known.train.vocab, "the dataset")
         return known
-    size = sum(len(doc.text) for doc in docs)
-    say(f"data: {len(docs):,} documents, {size / 1e6:.1f} MB of text from {spec.source}")
-    if given is None:
-        say(f"data: training a byte-level BPE tokenizer of {spec.vocab_size:,} entries")
-        tokenizer = _train(docs, size, spec.vocab_size, say)
-    else:
-        tokenizer = given.tokenizer
-        if tokenizer.normalizer is not None:
-            say(f"data: {given.what} changes the text before it encodes it ({type(tokenizer.normalizer).__name__})")
-    end = EOT if given is None else given.end
-    eot = None if end is None else tokenizer.token_to_id(end)
-    tokens = _encode(docs, size, tokenizer, given, eot, say)
-    pieces = [min(spec.shard_tokens, len(tokens) - first) for first in range(0, len(tokens), spec.shard_tokens)]
-    _long_enough(pieces, sequence)
-    dataset = write_dataset(
-        store,
-        tokens,
-        tokenizer,
-        vocab=vocab_of(tokenizer),
-        eot=eot,
-        shard_tokens=spec.shard_tokens,
-        documents=len(docs),
-        inputs=inputs,
-        mend=again,
-    )
-    say(f"data: {len(tokens):,} tokens in {len(dataset.shards)} shard(s), dataset {dataset.digest[:12]}")
-    return dataset
 
+    # --- what the corpus is -----------------------------------------------------------------------------------
 
-def _input_digest(docs: Sequence[Document], spec: DataSpec, given: GivenTokenizer | None) -> str:
-    h = hashlib.sha256(b"hotstage dataset inputs v1\n")
-    # without data.end_token a tokenizer that lacks EOT ended documents with nothing: that is end_token "" now
-    end = EOT if given is None or (given.end is None and given.tokenizer.token_to_id(EOT) is None) else given.end
-    settings = {"vocab_size": spec.vocab_size, "shard_tokens": spec.shard_tokens, "eot": end}
-    h.update(json.dumps(settings, sort_keys=True).encode())
-    h.update(given.digest if given else b"train")
-    for doc in docs:  # not their names: where a corpus lies changes nothing
-        h.update(hashlib.sha256(doc.text.encode("utf-8", "surrogatepass")).digest())
-    return h.hexdigest()
+    def _read(self) -> _Corpus:
+        reads: list[dict[str, Any]] = []
+        borne = Borne()
+        with telling(self.say, lambda: f"data: reading: {len(reads)} of {len(self.tasks)} pieces"):
+            for row in self.run_on.map(read_piece, self.tasks):
+                reads.append(row)
+                borne.join(row["borne"])
+        borne.tell()
+        out = np.sum([row["out"] for row in reads], axis=0).tolist()
+        if any(out[1:]):
+            self.say(f"data: data.filter leaves {out[0]:,} of {sum(out):,} documents ({_reasons(out)})")
+        if not any(row["text"] for row in reads):
+            if any(out[1:]):
+                raise DatasetError(
+                    f"data.filter leaves no text of data.source {self.spec.source!r}: {sum(out):,} documents, of them "
+                    f"{_reasons(out)}; loosen it"
+                )
+            raise DatasetError(f"data.source {self.spec.source!r} has no text in it; the corpus is empty")
+        return _Corpus(reads)
 
+    def _decide(self, corpus: _Corpus) -> None:
+        """What becomes of each document, and the digest of the inputs."""
+        work = self.job.work
+        corpus.parts = duplicates.parts_of(work, corpus.reads)
+        alive = np.zeros(sum(part.documents for part in corpus.parts), bool)
+        for part in corpus.parts:
+            codes = np.frombuffer(work.get_map("read", part.name)["codes"], np.uint8)
+            alive[part.base : part.base + part.documents] = codes == 0
+        self._dedupe(corpus, alive)
+        h = hashlib.sha256(b"hotstage dataset inputs v1\n")
+        h.update(json.dumps(self._settings(), sort_keys=True).encode())
+        h.update(self.given.digest if self.given else b"train")
+        at = 0
+        for number, row in enumerate(corpus.reads):
+            held = []
+            for _ in range(row["parts"]):
+                part, at = corpus.parts[at], at + 1
+                kept = work.get_map("read", part.name)
+                here = alive[part.base : part.base + part.documents]
+                held.append(self._verdicts(kept["sums"], here))
+                for verdict in (TRAIN, HELD):
+                    corpus.documents[verdict] += int((held[-1] == verdict).sum())
+                    sizes = np.frombuffer(kept["sizes"], "<u8")
+                    corpus.letters[verdict] += int(sizes[held[-1] == verdict].sum())
+                # not names: where a corpus lies changes nothing
+                h.update(np.frombuffer(kept["sums"], "V32")[here].tobytes())
+            verdicts = np.concatenate(held)
+            if (verdicts != TRAIN).any():
+                work.put(verdicts.tobytes(), "keep", piece_name(number))
+        corpus.inputs = h.hexdigest()
+        for verdict, name in ((TRAIN, "training"), (HELD, "validation")):
+            if (verdict == TRAIN or self.spec.validation) and not corpus.documents[verdict]:
+                raise DatasetError(
+                    f"data.validation {self.spec.validation} leaves no document for {name}: there are "
+                    f"{sum(corpus.documents.values()):,}, and their content decides; change the share or add documents"
+                )
 
-def _long_enough(shards: Sequence[int], sequence: int | None) -> None:
-    problem = None if sequence is None else too_short(shards, sequence)
-    if problem is not None:
-        raise SpecError(problem)
+    def _dedupe(self, corpus: _Corpus, alive: duplicates.Flags) -> None:
+        wanted = self.spec.dedupe
+        if wanted is None:
+            return
+        before = int(alive.sum())
+        with telling(self.say, lambda: "data: looking for duplicates"):
+            if wanted.exact:
+                duplicates.exact(self.job.work, corpus.parts, alive)
+            exact = int(alive.sum())
+            if wanted.near is not None:
+                duplicates.near(self.job.work, corpus.parts, alive, wanted.near)
+        near = exact - int(alive.sum())
+        self.say(f"data: {before - exact:,} of {before:,} documents were there before, {near:,} nearly so")
 
+    def _settings(self) -> dict[str, Any]:
+        given = self.given
+        # without data.end_token a tokenizer that lacks EOT ended documents with nothing: that is end_token "" now
+        end = EOT if given is None or (given.end is None and given.tokenizer.token_to_id(EOT) is None) else given.end
+        settings = {"vocab_size": self.spec.vocab_size, "shard_tokens": self.spec.shard_tokens, "eot": end}
+        return {**settings, "validation": self.spec.validation} if self.spec.validation else settings
 
-def _train(docs: Sequence[Document], size: int, vocab_size: int, say: Say) -> Tokenizer:
-    read = 0
+    def _verdicts(self, sums: bytes, alive: duplicates.Flags) -> Any:
+        found = np.where(alive, TRAIN, 0).astype(np.uint8)
+        if self.spec.validation:
+            limit = np.uint64(int(self.spec.validation * (1 << 64)))
+            found[alive & (np.frombuffer(sums, ">u8").reshape(-1, 4)[:, 0] < limit)] = HELD
+        return found
 
-    def texts() -> Iterator[str]:
-        nonlocal read
-        for doc in docs:
-            yield doc.text
-            read += len(doc.text)
+    # --- what is made of it -----------------------------------------------------------------------------------
 
-    def where() -> str:
-        return f"{read / max(size, 1):.0%} of the text read" if read < size else "the text is read, pairs are merged"
-
-    with telling(say, lambda: f"data: training the tokenizer: {where()}"):
-        return train_tokenizer(texts(), vocab_size)
-
-
-def _encode(
-    docs: Sequence[Document], size: int, tokenizer: Tokenizer, given: GivenTokenizer | None, eot: int | None, say: Say
-) -> npt.NDArray[np.uint32]:
-    """The tokens of all documents, each followed by ``eot`` where there is one."""
-    parts: list[npt.NDArray[np.uint32]] = []
-    done = texts = 0
-    end = None if eot is None else np.asarray([eot], dtype=np.uint32)
-    with telling(say, lambda: f"data: encoding: {done / max(size, 1):.0%} of the text"):
-        for batch in _batches(docs):
-            for ids in encode(given, tokenizer, batch):
-                parts.append(np.asarray(ids, dtype=np.uint32))
-                texts += len(ids)
-                if end is not None:
-                    parts.append(end)
-            done += sum(len(doc.text) for doc in batch)
-    if texts == 0:
-        raise DatasetError(
-            f"{given.what if given else 'the tokenizer'} cannot encode this corpus: {size:,} characters give no token; "
-            "give a tokenizer that was made for such text"
+    def _make(self, corpus: _Corpus) -> PreparedData:
+        letters = sum(corpus.letters.values())
+        self.say(
+            f"data: {sum(corpus.documents.values()):,} documents, {letters / 1e6:.1f} MB of text from "
+            f"{self.spec.source}"
         )
-    tokens = np.concatenate(parts)
-    _known_enough(tokens, texts, given)
-    return tokens
+        tokenizer = self._tokenizer(corpus)
+        encoder = Encoder.of(self.job, tokenizer)
+        rows: list[dict[str, Any]] = []
+        with telling(self.say, lambda: f"data: encoding: {len(rows)} of {len(self.tasks)} pieces"):
+            for row in self.run_on.map(encode_piece, self.tasks):
+                rows.append(row)
+        self._known_enough(rows, letters)
+        made, manifests = [], []
+        for stage, key, verdict in (("tokens", "tokens", TRAIN), ("held", "held", HELD)):
+            if verdict == HELD and not self.spec.validation:
+                continue
+            counts = [(piece_name(n, part), c) for n, row in enumerate(rows) for part, c in enumerate(row[key])]
+            spans = spread(counts, self.spec.shard_tokens)
+            shards = [Shard(self.job, number, stage, held, encoder.vocab) for number, held in enumerate(spans)]
+            what = "" if verdict == TRAIN else f"the validation part (data.validation {self.spec.validation}): "
+            self.wanted.check([shard.tokens for shard in shards], what)
+            manifest = manifest_bytes(
+                list(self.run_on.map(sum_shard, shards)),
+                tokenizer=tokenizer,
+                vocab=encoder.vocab,
+                eot=encoder.eot,
+                documents=corpus.documents[verdict],
+                inputs=corpus.inputs,
+            )
+            made.append(shards)
+            manifests.append(manifest)
+        for shards, manifest in zip(made, manifests, strict=True):
+            self._put(shards, hashlib.sha256(manifest).hexdigest())
+        prepared = PreparedData(*commit_datasets(self.store, manifests, tokenizer, corpus.inputs, self.again))
+        for what, dataset in (("dataset", prepared.train), ("validation dataset", prepared.validation)):
+            if dataset is not None:
+                self.say(
+                    f"data: {dataset.tokens:,} tokens in {len(dataset.shards)} shard(s), {what} {dataset.digest[:12]}"
+                )
+        return prepared
+
+    def _put(self, shards: Sequence[Shard], digest: str) -> None:
+        target = [replace(shard, digest=digest, into=self.into, mend=self.again) for shard in shards]
+        for _ in self.run_on.map(put_shard, target):
+            pass
+
+    def _tokenizer(self, corpus: _Corpus) -> bytes:
+        """The tokenizer.json of the dataset, which every worker finds beside the pieces."""
+        work = self.job.work
+        if self.given is not None:
+            changes = self.given.tokenizer.normalizer
+            if changes is not None:
+                self.say(f"data: {self.given.what} changes the text before it encodes it ({type(changes).__name__})")
+            work.put(self.given.data, "tokenizer.json")
+            return self.given.tokenizer.to_str().encode()
+        if not work.there("tokenizer.json"):
+            work.put(self._train(corpus).to_str().encode(), "tokenizer.json")
+        return work.get("tokenizer.json")
+
+    def _train(self, corpus: _Corpus) -> Any:
+        self.say(f"data: training a byte-level BPE tokenizer of {self.spec.vocab_size:,} entries")
+        letters = corpus.letters[TRAIN]
+        share = min(1.0, encoding.SAMPLE_LETTERS / max(letters, 1))
+        if share < 1:
+            self.say(f"data: on {share:.1%} of the text, chosen by its content")
+        read, pieces, done = 0, 0, False
+
+        def texts() -> Iterator[str]:
+            nonlocal read, done
+            for block in sampled(self.job, len(self.tasks)):
+                yield from cut_long_words(block)
+                read += len(block)
+            done = True
+
+        def where() -> str:
+            if not read:
+                return f"{pieces} of {len(self.tasks)} pieces read"
+            merging = "the text is read, pairs are merged"
+            return merging if done else f"{read / max(letters * share, 1):.0%} of the text read"
+
+        with telling(self.say, lambda: f"data: training the tokenizer: {where()}"):
+            for _ in self.run_on.map(sample_piece, self.tasks, share):
+                pieces += 1
+            trained = train_tokenizer(texts(), self.spec.vocab_size)
+        self.wanted.check_vocab(trained.get_vocab_size(), "the tokenizer that was trained (data.vocab_size)")
+        return trained
+
+    def _known_enough(self, rows: Sequence[dict[str, Any]], letters: int) -> None:
+        """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
+        given = self.given
+        texts, count = (sum(row[key] for row in rows) for key in ("texts", "unknown"))
+        if texts == 0:
+            raise DatasetError(
+                f"{given.what if given else 'the tokenizer'} cannot encode this corpus: {letters:,} characters give no "
+                "token; give a tokenizer that was made for such text"
+            )
+        if given is None or given.unknown is None:
+            return
+        if count >= texts:
+            raise DatasetError(
+                f"{given.what} cannot encode this corpus: every token of it is the unknown one; give a tokenizer that "
+                "was made for such text"
+            )
+        if count > _MANY_UNKNOWN * texts:
+            log.warning(
+                "%s: %.1f %% of the tokens are unknown to it (token %d)", given.what, 100 * count / texts, given.unknown
+            )
 
 
-def _batches(docs: Sequence[Document]) -> Iterator[Sequence[Document]]:
-    batch: list[Document] = []
-    letters = 0
-    for doc in docs:
-        batch.append(doc)
-        letters += len(doc.text)
-        if len(batch) == _BATCH_DOCUMENTS or letters >= _BATCH_LETTERS:
-            yield batch
-            batch, letters = [], 0
-    if batch:
-        yield batch
-
-
-def _known_enough(tokens: npt.NDArray[np.uint32], texts: int, given: GivenTokenizer | None) -> None:
-    """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
-    if given is None or (unknown := given.unknown) is None:
-        return
-    count = int((tokens == unknown).sum())
-    if count >= texts:
-        raise DatasetError(
-            f"{given.what} cannot encode this corpus: every token of it is the unknown one; give a tokenizer that was "
-            "made for such text"
-        )
-    if count > _MANY_UNKNOWN * texts:
-        log.warning("%s: %.1f %% of the tokens are unknown to it (token %d)", given.what, 100 * count / texts, unknown)
+def _reasons(out: Sequence[int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for count, reason in zip(out[1:], REASONS[1:], strict=True) if count)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """A dataset in the store: ``data/<digest>/{manifest,tokenizer.json,00000.bin,…,leaves/00000.bin,…}``, and
 ``data/inputs/<input digest>``, which names the dataset that these inputs gave. Every object is created once, its bytes
 follow from its name.
+
+``data/inputs/…`` is 64 hex digits; where the corpus has a validation part it is a map, v 2: ``train`` and
+``validation``, a digest each. Both have the same inputs and the same tokenizer.
 """
 
 from __future__ import annotations
@@ -8,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +24,28 @@ from checkpoint.codec import pack
 from checkpoint.dataset import VERSION, Leaves, load_dataset_manifest
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
+from flows.data.job import DataJob, store_of
 from flows.data.tokenizer import parse_tokenizer
-from trainer.dataset import HEADER_BYTES, DatasetRef, token_bytes_for, write_shard
+from trainer.dataset import HEADER_BYTES, DatasetRef, shard_bytes, token_bytes_for
 from trainer.errors import DatasetError
+from trainer.wire.packed import unpack
+from trainer.wire.unreadable import Unreadable
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_CAP = 256 << 20
+PAIR_VERSION = 2
+_PAIR_CAP = 1024
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _MEND = "it is damaged; `hotstage data prepare SPEC --again` writes it anew"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a corpus gave: the dataset to train on, and the one to validate on where the spec asks for one."""
+
+    train: DatasetRef
+    validation: DatasetRef | None = None
 
 
 def load_dataset(store: Store, digest: str) -> DatasetRef:
@@ -51,6 +68,15 @@ def load_dataset(store: Store, digest: str) -> DatasetRef:
     )
 
 
+def validation_of(store: Store, dataset: DatasetRef) -> DatasetRef | None:
+    """The validation part that was split off the corpus of a dataset; None where none was."""
+    inputs = load_dataset_manifest(store, dataset.digest).inputs
+    pair = None if inputs is None else _named(store, inputs)
+    if pair is None or pair[1] is None or pair[0] != dataset.digest:
+        return None
+    return load_dataset(store, pair[1])
+
+
 def tokenizer_json(store: Store, dataset: DatasetRef) -> bytes:
     """The tokenizer.json of a dataset, its digest checked."""
     try:
@@ -67,15 +93,37 @@ def load_tokenizer(store: Store, dataset: DatasetRef) -> Tokenizer:
     return parse_tokenizer(tokenizer_json(store, dataset), f"the tokenizer of dataset {dataset.digest[:12]}…")
 
 
-def known_dataset(store: Store, inputs: str) -> DatasetRef | None:
-    """The dataset that these inputs gave before; None where there is none, or where an object of it is missing."""
+def known_dataset(store: Store, inputs: str) -> PreparedData | None:
+    """What these inputs gave before; None where there is nothing, or where an object of it is missing."""
+    pair = _named(store, inputs)
+    if pair is None:
+        return None
+    found = [None if digest is None else _whole(store, digest) for digest in pair]
+    if found[0] is None or (pair[1] is not None and found[1] is None):
+        return None
+    return PreparedData(found[0], found[1])
+
+
+def _named(store: Store, inputs: str) -> tuple[str, str | None] | None:
+    """The digests that these inputs gave: of the dataset, and of its validation part."""
     key = keys.inputs_key(inputs)
     try:
-        digest = store.get(key, max_bytes=64).decode(errors="replace")
+        data = store.get(key, max_bytes=_PAIR_CAP)
     except NotFound:
         return None
-    if not _HEX64.fullmatch(digest):
+    if _HEX64.fullmatch(data.decode(errors="replace")):
+        return data.decode(), None
+    try:
+        value = unpack(data, max_bytes=_PAIR_CAP)
+    except Unreadable:
+        value = None
+    found = [str(value.get(name)) for name in ("train", "validation")] if isinstance(value, dict) else []
+    if len(found) != 2 or not all(_HEX64.fullmatch(digest) for digest in found):
         raise DatasetError(f"{key} does not name a dataset: {_MEND}")
+    return found[0], found[1]
+
+
+def _whole(store: Store, digest: str) -> DatasetRef | None:
     if store.head(keys.dataset_manifest_key(digest)) is None:
         return None
     dataset = load_dataset(store, digest)
@@ -93,9 +141,116 @@ def known_dataset(store: Store, inputs: str) -> DatasetRef | None:
     return dataset
 
 
+# --- made of pieces -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Tokens of a part: ``count`` from ``first`` on."""
+
+    name: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a dataset, and where its tokens are; ``digest``: the dataset's, once it is known."""
+
+    job: DataJob
+    number: int
+    stage: str
+    spans: tuple[TokenSpan, ...]
+    vocab: int
+    digest: str = ""
+    into: str = ""
+    """Of the store of the dataset."""
+    mend: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(span.count for span in self.spans)
+
+
+def spread(counts: Sequence[tuple[str, int]], shard_tokens: int) -> list[tuple[TokenSpan, ...]]:
+    """Parts with so many tokens each, in order, over shards of ``shard_tokens``; pure.
+
+    >>> [[(s.name, s.first, s.count) for s in spans] for spans in spread([("a", 3), ("b", 4)], 5)]
+    [[('a', 0, 3), ('b', 0, 2)], [('b', 2, 2)]]
+    """
+    shards: list[tuple[TokenSpan, ...]] = []
+    spans: list[TokenSpan] = []
+    room = shard_tokens
+    for name, count in counts:
+        at = 0
+        while at < count:
+            take = min(room, count - at)
+            spans.append(TokenSpan(name, at, take))
+            at, room = at + take, room - take
+            if not room:
+                shards.append(tuple(spans))
+                spans, room = [], shard_tokens
+    return [*shards, tuple(spans)] if spans else shards
+
+
+def sum_shard(shard: Shard) -> dict[str, Any]:
+    """A shard's row of the manifest."""
+    return _row(_shard_of(shard), shard.vocab)
+
+
+def put_shard(shard: Shard) -> dict[str, Any]:
+    """Create a shard of the dataset."""
+    _put_shard(store_of(shard.into), shard.digest, shard.number, _shard_of(shard), shard.mend)
+    return {}
+
+
+def _shard_of(shard: Shard) -> bytes:
+    size = token_bytes_for(shard.vocab)
+    tokens = np.empty(shard.tokens, f"<u{size}")
+    at = 0
+    for span in shard.spans:
+        data = shard.job.work.get(shard.stage, span.name, first=span.first * size, length=span.count * size)
+        tokens[at : at + span.count] = np.frombuffer(data, tokens.dtype)
+        at += span.count
+    return shard_bytes(tokens, shard.vocab, f"{shard.stage} {shard.number}")
+
+
+def manifest_bytes(
+    rows: Sequence[Mapping[str, Any]], *, tokenizer: bytes, vocab: int, eot: int | None, documents: int, inputs: str
+) -> bytes:
+    """The manifest of a dataset; its SHA-256 is the digest."""
+    return pack(
+        {
+            "v": VERSION,
+            "inputs": inputs,
+            "documents": documents,
+            "vocab": vocab,
+            "token_bytes": token_bytes_for(vocab),
+            "eot": eot,
+            "shards": list(rows),
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        }
+    )
+
+
+def commit_datasets(
+    store: Store, manifests: Sequence[bytes], tokenizer: bytes, inputs: str, mend: bool
+) -> Iterator[DatasetRef]:
+    """Create what is left once all shards are there, and name the dataset (or the two) by the inputs."""
+    digests = [hashlib.sha256(manifest).hexdigest() for manifest in manifests]
+    for digest, manifest in zip(digests, manifests, strict=True):
+        put(store, keys.tokenizer_key(digest), tokenizer, mend)
+        put(store, keys.dataset_manifest_key(digest), manifest, mend)
+    named = digests[0].encode()
+    if len(digests) > 1:
+        named = pack({"v": PAIR_VERSION, "train": digests[0], "validation": digests[1]})
+    put(store, keys.inputs_key(inputs), named, mend)
+    return (load_dataset(store, digest) for digest in digests)
+
+
 def write_dataset(
     store: Store,
-    tokens: npt.NDArray[np.uint32],
+    tokens: npt.NDArray[Any],
     tokenizer: Tokenizer,
     *,
     vocab: int,
@@ -105,43 +260,32 @@ def write_dataset(
     inputs: str,
     mend: bool,
 ) -> DatasetRef:
-    """Cut the tokens into shards and create every object under the digest of the manifest. ``mend``: replace those that
-    are there with other bytes."""
-    size = token_bytes_for(vocab)
-    tokenizer_bytes = tokenizer.to_str().encode()
-    with tempfile.TemporaryDirectory(prefix="hotstage-data-") as folder:
-        shards = []
-        for index, first in enumerate(range(0, len(tokens), shard_tokens)):
-            path = Path(folder) / keys.shard_name(index)
-            piece = tokens[first : first + shard_tokens].astype(np.uint16 if size == 2 else np.uint32)
-            write_shard(path, piece, vocab)
-            data = path.read_bytes()
-            shards.append({"tokens": len(piece), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-        manifest = pack(
-            {
-                "v": VERSION,
-                "inputs": inputs,
-                "documents": documents,
-                "vocab": vocab,
-                "token_bytes": size,
-                "eot": eot,
-                "shards": shards,
-                "tokenizer_sha256": hashlib.sha256(tokenizer_bytes).hexdigest(),
-            }
-        )
-        digest = hashlib.sha256(manifest).hexdigest()
-        for index in range(len(shards)):
-            name = keys.shard_name(index)
-            data = (Path(folder) / name).read_bytes()
-            _put(store, keys.dataset_key(digest, name), data, mend)
-            _put(store, keys.leaves_key(digest, index), Leaves.of([data]).pack(), mend)
-    _put(store, keys.tokenizer_key(digest), tokenizer_bytes, mend)
-    _put(store, keys.dataset_manifest_key(digest), manifest, mend)
-    _put(store, keys.inputs_key(inputs), digest.encode(), mend)
-    return load_dataset(store, digest)
+    """A dataset of tokens that are in memory. ``mend``: replace objects that are there with other bytes."""
+    data = [
+        shard_bytes(tokens[first : first + shard_tokens], vocab, keys.shard_name(number))
+        for number, first in enumerate(range(0, len(tokens), shard_tokens))
+    ]
+    text = tokenizer.to_str().encode()
+    rows = [_row(shard, vocab) for shard in data]
+    manifest = manifest_bytes(rows, tokenizer=text, vocab=vocab, eot=eot, documents=documents, inputs=inputs)
+    digest = hashlib.sha256(manifest).hexdigest()
+    for number, shard in enumerate(data):
+        _put_shard(store, digest, number, shard, mend)
+    (dataset,) = commit_datasets(store, [manifest], text, inputs, mend)
+    return dataset
 
 
-def _put(store: Store, key: str, data: bytes, mend: bool) -> None:
+def _put_shard(store: Store, digest: str, number: int, data: bytes, mend: bool) -> None:
+    put(store, keys.dataset_key(digest, keys.shard_name(number)), data, mend)
+    put(store, keys.leaves_key(digest, number), Leaves.of([data]).pack(), mend)
+
+
+def _row(data: bytes, vocab: int) -> dict[str, Any]:
+    tokens = (len(data) - HEADER_BYTES) // token_bytes_for(vocab)
+    return {"tokens": tokens, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def put(store: Store, key: str, data: bytes, mend: bool) -> None:
     """Create an object whose bytes follow from its key. Other bytes there are damage: told, or replaced (``mend``)."""
     if store.create(key, data):
         return

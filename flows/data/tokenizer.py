@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flows.data.sources import Document
+from flows.data.sources.base import Document
 from trainer.errors import DatasetError
 from trainer.spec import MAX_VOCAB_SIZE, DataSpec
 
@@ -34,8 +34,22 @@ _ENDS = (
     *(EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|endofdocument|>", "<|end▁of▁sentence|>"),
     *("<｜end▁of▁sentence｜>", "<|eos|>", "<end_of_turn>", "<|return|>", "[EOS]", "[SEP]", "<|end|>", "EOS"),
 )
+_SPACE = re.compile(r"\s")
 _RUN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]+|_+|\s+")
 _BLANKS = re.compile(rf"\s{{{LONG_WORD}}}")
+SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+"""Where a text may be cut without another token coming of it, for the tokenizer that is trained here: its words end
+before a blank or a line's end, and none looks further."""
+_LETTER_CUT = re.compile("(?<=[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u0391-\u03a1\u03b1-\u03c9\u0410-\u044f\u3041-\u3096"
+                         "\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3])(?=[ \n])")  # fmt: skip
+"""The same behind a letter, for tokenizers whose words may end with the line's end behind a sign."""
+_CUT_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+"""How Llama 3 and Qwen find words."""
 
 
 def train_tokenizer(texts: Sequence[str] | Iterator[str], vocab_size: int) -> Tokenizer:
@@ -106,6 +120,32 @@ class GivenTokenizer:
     def digest(self) -> bytes:
         return hashlib.sha256(self.data).digest()
 
+    @property
+    def cut(self) -> re.Pattern[str] | None:
+        """Where a text may be cut without another token coming of it; None where it is not known, so that a document
+        must be encoded whole."""
+        tree = json.loads(self.data.removeprefix(b"\xef\xbb\xbf"))
+        added = tree.get("added_tokens") or ()
+        if tree.get("normalizer") is not None or any(
+            token.get("lstrip") or token.get("rstrip") or token.get("single_word") or _SPACE.search(token["content"])
+            for token in added
+        ):
+            return None
+        words = tree.get("pre_tokenizer") or {}
+        bytes_of = {"type": "ByteLevel", "add_prefix_space": False}
+        if bytes_of.items() <= words.items() and words.get("use_regex", True):
+            return SAFE_CUT
+        steps = words.get("pretokenizers") or [] if words.get("type") == "Sequence" else []
+        if (
+            len(steps) == 2
+            and steps[0].get("type") == "Split"
+            and (steps[0].get("pattern") or {}).get("Regex") in _CUT_WORDS
+            and (steps[0].get("behavior"), steps[0].get("invert")) == ("Isolated", False)
+            and {**bytes_of, "use_regex": False}.items() <= steps[1].items()
+        ):
+            return _LETTER_CUT
+        return None
+
 
 def vocab_of(tokenizer: Tokenizer) -> int:
     """The largest id and one: ids may have gaps."""
@@ -116,8 +156,12 @@ def given_tokenizer(spec: DataSpec) -> GivenTokenizer | None:
     """The tokenizer that the spec names, checked; None where one is to be trained. DatasetError where it cannot be."""
     if spec.tokenizer is None:
         return None
+    return checked_tokenizer(spec, _contents(os.path.expanduser(spec.tokenizer), f"data.tokenizer {spec.tokenizer!r}"))
+
+
+def checked_tokenizer(spec: DataSpec, data: bytes) -> GivenTokenizer:
+    """The tokenizer that the spec names, of its bytes."""
     what = f"data.tokenizer {spec.tokenizer!r}"
-    data = _contents(os.path.expanduser(spec.tokenizer), what)
     tokenizer = parse_tokenizer(data, what)
     tree = json.loads(data)
     vocab = tokenizer.get_vocab(with_added_tokens=True)

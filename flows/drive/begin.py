@@ -67,7 +67,7 @@ def prepare_run(
             told(str(spec.model.init))
     with board.task("prepare-data", "prepare data") as told:
         with data_of(asked, store) as data:
-            dataset = prepare(data, store, say=say, sequence=spec.train.sequence)
+            dataset = prepare(data, store, say=say, sequence=spec.train.sequence, vocab=asked.model.vocab)
         told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
     if weights is not None:
         check_tokenizer(weights, load_tokenizer(store, dataset), dataset.vocab)

@@ -80,7 +80,7 @@ def import_run(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambda _
         )
     weights = folder_weights(folder, spec.model)
     ready_store(store)
-    dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence)
+    dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab)
     tokenizer = load_tokenizer(store, dataset)
     check_tokenizer(weights, tokenizer, dataset.vocab)
     resolved = spec.resolve(dataset)

@@ -48,7 +48,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)
     else:
-        dataset = prepare(spec.data, store, sequence=spec.train.sequence)
+        dataset = prepare(spec.data, store, sequence=spec.train.sequence, vocab=spec.model.vocab)
     resolved = spec.resolve(dataset)
     _check_tensors(resolved.model, parse_spec(tree).model)
     if resolved.train.steps <= found.step:

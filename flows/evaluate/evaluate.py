@@ -26,8 +26,7 @@ from flows.drive.run import Prepared, read_run
 from flows.drive.views import short
 from flows.evaluate.command import run_command
 from flows.evaluate.validate import validate, validation_data
-from flows.show.export import export_hf, usable_at
-from flows.show.talk import generate
+from flows.show.export import export_hf, generate, usable_at
 from trainer.errors import SpecError, TrainerError
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from checkpoint import keys
 from checkpoint.errors import NotFound
 from checkpoint.store import Store
-from flows.data import load_tokenizer, prepare, tokenizer_json
+from flows.data import load_tokenizer, prepare, tokenizer_json, validation_of
 from flows.drive.run import Prepared
 from flows.show.export import Inference
 from trainer.dataset import HEADER_BYTES, DatasetRef
@@ -63,11 +63,6 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
         path = Path(folder) / "tokenizer.json"
         path.write_bytes(tokenizer_json(store, dataset))
         return prepare(DataSpec(source=source, tokenizer=str(path), end_token=end), store, say=say)
-
-
-def validation_of(store: Store, dataset: DatasetRef) -> DatasetRef | None:
-    """The validation part that was cut off when the dataset was made."""
-    return None
 
 
 def validate(

@@ -48,7 +48,8 @@ def spec_of(corpus: Path, **more: object) -> DataSpec:
 
 
 def objects(store: Store, prefix: str = "data/") -> dict[str, bytes]:
-    return {info.key: store.get(info.key) for info in store.list(prefix)}
+    """What lies there, but for how a corpus looked: that is kept only once its files have settled."""
+    return {i.key: store.get(i.key) for i in store.list(prefix) if not i.key.startswith("data/seen/")}
 
 
 def tokens_of(store: Store, dataset: DatasetRef) -> list[int]:

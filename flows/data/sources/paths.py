@@ -13,7 +13,7 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from trainer.errors import DatasetError
@@ -48,6 +48,20 @@ def files_of(source: str) -> list[str]:
         kind = source.partition(":")[0]
         raise DatasetError(f"data.source {source!r} matches no file: {_why_none(kind, pattern, folders)}")
     return found
+
+
+def below(folder: str, without: Collection[str]) -> Iterator[str]:
+    """The regular files below a folder, in the order of their names; hidden ones, links to folders and folders of these
+    names are left out."""
+    for name, is_folder in _names(folder):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            continue
+        if is_folder:
+            if name not in without and not os.path.islink(path):
+                yield from below(path, without)
+        elif os.path.isfile(path):
+            yield path
 
 
 def _matches(pattern: str, hidden: bool = False) -> Iterator[str]:

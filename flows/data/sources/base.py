@@ -1,0 +1,165 @@
+"""What every kind of source gives: entries (files, objects, tables) as one look saw them, and their documents.
+
+A look is cheap: names, sizes, times. A document is read when its piece is worked on, by whoever works on it, and what
+is not as the look saw it any more is refused: a dataset is of one moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trainer.errors import DatasetError, SpecError
+
+log = logging.getLogger(__name__)
+
+BLOCK_LETTERS = 1 << 16
+"""A document is handed on in blocks of about so many characters where nothing depends on where it is cut."""
+LONG_LETTERS = 16 << 20
+"""A file of more bytes than that is never held whole, but where a filter asks for its text."""
+_HALF = re.compile("[\ud800-\udfff]")
+_TOLD = 3  # places of a kind that are named one by one
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, an object, a table as the look saw it."""
+
+    name: str
+    """Opens it again, and is what people read."""
+    size: int
+    """Bytes; rows of a table."""
+    mark: str
+    """Another one where its bytes are others, as far as names, sizes and times tell."""
+    changed: float = 0.0
+    """Seconds since 1970; 0: not known, and the mark is of the content itself."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus. A long one has no ``text``, but ``parts`` that give it from its beginning."""
+
+    where: str | Callable[[], str]
+    text: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What a record holds beside its text."""
+    parts: Callable[[], Iterator[str]] | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: file, and line or row where it has several documents."""
+        return self.where if isinstance(self.where, str) else self.where()
+
+    def blocks(self, cut: re.Pattern[str] | None) -> Iterator[str]:
+        """The text from its beginning, cut where ``cut`` matches after each ``BLOCK_LETTERS``; None: whole."""
+        if cut is None:
+            yield self.whole()
+            return
+        rest = ""
+        for part in self.parts() if self.parts is not None else (self.text,):
+            rest = rest + part if rest else part
+            at = 0
+            while len(rest) - at > BLOCK_LETTERS and (found := cut.search(rest, at + BLOCK_LETTERS)) is not None:
+                yield rest[at : found.start()]
+                at = found.start()
+            rest = rest[at:]
+        yield rest
+
+    def whole(self) -> str:
+        """The text in memory."""
+        return self.text if self.parts is None else "".join(self.parts())
+
+
+class CorpusSource(Protocol):
+    """A kind of source, opened for a spec. The calls are made in this order: ``look``, then ``read`` by any worker."""
+
+    def look(self) -> list[Entry]:
+        """What there is now, in the order of the corpus; DatasetError where that is nothing."""
+
+    def divides(self, entry: Entry) -> bool:
+        """Whether ranges of an entry (of bytes, of rows) can be read alone."""
+
+    def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
+        """The documents that begin in that range, in order. DatasetError where the entry is not as it was seen."""
+
+
+@dataclass
+class Warnings:
+    """Damage that is borne: the first few places are named, the others counted."""
+
+    what: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, where: Callable[[], str]) -> None:
+        self.count += 1
+        if self.count <= _TOLD:
+            self.places.append(where())
+
+    def join(self, places: Sequence[str], count: int) -> None:
+        """Take over what another reader has met."""
+        self.places += list(places)[: max(0, _TOLD - len(self.places))]
+        self.count += count
+
+    def tell(self) -> None:
+        for place in self.places:
+            log.warning("%s: %s", place, self.what)
+        if self.count > len(self.places):
+            log.warning("%d more: %s", self.count - len(self.places), self.what)
+
+
+class Borne:
+    """All that is borne while a corpus is read."""
+
+    def __init__(self) -> None:
+        self.bytes = Warnings(
+            "bytes that are no UTF-8 were replaced by U+FFFD; if the file is in another encoding, convert it: iconv -f "
+            "WINDOWS-1252 -t UTF-8"
+        )
+        self.halves = Warnings("half a surrogate pair (\\ud800 to \\udfff) was replaced by U+FFFD")
+        self.skipped = Warnings("left out: no text in UTF-8")
+
+    def of(self) -> tuple[Warnings, ...]:
+        return (self.bytes, self.halves, self.skipped)
+
+    def to_map(self) -> list[dict[str, Any]]:
+        return [{"count": w.count, "places": w.places} for w in self.of()]
+
+    def join(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for warnings, row in zip(self.of(), rows, strict=True):
+            warnings.join(row["places"], row["count"])
+
+    def tell(self) -> None:
+        for warnings in self.of():
+            warnings.tell()
+
+
+def whole_pairs(text: str, where: Callable[[], str], borne: Borne) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that stands alone."""
+    if not text.isascii() and _HALF.search(text):
+        borne.halves.add(where)
+        return _HALF.sub("\ufffd", text)
+    return text
+
+
+def optional_module(module: str, package: str, what: str) -> Any:
+    """A module that an optional package brings; SpecError (exit 78) with the command that installs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise SpecError(f"{what} needs {package}, which does not load: {error}; install it anew") from error
+        raise SpecError(f"{what} needs {package}: pip install 'hotstage[data]'") from error
+
+
+def changed(name: str) -> DatasetError:
+    return DatasetError(f"{name} changed while it was read; start again when nobody writes there")
+
+
+def vanished(name: str) -> DatasetError:
+    return DatasetError(f"{name} vanished while the corpus was read; start again when nobody writes there")

@@ -1,0 +1,241 @@
+"""Bytes of a corpus: local files and objects of S3 behind one seam, and what is compressed (gzip, Zstandard).
+
+A file is what it was when it was looked at: its size and times are compared before and after it is read, an object is
+asked for by its ETag. Nothing is held but the chunk in hand.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from flows.data.sources.base import Entry, changed, optional_module, vanished
+from flows.data.sources.objects import is_object, look_at_objects, open_object
+from flows.data.sources.paths import files_of
+from trainer.errors import DatasetError
+
+CHUNK = 1 << 20
+BOM = b"\xef\xbb\xbf"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_ZSTD_WINDOW = 1 << 27
+_ZSTD_STEP = 1 << 10
+"""Bytes that are unpacked at a time: four of them may stand for 128 KiB."""
+_MAGIC: tuple[tuple[bytes, str, str], ...] = (
+    (b"BZh", "bzip2", "unpack it: bunzip2 -k"),
+    (b"\xfd7zXZ\0", "xz", "unpack it: unxz -k"),
+    (b"\x04\x22\x4d\x18", "LZ4", "unpack it: lz4 -d"),
+    (b"PK\x03\x04", "a zip archive (or an office document)", "unpack it: unzip"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (b"PAR1", "Parquet", "read it with parquet:GLOB"),
+    (b"ARROW1", "Arrow", "write its texts as JSON lines first"),
+    (b"%PDF-", "PDF", "extract its text: pdftotext"),
+    (b"SQLite format 3\0", "an SQLite database", "write its texts as JSON lines first"),
+    (b"\x89HDF\r\n", "HDF5", "write its texts as JSON lines first"),
+    (b"\x93NUMPY", "a NumPy array", "write its texts as JSON lines first"),
+    (b"\x89PNG\r\n", "a PNG image", "narrow the pattern"),
+    (b"\xff\xd8\xff", "a JPEG image", "narrow the pattern"),
+    (b"\x7fELF", "a program", "narrow the pattern"),
+    (b"\xff\xfe\0\0", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8"),
+    (b"\0\0\xfe\xff", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
+)
+
+
+class Opened(Protocol):
+    """A file that is being read."""
+
+    def read(self, first: int, length: int) -> bytes:
+        """These bytes; fewer at the end."""
+
+    def check(self) -> None:
+        """DatasetError where the file is another one by now."""
+
+
+def look_at_files(source: str) -> list[Entry]:
+    """The files of ``kind:PATTERN``, in the order of their names; the pattern may be of an S3 bucket."""
+    if is_object(source.partition(":")[2]):
+        return look_at_objects(source)
+    return [entry_of(name) for name in files_of(source)]
+
+
+def entry_of(name: str) -> Entry:
+    try:
+        return _entry(name, os.stat(name))
+    except FileNotFoundError:
+        raise vanished(name) from None
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _entry(name: str, status: os.stat_result) -> Entry:
+    mark = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    return Entry(name, status.st_size, mark, max(status.st_mtime, status.st_ctime))
+
+
+@contextmanager
+def opened_file(entry: Entry) -> Iterator[Opened]:
+    """The entry's bytes. DatasetError where it cannot be read, or is not what the look saw: at the end too."""
+    if is_object(entry.name):
+        yield open_object(entry)
+        return
+    try:
+        descriptor = os.open(entry.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise vanished(entry.name) from None
+    except OSError as error:
+        raise _unreadable(entry.name, error) from error
+    try:
+        file = _Local(entry, descriptor)
+        file.check()
+        yield file
+        file.check()
+    finally:
+        os.close(descriptor)
+
+
+class _Local:
+    def __init__(self, entry: Entry, descriptor: int) -> None:
+        self._entry, self._descriptor = entry, descriptor
+
+    def read(self, first: int, length: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, length, first)
+        except OSError as error:
+            raise _unreadable(self._entry.name, error) from error
+
+    def check(self) -> None:
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DatasetError(f"{self._entry.name} is no regular file any more; start again when nobody writes there")
+        if _entry(self._entry.name, status) != self._entry:
+            raise changed(self._entry.name)
+
+
+def _unreadable(name: str, error: OSError) -> DatasetError:
+    return DatasetError(f"{name} cannot be read: {error.strerror}; mend its rights or narrow data.source")
+
+
+def is_packed(file: Opened) -> bool:
+    """Whether its bytes can be read from the beginning alone."""
+    return file.read(0, 4).startswith((GZIP, ZSTD))
+
+
+def chunks_of(file: Opened, name: str, first: int = 0, last: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file in that range, unpacked where it is packed (the range is of the unpacked ones then).
+
+    DatasetError where it is of a format that holds no plain text, or a packed one is cut short or damaged.
+    """
+    head = file.read(0, 512)
+    plain = _plain(file, first, last) if not head.startswith((GZIP, ZSTD)) else None
+    if plain is not None:
+        if first == 0:
+            refuse_formats(name, head)
+        yield from plain
+        return
+    at, begun = 0, False
+    for data in (_gunzip if head.startswith(GZIP) else _unzstd)(file, name):
+        if not begun:
+            refuse_formats(name, data[:512])
+            begun = True
+        begin, end = max(first - at, 0), len(data) if last is None else min(last - at, len(data))
+        if begin < end:
+            yield data[begin:end]
+        at += len(data)
+        if last is not None and at >= last:
+            return
+
+
+def _plain(file: Opened, first: int, last: int | None) -> Iterator[bytes]:
+    while last is None or first < last:
+        data = file.read(first, CHUNK if last is None else min(CHUNK, last - first))
+        if not data:
+            return
+        yield data
+        first += len(data)
+
+
+def refuse_formats(name: str, head: bytes) -> None:
+    """DatasetError where a file that begins so is of a format that holds no plain text."""
+    for magic, what, mend in _MAGIC:
+        if head.startswith(magic) and (magic != b"BZh" or head[3:4].isdigit()):
+            path = f" {name!r}" if ":" in mend and "GLOB" not in mend else ""
+            raise DatasetError(f"{name} is {what}, not text in UTF-8; {mend}{path}")
+    if head[257:262] == b"ustar":
+        raise DatasetError(f"{name} is a tar archive, not text; unpack it: tar xf {name!r}")
+
+
+def _cut_short(name: str, what: str, at: int) -> DatasetError:
+    return DatasetError(
+        f"{name} ends in the middle of its {what} data (after {at:,} bytes of text): it was cut short; fetch it anew, "
+        "or leave it out of data.source"
+    )
+
+
+def _broken(name: str, what: str, at: int, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{name} holds {what} data that do not unpack (after {at:,} bytes of text: {error}); fetch it anew, or leave "
+        "it out of data.source"
+    )
+
+
+def _gunzip(file: Opened, name: str) -> Iterator[bytes]:
+    """All members of a gzip file, one after the other."""
+    unpack, done, inside = zlib.decompressobj(wbits=31), 0, False
+    for data in _plain(file, 0, None):
+        while data:
+            if not inside:
+                data = data.lstrip(b"\0")  # padding between members and at the end
+                if not data:
+                    break
+            inside = True
+            try:
+                out = unpack.decompress(data, CHUNK)
+            except zlib.error as error:
+                raise _broken(name, "gzip", done, error) from error
+            data = unpack.unconsumed_tail
+            if out:
+                done += len(out)
+                yield out
+            if unpack.eof:
+                data, inside = unpack.unused_data, False
+                unpack = zlib.decompressobj(wbits=31)
+        while inside and (out := unpack.decompress(b"", CHUNK)):
+            done += len(out)
+            yield out
+        if unpack.eof:
+            unpack, inside = zlib.decompressobj(wbits=31), False
+    if inside:
+        raise _cut_short(name, "gzip", done)
+
+
+def _unzstd(file: Opened, name: str) -> Iterator[bytes]:
+    """All frames of a Zstandard file, one after the other."""
+    zstandard = optional_module("zstandard", "zstandard", name)
+    done, inside, unpack = 0, False, None
+    for whole in _plain(file, 0, None):
+        data = whole
+        while data:
+            if unpack is None:
+                unpack, inside = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj(), True
+            piece, data = data[:_ZSTD_STEP], data[_ZSTD_STEP:]
+            try:
+                out = unpack.decompress(piece)
+            except zstandard.ZstdError as error:
+                if "memory" in str(error):
+                    raise DatasetError(
+                        f"{name} was packed with a window above {_ZSTD_WINDOW >> 20} MiB (zstd --long or --ultra); "
+                        "pack it again without"
+                    ) from error
+                raise _broken(name, "Zstandard", done, error) from error
+            if out:
+                done += len(out)
+                yield out
+            if unpack.eof:
+                data, unpack, inside = unpack.unused_data + data, None, False
+    if inside:
+        raise _cut_short(name, "Zstandard", done)

@@ -1,0 +1,148 @@
+"""JSON lines: each line is an object whose ``data.field`` is a text. UTF-8 alone: JSON says so. Ranges of a file that
+is not packed are read alone; a line is of the range in which it begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flows.data.sources.base import Borne, Document, Entry, whole_pairs
+from flows.data.sources.files import BOM, Opened, chunks_of, is_packed, look_at_files, opened_file
+from flows.data.sources.text import line_at, nul_byte
+from trainer.errors import DatasetError
+
+_ENDS = re.compile(rb"[\r\n]")
+_MOST = 256 << 20  # bytes of a line
+
+
+class JsonSource:
+    """``jsonl:GLOB``."""
+
+    def __init__(self, source: str, field: str, whole: bool) -> None:
+        self._source, self._field, self._whole = source, field, whole
+
+    def look(self) -> list[Entry]:
+        return look_at_files(self._source)
+
+    def divides(self, entry: Entry) -> bool:
+        with opened_file(entry) as file:
+            return not is_packed(file)
+
+    def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
+        with opened_file(entry) as file:
+            if is_packed(file):
+                first, last = 0, -1
+            for at, line in _lines(file, entry, first, last):
+                where = _Place(file, entry.name, at)
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    raise DatasetError(
+                        f"{where()} holds the byte 0x{line[error.start]:02X}, which is no UTF-8, and JSON is: if the "
+                        f"file is in another encoding, convert it: iconv -f WINDOWS-1252 -t UTF-8 {entry.name!r}"
+                    ) from error
+                if text.strip():
+                    yield self._document(text, where, borne)
+
+    def _document(self, line: str, where: _Place, borne: Borne) -> Document:
+        value = _object(line, where, self._field)
+        field = self._field
+        if not isinstance(value, dict):
+            mend = "; an array is made into lines by: jq -c '.[]'" if isinstance(value, list) else ""
+            raise _no_object(where, f"it is {_kind(value)}{mend}", field)
+        if field not in value:
+            keys = ", ".join(sorted(map(repr, value))[:5]).encode(errors="backslashreplace").decode()
+            raise _no_object(where, f"its keys are {keys}" if value else "it is empty", field)
+        text = value.pop(field)
+        if not isinstance(text, str):
+            raise _no_object(where, f"its {field} is {_kind(text)}", field)
+        if line.count(json.dumps(field)) > 1:
+            _once(line, where, field)
+        return Document(where, whole_pairs(text, where, borne), value if self._whole else {})
+
+
+class _Place:
+    """Where a line stands, found out when somebody asks: counting lines means reading what is before."""
+
+    def __init__(self, file: Opened, name: str, at: int) -> None:
+        self._file, self._name, self._at = file, name, at
+
+    def __call__(self) -> str:
+        return f"{self._name}:{line_at(lambda: chunks_of(self._file, self._name), self._at)}"
+
+
+def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a range of a file (``last`` -1: to its end), each with the byte that it begins at."""
+    begin = max(0, first - 1)  # the byte before says whether a line begins at ``first``
+    at, rest, head = begin, b"", b""
+    skip = first > 0
+    for chunk in chunks_of(file, entry.name, begin):
+        data = rest + chunk if rest else chunk
+        if not head and begin == 0:
+            head = data[:64]
+        if b"\0" in chunk:
+            place = _Place(file, entry.name, at + data.index(b"\0"))
+            raise nul_byte(place(), head)
+        if skip:
+            found = _ENDS.search(data)
+            if found is None:
+                at, rest = at + len(data), b""
+                continue
+            at, data, skip = at + found.end(), data[found.end() :], False
+        lines = (data.replace(b"\r", b"\n") if b"\r" in data else data).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            if 0 <= last <= at:
+                return
+            if line:
+                yield at, line if at else line.removeprefix(BOM)
+            at += len(line) + 1
+        if 0 <= last <= at:
+            return
+        if len(rest) > _MOST:
+            raise DatasetError(
+                f"{_Place(file, entry.name, at)()} has over {_MOST >> 20} MiB without an end; is it one JSON array? It "
+                "is made into lines by: jq -c '.[]'"
+            )
+    if rest and not skip:
+        yield at, rest if at else rest.removeprefix(BOM)
+
+
+def _once(line: str, where: Callable[[], str], field: str) -> None:
+    last: list[tuple[str, Any]] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        last[:] = found
+        return dict(found)
+
+    json.loads(line, object_pairs_hook=pairs, parse_int=str)
+    if sum(key == field for key, _ in last) > 1:
+        raise _no_object(where, f'it names "{field}" twice', field)
+
+
+def _object(line: str, where: Callable[[], str], field: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise _no_object(where, "it is nested too deep", field) from error
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(line.rstrip()) - 1 or error.msg.startswith("Unterminated")
+        why = f"{error.msg} at column {error.colno}" + ("; was the line cut short?" if cut else "")
+        raise _no_object(where, why, field) from error
+    except ValueError:  # a whole number of more digits than Python reads
+        return json.loads(line, parse_int=str)
+
+
+def _no_object(where: Callable[[], str], why: str, field: str) -> DatasetError:
+    return DatasetError(
+        f'{where()} is no JSON object with a "{field}" ({why}); mend the line, name the key of its text (data.field), '
+        "or use text:GLOB"
+    )
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

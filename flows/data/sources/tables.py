@@ -1,0 +1,242 @@
+"""Texts in columns of tables: Parquet files (by pyarrow), and what Hugging Face's ``datasets`` gives.
+
+``parquet:GLOB``; ``hf:FOLDER`` (of ``save_to_disk``), ``hf:OWNER/NAME[?name=…&split=…&revision=…]``. Both libraries are
+optional. Null is no text: such a row is refused, with its number.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qsl
+
+from flows.data.sources.base import Borne, Document, Entry, optional_module, whole_pairs
+from flows.data.sources.files import Opened, look_at_files, opened_file
+from trainer.errors import DatasetError, SpecError
+
+_ROWS = 256  # that are in memory at a time
+_ASK_ROWS = 1 << 14  # of a dataset that are one entry's worth of bytes, roughly
+
+
+class ParquetSource:
+    """``parquet:GLOB``; its row groups are read alone."""
+
+    def __init__(self, source: str, field: str, more: Sequence[str] | None) -> None:
+        self._source, self._field, self._more = source, field, more
+        optional_module("pyarrow.parquet", "pyarrow", "parquet:")
+
+    def look(self) -> list[Entry]:
+        return look_at_files(self._source)
+
+    def divides(self, entry: Entry) -> bool:
+        return True
+
+    def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
+        """``first`` and ``last`` are of bytes: a row group is of the range in which it begins."""
+        with opened_file(entry) as file, _table(file, entry) as table:
+            kind = self._kind(table, entry)
+            columns = self._columns(table)
+            row, groups = 0, table.metadata.num_row_groups
+            for number in range(groups):
+                group = table.metadata.row_group(number)
+                begin = _begin(group) if number else 0
+                if first <= begin and (last < 0 or begin < last):
+                    for batch in table.iter_batches(_ROWS, [number], columns, use_threads=False):
+                        yield from _rows(batch.to_pylist(), self._field, kind, entry.name, row, borne)
+                        row += batch.num_rows
+                else:
+                    row += group.num_rows
+
+    def _kind(self, table: Any, entry: Entry) -> str:
+        schema = table.schema_arrow
+        if self._field not in schema.names:
+            texts = [name for name in schema.names if _is_text(schema.field(name).type)]
+            raise DatasetError(_no_column(entry.name, self._field, schema.names, texts))
+        if schema.names.count(self._field) > 1:
+            raise DatasetError(f"{entry.name} has two columns {self._field!r}; rename one")
+        kind = schema.field(self._field).type
+        if not _is_text(kind):
+            texts = [name for name in schema.names if _is_text(schema.field(name).type)]
+            mend = f"; columns of text are {', '.join(texts[:5])} (data.field)" if texts else ""
+            raise DatasetError(f"{entry.name}: its column {self._field!r} is of type {kind}, not of text{mend}")
+        return str(kind)
+
+    def _columns(self, table: Any) -> list[str] | None:
+        if self._more is None:
+            return None
+        names = table.schema_arrow.names
+        return [self._field, *(name for name in self._more if name in names and name != self._field)]
+
+
+def _is_text(kind: Any) -> bool:
+    types = optional_module("pyarrow.types", "pyarrow", "parquet:")
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view")
+
+
+def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, list(names)[:8])) or "none"
+    mend = f'name the one of its text: data.field = "{texts[0]}"' if texts else "none of them is of text"
+    return f"{where} has no column {field!r}; its columns are {shown}: {mend}"
+
+
+def _begin(group: Any) -> int:
+    """The byte of the file at which a row group begins."""
+    column = group.column(0)
+    at = column.dictionary_page_offset
+    return int(column.data_page_offset if at is None else min(at, column.data_page_offset))
+
+
+@contextmanager
+def _table(file: Opened, entry: Entry) -> Iterator[Any]:
+    """An open Parquet file; what pyarrow raises while it is used becomes DatasetError."""
+    arrow = optional_module("pyarrow", "pyarrow", "parquet:")
+    parquet = optional_module("pyarrow.parquet", "pyarrow", "parquet:")
+    head, tail = file.read(0, 4), file.read(max(0, entry.size - 4), 4)
+    if head != b"PAR1":
+        raise DatasetError(f"{entry.name} is no Parquet file (it does not begin as one); narrow data.source")
+    if tail != b"PAR1":
+        raise DatasetError(f"{entry.name} is a Parquet file that was cut short (its end is missing); fetch it anew")
+    try:
+        source = arrow.PythonFile(_Seekable(file, entry.size), mode="r")
+        with parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as table:
+            yield table
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{entry.name} holds text that is no UTF-8 (byte 0x{error.object[error.start]:02X}); write it anew"
+        ) from error
+    except (arrow.ArrowException, OSError) as error:
+        raise DatasetError(
+            f"{entry.name} does not read as Parquet: {str(error)[:200]}; fetch it anew, or leave it out of data.source"
+        ) from error
+
+
+class _Seekable(io.RawIOBase):
+    """A file for pyarrow."""
+
+    def __init__(self, file: Opened, size: int) -> None:
+        self._file, self._size, self._at = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._at, len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _rows(
+    rows: Sequence[Mapping[str, Any]], field: str, kind: str, name: str, first: int, borne: Borne
+) -> Iterator[Document]:
+    for number, row in enumerate(rows, first + 1):
+        where = functools.partial(_place, name, number)
+        text = row[field]
+        if not isinstance(text, str):
+            what = "null" if text is None else f"of type {type(text).__name__}"
+            raise DatasetError(
+                f"{where()} has no text: its {field} is {what}; leave such rows out when the file is written, or name "
+                "another column (data.field)"
+            )
+        text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+        yield Document(where, whole_pairs(text, where, borne), {k: v for k, v in row.items() if k != field})
+
+
+def _place(name: str, number: int) -> str:
+    return f"{name}, row {number:,}"
+
+
+class HubSource:
+    """``hf:…``; rows are read alone. Each worker opens it for itself, from the library's cache."""
+
+    def __init__(self, source: str, field: str, more: Sequence[str] | None) -> None:
+        self._source, self._field, self._more = source, field, more
+
+    def look(self) -> list[Entry]:
+        table = _hub(self._source)
+        names = table.column_names
+        if self._field not in names:
+            texts = [n for n in names if getattr(table.features[n], "dtype", "") in ("string", "large_string")]
+            raise DatasetError(_no_column(f"data.source {self._source!r}", self._field, names, texts))
+        kind = getattr(table.features[self._field], "dtype", type(table.features[self._field]).__name__)
+        if kind not in ("string", "large_string"):
+            raise DatasetError(
+                f"data.source {self._source!r}: its column {self._field!r} is of type {kind}, not of text"
+            )
+        if not len(table):
+            raise DatasetError(f"data.source {self._source!r} has no rows; the corpus is empty")
+        size = sum(int(file["size"]) for file in _files(table)) or len(table) * 1024
+        return [Entry(self._source, size, f"{table._fingerprint} {len(table)}")]
+
+    def divides(self, entry: Entry) -> bool:
+        return True
+
+    def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
+        """``first`` and ``last`` are of bytes as far as the look could tell: rows are taken in proportion."""
+        table = _hub(self._source)
+        if f"{table._fingerprint} {len(table)}" != entry.mark:
+            raise DatasetError(f"{self._source} changed while it was read; start again when nobody writes there")
+        rows = len(table)
+        begin, end = rows * first // entry.size, rows if last < 0 else rows * last // entry.size
+        if self._more is not None:
+            keep = [self._field, *(n for n in self._more if n in table.column_names and n != self._field)]
+            table = table.select_columns(keep)
+        for at in range(begin, end, _ROWS):
+            columns = table[at : min(at + _ROWS, end)]
+            batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            yield from _rows(batch, self._field, "string", self._source, at, borne)
+
+
+def _files(table: Any) -> list[dict[str, Any]]:
+    """Its Arrow files, with their sizes."""
+    return [{"size": os.path.getsize(f["filename"])} for f in table.cache_files if os.path.exists(f["filename"])]
+
+
+@functools.lru_cache(maxsize=2)
+def _hub(source: str) -> Any:
+    datasets = optional_module("datasets", "Hugging Face's datasets", "hf:")
+    path, _, query = source.partition(":")[2].partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(options.keys() - {"name", "split", "revision"})
+    if unknown:
+        raise SpecError(f"data.source {source!r}: unknown option {unknown[0]!r}; there are name, split and revision")
+    folder = os.path.expanduser(path)
+    split = options.pop("split", None)
+    datasets.disable_progress_bars()
+    try:
+        if os.path.exists(os.path.join(folder, "state.json")) or os.path.exists(
+            os.path.join(folder, "dataset_dict.json")
+        ):
+            found = datasets.load_from_disk(folder)
+        else:
+            found = datasets.load_dataset(folder if os.path.isdir(folder) else path, **options)
+    except Exception as error:  # the library's own, its file systems', its downloads': a dozen families
+        why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise DatasetError(f"data.source {source!r} cannot be opened by datasets: {why}") from error
+    if isinstance(found, Mapping):
+        if split is None and len(found) == 1:
+            split = next(iter(found))
+        if split not in found:
+            named = f"no split {split!r}" if split else "several splits"
+            raise DatasetError(
+                f"data.source {source!r} has {named}; it has {', '.join(map(str, found))}: name one, "
+                f"hf:{path}?split={next(iter(found), 'train')}"
+            )
+        found = found[split]
+    return found

@@ -1,0 +1,98 @@
+"""Plain text: each file is a document. UTF-8, without a byte order mark, line ends ``\\n``; bytes that are no UTF-8
+become U+FFFD with a warning. A file of any size is read through, never held.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Callable, Iterator
+
+from flows.data.sources.base import LONG_LETTERS, Borne, Document, Entry
+from flows.data.sources.files import BOM, chunks_of, is_packed, look_at_files, opened_file
+from trainer.errors import DatasetError
+
+NEWLINE = b"\n"
+
+
+class TextSource:
+    """``text:GLOB``."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def look(self) -> list[Entry]:
+        return look_at_files(self._source)
+
+    def divides(self, entry: Entry) -> bool:
+        return False
+
+    def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
+        yield text_document(entry, borne)
+
+
+def text_document(entry: Entry, borne: Borne) -> Document:
+    """A file as one document; a long one is read when its parts are asked for, each time anew."""
+    with opened_file(entry) as file:
+        if entry.size <= LONG_LETTERS and not is_packed(file):
+            text = "".join(decoded(chunks_of(file, entry.name), entry.name, borne))
+            return Document(entry.name, text)
+    told = [borne]
+
+    def parts() -> Iterator[str]:
+        with opened_file(entry) as file:  # what is borne is told once, however often it is read
+            yield from decoded(chunks_of(file, entry.name), entry.name, told.pop() if told else Borne())
+
+    return Document(entry.name, "", parts=parts)
+
+
+def decoded(chunks: Iterator[bytes], name: str, borne: Borne) -> Iterator[str]:
+    """Text of a file's bytes. DatasetError where there is a NUL byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    ends = io.IncrementalNewlineDecoder(None, translate=True)
+    strict, lines, head = True, 1, b""
+
+    def text_of(data: bytes, final: bool) -> str:
+        nonlocal decoder, strict
+        pending = decoder.getstate()[0]
+        try:
+            return decoder.decode(data, final)
+        except UnicodeDecodeError as error:
+            if not strict:
+                raise
+            whole, at = pending + data, error.start
+            place = f"{name}:{lines + whole.count(NEWLINE, 0, at)} (byte 0x{whole[at]:02X})"
+            borne.bytes.add(lambda: place)
+            strict, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
+            return decoder.decode(whole, final)
+
+    for data in chunks:
+        if not head:
+            head, data = data[:64], data.removeprefix(BOM)
+        at = data.find(b"\0")
+        if at >= 0:
+            raise nul_byte(f"{name}:{lines + data.count(NEWLINE, 0, at)}", head)
+        yield ends.decode(text_of(data, False))
+        lines += data.count(NEWLINE)
+    yield ends.decode(text_of(b"", True), final=True)
+
+
+def nul_byte(where: str, head: bytes) -> DatasetError:
+    half = head.count(0) * 2 >= len(head) - 2 > 0
+    what = "text in UTF-16 without its mark; convert it: iconv -f UTF-16LE -t UTF-8" if half else (
+        "no text (a binary file, or one whose end was never written); narrow data.source, or mend the file"
+    )  # fmt: skip
+    return DatasetError(f"{where} holds a NUL byte: the file is {what}")
+
+
+def line_at(chunks: Callable[[], Iterator[bytes]], offset: int) -> int:
+    """The number of the line that begins at this byte of a file; line ends as in ``decoded``."""
+    line, seen, last = 1, 0, b""
+    for data in chunks():
+        part = data[: max(0, offset - seen)]
+        both = last + part
+        line += part.count(b"\n") + part.count(b"\r") - both.count(b"\r\n")
+        last, seen = part[-1:], seen + len(data)
+        if seen >= offset:
+            break
+    return line
