@@ -29,11 +29,12 @@ from flows.hosting import Hosted, Prefect
 from flows.page import Page
 from flows.prefect_api import Client, PrefectSettingsError, configured, why_not
 from flows.prefect_server import PrefectServer
-from flows.show.export import checkpoint_at, export_hf, generate
+from flows.show.export import checkpoint_at, export_hf
 from flows.show.facts import report_facts
 from flows.show.lines import Lines
 from flows.show.peak import measured_peak
 from flows.show.report import render
+from flows.show.talk import generate
 from trainer.errors import LaunchError, OutputError
 from trainer.plan import flops_per_token
 from trainer.spec import RunSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -286,23 +287,41 @@ def import_weights(folder: str, spec: str, sets: tuple[str, ...], store: str | N
     return 0
 
 
+def sampling(command: Any) -> Any:
+    """The options that say how the next token is taken."""
+    options = (
+        click.option(
+            "--temperature",
+            type=Number(min=0),
+            default=0.8,
+            show_default=True,
+            help="0: always the likeliest token.",
+        ),
+        click.option(
+            "--top-k",
+            type=click.IntRange(min=1),
+            default=40,
+            show_default=True,
+            help="Choose among so many of the likeliest.",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="The same seed gives the same text.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("run")
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--tokens", type=click.IntRange(min=1), default=120, show_default=True, help="Number of tokens to add.")
-@click.option(
-    "--temperature",
-    type=Number(min=0),
-    default=0.8,
-    show_default=True,
-    help="0: always the likeliest token.",
-)
-@click.option(
-    "--top-k", type=click.IntRange(min=1), default=40, show_default=True, help="Choose among so many of the likeliest."
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same text."
-)
+@sampling
 @step_option
 @store_option
 def generate(
@@ -311,7 +330,7 @@ def generate(
     """Continue a text with RUN's newest checkpoint, by the engine that trained it."""
     from flows.drive.run import find_run
     from flows.drive.train import store_at
-    from flows.show.export import generate as continue_text
+    from flows.show.talk import generate as continue_text
 
     opened = store_at(store)
     name = find_run(opened, run)

@@ -67,6 +67,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("flows.cli.replay", "Compute steps of a run again, and compare them with what it recorded."),
     "evaluate": ("flows.cli.evaluate", "Validation loss, a sample and your commands on a checkpoint of a run."),
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
+    "chat": ("flows.cli.chat", "Talk with a run's newest checkpoint in the terminal."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
     "doctor": ("flows.cli.doctor", "Say what this machine can train on: engine, GPUs, driver, libraries."),
     "k8s": ("flows.cli.k8s", "Kubernetes: render, apply, doctor, logs."),

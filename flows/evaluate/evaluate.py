@@ -26,7 +26,8 @@ from flows.drive.run import Prepared, read_run
 from flows.drive.views import short
 from flows.evaluate.command import run_command
 from flows.evaluate.validate import validate, validation_data
-from flows.show.export import export_hf, generate, usable_at
+from flows.show.export import export_hf, usable_at
+from flows.show.talk import generate
 from trainer.errors import SpecError, TrainerError
 
 log = logging.getLogger(__name__)

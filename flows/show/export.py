@@ -8,7 +8,6 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -17,14 +16,15 @@ import numpy.typing as npt
 
 from checkpoint.collect.pins import pinned
 from checkpoint.export import SHARD_BYTES, ExportTensor, Read, export_safetensors
-from checkpoint.export_to import Buffer, Destination, write_pieces
+from checkpoint.export_to import Buffer, Destination
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
-from flows.data import load_dataset, load_tokenizer, tokenizer_json
-from flows.drive.run import load_what, read_run
+from flows.data import load_tokenizer, tokenizer_json
+from flows.drive.run import read_run
 from flows.drive.views import some_steps
+from flows.show.saved import size_words
 from trainer.dataset import DatasetRef
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, SpecError
@@ -128,47 +128,82 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def write_masters(store: Store, manifest: Manifest, path: Path) -> Path:
-    """The fp32 masters of all tensors in the table's order, each at a multiple of 64 bytes (``infer --weights``)."""
-    reader = StateReader(store, manifest)
+class Masters:
+    """The fp32 masters of a checkpoint in a file without a name, as the engine reads them (``infer --weights``): all
+    tensors in the table's order, each at a multiple of 64 bytes. Nothing stays of it, however this process ends.
+    """
 
-    def pieces() -> Iterator[Buffer]:
-        for tensor in manifest.tensors:
-            count = 0
-            for _, data in reader.stream(tensor.name):
-                count += len(data)
-                yield data
-            yield bytes(-count % _ALIGN)
+    def __init__(self, store: Store, run: str, step: int | None = None) -> None:
+        self.prepared = read_run(store, run)
+        _, manifest = checkpoint_at(store, run, step)
+        self.step = manifest.step
+        reader = StateReader(store, manifest)
+        self.file = tempfile.TemporaryFile(prefix="hotstage-weights-")  # noqa: SIM115 (close() is its end)
+        try:
+            for tensor in manifest.tensors:
+                count = 0
+                for _, data in reader.stream(tensor.name):
+                    count += len(data)
+                    self.file.write(data)
+                self.file.write(bytes(-count % _ALIGN))
+            self.file.flush()
+        except BaseException as error:
+            self.file.close()
+            if isinstance(error, OSError):
+                size = sum(tensor.elements for tensor in manifest.tensors) * 4
+                raise LaunchError(
+                    f"the weights of {run} do not fit into {tempfile.gettempdir()} ({error.strerror}): they take "
+                    f"{size_words(size)}; name another folder with TMPDIR"
+                ) from error
+            raise
 
-    return write_pieces(path, pieces())
+    def close(self) -> None:
+        self.file.close()
 
 
 class Inference:
     """The engine in infer mode: ``logits(tokens)`` for one window of tokens, or ``losses(tokens, targets)`` of one made
     for that. Use as a context manager. ``threads``: 0, the run's or the cores.
+
+    ``window``: its tokens, at most the run's sequence (which it is by default); ``masters``: of the run, where they
+    serve several.
     """
 
     def __init__(
-        self, store: Store, run: str, step: int | None = None, *, losses: bool = False, threads: int = 0
+        self,
+        store: Store,
+        run: str,
+        step: int | None = None,
+        *,
+        losses: bool = False,
+        threads: int = 0,
+        window: int = 0,
+        masters: Masters | None = None,
     ) -> None:
-        prepared = read_run(store, run)
-        _, manifest = checkpoint_at(store, run, step)
+        self._masters = None if masters else Masters(store, run, step)
+        given = masters or self._masters
+        assert given is not None
+        prepared = given.prepared
         self.spec = prepared.spec
-        self._folder = tempfile.TemporaryDirectory(prefix="hotstage-infer-")
-        folder = Path(self._folder.name)
-        mode: Literal["infer", "losses"] = "losses" if losses else "infer"
-        plan = compile_plan(prepared.spec, prepared.dataset, prepared.what, mode=mode)
-        write_masters(store, manifest, folder / "weights")
-        (folder / "plan").write_bytes(plan.to_bytes())
-        self.context = prepared.spec.train.sequence
+        self.context = window or prepared.spec.train.sequence
         self.vocab = prepared.spec.model.vocab
-        files = ["--plan", str(folder / "plan"), "--weights", str(folder / "weights")]
-        self._process = subprocess.Popen(
-            [str(engine_binary()), "infer", *files, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        train = prepared.spec.train.model_copy(update={"sequence": self.context})
+        spec = prepared.spec.model_copy(update={"train": train})
+        mode: Literal["infer", "losses"] = "losses" if losses else "infer"
+        plan = compile_plan(spec, prepared.dataset, prepared.what, mode=mode)
+        with tempfile.TemporaryFile(prefix="hotstage-plan-") as file:
+            file.write(plan.to_bytes())
+            file.flush()
+            opened = (file.fileno(), given.file.fileno())
+            paths = [f"/proc/self/fd/{number}" for number in opened]
+            self._process = subprocess.Popen(
+                [str(engine_binary()), "infer", "--plan", paths[0], "--weights", paths[1], "--threads", str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=opened,
+                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            )
 
     def __enter__(self) -> Inference:
         return self
@@ -182,7 +217,8 @@ class Inference:
         for stream in (self._process.stdout, self._process.stderr):
             if stream:
                 stream.close()
-        self._folder.cleanup()
+        if self._masters is not None:
+            self._masters.close()
 
     def logits(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Logits [T, V] of one window of exactly ``context`` tokens."""
@@ -208,47 +244,4 @@ class Inference:
         return np.frombuffer(data, dtype="<f4")
 
 
-def generate(
-    store: Store,
-    run: str,
-    prompt: str,
-    *,
-    tokens: int = 120,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    seed: int = 0,
-    step: int | None = None,
-) -> str:
-    """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text."""
-    dataset = load_dataset(store, str(load_what(store, run)["data"]["digest"]))
-    tokenizer = load_tokenizer(store, dataset)
-    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise SpecError("the prompt is not text in UTF-8; write it in the terminal's encoding, or set LC_ALL=C.UTF-8")
-    ids = list(tokenizer.encode(prompt, add_special_tokens=False).ids) or [_first_token(dataset)]
-    rng = np.random.default_rng(seed)
-    with Inference(store, run, step) as engine:
-        for _ in range(tokens):
-            window = ids[-engine.context :]
-            padded = np.zeros(engine.context, dtype=np.int32)
-            padded[: len(window)] = window
-            row = engine.logits(padded)[len(window) - 1, : dataset.vocab].astype(np.float64)
-            ids.append(pick(row, temperature, top_k, rng))
-            if ids[-1] == dataset.eot:
-                break
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _first_token(dataset: DatasetRef) -> int:
-    return dataset.eot if dataset.eot is not None else 0
-
-
-def pick(row: npt.NDArray[np.float64], temperature: float, top_k: int, rng: np.random.Generator) -> int:
-    """One token from a row of logits."""
-    if temperature <= 0:
-        return int(row.argmax())
-    best = np.argsort(row)[-max(1, min(top_k, len(row))) :]
-    weights = np.exp((row[best] - row[best].max()) / temperature)
-    return int(rng.choice(best, p=weights / weights.sum()))
-
-
-__all__ = ["Inference", "checkpoint_at", "export_hf", "generate", "pick", "write_masters"]
+__all__ = ["Inference", "Masters", "checkpoint_at", "export_hf"]

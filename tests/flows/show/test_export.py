@@ -15,7 +15,8 @@ from checkpoint.read import StateReader
 from checkpoint.store import Store, open_store
 from flows.data import load_dataset, load_tokenizer
 from flows.drive.run import load_what
-from flows.show.export import Inference, _hf_data, checkpoint_at, export_hf, generate, pick
+from flows.show.export import Inference, _hf_data, checkpoint_at, export_hf
+from flows.show.talk import generate, pick
 from tests.flows.conftest import Trained
 from tests.reference.model import Config, Model
 from tests.support.place import TEXT, Place
@@ -128,7 +129,7 @@ def test_a_matrix_is_turned_over_in_parts_that_fit_memory() -> None:
 def test_generate_stops_at_the_end_token(trained: Trained, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     eot = load_dataset(store, load_what(store, trained.run)["data"]["digest"]).eot
     picks = iter([5, 6, eot, 7])
-    monkeypatch.setattr("flows.show.export.pick", lambda *_: next(picks))
+    monkeypatch.setattr("flows.show.talk.pick", lambda *_: next(picks))
     generate(store, trained.run, PROMPT, tokens=4)
     assert next(picks) == 7
 

@@ -1,0 +1,197 @@
+"""``hotstage chat``: the real command at a terminal (a pty), and without one; a text that grows by the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint.store import Store, open_store
+from flows.show.talk import Text, generate
+from tests.flows.conftest import Trained
+from tests.support.place import ROOT
+from tests.support.wait import wait_for
+
+PROMPT = "the quick brown"
+
+
+@pytest.fixture(scope="module")
+def store(trained: Trained) -> Store:
+    return open_store(f"file://{trained.place.folder / 'store'}")
+
+
+class Terminal:
+    """The command at a terminal of its own; ``read`` gives all that came since the last time."""
+
+    def __init__(self, trained: Trained, temporary: Path, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            trained.place.command("chat", trained.run, *arguments),
+            cwd=trained.place.folder,
+            env=trained.place.env | {"PYTHONPATH": str(ROOT), "TERM": "dumb", "TMPDIR": str(temporary)},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=_own_terminal,
+        )
+        os.close(slave)
+        os.set_blocking(self.master, False)
+        self.said = ""
+
+    def write(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, words: str, count: int = 1) -> str:
+        """What was said until these words came so often; it is taken away."""
+
+        def there() -> bool:
+            with contextlib.suppress(BlockingIOError, OSError):  # EIO: the other side has left
+                while data := os.read(self.master, 65536):
+                    self.said += data.decode(errors="replace").replace("\r\n", "\n")
+            return self.said.count(words) >= count
+
+        wait_for(there, f"{words!r} to be said {count} times", 60)
+        end = -1
+        for _ in range(count):
+            end = self.said.index(words, end + 1)
+        taken, self.said = self.said[: end + len(words)], self.said[end + len(words) :]
+        return taken
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def _own_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminal(trained: Trained, tmp_path: Path) -> Iterator[Terminal]:
+    made = Terminal(trained, tmp_path, "--tokens", "100000", "--temperature", "1.2")
+    yield made
+    made.close()
+
+
+def test_a_talk_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    """Ctrl-C at the prompt gives the line up, in an answer stops it; Ctrl-D leaves; the history has its bound."""
+    terminal.until("of chaos-")
+    assert "it sees the newest 64 tokens; /new begins anew, Ctrl-C stops an answer" in terminal.until("Ctrl-D leaves)")
+    terminal.until("> ")
+    terminal.write("half a li\x03")
+    terminal.until("Ctrl-D leaves")
+    terminal.until("> ")
+    for line in (PROMPT, "and then"):
+        terminal.write(f"{line}\n")
+        terminal.until(f"{line}\n")
+        terminal.until(" ", 8)  # some words of the answer
+        terminal.write("\x03")
+        terminal.until("(stopped)")
+        terminal.until("> ")
+    terminal.write("/new\n")
+    terminal.until("> ")
+    terminal.write("the fox\n")
+    terminal.until("the fox\n")
+    terminal.until(" ", 60)  # more than the model sees at a time
+    terminal.write("\x03")
+    assert "tokens are forgotten from here on" in terminal.until("> ")
+    terminal.write("\x04")
+    assert terminal.process.wait(30) == 0
+    assert not list(tmp_path.iterdir()), "of the weights nothing is left"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_talk_that_is_ended_leaves_nothing(terminal: Terminal, tmp_path: Path, number: int) -> None:
+    terminal.until("> ")
+    terminal.write(f"{PROMPT}\n")
+    terminal.until(f"{PROMPT}\n")
+    terminal.until(" ", 3)
+    engines = children(terminal.process.pid)
+    assert engines
+    os.kill(terminal.process.pid, number)
+    terminal.process.wait(30)
+    wait_for(lambda: not any(alive(pid) for pid in engines), "the engine to leave", 20)
+    assert not list(tmp_path.iterdir())
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_without_a_terminal_each_line_is_answered(trained: Trained, store: Store) -> None:
+    words = ("chat", trained.run, "--tokens", "9", "--temperature", "0")
+    done = subprocess.run(
+        trained.place.command(*words),
+        cwd=trained.place.folder,
+        env=trained.place.env | {"PYTHONPATH": str(ROOT)},
+        input=f"{PROMPT}\n/new\n{PROMPT}\nover\n".encode(),
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    first, second, third, end = done.stdout.decode().split("\n")
+    assert PROMPT + first == generate(store, trained.run, PROMPT, tokens=9, temperature=0.0)
+    assert (second, end) == (first, ""), "/new forgets"
+    history = f"{PROMPT}{first}\nover"
+    assert history + third == generate(store, trained.run, history, tokens=9, temperature=0.0), (
+        "and without it does not"
+    )
+
+
+def test_a_window_that_grows_changes_no_text(trained: Trained, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(shortest: int) -> str:
+        monkeypatch.setattr("flows.show.talk.SHORTEST", shortest)
+        return generate(store, trained.run, PROMPT, tokens=40, temperature=1.5, seed=3)
+
+    assert text(2) == text(64)
+
+
+def test_pieces_are_whole_characters(trained: Trained, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A character of several tokens comes when it is whole; together the pieces are the text."""
+    wanted = " über 字 \U0001f600, und \u0301 ende"
+    with Text(store, trained.run) as text:
+        picks = iter(text.tokenizer.encode(wanted, add_special_tokens=False).ids)
+        monkeypatch.setattr("flows.show.talk.pick", lambda *_: next(picks, text.eot))
+        text.say(PROMPT)
+        pieces = list(text.answer(1000))
+        assert "".join(pieces) == wanted
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert len(pieces) > 20
+        assert text.ids[-1] == text.eot
+
+
+def test_a_temporary_folder_that_is_full_is_named(trained: Trained, store: Store) -> None:
+    words = ("generate", trained.run, "--prompt", "x")
+    env = trained.place.env | {"PYTHONPATH": str(ROOT), "TMPDIR": "/dev/shm"}
+    command = " ".join(["ulimit -f 8;", "exec", *trained.place.command(*words)])  # files of at most 4 or 8 kB
+    done = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; {command}"],
+        cwd=trained.place.folder,
+        env=env,
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    assert done.returncode == 75, done.stderr
+    assert (
+        "do not fit into /dev/shm (File too large): they take 893.4 kB; name another folder with TMPDIR" in done.stderr
+    )
