@@ -59,8 +59,17 @@ class DatasetManifest:
 
 def load_dataset_manifest(store: Store, digest: str) -> DatasetManifest:
     """The manifest of the dataset of this digest. NotFound; Damaged where it does not hold; OtherVersion."""
+    return parse_dataset_manifest(dataset_manifest_bytes(store, digest), digest)
+
+
+def dataset_manifest_bytes(store: Store, digest: str) -> bytes:
+    """As they are in the store. NotFound."""
+    return store.get(keys.dataset_manifest_key(digest), max_bytes=MAX_BYTES)
+
+
+def parse_dataset_manifest(data: bytes, digest: str) -> DatasetManifest:
+    """Damaged where these bytes are not the manifest of the dataset of this digest; OtherVersion."""
     what = f"the manifest of dataset {digest[:12]}"
-    data = store.get(keys.dataset_manifest_key(digest), max_bytes=MAX_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise Damaged(f"{what} does not have the digest that names it")
     f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_BYTES), what)
@@ -84,10 +93,10 @@ def _shard(row: object, what: str) -> ShardRow:
 
 
 @dataclass(frozen=True)
-class Leaves:
+class ShardLeaves:
     """The digests of a shard's leaves.
 
-    >>> table = Leaves.of([b"x" * 5000, b"y" * 5000], leaf_bytes=4096)
+    >>> table = ShardLeaves.of([b"x" * 5000, b"y" * 5000], leaf_bytes=4096)
     >>> len(table), table.holds(0, b"x" * 4096), table.holds(2, b"y" * 1808), table.holds(2, b"y")
     (3, True, True, False)
     """
@@ -97,7 +106,7 @@ class Leaves:
     digests: bytes
 
     @classmethod
-    def of(cls, pieces: Iterable[codec.Data], leaf_bytes: int = LEAF_BYTES) -> Leaves:
+    def of(cls, pieces: Iterable[codec.Data], leaf_bytes: int = LEAF_BYTES) -> ShardLeaves:
         """Of a shard that comes in pieces."""
         digests, total = bytearray(), 0
         digest, room = hashlib.sha256(), leaf_bytes
@@ -128,7 +137,7 @@ class Leaves:
         )
 
     @classmethod
-    def parse(cls, data: bytes, what: str) -> Leaves:
+    def parse(cls, data: bytes, what: str) -> ShardLeaves:
         """Damaged where it does not hold; OtherVersion."""
         f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_BYTES), what)
         f.version(_LEAVES_VERSION)
@@ -139,7 +148,7 @@ class Leaves:
         return found
 
 
-def load_leaves(store: Store, digest: str, number: int) -> Leaves:
+def load_leaves(store: Store, digest: str, number: int) -> ShardLeaves:
     """Of a shard of the dataset of this digest. NotFound where it was made without; Damaged; OtherVersion."""
     what = f"the leaves' digests of shard {number} of dataset {digest[:12]}"
-    return Leaves.parse(store.get(keys.leaves_key(digest, number), max_bytes=MAX_BYTES), what)
+    return ShardLeaves.parse(store.get(keys.leaves_key(digest, number), max_bytes=MAX_BYTES), what)

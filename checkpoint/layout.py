@@ -6,16 +6,21 @@ its sections; here its records are read as hostile input, every index and offset
 
 from __future__ import annotations
 
+import bisect
+import ctypes
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from checkpoint.digest import KINDS
 from checkpoint.errors import CheckpointError
 from trainer import wire
-from trainer.wire.plan import parse, piece_elements
+from trainer.wire.order import Order
+from trainer.wire.plan import PlanFile, parse, piece_elements
 from trainer.wire.unreadable import Unreadable
 
 MAX_REPLICAS = 1 << 16
+HEADER_BYTES = ctypes.sizeof(wire.ShardHeader)
 _ALIGN = 64
 
 
@@ -107,6 +112,56 @@ def piece(elements: int, pieces: int, replica: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A dataset that a plan reads: its hex digest, and how many of the plan's shards are its, in order."""
+
+    digest: str
+    shards: int
+
+
+@dataclass(frozen=True)
+class DataLayout:
+    """Which data a plan reads, where it lies, and who reads it."""
+
+    order: Order
+    sequence: int
+    token_bytes: int
+    shards: tuple[int, ...]
+    """Tokens of each, in order."""
+    parts: tuple[Part, ...]
+    mixed: bool
+    """The shards of each part lie in a folder of its name; else those of the one part where the attempt says."""
+    replicas: int
+    readers: frozenset[int]
+    """Positions whose ranks read tokens."""
+
+    def replicas_of(self, ranks: range, positions: int) -> tuple[int, ...]:
+        """Those whose samples the readers among these ranks read."""
+        found = (divmod(rank, positions) for rank in ranks)
+        return tuple(dict.fromkeys(replica for replica, position in found if position in self.readers))
+
+    @cached_property
+    def _firsts(self) -> tuple[int, ...]:
+        firsts, count = [], 0
+        for tokens in self.shards:
+            firsts.append(count)
+            count += max(0, tokens - 1) // self.sequence
+        return tuple(firsts)
+
+    def place(self, sample: int) -> tuple[int, int, int]:
+        """The shard of a sample, and where its bytes begin and end there."""
+        shard = bisect.bisect_right(self._firsts, sample) - 1
+        first = HEADER_BYTES + (sample - self._firsts[shard]) * self.sequence * self.token_bytes
+        return shard, first, first + (self.sequence + 1) * self.token_bytes
+
+    def places(self, batch: int, replica: int) -> range:
+        """Of the run's samples, those that a replica reads in this 1-based batch."""
+        count = self.order.batch // self.replicas
+        first = (batch - 1) * self.order.batch + replica * count
+        return range(first, first + count)
+
+
+@dataclass(frozen=True)
 class PlanLayout:
     """A plan, as far as checkpoints care. Digests are raw 32 bytes."""
 
@@ -125,6 +180,8 @@ class PlanLayout:
     token_bytes: int
     tensors: tuple[TensorInfo, ...]
     positions: tuple[PositionLayout, ...]
+    data: DataLayout | None = None
+    """None: of a plan that reads none."""
 
     @property
     def ranks(self) -> int:
@@ -180,6 +237,39 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
         token_bytes=c.token_bytes,
         tensors=tensors,
         positions=positions,
+        data=_data(file) if c.data_samples else None,
+    )
+
+
+def _data(file: PlanFile) -> DataLayout:
+    c, shards = file.config, tuple(s.tokens for s in file.records("shards", wire.PlanShard))
+    least = {"sequence": c.sequence, "data_block": c.data_block, "data_window": c.data_window}
+    for name, value in least.items():
+        if value < 1:
+            raise PlanRefused(f"the plan's {name} is {value}, it must be at least 1")
+    if c.token_bytes not in (2, 4):
+        raise PlanRefused(f"the plan's tokens have {c.token_bytes} bytes, it must be 2 or 4")
+    samples = sum(max(0, tokens - 1) // c.sequence for tokens in shards)
+    if samples != c.data_samples:
+        raise PlanRefused(f"the plan's shards have {samples} samples, its configuration says {c.data_samples}")
+    none, positions = wire.NONE64, file.records("positions", wire.PlanPosition)
+    return DataLayout(
+        order=Order(
+            parts=(samples,),
+            phases=(),
+            batch=max(1, c.microbatches * c.microbatch * c.replicas),
+            seed=c.seed,
+            shuffled=bool(c.data_shuffled),
+            block=c.data_block,
+            window=c.data_window,
+        ),
+        sequence=c.sequence,
+        token_bytes=c.token_bytes,
+        shards=shards,
+        parts=(Part(bytes(c.dataset_digest).hex(), len(shards)),),
+        mixed=False,
+        replicas=c.replicas,
+        readers=frozenset(n for n, p in enumerate(positions) if (p.tokens_offset, p.targets_offset) != (none, none)),
     )
 
 

@@ -30,6 +30,7 @@ from trainer.errors import SpecError
 from trainer.spec_fields import MAX_INT32, RULES, shown
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
+    HOW_OF_WHAT,
     LATER_WHAT,
     MAX_MICROBATCHES,
     MAX_VOCAB_SIZE,
@@ -38,11 +39,13 @@ from trainer.spec_sections import (
     RunSpec,
     how_map,
     too_short,
+    with_how,
 )
 from trainer.wire.packed import pack
 
 __all__ = [
     "CLUSTER_KEY",
+    "HOW_OF_WHAT",
     "MAX_HOW_BYTES",
     "MAX_INT32",
     "MAX_MICROBATCHES",
@@ -63,6 +66,7 @@ __all__ = [
     "what_bytes",
     "what_digest",
     "what_map",
+    "with_how",
 ]
 
 SPEC_SCHEMA = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -51,6 +51,8 @@ VOCAB_UNIT = 8
 LATER_WHAT = {"model": ("init",)}
 """Keys of the What half that came when runs had names already: at their default they are no part of it."""
 _INIT = r"(?s:hf:.+)|run:[a-z][-a-z0-9]*@\d{1,18}|(weights|state):[0-9a-f]{64}"
+HOW_OF_WHAT = (("data", "cache_gib"),)
+"""Keys of What sections that are no part of it: an attempt's record has them, and each attempt may have others."""
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
@@ -188,6 +190,13 @@ class DataSpec(Section):
     block: int = size(64, text="samples a block of the shuffle")
     window: int = size(64, text="blocks a window of the shuffle")
     shard_tokens: int = size(1 << 24, low=2, text="tokens a shard file")
+    cache_gib: float = Field(
+        0.0,
+        ge=0,
+        le=1 << 20,
+        description="most that a node keeps of the data, GiB: it fetches what its ranks read next and gives back what "
+        "they have read; 0: all shards, before the first step. No part of a run's name",
+    )
     packing: Literal["across"] = Field("across", description="documents are packed, attention crosses their borders")
 
     @model_validator(mode="after")
@@ -452,7 +461,7 @@ class RunSpec(Section):
         for number, how in enumerate(other_hows(how_map(self))):
             alone = {k: v for k, v in how["recovery"].items() if k not in ("layouts", "allowed_stages")}
             try:
-                RunSpec.model_validate({**tree, **how, "recovery": alone})
+                RunSpec.model_validate({**with_how(tree, how), "recovery": alone})
             except ValidationError as error:
                 why = "; ".join(str(e.get("ctx", {}).get("error", e["msg"])) for e in error.errors(include_url=False))
                 raise ValueError(f"{other_name(self.recovery, number)} ({layout_words(how)}): {why}") from error
@@ -511,6 +520,15 @@ class RunSpec(Section):
         return self.model_copy(update={"model": model, "train": train})
 
 
+def with_how(what: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's plain values, of the sections of a What and of a How (``how_map``)."""
+    bare = {section: dict(value) if isinstance(value, Mapping) else value for section, value in what.items()}
+    for section, key in HOW_OF_WHAT:
+        bare.get(section, {}).pop(key, None)
+    said = {section: how[section] for section, _ in HOW_OF_WHAT if isinstance(how.get(section), Mapping)}
+    return {**bare, **how, **{section: {**bare.get(section, {}), **value} for section, value in said.items()}}
+
+
 def too_short(shards: Sequence[int], sequence: int) -> str | None:
     """Why shards of so many tokens hold no sample of a sequence; None where one does."""
     longest = max(shards, default=0)
@@ -528,8 +546,13 @@ def too_short(shards: Sequence[int], sequence: int) -> str | None:
 
 
 def how_map(spec: RunSpec) -> dict[str, Any]:
-    """The How half as plain values, for the attempt record."""
+    """The How half as plain values, for the attempt record; with what a section of the What says that is none of it
+    (``HOW_OF_WHAT``), where it says something.
+    """
     how = spec.model_dump(mode="json", include={"parallel", "checkpoint", "launch", "recovery"})
+    for section, key in HOW_OF_WHAT:
+        if value := getattr(getattr(spec, section), key):
+            how.setdefault(section, {})[key] = value
     for section, keys in LATER.items():
         fields = type(getattr(spec, section)).model_fields
         for key in keys:

@@ -12,6 +12,7 @@ holds no credentials and never waits for storage. Who does what:
     rules.py         the invariants, asserted after every event
     actions.py       does the effects; service.py: the loop around all of them; __main__.py: the command line
     watch.py         the log, folded as it grows
+    ahead.py         token shards, fetched ahead of the ranks that read them (cache.py: into files; window.py: which)
     prepare.py       plan, data, slots and restore point of an attempt (fetch.py: from the store, verified)
     meet.py          who is a node of an attempt, and the nodes' addresses
     devices.py       what the ranks run on: the CPU or which CUDA devices

@@ -17,6 +17,7 @@ from checkpoint import keys
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
 from checkpoint.agent.adopt import attempt_path, found_devices, found_plan, recall, remember
+from checkpoint.agent.ahead import There
 from checkpoint.agent.algorithms import answer, bring
 from checkpoint.agent.attempt_file import attempt_bytes
 from checkpoint.agent.background import Background, behind
@@ -75,7 +76,7 @@ class Actions:
         self._remet = threading.Event()  # nor are the ports that are being exchanged
         self._background = Background()
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="chunks", initializer=self._background.enter)
-        self._preparer = Preparer(store, options, self._pool)
+        self.preparer = Preparer(store, options, self._pool, self._data_there)
         run, node = options.run, options.node
         self.hints = Hints(store, run, keys.status_key(run, options.launch, node))
         self.committer = Committer(
@@ -151,7 +152,7 @@ class Actions:
     def _send(self, e: do.Send) -> None:
         peer = self.peer(e.peer)
         if peer is not None:
-            self.link.send(peer, e.name, rank=e.rank, epoch=e.epoch, a=e.a, payload=e.payload)
+            self.link.send(peer, e.name, rank=e.rank, epoch=e.epoch, a=e.a, b=e.b, payload=e.payload)
 
     def _start(self, e: do.Start) -> None:
         peer, gang, has = self.peer(e.peer), e.gang, self._has
@@ -197,6 +198,8 @@ class Actions:
     def _cancel(self, _: object = None) -> None:
         self._cancelled.set()
         self._remet.set()
+        if self.preparer.ahead is not None:
+            self.preparer.ahead.stop()
 
     def _recall(self, e: do.Recall) -> ev.Event:
         gang, work = e.gang, self.options.work
@@ -208,9 +211,12 @@ class Actions:
             layout, path = found_plan(work, gang.attempt.plan)
         except CannotStart as error:
             return ev.Recalled(gang.epoch, True, over, ranks, (error.code, str(error)))
-        self._preparer.layouts[gang.attempt.plan] = layout, path
+        self.preparer.layouts[gang.attempt.plan] = layout, path
         table = SlotTable(layouts(layout, gang.local), layout.digest, layout.what_digest, layout.slots)
-        self._has = Provisions(layout, path, table)
+        ahead = None if over else self.preparer.bring_ahead(gang, layout, None)
+        self._has = Provisions(layout, path, table, ahead=ahead)
+        if ahead is not None:
+            ahead.start()
         return ev.Recalled(gang.epoch, True, over, ranks, devices=found_devices(work, gang.epoch, gang.local))
 
     def _claim(self, e: do.Claim) -> None:
@@ -231,7 +237,7 @@ class Actions:
         self, gang: Gang, state: RunState, table: SlotTable | None, cancelled: threading.Event
     ) -> ev.Event:
         try:
-            found = self._preparer.prepare(gang, state, table, cancelled)
+            found = self.preparer.prepare(gang, state, table, cancelled)
         except (CannotStart, CheckpointError, OSError) as error:
             return ev.Failed(gang.epoch, Work.PREPARE, *exit_of(error, self.options.work))
         self._post(lambda: self._keep(gang, found))
@@ -335,6 +341,14 @@ class Actions:
         heard = answer(self.store, self.options.run, e.table, cancelled)
         return None if heard is None else ev.Agreed(e.peer, e.epoch, e.rank, *heard)
 
+    def _has_read(self, e: do.HasRead) -> None:
+        if self._has is not None and self._has.ahead is not None:
+            self._has.ahead.read(e.rank, e.step, e.told)
+
+    def _data_there(self, epoch: int, there: There) -> None:
+        """In a thread of the data's."""
+        self._post(lambda: self._feed(ev.DataThere(epoch, there.step, there.code, there.words)))
+
     def _drained(self, _: object = None) -> ev.Drained:
         return ev.Drained(self.uploader.idle and self.committer.idle)
 
@@ -376,6 +390,7 @@ _EFFECTS: dict[type, Callable[[Actions, Any], ev.Event | None]] = {
     do.LookForSnapshots: Actions._look,
     do.Commit: Actions._commit,
     do.Agree: Actions._agree,
+    do.HasRead: Actions._has_read,
     do.AskDrained: Actions._drained,
     do.Publish: Actions._publish,
     do.MarkDone: Actions._mark_done,

@@ -96,6 +96,10 @@ class NodeAttempt:
     """Ranks of an adopted attempt that have none to hand back."""
     finals: dict[int, int] = field(default_factory=dict)
     """Rank -> step of the last snapshot that it takes."""
+    data: tuple[int, int, str] = 0, 0, ""
+    """Of data that comes ahead: up to which step it is there, and what keeps the next one's away."""
+    read: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Rank -> the step whose data it read last, up to which one it was told, and with which code."""
 
     def __post_init__(self) -> None:
         self.ranks = {rank: RankStatus(step=self.gang.attempt.step) for rank in self.gang.local}
@@ -122,6 +126,21 @@ class NodeAttempt:
     def restore(self, rank: int) -> int:
         """The index of the slot that the rank begins from, or -1."""
         return self.found.restore.get(rank, -1) if self.found is not None else -1
+
+    def has_read(self, rank: int, step: int, told: int) -> None:
+        """How far it says that it has read, and was told."""
+        self.read[rank] = step, told, self.read.get(rank, (0, 0, 0))[2]
+
+    def tell_data(self) -> list[tuple[int, int]]:
+        """Ranks, with their connections, that have to hear of the data: they may soon wait for what they do not know to
+        be there. From here on they have.
+        """
+        found, (step, code, _) = [], self.data
+        for rank, (read, told, said) in self.read.items():
+            if rank in self.peers and ((step > told and told <= read + 1) or code != said):
+                found.append((rank, self.peers[rank]))
+                self.read[rank] = read, max(told, step), code
+        return found
 
     # --- what ranks say -----------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ def attempt_bytes(options: Options, gang: Gang, has: Provisions, nodes: Mapping[
     head.trace = int(bool(gang.how("launch", "trace")))
     kind = nodes[options.node].devices.kind
     head.device_kind = wire.DEVICES[kind]
+    head.data_ahead = int(has.ahead is not None)
     if kind != "cpu":
         head.algorithms_digest[:] = digest(options.work)
     amended = gang.attempt.amendments

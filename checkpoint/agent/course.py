@@ -21,6 +21,8 @@ from trainer import wire
 
 log = logging.getLogger(__name__)
 
+_WORDS = 400  # bytes of why data is late
+
 EXIT_ENDED, EXIT_FENCED = 0, 75
 KILL_S = 10.0  # for a supervisor to reap ranks that were sent SIGKILL
 LOST_S = 2.0  # for a supervisor that went away to connect again (it tries each 50 ms)
@@ -305,6 +307,23 @@ class Course:
     def _of(self, epoch: int) -> NodeAttempt | None:
         """The attempt, where the epoch is its."""
         return self.attempt if self.attempt is not None and self.attempt.epoch == epoch else None
+
+    def _on_data_read(self, event: ev.DataRead) -> None:
+        attempt = self._of(event.epoch)
+        if attempt is not None and attempt.peers.get(event.rank) == event.peer:
+            attempt.has_read(event.rank, event.step, event.told)
+            self._do(do.HasRead(event.epoch, event.rank, event.step, event.told))
+            self._tell_data(attempt)
+
+    def _on_data_there(self, event: ev.DataThere) -> None:
+        if (attempt := self._of(event.epoch)) is not None:
+            attempt.data = event.step, event.code, event.words
+            self._tell_data(attempt)
+
+    def _tell_data(self, attempt: NodeAttempt) -> None:
+        step, code, words = attempt.data
+        for rank, peer in attempt.tell_data():
+            self._do(do.Send(peer, "DATA", attempt.epoch, rank, step, words.encode()[:_WORDS], code))
 
     # --- an agent that was restarted ----------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ def event_of(peer: int, m: Message, *, rival: bool = False) -> ev.Event | None:
             return ev.RankSaid(m.name, m.epoch, m.rank, m.payload)
         case "ALGORITHMS" if m.rank >= 0:
             return ev.Proposed(peer, m.epoch, m.rank, m.payload)
+        case "DATA" if m.rank >= 0:
+            return ev.DataRead(peer, m.epoch, m.rank, m.a, m.b)
         case "EXIT" if m.rank < 0:
             return ev.EngineRefused(peer, m.epoch, m.a, m.payload.rstrip(b"\0").decode(errors="replace"))
         case "EXIT":

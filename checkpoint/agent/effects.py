@@ -27,6 +27,7 @@ class Send:
     rank: int = -1
     a: int = 0
     payload: bytes = b""
+    b: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,16 @@ class Agree:
 
 
 @dataclass(frozen=True, slots=True)
+class HasRead:
+    """A rank has read its data up to this step, and was told of it up to that one. DataThere, as more of it comes."""
+
+    epoch: int
+    rank: int
+    step: int
+    told: int
+
+
+@dataclass(frozen=True, slots=True)
 class AskDrained:
     """Drained, at once."""
 
@@ -224,6 +235,7 @@ Effect = (
     | LookForSnapshots
     | Commit
     | Agree
+    | HasRead
     | AskDrained
     | Publish
     | MarkDone

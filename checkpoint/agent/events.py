@@ -165,6 +165,17 @@ class Proposed:
     table: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class DataRead:
+    """Up to which step a rank has read its data, and up to which one it was told that it is there (``ahead.py``)."""
+
+    peer: int
+    epoch: int
+    rank: int
+    step: int
+    told: int
+
+
 # --- results of what the machine asked for --------------------------------------------------------------------
 
 
@@ -200,6 +211,16 @@ class Provided:
     restore: Mapping[int, int] = field(default_factory=dict)
     start_step: int = -1
     from_slot: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataThere:
+    """Up to which step the data of the node's ranks is there; ``code``, ``words``: what keeps the next one's away."""
+
+    epoch: int
+    step: int
+    code: int
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +333,8 @@ Event = (
     | Ready
     | RankSaid
     | Proposed
+    | DataRead
+    | DataThere
     | Recalled
     | Claimed
     | Provided

@@ -10,13 +10,15 @@ import errno
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checkpoint import keys
-from checkpoint.dataset import load_dataset_manifest
+from checkpoint.agent.gang import CannotStart
+from checkpoint.dataset import DatasetManifest, ShardRow, dataset_manifest_bytes, parse_dataset_manifest
 from checkpoint.errors import CheckpointError, Damaged, NotFound
-from checkpoint.layout import PlanLayout, PlanRefused, read_plan
+from checkpoint.layout import Part, PlanLayout, PlanRefused, read_plan
 from checkpoint.store import Store
 from trainer.wire.files import kept, write_file
 
@@ -53,28 +55,27 @@ def fetch_plan(store: Store, run: str, digest: str, folder: Path) -> tuple[PlanL
 
 
 def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
-    """The folder that holds the plan's shards as ``00000.bin`` …, verified against the manifest and that by its digest.
+    """The folder that holds the plan's shards as ``00000.bin`` …, verified against the manifest and that by its digest;
+    of a mixture the one that holds a folder of them for each part.
 
     A store that is a folder of this machine is used as it is; else the shards are downloaded to ``folder/<digest>``.
-    Once a node: ``folder/<digest>/verified`` says that it was done. Raises DataRefused, StoreError.
+    Once a node: ``folder/<digest>/verified`` says that it was done. Raises DataRefused, StoreError, CannotStart.
     """
-    digest = layout.dataset_digest.hex()
-    target = folder / digest
+    assert layout.data is not None
+    homes = [_fetch_part(store, part, folder) for part in layout.data.parts]
+    return homes[0].parent if layout.data.mixed else homes[0]
+
+
+def _fetch_part(store: Store, part: Part, folder: Path) -> Path:
+    digest, target = part.digest, folder / part.digest
     local = store.local_path(keys.dataset_manifest_key(digest))
     home = target if local is None else local.parent
     if (target / "verified").exists():
         return home
     target.mkdir(parents=True, exist_ok=True)
-    try:
-        shards = load_dataset_manifest(store, digest).shards
-    except NotFound as error:
-        raise DataRefused(f"dataset {digest} is not in {store.describe()}; prepare the data there") from error
-    except Damaged as error:
-        raise DataRefused(f"{error}, in {store.describe()}; prepare the data again") from error
-    if len(shards) != len(layout.shards):
-        raise DataRefused(
-            f"dataset {digest} has {len(shards)} shards, the plan has {len(layout.shards)}; compile the plan again"
-        )
+    shards = part_manifest(store, part).shards
+    if local is None:
+        _check_room(target, shards)
     with ThreadPoolExecutor(4, thread_name_prefix="data") as pool:
         futures = [
             pool.submit(
@@ -91,6 +92,41 @@ def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
             future.result()
     write_file(target / "verified", b"")
     return home
+
+
+def _check_room(target: Path, shards: Sequence[ShardRow]) -> None:
+    """Said before hours of downloading: whether the shards that are missing fit."""
+    missing = sum(row.bytes for n, row in enumerate(shards) if not (target / keys.shard_name(n)).exists())
+    room = os.statvfs(target)
+    free = room.f_bavail * room.f_frsize
+    if free < missing:
+        raise CannotStart(
+            78,
+            f"the token shards take {missing / (1 << 30):.3g} GiB more, and {target} has {free / (1 << 30):.3g} GiB "
+            "free: make room there, or set data.cache_gib: the node then keeps so much of what it reads next",
+        )
+
+
+def part_manifest(store: Store, part: Part, kept: Path | None = None) -> DatasetManifest:
+    """Of a part of a plan's data. ``kept``: where a copy lies, or will. Raises DataRefused, StoreError."""
+    digest = part.digest
+    try:
+        try:
+            manifest = parse_dataset_manifest(kept.read_bytes() if kept is not None else b"", digest)
+        except (OSError, Damaged):
+            data = dataset_manifest_bytes(store, digest)
+            manifest = parse_dataset_manifest(data, digest)
+            if kept is not None:
+                write_file(kept, data)
+    except NotFound as error:
+        raise DataRefused(f"dataset {digest} is not in {store.describe()}; prepare the data there") from error
+    except Damaged as error:
+        raise DataRefused(f"{error}, in {store.describe()}; prepare the data again") from error
+    if len(manifest.shards) != part.shards:
+        raise DataRefused(
+            f"dataset {digest} has {len(manifest.shards)} shards, the plan has {part.shards}; compile the plan again"
+        )
+    return manifest
 
 
 def room_words(error: OSError, folder: Path) -> str:

@@ -15,6 +15,7 @@ DEFAULTS: Mapping[str, Any] = {
     "checkpoint.bandwidth_mb_s": 0.0,
     "checkpoint.commit_s": 120.0,
     "checkpoint.deadline_s": 600.0,
+    "data.cache_gib": 0.0,
     "launch.connect_s": 60.0,
     "launch.kernel_path": "auto",
     "launch.port_base": 0,

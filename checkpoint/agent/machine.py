@@ -370,6 +370,8 @@ _HANDLERS: dict[type, Callable[[Machine, Any], None]] = {
     ev.Ready: Machine._on_ready,
     ev.RankSaid: Machine._on_said,
     ev.Proposed: Machine._on_proposed,
+    ev.DataRead: Machine._on_data_read,
+    ev.DataThere: Machine._on_data_there,
     ev.Recalled: Machine._on_recalled,
     ev.Claimed: Machine._on_claimed,
     ev.Provided: Machine._on_provided,

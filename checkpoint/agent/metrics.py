@@ -53,6 +53,8 @@ class Figures:
     given_up: int = 0  # uploads
     retries: Mapping[str, int] = field(default_factory=dict)
     failing: bool = False
+    data_fetched: int = 0  # bytes of the attempt's data
+    data_held: int = 0
 
 
 class Gauge:
@@ -126,6 +128,13 @@ class Gauge:
             ("stored_parts_total", "counter", "Checkpoints whose part of this node is stored.", one(f.stored_parts)),
             ("given_up_uploads_total", "counter", "Uploads that were given up at their deadline.", one(f.given_up)),
             ("retries_total", "counter", "Requests that the store was asked again, by cause.", by("cause", causes)),
+            (
+                "data_fetched_bytes_total",
+                "counter",
+                "Bytes of token shards that came from the store ahead of this attempt's ranks (data.cache_gib).",
+                one(f.data_fetched),
+            ),
+            ("data_cache_bytes", "gauge", "Bytes of token shards that are kept here for them.", one(f.data_held)),
             ("failing", "gauge", "1 while the store or this machine refuses something.", one(int(f.failing))),
         ]
         out: list[str] = []

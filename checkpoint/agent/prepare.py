@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint.agent.ahead import FOLDER, Ahead, There, ahead_of
 from checkpoint.agent.fetch import fetch_data, fetch_plan, room_words
 from checkpoint.agent.gang import CannotStart, Gang, Options, layouts
 from checkpoint.agent.slots import SlotTable
@@ -31,7 +32,8 @@ class Provisions:
     """What a node has for an attempt: what its preparation found and made.
 
     ``restore``: rank -> index of the slot to restore from, empty on a fresh start. ``from_slot``: (step, epoch) of
-    slots that it starts from, uploaded as its own checkpoint where not durable yet.
+    slots that it starts from, uploaded as its own checkpoint where not durable yet. ``ahead``: what brings its data,
+    where that comes while the ranks run.
     """
 
     layout: PlanLayout
@@ -41,14 +43,20 @@ class Provisions:
     restore: Mapping[int, int] = field(default_factory=dict)
     start_step: int = -1
     from_slot: tuple[int, int] | None = None
+    ahead: Ahead | None = None
 
 
 class Preparer:
     """Prepares one attempt after another; the plans that it has read are kept in ``layouts``, by their digest."""
 
-    def __init__(self, store: Store, options: Options, pool: Executor) -> None:
-        self._store, self._options, self._pool = store, options, pool
+    def __init__(
+        self, store: Store, options: Options, pool: Executor, tell: Callable[[int, There], None] = lambda *_: None
+    ) -> None:
+        """``tell`` hears of an epoch, in a thread of its data's, how far that is there."""
+        self._store, self._options, self._pool, self._tell = store, options, pool, tell
         self.layouts: dict[str, tuple[PlanLayout, Path]] = {}
+        self.ahead: Ahead | None = None
+        """Of the attempt that was prepared or found last."""
 
     def prepare(self, gang: Gang, state: RunState, table: SlotTable | None, cancelled: threading.Event) -> Provisions:
         """What ``gang`` needs; ``table``: slots of the attempt before, used again where they fit.
@@ -76,7 +84,7 @@ class Preparer:
                 f"{layout.ranks}; the driver must write another attempt",
             )
         go_on()
-        data_dir = fetch_data(self._store, layout, options.work / "data")
+        data_dir = self._data(gang, layout)
         go_on()
         with contextlib.ExitStack() as failed:
             if table is None or table.plan_digest != layout.digest or set(table.layouts) != set(gang.local):
@@ -87,8 +95,38 @@ class Preparer:
             if table.total_bytes <= PREFAULT_FIRST_BYTES:
                 table.prefault()
             restore, start_step, from_slot = self._restore(gang, state, layout, table, go_on)
+            ahead = self.bring_ahead(gang, layout, max(0, start_step) + 1)
+            if ahead is not None:
+                ahead.first(go_on)
+                ahead.start()
             failed.pop_all()
-        return Provisions(layout, plan_path, table, data_dir, restore, start_step, from_slot)
+        return Provisions(layout, plan_path, table, data_dir, restore, start_step, from_slot, ahead)
+
+    def _data(self, gang: Gang, layout: PlanLayout) -> Path:
+        """Where the ranks find their shards: whole ones, or such as are filled while they run."""
+        folder, data = self._options.work / "data", layout.data
+        if data is None or not data.replicas_of(gang.local, len(layout.positions)):
+            return folder  # no rank of this node reads any
+        if gang.how("data", "cache_gib"):
+            cache = self._options.work / FOLDER
+            return cache if data.mixed else cache / data.parts[0].digest
+        return fetch_data(self._store, layout, folder)
+
+    @property
+    def figures(self) -> tuple[int, int, int]:
+        """Of data that comes ahead: bytes from the store, requests for them, bytes that are held."""
+        return self.ahead.figures if self.ahead is not None else (0, 0, 0)
+
+    def bring_ahead(self, gang: Gang, layout: PlanLayout, first: int | None) -> Ahead | None:
+        """What brings an attempt's data, not begun yet; what brought that of the one before has ended."""
+        before, epoch = self.ahead, gang.epoch
+        if before is not None:
+            before.stop()
+            before.join()
+        self.ahead = ahead_of(
+            self._store, layout, gang, self._options.work, first, lambda there: self._tell(epoch, there)
+        )
+        return self.ahead
 
     def _restore(
         self, gang: Gang, state: RunState, layout: PlanLayout, table: SlotTable, go_on: Callable[[], None]

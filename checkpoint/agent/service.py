@@ -132,6 +132,7 @@ class Service:
         status.supervisor, status.phase, status.durable = machine.engine.pid, machine.phase, machine.durable
         status.error = self._log_error or self._store_error or machine.slot_error or actions.hints.error
         status.slots = actions.held()
+        fetched, _, cached = actions.preparer.figures
         uploader, held = actions.uploader, status.slots[0][0] if status.slots else -1
         self.gauge.tell(
             epoch=status.epoch,
@@ -144,6 +145,8 @@ class Service:
             given_up=uploader.given_up,
             retries=actions.store.retries,
             failing=status.error is not None,
+            data_fetched=fetched,
+            data_held=cached,
         )
         if machine.speaks(self._log_error) and actions.hints.beat(status):
             self.watcher.expect()  # who reads that may answer by a record

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from checkpoint import keys
 from checkpoint.codec import pack
-from checkpoint.dataset import VERSION, Leaves, load_dataset_manifest
+from checkpoint.dataset import VERSION, ShardLeaves, load_dataset_manifest
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Store
 from flows.data.job import DataJob, store_of
@@ -277,7 +277,7 @@ def write_dataset(
 
 def _put_shard(store: Store, digest: str, number: int, data: bytes, mend: bool) -> None:
     put(store, keys.dataset_key(digest, keys.shard_name(number)), data, mend)
-    put(store, keys.leaves_key(digest, number), Leaves.of([data]).pack(), mend)
+    put(store, keys.leaves_key(digest, number), ShardLeaves.of([data]).pack(), mend)
 
 
 def _row(data: bytes, vocab: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from flows.drive.run import (
 )
 from flows.drive.views import SkipBatches
 from trainer.errors import PlanError, SpecError
-from trainer.spec import RETIRED, RunSpec, how_map
+from trainer.spec import HOW_OF_WHAT, RETIRED, RunSpec, how_map
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,10 @@ def _defaults() -> dict[str, dict[str, Any]]:
     """Of the How's sections."""
     fields = RunSpec.model_fields
     sections = ("parallel", "checkpoint", "launch", "recovery", "validation", "track")
-    return {name: fields[name].default.model_dump(mode="json") for name in sections}
+    found = {name: fields[name].default.model_dump(mode="json") for name in sections}
+    for section, key in HOW_OF_WHAT:
+        found.setdefault(section, {})[key] = getattr(fields[section].default, key)
+    return found
 
 
 def describe(state: RunState) -> list[dict[str, Any]]:

@@ -29,7 +29,16 @@ from trainer.errors import PlanError, SpecError
 from trainer.plan import Plan, compile_plan
 from trainer.plan.memory import host_kinds
 from trainer.plan.records import PositionPlan
-from trainer.spec import RunSpec, how_map, other_name, parse_spec, what_bytes, what_digest
+from trainer.spec import (
+    HOW_OF_WHAT,
+    RunSpec,
+    how_map,
+    other_name,
+    parse_spec,
+    what_bytes,
+    what_digest,
+    with_how,
+)
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
 from trainer.wire import NUMERICS_VERSION, PLAN_VERSION
 from trainer.wire.plan import parse, version_of
@@ -146,7 +155,7 @@ def compiled(prepared: Prepared, spec: RunSpec) -> Prepared:
 def spec_under(spec: RunSpec, how: Mapping[str, Any]) -> RunSpec:
     """The spec with another How, checked as any spec is."""
     what = spec.model_dump(mode="json", include={"name", "model", "data", "train"})
-    return parse_spec({**what, **how}, origin="its order")
+    return parse_spec(with_how(what, how), origin="its order")
 
 
 def layouts_of(prepared: Prepared, state: RunState) -> tuple[RunLayout, ...]:
@@ -246,13 +255,8 @@ def load_what(store: Store, run: str) -> dict[str, Any]:
 def spec_tree(what: Mapping[str, Any], name: str, how: Mapping[str, Any]) -> dict[str, Any]:
     """A spec's plain values again, from a What and a How."""
     data = {k: v for k, v in what["data"].items() if k != "digest"}
-    return {
-        "name": name,
-        "model": what["model"],
-        "data": {"source": f"dataset:{what['data']['digest']}", **data},
-        "train": what["train"],
-        **how,
-    }
+    source = {"source": f"dataset:{what['data']['digest']}", **data}
+    return with_how({"name": name, "model": what["model"], "data": source, "train": what["train"]}, how)
 
 
 def load_spec_of(
@@ -260,7 +264,8 @@ def load_spec_of(
 ) -> tuple[RunSpec, DatasetRef]:
     """A run's RunSpec again: its What from the store, its How from an attempt, with overrides of the How only."""
     what = load_what(store, run)
-    bad = [s for s in sets if s.split(".")[0].split("=")[0] in WHAT_KEYS]
+    fixed = [s for s in sets if s.split(".")[0].split("=")[0].strip() in WHAT_KEYS]
+    bad = [s for s in fixed if tuple(part.strip() for part in s.partition("=")[0].split(".")) not in HOW_OF_WHAT]
     if bad:
         key = bad[0].split("=")[0]
         orders = {"steps": "to end it at another step, --steps N", "lr": "to lower its rate, --lr-scale FACTOR"}

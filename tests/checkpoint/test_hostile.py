@@ -21,7 +21,7 @@ from checkpoint import codec, keys, pages
 from checkpoint.chunks import Chunk
 from checkpoint.claims import Place
 from checkpoint.curve import Curve
-from checkpoint.dataset import Leaves, load_dataset_manifest
+from checkpoint.dataset import ShardLeaves, load_dataset_manifest
 from checkpoint.digest import KINDS
 from checkpoint.errors import CheckpointError, Damaged, OtherVersion
 from checkpoint.layout import PlanRefused, read_plan
@@ -202,7 +202,9 @@ READERS: dict[str, Reader] = {
         lambda value: codec.pack(value, 500),
         lambda data: codec.unpack(data, "it", max_bytes=CAP),
     ),
-    "leaves": Reader(lambda: Leaves.of([b"x" * 9000], 4096).pack(), lambda data: Leaves.parse(data, "it"), seal),
+    "leaves": Reader(
+        lambda: ShardLeaves.of([b"x" * 9000], 4096).pack(), lambda data: ShardLeaves.parse(data, "it"), seal
+    ),
     "claim": Reader(lambda: Place("h", "b", "s", "/f", "t").to_bytes(), lambda d: Place.parse(d, "it"), hint, unhint),
     "curve": Reader(curve, Curve.parse, hint, unhint),
     "plan": Reader(tiny_plan, read_plan),

@@ -172,3 +172,44 @@ def test_no_agent_in_time_and_a_lost_peer_are_said(tmp_path: Path) -> None:
     with rank(tmp_path / ("x" * 200)) as r:
         assert "a Unix socket takes 1 to 107" in r.answer()
         assert r.process.wait(WAIT_S) == 78
+
+
+def test_data_that_is_there_is_not_waited_for_and_late_data_is_told_in_the_agents_words(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with slots(1) as fds, rank(path) as r:
+        with agent_at(path) as agent:
+            hand_over(agent, r, fds)
+            assert r.ask("ahead 4") == "ok 0"
+            agent.tell("DATA", 3, a=6)
+            assert r.ask("data 5 20000") == "ok 0"
+            said = agent.hears("DATA", 3, 8)
+            assert (said.a, said.b) == (4, 6)  # what has come by now
+            assert r.ask("data 6 0") == "ok 0"  # known: nobody is asked
+            assert r.ask("read 6") == "ok 0"
+            late = r.ask("data 7 50")
+            assert late.startswith("LOST 0 the data of step 7 is not here after")
+            assert late.endswith(
+                "names no failure of its store; is the store too slow for this node's share of the data?"
+            )
+            agent.until(lambda: len(agent.of("DATA", 3)) == 2, "how far it has read")
+            assert [(m.a, m.b) for m in agent.of("DATA", 3)][1] == (6, 6)
+            agent.tell("DATA", 3, a=6, b=75, payload=b"data/d/00001.bin is awaited: the store is away")
+            late = r.ask("data 7 50")
+            assert late.startswith("LOST 0 the data of step 7 is not here after")
+            assert late.endswith("the agent has it up to step 6: data/d/00001.bin is awaited: the store is away")
+        with agent_at(path) as again:  # another one hears first what was promised
+            r.say("data 9 20000")
+            told = again.hears("DATA", 3, 8)
+            assert (told.a, told.b) == (6, 6)
+            again.tell("DATA", 3, a=9)
+            assert r.answer() == "ok 0"
+            again.tell("DATA", 3, a=9, b=65, payload=b"damaged")
+            refused = r.ask("data 10 20000")  # it never comes: at once
+            assert refused.startswith("DATA 0 the data of step 10 is not here after")
+            assert refused.endswith("the agent has it up to step 9: damaged")
+            again.tell("DATA", 3, a=9, b=78, payload=b"the disk is full")
+            again.tell("COMMITTED", 3, a=1)
+            assert r.ask("committed 1 20000") == "ok 0"
+            assert r.ask("data 10 0").startswith("CONFIG 0 the data of step 10")
+            os.kill(r.process.pid, signal.SIGUSR1)
+            assert "a peer was lost while this rank waited for the data of step 10" in r.ask("data 10 20000")

@@ -16,6 +16,7 @@ from tests.engine.native import build_program
 from tests.engine.plans import SEQUENCE, VOCAB, small_plan
 from tests.reference.sample_order import SampleOrder
 from trainer.dataset import DatasetRef, write_shard
+from trainer.wire.order import Order
 
 __all__ = ["engine"]
 
@@ -51,6 +52,9 @@ def test_the_order_is_the_mirrors_and_every_pass_a_permutation(
         data: dict[str, object] = {"block": block, "window": window, "shuffled": shuffled}
         samples = order(engine, tmp_path, dataset, data, 3 * used, seed)
         assert samples == [mirror.sample(i) for i in range(3 * used)]
+        known = Order((total,), (), 4, seed, shuffled, block, window)  # as the agent counts it out
+        assert samples == [known.sample(i) for i in range(3 * used)]
+        assert (known.used(0), known.taken(5)) == (used, (20,))
         passes = [samples[i : i + used] for i in range(0, 3 * used, used)]
         for one in passes:
             assert max(Counter(one).values()) == 1

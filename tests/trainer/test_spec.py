@@ -21,7 +21,9 @@ from trainer.spec import (
     what_bytes,
     what_digest,
     what_map,
+    with_how,
 )
+from trainer.spec_layouts import other_hows
 from trainer.wire.packed import RECORD_DEPTH, pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,6 +298,19 @@ def test_a_how_is_written_as_before_where_a_newer_key_is_not_used() -> None:
     used = parse_spec(tree(), ["checkpoint.snapshot_every=10"])
     assert how_map(used)["checkpoint"]["snapshot_every"] == 10
     assert parse_spec(tree() | how_map(used)) == used
+
+
+def test_what_a_node_keeps_of_the_data_is_no_part_of_a_runs_name_and_follows_a_how() -> None:
+    plain, cached = parse_spec(tree()), parse_spec(tree(), ["data.cache_gib=0.5"])
+    assert run_id(plain, DATA) == run_id(cached, DATA)
+    assert "data" not in how_map(plain)
+    assert how_map(cached)["data"] == {"cache_gib": 0.5}
+    what = {**plain.model_dump(mode="json"), "data": {"source": "text:x", "cache_gib": 7.0}}
+    assert parse_spec(with_how(what, how_map(cached))).data.cache_gib == 0.5
+    asked = parse_spec(with_how(what, how_map(plain)))
+    assert (asked.data.cache_gib, asked.data.source) == (0.0, "text:x")
+    several = parse_spec(tree(recovery={"allowed_stages": [1]}), ["data.cache_gib=0.5", "parallel.stages=2"])
+    assert [how["data"] for how in other_hows(how_map(several))] == [{"cache_gib": 0.5}]
 
 
 def test_a_key_that_is_gone_is_still_read() -> None:

@@ -332,7 +332,7 @@ class SlotHeader(ctypes.LittleEndianStructure):
 
 # --- attempt.h --------------------------------------------------------------------------------------------
 
-ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 3
+ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 4
 ATTEMPT_SKIPS_MAX, ATTEMPT_RATES_MAX = 256, 64
 DEVICES = {"cpu": DEVICE_CPU, "cuda": DEVICE_CUDA}
 """What a gang runs on, by the name that ``parallel.device`` has for it."""
@@ -357,7 +357,7 @@ class Attempt(ctypes.LittleEndianStructure):
         ("commit_ms", u32),
         ("trace", u32),
         ("device_kind", u32),
-        ("reserved", u32),
+        ("data_ahead", u32),
         ("algorithms_digest", u8 * 32),
         ("total_steps", i64),
         ("skips", u32),
@@ -453,6 +453,7 @@ MSGS = {
     "KILL": 15,
     "END": 16,
     "ALGORITHMS": 17,
+    "DATA": 18,
 }
 
 

@@ -489,3 +489,28 @@ def test_devices_of_an_attempt_are_found_in_its_file(tmp_path: Path) -> None:
     head.device_kind = wire.DEVICES["cpu"]
     (tmp_path / "attempt-3").write_bytes(bytes(head) + ranks)
     assert found_devices(tmp_path, 3, range(2, 4)) == ON_CPU
+
+
+def test_ranks_hear_of_their_data_when_they_may_soon_wait_for_it() -> None:
+    """Whoever knows that the next steps' data is there is left alone, however much comes."""
+    walk = Walk().to(NodePhase.RUN)
+
+    def told(event: ev.Event) -> list[tuple[int, int, int, int]]:
+        effects = walk.on(event)
+        return [(e.peer, e.rank, e.a, e.b) for e in effects if isinstance(e, do.Send) and e.name == "DATA"]
+
+    assert told(ev.DataThere(1, 5, 0, "")) == []  # nobody has asked
+    for peer, rank in ((7, 0), (8, 1)):
+        walk.on(ev.RankHello(peer, 1, rank, 100 + rank))
+    assert told(ev.DataRead(7, 1, 0, 4, 4)) == [(7, 0, 5, 0)]
+    assert told(ev.DataThere(1, 6, 0, "")) == [(7, 0, 6, 0)]  # it knows of 5, the one that it reads next
+    assert told(ev.DataThere(1, 900, 0, "")) == []  # it knows of the one after that too
+    assert told(ev.DataRead(7, 1, 0, 5, 6)) == [(7, 0, 900, 0)]
+    assert told(ev.DataThere(1, 1000, 0, "")) == []
+    assert told(ev.DataThere(1, 1000, 75, "the store is away")) == [(7, 0, 1000, 75)]  # once a reason
+    assert told(ev.DataThere(1, 1000, 75, "still")) == []
+    assert told(ev.DataThere(1, 1001, 0, "")) == [(7, 0, 1001, 0)]
+    assert told(ev.DataRead(9, 1, 0, 6, 900)) == []  # of a connection that is not its
+    assert told(ev.DataThere(2, 5, 0, "")) == []  # of another attempt
+    walk.on(ev.PeerGone(7))
+    assert told(ev.DataThere(1, 2000, 75, "")) == []

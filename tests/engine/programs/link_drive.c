@@ -3,6 +3,7 @@
  *   link_drive SOCKET RANK EPOCH
  *   slots MS    metrics TEXT    ready SLOT STEP FINAL    words TEXT    trace PATH    poll committed
  * STEP MS    leave MS    agree MS TEXT (the answer, of 64 bytes at most, is in the line)
+ *   ahead STEP    read STEP    data STEP MS
  *
  * One line of answer each: "ok ...", or "<STATUS> why". After `slots` the descriptors are attached
  * to a snapshot of one tensor of 16 elements, and are what a restarted agent gets.
@@ -86,6 +87,12 @@ int main(int argc, char **argv) {
             hs_agent_link_poll(link);
         else if (strcmp(word, "committed") == 0)
             st = hs_agent_link_wait_committed(link, a, hs_deadline_ns(b), stop, &why);
+        else if (strcmp(word, "ahead") == 0)
+            hs_agent_link_ahead(link, a);
+        else if (strcmp(word, "read") == 0)
+            hs_agent_link_has_read(link, a);
+        else if (strcmp(word, "data") == 0)
+            st = hs_agent_link_wait_data(link, a, hs_deadline_ns(b), stop, &why);
         else if (strcmp(word, "agree") == 0)
             st = agree(link, text, a, stop, &why);
         else if (strcmp(word, "leave") == 0)

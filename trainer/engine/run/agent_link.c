@@ -1,6 +1,7 @@
 #include "run/agent_link.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,7 @@
 
 #include "core/clock.h"
 #include "run/message.h"
+#include "wire/exit.h"
 
 enum { RECONNECT_MS = 50, TRACE_MAX = 1024 };
 
@@ -45,6 +47,12 @@ struct hs_agent_link {
     size_t agreed_room, agreed_bytes;
     bool agreed_came;
     int64_t agreed_code;
+    /* data that comes ahead */
+    bool ahead, read_unsent;
+    int64_t read;  /* the step whose data this rank has read last */
+    int64_t there; /* the step up to which its data is there */
+    int64_t late;  /* exit code of why not further; 0: nothing is wrong */
+    char late_words[HS_LINK_DATA_MAX + 1];
     /* what waits */
     line_ring metrics;
     ready readies[HS_SNAPSHOT_SLOTS_MAX];
@@ -128,6 +136,7 @@ static void disconnect(hs_agent_link *link) {
      * harm. */
     for (int i = 0; i < HS_SNAPSHOT_SLOTS_MAX; i++) link->readies[i].unsent = link->readies[i].any;
     link->proposal_unsent = link->proposal != NULL;
+    link->read_unsent = link->ahead; /* it takes nothing away before it knows */
 }
 
 /* HS_OK: sent. HS_E_AGAIN: later. HS_E_LOST: the connection is gone (already noted). */
@@ -147,6 +156,11 @@ static hs_status send_waiting(hs_agent_link *link) {
         const int count = link->snapshot ? hs_snapshot_fds(link->snapshot, fds) : 0;
         HS_TRY(send_one(link, HS_MSG_HELLO, (hs_msg){.a = getpid()}, NULL, 0, fds, count));
         link->greeted = true;
+    }
+    if (link->read_unsent) {
+        HS_TRY(send_one(link, HS_MSG_DATA, (hs_msg){.a = link->read, .b = link->there}, NULL, 0,
+                        NULL, 0));
+        link->read_unsent = false;
     }
     for (int i = 0; i < HS_SNAPSHOT_SLOTS_MAX; i++) {
         ready *r = &link->readies[i];
@@ -207,6 +221,14 @@ static void take_agreed(hs_agent_link *link, const hs_msg *msg) {
     if (msg->bytes <= link->agreed_room) memcpy(link->agreed, link->payload, msg->bytes);
 }
 
+static void take_data(hs_agent_link *link, const hs_msg *msg) {
+    const size_t length = msg->bytes < HS_LINK_DATA_MAX ? msg->bytes : HS_LINK_DATA_MAX;
+    if (msg->a > link->there) link->there = msg->a;
+    link->late = msg->b;
+    memcpy(link->late_words, link->payload, length);
+    link->late_words[length] = '\0';
+}
+
 static void receive(hs_agent_link *link) {
     while (link->fd >= 0) {
         hs_msg msg;
@@ -226,6 +248,8 @@ static void receive(hs_agent_link *link) {
             if (msg.a > link->committed) link->committed = msg.a;
         } else if (msg.type == HS_MSG_ALGORITHMS) {
             take_agreed(link, &msg);
+        } else if (msg.type == HS_MSG_DATA && link->ahead) {
+            take_data(link, &msg);
         } else {
             HS_LOG(link->log, HS_LOG_WARN, "a message that is not for a rank",
                    HS_S("type", hs_message_name(msg.type)));
@@ -330,6 +354,52 @@ hs_status hs_agent_link_agree(hs_agent_link *link, const void *table, size_t byt
         st = hs_fail(why, HS_E_CONFIG, "%.*s", (int)link->agreed_bytes, (const char *)answer);
     *came = link->agreed_bytes;
     return st;
+}
+
+void hs_agent_link_ahead(hs_agent_link *link, int64_t step) {
+    link->ahead = link->read_unsent = true;
+    link->read = link->there = step;
+}
+
+void hs_agent_link_has_read(hs_agent_link *link, int64_t step) {
+    link->read = step;
+    link->read_unsent = true;
+}
+
+/* Why the data of a step is not there, after so long. */
+static hs_status data_late(const hs_agent_link *link, int64_t step, int64_t ms, hs_why *why) {
+    const hs_status st = link->late == HS_EXIT_DATA     ? HS_E_DATA
+                         : link->late == HS_EXIT_CONFIG ? HS_E_CONFIG
+                                                        : HS_E_LOST;
+    if (link->late)
+        return hs_fail(why, st,
+                       "the data of step %" PRId64 " is not here after %" PRId64
+                       " ms, the agent has it up to step %" PRId64 ": %s",
+                       step, ms, link->there, link->late_words);
+    return hs_fail(why, st,
+                   "the data of step %" PRId64 " is not here after %" PRId64
+                   " ms, the agent has it up to step %" PRId64
+                   " and %s; is the store too slow for this node's share of the data?",
+                   step, ms, link->there,
+                   link->fd < 0 ? "is away" : "names no failure of its store");
+}
+
+hs_status hs_agent_link_wait_data(hs_agent_link *link, int64_t step, int64_t deadline_ns,
+                                  hs_stop *stop, hs_why *why) {
+    if (step <= link->there) return HS_OK;
+    const int64_t began_ns = hs_clock_ns();
+    for (;;) {
+        hs_agent_link_poll(link);
+        if (step <= link->there) return HS_OK;
+        if (hs_stop_lost(stop))
+            return hs_fail(why, HS_E_LOST,
+                           "a peer was lost while this rank waited for the data of step %" PRId64,
+                           step);
+        const int64_t now_ns = hs_clock_ns();
+        if (now_ns >= deadline_ns || link->late == HS_EXIT_DATA)
+            return data_late(link, step, (now_ns - began_ns) / 1000000, why);
+        doze(link, stop, link->read_unsent, deadline_ns);
+    }
 }
 
 void hs_agent_link_keep(hs_agent_link *link, const hs_snapshot *snapshot) {

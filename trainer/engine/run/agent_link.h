@@ -25,6 +25,7 @@
 #define HS_LINK_METRICS_BYTES (1u << 20)
 #define HS_LINK_METRICS_MAX   4096u  /* of one JSON line */
 #define HS_LINK_WORDS_MAX     16384u /* of the last words */
+#define HS_LINK_DATA_MAX      400u   /* of why data is late */
 
 typedef struct hs_agent_link hs_agent_link;
 
@@ -47,6 +48,16 @@ hs_status hs_agent_link_slots(hs_agent_link *link, int64_t deadline_ns, hs_stop 
 hs_status hs_agent_link_agree(hs_agent_link *link, const void *table, size_t bytes, void *answer,
                               size_t room, size_t *came, int64_t deadline_ns, hs_stop *stop,
                               hs_why *why);
+
+/* The attempt's data comes ahead: from now on the agent hears how far this rank has read, beginning with `step`. */
+void hs_agent_link_ahead(hs_agent_link *link, int64_t step);
+/* This rank has read the data of that step; the agent hears it at the next call. */
+void hs_agent_link_has_read(hs_agent_link *link, int64_t step);
+/* Waits until the agent says that the data of `step` is there; no more than a comparison where it is. HS_E_LOST where it
+ * is not by deadline_ns, in the agent's words (HS_E_CONFIG where this machine is why), or where a peer is lost meanwhile;
+ * HS_E_DATA at once where it never will be. */
+hs_status hs_agent_link_wait_data(hs_agent_link *link, int64_t step, int64_t deadline_ns,
+                                  hs_stop *stop, hs_why *why);
 
 /* From now on a reconnection hands over the descriptors of this snapshot, which must outlive the
  * link. */

@@ -87,11 +87,12 @@ static hs_status check(const char *path, const hs_attempt *a, size_t size, hs_wh
                        path);
     }
     if (a->start_step < -1 || a->stop_after < -1 || a->connect_ms == 0 || a->stall_ms == 0 ||
-        a->commit_ms == 0 || a->trace > HS_TRACE_ON) {
+        a->commit_ms == 0 || a->trace > HS_TRACE_ON || a->data_ahead > 1) {
         return hs_fail(why, HS_E_CONFIG,
                        "attempt %s: start_step %" PRId64 ", stop_after %" PRId64
-                       ", a deadline of 0 ms or trace %" PRIu32 " is out of range",
-                       path, a->start_step, a->stop_after, a->trace);
+                       ", a deadline of 0 ms, trace %" PRIu32 " or data_ahead %" PRIu32
+                       " is out of range",
+                       path, a->start_step, a->stop_after, a->trace, a->data_ahead);
     }
     const hs_attempt_rank *ranks = (const hs_attempt_rank *)(a + 1);
     for (uint32_t r = 0; r < a->ranks; r++) {

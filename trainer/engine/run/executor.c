@@ -223,6 +223,14 @@ static hs_status in_turn(hs_executor *ex, const hs_plan_action *a, const hs_turn
     return hs_spaces_end(ex->spaces, turn, why);
 }
 
+/* The tokens of this step are in the shards: where they come while the ranks run they may be late. Who waits for them
+ * gives up before its peers give up on it: it knows why. */
+static hs_status await_data(const hs_executor *ex, hs_why *why) {
+    if (!ex->attempt->data_ahead) return HS_OK;
+    const int64_t ms = (int64_t)ex->attempt->stall_ms * 3 / 4;
+    return hs_agent_link_wait_data(ex->agent, ex->step, hs_deadline_ns(ms), ex->stop, why);
+}
+
 static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_plan_action *a,
                             hs_why *why) {
     const hs_turn *turn = ex->turns[list] ? &ex->turns[list][i] : NULL;
@@ -231,9 +239,12 @@ static hs_status run_action(hs_executor *ex, hs_list list, uint32_t i, const hs_
     switch (a->kind) {
     case HS_A_RUN:
     case HS_A_DATA:
+        if (a->kind == HS_A_DATA) HS_TRY(await_data(ex, why));
         hs_stop_busy(ex->stop, true);
         st = in_turn(ex, a, turn, why);
         hs_stop_busy(ex->stop, false);
+        if (a->kind == HS_A_DATA && ex->attempt->data_ahead)
+            hs_agent_link_has_read(ex->agent, ex->step);
         return st;
     case HS_A_SEND:
     case HS_A_RECV:

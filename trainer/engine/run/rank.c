@@ -85,6 +85,11 @@ static hs_status open_files(rank *r, hs_why *why) {
                        ", but without an agent there are no slots to restore from",
                        a->start_step);
     }
+    if (!r->args->agent && a->data_ahead) {
+        return hs_fail(
+            why, HS_E_CONFIG,
+            "the attempt's data comes while it runs, but without an agent nobody brings it");
+    }
     if (a->device_kind == HS_DEVICE_CPU && strcmp(r->args->environment->fabric, "tcp") != 0) {
         return hs_fail(why, HS_E_CONFIG,
                        "launch.fabric is '%s' (HOTSTAGE_ENGINE_FABRIC); ranks on CPUs carry their "
@@ -188,6 +193,7 @@ static hs_status open_parts(rank *r, hs_why *why) {
     if (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX) {
         HS_TRY(hs_shards_open(a->data_dir, g, r->plan.shards, r->plan.count[HS_SECTION_SHARDS],
                               &r->shards, why));
+        if (a->data_ahead) hs_agent_link_ahead(r->agent, a->start_step < 0 ? 0 : a->start_step);
     }
     if (a->trace == HS_TRACE_ON) HS_TRY(hs_trace_create(&r->plan, r->args->rank, &r->trace, why));
     if (r->args->page_fd >= 0) {

@@ -23,6 +23,11 @@
  *                ALGORITHMS (payload: a table of wire/algorithms.h, what it would choose)
  *   agent        ALGORITHMS                       to that rank: the run's choice for the same products, once the store
  *                                                 has it
+ *   rank         DATA (where the attempt's data comes ahead)  a = step whose data it read last, b = step up to which it
+ *                                                 was told; when it has connected, and once a step
+ *   agent        DATA                             to such a rank: a = step up to which its data is there; b = exit code of
+ *                                                 what keeps the next one's away, 0: nothing; payload: why, in words.
+ *                                                 Sent when the rank may soon wait for it, not more often
  *   supervisor   OUTPUT (rank, bytes of its stdout or stderr; a = 1 or 2), EXIT(rank, a = exit code or -signal,
  *                b = pid, c = HS_ENDED_*; of HS_ENDED_BY_OOM payload u64: bytes that the container may use, 0:
  *                no limit; in the order in which they ended), IDLE (all ranks of the attempt are reaped)
@@ -45,7 +50,7 @@
 #define HS_MSGS(X)                                                                          \
     X(1, HELLO) X(2, PREPARE) X(3, PORTS) X(4, START) X(5, SLOTS) X(6, METRICS) X(7, READY) \
     X(8, WORDS) X(9, TRACE) X(10, OUTPUT) X(11, EXIT) X(12, IDLE) X(13, COMMITTED)          \
-    X(14, STOP) X(15, KILL) X(16, END) X(17, ALGORITHMS)
+    X(14, STOP) X(15, KILL) X(16, END) X(17, ALGORITHMS) X(18, DATA)
 
 enum {
 #define X(number, NAME) HS_MSG_##NAME = number,

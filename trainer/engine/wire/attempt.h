@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define HS_ATTEMPT_MAGIC "HSATTM\r\n"
-#define HS_ATTEMPT_VERSION 3u /* 1 had no devices, 2 no amendments; each engine reads one version, its agent's */
+#define HS_ATTEMPT_VERSION 4u /* 1 had no devices, 2 no amendments, 3 no data_ahead; each engine reads one, its agent's */
 
 enum { HS_ATTEMPT_SKIPS_MAX = 256, HS_ATTEMPT_RATES_MAX = 64 };
 enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1 };
@@ -38,7 +38,7 @@ typedef struct hs_attempt {
     uint32_t commit_ms;      /* deadline of the wait for the last commit */
     uint32_t trace;          /* HS_TRACE_*: instruction times of the last steps into trace_dir */
     uint32_t device_kind;    /* HS_DEVICE_* */
-    uint32_t reserved;       /* 0 */
+    uint32_t data_ahead;     /* 1: the shards come while the ranks run; a step's are there once the agent says so (DATA) */
     uint8_t algorithms_digest[32]; /* SHA-256 of the table of a library's algorithms that the gang uses; zero: none yet */
     int64_t total_steps;     /* the run ends after this many optimizer steps; 0: the plan's */
     uint32_t skips;          /* hs_attempt_skip records, behind the ranks' */

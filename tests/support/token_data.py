@@ -1,0 +1,64 @@
+"""Datasets of random tokens, as they lie in a store: no text, no tokenizer's work; leaves as small as a test needs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import codec, keys
+from checkpoint.dataset import LEAF_ALIGN, ShardLeaves
+from checkpoint.store import Store
+from trainer.dataset import DatasetRef, write_shard
+
+VOCAB = 300
+TOKENIZER = b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+
+
+def put_tokens(
+    store: Store, shards: Sequence[int], *, seed: int = 0, leaf_bytes: int | None = LEAF_ALIGN, vocab: int = VOCAB
+) -> DatasetRef:
+    """Shards of so many tokens. ``leaf_bytes``: None for a dataset of before there were leaves."""
+    rng = np.random.default_rng(seed)
+    files = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in shards:
+            path = Path(folder) / "shard"
+            write_shard(path, rng.integers(0, vocab, count), vocab)
+            files.append(path.read_bytes())
+    tokenizer = hashlib.sha256(TOKENIZER).hexdigest()
+    rows = [
+        {"tokens": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for count, data in zip(shards, files, strict=True)
+    ]
+    manifest = codec.pack(
+        {"v": 1, "vocab": vocab, "token_bytes": 2, "eot": None, "shards": rows, "tokenizer_sha256": tokenizer}
+    )
+    digest = hashlib.sha256(manifest).hexdigest()
+    for number, data in enumerate(files):
+        store.create(keys.dataset_key(digest, keys.shard_name(number)), data)
+        if leaf_bytes is not None:
+            store.create(keys.leaves_key(digest, number), ShardLeaves.of([data], leaf_bytes).pack())
+    store.create(keys.tokenizer_key(digest), TOKENIZER)
+    store.create(keys.dataset_manifest_key(digest), manifest)
+    return DatasetRef(digest, vocab, 2, tuple(shards), tokenizer)
+
+
+def held_bytes(path: Path) -> int:
+    """Of a sparse file, without its first 4 KiB (its header stays): as large as its extents; what the file system needs
+    to find those is not of it."""
+    found = 0
+    with path.open("rb") as file:
+        end, at = path.stat().st_size, 0
+        while at < end:
+            try:
+                first = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # holes up to the end
+                break
+            at = os.lseek(file.fileno(), first, os.SEEK_HOLE)
+            found += max(0, at - max(first, 4096))
+    return found
