@@ -60,6 +60,7 @@ def prepare_run(
     asked, weights = spec, None
     if spec.model.init is not None:
         with board.task("look-at-weights", "look at the weights") as told:
+            say(f"weights: looking through {spec.model.init}")
             weights = weights_of(store, spec.model)
             if weights is not None:
                 known = {"init": weights.init, "vocab": spec.model.vocab or weights.vocab}

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from checkpoint.collect.pins import pinned
 from checkpoint.export import SHARD_BYTES, ExportTensor, Read, export_safetensors
@@ -25,13 +26,12 @@ from flows.data import load_tokenizer, tokenizer_json
 from flows.drive.run import read_run
 from flows.drive.views import some_steps
 from flows.show.saved import size_words
-from trainer.dataset import DatasetRef
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, SpecError
 from trainer.models import family
 from trainer.models.base import HfTensor, hf_table
 from trainer.plan import compile_plan
-from trainer.spec import RunSpec
+from trainer.spec import ModelSpec, RunSpec
 
 _ALIGN = 64
 _PIECE = 1 << 20
@@ -97,31 +97,41 @@ def export_hf(store: Store, run: str, step: int | None, target: Destination, sha
     prepared = read_run(store, run)
     info, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
-    end = prepared.dataset.eot
+    end, tokenizer = prepared.dataset.eot, load_tokenizer(store, prepared.dataset)
+    begin = next(iter(opening(prepared.spec.model, tokenizer)), end)
     # without these other programs take their own defaults, and those are ordinary tokens of this vocabulary
-    ends = {"bos_token_id": end, "eos_token_id": end}
+    ends = {"bos_token_id": begin, "eos_token_id": end}
     texts: dict[str, str | bytes] = {
-        "config.json": _json(config | ends),
+        "config.json": _json(config | ends | {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}),
         "generation_config.json": _json(ends | {"pad_token_id": end}),
         "tokenizer.json": tokenizer_json(store, prepared.dataset),
-        "tokenizer_config.json": _json(_tokenizer_config(store, prepared.dataset, prepared.spec.model.context)),
+        "tokenizer_config.json": _json(_tokenizer_config(tokenizer, begin, end, prepared.spec.model.context)),
     }
     tensors = export_tensors(prepared.spec, manifest)
     with pinned(store, run, info, "export"):
         return export_safetensors(store, manifest, tensors, target, texts=texts, shard_bytes=shard_bytes)
 
 
-def _tokenizer_config(store: Store, dataset: DatasetRef, context: int) -> dict[str, object]:
+def opening(model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a text begins with: where weights came with their tokenizer, those that its template puts there.
+    What is trained here from nothing has never seen any."""
+    if model.init is None:
+        return []
+    bare, whole = (list(tokenizer.encode("a", add_special_tokens=special).ids) for special in (False, True))
+    return next((whole[:n] for n in range(len(whole)) if bare and whole[n : n + len(bare)] == bare), [])
+
+
+def _tokenizer_config(tokenizer: Tokenizer, begin: int | None, end: int | None, context: int) -> dict[str, object]:
     """What transformers wants to know beside tokenizer.json."""
     told: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
+        # without this transformers 4 gives types of tokens too: Llama refuses them, GPT-2 adds an embedding for each
+        "model_input_names": ["input_ids", "attention_mask"],
     }
-    if dataset.eot is not None:
-        end = load_tokenizer(store, dataset).id_to_token(dataset.eot)
-        told |= {"bos_token": end, "eos_token": end}
-    return told
+    named = {"bos_token": begin, "eos_token": end}
+    return told | {key: tokenizer.id_to_token(token) for key, token in named.items() if token is not None}
 
 
 def _json(value: object) -> str:
@@ -244,4 +254,4 @@ class Inference:
         return np.frombuffer(data, dtype="<f4")
 
 
-__all__ = ["Inference", "Masters", "checkpoint_at", "export_hf"]
+__all__ = ["Inference", "Masters", "checkpoint_at", "export_hf", "opening"]

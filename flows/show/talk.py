@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from checkpoint.store import Store
 from flows.data import load_tokenizer
-from flows.show.export import Inference, Masters
+from flows.show.export import Inference, Masters, opening
 from trainer.errors import SpecError
 
 SHORTEST = 32
@@ -46,6 +46,7 @@ class Text:
         self.tokenizer = load_tokenizer(store, dataset)
         self.eot, self.vocab = dataset.eot, dataset.vocab
         self.ids: list[int] = []
+        self._opening = opening(self.masters.prepared.spec.model, self.tokenizer)
         self._temperature, self._top_k, self._rng = temperature, top_k, np.random.default_rng(seed)
         self._engine: Inference | None = None
         self._shown = self._from = 0
@@ -71,7 +72,9 @@ class Text:
             raise SpecError(
                 "the prompt is not text in UTF-8; write it in the terminal's encoding, or set LC_ALL=C.UTF-8"
             )
-        self.ids += self.tokenizer.encode(text, add_special_tokens=False).ids
+        self.ids += ([] if self.ids else self._opening) + list(
+            self.tokenizer.encode(text, add_special_tokens=False).ids
+        )
         self._shown = len(self.ids)
         self._from = max(0, self._shown - _BEFORE)
 
@@ -83,8 +86,8 @@ class Text:
     def grow(self) -> int:
         """Add the model's next token, and give it."""
         if not self.ids:
-            self.ids.append(self.eot if self.eot is not None else 0)
-            self._shown = self._from = 1
+            self.ids += self._opening or [self.eot or 0]
+            self._shown = self._from = len(self.ids)
         window = self.ids[-self.context :]
         engine = self._engine_for(len(window))
         padded = np.zeros(engine.context, dtype=np.int32)

@@ -32,6 +32,7 @@ from flows.drive.events import Event
 from flows.drive.fork import fork_run
 from flows.drive.run import ask_run, create_run, load_run, load_what, parent_of, run_names
 from flows.show.export import Inference, checkpoint_at, export_hf
+from flows.show.talk import Text
 from tests.e2e import engine_runs
 from tests.reference.golden import FOLDER
 from tests.support.calls import called
@@ -299,6 +300,38 @@ def test_a_fork_begins_from_its_parent_alone(imported: Imported) -> None:
     case = imported("gpt2-untied-f32")
     with pytest.raises(SpecError, match="a fork begins from its parent's checkpoint"):
         fork_run(case.store, case.run, 0, ["model.init=hf:elsewhere"])
+
+
+def test_a_text_begins_as_the_template_of_the_weights_tokenizer_says(imported: Imported, tmp_path: Path) -> None:
+    """Published Llamas want their first token in front of a text; what is trained here from nothing never saw one."""
+    case = imported("gpt2-untied-f32")
+    folder = shutil.copytree(case.folder, tmp_path / "model")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    token = {"SpecialToken": {"id": "!", "type_id": 0}}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"!": {"id": "!", "ids": [1], "tokens": ["!"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    code, said = called(["import", str(folder), "--store", case.url, "-o", str(tmp_path / "x.toml"), "--json"])
+    assert code == 0, said
+    run = json.loads(said)["run"]
+    assert run != case.run, "another tokenizer is another import"
+    with Text(case.store, run) as text:
+        text.say("The quick")
+        assert text.ids[0] == 1 != text.ids[1]
+        more = len(text.ids)
+        text.say("The quick")
+        assert len(text.ids) == 2 * more - 1, "at the beginning alone"
+    with Text(case.store, case.run) as text:
+        text.say("The quick")
+        assert len(text.ids) == more - 1
+    export_hf(case.store, run, 0, Folder(tmp_path / "out"))
+    told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (told["bos_token"], told["eos_token"]) == ("!", "<|end|>")
+    assert (read_config(tmp_path / "out")["bos_token_id"], read_config(tmp_path / "out")["eos_token_id"]) == (1, 0)
 
 
 Arrays = dict[str, npt.NDArray[Any]]
