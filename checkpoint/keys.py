@@ -30,6 +30,7 @@
     .../collected                                         the collector's last pass (collect/collector.py)
     .../replays                                           what was computed again, and what differed (replay_every)
     .../evaluated                                         what evaluations of checkpoints gave (evaluated.py)
+    .../tracked/<name>                                    what a tracker has (flows/tracking/)
     probe/...                                         what probing the store left (probe.py, doctor.py)
 
 ``<step>`` has 12 digits, ``<epoch>`` 8, ``<node>`` 5, ``<rank>`` 6, ``<index>`` 6; below ``live/`` as they come.
@@ -149,6 +150,11 @@ def replays_key(run: str) -> str:
 def evaluated_key(run: str) -> str:
     """Of what evaluations of the run's checkpoints gave."""
     return live_key(run, "evaluated")
+
+
+def tracked_key(run: str, name: str) -> str:
+    """Of what a tracker of this name has of the run."""
+    return live_key(run, "tracked", name.lower().replace("&", "and"))
 
 
 def launch_key(run: str, launch: str) -> str:

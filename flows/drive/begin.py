@@ -14,6 +14,7 @@ from flows.data import load_tokenizer, prepare
 from flows.drive.begin_from import begin
 from flows.drive.run import Board, NoBoard, Prepared, check_layouts, create_run, ready_store
 from flows.drive.weights import TOKENIZER, check_tokenizer, tokenizer_of, weights_of
+from flows.tracking.writers import check_trackers
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, run_id, what_digest
 
@@ -56,6 +57,7 @@ def prepare_run(
 
     board = board or NoBoard()
     check_fabric(spec)
+    check_trackers(spec.track)
     ready_store(store)
     asked, weights = spec, None
     if spec.model.init is not None:

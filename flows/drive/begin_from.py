@@ -33,16 +33,8 @@ from flows.data import load_tokenizer, prepare
 from flows.data.alone import tokenizer_alone
 from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
-from flows.drive.run import (
-    Prepared,
-    attempt_body,
-    check_layouts,
-    create_run,
-    load_what,
-    parent_of,
-    ready_store,
-    run_names,
-)
+from flows.drive.line import parent_of
+from flows.drive.run import Prepared, attempt_body, check_layouts, create_run, load_what, ready_store, run_names
 from flows.drive.views import Restore
 from flows.drive.weights import TOKENIZER, FolderWeights, RunWeights, Weights, check_tokenizer, folder_weights
 from trainer.errors import DatasetError, SpecError

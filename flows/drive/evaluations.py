@@ -18,12 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from checkpoint.errors import Damaged, NotFound, StoreError
-from checkpoint.evaluated import MAX_BYTES, Evaluation, Evaluations
-from checkpoint.keys import evaluated_key
+from checkpoint.errors import StoreError
+from checkpoint.evaluated import Evaluation, Evaluations
 from checkpoint.log import CheckpointInfo, RunState
 from checkpoint.store import Store
 from flows.drive.child import ChildProcess
+from flows.drive.live import load_evaluations
 from flows.drive.replays import spare_cores
 from flows.drive.views import short
 from trainer.cores import usable_cpus
@@ -40,14 +40,6 @@ MOST_FAILURES = 3
 MORE_S = 600.0
 """Beyond what its parts may take, before a process is killed: the checkpoint is read and exported meanwhile."""
 LOOK_S = 0.1
-
-
-def load_evaluations(store: Store, run: str) -> Evaluations:
-    """What the store has of a run; nothing where there is none, or it does not hold."""
-    try:
-        return Evaluations.parse(store.get(evaluated_key(run), max_bytes=MAX_BYTES))
-    except (NotFound, Damaged):
-        return Evaluations()
 
 
 def due(every: int, step: int, stored_every: int, last: int) -> bool:

@@ -11,7 +11,8 @@ from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, prepare
-from flows.drive.run import Prepared, check_layouts, create_run, load_what, parent_of, spec_tree
+from flows.drive.line import parent_of
+from flows.drive.run import Prepared, check_layouts, create_run, load_what, spec_tree
 from flows.drive.views import some_steps
 from trainer.errors import SpecError
 from trainer.models import family

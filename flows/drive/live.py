@@ -16,7 +16,9 @@ from typing import Any
 
 from checkpoint.curve import MAX_BYTES, Curve, Point
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.keys import curve_key, metrics_prefix, output_prefix, segment_key, status_key
+from checkpoint.evaluated import MAX_BYTES as MAX_EVALUATED_BYTES
+from checkpoint.evaluated import Evaluations
+from checkpoint.keys import curve_key, evaluated_key, metrics_prefix, output_prefix, segment_key, status_key
 from checkpoint.store import Store
 from flows.drive.hints import node_status
 from flows.drive.views import NodeView
@@ -135,6 +137,14 @@ def load_curve(store: Store, run: str) -> Curve | None:
     except (NotFound, Damaged) as error:
         log.debug("run %s has no index of metrics: %s", run, error)
         return None
+
+
+def load_evaluations(store: Store, run: str) -> Evaluations:
+    """What the store has of a run; nothing where there is none, or it does not hold."""
+    try:
+        return Evaluations.parse(store.get(evaluated_key(run), max_bytes=MAX_EVALUATED_BYTES))
+    except (NotFound, Damaged):
+        return Evaluations()
 
 
 def read_curve(store: Store, run: str, epochs: list[int], *, whole: bool = True, tails: int = 2) -> Curve:

@@ -53,6 +53,7 @@ from flows.drive.views import (
     Watch,
     short,
 )
+from flows.tracking.tracker import Trackers
 from trainer.errors import LaunchUnknown
 from trainer.launch import Launch, Launcher
 
@@ -100,6 +101,8 @@ class Driver:
     """Computes steps again beside the run, where its spec asks for that."""
     evaluating: Evaluating | None = None
     """Evaluates stored checkpoints beside the run, where its spec asks for that."""
+    trackers: Trackers | None = None
+    """Get what the sink gets, as the spec names them."""
     last_s: float = 5.0
     """For the store, to say what the gang saved as it left."""
     driving: Driving | None = None
@@ -146,6 +149,9 @@ class Driver:
                 self.replays.close()
             if self.evaluating is not None:
                 self.evaluating.close()
+            if self.trackers is not None:
+                for text in self.trackers.close():
+                    self._teller.phase("warning", text)
             if self.driving is not None:
                 self.driving.leave(left)
 
@@ -172,6 +178,9 @@ class Driver:
         if known is None and state.attempts:
             self._teller.known(state, state.amendments.total(self.prepared.spec.train.steps))
         self._collecting.look(state)
+        if self.trackers is not None:
+            for text in self.trackers.look(self.prepared.spec):
+                self._teller.phase("warning", text, key=("tracker", text))
         if self.driving is not None:
             self.driving.beat(state.n)
         if self._view is None or self._view[0] is not state:

@@ -24,10 +24,10 @@ from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import Store
 from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.history import recent
+from flows.drive.line import beginning_of
 from flows.drive.run import (
     Prepared,
     asks_layout,
-    beginning_of,
     compiled,
     fold_view,
     is_superseded,

@@ -17,12 +17,13 @@ from checkpoint.amendments import NONE, Amendments
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.keys import INDEX, index_key, plan_key, spec_key
-from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState, StartPoint
+from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset
 from flows.drive.decide import opened, superseded
+from flows.drive.line import parent_of
 from flows.drive.views import AttemptView, LogView, OrderView, Policy, RunLayout, Saves, StartAttempt
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
@@ -390,27 +391,6 @@ def fold_view(state: RunState) -> LogView:
         orders=tuple(order_view(o) for o in state.orders),
         amendments=state.amendments,
     )
-
-
-def parent_of(state: RunState) -> Mapping[str, Any] | None:
-    """The parent that a forked run's log names (flows/drive/fork.py): its run, checkpoint record and step."""
-    return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
-
-
-def beginning_of(state: RunState) -> StartPoint:
-    """Where the run began: at the step of its parent's checkpoint, or at 0."""
-    parent = parent_of(state)
-    return StartPoint(None, int(parent["step"]) if parent else 0)
-
-
-def ordered_back(state: RunState) -> list[tuple[int, int]]:
-    """(epoch, step) of the attempts that an order sent back: what older ones did after that step is not the run's."""
-    found, before = [], 0
-    for attempt in state.attempts:
-        if any(before < order.n <= attempt.order and order.start is not None for order in state.orders):
-            found.append((attempt.epoch, attempt.step))
-        before = attempt.order
-    return found
 
 
 def fallback_body(state: RunState, begin: StartAttempt) -> Mapping[str, Any] | None:

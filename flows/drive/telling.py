@@ -13,7 +13,8 @@ from typing import Any
 from checkpoint.log import RunState
 from flows.drive.events import Event, NoSink, Outcome, Sink
 from flows.drive.hints import step_line
-from flows.drive.run import opened_again, ordered_back
+from flows.drive.line import ordered_back
+from flows.drive.run import opened_again
 from flows.drive.views import NodeView, Phase, StartAttempt
 from trainer.failures import FAILURES, Failure
 from trainer.spec_layouts import layout_words

@@ -27,11 +27,12 @@ from flows.drive.begin import prepare_run
 from flows.drive.claims import StoreClaims
 from flows.drive.driving import Driving
 from flows.drive.evaluations import Evaluating
-from flows.drive.events import NoSink, Outcome, Sink
+from flows.drive.events import Outcome, Sink, Sinks
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
 from flows.drive.replays import Replays
 from flows.drive.run import Prepared, ask_run
+from flows.tracking.tracker import Trackers
 from trainer.launch import Launch, Launcher, Watching
 from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec, how_map, load_spec
@@ -99,7 +100,7 @@ def make_driver(
     stop: threading.Event | None = None,
 ) -> Driver:
     """A driver for a prepared run, with the launcher that its spec asks for."""
-    launcher = launcher_for(prepared.spec, out, store, prepared.run)
+    launcher, trackers = launcher_for(prepared.spec, out, store, prepared.run), Trackers(store, prepared.run)
     return Driver(
         prepared,
         store,
@@ -107,7 +108,8 @@ def make_driver(
         partial(launch_for, store.url, out),
         replays=Replays(store, prepared.run, out, elsewhere=launcher.detaches),
         evaluating=Evaluating(store, prepared.run, out, elsewhere=launcher.detaches),
-        sink=sink or NoSink(),
+        sink=Sinks((sink, trackers)) if sink is not None else trackers,
+        trackers=trackers,
         stop=stop or threading.Event(),
         driving=Driving(store, prepared.run, out),
     )

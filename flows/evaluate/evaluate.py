@@ -21,7 +21,8 @@ from checkpoint.evaluated import MAX_TEXT, Evaluation, Ran
 from checkpoint.export_to import Folder
 from checkpoint.keys import evaluated_key
 from checkpoint.store import Store
-from flows.drive.evaluations import VALIDATION, load_evaluations
+from flows.drive.evaluations import VALIDATION
+from flows.drive.live import load_evaluations
 from flows.drive.run import Prepared, read_run
 from flows.drive.views import short
 from flows.evaluate.command import run_command

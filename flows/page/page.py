@@ -30,8 +30,8 @@ from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.events import Event, Outcome
+from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line
-from flows.drive.run import ordered_back
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
 from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key

@@ -24,8 +24,9 @@ from checkpoint.keys import address_key
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
+from flows.drive.line import parent_of
 from flows.drive.replays import EXIT_DIFFERS
-from flows.drive.run import Prepared, load_spec_of, parent_of
+from flows.drive.run import Prepared, load_spec_of
 from flows.drive.views import Restore, some_steps
 from flows.replay.again import compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict

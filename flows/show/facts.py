@@ -11,10 +11,11 @@ from checkpoint.keys import traces_prefix
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
+from flows.drive.line import ordered_back
 from flows.drive.live import on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.replays import Kept
-from flows.drive.run import find_run, load_what, opened_again, ordered_back, read_run
+from flows.drive.run import find_run, load_what, opened_again, read_run
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError

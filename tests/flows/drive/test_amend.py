@@ -15,16 +15,9 @@ from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.decide import judge, superseded
 from flows.drive.fork import fork_run
 from flows.drive.history import give_up, raises, recent, spoken, struck
+from flows.drive.line import ordered_back
 from flows.drive.orders import Asked, describe, order_of, own_order, place_order
-from flows.drive.run import (
-    Prepared,
-    fallback_body,
-    fold_view,
-    is_superseded,
-    load_run,
-    ordered_back,
-    ruling_how,
-)
+from flows.drive.run import Prepared, fallback_body, fold_view, is_superseded, load_run, ruling_how
 from flows.drive.views import (
     Cause,
     CheckpointView,

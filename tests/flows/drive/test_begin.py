@@ -30,7 +30,8 @@ from flows.data.shards import write_dataset
 from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.fork import fork_run
-from flows.drive.run import ask_run, create_run, load_run, load_what, parent_of, run_names
+from flows.drive.line import parent_of
+from flows.drive.run import ask_run, create_run, load_run, load_what, run_names
 from flows.show.export import Inference, checkpoint_at, export_hf
 from flows.show.talk import Text
 from tests.e2e import engine_runs

@@ -20,7 +20,7 @@ from checkpoint.store import Store
 from checkpoint.verify import verify_run
 from flows.drive.begin import prepare_run
 from flows.drive.begin_from import Imported, import_run
-from flows.drive.run import parent_of
+from flows.drive.line import parent_of
 from flows.show.export import checkpoint_at, export_hf
 from tests.flows.conftest import Trained
 from trainer.errors import SpecError

@@ -15,8 +15,9 @@ from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from checkpoint.store.memory import MemoryStore
-from flows.drive.evaluations import Evaluating, due, lacking, load_evaluations, result_of
+from flows.drive.evaluations import Evaluating, due, lacking, result_of
 from flows.drive.events import Event
+from flows.drive.live import load_evaluations
 from flows.show.lines import Lines
 from tests.checkpoint.samples import attempt_body, point_body
 from tests.support.place import SPEC

@@ -8,8 +8,8 @@ from checkpoint.curve import AttemptRow, Point
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import open_store
 from flows.drive.events import Event
+from flows.drive.line import ordered_back
 from flows.drive.live import on_line
-from flows.drive.run import ordered_back
 from flows.drive.telling import Teller
 from flows.drive.views import NodeView, Phase, Restore, StartAttempt
 from flows.show.facts import attempt_facts

@@ -1,0 +1,29 @@
+"""What of a run's past is its own line: where it began, and what its orders left behind. Pure, on the folded log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoint.log import RunState, StartPoint
+
+
+def parent_of(state: RunState) -> Mapping[str, Any] | None:
+    """The parent that a forked run's log names (flows/drive/fork.py): its run, checkpoint record and step."""
+    return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
+
+
+def beginning_of(state: RunState) -> StartPoint:
+    """Where the run began: at the step of its parent's checkpoint, or at 0."""
+    parent = parent_of(state)
+    return StartPoint(None, int(parent["step"]) if parent else 0)
+
+
+def ordered_back(state: RunState) -> list[tuple[int, int]]:
+    """(epoch, step) of the attempts that an order sent back: what older ones did after that step is not the run's."""
+    found, before = [], 0
+    for attempt in state.attempts:
+        if any(before < order.n <= attempt.order and order.start is not None for order in state.orders):
+            found.append((attempt.epoch, attempt.step))
+        before = attempt.order
+    return found
