@@ -78,7 +78,7 @@ def _model_lines(model: ModelSpec) -> list[str]:
 
 
 def _tokenizer_lines(folder: Path, given: str | None) -> list[str]:
-    from flows.drive.weights import TOKENIZER, end_of, read_tokenizer
+    from flows.drive.their_tokenizer import TOKENIZER, end_of, read_tokenizer
 
     path = Path(given) if given is not None else folder / TOKENIZER
     if given is None and not path.is_file():

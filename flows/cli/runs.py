@@ -121,6 +121,8 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     say(f"{told['run']}: {told['state']}, step {told['saved_step']} of {told['steps']} saved")
     if told["reason"]:
         say(f"  {told['reason']}")
+    if parent := told["parent"]:
+        say(f"  it begins from step {parent['step']} of {parent['run']}")
     for order in told["orders"]:
         say(f"  order {order['record']:>5}  by {order['by']} ({order['via']}): {order['text']}")
     replays = told["replays"]

@@ -4,16 +4,15 @@ identity in the store. Plain functions, no Prefect, no processes."""
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare
 from flows.drive.begin_from import begin
 from flows.drive.run import Board, NoBoard, Prepared, check_layouts, create_run, ready_store
-from flows.drive.weights import TOKENIZER, check_tokenizer, tokenizer_of, weights_of
+from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
+from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, run_id, what_digest
@@ -24,19 +23,9 @@ log = logging.getLogger(__name__)
 @contextmanager
 def data_of(spec: RunSpec, store: Store) -> Iterator[DataSpec]:
     """The spec's data. Where weights come from elsewhere and no tokenizer is named, theirs comes along."""
-    data = spec.data
-    if spec.model.init is None or data.tokenizer is not None or data.source.startswith("dataset:"):
+    init, alone = spec.model.init, spec.data.tokenizer is not None
+    with with_tokenizer(spec.data, None if init is None or alone else tokenizer_of(store, init)) as data:
         yield data
-        return
-    found = tokenizer_of(store, spec.model.init)
-    if found is None:
-        yield data
-        return
-    with tempfile.TemporaryDirectory(prefix="hotstage-tokenizer-") as folder:
-        path = found.path or Path(folder) / TOKENIZER
-        if found.path is None:
-            path.write_text(found.tokenizer.to_str(), encoding="utf-8")
-        yield data.model_copy(update={"tokenizer": str(path), "end_token": found.end})
 
 
 def prepare_run(
@@ -73,7 +62,8 @@ def prepare_run(
             dataset = prepare(data, store, say=say, sequence=spec.train.sequence, vocab=asked.model.vocab)
         told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
     if weights is not None:
-        check_tokenizer(weights, load_tokenizer(store, dataset), dataset.vocab)
+        tokenizer = load_tokenizer(store, dataset)
+        check_tokenizer(weights.place, weights.vocab, weights.tokenizer, tokenizer, dataset.vocab)
     with board.task("compile-plan", "compile plan") as told:
         resolved = spec.resolve(dataset)
         what = what_digest(resolved, dataset)

@@ -35,8 +35,9 @@ from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
 from flows.drive.line import parent_of
 from flows.drive.run import Prepared, attempt_body, check_layouts, create_run, load_what, ready_store, run_names
+from flows.drive.their_tokenizer import TOKENIZER, check_tokenizer
 from flows.drive.views import Restore
-from flows.drive.weights import TOKENIZER, FolderWeights, RunWeights, Weights, check_tokenizer, folder_weights
+from flows.drive.weights import FolderWeights, RunWeights, Weights, folder_weights
 from trainer.errors import DatasetError, SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
@@ -74,7 +75,7 @@ def import_run(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambda _
     ready_store(store)
     dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab)
     tokenizer = load_tokenizer(store, dataset)
-    check_tokenizer(weights, tokenizer, dataset.vocab)
+    check_tokenizer(weights.place, weights.vocab, weights.tokenizer, tokenizer, dataset.vocab)
     resolved = spec.resolve(dataset)
     what = what_digest(resolved, dataset)
     child = Prepared(run_id(resolved, dataset), resolved, dataset, what, compile_plan(resolved, dataset, what))
@@ -96,7 +97,7 @@ def import_folder(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambd
             "name it with --tokenizer (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one)"
         )
     weights = folder_weights(folder, spec.model)
-    check_tokenizer(weights, given.tokenizer, given.vocab)
+    check_tokenizer(weights.place, weights.vocab, weights.tokenizer, given.tokenizer, given.vocab)
     ready_store(store)
     eot = None if given.end is None else given.tokenizer.token_to_id(given.end)
     return hold(store, weights, spec.model, given.tokenizer, eot, spec.name, say=say), weights

@@ -10,9 +10,10 @@ from checkpoint.collect.pins import pin
 from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
-from flows.data import load_dataset, prepare
+from flows.data import load_dataset, load_tokenizer, prepare
 from flows.drive.line import parent_of
 from flows.drive.run import Prepared, check_layouts, create_run, load_what, spec_tree
+from flows.drive.their_tokenizer import check_tokenizer, dataset_tokenizer, with_tokenizer
 from flows.drive.views import some_steps
 from trainer.errors import SpecError
 from trainer.models import family
@@ -49,7 +50,11 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)
     else:
-        dataset = prepare(spec.data, store, sequence=spec.train.sequence, vocab=spec.model.vocab)
+        theirs = dataset_tokenizer(store, digest)
+        with with_tokenizer(spec.data, theirs) as data:
+            dataset = prepare(data, store, sequence=spec.train.sequence, vocab=spec.model.vocab)
+        rows = int(what["model"]["vocab"])
+        check_tokenizer(parent, rows, theirs.tokenizer, load_tokenizer(store, dataset), dataset.vocab)
     resolved = spec.resolve(dataset)
     _check_tensors(resolved.model, parse_spec(tree).model)
     if resolved.train.steps <= found.step:

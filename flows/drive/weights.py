@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +24,13 @@ from checkpoint.manifest import PARAM
 from checkpoint.read import StateReader, load_manifest, refuse_newer
 from checkpoint.safetensors import FileTensor, NoWeights, digest_of, read_folder
 from checkpoint.store import Store
-from flows.data import load_dataset, load_tokenizer, parse_tokenizer
 from flows.drive.run import find_run, load_what
+from flows.drive.their_tokenizer import dataset_tokenizer, folder_of_init, folder_tokenizer
 from flows.drive.views import some_steps
-from trainer.errors import DatasetError, SpecError
+from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import HfTensor, hf_table, tensor_table
-from trainer.models.hf_config import end_token_id, read_config
+from trainer.models.hf_config import read_config
 from trainer.spec import ModelSpec
 
 F32 = npt.NDArray[np.float32]
@@ -39,7 +38,6 @@ F32 = npt.NDArray[np.float32]
 FLOATS = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Constants that some files carry beside the weights."""
-TOKENIZER = "tokenizer.json"
 _ANY = ("vocab", "context", "init_std", "init")
 """Of a model: what its tensors' shapes say, or what only matters where weights are drawn."""
 _PIECE = 1 << 22
@@ -82,18 +80,6 @@ def weights_of(store: Store, model: ModelSpec) -> Weights | None:
         run, _, step = rest.rpartition("@")
         return run_weights(store, run, int(step), model)
     return None
-
-
-def folder_of_init(text: str) -> Path:
-    """The folder that ``hf:…`` names. SpecError where there is none."""
-    path = Path(os.path.expanduser(text))
-    if path.is_dir():
-        return path
-    why = "is a file" if path.exists() else "is not here"
-    raise SpecError(
-        f"model.init 'hf:{text}': the folder {path} {why}; name the folder of a model in Hugging Face's form (hotstage "
-        "downloads nothing: `hf download NAME --local-dir DIR` of huggingface_hub does)"
-    )
 
 
 # --- a folder -----------------------------------------------------------------------------------------------
@@ -324,7 +310,7 @@ class RunWeights:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return load_tokenizer(self.store, load_dataset(self.store, self.dataset))
+        return dataset_tokenizer(self.store, self.dataset).tokenizer
 
     @cached_property
     def _reader(self) -> StateReader:
@@ -360,81 +346,3 @@ def run_weights(store: Store, name: str, step: int, model: ModelSpec) -> RunWeig
                 f"{_shape(ours.get(tensor, ()))}; set model.… as it is there"
             )
     return RunWeights(store, run, info, theirs, what["data"]["digest"])
-
-
-# --- the tokenizer ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TheirTokenizer:
-    """The tokenizer that weights were made with. ``end``: the token that ends a text, None where nobody says it and ""
-    where none does."""
-
-    tokenizer: Tokenizer
-    end: str | None
-    path: Path | None = None
-
-
-def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
-    """The tokenizer that lies beside the weights which ``model.init`` names; None where none does."""
-    kind, _, rest = init.partition(":")
-    if kind == "hf":
-        return folder_tokenizer(folder_of_init(rest))
-    if kind != "run":
-        return None
-    dataset = load_dataset(store, load_what(store, find_run(store, rest.rpartition("@")[0]))["data"]["digest"])
-    tokenizer = load_tokenizer(store, dataset)
-    return TheirTokenizer(tokenizer, "" if dataset.eot is None else tokenizer.id_to_token(dataset.eot))
-
-
-def folder_tokenizer(folder: Path) -> TheirTokenizer | None:
-    """The tokenizer.json of a folder, and its end token; None where there is none."""
-    path = folder / TOKENIZER
-    if not path.is_file():
-        return None
-    tokenizer = read_tokenizer(path)
-    return TheirTokenizer(tokenizer, end_of(folder, tokenizer), path)
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file. DatasetError where it is none."""
-    try:
-        return parse_tokenizer(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}; give a tokenizer.json") from error
-
-
-def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """The token that ends a text, as the folder's files say it."""
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            number = end_token_id(read_config(folder / name))
-            token = None if number is None else tokenizer.id_to_token(number)
-            if token is not None:
-                return token
-    named = folder / "tokenizer_config.json"
-    said = read_config(named).get("eos_token") if named.is_file() else None
-    said = said.get("content") if isinstance(said, Mapping) else said
-    return said if isinstance(said, str) and tokenizer.token_to_id(said) is not None else None
-
-
-def check_tokenizer(weights: Weights, tokenizer: Tokenizer, vocab: int) -> None:
-    """DatasetError where the run's tokenizer numbers tokens otherwise than the one that the weights were made with, or
-    has more of them than the weights have rows."""
-    if vocab > weights.vocab:
-        raise DatasetError(
-            f"the tokenizer has {vocab} tokens, the weights of {weights.place} have rows for {weights.vocab}: give the "
-            "tokenizer that they were made with (data.tokenizer)"
-        )
-    theirs = weights.tokenizer
-    if theirs is None:
-        return
-    there = theirs.get_vocab(with_added_tokens=True)
-    names = {number: token for token, number in there.items()}
-    for token, number in sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
-        if there.get(token, number) != number or names.get(number, token) != token:
-            other = f"{token!r} is token {there[token]}" if token in there else f"token {number} is {names[number]!r}"
-            raise DatasetError(
-                f"the weights of {weights.place} were made with another tokenizer: {other} there, and {token!r} is "
-                f"token {number} of this one; leave data.tokenizer out (theirs is taken), or name theirs"
-            )

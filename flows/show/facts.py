@@ -11,7 +11,7 @@ from checkpoint.keys import traces_prefix
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
-from flows.drive.line import ordered_back
+from flows.drive.line import ordered_back, parent_of
 from flows.drive.live import on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.replays import Kept
@@ -90,6 +90,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "reason": state.ended.reason if state.ended and not opened_again(state) else "",
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],
+        "parent": {key: parent[key] for key in ("run", "step")} if (parent := parent_of(state)) else None,
         "orders": describe(state),
         "replays": {"steps": kept.steps, "differ": list(kept.differ)},
         "attempts_list": [

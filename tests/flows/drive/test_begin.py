@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from checkpoint.export_to import Folder
 from checkpoint.log import RunLog
 from checkpoint.read import StateReader
 from checkpoint.store import Store, open_store
+from checkpoint.store.base import Data
+from checkpoint.store.memory import MemoryStore
 from checkpoint.verify import verify_run
-from flows.data import load_dataset, load_tokenizer
+from flows.data import load_dataset, load_tokenizer, prepare
 from flows.data.shards import write_dataset
 from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.fork import fork_run
 from flows.drive.line import parent_of
 from flows.drive.run import ask_run, create_run, load_run, load_what, run_names
+from flows.drive.weights import folder_weights
 from flows.show.export import Inference, checkpoint_at, export_hf
 from flows.show.talk import Text
 from tests.e2e import engine_runs
@@ -41,7 +45,7 @@ from trainer.errors import DatasetError, SpecError
 from trainer.models import family
 from trainer.models.hf_config import read_config
 from trainer.plan import compile_plan
-from trainer.spec import RunSpec, load_spec, parse_spec, what_digest
+from trainer.spec import DataSpec, RunSpec, load_spec, parse_spec, what_digest
 
 IMPORT = FOLDER / "import"
 CASES = sorted(path.name for path in IMPORT.iterdir())
@@ -297,10 +301,83 @@ def test_a_run_whose_weights_are_not_stored_whole_is_not_driven(imported: Import
             drive()
 
 
-def test_a_fork_begins_from_its_parent_alone(imported: Imported) -> None:
+class Stops(MemoryStore):
+    """Dies at its n-th create, of which the object is there or not."""
+
+    left, after = 1 << 30, False
+
+    def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            if self.after:
+                super().create(key, data, sha256=sha256)
+            raise KeyboardInterrupt
+        return super().create(key, data, sha256=sha256)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_anywhere_the_next_one_goes_on(imported: Imported, after: bool) -> None:
+    """At every object that it makes: the next `train` ends with the same run, which begins from whole weights."""
+    case = imported("qwen3-odd-f16")
+    spec, store = case.training(), Stops()
+    store.after = after
+    deaths, room = 0, 3
+    while True:
+        store.left = room
+        try:
+            run = prepare_run(spec, store)
+            break
+        except KeyboardInterrupt:
+            deaths, room = deaths + 1, room + 1 if deaths % 4 == 0 else room
+        for name in run_names(store):  # no driver takes up what is half made
+            if not RunLog(store, name).fold().n and "-import-" not in name:
+                with pytest.raises(SpecError, match="not stored to their end"):
+                    load_run(store, name)
+    assert deaths > 4
+    store.left = 1 << 30
+    began = parent_of(RunLog(store, run.run).fold())
+    assert began is not None
+    assert verify_run(store, str(began["run"]), "full").ok
+    theirs, ours = (checkpoint_at(s, r, 0)[1] for s, r in ((case.store, case.run), (store, str(began["run"]))))
+    assert ours.state_digest == theirs.state_digest
+    assert load_run(store, run.run).spec.model.init == f"weights:{case.told['weights_digest']}"
+
+
+def test_two_at_once_make_one(imported: Imported) -> None:
+    case = imported("llama-odd-bf16")
+    spec, store = case.training(), MemoryStore()
+    with ThreadPoolExecutor(4) as pool:
+        runs = {run.run for run in pool.map(lambda _: prepare_run(spec, store), range(4))}
+    assert len(runs) == 1
+    assert len([name for name in run_names(store) if "-import-" in name]) == 1
+    (run,) = runs
+    assert RunLog(store, run).fold().n == 1
+
+
+def test_each_firing_of_a_schedule_begins_from_them(imported: Imported) -> None:
+    case = imported("gpt2-untied-f32")
+    spec = case.training()
+    names = [prepare_run(spec, case.store, suffix=suffix).run for suffix in ("t1", "t2")]
+    parents = [parent_of(RunLog(case.store, name).fold()) for name in names]
+    assert names[0].removesuffix("-t1") == names[1].removesuffix("-t2")
+    assert parents[0] == parents[1]
+    assert parents[0] is not None
+    code, said = called(["runs", "show", names[0], "--store", case.url])
+    assert (code, f"it begins from step 0 of {parents[0]['run']}" in said) == (0, True)
+
+
+def test_a_fork_begins_from_its_parent_alone_and_keeps_its_tokenizer(imported: Imported, tmp_path: Path) -> None:
     case = imported("gpt2-untied-f32")
     with pytest.raises(SpecError, match="a fork begins from its parent's checkpoint"):
         fork_run(case.store, case.run, 0, ["model.init=hf:elsewhere"])
+    (tmp_path / "other.txt").write_text("And quite another text, of which a tokenizer would make other tokens. " * 40)
+    child = fork_run(case.store, case.run, 0, [f"data.source=text:{tmp_path}/other.txt", "name=other"])
+    theirs = folder_weights(case.folder, case.spec.model).tokenizer
+    assert theirs is not None
+    assert load_tokenizer(case.store, child.dataset).get_vocab() == theirs.get_vocab()
+    alone = prepare(DataSpec(source=f"text:{tmp_path}/other.txt", vocab_size=300), case.store)
+    with pytest.raises(DatasetError, match="were made with another tokenizer"):
+        fork_run(case.store, case.run, 0, [f"data.source=dataset:{alone.digest}", "name=wrong"])
 
 
 def test_a_text_begins_as_the_template_of_the_weights_tokenizer_says(imported: Imported, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""The tokenizer that weights were made with: where it lies, that it comes along, that a run's own agrees with it.
+
+Rows of an embedding mean the tokens of one tokenizer; with another one a model is as good as untrained, and nothing
+would say so.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from checkpoint.store import Store
+from flows.data import load_dataset, load_tokenizer, parse_tokenizer
+from flows.drive.run import find_run, load_what
+from trainer.errors import DatasetError, SpecError
+from trainer.models.hf_config import end_token_id, read_config
+from trainer.spec import DataSpec
+
+TOKENIZER = "tokenizer.json"
+
+
+def folder_of_init(text: str) -> Path:
+    """The folder that ``hf:…`` names. SpecError where there is none."""
+    path = Path(os.path.expanduser(text))
+    if path.is_dir():
+        return path
+    why = "is a file" if path.exists() else "is not here"
+    raise SpecError(
+        f"model.init 'hf:{text}': the folder {path} {why}; name the folder of a model in Hugging Face's form (hotstage "
+        "downloads nothing: `hf download NAME --local-dir DIR` of huggingface_hub does)"
+    )
+
+
+@dataclass(frozen=True)
+class TheirTokenizer:
+    """The tokenizer that weights were made with. ``end``: the token that ends a text, None where nobody says it and ""
+    where none does."""
+
+    tokenizer: Tokenizer
+    end: str | None
+    path: Path | None = None
+
+
+def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
+    """The tokenizer that lies beside the weights which ``model.init`` names; None where none does."""
+    kind, _, rest = init.partition(":")
+    if kind == "hf":
+        return folder_tokenizer(folder_of_init(rest))
+    if kind != "run":
+        return None
+    what = load_what(store, find_run(store, rest.rpartition("@")[0]))
+    return dataset_tokenizer(store, str(what["data"]["digest"]))
+
+
+def dataset_tokenizer(store: Store, digest: str) -> TheirTokenizer:
+    """The tokenizer of a dataset."""
+    dataset = load_dataset(store, digest)
+    tokenizer = load_tokenizer(store, dataset)
+    return TheirTokenizer(tokenizer, "" if dataset.eot is None else tokenizer.id_to_token(dataset.eot))
+
+
+def folder_tokenizer(folder: Path) -> TheirTokenizer | None:
+    """The tokenizer.json of a folder, and its end token; None where there is none."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return None
+    tokenizer = read_tokenizer(path)
+    return TheirTokenizer(tokenizer, end_of(folder, tokenizer), path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file. DatasetError where it is none."""
+    try:
+        return parse_tokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}; give a tokenizer.json") from error
+
+
+def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The token that ends a text, as the folder's files say it."""
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            number = end_token_id(read_config(folder / name))
+            token = None if number is None else tokenizer.id_to_token(number)
+            if token is not None:
+                return token
+    named = folder / "tokenizer_config.json"
+    said = read_config(named).get("eos_token") if named.is_file() else None
+    said = said.get("content") if isinstance(said, Mapping) else said
+    return said if isinstance(said, str) and tokenizer.token_to_id(said) is not None else None
+
+
+@contextmanager
+def with_tokenizer(data: DataSpec, found: TheirTokenizer | None) -> Iterator[DataSpec]:
+    """The data, with the tokenizer that was found where they name none of their own."""
+    if found is None or data.tokenizer is not None or data.source.startswith("dataset:"):
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="hotstage-tokenizer-") as folder:
+        path = found.path or Path(folder) / TOKENIZER
+        if found.path is None:
+            path.write_text(found.tokenizer.to_str(), encoding="utf-8")
+        yield data.model_copy(update={"tokenizer": str(path), "end_token": found.end})
+
+
+def check_tokenizer(place: str, rows: int, theirs: Tokenizer | None, tokenizer: Tokenizer, vocab: int) -> None:
+    """DatasetError where a run's tokenizer numbers tokens otherwise than ``theirs``, with which its weights were made,
+    or has more of them than these have rows. ``place``: whose weights they are, for people."""
+    if vocab > rows:
+        raise DatasetError(
+            f"the tokenizer has {vocab} tokens, the weights of {place} have rows for {rows}: give the tokenizer that "
+            "they were made with (data.tokenizer)"
+        )
+    if theirs is None:
+        return
+    there = theirs.get_vocab(with_added_tokens=True)
+    names = {number: token for token, number in there.items()}
+    for token, number in sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
+        if there.get(token, number) != number or names.get(number, token) != token:
+            other = f"{token!r} is token {there[token]}" if token in there else f"token {number} is {names[number]!r}"
+            raise DatasetError(
+                f"the weights of {place} were made with another tokenizer: {other} there, and {token!r} is token "
+                f"{number} of this one; leave data.tokenizer out (theirs is taken), or name theirs"
+            )
