@@ -7,6 +7,7 @@ whole under ``limits.Progress``.
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -86,18 +87,50 @@ def read_all(body: Any, most: int | None, grace_s: float) -> bytes:
     return b"".join(pieces)
 
 
+def _receives(body: Any) -> Callable[[memoryview], int] | None:
+    """One receive of the socket each, straight into memory. None where the body is not a plain one, or the SDK's answer
+    is made otherwise than today: it is then read and copied.
+    """
+    stream: Any = getattr(body, "_raw_stream", None)
+    answer = getattr(stream, "_fp", None)
+    if not isinstance(answer, http.client.HTTPResponse) or answer.chunked or answer.length is None:
+        return None
+    receive = getattr(answer.fp, "readinto1", None)
+    left = getattr(stream, "length_remaining", None)
+    if receive is None or left != answer.length or answer.headers.get("Content-Encoding"):
+        return None
+
+    def some(out: memoryview) -> int:
+        assert answer.length is not None
+        came: int = receive(out[: answer.length]) if answer.length else 0
+        answer.length -= came
+        stream.length_remaining = answer.length
+        if answer.length == 0:
+            stream.read()  # the end: the connection goes back
+        return came
+
+    return some
+
+
 def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
     """An answer's body into these, in order; how many bytes came until it ended or all are full."""
-    progress, read = Progress(grace_s), _reads(body)
+    progress, read, receive = Progress(grace_s), _reads(body), _receives(body)
+
+    def some(room: memoryview) -> int:
+        if receive is not None:
+            return receive(room)
+        piece = read(room.nbytes)
+        room[: len(piece)] = piece
+        return len(piece)
+
     have = 0
     for view in out:
         at = 0
         while at < view.nbytes:
-            piece = read(min(READ_BYTES, view.nbytes - at))
-            if not piece:
+            came = some(view[at : at + READ_BYTES])
+            if not came:
                 return have
-            view[at : at + len(piece)] = piece
-            at += len(piece)
-            have += len(piece)
-            progress.moved(len(piece))
+            at += came
+            have += came
+            progress.moved(came)
     return have

@@ -7,10 +7,13 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import urllib3.connection
 
 from checkpoint.errors import CheckpointError, Damaged, StoreUnavailable
+from checkpoint.store import s3_bodies
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
 from tests.support.hostile_s3 import Fault, HostileS3, hostile_s3
@@ -165,6 +168,25 @@ def test_an_object_that_was_cut_short_is_damaged(peer: HostileS3, client: Client
     peer.objects[f"p/{KEY}"] = BODY[:-1]
     with pytest.raises(Damaged, match="cut short"):
         fetched(client())
+
+
+def test_large_reads_go_straight_into_memory_over_one_connection(
+    peer: HostileS3, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copies(_: Any) -> Callable[[int], bytes]:
+        return lambda count: pytest.fail(f"{count} bytes were copied")
+
+    def connects(connection: urllib3.connection.HTTPConnection) -> None:
+        opened.append(connection)
+        connect(connection)
+
+    peer.objects[f"p/{KEY}"] = BODY
+    opened, connect = list[Any](), urllib3.connection.HTTPConnection.connect
+    monkeypatch.setattr(s3_bodies, "_reads", copies)
+    monkeypatch.setattr(urllib3.connection.HTTPConnection, "connect", connects)
+    for _ in range(3):
+        assert fetched(client()) == BODY
+    assert len(opened) <= 1  # that of a test before
 
 
 @pytest.mark.parametrize("length", ["chunked", "close"])
