@@ -16,7 +16,7 @@ from typing import Protocol
 
 from checkpoint import keys
 from checkpoint.chunks import Piece
-from checkpoint.digest import KINDS, wrong_block
+from checkpoint.digest import BLOCK_BYTES, KINDS, wrong_block
 from checkpoint.errors import CheckpointError, Damaged, NotFound
 from checkpoint.layout import PlanLayout, RankLayout, StateSlot
 from checkpoint.log import CheckpointInfo
@@ -30,6 +30,10 @@ GAP_BYTES = 1 << 20
 """Bytes of a chunk that are read and thrown away rather than asking twice: at most so many at once, and"""
 WASTE = 32
 """of a read at most one in so many: what lies between is another rank's, who reads it too."""
+
+
+PART_BYTES = 8 * BLOCK_BYTES
+"""What is checked at once, while what follows is on its way."""
 
 
 class OtherModel(CheckpointError):
@@ -172,30 +176,43 @@ def _let_go(error: BaseException | None) -> None:
 
 
 def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[memoryview]) -> None:
-    """One read, straight to where it is wanted; what several ranks keep is copied from the first one's."""
+    """One read, straight to where it is wanted, and checked meanwhile; what several ranks keep is copied from the first
+    one's.
+    """
     chunk = manifest.chunks[read.chunk]
     key = keys.run_key(manifest.run, chunk.name)
     places: list[memoryview] = []
+    parts: list[tuple[Placement, int] | None] = []  # of each place: what it is a part of, and where that begins there
     end = read.first
     for wanted in read.wanted:
         if wanted.piece.offset > end:
             places.append(memoryview(bytearray(wanted.piece.offset - end)))
+            parts.append(None)
         target, offset = wanted.to[0]
-        places.append(views[target][offset : offset + wanted.piece.bytes])
+        for first in range(0, wanted.piece.bytes, PART_BYTES):
+            places.append(views[target][offset + first : offset + min(first + PART_BYTES, wanted.piece.bytes)])
+            parts.append((wanted, first))
         end = wanted.piece.offset + wanted.piece.bytes
+
+    def check(number: int) -> None:
+        part, own = parts[number], places[number]
+        if part is None:
+            return
+        piece, first = part[0].piece, part[1]
+        leaf = first // BLOCK_BYTES
+        at = wrong_block(own, piece.leaves[leaf : leaf + -(-own.nbytes // BLOCK_BYTES)])
+        if at is not None:
+            raise Damaged(
+                f"chunk {key}: {KINDS[piece.kind]} of tensor {manifest.tensors[piece.tensor].name}, elements from "
+                f"{piece.first + (first + at) // 4} on, is not what was saved"
+            )
+        for target, offset in part[0].to[1:]:
+            views[target][offset + first : offset + first + own.nbytes] = own
+
     try:
-        store.read_into(key, places, first=read.first)
+        store.read_into(key, places, first=read.first, filled=check)
     except NotFound as error:
         raise Damaged(f"chunk {key}: the manifest of step {manifest.step} names it, but it is gone") from error
-    for wanted in read.wanted:
-        piece, (first, begin) = wanted.piece, wanted.to[0]
-        own = views[first][begin : begin + piece.bytes]
-        at = wrong_block(own, piece.leaves)
-        if at is not None:
-            name = manifest.tensors[piece.tensor].name
-            raise Damaged(
-                f"chunk {key}: {KINDS[piece.kind]} of tensor {name}, elements from {piece.first + at // 4} on, "
-                "is not what was saved"
-            )
-        for target, offset in wanted.to[1:]:
-            views[target][offset : offset + piece.bytes] = own
+    finally:
+        for place in places:  # an error's frames keep the functions that have them, and so the slots
+            place.release()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -63,6 +63,10 @@ PAID = Pace(look_s=0.5, idle_s=3.0, beat_s=5.0, hint_s=5.0)
 """Of a service, which counts requests and has many agents to answer."""
 
 
+def ignored(_: int) -> None:
+    """Of whom nothing is to be told."""
+
+
 class Store(Protocol):
     """Storage of one root. Every call raises only ``checkpoint.errors``."""
 
@@ -102,9 +106,12 @@ class Store(Protocol):
         NotFound where there is none; Damaged where it is larger than ``max_bytes`` or the range is not inside it.
         """
 
-    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
+    def read_into(
+        self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
+    ) -> None:
         """Fill these, one after the other, with the bytes from ``first`` on, without another copy of them. As ``get``;
-        after an error they hold nothing that counts.
+        after an error they hold nothing that counts. ``filled`` is called with the number of each once it is full and
+        before the next one is read; again where it was read again after a fault. What it raises ends the read.
         """
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:

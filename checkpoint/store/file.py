@@ -39,6 +39,7 @@ from checkpoint.store.base import (
     check_prefix,
     check_sha256,
     check_size,
+    ignored,
     is_hint,
 )
 from checkpoint.store.limits import PACED_BYTES, SLICE_BYTES, Rate
@@ -185,18 +186,24 @@ class FileStore:
             raise _shorter(key, path)
         return data
 
-    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
+    def read_into(
+        self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
+    ) -> None:
         path, at = self._path(key), first
         try:
             with open(path, "rb", buffering=0) as file:
-                window(key, os.fstat(file.fileno()).st_size, None, first, sum(view.nbytes for view in out))
-                for view in out:
+                size = sum(view.nbytes for view in out)
+                window(key, os.fstat(file.fileno()).st_size, None, first, size)
+                if size > _PIECE:  # all of it on its way while the caller looks at what is there
+                    os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_WILLNEED)
+                for number, view in enumerate(out):
                     rest = view.cast("B")
                     while rest.nbytes:
                         came = os.preadv(file.fileno(), [rest[:_PIECE]], at)
                         if came == 0:
                             raise _shorter(key, path)
                         rest, at = rest[came:], at + came
+                    filled(number)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(key, self.describe()) from error
         except OSError as error:

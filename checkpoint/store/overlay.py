@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlencode
 
 from checkpoint.errors import StoreRefused
 from checkpoint.keys import run_key
-from checkpoint.store.base import Data, Info, Pace, Store, check_key, check_prefix
+from checkpoint.store.base import Data, Info, Pace, Store, check_key, check_prefix, ignored
 
 SCHEME = "over"
 
@@ -66,8 +66,10 @@ class OverlayStore:
     ) -> bytes:
         return self._of(key).get(key, max_bytes=max_bytes, first=first, length=length)
 
-    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
-        self._of(key).read_into(key, out, first=first)
+    def read_into(
+        self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
+    ) -> None:
+        self._of(key).read_into(key, out, first=first, filled=filled)
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         return self._of(key).holds(key, data, sha256=sha256)

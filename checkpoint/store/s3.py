@@ -54,6 +54,7 @@ from checkpoint.store.base import (
     check_prefix,
     check_sha256,
     check_size,
+    ignored,
 )
 from checkpoint.store.limits import PACED_BYTES, Rate
 from checkpoint.store.s3_answers import CREDENTIALS, FOREIGN, NOT_S3, Retry, translate
@@ -219,7 +220,9 @@ class S3Store:
                 return b""
         return self._retry.run(f"reading {key!r}", lambda: self._get(key, begin, length, max_bytes))
 
-    def read_into(self, key: str, out: Sequence[memoryview], *, first: int = 0) -> None:
+    def read_into(
+        self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
+    ) -> None:
         check_key(key)
         if first < 0:
             raise Damaged(f"object {key!r}: bytes from {first} on cannot be read")
@@ -227,7 +230,7 @@ class S3Store:
         if length == 0:
             self.get(key, first=first, length=0)
         else:
-            self._retry.run(f"reading {key!r}", lambda: self._read_into(key, first, length, out))
+            self._retry.run(f"reading {key!r}", lambda: self._read_into(key, first, length, out, filled))
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         check_key(key)
@@ -439,7 +442,9 @@ class S3Store:
         """What the SDK sends: small data as it is, signed; large data without a copy, under its checksum (signed)."""
         return bytes(data) if data.nbytes < PACED_BYTES else Outgoing(data, self._rate, self._read_s)
 
-    def _read_into(self, key: str, begin: int, length: int, out: Sequence[memoryview]) -> None:
+    def _read_into(
+        self, key: str, begin: int, length: int, out: Sequence[memoryview], filled: Callable[[int], None]
+    ) -> None:
         what = f"reading {key!r}"
         span = f"bytes={begin}-{begin + length - 1}"
         answer = self._ask("get_object", what, key, Key=self._root + key, Range=span)
@@ -452,16 +457,17 @@ class S3Store:
                 raise Damaged(
                     f"object {key!r}: {length} bytes from byte {begin} on were asked for, {size} came: it was cut short"
                 )
-            have = 0 if odd else read_into(body, out, self._read_s)
+            have = 0 if odd else read_into(body, out, self._read_s, filled)
         except FOREIGN as error:
             raise translate(error, what, self._url, key) from error
         finally:
             body.close()
         if odd:
             data, at = self._get(key, begin, length, None), 0
-            for view in out:
+            for number, view in enumerate(out):
                 view[:] = data[at : at + view.nbytes]
                 at += view.nbytes
+                filled(number)
         elif have != length:
             raise StoreUnavailable(f"{what}: {self._url} promised {length} bytes and sent {have}")
 

@@ -112,7 +112,7 @@ def _receives(body: Any) -> Callable[[memoryview], int] | None:
     return some
 
 
-def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
+def read_into(body: Any, out: Sequence[memoryview], grace_s: float, filled: Callable[[int], None]) -> int:
     """An answer's body into these, in order; how many bytes came until it ended or all are full."""
     progress, read, receive = Progress(grace_s), _reads(body), _receives(body)
 
@@ -124,7 +124,7 @@ def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
         return len(piece)
 
     have = 0
-    for view in out:
+    for number, view in enumerate(out):
         at = 0
         while at < view.nbytes:
             came = some(view[at : at + READ_BYTES])
@@ -133,4 +133,5 @@ def read_into(body: Any, out: Sequence[memoryview], grace_s: float) -> int:
             at += came
             have += came
             progress.moved(came)
+        filled(number)
     return have

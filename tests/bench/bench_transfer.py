@@ -3,10 +3,12 @@ agent's own uploader, committer and restore, beside a bare client that moves the
 memory with as many threads and does nothing else; and beside PyTorch's Distributed Checkpoint.
 
 Ours hashes twice on the way up (blocks, chunks), once on the way down, commits and looks at everything that comes. The
-bare client sends the SHA-256 of each object, which the server compares, and that is all; beside it stands one that has
-nothing compared, which spares the server more than ours takes. In a folder it writes, syncs and reads. Reads are from
-the disk: what the page cache holds of the objects is dropped before each (and once more beside it, from the page
-cache). Rounds are interleaved. ``python -m tests.bench transfer``, ``python -m tests.bench transfer-vs-dcp``.
+bare client is HTTP alone and sends the SHA-256 of each object, which the server compares: what is stored is as sure as
+ours, and nothing is quicker. Beside it stand one that has nothing compared, and boto3 as it comes, which people use:
+``put_object`` and ``get_object``, and its transfer manager. In a folder the bare client writes, syncs and reads. Reads
+are from the disk: what the page cache holds of the objects is dropped before each (and once more beside it, from the
+page cache). Rounds are interleaved, and each begins with another client, because pages that were just given back are
+cheaper than others. ``python -m tests.bench transfer``, ``python -m tests.bench transfer-vs-dcp``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import io
 import os
 import resource
 import shutil
@@ -25,12 +28,13 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import boto3
 import botocore.auth
 import botocore.awsrequest
 import botocore.config
@@ -153,17 +157,12 @@ class Checkpoints:
 
 
 class Bare(Protocol):
-    unchecked: Bare | None
-    """The same that has nothing compared, where that makes a difference."""
-
     def put(self, name: str, data: memoryview) -> None: ...
 
     def get(self, name: str, out: memoryview) -> None: ...
 
 
 class BareFolder:
-    unchecked: Bare | None = None
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
@@ -185,7 +184,6 @@ class BareS3:
     """HTTP by the standard library over one connection a thread; a body is hashed where it is checked, never signed."""
 
     def __init__(self, server: S3Server, checked: bool = True) -> None:
-        self.unchecked: Bare | None = BareS3(server, False) if checked else None
         self._server, self._own, self._checked = server, threading.local(), checked
         self._auth = botocore.auth.S3SigV4Auth(
             botocore.credentials.Credentials(*server.identities["root"]), "s3", "us-east-1"
@@ -216,6 +214,32 @@ class BareS3:
         answer.read()
 
 
+class Boto3:
+    """boto3 as it comes: a request an object, or (``manager``) its transfer manager, in parts."""
+
+    def __init__(self, server: S3Server, manager: bool = False) -> None:
+        user, secret = server.identities["root"]
+        self._client = boto3.client(
+            "s3", endpoint_url=server.endpoint, region_name="us-east-1",
+            aws_access_key_id=user, aws_secret_access_key=secret,
+        )  # fmt: skip
+        self._manager = manager
+
+    def put(self, name: str, data: memoryview) -> None:
+        if self._manager:
+            self._client.upload_fileobj(io.BytesIO(data), BUCKET, f"bare/{name}")
+        else:
+            self._client.put_object(Bucket=BUCKET, Key=f"bare/{name}", Body=bytes(data))
+
+    def get(self, name: str, out: memoryview) -> None:
+        if self._manager:
+            into = io.BytesIO()
+            self._client.download_fileobj(BUCKET, f"bare/{name}", into)
+            out[:] = into.getbuffer()
+        else:
+            out[:] = self._client.get_object(Bucket=BUCKET, Key=f"bare/{name}")["Body"].read()
+
+
 # --- rounds ---------------------------------------------------------------------------------------------------
 
 
@@ -228,64 +252,79 @@ def drop_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def round_of(checkpoints: Checkpoints, bare: Bare, files: Path, number: int) -> dict[str, tuple[Moved, Moved]]:
-    """(ours, bare) of one round, by what was moved: ``upload``, ``restore``, ``restore, from the page cache``."""
+def remove(folder: Path, names: str) -> None:
+    for path in folder.rglob(names):
+        if path.is_file() and path.stat().st_size > 1 << 20:
+            path.unlink()
+
+
+OURS = "ours"
+Round = dict[tuple[str, str], Moved]
+"""Of one round: what was moved, by whom."""
+
+
+def round_of(checkpoints: Checkpoints, bare: Mapping[str, Bare], files: Path, number: int) -> Round:
+    """``upload``, ``restore`` and ``restore, from the page cache``; each client's objects go after its turn."""
     epoch, pool = checkpoints.ready(), checkpoints.pool
     infos: list[CheckpointInfo] = []
+    moved: Round = {}
+    clients = [OURS, *bare]
+    clients = clients[number % len(clients) :] + clients[: number % len(clients)]
     with checkpoints.objects() as objects:
-        names = [f"{number}-{at}" for at in range(len(objects))]
-        puts = timed(lambda: list(pool.map(bare.put, names, objects)))
-        moved = {"upload": (timed(lambda: infos.append(checkpoints.upload(epoch))), puts)}
-        if (plain := bare.unchecked) is not None:
-            others = timed(lambda: list(pool.map(plain.put, (f"plain-{name}" for name in names), objects)))
-            moved["upload, beside a client that has nothing compared"] = moved["upload"][0], others
-        for what in ("restore", "restore, from the page cache"):
-            if what == "restore":
-                drop_cache(files)
-            gets = timed(lambda: list(pool.map(bare.get, names, objects)))
-            if what == "restore":
-                drop_cache(files)
-            moved[what] = timed(lambda: checkpoints.restore(infos[0])), gets
+        for client in clients:
+            names = [f"{clients.index(client)}-{number}-{at}" for at in range(len(objects))]
+            put, get = (getattr(bare.get(client), verb, None) for verb in ("put", "get"))
+
+            def upload(put: Any = put, names: Sequence[str] = names) -> object:
+                return list(pool.map(put, names, objects)) if put else infos.append(checkpoints.upload(epoch))
+
+            def restore(get: Any = get, names: Sequence[str] = names) -> object:
+                return list(pool.map(get, names, objects)) if get else checkpoints.restore(infos[0])
+
+            moved["upload", client] = timed(upload)
+            drop_cache(files)
+            moved["restore", client] = timed(restore)
+            moved["restore, from the page cache", client] = timed(restore)
+            remove(files, "*" if client == OURS else f"{clients.index(client)}-{number}-*")
     return moved
 
 
-def rounds(checkpoints: Checkpoints, bare: Bare, files: Path, count: int) -> dict[str, list[tuple[Moved, Moved]]]:
-    found: dict[str, list[tuple[Moved, Moved]]] = {}
-    for number in range(count + 1):
-        moved = round_of(checkpoints, bare, files, number)
-        if number:  # the first one makes pages and connections
-            for what, pair in moved.items():
-                found.setdefault(what, []).append(pair)
-        for path in files.rglob("*"):
-            if path.is_file() and path.stat().st_size > 1 << 20:
-                path.unlink()
-    return found
+def rounds(checkpoints: Checkpoints, bare: Mapping[str, Bare], files: Path, count: int) -> list[Round]:
+    found = [round_of(checkpoints, bare, files, number) for number in range(count + 1)]
+    return found[1:]  # the first one makes pages and connections
 
 
-def measure(count: int) -> Iterator[tuple[str, float, float, float]]:
-    """(what, GB/s of ours, GB/s of the bare client, processor seconds a GB of ours less the bare client's)."""
+def measure(count: int) -> Iterator[tuple[str, float, str, float, float]]:
+    """(what, GB/s of ours, beside whom, GB/s of that client, processor seconds a GB of ours less that client's)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with s3_server(folder / "s3") as server, server.identity("root"):
-            yield from told(
-                "versitygw", Checkpoints(open_store(server.url("ours"))), BareS3(server), server.data, count
-            )
+            bare = {
+                "bare client": BareS3(server),
+                "bare client, nothing compared": BareS3(server, False),
+                "boto3": Boto3(server),
+                "boto3's transfer manager": Boto3(server, True),
+            }
+            yield from told("versitygw", Checkpoints(open_store(server.url("ours"))), bare, server.data, count)
         files = folder / "files"
         files.mkdir()
         ours = Checkpoints(open_store((files / "store").as_uri()))
-        yield from told("folder", ours, BareFolder(files / "bare"), files, count)
+        yield from told("folder", ours, {"bare client": BareFolder(files / "bare")}, files, count)
 
 
 def told(
-    where: str, checkpoints: Checkpoints, bare: Bare, files: Path, count: int
-) -> Iterator[tuple[str, float, float, float]]:
+    where: str, checkpoints: Checkpoints, bare: Mapping[str, Bare], files: Path, count: int
+) -> Iterator[tuple[str, float, str, float, float]]:
     with checkpoints.objects() as objects:
         size = sum(view.nbytes for view in objects) / 1e9
-    for what, pairs in rounds(checkpoints, bare, files, count).items():
-        theirs = statistics.median(b.seconds for _, b in pairs)
-        ratio = statistics.median(b.seconds / o.seconds for o, b in pairs)
-        more = statistics.median(o.cpu - b.cpu for o, b in pairs)
-        yield f"{what} ({where})", ratio * size / theirs, size / theirs, more / size
+    found = rounds(checkpoints, bare, files, count)
+    for client in bare:
+        for what in dict.fromkeys(what for what, _ in found[0]):
+            pairs = [(moved[what, OURS], moved[what, client]) for moved in found]
+            theirs = statistics.median(b.seconds for _, b in pairs)
+            ratio = statistics.median(b.seconds / o.seconds for o, b in pairs)
+            more = statistics.median(o.cpu - b.cpu for o, b in pairs)
+            yield f"{what} ({where})", ratio * size / theirs, client, size / theirs, more / size
 
 
 # --- layouts --------------------------------------------------------------------------------------------------

@@ -87,8 +87,27 @@ def test_reads_go_where_they_are_wanted(store: Store) -> None:
     assert store.create("runs/r/chunks/a", data, sha256=hashlib.sha256(data).digest())
     memory = bytearray(len(data))
     views = [memoryview(memory)[at : at + 300_001] for at in range(0, len(data), 300_001)]
+    told: list[int] = []
+
+    def filled(number: int) -> None:
+        assert views[number] == data[300_001 * number :][:300_001]
+        assert not any(memory[300_001 * (number + 1) :])  # what follows has not begun
+        told.append(number)
+
+    store.read_into("runs/r/chunks/a", views, filled=filled)
+    assert told == list(range(len(views)))
+    memory[:] = bytes(len(data))
     store.read_into("runs/r/chunks/a", [*views, memoryview(bytearray())])
     assert memory == data
+
+    def enough(number: int) -> None:
+        if number == 1:
+            raise Damaged("seen enough")
+
+    memory[:] = bytes(len(data))
+    with pytest.raises(Damaged, match="seen enough"):
+        store.read_into("runs/r/chunks/a", views, filled=enough)
+    assert not any(memory[600_002:])
     some = bytearray(7)
     store.read_into("runs/r/chunks/a", [memoryview(some)[:3], memoryview(some)[3:]], first=259)
     assert some == data[259:266]
