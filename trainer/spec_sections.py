@@ -485,6 +485,16 @@ class RunSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_validation(self) -> RunSpec:
+        made = self.data.source.startswith("dataset:")  # it may have a validation part, or not: its store knows
+        if self.validation.every and not (self.validation.source or self.data.validation or made):
+            raise ValueError(
+                "validation.every is set, and there is nothing to validate on: set data.validation (a share of the "
+                "corpus, which is split off), or validation.source, such as text:held-out/*.txt"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_eval(self) -> RunSpec:
         names = [e.name for e in self.eval]
         again = next((name for name in names if names.count(name) > 1 or name == "validation"), None)

@@ -57,6 +57,20 @@ class Figures:
     data_held: int = 0
 
 
+Family = tuple[str, str, str, Iterable[tuple[dict[str, str], float]]]
+"""A name, its kind, what it is, and its samples by their own labels."""
+
+
+def page_text(prefix: str, table: Iterable[Family], labels: Mapping[str, str]) -> str:
+    """A page in Prometheus' text format, every sample with these labels."""
+    out: list[str] = []
+    for name, kind, told, samples in table:
+        full = f"{prefix}_{name}"
+        out += [f"# HELP {full} {told}", f"# TYPE {full} {kind}"]
+        out += [f"{full}{_labels({**labels, **own})} {_number(value)}" for own, value in samples]
+    return "\n".join(out) + "\n"
+
+
 class Gauge:
     """Keeps the figures. ``line`` and ``tell`` are of the loop's thread; ``figures`` may be read in any."""
 
@@ -98,7 +112,7 @@ class Gauge:
         f = self.figures
         lag_s = 0.0 if f.behind_since is None else self._clock() - f.behind_since
         causes = dict(sorted(f.retries.items(), key=lambda item: -item[1])[:_CAUSES])
-        table: list[tuple[str, str, str, Iterable[tuple[dict[str, str], float]]]] = [
+        table: list[Family] = [
             ("attempt", "gauge", "Epoch of the attempt that this node runs or ran last; 0: none.", one(f.epoch)),
             ("step", "gauge", "Newest training step that this agent knows of.", one(f.step)),
             ("memory_step", "gauge", "Newest step that all ranks of the node hold in memory; -1: none.", one(f.held)),
@@ -137,12 +151,7 @@ class Gauge:
             ("data_cache_bytes", "gauge", "Bytes of token shards that are kept here for them.", one(f.data_held)),
             ("failing", "gauge", "1 while the store or this machine refuses something.", one(int(f.failing))),
         ]
-        out: list[str] = []
-        for name, kind, told, samples in table:
-            full = f"hotstage_agent_{name}"
-            out += [f"# HELP {full} {told}", f"# TYPE {full} {kind}"]
-            out += [f"{full}{_labels({**labels, **own})} {_number(value)}" for own, value in samples]
-        return "\n".join(out) + "\n"
+        return page_text("hotstage_agent", table, labels)
 
 
 def one(value: float) -> Iterable[tuple[dict[str, str], float]]:
@@ -173,13 +182,19 @@ def address_of(text: str) -> tuple[str, int]:
 
 
 class MetricsServer(threading.Thread):
-    """The thread that answers. OSError where the address cannot be listened on."""
+    """The thread that answers, as a server of this name. OSError where the address cannot be listened on."""
 
-    def __init__(self, address: tuple[str, int], text: Callable[[], str], request_s: float = _REQUEST_S) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        text: Callable[[], str],
+        request_s: float = _REQUEST_S,
+        name: str = "hotstage-agent",
+    ) -> None:
         super().__init__(name="metrics", daemon=True)
 
         class Handler(BaseHTTPRequestHandler):
-            server_version, sys_version = "hotstage-agent", ""
+            server_version, sys_version = name, ""
 
             def setup(self) -> None:
                 super().setup()

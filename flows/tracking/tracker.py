@@ -30,6 +30,7 @@ from flows.drive.line import beginning_of, ordered_back, parent_of
 from flows.drive.live import load_evaluations
 from flows.tracking.history import lines_between
 from flows.tracking.mlflow_run import MlflowWriter
+from flows.tracking.prometheus import PAGE, figures_of
 from flows.tracking.tensorboard_files import TensorBoardWriter
 from flows.tracking.wandb_run import WandbWriter
 from flows.tracking.writers import About, Writer, Written, missing
@@ -246,13 +247,18 @@ class Trackers:
     _of: TrackSpec = field(default_factory=TrackSpec)
     _all: list[Tracker] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._figures, self._why = figures_of(self.run)
+
     def tell(self, event: Event) -> None:
+        if self._figures is not None:
+            self._figures.tell(event)
         for tracker in self._all:
             tracker.tell(event)
 
     def look(self, spec: RunSpec) -> list[str]:
         """Begin or end trackers where the spec says so by now; what a person should hear of, each once."""
-        told = []
+        told, self._why = [self._why] if self._why else [], ""
         if spec.track != self._of:
             told += self.close(0.0) if self._all else []
             self._of = spec.track
@@ -262,6 +268,8 @@ class Trackers:
             else:
                 config = flat(spec)
                 self._all = [Tracker(self.store, self.run, writer, config) for writer in writers_of(spec.track)]
+        if self._figures is not None:
+            PAGE.leave(self._figures)
         return told + self._trouble()
 
     def close(self, patience_s: float = 10.0) -> list[str]:
@@ -270,6 +278,8 @@ class Trackers:
         late = [t.writer.name for t in self._all if not t.close(max(0.0, end - time.monotonic()))]
         told = self._trouble()
         self._all = []
+        if self._figures is not None:
+            PAGE.leave(self._figures)
         return told + [f"{name} has not taken all of it in time: what it lacks is in the store" for name in late]
 
     def _trouble(self) -> list[str]:

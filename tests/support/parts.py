@@ -1,6 +1,6 @@
 """What the tests need and `make setup` does not bring, made before they run, so that no test waits for it: the second
-compiler, the engine and its kernels by both compilers, the emulated CUDA kernels, the S3 server. All of it is kept in
-the user's cache folder.
+compiler, the engine and its kernels by both compilers, the emulated CUDA kernels, the S3 server, Prometheus' parser.
+All of it is kept in the user's cache folder.
 
     python -m tests.support.parts
 """
@@ -12,11 +12,12 @@ import sys
 
 from tests.engine import cuda_lib, kernel_lib
 from tests.engine.engine_build import build_engine
-from tests.support import compilers, s3_server
+from tests.support import compilers, promql, s3_server
 
 
 def main() -> int:
     s3_server.binary()
+    promql.checker()
     compilers.main()
     for compiler in ("cc", compilers.OTHER):
         build_engine(compiler)

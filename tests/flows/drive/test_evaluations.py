@@ -30,7 +30,7 @@ BOTH = ("validation.every=2", 'eval=[{name="a", command=["x", "{model}"], every=
 
 
 def spec(*sets: str) -> RunSpec:
-    return parse_spec(tomllib.loads(SPEC), ("checkpoint.every=10", *sets))
+    return parse_spec(tomllib.loads(SPEC), ("checkpoint.every=10", "validation.source=text:held/*", *sets))
 
 
 def line(store: Store, *steps: int) -> RunState:
@@ -163,7 +163,7 @@ def test_a_hint_that_does_not_hold_is_nothing() -> None:
 
 
 def test_a_how_without_them_is_written_as_before_and_one_with_them_is_read() -> None:
-    assert set(how_map(spec())) == {"parallel", "checkpoint", "launch", "recovery"}
+    assert set(how_map(parse_spec(tomllib.loads(SPEC)))) == {"parallel", "checkpoint", "launch", "recovery"}
     how = how_map(spec(*BOTH, "track.tensorboard=tb"))
     assert (how["validation"]["every"], how["eval"][0]["name"], how["track"]["tensorboard"]) == (2, "a", "tb")
     assert how_map(parse_spec({**tomllib.loads(SPEC), **how})) == how
@@ -176,6 +176,7 @@ def test_a_how_without_them_is_written_as_before_and_one_with_them_is_read() -> 
         ('eval=[{command=["a", "{model}"]}, {command=["b", "{model}"]}]', "twice; results are found by name"),
         ('eval=[{name="validation", command=["a", "{model}"]}]', "that of [validation]"),
         ("validation.every=-1", "at least 0"),
+        ("validation={every=1}", "nothing to validate on: set data.validation"),
     ],
 )
 def test_refusals(sets: str, words: str) -> None:

@@ -14,6 +14,7 @@ from checkpoint.export_to import Folder
 from checkpoint.keys import dataset_key
 from checkpoint.store import Store, open_store
 from checkpoint.store.memory import MemoryStore
+from flows.data import prepare, validation_of
 from flows.drive.run import Prepared, read_run
 from flows.evaluate.validate import validate, validation_data, windows_of
 from flows.show.export import export_hf
@@ -21,6 +22,7 @@ from tests.flows.conftest import Trained
 from tests.reference.model import Config, Model
 from trainer.dataset import DatasetRef, write_shard
 from trainer.errors import DatasetError, SpecError
+from trainer.spec import DataSpec
 from trainer.spec_watch import ValidationSpec
 
 
@@ -80,6 +82,19 @@ def test_it_is_left_where_that_is_asked(trained: Trained, store: Store) -> None:
     data = validation_data(store, prepared, lambda _: None)
     with pytest.raises(InterruptedError):
         validate(store, prepared, prepared.spec.train.steps, data, stop=lambda: True)
+
+
+def test_the_part_that_was_split_off_is_what_is_validated_on(tmp_path: Path) -> None:
+    """``data.validation``: by the run's own tokenizer, and none of it is trained on."""
+    store = open_store(f"file://{tmp_path}/store")
+    texts = [f"the {n} quick foxes jump over {n} dogs. " * 20 for n in range(60)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train = prepare(DataSpec(source=f"jsonl:{tmp_path}/c.jsonl", vocab_size=300, validation=0.2), store)
+    held = validation_of(store, train)
+    assert held is not None
+    assert held.tokenizer_digest == train.tokenizer_digest
+    assert 0 < held.tokens < train.tokens
+    assert len(list(windows_of(store, held, 16, 5))) == 5
 
 
 def test_nothing_to_validate_on_is_said_with_the_mend(trained: Trained, store: Store) -> None:
