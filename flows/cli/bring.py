@@ -18,6 +18,7 @@ from trainer.errors import OutputError
 @click.option("--name", help="Name of spec and runs (default: the folder's).")
 @click.option("--data", "source", metavar="SOURCE", default="python-stdlib", show_default=True, help="data.source.")
 @click.option("--tokenizer", metavar="FILE", help="The model's tokenizer.json, where DIR has none.")
+@click.option("--end-token", metavar="TOKEN", help='What ends a text, where DIR does not say it; "": nothing.')
 @store_option
 @json_option
 def import_(
@@ -26,6 +27,7 @@ def import_(
     name: str | None,
     source: str,
     tokenizer: str | None,
+    end_token: str | None,
     store: str | None,
     as_json: bool,
 ) -> int:
@@ -46,7 +48,7 @@ def import_(
     from trainer.spec import parse_spec
 
     path = Path(folder)
-    text = spec_text(path, weights=True, source=source, tokenizer=tokenizer, name=name)
+    text = spec_text(path, weights=True, source=source, tokenizer=tokenizer, end_token=end_token, name=name)
     spec = parse_spec(tomllib.loads(text), origin="the spec")
     file = Path(output or f"{spec.name}.toml")
     if _other_text(file, text):

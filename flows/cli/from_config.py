@@ -20,11 +20,13 @@ def spec_text(
     weights: bool = False,
     source: str = "python-stdlib",
     tokenizer: str | None = None,
+    end_token: str | None = None,
     name: str | None = None,
 ) -> str:
     """The TOML of a spec with the model of this config.json (or of this folder's). SpecError for what cannot be.
 
-    ``weights``: the model begins from the folder's weights; ``tokenizer``: a file, where it is not the folder's own.
+    ``weights``: the model begins from the folder's weights; ``tokenizer`` and ``end_token``: where they are not those
+    that the folder's files say.
     """
     config = read_config(path)
     kind = config.get("model_type")
@@ -49,7 +51,7 @@ def spec_text(
         "",
         "[data]",
         f"source = {_toml(source)}        # or text:GLOB, jsonl:GLOB",
-        *_tokenizer_lines(folder, tokenizer),
+        *_tokenizer_lines(folder, tokenizer, end_token),
         "",
         "[train]",
         "steps = 1000",
@@ -77,13 +79,13 @@ def _model_lines(model: ModelSpec) -> list[str]:
     return [f"{key} = {_toml(value)}" for key, value in model.model_dump().items() if value is not None]
 
 
-def _tokenizer_lines(folder: Path, given: str | None) -> list[str]:
+def _tokenizer_lines(folder: Path, given: str | None, end: str | None) -> list[str]:
     from flows.drive.their_tokenizer import TOKENIZER, end_of, read_tokenizer
 
     path = Path(given) if given is not None else folder / TOKENIZER
     if given is None and not path.is_file():
         return ['# tokenizer = "tokenizer.json"  # the model\'s own; else one is trained']
-    token = end_of(folder, read_tokenizer(path))
+    token = end_of(folder, read_tokenizer(path)) if end is None else end
     named = [f"end_token = {_toml(token)}"] if token is not None else []
     return [f"tokenizer = {_toml(os.path.abspath(path))}", *named]
 

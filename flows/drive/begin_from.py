@@ -35,10 +35,10 @@ from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
 from flows.drive.line import parent_of
 from flows.drive.run import Prepared, attempt_body, check_layouts, create_run, load_what, ready_store, run_names
-from flows.drive.their_tokenizer import TOKENIZER, check_tokenizer
+from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.views import Restore
 from flows.drive.weights import FolderWeights, RunWeights, Weights, folder_weights
-from trainer.errors import DatasetError, SpecError
+from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
@@ -90,12 +90,9 @@ def import_run(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambda _
 def import_folder(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambda _: None) -> tuple[str, FolderWeights]:
     """Store the folder's weights with the spec's model and tokenizer, for whatever trains on from them; the run that
     holds them. SpecError, DatasetError and NoWeights as ``import_run`` and a tokenizer that is given have them."""
-    given = given_tokenizer(spec.data)
-    if given is None:
-        raise DatasetError(
-            f"{folder} has no {TOKENIZER}, and weights are of no use without the tokenizer that they were made with: "
-            "name it with --tokenizer (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one)"
-        )
+    with with_tokenizer(spec.data, None if spec.data.tokenizer else tokenizer_of(store, f"hf:{folder}")) as data:
+        given = given_tokenizer(data)
+    assert given is not None, "it is refused where there is none"
     weights = folder_weights(folder, spec.model)
     check_tokenizer(weights.place, weights.vocab, weights.tokenizer, given.tokenizer, given.vocab)
     ready_store(store)

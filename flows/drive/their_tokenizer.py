@@ -23,6 +23,10 @@ from trainer.models.hf_config import end_token_id, read_config
 from trainer.spec import DataSpec
 
 TOKENIZER = "tokenizer.json"
+MENDS = (
+    "data.tokenizer in a spec, --tokenizer of `hotstage import`; transformers' "
+    "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
+)
 
 
 def folder_of_init(text: str) -> Path:
@@ -33,7 +37,8 @@ def folder_of_init(text: str) -> Path:
     why = "is a file" if path.exists() else "is not here"
     raise SpecError(
         f"model.init 'hf:{text}': the folder {path} {why}; name the folder of a model in Hugging Face's form (hotstage "
-        "downloads nothing: `hf download NAME --local-dir DIR` of huggingface_hub does)"
+        "downloads nothing: `hf download NAME --local-dir DIR` of huggingface_hub does). A run that has begun goes on "
+        "without it: hotstage runs resume RUN"
     )
 
 
@@ -48,10 +53,18 @@ class TheirTokenizer:
 
 
 def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
-    """The tokenizer that lies beside the weights which ``model.init`` names; None where none does."""
+    """The tokenizer that lies beside the weights which ``model.init`` names; None where that is a digest alone.
+    DatasetError where none does."""
     kind, _, rest = init.partition(":")
     if kind == "hf":
-        return folder_tokenizer(folder_of_init(rest))
+        folder = folder_of_init(rest)
+        found = folder_tokenizer(folder)
+        if found is None:
+            raise DatasetError(
+                f"{folder} has no {TOKENIZER}, and weights are of no use without the tokenizer that they were made "
+                f"with: name it ({MENDS})"
+            )
+        return found
     if kind != "run":
         return None
     what = load_what(store, find_run(store, rest.rpartition("@")[0]))

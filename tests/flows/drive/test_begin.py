@@ -531,6 +531,23 @@ def test_a_pointer_of_git_lfs_is_none_of_the_weights(tmp_path: Path) -> None:
         file.write_bytes(b"")
 
 
+def test_an_end_token_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    for name, keys in (("config.json", ["bos_token_id", "eos_token_id"]), ("tokenizer_config.json", ["eos_token"])):
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if key not in keys}))
+    arguments = ["import", str(folder), "--store", f"file://{tmp_path}/store", "-o", str(tmp_path / "x.toml")]
+    code, said = called(arguments)
+    assert code == 65
+    assert "so nothing would end a document" in said
+    for end, told in (("<|end|>", "a text ends with <|end|>"), ("", "a text ends with nothing")):
+        (tmp_path / "x.toml").unlink(missing_ok=True)
+        code, said = called([*arguments, "--end-token", end])
+        assert code == 0, said
+        assert told in said
+
+
 def test_a_tokenizer_of_another_model_is_refused(imported: Imported, tmp_path: Path) -> None:
     """Also where nobody names one and the data has its own."""
     case = imported("gpt2-untied-f32")
@@ -545,6 +562,11 @@ def test_a_tokenizer_of_another_model_is_refused(imported: Imported, tmp_path: P
     del data["tokenizer"], data["end_token"]
     brought = prepare_run(parse_spec({**tree, "model": model, "data": data}), case.store)
     assert load_tokenizer(case.store, brought.dataset).token_to_id("<|end|>") == brought.dataset.eot == 0
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(
+        DatasetError, match=r"has no tokenizer.json, and weights are of no use without .*data.tokenizer"
+    ):
+        prepare_run(parse_spec({**tree, "model": model, "data": data}), case.store)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from flows.cli.from_config import spec_text
 from trainer import models
 from trainer.errors import SpecError
+from trainer.models.hf_config import name_of
 from trainer.spec import ModelSpec, load_spec, parse_spec
 
 LLAMA = {
@@ -194,6 +195,18 @@ def test_a_spec_is_written_from_a_config(tmp_path: Path) -> None:
     (tmp_path / "made.toml").write_text(spec_text(folder))
     data = load_spec(tmp_path / "made.toml").data
     assert (data.tokenizer, data.end_token) == (str(folder / "tokenizer.json"), "</s>")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models--openai-community--gpt2/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e", "gpt2"),
+        ("snapshots/3b", "model-3b"),
+        ("Qwen3-0.6B", "qwen3-0-6b"),
+    ],
+)
+def test_a_name_from_a_folder(tmp_path: Path, folder: str, name: str) -> None:
+    assert name_of(tmp_path / folder / "config.json") == name
 
 
 @pytest.mark.parametrize(
