@@ -15,8 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
 from prefect.deployments.runner import RunnerDeployment
 from prefect.logging import get_run_logger
@@ -35,6 +34,7 @@ from flows.drive.train import store_at
 from flows.hosting import Hosted, undisturbed
 from flows.page import Page, end_message
 from flows.prefect_api import TRAIN_FLOW, Client
+from flows.preparing import Mapped, task_runner
 from flows.show.collected import collected_lines
 from flows.show.lines import Lines
 from trainer.spec import RunSpec
@@ -57,18 +57,23 @@ def flow_run_name() -> str:
     return f"{name}-{scheduled_suffix()}" if given.get("fresh") else name
 
 
-@task(name="prepare data", cache_policy=NO_CACHE)
-def prepare_data(spec: RunSpec, store_url: str) -> dict[str, Any]:
-    """Text to token shards in the store; content-addressed, so a second time finds them."""
-    say, opened = get_run_logger().info, store_at(store_url)
+@flow(name="prepare", persist_result=False)
+def prepare_flow(spec: RunSpec, store: str = "", dask: str = "", again: bool = False) -> dict[str, Any]:
+    """Prepare a spec's dataset, its pieces as mapped tasks; gives its description (``DatasetRef.to_map``).
+
+    ``dask``: so many workers of a Dask cluster on this machine, or the address of one; empty: in this process.
+    """
+    url = store_at(store or None).url
+    return prepare_pieces.with_options(task_runner=task_runner(dask))(spec, url, bool(dask), again)
+
+
+@flow(name="prepare pieces", persist_result=False)
+def prepare_pieces(spec: RunSpec, store: str, remote: bool, again: bool) -> dict[str, Any]:
+    """What ``prepare`` does, in a flow of its own: a flow has one task runner."""
+    say, opened = get_run_logger().info, store_at(store)
     with data_of(spec, opened) as data:
-        return prepare(data, opened, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab).to_map()
-
-
-@flow(name="prepare")
-def prepare_flow(spec: RunSpec, store: str = "") -> dict[str, Any]:
-    """Prepare a spec's dataset; gives its description (``DatasetRef.to_map``)."""
-    return prepare_data(spec, store_at(store or None).url)
+        runner, sequence, vocab = Mapped(remote), spec.train.sequence, spec.model.vocab
+        return prepare(data, opened, say=say, again=again, runner=runner, sequence=sequence, vocab=vocab).to_map()
 
 
 @flow(name=TRAIN_FLOW, flow_run_name=flow_run_name, log_prints=False, persist_result=False)

@@ -21,10 +21,16 @@ def data() -> None:
 @data.command()
 @click.argument("spec", type=click.Path(dir_okay=False))
 @click.option("--again", is_flag=True, help="Make it again even where it exists; damaged objects are replaced.")
+@click.option(
+    "--dask",
+    default="",
+    metavar="N|ADDRESS",
+    help="Have a Dask cluster work on pieces, as tasks of Prefect: N workers here, or one at an address.",
+)
 @set_option
 @store_option
 @json_option
-def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
+def prepare(spec: str, again: bool, dask: str, sets: tuple[str, ...], store: str | None, as_json: bool) -> int:
     """Make SPEC's dataset in the store (tokenizer, token shards, manifest), or find that it exists already."""
     from flows.data import prepare as make
     from flows.drive.begin import data_of
@@ -38,6 +44,11 @@ def prepare(spec: str, again: bool, sets: tuple[str, ...], store: str | None, as
     def work() -> DatasetRef:
         ready_store(opened)
         tell = (lambda _: None) if as_json else say
+        if dask:
+            from flows.data import load_dataset
+            from flows.flow import prepare_flow
+
+            return load_dataset(opened, prepare_flow(wanted, opened.url, dask, again)["digest"])
         with data_of(wanted, opened) as source:
             made = make(source, opened, say=tell, again=again, sequence=wanted.train.sequence, vocab=wanted.model.vocab)
         wanted.resolve(made)  # what would be refused at `train` is refused here
