@@ -27,7 +27,7 @@ from flows.data.tokenizer import EOT, SAFE_CUT, GivenTokenizer, checked_tokenize
 from flows.data.work import piece_name
 from trainer.dataset import token_bytes_for
 
-SAMPLE_LETTERS = 128 << 20
+SAMPLE_LETTERS = 64 << 20
 """Text that the tokenizer is trained on: all of it up to so much, of more a part that its content chooses."""
 _BATCH_BLOCKS, _BATCH_LETTERS = 4096, 1 << 20
 TRAIN, HELD = 1, 2

@@ -14,6 +14,7 @@ who works on a piece, where, and in which order changes no bit.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -389,6 +390,7 @@ class _Preparation:
             for _ in self.run_on.map(sample_piece, self.tasks, share):
                 pieces += 1
             trained = train_tokenizer(texts(), self.spec.vocab_size)
+        give_memory_back()  # of the words that were counted: what follows needs it
         self.wanted.check_vocab(trained.get_vocab_size(), "the tokenizer that was trained (data.vocab_size)")
         return trained
 
@@ -412,6 +414,12 @@ class _Preparation:
             log.warning(
                 "%s: %.1f %% of the tokens are unknown to it (token %d)", given.what, 100 * count / texts, given.unknown
             )
+
+
+def give_memory_back() -> None:
+    """To the system, what the C library holds for the next allocation; other libraries have no such call."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reasons(out: Sequence[int]) -> str:

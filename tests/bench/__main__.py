@@ -31,6 +31,7 @@ from flows.drive.run import Prepared
 from flows.drive.train import make_driver
 from tests.bench import (
     bench_checkpoint,
+    bench_data,
     bench_demo,
     bench_executor,
     bench_fp8,
@@ -349,6 +350,14 @@ def transfer_vs_dcp() -> Iterator[dict[str, Any]]:
         yield entry(f"checkpoint/{what}", value, "s", "PyTorch DCP", other)
 
 
+def data() -> Iterator[dict[str, Any]]:
+    """A corpus of what the machine has, prepared, beside the tokenizer's library alone."""
+    text, ours, peer = bench_data.compare(int(os.environ.get("HOTSTAGE_BENCH_DATA_MB", "1000")) * 1_000_000)
+    yield entry("data/prepare-bytes-per-s", text / ours.wall_s, "B/s", "tokenizers alone", text / peer.wall_s)
+    yield entry("data/prepare: of a processor", text / ours.cpu_s, "B/s", "tokenizers alone", text / peer.cpu_s)
+    yield entry("data/peak-mib", ours.peak_mib, "MiB", "limit", 600.0)
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     began = time.monotonic()
@@ -366,6 +375,7 @@ def main() -> int:
         "recovery": lambda: [recovery()],
         "executor": lambda: list(executor()),
         "watch": lambda: list(watch()),
+        "data": lambda: list(data()),
         "plan": lambda: list(plan()),
         "pipeline": lambda: list(pipeline()),
         "messages": lambda: list(messages()),

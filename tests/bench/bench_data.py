@@ -1,9 +1,9 @@
 """What preparing data costs beside the tokenizer's library alone, and how much memory it takes.
 
-The corpus is what the machine has: sources, headers and manuals, as JSON lines of about 64 MB a file; where there is too
-little, it goes round again with the letters of each word shifted, so that nothing comes twice. ``tokenizers`` alone: the
-same text is read, the same share of it trains a tokenizer of the same size, and all of it is encoded; it sums, stores
-and checks nothing. Both are processes of their own, in turns; each one's peak is what the kernel counted.
+The corpus is what the machine has: sources, headers and manuals, as JSON lines of about 64 MB a file; where it is too
+little, it goes round again with the letters of each word shifted, so that nothing comes twice. ``tokenizers`` alone:
+the same text is read, the same share of it trains a tokenizer of the same size, and all of it is encoded; it sums,
+stores and checks nothing. Both are processes of their own, in turns; each one's peak is what the kernel counted.
 
 ``HOTSTAGE_BENCH_DATA_MB`` (1000) says how much text. ``python -m tests.bench data``
 """
