@@ -17,9 +17,16 @@ from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog
 from checkpoint.probe import ensure_probed
 from checkpoint.store import Store, open_store
+from checkpoint.verify import verify_run
+from flows.drive.begin import prepare_run
+from flows.drive.line import parent_of
+from tests.reference.golden import FOLDER
 from tests.support.s3_server import POLICIES, ROLES, S3Server
 from tests.support.small_checkpoints import RUN, begin, names, upload
 from tests.support.wait import wait_for
+from trainer.models import family
+from trainer.models.hf_config import read_config
+from trainer.spec import parse_spec
 
 _numbers = itertools.count()
 SAMPLES = {
@@ -33,22 +40,29 @@ SAMPLES = {
     "folds": "runs/r{0}/folds/{0:020d}-aa",
     "manifests": "runs/r{0}/manifests/000000000001-00000001/manifest",
     "chunks": "runs/r{0}/chunks/000000000001-00000001/000000-i1-000000",
+    "weights": "runs/r-import-{0}/chunks/000000000000-00000001/000000-import-000000",
+    "their manifest": "runs/r-import-{0}/manifests/000000000000-00000001/parts/00000",
     "live": "runs/r{0}/live/1/node/0",
     "output": "runs/r{0}/live/1/logs/0/00",
     "trace": "runs/r{0}/live/1/trace/0",
 }
+IMPORTED = ("weights", "their manifest")
 MAY = {
     # role: what it may create, what it may delete, what it may not read
     "agent": (
-        {"algorithms", "log", "folds", "manifests", "chunks", "live", "output", "trace"},
+        {"algorithms", "log", "folds", "manifests", "chunks", "live", "output", "trace", *IMPORTED},
         set(),
         {"index", "probe"},
     ),
-    "driver": ({"data", "index", "probe", "spec", "plan", "log", "folds", "live", "output", "trace"}, set(), set()),
+    "driver": (
+        {"data", "index", "probe", "spec", "plan", "log", "folds", "live", "output", "trace", *IMPORTED},
+        set(),
+        set(),
+    ),
     "collector": (
         {"log", "folds", "live", "output", "trace"},
-        {"manifests", "chunks", "output", "trace", "probe"},
-        {"data", "probe", "spec", "plan", "algorithms", "chunks"},
+        {"manifests", "chunks", "output", "trace", "probe", *IMPORTED},
+        {"data", "probe", "spec", "plan", "algorithms", "chunks", "weights"},
     ),
     "reader": (set(), set(), set()),
 }
@@ -113,6 +127,17 @@ def test_a_checkpoints_life_under_three_identities(stores: dict[str, Store]) -> 
 
     wait_for(gone, "step 10 and 20 to be gone", 20)
     assert set(collector.fold().buried) == {2, 3}
+
+
+def test_a_driver_stores_weights_that_a_run_begins_from(stores: dict[str, Store]) -> None:
+    folder = FOLDER / "import" / "qwen3-odd-f16"
+    model = family("qwen3").from_hf_config(read_config(folder)).model_dump(mode="json") | {"init": f"hf:{folder}"}
+    train = {"steps": 1, "batch": 1, "microbatch": 1, "sequence": 16}
+    spec = {"name": "taken", "model": model, "train": train, "data": {"source": f"text:{FOLDER}/README.md"}}
+    run = prepare_run(parse_spec(spec), stores["driver"])
+    began = parent_of(RunLog(stores["reader"], run.run).fold())
+    assert began is not None
+    assert verify_run(stores["reader"], str(began["run"]), "full").ok
 
 
 def test_a_driver_that_collects_without_the_right_says_which_it_lacks(stores: dict[str, Store]) -> None:
