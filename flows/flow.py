@@ -1,5 +1,5 @@
-"""The Prefect flows: `prepare`, `train` and `collect`, thin over plain functions. The run is in the log, not in
-Prefect: a flow run that is killed loses nothing, and the next one attaches.
+"""The Prefect flows: `prepare`, `train`, `sweep` and `collect`, thin over plain functions. The run is in the log, not
+in Prefect: a flow run that is killed loses nothing, and the next one attaches. `deployments.py` deploys them.
 
 What the page shows of a run (task runs, log, artifacts) is written by `flows/page/`, the same for a flow that Prefect
 runs and for one that a command hosts. Nothing secret is ever a parameter: a store's URL cannot hold credentials, and a
@@ -13,34 +13,32 @@ import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 from prefect import flow
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
-from prefect.deployments.runner import RunnerDeployment
+from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
-from prefect.schedules import Schedule
-from prefect.states import Cancelled
-from prefect.types.entrypoint import EntrypointType
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled, Completed
 
 from flows.data import prepare
 from flows.drive.begin import data_of, prepare_run
 from flows.drive.collecting import NotCollected, collect_runs
 from flows.drive.events import Outcome
 from flows.drive.orders import Asked, place_order
-from flows.drive.run import ask_run, load_run, run_names
-from flows.drive.train import store_at
-from flows.hosting import Hosted, undisturbed
+from flows.drive.run import Board, Prepared, ask_run, load_run, run_names
+from flows.drive.train import cancel, store_at
+from flows.hosting import END_PATIENCE_S, Hosted, undisturbed
 from flows.page import Page, end_message
-from flows.prefect_api import TRAIN_FLOW, Client
+from flows.prefect_api import SWEEP_FLOW, TRAIN_FLOW, Client
 from flows.preparing import Mapped, task_runner
+from flows.recurring.chain import LrSchedule, NothingNew, next_in_chain, unfinished
+from flows.recurring.due import Overlap
+from flows.recurring.sweep import sweep_words, table_lines
 from flows.show.collected import collected_lines
 from flows.show.lines import Lines
+from flows.sweeping import hosted_sweep
 from trainer.spec import RunSpec
-
-END_PATIENCE_S = 600.0
-"""For a flow run that Prefect started: nobody waits for its process, so its page has time to be brought up."""
 
 
 class RunFailed(RuntimeError):
@@ -84,14 +82,19 @@ def train_flow(
     sets: tuple[str, ...] = (),
     fresh: bool = False,
     out: str = "out",
+    mode: Literal["fresh", "continue"] = "fresh",
+    lr_schedule: LrSchedule = "extend",
+    overlap: Overlap = "skip",
 ) -> Any:
     """Train a spec to its end, or go on with the run of that name. Completed only when the run succeeded; Failed with
     the reason when it gave up; Cancelled when it was cancelled or stopped.
 
-    ``fresh``: each scheduled firing is a run of its own (its scheduled time joins the name).
+    ``fresh``: each scheduled firing is a run of its own (its scheduled time joins the name). Which ``mode`` continue
+    begins where the last one that succeeded ended, on the data as they are now, and ends at once where they are the
+    same; ``lr_schedule`` is then extended or restarted. Where the run of an earlier firing has not ended, this firing
+    goes on with that one instead, or cancels it (``overlap`` cancel).
     """
     opened = store_at(store or None)
-    suffix = scheduled_suffix() if fresh else ""
     name = flow_run_name()
     ordered = flow_run.run_count <= 1  # a person's order; executed again it is nobody's
     order = Asked(f"flow run {flow_run.name}")
@@ -101,18 +104,72 @@ def train_flow(
         page.line(text)
         _printer(name)(text)
 
-    def work() -> Outcome:
+    def begun(spec: RunSpec, board: Board) -> Prepared | NothingNew:
+        if not fresh:
+            return prepare_run(spec, opened, say=say, board=board)
+        schedule, suffix = str(deployment.name or ""), scheduled_suffix()
+        older = unfinished(opened, spec.name, schedule)
+        if older is not None and overlap == "cancel" and not older.endswith(suffix):
+            cancel(opened, older, f"cancelled: the time of the next firing has come ({name})")
+            say(f"cancelled run {older} of an earlier firing")
+        elif older is not None:
+            say(f"run {older} of an earlier firing has not ended: this firing goes on with it, instead of a new run")
+            return load_run(opened, older)
+        if mode == "continue":
+            made = next_in_chain(opened, spec, schedule, suffix=suffix, lr_schedule=lr_schedule, say=say, board=board)
+        else:
+            made = prepare_run(spec, opened, suffix=suffix, schedule=schedule, say=say, board=board)
+        return place_order(opened, made, order) if isinstance(made, Prepared) and ordered else made
+
+    def work() -> Outcome | NothingNew:
         with Hosted(opened, Path(out), page, say, patience_s=END_PATIENCE_S) as hosted:
             if spec is None:
                 with hosted.board.task("compile-plan", "compile plan"):
                     prepared = ask_run(opened, run, list(sets)) if sets else load_run(opened, run)
+                if sets and ordered:
+                    prepared = place_order(opened, prepared, order)
             else:
-                prepared = prepare_run(spec, opened, suffix=suffix, say=say, board=hosted.board)
-            if (spec is not None or sets) and ordered:
-                prepared = place_order(opened, prepared, order)
+                made = begun(spec, hosted.board)
+                if isinstance(made, NothingNew):
+                    say(str(made))
+                    hosted.leave_in_peace()
+                    return made
+                prepared = made if fresh or not ordered else place_order(opened, made, order)
             return hosted.drive(prepared, Lines(say, prepared.spec.train.steps, every_s=10.0))
 
     return ended_as(undisturbed(work))
+
+
+@flow(name=SWEEP_FLOW, flow_run_name=flow_run_name, log_prints=False, persist_result=False)
+def sweep_flow(
+    spec: RunSpec,
+    points: list[list[str]],
+    at_once: int = 1,
+    store: str = "",
+    fresh: bool = False,
+    out: str = "out",
+) -> Any:
+    """Train a run for each point (a list of KEY=VALUE settings of the spec), ``at_once`` of them; a table of results is
+    an artifact of the flow run. Completed only when all of them succeeded.
+
+    ``fresh``: each scheduled firing has runs of its own.
+    """
+    rows = hosted_sweep(
+        spec,
+        points,
+        at_once,
+        store_at(store or None),
+        Path(out),
+        flow_run=str(flow_run.id),
+        name=flow_run_name(),
+        suffix=scheduled_suffix() if fresh else "",
+        say=_printer(flow_run_name()),
+    )
+    if all(row.state == "succeeded" for row in rows):
+        return Completed(message=sweep_words(rows))
+    if any(row.state == "cancelled" for row in rows):
+        return Cancelled(message=sweep_words(rows))
+    raise RunFailed("\n".join([sweep_words(rows), *table_lines(rows)]))
 
 
 @flow(name="collect", persist_result=False)
@@ -146,8 +203,10 @@ def _printer(name: str) -> Any:
     return write
 
 
-def ended_as(outcome: Outcome) -> dict[str, Any] | State[Any]:
-    """The flow run's own end: a value (Completed), a Cancelled state, or RunFailed."""
+def ended_as(outcome: Outcome | NothingNew) -> dict[str, Any] | State[Any]:
+    """The flow run's own end: a value or a word (Completed), a Cancelled state, or RunFailed."""
+    if isinstance(outcome, NothingNew):
+        return Completed(message=str(outcome))
     if outcome.outcome == "gave_up":
         raise RunFailed(end_message(outcome))
     if outcome.outcome in ("cancelled", "stopped", "superseded"):
@@ -159,37 +218,3 @@ def scheduled_suffix() -> str:
     """The flow run's scheduled time (UTC), as a run's name can hold it: 20260301t020000."""
     at: datetime | None = flow_run.scheduled_start_time
     return re.sub(r"[^0-9a-z]", "", at.strftime("%Y%m%dt%H%M%S")) if at else ""
-
-
-def scheduled(spec: RunSpec, store_url: str, out: str, when: Schedule, name: str, told: str = "") -> RunnerDeployment:
-    """A deployment that starts a new run each firing, one at a time: one that overlaps is cancelled by the server."""
-    made: Any = train_flow.to_deployment(
-        name=name,
-        schedules=[when],
-        description=f"A new run of `{spec.name}` each time: {told}." if told else None,
-        parameters={"spec": spec.model_dump(mode="json"), "store": store_url, "fresh": True, "out": out},
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return cast("RunnerDeployment", made)
-
-
-def collecting(store_url: str, run: str, when: Schedule, told: str) -> RunnerDeployment:
-    """A deployment that collects each time it fires, one pass at a time."""
-    made: Any = collect_flow.to_deployment(
-        name="collect",
-        schedules=[when],
-        description=f"Old checkpoints are given up and deleted: {told}.",
-        parameters={"store": store_url, "run": run},
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return cast("RunnerDeployment", made)
-
-
-def on_demand(store_url: str, name: str = "train") -> RunnerDeployment:
-    """A deployment without a schedule: Prefect's form starts runs of any spec."""
-    made: Any = train_flow.to_deployment(
-        name=name, parameters={"store": store_url}, entrypoint_type=EntrypointType.MODULE_PATH
-    )
-    return cast("RunnerDeployment", made)

@@ -27,6 +27,8 @@ from flows.prefect_server import PrefectServer
 log = logging.getLogger(__name__)
 
 PREFECT_PATIENCE_S = 10.0
+END_PATIENCE_S = 600.0
+"""For a flow run that Prefect started: nobody waits for its process, so its page has time to be brought up."""
 LEAVING_PATIENCE_S = 2.0
 SERVER_UP_S = 90.0
 
@@ -141,6 +143,12 @@ class Hosted:
                 "has everything"
             )
         return outcome
+
+    def leave_in_peace(self) -> None:
+        """There is no run to drive; the page is told what was said so far."""
+        self._ended = True
+        if self.page is not None:
+            self.page.close(None, patience_s=self.patience_s)
 
     def _leave(self, why: str) -> None:
         if self.page is not None and not self._ended:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -25,12 +26,22 @@ T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 LEASE_S = 300.0
+BUSY_PAUSE_S = 0.2
 TRAIN_FLOW = "train"
 """Name of the flow on the server, of runs that Prefect starts (flows/flow.py) and of those that a command hosts."""
+SWEEP_FLOW = "sweep"
 
 
 class Gone(Exception):
     """Prefect does not answer, or not as a server that is well does: later, perhaps."""
+
+
+class Busy(Gone):
+    """It is there, and its database is locked: in a moment."""
+
+
+class Slow(Gone):
+    """It has taken a request and does not answer in time."""
 
 
 class Refused(Exception):
@@ -138,18 +149,21 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
 class Client:
     """Prefect's own client with a deadline for each request and no retries of its own: who calls comes again.
 
-    Every method raises Gone, Lost or Refused, and nothing else of Prefect's.
+    Every method raises Gone, Lost or Refused, and nothing else of Prefect's. ``patience_s``: for who does not come
+    again, how long a server that is busy is asked again.
     """
 
     inner: SyncPrefectClient
     url: str
     _close: Callable[[], None]
+    patience_s: float = 0.0
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, url: str | None) -> Iterator[Client]:
+    def open(cls, url: str | None, *, patience_s: float = 0.0) -> Iterator[Client]:
         """A client for one block, in this thread."""
         client = cls.connect(url)
+        client.patience_s = patience_s
         try:
             yield client
         finally:
@@ -177,7 +191,18 @@ class Client:
             self.inner._client.close()
         self._close()
 
-    def _call(self, work: Callable[[], T]) -> T:
+    def call(self, work: Callable[[], T]) -> T:
+        """What Prefect's own client gives; what it raises, sorted."""
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return self._sorted(work)
+            except (Busy, Slow):
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(BUSY_PAUSE_S)
+
+    def _sorted(self, work: Callable[[], T]) -> T:
         import httpx
         from prefect.exceptions import ObjectNotFound
 
@@ -194,9 +219,13 @@ class Client:
                 ) from error
             if code in (404, 410):
                 raise Lost(f"{code}: it does not know what it was told before") from error
+            if code == 503:
+                raise Busy(f"{self.url} answers {code}") from error
             if code >= 500 or code in (408, 429):
                 raise Gone(f"{self.url} answers {code}") from error
             raise Refused(f"{code}: {error.response.text[:300]}") from error
+        except httpx.ReadTimeout as error:
+            raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error
         except httpx.TransportError as error:
             what = str(error) or type(error).__name__
             raise Gone(f"no answer at {self.url}: {what}") from error
@@ -205,7 +234,7 @@ class Client:
 
     def check(self) -> None:
         """An answer that needs the credentials."""
-        self._send("POST", "/flows/count", {})
+        self.send("POST", "/flows/count", {})
 
     def page_of(self, flow_run: str) -> str:
         """Where a browser finds the flow run."""
@@ -225,14 +254,14 @@ class Client:
 
     def has_flow_run(self, flow_run: str) -> bool:
         try:
-            self._call(lambda: self.inner.read_flow_run(UUID(flow_run)))
+            self.call(lambda: self.inner.read_flow_run(UUID(flow_run)))
         except Lost:
             return False
         return True
 
     def state_of(self, flow_run: str) -> str:
         """The type of the flow run's state, such as RUNNING or CANCELLING; empty where it has none."""
-        state = self._call(lambda: self.inner.read_flow_run(UUID(flow_run))).state
+        state = self.call(lambda: self.inner.read_flow_run(UUID(flow_run))).state
         return str(state.type.value) if state is not None else ""
 
     def create_flow_run(self, name: str, parameters: dict[str, Any]) -> str:
@@ -244,83 +273,29 @@ class Client:
         from prefect.states import Running
 
         flow = Flow(_hosted, name=TRAIN_FLOW)
-        made = self._call(lambda: self.inner.create_flow_run(flow, parameters=parameters, name=name, state=Running()))
+        made = self.call(lambda: self.inner.create_flow_run(flow, parameters=parameters, name=name, state=Running()))
         return str(made.id)
 
     def rename_flow_run(self, flow_run: str, name: str, parameters: dict[str, Any]) -> None:
-        self._call(lambda: self.inner.update_flow_run(UUID(flow_run), name=name, parameters=parameters))
+        self.call(lambda: self.inner.update_flow_run(UUID(flow_run), name=name, parameters=parameters))
 
     def set_state(self, flow_run: str, kind: str, name: str, message: str) -> None:
         from prefect.client.schemas.objects import State, StateType
 
         state: Any = State(type=StateType(kind), name=name, message=message)
-        self._call(lambda: self.inner.set_flow_run_state(UUID(flow_run), state, force=True))
+        self.call(lambda: self.inner.set_flow_run_state(UUID(flow_run), state, force=True))
 
     def renew_lease(self, flow_run: str) -> None:
         """Keep the flow run's place in its deployment's concurrency limit; nothing where it has none, or lost it."""
-        found = self._call(lambda: self.inner.read_flow_run(UUID(flow_run)))
+        found = self.call(lambda: self.inner.read_flow_run(UUID(flow_run)))
         lease = found.state.state_details.deployment_concurrency_lease_id if found.state is not None else None
         if lease is not None:
             with contextlib.suppress(Lost):
-                self._call(lambda: self.inner.renew_concurrency_lease(lease_id=lease, lease_duration=LEASE_S))
-
-    # --- a deployment that is served ----------------------------------------------------------------------
-
-    def register(self, deployment: Any) -> UUID:
-        """Give the server a deployment (Prefect's ``RunnerDeployment``); its id."""
-        import asyncio
-
-        import httpx
-        from prefect.deployments.runner import DeploymentApplyError
-
-        def apply() -> Any:
-            try:
-                return asyncio.run(deployment.aapply())
-            except DeploymentApplyError as error:  # Prefect's words around what the server answered, or did not
-                if isinstance(error.__cause__, httpx.HTTPError):
-                    raise error.__cause__ from None
-                raise
-
-        return UUID(str(self._call(apply)))
-
-    def has_deployment(self, deployment: UUID) -> bool:
-        try:
-            self._call(lambda: self.inner.read_deployment(deployment))
-        except Lost:
-            return False
-        return True
-
-    def due(self, deployment: UUID) -> list[Any]:
-        """The flow runs of a deployment whose time has come."""
-        now = datetime.now(UTC)
-        return list(self._call(lambda: self.inner.get_scheduled_flow_runs_for_deployments([deployment], now)))
-
-    def plan_firings(self, deployment: UUID, count: int, first: str = "", last: str = "") -> list[datetime]:
-        """Have the server plan its next firings now (or those between two times); the times of what is planned next."""
-        span = {"start_time": first, "end_time": last} if first else {}
-        self._send("POST", f"/deployments/{deployment}/schedule", {"min_runs": count, **span})
-        body = {
-            "deployments": {"id": {"any_": [str(deployment)]}},
-            "flow_runs": {
-                "state": {"type": {"any_": ["SCHEDULED"]}},
-                "expected_start_time": {"after_": datetime.now(UTC).isoformat()},  # not what is late already
-            },
-            "sort": "EXPECTED_START_TIME_ASC",
-            "limit": count,
-        }
-        found = self._send("POST", "/flow_runs/filter", body)
-        return [datetime.fromisoformat(row["expected_start_time"].replace("Z", "+00:00")) for row in found.json()]
-
-    def take(self, flow_run: UUID) -> bool:
-        """Propose that a due flow run becomes Pending; False where the server says no (an overlap, a pause)."""
-        from prefect.states import Pending
-
-        told: Any = self._call(lambda: self.inner.set_flow_run_state(flow_run, Pending()))
-        return told.state is not None and str(told.status.value) == "ACCEPT" and told.state.is_pending()
+                self.call(lambda: self.inner.renew_concurrency_lease(lease_id=lease, lease_duration=LEASE_S))
 
     # --- what the page shows ------------------------------------------------------------------------------
 
-    def _send(self, method: str, path: str, body: Any) -> Any:
+    def send(self, method: str, path: str, body: Any = None) -> Any:
         """A request of Prefect's API that its client has no verb for, or one that hides the answer; the answer."""
 
         def send() -> Any:
@@ -329,7 +304,7 @@ class Client:
                 raise ValueError("a page of HTML where Prefect's answer should be")
             return reply
 
-        return self._call(send)
+        return self.call(send)
 
     def create_logs(self, flow_run: str, lines: Sequence[tuple[float, int, str]]) -> None:
         """Lines of (Unix seconds, level, text) for the flow run's log."""
@@ -343,15 +318,15 @@ class Client:
             }
             for at, level, text in lines
         ]
-        self._send("POST", "/logs/", body)
+        self.send("POST", "/logs/", body)
 
     def create_artifact(self, flow_run: str, key: str, kind: str, data: Any, text: str) -> str:
         body = {"key": key, "type": kind, "data": data, "description": text, "flow_run_id": flow_run}
-        return str(self._send("POST", "/artifacts/", body).json()["id"])
+        return str(self.send("POST", "/artifacts/", body).json()["id"])
 
     def update_artifact(self, artifact: str, data: Any, text: str) -> None:
         body = {"data": data, "description": text}
-        self._send("PATCH", f"/artifacts/{artifact}", body)
+        self.send("PATCH", f"/artifacts/{artifact}", body)
 
     def task_events(
         self,
@@ -417,7 +392,7 @@ class Client:
         return out
 
     def post_events(self, events: list[dict[str, Any]]) -> None:
-        self._send("POST", "/events", events)
+        self.send("POST", "/events", events)
 
 
 def _time(at: float) -> datetime:

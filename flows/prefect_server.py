@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.prefect_api import answers
@@ -33,6 +34,8 @@ class PrefectServer:
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """More of Prefect's settings for it, as environment variables."""
 
     @property
     def api(self) -> str:
@@ -64,6 +67,7 @@ class PrefectServer:
             # what the page asks: port 4200 where nothing is said, whatever the server's own port is
             "PREFECT_SERVER_UI_API_URL": self.api,
             "PREFECT_UI_API_URL": self.api,
+            **self.settings,
         }
         env.pop("PREFECT_API_URL", None)
         args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]

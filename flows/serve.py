@@ -1,11 +1,13 @@
-"""Serving a Prefect deployment of a flow, `train` or `collect`, from this process: runs that are due are started, each
-as a process.
+"""Serving a Prefect deployment of one of our flows from this process: runs that are due are started, each as a process.
 
 Prefect's own runner ends after three seconds without its server, and ends the flows that it started. This one waits:
   S1. A server that does not answer is unknown, never a reason to end a run or the serving; it is asked again.
   S2. A run that was started is its own process in a session of its own; it outlives the serving.
-  S3. Nothing starts before its time; the server decides overlap when a run is proposed to become Pending.
-  S4. A server that has lost its database is given the deployment again.
+  S3. Nothing starts before its time; which firings start is judged by ``flows.recurring.due``, and the server decides
+      whether there is room when a run is proposed to become Pending.
+  S4. A server that has lost its database is given the deployment again; one that a person took away ends the serving.
+  S5. Nothing that this serving was to start is left planned when it ends: Prefect would call it Late for ever. What a
+      killed one left is passed over by the next (F2).
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows.prefect_api import Client, Gone, Lost, Refused
+from flows.recurring.deployments import Deployments, Registered, whose
+from flows.recurring.due import FiringPolicy, judge_firings
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -32,8 +36,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
-KNOWN_EVERY_S = 20.0
+KNOWN_EVERY_S = 5.0
+END_LOOKS, END_TRIES = 4, 12
+END_EVERY_S = 0.3
 ENTRYPOINT = "flows.flow.train_flow"
+SWEEP = "flows.flow.sweep_flow"
 COLLECT = "flows.flow.collect_flow"
 
 
@@ -43,7 +50,8 @@ class Server:
 
     ``registered`` hears each time that the deployment was given to the server, with its id. ``logs``: the folder of a
     file for what each run's process says, so that nothing of this terminal is held by what outlives it; None: here.
-    ``entrypoint``: the deployment's flow.
+    ``entrypoint``: the deployment's flow, which ``command`` runs (unset: Prefect's engine). ``now``: the time, for
+    ``policy``.
     """
 
     make: Callable[[], RunnerDeployment]
@@ -52,16 +60,23 @@ class Server:
     stop: threading.Event = field(default_factory=threading.Event)
     logs: Path | None = None
     entrypoint: str = ENTRYPOINT
+    command: Sequence[str] = ()
     every_s: float = EVERY_S
+    policy: FiringPolicy = field(default_factory=FiringPolicy)
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
     children: dict[UUID, subprocess.Popen[bytes]] = field(default_factory=dict)
-    _deployment: UUID | None = None
+    _known: Registered | None = None
     _client: Client | None = None
     _known_at: float = -1e9
+    _to_tell: bool = False
     _away: bool = False
     _ended: dict[UUID, int] = field(default_factory=dict)
+    _told_to_end: set[str] = field(default_factory=set)
 
     def run(self) -> None:
-        """Serve until ``stop`` is set. Raises Refused where Prefect refuses before the deployment was registered."""
+        """Serve until ``stop`` is set, or the deployment is taken away. Raises Refused where Prefect refuses before the
+        deployment was registered, and where its name is another's.
+        """
         while not self.stop.is_set():
             try:
                 self._round()
@@ -69,13 +84,14 @@ class Server:
                     self._away = False
                     self.say("Prefect is back")
             except Refused as error:
-                if self._deployment is None:
+                if self._known is None:
                     raise
                 self._told_away(error)
             except Gone as error:
                 self._known_at = -1e9
                 self._told_away(error)
             self.stop.wait(self.every_s)
+        self._leave()
 
     def _told_away(self, error: Exception) -> None:
         if not self._away:
@@ -85,26 +101,64 @@ class Server:
     def _round(self) -> None:
         if self._client is None:
             self._client = Client.connect(None)
-        client = self._client
-        self._ensure_known(client)
+        client, served = self._client, Deployments(self._client)
+        self._ensure_known(client, served)
+        if self._known is None:
+            return
+        if self._to_tell:
+            self.registered(client, self._known.deployment)
+            self._to_tell = False
         self._reap(client)
-        assert self._deployment is not None
-        for due in sorted(client.due(self._deployment), key=lambda run: str(run.expected_start_time)):
-            if due.id not in self.children and client.take(due.id):
-                self._start(due.id, str(due.name))
+        due, more = served.due(self._known.deployment)
+        judged = judge_firings(
+            [firing for firing in due if firing.id not in self.children], self.policy, self.now(), more=more
+        )
+        for firing, why in judged.skipped:
+            client.set_state(str(firing.id), "CANCELLED", "Cancelled", why)
+            self.say(f"skipped {firing.name}: {why}")
+        if judged.start and self.policy.overlap == "cancel" and self._older_go_on(served):
+            return
+        for firing in judged.start:
+            if served.take(firing.id):
+                self._start(firing.id, firing.name)
 
-    def _ensure_known(self, client: Client) -> None:
-        if self._deployment is not None:
+    def _older_go_on(self, served: Deployments) -> bool:
+        """Whether an older run is still there; each is told once to end."""
+        assert self._known is not None
+        going = served.going_on(self._known.deployment)
+        for flow_run, state in going:
+            if state != "CANCELLING" and flow_run not in self._told_to_end:
+                self._told_to_end.add(flow_run)
+                served.ask_cancel(flow_run, "cancelled: the time of the next firing has come")
+                self.say("the time of the next firing has come: the older run is cancelled")
+        self._told_to_end &= {flow_run for flow_run, _ in going}
+        return bool(going)
+
+    def _ensure_known(self, client: Client, served: Deployments) -> None:
+        if self._known is not None:
             if time.monotonic() - self._known_at < KNOWN_EVERY_S:
                 return
-            if client.has_deployment(self._deployment):
+            there = served.whereabouts(self._known)
+            if there == "there":
                 self._known_at = time.monotonic()
+                return
+            if there == "removed":
+                self.say("the deployment was taken away: this schedule ends")
+                self._known = None
+                self.stop.set()
                 return
             self.say("Prefect has lost the deployment: it is registered again")
         client.check()
-        self._deployment = client.register(self.make())
+        made = self.make()
+        there_already = served.named(str(made.flow_name), made.name)
+        problem = whose(there_already, self.entrypoint, made.parameters) if there_already else ""
+        if problem:
+            raise Refused(
+                f"it has a deployment {made.flow_name}/{made.name} already, {problem}: take another --name, or remove "
+                f"that one (`hotstage schedules rm {made.name}`, `prefect deployment delete`)"
+            )
+        self._known, self._to_tell = served.register(made), True
         self._known_at = time.monotonic()
-        self.registered(client, self._deployment)
 
     def _start(self, flow_run: UUID, name: str) -> None:
         env = {**os.environ, "PREFECT__FLOW_RUN_ID": str(flow_run), "PREFECT_LOGGING_LEVEL": "WARNING"}
@@ -115,7 +169,7 @@ class Server:
                 path = self.logs / f"{flow_run}.log"
                 out, where = stack.enter_context(open(path, "ab")), f"; its lines: {path}"
             self.children[flow_run] = subprocess.Popen(
-                [sys.executable, "-m", "prefect.flow_engine", self.entrypoint],
+                self.command or [sys.executable, "-m", "prefect.flow_engine", self.entrypoint],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -145,58 +199,26 @@ class Server:
                 log.info("Prefect does not know flow run %s any more", flow_run)
             del self._ended[flow_run]
 
-
-def firings(client: Client, deployment: UUID, count: int = 3) -> list[datetime]:
-    """When the deployment fires next, as the server itself reckons: it is asked to plan these firings now.
-
-    Fewer than ``count`` where it has not told them in some seconds: its own planner may be at work on the same ones.
-    """
-    for pause_s in (0.1, 0.3, 1.0, 3.0, 0.0):
-        planned = client.plan_firings(deployment, count)
-        now = datetime.now(UTC)
-        found = sorted(at for at in planned if at >= now)[:count]
-        if len(found) == count or not pause_s:
-            break
-        time.sleep(pause_s)
-    return found
-
-
-def zone_of(name: str | None) -> str:
-    """The name of a time zone of the IANA database, or UTC. Raises ValueError that names near ones."""
-    import difflib
-    from zoneinfo import available_timezones
-
-    if not name:
-        return "UTC"
-    known = available_timezones()
-    if name in known:
-        return name
-    folded = {zone.casefold(): zone for zone in known}
-    near = difflib.get_close_matches(name.casefold().replace(" ", "_"), folded, n=3, cutoff=0.5)
-    places = [zone for zone in sorted(known) if name.casefold().replace(" ", "_") in zone.casefold().split("/")]
-    found = list(dict.fromkeys([*places[:3], *(folded[n] for n in near)]))[:3]
-    hint = f"; near ones: {', '.join(found)}" if found else ""
-    raise ValueError(f"{name!r} is no time zone of the IANA database, such as Europe/Berlin{hint}")
-
-
-def cron_of(line: str, zone: str, day_or: bool = True) -> Any:
-    """Prefect's schedule of a cron line that fires at some time. Raises ValueError that says what is wrong."""
-    import importlib
-
-    from prefect.client.schemas.schedules import CronSchedule
-    from prefect.schedules import Cron
-
-    fields = line.split()
-    five = 'five fields (minute, hour, day, month, weekday), such as "0 2 * * *"'
-    if len(fields) in (6, 7):
-        raise ValueError(f"--cron {line!r} has {len(fields)} fields, seconds are not taken; {five}")
-    try:
-        CronSchedule(cron=line, timezone=zone)
-    except ValueError as error:
-        raise ValueError(f"--cron {line!r} is no cron line; {five}, or @hourly, @daily, @weekly, @monthly") from error
-    try:
-        reckoner: Any = importlib.import_module("prefect._vendor.croniter").croniter
-        reckoner(line, datetime.now(UTC), day_or=day_or).get_next(datetime)
-    except ValueError as error:
-        raise ValueError(f"--cron {line!r} never fires: no such date comes") from error
-    return Cron(line, timezone=zone, day_or=day_or)
+    def _leave(self) -> None:
+        """S5. The server's own planner may be at work on the same deployment: it is looked at more than once."""
+        if self._client is None or self._known is None or not self.make().schedules:
+            return
+        served, looks, problem = Deployments(self._client), 0, None
+        for _ in range(END_TRIES):
+            try:
+                if not looks:
+                    served.stop_planning(self._known.deployment)
+                served.clear(self._known.deployment)
+                looks, problem = looks + 1, None
+            except Lost:
+                return
+            except (Gone, Refused) as error:
+                problem = error
+            if looks == END_LOOKS:
+                return
+            time.sleep(END_EVERY_S)
+        if problem is not None:
+            self.say(
+                f"Prefect does not take the end of this schedule ({problem}): its firings stay planned until the same "
+                "schedule starts again, or `hotstage schedules rm` takes it away"
+            )

@@ -146,6 +146,9 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
 def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
     """The What half as plain values: all that determines the bits, and nothing else."""
     resolved = spec.resolve(dataset)
+    train = resolved.train.model_dump(mode="json", exclude={"max_batch_tokens"})
+    if not train["schedule"]["start"]:
+        del train["schedule"]["start"]  # a key that came when runs had names already
     return {
         "schema": SPEC_SCHEMA,
         "model": _without_later("model", resolved.model),
@@ -156,7 +159,7 @@ def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
             "window": resolved.data.window,
             "packing": resolved.data.packing,
         },
-        "train": resolved.train.model_dump(mode="json", exclude={"max_batch_tokens"}),
+        "train": train,
     }
 
 

@@ -252,6 +252,12 @@ class ScheduleSpec(Section):
     kind: Literal["constant", "cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, linear decay")
     warmup: int = size(0, low=0, text="steps of the linear warm-up")
     decay: int = size(0, low=0, text="steps of the final decay (wsd) or of the whole curve (cosine); 0: from steps")
+    start: int = size(
+        0,
+        low=0,
+        high=1 << 40,
+        text="the step that the curve begins after: for a run that begins there, from another's checkpoint",
+    )
 
 
 class TrainSpec(Section):
@@ -303,12 +309,16 @@ class TrainSpec(Section):
                 f"vocab_blocks {self.vocab_blocks} is no power of two; take vocab_blocks = {below}"
                 + (f" or {2 * below}" if 2 * below <= VOCAB_BLOCKS else "")
             )
-        if self.schedule.warmup > self.steps:
-            raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than steps {self.steps}; lower it")
-        if self.schedule.kind == "wsd" and self.schedule.warmup + self.schedule.decay > self.steps:
+        own, told = self.steps, f"steps {self.steps}"
+        if self.schedule.start:
+            own, told = self.steps - self.schedule.start, f"the steps from {self.schedule.start} to {self.steps}"
+        if own < 1:
+            raise ValueError(f"schedule.start {self.schedule.start} is not before the last step {self.steps}; lower it")
+        if self.schedule.warmup > own:
+            raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than {told}; lower it")
+        if self.schedule.kind == "wsd" and self.schedule.warmup + self.schedule.decay > own:
             raise ValueError(
-                f"schedule.warmup {self.schedule.warmup} and decay {self.schedule.decay} exceed steps {self.steps}; "
-                "shorten one"
+                f"schedule.warmup {self.schedule.warmup} and decay {self.schedule.decay} exceed {told}; shorten one"
             )
         if self.batch * self.sequence > MAX_INT32:
             raise ValueError(

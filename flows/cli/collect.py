@@ -124,11 +124,11 @@ def collect_garbage(
 
 
 def _serve(store_url: str, run: str, cron: str) -> int:
-    from flows.cli.train import Firing, serve_fired
+    from flows.cli.schedule import Firing, serve_fired
     from flows.serve import COLLECT
 
     def make(when: Schedule, told: str) -> RunnerDeployment:
-        from flows.flow import collecting
+        from flows.deployments import collecting
 
         return collecting(store_url, run, when, told)
 

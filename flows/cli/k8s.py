@@ -180,7 +180,7 @@ def serve(store: str | None, every: float) -> int:
     Prefect is away runs are driven all the same, and the deployment is served again when it is back.
     """
     from flows.care import Care
-    from flows.cli.train import serve_until_signal
+    from flows.cli.schedule import serve_until_signal
     from flows.drive.train import OUT, store_at
     from flows.prefect_api import PrefectSettingsError, answers, configured
 
@@ -197,7 +197,7 @@ def serve(store: str | None, every: float) -> int:
         return 0
     if not answers(found.url):
         say(f"waiting for Prefect at {found.url}")
-    from flows.flow import on_demand
+    from flows.deployments import on_demand
     from flows.serve import Server
 
     serve_until_signal(Server(lambda: on_demand(opened.url), say))

@@ -14,6 +14,7 @@ from flows.drive.run import Board, NoBoard, Prepared, check_layouts, create_run,
 from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
+from trainer.errors import SpecError
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, run_id, what_digest
 
@@ -33,20 +34,26 @@ def prepare_run(
     store: Store,
     *,
     suffix: str = "",
+    schedule: str = "",
     say: Callable[[str], None] = log.info,
     board: Board | None = None,
 ) -> Prepared:
     """Make the dataset (or find it), resolve the spec, compile the plan, and create the run's identity in the store.
 
     Where ``model.init`` says so the run begins from weights that lie elsewhere: they are looked through before anything
-    is written, and stored before the run can be driven. ``suffix`` joins the run's name (a schedule gives its time).
-    Idempotent: the same spec finds the same run.
+    is written, and stored before the run can be driven. ``suffix`` joins the run's name (a schedule gives its time),
+    ``schedule`` names the one that it is a firing of. Idempotent: the same spec finds the same run.
     """
     from k8s.render import check_fabric
 
     board = board or NoBoard()
     check_fabric(spec)
     check_trackers(spec.track)
+    if spec.train.schedule.start:
+        raise SpecError(
+            f"train.schedule.start {spec.train.schedule.start}: this run begins at step 0, with its learning-rate "
+            "schedule; leave it out (a fork of another run's checkpoint may have one that begins later)"
+        )
     ready_store(store)
     asked, weights = spec, None
     if spec.model.init is not None:
@@ -69,7 +76,7 @@ def prepare_run(
         what = what_digest(resolved, dataset)
         run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
         plan = compile_plan(resolved, dataset, what)
-        prepared = Prepared(run, resolved, dataset, what, plan)
+        prepared = Prepared(run, resolved, dataset, what, plan, schedule)
         check_layouts(prepared)
         if resolved.model.init is None:
             create_run(prepared, store)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from checkpoint.amendments import NONE, Amendments
@@ -15,11 +16,32 @@ from flows.drive.line import parent_of
 from flows.drive.run import Prepared, check_layouts, create_run, load_what, spec_tree
 from flows.drive.their_tokenizer import check_tokenizer, dataset_tokenizer, with_tokenizer
 from flows.drive.views import some_steps
+from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
 from trainer.spec import ModelSpec, RunSpec, parse_spec, run_id, what_digest
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A run, its log, the checkpoint of it that a child begins from, and its What."""
+
+    run: str
+    state: RunState
+    found: CheckpointInfo
+    what: Mapping[str, Any]
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """Its spec's plain values, with the How that was asked for last."""
+        return spec_tree(self.what, self.run.rsplit("-", 1)[0][:32] + "-fork", self.state.asked_how or {})
+
+    @property
+    def schedule_start(self) -> int:
+        """The step that its learning-rate schedule began at."""
+        return int(self.what["train"]["schedule"].get("start", 0))
 
 
 def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
@@ -30,19 +52,16 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
 
     The child's model must have the parent's tensors; what is trained (data, rate, steps, seed) may change.
     """
-    log = RunLog(store, parent, writer="user")
-    state = log.fold().of_this_version()
+    state = RunLog(store, parent, writer="user").fold().of_this_version()
     found = state.at_step(step)
     if found is None:
         steps = sorted({c.step for c in state.restore_candidates()})
         raise SpecError(f"{parent} has no usable checkpoint at step {step}; it has {some_steps(steps) or 'none'}")
-    refuse_newer(store, parent, found)
-    what = load_what(store, parent)
-    digest = what["data"]["digest"]
-    whole = spec_tree(what, parent.rsplit("-", 1)[0][:32] + "-fork", state.asked_how or {})
+    begins = Parent(parent, state, found, load_what(store, parent))
+    digest, whole = begins.what["data"]["digest"], begins.whole
     tree = {**whole, "train": _amended_end(whole["train"], state.amendments)}
     spec = parse_spec(tree, sets, origin=f"fork of {parent}")
-    if spec.model.init != what["model"].get("init"):
+    if spec.model.init != begins.what["model"].get("init"):
         raise SpecError(
             f"model.init {spec.model.init!r}: a fork begins from its parent's checkpoint; leave it out, or write a "
             "spec with it and train that"
@@ -50,26 +69,50 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)
     else:
-        theirs = dataset_tokenizer(store, digest)
-        with with_tokenizer(spec.data, theirs) as data:
-            dataset = prepare(data, store, sequence=spec.train.sequence, vocab=spec.model.vocab)
-        rows = int(what["model"]["vocab"])
-        check_tokenizer(parent, rows, theirs.tokenizer, load_tokenizer(store, dataset), dataset.vocab)
-    resolved = spec.resolve(dataset)
-    _check_tensors(resolved.model, parse_spec(tree).model)
+        dataset = dataset_of_child(store, begins, spec)
+    return begin_child(store, begins, spec, dataset)
+
+
+def dataset_of_child(
+    store: Store, parent: Parent, spec: RunSpec, say: Callable[[str], None] = lambda _: None
+) -> DatasetRef:
+    """The spec's dataset by the parent's tokenizer: another one would give the model's rows other meanings."""
+    theirs = dataset_tokenizer(store, parent.what["data"]["digest"])
+    with with_tokenizer(spec.data, theirs) as data:
+        dataset = prepare(data, store, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab)
+    rows = int(parent.what["model"]["vocab"])
+    check_tokenizer(parent.run, rows, theirs.tokenizer, load_tokenizer(store, dataset), dataset.vocab)
+    return dataset
+
+
+def begin_child(
+    store: Store, parent: Parent, spec: RunSpec, dataset: DatasetRef, *, suffix: str = "", schedule: str = ""
+) -> Prepared:
+    """The run of ``spec`` that begins from the parent's checkpoint; refusals as `fork_run` has them. ``suffix`` and
+    ``schedule`` as in `prepare_run`.
+    """
+    state, found = parent.state, parent.found
+    refuse_newer(store, parent.run, found)
+    resolved, theirs = spec.resolve(dataset), parse_spec(parent.whole)
+    _check_tensors(resolved.model, theirs.model)
     if resolved.train.steps <= found.step:
         raise SpecError(
             f"the fork would end at step {resolved.train.steps}, but starts at step {found.step}; "
             f"--set train.steps={found.step + 100}"
         )
-    child_what = what_digest(resolved, dataset)
-    run = run_id(resolved, dataset)
-    plan = compile_plan(resolved, dataset, child_what)
-    forked = Prepared(run, resolved, dataset, child_what, plan)
+    if resolved.train.schedule.start > found.step:
+        raise SpecError(
+            f"train.schedule.start {resolved.train.schedule.start}: the fork begins at step {found.step}, before its "
+            f"learning-rate schedule does; --set train.schedule.start={found.step}"
+        )
+    what = what_digest(resolved, dataset)
+    run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+    forked = Prepared(run, resolved, dataset, what, compile_plan(resolved, dataset, what), schedule)
     check_layouts(forked)
     create_run(forked, store)
-    kept = _kept(state.amendments, resolved, parse_spec(whole), same_data=dataset.digest == digest)
-    begin_at(store, run, log, state, found, kept)
+    same_data = dataset.digest == parent.what["data"]["digest"]
+    kept = _kept(state.amendments, resolved, theirs, same_data=same_data)
+    begin_at(store, run, RunLog(store, parent.run, writer="user"), state, found, kept)
     return forked
 
 
@@ -115,7 +158,7 @@ def _amended_end(train: Mapping[str, Any], amended: Amendments) -> dict[str, Any
     """A parent that was ordered to another end has a child with that end, on the curve that the parent had."""
     schedule = train["schedule"]
     if amended.steps and schedule["kind"] == "cosine" and not schedule["decay"]:
-        schedule = {**schedule, "decay": train["steps"]}
+        schedule = {**schedule, "decay": train["steps"] - schedule.get("start", 0)}
     return {**train, "steps": amended.total(train["steps"]), "schedule": schedule}
 
 
@@ -128,8 +171,9 @@ def _kept(amended: Amendments, child: RunSpec, parent: RunSpec, *, same_data: bo
     same_order = all(getattr(child.data, key) == getattr(parent.data, key) for key in order)
     same_batches = (ours.seed, ours.batch, ours.sequence) == (theirs.seed, theirs.batch, theirs.sequence)
     same_rate = (ours.optimizer.lr, ours.optimizer.min_lr) == (theirs.optimizer.lr, theirs.optimizer.min_lr)
+    same_curve = all(getattr(ours.schedule, key) == getattr(theirs.schedule, key) for key in ("kind", "start"))
     skip = amended.skip if same_data and same_order and same_batches else ()
-    return Amendments(0, skip, amended.rate if same_rate and ours.schedule.kind == theirs.schedule.kind else ())
+    return Amendments(0, skip, amended.rate if same_rate and same_curve else ())
 
 
 def _check_tensors(child: ModelSpec, parent: ModelSpec) -> None:

@@ -61,6 +61,8 @@ class Prepared:
     dataset: DatasetRef
     what: bytes
     plan: Plan
+    schedule: str = ""
+    """The schedule that it is a firing of; its entry in the store's list of runs names it."""
 
     @property
     def nodes(self) -> int:
@@ -138,7 +140,8 @@ def create_run(prepared: Prepared, store: Store) -> None:
     if not store.create(spec_key(run), what_bytes(spec, prepared.dataset)):
         raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
     publish_plan(store, run, prepared.plan)
-    store.create(index_key(run), pack({"v": 1, "run": run, "name": spec.name}))
+    entry = {"v": 1, "run": run, "name": spec.name} | ({"schedule": prepared.schedule} if prepared.schedule else {})
+    store.create(index_key(run), pack(entry))
 
 
 def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:

@@ -34,7 +34,7 @@ from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
-from flows.prefect_api import Client, Gone, Lost, Refused, artifact_key
+from flows.prefect_api import BUSY_PAUSE_S, Busy, Client, Gone, Lost, Refused, artifact_key
 from trainer.failures import FAILURES, Failure
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ EVERY_S = 1.0
 PROGRESS_EVERY_S = 2.0
 FULL_EVERY_S = 10.0
 RETRY_S = 1.0
+BUSY_TRIES = 20
 RETRY_MOST_S = 15.0
 LEASE_EVERY_S = 60.0
 LOOK_EVERY_S = 3.0
@@ -92,6 +93,8 @@ class Page:
     flow_run: str | None = None
     warn: Callable[[str], None] = log.warning
     shown: Callable[[str], None] | None = None
+    cancelled: Callable[[], None] | None = None
+    """Called where the flow run is cancelled on the page; None: the run is cancelled."""
     report: str = ""
     every_s: float = EVERY_S
     failures: int = 0
@@ -116,6 +119,7 @@ class Page:
         self._news = True
         self._log_news = False
         self._artifacts: dict[str, str] = {}
+        self._tables: dict[str, tuple[list[dict[str, Any]], str]] = {}
         self._told: dict[str, Any] = {}
         self._outcome: Outcome | None = None
         self._failed: str = ""
@@ -123,6 +127,7 @@ class Page:
         self._done = False
         self._said: set[str] = set()
         self._check = False
+        self._busy = 0
         self._retry_s, self._retry_at = RETRY_S, 0.0
         self._at = dict.fromkeys(("progress", "full", "lease", "look"), -1e9)
         self._thread = threading.Thread(target=self._work, name="prefect-page", daemon=True)
@@ -143,6 +148,10 @@ class Page:
     def run_is(self, run: str, steps: int) -> None:
         """From here on the run has a name and a log."""
         self._put("run", (run, steps))
+
+    def table(self, key: str, rows: list[dict[str, Any]], text: str) -> None:
+        """A table of its own, in place of what it was before."""
+        self._put("table", (key, rows, text))
 
     @contextlib.contextmanager
     def task(self, key: str, name: str) -> Iterator[Callable[[str], None]]:
@@ -190,8 +199,13 @@ class Page:
                 if self._sync(closing):
                     self._done = True
                     return
-                self._retry_s = RETRY_S
+                self._retry_s, self._busy = RETRY_S, 0
             except Gone as error:
+                if isinstance(error, Busy) and self._busy < BUSY_TRIES:
+                    self._busy += 1
+                    self._check = True
+                    self._retry_at = time.monotonic() + BUSY_PAUSE_S
+                    continue
                 self._fail(error, f"Prefect is not reached ({error}); the run goes on, its page is brought up later")
             except Refused as error:
                 self._fail(error, f"Prefect refuses ({error}); the run goes on without its page")
@@ -221,6 +235,9 @@ class Page:
         elif kind == "run":
             self._run, self.steps = value
             self._log_news = self._news = True
+        elif kind == "table":
+            key, rows, text = value
+            self._tables[key] = (rows, text)
         elif kind == "task":
             key, name, state, state_name, message, at = value
             row = self._tasks.setdefault(key, TaskRow(key, name, at))
@@ -266,6 +283,8 @@ class Page:
             self._log_news = False
         self._tell_tasks()
         self._tell_lines()
+        for key, (rows, text) in self._tables.items():
+            self._artifact(key, "table", json.dumps(rows), text)
         if closing or now - self._at["progress"] >= PROGRESS_EVERY_S:
             self._tell_progress()
             self._at["progress"] = now
@@ -273,7 +292,7 @@ class Page:
             self._tell_full()
             self._news = False
             self._at["full"] = now
-        if not closing and self._run and now - self._at["look"] >= LOOK_EVERY_S:
+        if not closing and (self._run or self.cancelled) and now - self._at["look"] >= LOOK_EVERY_S:
             self._look_for_cancel()
             self._at["look"] = now
         if self._engine and self.flow_run and now - self._at["lease"] >= LEASE_EVERY_S:
@@ -286,7 +305,11 @@ class Page:
     def _look_for_cancel(self) -> None:
         assert self._client is not None
         assert self.flow_run is not None
-        if self._client.state_of(self.flow_run) in ("CANCELLING", "CANCELLED"):
+        if self._client.state_of(self.flow_run) not in ("CANCELLING", "CANCELLED"):
+            return
+        if self.cancelled is not None:
+            self.cancelled()
+        else:
             cancel(self.store, self._run, "cancelled on Prefect's page")
 
     def _ensure_flow_run(self) -> None:

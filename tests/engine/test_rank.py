@@ -133,9 +133,10 @@ def test_learning_rates_follow_the_schedule(gang: Gang, tmp_path: Path) -> None:
         "cosine": [5e-3, 1e-2, *(1e-3 + 9e-3 * (1 + np.cos(np.pi * x / 4)) / 2 for x in (1, 2, 3, 4))],
         "wsd": [5e-3, 1e-2, 1e-2, 1e-2, 5.5e-3, 1e-3],
     }
-    for kind, rates in expected.items():
-        schedule = {"kind": kind, "warmup": 2, "decay": 2 if kind == "wsd" else 0}
-        gang.prepare(small_plan(tmp_path, steps=6, optimizer=optimizer, schedule=schedule), ports=[0])
+    for kind, start in [*((kind, 0) for kind in expected), ("cosine", 3), ("wsd", 3)]:
+        schedule = {"kind": kind, "warmup": 2, "decay": 2 if kind == "wsd" else 0, "start": start}
+        rates = [5e-3] * start + expected[kind]  # nothing trains before the start of its schedule
+        gang.prepare(small_plan(tmp_path, steps=start + 6, optimizer=optimizer, schedule=schedule), ports=[0])
         for one in gang.sockets:
             one.close()
         gang.sockets = []

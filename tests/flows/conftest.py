@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from checkpoint.store import Store, open_store
+from flows.prefect_api import Client, Gone
 from flows.prefect_server import PrefectServer
+from flows.recurring.deployments import Deployments
 from tests.support.place import Place
 from tests.support.shared import kept
 from tests.support.undisturbed import undisturbed_run
+from tests.support.wait import wait_for
 from trainer.spec import RunSpec, parse_spec
 
 MEMORY = "/dev/shm"
@@ -80,7 +84,7 @@ class Api:
 
 
 def started(home: Path) -> PrefectServer:
-    server = PrefectServer(home)
+    server = PrefectServer(home, settings={"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"})
     server.start()
     if not server.wait(180):
         server.stop()
@@ -150,3 +154,30 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, RunSpec]:
     (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     spec = parse_spec({**SMALL, "data": {**SMALL["data"], "source": f"text:{folder}/a.txt"}})
     return open_store(f"file://{folder}/store"), spec
+
+
+def deployment(api: Api, name: str) -> dict[str, Any]:
+    """The one of that name."""
+    (found,) = api.ask("deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    return found
+
+
+def of(api: Api, name: str, *types: str) -> list[dict[str, Any]]:
+    """A deployment's flow runs in these states."""
+    found = api.ask("deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    return (
+        api.flow_runs(deployment_id={"any_": [found[0]["id"]]}, state={"type": {"any_": list(types)}}) if found else []
+    )
+
+
+def registered(client: Client, flow: Any) -> UUID:
+    """As the schedule's process does it: a server that is busy (503) is asked again."""
+    found: list[UUID] = []
+
+    def ask() -> bool:
+        with contextlib.suppress(Gone):
+            found.append(Deployments(client).register(flow).deployment)
+        return bool(found)
+
+    wait_for(ask, "the deployment", 60, 0.1)
+    return found[0]

@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from tests.flows.conftest import Api, Trained, started
 from tests.support.agents import wait_for
-from tests.support.place import STEPS, Place, finish
+from tests.support.place import ROOT, STEPS, Place, finish
 
 SLOW = ("train.microbatch=1", "model.width=128", "train.steps=150")  # long enough to act in the middle
 
@@ -157,3 +159,44 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     ]  # nobody told Prefect of the first's end
     rows = json.loads(prefect.artifacts(flow_runs[-1]["id"])[f"{result['run']}-attempts"]["data"])
     assert [row["attempt"] for row in rows] == [1]
+
+
+def test_where_prefect_is_may_be_said_in_every_place_that_prefect_reads(tmp_path: Path) -> None:
+    """profiles.toml, .env, prefect.toml and pyproject.toml, and the key of `prefect cloud login`."""
+    program = (
+        "from flows.prefect_api import configured, PrefectSettingsError\n"
+        "try: print(configured())\nexcept PrefectSettingsError as e: print('REFUSED', e)"
+    )
+    url = "http://prefect.example:4200/api"
+    cases = {
+        "profile": (
+            "home/profiles.toml",
+            f'active = "team"\n[profiles.team]\nPREFECT_API_URL = "{url}"\nPREFECT_API_KEY = "k"\n',
+        ),
+        "env": (".env", f"PREFECT_API_URL={url}\n"),
+        "toml": ("prefect.toml", f'[api]\nurl = "{url}"\n'),
+        "pyproject": ("pyproject.toml", f'[tool.prefect.api]\nurl = "{url}"\n'),
+        "nothing": ("other.toml", ""),
+        "broken": ("home/profiles.toml", "active = [\n"),
+    }
+    running = {}
+    for name, (path, text) in cases.items():
+        folder = tmp_path / name
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
+        env |= {"PREFECT_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+        running[name] = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    said = {name: finish(process, 120) for name, process in running.items()}
+    for name, source in (
+        ("profile", "the Prefect profile 'team'"),
+        ("env", ".env"),
+        ("toml", "prefect.toml"),
+        ("pyproject", "pyproject.toml"),
+    ):
+        assert url in said[name].out, said[name]
+        assert source in said[name].out
+    assert said["nothing"].out.strip() == "None"
+    assert said["broken"].code == 0, said["broken"].err

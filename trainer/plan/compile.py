@@ -238,9 +238,10 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
     o, s = train.optimizer, train.schedule
     decay = s.decay
     if not decay and s.kind == "cosine":
-        decay = train.steps
+        decay = train.steps - s.start
     if not decay and s.kind == "wsd":
-        decay = max(1, min(train.steps // WSD_DECAY_SHARE, train.steps - s.warmup))
+        own = train.steps - s.start
+        decay = max(1, min(own // WSD_DECAY_SHARE, own - s.warmup))
     return Config(
         mode=wire.MODE_INFER if infer else wire.MODE_TRAIN,
         dtype=job.plan_dtype,
@@ -264,6 +265,7 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
         beta2=o.beta2,
         checkpoint_every=spec.checkpoint.in_memory,
         persist_every=_persist_every(spec.checkpoint),
+        lr_start=0 if infer else s.start,
         slots=0 if infer else spec.checkpoint.slots,
         data_shuffled=spec.data.shuffled,
         data_samples=0 if infer else dataset.samples(train.sequence),

@@ -248,3 +248,4 @@ class Config:
     reduction_groups: int = 1
     numerics_version: int = NUMERICS_VERSION
     persist_every: int = 0
+    lr_start: int = 0

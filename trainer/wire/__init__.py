@@ -159,7 +159,8 @@ class PlanConfig(ctypes.LittleEndianStructure):
         ("reduction_groups", u32),
         ("reserved0", u32),
         ("persist_every", i64),
-        ("reserved", u64 * 4),
+        ("lr_start", i64),
+        ("reserved", u64 * 3),
     ]
 
 

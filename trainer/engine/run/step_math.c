@@ -14,13 +14,14 @@ int64_t hs_step_total(const hs_plan_config *config, const hs_amendments *amendme
     return amendments->steps ? amendments->steps : config->steps;
 }
 
-/* By the schedule alone; the curve of a cosine stays where the plan has it. */
+/* By the schedule alone, of its step s and its last step; the curve of a cosine stays where the plan has it. */
 static double scheduled(const hs_plan_config *config, int64_t total, int64_t step) {
     const double range = config->lr - config->min_lr;
     if (step <= config->warmup_steps)
         return config->lr * (double)step / (double)config->warmup_steps;
     if (config->lr_schedule == HS_LR_COSINE) {
-        const int64_t curve = config->decay_steps ? config->decay_steps : config->steps;
+        const int64_t curve =
+            config->decay_steps ? config->decay_steps : config->steps - config->lr_start;
         if (step >= curve) return config->min_lr;
         const double x =
             (double)(step - config->warmup_steps) / (double)(curve - config->warmup_steps);
@@ -35,7 +36,9 @@ static double scheduled(const hs_plan_config *config, int64_t total, int64_t ste
 }
 
 double hs_step_lr(const hs_plan_config *config, const hs_amendments *amendments, int64_t step) {
-    double lr = scheduled(config, hs_step_total(config, amendments), step);
+    const int64_t start = config->lr_start;
+    double lr = scheduled(config, hs_step_total(config, amendments) - start,
+                          step > start ? step - start : 1);
     uint32_t next = 0;
     while (next < amendments->rate_count && amendments->rates[next].step <= step) next++;
     if (next) lr *= amendments->rates[next - 1].factor;

@@ -15,7 +15,8 @@
 /* The run's last step. */
 int64_t hs_step_total(const hs_plan_config *config, const hs_amendments *amendments);
 
-/* Learning rate of 1-based step s. W = warmup_steps, N = steps, D = decay_steps:
+/* Learning rate of 1-based step s. W = warmup_steps, N = steps, D = decay_steps; where lr_start is not 0, s
+ * and N are counted from it, and no run has steps before it:
  *   s <= W             lr * s / W
  *   CONSTANT           lr
  *   COSINE             over s in (W, D], D = 0 meaning N: x = (s - W) / (D - W), at most 1;

@@ -94,7 +94,8 @@ typedef struct hs_plan_config {
     uint32_t reserved0;        /* 0 */
     int64_t persist_every;     /* of the snapshots, those after steps s with s % this == 0 go to the store, and the last
                                 * one; a multiple of checkpoint_every; 0: all do; HS_PERSIST_LAST: the last one alone */
-    uint64_t reserved[4];
+    int64_t lr_start;          /* the learning-rate schedule begins after this step; below steps */
+    uint64_t reserved[3];
 } hs_plan_config;
 
 typedef struct hs_plan_tensor {

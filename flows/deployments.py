@@ -1,0 +1,110 @@
+"""Our flows as Prefect deployments: parameters, limits and descriptions. ``serve.py`` serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.deployments.runner import RunnerDeployment
+from prefect.schedules import Schedule
+from prefect.types.entrypoint import EntrypointType
+
+from flows.flow import collect_flow, sweep_flow, train_flow
+from flows.recurring.due import Overlap
+from flows.recurring.state import OVERLAP_TAG
+from trainer.spec import RunSpec
+
+SKIPS = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+WAITS = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
+_OVERLAPS = {
+    "skip": "is skipped",
+    "queue": "waits its turn",
+    "cancel": "cancels it",
+}
+
+
+def scheduled(
+    spec: RunSpec,
+    store_url: str,
+    out: str,
+    when: Schedule,
+    name: str,
+    told: str = "",
+    *,
+    mode: str = "fresh",
+    lr_schedule: str = "extend",
+    overlap: Overlap = "skip",
+) -> RunnerDeployment:
+    """A deployment that starts a run each firing, one at a time; ``overlap``: of one that fires while an older run goes
+    on.
+    """
+    what = f"A new run of `{spec.name}` each time" if mode == "fresh" else f"`{spec.name}` goes on each time"
+    parameters: dict[str, Any] = {"spec": spec.model_dump(mode="json"), "store": store_url, "fresh": True, "out": out}
+    if mode != "fresh":
+        parameters |= {"mode": mode, "lr_schedule": lr_schedule}
+    if overlap != "skip":
+        parameters |= {"overlap": overlap}
+    made: Any = train_flow.to_deployment(
+        name=name,
+        schedules=[when],
+        description=f"{what}: {told}. A firing that overlaps {_OVERLAPS[overlap]}." if told else None,
+        parameters=parameters,
+        concurrency_limit=SKIPS if overlap == "skip" else WAITS,
+        tags=[] if overlap == "skip" else [f"{OVERLAP_TAG}{overlap}"],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    return cast("RunnerDeployment", made)
+
+
+def sweeping(
+    spec: RunSpec,
+    points: Sequence[Sequence[str]],
+    at_once: int,
+    store_url: str,
+    out: str,
+    when: Schedule,
+    name: str,
+    told: str = "",
+    *,
+    overlap: Overlap = "skip",
+) -> RunnerDeployment:
+    """A deployment that trains all points of a sweep each firing."""
+    made: Any = sweep_flow.to_deployment(
+        name=name,
+        schedules=[when],
+        description=f"A sweep of {len(points)} runs of `{spec.name}` each time: {told}.",
+        parameters={
+            "spec": spec.model_dump(mode="json"),
+            "points": [list(point) for point in points],
+            "at_once": at_once,
+            "store": store_url,
+            "fresh": True,
+            "out": out,
+        },
+        concurrency_limit=SKIPS if overlap == "skip" else WAITS,
+        tags=[] if overlap == "skip" else [f"{OVERLAP_TAG}{overlap}"],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    return cast("RunnerDeployment", made)
+
+
+def collecting(store_url: str, run: str, when: Schedule, told: str) -> RunnerDeployment:
+    """A deployment that collects each time it fires, one pass at a time."""
+    made: Any = collect_flow.to_deployment(
+        name="collect",
+        schedules=[when],
+        description=f"Old checkpoints are given up and deleted: {told}.",
+        parameters={"store": store_url, "run": run},
+        concurrency_limit=SKIPS,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    return cast("RunnerDeployment", made)
+
+
+def on_demand(store_url: str, name: str = "train") -> RunnerDeployment:
+    """A deployment without a schedule: Prefect's form starts runs of any spec."""
+    made: Any = train_flow.to_deployment(
+        name=name, parameters={"store": store_url}, entrypoint_type=EntrypointType.MODULE_PATH
+    )
+    return cast("RunnerDeployment", made)

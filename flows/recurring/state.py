@@ -1,0 +1,75 @@
+"""Where a schedule stands, out of what a Prefect server knows of its deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from flows.recurring.deployments import Deployments, time_of
+from flows.recurring.due import span
+
+OVERLAP_TAG = "overlap:"
+"""Of a deployment whose firings do otherwise than being skipped."""
+SERVED_S = 60.0
+"""Who serves a deployment asks each second; Prefect itself calls one that was not asked for so long not ready."""
+
+
+def served_s(row: Mapping[str, Any], now: datetime | None = None) -> float | None:
+    """How long ago somebody asked for its firings; None where nobody serves it."""
+    polled = row.get("last_polled")
+    active = not row["schedules"] or any(schedule["active"] for schedule in row["schedules"])
+    if not polled or not active:
+        return None
+    ago = ((now or datetime.now(UTC)) - time_of(polled)).total_seconds()
+    return ago if ago < SERVED_S else None
+
+
+def schedule_row(served: Deployments, row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A row of `schedules ls`."""
+    deployment = UUID(str(row["id"]))
+    parameters: Mapping[str, Any] = row.get("parameters") or {}
+    planned = served.runs(
+        deployment, "SCHEDULED", expected_start_time={"after_": datetime.now(UTC).isoformat()}, limit=1
+    )
+    late = served.count(deployment, state={"name": {"any_": ["Late"]}})
+    return {
+        "name": name,
+        "state": _state_word(row),
+        "when": ", ".join(map(_when, row["schedules"])) or "started by hand",
+        "mode": "sweep" if "points" in parameters else parameters.get("mode", "fresh"),
+        "overlap": _overlap_word(row),
+        "store": parameters.get("store") or "",
+        "next": planned[0]["expected_start_time"] if planned and served_s(row) is not None else "",
+        "late": late,
+        "going_on": len(served.going_on(deployment)),
+    }
+
+
+def _state_word(row: Mapping[str, Any]) -> str:
+    if row.get("paused"):
+        return "paused"
+    ago = served_s(row)
+    if ago is not None:
+        return "served"
+    if row["schedules"] and not any(schedule["active"] for schedule in row["schedules"]):
+        return "ended: `hotstage schedule` starts it again"
+    polled = row.get("last_polled")
+    since = f", for {span((datetime.now(UTC) - time_of(polled)).total_seconds())}" if polled else ""
+    return f"served by nobody{since}: `hotstage schedule` serves it again"
+
+
+def _when(schedule: Mapping[str, Any]) -> str:
+    plan = schedule["schedule"]
+    if "cron" in plan:
+        return f"cron {plan['cron']!r} in {plan.get('timezone') or 'UTC'}"
+    return f"every {span(float(plan['interval']))}" if "interval" in plan else "a recurrence rule"
+
+
+def _overlap_word(row: Mapping[str, Any]) -> str:
+    for tag in row.get("tags") or ():
+        if tag.startswith(OVERLAP_TAG):
+            policy = str(tag).removeprefix(OVERLAP_TAG)
+            return {"queue": "waits its turn", "cancel": "cancels the older run"}.get(policy, policy)
+    return "is skipped" if row.get("concurrency_options") else "is started too"

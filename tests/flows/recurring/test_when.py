@@ -1,0 +1,90 @@
+"""Cron lines, time zones, and the firings that a real Prefect server makes of them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from flows.prefect_api import Client
+from flows.recurring.deployments import Deployments
+from flows.recurring.when import cron_of, firings, zone_of
+from tests.flows.conftest import Api, of, registered
+from tests.support.place import ROOT
+from trainer.spec import load_spec
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("every day", "is no cron line"),
+        ("0 2 * * 8", "is no cron line"),
+        ("60 * * * *", "is no cron line"),
+        ("@reboot", "is no cron line"),
+        ("H 2 * * *", "is no cron line"),
+        ("", "is no cron line"),
+        ("*/5 * * * * *", "has 6 fields"),
+        ("0 0 31 2 *", "never fires"),
+        ("0 0 30 feb *", "never fires"),
+        ("0 0 31 4,6,9,11 *", "never fires"),
+    ],
+)
+def test_a_cron_line_that_is_none_or_never_fires(line: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        cron_of(line, "UTC")
+
+
+@pytest.mark.parametrize(
+    "line", ["0 2 * * *", "@daily", "@hourly", "0 2 * * mon", "0 0 29 2 *", "0 0 * jan-mar *", "0 0 13 * 5"]
+)
+def test_cron_lines_that_are_taken(line: str) -> None:
+    assert cron_of(line, "Europe/Berlin").timezone == "Europe/Berlin"
+    assert cron_of(line, "UTC", day_or=False).day_or is False
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("Europe/Berln", "Europe/Berlin"), ("Berlin", "Europe/Berlin"), ("new york", "America/New_York"), ("CEST", "C")],
+)
+def test_a_zone_that_is_none_names_near_ones(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=near):
+        zone_of(name)
+    assert zone_of(near if "/" in near else "UTC")
+    assert zone_of(None) == "UTC"
+
+
+def test_the_nights_when_the_clocks_change_fire_once(prefect: Api) -> None:
+    """As the server itself plans them: 02:30 that does not exist, and 02:30 that exists twice."""
+    from flows.deployments import scheduled
+
+    spec = load_spec(ROOT / "examples" / "demo.toml", [])
+    with Client.open(prefect.server.api) as client:
+        when = cron_of("30 2 * * *", "Europe/Berlin")
+        made = registered(client, scheduled(spec, "file:///nowhere", "out", when, "nights"))
+        for month in ("03-26", "10-29"):
+            first = f"2027-{month}T12:00:00+00:00"
+            Deployments(client).plan_firings(made, 5, first, str(datetime.fromisoformat(first) + timedelta(days=5)))
+        rows = of(prefect, "nights", "SCHEDULED")
+        prefect.delete(f"deployments/{made}")
+    zone = ZoneInfo("Europe/Berlin")
+    at = [datetime.fromisoformat(row["expected_start_time"].replace("Z", "+00:00")).astimezone(zone) for row in rows]
+    nights = [t.date().isoformat() for t in at if t.year == 2027]
+    for month, days in (("2027-03", (27, 28, 29, 30)), ("2027-10", (30, 31))):
+        for day in days:
+            assert nights.count(f"{month}-{day}") == 1
+
+
+def test_firings_that_the_server_is_still_planning_are_asked_for_again() -> None:
+    """Its own planner may hold the same ones: the answer then has fewer, for a moment."""
+    asked = []
+
+    class Planning:
+        def plan_firings(self, deployment: UUID, count: int) -> list[datetime]:
+            asked.append(deployment)
+            day = datetime.now(UTC) + timedelta(days=1)
+            return [day + timedelta(days=k) for k in range(min(len(asked), count))]
+
+    found = firings(Planning(), uuid4())  # type: ignore[arg-type]
+    assert (len(found), len(asked)) == (3, 3)
