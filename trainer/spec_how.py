@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, StrictInt, model_validator
 
 from trainer.spec_fields import DNS_LABEL, MAX_LAYERS, Section, power_of_two, shown, size
-from trainer.wire import CUDA_PATHS
+from trainer.wire import CUDA_PATHS, VOCAB_BLOCKS
 
 KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda"]
 """Families of kernels, in the order of their numbers (``wire.PATHS``); the last two run on CUDA devices."""
@@ -21,6 +21,7 @@ RETIRED = {"recovery": ("max_rollbacks",)}
 LATER = {
     "checkpoint": ("bandwidth_mb_s", "keep", "snapshot_every", "persist_every"),
     "recovery": ("replay_every", "on_divergence", "max_skips"),
+    "parallel": ("vocab_stages",),
 }
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
 it has the bytes that an older version gives it, and can be read by one (``spec.how_map``).
@@ -36,6 +37,8 @@ ONE_STAGE = {"1f1b": "interleaved-1f1b", "zb-h1": "zb-v"}
 """Schedules that take one stage a rank; each with one that takes several."""
 THERE_AND_BACK = ("zb-v", "v-half")
 """Schedules that take two stages a rank, there and back along the ranks."""
+SHARES_HEAD = ("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v")
+"""Schedules whose ranks may share the head (``parallel.vocab_stages``)."""
 
 RecomputeKind = Literal["none", "elementwise", "attention", "layer"]
 
@@ -90,6 +93,13 @@ class ParallelSpec(Section):
         high=4096,
         text="data-parallel replicas, a power of two, at most train.reduction_groups; they share the batch",
     )
+    vocab_stages: int = size(
+        0,
+        low=0,
+        high=VOCAB_BLOCKS,
+        text="ranks of a replica that share the head, a power of two, at most train.vocab_blocks; 0: as many as the "
+        "cost model says",
+    )
     recompute: RecomputeSpec = RecomputeSpec()
     optimizer: Literal["auto", "checked", "optimistic"] = Field(
         "auto",
@@ -142,10 +152,30 @@ class ParallelSpec(Section):
                 f"chunks {self.chunks} do not divide stages {self.stages}: schedule interleaved-1f1b takes as many at "
                 f"each rank; take stages = {max(1, self.stages // self.chunks) * self.chunks}"
             )
+        self._check_vocab_stages()
         if not power_of_two(self.replicas):
             below = 1 << (self.replicas.bit_length() - 1)
             raise ValueError(f"replicas {self.replicas} is no power of two; take replicas = {below} or {2 * below}")
         return self
+
+    def _check_vocab_stages(self) -> None:
+        count, positions = self.vocab_stages, self.positions(self.stages)
+        if count <= 1:
+            return
+        most = 1 << (min(count, positions).bit_length() - 1)
+        if not power_of_two(count) or count > positions:
+            why = f"is more than the {positions} ranks of a replica" if power_of_two(count) else "is no power of two"
+            raise ValueError(f"vocab_stages {count} {why}; take vocab_stages = {most}")
+        if self.schedule not in SHARES_HEAD:
+            raise ValueError(
+                f"vocab_stages {count}: schedule {shown(self.schedule)} has no place for parts of the head yet; take "
+                f"vocab_stages = 1, or one of {', '.join(SHARES_HEAD)}"
+            )
+        if self.optimizer == "optimistic":
+            raise ValueError(
+                f'vocab_stages {count} with optimizer "optimistic": where ranks share the head no step begins before '
+                'the one before is checked; take optimizer = "checked" or "auto", or vocab_stages = 1'
+            )
 
 
 KEEP_ALL = "all"

@@ -47,7 +47,7 @@ def same_layout(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
     def of(how: Mapping[str, Any]) -> tuple[Any, ...]:
         parallel, nodes = how.get("parallel") or {}, (how.get("launch") or {}).get("nodes", 1)
-        defaults = {"stages": 1, "replicas": 1, "chunks": 1, "schedule": "1f1b"}
+        defaults = {"stages": 1, "replicas": 1, "chunks": 1, "schedule": "1f1b", "vocab_stages": 0}
         return nodes, *(parallel.get(key, default) for key, default in defaults.items())
 
     return of(one) == of(other)

@@ -452,6 +452,13 @@ class RunSpec(Section):
         if self.train.precision == "fp8":
             _check_fp8(self.model, self.train)
         _check_replicas(self.parallel.replicas, self.train)
+        if self.parallel.vocab_stages > self.train.vocab_blocks:
+            raise ValueError(
+                f"parallel.vocab_stages {self.parallel.vocab_stages} is more than train.vocab_blocks "
+                f"{self.train.vocab_blocks}, of which every rank that shares the head has as many; take vocab_stages = "
+                f"{self.train.vocab_blocks}, or vocab_blocks = {self.parallel.vocab_stages} for a new run (it changes "
+                "the bits)"
+            )
         ranks = self.parallel.ranks
         if ranks % self.launch.nodes:
             fits = max(n for n in range(1, min(self.launch.nodes, ranks) + 1) if not ranks % n)

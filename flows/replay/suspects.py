@@ -17,6 +17,8 @@ from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.replay.compare import Difference, Suspects
 from flows.replay.recorded import StepLine
+from trainer.wire import NONE64, PlanPosition
+from trainer.wire.plan import parse
 
 MAX_PLAN_BYTES = 1 << 30
 
@@ -39,8 +41,11 @@ def suspects_of(store: Store, run: str, attempt: AttemptInfo, evidence: Evidence
     everybody, why, found = tuple(range(attempt.ranks)), "", evidence.found
     ranks = everybody
     try:
-        layout = read_plan(store.get(plan_key(run, attempt.plan), max_bytes=MAX_PLAN_BYTES))
-        if found.what == "state digest":
+        data = store.get(plan_key(run, attempt.plan), max_bytes=MAX_PLAN_BYTES)
+        layout = read_plan(data)
+        if shares_head(data):
+            pass  # what a rank owns others compute too, and each one's messages go to all
+        elif found.what == "state digest":
             if evidence.checkpoint is not None:
                 ranks, why = _by_state(layout, load_manifest(store, run, evidence.checkpoint), evidence.manifest)
         elif evidence.recorded is not None and evidence.again is not None:
@@ -52,6 +57,12 @@ def suspects_of(store: Store, run: str, attempt: AttemptInfo, evidence: Evidence
         ranks, why = everybody, ""
     nodes = tuple(sorted({rank * attempt.nodes // attempt.ranks for rank in ranks}))
     return Suspects(attempt.epoch, ranks, nodes, _places(store, run, attempt, nodes), why)
+
+
+def shares_head(plan: bytes) -> bool:
+    """Whether several positions of a plan, whose bytes were read before, compute parts of the head."""
+    positions = parse(plan).records("positions", PlanPosition)
+    return len([p for p in positions if p.targets_offset != NONE64]) > 1
 
 
 def by_step(layout: PlanLayout, was: StepLine, now: StepLine, *, messages: bool) -> tuple[tuple[int, ...], str]:

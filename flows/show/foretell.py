@@ -82,12 +82,13 @@ def headline(plan: Plan, spec: RunSpec) -> str:
     """What is planned, in a line."""
     stages, replicas, microbatches = spec.parallel.stages, spec.parallel.replicas, spec.train.microbatches
     layout = f"{stages} stage{'s' * (stages > 1)}" + f" x {replicas} replicas" * (replicas > 1)
+    shared = f", head shared by {plan.heads} ranks" * (plan.heads > 1)
     size = f"{spec.train.microbatch} x {spec.train.sequence} tokens"
     work = f"{microbatches} microbatch{'es' * (microbatches > 1)} of {size}"
     each = f" ({microbatches // replicas} a replica)" * (replicas > 1)
     return (
         f"plan {plan.digest[:12]}: {plan.parameters / 1e6:.2f} M parameters, {layout}, {work}{each}, "
-        f"{spec.parallel.schedule}, {spec.train.precision}"
+        f"{spec.parallel.schedule}, {spec.train.precision}{shared}"
     )
 
 
@@ -141,6 +142,7 @@ def facts(plan: Plan, spec: RunSpec, simulation: Simulation) -> dict[str, Any]:
         "parameters": plan.parameters,
         "stages": spec.parallel.stages,
         "replicas": spec.parallel.replicas,
+        "vocab_stages": plan.heads,
         "reduction_groups": spec.train.groups,
         "microbatches": spec.train.microbatches,
         "tokens_per_step": spec.train.tokens,

@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e import engine_runs
+from tests.e2e import engine_runs, test_resumes
 from tests.e2e.engine_runs import Gang, to_hf
 from tests.e2e.golden_runs import GRADIENT, LOSS, assert_agrees, spec_of, train_golden, worst
 from tests.reference.golden import CASES, Golden
 from tests.reference.model import Model
 from trainer.errors import SpecError
 from trainer.plan.compile import compile_plan
+from trainer.plan.compiled import Plan
 from trainer.spec import parse_spec, what_digest
 
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
 BLOCKS = (2, 4, 8)
-STEPS, SEQUENCE, BATCH, SAMPLE = 3, 16, 8, 6
+STEPS, SEQUENCE, BATCH, SAMPLE = 3, 16, 8, 12
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 tied, bf16": ("bf16", {"family": "gpt2", "width": 48, "heads": 4, "vocab": 250, "tied": True}),
@@ -50,21 +51,38 @@ class How:
     schedule: str = "1f1b"
     chunks: int = 1
     replicas: int = 1
+    vocab_stages: int = 1
 
     def __str__(self) -> str:
-        return f"{self.stages} stages {self.schedule}/{self.chunks} x {self.replicas}"
+        return f"{self.stages} stages {self.schedule}/{self.chunks} x {self.replicas}, head at {self.vocab_stages}"
 
 
 def layouts() -> Iterator[How]:
     for schedule, chunks in (("1f1b", 1), ("gpipe", 1), ("zb-h1", 1), ("interleaved-1f1b", 2), ("zb-v", 2)):
         for stages in (1, 2, 3, 4):
             for replicas in (1, 2, 4):
-                if stages * chunks <= 4 and stages * replicas <= 8:
-                    yield How(stages * chunks, schedule, chunks, replicas)
+                for shared in (1, 2, 4):
+                    if stages * chunks <= 4 and stages * replicas <= 8 and shared <= stages:
+                        yield How(stages * chunks, schedule, chunks, replicas, shared)
 
 
 def every() -> list[tuple[str, int, How]]:
-    return [(model, blocks, how) for model in MODELS for blocks in BLOCKS for how in layouts()]
+    return [
+        (model, blocks, how) for model in MODELS for blocks in BLOCKS for how in layouts() if how.vocab_stages <= blocks
+    ]
+
+
+def sampled() -> list[tuple[str, int, How]]:
+    """A few of all, drawn until nothing is missing: every model, schedule, number of replicas and of parts."""
+    source, everything = random.Random(SEED), every()
+
+    def seen(drawn: list[tuple[str, int, How]]) -> set[object]:
+        kinds = {(f, getattr(how, f)) for _, _, how in drawn for f in ("schedule", "replicas", "vocab_stages")}
+        return {*kinds, *((model, how.replicas > 1, how.vocab_stages > 1) for model, _, how in drawn)}
+
+    while len(seen(drawn := source.sample(everything, SAMPLE))) < len(seen(everything)) - 3:
+        pass
+    return sorted(drawn, key=str)
 
 
 def train(folder: Path, model: str, blocks: int, how: How) -> Gang:
@@ -120,7 +138,7 @@ def assert_same(one: Any, folder: Path, model: str, blocks: int, how: How) -> No
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("model", "blocks", "how"), random.Random(SEED).sample(every(), SAMPLE), ids=str)
+@pytest.mark.parametrize(("model", "blocks", "how"), sampled(), ids=str)
 def test_a_sample_of_layouts(one: Any, tmp_path: Path, model: str, blocks: int, how: How) -> None:
     assert_same(one, tmp_path, model, blocks, how)
 
@@ -129,6 +147,35 @@ def test_a_sample_of_layouts(one: Any, tmp_path: Path, model: str, blocks: int, 
 @pytest.mark.parametrize(("model", "blocks", "how"), every(), ids=str)
 def test_every_layout(one: Any, tmp_path: Path, model: str, blocks: int, how: How) -> None:
     assert_same(one, tmp_path, model, blocks, how)
+
+
+class World(test_resumes.World):
+    """Real runs of a head in four blocks, and their checkpoints."""
+
+    def plan(self, how: Any) -> Plan:
+        assert self.data
+        vocab = test_resumes.VOCAB
+        model = {"family": "gpt2", "layers": 4, "width": 16, "heads": 2, "context": 32, "vocab": vocab, "tied": False}
+        tree = {
+            "name": "resumes",
+            "model": model,
+            "train": {"steps": test_resumes.STEPS, "batch": 4, "microbatch": 1, "sequence": test_resumes.SEQUENCE}
+            | {"reduction_groups": 4, "vocab_blocks": 4},
+            "parallel": {"threads": 1, **vars(how)},
+            "checkpoint": {"every": test_resumes.STEP},
+        }
+        spec = parse_spec(tree)
+        return compile_plan(spec.resolve(self.dataset), self.dataset, what_digest(spec, self.dataset))
+
+
+def test_a_resume_goes_from_each_head_into_each_other(tmp_path: Path) -> None:
+    """At one rank, shared by all ranks, by some of them, in two replicas: one state."""
+    world: Any = World(tmp_path)
+    hows = [How(1), How(4, vocab_stages=4), How(3, "gpipe", vocab_stages=2), How(2, replicas=2, vocab_stages=2)]
+    for source, target in zip(hows, [*hows[1:], hows[0]], strict=True):
+        test_resumes.assert_equal(world, source, target)
+        assert world.resume(source, target) == {test_resumes.STEPS: world.run(target)[test_resumes.STEPS]}
+    assert len({world.checkpoint(how).state_digest for how in hows}) == 1
 
 
 @pytest.mark.parametrize(("case", "blocks"), list(zip(CASES, (2, 4, 4, 8), strict=True)))

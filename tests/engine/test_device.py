@@ -132,6 +132,17 @@ def test_replicas_have_the_same_bits_in_any_order(
         assert some.state("cuda", ORDER=str(order)) == sound, order
 
 
+def test_ranks_that_share_the_head_have_the_same_bits_in_any_order(runs: MakeRuns) -> None:
+    """Parts at both positions; and the head of one."""
+    shared = {"stages": 2, "vocab_stages": 2}
+    some = runs(model=GPT2 | {"layers": 2}, parallel=shared, batch=8, steps=2, vocab_blocks=2)
+    sound = some.state("cpu")
+    alone = runs(model=GPT2 | {"layers": 2}, batch=8, steps=2, vocab_blocks=2).state("cpu")
+    assert (sound["losses"], sound["norms"]) == (alone["losses"], alone["norms"])
+    for order in (0, 7, 15, 31):
+        assert some.state("cuda", ORDER=str(order)) == sound, order
+
+
 def test_a_device_does_not_sleep(runs: MakeRuns) -> None:
     """Kernel delay is for CPUs: there it changes no bits."""
     slow, plain = runs(stages=2, delays={"F": 1e-4, "B": 2e-4}, steps=2), runs(stages=2, steps=2)

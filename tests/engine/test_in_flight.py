@@ -31,6 +31,7 @@ DATA = DatasetRef("0" * 64, 60, 2, (100 * ROWS,), "0" * 64)
 def plan_of(folder: Path, precision: str, parallel: dict[str, Any], **model: Any) -> Plan:
     sizes = {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 64, "vocab": 60}
     train = {"steps": 1, "batch": 6 * ROWS // 64, "microbatch": ROWS // 64, "sequence": 64, "precision": precision}
+    train["vocab_blocks"] = parallel.get("vocab_stages", 1)
     tree = {"name": "pages", "model": sizes | model, "train": train, "parallel": {"threads": 1} | parallel}
     plan = compile_plan(parse_spec(tree).resolve(DATA), DATA, bytes(32))
     (folder / "plan").write_bytes(plan.to_bytes())
@@ -81,6 +82,26 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "zb-v": ("fp32", {"stages": 4, "chunks": 2}, {"family": "llama", "kv_heads": 2}),
     "v-half": ("fp32", {"stages": 4, "chunks": 2, "recompute": {"kind": "elementwise", "layers": 1}}, {"layers": 8}),
 }
+
+
+HEADS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "1f1b": ("fp32", {"stages": 3, "vocab_stages": 2}, {}),
+    "zb-h1": ("bf16", {"stages": 4, "vocab_stages": 4}, {"width": 64, "tied": False}),
+}
+"""Of ranks that share the head."""
+
+
+@pytest.mark.parametrize("schedule", HEADS)
+def test_so_do_the_actions_of_a_shared_head(tmp_path: Path, schedule: str) -> None:
+    precision, parallel, model = HEADS[schedule]
+    plan = plan_of(tmp_path, precision, parallel | {"schedule": schedule}, **model)
+    for position in plan.positions:
+        found, alone = list(measured(tmp_path, position)), inside(position)
+        scheduled = [action for action in position.step if action.stage is not None]
+        assert [action for action, _ in found] == scheduled
+        for action, touched in found:
+            assert touched & alone == pages(position, action) & alone, action
+        assert most_in_flight(found) == position.act_slots
 
 
 @pytest.mark.parametrize("schedule", CASES)

@@ -64,6 +64,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "chunks": {"parallel": CHUNKS, "model": GPT2 | {"layers": 4}, "batch": 8},
     "replicas": {"parallel": {"stages": 2, "replicas": 2}, "batch": 16, "reduction_groups": 2},
     "untied": {"stages": 2, "batch": 8, "model": GPT2 | {"tied": False}},
+    "head": {"parallel": {"stages": 2, "vocab_stages": 2}, "batch": 8, "vocab_blocks": 4},
 }
 
 

@@ -449,6 +449,21 @@ def test_mutated_plans_of_replicas_are_refused_or_run_inside_their_memory(tmp_pa
     assert counted["run"] > 2
 
 
+@pytest.mark.parametrize("shared", [1, 2])
+def test_plans_of_a_head_in_blocks_are_taken_or_refused_like_others(tmp_path: Path, check: Check, shared: int) -> None:
+    """What is written over what it must not touch, and mutations."""
+    path = tmp_path / "plan"
+    path.write_bytes(small_plan(stages=2, parallel={"vocab_stages": shared}, vocab_blocks=2).to_bytes())
+    assert check(path.read_bytes()) == (0, "")
+    for mode in (["plant"], ["400", "7"]):
+        done = subprocess.run(
+            [build_plan_fuzz(), path, *mode], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        counted = json.loads(done.stdout)
+        assert mode == ["plant"] or (counted["refused"] > 150 and counted["run"] > 5)
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])

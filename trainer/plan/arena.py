@@ -24,8 +24,8 @@ from itertools import pairwise
 from trainer import wire
 from trainer.models.base import Call, Given, Operand, RopeTable, View, Weight
 from trainer.plan import memory
-from trainer.plan.expand import StagePrograms
-from trainer.plan.job import Job
+from trainer.plan.expand import OTHER_SHARES, StagePrograms
+from trainer.plan.job import HeadUse, Job
 from trainer.plan.memory import align
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import Ref
@@ -84,6 +84,10 @@ class PositionMemory:
     def __init__(self, job: Job, position: Position, row: Row) -> None:
         self.job, self.position, self.row = job, position, row
         self.runs = job.layout.pipeline.runs(position)
+        self.part = None if job.parts is None else job.parts.at(position)
+        if job.parts is not None and self.part is not None:
+            here = job.parts.stage(self.part)  # part 0 follows the last stage
+            self.runs = (*self.runs, (here,)) if self.part else (*self.runs[:-1], (*self.runs[-1], here))
         self.stages = {stage: job.stages[stage] for run in self.runs for stage in run}
         self.train = job.spec.train
         self.rows = 4 * self.train.rows
@@ -92,6 +96,7 @@ class PositionMemory:
         self.last = any(stage.last for stage in self.stages.values())  # with the head
         self.tied = job.tied_tensor
         self.owned = job.owned[position]
+        self.use = next((use for use in job.head_uses if use.position == position), None)
         self.tables: dict[RopeTable, Ref] = {}
         self.masters: dict[int, Ref] = {}
         self.copies: dict[int, Ref] = {}
@@ -111,7 +116,8 @@ class PositionMemory:
         """By run, its slot."""
         self.head_weight: Ref | None = None
         self.head_gradient: Ref | None = None
-        self.tied_received: Ref | None = None
+        self.tied_received: dict[Position, Ref] = {}
+        """By position, the share of the head's gradient that comes from there."""
         self._place()
 
     def _place(self) -> None:
@@ -139,15 +145,20 @@ class PositionMemory:
                 self.codes[n] = (arena.ref(size, "weights"), turned, arena.ref(4, "weights"))
             elif n in self.pieces or job.optimistic or (job.dtype != wire.F32 and job.tensors[n].decay):
                 self.copies[n] = self._padded(n, wire.DTYPE_BYTES[self.copy_dtype(n)], "weights")
-        if self.tied is not None and self.last:
-            alone = self.first
-            size = job.dt_bytes * job.tensors[self.tied].elements
-            self.head_weight = self.compute(self.tied) if alone else arena.ref(size, "weights")
+        if self.tied is not None and self.use is not None:
+            alone = self.tied in self.owned
+            size = job.dt_bytes * self.use.rows * job.tensors[self.tied].shape[1]
+            self.head_weight = self.rows_of(self.compute(self.tied), self.use) if alone else arena.ref(size, "weights")
         if not job.infer:
             self._place_training(arena)
         self._lay_slots_out()
         self._place_scratch(arena)
         self._place_slots(arena)
+
+    def rows_of(self, whole: Ref, use: HeadUse) -> Ref:
+        """A stage's rows of the head's matrix, or of its gradient."""
+        row = whole.bytes // self.job.spec.model.vocab
+        return Ref(whole.space, whole.offset + use.first * row, use.rows * row)
 
     def kept(self, n: int) -> int:
         """Elements of a tensor whose state is kept here."""
@@ -173,18 +184,27 @@ class PositionMemory:
         """In several buffers where groups need them; where there are replicas, whole tensors of a stage together."""
         job, targets = self.job, list[Gradient]()
         start = arena.end
-        names = [(job.layout.stage(job.tensors[n]), n in self.pieces, n, False) for n in self.owned]
-        if self.tied is not None and self.last:
-            names.append((max(self.stages), self.tied in self.pieces, self.tied, True))
-        for stage, _, n, head in sorted(names) if job.replicas > 1 else names:
-            ref = self._padded(n, 4, "gradients")
-            targets.append(Gradient(stage, ref, self.pieces.get(n, 0)))
+        parted = job.parts is not None
+        only_shares = [n for n in self.owned if parted and n == self.tied and job.tensors[n].part == "head"]
+        names = [
+            (job.layout.stage(job.tensors[n]), n in self.pieces, n, False) for n in self.owned if n not in only_shares
+        ]
+        if self.tied is not None and self.use is not None:
+            names.append((max(self.stages), self.tied in self.pieces and not parted, self.tied, True))
+        for stage, pieces, n, head in sorted(names) if job.replicas > 1 else names:
+            if head and parted and self.use is not None:
+                ref = arena.ref(4 * self.use.rows * job.tensors[n].shape[1], "gradients")
+            else:
+                ref = self._padded(n, 4, "gradients")
+            targets.append(Gradient(stage, ref, self.pieces[n] if pieces else 0))
             if head:
                 self.head_gradient = ref
             else:
                 self.gradients[n] = ref
         stride, buffers = arena.end - start, job.groups.buffers
         arena.take(stride * (buffers - 1), "gradients")
+        for n in only_shares:  # no program here adds to it
+            self.gradients[n] = self._padded(n, 4, "gradients")
         self.gradient_memory = GradientMemory(tuple(targets), start, stride, buffers)
 
     def _place_training(self, arena: _Arena) -> None:
@@ -196,6 +216,9 @@ class PositionMemory:
             if n in self.pieces:
                 blocks = self.pieces[n] * self.job.replicas // wire.SUMSQ_BLOCK
                 self.norm_parts[n] = arena.ref(8 * blocks, "scratch")
+        for number, stage in self.stages.items():
+            for name in (name for name in stage.buffers if name.startswith(OTHER_SHARES)):
+                self.buffers[number].places[name] = arena.ref(self.buffers[number].size(name), "activations")
         for number, stage in self.stages.items():
             sent, buffers = stage.gradient_sent, self.buffers[number]
             if sent is None or sent.buffer in stage.kept or number - 1 in self.stages:
@@ -232,14 +255,17 @@ class PositionMemory:
         most = 0
         for number, stage in self.stages.items():
             buffers = self.buffers[number]
-            sizes = {n: buffers.size(n) for n in stage.buffers if n not in buffers.places}
+            sizes = {n: buffers.size(n) for n in stage.buffers if n not in buffers.places and n not in buffers.back}
             for calls in (stage.forward, stage.backward, stage.weights):
                 offsets, end = memory.place(memory.lifetimes(calls, sizes))
                 places |= {(number, name): offset for name, offset in offsets.items()}
                 most = max(most, end)
         if not self.job.infer:
-            if self.tied is not None and self.first and not self.last:  # comes while the last backward runs
-                self.tied_received = arena.ref(4 * self.kept(self.tied), "gradients")
+            if self.tied is not None and self.tied in self.owned:  # comes while the last backward runs
+                for use in (use for use in self.job.head_uses if use.position != self.position):
+                    size = 4 * use.rows * self.job.tensors[self.tied].shape[1]
+                    size = size if self.job.parts is not None else 4 * self.kept(self.tied)
+                    self.tied_received[use.position] = arena.ref(size, "gradients")
             largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
             partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
             most = max(most, partials)
@@ -264,8 +290,9 @@ class PositionMemory:
         stride = 0
         if self.first or self.job.infer:
             self.given["tokens"], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
-        if self.last and (not self.job.infer or self.job.losses):
-            for name in ("targets", "loss"):
+        shares = self.last or self.part is not None
+        if shares and (not self.job.infer or self.job.losses):
+            for name in ("targets", "loss") if self.last else ("targets",):
                 self.given[name], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
         self.mb_stride, self.mb_count = stride, self.job.groups.microbatches
         self.mb_offset = arena.take(stride * self.mb_count, "activations")

@@ -9,34 +9,41 @@ import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from trainer import models, wire
 from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
-from trainer.models.base import tensor_table
+from trainer.models.base import Weight, tensor_table
 from trainer.plan import schedule_file, steady
 from trainer.plan.compiled import Plan
 from trainer.plan.delays import with_delays
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import call_cost, kernel_flops, model_flops
+from trainer.plan.head import expand_part
+from trainer.plan.head_rows import HeadParts
 from trainer.plan.job import Job
-from trainer.plan.layout import split_layers
+from trainer.plan.layout import split_layers, split_with
 from trainer.plan.lower import lower
 from trainer.plan.memory import check_budget, more_threads_bytes
 from trainer.plan.places import Layout, Pipeline, Stage
 from trainer.plan.records import Config
 from trainer.plan.rows import Row, split_stages
 from trainer.plan.schedules import TIMED, pipeline_for, rows_for
+from trainer.plan.simulate import from_plan, simulate
 from trainer.spec import ModelSpec, RunSpec
-from trainer.spec_how import CheckpointSpec, RecomputeSpec
+from trainer.spec_how import SHARES_HEAD, CheckpointSpec, ParallelSpec, RecomputeSpec
+from trainer.spec_sections import TrainSpec
 
 _LR = {"constant": wire.LR_CONSTANT, "cosine": wire.LR_COSINE, "wsd": wire.LR_WSD}
 FIRST_IS_LAST = ("1f1b", "gpipe", "interleaved-1f1b")
 """Schedules whose first position starts first and ends last: no next step can begin sooner, whatever is foreseen."""
 TICKS = 24
 """Of F, I and W of a mean stage together, where a schedule is made for their times."""
+MARGIN = 0.01
+"""What sharing the head among more ranks must gain of a step's time to be chosen."""
 WSD_DECAY_SHARE = 5
 """A warmup-stable-decay schedule whose decay is 0 in the spec decays over a fifth of the steps."""
 
@@ -68,23 +75,68 @@ def compile_plan(
     infer, losses = mode != "train", mode == "losses"
     if infer:
         train = spec.train.model_copy(update={"batch": 1, "microbatch": 1, "reduction_groups": 1})
-        parallel = spec.parallel.model_copy(update={"stages": 1, "chunks": 1, "schedule": "1f1b", "replicas": 1})
+        alone = {"stages": 1, "chunks": 1, "schedule": "1f1b", "replicas": 1, "vocab_stages": 1}
+        parallel = spec.parallel.model_copy(update=alone)
         spec = spec.model_copy(update={"train": train, "parallel": parallel})
     with _uncollected():
         rows, pipeline = _placed(spec, pipeline, delays)
-        stages = expand(spec, infer, split_stages(rows), losses)
-        layout = Layout(tuple(stage.layers for stage in stages), pipeline)
         tensors = tensor_table(models.family(spec.model.family), spec.model)
-        job = Job(spec, tensors, stages, layout, infer, losses, tuple(rows))
         shards = () if infer else dataset.shards
 
-        def plan(optimistic: bool) -> Plan:
-            positions, channels, schedule = lower(replace(job, optimistic=optimistic))
-            if delays:
-                positions = with_delays(positions, delays)
-            return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+        def sharing(count: int) -> Plan:
+            """With so many positions that share the head."""
+            parts = HeadParts.of(count, pipeline) if count > 1 else None
+            stages = expand(spec, infer, split_stages(rows), losses, parts, pipeline)
+            layout = Layout(tuple(stage.layers for stage in stages if stage.layers), pipeline)
+            job = Job(spec, tensors, stages, layout, infer, losses, tuple(rows), parts=parts)
 
-        return plan(False) if infer else _chosen(spec, pipeline, plan)
+            def plan(optimistic: bool) -> Plan:
+                positions, channels, schedule = lower(replace(job, optimistic=optimistic))
+                if delays:
+                    positions = with_delays(positions, delays)
+                return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+
+            if infer:
+                return plan(False)
+            return _chosen(spec, pipeline, plan) if parts is None else _fitting(spec, plan(False))
+
+        if infer or spec.parallel.vocab_stages:
+            return sharing(spec.parallel.vocab_stages or 1)
+        return _quickest(spec, [partial(sharing, count) for count in head_shares(spec.train, spec.parallel)])
+
+
+def head_shares(train: TrainSpec, parallel: ParallelSpec) -> list[int]:
+    """How many ranks of a replica may share the head, where the spec leaves it open.
+
+    >>> head_shares(TrainSpec(steps=1, batch=1, microbatch=1, sequence=1, vocab_blocks=8), ParallelSpec(stages=6))
+    [1, 2, 4]
+    """
+    most = min(train.vocab_blocks, parallel.positions(parallel.stages))
+    if parallel.schedule not in SHARES_HEAD or parallel.optimizer == "optimistic":
+        most = 1
+    return [1 << n for n in range(most.bit_length())]
+
+
+def _quickest(spec: RunSpec, ways: Sequence[Callable[[], Plan]]) -> Plan:
+    """Of the plans that fit, the one whose step takes least; a later one must gain MARGIN. PlanError: none fits."""
+    cost = steady.CUDA if spec.parallel.on_cuda(spec.launch.kernel_path) else steady.CPU
+    best: tuple[float, Plan] | None = None
+    refused: PlanError | None = None
+    for way in ways:
+        try:
+            plan = way()
+        except PlanError as error:
+            refused = refused or error
+            continue
+        if len(ways) == 1:
+            return plan
+        seconds = simulate(from_plan(plan, cost), cost).step_seconds
+        if best is None or seconds < best[0] * (1 - MARGIN):
+            best = seconds, plan
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best[1]
 
 
 def _chosen(spec: RunSpec, pipeline: Pipeline, plan: Callable[[bool], Plan]) -> Plan:
@@ -166,10 +218,15 @@ def flops_per_token(model: ModelSpec, sequence: int) -> float:
 
 
 def expand(
-    spec: RunSpec, infer: bool = False, split: Collection[Stage] = frozenset(), losses: bool = False
+    spec: RunSpec,
+    infer: bool = False,
+    split: Collection[Stage] = frozenset(),
+    losses: bool = False,
+    parts: HeadParts | None = None,
+    pipeline: Pipeline | None = None,
 ) -> tuple[StagePrograms, ...]:
     """The stages of a resolved spec: layers laid out by cost, then expanded; ``split``: those with programs I and W;
-    ``losses``: what inference ends with.
+    ``losses``: what inference ends with. ``parts`` of the head, of a ``pipeline``, are stages behind them.
     """
     family, train = models.family(spec.model.family), spec.train
     tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
@@ -192,6 +249,7 @@ def expand(
             again=0 if forward_only else _again(again, number, len(layers), number in split),
             blocks=train.vocab_blocks,
             losses=losses and number is not None,
+            parts=1 if parts is None else len(parts.positions),
         )
 
     whole = stage(range(spec.model.layers), True)
@@ -205,9 +263,19 @@ def expand(
     if spec.parallel.recompute.of_stage(0) is None:  # every layer; else which ones depends on the split
         again = sum(call_cost(call, alone=True) for call in stage(range(1), False).backward if call.part == "R")
         costs = [cost + cost * again // costs[0] for cost in costs]
-    ranges = split_layers(costs, head, spec.parallel.stages)
+    if parts is None or pipeline is None:
+        ranges = split_layers(costs, head, spec.parallel.stages)
+    else:
+        each = [head // len(parts.positions) if parts.at(p) is not None else 0 for p in pipeline.of_stage]
+        ranges = split_with(costs, [e // len(pipeline.chunks[p]) for e, p in zip(each, pipeline.of_stage, strict=True)])
     stages = ((Stage(number), layers) for number, layers in enumerate(ranges))
-    return tuple(replace(stage(layers, infer, number), index=number) for number, layers in stages)
+    found = [replace(stage(layers, infer, number), index=number) for number, layers in stages]
+    if parts is not None:
+        matrix = next(p for p in whole.forward[-1].ptr if isinstance(p, Weight)).tensor
+        sizes = (train.rows, train.classifier_chunk, 1.0 / train.tokens, train.vocab_blocks, len(parts.positions))
+        numbers = range(len(parts.positions))
+        found += [expand_part(spec.model, matrix, *sizes, part, parts.stage(part)) for part in numbers]
+    return tuple(found)
 
 
 def _again(recompute: RecomputeSpec, stage: Stage | None, layers: int, split: bool) -> int:

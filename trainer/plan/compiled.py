@@ -49,6 +49,11 @@ class Plan:
         return [[self.positions[ranks.position(r)] for r in ranks.on_node(node, nodes)] for node in range(nodes)]
 
     @property
+    def heads(self) -> int:
+        """How many positions compute the head, or a part of it."""
+        return max(1, sum(position.targets_offset is not None for position in self.positions))
+
+    @property
     def parameters(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.elements for tensor in self.tensors)

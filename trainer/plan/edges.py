@@ -25,9 +25,9 @@ class Channels:
         self.numbers: dict[Channel, int] = {}  # of exchanges without their bytes
         self.largest: dict[int, int] = {}  # of exchanges, by number
 
-    def of(self, source: Position, target: Position, kind: int) -> int:
-        """Number of the channel."""
-        channel = Channel(source, target, kind, self.sizes[kind])
+    def of(self, source: Position, target: Position, kind: int, size: int | None = None) -> int:
+        """Number of the channel; ``size``: bytes of a message, where they are not those of the kind."""
+        channel = Channel(source, target, kind, self.sizes[kind] if size is None else size)
         if channel not in self.numbers:
             self.numbers[channel] = len(self.numbers)
         return self.numbers[channel]
@@ -58,7 +58,7 @@ def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel
     its way; whoever can pass in some order of play can pass in any; so what runs part by part, all positions in step,
     also runs where they are not.
     """
-    several = any(len(p.chunks) > 1 for p in positions)
+    several = any(len(p.chunks) > 1 for p in positions) or sum(p.targets_offset is not None for p in positions) > 1
     turns = [Turns.of(p, channels).closed() for p in positions]
     parts = {name: [part[name] for part in turns] for name in turns[0]}
     for given in ([ActionList.of(p.load) for p in positions], *parts.values()):
@@ -106,7 +106,8 @@ def _is_exchange(send: BoundAction, receive: BoundAction) -> bool:
 
 
 def _ends(actions: ActionList, several: bool) -> Ends:
-    """``several``: some position has more than one stage, and a message is told from others by its stage too."""
+    """``several``: some position has more than one stage (or part of the head), and a message is told from others by
+    its stage too."""
     channel = np.array([-1 if p.channel is None else p.channel for p in actions.patterns], np.int32)
     sends = np.array([p.kind == wire.A_SEND for p in actions.patterns], np.bool_)
     messages = np.flatnonzero(channel[actions.which] >= 0)
@@ -120,6 +121,8 @@ def _ends(actions: ActionList, several: bool) -> Ends:
 
 def _sender(action: BoundAction) -> int:
     """The stage whose result a message is; -1 where it is no stage's."""
+    if action.sender is not None:
+        return action.sender
     if action.stage is None:
         return -1
     if action.kind == wire.A_SEND:

@@ -42,6 +42,9 @@ from trainer.spec_sections import vocab_block
 from trainer.wire.kernels import KERNELS, Kernel, product
 from trainer.wire.kernels import Operand as KernelOperand
 
+OWN_SHARE, OTHER_SHARES = "head share", "head shares"
+"""Buffers of a last stage whose head is in parts begin so: shares of the gradient of the head's input."""
+
 
 @dataclass(frozen=True)
 class StagePrograms:
@@ -95,6 +98,7 @@ def expand_stage(
     again: int = 0,
     blocks: int = 1,
     losses: bool = False,
+    parts: int = 1,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
@@ -102,9 +106,11 @@ def expand_stage(
     is no backward and the head gives logits, or ``losses``. With ``fp8`` the layers' linear layers take FP8. With
     ``split`` matrices' gradients are a program of their own. The first ``again`` of the layers ``recompute``
     (``recompute.py``).
-    ``blocks``: of the vocabulary, whose sums join in a tree.
+    ``blocks``: of the vocabulary, whose sums join in a tree. ``parts``: stages that share the head (``head.py``); with
+    several the last stage ends with the head's input, and its backward begins with adding up their shares.
     """
     first, last = layers.start == 0, layers.stop == model.layers
+    apart = last and parts > 1 and not infer
     b = Builder(model, tensors, microbatch, sequence, ("forward" if infer else "train") if fp8 else "")
     received = None if first else b.value("input", model.width)
     x = family.embed(b) if received is None else received
@@ -116,6 +122,7 @@ def expand_stage(
     if last:
         family.head(b, x)
         head = b.calls.pop()
+        taken = _view(head.ptr[1])
         if head.kernel != "classifier_fwd":
             raise PlanError(f"family {family.name}: head() ends with {head.kernel}; it must end with classify()")
     forward = list(b.calls)
@@ -124,11 +131,13 @@ def expand_stage(
         forward.append(_with_losses(b, head, classifier_chunk) if losses else _with_logits(head))
         return StagePrograms(Stage(0), layers, first, last, b.buffers, tuple(forward), (), None, None, None, None)
     chosen = layers[:again] if recompute != "none" else range(0)
-    twice = run_again(b, forward, recompute, chosen, (received, None if last else x))
+    sent = taken if apart else None if last else x
+    twice = run_again(b, forward, recompute, chosen, (received, sent))
     put_off = PutOff(split, chosen)
     chunk = min(classifier_chunk, b.rows)
-    tape = Tape(b, twice.seen, received, None if last else x, chunk, scale, put_off, blocks)
-    backward = without_idle(tape.run(head, twice.calls), put_off.calls)
+    tape = Tape(b, twice.seen, received, sent, chunk, scale, put_off, blocks)
+    joined = tape.join(taken, parts) if apart else None
+    backward = without_idle(tape.run(None if apart else head, twice.calls), put_off.calls)
     return StagePrograms(
         index=Stage(0),
         layers=layers,
@@ -138,8 +147,8 @@ def expand_stage(
         forward=tuple(twice.forward),
         backward=tuple(backward),
         received=received,
-        sent=None if last else x,
-        gradient_received=None if last else tape.gradient(x),
+        sent=sent,
+        gradient_received=joined if joined is not None else None if sent is None else tape.gradient(sent),
         gradient_sent=None if received is None else tape.gradient(received),
         weights=tuple(put_off.calls),
     )
@@ -255,6 +264,20 @@ class Tape:
         passed = self._named(row, call).get(row.passes)
         if passed is not None:
             self.share(_view(passed), self.gradient(_view(call.ptr[0])))
+
+    def join(self, x: View, parts: int) -> View:
+        """Adds up the parts' shares of the gradient of the head's input, in a balanced tree; where part 0's lies."""
+        size = x.rows * x.cols
+        own, others = self._new(OWN_SHARE, size, "acc"), self._new(OTHER_SHARES, (parts - 1) * size, "acc")
+        shares = [own, *(View(others.buffer, n * size, 1, size, size) for n in range(parts - 1))]
+        step = 1
+        while step < parts:
+            for n in range(0, parts - step, 2 * step):
+                self._do(Call("add_acc", (shares[n], shares[n + step]), (size,), (), None, "I"))
+            step *= 2
+        whole = replace(self.gradient(x), rows=1, cols=size, ld=size)
+        self._do(Call("cast", (whole, own), (size,), (), None, "I"))
+        return own
 
     def head_in_blocks(self, head: Call) -> None:
         """The head's loss and gradients, its vocabulary in blocks (``kernels/vocabulary.h``)."""

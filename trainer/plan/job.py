@@ -9,11 +9,23 @@ from functools import cached_property
 from trainer import wire
 from trainer.models.base import Tensor, Weight
 from trainer.plan.expand import StagePrograms
-from trainer.plan.places import Layout
+from trainer.plan.head import share
+from trainer.plan.head_rows import HeadParts
+from trainer.plan.places import Layout, Position, Stage
 from trainer.plan.reduce import Groups, in_pieces
 from trainer.plan.rows import Row
 from trainer.spec import RunSpec
 from trainer.wire.plan import piece_elements
+
+
+@dataclass(frozen=True)
+class HeadUse:
+    """A stage that computes with rows of the head's matrix, which its position may not own."""
+
+    position: Position
+    stage: Stage
+    first: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,8 @@ class Job:
     """What is computed, by position."""
     optimistic: bool = False
     """The next step begins before this one is checked (``optimistic.py``)."""
+    parts: HeadParts | None = None
+    """Where the head's parts are, if it has several; their stages stand behind the model's in ``stages``."""
 
     @cached_property
     def dtype(self) -> int:
@@ -82,10 +96,26 @@ class Job:
 
     @cached_property
     def tied_tensor(self) -> int | None:
-        """The embedding, where it is the head's weight too."""
+        """The head's matrix, where its owner is not who computes with it, or not alone: the embedding, where it is the
+        head's weight too; any, where the head is in parts."""
         calls = (call for stage in self.stages for call in (*stage.forward, *stage.backward))
         heads = {p.tensor for call in calls for p in call.ptr if isinstance(p, Weight) and p.use == "head"}
         return min((self.number[name] for name in heads), default=None)
+
+    @cached_property
+    def head_uses(self) -> tuple[HeadUse, ...]:
+        """Who computes with ``tied_tensor`` as the head's matrix, and with which rows of it."""
+        if self.tied_tensor is None:
+            return ()
+        vocab = self.spec.model.vocab
+        if self.parts is None:
+            return (HeadUse(self.layout.pipeline.last, Stage(len(self.layout.layers) - 1), 0, vocab),)
+        count = len(self.parts.positions)
+        shares = [share(vocab, self.spec.train.vocab_blocks, count, part) for part in range(count)]
+        return tuple(
+            HeadUse(position, self.parts.stage(part), mine.first, mine.rows)
+            for part, (position, mine) in enumerate(zip(self.parts.positions, shares, strict=True))
+        )
 
     @cached_property
     def owned(self) -> tuple[tuple[int, ...], ...]:

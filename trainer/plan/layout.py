@@ -96,3 +96,32 @@ def balanced(costs: Sequence[int], head: int, stages: int, limit: int) -> tuple[
         first = int(end[first - low[stage]])
         out.append(first)
     return (*out, count)
+
+
+def split_with(costs: Sequence[int], extras: Sequence[int]) -> tuple[range, ...]:
+    """As ``split_layers``, where each stage has a cost of its own on top (``extras``), as parts of a head are.
+
+    >>> split_with([2, 2, 2, 2], [0, 3, 3])
+    (range(0, 2), range(2, 3), range(3, 4))
+    """
+    count, stages = len(costs), len(extras)
+    if not 1 <= stages <= count:
+        raise PlanError(f"{stages} stages cannot share {count} layers; every stage needs one: take 1..{count} stages")
+    sums = [0, *accumulate(costs)]
+    # by stages so far and where they end: the heaviest, the sum of squares, where the last of them begins
+    best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, 0)}]
+    for stage, extra in enumerate(extras):
+        found: dict[int, tuple[int, int, int]] = {}
+        for end in range(stage + 1, count - (stages - stage - 1) + 1):
+            ways = (
+                (max(heaviest, cost := sums[end] - sums[first] + extra), squares + cost * cost, first)
+                for first, (heaviest, squares, _) in best[-1].items()
+                if first < end
+            )
+            found[end] = min(ways)
+        best.append(found)
+    ends = [count]
+    for stage in range(stages, 1, -1):
+        ends.append(best[stage][ends[-1]][2])
+    ends.reverse()
+    return tuple(range(first, end) for first, end in zip((0, *ends), ends, strict=False))

@@ -25,6 +25,10 @@ from trainer.plan import memory
 from trainer.plan.arena import COMBINES, CONTROL_BYTES, REPORT_BYTES, PositionMemory
 from trainer.plan.check import check_placement
 from trainer.plan.edges import Channels, check_messages
+from trainer.plan.expand import OTHER_SHARES
+from trainer.plan.flops import kernel_flops
+from trainer.plan.head import SUMS
+from trainer.plan.head_rows import check_parts, with_parts
 from trainer.plan.job import Job
 from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
@@ -32,7 +36,7 @@ from trainer.plan.optimistic import Cut, cuts
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
 from trainer.plan.reduce import Reduction, expanded, joined, own_piece
-from trainer.plan.rows import OPS, SEND_B, SEND_F, B, F, Row, W
+from trainer.plan.rows import HEAD, JOIN, OPS, SEND_B, SEND_F, B, F, Row, W
 from trainer.plan.slots import check_hazards
 
 _TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
@@ -150,12 +154,8 @@ class _Lowering:
     def _sumsq(self) -> list[BoundCall]:
         """The head's share of a tied gradient is added, then every tensor's squared norm taken, in table order."""
         calls = []
-        if self.tied is not None and self.first:
-            share = self.mem.head_gradient if self.last else self.mem.tied_received
-            assert share is not None
-            share = self.mem.own(share, self.tied) if self.last else share
-            ptr = (self.mem.own(self.mem.gradients[self.tied], self.tied), share)
-            calls.append(self._call("add_acc", ptr, (self.mem.kept(self.tied),)))
+        if self.tied is not None and self.tied in self.owned:
+            calls += [self._call("add_acc", ptr, (ptr[1].bytes // 4,)) for ptr in self._head_shares(self.tied)]
         for n in self.owned:
             elements = self.mem.kept(n)
             if n in self.mem.norm_parts:
@@ -165,6 +165,19 @@ class _Lowering:
             partials = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * -(-elements // wire.SUMSQ_BLOCK))
             calls.append(self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,)))
         return calls
+
+    def _head_shares(self, n: int) -> list[tuple[Ref, Ref]]:
+        """Where shares of the head's gradient are added, and what is: of parts their rows, in every replica."""
+        whole, pairs = self.mem.gradients[n], []
+        for use in self.job.head_uses:
+            share = self.mem.head_gradient if use.position == self.position else self.mem.tied_received[use.position]
+            assert share is not None
+            if self.job.parts is not None:
+                pairs.append((self.mem.rows_of(whole, use), share))
+            else:
+                own = self.mem.own(share, n) if use.position == self.position else share
+                pairs.append((self.mem.own(whole, n), own))
+        return pairs
 
     def _norm(self, n: int) -> Ref:
         return Ref(wire.SPACE_STATIC, self.mem.sumsq.offset + 8 * n, 8)
@@ -282,15 +295,21 @@ class _Lowering:
         self, target: Position, kind: int, ref: Ref | None, op: str = "O", stage: Stage | None = None
     ) -> BoundAction:
         assert ref is not None
-        channel = self.channels.of(self.position, target, kind)
+        channel = self.channels.of(self.position, target, kind, ref.bytes)
         return BoundAction(wire.A_SEND, op, None, channel, ref=ref, stage=stage)
 
     def _receive(
-        self, source: Position, kind: int, ref: Ref | None, op: str = "O", stage: Stage | None = None
+        self,
+        source: Position,
+        kind: int,
+        ref: Ref | None,
+        op: str = "O",
+        stage: Stage | None = None,
+        sender: Stage | None = None,
     ) -> BoundAction:
         assert ref is not None
-        channel = self.channels.of(source, self.position, kind)
-        return BoundAction(wire.A_RECV, op, None, channel, ref=ref, stage=stage)
+        channel = self.channels.of(source, self.position, kind, ref.bytes)
+        return BoundAction(wire.A_RECV, op, None, channel, ref=ref, stage=stage, sender=sender)
 
     def _load_list(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
         run = [BoundAction(wire.A_RUN, program="load")] if "load" in programs else []
@@ -316,21 +335,28 @@ class _Lowering:
         return [*exchanges, BoundAction(wire.A_RUN, "O", "norms")] if exchanges else []
 
     def _tied_weights(self) -> list[BoundAction]:
-        if self.tied is None or self.first == self.last:
+        """The head's rows of the compute weights to those that do not own them."""
+        if self.tied is None:
             return []
-        if self.first:
-            return [self._send(self.pipeline.last, wire.CH_TIED_WEIGHT, self.mem.compute(self.tied))]
-        return [self._receive(self.pipeline.first, wire.CH_TIED_WEIGHT, self.mem.head_weight)] if self.last else []
+        owner = self.job.layout.owner(self.job.tensors[self.tied])
+        if self.position == owner:
+            whole, others = self.mem.compute(self.tied), [u for u in self.job.head_uses if u.position != owner]
+            return [self._send(u.position, wire.CH_TIED_WEIGHT, self.mem.rows_of(whole, u)) for u in others]
+        return [] if self.mem.use is None else [self._receive(owner, wire.CH_TIED_WEIGHT, self.mem.head_weight)]
 
     def _tied_gradient(self) -> list[BoundAction]:
-        if self.tied is None or self.first == self.last:
+        """And their gradients back."""
+        if self.tied is None:
             return []
-        if self.first:
-            return [self._receive(self.pipeline.last, wire.CH_TIED_GRAD, self.mem.tied_received)]
-        if not self.last:
+        owner = self.job.layout.owner(self.job.tensors[self.tied])
+        if self.position == owner:
+            return [self._receive(p, wire.CH_TIED_GRAD, ref) for p, ref in self.mem.tied_received.items()]
+        if self.mem.use is None:
             return []
-        assert self.mem.head_gradient is not None
-        return [self._send(self.pipeline.first, wire.CH_TIED_GRAD, self.mem.own(self.mem.head_gradient, self.tied))]
+        share = self.mem.head_gradient
+        assert share is not None
+        share = share if self.job.parts is not None else self.mem.own(share, self.tied)
+        return [self._send(owner, wire.CH_TIED_GRAD, share)]
 
     def _redo(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
         """What AdamW's copies of the weights are sent on as, where others were foreseen."""
@@ -373,7 +399,7 @@ class _Lowering:
             kinds = (local * len(OPS) + self.row.op).astype(np.uint16)
         variants = len(self.job.groups.variants)
         if variants > 1:  # microbatches of different groups, and the last of each, have programs of their own
-            backward = ((self.row.op != F) & (self.row.op < SEND_F)) | (self.row.op == SEND_B)
+            backward = ((self.row.op != F) & (self.row.op < SEND_F)) | np.isin(self.row.op, (SEND_B, JOIN))
             number = np.where(backward, self.job.groups.variant_of[self.row.microbatch], 0)
             kinds = (kinds.astype(np.uint32) * variants + number).astype(np.uint32)
         found, firsts = np.unique(kinds, return_index=True)
@@ -409,7 +435,9 @@ class _Lowering:
 
     def _sequence(self, stage: Stage, op: str, variant: int) -> Sequence[BoundAction]:
         """What an operation of the schedule on a stage is here: the actions of a stage are the microbatch's."""
-        actions = self.reduction.sequences.get((stage, op, variant)) or (self._scheduled(stage, op),)
+        actions = self.reduction.sequences.get((stage, op, variant)) or (
+            self._of_head(stage, op) if op in HEAD else (self._scheduled(stage, op),)
+        )
         if self.job.replicas == 1 or not self.job.groups.variants[variant].last or op != self._tail_after(stage):
             return actions
         return (*actions, *self.reduction.tails[stage])
@@ -417,7 +445,7 @@ class _Lowering:
     def _tail_after(self, stage: Stage) -> str:
         """The operation after which a stage's additions over replicas come to an end: its last backward, or, where that
         may wait, the message that it makes."""
-        return self._ends_with(stage, (B, W, SEND_B) if self.reduction.waits else (B, W))
+        return self._ends_with(stage, (B, W, SEND_B, JOIN) if self.reduction.waits else (B, W))
 
     def _ends_with(self, stage: Stage, ops: tuple[int, ...]) -> str:
         """Which of these operations is the last of a stage's last microbatch."""
@@ -474,18 +502,63 @@ class _Lowering:
             )
         return BoundAction(wire.A_RUN, op, self._program(here, op), stage=here)
 
+    def _of_head(self, here: Stage, op: str) -> tuple[BoundAction, ...]:
+        """The messages of a head in parts, in the order in which all positions pass them."""
+        parts, mine = self.job.parts, self.mem.part
+        assert parts is not None
+        assert mine is not None
+        stage, last, rows = self.mem.stages[here], parts.last, 12 * self.train.rows
+        others = [(part, position) for part, position in enumerate(parts.positions) if part != mine]
+        if op == "SPREAD":
+            ref = self.mem.bind(here, stage.received if mine else stage.sent)
+            if mine:
+                return (self._receive(parts.positions[0], wire.CH_FORWARD, ref, "F", here, last),)
+            return tuple(self._send(position, wire.CH_FORWARD, ref, "F", here) for _, position in others)
+        if op == "JOIN":
+            if mine:
+                ref = self.mem.bind(here, stage.gradient_sent, True)
+                return (self._send(parts.positions[0], wire.CH_BACKWARD, ref, "B", here),)
+            taken = next(ref for name, ref in self.mem.buffers[here].places.items() if name.startswith(OTHER_SHARES))
+            size = taken.bytes // len(others)
+            return tuple(
+                self._receive(
+                    position,
+                    wire.CH_BACKWARD,
+                    replace(taken, offset=taken.offset + n * size, bytes=size),
+                    "B",
+                    here,
+                    parts.stage(part),
+                )
+                for n, (part, position) in enumerate(others)
+            )
+        sums = self.mem.buffers[here].places[SUMS]
+
+        def of(part: int) -> Ref:
+            return replace(sums, offset=sums.offset + part * rows, bytes=rows)
+
+        # of two parts the lower gives first, and pairs pass in order: each position's share of one order
+        actions: list[BoundAction] = []
+        for part, position in others:
+            give = self._send(position, wire.CH_FORWARD, of(mine), "F", here)
+            take = self._receive(position, wire.CH_FORWARD, of(part), "F", here, parts.stage(part))
+            actions += [give, take] if mine < part else [take, give]
+        return tuple(actions)
+
 
 def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
     spec, pipeline = job.spec, job.layout.pipeline
     if job.infer:
         rows = [Row.of([])]
+    elif job.parts is not None:
+        rows = list(with_parts(job.rows, pipeline, job.parts, _times(job)))
+        check_parts(rows, job.parts)
     else:
         rows = free_slots_early(insert_messages(job.rows, pipeline.stages))
         check_placement(rows)  # the messages themselves: check_messages, with the optimizer's
-        for row, stages in zip(rows, pipeline.chunks, strict=True):
-            for stage in stages:
-                check_hazards(row, stage)
+    for row, stages in zip(rows, pipeline.chunks, strict=True) if not job.infer else ():
+        for stage in stages:
+            check_hazards(row, stage)
     activation = spec.train.rows * spec.model.width * job.dt_bytes
     tied = 0 if job.tied_tensor is None else job.tensors[job.tied_tensor].elements
     tied_piece = tied if job.tied_tensor is None else job.pieces.get(job.tied_tensor, tied)
@@ -510,3 +583,12 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
     ]
     check_messages(positions, channels.all)
     return tuple(positions), channels.all, tuple(rows)
+
+
+def _times(job: Job) -> dict[tuple[Stage, str], float]:
+    """What each stage's operations last, by what they compute."""
+    return {
+        (stage.index, op): 1.0 + sum(kernel_flops(call.kernel, call.dim).done for call in calls)
+        for stage in job.stages
+        for op, calls in stage.programs("FIWB").items()
+    }

@@ -71,6 +71,8 @@ class BoundAction:
     slot: int | None = None
     ref: Ref | None = None
     stage: Stage | None = None
+    sender: Stage | None = None
+    """Of a message whose sender is not the stage next to its receiver: whose result it is."""
 
 
 class ActionList(Sequence[BoundAction]):
@@ -143,7 +145,7 @@ class ActionList(Sequence[BoundAction]):
         if microbatch < 0 and slot < 0:
             return p
         numbers = (None if microbatch < 0 else microbatch, None if slot < 0 else slot)
-        return BoundAction(p.kind, p.op, p.program, p.channel, *numbers, p.ref, p.stage)
+        return BoundAction(p.kind, p.op, p.program, p.channel, *numbers, p.ref, p.stage, p.sender)
 
 
 @dataclass(frozen=True, slots=True)

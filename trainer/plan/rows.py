@@ -26,8 +26,12 @@ COMPUTE = ("F", "I", "W", "B")
 MESSAGES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 """The stage named is the one that acts: ``SEND_F`` goes up to stage + 1, ``SEND_B`` down to stage - 1."""
 
-OPS = COMPUTE + MESSAGES
-F, I, W, B, SEND_F, RECV_F, SEND_B, RECV_B = range(8)  # noqa: E741 (I is the name of the operation)
+HEAD = ("SPREAD", "SHARE", "JOIN")
+"""Messages of a head in parts (``head_rows.py``), each among all positions that have one: the head's input to the
+parts, their sums to one another, their shares of its gradient back to the last stage."""
+
+OPS = COMPUTE + MESSAGES + HEAD
+F, I, W, B, SEND_F, RECV_F, SEND_B, RECV_B, SPREAD, SHARE, JOIN = range(11)  # noqa: E741 (I is the operation's name)
 """An operation in a column: its place in OPS."""
 
 MOST = (1 << 31) - 1

@@ -18,7 +18,7 @@ import numpy as np
 from trainer.errors import PlanError
 from trainer.plan.messages import play
 from trainer.plan.places import Pipeline, Position
-from trainer.plan.rows import Action, F, Row, Rows, columns, parse_action
+from trainer.plan.rows import SPREAD, Action, F, Row, Rows, columns, parse_action
 from trainer.plan.rules import check_rules
 
 PREFIX = "file:"
@@ -35,7 +35,13 @@ def to_csv(rows: Rows) -> str:
     0F0,0F1,0B0,0B1
     1F0,1B0,1F1,1B1
     """
-    return "".join(",".join(map(str, row.take(row.compute))) + "\n" for row in columns(rows))
+    listed = columns(rows)
+    if any((row.op >= SPREAD).any() for row in listed):
+        raise PlanError(
+            "ranks share the head, which PyTorch's schedules cannot say: parts of it would be stages without layers; "
+            "set parallel.vocab_stages = 1"
+        )
+    return "".join(",".join(map(str, row.take(row.compute))) + "\n" for row in listed)
 
 
 def from_csv(text: str, origin: str, stages: int, microbatches: int) -> tuple[list[Row], Pipeline]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.errors import PlanError
 from trainer.plan.places import Stage
-from trainer.plan.rows import RECV_B, SEND_B, SEND_F, B, I, Row, W
+from trainer.plan.rows import JOIN, RECV_B, SEND_B, SEND_F, B, I, Row, W
 from trainer.plan.rules import first_of_each
 
 
@@ -34,14 +34,14 @@ def assign_slots(
     """How many slots a row needs, and which each of its ``holders`` has (None: the microbatches): of those that are
     free, the lowest is taken.
 
-    A slot is taken when the activation is received (on the first stage: at F) and free after the last of B, W and
-    SEND_B. ``apart``: stages whose SEND_B is from another place.
+    A slot is taken when the activation is received (on the first stage: at F) and free after the last of B, W, SEND_B
+    and JOIN. ``apart``: stages whose SEND_B is from another place.
     """
     held = holders(row, ()) if held is None else held
     count, never = 1 + int(held.max(initial=-1)), len(row)
     taken = first_of_each(held, np.arange(never), count, never)
     sends = (row.op == SEND_B) & ~np.isin(row.stage, list(apart)) if apart else row.op == SEND_B
-    places = np.flatnonzero((row.op == B) | (row.op == W) | sends)
+    places = np.flatnonzero((row.op == B) | (row.op == W) | (row.op == JOIN) | sends)
     freed = np.full(count, never)
     freed[held[places]] = places  # the last of each stays
     change = np.zeros(never + 1, np.int64)

@@ -6,7 +6,8 @@ import pytest
 
 from checkpoint.layout import PlanLayout, PositionLayout, TensorInfo
 from flows.replay.recorded import StepLine
-from flows.replay.suspects import by_step
+from flows.replay.suspects import by_step, shares_head
+from tests.engine.plans import small_plan
 
 TENSORS = tuple(TensorInfo(f"t{n}", (8,), 8) for n in range(6))
 
@@ -71,3 +72,9 @@ def test_other_replicas_are_never_ruled_out_by_the_first_ones_messages() -> None
     assert by_step(layout(2), line(), line("f1", "loss", *ALL), messages=True)[0] == (1,)
     assert by_step(layout(2), line(), line("loss", *ALL), messages=True)[0] == (2, 3, 4, 5)
     assert by_step(layout(2), line(), line("t3"), messages=True)[0] == (1, 4)
+
+
+def test_a_head_that_ranks_share_points_to_nobody() -> None:
+    shared = small_plan(stages=2, parallel={"vocab_stages": 2}, vocab_blocks=2)
+    assert shares_head(shared.to_bytes())
+    assert not shares_head(small_plan(stages=2, vocab_blocks=2, parallel={"vocab_stages": 1}).to_bytes())

@@ -19,7 +19,7 @@ from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.memory import Interval
 from trainer.plan.places import Stage
 from trainer.plan.records import ActionList, BoundAction
-from trainer.plan.rows import OPS, Action, Row, columns
+from trainer.plan.rows import COMPUTE, MESSAGES, Action, Row, columns
 from trainer.plan.schedules import GENERATORS
 from trainer.plan.simulate import CostModel, from_rows
 
@@ -87,7 +87,7 @@ def spoil(rows: Lists, source: random.Random) -> Lists:
         changes = [
             {"microbatch": source.choice([0, action.microbatch + 1, 50])},
             {"stage": source.choice([0, action.stage + 1])},
-            {"op": source.choice(OPS)},
+            {"op": source.choice(COMPUTE + MESSAGES)},
         ]
         row[at] = replace(action, **source.choice(changes))  # type: ignore[arg-type]
     else:
