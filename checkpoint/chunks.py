@@ -30,6 +30,14 @@ class Tensor:
         return math.prod(self.shape)
 
 
+def shape_text(shape: Iterable[int]) -> str:
+    """
+    >>> shape_text((50304, 768)), shape_text(())
+    ('50304 x 768', 'a scalar')
+    """
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A range of a tensor's elements in somebody's memory: ``source`` is a byte offset there (of a slot's data)."""

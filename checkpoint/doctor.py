@@ -203,6 +203,11 @@ class _Doctor:
         else:
             self.tell("bad", "credentials" if isinstance(refusal, CredentialsRefused) else "answers", str(refusal))
             return False
+        here = self.store.local_path("probe")
+        if here is not None and not here.parent.exists():
+            mend = "a run makes it; to have the place examined before, make it (mkdir), or correct the name"
+            self.tell("bad", "answers", f"there is no folder {here.parent}", mend)
+            return False
         try:
             next(self.store.list(f"{self.base}/"), None)
         except CheckpointError as error:

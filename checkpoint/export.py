@@ -136,19 +136,23 @@ def export_safetensors(
     }
     names = [file for file, _ in files] + ([INDEX] if len(files) > 1 else [])
     target.begin([*texts, *names], WEIGHTS.partition(".")[0])
-    for file, text in texts.items():
-        if "/" in file or file.startswith("."):
-            raise ValueError(f"file name {file!r} does not stand in the folder itself")
-        data = text.encode() if isinstance(text, str) else text
-        target.write(file, [data], len(data), state)
     where = ""
-    for file, some in files:
-        header = safetensors_header(some, said)
-        size = len(header) + sum(tensor.bytes for tensor in some)
-        where = target.write(file, _pieces(header, some, read), size, state)
-    if len(files) > 1:
-        data = (json.dumps(index, indent=2) + "\n").encode()
-        where = target.write(INDEX, [data], len(data), state)
+    try:
+        for file, text in texts.items():
+            if "/" in file or file.startswith("."):
+                raise ValueError(f"file name {file!r} does not stand in the folder itself")
+            data = text.encode() if isinstance(text, str) else text
+            target.write(file, [data], len(data), state)
+        for file, some in files:
+            header = safetensors_header(some, said)
+            size = len(header) + sum(tensor.bytes for tensor in some)
+            where = target.write(file, _pieces(header, some, read), size, state)
+        if len(files) > 1:
+            data = (json.dumps(index, indent=2) + "\n").encode()
+            where = target.write(INDEX, [data], len(data), state)
+    except BaseException:
+        target.undo()
+        raise
     return where
 
 

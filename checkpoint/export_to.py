@@ -5,6 +5,7 @@ Memory: what is being written of one file (a piece, or a few parts of ``store/s3
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterable, Sequence
@@ -36,16 +37,21 @@ class Destination(Protocol):
     def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
         """The file, of ``size`` bytes, from a checkpoint of this state digest; its address."""
 
+    def undo(self) -> None:
+        """It cannot be written whole: what is left would be taken for an export goes, as far as that is sure."""
+
 
 class Folder:
     """A folder of this machine; what has a name already is replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._there, self._written = set[str](), list[str]()
 
     def begin(self, names: Sequence[str], weights: str) -> None:
         try:
             there = os.listdir(self.path)
+            self._there = set(there)
         except (FileNotFoundError, NotADirectoryError):
             return  # it is made, or writing says why not
         except OSError as error:
@@ -53,12 +59,23 @@ class Folder:
         refuse_others(str(self.path), there, names, weights)
 
     def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
-        return str(write_pieces(self.path / name, pieces))
+        path = write_pieces(self.path / name, pieces)
+        self._written.append(name)
+        return str(path)
+
+    def undo(self) -> None:
+        with contextlib.suppress(OSError):  # the first error is told
+            for name in self._written:
+                if name not in self._there:
+                    os.unlink(self.path / name)
 
 
 class Bucket:
     """Under a prefix of a bucket. Nothing is replaced: what is there of the same checkpoint stays, so that an export
     that was interrupted goes on; something else is refused."""
+
+    def undo(self) -> None:
+        """The next one goes on from there."""
 
     def __init__(self, store: S3Store) -> None:
         self.store = store

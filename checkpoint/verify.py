@@ -13,7 +13,6 @@ and one manifest at a time.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,6 @@ from checkpoint.read import load_manifest
 from checkpoint.store.base import Store
 from trainer.wire.plan import checked_digest
 from trainer.wire.unreadable import NewerVersion, Unreadable
-
-logger = logging.getLogger(__name__)
 
 Level = Literal["quick", "full"]
 
@@ -74,7 +71,6 @@ class _Tally:
         self.bytes += size
 
     def found(self, key: str, reason: str, checkpoint: int | None = None) -> None:
-        logger.error("%s: %s", key, reason)
         self.problems.append(Problem(key, reason, checkpoint))
 
 

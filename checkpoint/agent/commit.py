@@ -23,9 +23,12 @@ from checkpoint.errors import Conflict, Damaged, Halted, OtherVersion, StoreErro
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import ReadPart, checkpoint_body, merge_read
 from checkpoint.pages import TooLarge
+from checkpoint.store.limits import until
 
 log = logging.getLogger(__name__)
 
+LAST_S = 30.0
+"""What the look at a checkpoint's deadline may take: its requests, retries and pauses end by then."""
 READINGS = 3
 """Of parts that do not fit together, before the step is given up."""
 
@@ -176,7 +179,8 @@ class Committer:
         assert state is not None or not pending
         for item in pending:
             if state is not None and state.unreadable is None:
-                state = self._try(item, epoch, state)
+                with until(time.monotonic() + max(item.deadline - self._clock(), LAST_S)):
+                    state = self._try(item, epoch, state)
             else:  # until a person has mended the log, whatever the deadline says
                 look = self._clock() + self._poll_s
                 for duty in item.duties:

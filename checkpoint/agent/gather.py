@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from checkpoint.errors import NotFound
@@ -65,7 +66,7 @@ def gather(
 ) -> bool:
     """Read of what is ``there`` all that is not ``known`` yet, into it; whether all of it is known now.
 
-    Raises what ``read`` raises, after the rest was read.
+    Raises what ``read`` raises, after the rest was read. The caller's deadline is theirs (``limits.until``).
     """
     if len(known) == nodes:
         return True
@@ -74,7 +75,7 @@ def gather(
         return False
     failure: Exception | None = None
     with ThreadPoolExecutor(min(_AT_ONCE, len(new)), thread_name_prefix="gather") as pool:
-        for node, answer in [(node, pool.submit(read, node)) for node in new]:
+        for node, answer in [(node, pool.submit(copy_context().run, read, node)) for node in new]:
             try:
                 known[node] = answer.result()
             except NotFound:

@@ -179,6 +179,7 @@ class FileStore:
                 file.seek(begin)
                 data = _read(file.fileno(), count)
         except (FileNotFoundError, NotADirectoryError) as error:
+            self._check_root(error)
             raise NotFound(key, self.describe()) from error
         except OSError as error:
             raise translate(error, f"reading {key!r}", self.root) from error
@@ -205,6 +206,7 @@ class FileStore:
                         rest, at = rest[came:], at + came
                     filled(number)
         except (FileNotFoundError, NotADirectoryError) as error:
+            self._check_root(error)
             raise NotFound(key, self.describe()) from error
         except OSError as error:
             raise translate(error, f"reading {key!r}", self.root) from error
@@ -225,7 +227,8 @@ class FileStore:
         path = self._path(key)
         try:
             status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self._check_root(error)
             return None
         except OSError as error:
             raise translate(error, f"looking at {key!r}", self.root) from error
@@ -243,7 +246,8 @@ class FileStore:
         try:
             with os.scandir(self.root / folder) as entries:
                 names = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self._check_root(error)
             return
         for name in names:  # a folder sorts by its name with the slash: byte order of the keys
             if name.startswith("."):
@@ -279,6 +283,15 @@ class FileStore:
         return self._path(key)
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _check_root(self, error: OSError) -> None:
+        """StoreRefused where an object is missing because no folder can be where the root is."""
+        if isinstance(error, NotADirectoryError):
+            for path in (self.root, *self.root.parents):
+                if path.exists() and not path.is_dir():
+                    raise StoreRefused(
+                        f"the file store {self.root}: {path} is a file, and a store is a folder; correct --store"
+                    ) from error
 
     def _sweep(self) -> None:
         """Remove what crashed writers left half written, as far as that is ours to remove."""

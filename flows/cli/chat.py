@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.ckpt import sampling, step_option
-from flows.cli.main import say, store_option
+from flows.cli.ckpt import sampling
+from flows.cli.main import say, step_option, store_option
 
 if TYPE_CHECKING:
     from flows.show.talk import Text

@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from flows.cli.collect import collect_garbage, pin_checkpoint, unpin_checkpoint
-from flows.cli.main import Number, json_option, say, set_option, show, store_option
+from flows.cli.main import Number, json_option, say, set_option, show, step_option, store_option
 
 SHARD_GB = 5.0  # as transformers cuts
-step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
 
 
 @click.group()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import Number, complain, json_option, say, show, store_option
+from flows.cli.main import Number, complain, json_option, say, show, step_option, store_option
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command("pin")
 @click.argument("run")
 @click.argument("name")
-@click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
+@step_option
 @store_option
 def pin_checkpoint(run: str, name: str, step: int | None, store: str | None) -> int:
     """Keep a checkpoint of RUN, whatever its rules say, until `ckpt unpin RUN NAME`."""

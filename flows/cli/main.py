@@ -140,6 +140,7 @@ class Number(click.FloatRange):
         return number
 
 
+step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
 store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (default: HOTSTAGE_STORE).")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from checkpoint.chunks import shape_text
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import PARAM
 from checkpoint.read import StateReader, load_manifest, refuse_newer
@@ -215,7 +216,7 @@ def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[Hf
         if tensor is None:
             wrong.append(f"{entry.name} is missing")
         elif tensor.shape != tuple(entry.shape):
-            wrong.append(f"{entry.name} is {_shape(tensor.shape)}, the spec's model has {_shape(entry.shape)}")
+            wrong.append(f"{entry.name} is {shape_text(tensor.shape)}, the spec's model has {shape_text(entry.shape)}")
         elif tensor.dtype not in FLOATS:
             wrong.append(f"{entry.name} is of type {tensor.dtype}; {', '.join(FLOATS)} are taken")
     known = {entry.name for entry in table}
@@ -224,7 +225,7 @@ def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[Hf
         others.remove("lm_head.weight")
         if not _is_embedding(named["lm_head.weight"], table, named):
             wrong.append(f"lm_head.weight is not {table[0].name}, and the spec's model is tied: set model.tied = false")
-    wrong += [f"{n} ({_shape(named[n].shape)}) is not of the spec's model" for n in others]
+    wrong += [f"{n} ({shape_text(named[n].shape)}) is not of the spec's model" for n in others]
     if wrong:
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
         raise SpecError(
@@ -257,10 +258,6 @@ def _is_embedding(head: FileTensor, table: Sequence[HfTensor], named: Mapping[st
     if own is None or (own.shape, own.dtype) != (head.shape, head.dtype):
         return False
     return digest_of({"": head}) == digest_of({"": own})
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape)) or "a scalar"
 
 
 def _check_config(folder: Path, model: ModelSpec) -> None:
@@ -342,7 +339,7 @@ def run_weights(store: Store, name: str, step: int, model: ModelSpec) -> RunWeig
     for tensor in sorted({*ours, *whole}):
         if ours.get(tensor) != whole.get(tensor):
             raise SpecError(
-                f"tensor {tensor} of {run} is {_shape(whole.get(tensor, ()))}, the spec's model has "
-                f"{_shape(ours.get(tensor, ()))}; set model.… as it is there"
+                f"tensor {tensor} of {run} is {shape_text(whole.get(tensor, ()))}, the spec's model has "
+                f"{shape_text(ours.get(tensor, ()))}; set model.… as it is there"
             )
     return RunWeights(store, run, info, theirs, what["data"]["digest"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from checkpoint.chunks import shape_text
 from checkpoint.diff import Pair, differing, pairs
 from checkpoint.digest import KINDS
 from checkpoint.manifest import Manifest
@@ -159,18 +160,14 @@ def diff_lines(told: Mapping[str, Any]) -> Iterator[str]:
 
 def _tensor(tensor: Mapping[str, Any]) -> Iterator[str]:
     if tensor["only"]:
-        yield f"  {tensor['name']}  {_shape(tensor['shape'])}: in {tensor['only']} alone"
+        yield f"  {tensor['name']}  {shape_text(tensor['shape'])}: in {tensor['only']} alone"
     elif tensor["shapes"]:
-        yield f"  {tensor['name']}: {' in a, '.join(_shape(s) for s in tensor['shapes'])} in b"
+        yield f"  {tensor['name']}: {' in a, '.join(shape_text(s) for s in tensor['shapes'])} in b"
     for kind in tensor["kinds"]:
         odd = f", {kind['not_finite']:,} of them not finite" if kind["not_finite"] else ""
         x, y = kind["values"]
         yield (
-            f"  {tensor['name']}  {_shape(tensor['shape'])}  {kind['kind']}: {kind['elements']:,} of "
+            f"  {tensor['name']}  {shape_text(tensor['shape'])}  {kind['kind']}: {kind['elements']:,} of "
             f"{math.prod(tensor['shape']):,} differ{odd}, at most {kind['max_abs']:.3g} ({kind['max_ulp']:,} ulp); "
             f"first {kind['first']}: {x} and {y}"
         )
-
-
-def _shape(shape: list[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -38,6 +39,8 @@ def examined(peer: HostileS3) -> Diagnosis:
 
 
 def test_what_is_right_is_called_right_and_nothing_is_left(store: Store, collector: Store) -> None:
+    if (folder := collector.local_path("x")) is not None:
+        folder.parent.mkdir()
     found = examine_store(collector, LITTLE)
     assert {f.verdict for f in found.findings} == {"ok"}, found
     assert found.ok
@@ -166,8 +169,15 @@ def test_a_run_is_not_begun_on_it(peer: HostileS3, lie: Lie) -> None:
 
 
 def test_the_command_tells_people_and_programs(
-    peer: HostileS3, capsys: pytest.CaptureFixture[str], tmp_path: object
+    peer: HostileS3, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    for name, why in (("store", "there is no folder"), ("file/below", "file is a file, and a store is a folder")):
+        (tmp_path / "file").touch()
+        assert exit_code_of(["ckpt", "doctor", f"{tmp_path}/{name}"]) == 78
+        assert "BAD      answers" in (said := capsys.readouterr().out)
+        assert why in said
+        assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]  # it has made nothing
+    (tmp_path / "store").mkdir()
     assert exit_code_of(["ckpt", "doctor", f"{tmp_path}/store", "--mb", "8"]) == 0
     said = capsys.readouterr().out
     assert "ok       races" in said

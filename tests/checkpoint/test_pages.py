@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from checkpoint import keys, pages
-from checkpoint.agent.commit import Committer, commit
+from checkpoint.agent.commit import LAST_S, Committer, commit
 from checkpoint.agent.gather import Gathered
 from checkpoint.agent.groups import NodeGroups, join_group
 from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Piece, Tensor
@@ -24,6 +24,7 @@ from checkpoint.manifest import PartManifest, checkpoint_body, merge
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import MemoryStore
 from checkpoint.store.base import Data, Info
+from checkpoint.store.limits import deadline
 from checkpoint.verify import verify_checkpoint
 from tests.checkpoint.samples import TENSORS, WHAT, attempt_body, state_bytes, write_dataset, write_parts
 from tests.support.agents import wait_for
@@ -333,6 +334,27 @@ def test_a_part_that_was_read_wrong_is_read_again(times: int, commits: bool) -> 
     assert (log.fold().find(8, 1) is not None) == commits
     assert any("00001" in (text or "") for text in agents.errors)
     assert (agents.errors[-1] is None) == commits
+
+
+def test_what_a_commit_asks_ends_soon_after_the_checkpoints_deadline() -> None:
+    ends: list[float] = []
+
+    class Asked(MemoryStore):
+        def get(self, key: str, **more: Any) -> bytes:
+            if "/parts/" in key:
+                ends.append(deadline() - time.monotonic())
+            return super().get(key, **more)
+
+    for deadline_s, least, most in ((600.0, 500.0, 600.0), (0.0, LAST_S - 20, LAST_S)):
+        store = Asked()
+        _, state = begun(store)
+        write_parts(store, RUN, state_bytes(1), OWNERS, step=8, epoch=1)
+        with Agents(store, 2, deadline_s) as agents:
+            agents.committers[0].add(8, state)
+            wait_for(agents.idle, "it to be committed")
+        assert all(least < left <= most for left in ends), (deadline_s, ends)
+        assert ends
+        ends.clear()
 
 
 def test_a_part_that_does_not_come_is_said() -> None:

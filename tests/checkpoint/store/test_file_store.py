@@ -22,6 +22,7 @@ import pytest
 from checkpoint.errors import StoreError, StoreRefused, StoreUnavailable
 from checkpoint.probe import ensure_probed
 from checkpoint.store import open_store
+from checkpoint.store.address import folder_of
 from checkpoint.store.file import FileStore, translate
 
 KEY = "runs/r/log/00000000000000000001"
@@ -186,6 +187,15 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     for url in ((tmp_path / "file").as_uri(), (tmp_path / "file" / "below").as_uri()):
         with pytest.raises(StoreError):
             open_store(url).create(KEY, b"x")
+        looks: list[Callable[[FileStore], object]] = [
+            lambda store: store.get(KEY),
+            lambda store: store.head(KEY),
+            lambda store: list(store.list("")),
+            lambda store: store.read_into(KEY, [memoryview(bytearray(1))]),
+        ]
+        for look in looks:  # a store that holds nothing looks otherwise
+            with pytest.raises(StoreRefused, match="file is a file, and a store is a folder"):
+                look(FileStore(folder_of(url)))
     store = open_store((tmp_path / "store").as_uri())
     store.create("runs/r/a", b"x")
     with pytest.raises(StoreRefused, match="cannot hold it"):
