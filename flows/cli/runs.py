@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.cli.main import EXIT_CODES, Number, json_option, out_option, say, set_option, show, store_option, write_out
+from flows.cli.watch import watch
 
 if TYPE_CHECKING:
     from flows.drive.amend import Wish
@@ -131,6 +132,11 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     for found in replays["differ"]:
         lines = str(found.get("said", "")).splitlines()  # of a hint: whatever it holds, it is shown as text
         say("\n".join("    " + "".join(c if c.isprintable() else " " for c in line) for line in lines))
+    for row in told["evaluations"]:
+        own = {name: value for name, value in row.items() if value and name not in ("step", "failed")}
+        numbers = "  ".join(f"{name} {value}" for name, value in own.items())
+        said = "  ".join(filter(None, (numbers, f"failed: {row['failed']}" if row.get("failed") else "")))
+        say(f"  evaluated at step {row['step']:>6}  " + "".join(c if c.isprintable() else " " for c in said))
     layout = ""
     for attempt in told["attempts_list"]:
         why = attempt["reason"] + (f": {attempt['cause']}" if attempt["cause"] else "")
@@ -150,6 +156,9 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
     if gone := sum(checkpoint["given_up"] for checkpoint in told["checkpoints"]):
         say(f"  and {gone} checkpoint(s) that its rules gave up")
     return 0
+
+
+runs.add_command(watch)
 
 
 @runs.command(epilog=EXIT_CODES)

@@ -32,6 +32,7 @@ from checkpoint.store import Store
 from flows.drive.events import Event, Outcome
 from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line
+from flows.drive.scores import line_evaluations, score_markdown
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
 from flows.prefect_api import BUSY_PAUSE_S, Busy, Client, Gone, Lost, Refused, artifact_key
@@ -261,7 +262,7 @@ class Page:
                 self._durable = min(self._durable, int(facts["step"]))
         elif event.kind == "recovered":
             self._back[int(facts["epoch"])] = float(facts["seconds"])
-        if event.kind in ("known", "attempt", "recovered", "checkpoint", "damaged", "ended"):
+        if event.kind in ("known", "attempt", "recovered", "checkpoint", "damaged", "evaluated", "ended"):
             self._log_news = self._news = True
 
     # --- bringing the server to it ------------------------------------------------------------------------
@@ -431,6 +432,9 @@ class Page:
         rows = self._rows()
         if rows:
             self._artifact(f"{self._run}-attempts", "table", json.dumps(rows), f"{len(rows)} attempt(s)")
+        scores = score_markdown(line_evaluations(self.store, self._state)) if self._state else ""
+        if scores:
+            self._artifact(f"{self._run}-evaluations", "markdown", scores, "what evaluations of its checkpoints gave")
         self._artifact(f"{self._run}-files", "markdown", self._files(), "where report and checkpoints are")
 
     def _rows(self) -> list[dict[str, Any]]:

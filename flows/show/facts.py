@@ -16,6 +16,7 @@ from flows.drive.live import on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.replays import Kept
 from flows.drive.run import find_run, load_what, opened_again, read_run
+from flows.drive.scores import line_evaluations, score_table
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
@@ -34,6 +35,7 @@ TRACE_CAP = 64 << 20
 _NO_TIME = ("vocab", "steps", "seed", "optimizer", "schedule", "max_batch_tokens")
 """Keys of a model and its training that change no time, or that a spec without its data does not know."""
 TRACED = 8
+EVALUATIONS_SHOWN = 10
 TAILS = 8
 """Attempts whose last lines are looked for beyond the index: an agent that was lost with its machine left it behind."""
 
@@ -93,6 +95,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "parent": {key: parent[key] for key in ("run", "step")} if (parent := parent_of(state)) else None,
         "orders": describe(state),
         "replays": {"steps": kept.steps, "differ": list(kept.differ)},
+        "evaluations": score_table(line_evaluations(store, state), EVALUATIONS_SHOWN),
         "attempts_list": [
             {
                 "attempt": number,
@@ -232,6 +235,7 @@ def report_facts(
     numbers = {epoch: number for number, epoch in enumerate(epochs, 1)}
     index = read_curve(store, run, epochs, tails=TAILS)
     curve = on_line(index.curve(), ordered_back(state))
+    scores = line_evaluations(store, state)
     simulation = foretell.simulate(prepared.plan)
     measured = read_traces(store, run, epochs)
     rates = [point.tokens_per_s for point in curve.values() if point.tokens_per_s]
@@ -258,5 +262,8 @@ def report_facts(
         "memory_text": foretell.facts(prepared.plan, prepared.spec, simulation)["memory_text"],
         "timeline_svg": timeline_svg([simulation.timeline, *([measured] if measured else [])]),
         "measured": measured is not None,
+        "evaluations": score_table(scores),
+        "validation": {row.step: row.loss for row in scores if row.loss is not None},
+        "sample": next((row.sample for row in reversed(scores) if row.sample), ""),
     }
     return ReportFacts(**{**known, **more})

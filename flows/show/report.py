@@ -5,6 +5,7 @@ checkpoints, time lost to failures. ``render`` is pure (facts in, page out); no 
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,9 @@ class ReportFacts:
     timeline_svg: str = ""
     """A step as it was planned and, where ``measured``, as the ranks traced one, on one scale."""
     measured: bool = False
+    evaluations: Sequence[Mapping[str, str]] = field(default_factory=tuple)
+    """Rows with the same columns, newest first."""
+    validation: Mapping[int, float] = field(default_factory=dict)
     sample: str = ""
     data_note: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -88,13 +92,22 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [round(first + i * step, 10) for i in range(int((high - first) / step) + 1)]
 
 
-def loss_svg(curve: Mapping[int, float], attempts: Sequence[AttemptFact], checkpoints: Sequence[int]) -> str:
-    """The loss over steps; a dashed line where an attempt took over, a small mark at each durable checkpoint."""
+def loss_svg(
+    curve: Mapping[int, float],
+    attempts: Sequence[AttemptFact],
+    checkpoints: Sequence[int],
+    validation: Mapping[int, float] | None = None,
+) -> str:
+    """The loss over steps, and the one on validation data; a dashed line where an attempt took over, a small mark at
+    each durable checkpoint.
+    """
+    held = {step: loss for step, loss in (validation or {}).items() if math.isfinite(loss)}
     if len(curve) < 2:
         return '<p class="soft">No steps were recorded.</p>'
     width, height, left, right, top, bottom = 1000, 340, 56, 16, 26, 40
     steps, losses = list(curve), list(curve.values())
-    x0, x1, y0, y1 = min(steps), max(steps), min(losses), max(losses)
+    x0, x1 = min(steps), max(steps)
+    y0, y1 = min([*losses, *held.values()]), max([*losses, *held.values()])
     pad = (y1 - y0) * 0.06 or 0.1
     y0, y1 = y0 - pad, y1 + pad
 
@@ -114,6 +127,16 @@ def loss_svg(curve: Mapping[int, float], attempts: Sequence[AttemptFact], checkp
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">optimizer step</text>')
     points = " ".join(f"{px(s):.1f},{py(v):.1f}" for s, v in curve.items())
     out.append(f'<polyline points="{points}" fill="none" stroke="var(--a)" stroke-width="1.8"/>')
+    if held:
+        points = " ".join(f"{px(s):.1f},{py(v):.1f}" for s, v in held.items() if x0 <= s <= x1)
+        out.append(f'<polyline points="{points}" fill="none" stroke="var(--b)" stroke-width="1.8"/>')
+        out += [
+            f'<circle cx="{px(s):.1f}" cy="{py(v):.1f}" r="3" fill="var(--b)"><title>validation loss {v:.4f} at step '
+            f"{s}</title></circle>"
+            for s, v in held.items()
+            if x0 <= s <= x1
+        ]
+        out.append(f'<text x="{width - right}" y="{top + 4}" text-anchor="end">training, and on validation data</text>')
     for step in checkpoints:
         if x0 <= step <= x1:
             y = height - bottom
@@ -187,7 +210,12 @@ def render(facts: ReportFacts) -> str:
             )
         parts.append("</div>")
     saved = [int(c["step"]) for c in facts.checkpoints]
-    parts.append(f"<h2>Loss</h2><div class=card>{loss_svg(facts.curve, facts.attempts, saved)}</div>")
+    parts.append(f"<h2>Loss</h2><div class=card>{loss_svg(facts.curve, facts.attempts, saved, facts.validation)}</div>")
+    if facts.evaluations:
+        head = list(facts.evaluations[0])
+        rows = [[row[name] for name in head] for row in facts.evaluations]
+        numeric = [number for number, name in enumerate(head) if name != "failed"]
+        parts.append(f"<h2>Evaluations</h2><div class=card>{_table(head, rows, numeric)}</div>")
     parts.append("<h2>Attempts</h2><div class=card>")
     parts.append(
         _table(

@@ -176,12 +176,12 @@ def test_a_how_without_them_is_written_as_before_and_one_with_them_is_read() -> 
         ('eval=[{command=["a", "{model}"]}, {command=["b", "{model}"]}]', "twice; results are found by name"),
         ('eval=[{name="validation", command=["a", "{model}"]}]', "that of [validation]"),
         ("validation.every=-1", "at least 0"),
-        ("validation={every=1}", "nothing to validate on: set data.validation"),
+        ("validation.source=''", "nothing to validate on: set data.validation"),
     ],
 )
 def test_refusals(sets: str, words: str) -> None:
     with pytest.raises(SpecError) as refused:
-        spec(sets)
+        spec("validation.every=1", sets)
     assert words in str(refused.value)
 
 

@@ -11,12 +11,15 @@ from uuid import uuid4
 
 import pytest
 
+from checkpoint.evaluated import Evaluation, Evaluations, Ran
+from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
 from flows.drive.events import Event, Outcome
 from flows.hosting import undisturbed
 from flows.page import Page
 from flows.prefect_api import Client, Gone, Refused
+from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Api
 from tests.support.agents import wait_for
 from tests.support.front import Front
@@ -73,9 +76,20 @@ class Told:
     def step(self, step: int, epoch: int) -> None:
         self.page.tell(Event("step", {"step": step, "epoch": epoch, "loss": 7.0 / step}))
 
+    def evaluate(self, step: int) -> None:
+        """As `hotstage evaluate` beside the run: into the store, then its driver tells."""
+        epoch = self.state.attempts[-1].epoch
+        self.state = self.log.append("checkpoint", point_body(step, epoch), self.state, epoch=epoch)
+        there = Evaluations()
+        there.add(Evaluation(step, epoch, loss=2.5, commands={"bench": Ran({}, 1.0, "it exited with 1")}))
+        self.page.store.put(evaluated_key(self.run), there.to_bytes())
+        self.page.tell(Event("evaluated", {"found": "numbers", "step": step}))
+
     def fail_and_end(self) -> bool:
         self.page.line("attempt 2: at step 30 from memory; because rank 1 was killed (signal 9)")
-        self.attempt(cause=KILLED, restore={**ATTEMPT["restore"], "step": 30})
+        saved = self.state.at_step()
+        begins = {"step": 30, "checkpoint": saved.n if saved else None}
+        self.attempt(cause=KILLED, restore={**ATTEMPT["restore"], **begins})
         for step in range(31, 61):
             self.step(step, self.state.attempts[-1].epoch)
         self.page.tell(Event("recovered", {"epoch": self.state.attempts[-1].epoch, "seconds": 0.62}))
@@ -113,8 +127,11 @@ def assert_whole(api: Api, told: Told) -> dict[str, Any]:
 def test_all_of_it_is_there(prefect: Api, store: Store) -> None:
     told = Told(store, lambda: Client.connect(prefect.server.api))
     told.begin()
+    told.evaluate(30)
     assert told.fail_and_end(), told.warned
-    assert_whole(prefect, told)
+    flow_run = assert_whole(prefect, told)
+    scores = prefect.artifacts(flow_run["id"])[f"{told.run}-evaluations"]["data"]
+    assert "| 30 | 2.5 | bench: it exited with 1 |" in scores
     assert told.warned == []
 
 

@@ -120,6 +120,18 @@ def test_attempts_are_marked_in_the_curve() -> None:
     assert "checkpoint at step 30" in svg
 
 
+def test_what_evaluations_gave_is_drawn_and_listed() -> None:
+    rows = [{"step": "30", "validation/loss": "4.5", "failed": "bench: <b>it</b> exited with 1"}]
+    facts = replace(FACTS, evaluations=rows, validation={30: 4.5, 40: float("inf")})
+    page = render(facts)
+    text = "".join(read(page).text)
+    assert "Evaluations" in text
+    assert "bench: <b>it</b> exited with 1" in text
+    assert page.count("<circle") == 1
+    assert "validation loss 4.5000 at step 30" in page
+    assert "on validation data" not in render(FACTS)
+
+
 @pytest.mark.parametrize("curve", [{}, {1: 3.0}, {1: 3.0, 2: 3.0}, {s: 1e-9 * s for s in range(1, 4)}])
 def test_odd_curves(curve: dict[int, float]) -> None:
     read(render(replace(FACTS, curve=curve, steps=max(curve, default=0))))
