@@ -84,15 +84,29 @@ def token_bytes_for(vocab: int) -> int:
 def shard_bytes(tokens: npt.NDArray[Any], vocab: int, name: str) -> bytes:
     """One shard file (header, then tokens). Every token must be in ``0..vocab-1``."""
     flat = np.asarray(tokens).reshape(-1)
-    if flat.size == 0:
+    check_tokens(flat, vocab, name)
+    data, view = new_shard(flat.size, vocab)
+    view[:] = flat
+    return bytes(data)
+
+
+def check_tokens(tokens: npt.NDArray[Any], vocab: int, name: str) -> None:
+    """DatasetError where a shard of these could not be: it would be empty, or a token is not in ``0..vocab-1``."""
+    if tokens.size == 0:
         raise DatasetError(f"shard {name} would hold no token; a shard needs at least one")
-    if int(flat.min()) < 0 or int(flat.max()) >= vocab:
-        bad = int(flat[(flat < 0) | (flat >= vocab)][0])
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+        bad = int(tokens[(tokens < 0) | (tokens >= vocab)][0])
         raise DatasetError(f"token {bad} of shard {name} is outside the vocabulary 0..{vocab - 1}")
+
+
+def new_shard(tokens: int, vocab: int) -> tuple[bytearray, npt.NDArray[Any]]:
+    """The bytes of a shard of so many tokens, and its tokens, to be filled in: one copy of a large thing."""
     size = token_bytes_for(vocab)
-    header = wire.ShardHeader(version=wire.SHARD_VERSION, token_bytes=size, tokens=flat.size, vocab=vocab)
+    header = wire.ShardHeader(version=wire.SHARD_VERSION, token_bytes=size, tokens=tokens, vocab=vocab)
     header.magic[:] = wire.SHARD_MAGIC
-    return b"".join((bytes(header), flat.astype(f"<u{size}", copy=False).tobytes()))
+    data = bytearray(HEADER_BYTES + tokens * size)
+    data[:HEADER_BYTES] = bytes(header)
+    return data, np.frombuffer(data, f"<u{size}", offset=HEADER_BYTES)
 
 
 def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int) -> None:

@@ -23,10 +23,10 @@ from checkpoint import keys
 from checkpoint.codec import pack
 from checkpoint.dataset import VERSION, ShardLeaves, load_dataset_manifest
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.store import Store
+from checkpoint.store import Data, Store
 from flows.data.job import DataJob, store_of
 from flows.data.tokenizer import parse_tokenizer
-from trainer.dataset import HEADER_BYTES, DatasetRef, shard_bytes, token_bytes_for
+from trainer.dataset import HEADER_BYTES, DatasetRef, check_tokens, new_shard, shard_bytes, token_bytes_for
 from trainer.errors import DatasetError
 from trainer.wire.packed import unpack
 from trainer.wire.unreadable import Unreadable
@@ -204,15 +204,15 @@ def put_shard(shard: Shard) -> dict[str, Any]:
     return {}
 
 
-def _shard_of(shard: Shard) -> bytes:
-    size = token_bytes_for(shard.vocab)
-    tokens = np.empty(shard.tokens, f"<u{size}")
-    at = 0
+def _shard_of(shard: Shard) -> bytearray:
+    size, at = token_bytes_for(shard.vocab), 0
+    whole, tokens = new_shard(shard.tokens, shard.vocab)
     for span in shard.spans:
         data = shard.job.work.get(shard.stage, span.name, first=span.first * size, length=span.count * size)
         tokens[at : at + span.count] = np.frombuffer(data, tokens.dtype)
         at += span.count
-    return shard_bytes(tokens, shard.vocab, f"{shard.stage} {shard.number}")
+    check_tokens(tokens, shard.vocab, keys.shard_name(shard.number))
+    return whole
 
 
 def manifest_bytes(
@@ -275,17 +275,17 @@ def write_dataset(
     return dataset
 
 
-def _put_shard(store: Store, digest: str, number: int, data: bytes, mend: bool) -> None:
+def _put_shard(store: Store, digest: str, number: int, data: Data, mend: bool) -> None:
     put(store, keys.dataset_key(digest, keys.shard_name(number)), data, mend)
-    put(store, keys.leaves_key(digest, number), ShardLeaves.of([data]).pack(), mend)
+    put(store, keys.leaves_key(digest, number), ShardLeaves.of([memoryview(data)]).pack(), mend)
 
 
-def _row(data: bytes, vocab: int) -> dict[str, Any]:
+def _row(data: bytes | bytearray, vocab: int) -> dict[str, Any]:
     tokens = (len(data) - HEADER_BYTES) // token_bytes_for(vocab)
     return {"tokens": tokens, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def put(store: Store, key: str, data: bytes, mend: bool) -> None:
+def put(store: Store, key: str, data: Data, mend: bool) -> None:
     """Create an object whose bytes follow from its key. Other bytes there are damage: told, or replaced (``mend``)."""
     if store.create(key, data):
         return

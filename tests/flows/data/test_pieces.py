@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from checkpoint.store import Store, open_store
-from flows.data import encoding, pieces, prepare, validation_of
+from flows.data import encoding, prepare, validation_of
 from flows.data.pieces import cut
 from flows.data.runners import Threads
 from flows.data.shards import spread
@@ -59,24 +60,6 @@ ODD = (
 
 def text_of(dice: random.Random, pieces_: int) -> str:
     return "".join(dice.choice(ODD) + dice.choice(["", " ", "\n", " and "]) for _ in range(pieces_))
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Pieces of so many bytes, and blocks of 40 characters."""
-    monkeypatch.setattr(base, "BLOCK_LETTERS", 40)
-
-    def set_size(size: int) -> None:
-        monkeypatch.setattr(pieces, "MIB", size)
-
-    return set_size
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    Path("c").mkdir()
-    return tmp_path
 
 
 def never() -> float:
@@ -339,6 +322,18 @@ def test_a_kill_at_any_write_loses_a_piece_at_most(here: Path, small: Callable[[
     assert max(Counter(writes).values()) == 1
 
 
+def decoded(store: Store, dataset: DatasetRef) -> list[str]:
+    """The documents of a dataset, from its tokens."""
+    tokenizer = Tokenizer.from_str(store.get(f"data/{dataset.digest}/tokenizer.json").decode())
+    tokens: list[int] = []
+    for number, count in enumerate(dataset.shards):
+        data = store.get(f"data/{dataset.digest}/{number:05d}.bin")
+        tokens += np.frombuffer(data[-count * dataset.token_bytes :], f"<u{dataset.token_bytes}").tolist()
+    *texts, rest = tokenizer.decode(tokens, skip_special_tokens=False).split(EOT)
+    assert not rest
+    return texts
+
+
 def test_two_datasets_of_one_corpus(here: Path, small: Callable[[int], None]) -> None:
     corpus(here / "c")
     small(1500)
@@ -348,18 +343,7 @@ def test_two_datasets_of_one_corpus(here: Path, small: Callable[[int], None]) ->
     held = validation_of(store, train)
     assert held is not None
     assert (held.vocab, held.eot, held.tokenizer_digest) == (train.vocab, train.eot, train.tokenizer_digest)
-    tokenizer = Tokenizer.from_str(store.get(f"data/{held.digest}/tokenizer.json").decode())
-
-    def texts(dataset: DatasetRef) -> set[str]:
-        import numpy as np
-
-        tokens: list[int] = []
-        for number in range(len(dataset.shards)):
-            data = store.get(f"data/{dataset.digest}/{number:05d}.bin")
-            tokens += np.frombuffer(data[-dataset.shards[number] * dataset.token_bytes :], "<u2").tolist()
-        return set(tokenizer.decode(tokens, skip_special_tokens=False).split(EOT)) - {""}
-
-    parts = [texts(train), texts(held)]
+    parts = [set(decoded(store, train)), set(decoded(store, held))]
     assert not parts[0] & parts[1]
     assert len(parts[1]) > 2
     assert prepare(spec, store) == train
