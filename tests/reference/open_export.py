@@ -22,7 +22,7 @@ def problems(folder: str) -> list[str]:
     """What is not as it should be."""
     log = io.StringIO()
     handler = logging.StreamHandler(log)
-    transformers.utils.logging.add_handler(handler)
+    logging.getLogger("transformers").addHandler(handler)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -31,7 +31,7 @@ def problems(folder: str) -> list[str]:
             asked = tokenizer(TEXT, return_tensors="pt")
             model.generate(**asked, max_new_tokens=3, do_sample=False)
     finally:
-        transformers.utils.logging.remove_handler(handler)
+        logging.getLogger("transformers").removeHandler(handler)
     found = [str(warning.message) for warning in caught] + log.getvalue().splitlines()
     found += [f"{kind}: {keys}" for kind, keys in report.items() if keys]
     if tokenizer.decode(asked["input_ids"][0], skip_special_tokens=True) != TEXT:
