@@ -115,6 +115,11 @@ class ModelCosts:
         return 2 * self.sizes.model.groups * self.sizes.model.size_of_head
 
     @property
+    def matrix(self) -> int:
+        """Elements of the head's matrix."""
+        return self.sizes.model.vocab * self.width
+
+    @property
     def tied(self) -> int:
         """Elements of the embedding where it is the head too, else 0."""
         return sum(elements for elements, _ in self.shared.tensors)

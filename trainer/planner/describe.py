@@ -360,6 +360,8 @@ def settings(plan: Estimate) -> dict[str, Any]:
     }
     if a.recompute != "none":
         keys["parallel.recompute"] = a.recompute
+    if a.blocks > 1:
+        keys["parallel.vocab_stages"] = a.head
     # an optimistic step keeps the old state, and in fp32 copies, beside what is counted here
     if max(sum(k.values()) + 1.4 * k["optimizer"] for k in plan.memory) > plan.placed.cluster.sheet.memory_bytes:
         keys["parallel.optimizer"] = "checked"

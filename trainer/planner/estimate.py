@@ -18,6 +18,7 @@ from trainer.plan.devices import WORKSPACE_BYTES
 from trainer.plan.layout import split_layers
 from trainer.plan.reduce import in_pieces
 from trainer.plan.timeline import Timeline
+from trainer.planner import shared_head
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.costs import ModelCosts, ModelPiece
 from trainer.planner.layouts import APART, Arrangement
@@ -152,6 +153,8 @@ class Planner:
         scaled = {count: each * count for count in set(counts)}
         found = [scaled[count] for count in counts]
         found[0] += embed
+        if a.head > 1:
+            return shared_head.with_parts_of(a, found, head)
         found[-1] += head
         return found
 
@@ -161,7 +164,7 @@ class Planner:
             return self.counts
         c = self.costs[a.microbatch]
         ratio = round(1000 * c.head.cost / c.layer.cost)
-        return _split(c.layers, ratio, a.stages)
+        return _split(c.layers, ratio, a.stages) if a.head == 1 else shared_head.split(a, c.layers, ratio)
 
     def layers_at(self, a: Arrangement) -> tuple[int, ...]:
         """Layers of each position."""
@@ -260,6 +263,8 @@ class Planner:
         played = filled is not None
         if filled is None:
             filled = closed(a.schedule, a.microbatches, stages, at, placed.hop(self.message(a)))
+        if a.head > 1:
+            filled = shared_head.filled_with(a, filled, self.pieces(a)[2], placed.hop(self.message(a)))
         slow = max(at, key=lambda part: part.whole)
         tensor, context = self.exposed(a, placed)
         layers = self.layers_at(a)
@@ -345,8 +350,12 @@ class Planner:
                 "data", 3 * c.dt_bytes * parameters * a.microbatches * (copies - 1) / copies
             ).items():
                 traffic[link] = traffic.get(link, 0.0) + part
-        if c.tied and last_position(a) > 0:  # the head's gradient to the first position, the new weights back
-            sent = c.tied / a.tensor
+        # the head's gradient to the first position, the new weights back; of one that is shared, to those that own none
+        sent = c.tied / a.tensor if last_position(a) > 0 else 0.0
+        if a.head > 1:
+            owner = 0 if c.tied else last_position(a)
+            sent = c.matrix / a.head * sum(p != owner for p in shared_head.head_positions(a))
+        if sent:
             gradients += placed.hop(4 * sent)
             weights += placed.hop(c.dt_bytes * sent)
             for link, part in placed.traffic("pipeline", 4 * sent).items():
@@ -396,17 +405,25 @@ class Planner:
         elif a.schedule in THERE_AND_BACK and position == a.positions - 1:  # both chunks lie in one slot
             ahead += 1
         ahead = min(ahead, a.microbatches)
-        activations = ahead * slot / split + 4 * c.rows * a.microbatches * (first + 2 * last)
+        given = first + 2 * last + (a.head > 1 and not last and position in shared_head.head_positions(a))
+        activations = ahead * slot / split + 4 * c.rows * a.microbatches * given
+        if a.head > 1:
+            activations -= ahead * slot
+            activations += shared_head.activations(a, c, position, last_position(a), slot, ahead)
         activations += 0 if first and a.chunks == 1 else stream / split  # the gradient that is sent
         again = c.again(a.recompute)
         scratch = max(p.scratch_bytes for p, n in ((again, 1), *pieces[1:]) if n) / split
         if a.sharded > 1:
             gathered = 2 * c.layer.parameters / a.tensor * c.dt_bytes
             weights, gradients = weights / a.sharded + gathered, gradients / a.sharded + 2 * gathered
-        if c.tied and last:  # the head's own gradient, and its copy where the embedding is elsewhere
+        if a.head > 1:
+            owner = 0 if c.tied else last_position(a)
+            copy, shares = shared_head.weights(a, c, position, owner, buffered)
+            weights, gradients = weights + copy, gradients + shares
+        if c.tied and last and a.head == 1:  # the head's own gradient, and its copy where the embedding is elsewhere
             gradients += 4 * self.stored(a, c.shared, False).padded * buffered
             weights += 0 if first else c.tied * c.dt_bytes / a.tensor
-        if c.tied and first and not last:  # the head's gradient, which comes while the last backward runs
+        if c.tied and first and not last and a.head == 1:  # comes while the last backward runs
             gradients += 4 * self.stored(a, c.shared, False).owned
         windows = 4 * stream / split if a.positions > 1 else 0.0
         gradients += self._received(a, self.chunks_at(a, position), first, last)

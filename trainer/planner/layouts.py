@@ -33,6 +33,10 @@ class Arrangement:
     sharded: int = 1
     groups: int = 1
     """train.reduction_groups."""
+    blocks: int = 1
+    """train.vocab_blocks."""
+    head: int = 1
+    """Positions that share the head (parallel.vocab_stages)."""
     fp8: bool = False
     """The layers' products take FP8 although the spec says bf16."""
     pipeline_first: bool = field(default=True, compare=False)
@@ -84,6 +88,7 @@ class Arrangement:
             "context": self.context,
             "sharded": self.sharded,
             "reduction_groups": self.groups,
+            "vocab_stages": self.head,
             "fp8": self.fp8,
         }
 
@@ -94,7 +99,8 @@ class Arrangement:
         '4 positions x 2 chunks x 8 replicas, zb-v, 16 microbatches of 1'
         """
         again = f", recompute {self.recompute}" if self.recompute != "none" else ""
-        return f"{self.grid()}, {self.schedule}, {self.filling()}{again}"
+        shared = f", head shared by {self.head}" if self.head > 1 else ""
+        return f"{self.grid()}, {self.schedule}, {self.filling()}{again}{shared}"
 
     def grid(self) -> str:
         """What ranks are made of."""

@@ -16,6 +16,7 @@ from functools import cache
 from math import isqrt
 
 from trainer.errors import PlanError
+from trainer.planner import shared_head
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.costs import ModelCosts, costs_of
 from trainer.planner.estimate import Estimate, Planner
@@ -164,9 +165,10 @@ def _own(spec: RunSpec, planner: Planner) -> Estimate | None:
     a = Arrangement(
         positions=positions, chunks=p.stages // positions, replicas=p.replicas, schedule=p.schedule,
         microbatch=train.microbatch, microbatches=train.microbatches // p.replicas,
-        groups=max(p.replicas, resolved_groups(spec)),
+        groups=max(p.replicas, resolved_groups(spec)), blocks=train.vocab_blocks, head=p.vocab_stages or 1,
     )  # fmt: skip
-    return planner.estimate(a, whole=True)
+    ways = [planner.estimate(one, whole=True) for one in ([a] if p.vocab_stages else shared_head.choices(a))]
+    return max(ways, key=_rank)
 
 
 def family_key(a: Arrangement) -> tuple[bool, str, int]:
@@ -187,7 +189,7 @@ def _best_played(planner: Planner, found: Sequence[Estimate]) -> list[Estimate]:
     seen: set[tuple[object, ...]] = set()
     for one in ordered:
         a = one.layout
-        key = (a.positions, a.chunks, a.schedule, a.recompute, a.tensor, a.context, a.sharded > 1)
+        key = (a.positions, a.chunks, a.schedule, a.recompute, a.tensor, a.context, a.sharded > 1, a.head)
         if key not in seen:
             seen.add(key)
             chosen.append(one)
@@ -325,10 +327,10 @@ class _Search:
                     continue
                 base = Arrangement(
                     positions=positions, chunks=chunks, replicas=replicas, schedule=schedule, microbatch=microbatch,
-                    microbatches=fixed, tensor=tensor, context=context, groups=groups,
+                    microbatches=fixed, tensor=tensor, context=context, groups=groups, blocks=train.vocab_blocks,
                 )  # fmt: skip
                 fp8 = self.planner.fp8 is not None
-                yield replace(base, fp8=True) if fp8 and base.foreign else base
+                yield from [replace(base, fp8=True)] if fp8 and base.foreign else shared_head.choices(base)
                 if self.limits.modelled and replicas > 1 and positions == 1:
                     yield replace(base, sharded=replicas * context, fp8=fp8)
 

@@ -42,7 +42,8 @@ def as_written(spec: RunSpec, planner: Planner) -> Estimate:
         replace(
             ONE, positions=positions, chunks=p.stages // positions, schedule=p.schedule, replicas=p.replicas,
             microbatch=spec.train.microbatch, microbatches=spec.train.microbatches // p.replicas,
-            groups=spec.train.groups, recompute=p.recompute.kind,
+            groups=spec.train.groups, recompute=p.recompute.kind, blocks=spec.train.vocab_blocks,
+            head=p.vocab_stages or 1,
         ),
         whole=True,
     )  # fmt: skip
@@ -82,6 +83,37 @@ def test_the_step_is_what_the_compiled_plan_takes(preset: tuple[str, ...]) -> No
     real = foretell.simulate_on(plan, spec, SHEETS["H100"])
     assert found.step_s == pytest.approx(real.step_seconds, rel=0.125)
     assert found.mfu == pytest.approx(real.mfu, rel=0.125)
+
+
+SHARED = [
+    ("gpt2-124m", "parallel.stages=4", "parallel.vocab_stages=4"),
+    ("gpt2-124m", "parallel.stages=4", "parallel.vocab_stages=2", "parallel.schedule=gpipe", "train.batch=16"),
+    ("gpt2-124m", "parallel.stages=4", "parallel.vocab_stages=4", "model.tied=false", "train.reduction_groups=1"),
+    ("gpt2-124m", "parallel.stages=2", "parallel.vocab_stages=2", "parallel.replicas=2"),
+]
+
+
+@pytest.mark.parametrize("preset", SHARED, ids=lambda row: " ".join(row))
+def test_a_head_that_positions_share_is_counted(preset: tuple[str, ...]) -> None:
+    """State to a hundredth; at least what the compiler holds, and not half as much again; the step as others'."""
+    sets = (*preset[1:], "train.vocab_blocks=4")
+    plan, spec, _ = foretell.compile_for(parse_spec(tomllib.loads(PRESETS[preset[0]]), sets), None)
+    planner = planner_of(spec, {"nodes": 8, "device": "H100"})
+    found = as_written(spec, planner)
+    for position, foretold in zip(plan.positions, found.memory, strict=True):
+        held = position.bytes_by_kind
+        assert foretold["weights"] + foretold["optimizer"] == pytest.approx(held["weights"] + held["moments"], rel=0.01)
+        assert foretold["gradients"] == pytest.approx(held["gradients"], rel=0.01)
+        assert 0.94 * held["activations"] <= foretold["activations"] <= 1.5 * held["activations"]
+    real = foretell.simulate_on(plan, spec, SHEETS["H100"])
+    one = as_written(
+        spec.model_copy(update={"parallel": spec.parallel.model_copy(update={"vocab_stages": 1})}), planner
+    )
+    alone, _, _ = foretell.compile_for(
+        parse_spec(tomllib.loads(PRESETS[preset[0]]), [*sets, "parallel.vocab_stages=1"]), None
+    )
+    gain = real.step_seconds / foretell.simulate_on(alone, spec, SHEETS["H100"]).step_seconds
+    assert found.step_s / one.step_s == pytest.approx(gain, rel=0.2)
 
 
 def test_operations_and_parameters_are_the_models() -> None:
