@@ -118,8 +118,8 @@ def read_into(body: Any, out: Sequence[memoryview], grace_s: float, filled: Call
 
     def some(room: memoryview) -> int:
         if receive is not None:
-            return receive(room)
-        piece = read(room.nbytes)
+            return receive(room)  # as much as has come
+        piece = read(min(READ_BYTES, room.nbytes))
         room[: len(piece)] = piece
         return len(piece)
 
@@ -127,7 +127,7 @@ def read_into(body: Any, out: Sequence[memoryview], grace_s: float, filled: Call
     for number, view in enumerate(out):
         at = 0
         while at < view.nbytes:
-            came = some(view[at : at + READ_BYTES])
+            came = some(view[at:])
             if not came:
                 return have
             at += came
