@@ -21,7 +21,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos-checkpoint test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test chaos-checkpoint simulate-faults test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ test: setup ## the tests, at most 9 minutes on 2 cores (the first time some more
 
 chaos-checkpoint: setup ## kills at N named points of the checkpoint protocol, in one process, from SEED (1000, 1)
 	$(BIN)/python -m tests.support.protocol.chaos --points $(or $(N),1000) --seed $(or $(SEED),1)
+
+simulate-faults: setup ## the driver through HOURS of simulated faults of every class, from SEED (1000, 1)
+	$(BIN)/python -m tests.support.simulated.campaign --hours $(or $(HOURS),1000) --seed $(or $(SEED),1)
 
 test-browser: setup ## what people read on Prefect's pages and in report.html, in Debian's chromium (KEEP=1: into docs/images)
 	$(BIN)/python -m tests.browser

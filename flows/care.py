@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from checkpoint.errors import CheckpointError, StoreUnavailable
 from checkpoint.store import Store
 from flows.drive.reconcile import EVERY_S, Reconciler
+from flows.hosting import taken_over
 
 STEPS_S = 0.2
 
@@ -26,7 +28,7 @@ class Care:
     _away: bool = False
 
     def __post_init__(self) -> None:
-        self.reconciler = Reconciler(self.store, self.out, self.say)
+        self.reconciler = Reconciler(self.store, self.out, self.say, partial(taken_over, say=self.say))
 
     def start(self) -> Care:
         """In a thread beside other work; it ends with the process."""

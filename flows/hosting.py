@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.store import Store
+from flows.drive.driving import Word
 from flows.drive.events import Outcome, Sink, Sinks
+from flows.drive.loop import Driver
+from flows.drive.reconcile import driven_here
 from flows.drive.run import Board, NoBoard, Prepared
-from flows.drive.train import make_driver
+from flows.drive.train import Run, make_driver
 from flows.page import Page
 from flows.prefect_api import Client, Configured, PrefectSettingsError, answers, configured
 from flows.prefect_server import PrefectServer
+from flows.show.lines import Lines
 
 log = logging.getLogger(__name__)
 
 PREFECT_PATIENCE_S = 10.0
 END_PATIENCE_S = 600.0
-"""For a flow run that Prefect started: nobody waits for its process, so its page has time to be brought up."""
+"""For a flow run that nobody waits for: its page has time to be brought up."""
 LEAVING_PATIENCE_S = 2.0
 SERVER_UP_S = 90.0
 
@@ -135,6 +139,8 @@ class Hosted:
             self.page.run_is(prepared.run, prepared.spec.train.steps)
             sinks = (*sinks, self.page)
         driver = make_driver(prepared, self.store, sink=Sinks(sinks), out=self.out, stop=self.stop)
+        if self.page is not None and driver.driving is not None:
+            driver.driving.page = self.page.where
         outcome = driver.run()
         self._ended = True
         if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s):
@@ -157,6 +163,39 @@ class Hosted:
 
     def _left(self) -> None:
         self._leave("the command left; where a gang was running it goes on by itself, and the same command attaches")
+
+
+def taken_over(prepared: Prepared, store: Store, out: Path, word: Word, say: Callable[[str], None] = log.info) -> Run:
+    """A driver of a run whose drivers are gone, in a thread of this process; it goes on with their page, where they had
+    one on a server that is still there.
+    """
+    last = [word.newest] if word.newest is not None and word.newest.left else []
+    known = sorted([*word.gone, *last], key=lambda note: -note.at)
+    pages = [note for note in known if note.flow_run]
+    if not pages:
+        return driven_here(prepared, store, out, word)
+    api = pages[0].api
+    page = Page(
+        lambda: Client.connect(api), store, name=prepared.run, parameters={"store": store.url}, warn=say,
+        adopted=[note.flow_run for note in pages if note.api == api],
+    )  # fmt: skip
+    lines = Lines(page.line, prepared.spec.train.steps, every_s=10.0)
+    driver = make_driver(prepared, store, sink=Sinks((lines, page)), out=out)
+    if driver.driving is not None:
+        driver.driving.page = page.where
+
+    def host(driver: Driver) -> Outcome:
+        page.start()
+        page.run_is(prepared.run, prepared.spec.train.steps)
+        try:
+            outcome = driver.run()
+        except BaseException:
+            page.rest()  # the run goes on, and whoever drives it next goes on with its page
+            raise
+        page.close(outcome, patience_s=END_PATIENCE_S)
+        return outcome
+
+    return Run(prepared, store, driver, host).start()
 
 
 def undisturbed(work: Callable[[], Any]) -> Any:

@@ -264,6 +264,26 @@ class Client:
         state = self.call(lambda: self.inner.read_flow_run(UUID(flow_run))).state
         return str(state.type.value) if state is not None else ""
 
+    def open_flow_runs(self, states: Sequence[str]) -> list[tuple[str, str, str]]:
+        """(id, name, mark) of runs of the flows that train in these types of state, the newest 200."""
+        body = {
+            "flows": {"name": {"any_": [TRAIN_FLOW, SWEEP_FLOW]}},
+            "flow_runs": {"state": {"type": {"any_": list(states)}}},
+            "sort": "EXPECTED_START_TIME_DESC",
+            "limit": 200,
+        }
+        rows = self.send("POST", "/flow_runs/filter", body).json()
+        return [(str(row["id"]), str(row["name"]), str(row.get("infrastructure_pid") or "")) for row in rows]
+
+    def mark(self, flow_run: str, text: str) -> None:
+        """Say which process is behind a flow run, in Prefect's field for that."""
+        self.call(lambda: self.inner.update_flow_run(UUID(flow_run), infrastructure_pid=text))
+
+    def mark_of(self, flow_run: str) -> str:
+        """What was said of that; empty where nothing was."""
+        found = self.call(lambda: self.inner.read_flow_run(UUID(flow_run))).infrastructure_pid
+        return str(found or "")
+
     def create_flow_run(self, name: str, parameters: dict[str, Any]) -> str:
         """A flow run of the flow `train` that this process hosts: the server knows a flow by its name alone.
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from flows.page.left_open import GOES_ON, GRACE_S, LeftOpen, close_gone, own_mark
 from flows.prefect_api import Client, Gone, Lost, Refused
 from flows.recurring.deployments import Deployments, Registered, whose
 from flows.recurring.due import FiringPolicy, judge_firings
@@ -70,8 +71,11 @@ class Server:
     _known_at: float = -1e9
     _to_tell: bool = False
     _away: bool = False
-    _ended: dict[UUID, int] = field(default_factory=dict)
+    _ended: dict[UUID, tuple[str, float]] = field(default_factory=dict)
     _told_to_end: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.left_open = LeftOpen(self.say)
 
     def run(self) -> None:
         """Serve until ``stop`` is set, or the deployment is taken away. Raises Refused where Prefect refuses before the
@@ -109,6 +113,7 @@ class Server:
             self.registered(client, self._known.deployment)
             self._to_tell = False
         self._reap(client)
+        self.left_open.look(client)
         due, more = served.due(self._known.deployment)
         judged = judge_firings(
             [firing for firing in due if firing.id not in self.children], self.policy, self.now(), more=more
@@ -119,8 +124,9 @@ class Server:
         if judged.start and self.policy.overlap == "cancel" and self._older_go_on(served):
             return
         for firing in judged.start:
+            client.mark(str(firing.id), own_mark())  # until its own process says that it is that one's
             if served.take(firing.id):
-                self._start(firing.id, firing.name)
+                self._start(client, firing.id, firing.name)
 
     def _older_go_on(self, served: Deployments) -> bool:
         """Whether an older run is still there; each is told once to end."""
@@ -160,7 +166,7 @@ class Server:
         self._known, self._to_tell = served.register(made), True
         self._known_at = time.monotonic()
 
-    def _start(self, flow_run: UUID, name: str) -> None:
+    def _start(self, client: Client, flow_run: UUID, name: str) -> None:
         env = {**os.environ, "PREFECT__FLOW_RUN_ID": str(flow_run), "PREFECT_LOGGING_LEVEL": "WARNING"}
         with contextlib.ExitStack() as stack:
             out, where = None, ""
@@ -177,27 +183,21 @@ class Server:
                 start_new_session=True,
             )
         self.say(f"started {name}{where}")
+        client.mark(str(flow_run), own_mark(self.children[flow_run].pid))
 
     def _reap(self, client: Client) -> None:
-        """Where a run's process ended and Prefect was not told how, it is told that it crashed."""
+        """Where a run's process ended and Prefect was not told how, it is told that it crashed; not where somebody goes
+        on with the flow run by then.
+        """
         for flow_run, child in list(self.children.items()):
             code = child.poll()
             if code is not None:
-                self._ended[flow_run] = code
+                self._ended[flow_run] = f"signal {-code}" if code < 0 else f"code {code}", time.monotonic() + GRACE_S
                 del self.children[flow_run]
-        for flow_run, code in list(self._ended.items()):
-            try:
-                if client.state_of(str(flow_run)) in ("PENDING", "RUNNING"):
-                    how = f"signal {-code}" if code < 0 else f"code {code}"
-                    client.set_state(
-                        str(flow_run),
-                        "CRASHED",
-                        "Crashed",
-                        f"its process ended ({how}); a gang that was running goes on: hotstage runs resume",
-                    )
-            except Lost:
-                log.info("Prefect does not know flow run %s any more", flow_run)
-            del self._ended[flow_run]
+        for flow_run, (how, at) in list(self._ended.items()):
+            if time.monotonic() >= at:
+                close_gone(client, str(flow_run), how, GOES_ON)
+                del self._ended[flow_run]
 
     def _leave(self) -> None:
         """S5. The server's own planner may be at work on the same deployment: it is looked at more than once."""

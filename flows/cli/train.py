@@ -108,6 +108,7 @@ def _drive(
     page = None
     if use_prefect:
         page = Page(prefect.connect, store, name=name, parameters={"store": store.url}, warn=voice.warn)
+        page.keeps = lambda: prefect.own is None
         page.shown = lambda url: voice.say(f"Prefect's page of this run: {url}" + prefect.while_it_runs)
     try:
         with Hosted(store, out, page, voice.warn, stop=signals.stop) as hosted:

@@ -70,13 +70,27 @@ class DriverNote:
     flow_run: str = ""
 
     @classmethod
-    def of_this_process(cls, out: Path) -> DriverNote:
-        """The first word of a driver in this process."""
-        mark = ProcessMark.of(os.getpid()) or ProcessMark(os.getpid(), 0)
+    def of_process(cls, out: Path, pid: int | None = None) -> DriverNote:
+        """The first word of a driver in this process, or in another one of this machine."""
+        pid = os.getpid() if pid is None else pid
+        mark = ProcessMark.of(pid) or ProcessMark(pid, 0)
         folder = os.fsencode(out.absolute()).decode(errors="replace")
         return cls(
             secrets.token_hex(8), socket.gethostname(), boot_id(), process_space(), mark.pid, mark.started, folder
         )
+
+    @property
+    def mark(self) -> str:
+        """Which process of which machine it is, as a word for others to keep."""
+        return f"hotstage {self.host} {self.boot} {self.space} {self.pid} {self.started}"
+
+    @classmethod
+    def of_mark(cls, mark: str) -> DriverNote | None:
+        """Who that is; None where it is no such word."""
+        words = mark.split(" ")
+        if len(words) != 6 or words[0] != "hotstage" or not (words[4].isdecimal() and words[5].isdecimal()):
+            return None
+        return cls("", words[1], words[2], words[3], int(words[4][:18]), int(words[5][:18]), "")
 
     @property
     def here(self) -> bool:
@@ -132,7 +146,7 @@ class Driving:
     _at: float | None = None
 
     def __post_init__(self) -> None:
-        self.told = DriverNote.of_this_process(self.out)
+        self.told = DriverNote.of_process(self.out)
 
     def beat(self, n: int) -> None:
         """It drives, and knows so many records of the log. Written at most every `BEAT_S`, a new page at once."""

@@ -19,22 +19,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID, uuid5
 
 from checkpoint.errors import CheckpointError
 from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
+from flows.drive.driving import Ears
 from flows.drive.events import Event, Outcome
 from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line
 from flows.drive.scores import line_evaluations, score_markdown
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
+from flows.page.left_open import OPEN, close_gone, own_mark
 from flows.prefect_api import BUSY_PAUSE_S, Busy, Client, Gone, Lost, Refused, artifact_key
 from trainer.failures import FAILURES, Failure
 
@@ -70,7 +72,6 @@ class TaskRow:
     name: str
     began: float
     states: list[tuple[str, str, str, float]] = field(default_factory=list)
-    id: UUID = field(default_factory=uuid4)
     told: int = 0
 
     @property
@@ -96,8 +97,13 @@ class Page:
     shown: Callable[[str], None] | None = None
     cancelled: Callable[[], None] | None = None
     """Called where the flow run is cancelled on the page; None: the run is cancelled."""
+    adopted: Sequence[str] = ()
+    """Flow runs of drivers that are gone, the newest first: the first that is still open is gone on with."""
+    keeps: Callable[[], bool] = lambda: True
+    """Whether the server outlives this process."""
     report: str = ""
     every_s: float = EVERY_S
+    clock: Callable[[], float] = time.monotonic
     failures: int = 0
     dropped: int = 0
 
@@ -125,7 +131,10 @@ class Page:
         self._outcome: Outcome | None = None
         self._failed: str = ""
         self._closing = threading.Event()
-        self._done = False
+        self._done = self._resting = False
+        self._marked: str | None = None
+        self._ears: Ears | None = None
+        self._gone: set[str] = set()
         self._said: set[str] = set()
         self._check = False
         self._busy = 0
@@ -179,6 +188,15 @@ class Page:
             self._thread.join(0.1)
         return self._done
 
+    def where(self) -> tuple[str, str]:
+        """The server's API and the flow run, for who goes on with it where this process dies; empty: there is none."""
+        client, flow_run = self._client, self.flow_run
+        return (client.url, flow_run) if client is not None and flow_run is not None and self.keeps() else ("", "")
+
+    def rest(self) -> None:
+        """No more is told from here, and the flow run stays as it is: somebody goes on with it."""
+        self._resting = True
+
     def _put(self, kind: str, value: Any) -> None:
         try:
             self._queue.put_nowait((kind, value))
@@ -188,13 +206,13 @@ class Page:
     # --- the thread ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
+        while not self._resting:
             closing = self._closing.is_set()
             with contextlib.suppress(queue.Empty):
                 self._take(*self._queue.get(timeout=0.1 if closing else self.every_s))
                 while True:
                     self._take(*self._queue.get_nowait())
-            if time.monotonic() < self._retry_at and not (closing and self._retry_s == RETRY_S):
+            if self.clock() < self._retry_at and not (closing and self._retry_s == RETRY_S):
                 continue
             try:
                 if self._sync(closing):
@@ -212,14 +230,14 @@ class Page:
                 self._fail(error, f"Prefect refuses ({error}); the run goes on without its page")
             except CheckpointError as error:
                 log.info("the run's log is not read for Prefect's page now: %s", error)
-                self._retry_at = time.monotonic() + self._retry_s
+                self._retry_at = self.clock() + self._retry_s
             except Exception as error:  # whatever Prefect's client raises: it must not end the thread
                 self._fail(error, f"Prefect's page is not written ({type(error).__name__}: {error}); the run goes on")
 
     def _fail(self, error: Exception, text: str) -> None:
         self.failures += 1
         self._check = True
-        self._retry_at = time.monotonic() + self._retry_s
+        self._retry_at = self.clock() + self._retry_s
         self._retry_s = min(self._retry_s * 2, RETRY_MOST_S)
         kind = type(error).__name__ + (str(error)[:24] if isinstance(error, Refused) else "")
         if kind not in self._said:
@@ -278,7 +296,8 @@ class Page:
             self._forget()
         self._check = False
         self._ensure_flow_run()
-        now = time.monotonic()
+        self._close_gone(closing)
+        now = self.clock()
         if self._log_news and self._run:
             self._read_log()
             self._log_news = False
@@ -317,6 +336,8 @@ class Page:
         assert self._client is not None
         name = self._run or self.name
         if self.flow_run is None:
+            self._adopt()
+        if self.flow_run is None:
             self.flow_run = self._client.create_flow_run(name, {**self.parameters, "run": self._run or None})
             self._named, self._begun = name, False
         elif self._named != name and not self._engine:
@@ -327,6 +348,32 @@ class Page:
             if self.shown is not None:
                 self.shown(self._client.page_of(self.flow_run))
 
+    def _adopt(self) -> None:
+        """Go on with a flow run whose process is gone; not with one that has ended."""
+        assert self._client is not None
+        while self.adopted and self.flow_run is None:
+            first, self.adopted = self.adopted[0], self.adopted[1:]
+            with contextlib.suppress(Lost):
+                if self._client.state_of(first) in OPEN:
+                    self.flow_run, self._named = first, self._run or self.name
+
+    def _close_gone(self, closing: bool) -> None:
+        """Say whose process is behind the flow run; once, and at the end, close those of drivers that are gone."""
+        assert self._client is not None
+        assert self.flow_run is not None
+        if self._marked != self.flow_run:
+            self._client.mark(self.flow_run, own_mark())
+            self._marked = self.flow_run
+        if not self._run or (self._ears is not None and not closing):
+            return
+        self._ears = self._ears or Ears(self.store, self._run)
+        for note in self._ears.listen().gone:
+            if note.flow_run and note.flow_run not in (self.flow_run, *self._gone) and note.api == self._client.url:
+                close_gone(
+                    self._client, note.flow_run, note.describe(), f"flow run {self.flow_run} goes on with the run"
+                )
+                self._gone.add(note.flow_run)
+
     def _forget(self) -> None:
         """The server knows nothing of this flow run: all of it is to be told again."""
         self.flow_run, self._engine = None, False
@@ -334,7 +381,7 @@ class Page:
         self._told.clear()
         self._lines_told = self._lines_seen - len(self._lines)
         for row in self._tasks.values():
-            row.told, row.id = 0, uuid4()
+            row.told = 0
         self._news = True
 
     def _read_log(self) -> None:
@@ -395,7 +442,9 @@ class Page:
         events = [
             event
             for row in self._tasks.values()
-            for event in self._client.task_events(self.flow_run, row.id, row.key, row.name, row.states, row.told)
+            for event in self._client.task_events(
+                self.flow_run, task_id(self.flow_run, row.key), row.key, row.name, row.states, row.told
+            )
         ]
         if events:
             self._client.post_events(events)
@@ -510,6 +559,11 @@ class Page:
             return
         kind, word = END_STATES[self._outcome.outcome]
         self._client.set_state(self.flow_run, kind, word, end_message(self._outcome))
+
+
+def task_id(flow_run: str, key: str) -> UUID:
+    """Of a task run: the same one, whichever process tells it."""
+    return uuid5(UUID(flow_run), key)
 
 
 def end_message(outcome: Outcome) -> str:

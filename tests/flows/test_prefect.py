@@ -153,11 +153,11 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     result = done.json()
     assert (result["attempts"], result["state_digest"]) == (1, undisturbed)
     flow_runs = prefect.named(result["run"])
-    assert sorted(f["state_type"] for f in flow_runs) == [
-        "COMPLETED",
-        "RUNNING",
-    ]  # nobody told Prefect of the first's end
-    rows = json.loads(prefect.artifacts(flow_runs[-1]["id"])[f"{result['run']}-attempts"]["data"])
+    assert sorted(f["state_type"] for f in flow_runs) == ["COMPLETED", "CRASHED"]
+    (crashed,) = [f for f in flow_runs if f["state_type"] == "CRASHED"]
+    assert crashed["state"]["message"].startswith(f"its process is gone (process {process.pid} on ")
+    (completed,) = [f for f in flow_runs if f["state_type"] == "COMPLETED"]
+    rows = json.loads(prefect.artifacts(completed["id"])[f"{result['run']}-attempts"]["data"])
     assert [row["attempt"] for row in rows] == [1]
 
 

@@ -73,7 +73,7 @@ def test_a_process_of_this_machine_that_was_killed_is_gone_at_once() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mark = ProcessMark.of(child.pid)
     assert mark is not None
-    here = replace(DriverNote.of_this_process(Path("out")), pid=mark.pid, started=mark.started)
+    here = replace(DriverNote.of_process(Path("out")), pid=mark.pid, started=mark.started)
     put(store, here)
     ears = Ears(store, RUN)
     assert ears.listen().driven
@@ -81,7 +81,7 @@ def test_a_process_of_this_machine_that_was_killed_is_gone_at_once() -> None:
     child.wait()
     word = ears.listen()
     assert (word.driven, word.gone) == (False, (here,))
-    put(store, replace(here, pid=DriverNote.of_this_process(Path()).pid))  # another process has its number now
+    put(store, replace(here, pid=DriverNote.of_process(Path()).pid))  # another process has its number now
     assert not ears.listen().driven
 
 

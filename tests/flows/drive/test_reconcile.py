@@ -215,7 +215,7 @@ class Local:
 
     def dead(self, token: str = "dead", **more: Any) -> DriverNote:
         """Of a process of this machine that is no more."""
-        return replace(DriverNote.of_this_process(self.out), token=token, pid=(1 << 22) + 1, n=1, **more)
+        return replace(DriverNote.of_process(self.out), token=token, pid=(1 << 22) + 1, n=1, **more)
 
     def end(self, *reconcilers: Reconciler) -> None:
         for reconciler in reconcilers or (self.reconciler,):
@@ -250,7 +250,7 @@ def test_a_local_run_that_is_left_alone(local: Local, why: str) -> None:
             local.drivers(local.dead(), local.dead("later", left=STOPPED, at=1.0))
         case "driven":
             local.claim()
-            local.drivers(local.dead(), replace(DriverNote.of_this_process(local.out), n=1))
+            local.drivers(local.dead(), replace(DriverNote.of_process(local.out), n=1))
         case "never told":
             local.claim()
         case "another machine":

@@ -1,0 +1,42 @@
+"""The shipped driver through weeks of seeded faults of every class (tests/support/simulated)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.simulated import campaign
+from tests.support.simulated.faults import CLASSES
+from tests.support.simulated.mistakes import MISTAKES
+
+QUICK = ("silence is failure", "unknown is gone", "old words count", "no epoch fence", "once is enough")
+
+
+@pytest.mark.parametrize(
+    ("hours", "seed"), [(160, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_weeks_of_faults(hours: float, seed: int, tmp_path: Path) -> None:
+    """No healthy gang killed, no orphan, no duplicate, every give-up with a true reason, goodput at least 97 %."""
+    found = campaign.run(hours, seed, tmp_path)
+    said = campaign.report(found)
+    print(said)
+    assert not any(found.found.values()), said
+    assert found.account.goodput >= campaign.LEAST_GOODPUT, said
+    assert said.splitlines()[-1].endswith("%, healthy killed 0, wrong give-ups 0"), said
+    assert set(found.struck) == set(map(str, CLASSES)), said
+    assert set(found.outcomes) == {"succeeded"}, said
+
+
+def test_a_seed_gives_one_campaign(tmp_path: Path) -> None:
+    once, again = (campaign.run(1, 3, tmp_path) for _ in range(2))
+    assert (once.account, once.struck, once.attempts) == (again.account, again.struck, again.attempts)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MISTAKES])
+def test_a_mistake_is_found(name: str, tmp_path: Path) -> None:
+    """By this many hours at the latest, and as what it is."""
+    mistake, kinds = MISTAKES[name]
+    with mistake():
+        found = campaign.run(400, 3, tmp_path, until_found=True)
+    assert any(found.found[kind] for kind in kinds.split()), campaign.report(found)
