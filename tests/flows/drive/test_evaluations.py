@@ -18,12 +18,13 @@ from checkpoint.store.memory import MemoryStore
 from flows.drive.evaluations import Evaluating, due, lacking, result_of
 from flows.drive.events import Event
 from flows.drive.live import load_evaluations
+from flows.evaluate.command import numbers_of, of_metrics, read_result
 from flows.show.lines import Lines
 from tests.checkpoint.samples import attempt_body, point_body
-from tests.support.place import SPEC
+from tests.support.place import ROOT, SPEC
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
-from trainer.spec import RunSpec, how_map, parse_spec
+from trainer.spec import RunSpec, how_map, load_spec, parse_spec
 
 RUN = "demo-0a1b2c"
 BOTH = ("validation.every=2", 'eval=[{name="a", command=["x", "{model}"], every=1}]')
@@ -183,6 +184,26 @@ def test_refusals(sets: str, words: str) -> None:
     with pytest.raises(SpecError) as refused:
         spec("validation.every=1", sets)
     assert words in str(refused.value)
+
+
+def test_the_example_reads_what_the_harness_writes(tmp_path: Path) -> None:
+    """examples/evaluate.toml, and a results file of lm-evaluation-harness 0.4.13 in its form."""
+    whole = load_spec(ROOT / "examples" / "evaluate.toml")
+    (harness,) = whole.eval
+    form = {
+        "results": {
+            "hellaswag": {"alias": "hellaswag", "acc,none": 0.29, "acc_stderr,none": 0.004, "acc_norm,none": 0.31},
+            "arc_easy": {"alias": "arc_easy", "acc,none": 0.42, "acc_stderr,none": 0.01},
+        },
+        "configs": {"hellaswag": {"num_fewshot": 0}},
+        "versions": {"hellaswag": 1.0},
+        "config": {"model": "hf", "random_seed": 0, "limit": None},
+        "total_evaluation_time_seconds": "12.5",
+    }
+    (tmp_path / "__model").mkdir()
+    (tmp_path / "__model" / "results_2026-11-27T06-00-00.000000.json").write_text(json.dumps(form))
+    ran = of_metrics(harness, numbers_of(read_result(harness, tmp_path, "|Tasks|Version|")), 12.5)
+    assert ran == Ran({"hellaswag/acc_norm,none": 0.31, "arc_easy/acc,none": 0.42}, 12.5)
 
 
 def test_lines_of_it() -> None:
