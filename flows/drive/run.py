@@ -306,7 +306,8 @@ def _begun(store: Store, run: str) -> RunState:
     """As `readable`. SpecError where the run begins from weights that are not stored whole yet: it would begin from
     random ones."""
     state = readable(store, run)
-    if not state.n and load_what(store, run)["model"].get("init"):
+    whole = parent_of(state) is not None or state.at_step() is not None
+    if not whole and load_what(store, run)["model"].get("init"):
         raise SpecError(
             f"run {run} begins from weights that were not stored to their end (model.init): `hotstage train` with its "
             "spec goes on with that"

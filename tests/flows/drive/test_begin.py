@@ -34,7 +34,7 @@ from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.fork import fork_run
 from flows.drive.line import parent_of
-from flows.drive.run import ask_run, create_run, load_run, load_what, run_names
+from flows.drive.run import ask_run, create_run, load_run, load_what, ready_store, run_names
 from flows.drive.weights import folder_weights
 from flows.show.export import Inference, checkpoint_at, export_hf
 from flows.show.talk import Text
@@ -302,17 +302,19 @@ def test_a_run_whose_weights_are_not_stored_whole_is_not_driven(imported: Import
 
 
 class Stops(MemoryStore):
-    """Dies at its n-th create, of which the object is there or not."""
+    """Makes one object, and dies right after it (``after``), or before the next."""
 
     left, after = 1 << 30, False
 
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
-        self.left -= 1
-        if self.left < 0:
-            if self.after:
-                super().create(key, data, sha256=sha256)
+        if self.head(key) is None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        made = super().create(key, data, sha256=sha256)
+        if self.left == 0 and self.after and made:
             raise KeyboardInterrupt
-        return super().create(key, data, sha256=sha256)
+        return made
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -321,19 +323,23 @@ def test_killed_anywhere_the_next_one_goes_on(imported: Imported, after: bool) -
     case = imported("qwen3-odd-f16")
     spec, store = case.training(), Stops()
     store.after = after
-    deaths, room = 0, 3
+    ready_store(store)
+    deaths, seen = 0, set[bool]()
     while True:
-        store.left = room
+        store.left = 1
         try:
             run = prepare_run(spec, store)
             break
         except KeyboardInterrupt:
-            deaths, room = deaths + 1, room + 1 if deaths % 4 == 0 else room
-        for name in run_names(store):  # no driver takes up what is half made
-            if not RunLog(store, name).fold().n and "-import-" not in name:
+            deaths += 1
+        for name in run_names(store):  # no driver takes up what is half made, the weights' own run neither
+            state = RunLog(store, name).fold()
+            if parent_of(state) is None and state.at_step() is None:
+                seen.add("-import-" in name)
                 with pytest.raises(SpecError, match="not stored to their end"):
                     load_run(store, name)
-    assert deaths > 4
+    assert deaths > 15
+    assert seen == {False, True}
     store.left = 1 << 30
     began = parent_of(RunLog(store, run.run).fold())
     assert began is not None
