@@ -209,7 +209,7 @@ def ended_as(outcome: Outcome | NothingNew) -> dict[str, Any] | State[Any]:
         return Completed(message=str(outcome))
     if outcome.outcome == "gave_up":
         raise RunFailed(end_message(outcome))
-    if outcome.outcome in ("cancelled", "stopped", "superseded"):
+    if outcome.outcome in ("cancelled", "parked", "stopped", "superseded"):
         return Cancelled(message=end_message(outcome))
     return asdict(outcome)
 

@@ -20,7 +20,7 @@ RETIRED = {"recovery": ("max_rollbacks",)}
 """Keys that never had an effect and are gone. Specs, logs and Prefect's deployments that hold them are read."""
 LATER = {
     "checkpoint": ("bandwidth_mb_s", "keep", "snapshot_every", "persist_every"),
-    "recovery": ("replay_every", "on_divergence", "max_skips"),
+    "recovery": ("replay_every", "on_divergence", "on_explosion", "max_skips"),
     "parallel": ("vocab_stages",),
 }
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
@@ -318,7 +318,15 @@ class RecoverySpec(Section):
         description="where numbers are not finite at the same step for the second time. stop: it gives up; skip: it "
         "goes back to the newest checkpoint and passes over the batches from there to that step",
     )
-    max_skips: int = size(3, high=100, text='times that on_divergence = "skip" may do so before it gives up')
+    on_explosion: Literal["warn", "skip", "lower", "stop"] = Field(
+        "warn",
+        description="where the loss stays far above what is usual for the run (docs/watch.md). warn: it is told, as "
+        "always; skip: the run goes back to the newest checkpoint before that and passes over the batches from there; "
+        "lower: it goes back and trains on at half the rate; stop: it gives up",
+    )
+    max_skips: int = size(
+        3, high=100, text="times that on_divergence and on_explosion may do so before the run gives up"
+    )
     backoff_s: float = Field(1.0, ge=0, le=3600, description="first pause before the next attempt after a loss")
     backoff_max_s: float = Field(60.0, ge=0, le=86_400, description="longest pause")
     layouts: tuple[OtherLayout, ...] = Field(

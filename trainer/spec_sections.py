@@ -36,7 +36,7 @@ from trainer.spec_how import (
     other_name,
 )
 from trainer.spec_layouts import layout_words, other_hows
-from trainer.spec_watch import WATCHED, EvalSpec, TrackSpec, ValidationSpec
+from trainer.spec_watch import WATCHED, EvalSpec, LimitsSpec, TrackSpec, ValidationSpec
 from trainer.wire import VOCAB_BLOCKS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
@@ -434,6 +434,7 @@ class RunSpec(Section):
         (), max_length=8, description="commands on exported checkpoints: tables [[eval]]"
     )
     track: TrackSpec = TrackSpec()
+    limits: LimitsSpec = LimitsSpec()
 
     @model_validator(mode="after")
     def _check(self) -> RunSpec:

@@ -1,4 +1,4 @@
-"""How a run is watched, of its spec's How: validation beside training, commands on its checkpoints, trackers.
+"""How a run is watched, of its spec's How: validation beside training, commands on its checkpoints, trackers, limits.
 
 None of it changes a bit of the run, and none of it waits: see docs/watch.md.
 """
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from trainer.spec_fields import NAME, RULES, Section, shown, size
 
-WATCHED = ("validation", "eval", "track")
+WATCHED = ("validation", "eval", "track", "limits")
 """Sections that came when runs had records already: where one is at its default a How is written without it."""
 MODEL = "{model}"
 """In a word of a command: the folder of the exported checkpoint. ``{out}``: an empty folder for what it writes,
@@ -63,6 +63,19 @@ class EvalSpec(Section):
                 "model's folder"
             )
         return self
+
+
+class LimitsSpec(Section):
+    """What a run may use, and who answers for it."""
+
+    device_hours: float = Field(
+        0.0,
+        ge=0,
+        le=1e9,
+        description="ranks times hours, start-up and lost work included; then the run is parked: it saves, leaves and "
+        "goes on with `runs resume` and a higher limit. 0: no limit",
+    )
+    owner: str = Field("", max_length=100, description="who answers for the hours; unset: whoever started the run")
 
 
 class TrackSpec(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,26 +78,67 @@ def _wish(
     return Wish(rollback_to, skip, lr_scale, from_step, steps)
 
 
+STATES = ("planned", "open", "succeeded", "gave up", "cancelled", "parked")
+
+
+class Since(click.ParamType[float]):
+    """A moment: a date, or so long ago. Seconds since 1970."""
+
+    name = "WHEN"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from datetime import datetime
+
+        ago = re.fullmatch(r"\s*(\d{1,6})\s*([smhdw])\s*", str(value))
+        if ago is not None:
+            return time.time() - int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[ago[2]]
+        try:
+            return datetime.fromisoformat(str(value).strip()).timestamp()  # of this machine's zone where none is said
+        except (ValueError, OverflowError, OSError):
+            self.fail(f"{value!r} is no moment; write a date such as 2026-11-01, or so long ago: 7d, 12h.", param, ctx)
+
+
 @runs.command("ls")
+@click.option("--owner", metavar="NAME", help="Those that NAME answers for (user, or user@host).")
+@click.option("--since", type=Since(), metavar="WHEN", help="Those that began since then: 7d, 12h, 2026-11-01.")
+@click.option("--state", type=click.Choice(STATES), help="Those that stand so.")
 @store_option
 @json_option
-def list_runs(store: str | None, as_json: bool) -> int:
-    """Every run of the store, and where it stands."""
+def list_runs(owner: str | None, since: float | None, state: str | None, store: str | None, as_json: bool) -> int:
+    """Every run of the store: where it stands, who answers for it, and what it used.
+
+    Device hours are ranks times hours, from an attempt's record to its newest step; of these the lost ones are start-up
+    after a failure and steps that were done twice.
+    """
     from flows.drive.run import run_names
     from flows.drive.train import store_at
     from flows.show.facts import summary
 
+    def asked_for(row: Mapping[str, Any]) -> bool:
+        theirs = owner is None or owner in (row["owner"], row["owner"].partition("@")[0])
+        return theirs and (since is None or (row["began"] or 0.0) >= since) and (state is None or row["state"] == state)
+
     opened = store_at(store)
-    rows = [summary(opened, name) for name in run_names(opened)]
+    every = [summary(opened, name) for name in run_names(opened)]
+    rows = [row for row in every if asked_for(row)]
     if as_json:
         show(rows)
         return 0
     if not rows:
-        say(f"no runs in {opened.describe()}")
+        say(f"none of the {len(every)} runs in {opened.describe()}" if every else f"no runs in {opened.describe()}")
         return 0
-    say(f"{'run':<40} {'state':<12} {'saved step':>10} {'of':>8} {'attempts':>8}")
+    queued = any(row["queue"] or row["priority"] for row in rows)
+    say(
+        f"{'run':<36} {'state':<9} {'saved step':>10} {'of':>8} {'attempts':>8} {'hours':>9} {'lost':>7}  owner"
+        + ("  queue, priority" if queued else "")
+    )
     for row in rows:
-        say(f"{row['run']:<40} {row['state']:<12} {row['saved_step']:>10} {row['steps']:>8} {row['attempts']:>8}")
+        place = ", ".join(filter(None, (row["queue"], row["priority"])))
+        say(
+            f"{row['run']:<36} {row['state']:<9} {row['saved_step']:>10} {row['steps']:>8} {row['attempts']:>8} "
+            f"{row['device_hours']:>9.2f} {row['lost_hours']:>7.2f}  {row['owner'] or '-'}"
+            + (f"  {place}" if place else "")
+        )
     return 0
 
 

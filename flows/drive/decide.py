@@ -4,7 +4,7 @@ The driver keeps nothing. Everything it knows is the folded log (truth), an obse
 missing), and a memory of since when it has seen some of it; so it can be killed at any instruction, and the next one
 decides the same, or waits longer. ``flows/drive/loop.py`` is the thin
 loop that observes, asks here, and acts; nobody acts on a gang before the log record that orders it is won. The data is
-in ``flows/drive/views.py``, what the past means in ``flows/drive/history.py``.
+in ``flows/drive/views.py``, what the past means in ``flows/drive/history.py``, D11 and D12 in ``policies.py``.
 
 Rules:
   D1  The log outranks every hint: a recorded checkpoint of the last step is success, whatever the hints say.
@@ -26,7 +26,12 @@ Rules:
       that trains is ended for that, nor to have more nodes again: the next launch is for the layout that was asked for.
   D10 Where numbers diverge for good, and the spec says skip, the driver gives an order of its own: back to the newest
       checkpoint and past what was read from there on, a few times since a person's last word. All else that changes
-      bits is a person's order (docs/adr/0015).
+      bits, but for D11, is a person's order (docs/adr/0015).
+  D11 A loss that explodes is a hint: it is told. Where the spec says so (recovery.on_explosion) it is acted on, while
+      the gang of that attempt trains: the run goes back to a checkpoint from before it, past the batches or at half the
+      rate, as often as D10 does; or gives up. Nothing is thrown away for it that is not saved: without such a
+      checkpoint it is told alone.
+  D12 A run that has used its device hours saves its state, leaves, and ends parked; only a person's order opens it.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from flows.drive.causes import cause_of, explained, rank_class, stalled
-from flows.drive.history import avoided, backoff, give_up, spoken, struck, suspected
+from flows.drive.history import avoided, backoff, give_up, struck, suspected
+from flows.drive.policies import healed, often, own_orders, parked
 from flows.drive.views import (
     AttemptView,
     AwaitStop,
@@ -51,12 +57,12 @@ from flows.drive.views import (
     MarkDamaged,
     Memory,
     NodeView,
+    OwnOrder,
     Phase,
     Policy,
     Restore,
     RunLayout,
     Saves,
-    SkipBatches,
     StartAttempt,
     Watch,
 )
@@ -105,6 +111,7 @@ def decide(log: LogView, seen: Look, policy: Policy, memory: Memory) -> tuple[De
         waited_s=_age(memory.waiting, seen),
         left_s=_age(memory.leaving, seen),
     )
+    decision = parked(log, seen, policy, decision) or healed(log, seen, policy, decision) or decision
     if isinstance(decision, Watch):
         return replace(decision, ensure=seen.lost is None), memory
     if isinstance(decision, StartAttempt) and decision.delay_s > 0:
@@ -337,15 +344,14 @@ def _skipped(log: LogView, cause: Cause, policy: Policy) -> Decision | None:
     if cause.cls != Failure.NUMERIC or not policy.skips_diverged or not isinstance(step, int):
         return None
     restore, amended = choose_restore(log, (), policy, use_slots=False), log.amendments
-    tried = sum(order.own and order.n > spoken(log) for order in log.orders)
+    tried = own_orders(log)
     if step <= restore.step or _no_way_back(log, restore):
         return None
     skipping = amended.skipping(amended.batch(restore.step + 1), amended.batch(step))
     if tried >= policy.max_skips or len(skipping.skip) > ATTEMPT_SKIPS_MAX:
-        often = "once" if tried == 1 else f"{tried} times"
-        why = f"{cause.said()}; to skip batches, {often} (recovery.max_skips), did not help"
+        why = f"{cause.said()}; to skip batches, {often(tried)} (recovery.max_skips), did not help"
         return End("gave_up", why, cause)
-    return SkipBatches((restore.checkpoint, restore.step), skipping, cause)
+    return OwnOrder((restore.checkpoint, restore.step), skipping, cause)
 
 
 def _drained(nodes: Sequence[NodeView], newest: AttemptView, policy: Policy, *, leaving: bool) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """What people should see: ``kind`` is step, phase, devices, attempt, checkpoint, damaged, replay, evaluated or
-    ended.
+    """What people should see: ``kind`` is step, phase, devices, attempt, checkpoint, damaged, replay, evaluated,
+    health or ended.
     """
 
     kind: str
@@ -43,8 +43,9 @@ class NoSink:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run (or this driver's part of it) ended. ``outcome``: succeeded, cancelled, gave_up, stopped, or superseded
-    (an order stands that this driver cannot follow; the run goes on elsewhere). ``cls``: of the cause of giving up.
+    """How a run (or this driver's part of it) ended. ``outcome``: succeeded, cancelled, gave_up, parked (its hours are
+    used), stopped, or superseded (an order stands that this driver cannot follow; the run goes on elsewhere). ``cls``:
+    of the cause of giving up.
     """
 
     run: str

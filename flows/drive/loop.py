@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,24 @@ from flows.drive.decide import decide, leaving
 from flows.drive.driving import STOPPED, Driving
 from flows.drive.evaluations import Evaluating
 from flows.drive.events import NoSink, Outcome, Sink
+from flows.drive.foreseen import health_of, plan_shares
+from flows.drive.health import Health, Symptom
 from flows.drive.history import avoided
+from flows.drive.hours import HOUR, worked
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
-from flows.drive.live import MetricsReader, StatusReader
+from flows.drive.line import ordered_back
+from flows.drive.live import MetricsReader, StatusReader, load_curve
 from flows.drive.orders import CannotFollow, followed, own_order
 from flows.drive.replays import Replays
-from flows.drive.run import Prepared, attempt_body, fallback_body, fold_view, layouts_of, still_read, under
+from flows.drive.run import (
+    Prepared,
+    attempt_body,
+    fallback_body,
+    fold_view,
+    layouts_of,
+    still_read,
+    under,
+)
 from flows.drive.telling import DETACHED, Teller
 from flows.drive.views import (
     AwaitStop,
@@ -45,10 +57,10 @@ from flows.drive.views import (
     MarkDamaged,
     Memory,
     NodeView,
+    OwnOrder,
     Phase,
     Policy,
     RunLayout,
-    SkipBatches,
     StartAttempt,
     Watch,
     short,
@@ -117,6 +129,10 @@ class Driver:
     _status: StatusReader | None = None
     _view: tuple[RunState, LogView] | None = None
     _layouts: tuple[RunLayout, ...] = ()
+    _health: Health | None = None
+    _exploded: Symptom | None = None
+    _worked: tuple[tuple[int, bool], float] | None = None
+    _hours: float = 0.0
 
     def __post_init__(self) -> None:
         self._log = RunLog(self.store, self.prepared.run, writer="driver")
@@ -220,6 +236,8 @@ class Driver:
             finishing=finishing,
             reached=view.state != "elsewhere",
             stop=self.stop.is_set(),
+            exploded=self._exploded,
+            hours=self._device_hours(state, nodes),
         )
         if view.note:
             self._teller.phase("attached" if seen.reached else "elsewhere", view.note, key=("launch", view.note))
@@ -278,8 +296,8 @@ class Driver:
                 return self._teller.outcome(state, outcome)
             case Leave(detach):
                 return self._leave(state, detach)
-            case AwaitStop():
-                self._teller.phase(Phase.DRAINING, "what was asked to stop saves and leaves")
+            case AwaitStop(why):
+                self._teller.phase(Phase.DRAINING, why or "what was asked to stop saves and leaves")
                 if state.newest_attempt is not None:
                     self.launcher.stop(state.newest_attempt.launch, self.prepared.spec.checkpoint.commit_s)
             case Watch(phase, text, ensure):
@@ -294,7 +312,7 @@ class Driver:
                 self._log.append("damaged", {"checkpoint": checkpoint, "reason": short(why, 4000)}, state)
                 log.warning("checkpoint record %d is damaged: %s; an older one is used", checkpoint, why)
                 self._teller.tell("damaged", checkpoint=checkpoint, why=why)
-            case SkipBatches():
+            case OwnOrder():
                 self._log.append("intervention", own_order(state, decision), state)
             case End(outcome, reason, cause):
                 text = short(f"{cause.cls}: {reason}" if cause else reason, 4000)
@@ -386,6 +404,35 @@ class Driver:
             self.sleep(self.poll_s)
         self.launcher.stop(launch.launch_id, 0.0)
 
+    def _examine(self, line: Mapping[str, Any]) -> None:
+        """What a step says of the run's health is told, and kept where it is an explosion."""
+        if self._health is None:
+            self._health = health_of(self.prepared)
+        if line["epoch"] > self._health.epoch:
+            self._exploded = None
+            self._health.shares = plan_shares(self.prepared)  # of the attempt's layout
+        for finding in self._health.see(line):
+            self._teller.tell("health", **finding.facts())
+            if finding.kind == "explosion":
+                self._exploded = finding
+        if self._exploded is not None and not self._health.exploding:
+            self._exploded = None
+
+    def _device_hours(self, state: RunState, nodes: list[NodeView]) -> float:
+        """That devices have worked for the run, where there is a limit: of attempts that are over by the index."""
+        newest = state.newest_attempt
+        if not self.prepared.spec.limits.device_hours or newest is None:
+            return 0.0
+        live = any(r.step > 0 and not r.ended for n in nodes if n.epoch == newest.epoch for r in n.ranks)
+        if self._worked is None or self._worked[0] != (newest.epoch, live):
+            curve = load_curve(self.store, self.prepared.run)
+            past = state.attempts[:-1] if live else state.attempts
+            hours = worked(past, curve.rows if curve is not None else {}, dict(ordered_back(state))).used
+            self._worked = (newest.epoch, live), hours
+        more = newest.ranks * max(0.0, time.time() - newest.time) / HOUR if live else 0.0
+        self._hours = max(self._hours, self._worked[1] + more)  # the index may be behind
+        return self._hours
+
     def _evaluate_last(self, evaluating: Evaluating, state: RunState) -> None:
         """What the last checkpoint still lacks; nobody trains any more, and who stops this leaves it."""
         spec = self.prepared.spec
@@ -398,6 +445,9 @@ class Driver:
     def _tell(self, state: RunState, nodes: list[NodeView], *, steps: bool, last: bool = False) -> None:
         """What the ranks and nodes said, and what was saved since the last look."""
         if steps:
-            self._teller.steps(state, self._metrics.poll([a.epoch for a in state.attempts[-2:]], last=last))
+            for line in self._teller.steps(
+                state, self._metrics.poll([a.epoch for a in state.attempts[-2:]], last=last)
+            ):
+                self._examine(line)
         self._teller.nodes(state, nodes)
         self._teller.checkpoints(state)

@@ -5,15 +5,12 @@ The newest order wins. Every driver follows it: the layout of the next attempt i
 order that it follows. Drivers that nobody asked for (reconcile, a flow run that Prefect executes again) write none.
 Nothing is written where neither differs from what was asked before, unless the command opens a run that had ended, goes
 back to an older checkpoint, or asks to count its failures anew. The driver itself gives an order where the spec's
-policy says so (``recovery.on_divergence``).
+policy says so (``recovery.on_divergence``, ``recovery.on_explosion``).
 """
 
 from __future__ import annotations
 
-import getpass
 import logging
-import re
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +22,7 @@ from checkpoint.store import Store
 from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.history import recent
 from flows.drive.line import beginning_of
+from flows.drive.persons import who
 from flows.drive.run import (
     Prepared,
     asks_layout,
@@ -37,7 +35,7 @@ from flows.drive.run import (
     ruling_how,
     spec_under,
 )
-from flows.drive.views import SkipBatches
+from flows.drive.views import OwnOrder
 from trainer.errors import PlanError, SpecError
 from trainer.spec import HOW_OF_WHAT, RETIRED, RunSpec, how_map
 
@@ -115,10 +113,10 @@ def _bits(amended: Amendments, start: StartPoint | None) -> dict[str, Any]:
     return body if start is None else body | {"checkpoint": start.checkpoint, "step": start.step}
 
 
-def own_order(state: RunState, skip: SkipBatches) -> dict[str, Any]:
-    """The body of the driver's own order (``decide``, D10)."""
-    body = {"kind": "order", "how": state.asked_how, "by": "the driver", "via": "recovery.on_divergence", "own": True}
-    return body | _bits(skip.amendments, StartPoint(*skip.start)) | {"cause": skip.cause.to_map()}
+def own_order(state: RunState, order: OwnOrder) -> dict[str, Any]:
+    """The body of the driver's own order (``decide``, D10, D11)."""
+    body = {"kind": "order", "how": state.asked_how, "by": "the driver", "via": order.via, "own": True}
+    return body | _bits(order.amendments, StartPoint(*order.start)) | {"cause": order.cause.to_map()}
 
 
 def _same(spec: RunSpec, stands: Mapping[str, Any]) -> bool:
@@ -127,15 +125,6 @@ def _same(spec: RunSpec, stands: Mapping[str, Any]) -> bool:
         return how_map(spec_under(spec, stands)) == how_map(spec)
     except SpecError:
         return False
-
-
-def who() -> str:
-    """The person at this terminal, for people to read."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # no name for this number, as in a pod
-        user = "somebody"
-    return re.sub(r"[^\w.@-]", "_", f"{user}@{socket.gethostname()}")[:100]
 
 
 def followed(store: Store, state: RunState, prepared: Prepared, say: Callable[..., None]) -> Prepared:

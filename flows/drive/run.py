@@ -24,6 +24,7 @@ from checkpoint.store import Store
 from flows.data import load_dataset
 from flows.drive.decide import opened, superseded
 from flows.drive.line import parent_of
+from flows.drive.persons import who
 from flows.drive.views import AttemptView, LogView, OrderView, Policy, RunLayout, Saves, StartAttempt
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError, SpecError
@@ -97,10 +98,12 @@ class Prepared:
             backoff_max_s=spec.recovery.backoff_max_s,
             capacity_s=spec.recovery.capacity_s,
             skips_diverged=spec.recovery.on_divergence == "skip",
+            on_explosion=spec.recovery.on_explosion,
             max_skips=spec.recovery.max_skips,
             layouts=tuple(layouts),
             layout=next((i for i, layout in enumerate(layouts) if same_layout(layout.how, how)), 0),
             detaches=detaches,
+            device_hours=spec.limits.device_hours,
             node_bytes=max(sum(_without_slots(p, on_cuda) for p in node) for node in nodes),
         )
 
@@ -140,8 +143,8 @@ def create_run(prepared: Prepared, store: Store) -> None:
     if not store.create(spec_key(run), what_bytes(spec, prepared.dataset)):
         raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
     publish_plan(store, run, prepared.plan)
-    entry = {"v": 1, "run": run, "name": spec.name} | ({"schedule": prepared.schedule} if prepared.schedule else {})
-    store.create(index_key(run), pack(entry))
+    entry = {"v": 1, "run": run, "name": spec.name, "owner": who()}
+    store.create(index_key(run), pack(entry | ({"schedule": prepared.schedule} if prepared.schedule else {})))
 
 
 def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:

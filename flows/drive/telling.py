@@ -20,8 +20,12 @@ from trainer.failures import FAILURES, Failure
 from trainer.spec_layouts import layout_words
 
 DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
+NOT_TOLD = ("sums", "sent", "busy")
+"""Of a step's line: for replays and the run's health alone."""
 EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
+PARKED = "parked"
+"""What people call a run that ended ``preempted``: it has used what it may."""
 EXIT_SUPERSEDED = 78
 
 
@@ -64,20 +68,22 @@ class Teller:
         if self._failed_at is None:
             self._failed_at = self.clock()
 
-    def steps(self, state: RunState, lines: Iterable[Mapping[str, Any]]) -> None:
-        """What the ranks said of their steps, but for those that an order has left."""
-        back = ordered_back(state)
+    def steps(self, state: RunState, lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the ranks said of their steps, but for those that an order has left; the lines that hold."""
+        back, found = ordered_back(state), []
         for line in filter(None, map(step_line, lines)):
             epoch, step = line["epoch"], line["step"]
             if any(epoch < later and step > first for later, first in back):
                 continue
-            line = {key: value for key, value in line.items() if key not in ("sums", "sent")}  # for flows/replay alone
+            found.append(line)
+            line = {key: value for key, value in line.items() if key not in NOT_TOLD}
             if self._failed_at is not None and epoch == state.epoch and epoch not in self.max_step:
                 self.recoveries.append(self.clock() - self._failed_at)
                 self._failed_at = None
                 self.tell("recovered", epoch=epoch, step=step, seconds=self.recoveries[-1])
             self.max_step[epoch] = max(step, self.max_step.get(epoch, -1))
             self.sink.tell(Event("step", line))
+        return found
 
     def nodes(self, state: RunState, nodes: Iterable[NodeView]) -> None:
         """Their trouble: training goes on, but a person should know that checkpoints do not."""
@@ -145,6 +151,9 @@ class Teller:
             code = EXIT_SUPERSEDED
         elif outcome == "cancelled":
             reason, code = (state.ended.reason if state.ended else ""), EXIT_CANCELLED
+        elif outcome == "preempted":
+            reason = state.ended.reason.replace("RUN", self.run) if state.ended else ""
+            outcome, code = PARKED, EXIT_STOPPED
         elif outcome == "stopped":
             reason, code = ("the gang trains on" if left_running else reason), EXIT_STOPPED
         result = Outcome(

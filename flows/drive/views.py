@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, overload
 
 from checkpoint.amendments import NONE, Amendments
+from flows.drive.health import Symptom
 from trainer.failures import Failure, of_code
 from trainer.spec_layouts import layout_words
 
@@ -213,7 +214,7 @@ class RunLayout:
 class Policy:
     """How to recover. Seconds; counts. ``steps`` is the run's last step; ``layouts``: as the run was asked for, then
     what the spec allows where there is no room for that, best first, and ``layout`` which of them the run has now;
-    ``detaches``: the nodes outlive their driver (a cluster).
+    ``detaches``: the nodes outlive their driver (a cluster); ``device_hours``: after which it is parked (0: never).
     """
 
     steps: int
@@ -232,7 +233,9 @@ class Policy:
     capacity_s: float = 300.0
     leaving_s: float = 5.0
     skips_diverged: bool = False
+    on_explosion: str = "warn"
     max_skips: int = 3
+    device_hours: float = 0.0
     layouts: tuple[RunLayout, ...] = ()
     layout: int = 0
     detaches: bool = False
@@ -251,7 +254,8 @@ class Look:
     cannot be made whole, ``waiting``: what it waits for, ``room``: how many of its nodes have their machine (0: nobody
     knows), all by its launcher; ``finishing``: the newest attempt's launch was asked to stop by another driver, and
     still saves; ``reached``: the launch is within this driver's reach; ``stop``: a person wants this driver to leave;
-    ``now_s``: by the observer's own monotonic clock.
+    ``now_s``: by the observer's own monotonic clock; ``exploded``: an explosion of the loss that lasts; ``hours``: that
+    devices have worked for the run (hours.py), where there is a limit.
     """
 
     now_s: float
@@ -262,6 +266,8 @@ class Look:
     finishing: bool = False
     reached: bool = True
     stop: bool = False
+    exploded: Symptom | None = None
+    hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -410,7 +416,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class AwaitStop:
-    """What was asked to stop saves and leaves first: the next attempt's record would fence it."""
+    """What was asked to stop saves and leaves first: the next attempt's record would fence it. ``why``: where this
+    driver asks it.
+    """
+
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -428,15 +438,18 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class SkipBatches:
-    """Log an order of the driver's own (D10): the run goes on from ``start``, by these amendments."""
+class OwnOrder:
+    """Log an order of the driver's own (D10, D11): the run goes on from ``start``, by these amendments. ``via``: the
+    key of the spec that asks for it.
+    """
 
     start: tuple[int | None, int]
     amendments: Amendments
     cause: Cause
+    via: str = "recovery.on_divergence"
 
 
-Decision = StartAttempt | MarkDamaged | End | Watch | AwaitStop | Leave | Finished | SkipBatches
+Decision = StartAttempt | MarkDamaged | End | Watch | AwaitStop | Leave | Finished | OwnOrder
 
 
 def some_steps(steps: Sequence[int]) -> str:

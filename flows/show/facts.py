@@ -11,12 +11,15 @@ from checkpoint.keys import traces_prefix
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
+from flows.drive.hours import worked
 from flows.drive.line import ordered_back, parent_of
-from flows.drive.live import on_line, read_curve
+from flows.drive.live import load_curve, on_line, read_curve
 from flows.drive.orders import describe
+from flows.drive.persons import founder
 from flows.drive.replays import Kept
-from flows.drive.run import find_run, load_what, opened_again, read_run
+from flows.drive.run import find_run, load_what, opened_again, read_run, ruling_how
 from flows.drive.scores import line_evaluations, score_table
+from flows.drive.telling import PARKED
 from flows.drive.train import store_at
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
@@ -43,7 +46,7 @@ TAILS = 8
 def state_word(state: RunState) -> str:
     """Where a run stands, as far as the log alone says."""
     if state.ended and not opened_again(state):
-        return state.ended.outcome.replace("_", " ")
+        return PARKED if state.ended.outcome == "preempted" else state.ended.outcome.replace("_", " ")
     return "open" if state.attempts else "planned"
 
 
@@ -57,7 +60,9 @@ def skipped_samples(state: RunState, info: CheckpointInfo) -> int:
 def summary(store: Store, run: str) -> dict[str, Any]:
     """One run in a row of `runs ls`, in a handful of requests."""
     state = RunLog(store, run).fold(quick=True)
-    newest = state.restore_candidates()[:1]
+    newest, how = state.restore_candidates()[:1], ruling_how(state) or {}
+    limits, launch, curve = how.get("limits") or {}, how.get("launch") or {}, load_curve(store, run)
+    hours = worked(state.attempts, curve.rows if curve is not None else {}, dict(ordered_back(state)))
     try:
         steps = state.amendments.total(int(load_what(store, run)["train"]["steps"]))
     except CheckpointError:
@@ -69,6 +74,12 @@ def summary(store: Store, run: str) -> dict[str, Any]:
         "steps": steps,
         "attempts": len(state.attempts),
         "began": state.attempts[0].time if state.attempts else None,
+        "owner": limits.get("owner") or founder(store, run),
+        "queue": launch.get("queue", ""),
+        "priority": launch.get("priority_class", ""),
+        "device_hours": round(hours.used, 4),
+        "lost_hours": round(hours.lost, 4),
+        "limit_hours": limits.get("device_hours") or None,
     }
 
 

@@ -114,6 +114,8 @@ class Lines:
             case "replay" if facts["found"] != "same":
                 warn = "WARNING: a step computed again differs\n" if facts["found"] == "differs" else ""
                 self.say(f"{warn}{facts['text']}")
+            case "health":
+                self.say(("" if facts["over"] else "WARNING: ") + facts["text"])
             case "evaluated":
                 if facts["text"]:
                     self.say(("WARNING: " if facts.get("failed") else "") + facts["text"])

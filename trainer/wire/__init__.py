@@ -274,7 +274,9 @@ class StepReport(ctypes.LittleEndianStructure):
         ("position", u32),
         ("sent_forward", u32),
         ("sent_backward", u32),
-        ("reserved", u64 * 2),
+        ("busy_us", u32),
+        ("reserved0", u32),
+        ("reserved", u64),
     ]
 
 

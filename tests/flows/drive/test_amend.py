@@ -24,8 +24,8 @@ from flows.drive.views import (
     End,
     LogView,
     OrderView,
+    OwnOrder,
     Restore,
-    SkipBatches,
     StartAttempt,
 )
 from tests.checkpoint.samples import attempt_body, point_body
@@ -251,7 +251,7 @@ def test_numbers_that_diverge_twice_at_a_step_are_passed_over() -> None:  # D10
         judge(twice, [ended(n, epoch=4, step=26, code=87, words=DIVERGED) for n in range(2)], POLICY), End
     )
     decision = diverged(twice)
-    assert isinstance(decision, SkipBatches)
+    assert isinstance(decision, OwnOrder)
     assert (decision.start, decision.amendments.skip) == ((3, 20), ((21, 27),))
     assert decision.cause.cls == Failure.NUMERIC
     # batches that an order had skipped before are of no step
@@ -269,9 +269,9 @@ def test_it_does_so_a_few_times_since_a_persons_word() -> None:  # D10
     decision = diverged(log)
     assert isinstance(decision, End)
     assert "to skip batches, 3 times (recovery.max_skips), did not help" in decision.reason
-    assert isinstance(diverged(replace(log, orders=own[1:])), SkipBatches)
+    assert isinstance(diverged(replace(log, orders=own[1:])), OwnOrder)
     spoken_to = replace(log, orders=(*own, OrderView(9, {}, "ann")))
-    assert isinstance(diverged(spoken_to), SkipBatches)
+    assert isinstance(diverged(spoken_to), OwnOrder)
 
 
 def test_the_drivers_own_order_is_no_persons_word() -> None:
@@ -325,7 +325,7 @@ def test_the_drivers_own_order_is_for_the_layout_that_there_is(small: tuple[Stor
     state = log.append("attempt", attempt_body(how=wide), log.fold())
     fewer = attempt_body(how=how_map(prepared.spec), fallback={"kind": "capacity", "why": "no room"})
     state = log.append("attempt", fewer, state)
-    skip = SkipBatches((None, 0), Amendments(skip=((1, 3),)), Cause(Failure.NUMERIC, "not finite", step=2))
+    skip = OwnOrder((None, 0), Amendments(skip=((1, 3),)), Cause(Failure.NUMERIC, "not finite", step=2))
     state = log.append("intervention", own_order(state, skip), state)
     assert is_superseded(state)
     assert ruling_how(state) == how_map(prepared.spec)

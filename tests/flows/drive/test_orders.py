@@ -16,7 +16,8 @@ from checkpoint.store import Store, open_store
 from flows.drive.begin import prepare_run
 from flows.drive.events import Event, Outcome
 from flows.drive.loop import Driver
-from flows.drive.orders import Asked, changes, describe, place_order, who
+from flows.drive.orders import Asked, changes, describe, place_order
+from flows.drive.persons import who
 from flows.drive.run import (
     Prepared,
     attempt_body,

@@ -115,6 +115,7 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
     report.free_slot =
         ex->snapshot && hs_step_due(ex->plan->config, ex->step) && hs_snapshot_claim(ex->snapshot);
     report.stop = hs_stop_requested(ex->stop);
+    if (ex->spaces->backend->unified) report.busy_us = hs_metrics_busy_us(ex->metrics);
     memcpy(out, &report, sizeof report);
     memcpy(out + sizeof report, sumsq, 8 * ex->plan->count[HS_SECTION_TENSORS]);
     return HS_OK;
@@ -324,7 +325,7 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
         if (a->kind == HS_A_SEND) count_sent(ex, a, step);
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
-        ex->metrics->ns[hs_metrics_kind(a)] += end - start;
+        hs_metrics_add(ex->metrics, a, end - start);
         if (list >= HS_LIST_STEP)
             hs_trace_add(ex->trace, step, actions.first + i, start, end,
                          hs_messages_moved_ns(ex->messages) - moved);

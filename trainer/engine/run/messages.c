@@ -141,7 +141,7 @@ static hs_status wait_for(hs_messages *m, hs_list list, uint32_t i, int64_t step
     m->c.transport->last_wait(m->c.comm, &wait);
     if (wait.since_ns >= start) { /* it was not there yet */
         const int64_t end = hs_clock_ns();
-        m->c.metrics->ns[hs_metrics_kind(a)] += end - start;
+        hs_metrics_add(m->c.metrics, a, end - start);
         if (list >= HS_LIST_STEP)
             hs_trace_wait(m->c.trace, step, (uint32_t)(a - m->c.plan->actions), start, end);
     }
@@ -165,7 +165,7 @@ static hs_status start(hs_messages *m, hs_list list, uint32_t i, int64_t step, h
     const hs_status st = m->c.transport->send(m->c.comm, a->channel, m->c.spaces->arena + offset,
                                               a->ref.bytes, a->microbatch, why);
     const int64_t end = hs_clock_ns();
-    m->c.metrics->ns[hs_metrics_kind(a)] += end - begin;
+    hs_metrics_add(m->c.metrics, a, end - begin);
     if (list >= HS_LIST_STEP)
         hs_trace_wait(m->c.trace, step, (uint32_t)(a - m->c.plan->actions), begin, end);
     return st;

@@ -52,6 +52,18 @@ int hs_metrics_kind(const hs_plan_action *action) {
     }
 }
 
+void hs_metrics_add(hs_metrics *metrics, const hs_plan_action *action, int64_t ns) {
+    const int kind = hs_metrics_kind(action);
+    metrics->ns[kind] += ns;
+    if (kind == HS_TIME_F || kind == HS_TIME_B) metrics->busy_ns += ns;
+}
+
+uint32_t hs_metrics_busy_us(hs_metrics *metrics) {
+    const int64_t us = (metrics->busy_ns - metrics->reported_ns) / 1000;
+    metrics->reported_ns = metrics->busy_ns;
+    return us < (int64_t)UINT32_MAX ? (uint32_t)us : UINT32_MAX;
+}
+
 int64_t hs_metrics_rss_bytes(const hs_metrics *metrics) {
     char text[128];
     const ssize_t n =
@@ -79,9 +91,12 @@ void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t pos
         (void)snprintf(metrics->sums + 8 * g, 9, "%08" PRIx32, crc);
     }
     if (positions < 2 || positions > HS_METRICS_SENT) return;
+    size_t busy = 0;
     for (size_t p = 0; p < positions; p++) {
         hs_step_report report;
         memcpy(&report, reports + p * stride, sizeof report);
+        busy += (size_t)snprintf(metrics->busy + busy, sizeof metrics->busy - busy, "%s%" PRIu32,
+                                 p ? "," : "", report.busy_us);
         (void)snprintf(metrics->sent + 16 * p, 17, "%08" PRIx32 "%08" PRIx32, report.sent_forward,
                        report.sent_backward);
     }
@@ -102,7 +117,8 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_
     hs_text_printf(text, ",\"lr\":");
     hs_text_json_real(text, control->lr);
     if (batch != control->step) hs_text_printf(text, ",\"batch\":%" PRId64, batch);
-    hs_text_printf(text, ",\"sums\":\"%s\",\"sent\":\"%s\"", metrics->sums, metrics->sent);
+    hs_text_printf(text, ",\"sums\":\"%s\",\"sent\":\"%s\",\"busy\":[%s]", metrics->sums,
+                   metrics->sent, metrics->busy);
     hs_text_printf(
         text, ",\"tokens\":%" PRIu64 ",\"step_us\":%" PRId64 ",\"tokens_per_s\":%.1f,\"us\":{",
         metrics->tokens, ns / 1000, (double)metrics->tokens * 1e9 / (double)(ns > 0 ? ns : 1));

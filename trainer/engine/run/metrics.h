@@ -34,7 +34,10 @@ typedef struct hs_metrics {
     int64_t step_start_ns;
     int64_t ns[HS_TIME_COUNT];
     uint64_t skipped; /* snapshots that were due and had no slot, so far in this attempt */
+    int64_t busy_ns,
+        reported_ns; /* in F, B, I and W in this attempt: in all, and up to the last report */
     char sums[8 * HS_METRICS_SUMS + 1], sent[16 * HS_METRICS_SENT + 1];
+    char busy[11 * HS_METRICS_SENT + 1];
 } hs_metrics;
 
 void hs_metrics_open(hs_metrics *metrics, const char *run, uint64_t epoch, uint32_t rank,
@@ -46,11 +49,16 @@ void hs_metrics_begin(hs_metrics *metrics);
 /* HS_TIME_* that an action counts as, or -1. */
 int hs_metrics_kind(const hs_plan_action *action);
 
+/* Adds time that an action took, HS_TIME_* as its kind says. */
+void hs_metrics_add(hs_metrics *metrics, const hs_plan_action *action, int64_t ns);
+/* Microseconds in F, B, I and W since this was asked last. */
+uint32_t hs_metrics_busy_us(hs_metrics *metrics);
+
 /* Rank 0, from the reports of all positions after COMBINE: what a step computed again is compared by,
  * beside loss and norm (flows/replay). "sums": 8 hex digits for each of G = min(tensors, 32) groups,
  * CRC-32C of the squared norms (f64) of the gradients of tensors t with t G / tensors = group. "sent":
  * of each position what it sent forward, then backward, 8 digits each; left out for one position and
- * for more than 32. */
+ * for more than 32. "busy": of each position its busy_us, left out in the same cases. */
 void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t positions,
                          size_t tensors);
 /* The step's object, into text (no newline); counts control->skipped. `batch`: that it read, told where

@@ -273,7 +273,9 @@ typedef struct hs_step_report {
     uint32_t position;
     uint32_t sent_forward;  /* of the bytes of all its FORWARD messages of the step (run/executor.c); 0 on a device */
     uint32_t sent_backward; /* of its BACKWARD messages */
-    uint64_t reserved[2];
+    uint32_t busy_us;       /* in F, B, I and W since its last report, at most UINT32_MAX; 0 on a device */
+    uint32_t reserved0;
+    uint64_t reserved;
 } hs_step_report;
 
 /* What position 0 answers to its replica; read by ADAMW. */
