@@ -41,6 +41,8 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Constants that some files carry beside the weights."""
 _ANY = ("vocab", "context", "init_std", "init")
 """Of a model: what its tensors' shapes say, or what only matters where weights are drawn."""
+_EFFECTIVE = {"kv_heads": "groups", "head_size": "size_of_head", "hidden": "size_of_hidden"}
+"""Keys that may be unset, and what says their value then."""
 _PIECE = 1 << 22
 _SHOWN = 3
 
@@ -229,8 +231,8 @@ def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[Hf
     if wrong:
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
         raise SpecError(
-            f"the weights are not those of the spec's model: {'; '.join(wrong[:_SHOWN])}{more}. `hotstage init "
-            "--from FOLDER` writes a spec with a folder's model"
+            f"the weights are not those of the spec's model: {'; '.join(wrong[:_SHOWN])}{more}. `hotstage "
+            "import FOLDER` writes a spec with the folder's own model"
         )
     return [(entry, named[entry.name]) for entry in table]
 
@@ -271,13 +273,21 @@ def _check_config(folder: Path, model: ModelSpec) -> None:
 
 
 def _same_model(theirs: ModelSpec, ours: ModelSpec, text: str) -> None:
+    """SpecError where a key that a config.json would show, but for `_ANY`, has another value."""
     kind = family(ours.family)
-    theirs = theirs.model_copy(update={key: getattr(ours, key) for key in _ANY})
-    there, here = kind.to_hf_config(theirs), kind.to_hf_config(ours)
-    differ = [f"{key} is {there.get(key)} there and {here.get(key)} by the spec"
-              for key in sorted({*there, *here}) if there.get(key) != here.get(key)]  # fmt: skip
+    plain = kind.to_hf_config(ours)
+    differ = []
+    for key in (key for key in ModelSpec.model_fields if key not in (*_ANY, "family")):
+        if kind.to_hf_config(ours.model_copy(update={key: getattr(theirs, key)})) != plain:
+            name = _EFFECTIVE.get(key, key)
+            differ.append((f"model.{key}", getattr(theirs, name), getattr(ours, name)))
     if differ:
-        raise SpecError(f"{text}: {'; '.join(differ)}; set model.… as it is there")
+        told = "; ".join(f"{key} is {there} there and {here} by the spec" for key, there, here in differ)
+        raise SpecError(f"{text}: {told}; set {', '.join(f'{key} = {_toml(there)}' for key, there, _ in differ)}")
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # --- a run --------------------------------------------------------------------------------------------------

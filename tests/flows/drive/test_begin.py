@@ -283,7 +283,7 @@ def test_a_checkpoint_of_a_run_is_a_beginning(imported: Imported) -> None:
         with pytest.raises(SpecError, match=says):
             prepare_run(parse_spec({**tree, "model": {**tree["model"], "init": init}}), case.store)
     wide = parse_spec({**tree, "model": {**tree["model"], "hidden": 76, "init": f"run:{case.run}@0"}})
-    with pytest.raises(SpecError, match="intermediate_size is 75 there and 76 by the spec"):
+    with pytest.raises(SpecError, match=r"model.hidden is 75 there and 76 by the spec; set model.hidden = 75$"):
         prepare_run(wide, case.store)
 
 

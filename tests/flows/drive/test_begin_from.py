@@ -142,7 +142,7 @@ WRONG: list[tuple[str, Change, str]] = [
     (
         "config",
         lambda _, c: c.update({"layer_norm_epsilon": 1e-3}),
-        "layer_norm_epsilon is 0.001 there and 1e-05 by the spec",
+        "model.norm_eps is 0.001 there and 1e-05 by the spec; set model.norm_eps = 0.001",
     ),
 ]
 
