@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -12,25 +12,21 @@ from numpy.typing import NDArray
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.plan.channels import Ends, check_ends
-from trainer.plan.places import Position
-from trainer.plan.records import ActionList, BoundAction, Channel, PositionPlan
+from trainer.plan.places import Position, Stage
+from trainer.plan.records import ActionList, BoundAction, Channel, PositionPlan, Ref
 from trainer.plan.turns import Turns
 
 
 class Channels:
     """The channels of a plan, numbered as they are first named."""
 
-    def __init__(self, sizes: Mapping[int, int]) -> None:
-        self.sizes = sizes
+    def __init__(self) -> None:
         self.numbers: dict[Channel, int] = {}  # of exchanges without their bytes
         self.largest: dict[int, int] = {}  # of exchanges, by number
 
-    def of(self, source: Position, target: Position, kind: int, size: int | None = None) -> int:
-        """Number of the channel; ``size``: bytes of a message, where they are not those of the kind."""
-        channel = Channel(source, target, kind, self.sizes[kind] if size is None else size)
-        if channel not in self.numbers:
-            self.numbers[channel] = len(self.numbers)
-        return self.numbers[channel]
+    def of(self, source: Position, target: Position, kind: int, size: int) -> int:
+        """Number of the channel; ``size``: bytes of each of its messages."""
+        return self.numbers.setdefault(Channel(source, target, kind, size), len(self.numbers))
 
     def across(self, position: Position, kind: int, across: int, size: int) -> int:
         """Number of the channel between a position of replicas r and r ^ ``across``, both ways; ``size``: bytes of a
@@ -43,6 +39,35 @@ class Channels:
     def all(self) -> tuple[Channel, ...]:
         """By number."""
         return tuple(replace(c, bytes=self.largest[n]) if c.across else c for c, n in self.numbers.items())
+
+
+@dataclass(frozen=True)
+class OwnChannels:
+    """Those of one position: messages as its lists have them, all bytes of a ref each."""
+
+    channels: Channels
+    position: Position
+
+    def send(
+        self, target: Position, kind: int, ref: Ref | None, op: str = "O", stage: Stage | None = None
+    ) -> BoundAction:
+        assert ref is not None
+        channel = self.channels.of(self.position, target, kind, ref.bytes)
+        return BoundAction(wire.A_SEND, op, None, channel, ref=ref, stage=stage)
+
+    def receive(
+        self,
+        source: Position,
+        kind: int,
+        ref: Ref | None,
+        op: str = "O",
+        stage: Stage | None = None,
+        sender: Stage | None = None,
+    ) -> BoundAction:
+        """``sender``: the stage whose result it is, where that is not the one next to ``stage``."""
+        assert ref is not None
+        channel = self.channels.of(source, self.position, kind, ref.bytes)
+        return BoundAction(wire.A_RECV, op, None, channel, ref=ref, stage=stage, sender=sender)
 
 
 def check_messages(positions: Sequence[PositionPlan], channels: Sequence[Channel]) -> None:

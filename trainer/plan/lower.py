@@ -22,12 +22,11 @@ from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Call, Normal
 from trainer.plan import memory
-from trainer.plan.arena import COMBINES, CONTROL_BYTES, REPORT_BYTES, PositionMemory
+from trainer.plan.arena import COMBINES, PositionMemory
 from trainer.plan.check import check_placement
-from trainer.plan.edges import Channels, check_messages
-from trainer.plan.expand import OTHER_SHARES
+from trainer.plan.edges import Channels, OwnChannels, check_messages
 from trainer.plan.flops import kernel_flops
-from trainer.plan.head import SUMS
+from trainer.plan.head_messages import HeadMessages
 from trainer.plan.head_rows import check_parts, with_parts
 from trainer.plan.job import Job
 from trainer.plan.memory import align
@@ -52,6 +51,8 @@ class _Lowering:
         self.job, self.position, self.channels, self.row, self.cut = job, position, channels, row, cut
         self.mem = PositionMemory(job, position, row)
         self.reduction = Reduction(position, job.replicas, job.groups, self.mem.gradient_memory, channels)
+        self.own = OwnChannels(channels, position)
+        self.head = HeadMessages(job, self.mem, self.own)
         self.train, self.pipeline = job.spec.train, job.layout.pipeline
         self.first, self.last = self.mem.first, self.mem.last  # stages: with the embedding, with the head
         self.tied, self.owned = job.tied_tensor, job.owned[position]
@@ -155,7 +156,7 @@ class _Lowering:
         """The head's share of a tied gradient is added, then every tensor's squared norm taken, in table order."""
         calls = []
         if self.tied is not None and self.tied in self.owned:
-            calls += [self._call("add_acc", ptr, (ptr[1].bytes // 4,)) for ptr in self._head_shares(self.tied)]
+            calls += [self._call("add_acc", ptr, (ptr[1].bytes // 4,)) for ptr in self.head.shares(self.tied)]
         for n in self.owned:
             elements = self.mem.kept(n)
             if n in self.mem.norm_parts:
@@ -165,19 +166,6 @@ class _Lowering:
             partials = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * -(-elements // wire.SUMSQ_BLOCK))
             calls.append(self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,)))
         return calls
-
-    def _head_shares(self, n: int) -> list[tuple[Ref, Ref]]:
-        """Where shares of the head's gradient are added, and what is: of parts their rows, in every replica."""
-        whole, pairs = self.mem.gradients[n], []
-        for use in self.job.head_uses:
-            share = self.mem.head_gradient if use.position == self.position else self.mem.tied_received[use.position]
-            assert share is not None
-            if self.job.parts is not None:
-                pairs.append((self.mem.rows_of(whole, use), share))
-            else:
-                own = self.mem.own(share, n) if use.position == self.position else share
-                pairs.append((self.mem.own(whole, n), own))
-        return pairs
 
     def _norm(self, n: int) -> Ref:
         return Ref(wire.SPACE_STATIC, self.mem.sumsq.offset + 8 * n, 8)
@@ -291,29 +279,9 @@ class _Lowering:
             offset += 3 * align(4 * self.mem.kept(n))
         return tuple(states), offset
 
-    def _send(
-        self, target: Position, kind: int, ref: Ref | None, op: str = "O", stage: Stage | None = None
-    ) -> BoundAction:
-        assert ref is not None
-        channel = self.channels.of(self.position, target, kind, ref.bytes)
-        return BoundAction(wire.A_SEND, op, None, channel, ref=ref, stage=stage)
-
-    def _receive(
-        self,
-        source: Position,
-        kind: int,
-        ref: Ref | None,
-        op: str = "O",
-        stage: Stage | None = None,
-        sender: Stage | None = None,
-    ) -> BoundAction:
-        assert ref is not None
-        channel = self.channels.of(source, self.position, kind, ref.bytes)
-        return BoundAction(wire.A_RECV, op, None, channel, ref=ref, stage=stage, sender=sender)
-
     def _load_list(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
         run = [BoundAction(wire.A_RUN, program="load")] if "load" in programs else []
-        return (*run, *self._gather(), *self._tied_weights())
+        return (*run, *self._gather(), *self.head.weights())
 
     def _gather(self) -> list[BoundAction]:
         """The other replicas' pieces of what kernels read of the tensors here."""
@@ -334,34 +302,10 @@ class _Lowering:
         ]
         return [*exchanges, BoundAction(wire.A_RUN, "O", "norms")] if exchanges else []
 
-    def _tied_weights(self) -> list[BoundAction]:
-        """The head's rows of the compute weights to those that do not own them."""
-        if self.tied is None:
-            return []
-        owner = self.job.layout.owner(self.job.tensors[self.tied])
-        if self.position == owner:
-            whole, others = self.mem.compute(self.tied), [u for u in self.job.head_uses if u.position != owner]
-            return [self._send(u.position, wire.CH_TIED_WEIGHT, self.mem.rows_of(whole, u)) for u in others]
-        return [] if self.mem.use is None else [self._receive(owner, wire.CH_TIED_WEIGHT, self.mem.head_weight)]
-
-    def _tied_gradient(self) -> list[BoundAction]:
-        """And their gradients back."""
-        if self.tied is None:
-            return []
-        owner = self.job.layout.owner(self.job.tensors[self.tied])
-        if self.position == owner:
-            return [self._receive(p, wire.CH_TIED_GRAD, ref) for p, ref in self.mem.tied_received.items()]
-        if self.mem.use is None:
-            return []
-        share = self.mem.head_gradient
-        assert share is not None
-        share = share if self.job.parts is not None else self.mem.own(share, self.tied)
-        return [self._send(owner, wire.CH_TIED_GRAD, share)]
-
     def _redo(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
         """What AdamW's copies of the weights are sent on as, where others were foreseen."""
         run = [BoundAction(wire.A_RUN, "O", "codes")] if "codes" in programs else []
-        return (*run, *self._gather(), *self._tied_weights())
+        return (*run, *self._gather(), *self.head.weights())
 
     def _step(self) -> tuple[Sequence[BoundAction], int, int]:
         """The list of a step; how many of its actions lead it, and how many then check the step before: 0 and 0, where
@@ -371,13 +315,13 @@ class _Lowering:
             return (BoundAction(wire.A_RUN, "F", "F", microbatch=0, stage=stage),), 0, 0
         data = [BoundAction(wire.A_DATA)] if self.mem.given else []
         made = [
-            *self._tied_gradient(),
+            *self.head.gradient(),
             BoundAction(wire.A_RUN, "O", "sumsq"),
             *self._gather_norms(),
             BoundAction(wire.A_REPORT, ref=self.mem.report),
         ]
         tell, decide = self._reports()
-        sent = [*self._gather(), *self._tied_weights()]
+        sent = [*self._gather(), *self.head.weights()]
         adamw, snapshot = BoundAction(wire.A_RUN, "O", "adamw"), BoundAction(wire.A_SNAPSHOT)
         if not self.job.optimistic:
             apply = BoundAction(wire.A_APPLY, ref=self.mem.control)
@@ -436,7 +380,7 @@ class _Lowering:
     def _sequence(self, stage: Stage, op: str, variant: int) -> Sequence[BoundAction]:
         """What an operation of the schedule on a stage is here: the actions of a stage are the microbatch's."""
         actions = self.reduction.sequences.get((stage, op, variant)) or (
-            self._of_head(stage, op) if op in HEAD else (self._scheduled(stage, op),)
+            self.head.messages(stage, op) if op in HEAD else (self._scheduled(stage, op),)
         )
         if self.job.replicas == 1 or not self.job.groups.variants[variant].last or op != self._tail_after(stage):
             return actions
@@ -457,20 +401,25 @@ class _Lowering:
         """What tells position 0 of this position's report, and what brings the decision."""
         if self.position != COMBINES:
             return (
-                [self._send(COMBINES, wire.CH_REPORT, self.mem.report, "-")],
-                [self._receive(COMBINES, wire.CH_CONTROL, self.mem.control, "-")],
+                [self.own.send(COMBINES, wire.CH_REPORT, self.mem.report, "-")],
+                [self.own.receive(COMBINES, wire.CH_CONTROL, self.mem.control, "-")],
             )
         others = [Position(p) for p in range(self.pipeline.positions) if p != COMBINES]
         size = self.mem.report.bytes
         return [], [
             *(
-                self._receive(p, wire.CH_REPORT, Ref(wire.SPACE_STATIC, self.mem.reports.offset + p * size, size), "-")
+                self.own.receive(
+                    p,
+                    wire.CH_REPORT,
+                    Ref(wire.SPACE_STATIC, self.mem.reports.offset + p * size, size),
+                    "-",
+                )
                 for p in others
             ),
             BoundAction(wire.A_COMBINE, ref=self.mem.reports),
             *self._merges(),
             BoundAction(wire.A_DECIDE, ref=self.mem.report),
-            *(self._send(p, wire.CH_CONTROL, self.mem.control, "-") for p in others),
+            *(self.own.send(p, wire.CH_CONTROL, self.mem.control, "-") for p in others),
         ]
 
     def _merges(self) -> list[BoundAction]:
@@ -491,63 +440,27 @@ class _Lowering:
             return self.pipeline.position(Stage(other))
 
         if op == "SEND_F":
-            return self._send(at(here + 1), wire.CH_FORWARD, self.mem.bind(here, stage.sent), "F", here)
+            return self.own.send(at(here + 1), wire.CH_FORWARD, self.mem.bind(here, stage.sent), "F", here)
         if op == "RECV_F":
-            return self._receive(at(here - 1), wire.CH_FORWARD, self.mem.bind(here, stage.received), "F", here)
+            return self.own.receive(at(here - 1), wire.CH_FORWARD, self.mem.bind(here, stage.received), "F", here)
         if op == "SEND_B":
-            return self._send(at(here - 1), wire.CH_BACKWARD, self.mem.bind(here, stage.gradient_sent, True), "B", here)
+            return self.own.send(
+                at(here - 1), wire.CH_BACKWARD, self.mem.bind(here, stage.gradient_sent, True), "B", here
+            )
         if op == "RECV_B":
-            return self._receive(
-                at(here + 1), wire.CH_BACKWARD, self.mem.bind(here, stage.gradient_received, True), "B", here
+            return self.own.receive(
+                at(here + 1),
+                wire.CH_BACKWARD,
+                self.mem.bind(here, stage.gradient_received, True),
+                "B",
+                here,
             )
         return BoundAction(wire.A_RUN, op, self._program(here, op), stage=here)
-
-    def _of_head(self, here: Stage, op: str) -> tuple[BoundAction, ...]:
-        """The messages of a head in parts, in the order in which all positions pass them."""
-        parts, mine = self.job.parts, self.mem.part
-        assert parts is not None
-        assert mine is not None
-        stage, last, rows = self.mem.stages[here], parts.last, 12 * self.train.rows
-        others = [(part, position) for part, position in enumerate(parts.positions) if part != mine]
-        if op == "SPREAD":
-            ref = self.mem.bind(here, stage.received if mine else stage.sent)
-            if mine:
-                return (self._receive(parts.positions[0], wire.CH_FORWARD, ref, "F", here, last),)
-            return tuple(self._send(position, wire.CH_FORWARD, ref, "F", here) for _, position in others)
-        if op == "JOIN":
-            if mine:
-                ref = self.mem.bind(here, stage.gradient_sent, True)
-                return (self._send(parts.positions[0], wire.CH_BACKWARD, ref, "B", here),)
-            taken = next(ref for name, ref in self.mem.buffers[here].places.items() if name.startswith(OTHER_SHARES))
-            size = taken.bytes // len(others)
-            return tuple(
-                self._receive(
-                    position,
-                    wire.CH_BACKWARD,
-                    replace(taken, offset=taken.offset + n * size, bytes=size),
-                    "B",
-                    here,
-                    parts.stage(part),
-                )
-                for n, (part, position) in enumerate(others)
-            )
-        sums = self.mem.buffers[here].places[SUMS]
-
-        def of(part: int) -> Ref:
-            return replace(sums, offset=sums.offset + part * rows, bytes=rows)
-
-        # of two parts the lower gives first, and pairs pass in order: each position's share of one order
-        actions: list[BoundAction] = []
-        for part, position in others:
-            give = self._send(position, wire.CH_FORWARD, of(mine), "F", here)
-            take = self._receive(position, wire.CH_FORWARD, of(part), "F", here, parts.stage(part))
-            actions += [give, take] if mine < part else [take, give]
-        return tuple(actions)
 
 
 def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:
     """All positions, channels and the scheduled rows of a job."""
-    spec, pipeline = job.spec, job.layout.pipeline
+    pipeline = job.layout.pipeline
     if job.infer:
         rows = [Row.of([])]
     elif job.parts is not None:
@@ -559,19 +472,7 @@ def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tupl
     for row, stages in zip(rows, pipeline.chunks, strict=True) if not job.infer else ():
         for stage in stages:
             check_hazards(row, stage)
-    activation = spec.train.rows * spec.model.width * job.dt_bytes
-    tied = 0 if job.tied_tensor is None else job.tensors[job.tied_tensor].elements
-    tied_piece = tied if job.tied_tensor is None else job.pieces.get(job.tied_tensor, tied)
-    channels = Channels(
-        {
-            wire.CH_FORWARD: activation,
-            wire.CH_BACKWARD: activation,
-            wire.CH_TIED_GRAD: 4 * tied_piece,
-            wire.CH_TIED_WEIGHT: job.dt_bytes * tied,
-            wire.CH_REPORT: REPORT_BYTES + 8 * len(job.tensors),
-            wire.CH_CONTROL: CONTROL_BYTES,
-        }
-    )
+    channels = Channels()
     parts = cuts(rows, pipeline, COMBINES) if job.optimistic else [Cut(0, 0)] * len(rows)
     positions = [
         _Lowering(job, Position(position), channels, row, cut).plan()
