@@ -23,6 +23,7 @@ import click
 import pytest
 
 from checkpoint.doctor import Effort
+from flows.cli import watch
 from flows.cli.main import cli
 from flows.drive.run import NoBoard, Prepared
 from tests.flows.conftest import Trained
@@ -345,7 +346,11 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     little = Effort(data_bytes=1 << 16, races=((1, 2, 8),), objects=2, small=1)
     monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
-    monkeypatch.setattr("flows.cli.train.serve_until_signal", lambda *_, **__: None)
+    monkeypatch.setattr("flows.cli.schedule.serve_until_signal", lambda *_, **__: None)
+    real = watch._watch  # `runs watch --all` goes on until Ctrl-C: one look is enough here
+    monkeypatch.setattr(
+        watch, "_watch", lambda board, stop, *rest, **more: (stop.set(), real(board, stop, *rest, **more))
+    )
     monkeypatch.setattr("flows.care.Care.run", lambda *_, **__: None)
     return tmp_path, [trained.run]
 
