@@ -31,6 +31,7 @@ from checkpoint.pages import write
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare
 from flows.data.alone import tokenizer_alone
+from flows.data.prepare import telling
 from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
 from flows.drive.line import parent_of
@@ -184,7 +185,7 @@ def _save(store: Store, prepared: Prepared, weights: Weights, say: Say) -> RunSt
     if state.at_step(0) is None:
         say(f"weights: writing those of {weights.place} as step 0 of {prepared.run}")
         with _kept(weights):
-            _write(store, prepared, weights, state.epoch)
+            _write(store, prepared, weights, state.epoch, say)
         done = commit(log, 1, 0, state.epoch, state)
         assert done is not None, "its one part was just written"
         state = done
@@ -198,7 +199,7 @@ def _kept(weights: Weights) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _write(store: Store, prepared: Prepared, weights: Weights, epoch: int) -> None:
+def _write(store: Store, prepared: Prepared, weights: Weights, epoch: int, say: Say) -> None:
     """Chunks and the one part manifest."""
     model = prepared.spec.model
     tensors = [Tensor(t.name, t.shape) for t in tensor_table(family(model.family), model)]
@@ -208,18 +209,20 @@ def _write(store: Store, prepared: Prepared, weights: Weights, epoch: int) -> No
         for kind in range(len(KINDS))
     ]
     saved: list[tuple[Chunk, Sequence[Piece]]] = []
-    for plan in plan_chunks(segments):
-        data, at = bytearray(plan.bytes), 0
-        for segment in plan.segments:
-            if segment.kind == PARAM:
-                begin = at
-                for block in weights.read(tensors[segment.tensor].name, segment.first, segment.elements):
-                    data[begin : begin + block.nbytes] = np.ascontiguousarray(block).data.cast("B")
-                    begin += block.nbytes
-            at += segment.bytes
-        chunk = Chunk.of(keys.chunk_name(0, epoch, 0, "import", plan.index), data)
-        store.create(keys.run_key(prepared.run, chunk.name), data, sha256=chunk.sha256)
-        saved.append((chunk, chunk_pieces(plan, data)))
+    plans = plan_chunks(segments)
+    with telling(say, lambda: f"weights: {len(saved)} of {len(plans)} chunks are stored"):
+        for plan in plans:
+            data, at = bytearray(plan.bytes), 0
+            for segment in plan.segments:
+                if segment.kind == PARAM:
+                    begin = at
+                    for block in weights.read(tensors[segment.tensor].name, segment.first, segment.elements):
+                        data[begin : begin + block.nbytes] = np.ascontiguousarray(block).data.cast("B")
+                        begin += block.nbytes
+                at += segment.bytes
+            chunk = Chunk.of(keys.chunk_name(0, epoch, 0, "import", plan.index), data)
+            store.create(keys.run_key(prepared.run, chunk.name), data, sha256=chunk.sha256)
+            saved.append((chunk, chunk_pieces(plan, data)))
     part = PartManifest.build(
         run=prepared.run,
         step=0,
