@@ -21,7 +21,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos-checkpoint simulate-faults test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test chaos-checkpoint simulate-faults test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -48,6 +48,10 @@ chaos-checkpoint: setup ## kills at N named points of the checkpoint protocol, i
 
 simulate-faults: setup ## the driver through HOURS of simulated faults of every class, from SEED (1000, 1)
 	$(BIN)/python -m tests.support.simulated.campaign --hours $(or $(HOURS),1000) --seed $(or $(SEED),1)
+
+test-postgres: setup ## what Prefect shows and starts, with its server on a real PostgreSQL (Debian's package, unpacked into the cache)
+	postgres=$$($(BIN)/python -m tests.support.postgres) && HOTSTAGE_TEST_POSTGRES=$$postgres $(RUN_TESTS) \
+		tests/flows/recurring tests/flows/cli/test_schedule.py tests/flows/page tests/flows/test_serve.py tests/flows/test_prefect.py
 
 test-browser: setup ## what people read on Prefect's pages and in report.html, in Debian's chromium (KEEP=1: into docs/images)
 	$(BIN)/python -m tests.browser
@@ -100,6 +104,7 @@ bench: setup ## figures into out/bench.json
 nightly: setup ## the long campaigns: every test, also the slow ones (but nightly-cluster's)
 	$(BIN)/python -m tests.support.parts
 	$(RUN_TESTS) -m "not cluster and not browser"
+	$(MAKE) test-postgres
 
 clean: ## remove what was built and run here (not the caches of the user's folder)
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,6 +40,7 @@ EVERY_S = 1.0
 KNOWN_EVERY_S = 5.0
 END_LOOKS, END_TRIES = 4, 12
 END_EVERY_S = 0.3
+BUSY_S = 15.0
 ENTRYPOINT = "flows.flow.train_flow"
 SWEEP = "flows.flow.sweep_flow"
 COLLECT = "flows.flow.collect_flow"
@@ -154,8 +155,26 @@ class Server:
                 self.stop.set()
                 return
             self.say("Prefect has lost the deployment: it is registered again")
+        self._register(client, served, self.make())
+
+    def hand_over(self, pool: str) -> None:
+        """Register the deployment for the workers of a pool, and serve nothing. Refused, or Gone."""
+        with Client.open(None, patience_s=BUSY_S) as client:
+            made = self.make()
+            made.work_pool_name = pool
+            try:
+                client.send("GET", f"/work_pools/{pool}")
+            except Lost:
+                raise Refused(
+                    f"it has no work pool {pool}: make it with `prefect work-pool create {pool} --type process`"
+                ) from None
+            self._register(client, Deployments(client), made)
+            assert self._known is not None
+            self.registered(client, self._known.deployment)
+
+    def _register(self, client: Client, served: Deployments, made: RunnerDeployment) -> None:
+        """Refused where its name is another's."""
         client.check()
-        made = self.make()
         there_already = served.named(str(made.flow_name), made.name)
         problem = whose(there_already, self.entrypoint, made.parameters) if there_already else ""
         if problem:

@@ -63,6 +63,11 @@ if TYPE_CHECKING:
     help="Skip a firing that could not start within so many seconds.",
 )
 @click.option("--name", help="Name of the deployment (default: the spec's).")
+@click.option(
+    "--pool",
+    metavar="NAME",
+    help="Put the schedule into this work pool of Prefect and leave: its workers start the runs (prefect.yaml).",
+)
 @click.option("--notify", metavar="TYPE/NAME", help="Block of Prefect's that is told: slack-webhook/team, webhook/ci.")
 @click.option(
     "--notify-on",
@@ -85,6 +90,7 @@ def schedule(
     overlap: str,
     skip_late: float | None,
     name: str | None,
+    pool: str | None,
     notify: str | None,
     notify_on: tuple[str, ...],
     grid: tuple[str, ...],
@@ -111,6 +117,10 @@ def schedule(
     firing.check()
     if lr_schedule and mode != "continue":
         raise click.UsageError("--lr-schedule is for --mode continue")
+    if pool and (overlap == "cancel" or skip_late):
+        raise click.UsageError(
+            "--overlap cancel and --skip-late are for a schedule that this command serves: without --pool"
+        )
     if notify_on and not notify:
         raise click.UsageError("--notify-on needs --notify TYPE/NAME, the block that is told")
     notices = [Notice(notify, notify_on or USUAL)] if notify else []
@@ -149,6 +159,7 @@ def schedule(
         policy=FiringPolicy(policy, skip_late),
         notices=notices,
         beside=Care(opened, folder, say),
+        pool=pool,
     )
 
 
@@ -178,13 +189,14 @@ def serve_fired(
     policy: FiringPolicy | None = None,
     notices: list[Notice] | None = None,
     beside: Care | None = None,
+    pool: str | None = None,
 ) -> int:
     """Serve the deployment that ``make`` gives of a schedule and its words, until Ctrl-C; the exit code. ``beside``:
-    begun once Prefect answers.
+    begun once Prefect answers. ``pool``: leave it to the workers of this pool.
     """
     from datetime import timedelta
 
-    from flows.prefect_api import PrefectSettingsError, Refused, configured, why_not
+    from flows.prefect_api import Gone, PrefectSettingsError, Refused, configured, why_not
     from flows.recurring.due import FiringPolicy
     from flows.recurring.when import cron_of, zone_of
     from flows.serve import ENTRYPOINT, Server
@@ -213,7 +225,8 @@ def serve_fired(
 
     plan = when if when is not None else Interval(timedelta(seconds=interval or 0), timezone=zone)
     told = f"cron {cron!r} in {zone}" if cron else f"every {interval:g} s"
-    say(f"scheduled {title} ({told}) at {found.url}; Ctrl-C ends the schedule, not what runs")
+    ends = f"the workers of pool {pool} start its runs" if pool else "Ctrl-C ends the schedule, not what runs"
+    say(f"scheduled {title} ({told}) at {found.url}; {ends}")
     server = Server(
         lambda: make(plan, told),
         say,
@@ -222,12 +235,18 @@ def serve_fired(
         policy=policy or FiringPolicy(),
     )
     server.registered = lambda client, deployment: _registered(client, deployment, title, zone, notices or [])
-    if beside is not None:
-        beside.start()
     try:
+        if pool:
+            server.hand_over(pool)
+            return 0
+        if beside is not None:
+            beside.start()
         serve_until_signal(server)
     except Refused as error:
         complain(f"hotstage: Prefect at {found.url} ({found.source}) refuses: {error}")
+        return 78
+    except Gone as error:
+        complain(f"hotstage: Prefect at {found.url} ({found.source}) is away: {error}")
         return 78
     sys.stdout.flush()
     return 0

@@ -22,12 +22,15 @@ from flows.prefect_api import Client, Gone
 from flows.prefect_server import PrefectServer
 from flows.recurring.deployments import Deployments
 from tests.support.place import Place
+from tests.support.postgres import running
 from tests.support.shared import kept
 from tests.support.undisturbed import undisturbed_run
 from tests.support.wait import wait_for
 from trainer.spec import RunSpec, parse_spec
 
 MEMORY = "/dev/shm"
+ON_POSTGRES = bool(os.environ.get("HOTSTAGE_TEST_POSTGRES"))
+"""`make test-postgres`: the session's Prefect server has a real PostgreSQL instead of SQLite."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,11 @@ class Api:
         return [str(row["message"]) for row in self.ask("logs/filter", body)]
 
 
-def started(home: Path) -> PrefectServer:
-    server = PrefectServer(home, settings={"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"})
+def started(home: Path, database: str = "") -> PrefectServer:
+    settings = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"}
+    if database:
+        settings["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
+    server = PrefectServer(home, settings=settings)
     server.start()
     if not server.wait(180):
         server.stop()
@@ -95,12 +101,13 @@ def started(home: Path) -> PrefectServer:
 @contextlib.contextmanager
 def keep_server(folder: Path) -> Iterator[dict[str, Any]]:
     # its database in memory where there is some: other tests keep the disk busy, and SQLite's lock waits for the disk
-    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else folder) as home:
-        server = started(Path(home))
-        try:
-            yield {"home": home, "port": server.port}
-        finally:
-            server.stop()
+    with contextlib.ExitStack() as stack:
+        where = MEMORY if os.access(MEMORY, os.W_OK) else folder
+        home = stack.enter_context(tempfile.TemporaryDirectory(dir=where))
+        server = started(Path(home), stack.enter_context(running()) if ON_POSTGRES else "")
+        stack.callback(server.stop)
+        assert ON_POSTGRES is not any(Path(home).glob("*.db*")), "its database is another one than was asked for"
+        yield {"home": home, "port": server.port}
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,17 +12,21 @@ from pathlib import Path
 import pytest
 
 from flows.prefect_server import PrefectServer, free_port
-from tests.flows.conftest import Api
+from tests.flows.conftest import ON_POSTGRES, Api
 from tests.support.agents import wait_for
 from tests.support.place import Place
+from tests.support.postgres import running
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[PrefectServer]:
     """Not started yet."""
-    made = PrefectServer(tmp_path / "server", free_port())
-    yield made
-    made.stop()
+    with contextlib.ExitStack() as stack:
+        made = PrefectServer(tmp_path / "server", free_port())
+        if ON_POSTGRES:
+            made.settings = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": stack.enter_context(running())}
+        stack.callback(made.stop)
+        yield made
 
 
 def deployments(server: PrefectServer) -> list[str]:
