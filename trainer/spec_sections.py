@@ -180,7 +180,7 @@ class DataSpec(Section):
     validation: float = Field(
         0.0, ge=0, le=0.5, description="share of the documents, chosen by their content, that is a dataset of its own"
     )
-    piece_mib: int = size(64, low=1, high=4096, text="MiB of text that are worked on at a time; changes no bit")
+    piece_mib: int = size(32, low=1, high=4096, text="MiB of text that are worked on at a time; changes no bit")
     vocab_size: int = size(4096, low=257, high=MAX_VOCAB_SIZE, text="vocabulary of the tokenizer to train")
     tokenizer: str | None = Field(None, description="path of a tokenizer.json; unset: train a byte-level BPE")
     end_token: str | None = Field(

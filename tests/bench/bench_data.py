@@ -137,7 +137,7 @@ def cost_of(*arguments: str) -> Cost:
     return Cost(time.monotonic() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def compare(size: int, piece_mib: int = 64) -> tuple[int, Cost, Cost]:
+def compare(size: int, piece_mib: int = 32) -> tuple[int, Cost, Cost]:
     """Bytes of text; what preparing it cost; what the library alone did."""
     from flows.data.encoding import SAMPLE_LETTERS
 

@@ -31,6 +31,7 @@ from trainer.spec import parse_spec
 _numbers = itertools.count()
 SAMPLES = {
     "data": "data/{0:064d}/00000.bin",
+    "work": "data/work/{0:064d}/read/000000",
     "index": "index/r-{0}",
     "probe": "probe/{0:016x}/0000",
     "spec": "runs/r{0}/spec",
@@ -55,14 +56,14 @@ MAY = {
         {"index", "probe"},
     ),
     "driver": (
-        {"data", "index", "probe", "spec", "plan", "log", "folds", "live", "output", "trace", *IMPORTED},
-        set(),
+        {"data", "work", "index", "probe", "spec", "plan", "log", "folds", "live", "output", "trace", *IMPORTED},
+        {"work"},
         set(),
     ),
     "collector": (
         {"log", "folds", "live", "output", "trace"},
         {"manifests", "chunks", "output", "trace", "probe", *IMPORTED},
-        {"data", "probe", "spec", "plan", "algorithms", "chunks", "weights"},
+        {"data", "work", "probe", "spec", "plan", "algorithms", "chunks", "weights"},
     ),
     "reader": (set(), set(), set()),
 }
