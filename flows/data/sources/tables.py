@@ -19,7 +19,6 @@ from flows.data.sources.files import Opened, look_at_files, opened_file
 from trainer.errors import DatasetError, SpecError
 
 _ROWS = 256  # that are in memory at a time
-_ASK_ROWS = 1 << 14  # of a dataset that are one entry's worth of bytes, roughly
 
 
 class ParquetSource:
@@ -169,6 +168,7 @@ class HubSource:
         self._source, self._field, self._more = source, field, more
 
     def look(self) -> list[Entry]:
+        _hub.cache_clear()  # there may be another one by now
         table = _hub(self._source)
         names = table.column_names
         if self._field not in names:

@@ -127,6 +127,35 @@ def test_workers_of_dask_are_killed(
     assert objects(store) == objects(good)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_who_drives_a_dask_cluster_is_killed(
+    hosted: Place, spec: RunSpec, good: Store, running: list[subprocess.Popen[str]], seed: int
+) -> None:
+    """Its workers leave, and another one goes on with what they have stored."""
+    store = store_of(hosted)
+    first = begin(hosted, spec, "2")
+    running.append(first)
+    moment = random.Random(seed).randrange(0, 18)
+    wait_for(lambda: first.poll() is not None or pieces_done(store) > moment, "the moment of the kill", 180)
+    workers = children(first.pid)
+    first.kill()
+    first.wait()
+    wait_for(lambda: not any(alive(pid) for pid in workers), "the workers to leave", 60)
+    second = begin(hosted, spec, "2")
+    running.append(second)
+    assert second.communicate(timeout=240) is not None
+    assert second.returncode == 0
+    assert objects(store) == objects(good)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
 def children(pid: int) -> list[int]:
     """Workers that a process has started."""
     found = []
