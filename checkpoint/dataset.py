@@ -8,6 +8,11 @@ tokenizer_sha256  of ``tokenizer.json`` (hex)
 inputs            digest of what it was made of, which names its validation part too (flows/data/shards.py)
 and what only says where it is from: documents
 
+v 2, of a mixture: no shards and objects of its own but the tokenizer's, instead of ``shards``
+
+parts             [{digest (hex) of the part's own dataset, shards as above}...]
+phases            [{from_batch, weights, one a part}...] (``trainer/engine/wire/shard.h``)
+
 Beside each shard lie the digests of its leaves, pieces of ``leaf_bytes``, so that a part of it can be fetched and
 checked alone (``data/<digest>/leaves/00000.bin``, a sealed map: v 1, leaf_bytes, bytes of the shard, digests one after
 the other). No digest of a dataset depends on them, and one that was made before there were any has none.
@@ -22,8 +27,11 @@ from dataclasses import dataclass
 from checkpoint import codec, keys
 from checkpoint.errors import Damaged
 from checkpoint.store.base import Store
+from trainer.wire import CYCLE_MAX, PARTS_MAX, PHASES_MAX
 
 VERSION = 1
+MIX_VERSION = 2
+MAX_STEPS = 1 << 40
 MAX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
 LEAF_BYTES = 64 << 10
@@ -55,6 +63,10 @@ class DatasetManifest:
     tokenizer_sha256: str
     inputs: str | None = None
     """Of what it was made (hex)."""
+    parts: tuple[tuple[str, int], ...] = ()
+    """Of a mixture: the digest of each part, and how many of the shards are its, in order; those lie under its name."""
+    phases: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of a mixture: from which batch on, and the weight of each part."""
 
 
 def load_dataset_manifest(store: Store, digest: str) -> DatasetManifest:
@@ -73,18 +85,50 @@ def parse_dataset_manifest(data: bytes, digest: str) -> DatasetManifest:
     if hashlib.sha256(data).hexdigest() != digest:
         raise Damaged(f"{what} does not have the digest that names it")
     f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_BYTES), what)
-    f.version(VERSION)
+    parts = _parts(f, what) if f.version(MIX_VERSION) == MIX_VERSION else []
+    rows = [row for _, own in parts for row in own] if parts else f.array("shards", _MAX_SHARDS)
+    if len(rows) > _MAX_SHARDS:
+        raise Damaged(f"{what}: {len(rows)} shards, the limit is {_MAX_SHARDS}")
     return DatasetManifest(
         bytes=len(data),
         vocab=f.integer("vocab", 1),
         token_bytes=f.integer("token_bytes", 1),
         eot=f.integer("eot", 0) if f.has("eot") else None,
-        shards=tuple(
-            _shard(row, f"{what}, shard {number}") for number, row in enumerate(f.array("shards", _MAX_SHARDS))
-        ),
+        shards=tuple(_shard(row, f"{what}, shard {number}") for number, row in enumerate(rows)),
         tokenizer_sha256=f.hex("tokenizer_sha256"),
         inputs=f.text("inputs", 64) if f.has("inputs") else None,
+        parts=tuple((digest, len(own)) for digest, own in parts),
+        phases=_phases(f, len(parts), what) if parts else (),
     )
+
+
+def _parts(f: codec.Fields, what: str) -> list[tuple[str, list[object]]]:
+    found = []
+    for number, value in enumerate(f.array("parts", PARTS_MAX)):
+        part = codec.Fields(value, f"{what}, part {number}")
+        found.append((part.hex("digest"), part.array("shards", _MAX_SHARDS)))
+        if not found[-1][1]:
+            raise Damaged(f"{what}, part {number}: it has no shard")
+    if not found:
+        raise Damaged(f"{what}: a mixture of no parts")
+    return found
+
+
+def _phases(f: codec.Fields, parts: int, what: str) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for number, value in enumerate(f.array("phases", PHASES_MAX)):
+        name = f"{what}, phase {number}"
+        phase = codec.Fields(value, name)
+        weights = phase.array("weights", PARTS_MAX)
+        first = phase.integer("from_batch", found[-1][0] + 1 if found else 1, MAX_STEPS if found else 1)
+        if len(weights) != parts or any(type(w) is not int or w < 0 for w in weights):
+            raise Damaged(f"{name}: {parts} parts do not have the weights {str(weights)[:100]}")
+        if not 1 <= sum(weights) <= CYCLE_MAX:
+            raise Damaged(f"{name}: weights of {sum(weights)} in all, must be 1 to {CYCLE_MAX}")
+        found.append((first, tuple(weights)))
+    if not found:
+        raise Damaged(f"{what}: a mixture without weights")
+    return tuple(found)
 
 
 def _shard(row: object, what: str) -> ShardRow:

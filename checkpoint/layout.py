@@ -11,15 +11,17 @@ import ctypes
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from checkpoint.digest import KINDS
 from checkpoint.errors import CheckpointError
 from trainer import wire
-from trainer.wire.order import Order
+from trainer.wire.order import MixPhase, Order, bases
 from trainer.wire.plan import PlanFile, parse, piece_elements
 from trainer.wire.unreadable import Unreadable
 
 MAX_REPLICAS = 1 << 16
+MAX_BATCH = 1 << 40
 HEADER_BYTES = ctypes.sizeof(wire.ShardHeader)
 _ALIGN = 64
 
@@ -112,7 +114,7 @@ def piece(elements: int, pieces: int, replica: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class Part:
+class DataPart:
     """A dataset that a plan reads: its hex digest, and how many of the plan's shards are its, in order."""
 
     digest: str
@@ -128,7 +130,7 @@ class DataLayout:
     token_bytes: int
     shards: tuple[int, ...]
     """Tokens of each, in order."""
-    parts: tuple[Part, ...]
+    parts: tuple[DataPart, ...]
     mixed: bool
     """The shards of each part lie in a folder of its name; else those of the one part where the attempt says."""
     replicas: int
@@ -249,15 +251,31 @@ def _data(file: PlanFile) -> DataLayout:
             raise PlanRefused(f"the plan's {name} is {value}, it must be at least 1")
     if c.token_bytes not in (2, 4):
         raise PlanRefused(f"the plan's tokens have {c.token_bytes} bytes, it must be 2 or 4")
-    samples = sum(max(0, tokens - 1) // c.sequence for tokens in shards)
-    if samples != c.data_samples:
-        raise PlanRefused(f"the plan's shards have {samples} samples, its configuration says {c.data_samples}")
+    counts = [max(0, tokens - 1) // c.sequence for tokens in shards]
+    if sum(counts) != c.data_samples:
+        raise PlanRefused(f"the plan's shards have {sum(counts)} samples, its configuration says {c.data_samples}")
+    batch = max(1, c.microbatches * c.microbatch * c.replicas)
+    mixed = file.records("parts", wire.PlanPart)
+    parts = tuple(DataPart(bytes(p.digest).hex(), p.shards) for p in mixed)
+    if not parts:
+        parts = (DataPart(bytes(c.dataset_digest).hex(), len(shards)),)
+    if len(parts) > wire.PARTS_MAX or sum(part.shards for part in parts) != len(shards):
+        raise PlanRefused(f"the plan's parts have not its {len(shards)} shards, or are more than {wire.PARTS_MAX}")
+    ends = list(accumulate(part.shards for part in parts))
+    samples = tuple(sum(counts[end - part.shards : end]) for part, end in zip(parts, ends, strict=True))
+    if min(samples) < 1:
+        raise PlanRefused("a part of the plan's data holds no sample")
+    firsts = [(end - part.shards, sum(counts[: end - part.shards])) for part, end in zip(parts, ends, strict=True)]
+    if mixed and [(p.first_shard, p.first_sample, p.samples) for p in mixed] != [
+        (*first, count) for first, count in zip(firsts, samples, strict=True)
+    ]:
+        raise PlanRefused("a part of the plan's mixture does not begin, or end, where its shards do")
     none, positions = wire.NONE64, file.records("positions", wire.PlanPosition)
     return DataLayout(
         order=Order(
-            parts=(samples,),
-            phases=(),
-            batch=max(1, c.microbatches * c.microbatch * c.replicas),
+            parts=samples,
+            phases=_phases(file, len(mixed), batch) if mixed else (),
+            batch=batch,
             seed=c.seed,
             shuffled=bool(c.data_shuffled),
             block=c.data_block,
@@ -266,11 +284,33 @@ def _data(file: PlanFile) -> DataLayout:
         sequence=c.sequence,
         token_bytes=c.token_bytes,
         shards=shards,
-        parts=(Part(bytes(c.dataset_digest).hex(), len(shards)),),
-        mixed=False,
+        parts=parts,
+        mixed=bool(mixed),
         replicas=c.replicas,
         readers=frozenset(n for n, p in enumerate(positions) if (p.tokens_offset, p.targets_offset) != (none, none)),
     )
+
+
+def _phases(file: PlanFile, parts: int, batch: int) -> tuple[MixPhase, ...]:
+    """Of a mixture."""
+    rows = file.records("weights", wire.PlanWeight)
+    if not rows or len(rows) % parts or len(rows) // parts > wire.PHASES_MAX:
+        raise PlanRefused(f"the plan's mixture of {parts} parts has {len(rows)} weights")
+    found = [rows[at : at + parts] for at in range(0, len(rows), parts)]
+    phases = tuple(MixPhase(row[0].from_batch, tuple(w.weight for w in row)) for row in found)
+    firsts = [phase.from_batch for phase in phases]
+    if firsts[0] != 1 or any(a >= b for a, b in pairwise(firsts)) or firsts[-1] > MAX_BATCH:
+        raise PlanRefused(
+            f"the phases of the plan's mixture begin with batches {firsts[:8]}, which do not ascend from 1"
+        )
+    if not all(1 <= phase.cycle <= wire.CYCLE_MAX for phase in phases):
+        raise PlanRefused("the weights of a phase of the plan's mixture are out of range")
+    for row, used in zip(found, bases(phases, batch), strict=True):
+        if [(w.part, w.base, w.from_batch) for w in row] != [
+            (k, base, row[0].from_batch) for k, base in enumerate(used)
+        ]:
+            raise PlanRefused("a phase of the plan's mixture does not go on where the one before ends")
+    return phases
 
 
 def _tensor(t: wire.PlanTensor, name: str) -> TensorInfo:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy.typing as npt
 
 from trainer import wire
 from trainer.errors import DatasetError
+from trainer.wire.order import MixPhase
 
 HEADER_BYTES = ctypes.sizeof(wire.ShardHeader)
 MAX_VOCAB = 1 << 31
@@ -25,11 +28,46 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Of what a dataset is mixed: ``parts``, the digest of each part's own dataset and how many of the shards are its,
+    in order; ``phases``, what each has of a cycle from which batch on (``engine/wire/shard.h``).
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    phases: tuple[MixPhase, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.parts) <= wire.PARTS_MAX or min(count for _, count in self.parts) < 1:
+            raise DatasetError(f"a mixture of {len(self.parts)} parts; it has 1 to {wire.PARTS_MAX}, each with a shard")
+        firsts = [phase.from_batch for phase in self.phases]
+        if not 1 <= len(firsts) <= wire.PHASES_MAX or firsts[0] != 1 or any(a >= b for a, b in pairwise(firsts)):
+            raise DatasetError(f"a mixture's phases begin with batches {firsts[:8]}; they ascend from 1")
+        for phase in self.phases:
+            if len(phase.weights) != len(self.parts) or min(phase.weights) < 0:
+                raise DatasetError(f"a mixture's weights {list(phase.weights)[:8]}: there is one a part, none below 0")
+            if not 1 <= phase.cycle <= wire.CYCLE_MAX:
+                raise DatasetError(f"a mixture's weights are {phase.cycle} in all; they must be 1 to {wire.CYCLE_MAX}")
+
+    def to_map(self) -> dict[str, Any]:
+        """Plain values, as the manifest has them."""
+        return {
+            "parts": [{"digest": digest, "shards": count} for digest, count in self.parts],
+            "phases": [{"from_batch": p.from_batch, "weights": list(p.weights)} for p in self.phases],
+        }
+
+    def shards_of(self, shards: Sequence[int]) -> list[Sequence[int]]:
+        """Those of each part."""
+        ends = list(accumulate(count for _, count in self.parts))
+        return [shards[end - count : end] for (_, count), end in zip(self.parts, ends, strict=True)]
+
+
+@dataclass(frozen=True)
 class DatasetRef:
     """A prepared dataset, as the planner sees it.
 
     ``digest`` is the SHA-256 (hex) of its manifest, ``shards`` the number of tokens of each shard in order,
-    ``token_bytes`` 2 or 4, ``eot`` the token that ends a document, or None.
+    ``token_bytes`` 2 or 4, ``eot`` the token that ends a document, or None; ``mix``: of what it is mixed, None where it
+    is one corpus.
     """
 
     digest: str
@@ -38,6 +76,7 @@ class DatasetRef:
     shards: tuple[int, ...]
     tokenizer_digest: str
     eot: int | None = None
+    mix: Mixture | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("digest", self.digest), ("tokenizer_digest", self.tokenizer_digest)):
@@ -54,15 +93,22 @@ class DatasetRef:
             raise DatasetError(f"dataset has shards {list(self.shards)}; at least one shard with tokens is needed")
         if self.eot is not None and not 0 <= self.eot < self.vocab:
             raise DatasetError(f"dataset eot {self.eot} is outside its vocabulary of {self.vocab}")
+        if self.mix is not None and sum(count for _, count in self.mix.parts) != len(self.shards):
+            raise DatasetError(f"the parts of a mixture have not the {len(self.shards)} shards of its dataset")
 
     @property
     def tokens(self) -> int:
         """Tokens of all shards."""
         return sum(self.shards)
 
+    @property
+    def parts(self) -> list[Sequence[int]]:
+        """The shards of each part; all of them where it is one corpus."""
+        return [self.shards] if self.mix is None else self.mix.shards_of(self.shards)
+
     def samples(self, sequence: int) -> int:
         """Samples of ``sequence`` tokens (plus one target) in one pass: ``(tokens - 1) // sequence`` a shard."""
-        return sum(max(0, tokens - 1) // sequence for tokens in self.shards)
+        return samples_of(self.shards, sequence)
 
     def to_map(self) -> dict[str, Any]:
         """Plain values, for people and JSON."""
@@ -73,7 +119,13 @@ class DatasetRef:
             "shards": list(self.shards),
             "tokenizer_digest": self.tokenizer_digest,
             "eot": self.eot,
+            **({} if self.mix is None else {"mix": self.mix.to_map()}),
         }
+
+
+def samples_of(shards: Sequence[int], sequence: int) -> int:
+    """Samples of ``sequence`` tokens in shards of so many."""
+    return sum(max(0, tokens - 1) // sequence for tokens in shards)
 
 
 def token_bytes_for(vocab: int) -> int:

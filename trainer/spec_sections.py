@@ -36,8 +36,10 @@ from trainer.spec_how import (
     other_name,
 )
 from trainer.spec_layouts import layout_words, other_hows
+from trainer.spec_mix import MixPart, check_phases, phases_of
 from trainer.spec_watch import WATCHED, EvalSpec, LimitsSpec, TrackSpec, ValidationSpec
-from trainer.wire import VOCAB_BLOCKS
+from trainer.wire import PARTS_MAX, VOCAB_BLOCKS
+from trainer.wire.order import MixPhase
 from trainer.wire.packed import RECORD_DEPTH, pack
 
 MAX_VOCAB_SIZE = 1 << 24
@@ -45,6 +47,7 @@ MAX_MICROBATCHES = 1 << 16
 DEFAULT_GROUPS = 8
 """Of ``train.reduction_groups``, where the microbatches of a step allow it."""
 FP8_SIDE = 16
+DEFAULT_SOURCE = "python-stdlib"
 VOCAB_UNIT = 8
 """Blocks of a vocabulary begin at multiples of it, so that its rows keep their alignment."""
 
@@ -170,7 +173,7 @@ class DataSpec(Section):
     """Where the text comes from and in which order its samples are read."""
 
     source: str = Field(
-        "python-stdlib",
+        DEFAULT_SOURCE,
         description='"python-stdlib", "text:<glob>", "jsonl:<glob>", "parquet:<glob>", "code:<folder>", "hf:<dataset>" '
         'or "dataset:<digest>"; a glob may be s3://bucket/...',
     )
@@ -198,6 +201,42 @@ class DataSpec(Section):
         "they have read; 0: all shards, before the first step. No part of a run's name",
     )
     packing: Literal["across"] = Field("across", description="documents are packed, attention crosses their borders")
+    mix: tuple[MixPart, ...] = Field(
+        (),
+        max_length=PARTS_MAX,
+        description="corpora that are mixed by weights, in place of source: tables of source, weight, steps",
+    )
+
+    def part(self, number: int) -> DataSpec:
+        """What a part of the mixture is prepared from, but for its tokenizer."""
+        entry = self.mix[number]
+        made: dict[str, Any] = {"filter": None, "dedupe": None} if entry.source.startswith("dataset:") else {}
+        values = {key: getattr(self, key) for key in type(self).model_fields}
+        return DataSpec.model_validate(values | made | {"mix": (), "source": entry.source, "field": entry.field})
+
+    @property
+    def phases(self) -> tuple[MixPhase, ...]:
+        """The mixture's weights as a step function."""
+        return phases_of(self.mix)
+
+    def _check_mix(self) -> None:
+        if self.source != DEFAULT_SOURCE:
+            raise ValueError(
+                f"source {shown(self.source)} and mix: a mixture's parts have sources of their own; leave source out, "
+                "or make it a part"
+            )
+        if self.validation:
+            raise ValueError(
+                f"validation {self.validation} with mix: of which part it would be is not said; leave it out, and name "
+                "data of its own in [validation]"
+            )
+        for number in range(len(self.mix)):
+            try:
+                self.part(number)
+            except ValidationError as error:
+                why = error.errors(include_url=False)[0]
+                raise ValueError(f"mix[{number}].{why.get('ctx', {}).get('error', why['msg'])}") from error
+        check_phases(self.phases)
 
     @model_validator(mode="after")
     def _check(self) -> DataSpec:
@@ -206,6 +245,8 @@ class DataSpec(Section):
                 f"end_token {shown(self.end_token)} is for a tokenizer that is given with data.tokenizer; the one "
                 "that is trained here ends documents with <|endoftext|>: leave it out"
             )
+        if self.mix:
+            self._check_mix()
         kind, _, rest = self.source.partition(":")
         if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
             made = [key for key in ("filter", "dedupe", "validation") if getattr(self, key)]
@@ -215,7 +256,7 @@ class DataSpec(Section):
                     "leave it out, or name the corpus"
                 )
             return self
-        if self.source != "python-stdlib" and not (kind in SOURCE_KINDS and rest):
+        if self.source != DEFAULT_SOURCE and not (kind in SOURCE_KINDS and rest):
             raise ValueError(
                 f"source {shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>', "
                 "'parquet:<glob>', 'code:<folder>', 'hf:<dataset>' or 'dataset:<64 hex digits>'"
@@ -536,9 +577,10 @@ class RunSpec(Section):
         few = _few_for_blocks(self.model.vocab or dataset.vocab, self.train.vocab_blocks)
         if few is not None and not problems:
             problems.append(few)
-        short = too_short(dataset.shards, self.train.sequence)
-        if short is not None:
-            problems.append(short)
+        for number, shards in enumerate(dataset.parts):
+            short = too_short(shards, self.train.sequence)
+            if short is not None:
+                problems.append(short if dataset.mix is None else f"data.mix[{number}]: {short}")
         if problems:
             raise SpecError(problems)
         if self.model.vocab and self.train.reduction_groups:

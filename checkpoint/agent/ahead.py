@@ -80,6 +80,22 @@ class Needs:
         """Of a step."""
         return len(self.replicas) * len(self.data.places(1, 0))
 
+    @property
+    def two_steps(self) -> int:
+        """Bytes of the leaves of two steps that follow one another, at most: each sample in leaves of its own, or all
+        blocks of the windows that they may be of; in order, one stretch a step, replica and part.
+        """
+        data, order, leaf = self.data, self.data.order, self.cache.largest
+        sample = (data.sequence + 1) * data.token_bytes
+        apart = 2 * self.samples * (-(-sample // leaf) + 1)
+        stretch = -(-len(data.places(1, 0)) * sample // leaf) + 2
+        blocks = 0 if order.shuffled else 2 * len(self.replicas) * len(order.parts) * stretch
+        for samples in order.parts if order.shuffled else ():
+            block = min(order.block, samples)
+            windows = -(-2 * order.batch // (order.window * block)) + 1
+            blocks += windows * order.window * (-(-block * sample // leaf) + 1)
+        return leaf * min(apart, blocks, self.cache.count)
+
 
 class Ahead:
     """Of one attempt. ``make`` may fail, and is asked again then; ``first``: the step that begins, None where it began
@@ -117,11 +133,9 @@ class Ahead:
         step = self._next
         if step is None or step > self._last:
             return
-        leaves = self._leaves(needs, step)
-        two = set(leaves).union(needs.leaves(step + 1) if step < self._last else ())
-        if sum(map(needs.cache.size, two)) > window.capacity:
+        if window.capacity < needs.two_steps:
             raise _too_small(needs, window)
-        taken = window.take(step, leaves)
+        taken = window.take(step, self._leaves(needs, step))
         assert taken is not None
         needs.cache.drop(taken.drop)
         needs.cache.bring(taken.bring, go_on)
@@ -273,12 +287,11 @@ class Ahead:
 
 
 def _too_small(needs: Needs, window: Window) -> CannotStart:
-    each = needs.samples * (needs.data.sequence + 1) * needs.data.token_bytes
+    has, most = (f"{count / (1 << 30):.3g} GiB" for count in (window.capacity, needs.two_steps))
     return CannotStart(
         78,
-        f"data.cache_gib is {window.capacity / (1 << 30):.3g} GiB, and what two steps read on this node does not fit "
-        f"in it ({needs.samples} samples a step, {each / (1 << 20):.3g} MiB, in pieces of "
-        f"{needs.cache.largest >> 10} KiB): raise data.cache_gib",
+        f"data.cache_gib is {has}; two steps of this node ({needs.samples} samples each) may read up to {most}, in "
+        f"pieces of {needs.cache.largest >> 10} KiB: raise it to that, better to some windows of the shuffle",
     )
 
 

@@ -94,11 +94,17 @@ class Cache:
         """Bytes of a leaf, at most."""
         return max(self._leaf_bytes)
 
+    @property
+    def count(self) -> int:
+        """Of all leaves."""
+        return sum(-(-shard.row.bytes // size) for shard, size in zip(self.shards, self._leaf_bytes, strict=True))
+
     def shard_of(self, leaf: int) -> CachedShard:
         return self.shards[leaf >> _SHIFT]
 
     def size(self, leaf: int) -> int:
-        return self.span(leaf)[1]
+        """Bytes that it takes of the disk: of its blocks."""
+        return -(-self.span(leaf)[1] // LEAF_ALIGN) * LEAF_ALIGN
 
     def leaves(self, shard: int, first: int, end: int) -> range:
         """Those that hold these bytes of a shard."""

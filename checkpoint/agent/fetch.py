@@ -18,7 +18,7 @@ from checkpoint import keys
 from checkpoint.agent.gang import CannotStart
 from checkpoint.dataset import DatasetManifest, ShardRow, dataset_manifest_bytes, parse_dataset_manifest
 from checkpoint.errors import CheckpointError, Damaged, NotFound
-from checkpoint.layout import Part, PlanLayout, PlanRefused, read_plan
+from checkpoint.layout import DataPart, PlanLayout, PlanRefused, read_plan
 from checkpoint.store import Store
 from trainer.wire.files import kept, write_file
 
@@ -66,7 +66,7 @@ def fetch_data(store: Store, layout: PlanLayout, folder: Path) -> Path:
     return homes[0].parent if layout.data.mixed else homes[0]
 
 
-def _fetch_part(store: Store, part: Part, folder: Path) -> Path:
+def _fetch_part(store: Store, part: DataPart, folder: Path) -> Path:
     digest, target = part.digest, folder / part.digest
     local = store.local_path(keys.dataset_manifest_key(digest))
     home = target if local is None else local.parent
@@ -107,7 +107,7 @@ def _check_room(target: Path, shards: Sequence[ShardRow]) -> None:
         )
 
 
-def part_manifest(store: Store, part: Part, kept: Path | None = None) -> DatasetManifest:
+def part_manifest(store: Store, part: DataPart, kept: Path | None = None) -> DatasetManifest:
     """Of a part of a plan's data. ``kept``: where a copy lies, or will. Raises DataRefused, StoreError."""
     digest = part.digest
     try:

@@ -132,7 +132,7 @@ def _as_written(
     spec: RunSpec, store: str | None, as_json: bool, device: str | None, run: str | None,
     files: dict[str, str | None],
 ) -> int:  # fmt: skip
-    from flows.show import foretell
+    from flows.show import foretell, mixture
     from trainer.plan.devices import sheet_of
     from trainer.plan.draw import timeline_svg, timeline_text
     from trainer.plan.schedule_file import to_csv
@@ -163,6 +163,8 @@ def _as_written(
         show(told)
         return 0
     say(foretell.headline(compiled, resolved) + note)
+    for line in mixture.foretold(resolved):
+        say(line)
     say("")
     say(told["memory_text"])
     say(timeline_text(simulation.timeline, replicas=resolved.parallel.replicas))

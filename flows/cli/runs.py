@@ -165,6 +165,11 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         say(f"  {told['reason']}")
     if parent := told["parent"]:
         say(f"  it begins from step {parent['step']} of {parent['run']}")
+    for part in told["mixed"]:
+        say(
+            f"  of dataset {part['dataset'][:12]}: {part['samples']:,} samples read, {part['passes']:.2f} passes; now "
+            f"{part['weight']} in {part['of']}"
+        )
     for order in told["orders"]:
         say(f"  order {order['record']:>5}  by {order['by']} ({order['via']}): {order['text']}")
     replays = told["replays"]

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -36,6 +37,7 @@ from flows.data import pieces as pieces_of
 from flows.data.encoding import HELD, TRAIN, Encoder, encode_piece, sample_piece, sampled
 from flows.data.filters import REASONS, filter_of
 from flows.data.job import DataJob, Task, hold_store, release_store
+from flows.data.mixture import prepare_mixture
 from flows.data.pieces import cut
 from flows.data.reading import read_piece
 from flows.data.runners import Runner, Threads
@@ -63,7 +65,7 @@ log = logging.getLogger(__name__)
 _MANY_UNKNOWN = 0.01  # share of unknown tokens that is worth a word
 _SETTLED_S = 2.0
 """A file that changed less than that ago may change again without another time: it is not known by its looks."""
-_NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing")
+_NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing", "cache_gib", "mix")
 """Keys that say nothing of what is made, or of which a digest says more."""
 Say = Callable[[str], None]
 
@@ -89,6 +91,9 @@ def prepare(
     sample can be had, the model cannot hold the vocabulary, or a library or predicate is missing; StoreError from the
     store.
     """
+    if spec.mix:
+        one = partial(prepare, say=say, again=again, sequence=sequence, vocab=vocab, runner=runner, clock=clock)
+        return prepare_mixture(spec, store, one, say=say, mend=again)
     if spec.source.startswith("dataset:"):
         return load_dataset(store, spec.source.removeprefix("dataset:"))
     wanted = _Wanted(sequence, vocab)

@@ -26,8 +26,9 @@ from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Data, Store
 from flows.data.job import DataJob, store_of
 from flows.data.tokenizer import parse_tokenizer
-from trainer.dataset import HEADER_BYTES, DatasetRef, check_tokens, new_shard, shard_bytes, token_bytes_for
+from trainer.dataset import HEADER_BYTES, DatasetRef, Mixture, check_tokens, new_shard, shard_bytes, token_bytes_for
 from trainer.errors import DatasetError
+from trainer.wire.order import MixPhase
 from trainer.wire.packed import unpack
 from trainer.wire.unreadable import Unreadable
 
@@ -65,6 +66,7 @@ def load_dataset(store: Store, digest: str) -> DatasetRef:
         shards=tuple(shard.tokens for shard in manifest.shards),
         tokenizer_digest=manifest.tokenizer_sha256,
         eot=manifest.eot,
+        mix=Mixture(manifest.parts, tuple(MixPhase(*phase) for phase in manifest.phases)) if manifest.parts else None,
     )
 
 

@@ -42,7 +42,7 @@ from trainer.spec import (
     with_how,
 )
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
-from trainer.wire import NUMERICS_VERSION, PLAN_VERSION
+from trainer.wire import NUMERICS_VERSION, PLAN_PLAIN
 from trainer.wire.plan import parse, version_of
 from trainer.wire.unreadable import Unreadable
 
@@ -212,7 +212,7 @@ def still_read(store: Store, run: str, attempt: AttemptInfo) -> bool:
         version = version_of(store.get(plan_key(run, plan), first=0, length=PLAN_HEAD))
     except (NotFound, Damaged):
         return True  # they say what is wrong with it
-    return not 0 < version < PLAN_VERSION
+    return not 0 < version < PLAN_PLAIN
 
 
 def run_names(store: Store) -> Iterator[str]:

@@ -21,6 +21,7 @@ from flows.drive.run import find_run, load_what, opened_again, read_run, ruling_
 from flows.drive.scores import line_evaluations, score_table
 from flows.drive.telling import PARKED
 from flows.drive.train import store_at
+from flows.show.mixture import read_so_far
 from flows.show.report import AttemptFact, ReportFacts
 from trainer.errors import PlanError
 from trainer.models import family
@@ -104,6 +105,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],
         "parent": {key: parent[key] for key in ("run", "step")} if (parent := parent_of(state)) else None,
+        "mixed": read_so_far(store, what, next((c.data_position for c in state.restore_candidates()), 0)),
         "orders": describe(state),
         "replays": {"steps": kept.steps, "differ": list(kept.differ)},
         "evaluations": score_table(line_evaluations(store, state), EVALUATIONS_SHOWN),

@@ -151,6 +151,20 @@ def read_dataset(data: bytes) -> None:
     load_dataset_manifest(store, digest)
 
 
+MIXTURE: dict[str, Any] = {
+    "v": 2,
+    "vocab": 61,
+    "token_bytes": 2,
+    "eot": None,
+    "parts": [
+        {"digest": digest * 64, "shards": [{"tokens": 40, "bytes": 144, "sha256": "0" * 64}] * count}
+        for digest, count in (("a", 2), ("b", 1))
+    ],
+    "phases": [{"from_batch": 1, "weights": [3, 1]}, {"from_batch": 20, "weights": [0, 1]}],
+    "tokenizer_sha256": "0" * 64,
+}
+
+
 @dataclass(frozen=True)
 class Reader:
     good: Callable[[], bytes]
@@ -198,6 +212,12 @@ READERS: dict[str, Reader] = {
     "pages": Reader(lambda: paged().get(keys.run_key(RUN, keys.manifest_name(7, 1))), read_pages, seal),
     "dataset": Reader(
         lambda: DATASET_MANIFEST,
+        read_dataset,
+        lambda value: codec.pack(value, 500),
+        lambda data: codec.unpack(data, "it", max_bytes=CAP),
+    ),
+    "mixture": Reader(
+        lambda: codec.pack(MIXTURE),
         read_dataset,
         lambda value: codec.pack(value, 500),
         lambda data: codec.unpack(data, "it", max_bytes=CAP),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from checkpoint.layout import read_plan
 from tests.e2e import engine_runs
 from tests.engine.engine_build import engine
 from tests.engine.native import build_program
 from tests.engine.plans import SEQUENCE, VOCAB, small_plan
-from tests.reference.sample_order import SampleOrder
-from trainer.dataset import DatasetRef, write_shard
-from trainer.wire.order import Order
+from tests.reference.sample_order import MixedOrder, SampleOrder
+from trainer.dataset import DatasetRef, Mixture, write_shard
+from trainer.wire.order import MixPhase, Order
 
 __all__ = ["engine"]
 
@@ -60,6 +62,61 @@ def test_the_order_is_the_mirrors_and_every_pass_a_permutation(
             assert max(Counter(one).values()) == 1
         if shuffled and used > 20:
             assert passes[0] != passes[1]
+
+
+MIXTURES: list[tuple[tuple[int, ...], list[MixPhase]]] = [
+    ((40, 9), [MixPhase(1, (3, 1))]),
+    ((40, 9, 25), [MixPhase(1, (3, 0, 2)), MixPhase(4, (0, 1, 0)), MixPhase(5, (7, 5, 1))]),
+    ((30,), [MixPhase(1, (1,))]),
+    ((12, 12), [MixPhase(1, (50, 20)), MixPhase(9, (1, 1))]),
+]
+
+
+@pytest.mark.parametrize(("parts", "phases"), MIXTURES)
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_the_order_of_a_mixture(
+    engine: Path, tmp_path: Path, parts: tuple[int, ...], phases: list[MixPhase], shuffled: bool
+) -> None:
+    """Engine, agent and a walk from the start agree; a cycle has each part's weight, a pass no sample twice."""
+    shards = [(SEQUENCE * n + 1,) if n < 20 else (SEQUENCE * (n - 7) + 1, 3, SEQUENCE * 7 + 1) for n in parts]
+    mix = Mixture(tuple((f"{k:064x}", len(own)) for k, own in enumerate(shards)), tuple(phases))
+    dataset = DatasetRef("0" * 64, VOCAB, 2, tuple(t for own in shards for t in own), "0" * 64, mix=mix)
+    data: dict[str, object] = {"block": 3, "window": 2, "shuffled": shuffled}
+    count = 200
+    samples = order(engine, tmp_path, dataset, data, count, 11)
+    walk = MixedOrder(parts, tuple((p.from_batch, p.weights) for p in phases), 4, 11, shuffled, 3, 2).walk(count)
+    firsts = [sum(parts[:k]) for k in range(len(parts))]
+    assert samples == [firsts[part] + number for part, number in walk]
+    layout = read_plan(small_plan(dataset=dataset, data=data, seed=11).to_bytes()).data
+    assert layout is not None
+    assert layout.mixed
+    assert samples == [layout.order.sample(i) for i in range(count)]
+    for p, phase in enumerate(phases):
+        begin = (phase.from_batch - 1) * 4
+        end = (phases[p + 1].from_batch - 1) * 4 if p + 1 < len(phases) else count
+        for cycle in range(begin, end - phase.cycle + 1, phase.cycle):
+            found = Counter(part for part, _ in walk[cycle : cycle + phase.cycle])
+            assert [found[part] for part in range(len(parts))] == list(phase.weights)
+    for part in range(len(parts)):
+        passes: dict[int, list[int]] = {}
+        for i in range(count):
+            owner, place = layout.order.place(i)
+            if owner == part:
+                passes.setdefault(place // layout.order.used(part), []).append(walk[i][1])
+        assert all(max(Counter(numbers).values()) == 1 for numbers in passes.values())
+    for batch in range(count // 4 + 1):
+        p = max((n for n, phase in enumerate(phases) if phase.from_batch <= batch), default=0)
+        begin = (phases[p].from_batch - 1) * 4
+        read = Counter(layout.order.place(i)[0] for i in range(begin, batch * 4))
+        known = [base + read[part] for part, base in enumerate(layout.order.bases[p])]
+        assert list(layout.order.taken(batch)) == known
+
+
+def test_a_mixture_of_one_part_reads_as_that_part(engine: Path, tmp_path: Path) -> None:
+    alone = DatasetRef("0" * 64, VOCAB, 2, (401, 90, 7, 300), "0" * 64)
+    mixed = replace(alone, mix=Mixture((("1" * 64, 4),), (MixPhase(1, (1,)), MixPhase(7, (1,)))))
+    data: dict[str, object] = {"block": 4, "window": 3}
+    assert order(engine, tmp_path, mixed, data, 300, 5) == order(engine, tmp_path, alone, data, 300, 5)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from checkpoint.layout import PlanRefused, read_plan
 from tests.engine.engine_build import build_plan_fuzz, engine
-from tests.engine.plans import GPT2, LLAMA, edited, sealed, small_plan
+from tests.engine.plans import GPT2, LLAMA, SAMPLES, SEQUENCE, VOCAB, edited, sealed, small_plan
 from trainer import wire
+from trainer.dataset import DatasetRef, Mixture
+from trainer.wire.order import MixPhase
 from trainer.wire.plan import parse
 
 __all__ = ["engine"]  # the fixture
@@ -54,6 +57,80 @@ def replicated(replicas: int = 2, stages: int = 1, precision: str = "fp32") -> b
 @pytest.fixture(scope="module")
 def pair() -> bytes:
     return replicated()
+
+
+def _set(**values: Any) -> Callable[[Any], None]:
+    def change(record: Any) -> None:
+        for name, value in values.items():
+            setattr(record, name, value)
+
+    return change
+
+
+def mixture(*phases: MixPhase) -> bytes:
+    """A plan over three parts, of 4, 6 and 2 of the small dataset's shards."""
+    plain = DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
+    phases = phases or (MixPhase(1, (3, 0, 2)), MixPhase(3, (0, 1, 1)))
+    mix = Mixture((("1" * 64, 4), ("2" * 64, 6), ("3" * 64, 2)), phases)
+    return small_plan(dataset=replace(plain, mix=mix)).to_bytes()
+
+
+def test_a_plan_without_a_mixture_is_as_ever_and_one_with_it_is_of_a_newer_version(check: Check, good: bytes) -> None:
+    mixed = mixture()
+    assert check(mixed) == (0, "")
+    heads = [wire.PlanHeader.from_buffer_copy(data) for data in (good, mixed)]
+    assert [(head.version, head.sections) for head in heads] == [(2, 10), (3, 12)]
+    assert bytes(good[224:256]) == bytes(32)
+    with pytest.raises(PlanRefused, match="other sections than its version"):
+        read_plan(relabelled(mixed, 2))
+    for data, version, words in (
+        (mixed, 2, "12 sections, this version has 10"),
+        (good, 3, "10 sections, this version has 12"),
+    ):
+        code, said = check(relabelled(data, version))
+        assert (code, words in said) == (78, True), said
+    whole = (MixPhase(1, (1, 1, 1)), *(MixPhase(step, (step % 7, 1, 65_000)) for step in range(2, 257)))
+    assert check(mixture(*whole)) == (0, "")
+    assert read_plan(mixture(*whole)).data is not None
+
+
+def relabelled(data: bytes, version: int) -> bytes:
+    changed = bytearray(data)
+    changed[8:12] = version.to_bytes(4, "little")
+    return sealed(changed)
+
+
+MIXED: list[tuple[str, Any, int, Callable[[Any], None], str]] = [
+    ("parts", wire.PlanPart, 0, _set(first_shard=1), "part 0: 4 shards from 1 on; those before end at 0 of 12"),
+    ("parts", wire.PlanPart, 1, _set(shards=0), "part 1: 0 shards from 4 on"),
+    ("parts", wire.PlanPart, 1, _set(shards=1 << 31), "part 1: 2147483648 shards"),
+    ("parts", wire.PlanPart, 2, _set(shards=1), "part 2: 2 samples from 10 on; its shards have those from 10 to 11"),
+    ("parts", wire.PlanPart, 1, _set(first_sample=5), "part 1: 6 samples from 5 on"),
+    ("parts", wire.PlanPart, 1, _set(samples=1 << 60), "part 1: 1152921504606846976 samples"),
+    ("parts", wire.PlanPart, 0, _set(reserved=1), "part 0: reserved is not 0"),
+    ("weights", wire.PlanWeight, 0, _set(weight=1 << 20), "phase 0: its weights are 1048578 in all, outside 1..65536"),
+    ("weights", wire.PlanWeight, 0, _set(from_batch=2), "phase 0 begins with batch 2, outside 1..1"),
+    ("weights", wire.PlanWeight, 1, _set(from_batch=2), "phase 0, part 1: it says part 1 from batch 2"),
+    ("weights", wire.PlanWeight, 1, _set(part=7), "phase 0, part 1: it says part 7"),
+    ("weights", wire.PlanWeight, 0, _set(base=1), "phase 0, part 0: it says part 0 from batch 1 and place 1 on"),
+    ("weights", wire.PlanWeight, 3, _set(from_batch=1), "phase 1 begins with batch 1, outside 2..1099511627776"),
+    ("weights", wire.PlanWeight, 3, _set(from_batch=1 << 62), "phase 1 begins with batch 4611686018427387904"),
+    ("weights", wire.PlanWeight, 3, _set(base=0), "phase 1, part 0: it says part 0 from batch 3 and place 0 on"),
+    ("weights", wire.PlanWeight, 2, _set(weight=3), "phase 1, part 2: it says part 2 from batch 3 and place 4 on"),
+]
+
+
+@pytest.mark.parametrize(("section", "kind", "record", "change", "words"), MIXED, ids=[row[4] for row in MIXED])
+def test_a_mixture_that_does_not_hold_is_refused_by_engine_and_agent(
+    check: Check, section: str, kind: Any, record: int, change: Callable[[Any], None], words: str
+) -> None:
+    data = edited(mixture(), section, record, kind, change)
+    code, said = check(data)
+    assert code == 78
+    assert words in said
+    if "reserved" not in words:
+        with pytest.raises(PlanRefused):
+            read_plan(data)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -134,14 +211,6 @@ def test_a_flipped_bit_anywhere_is_refused(check: Check, good: bytes) -> None:
         data[at] ^= 1 << dice.randrange(8)
         code, words = check(bytes(data))
         assert code == 78, (at, words)
-
-
-def _set(**values: Any) -> Callable[[Any], None]:
-    def change(record: Any) -> None:
-        for name, value in values.items():
-            setattr(record, name, value)
-
-    return change
 
 
 def _ref(operand: int, **values: Any) -> Callable[[Any], None]:
@@ -497,3 +566,14 @@ def test_mutated_plans_are_refused_or_run_inside_their_memory(tmp_path: Path, st
         counted = json.loads(done.stdout)
         assert counted["refused"] > 500
         assert counted["run"] > 20
+
+
+def test_mutated_plans_of_a_mixture_are_refused_or_run(tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    path.write_bytes(mixture())
+    command = [str(build_plan_fuzz()), str(path), "300", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout)
+    assert counted["refused"] > 100
+    assert counted["run"] > 10

@@ -88,3 +88,49 @@ class SampleOrder:
                 return shard, sample * self.sequence
             sample -= count
         raise DatasetError(f"sample {sample} lies beyond the last shard")
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """The same of a mixture, by walking through its phases and cycles from the run's start (the engine computes it).
+
+    ``parts``: samples of each; ``phases``: (first batch, weights).
+    """
+
+    parts: tuple[int, ...]
+    phases: tuple[tuple[int, tuple[int, ...]], ...]
+    batch: int
+    seed: int
+    shuffled: bool = True
+    block: int = 64
+    window: int = 64
+
+    def walk(self, count: int) -> list[tuple[int, int]]:
+        """Part, and number in it, of the run's first samples."""
+        orders = [
+            SampleOrder(
+                DatasetRef("0" * 64, 2, 2, (samples + 1,), "0" * 64),
+                1,
+                self.seed + part * _GOLDEN & _MASK64,
+                self.shuffled,
+                self.block,
+                self.window,
+            )
+            for part, samples in enumerate(self.parts)
+        ]
+        found: list[tuple[int, int]] = []
+        used = [0] * len(self.parts)
+        for p, (first, weights) in enumerate(self.phases):
+            last = (self.phases[p + 1][0] - 1) * self.batch if p + 1 < len(self.phases) else count
+            assert len(found) == min(count, (first - 1) * self.batch)
+            cycle = 0
+            while len(found) < min(count, last):
+                members = [(part, n) for part, weight in enumerate(weights) for n in range(weight)]
+                key = _key(~self.seed & _MASK64, p, cycle)
+                for x in range(len(members)):
+                    part, n = members[_permute(key, len(members), x)]
+                    if len(found) < min(count, last):
+                        found.append((part, orders[part].sample(used[part] + n)))
+                used = [a + b for a, b in zip(used, weights, strict=True)]
+                cycle += 1
+        return found

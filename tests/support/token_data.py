@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from checkpoint import codec, keys
 from checkpoint.dataset import LEAF_ALIGN, ShardLeaves
 from checkpoint.store import Store
-from trainer.dataset import DatasetRef, write_shard
+from trainer.dataset import DatasetRef, Mixture, write_shard
+from trainer.wire.order import MixPhase
 
 VOCAB = 300
 TOKENIZER = b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
@@ -46,6 +48,32 @@ def put_tokens(
     store.create(keys.tokenizer_key(digest), TOKENIZER)
     store.create(keys.dataset_manifest_key(digest), manifest)
     return DatasetRef(digest, vocab, 2, tuple(shards), tokenizer)
+
+
+def put_mixture(store: Store, parts: Sequence[DatasetRef], phases: Sequence[MixPhase]) -> DatasetRef:
+    """Of datasets that are in the store."""
+    first = parts[0]
+    manifest = codec.pack(
+        {
+            "v": 2,
+            "vocab": first.vocab,
+            "token_bytes": 2,
+            "eot": None,
+            "parts": [{"digest": part.digest, "shards": _rows(store, part.digest)} for part in parts],
+            "phases": [{"from_batch": p.from_batch, "weights": list(p.weights)} for p in phases],
+            "tokenizer_sha256": first.tokenizer_digest,
+        }
+    )
+    digest = hashlib.sha256(manifest).hexdigest()
+    store.create(keys.tokenizer_key(digest), TOKENIZER)
+    store.create(keys.dataset_manifest_key(digest), manifest)
+    mix = Mixture(tuple((p.digest, len(p.shards)) for p in parts), tuple(phases))
+    return replace(first, digest=digest, shards=tuple(t for p in parts for t in p.shards), mix=mix)
+
+
+def _rows(store: Store, digest: str) -> list[dict[str, object]]:
+    manifest = codec.unpack(store.get(keys.dataset_manifest_key(digest)), "it", max_bytes=1 << 20)
+    return list(manifest["shards"])
 
 
 def held_bytes(path: Path) -> int:

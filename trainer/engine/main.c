@@ -9,12 +9,11 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include "data/order.h"
 #include "run/abort_words.h"
 #include "run/devices.h"
 #include "run/environment.h"
 #include "run/infer.h"
-#include "run/plan.h"
+#include "run/plan_data.h"
 #include "run/rank.h"
 #include "run/supervisor.h"
 #include "run/wire_json.h"
@@ -165,12 +164,13 @@ static hs_status command_order(int argc, char **argv, hs_why *why) {
     hs_plan plan;
     HS_TRY(hs_plan_open(path, &plan, why));
     hs_status st = HS_OK;
+    const hs_order order = hs_plan_order(&plan);
     if (plan.config->data_samples == 0 || plan.config->data_block == 0 ||
         plan.config->data_window == 0) {
         st = hs_fail(why, HS_E_CONFIG, "plan %s has no data", path);
     }
     for (uint64_t i = 0; st == HS_OK && i < count; i++) {
-        if (printf("%" PRIu64 "\n", hs_order_sample(plan.config, first + i)) < 0) {
+        if (printf("%" PRIu64 "\n", hs_order_sample(&order, first + i)) < 0) {
             st = hs_fail(why, HS_E_IO, "standard output cannot be written");
         }
     }

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from trainer import wire
+from trainer.dataset import Mixture, samples_of
 from trainer.models.base import Tensor
 from trainer.plan.places import Position
 from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, Config, PositionPlan, Ref
-from trainer.wire.plan import RECORDS
+from trainer.wire.order import bases
+from trainer.wire.plan import RECORDS, sections_of
 
 Bytes = bytes | memoryview
 _ACTION = np.dtype(wire.PlanAction)
@@ -43,6 +45,7 @@ def to_bytes(
     shards: Sequence[int],
     positions: Sequence[PositionPlan],
     channels: Sequence[Channel],
+    mix: Mixture | None = None,
 ) -> bytes:
     """The file of a plan of these. Beside the file itself it takes the memory of one position's actions."""
     strings = _Strings()
@@ -53,6 +56,8 @@ def to_bytes(
     for tokens in shards:
         tables["shards"].append(bytes(wire.PlanShard(tokens=tokens, first_sample=samples)))
         samples += max(0, tokens - 1) // config.sequence
+    if mix is not None:
+        tables["parts"], tables["weights"] = _mixture(config, shards, mix)
     actions = _Actions()
     for position in positions:
         tables["positions"].append(bytes(_position(position, tables, actions, strings)))
@@ -64,6 +69,24 @@ def to_bytes(
     counts |= {"strings": len(strings.bytes), "actions": actions.count}
     sections: dict[str, Iterable[Bytes]] = {**tables, "strings": [bytes(strings.bytes)], "actions": actions.records()}
     return _file(counts, sections)
+
+
+def _mixture(config: Config, shards: Sequence[int], mix: Mixture) -> tuple[list[bytes], list[bytes]]:
+    """The records of its parts and weights."""
+    parts, first_shard, first_sample = [], 0, 0
+    for (digest, count), own in zip(mix.parts, mix.shards_of(shards), strict=True):
+        samples = samples_of(own, config.sequence)
+        record = wire.PlanPart(first_shard=first_shard, shards=count, first_sample=first_sample, samples=samples)
+        record.digest[:] = bytes.fromhex(digest)
+        parts.append(bytes(record))
+        first_shard, first_sample = first_shard + count, first_sample + samples
+    batch = config.replicas * config.microbatches * config.microbatch
+    weights = [
+        bytes(wire.PlanWeight(phase.from_batch, base, part, weight))
+        for phase, used in zip(mix.phases, bases(mix.phases, batch), strict=True)
+        for part, (base, weight) in enumerate(zip(used, phase.weights, strict=True))
+    ]
+    return parts, weights
 
 
 class _Actions:
@@ -91,10 +114,12 @@ class _Actions:
 
 
 def _file(counts: dict[str, int], sections: dict[str, Iterable[Bytes]]) -> bytes:
-    header = wire.PlanHeader(version=wire.PLAN_VERSION, sections=len(wire.SECTIONS))
+    version = wire.PLAN_VERSION if counts["parts"] else wire.PLAN_PLAIN
+    names = wire.SECTIONS[: sections_of(version)]
+    header = wire.PlanHeader(version=version, sections=len(names))
     header.magic[:] = wire.PLAN_MAGIC
     end = ctypes.sizeof(header)
-    for number, name in enumerate(wire.SECTIONS):
+    for number, name in enumerate(names):
         record = RECORDS.get(name)
         header.section[number].offset, header.section[number].count = _up(end), counts[name]
         end = _up(end) + counts[name] * (1 if record is None else ctypes.sizeof(record))
@@ -107,7 +132,7 @@ def _file(counts: dict[str, int], sections: dict[str, Iterable[Bytes]]) -> bytes
 
     file.write(bytes(header)[:64])
     write(bytes(header)[64:])
-    for section, name in zip(header.section, wire.SECTIONS, strict=True):
+    for section, name in zip(header.section, names, strict=False):
         write(bytes(section.offset - file.tell()))
         for data in sections[name]:
             write(data)

@@ -94,7 +94,8 @@ def compile_plan(
                 positions, channels, schedule = lower(replace(job, optimistic=optimistic))
                 if delays:
                     positions = with_delays(positions, delays)
-                return Plan(_config(job, dataset, what_digest), tensors, shards, positions, channels, schedule)
+                config, mix = _config(job, dataset, what_digest), None if infer else dataset.mix
+                return Plan(config, tensors, shards, positions, channels, schedule, mix)
 
             if infer:
                 return plan(False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from trainer import wire
+from trainer.dataset import Mixture
 from trainer.models.base import Tensor
 from trainer.plan.binary import to_bytes
 from trainer.plan.places import Ranks
@@ -23,10 +24,11 @@ class Plan:
     positions: tuple[PositionPlan, ...]
     channels: tuple[Channel, ...]
     schedule: tuple[Row, ...] = field(default=())
+    mix: Mixture | None = None
 
     @cached_property
     def _bytes(self) -> bytes:
-        return to_bytes(self.config, self.tensors, self.shards, self.positions, self.channels)
+        return to_bytes(self.config, self.tensors, self.shards, self.positions, self.channels, self.mix)
 
     def to_bytes(self) -> bytes:
         """The plan file."""

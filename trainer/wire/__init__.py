@@ -58,7 +58,8 @@ CUDA_PATHS = ("cuda-exact", "cuda")
 
 # --- plan.h -----------------------------------------------------------------------------------------------
 
-PLAN_MAGIC, PLAN_VERSION = b"HSPLAN\r\n", 2
+PLAN_MAGIC, PLAN_VERSION, PLAN_PLAIN = b"HSPLAN\r\n", 3, 2
+"""The newest version is of a plan with a mixture; one without is written as it was."""
 NUMERICS_VERSION = 1
 SECTIONS = (
     "config",
@@ -71,7 +72,11 @@ SECTIONS = (
     "calls",
     "actions",
     "channels",
+    "parts",
+    "weights",
 )
+SECTIONS_PLAIN = 10
+PARTS_MAX, PHASES_MAX, CYCLE_MAX = 256, 256, 1 << 16
 MODE_TRAIN, MODE_INFER = 1, 2
 PERSIST_LAST = -1
 THREADS_COUNTED, THREADS_MAX = 2, 256
@@ -174,6 +179,25 @@ class PlanTensor(ctypes.LittleEndianStructure):
         ("elements", i64),
         ("reserved", u64),
     ]
+
+
+class PlanPart(ctypes.LittleEndianStructure):
+    """A part of a mixture."""
+
+    _fields_ = [
+        ("digest", u8 * 32),
+        ("first_shard", u32),
+        ("shards", u32),
+        ("first_sample", u64),
+        ("samples", u64),
+        ("reserved", u64),
+    ]
+
+
+class PlanWeight(ctypes.LittleEndianStructure):
+    """What a part has of each cycle of a phase."""
+
+    _fields_ = [("from_batch", i64), ("base", u64), ("part", u32), ("weight", u32)]
 
 
 class PlanShard(ctypes.LittleEndianStructure):

@@ -14,9 +14,6 @@ _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = tuple(number * _GOLDEN & _MASK64 for number in range(6))
 
-MOST_PARTS, MOST_PHASES, MOST_WEIGHT = 256, 256, 1 << 16
-"""Of a mixture; the last is of a phase's weights together."""
-
 
 def mix(z: int) -> int:
     """SplitMix64's finalizer."""

@@ -25,6 +25,8 @@ RECORDS: dict[str, type[ctypes.LittleEndianStructure]] = {
     "calls": wire.PlanCall,
     "actions": wire.PlanAction,
     "channels": wire.PlanChannel,
+    "parts": wire.PlanPart,
+    "weights": wire.PlanWeight,
 }
 """What a section holds; ``strings`` has bytes."""
 
@@ -83,7 +85,7 @@ def checked_digest(data: bytes) -> str:
             f"the plan has version {header.version}, this hotstage reads version {wire.PLAN_VERSION}: use the hotstage "
             "that compiled it, or compile it again with this one"
         )
-    if header.sections != len(wire.SECTIONS) or header.reserved:
+    if header.sections != sections_of(header.version) or header.reserved:
         raise Unreadable("the plan's header has other sections than its version; compile it again")
     if header.file_bytes != len(data):
         raise Unreadable(
@@ -95,6 +97,11 @@ def checked_digest(data: bytes) -> str:
     return actual
 
 
+def sections_of(version: int) -> int:
+    """How many sections a plan of this version has."""
+    return len(wire.SECTIONS) if version == wire.PLAN_VERSION else wire.SECTIONS_PLAIN
+
+
 def version_of(head: bytes) -> int:
     """The version that a plan file's first bytes say; 0 where they are no plan's."""
     at = wire.PlanHeader.version.offset
@@ -104,12 +111,14 @@ def version_of(head: bytes) -> int:
 def parse(data: bytes) -> PlanFile:
     """A plan file's sections; Unreadable (NewerVersion) names the first thing that does not hold."""
     actual, header = checked_digest(data), wire.PlanHeader.from_buffer_copy(data)
-    if header.version < wire.PLAN_VERSION:
+    if header.version < wire.PLAN_PLAIN:
         raise Unreadable(
-            f"the plan has version {header.version}, this hotstage reads {wire.PLAN_VERSION}; compile it again"
+            f"the plan has version {header.version}, this hotstage reads {wire.PLAN_PLAIN} and {wire.PLAN_VERSION}; "
+            "compile it again"
         )
-    sections, end = {}, ctypes.sizeof(header)
-    for name, section in zip(wire.SECTIONS, header.section, strict=True):
+    sections, count = dict.fromkeys(wire.SECTIONS, b""), sections_of(header.version)
+    end = wire.PlanHeader.section.offset + count * ctypes.sizeof(wire.PlanSection)
+    for name, section in zip(wire.SECTIONS[:count], header.section, strict=False):
         stop = section.offset + section.count * (ctypes.sizeof(RECORDS[name]) if name in RECORDS else 1)
         if section.count and (section.offset % 64 or section.offset < end or stop > len(data)):
             raise Unreadable(f"the plan's section {name} lies outside the file or over another; compile it again")

@@ -111,13 +111,13 @@ class Away(MemoryStore):
         return sum(size for key, size in self.asked if key.endswith(".bin") and "/leaves/" not in key)
 
 
-ROOM = 14 * LEAF
-SHARDS = (64_000, 100, 20, 64_000, 63_999, 80_001)
+ROOM = 16 * LEAF
+SHARDS = (80_000, 100, 20, 80_000, 79_999, 90_001)
 
 
 @dataclass
 class World:
-    """A plan over random tokens in a store, of some 130 leaves, and a node's folder with room for 14."""
+    """A plan over random tokens in a store, of some 160 leaves, and a node's folder with room for 16."""
 
     store: Away
     layout: PlanLayout
@@ -203,7 +203,7 @@ def test_each_steps_data_is_there_when_it_is_said_to_be_in_a_tenth_of_the_room(t
             ahead.read(0, step, here.heard[-1].step)
         up_to(here, 90)
     whole = sum(2 * tokens + 64 for tokens in SHARDS)
-    assert whole > 9 * ROOM
+    assert whole > 10 * ROOM
     fetched, _, held = ahead.figures
     assert held <= ROOM
     assert fetched >= here.store.shard_bytes()
@@ -358,11 +358,11 @@ def test_too_little_room_is_refused_with_the_key(tmp_path: Path) -> None:
     here = world(tmp_path)
     with (
         here.ahead(room=2 * LEAF) as ahead,
-        pytest.raises(CannotStart, match=r"raise data\.cache_gib") as error,
+        pytest.raises(CannotStart, match=r"raise it to that") as error,
     ):
         ahead.first(go_on)
     assert error.value.code == 78
-    assert "8 samples a step" in str(error.value)
+    assert "two steps of this node (8 samples each) may read up to 6.1e-05 GiB, in pieces of 4 KiB" in str(error.value)
 
 
 def test_a_folder_that_cannot_give_back_parts_of_files_or_is_full_is_refused(

@@ -105,9 +105,9 @@ static hs_status run(rank *r, hs_machine *machine, hs_shards **shards, hs_comm *
                                           .local_ranks = 1,
                                           .arena_fd = -1};
     HS_TRY(hs_machine_create(&of_machine, machine, why));
+    const hs_shard_tables tables = hs_plan_shards(&g->plan);
     if (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX)
-        HS_TRY(hs_shards_open(g->attempt.attempt->data_dir, config, g->plan.shards,
-                              g->plan.count[HS_SECTION_SHARDS], shards, why));
+        HS_TRY(hs_shards_open(g->attempt.attempt->data_dir, &tables, shards, why));
     uint32_t most;
     HS_TRY(hs_messages_most(&g->plan, p, &most, why));
     const hs_comm_config of_comm = {.attempt = g->attempt.attempt,

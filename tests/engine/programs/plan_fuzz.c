@@ -25,7 +25,7 @@
 
 #include "core/hash.h"
 #include "run/linker.h"
-#include "run/plan.h"
+#include "run/plan_data.h"
 
 static uint64_t state;
 
@@ -64,10 +64,11 @@ static const size_t record_bytes[HS_SECTION_COUNT] = {
     sizeof(hs_plan_tensor),   sizeof(hs_plan_shard),
     sizeof(hs_plan_position), sizeof(hs_plan_state),
     sizeof(hs_plan_program),  sizeof(hs_plan_call),
-    sizeof(hs_plan_action),   sizeof(hs_plan_channel)};
+    sizeof(hs_plan_action),   sizeof(hs_plan_channel),
+    sizeof(hs_plan_part),     sizeof(hs_plan_weight)};
 
 static void mutate(uint8_t *bytes, size_t size, const hs_plan_header *good) {
-    const int section = (int)below(HS_SECTION_COUNT);
+    const int section = (int)below(good->sections);
     const size_t from = good->section[section].offset, one = record_bytes[section];
     const bool whole = from + good->section[section].count * one <= size; /* of a cut file */
     const size_t count = whole ? good->section[section].count : 0;
@@ -99,6 +100,15 @@ static void mutate(uint8_t *bytes, size_t size, const hs_plan_header *good) {
         memcpy(bytes + at, &fresh, 8);
         return;
     }
+    }
+}
+
+/* What is read where, as far as anybody may ask, lies in the shards. */
+static void read_in_order(const hs_plan *plan) {
+    const hs_order order = hs_plan_order(plan);
+    for (uint64_t n = 0; plan->config->mode == HS_MODE_TRAIN && n < 200; n++) {
+        const uint64_t index = n < 100 ? n : next() >> (2 + below(60));
+        HS_ASSERT(hs_order_sample(&order, index) < plan->config->data_samples);
     }
 }
 
@@ -369,6 +379,7 @@ int main(int argc, char **argv) {
         const hs_status st = hs_plan_adopt(bytes, length, "fuzz", &plan, &why);
         if (st == HS_OK) {
             taken++;
+            read_in_order(&plan);
             ran += run_plan(&plan);
             hs_plan_close(&plan);
         } else if ((st == HS_E_CONFIG || st == HS_E_MEMORY) && why.text[0]) {

@@ -83,7 +83,7 @@ class Planted:
         key = next((self.root / "data" / "inputs").iterdir())
         digest = key.read_text()
         value = codec.unpack(self.get(keys.dataset_manifest_key(digest)), "", max_bytes=CAP)
-        data = codec.pack(value | {"v": dataset.VERSION + 1})
+        data = codec.pack(value | {"v": dataset.MIX_VERSION + 1})
         newer = hashlib.sha256(data).hexdigest()
         shutil.copytree(self.root / "data" / digest, self.root / "data" / newer)
         self.put(keys.dataset_manifest_key(newer), data)
@@ -131,7 +131,7 @@ VERIFY = ("ckpt", "verify", "RUN")
         ("part", 2, "version 1", (VERIFY,)),
         ("pages", 3, "versions 1 to 2", (VERIFY, *GOES_ON)),
         ("plan", wire.PLAN_VERSION + 1, f"version {wire.PLAN_VERSION}", (VERIFY, TRAIN)),
-        ("dataset", 2, "version 1", (TRAIN, ("data", "prepare", "spec.toml"))),
+        ("dataset", 3, "versions 1 to 2", (TRAIN, ("data", "prepare", "spec.toml"))),
     ],
 )
 def test_a_newer_version_is_refused(
@@ -190,4 +190,7 @@ def test_the_engine_refuses_a_newer_plan(planted: Planted) -> None:
     path = planted.root / keys.plan_key(planted.run, planted.attempt.plan)
     done = subprocess.run([engine_binary(), "check-plan", path], capture_output=True, text=True, check=False)
     assert done.returncode == 78
-    assert f"version {wire.PLAN_VERSION + 1}, this engine reads {wire.PLAN_VERSION}" in done.stderr + done.stdout
+    assert (
+        f"version {wire.PLAN_VERSION + 1}, this engine reads {wire.PLAN_PLAIN} and {wire.PLAN_VERSION}"
+        in done.stderr + done.stdout
+    )

@@ -24,7 +24,7 @@ from trainer.errors import PlanError
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 from trainer.spec import how_map, parse_spec
 from trainer.spec_layouts import other_hows
-from trainer.wire import PLAN_VERSION
+from trainer.wire import PLAN_PLAIN
 
 SPEC: dict[str, Any] = {
     "name": "few",
@@ -134,7 +134,7 @@ def test_a_layout_that_makes_no_plan_is_refused_before_anything_runs(place: Any)
     assert "recovery.layouts[0] (4 stages x 1 replica on 1 node): " in str(refused.value)
 
 
-@pytest.mark.parametrize("version", [PLAN_VERSION - 1, PLAN_VERSION])
+@pytest.mark.parametrize("version", [PLAN_PLAIN - 1, PLAN_PLAIN])
 def test_nodes_that_are_started_anew_get_a_plan_that_they_read(place: Any, version: int) -> None:
     """What the attempt before had, but where an older hotstage compiled it; a gang that lives on keeps its own."""
     store, prepared = place
@@ -151,7 +151,7 @@ def test_nodes_that_are_started_anew_get_a_plan_that_they_read(place: Any, versi
     )
     launch = Launch(prepared.run, "k1", 2, store.url, Path("out"))
     driver._start(StartAttempt(Restore(None, 0), (), "recover", same_plan=True), state, launch)
-    assert log.fold().attempts[-1].plan == ("0" * 64 if version == PLAN_VERSION else prepared.plan.digest)
+    assert log.fold().attempts[-1].plan == ("0" * 64 if version == PLAN_PLAIN else prepared.plan.digest)
     held = StartAttempt(Restore(None, 4, (4, state.epoch)), (state.epoch,), "recover", same_plan=True)
     driver._start(held, state := log.fold(), launch)
     assert log.fold().attempts[-1].plan == state.attempts[-1].plan

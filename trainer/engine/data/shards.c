@@ -16,13 +16,25 @@ struct hs_shards {
     const hs_plan_config *config;
     const hs_plan_shard *table;
     size_t count;
+    const hs_plan_part *parts; /* of a mixture */
+    size_t part_count;
     int *fds;        /* by shard; -1: no sample in it, not opened */
     uint8_t *sample; /* T + 1 tokens as they are in a file */
     char dir[4096];
 };
 
 static void name_of(const hs_shards *shards, size_t s, char path[4200]) {
-    (void)snprintf(path, 4200, "%s/%05zu.bin", shards->dir, s);
+    size_t k = 0;
+    while (k + 1 < shards->part_count && shards->parts[k + 1].first_shard <= s) k++;
+    if (!shards->part_count) {
+        (void)snprintf(path, 4200, "%s/%05zu.bin", shards->dir, s);
+        return;
+    }
+    char digest[2 * sizeof shards->parts->digest + 1];
+    for (size_t i = 0; i < sizeof shards->parts->digest; i++)
+        (void)snprintf(digest + 2 * i, 3, "%02x", shards->parts[k].digest[i]);
+    (void)snprintf(path, 4200, "%s/%s/%05zu.bin", shards->dir, digest,
+                   s - shards->parts[k].first_shard);
 }
 
 /* Reads bytes of an open shard. What a file no longer holds, or a disk no longer gives, is said
@@ -117,8 +129,11 @@ static void allow_files(void) {
     (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-hs_status hs_shards_open(const char *dir, const hs_plan_config *config, const hs_plan_shard *table,
-                         size_t count, hs_shards **out, hs_why *why) {
+hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shards **out,
+                         hs_why *why) {
+    const hs_plan_config *config = tables->config;
+    const hs_plan_shard *table = tables->shards;
+    const size_t count = tables->count;
     *out = NULL;
     hs_shards *shards = calloc(1, sizeof *shards);
     int *fds = malloc((count ? count : 1) * sizeof *fds);
@@ -129,8 +144,13 @@ hs_status hs_shards_open(const char *dir, const hs_plan_config *config, const hs
         free(sample);
         return hs_fail(why, HS_E_MEMORY, "no memory for %zu shards", count);
     }
-    *shards =
-        (hs_shards){.config = config, .table = table, .count = count, .fds = fds, .sample = sample};
+    *shards = (hs_shards){.config = config,
+                          .table = table,
+                          .count = count,
+                          .parts = tables->parts,
+                          .part_count = tables->part_count,
+                          .fds = fds,
+                          .sample = sample};
     (void)snprintf(shards->dir, sizeof shards->dir, "%s", dir);
     for (size_t s = 0; s < count; s++) fds[s] = -1;
     allow_files();
@@ -190,10 +210,12 @@ hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inpu
             memcpy(&token, tokens + 4 * (size_t)t, 4);
         }
         if (token >= config->vocab) {
+            char path[4200];
+            name_of(shards, s, path);
             return hs_fail(why, HS_E_DATA,
-                           "shard %05zu.bin, token number %" PRIu64 " is %" PRIu32
+                           "%s, token number %" PRIu64 " is %" PRIu32
                            ", the vocabulary ends at %" PRIu32 "; prepare the data again",
-                           s, first + t, token, config->vocab);
+                           path, first + t, token, config->vocab);
         }
         if (inputs && t < config->sequence) inputs[t] = (int32_t)token;
         if (targets && t > 0) targets[t - 1] = (int32_t)token;

@@ -13,10 +13,18 @@
 
 typedef struct hs_shards hs_shards;
 
-/* Opens <dir>/00000.bin ... and checks header and size of each against the plan's table (the table
- * must outlive the result). HS_E_DATA names the shard, what it has and what it should have. */
-hs_status hs_shards_open(const char *dir, const hs_plan_config *config, const hs_plan_shard *table,
-                         size_t count, hs_shards **out, hs_why *why);
+/* A plan's tables of them, which must outlive what is opened. */
+typedef struct hs_shard_tables {
+    const hs_plan_config *config;
+    const hs_plan_shard *shards;
+    const hs_plan_part *parts;
+    size_t count, part_count; /* no parts: no mixture */
+} hs_shard_tables;
+
+/* Opens <dir>/00000.bin ..., of a mixture <dir>/<part>/00000.bin ..., and checks header and size of each
+ * against the plan's table. HS_E_DATA names the shard, what it has and what it should have. */
+hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shards **out,
+                         hs_why *why);
 void hs_shards_close(hs_shards *shards); /* NULL is fine */
 
 /* Sample number (0 .. data_samples-1) of the shards: inputs[T] are its tokens, targets[T] the ones

@@ -5,8 +5,8 @@
 
 #include "core/clock.h"
 #include "core/hash.h"
-#include "data/order.h"
 #include "run/executor_internal.h"
+#include "run/plan_data.h"
 #include "run/step_math.h"
 #include "run/weights.h"
 
@@ -35,13 +35,15 @@ static hs_status fill_data(const hs_executor *ex, hs_why *why) {
     const hs_plan_config *g = ex->plan->config;
     const hs_amendments *m = ex->amendments;
     const int64_t batch = hs_order_batch(m->skips, m->skip_count, ex->step);
+    const hs_order order = hs_plan_order(ex->plan);
     uint64_t sample = hs_order_first(g, hs_plan_replica_of(ex->plan, ex->rank), batch);
     for (uint32_t mb = 0; mb < g->microbatches; mb++) {
         const rows both[2] = {rows_of(ex, mb, ex->position->tokens_offset),
                               rows_of(ex, mb, ex->position->targets_offset)};
         int32_t *tokens = both[0].host, *targets = both[1].host;
         for (uint32_t b = 0; b < g->microbatch; b++, sample++) {
-            HS_TRY(hs_shards_read(ex->shards, hs_order_sample(g, sample), tokens, targets, why));
+            HS_TRY(
+                hs_shards_read(ex->shards, hs_order_sample(&order, sample), tokens, targets, why));
             if (tokens) tokens += g->sequence;
             if (targets) targets += g->sequence;
         }

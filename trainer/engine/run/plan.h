@@ -4,7 +4,8 @@
  * accepts holds these invariants, by which the rest of the engine indexes without looking again:
  *
  * I1   header, section table, sizes and digest agree with the bytes; padding is zero
- * I2   every number of the configuration is in its range, and the shards add up to data_samples
+ * I2   every number of the configuration is in its range, and the shards add up to data_samples; a mixture's parts
+ *      have them all, a sample at least each, and its weights' bases are what the phases before use
  * I3   names lie in the strings; tensors' names are there and unique; elements = product of the
  *      shape
  * I4   act slots and microbatch areas lie in the arena; tokens, targets and losses lie in a
@@ -57,6 +58,8 @@ typedef struct hs_plan {
     const hs_plan_call *calls;
     const hs_plan_action *actions;
     const hs_plan_channel *channels;
+    const hs_plan_part *parts;     /* none: no mixture */
+    const hs_plan_weight *weights;
     size_t count[HS_SECTION_COUNT]; /* records of each section */
 } hs_plan;
 

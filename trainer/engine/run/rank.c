@@ -16,6 +16,7 @@
 #include "run/executor.h"
 #include "run/landings.h"
 #include "run/machine.h"
+#include "run/plan_data.h"
 #include "run/step_math.h"
 #include "run/steps.h"
 #include "run/weights.h"
@@ -191,8 +192,8 @@ static hs_status open_parts(rank *r, hs_why *why) {
     }
     if (r->agent) HS_TRY(open_snapshot(r, fds, count, why));
     if (p->tokens_offset != UINT64_MAX || p->targets_offset != UINT64_MAX) {
-        HS_TRY(hs_shards_open(a->data_dir, g, r->plan.shards, r->plan.count[HS_SECTION_SHARDS],
-                              &r->shards, why));
+        const hs_shard_tables tables = hs_plan_shards(&r->plan);
+        HS_TRY(hs_shards_open(a->data_dir, &tables, &r->shards, why));
         if (a->data_ahead) hs_agent_link_ahead(r->agent, a->start_step < 0 ? 0 : a->start_step);
     }
     if (a->trace == HS_TRACE_ON) HS_TRY(hs_trace_create(&r->plan, r->args->rank, &r->trace, why));

@@ -30,6 +30,8 @@ static const field fields[] = {
     S(hs_plan_header) F(hs_plan_header, magic) F(hs_plan_header, version) F(hs_plan_header, sections) F(hs_plan_header, file_bytes) F(hs_plan_header, reserved) F(hs_plan_header, digest) F(hs_plan_header, section)
     S(hs_plan_config) F(hs_plan_config, mode) F(hs_plan_config, numerics_version) F(hs_plan_config, dtype) F(hs_plan_config, positions) F(hs_plan_config, replicas) F(hs_plan_config, microbatches) F(hs_plan_config, microbatch) F(hs_plan_config, sequence) F(hs_plan_config, vocab) F(hs_plan_config, token_bytes) F(hs_plan_config, steps) F(hs_plan_config, seed) F(hs_plan_config, lr) F(hs_plan_config, min_lr) F(hs_plan_config, warmup_steps) F(hs_plan_config, decay_steps) F(hs_plan_config, lr_schedule) F(hs_plan_config, threads) F(hs_plan_config, clip) F(hs_plan_config, beta1) F(hs_plan_config, beta2) F(hs_plan_config, checkpoint_every) F(hs_plan_config, slots) F(hs_plan_config, data_shuffled) F(hs_plan_config, data_samples) F(hs_plan_config, data_block) F(hs_plan_config, data_window) F(hs_plan_config, dataset_digest) F(hs_plan_config, what_digest) F(hs_plan_config, reduction_groups) F(hs_plan_config, reserved0) F(hs_plan_config, persist_every) F(hs_plan_config, lr_start) F(hs_plan_config, reserved)
     S(hs_plan_tensor) F(hs_plan_tensor, name_offset) F(hs_plan_tensor, name_length) F(hs_plan_tensor, rank) F(hs_plan_tensor, decay) F(hs_plan_tensor, shape) F(hs_plan_tensor, elements) F(hs_plan_tensor, reserved)
+    S(hs_plan_part) F(hs_plan_part, digest) F(hs_plan_part, first_shard) F(hs_plan_part, shards) F(hs_plan_part, first_sample) F(hs_plan_part, samples) F(hs_plan_part, reserved)
+    S(hs_plan_weight) F(hs_plan_weight, from_batch) F(hs_plan_weight, base) F(hs_plan_weight, part) F(hs_plan_weight, weight)
     S(hs_plan_shard) F(hs_plan_shard, tokens) F(hs_plan_shard, first_sample)
     S(hs_plan_ref) F(hs_plan_ref, space) F(hs_plan_ref, across) F(hs_plan_ref, offset) F(hs_plan_ref, bytes)
     S(hs_plan_position) F(hs_plan_position, position) F(hs_plan_position, step_prefix) F(hs_plan_position, arena_bytes) F(hs_plan_position, act_offset) F(hs_plan_position, act_stride) F(hs_plan_position, act_slots) F(hs_plan_position, mb_count) F(hs_plan_position, mb_offset) F(hs_plan_position, mb_stride) F(hs_plan_position, tokens_offset) F(hs_plan_position, targets_offset) F(hs_plan_position, loss_offset) F(hs_plan_position, sumsq_offset) F(hs_plan_position, control_offset) F(hs_plan_position, logits_offset) F(hs_plan_position, slot_bytes) F(hs_plan_position, first_state) F(hs_plan_position, states) F(hs_plan_position, first_init) F(hs_plan_position, inits) F(hs_plan_position, first_load) F(hs_plan_position, loads) F(hs_plan_position, first_step) F(hs_plan_position, steps) F(hs_plan_position, first_redo) F(hs_plan_position, redos) F(hs_plan_position, step_checks) F(hs_plan_position, reserved0) F(hs_plan_position, bytes_by_kind)
@@ -146,6 +148,11 @@ void hs_wire_print(void) {
     } numbers[] = {
 #define N(name) {#name, name}
         N(HS_PLAN_VERSION),
+        N(HS_PLAN_PLAIN),
+        N(HS_SECTIONS_PLAIN),
+        N(HS_PARTS_MAX),
+        N(HS_PHASES_MAX),
+        N(HS_CYCLE_MAX),
         N(HS_NUMERICS_VERSION),
         N(HS_ATTEMPT_VERSION),
         N(HS_ATTEMPT_SKIPS_MAX),

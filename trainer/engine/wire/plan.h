@@ -1,7 +1,7 @@
 /* The plan file: flat tables, little-endian, fixed-size records, mapped and checked before use.
  *
  *   offset  size  what
- *        0   224  hs_plan_header
+ *        0   256  hs_plan_header; of a plan without a mixture its last two sections are not there: 224, and zero up to 256
  *   then the sections in the order of HS_SECTION_*, each starting on a multiple of 64, zero-padded between
  *
  * Validity: magic, version and file_bytes match; digest = SHA-256 of bytes [64, file_bytes); every section
@@ -19,7 +19,8 @@
 #include "wire/kernels.h"
 
 #define HS_PLAN_MAGIC "HSPLAN\r\n" /* 8 bytes, no terminator */
-#define HS_PLAN_VERSION 2u
+#define HS_PLAN_VERSION 3u /* of a plan with a mixture, HS_SECTION_COUNT sections */
+#define HS_PLAN_PLAIN   2u /* of one without, HS_SECTIONS_PLAIN of them */
 /* What the bits of a step mean: one spec gives equal bits in all engines of one number. Plans,
  * attempts and manifests say it; a change of a kernel, of a sum's order or of a generator that
  * makes golden digests differ raises it. */
@@ -36,8 +37,11 @@ enum {
     HS_SECTION_CALLS,      /* hs_plan_call */
     HS_SECTION_ACTIONS,    /* hs_plan_action */
     HS_SECTION_CHANNELS,   /* hs_plan_channel */
+    HS_SECTION_PARTS,      /* hs_plan_part: of a mixture */
+    HS_SECTION_WEIGHTS,    /* hs_plan_weight: of its phases, one a part in each, a phase after the other */
     HS_SECTION_COUNT
 };
+enum { HS_SECTIONS_PLAIN = HS_SECTION_PARTS };
 
 typedef struct hs_plan_section {
     uint64_t offset; /* from the start of the file */
@@ -47,7 +51,7 @@ typedef struct hs_plan_section {
 typedef struct hs_plan_header {
     char magic[8];
     uint32_t version;
-    uint32_t sections; /* HS_SECTION_COUNT */
+    uint32_t sections; /* HS_SECTION_COUNT, or HS_SECTIONS_PLAIN */
     uint64_t file_bytes;
     uint64_t reserved; /* 0 */
     uint8_t digest[32]; /* SHA-256 of everything from byte 64 on */
@@ -111,6 +115,26 @@ typedef struct hs_plan_shard {
     uint64_t tokens;
     uint64_t first_sample; /* samples of all shards before; a shard has (tokens - 1) / T */
 } hs_plan_shard;
+
+/* A part of a mixture: a dataset of its own. All shards are some part's, in order. */
+enum { HS_PARTS_MAX = 256, HS_PHASES_MAX = 256, HS_CYCLE_MAX = 1 << 16 };
+
+typedef struct hs_plan_part {
+    uint8_t digest[32];    /* of its dataset: its shards are <data_dir>/<digest, hex>/00000.bin ... */
+    uint32_t first_shard, shards;
+    uint64_t first_sample; /* samples of all parts before */
+    uint64_t samples;      /* at least 1 */
+    uint64_t reserved;     /* 0 */
+} hs_plan_part;
+
+/* What a part has of each cycle of a phase (shard.h), which begins with batch from_batch (1-based; the first phase with
+ * 1) and ends where the next one begins. */
+typedef struct hs_plan_weight {
+    int64_t from_batch; /* of its phase; ascending */
+    uint64_t base;      /* places of the part's order that whole cycles of the phases before have used */
+    uint32_t part;      /* = its index in its phase */
+    uint32_t weight;    /* of a phase 1 to HS_CYCLE_MAX in all */
+} hs_plan_weight;
 
 /* Memory of a rank: one arena of arena_bytes. A reference names a space and an offset into it:
  *   STATIC  arena + offset
@@ -300,6 +324,8 @@ typedef struct hs_step_control {
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
 _Static_assert(sizeof(hs_plan_header) == 64 + 16 * HS_SECTION_COUNT, "header");
 _Static_assert(sizeof(hs_plan_tensor) == 64, "tensor");
+_Static_assert(sizeof(hs_plan_part) == 64, "part");
+_Static_assert(sizeof(hs_plan_weight) == 24, "weight");
 _Static_assert(sizeof(hs_plan_ref) == 24, "ref");
 _Static_assert(sizeof(hs_plan_state) == 48, "state");
 _Static_assert(sizeof(hs_plan_call) == 8 + 24 * HS_CALL_PTRS + 8 * HS_CALL_DIMS + 8 * HS_CALL_REALS, "call");

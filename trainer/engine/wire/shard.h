@@ -13,6 +13,13 @@
  * the result is < n (cycle walking). Round: (L, R) -> (R, L ^ (mix(R + key + round * 0x9E3779B97F4A7C15) & mask_h)), L the high half;
  * mix = SplitMix64's finalizer: z ^= z >> 30, *= 0xBF58476D1CE4E5B9, z ^= z >> 27, *= 0x94D049BB133111EB, z ^= z >> 31.
  * key(seed, e, u) = mix(mix(mix(seed) + e) + u), all modulo 2^64. n = 1 gives 0.
+ *
+ * A mixture (hs_plan_part, hs_plan_weight) has the shards of several datasets. Sample i of the run is of the phase p that has
+ * begun with batch i / batch + 1, at place t = i - (from_batch - 1) * batch of it; W is the sum of the phase's weights w_k.
+ * In cycle c = t / W, at u = permute(key(~seed, p, c), W, t % W), lies a sample of part k, where u is in
+ * [w_0 + .. + w_k-1, w_0 + .. + w_k): each cycle has w_k samples of part k. It is the one at place base_k + c * w_k + u - (w_0 +
+ * .. + w_k-1) of that part's own order: the above, over its samples alone, with seed + k * 0x9E3779B97F4A7C15 in place of seed.
+ * base_k of a phase: that of the phase before, and w_k there for each of its cycles, begun ones counted whole.
  */
 #ifndef HS_WIRE_SHARD_H
 #define HS_WIRE_SHARD_H

@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdbool.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -27,6 +29,8 @@ static const struct {
     [HS_SECTION_CALLS] = {"calls", sizeof(hs_plan_call)},
     [HS_SECTION_ACTIONS] = {"actions", sizeof(hs_plan_action)},
     [HS_SECTION_CHANNELS] = {"channels", sizeof(hs_plan_channel)},
+    [HS_SECTION_PARTS] = {"parts", sizeof(hs_plan_part)},
+    [HS_SECTION_WEIGHTS] = {"weights", sizeof(hs_plan_weight)},
 };
 
 const char *hs_plan_section_name(int section) {
@@ -43,13 +47,14 @@ hs_status hs_plan_check_file(hs_plan_checker *c) {
     if (memcmp(header->magic, HS_PLAN_MAGIC, sizeof header->magic) != 0) {
         return REFUSE(c, "it does not start with the magic of a plan");
     }
-    if (header->version != HS_PLAN_VERSION) {
-        return REFUSE(c, "version %" PRIu32 ", this engine reads %u", header->version,
-                      HS_PLAN_VERSION);
+    if (header->version != HS_PLAN_VERSION && header->version != HS_PLAN_PLAIN) {
+        return REFUSE(c, "version %" PRIu32 ", this engine reads %u and %u", header->version,
+                      HS_PLAN_PLAIN, HS_PLAN_VERSION);
     }
-    if (header->sections != HS_SECTION_COUNT) {
-        return REFUSE(c, "%" PRIu32 " sections, this version has %d", header->sections,
-                      HS_SECTION_COUNT);
+    const bool mixed = header->version == HS_PLAN_VERSION;
+    const int sections = mixed ? HS_SECTION_COUNT : HS_SECTIONS_PLAIN;
+    if (header->sections != (uint32_t)sections) {
+        return REFUSE(c, "%" PRIu32 " sections, this version has %d", header->sections, sections);
     }
     if (header->file_bytes != plan->size) {
         return REFUSE(c, "cut or grown: %zu bytes, its header says %" PRIu64, plan->size,
@@ -62,8 +67,8 @@ hs_status hs_plan_check_file(hs_plan_checker *c) {
     if (memcmp(digest, header->digest, sizeof digest) != 0) {
         return REFUSE(c, "its bytes do not have the digest that its header says");
     }
-    uint64_t end = sizeof(hs_plan_header);
-    for (int s = 0; s < HS_SECTION_COUNT; s++) {
+    uint64_t end = offsetof(hs_plan_header, section) + (size_t)sections * sizeof(hs_plan_section);
+    for (int s = 0; s < sections; s++) {
         const hs_plan_section *section = &header->section[s];
         const uint64_t size = section_kinds[s].bytes;
         if (section->offset % 64 || section->offset < end || section->offset > plan->size) {
@@ -90,11 +95,15 @@ hs_status hs_plan_check_file(hs_plan_checker *c) {
     if (!hs_plan_is_zero(plan->bytes + end, plan->size - end)) {
         return REFUSE(c, "bytes after the last section are not zero");
     }
+    if (mixed != (plan->count[HS_SECTION_PARTS] != 0)) {
+        return REFUSE(c, "%zu parts of a mixture in a plan of version %" PRIu32,
+                      plan->count[HS_SECTION_PARTS], header->version);
+    }
     if (plan->count[HS_SECTION_CONFIG] != 1) {
         return REFUSE(c, "%zu config records, not 1", plan->count[HS_SECTION_CONFIG]);
     }
     const uint8_t *at[HS_SECTION_COUNT];
-    for (int s = 0; s < HS_SECTION_COUNT; s++) at[s] = plan->bytes + header->section[s].offset;
+    for (int s = 0; s < sections; s++) at[s] = plan->bytes + header->section[s].offset;
     plan->config = (const hs_plan_config *)at[HS_SECTION_CONFIG];
     plan->strings = (const char *)at[HS_SECTION_STRINGS];
     plan->tensors = (const hs_plan_tensor *)at[HS_SECTION_TENSORS];
@@ -105,6 +114,9 @@ hs_status hs_plan_check_file(hs_plan_checker *c) {
     plan->calls = (const hs_plan_call *)at[HS_SECTION_CALLS];
     plan->actions = (const hs_plan_action *)at[HS_SECTION_ACTIONS];
     plan->channels = (const hs_plan_channel *)at[HS_SECTION_CHANNELS];
+    if (!mixed) return HS_OK;
+    plan->parts = (const hs_plan_part *)at[HS_SECTION_PARTS];
+    plan->weights = (const hs_plan_weight *)at[HS_SECTION_WEIGHTS];
     return HS_OK;
 }
 

@@ -85,7 +85,103 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
     return HS_OK;
 }
 
-/* Reals and shards. */
+/* The parts of a mixture: all shards are theirs, in order. */
+static hs_status check_parts(hs_plan_checker *c) {
+    const hs_plan *plan = c->plan;
+    const size_t count = plan->count[HS_SECTION_PARTS];
+    if (count > HS_PARTS_MAX) {
+        return REFUSE(c, "%zu parts of a mixture, at most %d", count, HS_PARTS_MAX);
+    }
+    uint64_t shards = 0, samples = 0;
+    for (size_t k = 0; k < count; k++) {
+        const hs_plan_part *part = &plan->parts[k];
+        if (part->reserved) return REFUSE(c, "part %zu: reserved is not 0", k);
+        if (part->first_shard != shards || !part->shards ||
+            part->shards > plan->count[HS_SECTION_SHARDS] - shards) {
+            return REFUSE(c,
+                          "part %zu: %" PRIu32 " shards from %" PRIu32
+                          " on; those before end at %" PRIu64 " of %zu",
+                          k, part->shards, part->first_shard, shards,
+                          plan->count[HS_SECTION_SHARDS]);
+        }
+        shards += part->shards;
+        const uint64_t end = shards < plan->count[HS_SECTION_SHARDS]
+                                 ? plan->shards[shards].first_sample
+                                 : plan->config->data_samples;
+        if (part->first_sample != samples || !part->samples || part->samples != end - samples) {
+            return REFUSE(c,
+                          "part %zu: %" PRIu64 " samples from %" PRIu64
+                          " on; its shards have those from %" PRIu64 " to %" PRIu64,
+                          k, part->samples, part->first_sample, samples, end);
+        }
+        samples = end;
+    }
+    if (shards != plan->count[HS_SECTION_SHARDS]) {
+        return REFUSE(c, "the parts have %" PRIu64 " shards of %zu", shards,
+                      plan->count[HS_SECTION_SHARDS]);
+    }
+    return HS_OK;
+}
+
+/* A phase's weights; `before`: the phase before it, NULL: none. */
+static hs_status check_phase(hs_plan_checker *c, size_t phase, const hs_plan_weight *now,
+                             const hs_plan_weight *before) {
+    const hs_plan *plan = c->plan;
+    const size_t parts = plan->count[HS_SECTION_PARTS];
+    const hs_plan_config *g = plan->config;
+    const uint64_t batch = (uint64_t)g->replicas * g->microbatches * g->microbatch;
+    const int64_t most = INT64_C(1) << 40;
+    const int64_t low = before ? before->from_batch + 1 : 1, high = before ? most : 1;
+    uint64_t cycle = 0, used = 0, cycles = 0;
+    for (size_t k = 0; k < parts; k++) {
+        cycle += now[k].weight;
+        if (before) used += before[k].weight;
+    }
+    if (now->from_batch < low || now->from_batch > high) {
+        return REFUSE(c, "phase %zu begins with batch %" PRId64 ", outside %" PRId64 "..%" PRId64,
+                      phase, now->from_batch, low, high);
+    }
+    if (cycle == 0 || cycle > HS_CYCLE_MAX) {
+        return REFUSE(c, "phase %zu: its weights are %" PRIu64 " in all, outside 1..%d", phase,
+                      cycle, HS_CYCLE_MAX);
+    }
+    if (before) {
+        const uint64_t batches = (uint64_t)(now->from_batch - before->from_batch);
+        uint64_t places;
+        if (__builtin_mul_overflow(batches, batch, &places) || places > UINT64_C(1) << 61) {
+            return REFUSE(c, "phase %zu: the one before has more than 2^61 samples", phase);
+        }
+        cycles = (places + used - 1) / used;
+    }
+    for (size_t k = 0; k < parts; k++) {
+        const uint64_t base = before ? before[k].base + cycles * before[k].weight : 0;
+        if (now[k].part != k || now[k].from_batch != now->from_batch || now[k].base != base) {
+            return REFUSE(c,
+                          "phase %zu, part %zu: it says part %" PRIu32 " from batch %" PRId64
+                          " and place %" PRIu64 " on, not %zu, %" PRId64 " and %" PRIu64,
+                          phase, k, now[k].part, now[k].from_batch, now[k].base, k, now->from_batch,
+                          base);
+        }
+    }
+    return HS_OK;
+}
+
+static hs_status check_mixture(hs_plan_checker *c) {
+    const hs_plan *plan = c->plan;
+    const size_t parts = plan->count[HS_SECTION_PARTS], weights = plan->count[HS_SECTION_WEIGHTS];
+    HS_TRY(check_parts(c));
+    if (!weights || weights % parts || weights / parts > HS_PHASES_MAX) {
+        return REFUSE(c, "%zu weights of %zu parts; there are 1 to %d phases, each with one a part",
+                      weights, parts, HS_PHASES_MAX);
+    }
+    for (size_t p = 0; p < weights / parts; p++) {
+        const hs_plan_weight *now = plan->weights + p * parts;
+        HS_TRY(check_phase(c, p, now, p ? now - parts : NULL));
+    }
+    return HS_OK;
+}
+
+/* Reals, shards and a mixture. */
 hs_status hs_plan_check_config(hs_plan_checker *c) {
     const hs_plan *plan = c->plan;
     const hs_plan_config *g = plan->config;
@@ -122,6 +218,7 @@ hs_status hs_plan_check_config(hs_plan_checker *c) {
     if (g->mode == HS_MODE_TRAIN && samples == 0) {
         return REFUSE(c, "the shards hold no sample of %" PRIu32 " tokens", g->sequence);
     }
+    if (plan->count[HS_SECTION_PARTS]) return check_mixture(c);
     return HS_OK;
 }
 
