@@ -52,6 +52,7 @@ class RunFigures:
     numbers: dict[str, float] = field(default_factory=dict)  # of the newest evaluation of each
     eval_failures: dict[str, int] = field(default_factory=dict)
     differing: int = 0  # steps computed again with another result
+    symptoms: dict[str, int] = field(default_factory=dict)  # kind -> told of the run's health
     outcome: str = ""
 
     def tell(self, event: Event) -> None:
@@ -73,6 +74,9 @@ class RunFigures:
                 self.recoveries += 1
             case "evaluated":
                 self._evaluated(facts)
+            case "health" if not facts["over"]:
+                kind = str(facts["finding"])
+                self.symptoms[kind] = self.symptoms.get(kind, 0) + 1
             case "replay" if facts.get("found") == "differs":
                 self.differing += 1
             case "ended":
@@ -224,6 +228,12 @@ def families(runs: list[RunFigures]) -> list[Family]:
             "counter",
             "Attempts that failed since this driver began, by the class of the cause.",
             by("class", lambda f: f.failures),
+        ),
+        (
+            "symptoms_total",
+            "counter",
+            "What was told of the run's health since this driver began, by kind (docs/watch.md).",
+            by("kind", lambda f: f.symptoms),
         ),
         ("recoveries_total", "counter", "Failures after which steps came again.", each(lambda f: f.recoveries)),
         (

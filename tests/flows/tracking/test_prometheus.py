@@ -58,6 +58,8 @@ def whole(figures: RunFigures) -> RunFigures:
         ),
         ("evaluated", {"found": "none", "text": "no validation where this driver runs"}),
         ("replay", {"found": "differs", "text": "step 6"}),
+        ("health", {"finding": "slow", "over": False, "text": "5 tokens a second"}),
+        ("health", {"finding": "slow", "over": True, "text": "9 tokens a second again"}),
         ("ended", {"outcome": "succeeded", "reason": "", "step": 8, "digest": None}),
     ]
     for kind, facts in events:
@@ -72,6 +74,7 @@ def test_figures_of_a_run() -> None:
     assert (found["failures_total infra"], found["recoveries_total"], found["recovery_seconds_total"]) == (1, 1, 1.5)
     assert (found["validation_loss"], found["evaluation eval/a/acc"], found["evaluated_step"]) == (2.5, 0.25, 5)
     assert (found["evaluation_failures_total b"], found["differing_replays_total"]) == (1, 1)
+    assert found["symptoms_total slow"] == 1
     assert found["ended succeeded"] == 1
 
 
