@@ -19,7 +19,9 @@ from trainer.spec import load_spec
 
 FOLDER = Path(__file__).resolve().parents[2] / "k8s"
 KUSTOMIZATIONS = sorted(path.parent for path in FOLDER.rglob("kustomization.yaml"))
-FILES = sorted(p for p in FOLDER.rglob("*.yaml") if p.name != "kustomization.yaml")
+PREFECT = FOLDER / "prefect"
+"""Prefect's own deployments for a cluster's work pool: none of Kubernetes' objects."""
+FILES = sorted(p for p in FOLDER.rglob("*.yaml") if p.name != "kustomization.yaml" and p.parent != PREFECT)
 PATCHES = {"prefect-data.yaml", "prefect-database.yaml", "identity.yaml"}
 # kinds of operators: the client has no models of them
 FOREIGN = {"PodMonitor", "PrometheusRule", "LocalQueue"}
