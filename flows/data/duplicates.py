@@ -24,7 +24,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusPart:
     """What a piece's part kept: its documents begin at ``base`` in the corpus."""
 
     name: str
@@ -32,19 +32,19 @@ class Part:
     documents: int
 
 
-def parts_of(work: KeptWork, reads: Sequence[dict[str, object]]) -> list[Part]:
+def parts_of(work: KeptWork, reads: Sequence[dict[str, object]]) -> list[CorpusPart]:
     """All parts of the pieces, in order, by what the first pass said of each piece."""
     found, base = [], 0
     for piece, row in enumerate(reads):
         for number in range(int(str(row["parts"]))):
             name = piece_name(piece, number)
             documents = len(bytes(work.get_map("read", name)["codes"]))
-            found.append(Part(name, base, documents))
+            found.append(CorpusPart(name, base, documents))
             base += documents
     return found
 
 
-def exact(work: KeptWork, parts: Sequence[Part], alive: Flags) -> None:
+def exact(work: KeptWork, parts: Sequence[CorpusPart], alive: Flags) -> None:
     """Clear in ``alive`` all but the first of each text."""
     ranges = -(-len(alive) // _SORTED) or 1
     for low, high in _ranges(ranges):
@@ -62,7 +62,7 @@ def exact(work: KeptWork, parts: Sequence[Part], alive: Flags) -> None:
         alive[order_of[order[1:][same]]] = False
 
 
-def near(work: KeptWork, parts: Sequence[Part], alive: Flags, nearness_wanted: float) -> None:
+def near(work: KeptWork, parts: Sequence[CorpusPart], alive: Flags, nearness_wanted: float) -> None:
     """Clear in ``alive`` all but the first of those that are joined."""
     edges: set[tuple[int, int]] = set()
     for band in range(nearness.bands(nearness_wanted)[0]):
@@ -91,7 +91,7 @@ def _ranges(count: int) -> Iterator[tuple[np.uint64, np.uint64 | None]]:
         yield np.uint64((1 << 64) * number // count), high
 
 
-def _candidates(work: KeptWork, parts: Sequence[Part], alive: Flags, band: int) -> Iterator[tuple[int, int]]:
+def _candidates(work: KeptWork, parts: Sequence[CorpusPart], alive: Flags, band: int) -> Iterator[tuple[int, int]]:
     """Pairs (earlier, later) that share this band: each with the first of those that do, and with the one before."""
     for low, high in _ranges(-(-len(alive) // _SORTED) or 1):
         numbers, found = [], []
@@ -114,7 +114,7 @@ def _candidates(work: KeptWork, parts: Sequence[Part], alive: Flags, band: int) 
 
 
 def _compared(
-    work: KeptWork, parts: Sequence[Part], pairs: Sequence[tuple[int, int]], wanted: float
+    work: KeptWork, parts: Sequence[CorpusPart], pairs: Sequence[tuple[int, int]], wanted: float
 ) -> Iterator[tuple[int, int, bool]]:
     """Each pair with whether its signatures are so much alike."""
     bases = np.asarray([part.base for part in parts], np.int64)

@@ -130,7 +130,7 @@ class _Corpus:
     """What the first pass came to."""
 
     reads: list[dict[str, Any]]
-    parts: list[duplicates.Part] = field(default_factory=list)
+    parts: list[duplicates.CorpusPart] = field(default_factory=list)
     documents: dict[int, int] = field(default_factory=lambda: {TRAIN: 0, HELD: 0})
     letters: dict[int, int] = field(default_factory=lambda: {TRAIN: 0, HELD: 0})
     inputs: str = ""
