@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,10 +45,10 @@ def start(spec: DataSpec, store: str) -> subprocess.Popen[bytes]:
 
 
 def test_memory_does_not_grow_with_the_corpus(here: Path) -> None:
-    """The small one of the bench's data/peak-mib: fifteen MiB more of text, and not even thrice as much more memory,
-    which the allocator's arenas take; a corpus that is held takes ten times as much (its tokens as lists alone)."""
+    """The small one of the bench's data/peak-mib: nine MiB more of text take no thrice as much more memory, which
+    is the allocator's; a corpus that is held takes ten times as much, by its tokens as lists alone."""
     peaks = []
-    for size in (5 << 20, 20 << 20):
+    for size in (2 << 20, 11 << 20):
         write(Path(f"c/{size}.jsonl"), size)
         spec = DataSpec(source=f"jsonl:{here}/c/{size}.jsonl", vocab_size=600, piece_mib=1, shard_tokens=1 << 18)
         process = start(spec, f"file://{here / str(size)}")
@@ -57,15 +56,15 @@ def test_memory_does_not_grow_with_the_corpus(here: Path) -> None:
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
         peaks.append(usage.ru_maxrss / 1024)
-    assert peaks[1] < peaks[0] + 40, peaks
+    assert peaks[1] < peaks[0] + 25, peaks
     assert peaks[1] < 300
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
 def test_the_process_is_killed_and_goes_on(here: Path, seed: int) -> None:
     """SIGKILL at a seeded object, and again, until it comes through: one digest, and nothing that was done is done
     again."""
-    write(Path("c/a.jsonl"), 4 << 20)
+    write(Path("c/a.jsonl"), 5 << 19)
     spec = DataSpec.model_validate(
         {"source": f"jsonl:{here}/c/a.jsonl", "vocab_size": 400, "piece_mib": 1, "dedupe": {}, "validation": 0.1}
     )
@@ -181,17 +180,3 @@ def test_an_error_of_a_piece_ends_the_others(runner: Threads) -> None:
     with pytest.raises(DatasetError, match="no"):
         list(rows)
     assert len(done) < 12
-
-
-def test_a_signal_ends_no_piece_half(here: Path) -> None:
-    """SIGTERM while a command prepares: it leaves at once, and nothing that it has created is half."""
-    write(Path("c/a.jsonl"), 3 << 20)
-    spec = DataSpec(source=f"jsonl:{here}/c/a.jsonl", vocab_size=300, piece_mib=1)
-    store = open_store(f"file://{here / 'store'}")
-    process = start(spec, store.url)
-    wait_for(lambda: process.poll() is not None or any(True for _ in store.list("data/work/")), "work", 120)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (-signal.SIGTERM, 0)
-    good = open_store("memory:")
-    assert prepare(spec, store) == prepare(spec, good)
-    assert objects(store) == objects(good)

@@ -109,7 +109,7 @@ def test_shards_are_the_tokens_in_order(counts: list[int], size: int) -> None:
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 60), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_ranges_of_json_lines_give_each_line_once(tmp_path_factory: Any, seed: int, size: int, carriage: bool) -> None:
     dice = random.Random(seed)
     ends = ["\n", "\r\n", "\r", "\n\n"] if carriage else ["\n"]
