@@ -102,11 +102,30 @@ def schedule(prefect: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             assert line, said
             assert "no more firings" not in line, said
             said += line
+        yield Shown(place, str(flow_run["name"]), flow_run, said)  # it is served while it is looked at
         process.send_signal(signal.SIGINT)
         finish(process, 60)
-        yield Shown(place, str(flow_run["name"]), flow_run, said)
     finally:
         place.stop_all()
+
+
+@pytest.fixture(scope="session")
+def swept(prefect: Api, schedule: Shown) -> dict[str, Any]:
+    """The flow run of a sweep of two, which a deployment's firing started."""
+    sets = ["--set", "train.steps=40", "--set", "parallel.stages=1", "--name", "sweeps"]
+    grid = ["--grid", "train.optimizer.lr=1e-3,1e-2", "--at-once", "2"]
+    process = schedule.place.start("schedule", "spec.toml", "--interval", "4", "--mode", "sweep", *grid, *sets)
+    known = {"deployments": {"name": {"any_": ["sweeps"]}}}
+
+    def completed() -> list[dict[str, Any]]:
+        found = prefect.ask("deployments/filter", known)
+        state = {"type": {"any_": ["COMPLETED"]}}
+        return prefect.flow_runs(deployment_id={"any_": [found[0]["id"]]}, state=state) if found else []
+
+    flow_run = wait_for(completed, "a sweep", 180, 0.5)[0]
+    process.send_signal(signal.SIGINT)
+    assert finish(process, 60).code == 0
+    return dict(flow_run)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.browser.browser import Browser
 from tests.browser.conftest import Shown, report_of
@@ -110,6 +111,25 @@ def test_a_schedule_and_its_runs_can_be_read(
     browser.wait_for("prepare data", "compile plan", "attempt 1")
     browser.click("Artifacts")
     browser.wait_for("step 40 of 40", "loss")
+
+
+def test_a_sweep_s_table_can_be_read_and_an_ended_schedule_fires_no_more(
+    prefect: Api, browser: Browser, swept: dict[str, Any], page: str, picture: Picture
+) -> None:
+    (table,) = [a for key, a in prefect.artifacts(swept["id"]).items() if key.endswith("-sweep")]
+    browser.open(f"{page}/artifacts/artifact/{table['id']}")
+    text = browser.wait_for("train.optimizer.lr", "1e-3", "1e-2", "(least)", "2 of 2 runs succeeded")
+    assert len(re.findall("succeeded", text)) >= 3
+    picture("prefect-sweep")
+    browser.open(f"{page}/runs/flow-run/{swept['id']}")
+    browser.wait_for("Logs", "Artifacts")
+    browser.click("Logs")
+    browser.wait_for("2 of 2 runs succeeded; the least loss", "train.optimizer.lr")
+    browser.open(f"{page}/deployments/deployment/{swept['deployment_id']}")
+    browser.wait_for("sweeps", "Every 4 seconds")
+    browser.click("Upcoming")
+    text = browser.wait_for("No runs found")  # none planned, none late
+    assert "Late" not in text
 
 
 def test_the_report_can_be_read(browser: Browser, demo: Shown, picture: Picture) -> None:
