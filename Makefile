@@ -21,7 +21,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos-checkpoint simulate-faults test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test chaos-checkpoint simulate-faults chaos-flows test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -48,6 +48,10 @@ chaos-checkpoint: setup ## kills at N named points of the checkpoint protocol, i
 
 simulate-faults: setup ## the driver through HOURS of simulated faults of every class, from SEED (1000, 1)
 	$(BIN)/python -m tests.support.simulated.campaign --hours $(or $(HOURS),1000) --seed $(or $(SEED),1)
+
+chaos-flows: setup ## N times SIGKILL or SIGTERM to driver, schedule or Prefect server of real runs, from SEED (100, 1)
+	HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) $(BIN)/python -m tests.support.contained \
+		$(BIN)/python -m tests.support.chaos_flows --kills $(or $(N),100) --seed $(or $(SEED),1)
 
 test-postgres: setup ## what Prefect shows and starts, with its server on a real PostgreSQL (Debian's package, unpacked into the cache)
 	postgres=$$($(BIN)/python -m tests.support.postgres) && HOTSTAGE_TEST_POSTGRES=$$postgres $(RUN_TESTS) \

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +14,10 @@ from checkpoint.errors import CheckpointError, StoreUnavailable
 from checkpoint.store import Store
 from flows.drive.reconcile import EVERY_S, Reconciler
 from flows.hosting import taken_over
+from flows.page.left_open import LeftOpen
+from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused, configured
 
-STEPS_S = 0.2
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,11 +27,13 @@ class Care:
     store: Store
     out: Path
     say: Callable[[str], None]
-    every_s: float = EVERY_S
+    every_s: float = field(default_factory=lambda: EVERY_S)
     stop: threading.Event = field(default_factory=threading.Event)
     _away: bool = False
+    _client: Client | None = None
 
     def __post_init__(self) -> None:
+        self.left_open = LeftOpen(self.say)
         self.reconciler = Reconciler(self.store, self.out, self.say, partial(taken_over, say=self.say))
 
     def start(self) -> Care:
@@ -35,27 +41,38 @@ class Care:
         threading.Thread(target=self.run, name="reconcile", daemon=True).start()
         return self
 
-    def run(self, *, once: bool = False) -> None:
-        """Look until ``stop`` is set. ``once``: one look, then until what it took over has ended; a store that does not
-        answer is raised then.
+    def run(self, for_s: float | None = None) -> int:
+        """Look until ``stop`` is set, or for so long (0: once) and until what it took over has ended; how many that
+        were. With an end a store that does not answer is raised.
         """
+        began, taken = time.monotonic(), 0
         while not self.stop.is_set():
             try:
-                self.reconciler.look()
+                taken += len(self.reconciler.look())
                 if self._away:
                     self._away = False
                     self.say("the store answers again")
             except CheckpointError as error:
-                if once or not isinstance(error, StoreUnavailable):
+                if for_s is not None or not isinstance(error, StoreUnavailable):
                     raise
                 if not self._away:
                     self._away = True
                     self.say(f"the store does not answer: {error}; gangs train on, and it is asked again")
-            if once:
-                while self.driven and not self.stop.wait(STEPS_S):
-                    pass
-                return
+            self._close_left_open()
+            if for_s is not None and time.monotonic() - began + self.every_s > for_s and not self.driven:
+                break
             self.stop.wait(self.every_s)
+        return taken
+
+    def _close_left_open(self) -> None:
+        """Flow runs of processes that are gone, where Prefect's settings name a server."""
+        try:
+            if self._client is None and configured() is not None:
+                self._client = Client.connect(None)
+            if self._client is not None:
+                self.left_open.look(self._client)
+        except (Gone, Refused, PrefectSettingsError) as error:
+            log.debug("open flow runs are not looked at now: %s", error)
 
     @property
     def driven(self) -> int:

@@ -10,7 +10,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from flows.flow import collect_flow, sweep_flow, train_flow
+from flows.flow import collect_flow, reconcile_flow, sweep_flow, train_flow
 from flows.recurring.due import Overlap
 from flows.recurring.state import OVERLAP_TAG
 from trainer.spec import RunSpec
@@ -96,6 +96,19 @@ def collecting(store_url: str, run: str, when: Schedule, told: str) -> RunnerDep
         schedules=[when],
         description=f"Old checkpoints are given up and deleted: {told}.",
         parameters={"store": store_url, "run": run},
+        concurrency_limit=SKIPS,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    return cast("RunnerDeployment", made)
+
+
+def reconciling(store_url: str, out: str, when: Schedule, told: str, interval: float) -> RunnerDeployment:
+    """A deployment that looks after runs that nobody drives, one flow run at a time, each until the next is due."""
+    made: Any = reconcile_flow.to_deployment(
+        name="reconcile",
+        schedules=[when],
+        description=f"Open runs whose drivers have died are driven: {told}.",
+        parameters={"store": store_url, "out": out, "seconds": interval - 1.0},
         concurrency_limit=SKIPS,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )

@@ -21,6 +21,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 
+from flows.care import Care
 from flows.data import prepare
 from flows.drive.begin import data_of, prepare_run
 from flows.drive.collecting import NotCollected, collect_runs
@@ -191,6 +192,16 @@ def collect_flow(store: str = "", run: str = "", dry_run: bool = False) -> int:
     if wrong:
         raise RunFailed(f"not collected: {', '.join(wrong)}; the flow run's log says why")
     return size
+
+
+@flow(name="reconcile", persist_result=False)
+def reconcile_flow(store: str = "", out: str = "out", seconds: float = 0.0) -> int:
+    """Drive open runs whose drivers have died; gives how many were taken over. It looks for so many seconds (0: once),
+    and ends when what it took over has ended.
+
+    Local runs are driven on the machine on which they work: there this flow has to run.
+    """
+    return Care(store_at(store or None), Path(out), get_run_logger().info).run(seconds)
 
 
 def _printer(name: str) -> Any:

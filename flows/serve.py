@@ -44,6 +44,7 @@ BUSY_S = 15.0
 ENTRYPOINT = "flows.flow.train_flow"
 SWEEP = "flows.flow.sweep_flow"
 COLLECT = "flows.flow.collect_flow"
+RECONCILE = "flows.flow.reconcile_flow"
 
 
 @dataclass

@@ -195,23 +195,23 @@ class Ears:
 
     def listen(self) -> Word:
         """Raises StoreUnavailable."""
-        known: list[DriverNote] = []
-        alive: list[DriverNote] = []
-        prefix = keys.drivers_prefix(self.run)
-        for token in [info.key.removeprefix(prefix) for info in self.store.list(prefix)]:
-            told = self._left[token] if token in self._left else self._read(token)
-            if told is None:
-                self._left[token] = None
-                continue
-            known.append(told)
-            if told.left:
-                self._left[token] = told
-            elif self._lives(told):
-                alive.append(told)
+        known = self.known()
+        alive = [told for told in known if not told.left and self._lives(told)]
         newest = max(known, key=lambda t: (t.n, t.at), default=None)
         gone = tuple(t for t in known if not t.left and t not in alive)
         stopped = newest is not None and newest.left == STOPPED
         return Word(bool(alive), stopped, gone, newest)
+
+    def known(self) -> list[DriverNote]:
+        """What each driver said last."""
+        prefix, found = keys.drivers_prefix(self.run), []
+        for token in [info.key.removeprefix(prefix) for info in self.store.list(prefix)]:
+            told = self._left[token] if token in self._left else self._read(token)
+            if told is None or told.left:
+                self._left[token] = told
+            if told is not None:
+                found.append(told)
+        return found
 
     def _read(self, token: str) -> DriverNote | None:
         try:

@@ -29,7 +29,7 @@ def test_weeks_of_faults(hours: float, seed: int, tmp_path: Path) -> None:
 
 
 def test_a_seed_gives_one_campaign(tmp_path: Path) -> None:
-    once, again = (campaign.run(1, 3, tmp_path) for _ in range(2))
+    once, again = (campaign.run(6, 3, tmp_path, hours_a_run=3.0) for _ in range(2))
     assert (once.account, once.struck, once.attempts) == (again.account, again.struck, again.attempts)
 
 

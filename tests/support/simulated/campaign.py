@@ -57,7 +57,7 @@ class Campaign:
         )
 
 
-def specs(work: Path) -> list[tuple[MemoryStore, Prepared]]:
+def specs(work: Path, hours: float = HOURS_A_RUN) -> list[tuple[MemoryStore, Prepared]]:
     """Runs that skip what diverges or stop there, with and without a smaller layout to fall back to."""
     (work / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     out = []
@@ -66,7 +66,7 @@ def specs(work: Path) -> list[tuple[MemoryStore, Prepared]]:
             {
                 "name": "simulated",
                 "model": {"family": "gpt2", "layers": 4, "width": 32, "heads": 4, "context": 16},
-                "train": {"steps": int(HOURS_A_RUN * 3600 / model.STEP_S), "batch": 4, "microbatch": 2, "sequence": 16},
+                "train": {"steps": int(hours * 3600 / model.STEP_S), "batch": 4, "microbatch": 2, "sequence": 16},
                 "data": {"vocab_size": 300, "source": f"text:{work}/a.txt"},
                 "parallel": {"stages": model.RANKS},
                 "checkpoint": {"every": model.SNAPSHOT_STEPS},
@@ -83,10 +83,12 @@ def specs(work: Path) -> list[tuple[MemoryStore, Prepared]]:
     return out
 
 
-def run(hours: float, seed: int, work: Path, *, until_found: bool = False) -> Campaign:
+def run(
+    hours: float, seed: int, work: Path, *, until_found: bool = False, hours_a_run: float = HOURS_A_RUN
+) -> Campaign:
     """So many simulated hours; ``until_found``: fewer, where something is found."""
     campaign, began = Campaign(seed), time.process_time()
-    bases = specs(work)
+    bases = specs(work, hours_a_run)
     with quiet():
         while campaign.account.total_s < hours * 3600 and (not until_found or not any(campaign.found.values())):
             at = seed * 1_000_000 + campaign.worlds
