@@ -78,6 +78,8 @@ CALM_SHARE = 0.02
 """Of a core: what looking may cost where nothing is due. Stores and gangs differ a thousandfold in what one costs."""
 PATIENCE_S = 1.0
 REFUSED_PATIENCE_S = 5.0
+UNWATCHED_S = 5.0
+"""Of time in which no look was made, so much counts: a process may be stopped, a machine may be suspended."""
 HEARD_S = 0.5
 """After a wish to stop, for the look that is being made; then it is left."""
 
@@ -125,6 +127,9 @@ class Driver:
     _state: RunState | None = None
     _seen: Look | None = None
     _memory: Memory = field(default_factory=Memory)
+    # time that was watched, and the clock's last reading
+    _watched_s: float = 0.0
+    _read_at: float | None = None
     # readers, and the view of a state that was made last
     _status: StatusReader | None = None
     _view: tuple[RunState, LogView] | None = None
@@ -223,12 +228,12 @@ class Driver:
         if view is None or newest is None or launch_id != newest.launch:
             view = self.launcher.observe(launch_id)
         if self._status is None or self._status.launch != launch_id:
-            self._status = StatusReader(self.store, self.prepared.run, launch_id, self.clock)
+            self._status = StatusReader(self.store, self.prepared.run, launch_id, self._watched)
         launch = self._launch(log_view, launch_id)
         nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(view)), view)
         self._tell(state, nodes, steps=tell_steps)  # not before the first decision: what to do comes first
         seen = self._seen = Look(
-            now_s=self.clock(),
+            now_s=self._watched(),
             nodes=tuple(nodes),
             lost=loss_of(view, nodes, state, self.launcher, self._runs_here),
             waiting=view.detail if view.state == "waiting" else "",
@@ -254,6 +259,16 @@ class Driver:
         """Whether nodes of this version run that attempt's plan."""
         ours = attempt.plan == self.prepared.plan.digest
         return ours or still_read(self.store, self.prepared.run, attempt)
+
+    def _watched(self) -> float:
+        """For how long this driver has watched: its clock, but a jump or a standstill between two readings counts
+        `UNWATCHED_S` at most. What nobody looked at is unknown, not silent (D2).
+        """
+        now, before = self.clock(), self._read_at
+        if before is not None:
+            self._watched_s += min(max(now - before, 0.0), UNWATCHED_S)
+        self._read_at = now
+        return self._watched_s
 
     def _log_view(self, state: RunState) -> LogView:
         if self._view is None or self._view[0] is not state:

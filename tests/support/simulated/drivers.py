@@ -71,9 +71,9 @@ class SimulatedDriver(Process):
 
     def look_soon(self) -> None:
         """Something changed: the next look is one of those that come every other second anyhow."""
-        self._look_within(self.world.hub.rng.uniform(*model.LOOK_S))
+        self.look_within(self.world.hub.rng.uniform(*model.LOOK_S))
 
-    def _look_within(self, seconds: float) -> None:
+    def look_within(self, seconds: float) -> None:
         now = self.world.hub.now
         if now <= self._next <= now + seconds:
             return
@@ -92,7 +92,7 @@ class SimulatedDriver(Process):
         if isinstance(found, Outcome):
             self.alive = False
             return
-        self._look_within(self._pause())
+        self.look_within(self._pause())
 
     def _pause(self) -> float:
         """In a calm minute one look; where something is due, one every two seconds."""

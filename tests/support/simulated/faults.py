@@ -25,6 +25,8 @@ class Faults:
     def __init__(self, world: World, rng: random.Random) -> None:
         self.world, self.rng = world, rng
         self.disturbed: dict[str, int] = {}
+        self.strikes = True
+        """Whether anything comes by itself."""
         world.after(rng.expovariate(1 / model.FAILURE_EVERY_S), self._fail)
         world.after(rng.expovariate(1 / model.DISTURBED_EVERY_S), self._disturb)
 
@@ -32,7 +34,7 @@ class Faults:
 
     def _fail(self) -> None:
         world, gang = self.world, self.world.newest
-        if world.outcome:
+        if world.outcome or not self.strikes:
             return
         if gang is None or gang.struck is not None or world.state.ended is not None or not self._pods(gang):
             world.after(60.0, self._fail)  # there is nothing to strike
@@ -186,7 +188,7 @@ class Faults:
 
     def _disturb_once(self) -> None:
         world, rng = self.world, self.rng
-        if world.outcome:
+        if world.outcome or not self.strikes:
             return
         alive = [d for d in world.drivers if d.alive]
         kinds = ["two drivers", "store away", "API away", "others take machines"]
@@ -195,9 +197,9 @@ class Faults:
                       "late", "lost", "mixed", "watch lags", "its store away"]  # fmt: skip
         kind = rng.choice(kinds)
         self.disturbed[kind] = self.disturbed.get(kind, 0) + 1
-        self._one(kind, rng.choice(alive) if alive else None)
+        self.disturb(kind, rng.choice(alive) if alive else None)
 
-    def _one(self, kind: str, driver: SimulatedDriver | None) -> None:
+    def disturb(self, kind: str, driver: SimulatedDriver | None) -> None:
         world, rng = self.world, self.rng
         until = world.hub.now + rng.choice((15.0, 60.0, 240.0, 900.0)) * rng.uniform(0.5, 1.5)
         match kind:
@@ -221,7 +223,7 @@ class Faults:
             case "frozen":
                 driver.freeze(until - world.hub.now)
             case "clock ahead":
-                driver.ahead += rng.choice((90.0, 3600.0, 86400.0))
+                self._jump(driver, rng.choice((90.0, 3600.0, 86400.0)))
             case "wall clock":
                 driver.wall += rng.choice((-86400.0, -3600.0, 3600.0, 1e6))
             case "late":
@@ -235,6 +237,16 @@ class Faults:
             case "its store away":
                 driver.store_away_until = until
         driver.look_soon()
+
+    def _jump(self, driver: SimulatedDriver, seconds: float) -> None:
+        """Between two looks that lie close together: as far as they show, no step was done since."""
+        driver.look_within(0.01)
+
+        def jump() -> None:
+            driver.ahead += seconds
+            driver.look_within(1.2)
+
+        self.world.after(0.02, jump)
 
     def _take(self, seconds: float) -> None:
         """Others have the machines that are free now, and those that get free."""

@@ -102,6 +102,13 @@ def a_lost_launch_is_not_left() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unwatched_time_counts() -> Iterator[None]:
+    """A clock that jumps is believed."""
+    with swapped(loop_module.Driver, "_watched", lambda self: self.clock()):
+        yield
+
+
 MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
     "silence is failure": (silence_is_failure, "killed"),
     "unknown is gone": (unknown_is_gone, "killed"),
@@ -111,6 +118,7 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
     "once is enough": (once_is_enough, "wrong"),
     "sick machines are used again": (sick_machines_are_used_again, "wrong orphans"),
     "a lost launch is not left": (a_lost_launch_is_not_left, "orphans"),
+    "unwatched time counts": (unwatched_time_counts, "killed"),
     "forgets what was saved since": (protocol.forgets_what_was_saved_since, "orphans"),
 }
 """Each with the kinds of findings by which it is found."""
