@@ -32,8 +32,9 @@ class ChildProcess:
     """Of the monotonic clock: one that has not ended by then is killed."""
 
     @classmethod
-    def begin(cls, command: Sequence[str], *, most_s: float = float("inf")) -> ChildProcess:
-        nice = shutil.which("nice")
+    def begin(cls, command: Sequence[str], *, most_s: float = float("inf"), low: bool = True) -> ChildProcess:
+        """``low``: below everybody else's priority."""
+        nice = shutil.which("nice") if low else None
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         output = tempfile.TemporaryFile()  # noqa: SIM115 (it is read when the process has ended)
         process = subprocess.Popen(

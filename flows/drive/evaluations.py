@@ -92,6 +92,7 @@ class Evaluating:
     command: Sequence[str] = (sys.executable, "-m", "flows.cli", "evaluate")
     cpus: int = field(default_factory=usable_cpus)
     _lanes: tuple[_Lane, ...] = ()
+    _low: bool = True
     _known: Evaluations | None = None
     _said: set[str] = field(default_factory=set)
 
@@ -111,9 +112,16 @@ class Evaluating:
         return any(lane.child is not None for lane in self._lanes)
 
     def finish(self, spec: RunSpec, state: RunState, last: int, stop: Callable[[], bool]) -> None:
-        """The run has ended: what its last checkpoint still lacks is computed, nobody trains meanwhile. Bounded by the
-        time limits of the spec; it ends early where ``stop`` says so.
+        """The run has ended: what its last checkpoint still lacks is computed, at an ordinary priority, since nobody
+        trains any more; what works on it below that, or on an older one, gives way. Bounded by the time limits of the
+        spec; it ends early where ``stop`` says so.
         """
+        for lane in self._lanes:
+            if lane.child is not None and lane.of is not None:
+                lane.child.end()
+                lane.child, lane.of = None, None
+            lane.tried.clear()
+        self._low = False
         self.look(spec, state, last)
         while self.busy and not stop():
             time.sleep(LOOK_S)
@@ -146,7 +154,7 @@ class Evaluating:
         threads = max(1, spare_cores(spec, self.cpus, elsewhere=self.elsewhere))  # else beside the ranks, one of them
         command += ["--store", self.store.url, "--out", str(self.out), "--threads", str(threads)]
         command += [word for name in what for word in ("--only", name)]
-        lane.child, lane.of, lane.what = ChildProcess.begin(command, most_s=most_s), info, tuple(what)
+        lane.child, lane.of, lane.what = ChildProcess.begin(command, most_s=most_s, low=self._low), info, tuple(what)
 
     def _next(self, lane: _Lane, spec: RunSpec, state: RunState, last: int) -> tuple[CheckpointInfo, list[str]] | None:
         """The newest checkpoint at which something of the lane is due, where it still lacks that; never an older one:

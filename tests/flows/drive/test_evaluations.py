@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from checkpoint.store.memory import MemoryStore
+from flows.drive.child import ChildProcess
 from flows.drive.evaluations import Evaluating, due, lacking, result_of
 from flows.drive.events import Event
 from flows.drive.live import load_evaluations
@@ -141,6 +143,24 @@ def test_what_works_beside_ends_with_the_driver(tmp_path: Path) -> None:
     (child,) = [lane.child for lane in at_work._lanes if lane.child is not None]
     at_work.close()
     assert child.process.wait(20) in (3, -15)  # it saw the end of its input, or the signal first
+
+
+def test_at_the_run_s_end_the_last_checkpoint_comes_first_and_at_once(tmp_path: Path) -> None:
+    """What is at work on an older one, starved by whatever else the machine does, gives way."""
+    store, told = MemoryStore(), list[Any]()
+    log, state = RunLog(store, RUN, writer="test"), line(store, 10)
+    waits = "import sys\nif '10' in sys.argv: sys.stdin.read()\n" + TELLS
+    at_work = Evaluating(store, RUN, tmp_path, tell=told.append, command=python(waits), cpus=1)
+    whole = spec("validation.every=1")
+    at_work.look(whole, state, 60)
+    (old,) = [lane.child for lane in at_work._lanes if lane.child is not None]
+    state = log.append("checkpoint", point_body(60, state.epoch), state, epoch=state.epoch)
+    at_work.finish(whole, state, 60, lambda: False)
+    assert [facts["step"] for facts in told] == [60]
+    old.process.wait(20)
+    nice, ordinary = (ChildProcess.begin(python("import os; print(os.nice(0))"), low=low) for low in (True, False))
+    wait_for(lambda: nice.ended() == ordinary.ended() == 0, "their ends")
+    assert (int(nice.said()), int(ordinary.said())) == (19, os.nice(0))
 
 
 def test_commands_and_the_validation_do_not_wait_for_each_other(tmp_path: Path) -> None:
