@@ -288,7 +288,7 @@ def test_a_peer_that_never_comes_passes_the_deadline(gang: Gang, tmp_path: Path)
         (lambda a: setattr(a, "ranks", 1), "1 ranks, 0 skips and 0 rates do not go with"),
         (lambda a: setattr(a, "skips", 3), "3 skips and 0 rates do not go with"),
         (lambda a: a.magic.__setitem__(0, 0), "is not an attempt file"),
-        (lambda a: setattr(a, "version", 1), "is of version 1, this engine reads version 3"),
+        (lambda a: setattr(a, "version", 1), "is of version 1, this engine reads version 4"),
         (lambda a: setattr(a, "device_kind", 3), "no device of kind 3 (1 is the CPU, 2 is CUDA)"),
         (lambda a: setattr(a, "run", b""), "does not end"),
         (lambda a: setattr(a, "stall_ms", 0), "deadline of 0 ms"),

@@ -22,6 +22,7 @@
 #include "run/attempt.h"
 #include "run/executor.h"
 #include "run/machine.h"
+#include "run/plan_data.h"
 #include "run/steps.h"
 
 enum { RANKS_MAX = 16 };

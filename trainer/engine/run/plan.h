@@ -58,7 +58,7 @@ typedef struct hs_plan {
     const hs_plan_call *calls;
     const hs_plan_action *actions;
     const hs_plan_channel *channels;
-    const hs_plan_part *parts;     /* none: no mixture */
+    const hs_plan_part *parts; /* none: no mixture */
     const hs_plan_weight *weights;
     size_t count[HS_SECTION_COUNT]; /* records of each section */
 } hs_plan;
