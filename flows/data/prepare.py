@@ -174,7 +174,7 @@ class _Preparation:
         try:
             self.job, self.run_on = DataJob(self.spec, url, sight), runner
             if self.again:
-                self.job.work.remove()
+                self.job.work.forget()
             self.tasks = [Task(self.job, piece, tuple(entries[piece.begin : piece.end])) for piece in pieces]
             made = self._made()
             if not fresh:

@@ -74,11 +74,15 @@ class KeptWork:
     def names(self) -> Iterator[str]:
         return (info.key for info in self.store.list(keys.work_key(self.sight) + "/"))
 
+    def forget(self) -> None:
+        """All of it, before it is made anew; StoreRefused where this identity may not delete it."""
+        for key in list(self.names()):
+            self.store.delete(key)
+
     def remove(self) -> None:
-        """All of it. Where this identity may not delete it stays, and costs room alone."""
+        """All of it, when it has served. Where this identity may not delete it stays, and costs room alone."""
         try:
-            for key in list(self.names()):
-                self.store.delete(key)
+            self.forget()
         except StoreRefused as error:
             log.warning("what the preparation kept beside it stays under %s: %s", keys.work_key(self.sight), error)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.errors import StoreRefused
 from checkpoint.store import open_store
 from flows.data import prepare
 from flows.data.encoding import encode_piece
@@ -162,6 +163,34 @@ def test_two_who_prepare_the_same_agree(here: Path, small: Callable[[int], None]
 
     assert prepare(spec, store, runner=Between(act), say=said.append, clock=never) == other[0]
     assert "is already there" in said[-1]
+    assert not list(store.list("data/work/"))
+
+
+def test_again_uses_no_piece_of_before(here: Path, small: Callable[[int], None]) -> None:
+    """What a killed preparation left is forgotten first; where it cannot be, nothing is made of it."""
+    write(Path("c/a.jsonl"), 40_000)
+    small(9000)
+    store, spec = open_store("memory:"), DataSpec(source="jsonl:c/a.jsonl", vocab_size=300, piece_mib=1)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(spec, store, runner=Between(stop), clock=never)
+    assert len(list(store.list("data/work/"))) > 5
+
+    class NoDelete:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def delete(self, key: str) -> None:
+            raise StoreRefused(f"deleting {key!r}: no rights")
+
+    with pytest.raises(StoreRefused, match="no rights"):
+        prepare(spec, NoDelete(), again=True, clock=never)  # type: ignore[arg-type]
+    made = prepare(spec, NoDelete(), clock=never)  # type: ignore[arg-type]
+    assert list(store.list("data/work/"))  # it costs room alone
+    assert prepare(spec, store, again=True, clock=never) == made
     assert not list(store.list("data/work/"))
 
 
