@@ -13,7 +13,7 @@ import click
 from flows.cli.main import Number, json_option, say, store_option
 
 if TYPE_CHECKING:
-    from flows.show.watching import Board, Row
+    from flows.show.watching import RunRow, WatchedRuns
 
 LIVE_S, LINES_S = 2.0, 10.0
 
@@ -39,7 +39,7 @@ def watch(run: str | None, every_run: bool, once: bool, every: float | None, sto
     from flows.cli.signals import stopped_by_signals
     from flows.drive.run import find_run, run_names
     from flows.drive.train import store_at
-    from flows.show.watching import Board
+    from flows.show.watching import WatchedRuns
 
     if bool(run) == every_run:
         raise click.UsageError("give a RUN, or --all")
@@ -52,7 +52,7 @@ def watch(run: str | None, every_run: bool, once: bool, every: float | None, sto
         names = lambda: list(run_names(opened))  # noqa: E731
     stop = threading.Event()
     stopped_by_signals(stop, twice=True)
-    board = Board(opened, names, only_open=every_run)
+    board = WatchedRuns(opened, names, only_open=every_run)
     if once:
         stop.set()
     _watch(board, stop, every, as_json, leaves=run is not None, where=opened.describe())
@@ -60,7 +60,7 @@ def watch(run: str | None, every_run: bool, once: bool, every: float | None, sto
 
 
 def _watch(
-    board: Board, stop: threading.Event, every: float | None, as_json: bool, *, leaves: bool, where: str
+    board: WatchedRuns, stop: threading.Event, every: float | None, as_json: bool, *, leaves: bool, where: str
 ) -> None:
     from flows.show.live_view import wanted
 
@@ -81,14 +81,14 @@ def _watch(
             return
 
 
-def _tell(row: Row, as_json: bool) -> None:
+def _tell(row: RunRow, as_json: bool) -> None:
     from flows.show.lines import json_line
     from flows.show.watching import row_line
 
     say(json_line({**asdict(row), "scores": dict(row.scores)}) if as_json else row_line(row))
 
 
-def _live(board: Board, stop: threading.Event, every: float, leaves: bool) -> None:
+def _live(board: WatchedRuns, stop: threading.Event, every: float, leaves: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 

@@ -31,7 +31,7 @@ EVALUATIONS_EVERY = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """A run at one moment. ``quiet_s``: since its newest step, by this machine's clock; None before the first."""
 
     run: str
@@ -69,7 +69,7 @@ class Watched:
         self._log = RunLog(self.store, self.run)
         self._metrics = MetricsReader(self.store, self.run, attach=True)
 
-    def look(self) -> Row:
+    def look(self) -> RunRow:
         state = self._state = self._log.fold(self._state, quick=True)
         if not self._steps:
             self._steps = int(load_what(self.store, self.run)["train"]["steps"])
@@ -90,7 +90,7 @@ class Watched:
             newest |= row.numbers()
         self._scores = (rows[-1].step if rows else -1, tuple(newest.items()))
 
-    def _row(self, state: RunState) -> Row:
+    def _row(self, state: RunState) -> RunRow:
         word, line = state_word(state), self._line
         steps = state.amendments.total(self._steps)
         newest = state.at_step()
@@ -99,7 +99,7 @@ class Watched:
             word = "training" if quiet_s < QUIET_S + 3 * line.get("step_us", 0.0) / 1e6 else "quiet"  # type: ignore[union-attr]
         step = int(line["step"]) if line is not None else (newest.step if newest else 0)
         seconds = line.get("step_us", 0.0) / 1e6 if line is not None else 0.0
-        return Row(
+        return RunRow(
             run=self.run,
             state=word,
             step=step,
@@ -116,7 +116,7 @@ class Watched:
 
 
 @dataclass
-class Board:
+class WatchedRuns:
     """Several: those that are named, or all of a store that are open (``names`` gives what there is by now)."""
 
     store: Store
@@ -125,7 +125,7 @@ class Board:
     _watched: dict[str, Watched] = field(default_factory=dict)
     _ended: set[str] = field(default_factory=set)
 
-    def look(self) -> list[Row]:
+    def look(self) -> list[RunRow]:
         rows = []
         for name in self.names():
             if name in self._ended:
@@ -135,7 +135,7 @@ class Board:
             try:
                 row = watched.look()
             except (CheckpointError, TrainerError):
-                row = Row(name, "unreadable")
+                row = RunRow(name, "unreadable")
             if self.only_open and row.ended:
                 self._ended.add(name)
                 self._watched.pop(name)
@@ -145,7 +145,7 @@ class Board:
         return rows
 
 
-def row_line(row: Row) -> str:
+def row_line(row: RunRow) -> str:
     """A row as a line."""
     parts = [f"{row.run}  {row.state}  step {row.step}/{row.steps}"]
     parts += [f"loss {row.loss:.4f}"] if row.loss is not None else []
@@ -158,7 +158,7 @@ def row_line(row: Row) -> str:
     return "  ".join(parts)
 
 
-def rows_table(rows: Iterable[Row], width: int = 120) -> Table:
+def rows_table(rows: Iterable[RunRow], width: int = 120) -> Table:
     """The rows as a table for a terminal; narrow ones do without the last columns."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name, side in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("tok/s", "right")):

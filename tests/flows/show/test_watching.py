@@ -11,7 +11,7 @@ from rich.console import Console
 from checkpoint import codec
 from checkpoint.keys import spec_key
 from checkpoint.log import ended_body
-from flows.show.watching import Board, Row, Watched, row_line, rows_table
+from flows.show.watching import RunRow, Watched, WatchedRuns, row_line, rows_table
 from tests.flows.conftest import Trained
 from tests.flows.tracking.world import RUN, World
 
@@ -25,7 +25,7 @@ def world() -> World:
 def test_a_run_from_its_beginning_to_its_end() -> None:
     made, now = world(), 1e9
     watched = Watched(made.store, RUN, clock=lambda: now)
-    assert watched.look() == Row(RUN, "planned", steps=100)
+    assert watched.look() == RunRow(RUN, "planned", steps=100)
     made.attempt()
     assert watched.look().state == "open"
     made.steps(1, 8)
@@ -52,7 +52,7 @@ def test_of_a_store_those_that_are_open() -> None:
     made = world()
     made.attempt()
     made.steps(1, 2)
-    board = Board(made.store, lambda: [RUN, "no-such-run"], only_open=True)
+    board = WatchedRuns(made.store, lambda: [RUN, "no-such-run"], only_open=True)
     assert [row.run for row in board.look()] == [RUN, "no-such-run"]
     assert board.look()[1].state == "unreadable"  # it is shown, and the other one is watched all the same
     made.log.append("ended", ended_body(made.log.fold(), "gave_up", "why"), made.log.fold())
@@ -63,9 +63,9 @@ def test_of_a_store_those_that_are_open() -> None:
 def test_as_a_table_and_as_a_line() -> None:
     scores = (("validation/loss", 2.53125), ("eval/bench/acc", 0.25))
     rows = [
-        Row("demo-0a1b2c", "training", 40, 100, 3.25, 12345.6, 61.0, 30, 2, scores, 30, 1.0),
-        Row("other-0a1b2c", "quiet", 7, 100, 9.0, 10.0, None, -1, 1, (), -1, 3700.0),
-        Row("new-0a1b2c", "planned", steps=10),
+        RunRow("demo-0a1b2c", "training", 40, 100, 3.25, 12345.6, 61.0, 30, 2, scores, 30, 1.0),
+        RunRow("other-0a1b2c", "quiet", 7, 100, 9.0, 10.0, None, -1, 1, (), -1, 3700.0),
+        RunRow("new-0a1b2c", "planned", steps=10),
     ]
     drawn = {}
     for width in (140, 70):
@@ -101,12 +101,12 @@ def test_one_that_is_going_is_followed_to_its_end(tmp_path: Path) -> None:
     made, said, stop = world(), list[str](), threading.Event()
     made.attempt()
     made.steps(1, 3)
-    board = Board(made.store, lambda: [RUN])
+    board = WatchedRuns(made.store, lambda: [RUN])
     looks = iter([lambda: made.steps(4, 5), lambda: None, lambda: made.log.append(
         "ended", ended_body(made.log.fold(), "cancelled", "by me"), made.log.fold())])  # fmt: skip
 
-    def look(*, real: object = board.look) -> list[Row]:
-        rows = Board.look(board)
+    def look(*, real: object = board.look) -> list[RunRow]:
+        rows = WatchedRuns.look(board)
         next(looks, lambda: None)()
         return rows
 
