@@ -78,9 +78,11 @@ def sweep(
     A point that fails does not hold up the others; the exit code is 0 only where all succeeded. The same command again
     finds its runs and goes on with those that have not ended.
     """
+    from dataclasses import asdict
+
     from flows.drive.train import store_at
     from flows.hosting import PREFECT_PATIENCE_S, Prefect
-    from flows.recurring.sweep import sweep_table, sweep_words, table_lines
+    from flows.recurring.sweep import sweep_words, table_lines
     from flows.sweeping import drive_sweep
     from trainer.spec import load_spec
 
@@ -102,7 +104,7 @@ def sweep(
 
     rows: Sequence[SweepRow] = signals.run(work)
     if as_json:
-        show([dict(row) | {"exit_code": r.exit_code} for row, r in zip(sweep_table(rows), rows, strict=True)])
+        show([asdict(row) | {"values": row.values} for row in rows])
     else:
         say("")
         for line in (*table_lines(rows), "", sweep_words(rows)):
