@@ -195,8 +195,7 @@ class FileStore:
             with open(path, "rb", buffering=0) as file:
                 size = sum(view.nbytes for view in out)
                 window(key, os.fstat(file.fileno()).st_size, None, first, size)
-                if size > _PIECE:  # all of it on its way while the caller looks at what is there
-                    os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_SEQUENTIAL)  # more comes ahead
                 for number, view in enumerate(out):
                     rest = view.cast("B")
                     while rest.nbytes:
