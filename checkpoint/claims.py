@@ -63,12 +63,12 @@ class Place:
     @property
     def here(self) -> bool:
         """Whether its processes would be seen from this one: same boot, same space of process numbers."""
-        return bool(self.boot) and (self.boot, self.space) == (boot_id(), process_space())
+        return seen_from_here(self.boot, self.space)
 
     @property
     def same_machine(self) -> bool:
         """Whether it is this machine by name, maybe before its last boot."""
-        return self.here or (self.host == socket.gethostname() and self.boot != boot_id())
+        return of_this_machine(self.host, self.boot, self.space)
 
     def describe(self) -> str:
         """For people; begins with what the claim is known by."""
@@ -110,6 +110,16 @@ def _make_token(folder: Path) -> str:
     path = folder / TOKEN_FILE
     create_file(path, secrets.token_hex(16).encode())
     return path.read_text(encoding="ascii").strip()
+
+
+def seen_from_here(boot: str, space: str) -> bool:
+    """Whether processes of that boot and space of process numbers are seen from this one."""
+    return bool(boot) and (boot, space) == (boot_id(), process_space())
+
+
+def of_this_machine(host: str, boot: str, space: str) -> bool:
+    """Whether that is this machine by name, maybe before its last boot."""
+    return seen_from_here(boot, space) or (host == socket.gethostname() and boot != boot_id())
 
 
 def boot_id() -> str:

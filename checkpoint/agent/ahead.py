@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 FOLDER = "data-cache"
 """Of the node's folder."""
 _GROUP = 64
-"""ShardLeaves that are asked for together, at least: enough for all workers, few for a rank that waits."""
+"""Leaves that are asked for together, at least: enough for all workers, few for a rank that waits."""
 _MOST_SAMPLES = 1 << 18
 """Of the steps ahead, as far as is counted out; a sample costs some 20 us."""
 _PAUSES_S = 0.5, 15.0

@@ -177,7 +177,7 @@ class Cache:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _bring_run(self, run: Sequence[int], go_on: Callable[[], None]) -> None:
-        """ShardLeaves of one shard that lie beside one another."""
+        """Leaves of one shard that lie beside one another."""
         go_on()
         number = run[0] >> _SHIFT
         shard = self.shards[number]

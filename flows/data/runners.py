@@ -1,4 +1,4 @@
-"""Who works on pieces: threads of this process here; tasks of Prefect in ``flows/flow.py``'s way (``tasks.py``)."""
+"""Who works on pieces: threads of this process here; tasks of Prefect in ``flows/preparing.py``."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from checkpoint import codec, keys
-from checkpoint.claims import boot_id, process_space
+from checkpoint.claims import boot_id, of_this_machine, process_space, seen_from_here
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.store import Store
 from trainer.local_launch import ProcessMark
@@ -95,12 +95,12 @@ class DriverNote:
     @property
     def here(self) -> bool:
         """Whether its process would be seen from this one."""
-        return bool(self.boot) and (self.boot, self.space) == (boot_id(), process_space())
+        return seen_from_here(self.boot, self.space)
 
     @property
     def same_machine(self) -> bool:
         """Whether it was on this machine by name, maybe before its last boot."""
-        return self.here or (self.host == socket.gethostname() and self.boot != boot_id())
+        return of_this_machine(self.host, self.boot, self.space)
 
     @property
     def runs(self) -> bool:

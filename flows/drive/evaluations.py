@@ -24,7 +24,7 @@ from checkpoint.log import CheckpointInfo, RunState
 from checkpoint.store import Store
 from flows.drive.child import ChildProcess
 from flows.drive.live import load_evaluations
-from flows.drive.replays import spare_cores
+from flows.drive.replays import EXIT_REFUSED, spare_cores
 from flows.drive.views import short
 from trainer.cores import usable_cpus
 from trainer.engine_path import engine_binary
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 VALIDATION = "validation"
 CANDIDATES = 64
-EXIT_REFUSED = 78
 MOST_FAILURES = 3
 MORE_S = 600.0
 """Beyond what its parts may take, before a process is killed: the checkpoint is read and exported meanwhile."""

@@ -24,6 +24,7 @@ from checkpoint.store import Store
 from flows.drive.evaluations import VALIDATION
 from flows.drive.live import load_evaluations
 from flows.drive.run import Prepared, read_run
+from flows.drive.telling import EXIT_STOPPED
 from flows.drive.views import short
 from flows.evaluate.command import run_command
 from flows.evaluate.validate import validate, validation_data
@@ -39,7 +40,7 @@ SEED = 0
 class StoppedEvaluating(TrainerError):
     """Somebody asked to stop, or the time was over."""
 
-    exit_code = 85
+    exit_code = EXIT_STOPPED
 
 
 @dataclass

@@ -28,10 +28,6 @@ def log_of(at: Place, run: str) -> RunState:
     return RunLog(open_store((at.folder / "store").as_uri()), run).fold()
 
 
-def rank_pids(at: Place) -> list[int]:
-    return [pid for pid, line in at.left().items() if "hotstage-engine rank" in line]
-
-
 def hold(at: Place, run: str, step: int, epoch: int) -> list[int]:
     """The gang is stopped once a checkpoint of this step, of this attempt (or later ones), is committed."""
 
@@ -39,7 +35,7 @@ def hold(at: Place, run: str, step: int, epoch: int) -> list[int]:
         return any(c.step >= step and c.epoch >= epoch for c in log_of(at, run).checkpoints)
 
     wait_for(reached, f"a checkpoint of step {step}", 60)
-    pids = rank_pids(at)
+    pids = at.rank_pids()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     return pids

@@ -74,7 +74,7 @@ def test_a_run_on_gpus_survives_a_kill_with_the_bits_of_one_on_the_cpu(gpus: Pla
     process = gpus.start("train", "spec.toml", "--no-prefect", "--json", *sets)
     runs = gpus.folder / "store" / "runs"
     wait_for(lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint", 60)
-    ranks = [pid for pid, line in gpus.left().items() if "hotstage-engine rank" in line]
+    ranks = gpus.rank_pids()
     os.kill(ranks[0], signal.SIGKILL)
     told = finish(process)
     assert told.code == 0, told

@@ -21,6 +21,7 @@ from checkpoint.store import Store, open_store
 from flows.prefect_api import Client, Gone
 from flows.prefect_server import PrefectServer
 from flows.recurring.deployments import Deployments
+from tests.support.front import Front
 from tests.support.place import Place
 from tests.support.postgres import running
 from tests.support.shared import kept
@@ -114,6 +115,14 @@ def keep_server(folder: Path) -> Iterator[dict[str, Any]]:
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     with kept(tmp_path_factory, "prefect", "tests.flows.conftest:keep_server") as told:
         yield Api(PrefectServer(Path(told["home"]), told["port"]))
+
+
+@pytest.fixture
+def front(prefect: Api) -> Iterator[Front]:
+    """A door in front of the server."""
+    made = Front(prefect.server.api)
+    yield made
+    made.close()
 
 
 @pytest.fixture

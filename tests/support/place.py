@@ -141,6 +141,9 @@ class Place:
         """Processes that work below the folder, by their command lines."""
         return {pid: line for pid, line in _processes() if _below(pid, self.folder)}
 
+    def rank_pids(self) -> list[int]:
+        return [pid for pid, line in self.left().items() if "hotstage-engine rank" in line]
+
     def all_gone(self, seconds: float = 15) -> None:
         """Fail where something still runs after a while."""
         wait_for(lambda: not self.left(), f"the processes to leave: {self.left()}", seconds)

@@ -30,13 +30,6 @@ def scheduling(hosted: Place) -> Iterator[list[subprocess.Popen[bytes]]]:
             process.communicate()
 
 
-@pytest.fixture
-def door(prefect: Api) -> Iterator[Front]:
-    made = Front(prefect.server.api)
-    yield made
-    made.close()
-
-
 def done_tasks(api: Api, flow_run: dict[str, Any]) -> list[str]:
     return [row["name"] for row in api.task_runs(flow_run["id"]) if row["state_type"] == "COMPLETED"]
 
@@ -73,9 +66,9 @@ def test_it_fires_three_times_and_each_is_a_new_run(
 
 
 def test_overlap_is_skipped_an_outage_ends_nothing_and_ctrl_c_leaves_the_run_alone(
-    prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]], door: Front
+    prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]], front: Front
 ) -> None:
-    hosted.env["PREFECT_API_URL"] = door.api
+    hosted.env["PREFECT_API_URL"] = front.api
     sets = ["--set", "name='long'", "--set", "train.steps=1000000", "--set", "checkpoint.every=50"]
     process = hosted.start("schedule", "spec.toml", "--interval", "2", *sets)
     scheduling.append(process)
@@ -91,12 +84,12 @@ def test_overlap_is_skipped_an_outage_ends_nothing_and_ctrl_c_leaves_the_run_alo
     assert not of(prefect, "long", "COMPLETED", "FAILED", "CRASHED")
     (run,) = {path.parts[len(log.parts)] for path in log.glob("long-*/log/*")}
 
-    door.shut()  # Prefect's own runner ends after three failures in a row, and its flows with it
+    front.shut()  # Prefect's own runner ends after three failures in a row, and its flows with it
     last = newest(log / run)
     said = until(process, "Prefect is away")
     wait_for(lambda: newest(log / run) > last, "the gang to train on", 60)
     before = len(skipped())
-    door.open()
+    front.open()
     said += until(process, "Prefect is back")
     wait_for(lambda: len(skipped()) > before, "a firing after the outage", 60)
     (flow_run,) = of(prefect, "long", "RUNNING")

@@ -41,15 +41,11 @@ from trainer.spec_layouts import same_layout
 # --- two real drivers ---------------------------------------------------------------------------------------
 
 
-def rank_pids(at: Place) -> list[int]:
-    return [pid for pid, line in at.left().items() if "hotstage-engine rank" in line]
-
-
 def held(at: Place) -> int:
     """The gang's only rank, stopped after its first checkpoint: the run cannot end before somebody acts."""
     store = at.folder / "store"
     wait_for(lambda: list(store.glob("runs/*/manifests/*/manifest")), "the first checkpoint", 60)
-    (pid,) = wait_for(lambda: rank_pids(at), "the rank")
+    (pid,) = wait_for(at.rank_pids, "the rank")
     os.kill(pid, signal.SIGSTOP)
     return pid
 

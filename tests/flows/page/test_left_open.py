@@ -15,7 +15,7 @@ from flows.drive.driving import DriverNote
 from flows.page.left_open import EVERY_S, GRACE_S, LeftOpen, own_mark
 from flows.prefect_api import Client, Gone
 from tests.flows.conftest import Api
-from tests.flows.page.test_page import Told, assert_whole, store  # noqa: F401 (a fixture)
+from tests.flows.page.test_page import Told, assert_whole
 from tests.support.agents import wait_for
 from tests.support.front import Front
 
@@ -80,7 +80,7 @@ def test_who_looks_closes_what_nobody_goes_on_with(prefect: Api) -> None:
     assert any("flow run left-gone is Crashed" in text for text in said)
 
 
-def test_a_page_goes_on_with_the_flow_run_of_a_driver_that_is_gone(prefect: Api, store: Store) -> None:  # noqa: F811
+def test_a_page_goes_on_with_the_flow_run_of_a_driver_that_is_gone(prefect: Api, store: Store) -> None:
     """All of it is there as if one process had told it; the task runs are not there twice."""
     first = Told(store, lambda: Client.connect(prefect.server.api))
     first.begin()
@@ -105,7 +105,7 @@ def test_a_page_goes_on_with_the_flow_run_of_a_driver_that_is_gone(prefect: Api,
     assert len(prefect.named(first.run)) == 1
 
 
-def test_what_has_ended_is_not_gone_on_with(prefect: Api, store: Store) -> None:  # noqa: F811
+def test_what_has_ended_is_not_gone_on_with(prefect: Api, store: Store) -> None:
     with Client.open(prefect.server.api) as client:
         ended = flow_run(client, "left-ended", DEAD.mark)
         patiently(lambda: client.set_state(ended, "CRASHED", "Crashed", "by Prefect"))
@@ -117,7 +117,7 @@ def test_what_has_ended_is_not_gone_on_with(prefect: Api, store: Store) -> None:
     assert assert_whole(prefect, told)["id"] != ended
 
 
-def test_another_command_of_the_run_closes_the_flow_run_of_one_that_was_killed(prefect: Api, store: Store) -> None:  # noqa: F811
+def test_another_command_of_the_run_closes_the_flow_run_of_one_that_was_killed(prefect: Api, store: Store) -> None:
     told = Told(store, lambda: Client.connect(prefect.server.api))
     with Client.open(prefect.server.api) as client:
         killed = flow_run(client, "left-killed", DEAD.mark)
@@ -130,7 +130,7 @@ def test_another_command_of_the_run_closes_the_flow_run_of_one_that_was_killed(p
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_prefect_is_away_for_an_hour(prefect: Api, store: Store, lost: bool) -> None:  # noqa: F811
+def test_prefect_is_away_for_an_hour(prefect: Api, store: Store, lost: bool) -> None:
     """By the page's own clock; with its database lost, too. What happened meanwhile is caught up, with its times."""
     now, front = [0.0], Front(prefect.server.api)
     try:

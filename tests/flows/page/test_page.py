@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -14,7 +13,7 @@ import pytest
 from checkpoint.evaluated import Evaluation, Evaluations, Ran
 from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
-from checkpoint.store import Store, open_store
+from checkpoint.store import Store
 from flows.drive.events import Event, Outcome
 from flows.hosting import undisturbed
 from flows.page import Page
@@ -37,18 +36,6 @@ ATTEMPT: dict[str, Any] = {
     "restore": {"checkpoint": None, "step": 0, "slots": None, "parent": None},
 }
 KILLED = {"class": "signal", "text": "rank 1 was killed (signal 9)", "mend": "", "step": 33}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(f"file://{tmp_path / 'store'}")
-
-
-@pytest.fixture
-def front(prefect: Api) -> Iterator[Front]:
-    made = Front(prefect.server.api)
-    yield made
-    made.close()
 
 
 class Told:

@@ -8,7 +8,6 @@ counts of one that was fenced).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -503,7 +502,3 @@ class Landing:
         if not there:
             self._world.wrote(key, bytes(data))
         return made
-
-
-def rng_of(seed: int) -> random.Random:
-    return random.Random(f"faults {seed}")
