@@ -223,7 +223,7 @@ class Page:
                 if isinstance(error, Busy) and self._busy < BUSY_TRIES:
                     self._busy += 1
                     self._check = True
-                    self._retry_at = time.monotonic() + BUSY_PAUSE_S
+                    self._retry_at = self.clock() + BUSY_PAUSE_S
                     continue
                 self._fail(error, f"Prefect is not reached ({error}); the run goes on, its page is brought up later")
             except Refused as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_prefect_is_away_for_an_hour(prefect: Api, store: Store, lost: bool) -> 
     """By the page's own clock; with its database lost, too. What happened meanwhile is caught up, with its times."""
     now, front = [0.0], Front(prefect.server.api)
     try:
-        told = Told(store, lambda: Client.connect(front.api), clock=lambda: now[0])
+        told = Told(store, lambda: Client.connect(front.api), clock=lambda: now[0] + time.monotonic())
         told.begin()
         wait_for(lambda: prefect.named(told.run), "the flow run", 60)
         front.shut()
