@@ -27,14 +27,13 @@ from pydantic_core import ErrorDetails
 
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.spec_data import MAX_VOCAB_SIZE, DataSpec
 from trainer.spec_fields import MAX_INT32, RULES, shown
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
     HOW_OF_WHAT,
     LATER_WHAT,
     MAX_MICROBATCHES,
-    MAX_VOCAB_SIZE,
-    DataSpec,
     ModelSpec,
     RunSpec,
     how_map,

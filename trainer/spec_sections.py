@@ -1,4 +1,6 @@
-"""RunSpec, and the sections of its What half: model, data, train. The How half is in ``spec_how.py``."""
+"""RunSpec, and the sections of its What half: model, train, and ``data`` in ``spec_data.py``. The How half is in
+``spec_how.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.spec_data import DataSpec
 from trainer.spec_fields import (
     MAX_INT32,
     MAX_LAYERS,
@@ -36,18 +39,14 @@ from trainer.spec_how import (
     other_name,
 )
 from trainer.spec_layouts import layout_words, other_hows
-from trainer.spec_mix import MixPart, check_phases, phases_of
 from trainer.spec_watch import WATCHED, EvalSpec, LimitsSpec, TrackSpec, ValidationSpec
-from trainer.wire import PARTS_MAX, VOCAB_BLOCKS
-from trainer.wire.order import MixPhase
+from trainer.wire import VOCAB_BLOCKS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
-MAX_VOCAB_SIZE = 1 << 24
 MAX_MICROBATCHES = 1 << 16
 DEFAULT_GROUPS = 8
 """Of ``train.reduction_groups``, where the microbatches of a step allow it."""
 FP8_SIDE = 16
-DEFAULT_SOURCE = "python-stdlib"
 VOCAB_UNIT = 8
 """Blocks of a vocabulary begin at multiples of it, so that its rows keep their alignment."""
 
@@ -124,148 +123,6 @@ class ModelSpec(Section):
         if self.hidden is not None:
             return self.hidden
         return 4 * self.width if self.family == "gpt2" else -(-8 * self.width // 3 // 64) * 64
-
-
-SOURCE_KINDS = ("text", "jsonl", "parquet", "code", "hf")
-
-
-class FilterSpec(Section):
-    """Which documents stay."""
-
-    min_length: int = size(0, low=0, text="characters that a document has at least")
-    max_length: int | None = size(None, text="characters that it has at most; unset: any number")
-    language: tuple[str, ...] = Field(
-        (), description='language tags that stay: "en" takes en, en-GB, EN_us; empty: any'
-    )
-    language_field: str = Field("language", min_length=1, description="key or column that holds a document's tag")
-    predicate: str | None = Field(
-        None, description='"package.module:function" of a document (text, name, fields) that answers True or False'
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> FilterSpec:
-        if self.max_length is not None and self.max_length < self.min_length:
-            raise ValueError(
-                f"max_length {self.max_length} is below min_length {self.min_length}: no document would stay; raise it"
-            )
-        if self.predicate is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", self.predicate):
-            raise ValueError(f"predicate {shown(self.predicate)} is no import path; write package.module:function")
-        return self
-
-    @property
-    def columns(self) -> tuple[str, ...] | None:
-        """What is looked at beside a document's text; None: everything."""
-        if self.predicate is not None:
-            return None
-        return (self.language_field,) if self.language else ()
-
-
-class DedupeSpec(Section):
-    """Documents that were there before are left out; the first one in the corpus's order stays."""
-
-    exact: bool = Field(True, description="the same text twice")
-    near: float | None = Field(
-        None, ge=0.5, le=0.95, description="texts whose five-word phrases are so much the same (Jaccard); unset: any"
-    )
-
-
-class DataSpec(Section):
-    """Where the text comes from and in which order its samples are read."""
-
-    source: str = Field(
-        DEFAULT_SOURCE,
-        description='"python-stdlib", "text:<glob>", "jsonl:<glob>", "parquet:<glob>", "code:<folder>", "hf:<dataset>" '
-        'or "dataset:<digest>"; a glob may be s3://bucket/...',
-    )
-    field: str = Field("text", min_length=1, description="key or column that holds the text (jsonl, parquet, hf)")
-    filter: FilterSpec | None = Field(None, description="which documents stay; unset: all")
-    dedupe: DedupeSpec | None = Field(None, description="which documents are taken once; unset: none")
-    validation: float = Field(
-        0.0, ge=0, le=0.5, description="share of the documents, chosen by their content, that is a dataset of its own"
-    )
-    piece_mib: int = size(32, low=1, high=4096, text="MiB of text that are worked on at a time; changes no bit")
-    vocab_size: int = size(4096, low=257, high=MAX_VOCAB_SIZE, text="vocabulary of the tokenizer to train")
-    tokenizer: str | None = Field(None, description="path of a tokenizer.json; unset: train a byte-level BPE")
-    end_token: str | None = Field(
-        None, description='token of data.tokenizer that ends a document; unset: <|endoftext|>; "": none'
-    )
-    shuffled: bool = Field(True, description="keyed permutation of blocks and samples; false: in order")
-    block: int = size(64, text="samples a block of the shuffle")
-    window: int = size(64, text="blocks a window of the shuffle")
-    shard_tokens: int = size(1 << 24, low=2, text="tokens a shard file")
-    cache_gib: float = Field(
-        0.0,
-        ge=0,
-        le=1 << 20,
-        description="most that a node keeps of the data, GiB: it fetches what its ranks read next and gives back what "
-        "they have read; 0: all shards, before the first step. No part of a run's name",
-    )
-    packing: Literal["across"] = Field("across", description="documents are packed, attention crosses their borders")
-    mix: tuple[MixPart, ...] = Field(
-        (),
-        max_length=PARTS_MAX,
-        description="corpora that are mixed by weights, in place of source: tables of source, weight, steps",
-    )
-
-    def part(self, number: int) -> DataSpec:
-        """What a part of the mixture is prepared from, but for its tokenizer."""
-        entry = self.mix[number]
-        made: dict[str, Any] = {"filter": None, "dedupe": None} if entry.source.startswith("dataset:") else {}
-        values = {key: getattr(self, key) for key in type(self).model_fields}
-        return DataSpec.model_validate(values | made | {"mix": (), "source": entry.source, "field": entry.field})
-
-    @property
-    def phases(self) -> tuple[MixPhase, ...]:
-        """The mixture's weights as a step function."""
-        return phases_of(self.mix)
-
-    def _check_mix(self) -> None:
-        if self.source != DEFAULT_SOURCE:
-            raise ValueError(
-                f"source {shown(self.source)} and mix: a mixture's parts have sources of their own; leave source out, "
-                "or make it a part"
-            )
-        if self.validation:
-            raise ValueError(
-                f"validation {self.validation} with mix: of which part it would be is not said; leave it out, and name "
-                "data of its own in [validation]"
-            )
-        for number in range(len(self.mix)):
-            try:
-                self.part(number)
-            except ValidationError as error:
-                why = error.errors(include_url=False)[0]
-                raise ValueError(f"mix[{number}].{why.get('ctx', {}).get('error', why['msg'])}") from error
-        check_phases(self.phases)
-
-    @model_validator(mode="after")
-    def _check(self) -> DataSpec:
-        if self.end_token is not None and self.tokenizer is None:
-            raise ValueError(
-                f"end_token {shown(self.end_token)} is for a tokenizer that is given with data.tokenizer; the one "
-                "that is trained here ends documents with <|endoftext|>: leave it out"
-            )
-        if self.mix:
-            self._check_mix()
-        kind, _, rest = self.source.partition(":")
-        if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
-            made = [key for key in ("filter", "dedupe", "validation") if getattr(self, key)]
-            if made:
-                raise ValueError(
-                    f"{made[0]} is for a corpus that is prepared, and source {shown(self.source)} is prepared already: "
-                    "leave it out, or name the corpus"
-                )
-            return self
-        if self.source != DEFAULT_SOURCE and not (kind in SOURCE_KINDS and rest):
-            raise ValueError(
-                f"source {shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>', "
-                "'parquet:<glob>', 'code:<folder>', 'hf:<dataset>' or 'dataset:<64 hex digits>'"
-            )
-        if self.filter is not None and self.filter.language and kind == "text":
-            raise ValueError(
-                "filter.language looks at a document's tag, and plain text has none: take another kind of source"
-            )
-        return self
 
 
 class OptimizerSpec(Section):

@@ -25,6 +25,7 @@ from trainer.errors import SpecError, TrainerError
 from trainer.spec import RunSpec, parse_spec
 
 MOST_POINTS = 1000
+MAX_LIST_BYTES = 1 << 20
 LOSS_OF = 10
 """Steps whose mean is a row's loss: of one step it says little."""
 _OPEN, _CLOSE = "[{", "]}"
@@ -91,7 +92,11 @@ def _split(text: str) -> list[str]:
 def listed_points(path: Path) -> list[tuple[str, ...]]:
     """A point a line, its settings with blanks between them, as on a command line; # begins a remark."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:  # not to its end: a device may have none
+            data = file.read(MAX_LIST_BYTES + 1)
+        if len(data) > MAX_LIST_BYTES:
+            raise SpecError(f"--list {path} is larger than {MAX_LIST_BYTES} bytes; it has a line of settings a point")
+        lines = data.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise SpecError(f"--list {path} cannot be read: {why}; it has a line of KEY=VALUE settings a point") from error

@@ -41,6 +41,8 @@ def test_a_list_has_a_line_a_point(tmp_path: Path) -> None:
             listed_points(path)
     with pytest.raises(SpecError, match="cannot be read: No such file"):
         listed_points(tmp_path / "none")
+    with pytest.raises(SpecError, match="is larger than 1048576 bytes"):
+        listed_points(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize(
