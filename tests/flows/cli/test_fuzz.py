@@ -26,6 +26,7 @@ from checkpoint.doctor import Effort
 from flows.cli import watch
 from flows.cli.main import cli
 from flows.drive.run import NoBoard, Prepared
+from flows.recurring.sweep import pointed_specs
 from tests.flows.conftest import Trained
 from tests.support.calls import called
 from tests.support.place import SPEC, TEXT
@@ -347,6 +348,9 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
     monkeypatch.setattr("flows.cli.schedule.serve_until_signal", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "flows.sweeping.drive_sweep", lambda spec, points, *_, **__: [] if pointed_specs(spec, points) else []
+    )
     real = watch._watch  # `runs watch --all` goes on until Ctrl-C: one look is enough here
     monkeypatch.setattr(
         watch, "_watch", lambda board, stop, *rest, **more: (stop.set(), real(board, stop, *rest, **more))
