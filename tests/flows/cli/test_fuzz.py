@@ -348,9 +348,7 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
     monkeypatch.setattr("flows.cli.runs.time.sleep", wait)
     monkeypatch.setattr("flows.cli.schedule.serve_until_signal", lambda *_, **__: None)
-    monkeypatch.setattr(
-        "flows.sweeping.drive_sweep", lambda spec, points, *_, **__: [] if pointed_specs(spec, points) else []
-    )
+    monkeypatch.setattr("flows.sweeping.drive_sweep", lambda spec, points, *_, **__: pointed_specs(spec, points)[:0])
     real = watch._watch  # `runs watch --all` goes on until Ctrl-C: one look is enough here
     monkeypatch.setattr(
         watch, "_watch", lambda board, stop, *rest, **more: (stop.set(), real(board, stop, *rest, **more))
