@@ -29,6 +29,11 @@ _SEAL_BYTES = len(_TAIL) + 32
 pack, pack_hint = packed.pack, packed.pack_hint
 
 
+def short(text: str, most: int) -> str:
+    """At most so many bytes of the text, as UTF-8 that every record can hold."""
+    return text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+
+
 def unpack(data: bytes, what: str, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
     """The value of canonical bytes; Damaged for anything else, with ``what`` naming the object."""
     try:

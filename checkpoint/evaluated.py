@@ -77,7 +77,7 @@ class Evaluation:
     def lean(self) -> Evaluation:
         """With the first few numbers of each command, and the beginning of why one failed."""
         ran = {
-            name: Ran(dict(islice(r.numbers.items(), LEAN_NUMBERS)), r.seconds, _short(r.why, LEAN_TEXT))
+            name: Ran(dict(islice(r.numbers.items(), LEAN_NUMBERS)), r.seconds, codec.short(r.why, LEAN_TEXT))
             for name, r in self.commands.items()
         }
         return replace(self, commands=ran)
@@ -156,7 +156,7 @@ def kept_numbers(found: Mapping[str, Any]) -> dict[str, float]:
         except OverflowError:
             continue
         if math.isfinite(number) and len(out) < MAX_NUMBERS:
-            out[_short(str(name), MAX_NAME)] = number
+            out[codec.short(str(name), MAX_NAME)] = number
     return out
 
 
@@ -189,8 +189,4 @@ def _whole(value: Any) -> int:
 def _text(value: Any, most: int) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{str(value)[:40]} is no text")
-    return _short(value, most)
-
-
-def _short(text: str, most: int) -> str:
-    return text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+    return codec.short(value, most)

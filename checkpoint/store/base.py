@@ -67,6 +67,15 @@ def ignored(_: int) -> None:
     """Of whom nothing is to be told."""
 
 
+def fill(out: Sequence[memoryview], data: Data, filled: Callable[[int], None]) -> None:
+    """These, one after the other, with bytes that are there."""
+    at = 0
+    for number, view in enumerate(out):
+        view[:] = data[at : at + view.nbytes]
+        at += view.nbytes
+        filled(number)
+
+
 class Store(Protocol):
     """Storage of one root. Every call raises only ``checkpoint.errors``."""
 

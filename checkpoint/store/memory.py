@@ -19,6 +19,7 @@ from checkpoint.store.base import (
     check_prefix,
     check_sha256,
     check_size,
+    fill,
     ignored,
 )
 
@@ -73,11 +74,7 @@ class MemoryStore:
     def read_into(
         self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
     ) -> None:
-        data, at = self.get(key, first=first, length=sum(view.nbytes for view in out)), 0
-        for number, view in enumerate(out):
-            view[:] = data[at : at + view.nbytes]
-            at += view.nbytes
-            filled(number)
+        fill(out, self.get(key, first=first, length=sum(view.nbytes for view in out)), filled)
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         check_key(key)

@@ -54,6 +54,7 @@ from checkpoint.store.base import (
     check_prefix,
     check_sha256,
     check_size,
+    fill,
     ignored,
 )
 from checkpoint.store.limits import PACED_BYTES, Rate
@@ -463,11 +464,7 @@ class S3Store:
         finally:
             body.close()
         if odd:
-            data, at = self._get(key, begin, length, None), 0
-            for number, view in enumerate(out):
-                view[:] = data[at : at + view.nbytes]
-                at += view.nbytes
-                filled(number)
+            fill(out, self._get(key, begin, length, None), filled)
         elif have != length:
             raise StoreUnavailable(f"{what}: {self._url} promised {length} bytes and sent {have}")
 

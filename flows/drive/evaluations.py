@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from checkpoint.codec import short
 from checkpoint.errors import StoreError
 from checkpoint.evaluated import Evaluation, Evaluations
 from checkpoint.log import CheckpointInfo, RunState
@@ -25,7 +26,6 @@ from checkpoint.store import Store
 from flows.drive.child import ChildProcess
 from flows.drive.live import load_evaluations
 from flows.drive.replays import EXIT_REFUSED, spare_cores
-from flows.drive.views import short
 from trainer.cores import usable_cpus
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError

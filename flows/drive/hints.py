@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint.codec import unpack_hint
+from checkpoint.codec import short, unpack_hint
 from checkpoint.errors import Damaged
-from flows.drive.views import NodeView, RankView, short
+from flows.drive.views import NodeView, RankView
 
 MOST = 1 << 53
 MAX_RANKS = 1 << 20

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from checkpoint.codec import short
 from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefused, StoreUnavailable
 from checkpoint.log import AttemptInfo, RunLog, RunState, ended_body
 from checkpoint.store import Pace, Store
@@ -63,7 +64,6 @@ from flows.drive.views import (
     RunLayout,
     StartAttempt,
     Watch,
-    short,
 )
 from flows.tracking.tracker import Trackers
 from trainer.errors import LaunchUnknown

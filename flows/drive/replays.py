@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import codec
+from checkpoint.codec import short
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.keys import replays_key
 from checkpoint.log import RunState
 from checkpoint.store import Store
 from flows.drive.child import ChildProcess
-from flows.drive.views import short
 from trainer.cores import usable_cpus
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError

@@ -14,14 +14,10 @@ from enum import Enum
 from typing import Any, overload
 
 from checkpoint.amendments import NONE, Amendments
+from checkpoint.codec import short
 from flows.drive.health import Symptom
 from trainer.failures import Failure, of_code
 from trainer.spec_layouts import layout_words
-
-
-def short(text: str, most: int) -> str:
-    """At most so many bytes of the text, as UTF-8 that every record can hold."""
-    return text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
 
 
 class Phase(Enum):

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from checkpoint.codec import short
 from checkpoint.evaluated import MAX_TEXT, Ran, kept_numbers
-from flows.drive.views import short
 from trainer.spec_watch import EvalSpec
 
 RESULT_BYTES = 16 << 20

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from checkpoint.codec import short
 from checkpoint.collect.pins import pinned
 from checkpoint.errors import StoreError
 from checkpoint.evaluated import MAX_TEXT, Evaluation, Ran
@@ -25,7 +26,6 @@ from flows.drive.evaluations import VALIDATION
 from flows.drive.live import load_evaluations
 from flows.drive.run import Prepared, read_run
 from flows.drive.telling import EXIT_STOPPED
-from flows.drive.views import short
 from flows.evaluate.command import run_command
 from flows.evaluate.validate import validate, validation_data
 from flows.show.export import export_hf, usable_at

@@ -16,8 +16,8 @@ import pytest
 from tests.browser.browser import Browser, missing
 from tests.flows.conftest import Api, started
 from tests.flows.test_demo import SHORT
-from tests.support.agents import wait_for
 from tests.support.place import ROOT, Place, finish
+from tests.support.wait import wait_for
 
 IMAGES = ROOT / "docs" / "images"
 

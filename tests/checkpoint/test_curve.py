@@ -17,7 +17,7 @@ from checkpoint.errors import Damaged
 from checkpoint.keys import curve_key, segment_key
 from checkpoint.store import MemoryStore
 from checkpoint.store.base import Data
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 
 
 def line(step: int, epoch: int = 1, loss: float | None = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from checkpoint.store.base import Data, Info
 from checkpoint.store.limits import deadline
 from checkpoint.verify import verify_checkpoint
 from tests.checkpoint.samples import TENSORS, WHAT, attempt_body, state_bytes, write_dataset, write_parts
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 
 RUN = "r-0a1b2c"
 OWNERS = ((0, 3), (1, 2, 4))

@@ -25,9 +25,9 @@ import pytest
 
 from checkpoint.codec import pack
 from checkpoint.store import open_store
-from tests.support.agents import wait_for
 from tests.support.hostile_s3 import hostile_s3
 from tests.support.place import LONG_STEPS, STEPS, Done, Place, finish
+from tests.support.wait import wait_for
 from trainer.dataset import write_shard
 
 SEED = int(os.environ.get("HOTSTAGE_STOP_SEED", "7"))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.agents import wait_for
 from tests.support.chaos import (
     PLACES,
     Fault,
@@ -25,6 +24,7 @@ from tests.support.chaos import (
 from tests.support.place import LONG, Place, finish
 from tests.support.place import LONG_STEPS as STEPS
 from tests.support.s3_server import BUCKET, S3Server, s3_server
+from tests.support.wait import wait_for
 
 SEED = int(os.environ.get("HOTSTAGE_CHAOS_SEED", "20"))
 

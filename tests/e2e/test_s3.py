@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.agents import wait_for
 from tests.support.chaos import Fault, rank_step, unleashed
 from tests.support.place import SPEC, Done, Place, finish
 from tests.support.s3_server import BUCKET, S3Server, s3_server
+from tests.support.wait import wait_for
 
 REFUSED, LOST = 78, 75
 

@@ -12,9 +12,9 @@ import pytest
 from checkpoint.claims import Place as Claimed
 from checkpoint.store import open_store
 from flows.drive.live import MetricsReader
-from tests.support.agents import wait_for
 from tests.support.chaos import frozen
 from tests.support.place import Place, finish
+from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.long_run
 

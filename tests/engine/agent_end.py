@@ -122,16 +122,3 @@ def script(path: Path, text: str) -> Path:
     """A plan of node_drive: lines "<rank> <word> [text]"."""
     path.write_text(text)
     return path
-
-
-def alive(pid: int) -> bool:
-    """Not gone and not a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

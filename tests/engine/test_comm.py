@@ -32,7 +32,7 @@ from tests.engine.comm_peer import (
     until,
 )
 from tests.engine.native import build_program
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 from tests.trainer.plan.test_columns import random_schedule
 from trainer import wire
 from trainer.errors import PlanError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.engine_build import engine
-from tests.support.agents import wait_for
 from tests.support.leftover import alive_below, expect_none
+from tests.support.wait import wait_for
 
 __all__ = ["engine"]
 

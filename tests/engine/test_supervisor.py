@@ -14,7 +14,8 @@ from subprocess import Popen
 
 import pytest
 
-from tests.engine.agent_end import WAIT_S, Agent, agent_at, alive, children, node, script
+from tests.engine.agent_end import WAIT_S, Agent, agent_at, node, script
+from tests.support.processes import alive, children
 from trainer import wire
 
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.flows.conftest import Api
-from tests.support.agents import wait_for
 from tests.support.place import ROOT, Place, finish
+from tests.support.wait import wait_for
 from trainer.presets import PRESETS
 
 SHORT = [

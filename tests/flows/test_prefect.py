@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.flows.conftest import Api, Trained, started
-from tests.support.agents import wait_for
 from tests.support.place import ROOT, STEPS, Place, finish
+from tests.support.wait import wait_for
 
 SLOW = ("train.microbatch=1", "model.width=128", "train.steps=150")  # long enough to act in the middle
 

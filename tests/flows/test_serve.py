@@ -13,9 +13,9 @@ import pytest
 
 from flows.prefect_server import PrefectServer, free_port
 from tests.flows.conftest import ON_POSTGRES, Api
-from tests.support.agents import wait_for
 from tests.support.place import Place
 from tests.support.postgres import running
+from tests.support.wait import wait_for
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 from trainer import wire
 
 PLACES = ("forward", "backward", "send", "receive", "report", "snapshot", "upload", "commit", "agent", "supervisor")

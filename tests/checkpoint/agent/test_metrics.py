@@ -19,8 +19,8 @@ from checkpoint.agent.metrics import TYPE, Gauge, MetricsServer, address_of
 from checkpoint.store import open_store
 from k8s.render import METRICS_PORT
 from tests.checkpoint.agent.test_agent import committed, fill_all, start
-from tests.support.agents import wait_for
 from tests.support.hostile_s3 import hostile_s3
+from tests.support.wait import wait_for
 
 LABELS = {"run": 'demo-"0a1b2c"', "launch": "l1\\", "node": "0"}
 RULES = Path(__file__).resolve().parents[3] / "k8s" / "components" / "monitoring" / "monitoring.yaml"

@@ -16,6 +16,7 @@ from checkpoint.store import Store, open_store
 from flows.show.talk import Text, generate
 from tests.flows.conftest import Trained
 from tests.support.place import ROOT
+from tests.support.processes import alive, children
 from tests.support.wait import wait_for
 
 PROMPT = "the quick brown"
@@ -124,17 +125,6 @@ def test_a_talk_that_is_ended_leaves_nothing(terminal: Terminal, tmp_path: Path,
     terminal.process.wait(30)
     wait_for(lambda: not any(alive(pid) for pid in engines), "the engine to leave", 20)
     assert not list(tmp_path.iterdir())
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 def test_without_a_terminal_each_line_is_answered(trained: Trained, store: Store) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.flows.conftest import Api, deployment, of
-from tests.support.agents import wait_for
 from tests.support.front import Front
 from tests.support.place import Place, finish
+from tests.support.wait import wait_for
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from checkpoint.dataset import load_leaves
 from checkpoint.store import Store, open_store
 from flows.data import documents, load_dataset, load_tokenizer, prepare, stdlib_documents
 from flows.data.tokenizer import EOT
-from tests.support.agents import wait_for
 from tests.support.place import ROOT, Place
 from tests.support.shards import read_shard
+from tests.support.wait import wait_for
 from trainer.dataset import HEADER_BYTES, DatasetRef
 from trainer.errors import DatasetError
 from trainer.spec import DataSpec

@@ -30,8 +30,8 @@ from flows.drive.train import cancel
 from flows.drive.views import Restore, StartAttempt
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Trained
-from tests.support.agents import wait_for
 from tests.support.place import Place, finish
+from tests.support.wait import wait_for
 from trainer.errors import SpecError
 from trainer.launch import Launch, LaunchView
 from trainer.plan import compile_plan

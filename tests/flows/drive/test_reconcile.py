@@ -18,7 +18,7 @@ from flows.drive.begin import prepare_run
 from flows.drive.driving import SILENT_S, STOPPED, DriverNote
 from flows.drive.reconcile import AGAIN_S, ENDED_A_LOOK, IDLE_A_LOOK, NAMES_A_LOOK, Reconciler
 from flows.drive.run import Prepared, attempt_body
-from tests.support.agents import wait_for
+from tests.support.wait import wait_for
 from trainer.errors import LaunchRefused
 from trainer.launch import Launch, LaunchView
 from trainer.spec import parse_spec

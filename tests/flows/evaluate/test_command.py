@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from checkpoint.evaluated import Ran
 from flows.evaluate.command import numbers_of, run_command
+from tests.support.processes import alive
 from tests.support.wait import wait_for
 from trainer.spec_watch import EvalSpec
 
@@ -89,14 +89,6 @@ def test_it_is_left_on_request(tmp_path: Path) -> None:
     stop.set()
     spec = EvalSpec(command=("sh", "-c", "sleep 600", "{model}"))
     assert run_command(spec, tmp_path, FACTS, stop).why.startswith("stopped on request")
-
-
-def alive(pid: int) -> bool:
-    """Not dead, and not waiting for whoever is to collect it."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text() and os.path.exists(f"/proc/{pid}")
-    except OSError:
-        return False
 
 
 def test_maps_without_end_are_no_trouble() -> None:

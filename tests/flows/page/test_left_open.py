@@ -17,8 +17,8 @@ from flows.page.left_open import EVERY_S, GRACE_S, LeftOpen, own_mark
 from flows.prefect_api import Client, Gone
 from tests.flows.conftest import Api
 from tests.flows.page.test_page import Told, assert_whole
-from tests.support.agents import wait_for
 from tests.support.front import Front
+from tests.support.wait import wait_for
 
 DEAD = replace(DriverNote.of_process(Path("out")), token="dead", pid=(1 << 22) + 1, n=1)
 

@@ -20,8 +20,8 @@ from flows.page import Page
 from flows.prefect_api import Client, Gone, Refused
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Api
-from tests.support.agents import wait_for
 from tests.support.front import Front
+from tests.support.wait import wait_for
 
 ATTEMPT: dict[str, Any] = {
     "launch": "l1",

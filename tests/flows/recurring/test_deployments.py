@@ -35,9 +35,9 @@ from flows.recurring.due import FiringPolicy, Overlap
 from flows.recurring.when import cron_of
 from flows.serve import COLLECT, Server
 from tests.flows.conftest import Api, deployment, of, registered
-from tests.support.agents import wait_for
 from tests.support.place import ROOT
 from tests.support.small_checkpoints import RUN, begin, save
+from tests.support.wait import wait_for
 from trainer.spec import load_spec
 
 SPEC = load_spec(ROOT / "examples" / "demo.toml", [])

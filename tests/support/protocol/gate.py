@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint import codec
 from checkpoint.errors import StoreUnavailable
-from checkpoint.store.base import PAID, Data, Info, ignored
+from checkpoint.store.base import PAID, Data, Info, fill, ignored
 from checkpoint.store.memory import MemoryStore
 from tests.support.protocol.hub import Dead, Process
 from tests.support.protocol.state import RUN
@@ -106,11 +106,7 @@ class Gate:
     def read_into(
         self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
     ) -> None:
-        data, at = self.get(key, first=first, length=sum(view.nbytes for view in out)), 0
-        for number, view in enumerate(out):
-            view[:] = data[at : at + view.nbytes]
-            at += view.nbytes
-            filled(number)
+        fill(out, self.get(key, first=first, length=sum(view.nbytes for view in out)), filled)
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         body = bytes(data)

@@ -14,7 +14,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 from checkpoint.errors import Damaged, NotFound, StoreUnavailable
-from checkpoint.store.base import PAID, Data, Info, ignored
+from checkpoint.store.base import PAID, Data, Info, fill, ignored
 from tests.support.protocol.gate import kind_of
 
 Question = tuple[Any, ...]
@@ -112,11 +112,7 @@ class Line:
     def read_into(
         self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
     ) -> None:
-        data, at = self.get(key, first=first, length=sum(view.nbytes for view in out)), 0
-        for number, view in enumerate(out):
-            view[:] = data[at : at + view.nbytes]
-            at += view.nbytes
-            filled(number)
+        fill(out, self.get(key, first=first, length=sum(view.nbytes for view in out)), filled)
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         try:
