@@ -110,9 +110,13 @@ def replay_run(
     first, last = _range(run, state, first, last)
     point = _begin(store, run, state, first)
     attempts, digest = _line(state, last)
-    reached = newest_step(store, run, attempts)
+    _check_range(run, first, last, newest_step(store, run, attempts), digest)  # before all of them are asked for
     recorded = read_recorded(store, run, attempts, first + 1, last)
-    _check_range(run, first, last, reached, bool(recorded), digest)
+    if digest is None and not recorded:
+        raise SpecError(
+            f"nothing of steps {first + 1} to {last} of {run} is recorded: its metrics have no line of them and there "
+            f"is no checkpoint of step {last}; take a step with a checkpoint as --to (hotstage ckpt ls {run})"
+        )
     computed = computed_by(attempts, first + 1)
     assert computed is not None
     _check_numerics(run, attempts, first, last)
@@ -248,16 +252,11 @@ def _line(state: RunState, last: int) -> tuple[Sequence[AttemptInfo], Checkpoint
     return state.attempts, next((c for c in state.lineage() if c.step == last), None)
 
 
-def _check_range(run: str, first: int, last: int, reached: int, any_recorded: bool, digest: object) -> None:
+def _check_range(run: str, first: int, last: int, reached: int, digest: object) -> None:
     if last <= first:
         raise SpecError(f"--to {last} is not after --from {first}: the steps after {first} up to --to are computed")
     if digest is None and last > reached:
         raise SpecError(f"{run} is known to have computed steps up to {reached} so far; take --to {reached} or less")
-    if digest is None and not any_recorded:
-        raise SpecError(
-            f"nothing of steps {first + 1} to {last} of {run} is recorded: its metrics have no line of them and there "
-            f"is no checkpoint of step {last}; take a step with a checkpoint as --to (hotstage ckpt ls {run})"
-        )
 
 
 def _check_numerics(run: str, attempts: Sequence[AttemptInfo], first: int, last: int) -> None:
