@@ -343,6 +343,7 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("flows.cli.train.host", host)
     monkeypatch.setattr("trainer.local_launch.LocalLauncher._ensure_node", start)  # of `replay`
+    monkeypatch.setattr("flows.flow.prepare_flow", start)  # of `data prepare --dask`: servers of Prefect and Dask
     monkeypatch.setattr("flows.demo.demo", lambda *_, **__: SimpleNamespace())
     little = Effort(data_bytes=1 << 16, races=((1, 2, 8),), objects=2, small=1)
     monkeypatch.setattr("checkpoint.doctor.Effort", lambda **_: little)  # of `ckpt doctor --mb`
