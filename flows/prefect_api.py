@@ -27,6 +27,8 @@ T = TypeVar("T")
 TIMEOUT_S = 5.0
 LEASE_S = 300.0
 BUSY_PAUSE_S = 0.2
+OPEN_STATES = ("PENDING", "RUNNING", "CANCELLING")
+"""Of a flow run that was taken and has not ended."""
 TRAIN_FLOW = "train"
 """Name of the flow on the server, of runs that Prefect starts (flows/flow.py) and of those that a command hosts."""
 SWEEP_FLOW = "sweep"

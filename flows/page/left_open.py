@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.drive.driving import DriverNote
-from flows.prefect_api import Client, Lost
+from flows.prefect_api import OPEN_STATES, Client, Lost
 
 EVERY_S = 3.0
 GRACE_S = 20.0
 GOES_ON = "a gang that was running goes on: hotstage runs resume, or hotstage reconcile"
-OPEN = ("PENDING", "RUNNING", "CANCELLING")
 
 
 def own_mark(pid: int | None = None) -> str:
@@ -37,7 +36,7 @@ def close_gone(client: Client, flow_run: str, who: str, goes_on: str) -> bool:
     except Lost:
         return False
     note = DriverNote.of_mark(mark)
-    if state not in OPEN or (note is not None and note.here and note.runs):
+    if state not in OPEN_STATES or (note is not None and note.here and note.runs):
         return False
     client.set_state(flow_run, "CRASHED", "Crashed", f"its process is gone ({who}); {goes_on}")
     return True
@@ -59,7 +58,7 @@ class LeftOpen:
             return []
         self._at = now
         gone: dict[str, tuple[str, str]] = {}
-        for flow_run, name, mark in client.open_flow_runs(OPEN):
+        for flow_run, name, mark in client.open_flow_runs(OPEN_STATES):
             note = DriverNote.of_mark(mark)
             if note is not None and note.same_machine and not (note.here and note.runs):
                 gone[flow_run] = name, note.describe()

@@ -36,8 +36,8 @@ from flows.drive.live import load_curve, on_line
 from flows.drive.scores import line_evaluations, score_markdown
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
-from flows.page.left_open import OPEN, close_gone, own_mark
-from flows.prefect_api import BUSY_PAUSE_S, Busy, Client, Gone, Lost, Refused, artifact_key
+from flows.page.left_open import close_gone, own_mark
+from flows.prefect_api import BUSY_PAUSE_S, OPEN_STATES, Busy, Client, Gone, Lost, Refused, artifact_key
 from trainer.failures import FAILURES, Failure
 
 log = logging.getLogger(__name__)
@@ -354,7 +354,7 @@ class Page:
         while self.adopted and self.flow_run is None:
             first, self.adopted = self.adopted[0], self.adopted[1:]
             with contextlib.suppress(Lost):
-                if self._client.state_of(first) in OPEN:
+                if self._client.state_of(first) in OPEN_STATES:
                     self.flow_run, self._named = first, self._run or self.name
 
     def _close_gone(self, closing: bool) -> None:

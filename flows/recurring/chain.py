@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from checkpoint.codec import unpack
 from checkpoint.errors import Damaged, NotFound
@@ -24,7 +24,6 @@ from trainer.errors import SpecError
 from trainer.spec import RunSpec, parse_spec
 
 LrSchedule = Literal["extend", "restart"]
-LR_SCHEDULES: tuple[LrSchedule, ...] = get_args(LrSchedule)
 _SCHEDULED = re.compile(r"(?P<spec>.+)-[0-9a-f]{6}-(?P<at>\d{8}t\d{6})")
 _INDEX_CAP = 1 << 16
 

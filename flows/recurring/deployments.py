@@ -13,13 +13,12 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from flows.prefect_api import Client, Lost
+from flows.prefect_api import OPEN_STATES, Client, Lost
 from flows.recurring.due import DueFiring
 
 OURS = "flows.flow."
 PAGE = 200
 """Most rows of an answer of Prefect's."""
-GOES_ON = ("PENDING", "RUNNING", "CANCELLING")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Deployments:
 
     def going_on(self, deployment: UUID) -> list[tuple[str, str]]:
         """Its flow runs that have been taken and have not ended: id and type of state."""
-        return [(str(row["id"]), str(row["state_type"])) for row in self.runs(deployment, *GOES_ON)]
+        return [(str(row["id"]), str(row["state_type"])) for row in self.runs(deployment, *OPEN_STATES)]
 
     def ask_cancel(self, flow_run: str, why: str) -> None:
         """As the page's own button does: its process cancels the run and ends."""

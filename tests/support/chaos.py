@@ -138,7 +138,7 @@ def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> 
     os.kill(agent, signal.SIGSTOP)
     try:
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not any(args[1:2] == ["rank"] for _, args in _pids(work)), "the ranks to end", 30)
+        wait_for(lambda: not any(args[1:2] == ["rank"] for _, args in pids_below(work)), "the ranks to end", 30)
         during()
     finally:
         os.kill(agent, signal.SIGCONT)
@@ -147,7 +147,7 @@ def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> 
 # --- the watcher ------------------------------------------------------------------------------------------
 
 
-def _pids(work: Path) -> Iterator[tuple[int, list[str]]]:
+def pids_below(work: Path) -> Iterator[tuple[int, list[str]]]:
     """Processes that work below a folder, with their arguments."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -162,7 +162,7 @@ def _pids(work: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _rank_pid(work: Path, rank: int) -> int | None:
-    for pid, args in _pids(work):
+    for pid, args in pids_below(work):
         if "rank" in args[1:2] and "--rank" in args and args[args.index("--rank") + 1] == str(rank):
             return pid
     return None
@@ -249,7 +249,7 @@ def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
 
 
 def _of_kind(work: Path, word: str) -> int | None:
-    for pid, args in _pids(work):
+    for pid, args in pids_below(work):
         if word == "agent" and "checkpoint.agent" in args:
             return pid
         if word == "supervisor" and args[1:2] == ["node"]:

@@ -32,8 +32,9 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store, open_store
 from flows.drive.driving import Ears
 from flows.drive.run import run_names
+from flows.prefect_api import OPEN_STATES
 from flows.prefect_server import PrefectServer
-from tests.support.chaos import _pids
+from tests.support.chaos import pids_below
 from tests.support.place import LONG, ROOT, Place
 from tests.support.wait import wait_for
 
@@ -41,7 +42,6 @@ VICTIMS = ("driver", "driver", "driver", "schedule", "schedule", "server")
 ADOPTED_S = 15.0
 PATIENCE_S = 120.0
 SETTINGS = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"}
-OPEN = ["PENDING", "RUNNING", "CANCELLING"]
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Scene:
         """Two supervisors of one node, at any moment."""
         while not self.over.wait(0.25):
             homes = Counter[str]()
-            for pid, args in _pids(self.place.folder):
+            for pid, args in pids_below(self.place.folder):
                 if args[1:2] == ["node"]:
                     try:
                         homes[os.readlink(f"/proc/{pid}/cwd")] += 1
@@ -152,7 +152,7 @@ class Scene:
         return max(alive, key=lambda note: note.at).pid if alive else None
 
     def open_flow_runs(self) -> list[str]:
-        body = {"flow_runs": {"state": {"type": {"any_": OPEN}}}}
+        body = {"flow_runs": {"state": {"type": {"any_": OPEN_STATES}}}}
         request = urllib.request.Request(
             f"{self.server.api}/flow_runs/filter", json.dumps(body).encode(), {"content-type": "application/json"}
         )

@@ -100,9 +100,9 @@ class Serving:
         return [row["state_name"] for row in rows if row["expected_start_time"][:19] <= now[:19]]
 
     def states_are(self, *states: str) -> None:
-        wait_for(
-            lambda: self.states() == list(states), f"{states}; they are {self.states()}; it said {self.said}", 90, 0.2
-        )
+        with contextlib.suppress(AssertionError):  # told below, with what they are by then
+            wait_for(lambda: self.states() == list(states), f"{states}", 90, 0.2)
+        assert self.states() == list(states), self.said
 
 
 def fire(client: Client, made: UUID, *hours: int) -> None:
@@ -122,7 +122,11 @@ def serve(prefect: Api, there: Client) -> Iterator[Any]:
         policy = policy or FiringPolicy()
         known: list[UUID] = []
         server = Server(
-            lambda: hourly(name, policy.overlap), print, command=("sleep", "600"), every_s=0.3, policy=policy
+            lambda: hourly(name, policy.overlap),
+            print,
+            command=("sleep", "600"),
+            every_s=0.3,
+            policy=policy,
         )
         server.registered = lambda _client, made: known.append(made)
         started.append(Serving(prefect, name, server))
