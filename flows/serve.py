@@ -29,7 +29,7 @@ from uuid import UUID
 from flows.page.left_open import GOES_ON, GRACE_S, LeftOpen, close_gone, own_mark
 from flows.prefect_api import Client, Gone, Lost, Refused
 from flows.recurring.deployments import Deployments, Registered, whose
-from flows.recurring.due import FiringPolicy, judge_firings
+from flows.recurring.due import DueFiring, FiringPolicy, judge_firings
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -126,9 +126,17 @@ class Server:
         if judged.start and self.policy.overlap == "cancel" and self._older_go_on(served):
             return
         for firing in judged.start:
+            if self.policy.overlap == "queue" and self._is_before(served, firing):
+                return
             client.mark(str(firing.id), own_mark())  # until its own process says that it is that one's
             if served.take(firing.id):
                 self._start(client, firing.id, firing.name)
+
+    def _is_before(self, served: Deployments, firing: DueFiring) -> bool:
+        """Whether there is room, and an older firing waits for it: that one asks again soon, and has its turn (F3)."""
+        assert self._known is not None
+        first = served.oldest_waiting(self._known.deployment)
+        return first is not None and first < (firing.at, str(firing.id)) and not served.going_on(self._known.deployment)
 
     def _older_go_on(self, served: Deployments) -> bool:
         """Whether an older run is still there; each is told once to end."""

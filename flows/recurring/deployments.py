@@ -19,6 +19,8 @@ from flows.recurring.due import DueFiring
 OURS = "flows.flow."
 PAGE = 200
 """Most rows of an answer of Prefect's."""
+WAITS = "AwaitingConcurrencySlot"
+"""Prefect's state of a firing that was refused for want of room."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ class Deployments:
             lambda: self.client.inner.get_scheduled_flow_runs_for_deployments([deployment], datetime.now(UTC))
         )
         return [_firing(row) for row in rows], len(rows) >= PAGE
+
+    def oldest_waiting(self, deployment: UUID) -> tuple[datetime, str] | None:
+        """The time and id of the oldest firing that was refused for want of room and asks again later, if any."""
+        waits = {"state": {"type": {"any_": ["SCHEDULED"]}, "name": {"any_": [WAITS]}}}
+        rows = self.runs(deployment, "SCHEDULED", limit=1, **waits)
+        return (time_of(rows[0]["expected_start_time"]), str(rows[0]["id"])) if rows else None
 
     def plan_firings(self, deployment: UUID, count: int, first: str = "", last: str = "") -> list[datetime]:
         """Have the server plan its next firings now (or those between two times); the times of what is planned next."""
@@ -192,5 +200,5 @@ def time_of(text: str) -> datetime:
 
 def _firing(row: Any) -> DueFiring:
     """Of Prefect's flow run, as its client reads it."""
-    waits = row.state is not None and row.state.name == "AwaitingConcurrencySlot"
+    waits = row.state is not None and row.state.name == WAITS
     return DueFiring(row.id, str(row.name), row.expected_start_time, bool(row.auto_scheduled), waits)

@@ -2,7 +2,8 @@
 
 F1. A firing that a person asked for (Prefect's page, another program) always starts when there is room for it.
 F2. Of planned firings that came due while nobody took them, the newest one starts; a backlog is not worked off.
-F3. A firing that waits its turn (overlap "queue") is no backlog: it keeps its place.
+F3. A firing that waits its turn (overlap "queue") is no backlog: it keeps its place, and no younger one starts before
+    it (``flows/serve.py``).
 F4. With ``late_s`` a planned firing that could not start within so many seconds of its time is passed over.
 """
 

@@ -220,7 +220,11 @@ def test_the_monitor_finds_the_drivers_port() -> None:
     (monitor,) = [d for d in documents if d["kind"] == "PodMonitor" and d["metadata"]["name"] == "drivers"]
     (policy,) = [d for d in documents if d["kind"] == "NetworkPolicy" and d["metadata"]["name"] == "prometheus-drivers"]
     (flows,) = [d for d in yaml.safe_load_all((FOLDER.parents[1] / "base" / "flows.yaml").read_text()) if d]
-    (container,) = flows["spec"]["template"]["spec"]["containers"]
+    (patch,) = [d for d in yaml.safe_load_all((FOLDER / "flows-metrics.yaml").read_text()) if d]
+    assert patch["metadata"]["name"] == flows["metadata"]["name"]
+    ((container,), (base,)) = (d["spec"]["template"]["spec"]["containers"] for d in (patch, flows))
+    assert container["name"] == base["name"]
+    assert "ports" not in base, "nobody asks where there is no Prometheus: nothing listens"
     (port,) = container["ports"]
     assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == port["name"] == "metrics"
     assert policy["spec"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": port["containerPort"]}]
