@@ -12,7 +12,7 @@ from prefect.schedules import Interval
 
 from checkpoint.errors import StoreUnavailable
 from checkpoint.log import RunLog
-from checkpoint.store import MemoryStore, Store
+from checkpoint.store import MemoryStore, Store, open_store
 from flows.care import Care
 from flows.deployments import reconciling
 from flows.drive.begin import prepare_run
@@ -34,7 +34,7 @@ def test_its_deployment_has_one_flow_run_at_a_time_until_the_next_is_due() -> No
 def test_the_flow_takes_over_what_is_open_and_ends_with_it(
     ground: tuple[Store, RunSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    store, spec = ground
+    store, spec = open_store((tmp_path / "store").as_uri()), ground[1]  # without the open runs that others have there
     on_a_cluster = parse_spec({**spec.model_dump(mode="json"), "name": "cared", "launch": {"target": "kubernetes"}})
     prepared = prepare_run(on_a_cluster, store)
     log = RunLog(store, prepared.run)
