@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import pytest
 
 from tests.support.leftover import expect_none
 
+# nothing of the tests leaves the machine: what looks for a dataset on a hub is told so at once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # a shell that runs its commands in the background has them ignore Ctrl-C, and so would every process of the tests
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -74,12 +74,12 @@ def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
     said = place.run("runs", "order", run, *ORDER)
     assert "skips batches 11-14, 30-31" in said
     order = log_of(place, run).orders[-1].n
-    first, *rest = hold(place, run, 20, order)
+    first, *rest = hold(place, run, 12, order)
     os.kill(first, signal.SIGKILL)
     for pid in rest:
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: len(log_of(place, run).attempts) == 3, "the attempt after the kill", 60)
-    hold(place, run, 28, log_of(place, run).epoch)
+    hold(place, run, 20, log_of(place, run).epoch)
     other = place.start("runs", "resume", run, "--set", "parallel.stages=4", *QUIET)
     for process in (other, driver):
         done = ended(process)

@@ -281,7 +281,7 @@ def test_a_store_that_cannot_be_written(place: Place) -> None:
     (place.folder / "file").write_text("not a folder")
     for url in ("file", "file/deeper"):
         place.env["HOTSTAGE_STORE"] = str(place.folder / url)
-        refused(train(place), REFUSED, "file", "another with --store")
+        refused(train(place), REFUSED, "file", "correct --store")
     place.env["HOTSTAGE_STORE"] = "ftp://somewhere"
     refused(train(place), REFUSED, "ftp://somewhere", "file:///", "s3://")
     assert (place.folder / "file").read_text() == "not a folder"
@@ -368,6 +368,7 @@ def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str
             place.stop_all()
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_full(place: Place, undisturbed: tuple[str, str]) -> None:
     """The last state cannot be saved: that is no success, and it says so. With room again the run goes on."""
     run, digest = undisturbed
@@ -508,6 +509,7 @@ def _newest(log: Path) -> bytes:
     return names[-1].read_bytes() if names else b""
 
 
+@pytest.mark.slow
 def test_stopped_at_seeded_moments(place: Place, undisturbed: tuple[str, str]) -> None:
     """Whenever a signal comes, from the interpreter's start to the end: the next command goes on to the same bits."""
     run, digest = undisturbed

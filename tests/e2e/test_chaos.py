@@ -263,7 +263,10 @@ def test_bf16_and_an_untied_head_through_a_kill_and_another_number_of_stages(pla
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault("forward", 0, 12), Fault("send", 3, 20), pytest.param(Fault("agent", 0, 14), marks=pytest.mark.slow)],
+    [
+        Fault("send", 3, 20),
+        *(pytest.param(Fault(*f), marks=pytest.mark.slow) for f in (("forward", 0, 12), ("agent", 0, 14))),
+    ],
     ids=str,
 )
 def test_two_nodes_and_a_kill_in_one(place: Place, undisturbed: tuple[str, str], fault: Fault) -> None:

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.flows.conftest import Api, Trained, started
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
@@ -122,6 +124,7 @@ def test_nothing_answers_at_the_url(place: Place, trained: Trained) -> None:
     assert "Prefect does not answer" in done.err
 
 
+@pytest.mark.slow
 def test_the_server_is_killed_in_the_middle(place: Place, tmp_path: Path) -> None:
     server = started(tmp_path / "own")
     try:

@@ -41,7 +41,9 @@ class Planted:
         self.attempt = state.attempts[-1]
 
     def objects(self) -> dict[str, bytes]:
-        return {str(p.relative_to(self.root)): p.read_bytes() for p in sorted(self.root.rglob("*")) if p.is_file()}
+        """All but what a look at a corpus has seen, which no version shares."""
+        found = {str(p.relative_to(self.root)): p for p in sorted(self.root.rglob("*")) if p.is_file()}
+        return {name: path.read_bytes() for name, path in found.items() if not name.startswith("data/seen/")}
 
     def get(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
@@ -88,6 +90,7 @@ class Planted:
         shutil.copytree(self.root / "data" / digest, self.root / "data" / newer)
         self.put(keys.dataset_manifest_key(newer), data)
         self.put(f"data/inputs/{key.name}", newer.encode())
+        shutil.rmtree(self.root / "data" / "seen", ignore_errors=True)  # names the one of before
 
     def _manifest(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         key = keys.run_key(self.run, self.saved.manifest)

@@ -151,6 +151,7 @@ def test_overlap_skip(there: Client, serve: Any) -> None:
     one.states_are("Crashed", "Cancelled", "Cancelled")
 
 
+@pytest.mark.slow
 def test_overlap_queue_keeps_the_order(there: Client, serve: Any) -> None:
     one, made = serve("queues", FiringPolicy("queue"))
     fire(there, made, 3)
