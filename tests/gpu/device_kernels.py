@@ -20,9 +20,9 @@ from tests.gpu.device_lib import DeviceLib
 from trainer import wire
 
 # on the path with tensor cores these have bits of their own: a library's products, our flash attention
-TENSOR_CORES = ("attention", "linear", "logits", "classifier", "quant")
+TENSOR_CORES = ("attention", "linear", "logits", "classifier", "quant", "vocab")
 # and these may round what is between two products (probabilities, gradients of logits) to bf16: of the largest output
-ROUNDED, ROUNDED_REL = ("attention", "classifier"), 2.0**-6
+ROUNDED, ROUNDED_REL = ("attention", "classifier", "vocab_head", "vocab_part"), 2.0**-6
 
 LARGE = [  # of a real model: loops that go round often, grids of many blocks
     Case("embed_wgrad", (2048, 768, 50304, 1024)),

@@ -11,15 +11,16 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engine import cuda_lib
 from tests.engine.engine_build import engine
+from tests.gpu import stages
 from tests.gpu.box import module_version
 from tests.gpu.build import Builder, build_way_to_device
 from tests.gpu.session import MORE
-from tests.gpu.stages import under_pytest
 
 __all__ = ["engine"]
 
@@ -50,12 +51,12 @@ def test_a_session(engine: Path, tmp_path: Path) -> None:
 
     state = json.loads((tmp_path / "gpu" / "session.json").read_text())
     assert state["key"]["device"] == "emulated"
-    stages = state["stages"]
-    skipped = {name: told["why"] for name, told in stages.items() if told["outcome"] == "skipped"}
+    of_stages = state["stages"]
+    skipped = {name: told["why"] for name, told in of_stages.items() if told["outcome"] == "skipped"}
     missing = [name for name in PEERS if module_version(name.partition("-")[0]) is None]
     assert sorted(skipped) == sorted(REAL + missing)
     assert {skipped[name] for name in REAL} == {"the device is emulated"}
-    assert all(told["outcome"] == "passed" for name, told in stages.items() if name not in skipped)
+    assert all(told["outcome"] == "passed" for name, told in of_stages.items() if name not in skipped)
 
     tests = json.loads((tmp_path / "gpu" / "test.json").read_text())
     assert {test["outcome"] for test in tests} == {"passed", "skipped"}
@@ -69,7 +70,7 @@ def test_a_session(engine: Path, tmp_path: Path) -> None:
     roofs = json.loads((tmp_path / "gpu" / "rooflines.json").read_text())
     assert sorted(roofs) == ["gpt2-124m", "llama-1b"]
     summary = (tmp_path / "gpu" / "summary.txt").read_text()
-    assert f"{len(stages) - len(skipped)} passed, {len(skipped)} skipped" in summary
+    assert f"{len(of_stages) - len(skipped)} passed, {len(skipped)} skipped" in summary
     assert "$ HOTSTAGE_GPU_PATH=cuda " in log
     back = {p.name for p in (tmp_path / "back").iterdir()}
     assert back == {"session.json", "log.txt", "summary.txt", "test.json", "bench.json", "rooflines.json"}
@@ -81,10 +82,20 @@ def test_a_lost_device_costs_the_test_that_lost_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOTSTAGE_CUDA", str(cuda_lib.build()))
     monkeypatch.setenv("HOTSTAGE_GPU_WAY", str(build_way_to_device(Builder(tmp_path))))
     monkeypatch.setenv("HS_EMULATED_FAIL", "120 700")  # the 120th kernel of each process
-    told = under_pytest("device_kernels.py", "cuda-exact", {"HOTSTAGE_GPU_CASES": "one"})
+    monkeypatch.setattr(stages, "PROCESSES", 50)  # enough that all is done, however many kernels there come to be
+    run, codes = stages.run, list[int]()
+
+    def counted_run(*arguments: Any, **named: Any) -> subprocess.CompletedProcess[str]:
+        done = run(*arguments, **named)
+        codes.append(done.returncode)
+        return done
+
+    monkeypatch.setattr(stages, "run", counted_run)
+    told = stages.under_pytest("device_kernels.py", "cuda-exact", {"HOTSTAGE_GPU_CASES": "one"})
     assert told["failed"]
     failed = [test for test in told["tests"] if test["outcome"] == "failed"]
-    assert 1 <= len(failed) <= 3
+    assert len(codes) > 1, "the rest was not done in another process"
+    assert len(failed) == sum(code != 0 for code in codes), "a process lost more than the test that lost its device"
     assert all("illegal memory access" in test["why"] for test in failed)
     counted = Counter(test["outcome"] for test in told["tests"])
     assert counted == {"failed": len(failed), "passed": len({test["name"] for test in told["tests"]}) - len(failed)}
