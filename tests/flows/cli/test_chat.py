@@ -65,6 +65,13 @@ class Terminal:
         taken, self.said = self.said[: end + len(words)], self.said[end + len(words) :]
         return taken
 
+    def waiting(self, words: str) -> str:
+        """``until`` of what is at its prompt, and it sleeps there: a signal between the words and that wakes nobody."""
+        taken = self.until(words)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S", "the command to sleep at its prompt")
+        return taken
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -90,24 +97,26 @@ def test_a_talk_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     """Ctrl-C at the prompt gives the line up, in an answer stops it; Ctrl-D leaves; the history has its bound."""
     terminal.until("of chaos-")
     assert "it sees the newest 64 tokens; /new begins anew, Ctrl-C stops an answer" in terminal.until("Ctrl-D leaves)")
-    terminal.until("> ")
-    terminal.write("half a li\x03")
+    terminal.waiting("> ")
+    terminal.write("half a li")
+    terminal.waiting("half a li")
+    terminal.write("\x03")
     terminal.until("Ctrl-D leaves")
-    terminal.until("> ")
+    terminal.waiting("> ")
     for line in (PROMPT, "and then"):
         terminal.write(f"{line}\n")
         terminal.until(f"{line}\n")
         terminal.until(" ", 8)  # some words of the answer
         terminal.write("\x03")
         terminal.until("(stopped)")
-        terminal.until("> ")
+        terminal.waiting("> ")
     terminal.write("/new\n")
-    terminal.until("> ")
+    terminal.waiting("> ")
     terminal.write("the fox\n")
     terminal.until("the fox\n")
     terminal.until(" ", 60)  # more than the model sees at a time
     terminal.write("\x03")
-    assert "tokens are forgotten from here on" in terminal.until("> ")
+    assert "tokens are forgotten from here on" in terminal.waiting("> ")
     terminal.write("\x04")
     assert terminal.process.wait(30) == 0
     assert not list(tmp_path.iterdir()), "of the weights nothing is left"

@@ -13,7 +13,9 @@ from flows.drive.events import Event
 from flows.tracking.history import lines_between
 from flows.tracking.tensorboard_files import HELD, TensorBoardWriter
 from flows.tracking.tracker import Tracker
+from flows.tracking.writers import About, Written
 from tests.flows.tracking.world import RUN, World, line
+from tests.support.wait import wait_for
 
 
 def tracker(world: World, folder: Path) -> Tracker:
@@ -118,12 +120,27 @@ def test_a_fork_names_its_parent_and_begins_where_it_was(tmp_path: Path) -> None
     assert "A fork of `old-0a1b2c` at step 100." in text(tmp_path, "run")[0]
 
 
+class Counting(TensorBoardWriter):
+    """It knows how often it was tried to begin, each time to its end."""
+
+    tried = 0
+
+    def begin(self, about: About, held: Written | None) -> Written:
+        try:
+            return super().begin(about, held)
+        finally:
+            self.tried += 1
+
+
 def test_a_folder_that_cannot_be_written_is_told_once_and_caught_up(tmp_path: Path) -> None:
     world, folder = World(), tmp_path / "tb"
     folder.write_text("in the way")
-    one = Tracker(world.store, RUN, TensorBoardWriter(str(folder)), {}, retry_s=0.0)
-    for event in [world.attempt(), *world.steps(1, 5)]:
+    writer = Counting(str(folder))
+    one = Tracker(world.store, RUN, writer, {}, retry_s=0.0)
+    events = [world.attempt(), *world.steps(1, 5)]
+    for event in events:
         one.tell(event)
+    wait_for(lambda: writer.tried == len(events), "an attempt for each event")  # one amid `unlink` fails otherwise
     said = one.trouble.get(timeout=20)
     assert said.startswith("TensorBoard is not written (")
     folder.unlink()
