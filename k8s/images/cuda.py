@@ -50,7 +50,12 @@ SYMBOL = "hs_cuda_backend"
 # -fmad=false: a product is rounded unless the source says fma; bits are the CPU's (kernels/cuda/device.h)
 FLAGS = shlex.split("-std=c++17 -O3 -lineinfo -fmad=false -Werror all-warnings -Xptxas -v")
 HOST = "-nostdinc++,-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
-SPILLS: dict[str, str] = {}  # kernel: why it may
+_ROW = (
+    "a row's sums of up to 64 blocks lie in local memory anyway, and what is spilled beside them is used once a block"
+)
+SPILLS: dict[str, str] = dict.fromkeys(
+    ("vocab_backward<bf16>", "vocab_forward<bf16>", "vocab_forward<float>"), _ROW
+)  # kernel: why it may
 
 
 class CannotBuild(Exception):
@@ -278,8 +283,8 @@ def main() -> int:
     }
     (OUT / "kernels.json").write_text(json.dumps(told, indent=1) + "\n")
     size = (OUT / "libhs_cuda.so").stat().st_size
-    say(f"{len(table)} kernels for {', '.join(ARCHITECTURES)}, no spills: out/cuda/libhs_cuda.so ({size >> 10} KiB), "
-        "out/cuda/kernels.json")  # fmt: skip
+    say(f"{len(table)} kernels for {', '.join(ARCHITECTURES)}, no spills but those that SPILLS allows: "
+        f"out/cuda/libhs_cuda.so ({size >> 10} KiB), out/cuda/kernels.json")  # fmt: skip
     return 0
 
 
