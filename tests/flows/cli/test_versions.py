@@ -82,14 +82,16 @@ class Planted:
         self.put(keys.log_key(self.run, n), codec.seal(body))
 
     def dataset(self) -> None:
-        key = next((self.root / "data" / "inputs").iterdir())
-        digest = key.read_text()
+        what = codec.unpack(self.get(keys.spec_key(self.run)), "", max_bytes=CAP)
+        digest = what["data"]["digest"]
+        named = [key for key in (self.root / "data" / "inputs").iterdir() if key.read_text() == digest]
         value = codec.unpack(self.get(keys.dataset_manifest_key(digest)), "", max_bytes=CAP)
         data = codec.pack(value | {"v": dataset.MIX_VERSION + 1})
         newer = hashlib.sha256(data).hexdigest()
         shutil.copytree(self.root / "data" / digest, self.root / "data" / newer)
         self.put(keys.dataset_manifest_key(newer), data)
-        self.put(f"data/inputs/{key.name}", newer.encode())
+        for key in named:
+            self.put(f"data/inputs/{key.name}", newer.encode())
         shutil.rmtree(self.root / "data" / "seen", ignore_errors=True)  # names the one of before
 
     def _manifest(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -83,7 +83,7 @@ class Told:
         body = {"outcome": "succeeded", "reason": "", "step": 60, "state_digest": "ef" * 32}
         self.state = self.log.append("ended", body, self.state)
         self.page.tell(Event("ended", {"outcome": "succeeded"}))
-        return self.page.close(Outcome(self.run, "succeeded", "", 60, "ef" * 32, 2, 0), patience_s=30)
+        return self.page.close(Outcome(self.run, "succeeded", "", 60, "ef" * 32, 2, 0), patience_s=60)
 
 
 def assert_whole(api: Api, told: Told) -> dict[str, Any]:
