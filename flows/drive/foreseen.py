@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from flows.drive.health import Health
 from flows.drive.run import Prepared
 from trainer.plan.simulate import CostModel, from_plan
 from trainer.plan.timeline import COMPUTE_KINDS, kind_of
@@ -11,10 +10,10 @@ _ANY = CostModel(flops_per_s=1e11, memory_bytes_per_s=2e10)
 """Rates whose ratio is that of many devices: only the stages' shares are asked for."""
 
 
-def health_of(prepared: Prepared) -> Health:
-    """A run's health, before any line of it."""
-    train, config = prepared.spec.train, prepared.dataset
-    return Health(pass_steps=config.samples(train.sequence) // train.batch, shares=plan_shares(prepared))
+def pass_steps(prepared: Prepared) -> int:
+    """Steps of one pass over the data; 0 for a mixture, whose parts are passed over each in its own time."""
+    train, data = prepared.spec.train, prepared.dataset
+    return 0 if data.mix is not None else data.samples(train.sequence) // train.batch
 
 
 def plan_shares(prepared: Prepared) -> tuple[float, ...]:

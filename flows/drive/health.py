@@ -71,19 +71,20 @@ class Health:
     _rates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _newest: deque[float] = field(default_factory=lambda: deque(maxlen=IN_A_ROW))  # tokens a second
     _busy: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=LEAST))
-    _high: list[tuple[int, float]] = field(default_factory=list)  # losses out of line, in a row
+    _high: list[int] = field(default_factory=list)  # steps in a row whose loss was out of line
     _lasting: set[str] = field(default_factory=set)
     _told: dict[str, int] = field(default_factory=dict)  # kind -> step
+    _explosion: Symptom | None = None
 
     @property
     def epoch(self) -> int:
-        """Of the newest line."""
+        """Of the newest line; 0: there was none."""
         return self._epoch
 
     @property
-    def exploding(self) -> bool:
-        """Whether an explosion lasts."""
-        return "explosion" in self._lasting
+    def explosion(self) -> Symptom | None:
+        """One of the loss that lasts."""
+        return self._explosion
 
     def see(self, line: Mapping[str, Any]) -> list[Symptom]:
         """What a step's line (``hints.step_line``) adds. Lines of an attempt that is over are left out."""
@@ -102,11 +103,11 @@ class Health:
 
     def _begin(self, epoch: int, step: int) -> None:
         """An attempt: what an older one did from this step on is not the run's; times are its own."""
-        self._epoch, self._first, self._high = epoch, step, []
+        self._epoch, self._first, self._high, self._explosion = epoch, step, [], None
         self._past = deque((p for p in self._past if p[0] < step), maxlen=WINDOW)
         for times in (self._rates, self._newest, self._busy):
             times.clear()
-        self._lasting -= {"explosion", "slow"} | {kind for kind in self._lasting if kind.startswith("straggler")}
+        self._lasting.clear()
         self._told = {kind: at for kind, at in self._told.items() if at < step}
 
     def _loss(self, step: int, loss: float) -> list[Symptom]:
@@ -116,15 +117,14 @@ class Health:
         usual = median(losses)
         spread = 1.4826 * median(abs(x - usual) for x in losses)
         if loss - usual <= max(SIGMAS * spread, LOSS_SHARE * abs(usual)):
-            self._high = []
-            self._lasting.discard("explosion")
+            self._high, self._explosion = [], None
             return []
-        self._high.append((step, loss))
-        first, at = self._high[0][0], f"loss {loss:.4f} at step {step}, where {usual:.4f} is usual"
-        if len(self._high) >= IN_A_ROW and "explosion" not in self._lasting:
-            self._lasting.add("explosion")
+        self._high.append(step)
+        first, at = self._high[0], f"loss {loss:.4f} at step {step}, where {usual:.4f} is usual"
+        if len(self._high) >= IN_A_ROW and self._explosion is None:
             text = f"the loss explodes: {at}; above the usual since step {first}"
-            return [Symptom("explosion", self._epoch, first, step, loss, usual, text)]
+            self._explosion = Symptom("explosion", self._epoch, first, step, loss, usual, text)
+            return [self._explosion]
         if len(self._high) == 1 and self._again("spike", step):
             return [Symptom("spike", self._epoch, step, step, loss, usual, f"the loss leaps: {at}")]
         return []

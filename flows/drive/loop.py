@@ -28,8 +28,8 @@ from flows.drive.decide import decide, leaving
 from flows.drive.driving import STOPPED, Driving
 from flows.drive.evaluations import Evaluating
 from flows.drive.events import NoSink, Outcome, Sink
-from flows.drive.foreseen import health_of, plan_shares
-from flows.drive.health import Health, Symptom
+from flows.drive.foreseen import pass_steps, plan_shares
+from flows.drive.health import Health
 from flows.drive.history import avoided
 from flows.drive.hours import HOUR, worked
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
@@ -134,8 +134,7 @@ class Driver:
     _status: StatusReader | None = None
     _view: tuple[RunState, LogView] | None = None
     _layouts: tuple[RunLayout, ...] = ()
-    _health: Health | None = None
-    _exploded: Symptom | None = None
+    _health: Health = field(default_factory=Health)
     _worked: tuple[tuple[int, bool], float] | None = None
     _hours: float = 0.0
 
@@ -241,7 +240,7 @@ class Driver:
             finishing=finishing,
             reached=view.state != "elsewhere",
             stop=self.stop.is_set(),
-            exploded=self._exploded,
+            exploded=self._health.explosion,
             hours=self._device_hours(state, nodes),
         )
         if view.note:
@@ -420,18 +419,11 @@ class Driver:
         self.launcher.stop(launch.launch_id, 0.0)
 
     def _examine(self, line: Mapping[str, Any]) -> None:
-        """What a step says of the run's health is told, and kept where it is an explosion."""
-        if self._health is None:
-            self._health = health_of(self.prepared)
-        if line["epoch"] > self._health.epoch:
-            self._exploded = None
-            self._health.shares = plan_shares(self.prepared)  # of the attempt's layout
-        for finding in self._health.see(line):
-            self._teller.tell("health", **finding.facts())
-            if finding.kind == "explosion":
-                self._exploded = finding
-        if self._exploded is not None and not self._health.exploding:
-            self._exploded = None
+        """What a step says of the run's health is told."""
+        if line["epoch"] > self._health.epoch:  # an attempt has a layout of its own
+            self._health.pass_steps, self._health.shares = pass_steps(self.prepared), plan_shares(self.prepared)
+        for symptom in self._health.see(line):
+            self._teller.tell("health", **symptom.facts())
 
     def _device_hours(self, state: RunState, nodes: list[NodeView]) -> float:
         """That devices have worked for the run, where there is a limit: of attempts that are over by the index."""

@@ -16,7 +16,7 @@ from checkpoint.curve import AttemptRow, Point
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.decide import decide
-from flows.drive.foreseen import plan_shares
+from flows.drive.foreseen import pass_steps, plan_shares
 from flows.drive.health import IN_A_ROW, Health, Symptom
 from flows.drive.hours import worked
 from flows.drive.run import Prepared
@@ -38,6 +38,8 @@ from flows.drive.views import (
 from tests.checkpoint.samples import attempt_body, point_body
 from tests.flows.drive.test_decide import POLICY, attempt, ended, running
 from tests.flows.drive.test_orders import Nodes, another, driven, small, state_of
+from trainer.dataset import Mixture
+from trainer.wire.order import MixPhase
 
 __all__ = ["small"]
 
@@ -80,13 +82,13 @@ def test_a_loss_that_stays_high_explodes_once_and_is_over_when_it_is_back() -> N
     spike, explosion = seen(health, *(line(61 + n, 9.0 + n) for n in range(2 * IN_A_ROW)))
     assert (spike.kind, spike.step, spike.value) == ("spike", 61, 9.0)
     assert (explosion.kind, explosion.step, explosion.last, explosion.epoch) == ("explosion", 61, 60 + IN_A_ROW, 1)
-    assert health.exploding
+    assert health.explosion == explosion
     assert (
         explosion.text
         == "the loss explodes: loss 16.0000 at step 68, where 2.9990 is usual; above the usual since step 61"
     )
     assert seen(health, line(77)) == []
-    assert not health.exploding
+    assert health.explosion is None
     # one that leaps again is not told each time
     assert seen(health, line(78, 9.0), line(79), line(80, 9.0), line(81)) == []
 
@@ -96,7 +98,7 @@ def test_what_the_attempt_before_did_behind_the_step_that_it_goes_back_to_is_no_
     seen(health, *quiet(1, 60), *(line(61 + n, 9.0) for n in range(IN_A_ROW)))
     again = [line(41 + n, 3.0, epoch=2) for n in range(10)]
     assert seen(health, *again) == []
-    assert (health.exploding, health.epoch) == (False, 2)
+    assert (health.explosion, health.epoch) == (None, 2)
     assert seen(health, line(99, 50.0, epoch=1)) == [], "a late line of an attempt that is over"
     (spike,) = seen(health, line(51, 9.0, epoch=2))
     assert (spike.kind, round(spike.usual, 1)) == ("spike", 3.0), "40 steps of the first attempt are still known"
@@ -274,6 +276,14 @@ def test_the_plan_says_how_much_each_rank_computes(small: tuple[Store, Prepared]
     shares = plan_shares(another(store, prepared, "parallel.stages=2", "parallel.replicas=2", "train.batch=8"))
     assert len(shares) == 2
     assert 0.2 < shares[0] / shares[1] < 5.0
+
+
+def test_a_mixture_has_no_pass_of_its_own(small: tuple[Store, Prepared]) -> None:
+    _, prepared = small
+    train, data = prepared.spec.train, prepared.dataset
+    assert pass_steps(prepared) == data.samples(train.sequence) // train.batch > 0
+    mix = Mixture(((data.digest, len(data.shards)),), (MixPhase(1, (1,)),))
+    assert pass_steps(replace(prepared, dataset=replace(data, mix=mix))) == 0
 
 
 # --- hours --------------------------------------------------------------------------------------------------
