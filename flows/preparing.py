@@ -17,10 +17,12 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.data.encoding import encode_piece, sample_piece
 from flows.data.reading import read_piece
-from flows.data.runners import THREADS
 from flows.data.shards import put_shard, sum_shard
 from trainer.errors import SpecError
 
+THREADS = 1
+"""Encoding, which is nine tenths of the work, uses all cores by itself; a second piece at a time would double the
+memory and win nothing that could be measured."""
 AT_A_TIME = 256
 """Tasks that are given to the runner before the first of them is waited for."""
 

@@ -40,7 +40,7 @@ from flows.data.job import DataJob, Task, hold_store, release_store
 from flows.data.mixture import prepare_mixture
 from flows.data.pieces import cut
 from flows.data.reading import read_piece
-from flows.data.runners import Runner, Threads
+from flows.data.runners import InTurn, Runner
 from flows.data.shards import (
     PreparedData,
     Shard,
@@ -99,7 +99,7 @@ def prepare(
     wanted = _Wanted(sequence, vocab)
     for _ in range(3):
         try:
-            return _Preparation(spec, store, say, again, wanted, runner or Threads(), clock).run().train
+            return _Preparation(spec, store, say, again, wanted, runner or InTurn(), clock).run().train
         except WorkGone as error:
             gone = error  # another preparation of the same has finished: the next look finds what it made
     raise gone
@@ -166,7 +166,7 @@ class _Preparation:
         sight = hashlib.sha256(f"{seen} {self.spec.piece_mib}".encode()).hexdigest()
         # a kill loses one piece at most: where there is one alone, nothing need be kept
         store = self.store if len(pieces) > 1 else open_store("memory:")
-        runner: Runner = self.runner if len(pieces) > 1 else Threads(1)
+        runner: Runner = self.runner if len(pieces) > 1 else InTurn()
         url = store.url if runner.remote else f"{store.url} {id(self)} work"
         self.into = self.store.url if runner.remote else f"{self.store.url} {id(self)} into"
         hold_store(store, url)

@@ -17,7 +17,7 @@ from checkpoint.errors import StoreRefused
 from checkpoint.store import open_store
 from flows.data import prepare
 from flows.data.encoding import encode_piece
-from flows.data.runners import Threads
+from flows.data.runners import InTurn
 from tests.flows.data.test_pieces import never
 from tests.flows.data.test_prepare import objects
 from tests.support.place import ROOT
@@ -90,11 +90,10 @@ def test_the_process_is_killed_and_goes_on(here: Path, seed: int) -> None:
     assert objects(store) == objects(good)
 
 
-class Between(Threads):
+class Between(InTurn):
     """Does something between the passes, before the texts are encoded."""
 
     def __init__(self, act: Callable[[], None]) -> None:
-        super().__init__(1)
         self.act = act
 
     def map(self, function: Any, items: Sequence[Any], *more: Any) -> Iterator[dict[str, Any]]:
@@ -196,8 +195,7 @@ def test_again_uses_no_piece_of_before(here: Path, small: Callable[[int], None])
     assert not list(store.list("data/work/"))
 
 
-@pytest.mark.parametrize("runner", [Threads(1), Threads(2)])
-def test_an_error_of_a_piece_ends_the_others(runner: Threads) -> None:
+def test_an_error_of_a_piece_ends_the_others() -> None:
     done: list[int] = []
 
     def work(item: int) -> dict[str, Any]:
@@ -206,7 +204,7 @@ def test_an_error_of_a_piece_ends_the_others(runner: Threads) -> None:
             raise DatasetError("no")
         return {"item": item}
 
-    rows = runner.map(work, list(range(50)))
+    rows = InTurn().map(work, list(range(50)))
     assert [next(rows)["item"] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(DatasetError, match="no"):
         list(rows)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from checkpoint.store import Store, open_store
 from flows.data import encoding, prepare, validation_of
 from flows.data.pieces import cut
-from flows.data.runners import Threads
+from flows.data.runners import InTurn
 from flows.data.shards import spread
 from flows.data.sources import Borne, Document, Entry, base, documents, open_source
 from flows.data.tokenizer import EOT, cut_long_words, train_tokenizer
@@ -220,11 +220,10 @@ def corpus(folder: Path) -> dict[str, list[str]]:
     }
 
 
-class Shuffled(Threads):
+class Shuffled(InTurn):
     """Works on pieces in any order."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(1)
         self.dice = random.Random(seed)
 
     def map(self, function: Any, items: Sequence[Any], *more: Any) -> Iterator[dict[str, Any]]:
@@ -293,7 +292,7 @@ def test_a_kill_at_any_write_loses_a_piece_at_most(here: Path, small: Callable[[
         }
     )
     good = new_store(here, "good")
-    want = prepare(spec, good, runner=Threads(1), clock=never)
+    want = prepare(spec, good, runner=InTurn(), clock=never)
     store, dice = new_store(here, "store"), random.Random(seed)
     kills, writes = 0, []
 
@@ -312,7 +311,7 @@ def test_a_kill_at_any_write_loses_a_piece_at_most(here: Path, small: Callable[[
 
     while True:
         try:
-            got = prepare(spec, Deadly(), runner=Threads(1), clock=never)  # type: ignore[arg-type]
+            got = prepare(spec, Deadly(), runner=InTurn(), clock=never)  # type: ignore[arg-type]
             break
         except Killed:
             kills += 1
