@@ -24,6 +24,27 @@ _OVERLAPS = {
 }
 
 
+def _deployed(
+    flow: Any,
+    name: str,
+    parameters: dict[str, Any],
+    when: Schedule | None = None,
+    description: str | None = None,
+    overlap: Overlap | None = None,
+) -> RunnerDeployment:
+    """Of this flow. ``overlap``: what becomes of a firing while an older one's run goes on; None: any may go on."""
+    more: dict[str, Any] = {}
+    if overlap is not None:
+        more["concurrency_limit"] = SKIPS if overlap == "skip" else WAITS
+        more["tags"] = [] if overlap == "skip" else [f"{OVERLAP_TAG}{overlap}"]
+    if when is not None:
+        more["schedules"] = [when]
+    made = flow.to_deployment(
+        name=name, parameters=parameters, description=description, entrypoint_type=EntrypointType.MODULE_PATH, **more
+    )
+    return cast("RunnerDeployment", made)
+
+
 def scheduled(
     spec: RunSpec,
     store_url: str,
@@ -45,16 +66,8 @@ def scheduled(
         parameters |= {"mode": mode, "lr_schedule": lr_schedule}
     if overlap != "skip":
         parameters |= {"overlap": overlap}
-    made: Any = train_flow.to_deployment(
-        name=name,
-        schedules=[when],
-        description=f"{what}: {told}. A firing that overlaps {_OVERLAPS[overlap]}." if told else None,
-        parameters=parameters,
-        concurrency_limit=SKIPS if overlap == "skip" else WAITS,
-        tags=[] if overlap == "skip" else [f"{OVERLAP_TAG}{overlap}"],
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return cast("RunnerDeployment", made)
+    description = f"{what}: {told}. A firing that overlaps {_OVERLAPS[overlap]}." if told else None
+    return _deployed(train_flow, name, parameters, when, description, overlap)
 
 
 def sweeping(
@@ -70,54 +83,31 @@ def sweeping(
     overlap: Overlap = "skip",
 ) -> RunnerDeployment:
     """A deployment that trains all points of a sweep each firing."""
-    made: Any = sweep_flow.to_deployment(
-        name=name,
-        schedules=[when],
-        description=f"A sweep of {len(points)} runs of `{spec.name}` each time: {told}.",
-        parameters={
-            "spec": spec.model_dump(mode="json"),
-            "points": [list(point) for point in points],
-            "at_once": at_once,
-            "store": store_url,
-            "fresh": True,
-            "out": out,
-        },
-        concurrency_limit=SKIPS if overlap == "skip" else WAITS,
-        tags=[] if overlap == "skip" else [f"{OVERLAP_TAG}{overlap}"],
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return cast("RunnerDeployment", made)
+    parameters = {
+        "spec": spec.model_dump(mode="json"),
+        "points": [list(point) for point in points],
+        "at_once": at_once,
+        "store": store_url,
+        "fresh": True,
+        "out": out,
+    }
+    description = f"A sweep of {len(points)} runs of `{spec.name}` each time: {told}."
+    return _deployed(sweep_flow, name, parameters, when, description, overlap)
 
 
 def collecting(store_url: str, run: str, when: Schedule, told: str) -> RunnerDeployment:
     """A deployment that collects each time it fires, one pass at a time."""
-    made: Any = collect_flow.to_deployment(
-        name="collect",
-        schedules=[when],
-        description=f"Old checkpoints are given up and deleted: {told}.",
-        parameters={"store": store_url, "run": run},
-        concurrency_limit=SKIPS,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return cast("RunnerDeployment", made)
+    description = f"Old checkpoints are given up and deleted: {told}."
+    return _deployed(collect_flow, "collect", {"store": store_url, "run": run}, when, description, "skip")
 
 
 def reconciling(store_url: str, out: str, when: Schedule, told: str, interval: float) -> RunnerDeployment:
     """A deployment that looks after runs that nobody drives, one flow run at a time, each until the next is due."""
-    made: Any = reconcile_flow.to_deployment(
-        name="reconcile",
-        schedules=[when],
-        description=f"Open runs whose drivers have died are driven: {told}.",
-        parameters={"store": store_url, "out": out, "seconds": interval - 1.0},
-        concurrency_limit=SKIPS,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return cast("RunnerDeployment", made)
+    description = f"Open runs whose drivers have died are driven: {told}."
+    parameters = {"store": store_url, "out": out, "seconds": interval - 1.0}
+    return _deployed(reconcile_flow, "reconcile", parameters, when, description, "skip")
 
 
 def on_demand(store_url: str, name: str = "train") -> RunnerDeployment:
     """A deployment without a schedule: Prefect's form starts runs of any spec."""
-    made: Any = train_flow.to_deployment(
-        name=name, parameters={"store": store_url}, entrypoint_type=EntrypointType.MODULE_PATH
-    )
-    return cast("RunnerDeployment", made)
+    return _deployed(train_flow, name, {"store": store_url})
