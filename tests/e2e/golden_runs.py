@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang, from_hf, to_hf
 from tests.reference.golden import Golden
+from tests.reference.model import Model
 from trainer import models
 from trainer.plan.compile import compile_plan
 from trainer.plan.compiled import Plan
@@ -95,3 +97,15 @@ def assert_agrees(golden: Golden, gang: Gang, model: ModelSpec) -> None:
             assert np.abs(ours - theirs).max() < WEIGHTS, name
             ours, theirs = (np.delete(x, np.s_[len(x) // 3 : 2 * len(x) // 3]) for x in (ours, theirs))
         assert worst(ours, theirs) < WEIGHTS, name
+
+
+def assert_agrees_with_reference(golden: Golden, gang: Gang, model: ModelSpec) -> None:
+    """Loss and gradients of the last batch, at the weights that the engine itself had by then."""
+    last = len(golden.losses)
+    weights = {name: w.astype(np.float64) for name, w in to_hf(model, gang.weights(last - 1)).items()}
+    batch = golden.batches[last - 1]
+    reference = Model(golden.config, weights, batch[:, :-1], batch[:, 1:])
+    assert gang.losses[-1] == pytest.approx(reference.loss, rel=LOSS)
+    ours = to_hf(model, gang.grads(last))
+    for name, theirs in reference.backward().items():
+        assert worst(ours[name], theirs) < GRADIENT, name

@@ -17,13 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
-from trainer.plan.compile import compile_plan
-from trainer.spec import parse_spec, what_digest
+from tests.e2e.layout_runs import assert_equal_runs, train_in
 from trainer.spec_how import SCHEDULES, THERE_AND_BACK
 
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
@@ -100,30 +97,19 @@ def sampled() -> list[tuple[str, How]]:
 
 def train(folder: Path, model: str, how: How) -> Gang:
     precision, sizes = MODELS[model]
-    tree = {
-        "name": "layouts",
-        "model": {"layers": 8, "context": 32} | sizes,
-        "data": {"block": 2, "window": 3},
-        "train": {
-            "steps": STEPS,
-            "batch": BATCH,
-            "microbatch": 1,
-            "sequence": SEQUENCE,
-            "precision": precision,
-            "seed": 11,
-            "classifier_chunk": 8,
-            "reduction_groups": GROUPS,
-            "optimizer": {"lr": 3e-3, "clip": 100.0 if "llama" in model else 0.5},  # never, and in each step
-        },
-        "parallel": {"threads": 1, **vars(how)},
-        "checkpoint": {"every": 0},
-    }
-    tokens = np.random.default_rng(7).integers(0, sizes["vocab"], (5, SEQUENCE * 3 + 1))
-    spec = parse_spec(tree)
-    dataset = engine_runs.write_samples(folder / "data", tokens, sizes["vocab"])
-    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
-    assert len(plan.ranks) == how.stages // how.chunks * how.replicas
-    return engine_runs.train(plan, folder / "data", folder / "run")
+    return train_in(
+        folder,
+        {"layers": 8} | sizes,
+        how,
+        ranks=how.stages // how.chunks * how.replicas,
+        steps=STEPS,
+        batch=BATCH,
+        sequence=SEQUENCE,
+        precision=precision,
+        classifier_chunk=8,
+        reduction_groups=GROUPS,
+        optimizer={"lr": 3e-3, "clip": 100.0 if "llama" in model else 0.5},  # never, and in each step
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +125,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def assert_same(one: Any, folder: Path, model: str, how: How) -> None:
     """And the folder is gone, unless they differ: a dump of all ranks takes up to 200 MB."""
-    ours, theirs = train(folder, model, how), one(model)
-    for key in ("loss", "grad_norm", "lr", "tokens"):
-        assert [event.get(key) for event in ours.steps] == [event.get(key) for event in theirs.steps]
-    assert len(ours.steps) == STEPS
-    for step in range(1, STEPS + 1):
-        for what in ("grads", "weights"):
-            mine, other = getattr(ours, what)(step), getattr(theirs, what)(step)
-            assert mine.keys() == other.keys()
-            for name, value in other.items():
-                np.testing.assert_array_equal(mine[name], value, f"step {step}, {what}: {name}")
+    assert_equal_runs(train(folder, model, how), one(model), STEPS, ("loss", "grad_norm", "lr", "tokens"))
     shutil.rmtree(folder)
 
 

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from tests.e2e import engine_runs
-from tests.e2e.engine_runs import from_hf, to_hf
-from tests.e2e.golden_runs import GRADIENT, LOGITS, LOSS, assert_agrees, compile_golden, spec_of, train_golden, worst
+from tests.e2e.engine_runs import from_hf
+from tests.e2e.golden_runs import (
+    LOGITS,
+    assert_agrees,
+    assert_agrees_with_reference,
+    compile_golden,
+    spec_of,
+    train_golden,
+    worst,
+)
 from tests.reference.golden import CASES, Golden
-from tests.reference.model import Model
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -29,15 +36,7 @@ def test_gradients_agree_with_the_float64_reference(case: str, tmp_path: Path) -
     """Gradients of the last batch too, at the weights that the engine itself had by then."""
     golden = Golden(case)
     spec = spec_of(golden, stages=1)
-    gang = train_golden(golden, spec, tmp_path)
-    last = len(golden.losses)
-    weights = {name: w.astype(np.float64) for name, w in to_hf(spec.model, gang.weights(last - 1)).items()}
-    batch = golden.batches[last - 1]
-    reference = Model(golden.config, weights, batch[:, :-1], batch[:, 1:])
-    assert gang.losses[-1] == pytest.approx(reference.loss, rel=LOSS)
-    ours = to_hf(spec.model, gang.grads(last))
-    for name, theirs in reference.backward().items():
-        assert worst(ours[name], theirs) < GRADIENT, name
+    assert_agrees_with_reference(golden, train_golden(golden, spec, tmp_path), spec.model)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from tests.e2e import engine_runs, test_resumes
-from tests.e2e.engine_runs import Gang, to_hf
-from tests.e2e.golden_runs import GRADIENT, LOSS, assert_agrees, spec_of, train_golden, worst
+from tests.e2e.engine_runs import Gang
+from tests.e2e.golden_runs import assert_agrees, assert_agrees_with_reference, spec_of, train_golden
+from tests.e2e.layout_runs import assert_equal_runs, train_in
 from tests.reference.golden import CASES, Golden
-from tests.reference.model import Model
 from trainer.errors import SpecError
 from trainer.plan.compile import compile_plan
 from trainer.plan.compiled import Plan
@@ -87,30 +87,19 @@ def sampled() -> list[tuple[str, int, How]]:
 
 def train(folder: Path, model: str, blocks: int, how: How) -> Gang:
     precision, sizes = MODELS[model]
-    tree = {
-        "name": "vocabulary",
-        "model": {"layers": 4, "context": 32} | sizes,
-        "data": {"block": 2, "window": 3},
-        "train": {
-            "steps": STEPS,
-            "batch": BATCH,
-            "microbatch": 1,
-            "sequence": SEQUENCE,
-            "precision": precision,
-            "seed": 11,
-            "classifier_chunk": 6,  # rows are not a multiple of it
-            "reduction_groups": 4,
-            "vocab_blocks": blocks,
-            "optimizer": {"lr": 3e-3, "clip": 0.5},
-        },
-        "parallel": {"threads": 1, **vars(how)},
-        "checkpoint": {"every": 0},
-    }
-    tokens = np.random.default_rng(7).integers(0, sizes["vocab"], (5, SEQUENCE * 3 + 1))
-    spec = parse_spec(tree)
-    dataset = engine_runs.write_samples(folder / "data", tokens, sizes["vocab"])
-    plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset))
-    return engine_runs.train(plan, folder / "data", folder / "run")
+    return train_in(
+        folder,
+        {"layers": 4} | sizes,
+        how,
+        steps=STEPS,
+        batch=BATCH,
+        sequence=SEQUENCE,
+        precision=precision,
+        classifier_chunk=6,  # rows are not a multiple of it
+        reduction_groups=4,
+        vocab_blocks=blocks,
+        optimizer={"lr": 3e-3, "clip": 0.5},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +114,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def assert_same(one: Any, folder: Path, model: str, blocks: int, how: How) -> None:
-    ours, theirs = train(folder, model, blocks, how), one(model, blocks)
-    for key in ("loss", "grad_norm"):
-        assert [event[key] for event in ours.steps] == [event[key] for event in theirs.steps]
-    assert len(ours.steps) == STEPS
-    for step in range(1, STEPS + 1):
-        for what in ("grads", "weights"):
-            mine, other = getattr(ours, what)(step), getattr(theirs, what)(step)
-            assert mine.keys() == other.keys()
-            for name, value in other.items():
-                np.testing.assert_array_equal(mine[name], value, f"step {step}, {what}: {name}")
+    assert_equal_runs(train(folder, model, blocks, how), one(model, blocks), STEPS, ("loss", "grad_norm"))
     shutil.rmtree(folder)
 
 
@@ -185,14 +165,7 @@ def test_training_agrees_with_transformers_and_the_reference(case: str, blocks: 
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"vocab_blocks": blocks})})
     gang = train_golden(golden, spec, tmp_path)
     assert_agrees(golden, gang, spec.model)
-    last = len(golden.losses)
-    weights = {name: w.astype(np.float64) for name, w in to_hf(spec.model, gang.weights(last - 1)).items()}
-    batch = golden.batches[last - 1]
-    reference = Model(golden.config, weights, batch[:, :-1], batch[:, 1:])
-    assert gang.losses[-1] == pytest.approx(reference.loss, rel=LOSS)
-    ours = to_hf(spec.model, gang.grads(last))
-    for name, theirs in reference.backward().items():
-        assert worst(ours[name], theirs) < GRADIENT, name
+    assert_agrees_with_reference(golden, gang, spec.model)
 
 
 @pytest.mark.parametrize(
