@@ -18,7 +18,7 @@ from flows.tracking.mlflow_run import MlflowWriter
 from flows.tracking.tracker import Tracker
 from flows.tracking.wandb_run import WandbWriter
 from flows.tracking.writers import Writer, check_trackers, missing
-from tests.flows.tracking.world import RUN, World
+from tests.flows.tracking.world import RUN, World, tells
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
 from trainer.spec_watch import TrackSpec
@@ -28,13 +28,7 @@ CONFIG = {"model.layers": 2, "train.precision": "fp32"}
 
 def live(world: World, writer: Writer, events: list[Event], outcome: str = "") -> None:
     """One driver's life."""
-    one = Tracker(world.store, RUN, writer, CONFIG)
-    for event in events:
-        one.tell(event)
-    if outcome:
-        one.tell(Event("ended", {"outcome": outcome}))
-    assert one.close(60)
-    assert one.trouble.empty(), one.trouble.get()
+    tells(Tracker(world.store, RUN, writer, CONFIG), events, outcome)
 
 
 def story(writer: Any) -> World:

@@ -14,7 +14,7 @@ from flows.tracking.history import lines_between
 from flows.tracking.tensorboard_files import HELD, TensorBoardWriter
 from flows.tracking.tracker import Tracker
 from flows.tracking.writers import About, Written
-from tests.flows.tracking.world import RUN, World, line
+from tests.flows.tracking.world import RUN, World, line, tells
 from tests.support.wait import wait_for
 
 
@@ -24,13 +24,7 @@ def tracker(world: World, folder: Path) -> Tracker:
 
 def told(world: World, folder: Path, events: list[Event], outcome: str = "") -> None:
     """One driver's life."""
-    one = tracker(world, folder)
-    for event in events:
-        one.tell(event)
-    if outcome:
-        one.tell(Event("ended", {"outcome": outcome}))
-    assert one.close(30)
-    assert one.trouble.empty(), one.trouble.get()
+    tells(tracker(world, folder), events, outcome)
 
 
 def shown(folder: Path, tag: str = "train/loss") -> list[tuple[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.store.memory import MemoryStore
 from flows.drive.events import Event
 from flows.drive.live import load_evaluations
+from flows.tracking.tracker import Tracker
 from tests.checkpoint.samples import attempt_body, point_body
 
 RUN = "demo-0a1b2c"
@@ -77,3 +79,13 @@ class World:
         there.add(Evaluation(step, self.state.epoch, time=1e9 + step, **more))
         self.store.put(evaluated_key(RUN), there.to_bytes())
         return Event("evaluated", {"found": "numbers", "step": step})
+
+
+def tells(tracker: Tracker, events: Iterable[Event], outcome: str = "") -> None:
+    """One driver's life: what it tells the tracker, and its end where it has an outcome. Nothing went wrong."""
+    for event in events:
+        tracker.tell(event)
+    if outcome:
+        tracker.tell(Event("ended", {"outcome": outcome}))
+    assert tracker.close(60)
+    assert tracker.trouble.empty(), tracker.trouble.get()
