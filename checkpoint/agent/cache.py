@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import keys
-from checkpoint.agent.fetch import DataRefused, free_bytes
+from checkpoint.agent.fetch import DataRefused, room_bytes
 from checkpoint.agent.gang import CannotStart
 from checkpoint.dataset import LEAF_ALIGN, ShardLeaves, ShardRow, load_leaves
 from checkpoint.errors import CheckpointError, Damaged, NotFound
@@ -336,7 +336,7 @@ def check_folder(folder: Path, needed: int) -> None:
     finally:
         os.close(fd)
         path.unlink(missing_ok=True)
-    free = free_bytes(folder)
+    free = room_bytes(folder)
     if free < needed:
         raise CannotStart(
             78,

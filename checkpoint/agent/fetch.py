@@ -94,7 +94,7 @@ def _fetch_part(store: Store, part: DataPart, folder: Path) -> Path:
     return home
 
 
-def free_bytes(folder: Path) -> int:
+def room_bytes(folder: Path) -> int:
     """That this process may still write below a folder."""
     room = os.statvfs(folder)
     return room.f_bavail * room.f_frsize
@@ -103,7 +103,7 @@ def free_bytes(folder: Path) -> int:
 def _check_room(target: Path, shards: Sequence[ShardRow]) -> None:
     """Said before hours of downloading: whether the shards that are missing fit."""
     missing = sum(row.bytes for n, row in enumerate(shards) if not (target / keys.shard_name(n)).exists())
-    free = free_bytes(target)
+    free = room_bytes(target)
     if free < missing:
         raise CannotStart(
             78,
