@@ -266,11 +266,12 @@ class Client:
         state = self.call(lambda: self.inner.read_flow_run(UUID(flow_run))).state
         return str(state.type.value) if state is not None else ""
 
-    def open_flow_runs(self, states: Sequence[str]) -> list[tuple[str, str, str]]:
-        """(id, name, mark) of runs of the flows that train in these types of state, the newest 200."""
+    def open_flow_runs(self, states: Sequence[str], name: str = "") -> list[tuple[str, str, str]]:
+        """(id, name, mark) of runs of the flows that train, in these states, the newest 200; with this name alone."""
+        of_name = {"name": {"any_": [name]}} if name else {}
         body = {
             "flows": {"name": {"any_": [TRAIN_FLOW, SWEEP_FLOW]}},
-            "flow_runs": {"state": {"type": {"any_": list(states)}}},
+            "flow_runs": {"state": {"type": {"any_": list(states)}}, **of_name},
             "sort": "EXPECTED_START_TIME_DESC",
             "limit": 200,
         }

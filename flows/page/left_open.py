@@ -42,6 +42,19 @@ def close_gone(client: Client, flow_run: str, who: str, goes_on: str) -> bool:
     return True
 
 
+def marked_gone(client: Client, run: str = "") -> dict[str, tuple[str, str]]:
+    """Flow runs that are open although the process of this machine behind them is gone: name and process of each.
+
+    ``run``: those of this name alone.
+    """
+    gone = {}
+    for flow_run, name, mark in client.open_flow_runs(OPEN_STATES, run):
+        note = DriverNote.of_mark(mark)
+        if note is not None and note.same_machine and not (note.here and note.runs):
+            gone[flow_run] = name, note.describe()
+    return gone
+
+
 @dataclass
 class LeftOpen:
     """Looks again and again for those of this machine. ``say`` hears of each that is closed."""
@@ -57,11 +70,7 @@ class LeftOpen:
         if now - self._at < EVERY_S:
             return []
         self._at = now
-        gone: dict[str, tuple[str, str]] = {}
-        for flow_run, name, mark in client.open_flow_runs(OPEN_STATES):
-            note = DriverNote.of_mark(mark)
-            if note is not None and note.same_machine and not (note.here and note.runs):
-                gone[flow_run] = name, note.describe()
+        gone = marked_gone(client)
         self._since = {flow_run: self._since.get(flow_run, now) for flow_run in gone}
         closed = []
         for flow_run, (name, who) in gone.items():

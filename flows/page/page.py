@@ -36,7 +36,7 @@ from flows.drive.live import load_curve, on_line
 from flows.drive.scores import line_evaluations, score_markdown
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
-from flows.page.left_open import close_gone, own_mark
+from flows.page.left_open import close_gone, marked_gone, own_mark
 from flows.prefect_api import BUSY_PAUSE_S, OPEN_STATES, Busy, Client, Gone, Lost, Refused, artifact_key
 from trainer.failures import FAILURES, Failure
 
@@ -367,12 +367,17 @@ class Page:
         if not self._run or (self._ears is not None and not closing):
             return
         self._ears = self._ears or Ears(self.store, self._run)
-        for note in self._ears.listen().gone:
-            if note.flow_run and note.flow_run not in (self.flow_run, *self._gone) and note.api == self._client.url:
-                close_gone(
-                    self._client, note.flow_run, note.describe(), f"flow run {self.flow_run} goes on with the run"
-                )
-                self._gone.add(note.flow_run)
+        gone = {
+            note.flow_run: note.describe()
+            for note in self._ears.listen().gone
+            if note.flow_run and note.api == self._client.url
+        }
+        if closing:  # and of those that died before they told the store of it
+            gone |= {flow_run: who for flow_run, (_, who) in marked_gone(self._client, self._run).items()}
+        for flow_run, who in gone.items():
+            if flow_run not in (self.flow_run, *self._gone):
+                close_gone(self._client, flow_run, who, f"flow run {self.flow_run} goes on with the run")
+                self._gone.add(flow_run)
 
     def _forget(self) -> None:
         """The server knows nothing of this flow run: all of it is to be told again."""

@@ -148,7 +148,8 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     process = hosted.start(*hosted_args, "--json")
     saved = hosted.folder / "store" / "runs"
     wait_for(lambda: any(saved.glob("killed-*/live/*/metrics/*")), "the first step", 60)
-    wait_for(lambda: prefect.named(next(iter(saved.glob("killed-*"))).name), "the flow run", 60)
+    name = next(iter(saved.glob("killed-*"))).name
+    wait_for(lambda: [f for f in prefect.named(name) if f["infrastructure_pid"]], "whose process the flow run is", 60)
     process.kill()
     process.communicate()
     done = hosted.call(*hosted_args, "--json")

@@ -88,7 +88,8 @@ def _own_terminal() -> None:
 
 @pytest.fixture
 def terminal(trained: Trained, tmp_path: Path) -> Iterator[Terminal]:
-    made = Terminal(trained, tmp_path, "--tokens", "100000", "--temperature", "1.2")
+    # the likeliest tokens go round in a circle that has no end token: an answer lasts until it is stopped
+    made = Terminal(trained, tmp_path, "--tokens", "1000000", "--temperature", "0")
     yield made
     made.close()
 

@@ -124,12 +124,16 @@ def test_another_command_of_the_run_closes_the_flow_run_of_one_that_was_killed(p
     told = Told(store, lambda: Client.connect(prefect.server.api))
     with Client.open(prefect.server.api) as client:
         killed = flow_run(client, "left-killed", DEAD.mark)
+        silent = flow_run(client, told.run, DEAD.mark)  # it died before it told the store of its flow run
+        other = flow_run(client, "left-of-another-run", DEAD.mark)
     note = replace(DEAD, api=prefect.server.api, flow_run=killed)
     store.put(driver_key(told.run, note.token), note.to_bytes())
     told.begin()
     wait_for(lambda: state_of(prefect, killed)[0] == "CRASHED", "its end", 60)
     assert told.fail_and_end(), told.warned
-    assert f"flow run {told.page.flow_run} goes on with the run" in state_of(prefect, killed)[1]
+    for closed in (killed, silent):
+        assert f"flow run {told.page.flow_run} goes on with the run" in state_of(prefect, closed)[1]
+    assert state_of(prefect, other)[0] == "RUNNING"
 
 
 @pytest.mark.parametrize("lost", [False, True])
