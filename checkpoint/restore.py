@@ -32,8 +32,8 @@ WASTE = 32
 """of a read at most one in so many: what lies between is another rank's, who reads it too."""
 
 
-PART_BYTES = 8 * BLOCK_BYTES
-"""What is checked at once, while what follows is on its way."""
+PART_BYTES = 16 * BLOCK_BYTES
+"""What is checked at once, while what follows is on its way: as many blocks as are summed side by side."""
 
 
 class OtherModel(CheckpointError):

@@ -37,7 +37,7 @@ static int cpu_has(int what) {
 
 /* --- SHA-256 ----------------------------------------------------------------------------- */
 
-static _Alignas(16) const uint32_t sha_k[64] = {
+_Alignas(16) const uint32_t hs_sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -68,7 +68,7 @@ static void sha_blocks_portable(uint32_t state[8], const uint8_t *data, size_t b
         for (int i = 0; i < 64; i++) {
             uint32_t s1 = rotate_right(e, 6) ^ rotate_right(e, 11) ^ rotate_right(e, 25);
             uint32_t s0 = rotate_right(a, 2) ^ rotate_right(a, 13) ^ rotate_right(a, 22);
-            uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + sha_k[i] + w[i];
+            uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + hs_sha256_k[i] + w[i];
             uint32_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
             h = g;
             g = f;
@@ -119,7 +119,8 @@ NI inline __m128i ni_words(const uint8_t *data, int i) {
  * two halves, and of variables: two digests at once just fit into the sixteen registers (4 of states, 8 of
  * words, xmm0, two sums); arrays of words stay in memory, at half the speed. */
 #define HALF(i, abef, cdgh, sum, w0, w1, w3)                                                       \
-    sum = _mm_add_epi32(w0, _mm_load_si128((const __m128i *)(const void *)(sha_k + 4 * (i))));     \
+    sum =                                                                                          \
+        _mm_add_epi32(w0, _mm_load_si128((const __m128i *)(const void *)(hs_sha256_k + 4 * (i)))); \
     if ((i) > 2 && (i) < 15)                                                                       \
         w1 = _mm_sha256msg2_epu32(_mm_add_epi32(w1, _mm_alignr_epi8(w0, w3, 4)), w0);              \
     cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
@@ -264,8 +265,7 @@ void hs_sha256_of(const void *data, size_t bytes, uint8_t digest[HS_SHA256_BYTES
     hs_sha256_final(&sha, digest);
 }
 
-/* As many bytes more of each of two digests. */
-static void update_both(hs_sha256 *sha[2], const uint8_t *const data[2], size_t bytes) {
+void hs_sha256_update_both(hs_sha256 *sha[2], const uint8_t *const data[2], size_t bytes) {
     size_t done[2] = {0, 0};
 #if defined(__x86_64__)
     size_t first[2], least = bytes;
@@ -289,37 +289,6 @@ static void update_both(hs_sha256 *sha[2], const uint8_t *const data[2], size_t 
     }
 #endif
     for (int l = 0; l < 2; l++) hs_sha256_update(sha[l], data[l] + done[l], bytes - done[l]);
-}
-
-void hs_sha256_leaves(const void *data, const uint64_t *lengths, size_t count, size_t block,
-                      uint8_t *leaves, uint8_t *whole) {
-    const uint8_t *p = data;
-    hs_sha256 all;
-    hs_sha256_init(&all);
-    for (size_t piece = 0; piece < count; piece++) {
-        for (size_t left = lengths[piece]; left;) {
-            size_t one = left < block ? left : block;
-            size_t two = whole ? 0 : left - one < block ? left - one : block;
-            hs_sha256 leaf, next;
-            hs_sha256_init(&leaf);
-            hs_sha256_init(&next);
-            if (whole) {
-                update_both((hs_sha256 *[]){&all, &leaf}, (const uint8_t *[]){p, p}, one);
-            } else {
-                update_both((hs_sha256 *[]){&leaf, &next}, (const uint8_t *[]){p, p + one}, two);
-                hs_sha256_update(&leaf, p + two, one - two);
-            }
-            hs_sha256_final(&leaf, leaves);
-            leaves += HS_SHA256_BYTES;
-            if (two) {
-                hs_sha256_final(&next, leaves);
-                leaves += HS_SHA256_BYTES;
-            }
-            p += one + two;
-            left -= one + two;
-        }
-    }
-    if (whole) hs_sha256_final(&all, whole);
 }
 
 /* --- HMAC-SHA256 ------------------------------------------------------------------------- */

@@ -29,12 +29,11 @@ void hs_sha256_final(hs_sha256 *sha, uint8_t digest[HS_SHA256_BYTES]);
 /* All three in one. */
 void hs_sha256_of(const void *data, size_t bytes, uint8_t digest[HS_SHA256_BYTES]);
 
-/* Of data that is `count` pieces in a row, of `lengths` bytes: the digest of each `block` bytes of each
- * piece (its last one may be shorter), one after the other in `leaves`; in `whole`, unless it is NULL,
- * the digest of everything. Two are computed side by side where the CPU has the instructions, in about the
+extern const uint32_t hs_sha256_k[64]; /* the constants of the rounds */
+
+/* As many bytes more of each of two digests: side by side where the CPU has the instructions, in about the
  * time of one. */
-void hs_sha256_leaves(const void *data, const uint64_t *lengths, size_t count, size_t block,
-                      uint8_t *leaves, uint8_t *whole);
+void hs_sha256_update_both(hs_sha256 *sha[2], const uint8_t *const data[2], size_t bytes);
 
 typedef struct hs_hmac {
     hs_sha256 inner, outer;
