@@ -130,7 +130,7 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
         raise _no_object(where, "it is nested too deep", field) from error
     except json.JSONDecodeError as error:
         cut = error.pos >= len(line.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        why = f"{error.msg} at column {error.colno}" + ("; was the line cut short?" if cut else "")
+        why = f"{error.msg.removesuffix(' at')} at column {error.colno}" + ("; was the line cut short?" if cut else "")
         raise _no_object(where, why, field) from error
     except ValueError:  # a whole number of more digits than Python reads
         return json.loads(line, parse_int=str)
