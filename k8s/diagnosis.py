@@ -24,7 +24,16 @@ from dataclasses import dataclass, replace
 from k8s.labels import AGENT, ENGINE
 from k8s.refusal import refusal
 from k8s.views import ContainerView, EventView, JobView, PodView
-from trainer.failures import CANNOT_RUN, CAUSAL, POD_REASONS, SIGKILL, TURNED_AWAY, Failure, of_supervisor
+from trainer.failures import (
+    CANNOT_RUN,
+    CAUSAL,
+    POD_REASONS,
+    SIGKILL,
+    TURNED_AWAY,
+    Failure,
+    from_elsewhere,
+    of_supervisor,
+)
 from trainer.launch import Finding, LaunchedNode, LaunchView
 from trainer.wire import EXITS
 
@@ -83,8 +92,8 @@ def launch_view(
         return LaunchView(launch_id, "done", nodes, "every pod has ended well")
 
     found = [(p, f) for index, p in chosen.items() if p is not None and (f := pod_loss(p, index, limits))]
+    found += [(p, _vanished(p, index, limits)) for index, p in last.items() if p is not None and chosen[index] is None]
     losses = [f for p, f in found if not _told_to_go(p, f)]
-    losses += [_vanished(p, index, limits) for index, p in last.items() if p is not None and chosen[index] is None]
     if not losses or all(f.cls == Failure.INFRA for f in losses):
         losses += job_loss(job, events)
     if not losses:  # how a pod ends that was told to go explains nothing where another made the Job end them all
@@ -92,7 +101,8 @@ def launch_view(
     if not losses:
         losses = [_leaving(p, index) for index, p in chosen.items() if p is not None and p.deleting]
     if losses:
-        loss = min(losses, key=lambda f: CAUSAL[f.cls])
+        # a pod that left because it had lost a peer is explained by any other one, however late both are looked at
+        loss = min(losses, key=lambda f: (CAUSAL[f.cls], f.node is None or from_elsewhere(f.code)))
         return LaunchView(launch_id, "lost", nodes, loss.text, loss)
     if job.deleting:
         gone_job = Finding(

@@ -191,6 +191,16 @@ def of_supervisor(code: int) -> Failure:
     return Failure.INFRA
 
 
+def from_elsewhere(code: int | None) -> bool:
+    """Whether an exit code tells of something that happened elsewhere: to a peer, to the store, or a request to stop.
+    Where anything else is known to have been lost, that explains it.
+
+    >>> [from_elsewhere(code) for code in (75, 143, 137, 85, None)]
+    [True, True, False, False, False]
+    """
+    return code is not None and code in EXITS and of_code(code) is Failure.INFRA
+
+
 class DeviceFault(NamedTuple):
     """A number by which NVIDIA's driver names a fault. ``sick``: the device's, not the program's."""
 

@@ -27,6 +27,7 @@ _NAMES = {number: name for name, number in wire.MSGS.items()}
 _MAX_FDS = 64
 _QUEUE = 256
 _BURST = 128  # packets taken from one peer before the others get their turn
+_LEFT = 4096  # of a rank that has ended: more than a socket holds
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Link:
         os.eventfd_write(self._wake, 1)
 
     def poll(self, timeout: float) -> list[Arrival]:
-        """Wait at most ``timeout`` seconds; everything that came, in each peer's order."""
+        """Wait at most ``timeout`` seconds; everything that came, in each peer's order, and what a rank said before the
+        supervisor's word that it has ended.
+        """
         events: list[Arrival] = []
         for key, mask in self._selector.select(max(0.0, timeout)):
             if key.fileobj is self._listener:
@@ -106,7 +109,7 @@ class Link:
                     self._flush(peer)
                 if mask & selectors.EVENT_READ:
                     self._receive(peer, events)
-        return events
+        return self._ranks_first(events)
 
     def send(
         self,
@@ -170,8 +173,23 @@ class Link:
             self.peers.append(peer)
             self._selector.register(sock, selectors.EVENT_READ, peer)
 
-    def _receive(self, peer: Peer, events: list[Arrival]) -> None:
-        for _ in range(_BURST):
+    def _ranks_first(self, events: list[Arrival]) -> list[Arrival]:
+        """A rank's last words lie in its own socket when the supervisor says EXIT in another one: they were said first,
+        and who reads of the end must read them beside it.
+        """
+        at = next((n for n, e in enumerate(events) if e.message is not None and e.message.name == "EXIT"), None)
+        if at is None:
+            return events
+        supervisor = events[at].peer
+        self._accept()
+        for peer in list(self.peers):
+            if peer is not supervisor:
+                self._receive(peer, events, _LEFT)
+        late = events[at:]
+        return events[:at] + sorted(late, key=lambda arrival: arrival.peer is supervisor)
+
+    def _receive(self, peer: Peer, events: list[Arrival], most: int = _BURST) -> None:
+        for _ in range(most):
             try:
                 data, ancillary, flags, _ = peer.sock.recvmsg(
                     wire.MSG_MAX, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flows.drive.views import AttemptView, Cause, NodeView, Policy, RankView
-from trainer.failures import CAUSAL, FAILURES, Failure, of_code, of_signal, of_xid, xid_text
+from trainer.failures import CAUSAL, FAILURES, Failure, from_elsewhere, of_code, of_signal, of_xid, xid_text
 from trainer.wire import EXITS
 
 
@@ -75,8 +75,8 @@ def cause_of(
     ranks = [r for n in mine for r in n.ranks]
     cause = diagnose(ranks, policy.node_bytes)
     # a node whose ranks never began has lost nothing: the launcher starts what it lacks
-    gone = [n for n in nodes if n.alive is False and any(r.pid for r in n.ranks)]
-    first = next((n for n in gone if n.epoch == newest.epoch), None)
+    gone = [n for n in nodes if n.alive is False and n.epoch == newest.epoch and any(r.pid for r in n.ranks)]
+    first = next((n for n in gone if not _lost_another(n, ranks)), None)
     if first is not None and (cause is None or cause.cls == Failure.INFRA):  # it explains the peers that lost it
         reached = max((r.step for r in ranks), default=-1)
         cause = Cause(Failure.INFRA, f"node {first.node} is gone", "", None, reached, place=first.place)
@@ -86,6 +86,15 @@ def cause_of(
         place = next((n.place for n in mine if any(r.rank == blamed for r in n.ranks)), "")
         cause = replace(cause, place=place)
     return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
+
+
+def _lost_another(node: NodeView, ranks: Sequence[RankView]) -> bool:
+    """Whether this node left because of one elsewhere: all its ranks have said how they ended, and one of them whom it
+    had waited for.
+    """
+    here = {r.rank for r in node.ranks}
+    lost = [r.rank for r in node.ranks if r.ended and rank_class(r) is Failure.INFRA]
+    return all(r.ended for r in node.ranks) and any(_waited_for(rank, ranks) not in here for rank in lost)
 
 
 def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:
@@ -124,6 +133,9 @@ def _outranked(cause: Cause | None, lost: Cause, ranks: Sequence[RankView], all_
         return replace(lost, step=step)
     if len(ranks) == all_ranks and all(r.ended and rank_class(r) == Failure.PREEMPTED for r in ranks):
         return replace(lost, cls=Failure.PREEMPTED, rank=None, step=step, saved=True)
+    if cause.cls is lost.cls is Failure.INFRA and cause.place and (not lost.place or from_elsewhere(lost.code)):
+        # a pod that left because it had lost a peer may be seen before the peer's own end: its ranks say which one
+        return replace(cause, step=step) if lost.place else replace(lost, step=step, place=cause.place)
     if cause.cls in (Failure.INFRA, Failure.PREEMPTED) or CAUSAL[lost.cls] < CAUSAL[cause.cls]:
         return replace(lost, step=step)
     return cause

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.log import RunLog, RunState
+from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import open_store
 from tests.support.place import SPEC, STEPS, Place
 from tests.support.place import finish as ended
@@ -104,9 +104,12 @@ DIVERGES = (
     SPEC.replace(f"steps = {STEPS}", "steps = 24")
     .replace("seed = 3\n", "seed = 3\noptimizer = {lr = 10.0, weight_decay = 10.0, min_lr = 10.0}\n")
     .replace("stages = 2", "stages = 1")
+    .replace("every = 4", "every = 24")
     .replace("[recovery]\n", '[recovery]\non_divergence = "skip"\nmax_skips = 1\n')
 )
-"""Weights are multiplied by -99 in each step, whatever is read."""
+"""Weights are multiplied by -99 in each step, whatever is read. Nothing is saved before they diverge: what an attempt
+would have saved by then depends on how fast its uploads are (of a skip from a checkpoint on: flows/drive/test_amend.py).
+"""
 
 
 def test_divergence_is_skipped_so_often_and_an_order_of_a_lower_rate_gets_the_run_on(tmp_path: Path) -> None:
@@ -120,11 +123,11 @@ def test_divergence_is_skipped_so_often_and_an_order_of_a_lower_rate_gets_the_ru
         assert "to skip batches, once (recovery.max_skips), did not help" in state.ended.reason
         (own,) = state.orders
         assert own.body["own"]
-        assert own.start is not None
+        assert own.start == StartPoint(None, 0)
         failed = [int(a.body["cause"]["words"]["step"]) for a in state.attempts if a.body["cause"]]
         assert len(set(failed)) == 1  # the same step each time, whatever was read
-        assert own.amendments.skip == ((own.start.step + 1, failed[0]),)
-        assert [a.step for a in state.attempts if a.n > own.n] == [own.start.step] * 2
+        assert own.amendments.skip == ((1, failed[0]),)
+        assert [(a.n > own.n, a.step) for a in state.attempts] == [(False, 0)] * 2 + [(True, 0)] * 2
         assert "because rank 0 exited with 87" in at.run("runs", "show", run)
         told = at.call("runs", "resume", run, "--rollback-to", "0", "--lr-scale", "0.0001", *QUIET)
         assert told.code == 0, told.err

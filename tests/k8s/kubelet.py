@@ -38,6 +38,8 @@ class Pod:
     engine: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     leaving: bool = False
+    dead: bool = False
+    """Its machine is gone: nobody starts, ends or says anything there."""
     status: Json = field(default_factory=dict)
 
 
@@ -47,7 +49,7 @@ class Kubelet:
     def __init__(self, server: ApiServer, folder: Path) -> None:
         self.server, self.folder = server, folder
         self.pods: dict[str, Pod] = {}
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="kubelet", daemon=True)
 
     def __enter__(self) -> Kubelet:
@@ -74,7 +76,9 @@ class Kubelet:
             )
 
     def kill(self, pod: Pod) -> None:
-        """Its machine goes: every process at once."""
+        """Its machine goes: every process at once, and its kubelet with them."""
+        with self._lock:
+            pod.dead = True
         for process in (pod.agent, pod.engine):
             if process is not None and process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -89,7 +93,8 @@ class Kubelet:
                 self._job(name, job)
             there = self.server.named("pods")
             for pod in list(self.pods.values()):
-                self._pod(pod, there.get(pod.name))
+                with self._lock:
+                    self._pod(pod, there.get(pod.name))
 
     def _job(self, name: str, job: Json) -> None:
         conditions = {c["type"] for c in job.get("status", {}).get("conditions", ())}
@@ -133,7 +138,7 @@ class Kubelet:
         self.pods[name] = Pod(name, index, meta["uid"], collection, folder, job["spec"]["template"]["spec"])
 
     def _pod(self, pod: Pod, item: Json | None) -> None:
-        if pod.status.get("phase") in ("Failed", "Succeeded"):
+        if pod.dead or pod.status.get("phase") in ("Failed", "Succeeded"):
             return
         if item is None or item["metadata"].get("deletionTimestamp"):
             self._leave(pod)

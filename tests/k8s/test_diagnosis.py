@@ -219,6 +219,32 @@ def test_pods_that_the_job_ends_after_a_loss_do_not_explain_it() -> None:
     assert (view.loss.cls, view.loss.place) == ("infra", "m1")
 
 
+LOST_PEER = ContainerView("terminated", "Error", exit_code=75)
+LOOKS: dict[str, tuple[list[PodView], list[PodView]]] = {
+    # machine 1 goes: what is there and what has vanished, from the first look to the last
+    "its peer is there": ([pod(0)], [pod(1)]),
+    "its peer ends": ([pod(0, LOST_PEER)], [pod(1)]),
+    "its peer has failed": ([pod(0, LOST_PEER, phase="Failed")], [pod(1)]),
+    "both are there": ([pod(0, LOST_PEER, phase="Failed"), pod(1, ContainerView("terminated", exit_code=137))], []),
+    "its peer is ended by the Job": ([pod(0, LOST_PEER, deleting=True)], [pod(1)]),
+    "its peer has vanished too": ([], [pod(0, LOST_PEER, phase="Failed"), pod(1)]),
+    "its peer was ended by the Job": ([], [pod(0, LOST_PEER, deleting=True), pod(1)]),
+    "its peer was stopped by the Job": ([], [pod(0, ContainerView("terminated", exit_code=143)), pod(1)]),
+    "its peer was deleted before it had ended": ([], [pod(0, deleting=True), pod(1)]),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("failed", [{}, {"FailureTarget": Condition("True", "PodFailurePolicy", "x")}])
+def test_a_pod_that_lost_its_peer_explains_nothing_however_late_the_look(
+    look: str, failed: dict[str, Condition]
+) -> None:
+    there, gone = LOOKS[look]
+    view = launch_view("x-k1", replace(JOB, conditions=failed), there, gone)
+    assert view.loss is not None
+    assert (view.state, view.loss.cls, view.loss.place) == ("lost", "infra", "m1")
+
+
 def test_a_vanished_pod_is_known_by_its_last_sight() -> None:
     last = pod(1, ContainerView("terminated", "OOMKilled", exit_code=137), deleting=True)
     view = launch_view("x-k1", JOB, [pod(0)], [last], limits=LIMITS)

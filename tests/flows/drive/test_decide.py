@@ -555,6 +555,29 @@ def test_a_loss_is_of_the_machine_that_was_lost() -> None:
     assert (decision.cause.rank, decision.cause.place) == (0, "a")
 
 
+def test_the_machine_that_went_is_named_however_late_the_look() -> None:
+    """Its peer's end, its peer's pod, and its own pod are seen in any order, and some of them never."""
+    words = {"why": "rank 1 closed the connection", "peer": 1}
+    up, over = RankView(0, pid=1, step=3), RankView(0, pid=1, code=75, step=3, words=words)
+    first = Cause(Failure.INFRA, "pod x-0 on a ended with 75", place="a", code=75)
+    second, job = replace(LOST, text="pod x-1 on b was deleted"), Cause(Failure.INFRA, "Job x failed: x: y")
+    for alive, rank in ((True, up), (True, over), (False, over)):
+        for there in (None, False):
+            for lost in (None, second, job, first if rank is over else second):
+                mine = NodeView(0, alive, 1, "running", (rank,), place="a")
+                gone = NodeView(1, there, 1, "running", (RankView(1, pid=1, step=3),), place="b", age_s=99.0)
+                if rank is up and there is None and lost in (None, job):
+                    continue  # nobody knows yet
+                decision = decide(log(), [mine, gone], POLICY, lost=lost)
+                if isinstance(decision, Watch):
+                    assert decision.phase is Phase.DRAINING
+                    continue
+                assert isinstance(decision, StartAttempt), (alive, rank, there, lost)
+                assert decision.cause is not None
+                assert (decision.cause.cls, decision.cause.place) == ("infra", "b"), (alive, rank, there, lost)
+                assert decision.renew == (lost is not None)
+
+
 def test_two_strikes_make_a_machine_unfit() -> None:
     causes = [None, LOST.to_map(), {"class": "signal", "place": "b"}, {"class": "config", "place": "a"}]
     attempts = [attempt(n + 1, cause=cause) for n, cause in enumerate(causes)]
