@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import pytest
 
 from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import open_store
-from tests.support.place import SPEC, STEPS, Place
+from tests.support.chaos import step_of
+from tests.support.place import LONG, SPEC, STEPS, Place
 from tests.support.place import finish as ended
 from tests.support.undisturbed import undisturbed_run
 from tests.support.wait import wait_for
 
-AMENDS = ("--rollback-to", "8", "--skip", "11-14", "--skip", "30-31", "--lr-scale", "0.5", "--from-step", "13")
-LAST, BATCH = 52, 8
-ORDER = (*AMENDS, "--steps", str(LAST))
+AMENDS = ("--skip", "11-14", "--skip", "30-31", "--lr-scale", "0.5", "--from-step", "13")
+LAST, BATCH = 120, 8
 QUIET = ("--no-prefect", "--json")
 
 
@@ -28,14 +29,20 @@ def log_of(at: Place, run: str) -> RunState:
     return RunLog(open_store((at.folder / "store").as_uri()), run).fold()
 
 
-def hold(at: Place, run: str, step: int, epoch: int) -> list[int]:
-    """The gang is stopped once a checkpoint of this step, of this attempt (or later ones), is committed."""
+def order_back(at: Place, run: str) -> tuple[int, tuple[str, ...]]:
+    """The orders, and the step that they go back to: one of before what they amend, that the store has."""
+    back = max((c.step for c in log_of(at, run).checkpoints if c.step <= 10), default=0)
+    return back, ("--rollback-to", str(back), *AMENDS, "--steps", str(LAST))
 
-    def reached() -> bool:
-        return any(c.step >= step and c.epoch >= epoch for c in log_of(at, run).checkpoints)
 
-    wait_for(reached, f"a checkpoint of step {step}", 60)
-    pids = at.rank_pids()
+def hold(at: Place, step: int, before: Collection[int] = ()) -> list[int]:
+    """The gang is stopped once one of its ranks, who are none of those ``before``, is at this step; its ranks."""
+
+    def ranks() -> list[int]:
+        return [pid for pid in at.rank_pids() if pid not in before]
+
+    wait_for(lambda: any((step_of(pid) or 0) >= step for pid in ranks()), f"step {step}", 60)
+    pids = ranks()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     return pids
@@ -44,23 +51,27 @@ def hold(at: Place, run: str, step: int, epoch: int) -> list[int]:
 @pytest.fixture
 def calm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same orders to the undisturbed run, after its end, on one stage: what they give without a fault."""
-    folder, run, _ = undisturbed_run(tmp_path_factory, SPEC)
-    at = Place(tmp_path / "calm", SPEC)
+    folder, run, _ = undisturbed_run(tmp_path_factory, LONG)
+    at = Place(tmp_path / "calm", LONG)
     shutil.copytree(folder / "store", at.folder / "store")
+    back, order = order_back(at, run)
     try:
-        told = at.call("runs", "resume", run, *ORDER, *QUIET)
+        told = at.call("runs", "resume", run, *order, *QUIET)
     finally:
         at.stop_all()
     assert told.code == 0, told.err
     state = log_of(at, run)
-    assert state.attempts[-1].step == 8
+    assert state.attempts[-1].step == back
     newest = state.at_step()
     assert newest is not None
     # 6 batches of those that it has passed were skipped
     assert (newest.step, newest.data_position) == (LAST, (LAST + 6) * BATCH)
-    return {"run": run, "lines": told.told, **told.json()}
+    begins = f"goes on from step {back}, skips batches 11-14, 30-31, rate x 0.5 from step 13, ends at step {LAST}"
+    assert begins in told.told
+    return {"run": run, **told.json()}
 
 
+@pytest.mark.long_run
 def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
     place: Place, calm: dict[str, Any], undisturbed: tuple[str, str]
 ) -> None:
@@ -68,18 +79,19 @@ def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
     run, digest = undisturbed
     assert (calm["run"], calm["step"]) == (run, LAST)
     assert calm["state_digest"] != digest
-    assert "goes on from step 8, skips batches 11-14, 30-31, rate x 0.5 from step 13, ends at step 52" in calm["lines"]
     driver = place.start_train()
-    hold(place, run, 8, 1)
-    said = place.run("runs", "order", run, *ORDER)
+    wait_for(lambda: log_of(place, run).checkpoints, "a checkpoint", 60)
+    ranks = hold(place, 4)
+    back, told = order_back(place, run)
+    said = place.run("runs", "order", run, *told)
     assert "skips batches 11-14, 30-31" in said
     order = log_of(place, run).orders[-1].n
-    first, *rest = hold(place, run, 12, order)
-    os.kill(first, signal.SIGKILL)
-    for pid in rest:
+    second = hold(place, 15, ranks)
+    os.kill(second[0], signal.SIGKILL)
+    for pid in second[1:]:
         os.kill(pid, signal.SIGCONT)
     wait_for(lambda: len(log_of(place, run).attempts) == 3, "the attempt after the kill", 60)
-    hold(place, run, 20, log_of(place, run).epoch)
+    hold(place, 32, ranks + second)
     other = place.start("runs", "resume", run, "--set", "parallel.stages=4", *QUIET)
     for process in (other, driver):
         done = ended(process)
@@ -91,7 +103,7 @@ def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
     shown = place.run("runs", "show", run)
     assert f"order {order:>5}  by " in shown
     assert f"succeeded, step {LAST} of {LAST} saved" in shown
-    again = place.call("replay", run, "--from", "8", "--to", "14")
+    again = place.call("replay", run, "--from", str(back), "--to", "14")
     assert again.code == 0, again.out + again.err
     # said once more it is refused, and nothing is written
     again = place.call("runs", "order", run, "--skip", "11-14")
@@ -108,7 +120,7 @@ DIVERGES = (
     .replace("[recovery]\n", '[recovery]\non_divergence = "skip"\nmax_skips = 1\n')
 )
 """Weights are multiplied by -99 in each step, whatever is read. Nothing is saved before they diverge: what an attempt
-would have saved by then depends on how fast its uploads are (of a skip from a checkpoint on: flows/drive/test_amend.py).
+would have saved by then depends on how fast its uploads are. A skip from a checkpoint on: flows/drive/test_amend.py.
 """
 
 

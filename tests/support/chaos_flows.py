@@ -214,6 +214,19 @@ class Scene:
             self.campaign.found["orphans"].append(str(error))
         self.campaign.adopted_s.append(time.monotonic() - began)
 
+    def evidence(self) -> str:
+        """For whoever asks why it came to a standstill: its folder goes with it."""
+        runs = {
+            name: (len(state.attempts), state.ended and state.ended.outcome) for name, state in self.states().items()
+        }
+        said = Path(self.log.name).read_text(errors="replace").splitlines()[-60:]
+        told = [
+            f"kills: {dict(self.campaign.kills)}",
+            f"runs, attempts and ends: {runs}",
+            f"they run: {self.place.left()}",
+        ]
+        return "\n".join([*told, "what the schedule and its drivers said last:", *said])
+
     # --- the end --------------------------------------------------------------------------------------------
 
     def end(self, digest: str) -> None:
@@ -261,6 +274,9 @@ def run(kills: int, seed: int, folder: Path, digest: str) -> Campaign:
         for victim in victims:
             scene.kill_one(victim)
         scene.end(digest)
+    except AssertionError:
+        print(scene.evidence(), file=sys.stderr)
+        raise
     finally:
         scene.close()
     return scene.campaign
