@@ -14,9 +14,10 @@
  * finite: 0 times that is NaN, so such a number also shows in earlier rows of the same tile).
  *
  * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk
- * and dv. Backward computes the scores twice, once for dq (rows outside, keys inside) and once for
- * dk and dv (keys outside, rows inside), so that every running sum fits the fixed scratch whatever
- * T is.
+ * and dv. Backward goes over tiles of keys (outside) and rows (inside): dk and dv of the tile are
+ * finished in it, the running dq of every row of the group's heads waits in the scratch. Where
+ * those do not fit it (T long), dq is made before, by itself: rows outside, keys inside, the scores
+ * computed twice. The chains, and so the bits, are the same.
  */
 #include "kernels/attention.h"
 
@@ -36,10 +37,14 @@ typedef struct attention_scratch {
     float score[WIDE * KEYS], other[WIDE * KEYS], packed[WIDE * KEYS + 64];
     float sum0[WIDE * HEAD_PAD], sum1[WIDE * HEAD_PAD]; /* running sums */
     float top[WIDE], total[WIDE];
+    float keys[WIDE * HEAD_PAD]; /* a tile's keys, packed by row */
+    float dq[];                  /* running sums of a group's heads */
 } attention_scratch;
 
 _Static_assert(sizeof(attention_scratch) <= (size_t)WORKER_FLOATS * sizeof(float),
                "scratch of a worker");
+
+#define DQ_FLOATS ((int64_t)WORKER_FLOATS - (int64_t)(sizeof(attention_scratch) / sizeof(float)))
 
 /* What both directions share of their arguments, and the arguments of the one that runs. */
 typedef struct attention_job {
@@ -236,12 +241,15 @@ static void attention_dq(const attention_job *j, attention_scratch *s, head dq, 
     }
 }
 
-/* dk and dv of keys [k0, k0 + WIDE): what one query head adds. Tiles are turned: rows are keys,
- * columns queries. */
+/* dk and dv of keys [k0, k0 + WIDE): what one query head adds; and, where dq is not NULL, what these
+ * keys add to that head's. Tiles are turned: rows are keys, columns queries. */
 static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t k0, int64_t keys,
-                          head grad, head q, const float *lse, const float *delta) {
+                          head grad, head q, head k, const float *lse, const float *delta,
+                          float *dq) {
     const int64_t T = j->T, D = j->D;
     const vf sv = v_set1(j->scale);
+    int64_t packed_keys = 0; /* of s->keys */
+    side k_row = inner_row(k);
     side q_d = inner_d(q), grad_d = inner_d(grad), q_row = inner_row(q), grad_row = inner_row(grad);
     for (int64_t q0 = k0; q0 < T; q0 += KEYS) {
         int64_t queries = hs_min(KEYS, T - q0);
@@ -277,6 +285,12 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
         pack_a(s->packed, &ds, 0, seen, seen, 0, queries);
         pack_b(s->cols0, &q_row, 0, D, D, q0, queries);
         multiply_packed(seen, D, queries, s->packed, s->cols0, s->sum0, D, 1);
+        if (!dq) continue;
+        side turned = {s->other, 1, KEYS, HS_F32};
+        pack_a(s->packed, &turned, 0, queries, KEYS, 0, seen);
+        if (seen != packed_keys) pack_b(s->keys, &k_row, 0, D, D, k0, seen);
+        packed_keys = seen;
+        multiply_packed(queries, D, seen, s->packed, s->keys, dq + q0 * D, D, k0 > 0);
     }
 }
 
@@ -288,9 +302,11 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
     head k = head_of(j, a->k, a->ldk, b, g), v = head_of(j, a->v, a->ldv, b, g);
     const float *lse = (const float *)a->lse + b * j->H * T;
     float *delta = (float *)a->delta + b * j->H * T;
+    const bool at_once = each * T * D <= DQ_FLOATS;
     for (int64_t h = g * each; h < (g + 1) * each; h++) {
         head dq = head_of(j, a->dq, a->lddq, b, h), grad = head_of(j, a->dy, a->lddy, b, h);
         delta_rows(grad, head_of(j, a->y, a->ldy, b, h), T, D, delta + h * T);
+        if (at_once) continue;
         attention_dq(j, s, dq, grad, head_of(j, a->q, a->ldq, b, h), k, v, lse + h * T,
                      delta + h * T);
     }
@@ -303,10 +319,14 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
         memset(s->sum1, 0, (size_t)(keys * D) * sizeof(float));
         for (int64_t h = g * each; h < (g + 1) * each; h++)
             attention_dkv(j, s, k0, keys, head_of(j, a->dy, a->lddy, b, h),
-                          head_of(j, a->q, a->ldq, b, h), lse + h * T, delta + h * T);
+                          head_of(j, a->q, a->ldq, b, h), k, lse + h * T, delta + h * T,
+                          at_once ? s->dq + (h - g * each) * T * D : NULL);
         put_rows(dk, k0, keys, D, s->sum0, j->scale, NULL);
         put_rows(dv, k0, keys, D, s->sum1, 1.0f, NULL);
     }
+    for (int64_t h = g * each; at_once && h < (g + 1) * each; h++)
+        put_rows(head_of(j, a->dq, a->lddq, b, h), 0, T, D, s->dq + (h - g * each) * T * D,
+                 j->scale, NULL);
 }
 
 static void attention_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
