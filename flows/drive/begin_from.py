@@ -45,7 +45,6 @@ from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, ModelSpec, RunSpec, run_id, what_digest, what_map
 from trainer.spec_sections import TrainSpec
-from trainer.wire import NUMERICS_VERSION
 
 LONGEST = 4096
 """Tokens that a run which holds weights takes at a time, where its model takes more: it only answers."""
@@ -233,6 +232,10 @@ def _write(store: Store, prepared: Prepared, weights: Weights, epoch: int, say: 
         parts=1,
         tensors=tensors,
         saved=saved,
-        meta={"plan": prepared.plan.digest, "dataset": prepared.dataset.digest, "numerics": str(NUMERICS_VERSION)},
+        meta={
+            "plan": prepared.plan.digest,
+            "dataset": prepared.dataset.digest,
+            "numerics": str(prepared.plan.config.numerics_version),
+        },
     )
     write(store, prepared.run, keys.part_name(0, epoch, 0), part.to_bytes(), "import")

@@ -257,7 +257,7 @@ class Driver:
     def _runs_here(self, attempt: AttemptInfo) -> bool:
         """Whether nodes of this version run that attempt's plan."""
         ours = attempt.plan == self.prepared.plan.digest
-        return ours or still_read(self.store, self.prepared.run, attempt)
+        return ours or still_read(self.store, self.prepared, attempt)
 
     def _watched(self) -> float:
         """For how long this driver has watched: its clock, but a jump or a standstill between two readings counts
@@ -345,7 +345,7 @@ class Driver:
         if order.pardon:
             more["pardon"] = list(order.pardon)
         same = state.attempts[-1] if order.same_plan else None
-        if same and order.restore.slots is None and not still_read(self.store, prepared.run, same):
+        if same and order.restore.slots is None and not still_read(self.store, prepared, same):
             same = None  # its gang is gone, and nothing in memory depends on it
         body = attempt_body(
             prepared,

@@ -42,7 +42,7 @@ from trainer.spec import (
     with_how,
 )
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
-from trainer.wire import NUMERICS_VERSION, PLAN_PLAIN
+from trainer.wire import PLAN_PLAIN
 from trainer.wire.plan import parse, version_of
 from trainer.wire.unreadable import Unreadable
 
@@ -201,15 +201,15 @@ def publish_plan(store: Store, run: str, plan: Plan) -> None:
     )
 
 
-def still_read(store: Store, run: str, attempt: AttemptInfo) -> bool:
+def still_read(store: Store, prepared: Prepared, attempt: AttemptInfo) -> bool:
     """Whether nodes of this version run that attempt's plan; one of an older version is compiled anew, for the same
     bits, and so is one of other numerics, for other ones.
     """
-    if attempt.numerics != NUMERICS_VERSION:
+    if attempt.numerics != prepared.plan.config.numerics_version:
         return False
     plan = attempt.plan
     try:
-        version = version_of(store.get(plan_key(run, plan), first=0, length=PLAN_HEAD))
+        version = version_of(store.get(plan_key(prepared.run, plan), first=0, length=PLAN_HEAD))
     except (NotFound, Damaged):
         return True  # they say what is wrong with it
     return not 0 < version < PLAN_PLAIN
@@ -434,7 +434,7 @@ def attempt_body(
         "ranks": prepared.ranks,
         "how": how_map(prepared.spec),
         "plan": same.plan if same else prepared.plan.digest,
-        "numerics": same.numerics if same else NUMERICS_VERSION,
+        "numerics": same.numerics if same else prepared.plan.config.numerics_version,
         "what": prepared.what.hex(),
         "restore": dict(restore),
         **more,

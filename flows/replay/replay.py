@@ -38,7 +38,7 @@ from trainer.plan import compile_plan
 from trainer.plan.memory import host_kinds
 from trainer.spec import how_map, what_digest
 from trainer.spec_layouts import layout_words
-from trainer.wire import CUDA_PATHS, NUMERICS_VERSION
+from trainer.wire import CUDA_PATHS
 
 MAX_PLAN_BYTES = 1 << 30
 _ADDRESS_BYTES = 1 << 20
@@ -119,8 +119,8 @@ def replay_run(
         )
     computed = computed_by(attempts, first + 1)
     assert computed is not None
-    _check_numerics(run, attempts, first, last)
     prepared = _prepare(store, run, computed, sets)
+    _check_numerics(prepared, attempts, first, last)
     newest = computed_by(attempts, last)
     assert newest is not None
     # what an order amended lies behind where it began: so what was trained last by holds for all steps up to there
@@ -259,17 +259,17 @@ def _check_range(run: str, first: int, last: int, reached: int, digest: object) 
         raise SpecError(f"{run} is known to have computed steps up to {reached} so far; take --to {reached} or less")
 
 
-def _check_numerics(run: str, attempts: Sequence[AttemptInfo], first: int, last: int) -> None:
+def _check_numerics(prepared: Prepared, attempts: Sequence[AttemptInfo], first: int, last: int) -> None:
     """The bits of another version are other ones by right (of a newer one the log is not even read)."""
-    by = [a for a in attempts if a.step < last]
+    ours, by = prepared.plan.config.numerics_version, [a for a in attempts if a.step < last]
     used = {a.n: a for step in (first + 1, last) if (a := computed_by(by, step)) is not None}
     for number, attempt in enumerate(attempts, 1):
         between = min(used) <= attempt.n <= max(used)
-        if between and attempt.numerics != NUMERICS_VERSION:
+        if between and attempt.numerics != ours:
             raise SpecError(
-                f"attempt {number} of {run} computed with numerics version {attempt.numerics}, this program has "
-                f"version {NUMERICS_VERSION}: the same step has other bits by right. Replay with the hotstage that "
-                "computed it, or take steps that an attempt of this version computed (hotstage runs show)"
+                f"attempt {number} of {prepared.run} computed with numerics version {attempt.numerics}, "
+                f"this program has version {ours}: the same step has other bits by right. Replay with the hotstage "
+                "that computed it, or take steps that an attempt of this version computed (hotstage runs show)"
             )
 
 

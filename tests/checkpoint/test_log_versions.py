@@ -74,7 +74,7 @@ def test_an_older_reader_refuses_what_it_must_not_ignore_in_a_record_a_fold_and_
 
 def test_states_without_such_records_stay_as_older_versions_read_them() -> None:
     log = RunLog(MemoryStore(), RUN, writer="d")
-    state = log.append("attempt", attempt_body(numerics=wire.NUMERICS_VERSION), log.fold())
+    state = log.append("attempt", attempt_body(numerics=wire.NUMERICS_F32), log.fold())
     state = log.append("checkpoint", point_body(3), state, epoch=1)
     assert [raw_map(log.store.get(keys.log_key(RUN, n)))["v"] for n in (1, 2)] == [1, 1]
     found = raw_map(state.to_bytes())
@@ -105,14 +105,14 @@ def test_bits_of_other_numerics_are_said_by_the_attempt_and_refused_by_who_does_
     state = log.append("attempt", attempt_body(), log.fold())  # of a version that did not say it
     state = log.append("checkpoint", point_body(3), state, epoch=1)
     with monkeypatch.context() as later:
-        later.setattr(wire, "NUMERICS_VERSION", 2)
-        state = log.append("attempt", attempt_body(2, 3, numerics=2), state)
+        later.setattr(wire, "NUMERICS_VERSION", 3)
+        state = log.append("attempt", attempt_body(2, 3, numerics=3), state)
         state = log.append("checkpoint", point_body(6, 3), state, epoch=3)
-        assert [state.numerics(c) for c in state.checkpoints] == [1, 2]
+        assert [state.numerics(c) for c in state.checkpoints] == [1, 3]
         assert log.fold() == state
     seen = log.fold()
     assert (seen.n, seen.newer) == (2, True)
-    with pytest.raises(OtherVersion, match="numerics has version 2, this hotstage reads version 1"):
+    with pytest.raises(OtherVersion, match="numerics has version 3, this hotstage reads versions 1 to 2"):
         seen.of_this_version()
 
 

@@ -232,17 +232,16 @@ def test_layers_computed_again_by_replicas(one_stage: Any, tmp_path: Path, sched
 
 
 def cpu_has(path: str) -> bool:
-    needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}[
-        path
-    ]
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": wide, "avx512_bf16": wide | {"avx512_bf16"}}[path]
     flags = Path("/proc/cpuinfo")
     return not needs or (flags.exists() and needs <= set(flags.read_text().split()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kernel_path", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("kernel_path", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets(one_stage: Any, tmp_path: Path, precision: str, kernel_path: str) -> None:
-    """One order of sums on all three: portable, AVX2 and AVX-512 give the same bits."""
+    """One order of sums on all four: portable, AVX2, AVX-512 and AVX-512 with BF16 give the same bits."""
     if not cpu_has(kernel_path):
         pytest.skip(f"this CPU lacks {kernel_path}")
     for model in MODELS:

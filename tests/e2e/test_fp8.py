@@ -74,6 +74,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("kernel_path", "parallel"),
     [
         ("avx512", {"stages": 1, "threads": 2}),
+        ("avx512_bf16", {"stages": 2, "schedule": "gpipe", "threads": 1}),
         ("avx2", {"stages": 2, "schedule": "gpipe", "threads": 2}),
         ("portable", {"stages": 4, "schedule": "1f1b", "threads": 1}),
         ("auto", {"stages": 4, "chunks": 2, "schedule": "interleaved-1f1b", "threads": 2}),
@@ -81,7 +82,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("auto", {"stages": 2, "schedule": "1f1b", "threads": 1, "recompute": "layer"}),
         ("auto", {"stages": 2, "schedule": "file:", "recompute": {"kind": "elementwise", "layers": 1}}),
     ],
-    ids=["threads", "gpipe", "1f1b", "interleaved", "split", "again", "split-again"],
+    ids=["threads", "words", "gpipe", "1f1b", "interleaved", "split", "again", "split-again"],
 )
 def test_equal_bits(plain: Any, tmp_path: Path, model: str, kernel_path: str, parallel: dict[str, Any]) -> None:
     path = kernel_path if kernel_path == "auto" or cpu_has(kernel_path) else "auto"

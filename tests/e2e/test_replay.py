@@ -292,7 +292,7 @@ def test_a_wish_to_stop_is_heard(trained: Trained, tmp_path: Path) -> None:
 def test_bits_of_another_version_are_not_compared(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.replay.replay.NUMERICS_VERSION", 2)
+    monkeypatch.setattr("trainer.wire.NUMERICS_F32", 2)
     with pytest.raises(SpecError, match=r"numerics version 1, this program has version 2: .* other bits by right"):
         replay_run(trained.store, trained.run, 0, 8, out=tmp_path)
 

@@ -42,11 +42,12 @@ void hs_test_normals(uint64_t seed, uint32_t tensor, uint32_t use, uint64_t firs
 const hs_kernel_set *hs_test_set(const char *name) {
     if (!strcmp(name, "ref")) return &hs_kernels_ref;
 #ifdef HS_TEST_CPU
-    static const char *const names[] = {"portable", "avx2", "avx512"};
-    for (uint32_t i = 0; i < 3; i++)
-        if (!strcmp(name, names[i])) {
+    static const uint32_t paths[] = {HS_PATH_PORTABLE, HS_PATH_AVX2, HS_PATH_AVX512,
+                                     HS_PATH_AVX512_BF16};
+    for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++)
+        if (!strcmp(name, hs_kernel_path_name(paths[i]))) {
             const hs_kernel_set *set = NULL;
-            (void)hs_kernels_pick(HS_PATH_PORTABLE + i, &set, NULL);
+            (void)hs_kernels_pick(paths[i], &set, NULL);
             return set;
         }
 #endif

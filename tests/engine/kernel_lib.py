@@ -40,6 +40,15 @@ CPU_PATHS: dict[str, list[str]] = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"],
+    "avx512_bf16": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mfma",
+        "-mavx2",
+    ],
 }
 SETS = ("ref", *CPU_PATHS)
 DTYPES = {"f32": wire.F32, "bf16": wire.BF16, "f64": wire.F64}

@@ -59,7 +59,7 @@ def stream(kernels: KernelLib, count: int, number: int) -> Array:
     ("name", "set_name", "rows", "out"),
     [
         ("SHEET_REF", "ref", ROWS, OUT),
-        *[("SHEET_FAST", name, ROWS, OUT) for name in ("portable", "avx2", "avx512")],
+        *[("SHEET_FAST", name, ROWS, OUT) for name in ("portable", "avx2", "avx512", "avx512_bf16")],
         ("SHEET_CUDA", "portable", 16, 64),
     ],
 )

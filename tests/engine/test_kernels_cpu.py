@@ -5,7 +5,8 @@ may be off by gamma_K = K 2^-24 times the sum of the terms' magnitudes; that sum
 absolute values, where the kernel is linear. Other kernels are compared with a stated fraction of the largest output.
 A result stored as bf16 may be the neighbour: 2^-7 relative more.
 
-Equality: portable, AVX2 and AVX-512; gcc and clang; 1, 2, 3 and 4 threads; a row alone or among others.
+Equality: portable, AVX2, AVX-512 without and with BF16; gcc and clang; 1, 2, 3 and 4 threads; a row alone or among
+others.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 
 from tests.engine.kernel_lib import (
+    CPU_PATHS,
     Array,
     KernelLib,
     acc_of,
     build,
     decode,
     encode,
+    to_bf16,
 )
 from tests.support.compilers import other_than
 from trainer import wire
@@ -400,17 +403,45 @@ def _fma32(a: Array, b: Array, c: Array) -> Array:
     return bits.view(np.float64).astype(np.float32)
 
 
+def _flushed(x: Array) -> Array:
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def _fma32_flushed(a: Array, b: Array, c: Array) -> Array:
+    """The same, where denormal operands and results are zero of their sign. What is denormal is said after rounding to
+    24 bits of whatever exponent: there the sum is computed 2^100 times as large.
+    """
+    a, b, c = _flushed(a), _flushed(b), _flushed(c)
+    small = np.abs(a.astype(np.float64) * b + c) < 2.0**-100
+    up = np.float32(2.0**50)
+    with np.errstate(over="ignore", invalid="ignore"):
+        large = _fma32(a * up, b * up, c * up * up)
+    low = np.where(np.abs(large) < 2.0**-26, np.copysign(np.float32(0), large), (large / up) / up)
+    return np.where(small, low, _fma32(a, b, c))
+
+
+def chain_of(a: Array, b: Array, start: Array, dtype: int) -> Array:
+    """gemm.h's contract: start[m, n] + a[m, k] times b[n, k], one fma after the other."""
+    k = a.shape[1]
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    order = list(range(k)) if dtype == wire.F32 else [i ^ 1 for i in range((k + 1) // 2 * 2)]
+    if k % 2:
+        a, b = (np.concatenate([x, np.zeros((len(x), 1), np.float32)], 1) for x in (a, b))
+    chain, fma = start, _fma32 if dtype == wire.F32 else _fma32_flushed
+    for i in order:
+        chain = fma(np.broadcast_to(a[:, i][:, None], start.shape), np.broadcast_to(b[:, i], start.shape), chain)
+    return chain
+
+
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
 def test_linear_is_one_chain(kernels: KernelLib, dtype: int) -> None:
     """The order contract of linear.h to the last bit: one fma chain, then bias, then residual, then one rounding."""
-    r, n, k = 14, 37, 801
+    r, n, k = 15, 37, 801
     rng = np.random.default_rng(5)
     x, w = (encode(rng.normal(size=s), dtype) for s in ((r, k), (n, k)))
     b, res = rng.normal(size=n).astype(np.float32), encode(rng.normal(size=(r, n)), dtype)
     xf, wf, rf = (decode(v, dtype).astype(np.float32) for v in (x, w, res))
-    chain = np.zeros((r, n), np.float32)
-    for i in range(k):
-        chain = _fma32(np.broadcast_to(xf[:, i : i + 1], (r, n)), np.broadcast_to(wf[:, i], (r, n)), chain)
+    chain = chain_of(xf, wf, np.zeros((r, n), np.float32), dtype)
     y = np.empty_like(res)
     fast = kernels.sets[-1]
     kernels.call("linear_fwd", dtype, [y, x, w, b, res], (r, n, k, n, k, n), set_name=fast, threads=2)
@@ -420,13 +451,41 @@ def test_linear_is_one_chain(kernels: KernelLib, dtype: int) -> None:
     df = decode(dy, dtype).astype(np.float32)
     dw = rng.normal(size=(n, k)).astype(np.float32)
     db = rng.normal(size=n).astype(np.float32)
-    want_w, want_b = dw.copy(), db.copy()
+    want_w, want_b = chain_of(df.T, xf.T, dw, dtype), db.copy()
     for i in range(r):
-        want_w = _fma32(np.broadcast_to(df[i][:, None], (n, k)), np.broadcast_to(xf[i], (n, k)), want_w)
         want_b = want_b + df[i]
     kernels.call("linear_wgrad", dtype, [dw, db, dy, x], (r, n, k, n, k), set_name=fast, threads=2)
     assert dw.tobytes() == want_w.tobytes()
     assert db.tobytes() == want_b.tobytes()
+
+
+def least_numbers(rng: np.random.Generator, shape: tuple[int, ...], low: int, high: int) -> Array:
+    """bf16 with exponents from low to high, and some that are denormal or zero, of both signs."""
+    x = np.ldexp(1 + rng.integers(0, 128, shape) / 128, rng.integers(low, high, shape))
+    x = np.where(rng.random(shape) < 0.1, rng.integers(0, 3, shape) * 2.0**-130, x)
+    return to_bf16((x * rng.choice([-1.0, 1.0], shape)).astype(np.float32))
+
+
+@pytest.mark.parametrize("set_name", list(CPU_PATHS))
+def test_denormal_numbers_of_bf16_products_are_zero(kernels: KernelLib, set_name: str) -> None:
+    """Sums about the least normal number, from old ones that are denormal too: what VDPBF16PS gives, on every path, and
+    the mode ends with the product.
+    """
+    if set_name not in kernels.sets:
+        pytest.skip(f"this CPU has no {set_name}")
+    rng = np.random.default_rng(12)
+    r, n, k = 33, 96, 200
+    dy, x = least_numbers(rng, (r, n), -70, -55), least_numbers(rng, (r, k), -75, -60)
+    dw = np.ldexp(rng.normal(size=(n, k)), rng.integers(-135, -120, (n, k))).astype(np.float32)
+    want = chain_of(decode(dy, wire.BF16).T, decode(x, wire.BF16).T, dw, wire.BF16)
+    kernels.call("linear_wgrad", wire.BF16, [dw, None, dy, x], (r, n, k, n, k), set_name=set_name)
+    assert dw.tobytes() == want.tobytes()
+    assert (np.abs(want) < 2.0**-120).any()
+    assert (np.float32(2.0**-130) * np.float32(2.0)) > 0, "the process's own mode is as it was"
+    dw, old = np.full((n, k), 2.0**-140, np.float32), np.full((n, k), 2.0**-140, np.float32)
+    zero = [np.zeros((r, n), np.float32), np.zeros((r, k), np.float32)]
+    kernels.call("linear_wgrad", wire.F32, [dw, None, *zero], (r, n, k, n, k), set_name=set_name)
+    assert dw.tobytes() == old.tobytes(), "products of float32 keep them"
 
 
 def _alone(
@@ -605,7 +664,7 @@ def test_in_place(kernels: KernelLib, dtype: int) -> None:
     assert out.tobytes() == res.tobytes()
 
 
-@pytest.mark.parametrize("set_name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("set_name", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_bf16_rounds_to_nearest_even(kernels: KernelLib, set_name: str) -> None:
     if set_name not in kernels.sets:
         pytest.skip(f"this CPU has no {set_name}")

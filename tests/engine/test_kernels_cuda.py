@@ -23,6 +23,7 @@ from tests.engine.test_kernels_cpu import (
     attention_cases,
     bits_by_chunk,
     head_in_parts,
+    least_numbers,
 )
 from trainer import wire
 
@@ -139,6 +140,18 @@ def test_odd_numbers(kernels: KernelLib, cuda: CudaLib, kernel: str, dtype: int)
             nan = np.isnan(decode(x, kind))
             assert np.array_equal(nan, np.isnan(decode(y, kind)))
             assert x[~nan].tobytes() == y[~nan].tobytes()
+
+
+def test_denormal_numbers_of_bf16_products_are_zero(kernels: KernelLib, cuda: CudaLib) -> None:
+    """As on CPUs, where sums are about the least normal number; the inner length is odd."""
+    rng = np.random.default_rng(13)
+    r, n, k = 13, 64, 65
+    dy, x = least_numbers(rng, (r, n), -70, -55), least_numbers(rng, (r, k), -75, -60)
+    old = np.ldexp(rng.normal(size=(n, k)), rng.integers(-135, -120, (n, k))).astype(np.float32)
+    ours, theirs = old.copy(), old.copy()
+    kernels.call("linear_wgrad", wire.BF16, [ours, None, dy, x], (r, n, k, n, k), set_name="portable")
+    cuda.call("linear_wgrad", wire.BF16, [theirs, None, dy, x], (r, n, k, n, k))
+    assert theirs.tobytes() == ours.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])

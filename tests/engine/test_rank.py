@@ -109,7 +109,7 @@ def test_lines_of_a_run(gang: Gang, tmp_path: Path) -> None:
     assert start["start_step"] == 0
     assert start["threads"] == 1
     assert start["arena_bytes"] == plan.positions[0].arena_bytes
-    assert start["kernel_path"] in ("portable", "avx2", "avx512")
+    assert start["kernel_path"] in ("portable", "avx2", "avx512", "avx512_bf16")
     assert (first["step"], first["tokens"], first["snapshot"], first["skipped"]) == (1, 4 * SEQUENCE, 0, 0)
     assert set(first["us"]) == {"F", "B", "opt", "send", "recv", "data", "snapshot"}
     assert sum(first["us"].values()) <= first["step_us"]

@@ -343,4 +343,5 @@ def _config(job: Job, dataset: DatasetRef, what_digest: bytes) -> Config:
         dataset_digest=bytes.fromhex(dataset.digest),
         what_digest=what_digest,
         reduction_groups=train.groups,
+        numerics_version=wire.NUMERICS_F32 if job.plan_dtype == wire.F32 else wire.NUMERICS_VERSION,
     )

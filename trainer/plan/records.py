@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.plan.places import Position, Stage
-from trainer.wire import NUMERICS_VERSION
+from trainer.wire import NUMERICS_F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +248,6 @@ class Config:
     dataset_digest: bytes
     what_digest: bytes
     reduction_groups: int = 1
-    numerics_version: int = NUMERICS_VERSION
+    numerics_version: int = NUMERICS_F32
     persist_every: int = 0
     lr_start: int = 0

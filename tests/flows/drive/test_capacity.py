@@ -19,7 +19,6 @@ from flows.drive.reconcile import Reconciler, target_of, wants_driver
 from flows.drive.run import attempt_body, fold_view, load_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details
-from trainer import wire
 from trainer.errors import PlanError
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 from trainer.spec import how_map, parse_spec
@@ -272,16 +271,21 @@ def test_an_order_for_a_cluster_wants_a_driver_also_where_its_command_died(place
 
 
 def test_a_run_of_older_numerics_goes_on_with_a_plan_of_this_one_and_says_so(
-    place: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An upgrade that changes bits strands no run: its record says from where on they are others."""
-    store, prepared = place
+    """An upgrade that changes bits strands no run: its record says from where on they are others. That of version 2
+    concerns bf16 and fp8 alone.
+    """
+    store, of_f32 = place
+    assert of_f32.plan.config.numerics_version == 1
+    data = {**SPEC["data"], "source": of_f32.spec.data.source}
+    spec = parse_spec({**SPEC, "train": {**SPEC["train"], "precision": "bf16"}, "data": data})
+    prepared = prepare_run(spec, store)
+    assert prepared.plan.config.numerics_version == 2
     log = RunLog(store, prepared.run)
     store.create(plan_key(prepared.run, "0" * 64), prepared.plan.to_bytes())
     body = attempt_body(prepared, "k1", {"checkpoint": None, "step": 0, "slots": None}, reason="start")
-    state = log.append("attempt", body | {"plan": "0" * 64}, log.fold())
-    monkeypatch.setattr(wire, "NUMERICS_VERSION", 2)
-    monkeypatch.setattr("flows.drive.run.NUMERICS_VERSION", 2)
+    state = log.append("attempt", body | {"plan": "0" * 64, "numerics": 1}, log.fold())
     driver = Driver(
         prepared, store, Cluster(), lambda ready, name, avoid: Launch(ready.run, name, 2, store.url, Path("out"))
     )

@@ -38,7 +38,7 @@ def plan_of(ranks: int, steps: int) -> PlanLayout:
         positions.append(PositionLayout(number, size, at, tuple(owned)))
     return PlanLayout(
         digest=hashlib.sha256(f"plan of {ranks}, {steps}".encode()).digest(), what_digest=WHAT, dataset_digest=DATASET,
-        replicas=1, steps=steps, numerics=wire.NUMERICS_VERSION, slots=SLOTS, batch=2, shards=(), token_bytes=2,
+        replicas=1, steps=steps, numerics=wire.NUMERICS_F32, slots=SLOTS, batch=2, shards=(), token_bytes=2,
         tensors=TENSORS, positions=tuple(positions),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-/* The seam of the kernels: one table of functions a set (ref, and the fast set compiled for three
+/* The seam of the kernels: one table of functions a set (ref, and the fast set compiled for four
  * instruction sets), indexed by HS_K_* of wire/kernels.h, which fixes operands, dims and reals.
  * kernels/<op>.h says what an op computes and in which order the sums are taken.
  *
@@ -44,9 +44,10 @@ typedef struct hs_kernel_set {
 
 extern const hs_kernel_set hs_kernels_ref; /* the oracle: double inside, any dtype, one thread */
 extern const hs_kernel_set
-    hs_kernels_portable; /* the fast set in plain C; same bits as the two below */
-extern const hs_kernel_set hs_kernels_avx2;   /* AVX2 and FMA */
-extern const hs_kernel_set hs_kernels_avx512; /* AVX-512 F, BW, DQ, VL */
+    hs_kernels_portable;                    /* the fast set in plain C; same bits as those below */
+extern const hs_kernel_set hs_kernels_avx2; /* AVX2 and FMA */
+extern const hs_kernel_set hs_kernels_avx512;      /* AVX-512 F, BW, DQ, VL */
+extern const hs_kernel_set hs_kernels_avx512_bf16; /* and BF16 */
 
 /* HS_PATH_* to its set on this CPU. HS_E_UNSUPPORTED: the CPU lacks it, it is one of CUDA devices, or
  * there is no such path; why names what to choose instead. */

@@ -6,7 +6,9 @@
  *          db[n]:   from the old value on, over rows ascending, + dy[r,n]
  *
  * The fast set takes each sum as one chain of fused multiply-adds in f32 (products are never
- * rounded), so the result does not depend on blocking, vector width or threads. ref sums in double.
+ * rounded), so the result does not depend on blocking, vector width or threads. In bf16 it goes
+ * through pairs of the inner index in ascending order, the odd one of a pair first, and denormal
+ * numbers count as zero (cpu/gemm.h). ref sums in double.
  * Activations have a leading dimension of their own (parts of a wider buffer); w and dw are dense.
  */
 #ifndef HS_KERNELS_LINEAR_H

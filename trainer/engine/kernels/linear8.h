@@ -8,7 +8,7 @@
  *
  * Both operands of each product have the index that is summed over side by side, which is the only
  * form that the tensor cores take FP8 in: hence the transposes. The fast set takes each sum as one
- * chain of fused multiply-adds in f32 from 0. ref sums in double.
+ * chain of fused multiply-adds in f32 from 0, in the order of bf16 (linear.h). ref sums in double.
  */
 #ifndef HS_KERNELS_LINEAR8_H
 #define HS_KERNELS_LINEAR8_H

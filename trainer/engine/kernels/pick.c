@@ -31,11 +31,18 @@ static bool has_avx2(void) {
 static bool has_avx512(void) {
     return has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL, 0xe6);
 }
+
+static bool has_avx512_bf16(void) {
+    uint32_t a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
+}
 #endif
 
 static const hs_kernel_set *set_of(uint32_t path) {
     if (path == HS_PATH_REF) return &hs_kernels_ref;
 #if defined(__x86_64__)
+    if ((path == HS_PATH_AVX512_BF16 || path == HS_PATH_AUTO) && has_avx512_bf16())
+        return &hs_kernels_avx512_bf16;
     if ((path == HS_PATH_AVX512 || path == HS_PATH_AUTO) && has_avx512()) return &hs_kernels_avx512;
     if ((path == HS_PATH_AVX2 || path == HS_PATH_AUTO) && has_avx2()) return &hs_kernels_avx2;
 #endif
@@ -60,10 +67,12 @@ hs_status hs_kernels_pick(uint32_t path, const hs_kernel_set **set, hs_why *why)
     *set = set_of(path);
     if (*set) return HS_OK;
     if (hs_kernel_path_is_cuda(path))
-        return hs_fail(why, HS_E_UNSUPPORTED,
-                       "kernel path %s runs on CUDA devices, and this rank runs on the CPU; choose "
-                       "launch.kernel_path auto, portable, avx2 or avx512, or run on a CUDA device",
-                       hs_kernel_path_name(path));
+        return hs_fail(
+            why, HS_E_UNSUPPORTED,
+            "kernel path %s runs on CUDA devices, and this rank runs on the CPU; choose "
+            "launch.kernel_path auto, portable, avx2, avx512 or avx512_bf16, or run on a "
+            "CUDA device",
+            hs_kernel_path_name(path));
     if (path >= HS_PATH_COUNT)
         return hs_fail(why, HS_E_UNSUPPORTED,
                        "there is no kernel path %" PRIu32 "; they are numbered from 0 to %d", path,

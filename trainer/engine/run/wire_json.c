@@ -154,6 +154,7 @@ void hs_wire_print(void) {
         N(HS_PHASES_MAX),
         N(HS_CYCLE_MAX),
         N(HS_NUMERICS_VERSION),
+        N(HS_NUMERICS_F32),
         N(HS_ATTEMPT_VERSION),
         N(HS_ATTEMPT_SKIPS_MAX),
         N(HS_ATTEMPT_RATES_MAX),

@@ -23,8 +23,10 @@
 #define HS_PLAN_PLAIN   2u /* of one without, HS_SECTIONS_PLAIN of them */
 /* What the bits of a step mean: one spec gives equal bits in all engines of one number. Plans,
  * attempts and manifests say it; a change of a kernel, of a sum's order or of a generator that
- * makes golden digests differ raises it. */
-#define HS_NUMERICS_VERSION 1u
+ * makes golden digests differ raises it, for the precisions that it concerns. Version 2: products of
+ * bf16 and FP8 add in pairs (kernels/linear.h). */
+#define HS_NUMERICS_VERSION 2u
+#define HS_NUMERICS_F32     1u /* of plans of float32 */
 
 enum {
     HS_SECTION_CONFIG = 0, /* one hs_plan_config */

@@ -1,13 +1,16 @@
 /* Matrix product of the fast set: C[m,n] = start + sum over k of A[m,k] B[n,k], packed and
  * register-tiled.
  *
- * Order contract: every element of C is ONE chain of fma over k ascending, from 0 or from the old
- * C. Tiles, blocks of k (the f32 accumulator is carried between them exactly), remainders and
- * threads do not show in the result. bf16 and FP8 operands are widened while they are packed, which
- * is exact.
+ * Order contract: every element of C is ONE chain of fma, from 0 or from the old C, over k
+ * ascending where an operand is f32. Where both are bf16 or FP8 (which bf16 holds exactly) k goes in
+ * pairs, the odd one first: c = fma(a[2p], b[2p], fma(a[2p+1], b[2p+1], c)), an odd k being padded
+ * with +0, and denormals count as zero of their sign: in operands, in c, and as results. That is
+ * VDPBF16PS, which the path avx512_bf16 computes it with; the others do it by two fma each in the
+ * processor's own mode for that (flush.h). Tiles, blocks of k (the f32 accumulator is carried
+ * between them exactly), remainders and threads do not show in the result.
  *
- * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width], so that the
- * micro kernel streams. A worker packs the B of its columns once for all rows (it fits PACK_B
+ * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width] of f32, so that
+ * the micro kernel streams; avx512_bf16 packs pairs as words, [pair][width], the odd one above. A worker packs the B of its columns once for all rows (it fits PACK_B
  * unless k is huge), and A once for every block of columns. Measured figures: docs/, from
  * tests/bench/bench_kernels.py.
  */
@@ -16,9 +19,17 @@
 
 #include "core/ints.h"
 #include "core/threads.h"
+#include "kernels/cpu/flush.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/cpu/vec_fp8.h"
 #include "kernels/kernels.h"
+
+/* Whether a pair of bf16 is one word and one instruction. */
+#if HS_VEC == 2 && defined(__AVX512BF16__)
+#define HS_DOT 1
+#else
+#define HS_DOT 0
+#endif
 
 #if HS_VEC == 2
 #define MR 12 /* 24 accumulators + 2 of B + 1 of A of 32 registers */
@@ -52,7 +63,10 @@ typedef struct side {
 
 /* -------------------- elements of a side, dt being a constant wherever these are inlined */
 
+enum { SIDE_WORDS = -1 }; /* 32 bf16, as 16 words; for transpose16 */
+
 VINLINE vf side_load_n(const void *p, int64_t at, int64_t n, int dt) {
+    if (dt == SIDE_WORDS) return v_load((const float *)(const void *)((const bf16 *)p + at));
     if (dt == HS_E4M3 || dt == HS_E5M2)
         return v_from_fp8(vi_load_bytes_n((const uint8_t *)p + at, n), dt == HS_E5M2);
     return v_load_dt_n(p, at, n, dt);
@@ -214,6 +228,18 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
 }
 #endif
 
+/* -------------------- pairs */
+
+static int in_pairs(const side *a, const side *b) {
+    return a->dt != HS_F32 && b->dt != HS_F32;
+}
+
+/* How long a packed panel is that holds kn of k. */
+static int64_t packed_length(int64_t kn, int pairs) {
+    int64_t padded = pairs ? (kn + 1) / 2 * 2 : kn;
+    return pairs && HS_DOT ? padded / 2 : padded;
+}
+
 /* -------------------- packing */
 
 /* dst[k * width + i] = s(first + i, k0 + k) for i < n, 0 for n <= i < 16; k < kn. Lanes beyond a
@@ -250,42 +276,126 @@ VINLINE void pack16(float *dst, int64_t width, const side *s, int64_t first, int
     }
 }
 
+#if HS_DOT
+/* Two rows of numbers that bf16 holds, as words. */
+VINLINE vf words_of(vf even, vf odd) {
+    return v_from_bits(vi_or(v_bits(odd), vi_shr(v_bits(even), 16)));
+}
+
+/* pack16 for pairs of k. */
+VINLINE void pack16_pairs(float *dst, int64_t width, const side *s, int64_t first, int64_t n,
+                          int64_t rows, int64_t k0, int64_t kn, int dt) {
+    const char *base = (const char *)s->p + (first * s->row + k0 * s->col) * side_size(dt);
+    int64_t k = 0;
+    if (s->row == 1 && s->col != 1) {
+        int64_t take = width < LANES && first + LANES <= rows ? LANES : n;
+        for (; k + 1 < kn; k += 2, dst += width)
+            v_store(dst, words_of(side_load_n(base, k * s->col, take, dt),
+                                  side_load_n(base, (k + 1) * s->col, take, dt)));
+        if (k < kn) v_store(dst, words_of(side_load_n(base, k * s->col, take, dt), v_zero()));
+        return;
+    }
+    float t[2 * LANES * LANES], turned[LANES * LANES];
+    if (s->col == 1 && dt == HS_BF16) { /* words as they lie there */
+        if (n == LANES || (width < LANES && first + LANES <= rows))
+            for (; k + 2 * LANES <= kn; k += 2 * LANES, dst += LANES * width)
+                transpose16(dst, width, base + k * 2, s->row, SIDE_WORDS);
+        for (; k < kn; k += 2 * LANES) {
+            int64_t left = hs_min(kn - k, 2 * LANES), words = (left + 1) / 2;
+            for (int64_t i = 0; i < LANES; i++)
+                v_store(t + i * LANES, i < n
+                                           ? v_from_bits(_mm512_maskz_loadu_epi16(
+                                                 (__mmask32)((UINT64_C(1) << left) - 1),
+                                                 (const bf16 *)(const void *)base + i * s->row + k))
+                                           : v_zero());
+            transpose16(turned, LANES, t, LANES, HS_F32);
+            for (int64_t j = 0; j < words; j++, dst += width)
+                v_store(dst, v_load(turned + j * LANES));
+        }
+        return;
+    }
+    for (; k < kn; k += 2 * LANES) { /* by way of f32 */
+        int64_t left = hs_min(kn - k, 2 * LANES);
+        pack16(t, LANES, s, first, n, rows, k0 + k, left, dt);
+        if (left % 2) v_store(t + left * LANES, v_zero());
+        for (int64_t j = 0; j < left; j += 2, dst += width)
+            v_store(dst, words_of(v_load(t + j * LANES), v_load(t + (j + 1) * LANES)));
+    }
+}
+#endif
+
+/* One of the two, by what the product needs. */
+VINLINE void pack16_as(float *dst, int64_t width, const side *s, int64_t first, int64_t n,
+                       int64_t rows, int64_t k0, int64_t kn, int pairs, int dt) {
+#if HS_DOT
+    if (pairs) {
+        pack16_pairs(dst, width, s, first, n, rows, k0, kn, dt);
+        return;
+    }
+#endif
+    pack16(dst, width, s, first, n, rows, k0, kn, dt);
+    if (pairs && kn % 2) /* the surplus lanes of a narrow panel: the room behind it, or the next */
+        v_store(dst + kn * width, v_zero());
+}
+
 VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
-                       int64_t kn, int dt) {
+                       int64_t kn, int pairs, int dt) {
     for (int64_t i = 0; i < m; i += MR) {
         int64_t n = hs_min(MR, m - i);
-        pack16(dst + i * kn, n, a, i0 + i, n, rows, k0, kn, dt);
+        pack16_as(dst + i * packed_length(kn, pairs), n, a, i0 + i, n, rows, k0, kn, pairs, dt);
     }
 }
 
 /* Rows [i0, i0 + m) of A (which has `rows` rows) and k in [k0, k0 + kn), in panels of MR rows. */
+static void pack_a_as(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
+                      int64_t kn, int pairs) {
+    BY_SIDE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn, pairs);
+}
 static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
                    int64_t kn) {
-    BY_SIDE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn);
+    pack_a_as(dst, a, i0, m, rows, k0, kn, 0);
 }
 
 VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
-                       int64_t kn, int dt) {
+                       int64_t kn, int pairs, int dt) {
     for (int64_t j = 0; j < n; j += NR)
         for (int64_t l = 0; l < NR && j + l < n; l += LANES)
-            pack16(dst + j * kn + l, NR, b, j0 + j + l, hs_min(LANES, n - j - l), rows, k0, kn, dt);
+            pack16_as(dst + j * packed_length(kn, pairs) + l, NR, b, j0 + j + l,
+                      hs_min(LANES, n - j - l), rows, k0, kn, pairs, dt);
 }
 
 /* The same for B, in panels of NR, padded with zero to a multiple of 16. */
+static void pack_b_as(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
+                      int64_t kn, int pairs) {
+    BY_SIDE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn, pairs);
+}
 static void pack_b(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
                    int64_t kn) {
-    BY_SIDE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn);
+    pack_b_as(dst, b, j0, n, rows, k0, kn, 0);
 }
 
 /* -------------------- micro kernel */
 
 #define ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
+/* How a panel's rows are added, one after the other. */
+enum { IN_TURN, ODD_FIRST, WORDS };
+
+VINLINE vf v_dot(vf words_a, vf words_b, vf c) {
+#if HS_DOT
+    return _mm512_dpbf16_ps(c, (__m512bh)words_a, (__m512bh)words_b);
+#else
+    (void)words_a, (void)words_b;
+    return c;
+#endif
+}
+
 /* c[i * ldc + j] = (load ? c : 0) + chain over k < kn of a[k * mr + i] b[k * NR + j], i < mr, j < n
- * <= 16 nv. mr and nv are constants where this is inlined. */
-VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, const float *b,
-                        float *c, int64_t ldc, int64_t n, int load) {
-#define DECLARE(i) vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
+ * <= 16 nv. mr, nv and how are constants where this is inlined. */
+VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, const float *a,
+                        const float *b, float *c, int64_t ldc, int64_t n, int load) {
+#define ADD(x, b, c) c = how == WORDS ? v_dot(x, b, c) : v_fma(x, b, c)
+#define DECLARE(i)   vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
 #define FETCH(i)                                                                                   \
     if (i < mr) {                                                                                  \
         c##i##_0 = v_load_n(c + i * ldc, n);                                                       \
@@ -293,9 +403,9 @@ VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, 
     }
 #define STEP(i)                                                                                    \
     if (i < mr) {                                                                                  \
-        vf x = v_set1(a[i]);                                                                       \
-        c##i##_0 = v_fma(x, b0, c##i##_0);                                                         \
-        if (nv > 1) c##i##_1 = v_fma(x, b1, c##i##_1);                                             \
+        vf x = v_set1(a[at * mr + i]);                                                             \
+        ADD(x, b0, c##i##_0);                                                                      \
+        if (nv > 1) ADD(x, b1, c##i##_1);                                                          \
     }
 #define PUT(i)                                                                                     \
     if (i < mr) {                                                                                  \
@@ -306,14 +416,17 @@ VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, 
     if (load) {
         ROWS_OF_TILE(FETCH)
     }
-    for (int64_t k = 0; k < kn; k++) {
-        vf b0 = v_load(b), b1 = nv > 1 ? v_load(b + LANES) : b0;
-        ROWS_OF_TILE(STEP)
-        (void)b1;
-        a += mr;
-        b += NR;
+    for (int64_t k = 0; k < kn; k += how == ODD_FIRST ? 2 : 1) {
+        for (int at = how == ODD_FIRST; at >= 0; at--) {
+            vf b0 = v_load(b + at * NR), b1 = nv > 1 ? v_load(b + at * NR + LANES) : b0;
+            ROWS_OF_TILE(STEP)
+            (void)b1;
+        }
+        a += how == ODD_FIRST ? 2 * mr : mr;
+        b += how == ODD_FIRST ? 2 * NR : NR;
     }
     ROWS_OF_TILE(PUT)
+#undef ADD
 #undef DECLARE
 #undef FETCH
 #undef STEP
@@ -323,15 +436,16 @@ VINLINE void micro_tile(const int mr, const int nv, int64_t kn, const float *a, 
 typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,
                          int64_t n, int load);
 
-#define MICRO(mr)                                                                                  \
-    static void micro_##mr##_1(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,  \
-                               int64_t n, int load) {                                              \
-        micro_tile(mr, 1, kn, a, b, c, ldc, n, load);                                              \
-    }                                                                                              \
-    static __attribute__((unused)) void micro_##mr##_2(                                            \
-        int64_t kn, const float *a, const float *b, float *c, int64_t ldc, int64_t n, int load) {  \
-        micro_tile(mr, NR / LANES, kn, a, b, c, ldc, n, load);                                     \
+#define MICRO_OF(name, mr, nv, how)                                                                \
+    static __attribute__((unused)) void name(int64_t kn, const float *a, const float *b, float *c, \
+                                             int64_t ldc, int64_t n, int load) {                   \
+        micro_tile(mr, nv, how, kn, a, b, c, ldc, n, load);                                        \
     }
+#define MICRO(mr)                                                                                  \
+    MICRO_OF(micro_##mr##_1, mr, 1, IN_TURN)                                                       \
+    MICRO_OF(micro_##mr##_2, mr, NR / LANES, IN_TURN)                                              \
+    MICRO_OF(pairs_##mr##_1, mr, 1, HS_DOT ? WORDS : ODD_FIRST)                                    \
+    MICRO_OF(pairs_##mr##_2, mr, NR / LANES, HS_DOT ? WORDS : ODD_FIRST)
 MICRO(1)
 MICRO(2)
 MICRO(3)
@@ -349,30 +463,38 @@ MICRO(11)
 MICRO(12)
 #endif
 #undef MICRO
+#undef MICRO_OF
 
-static const micro_fn micro[MR + 1][2] = {
-    {NULL, NULL},
-    {micro_1_1, micro_1_2},
-    {micro_2_1, micro_2_2},
-    {micro_3_1, micro_3_2},
-    {micro_4_1, micro_4_2},
+#define BOTH(mr)                                                                                   \
+    {                                                                                              \
+        {micro_##mr##_1, micro_##mr##_2},                                                          \
+        {pairs_##mr##_1, pairs_##mr##_2},                                                          \
+    }
+/* by rows, whether in pairs, and whether wider than a vector */
+static const micro_fn micro[MR + 1][2][2] = {
+    {{NULL, NULL}, {NULL, NULL}},
+    BOTH(1),
+    BOTH(2),
+    BOTH(3),
+    BOTH(4),
 #if MR > 4
-    {micro_5_1, micro_5_2},
-    {micro_6_1, micro_6_2},
+    BOTH(5),
+    BOTH(6),
 #endif
 #if MR > 6
-    {micro_7_1, micro_7_2},
-    {micro_8_1, micro_8_2},
-    {micro_9_1, micro_9_2},
-    {micro_10_1, micro_10_2},
-    {micro_11_1, micro_11_2},
-    {micro_12_1, micro_12_2},
+    BOTH(7),
+    BOTH(8),
+    BOTH(9),
+    BOTH(10),
+    BOTH(11),
+    BOTH(12),
 #endif
 };
+#undef BOTH
 
-/* c[m, n] (f32, rows ldc apart) from packed panels. */
-static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
-                            float *c, int64_t ldc, int load) {
+/* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. */
+static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
+                            const float *b, float *c, int64_t ldc, int load) {
     for (int64_t j = 0; j < n; j += NR) {
         int64_t nn = hs_min(NR, n - j);
         for (int64_t i = 0; i < m; i += MR) {
@@ -381,9 +503,25 @@ static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, co
                 __builtin_prefetch(c + r * ldc + j, 1);
                 __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
             }
-            micro[mr][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn, load);
+            micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn,
+                                         load);
         }
     }
+}
+
+/* Of numbers added in turn. */
+static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
+                            float *c, int64_t ldc, int load) {
+    multiply_panels(m, n, kn, 0, a, b, c, ldc, load);
+}
+
+/* Of pairs: kn is their packed length. VDPBF16PS does not ask for the mode. */
+static __attribute__((noinline)) void multiply_pairs(int64_t m, int64_t n, int64_t kn,
+                                                     const float *a, const float *b, float *c,
+                                                     int64_t ldc, int load) {
+    const flush_mode before = HS_DOT ? 0 : flush_begin();
+    multiply_panels(m, n, kn, 1, a, b, c, ldc, load);
+    if (!HS_DOT) flush_end(before);
 }
 
 /* -------------------- driver */
@@ -428,9 +566,12 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
                          int64_t n) {
     float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
     int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
-    int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, KC));
+    const int pairs = in_pairs(&g->a, &g->b);
+    int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, pairs && HS_DOT ? 2 * KC : KC));
+    if (pairs) kc = (kc + 1) / 2 * 2;
+    const int64_t packed_k = packed_length(g->k, pairs);
     int64_t wide = hs_ceil_div(n, NR) * NR;
-    int keep_b = i1 - i0 > MC && wide * g->k <= PACK_B;
+    int keep_b = i1 - i0 > MC && wide * packed_k <= PACK_B;
     int64_t row_blocks = hs_ceil_div(i1 - i0, MC);
     int64_t mc = hs_ceil_div(hs_ceil_div(i1 - i0, row_blocks), MR) * MR;
     for (int64_t i = i0; i < i1; i += mc) {
@@ -439,10 +580,11 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
         int64_t ldc = direct ? g->ld_out : wide;
         for (int64_t k = 0; k < g->k; k += kc) {
             int64_t kn = hs_min(kc, g->k - k);
-            float *b = keep_b ? pb + wide * k : pb;
-            if (!keep_b || i == i0) pack_b(b, &g->b, j0, n, g->n, k, kn);
-            pack_a(pa, &g->a, i, m, g->m, k, kn);
-            multiply_packed(m, n, kn, pa, b, c, ldc, k > 0 || g->from_old);
+            float *b = keep_b ? pb + wide * packed_length(k, pairs) : pb;
+            if (!keep_b || i == i0) pack_b_as(b, &g->b, j0, n, g->n, k, kn, pairs);
+            pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
+            (pairs ? multiply_pairs : multiply_packed)(m, n, packed_length(kn, pairs), pa, b, c,
+                                                       ldc, k > 0 || g->from_old);
         }
         if (!direct) BY_DTYPE(g->dt_out, finish_dt, g, pc, ldc, i, m, j0, n);
     }
@@ -451,13 +593,14 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
 static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gemm_job *job = ctx;
     const gemm *g = job->g;
+    const int64_t packed_k = packed_length(g->k, in_pairs(&g->a, &g->b));
     float *scratch = job->scratch + (int64_t)worker * WORKER_FLOATS;
     for (int64_t cell = begin; cell < end; cell++) {
         int64_t i0 = cell / job->split_n * job->each_m, j0 = cell % job->split_n * job->each_n;
         int64_t i1 = hs_min(g->m, i0 + job->each_m), j1 = hs_min(g->n, j0 + job->each_n);
         if (i0 >= i1 || j0 >= j1) continue;
         /* as many columns at once as keep B packed across the blocks of rows, 256 at least */
-        int64_t nc = hs_min(NC_MAX, hs_max(256, PACK_B / hs_max(1, g->k) / NR * NR));
+        int64_t nc = hs_min(NC_MAX, hs_max(256, PACK_B / hs_max(1, packed_k) / NR * NR));
         if (i1 - i0 <= MC) nc = NC_MAX;
         nc = hs_ceil_div(hs_ceil_div(j1 - j0, hs_ceil_div(j1 - j0, nc)), NR) * NR;
         for (int64_t j = j0; j < j1; j += nc)

@@ -1,4 +1,4 @@
-/* One virtual vector of 16 f32 lanes, the same in all three builds: a zmm, two ymm, or
+/* One virtual vector of 16 f32 lanes, the same in all builds: a zmm, two ymm, or
  * four of the compiler's own small vectors.
  *
  * Everything that the fast kernels compute is written with these functions, each of which is one
@@ -20,13 +20,15 @@
 
 #include "wire/kernels.h"
 
-#define HS_VEC_PATH_portable 0
-#define HS_VEC_PATH_avx2     1
-#define HS_VEC_PATH_avx512   2
-#define HS_VEC_CAT2(a, b)    a##b
-#define HS_VEC_CAT(a, b)     HS_VEC_CAT2(a, b)
+#define HS_VEC_PATH_portable    0
+#define HS_VEC_PATH_avx2        1
+#define HS_VEC_PATH_avx512      2
+#define HS_VEC_PATH_avx512_bf16 2
+#define HS_VEC_CAT2(a, b)       a##b
+#define HS_VEC_CAT(a, b)        HS_VEC_CAT2(a, b)
 #ifndef HS_PATH
-#error "compile kernels/cpu/all.c with -DHS_PATH=portable, avx2 or avx512 (see its first comment)"
+#error                                                                                             \
+    "compile kernels/cpu/all.c with -DHS_PATH=portable, avx2, avx512 or avx512_bf16 (see its first comment)"
 #endif
 #define HS_VEC HS_VEC_CAT(HS_VEC_PATH_, HS_PATH)
 

@@ -1,8 +1,9 @@
 /* C[m,n] = start + sum over k of A[m,k] B[n,k]: the fallback for products, plain and sure. A tensor
  * core path through cuBLASLt comes beside it and will be a family of bits of its own.
  *
- * Order: every element is one chain of fma over k ascending in f32, as kernels/cpu/gemm.h has it:
- * the same bits. Then bias, residual, old value, one rounding.
+ * Order: every element is one chain of fma in f32, as kernels/cpu/gemm.h has it: over k ascending,
+ * or, of operands narrower than f32, in pairs of k, the odd one first, denormal numbers counting as
+ * zero: the same bits. Then bias, residual, old value, one rounding.
  *
  * A block makes GEMM_TILE x GEMM_TILE of C with 256 threads, a thread 4 x 4.
  */
@@ -50,8 +51,27 @@ HS_DEVICE void gemm_fetch(gemm_panel &panel, const gemm_side<T> &s, int64_t firs
     }
 }
 
+/* fma where denormal operands and results are zero of their sign. What is denormal is said after
+ * rounding to 24 bits, as x86 has it: below 2^-126 - 2^-151. */
+HS_DEVICE float fma_flushed(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    float sum;
+    asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
+    return sum;
+#else
+    const auto zeroed = [](float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; };
+    a = zeroed(a), b = zeroed(b), c = zeroed(c);
+    const float sum = fmaf(a, b, c);
+    if (!(fabsf(sum) <= 0x1p-126f)) return sum;
+    /* near the edge: the product is exact in double, and so is the sum but for bits far below */
+    const double exact = (double)a * (double)b + (double)c;
+    return fabs(exact) < 0x1p-126 - 0x1p-151 ? copysignf(0.0f, sum) : sum;
+#endif
+}
+
 template <typename I, typename O, typename J>
 __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O, J> g, int64_t tiles_n) {
+    constexpr bool pairs = sizeof(I) < sizeof(float) && sizeof(J) < sizeof(float);
     HS_SHARED(gemm_panel, a, );
     HS_SHARED(gemm_panel, b, );
     const int64_t i0 = blockIdx.x / tiles_n * GEMM_TILE, j0 = blockIdx.x % tiles_n * GEMM_TILE;
@@ -67,12 +87,15 @@ __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O, J> g,
         gemm_fetch(b, g.b, j0, g.n, k0, g.k);
         __syncthreads();
         const int kn = (int)min64(GEMM_K, g.k - k0);
-        for (int k = 0; k < kn; k++)
+        for (int at = 0; at < (pairs ? (kn + 1) / 2 * 2 : kn); at++) {
+            const int k = pairs ? at ^ 1 : at; /* an odd kn ends on a panel's zeros */
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    c[i][j] = v_fma(a[k][ti + i], b[k][tj + 16 * j], c[i][j]);
+                    c[i][j] = pairs ? fma_flushed(a[k][ti + i], b[k][tj + 16 * j], c[i][j])
+                                    : v_fma(a[k][ti + i], b[k][tj + 16 * j], c[i][j]);
+        }
         __syncthreads();
     }
 #pragma unroll

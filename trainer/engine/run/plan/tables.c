@@ -17,13 +17,14 @@ static bool is_in(double x, double low, double high) {
 static hs_status check_config_numbers(hs_plan_checker *c) {
     const hs_plan_config *g = c->plan->config;
     const int64_t most = INT64_C(1) << 31;
+    const uint32_t numerics = g->dtype == HS_F32 ? HS_NUMERICS_F32 : HS_NUMERICS_VERSION;
     const bool train = g->mode == HS_MODE_TRAIN;
     const struct {
         const char *name;
         int64_t value, low, high;
     } ranges[] = {
         {"mode", g->mode, HS_MODE_TRAIN, HS_MODE_INFER},
-        {"numerics_version", g->numerics_version, HS_NUMERICS_VERSION, HS_NUMERICS_VERSION},
+        {"numerics_version", g->numerics_version, numerics, numerics},
         {"dtype", g->dtype, HS_F32, HS_FP8},
         {"positions", g->positions, 1, train ? 65536 : 1},
         {"replicas", g->replicas, 1, train ? 65536 : 1},
