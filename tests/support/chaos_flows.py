@@ -112,6 +112,11 @@ class Scene:
         sets = ["--set", "parallel.stages=1", "--set", "name='often'"]
         self.schedule = self.hotstage("schedule", "spec.toml", "--interval", "2", *sets)
 
+    def keep_schedule(self) -> None:
+        """As an init system does: one that came while the server was away has refused to begin."""
+        if self.schedule is not None and self.schedule.poll() is not None:
+            self.start_schedule()
+
     # --- what is seen ---------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -164,7 +169,12 @@ class Scene:
 
     def kill_one(self, victim: str) -> None:
         rng = self.rng
-        wait_for(lambda: self.going() is not None, "a run that trains", PATIENCE_S)
+
+        def trains() -> bool:
+            self.keep_schedule()
+            return self.going() is not None
+
+        wait_for(trains, "a run that trains", PATIENCE_S)
         time.sleep(rng.uniform(0.0, 1.5))
         run = self.going()
         how = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
@@ -205,6 +215,7 @@ class Scene:
         began = time.monotonic()
 
         def driven() -> bool:
+            self.keep_schedule()
             ended = RunLog(self.store, run).fold().ended
             return ended is not None or self.driver_of(run) is not None
 
