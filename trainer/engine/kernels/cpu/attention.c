@@ -13,6 +13,9 @@
  * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or dy is not
  * finite: 0 times that is NaN, so such a number also shows in earlier rows of the same tile).
  *
+ * Tiles of scores lie turned, keys as rows: what is done to a row of the mathematics is done to 16 of
+ * them side by side, and p is packed without a transposition.
+ *
  * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk
  * and dv. Backward goes over tiles of keys (outside) and rows (inside): dk and dv of the tile are
  * finished in it, the running dq of every row of the group's heads waits in the scratch. Where
@@ -38,13 +41,13 @@ typedef struct attention_scratch {
     float sum0[WIDE * HEAD_PAD], sum1[WIDE * HEAD_PAD]; /* running sums */
     float top[WIDE], total[WIDE];
     float keys[WIDE * HEAD_PAD]; /* a tile's keys, packed by row */
-    float dq[];                  /* running sums of a group's heads */
+    float rest[]; /* forward: a head's keys and values, packed; backward: dq of a group's heads */
 } attention_scratch;
 
 _Static_assert(sizeof(attention_scratch) <= (size_t)WORKER_FLOATS * sizeof(float),
                "scratch of a worker");
 
-#define DQ_FLOATS ((int64_t)WORKER_FLOATS - (int64_t)(sizeof(attention_scratch) / sizeof(float)))
+#define REST_FLOATS ((int64_t)WORKER_FLOATS - (int64_t)(sizeof(attention_scratch) / sizeof(float)))
 
 /* What both directions share of their arguments, and the arguments of the one that runs. */
 typedef struct attention_job {
@@ -107,59 +110,93 @@ static void scores(float *tile, const float *packed_rows, const float *packed_co
 
 /* -------------------- forward */
 
-/* Row i of a tile of scores, of which `valid` keys of n are not masked: turned into p in place. */
-static void softmax_row(attention_scratch *s, int64_t i, int64_t valid, float scale, float *o,
-                        int64_t D) {
-    float *z = s->score + i * KEYS;
-    const vf sv = v_set1(scale), low = v_set1(-__builtin_inff());
-    vf best = v_set1(s->top[i]), sum = v_zero();
-    for (int64_t u = 0; u < KEYS; u += LANES) {
-        vf x = v_mul(v_load(z + u), sv);
-        if (u + LANES > valid)
-            x = v_select_lt(v_count_from((float)u), v_set1((float)valid), x, low);
-        best = v_max(best, x);
-        v_store(z + u, x);
+/* Queries [i, i + LANES) of a tile of scores, turned (rows are keys, columns queries): a vector has
+ * a key's score of each, and becomes its p in place. Query i + l sees keys up to seen + l. shrink:
+ * what the sums so far are to be multiplied with. */
+static void softmax_columns(attention_scratch *s, int64_t i, int64_t keys, int64_t seen,
+                            float scale, float *shrink) {
+    float *z = s->score + i;
+    const vf sv = v_set1(scale), low = v_set1(-__builtin_inff()), lane = v_count_from(0.0f);
+    const vf old = v_load(s->top + i);
+    vf top = old, part[LANES];
+    for (int64_t u = 0; u < keys; u++) {
+        vf x = v_mul(v_load(z + u * WIDE), sv);
+        if (u > seen) x = v_select_lt(lane, v_set1((float)(u - seen)), low, x);
+        top = v_max(top, x);
+        v_store(z + u * WIDE, x);
     }
-    float top = v_max_lanes(best);
-    vf tv = v_set1(top);
-    for (int64_t u = 0; u < KEYS; u += LANES) {
-        vf p = v_exp(v_sub(v_load(z + u), tv));
-        sum = v_add(sum, p);
-        v_store(z + u, p);
+    for (int64_t l = 0; l < LANES; l++) {
+        part[l] = v_zero();
+        for (int64_t u = l; u < keys; u += LANES) {
+            vf p = v_exp(v_sub(v_load(z + u * WIDE), top));
+            part[l] = v_add(part[l], p);
+            v_store(z + u * WIDE, p);
+        }
     }
-    if (top != s->top[i]) { /* else the factor is exactly 1 */
-        float shrink = exp1_f32(s->top[i] - top);
-        s->total[i] = s->total[i] * shrink;
-        for (int64_t d = 0; d < D; d += LANES)
-            v_store_n(o + d, v_mul(v_load_n(o + d, D - d), v_set1(shrink)), D - d);
-        s->top[i] = top;
-    }
-    s->total[i] = s->total[i] + v_sum(sum);
+    for (int64_t step = LANES / 2; step; step /= 2)
+        for (int64_t l = 0; l < step; l++) part[l] = v_add(part[l], part[l + step]);
+    vf factor = v_exp(v_sub(old, top)); /* exactly 1 where the maximum stays */
+    v_store(shrink, factor);
+    v_store(s->total + i, v_add(v_mul(v_load(s->total + i), factor), part[0]));
+    v_store(s->top + i, top);
 }
 
-static void attention_fwd_head(const attention_job *j, attention_scratch *s, int64_t b, int64_t h) {
+/* The keys and values of a head, packed by blocks of KEYS, where they fit the scratch: one head of
+ * many may use them. Else NULL. */
+static const float *packed_head(attention_scratch *s, const attention_job *j, const side *k_d,
+                                const side *v_row, const float **values) {
+    const int64_t T = j->T, D = j->D, wide = hs_ceil_div(D, NR) * NR;
+    const int64_t blocks = hs_ceil_div(T, KEYS);
+    float *keys = s->rest, *at = keys + blocks * KEYS * D + 64;
+    if (blocks * KEYS * (D + wide) + 64 > REST_FLOATS) return NULL;
+    for (int64_t k0 = 0; k0 < T; k0 += KEYS) {
+        pack_a(keys + k0 * D, k_d, k0, hs_min(KEYS, T - k0), T, 0, D);
+        pack_b(at + k0 * wide, v_row, 0, D, D, k0, hs_min(KEYS, T - k0));
+    }
+    *values = at;
+    return keys;
+}
+
+static void attention_fwd_head(const attention_job *j, attention_scratch *s, int64_t b, int64_t h,
+                               const float *keys_packed, const float *values_packed) {
     const hs_attention_fwd_args *a = j->fwd;
-    const int64_t T = j->T, D = j->D, kv = h / (j->H / j->G);
+    const int64_t T = j->T, D = j->D, kv = h / (j->H / j->G), wide = hs_ceil_div(D, NR) * NR;
     head o = head_of(j, a->y, a->ldy, b, h), q = head_of(j, a->q, a->ldq, b, h);
     head k = head_of(j, a->k, a->ldk, b, kv), v = head_of(j, a->v, a->ldv, b, kv);
     float *lse = (float *)a->lse + (b * j->H + h) * T;
     side q_d = inner_d(q), k_d = inner_d(k), v_row = inner_row(v);
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
         int64_t rows = hs_min(WIDE, T - q0);
-        pack_a(s->rows0, &q_d, q0, rows, T, 0, D);
-        memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
-        for (int64_t i = 0; i < rows; i++) s->top[i] = -__builtin_inff(), s->total[i] = 0;
+        pack_b(s->rows0, &q_d, q0, rows, T, 0, D);
+        for (int64_t i = 0; i < WIDE; i++) s->top[i] = -__builtin_inff(), s->total[i] = 0;
         for (int64_t k0 = 0; k0 < q0 + rows; k0 += KEYS) {
             int64_t keys = hs_min(KEYS, T - k0),
                     first = hs_max(0, k0 - q0); /* rows before it see no key */
-            pack_b(s->cols0, &k_d, k0, keys, T, 0, D);
-            scores(s->score, s->rows0, s->cols0, first, rows, keys, D);
-            for (int64_t i = first; i < rows; i++)
-                softmax_row(s, i, hs_min(keys, q0 + i - k0 + 1), j->scale, s->sum0 + i * D, D);
-            side p = {s->score, KEYS, 1, HS_F32};
-            pack_a(s->packed, &p, first, rows - first, rows, 0, keys);
-            pack_b(s->cols1, &v_row, 0, D, D, k0, keys);
-            multiply_packed(rows - first, D, keys, s->packed, s->cols1, s->sum0 + first * D, D, 1);
+            const float *key = s->rows1, *value = s->cols1;
+            if (keys_packed) {
+                key = keys_packed + k0 * D, value = values_packed + k0 * wide;
+            } else {
+                pack_a(s->rows1, &k_d, k0, keys, T, 0, D);
+                pack_b(s->cols1, &v_row, 0, D, D, k0, keys);
+            }
+            multiply_packed(keys, rows - first, D, key, s->rows0 + first * D, s->score + first,
+                            WIDE, 0);
+            for (int64_t i = first; i < rows; i += LANES) {
+                float shrink[LANES];
+                softmax_columns(s, i, keys, q0 + i - k0, j->scale, shrink);
+                for (int64_t l = 0; k0 > 0 && l < hs_min(LANES, rows - i); l++) {
+                    if (shrink[l] == 1.0f) continue;
+                    float *sum = s->sum0 + (i + l) * D;
+                    for (int64_t d = 0; d < D; d += LANES)
+                        v_store_n(sum + d, v_mul(v_load_n(sum + d, D - d), v_set1(shrink[l])),
+                                  D - d);
+                }
+            }
+            side p = {s->score, 1, WIDE, HS_F32};
+            pack_a(s->packed, &p, first, rows - first, WIDE, 0, keys);
+            /* the first block starts the chains (it masks no row wholly), later ones go on */
+            multiply_packed(rows - first, D, keys, s->packed, value, s->sum0 + first * D, D,
+                            k0 > 0);
         }
         put_rows(o, q0, rows, D, s->sum0, 0, s->total);
         for (int64_t i = 0; i < rows; i++) lse[q0 + i] = s->top[i] + log1_f32(s->total[i]);
@@ -168,8 +205,19 @@ static void attention_fwd_head(const attention_job *j, attention_scratch *s, int
 
 static void attention_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const attention_job *j = ctx;
-    for (int64_t i = begin; i < end; i++)
-        attention_fwd_head(j, scratch_of(j, worker), i / j->H, i % j->H);
+    const hs_attention_fwd_args *a = j->fwd;
+    attention_scratch *s = scratch_of(j, worker);
+    const float *keys = NULL, *values = NULL;
+    for (int64_t i = begin, last = -1; i < end; i++) {
+        int64_t b = i / j->H, kv = i % j->H / (j->H / j->G), group = b * j->G + kv;
+        if (group != last) {
+            side k_d = inner_d(head_of(j, a->k, a->ldk, b, kv));
+            side v_row = inner_row(head_of(j, a->v, a->ldv, b, kv));
+            keys = packed_head(s, j, &k_d, &v_row, &values);
+        }
+        last = group;
+        attention_fwd_head(j, s, b, i % j->H, keys, values);
+    }
 }
 
 static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
@@ -302,7 +350,7 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
     head k = head_of(j, a->k, a->ldk, b, g), v = head_of(j, a->v, a->ldv, b, g);
     const float *lse = (const float *)a->lse + b * j->H * T;
     float *delta = (float *)a->delta + b * j->H * T;
-    const bool at_once = each * T * D <= DQ_FLOATS;
+    const bool at_once = each * T * D <= REST_FLOATS;
     for (int64_t h = g * each; h < (g + 1) * each; h++) {
         head dq = head_of(j, a->dq, a->lddq, b, h), grad = head_of(j, a->dy, a->lddy, b, h);
         delta_rows(grad, head_of(j, a->y, a->ldy, b, h), T, D, delta + h * T);
@@ -320,12 +368,12 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
         for (int64_t h = g * each; h < (g + 1) * each; h++)
             attention_dkv(j, s, k0, keys, head_of(j, a->dy, a->lddy, b, h),
                           head_of(j, a->q, a->ldq, b, h), k, lse + h * T, delta + h * T,
-                          at_once ? s->dq + (h - g * each) * T * D : NULL);
+                          at_once ? s->rest + (h - g * each) * T * D : NULL);
         put_rows(dk, k0, keys, D, s->sum0, j->scale, NULL);
         put_rows(dv, k0, keys, D, s->sum1, 1.0f, NULL);
     }
     for (int64_t h = g * each; at_once && h < (g + 1) * each; h++)
-        put_rows(head_of(j, a->dq, a->lddq, b, h), 0, T, D, s->dq + (h - g * each) * T * D,
+        put_rows(head_of(j, a->dq, a->lddq, b, h), 0, T, D, s->rest + (h - g * each) * T * D,
                  j->scale, NULL);
 }
 
