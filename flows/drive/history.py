@@ -90,9 +90,11 @@ def give_up(log: LogView, cause: Cause, policy: Policy) -> str | None:
             limit = policy.max_same_step + (2 if cause.signal == SIGKILL else 0)
             if same >= limit:
                 return f"{cause.said()}; {same} times at step {cause.step}"
-    if len(since) >= policy.max_attempts_without_progress:
+    # one that was left because there was no room has not failed (D5): what came next has no cause, or a pardon
+    failed = 1 + sum(bool(a.cause) and not a.pardon for a in since[1:])
+    if failed >= policy.max_attempts_without_progress:
         return (
-            f"{len(since)} attempts in a row started from step {since[-1].restore_step} and saved nothing newer; "
+            f"{failed} attempts in a row started from step {since[-1].restore_step} and saved nothing newer; "
             f"last: {cause.said()}"
         )
     return None

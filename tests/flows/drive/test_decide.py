@@ -348,9 +348,14 @@ def test_without_progress_it_backs_off_and_then_stops() -> None:  # D4
     decision = decide(log(*three), nodes, POLICY)
     assert isinstance(decision, StartAttempt)
     assert decision.delay_s == 2 * POLICY.backoff_s
-    many = [attempt(n) for n in range(1, 9)]
+    many = [attempt(n, cause=LOST.to_map() if n > 1 else None) for n in range(1, 9)]
     stop = decide(log(*many), [replace(n, epoch=8) for n in nodes], POLICY)
     assert isinstance(stop, End)
+    # those that found no room have not failed: a smaller layout has no cause, and struck machines are pardoned (D5)
+    for way in ({"cause": None}, {"cause": LOST.to_map(), "pardon": ("b",)}):
+        left = [attempt(n, cause=LOST.to_map()) for n in range(1, 9)]
+        left[4] = replace(left[4], **way)
+        assert isinstance(decide(log(*left), [replace(n, epoch=8) for n in nodes], POLICY), StartAttempt)
 
 
 def test_it_waits_until_every_rank_is_gone_or_had_its_time() -> None:
@@ -763,7 +768,7 @@ def test_what_failed_before_progress_or_a_person_s_word_does_not_count(
 
 
 def test_the_budget_begins_anew_with_a_person_s_word_and_with_a_checkpoint_of_the_last_attempt() -> None:
-    many = tuple(attempt(n) for n in range(1, 9))
+    many = tuple(attempt(n, cause=LOST.to_map() if n > 1 else None) for n in range(1, 9))
     nodes = [ended(n, epoch=8, code=75) for n in range(2)]
     assert isinstance(decide(LogView(many), nodes, POLICY), End)
     spoken = LogView(many, orders=(OrderView(9, {}, again=True),))
@@ -773,7 +778,7 @@ def test_the_budget_begins_anew_with_a_person_s_word_and_with_a_checkpoint_of_th
     # the same step saved once more is none
     stale = steps((3, 4), (9, 4))
     assert isinstance(decide(LogView(many, stale, stale), [replace(n) for n in nodes], POLICY), StartAttempt)
-    worn = LogView((*many, *(attempt(n, restore_step=4) for n in range(10, 18))), stale, stale)
+    worn = LogView((*many, *(attempt(n, restore_step=4, cause=LOST.to_map()) for n in range(10, 18))), stale, stale)
     assert isinstance(decide(worn, nodes_of(17, nodes), POLICY), End)
 
 

@@ -60,7 +60,7 @@ class World:
         self.leaks = self.data_bad = self.image_bad = False
         self.given_up_at: float | None = None
         self.resumed_at = 0.0
-        self.came_further_at = 0.0
+        self.came_further_at = self.saved_at = 0.0
         self.best = 0
         self.give_ups: list[str] = []
         self.placing = False
@@ -147,7 +147,7 @@ class World:
             self.find("duplicates", f"a checkpoint of attempt {record.epoch} counts in attempt {before.epoch}")
         newest = state.checkpoints[-1]
         if newest.step > self.best:
-            self.best, self.came_further_at = newest.step, self.hub.now
+            self.best, self.came_further_at, self.saved_at = newest.step, self.hub.now, self.hub.now
 
     def _damaged(self, state: RunState) -> None:
         for n in state.damaged:
@@ -187,16 +187,21 @@ class World:
             return f"nothing of class {failure} struck attempt {self.state.epoch}"
         last = mine[-1]
         if "attempts in a row" in reason:
-            epochs = [a.epoch for a in self.state.attempts if a.n > 0][-8:]
-            unstruck = [e for e in epochs if not any(s.epoch == e for s in self.strikes)]
+            tried = self.state.attempts
+            after = [*tried[1:], None]
+            failed = [
+                a
+                for a, b in zip(tried, after, strict=True)
+                if b is None or (b.body["cause"] and not b.body.get("pardon"))
+            ]
+            epochs = [a.epoch for a in failed][-8:]
+            unstruck = [e for e in epochs if not self._failed(e)]
             return f"attempts {unstruck} were not struck" if unstruck else ""
         match FAILURES[failure].again:
             case Again.NEVER:
                 return ""
             case Again.ONCE:
-                since_then = [
-                    s for s in mine if s.at >= self.came_further_at - 2 * model.UPLOAD_S
-                ]  # one that was under way
+                since_then = [s for s in mine if s.at >= self.saved_at - 2 * model.UPLOAD_S]  # one that was under way
                 return "" if len(since_then) > 1 else "it was the first since progress"
             case Again.ONCE_A_PLACE:
                 return "" if sum(s.place == last.place for s in mine) > 1 else "it was the first of that machine"
@@ -206,6 +211,12 @@ class World:
             case Again.FREELY:
                 return "" if failure is Failure.RESTORE and self.bad else "such failures are no reason to give up"
         return "?"
+
+    def _failed(self, epoch: int) -> bool:
+        """Whether something struck that attempt, or a machine of its launch had been lost before it."""
+        launch = self.launches.get(self.gangs[epoch].launch)
+        lost = launch is not None and any(pod.lost for pod in launch.pods)
+        return lost or any(s.epoch == epoch for s in self.strikes)
 
     def _resume(self) -> None:
         """A person has mended what was wrong, and says so."""
