@@ -10,8 +10,9 @@
  * between them exactly), remainders and threads do not show in the result.
  *
  * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width] of f32, so that
- * the micro kernel streams; avx512_bf16 packs pairs as words, [pair][width], the odd one above. A worker packs the B of its columns once for all rows (it fits PACK_B
- * unless k is huge), and A once for every block of columns. Measured figures: docs/, from
+ * the micro kernel streams; avx512_bf16 packs pairs as words, [pair][width], the odd one above. A
+ * worker packs the B of its columns once for all rows (it fits PACK_B unless k is huge), and A once
+ * for every block of columns. Measured figures: docs/, from
  * tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
