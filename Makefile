@@ -21,7 +21,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos-checkpoint simulate-faults chaos-flows test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench nightly golden clean
+.PHONY: help setup demo test chaos-checkpoint simulate-faults chaos-flows test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench bench-peers nightly golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -104,6 +104,9 @@ check: setup ## format, lint, types, layering, warnings as errors, sanitizers
 
 bench: setup ## figures into out/bench.json
 	$(BIN)/python -m tests.bench
+
+bench-peers: setup ## whole training steps beside PyTorch and JAX on these CPUs, into out/bench.json (CASES="train gemm/bf16", ROUNDS=5)
+	$(BIN)/python -m tests.bench.bench_peers $(CASES) --rounds $(or $(ROUNDS),5)
 
 nightly: setup ## the long campaigns: every test, also the slow ones (but nightly-cluster's)
 	$(BIN)/python -m tests.support.parts

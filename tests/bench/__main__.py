@@ -45,6 +45,7 @@ from tests.bench import (
     bench_transfer,
     bench_watch,
 )
+from tests.bench.results import entry, say, write
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
 from trainer.plan import compile_plan
@@ -52,16 +53,6 @@ from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec, what_digest
 
 ROUNDS = int(os.environ.get("HOTSTAGE_BENCH_ROUNDS", "3"))
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def entry(name: str, value: float, unit: str, peer: str, peer_value: float) -> dict[str, Any]:
-    say(f"  {name:<58} {value:>10.3f} {unit:<10} {peer}: {peer_value:.3f}")
-    ratio = value / peer_value if peer_value else None
-    return {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio}
 
 
 def gpt2_124m(*sets: str) -> RunSpec:
@@ -276,6 +267,15 @@ def fp8() -> Iterator[dict[str, Any]]:
             yield entry(f"fp8/loss-1000-steps/seed-{seed}", low, "nats", "bf16", bf16)
 
 
+def bf16() -> Iterator[dict[str, Any]]:
+    """The loss of bf16 against fp32's after 500 steps: within 0.5 %."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        runs = bench_fp8.measure(bench_fp8.corpus(data), data, steps=500, pair=("fp32", "bf16"))
+        for seed, fp32, low in runs:
+            yield entry(f"bf16/loss-500-steps/seed-{seed}", low, "nats", "fp32", fp32)
+
+
 def demo() -> Iterator[dict[str, Any]]:
     """`make demo` after `make setup`."""
     say(
@@ -400,19 +400,14 @@ def main() -> int:
         "transfer-vs-dcp": lambda: list(transfer_vs_dcp()),
         "demo": lambda: list(demo()),
         "fp8": lambda: list(fp8()),
+        "bf16": lambda: list(bf16()),
     }
     wanted = sys.argv[1:] or list(parts)
     rows: list[dict[str, Any]] = []
     for name in wanted:
         with timed(name):
             rows += parts[name]()
-    out = Path("out")
-    out.mkdir(exist_ok=True)
-    if sys.argv[1:] and (out / "bench.json").exists():  # a part alone replaces its own rows
-        names = {row["name"] for row in rows}
-        rows = [row for row in json.loads((out / "bench.json").read_text()) if row["name"] not in names] + rows
-    (out / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-    say(f"written: {out / 'bench.json'}")
+    write(rows, whole=not sys.argv[1:])  # a part alone replaces its own rows
     return 0
 
 

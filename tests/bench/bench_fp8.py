@@ -57,11 +57,16 @@ def losses(
 
 
 def measure(
-    dataset: DatasetRef, data: Path, seeds: Sequence[int] = SEEDS, steps: int = STEPS, *sets: str
+    dataset: DatasetRef,
+    data: Path,
+    seeds: Sequence[int] = SEEDS,
+    steps: int = STEPS,
+    *sets: str,
+    pair: tuple[str, str] = ("bf16", "fp8"),
 ) -> Iterator[tuple[int, float, float]]:
-    """By seed, the mean loss of the last tenth of the steps in bf16 and in fp8."""
+    """By seed, the mean loss of the last tenth of the steps in either precision of the pair."""
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            runs = [losses(dataset, data, Path(folder), p, seed, steps, *sets) for p in ("bf16", "fp8")]
-        bf16, fp8 = (float(np.mean(run[-max(1, steps // 10) :])) for run in runs)
-        yield seed, bf16, fp8
+            runs = [losses(dataset, data, Path(folder), p, seed, steps, *sets) for p in pair]
+        one, other = (float(np.mean(run[-max(1, steps // 10) :])) for run in runs)
+        yield seed, one, other

@@ -110,6 +110,11 @@ typedef struct call {
         {"linear_igrad " text, HS_K_LINEAR_IGRAD, dt, {r, n, k, k, n, 1}, {0}}, {                  \
         "linear_wgrad " text, HS_K_LINEAR_WGRAD, dt, {r, n, k, n, k}, {0}                          \
     }
+/* the linear maps of a layer, over so many rows */
+#define LAYER(dt, text, r)                                                                         \
+    LINEAR(dt, text #r "x2304x768", r, 2304, 768), LINEAR(dt, text #r "x768x768", r, 768, 768),    \
+        LINEAR(dt, text #r "x3072x768", r, 3072, 768),                                             \
+        LINEAR(dt, text #r "x768x3072", r, 768, 3072)
 #define ATTENTION(b, t, h, d, text)                                                                \
     {"attention_fwd " text,                                                                        \
      HS_K_ATTENTION_FWD,                                                                           \
@@ -124,13 +129,11 @@ typedef struct call {
     }
 
 static const call calls[] = {
-    LINEAR(HS_F32, "256x3072x768", 256, 3072, 768),
-    LINEAR(HS_F32, "256x768x3072", 256, 768, 3072),
-    LINEAR(HS_F32, "256x2304x768", 256, 2304, 768),
-    LINEAR(HS_F32, "256x768x768", 256, 768, 768),
-    LINEAR(HS_F32, "1024x3072x768", 1024, 3072, 768),
+    LAYER(HS_F32, "", 256),
+    LAYER(HS_F32, "", 1024),
     LINEAR(HS_F32, "64x768x768", 64, 768, 768),
-    LINEAR(HS_BF16, "bf16 256x3072x768", 256, 3072, 768),
+    LAYER(HS_BF16, "bf16 ", 256),
+    LAYER(HS_BF16, "bf16 ", 1024),
     {"classifier_grad 256, chunk 64", HS_K_CLASSIFIER_GRAD, HS_F32, {256, 768, 50257, 64}, {1.0}},
     {"classifier_grad 256, chunk 256", HS_K_CLASSIFIER_GRAD, HS_F32, {256, 768, 50257, 256}, {1.0}},
     ATTENTION(4, 64, 12, 64, "4x64, 12 heads of 64"),

@@ -20,7 +20,6 @@ import http.client
 import io
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -50,7 +49,7 @@ from checkpoint.chunks import plan_chunks
 from checkpoint.log import CheckpointInfo
 from checkpoint.restore import restore_slots
 from checkpoint.store import Store, open_store
-from k8s.images.static import cache
+from k8s.images.static import environment_of
 from tests.support.agents import Run, put_dataset, tiny_spec
 from tests.support.layout_world import Way, World
 from tests.support.s3_server import BUCKET, S3Server, s3_server
@@ -360,16 +359,7 @@ def reshard(count: int) -> dict[tuple[Way, Way], float]:
 
 def torch_python() -> Path:
     """The python of an environment that has torch, made where it is not there yet (minutes and gigabytes, once)."""
-    script = Path(__file__).with_name("dcp_peer.py")
-    digest = hashlib.sha256("\n".join((*REQUIREMENTS, sys.version)).encode()).hexdigest()[:12]
-    folder = cache() / f"torch-{digest}"
-    if not (folder / "made").exists():
-        print(f"  making an environment with {', '.join(REQUIREMENTS)} for {script.name} (minutes, once)", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin/pip"), "install", "-q", *REQUIREMENTS], check=True)
-        (folder / "made").touch()
-    return folder / "bin/python"
+    return environment_of("torch", REQUIREMENTS) / "bin" / "python"
 
 
 class Torch:

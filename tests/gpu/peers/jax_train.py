@@ -62,12 +62,12 @@ def make(c: dict[str, Any]) -> dict[str, Any]:
 def layernorm(x: Any, w: Any, b: Any) -> Any:
     y = x.astype(jnp.float32)
     y = (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + 1e-5)
-    return (y * w + b).astype(BF16)
+    return (y * w + b).astype(x.dtype)
 
 
 def rmsnorm(x: Any, w: Any) -> Any:
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5) * w).astype(BF16)
+    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5) * w).astype(x.dtype)
 
 
 def rotated(x: Any, cos: Any, sin: Any) -> Any:
@@ -75,52 +75,55 @@ def rotated(x: Any, cos: Any, sin: Any) -> Any:
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
 
-def loss_of(c: dict[str, Any], implementation: str | None) -> Any:
+def loss_of(c: dict[str, Any], implementation: str | None, dtype: Any = BF16, unrolled: bool = False) -> Any:
     heads, kv, size = sizes(c)
     gpt2 = c["family"] == "gpt2"
 
     def attention(x: Any, p: dict[str, Any], rope: Any) -> Any:
         b, t, _ = x.shape
-        y = x @ p["qkv"].astype(BF16)
+        y = x @ p["qkv"].astype(dtype)
         if gpt2:
-            y = y + p["b_qkv"].astype(BF16)
+            y = y + p["b_qkv"].astype(dtype)
         q, k, v = jnp.split(y, [heads * size, (heads + kv) * size], axis=-1)
         q, k, v = (z.reshape(b, t, -1, size) for z in (q, k, v))
         if rope is not None:
             q, k = (rotated(z, *rope) for z in (q, k))
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-        y = y.reshape(b, t, heads * size) @ p["out"].astype(BF16)
-        return y + p["b_out"].astype(BF16) if gpt2 else y
+        y = y.reshape(b, t, heads * size) @ p["out"].astype(dtype)
+        return y + p["b_out"].astype(dtype) if gpt2 else y
 
     def layer(x: Any, p: dict[str, Any], rope: Any) -> Any:
         if gpt2:
             x = x + attention(layernorm(x, p["n1"], p["b1"]), p, rope)
-            y = layernorm(x, p["n2"], p["b2"]) @ p["up"].astype(BF16) + p["b_up"].astype(BF16)
-            return x + jax.nn.gelu(y) @ p["down"].astype(BF16) + p["b_down"].astype(BF16)
+            y = layernorm(x, p["n2"], p["b2"]) @ p["up"].astype(dtype) + p["b_up"].astype(dtype)
+            return x + jax.nn.gelu(y) @ p["down"].astype(dtype) + p["b_down"].astype(dtype)
         x = x + attention(rmsnorm(x, p["n1"]), p, rope)
-        gate, up = jnp.split(rmsnorm(x, p["n2"]) @ p["gate_up"].astype(BF16), 2, axis=-1)
-        return x + (jax.nn.silu(gate) * up) @ p["down"].astype(BF16)
+        gate, up = jnp.split(rmsnorm(x, p["n2"]) @ p["gate_up"].astype(dtype), 2, axis=-1)
+        return x + (jax.nn.silu(gate) * up) @ p["down"].astype(dtype)
 
     def loss(tree: dict[str, Any], tokens: Any, targets: Any) -> Any:
         t = tokens.shape[1]
-        x = tree["tokens"].astype(BF16)[tokens]
+        x = tree["tokens"].astype(dtype)[tokens]
         rope = None
         if gpt2:
-            x = x + tree["places"].astype(BF16)[:t]
+            x = x + tree["places"].astype(dtype)[:t]
         else:
             angles = jnp.outer(jnp.arange(t), c["rope_base"] ** (-jnp.arange(0, size, 2) / size))[:, None, :]
             rope = jnp.cos(angles), jnp.sin(angles)
-        x, _ = jax.lax.scan(lambda x, p: (layer(x, p, rope), None), x, tree["layers"])
+        x, _ = jax.lax.scan(lambda x, p: (layer(x, p, rope), None), x, tree["layers"], unroll=unrolled)
         x = layernorm(x, tree["norm"], tree["b_norm"]) if gpt2 else rmsnorm(x, tree["norm"])
-        logits = (x @ tree["tokens"].astype(BF16).T).astype(jnp.float32)
+        logits = (x @ tree["tokens"].astype(dtype).T).astype(jnp.float32)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - picked).mean()
 
     return loss
 
 
-def step_of(c: dict[str, Any], parts: int, implementation: str | None) -> Any:
-    loss = loss_of(c, implementation)
+def step_of(
+    c: dict[str, Any], parts: int, implementation: str | None, dtype: Any = BF16, unrolled: bool = False
+) -> Any:
+    """A jitted step of ``parts`` microbatches; products in ``dtype``."""
+    loss = loss_of(c, implementation, dtype, unrolled)
 
     def step(tree: Any, m: Any, v: Any, n: Any, tokens: Any, targets: Any) -> Any:
         def one(carry: Any, batch: Any) -> Any:
