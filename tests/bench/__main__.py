@@ -45,6 +45,7 @@ from tests.bench import (
     bench_transfer,
     bench_watch,
 )
+from tests.bench.peers.calibrate import fastest_path
 from tests.bench.results import entry, say, write
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
@@ -196,7 +197,7 @@ def recovery() -> Iterator[dict[str, Any]]:
 
 
 def kernels() -> Iterator[dict[str, Any]]:
-    path = "avx512" if "avx512f" in Path("/proc/cpuinfo").read_text() else "avx2"
+    path = fastest_path()
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
         for row in bench_kernels.measure(path, threads):
             yield entry(row["name"], row["value"], row["unit"], row["peer"], row["peer_value"])

@@ -21,7 +21,7 @@ def cpu_flags() -> frozenset[str]:
 
 def fastest_path() -> str:
     """The instruction set that the engine takes here; the last one in the table that this CPU has."""
-    needs = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}, "avx512bf16": {"avx512f", "avx512_bf16"}}
+    needs = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}, "avx512_bf16": {"avx512f", "avx512_bf16"}}
     return [name for name in CPU_PATHS if needs.get(name, set()) <= cpu_flags()][-1]
 
 
