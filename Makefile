@@ -95,11 +95,12 @@ cluster-up: setup ## bring that Kubernetes up and leave it there, to look around
 cluster-down: setup ## take it down again
 	@$(BIN)/python -m tests.cluster down
 
-check: setup ## format, lint, types, layering, warnings as errors, sanitizers
+check: setup ## format, lint, types, layering, the kernels' instruction counts, warnings as errors, sanitizers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find trainer/engine tests -name '*.[ch]' -o -name '*.cc' -o -name '*.cu')
+	$(BIN)/python -m tests.tools.counts
 	$(BIN)/python -m tests.tools.sanitize
 
 bench: setup ## figures into out/bench.json

@@ -3,6 +3,8 @@
  *
  *   bench_kernels THREADS ROUNDS [NAME]     one JSON line a kernel: name, median seconds of a call
  *                                           warm and cold, its operations and bytes, the peaks
+ *   bench_kernels list                      the names of the small calls, a line each
+ *   bench_kernels count NAME                one of them, once, inside hs_counted (tests/tools/counts.py)
  *
  * Warm: the call comes right after the same call, so that what fits a cache lies there. Cold: before
  * every call a buffer of twice the last-level cache is written, so that operands come from memory.
@@ -150,6 +152,46 @@ static const call calls[] = {
     {"cast 32M to bf16", HS_K_CAST, HS_BF16, {1 << 25}, {0}},
 };
 
+/* Calls of odd sizes, so that edges have their part, and small enough to be counted instruction by
+ * instruction. */
+static const call small[] = {
+    LINEAR(HS_F32, "f32", 131, 100, 205),
+    LINEAR(HS_BF16, "bf16", 131, 100, 205),
+    {"attention_fwd f32", HS_K_ATTENTION_FWD, HS_F32, {1, 130, 4, 2, 24, 96, 96, 48, 48}, {0.2}},
+    {"attention_fwd bf16", HS_K_ATTENTION_FWD, HS_BF16, {1, 130, 4, 2, 24, 96, 96, 48, 48}, {0.2}},
+    {"attention_igrad f32",
+     HS_K_ATTENTION_IGRAD,
+     HS_F32,
+     {1, 130, 4, 2, 24, 96, 48, 48, 96, 96, 96, 48, 48},
+     {0.2}},
+    {"attention_igrad bf16",
+     HS_K_ATTENTION_IGRAD,
+     HS_BF16,
+     {1, 130, 4, 2, 24, 96, 48, 48, 96, 96, 96, 48, 48},
+     {0.2}},
+    {"classifier_fwd f32", HS_K_CLASSIFIER_FWD, HS_F32, {70, 49, 301, 32}, {0}},
+    {"classifier_grad f32", HS_K_CLASSIFIER_GRAD, HS_F32, {70, 49, 301, 32}, {1.0}},
+    {"classifier_grad bf16", HS_K_CLASSIFIER_GRAD, HS_BF16, {70, 49, 301, 32}, {1.0}},
+    {"embed_fwd f32", HS_K_EMBED_FWD, HS_F32, {130, 101, 307, 65}, {0}},
+    {"embed_wgrad f32", HS_K_EMBED_WGRAD, HS_F32, {130, 101, 307, 65}, {0}},
+    {"layernorm_fwd f32", HS_K_LAYERNORM_FWD, HS_F32, {131, 101}, {1e-5}},
+    {"layernorm_igrad f32", HS_K_LAYERNORM_IGRAD, HS_F32, {131, 101, 1}, {0}},
+    {"layernorm_wgrad f32", HS_K_LAYERNORM_WGRAD, HS_F32, {131, 101}, {0}},
+    {"rmsnorm_fwd f32", HS_K_RMSNORM_FWD, HS_F32, {131, 1, 101, 101, 101}, {1e-5}},
+    {"rmsnorm_igrad f32", HS_K_RMSNORM_IGRAD, HS_F32, {131, 1, 101, 101, 101, 101, 1}, {0}},
+    {"rope_fwd f32", HS_K_ROPE_FWD, HS_F32, {130, 65, 4, 24, 96}, {0}},
+    {"gelu_fwd f32", HS_K_GELU_FWD, HS_F32, {9999}, {0}},
+    {"gelu_igrad f32", HS_K_GELU_IGRAD, HS_F32, {9999}, {0}},
+    {"swiglu_fwd f32", HS_K_SWIGLU_FWD, HS_F32, {99, 101}, {0}},
+    {"swiglu_igrad f32", HS_K_SWIGLU_IGRAD, HS_F32, {99, 101}, {0}},
+    {"adamw f32", HS_K_ADAMW, HS_F32, {9999, 1}, {0.9, 0.95, 1e-8, 0.1}},
+    {"adamw bf16", HS_K_ADAMW, HS_BF16, {9999, 1}, {0.9, 0.95, 1e-8, 0.1}},
+    {"sumsq f32", HS_K_SUMSQ, HS_F32, {9999}, {0}},
+    {"init_normal f32", HS_K_INIT_NORMAL, HS_F32, {9999, 1, 2}, {0, 0.02}},
+    {"cast bf16", HS_K_CAST, HS_BF16, {9999}, {0}},
+    {"quantise bf16", HS_K_QUANTISE, HS_BF16, {99, 101, 101, 0}, {0}},
+};
+
 /* Operands of the sizes that the extents say, filled with small numbers that are right for every
  * role. *moved: bytes that the call reads and writes. */
 static int prepare(const call *c, hs_args *args, double *moved) {
@@ -201,7 +243,37 @@ static double median(double *values, int count) {
     return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
 }
 
+hs_status hs_counted(uint16_t kernel, hs_kernel_ctx *ctx, hs_args *args);
+__attribute__((noinline)) hs_status hs_counted(uint16_t kernel, hs_kernel_ctx *ctx, hs_args *args) {
+    return SET.fn[kernel](ctx, args);
+}
+
+/* A small call once, on one thread; without a name, their names. */
+static int count(const char *name) {
+    hs_pool *pool = NULL;
+    if (hs_pool_create(1, &pool) != HS_OK) return 70;
+    const size_t bytes = hs_kernels_scratch_bytes(1);
+    hs_kernel_ctx ctx = {pool, aligned_alloc(64, bytes + 64), bytes};
+    int code = name ? 64 : 0;
+    for (size_t i = 0; i < sizeof small / sizeof small[0]; i++) {
+        hs_args args;
+        double moved;
+        if (!name) {
+            puts(small[i].name);
+        } else if (!strcmp(name, small[i].name)) {
+            code = 70;
+            if (ctx.scratch && !prepare(&small[i], &args, &moved))
+                code = hs_counted(small[i].kernel, &ctx, &args) ? 70 : 0;
+        }
+    }
+    hs_pool_destroy(pool);
+    free(ctx.scratch);
+    return code;
+}
+
 int main(int argc, char **argv) {
+    if (argc == 2 && !strcmp(argv[1], "list")) return count(NULL);
+    if (argc == 3 && !strcmp(argv[1], "count")) return count(argv[2]);
     if (argc < 3) return 64;
     const int threads = atoi(argv[1]), rounds = atoi(argv[2]);
     if (rounds < 1 || rounds > ROUNDS) return 64;
