@@ -255,6 +255,8 @@ REFUSALS: list[tuple[str, Any, Callable[[Any], bool] | None, Callable[[Any], Non
     ("config", CONFIG, None, _set(token_bytes=3), "token_bytes is 3"),
     ("config", CONFIG, None, _set(dtype=5), "config dtype is 5, not f32 (1), bf16 (2) or fp8 (7)"),
     ("config", CONFIG, None, _set(dtype=8), "config dtype is 8, outside 1..7"),
+    ("config", CONFIG, None, _set(numerics_version=2), "config numerics_version is 2, and dtype 1 has 1"),
+    ("config", CONFIG, None, _set(numerics_version=9), "config numerics_version is 9, outside 1..2"),
     ("config", CONFIG, None, _set(replicas=0), "config replicas is 0, outside 1..65536"),
     ("config", CONFIG, None, _set(replicas=2), "1 reduction groups and 2 replicas of 2 microbatches"),
     ("config", CONFIG, None, _set(reduction_groups=4), "4 reduction groups and 1 replicas of 2 microbatches"),

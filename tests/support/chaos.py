@@ -112,8 +112,8 @@ def spoil_arenas(work: Path) -> int:
 
 
 def spoil_slots(work: Path) -> int:
-    """One bit flipped in the data of every snapshot in memory of the agent below the folder; how many there were. None
-    of its ranks may run.
+    """One bit flipped in the data of every snapshot in memory of the agent below the folder, but one that it holds: it
+    may have summed what it is just writing. How many there were. None of its ranks may run.
     """
     agent = _of_kind(work, "agent")
     assert agent is not None, "no agent runs"
@@ -123,7 +123,7 @@ def spoil_slots(work: Path) -> int:
             continue
         with entry.open("r+b", buffering=0) as slot:
             header = wire.SlotHeader.from_buffer_copy(os.pread(slot.fileno(), ctypes.sizeof(wire.SlotHeader), 0))
-            if header.state == wire.SLOT_READY:
+            if header.state == wire.SLOT_READY and not header.hold:
                 at = header.data_offset + header.data_bytes // 2
                 os.pwrite(slot.fileno(), bytes([os.pread(slot.fileno(), 1, at)[0] ^ 16]), at)
                 spoiled.add(inode)

@@ -24,8 +24,8 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         int64_t value, low, high;
     } ranges[] = {
         {"mode", g->mode, HS_MODE_TRAIN, HS_MODE_INFER},
-        {"numerics_version", g->numerics_version, numerics, numerics},
         {"dtype", g->dtype, HS_F32, HS_FP8},
+        {"numerics_version", g->numerics_version, HS_NUMERICS_F32, HS_NUMERICS_VERSION},
         {"positions", g->positions, 1, train ? 65536 : 1},
         {"replicas", g->replicas, 1, train ? 65536 : 1},
         {"reduction_groups", g->reduction_groups, 1, train ? 65536 : 1},
@@ -56,6 +56,11 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
     if (g->dtype > HS_BF16 && g->dtype < HS_FP8) {
         return REFUSE(c, "config dtype is %" PRIu32 ", not f32 (%d), bf16 (%d) or fp8 (%d)",
                       g->dtype, HS_F32, HS_BF16, HS_FP8);
+    }
+    if (g->numerics_version != numerics) {
+        return REFUSE(c,
+                      "config numerics_version is %" PRIu32 ", and dtype %" PRIu32 " has %" PRIu32,
+                      g->numerics_version, g->dtype, numerics);
     }
     if ((g->replicas & (g->replicas - 1)) || (g->reduction_groups & (g->reduction_groups - 1)) ||
         g->reduction_groups < g->replicas ||
