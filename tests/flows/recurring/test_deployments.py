@@ -92,7 +92,7 @@ class Serving:
         self.child()[1].kill()
 
     def states(self) -> list[str]:
-        """Of its firings that were due, the oldest first. The server calls one that waits Late whenever it has looked."""
+        """Of its firings that were due, the oldest first; one that waits is Late once the server has looked."""
         rows = of(
             self.api, self.name, "PENDING", "RUNNING", "CANCELLING", "CANCELLED", "CRASHED", "COMPLETED", "SCHEDULED"
         )
