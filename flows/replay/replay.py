@@ -110,7 +110,7 @@ def replay_run(
     first, last = _range(run, state, first, last)
     point = _begin(store, run, state, first)
     attempts, digest = _line(state, last)
-    _check_range(run, first, last, newest_step(store, run, attempts), digest)  # before all of them are asked for
+    _check_computed(run, last, newest_step(store, run, attempts), digest)  # before all of them are asked for
     recorded = read_recorded(store, run, attempts, first + 1, last)
     if digest is None and not recorded:
         raise SpecError(
@@ -222,6 +222,8 @@ def _range(run: str, state: RunState, first: int | None, last: int | None) -> tu
         last = steps[-1]
     if first is None:
         first = max((step for step in steps if step < last), default=0)
+    if last <= first:
+        raise SpecError(f"--to {last} is not after --from {first}: the steps after {first} up to --to are computed")
     return first, last
 
 
@@ -252,9 +254,7 @@ def _line(state: RunState, last: int) -> tuple[Sequence[AttemptInfo], Checkpoint
     return state.attempts, next((c for c in state.lineage() if c.step == last), None)
 
 
-def _check_range(run: str, first: int, last: int, reached: int, digest: object) -> None:
-    if last <= first:
-        raise SpecError(f"--to {last} is not after --from {first}: the steps after {first} up to --to are computed")
+def _check_computed(run: str, last: int, reached: int, digest: object) -> None:
     if digest is None and last > reached:
         raise SpecError(f"{run} is known to have computed steps up to {reached} so far; take --to {reached} or less")
 
