@@ -295,7 +295,7 @@ def test_a_deployment_collects_and_says_what_it_could_not(prefect: Api, tmp_path
     state = begin(log, log.fold(), {"checkpoint": {"keep": {"last": 2, "grace_s": 0.0}}})
     for step in (10, 20, 30):
         state = save(store, log, state, step)
-    with Client.open(prefect.server.api) as client:
+    with Client.open(prefect.server.api, patience_s=60) as client:
         made = registered(client, collecting(url, "", cron_of("0 * * * *", "UTC"), "each hour"))
         told = deployment(prefect, "collect")
         assert told["entrypoint"] == COLLECT

@@ -78,7 +78,7 @@ def test_the_nights_when_the_clocks_change_fire_once(prefect: Api) -> None:
         return {at for at in found if at[:10] in {night[:10] for night in (*NIGHTS, *WITHOUT)}}
 
     spec = load_spec(ROOT / "examples" / "demo.toml", [])
-    with Client.open(prefect.server.api) as client:
+    with Client.open(prefect.server.api, patience_s=60) as client:
         when = cron_of("30 2 * * *", "Europe/Berlin")
         made = registered(client, scheduled(spec, "file:///nowhere", "out", when, "nights"))
         # none is there for a moment that the server's own planner is at work on
