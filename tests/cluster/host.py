@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -394,9 +395,27 @@ def _remove_shim_sockets(folders: Sequence[Path]) -> None:
         for file in folder.glob("*/containerd/io.containerd.runtime.v2.task/*/*/address"):
             with contextlib.suppress(OSError):
                 Path(file.read_text().strip().removeprefix("unix://")).unlink(missing_ok=True)
+    for path in Path("/run/containerd/s").glob("*"):  # of a shim that was killed before its bundle named its socket
+        if _is_dead_socket(path):
+            path.unlink(missing_ok=True)
     for name in ("/run/containerd/s", "/run/containerd"):
         with contextlib.suppress(OSError):
             Path(name).rmdir()
+
+
+def _is_dead_socket(path: Path) -> bool:
+    """Nobody listens there, in whatever network namespace; another containerd's live ones are not touched."""
+    if not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(1)
+        try:
+            asking.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def _remove_log_links(folders: Sequence[Path]) -> None:
