@@ -4,6 +4,8 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "core/cpu.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -125,12 +127,9 @@ by_64(uint32_t crc, uint8_t *to, const uint8_t *from, size_t bytes) {
 }
 
 static int ask_best(void) {
-    uint32_t a, b, c, d, low, high;
+    uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_PCLMUL) || !(c & bit_SSE4_1)) return BY_TABLE;
-    if (!(c & bit_OSXSAVE)) return BY_16;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return BY_16;
-    return (b & bit_AVX512F) && (c & bit_VPCLMULQDQ) ? BY_64 : BY_16;
+    return hs_cpu_has(bit_AVX512F, bit_VPCLMULQDQ, HS_CPU_ZMM) ? BY_64 : BY_16;
 }
 #elif defined(__aarch64__)
 enum { NARROW = 8, WIDE = 8 };

@@ -1,9 +1,11 @@
 #include "core/hash_leaves.h"
 
+#include <stdbool.h>
+
+#include "core/cpu.h"
 #include "core/hash.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #include <stdatomic.h>
 #endif
@@ -16,28 +18,15 @@ enum {
 #if defined(__x86_64__)
 #define WIDE __attribute__((target("avx512f,avx512bw"))) static
 
-/* Whether CPU and system carry the instructions; CPUID may trap to a hypervisor, so the answer is kept. */
-static int has_lanes(void) {
-    enum {
-        ASKED = 1,
-        THERE = 2,
-        SAVED = 0xe6 /* SSE, AVX, masks, zmm: state that the system keeps */
-    };
+static bool has_lanes(void) {
+    enum { NO = 1, YES };
     static _Atomic int known;
     int has = atomic_load_explicit(&known, memory_order_relaxed);
     if (!has) {
-        unsigned a, b, c, d;
-        has = ASKED;
-        if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27) & 1) {
-            unsigned low, high;
-            __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-            if ((low & SAVED) == SAVED && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
-                (b >> 16) & 1 && (b >> 30) & 1)
-                has |= THERE;
-        }
+        has = hs_cpu_has(bit_AVX512F | bit_AVX512BW, 0, HS_CPU_ZMM) ? YES : NO;
         atomic_store_explicit(&known, has, memory_order_relaxed);
     }
-    return has & THERE;
+    return has == YES;
 }
 
 /* w[i] of all lanes from the 16 words of a block of each lane: a transposition, and bytes turned round. */
@@ -130,8 +119,8 @@ WIDE void leaves_lanes(const uint8_t *const at[LANES], size_t n, size_t block,
     }
 }
 #else
-static int has_lanes(void) {
-    return 0;
+static bool has_lanes(void) {
+    return false;
 }
 static void leaves_lanes(const uint8_t *const at[LANES], size_t n, size_t block,
                          uint8_t *const to[LANES]) {

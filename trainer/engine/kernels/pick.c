@@ -1,35 +1,17 @@
 #include <inttypes.h>
 
+#include "core/cpu.h"
 #include "kernels/kernels.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-#if defined(__x86_64__)
-/* These ask the CPU, and whether the system saves the registers. With CPUID itself: what
- * __builtin_cpu_supports reads is filled by a library, and that of static musl builds by zig never
- * does it. */
-static uint32_t saved_registers(void) {
-    uint32_t a, b, c, d, low, high;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return low;
-}
-
-static bool has(uint32_t features, uint32_t saved) {
-    uint32_t a, b, c, d;
-    if ((saved_registers() & saved) != saved || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
-        return false;
-    return (b & features) == features;
-}
-
 static bool has_avx2(void) {
-    return has(bit_AVX2, 0x06);
+    uint32_t a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_FMA) && hs_cpu_has(bit_AVX2, 0, HS_CPU_YMM);
 }
 
 static bool has_avx512(void) {
-    return has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL, 0xe6);
+    const uint32_t features = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    return has_avx2() && hs_cpu_has(features, 0, HS_CPU_ZMM);
 }
 
 static bool has_avx512_bf16(void) {
