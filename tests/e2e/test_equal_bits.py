@@ -16,6 +16,7 @@ import pytest
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.engine.engine_build import build_engine
+from tests.engine.kernel_lib import cpu_has
 from tests.support.compilers import OTHER
 from tests.support.drawn import as_csv, drawn
 from trainer import wire
@@ -229,13 +230,6 @@ def test_layers_computed_again_by_replicas(one_stage: Any, tmp_path: Path, sched
     layout = {"stages": 3, "replicas": 2, "schedule": schedule, "optimizer": optimizer}
     ours = run(tmp_path, "gpt2 tied, 7 layers", "bf16", **layout, recompute={"kind": "layer", "layers": [2, 1, 1]})
     assert_same(ours, one_stage("gpt2 tied, 7 layers", "bf16"))
-
-
-def cpu_has(path: str) -> bool:
-    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-    needs = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": wide, "avx512_bf16": wide | {"avx512_bf16"}}[path]
-    flags = Path("/proc/cpuinfo")
-    return not needs or (flags.exists() and needs <= set(flags.read_text().split()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

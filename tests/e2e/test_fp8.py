@@ -14,7 +14,8 @@ import pytest
 from tests.bench import bench_fp8
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
-from tests.e2e.test_equal_bits import assert_same, cpu_has
+from tests.e2e.test_equal_bits import assert_same
+from tests.engine.kernel_lib import cpu_has
 from tests.support.drawn import as_csv, drawn
 from tests.support.place import Place
 from trainer import wire

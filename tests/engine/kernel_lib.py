@@ -36,23 +36,29 @@ FLAGS = shlex.split(
     "-std=c11 -D_GNU_SOURCE -O2 -g -fPIC -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes "
     "-Wmissing-prototypes -Wvla -Wundef -Wformat=2 -Werror"
 )
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"]
 CPU_PATHS: dict[str, list[str]] = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"],
-    "avx512_bf16": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512bf16",
-        "-mfma",
-        "-mavx2",
-    ],
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
 }
+"""By kernel path, slower ones first: what it is compiled with."""
 SETS = ("ref", *CPU_PATHS)
 DTYPES = {"f32": wire.F32, "bf16": wire.BF16, "f64": wire.F64}
 NUMPY = {wire.F32: np.float32, wire.BF16: np.uint16, wire.F64: np.float64, wire.I32: np.int32}
+
+
+def cpu_has(path: str) -> bool:
+    """Whether this CPU runs what is compiled for a kernel path."""
+    needs = {flag.removeprefix("-m").replace("avx512bf16", "avx512_bf16") for flag in CPU_PATHS[path]}
+    flags = Path("/proc/cpuinfo")
+    return not needs or (flags.exists() and needs <= set(flags.read_text().split()))
+
+
+def fastest_path() -> str:
+    """The kernel path that the engine takes here."""
+    return [path for path in CPU_PATHS if cpu_has(path)][-1]
 
 
 def _digest(parts: Sequence[bytes]) -> str:
