@@ -45,10 +45,10 @@ from tests.bench import (
     bench_transfer,
     bench_watch,
 )
-from tests.bench.peers.calibrate import fastest_path
 from tests.bench.results import entry, say, write
 from tests.e2e.engine_runs import Gang, write_samples
 from tests.e2e.engine_runs import train as run_engine
+from tests.engine.kernel_lib import fastest_path
 from trainer.plan import compile_plan
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec, what_digest

@@ -18,45 +18,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "burn.h"
 #include "core/threads.h"
-#include "kernels/cpu/vec.h"
 #include "kernels/kernels.h"
 #include "wire/plan.h"
 
 #define SET    HS_VEC_CAT(hs_kernels_, HS_PATH)
-#define CHAINS 12
 #define ROUNDS 100 /* at most */
 
-static double now(int threads) {
-    struct timespec t;
-    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static volatile float sink;
-
-/* CHAINS vectors, so that latency does not show on any of the instruction sets. */
 static void burn(void *ctx, int64_t begin, int64_t end, int worker) {
     (void)worker;
-    const int64_t steps = *(const int64_t *)ctx;
-    for (int64_t i = begin; i < end; i++) {
-        const vf a = v_set1(0.999f), b = v_set1(0.001f);
-        /* MAKE: no two lanes alike, nothing to share */
-#define CHAIN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-#define MAKE(c)  vf x##c = v_count_from((float)(16 * c));
-#define GO(c)    x##c = v_fma(x##c, a, b);
-#define ADD(c)   sum = v_add(sum, x##c);
-        CHAIN(MAKE)
-        for (int64_t s = 0; s < steps; s++) {
-            CHAIN(GO)
-        }
-        vf sum = v_zero();
-        CHAIN(ADD)
-        sink = v_sum(sum);
-    }
+    for (int64_t i = begin; i < end; i++) burn_fma(*(const int64_t *)ctx);
 }
 
 static double peak(hs_pool *pool, int threads, int64_t steps) {

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def train_rows(training: Training, rounds: int, threads: int, now: Callable[[], 
             if variant not in stay:
                 process.close()
         sides: dict[str, Callable[[], Sample]] = {"ours": lambda: ours.sample().sample}
-        sides |= {v.name: lambda v=v: running[v].sample(training.steps) for v in stay}  # type: ignore[misc]
+        sides |= {v.name: partial(running[v].sample, training.steps) for v in stay}
         for number in range(rounds):
             order = list(sides)
             before = now()
@@ -121,7 +122,7 @@ def train_rows(training: Training, rounds: int, threads: int, now: Callable[[], 
         ratios = measured.ratios("ours", best.name)
         ratio = statistics.median(ratios)
         value = training.tokens * measured.speed("ours")
-        row = entry(training.name, value, "tok/s", name, value / ratio)
+        row = entry(training.case, value, "tok/s", name, value / ratio)
         cores = measured.cores("ours", best.name)
         row |= {
             "variant": best.name,
@@ -134,7 +135,7 @@ def train_rows(training: Training, rounds: int, threads: int, now: Callable[[], 
     pairs = list(zip(measured.samples["ours"], measured.peaks["ours"], strict=True))
     shares = [operations / s.seconds / peak.all[training.precision] for s, peak in pairs]
     value, share = operations * measured.speed("ours") / 1e9, statistics.median(shares)
-    yield entry(training.name, value, "GFLOP/s", "calibrated-peak", value / share) | {"rounds": shares}
+    yield entry(training.case, value, "GFLOP/s", "calibrated-peak", value / share) | {"rounds": shares}
 
 
 def start_rows(rounds: int, threads: int) -> Iterator[Row]:
@@ -181,7 +182,7 @@ def minutes(names: Sequence[str], rounds: int) -> float:
 
 def rows_of(names: Sequence[str], rounds: int, steps: int, threads: int, calibrated: Calibration) -> Iterator[Row]:
     """Of these cases, in turn."""
-    trainings = {training.name: training for training in cases.TRAININGS}
+    trainings = {training.case: training for training in cases.TRAININGS}
     for name in names:
         began = time.monotonic()
         if name in trainings:

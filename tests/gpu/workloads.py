@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.e2e.engine_runs import write_samples
 from trainer.plan import compile_plan
 from trainer.plan.compiled import Plan
 from trainer.spec import RunSpec, parse_spec, what_digest
+
+OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0}
+Samples = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Workload:
         return asdict(self)
 
 
-def _gpt2(layers: int, width: int, heads: int, vocab: int = 50304, context: int = 1024) -> dict[str, Any]:
+def gpt2(layers: int, width: int, heads: int, vocab: int = 50304, context: int = 1024) -> dict[str, Any]:
     return {"family": "gpt2", "layers": layers, "width": width, "heads": heads, "vocab": vocab, "context": context}
 
 
@@ -53,15 +57,15 @@ def _llama(layers: int, width: int, heads: int, kv_heads: int, hidden: int, voca
 REAL = {
     w.name: w
     for w in (
-        Workload("gpt2-124m", _gpt2(12, 768, 12), 1024, 32, 32),
-        Workload("gpt2-1.5b", _gpt2(48, 1600, 25), 1024, 16, 8, steps=8, warm=3),
+        Workload("gpt2-124m", gpt2(12, 768, 12), 1024, 32, 32),
+        Workload("gpt2-1.5b", gpt2(48, 1600, 25), 1024, 16, 8, steps=8, warm=3),
         # the sizes of Llama 3.2 1B, with a vocabulary of 32,000: heads that every peer can hold whole
         Workload("llama-1b", _llama(16, 2048, 32, 8, 8192, 32000, 4096), 4096, 4, 4, steps=8, warm=3),
     )
 }
 TINY = {
-    "gpt2-124m": Workload("gpt2-124m", _gpt2(2, 32, 2, 64, 16), 16, 4, 2, steps=3, warm=1),
-    "gpt2-1.5b": Workload("gpt2-1.5b", _gpt2(3, 48, 3, 64, 16), 16, 4, 2, steps=3, warm=1),
+    "gpt2-124m": Workload("gpt2-124m", gpt2(2, 32, 2, 64, 16), 16, 4, 2, steps=3, warm=1),
+    "gpt2-1.5b": Workload("gpt2-1.5b", gpt2(3, 48, 3, 64, 16), 16, 4, 2, steps=3, warm=1),
     "llama-1b": Workload("llama-1b", _llama(2, 32, 2, 1, 48, 64, 16), 16, 4, 2, steps=3, warm=1),
 }
 
@@ -71,12 +75,15 @@ def workload(name: str, tiny: bool) -> Workload:
     return (TINY if tiny else REAL)[name]
 
 
-def spec_of(w: Workload, precision: str, steps: int, stages: int = 1, every: int = 0) -> RunSpec:
+def spec_of(
+    w: Workload, precision: str, steps: int, stages: int = 1, every: int = 0, *, threads: int = 0, shuffled: bool = True
+) -> RunSpec:
     """What is trained: AdamW with clipping at a constant rate, as the peers do it."""
     return parse_spec(
         {
             "name": "figures",
             "model": w.model,
+            "data": {"shuffled": shuffled},
             "train": {
                 "steps": steps,
                 "batch": w.batch,
@@ -84,18 +91,28 @@ def spec_of(w: Workload, precision: str, steps: int, stages: int = 1, every: int
                 "sequence": w.sequence,
                 "precision": precision,
                 "seed": 1,
-                "optimizer": {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0},
+                "optimizer": OPTIMIZER,
                 "schedule": {"kind": "constant"},
             },
-            "parallel": {"stages": stages},
+            "parallel": {"stages": stages, "threads": threads},
             "checkpoint": {"every": every},
         }
     )
 
 
-def plan_of(w: Workload, precision: str, steps: int, folder: Path, *, stages: int = 1, every: int = 0) -> Plan:
-    """The plan, with random tokens in ``folder/data``; the same ones each time."""
-    tokens = np.random.default_rng(0).integers(0, w.model["vocab"], (w.batch * steps, w.sequence + 1))
-    dataset = write_samples(folder / "data", tokens.astype(np.int64), w.model["vocab"])
-    spec = spec_of(w, precision, steps, stages, every).resolve(dataset)
+def samples(w: Workload, steps: int) -> Samples:
+    """Random tokens, the same ones each time: [steps * batch, sequence + 1]."""
+    shape = (w.batch * steps, w.sequence + 1)
+    return np.random.default_rng(0).integers(0, w.model["vocab"], shape).astype(np.int64)
+
+
+def plan_with(w: Workload, spec: RunSpec, tokens: Samples, folder: Path) -> Plan:
+    """The plan, with these tokens in ``folder/data``."""
+    dataset = write_samples(folder / "data", tokens, w.model["vocab"])
+    spec = spec.resolve(dataset)
     return compile_plan(spec, dataset, what_digest(spec, dataset))
+
+
+def plan_of(w: Workload, precision: str, steps: int, folder: Path, *, stages: int = 1, every: int = 0) -> Plan:
+    """The plan, with random tokens in ``folder/data``."""
+    return plan_with(w, spec_of(w, precision, steps, stages, every), samples(w, steps), folder)

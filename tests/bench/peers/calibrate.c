@@ -8,70 +8,47 @@
  * from before the first one begins to after the last one ended.
  */
 #include <pthread.h>
-#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <time.h>
 
-#include "kernels/cpu/vec.h"
+#include "../burn.h"
 
-#define CHAINS  16
-#define STEPS   3000000
+#define STEPS   4000000
 #define REPEATS 3
 #define MOST    256
-#define CHAIN(X)                                                                                   \
-    X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
-#define MAKE(c) vf x##c = v_count_from((float)(16 * c)); /* no two alike: nothing to share */
-#define FMA(c)  x##c = v_fma(x##c, a, b);
-#define ADD(c)  sum = v_add(sum, x##c);
-
-static volatile float sink;
 
 static void *burn_fp32(void *unused) {
     (void)unused;
-    const vf a = v_set1(0.999f), b = v_set1(0.001f);
-    CHAIN(MAKE)
-    for (int64_t s = 0; s < STEPS; s++) {
-        CHAIN(FMA)
-    }
-    vf sum = v_zero();
-    CHAIN(ADD)
-    sink = v_sum(sum);
+    burn_fma(STEPS);
     return NULL;
 }
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-#define PAIRS   2
-#define ZERO(c) __m512 y##c = _mm512_set1_ps(16 * c);
-#define DOT(c)  y##c = _mm512_dpbf16_ps(y##c, p, q);
-#define SUM(c)  total = _mm512_add_ps(total, y##c);
+#define PER_STEP (4.0 * LANES * (CHAINS + 4)) /* their latency is longer */
+#define DOTS(X)  CHAIN(X) X(12) X(13) X(14) X(15)
+#define ZERO(c)  __m512 y##c = _mm512_set1_ps(16 * c);
+#define DOT(c)   y##c = _mm512_dpbf16_ps(y##c, p, q);
+#define SUM(c)   total = _mm512_add_ps(total, y##c);
 
 static void *burn_bf16(void *unused) {
     (void)unused;
     const __m512bh p = (__m512bh)_mm512_set1_epi32(0x3a803a80),
                    q = (__m512bh)_mm512_set1_epi32(0x3a803a80);
-    CHAIN(ZERO)
+    DOTS(ZERO)
     for (int64_t s = 0; s < STEPS; s++) {
-        CHAIN(DOT)
+        DOTS(DOT)
         __asm__ volatile("" ::: "memory");
     }
     __m512 total = _mm512_setzero_ps();
-    CHAIN(SUM)
+    DOTS(SUM)
     sink = _mm512_reduce_add_ps(total);
     return NULL;
 }
 #else
-#define PAIRS     1
+#define PER_STEP  (2.0 * LANES * CHAINS)
 #define burn_bf16 burn_fp32
 #endif
-
-/* One thread by its own clock: other processes do not count. */
-static double now(int threads) {
-    struct timespec t;
-    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static double most(int threads, void *(*burn)(void *), double operations) {
     double best = 0;
@@ -91,9 +68,9 @@ static double most(int threads, void *(*burn)(void *), double operations) {
 int main(void) {
     int threads;
     while (scanf("%d", &threads) == 1 && threads >= 1 && threads <= MOST) {
-        const double one = 2.0 * LANES * CHAINS * (double)STEPS;
-        printf("{\"fp32\": %.6g, \"bf16\": %.6g}\n", most(threads, burn_fp32, one),
-               most(threads, burn_bf16, PAIRS * one));
+        printf("{\"fp32\": %.6g, \"bf16\": %.6g}\n",
+               most(threads, burn_fp32, 2.0 * LANES * CHAINS * STEPS),
+               most(threads, burn_bf16, PER_STEP * STEPS));
         fflush(stdout);
     }
     return 0;

@@ -9,29 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.engine.kernel_lib import CPU_PATHS, ENGINE
-
-
-def cpu_flags() -> frozenset[str]:
-    """As Linux names what this CPU can do."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
-    return frozenset(next(found, "").split())
-
-
-def fastest_path() -> str:
-    """The instruction set that the engine takes here; the last one in the table that this CPU has."""
-    needs = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}, "avx512_bf16": {"avx512f", "avx512_bf16"}}
-    return [name for name in CPU_PATHS if needs.get(name, set()) <= cpu_flags()][-1]
+from tests.engine.kernel_lib import CPU_PATHS, ENGINE, fastest_path
 
 
 def build(folder: Path) -> Path:
     """The program, for what this CPU has."""
     path = fastest_path()
-    pairs = ["-mavx512bf16"] if "avx512_bf16" in cpu_flags() else []
     program = folder / "calibrate"
     command = ["cc", "-std=c11", "-D_GNU_SOURCE", "-O2", "-pthread", f"-I{ENGINE}", f"-DHS_PATH={path}"]
-    command += [*CPU_PATHS[path], *pairs, "-o", str(program), str(Path(__file__).with_suffix(".c")), "-lm"]
+    command += [*CPU_PATHS[path], "-o", str(program), str(Path(__file__).with_suffix(".c")), "-lm"]
     subprocess.run(command, check=True)
     return program
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tests.e2e.engine_runs import write_samples
-from trainer.plan import compile_plan
+from tests.gpu.workloads import OPTIMIZER, Samples, Workload, gpt2, plan_with, samples, spec_of
 from trainer.plan.compiled import Plan
-from trainer.spec import RunSpec, parse_spec, what_digest
+from trainer.spec import RunSpec
 
-GPT2_124M = {"family": "gpt2", "layers": 12, "width": 768, "heads": 12, "vocab": 50304, "context": 1024}
+GPT2_124M = gpt2(12, 768, 12)
 LLAMA_SMALL = {
     "family": "llama", "layers": 8, "width": 512, "heads": 8, "kv_heads": 2, "hidden": 1536, "vocab": 32000,
     "context": 512, "tied": True, "rope_base": 10000.0,
 }  # fmt: skip
-Samples = NDArray[np.int64]
-OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0}
 SAMPLES = 4
 """Batches of the data, which the peers go through again and again."""
 
@@ -45,29 +41,19 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Training:
-    """Whole training steps: forward, backward, clipping, AdamW. ``steps``: of a sample."""
+class Training(Workload):
+    """Whole training steps: forward, backward, clipping, AdamW; a step is one microbatch."""
 
-    model_name: str
-    model: dict[str, Any]
-    precision: str
-    batch: int
-    sequence: int
-    steps: int
+    precision: str = field(kw_only=True)
 
     @property
     def shape(self) -> str:
         return f"b{self.batch}t{self.sequence}"
 
     @property
-    def name(self) -> str:
-        """Of its row."""
-        return f"train/{self.model_name}/{self.precision}/{self.shape}"
-
-    @property
-    def tokens(self) -> int:
-        """A step."""
-        return self.batch * self.sequence
+    def case(self) -> str:
+        """The name of its row."""
+        return f"train/{self.name}/{self.precision}/{self.shape}"
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -78,38 +64,12 @@ class Training:
 
     def spec(self, steps: int, threads: int) -> RunSpec:
         """Ours: the same model and optimizer at a constant rate, samples in order."""
-        return parse_spec(
-            {
-                "name": "peers",
-                "model": self.model,
-                "data": {"shuffled": False},
-                "train": {
-                    "steps": steps,
-                    "batch": self.batch,
-                    "microbatch": self.batch,
-                    "sequence": self.sequence,
-                    "precision": self.precision,
-                    "seed": 1,
-                    "optimizer": OPTIMIZER,
-                    "schedule": {"kind": "constant"},
-                },
-                "parallel": {"threads": threads},
-                "checkpoint": {"every": 0},
-            }
-        )
+        return spec_of(self, self.precision, steps, threads=threads, shuffled=False)
 
-    def samples(self, steps: int) -> Samples:
-        """Random tokens, the same ones each time: [steps * batch, sequence + 1]."""
-        shape = (steps * self.batch, self.sequence + 1)
-        return np.random.default_rng(0).integers(0, self.model["vocab"], shape).astype(np.int64)
-
-    def plan(self, steps: int, threads: int, folder: Path, samples: Samples | None = None) -> Plan:
+    def plan(self, steps: int, threads: int, folder: Path, tokens: Samples | None = None) -> Plan:
         """The plan, and its tokens in ``folder/data``: these or random ones."""
-        dataset = write_samples(
-            folder / "data", self.samples(steps) if samples is None else samples, self.model["vocab"]
-        )
-        spec = self.spec(steps, threads).resolve(dataset)
-        return compile_plan(spec, dataset, what_digest(spec, dataset))
+        given = samples(self, steps) if tokens is None else tokens
+        return plan_with(self, self.spec(steps, threads), given, folder)
 
     def for_peer(self, variant: Variant, threads: int, data: Path) -> dict[str, Any]:
         """All that a peer's script needs to know."""
@@ -119,15 +79,15 @@ class Training:
 
     def write_data(self, path: Path) -> None:
         """The peers' tokens: ``SAMPLES`` batches."""
-        np.save(path, self.samples(SAMPLES).reshape(SAMPLES, self.batch, self.sequence + 1))
+        np.save(path, samples(self, SAMPLES).reshape(SAMPLES, self.batch, self.sequence + 1))
 
 
 TRAININGS = (
-    Training("gpt2-124m", GPT2_124M, "bf16", 4, 64, steps=6),
-    Training("gpt2-124m", GPT2_124M, "bf16", 1, 1024, steps=3),
-    Training("gpt2-124m", GPT2_124M, "fp32", 4, 64, steps=6),
-    Training("gpt2-124m", GPT2_124M, "fp32", 1, 1024, steps=3),
-    Training("llama-small", LLAMA_SMALL, "bf16", 1, 512, steps=6),
+    Training("gpt2-124m", GPT2_124M, 64, 4, 4, steps=6, precision="bf16"),
+    Training("gpt2-124m", GPT2_124M, 1024, 1, 1, steps=3, precision="bf16"),
+    Training("gpt2-124m", GPT2_124M, 64, 4, 4, steps=6, precision="fp32"),
+    Training("gpt2-124m", GPT2_124M, 1024, 1, 1, steps=3, precision="fp32"),
+    Training("llama-small", LLAMA_SMALL, 512, 1, 1, steps=6, precision="bf16"),
 )
 FP32 = {training.shape: training for training in TRAININGS if training.precision == "fp32"}
 START = "start/gpt2-124m"
@@ -161,7 +121,7 @@ CURVE = "curve/gpt2-124m/fp32/b1t1024"
 
 def names() -> tuple[str, ...]:
     """Of all cases, in the order in which they run."""
-    return (*(training.name for training in TRAININGS), START, *MEMORY, *gemms())
+    return (*(training.case for training in TRAININGS), START, *MEMORY, *gemms())
 
 
 def chosen(wanted: Sequence[str]) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.bench_kernels import build
-from tests.bench.peers.calibrate import Peak, fastest_path
+from tests.bench.peers.calibrate import Peak
 from tests.bench.peers.cases import gemms
 from tests.bench.peers.sides import ROOT, python_of
 from tests.bench.results import entry
+from tests.engine.kernel_lib import fastest_path
 
 KERNELS = {"nt": "linear_fwd", "nn": "linear_igrad", "tn": "linear_wgrad"}
 REPEATS = 7

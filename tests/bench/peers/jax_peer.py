@@ -3,21 +3,19 @@
     PYTHONPATH=tests/gpu/peers python jax_peer.py CASE
 
 CASE: JSON of ``cases.py``. Its model is that of ``tests/gpu/peers/jax_train.py``: one jitted step with donated buffers.
-A line of JSON when the first step is done; then, for each line ``N`` of stdin, one with what N steps took. Imports
-nothing of this project else.
+Asked as ``answering.py`` says. Imports nothing of this project else.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from answering import answer
 from jax_train import make, step_of
 
 
@@ -38,19 +36,7 @@ def main() -> int:
         jax.block_until_ready(tree)
         return float(loss)
 
-    def say(**facts: Any) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(facts | {"peak_mib": peak}), flush=True)
-
-    say(losses=[one()], version=jax.__version__)
-    for line in sys.stdin:
-        seconds, losses = [], []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            losses.append(one())
-            seconds.append(time.perf_counter() - began)
-        say(losses=losses, seconds=seconds)
-    return 0
+    return answer(one, jax.__version__)
 
 
 if __name__ == "__main__":

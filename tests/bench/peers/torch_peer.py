@@ -2,27 +2,21 @@
 
     PYTHONPATH=tests/gpu/peers python torch_peer.py CASE
 
-CASE: JSON of ``cases.py``. Its model is that of ``tests/gpu/peers/torch_train.py``. A line of JSON when the first step
-is done; then, for each line ``N`` of stdin, one with what N steps took. Imports nothing of this project else.
+CASE: JSON of ``cases.py``. Its model is that of ``tests/gpu/peers/torch_train.py``. Asked as
+``answering.py`` says. Imports nothing of this project else.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 from typing import Any
 
 import numpy as np
 import torch
+from answering import answer
 from torch import Tensor
 from torch_train import Model
-
-
-def peak_mib() -> float:
-    """The most memory that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Training:
@@ -78,20 +72,7 @@ class Training:
 
 
 def main() -> int:
-    training = Training(json.loads(sys.argv[1]))
-
-    def say(**facts: Any) -> None:
-        print(json.dumps(facts | {"peak_mib": peak_mib()}), flush=True)
-
-    say(losses=[training.step()], version=torch.__version__)
-    for line in sys.stdin:
-        seconds, losses = [], []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            losses.append(training.step())
-            seconds.append(time.perf_counter() - began)
-        say(losses=losses, seconds=seconds)
-    return 0
+    return answer(Training(json.loads(sys.argv[1])).step, torch.__version__)
 
 
 if __name__ == "__main__":
