@@ -158,7 +158,7 @@ def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPath
     spec, _ = load_spec_of(store, run, {}, ["recovery.replay_every=4"])
     told: list[tuple[str, Any]] = []
     replays = Replays(store, run, tmp_path, elsewhere=True, tell=lambda *fact: told.append(fact), cpus=1)
-    wait_for(lambda: replays.look(spec, state, 8) or told, "what came of it", 60)
+    wait_for(lambda: replays.look(spec, state, 8) or told, "what came of it", 180)
     ((found, facts),) = told
     assert (found, facts["difference"]["step"], facts["suspects"]["nodes"]) == ("differs", 6, [0]), facts
     replays.look(spec, state, 11)
@@ -182,7 +182,7 @@ def test_steps_are_computed_again_beside_a_run_that_trains(tmp_path: Path) -> No
             process = place.start("train", "spec.toml", "--no-prefect", "--json", *sets, err=err)
         wait_for(lambda: saved(place, 12), "a checkpoint", 60)
         with frozen(place.folder / "out", 0):
-            (told,) = wait_for(lambda: events(log, "replay")[:1], "steps that were computed again", 60)
+            (told,) = wait_for(lambda: events(log, "replay")[:1], "steps that were computed again", 180)
         assert (told["found"], told["verdict"]) == ("same", "same"), told
         assert (told["first"] % 4, told["last"] - told["first"], told["steps"]) == (0, told["steps"], told["steps"])
         process.send_signal(signal.SIGINT)
