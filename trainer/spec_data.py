@@ -88,7 +88,11 @@ class DataSpec(Section):
         description="most that a node keeps of the data, GiB: it fetches what its ranks read next and gives back what "
         "they have read; 0: all shards, before the first step. No part of a run's name",
     )
-    packing: Literal["across"] = Field("across", description="documents are packed, attention crosses their borders")
+    packing: Literal["across", "within"] = Field(
+        "across",
+        description="documents share a sequence: attention crosses their borders, or stays within one and positions "
+        "count from its beginning",
+    )
     mix: tuple[MixPart, ...] = Field(
         (),
         max_length=PARTS_MAX,
@@ -132,6 +136,11 @@ class DataSpec(Section):
             raise ValueError(
                 f"end_token {shown(self.end_token)} is for a tokenizer that is given with data.tokenizer; the one "
                 "that is trained here ends documents with <|endoftext|>: leave it out"
+            )
+        if self.packing == "within" and self.end_token == "":
+            raise ValueError(
+                'packing "within" finds documents by the token that ends them, and end_token "" says that none does: '
+                'name one that data.tokenizer has, or take packing = "across"'
             )
         if self.mix:
             self._check_mix()

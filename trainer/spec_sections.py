@@ -50,7 +50,7 @@ FP8_SIDE = 16
 VOCAB_UNIT = 8
 """Blocks of a vocabulary begin at multiples of it, so that its rows keep their alignment."""
 
-LATER_WHAT = {"model": ("init",)}
+LATER_WHAT = {"model": ("init", "window")}
 """Keys of the What half that came when runs had names already: at their default they are no part of it."""
 _INIT = r"(?s:hf:.+)|run:[a-z][-a-z0-9]*@\d{1,18}|(weights|state):[0-9a-f]{64}"
 HOW_OF_WHAT = (("data", "cache_gib"),)
@@ -62,19 +62,25 @@ Precision = Literal["fp32", "bf16", "fp8"]
 class ModelSpec(Section):
     """The model: a family and its sizes (in elements, heads, tokens)."""
 
-    family: str = Field(description="model family: a module of trainer/models (gpt2, llama, qwen3)")
+    family: str = Field(description="model family: a module of trainer/models (gpt2, llama, mistral, qwen3)")
     layers: int = size(high=MAX_LAYERS, text="transformer layers")
     width: int = size(high=1 << 20, text="size of the residual stream")
     heads: int = size(high=1 << 16, text="query heads")
-    kv_heads: int | None = size(None, high=1 << 16, text="key/value heads (llama, qwen3); unset: as many as heads")
+    kv_heads: int | None = size(None, high=1 << 16, text="key/value heads (not gpt2); unset: as many as heads")
     head_size: int | None = size(None, high=1024, text="elements of a head; unset: width / heads")
     hidden: int | None = size(
         None, high=1 << 22, text="width inside the MLP; unset: 4*width (gpt2), else 8/3*width rounded up to 64"
     )
     vocab: int = size(0, low=0, text="vocabulary; 0: that of the dataset")
     context: int = size(high=1 << 24, text="longest sequence that the model takes, in tokens")
+    window: int = size(
+        0,
+        low=0,
+        high=1 << 24,
+        text="keys that a token reads at most, its own and those before it (mistral); 0: all",
+    )
     norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in norms")
-    rope_base: float = Field(10_000.0, gt=1, description="base of the rotary angles (llama, qwen3)")
+    rope_base: float = Field(10_000.0, gt=1, description="base of the rotary angles (not gpt2)")
     tied: bool = Field(True, description="the head shares the token embedding's weights")
     init_std: float = Field(0.02, gt=0, lt=10, description="standard deviation of initial weights")
     init: str | None = Field(
@@ -98,6 +104,12 @@ class ModelSpec(Section):
             raise ValueError(
                 f"kv_heads {self.kv_heads} do not divide heads {self.heads}; every key/value head serves the same "
                 "number of query heads"
+            )
+        if self.window and not models.family(self.family).windows:
+            able = [name for name in models.names() if models.family(name).windows]
+            raise ValueError(
+                f"window {self.window}: family {self.family} reads all that came before; leave window out, or take a "
+                f"family that has windows ({', '.join(able)})"
             )
         models.family(self.family).check(self)
         if self.init is not None and not re.fullmatch(_INIT, self.init):
@@ -438,6 +450,11 @@ class RunSpec(Section):
             short = too_short(shards, self.train.sequence)
             if short is not None:
                 problems.append(short if dataset.mix is None else f"data.mix[{number}]: {short}")
+        if self.data.packing == "within" and dataset.eot is None:
+            problems.append(
+                'data.packing "within" keeps attention within a document, and these data were prepared without a token '
+                'that ends one: prepare them with one (data.end_token), or take packing = "across"'
+            )
         if problems:
             raise SpecError(problems)
         if self.model.vocab and self.train.reduction_groups:

@@ -178,6 +178,7 @@ static int prepare(const call *c, hs_args *args, double *moved) {
     for (int i = 0; i < facts->operand_count; i++) {
         const hs_operand *o = &facts->operands[i];
         uint64_t bytes;
+        if (o->kind == HS_KIND_PLACES) continue; /* one document a sequence */
         if (hs_kernel_extent(c->kernel, c->dtype, c->dim, i, &bytes) != HS_OK) return -1;
         args->ptr[i] = aligned_alloc(64, (bytes + 4095) / 64 * 64);
         if (!args->ptr[i]) return -1;

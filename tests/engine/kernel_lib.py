@@ -153,9 +153,13 @@ def acc_of(dtype: int) -> int:
 def marshalled(
     kernel: str, ptrs: Sequence[Array | None], dims: Sequence[int], reals: Sequence[float]
 ) -> tuple[int, Any, Any, Any, Any]:
-    """A call's number, operands, their bytes, dims and reals, as C takes them."""
+    """A call's number, operands, their bytes, dims and reals, as C takes them. Optional operands and a window that are
+    the last may be left out: absent, and 0."""
     spec = wire.KERNELS[kernel]
-    assert (len(ptrs), len(dims), len(reals)) == (spec.ptrs, spec.dims, spec.reals), kernel
+    assert all(operand.note == "optional" for operand in spec.operands[len(ptrs) :]), kernel
+    assert spec.dim_names.split()[len(dims) :] in ([], ["WINDOW"]), kernel
+    assert len(ptrs) <= spec.ptrs, kernel
+    assert len(reals) == spec.reals, kernel
     pointers = (ctypes.c_void_p * wire.CALL_PTRS)()
     sizes = (ctypes.c_uint64 * wire.CALL_PTRS)()
     for i, array in enumerate(ptrs):
@@ -234,7 +238,8 @@ class KernelLib:
     def operands(
         self, kernel: str, dtype: int, dims: Sequence[int], rng: np.random.Generator, absent: Sequence[int] = ()
     ) -> list[Array | None]:
-        """Random operands of exactly the bytes that the extents say; tokens and targets end with V - 1."""
+        """Random operands of exactly the bytes that the extents say; tokens and targets end with V - 1, places are
+        where documents begin."""
         out: list[Array | None] = []
         spec = wire.KERNELS[kernel]
         for i, operand in enumerate(spec.operands):
@@ -253,6 +258,8 @@ class KernelLib:
                 vocabulary = dims[spec.dim_names.split().index(operand.note.removeprefix("below "))]
                 array = rng.integers(0, vocabulary, size // 4).astype(np.int32)
                 array[-1] = vocabulary - 1
+            elif operand.kind == "places":
+                array = places(rng, size // 4, sequence_of(kernel, dims))
             elif operand.kind == "control":
                 array = np.frombuffer(bytes(control()), np.uint8).copy()
             else:
@@ -260,6 +267,20 @@ class KernelLib:
             assert array.nbytes == size
             out.append(array)
         return out
+
+
+def sequence_of(kernel: str, dims: Sequence[int]) -> int:
+    """The T of a call."""
+    return dims[wire.KERNELS[kernel].dim_names.split().index("T")]
+
+
+def places(rng: np.random.Generator, rows: int, sequence: int, borders: int = 4) -> Array:
+    """What `borders` makes of sequences with a few documents each: by row, where its document begins."""
+    starts = np.zeros((rows // sequence, sequence), np.int32)
+    for row in starts:
+        for start in np.sort(rng.integers(0, sequence, borders)):
+            row[start:] = start
+    return starts.reshape(-1)
 
 
 def control(

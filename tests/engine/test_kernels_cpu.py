@@ -42,19 +42,23 @@ class Case:
     absent: tuple[int, ...] = ()
     rel: float = 4e-6  # of the largest magnitude of the outputs, where no sharper bound stands below
     f32_only: bool = False
+    documents: bool = False
 
     @property
     def name(self) -> str:
         mark = "-no" + "".join(map(str, self.absent)) if self.absent else ""
-        return f"{self.kernel}-{'x'.join(map(str, self.dims))}{mark}"
+        return f"{self.kernel}-{'x'.join(map(str, self.dims))}{mark}{'-documents' * self.documents}"
 
 
-def attention_cases(b: int, t: int, h: int, g: int, d: int, pad: int = 0) -> list[Case]:
-    q, k = h * d + pad, g * d + 2 * pad
+def attention_cases(
+    b: int, t: int, h: int, g: int, d: int, pad: int = 0, window: int = 0, documents: bool = False
+) -> list[Case]:
+    q, k, last = h * d + pad, g * d + 2 * pad, (window,) if window else ()
     scale = d**-0.5
+    fwd, igrad = (q, q + pad, k, k + pad), (q, k, k + pad, q, q + pad, q, k, k + pad)
     return [
-        Case("attention_fwd", (b, t, h, g, d, q, q + pad, k, k + pad), (scale,), rel=1e-5),
-        Case("attention_igrad", (b, t, h, g, d, q, k, k + pad, q, q + pad, q, k, k + pad), (scale,), rel=4e-5),
+        Case("attention_fwd", (b, t, h, g, d, *fwd, *last), (scale,), rel=1e-5, documents=documents),
+        Case("attention_igrad", (b, t, h, g, d, *igrad, *last), (scale,), rel=4e-5, documents=documents),
     ]
 
 
@@ -63,6 +67,8 @@ CASES = [
     Case("embed_fwd", (3, 96, 50, 3), absent=(3,)),
     Case("embed_wgrad", (12, 20, 5, 6)),
     Case("embed_wgrad", (300, 130, 7, 300), absent=(1,)),
+    Case("embed_fwd", (60, 20, 17, 30), documents=True),
+    Case("embed_wgrad", (60, 20, 5, 30), documents=True),
     *(
         case
         for rows, c in ((1, 1), (3, 16), (5, 20), (2, 33), (40, 770), (3, 4200))
@@ -119,6 +125,11 @@ CASES = [
     *attention_cases(1, 200, 2, 2, 128, 8),
     *attention_cases(1, 259, 2, 1, 32),
     *attention_cases(1, 5, 1, 1, 256),
+    *attention_cases(2, 17, 4, 2, 20, 3, documents=True),
+    *attention_cases(1, 130, 2, 1, 24, window=1),
+    *attention_cases(1, 259, 4, 2, 16, 1, window=70),
+    *attention_cases(2, 460, 2, 1, 16, documents=True),
+    *attention_cases(1, 460, 1, 1, 24, window=33, documents=True),
     Case("rope_table", (7, 20), (10000.0,), rel=1e-7, f32_only=True),
     Case("rope_table", (130, 128), (500000.0,), rel=1e-7, f32_only=True),
     *(
@@ -126,6 +137,8 @@ CASES = [
         for kernel in ("rope_fwd", "rope_igrad")
         for r, t, n, d, pad in ((1, 1, 1, 2, 0), (6, 3, 2, 20, 5), (64, 32, 3, 128, 0))
     ),
+    *(Case(kernel, (66, 33, 2, 20, 45), rel=1e-6, documents=True) for kernel in ("rope_fwd", "rope_igrad")),
+    *(Case("borders", dims, f32_only=True) for dims in ((1, 1, 1, 0), (3, 7, 3, 2), (2, 700, 9, 4), (1, 259, 5, 5))),
     *(Case(kernel, (n,), rel=1e-6) for kernel in ("gelu_fwd", "gelu_igrad") for n in (1, 15, 16, 17, 4097, 40000)),
     *(
         Case(kernel, dims, rel=1e-6)
@@ -222,7 +235,9 @@ class Call:
     @staticmethod
     def make(lib: KernelLib, case: Case, dtype: int) -> Call:
         rng = np.random.default_rng([ord(c) for c in case.name] + [dtype])
-        inputs = lib.operands(case.kernel, dtype, case.dims, rng, case.absent)
+        kinds = [(operand.role, operand.kind) for operand in wire.KERNELS[case.kernel].operands]
+        absent = [i for i, kind in enumerate(kinds) if kind == ("read", "places") and not case.documents]
+        inputs = lib.operands(case.kernel, dtype, case.dims, rng, (*case.absent, *absent))
         call = Call(case, dtype, inputs)
         call._mend(lib)
         return call
@@ -251,8 +266,8 @@ class Call:
             b, t, h, g, head = d[:5]
             ldo, ldq, ldk, ldv = d[9:13]
             lib.call(
-                "attention_fwd", self.dtype, [a[4], a[8], *a[5:8]], (b, t, h, g, head, ldo, ldq, ldk, ldv),
-                self.case.reals,
+                "attention_fwd", self.dtype, [a[4], a[8], *a[5:8], a[10]],
+                (b, t, h, g, head, ldo, ldq, ldk, ldv, *d[13:]), self.case.reals,
             )  # fmt: skip
         if self.case.kernel in ("classifier_grad", "vocab_head", "vocab_sums", "vocab_part") and d[0] > 2:
             target = a[5]
@@ -281,7 +296,7 @@ class Call:
         out = []
         for i, operand in enumerate(wire.KERNELS[self.case.kernel].operands):
             if operand.role in ("write", "update") and self.inputs[i] is not None:
-                kinds = {"dt": self.dtype, "acc": acc_of(self.dtype), "f64": wire.F64, "byte": 0}
+                kinds = {"dt": self.dtype, "acc": acc_of(self.dtype), "f64": wire.F64, "byte": 0, "places": 0}
                 out.append((i, kinds[operand.kind]))
         return out
 
@@ -292,7 +307,7 @@ def _magnitudes(lib: KernelLib, call: Call) -> list[Array | None] | None:
         return None
     inputs: list[Array | None] = []
     for x, operand in zip(call.inputs, wire.KERNELS[call.case.kernel].operands, strict=True):
-        if x is None or operand.kind == "tokens":
+        if x is None or operand.kind in ("tokens", "places"):
             inputs.append(x)
             continue
         if operand.kind == "byte":  # FP8: its sign
@@ -538,6 +553,38 @@ def test_attention_of_a_prefix(kernels: KernelLib) -> None:
         whole = fwd(most, h, d)
         for t in shorter:
             assert fwd(t, h, d).tobytes() == whole[:t].tobytes(), (most, t)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_attention_does_not_know_other_documents(kernels: KernelLib, window: int) -> None:
+    """A row's bits depend on what it reads, and on its place: with other documents around its own they are the same,
+    forward and back."""
+    rng = np.random.default_rng(6)
+    t, h, g, d = 700, 2, 1, 24
+    dy, q, k, v = (rng.normal(size=(t, n * d)).astype(np.float32) for n in (h, h, g, g))
+    fwd, igrad = (h * d, h * d, g * d, g * d), (h * d, g * d, g * d, h * d, h * d, h * d, g * d, g * d)
+    many = [0, 30, 64, 65, 190, 210, 420, 699]
+
+    def of(starts: Sequence[int]) -> list[Array]:
+        first = np.zeros(t, np.int32)
+        for start in starts:
+            first[start:] = start
+        o, lse = np.empty((t, h * d), np.float32), np.empty((h, t), np.float32)
+        _alone(kernels, "attention_fwd", [o, lse, q, k, v, first], (1, t, h, g, d, *fwd, window), (d**-0.5,))
+        grads = [np.empty((t, n * d), np.float32) for n in (h, g, g)]
+        arrays = [*grads, dy, o, q, k, v, lse, np.empty_like(lse), first]
+        _alone(kernels, "attention_igrad", arrays, (1, t, h, g, d, *igrad, window), (d**-0.5,))
+        return [o, lse.T.copy(), *grads]
+
+    whole = of(many)
+    for begin, end in zip(many, [*many[1:], t], strict=True):
+        alone = of([0, begin, end] if end < t else [0, begin])
+        for x, y in zip(alone, whole, strict=True):
+            assert x[begin:end].tobytes() == y[begin:end].tobytes(), (begin, end)
+    if not window:  # the one document that there is when nothing is said
+        o, lse = np.empty((t, h * d), np.float32), np.empty((h, t), np.float32)
+        _alone(kernels, "attention_fwd", [o, lse, q, k, v], (1, t, h, g, d, *fwd), (d**-0.5,))
+        assert [x.tobytes() for x in of([0])[:2]] == [o.tobytes(), lse.T.tobytes()]
 
 
 def test_attention_of_many_heads_has_the_gradient_of_one(kernels: KernelLib) -> None:

@@ -247,6 +247,64 @@ def test_attention(kernels: KernelLib, rng: np.random.Generator, b: int, t: int,
     differences(loss, v, dv_in, rng)
 
 
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_attention_of_documents_and_windows(kernels: KernelLib, rng: np.random.Generator, window: int) -> None:
+    """Each document as if it were alone; within a window, the keys of it; gradients by differences."""
+    b, t, h, g, d = 2, 9, 2, 1, 3
+    starts, lds = [[0, 4, 5], [0, 7]], (h * d, g * d, g * d, h * d, h * d, h * d, g * d, g * d)
+    first = np.array([[max(s for s in of if s <= u) for u in range(t)] for of in starts], np.int32)
+    q, k, v, dy = (rng.normal(size=(b, t, n, d)) for n in (h, g, g, h))
+    o, lse, delta = np.empty((b, t, h, d)), np.empty((b, h, t)), np.empty((b, h, t))
+
+    def loss() -> float:
+        dims = [b, t, h, g, d, h * d, h * d, g * d, g * d, window]
+        kernels.call("attention_fwd", F64, [o, lse, q, k, v, first], dims, [0.5])
+        return float((o * dy).sum())
+
+    loss()
+    for row, of in enumerate(starts):
+        for begin, end in zip(of, [*of[1:], t], strict=True):
+            for u in range(begin, end):
+                seen = slice(max(begin, u - window + 1) if window else begin, u + 1)
+                alone = (x[row : row + 1, seen] for x in (q, k, v))
+                np.testing.assert_allclose(o[row, u], attention(*alone, 0.5)[0][0, -1], rtol=1e-11, atol=1e-12)
+    grads = [np.empty_like(x) for x in (q, k, v)]
+    kernels.call(
+        "attention_igrad", F64, [*grads, dy, o, q, k, v, lse, delta, first], [b, t, h, g, d, *lds, window], [0.5]
+    )
+    for x, grad in zip((q, k, v), grads, strict=True):
+        differences(loss, x, grad, rng)
+
+
+def test_borders(kernels: KernelLib) -> None:
+    """An end token belongs to its document, also where several follow one another, first or last."""
+    tokens = np.array([[9, 1, 2, 9, 9, 3, 4, 5], [1, 2, 3, 4, 5, 6, 9, 9]], np.int32)
+    first = np.empty_like(tokens)
+    kernels.call("borders", F32, [first, tokens], [2, 8, 10, 9])
+    assert first.tolist() == [[0, 1, 1, 1, 4, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 7]]
+
+
+def test_positions_count_from_a_documents_beginning(kernels: KernelLib, rng: np.random.Generator) -> None:
+    t, c, v = 7, 4, 5
+    first = np.array([0, 0, 2, 2, 2, 2, 6], np.int32)
+    place = np.arange(t) - first
+    tok, wte, wpe, y, dy = rng.integers(0, v, t).astype(np.int32), *(rng.normal(size=(n, c)) for n in (v, t, t, t))
+    kernels.call("embed_fwd", F64, [y, tok, wte, wpe, first], [t, c, v, t])
+    assert np.array_equal(y, wte[tok] + wpe[place])
+    dwte, dwpe, want = np.zeros((v, c)), np.zeros((t, c)), np.zeros((t, c))
+    kernels.call("embed_wgrad", F64, [dwte, dwpe, dy, tok, first], [t, c, v, t])
+    np.add.at(want, place, dy)
+    np.testing.assert_allclose(dwpe, want, rtol=1e-14)
+    table = np.empty((t, c // 2, 2))
+    kernels.call("rope_table", F64, [table], [t, c], [10000.0])
+    turned, told = dy.copy(), dy.copy()
+    kernels.call("rope_fwd", F64, [turned, table, first], [t, t, 1, c, c])
+    kernels.call("rope_fwd", F64, [told, table[place].copy()], [t, t, 1, c, c])
+    assert np.array_equal(turned, told)
+    kernels.call("rope_igrad", F64, [turned, table, first], [t, t, 1, c, c])
+    np.testing.assert_allclose(turned, dy, rtol=1e-12, atol=1e-12)
+
+
 def test_attention_survives_large_scores(kernels: KernelLib, rng: np.random.Generator) -> None:
     q, k, v = (rng.normal(size=(8, 4)) * s for s in (1e4, 1e4, 1))
     o, lse = np.empty((8, 4)), np.empty((1, 1, 8))

@@ -32,6 +32,8 @@ class Config:
     eps: float
     rope_base: float
     tied: bool
+    window: int = 0
+    """Keys that a token reads at most, its own among them; 0: all before it."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
@@ -101,12 +103,13 @@ def turn(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([low * c - high * s, high * c + low * s], -1)
 
 
-def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-    """q [B,T,H,D], k and v [B,T,G,D]; causal; head h reads key/value head h / (H/G). Value [B,T,H,D]."""
+def attention(q: Array, k: Array, v: Array, window: int = 0) -> tuple[Array, Any]:
+    """q [B,T,H,D], k and v [B,T,G,D]; causal, in a window; head h reads key/value head h / (H/G). Value [B,T,H,D]."""
     size, repeat = q.shape[-1], q.shape[2] // k.shape[2]
     kk, vv = np.repeat(k, repeat, 2), np.repeat(v, repeat, 2)
     score = np.einsum("bthd,bshd->bhts", q, kk) / np.sqrt(size)
-    score = np.where(np.tril(np.ones(score.shape[-2:], bool)), score, -np.inf)
+    back_by = np.subtract.outer(*[np.arange(q.shape[1])] * 2)
+    score = np.where((back_by >= 0) & ((back_by < window) | (not window)), score, -np.inf)
     p = np.exp(score - score.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
 
@@ -247,7 +250,7 @@ class Model:
         normed, norm_back = self._norm_only(x, f"{at}.ln_1")
         qkv, qkv_back = self._linear(normed, f"{at}.attn.c_attn")
         q, k, v = (part.reshape(batch, length, h, d) for part in np.split(qkv, 3, -1))
-        o, attention_back = attention(q, k, v)
+        o, attention_back = attention(q, k, v, self.config.window)
         out, out_back = self._linear(o.reshape(batch, length, width), f"{at}.attn.c_proj")
         middle = x + out
 
@@ -282,7 +285,7 @@ class Model:
             if part != "v":
                 y = turn(y, cos, sin)
             values[part], backs[part] = y, (linear_back, part_norm_back)
-        o, attention_back = attention(values["q"], values["k"], values["v"])
+        o, attention_back = attention(values["q"], values["k"], values["v"], c.window)
         out, out_back = self._linear(o.reshape(batch, length, -1), f"{at}.self_attn.o_proj")
         middle = x + out
 

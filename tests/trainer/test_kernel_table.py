@@ -51,7 +51,7 @@ def test_a_gradient_is_given_only_what_its_forward_call_can_name(name: str) -> N
             assert known or dim in {*forward.dim_names.split(), "ACCUM", "CHUNK"}, f"{gradient}: nobody can give {dim}"
         assert set(row.real_names.split()) <= {*forward.real_names.split(), "scale"}
     for operand in forward.operands:
-        if operand.role not in ("read", "update") or operand.kind in ("tokens", "targets"):
+        if operand.role not in ("read", "update") or operand.kind in ("tokens", "targets", "places"):
             continue
         if operand.name in CONSTANT.get(name, ()) or operand.name == forward.passes:
             continue
@@ -76,4 +76,5 @@ def test_products_of_the_table() -> None:
     assert doctest.testmod(kernels).failed == 0
     assert kernels.product("", {}) == 1
     assert kernels.product("BLOCKS n", {"n": 65537}) == 2
-    assert kernels.product("20 PAIRS T D", {"T": 3, "D": 5}) == 20 * 6 * 5
+    for window, keys in ((0, 6), (1, 3), (2, 5), (3, 6), (9, 6)):
+        assert kernels.product("20 BAND T W D", {"T": 3, "W": window, "D": 5}) == 20 * keys * 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +455,23 @@ def test_groups_are_eight_where_the_microbatches_allow(batch: int, groups: int) 
     explicit = parse_spec(tree(train__batch=batch, train__reduction_groups=groups))
     assert run_id(spec, DATA) == run_id(explicit, DATA)
     assert spec.resolve(DATA).resolve(DATA) == spec.resolve(DATA)
+
+
+def test_documents_apart_need_a_token_that_ends_them() -> None:
+    """Windows and packing are What; a spec without them has the name of old (the digest below)."""
+    apart = parse_spec(tree(data__packing="within"))
+    with pytest.raises(SpecError, match=r"without a token that ends one: .*data\.end_token.*packing = \"across\""):
+        apart.resolve(DATA)
+    ended = replace(DATA, eot=7)
+    assert run_id(apart, ended) != run_id(parse_spec(tree()), ended)
+    words = refusal(tree(data__packing="within", data__end_token="", data__tokenizer="t.json"))
+    assert 'data.packing "within" finds documents by the token' in words
+    assert "'inside' is unknown; take one of 'across' or 'within'" in refusal(tree(data__packing="inside"))
+    assert "window 9: family gpt2 reads all that came before" in refusal(tree(model__window=9))
+    assert "model.window -1 must be at least 0" in refusal(tree(model__family="mistral", model__window=-1))
+    windows = [parse_spec(tree(model__family="mistral", model__window=w)) for w in (0, 9)]
+    assert "window" not in what_map(windows[0], DATA)["model"]
+    assert what_map(windows[1], DATA)["model"]["window"] == 9
 
 
 def test_one_group_and_a_limit_of_tokens_keep_the_names_of_old() -> None:

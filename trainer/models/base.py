@@ -76,14 +76,17 @@ class HfTensor:
 
 # --- operands and calls -------------------------------------------------------------------------------------
 
+BufferKind = Literal["dt", "acc", "byte", "places"]
+
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory for a value of one microbatch. ``kind``: "dt" (precision of activations), "acc" (always f32) or "byte"."""
+    """Memory for a value of one microbatch. ``kind``: "dt" (precision of activations), "acc" (always f32), "byte", or
+    "places" (i32)."""
 
     name: str
     elements: int
-    kind: Literal["dt", "acc", "byte"]
+    kind: BufferKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,8 @@ class Builder:
         """By value, what it is in FP8 now: codes, their transpose (for backward), scale."""
         self.sources: dict[View, tuple[View, View | None]] = {}
         """By codes, the value that they are of, and their transpose."""
+        self.first: View | None = None
+        """By row, where its document begins; None: a sequence is one."""
 
     # values and weights
 
@@ -229,7 +234,7 @@ class Builder:
             raise PlanError(f"the family has no tensor {self._resolve(name)!r}; add it to tensors()")
         return found
 
-    def _buffer(self, name: str, elements: int, kind: Literal["dt", "acc", "byte"]) -> str:
+    def _buffer(self, name: str, elements: int, kind: BufferKind) -> str:
         place = "" if self.layer is None else f"{self.layer}."
         unique = f"{place}{name}.{len(self.buffers)}"
         self.buffers[unique] = Buffer(unique, elements, kind)
@@ -240,14 +245,21 @@ class Builder:
 
     # kernels
 
+    def borders(self, end: int) -> None:
+        """From here on documents are apart, each ending with token ``end``: attention stays within one, positions count
+        from its beginning."""
+        self.first = View(self._buffer("first", self.rows, "places"), 0, 1, self.rows, self.rows)
+        dim = (self.batch, self.sequence, self.model.vocab, end)
+        self._call("borders", (self.first, Given("tokens")), dim)
+
     def embed(self, tokens: str, positions: str | None = None) -> View:
         """Rows of the token embedding, plus those of the position embedding."""
         vocab, width = self.shape(tokens)
         y = self.value("embed", width)
         wpe = None if positions is None else self.weight(positions)
-        self._call(
-            "embed_fwd", (y, Given("tokens"), self.weight(tokens), wpe), (self.rows, width, vocab, self.sequence)
-        )
+        first = None if wpe is None else self.first
+        dim = (self.rows, width, vocab, self.sequence)
+        self._call("embed_fwd", (y, Given("tokens"), self.weight(tokens), wpe, first), dim)
         return y
 
     def layernorm(self, x: View, name: str) -> View:
@@ -298,11 +310,12 @@ class Builder:
         return View(self._buffer(name, elements, kind), 0, 1, elements, elements)
 
     def attention(self, q: View, k: View, v: View, heads: int, groups: int, size: int) -> View:
-        """Causal attention; query head h reads key/value head h / (heads / groups). Scale 1 / sqrt(size)."""
+        """Causal attention within a document, and the model's window; query head h reads key/value head
+        h / (heads / groups). Scale 1 / sqrt(size)."""
         o = self.value("attention", heads * size)
         lse = self.statistic("lse", self.batch * heads * self.sequence)
-        dim = (self.batch, self.sequence, heads, groups, size, o.ld, q.ld, k.ld, v.ld)
-        self._call("attention_fwd", (o, lse, q, k, v), dim, (size**-0.5,))
+        dim = (self.batch, self.sequence, heads, groups, size, o.ld, q.ld, k.ld, v.ld, self.model.window)
+        self._call("attention_fwd", (o, lse, q, k, v, self.first), dim, (size**-0.5,))
         return o
 
     def rope(self, x: View, heads: int) -> View:
@@ -310,7 +323,7 @@ class Builder:
         size = x.cols // heads
         self.codes = {value: made for value, made in self.codes.items() if value.buffer != x.buffer}
         table = RopeTable(self.sequence, size, self.model.rope_base)
-        self._call("rope_fwd", (x, table), (self.rows, self.sequence, heads, size, x.ld))
+        self._call("rope_fwd", (x, table, self.first), (self.rows, self.sequence, heads, size, x.ld))
         return x
 
     def gelu(self, x: View) -> View:
@@ -347,6 +360,8 @@ class Family(ABC):
     """A model family. Implementations hold no state: everything comes from the ModelSpec."""
 
     name: str
+    windows: bool = False
+    """Whether ``model.window`` may be above 0: files in Hugging Face's form say it."""
 
     @abstractmethod
     def tensors(self, model: ModelSpec) -> tuple[Tensor, ...]:

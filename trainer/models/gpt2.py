@@ -16,7 +16,7 @@ from trainer.models.base import (
     View,
     hf_whole,
 )
-from trainer.models.hf_config import config_only, config_value, imported
+from trainer.models.hf_config import config_only, config_value, imported, no_window
 from trainer.spec import ModelSpec
 
 WTE, WPE, NORM, LAYER = "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f", "transformer.h.{layer}"
@@ -116,6 +116,7 @@ class Gpt2(Family):
                 "scale_attn_by_inverse_layer_idx": (False, None),
             },
         )
+        no_window(config)
         return imported(
             {
                 "layers": "n_layer",

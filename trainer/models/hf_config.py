@@ -31,7 +31,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "rotary_pct": (1, None),
-    "use_sliding_window": (False, None),
     "no_rope_layers": (None, []),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -93,6 +92,13 @@ def config_only(config: Mapping[str, Any], architecture: str, allowed: Mapping[s
     made = config.get("architectures")
     if made and architecture not in made and architecture.replace("ForCausalLM", "Model") not in made:
         raise SpecError(f"config.json: architectures is {_short(made)}; this family computes {architecture} only")
+
+
+def no_window(config: Mapping[str, Any]) -> int:
+    """0, a ``model.window``. SpecError where a config.json asks for one."""
+    if config.get("use_sliding_window") not in (False, None):
+        used = _short(config["use_sliding_window"])
+        raise SpecError(f"config.json: use_sliding_window is {used}; this family computes False only")
     layers = config.get("layer_types")
     if layers and any(kind != "full_attention" for kind in layers):
         raise SpecError(f"config.json: layer_types is {_short(layers)}; this family computes 'full_attention' only")
@@ -103,6 +109,25 @@ def config_only(config: Mapping[str, Any], architecture: str, allowed: Mapping[s
             f"config.json: sliding_window is {_short(window)}; this family attends to all that came before: it must be "
             "null, or use_sliding_window false"
         )
+    return 0
+
+
+def window_of_all(config: Mapping[str, Any], layers: int) -> int:
+    """``model.window`` of a config.json whose layers all read within ``sliding_window``, or none. SpecError where some
+    do and some do not."""
+    window, context, kinds = (config.get(key) for key in ("sliding_window", "max_position_embeddings", "layer_types"))
+    wanted = ["full_attention" if window is None else "sliding_attention"] * layers
+    if kinds not in (None, [], wanted):
+        raise SpecError(
+            f"config.json: layer_types is {_short(kinds)} with sliding_window {_short(window)}; this family computes "
+            f"{wanted[0]!r} in all {layers} layers only"
+        )
+    if window is None:
+        return 0
+    width = config_value(config, "sliding_window", int)
+    if width < 1:
+        raise SpecError(f"config.json: sliding_window is {width}, it must be at least 1, or null")
+    return 0 if isinstance(context, int) and width >= context else width  # it hides nothing
 
 
 def rope_base(config: Mapping[str, Any], default: float) -> float:

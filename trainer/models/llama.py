@@ -20,7 +20,7 @@ from trainer.models.base import (
     hf_rows,
     hf_whole,
 )
-from trainer.models.hf_config import config_only, config_value, imported, rope_base
+from trainer.models.hf_config import config_only, config_value, imported, no_window, rope_base
 from trainer.spec import ModelSpec
 
 EMBED, NORM, HEAD, LAYER = "model.embed_tokens.weight", "model.norm", "lm_head.weight", "model.layers.{layer}"
@@ -121,6 +121,10 @@ class Llama(Family):
             **({"mlp_bias": False} if self.model_type == "llama" else {}),
         }
 
+    def hf_window(self, config: Mapping[str, Any]) -> int:
+        """``model.window`` of a config.json."""
+        return no_window(config)
+
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelSpec:
         config_only(
             config, self.architecture, {"model_type": (self.model_type,), "hidden_act": ("silu", "swish", None)}
@@ -137,6 +141,7 @@ class Llama(Family):
                 "vocab": "vocab_size",
                 "context": "max_position_embeddings",
                 "norm_eps": "rms_norm_eps",
+                "window": "sliding_window",
                 "rope_base": "rope_theta",
                 "init_std": "initializer_range",
             },
@@ -149,6 +154,7 @@ class Llama(Family):
             hidden=config_value(config, "intermediate_size", int),
             vocab=config_value(config, "vocab_size", int),
             context=config_value(config, "max_position_embeddings", int),
+            window=self.hf_window(config),
             norm_eps=config_value(config, "rms_norm_eps", float, 1e-6),
             rope_base=rope_base(config, 10_000.0),
             init_std=config_value(config, "initializer_range", float, 0.02),

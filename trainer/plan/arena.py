@@ -60,7 +60,7 @@ class _Buffers:
     """Where the buffers of one stage lie."""
 
     def __init__(self, stage: StagePrograms, dt_bytes: int) -> None:
-        self.stage, self.bytes = stage, {"dt": dt_bytes, "acc": 4, "byte": 1}
+        self.stage, self.bytes = stage, {"dt": dt_bytes, "acc": 4, "byte": 1, "places": 4}
         self.places: dict[str, Ref] = {}
         self.back: dict[str, Ref] = {}
         """In its backward, where that is elsewhere: what the stage above left where it made it."""
@@ -288,7 +288,7 @@ class PositionMemory:
         self.act_stride, self.act_slots = offset, self.slots if offset else 0
         self.act_offset = arena.take(offset * self.act_slots, "activations")
         stride = 0
-        if self.first or self.job.infer:
+        if any(Given("tokens") in call.ptr for call in self._calls()):
             self.given["tokens"], stride = Ref(wire.SPACE_MB, stride, self.rows), stride + align(self.rows)
         shares = self.last or self.part is not None
         if shares and (not self.job.infer or self.job.losses):

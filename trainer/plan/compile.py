@@ -86,7 +86,7 @@ def compile_plan(
         def sharing(count: int) -> Plan:
             """With so many positions that share the head."""
             parts = HeadParts.of(count, pipeline) if count > 1 else None
-            stages = expand(spec, infer, split_stages(rows), losses, parts, pipeline)
+            stages = expand(spec, infer, split_stages(rows), losses, parts, pipeline, document_end(spec, dataset))
             layout = Layout(tuple(stage.layers for stage in stages if stage.layers), pipeline)
             job = Job(spec, tensors, stages, layout, infer, losses, tuple(rows), parts=parts)
 
@@ -211,8 +211,18 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def document_end(spec: RunSpec, dataset: DatasetRef) -> int | None:
+    """The token that ends a document, where attention stays within one. PlanError: the dataset has none."""
+    if spec.data.packing == "across":
+        return None
+    if dataset.eot is None:
+        raise PlanError('data.packing is "within", and the dataset has no end token: call spec.resolve(dataset)')
+    return dataset.eot
+
+
 def flops_per_token(model: ModelSpec, sequence: int) -> float:
-    """Training operations of a token, forward and backward, as MFU counts them: products of the mathematics."""
+    """Training operations of a token, forward and backward, as MFU counts them: products of the mathematics. A window
+    is counted as it is, documents that are apart as if they were one."""
     family = models.family(model.family)
     whole = expand_stage(family, model, tensor_table(family, model), range(model.layers), 1, sequence, 1, 1.0, True)
     return model_flops(whole.forward) / sequence
@@ -225,9 +235,11 @@ def expand(
     losses: bool = False,
     parts: HeadParts | None = None,
     pipeline: Pipeline | None = None,
+    end: int | None = None,
 ) -> tuple[StagePrograms, ...]:
     """The stages of a resolved spec: layers laid out by cost, then expanded; ``split``: those with programs I and W;
-    ``losses``: what inference ends with. ``parts`` of the head, of a ``pipeline``, are stages behind them.
+    ``losses``: what inference ends with. ``parts`` of the head, of a ``pipeline``, are stages behind them. ``end``: as
+    `expand_stage` has it.
     """
     family, train = models.family(spec.model.family), spec.train
     tensors = {tensor.name: tensor for tensor in tensor_table(family, spec.model)}
@@ -251,6 +263,7 @@ def expand(
             blocks=train.vocab_blocks,
             losses=losses and number is not None,
             parts=1 if parts is None else len(parts.positions),
+            end=end,
         )
 
     whole = stage(range(spec.model.layers), True)

@@ -33,7 +33,19 @@ from functools import cached_property
 from typing import Literal
 
 from trainer.errors import PlanError
-from trainer.models.base import Buffer, Builder, Call, Family, Given, Operand, Tensors, View, Weight, quantise
+from trainer.models.base import (
+    Buffer,
+    BufferKind,
+    Builder,
+    Call,
+    Family,
+    Given,
+    Operand,
+    Tensors,
+    View,
+    Weight,
+    quantise,
+)
 from trainer.plan.places import Stage
 from trainer.plan.recompute import run_again, without_idle
 from trainer.spec import ModelSpec
@@ -99,6 +111,7 @@ def expand_stage(
     blocks: int = 1,
     losses: bool = False,
     parts: int = 1,
+    end: int | None = None,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
@@ -107,12 +120,15 @@ def expand_stage(
     ``split`` matrices' gradients are a program of their own. The first ``again`` of the layers ``recompute``
     (``recompute.py``).
     ``blocks``: of the vocabulary, whose sums join in a tree. ``parts``: stages that share the head (``head.py``); with
-    several the last stage ends with the head's input, and its backward begins with adding up their shares.
+    several the last stage ends with the head's input, and its backward begins with adding up their shares. ``end``: the
+    token that ends a document, where documents are apart: each stage finds their borders itself, from the tokens.
     """
     first, last = layers.start == 0, layers.stop == model.layers
     apart = last and parts > 1 and not infer
     b = Builder(model, tensors, microbatch, sequence, ("forward" if infer else "train") if fp8 else "")
     received = None if first else b.value("input", model.width)
+    if end is not None:
+        b.borders(end)
     x = family.embed(b) if received is None else received
     for number in layers:
         b.layer = number
@@ -246,7 +262,7 @@ class Tape:
             self.layer = call.layer
             if call is head and self.blocks > 1:
                 self.head_in_blocks(call)
-            elif call.kernel != "quantise":  # whoever reads the codes gives the gradient of the value itself
+            elif call.kernel not in ("quantise", "borders"):  # who reads codes gives the gradient of the value itself
                 self.derive(call)
         if self.received is not None:  # the stage below may change it in place
             self._hurry(self.gradient(self.received))
@@ -463,7 +479,7 @@ class Tape:
 
     # bookkeeping
 
-    def _new(self, name: str, elements: int, kind: Literal["dt", "acc", "byte"]) -> View:
+    def _new(self, name: str, elements: int, kind: BufferKind) -> View:
         unique = f"{name}.{len(self.b.buffers)}"
         self.b.buffers[unique] = Buffer(unique, elements, kind)
         return View(unique, 0, 1, elements, elements)

@@ -1,8 +1,9 @@
 """Arithmetic of kernel calls, as the table of kernels counts it: the layout's costs, the simulator's times and MFU.
 
-Attention is causal: T (T + 1) / 2 pairs a head. The input gradient of attention computes the scores again (5 products
-where the mathematics has 4). Elementwise operations are a rounded number an element; memory traffic decides their time
-anyway.
+Attention is causal: T (T + 1) / 2 pairs a head, within a window those of it. Borders of documents are in the data, so
+what they leave out is not counted: there, operations are an upper bound. The input gradient of attention computes the
+scores again (5 products where the mathematics has 4). Elementwise operations are a rounded number an element; memory
+traffic decides their time anyway.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def _training(kernel: str) -> tuple[str, ...]:
     return tuple(name for name in (kernel, row.input_gradient, row.weight_gradient) if name)
 
 
-def work(kernel: str, dims: Dims) -> Operations:
-    """What one call of ``kernel`` (a key of ``trainer.wire.KERNELS``) does."""
+def work(kernel: str, dims: Dims, of: str = "") -> Operations:
+    """What one call of ``kernel`` (a key of ``trainer.wire.KERNELS``) does. ``of``: the forward kernel whose dims these
+    are, where they are not its own."""
     row = KERNELS.get(kernel)
     if row is None:
         raise PlanError(f"nobody counts the operations of kernel {kernel!r}; it has no row in trainer/wire/kernels.py")
-    named = row.named(dims)
+    named = KERNELS[of or kernel].named(dims)
     return Operations(*(product(factors, named) for factors in (row.products, row.again, row.each)))
 
 
@@ -72,10 +74,10 @@ def call_cost(call: Call, alone: bool = False) -> int:
 
     The layout's weight of a layer: arithmetic that a stage does for a microbatch.
     """
-    parts = (work(kernel, call.dim) for kernel in ((call.kernel,) if alone else _training(call.kernel)))
+    parts = (work(kernel, call.dim, call.kernel) for kernel in ((call.kernel,) if alone else _training(call.kernel)))
     return sum(part.products + part.again for part in parts)
 
 
 def model_flops(calls: Sequence[Call]) -> int:
     """Operations of a forward program with all its gradients, as MFU counts them."""
-    return 2 * sum(work(kernel, call.dim).products for call in calls for kernel in _training(call.kernel))
+    return 2 * sum(work(kernel, call.dim, call.kernel).products for call in calls for kernel in _training(call.kernel))

@@ -69,6 +69,8 @@ class Sizes:
     sequence: int
     chunk: int
     precision: str
+    apart: bool = False
+    """Whether attention stays within documents."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ def costs_of(spec: RunSpec, microbatch: int | None = None) -> ModelCosts:
     if not model.vocab:
         model = model.model_copy(update={"vocab": spec.data.vocab_size})
     size = microbatch or train.microbatch
-    return model_costs(Sizes(model, size, train.sequence, train.classifier_chunk, train.precision))
+    return model_costs(
+        Sizes(model, size, train.sequence, train.classifier_chunk, train.precision, spec.data.packing == "within")
+    )
 
 
 @lru_cache(64)
@@ -197,7 +201,7 @@ class _Short:
         self.sizes, self.family = sizes, models.family(sizes.model.family)
         self.model = sizes.model.model_copy(update={"layers": 3 * FEW})
         self.tensors: Mapping[str, Tensor] = {t.name: t for t in tensor_table(self.family, self.model)}
-        self.size = {"dt": 4 if sizes.precision == "fp32" else 2, "acc": 4, "byte": 1}
+        self.size = {"dt": 4 if sizes.precision == "fp32" else 2, "acc": 4, "byte": 1, "places": 4}
         self.weight = {
             "fp8": 1,
             "fp8_turned": 1,
@@ -212,6 +216,7 @@ class _Short:
         return expand_stage(
             self.family, self.model, self.tensors, range(first, end), s.microbatch, s.sequence, s.chunk, 1.0,
             fp8=s.precision == "fp8", split=apart and recompute == "none", recompute=recompute, again=end - first,
+            end=0 if s.apart else None,
         )  # fmt: skip
 
     def buffers(self, stage: StagePrograms) -> dict[str, int]:

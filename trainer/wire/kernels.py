@@ -14,8 +14,8 @@ SUMSQ_BLOCK, ATTENTION_HEAD_MAX, QUANTISE_PARTS, VOCAB_BLOCKS = 65536, 512, 1024
 
 class Operand(NamedTuple):
     """An operand of a kernel. ``role``: read, write, update, scratch; ``kind``: dt, acc, f64, byte, tokens, targets,
-    control. Rows and columns are products of dims and numbers; ``note``: optional, "below V", "may be dy", "with
-    db"."""
+    control, places. Rows and columns are products of dims and numbers; ``note``: optional, "below V", "may be dy",
+    "with db"."""
 
     role: str
     name: str
@@ -69,19 +69,23 @@ class Kernel(NamedTuple):
 
 
 def product(factors: str, dims: Mapping[str, int]) -> int:
-    """What a product of the table stands for: dims by name and numbers; "BLOCKS n" and "PAIRS n" as the header says.
+    """What a product of the table stands for: dims by name and numbers; "BLOCKS n" and "BAND n w" as the header says.
 
-    >>> product("2 B PAIRS T", {"B": 3, "T": 4})
-    60
+    >>> product("2 B BAND T W", {"B": 3, "T": 4, "W": 2})
+    42
     """
-    value, how = 1, ""
-    for word in factors.split():
-        if word in ("BLOCKS", "PAIRS"):
-            how = word
-            continue
-        x = int(word) if word.isdigit() else dims[word]
-        value *= -(-x // SUMSQ_BLOCK) if how == "BLOCKS" else x * (x + 1) // 2 if how == "PAIRS" else x
-        how = ""
+    value, words = 1, iter(factors.split())
+    for word in words:
+        how = word if word in ("BLOCKS", "BAND") else ""
+        name = next(words) if how else word
+        x = int(name) if name.isdigit() else dims[name]
+        if how == "BLOCKS":
+            x = -(-x // SUMSQ_BLOCK)
+        elif how == "BAND":
+            width = dims[next(words)]
+            unseen = x - width if 0 < width < x else 0
+            x = (x * (x + 1) - unseen * (unseen + 1)) // 2
+        value *= x
     return value
 
 
@@ -109,7 +113,8 @@ KERNELS: dict[str, Kernel] = {
         1,
         "R C V T",
         "",
-        "write:y:dt:R:C, read:tok:tokens::R::below V, read:wte:dt:V:C, read:wpe:dt:T:C::optional",
+        "write:y:dt:R:C, read:tok:tokens::R::below V, read:wte:dt:V:C, read:wpe:dt:T:C::optional, "
+        "read:first:places::R::optional",
         holds="T|R V<=2147483647",
         weight_gradient="embed_wgrad",
         each="R C",
@@ -118,7 +123,8 @@ KERNELS: dict[str, Kernel] = {
         2,
         "R C V T",
         "",
-        "update:dwte:acc:V:C, update:dwpe:acc:T:C::optional, read:dy:dt:R:C, read:tok:tokens::R::below V",
+        "update:dwte:acc:V:C, update:dwpe:acc:T:C::optional, read:dy:dt:R:C, read:tok:tokens::R::below V, "
+        "read:first:places::R::optional",
         holds="T|R V<=2147483647",
         each="2 R C",
     ),
@@ -196,24 +202,25 @@ KERNELS: dict[str, Kernel] = {
     ),
     "attention_fwd": _kernel(
         12,
-        "B T H G D ldy ldq ldk ldv",
+        "B T H G D ldy ldq ldk ldv WINDOW",
         "scale",
         "write:y:dt:B T:H D:ldy, write:lse:acc:B H:T, read:q:dt:B T:H D:ldq, read:k:dt:B T:G D:ldk, "
-        "read:v:dt:B T:G D:ldv",
-        holds="G|H D<=512",
+        "read:v:dt:B T:G D:ldv, read:first:places:B:T::optional",
+        holds="G|H D<=512 0<=WINDOW",
         input_gradient="attention_igrad",
-        products="2 B H D PAIRS T",
+        products="2 B H D BAND T WINDOW",
     ),
     "attention_igrad": _kernel(
         13,
-        "B T H G D lddq lddk lddv lddy ldy ldq ldk ldv",
+        "B T H G D lddq lddk lddv lddy ldy ldq ldk ldv WINDOW",
         "scale",
         "write:dq:dt:B T:H D:lddq, write:dk:dt:B T:G D:lddk, write:dv:dt:B T:G D:lddv, "
         "read:dy:dt:B T:H D:lddy, read:y:dt:B T:H D:ldy, read:q:dt:B T:H D:ldq, read:k:dt:B T:G D:ldk, "
-        "read:v:dt:B T:G D:ldv, read:lse:acc:B H:T, scratch:delta:acc:B H:T",
-        holds="G|H D<=512",
-        products="4 B H D PAIRS T",
-        again="B H D PAIRS T",
+        "read:v:dt:B T:G D:ldv, read:lse:acc:B H:T, scratch:delta:acc:B H:T, "
+        "read:first:places:B:T::optional",
+        holds="G|H D<=512 0<=WINDOW",
+        products="4 B H D BAND T WINDOW",
+        again="B H D BAND T WINDOW",
     ),
     "rope_table": _kernel(
         14,
@@ -227,7 +234,7 @@ KERNELS: dict[str, Kernel] = {
         15,
         "R T N D ldx",
         "",
-        "update:x:dt:R:N D:ldx, read:tab:acc:T:D",
+        "update:x:dt:R:N D:ldx, read:tab:acc:T:D, read:first:places::R::optional",
         holds="T|R 2|D",
         input_gradient="rope_igrad",
         each="3 R N D",
@@ -236,7 +243,7 @@ KERNELS: dict[str, Kernel] = {
         16,
         "R T N D ldx",
         "",
-        "update:x:dt:R:N D:ldx, read:tab:acc:T:D",
+        "update:x:dt:R:N D:ldx, read:tab:acc:T:D, read:first:places::R::optional",
         holds="T|R 2|D",
         each="3 R N D",
     ),
@@ -446,5 +453,13 @@ KERNELS: dict[str, Kernel] = {
         holds="0<=FIRST FIRST<=ALL ALL<=2147483647 N<=64 P<=64",
         products="2 R C V",
         each="5 R V",
+    ),
+    "borders": _kernel(
+        43,
+        "B T V END",
+        "",
+        "write:first:places:B:T, read:tok:tokens::B T::below V",
+        holds="0<=END END<=V V<=2147483647",
+        each="B T",
     ),
 }

@@ -147,6 +147,45 @@ def test_what_changes_nothing_is_let_through(more: dict[str, Any], fields: dict[
     assert [getattr(spec, f) for f in unmoved] == [getattr(plain, f) for f in unmoved]
 
 
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32}
+
+
+@pytest.mark.parametrize(
+    ("more", "window"),
+    [
+        ({}, 32),
+        ({"sliding_window": None}, 0),
+        ({"sliding_window": 128}, 0),  # as long as the context: it hides nothing
+        ({"layer_types": ["sliding_attention"] * 2}, 32),
+        ({"layer_types": ["full_attention"] * 2, "sliding_window": None}, 0),
+    ],
+)
+def test_a_window_of_all_layers_comes_and_goes(more: dict[str, Any], window: int) -> None:
+    model = read(MISTRAL | more)
+    assert (model.family, model.window) == ("mistral", window)
+    told = models.family("mistral").to_hf_config(model)
+    assert told["sliding_window"] == (window or None)
+    assert read(told) == model.model_copy(update={"head_size": model.size_of_head})
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention' in all 2 layers only"),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "'full_attention' in all 2 layers only"),
+        ({"layer_types": "sliding_attention"}, "layer_types is 'sliding_attention'"),
+        ({"sliding_window": 0}, "sliding_window is 0, it must be at least 1"),
+        ({"sliding_window": "32"}, "sliding_window is '32', it must be int"),
+        ({"sliding_window": True}, "sliding_window is True, it must be int"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+    ],
+)
+def test_windows_that_are_not_computed_are_refused(more: dict[str, Any], key: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read(MISTRAL | more)
+    assert key in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("more", "key"),
     [

@@ -63,7 +63,7 @@ def test_the_rates_are_those_of_a_calls_kind(one: tuple[Plan, RunSpec]) -> None:
     cost = cost_of(SHEETS["H100"], one[1])
     product = cost.call_seconds("linear_fwd", [4096, 4096, 4096, 4096, 4096, 0], 0)
     assert product == pytest.approx(2 * 4096**3 / (0.8 * 989e12) + cost.call_s)
-    attention = cost.call_seconds("attention_fwd", [1, 4096, 32, 32, 64, 1, 1, 1, 1], 0)
+    attention = cost.call_seconds("attention_fwd", [1, 4096, 32, 32, 64, 1, 1, 1, 1, 0], 0)
     assert attention == pytest.approx(4 * 32 * 64 * 4096 * 4097 / 2 / (0.45 * 989e12) + cost.call_s)
     eight = cost_of(
         SHEETS["H100"], one[1].model_copy(update={"train": one[1].train.model_copy(update={"precision": "fp8"})})

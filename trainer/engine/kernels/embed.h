@@ -1,7 +1,7 @@
 /* Token (and learned position) embedding.
  *
- *   fwd    y[r] = wte[tok[r]] + wpe[r % T], the sum rounded once
- *   wgrad  dwte[tok[r]] += dy[r], dwpe[r % T] += dy[r]
+ *   fwd    y[r] = wte[tok[r]] + wpe[t], the sum rounded once; t = r % T - first[r] (borders.h)
+ *   wgrad  dwte[tok[r]] += dy[r], dwpe[t] += dy[r]
  *
  * There is no igrad: tokens have no gradient. Order: rows ascending, each addition rounded to acc;
  * a row of dwte whose token does not occur is not touched. R is a multiple of T. Tokens are in [0,
@@ -10,6 +10,6 @@
 #ifndef HS_KERNELS_EMBED_H
 #define HS_KERNELS_EMBED_H
 
-#include "kernels/kernels.h"
+#include "kernels/borders.h"
 
 #endif

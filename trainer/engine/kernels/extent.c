@@ -95,6 +95,7 @@ static int64_t bytes_of_kind(hs_kind kind, uint16_t dtype) {
         return dtype == HS_F64 ? 8 : 4;
     case HS_KIND_TOKENS:
     case HS_KIND_TARGETS:
+    case HS_KIND_PLACES:
         return 4;
     case HS_KIND_F64:
         return 8;
@@ -118,18 +119,29 @@ static bool is_word(const char *text, const char *wanted) {
     return word(text) == strlen(wanted) && memcmp(text, wanted, word(text)) == 0;
 }
 
+/* n (n + 1) / 2 of n from 0 on. False: beyond int64. */
+static bool pairs_of(int64_t n, int64_t *out) {
+    return n < INT64_MAX &&
+           !__builtin_mul_overflow(n % 2 ? n : n / 2, n % 2 ? n / 2 + 1 : n + 1, out);
+}
+
 /* The product that the text stands for ("": 1). False: beyond int64. */
 static bool product(const hs_kernel_facts *k, const char *factors, const int64_t dim[],
                     int64_t *out) {
     *out = 1;
     for (; *factors; factors = after(factors)) {
-        const bool blocks = is_word(factors, "BLOCKS"), pairs = is_word(factors, "PAIRS");
-        if (blocks || pairs) factors = after(factors);
+        const bool blocks = is_word(factors, "BLOCKS"), band = is_word(factors, "BAND");
+        if (blocks || band) factors = after(factors);
         int64_t x = value_of(k, factors, word(factors), dim);
         if (blocks) x = x / HS_SUMSQ_BLOCK + (x % HS_SUMSQ_BLOCK != 0);
-        if (pairs && (x == INT64_MAX ||
-                      __builtin_mul_overflow(x % 2 ? x : x / 2, x % 2 ? x / 2 + 1 : x + 1, &x)))
-            return false;
+        if (band) {
+            factors = after(factors);
+            const int64_t width = value_of(k, factors, word(factors), dim);
+            int64_t unseen = 0;
+            if (width > 0 && width < x && !pairs_of(x - width, &unseen)) return false;
+            if (!pairs_of(x, &x)) return false;
+            x -= unseen;
+        }
         if (__builtin_mul_overflow(*out, x, out)) return false;
     }
     return true;

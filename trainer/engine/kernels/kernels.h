@@ -69,7 +69,8 @@ typedef enum hs_kind {
     HS_KIND_BYTE,
     HS_KIND_TOKENS,
     HS_KIND_TARGETS,
-    HS_KIND_CONTROL
+    HS_KIND_CONTROL,
+    HS_KIND_PLACES
 } hs_kind;
 
 typedef struct hs_operand {

@@ -5,11 +5,11 @@
  *   igrad  the same with -s: turns a gradient back, in place
  *
  * The table is computed in double (core/math.h) and rounded once. Elementwise, so no order of sums.
- * t = r % T; R is a multiple of T; D is even.
+ * t = r % T - first[r] (borders.h); R is a multiple of T; D is even.
  */
 #ifndef HS_KERNELS_ROPE_H
 #define HS_KERNELS_ROPE_H
 
-#include "kernels/kernels.h"
+#include "kernels/borders.h"
 
 #endif

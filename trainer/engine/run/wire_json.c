@@ -78,8 +78,8 @@ static void print_names(const char *names) {
  * is to say: "optional", "below V", "may be dy", "with db". */
 static void print_kernel(uint32_t number) {
     static const char *const roles[] = {"", "read", "write", "update", "scratch"};
-    static const char *const kinds[] = {"",     "dt",     "acc",     "f64",
-                                        "byte", "tokens", "targets", "control"};
+    static const char *const kinds[] = {"",       "dt",      "acc",     "f64",   "byte",
+                                        "tokens", "targets", "control", "places"};
     const hs_kernel_facts *k = hs_kernel_facts_of(number);
     (void)printf("%s\"%s\": [%u, ", number > 1 ? ", " : "", k->name, (unsigned)number);
     print_names(k->dims);

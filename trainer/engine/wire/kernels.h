@@ -33,14 +33,14 @@
  *   SCRATCH  is written; its bytes mean nothing afterwards
  *   type     DT the call's element type; ACC f32, or f64 where the call's is f64 (oracle only); F64; BYTE;
  *            TOKENS and TARGETS i32, the position's own, each below the dim `below`; CONTROL the position's
- *            hs_step_control
+ *            hs_step_control; PLACES i32, places in a sequence: for one outside a kernel takes the nearest
  *   OPTIONAL       may be absent (HS_SPACE_NONE)
  *   WITH(name)     may be absent where that operand is, and is not looked at then
  *   MAY_BE(name)   may be the same memory as that operand, at the same place; else they do not overlap
  * Matrices of weights are DT, vectors of weights (norms, biases) ACC, gradients of weights ACC.
  *
  * Rows, columns and work are products of dims and numbers ("": 1). "BLOCKS n" is n / HS_SUMSQ_BLOCK rounded up,
- * "PAIRS n" is n (n + 1) / 2: the keys that n causal queries see.
+ * "BAND n w" is what n causal queries see, each w keys at most, its own among them (w 0: all before it).
  *
  * Letters: B microbatch size, T sequence length, R = B*T rows, C width, H query heads, G key/value heads,
  * D head size, F hidden width of the MLP, V vocabulary, K inner and N outer size of a linear layer.
@@ -85,15 +85,15 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
 #define HS_TEXT_OF(number)  HS_TEXT_OF2(number)
 
 #define HS_KERNELS(X)                                                                                                 \
-    /* y[r] = wte[tok[r]] + wpe[r % T] */                                                                             \
+    /* y[r] = wte[tok[r]] + wpe[t], t = r % T, less first[r] where that is there (kernels/borders.h) */                \
     X(1, EMBED_FWD, embed_fwd, DIMS(R, C, V, T), 4, "", NO_REALS,                                                     \
       "T|R V<=2147483647", GRADIENT(NONE, EMBED_WGRAD, ""), WORK("0", "0", "R C"),                                    \
       WRITE(y, DT, "R", "C", ""), READ(tok, TOKENS, "", "R", "", BELOW(V)), READ(wte, DT, "V", "C", ""),              \
-      READ(wpe, DT, "T", "C", "", OPTIONAL))                                                                          \
+      READ(wpe, DT, "T", "C", "", OPTIONAL), READ(first, PLACES, "", "R", "", OPTIONAL))                              \
     X(2, EMBED_WGRAD, embed_wgrad, DIMS(R, C, V, T), 4, "", NO_REALS,                                                 \
       "T|R V<=2147483647", NO_GRADIENT, WORK("0", "0", "2 R C"),                                                      \
       UPDATE(dwte, ACC, "V", "C", ""), UPDATE(dwpe, ACC, "T", "C", "", OPTIONAL), READ(dy, DT, "R", "C", ""),         \
-      READ(tok, TOKENS, "", "R", "", BELOW(V)))                                                                       \
+      READ(tok, TOKENS, "", "R", "", BELOW(V)), READ(first, PLACES, "", "R", "", OPTIONAL))                           \
     X(3, LAYERNORM_FWD, layernorm_fwd, DIMS(R, C), 2, "", REALS(eps),                                                 \
       "", GRADIENT(LAYERNORM_IGRAD, LAYERNORM_WGRAD, ""), WORK("0", "0", "8 R C"),                                    \
       WRITE(y, DT, "R", "C", ""), WRITE(mean, ACC, "", "R", ""), WRITE(rstd, ACC, "", "R", ""),                       \
@@ -132,31 +132,34 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dw, ACC, "N", "K", ""), UPDATE(db, ACC, "", "N", "", OPTIONAL), READ(dy, DT, "R", "N", "lddy"),          \
       READ(x, DT, "R", "K", "ldx"))                                                                                   \
-    /* causal; head h reads kv head h / (H/G); lse is [B,H,T] */                                                      \
-    X(12, ATTENTION_FWD, attention_fwd, DIMS(B, T, H, G, D, ldy, ldq, ldk, ldv), 5, "", REALS(scale),                 \
-      "G|H D<=" HS_TEXT_OF(HS_ATTENTION_HEAD_MAX), GRADIENT(ATTENTION_IGRAD, NONE, ""),                               \
-      WORK("2 B H D PAIRS T", "0", "0"),                                                                              \
+    /* causal; head h reads kv head h / (H/G); lse is [B,H,T]; row t reads none before first[t] (absent: 0), nor      \
+     * beyond the WINDOW last (0: any) */                                                                             \
+    X(12, ATTENTION_FWD, attention_fwd, DIMS(B, T, H, G, D, ldy, ldq, ldk, ldv, WINDOW), 5, "", REALS(scale),         \
+      "G|H D<=" HS_TEXT_OF(HS_ATTENTION_HEAD_MAX) " 0<=WINDOW", GRADIENT(ATTENTION_IGRAD, NONE, ""),                  \
+      WORK("2 B H D BAND T WINDOW", "0", "0"),                                                                        \
       WRITE(y, DT, "B T", "H D", "ldy"), WRITE(lse, ACC, "B H", "T", ""), READ(q, DT, "B T", "H D", "ldq"),           \
-      READ(k, DT, "B T", "G D", "ldk"), READ(v, DT, "B T", "G D", "ldv"))                                             \
-    X(13, ATTENTION_IGRAD, attention_igrad, DIMS(B, T, H, G, D, lddq, lddk, lddv, lddy, ldy, ldq, ldk, ldv), 5, "",   \
-      REALS(scale), "G|H D<=" HS_TEXT_OF(HS_ATTENTION_HEAD_MAX), NO_GRADIENT,                                         \
-      WORK("4 B H D PAIRS T", "B H D PAIRS T", "0"),                                                                  \
+      READ(k, DT, "B T", "G D", "ldk"), READ(v, DT, "B T", "G D", "ldv"),                                             \
+      READ(first, PLACES, "B", "T", "", OPTIONAL))                                                                    \
+    X(13, ATTENTION_IGRAD, attention_igrad,                                                                           \
+      DIMS(B, T, H, G, D, lddq, lddk, lddv, lddy, ldy, ldq, ldk, ldv, WINDOW), 5, "", REALS(scale),                   \
+      "G|H D<=" HS_TEXT_OF(HS_ATTENTION_HEAD_MAX) " 0<=WINDOW", NO_GRADIENT,                                          \
+      WORK("4 B H D BAND T WINDOW", "B H D BAND T WINDOW", "0"),                                                      \
       WRITE(dq, DT, "B T", "H D", "lddq"), WRITE(dk, DT, "B T", "G D", "lddk"), WRITE(dv, DT, "B T", "G D", "lddv"),  \
       READ(dy, DT, "B T", "H D", "lddy"), READ(y, DT, "B T", "H D", "ldy"), READ(q, DT, "B T", "H D", "ldq"),         \
       READ(k, DT, "B T", "G D", "ldk"), READ(v, DT, "B T", "G D", "ldv"), READ(lse, ACC, "B H", "T", ""),             \
-      SCRATCH(delta, ACC, "B H", "T", ""))                                                                            \
+      SCRATCH(delta, ACC, "B H", "T", ""), READ(first, PLACES, "B", "T", "", OPTIONAL))                               \
     /* tab[t,i] = cos, sin of the angle t / base^(2i/D) */                                                            \
     X(14, ROPE_TABLE, rope_table, DIMS(T, D), 2, "", REALS(base),                                                     \
       "2|D T<=1073741824", NO_GRADIENT, WORK("0", "0", "20 T D"),                                                     \
       WRITE(tab, ACC, "T", "D", ""))                                                                                  \
-    /* in place; pairs (i, i + D/2) are turned by tab[r % T] */                                                       \
+    /* in place; pairs (i, i + D/2) are turned by tab[t], t as in embed_fwd */                                        \
     X(15, ROPE_FWD, rope_fwd, DIMS(R, T, N, D, ldx), 4, "", NO_REALS,                                                 \
       "T|R 2|D", GRADIENT(ROPE_IGRAD, NONE, ""), WORK("0", "0", "3 R N D"),                                           \
-      UPDATE(x, DT, "R", "N D", "ldx"), READ(tab, ACC, "T", "D", ""))                                                 \
+      UPDATE(x, DT, "R", "N D", "ldx"), READ(tab, ACC, "T", "D", ""), READ(first, PLACES, "", "R", "", OPTIONAL))     \
     /* turned back */                                                                                                 \
     X(16, ROPE_IGRAD, rope_igrad, DIMS(R, T, N, D, ldx), 4, "", NO_REALS,                                             \
       "T|R 2|D", NO_GRADIENT, WORK("0", "0", "3 R N D"),                                                              \
-      UPDATE(x, DT, "R", "N D", "ldx"), READ(tab, ACC, "T", "D", ""))                                                 \
+      UPDATE(x, DT, "R", "N D", "ldx"), READ(tab, ACC, "T", "D", ""), READ(first, PLACES, "", "R", "", OPTIONAL))     \
     /* tanh form */                                                                                                   \
     X(17, GELU_FWD, gelu_fwd, DIMS(n), 1, "", NO_REALS,                                                               \
       "", GRADIENT(GELU_IGRAD, NONE, ""), WORK("0", "0", "20 n"),                                                     \
@@ -271,14 +274,18 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       WRITE(loss, ACC, "", "R", "", OPTIONAL), WRITE(dx, ACC, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),           \
       READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(ALL)),           \
       READ(e, ACC, "R", "V", ""), READ(tops, ACC, "N", "R", ""), READ(sums, ACC, "3 P", "R", ""),                     \
-      SCRATCH(dlogits, DT, "CHUNK", "V", ""), SCRATCH(parts, ACC, "N CHUNK", "C", ""))
+      SCRATCH(dlogits, DT, "CHUNK", "V", ""), SCRATCH(parts, ACC, "N CHUNK", "C", ""))                                \
+    /* first[t]: where t's document begins; documents end with token END */                                           \
+    X(43, BORDERS, borders, DIMS(B, T, V, END), 3, "", NO_REALS,                                                      \
+      "0<=END END<=V V<=2147483647", NO_GRADIENT, WORK("0", "0", "B T"),                                              \
+      WRITE(first, PLACES, "B", "T", ""), READ(tok, TOKENS, "", "B T", "", BELOW(V)))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 43
+    HS_K_COUNT = 44
 };
 
 #endif

@@ -23,6 +23,7 @@
 #include "kernels/cpu/vec_math.h"
 
 #include "kernels/cpu/attention.c"
+#include "kernels/cpu/borders.c"
 #include "kernels/cpu/classifier.c"
 #include "kernels/cpu/delay.c"
 #include "kernels/cpu/embed.c"

@@ -3,15 +3,18 @@
  * Order of the sums, the same for every build and any number of threads:
  *
  *   scores  one chain of fma over d ascending, then times scale.
- *   fwd     Keys in blocks of KEYS from 0. A block: the new maximum; p = exp(s - maximum); the sum
+ *   fwd     Keys in blocks of KEYS, cut at its multiples. A block: the new maximum; p = exp(s - maximum); the sum
  *           of p in 16 lane partials (lane = key % 16) joined by v_sum; shrink = exp(old maximum -
  *           new); l = l shrink + sum; o = o shrink, then one chain over the block's keys.
  *           At the end o / l, and lse = maximum + log l.
  *   igrad   p = exp(s - lse). dq: one chain over keys ascending. dk, dv: one chain over the heads
  *           of the group ascending, rows ascending inside a head. Then times scale, rounded once.
  *
- * A masked key has p = 0 exactly and leaves every chain as it was (unless its v, q or dy is not
- * finite: 0 times that is NaN, so such a number also shows in earlier rows of the same tile).
+ * A masked key, after a row or before the first that it reads, has p = 0 exactly and leaves every
+ * chain as it was (unless its v, q or dy is not finite: 0 times that is NaN, so such a number also
+ * shows in other rows of the same tile). So what a tile's other rows read never shows in a row, and
+ * blocks that no row of a tile reads are left out. Where rows have a first key, a maximum begins
+ * with LEAST, and sums with 0: a block may come before a row's first.
  *
  * Tiles of scores lie turned, keys as rows: what is done to a row of the mathematics is done to 16 of
  * them side by side, and p is packed without a transposition.
@@ -30,6 +33,8 @@
 
 /* Rows of a tile, packed once, and its columns. WIDE is a multiple of KEYS. */
 enum { WIDE = 192, KEYS = 64 };
+
+#define LEAST (-0x1.fffffep127f) /* finite: a masked score less it is no NaN */
 
 #define HEAD_PAD ((HS_ATTENTION_HEAD_MAX + NR - 1) / NR * NR)
 
@@ -55,9 +60,33 @@ typedef struct attention_job {
     const hs_attention_igrad_args *igrad;
     attention_scratch *scratch;
     int64_t T, H, G, D;
+    const int32_t *first;
+    int64_t window;
+    bool banded; /* there are rows that do not read all before them */
     float scale;
     int dt;
 } attention_job;
+
+/* The first key that row t reads. */
+static int64_t low_of(const attention_job *j, int64_t b, int64_t t) {
+    return hs_first_read(j->first, b * j->T + t, t, j->window);
+}
+
+/* Rows [0, return) of the tile from q0 on hold all that read keys before `end`, and whole groups of
+ * `unit`. Rows do not read earlier keys than those above them. */
+static int64_t rows_before(const attention_job *j, int64_t b, int64_t q0, int64_t rows, int64_t end,
+                           int64_t unit) {
+    if (!j->banded) return rows;
+    int64_t found = 0, above = rows;
+    while (found < above) {
+        int64_t middle = (found + above) / 2;
+        if (low_of(j, b, q0 + middle) < end)
+            found = middle + 1;
+        else
+            above = middle;
+    }
+    return hs_min(rows, hs_ceil_div(found, unit) * unit);
+}
 
 static attention_scratch *scratch_of(const attention_job *j, int worker) {
     return (attention_scratch *)(void *)((float *)(void *)j->scratch +
@@ -111,10 +140,10 @@ static void scores(float *tile, const float *packed_rows, const float *packed_co
 /* -------------------- forward */
 
 /* Queries [i, i + LANES) of a tile of scores, turned (rows are keys, columns queries): a vector has
- * a key's score of each, and becomes its p in place. Query i + l sees keys up to seen + l. shrink:
- * what the sums so far are to be multiplied with. */
+ * a key's score of each, and becomes its p in place. Query i + l sees keys from unseen[l] (NULL: 0)
+ * up to seen + l. shrink: what the sums so far are to be multiplied with. */
 static void softmax_columns(attention_scratch *s, int64_t i, int64_t keys, int64_t seen,
-                            float scale, float *shrink) {
+                            const float *unseen, float scale, float *shrink) {
     float *z = s->score + i;
     const vf sv = v_set1(scale), low = v_set1(-__builtin_inff()), lane = v_count_from(0.0f);
     const vf old = v_load(s->top + i);
@@ -122,6 +151,7 @@ static void softmax_columns(attention_scratch *s, int64_t i, int64_t keys, int64
     for (int64_t u = 0; u < keys; u++) {
         vf x = v_mul(v_load(z + u * WIDE), sv);
         if (u > seen) x = v_select_lt(lane, v_set1((float)(u - seen)), low, x);
+        if (unseen) x = v_select_lt(v_set1((float)u), v_load(unseen), low, x);
         top = v_max(top, x);
         v_store(z + u * WIDE, x);
     }
@@ -139,6 +169,18 @@ static void softmax_columns(attention_scratch *s, int64_t i, int64_t keys, int64
     v_store(shrink, factor);
     v_store(s->total + i, v_add(v_mul(v_load(s->total + i), factor), part[0]));
     v_store(s->top + i, top);
+}
+
+/* By query of [t, t + LANES), how many of the keys from k0 on come before the first that it reads.
+ * False: none does, for any. */
+static bool unseen_keys(const attention_job *j, int64_t b, int64_t t, int64_t k0, float *unseen) {
+    int64_t most = 0;
+    for (int64_t l = 0; j->banded && l < LANES; l++) {
+        int64_t count = t + l < j->T ? hs_max(0, low_of(j, b, t + l) - k0) : 0;
+        unseen[l] = (float)hs_min(KEYS, count);
+        most = hs_max(most, count);
+    }
+    return most > 0;
 }
 
 /* The keys and values of a head, packed by blocks of KEYS, where they fit the scratch: one head of
@@ -168,10 +210,15 @@ static void attention_fwd_head(const attention_job *j, attention_scratch *s, int
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
         int64_t rows = hs_min(WIDE, T - q0);
         pack_b(s->rows0, &q_d, q0, rows, T, 0, D);
-        for (int64_t i = 0; i < WIDE; i++) s->top[i] = -__builtin_inff(), s->total[i] = 0;
-        for (int64_t k0 = 0; k0 < q0 + rows; k0 += KEYS) {
+        const float top = j->banded ? LEAST : -__builtin_inff();
+        for (int64_t i = 0; i < WIDE; i++) s->top[i] = top, s->total[i] = 0;
+        if (j->banded) memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
+        for (int64_t k0 = low_of(j, b, q0) / KEYS * KEYS; k0 < q0 + rows; k0 += KEYS) {
             int64_t keys = hs_min(KEYS, T - k0),
                     first = hs_max(0, k0 - q0); /* rows before it see no key */
+            int64_t end = rows_before(j, b, q0, rows, k0 + keys, LANES); /* nor those from it on */
+            if (end <= first) continue;
+            const bool later = j->banded || k0 > 0;
             const float *key = s->rows1, *value = s->cols1;
             if (keys_packed) {
                 key = keys_packed + k0 * D, value = values_packed + k0 * wide;
@@ -179,12 +226,13 @@ static void attention_fwd_head(const attention_job *j, attention_scratch *s, int
                 pack_a(s->rows1, &k_d, k0, keys, T, 0, D);
                 pack_b(s->cols1, &v_row, 0, D, D, k0, keys);
             }
-            multiply_packed(keys, rows - first, D, key, s->rows0 + first * D, s->score + first,
-                            WIDE, 0);
-            for (int64_t i = first; i < rows; i += LANES) {
-                float shrink[LANES];
-                softmax_columns(s, i, keys, q0 + i - k0, j->scale, shrink);
-                for (int64_t l = 0; k0 > 0 && l < hs_min(LANES, rows - i); l++) {
+            multiply_packed(keys, end - first, D, key, s->rows0 + first * D, s->score + first, WIDE,
+                            0);
+            for (int64_t i = first; i < end; i += LANES) {
+                float shrink[LANES], unseen[LANES];
+                bool some = unseen_keys(j, b, q0 + i, k0, unseen);
+                softmax_columns(s, i, keys, q0 + i - k0, some ? unseen : NULL, j->scale, shrink);
+                for (int64_t l = 0; later && l < hs_min(LANES, end - i); l++) {
                     if (shrink[l] == 1.0f) continue;
                     float *sum = s->sum0 + (i + l) * D;
                     for (int64_t d = 0; d < D; d += LANES)
@@ -193,10 +241,9 @@ static void attention_fwd_head(const attention_job *j, attention_scratch *s, int
                 }
             }
             side p = {s->score, 1, WIDE, HS_F32};
-            pack_a(s->packed, &p, first, rows - first, WIDE, 0, keys);
+            pack_a(s->packed, &p, first, end - first, WIDE, 0, keys);
             /* the first block starts the chains (it masks no row wholly), later ones go on */
-            multiply_packed(rows - first, D, keys, s->packed, value, s->sum0 + first * D, D,
-                            k0 > 0);
+            multiply_packed(end - first, D, keys, s->packed, value, s->sum0 + first * D, D, later);
         }
         put_rows(o, q0, rows, D, s->sum0, 0, s->total);
         for (int64_t i = 0; i < rows; i++) lse[q0 + i] = s->top[i] + log1_f32(s->total[i]);
@@ -227,6 +274,9 @@ static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
                        .H = a->H,
                        .G = a->G,
                        .D = a->D,
+                       .first = a->first,
+                       .window = a->WINDOW,
+                       .banded = a->first || a->WINDOW,
                        .scale = (float)a->scale,
                        .dt = (int)a->dtype};
     share_rows(ctx, a->B * a->H, a->T * a->T * a->D, attention_fwd_range, &j);
@@ -249,8 +299,8 @@ static void delta_rows(head grad, head out, int64_t T, int64_t D, float *delta) 
 }
 
 /* dq of one head. s->score becomes ds. */
-static void attention_dq(const attention_job *j, attention_scratch *s, head dq, head grad, head q,
-                         head k, head v, const float *lse, const float *delta) {
+static void attention_dq(const attention_job *j, attention_scratch *s, int64_t b, head dq,
+                         head grad, head q, head k, head v, const float *lse, const float *delta) {
     const int64_t T = j->T, D = j->D;
     const vf sv = v_set1(j->scale);
     side q_d = inner_d(q), k_d = inner_d(k), v_d = inner_d(v), grad_d = inner_d(grad),
@@ -259,31 +309,36 @@ static void attention_dq(const attention_job *j, attention_scratch *s, head dq, 
         int64_t rows = hs_min(WIDE, T - q0);
         pack_a(s->rows0, &q_d, q0, rows, T, 0, D);
         pack_a(s->rows1, &grad_d, q0, rows, T, 0, D);
-        for (int64_t k0 = 0; k0 < q0 + rows; k0 += KEYS) {
+        if (j->banded) memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
+        for (int64_t k0 = low_of(j, b, q0) / KEYS * KEYS; k0 < q0 + rows; k0 += KEYS) {
             int64_t keys = hs_min(KEYS, T - k0), first = hs_max(0, k0 - q0);
+            /* whole panels, as they were packed */
+            int64_t end = rows_before(j, b, q0, rows, k0 + keys, MR);
+            if (end <= first) continue;
             pack_b(s->cols0, &k_d, k0, keys, T, 0, D);
-            scores(s->score, s->rows0, s->cols0, first, rows, keys, D);
+            scores(s->score, s->rows0, s->cols0, first, end, keys, D);
             pack_b(s->cols1, &v_d, k0, keys, T, 0, D);
-            scores(s->other, s->rows1, s->cols1, first, rows, keys, D);
-            for (int64_t i = first; i < rows; i++) {
+            scores(s->other, s->rows1, s->cols1, first, end, keys, D);
+            for (int64_t i = first; i < end; i++) {
                 int64_t valid = hs_min(keys, q0 + i - k0 + 1);
+                int64_t unseen = hs_min(keys, low_of(j, b, q0 + i) - k0);
                 vf lv = v_set1(lse[q0 + i]), dv = v_set1(delta[q0 + i]);
                 for (int64_t u = 0; u < keys; u += LANES) {
                     float *z = s->score + i * KEYS + u;
                     vf p = v_exp(v_sub(v_mul(v_load(z), sv), lv));
                     vf ds = v_mul(p, v_sub(v_load(s->other + i * KEYS + u), dv));
-                    if (u + LANES > valid)
-                        ds =
-                            v_select_lt(v_count_from((float)u), v_set1((float)valid), ds, v_zero());
+                    vf at = v_count_from((float)u);
+                    if (u + LANES > valid) ds = v_select_lt(at, v_set1((float)valid), ds, v_zero());
+                    if (u < unseen) ds = v_select_lt(at, v_set1((float)unseen), v_zero(), ds);
                     v_store(z, ds);
                 }
             }
             side ds = {s->score, KEYS, 1, HS_F32};
-            pack_a(s->packed, &ds, first, rows - first, rows, 0, keys);
+            pack_a(s->packed, &ds, first, end - first, rows, 0, keys);
             pack_b(s->cols0, &k_row, 0, D, D, k0, keys);
             /* the first block starts the chains (it masks no row wholly), later ones go on */
-            multiply_packed(rows - first, D, keys, s->packed, s->cols0, s->sum0 + first * D, D,
-                            k0 > 0);
+            multiply_packed(end - first, D, keys, s->packed, s->cols0, s->sum0 + first * D, D,
+                            j->banded || k0 > 0);
         }
         put_rows(dq, q0, rows, D, s->sum0, j->scale, NULL);
     }
@@ -291,9 +346,9 @@ static void attention_dq(const attention_job *j, attention_scratch *s, head dq, 
 
 /* dk and dv of keys [k0, k0 + WIDE): what one query head adds; and, where dq is not NULL, what these
  * keys add to that head's. Tiles are turned: rows are keys, columns queries. */
-static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t k0, int64_t keys,
-                          head grad, head q, head k, const float *lse, const float *delta,
-                          float *dq) {
+static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t b, int64_t k0,
+                          int64_t keys, head grad, head q, head k, const float *lse,
+                          const float *delta, float *dq) {
     const int64_t T = j->T, D = j->D;
     const vf sv = v_set1(j->scale);
     int64_t packed_keys = 0; /* of s->keys */
@@ -301,6 +356,14 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
     side q_d = inner_d(q), grad_d = inner_d(grad), q_row = inner_row(q), grad_row = inner_row(grad);
     for (int64_t q0 = k0; q0 < T; q0 += KEYS) {
         int64_t queries = hs_min(KEYS, T - q0);
+        if (low_of(j, b, q0) >= k0 + keys) break; /* nor does any later query read one of them */
+        float
+            unseen[KEYS]; /* by query, so many of these keys come before the first that it reads */
+        int64_t most = 0;
+        for (int64_t u = 0; j->banded && u < KEYS; u++) {
+            most = hs_max(most, u < queries ? low_of(j, b, q0 + u) - k0 : 0);
+            unseen[u] = (float)hs_min(keys, most);
+        }
         int64_t seen =
             hs_min(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
         int64_t panels =
@@ -322,6 +385,11 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
                     p = v_select_lt(at, first, v_zero(), p);
                     ds = v_select_lt(at, first, v_zero(), ds);
                 }
+                if (i < most) {
+                    vf at = v_set1((float)i), from = v_load(unseen + u);
+                    p = v_select_lt(at, from, v_zero(), p);
+                    ds = v_select_lt(at, from, v_zero(), ds);
+                }
                 v_store(z, p);
                 v_store(y, ds);
             }
@@ -338,7 +406,7 @@ static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t 
         pack_a(s->packed, &turned, 0, queries, KEYS, 0, seen);
         if (seen != packed_keys) pack_b(s->keys, &k_row, 0, D, D, k0, seen);
         packed_keys = seen;
-        multiply_packed(queries, D, seen, s->packed, s->keys, dq + q0 * D, D, k0 > 0);
+        multiply_packed(queries, D, seen, s->packed, s->keys, dq + q0 * D, D, j->banded || k0 > 0);
     }
 }
 
@@ -355,10 +423,11 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
         head dq = head_of(j, a->dq, a->lddq, b, h), grad = head_of(j, a->dy, a->lddy, b, h);
         delta_rows(grad, head_of(j, a->y, a->ldy, b, h), T, D, delta + h * T);
         if (at_once) continue;
-        attention_dq(j, s, dq, grad, head_of(j, a->q, a->ldq, b, h), k, v, lse + h * T,
+        attention_dq(j, s, b, dq, grad, head_of(j, a->q, a->ldq, b, h), k, v, lse + h * T,
                      delta + h * T);
     }
     side k_d = inner_d(k), v_d = inner_d(v);
+    if (at_once && j->banded) memset(s->rest, 0, (size_t)(each * T * D) * sizeof(float));
     for (int64_t k0 = 0; k0 < T; k0 += WIDE) {
         int64_t keys = hs_min(WIDE, T - k0);
         pack_a(s->rows0, &k_d, k0, keys, T, 0, D);
@@ -366,7 +435,7 @@ static void attention_igrad_group(const attention_job *j, attention_scratch *s, 
         memset(s->sum0, 0, (size_t)(keys * D) * sizeof(float));
         memset(s->sum1, 0, (size_t)(keys * D) * sizeof(float));
         for (int64_t h = g * each; h < (g + 1) * each; h++)
-            attention_dkv(j, s, k0, keys, head_of(j, a->dy, a->lddy, b, h),
+            attention_dkv(j, s, b, k0, keys, head_of(j, a->dy, a->lddy, b, h),
                           head_of(j, a->q, a->ldq, b, h), k, lse + h * T, delta + h * T,
                           at_once ? s->rest + (h - g * each) * T * D : NULL);
         put_rows(dk, k0, keys, D, s->sum0, j->scale, NULL);
@@ -390,6 +459,9 @@ static void attention_igrad_op(hs_kernel_ctx *ctx, hs_attention_igrad_args *a) {
                        .H = a->H,
                        .G = a->G,
                        .D = a->D,
+                       .first = a->first,
+                       .window = a->WINDOW,
+                       .banded = a->first || a->WINDOW,
                        .scale = (float)a->scale,
                        .dt = (int)a->dtype};
     share_rows(ctx, a->B * a->G, a->T * a->T * a->D, attention_igrad_range, &j);

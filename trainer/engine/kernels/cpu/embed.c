@@ -9,13 +9,15 @@ VINLINE void embed_fwd_rows(const hs_embed_fwd_args *a, int64_t begin, int64_t e
     const int32_t *tok = a->tok;
     void *y = a->y;
     const void *wte = a->wte, *wpe = a->wpe;
-    for (int64_t r = begin; r < end; r++)
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t t = r % a->T - hs_first_of(a->first, r, r % a->T);
         for (int64_t c = 0; c < a->C; c += LANES) {
             int64_t left = a->C - c;
             vf x = v_load_dt_n(wte, tok[r] * a->C + c, left, dt);
-            if (wpe) x = v_add(x, v_load_dt_n(wpe, r % a->T * a->C + c, left, dt));
+            if (wpe) x = v_add(x, v_load_dt_n(wpe, t * a->C + c, left, dt));
             v_store_dt_n(y, r * a->C + c, x, left, dt);
         }
+    }
 }
 
 static void embed_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
@@ -32,17 +34,19 @@ VINLINE void embed_wgrad_columns(const hs_embed_wgrad_args *a, int64_t begin, in
     float *dwte = a->dwte, *dwpe = a->dwpe;
     const void *dy = a->dy;
     const int32_t *tok = a->tok;
-    for (int64_t r = 0; r < a->R; r++)
+    for (int64_t r = 0; r < a->R; r++) {
+        const int64_t t = r % a->T - hs_first_of(a->first, r, r % a->T);
         for (int64_t c = begin; c < end; c += LANES) {
             int64_t left = end - c;
             vf g = v_load_dt_n(dy, r * a->C + c, left, dt);
             float *e = dwte + tok[r] * a->C + c;
             v_store_n(e, v_add(v_load_n(e, left), g), left);
             if (dwpe) {
-                float *p = dwpe + r % a->T * a->C + c;
+                float *p = dwpe + t * a->C + c;
                 v_store_n(p, v_add(v_load_n(p, left), g), left);
             }
         }
+    }
 }
 
 static void embed_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {

@@ -22,6 +22,7 @@ static void rope_table_op(hs_kernel_ctx *ctx, hs_rope_table_args *a) {
 typedef struct rope_job {
     void *x;
     const float *tab;
+    const int32_t *first;
     int64_t T, N, D, ld;
     float sign; /* of the sine: 1, or -1 to turn back */
     int dt;
@@ -32,10 +33,11 @@ VINLINE void rope_rows(const rope_job *j, int64_t begin, int64_t end, int dt) {
     const float *tab = j->tab;
     const int64_t half = j->D / 2;
     const vf sign = v_set1(j->sign);
-    for (int64_t r = begin; r < end; r++)
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t t = r % j->T - hs_first_of(j->first, r, r % j->T);
         for (int64_t i = 0; i < half; i += LANES) {
             int64_t left = hs_min(half - i, LANES);
-            const float *pairs = tab + 2 * (r % j->T * half + i);
+            const float *pairs = tab + 2 * (t * half + i);
             float cosines[LANES] = {0}, sines[LANES] = {0};
             for (int64_t l = 0; l < left; l++)
                 cosines[l] = pairs[2 * l], sines[l] = pairs[2 * l + 1];
@@ -47,6 +49,7 @@ VINLINE void rope_rows(const rope_job *j, int64_t begin, int64_t end, int dt) {
                 v_store_dt_n(x, at + half, v_fma(p, s, v_mul(q, c)), left, dt);
             }
         }
+    }
 }
 
 static void rope_range(void *ctx, int64_t begin, int64_t end, int worker) {
@@ -56,11 +59,11 @@ static void rope_range(void *ctx, int64_t begin, int64_t end, int worker) {
 }
 
 static void rope_fwd_op(hs_kernel_ctx *ctx, hs_rope_fwd_args *a) {
-    rope_job j = {a->x, a->tab, a->T, a->N, a->D, a->ldx, 1.0f, (int)a->dtype};
+    rope_job j = {a->x, a->tab, a->first, a->T, a->N, a->D, a->ldx, 1.0f, (int)a->dtype};
     share_rows(ctx, a->R, a->N * a->D, rope_range, &j);
 }
 
 static void rope_igrad_op(hs_kernel_ctx *ctx, hs_rope_igrad_args *a) {
-    rope_job j = {a->x, a->tab, a->T, a->N, a->D, a->ldx, -1.0f, (int)a->dtype};
+    rope_job j = {a->x, a->tab, a->first, a->T, a->N, a->D, a->ldx, -1.0f, (int)a->dtype};
     share_rows(ctx, a->R, a->N * a->D, rope_range, &j);
 }

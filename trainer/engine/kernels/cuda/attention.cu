@@ -1,6 +1,6 @@
 /* Causal flash attention, without tensor cores, deterministic. Order of all sums and so the bits
- * are those of the fast CPU set (kernels/cpu/attention.c): keys in blocks of TILE from 0 with a
- * running maximum, a block's p summed in 16 lanes (key % 16), o, dq, dk, dv one chain each.
+ * are those of the fast CPU set (kernels/cpu/attention.c): keys in blocks of TILE, those that no row
+ * of a tile reads left out, with a running maximum, a block's p summed in 16 lanes (key % 16), o, dq, dk, dv one chain each.
  *
  * A block has TILE rows of one head (queries; for dk and dv keys) and walks the other side tile by
  * tile. Thread (y, x) = (t / 16, t % 16) has rows 4 y .. 4 y + 3 and, of a tile of scores, columns
@@ -125,8 +125,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     const head<const T> q = head_of(q_.p, q_.ld, s, b, h), k = head_of(k_.p, k_.ld, s, b, g),
                         v = head_of(v_.p, v_.ld, s, b, g);
     float sum[4][OWN] = {}, top[4], total[4] = {};
-    for (int i = 0; i < 4; i++) top[i] = -INFINITY;
-    for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
+    int64_t low[4];
+    for (int i = 0; i < 4; i++) {
+        top[i] = least_of(s);
+        low[i] = low_of(s, b, min64(q0 + y + i, s.T - 1));
+    }
+    for (int64_t k0 = low_of(s, b, q0) / TILE * TILE; k0 <= q0; k0 += TILE) {
         float z[4][4];
         scores(z, p, q, q0, k, k0, s.T, s.D, s.wide);
 #pragma unroll
@@ -135,7 +139,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int64_t key = k0 + x + 16 * j;
-                z[i][j] = key <= q0 + y + i && key < s.T ? z[i][j] * s.scale : -INFINITY;
+                const bool seen = low[i] <= key && key <= q0 + y + i && key < s.T;
+                z[i][j] = seen ? z[i][j] * s.scale : -INFINITY;
                 best = v_max(best, z[i][j]);
             }
             for (int bits = 8; bits; bits /= 2)
@@ -197,7 +202,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     const head<const T> q = head_of(q_.p, q_.ld, s, b, h), k = head_of(k_.p, k_.ld, s, b, g),
                         v = head_of(v_.p, v_.ld, s, b, g), grad = head_of(do_.p, do_.ld, s, b, h);
     float sum[4][OWN] = {};
-    for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
+    int64_t low[4];
+    for (int i = 0; i < 4; i++) low[i] = low_of(s, b, min64(q0 + y + i, s.T - 1));
+    for (int64_t k0 = low_of(s, b, q0) / TILE * TILE; k0 <= q0; k0 += TILE) {
         float z[4][4], dp[4][4];
         scores(z, p, q, q0, k, k0, s.T, s.D, s.wide);
         scores(dp, p, grad, q0, v, k0, s.T, s.D, s.wide);
@@ -208,7 +215,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const float prob = v_exp(z[i][j] * s.scale - l);
-                z[i][j] = k0 + x + 16 * j <= row ? prob * (dp[i][j] - e) : 0.0f;
+                const int64_t key = k0 + x + 16 * j;
+                z[i][j] = low[i] <= key && key <= row ? prob * (dp[i][j] - e) : 0.0f;
             }
         }
         put_scores(tile, z);
@@ -236,6 +244,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         const float *l = lse + (b * s.H + h) * s.T, *e = delta + (b * s.H + h) * s.T;
         for (int64_t q0 = k0; q0 < s.T; q0 += TILE) {
             const int64_t queries = min64(TILE, s.T - q0);
+            if (low_of(s, b, q0) >= k0 + TILE)
+                break; /* nor does any later query read one of them */
             float z[4][4], ds[4][4];
             scores(z, p, k, k0, q, q0, s.T, s.D, s.wide);
             scores(ds, p, v, k0, grad, q0, s.T, s.D, s.wide);
@@ -243,9 +253,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int j = 0; j < 4; j++) {
                 const int64_t query = q0 + x + 16 * j;
                 const float lj = query < s.T ? l[query] : 0.0f, ej = query < s.T ? e[query] : 0.0f;
+                const int64_t low = low_of(s, b, min64(query, s.T - 1));
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const bool seen = k0 + y + i <= query;
+                    const bool seen = low <= k0 + y + i && k0 + y + i <= query;
                     const float prob = v_exp(z[i][j] * s.scale - lj);
                     ds[i][j] = seen ? prob * (ds[i][j] - ej) : 0.0f;
                     z[i][j] = seen ? prob : 0.0f;
@@ -280,7 +291,8 @@ static hs_status attention_fwd_op(const hs_cuda_ctx *ctx, const hs_attention_fwd
     const operand<const T> q = operand_of<const T>(a.q, a.ldq), k = operand_of<const T>(a.k, a.ldk),
                            v = operand_of<const T>(a.v, a.ldv);
     const bool wide = wide_rows(q, D) && wide_rows(k, D) && wide_rows(v, D);
-    const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide};
+    const int32_t *first = static_cast<const int32_t *>(a.first);
+    const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide, first, a.WINDOW};
     const dim3 grid((unsigned)(a.B * a.H * tiles), (unsigned)hs_ceil_div(D, SLICE));
     return HS_LAUNCH(attention_fwd, grid, THREADS, stream, s, o, lse, q, k, v);
 }
@@ -292,7 +304,7 @@ static hs_status delta_of(cudaStream_t stream, const hs_attention_igrad_args &a)
     const operand<const T> grad = operand_of<const T>(a.dy, a.lddy),
                            o = operand_of<const T>(a.y, a.ldy);
     const bool wide = wide_rows(grad, a.D) && wide_rows(o, a.D);
-    const shape s = {a.T, a.H, a.G, a.D, 0, 0.0f, wide};
+    const shape s = {a.T, a.H, a.G, a.D, 0, 0.0f, wide, NULL, 0};
     return HS_LAUNCH(attention_delta, (unsigned)hs_ceil_div(rows, row_of<T>::ROWS), FLAT, stream, s,
                      static_cast<float *>(a.delta), grad, o, rows);
 }
@@ -317,7 +329,8 @@ static hs_status attention_igrad_op(const hs_cuda_ctx *ctx, const hs_attention_i
     const float *lse = static_cast<const float *>(a.lse);
     const float *delta = static_cast<const float *>(a.delta);
     const bool wide = wide_rows(grad, D) && wide_rows(q, D) && wide_rows(k, D) && wide_rows(v, D);
-    const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide};
+    const int32_t *first = static_cast<const int32_t *>(a.first);
+    const shape s = {a.T, a.H, a.G, D, tiles, (float)a.scale, wide, first, a.WINDOW};
     const unsigned slices = (unsigned)hs_ceil_div(D, SLICE);
     const dim3 queries((unsigned)(a.B * a.H * tiles), slices),
         keys((unsigned)(a.B * a.G * tiles), slices);

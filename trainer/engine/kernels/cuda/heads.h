@@ -2,8 +2,9 @@
 #ifndef HS_KERNELS_CUDA_HEADS_H
 #define HS_KERNELS_CUDA_HEADS_H
 
-#include "kernels/attention.h"
 #include "kernels/cuda/lane.h"
+
+#include "kernels/attention.h"
 
 /* One head of one sequence: T rows, ld apart, D wide. */
 template <typename T> struct head {
@@ -15,11 +16,24 @@ struct shape {
     int64_t T, H, G, D, tiles;
     float scale;
     bool wide;
+    const int32_t *first; /* of attention.h, as the window; NULL and 0: rows read all before them */
+    int64_t window;
 };
 
 template <typename T>
 HS_DEVICE head<T> head_of(T *p, int64_t ld, const shape &s, int64_t b, int64_t h) {
     return head<T>{p + b * s.T * ld + h * s.D, ld};
+}
+
+/* The first key that row t of sequence b reads. */
+template <typename S> HS_DEVICE int64_t low_of(const S &s, int64_t b, int64_t t) {
+    return hs_first_read(s.first, b * s.T + t, t, s.window);
+}
+
+/* What a running maximum begins with. LEAST where a tile may come before a row's first key: a masked
+ * score less it is no NaN. */
+template <typename S> HS_DEVICE float least_of(const S &s) {
+    return s.first || s.window ? -3.40282347e38f : -INFINITY;
 }
 
 /* Operands with their row distances. */

@@ -24,16 +24,17 @@ __global__ void __launch_bounds__(TABLE_PART)
 
 template <typename T>
 __global__ void __launch_bounds__(FLAT)
-    rope_turn(T *x, const float *tab, int64_t R, int64_t T_, int64_t N_, int64_t D, int64_t ldx,
-              float sign, int64_t packs, bool wide) {
+    rope_turn(T *x, const float *tab, const int32_t *starts, int64_t R, int64_t T_, int64_t N_,
+              int64_t D, int64_t ldx, float sign, int64_t packs, bool wide) {
     const int N = pack_of<T>::N;
     const int64_t half = D / 2, head = quotient(flat_index(), packs);
     const int64_t i0 = (flat_index() - head * packs) * N, r = quotient(head, N_), left = half - i0;
     if (r >= R) return;
+    const int64_t t = r - quotient(r, T_) * T_;
     T *first = x + r * ldx + (head - r * N_) * D + i0;
     lanes<N> p = load<N>(first, left, wide), q = load<N>(first + half, left, wide);
     const lanes<2 * N> pairs =
-        load<2 * N>(tab + 2 * ((r - quotient(r, T_) * T_) * half + i0), 2 * left, wide);
+        load<2 * N>(tab + 2 * ((t - hs_first_of(starts, r, t)) * half + i0), 2 * left, wide);
     for (int i = 0; i < N; i++) {
         const float c = pairs.x[2 * i], s = pairs.x[2 * i + 1] * sign;
         const float a = p.x[i], b = q.x[i];
@@ -71,9 +72,10 @@ static hs_status turn(cudaStream_t stream, const Args &a, float sign) {
     const int64_t packs = hs_ceil_div(D / 2, pack_of<T>::N);
     T *x = static_cast<T *>(a.x);
     const float *tab = static_cast<const float *>(a.tab);
+    const int32_t *starts = static_cast<const int32_t *>(a.first);
     const bool wide = wide_at(x, ldx) && wide_at(x, D / 2) && wide_at(tab, D);
-    return HS_LAUNCH(rope_turn, flat_blocks(R * N * packs), FLAT, stream, x, tab, R, T_, N, D, ldx,
-                     sign, packs, wide);
+    return HS_LAUNCH(rope_turn, flat_blocks(R * N * packs), FLAT, stream, x, tab, starts, R, T_, N,
+                     D, ldx, sign, packs, wide);
 }
 
 template <typename T> static hs_status rope_fwd_op(cudaStream_t stream, const hs_rope_fwd_args &a) {

@@ -25,6 +25,7 @@ void hs_ref_attention_fwd(const hs_attention_fwd_args *a) {
     const int64_t ldo = a->ldy, ldq = a->ldq, ldk = a->ldk, ldv = a->ldv;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
     const double scale = a->scale;
+    const int32_t *first = a->first;
     void *o = a->y, *lse_bht = a->lse;
     const void *q = a->q, *k = a->k, *v = a->v;
     for (int64_t b = 0; b < B; b++)
@@ -32,12 +33,13 @@ void hs_ref_attention_fwd(const hs_attention_fwd_args *a) {
             for (int64_t t = 0; t < T; t++) {
                 const int64_t row = b * T, kv = h / (H / G) * D;
                 const int64_t at_q = (row + t) * ldq + h * D;
+                const int64_t low = hs_first_read(first, row + t, t, a->WINDOW);
                 double max = -INFINITY, sum = 0, out[HS_ATTENTION_HEAD_MAX] = {0};
-                for (int64_t u = 0; u <= t; u++) {
+                for (int64_t u = low; u <= t; u++) {
                     double s = scale * dot(q, at_q, k, (row + u) * ldk + kv, D, dt);
                     max = s > max || s != s ? s : max;
                 }
-                for (int64_t u = 0; u <= t; u++) {
+                for (int64_t u = low; u <= t; u++) {
                     double s = scale * dot(q, at_q, k, (row + u) * ldk + kv, D, dt);
                     double p = hs_exp(s - max);
                     sum += p;
@@ -55,6 +57,7 @@ void hs_ref_attention_igrad(const hs_attention_igrad_args *a) {
     const int64_t ldo = a->ldy, ldq = a->ldq, ldk = a->ldk, ldv = a->ldv;
     const uint32_t dt = a->dtype, acc = acc_of(dt);
     const double scale = a->scale;
+    const int32_t *first = a->first;
     const void *d_o = a->dy, *o = a->y, *q = a->q, *k = a->k, *v = a->v;
     const void *lse_bht = a->lse;
     void *delta_bht = a->delta;
@@ -66,7 +69,7 @@ void hs_ref_attention_igrad(const hs_attention_igrad_args *a) {
                 const int64_t at_do = (row + t) * lddo + h * D;
                 store(delta_bht, acc, i, dot(d_o, at_do, o, (row + t) * ldo + h * D, D, dt));
                 double dq[HS_ATTENTION_HEAD_MAX] = {0};
-                for (int64_t u = 0; u <= t; u++) {
+                for (int64_t u = hs_first_read(first, row + t, t, a->WINDOW); u <= t; u++) {
                     const int64_t at_k = (row + u) * ldk + kv;
                     double s = scale * dot(q, (row + t) * ldq + h * D, k, at_k, D, dt);
                     double p = hs_exp(s - load(lse_bht, acc, i));
@@ -83,6 +86,7 @@ void hs_ref_attention_igrad(const hs_attention_igrad_args *a) {
                 double dk[HS_ATTENTION_HEAD_MAX] = {0}, dv[HS_ATTENTION_HEAD_MAX] = {0};
                 for (int64_t h = g * (H / G); h < (g + 1) * (H / G); h++)
                     for (int64_t t = u; t < T; t++) {
+                        if (hs_first_read(first, row + t, t, a->WINDOW) > u) continue;
                         const int64_t i = (b * H + h) * T + t, at_q = (row + t) * ldq + h * D;
                         const int64_t at_do = (row + t) * lddo + h * D;
                         double s = scale * dot(q, at_q, k, at_k, D, dt);

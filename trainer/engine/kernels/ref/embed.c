@@ -8,9 +8,10 @@ void hs_ref_embed_fwd(const hs_embed_fwd_args *a) {
     const void *wte_vc = a->wte, *wpe_tc = a->wpe;
     for (int64_t r = 0; r < R; r++) {
         HS_ASSERT(tok_r[r] >= 0 && tok_r[r] < V);
+        const int64_t t = r % T - hs_first_of(a->first, r, r % T);
         for (int64_t c = 0; c < C; c++) {
             double y = load(wte_vc, a->dtype, tok_r[r] * C + c);
-            if (wpe_tc) y += load(wpe_tc, a->dtype, r % T * C + c);
+            if (wpe_tc) y += load(wpe_tc, a->dtype, t * C + c);
             store(a->y, a->dtype, r * C + c, y);
         }
     }
@@ -23,10 +24,11 @@ void hs_ref_embed_wgrad(const hs_embed_wgrad_args *a) {
     const int32_t *tok_r = a->tok;
     for (int64_t r = 0; r < R; r++) {
         HS_ASSERT(tok_r[r] >= 0 && tok_r[r] < V);
+        const int64_t t = r % T - hs_first_of(a->first, r, r % T);
         for (int64_t c = 0; c < C; c++) {
             double dy = load(a->dy, a->dtype, r * C + c);
             add_to(dwte_vc, acc, tok_r[r] * C + c, dy);
-            if (dwpe_tc) add_to(dwpe_tc, acc, r % T * C + c, dy);
+            if (dwpe_tc) add_to(dwpe_tc, acc, t * C + c, dy);
         }
     }
 }
