@@ -2,7 +2,9 @@
  * (-DHS_PATH).
  *
  *   bench_kernels THREADS ROUNDS [NAME]     one JSON line a kernel: name, median seconds of a call
- *                                           warm and cold, its operations and bytes, the peaks
+ *                                           warm and cold, its operations and bytes, the peaks; NAME:
+ *                                           those that contain it, or one like "linear_fwd bf16
+ *                                           64x50304x768" of any size
  *   bench_kernels list                      the names of the small calls, a line each
  *   bench_kernels count NAME                one of them, once, inside hs_counted (tests/tools/counts.py)
  *
@@ -15,6 +17,7 @@
  * copy (bytes read and bytes written; memory also reads the lines that a copy writes). One thread is
  * timed by its CPU clock (other processes do not count), several by the wall clock.
  */
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -166,6 +169,28 @@ static const call small[] = {
     {"quantise bf16", HS_K_QUANTISE, HS_BF16, {99, 101, 101, 0}, {0}},
 };
 
+/* The call that a name like "linear_fwd bf16 64x50304x768" tells: rows, outputs, inputs; float32
+ * without a word. */
+static bool linear_of(const char *name, call *c) {
+    char op[6];
+    int64_t r, n, k;
+    uint16_t dtype = HS_BF16;
+    if (sscanf(name, "linear_%5[a-z] bf16 %" SCNd64 "x%" SCNd64 "x%" SCNd64, op, &r, &n, &k) != 4) {
+        dtype = HS_F32;
+        if (sscanf(name, "linear_%5[a-z] %" SCNd64 "x%" SCNd64 "x%" SCNd64, op, &r, &n, &k) != 4)
+            return false;
+    }
+    const call all[] = {LINEAR(dtype, "", r, n, k)};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        const char *own = all[i].name + strlen("linear_");
+        if (strncmp(own, op, strlen(op)) || own[strlen(op)] != ' ') continue;
+        *c = all[i];
+        c->name = name;
+        return true;
+    }
+    return false;
+}
+
 /* Operands of the sizes that the extents say, filled with small numbers that are right for every
  * role. *moved: bytes that the call reads and writes. */
 static int prepare(const call *c, hs_args *args, double *moved) {
@@ -257,8 +282,11 @@ int main(int argc, char **argv) {
     if (hs_pool_create(threads, &pool) != HS_OK || far_open(&far)) return 70;
     hs_kernel_ctx ctx = {pool, aligned_alloc(64, hs_kernels_scratch_bytes(threads) + 64), 0};
     ctx.scratch_bytes = hs_kernels_scratch_bytes(threads);
-    for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
-        const call *c = &calls[i];
+    call one;
+    const bool told = argc > 3 && linear_of(argv[3], &one);
+    const size_t most = told ? 1 : sizeof calls / sizeof calls[0];
+    for (size_t i = 0; i < most; i++) {
+        const call *c = told ? &one : &calls[i];
         if (argc > 3 && !strstr(c->name, argv[3])) continue;
         hs_args args;
         hs_work work;

@@ -29,10 +29,10 @@ from tests.bench.peers.calibrate import Calibration, Peak, calibration
 from tests.bench.peers.cases import Training, Variant
 from tests.bench.peers.curve import curve_rows
 from tests.bench.peers.gemm import gemm_rows
+from tests.bench.peers.memory import memory_rows
 from tests.bench.peers.sides import Ours, Sample, peer, python_of
 from tests.bench.results import entry, say, write
 from trainer.cores import usable_cpus
-from trainer.plan import flops_per_token
 
 NEAR = 1.2
 WHOLE_CORES = 0.9
@@ -41,7 +41,7 @@ MINUTES = {
     "train/gpt2": (5.0, 1.0),
     "train/llama": (3.0, 0.4),
     "start": (0.3, 1.3),
-    "memory": (1.0, 0.0),
+    "memory": (3.0, 0.0),
     "gemm": (0.0, 0.025),
     "curve": (30.0, 0.0),
 }
@@ -131,7 +131,7 @@ def train_rows(training: Training, rounds: int, threads: int, now: Callable[[], 
             "peer_median": training.tokens * measured.speed(best.name),
         }
         yield row | {"ratio_on_whole_cores": on_whole_cores(ratios, cores, threads)}
-    operations = flops_per_token(training.spec(1, threads).model, training.sequence) * training.tokens
+    operations = training.operations
     pairs = list(zip(measured.samples["ours"], measured.peaks["ours"], strict=True))
     shares = [operations / s.seconds / peak.all[training.precision] for s, peak in pairs]
     value, share = operations * measured.speed("ours") / 1e9, statistics.median(shares)
@@ -160,18 +160,6 @@ def start_rows(rounds: int, threads: int) -> Iterator[Row]:
         name = f"{cases.START}/compiled" if variant.compiled else cases.START
         row = entry(name, mine, "s", variant.peer, mine * ratio)
         yield row | {"ratio": ratio, "rounds": ratios, "variant": variant.name}
-
-
-def memory_rows(name: str, threads: int) -> Iterator[Row]:
-    """The most memory of the process after some steps, fp32, each peer as it comes."""
-    training = cases.MEMORY[name]
-    with tempfile.TemporaryDirectory(prefix="hotstage-peers-") as folder:
-        mine = Ours(training, threads, Path(folder)).sample().sample.peak_mib
-    for variant in (Variant("torch", "fp32"), Variant("jax", "fp32")):
-        with peer(training, variant, threads, plain=True) as process:
-            theirs = process.sample(3).peak_mib
-        row = entry(name, mine, "MiB", variant.peer, theirs)
-        yield row | {"ratio": theirs / mine, "variant": variant.name}
 
 
 def minutes(names: Sequence[str], rounds: int) -> float:

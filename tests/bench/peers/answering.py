@@ -6,7 +6,6 @@ A line of JSON when the first step is done; then, for each line ``N`` of stdin, 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +16,7 @@ def answer(step: Callable[[], float], version: str) -> int:
     """Until nobody asks any more. ``step``: one step, and its loss."""
 
     def say(**facts: Any) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(facts | {"peak_mib": peak}), flush=True)
+        print(json.dumps(facts), flush=True)
 
     say(losses=[step()], version=version)
     for line in sys.stdin:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.gpu.workloads import OPTIMIZER, Samples, Workload, gpt2, plan_with, samples, spec_of
+from trainer.plan import flops_per_token
 from trainer.plan.compiled import Plan
 from trainer.spec import RunSpec
 
@@ -56,6 +58,11 @@ class Training(Workload):
         return f"train/{self.name}/{self.precision}/{self.shape}"
 
     @property
+    def operations(self) -> float:
+        """Floating-point operations of a step: products of the mathematics, in attention those of causal pairs."""
+        return flops_per_token(self.spec(1, 1).model, self.sequence) * self.tokens
+
+    @property
     def variants(self) -> tuple[Variant, ...]:
         """All ways in which the peers might do it best."""
         ways = ("fp32",) if self.precision == "fp32" else ("autocast", "pure")
@@ -94,6 +101,7 @@ START = "start/gpt2-124m"
 MEMORY = {f"memory/gpt2-124m/{shape}": training for shape, training in FP32.items()}
 GEMM_GPT2 = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 """(outputs, inputs) of a layer's linear maps."""
+GEMM_HEAD = (GPT2_124M["vocab"], GPT2_124M["width"])
 GEMM_ROWS = (256, 1024)
 
 
@@ -102,16 +110,19 @@ def gemm_name(precision: str, variant: str, m: int, n: int, k: int) -> str:
     return f"gemm/{precision}/{variant}/{m}x{n}x{k}"
 
 
+@cache
 def gemms() -> dict[str, tuple[str, str, int, int, int]]:
-    """By row: precision, variant and sizes of every product of GPT-2 124M's layers at both shapes. NT is forward, NN
-    the gradient of inputs, TN that of weights.
+    """By row: precision, variant and sizes of every product of GPT-2 124M's steps at both shapes. NT is forward, NN
+    the gradient of inputs, TN that of weights. The head's have as many rows as our classifier takes at a time.
     """
     found = {}
     for precision in ("fp32", "bf16"):
-        for rows in GEMM_ROWS:
-            for out, into in GEMM_GPT2:
-                for variant, m, n, k in (("nt", rows, out, into), ("nn", rows, into, out), ("tn", out, into, rows)):
-                    found[gemm_name(precision, variant, m, n, k)] = (precision, variant, m, n, k)
+        chunk = FP32["b4t64"].spec(1, 1).train.classifier_chunk
+        maps = [(rows, *sizes) for rows in GEMM_ROWS for sizes in GEMM_GPT2]
+        maps += [(min(rows, chunk), *GEMM_HEAD) for rows in GEMM_ROWS]
+        for rows, out, into in maps:
+            for variant, m, n, k in (("nt", rows, out, into), ("nn", rows, into, out), ("tn", out, into, rows)):
+                found[gemm_name(precision, variant, m, n, k)] = (precision, variant, m, n, k)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,16 @@ from tests.e2e.engine_runs import train, weights_file
 from tests.support.shards import read_shard
 from trainer.plan.compiled import Plan
 
+DEADLINE_S = 6 * 3600.0
 LIMIT = 0.01
 """Nats, at every tenth step."""
 IN_TORCH = {
     "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "up", "mlp.c_proj": "down",
     "ln_1": "n1", "ln_2": "n2",
+}  # fmt: skip
+IN_JAX = {
+    "attn.c_attn": ("qkv", "b_qkv"), "attn.c_proj": ("out", "b_out"), "mlp.c_fc": ("up", "b_up"),
+    "mlp.c_proj": ("down", "b_down"), "ln_1": ("n1", "b1"), "ln_2": ("n2", "b2"),
 }  # fmt: skip
 WHOLE = {"transformer.wte": "tokens", "transformer.wpe": "places", "transformer.ln_f": "norm"}
 
@@ -35,6 +41,21 @@ def name_in_torch(name: str) -> str:
         return f"{WHOLE[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
     return f"blocks.{layer}.{IN_TORCH[part]}.{kind}"
+
+
+def in_jax(own: Mapping[str, NDArray[np.float32]], layers: int) -> dict[str, NDArray[np.float32]]:
+    """Our tensors for tests/gpu/peers/jax_train.py: matrices [in, out], those of layers stacked."""
+    kinds = {"wte": ("tokens", ""), "wpe": ("places", ""), "ln_f": ("norm", "b_norm")}
+    found = {}
+    for stem, names in kinds.items():
+        for kind, name in zip(("weight", "bias"), names, strict=True):
+            if name:
+                found[name] = own[f"transformer.{stem}.{kind}"]
+    for part, names in IN_JAX.items():
+        for kind, name in zip(("weight", "bias"), names, strict=True):
+            each = [own[f"transformer.h.{layer}.{part}.{kind}"] for layer in range(layers)]
+            found[f"layers.{name}"] = np.stack([value.T for value in each])
+    return found
 
 
 def weights(plan: Plan) -> Mapping[str, NDArray[np.float32]]:
@@ -59,8 +80,11 @@ def text(folder: Path, training: Training, steps: int) -> NDArray[np.int64]:
 
 
 def curve_rows(name: str, steps: int, threads: int) -> Iterator[dict[str, Any]]:
-    """A row: the largest difference of the two losses at every tenth step, in nats."""
-    with tempfile.TemporaryDirectory(prefix="hotstage-peers-") as scratch:
+    """A row: the largest difference of the two losses at every tenth step, in nats. Both train at the same time, on
+    half of the threads each.
+    """
+    threads = max(1, threads // 2)
+    with tempfile.TemporaryDirectory(prefix="hotstage-peers-") as scratch, ThreadPoolExecutor(1) as beside:
         folder = Path(scratch)
         training = replace(FP32["b1t1024"], steps=steps)
         samples = text(folder / "text", training, steps)
@@ -68,12 +92,18 @@ def curve_rows(name: str, steps: int, threads: int) -> Iterator[dict[str, Any]]:
         begin = weights(plan)
         np.savez(folder / "weights.npz", **{name_in_torch(own): value for own, value in begin.items()})
         np.save(folder / "data.npy", samples.reshape(steps, training.batch, -1))
+        of_engine = weights_file(plan, begin, folder / "weights")
+        running = beside.submit(
+            train, plan, folder / "data", folder / "run", dump=False, weights=of_engine, deadline_s=DEADLINE_S
+        )
         with peer_on(
             training, Variant("torch", "fp32"), threads, folder / "data.npy", {}, folder / "weights.npz"
         ) as process:
-            theirs = [process.first_loss, *(process.sample(steps - 1).losses if steps > 1 else ())]
-        of_engine = weights_file(plan, begin, folder / "weights")
-        run = train(plan, folder / "data", folder / "run", dump=False, weights=of_engine, deadline_s=7200.0)
+            theirs = [process.first_loss]
+            for upto in sorted({*range(10, steps, 10), steps} - {1}):
+                theirs += process.sample(upto - len(theirs)).losses
+                say(f"    step {upto:4}: torch {theirs[-1]:.6f}")
+        run = running.result()
         apart = [abs(a - b) for a, b in zip(run.losses, theirs, strict=True)]
         shown = sorted({1, *range(10, steps + 1, 10), steps})
         for step in shown:

@@ -19,13 +19,23 @@ from answering import answer
 from jax_train import make, step_of
 
 
+def read(path: str) -> dict[str, Any]:
+    """Weights that were written for it: those of layers, stacked, as ``layers.NAME``."""
+    tree: dict[str, Any] = {"layers": {}}
+    with np.load(path) as kept:
+        for name in kept.files:
+            folder, _, own = name.rpartition(".")
+            (tree["layers"] if folder else tree)[own] = jnp.asarray(kept[name])
+    return tree
+
+
 def main() -> int:
     case: dict[str, Any] = json.loads(sys.argv[1])
     dtype = jnp.float32 if case["variant"] == "fp32" else jnp.bfloat16
     data = np.load(case["data"]).astype(np.int32)
-    tree = make(case["model"])
+    tree = read(case["weights"]) if case.get("weights") else make(case["model"])
     m, v = (jax.tree.map(jnp.zeros_like, tree) for _ in range(2))
-    step = step_of(case["model"], 1, None, dtype, case["unrolled"])
+    step = step_of(case["model"], 1, None, dtype, case["unrolled"], case["optimizer"])
     at = 0
 
     def one() -> float:

@@ -40,11 +40,10 @@ def python_of(peer: str) -> Path:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of some steps in a row. ``peak_mib``: the most memory that the process had by then."""
+    """Of some steps in a row."""
 
     seconds: float  # a step, median
     losses: tuple[float, ...]
-    peak_mib: float
 
 
 class Peer:
@@ -80,7 +79,7 @@ class Peer:
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         told = self._line()
-        return Sample(statistics.median(told["seconds"]), tuple(told["losses"]), told["peak_mib"])
+        return Sample(statistics.median(told["seconds"]), tuple(told["losses"]))
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -139,5 +138,4 @@ class Ours:
         began = time.time()
         gang = train(self.plan, self.folder / "data", self.folder / "run", dump=False, deadline_s=600.0)
         seconds = statistics.median(float(step["step_us"]) for step in gang.steps[1:]) / 1e6
-        peak = max(int(step["rss_bytes"]) for step in gang.steps) / 2**20
-        return Started(Sample(seconds, tuple(gang.losses), peak), float(gang.steps[0]["time"]) - began)
+        return Started(Sample(seconds, tuple(gang.losses)), float(gang.steps[0]["time"]) - began)

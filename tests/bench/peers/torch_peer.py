@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from answering import answer
 from torch import Tensor
-from torch_train import Model
+from torch_train import Model, groups
 
 
 class Training:
@@ -42,13 +42,9 @@ class Training:
         self.trained = list(self.model.parameters())
         o = case["optimizer"]
         self.clip = o["clip"]
-        of_optimizer = self.masters or self.trained
-        groups = [
-            {"params": [p for p in of_optimizer if p.dim() >= 2], "weight_decay": o["weight_decay"]},
-            {"params": [p for p in of_optimizer if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        weights = groups(self.masters or self.trained, o["weight_decay"])
         betas = (o["beta1"], o["beta2"])
-        self.optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=betas, eps=1e-8, fused=True)
+        self.optimizer = torch.optim.AdamW(weights, lr=o["lr"], betas=betas, eps=1e-8, fused=True)
         self.loss = torch.compile(self.model) if case["compiled"] else self.model
         self.data = torch.from_numpy(np.load(case["data"]))  # [steps, batch, sequence + 1]
         self.at = 0

@@ -25,6 +25,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 BF16 = jnp.bfloat16
+OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip": 1.0}
+"""As tests/gpu/workloads.py has it."""
 
 
 def sizes(c: dict[str, Any]) -> tuple[int, int, int]:
@@ -119,10 +121,23 @@ def loss_of(c: dict[str, Any], implementation: str | None, dtype: Any = BF16, un
     return loss
 
 
+def decayed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Which weights decay: matrices and embeddings. Those of layers are stacked: there a bias has two dimensions."""
+    own = {name: value.ndim >= 2 for name, value in tree.items() if name != "layers"}
+    return own | {"layers": {name: value.ndim >= 3 for name, value in tree["layers"].items()}}
+
+
 def step_of(
-    c: dict[str, Any], parts: int, implementation: str | None, dtype: Any = BF16, unrolled: bool = False
+    c: dict[str, Any],
+    parts: int,
+    implementation: str | None,
+    dtype: Any = BF16,
+    unrolled: bool = False,
+    optimizer: dict[str, float] | None = None,
 ) -> Any:
     """A jitted step of ``parts`` microbatches; products in ``dtype``."""
+    o = optimizer or OPTIMIZER
+    lr, beta1, beta2, decay = (o[name] for name in ("lr", "beta1", "beta2", "weight_decay"))
     loss = loss_of(c, implementation, dtype, unrolled)
 
     def step(tree: Any, m: Any, v: Any, n: Any, tokens: Any, targets: Any) -> Any:
@@ -137,15 +152,16 @@ def step_of(
         else:
             (total, grads), _ = jax.lax.scan(one, (jnp.zeros(()), zero), (tokens, targets))
         norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
-        scale = jnp.minimum(1.0, 1.0 / (norm + 1e-6))
-        m = jax.tree.map(lambda a, g: 0.9 * a + 0.1 * g * scale, m, grads)
-        v = jax.tree.map(lambda a, g: 0.95 * a + 0.05 * (g * scale) ** 2, v, grads)
-        c1, c2 = 1 - 0.9**n, 1 - 0.95**n
+        scale = jnp.minimum(1.0, o["clip"] / (norm + 1e-6))
+        m = jax.tree.map(lambda a, g: beta1 * a + (1 - beta1) * g * scale, m, grads)
+        v = jax.tree.map(lambda a, g: beta2 * a + (1 - beta2) * (g * scale) ** 2, v, grads)
+        c1, c2 = 1 - beta1**n, 1 - beta2**n
 
-        def moved(p: Any, a: Any, b: Any) -> Any:
-            return p - 1e-4 * ((a / c1) / (jnp.sqrt(b / c2) + 1e-8) + 0.1 * p)
+        def moved(p: Any, a: Any, b: Any, decays: bool) -> Any:
+            step = (a / c1) / (jnp.sqrt(b / c2) + 1e-8)
+            return p - lr * (step + decay * p if decays else step)
 
-        return jax.tree.map(moved, tree, m, v), m, v, total
+        return jax.tree.map(moved, tree, m, v, decayed(tree)), m, v, total
 
     return jax.jit(step, donate_argnums=(0, 1, 2))
 

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 BEGAN = time.time()
@@ -108,6 +109,15 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+def groups(parameters: Iterable[Tensor], decay: float) -> list[dict[str, Any]]:
+    """For the optimizer: matrices and embeddings decay, biases and norms do not."""
+    listed = list(parameters)
+    return [
+        {"params": [p for p in listed if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in listed if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 def seconds_of(work: Any, device: str, rounds: int = 5) -> float:
     """Median, after a round that warms up."""
     took = []
@@ -178,9 +188,7 @@ def main() -> int:
             master.grad = torch.zeros_like(master)
         model.to(torch.bfloat16)
     trained = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        masters or trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
-    )
+    optimizer = torch.optim.AdamW(groups(masters or trained, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=device == "cuda")
     compiled = model if options.eager else torch.compile(model)
     vocab, t, micro = w["model"]["vocab"], w["sequence"], w["microbatch"]
     parts = w["batch"] // micro

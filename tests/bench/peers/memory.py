@@ -1,0 +1,87 @@
+"""The most memory that training takes: `hotstage train` with all its processes, and a peer's one process.
+
+Both by VmHWM, the kernel's own word of the most that was ever resident of a process; ours is the sum of driver, agent,
+supervisor and rank after some steps. A peer's script saves nothing: the agent's slots, which hold a snapshot while it
+is stored, are counted apart.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.bench.peers import cases
+from tests.bench.peers.cases import Training, Variant
+from tests.bench.peers.sides import peer
+from tests.bench.results import entry, say
+from tests.support.chaos import step_of
+from tests.support.place import Place
+from trainer.presets import PRESETS
+
+STEPS = 4
+DEADLINE_S = 300.0
+KINDS = {"hotstage-engine rank": "rank", "hotstage-engine node": "supervisor", "checkpoint.agent": "agent"}
+
+
+def told(pid: int, what: str) -> float:
+    """MiB that /proc tells of a process; 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{what}:")), 0.0)
+
+
+def most_resident(pid: int) -> float:
+    """MiB of a process, at most so far."""
+    return told(pid, "VmHWM")
+
+
+def ours(training: Training, threads: int) -> dict[str, float]:
+    """MiB by process, and of the agent's slots, once ``STEPS`` steps are done."""
+    with tempfile.TemporaryDirectory(prefix="hotstage-peers-") as folder:
+        place = Place(Path(folder).resolve() / "place", PRESETS["gpt2-124m"])
+        sets = (
+            "data.source=text:corpus/*.txt", "data.vocab_size=300", "train.steps=100000",
+            f"train.batch={training.batch}", f"train.microbatch={training.batch}",
+            f"train.sequence={training.sequence}", f'train.precision="{training.precision}"',
+            f"parallel.threads={threads}", "parallel.stages=1", "checkpoint.every=0",
+        )  # fmt: skip
+        place.run("data", "prepare", "spec.toml", *(word for s in sets for word in ("--set", s)))
+        with place.start_train(*sets) as driver:
+            try:
+                until = time.monotonic() + DEADLINE_S
+                while not any((step_of(pid) or 0) > STEPS for pid in place.rank_pids()):
+                    if driver.poll() is not None or time.monotonic() > until:
+                        raise SystemExit(f"hotstage train made no {STEPS} steps within {DEADLINE_S:.0f} s")
+                    time.sleep(0.05)
+                found: dict[str, float] = {}
+                for pid, line in place.left().items():
+                    kind = next((name for words, name in KINDS.items() if words in line), "driver")
+                    slots = told(pid, "RssShmem") if kind == "agent" else 0.0
+                    found[kind] = found.get(kind, 0.0) + most_resident(pid) - slots
+                    found["slots"] = found.get("slots", 0.0) + slots
+            finally:
+                place.stop_all()
+    return found
+
+
+def memory_rows(name: str, threads: int) -> Iterator[dict[str, Any]]:
+    """fp32, each peer as it comes; of its variants the one that takes the least."""
+    training = cases.MEMORY[name]
+    mine = ours(training, threads)
+    say("    ours: " + ", ".join(f"{kind} {mib:.0f}" for kind, mib in mine.items()) + " MiB")
+    theirs: dict[Variant, float] = {}
+    for variant in training.variants:
+        with peer(training, variant, threads, plain=True) as process:
+            process.sample(STEPS - 1)
+            theirs[variant] = most_resident(process.process.pid)
+            say(f"    {variant.name}: {theirs[variant]:.0f} MiB")
+    total = sum(mib for kind, mib in mine.items() if kind != "slots")
+    for which in dict.fromkeys(variant.peer for variant in theirs):
+        least = min((v for v in theirs if v.peer == which), key=lambda v: theirs[v])
+        row = entry(name, total, "MiB", which, theirs[least])
+        yield row | {"ratio": theirs[least] / total, "variant": least.name, "processes": mine}
