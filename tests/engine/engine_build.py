@@ -102,11 +102,11 @@ def build_plan_fuzz(sanitize: str = "") -> Path:
     return _small("plan_fuzz", [PROGRAMS / "plan_fuzz.c", *sources], flags)
 
 
-def build_flipping(kernel: str, step: int, rank: int) -> Path:
-    """The engine with ``programs/flip_kernel.c`` around its kernels: this one is wrong once, by a bit."""
+def build_flipping(kernel: str, step: int, rank: int, *, nan: bool = False) -> Path:
+    """The engine with ``programs/flip_kernel.c`` around its kernels: this one is wrong once, by a bit or a NaN."""
     built = build_folder()
     flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Werror -rdynamic")
-    flags += [f"-DFLIP_OP=HS_K_{kernel}", f"-DFLIP_STEP={step}", f'-DFLIP_RANK="{rank}"']
+    flags += [f"-DFLIP_OP=HS_K_{kernel}", f"-DFLIP_STEP={step}", f'-DFLIP_RANK="{rank}"', *["-DFLIP_NAN"] * nan]
     flags += ["-Wl,--wrap=hs_kernels_pick", f"-DBUILT={built.name}"]  # the library's content counts for what is kept
     sources = [PROGRAMS / "flip_kernel.c", SOURCES / "main.c", built / "libhotstage.a"]
     return _small("flipping", sources, flags)

@@ -300,8 +300,8 @@ class StepReport(ctypes.LittleEndianStructure):
         ("sent_forward", u32),
         ("sent_backward", u32),
         ("busy_us", u32),
-        ("reserved0", u32),
-        ("reserved", u64),
+        ("origin_of", u32),
+        ("origin", u64),
     ]
 
 
@@ -320,8 +320,9 @@ class StepControl(ctypes.LittleEndianStructure):
         ("not_finite", u32),
         ("skipped", u32),
         ("persist", u32),
-        ("reserved0", u32),
-        ("reserved", u64 * 3),
+        ("origin_of", u32),
+        ("origin", u64),
+        ("reserved", u64 * 2),
     ]
 
 

@@ -1,6 +1,6 @@
 /* An engine one of whose kernels computes wrongly, once: linked around the shipped objects with
  * --wrap=hs_kernels_pick. The first call of kernel FLIP_OP in step FLIP_STEP, on rank FLIP_RANK, has bit 20 of the
- * first number that it wrote turned over. Which step it is, AdamW's control block says: the plan must check a step
+ * first number that it wrote turned over; with FLIP_NAN that number is a NaN. Which step it is, AdamW's control block says: the plan must check a step
  * before the next one begins (parallel.optimizer = "checked").
  */
 #include <stdio.h>
@@ -32,7 +32,11 @@ static bool is_rank(void) {
 static void flip(const hs_args *args) {
     uint32_t number;
     memcpy(&number, args->ptr[0], sizeof number);
+#ifdef FLIP_NAN
+    number |= 0x7fc00000;
+#else
     number ^= 1u << 20;
+#endif
     memcpy(args->ptr[0], &number, sizeof number);
     done = true;
 }

@@ -99,6 +99,15 @@ def test_the_cause_is_the_most_causal_of_all_ranks() -> None:  # D3
     assert (cause.rank, cause.cls) == (1, "signal")
 
 
+def test_what_was_not_finite_first_is_in_the_cause() -> None:  # D3
+    why = "step 7: loss nan: not finite; the first is in microbatch 3: stage 1, forward, layer 2, y of linear_fwd"
+    words = {"why": why, "step": 7, "microbatch": 3, "pass": "F", "layer": 2, "kernel": "linear_fwd", "operand": "y"}
+    cause = diagnose([RankView(0, code=87, step=6, words=words), RankView(1, code=75, step=7)])
+    assert cause is not None
+    assert why in cause.said()
+    assert cause.to_map()["words"] == words
+
+
 @pytest.mark.parametrize("code", sorted(code for code in EXITS if code not in (0, 75, 143)))
 def test_a_lost_peer_never_outranks(code: int) -> None:  # D3
     cause = diagnose([RankView(0, code=75, step=1), RankView(1, code=143, step=1), RankView(2, code=code, step=9)])

@@ -176,14 +176,9 @@ static bool dims_valid(const hs_kernel_facts *k, const int64_t dim[]) {
     return dims_agree(k, dim);
 }
 
-/* An operand as equal pieces: `count` of `bytes`, each `stride` after the last. */
-typedef struct pieces {
-    int64_t count, bytes, stride;
-} pieces;
-
 /* Rows side by side are one piece. The dims are valid. */
 static hs_status pieces_of(const hs_kernel_facts *k, uint16_t dtype, const int64_t dim[],
-                           int operand, pieces *out) {
+                           int operand, hs_pieces *out) {
     const hs_operand *o = &k->operands[operand];
     const int64_t size = bytes_of_kind(o->kind, dtype);
     int64_t rows, columns;
@@ -200,22 +195,27 @@ static hs_status pieces_of(const hs_kernel_facts *k, uint16_t dtype, const int64
         __builtin_add_overflow(whole, columns, &whole) ||
         __builtin_mul_overflow(whole, size, &whole))
         return HS_E_OVERFLOW;
-    *out = (pieces){.count = rows, .bytes = columns * size, .stride = rows > 1 ? ld * size : 0};
+    *out = (hs_pieces){.count = rows, .bytes = columns * size, .stride = rows > 1 ? ld * size : 0};
     return HS_OK;
 }
 
-static int64_t extent_of(const pieces *p) {
+static int64_t extent_of(const hs_pieces *p) {
     return (p->count - 1) * p->stride + p->bytes;
 }
 
-hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
-                           uint64_t *bytes) {
+hs_status hs_kernel_pieces(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
+                           hs_pieces *out) {
     const hs_kernel_facts *k = hs_kernel_facts_of(kernel);
     if (!k || operand < 0 || operand >= k->operand_count) return HS_E_CONFIG;
     if (dtype != HS_F32 && dtype != HS_BF16 && dtype != HS_F64) return HS_E_CONFIG;
     if (!dims_valid(k, dim)) return HS_E_CONFIG;
-    pieces p;
-    HS_TRY(pieces_of(k, dtype, dim, operand, &p));
+    return pieces_of(k, dtype, dim, operand, out);
+}
+
+hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
+                           uint64_t *bytes) {
+    hs_pieces p;
+    HS_TRY(hs_kernel_pieces(kernel, dtype, dim, operand, &p));
     *bytes = (uint64_t)extent_of(&p);
     return HS_OK;
 }
@@ -231,7 +231,7 @@ static int64_t floor_div(int64_t a, int64_t b) {
 
 /* Whether a's pieces from 0 on and b's from `distance` on share a byte; of different strides: their
  * extents. Piece i of a meets piece j of b where -b.bytes < distance + (j - i) stride < a.bytes. */
-static bool pieces_meet(const pieces *a, const pieces *b, int64_t distance) {
+static bool pieces_meet(const hs_pieces *a, const hs_pieces *b, int64_t distance) {
     if (distance <= -extent_of(b) || distance >= extent_of(a)) return false;
     if (a->stride && b->stride && a->stride != b->stride) return true;
     const int64_t stride = a->stride ? a->stride : b->stride;
@@ -246,7 +246,7 @@ bool hs_kernel_clash(uint16_t kernel, uint16_t dtype, const int64_t dim[], int a
     const hs_kernel_facts *k = &kernels[kernel];
     const hs_operand *x = &k->operands[a], *y = &k->operands[b];
     if (x->role == HS_ROLE_READ && y->role == HS_ROLE_READ) return false;
-    pieces p, q;
+    hs_pieces p, q;
     if (pieces_of(k, dtype, dim, a, &p) != HS_OK || pieces_of(k, dtype, dim, b, &q) != HS_OK)
         return true;
     const bool may_be =

@@ -121,6 +121,15 @@ int64_t hs_kernel_dim(const hs_kernel_facts *facts, const int64_t dim[], const c
 hs_status hs_kernel_extent(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
                            uint64_t *bytes);
 
+/* An operand's bytes that a kernel touches: `count` equal pieces of `bytes`, each `stride` after the last. */
+typedef struct hs_pieces {
+    int64_t count, bytes, stride;
+} hs_pieces;
+
+/* The same bytes without what lies between rows. Fails as hs_kernel_extent does. */
+hs_status hs_kernel_pieces(uint16_t kernel, uint16_t dtype, const int64_t dim[], int operand,
+                           hs_pieces *out);
+
 /* What an operand's start must be a multiple of, in bytes. */
 uint64_t hs_operand_alignment(const hs_operand *operand, uint16_t dtype);
 

@@ -175,6 +175,7 @@ static void play(finder *f) {
             if (!across || a->kind == HS_A_SEND) play_messages(f, i, across ? 2 : 1);
         } else {
             hs_touches_each(f->touches, a, use, f);
+            if (a->kind == HS_A_APPLY || a->kind == HS_A_CHECK) f->fence = f->now + 1;
         }
     }
 }

@@ -14,7 +14,8 @@
  *     exchange has its place before its send begins, whatever else lies in the range of both: the two
  *     share no byte (run/plan.h, I6), and waiting for the send first would wait for the other end's.
  * B2  No place is given, and no send begun, ahead over the start of a run, nor over a place at which the
- *     list may be entered or left (run/steps.h): where an optimistic step's prefix ends, where its check does. */
+ *     list may be entered or left (run/steps.h): where an optimistic step's prefix ends, where its check does, and
+ *     behind the decision, with which a step that is not finite begins again. */
 #ifndef HS_RUN_BEHIND_H
 #define HS_RUN_BEHIND_H
 

@@ -80,21 +80,33 @@ static hs_status tell_saved(hs_executor *ex, hs_why *why) {
 }
 
 /* Of this replica's microbatches: group by group, and the groups in a balanced tree. */
-static void add_losses(const hs_executor *ex, hs_step_report *report) {
+static void add_losses(const hs_executor *ex, hs_step_report *report, hs_origin *first) {
     const hs_plan_config *g = ex->plan->config;
     const uint32_t of_group = g->microbatches / (g->reduction_groups / g->replicas);
     hs_step_tree tree = {.count = 0};
     bool finite = true;
     for (uint32_t m = 0; m < g->microbatches;) {
         double sum = 0.0;
-        for (const uint32_t end = m + of_group; m < end; m++)
-            finite &= hs_step_add_losses(rows_of(ex, m, ex->position->loss_offset).host,
-                                         rows_of(ex, m, ex->position->targets_offset).host,
-                                         hs_plan_rows(ex->plan), &sum, &report->loss_count);
+        for (const uint32_t end = m + of_group; m < end; m++) {
+            if (hs_step_add_losses(rows_of(ex, m, ex->position->loss_offset).host,
+                                   rows_of(ex, m, ex->position->targets_offset).host,
+                                   hs_plan_rows(ex->plan), &sum, &report->loss_count))
+                continue;
+            finite = false;
+            *first = hs_origin_first(
+                *first, hs_origin_of_loss(ex->plan, hs_plan_replica_of(ex->plan, ex->rank), m));
+        }
         hs_step_tree_add(&tree, sum);
     }
     report->loss_sum = tree.sums[0];
     report->not_finite = !finite;
+}
+
+/* The first tensor of the table whose squared norm is not finite. */
+static hs_origin first_norm(const hs_executor *ex, const double *sumsq) {
+    for (uint32_t t = 0; t < ex->plan->count[HS_SECTION_TENSORS]; t++)
+        if (sumsq[t] - sumsq[t] != 0.0) return hs_origin_of_norm(t);
+    return (hs_origin){0};
 }
 
 /* This position's report at `out`: losses, squared norms, whether a slot is free, whether a stop
@@ -112,10 +124,13 @@ static hs_status write_report(hs_executor *ex, const hs_turn *turn, uint8_t *out
     const hs_status st = fetch_sums(ex, turn, &sumsq, why);
     hs_stop_busy(ex->stop, false);
     if (st != HS_OK) return st;
-    if (p->loss_offset != UINT64_MAX) add_losses(ex, &report);
+    hs_origin first = hs_origin_first(ex->look.first, first_norm(ex, sumsq));
+    if (p->loss_offset != UINT64_MAX) add_losses(ex, &report, &first);
+    report.origin = first.origin;
+    report.origin_of = first.of;
     if (ex->snapshot) HS_TRY(tell_saved(ex, why));
-    report.free_slot =
-        ex->snapshot && hs_step_due(ex->plan->config, ex->step) && hs_snapshot_claim(ex->snapshot);
+    report.free_slot = ex->snapshot && !ex->looks && hs_step_due(ex->plan->config, ex->step) &&
+                       hs_snapshot_claim(ex->snapshot);
     report.stop = hs_stop_requested(ex->stop);
     if (ex->spaces->backend->unified) report.busy_us = hs_metrics_busy_us(ex->metrics);
     memcpy(out, &report, sizeof report);
@@ -157,6 +172,29 @@ static hs_status put_control(hs_executor *ex, const hs_turn *turn, uint64_t offs
     return hs_spaces_end(ex->spaces, turn, why);
 }
 
+static hs_status diverged(const hs_executor *ex, hs_why *why) {
+    char words[400];
+    hs_text text = hs_text_over(words, sizeof words);
+    const hs_origin first = {ex->control.origin, ex->control.origin_of};
+    hs_origin_say(ex->plan, first, &text);
+    return hs_fail(why, HS_E_DIVERGED,
+                   "step %" PRId64
+                   ": loss %g, gradient norm %g, learning rate %g: not finite; nothing of "
+                   "this step was applied%s",
+                   ex->step, ex->control.loss, ex->control.norm, ex->control.lr, words);
+}
+
+/* Equal bits come of an equal state: what is finite now was not computed rightly before. */
+static hs_status diverged_again(const hs_executor *ex, hs_why *why) {
+    if (ex->control.not_finite) return diverged(ex, why);
+    return hs_fail(
+        why, HS_E_DIVERGED,
+        "step %" PRId64 " was not finite, and computed again from the same state it is (loss %g, "
+        "gradient norm %g): a machine of this gang computes or remembers wrongly; nothing "
+        "of this step was applied",
+        ex->step, ex->control.loss, ex->control.norm);
+}
+
 static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, const void *block,
                        hs_why *why) {
     memcpy(&ex->control, block, sizeof ex->control);
@@ -166,19 +204,13 @@ static hs_status apply(hs_executor *ex, const hs_turn *turn, uint64_t offset, co
                        "the control block is of step %" PRId64 ", this is step %" PRId64,
                        ex->control.step, ex->step);
     }
+    if (ex->looks) return diverged_again(ex, why);
     if (ex->dump_dir) {
         HS_TRY(hs_messages_settle(ex->messages, why));
         HS_TRY(hs_weights_dump(ex->dump_dir, ex->step, HS_DUMP_GRADS, ex->plan, ex->rank,
                                ex->spaces, why));
     }
-    if (ex->control.not_finite) {
-        return hs_fail(why, HS_E_DIVERGED,
-                       "step %" PRId64
-                       ": loss %g, gradient norm %g, learning rate %g: not finite; nothing of "
-                       "this step was applied",
-                       ex->step, ex->control.loss, ex->control.norm, ex->control.lr);
-    }
-    return HS_OK;
+    return ex->control.not_finite ? diverged(ex, why) : HS_OK;
 }
 
 hs_status hs_executor_finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why *why) {
@@ -357,10 +389,14 @@ void hs_executor_where(const hs_executor *ex, hs_text *text) {
         hs_plan_action_name(ex->plan, at, name);
         hs_text_printf(text, ",\"action\":");
         hs_text_json_string(text, name);
-        if (at->microbatch != UINT32_MAX) {
+        if (at->microbatch != UINT32_MAX && !ex->control.not_finite) {
             hs_text_printf(text, ",\"microbatch\":%" PRIu32, at->microbatch);
         }
     }
+    if (ex->control.not_finite)
+        hs_origin_fields(ex->plan, (hs_origin){ex->control.origin, ex->control.origin_of}, text);
+    else if (ex->looks)
+        hs_text_printf(text, ",\"again\":\"finite\"");
     hs_comm_wait wait = {.doing = "", .peer = UINT32_MAX};
     if (ex->comm) ex->transport->last_wait(ex->comm, &wait);
     if (wait.doing[0] && wait.peer != UINT32_MAX) {

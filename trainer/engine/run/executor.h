@@ -31,6 +31,7 @@
 #include "run/linker.h"
 #include "run/messages.h"
 #include "run/metrics.h"
+#include "run/origin.h"
 #include "run/plan.h"
 #include "run/spaces.h"
 #include "run/trace.h"
@@ -69,6 +70,8 @@ typedef struct hs_executor {
     hs_step_control control;  /* taken by the last APPLY or CHECK */
     bool owed;                /* position 0: hs_step_policy */
     uint32_t sent[2][2];      /* by step & 1: what was sent forward and backward in it */
+    bool looks;               /* a step that was not finite is computed again (run/steps.h) */
+    hs_look look;
 } hs_executor;
 
 /* What follows what on the device, before the first call of the others. HS_E_MEMORY. */

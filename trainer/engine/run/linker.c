@@ -27,6 +27,8 @@ struct hs_linked {
     hs_graph **graphs; /* NULL: not captured yet */
     hs_status (*between)(void *ctx, hs_why *why);
     void *between_ctx;
+    void (*watch)(void *ctx, const hs_plan_action *action, uint32_t call);
+    void *watch_ctx;
 };
 
 enum { NO_GRAPH = UINT16_MAX };
@@ -211,6 +213,7 @@ static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why 
             return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,
                            hs_status_text(st));
         }
+        if (linked->watch) linked->watch(linked->watch_ctx, a, call->number);
         if (linked->between) HS_TRY(linked->between(linked->between_ctx, why));
     }
     return HS_OK;
@@ -219,6 +222,13 @@ static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why 
 void hs_linked_between(hs_linked *linked, hs_status (*between)(void *ctx, hs_why *why), void *ctx) {
     linked->between = between;
     linked->between_ctx = ctx;
+}
+
+void hs_linked_watch(hs_linked *linked,
+                     void (*watch)(void *ctx, const hs_plan_action *action, uint32_t call),
+                     void *ctx) {
+    linked->watch = watch;
+    linked->watch_ctx = ctx;
 }
 
 hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *a, hs_why *why) {

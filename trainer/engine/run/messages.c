@@ -179,6 +179,8 @@ bool hs_which_leaves_out(hs_which which, const hs_plan *plan, const hs_plan_acti
         return report;
     case HS_AGAIN:
         return report || a->kind == HS_A_DATA;
+    case HS_NO_DATA:
+        return a->kind == HS_A_DATA;
     case HS_REPORT:
         return !report;
     default:

@@ -25,11 +25,12 @@
 #include "run/spaces.h"
 #include "run/trace.h"
 
-/* Which actions of an optimistic step's prefix run (run/steps.h). */
+/* Which actions run of a step, or of its prefix (run/steps.h). */
 typedef enum hs_which {
     HS_ALL,
     HS_NO_REPORT, /* reports that are sent are of the step before: there is none */
     HS_AGAIN,     /* nor is DATA, which is there */
+    HS_NO_DATA,   /* DATA alone is left out */
     HS_REPORT     /* nothing else */
 } hs_which;
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "core/math.h"
+#include "run/origin.h"
 
 static bool is_finite(double x) {
     return x - x == 0.0;
@@ -80,6 +81,10 @@ static void add_report(hs_step_report *to, const uint8_t *report) {
     to->stop |= one.stop;
     to->not_finite |= one.not_finite;
     to->free_slot &= one.free_slot;
+    const hs_origin first = hs_origin_first((hs_origin){to->origin, to->origin_of},
+                                            (hs_origin){one.origin, one.origin_of});
+    to->origin = first.origin;
+    to->origin_of = first.of;
 }
 
 void hs_step_combine(uint8_t *reports, size_t positions, size_t tensors) {
@@ -154,6 +159,8 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     control->snapshot = policy->slots && (last || (due && all_free));
     control->stop = total.stop;
     control->not_finite = total.not_finite || !is_finite(norm) || !is_finite(loss);
+    control->origin = total.origin;
+    control->origin_of = total.origin_of;
     control->skipped = policy->slots && due && !last && !all_free;
     control->persist = control->snapshot && (last || owed);
     *policy->owed = owed && !control->snapshot;

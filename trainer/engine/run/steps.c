@@ -73,6 +73,47 @@ static hs_status run_step(hs_executor *ex, hs_why *why) {
                            why);
 }
 
+/* All of step ex->step once more, up to its decision, which fails it. An optimistic one's copies of weights are those of
+ * the next step by now, and its tokens too. */
+static hs_status compute_again(hs_executor *ex, hs_why *why) {
+    const hs_plan_position *p = ex->position;
+    const uint32_t before = p->step_prefix + p->step_checks;
+    memset(ex->sent[ex->step & 1], 0, sizeof ex->sent[0]);
+    ex->last = HS_LISTS;
+    if (!p->step_checks) return hs_executor_run(ex, HS_LIST_STEP, 0, p->steps, HS_NO_DATA, why);
+    HS_TRY(hs_executor_prepare(ex, HS_LIST_LOAD, why));
+    HS_TRY(hs_executor_run(ex, HS_LIST_STEP, 0, p->step_prefix, HS_NO_REPORT, why));
+    HS_TRY(hs_executor_run(ex, HS_LIST_STEP, before, p->steps - before, HS_ALL, why));
+    HS_TRY(hs_executor_run(ex, HS_LIST_STEP, 0, p->step_prefix, HS_REPORT, why));
+    return hs_executor_run(ex, HS_LIST_STEP, p->step_prefix, p->step_checks, HS_ALL, why);
+}
+
+/* Behind a decision that step ex->step is not finite: HS_E_DIVERGED, and why with the first number that is not. */
+static hs_status look_again(hs_executor *ex, hs_why *why) {
+    const bool gone = ex->position->step_checks && ex->attempt->data_ahead;
+    if (!ex->spaces->backend->unified || gone) return HS_E_DIVERGED;
+    ex->looks = true;
+    ex->look = (hs_look){.plan = ex->plan,
+                         .position = ex->position,
+                         .replica = hs_plan_replica_of(ex->plan, ex->rank),
+                         .arena = ex->spaces->arena,
+                         .linked = ex->linked};
+    hs_look_begin(&ex->look);
+    hs_linked_watch(ex->linked, hs_look_at_call, &ex->look);
+    hs_why again = {0};
+    const hs_status st = compute_again(ex, &again);
+    hs_linked_watch(ex->linked, NULL, NULL);
+    if (st == HS_E_DIVERGED) {
+        *why = again;
+    } else {
+        ex->looks = false;
+        HS_LOG(ex->log, HS_LOG_WARN,
+               "the step could not be computed again, to find what was not finite first",
+               HS_I("step", ex->step), HS_S("why", again.text));
+    }
+    return HS_E_DIVERGED;
+}
+
 hs_status hs_steps_run(hs_executor *ex, int64_t start_step, hs_why *why) {
     const int64_t last = hs_executor_last_step(ex);
     ex->step = start_step;
@@ -81,7 +122,9 @@ hs_status hs_steps_run(hs_executor *ex, int64_t start_step, hs_why *why) {
     if (ex->step < last && ex->position->step_checks) HS_TRY(run_prefix(ex, HS_NO_REPORT, why));
     while (ex->step < last && !stopped) {
         ex->step++;
-        HS_TRY(run_step(ex, why));
+        const hs_status st = run_step(ex, why);
+        if (st == HS_E_DIVERGED) return look_again(ex, why);
+        HS_TRY(st);
         tell_step(ex);
         if (ex->agent) hs_agent_link_poll(ex->agent);
         hs_metrics_begin(ex->metrics);

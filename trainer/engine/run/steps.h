@@ -11,6 +11,11 @@
  *   where that clips      prefix, check of the step before, redo, prefix but for report and data, rest
  *   at the end            the prefix's report, check of the last step
  *
+ * A step that is not finite is computed again from the same state, on CPUs, and each call's results are looked at: so the
+ * last words name the first number that is not finite (run/origin.h), and a good step pays nothing for it. Everybody has
+ * the same decision, so everybody does it; it ends at the same place, where it is decided again. Not where an optimistic
+ * step's data comes ahead: it may be gone from the cache by then.
+ *
  * S1  Master weights, moments and gradients of a step are what its forward and backward left until its
  *     check has the decision: a step that is not finite, a stop and a snapshot find what they find in
  *     a checked step.

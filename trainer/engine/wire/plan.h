@@ -300,8 +300,8 @@ typedef struct hs_step_report {
     uint32_t sent_forward;  /* of the bytes of all its FORWARD messages of the step (run/executor.c); 0 on a device */
     uint32_t sent_backward; /* of its BACKWARD messages */
     uint32_t busy_us;       /* in F, B, I and W since its last report, at most UINT32_MAX; 0 on a device */
-    uint32_t reserved0;
-    uint64_t reserved;
+    uint32_t origin_of;     /* which number was not finite first, where that is known: run/origin.h */
+    uint64_t origin;
 } hs_step_report;
 
 /* What position 0 answers to its replica; read by ADAMW. */
@@ -319,8 +319,9 @@ typedef struct hs_step_control {
     uint32_t not_finite;/* 1: the gang ends with HS_EXIT_DIVERGED before it applies anything */
     uint32_t skipped;   /* 1: a snapshot was due and a slot was missing */
     uint32_t persist;   /* 1: the snapshot goes to the store, as soon as the store takes one */
-    uint32_t reserved0;
-    uint64_t reserved[3];
+    uint32_t origin_of; /* the earliest of all reports' */
+    uint64_t origin;
+    uint64_t reserved[2];
 } hs_step_control;
 
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
