@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, Leaves, blocks
+from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, KINDS, Leaves, blocks
 from checkpoint.hashes import sha256_leaves
 from checkpoint.store.base import Data
 
@@ -24,6 +24,8 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
+    kinds: int = len(KINDS)
+    """How many of KINDS there are of it: all, or the first two."""
 
     @property
     def elements(self) -> int:

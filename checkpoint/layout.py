@@ -37,6 +37,8 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     elements: int
+    kinds: int = len(KINDS)
+    """How many of KINDS its state has: all, or, where Muon takes it, the first two."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class StateSlot:
     room: int
     first: int = 0
     saves: bool = True
+    kinds: int = len(KINDS)
 
     def kind_offset(self, kind: int) -> int:
         """Byte offset of KINDS[kind] from the start of the slot's data."""
@@ -83,20 +86,32 @@ class RankLayout:
 
 
 @dataclass(frozen=True)
+class Owned:
+    """A tensor whose state a position keeps: its number, byte offset in a slot, elements, pieces and kinds."""
+
+    tensor: int
+    offset: int
+    elements: int
+    pieces: int = 1
+    kinds: int = len(KINDS)
+
+
+@dataclass(frozen=True)
 class PositionLayout:
-    """What the ranks of a position have in common. ``owned``: (tensor, byte offset in a slot, its elements, pieces)."""
+    """What the ranks of a position have in common."""
 
     position: int
     slot_bytes: int
     data_bytes: int
-    owned: tuple[tuple[int, int, int, int], ...]
+    owned: tuple[Owned, ...]
 
     def of(self, replica: int) -> RankLayout:
         """The part of its rank in this replica."""
         states = []
-        for tensor, offset, whole, pieces in self.owned:
-            first, elements, room = piece(whole, pieces, replica)
-            states.append(StateSlot(tensor, offset, elements, room, first, elements > 0 and pieces > replica))
+        for own in self.owned:
+            first, elements, room = piece(own.elements, own.pieces, replica)
+            saves = elements > 0 and own.pieces > replica
+            states.append(StateSlot(own.tensor, own.offset, elements, room, first, saves, own.kinds))
         return RankLayout(self.position, self.slot_bytes, self.data_bytes, tuple(states), replica)
 
 
@@ -221,8 +236,8 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
         _position(number, p, states, tensors, replicas)
         for number, p in enumerate(file.records("positions", wire.PlanPosition))
     )
-    owned = [tensor for p in positions for tensor, *_ in p.owned]
-    if sorted(owned) != list(range(len(tensors))):
+    kinds = {own.tensor: own.kinds for p in positions for own in p.owned}
+    if sorted(own.tensor for p in positions for own in p.owned) != list(range(len(tensors))):
         raise PlanRefused("the plan does not give every tensor exactly one owner")
     if c.positions != len(positions) or not positions:
         raise PlanRefused(f"the plan has {len(positions)} positions, its configuration says {c.positions}")
@@ -237,7 +252,7 @@ def read_plan(data: bytes, *, digest: bytes | None = None) -> PlanLayout:
         batch=c.microbatches * c.microbatch * replicas,
         shards=tuple(s.tokens for s in file.records("shards", wire.PlanShard)),
         token_bytes=c.token_bytes,
-        tensors=tensors,
+        tensors=tuple(replace(tensor, kinds=kinds[number]) for number, tensor in enumerate(tensors)),
         positions=positions,
         data=_data(file) if c.data_samples else None,
     )
@@ -341,9 +356,10 @@ def _position(
                 f"position {number} of the plan keeps tensor {tensor.name} in {s.pieces} pieces; with {replicas} "
                 "replicas it is whole, or in as many"
             )
-        owned.append((s.tensor, s.slot_offset, tensor.elements, s.pieces))
+        kinds = len(KINDS) - (s.v_offset == wire.NONE64)
+        owned.append(Owned(s.tensor, s.slot_offset, tensor.elements, s.pieces, kinds))
     layout = PositionLayout(number, p.slot_bytes, 0, tuple(owned))
-    needed = max((state.kind_offset(len(KINDS)) for state in layout.of(0).states), default=0)
+    needed = max((state.kind_offset(state.kinds) for state in layout.of(0).states), default=0)
     layout = replace(layout, data_bytes=needed)
     first = layout.of(0)
     if first.data_offset + needed > p.slot_bytes:

@@ -15,8 +15,9 @@ Who calls what, in order
   who restores   ``read.load_manifest``, then ``read.StateReader`` for the tensors that it owns
 
 Part manifest (sealed msgpack, codec.py; pages.py has how one of any size lies in the store)
-    v 1, run, step, epoch, samples, what (32 bytes), part, parts, meta {text: text},
-    tensors [[name, [dims]]...]                        the whole table, in order: the same in every part
+    v 1 (2 where a tensor has fewer kinds), run, step, epoch, samples, what (32 bytes), part, parts, meta {text: text},
+    tensors [[name, [dims]]...]                        the whole table, in order: the same in every part; after the dims
+                                                       2, where there is no exp_avg_sq of the tensor
     chunks  [[name relative to the run, bytes, sha256 (32 bytes)]...]
     pieces  [[tensor, kind, first, elements, chunk, offset]...]   numbers in tensors, KINDS, chunks; offset in bytes
     leaves  the digests of the pieces' blocks, 32 bytes each, piece after piece
@@ -52,7 +53,8 @@ from checkpoint.digest import (
 from checkpoint.errors import Damaged
 from checkpoint.pages import WHOLE_BYTES
 
-VERSION = 1
+VERSION, FULL_VERSION = 2, 1
+"""Of a manifest, and of one whose tensors all have all kinds, which is what the first version was."""
 MAX_TENSORS = 1 << 20
 MAX_CHUNKS = 1 << 20
 MAX_ELEMENTS = 1 << 48
@@ -206,7 +208,7 @@ def state_digest(manifest: Manifest) -> bytes:
     roots = (
         raw_root(b"".join([raw_leaves(p.leaves) for p in manifest._index[t, k]]))
         for t in range(len(manifest.tensors))
-        for k in range(len(KINDS))
+        for k in range(manifest.tensors[t].kinds)
     )
     return state_root(manifest.step, manifest.samples, manifest.what, roots)
 
@@ -308,18 +310,22 @@ def _object_row(c: Chunk) -> object:
     return [c.name, c.bytes, c.sha256]
 
 
+def _tensor_row(t: Tensor) -> object:
+    return [t.name, t.shape] if t.kinds == len(KINDS) else [t.name, t.shape, t.kinds]
+
+
 def _stream(m: PartManifest | Manifest, own: Mapping[str, object]) -> Iterator[codec.Data]:
     rows, raw = codec.Stream.rows, codec.Stream.raw
     return codec.seal_stream(
         {
-            "v": VERSION,
+            "v": VERSION if any(t.kinds < len(KINDS) for t in m.tensors) else FULL_VERSION,
             "run": m.run,
             "step": m.step,
             "epoch": m.epoch,
             "samples": m.samples,
             "what": m.what,
             "meta": dict(m.meta),
-            "tensors": rows(m.tensors, lambda t: [t.name, t.shape]),
+            "tensors": rows(m.tensors, _tensor_row),
             "chunks": rows(m.chunks, _object_row),
             "pieces": rows(m.pieces, lambda p: [p.tensor, p.kind, p.first, p.elements, p.chunk, p.offset]),
             "leaves": raw(
@@ -377,11 +383,13 @@ def _parse_common(f: codec.Fields, what: str, tables: Tables | None = None) -> d
 def _parse_table(rows: Sequence[Any], what: str) -> tuple[Tensor, ...]:
     tensors = []
     for row in rows:
-        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], list)):
+        if not (isinstance(row, list) and len(row) in (2, 3) and isinstance(row[0], str) and isinstance(row[1], list)):
             raise Damaged(f"{what}: a row of 'tensors' is not a name and its dimensions")
         if not all(isinstance(d, int) and not isinstance(d, bool) for d in row[1]):
             raise Damaged(f"{what}: tensor {row[0][:80]!r} has a dimension that is no number")
-        tensors.append(Tensor(row[0], tuple(row[1])))
+        if row[2:] and (type(row[2]) is not int or row[2] != 2):
+            raise Damaged(f"{what}: tensor {row[0][:80]!r} has neither all kinds nor 2")
+        tensors.append(Tensor(row[0], tuple(row[1]), *row[2:]))
     _check_table(tensors, what)
     return tuple(tensors)
 
@@ -427,7 +435,7 @@ def _check_pieces(tensors: Sequence[Tensor], chunks: Sequence[Chunk], pieces: Se
     """M3: a piece lies in its tensor, on block borders, with its leaves. M4: its pieces fill a chunk, without gaps."""
     ends = [0] * len(chunks)
     for p in pieces:
-        if not (p.tensor < len(tensors) and p.kind < len(KINDS) and p.chunk < len(chunks)):
+        if not (p.tensor < len(tensors) and p.kind < tensors[p.tensor].kinds and p.chunk < len(chunks)):
             raise Damaged(
                 f"{what}: a piece names tensor {p.tensor}, kind {p.kind}, chunk {p.chunk}, which are not there"
             )
@@ -457,7 +465,7 @@ def _check_complete(tensors: Sequence[Tensor], pieces: Sequence[Piece], what: st
     """M5: in order of (tensor, kind, first), every element of every tensor-kind comes exactly once."""
     at = iter(pieces)
     for number, tensor in enumerate(tensors):
-        for kind, label in enumerate(KINDS):
+        for kind, label in enumerate(KINDS[: tensor.kinds]):
             covered = 0
             while covered < tensor.elements:
                 p = next(at, None)

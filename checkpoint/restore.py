@@ -77,11 +77,17 @@ def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_wh
             f"{what} is of another run: its What is {manifest.what.hex()[:16]}, the plan's "
             f"{plan.what_digest.hex()[:16]}; restore from a checkpoint of this run"
         )
-    theirs = {t.name: t.shape for t in manifest.tensors}
+    theirs = {t.name: t for t in manifest.tensors}
     for tensor in plan.tensors:
-        shape = theirs.get(tensor.name)
-        if shape != tensor.shape:
+        saved = theirs.get(tensor.name)
+        shape = None if saved is None else saved.shape
+        if saved is None or shape != tensor.shape:
             raise OtherModel(f"{what} has tensor {tensor.name} as {shape}, the plan as {tensor.shape}: another model")
+        if saved.kinds != tensor.kinds:
+            raise OtherModel(
+                f"{what} has {saved.kinds - 1} moments of tensor {tensor.name}, the plan's optimizer takes "
+                f"{tensor.kinds - 1}: another optimizer; begin with its weights alone (model.init = 'run:ID@STEP')"
+            )
 
 
 def plan_reads(manifest: Manifest, plan: PlanLayout, ranks: Sequence[RankLayout]) -> list[ChunkRead]:
@@ -96,7 +102,7 @@ def plan_reads(manifest: Manifest, plan: PlanLayout, ranks: Sequence[RankLayout]
                 kept.setdefault((state.tensor, state.first, state.elements), []).append((target, state))
     by_chunk: dict[int, list[Placement]] = {}
     for (tensor, first, elements), places in kept.items():
-        for kind in range(len(KINDS)):
+        for kind in range(plan.tensors[tensor].kinds):
             for whole in manifest.pieces_of(plan.tensors[tensor].name, kind, first, elements):
                 piece = whole.cut(first, first + elements)
                 to = tuple((target, state.kind_offset(kind) + 4 * (piece.first - first)) for target, state in places)

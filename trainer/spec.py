@@ -34,7 +34,9 @@ from trainer.spec_sections import (
     HOW_OF_WHAT,
     LATER_WHAT,
     MAX_MICROBATCHES,
+    MOMENTUM,
     ModelSpec,
+    OptimizerSpec,
     RunSpec,
     how_map,
     too_short,
@@ -53,6 +55,7 @@ __all__ = [
     "SCHEDULES",
     "DataSpec",
     "ModelSpec",
+    "OptimizerSpec",
     "RunSpec",
     "explain",
     "how_map",
@@ -148,6 +151,8 @@ def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
     train = resolved.train.model_dump(mode="json", exclude={"max_batch_tokens"})
     if not train["schedule"]["start"]:
         del train["schedule"]["start"]  # a key that came when runs had names already
+    if resolved.train.optimizer.momentum == MOMENTUM:
+        del train["optimizer"]["momentum"]  # and another
     return {
         "schema": SPEC_SCHEMA,
         "model": _without_later("model", resolved.model),

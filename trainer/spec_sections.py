@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from trainer import models
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
+from trainer.models.base import Tensor
 from trainer.spec_data import DataSpec
 from trainer.spec_fields import (
     MAX_INT32,
@@ -47,6 +48,8 @@ MAX_MICROBATCHES = 1 << 16
 DEFAULT_GROUPS = 8
 """Of ``train.reduction_groups``, where the microbatches of a step allow it."""
 FP8_SIDE = 16
+MOMENTUM = 0.95
+"""Of Muon, where it is unset."""
 VOCAB_UNIT = 8
 """Blocks of a vocabulary begin at multiples of it, so that its rows keep their alignment."""
 
@@ -138,9 +141,12 @@ class ModelSpec(Section):
 
 
 class OptimizerSpec(Section):
-    """AdamW. Decay applies to tensors of two and more dimensions."""
+    """AdamW, or Muon for the matrices inside the layers and AdamW for the rest. Decay applies to tensors of two and
+    more dimensions."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: matrices inside the layers step by their orthogonal momentum, the rest by AdamW"
+    )
     lr: float = Field(3e-4, gt=0, le=10, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, le=10, description="floor of the learning rate")
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -148,12 +154,26 @@ class OptimizerSpec(Section):
     eps: float = Field(1e-8, gt=0, lt=1)
     weight_decay: float = Field(0.1, ge=0, le=10)
     clip: float = Field(1.0, ge=0, description="limit of the global gradient norm; 0: off")
+    momentum: float = Field(MOMENTUM, ge=0, lt=1, description="of muon, with Nesterov's step")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSpec:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; lower it")
+        if self.name == "adamw" and self.momentum != MOMENTUM:
+            raise ValueError(
+                f"momentum {self.momentum} is muon's, and name is 'adamw', whose is beta1; leave it out, or take name "
+                "= 'muon'"
+            )
         return self
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether it is Muon that takes a tensor."""
+        return self.name == "muon" and tensor.hidden
+
+    def kinds(self, tensor: Tensor) -> int:
+        """What a state has of a tensor: master and moments."""
+        return 2 if self.takes(tensor) else 3
 
 
 class ScheduleSpec(Section):

@@ -12,7 +12,6 @@ from itertools import pairwise
 from checkpoint import keys
 from checkpoint.agent.slots import Seen, Slot, SlotChanged
 from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, chunk_digests
-from checkpoint.digest import KINDS
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.layout import RankLayout
 from checkpoint.store import Info, Store
@@ -29,7 +28,7 @@ def segments(layout: RankLayout) -> list[Segment]:
         Segment(state.tensor, kind, state.first, state.elements, state.kind_offset(kind))
         for state in layout.states
         if state.saves
-        for kind in range(len(KINDS))
+        for kind in range(state.kinds)
     ]
 
 

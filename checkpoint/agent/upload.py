@@ -353,7 +353,7 @@ class Uploader:
             what=layout.what_digest,
             part=self._node,
             parts=self._nodes,
-            tensors=[Tensor(t.name, t.shape) for t in layout.tensors],
+            tensors=[Tensor(t.name, t.shape, t.kinds) for t in layout.tensors],
             saved=[saved[rank, plan.index] for rank, plan in work],
             meta={
                 "plan": layout.digest.hex(),

@@ -42,6 +42,7 @@ def import_(
     from flows.cli.signals import Signals
     from flows.drive.begin_from import import_folder
     from flows.drive.train import store_at
+    from flows.show.facts import state_bytes
     from flows.show.saved import size_words
     from trainer.errors import SpecError
     from trainer.planner.describe import count_text
@@ -64,10 +65,11 @@ def import_(
     if as_json:
         show({"spec": str(file), "run": run, "weights_digest": weights.digest})
         return 0
+    state = state_bytes(spec.model, spec.train.optimizer)
     model, many = spec.model, count_text(weights.bytes // 4)
     say(f"model      {model.family}, {many} parameters in {model.layers} layers, {'and '.join(weights.dtypes)}")
     say(f"tokenizer  {spec.data.tokenizer}, a text ends with {spec.data.end_token or 'nothing'}")
-    say(f"weights    step 0 of {run} in {opened.describe()} ({size_words(3 * weights.bytes)} with moments of zero)")
+    say(f"weights    step 0 of {run} in {opened.describe()} ({size_words(state)} with moments of zero)")
     say(f"spec       {file}, data.source = {spec.data.source!r}: write your own text there")
     at = f" --store {shlex.quote(store)}" if store else ""
     for text in (f"chat {run}", f"train {shlex.quote(str(file))}"):

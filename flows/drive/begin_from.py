@@ -24,7 +24,6 @@ from checkpoint import keys
 from checkpoint.agent.commit import commit
 from checkpoint.chunks import Chunk, Piece, Segment, Tensor, chunk_pieces, plan_chunks
 from checkpoint.collect.pins import pinned
-from checkpoint.digest import KINDS
 from checkpoint.log import RunLog, RunState, ended_body
 from checkpoint.manifest import PARAM, PartManifest
 from checkpoint.pages import write
@@ -201,11 +200,12 @@ def _kept(weights: Weights) -> AbstractContextManager[object]:
 def _write(store: Store, prepared: Prepared, weights: Weights, epoch: int, say: Say) -> None:
     """Chunks and the one part manifest."""
     model = prepared.spec.model
-    tensors = [Tensor(t.name, t.shape) for t in tensor_table(family(model.family), model)]
+    table, optimizer = tensor_table(family(model.family), model), prepared.spec.train.optimizer
+    tensors = [Tensor(t.name, t.shape, optimizer.kinds(t)) for t in table]
     segments = [
         Segment(number, kind, 0, tensor.elements, 0)
         for number, tensor in enumerate(tensors)
-        for kind in range(len(KINDS))
+        for kind in range(tensor.kinds)
     ]
     saved: list[tuple[Chunk, Sequence[Piece]]] = []
     plans = plan_chunks(segments)

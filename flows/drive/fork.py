@@ -95,6 +95,12 @@ def begin_child(
     refuse_newer(store, parent.run, found)
     resolved, theirs = spec.resolve(dataset), parse_spec(parent.whole)
     _check_tensors(resolved.model, theirs.model)
+    ours, other = (run.train.optimizer.name for run in (resolved, theirs))
+    if ours != other:
+        raise SpecError(
+            f"train.optimizer.name {ours!r}: the parent's is {other!r}, whose moments mean something else; leave it as "
+            f"it is, or start a new run with its weights (model.init = 'run:{parent.run}@{found.step}')"
+        )
     if resolved.train.steps <= found.step:
         raise SpecError(
             f"the fork would end at step {resolved.train.steps}, but starts at step {found.step}; "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from checkpoint.claims import MAX_BYTES, Place
 from checkpoint.diff import differing_blocks
-from checkpoint.digest import BLOCK_ELEMENTS, KINDS
+from checkpoint.digest import BLOCK_ELEMENTS
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.keys import node_key, plan_key
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
@@ -115,7 +115,11 @@ def _by_state(layout: PlanLayout, theirs: Manifest, ours: Manifest) -> tuple[tup
     """The ranks that keep the blocks which differ."""
     ranks, names = set(), []
     for number, tensor in enumerate(layout.tensors):
-        blocks = {n for kind in range(len(KINDS)) for n in differing_blocks(theirs, ours, tensor.name, kind)}
+        blocks = {
+            n
+            for kind in range(theirs.tensor(tensor.name).kinds)
+            for n in differing_blocks(theirs, ours, tensor.name, kind)
+        }
         if blocks:
             names.append(tensor.name)
             ranks |= _keepers(layout, number, blocks)

@@ -90,7 +90,7 @@ def diff(store_a: Store, a: Manifest, store_b: Store, b: Manifest) -> Iterator[t
 
 
 def _kinds(a: StateReader, b: StateReader, pair: Pair) -> Iterator[KindDiff]:
-    for kind in range(len(KINDS)):
+    for kind in range(min(side.manifest.tensor(pair.name).kinds for side in (a, b))):
         tally = _Tally()
         for first, mine, theirs in differing(a, b, pair.name, kind):
             tally.add(first, mine, theirs)

@@ -32,7 +32,7 @@ from trainer.plan.draw import timeline_svg
 from trainer.plan.places import Rank
 from trainer.plan.simulate import from_plan, simulate
 from trainer.plan.timeline import Timeline, from_chrome
-from trainer.spec import ModelSpec, RunSpec, how_map
+from trainer.spec import ModelSpec, OptimizerSpec, RunSpec, how_map
 from trainer.spec_layouts import layout_words, same_layout
 
 TRACE_CAP = 64 << 20
@@ -84,9 +84,10 @@ def summary(store: Store, run: str) -> dict[str, Any]:
     }
 
 
-def state_bytes(model: ModelSpec) -> int:
-    """Of a checkpoint of this model: weights and two moments, float32."""
-    return 12 * sum(tensor.elements for tensor in tensor_table(family(model.family), model))
+def state_bytes(model: ModelSpec, optimizer: OptimizerSpec) -> int:
+    """Of a checkpoint of this model: weights and moments, float32."""
+    table = tensor_table(family(model.family), model)
+    return sum(4 * optimizer.kinds(tensor) * tensor.elements for tensor in table)
 
 
 def details(store: Store, run: str) -> dict[str, Any]:
@@ -95,7 +96,9 @@ def details(store: Store, run: str) -> dict[str, Any]:
     what, kept = load_what(store, run), Kept.load(store, run)
     numbers = {a.epoch: number for number, a in enumerate(state.attempts, 1)}
     line = set(state.lineage().column("n"))
-    size = state_bytes(ModelSpec.model_validate(what["model"]))
+    size = state_bytes(
+        ModelSpec.model_validate(what["model"]), OptimizerSpec.model_validate(what["train"]["optimizer"])
+    )
     pins: dict[int, list[str]] = {}
     for pin, n in sorted(state.pins.items()):
         pins.setdefault(n, []).append(pin)

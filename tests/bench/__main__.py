@@ -277,6 +277,15 @@ def bf16() -> Iterator[dict[str, Any]]:
             yield entry(f"bf16/loss-500-steps/seed-{seed}", low, "nats", "fp32", fp32)
 
 
+def muon() -> Iterator[dict[str, Any]]:
+    """The loss of Muon against AdamW's after 500 steps, at AdamW's learning rate: not above."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, key = Path(folder) / "data", "train.optimizer.name"
+        runs = bench_fp8.measure(bench_fp8.corpus(data), data, steps=500, key=key, pair=("adamw", "muon"))
+        for seed, adamw, ours in runs:
+            yield entry(f"muon/loss-500-steps/seed-{seed}", ours, "nats", "adamw", adamw)
+
+
 def demo() -> Iterator[dict[str, Any]]:
     """`make demo` after `make setup`."""
     say(
@@ -401,6 +410,7 @@ def main() -> int:
         "transfer-vs-dcp": lambda: list(transfer_vs_dcp()),
         "demo": lambda: list(demo()),
         "fp8": lambda: list(fp8()),
+        "muon": lambda: list(muon()),
         "bf16": lambda: list(bf16()),
     }
     wanted = sys.argv[1:] or list(parts)

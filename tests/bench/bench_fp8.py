@@ -1,4 +1,5 @@
-"""What FP8 costs in loss: the demo's model and text, in bf16 and in fp8 from the same weights on the same batches.
+"""What FP8 costs in loss: the demo's model and text, in bf16 and in fp8 from the same weights on the same batches; and
+any other two values of a key of the spec, such as AdamW and Muon.
 
 The figure of a seed is the mean loss of the last tenth of the steps, fp8's against bf16's. docs/numerics.md has the
 last result; `measure` with few steps and text of its own is the short form in `make test`.
@@ -38,13 +39,13 @@ def corpus(folder: Path) -> DatasetRef:
 
 
 def losses(
-    dataset: DatasetRef, data: Path, folder: Path, precision: str, seed: int, steps: int, *sets: str
+    dataset: DatasetRef, data: Path, folder: Path, key: str, value: str, seed: int, steps: int, *sets: str
 ) -> list[float]:
-    """Of every step of a run."""
+    """Of every step of a run whose spec has this value for this key."""
     sets = (
         "train.reduction_groups=1",
         f"train.steps={steps}",
-        f'train.precision="{precision}"',
+        f'{key}="{value}"',
         f"train.seed={seed}",
         *sets,
     )
@@ -53,7 +54,7 @@ def losses(
     )
     spec = spec.resolve(dataset)
     plan = compile_plan(spec, dataset, what_digest(spec, dataset))
-    return engine_runs.train(plan, data, folder / precision, dump=False, deadline_s=3600).losses
+    return engine_runs.train(plan, data, folder / value, dump=False, deadline_s=3600).losses
 
 
 def measure(
@@ -62,11 +63,12 @@ def measure(
     seeds: Sequence[int] = SEEDS,
     steps: int = STEPS,
     *sets: str,
+    key: str = "train.precision",
     pair: tuple[str, str] = ("bf16", "fp8"),
 ) -> Iterator[tuple[int, float, float]]:
-    """By seed, the mean loss of the last tenth of the steps in either precision of the pair."""
+    """By seed, the mean loss of the last tenth of the steps with either value of the key."""
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            runs = [losses(dataset, data, Path(folder), p, seed, steps, *sets) for p in pair]
+            runs = [losses(dataset, data, Path(folder), key, p, seed, steps, *sets) for p in pair]
         one, other = (float(np.mean(run[-max(1, steps // 10) :])) for run in runs)
         yield seed, one, other

@@ -215,9 +215,32 @@ def test_pieces_that_do_not_fit_are_refused() -> None:
         ((Tensor("x", (0,)), *TENSORS[1:]), "no size that can be"),
         ((Tensor("", (5,)), *TENSORS[1:]), "needs a name"),
         ((Tensor("x", ()), *TENSORS[1:]), "needs a name"),
+        ((replace(TENSORS[0], kinds=1), *TENSORS[1:]), "neither all kinds nor 2"),
+        ((replace(TENSORS[0], kinds=2), *TENSORS[1:]), "names tensor 0, kind 2, chunk"),
     ):
         with pytest.raises(Damaged, match=says):
             PartManifest.parse(altered(part, tensors=tensors)[1])
+
+
+def test_a_tensor_may_have_two_kinds() -> None:
+    """As Muon's have; then the manifest is of version 2, and else of the first one."""
+    [part] = write_parts(MemoryStore(), RUN, state_bytes(1), LAYOUTS[0], step=5, epoch=1)
+    p = PartManifest.parse(part[1])
+    whole = merge([part])
+    assert codec.unseal(whole.to_bytes(), "x", max_bytes=1 << 20)["v"] == 1
+    kept = [piece for piece in p.pieces if (piece.tensor, piece.kind) != (4, 2)]
+    gone = len(p.pieces) - len(kept)
+    assert (gone, p.pieces[-1].offset + p.pieces[-1].bytes) == (1, p.chunks[-1].bytes)
+    shorter = replace(p.chunks[-1], bytes=p.chunks[-1].bytes - p.pieces[-1].bytes)
+    tensors = (*TENSORS[:4], replace(TENSORS[4], kinds=2))
+    less = merge([altered(part, tensors=tensors, pieces=tuple(kept), chunks=(*p.chunks[:-1], shorter))])
+    assert codec.unseal(less.to_bytes(), "x", max_bytes=1 << 20)["v"] == 2
+    again = Manifest.parse(less.to_bytes())
+    assert again == less
+    assert again.state_digest != whole.state_digest
+    assert again.pieces_of(TENSORS[0].name, 2)
+    with pytest.raises(Damaged, match=r"exp_avg_sq of tensor 'whole\.block' is not covered"):
+        merge([altered(part, pieces=tuple(kept), chunks=(*p.chunks[:-1], shorter))])
 
 
 def test_mutated_manifests_end_in_damaged() -> None:

@@ -3,7 +3,7 @@
 Every loss, norm, gradient and weight of every step is compared for equality. `make test` takes a sample, drawn by SEED
 (``HOTSTAGE_SEED`` in the environment draws another), with every number of stages, replicas and every schedule in it;
 `make nightly` takes all. Tensors of more than 262,144 elements are in pieces, one for each replica; those of the third
-model are codes in FP8, and whole.
+model are codes in FP8, and whole, as are those that Muon takes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied, fp8": (
         "fp8",
         {"family": "qwen3", "width": 128, "heads": 4, "kv_heads": 2, "head_size": 32, "hidden": 1_040, "vocab": 203},
+    ),
+    # beside matrices that Muon takes, embedding and head of two blocks
+    "qwen3 untied, bf16, muon": (
+        "bf16",
+        {"family": "qwen3", "width": 64, "heads": 4, "kv_heads": 2, "hidden": 176, "vocab": 4_203, "tied": False},
     ),
 }
 
@@ -108,7 +113,11 @@ def train(folder: Path, model: str, how: How) -> Gang:
         precision=precision,
         classifier_chunk=8,
         reduction_groups=GROUPS,
-        optimizer={"lr": 3e-3, "clip": 100.0 if "llama" in model else 0.5},  # never, and in each step
+        optimizer={
+            "name": "muon" if "muon" in model else "adamw",
+            "lr": 3e-3,
+            "clip": 100.0 if "llama" in model else 0.5,  # never, and in each step
+        },
     )
 
 

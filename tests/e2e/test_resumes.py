@@ -32,7 +32,8 @@ from trainer.spec import parse_spec, what_digest
 SEED = int(os.environ.get("HOTSTAGE_SEED", "11"))
 LAYOUTS, PAIRS, RANKS = 12, 64, 8
 VOCAB, SEQUENCE, STEP, STEPS = 33_000, 8, 2, 4
-"""The embedding has three blocks: two replicas have two and one, four one, one, one and none. All else is whole."""
+"""The embedding has three blocks: two replicas have two and one, four one, one, one and none. All else is whole, and
+the layers' matrices have one moment, which Muon takes."""
 RUN = "resumes-0a1b2c"
 
 
@@ -57,7 +58,14 @@ class World:
             {
                 "name": "resumes",
                 "model": {"family": "gpt2", "layers": 8, "width": 16, "heads": 2, "context": 32, "vocab": VOCAB},
-                "train": {"steps": STEPS, "batch": 8, "microbatch": 1, "sequence": SEQUENCE, "reduction_groups": 8},
+                "train": {
+                    "steps": STEPS,
+                    "batch": 8,
+                    "microbatch": 1,
+                    "sequence": SEQUENCE,
+                    "reduction_groups": 8,
+                    "optimizer": {"name": "muon"},
+                },
                 "parallel": {"threads": 1, **vars(how)},
                 "checkpoint": {"every": STEP},
             }

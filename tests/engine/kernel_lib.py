@@ -252,8 +252,8 @@ class KernelLib:
             array: Array
             if kind:
                 array = encode(rng.normal(size=size // wire.DTYPE_BYTES[kind]), kind)
-                if kernel.startswith("adamw") and operand.name == "v":
-                    array = np.abs(array)  # a mean of squares
+                if (kernel.startswith("adamw") and operand.name == "v") or operand.name == "sumsq":
+                    array = np.abs(array)  # of squares
             elif operand.kind in ("tokens", "targets"):
                 vocabulary = dims[spec.dim_names.split().index(operand.note.removeprefix("below "))]
                 array = rng.integers(0, vocabulary, size // 4).astype(np.int32)

@@ -70,6 +70,11 @@ CASES: dict[str, list[tuple[int, ...]]] = {
         (7, 33, 311, 7, 2, 160, 4, 0, 311),
     ],
     "borders": [(2, 5, 7, 3), (1, 1, 1, 0), (3, 700, 11, 11)],
+    "muon_momentum": [(1,), (37,)],
+    "muon_scale": [(1,), (37,)],
+    "muon_poly": [(1,), (37,)],
+    "muon": [(1,), (37,)],
+    "muon_copy": [(1,), (37,)],
 }
 ADAMW = (0.9, 0.95, 1e-8, 0.1)
 REALS = {"rope_table": (10000.0,), "adamw": ADAMW, "adamw_copy": ADAMW, "init_normal": (0.0, 0.02)}

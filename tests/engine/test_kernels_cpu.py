@@ -188,6 +188,16 @@ CASES = [
     Case("adamw", (20001, 1), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
     Case("adamw_copy", (1,), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
     Case("adamw_copy", (20001,), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
+    Case("muon_momentum", (1,), (0.95,), rel=1e-6, f32_only=True),
+    Case("muon_momentum", (20001,), (0.9,), rel=1e-6, f32_only=True),
+    Case("muon_scale", (1,), (1e-7,), rel=1e-6, f32_only=True),
+    Case("muon_scale", (20001,), (1e-7,), rel=1e-6, f32_only=True),
+    *(Case("muon_poly", (s,), (3.4445, -4.775, 2.0315), rel=1e-6, f32_only=True) for s in (1, 17, 150)),
+    Case("muon", (1,), (0.95, 0.2, 0.1), rel=1e-6),
+    Case("muon", (20001,), (0.9, 5.0, 0.0), absent=(4,), rel=1e-6),
+    Case("muon", (20001,), (0.95, 5.0, 0.1), rel=1e-6),
+    Case("muon_copy", (1,), (0.2, 0.1), rel=1e-6),
+    Case("muon_copy", (20001,), (5.0, 0.1), rel=1e-6),
     Case("zero", (1,), f32_only=True),
     Case("zero", (70001,), f32_only=True),
     Case("init_normal", (1, 3, 7), (0.0, 0.02), rel=1e-6, f32_only=True),
@@ -401,6 +411,19 @@ def test_adamw_copy_has_the_bits_that_adamw_copies(kernels: KernelLib, dtype: in
         kernels.call(
             "adamw_copy", dtype, [foreseen, w, m, v, g, ctl], (20001,), call.case.reals, set_name=set_name, threads=2
         )
+        copied = call.run(kernels, set_name)[4]
+        assert copied is not None
+        assert foreseen.tobytes() == copied.tobytes(), set_name
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_muon_copy_has_the_bits_that_muon_copies(kernels: KernelLib, dtype: int) -> None:
+    call = Call.make(kernels, Case("muon", (20001,), (0.95, 5.0, 0.1)), dtype)
+    w, _, _, o, wc, ctl = call.inputs
+    for set_name in kernels.sets:
+        assert wc is not None
+        foreseen = np.empty_like(wc)
+        kernels.call("muon_copy", dtype, [foreseen, w, o, ctl], (20001,), (5.0, 0.1), set_name=set_name, threads=2)
         copied = call.run(kernels, set_name)[4]
         assert copied is not None
         assert foreseen.tobytes() == copied.tobytes(), set_name

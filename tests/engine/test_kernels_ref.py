@@ -492,6 +492,51 @@ def test_adamw(kernels: KernelLib, rng: np.random.Generator, dtype: int, zero_g:
     assert np.abs(tw - w).max() < 1e-5 < np.abs(tw).max()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("copy", [True, False])
+def test_muon(kernels: KernelLib, rng: np.random.Generator, dtype: int, copy: bool) -> None:
+    """Ten steps of the elementwise parts, the direction being what goes in, against the textbook form."""
+    n, momentum, scale, decay, lr = 65, 0.95, 5.5, 0.1, 3e-3
+    real: type[np.floating[Any]] = np.float64 if dtype == F64 else np.float32
+    w: Array = rng.normal(size=n).astype(real)
+    m, u, wc = np.zeros(n, real), np.zeros(n, real), encode(np.zeros(n), dtype)
+    tw, tm = w.astype(np.float64), np.zeros(n)
+    for _ in range(10):
+        g = rng.normal(size=n).astype(real)
+        clip = float(np.float32(min(1, 4 / float(np.linalg.norm(g.astype(np.float64))))))
+        tg = g.astype(np.float64) * clip
+        tm = momentum * tm + tg
+        tu = tg + momentum * tm
+        ctl = np.frombuffer(bytes(control(clip, 0.5, 0.5, lr)), np.uint8).copy()
+        before = [x.copy() for x in (w, m, g)]
+        kernels.call("muon_momentum", F64 if dtype == F64 else F32, [u, m, g, ctl], [n], [momentum])
+        np.testing.assert_allclose(u, tu, rtol=1e-6, atol=1e-6)
+        norm = np.array([float((u.astype(np.float64) ** 2).sum())])
+        kernels.call("muon_scale", F64 if dtype == F64 else F32, [u, norm], [n], [1e-7])
+        tu /= np.sqrt((tu**2).sum()) + 1e-7
+        np.testing.assert_allclose(u, tu, rtol=1e-6, atol=1e-6)
+        tw -= lr * decay * tw
+        tw -= lr * scale * tu
+        foreseen = np.empty_like(wc)
+        kernels.call("muon_copy", dtype, [foreseen, w, u, ctl], [n], [scale, decay])
+        assert all(np.array_equal(x, y) for x, y in zip((w, m, g), before, strict=True))
+        kernels.call("muon", dtype, [w, m, g, u, wc if copy else None, ctl], [n], [momentum, scale, decay])
+        assert foreseen.tobytes() == encode(w, dtype).tobytes()
+        assert not g.any()
+        np.testing.assert_allclose(m, tm, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(w, tw, rtol=1e-6, atol=2e-6)
+        if copy:
+            assert np.array_equal(wc, encode(w, dtype))
+
+
+@pytest.mark.parametrize("s", [1, 5])
+def test_muon_poly(kernels: KernelLib, rng: np.random.Generator, s: int) -> None:
+    p, q = rng.normal(size=(s, s)), rng.normal(size=(s, s))
+    want = 3.0 * np.eye(s) - 4.0 * p + 2.0 * q
+    kernels.call("muon_poly", F64, [q, p], [s], [3.0, -4.0, 2.0])
+    np.testing.assert_allclose(q, want, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("n", [1, 7, 65536, 65537, 200_001])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_sumsq(kernels: KernelLib, rng: np.random.Generator, n: int, dtype: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from checkpoint.agent.slots import Slot, SlotChanged
-from checkpoint.layout import PositionLayout, RankLayout, StateSlot, round_up
+from checkpoint.layout import Owned, PositionLayout, RankLayout, StateSlot, round_up
 from k8s.images.static import compiler
 from tests.engine.engine_build import SOURCES
 from tests.engine.native import build_program
@@ -31,7 +31,7 @@ def layout_of(
     """``pieces``: of each tensor; none: all are whole."""
     owned, at = [], 0
     for number, count in enumerate(elements):
-        one = PositionLayout(position, 0, 0, ((number, at, count, pieces[number] if pieces else 1),)).of(replica)
+        one = PositionLayout(position, 0, 0, (Owned(number, at, count, pieces[number] if pieces else 1),)).of(replica)
         owned.append(one.states[0])
         at = one.states[0].kind_offset(3)
     layout = RankLayout(position, 0, at, tuple(owned), replica)

@@ -339,6 +339,40 @@ class AdamW:
         return norm
 
 
+def orthogonal(u: Array) -> Array:
+    """Newton-Schulz, as Muon has it: five steps of x = a x + b (x x') x + c (x x')^2 x from u over its norm."""
+    x = u / (np.linalg.norm(u) + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.775 * square @ x + 2.0315 * square @ square @ x
+    return np.asarray(x)
+
+
+@dataclass(frozen=True)
+class Muon(AdamW):
+    """Matrices inside the layers by their orthogonal momentum, each of those that GPT-2 keeps side by side; all else by
+    AdamW."""
+
+    momentum: float = 0.95
+
+    def step(self, number: int, weights: Weights, grads: Weights, m: Weights, v: Weights) -> float:
+        hidden = {name for name, w in weights.items() if w.ndim == 2 and (".h." in name or ".layers." in name)}
+        rest = {name: w for name, w in weights.items() if name not in hidden}
+        norm = float(np.sqrt(sum(float((g**2).sum()) for g in grads.values())))
+        scale = min(1.0, self.clip / norm) if self.clip > 0 else 1.0
+        plain = AdamW(self.lr, self.betas, self.eps, self.weight_decay, 0.0)
+        plain.step(number, rest, {name: grads[name] * scale for name in rest}, m, v)
+        for name in hidden:
+            g = grads[name] * scale
+            m[name] = self.momentum * m[name] + g
+            u = g + self.momentum * m[name]
+            parts = np.split(u, 3, axis=1) if name.endswith("attn.c_attn.weight") else [u]
+            step = np.concatenate([0.2 * max(part.shape) ** 0.5 * orthogonal(part) for part in parts], axis=1)
+            weights[name] *= 1.0 - self.lr * self.weight_decay
+            weights[name] -= self.lr * step
+        return norm
+
+
 def train(config: Config, weights: Weights, batches: Tokens, optimizer: AdamW) -> tuple[list[float], list[float]]:
     """One step a batch [steps, B, T+1]; updates ``weights``; losses and gradient norms."""
     m = {name: np.zeros_like(w) for name, w in weights.items()}

@@ -418,7 +418,7 @@ def state_bytes(layout: PlanLayout, rank: int, seed: int) -> bytes:
     own = layout.rank(rank)
     data = bytearray(own.data_bytes)
     for s in own.states:
-        for kind in range(3):
+        for kind in range(s.kinds):
             whole = tensor_bytes(layout.tensors[s.tensor].name, layout.tensors[s.tensor].elements, kind, seed)
             at = s.kind_offset(kind)
             data[at : at + 4 * s.elements] = whole[4 * s.first : 4 * (s.first + s.elements)]

@@ -111,7 +111,7 @@ def store_state(
             saved.append((chunk, chunk_pieces(plan, body)))
     part = PartManifest.build(
         run=run, step=step, epoch=EPOCH, samples=step * layout.batch, what=layout.what_digest, part=0, parts=1,
-        tensors=[Tensor(t.name, t.shape) for t in layout.tensors], saved=saved,
+        tensors=[Tensor(t.name, t.shape, t.kinds) for t in layout.tensors], saved=saved,
     )  # fmt: skip
     manifest = merge([(keys.part_name(step, EPOCH, 0), part.to_bytes())])
     body = checkpoint_body(manifest, manifest.to_bytes())

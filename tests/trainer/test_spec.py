@@ -101,6 +101,9 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
         ({"train__optimizer": {"lr": 0}}, ["train.optimizer.lr 0", "above 0"]),
         ({"train__optimizer": {"lr": float("nan")}}, ["train.optimizer.lr", "finite"]),
         ({"train__optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, ["min_lr 0.01", "above lr 0.001"]),
+        ({"train__optimizer": {"momentum": 0.9}}, ["momentum 0.9 is muon's", "beta1", "name = 'muon'"]),
+        ({"train__optimizer": {"name": "muon", "momentum": 1.0}}, ["momentum 1.0", "below 1"]),
+        ({"train__optimizer": {"name": "lion"}}, ["name 'lion' is unknown", "'adamw' or 'muon'"]),
         ({"train__schedule": {"warmup": 11}}, ["warmup 11", "steps 10"]),
         ({"train__reduction_groups": 3}, ["reduction_groups 3", "no power of two", "take reduction_groups = 2"]),
         (

@@ -47,6 +47,8 @@ class Tensor:
     init: Normal | Const
     part: Part
     layer: int | None = None
+    stacked: tuple[int, ...] = ()
+    """Rows of the matrices that it is made of, one below the other, such as queries, keys and values; (): it is one."""
 
     @property
     def elements(self) -> int:
@@ -60,6 +62,23 @@ class Tensor:
     def decay(self) -> bool:
         """Weight decay applies to tensors of two and more dimensions."""
         return len(self.shape) >= 2
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it is a matrix inside the model's layers, or several: what Muon takes."""
+        return self.part == "layer" and len(self.shape) == 2
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """The first row and the rows of each matrix that it is made of.
+
+        >>> Tensor("qkv", (12, 8), Const(0.0), "layer", stacked=(8, 2, 2)).matrices
+        ((0, 8), (8, 2), (10, 2))
+        """
+        rows = self.stacked or self.shape[:1]
+        if sum(rows) != self.shape[0]:
+            raise PlanError(f"{self.name}: matrices of {rows} rows do not add up to its {self.shape[0]}")
+        return tuple((sum(rows[:number]), count) for number, count in enumerate(rows))
 
 
 @dataclass(frozen=True, slots=True)

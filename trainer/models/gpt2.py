@@ -44,6 +44,7 @@ class Gpt2(Family):
         c, f, v = model.width, model.size_of_hidden, model.vocab
         normal, residual = Normal(model.init_std), Normal(model.init_std / (2 * model.layers) ** 0.5)
         one, zero = Const(1.0), Const(0.0)
+        stacked = {"attn.c_attn.weight": (c, c, c)}
         layer = (
             ("ln_1.weight", (c,), one),
             ("ln_1.bias", (c,), zero),
@@ -61,7 +62,10 @@ class Gpt2(Family):
         return (
             Tensor(WTE, (v, c), normal, "embed"),
             Tensor(WPE, (model.context, c), normal, "embed"),
-            *(Tensor(f"{LAYER}.{name}", shape, init, "layer") for name, shape, init in layer),
+            *(
+                Tensor(f"{LAYER}.{name}", shape, init, "layer", stacked=stacked.get(name, ()))
+                for name, shape, init in layer
+            ),
             Tensor(f"{NORM}.weight", (c,), one, "head"),
             Tensor(f"{NORM}.bias", (c,), zero, "head"),
             *(() if model.tied else (Tensor(HEAD, (v, c), normal, "head"),)),

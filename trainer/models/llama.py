@@ -47,10 +47,10 @@ class Llama(Family):
         normal, residual = Normal(model.init_std), Normal(model.init_std / (2 * model.layers) ** 0.5)
         return (
             Tensor(f"{LAYER}.input_layernorm.weight", (c,), Const(1.0), "layer"),
-            Tensor(f"{QKV}.weight", (q + 2 * kv, c), normal, "layer"),
+            Tensor(f"{QKV}.weight", (q + 2 * kv, c), normal, "layer", stacked=(q, kv, kv)),
             Tensor(f"{LAYER}.self_attn.o_proj.weight", (c, q), residual, "layer"),
             Tensor(f"{LAYER}.post_attention_layernorm.weight", (c,), Const(1.0), "layer"),
-            Tensor(f"{GATE_UP}.weight", (2 * f, c), normal, "layer"),
+            Tensor(f"{GATE_UP}.weight", (2 * f, c), normal, "layer", stacked=(f, f)),
             Tensor(f"{LAYER}.mlp.down_proj.weight", (c, f), residual, "layer"),
         )
 

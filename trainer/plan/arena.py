@@ -27,6 +27,7 @@ from trainer.plan import memory
 from trainer.plan.expand import OTHER_SHARES, StagePrograms
 from trainer.plan.job import HeadUse, Job
 from trainer.plan.memory import align
+from trainer.plan.muon import HiddenMatrix
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import Ref
 from trainer.plan.reduce import Gradient, GradientMemory, own_piece
@@ -102,7 +103,8 @@ class PositionMemory:
         self.copies: dict[int, Ref] = {}
         self.codes: dict[int, tuple[Ref, Ref | None, Ref]] = {}
         """By tensor, its FP8: codes, their transpose (for training), scale."""
-        self.moments: dict[int, tuple[Ref, Ref]] = {}
+        self.moments: dict[int, tuple[Ref, Ref | None]] = {}
+        """By tensor: Muon has one."""
         self.gradients: dict[int, Ref] = {}
         self.gradient_memory = GradientMemory((), 0, 0, 1)
         self.pieces = job.pieces
@@ -210,7 +212,8 @@ class PositionMemory:
     def _place_training(self, arena: _Arena) -> None:
         for n in self.owned:
             size = 4 * self.kept(n)
-            self.moments[n] = (arena.ref(size, "moments"), arena.ref(size, "moments"))
+            first = arena.ref(size, "moments")
+            self.moments[n] = (first, None if n in self.job.muon else arena.ref(size, "moments"))
         self._place_gradients(arena)
         for n in self.owned:
             if n in self.pieces:
@@ -274,11 +277,21 @@ class PositionMemory:
         whole = align(4 * wire.QUANTISE_PARTS)  # of a weight as AdamW will leave it, to be made codes
         if self.job.optimistic and self.codes:
             most = max(most, whole + 4 * max(self.job.tensors[n].elements for n in self.codes))
+        orthogonal = align(most) if self.job.optimistic and self.codes else 0  # beside such a weight
+        if not self.job.infer:
+            made = [place.bytes for n in self.owned if n in self.job.muon for _, place in self.matrices(n)]
+            most = max(most, orthogonal + max(made, default=0))
         base = arena.take(most, "scratch")
         for (number, name), offset in places.items():
             buffers = self.buffers[number]
             buffers.places[name] = Ref(wire.SPACE_STATIC, base + offset, buffers.size(name))
-        self.partials, self.whole = base, base + whole
+        self.partials, self.whole, self.orthogonal = base, base + whole, base + orthogonal
+
+    def matrices(self, n: int, start: int = 0) -> list[tuple[int, HiddenMatrix]]:
+        """The matrices that a tensor of Muon is made of: the first element, and where it is made orthogonal."""
+        tensor = self.job.tensors[n]
+        columns = tensor.shape[1]
+        return [(first * columns, HiddenMatrix(rows, columns, start)) for first, rows in tensor.matrices]
 
     def _place_slots(self, arena: _Arena) -> None:
         offset = max((layout.bytes for layout in self.layouts), default=0)

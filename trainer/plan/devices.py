@@ -9,7 +9,7 @@ has measured ours; ``assumptions`` lists them for people.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer import wire
 from trainer.errors import PlanError
@@ -17,7 +17,7 @@ from trainer.plan.compiled import Plan
 from trainer.plan.draw import bytes_text, memory_text
 from trainer.plan.flops import Dims, work
 from trainer.plan.memory import RUNTIME_BYTES, staging_bytes, workspace_bytes
-from trainer.plan.records import PositionPlan
+from trainer.plan.records import BoundCall, PositionPlan
 from trainer.plan.simulate import CostModel
 from trainer.spec import RunSpec
 
@@ -131,6 +131,11 @@ class DeviceCost(CostModel):
         found = work(kernel, dims)
         done = 2 * (found.products + found.again)
         return self.call_s + max(done / rate, bytes_touched / self.memory_bytes_per_s)
+
+    def bound_seconds(self, call: BoundCall) -> float:
+        """As the sheet has it; the optimizer's products are in float32 whatever the precision."""
+        cost = replace(self, precision="fp32") if call.part == "O" and self.precision != "fp32" else self
+        return cost.call_seconds(call.kernel, call.dim, call.bytes_touched)
 
 
 def cost_of(sheet: DeviceSheet, spec: RunSpec) -> DeviceCost:

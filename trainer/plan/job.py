@@ -63,6 +63,12 @@ class Job:
         return frozenset(self.number[p.tensor] for p in operands if isinstance(p, Weight) and p.use == "fp8")
 
     @cached_property
+    def muon(self) -> frozenset[int]:
+        """The tensors that Muon takes; AdamW takes the others."""
+        optimizer = self.spec.train.optimizer
+        return frozenset(number for number, tensor in enumerate(self.tensors) if optimizer.takes(tensor))
+
+    @cached_property
     def dt_bytes(self) -> int:
         """Bytes of an activation's element."""
         return wire.DTYPE_BYTES[self.dtype]
@@ -86,7 +92,7 @@ class Job:
         return {
             number: piece_elements(tensor.elements, self.replicas)
             for number, tensor in enumerate(self.tensors)
-            if number not in self.quantised and in_pieces(tensor.elements, self.replicas)
+            if number not in self.quantised | self.muon and in_pieces(tensor.elements, self.replicas)
         }
 
     @cached_property

@@ -183,9 +183,31 @@ class _Lowering:
         o = self.train.optimizer
         return o.beta1, o.beta2, o.eps, o.weight_decay if self.job.tensors[n].decay else 0.0
 
+    def _muon(self, n: int, control: Ref, copy: Ref | None, dtype: int, *, ahead: bool) -> list[BoundCall]:
+        """A step of a tensor that Muon takes, matrix by matrix; ``ahead``: only the copy that it will leave."""
+        o, decay = self.train.optimizer, self.train.optimizer.weight_decay
+        whole, calls = (self.mem.masters[n], self.mem.moments[n][0], self.mem.gradients[n]), list[BoundCall]()
+        for first, place in self.mem.matrices(n, self.mem.orthogonal):
+            share = partial(_elements, of=self.job.tensors[n].elements, first=first, count=place.elements)
+            w, m, g = map(share, whole)
+            wc, dim = None if copy is None else share(copy), (place.elements,)
+            made, step = place.orthogonal(m, g, control, o.momentum)
+            calls += made
+            if ahead:
+                calls.append(self._call("muon_copy", (wc, w, step, control), dim, place.scale, decay, dtype=dtype))
+            else:
+                real = (o.momentum, place.scale, decay)
+                calls.append(self._call("muon", (w, m, g, step, wc, control), dim, *real, dtype=dtype))
+        return calls
+
     def _adamw(self) -> list[BoundCall]:
         calls = []
         for n in self.owned:
+            if n in self.job.muon:
+                whole = self.mem.copies.get(n)
+                dtype = wire.F32 if whole is None else self.mem.copy_dtype(n)
+                calls += self._muon(n, self.mem.control, whole, dtype, ahead=False)
+                continue
             m, v = self.mem.moments[n]
             copy, gradient = self.mem.copies.get(n), self.mem.own(self.mem.gradients[n], n)
             own = None if copy is None else self.mem.own(copy, n)
@@ -206,9 +228,12 @@ class _Lowering:
             m, v = self.mem.moments[n]
             whole = Ref(wire.SPACE_STATIC, self.mem.whole, 4 * self.job.tensors[n].elements)
             copy = whole if n in self.mem.codes else self.mem.own(self.mem.copies[n], n)
-            ptr = (copy, self.mem.masters[n], m, v, self.mem.own(self.mem.gradients[n], n), self.mem.foreseen)
             dtype = wire.F32 if n in self.mem.codes else self.mem.copy_dtype(n)
-            calls.append(self._call("adamw_copy", ptr, (self.mem.kept(n),), *self._reals(n), dtype=dtype))
+            if n in self.job.muon:
+                calls += self._muon(n, self.mem.foreseen, copy, dtype, ahead=True)
+            else:
+                ptr = (copy, self.mem.masters[n], m, v, self.mem.own(self.mem.gradients[n], n), self.mem.foreseen)
+                calls.append(self._call("adamw_copy", ptr, (self.mem.kept(n),), *self._reals(n), dtype=dtype))
             if n in self.mem.codes:
                 calls.append(self._quantise(n, whole))
         return calls
@@ -270,13 +295,13 @@ class _Lowering:
                     tensor=n,
                     master=self.mem.masters[n].offset,
                     m=m.offset,
-                    v=v.offset,
+                    v=None if v is None else v.offset,
                     grad=self.mem.gradients[n].offset,
                     slot=offset,
                     pieces=self.job.replicas if n in self.mem.pieces else 1,
                 )
             )
-            offset += 3 * align(4 * self.mem.kept(n))
+            offset += states[-1].kinds * align(4 * self.mem.kept(n))
         return tuple(states), offset
 
     def _load_list(self, programs: Mapping[str, Program]) -> tuple[BoundAction, ...]:
@@ -456,6 +481,12 @@ class _Lowering:
                 here,
             )
         return BoundAction(wire.A_RUN, op, self._program(here, op), stage=here)
+
+
+def _elements(whole: Ref, *, of: int, first: int, count: int) -> Ref:
+    """Some of a buffer that has ``of`` elements."""
+    item = whole.bytes // of
+    return replace(whole, offset=whole.offset + item * first, bytes=item * count)
 
 
 def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:

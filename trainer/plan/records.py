@@ -164,7 +164,8 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A state tensor at its owner: byte offsets in the arena and in a slot's data. None: not kept (inference).
+    """A state tensor at its owner: byte offsets in the arena and in a slot's data. None: not kept (inference; v, where
+    Muon takes the tensor).
 
     ``pieces``: 1, whole in every replica, or as many as there are replicas, each with its own.
     """
@@ -176,6 +177,11 @@ class State:
     grad: int | None
     slot: int
     pieces: int = 1
+
+    @property
+    def kinds(self) -> int:
+        """What a slot has of it: master and moments."""
+        return 2 if self.v is None else 3
 
 
 @dataclass(frozen=True)

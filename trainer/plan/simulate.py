@@ -26,7 +26,7 @@ from trainer.errors import PlanError
 from trainer.plan.compiled import Plan
 from trainer.plan.flops import Dims, kernel_flops
 from trainer.plan.places import Rank, Ranks, Replica, Stage
-from trainer.plan.records import ActionList, BoundAction, PositionPlan, Ref
+from trainer.plan.records import ActionList, BoundAction, BoundCall, PositionPlan, Ref
 from trainer.plan.rows import OPS, Action, Rows, columns
 from trainer.plan.schedules import stage_positions
 from trainer.plan.timeline import COMPUTE_KINDS, EventList, EventRow, Label, Timeline, kind_of
@@ -132,6 +132,10 @@ class CostModel:
             return self.call_s + dims[0] * 1e-9
         done = kernel_flops(kernel, dims).done
         return self.call_s + max(done / self.flops_per_s, bytes_touched / self.memory_bytes_per_s)
+
+    def bound_seconds(self, call: BoundCall) -> float:
+        """Seconds of a call of a plan."""
+        return self.call_seconds(call.kernel, call.dim, call.bytes_touched)
 
 
 @dataclass(frozen=True)
@@ -442,8 +446,8 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank, lists: Sequence[ActionList
     )
     programs = {}
     for name, program in position.programs.items():
-        seconds = sum(cost.call_seconds(call.kernel, call.dim, call.bytes_touched) for call in program.calls)
-        flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls if call.part != "R")
+        seconds = sum(cost.bound_seconds(call) for call in program.calls)
+        flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls if call.part not in ("R", "O"))
         programs[name] = (seconds, flops)
 
     def one(action: BoundAction) -> Instruction:

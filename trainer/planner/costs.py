@@ -17,6 +17,7 @@ from trainer.models.base import Call, Tensor, View, Weight, tensor_table
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import work
 from trainer.plan.memory import lifetimes, place
+from trainer.plan.muon import HiddenMatrix
 from trainer.plan.places import Stage
 from trainer.plan.slot_layout import lay_out
 from trainer.planner.layouts import Recompute
@@ -58,6 +59,8 @@ class ModelPiece:
     """As MFU counts them, forward and backward."""
     cost: int
     """The layout's weight of it (``flops.call_cost``)."""
+    orthogonal: tuple[HiddenMatrix, ...] = ()
+    """The matrices that Muon takes; none: AdamW takes all."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Sizes:
     precision: str
     apart: bool = False
     """Whether attention stays within documents."""
+    muon: bool = False
+    """Which optimizer takes the layers' matrices."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,8 @@ def costs_of(spec: RunSpec, microbatch: int | None = None) -> ModelCosts:
     if not model.vocab:
         model = model.model_copy(update={"vocab": spec.data.vocab_size})
     size = microbatch or train.microbatch
-    return model_costs(
-        Sizes(model, size, train.sequence, train.classifier_chunk, train.precision, spec.data.packing == "within")
-    )
+    apart, muon = spec.data.packing == "within", train.optimizer.name == "muon"
+    return model_costs(Sizes(model, size, train.sequence, train.classifier_chunk, train.precision, apart, muon))
 
 
 @lru_cache(64)
@@ -257,4 +261,10 @@ class _Short:
             scratch_bytes=max(scratch, default=0),
             model_flops=sum(2 * one.products for one in found),
             cost=sum(one.products + one.again for one in found),
+            orthogonal=tuple(
+                HiddenMatrix(rows, tensor.shape[1])
+                for tensor in tensors
+                if self.sizes.muon and tensor.hidden
+                for _, rows in tensor.matrices
+            ),
         )

@@ -89,6 +89,8 @@ class Stored:
     """Of what is in pieces, its own."""
     whole: float
     """Of what every replica has whole."""
+    single: float
+    """Of masters with one moment: Muon's."""
 
 
 class Planner:
@@ -112,9 +114,14 @@ class Planner:
         """The one for a layout's precision."""
         return self.fp8 if a.fp8 and self.fp8 is not None else self
 
-    def coded(self, a: Arrangement) -> bool:
-        """Whether the layers' matrices are FP8 as this engine has them: whole in every replica, not in pieces."""
-        return self.times.precision == "fp8" and not a.foreign
+    def together(self, a: Arrangement) -> bool:
+        """Whether the layers' matrices are whole in every replica, not in pieces, as this engine has those that are FP8
+        and those that Muon takes."""
+        return (self.times.precision == "fp8" or self.muon(a)) and not a.foreign
+
+    def muon(self, a: Arrangement) -> bool:
+        """Whether Muon takes the layers' matrices."""
+        return self.costs[a.microbatch].sizes.muon
 
     def pieces(self, a: Arrangement) -> tuple[Parts, Parts, Parts]:
         """Seconds of embedding, layer and head for a microbatch, without messages."""
@@ -183,31 +190,32 @@ class Planner:
         c = self.costs[a.microbatch]
         copies = a.replicas * a.context
         item = c.dt_bytes if c.dt_bytes == 2 else 0
-        each = 4 + item + OPTIMIZER_BYTES / copies
+        each = 4 + item + (OPTIMIZER_BYTES - 4 * self.muon(a)) / copies
         return c.layers / a.positions * c.layer.parameters / a.tensor * each
 
-    def stored(self, a: Arrangement, piece: ModelPiece, coded: bool) -> Stored:
+    def stored(self, a: Arrangement, piece: ModelPiece, together: bool) -> Stored:
         """Elements that a device holds of a piece's tensors. In this engine tensors are in pieces of whole blocks, so
         that the last may be padded, or whole where they have few blocks (``plan/reduce.py``)."""
         copies = a.replicas * a.context
-        key = (id(piece), copies, a.tensor * (-1 if a.foreign else 1), coded)
+        key = (id(piece), copies, a.tensor * (-1 if a.foreign else 1), together)
         if key not in self._stored:
-            padded = matrices = owned = pieces = whole = 0.0
+            padded = matrices = owned = pieces = whole = single = 0.0
             for elements, copied in piece.tensors:
                 mine = -(-elements // a.tensor)
                 if a.foreign:
                     part: float = mine / copies if copies > 1 else 0.0
                 else:
                     part = piece_elements(mine, copies) if in_pieces(mine, copies) else 0
-                if coded and copied:
+                if together and copied:
                     part = 0
                 padded += max(part * copies, mine)
                 owned += part or mine
+                single += (part or mine) if piece.orthogonal and copied else 0
                 pieces, whole = pieces + part, whole + (0 if part else mine)
                 # a compute copy: of matrices where they are not fp32, of what is in pieces
                 if part or (copied and self.times.precision != "fp32"):
                     matrices += max(part * copies, mine)
-            self._stored[key] = Stored(padded, matrices, owned, pieces, whole)
+            self._stored[key] = Stored(padded, matrices, owned, pieces, whole, single)
         return self._stored[key]
 
     def _received(self, a: Arrangement, counts: Sequence[int], first: bool, last: bool) -> float:
@@ -217,7 +225,7 @@ class Planner:
         copies = a.replicas * a.context
         if copies == 1 or a.groups > a.replicas:
             return 0.0
-        layer, embed, head = (self.stored(a, p, self.coded(a) and p is c.layer) for p in (c.layer, c.embed, c.head))
+        layer, embed, head = (self.stored(a, p, self.together(a) and p is c.layer) for p in (c.layer, c.embed, c.head))
         most = 0.0
         for number, count in enumerate(counts):
             units = [layer.pieces] * count
@@ -328,7 +336,7 @@ class Planner:
         covered = (slow.i + slow.w) / a.chunks * (deepest - 1) / max(1, deepest)
         if copies > 1 and a.sharded == 1:
             # what is whole in every replica goes whole to each of the others, and comes back from none
-            times, back = (copies, 0) if self.coded(a) else (1, c.dt_bytes)
+            times, back = (copies, 0) if self.together(a) else (1, c.dt_bytes)
             reduce = self._over_copies(a, placed, 4 * parameters * times)
             gather = self._over_copies(a, placed, back * parameters)
             window = (a.chunks - 1) / a.chunks * min(a.microbatches, a.positions) * (slow.i + slow.w)
@@ -360,7 +368,9 @@ class Planner:
             weights += placed.hop(c.dt_bytes * sent)
             for link, part in placed.traffic("pipeline", 4 * sent).items():
                 traffic[link] = traffic.get(link, 0.0) + part
-        optimizer = self.times.stream(UPDATE_BYTES * parameters / (1 if self.coded(a) else copies))
+        optimizer = self.times.stream(UPDATE_BYTES * parameters / (1 if self.together(a) else copies))
+        if self.muon(a):
+            optimizer += max(self.layers_at(a)) * self.times.orthogonal(c.layer.orthogonal, a.tensor)
         return {"gradients": gradients, "optimizer": optimizer, "weights": weights}, traffic
 
     def _over_copies(self, a: Arrangement, placed: Placed, size: float) -> float:
@@ -384,14 +394,14 @@ class Planner:
         last = position == last_position(a)
         pieces = [(c.layer, layers), (c.embed, int(first)), (c.head, int(last))]
         buffered = log2(a.groups / a.replicas) + 1
-        each = self.stored(a, c.layer, self.coded(a))
+        each = self.stored(a, c.layer, self.together(a))
         whole, matrices, owned = layers * each.padded, layers * each.copies, layers * each.owned
         for piece, there in pieces[1:]:
             if there:
                 more = self.stored(a, piece, False)
                 whole, matrices, owned = whole + more.padded, matrices + more.copies, owned + more.owned
         weights = matrices * c.dt_bytes  # FP8: codes and their transpose
-        gradients, optimizer = 4 * whole * buffered, OPTIMIZER_BYTES * owned
+        gradients, optimizer = 4 * whole * buffered, OPTIMIZER_BYTES * owned - 4 * layers * each.single
         # where weight gradients are put off; at the first position of the others each is right behind its I
         apart = a.schedule in APART and (position > 0 or a.schedule == "v-half")
         kept, ends = c.slot(a.recompute, apart)

@@ -8,11 +8,13 @@ stands beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 
 from trainer.errors import PlanError
 from trainer.plan.devices import CALL_S, DeviceSheet
+from trainer.plan.muon import HiddenMatrix
 from trainer.planner.costs import CallWork, ModelPiece
 
 SUSTAINED = {"H100": 0.692, "GB200": 0.683, "GB300": 0.787}
@@ -84,6 +86,16 @@ class DeviceTimes:
         if kind == "attention":
             share = self.sheet.attention_share * longer(sequence)
         return share * self.sustained * self.sheet.peak[precision]
+
+    def orthogonal(self, matrices: Sequence[HiddenMatrix], tensor: int) -> float:
+        """Seconds of a step of Muon, whose products are of float32 in every precision."""
+        if "fp32" not in self.sheet.peak:
+            raise PlanError(
+                f"the sheet of {self.sheet.name} has no peak for fp32, in which train.optimizer.name 'muon' makes its "
+                "products: add device.peak_tflops.fp32"
+            )
+        rate = self.sheet.product_share["fp32"] * self.sustained * self.sheet.peak["fp32"]
+        return sum(CALL_S * one.calls + 2 * one.products / tensor / rate for one in matrices)
 
     def call(self, work: CallWork, tensor: int, context: int) -> float:
         """Seconds of a kernel call whose tokens and matrices are split: the slower of arithmetic and memory."""

@@ -178,9 +178,7 @@ def test_a_gang_reads_each_byte_once(large: dict[tuple[int, int, int], tuple[Pla
         _, manifest = large[source]
         layout, nodes = large[target][0], target[2]
         each, read = layout.ranks // nodes, 0
-        large_ones = {
-            (t, pieces) for p in layout.positions for t, _, elements, pieces in p.owned if elements > BLOCK_ELEMENTS
-        }
+        large_ones = {(o.tensor, o.pieces) for p in layout.positions for o in p.owned if o.elements > BLOCK_ELEMENTS}
         for node in range(nodes):
             ranks = range(node * each, (node + 1) * each)
             reads = plan_reads(manifest, layout, [layout.rank(rank) for rank in ranks])

@@ -376,6 +376,8 @@ def test_a_fork_begins_from_its_parent_alone_and_keeps_its_tokenizer(imported: I
     case = imported("gpt2-untied-f32")
     with pytest.raises(SpecError, match="a fork begins from its parent's checkpoint"):
         fork_run(case.store, case.run, 0, ["model.init=hf:elsewhere"])
+    with pytest.raises(SpecError, match=r"train\.optimizer\.name 'muon': the parent's is 'adamw'"):
+        fork_run(case.store, case.run, 0, ["train.optimizer.name=muon", "name=other"])
     (tmp_path / "other.txt").write_text("And quite another text, of which a tokenizer would make other tokens. " * 40)
     child = fork_run(case.store, case.run, 0, [f"data.source=text:{tmp_path}/other.txt", "name=other"])
     theirs = folder_weights(case.folder, case.spec.model).tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from checkpoint.layout import PlanLayout, PositionLayout, TensorInfo
+from checkpoint.layout import Owned, PlanLayout, PositionLayout, TensorInfo
 from flows.replay.recorded import StepLine
 from flows.replay.suspects import by_step, shares_head
 from tests.engine.plans import small_plan
@@ -14,7 +14,7 @@ TENSORS = tuple(TensorInfo(f"t{n}", (8,), 8) for n in range(6))
 
 def layout(replicas: int = 1) -> PlanLayout:
     """Position p keeps tensors 2p and 2p + 1."""
-    positions = tuple(PositionLayout(p, 0, 0, ((2 * p, 0, 8, 1), (2 * p + 1, 512, 8, 1))) for p in range(3))
+    positions = tuple(PositionLayout(p, 0, 0, (Owned(2 * p, 0, 8), Owned(2 * p + 1, 512, 8))) for p in range(3))
     nothing = bytes(32)
     return PlanLayout(
         digest=nothing,

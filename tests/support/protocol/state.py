@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from checkpoint.digest import KINDS
-from checkpoint.layout import PlanLayout, PositionLayout, RankLayout, TensorInfo, round_up
+from checkpoint.layout import Owned, PlanLayout, PositionLayout, RankLayout, TensorInfo, round_up
 from trainer import wire
 
 RUN = "proof-0a1b2c"
@@ -32,7 +32,7 @@ def plan_of(ranks: int, steps: int) -> PlanLayout:
     for number, tensors in enumerate(OWNERS[ranks]):
         owned, at = [], 0
         for t in tensors:
-            owned.append((t, at, TENSORS[t].elements, 1))
+            owned.append(Owned(t, at, TENSORS[t].elements))
             at += len(KINDS) * round_up(4 * TENSORS[t].elements, 64)
         size = wire.SLOT_HEADER_BYTES + wire.SLOT_HEADER_BYTES + at
         positions.append(PositionLayout(number, size, at, tuple(owned)))

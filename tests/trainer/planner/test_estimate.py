@@ -64,7 +64,10 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("preset", LAYOUTS, ids=lambda row: " ".join(row))
+MUON = ("gpt2-124m", "parallel.stages=2", "parallel.replicas=2", "train.optimizer.name=muon")
+
+
+@pytest.mark.parametrize("preset", [*LAYOUTS, MUON], ids=lambda row: " ".join(row))
 def test_memory_is_what_the_compiler_lays_out(preset: tuple[str, ...]) -> None:
     plan, spec, _ = foretell.compile_for(parse_spec(tomllib.loads(PRESETS[preset[0]]), preset[1:]), None)
     found = as_written(spec, planner_of(spec, {"nodes": 8, "device": "H100"}))
@@ -75,7 +78,7 @@ def test_memory_is_what_the_compiler_lays_out(preset: tuple[str, ...]) -> None:
         assert foretold["activations"] == pytest.approx(real["activations"], rel=0.06)
 
 
-@pytest.mark.parametrize("preset", LAYOUTS[:3], ids=lambda row: " ".join(row))
+@pytest.mark.parametrize("preset", [*LAYOUTS[:3], MUON], ids=lambda row: " ".join(row))
 def test_the_step_is_what_the_compiled_plan_takes(preset: tuple[str, ...]) -> None:
     """The same sheet, without what published runs lose: within an eighth of the simulated plan, message by message."""
     plan, spec, _ = foretell.compile_for(parse_spec(tomllib.loads(PRESETS[preset[0]]), preset[1:]), None)

@@ -24,7 +24,7 @@
  *      position's spaces and hold the bytes that the kernel touches, and aligned to their elements
  * I8   what a kernel uses as an index is data that was checked: token and target operands point
  *      into the microbatch's tokens and targets, and the vocabulary of the call is at least the
- *      plan's; the control block that AdamW reads is the position's, that of ADAMW_COPY the one it foresees
+ *      plan's; the control block that the optimizer reads is the position's, that of ADAMW_COPY and MUON_COPY the one it foresees
  * I9   reports and control blocks have their room; only position 0 combines, merges and decides
  * I10  the spaces share no byte, but PIECE, which names bytes of STATIC. What a call writes overlaps no other operand of it (but
  *      where the kernel may work in place); nothing but DATA writes tokens and targets, nothing but

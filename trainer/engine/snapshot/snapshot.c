@@ -50,7 +50,7 @@ static void join_pieces(hs_snapshot *s) {
     s->piece_count = kept;
 }
 
-/* That a rank keeps of each of a tensor's three (hs_plan_state). */
+/* That a rank keeps of each of a tensor's kinds (hs_plan_state). */
 static uint64_t kept_bytes(const hs_plan_state *state, uint64_t elements) {
     return hs_piece_elements(elements, state->pieces) * sizeof(float);
 }
@@ -78,7 +78,7 @@ hs_status hs_snapshot_create(const hs_snapshot_config *config, hs_snapshot **out
         const hs_plan_state *state = &config->states[i];
         const uint64_t bytes = kept_bytes(state, (uint64_t)config->tensors[state->tensor].elements);
         const uint64_t offsets[3] = {state->master_offset, state->m_offset, state->v_offset};
-        for (uint64_t k = 0; k < 3; k++)
+        for (uint64_t k = 0; k < hs_state_kinds(state); k++)
             s->pieces[s->piece_count++] =
                 (hs_piece){.at = state->slot_offset + k * round_up(bytes, 64),
                            .bytes = bytes,

@@ -278,14 +278,35 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
     /* first[t]: where t's document begins; documents end with token END */                                           \
     X(43, BORDERS, borders, DIMS(B, T, V, END), 3, "", NO_REALS,                                                      \
       "0<=END END<=V V<=2147483647", NO_GRADIENT, WORK("0", "0", "B T"),                                              \
-      WRITE(first, PLACES, "B", "T", ""), READ(tok, TOKENS, "", "B T", "", BELOW(V)))
+      WRITE(first, PLACES, "B", "T", ""), READ(tok, TOKENS, "", "B T", "", BELOW(V)))                                 \
+    /* Muon, of a matrix of n elements (kernels/muon.h): what is to be made orthogonal */                             \
+    X(44, MUON_MOMENTUM, muon_momentum, DIMS(n), 1, "", REALS(momentum),                                              \
+      "", NO_GRADIENT, WORK("0", "0", "5 n"),                                                                         \
+      WRITE(u, ACC, "", "n", ""), READ(m, ACC, "", "n", ""), READ(g, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))\
+    /* by its norm, whose square is sumsq */                                                                          \
+    X(45, MUON_SCALE, muon_scale, DIMS(n), 1, "", REALS(eps),                                                         \
+      "", NO_GRADIENT, WORK("0", "0", "n"),                                                                           \
+      UPDATE(x, ACC, "", "n", ""), READ(sumsq, F64, "", "", ""))                                                      \
+    /* q = a + b p + c q */                                                                                           \
+    X(46, MUON_POLY, muon_poly, DIMS(S), 1, "", REALS(a, b, c),                                                       \
+      "", NO_GRADIENT, WORK("0", "0", "3 S S"),                                                                       \
+      UPDATE(q, ACC, "S", "S", ""), READ(p, ACC, "S", "S", ""))                                                       \
+    /* the step, by o; g is zeroed on the way */                                                                      \
+    X(47, MUON, muon, DIMS(n), 1, "", REALS(momentum, scale, decay),                                                  \
+      "", NO_GRADIENT, WORK("0", "0", "8 n"),                                                                         \
+      UPDATE(w, ACC, "", "n", ""), UPDATE(m, ACC, "", "n", ""), UPDATE(g, ACC, "", "n", ""),                          \
+      READ(o, ACC, "", "n", ""), WRITE(wc, DT, "", "n", "", OPTIONAL), READ(ctl, CONTROL, "", "", ""))                \
+    /* the wc that MUON will write, and nothing else */                                                               \
+    X(48, MUON_COPY, muon_copy, DIMS(n), 1, "", REALS(scale, decay),                                                  \
+      "", NO_GRADIENT, WORK("0", "0", "4 n"),                                                                         \
+      WRITE(wc, DT, "", "n", ""), READ(w, ACC, "", "n", ""), READ(o, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 44
+    HS_K_COUNT = 49
 };
 
 #endif

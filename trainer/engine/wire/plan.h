@@ -212,11 +212,17 @@ static inline uint64_t hs_piece_elements(uint64_t elements, uint32_t pieces) {
 typedef struct hs_plan_state {
     uint32_t tensor;
     uint32_t pieces; /* 1 or D */
-    uint64_t master_offset, m_offset, v_offset; /* `per` elements each (pieces 1: all) */
+    uint64_t master_offset, m_offset, v_offset; /* `per` elements each (pieces 1: all); v UINT64_MAX: it has none */
     uint64_t grad_offset; /* D*per elements (pieces 1: all), of which the own piece is summed over all replicas'
                            * microbatches after the exchanges (a tied tensor: over both uses) */
-    uint64_t slot_offset; /* in a slot's data: master, then m, then v, each of as many bytes, rounded up to 64 */
+    uint64_t slot_offset; /* in a slot's data: master, then m, then v if there is one, each of as many bytes, rounded
+                           * up to 64 */
 } hs_plan_state;
+
+/* Master and moments of a tensor, when it is trained: 3, or 2 without v, which Muon needs none of. */
+static inline uint32_t hs_state_kinds(const hs_plan_state *state) {
+    return state->v_offset == UINT64_MAX ? 2 : 3;
+}
 
 typedef struct hs_plan_program {
     uint32_t first_call, calls;

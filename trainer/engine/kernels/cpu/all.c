@@ -32,6 +32,7 @@
 #include "kernels/cpu/layernorm.c"
 #include "kernels/cpu/linear.c"
 #include "kernels/cpu/linear8.c"
+#include "kernels/cpu/muon.c"
 #include "kernels/cpu/optimizer.c"
 #include "kernels/cpu/quantise.c"
 #include "kernels/cpu/rmsnorm.c"

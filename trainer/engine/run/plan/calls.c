@@ -17,9 +17,11 @@ static hs_status check_known(hs_plan_checker *c, const hs_plan_position *p,
     const hs_operand *operand = &facts->operands[o];
     const hs_plan_ref *ref = &call->ptr[o];
     if (operand->kind == HS_KIND_CONTROL) {
-        const bool ahead = call->kernel == HS_K_ADAMW_COPY;
+        const bool either = call->kernel == HS_K_MUON_MOMENTUM; /* it changes no state */
+        const bool ahead = call->kernel == HS_K_ADAMW_COPY || call->kernel == HS_K_MUON_COPY;
         if (ref->space == HS_SPACE_STATIC && ref->offset != UINT64_MAX &&
-            ref->offset == (ahead ? hs_plan_foreseen(p) : p->control_offset))
+            (((either || ahead) && ref->offset == hs_plan_foreseen(p)) ||
+             (!ahead && ref->offset == p->control_offset)))
             return HS_OK;
         return REFUSE(c,
                       "call %zu (%s) at position %" PRIu32 ": operand %s is not its control block",

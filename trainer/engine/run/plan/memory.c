@@ -186,6 +186,7 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
             const uint64_t bytes = k < 3 ? kept : kept * s->pieces;
             if (!train && k > 0)
                 break; /* inference keeps the masters alone; the others are not looked at */
+            if (k == 2 && hs_state_kinds(s) < 3) continue;
             if (offsets[k] % 64 || !hs_plan_inside(offsets[k], bytes, p->arena_bytes)) {
                 return REFUSE(c,
                               "tensor %" PRIu32 " at position %" PRIu32 ": %" PRIu64 "+%" PRIu64
@@ -202,7 +203,7 @@ static hs_status check_states(hs_plan_checker *c, const hs_plan_position *p, uin
                           ", the tensor before ends at %" PRIu64,
                           s->tensor, s->slot_offset, slot_end);
         }
-        slot_end = s->slot_offset + 3 * up64(kept);
+        slot_end = s->slot_offset + hs_state_kinds(s) * up64(kept);
     }
     qsort(areas, n, sizeof *areas, compare_areas);
     for (size_t i = 1; i < n; i++) {

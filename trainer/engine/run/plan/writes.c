@@ -158,6 +158,7 @@ static const hs_plan_state *reaches_state(const hs_plan *plan, const hs_plan_pos
         const uint64_t at[4] = {s->master_offset, s->m_offset, s->v_offset, s->grad_offset};
         for (int k = 0; k < 4; k++) {
             if (k > 0 && plan->config->mode != HS_MODE_TRAIN) break;
+            if (k == 2 && hs_state_kinds(s) < 3) continue;
             if (meet(at[k], k < 3 ? kept : kept * s->pieces, offset, bytes)) return s;
         }
     }
