@@ -181,7 +181,7 @@ def kernel_name(mangled: str) -> str:
         while not rest.startswith("E"):
             if rest.startswith("f"):
                 types, rest = [*types, "float"], rest[1:]
-            elif named := re.match(r"\d+(__nv_bfloat16|e4m3|e5m2)", rest):
+            elif named := re.match(r"\d+(__nv_bfloat16|e4m3|e5m2|token_of|place_of)", rest):
                 classes.append(named[1].replace("__nv_bfloat16", "bf16"))
                 types, rest = [*types, classes[-1]], rest[named.end() :]
             elif again := re.match(r"S(\d)_", rest):
@@ -190,7 +190,7 @@ def kernel_name(mangled: str) -> str:
                 types, rest = [*types, number[1]], rest[number.end() :]
             else:
                 raise ValueError(
-                    f"{mangled}: a template argument that is no element type and no number; teach kernel_name"
+                    f"{mangled}: a template argument that is none of our types and no number; teach kernel_name"
                 )
     return f"{name}<{', '.join(types)}>" if types else name
 

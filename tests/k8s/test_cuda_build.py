@@ -50,6 +50,7 @@ def test_what_the_compiler_says_becomes_the_table() -> None:
         ("_Z9gemm_tileI13__nv_bfloat16S0_Ev4gemmIT_T0_El", "gemm_tile<bf16, bf16>"),
         ("_Z9gemm_tileIffEv4gemmIT_T0_El", "gemm_tile<float, float>"),
         ("_Z4zeroPhlb", "zero"),
+        ("_Z16embed_wgrad_rowsI13__nv_bfloat168place_ofEvPfPKT_T0_llb", "embed_wgrad_rows<bf16, place_of>"),
         ("plain", "plain"),
     ],
 )
