@@ -28,7 +28,8 @@ def stand_in(spec: RunSpec) -> DatasetRef:
     vocab = spec.model.vocab or spec.data.vocab_size
     digest = hashlib.sha256(b"stand-in").hexdigest()
     tokens = max(spec.train.sequence + 1, spec.train.tokens + 1)
-    return DatasetRef(digest, vocab, 2 if vocab <= 1 << 16 else 4, (tokens,), digest, None)
+    end = None if spec.data.end_token == "" else 0
+    return DatasetRef(digest, vocab, 2 if vocab <= 1 << 16 else 4, (tokens,), digest, end)
 
 
 def compile_for(spec: RunSpec, store_url: str | None) -> tuple[Plan, RunSpec, str]:

@@ -186,7 +186,7 @@ def kernel_name(mangled: str) -> str:
                 types, rest = [*types, classes[-1]], rest[named.end() :]
             elif again := re.match(r"S(\d)_", rest):
                 types, rest = [*types, classes[int(again[1])]], rest[again.end() :]
-            elif number := re.match(r"Li(\d+)E", rest):
+            elif number := re.match(r"L[ib](\d+)E", rest):
                 types, rest = [*types, number[1]], rest[number.end() :]
             else:
                 raise ValueError(

@@ -52,3 +52,23 @@ def test_mfu_here_is_of_the_machine_that_its_ranks_share(
     assert f"{spec.train.tokens / told.step_seconds:,.0f} tokens/s" in where
     assert ("8 microbatches of 1 x 32 tokens" + f" ({8 // replicas} a replica)" * (replicas > 1) + ",") in line
     assert where.count("%") == stages + 1, "what replicas idle is said once"
+
+
+def test_documents_apart_are_planned_where_no_data_are_prepared() -> None:
+    """An upper bound of the operations: borders are in the data. Within a window they are counted as they are."""
+    tree = {
+        "name": "apart",
+        "model": {"family": "mistral", "layers": 3, "width": 32, "heads": 2, "context": 32, "vocab": 300},
+        "train": {"steps": 2, "batch": 4, "microbatch": 1, "sequence": 32},
+        "parallel": {"stages": 3},
+    }
+    across, within, window = (
+        foretell.compile_for(parse_spec(tree, [f"data.packing={packing}", f"model.window={width}"]), None)
+        for packing, width in (("across", 0), ("within", 0), ("across", 4))
+    )
+    assert [p.tokens_offset is None for p in across[0].positions] == [False, True, True]
+    assert all(p.tokens_offset is not None for p in within[0].positions)
+    counted = [flops_per_token(spec.model, 32) for _, spec, _ in (across, within, window)]
+    assert counted[0] == counted[1]
+    # three products of 2 x 2 keys and values a pair: 32 * 33 / 2 of them, or 4 a token but for the first three
+    assert (counted[0] - counted[2]) * 32 == 3 * 3 * 4 * 32 * (32 * 33 / 2 - (4 * 32 - 6))

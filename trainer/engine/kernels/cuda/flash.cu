@@ -1,6 +1,5 @@
 /* Causal flash attention on tensor cores, bf16, deterministic: kernel path cuda, heads of 32, 64, 96
- * or 128. No atomics; the order of every sum depends on T, H / G, D and what rows read alone: tiles that
- * no row of a block reads are left out.
+ * or 128. No atomics; the order of every sum depends on T, H / G and D alone.
  *
  * Every kernel has the same form. A block of 4 warps owns rows of one head: queries in flash_fwd and
  * flash_dq, keys in flash_dkv; a warp 16 M of them. They lie in shared memory (or the sums of a
@@ -57,14 +56,7 @@ struct call {
     int T, H, G, tiles;
     float scale, to_log2; /* scale log2(e) */
     bool wide, pairs;
-    const int32_t *first; /* as in shape */
-    int64_t window;
 };
-
-/* The first key that a row reads; those from T on are as the last. */
-HS_DEVICE int first_key(const call &c, int b, int row) {
-    return (int)low_of(c, b, row < c.T ? row : c.T - 1);
-}
 
 /* Rows of one head of one sequence; ld apart. */
 template <typename T> struct rows {
@@ -214,39 +206,6 @@ HS_DEVICE void hide(float (&s)[M][N / 8][4], int edge, float value) {
             }
 }
 
-/* What comes before the first key that a query reads becomes `value`: rows are queries from query on,
- * columns keys from key on; turned: the other way round. */
-template <bool TURNED, int M, int N>
-HS_DEVICE void hide_before(float (&s)[M][N / 8][4], const call &c, int b, int query, int key,
-                           float value) {
-    const int lane = lane_id(), row = lane / 4, column = lane % 4 * 2;
-    if (TURNED) {
-#pragma unroll
-        for (int n = 0; n < N / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int low = first_key(c, b, query + column + 8 * n + i) - key - row;
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int r = 0; r < 2; r++)
-                        if (16 * m + 8 * r < low) s[m][n][2 * r + i] = value;
-            }
-        return;
-    }
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int low = first_key(c, b, query + row + 16 * m + 8 * r) - key - column;
-#pragma unroll
-            for (int n = 0; n < N / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    if (8 * n + i < low) s[m][n][2 * r + i] = value;
-        }
-}
-
 HS_DEVICE float finite_or_nan(float x, float y) {
     return x - x == 0.0f ? y : __uint_as_float(0x7fffffffu);
 }
@@ -273,16 +232,13 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) top[m][r] = least_of(c), total[m][r] = 0.0f;
-    /* the tile that the block begins with; the first key of a warp's first row, and of its last */
-    const int from = first_key(c, b, q0) / TILE, low = first_key(c, b, first),
-              high = first_key(c, b, first + 16 * M - 1);
+        for (int r = 0; r < 2; r++) top[m][r] = -INFINITY, total[m][r] = 0.0f;
 
     fetch<D, ROWS>(q_tile, q, q0, c);
-    fetch<D, TILE>(stage + from % 2 * (2 * TILE * D), k, from * TILE, c);
-    fetch<D, TILE>(stage + from % 2 * (2 * TILE * D) + TILE * D, v, from * TILE, c);
+    fetch<D, TILE>(stage, k, 0, c);
+    fetch<D, TILE>(stage + TILE * D, v, 0, c);
     hs_copies_end();
-    for (int j = from; j < tiles; j++) {
+    for (int j = 0; j < tiles; j++) {
         const bf16 *k_tile = stage + j % 2 * (2 * TILE * D), *v_tile = k_tile + TILE * D;
         hs_copies_wait<0>();
         __syncthreads(); /* tile j is there, and nobody reads the one before it any more */
@@ -296,13 +252,11 @@ __global__ void __launch_bounds__(THREADS)
         for (int at = 0; at < TILE; at += STEP) {
             const int k0 = j * TILE + at;
             if (k0 > first + 16 * M - 1) break; /* above the diagonal: all of the warp */
-            if (k0 + STEP <= low) continue;     /* before what any row of the warp reads */
             float z[M][STEP / 8][4];
             clear(z);
             add_scores<D, M, STEP>(z, q_tile, warp_row, k_tile, at);
-            const bool masked = k0 + STEP - 1 > first, before = k0 < high;
+            const bool masked = k0 + STEP - 1 > first;
             if (masked) hide<false, M, STEP>(z, first - k0, -INFINITY);
-            if (before) hide_before<false, M, STEP>(z, c, b, first, k0, -INFINITY);
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
@@ -333,7 +287,6 @@ __global__ void __launch_bounds__(THREADS)
                     }
                 }
             if (masked) hide<false, M, STEP>(z, first - k0, 0.0f);
-            if (before) hide_before<false, M, STEP>(z, c, b, first, k0, 0.0f);
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
@@ -398,15 +351,13 @@ __global__ void __launch_bounds__(THREADS)
             e[m][r] = row < c.T ? delta[numbers + row] : 0.0f;
             times[m][r] = c.scale;
         }
-    const int from = first_key(c, b, q0) / TILE, low = first_key(c, b, first),
-              high = first_key(c, b, first + 16 * M - 1);
 
     fetch<D, ROWS>(q_tile, q, q0, c);
     fetch<D, ROWS>(do_tile, grad, q0, c);
-    fetch<D, TILE>(stage + from % 2 * (2 * TILE * D), k, from * TILE, c);
-    fetch<D, TILE>(stage + from % 2 * (2 * TILE * D) + TILE * D, v, from * TILE, c);
+    fetch<D, TILE>(stage, k, 0, c);
+    fetch<D, TILE>(stage + TILE * D, v, 0, c);
     hs_copies_end();
-    for (int j = from; j < tiles; j++) {
+    for (int j = 0; j < tiles; j++) {
         const bf16 *k_tile = stage + j % 2 * (2 * TILE * D), *v_tile = k_tile + TILE * D;
         hs_copies_wait<0>();
         __syncthreads();
@@ -420,7 +371,6 @@ __global__ void __launch_bounds__(THREADS)
         for (int at = 0; at < TILE; at += STEP) {
             const int k0 = j * TILE + at;
             if (k0 > first + 16 * M - 1) break;
-            if (k0 + STEP <= low) continue;
             float z[M][STEP / 8][4], ds[M][STEP / 8][4];
             clear(z);
             clear(ds);
@@ -436,7 +386,6 @@ __global__ void __launch_bounds__(THREADS)
                         ds[m][n][i] = p * (ds[m][n][i] - e[m][i / 2]);
                     }
             if (k0 + STEP - 1 > first) hide<false, M, STEP>(ds, first - k0, 0.0f);
-            if (k0 < high) hide_before<false, M, STEP>(ds, c, b, first, k0, 0.0f);
             add_rows<D, M, STEP>(sum, ds, k_tile, at);
         }
     }
@@ -456,16 +405,7 @@ __global__ void __launch_bounds__(THREADS)
     const int lane = lane_id(), warp_row = (int)threadIdx.x / 32 * 16 * M;
     const int bg = (int)blockIdx.x / c.tiles, b = bg / c.G, g = bg % c.G, each = c.H / c.G;
     const int k0 = (int)blockIdx.x % c.tiles * ROWS, first = k0 + warp_row;
-    const int from = k0 / TILE;
-    int span =
-        1; /* tiles from the diagonal on whose first query, and so another, reads keys before this block's end */
-    for (int past = (c.T + TILE - 1) / TILE - from; span < past;) {
-        const int middle = (span + past) / 2;
-        if (first_key(c, b, (from + middle) * TILE) < k0 + ROWS)
-            span = middle + 1;
-        else
-            past = middle;
-    }
+    const int from = k0 / TILE, span = (c.T + TILE - 1) / TILE - from;
     const rows<const bf16> k = rows_of<D>(k_, c, b, g), v = rows_of<D>(v_, c, b, g);
     float dk[M][D / 8][4], dv[M][D / 8][4], times[M][2];
     clear(dk);
@@ -500,7 +440,6 @@ __global__ void __launch_bounds__(THREADS)
         for (int at = 0; at < TILE; at += STEP) {
             const int q0 = (from + t % span) * TILE + at;
             if (q0 + STEP - 1 < first) continue; /* above the diagonal: all of the warp */
-            if (first + 16 * M <= first_key(c, b, q0)) continue; /* read by none of these queries */
             float p[M][STEP / 8][4], ds[M][STEP / 8][4];
             clear(p);
             add_scores<D, M, STEP>(p, k_tile, warp_row, q_tile, at);
@@ -513,8 +452,6 @@ __global__ void __launch_bounds__(THREADS)
                     for (int m = 0; m < M; m++) p[m][n][i] = probability(p[m][n][i], c.to_log2, l);
                 }
             if (q0 < first + 16 * M - 1) hide<true, M, STEP>(p, first - q0, 0.0f);
-            if (first < first_key(c, b, q0 + STEP - 1))
-                hide_before<true, M, STEP>(p, c, b, q0, first, 0.0f);
             clear(ds);
             add_scores<D, M, STEP>(ds, v_tile, warp_row, do_tile, at);
             add_rows<D, M, STEP>(dv, p, do_tile, at);
@@ -565,16 +502,10 @@ bool hs_cuda_flash_takes(int64_t D, double scale, int64_t largest) {
 }
 
 template <typename A> static call call_of(const A &a, int rows, bool wide, bool pairs) {
-    return call{(int)a.T,
-                (int)a.H,
-                (int)a.G,
-                (int)hs_ceil_div(a.T, rows),
-                (float)a.scale,
-                (float)(a.scale * 1.44269504088896341),
-                wide,
-                pairs,
-                static_cast<const int32_t *>(a.first),
-                a.WINDOW};
+    return call{(int)a.T,       (int)a.H,
+                (int)a.G,       (int)hs_ceil_div(a.T, rows),
+                (float)a.scale, (float)(a.scale * 1.44269504088896341),
+                wide,           pairs};
 }
 
 template <int D> static hs_status forward(cudaStream_t stream, const hs_attention_fwd_args &a) {

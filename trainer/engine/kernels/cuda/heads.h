@@ -52,7 +52,8 @@ template <typename T> static bool wide_rows(operand<T> x, int64_t D) {
 /* attention.cu: a.delta, by which the gradients of both begin. */
 hs_status hs_cuda_attention_delta(cudaStream_t stream, const hs_attention_igrad_args &a);
 /* flash.cu: bf16 on tensor cores. Which calls it takes (largest: of T and the distances of rows);
- * others are attention.cu's. */
+ * others are attention.cu's, and so are those whose rows do not read all before them: what that took
+ * of registers made these spill. */
 bool hs_cuda_flash_takes(int64_t D, double scale, int64_t largest);
 hs_status hs_cuda_flash_fwd(cudaStream_t stream, const hs_attention_fwd_args &a);
 hs_status hs_cuda_flash_igrad(cudaStream_t stream, const hs_attention_igrad_args &a);
