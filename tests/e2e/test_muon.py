@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.bench import bench_fp8
 from tests.e2e.engine_runs import to_hf
 from tests.e2e.golden_runs import GRADIENT, LOSS, WEIGHTS, compile_golden, spec_of, train_golden, worst
 from tests.reference.golden import Golden
@@ -39,6 +40,15 @@ def test_ten_steps_are_the_float64_reference_s(case: str, tmp_path: Path) -> Non
     for name, theirs in weights.items():
         if not name.endswith("attn.c_attn.bias"):  # of the keys it is zero but for rounding (golden_runs)
             assert worst(after[name], theirs) < WEIGHTS, name
+
+
+@pytest.mark.slow
+def test_the_loss_falls_faster_than_adamw_s(tmp_path: Path) -> None:
+    """The demo's model and text at its learning rate, 300 steps."""
+    dataset = bench_fp8.corpus(tmp_path / "data")
+    pair, key = ("adamw", "muon"), "train.optimizer.name"
+    for seed, adamw, muon in bench_fp8.measure(dataset, tmp_path / "data", (1,), 300, key=key, pair=pair):
+        assert muon < adamw, f"seed {seed}"
 
 
 def test_state_is_a_third_less_and_products_count(tmp_path: Path) -> None:

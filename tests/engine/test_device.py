@@ -114,6 +114,15 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
         assert some.state("cuda", ORDER=str(order)) == sound, order
 
 
+@pytest.mark.parametrize("parallel", [{"stages": 1}, AHEAD], ids=["checked", "optimistic"])
+def test_muon_has_the_same_bits_in_any_order(runs: MakeRuns, parallel: dict[str, Any]) -> None:
+    """Its products share the scratch of the programs; clipped in each step."""
+    some = runs(model=LLAMA | {"layers": 2}, parallel=parallel, optimizer={"name": "muon", "clip": 0.1})
+    sound = some.state("cpu")
+    for order in (0, 15, 31):
+        assert some.state("cuda", ORDER=str(order)) == sound, order
+
+
 @pytest.mark.parametrize(
     ("replicas", "stages", "vocab", "orders"),
     [(2, 2, VOCAB, [0, 7, 15, 31]), (2, 2, 16_400, [3, 31]), (4, 1, 16_400, [7])],
