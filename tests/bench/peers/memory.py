@@ -1,8 +1,8 @@
 """The most memory that training takes: `hotstage train` with all its processes, and a peer's one process.
 
 Both by VmHWM, the kernel's own word of the most that was ever resident of a process; ours is the sum of driver, agent,
-supervisor and rank after some steps. A peer's script saves nothing: the agent's slots, which hold a snapshot while it
-is stored, are counted apart.
+supervisor and rank after some steps. A peer's script saves nothing, so the slots, which hold snapshots while they are
+stored, are not counted: of the agent, who fills them with zeros at the start, what it has beside shared memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ def most_resident(pid: int) -> float:
     return told(pid, "VmHWM")
 
 
+def kind_of(line: str) -> str:
+    """Which of our processes has this command line."""
+    return next((name for words, name in KINDS.items() if words in line), "driver")
+
+
 def ours(training: Training, threads: int) -> dict[str, float]:
-    """MiB by process, and of the agent's slots, once ``STEPS`` steps are done."""
+    """MiB by process, once ``STEPS`` steps are done."""
     with tempfile.TemporaryDirectory(prefix="hotstage-peers-") as folder:
         place = Place(Path(folder).resolve() / "place", PRESETS["gpt2-124m"])
         sets = (
@@ -51,22 +56,23 @@ def ours(training: Training, threads: int) -> dict[str, float]:
             f"parallel.threads={threads}", "parallel.stages=1", "checkpoint.every=0",
         )  # fmt: skip
         place.run("data", "prepare", "spec.toml", *(word for s in sets for word in ("--set", s)))
+        agent = 0.0
         with place.start_train(*sets) as driver:
             try:
                 until = time.monotonic() + DEADLINE_S
                 while not any((step_of(pid) or 0) > STEPS for pid in place.rank_pids()):
                     if driver.poll() is not None or time.monotonic() > until:
                         raise SystemExit(f"hotstage train made no {STEPS} steps within {DEADLINE_S:.0f} s")
+                    for pid, line in place.left().items():
+                        if kind_of(line) == "agent":
+                            agent = max(agent, told(pid, "RssAnon") + told(pid, "RssFile"))
                     time.sleep(0.05)
                 found: dict[str, float] = {}
                 for pid, line in place.left().items():
-                    kind = next((name for words, name in KINDS.items() if words in line), "driver")
-                    slots = told(pid, "RssShmem") if kind == "agent" else 0.0
-                    found[kind] = found.get(kind, 0.0) + most_resident(pid) - slots
-                    found["slots"] = found.get("slots", 0.0) + slots
+                    found[kind_of(line)] = found.get(kind_of(line), 0.0) + most_resident(pid)
             finally:
                 place.stop_all()
-    return found
+    return found | {"agent": agent}
 
 
 def memory_rows(name: str, threads: int) -> Iterator[dict[str, Any]]:
@@ -80,7 +86,7 @@ def memory_rows(name: str, threads: int) -> Iterator[dict[str, Any]]:
             process.sample(STEPS - 1)
             theirs[variant] = most_resident(process.process.pid)
             say(f"    {variant.name}: {theirs[variant]:.0f} MiB")
-    total = sum(mib for kind, mib in mine.items() if kind != "slots")
+    total = sum(mine.values())
     for which in dict.fromkeys(variant.peer for variant in theirs):
         least = min((v for v in theirs if v.peer == which), key=lambda v: theirs[v])
         row = entry(name, total, "MiB", which, theirs[least])
