@@ -47,8 +47,8 @@ def test_the_loss_falls_faster_than_adamw_s(tmp_path: Path) -> None:
     """The demo's model and text at its learning rate, 300 steps."""
     dataset = bench_fp8.corpus(tmp_path / "data")
     pair, key = ("adamw", "muon"), "train.optimizer.name"
-    for seed, adamw, muon in bench_fp8.measure(dataset, tmp_path / "data", (1,), 300, key=key, pair=pair):
-        assert muon < adamw, f"seed {seed}"
+    runs = bench_fp8.measure(dataset, tmp_path / "data", (1,), 300, key=key, pair=pair, orders=(1,))
+    assert all(run.other < run.one for run in runs)
 
 
 def test_state_is_a_third_less_and_products_count(tmp_path: Path) -> None:
