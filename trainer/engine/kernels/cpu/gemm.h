@@ -11,9 +11,11 @@
  *
  * Packing: A into panels of MR rows, B into panels of NR columns, both [k][width] of f32, so that
  * the micro kernel streams; avx512_bf16 packs pairs as words, [pair][width], the odd one above. A
- * worker packs the B of its columns once for all rows (it fits PACK_B unless k is huge), and A once
- * for every block of columns. Measured figures: docs/, from
- * tests/bench/bench_kernels.py.
+ * worker packs A once for every block of columns. A panel of B is multiplied right after it was
+ * packed; where there are more rows than a block it is kept for the others (it fits PACK_B unless k
+ * is huge), else the next panel takes its place in the near caches, and what it will be made of is
+ * asked for meanwhile. Against packing all panels first that is 3 to 5 % of a step's products.
+ * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
 #define HS_KERNELS_CPU_GEMM_H
@@ -357,12 +359,56 @@ static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t row
     pack_a_as(dst, a, i0, m, rows, k0, kn, 0);
 }
 
+#if HS_DOT
+/* NR columns, side by side in memory, of two rows of k, as words. */
+VINLINE void pack_two_rows(float *dst, const char *even, const char *odd, int dt) {
+    if (dt != HS_BF16) {
+        for (int64_t l = 0; l < NR; l += LANES)
+            v_store(dst + l, words_of(side_load(even, l, dt), side_load(odd, l, dt)));
+        return;
+    }
+#define WORD(l) ((l) | (32 + (l)) << 16) /* of the two rows' 64 numbers, l and 32 + l */
+    const vi low = _mm512_setr_epi32(WORD(0), WORD(1), WORD(2), WORD(3), WORD(4), WORD(5), WORD(6),
+                                     WORD(7), WORD(8), WORD(9), WORD(10), WORD(11), WORD(12),
+                                     WORD(13), WORD(14), WORD(15));
+#undef WORD
+    const vi high = vi_add(low, vi_set1(16 << 16 | 16));
+    const vi x = _mm512_loadu_si512(even), y = _mm512_loadu_si512(odd);
+    v_store(dst, v_from_bits(_mm512_permutex2var_epi16(x, low, y)));
+    v_store(dst + LANES, v_from_bits(_mm512_permutex2var_epi16(x, high, y)));
+}
+#endif
+
+/* A whole panel of a B whose columns lie side by side in memory. kn is even where words are made. */
+VINLINE void pack_b_rows(float *dst, const side *b, int64_t j0, int64_t k0, int64_t kn, int pairs,
+                         int dt) {
+    const int64_t ld = b->col * side_size(dt);
+    const char *row = (const char *)b->p + k0 * ld + j0 * side_size(dt);
+#if HS_DOT
+    if (pairs) {
+        for (int64_t k = 0; k < kn; k += 2, row += 2 * ld, dst += NR)
+            pack_two_rows(dst, row, row + ld, dt);
+        return;
+    }
+#endif
+    (void)pairs;
+    for (int64_t k = 0; k < kn; k++, row += ld, dst += NR)
+        for (int64_t l = 0; l < NR; l += LANES) v_store(dst + l, side_load(row, l, dt));
+}
+
 VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
                        int64_t kn, int pairs, int dt) {
-    for (int64_t j = 0; j < n; j += NR)
+    const int along = b->row == 1 && b->col != 1 && !(pairs && kn % 2);
+    for (int64_t j = 0; j < n; j += NR) {
+        float *panel = dst + j * packed_length(kn, pairs);
+        if (along && j + NR <= n) {
+            pack_b_rows(panel, b, j0 + j, k0, kn, pairs, dt);
+            continue;
+        }
         for (int64_t l = 0; l < NR && j + l < n; l += LANES)
-            pack16_as(dst + j * packed_length(kn, pairs) + l, NR, b, j0 + j + l,
-                      hs_min(LANES, n - j - l), rows, k0, kn, pairs, dt);
+            pack16_as(panel + l, NR, b, j0 + j + l, hs_min(LANES, n - j - l), rows, k0, kn, pairs,
+                      dt);
+    }
 }
 
 /* The same for B, in panels of NR, padded with zero to a multiple of 16. */
@@ -493,9 +539,22 @@ static const micro_fn micro[MR + 1][2][2] = {
 };
 #undef BOTH
 
+/* What will be packed next: `rows` of memory, `stride` bytes apart, of so many cache lines each. */
+typedef struct ahead {
+    const char *at;
+    int64_t stride, rows, lines;
+} ahead;
+
+/* Asks for so many lines more, which come while products are made. */
+static void fetch(ahead *next, int64_t count) {
+    for (; next->rows && count > 0; count -= next->lines, next->rows--, next->at += next->stride)
+        for (int64_t l = 0; l < next->lines; l++) __builtin_prefetch(next->at + 64 * l, 0, 2);
+}
+
 /* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. */
 static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
-                            const float *b, float *c, int64_t ldc, int load) {
+                            const float *b, float *c, int64_t ldc, int load, ahead next) {
+    const int64_t each = hs_ceil_div(next.rows * next.lines, hs_ceil_div(m, MR));
     for (int64_t j = 0; j < n; j += NR) {
         int64_t nn = hs_min(NR, n - j);
         for (int64_t i = 0; i < m; i += MR) {
@@ -504,6 +563,7 @@ static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const f
                 __builtin_prefetch(c + r * ldc + j, 1);
                 __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
             }
+            fetch(&next, each);
             micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn,
                                          load);
         }
@@ -511,17 +571,21 @@ static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const f
 }
 
 /* Of numbers added in turn. */
+static void multiply_in_turn(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
+                             float *c, int64_t ldc, int load, ahead next) {
+    multiply_panels(m, n, kn, 0, a, b, c, ldc, load, next);
+}
 static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
                             float *c, int64_t ldc, int load) {
-    multiply_panels(m, n, kn, 0, a, b, c, ldc, load);
+    multiply_in_turn(m, n, kn, a, b, c, ldc, load, (ahead){0});
 }
 
 /* Of pairs: kn is their packed length. VDPBF16PS does not ask for the mode. */
 static __attribute__((noinline)) void multiply_pairs(int64_t m, int64_t n, int64_t kn,
                                                      const float *a, const float *b, float *c,
-                                                     int64_t ldc, int load) {
+                                                     int64_t ldc, int load, ahead next) {
     const flush_mode before = HS_DOT ? 0 : flush_begin();
-    multiply_panels(m, n, kn, 1, a, b, c, ldc, load);
+    multiply_panels(m, n, kn, 1, a, b, c, ldc, load, next);
     if (!HS_DOT) flush_end(before);
 }
 
@@ -562,6 +626,15 @@ VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, i
         }
 }
 
+/* The panel that begins with column j, of columns below `end` and k in [k, k + kn), where its lines
+ * lie too far apart for the processor to foresee them. */
+static ahead ahead_of(const side *b, int64_t j, int64_t end, int64_t k, int64_t kn) {
+    const int64_t size = side_size(b->dt);
+    if (b->row != 1 || b->col == 1 || j >= end) return (ahead){0};
+    return (ahead){(const char *)b->p + (j + k * b->col) * size, b->col * size, kn,
+                   hs_ceil_div(hs_min(NR, end - j) * size, 64)};
+}
+
 /* Columns [j0, j0 + n) of rows [i0, i1). */
 static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, int64_t j0,
                          int64_t n) {
@@ -581,11 +654,18 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
         int64_t ldc = direct ? g->ld_out : wide;
         for (int64_t k = 0; k < g->k; k += kc) {
             int64_t kn = hs_min(kc, g->k - k);
-            float *b = keep_b ? pb + wide * packed_length(k, pairs) : pb;
-            if (!keep_b || i == i0) pack_b_as(b, &g->b, j0, n, g->n, k, kn, pairs);
+            const int64_t length = packed_length(kn, pairs);
+            const int pack = !keep_b || i == i0;
             pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
-            (pairs ? multiply_pairs : multiply_packed)(m, n, packed_length(kn, pairs), pa, b, c,
-                                                       ldc, k > 0 || g->from_old);
+            /* a panel is multiplied right after it was packed, from the near caches */
+            for (int64_t j = 0; j < n; j += pack ? NR : n) {
+                const int64_t nn = pack ? hs_min(NR, n - j) : n;
+                float *b = keep_b ? pb + wide * packed_length(k, pairs) + j * length : pb;
+                if (pack) pack_b_as(b, &g->b, j0 + j, nn, g->n, k, kn, pairs);
+                (pairs ? multiply_pairs : multiply_in_turn)(
+                    m, nn, length, pa, b, c + j, ldc, k > 0 || g->from_old,
+                    keep_b ? (ahead){0} : ahead_of(&g->b, j0 + j + NR, j0 + n, k, kn));
+            }
         }
         if (!direct) BY_DTYPE(g->dt_out, finish_dt, g, pc, ldc, i, m, j0, n);
     }
