@@ -13,6 +13,9 @@ _LOCAL = """\
 target = "local"
 """
 
+_CHUNK = """\
+classifier_chunk = 256    # rows of logits at a time: the head reads its matrix once for all of them
+"""
 _BF16 = """\
 precision = "bf16"
 seed = 1
@@ -41,7 +44,7 @@ steps = {steps}
 batch = {batch}
 microbatch = {microbatch}
 sequence = {sequence}
-{_BF16}"""
+{_CHUNK if microbatch * sequence > 256 else ""}{_BF16}"""
 
 
 def _adamw(lr: str, min_lr: str, rest: str = "") -> str:
@@ -136,7 +139,7 @@ steps = 20000
 batch = 32                # sequences a step
 microbatch = 4
 sequence = 1024
-{_BF16}
+{_CHUNK}{_BF16}
 {_adamw("6e-4", "6e-5", _BETAS_AND_CLIP)}
 [train.schedule]
 kind = "cosine"
