@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
+from subprocess import PIPE, Popen
 
 import pytest
 
 from tests.engine.agent_end import WAIT_S, Agent, agent_at, node, script
+from tests.engine.engine_build import engine
 from tests.support.processes import alive, children
 from trainer import wire
+
+__all__ = ["engine"]
 
 
 @dataclass
@@ -348,3 +352,19 @@ def test_a_look_at_devices_that_hangs_keeps_nobody(tmp_path: Path) -> None:
         assert not ready.agent.of("PORTS", epoch=1) + ready.agent.of("PORTS", epoch=2)
         ready.agent.tell("END")
         assert ready.process.wait(WAIT_S) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["Nehalem", "max"])
+def test_a_cpu_without_avx2_is_told_once(engine: Path, tmp_path: Path, cpu: str) -> None:
+    """By its node, when that starts, whatever attempts and ranks come."""
+    qemu = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if qemu is None:
+        pytest.skip("no qemu-user here (on Debian: apt-get install qemu-user-static)")
+    command = [qemu, "-cpu", cpu, str(engine), "node", "--agent", str(tmp_path / "agent.sock")]
+    with Popen(command, stderr=PIPE, text=True) as process:
+        assert process.stderr
+        assert "supervisor" in process.stderr.readline()
+        process.terminate()
+        rest = process.stderr.read()
+    assert rest.count("this CPU has no AVX2 and FMA") == (cpu == "Nehalem")

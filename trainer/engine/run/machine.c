@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "kernels/kernels.h"
 #include "run/cgroup.h"
 
 enum { CPUS_FIRST = 1024, CPUS_MOST = 1 << 20 };
@@ -69,6 +70,11 @@ static void add_kinds(const hs_plan_position *position, hs_why *why) {
                                (double)position->bytes_by_kind[i] / (1 << 30));
         at += n > 0 ? (size_t)n : 0;
     }
+}
+
+const char *hs_machine_cpu_kernels(void) {
+    const hs_kernel_set *set = NULL;
+    return hs_kernels_pick(HS_PATH_AUTO, &set, NULL) == HS_OK ? set->name : "none";
 }
 
 hs_status hs_machine_create(const hs_machine_config *c, hs_machine *machine, hs_why *why) {

@@ -44,6 +44,9 @@ typedef struct hs_machine_limits {
  * at most HS_POOL_MAX_THREADS. */
 int hs_machine_threads(const hs_machine_config *config, const hs_machine_limits *limits);
 
+/* The kernel path that auto is on this CPU. */
+const char *hs_machine_cpu_kernels(void);
+
 /* HS_E_UNSUPPORTED where the device lacks the kernel path. On failure everything is given back. */
 hs_status hs_machine_create(const hs_machine_config *config, hs_machine *machine, hs_why *why);
 void hs_machine_destroy(hs_machine *machine); /* safe on a zeroed machine */

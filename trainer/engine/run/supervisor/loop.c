@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "run/machine.h"
 #include "run/supervisor.h"
 #include "run/supervisor/supervisor_internal.h"
 #include "wire/exit.h"
@@ -139,6 +140,11 @@ int hs_supervisor_main(const char *socket_path, int64_t agent_away_ms) {
     } else {
         HS_LOG(&s->log, HS_LOG_INFO, "supervisor", HS_I("pid", getpid()),
                HS_S("agent", socket_path));
+        if (!strcmp(hs_machine_cpu_kernels(), "portable"))
+            HS_LOG(
+                &s->log, HS_LOG_WARN,
+                "this CPU has no AVX2 and FMA: its ranks run the portable kernels, with the same "
+                "bits, several times slower");
         s->agent_away_ms = agent_away_ms;
         s->away_ns = hs_deadline_ns(agent_away_ms);
         code = run(s);
