@@ -12,7 +12,7 @@ from pydantic import Field, StrictInt, model_validator
 from trainer.spec_fields import DNS_LABEL, MAX_LAYERS, Section, power_of_two, shown, size
 from trainer.wire import CUDA_PATHS, VOCAB_BLOCKS
 
-KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda", "avx512_bf16"]
+KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda", "avx512_bf16", "neon"]
 """Families of kernels, in the order of their numbers (``wire.PATHS``); ``wire.CUDA_PATHS`` run on CUDA devices."""
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -43,7 +43,7 @@ const hs_kernel_set *hs_test_set(const char *name) {
     if (!strcmp(name, "ref")) return &hs_kernels_ref;
 #ifdef HS_TEST_CPU
     static const uint32_t paths[] = {HS_PATH_PORTABLE, HS_PATH_AVX2, HS_PATH_AVX512,
-                                     HS_PATH_AVX512_BF16};
+                                     HS_PATH_AVX512_BF16, HS_PATH_NEON};
     for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++)
         if (!strcmp(name, hs_kernel_path_name(paths[i]))) {
             const hs_kernel_set *set = NULL;

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,9 @@ DTYPES = {"f32": wire.F32, "bf16": wire.BF16, "f64": wire.F64}
 NUMPY = {wire.F32: np.float32, wire.BF16: np.uint16, wire.F64: np.float64, wire.I32: np.int32}
 
 
+ARM64_PATHS: dict[str, list[str]] = {"portable": [], "neon": []}
+
+
 def cpu_has(path: str) -> bool:
     """Whether this CPU runs what is compiled for a kernel path."""
     needs = {flag.removeprefix("-m").replace("avx512bf16", "avx512_bf16") for flag in CPU_PATHS[path]}
@@ -68,7 +71,7 @@ def _digest(parts: Sequence[bytes]) -> str:
     return h.hexdigest()[:32]
 
 
-def _units() -> list[tuple[Path, list[str], list[Path]]]:
+def _units(machine: str) -> list[tuple[Path, list[str], list[Path]]]:
     """(source, flags of its own, files that it alone includes) of everything in the library."""
     cpu = ENGINE / "kernels" / "cpu" / "all.c"
     fast = os.environ.get("HOTSTAGE_TEST_SETS") != "ref"
@@ -82,17 +85,30 @@ def _units() -> list[tuple[Path, list[str], list[Path]]]:
     units.append((check, [], [check.with_suffix(".h")]))
     if fast:
         parts = sorted(cpu.parent.glob("*.c"))
-        paths = CPU_PATHS if platform.machine() == "x86_64" else {"portable": []}
+        paths = {"x86_64": CPU_PATHS, "aarch64": ARM64_PATHS}.get(machine, {"portable": []})
         units += [(cpu, [f"-DHS_PATH={name}", *flags], parts) for name, flags in paths.items()]
         units += [(ENGINE / "kernels" / "pick.c", [], [])]
     return units
 
 
 def build() -> Path:
-    """Compiles what changed and links the library. Several processes at once: one compiles, the others wait."""
+    """The library, for this machine."""
+    cc = find(os.environ.get("HOTSTAGE_TEST_CC", "cc"))
+    return _build([cc], _units(platform.machine()), ["-shared"], "kernels", ".so")
+
+
+def build_server(cross_compiler: str) -> Path:
+    """A static program for arm64 that calls the kernels (programs/kernel_serve.c)."""
+    units = [*_units("aarch64"), (HERE / "programs" / "kernel_serve.c", [], [])]
+    return _build([cross_compiler], units, ["-static"], "kernel-serve", "")
+
+
+def _build(
+    compiler: list[str], units: Sequence[tuple[Path, list[str], list[Path]]], link: list[str], name: str, ext: str
+) -> Path:
+    """Compiles what changed and links it. Several processes at once: one compiles, the others wait."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "kernel-tests"
     base.mkdir(parents=True, exist_ok=True)
-    compiler = [find(os.environ.get("HOTSTAGE_TEST_CC", "cc"))]
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     version += shlex.join(compiler).encode()
     headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
@@ -112,13 +128,13 @@ def build() -> Path:
             return target
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compiled, _units()))
-        library = base / f"kernels-{_digest([version, *(o.name.encode() for o in objects)])}.so"
-        if not library.exists():
-            made = Path(scratch) / library.name
-            _compile([*compiler, "-shared", "-pthread", "-o", str(made), *map(str, objects), "-lm"])
-            made.replace(library)
-    return library
+            objects = list(pool.map(compiled, units))
+        linked = base / f"{name}-{_digest([version, *(o.name.encode() for o in objects)])}{ext}"
+        if not linked.exists():
+            made = Path(scratch) / linked.name
+            _compile([*compiler, *link, "-pthread", "-o", str(made), *map(str, objects), "-lm"])
+            made.replace(linked)
+    return linked
 
 
 def _compile(command: list[str]) -> None:
@@ -168,6 +184,24 @@ def marshalled(
             pointers[i], sizes[i] = array.ctypes.data, array.nbytes
     d = (ctypes.c_int64 * wire.CALL_DIMS)(*dims)
     return spec.number, pointers, sizes, d, (ctypes.c_double * wire.CALL_REALS)(*reals)
+
+
+class Kernels(Protocol):
+    """Kernels that can be called, wherever they run."""
+
+    def call(
+        self,
+        kernel: str,
+        dtype: int,
+        ptrs: Sequence[Array | None],
+        dims: Sequence[int],
+        reals: Sequence[float] = (),
+        *,
+        set_name: str = "ref",
+        threads: int = 1,
+        guard: str | None = None,
+    ) -> None:
+        """One call. ``guard``: None, "before" or "after": where the page lies that nobody may touch."""
 
 
 class KernelLib:

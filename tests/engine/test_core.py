@@ -154,7 +154,7 @@ class Sha256(ctypes.Structure):
         ("state", ctypes.c_uint32 * 8),
         ("bytes", ctypes.c_uint64),
         ("block", ctypes.c_uint8 * 64),
-        ("use_sha_ni", ctypes.c_bool),
+        ("by_instructions", ctypes.c_bool),
     )
 
 

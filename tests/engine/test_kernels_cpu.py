@@ -22,6 +22,7 @@ from tests.engine.kernel_lib import (
     CPU_PATHS,
     Array,
     KernelLib,
+    Kernels,
     acc_of,
     build,
     decode,
@@ -293,7 +294,7 @@ class Call:
             of[:, 0] = tops.reshape(d[4], d[0]).max(axis=0)  # no part's largest is below its blocks'
             of[:, 1] = np.abs(of[:, 1]) + d[2]
 
-    def run(self, lib: KernelLib, set_name: str, threads: int = 1, guard: str | None = None) -> list[Array | None]:
+    def run(self, lib: Kernels, set_name: str, threads: int = 1, guard: str | None = None) -> list[Array | None]:
         arrays = [None if x is None else x.copy() for x in self.inputs]
         lib.call(
             self.case.kernel, self.dtype, arrays, self.case.dims, self.case.reals,

@@ -51,7 +51,17 @@ EXITS: dict[int, Exit] = {
 CALL_PTRS, CALL_DIMS, CALL_REALS = 12, 16, 6
 F32, BF16, F64, I32, E4M3, E5M2, FP8 = range(1, 8)
 DTYPE_BYTES = {F32: 4, BF16: 2, F64: 8, I32: 4, E4M3: 1, E5M2: 1}
-PATHS = {"auto": 0, "ref": 1, "portable": 2, "avx2": 3, "avx512": 4, "cuda-exact": 5, "cuda": 6, "avx512_bf16": 7}
+PATHS = {
+    "auto": 0,
+    "ref": 1,
+    "portable": 2,
+    "avx2": 3,
+    "avx512": 4,
+    "cuda-exact": 5,
+    "cuda": 6,
+    "avx512_bf16": 7,
+    "neon": 8,
+}
 """Families of kernels by number: ``launch.kernel_path``, and ``kernel_path`` of an attempt."""
 CUDA_PATHS = ("cuda-exact", "cuda")
 """Those that run on CUDA devices; ``auto`` runs on both, the others on CPUs."""

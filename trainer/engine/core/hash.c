@@ -6,9 +6,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_acle.h>
+#include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
 
-enum { HAS_ASKED = 1, HAS_SHA_NI = 2, HAS_SSE42 = 4, HAS_CLMUL = 8 };
+/* SSE4.2 and arm64's CRC extension have the instruction for CRC-32C. */
+enum { HAS_ASKED = 1, HAS_SHA = 2, HAS_CRC = 4, HAS_CLMUL = 8 };
 
 /* What this CPU can do. CPUID may trap to a hypervisor, so the answer, which never changes, is
  * kept. */
@@ -21,14 +26,16 @@ static int cpu_has(int what) {
         has = HAS_ASKED;
         if (__get_cpuid(1, &a, &b, &c, &d)) {
             bool sse41 = (c >> 19) & 1 && (c >> 9) & 1; /* and SSSE3 */
-            if ((c >> 20) & 1) has |= HAS_SSE42;
+            if ((c >> 20) & 1) has |= HAS_CRC;
             if ((c >> 1) & 1) has |= HAS_CLMUL;
-            if (sse41 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29) & 1)
-                has |= HAS_SHA_NI;
+            if (sse41 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29) & 1) has |= HAS_SHA;
         }
         atomic_store_explicit(&known, has, memory_order_relaxed);
     }
     return has & what;
+#elif defined(__aarch64__)
+    const unsigned long has = getauxval(AT_HWCAP); /* a look into memory */
+    return (has >> 6 & 1 ? what & HAS_SHA : 0) | (has >> 7 & 1 ? what & HAS_CRC : 0);
 #else
     (void)what;
     return 0;
@@ -202,12 +209,48 @@ NI void sha_blocks_ni_twice(uint32_t *states[2], const uint8_t *data[2], size_t 
     ni_end(states[0], abef, cdgh);
     ni_end(states[1], abef2, cdgh2);
 }
+#elif defined(__aarch64__)
+#if defined(__clang__)
+#define ARM_SHA __attribute__((target("+sha2")))
+#else /* gcc's header asks for all of that extension */
+#define ARM_SHA __attribute__((target("+crypto")))
+#endif
+
+/* Four rounds an instruction pair; word i of the schedule is in w[i / 4 % 4]. */
+ARM_SHA static void sha_blocks_arm(uint32_t state[8], const uint8_t *data, size_t blocks) {
+    uint32x4_t abcd = vld1q_u32(state), efgh = vld1q_u32(state + 4);
+    for (; blocks; blocks--, data += 64) {
+        const uint32x4_t abcd_old = abcd, efgh_old = efgh;
+        uint32x4_t w[4];
+        for (int i = 0; i < 4; i++)
+            w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(data + 16 * i)));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const uint32x4_t k = vaddq_u32(w[i & 3], vld1q_u32(hs_sha256_k + 4 * i));
+            const uint32x4_t before = abcd;
+            abcd = vsha256hq_u32(abcd, efgh, k);
+            efgh = vsha256h2q_u32(efgh, before, k);
+            if (i < 12)
+                w[i & 3] = vsha256su1q_u32(vsha256su0q_u32(w[i & 3], w[(i + 1) & 3]),
+                                           w[(i + 2) & 3], w[(i + 3) & 3]);
+        }
+        abcd = vaddq_u32(abcd, abcd_old);
+        efgh = vaddq_u32(efgh, efgh_old);
+    }
+    vst1q_u32(state, abcd);
+    vst1q_u32(state + 4, efgh);
+}
 #endif
 
 static void sha_blocks(hs_sha256 *sha, const uint8_t *data, size_t blocks) {
 #if defined(__x86_64__)
-    if (sha->use_sha_ni) {
+    if (sha->by_instructions) {
         sha_blocks_ni(sha->state, data, blocks);
+        return;
+    }
+#elif defined(__aarch64__)
+    if (sha->by_instructions) {
+        sha_blocks_arm(sha->state, data, blocks);
         return;
     }
 #endif
@@ -223,7 +266,7 @@ void hs_sha256_init_portable(hs_sha256 *sha) {
 
 void hs_sha256_init(hs_sha256 *sha) {
     hs_sha256_init_portable(sha);
-    sha->use_sha_ni = cpu_has(HAS_SHA_NI) != 0;
+    sha->by_instructions = cpu_has(HAS_SHA) != 0;
 }
 
 void hs_sha256_update(hs_sha256 *sha, const void *data, size_t bytes) {
@@ -274,7 +317,7 @@ void hs_sha256_update_both(hs_sha256 *sha[2], const uint8_t *const data[2], size
         size_t left = first[l] < bytes ? bytes - first[l] : 0;
         if (left < least) least = left;
     }
-    if (sha[0]->use_sha_ni && sha[1]->use_sha_ni && least >= 64) {
+    if (sha[0]->by_instructions && sha[1]->by_instructions && least >= 64) {
         size_t blocks = least / 64;
         uint32_t *states[2];
         const uint8_t *from[2];
@@ -422,12 +465,25 @@ crc32c_lanes(uint32_t crc, const uint8_t *p, size_t bytes) {
     }
     return crc32c_sse42(~(uint32_t)first, p, bytes);
 }
+#elif defined(__aarch64__)
+__attribute__((target("+crc"))) static uint32_t crc32c_arm(uint32_t crc, const uint8_t *p,
+                                                           size_t bytes) {
+    crc = ~crc;
+    for (uint64_t word; bytes >= 8; bytes -= 8, p += 8) {
+        memcpy(&word, p, 8);
+        crc = __crc32cd(crc, word);
+    }
+    for (; bytes; bytes--) crc = __crc32cb(crc, *p++);
+    return ~crc;
+}
 #endif
 
 uint32_t hs_crc32c(uint32_t crc, const void *data, size_t bytes) {
 #if defined(__x86_64__)
-    if (cpu_has(HAS_SSE42) && cpu_has(HAS_CLMUL)) return crc32c_lanes(crc, data, bytes);
-    if (cpu_has(HAS_SSE42)) return crc32c_sse42(crc, data, bytes);
+    if (cpu_has(HAS_CRC) && cpu_has(HAS_CLMUL)) return crc32c_lanes(crc, data, bytes);
+    if (cpu_has(HAS_CRC)) return crc32c_sse42(crc, data, bytes);
+#elif defined(__aarch64__)
+    if (cpu_has(HAS_CRC)) return crc32c_arm(crc, data, bytes);
 #endif
     return hs_crc32c_portable(crc, data, bytes);
 }

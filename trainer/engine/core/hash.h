@@ -1,8 +1,8 @@
 /* Digests and checksums: SHA-256 (FIPS 180-4), HMAC-SHA256 (RFC 2104), CRC-32C (Castagnoli, RFC
  * 3720).
  *
- * SHA-256 uses the SHA instructions and CRC-32C the SSE4.2 one where the CPU has them; the results
- * are the same. Input may come in any pieces. Nothing allocates or blocks; a context belongs to one
+ * SHA-256 uses the SHA instructions and CRC-32C the CRC ones where the CPU (x86-64, arm64) has them; the
+ * results are the same. Input may come in any pieces. Nothing allocates or blocks; a context belongs to one
  * thread at a time and is plain memory (copy it to fork a digest). A context that held a key is
  * cleared by _final.
  */
@@ -17,9 +17,9 @@
 
 typedef struct hs_sha256 {
     uint32_t state[8];
-    uint64_t bytes;    /* taken so far */
-    uint8_t block[64]; /* the first bytes % 64 of it wait for more */
-    bool use_sha_ni;
+    uint64_t bytes;       /* taken so far */
+    uint8_t block[64];    /* the first bytes % 64 of it wait for more */
+    bool by_instructions; /* the CPU's own for SHA-256 */
 } hs_sha256;
 
 void hs_sha256_init(hs_sha256 *sha);

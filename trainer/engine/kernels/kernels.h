@@ -48,6 +48,7 @@ extern const hs_kernel_set
 extern const hs_kernel_set hs_kernels_avx2; /* AVX2 and FMA */
 extern const hs_kernel_set hs_kernels_avx512;      /* AVX-512 F, BW, DQ, VL */
 extern const hs_kernel_set hs_kernels_avx512_bf16; /* and BF16 */
+extern const hs_kernel_set hs_kernels_neon;        /* arm64 */
 
 /* HS_PATH_* to its set on this CPU. HS_E_UNSUPPORTED: the CPU lacks it, it is one of CUDA devices, or
  * there is no such path; why names what to choose instead. */

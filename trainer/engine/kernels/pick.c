@@ -28,6 +28,10 @@ static const hs_kernel_set *set_of(uint32_t path) {
     if ((path == HS_PATH_AVX512 || path == HS_PATH_AUTO) && has_avx512()) return &hs_kernels_avx512;
     if ((path == HS_PATH_AVX2 || path == HS_PATH_AUTO) && has_avx2()) return &hs_kernels_avx2;
 #endif
+#if defined(__aarch64__)
+    if (path == HS_PATH_NEON || path == HS_PATH_AUTO)
+        return &hs_kernels_neon; /* each of them has it */
+#endif
     if (path == HS_PATH_PORTABLE || path == HS_PATH_AUTO) return &hs_kernels_portable;
     return NULL;
 }
@@ -52,7 +56,7 @@ hs_status hs_kernels_pick(uint32_t path, const hs_kernel_set **set, hs_why *why)
         return hs_fail(
             why, HS_E_UNSUPPORTED,
             "kernel path %s runs on CUDA devices, and this rank runs on the CPU; choose "
-            "launch.kernel_path auto, portable, avx2, avx512 or avx512_bf16, or run on a "
+            "launch.kernel_path auto, portable, avx2, avx512, avx512_bf16 or neon, or run on a "
             "CUDA device",
             hs_kernel_path_name(path));
     if (path >= HS_PATH_COUNT)

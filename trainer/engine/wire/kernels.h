@@ -53,18 +53,18 @@
 #define HS_CALL_REALS 6
 
 /* Families of kernels, X(number, NAME, name): launch.kernel_path, hs_attempt.kernel_path. AUTO is the fastest that the
- * device runs. The attempt records what its gang runs; bits are those of one family (kernels/cpu has one in four, and
+ * device runs. The attempt records what its gang runs; bits are those of one family (kernels/cpu has one in five, and
  * CUDA_EXACT is of it too but where kernels/cuda/cuda.h says otherwise). Those two of CUDA run on its devices, the
  * others on CPUs. */
 #define HS_PATHS(X)                                                                                           \
     X(0, AUTO, "auto") X(1, REF, "ref") X(2, PORTABLE, "portable") X(3, AVX2, "avx2") X(4, AVX512, "avx512")  \
-    X(5, CUDA_EXACT, "cuda-exact") X(6, CUDA, "cuda") X(7, AVX512_BF16, "avx512_bf16")
+    X(5, CUDA_EXACT, "cuda-exact") X(6, CUDA, "cuda") X(7, AVX512_BF16, "avx512_bf16") X(8, NEON, "neon")
 
 enum {
 #define X(number, NAME, name) HS_PATH_##NAME = number,
     HS_PATHS(X)
 #undef X
-    HS_PATH_COUNT = 8
+    HS_PATH_COUNT = 9
 };
 
 /* Element types; the size in bytes is 4, 2, 8, 4, 1, 1. A call's is one of the first three; operands of E4M3 or E5M2

@@ -1,17 +1,18 @@
-/* The fast CPU kernels, one file to compile, four times:
+/* The fast CPU kernels, one file to compile, once a path:
  *
  *   object      -DHS_PATH=    flags beside the common ones
  *   portable    portable      (none)
  *   avx2        avx2          -mavx2 -mfma -mf16c
  *   avx512      avx512        -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mavx2
  *   avx512_bf16 avx512_bf16   those and -mavx512bf16
+ *   neon        neon          (none; arm64)
  *
  * Common: -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off, never -ffast-math; include path
  * trainer/engine; link with -lm -pthread. Each gives one table, hs_kernels_<HS_PATH>; the portable
- * one also hs_kernels_scratch_bytes. The x86 paths are left out on other machines (hs_kernels_pick
- * knows).
+ * one also hs_kernels_scratch_bytes. A machine has the portable path and those of its processor
+ * (hs_kernels_pick knows).
  *
- * Bits: the four tables, gcc and clang, and any number of threads give equal results (vec.h says
+ * Bits: all tables, gcc and clang, and any number of threads give equal results (vec.h says
  * why); a row of a result does not depend on how many rows there are.
  * tests/engine/test_kernels_cpu.py holds them to it.
  */

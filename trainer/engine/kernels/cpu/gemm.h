@@ -40,6 +40,9 @@
 #elif HS_VEC == 1
 #define MR 6 /* 12 ymm accumulators + 2 + 1 of 16 registers */
 #define NR 16
+#elif HS_VEC == 3
+#define MR 6 /* 24 accumulators + 4 of B + 1 of A of 32 registers */
+#define NR 16
 #else
 #define MR 4
 #define NR 16
@@ -217,6 +220,38 @@ VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld,
            a6 = side_load(src, (i + 6) * ld, dt), a7 = side_load(src, (i + 7) * ld, dt);
         transpose8(dst + i, width, a0.a, a1.a, a2.a, a3.a, a4.a, a5.a, a6.a, a7.a);
         transpose8(dst + i + 8 * width, width, a0.b, a1.b, a2.b, a3.b, a4.b, a5.b, a6.b, a7.b);
+    }
+}
+#elif HS_VEC == 3
+/* Four rows' four columns, turned: columns ascending. */
+VINLINE void turn4(float32x4_t r[4], const float *src, int64_t ld) {
+    float32x4_t a = vld1q_f32(src), b = vld1q_f32(src + ld), c = vld1q_f32(src + 2 * ld),
+                d = vld1q_f32(src + 3 * ld);
+    float64x2_t ab = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), /* 0 and 2 */
+        ba = vreinterpretq_f64_f32(vtrn2q_f32(a, b)),         /* 1 and 3 */
+        cd = vreinterpretq_f64_f32(vtrn1q_f32(c, d)), dc = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+    r[0] = vreinterpretq_f32_f64(vtrn1q_f64(ab, cd));
+    r[1] = vreinterpretq_f32_f64(vtrn1q_f64(ba, dc));
+    r[2] = vreinterpretq_f32_f64(vtrn2q_f64(ab, cd));
+    r[3] = vreinterpretq_f32_f64(vtrn2q_f64(ba, dc));
+}
+/* As above; with a width below 16 (panels of A, at most MR = 6 wide) the rows from 8 on are not
+ * stored. */
+VINLINE void transpose16(float *dst, int64_t width, const void *src, int64_t ld, int dt) {
+    const int64_t rows = width < LANES ? 8 : LANES;
+    float t[LANES * LANES];
+    const float *from = src;
+    if (dt != HS_F32) {
+        for (int64_t i = 0; i < rows; i++) v_store(t + i * LANES, side_load(src, i * ld, dt));
+        from = t;
+        ld = LANES;
+    }
+    for (int64_t k = 0; k < LANES; k += 4) {
+        float32x4_t turned[4][4];
+        for (int64_t i = 0; i < rows; i += 4) turn4(turned[i / 4], from + i * ld + k, ld);
+        for (int64_t j = 0; j < 4; j++)
+            for (int64_t i = 0; i < rows; i += 4)
+                vst1q_f32(dst + (k + j) * width + i, turned[i / 4][j]);
     }
 }
 #else

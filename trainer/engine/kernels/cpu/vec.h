@@ -1,9 +1,9 @@
-/* One virtual vector of 16 f32 lanes, the same in all builds: a zmm, two ymm, or
- * four of the compiler's own small vectors.
+/* One virtual vector of 16 f32 lanes, the same in all builds: a zmm, two ymm, four
+ * NEON registers, or four of the compiler's own small vectors.
  *
  * Everything that the fast kernels compute is written with these functions, each of which is one
- * IEEE operation per lane (or integer arithmetic). That is why portable, AVX2 and AVX-512, gcc and
- * clang give the same bits: no operation here is approximate (no rcp, rsqrt), none is contracted
+ * IEEE operation per lane (or integer arithmetic). That is why portable, AVX2, AVX-512 and NEON, gcc
+ * and clang give the same bits: no operation here is approximate (no rcp, rsqrt), none is contracted
  * (-ffp-contract=off; fma only where v_fma is written), and sums across lanes have one fixed tree.
  *
  *   vf   16 x f32       vi   16 x u32       vd   16 x f64 (sums of squares)
@@ -24,11 +24,12 @@
 #define HS_VEC_PATH_avx2        1
 #define HS_VEC_PATH_avx512      2
 #define HS_VEC_PATH_avx512_bf16 2
+#define HS_VEC_PATH_neon        3
 #define HS_VEC_CAT2(a, b)       a##b
 #define HS_VEC_CAT(a, b)        HS_VEC_CAT2(a, b)
 #ifndef HS_PATH
 #error                                                                                             \
-    "compile kernels/cpu/all.c with -DHS_PATH=portable, avx2, avx512 or avx512_bf16 (see its first comment)"
+    "compile kernels/cpu/all.c with -DHS_PATH=portable, avx2, avx512, avx512_bf16 or neon (see its first comment)"
 #endif
 #define HS_VEC HS_VEC_CAT(HS_VEC_PATH_, HS_PATH)
 
@@ -396,6 +397,206 @@ VINLINE void vd_store(double *p, vd x) {
     _mm256_storeu_pd(p + 12, x.d);
 }
 #undef EACH
+
+/* -------------------- NEON */
+#elif HS_VEC == 3
+
+#include <arm_neon.h>
+
+typedef struct vf {
+    float32x4_t a, b, c, d;
+} vf;
+typedef struct vi {
+    uint32x4_t a, b, c, d;
+} vi;
+typedef struct vd {
+    float64x2_t q[8];
+} vd;
+
+#define EACH(T, f, ...)                                                                            \
+    return (T) {                                                                                   \
+        f(a, __VA_ARGS__), f(b, __VA_ARGS__), f(c, __VA_ARGS__), f(d, __VA_ARGS__)                 \
+    }
+#define ONE(at, f, x)         f((x).at)
+#define TWO(at, f, x, y)      f((x).at, (y).at)
+#define THREE(at, f, x, y, z) f((x).at, (y).at, (z).at)
+VINLINE vf v_set1(float x) {
+    float32x4_t s = vdupq_n_f32(x);
+    return (vf){s, s, s, s};
+}
+VINLINE vf v_zero(void) {
+    return v_set1(0);
+}
+VINLINE vf v_load(const float *p) {
+    return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+}
+VINLINE void v_store(float *p, vf x) {
+    vst1q_f32(p, x.a);
+    vst1q_f32(p + 4, x.b);
+    vst1q_f32(p + 8, x.c);
+    vst1q_f32(p + 12, x.d);
+}
+VINLINE vf v_load_part(const float *p, int64_t n) {
+    float t[16] = {0};
+    memcpy(t, p, (size_t)n * 4);
+    return v_load(t);
+}
+VINLINE void v_store_part(float *p, vf x, int64_t n) {
+    float t[16];
+    v_store(t, x);
+    memcpy(p, t, (size_t)n * 4);
+}
+VINLINE vf v_add(vf x, vf y) {
+    EACH(vf, TWO, vaddq_f32, x, y);
+}
+VINLINE vf v_sub(vf x, vf y) {
+    EACH(vf, TWO, vsubq_f32, x, y);
+}
+VINLINE vf v_mul(vf x, vf y) {
+    EACH(vf, TWO, vmulq_f32, x, y);
+}
+VINLINE vf v_div(vf x, vf y) {
+    EACH(vf, TWO, vdivq_f32, x, y);
+}
+/* the addend comes first */
+VINLINE vf v_fma(vf x, vf y, vf z) {
+    EACH(vf, THREE, vfmaq_f32, z, x, y);
+}
+VINLINE vf v_fnma(vf x, vf y, vf z) {
+    EACH(vf, THREE, vfmsq_f32, z, x, y);
+}
+VINLINE vf v_sqrt(vf x) {
+    EACH(vf, ONE, vsqrtq_f32, x);
+}
+/* FMAX and FMIN treat NaN and the two zeros otherwise than x86 does */
+#define PICK_MAX(x, y)        vbslq_f32(vcgtq_f32(x, y), x, y)
+#define PICK_MIN(x, y)        vbslq_f32(vcltq_f32(x, y), x, y)
+VINLINE vf v_max(vf x, vf y) {
+    EACH(vf, TWO, PICK_MAX, x, y);
+}
+VINLINE vf v_min(vf x, vf y) {
+    EACH(vf, TWO, PICK_MIN, x, y);
+}
+#undef PICK_MAX
+#undef PICK_MIN
+VINLINE vf v_select_lt(vf a, vf b, vf x, vf y) {
+    return (vf){vbslq_f32(vcltq_f32(a.a, b.a), x.a, y.a), vbslq_f32(vcltq_f32(a.b, b.b), x.b, y.b),
+                vbslq_f32(vcltq_f32(a.c, b.c), x.c, y.c), vbslq_f32(vcltq_f32(a.d, b.d), x.d, y.d)};
+}
+VINLINE vi v_bits(vf x) {
+    EACH(vi, ONE, vreinterpretq_u32_f32, x);
+}
+VINLINE vf v_from_bits(vi x) {
+    EACH(vf, ONE, vreinterpretq_f32_u32, x);
+}
+VINLINE vi vi_set1(uint32_t x) {
+    uint32x4_t s = vdupq_n_u32(x);
+    return (vi){s, s, s, s};
+}
+VINLINE vi vi_load(const uint32_t *p) {
+    return (vi){vld1q_u32(p), vld1q_u32(p + 4), vld1q_u32(p + 8), vld1q_u32(p + 12)};
+}
+VINLINE vi vi_add(vi x, vi y) {
+    EACH(vi, TWO, vaddq_u32, x, y);
+}
+VINLINE vi vi_sub(vi x, vi y) {
+    EACH(vi, TWO, vsubq_u32, x, y);
+}
+VINLINE vi vi_and(vi x, vi y) {
+    EACH(vi, TWO, vandq_u32, x, y);
+}
+VINLINE vi vi_or(vi x, vi y) {
+    EACH(vi, TWO, vorrq_u32, x, y);
+}
+VINLINE vi vi_xor(vi x, vi y) {
+    EACH(vi, TWO, veorq_u32, x, y);
+}
+VINLINE vi vi_shl(vi x, int count) {
+    return (vi){x.a << (uint32_t)count, x.b << (uint32_t)count, x.c << (uint32_t)count,
+                x.d << (uint32_t)count};
+}
+VINLINE vi vi_shr(vi x, int count) {
+    return (vi){x.a >> (uint32_t)count, x.b >> (uint32_t)count, x.c >> (uint32_t)count,
+                x.d >> (uint32_t)count};
+}
+VINLINE void quarter_mul_wide(uint32x4_t x, uint32x2_t m, uint32x4_t *high, uint32x4_t *low) {
+    uint32x4_t p = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), m));
+    uint32x4_t q = vreinterpretq_u32_u64(vmull_u32(vget_high_u32(x), m));
+    *low = vuzp1q_u32(p, q);
+    *high = vuzp2q_u32(p, q);
+}
+VINLINE void vi_mul_wide(vi x, uint32_t m, vi *high, vi *low) {
+    uint32x2_t mm = vdup_n_u32(m);
+    quarter_mul_wide(x.a, mm, &high->a, &low->a);
+    quarter_mul_wide(x.b, mm, &high->b, &low->b);
+    quarter_mul_wide(x.c, mm, &high->c, &low->c);
+    quarter_mul_wide(x.d, mm, &high->d, &low->d);
+}
+VINLINE vi vi_load_bytes(const uint8_t *p) {
+    uint8x16_t bytes = vld1q_u8(p);
+    uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+    return (vi){vmovl_u16(vget_low_u16(low)), vmovl_u16(vget_high_u16(low)),
+                vmovl_u16(vget_low_u16(high)), vmovl_u16(vget_high_u16(high))};
+}
+VINLINE void vi_store_bytes(uint8_t *p, vi x) {
+    uint16x8_t low = vcombine_u16(vmovn_u32(x.a), vmovn_u32(x.b));
+    uint16x8_t high = vcombine_u16(vmovn_u32(x.c), vmovn_u32(x.d));
+    vst1q_u8(p, vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
+}
+VINLINE vf v_load_bf16(const bf16 *p) {
+    uint16x8_t low = vld1q_u16(p), high = vld1q_u16(p + 8);
+    return v_from_bits((vi){vshll_n_u16(vget_low_u16(low), 16), vshll_n_u16(vget_high_u16(low), 16),
+                            vshll_n_u16(vget_low_u16(high), 16),
+                            vshll_n_u16(vget_high_u16(high), 16)});
+}
+VINLINE vf v_load_bf16_part(const bf16 *p, int64_t n) {
+    bf16 t[16] = {0};
+    memcpy(t, p, (size_t)n * 2);
+    return v_load_bf16(t);
+}
+VINLINE uint16x4_t quarter_to_bf16(float32x4_t x) {
+    uint32x4_t u = vreinterpretq_u32_f32(x), top = vshrq_n_u32(u, 16);
+    uint32x4_t even = vandq_u32(top, vdupq_n_u32(1));
+    uint32x4_t r = vshrq_n_u32(vaddq_u32(u, vaddq_u32(even, vdupq_n_u32(0x7fff))), 16);
+    return vmovn_u32(vbslq_u32(vceqq_f32(x, x), r, vorrq_u32(top, vdupq_n_u32(0x40))));
+}
+VINLINE void v_store_bf16(bf16 *p, vf x) {
+    vst1q_u16(p, vcombine_u16(quarter_to_bf16(x.a), quarter_to_bf16(x.b)));
+    vst1q_u16(p + 8, vcombine_u16(quarter_to_bf16(x.c), quarter_to_bf16(x.d)));
+}
+VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
+    bf16 t[16];
+    v_store_bf16(t, x);
+    memcpy(p, t, (size_t)n * 2);
+}
+VINLINE float v_sum(vf x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
+}
+VINLINE vd vd_zero(void) {
+    float64x2_t z = vdupq_n_f64(0);
+    return (vd){{z, z, z, z, z, z, z, z}};
+}
+VINLINE void quarter_add_square(float64x2_t s[2], float32x4_t x) {
+    float64x2_t low = vcvt_f64_f32(vget_low_f32(x)), high = vcvt_high_f64_f32(x);
+    s[0] = vfmaq_f64(s[0], low, low);
+    s[1] = vfmaq_f64(s[1], high, high);
+}
+VINLINE vd vd_add_square(vd s, vf x) {
+    quarter_add_square(s.q, x.a);
+    quarter_add_square(s.q + 2, x.b);
+    quarter_add_square(s.q + 4, x.c);
+    quarter_add_square(s.q + 6, x.d);
+    return s;
+}
+VINLINE void vd_store(double *p, vd x) {
+    for (int i = 0; i < 8; i++) vst1q_f64(p + 2 * i, x.q[i]);
+}
+#undef EACH
+#undef ONE
+#undef TWO
+#undef THREE
 
 /* -------------------- portable */
 #else
