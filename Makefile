@@ -33,8 +33,9 @@ $(VENV)/bin/python:
 
 $(STAMP): pyproject.toml $(PACKAGES) $(ENGINE_SOURCES) | $(VENV)/bin/python
 	@echo "installing hotstage and building its engine into $(VENV) (about a minute the first time)"
+	@touch $@.begun # what changes meanwhile is newer
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	@touch $@
+	@mv $@.begun $@
 
 demo: setup ## the main job end to end: prepare, train on two stages, lose a rank, recover, prove, export, report
 	$(BIN)/hotstage demo
