@@ -16,6 +16,7 @@ from checkpoint import keys
 from checkpoint.log import CheckpointInfo
 from tests.support.agents import Run, make_run, put_dataset, tiny_spec, wait_for
 from tests.support.chaos import step_of
+from tests.support.processes import stop
 from tests.support.s3_server import S3Server
 from trainer import wire
 from trainer.launch import Launch
@@ -130,8 +131,8 @@ def test_with_the_agent_stopped_and_every_slot_held_training_goes_on(tmp_path: P
         status = wait_for(lambda: (s := run.status()) and s["ranks"].get("0", {}).get("pid") and s, "rank 0", 60)
         agent, rank = status["pid"], status["ranks"]["0"]["pid"]
         wait_for(lambda: (step_of(rank) or 0) >= 1, "the first step", 60)
-        os.kill(rank, signal.SIGSTOP)
-        os.kill(agent, signal.SIGSTOP)
+        stop(rank)
+        stop(agent)
         try:
             hold_slots(agent, True)
             began = (step_of(rank) or 0) + 2

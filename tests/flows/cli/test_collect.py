@@ -32,7 +32,7 @@ def made(store: Store, run: str = RUN, how: dict[str, Any] | None = None, steps:
     """A run of so many steps, a checkpoint each ten."""
     log = RunLog(store, run, writer="driver")
     store.create(keys.index_key(run), b"")
-    what = {"train": {"steps": steps}, "data": {"digest": WHAT.hex()}, "model": MODEL}
+    what = {"train": {"steps": steps, "optimizer": {}}, "data": {"digest": WHAT.hex()}, "model": MODEL}
     store.create(keys.spec_key(run), pack(what))
     state = begin(log, log.fold(), how or KEEP)
     for step in range(10, steps + 10, 10):

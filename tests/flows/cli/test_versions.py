@@ -132,8 +132,8 @@ VERIFY = ("ckpt", "verify", "RUN")
 @pytest.mark.parametrize(
     ("what", "newer", "reads", "commands"),
     [
-        ("manifest", 2, "version 1", (VERIFY, *GOES_ON)),
-        ("part", 2, "version 1", (VERIFY,)),
+        ("manifest", 3, "versions 1 to 2", (VERIFY, *GOES_ON)),
+        ("part", 3, "versions 1 to 2", (VERIFY,)),
         ("pages", 3, "versions 1 to 2", (VERIFY, *GOES_ON)),
         ("plan", wire.PLAN_VERSION + 1, f"version {wire.PLAN_VERSION}", (VERIFY, TRAIN)),
         ("dataset", 3, "versions 1 to 2", (TRAIN, ("data", "prepare", "spec.toml"))),
