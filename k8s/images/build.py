@@ -214,7 +214,11 @@ def _packages(name: str, arch: str, python: str) -> Path:
             check=True,
         )
         _prune(target)
-        os.replace(target, found)
+        try:
+            os.replace(target, found)
+        except OSError:
+            if not found.exists():
+                raise  # else somebody beside us fetched the same meanwhile
     return found
 
 
