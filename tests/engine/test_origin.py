@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "optimistic": {"stages": 2, "optimizer": "optimistic"},
     "two parts": {"stages": 2, "schedule": "zb-h1"},
     "two replicas": {"stages": 2, "replicas": 2},
+    "muon": {"stages": 2, "train": {"optimizer": {"name": "muon"}}},
 }
 NAMES = ("microbatch", "stage", "pass", "layer", "kernel", "operand", "tensor")
 Tensors = dict[str, NDArray[np.float32]]
@@ -45,10 +46,11 @@ def planned(
         samples = np.random.default_rng(5).integers(0, VOCAB - 1, (12, SEQUENCE + 1))
     dataset = engine_runs.write_samples(folder / "data", samples, VOCAB)
     how = dict(LAYOUTS[layout])
-    stages = how.pop("stages", 1)
+    stages, train = how.pop("stages", 1), how.pop("train", {})
     return small_plan(
-        model=model, stages=stages, parallel=how, dataset=dataset, reduction_groups=groups, data={"shuffled": False}
-    )
+        model=model, stages=stages, parallel=how, dataset=dataset, reduction_groups=groups, data={"shuffled": False},
+        **train,
+    )  # fmt: skip
 
 
 def drawn(plan: Plan, scale: float = 0.02) -> Tensors:
@@ -123,7 +125,7 @@ def test_a_gradient_of_a_weight(gang: Gang, tmp_path: Path, layout: str) -> None
     assert first_of(gang, plan, tensors) == where | {"tensor": "model.norm.weight"}
 
 
-@pytest.mark.parametrize("layout", ["checked", "two replicas"])
+@pytest.mark.parametrize("layout", ["checked", "two replicas", "muon"])
 def test_a_weight_that_was_not_finite_before(gang: Gang, tmp_path: Path, layout: str) -> None:
     plan = planned(tmp_path, layout)
     tensors = drawn(plan)

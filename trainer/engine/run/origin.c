@@ -79,10 +79,11 @@ static void found(hs_look *look, uint64_t origin, uint32_t of) {
     look->first = hs_origin_first(look->first, (hs_origin){.origin = origin, .of = of});
 }
 
-/* Gradients are what calls add to in float32, but for AdamW's; all of it lies in STATIC. */
+/* Gradients are what calls add to in float32, but for the optimizers', which update state; all of it lies in STATIC. */
 static void zero_gradients(const hs_look *look, const hs_plan_call *call) {
+    if (call->kernel == HS_K_ADAMW || call->kernel == HS_K_MUON) return;
     const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
-    for (int o = 0; call->kernel != HS_K_ADAMW && o < facts->operand_count; o++) {
+    for (int o = 0; o < facts->operand_count; o++) {
         const hs_operand *operand = &facts->operands[o];
         const hs_plan_ref *ref = &call->ptr[o];
         if (operand->role != HS_ROLE_UPDATE || operand->kind != HS_KIND_ACC) continue;
@@ -99,7 +100,7 @@ void hs_look_begin(hs_look *look) {
     for (uint32_t i = 0; i < p->states; i++) {
         const hs_plan_state *s = &plan->states[p->first_state + i];
         const uint64_t at[3] = {s->master_offset, s->m_offset, s->v_offset};
-        for (uint32_t k = HS_ORIGIN_WEIGHT; k <= HS_ORIGIN_V; k++)
+        for (uint32_t k = HS_ORIGIN_WEIGHT; k < hs_state_kinds(s); k++)
             if (!f32_finite(look->arena + at[k], 4 * hs_plan_kept(plan, s)))
                 found(look, pack(OF_STATE, 0, 0), s->tensor * OPERANDS + k);
     }
