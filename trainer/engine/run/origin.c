@@ -39,35 +39,20 @@ hs_origin hs_origin_of_norm(uint32_t tensor) {
 
 /* --- the second look --------------------------------------------------------------------- */
 
-static bool f32_finite(const uint8_t *at, uint64_t bytes) {
-    bool finite = true;
-    for (uint64_t i = 0; i < bytes; i += 4) {
-        uint32_t x;
-        memcpy(&x, at + i, sizeof x);
-        finite &= (x & 0x7f800000u) != 0x7f800000u;
+/* Whether none of the numbers there has all bits of its exponent. */
+#define FINITE(name, bits, exponent)                                                               \
+    static bool name(const uint8_t *at, uint64_t bytes) {                                          \
+        bool finite = true;                                                                        \
+        for (uint64_t i = 0; i < bytes; i += sizeof(bits)) {                                       \
+            bits x;                                                                                \
+            memcpy(&x, at + i, sizeof x);                                                          \
+            finite &= (x & (exponent)) != (exponent);                                              \
+        }                                                                                          \
+        return finite;                                                                             \
     }
-    return finite;
-}
-
-static bool bf16_finite(const uint8_t *at, uint64_t bytes) {
-    bool finite = true;
-    for (uint64_t i = 0; i < bytes; i += 2) {
-        uint16_t x;
-        memcpy(&x, at + i, sizeof x);
-        finite &= (x & 0x7f80u) != 0x7f80u;
-    }
-    return finite;
-}
-
-static bool f64_finite(const uint8_t *at, uint64_t bytes) {
-    bool finite = true;
-    for (uint64_t i = 0; i < bytes; i += 8) {
-        uint64_t x;
-        memcpy(&x, at + i, sizeof x);
-        finite &= (x >> 52 & 0x7ff) != 0x7ff;
-    }
-    return finite;
-}
+FINITE(bf16_finite, uint16_t, 0x7f80u)
+FINITE(f32_finite, uint32_t, 0x7f800000u)
+FINITE(f64_finite, uint64_t, UINT64_C(0x7ff) << 52)
 
 static uint8_t *place_of(const hs_look *look, const hs_plan_ref *ref, uint32_t slot,
                          uint32_t microbatch) {

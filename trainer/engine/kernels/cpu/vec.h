@@ -246,16 +246,6 @@ VINLINE void v_store(float *p, vf x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
-VINLINE vf v_load_part(const float *p, int64_t n) {
-    float t[16] = {0};
-    memcpy(t, p, (size_t)n * 4);
-    return v_load(t);
-}
-VINLINE void v_store_part(float *p, vf x, int64_t n) {
-    float t[16];
-    v_store(t, x);
-    memcpy(p, t, (size_t)n * 4);
-}
 VINLINE vf v_add(vf x, vf y) {
     EACH(vf, _mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b));
 }
@@ -346,11 +336,6 @@ VINLINE __m256 half_load_bf16(const bf16 *p) {
 VINLINE vf v_load_bf16(const bf16 *p) {
     EACH(vf, half_load_bf16(p), half_load_bf16(p + 8));
 }
-VINLINE vf v_load_bf16_part(const bf16 *p, int64_t n) {
-    bf16 t[16] = {0};
-    memcpy(t, p, (size_t)n * 2);
-    return v_load_bf16(t);
-}
 VINLINE __m256i half_to_bf16(__m256 x) {
     __m256i u = _mm256_castps_si256(x), top = _mm256_srli_epi32(u, 16);
     __m256i even = _mm256_and_si256(top, _mm256_set1_epi32(1));
@@ -363,11 +348,6 @@ VINLINE void v_store_bf16(bf16 *p, vf x) {
     __m256i packed = _mm256_packus_epi32(half_to_bf16(x.a), half_to_bf16(x.b));
     packed = _mm256_permute4x64_epi64(packed, 0xd8);
     _mm256_storeu_si256((__m256i *)(void *)p, packed);
-}
-VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
-    bf16 t[16];
-    v_store_bf16(t, x);
-    memcpy(p, t, (size_t)n * 2);
 }
 VINLINE float v_sum(vf x) {
     __m256 y = _mm256_add_ps(x.a, x.b);
@@ -435,16 +415,6 @@ VINLINE void v_store(float *p, vf x) {
     vst1q_f32(p + 4, x.b);
     vst1q_f32(p + 8, x.c);
     vst1q_f32(p + 12, x.d);
-}
-VINLINE vf v_load_part(const float *p, int64_t n) {
-    float t[16] = {0};
-    memcpy(t, p, (size_t)n * 4);
-    return v_load(t);
-}
-VINLINE void v_store_part(float *p, vf x, int64_t n) {
-    float t[16];
-    v_store(t, x);
-    memcpy(p, t, (size_t)n * 4);
 }
 VINLINE vf v_add(vf x, vf y) {
     EACH(vf, TWO, vaddq_f32, x, y);
@@ -549,11 +519,6 @@ VINLINE vf v_load_bf16(const bf16 *p) {
                             vshll_n_u16(vget_low_u16(high), 16),
                             vshll_n_u16(vget_high_u16(high), 16)});
 }
-VINLINE vf v_load_bf16_part(const bf16 *p, int64_t n) {
-    bf16 t[16] = {0};
-    memcpy(t, p, (size_t)n * 2);
-    return v_load_bf16(t);
-}
 VINLINE uint16x4_t quarter_to_bf16(float32x4_t x) {
     uint32x4_t u = vreinterpretq_u32_f32(x), top = vshrq_n_u32(u, 16);
     uint32x4_t even = vandq_u32(top, vdupq_n_u32(1));
@@ -563,11 +528,6 @@ VINLINE uint16x4_t quarter_to_bf16(float32x4_t x) {
 VINLINE void v_store_bf16(bf16 *p, vf x) {
     vst1q_u16(p, vcombine_u16(quarter_to_bf16(x.a), quarter_to_bf16(x.b)));
     vst1q_u16(p + 8, vcombine_u16(quarter_to_bf16(x.c), quarter_to_bf16(x.d)));
-}
-VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
-    bf16 t[16];
-    v_store_bf16(t, x);
-    memcpy(p, t, (size_t)n * 2);
 }
 VINLINE float v_sum(vf x) {
     float32x4_t s = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
@@ -636,14 +596,6 @@ VINLINE vf v_load(const float *p) {
 }
 VINLINE void v_store(float *p, vf x) {
     memcpy(p, &x, sizeof x);
-}
-VINLINE vf v_load_part(const float *p, int64_t n) {
-    float t[16] = {0};
-    memcpy(t, p, (size_t)n * 4);
-    return v_load(t);
-}
-VINLINE void v_store_part(float *p, vf x, int64_t n) {
-    memcpy(p, &x, (size_t)n * 4);
 }
 #define AT(i) x.q[i] + y.q[i]
 VINLINE vf v_add(vf x, vf y) {
@@ -807,21 +759,15 @@ VINLINE void vi_mul_wide(vi a, uint32_t m, vi *high, vi *low) {
     *high = vi_load(h);
     *low = vi_load(x);
 }
-VINLINE vf v_load_bf16_part(const bf16 *p, int64_t n) {
-    float t[16] = {0};
-    for (int64_t i = 0; i < n; i++) t[i] = bf16_widen(p[i]);
+VINLINE vf v_load_bf16(const bf16 *p) {
+    float t[16];
+    for (int i = 0; i < 16; i++) t[i] = bf16_widen(p[i]);
     return v_load(t);
 }
-VINLINE vf v_load_bf16(const bf16 *p) {
-    return v_load_bf16_part(p, 16);
-}
-VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
+VINLINE void v_store_bf16(bf16 *p, vf x) {
     float t[16];
     v_store(t, x);
-    for (int64_t i = 0; i < n; i++) p[i] = bf16_round(t[i]);
-}
-VINLINE void v_store_bf16(bf16 *p, vf x) {
-    v_store_bf16_part(p, x, 16);
+    for (int i = 0; i < 16; i++) p[i] = bf16_round(t[i]);
 }
 VINLINE float v_sum(vf x) {
     f4 s = (x.q[0] + x.q[2]) + (x.q[1] + x.q[3]);
@@ -842,6 +788,31 @@ VINLINE void vd_store(double *p, vd x) {
 #undef EACH
 
 #endif
+
+/* -------------------- without masks, a part goes through a copy */
+#if HS_VEC != 2
+VINLINE vf v_load_part(const float *p, int64_t n) {
+    float t[16] = {0};
+    memcpy(t, p, (size_t)n * 4);
+    return v_load(t);
+}
+VINLINE void v_store_part(float *p, vf x, int64_t n) {
+    float t[16];
+    v_store(t, x);
+    memcpy(p, t, (size_t)n * 4);
+}
+VINLINE vf v_load_bf16_part(const bf16 *p, int64_t n) {
+    bf16 t[16] = {0};
+    memcpy(t, p, (size_t)n * 2);
+    return v_load_bf16(t);
+}
+VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
+    bf16 t[16];
+    v_store_bf16(t, x);
+    memcpy(p, t, (size_t)n * 2);
+}
+#endif
+
 /* -------------------- all builds */
 
 /* Loads and stores by element type. dt is a constant wherever these are inlined (see BY_DTYPE). */
