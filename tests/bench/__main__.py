@@ -34,9 +34,9 @@ from tests.bench import (
     bench_data,
     bench_demo,
     bench_executor,
-    bench_fp8,
     bench_kernels,
     bench_log,
+    bench_losses,
     bench_messages,
     bench_pipeline,
     bench_plan,
@@ -262,7 +262,7 @@ def pipeline() -> Iterator[dict[str, Any]]:
 
 def fp8() -> Iterator[dict[str, Any]]:
     """The loss of fp8 against bf16's after 1,000 steps: within 0.25 %."""
-    yield from _losses("fp8/loss-1000-steps", ("bf16", "fp8"), bench_fp8.STEPS)
+    yield from _losses("fp8/loss-1000-steps", ("bf16", "fp8"), bench_losses.STEPS)
 
 
 def bf16() -> Iterator[dict[str, Any]]:
@@ -274,13 +274,13 @@ def _losses(name: str, pair: tuple[str, str], steps: int) -> Iterator[dict[str, 
     """A row a seed, means over orders of the sums; then one over all, of differences in percent."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        pairs = list(bench_fp8.measure(bench_fp8.corpus(data), data, steps=steps, pair=pair))
-    for seed in bench_fp8.SEEDS:
+        pairs = list(bench_losses.measure(bench_losses.corpus(data), data, steps=steps, pair=pair))
+    for seed in bench_losses.SEEDS:
         own = [p for p in pairs if p.seed == seed]
         say(f"  seed {seed}: " + ", ".join(f"{p.one:.4f} {p.other:.4f} ({100 * p.apart:+.2f} %)" for p in own))
         one, other = (statistics.fmean(each) for each in zip(*((p.one, p.other) for p in own), strict=True))
         yield entry(f"{name}/seed-{seed}", other, "nats", pair[0], one)
-    mean, error = bench_fp8.mean_apart(pairs)
+    mean, error = bench_losses.mean_apart(pairs)
     say(f"  all: {100 * mean:+.2f} %, standard error {100 * error:.2f}")
     yield entry(f"{name}/percent-apart", 100 * mean, "%", "standard error", 100 * error)
 
@@ -290,7 +290,7 @@ def muon() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         data, key = Path(folder) / "data", "train.optimizer.name"
         pair, only = ("adamw", "muon"), (1,)
-        runs = bench_fp8.measure(bench_fp8.corpus(data), data, steps=300, key=key, pair=pair, orders=only)
+        runs = bench_losses.measure(bench_losses.corpus(data), data, steps=300, key=key, pair=pair, orders=only)
         for run in runs:
             yield entry(f"muon/loss-300-steps/seed-{run.seed}", run.other, "nats", "adamw", run.one)
 

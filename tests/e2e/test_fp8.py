@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.bench import bench_fp8
+from tests.bench import bench_losses
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
 from tests.e2e.test_equal_bits import assert_same
@@ -138,7 +138,7 @@ def test_the_loss_after_some_steps_is_bf16_s(tmp_path: Path) -> None:
     dataset = engine_runs.write_samples(tmp_path / "data", words[order].reshape(-1, 32 * 5 + 0)[:, :33], 64)
     sets = ("model.layers=2", "model.width=64", "model.heads=4", "train.sequence=32", "train.batch=8",
             "train.microbatch=4", "train.schedule.warmup=10")  # fmt: skip
-    (pair,) = bench_fp8.measure(dataset, tmp_path / "data", (1,), 60, *sets, orders=(1,))
+    (pair,) = bench_losses.measure(dataset, tmp_path / "data", (1,), 60, *sets, orders=(1,))
     assert pair.one < 0.9 * np.log(64)
     assert pair.apart != 0
     assert abs(pair.apart) < 0.01  # of 60 steps; after 1,000 a quarter of this
@@ -147,8 +147,8 @@ def test_the_loss_after_some_steps_is_bf16_s(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_loss_after_a_thousand_steps_is_within_a_quarter_of_a_percent(tmp_path: Path) -> None:
     """On average: that of one pair of runs is decided by the order of their sums, which moves bf16 alone by more."""
-    dataset = bench_fp8.corpus(tmp_path / "data")
-    pairs = list(bench_fp8.measure(dataset, tmp_path / "data"))
-    mean, error = bench_fp8.mean_apart(pairs)
-    assert error < bench_fp8.LIMIT / 2, "more orders or seeds are needed to tell"
-    assert mean <= bench_fp8.LIMIT, [(pair, pair.apart) for pair in pairs]
+    dataset = bench_losses.corpus(tmp_path / "data")
+    pairs = list(bench_losses.measure(dataset, tmp_path / "data"))
+    mean, error = bench_losses.mean_apart(pairs)
+    assert error < bench_losses.LIMIT / 2, "more orders or seeds are needed to tell"
+    assert mean <= bench_losses.LIMIT, [(pair, pair.apart) for pair in pairs]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bench import bench_fp8
+from tests.bench import bench_losses
 from tests.e2e.engine_runs import to_hf
 from tests.e2e.golden_runs import GRADIENT, LOSS, WEIGHTS, compile_golden, spec_of, train_golden, worst
 from tests.reference.golden import Golden
@@ -45,9 +45,9 @@ def test_ten_steps_are_the_float64_reference_s(case: str, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_the_loss_falls_faster_than_adamw_s(tmp_path: Path) -> None:
     """The demo's model and text at its learning rate, 300 steps."""
-    dataset = bench_fp8.corpus(tmp_path / "data")
+    dataset = bench_losses.corpus(tmp_path / "data")
     pair, key = ("adamw", "muon"), "train.optimizer.name"
-    runs = bench_fp8.measure(dataset, tmp_path / "data", (1,), 300, key=key, pair=pair, orders=(1,))
+    runs = bench_losses.measure(dataset, tmp_path / "data", (1,), 300, key=key, pair=pair, orders=(1,))
     assert all(run.other < run.one for run in runs)
 
 

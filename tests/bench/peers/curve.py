@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.bench.bench_fp8 import corpus
+from tests.bench.bench_losses import corpus
 from tests.bench.peers.cases import FP32, Training, Variant
 from tests.bench.peers.sides import peer_on
 from tests.bench.results import entry, say

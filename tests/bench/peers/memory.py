@@ -8,7 +8,6 @@ stored, are not counted: of the agent, who fills them with zeros at the start, w
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tests.bench.peers.sides import peer
 from tests.bench.results import entry, say
 from tests.support.chaos import step_of
 from tests.support.place import Place
+from tests.support.wait import wait_for
 from trainer.presets import PRESETS
 
 STEPS = 4
@@ -58,15 +58,17 @@ def ours(training: Training, threads: int) -> dict[str, float]:
         place.run("data", "prepare", "spec.toml", *(word for s in sets for word in ("--set", s)))
         agent = 0.0
         with place.start_train(*sets) as driver:
+
+            def stepped() -> bool:
+                nonlocal agent
+                assert driver.poll() is None, f"hotstage train ended with {driver.returncode}"
+                for pid, line in place.left().items():
+                    if kind_of(line) == "agent":
+                        agent = max(agent, told(pid, "RssAnon") + told(pid, "RssFile"))
+                return any((step_of(pid) or 0) > STEPS for pid in place.rank_pids())
+
             try:
-                until = time.monotonic() + DEADLINE_S
-                while not any((step_of(pid) or 0) > STEPS for pid in place.rank_pids()):
-                    if driver.poll() is not None or time.monotonic() > until:
-                        raise SystemExit(f"hotstage train made no {STEPS} steps within {DEADLINE_S:.0f} s")
-                    for pid, line in place.left().items():
-                        if kind_of(line) == "agent":
-                            agent = max(agent, told(pid, "RssAnon") + told(pid, "RssFile"))
-                    time.sleep(0.05)
+                wait_for(stepped, f"hotstage train to make {STEPS} steps", DEADLINE_S, 0.05)
                 found: dict[str, float] = {}
                 for pid, line in place.left().items():
                     found[kind_of(line)] = found.get(kind_of(line), 0.0) + most_resident(pid)

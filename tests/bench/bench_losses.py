@@ -1,5 +1,5 @@
-"""What FP8 costs in loss: the demo's model and text, in bf16 and in fp8 from the same weights on the same batches; and
-any other two values of a key of the spec, such as AdamW and Muon.
+"""What one value of a spec's key costs in loss beside another, from the same weights on the same batches of the demo's
+model and text: fp8 beside bf16, bf16 beside fp32, Muon beside AdamW.
 
 A run's figure is the mean loss of the last tenth of the steps. It has noise: a run whose gradients are only added in
 another order (`train.reduction_groups`) takes another path after some hundred steps and ends up to half a percent
