@@ -237,6 +237,9 @@ def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
     if len(fits) == 1:
         return fits[0]
     names = [".".join(p) for p in known]
+    inside = [n for n in names if n.startswith(".".join(path) + ".")]
+    if inside:
+        raise SpecError(f"--set {text!r}: {'.'.join(path)} is a section; set a key of it: {_below(path, inside)}")
     near = [".".join(p) for p in fits] or [n for n in names if n.endswith("." + path[-1])]
     section = [n for n in names if n.startswith(".".join(path[:-1]) + ".")]
     near = (
@@ -245,7 +248,13 @@ def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
         or difflib.get_close_matches(".".join(path), names, n=3)
     )
     hint = f"; did you mean {' or '.join(near)}?" if near else "; 'hotstage schema' lists all keys"
+    if section and not any(n in section for n in near):
+        hint += f" ({'.'.join(path[:-1])} has {_below(path[:-1], section)})"
     raise SpecError(f"--set {text!r}: there is no key {'.'.join(path)}{hint}")
+
+
+def _below(section: tuple[str, ...], names: Sequence[str]) -> str:
+    return ", ".join(name.removeprefix(".".join(section) + ".") for name in names)
 
 
 def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

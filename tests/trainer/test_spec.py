@@ -326,6 +326,20 @@ def test_a_key_that_is_gone_is_still_read() -> None:
         parse_spec(tree(), ["recovery.max_rollbacks=1"])
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ('train.optimizer="muon"', r"train\.optimizer is a section; set a key of it: name, lr, "),
+        ("checkpoint=5", r"checkpoint is a section; set a key of it: every, .*keep\.last"),
+        ("train.optimizer.kind=1", r"no key train\.optimizer\.kind; did you mean .* \(train\.optimizer has name, lr, "),
+        ("train.sed=1", r"no key train\.sed; did you mean train\.seed\?$"),
+    ],
+)
+def test_a_wrong_set_tells_what_the_section_has(asked: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        parse_spec(tree(), [asked])
+
+
 def test_a_key_that_came_later_is_not_written_at_its_default() -> None:
     """So the How of a spec without it has the bytes that an older version gives it."""
     plain, kept = parse_spec(tree()), parse_spec(tree(), ["checkpoint.keep.last=3", "checkpoint.keep.every_steps=1000"])
