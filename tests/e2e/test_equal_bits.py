@@ -58,12 +58,15 @@ def run(
     *,
     kernel_path: str = "auto",
     pipeline: Pipeline | None = None,
+    microbatch: int = 1,
     **parallel: Any,
 ) -> Gang:
     """Trains a few steps in ``folder``; ``parallel`` is the spec's section."""
     tokens = np.random.default_rng(7).integers(0, VOCAB, (5, SEQUENCE * 3 + 1))  # 15 samples: 24 are 1.6 passes
     sizes = (MODELS | CHUNKED)[model] | {"vocab": VOCAB, "context": 32}
-    spec = parse_spec(engine_runs.bits_tree("bits", sizes, precision, STEPS, SEQUENCE, parallel))
+    tree = engine_runs.bits_tree("bits", sizes, precision, STEPS, SEQUENCE, parallel)
+    tree["train"]["microbatch"] = microbatch
+    spec = parse_spec(tree)
     dataset = engine_runs.write_samples(folder / "data", tokens, VOCAB)
     plan = compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), pipeline=pipeline)
     return engine_runs.train(plan, folder / "data", folder / "run", kernel_path=kernel_path)
@@ -110,6 +113,15 @@ def test_stages_schedules_threads(
 def test_threads_on_one_stage(one_stage: Any, tmp_path: Path, model: str, precision: str) -> None:
     for threads in (2, 4):
         assert_same(run(tmp_path / str(threads), model, precision, threads=threads), one_stage(model, precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_of_one_microbatch(tmp_path: Path, precision: str) -> None:
+    """On one stage a tied embedding then has one gradient, on two two, in memory of their own."""
+    one, two = (run(tmp_path / str(n), "gpt2 tied", precision, microbatch=6, stages=n) for n in (1, 2))
+    kernels = [{c.kernel for p in g.plan.positions for x in p.programs.values() for c in x.calls} for g in (one, two)]
+    assert ["embed_wgrad_tied" in names for names in kernels] == [True, False]
+    assert_same(one, two)
 
 
 @pytest.mark.parametrize(("model", "precision"), [("gpt2 tied", "bf16"), ("llama untied", "fp32")])

@@ -292,6 +292,8 @@ class KernelLib:
                 vocabulary = dims[spec.dim_names.split().index(operand.note.removeprefix("below "))]
                 array = rng.integers(0, vocabulary, size // 4).astype(np.int32)
                 array[-1] = vocabulary - 1
+            elif operand.kind == "places" and operand.role == "scratch":
+                array = rng.integers(-(2**31), 2**31, size // 4).astype(np.int32)
             elif operand.kind == "places":
                 array = places(rng, size // 4, sequence_of(kernel, dims))
             elif operand.kind == "control":

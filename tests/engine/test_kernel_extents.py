@@ -75,6 +75,7 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "muon_poly": [(1,), (37,)],
     "muon": [(1,), (37,)],
     "muon_copy": [(1,), (37,)],
+    "embed_wgrad_tied": [(15, 7, 11, 5), (1, 1, 1, 1), (4, 33, 311, 2)],
 }
 ADAMW = (0.9, 0.95, 1e-8, 0.1)
 REALS = {"rope_table": (10000.0,), "adamw": ADAMW, "adamw_copy": ADAMW, "init_normal": (0.0, 0.02)}

@@ -70,6 +70,9 @@ CASES = [
     Case("embed_wgrad", (300, 130, 7, 300), absent=(1,)),
     Case("embed_fwd", (60, 20, 17, 30), documents=True),
     Case("embed_wgrad", (60, 20, 5, 30), documents=True),
+    Case("embed_wgrad_tied", (12, 20, 5, 6)),
+    Case("embed_wgrad_tied", (300, 130, 7, 300), absent=(1,)),
+    Case("embed_wgrad_tied", (60, 20, 90, 30), documents=True),
     *(
         case
         for rows, c in ((1, 1), (3, 16), (5, 20), (2, 33), (40, 770), (3, 4200))
@@ -332,8 +335,8 @@ def _magnitudes(lib: KernelLib, call: Call) -> list[Array | None] | None:
 
 def _terms(case: Case) -> int:
     d = case.dims
-    inner = {"linear_fwd": 2, "linear_igrad": 1, "linear_wgrad": 0, "logits": 1, "embed_wgrad": 0}
-    inner |= {"linear8_fwd": 2, "linear8_igrad": 1, "linear8_wgrad": 0}
+    inner = {"linear_fwd": 2, "linear_igrad": 1, "linear_wgrad": 0, "logits": 1}
+    inner |= {"linear8_fwd": 2, "linear8_igrad": 1, "linear8_wgrad": 0, "embed_wgrad": 0, "embed_wgrad_tied": 0}
     return d[inner[case.kernel]] + 3 if case.kernel in inner else 3
 
 
@@ -415,6 +418,24 @@ def test_adamw_copy_has_the_bits_that_adamw_copies(kernels: KernelLib, dtype: in
         copied = call.run(kernels, set_name)[4]
         assert copied is not None
         assert foreseen.tobytes() == copied.tobytes(), set_name
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_gradients_of_a_tied_embedding_have_the_bits_of_two(kernels: KernelLib, dtype: int) -> None:
+    """The head's gradient and one of the embedding's own, added up, are what one takes that has the head's already."""
+    call = Call.make(kernels, Case("embed_wgrad_tied", (300, 130, 70, 100)), dtype)
+    head, dwpe, dy, tok, *_ = call.inputs
+    for set_name in kernels.sets:
+        own, places = np.zeros((70, 130), np.float32), None if dwpe is None else dwpe.copy()
+        both = None if head is None else head.copy()
+        kernels.call("embed_wgrad", dtype, [own, places, dy, tok], call.case.dims, set_name=set_name)
+        kernels.call("add_acc", wire.F32, [both, own], (own.size,), set_name=set_name)
+        for threads in (1, 3):
+            one = call.run(kernels, set_name, threads)
+            for mine, other in ((one[0], both), (one[1], places)):
+                assert mine is not None
+                assert other is not None
+                assert mine.tobytes() == other.tobytes(), (set_name, threads)
 
 
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])

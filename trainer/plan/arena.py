@@ -191,7 +191,7 @@ class PositionMemory:
         names = [
             (job.layout.stage(job.tensors[n]), n in self.pieces, n, False) for n in self.owned if n not in only_shares
         ]
-        if self.tied is not None and self.use is not None:
+        if self.tied is not None and self.use is not None and not job.joined:
             names.append((max(self.stages), self.tied in self.pieces and not parted, self.tied, True))
         for stage, pieces, n, head in sorted(names) if job.replicas > 1 else names:
             if head and parted and self.use is not None:
@@ -207,6 +207,8 @@ class PositionMemory:
         arena.take(stride * (buffers - 1), "gradients")
         for n in only_shares:  # no program here adds to it
             self.gradients[n] = self._padded(n, 4, "gradients")
+        if self.tied is not None and job.joined:
+            self.head_gradient = self.gradients[self.tied]
         self.gradient_memory = GradientMemory(tuple(targets), start, stride, buffers)
 
     def _place_training(self, arena: _Arena) -> None:

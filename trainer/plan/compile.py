@@ -264,6 +264,7 @@ def expand(
             losses=losses and number is not None,
             parts=1 if parts is None else len(parts.positions),
             end=end,
+            once=train.microbatches == 1,
         )
 
     whole = stage(range(spec.model.layers), True)

@@ -54,6 +54,8 @@ from trainer.spec_sections import vocab_block
 from trainer.wire.kernels import KERNELS, Kernel, product
 from trainer.wire.kernels import Operand as KernelOperand
 
+JOINS = {"embed_wgrad": "embed_wgrad_tied"}
+"""By the kernel of a weight's gradient, the one that adds it to a gradient of the same weight that is complete."""
 OWN_SHARE, OTHER_SHARES = "head share", "head shares"
 """Buffers of a last stage whose head is in parts begin so: shares of the gradient of the head's input."""
 
@@ -112,6 +114,7 @@ def expand_stage(
     losses: bool = False,
     parts: int = 1,
     end: int | None = None,
+    once: bool = False,
 ) -> StagePrograms:
     """The stage that holds ``layers``, with the embedding if it holds the first and the head if it holds the last.
 
@@ -122,6 +125,8 @@ def expand_stage(
     ``blocks``: of the vocabulary, whose sums join in a tree. ``parts``: stages that share the head (``head.py``); with
     several the last stage ends with the head's input, and its backward begins with adding up their shares. ``end``: the
     token that ends a document, where documents are apart: each stage finds their borders itself, from the tokens.
+    ``once``: this is a step's only microbatch; where the stage has both uses of a tied embedding, their gradients then
+    need no memory of two.
     """
     first, last = layers.start == 0, layers.stop == model.layers
     apart = last and parts > 1 and not infer
@@ -151,7 +156,8 @@ def expand_stage(
     twice = run_again(b, forward, recompute, chosen, (received, sent))
     put_off = PutOff(split, chosen)
     chunk = min(classifier_chunk, b.rows)
-    tape = Tape(b, twice.seen, received, sent, chunk, scale, put_off, blocks)
+    tied = _head_of(head) if once and not apart else None
+    tape = Tape(b, twice.seen, received, sent, chunk, scale, put_off, blocks, tied)
     joined = tape.join(taken, parts) if apart else None
     backward = without_idle(tape.run(None if apart else head, twice.calls), put_off.calls)
     return StagePrograms(
@@ -168,6 +174,12 @@ def expand_stage(
         gradient_sent=None if received is None else tape.gradient(received),
         weights=tuple(put_off.calls),
     )
+
+
+def _head_of(head: Call | None) -> str | None:
+    """The tied tensor that a stage's head multiplies with; None: there is no such."""
+    operands = () if head is None else head.ptr
+    return next((p.tensor for p in operands if isinstance(p, Weight) and p.use == "head"), None)
 
 
 def _with_logits(head: Call) -> Call:
@@ -226,7 +238,8 @@ class PutOff:
 
 
 class Tape:
-    """Derives backward calls from the table of kernels."""
+    """Derives backward calls from the table of kernels. ``tied``: the tensor that has the head's gradient, complete,
+    when the embedding's comes to it."""
 
     def __init__(
         self,
@@ -238,9 +251,10 @@ class Tape:
         scale: float,
         put_off: PutOff,
         blocks: int = 1,
+        tied: str | None = None,
     ) -> None:
         self.b, self.forward, self.received, self.chunk, self.scale = b, forward, received, chunk, scale
-        self.put_off, self.blocks = put_off, blocks
+        self.put_off, self.blocks, self.tied = put_off, blocks, tied
         self.calls: list[Call] = []
         self.layer: int | None = None
         self.gradient_codes: dict[str, Operand] = {}  # of the call that is derived
@@ -276,7 +290,9 @@ class Tape:
         self.gradient_codes = {}
         self._emit("I", row.input_gradient, call)
         if row.weight_gradient != row.input_gradient:
-            self._emit("W", row.weight_gradient, call)
+            joins = any(isinstance(p, Weight) and p.tensor == self.tied for p in call.ptr)
+            kernel = row.weight_gradient
+            self._emit("W", JOINS.get(kernel, kernel) if joins else kernel, call)
         passed = self._named(row, call).get(row.passes)
         if passed is not None:
             self.share(_view(passed), self.gradient(_view(call.ptr[0])))
@@ -387,7 +403,8 @@ class Tape:
         name = operand.name
         if operand.role == "scratch":
             elements = product(operand.rows, dims) * product(operand.columns, dims)
-            return self._new(name, elements, "dt" if operand.kind == "dt" else "acc")
+            kinds: dict[str, BufferKind] = {"dt": "dt", "places": "places"}
+            return self._new(name, elements, kinds.get(operand.kind, "acc"))
         if name in forward:
             value = forward[name]
             if operand.role == "update":

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from trainer import wire
 from trainer.models.base import Tensor, Weight
-from trainer.plan.expand import StagePrograms
+from trainer.plan.expand import JOINS, StagePrograms
 from trainer.plan.head import share
 from trainer.plan.head_rows import HeadParts
 from trainer.plan.places import Layout, Position, Stage
@@ -107,6 +107,11 @@ class Job:
         calls = (call for stage in self.stages for call in (*stage.forward, *stage.backward))
         heads = {p.tensor for call in calls for p in call.ptr if isinstance(p, Weight) and p.use == "head"}
         return min((self.number[name] for name in heads), default=None)
+
+    @cached_property
+    def joined(self) -> bool:
+        """Whether both uses of a tied embedding have one gradient (``expand.JOINS``)."""
+        return any(call.kernel in JOINS.values() for stage in self.stages for call in stage.backward)
 
     @cached_property
     def head_uses(self) -> tuple[HeadUse, ...]:

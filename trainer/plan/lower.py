@@ -153,9 +153,10 @@ class _Lowering:
         return self._call("quantise", (*self.mem.codes[n], weight, part), (rows, columns, columns, 0), dtype=wire.F32)
 
     def _sumsq(self) -> list[BoundCall]:
-        """The head's share of a tied gradient is added, then every tensor's squared norm taken, in table order."""
+        """The head's share of a tied gradient is added, where it is apart, then every tensor's squared norm taken, in
+        table order."""
         calls = []
-        if self.tied is not None and self.tied in self.owned:
+        if self.tied is not None and self.tied in self.owned and not self.job.joined:
             calls += [self._call("add_acc", ptr, (ptr[1].bytes // 4,)) for ptr in self.head.shares(self.tied)]
         for n in self.owned:
             elements = self.mem.kept(n)
@@ -216,7 +217,7 @@ class _Lowering:
             dim = (self.mem.kept(n), 0 if n in self.mem.pieces else 1)
             calls.append(self._call("adamw", ptr, dim, *self._reals(n), dtype=dtype))
         spent = [self.mem.gradients[n] for n in self.owned if n in self.mem.pieces]
-        if self.mem.head_gradient is not None:
+        if self.mem.head_gradient is not None and not self.job.joined:
             spent.append(self.mem.head_gradient)
         calls += [self._call("zero", (ref,), (ref.bytes,)) for ref in joined(spent)]
         return calls if self.job.optimistic else calls + self._quantised()

@@ -430,7 +430,8 @@ class Planner:
             owner = 0 if c.tied else last_position(a)
             copy, shares = shared_head.weights(a, c, position, owner, buffered)
             weights, gradients = weights + copy, gradients + shares
-        if c.tied and last and a.head == 1:  # the head's own gradient, and its copy where the embedding is elsewhere
+        # the head's own gradient, but where both uses have one, and its copy where the embedding is elsewhere
+        if c.tied and last and a.head == 1 and not a.stages == a.replicas == a.microbatches == 1:
             gradients += 4 * self.stored(a, c.shared, False).padded * buffered
             weights += 0 if first else c.tied * c.dt_bytes / a.tensor
         if c.tied and first and not last and a.head == 1:  # comes while the last backward runs

@@ -497,4 +497,13 @@ KERNELS: dict[str, Kernel] = {
         "write:wc:dt::n, read:w:acc::n, read:o:acc::n, read:ctl:control",
         each="4 n",
     ),
+    "embed_wgrad_tied": _kernel(
+        49,
+        "R C V T",
+        "",
+        "update:dwte:acc:V:C, update:dwpe:acc:T:C::optional, read:dy:dt:R:C, read:tok:tokens::R::below V, "
+        "read:first:places::R::optional, scratch:top:places::V, scratch:next:places::R",
+        holds="T|R R<=2147483647 V<=2147483647",
+        each="2 R C",
+    ),
 }

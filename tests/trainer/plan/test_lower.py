@@ -11,7 +11,7 @@ import pytest
 from trainer import wire
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
-from trainer.plan import Plan, compile_plan
+from trainer.plan import Plan, compile_plan, memory
 from trainer.plan.check import check_lowered
 from trainer.plan.compile import expand
 from trainer.plan.edges import check_messages
@@ -135,6 +135,20 @@ def test_tied_weights_travel(stages: int, tied: bool) -> None:
     assert len(adds) == int(tied)
     names = [[call.kernel for call in p.programs["adamw"].calls] for p in plan.positions]
     assert [kernels.count("zero") for kernels in names] == [0] * (stages - 1) + [int(tied)]
+
+
+@pytest.mark.parametrize(("stages", "batch", "joined"), [(1, 2, True), (1, 4, False), (3, 2, False)])
+def test_a_tied_embedding_of_one_microbatch_and_stage_has_one_gradient(stages: int, batch: int, joined: bool) -> None:
+    train = {"steps": 10, "batch": batch, "microbatch": 2, "sequence": 16}
+    plan = plan_of("gpt2", stages, train=train)
+    calls = [call for p in plan.positions for program in p.programs.values() for call in program.calls]
+    of = {name: [call for call in calls if call.kernel == name] for name in wire.KERNELS}
+    assert bool(of["embed_wgrad_tied"]) == joined == (not of["embed_wgrad"]) == (not of["add_acc"])
+    if joined:
+        (embedding,), (head,) = of["embed_wgrad_tied"], of["classifier_grad"]
+        assert embedding.ptr[0] == head.ptr[2]
+        assert not of["zero"]
+        assert plan.positions[0].bytes_by_kind["gradients"] == sum(memory.align(4 * t.elements) for t in plan.tensors)
 
 
 def test_the_calls_of_an_optimizer_step() -> None:

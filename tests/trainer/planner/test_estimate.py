@@ -54,6 +54,7 @@ LAYOUTS = [
     ("gpt2-124m", "parallel.stages=4", "parallel.schedule=gpipe", "train.batch=16"),
     ("gpt2-124m", "parallel.stages=4", "parallel.chunks=2", "parallel.schedule=interleaved-1f1b"),
     ("gpt2-124m", "parallel.stages=1", "train.precision=fp32"),
+    ("gpt2-124m", "parallel.stages=1", "train.batch=4"),
     ("llama-tiny", "parallel.stages=4"),
     ("gpt2-124m", "parallel.stages=4", "parallel.chunks=2", "parallel.schedule=zb-v"),
     ("gpt2-124m", "parallel.stages=4", "parallel.schedule=zb-h1", "train.reduction_groups=1", "train.batch=16"),

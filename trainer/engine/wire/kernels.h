@@ -33,7 +33,8 @@
  *   SCRATCH  is written; its bytes mean nothing afterwards
  *   type     DT the call's element type; ACC f32, or f64 where the call's is f64 (oracle only); F64; BYTE;
  *            TOKENS and TARGETS i32, the position's own, each below the dim `below`; CONTROL the position's
- *            hs_step_control; PLACES i32, places in a sequence: for one outside a kernel takes the nearest
+ *            hs_step_control; PLACES i32, places in a sequence: for one outside a kernel takes the nearest (SCRATCH:
+ *            rows of its own)
  *   OPTIONAL       may be absent (HS_SPACE_NONE)
  *   WITH(name)     may be absent where that operand is, and is not looked at then
  *   MAY_BE(name)   may be the same memory as that operand, at the same place; else they do not overlap
@@ -299,14 +300,20 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
     /* the wc that MUON will write, and nothing else */                                                               \
     X(48, MUON_COPY, muon_copy, DIMS(n), 1, "", REALS(scale, decay),                                                  \
       "", NO_GRADIENT, WORK("0", "0", "4 n"),                                                                         \
-      WRITE(wc, DT, "", "n", ""), READ(w, ACC, "", "n", ""), READ(o, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))
+      WRITE(wc, DT, "", "n", ""), READ(w, ACC, "", "n", ""), READ(o, ACC, "", "n", ""), READ(ctl, CONTROL, "", "", ""))\
+    /* embed_wgrad where dwte has the head's gradient: a token's rows are added up before they are added to it */     \
+    X(49, EMBED_WGRAD_TIED, embed_wgrad_tied, DIMS(R, C, V, T), 4, "", NO_REALS,                                      \
+      "T|R R<=2147483647 V<=2147483647", NO_GRADIENT, WORK("0", "0", "2 R C"),                                        \
+      UPDATE(dwte, ACC, "V", "C", ""), UPDATE(dwpe, ACC, "T", "C", "", OPTIONAL), READ(dy, DT, "R", "C", ""),         \
+      READ(tok, TOKENS, "", "R", "", BELOW(V)), READ(first, PLACES, "", "R", "", OPTIONAL),                           \
+      SCRATCH(top, PLACES, "", "V", ""), SCRATCH(next, PLACES, "", "R", ""))
 
 enum {
     HS_K_NONE = 0,
 #define X(number, NAME, ...) HS_K_##NAME = number,
     HS_KERNELS(X)
 #undef X
-    HS_K_COUNT = 49
+    HS_K_COUNT = 50
 };
 
 #endif

@@ -37,10 +37,12 @@ __global__ void __launch_bounds__(FLAT)
     store(y + r * C + c, v, left, wide);
 }
 
-/* Block (r, j): the j-th WALKERS packs of columns of the table's row that row r takes. */
+/* Block (r, j): the j-th WALKERS packs of columns of the table's row that row r takes. apart: its
+ * rows are added up by themselves, then to what is there. */
 template <typename T, typename Of>
 __global__ void __launch_bounds__(WALKERS)
-    embed_wgrad_rows(float *dw, const T *dy, const Of of, int64_t R, int64_t C, bool wide) {
+    embed_wgrad_rows(float *dw, const T *dy, const Of of, int64_t R, int64_t C, bool wide,
+                     bool apart) {
     const int N = pack_of<T>::N, warps = WALKERS / 32;
     HS_SHARED(int, seen, );
     HS_SHARED(unsigned, hits, [warps]);
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(WALKERS)
         if (of(i) == own) seen = 1; /* whoever writes, writes 1 */
     __syncthreads();
     if (seen) return; /* the whole block: an earlier row takes it too */
-    lanes<N> sum = load<N>(dw + own * C + c, C - c, wide);
+    lanes<N> sum = {};
+    if (!apart) sum = load<N>(dw + own * C + c, C - c, wide);
     for (int64_t base = r; base < R; base += WALKERS) {
         const int64_t i = base + threadIdx.x;
         const unsigned word = __ballot_sync(0xffffffffu, i < R && of(i) == own);
@@ -65,6 +68,10 @@ __global__ void __launch_bounds__(WALKERS)
                 for (int k = 0; k < N; k++) sum.x[k] = sum.x[k] + g.x[k];
             }
         __syncthreads(); /* before hits is written anew */
+    }
+    if (apart) {
+        const lanes<N> old = load<N>(dw + own * C + c, C - c, wide);
+        for (int k = 0; k < N; k++) sum.x[k] = old.x[k] + sum.x[k];
     }
     store(dw + own * C + c, sum, C - c, wide);
 }
@@ -99,8 +106,9 @@ static hs_status embed_fwd_op(cudaStream_t stream, const hs_embed_fwd_args &a) {
 }
 HS_CUDA_OP(embed_fwd)
 
-template <typename T>
-static hs_status embed_wgrad_op(cudaStream_t stream, const hs_embed_wgrad_args &a) {
+/* Of embed_wgrad, and, where `apart`, of embed_wgrad_tied, which has these arguments too. */
+template <typename T, typename Args>
+static hs_status embed_gradients(cudaStream_t stream, const Args &a, bool apart) {
     const int64_t R = a.R, C = a.C, T_ = a.T;
     const int64_t packs = hs_ceil_div(C, pack_of<T>::N);
     float *dwte = static_cast<float *>(a.dwte), *dwpe = static_cast<float *>(a.dwpe);
@@ -109,11 +117,23 @@ static hs_status embed_wgrad_op(cudaStream_t stream, const hs_embed_wgrad_args &
     const place_of places = {static_cast<const int32_t *>(a.first), T_};
     const bool wide = wide_at(dwte, C) && wide_at(dwpe, C) && wide_at(dy, C);
     const dim3 grid((unsigned)R, (unsigned)hs_ceil_div(packs, WALKERS));
-    HS_TRY(HS_LAUNCH(embed_wgrad_rows, grid, WALKERS, stream, dwte, dy, tokens, R, C, wide));
+    HS_TRY(HS_LAUNCH(embed_wgrad_rows, grid, WALKERS, stream, dwte, dy, tokens, R, C, wide, apart));
     if (!dwpe) return HS_OK;
     if (places.first)
-        return HS_LAUNCH(embed_wgrad_rows, grid, WALKERS, stream, dwpe, dy, places, R, C, wide);
+        return HS_LAUNCH(embed_wgrad_rows, grid, WALKERS, stream, dwpe, dy, places, R, C, wide,
+                         false);
     return HS_LAUNCH(embed_wgrad_positions, flat_blocks(T_ * packs), FLAT, stream, dwpe, dy, R, C,
                      T_, packs, wide);
 }
+
+template <typename T>
+static hs_status embed_wgrad_op(cudaStream_t stream, const hs_embed_wgrad_args &a) {
+    return embed_gradients<T>(stream, a, false);
+}
 HS_CUDA_OP(embed_wgrad)
+
+template <typename T>
+static hs_status embed_wgrad_tied_op(cudaStream_t stream, const hs_embed_wgrad_tied_args &a) {
+    return embed_gradients<T>(stream, a, true);
+}
+HS_CUDA_OP(embed_wgrad_tied)
