@@ -82,6 +82,7 @@ typedef struct call {
     uint16_t dtype;
     int64_t dim[HS_CALL_DIMS];
     double real[HS_CALL_REALS];
+    int64_t document; /* rows of each; 0: one a sequence, and the kernel is told nothing */
 } call;
 
 #define LINEAR(dt, text, r, n, k)                                                                  \
@@ -105,6 +106,18 @@ typedef struct call {
             {b,         t,     h,     h,         d,         3 * h * d, 3 * h * d,                  \
              3 * h * d, h * d, h * d, 3 * h * d, 3 * h * d, 3 * h * d},                            \
             {0.125}                                                                                \
+    }
+
+#define BANDED_ATTENTION(dt, text, window, document)                                               \
+    {"attention_fwd " text,                                                                        \
+     HS_K_ATTENTION_FWD,                                                                           \
+     dt,                                                                                           \
+     {1, 460, 4, 2, 24, 96, 96, 48, 48, window},                                                   \
+     {0.2},                                                                                        \
+     document},                                                                                    \
+    {                                                                                              \
+        "attention_igrad " text, HS_K_ATTENTION_IGRAD, dt,                                         \
+            {1, 460, 4, 2, 24, 96, 48, 48, 96, 96, 96, 48, 48, window}, {0.2}, document            \
     }
 
 static const call calls[] = {
@@ -146,9 +159,17 @@ static const call small[] = {
      HS_BF16,
      {1, 130, 4, 2, 24, 96, 48, 48, 96, 96, 96, 48, 48},
      {0.2}},
+    BANDED_ATTENTION(HS_F32, "f32, documents", 0, 47),
+    BANDED_ATTENTION(HS_F32, "f32, window", 70, 0),
+    BANDED_ATTENTION(HS_BF16, "bf16, documents and window", 33, 47),
+    {"borders i32", HS_K_BORDERS, HS_F32, {3, 1301, 9, 4}, {0}},
     {"classifier_fwd f32", HS_K_CLASSIFIER_FWD, HS_F32, {70, 49, 301, 32}, {0}},
     {"classifier_grad f32", HS_K_CLASSIFIER_GRAD, HS_F32, {70, 49, 301, 32}, {1.0}},
     {"classifier_grad bf16", HS_K_CLASSIFIER_GRAD, HS_BF16, {70, 49, 301, 32}, {1.0}},
+    /* the presets' classifier_chunk */
+    {"classifier_grad f32, chunk 256", HS_K_CLASSIFIER_GRAD, HS_F32, {259, 131, 301, 256}, {1.0}},
+    {"classifier_grad bf16, chunk 256", HS_K_CLASSIFIER_GRAD, HS_BF16, {259, 131, 301, 256}, {1.0}},
+    {"vocab_head bf16, chunk 256", HS_K_VOCAB_HEAD, HS_BF16, {259, 131, 301, 256, 8, 38}, {1.0}},
     {"embed_fwd f32", HS_K_EMBED_FWD, HS_F32, {130, 101, 307, 65}, {0}},
     {"embed_wgrad f32", HS_K_EMBED_WGRAD, HS_F32, {130, 101, 307, 65}, {0}},
     {"layernorm_fwd f32", HS_K_LAYERNORM_FWD, HS_F32, {131, 101}, {1e-5}},
@@ -163,6 +184,12 @@ static const call small[] = {
     {"swiglu_igrad f32", HS_K_SWIGLU_IGRAD, HS_F32, {99, 101}, {0}},
     {"adamw f32", HS_K_ADAMW, HS_F32, {9999, 1}, {0.9, 0.95, 1e-8, 0.1}},
     {"adamw bf16", HS_K_ADAMW, HS_BF16, {9999, 1}, {0.9, 0.95, 1e-8, 0.1}},
+    {"muon_momentum f32", HS_K_MUON_MOMENTUM, HS_F32, {9999}, {0.95}},
+    {"muon_scale f32", HS_K_MUON_SCALE, HS_F32, {9999}, {1e-7}},
+    {"muon_poly f32", HS_K_MUON_POLY, HS_F32, {101}, {3.4445, -4.775, 2.0315}},
+    {"muon f32", HS_K_MUON, HS_F32, {9999}, {0.95, 0.2, 0.1}},
+    {"muon bf16", HS_K_MUON, HS_BF16, {9999}, {0.95, 0.2, 0.1}},
+    {"muon_copy bf16", HS_K_MUON_COPY, HS_BF16, {9999}, {0.2, 0.1}},
     {"sumsq f32", HS_K_SUMSQ, HS_F32, {9999}, {0}},
     {"init_normal f32", HS_K_INIT_NORMAL, HS_F32, {9999, 1, 2}, {0, 0.02}},
     {"cast bf16", HS_K_CAST, HS_BF16, {9999}, {0}},
@@ -203,7 +230,7 @@ static int prepare(const call *c, hs_args *args, double *moved) {
     for (int i = 0; i < facts->operand_count; i++) {
         const hs_operand *o = &facts->operands[i];
         uint64_t bytes;
-        if (o->kind == HS_KIND_PLACES) continue; /* one document a sequence */
+        if (o->kind == HS_KIND_PLACES && o->role == HS_ROLE_READ && !c->document) continue;
         if (hs_kernel_extent(c->kernel, c->dtype, c->dim, i, &bytes) != HS_OK) return -1;
         args->ptr[i] = aligned_alloc(64, (bytes + 4095) / 64 * 64);
         if (!args->ptr[i]) return -1;
@@ -221,6 +248,13 @@ static int prepare(const call *c, hs_args *args, double *moved) {
             const int64_t below = hs_kernel_dim(facts, c->dim, o->below);
             for (uint64_t k = 0; k < bytes / 4; k++)
                 ((int32_t *)args->ptr[i])[k] = (int32_t)((int64_t)k * 7919 % below);
+            continue;
+        }
+        if (o->kind == HS_KIND_PLACES && o->role == HS_ROLE_READ) {
+            const int64_t sequence = hs_kernel_dim(facts, c->dim, "T");
+            for (uint64_t k = 0; k < bytes / 4; k++)
+                ((int32_t *)args->ptr[i])[k] =
+                    (int32_t)((int64_t)k % sequence / c->document * c->document);
             continue;
         }
         uint32_t x = 1;

@@ -1,4 +1,6 @@
-"""The kernels of another processor: a static program of them (programs/kernel_serve.c), under qemu's user emulation."""
+"""Kernels in a program of their own (programs/kernel_serve.c): those of another processor, static, under qemu's user
+emulation; and this one's as ThreadSanitizer builds them.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from k8s.images.static import compiler
-from tests.engine.kernel_lib import Array, build_server, marshalled
+from tests.engine.kernel_lib import Array, marshalled
 from trainer import wire
 
 DIGEST_BYTES = 2 * 32 + 3 * 4 + 1
@@ -27,11 +30,11 @@ def emulator(machine: str = "aarch64") -> str | None:
 
 
 class ServedKernels:
-    """Calls like KernelLib's, answered by the program."""
+    """Calls like KernelLib's, answered by a program; what it says on its standard error is the test's."""
 
-    def __init__(self, qemu: str, cc: str) -> None:
+    def __init__(self, *command: str | Path) -> None:
         self.process = subprocess.Popen(
-            [qemu, str(build_server(cc))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
         )
 
     def close(self) -> None:

@@ -21,16 +21,17 @@ FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra 
 
 
 @functools.cache
-def build_program(name: str, *more: str, main: Path | None = None) -> Path:
+def build_program(name: str, *more: str, beside: tuple[Path, ...] = (), sanitize: str | None = None) -> Path:
     """The program's path, in the engine's build folder; built where a source changed since the last time. ``more``:
-    flags; ``main``: another source beside it.
+    flags; ``beside``: further sources; ``sanitize``: not what the environment says.
     """
-    compiler, sanitize = os.environ.get("HOTSTAGE_TEST_CC", "cc"), os.environ.get("HOTSTAGE_TEST_SANITIZE", "")
+    compiler = os.environ.get("HOTSTAGE_TEST_CC", "cc")
+    sanitize = os.environ.get("HOTSTAGE_TEST_SANITIZE", "") if sanitize is None else sanitize
     folder, source = build_folder(compiler, sanitize), PROGRAMS / f"{name}.c"
     flags = (
         shlex.split(FLAGS) + list(more) + ([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])
     )
-    sources = [source, main] if main else [source]
+    sources = [source, *beside]
     digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources) + shlex.join(flags).encode()).hexdigest()[:16]
     target = folder / f"{name}-{digest}"
     if not target.exists():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.engine.kernel_lib import KernelLib
+from tests.engine.kernel_lib import KernelLib, build_server
 from tests.engine.kernel_served import ServedKernels, cross_compiler, emulator
 from tests.engine.test_kernels_cpu import WITH_DTYPE, Call, Case
 from trainer import wire
@@ -27,7 +27,7 @@ def arm64(request: pytest.FixtureRequest) -> Iterator[ServedKernels]:
     cc = cross_compiler(request.param)
     if cc is None:
         pytest.skip("no cross compiler here (on Debian: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross)")
-    served = ServedKernels(QEMU, cc)
+    served = ServedKernels(QEMU, build_server(cc))
     yield served
     served.close()
 

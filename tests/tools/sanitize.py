@@ -4,8 +4,8 @@
     python -m tests.tools.sanitize thread     one of: warnings, address, thread
 
 Each sanitizer builds the whole engine (kept by content, see tests/engine/engine_build.py) and runs the tests of ranks,
-data, inference, supervisor and links with it, and a few thousand mutated plans. A finding ends the process with a code
-that no test expects.
+data, inference, supervisor and links with it; address and undefined behaviour also a few thousand mutated plans, thread
+also every kernel on several threads. A finding ends the process with a code that no test expects.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.engine.engine_build import ROOT, build_engine, build_plan_fuzz
@@ -32,6 +33,7 @@ TESTS = (
     "test_executor.py",
     "test_hostile.py",
 )
+KERNELS = ("test_kernels_threads.py",)
 # A library loaded before the engine and a sanitizer both want malloc.
 NOT = "not allocates and not allocation"
 
@@ -42,8 +44,8 @@ def warnings() -> None:
         build_engine(compiler)
 
 
-def _pytest(engine: Path, sanitize: str) -> None:
-    found = [str(path) for name in TESTS if (path := ROOT / "tests" / "engine" / name).exists()]
+def _pytest(engine: Path, sanitize: str, tests: Sequence[str] = TESTS, which: str = "not slow") -> None:
+    found = [str(ROOT / "tests" / "engine" / name) for name in tests]
     environment = os.environ | {
         "HOTSTAGE_ENGINE": str(engine),
         "HOTSTAGE_TEST_SANITIZE": sanitize,
@@ -52,7 +54,7 @@ def _pytest(engine: Path, sanitize: str) -> None:
         "TSAN_OPTIONS": "exitcode=99:halt_on_error=1",
     }
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", NOT, *found],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", which, "-k", NOT, *found],
         check=True,
         cwd=ROOT,
         env=environment,
@@ -71,8 +73,10 @@ def address() -> None:
 
 
 def thread() -> None:
-    """Thread sanitizer."""
-    _pytest(build_engine(sanitize="thread"), "thread")
+    """Thread sanitizer; the kernels too."""
+    engine = build_engine(sanitize="thread")
+    _pytest(engine, "thread")
+    _pytest(engine, "thread", KERNELS, "slow")
 
 
 PARTS = {"warnings": warnings, "address": address, "thread": thread}

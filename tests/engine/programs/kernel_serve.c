@@ -1,6 +1,6 @@
 /* Calls of kernels, asked for on standard input and answered on standard output, until that ends: how the tests reach
- * the kernels of another processor, under emulation (tests/engine/kernel_served.py builds it, with kernel_lib.c). Numbers
- * are little-endian.
+ * the kernels of another processor, under emulation, and this one's in a sanitizer's build (tests/engine/kernel_served.py;
+ * linked with kernel_lib.c). Numbers are little-endian.
  *
  *   request   set[16], NUL-terminated; u32 kernel, dtype, threads, guard (0: none, 1: a page that may not be touched
  *             before each operand, 2: behind it); u64 bytes[HS_CALL_PTRS], 0: absent; i64 dim[HS_CALL_DIMS]; f64
