@@ -103,6 +103,7 @@ class CudaLib:
         self.c = ctypes.CDLL(str(library))
         self.c.hs_emulated_text.restype = ctypes.c_char_p
         self.c.hs_emulated_conflicts.restype = ctypes.c_uint64
+        self.c.hs_emulated_products.restype = ctypes.c_uint64
         self.seed(1)
 
     def seed(self, seed: int) -> None:

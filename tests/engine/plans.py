@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def small_plan(
     every: int = 0,
     delays: dict[str, float] | None = None,
     vocab: int = VOCAB,
+    eot: int | None = None,
     **train: Any,
 ) -> Plan:
     """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
@@ -42,7 +44,7 @@ def small_plan(
         model = model | {"hidden": 32}  # a multiple of 16
     if dataset is None and folder is not None:
         tokens = np.random.default_rng(5).integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))
-        dataset = write_samples(folder / "data", tokens, vocab)
+        dataset = replace(write_samples(folder / "data", tokens, vocab), eot=eot)
     dataset = dataset or DatasetRef("0" * 64, vocab, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
     values: dict[str, Any] = {
         "name": "small",

@@ -174,7 +174,7 @@ def test_a_device_does_not_sleep(runs: MakeRuns) -> None:
     ids=["fp32-exact-gpt2", "bf16-exact-llama", "fp32-llama", "bf16-gpt2", "fp8-gpt2"],
 )
 def test_cuda_kernels_train(runs: MakeRuns, precision: str, path: str, model: dict[str, Any]) -> None:
-    """Path cuda in bf16, heads of 32, a key head shared by two: flash.cu, the same bits over stages and orders."""
+    """The same bits over stages and orders."""
     one, two = (runs(model=model, stages=stages, precision=precision, steps=2) for stages in (1, 2))
     sound = one.state("cuda", path, KERNELS="cuda")
     assert one.state("cuda", path, KERNELS="cuda", ORDER="31") == sound
@@ -183,10 +183,12 @@ def test_cuda_kernels_train(runs: MakeRuns, precision: str, path: str, model: di
     assert sound["losses"] == pytest.approx(one.state("cpu")["losses"], rel=1e-5 if precision == "fp32" else 1e-3)
 
 
-def test_attention_on_tensor_cores_trains(runs: MakeRuns) -> None:
-    """Path cuda in bf16, heads of 32, a key head shared by two: flash.cu, the same bits over stages and orders."""
-    model = LLAMA | {"width": 64, "hidden": 64}
-    one, two = (runs(model=model, stages=stages, steps=2, precision="bf16") for stages in (1, 2))
+@pytest.mark.parametrize("apart", [False, True], ids=["across", "documents and a window"])
+def test_attention_on_tensor_cores_trains(runs: MakeRuns, apart: bool) -> None:
+    """Path cuda in bf16, heads of 32, a key head shared by two: the same bits over stages and orders."""
+    model = LLAMA | {"width": 64, "hidden": 64} | ({"family": "mistral", "window": 3} if apart else {})
+    packing: dict[str, Any] = {"data": {"packing": "within"}, "eot": 2} if apart else {}
+    one, two = (runs(model=model, stages=stages, steps=2, precision="bf16", **packing) for stages in (1, 2))
     sound = one.state("cuda", "cuda", KERNELS="cuda")
     split = two.state("cuda", "cuda", KERNELS="cuda", ORDER="33")
     assert (split["losses"], split["norms"]) == (sound["losses"], sound["norms"])

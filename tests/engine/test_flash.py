@@ -5,7 +5,10 @@ emulator makes of mma, ldmatrix and asynchronous copies. Faults planted in it: t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,6 +30,11 @@ FLASH_CASES = [
     *attention_cases(1, 200, 2, 1, 128, 16),
     *attention_cases(2, 200, 2, 2, 32, 3),
     *attention_cases(1, 193, 1, 1, 64),
+    *attention_cases(2, 200, 2, 1, 32, 8, documents=True),
+    *attention_cases(2, 65, 2, 2, 64, documents=True),
+    *attention_cases(1, 193, 2, 1, 64, 1, window=50),
+    *attention_cases(1, 129, 1, 1, 96, 3, window=1),
+    *attention_cases(1, 260, 1, 1, 128, window=100, documents=True),
 ]
 U16, F32 = 2.0**-8, 2.0**-24  # half a unit in the last place
 
@@ -51,6 +59,15 @@ def rows(flat: Array, b: int, t: int, heads: int, d: int, ld: int) -> Array:
     return padded.reshape(b, t, ld)[:, :, : heads * d].reshape(b, t, heads, d).transpose(0, 2, 1, 3)
 
 
+def read(call: Call) -> Array:
+    """[b, 1, t, t]: which keys a query reads."""
+    b, t = call.case.dims[:2]
+    window = dict(enumerate(call.case.dims)).get(9 if call.case.kernel == "attention_fwd" else 13) or t
+    first, place = call.inputs[-1], np.arange(t)
+    low = np.maximum(place - window + 1, np.zeros((b, t), int) if first is None else first.reshape(b, t))
+    return (low[..., None] <= place)[:, None] & np.tril(np.ones((t, t), bool))
+
+
 def float64(call: Call) -> Whole:
     """The bounds: every p, and every ds, is rounded to bf16 once (U16); sums of n
     products in f32, in any order, rounded or cut off: 2 n F32 of their magnitudes; the result is rounded to bf16."""
@@ -65,10 +82,11 @@ def float64(call: Call) -> Whole:
     else:
         q, k, v = (rows(a[i], b, t, heads[i], d, lds[i - 1]) for i in range(2, 5))  # type: ignore[arg-type]
     k, v = (np.repeat(x, h // g, axis=1) for x in (k, v))
-    seen = np.tril(np.ones((t, t), bool))
+    seen = read(call)
     s = np.where(seen, scale * q @ k.swapaxes(-1, -2), -np.inf)
     off = 2 * d * F32 * scale * np.abs(q) @ np.abs(k).swapaxes(-1, -2)  # of a score, and so of p relatively
     if not backward:
+        off = np.where(seen, off, 0)
         top = s.max(-1, keepdims=True)
         total = np.exp(s - top).sum(-1, keepdims=True)
         lse = top + np.log(total)
@@ -158,78 +176,156 @@ def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case) -> None:
     assert written(call, shifted) == good
 
 
-def _fwd(cuda: CudaLib, q: Array, k: Array, v: Array, b: int, h: int, g: int) -> list[Array]:
-    t, d = len(q) // b, q.shape[1] // h
-    o, lse = np.empty_like(q), np.empty((b * h, t), np.float32)
-    cuda.call(
-        "attention_fwd",
-        wire.BF16,
-        [o, lse, q, k, v],
-        (b, t, h, g, d, h * d, h * d, g * d, g * d),
-        (d**-0.5,),
-        set_name="flash",
-    )
-    return [o, lse]
+@dataclass(frozen=True)
+class Heads:
+    """Attention of b sequences on tensor cores; documents begin at ``first`` (of each row), or rows have a window."""
+
+    cuda: CudaLib
+    b: int
+    h: int
+    g: int
+    first: Array | None = None
+    window: int = 0
+
+    def fwd(self, q: Array, k: Array, v: Array) -> list[Array]:
+        b, h, g = self.b, self.h, self.g
+        t, d = len(q) // b, q.shape[1] // h
+        o, lse = np.empty_like(q), np.empty((b * h, t), np.float32)
+        dims = (b, t, h, g, d, h * d, h * d, g * d, g * d, self.window)
+        arrays = [o, lse, q, k, v, self.first]
+        self.cuda.call("attention_fwd", wire.BF16, arrays, dims, (d**-0.5,), set_name="flash")
+        return [o, lse]
+
+    def igrad(self, dy: Array, q: Array, k: Array, v: Array) -> list[Array]:
+        b, h, g = self.b, self.h, self.g
+        t, d = len(q) // b, q.shape[1] // h
+        y, lse = self.fwd(q, k, v)
+        dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+        dims = (b, t, h, g, d, h * d, g * d, g * d, h * d, h * d, h * d, g * d, g * d, self.window)
+        arrays = [dq, dk, dv, dy, y, q, k, v, lse, np.empty_like(lse), self.first]
+        self.cuda.call("attention_igrad", wire.BF16, arrays, dims, (d**-0.5,), set_name="flash")
+        return [dq, dk, dv]
+
+    def products(self, dy: Array, q: Array, k: Array, v: Array) -> tuple[int, int]:
+        """How many mma the forward makes, and the backward."""
+        self.cuda.seed(1)
+        self.fwd(q, k, v)
+        one = int(self.cuda.c.hs_emulated_products())
+        self.igrad(dy, q, k, v)
+        return one, int(self.cuda.c.hs_emulated_products()) - 2 * one
 
 
-def _igrad(cuda: CudaLib, dy: Array, q: Array, k: Array, v: Array, b: int, h: int, g: int) -> list[Array]:
-    t, d = len(q) // b, q.shape[1] // h
-    y, lse = _fwd(cuda, q, k, v, b, h, g)
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    lds = (h * d, g * d, g * d, h * d, h * d, h * d, g * d, g * d)
-    cuda.call("attention_igrad", wire.BF16, [dq, dk, dv, dy, y, q, k, v, lse, np.empty_like(lse)],
-              (b, t, h, g, d, *lds), (d**-0.5,), set_name="flash")  # fmt: skip
-    return [dq, dk, dv]
+def drawn(seed: int, t: int, *widths: int) -> list[Array]:
+    """bf16 [t, width] of each."""
+    rng = np.random.default_rng(seed)
+    return [encode(rng.normal(size=(t, width)), wire.BF16) for width in widths]
+
+
+def begun(t: int, starts: Sequence[int]) -> Array:
+    """By row of a sequence, where its document begins."""
+    first = np.zeros(t, np.int32)
+    for start in starts:
+        first[start:] = start
+    return first
 
 
 def test_a_sequence_does_not_know_its_batch(cuda: CudaLib) -> None:
     """Alone or among others, and what a longer sequence adds behind it: the same bits."""
-    rng = np.random.default_rng(4)
     b, t, h, g, d = 3, 130, 2, 1, 64
-    dy, q, k, v = (encode(rng.normal(size=(b * t, n * d)), wire.BF16) for n in (h, h, g, g))
-    whole, grads = _fwd(cuda, q, k, v, b, h, g)[0], _igrad(cuda, dy, q, k, v, b, h, g)
-    one = slice(t, 2 * t)
-    alone = [x[one].copy() for x in (dy, q, k, v)]
-    assert _fwd(cuda, *alone[1:], 1, h, g)[0].tobytes() == whole[one].tobytes()
-    for x, y in zip(_igrad(cuda, *alone, 1, h, g), grads, strict=True):
-        assert x.tobytes() == y[one].tobytes()
+    dy, q, k, v = drawn(4, b * t, h * d, h * d, g * d, g * d)
+    many, one = Heads(cuda, b, h, g), Heads(cuda, 1, h, g)
+    whole, grads = many.fwd(q, k, v)[0], many.igrad(dy, q, k, v)
+    second = slice(t, 2 * t)
+    alone = [x[second].copy() for x in (dy, q, k, v)]
+    assert one.fwd(*alone[1:])[0].tobytes() == whole[second].tobytes()
+    for x, y in zip(one.igrad(*alone), grads, strict=True):
+        assert x.tobytes() == y[second].tobytes()
     for n in (1, 64, 65):
-        prefix = _fwd(cuda, *(x[:n].copy() for x in (q, k, v)), 1, h, g)[0]
+        prefix = one.fwd(*(x[:n].copy() for x in (q, k, v)))[0]
         assert prefix.tobytes() == whole[:n].tobytes(), n
 
 
-def test_a_nan_is_not_lost(cuda: CudaLib) -> None:
+@pytest.mark.parametrize("window", [0, 70])
+def test_a_document_does_not_know_the_others(cuda: CudaLib, window: int) -> None:
+    """With other documents around its own a row has the same bits, forward and back; a single document has those of a
+    call that says nothing; and what is said beyond a row, or below 0, is as the nearest that may be."""
+    t, h, g, d = 200, 2, 1, 32
+    dy, q, k, v = drawn(6, t, h * d, h * d, g * d, g * d)
+    starts = [0, 30, 64, 65, 190, 199]
+
+    def of(first: Array | None) -> list[Array]:
+        heads = Heads(cuda, 1, h, g, first, window)
+        o, lse = heads.fwd(q, k, v)
+        return [o, lse.T.copy(), *heads.igrad(dy, q, k, v)]
+
+    whole = of(begun(t, starts))
+    for begin, end in pairwise([*starts, t]):
+        for x, y in zip(of(begun(t, [0, begin, *([end] if end < t else [])])), whole, strict=True):
+            assert x[begin:end].tobytes() == y[begin:end].tobytes(), (begin, end)
+    assert [x.tobytes() for x in of(begun(t, [0]))] == [x.tobytes() for x in of(None)]
+    wild = np.where(np.arange(t) < 40, -7, 2**31 - 1).astype(np.int32)
+    mended = np.clip(wild, 0, np.arange(t)).astype(np.int32)
+    assert [x.tobytes() for x in of(wild)] == [x.tobytes() for x in of(mended)]
+
+
+def test_what_nobody_reads_is_not_computed(cuda: CudaLib) -> None:
+    """Documents of 64 in a sequence of 512, and windows: products by tiles that a warp of 32 rows meets; and blocks do
+    not touch what lies outside their bands."""
+    t, d = 512, 32
+    dy, q, k, v = drawn(8, t, d, d, d, d)
+    all_before = Heads(cuda, 1, 1, 1).products(dy, q, k, v)
+    documents = Heads(cuda, 1, 1, 1, begun(t, range(0, t, 64))).products(dy, q, k, v)
+    # columns come in steps of 64 (forward) and 32 (backward); warp w of 16 has rows 32 w to 32 w + 31
+    assert Fraction(documents[0], all_before[0]) == Fraction(16, 72)
+    assert Fraction(documents[1], all_before[1]) == Fraction(24, 136)
+    near = Heads(cuda, 1, 1, 1, None, 33).products(dy, q, k, v)  # a warp's own rows, and the 32 keys before them
+    assert Fraction(near[0], all_before[0]) == Fraction(16 + 7, 72)
+    assert Fraction(near[1], all_before[1]) == Fraction(16 + 15, 136)
+    heads = Heads(cuda, 1, 1, 1, begun(t, [0, 128, 256]))
+    want = [*heads.fwd(q, k, v), *heads.igrad(dy, q, k, v)]
+    for x in (dy, q, k, v):
+        x[128:256] = 0x7FC0
+    got = [*heads.fwd(q, k, v), *heads.igrad(dy, q, k, v)]
+    got[1], want[1] = got[1].T, want[1].T
+    for x, y in zip(got, want, strict=True):
+        assert x[:128].tobytes() == y[:128].tobytes()
+        assert x[256:].tobytes() == y[256:].tobytes()
+
+
+@pytest.mark.parametrize("window", [0, 1, 20])
+def test_a_nan_is_not_lost(cuda: CudaLib, window: int) -> None:
     """One element of q, k, v or dy that is NaN: every row that depends on it has an element that is not finite. (What
     two_to and maxima do to a NaN is the kernels' own.) An infinity in q or dy leaves its own row so."""
     rng = np.random.default_rng(7)
     t, d, at = 70, 32, 40
     clean = [rng.normal(size=(t, d)) for _ in range(4)]
     spot = np.arange(t * d).reshape(t, d) == at * d + 3
-    for bad in (np.nan, np.inf):
+    heads = Heads(cuda, 1, 1, 1, None, window)
+    read_by, reads = range(at, min(t, at + (window or t))), range(max(0, at + 1 - (window or t)), at + 1)
+    for bad in (np.nan, np.inf, -np.inf):
         for which, name in enumerate(("dy", "q", "k", "v")):
             dy, q, k, v = (encode(np.where(spot & (i == which), bad, x), wire.BF16) for i, x in enumerate(clean))
-            o, lse = _fwd(cuda, q, k, v, 1, 1, 1)
-            dq, dk, dv = _igrad(cuda, dy, q, k, v, 1, 1, 1)
+            o, lse = heads.fwd(q, k, v)
+            dq, dk, dv = heads.igrad(dy, q, k, v)
             sound = [np.isfinite(decode(x, wire.BF16)).all(-1) for x in (o, dq, dk, dv)]
             if np.isinf(bad):
                 assert name not in ("q", "dy") or not sound[1][at], name
                 continue
             assert name not in ("q", "k") or not np.isfinite(lse[0, at])
-            rows_of = {
-                "dy": ([], [at], range(at + 1), range(at + 1)),
-                "q": ([at], [at], range(at + 1), range(at + 1)),
-                "k": (range(at, t), range(at, t), [at], [at]),
-                "v": (range(at, t), range(at, t), [at], []),
+            rows_of: dict[str, tuple[Sequence[int], ...]] = {
+                "dy": ([], [at], reads, reads),
+                "q": ([at], [at], reads, reads),
+                "k": (read_by, read_by, [at], [at]),
+                "v": (read_by, read_by, [at], []),
             }
             for x, touched in zip(sound, rows_of[name], strict=True):
                 assert not x[list(touched)].any(), name
 
 
 def test_others_fall_back_to_the_plain_kernels(kernels: KernelLib, cuda: CudaLib) -> None:
-    sizes = (1, 70, 2, 1, 32)
-    others = [*attention_cases(1, 33, 2, 1, 40), *attention_cases(*sizes, window=20)]
-    others += attention_cases(*sizes, documents=True)
-    for case, dtype in [(c, wire.BF16) for c in others] + [(c, wire.F32) for c in attention_cases(1, 33, 2, 1, 32)]:
+    for case, dtype in [(c, wire.BF16) for c in attention_cases(1, 33, 2, 1, 40)] + [
+        (c, wire.F32) for c in attention_cases(1, 33, 2, 1, 32)
+    ]:
         call = Call.make(kernels, case, dtype)
         assert written(call, call.run(cuda, "flash")) == written(call, call.run(cuda, "cuda"))
 

@@ -268,7 +268,11 @@ FAULT_CASES = [
 
 
 # The same of path cuda's attention: several tiles of both sides.
-FLASH_FAULT_CASES = [*attention_cases(1, 200, 2, 1, 64, 8), attention_cases(1, 200, 1, 1, 128)[0]]
+FLASH_FAULT_CASES = [
+    *attention_cases(1, 200, 2, 1, 64, 8),
+    attention_cases(1, 200, 1, 1, 128)[0],
+    *attention_cases(1, 200, 1, 1, 32, documents=True),
+]
 
 Passed = dict[tuple[str, int, int], list[tuple[Call, str, list[bytes]]]]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.engine.kernel_lib import Array, KernelLib, decode
-from tests.engine.test_kernels_cpu import CASES, Call, Case, assert_close_to_ref
+from tests.engine.test_kernels_cpu import CASES, Call, Case, assert_close_to_ref, attention_cases
 from tests.engine.test_kernels_cuda import ON_DEVICES, OWN_ORDER
 from tests.gpu import stages
 from tests.gpu.device_lib import DeviceLib
@@ -35,6 +35,8 @@ LARGE = [  # of a real model: loops that go round often, grids of many blocks
     Case("attention_fwd", (1, 1024, 12, 12, 64, 768, 2304, 2304, 2304), (0.125,), rel=1e-5),
     Case("attention_igrad", (1, 1024, 12, 12, 64, 768, 2304, 2304, 2304, 768, 2304, 2304, 2304), (0.125,), rel=4e-5),
     Case("attention_fwd", (1, 2048, 8, 2, 128, 1024, 1024, 256, 256), (128**-0.5,), rel=1e-5),
+    *attention_cases(1, 2048, 8, 2, 128, documents=True),
+    *attention_cases(1, 2048, 4, 4, 64, window=512),
     Case("classifier_grad", (256, 768, 50304, 128), (1 / 256,), rel=1e-5),
     Case("gelu_fwd", (1024 * 3072,), rel=1e-6),
     Case("swiglu_igrad", (512, 8192), rel=1e-6),

@@ -282,7 +282,7 @@ template <typename T>
 static hs_status attention_fwd_op(const hs_cuda_ctx *ctx, const hs_attention_fwd_args &a) {
     const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t largest = max64(max64(a.T, a.ldq), max64(a.ldk, max64(a.ldv, a.ldy)));
-    if (ctx->path == HS_PATH_CUDA && sizeof(T) == sizeof(bf16) && !a.first && !a.WINDOW &&
+    if (ctx->path == HS_PATH_CUDA && sizeof(T) == sizeof(bf16) &&
         hs_cuda_flash_takes(a.D, a.scale, largest))
         return hs_cuda_flash_fwd(stream, a);
     const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE);
@@ -317,7 +317,7 @@ static hs_status attention_igrad_op(const hs_cuda_ctx *ctx, const hs_attention_i
     const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t largest = max64(max64(max64(a.T, a.ldq), max64(a.ldk, a.ldv)),
                                   max64(max64(a.lddy, a.lddq), max64(a.lddk, a.lddv)));
-    if (ctx->path == HS_PATH_CUDA && sizeof(T) == sizeof(bf16) && !a.first && !a.WINDOW &&
+    if (ctx->path == HS_PATH_CUDA && sizeof(T) == sizeof(bf16) &&
         hs_cuda_flash_takes(a.D, a.scale, largest))
         return hs_cuda_flash_igrad(stream, a);
     const int64_t D = a.D, tiles = hs_ceil_div(a.T, TILE);

@@ -10,7 +10,7 @@
  * bf16: same order of sums, same functions (lane.h), no contraction. Its own order, fixed by the
  * sizes alone, have layernorm_wgrad, rmsnorm_wgrad, and linear_wgrad's and linear8_wgrad's db (columns.h) and the
  * classifier's rows (classifier.cu, vocabulary.cu). Path cuda is a family of its own:
- * products by libraries, and attention in bf16 by flash.cu.
+ * products by libraries, and attention in bf16 by flash.h.
  */
 #ifndef HS_KERNELS_CUDA_CUDA_H
 #define HS_KERNELS_CUDA_CUDA_H

@@ -48,7 +48,7 @@ namespace hs_emulated {
 
 uint3 thread_at, block_at;
 dim3 block_size, grid_size;
-uint64_t conflicts;
+uint64_t conflicts, products;
 
 namespace {
 
@@ -544,6 +544,7 @@ extern "C" void hs_emulated_seed(uint64_t seed) {
     hs_emulated::text[0] = 0;
     hs_emulated::site_count = 0;
     hs_emulated::conflicts = 0;
+    hs_emulated::products = 0;
 }
 
 extern "C" void hs_emulated_architecture(int capability) {
@@ -552,6 +553,10 @@ extern "C" void hs_emulated_architecture(int capability) {
 
 extern "C" uint64_t hs_emulated_conflicts(void) {
     return hs_emulated::conflicts;
+}
+
+extern "C" uint64_t hs_emulated_products(void) {
+    return hs_emulated::products;
 }
 
 extern "C" const char *hs_emulated_text(void) {

@@ -148,6 +148,8 @@ extern "C" void hs_emulated_skip(const char *file, int line, uint32_t lanes);
 extern "C" void hs_emulated_architecture(int capability);
 /* ldmatrix calls since the seed whose 8 rows do not lie in 8 different banks of 16 bytes. */
 extern "C" uint64_t hs_emulated_conflicts(void);
+/* mma since the seed, a warp's as one. */
+extern "C" uint64_t hs_emulated_products(void);
 
 #define threadIdx hs_emulated::thread_at
 #define blockIdx  hs_emulated::block_at

@@ -3,7 +3,7 @@
 
 namespace hs_emulated {
 
-extern uint64_t conflicts;
+extern uint64_t conflicts, products;
 
 static float half_of(uint32_t pair, int i) {
     return __uint_as_float(i ? pair & 0xffff0000u : pair << 16);
@@ -11,6 +11,7 @@ static float half_of(uint32_t pair, int i) {
 
 void mma_bf16(void *const *lanes) {
     float a[16][16], b[16][8];
+    products++;
     for (int lane = 0; lane < 32; lane++) {
         const mma_record *r = static_cast<const mma_record *>(lanes[lane]);
         const int g = lane / 4, t = lane % 4;

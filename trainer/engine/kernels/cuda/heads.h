@@ -1,4 +1,4 @@
-/* Operands of attention: where a head's rows lie. For attention.cu and flash.cu. */
+/* Operands of attention: where a head's rows lie. For attention.cu and flash.h. */
 #ifndef HS_KERNELS_CUDA_HEADS_H
 #define HS_KERNELS_CUDA_HEADS_H
 
@@ -51,9 +51,8 @@ template <typename T> static bool wide_rows(operand<T> x, int64_t D) {
 
 /* attention.cu: a.delta, by which the gradients of both begin. */
 hs_status hs_cuda_attention_delta(cudaStream_t stream, const hs_attention_igrad_args &a);
-/* flash.cu: bf16 on tensor cores. Which calls it takes (largest: of T and the distances of rows);
- * others are attention.cu's, and so are those whose rows do not read all before them: what that took
- * of registers made these spill. */
+/* flash_fwd.cu, flash_igrad.cu: bf16 on tensor cores. Which calls they take (largest: of T and the
+ * distances of rows); others are attention.cu's. */
 bool hs_cuda_flash_takes(int64_t D, double scale, int64_t largest);
 hs_status hs_cuda_flash_fwd(cudaStream_t stream, const hs_attention_fwd_args &a);
 hs_status hs_cuda_flash_igrad(cudaStream_t stream, const hs_attention_igrad_args &a);
