@@ -404,6 +404,25 @@ def other() -> KernelLib:
         return KernelLib(build())
 
 
+def head_in_place(lib: Kernels, set_name: str, in_place: bool, threads: int = 1) -> list[bytes]:
+    """What the head's gradient writes, its dlogits on top of its logits or beside them."""
+    r, c, v, chunk = 20, 48, 517, 8
+    rng = np.random.default_rng(8)
+    x, w, dw = (rng.normal(size=(n, c)).astype(np.float32) for n in (r, v, v))
+    target = rng.integers(-1, v, r).astype(np.int32)
+    loss, dx, logits = np.empty(r, np.float32), np.empty_like(x), np.empty((chunk, v), np.float32)
+    dlogits = logits if in_place else np.empty_like(logits)
+    ptrs = [loss, dx, dw, x, w, target, logits, dlogits]
+    lib.call("classifier_grad", wire.F32, ptrs, (r, c, v, chunk), (0.125,), set_name=set_name, threads=threads)
+    return [array.tobytes() for array in (loss, dx, dw)]
+
+
+def test_gradients_of_logits_in_their_place(kernels: KernelLib) -> None:
+    for set_name in kernels.sets:
+        apart = head_in_place(kernels, set_name, False)
+        assert all(head_in_place(kernels, set_name, True, threads) == apart for threads in (1, 2)), set_name
+
+
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
 def test_adamw_copy_has_the_bits_that_adamw_copies(kernels: KernelLib, dtype: int) -> None:
     """The optimistic step runs on what adamw_copy made before adamw itself runs."""

@@ -23,6 +23,7 @@ from tests.engine.test_kernels_cpu import (
     attention_cases,
     bits_by_chunk,
     head_in_parts,
+    head_in_place,
     least_numbers,
 )
 from trainer import wire
@@ -169,6 +170,9 @@ def test_in_place(cuda: CudaLib, dtype: int) -> None:
     cuda.call("swiglu_igrad", dtype, [dgu, g, gu], (r, f))
     cuda.call("swiglu_igrad", dtype, [gu, g, gu], (r, f))
     assert dgu.tobytes() == gu.tobytes()
+    if dtype == wire.F32:
+        for path in ("cuda", "library"):
+            assert head_in_place(cuda, path, True) == head_in_place(cuda, path, False)
 
 
 @pytest.mark.parametrize("kernel", ["layernorm_wgrad", "rmsnorm_wgrad", "linear_wgrad"])

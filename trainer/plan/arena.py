@@ -262,7 +262,7 @@ class PositionMemory:
             buffers = self.buffers[number]
             sizes = {n: buffers.size(n) for n in stage.buffers if n not in buffers.places and n not in buffers.back}
             for calls in (stage.forward, stage.backward, stage.weights):
-                offsets, end = memory.place(memory.lifetimes(calls, sizes))
+                offsets, end = memory.place_scratch(calls, sizes)
                 places |= {(number, name): offset for name, offset in offsets.items()}
                 most = max(most, end)
         if not self.job.infer:

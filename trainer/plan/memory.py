@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from trainer import wire
 from trainer.errors import PlanError
-from trainer.models.base import Call
+from trainer.models.base import Call, View
 from trainer.plan.draw import bytes_text, memory_text
 from trainer.plan.places import Position, Ranks
 from trainer.plan.records import Channel, Config, PositionPlan
 from trainer.spec import RunSpec
+from trainer.wire.kernels import KERNELS
 
 ALIGN = 64
 PAGE = 4096
@@ -97,6 +98,21 @@ def place(intervals: Sequence[Interval]) -> tuple[dict[str, int], int]:
             spans.append((at, at + size))
         end = max(end, at + size)
     return offsets, end
+
+
+def place_scratch(calls: Sequence[Call], sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offsets of the buffers of ``sizes`` that a program touches, and the bytes in all. Scratch that may be other
+    scratch of its call is, where both have as many bytes."""
+    same: dict[str, str] = {}
+    for call in calls:
+        operands = KERNELS[call.kernel].operands
+        views = {o.name: view for o, view in zip(operands, call.ptr, strict=True) if isinstance(view, View)}
+        for operand in (o for o in operands if o.role == "scratch" and o.name in views):
+            mine, other = views[operand.name].buffer, views.get(operand.note.removeprefix("may be "))
+            if other is not None and sizes[mine] == sizes[other.buffer]:
+                same[mine] = other.buffer
+    offsets, end = place(lifetimes(calls, {name: size for name, size in sizes.items() if name not in same}))
+    return offsets | {name: offsets[other] for name, other in same.items()}, end
 
 
 def channels_bytes(position: Position, channels: Sequence[Channel]) -> int:

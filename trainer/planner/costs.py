@@ -16,7 +16,7 @@ from trainer import models
 from trainer.models.base import Call, Tensor, View, Weight, tensor_table
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import work
-from trainer.plan.memory import lifetimes, place
+from trainer.plan.memory import place_scratch
 from trainer.plan.muon import HiddenMatrix
 from trainer.plan.places import Stage
 from trainer.plan.slot_layout import lay_out
@@ -252,7 +252,7 @@ class _Short:
         programs = stage.programs(("F", "I", "W"))
         calls = [(part, call) for part, listed in programs.items() for call in listed if call.layer == layer]
         sizes = {name: size for name, size in self.buffers(stage).items() if name not in stage.kept}
-        scratch = [place(lifetimes(program, sizes))[1] for program in programs.values()]
+        scratch = [place_scratch(program, sizes)[1] for program in programs.values()]
         found = [work(call.kernel, call.dim) for _, call in calls]
         return ModelPiece(
             calls=tuple(self.work(call, stage, part) for part, call in calls),

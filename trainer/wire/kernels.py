@@ -293,7 +293,8 @@ KERNELS: dict[str, Kernel] = {
         "R C V CHUNK",
         "scale",
         "write:loss:acc::R, write:dx:dt:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
-        "read:target:targets::R::below V, scratch:logits:acc:CHUNK:V, scratch:dlogits:dt:CHUNK:V",
+        "read:target:targets::R::below V, scratch:logits:acc:CHUNK:V, "
+        "scratch:dlogits:dt:CHUNK:V::may be logits",
         holds="V<=2147483647",
         products="3 R C V",
         each="20 R V",

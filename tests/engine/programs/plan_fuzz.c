@@ -285,7 +285,9 @@ static void plant_call(garden *g, const hs_plan_position *p, size_t number) {
             if (hs_kernel_extent(call->kernel, call->dtype, call->dim, b, &theirs) != HS_OK)
                 abort();
             const uint64_t last = (y->offset + theirs - 1) / element * element;
-            const bool in_place = out->may_be && !strcmp(out->may_be, facts->operands[b].name);
+            const hs_operand *other = &facts->operands[b];
+            const bool in_place = (out->may_be && !strcmp(out->may_be, other->name)) ||
+                                  (other->may_be && !strcmp(other->may_be, out->name));
             if (y->offset % element == 0 && !in_place)
                 plant(g, x, y->space, y->offset, p, "call", number, facts->operands[b].name);
             if (last != y->offset)

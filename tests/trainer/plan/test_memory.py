@@ -72,6 +72,13 @@ def test_half_precision_halves_activations() -> None:
     assert half.bytes_by_kind["weights"] > full.bytes_by_kind["weights"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_of_logits_take_their_place_where_they_are_as_wide(precision: str) -> None:
+    calls = plan_of(f"train.precision={precision}").positions[0].programs["B"].calls
+    ((logits, dlogits),) = (call.ptr[6:] for call in calls if call.kernel == "classifier_grad")
+    assert (logits == dlogits) == (precision == "fp32")
+
+
 def test_fp8_copies_are_counted() -> None:
     """Codes and their transpose take what a bf16 copy takes, and 64 bytes for a scale; kept activations less."""
     bf16, fp8 = (plan_of(f"train.precision={p}").positions[0] for p in ("bf16", "fp8"))

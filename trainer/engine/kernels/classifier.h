@@ -12,7 +12,8 @@
  * A row with target < 0 is left out: loss 0, dlogits 0, dx 0. A target is below V. The maximum is
  * taken off before every exp. The last chunk may be short. CHUNK and the cuts between chunks do not
  * change the bits of the fast set (a row's sums and dw's chain are the same); ref rounds dw once a
- * chunk.
+ * chunk. Where dt is acc, dlogits may lie where logits do: a row's logits are read before its
+ * dlogits are written.
  */
 #ifndef HS_KERNELS_CLASSIFIER_H
 #define HS_KERNELS_CLASSIFIER_H

@@ -185,7 +185,7 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "V<=2147483647", NO_GRADIENT, WORK("3 R C V", "0", "20 R V"),                                                   \
       WRITE(loss, ACC, "", "R", ""), WRITE(dx, DT, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),                      \
       READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(V)),             \
-      SCRATCH(logits, ACC, "CHUNK", "V", ""), SCRATCH(dlogits, DT, "CHUNK", "V", ""))                                 \
+      SCRATCH(logits, ACC, "CHUNK", "V", ""), SCRATCH(dlogits, DT, "CHUNK", "V", "", MAY_BE(logits)))                 \
     /* inference */                                                                                                   \
     X(23, LOGITS, logits, DIMS(R, C, V), 3, "", NO_REALS,                                                             \
       "", NO_GRADIENT, WORK("R C V", "0", "0"),                                                                       \

@@ -140,11 +140,12 @@ __global__ void __launch_bounds__(LOSS_THREADS)
                                 __shfl_xor_sync(0xffffffffu, s.sum, bits)};
         s = threadIdx.x & (unsigned)bits ? joined(other, s) : joined(s, other);
     }
+    const float logit = z[own]; /* dlogits may be logits */
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
     __syncthreads();
     s = warps[0];
     for (int i = 1; i < LOSS_WARPS; i++) s = joined(s, warps[i]);
-    if (threadIdx.x == 0) loss[r] = (s.top - z[own]) + log1_f32(s.sum);
+    if (threadIdx.x == 0) loss[r] = (s.top - logit) + log1_f32(s.sum);
     if (!dlogits) return;
     const float factor = v_div(scale, s.sum);
     for (int64_t v = first; v < V; v += step) {
