@@ -33,8 +33,9 @@ NAMED = [
 def test_names_of_cases() -> None:
     assert [name for name in cases.names() if not name.startswith("gemm/")] == NAMED
     assert len(cases.gemms()) == 2 * 3 * (2 * 4 + 1)
-    rows = cases.FP32["b4t64"].spec(1, 1).train.classifier_chunk
-    assert cases.gemms()[f"gemm/bf16/nn/{rows}x768x50304"] == ("bf16", "nn", rows, 768, 50304)
+    for training in cases.TRAININGS[:4]:
+        precision, rows = training.precision, training.spec(1, 1).train.classifier_chunk
+        assert cases.gemms()[f"gemm/{precision}/nn/{rows}x768x50304"] == (precision, "nn", rows, 768, 50304)
     assert cases.gemms()["gemm/bf16/tn/3072x768x256"] == ("bf16", "tn", 3072, 768, 256)
     assert cases.chosen(["memory", "start"]) == (*NAMED[5:],)
     with pytest.raises(SystemExit, match="no case begins with trian"):

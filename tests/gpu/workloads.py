@@ -76,9 +76,17 @@ def workload(name: str, tiny: bool) -> Workload:
 
 
 def spec_of(
-    w: Workload, precision: str, steps: int, stages: int = 1, every: int = 0, *, threads: int = 0, shuffled: bool = True
+    w: Workload,
+    precision: str,
+    steps: int,
+    stages: int = 1,
+    every: int = 0,
+    *,
+    threads: int = 0,
+    shuffled: bool = True,
+    **train: Any,
 ) -> RunSpec:
-    """What is trained: AdamW with clipping at a constant rate, as the peers do it."""
+    """What is trained: AdamW with clipping at a constant rate, as the peers do it. ``train``: more of that section."""
     return parse_spec(
         {
             "name": "figures",
@@ -93,6 +101,7 @@ def spec_of(
                 "seed": 1,
                 "optimizer": OPTIMIZER,
                 "schedule": {"kind": "constant"},
+                **train,
             },
             "parallel": {"stages": stages, "threads": threads},
             "checkpoint": {"every": every},

@@ -11,8 +11,9 @@
  *
  * Packing (pack.h): a worker packs A once for every block of columns. A panel of B is multiplied
  * right after it was packed; where there are more rows than a block it is kept for the others (it
- * fits PACK_B unless k is huge), else the next panel takes its place in the near caches, and what it
- * will be made of is asked for meanwhile. Against packing all panels first that is 3 to 5 % of a step's products.
+ * fits PACK_B unless k is huge), else the next panel takes its place in the near caches. What will be
+ * packed next, and what a finished panel is added to, is asked for from memory meanwhile, a line with
+ * every k: 0.93 to 0.98 of the time of products whose weights come from memory.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
@@ -39,6 +40,9 @@ enum {
 
 #define ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
+/* Whether memory is asked for inside the loop of a tile: it is long enough not to feel it. */
+#define ASKS_WITHIN (HS_VEC == 2)
+
 /* How a panel's rows are added, one after the other. */
 enum { IN_TURN, ODD_FIRST, WORDS };
 
@@ -52,9 +56,11 @@ VINLINE vf v_dot(vf words_a, vf words_b, vf c) {
 }
 
 /* c[i * ldc + j] = (load ? c : 0) + chain over k < kn of a[k * mr + i] b[k * NR + j], i < mr, j < n
- * <= 16 nv. mr, nv and how are constants where this is inlined. */
+ * <= 16 nv. mr, nv and how are constants where this is inlined. ask: lines of memory, one of which is
+ * asked for with every k, or pair of them (all together would hold up what the products read); NULL: none */
 VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, const float *a,
-                        const float *b, float *c, int64_t ldc, int64_t n, int load) {
+                        const float *b, float *c, int64_t ldc, int64_t n, int load,
+                        const char *const *ask) {
 #define ADD(x, b, c) c = how == WORDS ? v_dot(x, b, c) : v_fma(x, b, c)
 #define DECLARE(i)   vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
 #define FETCH(i)                                                                                   \
@@ -73,18 +79,20 @@ VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, c
         v_store_n(c + i * ldc, c##i##_0, n);                                                       \
         if (nv > 1) v_store_n(c + i * ldc + LANES, c##i##_1, n - LANES);                           \
     }
+    const int odd = how == ODD_FIRST;
     ROWS_OF_TILE(DECLARE)
     if (load) {
         ROWS_OF_TILE(FETCH)
     }
-    for (int64_t k = 0; k < kn; k += how == ODD_FIRST ? 2 : 1) {
-        for (int at = how == ODD_FIRST; at >= 0; at--) {
+    for (int64_t k = 0; k < kn; k += 1 + odd) {
+        if (ASKS_WITHIN && ask) __builtin_prefetch(*ask++);
+        for (int at = odd; at >= 0; at--) {
             vf b0 = v_load(b + at * NR), b1 = nv > 1 ? v_load(b + at * NR + LANES) : b0;
             ROWS_OF_TILE(STEP)
             (void)b1;
         }
-        a += how == ODD_FIRST ? 2 * mr : mr;
-        b += how == ODD_FIRST ? 2 * NR : NR;
+        a += (1 + odd) * mr;
+        b += (1 + odd) * NR;
     }
     ROWS_OF_TILE(PUT)
 #undef ADD
@@ -95,12 +103,13 @@ VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, c
 }
 
 typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,
-                         int64_t n, int load);
+                         int64_t n, int load, const char *const *ask);
 
 #define MICRO_OF(name, mr, nv, how)                                                                \
     static __attribute__((unused)) void name(int64_t kn, const float *a, const float *b, float *c, \
-                                             int64_t ldc, int64_t n, int load) {                   \
-        micro_tile(mr, nv, how, kn, a, b, c, ldc, n, load);                                        \
+                                             int64_t ldc, int64_t n, int load,                     \
+                                             const char *const *ask) {                             \
+        micro_tile(mr, nv, how, kn, a, b, c, ldc, n, load, ask);                                   \
     }
 #define MICRO(mr)                                                                                  \
     MICRO_OF(micro_##mr##_1, mr, 1, IN_TURN)                                                       \
@@ -153,51 +162,84 @@ static const micro_fn micro[MR + 1][2][2] = {
 };
 #undef BOTH
 
-/* What will be packed next: `rows` of memory, `stride` bytes apart, of so many cache lines each. */
+/* Memory that is needed soon: `rows`, `stride` bytes apart, of so many cache lines each. */
 typedef struct ahead {
     const char *at;
     int64_t stride, rows, lines;
+    int64_t line; /* of the first row, the next one to be asked for */
+    int64_t each; /* so many with a tile */
 } ahead;
 
-/* Asks for so many lines more, which come while products are made. */
-static void fetch(ahead *next, int64_t count) {
-    for (; next->rows && count > 0; count -= next->lines, next->rows--, next->at += next->stride)
-        for (int64_t l = 0; l < next->lines; l++) __builtin_prefetch(next->at + 64 * l, 0, 2);
+enum {
+    NEXT_A,   /* of A, what will be packed next */
+    NEXT_B,   /* of B */
+    OLD,      /* of what the finished panel is added to */
+    RESIDUAL, /* likewise */
+    AHEADS
+};
+
+/* Spreads it over so many tiles. */
+static ahead spread(const char *at, int64_t stride, int64_t rows, int64_t bytes, int64_t tiles) {
+    const int64_t lines = hs_ceil_div(bytes, 64);
+    return (ahead){at, stride, rows, lines, 0, hs_ceil_div(rows * lines, tiles)};
 }
 
-/* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. */
+/* Its lines for a tile, after `count` others of at most `most`: into the list, or asked for here. Returns
+ * how many there are now. */
+static int64_t ask_for(ahead *next, const char **list, int64_t count, int64_t most) {
+    for (most = hs_min(most, count + next->each); next->rows && count < most; count++) {
+        const char *line = next->at + 64 * next->line;
+        if (ASKS_WITHIN)
+            list[count] = line;
+        else
+            __builtin_prefetch(line);
+        if (++next->line < next->lines) continue;
+        next->line = 0;
+        next->rows--;
+        next->at += next->stride;
+    }
+    return count;
+}
+
+/* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. next: AHEADS of what is to be asked for
+ * meanwhile, as are c's own lines (kn <= KC then); NULL: nothing */
 static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
-                            const float *b, float *c, int64_t ldc, int load, ahead next) {
-    const int64_t each = hs_ceil_div(next.rows * next.lines, hs_ceil_div(m, MR));
+                            const float *b, float *c, int64_t ldc, int load, ahead *next) {
+    const int64_t most = pairs && !HS_DOT ? kn / 2 : kn; /* turns of a tile's loop */
+    const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
+    const char *list[KC];
+    for (int64_t i = 0; next && i < most; i++)
+        list[i] = (const char *)b; /* where there is no other */
     for (int64_t j = 0; j < n; j += NR) {
         int64_t nn = hs_min(NR, n - j);
         for (int64_t i = 0; i < m; i += MR) {
-            int64_t mr = hs_min(MR, m - i);
-            for (int64_t r = i + MR; r < hs_min(i + 2 * MR, m); r++) { /* the next tile of c */
+            int64_t mr = hs_min(MR, m - i), asks = 0;
+            for (int64_t r = i + soon; next && r < hs_min(i + soon + MR, m); r++) {
                 __builtin_prefetch(c + r * ldc + j, 1);
                 __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
             }
-            fetch(&next, each);
-            micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn,
-                                         load);
+            for (int what = 0; next && what < AHEADS; what++)
+                asks = ask_for(next + what, list, asks, most);
+            micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn, load,
+                                         next ? list : NULL);
         }
     }
 }
 
 /* Of numbers added in turn. */
 static void multiply_in_turn(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
-                             float *c, int64_t ldc, int load, ahead next) {
+                             float *c, int64_t ldc, int load, ahead *next) {
     multiply_panels(m, n, kn, 0, a, b, c, ldc, load, next);
 }
 static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
                             float *c, int64_t ldc, int load) {
-    multiply_in_turn(m, n, kn, a, b, c, ldc, load, (ahead){0});
+    multiply_in_turn(m, n, kn, a, b, c, ldc, load, NULL);
 }
 
 /* Of pairs: kn is their packed length. VDPBF16PS does not ask for the mode. */
 static __attribute__((noinline)) void multiply_pairs(int64_t m, int64_t n, int64_t kn,
                                                      const float *a, const float *b, float *c,
-                                                     int64_t ldc, int load, ahead next) {
+                                                     int64_t ldc, int load, ahead *next) {
     const flush_mode before = HS_DOT ? 0 : flush_begin();
     multiply_panels(m, n, kn, 1, a, b, c, ldc, load, next);
     if (!HS_DOT) flush_end(before);
@@ -240,13 +282,18 @@ VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, i
         }
 }
 
-/* The panel that begins with column j, of columns below `end` and k in [k, k + kn), where its lines
- * lie too far apart for the processor to foresee them. */
-static ahead ahead_of(const side *b, int64_t j, int64_t end, int64_t k, int64_t kn) {
-    const int64_t size = side_size(b->dt);
-    if (b->row != 1 || b->col == 1 || j >= end) return (ahead){0};
-    return (ahead){(const char *)b->p + (j + k * b->col) * size, b->col * size, kn,
-                   hs_ceil_div(hs_min(NR, end - j) * size, 64)};
+/* Rows [i, i + m) of a side and k in [k, k + kn), as they lie in memory, over so many tiles. */
+static ahead ahead_of(const side *s, int64_t i, int64_t m, int64_t k, int64_t kn, int64_t tiles) {
+    const int64_t size = side_size(s->dt);
+    const char *at = (const char *)s->p + (i * s->row + k * s->col) * size;
+    if (s->col == 1) return spread(at, s->row * size, m, kn * size, tiles);
+    return s->row == 1 ? spread(at, s->col * size, kn, m * size, tiles) : (ahead){0};
+}
+
+/* Of k that is packed at once. */
+static int64_t block_of_k(const gemm *g, int pairs) {
+    const int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, pairs && HS_DOT ? 2 * KC : KC));
+    return pairs ? (kc + 1) / 2 * 2 : kc;
 }
 
 /* Columns [j0, j0 + n) of rows [i0, i1). */
@@ -255,48 +302,68 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
     float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
     int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
     const int pairs = in_pairs(&g->a, &g->b);
-    int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, pairs && HS_DOT ? 2 * KC : KC));
-    if (pairs) kc = (kc + 1) / 2 * 2;
-    const int64_t packed_k = packed_length(g->k, pairs);
+    const int64_t kc = block_of_k(g, pairs), packed_k = packed_length(g->k, pairs);
+    const int64_t size_out = dt_size(g->dt_out);
     int64_t wide = hs_ceil_div(n, NR) * NR;
     int keep_b = i1 - i0 > MC && wide * packed_k <= PACK_B;
     int64_t row_blocks = hs_ceil_div(i1 - i0, MC);
     int64_t mc = hs_ceil_div(hs_ceil_div(i1 - i0, row_blocks), MR) * MR;
     for (int64_t i = i0; i < i1; i += mc) {
-        int64_t m = hs_min(mc, i1 - i);
-        float *c = direct ? (float *)g->out + i * g->ld_out + j0 : pc;
-        int64_t ldc = direct ? g->ld_out : wide;
+        int64_t m = hs_min(mc, i1 - i), tiles = hs_ceil_div(m, MR);
         for (int64_t k = 0; k < g->k; k += kc) {
             int64_t kn = hs_min(kc, g->k - k);
             const int64_t length = packed_length(kn, pairs);
-            const int pack = !keep_b || i == i0;
+            const int pack = !keep_b || i == i0, last = k + kn == g->k;
+            ahead next[AHEADS] = {{0}};
+            if (!last)
+                next[NEXT_A] =
+                    ahead_of(&g->a, i, m, k + kn, hs_min(kc, g->k - k - kn), tiles * wide / NR);
+            else if (i + mc < i1)
+                next[NEXT_A] = ahead_of(&g->a, i + mc, hs_min(mc, i1 - i - mc), 0, hs_min(kc, g->k),
+                                        tiles * wide / NR);
             pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
-            /* a panel is multiplied right after it was packed, from the near caches */
-            for (int64_t j = 0; j < n; j += pack ? NR : n) {
-                const int64_t nn = pack ? hs_min(NR, n - j) : n;
+            /* a panel is multiplied right after it was packed, and finished right after its last k: from the
+             * near caches */
+            for (int64_t j = 0; j < n; j += NR) {
+                const int64_t nn = hs_min(NR, n - j), left = hs_min(NR, n - j - NR);
                 float *b = keep_b ? pb + wide * packed_length(k, pairs) + j * length : pb;
+                float *c = direct ? (float *)g->out + i * g->ld_out + j0 + j
+                                  : pc + (g->k > kc ? j * mc : 0);
+                int64_t ldc = direct ? g->ld_out : NR;
                 if (pack) pack_b_as(b, &g->b, j0 + j, nn, g->n, k, kn, pairs);
-                (pairs ? multiply_pairs : multiply_in_turn)(
-                    m, nn, length, pa, b, c + j, ldc, k > 0 || g->from_old,
-                    keep_b ? (ahead){0} : ahead_of(&g->b, j0 + j + NR, j0 + n, k, kn));
+                if (left > 0)
+                    next[NEXT_B] = pack ? ahead_of(&g->b, j0 + j + NR, left, k, kn, tiles)
+                                        : spread((const char *)(b + NR * length), 0, 1,
+                                                 NR * length * 4, tiles);
+                if (!direct && last && g->add_old)
+                    next[OLD] = spread((const char *)g->out + (i * g->ld_out + j0 + j) * size_out,
+                                       g->ld_out * size_out, m, nn * size_out, tiles);
+                if (!direct && last && g->res)
+                    next[RESIDUAL] =
+                        spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
+                               g->ld_res * size_out, m, nn * size_out, tiles);
+                (pairs ? multiply_pairs : multiply_in_turn)(m, nn, length, pa, b, c, ldc,
+                                                            k > 0 || g->from_old, next);
+                if (!direct && last) BY_DTYPE(g->dt_out, finish_dt, g, c, ldc, i, m, j0 + j, nn);
             }
         }
-        if (!direct) BY_DTYPE(g->dt_out, finish_dt, g, pc, ldc, i, m, j0, n);
     }
 }
 
 static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gemm_job *job = ctx;
     const gemm *g = job->g;
-    const int64_t packed_k = packed_length(g->k, in_pairs(&g->a, &g->b));
+    const int pairs = in_pairs(&g->a, &g->b);
+    const int64_t packed_k = packed_length(g->k, pairs);
     float *scratch = job->scratch + (int64_t)worker * WORKER_FLOATS;
     for (int64_t cell = begin; cell < end; cell++) {
         int64_t i0 = cell / job->split_n * job->each_m, j0 = cell % job->split_n * job->each_n;
         int64_t i1 = hs_min(g->m, i0 + job->each_m), j1 = hs_min(g->n, j0 + job->each_n);
         if (i0 >= i1 || j0 >= j1) continue;
-        /* as many columns at once as keep B packed across the blocks of rows, 256 at least */
+        /* as many columns at once as keep B packed across the blocks of rows, 256 at least; all where no
+         * panel is come back to */
         int64_t nc = hs_min(NC_MAX, hs_max(256, PACK_B / hs_max(1, packed_k) / NR * NR));
-        if (i1 - i0 <= MC) nc = NC_MAX;
+        if (i1 - i0 <= MC) nc = block_of_k(g, pairs) < g->k ? NC_MAX : j1 - j0;
         nc = hs_ceil_div(hs_ceil_div(j1 - j0, hs_ceil_div(j1 - j0, nc)), NR) * NR;
         for (int64_t j = j0; j < j1; j += nc)
             gemm_columns(g, scratch, i0, i1, j, hs_min(nc, j1 - j));
