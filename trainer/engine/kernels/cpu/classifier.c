@@ -20,7 +20,7 @@ typedef struct classifier_job {
     int dt;
 } classifier_job;
 
-/* after: the logits that come next, to be fetched meanwhile; NULL: none do */
+/* after: the row's logits that come next, to be fetched meanwhile; the last one's own */
 VINLINE void classifier_row(const classifier_job *j, int64_t r, const float *after, int dt) {
     const int64_t V = j->V, target = j->target[r];
     float *z = j->logits + r * V;
@@ -39,7 +39,7 @@ VINLINE void classifier_row(const classifier_job *j, int64_t r, const float *aft
     float logit = z[target];
     const vf hv = v_set1(highest);
     for (int64_t v = 0; v < V; v += LANES) {
-        if (after) __builtin_prefetch(after + v, 0, 2);
+        __builtin_prefetch(after + v, 0, 2);
         vf e = v_keep(v_exp(v_sub(v_load_n(z + v, V - v), hv)), V - v);
         sum = v_add(sum, e);
         if (j->dlogits) v_store_n(z + v, e, V - v);
@@ -57,7 +57,7 @@ VINLINE void classifier_row(const classifier_job *j, int64_t r, const float *aft
 
 VINLINE void classifier_rows(const classifier_job *j, int64_t begin, int64_t end, int dt) {
     for (int64_t r = begin; r < end; r++)
-        classifier_row(j, r, r + 1 < end ? j->logits + (r + 1) * j->V : NULL, dt);
+        classifier_row(j, r, r + 1 < end ? j->logits + (r + 1) * j->V : j->logits + r * j->V, dt);
 }
 
 static void classifier_range(void *ctx, int64_t begin, int64_t end, int worker) {

@@ -208,7 +208,7 @@ static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const f
     const int64_t most = pairs && !HS_DOT ? kn / 2 : kn; /* turns of a tile's loop */
     const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
     const char *list[KC];
-    for (int64_t i = 0; next && i < most; i++)
+    for (int64_t i = 0; ASKS_WITHIN && next && i < most; i++)
         list[i] = (const char *)b; /* where there is no other */
     for (int64_t j = 0; j < n; j += NR) {
         int64_t nn = hs_min(NR, n - j);
@@ -219,7 +219,7 @@ static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const f
                 __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
             }
             for (int what = 0; next && what < AHEADS; what++)
-                asks = ask_for(next + what, list, asks, most);
+                if (next[what].rows) asks = ask_for(next + what, list, asks, most);
             micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn, load,
                                          next ? list : NULL);
         }
@@ -282,9 +282,11 @@ VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, i
         }
 }
 
-/* Rows [i, i + m) of a side and k in [k, k + kn), as they lie in memory, over so many tiles. */
+/* Rows [i, i + m) of a side and k in [k, k + kn), as they lie in memory, over so many tiles. Where all of a
+ * tile's lines are asked for at once, only those that the processor does not foresee are. */
 static ahead ahead_of(const side *s, int64_t i, int64_t m, int64_t k, int64_t kn, int64_t tiles) {
     const int64_t size = side_size(s->dt);
+    if (!ASKS_WITHIN && s->col == 1) return (ahead){0};
     const char *at = (const char *)s->p + (i * s->row + k * s->col) * size;
     if (s->col == 1) return spread(at, s->row * size, m, kn * size, tiles);
     return s->row == 1 ? spread(at, s->col * size, kn, m * size, tiles) : (ahead){0};
@@ -315,10 +317,10 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
             const int64_t length = packed_length(kn, pairs);
             const int pack = !keep_b || i == i0, last = k + kn == g->k;
             ahead next[AHEADS] = {{0}};
-            if (!last)
+            if (ASKS_WITHIN && !last)
                 next[NEXT_A] =
                     ahead_of(&g->a, i, m, k + kn, hs_min(kc, g->k - k - kn), tiles * wide / NR);
-            else if (i + mc < i1)
+            else if (ASKS_WITHIN && i + mc < i1)
                 next[NEXT_A] = ahead_of(&g->a, i + mc, hs_min(mc, i1 - i - mc), 0, hs_min(kc, g->k),
                                         tiles * wide / NR);
             pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
@@ -331,14 +333,14 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
                                   : pc + (g->k > kc ? j * mc : 0);
                 int64_t ldc = direct ? g->ld_out : NR;
                 if (pack) pack_b_as(b, &g->b, j0 + j, nn, g->n, k, kn, pairs);
-                if (left > 0)
+                if (left > 0 && (ASKS_WITHIN || pack))
                     next[NEXT_B] = pack ? ahead_of(&g->b, j0 + j + NR, left, k, kn, tiles)
                                         : spread((const char *)(b + NR * length), 0, 1,
                                                  NR * length * 4, tiles);
-                if (!direct && last && g->add_old)
+                if (ASKS_WITHIN && !direct && last && g->add_old)
                     next[OLD] = spread((const char *)g->out + (i * g->ld_out + j0 + j) * size_out,
                                        g->ld_out * size_out, m, nn * size_out, tiles);
-                if (!direct && last && g->res)
+                if (ASKS_WITHIN && !direct && last && g->res)
                     next[RESIDUAL] =
                         spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
                                g->ld_res * size_out, m, nn * size_out, tiles);
