@@ -4,7 +4,8 @@ alone, and the same bits in other layouts. Bounds are those of the golden runs (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,12 @@ def train(golden: Golden, case: str, folder: Path, **parallel: Any) -> Gang:
     return engine_runs.train(plan, folder / "data", folder / "run", weights=weights)
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Gang]:
+    """A case trained on one stage, once a process."""
+    return functools.cache(lambda case: train(Golden(CASES[case][0]), case, tmp_path_factory.mktemp("one")))
+
+
 def alone(golden: Golden, case: str, tokens: NDArray[np.int64]) -> Iterator[tuple[int, slice, Model]]:
     """Each document of a batch [B, T+1] as a sequence of its own: its row, its places, and the model on it."""
     _, packing, more = CASES[case]
@@ -78,9 +85,9 @@ def alone(golden: Golden, case: str, tokens: NDArray[np.int64]) -> Iterator[tupl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_document_is_as_if_alone(case: str, tmp_path: Path) -> None:
+def test_each_document_is_as_if_alone(one: Callable[[str], Gang], case: str, tmp_path: Path) -> None:
     golden = Golden(CASES[case][0])
-    gang = train(golden, case, tmp_path)
+    gang = one(case)
     batch = batch_of(golden)
     loss, grads = 0.0, {name: np.zeros_like(w) for name, w in golden.weights().items()}
     for _, at, model in alone(golden, case, batch):
@@ -96,16 +103,15 @@ def test_each_document_is_as_if_alone(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout.values())))
-def test_other_layouts_have_the_same_bits(layout: dict[str, Any], tmp_path: Path) -> None:
+def test_other_layouts_have_the_same_bits(one: Callable[[str], Gang], layout: dict[str, Any], tmp_path: Path) -> None:
     """Middle stages read tokens themselves: nothing of borders is sent."""
     case = "both" if "chunks" not in layout else "learned positions"
-    golden = Golden(CASES[case][0])
-    one, many = train(golden, case, tmp_path / "one"), train(golden, case, tmp_path / "many", **layout)
+    first, many = one(case), train(Golden(CASES[case][0]), case, tmp_path, **layout)
     assert all(p.tokens_offset is not None for p in many.plan.positions)
-    assert (many.losses, many.norms) == (one.losses, one.norms)
+    assert (many.losses, many.norms) == (first.losses, first.norms)
     for what in ("grads", "weights"):
         ours = getattr(many, what)(1)
-        for name, value in getattr(one, what)(1).items():
+        for name, value in getattr(first, what)(1).items():
             np.testing.assert_array_equal(ours[name], value, f"{what}: {name}")
 
 

@@ -371,17 +371,13 @@ def assert_close_to_ref(lib: KernelLib, call: Call, got: list[Array | None]) -> 
 
 
 @pytest.mark.parametrize(("case", "dtype"), WITH_DTYPE)
-def test_close_to_ref(kernels: KernelLib, case: Case, dtype: int) -> None:
-    call = Call.make(kernels, case, dtype)
-    assert_close_to_ref(kernels, call, call.run(kernels, kernels.sets[-1], threads=2))
-
-
-@pytest.mark.parametrize(("case", "dtype"), WITH_DTYPE)
-def test_equal_bits(kernels: KernelLib, other: KernelLib, case: Case, dtype: int) -> None:
-    """Every build, both compilers, any number of threads; and nothing outside the operands is touched."""
+def test_right_and_equal(kernels: KernelLib, other: KernelLib, case: Case, dtype: int) -> None:
+    """Close to ref; equal bits of every build, both compilers, any number of threads; and nothing outside the operands
+    is touched."""
     call = Call.make(kernels, case, dtype)
     fast = [name for name in kernels.sets if name != "ref"]
     runs: list[tuple[str, list[Array | None]]] = [("first", call.run(kernels, fast[-1]))]
+    assert_close_to_ref(kernels, call, runs[0][1])
     runs += [(f"{name} guarded", call.run(kernels, name, guard="after")) for name in fast]
     runs += [("guarded before", call.run(kernels, fast[-1], guard="before"))]
     runs += [(f"{fast[-1]} {n} threads", call.run(kernels, fast[-1], threads=n)) for n in (2, 3, 4)]

@@ -59,13 +59,16 @@ ON_DEVICES = [name for name in wire.KERNELS if name != "delay"]
 
 @pytest.mark.parametrize(("case", "dtype"), [p for p in WITH_DTYPE if p.values[0].kernel in ON_DEVICES])  # type: ignore[union-attr]
 def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: int) -> None:
-    """Close to ref; the same bits in any order of threads and blocks; the CPU set's bits where cuda.h says so."""
+    """Close to ref; the same bits in any order of threads and blocks, and wherever operands lie; the CPU set's bits
+    where cuda.h says so."""
     call = Call.make(kernels, case, dtype)
     cuda.seed(1)
     got = call.run(cuda, "cuda")
     assert_close_to_ref(kernels, call, got)
     cuda.seed(2)
     assert bits(call, call.run(cuda, "cuda")) == bits(call, got)
+    if max(case.dims) <= (130 if case.kernel.startswith(("attention", "classifier", "linear", "vocab")) else 50_000):
+        assert bits(call, one_element_later(cuda, call)) == bits(call, got)
     fast = call.run(kernels, kernels.sets[-1])
     for i, _ in call.outputs():
         name, x, y = wire.KERNELS[case.kernel].operands[i].name, got[i], fast[i]
@@ -75,29 +78,24 @@ def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: i
             assert x.tobytes() == y.tobytes(), f"{name} has other bits than the CPU's"
 
 
+def one_element_later(cuda: CudaLib, call: Call) -> list[Array | None]:
+    """What comes out where operands begin an element after a multiple of 16 bytes: wide accesses are for addresses that
+    allow them."""
+    shifted: list[Array | None] = []
+    for x in call.inputs:
+        buffer = None if x is None else np.zeros(x.size + 16, x.dtype)
+        if buffer is not None and x is not None:
+            first = (-buffer.ctypes.data % 16) // x.itemsize + (0 if x.nbytes == CONTROL_BYTES else 1)
+            buffer = buffer[first : first + x.size]
+            buffer[:] = x.reshape(-1)
+        shifted.append(buffer)
+    cuda.call(call.case.kernel, call.dtype, shifted, call.case.dims, call.case.reals)
+    return shifted
+
+
 def test_nothing_outside_the_operands_is_touched() -> None:
     done = sanitized()
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.mark.parametrize("kernel", ON_DEVICES)
-def test_operands_may_lie_anywhere(kernels: KernelLib, cuda: CudaLib, kernel: str) -> None:
-    """16-byte accesses are for addresses that allow them: the same bits where operands begin one element later."""
-    largest = 130 if kernel.startswith(("attention", "classifier", "linear", "vocab")) else 50_000
-    for case in (case for case in CASES if case.kernel == kernel and max(case.dims) <= largest):
-        for dtype in (wire.F32, wire.BF16):
-            call = Call.make(kernels, case, dtype)
-            aligned = bits(call, call.run(cuda, "cuda"))
-            shifted: list[Array | None] = []
-            for x in call.inputs:
-                buffer = None if x is None else np.zeros(x.size + 16, x.dtype)
-                if buffer is not None and x is not None:
-                    first = (-buffer.ctypes.data % 16) // x.itemsize + (0 if x.nbytes == CONTROL_BYTES else 1)
-                    buffer = buffer[first : first + x.size]
-                    buffer[:] = x.reshape(-1)
-                shifted.append(buffer)
-            cuda.call(kernel, dtype, shifted, case.dims, case.reals)
-            assert bits(call, shifted) == aligned, case.name
 
 
 ODD_NUMBERS = [
