@@ -32,6 +32,7 @@ def test_they_are_hashlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None
         pytest.skip("the library is not built here")
     rng = random.Random(0)
     drawn = [tuple(rng.choice((0, 4, 60, 64, 4096, rng.randrange(9000))) for _ in range(5)) for _ in range(40)]
+    drawn.append(tuple(rng.randrange(20_000) for _ in range(70)))  # lanes get leaf after leaf
     for lengths in [*LENGTHS, *drawn]:
         data = rng.randbytes(sum(lengths))
         for block in (64, 1000, 4096):
