@@ -102,11 +102,28 @@ def leaf_digests(data: bytes | bytearray | memoryview) -> Leaves:
 
 def wrong_block(data: bytes | bytearray | memoryview, leaves: Sequence[bytes]) -> int | None:
     """Where the first block begins, in bytes, that is not its leaf's; None where all are, and as many as leaves."""
-    found = leaf_digests(data)
-    for number, leaf in enumerate(leaves):
-        if number == len(found) or found[number] != leaf:
-            return number * BLOCK_BYTES
-    return len(leaves) * BLOCK_BYTES if len(found) > len(leaves) else None
+    wrong = wrong_block_of(data, [(memoryview(data).nbytes, leaves)])
+    return None if wrong is None else wrong[1]
+
+
+def wrong_block_of(
+    data: bytes | bytearray | memoryview, pieces: Sequence[tuple[int, Sequence[bytes]]]
+) -> tuple[int, int] | None:
+    """As ``wrong_block``, of pieces in a row, of each its bytes and its leaves: the first wrong one, and where in it.
+
+    Together they are checked in less time than one by one: as many blocks side by side as the CPU can, whose ever.
+    """
+    found = Leaves(sha256_leaves(data, [size for size, _ in pieces], BLOCK_BYTES, whole=False)[0])
+    first = 0
+    for number, (size, leaves) in enumerate(pieces):
+        own = found[first : first + -(-size // BLOCK_BYTES)]
+        first += len(own)
+        if own != leaves:
+            same = (a == b for a, b in zip(own, leaves, strict=False))
+            return number, BLOCK_BYTES * next(
+                (n for n, equal in enumerate(same) if not equal), min(len(own), len(leaves))
+            )
+    return None
 
 
 def tree_root(leaves: Sequence[bytes]) -> bytes:

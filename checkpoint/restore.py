@@ -16,7 +16,7 @@ from typing import Protocol
 
 from checkpoint import keys
 from checkpoint.chunks import Piece
-from checkpoint.digest import BLOCK_BYTES, KINDS, wrong_block
+from checkpoint.digest import BLOCK_BYTES, KINDS, wrong_block_of
 from checkpoint.errors import CheckpointError, Damaged, NotFound
 from checkpoint.layout import PlanLayout, RankLayout, StateSlot
 from checkpoint.log import CheckpointInfo
@@ -33,7 +33,7 @@ WASTE = 32
 
 
 PART_BYTES = 16 * BLOCK_BYTES
-"""What is checked at once, while what follows is on its way: as many blocks as are summed side by side."""
+"""At most so much is checked at once, while what follows is on its way: as many blocks as are summed side by side."""
 
 
 class OtherModel(CheckpointError):
@@ -48,6 +48,8 @@ class Target(Protocol):
     layout: RankLayout
 
     def begin_fill(self) -> memoryview: ...
+
+    def filled(self, first: int, end: int) -> None: ...
 
     def finish_fill(self, step: int, epoch: int, pool: Executor) -> None: ...
 
@@ -68,6 +70,26 @@ class ChunkRead:
     first: int
     length: int
     wanted: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Bytes [first, first + bytes) of a placement's piece: whole blocks of it."""
+
+    placement: Placement
+    first: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a read, bytes in a row that go to bytes in a row, and are checked at once: ``to`` is (target, offset in its
+    data). Without one they are nobody's, and thrown away.
+    """
+
+    bytes: int
+    to: tuple[int, int] | None
+    cuts: tuple[Cut, ...]
 
 
 def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_what: bool = True) -> None:
@@ -128,6 +150,31 @@ def _joined(chunk: int, wanted: Sequence[Placement]) -> Iterator[ChunkRead]:
     yield ChunkRead(chunk, first, end - first, tuple(held))
 
 
+def parts_of(read: ChunkRead) -> Iterator[Part]:
+    """A read as few parts of at most PART_BYTES: pure, in order, without gaps."""
+    held: list[Cut] = []
+    to, size, end = (0, 0), 0, read.first
+    for placement in read.wanted:
+        piece, (target, offset) = placement.piece, placement.to[0]
+        gap, first = piece.offset - end, 0
+        while first < piece.bytes:
+            room = (PART_BYTES - size) // BLOCK_BYTES * BLOCK_BYTES
+            take = piece.bytes - first if piece.bytes - first <= PART_BYTES - size else room
+            if held and (gap or not take or (target, offset + first) != (to[0], to[1] + size)):
+                yield Part(size, to, tuple(held))
+                held, size = [], 0
+                continue
+            if gap:
+                yield Part(gap, None, ())
+                gap = 0
+            if not held:
+                to = (target, offset + first)
+            held.append(Cut(placement, first, take))
+            first, size = first + take, size + take
+        end = piece.offset + piece.bytes
+    yield Part(size, to, tuple(held))
+
+
 def restore_slots(
     store: Store,
     run: str,
@@ -151,7 +198,7 @@ def restore_slots(
     reads = plan_reads(manifest, plan, [slot.layout for slot in targets])
     views = [slot.begin_fill() for slot in targets]
     try:
-        futures = [pool.submit(_read, store, manifest, read, views) for read in reads]
+        futures = [pool.submit(_read, store, manifest, read, targets, views) for read in reads]
         try:
             for future in futures:
                 go_on()
@@ -181,39 +228,37 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[memoryview]) -> None:
+def _read(
+    store: Store, manifest: Manifest, read: ChunkRead, targets: Sequence[Target], views: Sequence[memoryview]
+) -> None:
     """One read, straight to where it is wanted, and checked meanwhile; what several ranks keep is copied from the first
     one's.
     """
     chunk = manifest.chunks[read.chunk]
     key = keys.run_key(manifest.run, chunk.name)
-    places: list[memoryview] = []
-    parts: list[tuple[Placement, int] | None] = []  # of each place: what it is a part of, and where that begins there
-    end = read.first
-    for wanted in read.wanted:
-        if wanted.piece.offset > end:
-            places.append(memoryview(bytearray(wanted.piece.offset - end)))
-            parts.append(None)
-        target, offset = wanted.to[0]
-        for first in range(0, wanted.piece.bytes, PART_BYTES):
-            places.append(views[target][offset + first : offset + min(first + PART_BYTES, wanted.piece.bytes)])
-            parts.append((wanted, first))
-        end = wanted.piece.offset + wanted.piece.bytes
+    parts = list(parts_of(read))
+    places = [
+        memoryview(bytearray(part.bytes))
+        if part.to is None
+        else views[part.to[0]][part.to[1] : part.to[1] + part.bytes]
+        for part in parts
+    ]
 
     def check(number: int) -> None:
-        part, own = parts[number], places[number]
-        if part is None:
-            return
-        piece, first = part[0].piece, part[1]
-        leaf = first // BLOCK_BYTES
-        at = wrong_block(own, piece.leaves[leaf : leaf + -(-own.nbytes // BLOCK_BYTES)])
-        if at is not None:
+        own, cuts = places[number], parts[number].cuts
+        wrong = wrong_block_of(own, [(cut.bytes, _leaves(cut)) for cut in cuts]) if cuts else None
+        if wrong is not None:
+            cut, at = cuts[wrong[0]], wrong[1]
+            piece = cut.placement.piece
             raise Damaged(
                 f"chunk {key}: {KINDS[piece.kind]} of tensor {manifest.tensors[piece.tensor].name}, elements from "
-                f"{piece.first + (first + at) // 4} on, is not what was saved"
+                f"{piece.first + (cut.first + at) // 4} on, is not what was saved"
             )
-        for target, offset in part[0].to[1:]:
-            views[target][offset + first : offset + first + own.nbytes] = own
+        at = 0
+        for cut in cuts:
+            for target, offset in cut.placement.to[1:]:
+                views[target][offset + cut.first : offset + cut.first + cut.bytes] = own[at : at + cut.bytes]
+            at += cut.bytes
 
     try:
         store.read_into(key, places, first=read.first, filled=check)
@@ -222,3 +267,11 @@ def _read(store: Store, manifest: Manifest, read: ChunkRead, views: Sequence[mem
     finally:
         for place in places:  # an error's frames keep the functions that have them, and so the slots
             place.release()
+    for wanted in read.wanted:  # only now: what was read again after a fault was not there for good
+        for target, offset in wanted.to:
+            targets[target].filled(offset, offset + wanted.piece.bytes)
+
+
+def _leaves(cut: Cut) -> Sequence[bytes]:
+    leaf = cut.first // BLOCK_BYTES
+    return cut.placement.piece.leaves[leaf : leaf + -(-cut.bytes // BLOCK_BYTES)]

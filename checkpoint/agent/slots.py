@@ -95,6 +95,9 @@ class Slot:
     def __init__(self, fd: int, layout: RankLayout) -> None:
         self.fd, self.layout = fd, layout
         self._closing = threading.Lock()  # prefault runs in a thread of its own
+        self._filling = threading.Lock()
+        self._missing: list[int] = []  # bytes of each chunk, of the fill that is going on
+        self._sums: list[int | None] = []  # of the chunks of which none are missing
         try:
             self._open()
         except BaseException:
@@ -262,17 +265,36 @@ class Slot:
         h = self._header
         h.hold, h.claim, h.state = 0, 0, wire.SLOT_FILLING
         h.generation += 1
+        size = wire.SLOT_CHUNK
+        self._missing = [min(size, self.layout.data_bytes - at) for at in range(0, self.layout.data_bytes, size)]
+        self._sums = [None] * len(self._missing)
         return self.data()
+
+    def filled(self, first: int, end: int) -> None:
+        """Bytes [first, end) of the data are there for good (told once of each): chunks that are whole by it are summed
+        now, while others come, and need not be in ``finish_fill``.
+        """
+        size, whole = wire.SLOT_CHUNK, []
+        with self._filling:
+            for n in range(first // size, -(-end // size)):
+                self._missing[n] -= min(end, (n + 1) * size) - max(first, n * size)
+                if not self._missing[n]:
+                    whole.append(n)
+        with self.data() as data:
+            for n in whole:
+                self._sums[n] = _sum(data[n * size : (n + 1) * size])
 
     def finish_fill(self, step: int, epoch: int, pool: Executor) -> None:
         """Checksums, header, READY: the slot now holds ``step`` for a rank to restore from."""
         h, data = self._header, self.data()
         size = wire.SLOT_CHUNK
+        rest = [n for n, found in enumerate(self._sums) if found is None]
         try:
-            sums = list(pool.map(_sum, (data[at : at + size] for at in range(0, len(data), size))))
+            for n, found in zip(rest, pool.map(_sum, [data[n * size : (n + 1) * size] for n in rest]), strict=True):
+                self._sums[n] = found
         finally:
             data.release()
-        struct.pack_into(f"<{len(sums)}Q", self._map, wire.SLOT_HEADER_BYTES, *sums)
+        struct.pack_into(f"<{len(self._sums)}Q", self._map, wire.SLOT_HEADER_BYTES, *self._sums)
         h.step, h.epoch, h.final, h.persist, h.checksum_kind = step, epoch, 0, 1, wire.SUM_CRC32
         h.header_crc = self._crc()
         h.state = wire.SLOT_READY

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from checkpoint import codec, keys
 from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Segment, Tensor, plan_chunks
-from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, KINDS, leaf_digests, state_root, tree_root, wrong_block
+from checkpoint.digest import (
+    BLOCK_BYTES,
+    BLOCK_ELEMENTS,
+    KINDS,
+    leaf_digests,
+    state_root,
+    tree_root,
+    wrong_block,
+    wrong_block_of,
+)
 from checkpoint.errors import Damaged
 from checkpoint.log import RunLog
 from checkpoint.manifest import EXP_AVG, PARAM, Manifest, PartManifest, checkpoint_body, merge, state_digest
@@ -46,6 +55,12 @@ def test_the_tree_by_hand() -> None:
     assert wrong_block(a + c + b, leaves) == BLOCK_BYTES
     assert wrong_block(a + b, leaves) == 2 * BLOCK_BYTES
     assert wrong_block(a + b + c, leaves[:2]) == 2 * BLOCK_BYTES
+    pieces = [(2 * BLOCK_BYTES, leaves[:2]), (8, leaves[2:])]
+    assert wrong_block_of(a + b + c, pieces) is None
+    assert wrong_block_of(a + a + c, pieces) == (0, BLOCK_BYTES)
+    assert wrong_block_of(a + b + b"\3" * 8, pieces) == (1, 0)
+    assert wrong_block_of(a + b + c, [(2 * BLOCK_BYTES, leaves[:1]), pieces[1]]) == (0, BLOCK_BYTES)
+    assert wrong_block_of(a + b + c, [pieces[0], (8, leaves[1:])]) == (1, 0)
     assert tree_root(leaves) == h(h(leaves[0] + leaves[1]) + leaves[2])
     assert tree_root(leaves[:1]) == leaves[0]
     five = [h(bytes([n])) for n in range(5)]

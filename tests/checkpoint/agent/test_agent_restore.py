@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +13,27 @@ from typing import Any
 
 import pytest
 
-from checkpoint import keys
+from checkpoint import keys, restore
 from checkpoint.agent.commit import commit
 from checkpoint.agent.gang import layouts
 from checkpoint.agent.slots import SlotTable
 from checkpoint.agent.upload import Source, Uploader
+from checkpoint.chunks import Piece
+from checkpoint.digest import BLOCK_BYTES, KINDS
 from checkpoint.errors import Damaged, Halted
 from checkpoint.layout import PlanLayout, PlanRefused, read_plan
 from checkpoint.log import CheckpointInfo
 from checkpoint.read import load_manifest
-from checkpoint.restore import GAP_BYTES, OtherModel, plan_reads, restore_slots
+from checkpoint.restore import (
+    GAP_BYTES,
+    PART_BYTES,
+    ChunkRead,
+    OtherModel,
+    Placement,
+    parts_of,
+    plan_reads,
+    restore_slots,
+)
 from checkpoint.store import MemoryStore
 from checkpoint.store.base import Data
 from tests.support.agents import Run, make_run, put_dataset, state_bytes, tiny_spec, wait_for
@@ -107,6 +120,50 @@ def test_reads_are_joined_and_only_what_is_owned_is_read(saved: tuple[Run, PlanL
     assert all(read.length <= sum(w.piece.bytes for w in read.wanted) + GAP_BYTES * len(read.wanted) for read in half)
 
 
+@pytest.mark.parametrize("part_bytes", [PART_BYTES, 2 * BLOCK_BYTES])
+def test_parts_are_what_is_read_and_lie_in_a_row(
+    saved: tuple[Run, PlanLayout, CheckpointInfo], monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    monkeypatch.setattr(restore, "PART_BYTES", part_bytes)
+    run, layout, info = saved
+    manifest = load_manifest(run.store, run.name, info)
+    small = [read for ranks in ([0, 1], [0]) for read in plan_reads(manifest, layout, [layout.rank(r) for r in ranks])]
+    assert all(len([part for part in parts_of(read) if part.to]) <= 2 for read in small)
+    for read in [*small, drawn_read(random.Random(part_bytes))]:
+        at, seen = read.first, list[tuple[Placement, int, int]]()
+        for part in parts_of(read):
+            assert 0 < part.bytes == (sum(cut.bytes for cut in part.cuts) or part.bytes)
+            assert not part.cuts or part.bytes <= part_bytes
+            own = 0
+            for cut in part.cuts:
+                target, offset = cut.placement.to[0]
+                assert part.to == (target, offset + cut.first - own)
+                assert cut.first % BLOCK_BYTES == 0
+                assert cut.bytes % BLOCK_BYTES == 0 or cut.first + cut.bytes == cut.placement.piece.bytes
+                assert cut.placement.piece.offset + cut.first == at + own
+                seen.append((cut.placement, cut.first, cut.bytes))
+                own += cut.bytes
+            at += part.bytes
+        assert at == read.first + read.length
+        for placement in read.wanted:
+            mine = [(first, size) for other, first, size in seen if other is placement]
+            assert [first for first, _ in mine] == [sum(size for _, size in mine[:n]) for n in range(len(mine))]
+            assert sum(size for _, size in mine) == placement.piece.bytes
+
+
+def drawn_read(rng: random.Random) -> ChunkRead:
+    """Pieces of up to five blocks, with gaps, now and then beside what is before them in a target."""
+    wanted, offset, to = list[Placement](), 40, (0, 0)
+    for number in range(60):
+        offset += 4 * rng.choice((0, 0, 0, 9))
+        elements = rng.choice((1, 700, BLOCK_BYTES // 4, rng.randrange(1, 5 * BLOCK_BYTES // 4)))
+        to = to if rng.random() < 0.8 else (rng.randrange(2), to[1] + 64)
+        wanted.append(Placement(Piece(number, 0, 0, elements, 0, offset, ()), (to,)))
+        offset, to = offset + 4 * elements, (to[0], to[1] + 4 * elements)
+    first = wanted[0].piece.offset
+    return ChunkRead(0, first, offset - first, tuple(wanted))
+
+
 def _flip(run: Run, key: str, at: Callable[[int], int]) -> None:
     path = run.store.local_path(key)
     assert path is not None
@@ -133,6 +190,23 @@ def test_damage_is_named_and_leaves_no_slot_ready(saved: tuple[Run, PlanLayout, 
     with ThreadPoolExecutor(2) as pool, pytest.raises(Damaged, match=key.split("/", 2)[2]):
         restore_slots(run.store, run.name, info, layout, {r: s[0] for r, s in table.slots.items()}, epoch=9, pool=pool)
     assert not any(seen.ready for rank in table.slots for seen in table.look(rank))
+    assert table.close()
+
+
+def test_a_bit_of_any_piece_is_found(saved: tuple[Run, PlanLayout, CheckpointInfo]) -> None:
+    """Whatever pieces it is checked together with; the error names the tensor."""
+    run, layout, info = saved
+    manifest, table, rng = load_manifest(run.store, run.name, info), table_of(layout), random.Random(5)
+    slots = {rank: slots[0] for rank, slots in table.slots.items()}
+    pieces = [piece for t in manifest.tensors for kind in range(3) for piece in manifest.pieces_of(t.name, kind)]
+    for piece in rng.sample(pieces, 16):
+        at = piece.offset + rng.choice((0, rng.randrange(piece.bytes), piece.bytes - 1))
+        key = keys.run_key(run.name, manifest.chunks[piece.chunk].name)
+        _flip(run, key, lambda _, at=at: at)  # type: ignore[misc]
+        named = f"{KINDS[piece.kind]} of tensor {manifest.tensors[piece.tensor].name},"
+        with ThreadPoolExecutor(1) as pool, pytest.raises(Damaged, match=re.escape(named)):
+            restore_slots(run.store, run.name, info, layout, slots, epoch=9, pool=pool)
+        _flip(run, key, lambda _, at=at: at)  # type: ignore[misc]
     assert table.close()
 
 

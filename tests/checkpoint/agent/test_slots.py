@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import resource
+import struct
 import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from checkpoint.agent.memory_pages import HUGE_BYTES, take_pages
 from checkpoint.agent.slots import Slot, SlotChanged, SlotTable, fence, membarrier
 from checkpoint.layout import PlanLayout
 from tests.support.agents import make_run, tiny_spec
+from trainer import wire
 
 SEALS = 0x1 | 0x2 | 0x4
 
@@ -153,3 +159,29 @@ def test_all_pages_of_a_slot_are_taken_and_none_beyond(size: int) -> None:
         assert os.fstat(fd).st_blocks * 512 <= 16 << 20
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("told", [0.0, 0.5, 1.0])
+def test_chunks_are_summed_when_they_are_whole(
+    layout: PlanLayout, monkeypatch: pytest.MonkeyPatch, told: float
+) -> None:
+    """By several threads, in any order and cut anywhere; what nobody told of is summed at the end."""
+    monkeypatch.setattr(wire, "SLOT_CHUNK", 4096)
+    rng, slot = random.Random(told), Slot.create(layout.rank(0), layout.digest, layout.what_digest)
+    size = layout.rank(0).data_bytes
+    data = rng.randbytes(size)
+    borders = sorted({0, size, *(rng.randrange(1, size) for _ in range(150))})
+    ranges = [pair for pair in pairwise(borders) if rng.random() < told]
+    rng.shuffle(ranges)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):  # a fill knows nothing of the one before
+            with slot.begin_fill() as view:
+                assert slot._sums == [None] * len(slot._sums)
+                view[:] = data
+            list(pool.map(lambda pair: slot.filled(*pair), ranges))
+            whole = sum(found is not None for found in slot._sums)
+            assert whole == len(slot._sums) if told == 1 else whole == 0 if told == 0 else 0 < whole < len(slot._sums)
+            slot.finish_fill(8, 3, pool)
+            sums = struct.unpack_from(f"<{-(-size // 4096)}Q", slot._map, wire.SLOT_HEADER_BYTES)
+            assert list(sums) == [zlib.crc32(data[at : at + 4096]) for at in range(0, size, 4096)]
+    assert slot.close()
