@@ -6,7 +6,8 @@ Hints (``live/``) are renamed into place and not fsynced. A folder shared over a
 atomic ``link``; the probe (``checkpoint/probe.py``) finds out.
 
 What is large goes past the page cache (``O_DIRECT``) where the file system lets it: it is synced at once anyway, the
-copy costs more processor time than the digests, and it would push out what training reads again.
+copy costs more processor time than the digests, and it would push out what training reads again. So it comes back too,
+where the cache does not begin with it.
 
 Invariants
   F1  a name under the root outside ``.tmp/`` is a whole object or a folder;
@@ -18,12 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
-import mmap
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,14 +40,12 @@ from checkpoint.store.base import (
     ignored,
     is_hint,
 )
+from checkpoint.store.direct import PIECE_BYTES, DirectReads, DirectWrites, Reads, cached
 from checkpoint.store.limits import PACED_BYTES, SLICE_BYTES, Rate
 from checkpoint.store.memory import window
 
 _TMP = ".tmp"
-_PIECE = 16 << 20  # bytes of one read or write
-_DIRECT_BYTES = 1 << 20  # objects from here on are written past the page cache, in whole
-_SECTOR = 4096
-_BOUNCED = 4 << 20  # bytes of one write out of memory that does not begin on a border
+_DIRECT_BYTES = 1 << 20  # objects from here on are written past the page cache, and reads from here on are read so
 _TMP_AGE_S = 24 * 3600.0  # a temporary file this old belongs to nobody alive
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -195,11 +191,12 @@ class FileStore:
             with open(path, "rb", buffering=0) as file:
                 size = sum(view.nbytes for view in out)
                 window(key, os.fstat(file.fileno()).st_size, None, first, size)
-                os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_SEQUENTIAL)  # more comes ahead
+                direct = size >= _DIRECT_BYTES and not cached(file.fileno(), first)
+                read = DirectReads(file.fileno()).read if direct else Reads(file.fileno(), first, size).read
                 for number, view in enumerate(out):
                     rest = view.cast("B")
                     while rest.nbytes:
-                        came = os.preadv(file.fileno(), [rest[:_PIECE]], at)
+                        came = read(rest, at)
                         if came == 0:
                             raise _shorter(key, path)
                         rest, at = rest[came:], at + came
@@ -320,9 +317,9 @@ class FileStore:
             try:
                 rest, rate = memoryview(data).cast("B"), self._rate
                 paced = rate is not None and rest.nbytes >= PACED_BYTES
-                write = _Direct(descriptor).write if durable and rest.nbytes >= _DIRECT_BYTES else None
+                write = DirectWrites(descriptor).write if durable and rest.nbytes >= _DIRECT_BYTES else None
                 while rest:
-                    piece = rest[: SLICE_BYTES if paced else _PIECE]
+                    piece = rest[: SLICE_BYTES if paced else PIECE_BYTES]
                     if paced and rate is not None:
                         rate.take(piece.nbytes)
                     rest = rest[write(piece) if write is not None else os.write(descriptor, piece) :]
@@ -372,51 +369,6 @@ class FileStore:
                         return False
                     rest = rest[len(block) :]
         except FileNotFoundError:
-            return False
-        return True
-
-
-_OWN = threading.local()  # of each thread: a buffer that begins on a border
-
-
-class _Direct:
-    """Writes to the end of a file past the page cache, as far as file system, memory and length allow."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._ways: list[Callable[[memoryview], int]] = [self._straight, self._bounced] if self._set(True) else []
-
-    def write(self, piece: memoryview) -> int:
-        """How many bytes were written: some."""
-        whole = piece[: piece.nbytes // _SECTOR * _SECTOR]
-        while self._ways and whole:
-            try:
-                return self._ways[0](whole)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # that is: not from this memory, or not here
-                    raise
-                del self._ways[0]
-        if self._ways or whole:
-            self._ways = []
-            self._set(False)
-        return os.write(self._descriptor, piece)
-
-    def _straight(self, whole: memoryview) -> int:
-        return os.write(self._descriptor, whole)
-
-    def _bounced(self, whole: memoryview) -> int:
-        buffer: memoryview | None = getattr(_OWN, "buffer", None)
-        if buffer is None:
-            buffer = _OWN.buffer = memoryview(mmap.mmap(-1, _BOUNCED))
-        some = min(whole.nbytes, _BOUNCED)
-        buffer[:some] = whole[:some]
-        return os.write(self._descriptor, buffer[:some])
-
-    def _set(self, on: bool) -> bool:
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-        except OSError:  # a file system that has it not
             return False
         return True
 

@@ -21,7 +21,7 @@ import pytest
 
 from checkpoint.errors import StoreError, StoreRefused, StoreUnavailable
 from checkpoint.probe import ensure_probed
-from checkpoint.store import open_store
+from checkpoint.store import direct, open_store
 from checkpoint.store.address import folder_of
 from checkpoint.store.file import FileStore, translate
 
@@ -257,12 +257,8 @@ def test_folders_that_a_collector_removes_meanwhile_are_made_anew(tmp_path: Path
 
 
 def cached(path: Path) -> bool:
-    """Whether the page cache has the beginning of this file."""
-    with open(path, "rb", buffering=0) as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
-        except BlockingIOError:
-            return False
+    with open(path, "rb") as file:
+        return direct.cached(file.fileno(), 0)
 
 
 @pytest.mark.parametrize("first", [0, 512, 1], ids=["page", "sector", "odd"])
@@ -280,7 +276,51 @@ def test_large_objects_are_written_past_the_page_cache(tmp_path: Path, first: in
         view[:] = data
         assert store.create("runs/r/chunks/c", view)
     assert not cached(tmp_path / "store" / "runs/r/chunks/c")
+    for begin, cut, to in (
+        (0, size, first),
+        (3, 70_001, first),
+        (512, 3 << 20, 512 + first),
+        (4096 - first, 4 << 20, 5),
+    ):
+        with mmap.mmap(-1, size + 4096) as memory, memoryview(memory) as whole:
+            views = [whole[at : min(at + cut, to + size - begin)] for at in range(to, to + size - begin, cut)]
+            store.read_into("runs/r/chunks/c", views, first=begin)
+            assert hashlib.sha256(whole[to : to + size - begin]).digest() == hashlib.sha256(data[begin:]).digest()
+            assert not any(whole[:to])
+            assert not any(whole[to + size - begin :])
+            for view in views:
+                view.release()
+        assert size < 2 << 20 or not cached(tmp_path / "store" / "runs/r/chunks/c")  # large ones are read so too
     assert hashlib.sha256(store.get("runs/r/chunks/c")).digest() == hashlib.sha256(data).digest()
+
+
+@pytest.mark.parametrize("whence", ["open", "read", "later"])
+def test_a_file_system_without_direct_reads_gets_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whence: str
+) -> None:
+    real_read, real_fcntl, reads = os.preadv, fcntl.fcntl, list[int]()
+
+    def refuse_open(descriptor: int, command: int, flags: int = 0) -> int:
+        if whence == "open" and command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct reads here")
+        return real_fcntl(descriptor, command, flags)
+
+    def refuse_read(descriptor: int, into: list[memoryview], at: int) -> int:
+        if real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            if whence == "read" or (whence == "later" and len(reads) > 1):
+                raise OSError(errno.EINVAL, "no direct reads here")
+            into = [into[0][: 1 << 20]]  # and short ones before
+        reads.append(real_read(descriptor, into, at))
+        return reads[-1]
+
+    store, data = FileStore(tmp_path / "store"), random.Random(3).randbytes((5 << 20) + 5)
+    assert store.create("runs/r/chunks/c", data)
+    monkeypatch.setattr(fcntl, "fcntl", refuse_open)
+    monkeypatch.setattr(os, "preadv", refuse_read)
+    with mmap.mmap(-1, len(data)) as memory, memoryview(memory) as view:
+        store.read_into("runs/r/chunks/c", [view])
+        assert view == data
+    assert sum(reads) >= len(data)
 
 
 @pytest.mark.parametrize("whence", ["open", "write", "later"])
