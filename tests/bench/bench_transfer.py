@@ -6,9 +6,10 @@ Ours hashes twice on the way up (blocks, chunks), once on the way down, commits 
 bare client is HTTP alone and sends the SHA-256 of each object, which the server compares: what is stored is as sure as
 ours, and nothing is quicker. Beside it stand one that has nothing compared, and boto3 as it comes, which people use:
 ``put_object`` and ``get_object``, and its transfer manager. In a folder the bare client writes, syncs and reads. Reads
-are from the disk: what the page cache holds of the objects is dropped before each (and once more beside it, from the
-page cache). Rounds are interleaved, and each begins with another client, because pages that were just given back are
-cheaper than others. ``python -m tests.bench transfer``, ``python -m tests.bench transfer-vs-dcp``.
+are from the disk: what the page cache holds of the objects is dropped before each; and once more from the page cache,
+which has all of them before. The slots' pages are there, huge ones, as an agent has them. Rounds are interleaved, and
+each begins with another client, because pages that were just given back are cheaper than others.
+``python -m tests.bench transfer``, ``transfer-vs-dcp``.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class Checkpoints:
         rng = np.random.default_rng(0)
         for rank in local:
             self.table.create(rank)
+            self.slot(rank).prefault()
             with self.slot(rank).begin_fill() as view:
                 block = rng.bytes(1 << 24)
                 for at in range(0, view.nbytes, len(block)):
@@ -251,6 +253,15 @@ def drop_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def fill_cache(folder: Path) -> None:
+    """The page cache holds all of these files: who read them past it has not filled it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.read(1 << 22):
+                    pass
+
+
 def remove(folder: Path, names: str) -> None:
     for path in folder.rglob(names):
         if path.is_file() and path.stat().st_size > 1 << 20:
@@ -283,6 +294,7 @@ def round_of(checkpoints: Checkpoints, bare: Mapping[str, Bare], files: Path, nu
             moved["upload", client] = timed(upload)
             drop_cache(files)
             moved["restore", client] = timed(restore)
+            fill_cache(files)
             moved["restore, from the page cache", client] = timed(restore)
             remove(files, "*" if client == OURS else f"{clients.index(client)}-{number}-*")
     return moved
