@@ -73,7 +73,7 @@ class ChunkRead:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PieceCut:
     """Bytes [first, first + bytes) of a placement's piece: whole blocks of it."""
 
     placement: Placement
@@ -89,7 +89,7 @@ class Part:
 
     bytes: int
     to: tuple[int, int] | None
-    cuts: tuple[Cut, ...]
+    cuts: tuple[PieceCut, ...]
 
 
 def check_same_model(manifest: Manifest, plan: PlanLayout, what: str, *, same_what: bool = True) -> None:
@@ -150,9 +150,9 @@ def _joined(chunk: int, wanted: Sequence[Placement]) -> Iterator[ChunkRead]:
     yield ChunkRead(chunk, first, end - first, tuple(held))
 
 
-def parts_of(read: ChunkRead) -> Iterator[Part]:
+def checked_parts(read: ChunkRead) -> Iterator[Part]:
     """A read as few parts of at most PART_BYTES: pure, in order, without gaps."""
-    held: list[Cut] = []
+    held: list[PieceCut] = []
     to, size, end = (0, 0), 0, read.first
     for placement in read.wanted:
         piece, (target, offset) = placement.piece, placement.to[0]
@@ -169,7 +169,7 @@ def parts_of(read: ChunkRead) -> Iterator[Part]:
                 gap = 0
             if not held:
                 to = (target, offset + first)
-            held.append(Cut(placement, first, take))
+            held.append(PieceCut(placement, first, take))
             first, size = first + take, size + take
         end = piece.offset + piece.bytes
     yield Part(size, to, tuple(held))
@@ -236,7 +236,7 @@ def _read(
     """
     chunk = manifest.chunks[read.chunk]
     key = keys.run_key(manifest.run, chunk.name)
-    parts = list(parts_of(read))
+    parts = list(checked_parts(read))
     places = [
         memoryview(bytearray(part.bytes))
         if part.to is None
@@ -272,6 +272,6 @@ def _read(
             targets[target].filled(offset, offset + wanted.piece.bytes)
 
 
-def _leaves(cut: Cut) -> Sequence[bytes]:
+def _leaves(cut: PieceCut) -> Sequence[bytes]:
     leaf = cut.first // BLOCK_BYTES
     return cut.placement.piece.leaves[leaf : leaf + -(-cut.bytes // BLOCK_BYTES)]

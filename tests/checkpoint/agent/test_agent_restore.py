@@ -30,7 +30,7 @@ from checkpoint.restore import (
     ChunkRead,
     OtherModel,
     Placement,
-    parts_of,
+    checked_parts,
     plan_reads,
     restore_slots,
 )
@@ -128,10 +128,10 @@ def test_parts_are_what_is_read_and_lie_in_a_row(
     run, layout, info = saved
     manifest = load_manifest(run.store, run.name, info)
     small = [read for ranks in ([0, 1], [0]) for read in plan_reads(manifest, layout, [layout.rank(r) for r in ranks])]
-    assert all(len([part for part in parts_of(read) if part.to]) <= 2 for read in small)
+    assert all(len([part for part in checked_parts(read) if part.to]) <= 2 for read in small)
     for read in [*small, drawn_read(random.Random(part_bytes))]:
         at, seen = read.first, list[tuple[Placement, int, int]]()
-        for part in parts_of(read):
+        for part in checked_parts(read):
             assert 0 < part.bytes == (sum(cut.bytes for cut in part.cuts) or part.bytes)
             assert not part.cuts or part.bytes <= part_bytes
             own = 0
