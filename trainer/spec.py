@@ -8,7 +8,7 @@ model, and plain Python. Every refusal is a ``SpecError`` line that names the va
 Example::
 
     spec = load_spec("examples/demo.toml", ["train.steps=20", "parallel.stages=2"])
-    spec = spec.resolve(dataset)            # fills model.vocab and train.reduction_groups
+    spec = spec.resolve(dataset)            # fills model.vocab, data.packing, train.reduction_groups
     run_id(spec, dataset)                   # "demo-1f0c3a"
 """
 

@@ -88,10 +88,10 @@ class DataSpec(Section):
         description="most that a node keeps of the data, GiB: it fetches what its ranks read next and gives back what "
         "they have read; 0: all shards, before the first step. No part of a run's name",
     )
-    packing: Literal["across", "within"] = Field(
-        "across",
+    packing: Literal["across", "within"] | None = Field(
+        None,
         description="documents share a sequence: attention crosses their borders, or stays within one and positions "
-        "count from its beginning",
+        "count from its beginning; unset: within, where the data have a token that ends a document",
     )
     mix: tuple[MixPart, ...] = Field(
         (),
@@ -105,6 +105,10 @@ class DataSpec(Section):
         made: dict[str, Any] = {"filter": None, "dedupe": None} if entry.source.startswith("dataset:") else {}
         values = {key: getattr(self, key) for key in type(self).model_fields}
         return DataSpec.model_validate(values | made | {"mix": (), "source": entry.source, "field": entry.field})
+
+    def packing_of(self, end: int | None) -> Literal["across", "within"]:
+        """``packing``, or what it is where it is unset. ``end``: the token that ends a document of the data."""
+        return self.packing or ("across" if end is None else "within")
 
     @property
     def phases(self) -> tuple[MixPhase, ...]:

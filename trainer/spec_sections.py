@@ -455,8 +455,8 @@ class RunSpec(Section):
         return self
 
     def resolve(self, dataset: DatasetRef) -> RunSpec:
-        """The spec with ``model.vocab`` filled from the dataset and ``train.reduction_groups`` from the batch; refuses
-        data that do not fit. Idempotent."""
+        """The spec with ``model.vocab`` and ``data.packing`` from the dataset and ``train.reduction_groups`` from the
+        batch; refuses data that do not fit. Idempotent."""
         problems: list[str] = []
         if self.model.vocab and self.model.vocab < dataset.vocab:
             problems.append(
@@ -477,11 +477,12 @@ class RunSpec(Section):
             )
         if problems:
             raise SpecError(problems)
-        if self.model.vocab and self.train.reduction_groups:
+        if self.model.vocab and self.train.reduction_groups and self.data.packing:
             return self
         model = self.model.model_copy(update={"vocab": self.model.vocab or dataset.vocab})
         train = self.train.model_copy(update={"reduction_groups": self.train.groups})
-        return self.model_copy(update={"model": model, "train": train})
+        data = self.data.model_copy(update={"packing": self.data.packing_of(dataset.eot)})
+        return self.model_copy(update={"model": model, "data": data, "train": train})
 
 
 def with_how(what: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:

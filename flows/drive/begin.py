@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare
 from flows.drive.begin_from import begin
-from flows.drive.run import Board, NoBoard, Prepared, check_layouts, create_run, ready_store
+from flows.drive.run import Board, NoBoard, Prepared, as_begun, check_layouts, create_run, ready_store, run_name
 from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
 from trainer.errors import SpecError
 from trainer.plan import compile_plan
-from trainer.spec import DataSpec, RunSpec, run_id, what_digest
+from trainer.spec import DataSpec, RunSpec, what_digest
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ def prepare_run(
         tokenizer = load_tokenizer(store, dataset)
         check_tokenizer(weights.place, weights.vocab, weights.tokenizer, tokenizer, dataset.vocab)
     with board.task("compile-plan", "compile plan") as told:
-        resolved = spec.resolve(dataset)
+        resolved = as_begun(spec, dataset, store, suffix, say)
         what = what_digest(resolved, dataset)
-        run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+        run = run_name(resolved, dataset, suffix)
         plan = compile_plan(resolved, dataset, what)
         prepared = Prepared(run, resolved, dataset, what, plan, schedule)
         check_layouts(prepared)

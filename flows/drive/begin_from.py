@@ -34,7 +34,16 @@ from flows.data.prepare import telling
 from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
 from flows.drive.line import parent_of
-from flows.drive.run import Prepared, attempt_body, check_layouts, create_run, load_what, ready_store, run_names
+from flows.drive.run import (
+    Prepared,
+    as_begun,
+    attempt_body,
+    check_layouts,
+    create_run,
+    load_what,
+    ready_store,
+    run_names,
+)
 from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.views import Restore
 from flows.drive.weights import FolderWeights, RunWeights, Weights, folder_weights
@@ -75,7 +84,7 @@ def import_run(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambda _
     dataset = prepare(spec.data, store, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab)
     tokenizer = load_tokenizer(store, dataset)
     check_tokenizer(weights.place, weights.vocab, weights.tokenizer, tokenizer, dataset.vocab)
-    resolved = spec.resolve(dataset)
+    resolved = as_begun(spec, dataset, store, say=say)
     what = what_digest(resolved, dataset)
     child = Prepared(run_id(resolved, dataset), resolved, dataset, what, compile_plan(resolved, dataset, what))
     check_layouts(child)
@@ -149,7 +158,7 @@ def hold(
     spec = RunSpec(
         name=f"{name[:32].rstrip('-')}-import",
         model=model,
-        data=DataSpec(source=f"dataset:{dataset.digest}"),
+        data=DataSpec(source=f"dataset:{dataset.digest}", packing="across"),  # it trains nothing; its name is of old
         train=TrainSpec(steps=1, batch=1, microbatch=1, sequence=sequence),
     ).resolve(dataset)
     what = what_digest(spec, dataset)

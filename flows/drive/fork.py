@@ -13,7 +13,7 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, load_tokenizer, prepare
 from flows.drive.line import parent_of
-from flows.drive.run import Prepared, check_layouts, create_run, load_what, spec_tree
+from flows.drive.run import Prepared, check_layouts, create_run, load_what, run_name, spec_tree
 from flows.drive.their_tokenizer import check_tokenizer, dataset_tokenizer, with_tokenizer
 from flows.drive.views import some_steps
 from trainer.dataset import DatasetRef
@@ -21,7 +21,7 @@ from trainer.errors import SpecError
 from trainer.models import family
 from trainer.models.base import tensor_table
 from trainer.plan import compile_plan
-from trainer.spec import ModelSpec, RunSpec, parse_spec, run_id, what_digest
+from trainer.spec import ModelSpec, RunSpec, parse_spec, what_digest
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def begin_child(
             f"learning-rate schedule does; --set train.schedule.start={found.step}"
         )
     what = what_digest(resolved, dataset)
-    run = run_id(resolved, dataset) + (f"-{suffix}" if suffix else "")
+    run = run_name(resolved, dataset, suffix)
     forked = Prepared(run, resolved, dataset, what, compile_plan(resolved, dataset, what), schedule)
     check_layouts(forked)
     create_run(forked, store)

@@ -37,8 +37,10 @@ from trainer.spec import (
     how_map,
     other_name,
     parse_spec,
+    run_id,
     what_bytes,
     what_digest,
+    what_map,
     with_how,
 )
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
@@ -49,6 +51,7 @@ from trainer.wire.unreadable import Unreadable
 log = logging.getLogger(__name__)
 
 SPEC_CAP = 1 << 20
+INDEX_CAP = 1 << 16
 PLAN_HEAD = 16
 WHAT_KEYS = ("name", "model", "data", "train")
 
@@ -143,8 +146,40 @@ def create_run(prepared: Prepared, store: Store) -> None:
     if not store.create(spec_key(run), what_bytes(spec, prepared.dataset)):
         raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
     publish_plan(store, run, prepared.plan)
-    entry = {"v": 1, "run": run, "name": spec.name, "owner": who()}
+    entry = {"v": 1, "run": run, "name": spec.name, "owner": who(), "packing": spec.data.packing}
     store.create(index_key(run), pack(entry | ({"schedule": prepared.schedule} if prepared.schedule else {})))
+
+
+def as_begun(
+    spec: RunSpec, dataset: DatasetRef, store: Store, suffix: str = "", say: Callable[[str], None] = log.info
+) -> RunSpec:
+    """The resolved spec; where an older version began a run of the same spec, as that run has it, so that it is found
+    again by its name.
+
+    Of a key that the spec leaves open: ``data.packing``, which was "across" then. A version that knows the new default
+    says in the list of runs which it took, and the older ones did not: what a person chose since is no such run.
+    """
+    resolved = spec.resolve(dataset)
+    if spec.data.packing is not None or resolved.data.packing == "across":
+        return resolved
+    old = spec.model_copy(update={"data": spec.data.model_copy(update={"packing": "across"})}).resolve(dataset)
+    run = run_name(old, dataset, suffix)
+    try:
+        known = unpack(store.get(index_key(run), max_bytes=INDEX_CAP), f"entry of {run}", max_bytes=INDEX_CAP)
+    except (NotFound, Damaged):
+        return resolved
+    if not isinstance(known, dict) or "packing" in known or load_what(store, run) != what_map(old, dataset):
+        return resolved
+    say(
+        f'run {run} was begun by an older version, whose default was data.packing = "across": it goes on so; '
+        'packing = "within" in the spec makes a new run'
+    )
+    return old
+
+
+def run_name(spec: RunSpec, dataset: DatasetRef, suffix: str = "") -> str:
+    """The run's name; ``suffix`` joins it."""
+    return run_id(spec, dataset) + (f"-{suffix}" if suffix else "")
 
 
 def under(prepared: Prepared, store: Store, how: Mapping[str, Any]) -> Prepared:

@@ -8,9 +8,9 @@ same. ADR 23 says why a chain is of forks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from checkpoint.codec import unpack
 from checkpoint.errors import Damaged, NotFound
@@ -19,13 +19,12 @@ from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.begin import prepare_run
 from flows.drive.fork import Parent, begin_child, dataset_of_child
-from flows.drive.run import Board, NoBoard, Prepared, load_what, opened_again, ready_store
+from flows.drive.run import INDEX_CAP, Board, NoBoard, Prepared, load_what, opened_again, ready_store
 from trainer.errors import SpecError
 from trainer.spec import RunSpec, parse_spec
 
 LrSchedule = Literal["extend", "restart"]
 _SCHEDULED = re.compile(r"(?P<spec>.+)-[0-9a-f]{6}-(?P<at>\d{8}t\d{6})")
-_INDEX_CAP = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def scheduled_runs(store: Store, spec_name: str, schedule: str) -> Iterator[str]
 
 def _schedule_of(store: Store, run: str) -> str:
     try:
-        known = unpack(store.get(index_key(run), max_bytes=_INDEX_CAP), f"entry of {run}", max_bytes=_INDEX_CAP)
+        known = unpack(store.get(index_key(run), max_bytes=INDEX_CAP), f"entry of {run}", max_bytes=INDEX_CAP)
     except (NotFound, Damaged):
         return ""
     return str(known.get("schedule", "")) if isinstance(known, dict) else ""
@@ -115,13 +114,21 @@ def next_in_chain(
     if dataset.digest == parent.what["data"]["digest"]:
         return NothingNew(run, found.step, dataset.digest)
     with board.task("compile-plan", "compile plan") as told:
-        theirs = {key: parent.what["model"].get(key) for key in ("init", "vocab")}
-        child = spec.model_copy(update={"model": spec.model.model_copy(update=theirs)})
-        child = lengthened(child, found.step, parent.schedule_start, lr_schedule)
+        child = lengthened(heir(spec, parent.what), found.step, parent.schedule_start, lr_schedule)
         prepared = begin_child(store, parent, child, dataset, suffix=suffix, schedule=schedule)
         told(f"from step {found.step} of {run} to step {child.train.steps}")
     say(f"continues run {run} from step {found.step} to step {child.train.steps}, on {dataset.tokens:,} tokens")
     return prepared
+
+
+def heir(spec: RunSpec, what: Mapping[str, Any]) -> RunSpec:
+    """The spec with what a child has of its parent's What: whose weights, how many tokens; how documents share a
+    sequence, where the spec leaves it open (a chain that an older version began goes on as it began)."""
+    model = {key: what["model"].get(key) for key in ("init", "vocab")}
+    data = {"packing": spec.data.packing or what["data"]["packing"]}
+    return spec.model_copy(
+        update={"model": spec.model.model_copy(update=model), "data": spec.data.model_copy(update=data)}
+    )
 
 
 def lengthened(spec: RunSpec, step: int, start: int, lr_schedule: LrSchedule) -> RunSpec:

@@ -475,12 +475,15 @@ def test_groups_are_eight_where_the_microbatches_allow(batch: int, groups: int) 
 
 
 def test_documents_apart_need_a_token_that_ends_them() -> None:
-    """Windows and packing are What; a spec without them has the name of old (the digest below)."""
-    apart = parse_spec(tree(data__packing="within"))
+    """Windows and packing are What; where documents have no end, a spec that says nothing has the name of old (the
+    digest below)."""
+    apart, open_ = parse_spec(tree(data__packing="within")), parse_spec(tree())
+    assert what_map(open_, DATA)["data"]["packing"] == "across"
     with pytest.raises(SpecError, match=r"without a token that ends one: .*data\.end_token.*packing = \"across\""):
         apart.resolve(DATA)
     ended = replace(DATA, eot=7)
-    assert run_id(apart, ended) != run_id(parse_spec(tree()), ended)
+    assert run_id(apart, ended) == run_id(open_, ended) != run_id(parse_spec(tree(data__packing="across")), ended)
+    assert open_.resolve(ended).resolve(ended).data.packing == "within"
     words = refusal(tree(data__packing="within", data__end_token="", data__tokenizer="t.json"))
     assert 'data.packing "within" finds documents by the token' in words
     assert "'inside' is unknown; take one of 'across' or 'within'" in refusal(tree(data__packing="inside"))

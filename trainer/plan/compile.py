@@ -213,7 +213,7 @@ def _uncollected() -> Iterator[None]:
 
 def document_end(spec: RunSpec, dataset: DatasetRef) -> int | None:
     """The token that ends a document, where attention stays within one. PlanError: the dataset has none."""
-    if spec.data.packing == "across":
+    if spec.data.packing_of(dataset.eot) == "across":
         return None
     if dataset.eot is None:
         raise PlanError('data.packing is "within", and the dataset has no end token: call spec.resolve(dataset)')

@@ -158,7 +158,8 @@ def costs_of(spec: RunSpec, microbatch: int | None = None) -> ModelCosts:
     if not model.vocab:
         model = model.model_copy(update={"vocab": spec.data.vocab_size})
     size = microbatch or train.microbatch
-    apart, muon = spec.data.packing == "within", train.optimizer.name == "muon"
+    end = None if spec.data.end_token == "" else 0  # of data that are not looked at: which token does not matter
+    apart, muon = spec.data.packing_of(end) == "within", train.optimizer.name == "muon"
     return model_costs(Sizes(model, size, train.sequence, train.classifier_chunk, train.precision, apart, muon))
 
 

@@ -1,0 +1,58 @@
+"""A run that an older version began, whose default for packing was another, is found by the same spec and goes on."""
+
+from __future__ import annotations
+
+import pytest
+
+from checkpoint.codec import pack, unpack
+from checkpoint.keys import index_key
+from checkpoint.store import Store
+from flows.drive.begin import prepare_run
+from flows.drive.run import INDEX_CAP, load_run, load_what, run_names
+from flows.recurring.chain import heir
+from trainer.spec import RunSpec, parse_spec
+
+
+def named(ground: tuple[Store, RunSpec], name: str, packing: str | None = None) -> RunSpec:
+    tree = ground[1].model_dump(mode="json")
+    return parse_spec({**tree, "name": name, "data": {**tree["data"], "packing": packing}})
+
+
+def by_older(store: Store, run: str) -> None:
+    """Make the run's entry in the list of runs what a version gave it that had no other default yet."""
+    key = index_key(run)
+    entry = unpack(store.get(key, max_bytes=INDEX_CAP), "entry", max_bytes=INDEX_CAP)
+    assert isinstance(entry, dict)
+    assert entry.pop("packing") == "across"
+    store.delete(key)
+    store.create(key, pack(entry))
+
+
+@pytest.mark.parametrize("suffix", ["", "20260101t000000"])
+def test_a_run_of_an_older_version_is_found_and_goes_on(ground: tuple[Store, RunSpec], suffix: str) -> None:
+    store, said = ground[0], list[str]()
+    old = prepare_run(named(ground, "olden", "across"), store, suffix=suffix)
+    by_older(store, old.run)
+    again = prepare_run(named(ground, "olden"), store, suffix=suffix, say=said.append)
+    assert (again.run, again.what, again.plan.digest) == (old.run, old.what, old.plan.digest)
+    assert load_run(store, again.run).spec.data.packing == "across"
+    assert [line for line in said if "begun by an older version" in line and 'packing = "within"' in line]
+    asked = prepare_run(named(ground, "olden", "within"), store, suffix=suffix)
+    assert asked.run != old.run
+    assert asked.spec.data.packing == "within"
+    assert prepare_run(named(ground, "olden"), store, suffix=suffix).run == old.run
+
+
+def test_what_a_person_chose_since_is_no_run_of_an_older_version(ground: tuple[Store, RunSpec]) -> None:
+    store = ground[0]
+    chosen = prepare_run(named(ground, "chosen", "across"), store)
+    new = prepare_run(named(ground, "chosen"), store)
+    assert load_what(store, new.run)["data"]["packing"] == "within"
+    assert {chosen.run, new.run} == {run for run in run_names(store) if run.startswith("chosen-")}
+    assert len({chosen.run, new.run}) == 2
+
+
+def test_a_chain_goes_on_as_it_began(ground: tuple[Store, RunSpec]) -> None:
+    what = {"model": {"vocab": 300}, "data": {"packing": "across"}}
+    assert heir(named(ground, "chain"), what).data.packing == "across"
+    assert heir(named(ground, "chain", "within"), what).data.packing == "within"
