@@ -40,7 +40,6 @@ from trainer.spec import (
     run_id,
     what_bytes,
     what_digest,
-    what_map,
     with_how,
 )
 from trainer.spec_layouts import how_ranks, layout_words, other_hows, same_layout
@@ -165,16 +164,26 @@ def as_begun(
     old = spec.model_copy(update={"data": spec.data.model_copy(update={"packing": "across"})}).resolve(dataset)
     run = run_name(old, dataset, suffix)
     try:
-        known = unpack(store.get(index_key(run), max_bytes=INDEX_CAP), f"entry of {run}", max_bytes=INDEX_CAP)
-    except (NotFound, Damaged):
+        if store.get(spec_key(run), max_bytes=SPEC_CAP) != what_bytes(old, dataset):
+            return resolved
+    except NotFound:
         return resolved
-    if not isinstance(known, dict) or "packing" in known or load_what(store, run) != what_map(old, dataset):
+    if "packing" in _entry(store, run):
         return resolved
     say(
         f'run {run} was begun by an older version, whose default was data.packing = "across": it goes on so; '
         'packing = "within" in the spec makes a new run'
     )
     return old
+
+
+def _entry(store: Store, run: str) -> Mapping[str, Any]:
+    """What the list of runs says of a run; nothing where it is missing or empty, as the first versions left it."""
+    try:
+        known = unpack(store.get(index_key(run), max_bytes=INDEX_CAP), f"entry of {run}", max_bytes=INDEX_CAP)
+    except (NotFound, Damaged):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def run_name(spec: RunSpec, dataset: DatasetRef, suffix: str = "") -> str:

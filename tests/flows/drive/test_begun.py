@@ -18,21 +18,21 @@ def named(ground: tuple[Store, RunSpec], name: str, packing: str | None = None) 
     return parse_spec({**tree, "name": name, "data": {**tree["data"], "packing": packing}})
 
 
-def by_older(store: Store, run: str) -> None:
-    """Make the run's entry in the list of runs what a version gave it that had no other default yet."""
+def by_older(store: Store, run: str, *, first: bool) -> None:
+    """Make the run's entry in the list of runs what a version gave it that had no other default yet, or no entries."""
     key = index_key(run)
     entry = unpack(store.get(key, max_bytes=INDEX_CAP), "entry", max_bytes=INDEX_CAP)
     assert isinstance(entry, dict)
     assert entry.pop("packing") == "across"
     store.delete(key)
-    store.create(key, pack(entry))
+    store.create(key, b"" if first else pack(entry))
 
 
 @pytest.mark.parametrize("suffix", ["", "20260101t000000"])
 def test_a_run_of_an_older_version_is_found_and_goes_on(ground: tuple[Store, RunSpec], suffix: str) -> None:
     store, said = ground[0], list[str]()
     old = prepare_run(named(ground, "olden", "across"), store, suffix=suffix)
-    by_older(store, old.run)
+    by_older(store, old.run, first=bool(suffix))
     again = prepare_run(named(ground, "olden"), store, suffix=suffix, say=said.append)
     assert (again.run, again.what, again.plan.digest) == (old.run, old.what, old.plan.digest)
     assert load_run(store, again.run).spec.data.packing == "across"
