@@ -159,7 +159,8 @@ def test_a_run_that_begins_from_a_folder_trains_as_torch_does(imported: Imported
         case.store, case.tokens.astype(np.uint32), tokenizer, vocab=case.spec.model.vocab, eot=0, shard_tokens=1 << 20,
         documents=1, inputs="0" * 64, mend=False,
     )  # fmt: skip
-    spec = case.training(data={"source": f"dataset:{dataset.digest}"}, parallel={"stages": 2, "threads": 1})
+    data = {"source": f"dataset:{dataset.digest}", "packing": "across"}  # torch reads the whole sample
+    spec = case.training(data=data, parallel={"stages": 2, "threads": 1})
     losses: dict[int, float] = {}
 
     class Sink:
