@@ -37,7 +37,7 @@ static hs_status check_config_numbers(hs_plan_checker *c) {
         {"steps", g->steps, train ? 1 : 0, INT64_C(1) << 40},
         {"warmup_steps", g->warmup_steps, 0, INT64_C(1) << 40},
         {"decay_steps", g->decay_steps, 0, INT64_C(1) << 40},
-        {"lr_start", g->lr_start, 0, train ? g->steps - 1 : 0},
+        {"lr_start", g->lr_start, 0, train && g->steps > 0 ? g->steps - 1 : 0},
         {"lr_schedule", g->lr_schedule, train ? HS_LR_CONSTANT : 0, HS_LR_WSD},
         {"threads", g->threads, 0, 1024}, /* the machine takes HS_THREADS_MAX of them */
         {"checkpoint_every", g->checkpoint_every, 0, INT64_C(1) << 40},
