@@ -88,7 +88,7 @@ typedef struct call {
 #define LINEAR(dt, text, r, n, k)                                                                  \
     {"linear_fwd " text, HS_K_LINEAR_FWD, dt, {r, n, k, n, k, n}, {0}},                            \
         {"linear_igrad " text, HS_K_LINEAR_IGRAD, dt, {r, n, k, k, n, 1}, {0}}, {                  \
-        "linear_wgrad " text, HS_K_LINEAR_WGRAD, dt, {r, n, k, n, k}, {0}                          \
+        "linear_wgrad " text, HS_K_LINEAR_WGRAD, dt, {r, n, k, n, k, 1}, {0}                       \
     }
 /* the linear maps of a layer, over so many rows */
 #define LAYER(dt, text, r)                                                                         \
@@ -126,8 +126,16 @@ static const call calls[] = {
     LINEAR(HS_F32, "64x768x768", 64, 768, 768),
     LAYER(HS_BF16, "bf16 ", 256),
     LAYER(HS_BF16, "bf16 ", 1024),
-    {"classifier_grad 256, chunk 64", HS_K_CLASSIFIER_GRAD, HS_F32, {256, 768, 50257, 64}, {1.0}},
-    {"classifier_grad 256, chunk 256", HS_K_CLASSIFIER_GRAD, HS_F32, {256, 768, 50257, 256}, {1.0}},
+    {"classifier_grad 256, chunk 64",
+     HS_K_CLASSIFIER_GRAD,
+     HS_F32,
+     {256, 768, 50257, 64, 1},
+     {1.0}},
+    {"classifier_grad 256, chunk 256",
+     HS_K_CLASSIFIER_GRAD,
+     HS_F32,
+     {256, 768, 50257, 256, 1},
+     {1.0}},
     ATTENTION(4, 64, 12, 64, "4x64, 12 heads of 64"),
     ATTENTION(1, 1024, 12, 64, "1x1024, 12 heads of 64"),
     {"embed_fwd 1024x768", HS_K_EMBED_FWD, HS_F32, {1024, 768, 50257, 256}, {0}},
@@ -164,12 +172,20 @@ static const call small[] = {
     BANDED_ATTENTION(HS_BF16, "bf16, documents and window", 33, 47),
     {"borders i32", HS_K_BORDERS, HS_F32, {3, 1301, 9, 4}, {0}},
     {"classifier_fwd f32", HS_K_CLASSIFIER_FWD, HS_F32, {70, 49, 301, 32}, {0}},
-    {"classifier_grad f32", HS_K_CLASSIFIER_GRAD, HS_F32, {70, 49, 301, 32}, {1.0}},
-    {"classifier_grad bf16", HS_K_CLASSIFIER_GRAD, HS_BF16, {70, 49, 301, 32}, {1.0}},
+    {"classifier_grad f32", HS_K_CLASSIFIER_GRAD, HS_F32, {70, 49, 301, 32, 1}, {1.0}},
+    {"classifier_grad bf16", HS_K_CLASSIFIER_GRAD, HS_BF16, {70, 49, 301, 32, 1}, {1.0}},
     /* the presets' classifier_chunk */
-    {"classifier_grad f32, chunk 256", HS_K_CLASSIFIER_GRAD, HS_F32, {259, 131, 301, 256}, {1.0}},
-    {"classifier_grad bf16, chunk 256", HS_K_CLASSIFIER_GRAD, HS_BF16, {259, 131, 301, 256}, {1.0}},
-    {"vocab_head bf16, chunk 256", HS_K_VOCAB_HEAD, HS_BF16, {259, 131, 301, 256, 8, 38}, {1.0}},
+    {"classifier_grad f32, chunk 256",
+     HS_K_CLASSIFIER_GRAD,
+     HS_F32,
+     {259, 131, 301, 256, 1},
+     {1.0}},
+    {"classifier_grad bf16, chunk 256",
+     HS_K_CLASSIFIER_GRAD,
+     HS_BF16,
+     {259, 131, 301, 256, 1},
+     {1.0}},
+    {"vocab_head bf16, chunk 256", HS_K_VOCAB_HEAD, HS_BF16, {259, 131, 301, 256, 8, 38, 1}, {1.0}},
     {"embed_fwd f32", HS_K_EMBED_FWD, HS_F32, {130, 101, 307, 65}, {0}},
     {"embed_wgrad f32", HS_K_EMBED_WGRAD, HS_F32, {130, 101, 307, 65}, {0}},
     {"layernorm_fwd f32", HS_K_LAYERNORM_FWD, HS_F32, {131, 101}, {1e-5}},

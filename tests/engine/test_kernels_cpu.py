@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -113,13 +113,14 @@ CASES = [
             Case("linear_fwd", (r, n, k, n + pad, k, n), absent=(4,)),
             Case("linear_igrad", (r, n, k, k + pad, n + 2 * pad, 0)),
             Case("linear_igrad", (r, n, k, k + pad, n + 2 * pad, 1)),
-            Case("linear_wgrad", (r, n, k, n + pad, k + 2 * pad)),
-            Case("linear_wgrad", (r, n, k, n, k), absent=(1,)),
+            Case("linear_wgrad", (r, n, k, n + pad, k + 2 * pad, 1)),
+            Case("linear_wgrad", (r, n, k, n + pad, k + 2 * pad, 0)),
+            Case("linear_wgrad", (r, n, k, n, k, 1), absent=(1,)),
         )
     ),
     Case("layernorm_wgrad", (600, 70), rel=1e-5),  # rows beyond a part of the CUDA set's column sums
     Case("rmsnorm_wgrad", (300, 3, 24, 72, 80), rel=1e-5),
-    Case("linear_wgrad", (900, 33, 7, 40, 7)),
+    Case("linear_wgrad", (900, 33, 7, 40, 7, 1)),
     Case("linear8_wgrad", (528, 48, 16, 48)),
     *attention_cases(1, 1, 1, 1, 16),
     *attention_cases(2, 3, 2, 1, 2, 1),
@@ -154,7 +155,8 @@ CASES = [
         for r, c, v, chunk in ((1, 1, 1, 1), (1, 8, 5, 4), (5, 20, 33, 2), (20, 48, 517, 8), (70, 64, 1003, 64))
         for case in (
             Case("classifier_fwd", (r, c, v, chunk), rel=2e-6),
-            Case("classifier_grad", (r, c, v, chunk), (0.125,), rel=1e-5),
+            Case("classifier_grad", (r, c, v, chunk, 1), (0.125,), rel=1e-5),
+            Case("classifier_grad", (r, c, v, chunk, 0), (0.125,), rel=1e-5),
         )
     ),
     *(
@@ -168,10 +170,11 @@ CASES = [
             (7, 33, 65, 7, 64, 1),
         )
         for case in (
-            Case("vocab_head", (r, c, v, chunk, n, block), (0.125,), rel=1e-5),
+            Case("vocab_head", (r, c, v, chunk, n, block, 1), (0.125,), rel=1e-5),
+            Case("vocab_head", (r, c, v, chunk, n, block, 0), (0.125,), rel=1e-5),
             Case("vocab_sums", (r, c, v, n, block, 3, v + 5), rel=2e-6),
-            Case("vocab_part", (r, c, v, chunk, n, block, 1, 0, v), (0.125,), rel=1e-5),
-            Case("vocab_part", (r, c, v, chunk, n, block, 4, 2, v + 7), (0.125,), absent=(0,), rel=1e-5),
+            Case("vocab_part", (r, c, v, chunk, n, block, 1, 0, v, 0), (0.125,), rel=1e-5),
+            Case("vocab_part", (r, c, v, chunk, n, block, 4, 2, v + 7, 1), (0.125,), absent=(0,), rel=1e-5),
         )
     ),
     Case("logits", (1, 48, 5)),
@@ -409,7 +412,7 @@ def head_in_place(lib: Kernels, set_name: str, in_place: bool, threads: int = 1)
     loss, dx, logits = np.empty(r, np.float32), np.empty_like(x), np.empty((chunk, v), np.float32)
     dlogits = logits if in_place else np.empty_like(logits)
     ptrs = [loss, dx, dw, x, w, target, logits, dlogits]
-    lib.call("classifier_grad", wire.F32, ptrs, (r, c, v, chunk), (0.125,), set_name=set_name, threads=threads)
+    lib.call("classifier_grad", wire.F32, ptrs, (r, c, v, chunk, 1), (0.125,), set_name=set_name, threads=threads)
     return [array.tobytes() for array in (loss, dx, dw)]
 
 
@@ -529,7 +532,7 @@ def test_linear_is_one_chain(kernels: KernelLib, dtype: int) -> None:
     want_w, want_b = chain_of(df.T, xf.T, dw, dtype), db.copy()
     for i in range(r):
         want_b = want_b + df[i]
-    kernels.call("linear_wgrad", dtype, [dw, db, dy, x], (r, n, k, n, k), set_name=fast, threads=2)
+    kernels.call("linear_wgrad", dtype, [dw, db, dy, x], (r, n, k, n, k, 1), set_name=fast, threads=2)
     assert dw.tobytes() == want_w.tobytes()
     assert db.tobytes() == want_b.tobytes()
 
@@ -553,14 +556,38 @@ def test_denormal_numbers_of_bf16_products_are_zero(kernels: KernelLib, set_name
     dy, x = least_numbers(rng, (r, n), -70, -55), least_numbers(rng, (r, k), -75, -60)
     dw = np.ldexp(rng.normal(size=(n, k)), rng.integers(-135, -120, (n, k))).astype(np.float32)
     want = chain_of(decode(dy, wire.BF16).T, decode(x, wire.BF16).T, dw, wire.BF16)
-    kernels.call("linear_wgrad", wire.BF16, [dw, None, dy, x], (r, n, k, n, k), set_name=set_name)
+    kernels.call("linear_wgrad", wire.BF16, [dw, None, dy, x], (r, n, k, n, k, 1), set_name=set_name)
     assert dw.tobytes() == want.tobytes()
     assert (np.abs(want) < 2.0**-120).any()
     assert (np.float32(2.0**-130) * np.float32(2.0)) > 0, "the process's own mode is as it was"
     dw, old = np.full((n, k), 2.0**-140, np.float32), np.full((n, k), 2.0**-140, np.float32)
     zero = [np.zeros((r, n), np.float32), np.zeros((r, k), np.float32)]
-    kernels.call("linear_wgrad", wire.F32, [dw, None, *zero], (r, n, k, n, k), set_name=set_name)
+    kernels.call("linear_wgrad", wire.F32, [dw, None, *zero], (r, n, k, n, k, 1), set_name=set_name)
     assert dw.tobytes() == old.tobytes(), "products of float32 keep them"
+
+
+WEIGHTS = ("linear_wgrad", "classifier_grad", "vocab_head", "vocab_part")
+WRITING = [case for case in CASES if case.kernel in WEIGHTS and case.dims[-1] == 0 and min(case.dims[:3]) > 1]
+
+
+def assert_written_as_added_to_zero(lib: Kernels, call: Call, set_name: str) -> None:
+    """A weight's gradient that is written (ACCUM 0) has the bits of one that is added to +0, whatever was there."""
+    at = [operand.name for operand in wire.KERNELS[call.case.kernel].operands].index("dw")
+    found = []
+    for accum, old in ((1, 0.0), (0, np.nan)):
+        gradient = call.inputs[at]
+        assert gradient is not None
+        gradient[...] = encode(np.full(gradient.shape, old), wire.F32)
+        made = replace(call, case=replace(call.case, dims=(*call.case.dims[:-1], accum))).run(lib, set_name)
+        found.append([x.tobytes() for x in (made[i] for i, _ in call.outputs()) if x is not None])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+@pytest.mark.parametrize("case", WRITING, ids=lambda case: case.name)
+def test_a_gradient_that_is_written(kernels: KernelLib, case: Case, dtype: int) -> None:
+    for set_name in kernels.sets:
+        assert_written_as_added_to_zero(kernels, Call.make(kernels, case, dtype), set_name)
 
 
 def _alone(
@@ -681,7 +708,7 @@ def head_in_parts(lib: KernelLib, set_name: str, dtype: int, parts: int, blocks:
     scratch = np.empty((blocks, chunk, c), np.float32)
     if not parts:
         arrays = [loss, dx, dw, x, w, target, logits, dlogits, scratch]
-        lib.call("vocab_head", dtype, arrays, (r, c, v, chunk, blocks, block), (0.5,), set_name=set_name)
+        lib.call("vocab_head", dtype, arrays, (r, c, v, chunk, blocks, block, 1), (0.5,), set_name=set_name)
         return loss.tobytes(), dx.tobytes(), dw.tobytes()
     each, sums = blocks // parts, np.empty((parts, 3, r), np.float32)
     rows = [(p * each * block, min(v, (p + 1) * each * block)) for p in range(parts)]
@@ -695,7 +722,7 @@ def head_in_parts(lib: KernelLib, set_name: str, dtype: int, parts: int, blocks:
         operands: list[Array | None] = [loss if p == 0 else None, shares[p], dw[first:end], x, w[first:end], target]
         lib.call(
             "vocab_part", dtype, [*operands, *kept[p], sums, own, scratch[:each].copy()],
-            (r, c, end - first, chunk, each, block, parts, first, v), (0.5,), set_name=set_name,
+            (r, c, end - first, chunk, each, block, parts, first, v, 1), (0.5,), set_name=set_name,
         )  # fmt: skip
     while len(shares) > 1:
         shares = [a + b for a, b in zip(shares[::2], shares[1::2], strict=True)]
@@ -716,7 +743,7 @@ def test_a_head_in_blocks_computes_what_one_in_one_piece_does(kernels: KernelLib
     r, c, v, chunk = 9, 12, 100, 4
     x, w, target = rng.normal(size=(r, c)), rng.normal(size=(v, c)), rng.integers(-1, v, r).astype(np.int32)
     found = []
-    for kernel, dims in (("classifier_grad", (r, c, v, chunk)), ("vocab_head", (r, c, v, chunk, 8, 13))):
+    for kernel, dims in (("classifier_grad", (r, c, v, chunk, 1)), ("vocab_head", (r, c, v, chunk, 8, 13, 1))):
         loss, dx, dw, logits, dlogits = (np.ones(s) for s in (r, (r, c), (v, c), (chunk, v), (chunk, v)))
         scratch = [logits, dlogits, np.empty((8, chunk, c))][: 2 if kernel == "classifier_grad" else 3]
         kernels.call(kernel, wire.F64, [loss, dx, dw, x, w, target, *scratch], dims, (0.5,))
@@ -736,7 +763,7 @@ def bits_by_chunk(lib: KernelLib, set_name: str) -> list[tuple[bytes, ...]]:
         loss, dx, dw = np.empty(r, np.float32), np.empty((r, c), np.float32), np.ones((v, c), np.float32)
         scratch = [np.empty((chunk, v), np.float32) for _ in range(2)]
         arrays = [loss, dx, dw, x, w, target, *scratch]
-        lib.call("classifier_grad", wire.F32, arrays, (r, c, v, chunk), (0.5,), set_name=set_name)
+        lib.call("classifier_grad", wire.F32, arrays, (r, c, v, chunk, 1), (0.5,), set_name=set_name)
         results.append((loss.tobytes(), dx.tobytes(), dw.tobytes()))
     return results
 

@@ -17,9 +17,11 @@ from tests.engine.kernel_lib import Array, KernelLib, decode, encode
 from tests.engine.test_kernels_cpu import (
     CASES,
     WITH_DTYPE,
+    WRITING,
     Call,
     Case,
     assert_close_to_ref,
+    assert_written_as_added_to_zero,
     attention_cases,
     bits_by_chunk,
     head_in_parts,
@@ -93,6 +95,12 @@ def one_element_later(cuda: CudaLib, call: Call) -> list[Array | None]:
     return shifted
 
 
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+@pytest.mark.parametrize("case", WRITING, ids=lambda case: case.name)
+def test_a_gradient_that_is_written(kernels: KernelLib, cuda: CudaLib, case: Case, dtype: int) -> None:
+    assert_written_as_added_to_zero(cuda, Call.make(kernels, case, dtype), "cuda")
+
+
 def test_nothing_outside_the_operands_is_touched() -> None:
     done = sanitized()
     assert done.returncode == 0, done.stderr[-4000:]
@@ -148,8 +156,8 @@ def test_denormal_numbers_of_bf16_products_are_zero(kernels: KernelLib, cuda: Cu
     dy, x = least_numbers(rng, (r, n), -70, -55), least_numbers(rng, (r, k), -75, -60)
     old = np.ldexp(rng.normal(size=(n, k)), rng.integers(-135, -120, (n, k))).astype(np.float32)
     ours, theirs = old.copy(), old.copy()
-    kernels.call("linear_wgrad", wire.BF16, [ours, None, dy, x], (r, n, k, n, k), set_name="portable")
-    cuda.call("linear_wgrad", wire.BF16, [theirs, None, dy, x], (r, n, k, n, k))
+    kernels.call("linear_wgrad", wire.BF16, [ours, None, dy, x], (r, n, k, n, k, 1), set_name="portable")
+    cuda.call("linear_wgrad", wire.BF16, [theirs, None, dy, x], (r, n, k, n, k, 1))
     assert theirs.tobytes() == ours.tobytes()
 
 

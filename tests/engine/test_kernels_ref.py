@@ -179,7 +179,7 @@ def test_linear(
         differences(loss, x_in, dx[:, :k] - accum * old_in, rng)
     old_w, old_b = rng.normal(size=w.shape), rng.normal(size=n)
     dw, db = old_w.copy(), old_b.copy() if bias else None
-    kernels.call("linear_wgrad", F64, [dw, db, dy, x], [r, n, k, lddy, ldx])
+    kernels.call("linear_wgrad", F64, [dw, db, dy, x], [r, n, k, lddy, ldx, 1])
     differences(loss, w, dw - old_w, rng)
     if db is not None:
         differences(loss, b, db - old_b, rng)
@@ -433,7 +433,7 @@ def test_classifier(kernels: KernelLib, rng: np.random.Generator, r: int, c: int
     again, dx, dw = np.empty(r), np.full((r, c), np.nan), old.copy()
     dlogits = np.full((chunk, v), np.nan)
     operands = [again, dx, dw, x, w, target, logits, dlogits]
-    kernels.call("classifier_grad", F64, operands, [r, c, v, chunk], [scale])
+    kernels.call("classifier_grad", F64, operands, [r, c, v, chunk, 1], [scale])
     assert np.array_equal(again, loss_r)
     assert not dx[~kept].any()
     differences(loss, x, dx, rng)
@@ -672,7 +672,7 @@ def test_lower_precisions_are_roundings_of_f64(kernels: KernelLib, dtype: int) -
         "linear_fwd", [5, 4, 9, 4, 9, 4], [], ("wD", (5, 4)), ("rD", rc), ("rD", (4, 9)), ("rA", (4,)), ("rD", (5, 4))
     )
     check("linear_igrad", [5, 4, 9, 9, 4, 1], [], ("uD", rc), ("rD", (5, 4)), ("rD", (4, 9)))
-    check("linear_wgrad", [5, 4, 9, 4, 9], [], ("uA", (4, 9)), ("uA", (4,)), ("rD", (5, 4)), ("rD", rc))
+    check("linear_wgrad", [5, 4, 9, 4, 9, 1], [], ("uA", (4, 9)), ("uA", (4,)), ("rD", (5, 4)), ("rD", rc))
     qd, kd, bht = (5, 12), (5, 6), (1, 4, 5)
     fwd = [("wD", qd), ("wA", bht), ("rD", qd), ("rD", kd), ("rD", kd)]
     check("attention_fwd", [1, 5, 4, 2, 3, 12, 12, 6, 6], [0.5], *fwd)
@@ -686,10 +686,10 @@ def test_lower_precisions_are_roundings_of_f64(kernels: KernelLib, dtype: int) -
     check("swiglu_igrad", [5, 9], [], ("wD", (5, 18)), ("rD", rc), ("rD", (5, 18)))
     cls = [("rD", rc), ("rD", (7, 9)), ("rI", r), ("sA", (2, 7))]
     check("classifier_fwd", [5, 9, 7, 2], [], ("wA", r), *cls)
-    check("classifier_grad", [5, 9, 7, 2], [0.5], ("wA", r), ("wD", rc), ("uA", (7, 9)), *cls, ("sD", (2, 7)))
+    check("classifier_grad", [5, 9, 7, 2, 1], [0.5], ("wA", r), ("wD", rc), ("uA", (7, 9)), *cls, ("sD", (2, 7)))
     parts = ("sA", (4, 2, 9))
     head = [("wA", r), ("wD", rc), ("uA", (7, 9)), *cls, ("sD", (2, 7)), parts]
-    check("vocab_head", [5, 9, 7, 2, 4, 2], [0.5], *head)
+    check("vocab_head", [5, 9, 7, 2, 4, 2, 1], [0.5], *head)
     check("vocab_sums", [5, 9, 7, 4, 2, 0, 7], [], ("wA", (5, 7)), ("wA", (4, 5)), ("wA", (3, 5)), *cls[:3])
     check("logits", [5, 9, 7], [], ("wA", (5, 7)), ("rD", rc), ("rD", (7, 9)))
     check("add_acc", [45], [], ("uA", rc), ("rA", rc))

@@ -198,7 +198,7 @@ def test_a_product_without_an_algorithm_is_a_bug(kernels: KernelLib, cuda: CudaL
 
 def test_every_block_of_rows_has_the_same_key(kernels: KernelLib, cuda: CudaLib) -> None:
     """A chunk's rows may begin at odd addresses: alignment is that of all rows."""
-    case = Case("classifier_grad", (21, 33, 40, 5), (0.5,))
+    case = Case("classifier_grad", (21, 33, 40, 5, 0), (0.5,))
     call = Call.make(kernels, case, wire.BF16)
     assert_close_to_ref(kernels, call, call.run(cuda, "library"))
 

@@ -322,14 +322,14 @@ class Tape:
             self._new("parts", blocks * chunk * width, "acc"),
         )
         ptr = (loss, self.only(value), self.weight_gradient(weight), self.keep(value), weight, targets, *scratch)
-        dim = (rows, width, vocab, chunk, blocks, vocab_block(vocab, blocks))
+        dim = (rows, width, vocab, chunk, blocks, vocab_block(vocab, blocks), 1)
         self._do(Call("vocab_head", ptr, dim, (self.scale,), None, "I"))
 
     def _emit(self, part: Literal["I", "W"], kernel: str, call: Call) -> None:
         if not kernel:
             return
         row, forward = KERNELS[kernel], self._named(KERNELS[call.kernel], call)
-        dims = KERNELS[call.kernel].named(call.dim) | {"CHUNK": self.chunk}
+        dims = KERNELS[call.kernel].named(call.dim) | {"CHUNK": self.chunk, "ACCUM": 1}
         reals = {"scale": self.scale} | dict(zip(KERNELS[call.kernel].real_names.split(), call.real, strict=True))
         given: dict[str, Operand] = {}
         for operand in row.operands:  # what is read first: a gradient may take the place of a value
@@ -418,7 +418,7 @@ class Tape:
             return self.overwrite(value) or self.only(value)
         if other in given and not self.put_off.readers(_view(given[other])):  # no other reader
             return self.share(value, _view(given[other]))
-        if "ACCUM" not in row.dim_names.split():
+        if operand.role == "write" or "ACCUM" not in row.dim_names.split():
             return self.only(value)
         target, dims["ACCUM"] = self.into(value)
         if not dims["ACCUM"] or not self.put_off.readers(target):

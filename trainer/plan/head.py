@@ -60,7 +60,7 @@ def expand_part(
     forward = Call("vocab_sums", (e, tops, own, x, weight, targets), (rows, width, mine.rows, mine.blocks, block, *of))
     loss = None if part else Given("loss")
     ptr = (loss, given, gradient, x, weight, targets, e, tops, sums, dlogits, products)
-    dim = (rows, width, mine.rows, chunk, mine.blocks, block, parts, *of)
+    dim = (rows, width, mine.rows, chunk, mine.blocks, block, parts, *of, 1)
     backward = Call("vocab_part", ptr, dim, (scale,), None, "I")
     return StagePrograms(
         index=stage,

@@ -93,7 +93,8 @@ class _Lowering:
                 if op == "F":
                     add(name, bound)
                 else:
-                    self.reduction.add(number, op, name, bound, op == self._ends_with(number, (B, W)))
+                    begins, ends = op in self._first(number), op == self._ends_with(number, (B, W))
+                    self.reduction.add(number, op, name, bound, begins, ends)
                     made |= self.reduction.programs
         add("load", self._load())
         if not self.job.infer:
@@ -214,12 +215,14 @@ class _Lowering:
             own = None if copy is None else self.mem.own(copy, n)
             ptr = (self.mem.masters[n], m, v, gradient, own, self.mem.control)
             dtype = wire.F32 if copy is None else self.mem.copy_dtype(n)
-            dim = (self.mem.kept(n), 0 if n in self.mem.pieces else 1)
+            written = self.mem.gradients[n] in self.reduction.written
+            dim = (self.mem.kept(n), 0 if n in self.mem.pieces or written else 1)
             calls.append(self._call("adamw", ptr, dim, *self._reals(n), dtype=dtype))
         spent = [self.mem.gradients[n] for n in self.owned if n in self.mem.pieces]
         if self.mem.head_gradient is not None and not self.job.joined:
             spent.append(self.mem.head_gradient)
-        calls += [self._call("zero", (ref,), (ref.bytes,)) for ref in joined(spent)]
+        added = joined(ref for ref in spent if ref not in self.reduction.written)
+        calls += [self._call("zero", (ref,), (ref.bytes,)) for ref in added]
         return calls if self.job.optimistic else calls + self._quantised()
 
     def _foresee(self) -> list[BoundCall]:
@@ -422,6 +425,11 @@ class _Lowering:
         last = self.row.of_one(stage)
         found = last.op[(last.microbatch == self.job.groups.microbatches - 1) & np.isin(last.op, ops)]
         return OPS[int(found[-1])]
+
+    def _first(self, stage: Stage) -> set[str]:
+        """The operations of a stage's first microbatch."""
+        row = self.row.of_one(stage)
+        return {OPS[op] for op in row.op[row.microbatch == 0].tolist()}
 
     def _reports(self) -> tuple[list[BoundAction], list[BoundAction]]:
         """What tells position 0 of this position's report, and what brings the decision."""

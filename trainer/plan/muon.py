@@ -75,7 +75,7 @@ class HiddenMatrix:
         ]
         for _ in range(STEPS):
             calls += [
-                *self._square(p, x),
+                self._square(p, x),
                 _call("linear_fwd", (q, p, p, None, None), (self.side,) * 6),
                 _call("muon_poly", (q, p), (self.side,), *COEFFICIENTS),
                 self._product(y, q, x),
@@ -83,12 +83,11 @@ class HiddenMatrix:
             x, y = y, x
         return calls, x
 
-    def _square(self, to: Ref, x: Ref) -> list[BoundCall]:
+    def _square(self, to: Ref, x: Ref) -> BoundCall:
         rows, columns = self.rows, self.columns
         if rows <= columns:
-            return [_call("linear_fwd", (to, x, x, None, None), (rows, rows, columns, rows, columns, rows))]
-        wgrad = _call("linear_wgrad", (to, None, x, x), (rows, columns, columns, columns, columns))
-        return [_call("zero", (to,), (to.bytes,)), wgrad]
+            return _call("linear_fwd", (to, x, x, None, None), (rows, rows, columns, rows, columns, rows))
+        return _call("linear_wgrad", (to, None, x, x), (rows, columns, columns, columns, columns, 0))
 
     def _product(self, to: Ref, q: Ref, x: Ref) -> BoundCall:
         rows, columns = self.rows, self.columns
@@ -104,7 +103,7 @@ class HiddenMatrix:
     @property
     def calls(self) -> int:
         """How many calls a step of it is."""
-        return 4 + STEPS * (4 if self.rows <= self.columns else 5)
+        return 4 + STEPS * 4
 
     @property
     def scale(self) -> float:

@@ -17,6 +17,11 @@ Over replicas, after a stage's last backward of a step:
 
 The last backward is cut by layer, so that a layer's messages are under way while the next layer's backward runs:
 messages of layers are listed at once, their additions a layer later.
+
+The first call of a step that a gradient matrix is the whole result of writes it (ACCUM 0): the programs of a stage's
+first microbatch are a variant of their own. Such a gradient is never made zero, and what is left in it from the step
+before is not read. The other buffers of groups are zero again after each addition. What no such call begins (vectors,
+embeddings, FP8's gradients, which are scaled before they are added) is added to from zero.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from trainer import wire
 from trainer.plan.edges import Channels
 from trainer.plan.places import Position, Stage
 from trainer.plan.records import BoundAction, BoundCall, Program, Ref
+from trainer.wire.kernels import KERNELS
 
 
 def in_pieces(elements: int, replicas: int) -> bool:
@@ -58,11 +64,13 @@ def call(kernel: str, ptr: tuple[Ref | None, ...], *dim: int) -> BoundCall:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is special about the backward of some microbatches: the buffer, buffers folded after, last of the step."""
+    """What is special about the backward of some microbatches: the buffer, buffers folded after, last and first of the
+    step."""
 
     buffer: int = 0
     folds: int = 0
     last: bool = False
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ class Groups:
     """The groups of one replica: ``count`` of them share its ``microbatches`` evenly.
 
     >>> Groups(4, 4).variants
-    (Variant(buffer=0, folds=0, last=False), Variant(buffer=1, folds=1, last=False), \
-Variant(buffer=1, folds=0, last=False), Variant(buffer=2, folds=2, last=True))
+    (Variant(buffer=0, folds=0, last=False, first=True), Variant(buffer=1, folds=1, last=False, first=False), \
+Variant(buffer=1, folds=0, last=False, first=False), Variant(buffer=2, folds=2, last=True, first=False))
     """
 
     microbatches: int
@@ -89,10 +97,15 @@ Variant(buffer=1, folds=0, last=False), Variant(buffer=2, folds=2, last=True))
         for group in range(self.count):
             buffer = group.bit_count()
             inside, ends = Variant(buffer), (group ^ (group + 1)).bit_length() - 1
-            if each > 1:
-                numbers[group * each : (group + 1) * each] = found.setdefault(inside, len(found))
             end = Variant(buffer, ends, group == self.count - 1)
-            numbers[(group + 1) * each - 1] = found.setdefault(end, len(found))
+            start, last = group * each, (group + 1) * each - 1
+            if group == 0:
+                first = replace(inside if each > 1 else end, first=True)
+                numbers[0], start = found.setdefault(first, len(found)), 1
+            if start < last:
+                numbers[start:last] = found.setdefault(inside, len(found))
+            if start <= last:
+                numbers[last] = found.setdefault(end, len(found))
         return tuple(found), numbers
 
     @property
@@ -196,20 +209,42 @@ class Reduction:
     """Where what others send is received, if there is no second buffer of gradients."""
     second: int = 0
     """And every other time."""
+    begun: set[Gradient] = field(default_factory=set)
+    """What the first microbatch has added to so far, and"""
+    written: set[Ref] = field(default_factory=set)
+    """what it has written instead."""
 
-    def add(self, stage: Stage, op: str, name: str, calls: Sequence[BoundCall], ends: bool) -> None:
-        """The programs of an operation, a variant each. ``ends``: with its last microbatch the stage's gradients are
-        complete."""
+    def add(self, stage: Stage, op: str, name: str, calls: Sequence[BoundCall], begins: bool, ends: bool) -> None:
+        """The programs of an operation, a variant each; I before W. ``begins``: the first microbatch has it; ``ends``:
+        with its last microbatch the stage's gradients are complete."""
         made = self.memory.made_by(calls)
+        writing = self._writing(calls) if begins else calls
         for number, variant in enumerate(self.groups.variants):
-            bound = self.memory.into(calls, variant.buffer)
+            mine = writing if variant.first else calls
+            bound = self.memory.into(mine, variant.buffer)
             if variant.last and ends and self.replicas > 1:
-                self.lasts.append(self._cut(stage, op, name, variant, number, calls))
+                self.lasts.append(self._cut(stage, op, name, variant, number, mine))
                 continue
             key = f"{name}.{variant.buffer}" if variant.buffer else name
+            if mine != calls and len(self.groups.variants) > 1:
+                key += " first"
             self.programs.setdefault(key, Program(name, bound))
             run = BoundAction(wire.A_RUN, op, key, stage=stage)
             self.sequences[stage, op, number] = (run, *self._folds(made, f"{name} fold", variant))
+
+    def _writing(self, calls: Sequence[BoundCall]) -> Sequence[BoundCall]:
+        """Calls of the first microbatch: those that are the first to make a gradient matrix write it."""
+        out = []
+        for one in calls:
+            kernel, made = KERNELS[one.kernel], self.memory.made_by([one])
+            dims, names = kernel.dim_names.split(), [operand.name for operand in kernel.operands]
+            dw = one.ptr[names.index("dw")] if "dw" in names and "ACCUM" in dims else None
+            if dw is not None and any(target.ref == dw and target not in self.begun for target in made):
+                self.written.add(dw)
+                one = replace(one, dim=tuple(0 if d == "ACCUM" else n for d, n in zip(dims, one.dim, strict=True)))
+            self.begun |= set(made)
+            out.append(one)
+        return out
 
     def finish(self, take: Callable[[int], int]) -> None:
         """The last backwards, when all are known; ``take`` gives memory for what other replicas send."""

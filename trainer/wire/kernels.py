@@ -195,7 +195,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "linear_wgrad": _kernel(
         11,
-        "R N K lddy ldx",
+        "R N K lddy ldx ACCUM",
         "",
         "update:dw:acc:N:K, update:db:acc::N::optional, read:dy:dt:R:N:lddy, read:x:dt:R:K:ldx",
         products="R N K",
@@ -290,7 +290,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "classifier_grad": _kernel(
         22,
-        "R C V CHUNK",
+        "R C V CHUNK ACCUM",
         "scale",
         "write:loss:acc::R, write:dx:dt:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
         "read:target:targets::R::below V, scratch:logits:acc:CHUNK:V, "
@@ -425,7 +425,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "vocab_head": _kernel(
         40,
-        "R C V CHUNK N BLOCK",
+        "R C V CHUNK N BLOCK ACCUM",
         "scale",
         "write:loss:acc::R, write:dx:dt:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
         "read:target:targets::R::below V, scratch:logits:acc:CHUNK:V, scratch:dlogits:dt:CHUNK:V, "
@@ -446,7 +446,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "vocab_part": _kernel(
         42,
-        "R C V CHUNK N BLOCK P FIRST ALL",
+        "R C V CHUNK N BLOCK P FIRST ALL ACCUM",
         "scale",
         "write:loss:acc::R::optional, write:dx:acc:R:C, update:dw:acc:V:C, read:x:dt:R:C, read:w:dt:V:C, "
         "read:target:targets::R::below ALL, read:e:acc:R:V, read:tops:acc:N:R, read:sums:acc:3 P:R, "

@@ -17,9 +17,10 @@ FREE = CostModel(1e18, 1e18, 1e18, 0.0, 0.0)
 
 def test_every_program_of_an_operation_ends_with_its_delay() -> None:
     plan = small_plan(stages=2, batch=8, delays={"F": 0.25, "I": 0.5, "W": 0.125})
+    asked = {"F": (250_000_000,), "B": (625_000_000,), "B first": (625_000_000,)}
     for position in plan.positions:
         last = {name: program.calls[-1] for name, program in position.programs.items()}
-        assert {n: c.dim for n, c in last.items() if c.kernel == "delay"} == {"F": (250_000_000,), "B": (625_000_000,)}
+        assert {n: c.dim for n, c in last.items() if c.kernel == "delay"} == asked
     done = simulate(from_plan(plan, FREE), FREE)
     m, p = 4, 2
     assert done.step_seconds == pytest.approx((m + p - 1) * 0.875)

@@ -134,7 +134,7 @@ def test_tied_weights_travel(stages: int, tied: bool) -> None:
     adds = [call for p in plan.positions for call in p.programs["sumsq"].calls if call.kernel == "add_acc"]
     assert len(adds) == int(tied)
     names = [[call.kernel for call in p.programs["adamw"].calls] for p in plan.positions]
-    assert [kernels.count("zero") for kernels in names] == [0] * (stages - 1) + [int(tied)]
+    assert [kernels.count("zero") for kernels in names] == [0] * stages, "the head's share is written"
 
 
 @pytest.mark.parametrize(("stages", "batch", "joined"), [(1, 2, True), (1, 4, False), (3, 2, False)])
@@ -160,7 +160,7 @@ def test_the_calls_of_an_optimizer_step() -> None:
             assert (call.ptr[4] is not None) == copied
             assert call.dtype == (wire.BF16 if copied else wire.F32)
             assert call.real[3] == (0.1 if copied else 0.0)
-            assert call.dim == (tensor.elements, 1)
+            assert call.dim == (tensor.elements, int(not copied or tensor.part == "embed"))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

@@ -144,7 +144,7 @@ def test_what_pytorch_wrote_lowers(name: str) -> None:
     train = {"steps": 10, "batch": 4, "microbatch": 1, "sequence": 16}
     plan = follow(spec_of(parallel=parallel, train=train))
     for position in plan.positions:
-        assert {"0I", "0W", "0F"} <= set(position.programs) or position.position
+        assert {"0I", "0W", "0F"} <= {key[:2] for key in position.programs} or position.position
         assert not any(name.endswith("B") for name in position.programs) or "zbv" not in name
 
 

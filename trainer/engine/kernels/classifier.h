@@ -6,7 +6,7 @@
  *   grad   loss as in fwd; the gradients of scale * (sum of all losses):
  *          dlogits[i,v] = scale (exp(logits[i,v] - lse) - [v == target[r]]), rounded to dt
  *          dx[r] = sum over v ascending of dlogits[i,v] w[v], written, rounded once
- *          dw[v]: from the old value on, rows ascending, + dlogits[i,v] x[r]
+ *          dw[v]: from the old value on (ACCUM 0: from +0), rows ascending, + dlogits[i,v] x[r]
  *   logits (inference) logits[r,v] for all rows
  *
  * A row with target < 0 is left out: loss 0, dlogits 0, dx 0. A target is below V. The maximum is

@@ -2,7 +2,8 @@
  *
  *   fwd    y[r,n] = ((sum over k ascending of x[r,k] w[n,k]) + b[n]) + res[r,n], rounded once to dt
  *   igrad  dx[r,k] = sum over n ascending of dy[r,n] w[n,k]   (ACCUM 1: + old dx), rounded once
- *   wgrad  dw[n,k]: from the old value on, over rows ascending, + dy[r,n] x[r,k]
+ *   wgrad  dw[n,k]: from the old value on (ACCUM 0: from +0, and dw is not read), over rows
+ *          ascending, + dy[r,n] x[r,k]
  *          db[n]:   from the old value on, over rows ascending, + dy[r,n]
  *
  * The fast set takes each sum as one chain of fused multiply-adds in f32 (products are never

@@ -11,7 +11,7 @@
  *   dlogits[v] = e[v] (exp(block's top - top) (scale / sum)); at the target p - 1 is taken before
  *                scaling; rounded to dt
  *   dx[r]      a block: sum over its v ascending of dlogits[v] w[v]; the blocks in the same tree
- *   dw[v]      from the old value on, rows ascending, + dlogits[r,v] x[r]
+ *   dw[v]      from the old value on (ACCUM 0: from +0), rows ascending, + dlogits[r,v] x[r]
  *
  *   vocab_head       all of it at once, CHUNK rows at a time; dx is rounded once
  *   vocab_sums   a part, rows FIRST .. FIRST + V of the vocabulary's ALL: e and tops are kept for

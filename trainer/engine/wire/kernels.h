@@ -18,7 +18,8 @@
  *             d<operand> is the gradient of the forward call's operand; UPDATE of an operand that forward changes in
  *             place is that value's gradient, changed back in place; any other operand, dim or real is the forward
  *             call's of that name. Beside them: ld<operand>, the row distance of what is given for it; ACCUM, 1 where
- *             the gradient has a part already; CHUNK and scale, the head's. Where forward takes <v>8 and <v>s, what
+ *             the gradient has a part already (dx; of dw the lowering says, which writes what a step has first); CHUNK
+ *             and scale, the head's. Where forward takes <v>8 and <v>s, what
  *             QUANTISE makes of a value or of a weight, also: <v>8t, its transpose; d<v>, the gradient of v itself; and
  *             of the gradient of an output d<v>8, d<v>8t, d<v>s, in E5M2; old, what ACCUM adds to where that must stay
  *             as it is (absent: what is written).
@@ -129,7 +130,8 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
     X(10, LINEAR_IGRAD, linear_igrad, DIMS(R, N, K, lddx, lddy, ACCUM), 3, "ACCUM", NO_REALS,                         \
       "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dx, DT, "R", "K", "lddx"), READ(dy, DT, "R", "N", "lddy"), READ(w, DT, "N", "K", ""))                    \
-    X(11, LINEAR_WGRAD, linear_wgrad, DIMS(R, N, K, lddy, ldx), 3, "", NO_REALS,                                      \
+    /* ACCUM 0: dw is written, as if it were zero before; db adds always */                                            \
+    X(11, LINEAR_WGRAD, linear_wgrad, DIMS(R, N, K, lddy, ldx, ACCUM), 3, "ACCUM", NO_REALS,                          \
       "", NO_GRADIENT, WORK("R N K", "0", "0"),                                                                       \
       UPDATE(dw, ACC, "N", "K", ""), UPDATE(db, ACC, "", "N", "", OPTIONAL), READ(dy, DT, "R", "N", "lddy"),          \
       READ(x, DT, "R", "K", "ldx"))                                                                                   \
@@ -180,8 +182,8 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "V<=2147483647", GRADIENT(CLASSIFIER_GRAD, CLASSIFIER_GRAD, ""), WORK("R C V", "0", "20 R V"),                  \
       WRITE(loss, ACC, "", "R", ""), READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""),                            \
       READ(target, TARGETS, "", "R", "", BELOW(V)), SCRATCH(logits, ACC, "CHUNK", "V", ""))                           \
-    /* gradients of scale * sum(loss); rows chunk by chunk */                                                         \
-    X(22, CLASSIFIER_GRAD, classifier_grad, DIMS(R, C, V, CHUNK), 4, "", REALS(scale),                                \
+    /* gradients of scale * sum(loss); rows chunk by chunk; ACCUM as in linear_wgrad */                               \
+    X(22, CLASSIFIER_GRAD, classifier_grad, DIMS(R, C, V, CHUNK, ACCUM), 4, "ACCUM", REALS(scale),                    \
       "V<=2147483647", NO_GRADIENT, WORK("3 R C V", "0", "20 R V"),                                                   \
       WRITE(loss, ACC, "", "R", ""), WRITE(dx, DT, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),                      \
       READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(V)),             \
@@ -256,7 +258,7 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       "NS<=10000000000", NO_GRADIENT, WORK("0", "0", "0"),                                                            \
       READ(behind, BYTE, "", "", "", OPTIONAL))                                                                       \
     /* the head with its loss, its vocabulary in N blocks of BLOCK rows (kernels/vocabulary.h) */                     \
-    X(40, VOCAB_HEAD, vocab_head, DIMS(R, C, V, CHUNK, N, BLOCK), 6, "", REALS(scale),                                \
+    X(40, VOCAB_HEAD, vocab_head, DIMS(R, C, V, CHUNK, N, BLOCK, ACCUM), 6, "ACCUM", REALS(scale),                    \
       "V<=2147483647 N<=" HS_TEXT_OF(HS_VOCAB_BLOCKS), NO_GRADIENT, WORK("3 R C V", "0", "20 R V"),                   \
       WRITE(loss, ACC, "", "R", ""), WRITE(dx, DT, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),                      \
       READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(V)),             \
@@ -269,7 +271,7 @@ enum { HS_F32 = 1, HS_BF16 = 2, HS_F64 = 3, HS_I32 = 4, HS_E4M3 = 5, HS_E5M2 = 6
       WRITE(e, ACC, "R", "V", ""), WRITE(tops, ACC, "N", "R", ""), WRITE(sums, ACC, "3", "R", ""),                    \
       READ(x, DT, "R", "C", ""), READ(w, DT, "V", "C", ""), READ(target, TARGETS, "", "R", "", BELOW(ALL)))           \
     /* its gradients, by the sums of all P parts */                                                                   \
-    X(42, VOCAB_PART, vocab_part, DIMS(R, C, V, CHUNK, N, BLOCK, P, FIRST, ALL), 7, "", REALS(scale),                 \
+    X(42, VOCAB_PART, vocab_part, DIMS(R, C, V, CHUNK, N, BLOCK, P, FIRST, ALL, ACCUM), 7, "ACCUM", REALS(scale),     \
       "0<=FIRST FIRST<=ALL ALL<=2147483647 N<=" HS_TEXT_OF(HS_VOCAB_BLOCKS) " P<=" HS_TEXT_OF(HS_VOCAB_BLOCKS),       \
       NO_GRADIENT, WORK("2 R C V", "0", "5 R V"),                                                                     \
       WRITE(loss, ACC, "", "R", "", OPTIONAL), WRITE(dx, ACC, "R", "C", ""), UPDATE(dw, ACC, "V", "C", ""),           \

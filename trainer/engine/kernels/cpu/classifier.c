@@ -121,7 +121,7 @@ static void classifier_grad_op(hs_kernel_ctx *ctx, hs_classifier_grad_args *a) {
                    .out = a->dw,
                    .ld_out = C,
                    .dt_out = HS_F32,
-                   .from_old = 1};
+                   .from_old = r > 0 || a->ACCUM};
         gemm_run(ctx, &dw);
     }
 }

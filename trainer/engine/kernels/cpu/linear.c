@@ -77,7 +77,7 @@ static void linear_wgrad_op(hs_kernel_ctx *ctx, hs_linear_wgrad_args *a) {
               .out = a->dw,
               .ld_out = K,
               .dt_out = HS_F32,
-              .from_old = 1};
+              .from_old = a->ACCUM != 0};
     gemm_run(ctx, &g);
     if (a->db) bias_gradient(ctx, a->db, a->dy, R, N, a->lddy, dt);
 }

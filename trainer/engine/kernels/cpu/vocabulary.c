@@ -174,10 +174,11 @@ static void vocab_tree_range(void *ctx, int64_t begin, int64_t end, int worker) 
     BY_DTYPE(t->dt, vocab_tree_flat, t, begin, end);
 }
 
-/* dx and dw of `rows` rows, from their dlogits; dx in type dt_out. */
+/* dx and dw of `rows` rows, from their dlogits; dx in type dt_out. from_old: what is in dw is added
+ * to. */
 VINLINE void vocab_products(hs_kernel_ctx *ctx, const vocab_rows *j, int64_t rows, int64_t C,
                             const void *x, const void *w, void *dx, int dt_out, float *dw,
-                            float *parts) {
+                            int from_old, float *parts) {
     const int dt = j->dt;
     const char *dlogits = j->dlogits;
     for (int64_t b = 0; b < j->N; b++) {
@@ -206,7 +207,7 @@ VINLINE void vocab_products(hs_kernel_ctx *ctx, const vocab_rows *j, int64_t row
                 .out = dw,
                 .ld_out = C,
                 .dt_out = HS_F32,
-                .from_old = 1};
+                .from_old = from_old};
     gemm_run(ctx, &sum);
 }
 
@@ -228,7 +229,7 @@ static void vocab_head_op(hs_kernel_ctx *ctx, hs_vocab_head_args *a) {
         classifier_logits(ctx, a->logits, x, a->w, rows, C, V, dt);
         share_rows(ctx, rows, V, vocab_whole_range, &j);
         vocab_products(ctx, &j, rows, C, x, a->w, (char *)a->dx + r * C * dt_size(dt), dt, a->dw,
-                       a->parts);
+                       r > 0 || a->ACCUM, a->parts);
     }
 }
 
@@ -267,6 +268,6 @@ static void vocab_part_op(hs_kernel_ctx *ctx, hs_vocab_part_args *a) {
                         .dt = dt};
         share_rows(ctx, rows, V, vocab_part_range, &j);
         vocab_products(ctx, &j, rows, C, (const char *)a->x + r * C * dt_size(dt), a->w,
-                       (float *)a->dx + r * C, HS_F32, a->dw, a->parts);
+                       (float *)a->dx + r * C, HS_F32, a->dw, r > 0 || a->ACCUM, a->parts);
     }
 }

@@ -1,4 +1,4 @@
-/* A linear layer's product by a library (libraries.h). */
+/* A product by a library (libraries.h), and what goes before it. */
 #ifndef HS_KERNELS_CUDA_BY_LIBRARY_H
 #define HS_KERNELS_CUDA_BY_LIBRARY_H
 
@@ -18,6 +18,19 @@ static inline hs_status rounded_bias(const hs_cuda_ctx *ctx, const void *bias, i
     const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     return HS_LAUNCH(round_bias, flat_blocks(n), FLAT, stream, to, static_cast<const float *>(bias),
                      n);
+}
+
+template <typename T> __global__ void __launch_bounds__(FLAT) clear_gradient(T *at, int64_t n) {
+    const int64_t i = flat_index();
+    if (i < n) at[i] = 0;
+}
+
+/* Makes dw zero where it is not to be read (ACCUM 0): a product then adds to it as to any other, so that one
+ * algorithm computes both, with the same bits. */
+static inline hs_status begin_gradient(const hs_cuda_ctx *ctx, void *dw, int64_t n, int64_t ACCUM) {
+    if (ACCUM) return HS_OK;
+    return HS_LAUNCH(clear_gradient, flat_blocks(n), FLAT, static_cast<cudaStream_t>(ctx->stream),
+                     static_cast<float *>(dw), n);
 }
 
 /* The one product of a call. */

@@ -5,8 +5,8 @@
  * 4 (t + FLAT), ...) in one chain; threads join 16, 8, 4, 2, 1 lanes apart, then warps ascending.
  * It depends on V alone, so CHUNK does not show. The products' order is gemm.h's.
  */
+#include "kernels/cuda/by_library.h"
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/libraries.h"
 
 #include "kernels/classifier.h"
 
@@ -220,8 +220,10 @@ HS_CUDA_CTX_OP(classifier_fwd)
 
 template <typename T>
 static hs_status classifier_grad_op(const hs_cuda_ctx *ctx, const hs_classifier_grad_args &a) {
-    if (hs_by_library(ctx))
+    if (hs_by_library(ctx)) {
+        HS_TRY(begin_gradient(ctx, a.dw, a.V * a.C, a.ACCUM));
         return by_chunks<T>(ctx, HS_K_CLASSIFIER_GRAD, hs_classifier_grad_args_to(&a), a);
+    }
     const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t R = a.R, C = a.C, V = a.V, CHUNK = a.CHUNK;
     float *logits = static_cast<float *>(a.logits);
@@ -246,7 +248,7 @@ static hs_status classifier_grad_op(const hs_cuda_ctx *ctx, const hs_classifier_
         dw.a = gemm_side<T>{dlogits, 1, V};
         dw.b = gemm_side<T>{x, 1, C};
         dw.out = static_cast<float *>(a.dw), dw.ld_out = C;
-        dw.from_old = true;
+        dw.from_old = r > 0 || a.ACCUM;
         HS_TRY(gemm_run(stream, dw));
     }
     return HS_OK;

@@ -51,6 +51,7 @@ static hs_status linear_wgrad_op(const hs_cuda_ctx *ctx, const hs_linear_wgrad_a
     float *db = static_cast<float *>(a.db);
     const T *dy = static_cast<const T *>(a.dy);
     if (hs_by_library(ctx)) {
+        HS_TRY(begin_gradient(ctx, a.dw, N * K, a.ACCUM));
         HS_TRY(library_product(ctx, HS_K_LINEAR_WGRAD, hs_linear_wgrad_args_to(&a)));
     } else {
         gemm<T, float> g = {};
@@ -58,7 +59,7 @@ static hs_status linear_wgrad_op(const hs_cuda_ctx *ctx, const hs_linear_wgrad_a
         g.a = gemm_side<T>{dy, 1, lddy};
         g.b = gemm_side<T>{static_cast<const T *>(a.x), 1, ldx};
         g.out = static_cast<float *>(a.dw), g.ld_out = K;
-        g.from_old = true;
+        g.from_old = a.ACCUM != 0;
         HS_TRY(gemm_run(stream, g));
     }
     if (!db) return HS_OK;

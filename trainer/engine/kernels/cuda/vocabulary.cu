@@ -5,8 +5,8 @@
  * (t, t + FLAT, ...) in one chain; threads join 16, 8, 4, 2, 1 lanes apart, then warps ascending. It
  * depends on the block's length alone.
  */
+#include "kernels/cuda/by_library.h"
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/libraries.h"
 
 #include "kernels/vocabulary.h"
 
@@ -261,6 +261,7 @@ static hs_status vocab_headients(const hs_cuda_ctx *ctx, const hs_vocab_part_arg
 template <typename T>
 static hs_status vocab_head_op(const hs_cuda_ctx *ctx, const hs_vocab_head_args &a) {
     const hs_vocab_part_args g = vocab_as_part(a);
+    HS_TRY(begin_gradient(ctx, a.dw, a.V * a.C, a.ACCUM));
     for (int64_t r = 0; r < a.R; r += a.CHUNK) {
         const int64_t rows = a.R - r < a.CHUNK ? a.R - r : a.CHUNK;
         const T *x = static_cast<const T *>(a.x) + r * a.C;
@@ -291,6 +292,7 @@ HS_CUDA_CTX_OP(vocab_sums)
 
 template <typename T>
 static hs_status vocab_part_op(const hs_cuda_ctx *ctx, const hs_vocab_part_args &a) {
+    HS_TRY(begin_gradient(ctx, a.dw, a.V * a.C, a.ACCUM));
     for (int64_t r = 0; r < a.R; r += a.CHUNK) {
         const int64_t rows = a.R - r < a.CHUNK ? a.R - r : a.CHUNK;
         vocab_rows<T> j = {};

@@ -73,7 +73,7 @@ void hs_ref_classifier_grad(const hs_classifier_grad_args *a) {
             }
         for (int64_t v = 0; v < V; v++)
             for (int64_t c = 0; c < C; c++) {
-                double dw = load(dw_vc, acc, v * C + c);
+                double dw = first > 0 || a->ACCUM ? load(dw_vc, acc, v * C + c) : 0;
                 for (int64_t i = 0; i < rows; i++)
                     dw += load(dlogits, dt, i * V + v) * load(x_rc, dt, (first + i) * C + c);
                 store(dw_vc, acc, v * C + c, dw);

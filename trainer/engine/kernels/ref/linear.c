@@ -41,7 +41,7 @@ void hs_ref_linear_wgrad(const hs_linear_wgrad_args *a) {
     const void *dy_rn = a->dy, *x_rk = a->x;
     for (int64_t n = 0; n < N; n++) {
         for (int64_t k = 0; k < K; k++) {
-            double dw = load(dw_nk, acc, n * K + k);
+            double dw = a->ACCUM ? load(dw_nk, acc, n * K + k) : 0;
             for (int64_t r = 0; r < R; r++)
                 dw += load(dy_rn, dt, r * lddy + n) * load(x_rk, dt, r * ldx + k);
             store(dw_nk, acc, n * K + k, dw);

@@ -82,7 +82,7 @@ static void products(const hs_vocab_part_args *a, int64_t first, int64_t rows, u
         }
     for (int64_t v = 0; v < a->V; v++)
         for (int64_t c = 0; c < a->C; c++) {
-            double dw = load(a->dw, acc, v * a->C + c);
+            double dw = first > 0 || a->ACCUM ? load(a->dw, acc, v * a->C + c) : 0;
             for (int64_t i = 0; i < rows; i++)
                 dw += load(a->dlogits, dt, i * a->V + v) * load(a->x, dt, (first + i) * a->C + c);
             store(a->dw, acc, v * a->C + c, dw);
@@ -140,6 +140,7 @@ void hs_ref_vocab_head(const hs_vocab_head_args *a) {
                                      .N = a->N,
                                      .BLOCK = a->BLOCK,
                                      .ALL = a->V,
+                                     .ACCUM = a->ACCUM,
                                      .scale = a->scale,
                                      .dtype = a->dtype};
     for (int64_t first = 0; first < a->R; first += a->CHUNK) {
