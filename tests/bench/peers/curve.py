@@ -71,11 +71,14 @@ def weights(plan: Plan) -> Mapping[str, NDArray[np.float32]]:
 
 
 def text(folder: Path, training: Training, steps: int) -> NDArray[np.int64]:
-    """The demo's text in samples of T + 1 tokens, one behind the other."""
+    """The demo's text in samples of T + 1 tokens, in drawn order. A step is one sample: where all of a manual is
+    followed by all of a dictionary, a loss that had fallen to 6.3 rises to 12.6, and with it what rounding does.
+    """
     corpus(folder)
     tokens = np.concatenate([read_shard(path) for path in sorted(folder.iterdir())])
     count, length = steps * training.batch, training.sequence
-    starts = np.arange(count) * length % (len(tokens) - length - 1)
+    places = np.random.default_rng(1).permutation((len(tokens) - 1) // length)
+    starts = places[np.arange(count) % len(places)] * length
     return np.stack([tokens[at : at + length + 1] for at in starts]).astype(np.int64)
 
 

@@ -13,7 +13,7 @@
  * right after it was packed; where there are more rows than a block it is kept for the others (it
  * fits PACK_B unless k is huge), else the next panel takes its place in the near caches. What will be
  * packed next, and what a finished panel is added to, is asked for from memory meanwhile, a line with
- * every k: 0.93 to 0.98 of the time of products whose weights come from memory.
+ * every k.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
