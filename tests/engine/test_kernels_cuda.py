@@ -197,7 +197,7 @@ def test_a_column_s_sum_does_not_know_its_neighbours(cuda: CudaLib, kernel: str)
         elif kernel == "rmsnorm_wgrad":
             cuda.call(kernel, wire.F32, [dw, d, v, rstd], (r, 1, n, n, n))
         else:
-            cuda.call(kernel, wire.F32, [np.ones((n, n), np.float32), db, d, v], (r, n, n, n, n))
+            cuda.call(kernel, wire.F32, [np.ones((n, n), np.float32), db, d, v], (r, n, n, n, n, 1))
         return np.stack([dw, db])
 
     assert sums(slice(0, c))[:, 37:70].tobytes() == sums(slice(37, 70)).tobytes()
