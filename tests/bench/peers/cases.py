@@ -22,9 +22,8 @@ LLAMA_SMALL = {
 }  # fmt: skip
 SAMPLES = 4
 """Batches of the data, which the peers go through again and again."""
-CHUNKS = {"bf16": 256, "fp32": 64}
-"""Rows that the head takes at a time: as the presets of larger models have it; in fp32, in which memory is measured,
-what a spec has that says nothing."""
+CHUNK = 256
+"""Rows that the head takes at a time, as in the preset of this model, with which memory is measured."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ class Training(Workload):
 
     def spec(self, steps: int, threads: int) -> RunSpec:
         """Ours: the same model and optimizer at a constant rate, samples in order."""
-        chunk = CHUNKS[self.precision]
-        return spec_of(self, self.precision, steps, threads=threads, shuffled=False, classifier_chunk=chunk)
+        return spec_of(self, self.precision, steps, threads=threads, shuffled=False, classifier_chunk=CHUNK)
 
     def plan(self, steps: int, threads: int, folder: Path, tokens: Samples | None = None) -> Plan:
         """The plan, and its tokens in ``folder/data``: these or random ones."""
@@ -122,7 +120,7 @@ def gemms() -> dict[str, tuple[str, str, int, int, int]]:
     found = {}
     for precision in ("fp32", "bf16"):
         maps = [(rows, *sizes) for rows in GEMM_ROWS for sizes in GEMM_GPT2]
-        maps += [(min(rows, CHUNKS[precision]), *GEMM_HEAD) for rows in GEMM_ROWS]
+        maps += [(min(rows, CHUNK), *GEMM_HEAD) for rows in GEMM_ROWS]
         for rows, out, into in maps:
             for variant, m, n, k in (("nt", rows, out, into), ("nn", rows, into, out), ("tn", out, into, rows)):
                 found[gemm_name(precision, variant, m, n, k)] = (precision, variant, m, n, k)
