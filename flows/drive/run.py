@@ -168,7 +168,7 @@ def as_begun(
             return resolved
     except NotFound:
         return resolved
-    if "packing" in _entry(store, run):
+    if "packing" in index_entry(store, run):
         return resolved
     say(
         f'run {run} was begun by an older version, whose default was data.packing = "across": it goes on so; '
@@ -177,7 +177,7 @@ def as_begun(
     return old
 
 
-def _entry(store: Store, run: str) -> Mapping[str, Any]:
+def index_entry(store: Store, run: str) -> Mapping[str, Any]:
     """What the list of runs says of a run; nothing where it is missing or empty, as the first versions left it."""
     try:
         known = unpack(store.get(index_key(run), max_bytes=INDEX_CAP), f"entry of {run}", max_bytes=INDEX_CAP)

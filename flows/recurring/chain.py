@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from checkpoint.codec import unpack
-from checkpoint.errors import Damaged, NotFound
-from checkpoint.keys import INDEX, index_key
+from checkpoint.keys import INDEX
 from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.begin import prepare_run
 from flows.drive.fork import Parent, begin_child, dataset_of_child
-from flows.drive.run import INDEX_CAP, Board, NoBoard, Prepared, load_what, opened_again, ready_store
+from flows.drive.run import Board, NoBoard, Prepared, index_entry, load_what, opened_again, ready_store
 from trainer.errors import SpecError
 from trainer.spec import RunSpec, parse_spec
 
@@ -51,16 +49,9 @@ def scheduled_runs(store: Store, spec_name: str, schedule: str) -> Iterator[str]
         if match is not None and match["spec"] == spec_name:
             found.append((match["at"], name))
     for _, name in sorted(found, reverse=True):
-        if _schedule_of(store, name) in ("", schedule):  # older versions did not say whose it is
+        whose = str(index_entry(store, name).get("schedule", ""))
+        if whose in ("", schedule):  # older versions did not say whose it is
             yield name
-
-
-def _schedule_of(store: Store, run: str) -> str:
-    try:
-        known = unpack(store.get(index_key(run), max_bytes=INDEX_CAP), f"entry of {run}", max_bytes=INDEX_CAP)
-    except (NotFound, Damaged):
-        return ""
-    return str(known.get("schedule", "")) if isinstance(known, dict) else ""
 
 
 def unfinished(store: Store, spec_name: str, schedule: str) -> str | None:
