@@ -17,6 +17,7 @@ from typing import Any
 
 from k8s.diagnosis import Limits
 from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
+from k8s.patch import apply_patch, check_quantity
 from k8s.quantity import amount
 from trainer.errors import LaunchRefused
 from trainer.failures import FAIL_JOB_CODES, FAIL_JOB_CONDITIONS
@@ -376,7 +377,7 @@ def _resources(said: str, memory: int, wanted: Mapping[str, str], more: Mapping[
     where: dict[tuple[str, str], str] = {}  # (side, resource) -> the key that said it
     values: dict[tuple[str, str], str] = {}
     for key in sorted(wanted, key=lambda k: k.startswith(_SIDES)):  # what names its side comes last and holds
-        _check_quantity(said, key, wanted[key])
+        check_quantity(said, key, wanted[key])
         side, _, name = key.partition(".") if key.startswith(_SIDES) else ("", "", key)
         for one in [side] if side else ["requests", *(["limits"] if name == "memory" or _whole(name) else [])]:
             where[one, name], values[one, name] = key, wanted[key]
@@ -406,79 +407,3 @@ _SIDES = ("requests.", "limits.")
 def _whole(name: str) -> bool:
     """Whether a resource comes in whole pieces that are never shared: its request is its limit."""
     return "/" in name or name.startswith("hugepages-")
-
-
-def _check_quantity(said: str, key: str, value: Any) -> None:
-    try:
-        number = amount(value)
-    except ValueError as error:
-        raise LaunchRefused(f"launch.{said}.{key} = {error}") from error
-    if number < 0:
-        raise LaunchRefused(f"launch.{said}.{key} = {value!r} is below 0; write for example 4, 500m, 16Gi")
-    if "/" in key and number.denominator != 1:
-        raise LaunchRefused(f"launch.{said}.{key} = {value!r}: devices are whole; write for example 1")
-
-
-# --- strategic merge, as far as a pod needs it ------------------------------------------------------------
-
-_MERGE_KEYS = {
-    "containers": "name",
-    "initContainers": "name",
-    "volumes": "name",
-    "env": "name",
-    "volumeMounts": "mountPath",
-    "imagePullSecrets": "name",
-    "tolerations": "key",
-    "ports": "containerPort",
-}
-_CONTRACT = ("restartPolicy", "subdomain", "hostNetwork", "hostPID", "hostIPC", "automountServiceAccountToken")
-
-
-def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """``launch.pod_patch`` over the pod; refused where it breaks the gang's contract or the engine's confinement."""
-    for key in _CONTRACT:
-        if key in patch:
-            raise LaunchRefused(
-                f"launch.pod_patch sets {key}, which the gang's contract fixes; take it out of the patch"
-            )
-    patched = _merge(copy.deepcopy(dict(pod)), patch)
-    for group in ("containers", "initContainers"):
-        before = {c["name"]: c for c in pod[group]}
-        for container in patched[group]:
-            was = before.get(container["name"])
-            if was is None:
-                continue
-            for key in ("args", "command", "restartPolicy", "securityContext"):
-                if container.get(key) != was.get(key):
-                    raise LaunchRefused(
-                        f"launch.pod_patch changes {key} of container {container['name']!r}, which the gang's contract "
-                        "fixes; take it out of the patch"
-                    )
-    for container in [*patched["initContainers"], *patched["containers"]]:
-        for side, given in (container.get("resources") or {}).items():
-            for key, value in given.items() if isinstance(given, Mapping) else ():
-                _check_quantity(f"pod_patch of container {container['name']}: resources.{side}", key, value)
-    engine = next(c for c in patched["containers"] if c["name"] == ENGINE)
-    if engine.get("envFrom"):
-        raise LaunchRefused("launch.pod_patch gives the engine's container envFrom; credentials go to the agent only")
-    return patched
-
-
-def _merge(base: dict[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in patch.items():
-        if value is None:
-            base.pop(key, None)
-        elif isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            base[key] = _merge(base[key], value)
-        elif isinstance(value, list) and key in _MERGE_KEYS and isinstance(base.get(key), list):
-            by = _MERGE_KEYS[key]
-            index = {item.get(by): n for n, item in enumerate(base[key])}
-            for item in value:
-                at = index.get(item.get(by))
-                if at is None:
-                    base[key].append(copy.deepcopy(item))
-                else:
-                    base[key][at] = _merge(base[key][at], item)
-        else:
-            base[key] = copy.deepcopy(value)
-    return base

@@ -13,6 +13,7 @@ from kubernetes.client import V1Job, V1Service
 import k8s
 from flows.show.foretell import stand_in
 from k8s.labels import object_name
+from k8s.patch import apply_patch
 from k8s.render import (
     AGENT,
     CUDA_IMAGE,
@@ -21,7 +22,6 @@ from k8s.render import (
     FABRICS,
     PORT_BASE,
     PORTS,
-    apply_patch,
     check_fabric,
     render_launch,
 )
