@@ -29,6 +29,7 @@ from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.spec_data import MAX_VOCAB_SIZE, DataSpec
 from trainer.spec_fields import MAX_INT32, RULES, shown
+from trainer.spec_hints import hint_of, toml_problem, written_as
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
     HOW_OF_WHAT,
@@ -140,7 +141,7 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, and a number of thousands of digits
-        raise SpecError(f"{file}: is not TOML: {str(error)[:300]}") from error
+        raise SpecError(f"{file}: is not TOML: {toml_problem(text, error)}") from error
     except RecursionError as error:
         raise SpecError(f"{file}: its values are nested too deep to be read; flatten them") from error
 
@@ -241,11 +242,13 @@ def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
     if inside:
         raise SpecError(f"--set {text!r}: {'.'.join(path)} is a section; set a key of it: {_below(path, inside)}")
     near = [".".join(p) for p in fits] or [n for n in names if n.endswith("." + path[-1])]
+    if (theirs := hint_of(path[-1])) is not None and not near:
+        raise SpecError(f"--set {text!r}: there is no key {'.'.join(path)}; {theirs}")
     section = [n for n in names if n.startswith(".".join(path[:-1]) + ".")]
     near = (
         near
-        or difflib.get_close_matches(".".join(path), section, n=1)
-        or difflib.get_close_matches(".".join(path), names, n=3)
+        or difflib.get_close_matches(".".join(path).lower(), section, n=1)
+        or difflib.get_close_matches(".".join(path).lower(), names, n=3)
     )
     hint = f"; did you mean {' or '.join(near)}?" if near else "; 'hotstage schema' lists all keys"
     if section and not any(n in section for n in near):
@@ -307,7 +310,7 @@ def explain(details: ErrorDetails) -> list[str]:
         mend = "raise it" if key in ("gt", "ge") else "lower it"
         return [f"{where} {value} must be {word} {context[key]}; {mend}"]
     if kind in _TYPES:
-        return [f"{where} {value} is not {_TYPES[kind]}; write {_TYPES[kind]}"]
+        return [f"{where} {value} is not {_TYPES[kind]}; {written_as(where, _TYPES[kind], details['input'])}"]
     if kind == "literal_error":
         return [f"{where} {value} is unknown; take one of {context['expected']}"]
     if kind == "string_pattern_mismatch":
@@ -330,4 +333,6 @@ def _unknown_key(loc: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(loc[-1], keys, n=1)
     elsewhere = [".".join(p) for p in _paths(RunSpec) if p[-1] == loc[-1]]
     hint = f"did you mean {near[0]}?" if near else f"it belongs at {elsewhere[0]}" if elsewhere else "remove it"
+    if not elsewhere:
+        hint = hint_of(loc[-1]) or hint
     return f"{'.'.join(loc)} is an unknown key; {hint} (known here: {', '.join(keys)})"

@@ -13,7 +13,7 @@ from trainer.errors import OutputError
 
 
 @click.command("import")
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@click.argument("folder", metavar="DIR")
 @click.option("-o", "--output", metavar="FILE", help="The spec to write (default: NAME.toml).")
 @click.option("--name", help="Name of spec and runs (default: the folder's).")
 @click.option("--data", "source", metavar="SOURCE", default="python-stdlib", show_default=True, help="data.source.")
@@ -49,6 +49,8 @@ def import_(
     from trainer.spec import parse_spec
 
     path = Path(folder)
+    if not path.is_dir():
+        raise click.UsageError(f"{folder!r} {_no_folder(path)}")
     text = spec_text(path, weights=True, source=source, tokenizer=tokenizer, end_token=end_token, name=name)
     spec = parse_spec(tomllib.loads(text), origin="the spec")
     file = Path(output or f"{spec.name}.toml")
@@ -67,7 +69,7 @@ def import_(
         return 0
     state = state_bytes(spec.model, spec.train.optimizer)
     model, many = spec.model, count_text(weights.bytes // 4)
-    say(f"model      {model.family}, {many} parameters in {model.layers} layers, {'and '.join(weights.dtypes)}")
+    say(f"model      {model.family}, {many} parameters in {model.layers} layers, {' and '.join(weights.dtypes)}")
     say(f"tokenizer  {spec.data.tokenizer}, a text ends with {spec.data.end_token or 'nothing'}")
     say(f"weights    step 0 of {run} in {opened.describe()} ({size_words(state)} with moments of zero)")
     say(f"spec       {file}, data.source = {spec.data.source!r}: write your own text there")
@@ -75,6 +77,16 @@ def import_(
     for text in (f"chat {run}", f"train {shlex.quote(str(file))}"):
         say(f"next:      hotstage {text}{at}")
     return 0
+
+
+def _no_folder(path: Path) -> str:
+    """Why a path is no folder of a model, and the mend."""
+    if path.is_file():
+        return f"is a file; give the folder that it lies in: {shlex.quote(str(path.parent))}"
+    return (
+        "is no folder here, and hotstage downloads nothing; a model of the Hub comes by: "
+        f"hf download {shlex.quote(str(path))} --local-dir DIR"
+    )
 
 
 def _other_text(file: Path, text: str) -> bool:

@@ -8,7 +8,7 @@ goes through all of it. Knows nothing of Prefect but in ``tasks``, which has pie
 from flows.data.prepare import interpreter_note, prepare
 from flows.data.shards import PreparedData, load_dataset, load_tokenizer, tokenizer_json, validation_of
 from flows.data.sources import Document, documents, stdlib_documents
-from flows.data.tokenizer import parse_tokenizer
+from flows.data.tokenizer import may_end, parse_tokenizer
 
 __all__ = [
     "Document",
@@ -17,6 +17,7 @@ __all__ = [
     "interpreter_note",
     "load_dataset",
     "load_tokenizer",
+    "may_end",
     "parse_tokenizer",
     "prepare",
     "stdlib_documents",

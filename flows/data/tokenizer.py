@@ -260,11 +260,19 @@ def _end(spec: DataSpec, tokenizer: Tokenizer, what: str) -> str | None:
     return EOT
 
 
+def may_end(tokenizer: Tokenizer, token: str) -> bool:
+    """Whether a token is one that texts do not hold by themselves: added to the vocabulary, or of a name for ends."""
+    return token in _ENDS or any(added.content == token for added in tokenizer.get_added_tokens_decoder().values())
+
+
 def _candidates(tokenizer: Tokenizer) -> str:
     have = [name for name in _ENDS if tokenizer.token_to_id(name) is not None]
     if not have:
         return "name the token that ends a document: data.end_token"
-    return f'it has {", ".join(have)}: name the one that ends a document, such as data.end_token = "{have[0]}"'
+    return (
+        f'it has {", ".join(have)}: name the one that ends a document, such as data.end_token = "{have[0]}" (import: '
+        "--end-token)"
+    )
 
 
 @contextlib.contextmanager

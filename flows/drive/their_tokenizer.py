@@ -16,10 +16,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from checkpoint.store import Store
-from flows.data import load_dataset, load_tokenizer, parse_tokenizer
+from flows.data import load_dataset, load_tokenizer, may_end, parse_tokenizer
 from flows.drive.run import find_run, load_what
 from trainer.errors import DatasetError, SpecError
-from trainer.models.hf_config import end_token_id, read_config
+from trainer.models.hf_config import end_token_ids, read_config
 from trainer.spec import DataSpec
 
 TOKENIZER = "tokenizer.json"
@@ -96,12 +96,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """The token that ends a text, as the folder's files say it."""
+    """The token that ends a text, as the folder's files say it.
+
+    An id whose token is an ordinary one is a default of other programs (2 of Llama's), and passed over.
+    """
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            number = end_token_id(read_config(folder / name))
-            token = None if number is None else tokenizer.id_to_token(number)
-            if token is not None:
+        for number in end_token_ids(read_config(folder / name)) if (folder / name).is_file() else ():
+            token = tokenizer.id_to_token(number)
+            if token is not None and may_end(tokenizer, token):
                 return token
     named = folder / "tokenizer_config.json"
     said = read_config(named).get("eos_token") if named.is_file() else None

@@ -39,6 +39,8 @@ F32 = npt.NDArray[np.float32]
 FLOATS = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Constants that some files carry beside the weights."""
+WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and DistributedDataParallel put before the names of a model's tensors."""
 _ANY = ("vocab", "context", "init_std", "init")
 """Of a model: what its tensors' shapes say, or what only matters where weights are drawn."""
 _EFFECTIVE = {"kv_heads": "groups", "head_size": "size_of_head", "hidden": "size_of_hidden"}
@@ -124,7 +126,7 @@ def folder_weights(folder: Path, model: ModelSpec) -> FolderWeights:
     files = read_folder(folder)
     model = _with_vocab(files, model)
     _check_config(folder, model)
-    rows = _rows_of(files, model)
+    rows = _rows_of(files, folder, model)
     total, size = hashlib.sha256(), 0
     for entry, tensor in sorted(rows, key=lambda row: row[0].name):
         total.update(json.dumps([entry.name, "F32", list(tensor.shape)]).encode())
@@ -207,7 +209,7 @@ def _with_vocab(files: Mapping[str, FileTensor], model: ModelSpec) -> ModelSpec:
     return model.model_copy(update={"vocab": embedding.shape[0]}) if embedding is not None and embedding.shape else one
 
 
-def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[HfTensor, FileTensor]]:
+def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) -> list[tuple[HfTensor, FileTensor]]:
     """The model's tensors in the files, in the table's order. SpecError where one is missing, too much, or of another
     shape or type."""
     table = hf_table(family(model.family), model)
@@ -219,8 +221,6 @@ def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[Hf
             wrong.append(f"{entry.name} is missing")
         elif tensor.shape != tuple(entry.shape):
             wrong.append(f"{entry.name} is {shape_text(tensor.shape)}, the spec's model has {shape_text(entry.shape)}")
-        elif tensor.dtype not in FLOATS:
-            wrong.append(f"{entry.name} is of type {tensor.dtype}; {', '.join(FLOATS)} are taken")
     known = {entry.name for entry in table}
     others = [n for n in sorted(named) if n not in known and not n.endswith(BUFFERS)]
     if model.tied and "lm_head.weight" in others:
@@ -230,11 +230,29 @@ def _rows_of(files: Mapping[str, FileTensor], model: ModelSpec) -> list[tuple[Hf
     wrong += [f"{n} ({shape_text(named[n].shape)}) is not of the spec's model" for n in others]
     if wrong:
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
+        mend = (
+            "the folder's config.json says of the model what the spec says, so the weights are another model's, or not "
+            "all there: fetch the folder again"
+            if _says(folder, model)
+            else "`hotstage import FOLDER` writes a spec with the folder's own model"
+        )
+        raise SpecError(f"the weights are not those of the spec's model: {'; '.join(wrong[:_SHOWN])}{more}; {mend}")
+    other = [entry.name for entry in table if named[entry.name].dtype not in FLOATS]
+    if other:
+        more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
         raise SpecError(
-            f"the weights are not those of the spec's model: {'; '.join(wrong[:_SHOWN])}{more}. `hotstage "
-            "import FOLDER` writes a spec with the folder's own model"
+            f"{other[0]}{more} in {folder} is of type {named[other[0]].dtype}; {', '.join(FLOATS)} are taken: write "
+            'them in one of these (transformers: from_pretrained(DIR, dtype="float32").save_pretrained(OTHER))'
         )
     return [(entry, named[entry.name]) for entry in table]
+
+
+def _says(folder: Path, model: ModelSpec) -> bool:
+    """Whether the folder's config.json is of the model to its vocabulary and context; of the rest it is by now."""
+    if not (folder / "config.json").is_file():
+        return False
+    theirs = family(model.family).from_hf_config(read_config(folder))
+    return (theirs.vocab, theirs.context) == (model.vocab, model.context)
 
 
 def _sources(rows: Sequence[tuple[HfTensor, FileTensor]], model: ModelSpec) -> dict[str, _Source]:
@@ -247,7 +265,10 @@ def _sources(rows: Sequence[tuple[HfTensor, FileTensor]], model: ModelSpec) -> d
 
 
 def _named(files: Mapping[str, FileTensor], wanted: Sequence[str]) -> dict[str, FileTensor]:
-    """The files' tensors by the names that are wanted: some leave the first word out (``transformer.``, ``model.``)."""
+    """The files' tensors by the names that are wanted: some leave the first word out (``transformer.``, ``model.``),
+    others have a wrapper's before all of them."""
+    while wrapper := next((w for w in WRAPPERS if files and all(name.startswith(w) for name in files)), None):
+        files = {name.removeprefix(wrapper): tensor for name, tensor in files.items()}
     if any(name in files for name in wanted if "." in name and not name.startswith("lm_head.")):
         return dict(files)
     longer = {name.partition(".")[2]: name for name in wanted}

@@ -50,6 +50,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0),
     "n_routed_experts": (None, 0),
 }
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _DROPOUT = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
 
 
@@ -77,7 +78,9 @@ def config_value(config: Mapping[str, Any], key: str, kind: type, default: Any =
         value = float(value) if abs(value) < 1 << 1000 else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         what = (
-            f"is {_short(value)}, it must be {kind.__name__}" if value is not None else "is missing; it has no default"
+            f"is {_short(value)}, it must be {_WORDS.get(kind, kind.__name__)}"
+            if value is not None
+            else "is missing; it has no default"
         )
         raise SpecError(f"config.json: {key} {what}")
     return value
@@ -88,7 +91,8 @@ def config_only(config: Mapping[str, Any], architecture: str, allowed: Mapping[s
     for key, values in {**_NEUTRAL, **allowed}.items():
         if key in config and not any(type(config[key]) in _like(v) and config[key] == v for v in values):
             only = next((v for v in values if v is not None), None)
-            raise SpecError(f"config.json: {key} is {_short(config[key])}; this family computes {only!r} only")
+            told = f"this family computes {only!r} only" if only is not None else "this version computes models without"
+            raise SpecError(f"config.json: {key} is {_short(config[key])}; {told}")
     made = config.get("architectures")
     if made and architecture not in made and architecture.replace("ForCausalLM", "Model") not in made:
         raise SpecError(f"config.json: architectures is {_short(made)}; this family computes {architecture} only")
@@ -180,11 +184,11 @@ def left_out(config: Mapping[str, Any]) -> list[str]:
     return [f"{key} {rate}" for key, rate in rates if isinstance(rate, int | float) and rate]
 
 
-def end_token_id(config: Mapping[str, Any]) -> int | None:
-    """The id that ends a text: transformers allows several, the first is taken."""
+def end_token_ids(config: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text: transformers allows several."""
     value = config.get("eos_token_id")
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]
 
 
 def _like(value: Any) -> tuple[type, ...]:

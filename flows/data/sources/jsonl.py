@@ -16,6 +16,7 @@ from trainer.errors import DatasetError
 
 _ENDS = re.compile(rb"[\r\n]")
 _MOST = 256 << 20  # bytes of a line
+_LINES = "objects are made into lines by: jq -c"
 
 
 class JsonSource:
@@ -55,7 +56,7 @@ class JsonSource:
             raise _no_object(where, f"it is {_kind(value)}{mend}", field)
         if field not in value:
             keys = ", ".join(sorted(map(repr, value))[:5]).encode(errors="backslashreplace").decode()
-            raise _no_object(where, f"its keys are {keys}" if value else "it is empty", field)
+            raise _no_object(where, f"its keys are {keys}{_proposed(value)}" if value else "it is empty", field)
         text = value.pop(field)
         if not isinstance(text, str):
             raise _no_object(where, f"its {field} is {_kind(text)}", field)
@@ -111,6 +112,26 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
         yield at, rest if at else rest.removeprefix(BOM)
 
 
+def _proposed(value: dict[str, Any]) -> str:
+    """What is probably meant where an object has no text under the field."""
+    texts = sorted((key for key, item in value.items() if isinstance(item, str)), key=lambda key: -len(value[key]))
+    if texts:
+        return f'; the longest text is data.field = "{_shown(texts[0])}"'
+    for key, item in value.items():
+        inside = [name for name, text in item.items() if isinstance(text, str)] if isinstance(item, dict) else []
+        if inside:
+            return (
+                f"; a text inside another object is taken out by: jq -c '{{text: .{_shown(key)}.{_shown(inside[0])}}}'"
+            )
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            return f"; {_shown(key)!r} holds objects: join their texts into one, and write that as a line's text"
+    return ""
+
+
+def _shown(key: str) -> str:
+    return key[:40].encode(errors="backslashreplace").decode()
+
+
 def _once(line: str, where: Callable[[], str], field: str) -> None:
     last: list[tuple[str, Any]] = []
 
@@ -129,8 +150,14 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
     except RecursionError as error:
         raise _no_object(where, "it is nested too deep", field) from error
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(line.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        why = f"{error.msg.removesuffix(' at')} at column {error.colno}" + ("; was the line cut short?" if cut else "")
+        rest = line[error.pos :].strip()
+        cut = len(rest) <= 1 or error.msg.startswith("Unterminated")
+        mend = "; was the line cut short?" if cut else ""
+        if error.msg == "Extra data":
+            mend = "; a line holds one object: " + ("take the comma away" if rest == "," else _LINES)
+        elif line.strip() in ("{", "["):
+            mend = f"; an object stands on one line: {_LINES}" + (" '.[]'" if line.strip() == "[" else "")
+        why = f"{error.msg.removesuffix(' at')} at column {error.colno}{mend}"
         raise _no_object(where, why, field) from error
     except ValueError:  # a whole number of more digits than Python reads
         return json.loads(line, parse_int=str)

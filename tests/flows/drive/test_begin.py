@@ -8,6 +8,7 @@ file and in several.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from flows.drive.events import Event
 from flows.drive.fork import fork_run
 from flows.drive.line import parent_of
 from flows.drive.run import ask_run, create_run, load_run, load_what, ready_store, run_names
+from flows.drive.their_tokenizer import end_of
 from flows.drive.weights import folder_weights
 from flows.show.export import Inference, checkpoint_at, export_hf
 from flows.show.talk import Text
@@ -473,10 +475,16 @@ WRONG: list[tuple[str, Change, str, int]] = [
         "lm_head.weight is not transformer.wte.weight",
         78,
     ),
+    ("double", lambda f, a, c: a.update({n: v.astype("<f8") for n, v in a.items()}),
+     r"wte.weight \(and 28 more\) in .* is of type F64; F32, BF16, F16 are taken: write them", 78),
+    ("another's", lambda f, a, c: a.pop("transformer.ln_f.bias"), "config.json says .* fetch the folder again", 78),
+    ("another's config", lambda f, a, c: c.update({"n_inner": 71}), "config.json says .* fetch the folder again", 78),
+    ("no number", lambda f, a, c: c.update({"n_layer": "2"}), "n_layer is '2', it must be a whole number", 78),
+    ("code", lambda f, a, c: c.update({"auto_map": {"AutoModel": "x"}}), "this version computes models without", 78),
     ("vocabulary", long_tokenizer, "the tokenizer has 320 tokens, the weights of .* have rows for 307", 65),
     ("no tokenizer", lambda f, a, c: (f / "tokenizer.json").unlink(), "has no tokenizer.json", 65),
     ("no text", lambda f, a, c: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "does not load", 65),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "says", "code"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
@@ -492,8 +500,6 @@ def test_what_cannot_be_a_model_here_is_refused_and_nothing_is_written(
     found, said = called(["import", str(folder), "--store", store, "-o", str(tmp_path / "made.toml")])
     assert found == code, said
     assert said.startswith("hotstage: ")
-    import re
-
     assert re.search(says, said), said
     assert not (tmp_path / "made.toml").exists()
     assert not list(open_store(store).list(""))
@@ -538,6 +544,46 @@ def test_a_pointer_of_git_lfs_is_none_of_the_weights(tmp_path: Path) -> None:
         assert code == 65
         assert says in said
         file.write_bytes(b"")
+
+
+def test_names_with_a_wrappers_word_before_them_are_the_models(imported: Imported, tmp_path: Path) -> None:
+    """torch.compile and DistributedDataParallel put theirs before every name; the weights are the same import."""
+    case = imported("gpt2-untied-f32")
+    folder = shutil.copytree(case.folder, tmp_path / "model")
+    arrays = load_file(folder / "model.safetensors")
+    for wrapper in ("_orig_mod.", "module.", "module._orig_mod."):
+        save_file({f"{wrapper}{name}": value for name, value in arrays.items()}, folder / "model.safetensors")
+        assert folder_weights(folder, case.spec.model).digest == case.told["weights_digest"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("gpt2", "'gpt2' is no folder here, .* hf download gpt2 --local-dir DIR"),
+        ("tokenizer.json", "'tokenizer.json' is a file; give the folder that it lies in: ."),
+    ],
+)
+def test_what_is_no_folder_is_told_with_the_mend(
+    argument: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    code, said = called(["import", argument])
+    assert code == 2
+    assert re.search(says, said), said
+
+
+@pytest.mark.parametrize("said_by", [2, [2], [2, 0]])
+def test_an_ordinary_token_ends_no_text(said_by: Any, tmp_path: Path) -> None:
+    """2 is what other programs take where a Llama's config says nothing; of this tokenizer it is a quotation mark."""
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for name in ("config.json", "generation_config.json"):
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(tree | {"eos_token_id": said_by}))
+    assert end_of(folder, tokenizer) == "<|end|>", "as the list or tokenizer_config.json says"
+    (folder / "tokenizer_config.json").unlink()
+    assert end_of(folder, tokenizer) == ("<|end|>" if said_by == [2, 0] else None)
 
 
 def test_an_end_token_that_no_file_says_is_asked_for(tmp_path: Path) -> None:

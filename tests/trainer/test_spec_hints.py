@@ -1,0 +1,96 @@
+"""Specs that were meant well: keys by other programs' names, values with units, lines that are no TOML."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import SpecError
+from trainer.spec import RunSpec, _paths, load_spec
+from trainer.spec_hints import _BY_NAME, hint_of
+
+SPEC = """\
+name = "small"
+[model]
+family = "gpt2"
+layers = 2
+width = 32
+heads = 2
+context = 16
+[data]
+source = "text:c/*.txt"
+[train]
+steps = 3
+batch = 4
+microbatch = 2
+sequence = 16
+"""
+
+
+def refusal(file: Path, text: str, *sets: str) -> str:
+    file.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_spec(file, sets)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"text:c/*.txt"', r'"text:C:\data\*.txt"', "in double quotes a backslash begins an escape"),
+        ('"text:c/*.txt"', r'"text:C:\Users\*.txt"', "put the text in single quotes"),
+        ('"text:c/*.txt"', '"text:c/*.txt', "(at line 9, column 23): 'source = \"text:c/*.txt'; a text in quotes ends"),
+        ("steps = 3", "steps: 3", "(at line 11, column 6): 'steps: 3'; a key and its value are joined by ="),
+        ("steps = 3", "steps = 03", "does not begin with 0"),
+        ("steps = 3", "steps = 3k", "a number stands alone, without a unit"),
+        ("steps = 3", "steps = 3,", "nothing follows a value"),
+        ("steps = 3", "steps = None", "leave the key out"),
+        ('"gpt2"', "gpt2", "text stands in quotes"),
+        ("heads = 2", "heads = 2\ntied = True", "true and false are written in lower case"),
+        ("heads = 2", "heads = 2\nheads = 2\ntied = true", "a key has one value"),
+        ("[train]", "[model]\n[train]", "a section stands once"),
+        ("[train]", "[train", "a section's name ends with ]"),
+        ('name = "small"', '{"name": "small"}', "that is JSON, and a spec is TOML"),
+        ("[model]\nfamily =", "model:\n  family:", "'model:'; a key and its value are joined by ="),
+    ],
+)
+def test_a_line_that_is_no_toml_is_shown_with_its_mend(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert old in SPEC
+    said = refusal(tmp_path / "s.toml", SPEC.replace(old, new, 1))
+    assert words in said, said
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("train.learning_rate=1e-3", "here that is train.optimizer.lr"),
+        ("model.n_layer=3", "here that is model.layers"),
+        ("train.seq-len=8", "here that is train.sequence"),
+        ("train.dropout=0.1", "trains without dropout: leave it out"),
+        ("parallel.tp=2", "runs stages and replicas"),
+        ("TRAIN.STEPS=3", "did you mean train.steps"),
+        ("checkpoint.deadline_s=10m", "'10m' is not a number; write a number of seconds"),
+        ("launch.memory_gib=16GB", "write a number of GiB"),
+        ("train.steps=1e3", "1000.0 is not a whole number; write 1000"),
+        ("train.batch='4'", "write 4, without quotes"),
+        ("train.batch=1e300", "write a whole number"),
+    ],
+)
+def test_a_key_or_value_of_elsewhere_is_told_as_it_is_here(tmp_path: Path, asked: str, words: str) -> None:
+    said = refusal(tmp_path / "s.toml", SPEC, asked)
+    assert words in said, said
+    key, _, value = asked.partition("=")
+    if "." in key and words.startswith(("here", "trains")):  # the same in the file
+        section, _, name = key.partition(".")
+        text = SPEC.replace(f"[{section}]", f'[{section}]\n"{name}" = {value}')
+        assert words in refusal(tmp_path / "s.toml", text)
+
+
+def test_what_a_hint_names_is_a_key() -> None:
+    keys = {".".join(path[:n]) for path in _paths(RunSpec) for n in (1, 2, 3)}
+    named = re.findall(r"\b(?:model|data|train|parallel|checkpoint)\.[a-z_.0-9]+", " ".join(_BY_NAME.values()))
+    assert len(named) > 30
+    assert not {name.rstrip(".") for name in named} - keys
+    assert not {name for names in _BY_NAME for name in names.split() if hint_of(name) is None}

@@ -1,0 +1,131 @@
+"""What a spec that is refused was probably meant to say: keys by the names that other programs have for them, and lines
+that are no TOML. Pure; decides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_LR, _STEPS, _WARMUP = "train.optimizer.lr", "train.steps", "train.schedule.warmup"
+_ACCUMULATED = "train.batch, sequences a step, of which train.microbatch are computed at a time"
+_BY_NAME: Mapping[str, str] = {
+    "n_layer n_layers num_layers num_hidden_layers depth": "model.layers",
+    "n_embd d_model hidden_size hidden_dim dim embed_dim embedding_size": "model.width",
+    "n_head n_heads num_heads num_attention_heads": "model.heads",
+    "n_kv_head n_kv_heads num_kv_heads num_key_value_heads num_query_groups": "model.kv_heads",
+    "head_dim kv_channels": "model.head_size",
+    "intermediate_size ffn_dim ffn_hidden_size d_ff n_inner": "model.hidden",
+    "block_size n_positions n_ctx max_position_embeddings max_seq_len context_length context_size": "model.context",
+    "rope_theta rotary_base": "model.rope_base",
+    "rms_norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon": "model.norm_eps",
+    "initializer_range init_method_std": "model.init_std",
+    "tie_word_embeddings tie_embeddings weight_tying": "model.tied",
+    "sliding_window": "model.window",
+    "model_type architecture arch": "model.family",
+    "learning_rate max_lr base_lr": _LR,
+    "grad_clip clip_grad max_grad_norm gradient_clipping gradient_clip_val": "train.optimizer.clip",
+    "adam_beta1 beta_1 betas": "train.optimizer.beta1",
+    "adam_beta2 beta_2": "train.optimizer.beta2",
+    "adam_epsilon adam_eps epsilon": "train.optimizer.eps",
+    "warmup_steps warmup_iters num_warmup_steps lr_warmup_steps": _WARMUP,
+    "lr_scheduler lr_scheduler_type lr_decay_style scheduler": "train.schedule.kind",
+    "batch_size global_batch_size": "train.batch",
+    "micro_batch_size microbatch_size per_device_train_batch_size": "train.microbatch",
+    "gradient_accumulation_steps grad_accum accumulate_grad_batches": _ACCUMULATED,
+    "seq_len seq_length sequence_length max_length max_seq_length": "train.sequence",
+    "max_steps max_iters train_iters num_steps total_steps num_train_steps iterations": _STEPS,
+    "epochs num_epochs num_train_epochs max_epochs": "train.steps, each of train.batch * train.sequence tokens",
+    "dtype torch_dtype mixed_precision": "train.precision",
+    "bf16": 'train.precision = "bf16"',
+    "fp8": 'train.precision = "fp8"',
+    "dataset dataset_path data_path train_data train_file train_files files path paths": "data.source",
+    "text_field text_column text_key json_key": "data.field",
+    "tokenizer_path tokenizer_file tokenizer_name": "data.tokenizer",
+    "eos_token eod_token eot_token": "data.end_token",
+    "save_steps save_interval save_every checkpoint_interval save_freq": "checkpoint.every",
+    "save_total_limit keep_last keep_last_n": "checkpoint.keep.last",
+    "pp pipeline_parallel_size pipeline_model_parallel_size pipeline_stages num_stages": "parallel.stages",
+    "dp ddp data_parallel data_parallel_size world_size gpus num_gpus n_gpus": "parallel.stages and parallel.replicas",
+    "gradient_checkpointing activation_checkpointing recompute_granularity": "parallel.recompute",
+    "virtual_pipeline_model_parallel_size num_model_chunks": "parallel.chunks",
+}
+_NOT_HERE: Mapping[str, str] = {
+    "dropout attn_pdrop resid_pdrop embd_pdrop attention_dropout": "this version trains without dropout",
+    "tp tensor_parallel_size tensor_model_parallel_size cp context_parallel_size ep expert_parallel_size "
+    "sequence_parallel": "this version runs stages and replicas, no such parallelism",
+    "num_experts moe top_k_experts": "this version has no experts",
+}
+_THEIRS = {name: f"here that is {key}" for names, key in _BY_NAME.items() for name in names.split()}
+_THEIRS |= {name: f"{why}: leave it out" for names, why in _NOT_HERE.items() for name in names.split()}
+
+
+def hint_of(name: str) -> str | None:
+    """What another program's key ``name`` is here, as the end of a refusal; None where it is not known.
+
+    >>> hint_of("learning-rate"), hint_of("colour")
+    ('here that is train.optimizer.lr', None)
+    """
+    return _THEIRS.get(name.lower().replace("-", "_"))
+
+
+_UNITS = {"_mb_s": "MB/s", "_gib": "GiB", "_mib": "MiB", "_s": "seconds"}
+
+
+def written_as(key: str, wanted: str, value: object) -> str:
+    """How to write ``wanted`` (a number, true or false, ...) at a key where ``value`` stands.
+
+    >>> written_as("checkpoint.deadline_s", "a number", "10m"), written_as("train.steps", "a whole number", 1000.0)
+    ('write a number of seconds', 'write 1000')
+    """
+    if wanted == "a whole number" and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"write {int(value)}"
+    if wanted == "a whole number" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value):
+        return f"write {value}, without quotes"
+    unit = next((unit for end, unit in _UNITS.items() if key.endswith(end)), None)
+    return f"write {wanted}" + (f" of {unit}" if unit and "number" in wanted else "")
+
+
+_LINES: tuple[tuple[str, str], ...] = (
+    (r"\s*\{", "that is JSON, and a spec is TOML: key = value below [section]"),
+    (r"\s*[\w.-]+\s*:(\s|$)", "a key and its value are joined by =, not by a colon"),
+    (r"[^=]*=\s*(True|False|TRUE|FALSE)\b", "true and false are written in lower case"),
+    (r"[^=]*=\s*(None|null|nil|NULL)\b", "there is no null: leave the key out"),
+    (r"[^=]*=\s*0\d", "a whole number does not begin with 0"),
+    (r"[^=]*=\s*[-+]?[\d._]+(e[-+]?\d+)?\s*[A-Za-z%]", "a number stands alone, without a unit"),
+    (r"[^=]*=\s*[A-Za-z_/~.]", "text stands in quotes"),
+    (r"[^=]*=\s*(#|$)", "a value is missing"),
+    (r".*\{[^}]*$", "a table in braces stands on one line"),
+    (r".*[,;]\s*$", "nothing follows a value on its line"),
+    (r"\s*\[[^\]]*$", "a section's name ends with ]"),
+    (r"\s*[\w.-]+\s*$", "a key has a value: key = value"),
+)
+
+
+def toml_problem(text: str, error: ValueError) -> str:
+    """What is wrong with a text that is no TOML: the reader's words, the line, and the mend where it is plain.
+
+    >>> toml_problem("tied = True", ValueError("Invalid value (at line 1, column 8)"))
+    "Invalid value (at line 1, column 8): 'tied = True'; true and false are written in lower case"
+    """
+    said = str(error)[:300]
+    place = re.search(r"\(at line (\d+), column \d+\)", said)
+    if place is None:
+        return said
+    rows = text.split("\n")
+    line = rows[int(place[1]) - 1].rstrip("\r") if int(place[1]) <= len(rows) else ""
+    told = f"{said}: {line.strip()[:120]!r}" if line.strip() else said
+    mend = _mend(said, line)
+    return f"{told}; {mend}" if mend else told
+
+
+def _mend(said: str, line: str) -> str | None:
+    if "twice" in said:
+        return "a section stands once: put its keys together"
+    if "overwrite" in said:
+        return "a key has one value: leave one of the two out"
+    if "Illegal character '\\n'" in said:
+        return "a text in quotes ends on its line: close the quotes"
+    if '"' in line and "\\" in line:
+        return "in double quotes a backslash begins an escape: put the text in single quotes"
+    return next((mend for form, mend in _LINES if re.match(form, line)), None)
