@@ -37,8 +37,9 @@ WHEELS = (
     "nvidia-cuda-cccl==13.0.85",
     "nvidia-cuda-cuobjdump==13.2.78",
 )
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-# beside them PTX, which the driver of any other device compiles as it loads it (a GB300, sm_103, runs no sm_100a)
+# the code of 100f is a family's: it runs on a B200 (10.0) and on a B300 or GB300 (10.3), where that of 100a does not
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100f")
+# beside them PTX, which the driver of any other device compiles as it loads it
 PORTABLE = "compute_80"
 ENGINE = ROOT / "trainer" / "engine"
 ROOMS = (ENGINE / "backend" / "cuda", ENGINE / "kernels" / "cuda")  # every .cu and .cc there, but emulate*

@@ -29,7 +29,7 @@ ptxas info    : Function properties for _Z12attention_dqIfEv5shape7operandIT_ES1
     8 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 128 registers, used 1 barriers, 8 bytes cumulative stack size, 24960 bytes smem
 ptxas info    : Compile time = 120.5 ms
-ptxas info    : Compiling entry function '_Z10init_constPflfb' for 'sm_100a'
+ptxas info    : Compiling entry function '_Z10init_constPflfb' for 'sm_100f'
 ptxas info    : Function properties for _Z10init_constPflfb
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 12 registers, used 0 barriers
@@ -39,7 +39,7 @@ ptxas info    : Used 12 registers, used 0 barriers
 def test_what_the_compiler_says_becomes_the_table() -> None:
     assert list(uses_of(TOLD)) == [
         ("attention_dq<float>", "sm_90a", Resources(registers=128, spill_bytes=20, stack_bytes=8, shared_bytes=24960)),
-        ("init_const", "sm_100a", Resources(registers=12, spill_bytes=0, stack_bytes=0, shared_bytes=0)),
+        ("init_const", "sm_100f", Resources(registers=12, spill_bytes=0, stack_bytes=0, shared_bytes=0)),
     ]
 
 
@@ -64,7 +64,7 @@ def test_a_spill_fails_the_build_unless_it_is_answered_for(monkeypatch: pytest.M
     (fault,) = faults({"a": dict.fromkeys(ARCHITECTURES, sound) | {"sm_80": spilling}})
     assert "a spills registers (24 bytes on sm_80)" in fault
     (fault,) = faults({"a": {"sm_80": sound, "sm_90a": sound}})
-    assert fault == "a was not compiled for sm_100a"
+    assert fault == "a was not compiled for sm_100f"
     monkeypatch.setitem(cuda.SPILLS, "a", "it may")
     assert faults({"a": dict.fromkeys(ARCHITECTURES, spilling)}) == []
     (fault,) = faults({"a": dict.fromkeys(ARCHITECTURES, sound)})
