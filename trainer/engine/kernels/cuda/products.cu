@@ -17,6 +17,7 @@ struct entry {
 struct hs_products {
     hs_cublaslt lib;
     uint32_t capability;
+    int64_t warm_ns; /* the first choice's: from then on times count; 0: nothing was timed yet */
     uint32_t count;
     entry entries[HS_ALGORITHMS_MAX];
 };
@@ -277,37 +278,43 @@ __global__ void __launch_bounds__(FLAT) clear_words(uint32_t *at, int64_t n) {
     if (i < n) at[i] = 0;
 }
 
-/* The time of the product by one algorithm: the lower of two rounds of about a millisecond. HS_E_BUG:
- * the library refuses it. */
-static hs_status time_one(hs_products *products, const hs_cuda_ctx *ctx, const hs_product *p,
-                          const hs_algorithm *a, int64_t *ns, hs_why *why) {
-    enum { ROUNDS = 2 };
+/* A device that was idle takes some time to come to its speed: until then nothing is counted. */
+static const int64_t WARM_NS = 100000000;
+
+/* An algorithm that may compute a product, as far as it was timed. */
+struct trial {
+    int64_t times; /* that a round runs it: about a millisecond; 0: it was not run yet */
+    int64_t least; /* ns of a run, in the fastest round that counts */
+    bool refused;
+};
+
+/* HS_E_BUG: the library refuses it. */
+static hs_status time_round(hs_products *products, const hs_cuda_ctx *ctx, const hs_product *p,
+                            const hs_algorithm *a, bool counts, trial *t, hs_why *why) {
     const int64_t ROUND_NS = 1000000, ROUND_MOST = 32;
     const lt::api *api = &products->lib.api;
-    int64_t times = 1, best = INT64_MAX;
-    for (int round = -1; round < ROUNDS;
-         round++) { /* the first loads the kernel, and says how many fit */
-        const int64_t began = api->clock_ns();
-        for (int64_t i = 0; i < times; i++) HS_TRY(hs_cublaslt_run(&products->lib, ctx, p, a, why));
-        const int failed = api->wait(ctx->stream);
-        if (failed)
-            return hs_fail(why, HS_E_DEVICE,
-                           "the device failed (CUDA error %d) while a product of %" PRId64
-                           " x %" PRId64 " x %" PRId64 " was timed",
-                           failed, p->m, p->n, p->k);
-        const int64_t each = (api->clock_ns() - began) / times;
-        if (round >= 0 && each < best) best = each;
-        times = ROUND_NS / (each > 0 ? each : 1);
-        times = times < 1 ? 1 : times > ROUND_MOST ? ROUND_MOST : times;
-    }
-    *ns = best;
+    const int64_t times = t->times ? t->times : 1, began = api->clock_ns();
+    for (int64_t i = 0; i < times; i++) HS_TRY(hs_cublaslt_run(&products->lib, ctx, p, a, why));
+    const int failed = api->wait(ctx->stream);
+    if (failed)
+        return hs_fail(why, HS_E_DEVICE,
+                       "the device failed (CUDA error %d) while a product of %" PRId64 " x %" PRId64
+                       " x %" PRId64 " was timed",
+                       failed, p->m, p->n, p->k);
+    const int64_t each = (api->clock_ns() - began) / times;
+    if (counts && each < t->least) t->least = each;
+    t->times = ROUND_NS / (each > 0 ? each : 1);
+    t->times = t->times < 1 ? 1 : t->times > ROUND_MOST ? ROUND_MOST : t->times;
     return HS_OK;
 }
 
+/* All candidates in turn, round by round, so that what drifts drifts for all. The first round loads kernels, and says how
+ * often each runs in the next; those before the device is warm count as little. */
 static hs_status choose_one(hs_products *products, const hs_cuda_ctx *ctx, const entry *e,
-                            hs_algorithm *best, hs_why *why) {
-    enum { CANDIDATES = 8 };
+                            int64_t warm_ns, hs_algorithm *best, hs_why *why) {
+    enum { CANDIDATES = 8, ROUNDS = 2 };
     hs_algorithm list[CANDIDATES];
+    trial trials[CANDIDATES];
     int count = 0;
     const hs_product *p = &e->product;
     HS_TRY(hs_cublaslt_candidates(&products->lib, p, list, CANDIDATES, &count, why));
@@ -317,25 +324,33 @@ static hs_status choose_one(hs_products *products, const hs_cuda_ctx *ctx, const
                        " x %" PRId64 " x %" PRId64
                        "; use launch.kernel_path cuda-exact, or another train.microbatch",
                        products->lib.name, p->m, p->n, p->k);
-    int64_t least = INT64_MAX;
     hs_why refused = {};
-    for (int i = 0; i < count; i++) {
-        int64_t ns = 0;
-        hs_why told = {};
-        const hs_status st = time_one(products, ctx, p, &list[i], &ns, &told);
-        if (st == HS_E_BUG) { /* offered, and then refused at once: another may do */
-            refused = told;
-            continue;
+    int left = count;
+    for (int i = 0; i < count; i++) trials[i] = trial{0, INT64_MAX, false};
+    for (int round = -1; left > 0 && round < ROUNDS;
+         round += round >= 0 || products->lib.api.clock_ns() >= warm_ns)
+        for (int i = 0; i < count; i++) {
+            hs_why told = {};
+            if (trials[i].refused) continue;
+            const hs_status st =
+                time_round(products, ctx, p, &list[i], round >= 0, &trials[i], &told);
+            if (st == HS_E_BUG) { /* offered, and then refused at once: another may do */
+                trials[i].refused = true;
+                refused = told;
+                left--;
+            } else if (st != HS_OK) {
+                return hs_fail(why, st, "%s", told.text);
+            }
         }
-        if (st != HS_OK) return hs_fail(why, st, "%s", told.text);
-        if (ns >= least) continue;
-        least = ns;
-        *best = list[i];
-    }
-    if (least == INT64_MAX)
+    if (left == 0)
         return hs_fail(why, HS_E_UNSUPPORTED, "%s; it was offered %d algorithms", refused.text,
                        count);
-    best->microseconds = (uint32_t)(least / 1000);
+    int fastest = -1;
+    for (int i = 0; i < count; i++)
+        if (!trials[i].refused && (fastest < 0 || trials[i].least < trials[fastest].least))
+            fastest = i;
+    *best = list[fastest];
+    best->microseconds = (uint32_t)(trials[fastest].least / 1000);
     best->candidates = (uint32_t)count;
     return HS_OK;
 }
@@ -350,9 +365,11 @@ extern "C" hs_status hs_products_choose(hs_products *products, const hs_cuda_ctx
         if (products->entries[i].product.bias == own && products->entries[i].product.n > words)
             words = products->entries[i].product.n;
     if (words) HS_TRY(HS_LAUNCH(clear_words, flat_blocks(words), FLAT, stream, own, words));
+    if (!products->warm_ns) products->warm_ns = products->lib.api.clock_ns() + WARM_NS;
     for (uint32_t i = 0; i < products->count; i++)
         if (!products->entries[i].known)
-            HS_TRY(choose_one(products, ctx, &products->entries[i], list++, why));
+            HS_TRY(
+                choose_one(products, ctx, &products->entries[i], products->warm_ns, list++, why));
     return HS_OK;
 }
 
