@@ -175,6 +175,18 @@ def test_memory_of_others_is_pinned_until_close() -> None:
     assert "(cudaErrorHostMemoryAlreadyRegistered)" in last
 
 
+@pytest.mark.parametrize("error", ["2", "304", "801"])
+def test_a_host_that_lets_no_memory_be_pinned(error: str) -> None:
+    """Whatever a driver calls it, the device goes on: copies keep the host waiting, and are right."""
+    done = drive("pin", COUNTS="1", PIN=error)
+    assert done.returncode == MEMORY
+    refusal, equal = done.stdout.splitlines()[1:]
+    assert refusal.startswith("the system does not pin 4096 bytes of memory for CUDA device 0: ")
+    assert "raise the memory limit" in refusal
+    assert equal == "equal 1"
+    assert json.loads(done.stderr.splitlines()[0])["emulated"]["unpinned"] > 0
+
+
 def test_the_check_of_a_device() -> None:
     assert told("check") == ["zeros 64, timed"]
 
@@ -201,6 +213,24 @@ def test_the_first_failure_stays() -> None:
     assert done.stderr.splitlines()[-1] == (
         "DEVICE: CUDA device 0 (Emulated 9.0), waited for (stream out, last given a copy to the host): uncorrectable "
         "ECC error encountered (cudaErrorECCUncorrectable)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(222, UNSUPPORTED), (223, UNSUPPORTED), (714, BUG), (904, BUG), (907, BUG), (999, DEVICE)],
+)
+def test_whose_fault_it_is(error: int, code: int) -> None:
+    """An exit code of 88 leaves the machine out of later launches: neither a fault of ours nor a driver that does not
+    fit does that."""
+    assert "(cudaError" in refused(code, "fails", FAIL=f"5 {error}")
+
+
+def test_a_library_is_refused_by_a_device_that_failed() -> None:
+    """The library has a runtime of its own, and says no more than that it failed."""
+    assert refused(DEVICE, "library") == (
+        "DEVICE: CUDA device 0 (Emulated 9.0), giving it work (stream compute, last given kernel linear_fwd): "
+        "uncorrectable ECC error encountered (cudaErrorECCUncorrectable)"
     )
 
 

@@ -21,26 +21,45 @@ hs_status status_of(cudaError_t error) {
     switch (error) {
     case cudaErrorMemoryAllocation:
         return HS_E_MEMORY;
+    /* Driver, device and this build do not fit each other: nothing is ill. */
+    case cudaErrorStubLibrary:
     case cudaErrorInsufficientDriver:
+    case cudaErrorCallRequiresNewerDriver:
     case cudaErrorNoDevice:
     case cudaErrorInvalidDevice:
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled:
     case cudaErrorNotSupported:
+    case cudaErrorCompatNotSupportedOnDevice:
         return HS_E_UNSUPPORTED;
     case cudaErrorInvalidValue:
     case cudaErrorInvalidConfiguration:
+    case cudaErrorInvalidDevicePointer:
+    case cudaErrorInvalidMemcpyDirection:
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorInvalidResourceHandle:
+    case cudaErrorIllegalState:
     case cudaErrorLaunchOutOfResources:
     case cudaErrorHostMemoryAlreadyRegistered:
+    case cudaErrorHostMemoryNotRegistered:
     case cudaErrorStreamCaptureUnsupported:
     case cudaErrorStreamCaptureInvalidated:
+    case cudaErrorStreamCaptureMerge:
+    case cudaErrorStreamCaptureUnmatched:
+    case cudaErrorStreamCaptureUnjoined:
+    case cudaErrorStreamCaptureIsolation:
+    case cudaErrorStreamCaptureImplicit:
+    case cudaErrorCapturedEvent:
     case cudaErrorStreamCaptureWrongThread:
     /* What a kernel of ours, or of a library, did: the machine is not to blame, and HS_E_DEVICE would
      * leave it out of later launches. A device that is ill as well says so in the kernel's log. */
     case cudaErrorIllegalAddress:
     case cudaErrorLaunchTimeout:
     case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
     case cudaErrorIllegalInstruction:
     case cudaErrorMisalignedAddress:
     case cudaErrorInvalidAddressSpace:
@@ -101,6 +120,16 @@ hs_status here(hs_device *d, hs_why *why) {
     HS_TRY(sound(d, why));
     const cudaError_t error = cudaSetDevice(d->index);
     return error == cudaSuccess ? HS_OK : failed(d, error, NULL, "turning to it", why);
+}
+
+/* What the device itself says after a call was refused: a failure that stays shows in any call that looks at
+ * it. Forgets the runtime's last error. Not of a stream that is being captured. */
+static cudaError_t error_of(const hs_device *d) {
+    (void)cudaGetLastError();
+    const int stream = d->capturing == HS_STREAM_SAVE ? HS_STREAM_OUT : HS_STREAM_SAVE;
+    const cudaError_t error = cudaStreamQuery(d->streams[stream]);
+    (void)cudaGetLastError();
+    return error == cudaErrorNotReady ? cudaSuccess : error;
 }
 
 /* --- memory ------------------------------------------------------------------------------ */
@@ -166,16 +195,16 @@ static hs_status pin(hs_device *d, void *at, size_t bytes, hs_why *why) {
     HS_ASSERT(d->pin_count < HS_DEVICE_PINS);
     HS_TRY(sound(d, why));
     const cudaError_t error = cudaHostRegister(at, bytes, cudaHostRegisterDefault);
-    if (error == cudaErrorMemoryAllocation) {
-        (void)cudaGetLastError();
-        return hs_fail(why, HS_E_MEMORY,
-                       "the system does not pin %zu bytes of memory for CUDA device %d: raise the "
-                       "memory limit of the container, and the limit of locked memory (ulimit -l)",
-                       bytes, d->index);
+    if (error == cudaSuccess) {
+        d->pins[d->pin_count++] = at;
+        return HS_OK;
     }
-    if (error != cudaSuccess) return failed(d, error, NULL, "pinning memory of the host", why);
-    d->pins[d->pin_count++] = at;
-    return HS_OK;
+    if (error == cudaErrorHostMemoryAlreadyRegistered || error_of(d) != cudaSuccess)
+        return failed(d, error, NULL, "pinning memory of the host", why);
+    return hs_fail(why, HS_E_MEMORY,
+                   "the system does not pin %zu bytes of memory for CUDA device %d: %s (%s); raise "
+                   "the memory limit of the container, and the limit of locked memory (ulimit -l)",
+                   bytes, d->index, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
 /* --- work -------------------------------------------------------------------------------- */
@@ -198,6 +227,12 @@ static hs_status launch(hs_device *d, int stream, uint16_t kernel, const hs_args
     const hs_status st = d->table->fn[kernel](&ctx, args);
     const cudaError_t error = cudaPeekAtLastError();
     if (st == HS_OK || error != cudaSuccess) return put(d, stream, what, error, why);
+    /* a library has a runtime of its own: what it refused may be the device's failure */
+    const cudaError_t own = error_of(d);
+    if (own != cudaSuccess) {
+        if (why) why->text[0] = 0; /* the library's words */
+        return put(d, stream, what, own, why);
+    }
     return hs_fail(why, st, "kernel %s on CUDA device %d (%s): %s", kernel_name(kernel), d->index,
                    d->name, hs_status_text(st));
 }

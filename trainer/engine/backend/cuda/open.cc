@@ -69,6 +69,7 @@ static hs_status look_at(int index, hs_device_facts *facts, int *processors, hs_
     if (cudaDriverGetVersion(&version) == cudaSuccess) facts->driver = (uint32_t)version;
     if (cudaRuntimeGetVersion(&version) == cudaSuccess) facts->runtime = (uint32_t)version;
     *processors = p.multiProcessorCount;
+    (void)cudaGetLastError(); /* what was not to be had is no failure, and a launch would find it */
     return HS_OK;
 }
 

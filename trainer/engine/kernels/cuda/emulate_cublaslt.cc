@@ -8,8 +8,8 @@
  *   5      operands rounded to TF32: the same
  *
  * They are offered in the order 3, 4, 5, 0, 1, 2. Its clock is its own: an algorithm takes a time that
- * follows from its number and the product, so that a choice can be foretold; and
- * HS_EMULATED_CUBLASLT, some of these words, makes others of it:
+ * follows from its number and the product, so that a choice can be foretold, and twice that in the first 80 ms, as a
+ * device that was idle takes longer; and HS_EMULATED_CUBLASLT, some of these words, makes others of it:
  *
  *   fastest N     algorithm N is the fastest
  *   refuse N      the check refuses algorithm N
@@ -49,6 +49,7 @@ template <typename To, typename From> To *inside(From *from) {
     return reinterpret_cast<To *>(from->data);
 }
 
+const int64_t MS = 1000000, COLD_NS = 80 * MS;
 int64_t now_ns;
 
 /* The number after `word` in HS_EMULATED_CUBLASLT; -1: it is not there. */
@@ -288,11 +289,16 @@ lt::status matmul(void *, lt::description *what, const void *alpha, const void *
     memcpy(&j.by, alpha, 4);
     memcpy(&j.old, beta, 4);
     const int64_t k = (int64_t)(j.what.transa ? j.a.rows : j.a.columns), fastest = asked("fastest");
-    now_ns += (fastest < 0 ? number == (k % 2 ? 0 : 1) : fastest == number) ? 1500000 : 2500000;
-    if (number == SPLIT || number == TF32) now_ns -= 1000000;
+    const bool cold = now_ns < COLD_NS;
+    int64_t takes = (fastest < 0 ? number == (k % 2 ? 0 : 1) : fastest == number) ? 15 : 25;
+    if (number == SPLIT || number == TF32) takes -= 10;
+    now_ns += takes * (cold ? 2 : 1) * MS;
     const cudaStream_t stream = static_cast<cudaStream_t>(on);
     if (!stream) return work(&j);
-    return hs_emulated::enqueue(stream, "cublaslt", work, &j, sizeof j) ? 13 : 0;
+    const cudaError_t before = cudaPeekAtLastError();
+    const bool taken = hs_emulated::enqueue(stream, "cublaslt", work, &j, sizeof j) == 0;
+    hs_emulated::leave_last_error(before);
+    return taken ? 0 : 13;
 }
 
 int wait_stream(void *on) {

@@ -77,7 +77,7 @@ namespace {
 
 struct {
     int driver, devices, capability;
-    uint64_t memory, used, order, random, fail[2], flip[3];
+    uint64_t memory, used, order, random, pin, fail[2], flip[3];
 } machine;
 piece own[PIECES], host[PIECES];
 int owns, hosts;
@@ -112,6 +112,7 @@ void read_switches() {
     numbers("HS_EMULATED_CAPABILITY", &capability, NULL);
     numbers("HS_EMULATED_MEMORY", &machine.memory, NULL);
     numbers("HS_EMULATED_ORDER", &machine.order, NULL);
+    numbers("HS_EMULATED_PIN", &machine.pin, NULL);
     numbers("HS_EMULATED_FAIL", &machine.fail[0], &machine.fail[1]);
     numbers("HS_EMULATED_FLIP", &machine.flip[0], &machine.flip[1], &machine.flip[2]);
     free = machine.memory;
@@ -439,6 +440,10 @@ bool disown(void *base) {
     return true;
 }
 
+void leave_last_error(cudaError_t error) {
+    last_error = error;
+}
+
 cudaError_t call_failed(cudaError_t error) {
     guard held;
     return told(error);
@@ -454,6 +459,11 @@ cudaError_t call_allowed() {
 extern "C" uint64_t hs_emulated_unpinned(void) {
     guard held;
     return unpinned;
+}
+
+extern "C" void hs_emulated_fail(int error) {
+    guard held;
+    breaks(static_cast<cudaError_t>(error), "");
 }
 
 /* --- the machine ------------------------------------------------------------------------- */
@@ -566,6 +576,24 @@ const char *cudaGetErrorName(cudaError_t error) {
         NAME(cudaErrorStreamCaptureUnsupported)
         NAME(cudaErrorStreamCaptureInvalidated)
         NAME(cudaErrorStreamCaptureWrongThread)
+        NAME(cudaErrorInvalidDevicePointer)
+        NAME(cudaErrorInvalidMemcpyDirection)
+        NAME(cudaErrorStubLibrary)
+        NAME(cudaErrorCallRequiresNewerDriver)
+        NAME(cudaErrorInvalidPtx)
+        NAME(cudaErrorJitCompilerNotFound)
+        NAME(cudaErrorUnsupportedPtxVersion)
+        NAME(cudaErrorJitCompilationDisabled)
+        NAME(cudaErrorOperatingSystem)
+        NAME(cudaErrorIllegalState)
+        NAME(cudaErrorHardwareStackError)
+        NAME(cudaErrorCompatNotSupportedOnDevice)
+        NAME(cudaErrorStreamCaptureMerge)
+        NAME(cudaErrorStreamCaptureUnmatched)
+        NAME(cudaErrorStreamCaptureUnjoined)
+        NAME(cudaErrorStreamCaptureIsolation)
+        NAME(cudaErrorStreamCaptureImplicit)
+        NAME(cudaErrorCapturedEvent)
         NAME(cudaErrorUnknown)
 #undef NAME
     }
@@ -595,14 +623,14 @@ const char *cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetLastError(void) {
-    const cudaError_t error = cudaPeekAtLastError();
-    last_error = cudaSuccess;
+    guard held;
+    const cudaError_t error = last_error;
+    if (error != broken) last_error = cudaSuccess;
     return error;
 }
 
 cudaError_t cudaPeekAtLastError(void) {
-    guard held;
-    return broken != cudaSuccess ? broken : last_error;
+    return last_error;
 }
 
 /* --- memory ------------------------------------------------------------------------------ */
@@ -674,6 +702,7 @@ cudaError_t cudaHostRegister(void *at, size_t bytes, unsigned flags) {
     (void)flags;
     guard held;
     if (const cudaError_t error = may_allocate()) return told(error);
+    if (machine.pin) return told(static_cast<cudaError_t>(machine.pin));
     if (!at || bytes == 0) return told(cudaErrorInvalidValue);
     if (overlaps(at, bytes)) return told(cudaErrorHostMemoryAlreadyRegistered);
     if (hosts == PIECES) return told(cudaErrorMemoryAllocation);

@@ -15,10 +15,12 @@
  *             that was not launched before: the driver would have to load it, and may not.
  *   errors    A fault of a kernel (emulate.h) or of a copy shows as the device's: it stays, and every
  *             later call that touches the device returns it. Others are forgotten by
- *             cudaGetLastError; cudaErrorNotReady is remembered too, as NVIDIA's does.
+ *             cudaGetLastError; cudaErrorNotReady is remembered too, as NVIDIA's does. The last error is
+ *             what a call of this thread has returned: nobody is told of a fault who has not asked.
  *
  * Switches, read once: HS_EMULATED_DRIVER, the driver's version (0: none; 13000), _DEVICES (1),
  * _CAPABILITY (90), _MEMORY, in bytes (8 GiB), of which _FREE are free at first (all),
+ * _PIN=CODE: the host lets no memory be registered, with that cudaError_t,
  * _FAIL="N CODE": the N-th kernel (from 1) ends with that cudaError_t (700), _FLIP="N P B": after
  * the N-th kernel a bit of byte B of the P-th device memory (from 0) is another. One process at a time
  * knows what it took of a device's memory itself. Any thread may call. */
@@ -47,13 +49,23 @@ typedef enum cudaError {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevicePointer = 17,
+    cudaErrorInvalidMemcpyDirection = 21,
+    cudaErrorStubLibrary = 34,
     cudaErrorInsufficientDriver = 35,
+    cudaErrorCallRequiresNewerDriver = 36,
     cudaErrorInvalidDeviceFunction = 98,
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209,
     cudaErrorECCUncorrectable = 214,
+    cudaErrorInvalidPtx = 218,
+    cudaErrorJitCompilerNotFound = 221,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorJitCompilationDisabled = 223,
+    cudaErrorOperatingSystem = 304,
     cudaErrorInvalidResourceHandle = 400,
+    cudaErrorIllegalState = 401,
     cudaErrorMapBufferObjectFailed = 205,
     cudaErrorNotReady = 600,
     cudaErrorIllegalAddress = 700,
@@ -62,14 +74,22 @@ typedef enum cudaError {
     cudaErrorAssert = 710,
     cudaErrorHostMemoryAlreadyRegistered = 712,
     cudaErrorHostMemoryNotRegistered = 713,
+    cudaErrorHardwareStackError = 714,
     cudaErrorIllegalInstruction = 715,
     cudaErrorMisalignedAddress = 716,
     cudaErrorInvalidAddressSpace = 717,
     cudaErrorInvalidPc = 718,
     cudaErrorLaunchFailure = 719,
     cudaErrorNotSupported = 801,
+    cudaErrorCompatNotSupportedOnDevice = 804,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorStreamCaptureMerge = 902,
+    cudaErrorStreamCaptureUnmatched = 903,
+    cudaErrorStreamCaptureUnjoined = 904,
+    cudaErrorStreamCaptureIsolation = 905,
+    cudaErrorStreamCaptureImplicit = 906,
+    cudaErrorCapturedEvent = 907,
     cudaErrorStreamCaptureWrongThread = 908,
     cudaErrorUnknown = 999
 } cudaError_t;
@@ -182,6 +202,8 @@ bool find_memory(const void *at, void **base, size_t *bytes, int *fd);
 /* Another process's memory as this device's, and the end of that; NULL, false: no room, none. */
 void *adopt(int fd, size_t bytes);
 bool disown(void *base);
+/* The thread's last error: a library has a runtime of its own, and leaves ours as it was. */
+void leave_last_error(cudaError_t error);
 /* A call of the API that failed, remembered for cudaGetLastError; what every call says first. */
 cudaError_t call_failed(cudaError_t error);
 cudaError_t call_allowed();
@@ -191,5 +213,7 @@ cudaError_t call_allowed();
 /* Bytes that were copied so far from or to memory of the host that is not pinned: a GPU would have
  * kept the host waiting. */
 extern "C" uint64_t hs_emulated_unpinned(void);
+/* The device fails now, and nobody was told. */
+extern "C" void hs_emulated_fail(int error);
 
 #endif
