@@ -41,6 +41,7 @@ from tests.bench import (
     bench_pipeline,
     bench_plan,
     bench_show,
+    bench_step,
     bench_store,
     bench_transfer,
     bench_watch,
@@ -201,6 +202,17 @@ def kernels() -> Iterator[dict[str, Any]]:
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
         for row in bench_kernels.measure(path, threads):
             yield entry(row["name"], row["value"], row["unit"], row["peer"], row["peer_value"])
+
+
+def step() -> Iterator[dict[str, Any]]:
+    """Where a step of the peers' cases in bf16 goes: what the calls of each kernel take of it."""
+    cases = [case for case in bench_step.TRAININGS if case.precision == "bf16"]
+    for found, peak, copy in bench_step.measure(cases, len(os.sched_getaffinity(0))):
+        for line in bench_step.lines(found, peak.all["bf16"], copy):
+            say(line)
+        for cost in found.costs:
+            yield entry(f"step/{found.case}/{cost.kernel}", 1e3 * cost.seconds, "ms", "step", 1e3 * found.step)
+        yield entry(f"step/{found.case}/between calls", 1e3 * found.between, "ms", "step", 1e3 * found.step)
 
 
 def executor() -> Iterator[dict[str, Any]]:
@@ -405,6 +417,7 @@ def main() -> int:
         "memory": lambda: list(memory()),
         "recovery": lambda: list(recovery()),
         "executor": lambda: list(executor()),
+        "step": lambda: list(step()),
         "watch": lambda: list(watch()),
         "data": lambda: list(data()),
         "plan": lambda: list(plan()),

@@ -151,24 +151,29 @@ BOTH = pytest.mark.parametrize(
 
 
 @BOTH
-def test_a_trace_holds_every_instruction_of_the_last_steps(
+def test_a_trace_holds_every_instruction_of_the_last_steps_and_every_call(
     gang: Gang, tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
     plan = small_plan(tmp_path, stages=2, steps=10, parallel=parallel, optimizer={"clip": 0.0})
-    gang.prepare(plan, lambda a: setattr(a, "trace", 1))
+    gang.prepare(plan, lambda a: setattr(a, "trace", wire.TRACE_CALLS))
     processes = [gang.start(rank) for rank in range(2)]
     assert [p.wait(60) for p in processes] == [0, 0]
     for rank in range(2):
-        events = json.loads((tmp_path / f"trace-{rank}.json").read_text())["traceEvents"]
+        both = json.loads((tmp_path / f"trace-{rank}.json").read_text())["traceEvents"]
+        events = [e for e in both if "call" not in e["args"]]
         assert {e["args"]["step"] for e in events} >= set(range(4, 11))
         names = [e["name"] for e in events if e["args"]["step"] == 10 and "wait" not in e["args"]]
-        assert len(names) == len(plan.positions[rank].step)
+        position = plan.positions[rank]
+        assert len(names) == len(position.step)
         waited = {e["name"] for e in events if "wait" in e["args"]}
         assert all(name.startswith((f"{rank}RECV_", f"{rank}SEND_")) for name in waited)
         assert {f"{rank}F0", f"{rank}F1", f"{rank}B0", f"{rank}B1", "adamw", "data"} <= set(names)
-        assert all(e["ph"] == "X" and e["pid"] == rank and e["dur"] >= 0 for e in events)
+        assert all(e["ph"] == "X" and e["pid"] == rank and e["dur"] >= 0 for e in both)
         ends = [e["ts"] + e["dur"] for e in events]
         assert all(a <= b["ts"] + 0.01 for a, b in zip(ends, events[1:], strict=False))
+        made = [e["name"] for e in both if e["args"]["step"] == 10 and "call" in e["args"]]
+        run = [position.programs[action.program].calls for action in position.step if action.program is not None]
+        assert sorted(made) == sorted(call.kernel for calls in run for call in calls)
 
 
 @BOTH

@@ -372,6 +372,7 @@ class SlotHeader(ctypes.LittleEndianStructure):
 # --- attempt.h --------------------------------------------------------------------------------------------
 
 ATTEMPT_MAGIC, ATTEMPT_VERSION = b"HSATTM\r\n", 4
+TRACE_CALLS = 2  # HS_TRACE_CALLS
 ATTEMPT_SKIPS_MAX, ATTEMPT_RATES_MAX = 256, 64
 DEVICES = {"cpu": DEVICE_CPU, "cuda": DEVICE_CUDA}
 """What a gang runs on, by the name that ``parallel.device`` has for it."""

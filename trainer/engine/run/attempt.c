@@ -87,7 +87,7 @@ static hs_status check(const char *path, const hs_attempt *a, size_t size, hs_wh
                        path);
     }
     if (a->start_step < -1 || a->stop_after < -1 || a->connect_ms == 0 || a->stall_ms == 0 ||
-        a->commit_ms == 0 || a->trace > HS_TRACE_ON || a->data_ahead > 1) {
+        a->commit_ms == 0 || a->trace > HS_TRACE_CALLS || a->data_ahead > 1) {
         return hs_fail(why, HS_E_CONFIG,
                        "attempt %s: start_step %" PRId64 ", stop_after %" PRId64
                        ", a deadline of 0 ms, trace %" PRIu32 " or data_ahead %" PRIu32

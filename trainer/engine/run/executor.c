@@ -357,6 +357,8 @@ hs_status hs_executor_run(hs_executor *ex, hs_list list, uint32_t from, uint32_t
                          hs_messages_peer(ex->plan, ex->rank, a));
         const int64_t start = hs_clock_ns(), moved = hs_messages_moved_ns(ex->messages);
         if (a->kind == HS_A_SEND) count_sent(ex, a, step);
+        ex->call_step = step;
+        ex->call_ns = start;
         const hs_status st = run_action(ex, list, i, a, why);
         const int64_t end = hs_clock_ns();
         hs_metrics_add(ex->metrics, a, end - start);

@@ -72,6 +72,8 @@ typedef struct hs_executor {
     uint32_t sent[2][2];      /* by step & 1: what was sent forward and backward in it */
     bool looks;               /* a step that was not finite is computed again (run/steps.h) */
     hs_look look;
+    int64_t call_step,
+        call_ns; /* of the next kernel's call in a trace: its step, when the last ended */
 } hs_executor;
 
 /* What follows what on the device, before the first call of the others. HS_E_MEMORY. */

@@ -196,7 +196,9 @@ static hs_status open_parts(rank *r, hs_why *why) {
         HS_TRY(hs_shards_open(a->data_dir, &tables, &r->shards, why));
         if (a->data_ahead) hs_agent_link_ahead(r->agent, a->start_step < 0 ? 0 : a->start_step);
     }
-    if (a->trace == HS_TRACE_ON) HS_TRY(hs_trace_create(&r->plan, r->args->rank, &r->trace, why));
+    if (a->trace != HS_TRACE_OFF)
+        HS_TRY(
+            hs_trace_create(&r->plan, r->args->rank, a->trace == HS_TRACE_CALLS, &r->trace, why));
     if (r->args->page_fd >= 0) {
         void *page =
             mmap(NULL, HS_RANK_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, r->args->page_fd, 0);

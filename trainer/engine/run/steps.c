@@ -114,10 +114,21 @@ static hs_status look_again(hs_executor *ex, hs_why *why) {
     return HS_E_DIVERGED;
 }
 
+/* Behind a call (hs_linked_watch), of a host: it ends now, and began when the one before it ended. */
+static void trace_call(void *ctx, const hs_plan_action *action, uint32_t call) {
+    hs_executor *ex = ctx;
+    const int64_t now = hs_clock_ns();
+    hs_trace_call(ex->trace, ex->call_step, (uint32_t)(action - ex->plan->actions), call,
+                  ex->call_ns, now);
+    ex->call_ns = now;
+}
+
 hs_status hs_steps_run(hs_executor *ex, int64_t start_step, hs_why *why) {
     const int64_t last = hs_executor_last_step(ex);
     ex->step = start_step;
     bool saved = false, stopped = false;
+    if (hs_trace_has_calls(ex->trace) && ex->spaces->backend->unified)
+        hs_linked_watch(ex->linked, trace_call, ex);
     hs_metrics_begin(ex->metrics);
     if (ex->step < last && ex->position->step_checks) HS_TRY(run_prefix(ex, HS_NO_REPORT, why));
     while (ex->step < last && !stopped) {

@@ -3,35 +3,42 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "core/text.h"
+#include "kernels/kernels.h"
 
 typedef struct event {
     int64_t step, start_ns, end_ns, moved_ns;
     uint32_t action;
+    uint32_t call; /* of the action, the one that this is of; NO_CALL: of the action itself */
     bool wait;
 } event;
+
+enum { NO_CALL = UINT32_MAX };
 
 struct hs_trace {
     const hs_plan *plan;
     uint32_t rank; /* the trace's process number */
+    bool calls;
     size_t capacity, added;
     event *events; /* ring: number n lies at n % capacity */
     char buffer[65536];
 };
 
-hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs_why *why) {
+hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, bool calls, hs_trace **out,
+                          hs_why *why) {
     const hs_plan_position *position = &plan->positions[hs_plan_position_of(plan, rank)];
     *out = NULL;
     hs_trace *trace = calloc(1, sizeof *trace);
     size_t most = position->steps;
     for (uint32_t i = 0; i < position->steps; i++) {
-        const uint8_t kind = plan->actions[position->first_step + i].kind;
-        most += kind == HS_A_SEND ? 2 : kind == HS_A_RECV; /* where it begins, and its wait */
+        const hs_plan_action *a = &plan->actions[position->first_step + i];
+        most += a->kind == HS_A_SEND ? 2 : a->kind == HS_A_RECV; /* where it begins, and its wait */
+        if (calls && a->kind == HS_A_RUN) most += plan->programs[a->program].calls;
     }
     const size_t capacity = most * HS_TRACE_STEPS + 1;
     event *events = calloc(capacity, sizeof *events);
@@ -42,6 +49,7 @@ hs_status hs_trace_create(const hs_plan *plan, uint32_t rank, hs_trace **out, hs
     }
     trace->plan = plan;
     trace->rank = rank;
+    trace->calls = calls;
     trace->capacity = capacity;
     trace->events = events;
     *out = trace;
@@ -64,14 +72,29 @@ void hs_trace_add(hs_trace *trace, int64_t step, uint32_t action, int64_t start_
                         .start_ns = start_ns,
                         .end_ns = end_ns,
                         .moved_ns = moved_ns,
-                        .action = action});
+                        .action = action,
+                        .call = NO_CALL});
 }
 
 void hs_trace_wait(hs_trace *trace, int64_t step, uint32_t action, int64_t start_ns,
                    int64_t end_ns) {
+    add(trace, &(event){.step = step,
+                        .start_ns = start_ns,
+                        .end_ns = end_ns,
+                        .action = action,
+                        .call = NO_CALL,
+                        .wait = true});
+}
+
+bool hs_trace_has_calls(const hs_trace *trace) {
+    return trace && trace->calls;
+}
+
+void hs_trace_call(hs_trace *trace, int64_t step, uint32_t action, uint32_t call, int64_t start_ns,
+                   int64_t end_ns) {
     add(trace,
         &(event){
-            .step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action, .wait = true});
+            .step = step, .start_ns = start_ns, .end_ns = end_ns, .action = action, .call = call});
 }
 
 static bool flush(int fd, hs_text *text) {
@@ -92,16 +115,21 @@ static bool write_events(const hs_trace *trace, int fd, hs_text *text) {
         const event *e = &trace->events[n % trace->capacity];
         const hs_plan_action *action = &trace->plan->actions[e->action];
         char name[40];
-        hs_plan_action_name(trace->plan, action, name);
+        if (e->call == NO_CALL)
+            hs_plan_action_name(trace->plan, action, name);
+        else
+            (void)snprintf(name, sizeof name, "%s",
+                           hs_kernel_facts_of(trace->plan->calls[e->call].kernel)->name);
         hs_text_printf(text, "%s{\"name\":", n == trace->added - kept ? "" : ",\n");
         hs_text_json_string(text, name);
         hs_text_printf(text,
                        ",\"ph\":\"X\",\"ts\":%.3f,\"dur\":%.3f,\"pid\":%" PRIu32
-                       ",\"tid\":0,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "%s",
+                       ",\"tid\":%d,\"args\":{\"step\":%" PRId64 ",\"mb\":%" PRId32 "%s",
                        (double)e->start_ns / 1000.0, (double)(e->end_ns - e->start_ns) / 1000.0,
-                       trace->rank, e->step, (int32_t)action->microbatch,
+                       trace->rank, e->call != NO_CALL, e->step, (int32_t)action->microbatch,
                        e->wait ? ",\"wait\":1" : "");
         if (e->moved_ns) hs_text_printf(text, ",\"moved_us\":%.3f", (double)e->moved_ns / 1000.0);
+        if (e->call != NO_CALL) hs_text_printf(text, ",\"call\":%" PRIu32, e->call);
         hs_text_printf(text, "}}");
         if (text->used > text->size - 1024 && !flush(fd, text)) return false;
     }

@@ -223,6 +223,7 @@ void hs_wire_print(void) {
         N(HS_CH_REDUCE),
         N(HS_CH_GATHER),
         N(HS_CH_NORMS),
+        N(HS_TRACE_CALLS),
         N(HS_DEVICE_CPU),
         N(HS_DEVICE_CUDA),
         N(HS_SLOT_EMPTY),

@@ -16,7 +16,7 @@
 #define HS_ATTEMPT_VERSION 4u /* 1 had no devices, 2 no amendments, 3 no data_ahead; each engine reads one, its agent's */
 
 enum { HS_ATTEMPT_SKIPS_MAX = 256, HS_ATTEMPT_RATES_MAX = 64 };
-enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1 };
+enum { HS_TRACE_OFF = 0, HS_TRACE_ON = 1, HS_TRACE_CALLS = 2 };
 /* What a gang runs on (backend/load.h); never "auto": who writes an attempt has chosen. */
 enum { HS_DEVICE_CPU = 1, HS_DEVICE_CUDA = 2 };
 
@@ -36,7 +36,7 @@ typedef struct hs_attempt {
     uint32_t connect_ms;     /* deadline to find and greet all peers */
     uint32_t stall_ms;       /* deadline of every wait inside a step */
     uint32_t commit_ms;      /* deadline of the wait for the last commit */
-    uint32_t trace;          /* HS_TRACE_*: instruction times of the last steps into trace_dir */
+    uint32_t trace;          /* HS_TRACE_*: instruction times of the last steps into work_dir; CALLS: and kernels' */
     uint32_t device_kind;    /* HS_DEVICE_* */
     uint32_t data_ahead;     /* 1: the shards come while the ranks run; a step's are there once the agent says so (DATA) */
     uint8_t algorithms_digest[32]; /* SHA-256 of the table of a library's algorithms that the gang uses; zero: none yet */
