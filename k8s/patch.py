@@ -26,6 +26,7 @@ _MERGE_KEYS = {
 }
 """Lists of tables, each told from the others by a key."""
 _CONTRACT = ("restartPolicy", "subdomain", "hostNetwork", "hostPID", "hostIPC", "automountServiceAccountToken")
+_NATIVE = ("cpu", "memory", "ephemeral-storage")
 _KEPT = ("containers", "initContainers")
 POD_FIELDS = frozenset({
     "activeDeadlineSeconds", "affinity", "automountServiceAccountToken", "containers", "dnsConfig", "dnsPolicy",
@@ -130,7 +131,11 @@ def _check_container(container: Mapping[str, Any], volumes: set[str]) -> None:
 
 
 def check_quantity(said: str, key: str, value: Any) -> None:
-    """LaunchRefused where ``launch.<said>.<key>`` is no quantity that the API server takes."""
+    """LaunchRefused where ``launch.<said>.<key>`` is no resource, or no quantity, that the API server takes."""
+    name = key.removeprefix("requests.").removeprefix("limits.")
+    if "/" not in name and name not in _NATIVE and not name.startswith("hugepages-"):
+        mend = ", GPUs nvidia.com/gpu" if "gpu" in name.lower() else ", devices such as nvidia.com/gpu"
+        raise LaunchRefused(f"launch.{said}.{key} is no resource; there are {', '.join(_NATIVE)}{mend}")
     try:
         number = amount(value)
     except ValueError as error:

@@ -289,6 +289,7 @@ _TYPES = {
     "bool_parsing": "true or false",
     "string_type": "a string in quotes",
     "tuple_type": "a list in brackets",
+    "list_type": "a list in brackets",
     "dict_type": "a section of keys",
     "model_type": "a section of keys",
     "model_attributes_type": "a section of keys",

@@ -42,3 +42,33 @@ def test_the_fields_are_those_of_the_clients_model() -> None:
 def test_a_patch_that_is_not_of_a_pods_form_is_refused(patch: dict[str, Any], words: str) -> None:
     with pytest.raises(LaunchRefused, match=words):
         rendered(pod_patch=patch)
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ({"resources": {"gpu": "1"}}, "launch.resources.gpu is no resource; .* GPUs nvidia.com/gpu"),
+        ({"resources": {"limits.mem": "1Gi"}}, "launch.resources.limits.mem is no resource; there are cpu, memory"),
+        ({"queue": "Bad_Queue"}, "launch.queue = 'Bad_Queue' is no object's name"),
+        ({"store_secret": "My Secret"}, "launch.store_secret = 'My Secret' is no object's name"),
+        ({"image": "registry/name :tag"}, "launch.image = 'registry/name :tag' is no image"),
+        ({"agent_image": "https://registry/name"}, "launch.agent_image = .* is no image"),
+        ({"spread": "foo bar"}, "launch.spread: 'foo bar' is no label"),
+        ({"node_selector": {"a b": "c"}}, "launch.node_selector: 'a b' is no label"),
+    ],
+)
+def test_a_name_that_the_server_would_not_take_is_refused(launch: dict[str, Any], words: str) -> None:
+    with pytest.raises(LaunchRefused, match=words):
+        rendered(**launch)
+
+
+def test_names_as_clusters_have_them_are_taken() -> None:
+    job = rendered(
+        image="localhost:5000/team/engine@sha256:" + "0" * 64,
+        queue="team-a",
+        priority_class="high",
+        spread="topology.kubernetes.io/zone",
+        node_selector={"node.kubernetes.io/instance-type": "x.large"},
+        resources={"limits.cpu": "2", "ephemeral-storage": "1Gi"},
+    )[0]
+    assert job["spec"]["template"]["spec"]["priorityClassName"] == "high"

@@ -140,7 +140,16 @@ class GradientMemory:
     def made_by(self, calls: Iterable[BoundCall]) -> tuple[Gradient, ...]:
         """The gradients that calls add to."""
         touched = {ref.offset for one in calls for ref in one.ptr if ref is not None and ref.space == wire.SPACE_STATIC}
-        return tuple(t for t in self.targets if t.ref.offset in touched)
+        found = sorted(number for offset in touched for number in self._at.get(offset, ()))
+        return tuple(self.targets[number] for number in found)
+
+    @cached_property
+    def _at(self) -> dict[int, list[int]]:
+        """By offset, the numbers of the targets there: a position of many layers asks once a call."""
+        at: dict[int, list[int]] = {}
+        for number, target in enumerate(self.targets):
+            at.setdefault(target.ref.offset, []).append(number)
+        return at
 
     def into(self, calls: Sequence[BoundCall], buffer: int) -> tuple[BoundCall, ...]:
         """The calls with their gradients in another buffer."""
