@@ -17,6 +17,22 @@ DEFAULT_SOURCE = "python-stdlib"
 SOURCE_KINDS = ("text", "jsonl", "parquet", "code", "hf")
 
 
+_BY_END = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "parquet": "parquet", "txt": "text", "md": "text"}
+
+
+def _meant(source: str) -> str:
+    """What a source without a kind, or of a kind that there is not, probably means: words that end in a blank."""
+    kind, colon, rest = source.partition(":")
+    if colon and rest.startswith("//"):
+        return "it is an address, and files of this machine or of a bucket (jsonl:s3://…) are read: fetch it first, or "
+    if colon and kind in ("csv", "tsv", "xml", "arrow", "tfrecord"):
+        return f"{kind} is not read, so write its texts as JSON lines first, or "
+    path = rest if colon and kind in ("file", "json", "txt", "ndjson", "path") else source
+    found = re.search(r"\.(\w+)(\.gz|\.zst)?$", path)
+    end = _BY_END.get(found[1]) if found else None
+    return f"if {end}:{path[:200]} is meant, write that; else " if end and not path.startswith(":") else ""
+
+
 class FilterSpec(Section):
     """Which documents stay."""
 
@@ -159,8 +175,8 @@ class DataSpec(Section):
             return self
         if self.source != DEFAULT_SOURCE and not (kind in SOURCE_KINDS and rest):
             raise ValueError(
-                f"source {shown(self.source)} is unknown; take 'python-stdlib', 'text:<glob>', 'jsonl:<glob>', "
-                "'parquet:<glob>', 'code:<folder>', 'hf:<dataset>' or 'dataset:<64 hex digits>'"
+                f"source {shown(self.source)} is unknown; {_meant(self.source)}take 'python-stdlib', 'text:<glob>', "
+                "'jsonl:<glob>', 'parquet:<glob>', 'code:<folder>', 'hf:<dataset>' or 'dataset:<64 hex digits>'"
             )
         if self.filter is not None and self.filter.language and kind == "text":
             raise ValueError(

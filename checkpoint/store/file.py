@@ -127,7 +127,7 @@ class FileStore:
         return {}
 
     def describe(self) -> str:
-        return f"folder {self.root}"
+        return f"folder {self.root}" + ("" if os.path.exists(self.root) else " (which is not there)")
 
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
         path = self._path(key)

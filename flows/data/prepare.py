@@ -396,6 +396,11 @@ class _Preparation:
                 pieces += 1
             trained = train_tokenizer(texts(), self.spec.vocab_size)
         give_memory_back()  # of the words that were counted: what follows needs it
+        if trained.get_vocab_size() < self.spec.vocab_size:
+            self.say(
+                f"data: the text has pairs for {trained.get_vocab_size():,} entries only: the vocabulary is smaller "
+                "than data.vocab_size"
+            )
         self.wanted.check_vocab(trained.get_vocab_size(), "the tokenizer that was trained (data.vocab_size)")
         return trained
 

@@ -201,6 +201,8 @@ def _contents(path: str, what: str) -> bytes:
         raise DatasetError(f"{what} cannot be read: it is a folder; give the tokenizer.json in it") from error
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, FileNotFoundError):
+            mend += " of this machine (hotstage downloads none: `hf download NAME tokenizer.json` does)"
         raise DatasetError(f"{what} cannot be read: {why}; {mend}") from error
     if stat.S_ISREG(status.st_mode):
         raise DatasetError(f"{what} has {status.st_size} bytes, the limit is {MAX_BYTES}; {mend}")
@@ -208,7 +210,8 @@ def _contents(path: str, what: str) -> bytes:
 
 
 def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
-    """A tokenizer from its JSON, without the truncation and padding that it may ask for."""
+    """A tokenizer from its JSON, without the truncation, padding and dropout that it may ask for: a text has one way to
+    be encoded."""
     try:
         tree = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
@@ -221,6 +224,8 @@ def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(data.removeprefix(b"\xef\xbb\xbf").decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,9 +24,11 @@ from trainer.plan.steady import steady
 from trainer.spec import RunSpec, what_digest
 
 
-def stand_in(spec: RunSpec) -> DatasetRef:
-    """A dataset's outline where none is prepared: the spec's vocabulary and enough tokens for one pass."""
-    vocab = spec.model.vocab or spec.data.vocab_size
+def stand_in(spec: RunSpec, tokens_known: int | None = None) -> DatasetRef:
+    """A dataset's outline where none is prepared: the spec's vocabulary and enough tokens for one pass.
+
+    ``tokens_known``: entries of the tokenizer that is given, where it is here."""
+    vocab = tokens_known or spec.model.vocab or spec.data.vocab_size
     digest = hashlib.sha256(b"stand-in").hexdigest()
     tokens = max(spec.train.sequence + 1, spec.train.tokens + 1)
     end = None if spec.data.end_token == "" else 0
@@ -42,6 +45,14 @@ def compile_for(spec: RunSpec, store_url: str | None) -> tuple[Plan, RunSpec, st
             dataset = load_dataset(store_at(store_url), spec.data.source.removeprefix("dataset:"))
         except (DatasetError, CheckpointError):
             note = " (its dataset is not here: vocabulary taken from data.vocab_size)"
+    elif spec.data.tokenizer is not None:
+        if os.path.exists(os.path.expanduser(spec.data.tokenizer)):
+            from flows.data.tokenizer import given_tokenizer
+
+            given = given_tokenizer(spec.data)
+            dataset = stand_in(spec, given.vocab if given is not None else None)
+        elif not spec.model.vocab:
+            note = " (its tokenizer is not here: vocabulary taken from data.vocab_size)"
     resolved = spec.resolve(dataset)
     return compile_plan(resolved, dataset, what_digest(resolved, dataset)), resolved, note
 

@@ -138,6 +138,15 @@ def _identity(path: str) -> list[_Identity]:
 def _why_none(kind: str, pattern: str, folders: int) -> str:
     """What is probably meant by a pattern without a file, as the end of a message."""
     plain = pattern.rstrip("/") or pattern
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
+        return "it is an address; files of this machine and s3://bucket/… are read: fetch what is there first"
+    if re.match(r"[A-Za-z]:\\", pattern) or ("\\" in pattern and "/" not in pattern):
+        return "\\ is a character of a name here; folders are parted by /, such as " + _slashed(kind, pattern)
+    if any(ord(letter) < 32 for letter in pattern):
+        return (
+            "it holds a control character, as a backslash in double quotes makes one in TOML; put the text in single "
+            "quotes, and part folders by /"
+        )
     if os.path.isdir(plain):
         return f"it is a folder; {kind}:{glob.escape(plain)}/**/* takes every file below it"
     if folders:
@@ -164,6 +173,11 @@ def _why_none(kind: str, pattern: str, folders: int) -> str:
         hints.append("[ ] stands for one of the characters between; a bracket in a name is written [[]")
     hints.append(f"check the pattern (it is taken from {_here()})")
     return "; ".join(hints)
+
+
+def _slashed(kind: str, pattern: str) -> str:
+    """A pattern of Windows with slashes, its drive left out."""
+    return f"{kind}:{re.sub(r'^[A-Za-z]:', '', pattern)}".replace("\\", "/")
 
 
 def _literal(pattern: str) -> tuple[str, str | None]:

@@ -148,6 +148,10 @@ def test_a_pattern_matches_what_glob_matches(here: Path) -> None:
         ("c/a.txt", "text:~nobody-here/*.txt", "matches no file"),
         ("c/a.txt", "text:../*/none/*.txt", "matches no file"),
         ("c/a.txt", "text:\0", "NUL"),
+        ("c/a.txt", "text:https://example.org/a.txt", "it is an address"),
+        ("c/a.txt", "text:c\\*.txt", "text:c/*.txt"),
+        ("c/a.txt", "text:C:\\c\\*.txt", "such as text:/c/*.txt"),
+        ("c/a.txt", "text:C:\temp/*.txt", "control character"),
     ],
 )
 def test_a_pattern_that_matches_nothing_says_what_is_meant(here: Path, file: str, source: str, proposal: str) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from checkpoint.store import Store, open_store
 from flows.data import load_tokenizer, prepare
+from flows.show.foretell import compile_for
 from tests.support.shards import read_shard
 from trainer.dataset import DatasetRef
-from trainer.errors import DatasetError
+from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec, parse_spec
 
 EOT = "<|endoftext|>"
@@ -276,3 +278,51 @@ def test_a_path_that_is_no_file(here: Path, store: Store) -> None:
 def test_what_is_stored_is_what_was_given(here: Path, store: Store) -> None:
     tokenizer = words("a", "b", "[UNK]", EOT)
     assert load_tokenizer(store, given(tokenizer, store)).to_str() == tokenizer.to_str()
+
+
+def test_dropout_of_a_tokenizer_is_left_out(here: Path, store: Store) -> None:
+    """It is of a tokenizer's training: a text would have other tokens each time."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, EOT: 3}, [("a", "b")], dropout=1.0))
+    Path("1.txt").write_text("abab")
+    Path("2.txt").unlink()
+    dataset = given(tokenizer, store)
+    assert tokens(store, dataset) == [2, 2, 3]
+    assert load_tokenizer(store, dataset).encode("abab").ids == [2, 2]
+
+
+def test_a_text_that_has_no_pairs_for_the_vocabulary_says_so(here: Path, store: Store) -> None:
+    said: list[str] = []
+    made = prepare(DataSpec(source="text:*.txt", vocab_size=5000), store, say=said.append)
+    assert any(f"pairs for {made.vocab:,} entries only" in line for line in said), said
+
+
+def test_a_plan_has_the_vocabulary_of_the_tokenizer_that_is_given(here: Path) -> None:
+    tree: dict[str, Any] = {
+        "name": "x",
+        "model": {"family": "gpt2", "layers": 1, "width": 8, "heads": 1, "context": 8},
+        "data": {"source": "text:*.txt", "tokenizer": "t.json"},
+        "train": {"steps": 1, "batch": 1, "microbatch": 1, "sequence": 8},
+    }
+    _, spec, note = compile_for(parse_spec(tree), None)
+    assert (spec.model.vocab, "tokenizer is not here" in note) == (4096, True)
+    Path("t.json").write_text(words(EOT, *(f"w{n}" for n in range(76))).to_str())
+    _, spec, note = compile_for(parse_spec(tree), None)
+    assert (spec.model.vocab, note) == (77, "")
+    with pytest.raises(SpecError, match=r"model\.vocab 50"):
+        compile_for(parse_spec({**tree, "model": {**tree["model"], "vocab": 50}}), None)
+
+
+@pytest.mark.parametrize(
+    ("source", "words_said"),
+    [
+        ("c/*.txt", "if text:c/.* is meant"),
+        ("json:c/a.json", "if jsonl:c/a.json is meant"),
+        ("file:c/a.jsonl.gz", "if jsonl:c/a.jsonl.gz is meant"),
+        ("csv:a.csv", "csv is not read, so write its texts as JSON lines"),
+        ("https://example.org/a.txt", "it is an address"),
+        ("c", "is unknown; take"),
+    ],
+)
+def test_a_source_without_a_kind_is_told_with_the_one_that_is_meant(source: str, words_said: str) -> None:
+    with pytest.raises(ValidationError, match=words_said):
+        DataSpec(source=source)
