@@ -8,6 +8,11 @@ tokenizer_sha256  of ``tokenizer.json`` (hex)
 inputs            digest of what it was made of, which names its validation part too (flows/data/shards.py)
 and what only says where it is from: documents
 
+v 3, of one where a shard has a mask, so that not each token's prediction counts: v 1, or v 2 (it has ``parts`` then),
+with another key in the rows of those shards
+
+counted           tokens of the shard whose prediction counts
+
 v 2, of a mixture: no shards and objects of its own but the tokenizer's, instead of ``shards``
 
 parts             [{digest (hex) of the part's own dataset, shards as above}...]
@@ -31,6 +36,7 @@ from trainer.wire import CYCLE_MAX, PARTS_MAX, PHASES_MAX
 
 VERSION = 1
 MIX_VERSION = 2
+MASK_VERSION = 3
 MAX_STEPS = 1 << 40
 MAX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
@@ -43,11 +49,19 @@ _DIGEST = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class ShardRow:
-    """A shard file: its tokens, its bytes with the header, their SHA-256 (hex)."""
+    """A shard file: its tokens, its bytes with the header, their SHA-256 (hex); ``counted``: of a masked one, the
+    tokens that count.
+    """
 
     tokens: int
     bytes: int
     sha256: str
+    counted: int | None = None
+
+    def to_map(self) -> dict[str, object]:
+        """As a manifest has it."""
+        row = {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha256}
+        return row if self.counted is None else {**row, "counted": self.counted}
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,9 @@ def parse_dataset_manifest(data: bytes, digest: str) -> DatasetManifest:
     if hashlib.sha256(data).hexdigest() != digest:
         raise Damaged(f"{what} does not have the digest that names it")
     f = codec.Fields(codec.unpack(data, what, max_bytes=MAX_BYTES), what)
-    parts = _parts(f, what) if f.version(MIX_VERSION) == MIX_VERSION else []
+    version = f.version(MASK_VERSION)
+    mixed = version == MIX_VERSION or (version == MASK_VERSION and f.has("parts"))
+    parts = _parts(f, what) if mixed else []
     rows = [row for _, own in parts for row in own] if parts else f.array("shards", _MAX_SHARDS)
     if len(rows) > _MAX_SHARDS:
         raise Damaged(f"{what}: {len(rows)} shards, the limit is {_MAX_SHARDS}")
@@ -133,7 +149,9 @@ def _phases(f: codec.Fields, parts: int, what: str) -> tuple[tuple[int, tuple[in
 
 def _shard(row: object, what: str) -> ShardRow:
     f = codec.Fields(row, what)
-    return ShardRow(f.integer("tokens", 0), f.integer("bytes", 1), f.hex("sha256"))
+    tokens = f.integer("tokens", 0)
+    counted = f.integer("counted", 0, tokens) if f.has("counted") else None
+    return ShardRow(tokens, f.integer("bytes", 1), f.hex("sha256"), counted)
 
 
 @dataclass(frozen=True)

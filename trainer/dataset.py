@@ -67,7 +67,7 @@ class DatasetRef:
 
     ``digest`` is the SHA-256 (hex) of its manifest, ``shards`` the number of tokens of each shard in order,
     ``token_bytes`` 2 or 4, ``eot`` the token that ends a document, or None; ``mix``: of what it is mixed, None where it
-    is one corpus.
+    is one corpus; ``counted``: tokens whose prediction counts, None where it has no mask, so that all do.
     """
 
     digest: str
@@ -77,6 +77,7 @@ class DatasetRef:
     tokenizer_digest: str
     eot: int | None = None
     mix: Mixture | None = None
+    counted: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("digest", self.digest), ("tokenizer_digest", self.tokenizer_digest)):
@@ -89,12 +90,28 @@ class DatasetRef:
                 f"dataset token_bytes {self.token_bytes} cannot hold a vocabulary of {self.vocab}; "
                 "2 bytes hold up to 65536, 4 bytes the rest"
             )
+        if self.masked and self.vocab > 1 << (8 * self.token_bytes - 1):
+            raise DatasetError(
+                f"dataset token_bytes {self.token_bytes} has no room for a mask beside a vocabulary of {self.vocab}; "
+                "2 bytes hold up to 32768, 4 bytes the rest"
+            )
         if not self.shards or min(self.shards) < 0:
             raise DatasetError(f"dataset has shards {list(self.shards)}; at least one shard with tokens is needed")
         if self.eot is not None and not 0 <= self.eot < self.vocab:
             raise DatasetError(f"dataset eot {self.eot} is outside its vocabulary of {self.vocab}")
         if self.mix is not None and sum(count for _, count in self.mix.parts) != len(self.shards):
             raise DatasetError(f"the parts of a mixture have not the {len(self.shards)} shards of its dataset")
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says of each token if its prediction counts."""
+        return self.counted is not None
+
+    @property
+    def size_words(self) -> str:
+        """Its tokens, for people."""
+        counted = "" if self.counted is None else f", of which {self.counted:,} count"
+        return f"{self.tokens:,} tokens{counted}"
 
     @property
     def tokens(self) -> int:
@@ -120,6 +137,7 @@ class DatasetRef:
             "tokenizer_digest": self.tokenizer_digest,
             "eot": self.eot,
             **({} if self.mix is None else {"mix": self.mix.to_map()}),
+            **({} if self.counted is None else {"counted": self.counted}),
         }
 
 
@@ -128,17 +146,25 @@ def samples_of(shards: Sequence[int], sequence: int) -> int:
     return sum(max(0, tokens - 1) // sequence for tokens in shards)
 
 
-def token_bytes_for(vocab: int) -> int:
-    """Bytes of a stored token: 2 up to a vocabulary of 65536, 4 above."""
-    return 2 if vocab <= 1 << 16 else 4
+def token_bytes_for(vocab: int, room: bool = False) -> int:
+    """Bytes of a stored token: 2 up to a vocabulary of 65536, 4 above; with ``room`` for its mask 4 above 32768."""
+    return 2 if vocab <= 1 << (15 if room else 16) else 4
 
 
-def shard_bytes(tokens: npt.NDArray[Any], vocab: int, name: str) -> bytes:
-    """One shard file (header, then tokens). Every token must be in ``0..vocab-1``."""
-    flat = np.asarray(tokens).reshape(-1)
+def mask_of(token_bytes: int) -> int:
+    """The bit of a stored token of a masked shard that says that its prediction does not count."""
+    return 1 << (8 * token_bytes - 1)
+
+
+def shard_bytes(tokens: npt.NDArray[Any], vocab: int, name: str, counts: npt.NDArray[np.bool_] | None = None) -> bytes:
+    """One shard file (header, then tokens). Every token must be in ``0..vocab-1``; ``counts``: which ones' prediction
+    counts, None for a shard without a mask."""
+    flat, masked = np.asarray(tokens).reshape(-1), counts is not None
     check_tokens(flat, vocab, name)
-    data, view = new_shard(flat.size, vocab)
+    data, view = new_shard(flat.size, vocab, token_bytes_for(vocab, masked), masked)
     view[:] = flat
+    if counts is not None:
+        view[~counts.reshape(-1)] |= mask_of(view.itemsize)
     return bytes(data)
 
 
@@ -151,16 +177,17 @@ def check_tokens(tokens: npt.NDArray[Any], vocab: int, name: str) -> None:
         raise DatasetError(f"token {bad} of shard {name} is outside the vocabulary 0..{vocab - 1}")
 
 
-def new_shard(tokens: int, vocab: int) -> tuple[bytearray, npt.NDArray[Any]]:
-    """The bytes of a shard of so many tokens, and its tokens, to be filled in: one copy of a large thing."""
-    size = token_bytes_for(vocab)
-    header = wire.ShardHeader(version=wire.SHARD_VERSION, token_bytes=size, tokens=tokens, vocab=vocab)
+def new_shard(tokens: int, vocab: int, size: int, masked: bool) -> tuple[bytearray, npt.NDArray[Any]]:
+    """The bytes of a shard of so many tokens of ``size`` bytes, and its tokens, to be filled in: one copy of a large
+    thing."""
+    version = wire.SHARD_MASKED if masked else wire.SHARD_VERSION
+    header = wire.ShardHeader(version=version, token_bytes=size, tokens=tokens, vocab=vocab)
     header.magic[:] = wire.SHARD_MAGIC
     data = bytearray(HEADER_BYTES + tokens * size)
     data[:HEADER_BYTES] = bytes(header)
     return data, np.frombuffer(data, f"<u{size}", offset=HEADER_BYTES)
 
 
-def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int) -> None:
+def write_shard(path: Path, tokens: npt.NDArray[Any], vocab: int, counts: npt.NDArray[np.bool_] | None = None) -> None:
     """Write one shard file."""
-    path.write_bytes(shard_bytes(tokens, vocab, path.name))
+    path.write_bytes(shard_bytes(tokens, vocab, path.name, counts))

@@ -82,6 +82,12 @@ class DataSpec(Section):
         'or "dataset:<digest>"; a glob may be s3://bucket/...',
     )
     field: str = Field("text", min_length=1, description="key or column that holds the text (jsonl, parquet, hf)")
+    prompt_field: str | None = Field(
+        None,
+        min_length=1,
+        description="key or column that holds what the text answers (jsonl, parquet, hf): its tokens are read before "
+        "the text's, and only the prediction of the text and of the document's end counts; unset: all counts",
+    )
     filter: FilterSpec | None = Field(None, description="which documents stay; unset: all")
     dedupe: DedupeSpec | None = Field(None, description="which documents are taken once; unset: none")
     validation: float = Field(
@@ -120,7 +126,8 @@ class DataSpec(Section):
         entry = self.mix[number]
         made: dict[str, Any] = {"filter": None, "dedupe": None} if entry.source.startswith("dataset:") else {}
         values = {key: getattr(self, key) for key in type(self).model_fields}
-        return DataSpec.model_validate(values | made | {"mix": (), "source": entry.source, "field": entry.field})
+        own = {"source": entry.source, "field": entry.field, "prompt_field": entry.prompt_field}
+        return DataSpec.model_validate(values | made | {"mix": ()} | own)
 
     def packing_of(self, end: int | None) -> Literal["across", "within"]:
         """``packing``, or what it is where it is unset. ``end``: the token that ends a document of the data."""
@@ -141,6 +148,11 @@ class DataSpec(Section):
             raise ValueError(
                 f"validation {self.validation} with mix: of which part it would be is not said; leave it out, and name "
                 "data of its own in [validation]"
+            )
+        if self.prompt_field is not None:
+            raise ValueError(
+                f"prompt_field {shown(self.prompt_field)} with mix: which part has prompts is not said; name it in the "
+                "tables of those parts"
             )
         for number in range(len(self.mix)):
             try:
@@ -165,6 +177,16 @@ class DataSpec(Section):
         if self.mix:
             self._check_mix()
         kind, _, rest = self.source.partition(":")
+        if self.prompt_field is not None and kind not in ("jsonl", "parquet", "hf"):
+            raise ValueError(
+                f"prompt_field {shown(self.prompt_field)} is a key beside that of the text, and source "
+                f"{shown(self.source)} has no keys: take jsonl:, parquet: or hf:, or leave it out"
+            )
+        if self.prompt_field == self.field:
+            raise ValueError(
+                f"prompt_field and field are both {shown(self.field)}: name the key of the prompt, and that of the "
+                "text which answers it"
+            )
         if kind == "dataset" and re.fullmatch(r"[0-9a-f]{64}", rest):
             made = [key for key in ("filter", "dedupe", "validation") if getattr(self, key)]
             if made:

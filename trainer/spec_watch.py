@@ -26,6 +26,10 @@ class ValidationSpec(Section):
         max_length=4096,
         description="what to validate on, as data.source; unset: the validation part of the run's own data",
     )
+    field: str = Field("text", min_length=1, max_length=4096, description="as data.field, of that source")
+    prompt_field: str | None = Field(
+        None, min_length=1, max_length=4096, description="as data.prompt_field, of that source"
+    )
     windows: int = size(100, high=1 << 20, text="windows of train.sequence tokens, spread evenly over that data")
     sample: str = Field("", max_length=2000, description="a text that is continued each time; unset: no sample")
     sample_tokens: int = size(64, high=4096, text="tokens of the sample, at most")

@@ -116,8 +116,9 @@ class Cache:
     def open(self) -> Iterator[int]:
         """Make the files that are not there; leaves that were left in those that are."""
         for number, shard in enumerate(self.shards):
+            version = wire.SHARD_VERSION if shard.row.counted is None else wire.SHARD_MASKED
             header = wire.ShardHeader(
-                version=wire.SHARD_VERSION, token_bytes=shard.token_bytes, tokens=shard.row.tokens, vocab=shard.vocab
+                version=version, token_bytes=shard.token_bytes, tokens=shard.row.tokens, vocab=shard.vocab
             )
             header.magic[:] = wire.SHARD_MAGIC
             fd = os.open(shard.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

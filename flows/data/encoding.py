@@ -4,7 +4,7 @@ What is kept, a part after about a piece's text:
 
     keep/<piece>            a byte a document: 0 out, 1 of the dataset, 2 of its validation part; missing: all are 1
     sample/<piece>          blocks of text to train on: sizes (bytes, u32 each), text
-    tokens/<piece>.<part>   tokens of the dataset; held/... of its validation part
+    tokens/<piece>.<part>   tokens of the dataset, masked where it has prompts; held/... of its validation part
     encode/<piece>.<part>   how many: tokens, held; texts (without the ends of documents), unknown
     encode/<piece>          the same of the piece, and parts
 """
@@ -25,7 +25,7 @@ from flows.data.sources import Borne, Document, Entry
 from flows.data.sources.base import changed
 from flows.data.tokenizer import EOT, SAFE_CUT, GivenTokenizer, checked_tokenizer, encode, parse_tokenizer, vocab_of
 from flows.data.work import piece_name
-from trainer.dataset import token_bytes_for
+from trainer.dataset import mask_of, token_bytes_for
 
 SAMPLE_LETTERS = 64 << 20
 """Text that the tokenizer is trained on: all of it up to so much, of more a part that its content chooses."""
@@ -43,7 +43,7 @@ def sample_piece(task: Task, share: float) -> dict[str, Any]:
     for document, verdict in _verdicts(task):
         if verdict != TRAIN:
             continue
-        for block in document.blocks(SAFE_CUT):
+        for block, _ in document.stretches(SAFE_CUT):
             data = block.encode("utf-8", "surrogatepass")
             if share >= 1 or int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") < limit:
                 sizes.append(len(data))
@@ -69,22 +69,24 @@ class Encoder:
     tokenizer: Tokenizer
     given: GivenTokenizer | None
     eot: int | None
+    room: bool
     vocab: int = field(init=False)
     kind: Any = field(init=False)
     """Of a stored token."""
 
     def __post_init__(self) -> None:
         self.vocab = vocab_of(self.tokenizer)
-        self.kind = np.dtype(f"<u{token_bytes_for(self.vocab)}")
+        self.kind = np.dtype(f"<u{token_bytes_for(self.vocab, self.room)}")
         self.cut = SAFE_CUT if self.given is None else self.given.cut
 
     @staticmethod
     def of(job: DataJob, data: bytes) -> Encoder:
         if job.spec.tokenizer is None:
             tokenizer = parse_tokenizer(data, "the tokenizer that was trained")
-            return Encoder(tokenizer, None, tokenizer.token_to_id(EOT))
+            return Encoder(tokenizer, None, tokenizer.token_to_id(EOT), job.room)
         given = checked_tokenizer(job.spec, data)
-        return Encoder(given.tokenizer, given, None if given.end is None else given.tokenizer.token_to_id(given.end))
+        eot = None if given.end is None else given.tokenizer.token_to_id(given.end)
+        return Encoder(given.tokenizer, given, eot, job.room)
 
 
 @functools.lru_cache(maxsize=2)
@@ -99,6 +101,8 @@ class _Block:
     verdict: int
     ends: bool
     """Whether the document ends with it."""
+    counts: bool
+    """Whether the prediction of its tokens does; that of the document's end does in any case."""
 
 
 def encode_piece(task: Task) -> dict[str, Any]:
@@ -127,6 +131,7 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
     work, name = task.job.work, piece_name(task.piece.number, number)
     out = {TRAIN: bytearray(), HELD: bytearray()}
     unknown = None if encoder.given is None else encoder.given.unknown
+    mask = mask_of(encoder.kind.itemsize)
     row: dict[str, Any] = {"v": 1, "texts": 0, "unknown": 0}
     for batch in batches:
         blocks = [block for block in batch if block.verdict]
@@ -134,13 +139,12 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
         texts = [Document(block.where.where, block.text) for block in blocks]
         for block, ids in zip(blocks, encode(encoder.given, encoder.tokenizer, texts), strict=True):
             row["texts"] += len(ids)
-            flat[block.verdict] += ids
+            row["unknown"] += 0 if unknown is None else ids.count(unknown)
+            flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
             if encoder.eot is not None and block.ends:
                 flat[block.verdict].append(encoder.eot)
         for verdict, ids in flat.items():
-            tokens = np.asarray(ids, encoder.kind)
-            row["unknown"] += 0 if unknown is None else int((tokens == unknown).sum())
-            out[verdict] += tokens.tobytes()
+            out[verdict] += np.asarray(ids, encoder.kind).tobytes()
     row["tokens"], row["held"] = (len(out[verdict]) // encoder.kind.itemsize for verdict in (TRAIN, HELD))
     work.put(out[TRAIN], "tokens", name)
     if row["held"]:
@@ -151,12 +155,13 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
 
 def _blocks(task: Task, encoder: Encoder) -> Iterator[_Block]:
     for document, verdict in _verdicts(task):
-        before: str | None = None
-        for block in document.blocks(encoder.cut):
+        before: tuple[str, bool] | None = None
+        for block in document.stretches(encoder.cut):
             if before is not None:
-                yield _Block(document, before, verdict, False)
+                yield _Block(document, before[0], verdict, False, before[1])
             before = block
-        yield _Block(document, before or "", verdict, True)
+        text, counts = before or ("", True)
+        yield _Block(document, text, verdict, True, counts)
 
 
 def _parts(blocks: Iterator[_Block], letters: int) -> Iterator[Iterator[list[_Block]]]:
@@ -217,7 +222,7 @@ class _Summed:
     """A document, and the digest of its text; a long one is summed as its parts are read."""
 
     def __init__(self, document: Document) -> None:
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.sha256(document.digested)
         self._parts = document.parts
         self._read = False
         if document.parts is None:

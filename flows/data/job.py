@@ -28,6 +28,13 @@ class DataJob:
     url: str
     """Of the store that keeps the work."""
     sight: str
+    room: bool = False
+    """A stored token has room for its mask."""
+
+    @property
+    def masked(self) -> bool:
+        """Each stored token says whether its prediction counts."""
+        return self.spec.prompt_field is not None
 
     @cached_property
     def work(self) -> KeptWork:
@@ -39,7 +46,7 @@ class DataJob:
         return self.spec.piece_mib * pieces.MIB
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"spec": self.spec, "url": self.url, "sight": self.sight}
+        return {"spec": self.spec, "url": self.url, "sight": self.sight, "room": self.room}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -6,6 +6,7 @@ dataset, wherever they lie.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -13,29 +14,32 @@ from pathlib import Path
 
 from checkpoint import keys
 from checkpoint.codec import pack
-from checkpoint.dataset import MIX_VERSION, load_dataset_manifest
+from checkpoint.dataset import MASK_VERSION, MIX_VERSION, load_dataset_manifest
 from checkpoint.store import Store
 from flows.data.shards import load_dataset, put, tokenizer_json
 from flows.data.tokenizer import parse_tokenizer
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec
+from trainer.spec_mix import MixPart
 
 Say = Callable[[str], None]
 
 
 def prepare_mixture(
-    spec: DataSpec, store: Store, prepare: Callable[[DataSpec, Store], DatasetRef], *, say: Say, mend: bool
+    spec: DataSpec, store: Store, prepare: Callable[[DataSpec, bool], DatasetRef], *, say: Say, mend: bool
 ) -> DatasetRef:
-    """Make the parts of ``spec.mix``, by ``prepare``, and the dataset that is mixed of them. Raises what that raises,
-    with the part; DatasetError where the parts were not made with one tokenizer.
+    """Make the parts of ``spec.mix``, by ``prepare`` (with room for a mask where one of them has one), and
+    the dataset that is mixed of them. Raises what that raises, with the part; DatasetError where the parts were not
+    made with one tokenizer.
     """
     parts: list[DatasetRef] = []
+    masked = any(_masked(entry, store) for entry in spec.mix)
     with tempfile.TemporaryDirectory(prefix="hotstage-tokenizer-") as folder:
         for number, entry in enumerate(spec.mix):
             what = f"data.mix[{number}] ({entry.source})"
             try:
-                part = prepare(_with_tokenizer(spec.part(number), store, parts, Path(folder)), store)
+                part = prepare(_with_tokenizer(spec.part(number), store, parts, Path(folder)), masked)
             except (DatasetError, SpecError) as error:
                 raise type(error)(f"{what}: {error}") from error
             if part.mix is not None:
@@ -45,11 +49,17 @@ def prepare_mixture(
                     f"{what} was not made with the tokenizer of data.mix[0] ({spec.mix[0].source}): prepare it with "
                     "that one, or name the corpus that it was made of"
                 )
+            if parts and part.token_bytes != parts[0].token_bytes:
+                narrow = what if part.token_bytes == 2 else f"data.mix[0] ({spec.mix[0].source})"
+                raise DatasetError(
+                    f"{narrow} has tokens of 2 bytes: of a vocabulary of {part.vocab} they have no room for the mask "
+                    "that other parts have (4 bytes do); name the corpus that it was made of: it gets room"
+                )
             parts.append(part)
     first, tokenizer = parts[0], tokenizer_json(store, parts[0])
     manifest = pack(
         {
-            "v": MIX_VERSION,
+            "v": MASK_VERSION if any(part.masked for part in parts) else MIX_VERSION,
             "vocab": first.vocab,
             "token_bytes": first.token_bytes,
             "eot": first.eot,
@@ -62,7 +72,7 @@ def prepare_mixture(
     put(store, keys.tokenizer_key(digest), tokenizer, mend)
     put(store, keys.dataset_manifest_key(digest), manifest, mend)
     made = load_dataset(store, digest)
-    say(f"data: a mixture of {len(parts)} parts, {made.tokens:,} tokens, dataset {digest[:12]}")
+    say(f"data: a mixture of {len(parts)} parts, {made.size_words}, dataset {digest[:12]}")
     return made
 
 
@@ -80,9 +90,16 @@ def _with_tokenizer(spec: DataSpec, store: Store, made: list[DatasetRef], folder
 
 def _tokens_of(part: DatasetRef) -> tuple[object, ...]:
     """What its tokens mean."""
-    return part.tokenizer_digest, part.vocab, part.token_bytes, part.eot
+    return part.tokenizer_digest, part.vocab, part.eot
+
+
+def _masked(entry: MixPart, store: Store) -> bool:
+    if not entry.source.startswith("dataset:"):
+        return entry.prompt_field is not None
+    with contextlib.suppress(DatasetError):  # told with its part, when it is that one's turn
+        return load_dataset(store, entry.source.removeprefix("dataset:")).masked
+    return False
 
 
 def _rows(store: Store, part: DatasetRef) -> list[dict[str, object]]:
-    rows = load_dataset_manifest(store, part.digest).shards
-    return [{"tokens": row.tokens, "bytes": row.bytes, "sha256": row.sha256} for row in rows]
+    return [row.to_map() for row in load_dataset_manifest(store, part.digest).shards]

@@ -56,7 +56,7 @@ from flows.data.shards import (
 from flows.data.sources import Borne, Entry, open_source
 from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, train_tokenizer
 from flows.data.work import WorkGone, piece_name
-from trainer.dataset import DatasetRef
+from trainer.dataset import DatasetRef, token_bytes_for
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec, too_short
 
@@ -79,27 +79,31 @@ def prepare(
     sequence: int | None = None,
     vocab: int = 0,
     runner: Runner | None = None,
+    room: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> DatasetRef:
     """Make the spec's dataset in the store, or find it there; ``validation_of`` gives the part that was split off.
 
     ``again`` makes it anew, looks at every byte, checks every object and replaces those that are not what they should
     be. ``sequence``, ``vocab``: what the run needs a shard to hold, and what its model can (0: any); nothing is written
-    where that cannot be. ``runner``: who works on pieces.
+    where that cannot be. ``runner``: who works on pieces. ``room``: tokens are stored with room for a mask, as those of
+    a corpus with prompts always are: it is mixed with one.
 
     Raises DatasetError for an empty corpus, a damaged dataset, or a tokenizer that does not fit; SpecError where no
     sample can be had, the model cannot hold the vocabulary, or a library or predicate is missing; StoreError from the
     store.
     """
     if spec.mix:
-        one = partial(prepare, say=say, again=again, sequence=sequence, vocab=vocab, runner=runner, clock=clock)
-        return prepare_mixture(spec, store, one, say=say, mend=again)
+        one = partial(
+            prepare, store=store, say=say, again=again, sequence=sequence, vocab=vocab, runner=runner, clock=clock
+        )
+        return prepare_mixture(spec, store, lambda part, room: one(part, room=room), say=say, mend=again)
     if spec.source.startswith("dataset:"):
         return load_dataset(store, spec.source.removeprefix("dataset:"))
     wanted = _Wanted(sequence, vocab)
     for _ in range(3):
         try:
-            return _Preparation(spec, store, say, again, wanted, runner or InTurn(), clock).run().train
+            return _Preparation(spec, store, say, again, wanted, runner or InTurn(), room, clock).run().train
         except WorkGone as error:
             gone = error  # another preparation of the same has finished: the next look finds what it made
     raise gone
@@ -145,12 +149,16 @@ class _Preparation:
         again: bool,
         wanted: _Wanted,
         runner: Runner,
+        room: bool,
         clock: Callable[[], float],
     ) -> None:
         self.spec, self.store, self.say, self.again, self.wanted = spec, store, say, again, wanted
         self.runner, self.clock = runner, clock
         self.given = given_tokenizer(spec)
         self.filter = filter_of(spec)
+        entries = spec.vocab_size if self.given is None else self.given.vocab
+        self.wide = room and token_bytes_for(entries, True) != token_bytes_for(entries)
+        """A token is stored larger than it need be, since other parts of a mixture have masks."""
 
     def run(self) -> PreparedData:
         if self.given is not None:
@@ -172,7 +180,8 @@ class _Preparation:
         hold_store(store, url)
         hold_store(self.store, self.into)
         try:
-            self.job, self.run_on = DataJob(self.spec, url, sight), runner
+            room = self.wide or self.spec.prompt_field is not None
+            self.job, self.run_on = DataJob(self.spec, url, sight, room), runner
             if self.again:
                 self.job.work.forget()
             self.tasks = [Task(self.job, piece, tuple(entries[piece.begin : piece.end])) for piece in pieces]
@@ -198,6 +207,9 @@ class _Preparation:
         h = hashlib.sha256(b"hotstage sight v1\n")
         settings = self.spec.model_dump(mode="json", exclude=set(_NO_INPUT))
         settings["tokenizers"] = version("tokenizers")
+        if self.spec.prompt_field is None:
+            del settings["prompt_field"]  # a key that came when corpora were known already
+        settings |= self._mask_settings()
         h.update(json.dumps(settings, sort_keys=True).encode())
         h.update(self.given.digest if self.given else b"train")
         h.update(self.filter.source)
@@ -216,7 +228,7 @@ class _Preparation:
     def _known(self, inputs: str) -> PreparedData | None:
         known = known_dataset(self.store, inputs)
         if known is not None:
-            self.say(f"data: {known.train.digest[:12]} is already there ({known.train.tokens:,} tokens)")
+            self.say(f"data: {known.train.digest[:12]} is already there ({known.train.size_words})")
             self.wanted.check(known.train.shards)
             self.wanted.check_vocab(known.train.vocab, "the dataset")
         return known
@@ -299,7 +311,14 @@ class _Preparation:
         # without data.end_token a tokenizer that lacks EOT ended documents with nothing: that is end_token "" now
         end = EOT if given is None or (given.end is None and given.tokenizer.token_to_id(EOT) is None) else given.end
         settings = {"vocab_size": self.spec.vocab_size, "shard_tokens": self.spec.shard_tokens, "eot": end}
+        settings |= self._mask_settings()
         return {**settings, "validation": self.spec.validation} if self.spec.validation else settings
+
+    def _mask_settings(self) -> dict[str, Any]:
+        """What a mask makes of the shards; nothing where there is none."""
+        if self.spec.prompt_field is not None:
+            return {"masked": True}
+        return {"room": True} if self.wide else {}
 
     def _verdicts(self, sums: bytes, alive: duplicates.Flags) -> Any:
         found = np.where(alive, TRAIN, 0).astype(np.uint8)
@@ -336,6 +355,7 @@ class _Preparation:
                 list(self.run_on.map(sum_shard, shards)),
                 tokenizer=tokenizer,
                 vocab=encoder.vocab,
+                token_bytes=encoder.kind.itemsize,
                 eot=encoder.eot,
                 documents=corpus.documents[verdict],
                 inputs=corpus.inputs,
@@ -347,9 +367,7 @@ class _Preparation:
         prepared = PreparedData(*commit_datasets(self.store, manifests, tokenizer, corpus.inputs, self.again))
         for what, dataset in (("dataset", prepared.train), ("validation dataset", prepared.validation)):
             if dataset is not None:
-                self.say(
-                    f"data: {dataset.tokens:,} tokens in {len(dataset.shards)} shard(s), {what} {dataset.digest[:12]}"
-                )
+                self.say(f"data: {dataset.size_words} in {len(dataset.shards)} shard(s), {what} {dataset.digest[:12]}")
         return prepared
 
     def _put(self, shards: Sequence[Shard], digest: str) -> None:

@@ -2,7 +2,7 @@
 
 What is kept a part (of about a piece's text; a piece that cannot be divided has several):
 
-    read/<piece>.<part>   of each document: sums (SHA-256 of its text), codes (0: stays, else why not), sizes (u64)
+    read/<piece>.<part>   of each document: sums (SHA-256, of a prompt too), codes (0: stays, else why not), sizes (u64)
     near/<piece>.<part>   where near duplicates are looked for: see near.py
     read/<piece>          parts, documents, letters, out (by reason), text (whether there is any), borne: all is read
 """
@@ -51,7 +51,8 @@ def read_piece(task: Task) -> dict[str, Any]:
         part.sizes.append(letters)
         part.letters += letters
         if near:
-            part.near.append(signature(whole.text) if code == 0 else None)
+            text = whole.text if whole.prompt is None else f"{whole.prompt} {whole.text}"
+            part.near.append(signature(text) if code == 0 else None)
         if part.letters >= task.job.piece_letters:
             _keep_part(task, part, total)
             part = _Part()
@@ -79,11 +80,12 @@ def _seen_whole(task: Task, document: Document, needed: bool) -> Document:
 
 
 def _summed(document: Document) -> tuple[bytes, int, bool]:
-    """SHA-256 of a text, its characters, whether it is blank."""
+    """SHA-256 of a document's prompt and text, their characters, whether the text is blank."""
+    h, letters, blank = hashlib.sha256(document.digested), len(document.prompt or ""), True
     if document.parts is None:
         text = document.text
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), len(text), not text.strip()
-    h, letters, blank = hashlib.sha256(), 0, True
+        h.update(text.encode("utf-8", "surrogatepass"))
+        return h.digest(), letters + len(text), not text.strip()
     for block in document.blocks(SAFE_CUT):
         h.update(block.encode("utf-8", "surrogatepass"))
         letters += len(block)

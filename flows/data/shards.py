@@ -21,12 +21,22 @@ from tokenizers import Tokenizer
 
 from checkpoint import keys
 from checkpoint.codec import pack
-from checkpoint.dataset import VERSION, ShardLeaves, load_dataset_manifest
+from checkpoint.dataset import MASK_VERSION, VERSION, ShardLeaves, ShardRow, load_dataset_manifest
 from checkpoint.errors import Damaged, NotFound
 from checkpoint.store import Data, Store
 from flows.data.job import DataJob, store_of
 from flows.data.tokenizer import parse_tokenizer
-from trainer.dataset import HEADER_BYTES, DatasetRef, Mixture, check_tokens, new_shard, shard_bytes, token_bytes_for
+from trainer import wire
+from trainer.dataset import (
+    HEADER_BYTES,
+    DatasetRef,
+    Mixture,
+    check_tokens,
+    mask_of,
+    new_shard,
+    shard_bytes,
+    token_bytes_for,
+)
 from trainer.errors import DatasetError
 from trainer.wire.order import MixPhase
 from trainer.wire.packed import unpack
@@ -66,8 +76,16 @@ def load_dataset(store: Store, digest: str) -> DatasetRef:
         shards=tuple(shard.tokens for shard in manifest.shards),
         tokenizer_digest=manifest.tokenizer_sha256,
         eot=manifest.eot,
+        counted=counted_of(manifest.shards),
         mix=Mixture(manifest.parts, tuple(MixPhase(*phase) for phase in manifest.phases)) if manifest.parts else None,
     )
+
+
+def counted_of(rows: Sequence[ShardRow]) -> int | None:
+    """Tokens whose prediction counts, in these shards; None where none of them has a mask."""
+    if all(row.counted is None for row in rows):
+        return None
+    return sum(row.tokens if row.counted is None else row.counted for row in rows)
 
 
 def validation_of(store: Store, dataset: DatasetRef) -> DatasetRef | None:
@@ -197,7 +215,7 @@ def spread(counts: Sequence[tuple[str, int]], shard_tokens: int) -> list[tuple[T
 
 def sum_shard(shard: Shard) -> dict[str, Any]:
     """A shard's row of the manifest."""
-    return _row(_shard_of(shard), shard.vocab)
+    return _row(_shard_of(shard))
 
 
 def put_shard(shard: Shard) -> dict[str, Any]:
@@ -207,27 +225,35 @@ def put_shard(shard: Shard) -> dict[str, Any]:
 
 
 def _shard_of(shard: Shard) -> bytearray:
-    size, at = token_bytes_for(shard.vocab), 0
-    whole, tokens = new_shard(shard.tokens, shard.vocab)
+    size, at = token_bytes_for(shard.vocab, shard.job.room), 0
+    whole, tokens = new_shard(shard.tokens, shard.vocab, size, shard.job.masked)
     for span in shard.spans:
         data = shard.job.work.get(shard.stage, span.name, first=span.first * size, length=span.count * size)
         tokens[at : at + span.count] = np.frombuffer(data, tokens.dtype)
         at += span.count
-    check_tokens(tokens, shard.vocab, keys.shard_name(shard.number))
+    bare = tokens & (mask_of(size) - 1) if shard.job.masked else tokens
+    check_tokens(bare, shard.vocab, keys.shard_name(shard.number))
     return whole
 
 
 def manifest_bytes(
-    rows: Sequence[Mapping[str, Any]], *, tokenizer: bytes, vocab: int, eot: int | None, documents: int, inputs: str
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: bytes,
+    vocab: int,
+    token_bytes: int,
+    eot: int | None,
+    documents: int,
+    inputs: str,
 ) -> bytes:
     """The manifest of a dataset; its SHA-256 is the digest."""
     return pack(
         {
-            "v": VERSION,
+            "v": MASK_VERSION if any("counted" in row for row in rows) else VERSION,
             "inputs": inputs,
             "documents": documents,
             "vocab": vocab,
-            "token_bytes": token_bytes_for(vocab),
+            "token_bytes": token_bytes,
             "eot": eot,
             "shards": list(rows),
             "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
@@ -268,8 +294,11 @@ def write_dataset(
         for number, first in enumerate(range(0, len(tokens), shard_tokens))
     ]
     text = tokenizer.to_str().encode()
-    rows = [_row(shard, vocab) for shard in data]
-    manifest = manifest_bytes(rows, tokenizer=text, vocab=vocab, eot=eot, documents=documents, inputs=inputs)
+    rows = [_row(shard) for shard in data]
+    size = token_bytes_for(vocab)
+    manifest = manifest_bytes(
+        rows, tokenizer=text, vocab=vocab, token_bytes=size, eot=eot, documents=documents, inputs=inputs
+    )
     digest = hashlib.sha256(manifest).hexdigest()
     for number, shard in enumerate(data):
         _put_shard(store, digest, number, shard, mend)
@@ -282,9 +311,12 @@ def _put_shard(store: Store, digest: str, number: int, data: Data, mend: bool) -
     put(store, keys.leaves_key(digest, number), ShardLeaves.of([memoryview(data)]).pack(), mend)
 
 
-def _row(data: bytes | bytearray, vocab: int) -> dict[str, Any]:
-    tokens = (len(data) - HEADER_BYTES) // token_bytes_for(vocab)
-    return {"tokens": tokens, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _row(data: bytes | bytearray) -> dict[str, Any]:
+    header, counted = wire.ShardHeader.from_buffer_copy(data), None
+    if header.version == wire.SHARD_MASKED:
+        tokens = np.frombuffer(data, f"<u{header.token_bytes}", offset=HEADER_BYTES)
+        counted = int((tokens < mask_of(header.token_bytes)).sum())
+    return ShardRow(header.tokens, len(data), hashlib.sha256(data).hexdigest(), counted).to_map()
 
 
 def put(store: Store, key: str, data: Data, mend: bool) -> None:

@@ -67,7 +67,7 @@ def prepare_run(
     with board.task("prepare-data", "prepare data") as told:
         with data_of(asked, store) as data:
             dataset = prepare(data, store, say=say, sequence=spec.train.sequence, vocab=asked.model.vocab)
-        told(f"{dataset.tokens:,} tokens, dataset {dataset.digest[:12]}")
+        told(f"{dataset.size_words}, dataset {dataset.digest[:12]}")
     if weights is not None:
         tokenizer = load_tokenizer(store, dataset)
         check_tokenizer(weights.place, weights.vocab, weights.tokenizer, tokenizer, dataset.vocab)

@@ -93,8 +93,11 @@ class Health:
             return []
         if epoch > self._epoch:
             self._begin(epoch, step)
-        found = [*self._loss(step, float(line["loss"])), *self._norm(step, float(line["grad_norm"]))]
-        if not self._high:
+        found: list[Symptom] = []
+        measured = line.get("counted") != 0  # of a step of which no token counts, loss and norm say nothing
+        if measured:
+            found += [*self._loss(step, float(line["loss"])), *self._norm(step, float(line["grad_norm"]))]
+        if measured and not self._high:
             self._past.append((step, float(line["loss"]), float(line["grad_norm"])))
         if step >= self._first + WARM_UP:
             found += self._rate(step, float(line.get("tokens_per_s") or 0.0))

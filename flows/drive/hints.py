@@ -55,7 +55,8 @@ def step_line(line: Mapping[str, Any]) -> dict[str, Any] | None:
         value = _real(out.pop(key, None))
         if value is not None and value >= 0:
             out[key] = value
-    return {**out, **must}
+    counted = _whole(out.pop("counted", None), 0)
+    return {**out, **must} if counted is None else {**out, **must, "counted": counted}
 
 
 def words_of(text: Any) -> dict[str, Any] | None:

@@ -22,14 +22,18 @@ from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare, tokenizer_json, validation_of
 from flows.drive.run import Prepared
 from flows.show.export import Inference
-from trainer.dataset import HEADER_BYTES, DatasetRef
+from trainer.dataset import HEADER_BYTES, DatasetRef, mask_of
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec
+
+Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Validated:
-    """``loss``: the mean over ``tokens`` tokens in ``windows`` windows of the dataset of this digest."""
+    """``loss``: the mean over ``tokens`` tokens in ``windows`` windows of the dataset of this digest: those that count,
+    where it has a mask.
+    """
 
     loss: float
     windows: int
@@ -41,7 +45,8 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
     """What the run is validated on: ``validation.source`` by the run's own tokenizer, else the validation part of its
     data. SpecError where there is neither.
     """
-    source, dataset = prepared.spec.validation.source, prepared.dataset
+    wanted, dataset = prepared.spec.validation, prepared.dataset
+    source = wanted.source
     if not source:
         found = validation_of(store, dataset)
         if found is None:
@@ -62,7 +67,8 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
     with tempfile.TemporaryDirectory(prefix="hotstage-validation-") as folder:
         path = Path(folder) / "tokenizer.json"
         path.write_bytes(tokenizer_json(store, dataset))
-        return prepare(DataSpec(source=source, tokenizer=str(path), end_token=end), store, say=say)
+        own = {"source": source, "field": wanted.field, "prompt_field": wanted.prompt_field}
+        return prepare(DataSpec.model_validate({**own, "tokenizer": str(path), "end_token": end}), store, say=say)
 
 
 def validate(
@@ -73,16 +79,23 @@ def validate(
     losses: list[float] = []
     windows = 0
     with Inference(store, prepared.run, step, losses=True, threads=threads) as engine:
-        for window in windows_of(store, data, sequence, prepared.spec.validation.windows):
+        for tokens, targets in windows_of(store, data, sequence, prepared.spec.validation.windows):
             if stop():
                 raise InterruptedError
-            losses += engine.losses(window[:-1], window[1:]).tolist()
+            losses += engine.losses(tokens, targets)[targets >= 0].tolist()
             windows += 1
+    if not losses:
+        raise DatasetError(
+            f"no token counts in {windows} windows of {sequence} tokens of validation data {data.digest[:12]}: prompts "
+            "fill them; take more (validation.windows), or validate on data with longer answers"
+        )
     return Validated(math.fsum(losses) / len(losses), windows, len(losses), data.digest)
 
 
-def windows_of(store: Store, data: DatasetRef, sequence: int, count: int) -> Iterator[npt.NDArray[np.int32]]:
-    """Windows of ``sequence`` + 1 tokens, as many as there are, at most ``count``. DatasetError where there is none."""
+def windows_of(store: Store, data: DatasetRef, sequence: int, count: int) -> Iterator[tuple[Tokens, Tokens]]:
+    """Windows of ``sequence`` tokens, each with their targets (-1: does not count), as many as there are, at most
+    ``count``. DatasetError where there is none.
+    """
     have = data.samples(sequence)
     if have < 1:
         raise DatasetError(
@@ -103,4 +116,7 @@ def windows_of(store: Store, data: DatasetRef, sequence: int, count: int) -> Ite
             raise DatasetError(f"{key} is not in {store.describe()}; `hotstage data prepare` makes it again") from None
         if len(raw) != size:
             raise DatasetError(f"{key} ends within a window: it is damaged; `hotstage data prepare SPEC --again`")
-        yield np.frombuffer(raw, dtype=f"<u{data.token_bytes}").astype(np.int32)
+        stored = np.frombuffer(raw, dtype=f"<u{data.token_bytes}").astype(np.int64)
+        mask = mask_of(data.token_bytes) if data.masked else 0
+        window = (stored & ~mask).astype(np.int32)
+        yield window[:-1], np.where(stored[1:] & mask, np.int32(-1), window[1:])

@@ -136,12 +136,18 @@ def shows(state: Callable[[], dict[str, Any]], sound: dict[str, Any]) -> bool:
     return True
 
 
-def write_samples(folder: Path, samples: NDArray[np.int64], vocab: int) -> DatasetRef:
-    """One shard a sample of T+1 tokens, so that the order of the shards is the order of the samples."""
+def write_samples(
+    folder: Path, samples: NDArray[np.int64], vocab: int, counts: NDArray[np.bool_] | None = None
+) -> DatasetRef:
+    """One shard a sample of T+1 tokens, so that the order of the shards is the order of the samples. ``counts``: which
+    tokens' prediction counts; None: without a mask.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(samples):
-        write_shard(folder / f"{number:05d}.bin", sample, vocab)
-    return DatasetRef("0" * 64, vocab, token_bytes_for(vocab), (samples.shape[1],) * len(samples), "0" * 64)
+        write_shard(folder / f"{number:05d}.bin", sample, vocab, None if counts is None else counts[number])
+    size, counted = token_bytes_for(vocab, counts is not None), None if counts is None else int(counts.sum())
+    lengths = (samples.shape[1],) * len(samples)
+    return DatasetRef("0" * 64, vocab, size, lengths, "0" * 64, counted=counted)
 
 
 # --- processes ----------------------------------------------------------------------------------------------

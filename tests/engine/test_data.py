@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections import Counter
@@ -17,7 +18,8 @@ from tests.engine.engine_build import engine
 from tests.engine.native import build_program
 from tests.engine.plans import SEQUENCE, VOCAB, small_plan
 from tests.reference.sample_order import MixedOrder, SampleOrder
-from trainer.dataset import DatasetRef, Mixture, write_shard
+from tests.support.shards import read_shard
+from trainer.dataset import DatasetRef, Mixture, new_shard, write_shard
 from trainer.wire.order import MixPhase, Order
 
 __all__ = ["engine"]
@@ -127,9 +129,11 @@ def test_replicas_share_a_step_s_samples_in_order(replicas: int) -> None:
     assert [int(line) for line in done.stdout.split()] == list(range(0, 5 * 24, 24 // replicas))
 
 
-def run(folder: Path, engine: Path) -> tuple[int, str]:
-    """One rank on the small plan over ``folder/data`` as it lies there."""
-    plan = small_plan(dataset=DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE * 12 + 1,), "0" * 64))
+def run(folder: Path, engine: Path, size: int = 2) -> tuple[int, str]:
+    """One rank on the small plan over ``folder/data`` as it lies there, of tokens of ``size`` bytes; what it printed
+    where that is well, else its words.
+    """
+    plan = small_plan(dataset=DatasetRef("0" * 64, VOCAB, size, (SEQUENCE * 12 + 1,), "0" * 64))
     (folder / "plan").write_bytes(plan.to_bytes())
     (folder / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], folder / "data", folder))
     command = [
@@ -145,7 +149,7 @@ def run(folder: Path, engine: Path) -> tuple[int, str]:
         "-",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.returncode, done.stderr
+    return done.returncode, done.stderr if done.returncode else done.stdout
 
 
 @pytest.fixture
@@ -159,6 +163,33 @@ def shard(tmp_path: Path) -> Path:
 def test_a_good_shard_trains(engine: Path, tmp_path: Path, shard: Path) -> None:
     code, words = run(tmp_path, engine)
     assert code == 0, words
+
+
+def test_a_mask_is_read_from_tokens_of_either_size(engine: Path, tmp_path: Path, shard: Path) -> None:
+    """The same tokens count, and their values are those without it."""
+    tokens, mask = read_shard(shard), np.random.default_rng(1).random(SEQUENCE * 12 + 1) < 0.5
+    lines = []
+    for size in (2, 4):
+        data, view = new_shard(tokens.size, VOCAB, size, True)
+        view[:] = np.where(mask, tokens, tokens | 1 << (8 * size - 1))
+        shard.write_bytes(data)
+        code, said = run(tmp_path, engine, size)
+        assert code == 0, said
+        steps = [json.loads(line) for line in said.splitlines()]
+        lines.append([(e["loss"], e["grad_norm"], e["counted"]) for e in steps if e["event"] == "step"])
+    assert lines[0] == lines[1]
+    assert all(0 < counted < 4 * SEQUENCE for _, _, counted in lines[0])
+
+
+def test_a_masked_token_beyond_the_vocabulary_is_named_without_its_mask(
+    engine: Path, tmp_path: Path, shard: Path
+) -> None:
+    data, view = new_shard(SEQUENCE * 12 + 1, VOCAB, 2, True)
+    view[17] = VOCAB | 1 << 15
+    shard.write_bytes(data)
+    code, words = run(tmp_path, engine)
+    assert code == 65
+    assert f"token number 17 is {VOCAB}, the vocabulary ends at {VOCAB}" in words
 
 
 @pytest.mark.parametrize("cut", [1, 2, 64, 100])
@@ -228,7 +259,7 @@ def test_a_token_beyond_the_vocabulary_is_named(engine: Path, tmp_path: Path, sh
     assert f"token number 17 is {VOCAB}, the vocabulary ends at {VOCAB}" in words
 
 
-@pytest.mark.parametrize(("at", "value"), [(0, b"X"), (8, b"\x02"), (12, b"\x04"), (16, b"\x01"), (24, b"\xff\xff")])
+@pytest.mark.parametrize(("at", "value"), [(0, b"X"), (8, b"\x03"), (12, b"\x04"), (16, b"\x01"), (24, b"\xff\xff")])
 def test_a_wrong_header_is_refused(engine: Path, tmp_path: Path, shard: Path, at: int, value: bytes) -> None:
     data = bytearray(shard.read_bytes())
     data[at : at + len(value)] = value

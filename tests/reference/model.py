@@ -9,7 +9,7 @@ Letters: B batch, T sequence, C width, H heads, G key/value heads, D head size, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,10 +148,20 @@ def swiglu(gate: Array, up: Array) -> tuple[Array, Any]:
 
 
 class Model:
-    """One batch through the model: ``loss``, ``logits`` [B,T,V] and, after ``backward``, ``grads`` by weight name."""
+    """One batch through the model: ``loss``, ``logits`` [B,T,V] and, after ``backward``, ``grads`` by weight name.
+    ``counts``: which targets [B,T] do; the loss is their mean, and 0 where there are none.
+    """
 
-    def __init__(self, config: Config, weights: Weights, tokens: Tokens, targets: Tokens) -> None:
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        tokens: Tokens,
+        targets: Tokens,
+        counts: NDArray[np.bool_] | None = None,
+    ) -> None:
         self.config, self.weights = config, weights
+        self.counts = np.ones(targets.shape, bool) if counts is None else counts
         self.grads: Weights = {name: np.zeros_like(w) for name, w in weights.items()}
         self.tokens, self.targets = tokens, targets
         self.tape: list[Any] = []
@@ -165,14 +175,14 @@ class Model:
         top = self.logits.max(-1, keepdims=True)
         lse = top + np.log(np.exp(self.logits - top).sum(-1, keepdims=True))
         self.losses = (lse - np.take_along_axis(self.logits, targets[..., None], -1))[..., 0]
-        self.loss = float(self.losses.mean())
+        self.loss = float(self.losses[self.counts].mean()) if self.counts.any() else 0.0
         self._lse = lse
 
     def backward(self) -> Weights:
         """Gradients of the mean loss over tokens, by weight name; a tied weight has the sum of both uses."""
         d = np.exp(self.logits - self._lse)
         np.put_along_axis(d, self.targets[..., None], np.take_along_axis(d, self.targets[..., None], -1) - 1.0, -1)
-        d /= self.targets.size
+        d *= self.counts[..., None] / max(self.counts.sum(), 1)
         head = self.config.head_name
         self.grads[head] += np.einsum("btv,btc->vc", d, self._final)
         dx = d @ self.weights[head]
@@ -373,13 +383,19 @@ class Muon(AdamW):
         return norm
 
 
-def train(config: Config, weights: Weights, batches: Tokens, optimizer: AdamW) -> tuple[list[float], list[float]]:
-    """One step a batch [steps, B, T+1]; updates ``weights``; losses and gradient norms."""
+def train(
+    config: Config, weights: Weights, batches: Tokens, optimizer: AdamW, counts: NDArray[np.bool_] | None = None
+) -> tuple[list[float], list[float]]:
+    """One step a batch [steps, B, T+1]; updates ``weights``; losses and gradient norms. ``counts``: of which tokens the
+    prediction does; a step of which none counts moves no weight.
+    """
+    counts = np.ones(batches.shape, bool) if counts is None else counts
     m = {name: np.zeros_like(w) for name, w in weights.items()}
     v = {name: np.zeros_like(w) for name, w in weights.items()}
     losses, norms = [], []
-    for number, batch in enumerate(batches, 1):
-        model = Model(config, weights, batch[:, :-1], batch[:, 1:])
+    for number, (batch, count) in enumerate(zip(batches, counts, strict=True), 1):
+        model = Model(config, weights, batch[:, :-1], batch[:, 1:], count[:, 1:])
         losses.append(model.loss)
-        norms.append(optimizer.step(number, weights, model.backward(), m, v))
+        by = optimizer if count[:, 1:].any() else replace(optimizer, lr=0.0)
+        norms.append(by.step(number, weights, model.backward(), m, v))
     return losses, norms

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import codec, keys
-from checkpoint.dataset import LEAF_ALIGN, ShardLeaves
+from checkpoint.dataset import LEAF_ALIGN, ShardLeaves, ShardRow
 from checkpoint.store import Store
 from trainer.dataset import DatasetRef, Mixture, write_shard
 from trainer.wire.order import MixPhase
@@ -22,23 +22,34 @@ TOKENIZER = b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0
 
 
 def put_tokens(
-    store: Store, shards: Sequence[int], *, seed: int = 0, leaf_bytes: int | None = LEAF_ALIGN, vocab: int = VOCAB
+    store: Store,
+    shards: Sequence[int],
+    *,
+    seed: int = 0,
+    leaf_bytes: int | None = LEAF_ALIGN,
+    vocab: int = VOCAB,
+    share: float | None = None,
 ) -> DatasetRef:
-    """Shards of so many tokens. ``leaf_bytes``: None for a dataset of before there were leaves."""
+    """Shards of so many tokens. ``leaf_bytes``: None for a dataset of before there were leaves. ``share``: of the
+    tokens that count; None for a dataset without a mask.
+    """
     rng = np.random.default_rng(seed)
-    files = []
+    files, counted = [], []
     with tempfile.TemporaryDirectory() as folder:
         for count in shards:
             path = Path(folder) / "shard"
-            write_shard(path, rng.integers(0, vocab, count), vocab)
+            tokens, counts = rng.integers(0, vocab, count), None if share is None else rng.random(count) < share
+            write_shard(path, tokens, vocab, counts)
+            counted.append(None if counts is None else int(counts.sum()))
             files.append(path.read_bytes())
     tokenizer = hashlib.sha256(TOKENIZER).hexdigest()
     rows = [
-        {"tokens": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for count, data in zip(shards, files, strict=True)
+        ShardRow(count, len(data), hashlib.sha256(data).hexdigest(), told).to_map()
+        for count, data, told in zip(shards, files, counted, strict=True)
     ]
+    version = 1 if share is None else 3
     manifest = codec.pack(
-        {"v": 1, "vocab": vocab, "token_bytes": 2, "eot": None, "shards": rows, "tokenizer_sha256": tokenizer}
+        {"v": version, "vocab": vocab, "token_bytes": 2, "eot": None, "shards": rows, "tokenizer_sha256": tokenizer}
     )
     digest = hashlib.sha256(manifest).hexdigest()
     for number, data in enumerate(files):
@@ -47,7 +58,8 @@ def put_tokens(
             store.create(keys.leaves_key(digest, number), ShardLeaves.of([data], leaf_bytes).pack())
     store.create(keys.tokenizer_key(digest), TOKENIZER)
     store.create(keys.dataset_manifest_key(digest), manifest)
-    return DatasetRef(digest, vocab, 2, tuple(shards), tokenizer)
+    total = None if share is None else sum(told or 0 for told in counted)
+    return DatasetRef(digest, vocab, 2, tuple(shards), tokenizer, counted=total)
 
 
 def put_mixture(store: Store, parts: Sequence[DatasetRef], phases: Sequence[MixPhase]) -> DatasetRef:
@@ -55,7 +67,7 @@ def put_mixture(store: Store, parts: Sequence[DatasetRef], phases: Sequence[MixP
     first = parts[0]
     manifest = codec.pack(
         {
-            "v": 2,
+            "v": 3 if any(part.masked for part in parts) else 2,
             "vocab": first.vocab,
             "token_bytes": 2,
             "eot": None,
@@ -68,7 +80,9 @@ def put_mixture(store: Store, parts: Sequence[DatasetRef], phases: Sequence[MixP
     store.create(keys.tokenizer_key(digest), TOKENIZER)
     store.create(keys.dataset_manifest_key(digest), manifest)
     mix = Mixture(tuple((p.digest, len(p.shards)) for p in parts), tuple(phases))
-    return replace(first, digest=digest, shards=tuple(t for p in parts for t in p.shards), mix=mix)
+    counted = sum(p.tokens if p.counted is None else p.counted for p in parts)
+    total = counted if any(p.masked for p in parts) else None
+    return replace(first, digest=digest, shards=tuple(t for p in parts for t in p.shards), mix=mix, counted=total)
 
 
 def _rows(store: Store, digest: str) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference.sample_order import SampleOrder
-from tests.support.shards import read_shard
+from tests.support.shards import masked_shard, read_shard
 from trainer.dataset import HEADER_BYTES, DatasetRef, write_shard
 from trainer.engine_path import engine_binary
 from trainer.errors import DatasetError
@@ -34,6 +34,20 @@ def test_a_shard_reads_back(tmp_path: Path, vocab: int, size: int) -> None:
     assert (read_shard(path) == tokens).all()
 
 
+@pytest.mark.parametrize(("vocab", "size"), [(300, 2), (32768, 2), (32769, 4), (65537, 4)])
+def test_a_mask_reads_back(tmp_path: Path, vocab: int, size: int) -> None:
+    """It has room beside the largest token."""
+    rng = np.random.default_rng(0)
+    tokens, counts = rng.integers(0, vocab, 1000), rng.random(1000) < 0.5
+    tokens[:2], counts[:2] = vocab - 1, (True, False)
+    path = tmp_path / "00000.bin"
+    write_shard(path, tokens, vocab, counts)
+    assert path.stat().st_size == HEADER_BYTES + size * 1000
+    found = masked_shard(path)
+    assert (found[0] == tokens).all()
+    assert (found[1] == counts).all()
+
+
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"token 300 of shard x.bin is outside the vocabulary 0\.\.299") as caught:
         write_shard(tmp_path / "x.bin", np.array([1, 300]), 300)
@@ -52,6 +66,8 @@ def test_a_ref_is_checked() -> None:
             replace(one, **{field: value})
     with pytest.raises(DatasetError, match="cannot hold a vocabulary"):
         DatasetRef("ab" * 32, 65537, 2, (3,), "cd" * 32)
+    with pytest.raises(DatasetError, match="no room for a mask beside a vocabulary of 32769"):
+        DatasetRef("ab" * 32, 32769, 2, (3,), "cd" * 32, counted=1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -99,7 +99,7 @@ def compile_plan(
 
             if infer:
                 return plan(False)
-            return _chosen(spec, pipeline, plan) if parts is None else _fitting(spec, plan(False))
+            return _chosen(spec, pipeline, plan, dataset.masked) if parts is None else _fitting(spec, plan(False))
 
         if infer or spec.parallel.vocab_stages:
             return sharing(spec.parallel.vocab_stages or 1)
@@ -140,10 +140,12 @@ def _quickest(spec: RunSpec, ways: Sequence[Callable[[], Plan]]) -> Plan:
     return best[1]
 
 
-def _chosen(spec: RunSpec, pipeline: Pipeline, plan: Callable[[bool], Plan]) -> Plan:
-    """The plan with the spec's optimizer, checked or optimistic, if it fits; auto: the quicker of the two that do."""
+def _chosen(spec: RunSpec, pipeline: Pipeline, plan: Callable[[bool], Plan], masked: bool) -> Plan:
+    """The plan with the spec's optimizer, checked or optimistic, if it fits; auto: the quicker of the two that do.
+    ``masked``: how many tokens count is known at a step's end, so that nothing can be foreseen.
+    """
     parallel = spec.parallel
-    if parallel.optimizer != "auto" or pipeline.positions == 1 or parallel.schedule in FIRST_IS_LAST:
+    if parallel.optimizer != "auto" or masked or pipeline.positions == 1 or parallel.schedule in FIRST_IS_LAST:
         return _fitting(spec, plan(parallel.optimizer == "optimistic"))
     checked = _fitting(spec, plan(False))
     cost = steady.CUDA if parallel.on_cuda(spec.launch.kernel_path) else steady.CPU

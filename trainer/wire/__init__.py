@@ -332,7 +332,8 @@ class StepControl(ctypes.LittleEndianStructure):
         ("persist", u32),
         ("origin_of", u32),
         ("origin", u64),
-        ("reserved", u64 * 2),
+        ("counted", u64),
+        ("reserved", u64),
     ]
 
 
@@ -592,7 +593,7 @@ class Answer(ctypes.LittleEndianStructure):
     ]
 
 
-SHARD_MAGIC, SHARD_VERSION = b"HSSHRD\r\n", 1
+SHARD_MAGIC, SHARD_VERSION, SHARD_MASKED = b"HSSHRD\r\n", 1, 2
 
 
 class ShardHeader(ctypes.LittleEndianStructure):

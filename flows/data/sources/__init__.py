@@ -29,20 +29,20 @@ def open_source(spec: DataSpec) -> CorpusSource:
     if kind == "text":
         return TextSource(source)
     if kind == "jsonl":
-        return JsonSource(source, spec.field, more is None or bool(more))
+        return JsonSource(source, spec.field, spec.prompt_field, more is None or bool(more))
     if kind == "parquet":
-        return ParquetSource(source, spec.field, more)
+        return ParquetSource(source, spec.field, spec.prompt_field, more)
     if kind == "code":
         return CodeSource(source)
     if kind == "hf":
-        return HubSource(source, spec.field, more)
+        return HubSource(source, spec.field, spec.prompt_field, more)
     raise DatasetError(f"data.source is {source!r}; known are {KINDS}")
 
 
 def documents(spec: DataSpec | str) -> Iterator[Document]:
     """The documents of a spec's source, in order. Raises DatasetError (exit 65) for what cannot be read."""
     if isinstance(spec, str):
-        spec = DataSpec.model_construct(source=spec, field="text", filter=None)
+        spec = DataSpec.model_construct(source=spec, field="text", prompt_field=None, filter=None)
     source, borne = open_source(spec), Borne()
     for entry in source.look():
         yield from source.read(entry, 0, -1, borne)

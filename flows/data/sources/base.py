@@ -47,6 +47,8 @@ class Document:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """What a record holds beside its text."""
     parts: Callable[[], Iterator[str]] | None = None
+    prompt: str | None = None
+    """What the text answers, where the source has prompts; never of a document that comes in parts."""
 
     @property
     def name(self) -> str:
@@ -67,6 +69,22 @@ class Document:
                 at = found.start()
             rest = rest[at:]
         yield rest
+
+    def stretches(self, cut: re.Pattern[str] | None) -> Iterator[tuple[str, bool]]:
+        """The blocks of its prompt, if it has one, and of its text, each with whether it counts: none is of both."""
+        if self.prompt is not None:
+            for block in Document(self.where, self.prompt).blocks(cut):
+                yield block, False
+        for block in self.blocks(cut):
+            yield block, True
+
+    @property
+    def digested(self) -> bytes:
+        """What comes before the text in the document's digest: its prompt; nothing where it has none."""
+        if self.prompt is None:
+            return b""
+        data = self.prompt.encode("utf-8", "surrogatepass")
+        return len(data).to_bytes(8, "little") + data
 
     def whole(self) -> str:
         """The text in memory."""
@@ -143,6 +161,13 @@ def whole_pairs(text: str, where: Callable[[], str], borne: Borne) -> str:
         borne.halves.add(where)
         return _HALF.sub("\ufffd", text)
     return text
+
+
+def no_prompt(where: Callable[[], str], why: str) -> DatasetError:
+    return DatasetError(
+        f'{where()} has no prompt ({why}); where a document has none give it the prompt "", or leave data.prompt_field '
+        "out if none has"
+    )
 
 
 def optional_module(module: str, package: str, what: str) -> Any:

@@ -1,4 +1,5 @@
-"""JSON lines: each line is an object whose ``data.field`` is a text. UTF-8 alone: JSON says so. Ranges of a file that
+"""JSON lines: each line is an object whose ``data.field`` is a text, and ``data.prompt_field``, where that is set, what
+it answers. UTF-8 alone: JSON says so. Ranges of a file that
 is not packed are read alone; a line is of the range in which it begins.
 """
 
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flows.data.sources.base import Borne, Document, Entry, whole_pairs
+from flows.data.sources.base import Borne, Document, Entry, no_prompt, whole_pairs
 from flows.data.sources.files import BOM, Opened, chunks_of, is_packed, look_at_files, opened_file
 from flows.data.sources.text import line_at, nul_byte
 from trainer.errors import DatasetError
@@ -22,8 +23,8 @@ _LINES = "objects are made into lines by: jq -c"
 class JsonSource:
     """``jsonl:GLOB``."""
 
-    def __init__(self, source: str, field: str, whole: bool) -> None:
-        self._source, self._field, self._whole = source, field, whole
+    def __init__(self, source: str, field: str, prompt: str | None, whole: bool) -> None:
+        self._source, self._field, self._prompt, self._whole = source, field, prompt, whole
 
     def look(self) -> list[Entry]:
         return look_at_files(self._source)
@@ -62,7 +63,20 @@ class JsonSource:
             raise _no_object(where, f"its {field} is {_kind(text)}", field)
         if line.count(json.dumps(field)) > 1:
             _once(line, where, field)
-        return Document(where, whole_pairs(text, where, borne), value if self._whole else {})
+        prompt = None if self._prompt is None else self._prompt_of(value, line, where, borne)
+        return Document(where, whole_pairs(text, where, borne), value if self._whole else {}, prompt=prompt)
+
+    def _prompt_of(self, value: dict[str, Any], line: str, where: _Place, borne: Borne) -> str:
+        field = self._prompt
+        assert field is not None
+        if field not in value:
+            raise no_prompt(where, f"it has no {field!r}")
+        prompt = value.pop(field)
+        if not isinstance(prompt, str):
+            raise no_prompt(where, f"its {field} is {_kind(prompt)}")
+        if line.count(json.dumps(field)) > 1:
+            _once(line, where, field)
+        return whole_pairs(prompt, where, borne)
 
 
 class _Place:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
-from flows.data.sources.base import Borne, Document, Entry, optional_module, whole_pairs
+from flows.data.sources.base import Borne, Document, Entry, no_prompt, optional_module, whole_pairs
 from flows.data.sources.files import Opened, look_at_files, opened_file
 from trainer.errors import DatasetError, SpecError
 
@@ -24,8 +24,8 @@ _ROWS = 256  # that are in memory at a time
 class ParquetSource:
     """``parquet:GLOB``; its row groups are read alone."""
 
-    def __init__(self, source: str, field: str, more: Sequence[str] | None) -> None:
-        self._source, self._field, self._more = source, field, more
+    def __init__(self, source: str, field: str, prompt: str | None, more: Sequence[str] | None) -> None:
+        self._source, self._field, self._prompt, self._more = source, field, prompt, more
         optional_module("pyarrow.parquet", "pyarrow", "parquet:")
 
     def look(self) -> list[Entry]:
@@ -37,7 +37,9 @@ class ParquetSource:
     def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
         """``first`` and ``last`` are of bytes: a row group is of the range in which it begins."""
         with opened_file(entry) as file, _table(file, entry) as table:
-            kind = self._kind(table, entry)
+            kind = self._kind(table, entry, self._field)
+            if self._prompt is not None:
+                self._kind(table, entry, self._prompt)
             columns = self._columns(table)
             row, groups = 0, table.metadata.num_row_groups
             for number in range(groups):
@@ -45,30 +47,29 @@ class ParquetSource:
                 begin = _begin(group) if number else 0
                 if first <= begin and (last < 0 or begin < last):
                     for batch in table.iter_batches(_ROWS, [number], columns, use_threads=False):
-                        yield from _rows(batch.to_pylist(), self._field, kind, entry.name, row, borne)
+                        yield from _rows(batch.to_pylist(), self._field, self._prompt, kind, entry.name, row, borne)
                         row += batch.num_rows
                 else:
                     row += group.num_rows
 
-    def _kind(self, table: Any, entry: Entry) -> str:
-        schema = table.schema_arrow
-        if self._field not in schema.names:
+    def _kind(self, table: Any, entry: Entry, field: str) -> str:
+        schema, key = table.schema_arrow, "data.prompt_field" if field == self._prompt else "data.field"
+        if field not in schema.names:
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
-            raise DatasetError(_no_column(entry.name, self._field, schema.names, texts))
-        if schema.names.count(self._field) > 1:
-            raise DatasetError(f"{entry.name} has two columns {self._field!r}; rename one")
-        kind = schema.field(self._field).type
+            raise DatasetError(_no_column(entry.name, field, schema.names, texts, key))
+        if schema.names.count(field) > 1:
+            raise DatasetError(f"{entry.name} has two columns {field!r}; rename one")
+        kind = schema.field(field).type
         if not _is_text(kind):
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
-            mend = f"; columns of text are {', '.join(texts[:5])} (data.field)" if texts else ""
-            raise DatasetError(f"{entry.name}: its column {self._field!r} is of type {kind}, not of text{mend}")
+            mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else ""
+            raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
         return str(kind)
 
     def _columns(self, table: Any) -> list[str] | None:
         if self._more is None:
             return None
-        names = table.schema_arrow.names
-        return [self._field, *(name for name in self._more if name in names and name != self._field)]
+        return _columns_of(table.schema_arrow.names, self._field, self._prompt, self._more)
 
 
 def _is_text(kind: Any) -> bool:
@@ -78,9 +79,16 @@ def _is_text(kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view")
 
 
-def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str]) -> str:
+def _columns_of(names: Sequence[str], field: str, prompt: str | None, more: Sequence[str]) -> list[str]:
+    """Those that are read."""
+    must = [field] if prompt is None else [field, prompt]
+    return [*must, *(name for name in more if name in names and name not in must)]
+
+
+def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str], key: str = "data.field") -> str:
     shown = ", ".join(map(repr, list(names)[:8])) or "none"
-    mend = f'name the one of its text: data.field = "{texts[0]}"' if texts else "none of them is of text"
+    what = "its text" if key == "data.field" else "its prompt"
+    mend = f'name the one of {what}: {key} = "{texts[0]}"' if texts else "none of them is of text"
     return f"{where} has no column {field!r}; its columns are {shown}: {mend}"
 
 
@@ -142,7 +150,13 @@ class _Seekable(io.RawIOBase):
 
 
 def _rows(
-    rows: Sequence[Mapping[str, Any]], field: str, kind: str, name: str, first: int, borne: Borne
+    rows: Sequence[Mapping[str, Any]],
+    field: str,
+    prompt_field: str | None,
+    kind: str,
+    name: str,
+    first: int,
+    borne: Borne,
 ) -> Iterator[Document]:
     for number, row in enumerate(rows, first + 1):
         where = functools.partial(_place, name, number)
@@ -153,8 +167,18 @@ def _rows(
                 f"{where()} has no text: its {field} is {what}; leave such rows out when the file is written, or name "
                 "another column (data.field)"
             )
-        text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-        yield Document(where, whole_pairs(text, where, borne), {k: v for k, v in row.items() if k != field})
+        prompt = None
+        if prompt_field is not None:
+            prompt = row[prompt_field]
+            if not isinstance(prompt, str):
+                raise no_prompt(where, f"its {prompt_field} is {'null' if prompt is None else type(prompt).__name__}")
+            prompt = whole_pairs(_lines_of(prompt), where, borne)
+        more = {k: v for k, v in row.items() if k not in (field, prompt_field)}
+        yield Document(where, whole_pairs(_lines_of(text), where, borne), more, prompt=prompt)
+
+
+def _lines_of(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _place(name: str, number: int) -> str:
@@ -164,21 +188,22 @@ def _place(name: str, number: int) -> str:
 class HubSource:
     """``hf:…``; rows are read alone. Each worker opens it for itself, from the library's cache."""
 
-    def __init__(self, source: str, field: str, more: Sequence[str] | None) -> None:
-        self._source, self._field, self._more = source, field, more
+    def __init__(self, source: str, field: str, prompt: str | None, more: Sequence[str] | None) -> None:
+        self._source, self._field, self._prompt, self._more = source, field, prompt, more
 
     def look(self) -> list[Entry]:
         _hub.cache_clear()  # there may be another one by now
         table = _hub(self._source)
         names = table.column_names
-        if self._field not in names:
-            texts = [n for n in names if getattr(table.features[n], "dtype", "") in ("string", "large_string")]
-            raise DatasetError(_no_column(f"data.source {self._source!r}", self._field, names, texts))
-        kind = getattr(table.features[self._field], "dtype", type(table.features[self._field]).__name__)
-        if kind not in ("string", "large_string"):
-            raise DatasetError(
-                f"data.source {self._source!r}: its column {self._field!r} is of type {kind}, not of text"
-            )
+        for field, key in ((self._field, "data.field"), (self._prompt, "data.prompt_field")):
+            if field is None:
+                continue
+            if field not in names:
+                texts = [n for n in names if getattr(table.features[n], "dtype", "") in ("string", "large_string")]
+                raise DatasetError(_no_column(f"data.source {self._source!r}", field, names, texts, key))
+            kind = getattr(table.features[field], "dtype", type(table.features[field]).__name__)
+            if kind not in ("string", "large_string"):
+                raise DatasetError(f"data.source {self._source!r}: its column {field!r} is of type {kind}, not of text")
         if not len(table):
             raise DatasetError(f"data.source {self._source!r} has no rows; the corpus is empty")
         size = sum(int(file["size"]) for file in _files(table)) or len(table) * 1024
@@ -195,12 +220,11 @@ class HubSource:
         rows = len(table)
         begin, end = rows * first // entry.size, rows if last < 0 else rows * last // entry.size
         if self._more is not None:
-            keep = [self._field, *(n for n in self._more if n in table.column_names and n != self._field)]
-            table = table.select_columns(keep)
+            table = table.select_columns(_columns_of(table.column_names, self._field, self._prompt, self._more))
         for at in range(begin, end, _ROWS):
             columns = table[at : min(at + _ROWS, end)]
             batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            yield from _rows(batch, self._field, "string", self._source, at, borne)
+            yield from _rows(batch, self._field, self._prompt, "string", self._source, at, borne)
 
 
 def _files(table: Any) -> list[dict[str, Any]]:

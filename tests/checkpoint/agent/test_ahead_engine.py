@@ -36,12 +36,13 @@ CACHED = f"data.cache_gib={CACHE / (1 << 30)!r}"
 
 
 def made(folder: Path, *sets: str, mixed: bool = False) -> tuple[Run, RunSpec, str, DatasetRef]:
-    """A run over random tokens, in a store of its own, and its plan's digest; ``mixed``: of two parts."""
+    """A run over random tokens, in a store of its own, and its plan's digest; ``mixed``: of two parts, one masked."""
     store, spec = open_store((folder / "store").as_uri()), parse_spec(SPEC, sets)
     dataset = put_tokens(store, SHARDS)
     if mixed:
         phases = MixPhase(1, (3, 1)), MixPhase(90, (1, 2))
-        dataset = put_mixture(store, [put_tokens(store, SHARDS[:2]), put_tokens(store, SHARDS[2:], seed=1)], phases)
+        parts = put_tokens(store, SHARDS[:2]), put_tokens(store, SHARDS[2:], seed=1, share=0.3)
+        dataset = put_mixture(store, parts, phases)
     run = Run(store, f"ahead-{what_digest(spec, dataset).hex()[:6]}")
     return run, spec, run.add_plan(spec, dataset), dataset
 

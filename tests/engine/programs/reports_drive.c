@@ -76,7 +76,14 @@ int main(int argc, char **argv) {
             return hs_status_exit(st);
         }
     }
-    const hs_plan_config config = {.lr = 1.0, .beta1 = 0.9, .beta2 = 0.95, .clip = 1.0};
+    const hs_plan_config config = {.replicas = replicas,
+                                   .microbatches = groups / replicas,
+                                   .microbatch = 1,
+                                   .sequence = (uint32_t)rows,
+                                   .lr = 1.0,
+                                   .beta1 = 0.9,
+                                   .beta2 = 0.95,
+                                   .clip = 1.0};
     bool owed = false;
     const hs_amendments none = {0};
     const hs_step_policy policy = {

@@ -104,6 +104,14 @@ def test_what_the_attempt_before_did_behind_the_step_that_it_goes_back_to_is_no_
     assert (spike.kind, round(spike.usual, 1)) == ("spike", 3.0), "40 steps of the first attempt are still known"
 
 
+def test_a_step_of_which_nothing_counts_is_no_measure() -> None:
+    health = Health()
+    lines = [line(n, 0.0, 0.0, counted=0) if n % 3 else one for n, one in enumerate(quiet(1, 200), 1)]
+    assert seen(health, *lines) == []
+    (spike,) = seen(health, line(201, 9.0))
+    assert (spike.kind, round(spike.usual, 1)) == ("spike", 3.0)
+
+
 def test_a_norm_many_times_the_usual() -> None:
     health = Health()
     (found,) = seen(health, *quiet(1, 50), line(51, norm=40.0), line(52, norm=50.0))

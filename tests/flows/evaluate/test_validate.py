@@ -37,10 +37,14 @@ def with_validation(store: Store, run: str, **keys: object) -> Prepared:
     return Prepared(prepared.run, spec, prepared.dataset, prepared.what, prepared.plan)
 
 
-def test_it_is_an_independent_model_s_whatever_the_threads(trained: Trained, store: Store, tmp_path: Path) -> None:
-    held = tmp_path / "held.txt"
-    held.write_text("a lazy fox is as quick as a dog that jumps over the next brown one, again and again. " * 60)
-    prepared = with_validation(store, trained.run, source=f"text:{held}", windows=6)
+@pytest.mark.parametrize("prompts", [False, True])
+def test_it_is_an_independent_model_s_whatever_the_threads(
+    trained: Trained, store: Store, tmp_path: Path, prompts: bool
+) -> None:
+    held, text = tmp_path / "held", "a lazy fox is as quick as a dog that jumps over the next brown one. "
+    held.write_text(text * 70 if not prompts else json.dumps({"q": text * 40, "a": text * 30}) + "\n")
+    source = {"source": f"jsonl:{held}", "field": "a", "prompt_field": "q"} if prompts else {"source": f"text:{held}"}
+    prepared = with_validation(store, trained.run, **source, windows=6)
     data = validation_data(store, prepared, lambda _: None)
     assert data.tokenizer_digest == prepared.dataset.tokenizer_digest
     assert data.digest != prepared.dataset.digest
@@ -49,16 +53,15 @@ def test_it_is_an_independent_model_s_whatever_the_threads(trained: Trained, sto
         for threads in (1, 2)
     ]
     assert found[0] == found[1]
-    assert (found[0].windows, found[0].tokens) == (6, 6 * prepared.spec.train.sequence)
     export_hf(store, trained.run, None, Folder(tmp_path / "model"))
     config = Config.from_hf(json.loads((tmp_path / "model" / "config.json").read_text()))
     weights = {n: w.astype(np.float64) for n, w in load_file(tmp_path / "model" / "model.safetensors").items()}
-    windows = np.stack(list(windows_of(store, data, prepared.spec.train.sequence, 6)))
-    tokens, targets = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
-    logits = Model(config, weights, tokens, targets).logits
-    top = logits.max(axis=-1, keepdims=True)
-    lse = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
-    want = (lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).mean()
+    windows = list(windows_of(store, data, prepared.spec.train.sequence, 6))
+    tokens, targets = (np.stack([window[n] for window in windows]).astype(np.int64) for n in (0, 1))
+    counts = targets >= 0
+    assert counts.all() != prompts
+    assert (found[0].windows, found[0].tokens) == (6, counts.sum())
+    want = Model(config, weights, tokens, np.maximum(targets, 0), counts).loss
     assert found[0].loss == pytest.approx(want, rel=1e-5)
 
 
@@ -70,9 +73,9 @@ def test_windows_are_spread_evenly_over_all_shards(tmp_path: Path) -> None:
         store.create(dataset_key(digest, f"{number:05d}.bin"), (tmp_path / "s").read_bytes())
         first += tokens
     data = DatasetRef(digest, 100, 2, shards, "0" * 64)
-    every = [w.tolist() for w in windows_of(store, data, size, 100)]
-    assert every == [[a, a + 1, a + 2, a + 3, a + 4] for a in (0, 4, 12, 16, 20)]
-    assert [w.tolist()[0] for w in windows_of(store, data, size, 2)] == [0, 12]
+    every = [(tokens.tolist(), targets.tolist()) for tokens, targets in windows_of(store, data, size, 100)]
+    assert every == [([a, a + 1, a + 2, a + 3], [a + 1, a + 2, a + 3, a + 4]) for a in (0, 4, 12, 16, 20)]
+    assert [tokens.tolist()[0] for tokens, _ in windows_of(store, data, size, 2)] == [0, 12]
     with pytest.raises(DatasetError, match="no window of 65"):
         list(windows_of(store, data, 64, 2))
 
@@ -95,6 +98,15 @@ def test_the_part_that_was_split_off_is_what_is_validated_on(tmp_path: Path) -> 
     assert held.tokenizer_digest == train.tokenizer_digest
     assert 0 < held.tokens < train.tokens
     assert len(list(windows_of(store, held, 16, 5))) == 5
+
+
+def test_windows_of_prompts_alone_are_refused(trained: Trained, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "held").write_text(json.dumps({"q": "a quick brown fox " * 90, "a": "x"}) + "\n")
+    source = {"source": f"jsonl:{tmp_path}/held", "field": "a", "prompt_field": "q", "windows": 1}
+    prepared = with_validation(store, trained.run, **source)
+    data = validation_data(store, prepared, lambda _: None)
+    with pytest.raises(DatasetError, match="no token counts in 1 windows of"):
+        validate(store, prepared, prepared.spec.train.steps, data, threads=1, stop=lambda: False)
 
 
 def test_nothing_to_validate_on_is_said_with_the_mend(trained: Trained, store: Store) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.plans import GPT2, small_plan
+from tests.engine.plans import GPT2, SEQUENCE, VOCAB, small_plan
 from trainer import wire
+from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.plan import Plan, optimistic
 from trainer.plan.edges import check_messages
@@ -141,6 +142,9 @@ def test_what_a_clipped_step_costs_is_its_prefix() -> None:
 
 
 def test_auto_takes_the_quicker() -> None:
+    """And no optimistic one for masked data: what is foreseen there never holds."""
+    masked = DatasetRef("0" * 64, VOCAB, 2, (100 * SEQUENCE,), "0" * 64, counted=7)
+
     def optimizer(schedule: str, stages: int, chunks: int, **train: Any) -> bool:
         parallel = {"stages": stages, "chunks": chunks, "schedule": schedule}
         delays = {"F": 0.01, "I": 0.01, "W": 0.01}
@@ -148,6 +152,7 @@ def test_auto_takes_the_quicker() -> None:
         return plan.positions[0].step_checks > 0
 
     assert optimizer("zb-v", 8, 2)
+    assert not optimizer("zb-v", 8, 2, dataset=masked)
     assert not optimizer("v-half", 8, 2)
     assert not optimizer("1f1b", 4, 1)
 

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +20,7 @@ struct hs_shards {
     const hs_plan_part *parts; /* of a mixture */
     size_t part_count;
     int *fds;        /* by shard; -1: no sample in it, not opened */
+    bool *masked;    /* by shard; a token's top bit says whether it counts */
     uint8_t *sample; /* T + 1 tokens as they are in a file */
     char dir[4096];
 };
@@ -74,10 +76,10 @@ static hs_status check_header(const hs_shards *shards, size_t s, const char *pat
                               const hs_shard_header *header, hs_why *why) {
     const hs_plan_config *config = shards->config;
     if (memcmp(header->magic, HS_SHARD_MAGIC, sizeof header->magic) != 0 ||
-        header->version != HS_SHARD_VERSION) {
+        (header->version != HS_SHARD_VERSION && header->version != HS_SHARD_MASKED)) {
         return hs_fail(why, HS_E_DATA,
-                       "%s is not a token shard of version %u; prepare the data again", path,
-                       HS_SHARD_VERSION);
+                       "%s is not a token shard of version %u or %u; prepare the data again", path,
+                       HS_SHARD_VERSION, HS_SHARD_MASKED);
     }
     if (header->token_bytes != config->token_bytes || header->tokens != shards->table[s].tokens) {
         return hs_fail(why, HS_E_DATA,
@@ -118,6 +120,7 @@ static hs_status open_shard(hs_shards *shards, size_t s, hs_why *why) {
                        (int64_t)info.st_size, bytes);
     hs_shard_header header;
     HS_TRY(read_at(shards, s, 0, &header, sizeof header, why));
+    shards->masked[s] = header.version == HS_SHARD_MASKED;
     return check_header(shards, s, path, &header, why);
 }
 
@@ -137,10 +140,12 @@ hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shar
     *out = NULL;
     hs_shards *shards = calloc(1, sizeof *shards);
     int *fds = malloc((count ? count : 1) * sizeof *fds);
+    bool *masked = calloc(count ? count : 1, sizeof *masked);
     uint8_t *sample = malloc(((size_t)config->sequence + 1) * config->token_bytes);
-    if (!shards || !fds || !sample) {
+    if (!shards || !fds || !masked || !sample) {
         free(shards);
         free(fds);
+        free(masked);
         free(sample);
         return hs_fail(why, HS_E_MEMORY, "no memory for %zu shards", count);
     }
@@ -150,6 +155,7 @@ hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shar
                           .parts = tables->parts,
                           .part_count = tables->part_count,
                           .fds = fds,
+                          .masked = masked,
                           .sample = sample};
     (void)snprintf(shards->dir, sizeof shards->dir, "%s", dir);
     for (size_t s = 0; s < count; s++) fds[s] = -1;
@@ -171,6 +177,7 @@ void hs_shards_close(hs_shards *shards) {
     for (size_t s = 0; s < shards->count; s++)
         if (shards->fds[s] >= 0) (void)close(shards->fds[s]);
     free(shards->fds);
+    free(shards->masked);
     free(shards->sample);
     free(shards);
 }
@@ -198,6 +205,7 @@ hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inpu
     const uint64_t first = (sample - shards->table[s].first_sample) * config->sequence;
     HS_ASSERT(shards->fds[s] >= 0 && first + config->sequence < shards->table[s].tokens);
     const uint8_t *const tokens = shards->sample;
+    const uint32_t mask = shards->masked[s] ? UINT32_C(1) << (8 * config->token_bytes - 1) : 0;
     HS_TRY(read_at(shards, s, sizeof(hs_shard_header) + first * config->token_bytes, shards->sample,
                    ((size_t)config->sequence + 1) * config->token_bytes, why));
     for (uint32_t t = 0; t <= config->sequence; t++) {
@@ -209,6 +217,8 @@ hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inpu
         } else {
             memcpy(&token, tokens + 4 * (size_t)t, 4);
         }
+        const bool counts = !(token & mask);
+        token &= ~mask;
         if (token >= config->vocab) {
             char path[4200];
             name_of(shards, s, path);
@@ -218,7 +228,7 @@ hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inpu
                            path, first + t, token, config->vocab);
         }
         if (inputs && t < config->sequence) inputs[t] = (int32_t)token;
-        if (targets && t > 0) targets[t - 1] = (int32_t)token;
+        if (targets && t > 0) targets[t - 1] = counts ? (int32_t)token : -1;
     }
     return HS_OK;
 }

@@ -28,8 +28,9 @@ hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shar
 void hs_shards_close(hs_shards *shards); /* NULL is fine */
 
 /* Sample number (0 .. data_samples-1) of the shards: inputs[T] are its tokens, targets[T] the ones
- * after them. Either may be NULL. HS_E_DATA where a token is not below the vocabulary: names shard,
- * place, token, limit, or where the file has become shorter; HS_E_LOST where it cannot be read. */
+ * after them, -1 for those whose prediction does not count. Either may be NULL. HS_E_DATA where a
+ * token is not below the vocabulary: names shard, place, token, limit, or where the file has become
+ * shorter; HS_E_LOST where it cannot be read. */
 hs_status hs_shards_read(const hs_shards *shards, uint64_t sample, int32_t *inputs,
                          int32_t *targets, hs_why *why);
 

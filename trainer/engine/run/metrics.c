@@ -106,6 +106,7 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_
                      hs_text *text) {
     const int64_t ns = hs_clock_ns() - metrics->step_start_ns;
     metrics->skipped += control->skipped;
+    metrics->idle += control->counted == 0;
     hs_metrics_event(metrics, "step", text);
     struct timespec now = {0, 0};
     (void)clock_gettime(CLOCK_REALTIME, &now); /* for people; nothing is ordered by it */
@@ -117,6 +118,8 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_
     hs_text_printf(text, ",\"lr\":");
     hs_text_json_real(text, control->lr);
     if (batch != control->step) hs_text_printf(text, ",\"batch\":%" PRId64, batch);
+    if (control->counted != metrics->tokens)
+        hs_text_printf(text, ",\"counted\":%" PRIu64, control->counted);
     hs_text_printf(text, ",\"sums\":\"%s\",\"sent\":\"%s\",\"busy\":[%s]", metrics->sums,
                    metrics->sent, metrics->busy);
     hs_text_printf(

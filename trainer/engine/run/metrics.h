@@ -34,6 +34,7 @@ typedef struct hs_metrics {
     int64_t step_start_ns;
     int64_t ns[HS_TIME_COUNT];
     uint64_t skipped; /* snapshots that were due and had no slot, so far in this attempt */
+    uint64_t idle;    /* steps of which no token counted, so far in this attempt */
     int64_t busy_ns,
         reported_ns; /* in F, B, I and W in this attempt: in all, and up to the last report */
     char sums[8 * HS_METRICS_SUMS + 1], sent[16 * HS_METRICS_SENT + 1];
@@ -61,7 +62,8 @@ uint32_t hs_metrics_busy_us(hs_metrics *metrics);
  * for more than 32. "busy": of each position its busy_us, left out in the same cases. */
 void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t positions,
                          size_t tensors);
-/* The step's object, into text (no newline); counts control->skipped. `batch`: that it read, told where
+/* The step's object, into text (no newline); counts control->skipped, and steps without a token
+ * that counts. "counted": tokens that do, told where some do not. `batch`: that it read, told where
  * orders made it another than the step's number. */
 void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_t batch,
                      hs_text *text);

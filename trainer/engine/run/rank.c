@@ -208,9 +208,7 @@ static hs_status open_parts(rank *r, hs_why *why) {
         }
         r->page = page;
     }
-    const uint64_t tokens =
-        (uint64_t)g->replicas * g->microbatches * (uint64_t)hs_plan_rows(&r->plan);
-    hs_metrics_open(&r->metrics, a->run, a->epoch, r->args->rank, tokens);
+    hs_metrics_open(&r->metrics, a->run, a->epoch, r->args->rank, hs_step_tokens(g));
     return HS_OK;
 }
 

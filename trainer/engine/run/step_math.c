@@ -55,6 +55,11 @@ double hs_step_pow(double x, int64_t n) {
     return result;
 }
 
+uint64_t hs_step_tokens(const hs_plan_config *config) {
+    return (uint64_t)config->replicas * config->microbatches * config->microbatch *
+           config->sequence;
+}
+
 bool hs_step_add_losses(const float *losses, const int32_t *targets, int64_t rows, double *sum,
                         uint64_t *count) {
     bool finite = true;
@@ -146,7 +151,10 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     double sumsq = 0.0;
     for (size_t t = 0; t < policy->tensors; t++) sumsq += sumsq_of(report, t);
     const int64_t step = total.step;
-    const double norm = sqrt(sumsq);
+    /* gradients are of the sum of the losses over `tokens`; 1 where all of them count */
+    const uint64_t tokens = hs_step_tokens(config);
+    const double scale = total.loss_count ? (double)tokens / (double)total.loss_count : 0.0;
+    const double norm = scale * sqrt(sumsq);
     const double loss = total.loss_count ? total.loss_sum / (double)total.loss_count : 0.0;
     const bool last = step >= policy->last_step || total.stop;
     const bool due = hs_step_due(config, step);
@@ -155,7 +163,10 @@ void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step
     hs_step_foresee(config, policy->amendments, step, control);
     control->loss = loss;
     control->norm = norm;
-    if (config->clip > 0 && norm > config->clip) control->clip_scale = (float)(config->clip / norm);
+    control->counted = total.loss_count;
+    const bool clips = config->clip > 0 && norm > config->clip;
+    control->clip_scale = (float)(scale * (clips ? config->clip / norm : 1.0));
+    if (!total.loss_count) control->step_size = control->lr_decay = 0.0f;
     control->snapshot = policy->slots && (last || (due && all_free));
     control->stop = total.stop;
     control->not_finite = total.not_finite || !is_finite(norm) || !is_finite(loss);

@@ -29,6 +29,9 @@ double hs_step_lr(const hs_plan_config *config, const hs_amendments *amendments,
 /* x^n by repeated squaring, n >= 0: a fixed order of multiplications. */
 double hs_step_pow(double x, int64_t n);
 
+/* Tokens of a step, of all replicas. */
+uint64_t hs_step_tokens(const hs_plan_config *config);
+
 /* Sum of the losses of rows [0, rows) of one microbatch added to *sum in ascending order; rows
  * whose target is negative are left out of *count. Returns false where a loss is not finite. */
 bool hs_step_add_losses(const float *losses, const int32_t *targets, int64_t rows, double *sum,
@@ -76,8 +79,10 @@ void hs_step_combine(uint8_t *reports, size_t positions, size_t tensors);
 hs_status hs_step_merge(uint8_t *own, const uint8_t *other, size_t tensors, hs_why *why);
 
 /* DECIDE, by a report of all positions and replicas. Norm: tensors in the table's order, plain
- * ascending adds. A snapshot is due at multiples of checkpoint_every, and taken where every rank has a slot
- * for it; the last one of an attempt is taken in any case. */
+ * ascending adds; loss, norm and scale are of the tokens that count. Where none does the weights
+ * stay, and moments fade as with a gradient of 0. A snapshot is due at multiples of
+ * checkpoint_every, and taken where every rank has a slot for it; the last one of an attempt is
+ * taken in any case. */
 void hs_step_decide(const hs_step_policy *policy, const uint8_t *report, hs_step_control *control);
 
 #endif

@@ -18,6 +18,16 @@ static void tell_skipped(const hs_executor *ex) {
                         "checkpoint.persist_every"));
 }
 
+/* The first step of an attempt of which no token counts. */
+static void tell_idle(const hs_executor *ex) {
+    if (ex->control.counted || ex->metrics->idle != 1) return;
+    HS_LOG(
+        ex->log, HS_LOG_WARN, "no token of this step counts: the weights stay, the moments fade",
+        HS_I("step", ex->control.step),
+        HS_S("mend",
+             "prompts fill whole samples: raise train.batch or train.sequence, or shorten them"));
+}
+
 /* One line from rank 0: to standard output and to the agent. */
 static void tell_step(const hs_executor *ex) {
     char line[2048];
@@ -27,6 +37,7 @@ static void tell_step(const hs_executor *ex) {
                     hs_order_batch(m->skips, m->skip_count, ex->control.step), &text);
     if (ex->rank != 0) return;
     tell_skipped(ex);
+    tell_idle(ex);
     hs_metrics_print(&text);
     if (ex->agent) hs_agent_link_metrics(ex->agent, line);
 }

@@ -41,7 +41,7 @@ static const field fields[] = {
     S(hs_plan_action) F(hs_plan_action, kind) F(hs_plan_action, op) F(hs_plan_action, reserved) F(hs_plan_action, program) F(hs_plan_action, channel) F(hs_plan_action, stage) F(hs_plan_action, microbatch) F(hs_plan_action, slot) F(hs_plan_action, ref)
     S(hs_plan_channel) F(hs_plan_channel, from) F(hs_plan_channel, to) F(hs_plan_channel, kind) F(hs_plan_channel, across) F(hs_plan_channel, bytes)
     S(hs_step_report) F(hs_step_report, step) F(hs_step_report, loss_sum) F(hs_step_report, loss_count) F(hs_step_report, free_slot) F(hs_step_report, stop) F(hs_step_report, not_finite) F(hs_step_report, position) F(hs_step_report, sent_forward) F(hs_step_report, sent_backward) F(hs_step_report, busy_us) F(hs_step_report, origin_of) F(hs_step_report, origin)
-    S(hs_step_control) F(hs_step_control, step) F(hs_step_control, loss) F(hs_step_control, norm) F(hs_step_control, lr) F(hs_step_control, clip_scale) F(hs_step_control, step_size) F(hs_step_control, v_scale) F(hs_step_control, lr_decay) F(hs_step_control, snapshot) F(hs_step_control, stop) F(hs_step_control, not_finite) F(hs_step_control, skipped) F(hs_step_control, persist) F(hs_step_control, origin_of) F(hs_step_control, origin) F(hs_step_control, reserved)
+    S(hs_step_control) F(hs_step_control, step) F(hs_step_control, loss) F(hs_step_control, norm) F(hs_step_control, lr) F(hs_step_control, clip_scale) F(hs_step_control, step_size) F(hs_step_control, v_scale) F(hs_step_control, lr_decay) F(hs_step_control, snapshot) F(hs_step_control, stop) F(hs_step_control, not_finite) F(hs_step_control, skipped) F(hs_step_control, persist) F(hs_step_control, origin_of) F(hs_step_control, origin) F(hs_step_control, counted) F(hs_step_control, reserved)
     S(hs_slot_header) F(hs_slot_header, magic) F(hs_slot_header, version) F(hs_slot_header, position) F(hs_slot_header, state) F(hs_slot_header, hold) F(hs_slot_header, generation) F(hs_slot_header, step) F(hs_slot_header, epoch) F(hs_slot_header, data_offset) F(hs_slot_header, data_bytes) F(hs_slot_header, chunks) F(hs_slot_header, plan_digest) F(hs_slot_header, what_digest) F(hs_slot_header, header_crc) F(hs_slot_header, final) F(hs_slot_header, checksum_kind) F(hs_slot_header, replica) F(hs_slot_header, persist) F(hs_slot_header, claim)
     S(hs_attempt) F(hs_attempt, magic) F(hs_attempt, version) F(hs_attempt, crc) F(hs_attempt, run) F(hs_attempt, epoch) F(hs_attempt, plan_digest) F(hs_attempt, key) F(hs_attempt, nonce) F(hs_attempt, ranks) F(hs_attempt, kernel_path) F(hs_attempt, start_step) F(hs_attempt, stop_after) F(hs_attempt, connect_ms) F(hs_attempt, stall_ms) F(hs_attempt, commit_ms) F(hs_attempt, trace) F(hs_attempt, device_kind) F(hs_attempt, data_ahead) F(hs_attempt, algorithms_digest) F(hs_attempt, total_steps) F(hs_attempt, skips) F(hs_attempt, rates) F(hs_attempt, data_dir) F(hs_attempt, work_dir)
     S(hs_attempt_rank) F(hs_attempt_rank, host) F(hs_attempt_rank, port) F(hs_attempt_rank, node) F(hs_attempt_rank, device) F(hs_attempt_rank, reserved)
@@ -162,6 +162,7 @@ void hs_wire_print(void) {
         N(HS_ALGORITHMS_MAX),
         N(HS_SLOT_VERSION),
         N(HS_SHARD_VERSION),
+        N(HS_SHARD_MASKED),
         N(HS_HELLO_VERSION),
         N(HS_FRAME_MAGIC),
         N(HS_FRAME_END_MAGIC),

@@ -298,7 +298,7 @@ typedef struct hs_plan_channel {
 typedef struct hs_step_report {
     int64_t step;        /* 1-based number of the step being finished */
     double loss_sum;     /* sum of the losses of every token (last position; else 0), in the fixed order */
-    uint64_t loss_count; /* tokens counted in it */
+    uint64_t loss_count; /* tokens counted in it: those with a target */
     uint32_t free_slot;  /* 1: a snapshot slot is free here */
     uint32_t stop;       /* 1: this position was asked to stop (SIGTERM) */
     uint32_t not_finite; /* 1: a loss here is not finite */
@@ -313,13 +313,14 @@ typedef struct hs_step_report {
 /* What position 0 answers to its replica; read by ADAMW. */
 typedef struct hs_step_control {
     int64_t step;
-    double loss;        /* mean over tokens */
-    double norm;        /* of the gradient, before clipping */
+    double loss;        /* mean over the tokens that count; 0 where none does */
+    double norm;        /* of its gradient, before clipping */
     double lr;
-    float clip_scale;   /* 1, or clip / norm */
-    float step_size;    /* lr / (1 - beta1^step) */
+    float clip_scale;   /* of the gradients, which are of the sum over all tokens of the step: tokens / counted, times
+                         * clip / norm where that is below 1; 0 where no token counts */
+    float step_size;    /* lr / (1 - beta1^step); 0 where no token counts */
     float v_scale;      /* 1 / sqrt(1 - beta2^step) */
-    float lr_decay;     /* lr, in f32: multiplies weight decay */
+    float lr_decay;     /* lr, in f32: multiplies weight decay; 0 where no token counts */
     uint32_t snapshot;  /* 1: save after this step */
     uint32_t stop;      /* 1: save and leave after this step */
     uint32_t not_finite;/* 1: the gang ends with HS_EXIT_DIVERGED before it applies anything */
@@ -327,7 +328,8 @@ typedef struct hs_step_control {
     uint32_t persist;   /* 1: the snapshot goes to the store, as soon as the store takes one */
     uint32_t origin_of; /* the earliest of all reports' */
     uint64_t origin;
-    uint64_t reserved[2];
+    uint64_t counted; /* tokens of the step that count */
+    uint64_t reserved;
 } hs_step_control;
 
 #if defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L

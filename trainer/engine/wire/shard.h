@@ -1,4 +1,5 @@
-/* A token shard: hs_shard_header (64 bytes), then tokens, u16 or u32, little-endian.
+/* A token shard: hs_shard_header (64 bytes), then tokens, u16 or u32, little-endian. In a shard of version
+ * HS_SHARD_MASKED the top bit of a token is no part of it: where it is 1, the prediction of that token does not count.
  * The engine refuses (exit 65) a shard whose header, size or token count disagree with the plan, and any token >= vocab
  * when it is read. The dataset's manifest (msgpack, checkpoint/dataset) names every shard with its SHA-256.
  *
@@ -28,10 +29,11 @@
 
 #define HS_SHARD_MAGIC "HSSHRD\r\n"
 #define HS_SHARD_VERSION 1u
+#define HS_SHARD_MASKED  2u
 
 typedef struct hs_shard_header {
     char magic[8];
-    uint32_t version;
+    uint32_t version;     /* HS_SHARD_VERSION: every token counts; or HS_SHARD_MASKED */
     uint32_t token_bytes; /* 2 or 4 */
     uint64_t tokens;
     uint32_t vocab;
