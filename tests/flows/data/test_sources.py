@@ -382,7 +382,7 @@ def test_a_filter_that_cannot_be(
         ({"source": "text:*", "filter": {"language": ["en"]}}, "plain text has none"),
         ({"source": "dataset:" + "0" * 64, "dedupe": {}}, "dedupe is for a corpus that is prepared"),
         ({"source": "parquet:"}, "is unknown; take"),
-        ({"source": "csv:a"}, "is unknown; take"),
+        ({"source": "csv:a"}, "is unknown; csv is not read, so write its texts as JSON lines first"),
         ({"validation": 0.9}, "less than or equal to 0.5"),
         ({"dedupe": {"near": 0.2}}, "greater than or equal to 0.5"),
     ],
