@@ -12,8 +12,8 @@
  * Packing (pack.h): a worker packs A once for every block of columns. A panel of B is multiplied
  * right after it was packed; where there are more rows than a block it is kept for the others (it
  * fits PACK_B unless k is huge), else the next panel takes its place in the near caches. What will be
- * packed next, and what a finished panel is added to, is asked for from memory meanwhile, a line with
- * every k.
+ * packed next, where a panel's sums go, and what they are added to, is asked for from memory meanwhile, a
+ * line with every k. A tile is finished (bias, residual, rounding) as soon as its sums are whole.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
@@ -162,90 +162,58 @@ static const micro_fn micro[MR + 1][2][2] = {
 };
 #undef BOTH
 
-/* Memory that is needed soon: `rows`, `stride` bytes apart, of so many cache lines each. */
+/* Cache lines that are needed soon: `runs` of `length` each; the lines of a run are `step` bytes apart, the
+ * runs `stride`. */
 typedef struct ahead {
-    const char *at;
-    int64_t stride, rows, lines;
-    int64_t line; /* of the first row, the next one to be asked for */
+    const char *at; /* the run whose lines are next */
+    int64_t step, length, stride, runs;
+    int64_t done; /* lines of that run that were asked for */
     int64_t each; /* so many with a tile */
 } ahead;
 
 enum {
     NEXT_A,   /* of A, what will be packed next */
     NEXT_B,   /* of B */
-    OLD,      /* of what the finished panel is added to */
-    RESIDUAL, /* likewise */
+    OUT,      /* where the finished panel goes */
+    RESIDUAL, /* what it is added to */
     AHEADS
 };
 
-/* Spreads it over so many tiles. */
+/* `rows`, `stride` bytes apart, of so many bytes each, over so many tiles. */
 static ahead spread(const char *at, int64_t stride, int64_t rows, int64_t bytes, int64_t tiles) {
-    const int64_t lines = hs_ceil_div(bytes, 64);
-    return (ahead){at, stride, rows, lines, 0, hs_ceil_div(rows * lines, tiles)};
+    const int64_t lines = hs_ceil_div(bytes, 64), each = hs_ceil_div(rows * lines, tiles);
+    return lines >= rows ? (ahead){at, 64, lines, stride, rows, 0, each}
+                         : (ahead){at, stride, rows, 64, lines, 0, each};
 }
+
+enum { ASKS_AT_ONCE = 8 }; /* what is written beyond the end of a list of lines */
 
 /* Its lines for a tile, after `count` others of at most `most`: into the list, or asked for here. Returns
  * how many there are now. */
 static int64_t ask_for(ahead *next, const char **list, int64_t count, int64_t most) {
-    for (most = hs_min(most, count + next->each); next->rows && count < most; count++) {
-        const char *line = next->at + 64 * next->line;
-        if (ASKS_WITHIN)
-            list[count] = line;
-        else
-            __builtin_prefetch(line);
-        if (++next->line < next->lines) continue;
-        next->line = 0;
-        next->rows--;
+    for (most = hs_min(most, count + next->each); next->runs && count < most;) {
+        const int64_t n = hs_min(most - count, next->length - next->done);
+        const char *line = next->at + next->done * next->step;
+#if HS_VEC == 2
+        const __m512i ahead_by = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7),
+                                                    _mm512_set1_epi64(next->step));
+        for (int64_t i = 0; i < n; i += ASKS_AT_ONCE, line += ASKS_AT_ONCE * next->step)
+            _mm512_storeu_si512(list + count + i,
+                                _mm512_add_epi64(_mm512_set1_epi64((intptr_t)line), ahead_by));
+#else
+        (void)list;
+        for (int64_t i = 0; i < n; i++) __builtin_prefetch(line + i * next->step);
+#endif
+        count += n;
+        if ((next->done += n) < next->length) continue;
+        next->done = 0;
+        next->runs--;
         next->at += next->stride;
     }
     return count;
 }
 
-/* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. next: AHEADS of what is to be asked for
- * meanwhile, as are c's own lines (kn <= KC then); NULL: nothing */
-static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
-                            const float *b, float *c, int64_t ldc, int load, ahead *next) {
-    const int64_t most = pairs && !HS_DOT ? kn / 2 : kn; /* turns of a tile's loop */
-    const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
-    const char *list[KC];
-    for (int64_t i = 0; ASKS_WITHIN && next && i < most; i++)
-        list[i] = (const char *)b; /* where there is no other */
-    for (int64_t j = 0; j < n; j += NR) {
-        int64_t nn = hs_min(NR, n - j);
-        for (int64_t i = 0; i < m; i += MR) {
-            int64_t mr = hs_min(MR, m - i), asks = 0;
-            for (int64_t r = i + soon; next && r < hs_min(i + soon + MR, m); r++) {
-                __builtin_prefetch(c + r * ldc + j, 1);
-                __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
-            }
-            for (int what = 0; next && what < AHEADS; what++)
-                if (next[what].rows) asks = ask_for(next + what, list, asks, most);
-            micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, c + i * ldc + j, ldc, nn, load,
-                                         next ? list : NULL);
-        }
-    }
-}
-
-/* Of numbers added in turn. */
-static void multiply_in_turn(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
-                             float *c, int64_t ldc, int load, ahead *next) {
-    multiply_panels(m, n, kn, 0, a, b, c, ldc, load, next);
-}
-static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
-                            float *c, int64_t ldc, int load) {
-    multiply_in_turn(m, n, kn, a, b, c, ldc, load, NULL);
-}
-
-/* Of pairs: kn is their packed length. VDPBF16PS does not ask for the mode. */
-static __attribute__((noinline)) void multiply_pairs(int64_t m, int64_t n, int64_t kn,
-                                                     const float *a, const float *b, float *c,
-                                                     int64_t ldc, int load, ahead *next) {
-    const flush_mode before = HS_DOT ? 0 : flush_begin();
-    multiply_panels(m, n, kn, 1, a, b, c, ldc, load, next);
-    if (!HS_DOT) flush_end(before);
-}
-
-/* -------------------- driver */
+/* -------------------- what becomes of the sums */
 
 typedef struct gemm {
     int64_t m, n, k;
@@ -261,26 +229,91 @@ typedef struct gemm {
     int64_t ld_res;
 } gemm;
 
+/* Columns [j, j + n), n <= 16, of rows [i, i + m) of the output, from c (rows ldc apart); their bias is at
+ * `bias`. */
+VINLINE void finish_lanes(const gemm *g, const float *c, int64_t ldc, int64_t i, int64_t m,
+                          int64_t j, int64_t n, int dt) {
+    const vf bias = g->bias ? v_load_n(g->bias + j, n) : v_zero();
+    for (int64_t end = i + m; i < end; i++, c += ldc) {
+        const int64_t at = i * g->ld_out + j;
+        vf x = v_load_n(c, n);
+        if (g->scale_a) x = v_mul(v_mul(x, v_set1(*g->scale_a)), v_set1(*g->scale_b));
+        if (g->bias) x = v_add(x, bias);
+        if (g->res) x = v_add(x, v_load_dt_n(g->res, i * g->ld_res + j, n, dt));
+        if (g->add_old) x = v_add(x, v_load_dt_n(g->out, at, n, dt));
+        v_store_dt_n(g->out, at, x, n, dt);
+    }
+}
+
+VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i, int64_t m, int64_t j,
+                       int64_t n, int dt) {
+    for (; n >= LANES; n -= LANES, j += LANES, c += LANES)
+        finish_lanes(g, c, ldc, i, m, j, LANES, dt);
+    if (n > 0) finish_lanes(g, c, ldc, i, m, j, n, dt);
+}
+
+/* Where whole sums go: the first of them is element (i, j) of g's output. */
+typedef struct place {
+    const gemm *g;
+    int64_t i, j;
+} place;
+
+/* Those of c[m, n], from row `first` on. Not inlined: it computes in the usual mode, its caller may not. */
+static __attribute__((noinline)) void finish(const place *to, const float *c, int64_t ldc,
+                                             int64_t first, int64_t m, int64_t n) {
+    BY_DTYPE(to->g->dt_out, finish_dt, to->g, c, ldc, to->i + first, m, to->j, n);
+}
+
+/* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. next: AHEADS of what is to be asked for
+ * meanwhile, as are c's own lines (kn <= KC then); NULL: nothing. whole: each tile is finished from the
+ * nearest cache and goes there (n <= NR then; c is one tile's room if nothing is loaded); NULL: it stays in c */
+static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
+                            const float *b, float *c, int64_t ldc, int load, ahead *next,
+                            const place *whole) {
+    const int flushes = pairs && !HS_DOT;           /* VDPBF16PS does not ask for the mode */
+    const int64_t most = flushes ? kn / 2 : kn;     /* turns of a tile's loop */
+    const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
+    const int64_t step = whole && !load ? 0 : ldc;
+    const char *list[KC + ASKS_AT_ONCE];
+    for (int64_t i = 0; ASKS_WITHIN && next && i < most; i++)
+        list[i] = (const char *)b; /* where there is no other */
+    flush_mode before = flushes ? flush_begin() : 0;
+    for (int64_t j = 0; j < n; j += NR) {
+        int64_t nn = hs_min(NR, n - j);
+        for (int64_t i = 0; i < m; i += MR) {
+            int64_t mr = hs_min(MR, m - i), asks = 0;
+            float *tile = c + i * step + j;
+            for (int64_t r = i + soon; next && step && r < hs_min(i + soon + MR, m); r++) {
+                __builtin_prefetch(c + r * ldc + j, 1);
+                __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
+            }
+            for (int what = 0; next && what < AHEADS; what++)
+                if (next[what].runs) asks = ask_for(next + what, list, asks, most);
+            micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, tile, ldc, nn, load,
+                                         next ? list : NULL);
+            if (!whole) continue;
+            if (flushes) flush_end(before);
+            finish(whole, tile, ldc, i, mr, nn);
+            if (flushes) before = flush_begin();
+        }
+    }
+    if (flushes) flush_end(before);
+}
+
+/* Of numbers added in turn. */
+static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
+                            float *c, int64_t ldc, int load) {
+    multiply_panels(m, n, kn, 0, a, b, c, ldc, load, NULL, NULL);
+}
+
+/* -------------------- driver */
+
 typedef struct gemm_job {
     const gemm *g;
     float *scratch;
     int64_t split_m, split_n; /* the grid of workers; */
     int64_t each_m, each_n;   /* what one of them does, whole tiles */
 } gemm_job;
-
-VINLINE void finish_dt(const gemm *g, const float *c, int64_t ldc, int64_t i0, int64_t m,
-                       int64_t j0, int64_t n, int dt) {
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t j = 0; j < n; j += LANES) {
-            int64_t left = n - j, at = (i0 + i) * g->ld_out + j0 + j;
-            vf x = v_load_n(c + i * ldc + j, left);
-            if (g->scale_a) x = v_mul(v_mul(x, v_set1(*g->scale_a)), v_set1(*g->scale_b));
-            if (g->bias) x = v_add(x, v_load_n(g->bias + j0 + j, left));
-            if (g->res) x = v_add(x, v_load_dt_n(g->res, (i0 + i) * g->ld_res + j0 + j, left, dt));
-            if (g->add_old) x = v_add(x, v_load_dt_n(g->out, at, left, dt));
-            v_store_dt_n(g->out, at, x, left, dt);
-        }
-}
 
 /* Rows [i, i + m) of a side and k in [k, k + kn), as they lie in memory, over so many tiles. Where all of a
  * tile's lines are asked for at once, only those that the processor does not foresee are. */
@@ -324,29 +357,28 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
                 next[NEXT_A] = ahead_of(&g->a, i + mc, hs_min(mc, i1 - i - mc), 0, hs_min(kc, g->k),
                                         tiles * wide / NR);
             pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
-            /* a panel is multiplied right after it was packed, and finished right after its last k: from the
-             * near caches */
+            /* a panel is multiplied right after it was packed: from the near caches */
             for (int64_t j = 0; j < n; j += NR) {
                 const int64_t nn = hs_min(NR, n - j), left = hs_min(NR, n - j - NR);
                 float *b = keep_b ? pb + wide * packed_length(k, pairs) + j * length : pb;
                 float *c = direct ? (float *)g->out + i * g->ld_out + j0 + j
                                   : pc + (g->k > kc ? j * mc : 0);
+                const place whole = {g, i, j0 + j};
                 int64_t ldc = direct ? g->ld_out : NR;
                 if (pack) pack_b_as(b, &g->b, j0 + j, nn, g->n, k, kn, pairs);
                 if (left > 0 && (ASKS_WITHIN || pack))
                     next[NEXT_B] = pack ? ahead_of(&g->b, j0 + j + NR, left, k, kn, tiles)
                                         : spread((const char *)(b + NR * length), 0, 1,
                                                  NR * length * 4, tiles);
-                if (ASKS_WITHIN && !direct && last && g->add_old)
-                    next[OLD] = spread((const char *)g->out + (i * g->ld_out + j0 + j) * size_out,
+                if (ASKS_WITHIN && !direct && last)
+                    next[OUT] = spread((const char *)g->out + (i * g->ld_out + j0 + j) * size_out,
                                        g->ld_out * size_out, m, nn * size_out, tiles);
                 if (ASKS_WITHIN && !direct && last && g->res)
                     next[RESIDUAL] =
                         spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
                                g->ld_res * size_out, m, nn * size_out, tiles);
-                (pairs ? multiply_pairs : multiply_in_turn)(m, nn, length, pa, b, c, ldc,
-                                                            k > 0 || g->from_old, next);
-                if (!direct && last) BY_DTYPE(g->dt_out, finish_dt, g, c, ldc, i, m, j0 + j, nn);
+                multiply_panels(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next,
+                                !direct && last ? &whole : NULL);
             }
         }
     }
