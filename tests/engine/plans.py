@@ -37,14 +37,19 @@ def small_plan(
     delays: dict[str, float] | None = None,
     vocab: int = VOCAB,
     eot: int | None = None,
+    masked: bool = False,
     **train: Any,
 ) -> Plan:
-    """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``."""
+    """A plan of a few kilobytes; with a folder, its shards are written to ``folder/data``. ``masked``: of their tokens
+    three in ten count.
+    """
     if train.get("precision") == "fp8" and "hidden" in model:
         model = model | {"hidden": 32}  # a multiple of 16
     if dataset is None and folder is not None:
-        tokens = np.random.default_rng(5).integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))
-        dataset = replace(write_samples(folder / "data", tokens, vocab), eot=eot)
+        rng = np.random.default_rng(5)
+        tokens = rng.integers(0, VOCAB, (SAMPLES, SEQUENCE + 1))
+        counts = rng.random(tokens.shape) < 0.3 if masked else None
+        dataset = replace(write_samples(folder / "data", tokens, vocab, counts), eot=eot)
     dataset = dataset or DatasetRef("0" * 64, vocab, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
     values: dict[str, Any] = {
         "name": "small",

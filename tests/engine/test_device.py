@@ -116,8 +116,8 @@ def test_the_same_bits_in_any_order(runs: MakeRuns, model: dict[str, Any], paral
 
 @pytest.mark.parametrize("parallel", [{"stages": 1}, AHEAD], ids=["checked", "optimistic"])
 def test_muon_has_the_same_bits_in_any_order(runs: MakeRuns, parallel: dict[str, Any]) -> None:
-    """Its products share the scratch of the programs; clipped in each step."""
-    some = runs(model=LLAMA | {"layers": 2}, parallel=parallel, optimizer={"name": "muon", "clip": 0.1})
+    """Its products share the scratch of the programs; clipped in each step, and masked."""
+    some = runs(model=LLAMA | {"layers": 2}, parallel=parallel, optimizer={"name": "muon", "clip": 0.1}, masked=True)
     sound = some.state("cpu")
     for order in (0, 15, 31):
         assert some.state("cuda", ORDER=str(order)) == sound, order
@@ -131,8 +131,11 @@ def test_muon_has_the_same_bits_in_any_order(runs: MakeRuns, parallel: dict[str,
 def test_replicas_have_the_same_bits_in_any_order(
     runs: MakeRuns, replicas: int, stages: int, vocab: int, orders: list[int]
 ) -> None:
-    """Their messages pass through the host, in both windows at once. 16,400 x 16 are two blocks: in pieces."""
+    """Their messages pass through the host, in both windows at once. 16,400 x 16 are two blocks: in pieces. Some have
+    more tokens that count than others.
+    """
     train: dict[str, Any] = {"batch": 8, "microbatch": 1, "reduction_groups": 4, "steps": 2, "vocab": vocab}
+    train["masked"] = True
     some = runs(stages=stages, parallel={"replicas": replicas}, **train)
     sound = some.state("cpu")
     alone = runs(**train).state("cpu")
@@ -142,11 +145,11 @@ def test_replicas_have_the_same_bits_in_any_order(
 
 
 def test_ranks_that_share_the_head_have_the_same_bits_in_any_order(runs: MakeRuns) -> None:
-    """Parts at both positions; and the head of one."""
+    """Parts at both positions; and the head of one. Of masked data."""
     shared = {"stages": 2, "vocab_stages": 2}
-    some = runs(model=GPT2 | {"layers": 2}, parallel=shared, batch=8, steps=2, vocab_blocks=2)
+    some = runs(model=GPT2 | {"layers": 2}, parallel=shared, batch=8, steps=2, vocab_blocks=2, masked=True)
     sound = some.state("cpu")
-    alone = runs(model=GPT2 | {"layers": 2}, batch=8, steps=2, vocab_blocks=2).state("cpu")
+    alone = runs(model=GPT2 | {"layers": 2}, batch=8, steps=2, vocab_blocks=2, masked=True).state("cpu")
     assert (sound["losses"], sound["norms"]) == (alone["losses"], alone["norms"])
     for order in (0, 7, 15, 31):
         assert some.state("cuda", ORDER=str(order)) == sound, order
