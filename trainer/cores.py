@@ -35,8 +35,7 @@ def free_bytes(self: Path = SELF, mount: Path = MOUNT, meminfo: Path = Path("/pr
 
     What the kernel caches of files counts as free: it makes room.
     """
-    words = [line.split() for line in _text(meminfo).splitlines() if line.startswith("MemAvailable:")]
-    found = [int(w[1]) << 10 for w in words if len(w) > 1 and w[1].isdigit()]
+    found = _kib("MemAvailable:", meminfo)
     for folder, first in _groups("memory", self, mount):
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
         limit, used = (_text(folder / name).strip() for name in names)
@@ -45,6 +44,17 @@ def free_bytes(self: Path = SELF, mount: Path = MOUNT, meminfo: Path = Path("/pr
         if limit.isdigit() and used.isdigit() and cached.isdigit():
             found.append(max(0, int(limit) - int(used) + int(cached)))
     return min(found, default=1 << 62)
+
+
+def swap_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Of the machine, free to be swapped to."""
+    return sum(_kib("SwapFree:", meminfo))
+
+
+def _kib(name: str, meminfo: Path) -> list[int]:
+    """The bytes of a line of meminfo; none where it has no such line."""
+    words = [line.split() for line in _text(meminfo).splitlines() if line.startswith(name)]
+    return [int(w[1]) << 10 for w in words if len(w) > 1 and w[1].isdigit()]
 
 
 def _milli(quota: str, period: str) -> int:

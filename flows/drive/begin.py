@@ -4,21 +4,52 @@ identity in the store. Plain functions, no Prefect, no processes."""
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from checkpoint.keys import spec_key
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare
 from flows.drive.begin_from import begin
-from flows.drive.run import Board, NoBoard, Prepared, as_begun, check_layouts, create_run, ready_store, run_name
+from flows.drive.run import (
+    Board,
+    NoBoard,
+    Prepared,
+    as_begun,
+    check_layouts,
+    create_run,
+    needs_bytes,
+    ready_store,
+    run_name,
+)
 from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
-from trainer.errors import SpecError
+from trainer.cores import free_bytes, swap_bytes
+from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
+from trainer.plan.draw import bytes_text
 from trainer.spec import DataSpec, RunSpec, what_digest
 
 log = logging.getLogger(__name__)
+
+_GPUS = ("/dev/nvidiactl", "/dev/dxg")
+
+
+def _check_room(prepared: Prepared) -> None:
+    """PlanError where a new run of local processes takes more memory than this machine has free: the kernel would kill
+    its ranks, or whatever else is large. Where there may be GPUs, and none are asked for, the node decides."""
+    spec = prepared.spec
+    if spec.launch.target != "local" or (spec.parallel.device == "auto" and any(map(os.path.exists, _GPUS))):
+        return
+    needs, free = needs_bytes(prepared), free_bytes() + swap_bytes()
+    if needs > free:
+        raise PlanError(
+            f"the plan needs {bytes_text(needs)} of memory, and {bytes_text(free)} are free on this machine; `hotstage "
+            "plan` shows for what: take a smaller microbatch, --set parallel.recompute=layer, checkpoint.slots=2, a "
+            "smaller model, or another machine"
+        )
 
 
 @contextmanager
@@ -78,6 +109,8 @@ def prepare_run(
         plan = compile_plan(resolved, dataset, what)
         prepared = Prepared(run, resolved, dataset, what, plan, schedule)
         check_layouts(prepared)
+        if store.head(spec_key(run)) is None:
+            _check_room(prepared)
         if resolved.model.init is None:
             create_run(prepared, store)
         told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")

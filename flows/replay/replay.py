@@ -26,7 +26,7 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.drive.line import parent_of
 from flows.drive.replays import EXIT_DIFFERS
-from flows.drive.run import Prepared, load_spec_of
+from flows.drive.run import Prepared, load_spec_of, needs_bytes
 from flows.drive.views import Restore, some_steps
 from flows.replay.again import compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
@@ -35,7 +35,6 @@ from flows.replay.suspects import Evidence, suspects_of
 from trainer.cores import free_bytes
 from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
-from trainer.plan.memory import host_kinds
 from trainer.spec import how_map, what_digest
 from trainer.spec_layouts import layout_words
 from trainer.wire import CUDA_PATHS
@@ -317,13 +316,6 @@ def _check_memory(prepared: Prepared) -> None:
             f"computing these steps again takes {needs / 2**30:.2f} GiB, and {there / 2**30:.2f} GiB are free here: "
             "take another machine, or a layout that keeps less (--set parallel.recompute=layer, fewer replicas)"
         )
-
-
-def needs_bytes(prepared: Prepared) -> int:
-    """Of this machine's memory, for all ranks."""
-    on_cuda = prepared.spec.parallel.on_cuda(prepared.spec.launch.kernel_path)
-    positions = (p for node in prepared.plan.on_nodes(prepared.nodes) for p in node)
-    return sum(sum(host_kinds(position, on_cuda).values()) for position in positions)
 
 
 def kernel_family(kind: str, kernel_path: str) -> str:

@@ -10,6 +10,7 @@ from checkpoint.store import Store
 from flows.drive.begin import prepare_run
 from flows.drive.run import INDEX_CAP, load_run, load_what, run_names
 from flows.recurring.chain import heir
+from trainer.errors import PlanError
 from trainer.spec import RunSpec, parse_spec
 
 
@@ -56,3 +57,17 @@ def test_a_chain_goes_on_as_it_began(ground: tuple[Store, RunSpec]) -> None:
     what = {"model": {"vocab": 300}, "data": {"packing": "across"}}
     assert heir(named(ground, "chain"), what).data.packing == "across"
     assert heir(named(ground, "chain", "within"), what).data.packing == "within"
+
+
+def test_a_new_run_that_this_machine_has_no_memory_for_is_refused_before_it_is_there(
+    ground: tuple[Store, RunSpec],
+) -> None:
+    store, before = ground[0], sorted(run_names(ground[0]))
+    tree = named(ground, "huge").model_dump(mode="json")
+    tree["model"] |= {"width": 1 << 18, "heads": 64, "hidden": None, "layers": 4}
+    tree["parallel"] |= {"device": "cpu"}
+    with pytest.raises(PlanError, match=r"the plan needs [\d.]+ TiB of memory, and .* are free .* checkpoint.slots=2"):
+        prepare_run(parse_spec(tree), store)
+    assert sorted(run_names(store)) == before
+    there = parse_spec({**tree, "launch": {**tree["launch"], "target": "kubernetes"}})
+    assert prepare_run(there, store).run in run_names(store), "a cluster's machines are others"
