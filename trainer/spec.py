@@ -241,6 +241,13 @@ def _full_path(path: tuple[str, ...], text: str) -> tuple[str, ...]:
     inside = [n for n in names if n.startswith(".".join(path) + ".")]
     if inside:
         raise SpecError(f"--set {text!r}: {'.'.join(path)} is a section; set a key of it: {_below(path, inside)}")
+    for n in range(1, len(path)):
+        if path[:n] in known:
+            whole = ".".join(path[:n])
+            raise SpecError(
+                f"--set {text!r}: {whole} has no keys: it is set whole, or as a table [[{whole}]] of the file where it "
+                "is a list of tables"
+            )
     near = [".".join(p) for p in fits] or [n for n in names if n.endswith("." + path[-1])]
     if (theirs := hint_of(path[-1])) is not None and not near:
         raise SpecError(f"--set {text!r}: there is no key {'.'.join(path)}; {theirs}")
@@ -310,6 +317,13 @@ def explain(details: ErrorDetails) -> list[str]:
         key, word = _BOUNDS[kind]
         mend = "raise it" if key in ("gt", "ge") else "lower it"
         return [f"{where} {value} must be {word} {context[key]}; {mend}"]
+    if kind in ("model_type", "model_attributes_type") and (keys := _section(details["loc"])):
+        return [f"{where} {value} is no section: it is one table, [{where}], with some of {', '.join(keys)}"]
+    if kind == "string_too_short":
+        return [f"{where} is empty; write it, or leave it out"]
+    if kind in ("string_too_long", "too_long"):
+        what = "characters" if kind == "string_too_long" else "entries"
+        return [f"{where} has {len(details['input'])} {what}, at most {context['max_length']}; shorten it"]
     if kind in _TYPES:
         return [f"{where} {value} is not {_TYPES[kind]}; {written_as(where, _TYPES[kind], details['input'])}"]
     if kind == "literal_error":
@@ -319,6 +333,19 @@ def explain(details: ErrorDetails) -> list[str]:
     if kind == "value_error":
         return [f"{where}.{context['error']}" if where else str(context["error"])]
     return [f"{where} {value}: {details['msg']}; correct it"]
+
+
+def _section(loc: Sequence[int | str]) -> list[str]:
+    """The keys of the section at a place of a spec; none where there is no section of its own."""
+    model: type[BaseModel] = RunSpec
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        forms = () if field is None else (field.annotation, *get_args(field.annotation))
+        found = next((f for f in forms if isinstance(f, type) and issubclass(f, BaseModel)), None)
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
 
 
 def _unknown_key(loc: tuple[str, ...]) -> str:

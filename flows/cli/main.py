@@ -133,6 +133,8 @@ def cli(verbose: int) -> None:
 class Number(click.FloatRange):
     """A float of a range; neither infinite nor "nan", which no range holds back."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):

@@ -76,6 +76,12 @@ def test_a_line_that_is_no_toml_is_shown_with_its_mend(tmp_path: Path, old: str,
         ("train.steps=1e3", "1000.0 is not a whole number; write 1000"),
         ("train.batch='4'", "write 4, without quotes"),
         ("train.batch=1e300", "write a whole number"),
+        ("eval.command=echo", "eval has no keys: it is set whole, or as a table [[eval]] of the file"),
+        ("recovery.layouts.stages=1", "recovery.layouts has no keys"),
+        ("checkpoint.keep=3", "it is one table, [checkpoint.keep], with some of last, every_steps"),
+        ("parallel.recompute=true", "[parallel.recompute], with some of kind, layers"),
+        ("launch.host=''", "launch.host is empty"),
+        ("launch.queue='" + "q" * 64 + "'", "launch.queue has 64 characters, at most 63; shorten it"),
     ],
 )
 def test_a_key_or_value_of_elsewhere_is_told_as_it_is_here(tmp_path: Path, asked: str, words: str) -> None:
