@@ -193,6 +193,7 @@ CASES = [
     Case("adamw", (1, 1), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
     Case("adamw", (20001, 0), (0.9, 0.999, 1e-8, 0.0), absent=(4,), rel=1e-6),
     Case("adamw", (20001, 1), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
+    Case("adamw", (524288 + 4096 + 17, 1), (0.9, 0.999, 1e-8, 0.1), rel=1e-6),  # its copy goes past the caches
     Case("adamw_copy", (1,), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
     Case("adamw_copy", (20001,), (0.9, 0.999, 1e-5, 0.1), rel=1e-6),
     Case("muon_momentum", (1,), (0.95,), rel=1e-6, f32_only=True),

@@ -83,24 +83,33 @@ static void layernorm_igrad_op(hs_kernel_ctx *ctx, hs_layernorm_igrad_args *a) {
     share_rows(ctx, a->R, a->C, layernorm_igrad_range, a);
 }
 
-VINLINE void layernorm_wgrad_columns(const hs_layernorm_wgrad_args *a, int64_t begin, int64_t end,
-                                     int dt) {
+/* Of rows [r, r + rows): as they lie in memory, some at a time; the sums wait in the nearest cache. */
+VINLINE void layernorm_wgrad_rows(const hs_layernorm_wgrad_args *a, int64_t r, int64_t rows,
+                                  int64_t begin, int64_t end, int dt) {
     float *dw = a->dw, *db = a->db;
     const void *dy = a->dy, *x = a->x;
     const float *mean = a->mean, *rstd = a->rstd;
     for (int64_t c = begin; c < end; c += LANES) {
         int64_t left = end - c;
         vf w = v_load_n(dw + c, left), b = v_load_n(db + c, left);
-        for (int64_t r = 0; r < a->R; r++) {
-            vf g = v_load_dt_n(dy, r * a->C + c, left, dt);
-            vf h = v_mul(v_sub(v_load_dt_n(x, r * a->C + c, left, dt), v_set1(mean[r])),
-                         v_set1(rstd[r]));
+        for (int64_t k = r; k < r + rows; k++) {
+            vf g = v_load_dt_n(dy, k * a->C + c, left, dt);
+            vf h = v_mul(v_sub(v_load_dt_n(x, k * a->C + c, left, dt), v_set1(mean[k])),
+                         v_set1(rstd[k]));
             w = v_fma(g, h, w);
             b = v_add(b, g);
         }
         v_store_n(dw + c, w, left);
         v_store_n(db + c, b, left);
     }
+}
+
+VINLINE void layernorm_wgrad_columns(const hs_layernorm_wgrad_args *a, int64_t begin, int64_t end,
+                                     int dt) {
+    int64_t r = 0;
+    for (; r + SHARE_ROWS <= a->R; r += SHARE_ROWS)
+        layernorm_wgrad_rows(a, r, SHARE_ROWS, begin, end, dt);
+    layernorm_wgrad_rows(a, r, a->R - r, begin, end, dt);
 }
 
 static void layernorm_wgrad_range(void *ctx, int64_t begin, int64_t end, int worker) {

@@ -43,14 +43,22 @@ typedef struct bias_job {
     int dt;
 } bias_job;
 
-VINLINE void bias_columns(const bias_job *j, int64_t begin, int64_t end, int dt) {
+/* Of rows [r, r + rows): as they lie in memory, some at a time; the sums wait in the nearest cache. */
+VINLINE void bias_rows(const bias_job *j, int64_t r, int64_t rows, int64_t begin, int64_t end,
+                       int dt) {
     for (int64_t n = begin; n < end; n += LANES) {
         int64_t left = end - n;
         vf s = v_load_n(j->db + n, left);
-        for (int64_t r = 0; r < j->R; r++)
-            s = v_add(s, v_load_dt_n(j->dy, r * j->ld + n, left, dt));
+        for (int64_t k = r; k < r + rows; k++)
+            s = v_add(s, v_load_dt_n(j->dy, k * j->ld + n, left, dt));
         v_store_n(j->db + n, s, left);
     }
+}
+
+VINLINE void bias_columns(const bias_job *j, int64_t begin, int64_t end, int dt) {
+    int64_t r = 0;
+    for (; r + SHARE_ROWS <= j->R; r += SHARE_ROWS) bias_rows(j, r, SHARE_ROWS, begin, end, dt);
+    bias_rows(j, r, j->R - r, begin, end, dt);
 }
 
 static void bias_range(void *ctx, int64_t begin, int64_t end, int worker) {

@@ -37,6 +37,8 @@ static void fold_op(hs_kernel_ctx *ctx, hs_fold_args *a) {
     share_flat(ctx, a->n, fold_range, a);
 }
 
+#define SUMSQ_AHEAD 8192 /* bytes: the processor itself looks no further than to a page's end */
+
 /* Blocks are cut among threads whole, so where the cuts lie does not show. */
 static void sumsq_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const hs_sumsq_parts_args *a = ctx;
@@ -47,8 +49,10 @@ static void sumsq_range(void *ctx, int64_t begin, int64_t end, int worker) {
         int64_t first = block * HS_SUMSQ_BLOCK, last = hs_min(first + HS_SUMSQ_BLOCK, a->n);
         vd sum = vd_zero();
         double lane[LANES];
-        for (int64_t i = first; i < last; i += LANES)
+        for (int64_t i = first; i < last; i += LANES) {
+            __builtin_prefetch((const char *)(x + i) + SUMSQ_AHEAD);
             sum = vd_add_square(sum, v_load_n(x + i, last - i));
+        }
         vd_store(lane, sum);
         for (int step = 8; step; step /= 2)
             for (int l = 0; l < step; l++) lane[l] = lane[l] + lane[l + step];
@@ -81,6 +85,10 @@ static void sum_op(hs_kernel_ctx *ctx, hs_sum_args *a) {
     *(double *)a->out = sum_pairs(a->tree, a->n);
 }
 
+/* Copies of so many elements go past the caches: the step that makes them moves 14 times their bytes, so they are out of
+ * the caches before anybody reads them, and a line that is written whole need not be read first. */
+#define PAST_CACHES (1 << 19)
+
 /* Both of AdamW's: what changes the state, and what only makes the copy that it will leave. */
 typedef struct adamw_job {
     const hs_step_control *control;
@@ -92,29 +100,40 @@ typedef struct adamw_job {
     float beta1, rest1, beta2, rest2, eps, decay;
 } adamw_job;
 
-VINLINE void adamw_flat(const adamw_job *j, int64_t begin, int64_t end, int dt) {
+/* Up to LANES elements from i on: their state, but where only the copy is made; returns w. */
+VINLINE vf adamw_lanes(const adamw_job *j, int64_t i, int64_t left) {
     const hs_step_control *control = j->control;
-    const float clip = control->clip_scale, shrink = control->lr_decay * j->decay;
-    const float step_size = control->step_size, v_scale = control->v_scale;
-    float *w = j->w, *m = j->m, *v = j->v, *g = j->g;
-    void *wc = j->wc;
-    const bool zero = j->zero, copy_only = j->copy_only;
-    for (int64_t i = begin; i < end; i += LANES) {
-        int64_t left = end - i;
-        vf gg = v_mul(v_load_n(g + i, left), v_set1(clip));
-        vf mm = v_fma(v_set1(j->beta1), v_load_n(m + i, left), v_mul(v_set1(j->rest1), gg));
-        vf vv =
-            v_fma(v_set1(j->beta2), v_load_n(v + i, left), v_mul(v_mul(v_set1(j->rest2), gg), gg));
-        vf den = v_fma(v_sqrt(vv), v_set1(v_scale), v_set1(j->eps));
-        vf ww = v_load_n(w + i, left);
-        ww = v_fnma(v_set1(shrink), ww, ww);
-        ww = v_sub(ww, v_div(v_mul(v_set1(step_size), mm), den));
-        if (wc) v_store_dt_n(wc, i, ww, left, dt);
-        if (copy_only) continue;
-        v_store_n(w + i, ww, left);
-        v_store_n(m + i, mm, left);
-        v_store_n(v + i, vv, left);
-        if (zero) v_store_n(g + i, v_zero(), left);
+    vf g = v_mul(v_load_n(j->g + i, left), v_set1(control->clip_scale));
+    vf m = v_fma(v_set1(j->beta1), v_load_n(j->m + i, left), v_mul(v_set1(j->rest1), g));
+    vf v = v_fma(v_set1(j->beta2), v_load_n(j->v + i, left), v_mul(v_mul(v_set1(j->rest2), g), g));
+    vf den = v_fma(v_sqrt(v), v_set1(control->v_scale), v_set1(j->eps));
+    vf w = v_load_n(j->w + i, left);
+    w = v_fnma(v_set1(control->lr_decay * j->decay), w, w);
+    w = v_sub(w, v_div(v_mul(v_set1(control->step_size), m), den));
+    if (j->copy_only) return w;
+    v_store_n(j->w + i, w, left);
+    v_store_n(j->m + i, m, left);
+    v_store_n(j->v + i, v, left);
+    if (j->zero) v_store_n(j->g + i, v_zero(), left);
+    return w;
+}
+
+/* j is a copy of the caller's own: nothing that is stored can change it. */
+VINLINE void adamw_flat(adamw_job own, int64_t begin, int64_t end, int dt) {
+    const hs_step_control control = *own.control;
+    own.control = &control;
+    const adamw_job *j = &own;
+    int64_t i = begin;
+    if (dt == HS_BF16 && j->wc && j->n >= PAST_CACHES && (uintptr_t)j->wc % 64 == 0) {
+        for (; i + 2 * LANES <= end; i += 2 * LANES) {
+            const vf low = adamw_lanes(j, i, LANES), high = adamw_lanes(j, i + LANES, LANES);
+            v_stream_bf16((bf16 *)j->wc + i, low, high);
+        }
+        v_streamed();
+    }
+    for (; i < end; i += LANES) {
+        const vf w = adamw_lanes(j, i, end - i);
+        if (j->wc) v_store_dt_n(j->wc, i, w, end - i, dt);
     }
 }
 
@@ -122,7 +141,7 @@ static void adamw_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const adamw_job *j = ctx;
     (void)worker;
     begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->n);
-    BY_DTYPE(j->dtype, adamw_flat, j, begin, end);
+    BY_DTYPE(j->dtype, adamw_flat, *j, begin, end);
 }
 
 /* The operands and numbers that both have. */

@@ -20,6 +20,9 @@ static inline void share_rows(hs_kernel_ctx *ctx, int64_t rows, int64_t width, h
 #define SHARE_COLUMNS 64
 #define SHARE_FLAT    4096
 
+/* Sums down columns take so many rows at a time. */
+#define SHARE_ROWS 4
+
 /* fn over blocks of SHARE_COLUMNS columns of `rows` rows */
 static inline void share_columns(hs_kernel_ctx *ctx, int64_t rows, int64_t columns, hs_range_fn fn,
                                  void *job) {

@@ -176,6 +176,11 @@ VINLINE vf v_load_bf16_part(const bf16 *p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 VINLINE __m256i v_to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+    /* the same, but that it flushes denormal numbers (class 0x20) */
+    if (__builtin_expect(!_mm512_fpclass_ps_mask(x, 0x20), 1))
+        return (__m256i)_mm512_cvtneps_pbh(x);
+#endif
     vi u = v_bits(x);
     vi even = vi_and(vi_shr(u, 16), vi_set1(1));
     vi r = vi_shr(vi_add(u, vi_add(even, vi_set1(0x7fff))), 16);
@@ -185,6 +190,10 @@ VINLINE __m256i v_to_bf16(vf x) {
 }
 VINLINE void v_store_bf16(bf16 *p, vf x) {
     _mm256_storeu_si256((__m256i *)(void *)p, v_to_bf16(x));
+}
+VINLINE void v_stream_bf16(bf16 *p, vf low, vf high) {
+    _mm512_stream_si512(
+        (void *)p, _mm512_inserti64x4(_mm512_castsi256_si512(v_to_bf16(low)), v_to_bf16(high), 1));
 }
 VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
     __m256i h = v_to_bf16(x);
@@ -344,10 +353,16 @@ VINLINE __m256i half_to_bf16(__m256 x) {
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(r, _mm256_or_si256(top, _mm256_set1_epi32(0x40)), nan);
 }
-VINLINE void v_store_bf16(bf16 *p, vf x) {
+VINLINE __m256i v_to_bf16(vf x) {
     __m256i packed = _mm256_packus_epi32(half_to_bf16(x.a), half_to_bf16(x.b));
-    packed = _mm256_permute4x64_epi64(packed, 0xd8);
-    _mm256_storeu_si256((__m256i *)(void *)p, packed);
+    return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+VINLINE void v_store_bf16(bf16 *p, vf x) {
+    _mm256_storeu_si256((__m256i *)(void *)p, v_to_bf16(x));
+}
+VINLINE void v_stream_bf16(bf16 *p, vf low, vf high) {
+    _mm256_stream_si256((__m256i *)(void *)p, v_to_bf16(low));
+    _mm256_stream_si256((__m256i *)(void *)(p + 16), v_to_bf16(high));
 }
 VINLINE float v_sum(vf x) {
     __m256 y = _mm256_add_ps(x.a, x.b);
@@ -814,6 +829,19 @@ VINLINE void v_store_bf16_part(bf16 *p, vf x, int64_t n) {
 #endif
 
 /* -------------------- all builds */
+
+/* Stores of 32 bf16 to a line of 64 bytes past the caches, and what follows the last of them, before others read. */
+#if HS_VEC == 1 || HS_VEC == 2
+VINLINE void v_streamed(void) {
+    _mm_sfence();
+}
+#else
+VINLINE void v_stream_bf16(bf16 *p, vf low, vf high) {
+    v_store_bf16(p, low);
+    v_store_bf16(p + LANES, high);
+}
+VINLINE void v_streamed(void) {}
+#endif
 
 /* Loads and stores by element type. dt is a constant wherever these are inlined (see BY_DTYPE). */
 VINLINE vf v_load_dt(const void *p, int64_t at, int dt) {
