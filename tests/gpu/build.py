@@ -22,6 +22,7 @@ from pathlib import Path
 
 from k8s.images import cuda
 from tests.engine.kernel_lib import CPU_PATHS
+from tests.engine.kernel_lib import build as build_oracle
 from tests.gpu import box
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +176,7 @@ def build(folder: Path = FOLDER) -> Built:
         ("library", "HOTSTAGE_CUDA", lambda: build_library(builder, nvcc or "nvcc", box.architecture(), more)),
         ("engine", "HOTSTAGE_ENGINE", lambda: build_engine(builder)),
         ("way", "", lambda: build_way_to_device(builder)),
+        ("oracle", "", build_oracle),  # the tests' own, which they would build first
     ]
 
     def one(what: tuple[str, str, Callable[[], Path]]) -> Path:
@@ -187,7 +189,7 @@ def build(folder: Path = FOLDER) -> Built:
         return path
 
     with ThreadPoolExecutor(len(wanted)) as pool:
-        library, engine, way = pool.map(one, wanted)
+        library, engine, way, _ = pool.map(one, wanted)
     slowest = dict(sorted(builder.took.items(), key=lambda item: -item[1])[:6])
     return Built(engine, library, way, seconds, slowest)
 

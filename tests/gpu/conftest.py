@@ -37,8 +37,8 @@ def path() -> str:
 
 @pytest.fixture(scope="session")
 def device(path: str) -> Iterator[DeviceLib]:
-    small = os.environ.get("HOTSTAGE_GPU_CASES", "all") != "all"
-    arena = 4 << 20 if small else 1 << 30  # the largest case's operands
+    arenas = {"few": 4 << 20, "one": 4 << 20, "one-large": 16 << 20}
+    arena = arenas.get(os.environ.get("HOTSTAGE_GPU_CASES", "all"), 1 << 30)  # the largest case's operands
     way, library = Path(os.environ["HOTSTAGE_GPU_WAY"]), Path(os.environ["HOTSTAGE_CUDA"])
     lib = DeviceLib(way, library, path, arena=arena)
     yield lib

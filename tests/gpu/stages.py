@@ -57,8 +57,8 @@ def stages() -> list[Stage]:
     found = [
         Stage("build", "engine, library and the tests' way to a device", 300, 60, more),
         Stage("facts", "the device as the backend opens it, copy rates, a large product", 90, 20, one, build),
-        Stage("kernels-exact", "kernels of cuda-exact: the CPU's bits, the oracle's bounds", 240, 60, one, build),
-        Stage("kernels-cuda", "kernels of cuda: the oracle's bounds, one bit pattern", 240, 60, one, build),
+        Stage("kernels-exact", "odd shapes on cuda-exact: the CPU's bits, the oracle's bounds", 240, 40, one, build),
+        Stage("kernels-cuda", "odd shapes on cuda: the oracle's bounds, one bit pattern", 240, 40, one, build),
         Stage("models-exact", "tiny and golden models on cuda-exact", 240, 45, one, build),
         Stage("models-cuda", "tiny and golden models on cuda", 240, 45, one, build),
         Stage(small, "GPT-2 124M, bf16: tokens a second, start, memory", 120, 30, one, build),
@@ -66,6 +66,8 @@ def stages() -> list[Stage]:
         Stage("roofline-gpt2-124m", "each kernel call of GPT-2 124M beside the probes", 120, 40, one, (small,)),
         Stage("timeline-gpt2-124m", "time of a step outside kernels", 90, 30, ("gpu",), (small,)),
         Stage("channels", "two ranks on one device: one rank's bits", 120, 30, one, (small,)),
+        Stage("large-exact", "kernels at real sizes on cuda-exact", 300, 90, one, build),
+        Stage("large-cuda", "kernels at real sizes on cuda", 300, 90, one, build),
         Stage("memcheck", "compute-sanitizer on the small kernel cases", 300, 90, sanitizer_, ("kernels-exact",)),
         Stage(llama, "a llama of 1B, T 4096, bf16", 120, 40, one, build),
         Stage("torch-llama-1b", "the llama beside PyTorch", 420, 170, (*one, "torch"), (llama,)),
@@ -82,7 +84,7 @@ def stages() -> list[Stage]:
         Stage("jax-gpt2-1.5b", "GPT-2 1.5B-shaped beside JAX", 480, 200, (*one, "jax"), (large,)),
     ]
     if tiny():  # nothing in the rehearsal takes long
-        found = [Stage(s.name, s.about, 120, 1, s.needs, s.after) for s in found]
+        found = [Stage(s.name, s.about, 300, 1, s.needs, s.after) for s in found]
     return found
 
 
@@ -131,7 +133,13 @@ def under_pytest(file: str, path: str, more: dict[str, str] | None = None, prefi
         else:
             tests += lost  # they count as skipped, and say why
     failed = [test["name"] for test in tests if test["outcome"] == "failed"]
-    told: Told = {"tests": tests, "code": done.returncode, "said": (done.stdout + done.stderr)[-3000:]}
+    said = done.stdout + done.stderr
+    # a tool that runs the tests begins with what it cannot do, and ends with what it found
+    told: Told = {
+        "tests": tests,
+        "code": done.returncode,
+        "said": said if len(said) < 6000 else f"{said[:3000]}\n...\n{said[-3000:]}",
+    }
     if failed or (done.returncode != 0 and not prefix):
         first = next((test["why"] for test in tests if test["outcome"] == "failed"), told["said"])
         told["why"] = f"{len(failed)} of {len(tests)} tests failed, the first {failed[:1]}: {first[-400:]}"
@@ -227,7 +235,11 @@ class opened:
 
 
 def kernels(path: str) -> Told:
-    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "one"} if tiny() else {})
+    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "one" if tiny() else "odd"})
+
+
+def large(path: str) -> Told:
+    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "one-large" if tiny() else "large"})
 
 
 def models(path: str) -> Told:
@@ -235,7 +247,8 @@ def models(path: str) -> Told:
 
 
 def sanitizer(tool: str) -> Told:
-    """The small cases under one tool of compute-sanitizer, both paths."""
+    """The small cases under one tool of compute-sanitizer, both paths; of a library's products none: their kernels are
+    its own, and large to look into."""
     program = box.tool("compute-sanitizer")
     if program is None:
         raise Cannot("compute-sanitizer is not installed")
@@ -243,9 +256,11 @@ def sanitizer(tool: str) -> Told:
     cases = "few" if tool == "memcheck" else "one"  # the others take long
     for path in ("cuda-exact", "cuda"):
         prefix = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        found = under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": cases}, prefix)
-        if "Device not supported" in found["said"] or "Unable to" in found["said"]:
-            raise Cannot(f"compute-sanitizer cannot work on this machine: {found['said'][-300:]}")
+        more = {"HOTSTAGE_GPU_CASES": cases} | ({"HOTSTAGE_GPU_OURS": "1"} if path == "cuda" else {})
+        found = under_pytest("device_kernels.py", path, more, prefix)
+        cannot = re.search(r".*(?:Device not supported|Unable to).*", found["said"])
+        if cannot:
+            raise Cannot(f"compute-sanitizer cannot work on this machine: {cannot[0][:300]}")
         summary = re.findall(r"={3,} (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", found["said"])
         clean = found["code"] == 0
         told["tests"].append(one_test(f"{tool}[{path}]", clean, "\n".join(summary) or found["said"][-1500:]))
@@ -360,8 +375,8 @@ def function_of(name: str) -> Callable[[Path], Told]:
         return lambda _: sanitizer(name)
     what, _, which = name.partition("-")
     paths = {"exact": "cuda-exact", "cuda": "cuda"}
-    if what in ("kernels", "models"):
-        return lambda _: {"kernels": kernels, "models": models}[what](paths[which])
+    if what in ("kernels", "large", "models"):
+        return lambda _: {"kernels": kernels, "large": large, "models": models}[what](paths[which])
     if what in PEERS:
         return lambda folder: beside(what, which, folder)
     if what == "train":

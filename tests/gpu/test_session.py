@@ -191,6 +191,16 @@ assert sys.modules["msgpack"].__file__.endswith("bare/msgpack.py")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_another_package_of_tests_is_not_in_the_way(tmp_path: Path) -> None:
+    """A wheel that brings its own `tests`, as some do, is found behind this tree's."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.gpu", "session", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_stand_ins_do_what_the_packages_do() -> None:
     whole = [0, 127, 128, -1, -32, -33, 255, 256, 65535, 65536, 2**32, 2**63, -(2**15), -(2**31), -(2**63)]
     texts = ["", "é" * 40, "x" * 300, "y" * 70000, b"", b"z" * 300]
@@ -223,6 +233,7 @@ def test_every_stage_has_its_function_and_its_order() -> None:
         assert stage.least_s <= stage.limit_s <= 535
         assert set(stage.after) <= set(names[:place]), "a stage comes before one that it stands on"
     assert set(TOOLS) <= set(names)
+    assert names.index("train-gpt2-124m") < names.index("large-exact"), "the oracle of real sizes takes minutes"
 
 
 def test_times_outside_kernels() -> None:
