@@ -51,7 +51,7 @@ class Filter:
     def _asked(self, predicate: Callable[[Document], object], document: Document) -> bool:
         try:
             answer = predicate(document)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # what leaves by itself would leave without a word
             line = error.__traceback__.tb_next if error.__traceback__ is not None else None
             at = "" if line is None else f" (line {line.tb_lineno} of it)"
             raise DatasetError(
@@ -97,7 +97,7 @@ def _predicate(path: str) -> tuple[Callable[[Document], object], bytes]:
                 "package.module:function, and start where the module lies"
             ) from error
         raise SpecError(f"{what}: importing {module!r} failed: {error}; install what it needs") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SpecError(f"{what}: importing {module!r} raised {type(error).__name__}: {str(error)[:300]}") from error
     for part in name.split("."):
         if not hasattr(found, part):

@@ -345,9 +345,11 @@ def test_a_filter_chooses_by_length_language_and_predicate(here: Path, small: Ca
     [
         ({"min_length": 900}, DatasetError, "leaves no text of .*: 30 documents, of them 30 too short; loosen it"),
         ({"language": ["en"]}, DatasetError, "30 without a language tag; loosen it"),
-        ({"predicate": "rules_x:none"}, SpecError, "rules_x has no 'none'; it has answers, raises, refuses"),
+        ({"predicate": "rules_x:none"}, SpecError, "rules_x has no 'none'; it has answers, leaves, raises, refuses"),
         ({"predicate": "rules_y:f"}, SpecError, "there is no module 'rules_y'"),
         ({"predicate": "rules_z:f"}, SpecError, "importing 'rules_z' raised SyntaxError"),
+        ({"predicate": "rules_w:f"}, SpecError, "importing 'rules_w' raised SystemExit: 3"),
+        ({"predicate": "rules_x:leaves"}, DatasetError, r"raised SystemExit for c/a.jsonl:1: 4 \(line 5 of it\)"),
         ({"predicate": "rules_x:VALUE"}, SpecError, "is int, nothing to call"),
         ({"predicate": "rules_x:raises"}, DatasetError, r"raised KeyError for c/a.jsonl:1: 'x' \(line 2 of it\)"),
         ({"predicate": "rules_x:answers"}, DatasetError, "answered NoneType for c/a.jsonl:1; it must answer True"),
@@ -363,8 +365,10 @@ def test_a_filter_that_cannot_be(
     Path("c/a.jsonl").write_bytes(lines(TEXTS))
     Path("rules_x.py").write_text(
         "def raises(document):\n    return document.fields['x']\ndef answers(document): ...\n"
+        "def leaves(document):\n    raise SystemExit(4)\n"
         "def refuses(document):\n    return False\nVALUE = 7\n"
     )
+    Path("rules_w.py").write_text("import sys\nsys.exit(3)\n")
     Path("rules_z.py").write_text("def f(:\n")
     try:
         with pytest.raises(error, match=words):
