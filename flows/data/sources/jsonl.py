@@ -169,6 +169,10 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
         mend = "; was the line cut short?" if cut else ""
         if error.msg == "Extra data":
             mend = "; a line holds one object: " + ("take the comma away" if rest == "," else _LINES)
+        elif error.msg.startswith("Expecting property name") and rest.startswith("'"):
+            mend = "; JSON has double quotes, this is Python's: write it by json.dumps"
+        elif error.msg.startswith("Invalid control character"):
+            mend = "; inside a text a tab is \\t, a line's end \\n"
         elif line.strip() in ("{", "["):
             mend = f"; an object stands on one line: {_LINES}" + (" '.[]'" if line.strip() == "[" else "")
         why = f"{error.msg.removesuffix(' at')} at column {error.colno}{mend}"
