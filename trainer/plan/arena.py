@@ -274,6 +274,8 @@ class PositionMemory:
             largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
             partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
             most = max(most, partials)
+            if self.job.norms_at_once:  # beside what the backward has
+                self.blocks = arena.take(partials, "scratch")
         if self.codes:
             most = max(most, 4 * wire.QUANTISE_PARTS)
         whole = align(4 * wire.QUANTISE_PARTS)  # of a weight as AdamW will leave it, to be made codes
@@ -288,6 +290,8 @@ class PositionMemory:
             buffers = self.buffers[number]
             buffers.places[name] = Ref(wire.SPACE_STATIC, base + offset, buffers.size(name))
         self.partials, self.whole, self.orthogonal = base, base + whole, base + orthogonal
+        if not self.job.norms_at_once:
+            self.blocks = base
 
     def matrices(self, n: int, start: int = 0) -> list[tuple[int, HiddenMatrix]]:
         """The matrices that a tensor of Muon is made of: the first element, and where it is made orthogonal."""

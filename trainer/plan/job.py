@@ -84,6 +84,12 @@ class Job:
         train = self.spec.train
         return Groups(train.microbatches // self.replicas, train.groups // self.replicas)
 
+    @property
+    def norms_at_once(self) -> bool:
+        """Whether a backward takes the squared norms of the gradients that it makes: a step is one microbatch, whose
+        gradients are complete when they are made."""
+        return not self.infer and self.replicas == 1 and self.groups.microbatches == 1
+
     @cached_property
     def pieces(self) -> Mapping[int, int]:
         """Elements of a piece, of the tensors of which every replica keeps one; not there: whole in every replica.

@@ -4,8 +4,8 @@ Words of ``places.py``: a position is lowered once and runs as a rank in every r
 stage (embedding, owner of a tied one) and which the last (head, losses) is the pipeline's; position 0 combines the
 reports, whatever its stage is. A position has one stage here: ``lower`` refuses several.
 
-A step list is: data, computations with their messages, tied gradient, norms, reports, control, optimizer,
-tied weights, snapshot. Every message appears; nothing is decided by the engine.
+A step list is: data, computations with their messages, tied gradient, norms (a step's only microbatch takes them in its
+backward), reports, control, optimizer, tied weights, snapshot. Every message appears; nothing is decided by the engine.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class _Lowering:
         self.train, self.pipeline = job.spec.train, job.layout.pipeline
         self.first, self.last = self.mem.first, self.mem.last  # stages: with the embedding, with the head
         self.tied, self.owned = job.tied_tensor, job.owned[position]
+        self.summed: set[int] = set()
+        """Tensors whose squared norm a backward takes."""
 
     def _call(
         self,
@@ -94,6 +96,8 @@ class _Lowering:
                     add(name, bound)
                 else:
                     begins, ends = op in self._first(number), op == self._ends_with(number, (B, W))
+                    if ends and self.job.norms_at_once:
+                        bound = self._with_norms(bound)
                     self.reduction.add(number, op, name, bound, begins, ends)
                     made |= self.reduction.programs
         add("load", self._load())
@@ -164,10 +168,30 @@ class _Lowering:
             if n in self.mem.norm_parts:
                 part = own_piece(self.mem.norm_parts[n], 8 * elements // wire.SUMSQ_BLOCK)
                 calls.append(self._call("sumsq_parts", (part, self.mem.own(self.mem.gradients[n], n)), (elements,)))
-                continue
-            partials = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * -(-elements // wire.SUMSQ_BLOCK))
-            calls.append(self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,)))
+            elif n not in self.summed:
+                calls.append(self._sumsq_of(n))
         return calls
+
+    def _sumsq_of(self, n: int) -> BoundCall:
+        elements = self.mem.kept(n)
+        partials = Ref(wire.SPACE_STATIC, self.mem.blocks, 8 * -(-elements // wire.SUMSQ_BLOCK))
+        return self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,))
+
+    def _with_norms(self, calls: Sequence[BoundCall]) -> list[BoundCall]:
+        """The last backward of a step's only microbatch: a gradient's squared norm is taken right behind the call that
+        completes it, while caches hold it. Where a tied tensor's other share comes later, its norm does too."""
+        places = {self.mem.gradients[n].offset: n for n in self.owned if n != self.tied or self.job.joined}
+        completes = {
+            places[ref.offset]: at
+            for at, call in enumerate(calls)
+            for ref in call.ptr
+            if ref is not None and ref.space == wire.SPACE_STATIC and ref.offset in places
+        }
+        self.summed |= completes.keys()
+        behind: dict[int, list[BoundCall]] = {}
+        for n, at in completes.items():
+            behind.setdefault(at, []).append(self._sumsq_of(n))
+        return [one for at, call in enumerate(calls) for one in (call, *behind.get(at, ()))]
 
     def _norm(self, n: int) -> Ref:
         return Ref(wire.SPACE_STATIC, self.mem.sumsq.offset + 8 * n, 8)
@@ -345,7 +369,7 @@ class _Lowering:
         data = [BoundAction(wire.A_DATA)] if self.mem.given else []
         made = [
             *self.head.gradient(),
-            BoundAction(wire.A_RUN, "O", "sumsq"),
+            *([BoundAction(wire.A_RUN, "O", "sumsq")] if self._sumsq() else []),
             *self._gather_norms(),
             BoundAction(wire.A_REPORT, ref=self.mem.report),
         ]

@@ -151,6 +151,25 @@ def test_a_tied_embedding_of_one_microbatch_and_stage_has_one_gradient(stages: i
         assert plan.positions[0].bytes_by_kind["gradients"] == sum(memory.align(4 * t.elements) for t in plan.tensors)
 
 
+@pytest.mark.parametrize(("stages", "batch"), [(1, 2), (3, 2), (3, 4)])
+def test_a_step_of_one_microbatch_takes_norms_right_behind_gradients(stages: int, batch: int) -> None:
+    plan = plan_of("gpt2", stages, train={"steps": 10, "batch": batch, "microbatch": 2, "sequence": 16})
+    for p in plan.positions:
+        programs = {name: program.calls for name, program in p.programs.items()}
+        norms = {name: [call.ptr[1] for call in calls if call.kernel == "sumsq"] for name, calls in programs.items()}
+        taken = [ref for refs in norms.values() for ref in refs if ref is not None]
+        assert sorted(ref.offset for ref in taken) == sorted(state.grad for state in p.states)
+        if batch > 2:
+            assert {name for name, refs in norms.items() if refs} == {"sumsq"}
+            continue
+        made = [call.kernel for call in programs["B"]]
+        for at in (at for at, kernel in enumerate(made) if kernel == "sumsq"):
+            gradient = programs["B"][at].ptr[1]
+            last = max(n for n, call in enumerate(programs["B"]) if made[n] != "sumsq" and gradient in call.ptr)
+            assert set(made[last + 1 : at]) <= {"sumsq"}
+        assert "sumsq" in made
+
+
 def test_the_calls_of_an_optimizer_step() -> None:
     plan = plan_of("gpt2", 2, "1f1b", "bf16")
     for p in plan.positions:
