@@ -1,4 +1,4 @@
-/* Causal attention in tiles, on the packed micro kernel of gemm.h.
+/* Causal attention in tiles, on products that read their operands where they lie (tile.h).
  *
  * Order of the sums, the same for every build and any number of threads:
  *
@@ -13,53 +13,42 @@
  * A masked key, after a row or before the first that it reads, has p = 0 exactly and leaves every
  * chain as it was (unless its v, q or dy is not finite: 0 times that is NaN, so such a number also
  * shows in other rows of the same tile). So what a tile's other rows read never shows in a row, and
- * blocks that no row of a tile reads are left out. Where rows have a first key, a maximum begins
- * with LEAST, and sums with 0: a block may come before a row's first.
+ * what no row of a tile reads is left out, the same on every path. Where rows have a first key, a
+ * maximum begins with LEAST, and sums with 0: a block may come before a row's first.
  *
- * Tiles of scores lie turned, keys as rows: what is done to a row of the mathematics is done to 16 of
- * them side by side, and p is packed without a transposition.
+ * Every operand is laid out once, as f32: turned, [d][row], or straight, [row][d]. A tile of scores
+ * is an operand of the products that follow as it lies: forward it is turned, [key][query], so that
+ * what is done to a row of the mathematics is done to 16 of them side by side, and o is made turned
+ * too; backward it is [query][key], dk and dv are made turned, and dq reads it by rows.
  *
  * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk
- * and dv. Backward goes over tiles of keys (outside) and rows (inside): dk and dv of the tile are
- * finished in it, the running dq of every row of the group's heads waits in the scratch. Where
- * those do not fit it (T long), dq is made before, by itself: rows outside, keys inside, the scores
- * computed twice. The chains, and so the bits, are the same.
+ * and dv. Backward goes over heads, rows (ROWS of them at a time) and blocks of keys: dq of the rows
+ * is finished in it, the running dk and dv of all keys wait in the scratch. Where those do not fit
+ * it (T long), dq is made before, by itself, and then dk and dv of as many keys at a time as fit,
+ * the scores computed twice. The chains, and so the bits, are the same.
  */
 #include "kernels/attention.h"
 
-#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
+#include "kernels/cpu/tile.h"
 #include "kernels/cpu/vec_math.h"
 
-/* Rows of a tile, packed once, and its columns. WIDE is a multiple of KEYS. */
-enum { WIDE = 192, KEYS = 64 };
+enum {
+    KEYS = TILE_ROW,  /* of a block */
+    STRIP = 32,       /* queries of a tile forward; keys of one backward */
+    WIDE = 6 * STRIP, /* queries that a block of keys is used for in a row, forward */
+    ROWS = 96         /* queries of a tile backward: whole tiles of registers on every path */
+};
 
 #define LEAST (-0x1.fffffep127f) /* finite: a masked score less it is no NaN */
-
-#define HEAD_PAD ((HS_ATTENTION_HEAD_MAX + NR - 1) / NR * NR)
-
-/* A worker's scratch. 64: see PACK_A. */
-typedef struct attention_scratch {
-    float rows0[WIDE * HEAD_PAD + 64], rows1[WIDE * HEAD_PAD + 64]; /* packed rows (A) */
-    float cols0[KEYS * HEAD_PAD], cols1[KEYS * HEAD_PAD];           /* packed columns (B) */
-    float score[WIDE * KEYS], other[WIDE * KEYS], packed[WIDE * KEYS + 64];
-    float sum0[WIDE * HEAD_PAD], sum1[WIDE * HEAD_PAD]; /* running sums */
-    float top[WIDE], total[WIDE];
-    float keys[WIDE * HEAD_PAD]; /* a tile's keys, packed by row */
-    float rest[]; /* forward: a head's keys and values, packed; backward: dq of a group's heads */
-} attention_scratch;
-
-_Static_assert(sizeof(attention_scratch) <= (size_t)WORKER_FLOATS * sizeof(float),
-               "scratch of a worker");
-
-#define REST_FLOATS ((int64_t)WORKER_FLOATS - (int64_t)(sizeof(attention_scratch) / sizeof(float)))
 
 /* What both directions share of their arguments, and the arguments of the one that runs. */
 typedef struct attention_job {
     const hs_attention_fwd_args *fwd;
     const hs_attention_igrad_args *igrad;
-    attention_scratch *scratch;
+    float *scratch;
     int64_t T, H, G, D;
+    int64_t wide; /* D in whole vectors */
     const int32_t *first;
     int64_t window;
     bool banded; /* there are rows that do not read all before them */
@@ -72,10 +61,10 @@ static int64_t low_of(const attention_job *j, int64_t b, int64_t t) {
     return hs_first_read(j->first, b * j->T + t, t, j->window);
 }
 
-/* Rows [0, return) of the tile from q0 on hold all that read keys before `end`, and whole groups of
- * `unit`. Rows do not read earlier keys than those above them. */
-static int64_t rows_before(const attention_job *j, int64_t b, int64_t q0, int64_t rows, int64_t end,
-                           int64_t unit) {
+/* Rows [0, return) of the tile from q0 on are those that read keys before `end`. Rows do not read
+ * earlier keys than those above them. */
+static int64_t rows_before(const attention_job *j, int64_t b, int64_t q0, int64_t rows,
+                           int64_t end) {
     if (!j->banded) return rows;
     int64_t found = 0, above = rows;
     while (found < above) {
@@ -85,91 +74,125 @@ static int64_t rows_before(const attention_job *j, int64_t b, int64_t q0, int64_
         else
             above = middle;
     }
-    return hs_min(rows, hs_ceil_div(found, unit) * unit);
+    return found;
 }
 
-static attention_scratch *scratch_of(const attention_job *j, int worker) {
-    return (attention_scratch *)(void *)((float *)(void *)j->scratch +
-                                         (size_t)worker * WORKER_FLOATS);
-}
-
-/* One head of one batch element: T rows, ld apart, D wide. */
-typedef struct head {
-    void *p;
-    int64_t ld;
-    int dt;
-} head;
-
+/* One head of one batch element. */
 static head head_of(const attention_job *j, void *operand, int64_t ld, int64_t b, int64_t h) {
-    return (head){(char *)operand + (b * j->T * ld + h * j->D) * dt_size(j->dt), ld, j->dt};
-}
-
-/* (row, d) and (d, row) of a head as the side of a product whose inner index is d, or the row */
-static side inner_d(head h) {
-    return (side){h.p, h.ld, 1, h.dt};
-}
-static side inner_row(head h) {
-    return (side){h.p, 1, h.ld, h.dt};
-}
-
-/* out[row0 + i][d] = sum[i][d] times or divided by something */
-VINLINE void put_rows_dt(head out, int64_t row0, int64_t rows, int64_t D, const float *sum,
-                         float times, const float *over, int dt) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t d = 0; d < D; d += LANES) {
-            vf x = v_load_n(sum + i * D + d, D - d);
-            x = over ? v_div(x, v_set1(over[i])) : v_mul(x, v_set1(times));
-            v_store_dt_n(out.p, (row0 + i) * out.ld + d, x, D - d, dt);
-        }
-}
-
-static void put_rows(head out, int64_t row0, int64_t rows, int64_t D, const float *sum, float times,
-                     const float *over) {
-    BY_DTYPE(out.dt, put_rows_dt, out, row0, rows, D, sum, times, over);
-}
-
-/* Rows [first, rows) of a tile: packed rows times packed columns. Rows before it in first's panel
- * come along. */
-static void scores(float *tile, const float *packed_rows, const float *packed_cols, int64_t first,
-                   int64_t rows, int64_t cols, int64_t D) {
-    int64_t skip = first / MR * MR;
-    multiply_packed(rows - skip, cols, D, packed_rows + skip * D, packed_cols, tile + skip * KEYS,
-                    KEYS, 0);
+    return (head){(char *)operand + (b * j->T * ld + h * j->D) * dt_size(j->dt), ld, j->T, j->D,
+                  j->dt};
 }
 
 /* -------------------- forward */
 
-/* Queries [i, i + LANES) of a tile of scores, turned (rows are keys, columns queries): a vector has
- * a key's score of each, and becomes its p in place. Query i + l sees keys from unseen[l] (NULL: 0)
- * up to seen + l. shrink: what the sums so far are to be multiplied with. */
-static void softmax_columns(attention_scratch *s, int64_t i, int64_t keys, int64_t seen,
-                            const float *unseen, float scale, float *shrink) {
-    float *z = s->score + i;
+/* A worker's scratch. Strip s of a group of queries has its own at s STRIP times what a query has. */
+typedef struct forward {
+    float *queries;       /* [strip][d][STRIP] */
+    float *sums;          /* [strip][d][STRIP], the running o */
+    float *tops, *totals; /* [WIDE] */
+    float *score;         /* [KEYS][STRIP] */
+    float *keys;          /* [block][d][KEYS] */
+    float *values;        /* [key][wide] */
+    bool kept;            /* all blocks of a head are there; else there is room for one */
+} forward;
+
+static forward forward_of(const attention_job *j, int worker) {
+    const int64_t D = j->D, all = hs_ceil_div(j->T, KEYS) * KEYS;
+    float *at = j->scratch + (int64_t)worker * WORKER_FLOATS, *end = at + WORKER_FLOATS;
+    forward f = {.queries = at};
+    f.sums = f.queries + WIDE * D;
+    f.tops = f.sums + WIDE * j->wide;
+    f.totals = f.tops + WIDE;
+    f.score = f.totals + WIDE;
+    f.keys = f.score + KEYS * STRIP;
+    f.kept = all * (D + j->wide) <= end - f.keys;
+    f.values = f.keys + (f.kept ? all : KEYS) * D;
+    return f;
+}
+
+static void lay_block(const attention_job *j, const forward *f, head k, head v, int64_t k0) {
+    const int64_t at = f->kept ? k0 : 0, keys = hs_min(KEYS, j->T - k0);
+    lay_turned(f->keys + at * j->D, KEYS, k, k0, keys);
+    lay_straight(f->values + at * j->wide, v, k0, keys);
+}
+
+/* A sum of each of LANES parts: part[0] = the tree of 8, 4, 2, 1. */
+VINLINE void join_parts(vf *part) {
+    for (int64_t step = LANES / 2; step; step /= 2)
+        for (int64_t l = 0; l < step; l++) part[l] = v_add(part[l], part[l + step]);
+}
+
+/* A vector of queries goes on to a maximum and a sum of a block. shrink: what its sums so far are to be multiplied
+ * with. */
+VINLINE void go_on(float *tops, float *totals, float *shrink, vf top, vf sum) {
+    vf factor = v_exp(v_sub(v_load(tops), top)); /* exactly 1 where the maximum stays */
+    v_store(shrink, factor);
+    v_store(totals, v_add(v_mul(v_load(totals), factor), sum));
+    v_store(tops, top);
+}
+
+/* A vector of queries, in a tile of scores: z[u * STRIP] has key u's of each, and becomes its p in place.
+ * Query l sees keys from unseen[l] (NULL: 0) up to seen + l. */
+static void softmax_columns(float *z, int64_t keys, int64_t seen, const float *unseen, float scale,
+                            float *tops, float *totals, float *shrink) {
     const vf sv = v_set1(scale), low = v_set1(-__builtin_inff()), lane = v_count_from(0.0f);
-    const vf old = v_load(s->top + i);
-    vf top = old, part[LANES];
-    for (int64_t u = 0; u < keys; u++) {
-        vf x = v_mul(v_load(z + u * WIDE), sv);
+    const int64_t read = hs_min(keys, seen + LANES); /* by one of them */
+    vf top = v_load(tops), part[LANES];
+    for (int64_t u = 0; u < read; u++) {
+        vf x = v_mul(v_load(z + u * STRIP), sv);
         if (u > seen) x = v_select_lt(lane, v_set1((float)(u - seen)), low, x);
         if (unseen) x = v_select_lt(v_set1((float)u), v_load(unseen), low, x);
         top = v_max(top, x);
-        v_store(z + u * WIDE, x);
+        v_store(z + u * STRIP, x);
     }
     for (int64_t l = 0; l < LANES; l++) {
         part[l] = v_zero();
-        for (int64_t u = l; u < keys; u += LANES) {
-            vf p = v_exp(v_sub(v_load(z + u * WIDE), top));
+        for (int64_t u = l; u < read; u += LANES) {
+            vf p = v_exp(v_sub(v_load(z + u * STRIP), top));
             part[l] = v_add(part[l], p);
-            v_store(z + u * WIDE, p);
+            v_store(z + u * STRIP, p);
         }
     }
-    for (int64_t step = LANES / 2; step; step /= 2)
-        for (int64_t l = 0; l < step; l++) part[l] = v_add(part[l], part[l + step]);
-    vf factor = v_exp(v_sub(old, top)); /* exactly 1 where the maximum stays */
-    v_store(shrink, factor);
-    v_store(s->total + i, v_add(v_mul(v_load(s->total + i), factor), part[0]));
-    v_store(s->top + i, top);
+    for (int64_t u = read; u < keys; u++) v_store(z + u * STRIP, v_zero());
+    join_parts(part);
+    go_on(tops, totals, shrink, top, part[0]);
 }
+
+/* The same of a whole tile, whose queries see all KEYS keys: the same bits, with less to do. scale is above 0: the
+ * largest score is the largest before it was scaled, too. */
+static void softmax_tile(float *z, float scale, float *tops, float *totals, float *shrink) {
+    const vf sv = v_set1(scale);
+    vf part[2][LANES], most[2][2];
+    for (int i = 0; i < 2; i++)
+        most[i][0] = v_load(z + i * LANES), most[i][1] = v_load(z + STRIP + i * LANES);
+    for (int64_t u = 2; u < KEYS; u += 2) {
+        const float *zu = z + u * STRIP;
+        most[0][0] = v_max(most[0][0], v_load(zu));
+        most[1][0] = v_max(most[1][0], v_load(zu + LANES));
+        most[0][1] = v_max(most[0][1], v_load(zu + STRIP));
+        most[1][1] = v_max(most[1][1], v_load(zu + STRIP + LANES));
+    }
+    const vf top0 = v_max(v_load(tops), v_mul(v_max(most[0][0], most[0][1]), sv));
+    const vf top1 = v_max(v_load(tops + LANES), v_mul(v_max(most[1][0], most[1][1]), sv));
+#define AT(at)    z + (l + (at) * LANES) * STRIP + i
+#define SCORE(at) v_sub(v_mul(v_load(AT(at)), sv), top)
+    for (int64_t l = 0; l < LANES; l++)
+        for (int64_t i = 0; i < STRIP; i += LANES) {
+            const vf top = i ? top1 : top0;
+            vf p[4] = {SCORE(0), SCORE(1), SCORE(2), SCORE(3)};
+            v_exp4(p, 0);
+            v_store(AT(0), p[0]), v_store(AT(1), p[1]), v_store(AT(2), p[2]), v_store(AT(3), p[3]);
+            part[i / LANES][l] = v_add(v_add(v_add(p[0], p[1]), p[2]), p[3]);
+        }
+#undef AT
+#undef SCORE
+    join_parts(part[0]);
+    join_parts(part[1]);
+    go_on(tops, totals, shrink, top0, part[0][0]);
+    go_on(tops + LANES, totals + LANES, shrink + LANES, top1, part[1][0]);
+}
+
+_Static_assert(KEYS == 4 * LANES && STRIP == 2 * LANES, "softmax_tile's");
 
 /* By query of [t, t + LANES), how many of the keys from k0 on come before the first that it reads.
  * False: none does, for any. */
@@ -183,87 +206,72 @@ static bool unseen_keys(const attention_job *j, int64_t b, int64_t t, int64_t k0
     return most > 0;
 }
 
-/* The keys and values of a head, packed by blocks of KEYS, where they fit the scratch: one head of
- * many may use them. Else NULL. */
-static const float *packed_head(attention_scratch *s, const attention_job *j, const side *k_d,
-                                const side *v_row, const float **values) {
-    const int64_t T = j->T, D = j->D, wide = hs_ceil_div(D, NR) * NR;
-    const int64_t blocks = hs_ceil_div(T, KEYS);
-    float *keys = s->rest, *at = keys + blocks * KEYS * D + 64;
-    if (blocks * KEYS * (D + wide) + 64 > REST_FLOATS) return NULL;
-    for (int64_t k0 = 0; k0 < T; k0 += KEYS) {
-        pack_a(keys + k0 * D, k_d, k0, hs_min(KEYS, T - k0), T, 0, D);
-        pack_b(at + k0 * wide, v_row, 0, D, D, k0, hs_min(KEYS, T - k0));
+/* What the block of keys from k0 on adds to strip s0 of the queries from q0 on. */
+static void attention_fwd_tile(const attention_job *j, const forward *f, int64_t b, int64_t q0,
+                               int64_t s0, int64_t queries, int64_t k0) {
+    const int64_t t = q0 + s0, keys = hs_min(KEYS, t + queries - k0), at = f->kept ? k0 : 0;
+    float *sums = f->sums + s0 * j->wide, shrink[STRIP];
+    const matrix score = matrix_of(f->score, STRIP);
+    product(keys, queries, j->D, matrix_of(f->keys + at * j->D, KEYS),
+            matrix_of(f->queries + s0 * j->D, STRIP), score, 0, NULL);
+    const bool whole = queries == STRIP && k0 + KEYS <= t + 1 && low_of(j, b, t + STRIP - 1) <= k0;
+    if (whole && j->scale > 0)
+        softmax_tile(f->score, j->scale, f->tops + s0, f->totals + s0, shrink);
+    for (int64_t i = 0; !(whole && j->scale > 0) && i < queries; i += LANES) {
+        float unseen[LANES];
+        const bool some = unseen_keys(j, b, t + i, k0, unseen);
+        softmax_columns(f->score + i, keys, t + i - k0, some ? unseen : NULL, j->scale,
+                        f->tops + s0 + i, f->totals + s0 + i, shrink + i);
     }
-    *values = at;
-    return keys;
+    /* the first block starts the chains (it masks no row wholly), later ones go on */
+    const int later = j->banded || k0 > 0;
+    product(j->D, queries, keys, matrix_of(f->values + at * j->wide, j->wide), score,
+            matrix_of(sums, STRIP), later, later ? shrink : NULL);
 }
 
-static void attention_fwd_head(const attention_job *j, attention_scratch *s, int64_t b, int64_t h,
-                               const float *keys_packed, const float *values_packed) {
+static void attention_fwd_head(const attention_job *j, const forward *f, int64_t b, int64_t h) {
     const hs_attention_fwd_args *a = j->fwd;
-    const int64_t T = j->T, D = j->D, kv = h / (j->H / j->G), wide = hs_ceil_div(D, NR) * NR;
+    const int64_t T = j->T, D = j->D, kv = h / (j->H / j->G);
     head o = head_of(j, a->y, a->ldy, b, h), q = head_of(j, a->q, a->ldq, b, h);
     head k = head_of(j, a->k, a->ldk, b, kv), v = head_of(j, a->v, a->ldv, b, kv);
     float *lse = (float *)a->lse + (b * j->H + h) * T;
-    side q_d = inner_d(q), k_d = inner_d(k), v_row = inner_row(v);
+    const vf least = v_set1(j->banded ? LEAST : -__builtin_inff()), most = v_set1(3.0e38f);
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
         int64_t rows = hs_min(WIDE, T - q0);
-        pack_b(s->rows0, &q_d, q0, rows, T, 0, D);
-        const float top = j->banded ? LEAST : -__builtin_inff();
-        for (int64_t i = 0; i < WIDE; i++) s->top[i] = top, s->total[i] = 0;
-        if (j->banded) memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
+        for (int64_t s0 = 0; s0 < rows; s0 += STRIP)
+            lay_turned(f->queries + s0 * D, STRIP, q, q0 + s0, hs_min(STRIP, rows - s0));
+        for (int64_t i = 0; i < WIDE; i += LANES)
+            v_store(f->tops + i, least), v_store(f->totals + i, v_zero());
+        if (j->banded) memset(f->sums, 0, (size_t)(WIDE * j->wide) * sizeof(float));
         for (int64_t k0 = low_of(j, b, q0) / KEYS * KEYS; k0 < q0 + rows; k0 += KEYS) {
-            int64_t keys = hs_min(KEYS, T - k0),
-                    first = hs_max(0, k0 - q0); /* rows before it see no key */
-            int64_t end = rows_before(j, b, q0, rows, k0 + keys, LANES); /* nor those from it on */
-            if (end <= first) continue;
-            const bool later = j->banded || k0 > 0;
-            const float *key = s->rows1, *value = s->cols1;
-            if (keys_packed) {
-                key = keys_packed + k0 * D, value = values_packed + k0 * wide;
-            } else {
-                pack_a(s->rows1, &k_d, k0, keys, T, 0, D);
-                pack_b(s->cols1, &v_row, 0, D, D, k0, keys);
+            if (!f->kept) lay_block(j, f, k, v, k0);
+            for (int64_t s0 = hs_max(0, k0 - q0); s0 < rows; s0 += STRIP) {
+                if (low_of(j, b, q0 + s0) >= k0 + KEYS) break; /* nor do those below read it */
+                attention_fwd_tile(j, f, b, q0, s0, hs_min(STRIP, rows - s0), k0);
             }
-            multiply_packed(keys, end - first, D, key, s->rows0 + first * D, s->score + first, WIDE,
-                            0);
-            for (int64_t i = first; i < end; i += LANES) {
-                float shrink[LANES], unseen[LANES];
-                bool some = unseen_keys(j, b, q0 + i, k0, unseen);
-                softmax_columns(s, i, keys, q0 + i - k0, some ? unseen : NULL, j->scale, shrink);
-                for (int64_t l = 0; later && l < hs_min(LANES, end - i); l++) {
-                    if (shrink[l] == 1.0f) continue;
-                    float *sum = s->sum0 + (i + l) * D;
-                    for (int64_t d = 0; d < D; d += LANES)
-                        v_store_n(sum + d, v_mul(v_load_n(sum + d, D - d), v_set1(shrink[l])),
-                                  D - d);
-                }
-            }
-            side p = {s->score, 1, WIDE, HS_F32};
-            pack_a(s->packed, &p, first, end - first, WIDE, 0, keys);
-            /* the first block starts the chains (it masks no row wholly), later ones go on */
-            multiply_packed(end - first, D, keys, s->packed, value, s->sum0 + first * D, D, later);
         }
-        put_rows(o, q0, rows, D, s->sum0, 0, s->total);
-        for (int64_t i = 0; i < rows; i++) lse[q0 + i] = s->top[i] + log1_f32(s->total[i]);
+        for (int64_t i = 0; i < rows; i += LANES) {
+            vf total = v_load(f->totals + i); /* log passes on what is not finite */
+            vf log = v_select_lt(total, most, v_log(total), total);
+            v_store_n(lse + q0 + i, v_add(v_load(f->tops + i), log), rows - i);
+        }
+        for (int64_t s0 = 0; s0 < rows; s0 += STRIP)
+            put_turned(o, q0 + s0, hs_min(STRIP, rows - s0), f->sums + s0 * j->wide, STRIP, 0,
+                       f->totals + s0);
     }
 }
 
 static void attention_fwd_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const attention_job *j = ctx;
     const hs_attention_fwd_args *a = j->fwd;
-    attention_scratch *s = scratch_of(j, worker);
-    const float *keys = NULL, *values = NULL;
+    const forward f = forward_of(j, worker);
     for (int64_t i = begin, last = -1; i < end; i++) {
         int64_t b = i / j->H, kv = i % j->H / (j->H / j->G), group = b * j->G + kv;
-        if (group != last) {
-            side k_d = inner_d(head_of(j, a->k, a->ldk, b, kv));
-            side v_row = inner_row(head_of(j, a->v, a->ldv, b, kv));
-            keys = packed_head(s, j, &k_d, &v_row, &values);
-        }
+        head k = head_of(j, a->k, a->ldk, b, kv), v = head_of(j, a->v, a->ldv, b, kv);
+        for (int64_t k0 = 0; f.kept && group != last && k0 < j->T; k0 += KEYS)
+            lay_block(j, &f, k, v, k0);
         last = group;
-        attention_fwd_head(j, s, b, i % j->H, keys, values);
+        attention_fwd_head(j, &f, b, i % j->H);
     }
 }
 
@@ -274,6 +282,7 @@ static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
                        .H = a->H,
                        .G = a->G,
                        .D = a->D,
+                       .wide = wide_of(a->D),
                        .first = a->first,
                        .window = a->WINDOW,
                        .banded = a->first || a->WINDOW,
@@ -283,6 +292,46 @@ static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
 }
 
 /* -------------------- backward */
+
+/* A worker's scratch. */
+typedef struct backward {
+    float *queries_turned, *grads_turned; /* [d][ROWS] */
+    float *queries, *grads, *dq;          /* [ROWS][wide] */
+    float *score, *other;                 /* [ROWS][KEYS], which become p and ds */
+    float *keys_turned, *values_turned;   /* [block][d][KEYS] */
+    float *keys;                          /* [key][wide] */
+    float *dk, *dv;                       /* [block][wide][KEYS], of keys [begin, begin + span) */
+    bool kept;    /* all blocks of a head are there; else there is room for one */
+    int64_t span; /* whole blocks */
+} backward;
+
+static backward backward_of(const attention_job *j, int worker) {
+    const int64_t D = j->D, wide = j->wide, all = hs_ceil_div(j->T, KEYS) * KEYS;
+    float *at = j->scratch + (int64_t)worker * WORKER_FLOATS, *end = at + WORKER_FLOATS;
+    backward w = {.queries_turned = at};
+    w.grads_turned = w.queries_turned + ROWS * D;
+    w.queries = w.grads_turned + ROWS * D;
+    w.grads = w.queries + ROWS * wide;
+    w.dq = w.grads + ROWS * wide;
+    w.score = w.dq + ROWS * wide;
+    w.other = w.score + ROWS * KEYS;
+    w.keys_turned = w.other + ROWS * KEYS;
+    w.kept = all * (2 * D + 3 * wide) <= end - w.keys_turned;
+    const int64_t laid = w.kept ? all : KEYS;
+    w.values_turned = w.keys_turned + laid * D;
+    w.keys = w.values_turned + laid * D;
+    w.dk = w.keys + laid * wide;
+    w.span = hs_min(all, (end - w.dk) / (2 * wide) / KEYS * KEYS);
+    w.dv = w.dk + w.span * wide;
+    return w;
+}
+
+/* The heads of one owner: a kv head, and one of the query heads that read it. */
+typedef struct pair {
+    int64_t b;
+    head q, k, v, grad, dq;
+    const float *lse, *delta;
+} pair;
 
 VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *delta, int dt) {
     for (int64_t t = 0; t < T; t++) {
@@ -294,162 +343,168 @@ VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *del
     }
 }
 
-static void delta_rows(head grad, head out, int64_t T, int64_t D, float *delta) {
-    BY_DTYPE(grad.dt, delta_rows_dt, grad, out, T, D, delta);
+static void lay_keys(const attention_job *j, const backward *w, const pair *h, int64_t k0) {
+    const int64_t at = w->kept ? k0 : 0, keys = hs_min(KEYS, j->T - k0);
+    lay_turned(w->keys_turned + at * j->D, KEYS, h->k, k0, keys);
+    lay_turned(w->values_turned + at * j->D, KEYS, h->v, k0, keys);
+    lay_straight(w->keys + at * j->wide, h->k, k0, keys);
 }
 
-/* dq of one head. s->score becomes ds. */
-static void attention_dq(const attention_job *j, attention_scratch *s, int64_t b, head dq,
-                         head grad, head q, head k, head v, const float *lse, const float *delta) {
-    const int64_t T = j->T, D = j->D;
+/* Scores of rows [first, end) of the tile from q0 on with n keys from k on, which begin a strip's columns: z becomes p,
+ * and y ds. Row i does not see keys after it, nor before the first that it reads. */
+static void softmax_rows(const attention_job *j, const pair *h, float *z, float *y, int64_t q0,
+                         int64_t first, int64_t end, int64_t k, int64_t n) {
     const vf sv = v_set1(j->scale);
-    side q_d = inner_d(q), k_d = inner_d(k), v_d = inner_d(v), grad_d = inner_d(grad),
-         k_row = inner_row(k);
-    for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
-        int64_t rows = hs_min(WIDE, T - q0);
-        pack_a(s->rows0, &q_d, q0, rows, T, 0, D);
-        pack_a(s->rows1, &grad_d, q0, rows, T, 0, D);
-        if (j->banded) memset(s->sum0, 0, (size_t)(rows * D) * sizeof(float));
-        for (int64_t k0 = low_of(j, b, q0) / KEYS * KEYS; k0 < q0 + rows; k0 += KEYS) {
-            int64_t keys = hs_min(KEYS, T - k0), first = hs_max(0, k0 - q0);
-            /* whole panels, as they were packed */
-            int64_t end = rows_before(j, b, q0, rows, k0 + keys, MR);
-            if (end <= first) continue;
-            pack_b(s->cols0, &k_d, k0, keys, T, 0, D);
-            scores(s->score, s->rows0, s->cols0, first, end, keys, D);
-            pack_b(s->cols1, &v_d, k0, keys, T, 0, D);
-            scores(s->other, s->rows1, s->cols1, first, end, keys, D);
-            for (int64_t i = first; i < end; i++) {
-                int64_t valid = hs_min(keys, q0 + i - k0 + 1);
-                int64_t unseen = hs_min(keys, low_of(j, b, q0 + i) - k0);
-                vf lv = v_set1(lse[q0 + i]), dv = v_set1(delta[q0 + i]);
-                for (int64_t u = 0; u < keys; u += LANES) {
-                    float *z = s->score + i * KEYS + u;
-                    vf p = v_exp(v_sub(v_mul(v_load(z), sv), lv));
-                    vf ds = v_mul(p, v_sub(v_load(s->other + i * KEYS + u), dv));
-                    vf at = v_count_from((float)u);
-                    if (u + LANES > valid) ds = v_select_lt(at, v_set1((float)valid), ds, v_zero());
-                    if (u < unseen) ds = v_select_lt(at, v_set1((float)unseen), v_zero(), ds);
-                    v_store(z, ds);
-                }
+    for (int64_t i = first; i < end; i++) {
+        const int64_t seen = q0 + i - k, unseen = low_of(j, h->b, q0 + i) - k;
+        const vf lv = v_set1(h->lse[q0 + i]), dv = v_set1(h->delta[q0 + i]);
+        for (int64_t u = 0; u < n; u += LANES) {
+            float *zu = z + i * KEYS + u, *yu = y + i * KEYS + u;
+            if (u > seen || u + LANES <= unseen) {
+                v_store(zu, v_zero());
+                v_store(yu, v_zero());
+                continue;
             }
-            side ds = {s->score, KEYS, 1, HS_F32};
-            pack_a(s->packed, &ds, first, end - first, rows, 0, keys);
-            pack_b(s->cols0, &k_row, 0, D, D, k0, keys);
-            /* the first block starts the chains (it masks no row wholly), later ones go on */
-            multiply_packed(end - first, D, keys, s->packed, s->cols0, s->sum0 + first * D, D,
-                            j->banded || k0 > 0);
+            vf p = v_exp(v_sub(v_mul(v_load(zu), sv), lv));
+            vf ds = v_mul(p, v_sub(v_load(yu), dv));
+            const vf at = v_count_from((float)u), after = v_set1((float)hs_min(KEYS, seen + 1)),
+                     from = v_set1((float)hs_max(0, unseen));
+            p = v_select_lt(at, from, v_zero(), v_select_lt(at, after, p, v_zero()));
+            ds = v_select_lt(at, from, v_zero(), v_select_lt(at, after, ds, v_zero()));
+            v_store(zu, p);
+            v_store(yu, ds);
         }
-        put_rows(dq, q0, rows, D, s->sum0, j->scale, NULL);
     }
 }
 
-/* dk and dv of keys [k0, k0 + WIDE): what one query head adds; and, where dq is not NULL, what these
- * keys add to that head's. Tiles are turned: rows are keys, columns queries. */
-static void attention_dkv(const attention_job *j, attention_scratch *s, int64_t b, int64_t k0,
-                          int64_t keys, head grad, head q, head k, const float *lse,
-                          const float *delta, float *dq) {
-    const int64_t T = j->T, D = j->D;
+/* The same of a strip of STRIP keys, from which each of the rows sees all: the same bits, with less to do. */
+static void softmax_strip(const attention_job *j, const pair *h, float *z, float *y, int64_t q0,
+                          int64_t first, int64_t end) {
     const vf sv = v_set1(j->scale);
-    int64_t packed_keys = 0; /* of s->keys */
-    side k_row = inner_row(k);
-    side q_d = inner_d(q), grad_d = inner_d(grad), q_row = inner_row(q), grad_row = inner_row(grad);
-    for (int64_t q0 = k0; q0 < T; q0 += KEYS) {
-        int64_t queries = hs_min(KEYS, T - q0);
-        if (low_of(j, b, q0) >= k0 + keys) break; /* nor does any later query read one of them */
-        float
-            unseen[KEYS]; /* by query, so many of these keys come before the first that it reads */
-        int64_t most = 0;
-        for (int64_t u = 0; j->banded && u < KEYS; u++) {
-            most = hs_max(most, u < queries ? low_of(j, b, q0 + u) - k0 : 0);
-            unseen[u] = (float)hs_min(keys, most);
-        }
-        int64_t seen =
-            hs_min(keys, q0 + queries - k0); /* keys behind it are masked for all these queries */
-        int64_t panels =
-            hs_min(keys, hs_ceil_div(seen, MR) * MR); /* whole panels, as they were packed */
-        pack_b(s->cols0, &q_d, q0, queries, T, 0, D);
-        scores(s->score, s->rows0, s->cols0, 0, panels, queries, D);
-        pack_b(s->cols1, &grad_d, q0, queries, T, 0, D);
-        scores(s->other, s->rows1, s->cols1, 0, panels, queries, D);
-        for (int64_t i = 0; i < seen; i++) {
-            vf first = v_set1((float)(k0 + i - q0)); /* queries before it do not see key i */
-            for (int64_t u = 0; u < queries; u += LANES) {
-                float *z = s->score + i * KEYS + u, *y = s->other + i * KEYS + u;
-                vf lv = v_load_n(lse + q0 + u, queries - u),
-                   dv = v_load_n(delta + q0 + u, queries - u);
-                vf p = v_exp(v_sub(v_mul(v_load(z), sv), lv));
-                vf ds = v_mul(p, v_sub(v_load(y), dv));
-                if (q0 < k0 + keys) {
-                    vf at = v_count_from((float)u);
-                    p = v_select_lt(at, first, v_zero(), p);
-                    ds = v_select_lt(at, first, v_zero(), ds);
-                }
-                if (i < most) {
-                    vf at = v_set1((float)i), from = v_load(unseen + u);
-                    p = v_select_lt(at, from, v_zero(), p);
-                    ds = v_select_lt(at, from, v_zero(), ds);
-                }
-                v_store(z, p);
-                v_store(y, ds);
-            }
-        }
-        side p = {s->score, KEYS, 1, HS_F32}, ds = {s->other, KEYS, 1, HS_F32};
-        pack_a(s->packed, &p, 0, seen, seen, 0, queries);
-        pack_b(s->cols0, &grad_row, 0, D, D, q0, queries);
-        multiply_packed(seen, D, queries, s->packed, s->cols0, s->sum1, D, 1);
-        pack_a(s->packed, &ds, 0, seen, seen, 0, queries);
-        pack_b(s->cols0, &q_row, 0, D, D, q0, queries);
-        multiply_packed(seen, D, queries, s->packed, s->cols0, s->sum0, D, 1);
-        if (!dq) continue;
-        side turned = {s->other, 1, KEYS, HS_F32};
-        pack_a(s->packed, &turned, 0, queries, KEYS, 0, seen);
-        if (seen != packed_keys) pack_b(s->keys, &k_row, 0, D, D, k0, seen);
-        packed_keys = seen;
-        multiply_packed(queries, D, seen, s->packed, s->keys, dq + q0 * D, D, j->banded || k0 > 0);
+    for (int64_t i = first; i < end; i += 2) {
+        const int64_t next =
+            hs_min(i + 1, end - 1); /* the last may come twice: it is read before it is written */
+        const vf l0 = v_set1(h->lse[q0 + i]), l1 = v_set1(h->lse[q0 + next]);
+        const vf d0 = v_set1(h->delta[q0 + i]), d1 = v_set1(h->delta[q0 + next]);
+        float *z0 = z + i * KEYS, *z1 = z + next * KEYS, *y0 = y + i * KEYS, *y1 = y + next * KEYS;
+#define SCORE(z, l) v_sub(v_mul(v_load(z), sv), l)
+        vf p[4] = {SCORE(z0, l0), SCORE(z0 + LANES, l0), SCORE(z1, l1), SCORE(z1 + LANES, l1)};
+#undef SCORE
+        v_exp4(p, 1);
+#define GRADIENT(y, d, p) v_mul(p, v_sub(v_load(y), d))
+        const vf g0 = GRADIENT(y0, d0, p[0]), g1 = GRADIENT(y0 + LANES, d0, p[1]);
+        const vf g2 = GRADIENT(y1, d1, p[2]), g3 = GRADIENT(y1 + LANES, d1, p[3]);
+#undef GRADIENT
+        v_store(z0, p[0]), v_store(z0 + LANES, p[1]), v_store(z1, p[2]), v_store(z1 + LANES, p[3]);
+        v_store(y0, g0), v_store(y0 + LANES, g1), v_store(y1, g2), v_store(y1 + LANES, g3);
     }
 }
 
-static void attention_igrad_group(const attention_job *j, attention_scratch *s, int64_t b,
-                                  int64_t g) {
+/* What the rows of a tile, from q0 on, and the block of keys from k0 on give each other: keys to w->dq, where
+ * with_dq; rows to dk and dv of the block, where these are not NULL. */
+static void attention_igrad_tile(const attention_job *j, const backward *w, const pair *h,
+                                 int64_t q0, int64_t rows, int64_t k0, bool with_dq, float *dk,
+                                 float *dv) {
+    const int64_t D = j->D, wide = j->wide, at = w->kept ? k0 : 0;
+    const int64_t keys = hs_min(KEYS, q0 + rows - k0);
+    const int64_t end = rows_before(j, h->b, q0, rows, k0 + keys);
+    const matrix k_td = matrix_of(w->keys + at * wide, wide);
+    int64_t above = hs_max(0, k0 - q0); /* rows before it do not see the strip, */
+    for (int64_t u = 0; u < keys; u += STRIP) {
+        const int64_t n = hs_min(STRIP, keys - u), k = k0 + u, first = above;
+        float *z = w->score + u, *y = w->other + u;
+        above = u + n < keys ? hs_max(0, k + STRIP - q0) : end; /* nor before this the next */
+        if (first >= end) break;
+        const matrix z_tu = matrix_of(z + first * KEYS, KEYS),
+                     y_tu = matrix_of(y + first * KEYS, KEYS);
+        product(end - first, n, D, matrix_of(w->queries_turned + first, ROWS),
+                matrix_of(w->keys_turned + at * D + u, KEYS), z_tu, 0, NULL);
+        product(end - first, n, D, matrix_of(w->grads_turned + first, ROWS),
+                matrix_of(w->values_turned + at * D + u, KEYS), y_tu, 0, NULL);
+        if (n == STRIP && k + n <= q0 + first + 1 && low_of(j, h->b, q0 + end - 1) <= k)
+            softmax_strip(j, h, z, y, q0, first, end);
+        else
+            softmax_rows(j, h, z, y, q0, first, end, k, n);
+        if (with_dq) /* rows that see no later strip of the block: keys up to here */
+            product_by_rows(hs_min(above, end) - first, wide, u + n, w->other + first * KEYS, k_td,
+                            matrix_of(w->dq + first * wide, wide));
+        if (!dk) continue;
+        product(D, n, end - first, matrix_of(w->grads + first * wide, wide), z_tu,
+                matrix_of(dv + u, KEYS), 1, NULL);
+        product(D, n, end - first, matrix_of(w->queries + first * wide, wide), y_tu,
+                matrix_of(dk + u, KEYS), 1, NULL);
+    }
+}
+
+/* One query head's rows of a tile, with keys [begin, end). */
+static void attention_igrad_rows(const attention_job *j, const backward *w, const pair *h,
+                                 int64_t q0, int64_t begin, int64_t end, bool with_dq,
+                                 bool with_dkv) {
+    const int64_t rows = hs_min(ROWS, j->T - q0);
+    lay_turned(w->queries_turned, ROWS, h->q, q0, rows);
+    lay_turned(w->grads_turned, ROWS, h->grad, q0, rows);
+    if (with_dkv) {
+        lay_straight(w->queries, h->q, q0, rows);
+        lay_straight(w->grads, h->grad, q0, rows);
+    }
+    if (with_dq) memset(w->dq, 0, (size_t)(rows * j->wide) * sizeof(float));
+    int64_t k0 = hs_max(begin, low_of(j, h->b, q0) / KEYS * KEYS);
+    for (; k0 < hs_min(end, q0 + rows); k0 += KEYS) {
+        const int64_t at = (k0 - begin) * j->wide;
+        if (!w->kept) lay_keys(j, w, h, k0);
+        attention_igrad_tile(j, w, h, q0, rows, k0, with_dq, with_dkv ? w->dk + at : NULL,
+                             with_dkv ? w->dv + at : NULL);
+    }
+    if (with_dq) put_straight(h->dq, q0, rows, w->dq, j->scale);
+}
+
+static pair pair_of(const attention_job *j, int64_t b, int64_t h) {
     const hs_attention_igrad_args *a = j->igrad;
-    const int64_t T = j->T, D = j->D, each = j->H / j->G;
-    head dk = head_of(j, a->dk, a->lddk, b, g), dv = head_of(j, a->dv, a->lddv, b, g);
-    head k = head_of(j, a->k, a->ldk, b, g), v = head_of(j, a->v, a->ldv, b, g);
-    const float *lse = (const float *)a->lse + b * j->H * T;
-    float *delta = (float *)a->delta + b * j->H * T;
-    const bool at_once = each * T * D <= REST_FLOATS;
-    for (int64_t h = g * each; h < (g + 1) * each; h++) {
-        head dq = head_of(j, a->dq, a->lddq, b, h), grad = head_of(j, a->dy, a->lddy, b, h);
-        delta_rows(grad, head_of(j, a->y, a->ldy, b, h), T, D, delta + h * T);
-        if (at_once) continue;
-        attention_dq(j, s, b, dq, grad, head_of(j, a->q, a->ldq, b, h), k, v, lse + h * T,
-                     delta + h * T);
+    const int64_t kv = h / (j->H / j->G), at = (b * j->H + h) * j->T;
+    return (pair){.b = b,
+                  .q = head_of(j, a->q, a->ldq, b, h),
+                  .k = head_of(j, a->k, a->ldk, b, kv),
+                  .v = head_of(j, a->v, a->ldv, b, kv),
+                  .grad = head_of(j, a->dy, a->lddy, b, h),
+                  .dq = head_of(j, a->dq, a->lddq, b, h),
+                  .lse = (const float *)a->lse + at,
+                  .delta = (const float *)a->delta + at};
+}
+
+static void attention_igrad_group(const attention_job *j, const backward *w, int64_t b, int64_t g) {
+    const hs_attention_igrad_args *a = j->igrad;
+    const int64_t T = j->T, each = j->H / j->G, from = g * each, to = from + each;
+    const head dk = head_of(j, a->dk, a->lddk, b, g), dv = head_of(j, a->dv, a->lddv, b, g);
+    const bool at_once = w->span >= T;
+    for (int64_t h = from; h < to; h++) {
+        const pair p = pair_of(j, b, h);
+        BY_DTYPE(j->dt, delta_rows_dt, p.grad, head_of(j, a->y, a->ldy, b, h), T, j->D,
+                 (float *)a->delta + (b * j->H + h) * T);
+        for (int64_t k0 = 0; w->kept && h == from && k0 < T; k0 += KEYS) lay_keys(j, w, &p, k0);
+        for (int64_t q0 = 0; !at_once && q0 < T; q0 += ROWS)
+            attention_igrad_rows(j, w, &p, q0, 0, T, true, false);
     }
-    side k_d = inner_d(k), v_d = inner_d(v);
-    if (at_once && j->banded) memset(s->rest, 0, (size_t)(each * T * D) * sizeof(float));
-    for (int64_t k0 = 0; k0 < T; k0 += WIDE) {
-        int64_t keys = hs_min(WIDE, T - k0);
-        pack_a(s->rows0, &k_d, k0, keys, T, 0, D);
-        pack_a(s->rows1, &v_d, k0, keys, T, 0, D);
-        memset(s->sum0, 0, (size_t)(keys * D) * sizeof(float));
-        memset(s->sum1, 0, (size_t)(keys * D) * sizeof(float));
-        for (int64_t h = g * each; h < (g + 1) * each; h++)
-            attention_dkv(j, s, b, k0, keys, head_of(j, a->dy, a->lddy, b, h),
-                          head_of(j, a->q, a->ldq, b, h), k, lse + h * T, delta + h * T,
-                          at_once ? s->rest + (h - g * each) * T * D : NULL);
-        put_rows(dk, k0, keys, D, s->sum0, j->scale, NULL);
-        put_rows(dv, k0, keys, D, s->sum1, 1.0f, NULL);
+    for (int64_t begin = 0; begin < T; begin += w->span) {
+        const int64_t end = hs_min(T, begin + w->span);
+        memset(w->dk, 0, (size_t)(w->span * j->wide) * sizeof(float));
+        memset(w->dv, 0, (size_t)(w->span * j->wide) * sizeof(float));
+        for (int64_t h = from; h < to; h++) {
+            const pair p = pair_of(j, b, h);
+            for (int64_t q0 = begin / ROWS * ROWS; q0 < T; q0 += ROWS)
+                attention_igrad_rows(j, w, &p, q0, begin, end, at_once, true);
+        }
+        for (int64_t k0 = begin; k0 < end; k0 += KEYS) {
+            const int64_t keys = hs_min(KEYS, T - k0), at = (k0 - begin) * j->wide;
+            put_turned(dk, k0, keys, w->dk + at, KEYS, j->scale, NULL);
+            put_turned(dv, k0, keys, w->dv + at, KEYS, 1.0f, NULL);
+        }
     }
-    for (int64_t h = g * each; at_once && h < (g + 1) * each; h++)
-        put_rows(head_of(j, a->dq, a->lddq, b, h), 0, T, D, s->rest + (h - g * each) * T * D,
-                 j->scale, NULL);
 }
 
 static void attention_igrad_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const attention_job *j = ctx;
-    for (int64_t i = begin; i < end; i++)
-        attention_igrad_group(j, scratch_of(j, worker), i / j->G, i % j->G);
+    const backward w = backward_of(j, worker);
+    for (int64_t i = begin; i < end; i++) attention_igrad_group(j, &w, i / j->G, i % j->G);
 }
 
 static void attention_igrad_op(hs_kernel_ctx *ctx, hs_attention_igrad_args *a) {
@@ -459,6 +514,7 @@ static void attention_igrad_op(hs_kernel_ctx *ctx, hs_attention_igrad_args *a) {
                        .H = a->H,
                        .G = a->G,
                        .D = a->D,
+                       .wide = wide_of(a->D),
                        .first = a->first,
                        .window = a->WINDOW,
                        .banded = a->first || a->WINDOW,

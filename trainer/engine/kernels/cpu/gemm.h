@@ -55,11 +55,13 @@ VINLINE vf v_dot(vf words_a, vf words_b, vf c) {
 #endif
 }
 
-/* c[i * ldc + j] = (load ? c : 0) + chain over k < kn of a[k * mr + i] b[k * NR + j], i < mr, j < n
- * <= 16 nv. mr, nv and how are constants where this is inlined. ask: lines of memory, one of which is
- * asked for with every k, or pair of them (all together would hold up what the products read); NULL: none */
+/* c[i * ldc + j] = (load ? c times shrink[j] : 0) + chain over k < kn of a[i * row + k * lda] b[k * ldb + j], i < mr,
+ * j < n <= 16 nv. mr, nv, how and row are constants where this is inlined. shrink: NULL, nothing is multiplied. ask:
+ * lines of memory, one of which is asked for with every k, or pair of them (all together would hold up what the
+ * products read); NULL: none */
 VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, const float *a,
-                        const float *b, float *c, int64_t ldc, int64_t n, int load,
+                        const int64_t row, int64_t lda, const float *b, int64_t ldb, float *c,
+                        int64_t ldc, int64_t n, int load, const float *shrink,
                         const char *const *ask) {
 #define ADD(x, b, c) c = how == WORDS ? v_dot(x, b, c) : v_fma(x, b, c)
 #define DECLARE(i)   vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
@@ -68,9 +70,14 @@ VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, c
         c##i##_0 = v_load_n(c + i * ldc, n);                                                       \
         if (nv > 1) c##i##_1 = v_load_n(c + i * ldc + LANES, n - LANES);                           \
     }
+#define SHRINK(i)                                                                                  \
+    if (i < mr) {                                                                                  \
+        c##i##_0 = v_mul(c##i##_0, s0);                                                            \
+        if (nv > 1) c##i##_1 = v_mul(c##i##_1, s1);                                                \
+    }
 #define STEP(i)                                                                                    \
     if (i < mr) {                                                                                  \
-        vf x = v_set1(a[at * mr + i]);                                                             \
+        vf x = v_set1(a[at * lda + i * row]);                                                      \
         ADD(x, b0, c##i##_0);                                                                      \
         if (nv > 1) ADD(x, b1, c##i##_1);                                                          \
     }
@@ -84,20 +91,26 @@ VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, c
     if (load) {
         ROWS_OF_TILE(FETCH)
     }
+    if (shrink) {
+        const vf s0 = v_load(shrink), s1 = nv > 1 ? v_load(shrink + LANES) : s0;
+        ROWS_OF_TILE(SHRINK)
+        (void)s1;
+    }
     for (int64_t k = 0; k < kn; k += 1 + odd) {
         if (ASKS_WITHIN && ask) __builtin_prefetch(*ask++);
         for (int at = odd; at >= 0; at--) {
-            vf b0 = v_load(b + at * NR), b1 = nv > 1 ? v_load(b + at * NR + LANES) : b0;
+            vf b0 = v_load(b + at * ldb), b1 = nv > 1 ? v_load(b + at * ldb + LANES) : b0;
             ROWS_OF_TILE(STEP)
             (void)b1;
         }
-        a += (1 + odd) * mr;
-        b += (1 + odd) * NR;
+        a += (1 + odd) * lda;
+        b += (1 + odd) * ldb;
     }
     ROWS_OF_TILE(PUT)
 #undef ADD
 #undef DECLARE
 #undef FETCH
+#undef SHRINK
 #undef STEP
 #undef PUT
 }
@@ -109,29 +122,22 @@ typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, i
     static __attribute__((unused)) void name(int64_t kn, const float *a, const float *b, float *c, \
                                              int64_t ldc, int64_t n, int load,                     \
                                              const char *const *ask) {                             \
-        micro_tile(mr, nv, how, kn, a, b, c, ldc, n, load, ask);                                   \
+        micro_tile(mr, nv, how, kn, a, 1, mr, b, NR, c, ldc, n, load, NULL, ask);                  \
     }
 #define MICRO(mr)                                                                                  \
     MICRO_OF(micro_##mr##_1, mr, 1, IN_TURN)                                                       \
     MICRO_OF(micro_##mr##_2, mr, NR / LANES, IN_TURN)                                              \
     MICRO_OF(pairs_##mr##_1, mr, 1, HS_DOT ? WORDS : ODD_FIRST)                                    \
     MICRO_OF(pairs_##mr##_2, mr, NR / LANES, HS_DOT ? WORDS : ODD_FIRST)
-MICRO(1)
-MICRO(2)
-MICRO(3)
-MICRO(4)
-#if MR > 4
-MICRO(5)
-MICRO(6)
-#endif
+/* as many rows as a tile may have */
 #if MR > 6
-MICRO(7)
-MICRO(8)
-MICRO(9)
-MICRO(10)
-MICRO(11)
-MICRO(12)
+#define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#elif MR > 4
+#define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#else
+#define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4)
 #endif
+TILES_OF_ROWS(MICRO)
 #undef MICRO
 #undef MICRO_OF
 
@@ -139,27 +145,9 @@ MICRO(12)
     {                                                                                              \
         {micro_##mr##_1, micro_##mr##_2},                                                          \
         {pairs_##mr##_1, pairs_##mr##_2},                                                          \
-    }
+    },
 /* by rows, whether in pairs, and whether wider than a vector */
-static const micro_fn micro[MR + 1][2][2] = {
-    {{NULL, NULL}, {NULL, NULL}},
-    BOTH(1),
-    BOTH(2),
-    BOTH(3),
-    BOTH(4),
-#if MR > 4
-    BOTH(5),
-    BOTH(6),
-#endif
-#if MR > 6
-    BOTH(7),
-    BOTH(8),
-    BOTH(9),
-    BOTH(10),
-    BOTH(11),
-    BOTH(12),
-#endif
-};
+static const micro_fn micro[MR + 1][2][2] = {{{NULL, NULL}, {NULL, NULL}}, TILES_OF_ROWS(BOTH)};
 #undef BOTH
 
 /* Cache lines that are needed soon: `runs` of `length` each; the lines of a run are `step` bytes apart, the
@@ -298,12 +286,6 @@ static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const f
         }
     }
     if (flushes) flush_end(before);
-}
-
-/* Of numbers added in turn. */
-static void multiply_packed(int64_t m, int64_t n, int64_t kn, const float *a, const float *b,
-                            float *c, int64_t ldc, int load) {
-    multiply_panels(m, n, kn, 0, a, b, c, ldc, load, NULL, NULL);
 }
 
 /* -------------------- driver */

@@ -361,10 +361,6 @@ static void pack_a_as(float *dst, const side *a, int64_t i0, int64_t m, int64_t 
                       int64_t kn, int pairs) {
     BY_SIDE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn, pairs);
 }
-static void pack_a(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
-                   int64_t kn) {
-    pack_a_as(dst, a, i0, m, rows, k0, kn, 0);
-}
 
 #if HS_DOT
 /* NR columns, side by side in memory, of two rows of k, as words. */
@@ -422,10 +418,6 @@ VINLINE void pack_b_dt(float *dst, const side *b, int64_t j0, int64_t n, int64_t
 static void pack_b_as(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
                       int64_t kn, int pairs) {
     BY_SIDE(b->dt, pack_b_dt, dst, b, j0, n, rows, k0, kn, pairs);
-}
-static void pack_b(float *dst, const side *b, int64_t j0, int64_t n, int64_t rows, int64_t k0,
-                   int64_t kn) {
-    pack_b_as(dst, b, j0, n, rows, k0, kn, 0);
 }
 
 #endif

@@ -10,26 +10,54 @@
     12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, found in the low bits               \
                  */
 
-/* e^x. Below -86.9: 0. Above 88: e^88. NaN stays NaN. */
-VINLINE vf v_exp(vf x) {
-    const vf low = v_set1(-86.9f);
-    vf y = v_min(v_set1(88.0f), v_max(low, x));
-    vf t = v_fma(y, v_set1(1.44269504088896341f), v_set1(V_MAGIC));
-    vf n = v_sub(t, v_set1(V_MAGIC));
-    vf r = v_fma(n, v_set1(-0.693359375f), y);
-    r = v_fma(n, v_set1(2.12194440e-4f), r);
-    vf p = v_set1(1.9875691500e-4f);
-    p = v_fma(p, r, v_set1(1.3981999507e-3f));
-    p = v_fma(p, r, v_set1(8.3334519073e-3f));
-    p = v_fma(p, r, v_set1(4.1665795894e-2f));
-    p = v_fma(p, r, v_set1(1.6666665459e-1f));
-    p = v_fma(p, r, v_set1(5.0000001201e-1f));
-    p = v_add(v_fma(p, v_mul(r, r), r), v_set1(1.0f));
-    /* times 2^n: n sits in the low bits of t; the shift drops the rest of t */
-    vf e = v_from_bits(vi_add(v_bits(p), vi_shl(v_bits(t), 23)));
-    e = v_select_lt(x, low, v_zero(), e);
-    /* NaN: bit arithmetic above may have made it a number; p is NaN still */
-    return v_add(e, v_mul(v_zero(), y));
+/* Steps of e^x of vectors x0, x1, ..., each step of all before the next of one, so that a processor has others to do
+ * while it waits for one. Below -86.9: 0. Above 88: e^88. NaN stays NaN: bit arithmetic may make a number of it, y - y
+ * is NaN still, and 0 of a number. What is made of numbers below -86.9 is not used. */
+#define EXP_LIMIT(i) const vf y##i = limited ? v_min(v_set1(88.0f), x##i) : x##i;
+#define EXP_TURN(i)  const vf t##i = v_fma(y##i, v_set1(1.44269504088896341f), v_set1(V_MAGIC));
+#define EXP_WHOLE(i) const vf n##i = v_sub(t##i, v_set1(V_MAGIC));
+#define EXP_REST(i)  vf r##i = v_fma(n##i, v_set1(-0.693359375f), y##i);
+#define EXP_LOW(i)   r##i = v_fma(n##i, v_set1(2.12194440e-4f), r##i);
+#define EXP_0(i)     vf p##i = v_fma(v_set1(1.9875691500e-4f), r##i, v_set1(1.3981999507e-3f));
+#define EXP_1(i)     p##i = v_fma(p##i, r##i, v_set1(8.3334519073e-3f));
+#define EXP_2(i)     p##i = v_fma(p##i, r##i, v_set1(4.1665795894e-2f));
+#define EXP_3(i)     p##i = v_fma(p##i, r##i, v_set1(1.6666665459e-1f));
+#define EXP_4(i)     p##i = v_fma(p##i, r##i, v_set1(5.0000001201e-1f));
+#define EXP_5(i)     p##i = v_add(v_fma(p##i, v_mul(r##i, r##i), r##i), v_set1(1.0f));
+/* times 2^n: n sits in the low bits of t; the shift drops the rest of t */
+#define EXP_SCALE(i) p##i = v_from_bits(vi_add(v_bits(p##i), vi_shl(v_bits(t##i), 23)));
+#define EXP_NAN(i)   p##i = v_add(p##i, v_sub(y##i, y##i));
+#define EXP_ZERO(i)  p##i = v_select_lt(x##i, v_set1(-86.9f), v_zero(), p##i);
+#define EXP_STEPS(OF)                                                                              \
+    OF(EXP_LIMIT)                                                                                  \
+    OF(EXP_TURN)                                                                                   \
+    OF(EXP_WHOLE)                                                                                  \
+    OF(EXP_REST)                                                                                   \
+    OF(EXP_LOW)                                                                                    \
+    OF(EXP_0)                                                                                      \
+    OF(EXP_1)                                                                                      \
+    OF(EXP_2)                                                                                      \
+    OF(EXP_3)                                                                                      \
+    OF(EXP_4)                                                                                      \
+    OF(EXP_5)                                                                                      \
+    OF(EXP_SCALE)                                                                                  \
+    OF(EXP_NAN)                                                                                    \
+    OF(EXP_ZERO)
+#define EXP_OF_ONE(X)  X(0)
+#define EXP_OF_FOUR(X) X(0) X(1) X(2) X(3)
+
+/* e^x */
+VINLINE vf v_exp(vf x0) {
+    const int limited = 1;
+    EXP_STEPS(EXP_OF_ONE)
+    return p0;
+}
+
+/* of four vectors at once, in place. Where not limited, of numbers up to 88. */
+VINLINE void v_exp4(vf x[4], const int limited) {
+    const vf x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
+    EXP_STEPS(EXP_OF_FOUR)
+    x[0] = p0, x[1] = p1, x[2] = p2, x[3] = p3;
 }
 
 /* log(1 + f) + e log 2, for 1 + f in [sqrt(1/2), sqrt(2)) */
