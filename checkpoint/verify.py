@@ -21,7 +21,7 @@ from typing import Literal
 from checkpoint import keys, pages
 from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, Piece
 from checkpoint.dataset import load_dataset_manifest
-from checkpoint.digest import wrong_block
+from checkpoint.digest import wrong_block_of
 from checkpoint.errors import Damaged, NotFound, OtherVersion, StoreRefused
 from checkpoint.log import FOLD_EVERY, CheckpointInfo, Record, RunLog, RunState, fold_target
 from checkpoint.manifest import Manifest, merge
@@ -214,8 +214,7 @@ def _checkpoint(store: Store, run: str, info: CheckpointInfo, level: Level, tall
         found = _named(read, run, chunk, info, tally)
         if found is None:
             continue
-        view = memoryview(found)
-        if any(wrong_block(view[p.offset : p.offset + p.bytes], p.leaves) is not None for p in pieces):
+        if wrong_block_of(found, [(p.bytes, p.leaves) for p in pieces]) is not None:
             tally.found(keys.run_key(run, chunk.name), f"chunk {number}: its blocks give another state digest", info.n)
 
 
@@ -243,8 +242,9 @@ def _dataset(store: Store, digest: str, level: Level, tally: _Tally) -> None:
 
 
 def _by_chunk(manifest: Manifest) -> Iterator[tuple[Chunk, list[Piece]]]:
+    """Each chunk with its pieces, as they fill it."""
     held: list[list[Piece]] = [[] for _ in manifest.chunks]
-    for piece in manifest.pieces:
+    for piece in sorted(manifest.pieces, key=lambda piece: piece.offset):
         held[piece.chunk].append(piece)
     yield from zip(manifest.chunks, held, strict=True)
 

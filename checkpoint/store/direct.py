@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from typing import ParamSpec
 
 PIECE_BYTES = 16 << 20  # of one read or write
 _SECTOR = 4096
@@ -20,6 +21,7 @@ _AHEAD = 256 << 10  # such a read has so many at least: the next small one is am
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _OWN = threading.local()  # of each thread: a buffer that begins on a border
+P = ParamSpec("P")
 
 
 def _bounce(owner: object) -> memoryview:
@@ -29,6 +31,18 @@ def _bounce(owner: object) -> memoryview:
     if buffer is None:
         buffer = _OWN.buffer = memoryview(mmap.mmap(-1, _BOUNCED))
     return buffer
+
+
+def _by_first(ways: list[Callable[P, int]], *told: P.args, **named: P.kwargs) -> int | None:
+    """What the first way tells that file system and memory take; those before it are not tried again."""
+    while ways:
+        try:
+            return ways[0](*told, **named)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # that is: not with this memory, or not here
+                raise
+            del ways[0]
+    return None
 
 
 class DirectWrites:
@@ -43,17 +57,12 @@ class DirectWrites:
     def write(self, piece: memoryview) -> int:
         """How many bytes were written: some."""
         whole = piece[: piece.nbytes // _SECTOR * _SECTOR]
-        while self._ways and whole:
-            try:
-                return self._ways[0](whole)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # that is: not from this memory, or not here
-                    raise
-                del self._ways[0]
-        if self._ways or whole:
+        some = _by_first(self._ways, whole) if whole else None
+        if some is None:  # also for what comes behind this
             self._ways = []
             _past_the_cache(self._descriptor, False)
-        return os.write(self._descriptor, piece)
+            some = os.write(self._descriptor, piece)
+        return some
 
     def _straight(self, whole: memoryview) -> int:
         return os.write(self._descriptor, whole)
@@ -89,16 +98,11 @@ class DirectReads:
 
     def read(self, out: memoryview, at: int) -> int:
         """As ``Reads.read``."""
-        while self._ways:
-            try:
-                return self._ways[0](out, at)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # that is: not into this memory, or not here
-                    raise
-                del self._ways[0]
-                if not self._ways:
-                    _past_the_cache(self._descriptor, False)
-        return os.preadv(self._descriptor, [out[:PIECE_BYTES]], at)
+        some = _by_first(self._ways, out, at)
+        if some is None:
+            _past_the_cache(self._descriptor, False)
+            some = os.preadv(self._descriptor, [out[:PIECE_BYTES]], at)
+        return some
 
     def _straight(self, out: memoryview, at: int) -> int:
         beyond, whole = at % _GRAIN, out.nbytes // _GRAIN * _GRAIN

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import keys
+from checkpoint.chunks import ChunkPlan, Piece, chunk_pieces
 from checkpoint.errors import Damaged, NotFound, OtherVersion
 from checkpoint.log import FOLD_EVERY, Record, RunLog, RunState
 from checkpoint.manifest import Manifest
@@ -17,6 +18,7 @@ from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store, open_store
 from checkpoint.store.memory import MemoryStore
 from checkpoint.verify import is_plan, verify_checkpoint, verify_run
+from tests.checkpoint import samples
 from tests.checkpoint.samples import attempt_body, digest, save, write_dataset
 from tests.support.s3_server import BUCKET, S3Server
 from trainer import wire
@@ -105,6 +107,20 @@ def test_any_damaged_object_is_found(
         assert [p.key for p in report.problems] == [key], key
         path.write_bytes(before)
     assert verify_run(store, RUN, "full").ok
+
+
+def test_blocks_that_were_summed_as_others_than_were_written(files: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and manifest are what they say, and do not belong together."""
+
+    def summed(plan: ChunkPlan, data: bytes) -> tuple[Piece, ...]:
+        return chunk_pieces(plan, data[:-1] + bytes([data[-1] ^ 16]) if plan.index == 1 else data)
+
+    monkeypatch.setattr(samples, "chunk_pieces", summed)
+    a_run(files, checkpoints=1)
+    assert verify_run(files, RUN, "quick").ok
+    found = verify_run(files, RUN, "full").problems
+    assert len(found) == 2  # one of each node
+    assert all(p.key.endswith("-000001") and p.reason.endswith("give another state digest") for p in found)
 
 
 def test_the_quick_level_finds_what_needs_no_hashing_of_chunks(files: Store, request: pytest.FixtureRequest) -> None:
