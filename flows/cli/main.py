@@ -209,7 +209,7 @@ def main() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "false")  # hotstage says which server, or starts its own
-    sys.exit(terminal.finish(exit_code_of(None)))
+    terminal.end(exit_code_of(None))
 
 
 DAMAGE_MEND = (

@@ -7,12 +7,14 @@ gone, the disk is full) ``OutputLost`` ends the command: it is no bug, and a pip
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import errno
 import io
 import os
 import sys
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 from trainer.errors import TrainerError
 
@@ -82,6 +84,19 @@ def finish(code: int) -> int:
     except (OutputLost, OSError, ValueError):
         _silence(2)
     return code
+
+
+def end(code: int) -> NoReturn:
+    """End the process with this code, as Python does. But where a daemon thread works (the one of Prefect's page waits
+    for a server that does not answer), without Python's own end: that throws such a thread out of whatever it does, and
+    out of Rust or C++ it ends in an abort, and in another code.
+    """
+    code = finish(code)
+    if any(thread.daemon for thread in threading.enumerate()):
+        threading._shutdown()  # type: ignore[attr-defined]  # others are waited for, as ever
+        atexit._run_exitfuncs()
+        os._exit(finish(code))
+    sys.exit(code)
 
 
 def lost(error: OutputLost) -> int:

@@ -82,3 +82,38 @@ def test_widths_that_are_none(columns: str) -> None:
     done = run("init", "--help", env={"COLUMNS": columns, "LINES": columns, "TERM": "dumb"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"--from" in done.stdout
+
+
+IN_RUST = """
+import atexit, threading, time
+from tokenizers import Tokenizer, models, trainers
+from flows.cli import main
+begun = threading.Event()
+
+def words():
+    while True:
+        begun.set()
+        time.sleep(0.005)
+        yield "a b"
+
+def learn():
+    Tokenizer(models.BPE()).train_from_iterator(words(), trainers.BpeTrainer())
+
+def print_late():
+    threading.main_thread().join()
+    print("the other thread")
+
+threading.Thread(target=learn, daemon=True).start()
+begun.wait()
+threading.Thread(target=print_late).start()
+atexit.register(print, "at exit")
+main()
+"""
+
+
+def test_a_thread_that_still_works_does_not_change_the_exit_code() -> None:
+    """Python throws it out of Rust at its end, and that aborts; the other threads and what is left for the end come."""
+    command = [sys.executable, "-c", IN_RUST, "schema"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"}\nthe other thread\nat exit\n")
