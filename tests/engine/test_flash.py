@@ -196,7 +196,8 @@ class Heads:
         self.cuda.call("attention_fwd", wire.BF16, arrays, dims, (d**-0.5,), set_name="flash")
         return [o, lse]
 
-    def igrad(self, dy: Array, q: Array, k: Array, v: Array) -> list[Array]:
+    def both(self, dy: Array, q: Array, k: Array, v: Array) -> list[Array]:
+        """What the forward gives, and the backward."""
         b, h, g = self.b, self.h, self.g
         t, d = len(q) // b, q.shape[1] // h
         y, lse = self.fwd(q, k, v)
@@ -204,14 +205,14 @@ class Heads:
         dims = (b, t, h, g, d, h * d, g * d, g * d, h * d, h * d, h * d, g * d, g * d, self.window)
         arrays = [dq, dk, dv, dy, y, q, k, v, lse, np.empty_like(lse), self.first]
         self.cuda.call("attention_igrad", wire.BF16, arrays, dims, (d**-0.5,), set_name="flash")
-        return [dq, dk, dv]
+        return [y, lse, dq, dk, dv]
 
     def products(self, dy: Array, q: Array, k: Array, v: Array) -> tuple[int, int]:
         """How many mma the forward makes, and the backward."""
         self.cuda.seed(1)
         self.fwd(q, k, v)
         one = int(self.cuda.c.hs_emulated_products())
-        self.igrad(dy, q, k, v)
+        self.both(dy, q, k, v)
         return one, int(self.cuda.c.hs_emulated_products()) - 2 * one
 
 
@@ -234,12 +235,11 @@ def test_a_sequence_does_not_know_its_batch(cuda: CudaLib) -> None:
     b, t, h, g, d = 3, 130, 2, 1, 64
     dy, q, k, v = drawn(4, b * t, h * d, h * d, g * d, g * d)
     many, one = Heads(cuda, b, h, g), Heads(cuda, 1, h, g)
-    whole, grads = many.fwd(q, k, v)[0], many.igrad(dy, q, k, v)
+    whole, _, *grads = many.both(dy, q, k, v)
     second = slice(t, 2 * t)
-    alone = [x[second].copy() for x in (dy, q, k, v)]
-    assert one.fwd(*alone[1:])[0].tobytes() == whole[second].tobytes()
-    for x, y in zip(one.igrad(*alone), grads, strict=True):
-        assert x.tobytes() == y[second].tobytes()
+    y, _, *own = one.both(*(x[second].copy() for x in (dy, q, k, v)))
+    for x, of_many in zip([y, *own], [whole, *grads], strict=True):
+        assert x.tobytes() == of_many[second].tobytes()
     for n in (1, 64, 65):
         prefix = one.fwd(*(x[:n].copy() for x in (q, k, v)))[0]
         assert prefix.tobytes() == whole[:n].tobytes(), n
@@ -254,14 +254,19 @@ def test_a_document_does_not_know_the_others(cuda: CudaLib, window: int) -> None
     starts = [0, 30, 64, 65, 190, 199]
 
     def of(first: Array | None) -> list[Array]:
-        heads = Heads(cuda, 1, h, g, first, window)
-        o, lse = heads.fwd(q, k, v)
-        return [o, lse.T.copy(), *heads.igrad(dy, q, k, v)]
+        o, lse, *grads = Heads(cuda, 1, h, g, first, window).both(dy, q, k, v)
+        return [o, lse.T.copy(), *grads]
 
-    whole = of(begun(t, starts))
-    for begin, end in pairwise([*starts, t]):
-        for x, y in zip(of(begun(t, [0, begin, *([end] if end < t else [])])), whole, strict=True):
-            assert x[begin:end].tobytes() == y[begin:end].tobytes(), (begin, end)
+    whole, documents = of(begun(t, starts)), set(pairwise([*starts, t]))
+    # every other document cut in two; every one between them; all before one together
+    found = set()
+    for others in ([0, 30, 47, 64, 65, 100, 190, 199], [0, 15, 30, 64, 65, 190, 194, 199], [0, 65, 190]):
+        around = of(begun(t, others))
+        for begin, end in documents.intersection(pairwise([*others, t])):
+            found.add((begin, end))
+            for x, y in zip(around, whole, strict=True):
+                assert x[begin:end].tobytes() == y[begin:end].tobytes(), (begin, end)
+    assert found == documents
     assert [x.tobytes() for x in of(begun(t, [0]))] == [x.tobytes() for x in of(None)]
     wild = np.where(np.arange(t) < 40, -7, 2**31 - 1).astype(np.int32)
     mended = np.clip(wild, 0, np.arange(t)).astype(np.int32)
@@ -282,10 +287,10 @@ def test_what_nobody_reads_is_not_computed(cuda: CudaLib) -> None:
     assert Fraction(near[0], all_before[0]) == Fraction(16 + 7, 72)
     assert Fraction(near[1], all_before[1]) == Fraction(16 + 15, 136)
     heads = Heads(cuda, 1, 1, 1, begun(t, [0, 128, 256]))
-    want = [*heads.fwd(q, k, v), *heads.igrad(dy, q, k, v)]
+    want = heads.both(dy, q, k, v)
     for x in (dy, q, k, v):
         x[128:256] = 0x7FC0
-    got = [*heads.fwd(q, k, v), *heads.igrad(dy, q, k, v)]
+    got = heads.both(dy, q, k, v)
     got[1], want[1] = got[1].T, want[1].T
     for x, y in zip(got, want, strict=True):
         assert x[:128].tobytes() == y[:128].tobytes()
@@ -305,8 +310,7 @@ def test_a_nan_is_not_lost(cuda: CudaLib, window: int) -> None:
     for bad in (np.nan, np.inf, -np.inf):
         for which, name in enumerate(("dy", "q", "k", "v")):
             dy, q, k, v = (encode(np.where(spot & (i == which), bad, x), wire.BF16) for i, x in enumerate(clean))
-            o, lse = heads.fwd(q, k, v)
-            dq, dk, dv = heads.igrad(dy, q, k, v)
+            o, lse, dq, dk, dv = heads.both(dy, q, k, v)
             sound = [np.isfinite(decode(x, wire.BF16)).all(-1) for x in (o, dq, dk, dv)]
             if np.isinf(bad):
                 assert name not in ("q", "dy") or not sound[1][at], name

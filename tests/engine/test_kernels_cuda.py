@@ -101,8 +101,9 @@ def test_a_gradient_that_is_written(kernels: KernelLib, cuda: CudaLib, case: Cas
     assert_written_as_added_to_zero(cuda, Call.make(kernels, case, dtype), "cuda")
 
 
-def test_nothing_outside_the_operands_is_touched() -> None:
-    done = sanitized()
+@pytest.mark.parametrize("types", ["turns", pytest.param("both", marks=pytest.mark.slow)])
+def test_nothing_outside_the_operands_is_touched(types: str) -> None:
+    done = sanitized(types)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

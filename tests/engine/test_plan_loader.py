@@ -535,11 +535,24 @@ def test_plans_of_a_head_in_blocks_are_taken_or_refused_like_others(tmp_path: Pa
         assert mode == ["plant"] or (counted["refused"] > 150 and counted["run"] > 5)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("precision", "model", "stages"),
+    [
+        # by day every precision with each model and with each number of stages
+        pytest.param(
+            precision,
+            model,
+            stages,
+            id=f"{precision}-{name}-{stages}",
+            marks=[pytest.mark.slow] * ((i + j + stages) % 2),
+        )
+        for i, precision in enumerate(("fp32", "bf16", "fp8"))
+        for j, (name, model) in enumerate((("gpt2", GPT2), ("llama", LLAMA)))
+        for stages in (1, 2)
+    ],
+)
 def test_every_write_over_what_it_must_not_touch_is_refused(
-    tmp_path: Path, stages: int, model: dict[str, Any], precision: str
+    tmp_path: Path, precision: str, model: dict[str, Any], stages: int
 ) -> None:
     """Each written operand, message and report, laid over each other operand, tokens, targets, control block, norms
     and state tensors, in both spaces that reach them."""

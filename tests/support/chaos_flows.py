@@ -38,7 +38,7 @@ from tests.support.chaos import pids_below
 from tests.support.place import LONG, ROOT, Place
 from tests.support.wait import wait_for
 
-VICTIMS = ("driver", "driver", "driver", "schedule", "schedule", "server")
+VICTIMS = ("driver", "schedule", "server", "driver", "schedule", "driver")  # four kills are of all three
 ADOPTED_S = 15.0
 PATIENCE_S = 120.0
 SETTINGS = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"}

@@ -34,20 +34,18 @@ def done_tasks(api: Api, flow_run: dict[str, Any]) -> list[str]:
     return [row["name"] for row in api.task_runs(flow_run["id"]) if row["state_type"] == "COMPLETED"]
 
 
-def test_it_fires_three_times_and_each_is_a_new_run(
-    prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]]
-) -> None:
+def test_each_firing_is_a_new_run(prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]]) -> None:
     sets = ["--set", "name='often'", "--set", "train.steps=6", "--set", "parallel.stages=1"]
     process = hosted.start("schedule", "spec.toml", "--interval", "3", *sets)
     scheduling.append(process)
-    wait_for(lambda: len(of(prefect, "often", "COMPLETED")) >= 3 or process.poll() is not None, "three runs", 150)
+    wait_for(lambda: len(of(prefect, "often", "COMPLETED")) >= 2 or process.poll() is not None, "two runs", 150)
     process.send_signal(signal.SIGINT)
     done = finish(process, 60)
     assert done.code == 0, done.out + done.err
     completed = of(prefect, "often", "COMPLETED")
-    assert len(completed) >= 3, done.out + done.err
+    assert len(completed) >= 2, done.out + done.err
     fires = re.findall(r"^  fires \w{3} (\S+ \S+) \+0000 \(UTC\)$", done.out, re.MULTILINE)
-    assert len(fires) == 3
+    assert len(fires) == 3  # the next ones
     for flow_run in completed:
         wait_for(lambda f=flow_run: len(done_tasks(prefect, f)) == 3, "its task runs", 20)
         assert sorted(done_tasks(prefect, flow_run)) == ["attempt 1", "compile plan", "prepare data"]

@@ -49,10 +49,10 @@ def start(spec: DataSpec, store: str, stdout: int = subprocess.DEVNULL) -> subpr
 
 
 def test_memory_does_not_grow_with_the_corpus(here: Path) -> None:
-    """The small one of the bench's data/peak-mib: nine MiB more of text take no thrice as much more memory, which
+    """The small one of the bench's data/peak-mib: five MiB more of text take no five times as much more memory, which
     is the allocator's; a corpus that is held takes ten times as much, by its tokens as lists alone."""
     peaks = []
-    for size in (2 << 20, 11 << 20):
+    for size in (2 << 20, 7 << 20):
         write(Path(f"c/{size}.jsonl"), size)
         spec = DataSpec(source=f"jsonl:{here}/c/{size}.jsonl", vocab_size=600, piece_mib=1, shard_tokens=1 << 18)
         with start(spec, f"file://{here / str(size)}", subprocess.PIPE) as process:
