@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import tomllib
 from pathlib import Path
@@ -49,7 +50,7 @@ def import_(
     from trainer.spec import parse_spec
 
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # also what no path can be: too long, with a zero byte
         raise click.UsageError(f"{folder!r} {_no_folder(path)}")
     text = spec_text(path, weights=True, source=source, tokenizer=tokenizer, end_token=end_token, name=name)
     spec = parse_spec(tomllib.loads(text), origin="the spec")
@@ -81,7 +82,7 @@ def import_(
 
 def _no_folder(path: Path) -> str:
     """Why a path is no folder of a model, and the mend."""
-    if path.is_file():
+    if os.path.isfile(path):
         return f"is a file; give the folder that it lies in: {shlex.quote(str(path.parent))}"
     return (
         "is no folder here, and hotstage downloads nothing; a model of the Hub comes by: "

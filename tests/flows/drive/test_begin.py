@@ -561,6 +561,7 @@ def test_names_with_a_wrappers_word_before_them_are_the_models(imported: Importe
     [
         ("gpt2", "'gpt2' is no folder here, .* hf download gpt2 --local-dir DIR"),
         ("tokenizer.json", "'tokenizer.json' is a file; give the folder that it lies in: ."),
+        ("a" * 5000, "a' is no folder here, "),  # no path that there can be
     ],
 )
 def test_what_is_no_folder_is_told_with_the_mend(
