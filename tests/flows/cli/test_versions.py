@@ -86,7 +86,7 @@ class Planted:
         digest = what["data"]["digest"]
         named = [key for key in (self.root / "data" / "inputs").iterdir() if key.read_text() == digest]
         value = codec.unpack(self.get(keys.dataset_manifest_key(digest)), "", max_bytes=CAP)
-        data = codec.pack(value | {"v": dataset.MIX_VERSION + 1})
+        data = codec.pack(value | {"v": dataset.MASK_VERSION + 1})
         newer = hashlib.sha256(data).hexdigest()
         shutil.copytree(self.root / "data" / digest, self.root / "data" / newer)
         self.put(keys.dataset_manifest_key(newer), data)
@@ -136,7 +136,7 @@ VERIFY = ("ckpt", "verify", "RUN")
         ("part", 3, "versions 1 to 2", (VERIFY,)),
         ("pages", 3, "versions 1 to 2", (VERIFY, *GOES_ON)),
         ("plan", wire.PLAN_VERSION + 1, f"version {wire.PLAN_VERSION}", (VERIFY, TRAIN)),
-        ("dataset", 3, "versions 1 to 2", (TRAIN, ("data", "prepare", "spec.toml"))),
+        ("dataset", 4, "versions 1 to 3", (TRAIN, ("data", "prepare", "spec.toml"))),
     ],
 )
 def test_a_newer_version_is_refused(
