@@ -145,9 +145,10 @@ def loss_svg(
     for attempt in attempts[1:]:
         step = attempt.restore_step + attempt.lost_steps  # how far the attempt before it came
         x = px(min(max(step, x0), x1))
+        side = f'x="{x + 5:.1f}"' if x <= width / 2 else f'x="{x - 5:.1f}" text-anchor="end"'  # where there is room
         out.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{height - bottom}" stroke="var(--b)" '
-            f'stroke-dasharray="5 4"/><text x="{x + 5:.1f}" y="{top + 4}">attempt {attempt.number}: '
+            f'stroke-dasharray="5 4"/><text {side} y="{top + 4}">attempt {attempt.number}: '
             f"{html.escape((attempt.cause or attempt.reason)[:60])}</text>"
         )
     out.append("</svg>")

@@ -118,6 +118,9 @@ def test_attempts_are_marked_in_the_curve() -> None:
     assert svg.count("stroke-dasharray") == 1
     assert "attempt 2" in svg
     assert "checkpoint at step 30" in svg
+    early, late = (dict.fromkeys(range(1, end), 5.0) for end in (1000, 32))
+    for curve, ends in (early, False), (late, True):  # its words go to the side that has room for them
+        assert ('text-anchor="end" y="30">attempt 2' in loss_svg(curve, FACTS.attempts, [])) == ends
 
 
 def test_what_evaluations_gave_is_drawn_and_listed() -> None:
