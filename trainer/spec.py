@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from trainer.dataset import DatasetRef
@@ -267,10 +268,15 @@ def _below(section: tuple[str, ...], names: Sequence[str]) -> str:
     return ", ".join(name.removeprefix(".".join(section) + ".") for name in names)
 
 
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key holds, or a list of them."""
+    forms = (field.annotation, *get_args(field.annotation))  # a section that may be unset has two
+    return next((f for f in forms if isinstance(f, type) and issubclass(f, BaseModel)), None)
+
+
 def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
-        forms = (field.annotation, *get_args(field.annotation))  # a section that may be unset has two
-        section = next((f for f in forms if isinstance(f, type) and issubclass(f, BaseModel)), None)
+        section = _section_of(field)
         if section is not None and get_origin(field.annotation) is not tuple:
             yield from _paths(section, (*prefix, name))
         else:
@@ -340,8 +346,7 @@ def _section(loc: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = RunSpec
     for part in loc:
         field = model.model_fields.get(str(part))
-        forms = () if field is None else (field.annotation, *get_args(field.annotation))
-        found = next((f for f in forms if isinstance(f, type) and issubclass(f, BaseModel)), None)
+        found = None if field is None else _section_of(field)
         if found is None:
             return []
         model = found
@@ -353,10 +358,7 @@ def _unknown_key(loc: tuple[str, ...]) -> str:
     for part in loc[:-1]:
         if part.isdigit():
             continue  # of a list, whose kind of section is known by now
-        kind = model.model_fields[part].annotation
-        kind = next((a for a in get_args(kind) if isinstance(a, type)), kind)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            model = kind
+        model = _section_of(model.model_fields[part]) or model
     keys = list(model.model_fields)
     near = difflib.get_close_matches(loc[-1], keys, n=1)
     elsewhere = [".".join(p) for p in _paths(RunSpec) if p[-1] == loc[-1]]

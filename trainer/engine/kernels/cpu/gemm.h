@@ -252,38 +252,34 @@ static __attribute__((noinline)) void finish(const place *to, const float *c, in
     BY_DTYPE(to->g->dt_out, finish_dt, to->g, c, ldc, to->i + first, m, to->j, n);
 }
 
-/* c[m, n] (f32, rows ldc apart) from packed panels, each kn long. next: AHEADS of what is to be asked for
- * meanwhile, as are c's own lines (kn <= KC then); NULL: nothing. whole: each tile is finished from the
- * nearest cache and goes there (n <= NR then; c is one tile's room if nothing is loaded); NULL: it stays in c */
-static void multiply_panels(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
-                            const float *b, float *c, int64_t ldc, int load, ahead *next,
-                            const place *whole) {
+/* c[m, n] (f32, rows ldc apart), n <= NR, from A's packed panels and one of B, each kn long. next: AHEADS of what is to
+ * be asked for meanwhile, as are c's own lines (kn <= KC then). whole: each tile is finished from the nearest cache and
+ * goes there (c is one tile's room if nothing is loaded); NULL: it stays in c */
+static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
+                           const float *b, float *c, int64_t ldc, int load, ahead *next,
+                           const place *whole) {
     const int flushes = pairs && !HS_DOT;           /* VDPBF16PS does not ask for the mode */
     const int64_t most = flushes ? kn / 2 : kn;     /* turns of a tile's loop */
     const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
     const int64_t step = whole && !load ? 0 : ldc;
     const char *list[KC + ASKS_AT_ONCE];
-    for (int64_t i = 0; ASKS_WITHIN && next && i < most; i++)
+    for (int64_t i = 0; ASKS_WITHIN && i < most; i++)
         list[i] = (const char *)b; /* where there is no other */
     flush_mode before = flushes ? flush_begin() : 0;
-    for (int64_t j = 0; j < n; j += NR) {
-        int64_t nn = hs_min(NR, n - j);
-        for (int64_t i = 0; i < m; i += MR) {
-            int64_t mr = hs_min(MR, m - i), asks = 0;
-            float *tile = c + i * step + j;
-            for (int64_t r = i + soon; next && step && r < hs_min(i + soon + MR, m); r++) {
-                __builtin_prefetch(c + r * ldc + j, 1);
-                __builtin_prefetch(c + r * ldc + j + nn - 1, 1);
-            }
-            for (int what = 0; next && what < AHEADS; what++)
-                if (next[what].runs) asks = ask_for(next + what, list, asks, most);
-            micro[mr][pairs][nn > LANES](kn, a + i * kn, b + j * kn, tile, ldc, nn, load,
-                                         next ? list : NULL);
-            if (!whole) continue;
-            if (flushes) flush_end(before);
-            finish(whole, tile, ldc, i, mr, nn);
-            if (flushes) before = flush_begin();
+    for (int64_t i = 0; i < m; i += MR) {
+        int64_t mr = hs_min(MR, m - i), asks = 0;
+        float *tile = c + i * step;
+        for (int64_t r = i + soon; step && r < hs_min(i + soon + MR, m); r++) {
+            __builtin_prefetch(c + r * ldc, 1);
+            __builtin_prefetch(c + r * ldc + n - 1, 1);
         }
+        for (int what = 0; what < AHEADS; what++)
+            if (next[what].runs) asks = ask_for(next + what, list, asks, most);
+        micro[mr][pairs][n > LANES](kn, a + i * kn, b, tile, ldc, n, load, list);
+        if (!whole) continue;
+        if (flushes) flush_end(before);
+        finish(whole, tile, ldc, i, mr, n);
+        if (flushes) before = flush_begin();
     }
     if (flushes) flush_end(before);
 }
@@ -359,8 +355,8 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
                     next[RESIDUAL] =
                         spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
                                g->ld_res * size_out, m, nn * size_out, tiles);
-                multiply_panels(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next,
-                                !direct && last ? &whole : NULL);
+                multiply_panel(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next,
+                               !direct && last ? &whole : NULL);
             }
         }
     }
