@@ -10,17 +10,14 @@ backward), reports, control, optimizer, tied weights, snapshot. Every message ap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer import wire
-from trainer.errors import PlanError
-from trainer.models.base import Call, Normal
 from trainer.plan import memory
 from trainer.plan.arena import COMBINES, PositionMemory
 from trainer.plan.check import check_placement
@@ -33,19 +30,15 @@ from trainer.plan.memory import align
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.optimistic import Cut, cuts
 from trainer.plan.places import Position, Stage
-from trainer.plan.records import ActionList, BoundAction, BoundCall, Channel, PositionPlan, Program, Ref, State
-from trainer.plan.reduce import Reduction, expanded, joined, own_piece
+from trainer.plan.programs import Programs
+from trainer.plan.records import ActionList, BoundAction, Channel, PositionPlan, Program, Ref, State
+from trainer.plan.reduce import Reduction, expanded
 from trainer.plan.rows import HEAD, JOIN, OPS, SEND_B, SEND_F, B, F, Row, W
 from trainer.plan.slots import check_hazards
 
-_TAKES = {name: (kernel.ptrs, kernel.dims, kernel.reals) for name, kernel in wire.KERNELS.items()}
-
-# Kernels whose arithmetic is f32 whatever the precision of activations: none of their operands is of that
-_F32_KERNELS = {name for name, k in wire.KERNELS.items() if all(o.kind != "dt" for o in k.operands)}
-
 
 class _Lowering:
-    """Binds the programs of one position to its memory, and writes its lists."""
+    """Writes the lists of one position, whose programs are bound to its memory (``programs.py``)."""
 
     def __init__(self, job: Job, position: Position, channels: Channels, row: Row, cut: Cut) -> None:
         self.job, self.position, self.channels, self.row, self.cut = job, position, channels, row, cut
@@ -53,224 +46,12 @@ class _Lowering:
         self.reduction = Reduction(position, job.replicas, job.groups, self.mem.gradient_memory, channels)
         self.own = OwnChannels(channels, position)
         self.head = HeadMessages(job, self.mem, self.own)
-        self.train, self.pipeline = job.spec.train, job.layout.pipeline
-        self.first, self.last = self.mem.first, self.mem.last  # stages: with the embedding, with the head
-        self.tied, self.owned = job.tied_tensor, job.owned[position]
-        self.summed: set[int] = set()
-        """Tensors whose squared norm a backward takes."""
-
-    def _call(
-        self,
-        kernel: str,
-        ptr: tuple[Ref | None, ...],
-        dim: tuple[int, ...],
-        *real: float,
-        dtype: int | None = None,
-        layer: int | None = None,
-        part: str = "O",
-    ) -> BoundCall:
-        chosen = wire.F32 if kernel in _F32_KERNELS else self.job.dtype if dtype is None else dtype
-        takes = _TAKES[kernel]
-        if (len(ptr), len(dim), len(real)) != takes:
-            raise PlanError(
-                f"{kernel} takes {takes[0]} operands, {takes[1]} dims, {takes[2]} reals; it was given "
-                f"{len(ptr)}, {len(dim)}, {len(real)}"
-            )
-        return BoundCall(kernel, chosen, ptr, dim, real, layer, part)
-
-    # programs
-
-    def programs(self) -> dict[str, Program]:
-        """All programs of the position; empty ones are left out."""
-        made: dict[str, Program] = {}
-
-        def add(name: str, calls: Sequence[BoundCall]) -> None:
-            if calls:
-                made[name] = Program(name, tuple(calls))
-
-        for number, stage in self.mem.stages.items():
-            ops = {"F"} if self.job.infer else self.row.computations(number)
-            for op, calls in stage.programs(ops).items():
-                name, bound = self._program(number, op), self._bound(number, calls, op != "F")
-                if op == "F":
-                    add(name, bound)
-                else:
-                    begins, ends = op in self._first(number), op == self._ends_with(number, (B, W))
-                    if ends and self.job.norms_at_once:
-                        bound = self._with_norms(bound)
-                    self.reduction.add(number, op, name, bound, begins, ends)
-                    made |= self.reduction.programs
-        add("load", self._load())
-        if not self.job.infer:
-            self.reduction.finish(lambda size: self.mem.arena.take(size, "gradients"))
-            add("init", self._init())
-            add("sumsq", self._sumsq())
-            add("norms", self._norms())
-            add("adamw", self._adamw())
-        if self.job.optimistic:
-            add("foresee", self._foresee())
-            add("codes", self._quantised())
-        return made | self.reduction.programs
-
-    def _program(self, stage: Stage, op: str) -> str:
-        """A program's name: the operation, after its stage where there are several."""
-        return op if len(self.mem.stages) == 1 else f"{stage}{op}"
-
-    def _bound(self, stage: Stage, calls: Iterable[Call], backward: bool = False) -> list[BoundCall]:
-        bind = partial(self.mem.bind, stage, backward=backward)
-        return [
-            self._call(c.kernel, tuple(map(bind, c.ptr)), c.dim, *c.real, layer=c.layer, part=c.part) for c in calls
-        ]
-
-    def _init(self) -> list[BoundCall]:
-        calls = []
-        for n in self.owned:
-            tensor, pieces = self.job.tensors[n], n in self.mem.pieces
-            whole = self.mem.gradients[n] if pieces else self.mem.masters[n]
-            if isinstance(tensor.init, Normal):
-                dim = (tensor.elements, n, self.train.seed)
-                calls.append(self._call("init_normal", (whole,), dim, 0.0, tensor.init.std))
-            else:
-                calls.append(self._call("init_const", (whole,), (tensor.elements,), tensor.init.value))
-            if pieces:
-                ptr = (self.mem.masters[n], self.mem.own(whole, n))
-                calls.append(self._call("cast", ptr, (self.mem.kept(n),), dtype=wire.F32))
-                calls.append(self._call("zero", (whole,), (whole.bytes,)))
-        return calls
-
-    def _load(self) -> list[BoundCall]:
-        calls = [
-            self._call("rope_table", (ref,), (table.rows, table.size), table.base)
-            for table, ref in self.mem.tables.items()
-        ]
-        for n, copy in self.mem.copies.items():
-            ptr = (self.mem.own(copy, n), self.mem.masters[n])
-            calls.append(self._call("cast", ptr, (self.mem.kept(n),), dtype=self.mem.copy_dtype(n)))
-        return calls + self._quantised()
-
-    def _quantised(self) -> list[BoundCall]:
-        """The weights that kernels read as FP8, out of their masters."""
-        return [self._quantise(n, self.mem.masters[n]) for n in self.mem.codes]
-
-    def _quantise(self, n: int, weight: Ref) -> BoundCall:
-        part = Ref(wire.SPACE_STATIC, self.mem.partials, 4 * wire.QUANTISE_PARTS)
-        rows, columns = self.job.tensors[n].shape
-        return self._call("quantise", (*self.mem.codes[n], weight, part), (rows, columns, columns, 0), dtype=wire.F32)
-
-    def _sumsq(self) -> list[BoundCall]:
-        """The head's share of a tied gradient is added, where it is apart, then every tensor's squared norm taken, in
-        table order."""
-        calls = []
-        if self.tied is not None and self.tied in self.owned and not self.job.joined:
-            calls += [self._call("add_acc", ptr, (ptr[1].bytes // 4,)) for ptr in self.head.shares(self.tied)]
-        for n in self.owned:
-            elements = self.mem.kept(n)
-            if n in self.mem.norm_parts:
-                part = own_piece(self.mem.norm_parts[n], 8 * elements // wire.SUMSQ_BLOCK)
-                calls.append(self._call("sumsq_parts", (part, self.mem.own(self.mem.gradients[n], n)), (elements,)))
-            elif n not in self.summed:
-                calls.append(self._sumsq_of(n))
-        return calls
-
-    def _sumsq_of(self, n: int) -> BoundCall:
-        elements = self.mem.kept(n)
-        partials = Ref(wire.SPACE_STATIC, self.mem.blocks, 8 * -(-elements // wire.SUMSQ_BLOCK))
-        return self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,))
-
-    def _with_norms(self, calls: Sequence[BoundCall]) -> list[BoundCall]:
-        """The last backward of a step's only microbatch: a gradient's squared norm is taken right behind the call that
-        completes it, while caches hold it. Where a tied tensor's other share comes later, its norm does too."""
-        places = {self.mem.gradients[n].offset: n for n in self.owned if n != self.tied or self.job.joined}
-        completes = {
-            places[ref.offset]: at
-            for at, call in enumerate(calls)
-            for ref in call.ptr
-            if ref is not None and ref.space == wire.SPACE_STATIC and ref.offset in places
-        }
-        self.summed |= completes.keys()
-        behind: dict[int, list[BoundCall]] = {}
-        for n, at in completes.items():
-            behind.setdefault(at, []).append(self._sumsq_of(n))
-        return [one for at, call in enumerate(calls) for one in (call, *behind.get(at, ()))]
-
-    def _norm(self, n: int) -> Ref:
-        return Ref(wire.SPACE_STATIC, self.mem.sumsq.offset + 8 * n, 8)
-
-    def _norms(self) -> list[BoundCall]:
-        """The squared norms of tensors in pieces, when every replica has all parts."""
-        calls = []
-        for n, parts in self.mem.norm_parts.items():
-            blocks = -(-self.job.tensors[n].elements // wire.SUMSQ_BLOCK)
-            tree = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * blocks)
-            calls.append(self._call("sum", (self._norm(n), replace(parts, bytes=8 * blocks), tree), (blocks,)))
-        return calls
-
-    def _reals(self, n: int) -> tuple[float, ...]:
-        o = self.train.optimizer
-        return o.beta1, o.beta2, o.eps, o.weight_decay if self.job.tensors[n].decay else 0.0
-
-    def _muon(self, n: int, control: Ref, copy: Ref | None, dtype: int, *, ahead: bool) -> list[BoundCall]:
-        """A step of a tensor that Muon takes, matrix by matrix; ``ahead``: only the copy that it will leave."""
-        o, decay = self.train.optimizer, self.train.optimizer.weight_decay
-        whole, calls = (self.mem.masters[n], self.mem.moments[n][0], self.mem.gradients[n]), list[BoundCall]()
-        for first, place in self.mem.matrices(n, self.mem.orthogonal):
-            share = partial(_elements, of=self.job.tensors[n].elements, first=first, count=place.elements)
-            w, m, g = map(share, whole)
-            wc, dim = None if copy is None else share(copy), (place.elements,)
-            made, step = place.orthogonal(m, g, control, o.momentum)
-            calls += made
-            if ahead:
-                calls.append(self._call("muon_copy", (wc, w, step, control), dim, place.scale, decay, dtype=dtype))
-            else:
-                real = (o.momentum, place.scale, decay)
-                calls.append(self._call("muon", (w, m, g, step, wc, control), dim, *real, dtype=dtype))
-        return calls
-
-    def _adamw(self) -> list[BoundCall]:
-        calls = []
-        for n in self.owned:
-            if n in self.job.muon:
-                whole = self.mem.copies.get(n)
-                dtype = wire.F32 if whole is None else self.mem.copy_dtype(n)
-                calls += self._muon(n, self.mem.control, whole, dtype, ahead=False)
-                continue
-            m, v = self.mem.moments[n]
-            copy, gradient = self.mem.copies.get(n), self.mem.own(self.mem.gradients[n], n)
-            own = None if copy is None else self.mem.own(copy, n)
-            ptr = (self.mem.masters[n], m, v, gradient, own, self.mem.control)
-            dtype = wire.F32 if copy is None else self.mem.copy_dtype(n)
-            written = self.mem.gradients[n] in self.reduction.written
-            dim = (self.mem.kept(n), 0 if n in self.mem.pieces or written else 1)
-            calls.append(self._call("adamw", ptr, dim, *self._reals(n), dtype=dtype))
-        spent = [self.mem.gradients[n] for n in self.owned if n in self.mem.pieces]
-        if self.mem.head_gradient is not None and not self.job.joined:
-            spent.append(self.mem.head_gradient)
-        added = joined(ref for ref in spent if ref not in self.reduction.written)
-        calls += [self._call("zero", (ref,), (ref.bytes,)) for ref in added]
-        return calls if self.job.optimistic else calls + self._quantised()
-
-    def _foresee(self) -> list[BoundCall]:
-        """What kernels read of the weights, as AdamW will leave it where nothing is clipped."""
-        calls = []
-        for n in self.owned:
-            m, v = self.mem.moments[n]
-            whole = Ref(wire.SPACE_STATIC, self.mem.whole, 4 * self.job.tensors[n].elements)
-            copy = whole if n in self.mem.codes else self.mem.own(self.mem.copies[n], n)
-            dtype = wire.F32 if n in self.mem.codes else self.mem.copy_dtype(n)
-            if n in self.job.muon:
-                calls += self._muon(n, self.mem.foreseen, copy, dtype, ahead=True)
-            else:
-                ptr = (copy, self.mem.masters[n], m, v, self.mem.own(self.mem.gradients[n], n), self.mem.foreseen)
-                calls.append(self._call("adamw_copy", ptr, (self.mem.kept(n),), *self._reals(n), dtype=dtype))
-            if n in self.mem.codes:
-                calls.append(self._quantise(n, whole))
-        return calls
-
-    # lists
+        self.programs = Programs(job, self.mem, row, self.reduction, self.head)
+        self.pipeline, self.owned = job.layout.pipeline, job.owned[position]
 
     def plan(self) -> PositionPlan:
         """The position, complete."""
-        programs = self.programs()
+        programs = self.programs.bound()
         states, data_bytes = self._states()
         spec, infer = self.job.spec, self.job.infer
         self.mem.arena.end = align(self.mem.arena.end, memory.PAGE)
@@ -278,7 +59,7 @@ class _Lowering:
         size = 0 if infer else memory.slot_bytes(data_bytes)
         by_kind["slots"] = 0 if infer else size * spec.checkpoint.slots
         by_kind["other"] += memory.RUNTIME_BYTES + memory.workspace_bytes(spec.parallel.threads)
-        (steps, prefix, checks), load = self._step(), self._load_list(programs)
+        (steps, prefix, checks), load = self._step(programs), self._load_list(programs)
 
         def given(name: str) -> int | None:
             return self.mem.given[name].offset if name in self.mem.given else None
@@ -360,7 +141,7 @@ class _Lowering:
         run = [BoundAction(wire.A_RUN, "O", "codes")] if "codes" in programs else []
         return (*run, *self._gather(), *self.head.weights())
 
-    def _step(self) -> tuple[Sequence[BoundAction], int, int]:
+    def _step(self, programs: Mapping[str, Program]) -> tuple[Sequence[BoundAction], int, int]:
         """The list of a step; how many of its actions lead it, and how many then check the step before: 0 and 0, where
         it is checked at its own end."""
         if self.job.infer:
@@ -369,7 +150,7 @@ class _Lowering:
         data = [BoundAction(wire.A_DATA)] if self.mem.given else []
         made = [
             *self.head.gradient(),
-            *([BoundAction(wire.A_RUN, "O", "sumsq")] if self._sumsq() else []),
+            *([BoundAction(wire.A_RUN, "O", "sumsq")] if "sumsq" in programs else []),
             *self._gather_norms(),
             BoundAction(wire.A_REPORT, ref=self.mem.report),
         ]
@@ -442,18 +223,8 @@ class _Lowering:
     def _tail_after(self, stage: Stage) -> str:
         """The operation after which a stage's additions over replicas come to an end: its last backward, or, where that
         may wait, the message that it makes."""
-        return self._ends_with(stage, (B, W, SEND_B, JOIN) if self.reduction.waits else (B, W))
-
-    def _ends_with(self, stage: Stage, ops: tuple[int, ...]) -> str:
-        """Which of these operations is the last of a stage's last microbatch."""
-        last = self.row.of_one(stage)
-        found = last.op[(last.microbatch == self.job.groups.microbatches - 1) & np.isin(last.op, ops)]
-        return OPS[int(found[-1])]
-
-    def _first(self, stage: Stage) -> set[str]:
-        """The operations of a stage's first microbatch."""
-        row = self.row.of_one(stage)
-        return {OPS[op] for op in row.op[row.microbatch == 0].tolist()}
+        ops = (B, W, SEND_B, JOIN) if self.reduction.waits else (B, W)
+        return self.row.last_of(stage, self.job.groups.microbatches - 1, ops)
 
     def _reports(self) -> tuple[list[BoundAction], list[BoundAction]]:
         """What tells position 0 of this position's report, and what brings the decision."""
@@ -513,13 +284,7 @@ class _Lowering:
                 "B",
                 here,
             )
-        return BoundAction(wire.A_RUN, op, self._program(here, op), stage=here)
-
-
-def _elements(whole: Ref, *, of: int, first: int, count: int) -> Ref:
-    """Some of a buffer that has ``of`` elements."""
-    item = whole.bytes // of
-    return replace(whole, offset=whole.offset + item * first, bytes=item * count)
+        return BoundAction(wire.A_RUN, op, self.programs.name(here, op), stage=here)
 
 
 def lower(job: Job) -> tuple[tuple[PositionPlan, ...], tuple[Channel, ...], tuple[Row, ...]]:

@@ -185,6 +185,16 @@ class Row(Sequence[Action]):
         found = self.of_one(stage).op
         return frozenset(op for number, op in enumerate(COMPUTE) if (found == number).any())
 
+    def ops_of(self, stage: Stage, microbatch: int) -> frozenset[str]:
+        """Which of OPS it does for a stage's microbatch."""
+        row = self.of_one(stage)
+        return frozenset(OPS[op] for op in row.op[row.microbatch == microbatch].tolist())
+
+    def last_of(self, stage: Stage, microbatch: int, ops: Sequence[int]) -> str:
+        """Which of these operations it does last for a stage's microbatch."""
+        row = self.of_one(stage)
+        return OPS[int(row.op[(row.microbatch == microbatch) & np.isin(row.op, ops)][-1])]
+
     def by_stage(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Its stages, ascending, and of every action the place of its stage among them."""
         if self.only_stage is not None:
