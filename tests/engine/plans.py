@@ -13,10 +13,11 @@ import numpy as np
 
 from tests.e2e.engine_runs import write_samples
 from trainer import wire
-from trainer.dataset import DatasetRef
+from trainer.dataset import DatasetRef, Mixture
 from trainer.plan.compile import compile_plan
 from trainer.plan.compiled import Plan
 from trainer.spec import parse_spec, what_digest
+from trainer.wire.order import MixPhase
 
 VOCAB, SEQUENCE, SAMPLES = 30, 8, 12
 
@@ -62,6 +63,25 @@ def small_plan(
     }
     spec = parse_spec(values)
     return compile_plan(spec.resolve(dataset), dataset, what_digest(spec, dataset), mode, delays=delays)
+
+
+WIDE = LLAMA | {"layers": 1, "hidden": 16400}
+"""Matrices of a little more than one and two blocks of a piece."""
+
+
+def replicated(replicas: int = 2, stages: int = 1, precision: str = "fp32") -> bytes:
+    """A plan of several replicas, with tensors in pieces."""
+    train: dict[str, Any] = {"batch": 32, "microbatch": 2, "reduction_groups": 2 * replicas, "precision": precision}
+    model = WIDE | {"layers": stages}
+    return small_plan(stages=stages, model=model, parallel={"replicas": replicas}, **train).to_bytes()
+
+
+def mixture(*phases: MixPhase) -> bytes:
+    """A plan over three parts, of 4, 6 and 2 of the small dataset's shards."""
+    plain = DatasetRef("0" * 64, VOCAB, 2, (SEQUENCE + 1,) * SAMPLES, "0" * 64)
+    phases = phases or (MixPhase(1, (3, 0, 2)), MixPhase(3, (0, 1, 1)))
+    mix = Mixture((("1" * 64, 4), ("2" * 64, 6), ("3" * 64, 2)), phases)
+    return small_plan(dataset=replace(plain, mix=mix)).to_bytes()
 
 
 def sealed(data: bytes | bytearray) -> bytes:
