@@ -1,22 +1,14 @@
-"""A run that begins from weights which lie elsewhere: models that transformers made, with the numbers that torch gave.
-
-The golden folders (tests/golden/make_import.py) are of odd sizes: heads that are not key/value heads, head sizes that
-are not width / heads, vocabularies with more rows than the tokenizer has tokens; float32, bfloat16 and float16, in one
-file and in several.
-"""
+"""A run that begins from weights which lie elsewhere: models of transformers, with the numbers that torch gave."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
@@ -25,7 +17,6 @@ import flows
 from checkpoint.export_to import Folder
 from checkpoint.log import RunLog
 from checkpoint.read import StateReader
-from checkpoint.store import Store, open_store
 from checkpoint.store.base import Data
 from checkpoint.store.memory import MemoryStore
 from checkpoint.verify import verify_run
@@ -36,91 +27,23 @@ from flows.drive.events import Event
 from flows.drive.fork import fork_run
 from flows.drive.line import parent_of
 from flows.drive.run import ask_run, create_run, load_run, load_what, ready_store, run_names
-from flows.drive.their_tokenizer import end_of
 from flows.drive.weights import folder_weights
 from flows.show.export import Inference, checkpoint_at, export_hf
 from flows.show.talk import Text
 from tests.e2e import engine_runs
-from tests.reference.golden import FOLDER
 from tests.support.calls import called
+from tests.support.imported import IMPORT, Imported, imported
 from trainer.errors import DatasetError, SpecError
 from trainer.models import family
 from trainer.models.hf_config import read_config
 from trainer.plan import compile_plan
-from trainer.spec import DataSpec, RunSpec, load_spec, parse_spec, what_digest
+from trainer.spec import DataSpec, parse_spec, what_digest
 
-IMPORT = FOLDER / "import"
+__all__ = ["imported"]  # the fixture
+
 CASES = sorted(path.name for path in IMPORT.iterdir())
 LOSS = 1e-5
 """Relative; torch's own float32 run is as far from its float64 one after 25 steps as 1e-6."""
-
-
-OPTIMIZER = ("lr", "eps", "weight_decay", "clip")
-
-
-class Case:
-    """A golden folder that was imported by the command, once."""
-
-    def __init__(self, name: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.folder, self.work = IMPORT / name, folder / name
-        self.work.mkdir()
-        (self.work / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-        patch.chdir(self.work)
-        self.url = f"file://{folder}/store"
-        arguments = [
-            "import",
-            str(self.folder),
-            "--data",
-            f"text:{self.work}/a.txt",
-            "--store",
-            self.url,
-            "--name",
-            name,
-        ]
-        code, said = called([*arguments, "--json"])
-        assert code == 0, said
-        self.arguments, self.told = arguments, json.loads(said)
-        self.spec = load_spec(self.work / self.told["spec"])
-        self.store = open_store(self.url)
-        self.run = str(self.told["run"])
-        self.numbers = json.loads((self.folder / "numbers.json").read_text())
-        arrays = load_file(self.folder / "numbers.safetensors")
-        self.tokens, self.logits = np.asarray(arrays["tokens"]), np.asarray(arrays["logits"])
-
-    def training(self, **more: Any) -> RunSpec:
-        """The spec of the golden numbers: torch's batches, in order."""
-        o, sequence = self.numbers["optimizer"], self.numbers["sequence"]
-        tree = self.spec.model_dump(mode="json", exclude_none=True)
-        tree["train"] = {
-            "steps": len(self.numbers["steps"]),
-            "batch": self.numbers["batch"],
-            "microbatch": 1,
-            "sequence": sequence,
-            "classifier_chunk": 16,
-            "optimizer": {"beta1": o["betas"][0], "beta2": o["betas"][1], **{k: o[k] for k in OPTIMIZER}},
-            "schedule": {"kind": "constant"},
-        }
-        tree["data"] = {**more.pop("data", tree["data"]), "shuffled": False}
-        return parse_spec({**tree, "checkpoint": {"every": 0}, "parallel": {"threads": 1}, **more})
-
-    def losses(self) -> list[float]:
-        return [step["loss"] for step in self.numbers["steps"]]
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    folder, made = tmp_path_factory.mktemp("imported"), dict[str, Case]()
-
-    def case(name: str) -> Case:
-        if name not in made:
-            with pytest.MonkeyPatch.context() as patch:
-                made[name] = Case(name, folder, patch)
-        return made[name]
-
-    return case
-
-
-Imported = Callable[[str], Case]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -421,227 +344,3 @@ def test_a_text_begins_as_the_template_of_the_weights_tokenizer_says(imported: I
     told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (told["bos_token"], told["eos_token"]) == ("!", "<|end|>")
     assert (read_config(tmp_path / "out")["bos_token_id"], read_config(tmp_path / "out")["eos_token_id"]) == (1, 0)
-
-
-Arrays = dict[str, npt.NDArray[Any]]
-Change = Callable[[Path, Arrays, dict[str, Any]], object]
-
-
-def poison(name: str, value: float) -> Change:
-    def change(_: Path, arrays: Arrays, __: dict[str, Any]) -> None:
-        arrays[name] = arrays[name].copy()
-        arrays[name].reshape(-1)[5] = value
-
-    return change
-
-
-def other_tokenizer(folder: Path, *_: object) -> None:
-    tree = json.loads((folder / "tokenizer.json").read_text())
-    vocab = tree["model"]["vocab"]
-    first, second = (next(t for t, n in vocab.items() if n == number) for number in (40, 41))
-    vocab[first], vocab[second] = 41, 40
-    (folder / "brought.json").write_text(json.dumps(tree))
-
-
-def long_tokenizer(folder: Path, *_: object) -> None:
-    tree = json.loads((folder / "tokenizer.json").read_text())
-    more = range(len(tree["model"]["vocab"]), 320)
-    tree["model"]["vocab"] |= {f"more{number}": number for number in more}
-    (folder / "tokenizer.json").write_text(json.dumps(tree))
-
-
-WRONG: list[tuple[str, Change, str, int]] = [
-    ("nan", poison("transformer.h.1.mlp.c_fc.weight", np.nan), "mlp.c_fc.weight in .* holds nan at element 5", 78),
-    ("infinite", poison("transformer.ln_f.weight", np.inf), "ln_f.weight in .* holds inf at element 5", 78),
-    ("missing", lambda f, a, c: a.pop("transformer.h.0.ln_1.bias"), "h.0.ln_1.bias is missing", 78),
-    (
-        "more",
-        lambda f, a, c: a.update({"score.weight": np.ones((2, 30), "<f4")}),
-        r"score.weight \(2 x 30\) is not of",
-        78,
-    ),
-    (
-        "shape",
-        lambda f, a, c: a.update({"transformer.wpe.weight": np.ones((38, 30), "<f4")}),
-        "wpe.weight is 38 x 30, the spec's model has 37 x 30",
-        78,
-    ),
-    ("field", lambda f, a, c: c.update({"activation_function": "relu"}), "activation_function is 'relu'", 78),
-    ("kind", lambda f, a, c: c.update({"model_type": "mamba"}), "model_type is 'mamba'; this version computes", 78),
-    ("quantised", lambda f, a, c: c.update({"quantization_config": {"bits": 4}}), "quantization_config is", 78),
-    (
-        "tied",
-        lambda f, a, c: c.update({"tie_word_embeddings": True}),
-        "lm_head.weight is not transformer.wte.weight",
-        78,
-    ),
-    ("double", lambda f, a, c: a.update({n: v.astype("<f8") for n, v in a.items()}),
-     r"wte.weight \(and 28 more\) in .* is of type F64; F32, BF16, F16 are taken: write them", 78),
-    ("another's", lambda f, a, c: a.pop("transformer.ln_f.bias"), "config.json says .* fetch the folder again", 78),
-    ("another's config", lambda f, a, c: c.update({"n_inner": 71}), "config.json says .* fetch the folder again", 78),
-    ("no number", lambda f, a, c: c.update({"n_layer": "2"}), "n_layer is '2', it must be a whole number", 78),
-    ("code", lambda f, a, c: c.update({"auto_map": {"AutoModel": "x"}}), "this version computes models without", 78),
-    ("vocabulary", long_tokenizer, "the tokenizer has 320 tokens, the weights of .* have rows for 307", 65),
-    ("no tokenizer", lambda f, a, c: (f / "tokenizer.json").unlink(), "has no tokenizer.json", 65),
-    ("no text", lambda f, a, c: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "does not load", 65),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "says", "code"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
-def test_what_cannot_be_a_model_here_is_refused_and_nothing_is_written(
-    tmp_path: Path, change: Change, says: str, code: int
-) -> None:
-    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
-    arrays, config = dict(load_file(folder / "model.safetensors")), json.loads((folder / "config.json").read_text())
-    change(folder, arrays, config)
-    save_file(arrays, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    store = f"file://{tmp_path}/store"
-    found, said = called(["import", str(folder), "--store", store, "-o", str(tmp_path / "made.toml")])
-    assert found == code, said
-    assert said.startswith("hotstage: ")
-    assert re.search(says, said), said
-    assert not (tmp_path / "made.toml").exists()
-    assert not list(open_store(store).list(""))
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("pytorch_model.bin", "is a pickle, which is not opened"),
-        ("consolidated.00.pth", "is a pickle, which is not opened"),
-        ("model-00001-of-00002.safetensors", "is one of several files, whose index is missing"),
-        ("adapter_model.safetensors", "is an adapter, not a model"),
-        ("model-q4.gguf", "is of llama.cpp"),
-        ("weights.safetensors", "is weights under a name of their own"),
-    ],
-)
-def test_a_folder_without_weights_says_what_lies_there(tmp_path: Path, name: str, says: str) -> None:
-    for file in ("config.json", "tokenizer.json"):
-        shutil.copy(IMPORT / "gpt2-untied-f32" / file, tmp_path / file)
-    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
-    code, said = called(
-        ["import", str(tmp_path), "--store", f"file://{tmp_path}/store", "-o", str(tmp_path / "x.toml")]
-    )
-    assert code == 65
-    assert f"{name} {says}" in said
-
-
-def test_a_pointer_of_git_lfs_is_none_of_the_weights(tmp_path: Path) -> None:
-    folder = shutil.copytree(IMPORT / "llama-odd-bf16", tmp_path / "model")
-    file = folder / "model-00003-of-00004.safetensors"
-    whole = file.read_bytes()
-    for data, says in (
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
-        (whole[:-7], "it was cut short, fetch it again"),
-        (None, "names model-00003-of-00004.safetensors, which is not in its folder"),
-    ):
-        file.unlink()
-        if data is not None:
-            file.write_bytes(data)
-        arguments = ["import", str(folder), "--store", f"file://{tmp_path}/s", "-o", str(tmp_path / "x.toml")]
-        code, said = called(arguments)
-        assert code == 65
-        assert says in said
-        file.write_bytes(b"")
-
-
-def test_names_with_a_wrappers_word_before_them_are_the_models(imported: Imported, tmp_path: Path) -> None:
-    """torch.compile and DistributedDataParallel put theirs before every name; the weights are the same import."""
-    case = imported("gpt2-untied-f32")
-    folder = shutil.copytree(case.folder, tmp_path / "model")
-    arrays = load_file(folder / "model.safetensors")
-    for wrapper in ("_orig_mod.", "module.", "module._orig_mod."):
-        save_file({f"{wrapper}{name}": value for name, value in arrays.items()}, folder / "model.safetensors")
-        assert folder_weights(folder, case.spec.model).digest == case.told["weights_digest"]
-
-
-@pytest.mark.parametrize(
-    ("argument", "says"),
-    [
-        ("gpt2", "'gpt2' is no folder here, .* hf download gpt2 --local-dir DIR"),
-        ("tokenizer.json", "'tokenizer.json' is a file; give the folder that it lies in: ."),
-        ("a" * 5000, "a' is no folder here, "),  # no path that there can be
-    ],
-)
-def test_what_is_no_folder_is_told_with_the_mend(
-    argument: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    code, said = called(["import", argument])
-    assert code == 2
-    assert re.search(says, said), said
-
-
-@pytest.mark.parametrize("said_by", [2, [2], [2, 0]])
-def test_an_ordinary_token_ends_no_text(said_by: Any, tmp_path: Path) -> None:
-    """2 is what other programs take where a Llama's config says nothing; of this tokenizer it is a quotation mark."""
-    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for name in ("config.json", "generation_config.json"):
-        tree = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(tree | {"eos_token_id": said_by}))
-    assert end_of(folder, tokenizer) == "<|end|>", "as the list or tokenizer_config.json says"
-    (folder / "tokenizer_config.json").unlink()
-    assert end_of(folder, tokenizer) == ("<|end|>" if said_by == [2, 0] else None)
-
-
-def test_an_end_token_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
-    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
-    (folder / "generation_config.json").unlink()
-    for name, keys in (("config.json", ["bos_token_id", "eos_token_id"]), ("tokenizer_config.json", ["eos_token"])):
-        tree = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if key not in keys}))
-    arguments = ["import", str(folder), "--store", f"file://{tmp_path}/store", "-o", str(tmp_path / "x.toml")]
-    code, said = called(arguments)
-    assert code == 65
-    assert "so nothing would end a document" in said
-    for end, told in (("<|end|>", "a text ends with <|end|>"), ("", "a text ends with nothing")):
-        (tmp_path / "x.toml").unlink(missing_ok=True)
-        code, said = called([*arguments, "--end-token", end])
-        assert code == 0, said
-        assert told in said
-
-
-def test_a_tokenizer_of_another_model_is_refused(imported: Imported, tmp_path: Path) -> None:
-    """Also where nobody names one and the data has its own."""
-    case = imported("gpt2-untied-f32")
-    folder = shutil.copytree(case.folder, tmp_path / "model")
-    other_tokenizer(folder)
-    tree = case.training().model_dump(mode="json", exclude_none=True)
-    model = {**tree["model"], "init": f"hf:{folder}"}
-    data = {"source": f"text:{case.work}/a.txt", "tokenizer": str(folder / "brought.json"), "end_token": "<|end|>"}
-    spec = parse_spec({**tree, "model": model, "data": data})
-    with pytest.raises(DatasetError, match=r"were made with another tokenizer: .* is token 41 there, and"):
-        prepare_run(spec, case.store)
-    del data["tokenizer"], data["end_token"]
-    brought = prepare_run(parse_spec({**tree, "model": model, "data": data}), case.store)
-    assert load_tokenizer(case.store, brought.dataset).token_to_id("<|end|>") == brought.dataset.eot == 0
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(
-        DatasetError, match=r"has no tokenizer.json, and weights are of no use without .*data.tokenizer"
-    ):
-        prepare_run(parse_spec({**tree, "model": model, "data": data}), case.store)
-
-
-@pytest.mark.parametrize(
-    ("init", "says"),
-    [
-        ("hf:", "init 'hf:' is unknown; take 'hf:DIR'"),
-        ("gpt2", "init 'gpt2' is unknown; take 'hf:DIR'"),
-        ("run:x", "init 'run:x' is unknown"),
-        ("weights:12", "init 'weights:12' is unknown"),
-    ],
-)
-def test_an_init_that_is_none_is_refused(imported: Imported, init: str, says: str) -> None:
-    tree = imported("gpt2-untied-f32").training().model_dump(mode="json", exclude_none=True)
-    with pytest.raises(SpecError, match=says):
-        parse_spec({**tree, "model": {**tree["model"], "init": init}})
-
-
-def test_a_folder_that_is_not_here_says_that_nothing_is_downloaded(ground: tuple[Store, RunSpec]) -> None:
-    store, spec = ground
-    asked = spec.model_copy(update={"model": spec.model.model_copy(update={"init": "hf:gpt2-large"})})
-    with pytest.raises(SpecError, match=r"'hf:gpt2-large': the folder gpt2-large is not here; .* downloads nothing"):
-        prepare_run(asked, store)
