@@ -24,6 +24,11 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert missing(page, page.read_text(encoding="utf-8")) == []
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"](docs/{page.name})" not in text] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_page_holds_no_marks_of_a_merge(page: Path) -> None:
     assert re.findall(r"^(?:<{7}|>{7}) .*", page.read_text(encoding="utf-8"), re.MULTILINE) == []
