@@ -41,9 +41,12 @@ class PlanError(TrainerError):
 
 
 class DatasetError(TrainerError):
-    """Training data is missing, cut short, or holds what the spec does not allow."""
+    """Training data is missing, cut short, or holds what the spec does not allow. One line, whatever names hold."""
 
     exit_code = 65
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.replace("\n", "\\n").replace("\r", "\\r"))
 
 
 class OutputError(TrainerError):

@@ -30,7 +30,7 @@ from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.spec_data import MAX_VOCAB_SIZE, DataSpec
 from trainer.spec_fields import MAX_INT32, RULES, shown
-from trainer.spec_hints import hint_of, toml_problem, written_as
+from trainer.spec_hints import hint_of, not_utf8, toml_problem, written_as
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
     HOW_OF_WHAT,
@@ -136,7 +136,7 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise SpecError(f"{file}: there is no such file{hint or f'; {what} is a TOML file'}") from error
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        why = error.strerror if isinstance(error, OSError) else not_utf8(data, error)
         mend = " ('hotstage init' writes one)" if hint else ""
         raise SpecError(f"{file}: cannot be read: {why}; {what} is a TOML file{mend}") from error
     try:

@@ -22,6 +22,9 @@ _BY_END = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "parquet": "par
 
 def _meant(source: str) -> str:
     """What a source without a kind, or of a kind that there is not, probably means: words that end in a blank."""
+    near = source.strip().partition(":")
+    if near[0].strip().lower() in SOURCE_KINDS and near[2].strip():
+        return f"if {near[0].strip().lower()}:{near[2].strip()[:200]} is meant, write that; else "
     kind, colon, rest = source.partition(":")
     if colon and rest.startswith("//"):
         return "it is an address, and files of this machine or of a bucket (jsonl:s3://…) are read: fetch it first, or "

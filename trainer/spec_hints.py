@@ -5,6 +5,7 @@ that are no TOML. Pure; decides nothing.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 
 _LR, _STEPS, _WARMUP = "train.optimizer.lr", "train.steps", "train.schedule.warmup"
@@ -82,12 +83,25 @@ def written_as(key: str, wanted: str, value: object) -> str:
     if wanted == "a whole number" and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return f"write {int(value)}"
     if wanted == "a whole number" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value):
-        return f"write {value}, without quotes"
+        return f"write {int(value)}, without quotes"
     unit = next((unit for end, unit in _UNITS.items() if key.endswith(end)), None)
     return f"write {wanted}" + (f" of {unit}" if unit and "number" in wanted else "")
 
 
+_NOT_TEXT = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"), (b"PK\3\4", "a zip archive"), (b"\x1f\x8b", "gzip"))
+
+
+def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    """What a file holds that is no text in UTF-8, and the mend."""
+    found = next((what for magic, what in _NOT_TEXT if data.startswith(magic)), None)
+    if found is not None:
+        return f"it is {found}, not text in UTF-8; save it as UTF-8"
+    line = data.count(b"\n", 0, error.start) + 1
+    return f"line {line} holds the byte 0x{data[error.start]:02X}, which is no UTF-8; save the file as UTF-8"
+
+
 _LINES: tuple[tuple[str, str], ...] = (
+    (r"\s*(//|--|;|%)", "a comment begins with #"),
     (r"\s*\{", "that is JSON, and a spec is TOML: key = value below [section]"),
     (r"\s*[\w.-]+\s*:(\s|$)", "a key and its value are joined by =, not by a colon"),
     (r"[^=]*=\s*(True|False|TRUE|FALSE)\b", "true and false are written in lower case"),
@@ -120,7 +134,20 @@ def toml_problem(text: str, error: ValueError) -> str:
     return f"{told}; {mend}" if mend else told
 
 
+_CURLY = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"  # quotes of text programs
+
+
 def _mend(said: str, line: str) -> str | None:
+    if "\r" in line:
+        return "its lines end in CR alone: write them with LF"
+    for letter in line:
+        if (
+            (not letter.isprintable() and letter != "\t")
+            or (letter.isspace() and not letter.isascii())
+            or letter in _CURLY
+        ):
+            name = unicodedata.name(letter, "a control character")
+            return f"the line holds U+{ord(letter):04X} ({name.lower()}): write it with plain quotes and blanks"
     if "twice" in said:
         return "a section stands once: put its keys together"
     if "overwrite" in said:

@@ -24,6 +24,8 @@ _PLAIN = {
     "‘": "'", "’": "'", "“": '"', "”": '"', "µ": "u", "≈": "~", "°": "deg",
     "│": "|", "─": "-", "█": "#", "▌": "#", "░": ".", "▒": ":", "▓": "#", "✓": "ok", "✗": "x",
 }  # fmt: skip
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+"""Names of files may hold them; line ends and tabs are ours."""
 PIPE_CLOSED = 141
 
 
@@ -113,9 +115,9 @@ def _silence(number: int) -> None:
 
 
 def tell(text: str) -> None:
-    """A line on standard error, where that can be written."""
+    """A line on standard error, where that can be written; controls of a terminal are written as ``\\x1b``."""
     try:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(text.translate(_CONTROLS) + "\n")
         sys.stderr.flush()
     except (OutputLost, OSError, ValueError):
         pass

@@ -224,7 +224,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="is not TOML"):
         load_spec(tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SpecError, match="not text in UTF-8; a spec is a TOML file"):
+    with pytest.raises(SpecError, match="it is UTF-16, not text in UTF-8; save it as UTF-8; a spec is a TOML file"):
         load_spec(tmp_path / "binary.toml")
 
 

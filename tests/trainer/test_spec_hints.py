@@ -52,6 +52,12 @@ def refusal(file: Path, text: str, *sets: str) -> str:
         ("heads = 2", "heads = 2\nheads = 2\ntied = true", "a key has one value"),
         ("[train]", "[model]\n[train]", "a section stands once"),
         ("[train]", "[train", "a section's name ends with ]"),
+        ("steps = 3", "steps\u00a0= 3", "U+00A0 (no-break space): write it with plain quotes and blanks"),
+        ('"small"', "\u201csmall\u201d", "U+201C (left double quotation mark)"),
+        ("[train]", "\u200b[train]", "U+200B (zero width space)"),
+        ("[train]", "[train]\n\0", "U+0000 (a control character)"),
+        ("[train]", "// how\n[train]", "a comment begins with #"),
+        ("[model]\nfamily", "[model]\rfamily", "end in CR alone"),
         ('name = "small"', '{"name": "small"}', "that is JSON, and a spec is TOML"),
         ("[model]\nfamily =", "model:\n  family:", "'model:'; a key and its value are joined by ="),
     ],
@@ -60,6 +66,19 @@ def test_a_line_that_is_no_toml_is_shown_with_its_mend(tmp_path: Path, old: str,
     assert old in SPEC
     said = refusal(tmp_path / "s.toml", SPEC.replace(old, new, 1))
     assert words in said, said
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (SPEC.encode("utf-16"), "it is UTF-16, not text in UTF-8; save it as UTF-8; a spec is a TOML file"),
+        ((SPEC + "# caf\u00e9\n").encode("latin-1"), "line 15 holds the byte 0xE9, which is no UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_utf8_says_what_it_is(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "s.toml").write_bytes(data)
+    with pytest.raises(SpecError, match=words):
+        load_spec(tmp_path / "s.toml")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +94,7 @@ def test_a_line_that_is_no_toml_is_shown_with_its_mend(tmp_path: Path, old: str,
         ("launch.memory_gib=16GB", "write a number of GiB"),
         ("train.steps=1e3", "1000.0 is not a whole number; write 1000"),
         ("train.batch='4'", "write 4, without quotes"),
+        ("train.batch=04", "write 4, without quotes"),
         ("train.batch=1e300", "write a whole number"),
         ("eval.command=echo", "eval has no keys: it is set whole, or as a table [[eval]] of the file"),
         ("recovery.layouts.stages=1", "recovery.layouts has no keys"),

@@ -20,7 +20,10 @@ from trainer.errors import DatasetError
 
 CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+GZIP = b"\x1f\x8b"
+ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes((first, 0x2A, 0x4D, 0x18)) for first in range(0x50, 0x60)))
+"""A frame, or one that is skipped: pzstd and seekable files begin with those."""
+PACKED = (GZIP, *ZSTD)
 _ZSTD_WINDOW = 1 << 27
 _ZSTD_STEP = 1 << 10
 """Bytes that are unpacked at a time: four of them may stand for 128 KiB."""
@@ -32,6 +35,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a zip archive (or an office document)", "unpack it: unzip"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
     (b"PAR1", "Parquet", "read it with parquet:GLOB"),
+    (b"PARE", "Parquet, encrypted", "write it without its encryption"),
     (b"ARROW1", "Arrow", "write its texts as JSON lines first"),
     (b"%PDF-", "PDF", "extract its text: pdftotext"),
     (b"SQLite format 3\0", "an SQLite database", "write its texts as JSON lines first"),
@@ -39,6 +43,8 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x93NUMPY", "a NumPy array", "write its texts as JSON lines first"),
     (b"Obj\x01", "Avro", "write its texts as JSON lines first"),
     (b"ORC", "ORC", "write its texts as JSON lines first"),
+    (b"\xff\x06\0\0sNaPpY", "packed by Snappy", "unpack it: snzip -dk"),
+    (b"LZIP", "packed by lzip", "unpack it: lzip -dk"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x"),
     (b"{\\rtf", "RTF", "extract its text: unrtf --text"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old office document", "save it as plain text"),
@@ -100,7 +106,11 @@ def opened_file(entry: Entry) -> Iterator[Opened]:
     try:
         file = _Local(entry, descriptor)
         file.check()
-        yield file
+        try:
+            yield file
+        except DatasetError:
+            file.check()  # what was found wrong is of neither file where somebody has written meanwhile
+            raise
         file.check()
     finally:
         os.close(descriptor)
@@ -130,7 +140,7 @@ def _unreadable(name: str, error: OSError) -> DatasetError:
 
 def is_packed(file: Opened) -> bool:
     """Whether its bytes can be read from the beginning alone."""
-    return file.read(0, 4).startswith((GZIP, ZSTD))
+    return file.read(0, 4).startswith(PACKED)
 
 
 def chunks_of(file: Opened, name: str, first: int = 0, last: int | None = None) -> Iterator[bytes]:
@@ -139,7 +149,7 @@ def chunks_of(file: Opened, name: str, first: int = 0, last: int | None = None) 
     DatasetError where it is of a format that holds no plain text, or a packed one is cut short or damaged.
     """
     head = file.read(0, 512)
-    plain = _plain(file, first, last) if not head.startswith((GZIP, ZSTD)) else None
+    plain = _plain(file, first, last) if not head.startswith(PACKED) else None
     if plain is not None:
         if first == 0:
             refuse_formats(name, head)
@@ -167,14 +177,14 @@ def _plain(file: Opened, first: int, last: int | None) -> Iterator[bytes]:
         first += len(data)
 
 
-def refuse_formats(name: str, head: bytes) -> None:
-    """DatasetError where a file that begins so is of a format that holds no plain text."""
+def refuse_formats(name: str, head: bytes, wanted: str = "text in UTF-8") -> None:
+    """DatasetError where a file that begins so is of a format that is not what is ``wanted``."""
     for magic, what, mend in _MAGIC:
         if head.startswith(magic) and (magic != b"BZh" or head[3:4].isdigit()):
             path = f" {name!r}" if ":" in mend and "GLOB" not in mend else ""
-            raise DatasetError(f"{name} is {what}, not text in UTF-8; {mend}{path}")
+            raise DatasetError(f"{name} is {what}, not {wanted}; {mend}{path}")
     if head[257:262] == b"ustar":
-        raise DatasetError(f"{name} is a tar archive, not text; unpack it: tar xf {name!r}")
+        raise DatasetError(f"{name} is a tar archive, not {wanted}; unpack it: tar xf {name!r}")
 
 
 def _cut_short(name: str, what: str, at: int) -> DatasetError:

@@ -113,7 +113,7 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
             if 0 <= last <= at:
                 return
             if line:
-                yield at, line if at else line.removeprefix(BOM)
+                yield at, line.removeprefix(BOM)  # one begins each file of several that were joined
             at += len(line) + 1
         if 0 <= last <= at:
             return
@@ -123,7 +123,7 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
                 "is made into lines by: jq -c '.[]'"
             )
     if rest and not skip:
-        yield at, rest if at else rest.removeprefix(BOM)
+        yield at, rest.removeprefix(BOM)
 
 
 def _proposed(value: dict[str, Any]) -> str:
@@ -175,6 +175,8 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
             mend = "; inside a text a tab is \\t, a line's end \\n"
         elif line.strip() in ("{", "["):
             mend = f"; an object stands on one line: {_LINES}" + (" '.[]'" if line.strip() == "[" else "")
+        elif error.pos == len(line) - len(line.lstrip()):
+            mend = f"; it begins with {line.strip()[:30]!r}"
         why = f"{error.msg.removesuffix(' at')} at column {error.colno}{mend}"
         raise _no_object(where, why, field) from error
     except ValueError:  # a whole number of more digits than Python reads

@@ -13,7 +13,7 @@ import re
 import threading
 from typing import Any
 
-from checkpoint.errors import CredentialsRefused, NotFound, StoreRefused
+from checkpoint.errors import NotFound, StoreError
 from flows.data.sources.base import Entry, changed, vanished
 from trainer.errors import DatasetError
 
@@ -73,10 +73,10 @@ def _reading(address: str, ask: Any, what: str) -> Any:
     """What a bucket answers. Rights and addresses are the user's to mend (exit 78), an outage passes (75)."""
     try:
         return ask(_store(address))
-    except CredentialsRefused:
+    except NotFound:
         raise
-    except StoreRefused as error:
-        raise StoreRefused(f"data.source {what!r}: {error}") from error
+    except StoreError as error:  # of the same class: it says what to do
+        raise type(error)(f"data.source {what!r}: {error}") from error
 
 
 def _foreign() -> Any:

@@ -64,20 +64,21 @@ def below(folder: str, without: Collection[str]) -> Iterator[str]:
             yield path
 
 
-def _matches(pattern: str, hidden: bool = False) -> Iterator[str]:
+def _matches(pattern: str, hidden: bool = False, flags: int = 0) -> Iterator[str]:
     parts = [part for part in pattern.split("/") if part]
     parts = [part for n, part in enumerate(parts) if part != "**" or parts[n - 1 : n] != ["**"]]
     if parts:
         base = "/" if pattern.startswith("/") else ""
-        yield from _expand(base, parts, frozenset(_identity(base or ".")), hidden)
+        yield from _expand(base, parts, frozenset(_identity(base or ".")), hidden, flags)
 
 
-def _expand(base: str, parts: list[str], above: frozenset[_Identity], hidden: bool) -> Iterator[str]:
-    """What ``parts`` match below ``base``. ``above``: the folders on the way that ``**`` has gone through."""
+def _expand(base: str, parts: list[str], above: frozenset[_Identity], hidden: bool, flags: int) -> Iterator[str]:
+    """What ``parts`` match below ``base``. ``above``: the folders on the way that ``**`` has gone through; ``flags`` of
+    patterns' expressions."""
     head, rest = parts[0], parts[1:]
     if head == "**":
         if rest:
-            yield from _expand(base, rest, above, hidden)
+            yield from _expand(base, rest, above, hidden, flags)
         for name, is_folder in _names(base):
             if name.startswith(".") and not hidden:
                 continue
@@ -86,16 +87,16 @@ def _expand(base: str, parts: list[str], above: frozenset[_Identity], hidden: bo
                 yield path
             here = _identity(path) if is_folder else []
             if here and above.isdisjoint(here):  # a link to a folder above would go round for ever
-                yield from _expand(path, parts, above.union(here), hidden)
+                yield from _expand(path, parts, above.union(here), hidden, flags)
     elif not glob.has_magic(head):
         path = os.path.join(base, head)
         if not rest:
             if os.path.lexists(path):
                 yield path
         elif os.path.isdir(path):
-            yield from _expand(path, rest, above.union(_identity(path)), hidden)
+            yield from _expand(path, rest, above.union(_identity(path)), hidden, flags)
     else:
-        fits = re.compile(fnmatch.translate(head)).match
+        fits = re.compile(fnmatch.translate(head), flags).match
         for name, is_folder in _names(base):
             if fits(name) is None or (name.startswith(".") and not head.startswith(".") and not hidden):
                 continue
@@ -103,7 +104,7 @@ def _expand(base: str, parts: list[str], above: frozenset[_Identity], hidden: bo
             if not rest:
                 yield path
             elif is_folder:
-                yield from _expand(path, rest, above.union(_identity(path)), hidden)
+                yield from _expand(path, rest, above.union(_identity(path)), hidden, flags)
 
 
 def _names(folder: str) -> list[tuple[str, bool]]:
@@ -138,6 +139,8 @@ def _identity(path: str) -> list[_Identity]:
 def _why_none(kind: str, pattern: str, folders: int) -> str:
     """What is probably meant by a pattern without a file, as the end of a message."""
     plain = pattern.rstrip("/") or pattern
+    if pattern.startswith("file://"):
+        return f"it is an address; write the path alone: {kind}:{pattern.removeprefix('file://')}"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
         return "it is an address; files of this machine and s3://bucket/… are read: fetch what is there first"
     if re.match(r"[A-Za-z]:\\", pattern) or ("\\" in pattern and "/" not in pattern):
@@ -164,7 +167,14 @@ def _why_none(kind: str, pattern: str, folders: int) -> str:
             f"{behind_dots} file(s) match whose name, or whose folder's, begins with a dot; those are taken only where "
             "the pattern has the dot: .*"
         )
+    other_case = sum(os.path.isfile(path) for path in _matches(pattern, flags=re.IGNORECASE))
+    if other_case:
+        return f"{other_case} file(s) match but for small and capital letters; write those as the names have them"
     hints = []
+    if "$" in pattern:
+        hints.append("variables of the shell are not replaced here; write what it stands for, or ~ for the home folder")
+    if "," in pattern and any(os.path.lexists(part.partition(":")[2] or part) for part in pattern.split(",")):
+        hints.append("a comma is part of a name; several patterns are one with * or [ ], or parts of data.mix")
     if missing is not None:
         hints.append(missing)
     if "{" in pattern and "}" in pattern:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from flows.data.sources.base import Borne, Document, Entry, no_prompt, optional_module, whole_pairs
-from flows.data.sources.files import Opened, look_at_files, opened_file
+from flows.data.sources.files import GZIP, PACKED, Opened, look_at_files, opened_file, refuse_formats
 from trainer.errors import DatasetError, SpecError
 
 _ROWS = 256  # that are in memory at a time
@@ -62,7 +62,7 @@ class ParquetSource:
         kind = schema.field(field).type
         if not _is_text(kind):
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
-            mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else ""
+            mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else _cast(kind)
             raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
         return str(kind)
 
@@ -70,6 +70,14 @@ class ParquetSource:
         if self._more is None:
             return None
         return _columns_of(table.schema_arrow.names, self._field, self._prompt, self._more)
+
+
+def _cast(kind: Any) -> str:
+    """How a column becomes one of text."""
+    types = optional_module("pyarrow.types", "pyarrow", "parquet:")
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return '; write it as one: table.column(…).cast("string"), by who wrote the file'
+    return "; write its texts as a column of their own, or as JSON lines (jsonl:GLOB)"
 
 
 def _is_text(kind: Any) -> bool:
@@ -104,9 +112,9 @@ def _table(file: Opened, entry: Entry) -> Iterator[Any]:
     """An open Parquet file; what pyarrow raises while it is used becomes DatasetError."""
     arrow = optional_module("pyarrow", "pyarrow", "parquet:")
     parquet = optional_module("pyarrow.parquet", "pyarrow", "parquet:")
-    head, tail = file.read(0, 4), file.read(max(0, entry.size - 4), 4)
-    if head != b"PAR1":
-        raise DatasetError(f"{entry.name} is no Parquet file (it does not begin as one); narrow data.source")
+    head, tail = file.read(0, 512), file.read(max(0, entry.size - 4), 4)
+    if not head.startswith(b"PAR1"):
+        raise _no_parquet(entry.name, head)
     if tail != b"PAR1":
         raise DatasetError(f"{entry.name} is a Parquet file that was cut short (its end is missing); fetch it anew")
     try:
@@ -121,6 +129,19 @@ def _table(file: Opened, entry: Entry) -> Iterator[Any]:
         raise DatasetError(
             f"{entry.name} does not read as Parquet: {str(error)[:200]}; fetch it anew, or leave it out of data.source"
         ) from error
+
+
+def _no_parquet(name: str, head: bytes) -> DatasetError:
+    kinds = "if it lies beside Parquet files, name those: parquet:FOLDER/*.parquet"
+    if not head:
+        return DatasetError(f"{name} is no Parquet file: it is empty; fetch it anew, or {kinds}")
+    if head.startswith(PACKED):
+        unpack = "gunzip" if head.startswith(GZIP) else "unzstd"
+        return DatasetError(f"{name} is no Parquet file: it is packed once more; unpack it: {unpack} -k {name!r}")
+    refuse_formats(name, head, "a Parquet file")
+    if head.lstrip().startswith(b"{"):
+        return DatasetError(f"{name} is no Parquet file: it begins as JSON; read it with jsonl:GLOB")
+    return DatasetError(f"{name} is no Parquet file: it begins with {head[:4]!r}, not with b'PAR1'; {kinds}")
 
 
 class _Seekable(io.RawIOBase):

@@ -59,6 +59,11 @@ def test_a_reader_that_has_gone(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_controls_of_a_terminal_are_written_out() -> None:
+    done = run("plan", "a\x1b[2Jb\x9bc.toml")
+    assert done.stderr.startswith(b"hotstage: a\\x1b[2Jb\\x9bc.toml: there is no such file")
+
+
 @pytest.mark.parametrize("arguments", [["schema"], ["--help"]], ids=" ".join)
 def test_a_full_disk_is_named(arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full:

@@ -24,6 +24,7 @@ from checkpoint.store import Store, open_store
 from flows.data import documents, load_tokenizer, prepare
 from flows.data.prepare import telling
 from flows.data.sources import files as sources_of
+from flows.data.sources.files import CHUNK
 from flows.data.sources.paths import files_of
 from flows.data.tokenizer import LONG_WORD, cut_long_words
 from tests.checkpoint.store.test_file_store import in_child
@@ -152,6 +153,10 @@ def test_a_pattern_matches_what_glob_matches(here: Path) -> None:
         ("c/a.txt", "text:c\\*.txt", "text:c/*.txt"),
         ("c/a.txt", "text:C:\\c\\*.txt", "such as text:/c/*.txt"),
         ("c/a.txt", "text:C:\temp/*.txt", "control character"),
+        ("c/a.txt", "text:file:///c/*.txt", "write the path alone: text:/c/*.txt"),
+        ("c/A.TXT", "text:c/*.txt", "1 file(s) match but for small and capital letters"),
+        ("c/a.txt", "text:$HOME/c/*.txt", "variables of the shell are not replaced"),
+        ("c/a.txt", "text:c/a.txt,text:c/b.txt", "a comma is part of a name"),
     ],
 )
 def test_a_pattern_that_matches_nothing_says_what_is_meant(here: Path, file: str, source: str, proposal: str) -> None:
@@ -254,6 +259,22 @@ def test_a_file_that_vanishes_or_grows_meanwhile(here: Path, monkeypatch: pytest
         texts("text:c/*.txt")
 
 
+def test_damage_that_somebody_writes_meanwhile_is_told_as_a_change(here: Path) -> None:
+    line = json.dumps({"text": WORDS}) + "\n"
+    Path("a.jsonl").write_text(line * (5 * CHUNK // 2 // len(line)))
+    reading = documents("jsonl:a.jsonl")
+    next(reading)
+    os.truncate("a.jsonl", CHUNK + 1)
+    with pytest.raises(DatasetError, match=r"a.jsonl changed while it was read"):
+        list(reading)
+
+
+def test_a_name_with_a_line_end_stays_on_a_line(here: Path) -> None:
+    fill("c/a\nb.jsonl")
+    with pytest.raises(DatasetError, match=r"^c/a\\nb.jsonl:1 is no JSON object"):
+        texts("jsonl:c/*")
+
+
 # --- what is in the files -----------------------------------------------------------------------------------
 
 
@@ -278,6 +299,10 @@ def parquet() -> bytes:
         (b"\xfe\xff" + "text".encode("utf-16-be"), "UTF-16"),
         ("some text".encode("utf-32"), "UTF-32"),
         (b'{"text": "a"}\n' * 3 + b"\0\0\0", ":4 holds a NUL byte"),
+        (bytes(90), ":1 holds a NUL byte: the file is no text"),
+        ("some text".encode("utf-16-le"), "iconv -f UTF-16LE"),
+        ("some text".encode("utf-16-be"), "iconv -f UTF-16BE"),
+        (b"PARE" + bytes(40) + b"PARE", "Parquet, encrypted"),
     ],
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else "",
 )
@@ -298,6 +323,11 @@ def test_a_zip_and_a_tar(here: Path) -> None:
         tar.add("a.txt")
     with pytest.raises(DatasetError, match=r"b.txt is a tar archive"):
         texts("text:b.txt")
+
+
+def test_files_with_byte_order_marks_that_were_joined(here: Path) -> None:
+    Path("a.jsonl").write_text('\ufeff{"text": "one"}\n\ufeff{"text": "two"}\n\ufeff{"text": "three"}')
+    assert texts("jsonl:a.jsonl") == ["one", "two", "three"]
 
 
 def test_a_byte_order_mark_is_no_text(here: Path) -> None:
@@ -375,6 +405,8 @@ def test_json_that_is_odd_and_right(
         ('{"content": "some text", "id": "x"}', 'the longest text is data.field = "content"'),
         ('{"data": {"text": "y"}}', r"taken out by: jq -c '\{text: \.data\.text\}'"),
         ('{"messages": [{"role": "user"}]}', "'messages' holds objects: join their texts"),
+        ("<html>", "Expecting value at column 1; it begins with '<html>'"),
+        ("# a comment", "it begins with '# a comment'"),
         ("{'text': 'python'}", "Expecting property name.*this is Python's: write it by json.dumps"),
         ('{"text": "a\tb"}', r"control character.*a tab is \\t"),
         ("[" * 100_000, "nested too deep"),

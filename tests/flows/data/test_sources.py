@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from checkpoint.errors import CredentialsRefused, StoreError, StoreRefused
+from checkpoint.errors import CredentialsRefused, StoreError, StoreRefused, StoreUnavailable
 from checkpoint.store import open_store
 from checkpoint.store.s3_address import open_s3
 from flows.data import documents, prepare, validation_of
@@ -55,6 +55,14 @@ def test_packed_files_are_read_whatever_their_names(here: Path, how: str) -> Non
     Path("c/b.txt").write_bytes(pack(b"\xef\xbb\xbfone\r\ntwo"))
     assert texts("jsonl:c/*.jsonl") == TEXTS
     assert [doc.whole() for doc in documents("text:c/b.txt")] == ["one\ntwo"]
+
+
+def test_zstandard_that_begins_with_a_frame_to_skip(here: Path) -> None:
+    """As pzstd and seekable files do."""
+    skipped = b"\x5e\x2a\x4d\x18\4\0\0\0size"
+    Path("c/a.jsonl").write_bytes(skipped + zstandard.compress(lines(TEXTS[:9])))
+    Path("c/b.jsonl").write_bytes(zstandard.compress(lines(TEXTS[9:])) + skipped)
+    assert texts("jsonl:c/*.jsonl") == TEXTS
 
 
 @pytest.mark.parametrize("how", PACKED)
@@ -145,12 +153,22 @@ def test_parquet_gives_its_texts_in_any_pieces(here: Path, small: Callable[[int]
         ),
         (lambda: table("c/a", text=list(range(30))), r"column 'text' is of type int64, not of text"),
         (lambda: table("c/a", text=[None] * 30), r"column 'text' is of type null, not of text"),
-        (lambda: table("c/a", text=[b"x"] * 30), r"is of type binary, not of text"),
+        (lambda: table("c/a", text=[b"x"] * 30), r"is of type binary, not of text; write it as one: .*cast"),
+        (
+            lambda: table("c/a", text=[{"a": "x"}] * 30),
+            r"is of type struct<a: string>, not of text; write its texts as",
+        ),
         (lambda: table("c/a", text=[*TEXTS[:20], None, *TEXTS[21:]]), r"c/a, row 21 has no text: its text is null"),
         (lambda: Path("c/a").write_bytes(b"PAR1" + bytes(90)), r"c/a is a Parquet file that was cut short"),
         (lambda: Path("c/a").write_bytes(b"PAR1" + bytes(90) + b"PAR1"), r"c/a does not read as Parquet"),
-        (lambda: Path("c/a").write_bytes(lines(TEXTS)), r"c/a is no Parquet file"),
-        (lambda: Path("c/a").write_bytes(b""), r"c/a is no Parquet file"),
+        (lambda: Path("c/a").write_bytes(lines(TEXTS)), r"c/a is no Parquet file: it begins as JSON; .* jsonl:GLOB"),
+        (lambda: Path("c/a").write_bytes(b""), r"c/a is no Parquet file: it is empty; .* parquet:FOLDER/\*.parquet"),
+        (
+            lambda: Path("c/a").write_bytes(gzip.compress(b"PAR1")),
+            r"it is packed once more; unpack it: gunzip -k 'c/a'",
+        ),
+        (lambda: Path("c/a").write_bytes(b"PARE" + bytes(90)), r"c/a is Parquet, encrypted, not a Parquet file"),
+        (lambda: Path("c/a").write_bytes(b"ARROW1\0\0"), r"c/a is Arrow, not a Parquet file; write its texts as JSON"),
     ],
 )
 def test_parquet_that_has_no_text_is_refused_with_why(here: Path, make: Callable[[], Any], words: str) -> None:
@@ -302,8 +320,15 @@ def test_credentials_that_nobody_knows(bucket: Callable[..., str], monkeypatch: 
     where = bucket("*", **{"a.jsonl": lines(TEXTS)})
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     _fresh()
-    with pytest.raises(CredentialsRefused):
+    with pytest.raises(CredentialsRefused, match=r"data.source 'jsonl:s3://"):
         texts("jsonl:" + where)
+
+
+def test_a_server_that_is_not_there_is_told_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with pytest.raises(StoreUnavailable, match=r"data.source 'jsonl:s3://bucket/.*endpoint=http://127.0.0.1:9"):
+        texts("jsonl:s3://bucket/*.jsonl?endpoint=http://127.0.0.1:9&path_style=1")
 
 
 @pytest.fixture(autouse=True)
