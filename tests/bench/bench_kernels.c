@@ -303,7 +303,7 @@ static int count(const char *name) {
     hs_pool *pool = NULL;
     if (hs_pool_create(1, &pool) != HS_OK) return 70;
     const size_t bytes = hs_kernels_scratch_bytes(1);
-    hs_kernel_ctx ctx = {pool, aligned_alloc(64, bytes + 64), bytes};
+    hs_kernel_ctx ctx = {pool, aligned_alloc(64, bytes + 64), bytes, NULL};
     int code = name ? 64 : 0;
     for (size_t i = 0; i < sizeof small / sizeof small[0]; i++) {
         hs_args args;
@@ -330,7 +330,7 @@ int main(int argc, char **argv) {
     hs_pool *pool = NULL;
     far_memory far;
     if (hs_pool_create(threads, &pool) != HS_OK || far_open(&far)) return 70;
-    hs_kernel_ctx ctx = {pool, aligned_alloc(64, hs_kernels_scratch_bytes(threads) + 64), 0};
+    hs_kernel_ctx ctx = {pool, aligned_alloc(64, hs_kernels_scratch_bytes(threads) + 64), 0, NULL};
     ctx.scratch_bytes = hs_kernels_scratch_bytes(threads);
     call one;
     const bool told = argc > 3 && linear_of(argv[3], &one);

@@ -60,6 +60,7 @@ def build(sanitize: str = "") -> Path:
     units = [CPU, *(p for room in (BACKEND, CUDA) for p in sorted(room.iterdir()) if p.suffix in (".cu", ".cc"))]
     units += [HERE / "cuda_lib.cc", HERE / "emulated_backend.cc"]
     units += [ENGINE / "core" / f"{name}.c" for name in ("hash", "math", "status", "threads")]
+    units += [ENGINE / "kernels" / f"{name}.c" for name in ("deferred", "extent")]
     with (base / ".cuda.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)
 

@@ -157,7 +157,7 @@ struct call {
 int on_the_cpu(void *closure) {
     static void *scratch;
     const call *c = static_cast<call *>(closure);
-    hs_kernel_ctx ctx = {NULL, NULL, hs_kernels_scratch_bytes(1)};
+    hs_kernel_ctx ctx = {NULL, NULL, hs_kernels_scratch_bytes(1), NULL};
     if (!scratch) scratch = aligned_alloc(64, (ctx.scratch_bytes + 63) / 64 * 64);
     ctx.scratch = scratch;
     return hs_kernels_portable.fn[c->kernel](&ctx, &c->args);

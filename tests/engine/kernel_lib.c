@@ -20,6 +20,7 @@
 #include "core/math.h"
 #include "core/rng.h"
 #include "core/threads.h"
+#include "kernels/deferred.h"
 #include "kernels/kernels.h"
 
 const hs_kernel_set *hs_test_set(const char *name);
@@ -27,6 +28,10 @@ int hs_test_has_set(const char *name);
 const char *hs_test_pick(uint32_t path);
 int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                    const int64_t *dims, const double *reals, int threads);
+int hs_kernel_calls_deferred(const char *set_name, int count, const uint32_t *kernels,
+                             const uint32_t *dtypes, void *const *ptrs, const int64_t *dims,
+                             const double *reals, int threads, const uint8_t *watched, size_t bytes,
+                             uint8_t *seen);
 int hs_kernel_call_guarded(const char *set_name, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                            const uint64_t *bytes, const int64_t *dims, const double *reals,
                            int threads, int at_end);
@@ -126,6 +131,39 @@ int hs_kernel_call(const char *set_name, uint32_t kernel, uint32_t dtype, void *
     }
     return rc;
 }
+
+#ifdef HS_TEST_CPU
+/* Calls in turn as a device makes them, whose AdamW waits (kernels/deferred.h); after each of them `watched`'s bytes go
+ * to seen, behind those of the calls before, and in the end, when nothing waits any more, once more. */
+int hs_kernel_calls_deferred(const char *set_name, int count, const uint32_t *kernels,
+                             const uint32_t *dtypes, void *const *ptrs, const int64_t *dims,
+                             const double *reals, int threads, const uint8_t *watched, size_t bytes,
+                             uint8_t *seen) {
+    const hs_kernel_set *set = hs_test_set(set_name);
+    hs_kernel_ctx ctx = {.deferred = hs_deferred_create(threads)};
+    ctx.scratch_bytes = (hs_kernels_scratch_bytes(threads) + 63) / 64 * 64;
+    ctx.scratch = scratch_of(ctx.scratch_bytes + 64);
+    int rc = !set ? 1 : !ctx.deferred || !ctx.scratch ? 2 : 0;
+    if (rc == 0 && threads > 1) rc = hs_pool_create(threads, &ctx.pool);
+    for (int i = 0; i < count && rc == 0; i++) {
+        hs_args args = {.dtype = dtypes[i]};
+        memcpy(args.ptr, ptrs + (size_t)i * HS_CALL_PTRS, sizeof args.ptr);
+        memcpy(args.dim, dims + (size_t)i * HS_CALL_DIMS, sizeof args.dim);
+        memcpy(args.real, reals + (size_t)i * HS_CALL_REALS, sizeof args.real);
+        hs_deferred_before(ctx.deferred, ctx.pool, (uint16_t)kernels[i], &args);
+        rc = set->fn[kernels[i]](&ctx, &args);
+        memcpy(seen + (size_t)i * bytes, watched, bytes);
+    }
+    if (rc == 0) {
+        hs_deferred_settle(ctx.deferred, ctx.pool, NULL, UINT64_MAX);
+        memcpy(seen + (size_t)count * bytes, watched, bytes);
+        rc = hs_deferred_none(ctx.deferred) ? 0 : 3;
+    }
+    hs_pool_destroy(ctx.pool);
+    hs_deferred_destroy(ctx.deferred);
+    return rc;
+}
+#endif
 
 static sigjmp_buf leave;
 

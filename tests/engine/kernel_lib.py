@@ -78,7 +78,7 @@ def _units(machine: str) -> list[tuple[Path, list[str], list[Path]]]:
     core = [ENGINE / "core" / f"{name}.c" for name in ("arena", "status", "text", "math", "hash", "crc32", "threads")]
     ref = sorted((ENGINE / "kernels" / "ref").glob("*.c"))
     units: list[tuple[Path, list[str], list[Path]]] = [
-        (source, [], []) for source in [*core, ENGINE / "kernels" / "extent.c", *ref]
+        (source, [], []) for source in [*core, *(ENGINE / "kernels" / f"{n}.c" for n in ("deferred", "extent")), *ref]
     ]
     check = ENGINE / "backend" / "check.c"
     units.append((HERE / "kernel_lib.c", ["-DHS_TEST_CPU"] if fast else [], [check.with_suffix(".h")]))
@@ -236,6 +236,33 @@ class KernelLib:
                 name, number, dtype, pointers, sizes, d, r, threads, int(guard == "after")
             )
         assert rc == 0, f"{kernel} of {set_name}: status {rc} (1000 + n: signal n), dims {list(dims)}"
+
+    def deferred(
+        self,
+        calls: Sequence[tuple[str, int, Sequence[Array | None], Sequence[int], Sequence[float]]],
+        watched: Array,
+        *,
+        set_name: str,
+        threads: int,
+    ) -> list[Array]:
+        """Calls (kernel, dtype, operands, dims, reals) one after the other, where AdamW may wait; ``watched`` as it is
+        after each, and when nothing waits any more."""
+        made = [marshalled(kernel, ptrs, dims, reals) for kernel, _, ptrs, dims, reals in calls]
+        seen = np.zeros((len(calls) + 1, *watched.shape), watched.dtype)
+
+        def joined(kind: Any, column: int) -> Any:
+            values = [value for call in made for value in call[column]]
+            return (kind * len(values))(*values)
+
+        count = len(calls)
+        rc = self.c.hs_kernel_calls_deferred(
+            set_name.encode(), count, (ctypes.c_uint32 * count)(*(call[0] for call in made)),
+            (ctypes.c_uint32 * count)(*(dtype for _, dtype, *_ in calls)), joined(ctypes.c_void_p, 1),
+            joined(ctypes.c_int64, 3), joined(ctypes.c_double, 4), threads, ctypes.c_void_p(watched.ctypes.data),
+            ctypes.c_size_t(watched.nbytes), ctypes.c_void_p(seen.ctypes.data),
+        )  # fmt: skip
+        assert rc == 0, f"status {rc} of {[call[0] for call in calls]} by {set_name}"
+        return list(seen)
 
     def extent(self, kernel: str | int, dtype: int, dims: Sequence[int], operand: int) -> int:
         """Bytes of an operand, or the negative status."""

@@ -23,8 +23,8 @@
  * Statuses. launch, copy, record, follow and replay return at once and allocate nothing. What fails
  * on the device shows in a wait that covers it, or in any call before; the first failure stays, and
  * every later call returns it. HS_E_DEVICE: the device failed, or is gone, with the device's own words
- * in why. HS_E_BUG: a call that breaks this contract, where it is noticed. A backend that computes at
- * once (the CPU) may return what failed from launch.
+ * in why. HS_E_BUG: a call that breaks this contract, where it is noticed. A backend that computes on
+ * the host (the CPU) may return what failed from launch.
  *
  * One thread calls a device, from open to close; but wait and query may be called by others, for an
  * event that the one does not record meanwhile. Order of calls: open, alloc, pinned and pin, check,
@@ -42,7 +42,7 @@
 #include "core/threads.h"
 #include "kernels/kernels.h"
 
-#define HS_BACKEND_VERSION 3u /* of hs_backend below, and of all that it is made of */
+#define HS_BACKEND_VERSION 4u /* of hs_backend below, and of all that it is made of */
 
 typedef struct hs_device hs_device; /* each backend has its own */
 typedef struct hs_graph hs_graph;
@@ -125,6 +125,10 @@ typedef struct hs_backend {
     hs_status (*wait)(hs_device *device, int event, hs_why *why);
     /* *done: whether a wait would return at once. Never blocks. */
     hs_status (*query)(hs_device *device, int event, bool *done, hs_why *why);
+
+    /* Of a unified one: returns when no work that was issued touches these bytes any more, whatever else waits
+     * (kernels/deferred.h). NULL: launch leaves none. */
+    void (*settle)(hs_device *device, const void *at, size_t bytes);
 
     /* All three, or none: NULL. captured allocates, and the graph is the device's. */
     hs_status (*capture)(hs_device *device, int stream, hs_why *why);

@@ -1,11 +1,13 @@
-/* The CPU as a device: its memory is the host's, streams do not exist, every call is done when it
- * returns. */
+/* The CPU as a device: its memory is the host's, streams do not exist. A call is done when it returns, but for
+ * what its kernel left for later (kernels/deferred.h): that is done when something comes to its bytes, at the next
+ * wait at the latest. */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "backend/backend.h"
 #include "core/arena.h"
+#include "kernels/deferred.h"
 
 struct hs_device {
     const hs_kernel_set *set;
@@ -18,6 +20,7 @@ static void cpu_close(hs_device *d) {
     if (!d) return;
     for (int i = 0; i < d->count; i++) hs_arena_destroy(&d->arenas[i]);
     hs_arena_destroy(&d->scratch);
+    hs_deferred_destroy(d->kernels.deferred);
     free(d);
 }
 
@@ -48,8 +51,14 @@ static hs_status cpu_open(const hs_device_config *config, hs_device **device,
         return st;
     }
     d->set = set;
-    d->kernels = (hs_kernel_ctx){
-        .pool = config->pool, .scratch = d->scratch.base, .scratch_bytes = d->scratch.bytes};
+    d->kernels = (hs_kernel_ctx){.pool = config->pool,
+                                 .scratch = d->scratch.base,
+                                 .scratch_bytes = d->scratch.bytes,
+                                 .deferred = hs_deferred_create(hs_pool_threads(config->pool))};
+    if (!d->kernels.deferred) {
+        cpu_close(d);
+        return hs_fail(why, HS_E_MEMORY, "no memory for the list of calls that wait");
+    }
     *facts = the_cpu;
     facts->kernels = set->name;
     facts->scratch_bytes = d->scratch.bytes;
@@ -88,6 +97,7 @@ static hs_status cpu_launch(hs_device *d, int stream, uint16_t kernel, const hs_
                             hs_why *why) {
     (void)stream;
     (void)why; /* the linker names the call */
+    hs_deferred_before(d->kernels.deferred, d->kernels.pool, kernel, args);
     return d->set->fn[kernel](&d->kernels, args);
 }
 
@@ -110,17 +120,20 @@ static hs_status cpu_event(hs_device *d, int stream, int event, hs_why *why) {
 }
 
 static hs_status cpu_wait(hs_device *d, int event, hs_why *why) {
-    (void)d;
     (void)event;
     (void)why;
+    hs_deferred_settle(d->kernels.deferred, d->kernels.pool, NULL, UINT64_MAX);
     return HS_OK;
 }
 
+static void cpu_settle(hs_device *d, const void *at, size_t bytes) {
+    hs_deferred_settle(d->kernels.deferred, d->kernels.pool, at, bytes);
+}
+
 static hs_status cpu_query(hs_device *d, int event, bool *done, hs_why *why) {
-    (void)d;
     (void)event;
     (void)why;
-    *done = true;
+    *done = hs_deferred_none(d->kernels.deferred);
     return HS_OK;
 }
 
@@ -139,4 +152,5 @@ const hs_backend hs_backend_cpu = {.version = HS_BACKEND_VERSION,
                                    .record = cpu_event,
                                    .follow = cpu_event,
                                    .wait = cpu_wait,
-                                   .query = cpu_query};
+                                   .query = cpu_query,
+                                   .settle = cpu_settle};

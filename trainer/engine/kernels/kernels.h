@@ -3,8 +3,8 @@
  * kernels/<op>.h says what an op computes and in which order the sums are taken.
  *
  * A kernel writes only the operands that wire/kernels.h says it writes, touches no byte outside
- * the extents below, allocates nothing, keeps nothing between calls, and never fails for a call
- * that hs_kernel_extent accepts. What it writes overlaps no other operand except where the table
+ * the extents below, allocates nothing, keeps nothing between calls but what waits in
+ * hs_kernel_ctx.deferred, and never fails for a call that hs_kernel_extent accepts. What it writes overlaps no other operand except where the table
  * says MAY_BE.
  */
 #ifndef HS_KERNELS_KERNELS_H
@@ -17,6 +17,7 @@
 #include "core/status.h"
 #include "wire/kernels.h"
 
+struct hs_deferred;
 struct hs_pool;
 
 /* One call: wire/plan.h's hs_plan_call with addresses in place of references. An absent operand is
@@ -33,6 +34,7 @@ typedef struct hs_kernel_ctx {
     struct hs_pool *pool; /* NULL: this thread alone */
     void *scratch;        /* hs_kernels_scratch_bytes(threads), 64-byte aligned; ref needs none */
     size_t scratch_bytes;
+    struct hs_deferred *deferred; /* what may wait (kernels/deferred.h); NULL: nothing does */
 } hs_kernel_ctx;
 
 typedef hs_status (*hs_kernel_fn)(hs_kernel_ctx *ctx, const hs_args *args);

@@ -222,6 +222,7 @@ hs_status hs_executor_save(hs_executor *ex, bool final, hs_why *why) {
     const hs_snapshot_done what = {
         .step = ex->step, .final = final, .persist = final || ex->control.persist};
     const int64_t ms = ex->attempt->commit_ms, deadline_ns = final ? hs_deadline_ns(ms) : 0;
+    hs_spaces_settle(ex->spaces, 0, ex->spaces->bytes);
     hs_stop_busy(ex->stop, true);
     hs_status st = final ? hs_executor_finish_saving(ex, deadline_ns, why) : HS_OK;
     if (st == HS_OK) st = hs_snapshot_begin(ex->snapshot, &what, deadline_ns, ex->stop, why);
@@ -255,6 +256,8 @@ static hs_status in_turn(hs_executor *ex, const hs_plan_action *a, const hs_turn
                          hs_why *why) {
     HS_TRY(hs_spaces_begin(ex->spaces, turn, why));
     HS_TRY(a->kind == HS_A_RUN ? hs_linked_run(ex->linked, a, why) : fill_data(ex, why));
+    /* a traced action's time is that of all its work: the host leaves none for later */
+    if (ex->trace) hs_spaces_settle(ex->spaces, 0, ex->spaces->bytes);
     return hs_spaces_end(ex->spaces, turn, why);
 }
 

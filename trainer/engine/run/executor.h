@@ -6,7 +6,8 @@
  *     apart each is behind what its turn names (run/hazards.h), and inside a step the host waits for the
  *     device where it reads what the device made, at REPORT, once, and for messages that pass through it
  *     (SEND; RECV, where its window is still being copied); nowhere else. On the CPU messages pass behind
- *     the actions (run/messages.h): an action waits for those whose bytes it touches.
+ *     the actions (run/messages.h): an action waits for those whose bytes it touches. What a kernel left for
+ *     later is finished before the host, a snapshot or a message comes to its bytes (spaces.h, settle).
  * I2  A step's optimizer runs only after position 0's control block of that step was taken (APPLY, or
  *     CHECK, which the next step's prefix comes before: run/steps.h), and not at all where the block
  *     says that the numbers are not finite.

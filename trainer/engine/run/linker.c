@@ -213,7 +213,10 @@ static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why 
             return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,
                            hs_status_text(st));
         }
-        if (linked->watch) linked->watch(linked->watch_ctx, a, call->number);
+        if (linked->watch) {
+            hs_spaces_settle(linked->spaces, 0, linked->spaces->bytes);
+            linked->watch(linked->watch_ctx, a, call->number);
+        }
         if (linked->between) HS_TRY(linked->between(linked->between_ctx, why));
     }
     return HS_OK;

@@ -34,8 +34,8 @@ hs_status hs_linked_run(hs_linked *linked, const hs_plan_action *action, hs_why 
  * nothing, as at first. */
 void hs_linked_between(hs_linked *linked, hs_status (*between)(void *ctx, hs_why *why), void *ctx);
 
-/* Called behind each call that is issued, with the action and the call's number in the plan. NULL: nothing, as at
- * first. */
+/* Called behind each call that is issued, when it is done, with the action and the call's number in the plan. NULL:
+ * nothing, as at first. */
 void hs_linked_watch(hs_linked *linked,
                      void (*watch)(void *ctx, const hs_plan_action *action, uint32_t call),
                      void *ctx);

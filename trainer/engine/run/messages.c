@@ -153,6 +153,7 @@ static hs_status post(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
     const hs_plan_action *a = action_of(m, list, i);
     const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
     m->number[list][i] = ++m->posted[a->channel];
+    hs_spaces_settle(m->c.spaces, offset, a->ref.bytes);
     return m->c.transport->post(m->c.comm, a->channel, m->c.spaces->arena + offset, a->ref.bytes,
                                 a->microbatch, why);
 }
@@ -160,6 +161,7 @@ static hs_status post(hs_messages *m, hs_list list, uint32_t i, hs_why *why) {
 static hs_status start(hs_messages *m, hs_list list, uint32_t i, int64_t step, hs_why *why) {
     const hs_plan_action *a = action_of(m, list, i);
     const uint64_t offset = hs_linked_offset(m->c.linked, &a->ref, a->slot, a->microbatch);
+    hs_spaces_settle(m->c.spaces, offset, a->ref.bytes);
     const int64_t begin = hs_clock_ns();
     m->number[list][i] = ++m->sent[a->channel];
     const hs_status st = m->c.transport->send(m->c.comm, a->channel, m->c.spaces->arena + offset,

@@ -180,6 +180,10 @@ hs_status hs_spaces_replay(hs_spaces *s, hs_graph *graph, hs_why *why) {
     return s->backend->replay(s->device, HS_STREAM_COMPUTE, graph, why);
 }
 
+void hs_spaces_settle(hs_spaces *s, uint64_t offset, uint64_t bytes) {
+    if (s->backend->settle) s->backend->settle(s->device, s->arena + offset, bytes);
+}
+
 hs_status hs_spaces_wait(hs_spaces *s, int stream, hs_why *why) {
     HS_TRY(s->backend->record(s->device, stream, HS_EVENT_STREAM + stream, why));
     return await(s, HS_EVENT_STREAM + stream, why);

@@ -100,6 +100,10 @@ uint8_t *hs_spaces_message(hs_spaces *spaces, int stream, uint64_t offset);
 hs_status hs_spaces_launch(hs_spaces *spaces, uint16_t kernel, const hs_args *args, hs_why *why);
 hs_status hs_spaces_replay(hs_spaces *spaces, hs_graph *graph, hs_why *why);
 
+/* Before the host or a peer reads or writes these bytes of a device that is the host's: nothing that was launched touches
+ * them any more (backend.h, settle). Of other devices copies follow the kernels: nothing. */
+void hs_spaces_settle(hs_spaces *spaces, uint64_t offset, uint64_t bytes);
+
 /* Until all that was issued on HS_STREAM_* is done; its status. */
 hs_status hs_spaces_wait(hs_spaces *spaces, int stream, hs_why *why);
 

@@ -154,6 +154,7 @@ hs_status hs_steps_run(hs_executor *ex, int64_t start_step, hs_why *why) {
         saved = true;
     }
     HS_TRY(hs_messages_settle(ex->messages, why));
+    hs_spaces_settle(ex->spaces, 0, ex->spaces->bytes);
     if (!ex->snapshot) return stopped ? HS_E_STOPPED : HS_OK;
     /* An attempt that starts where the run ends: its gang died between the last step and the
      * commit. */

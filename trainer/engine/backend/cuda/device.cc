@@ -365,6 +365,7 @@ static const hs_backend table = {
     hs_cuda::follow,
     hs_cuda::wait,
     hs_cuda::query,
+    nullptr, /* settle */
     hs_cuda::capture,
     hs_cuda::captured,
     hs_cuda::replay,

@@ -13,7 +13,8 @@
  * right after it was packed; where there are more rows than a block it is kept for the others (it
  * fits PACK_B unless k is huge), else the next panel takes its place in the near caches. What will be
  * packed next, where a panel's sums go, and what they are added to, is asked for from memory meanwhile, a
- * line with every k. A tile is finished (bias, residual, rounding) as soon as its sums are whole.
+ * line with every k. A tile is finished (bias, residual, rounding) as soon as its sums are whole. Between
+ * tiles a worker does slices of what waits (kernels/deferred.h), whose memory was asked for in the same way.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
@@ -23,6 +24,7 @@
 #include "core/threads.h"
 #include "kernels/cpu/flush.h"
 #include "kernels/cpu/pack.h"
+#include "kernels/deferred.h"
 #include "kernels/kernels.h"
 
 /* floats; sizes of a worker's part of the scratch */
@@ -252,12 +254,58 @@ static __attribute__((noinline)) void finish(const place *to, const float *c, in
     BY_DTYPE(to->g->dt_out, finish_dt, to->g, c, ldc, to->i + first, m, to->j, n);
 }
 
+/* -------------------- what is done beside products (kernels/deferred.h) */
+
+/* Steps of whole tiles' loops beside which an item is done: each asks for a line at most, and an item has 256. */
+enum { STEPS_AN_ITEM = 320 };
+
+typedef struct beside {
+    hs_deferred *deferred;
+    int worker;
+    hs_deferred_slice slice; /* taken: its memory is asked for */
+    int64_t steps;           /* since the last slice */
+    ahead reads[HS_DEFERRED_READS];
+} beside;
+
+static void beside_take(beside *with) {
+    with->slice = hs_deferred_take(with->deferred, with->worker);
+    const hs_deferred_call *call = with->slice.call;
+    const int64_t first = with->slice.begin * HS_DEFERRED_ITEM;
+    for (int i = 0; call && i < HS_DEFERRED_READS; i++) {
+        const hs_deferred_range *r = &call->touches[i];
+        const int64_t bytes = (with->slice.end - with->slice.begin) * HS_DEFERRED_ITEM * r->element;
+        with->reads[i] = spread((const char *)r->at + first * r->element, 0, 1, bytes, 1);
+    }
+}
+
+static beside beside_begin(const hs_kernel_ctx *ctx, int worker) {
+    beside with = {.deferred = ctx->deferred, .worker = worker};
+    if (with.deferred) beside_take(&with);
+    return with;
+}
+
+/* After a tile whose loop is as much work as so many steps of a whole one: the slices that are due. */
+static void beside_tile(beside *with, int64_t steps) {
+    with->steps += steps;
+    while (with->slice.call) {
+        const int64_t due = (with->slice.end - with->slice.begin) * STEPS_AN_ITEM;
+        if (with->steps < due) return;
+        with->steps -= due;
+        hs_deferred_do(with->deferred, &with->slice, with->worker);
+        beside_take(with);
+    }
+}
+
+static void beside_end(beside *with) {
+    if (with->slice.call) hs_deferred_do(with->deferred, &with->slice, with->worker);
+}
+
 /* c[m, n] (f32, rows ldc apart), n <= NR, from A's packed panels and one of B, each kn long. next: AHEADS of what is to
  * be asked for meanwhile, as are c's own lines (kn <= KC then). whole: each tile is finished from the nearest cache and
- * goes there (c is one tile's room if nothing is loaded); NULL: it stays in c */
+ * goes there (c is one tile's room if nothing is loaded); NULL: it stays in c. with: what waits is done beside it */
 static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
                            const float *b, float *c, int64_t ldc, int load, ahead *next,
-                           const place *whole) {
+                           const place *whole, beside *with) {
     const int flushes = pairs && !HS_DOT;           /* VDPBF16PS does not ask for the mode */
     const int64_t most = flushes ? kn / 2 : kn;     /* turns of a tile's loop */
     const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
@@ -275,10 +323,13 @@ static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const fl
         }
         for (int what = 0; what < AHEADS; what++)
             if (next[what].runs) asks = ask_for(next + what, list, asks, most);
+        for (int what = 0; what < HS_DEFERRED_READS && with->slice.call; what++)
+            if (with->reads[what].runs) asks = ask_for(with->reads + what, list, asks, most);
         micro[mr][pairs][n > LANES](kn, a + i * kn, b, tile, ldc, n, load, list);
-        if (!whole) continue;
+        if (!whole && !with->slice.call) continue;
         if (flushes) flush_end(before);
-        finish(whole, tile, ldc, i, mr, n);
+        if (whole) finish(whole, tile, ldc, i, mr, n);
+        beside_tile(with, most * mr / MR * (n > LANES ? 2 : 1) / 2);
         if (flushes) before = flush_begin();
     }
     if (flushes) flush_end(before);
@@ -288,7 +339,7 @@ static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const fl
 
 typedef struct gemm_job {
     const gemm *g;
-    float *scratch;
+    const hs_kernel_ctx *ctx;
     int64_t split_m, split_n; /* the grid of workers; */
     int64_t each_m, each_n;   /* what one of them does, whole tiles */
 } gemm_job;
@@ -310,8 +361,8 @@ static int64_t block_of_k(const gemm *g, int pairs) {
 }
 
 /* Columns [j0, j0 + n) of rows [i0, i1). */
-static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, int64_t j0,
-                         int64_t n) {
+static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0, int64_t i1,
+                         int64_t j0, int64_t n) {
     float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
     int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
     const int pairs = in_pairs(&g->a, &g->b);
@@ -356,7 +407,7 @@ static void gemm_columns(const gemm *g, float *scratch, int64_t i0, int64_t i1, 
                         spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
                                g->ld_res * size_out, m, nn * size_out, tiles);
                 multiply_panel(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next,
-                               !direct && last ? &whole : NULL);
+                               !direct && last ? &whole : NULL, with);
             }
         }
     }
@@ -367,7 +418,8 @@ static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gemm *g = job->g;
     const int pairs = in_pairs(&g->a, &g->b);
     const int64_t packed_k = packed_length(g->k, pairs);
-    float *scratch = job->scratch + (int64_t)worker * WORKER_FLOATS;
+    float *scratch = (float *)job->ctx->scratch + (int64_t)worker * WORKER_FLOATS;
+    beside with = beside_begin(job->ctx, worker);
     for (int64_t cell = begin; cell < end; cell++) {
         int64_t i0 = cell / job->split_n * job->each_m, j0 = cell % job->split_n * job->each_n;
         int64_t i1 = hs_min(g->m, i0 + job->each_m), j1 = hs_min(g->n, j0 + job->each_n);
@@ -378,14 +430,15 @@ static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
         if (i1 - i0 <= MC) nc = block_of_k(g, pairs) < g->k ? NC_MAX : j1 - j0;
         nc = hs_ceil_div(hs_ceil_div(j1 - j0, hs_ceil_div(j1 - j0, nc)), NR) * NR;
         for (int64_t j = j0; j < j1; j += nc)
-            gemm_columns(g, scratch, i0, i1, j, hs_min(nc, j1 - j));
+            gemm_columns(g, scratch, &with, i0, i1, j, hs_min(nc, j1 - j));
     }
+    beside_end(&with);
 }
 
 /* Runs g on all threads of the context. */
 static void gemm_run(hs_kernel_ctx *ctx, const gemm *g) {
     int64_t threads = hs_pool_threads(ctx->pool);
-    gemm_job job = {g, ctx->scratch, 1, 1, g->m, g->n};
+    gemm_job job = {g, ctx, 1, 1, g->m, g->n};
     if (threads > 1 && 2.0 * (double)g->m * (double)g->n * (double)g->k > 1e5) {
         /* the grid that packs least: a worker packs each_m rows and each_n columns */
         int64_t best = INT64_MAX;

@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/share.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/deferred.h"
 #include "wire/plan.h"
 
 static void add_acc_range(void *ctx, int64_t begin, int64_t end, int worker) {
@@ -91,7 +92,7 @@ static void sum_op(hs_kernel_ctx *ctx, hs_sum_args *a) {
 
 /* Both of AdamW's: what changes the state, and what only makes the copy that it will leave. */
 typedef struct adamw_job {
-    const hs_step_control *control;
+    hs_step_control control; /* as it is now: the work may wait */
     float *w, *m, *v, *g;
     void *wc;
     int64_t n;
@@ -99,10 +100,11 @@ typedef struct adamw_job {
     bool zero, copy_only;
     float beta1, rest1, beta2, rest2, eps, decay;
 } adamw_job;
+_Static_assert(sizeof(adamw_job) <= HS_DEFERRED_JOB, "an AdamW call can wait");
 
 /* Up to LANES elements from i on: their state, but where only the copy is made; returns w. */
 VINLINE vf adamw_lanes(const adamw_job *j, int64_t i, int64_t left) {
-    const hs_step_control *control = j->control;
+    const hs_step_control *control = &j->control;
     vf g = v_mul(v_load_n(j->g + i, left), v_set1(control->clip_scale));
     vf m = v_fma(v_set1(j->beta1), v_load_n(j->m + i, left), v_mul(v_set1(j->rest1), g));
     vf v = v_fma(v_set1(j->beta2), v_load_n(j->v + i, left), v_mul(v_mul(v_set1(j->rest2), g), g));
@@ -120,8 +122,6 @@ VINLINE vf adamw_lanes(const adamw_job *j, int64_t i, int64_t left) {
 
 /* j is a copy of the caller's own: nothing that is stored can change it. */
 VINLINE void adamw_flat(adamw_job own, int64_t begin, int64_t end, int dt) {
-    const hs_step_control control = *own.control;
-    own.control = &control;
     const adamw_job *j = &own;
     int64_t i = begin;
     if (dt == HS_BF16 && j->wc && j->n >= PAST_CACHES && (uintptr_t)j->wc % 64 == 0) {
@@ -140,13 +140,13 @@ VINLINE void adamw_flat(adamw_job own, int64_t begin, int64_t end, int dt) {
 static void adamw_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const adamw_job *j = ctx;
     (void)worker;
-    begin *= SHARE_FLAT, end = hs_min(end * SHARE_FLAT, j->n);
+    begin *= HS_DEFERRED_ITEM, end = hs_min(end * HS_DEFERRED_ITEM, j->n);
     BY_DTYPE(j->dtype, adamw_flat, *j, begin, end);
 }
 
 /* The operands and numbers that both have. */
 #define ADAMW_JOB(a, ...)                                                                          \
-    {.control = (a)->ctl,                                                                          \
+    {.control = *(const hs_step_control *)(a)->ctl,                                                \
      .w = (a)->w,                                                                                  \
      .m = (a)->m,                                                                                  \
      .v = (a)->v,                                                                                  \
@@ -162,14 +162,25 @@ static void adamw_range(void *ctx, int64_t begin, int64_t end, int worker) {
      .decay = (float)(a)->decay,                                                                   \
      __VA_ARGS__}
 
+static void adamw_share(hs_kernel_ctx *ctx, adamw_job *j) {
+    hs_parallel_for(j->n < SHARE_FROM ? NULL : ctx->pool, hs_ceil_div(j->n, HS_DEFERRED_ITEM),
+                    adamw_range, j);
+}
+
 static void adamw_op(hs_kernel_ctx *ctx, hs_adamw_args *a) {
     adamw_job j = ADAMW_JOB(a, .zero = a->ZERO_G != 0);
-    share_flat(ctx, a->n, adamw_range, &j);
+    const void *const all[HS_DEFERRED_RANGES] = {a->w, a->m, a->v, a->g, a->wc};
+    hs_deferred_call waits = {.fn = adamw_range, .elements = a->n};
+    memcpy(waits.job, &j, sizeof j);
+    for (int i = 0; i < HS_DEFERRED_RANGES; i++)
+        waits.touches[i] = (hs_deferred_range){
+            all[i], i < HS_DEFERRED_READS ? 4 : (uint32_t)dt_size((int)a->dtype)};
+    if (a->n < HS_DEFERRED_ITEM || !hs_deferred_leave(ctx->deferred, &waits)) adamw_share(ctx, &j);
 }
 
 static void adamw_copy_op(hs_kernel_ctx *ctx, hs_adamw_copy_args *a) {
     adamw_job j = ADAMW_JOB(a, .copy_only = true);
-    share_flat(ctx, a->n, adamw_range, &j);
+    adamw_share(ctx, &j);
 }
 
 static void zero_range(void *ctx, int64_t begin, int64_t end, int worker) {
