@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -40,6 +41,7 @@ from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 from trainer.wire.files import create_file
 
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _ENGINE_ENV = re.compile(
     r"(PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|(A|L|UB|T)SAN_OPTIONS|HOTSTAGE_ENGINE_\w+|"
@@ -228,7 +230,15 @@ class LocalLauncher:
         nodes = [folder / f"node{node}" for node in range(_nodes(folder))]
         for node in nodes:
             if node.is_dir() and not (node / "done").exists():
-                _write_done(node, "stopped")
+                try:
+                    _write_done(node, "stopped")
+                except OSError as error:  # a full disk: it is stopped all the same
+                    log.warning(
+                        "the mark that %s was stopped cannot be written: %s; another driver of this run may start it "
+                        "again",
+                        node,
+                        error.strerror,
+                    )
         deadline = self._clock() + grace_s
         if grace_s > 0:
             # first the engine, so that it can save; then the agent, which uploads what was saved

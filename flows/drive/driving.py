@@ -144,9 +144,16 @@ class Driving:
     clock: Callable[[], float] = time.monotonic
     told: DriverNote = field(init=False)
     _at: float | None = None
+    _began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.told = DriverNote.of_process(self.out)
+
+    def stopped_beside(self, since: float) -> DriverNote | None:
+        """Another driver that a person stopped since then (seconds since 1970) and since this one began."""
+        since = max(since, self._began)
+        others = (told for told in Ears(self.store, self.run).known() if told.token != self.told.token)
+        return next((told for told in others if told.left == STOPPED and told.at >= since), None)
 
     def beat(self, n: int) -> None:
         """It drives, and knows so many records of the log. Written at most every `BEAT_S`, a new page at once."""

@@ -31,6 +31,11 @@ def choose_launch(
     return found or next_launch(state, prepared)
 
 
+def was_stopped(seen: LaunchView | None) -> bool:
+    """Whether a node of the launch was asked to stop, by whoever it was."""
+    return seen is not None and any(n.done == "stopped" for n in seen.nodes)
+
+
 def still_stops(seen: LaunchView | None) -> bool:
     """Whether a node of the launch was asked to stop and has not left yet."""
     return seen is not None and any(n.done == "stopped" and (n.agent_pid or n.supervisor_pid) for n in seen.nodes)

@@ -32,7 +32,7 @@ from flows.drive.foreseen import pass_steps, plan_shares
 from flows.drive.health import Health
 from flows.drive.history import avoided
 from flows.drive.hours import HOUR, worked
-from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops
+from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops, was_stopped
 from flows.drive.line import ordered_back
 from flows.drive.live import MetricsReader, StatusReader, load_curve
 from flows.drive.orders import CannotFollow, followed, own_order
@@ -223,6 +223,8 @@ class Driver:
         newest, was, log_view = state.newest_attempt, self._seen, self._log_view(state)
         view = self.launcher.observe(newest.launch) if newest is not None else None
         finishing = still_stops(view)
+        if was_stopped(view) and not self.stop.is_set() and not state.ended:
+            self._stop_too(newest)
         launch_id = choose_launch(log_view, state, self.prepared, self.launcher, view)
         if view is None or newest is None or launch_id != newest.launch:
             view = self.launcher.observe(launch_id)
@@ -253,6 +255,15 @@ class Driver:
             launch_id, self._layouts, detaches=self.launcher.detaches, amendments=state.amendments
         )
         return policy, seen, launch
+
+    def _stop_too(self, newest: AttemptInfo | None) -> None:
+        """A person who stops a run from one of several terminals has it stopped in all of them."""
+        if newest is None or self.driving is None or self.launcher.detaches:
+            return
+        other = self.driving.stopped_beside(newest.time)
+        if other is not None:
+            self._teller.phase("stopping", f"the run was stopped from another terminal ({other.describe()})")
+            self.stop.set()
 
     def _runs_here(self, attempt: AttemptInfo) -> bool:
         """Whether nodes of this version run that attempt's plan."""

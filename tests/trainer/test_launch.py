@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -277,3 +278,21 @@ def test_a_node_whose_agent_and_folder_are_gone_ends_by_itself(tmp_path: Path, m
         assert '"event":"supervisor leaves","code":75' in said
     finally:
         launcher.stop(launch.launch_id, 0)
+
+
+def test_a_launch_is_stopped_also_where_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "out" / "runs" / "r" / "r-l1"
+    (folder / "node0").mkdir(parents=True)
+    (folder / "launch.json").write_text('{"run": "r", "nodes": 1}')
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    mark = ProcessMark.of(child.pid)
+    assert mark is not None
+    (folder / "node0" / "agent.pid").write_text(json.dumps({"pid": mark.pid, "started": mark.started}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no file takes a byte
+    try:
+        LocalLauncher(tmp_path / "out").stop("r-l1", 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert child.wait(5) == -signal.SIGTERM
+    assert "was stopped cannot be written: File too large" in caplog.text

@@ -31,7 +31,10 @@ def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def create_file(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Linked to its name: of two that do it at once one is first, and the other's is dropped."""
+    """Linked to its name: of two that do it at once one is first, and the other's is dropped. Where it is there already
+    nothing is written: a disk may be full by then."""
+    if path.exists():
+        return
     temporary = _beside(path)
     try:
         with _new(temporary, mode) as file:

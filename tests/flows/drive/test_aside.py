@@ -14,11 +14,12 @@ from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.aside import Aside, TurnedAway
 from flows.drive.begin import prepare_run
+from flows.drive.driving import STOPPED, Driving
 from flows.drive.events import Event, Outcome
 from flows.drive.loop import Driver
 from flows.drive.run import Prepared
 from tests.flows.drive.test_orders import Nodes
-from trainer.launch import Launch
+from trainer.launch import Launch, LaunchedNode, LaunchView
 from trainer.spec import RunSpec
 
 
@@ -74,6 +75,17 @@ class Stopping(Nodes):
 
     def stop(self, launch_id: str, grace_s: float) -> None:
         self.stopped.append(launch_id)
+
+
+class Beside(Nodes):
+    """Nodes that another driver may have stopped: then they have left."""
+
+    over = ""
+
+    def observe(self, launch_id: str) -> LaunchView:
+        if launch_id == self.over:
+            return LaunchView(launch_id, "done", (LaunchedNode(0, None, None, "stopped", "", False),))
+        return super().observe(launch_id)
 
 
 def in_thread(driver: Driver) -> tuple[threading.Thread, list[Any]]:
@@ -180,3 +192,25 @@ def test_what_was_turned_away_from_acts_no_more() -> None:
     held.set()
     assert after.wait(30)
     assert acted == []
+
+
+def test_who_stops_a_run_from_one_terminal_stops_it_in_all(ground: tuple[Store, RunSpec]) -> None:
+    """Also a driver that only watched how the gang left; one that begins later goes on."""
+    store = ground[0]
+    gate, prepared, driver, sink = begun(ground, "beside")
+    nodes = driver.launcher = Beside()
+
+    def stopped_there(event: Event) -> None:
+        if event.kind == "attempt":
+            Driving(store, prepared.run, Path("there")).leave(STOPPED)
+            nodes.over = f"{prepared.run}-l1"
+
+    sink.on, driver.driving = stopped_there, Driving(store, prepared.run, Path("here"))
+    outcome = driver.run()
+    assert (outcome.outcome, outcome.exit_code, outcome.attempts) == ("stopped", 85, 1)
+    assert "stopped from another terminal (process" in "".join(str(e.facts.get("text")) for e in sink.told)
+
+    again = Driver(prepared, gate, nodes, driver.make_launch, sink=sink, last_s=0.0)  # type: ignore[arg-type]
+    again.driving = Driving(store, prepared.run, Path("again"))
+    sink.on = lambda event: again.stop.set() if event.kind == "attempt" else None
+    assert again.run().attempts == 2

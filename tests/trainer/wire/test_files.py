@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,3 +58,18 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     create_file(tmp_path / "token", b"late")
     assert (tmp_path / "token").read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["token"]
+
+
+def test_a_file_that_is_there_needs_no_room(tmp_path: Path) -> None:
+    """A launcher looks again and again, also where the disk is full by then."""
+    create_file(tmp_path / "launch.json", b"first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no file takes a byte
+    try:
+        with pytest.raises(OSError, match="too large"):
+            create_file(tmp_path / "other", b"second")
+        create_file(tmp_path / "launch.json", b"second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["launch.json"]
+    assert (tmp_path / "launch.json").read_bytes() == b"first"
