@@ -31,20 +31,8 @@ VINLINE void classifier_row(const classifier_job *j, int64_t r, const float *aft
                 v_store_dt_n(j->dlogits, r * V + v, v_zero(), V - v, dt);
         return;
     }
-    vf top = v_set1(z[0]), sum = v_zero();
-    int64_t whole = V / LANES * LANES;
-    for (int64_t v = 0; v < whole; v += LANES) top = v_max(top, v_load(z + v));
-    float highest = v_max_lanes(top);
-    for (int64_t v = whole; v < V; v++) highest = highest > z[v] ? highest : z[v];
-    float logit = z[target];
-    const vf hv = v_set1(highest);
-    for (int64_t v = 0; v < V; v += LANES) {
-        __builtin_prefetch(after + v, 0, 2);
-        vf e = v_keep(v_exp(v_sub(v_load_n(z + v, V - v), hv)), V - v);
-        sum = v_add(sum, e);
-        if (j->dlogits) v_store_n(z + v, e, V - v);
-    }
-    float s = v_sum(sum);
+    const float highest = largest_of(z, V), logit = z[target];
+    const float s = v_sum(exps_of(z, V, highest, after, j->dlogits != NULL));
     j->loss[r] = (highest - logit) + log1_f32(s);
     if (!j->dlogits) return;
     vf factor = v_set1(j->scale / s);

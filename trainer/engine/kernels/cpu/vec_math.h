@@ -10,6 +10,9 @@
     12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, found in the low bits               \
                  */
 
+/* What is done to four vectors, written out: gcc leaves in memory what a loop picks from an array. */
+#define V_FOUR(X) X(0) X(1) X(2) X(3)
+
 /* Steps of e^x of vectors x0, x1, ..., each step of all before the next of one, so that a processor has others to do
  * while it waits for one. Below -86.9: 0. Above 88: e^88. NaN stays NaN: bit arithmetic may make a number of it, y - y
  * is NaN still, and 0 of a number. What is made of numbers below -86.9 is not used. */
@@ -43,8 +46,7 @@
     OF(EXP_SCALE)                                                                                  \
     OF(EXP_NAN)                                                                                    \
     OF(EXP_ZERO)
-#define EXP_OF_ONE(X)  X(0)
-#define EXP_OF_FOUR(X) X(0) X(1) X(2) X(3)
+#define EXP_OF_ONE(X) X(0)
 
 /* e^x */
 VINLINE vf v_exp(vf x0) {
@@ -56,7 +58,7 @@ VINLINE vf v_exp(vf x0) {
 /* of four vectors at once, in place. Where not limited, of numbers up to 88. */
 VINLINE void v_exp4(vf x[4], const int limited) {
     const vf x0 = x[0], x1 = x[1], x2 = x[2], x3 = x[3];
-    EXP_STEPS(EXP_OF_FOUR)
+    EXP_STEPS(V_FOUR)
     x[0] = p0, x[1] = p1, x[2] = p2, x[3] = p3;
 }
 
@@ -147,6 +149,64 @@ VINLINE void v_sigmoid(vf x, vf *s, vf *one_minus_s) {
     vf d = v_div(v_set1(1.0f), v_add(v_set1(1.0f), e));
     *s = d;
     *one_minus_s = v_mul(e, d);
+}
+
+/* The same of four vectors at once: x becomes s. */
+VINLINE void v_sigmoid4(vf x[4], vf one_minus_s[4]) {
+    const vf one = v_set1(1.0f), zero = v_zero();
+    vf e[4] = {v_sub(zero, x[0]), v_sub(zero, x[1]), v_sub(zero, x[2]), v_sub(zero, x[3])};
+    v_exp4(e, 1);
+#define SIGMOID(i) x[i] = v_div(one, v_add(one, e[i])), one_minus_s[i] = v_mul(e[i], x[i]);
+    V_FOUR(SIGMOID)
+#undef SIGMOID
+}
+
+/* The largest of z[n], n at least 1. */
+VINLINE float largest_of(const float *z, int64_t n) {
+    const int64_t whole = n / LANES * LANES, fours = n / (4 * LANES) * (4 * LANES);
+    vf top = v_set1(z[0]), most[4] = {top, top, top, top};
+#define MOST(i) most[i] = v_max(most[i], v_load(z + v + (i) * LANES));
+    for (int64_t v = 0; v < fours; v += 4 * LANES) {
+        V_FOUR(MOST)
+    }
+#undef MOST
+    top = v_max(v_max(most[0], most[1]), v_max(most[2], most[3]));
+    for (int64_t v = fours; v < whole; v += LANES) top = v_max(top, v_load(z + v));
+    float largest = v_max_lanes(top);
+    for (int64_t v = whole; v < n; v++) largest = largest > z[v] ? largest : z[v];
+    return largest;
+}
+
+/* Sums of e = exp(z[n] - largest) in LANES partials, indices ascending. z becomes e where `kept`; after: as many
+ * numbers that are read next, to be fetched meanwhile. */
+VINLINE vf exps_of(float *z, int64_t n, float largest, const float *after, int kept) {
+    const int64_t fours = n / (4 * LANES) * (4 * LANES);
+    const vf top = v_set1(largest);
+    vf sum = v_zero();
+#define ASK(i)  __builtin_prefetch(after + v + (i) * LANES, 0, 2);
+#define REST(i) e[i] = v_sub(v_load(z + v + (i) * LANES), top);
+#define SUM(i)  sum = v_add(sum, e[i]);
+#define KEEP(i) v_store(z + v + (i) * LANES, e[i]);
+    for (int64_t v = 0; v < fours; v += 4 * LANES) {
+        vf e[4];
+        V_FOUR(ASK)
+        V_FOUR(REST)
+        v_exp4(e, 0);
+        V_FOUR(SUM)
+        if (kept) {
+            V_FOUR(KEEP)
+        }
+    }
+#undef ASK
+#undef REST
+#undef SUM
+#undef KEEP
+    for (int64_t v = fours; v < n; v += LANES) {
+        vf e = v_keep(v_exp(v_sub(v_load_n(z + v, n - v), top)), n - v);
+        sum = v_add(sum, e);
+        if (kept) v_store_n(z + v, e, n - v);
+    }
+    return sum;
 }
 
 #endif

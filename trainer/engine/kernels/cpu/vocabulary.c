@@ -16,18 +16,8 @@ typedef struct row_sums {
 /* z[V] becomes e. */
 VINLINE row_sums vocab_block_sums(float *z, int64_t V) {
     if (V == 0) return (row_sums){-HUGE_VALF, 0.0f, 0.0f};
-    vf top = v_set1(z[0]), sum = v_zero();
-    const int64_t whole = V / LANES * LANES;
-    for (int64_t v = 0; v < whole; v += LANES) top = v_max(top, v_load(z + v));
-    float highest = v_max_lanes(top);
-    for (int64_t v = whole; v < V; v++) highest = highest > z[v] ? highest : z[v];
-    const vf hv = v_set1(highest);
-    for (int64_t v = 0; v < V; v += LANES) {
-        vf e = v_keep(v_exp(v_sub(v_load_n(z + v, V - v), hv)), V - v);
-        sum = v_add(sum, e);
-        v_store_n(z + v, e, V - v);
-    }
-    return (row_sums){highest, v_sum(sum), 0.0f};
+    const float highest = largest_of(z, V);
+    return (row_sums){highest, v_sum(exps_of(z, V, highest, z, 1)), 0.0f};
 }
 
 VINLINE row_sums vocab_two(row_sums a, row_sums b) {
