@@ -676,12 +676,13 @@ def test_attention_does_not_know_other_documents(kernels: KernelLib, window: int
 
 
 def test_attention_of_more_than_the_scratch_has_the_same_gradient(kernels: KernelLib) -> None:
-    """Of 400 rows of 512 keys and values are kept, of 700 the running dk and dv fit; of 1,100 dq is made by itself.
-    Rows without a gradient of their own add nothing: the bits of the first 400 are the same."""
+    """Of 400 rows of 512 keys and values are kept, of 700 the running dk and dv fit; of 1,100 and
+    2,000 dk and dv are made in two and three spans of keys. Rows without a gradient of their own add nothing: the bits
+    of the first 400 are the same."""
     rng = np.random.default_rng(3)
     most, h, d = 400, 2, 512
-    q, y, dy = (rng.normal(size=(1100, h * d)).astype(np.float32) for _ in range(3))
-    k, v = (rng.normal(size=(1100, d)).astype(np.float32) for _ in range(2))
+    q, y, dy = (rng.normal(size=(2000, h * d)).astype(np.float32) for _ in range(3))
+    k, v = (rng.normal(size=(2000, d)).astype(np.float32) for _ in range(2))
     dy[most:] = 0
 
     def first(t: int) -> list[bytes]:
@@ -694,7 +695,7 @@ def test_attention_of_more_than_the_scratch_has_the_same_gradient(kernels: Kerne
         return [x[:most].tobytes() for x in (out, dk, dv)]
 
     kept = first(most)
-    for t in (700, 1100):
+    for t in (700, 1100, 2000):
         assert first(t) == kept, t
 
 

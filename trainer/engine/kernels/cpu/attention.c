@@ -24,8 +24,8 @@
  * Work is cut by (batch, head) forward and (batch, kv head) backward: one owner for each row of dk
  * and dv. Backward goes over heads, rows (ROWS of them at a time) and blocks of keys: dq of the rows
  * is finished in it, the running dk and dv of all keys wait in the scratch. Where those do not fit
- * it (T long), dq is made before, by itself, and then dk and dv of as many keys at a time as fit,
- * the scores computed twice. The chains, and so the bits, are the same.
+ * it (T long), dk and dv are made of a span of keys at a time, dq with that of the row's own place:
+ * scores with keys of earlier spans are computed twice. The chains, and so the bits, are the same.
  */
 #include "kernels/attention.h"
 
@@ -37,7 +37,8 @@ enum {
     KEYS = TILE_ROW,  /* of a block */
     STRIP = 32,       /* queries of a tile forward; keys of one backward */
     WIDE = 6 * STRIP, /* queries that a block of keys is used for in a row, forward */
-    ROWS = 96         /* queries of a tile backward: whole tiles of registers on every path */
+    ROWS = 96,        /* queries of a tile backward: whole tiles of registers on every path */
+    SPAN = 192 /* a span of keys has a multiple of it: whole blocks, and whole tiles of rows */
 };
 
 #define LEAST (-0x1.fffffep127f) /* finite: a masked score less it is no NaN */
@@ -302,8 +303,13 @@ typedef struct backward {
     float *keys;                          /* [key][wide] */
     float *dk, *dv;                       /* [block][wide][KEYS], of keys [begin, begin + span) */
     bool kept;    /* all blocks of a head are there; else there is room for one */
-    int64_t span; /* whole blocks */
+    int64_t span; /* a multiple of SPAN, or all keys */
 } backward;
+
+_Static_assert(SPAN % KEYS == 0 && SPAN % ROWS == 0, "a row's own span has all its later keys");
+_Static_assert(HS_ATTENTION_HEAD_MAX * (5 * ROWS + 3 * KEYS + 2 * SPAN) + 2 * ROWS * KEYS <=
+                   WORKER_FLOATS,
+               "a span of the widest head fits the scratch");
 
 static backward backward_of(const attention_job *j, int worker) {
     const int64_t D = j->D, wide = j->wide, all = hs_ceil_div(j->T, KEYS) * KEYS;
@@ -316,12 +322,13 @@ static backward backward_of(const attention_job *j, int worker) {
     w.score = w.dq + ROWS * wide;
     w.other = w.score + ROWS * KEYS;
     w.keys_turned = w.other + ROWS * KEYS;
-    w.kept = all * (2 * D + 3 * wide) <= end - w.keys_turned;
+    w.kept = all * (2 * D + 3 * wide) <= end - w.keys_turned; /* dk and dv of all too */
     const int64_t laid = w.kept ? all : KEYS;
     w.values_turned = w.keys_turned + laid * D;
     w.keys = w.values_turned + laid * D;
     w.dk = w.keys + laid * wide;
-    w.span = hs_min(all, (end - w.dk) / (2 * wide) / KEYS * KEYS);
+    const int64_t room = (end - w.dk) / (2 * wide);
+    w.span = all <= room ? all : room / SPAN * SPAN;
     w.dv = w.dk + w.span * wide;
     return w;
 }
@@ -436,24 +443,23 @@ static void attention_igrad_tile(const attention_job *j, const backward *w, cons
     }
 }
 
-/* One query head's rows of a tile, with keys [begin, end). */
+/* One query head's rows of a tile: what they give dk and dv of the span [begin, end), and their own dq where the span is
+ * the last that they read. */
 static void attention_igrad_rows(const attention_job *j, const backward *w, const pair *h,
-                                 int64_t q0, int64_t begin, int64_t end, bool with_dq,
-                                 bool with_dkv) {
+                                 int64_t q0, int64_t begin, int64_t end) {
     const int64_t rows = hs_min(ROWS, j->T - q0);
+    const bool with_dq = q0 < end;
     lay_turned(w->queries_turned, ROWS, h->q, q0, rows);
     lay_turned(w->grads_turned, ROWS, h->grad, q0, rows);
-    if (with_dkv) {
-        lay_straight(w->queries, h->q, q0, rows);
-        lay_straight(w->grads, h->grad, q0, rows);
-    }
+    lay_straight(w->queries, h->q, q0, rows);
+    lay_straight(w->grads, h->grad, q0, rows);
     if (with_dq) memset(w->dq, 0, (size_t)(rows * j->wide) * sizeof(float));
-    int64_t k0 = hs_max(begin, low_of(j, h->b, q0) / KEYS * KEYS);
+    int64_t k0 = hs_max(with_dq ? 0 : begin, low_of(j, h->b, q0) / KEYS * KEYS);
     for (; k0 < hs_min(end, q0 + rows); k0 += KEYS) {
         const int64_t at = (k0 - begin) * j->wide;
         if (!w->kept) lay_keys(j, w, h, k0);
-        attention_igrad_tile(j, w, h, q0, rows, k0, with_dq, with_dkv ? w->dk + at : NULL,
-                             with_dkv ? w->dv + at : NULL);
+        attention_igrad_tile(j, w, h, q0, rows, k0, with_dq, k0 < begin ? NULL : w->dk + at,
+                             k0 < begin ? NULL : w->dv + at);
     }
     if (with_dq) put_straight(h->dq, q0, rows, w->dq, j->scale);
 }
@@ -475,14 +481,11 @@ static void attention_igrad_group(const attention_job *j, const backward *w, int
     const hs_attention_igrad_args *a = j->igrad;
     const int64_t T = j->T, each = j->H / j->G, from = g * each, to = from + each;
     const head dk = head_of(j, a->dk, a->lddk, b, g), dv = head_of(j, a->dv, a->lddv, b, g);
-    const bool at_once = w->span >= T;
     for (int64_t h = from; h < to; h++) {
         const pair p = pair_of(j, b, h);
         BY_DTYPE(j->dt, delta_rows_dt, p.grad, head_of(j, a->y, a->ldy, b, h), T, j->D,
                  (float *)a->delta + (b * j->H + h) * T);
         for (int64_t k0 = 0; w->kept && h == from && k0 < T; k0 += KEYS) lay_keys(j, w, &p, k0);
-        for (int64_t q0 = 0; !at_once && q0 < T; q0 += ROWS)
-            attention_igrad_rows(j, w, &p, q0, 0, T, true, false);
     }
     for (int64_t begin = 0; begin < T; begin += w->span) {
         const int64_t end = hs_min(T, begin + w->span);
@@ -490,8 +493,8 @@ static void attention_igrad_group(const attention_job *j, const backward *w, int
         memset(w->dv, 0, (size_t)(w->span * j->wide) * sizeof(float));
         for (int64_t h = from; h < to; h++) {
             const pair p = pair_of(j, b, h);
-            for (int64_t q0 = begin / ROWS * ROWS; q0 < T; q0 += ROWS)
-                attention_igrad_rows(j, w, &p, q0, begin, end, at_once, true);
+            for (int64_t q0 = begin; q0 < T; q0 += ROWS)
+                attention_igrad_rows(j, w, &p, q0, begin, end);
         }
         for (int64_t k0 = begin; k0 < end; k0 += KEYS) {
             const int64_t keys = hs_min(KEYS, T - k0), at = (k0 - begin) * j->wide;
