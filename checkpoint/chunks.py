@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from checkpoint.digest import BLOCK_BYTES, BLOCK_ELEMENTS, KINDS, Leaves, blocks
-from checkpoint.hashes import sha256_leaves
+from checkpoint.hashes import sha256_leaves, sha256_two_chunks
 from checkpoint.store.base import Data
 
 MAX_CHUNK_BYTES = 64 << 20
@@ -145,18 +145,43 @@ class Piece:
         return Piece(self.tensor, self.kind, low, high - low, self.chunk, self.offset + 4 * (low - self.first), leaves)
 
 
-def chunk_digests(plan: ChunkPlan, data: Data) -> tuple[tuple[Piece, ...], Digest]:
-    """The pieces of a chunk with their leaves, and its own SHA-256, in one pass over its bytes (exactly the plan's)."""
+Digests = tuple[tuple[Piece, ...], Digest]
+"""Of a chunk: its pieces with their leaves, and its own SHA-256."""
+
+
+def chunk_digests(plan: ChunkPlan, data: Data) -> Digests:
+    """Of a chunk's bytes (exactly the plan's), in one pass over them."""
+    leaves, whole = sha256_leaves(_checked(plan, data), _lengths(plan), BLOCK_BYTES, whole=True)
+    return _pieces(plan, leaves), whole
+
+
+def digests_of_two(chunks: Sequence[tuple[ChunkPlan, Data]]) -> tuple[Digests, ...]:
+    """``chunk_digests`` of two chunks at once, in less time."""
+    (first, of_first), (second, of_second) = chunks
+    found = sha256_two_chunks(
+        ((_checked(first, of_first), _lengths(first)), (_checked(second, of_second), _lengths(second))), BLOCK_BYTES
+    )
+    return tuple((_pieces(plan, leaves), whole) for plan, (leaves, whole) in zip((first, second), found, strict=True))
+
+
+def _checked(plan: ChunkPlan, data: Data) -> memoryview:
     view = memoryview(data).cast("B")
     if len(view) != plan.bytes:
         raise ValueError(f"chunk {plan.index} has {len(view)} bytes, its plan says {plan.bytes}")
-    leaves, whole = sha256_leaves(view, [s.bytes for s in plan.segments], BLOCK_BYTES, whole=True)
+    return view
+
+
+def _lengths(plan: ChunkPlan) -> list[int]:
+    return [s.bytes for s in plan.segments]
+
+
+def _pieces(plan: ChunkPlan, leaves: bytes) -> tuple[Piece, ...]:
     found, at, first = [], 0, 0
     for s in plan.segments:
         own = Leaves(leaves[32 * first : 32 * (first + blocks(s.elements))])
         found.append(Piece(s.tensor, s.kind, s.first, s.elements, plan.index, at, own))
         at, first = at + s.bytes, first + len(own)
-    return tuple(found), whole
+    return tuple(found)
 
 
 def chunk_pieces(plan: ChunkPlan, data: Data) -> tuple[Piece, ...]:

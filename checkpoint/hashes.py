@@ -1,7 +1,8 @@
 """Digests of state, as fast as the CPU has instructions for: the engine's own code (core/hash.c) as a library.
 
-Two SHA-256 go side by side in about the time of one. Where the library is not there (an image of Python alone) hashlib
-and zlib give the same. The interpreter's lock is not held meanwhile.
+Two SHA-256 go side by side in about the time of one, and all digests of two chunks in two thirds of the time of one
+after the other. Where the library is not there (an image of Python alone) hashlib and zlib give the same. The
+interpreter's lock is not held meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trainer import wire
@@ -38,6 +39,18 @@ class _Buffer(ctypes.Structure):
     )
 
 
+class _Chunk(ctypes.Structure):
+    """hs_sha256_chunk (core/hash_leaves.h)."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+        ("leaves", ctypes.c_void_p),
+        ("whole", ctypes.c_void_p),
+    )
+
+
 @contextmanager
 def _address(data: Data) -> Iterator[int]:
     """Where these bytes lie, for as long as it takes."""
@@ -59,6 +72,8 @@ def _open() -> ctypes.CDLL | None:
                 library.hs_sha256_leaves.argtypes = (
                     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
                 )  # fmt: skip
+                library.hs_sha256_two_chunks.restype = None
+                library.hs_sha256_two_chunks.argtypes = ctypes.c_void_p, ctypes.c_size_t
                 library.hs_crc32.restype = ctypes.c_uint32
                 library.hs_crc32.argtypes = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t
             except (OSError, AttributeError):  # of another machine, or another version
@@ -85,6 +100,30 @@ def sha256_leaves(data: Data, lengths: Sequence[int], block: int, *, whole: bool
     with _address(view) as at:
         _LIBRARY.hs_sha256_leaves(at, sizes, len(lengths), block, found, total if whole else None)
     return found.raw, total.raw if whole else b""
+
+
+def sha256_two_chunks(
+    chunks: tuple[tuple[Data, Sequence[int]], tuple[Data, Sequence[int]]], block: int
+) -> tuple[tuple[bytes, bytes], ...]:
+    """What ``sha256_leaves`` tells of each of two chunks, bytes and their pieces' lengths, with their wholes."""
+    views = [memoryview(data).cast("B") for data, _ in chunks]
+    if _LIBRARY is None or not all(view.nbytes for view in views):
+        return tuple(sha256_leaves(data, lengths, block, whole=True) for data, lengths in chunks)
+    told = (_Chunk * 2)()
+    kept, found = [], []
+    with ExitStack() as held:
+        for to, view, (_, lengths) in zip(told, views, chunks, strict=True):
+            if sum(lengths) != view.nbytes:
+                raise ValueError(f"pieces of {sum(lengths)} bytes in {view.nbytes}")
+            sizes = (ctypes.c_uint64 * len(lengths))(*lengths)
+            leaves = ctypes.create_string_buffer(32 * sum(-(-length // block) for length in lengths))
+            whole = ctypes.create_string_buffer(32)
+            to.data, to.count = held.enter_context(_address(view)), len(lengths)
+            to.lengths, to.leaves, to.whole = (ctypes.addressof(memory) for memory in (sizes, leaves, whole))
+            kept.append(sizes)
+            found.append((leaves, whole))
+        _LIBRARY.hs_sha256_two_chunks(ctypes.addressof(told), block)
+    return tuple((leaves.raw, whole.raw) for leaves, whole in found)
 
 
 def crc32(data: Data, crc: int = 0) -> int:

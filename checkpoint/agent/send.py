@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from checkpoint import keys
 from checkpoint.agent.slots import Seen, Slot, SlotChanged
-from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Piece, Segment, chunk_digests
+from checkpoint.chunks import MAX_CHUNK_BYTES, Chunk, ChunkPlan, Digests, Piece, Segment, chunk_digests, digests_of_two
 from checkpoint.errors import Damaged, NotFound, StoreError
 from checkpoint.layout import RankLayout
 from checkpoint.store import Info, Store
@@ -50,8 +50,65 @@ def agreed(store: Store, run: str, epoch: int, steps: Sequence[int]) -> int:
 
 
 _SCRATCH = threading.local()
-_HASHING = threading.Semaphore(max(1, min(WORKERS, len(os.sched_getaffinity(0))) // 2))
-"""Chunks that are hashed at once: where all workers hash, disk and network wait, and afterwards all wait for them."""
+
+
+class _Wanted:
+    """A chunk whose digests a worker waits for, and what came of that."""
+
+    def __init__(self, plan: ChunkPlan, view: memoryview) -> None:
+        self.plan, self.view = plan, view
+        self.found: Digests | None = None
+        self.failed: BaseException | None = None
+
+
+class Hashing:
+    """Digests for workers that want them at the same time: the one whose turn it is hashes its own chunk and another
+    that waits, both in less time than one after the other. ``threads`` of them at once: where all workers hash, disk
+    and network wait, and afterwards all wait for them.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._idle = threads
+        self._waiting: list[_Wanted] = []
+        self._changed = threading.Condition()
+
+    def digests(self, plan: ChunkPlan, view: memoryview) -> Digests:
+        own = _Wanted(plan, view)
+        with self._changed:
+            self._waiting.append(own)
+            self._changed.wait_for(lambda: own.found or own.failed or (self._idle and own in self._waiting))
+            if own.found is None and own.failed is None:
+                self._waiting.remove(own)
+                chosen = [own, *self._waiting[:1]]
+                del self._waiting[:1]
+                self._idle -= 1
+            else:
+                chosen = []
+        if chosen:
+            self._hash(chosen)
+        if own.found is None:
+            assert own.failed is not None
+            raise own.failed
+        return own.found
+
+    def _hash(self, chosen: Sequence[_Wanted]) -> None:
+        try:
+            if len(chosen) == 1:
+                found: Sequence[Digests] = [chunk_digests(chosen[0].plan, chosen[0].view)]
+            else:
+                found = digests_of_two([(wanted.plan, wanted.view) for wanted in chosen])
+            for wanted, digests in zip(chosen, found, strict=True):
+                wanted.found = digests
+        except BaseException as error:  # each of them has its caller, which raises it
+            for wanted in chosen:
+                wanted.failed = error
+        finally:
+            with self._changed:
+                self._idle += 1
+                self._changed.notify_all()
+
+
+_HASHING = Hashing(max(1, min(WORKERS, len(os.sched_getaffinity(0))) // 2))
 
 
 def together(plan: ChunkPlan, data: memoryview) -> memoryview:
@@ -88,8 +145,7 @@ def send(
 ) -> tuple[Chunk, tuple[Piece, ...]]:
     """Read, hash and create the chunk of this name, where it is not one of those that are there. Raises SlotChanged."""
     with slot.data() as data, together(plan, data) as view:
-        with _HASHING:
-            pieces, digest = chunk_digests(plan, view)
+        pieces, digest = _HASHING.digests(plan, view)
         chunk = Chunk(name, view.nbytes, digest)
         slot.verify((segment.source, segment.source + segment.bytes) for segment in plan.segments)
         slot.check(seen)  # a refill while it was read shows here, before a digest of torn bytes goes up

@@ -6,11 +6,12 @@ import hashlib
 import mmap
 import random
 import zlib
+from itertools import pairwise
 
 import pytest
 
 from checkpoint import hashes
-from checkpoint.hashes import crc32, sha256_leaves
+from checkpoint.hashes import crc32, sha256_leaves, sha256_two_chunks
 
 LENGTHS = [(), (0,), (1,), (63,), (64,), (65,), (4096,), (4097,), (8191, 1, 64, 0, 5000), (100_000,), (12_288, 12_292)]
 
@@ -40,6 +41,28 @@ def test_they_are_hashlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None
                 found, total = sha256_leaves(data, lengths, block, whole=whole)
                 assert found == expected(data, lengths, block)
                 assert total == (hashlib.sha256(data).digest() if whole else b"")
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["library", "hashlib"])
+def test_two_chunks_are_hashlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal and of very different sizes, of odd pieces, of few leaves and of more than there are lanes."""
+    if plain:
+        monkeypatch.setattr(hashes, "_LIBRARY", None)
+    elif hashes._LIBRARY is None:
+        pytest.skip("the library is not built here")
+    rng = random.Random(3)
+    drawn = [tuple(rng.choice((0, 4, 60, 64, 4096, rng.randrange(40_000))) for _ in range(9)) for _ in range(30)]
+    pairs = [*pairwise([*LENGTHS, *drawn]), *((lengths, lengths) for lengths in drawn)]
+    pairs += [((1 << 20,), (1 << 20,)), ((1 << 20,), (5,)), ((70_001,) * 9, (130_003,) * 7), ((4096,), (1 << 20, 0))]
+    for lengths in pairs:
+        data = [rng.randbytes(sum(own) + 1)[1:] for own in lengths]
+        for block in (64, 1000, 4096):
+            first, second = ((data[at], lengths[at]) for at in (0, 1))
+            found = sha256_two_chunks((first, second), block)
+            for own, (bytes_of, pieces) in zip(found, (first, second), strict=True):
+                assert own == (expected(bytes_of, pieces, block), hashlib.sha256(bytes_of).digest())
+    with pytest.raises(ValueError, match="pieces of 9 bytes in 10"):
+        sha256_two_chunks(((bytes(10), (10,)), (bytes(10), (4, 5))), 64)
 
 
 def test_any_memory_is_taken_and_let_go() -> None:

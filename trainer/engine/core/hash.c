@@ -1,11 +1,12 @@
 #include "core/hash.h"
 
+#include "core/hash_x86.h"
+
 #include <stdatomic.h>
 #include <string.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_acle.h>
 #include <arm_neon.h>
@@ -98,43 +99,6 @@ static void sha_blocks_portable(uint32_t state[8], const uint8_t *data, size_t b
 }
 
 #if defined(__x86_64__)
-#define NI __attribute__((target("sha,sse4.1,ssse3"))) static
-
-/* The instructions hold the state as (a b e f) and (c d g h). */
-NI inline void ni_begin(const uint32_t state[8], __m128i *abef, __m128i *cdgh) {
-    __m128i abcd = _mm_loadu_si128((const __m128i *)state); /* lanes low to high: a b c d */
-    __m128i efgh = _mm_loadu_si128((const __m128i *)(state + 4));
-    __m128i cdab = _mm_shuffle_epi32(abcd, 0xB1);
-    __m128i hgfe = _mm_shuffle_epi32(efgh, 0x1B);
-    *abef = _mm_alignr_epi8(cdab, hgfe, 8);
-    *cdgh = _mm_blend_epi16(hgfe, cdab, 0xF0);
-}
-
-NI inline void ni_end(uint32_t state[8], __m128i abef, __m128i cdgh) {
-    __m128i feba = _mm_shuffle_epi32(abef, 0x1B);
-    __m128i dchg = _mm_shuffle_epi32(cdgh, 0xB1);
-    _mm_storeu_si128((__m128i *)state, _mm_blend_epi16(feba, dchg, 0xF0));
-    _mm_storeu_si128((__m128i *)(state + 4), _mm_alignr_epi8(dchg, feba, 8));
-}
-
-NI inline __m128i ni_words(const uint8_t *data, int i) {
-    const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)data + i), swap);
-}
-
-/* Rounds 4 i to 4 i + 3, whose words are w0, and what they can do for the words of later ones, w1 to w3. In
- * two halves, and of variables: two digests at once just fit into the sixteen registers (4 of states, 8 of
- * words, xmm0, two sums); arrays of words stay in memory, at half the speed. */
-#define HALF(i, abef, cdgh, sum, w0, w1, w3)                                                       \
-    sum =                                                                                          \
-        _mm_add_epi32(w0, _mm_load_si128((const __m128i *)(const void *)(hs_sha256_k + 4 * (i)))); \
-    if ((i) > 2 && (i) < 15)                                                                       \
-        w1 = _mm_sha256msg2_epu32(_mm_add_epi32(w1, _mm_alignr_epi8(w0, w3, 4)), w0);              \
-    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
-#define OTHER_HALF(i, abef, cdgh, sum, w0, w3)                                                     \
-    if ((i) > 0 && (i) < 13) w3 = _mm_sha256msg1_epu32(w3, w0);                                    \
-    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0E));
-
 #define ROUNDS(i, w0, w1, w2, w3)                                                                  \
     HALF(i, abef, cdgh, sum, w0, w1, w3)                                                           \
     OTHER_HALF(i, abef, cdgh, sum, w0, w3)
@@ -167,12 +131,6 @@ NI void sha_blocks_ni(uint32_t state[8], const uint8_t *data, size_t blocks) {
     }
     ni_end(state, abef, cdgh);
 }
-
-#define ROUNDS_TWICE(i, w0, w1, w2, w3, v0, v1, v2, v3)                                            \
-    HALF(i, abef, cdgh, sum, w0, w1, w3)                                                           \
-    HALF(i, abef2, cdgh2, sum2, v0, v1, v3)                                                        \
-    OTHER_HALF(i, abef, cdgh, sum, w0, w3)                                                         \
-    OTHER_HALF(i, abef2, cdgh2, sum2, v0, v3)
 
 /* Two digests at once: each instruction of one waits for the one before it, and two of them fit into that
  * time. */

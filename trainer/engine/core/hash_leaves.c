@@ -4,9 +4,10 @@
 
 #include "core/cpu.h"
 #include "core/hash.h"
+#include "core/hash_beside.h"
+#include "core/hash_x86.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #include <stdatomic.h>
 #endif
 
@@ -30,12 +31,27 @@ typedef struct walk {
     size_t count, block;
     uint64_t left; /* of this piece */
     uint8_t *to;
+    const hs_sha256_chunk *then; /* data behind it, or NULL */
 } walk;
 
+static walk leaves_of(const hs_sha256_chunk *chunk, size_t block, const hs_sha256_chunk *then) {
+    return (walk){.at = chunk->data,
+                  .lengths = chunk->lengths,
+                  .count = chunk->count,
+                  .block = block,
+                  .to = chunk->leaves,
+                  .then = then};
+}
+
 static bool next_leaf(walk *rest, lane *leaf) {
-    for (; !rest->left; rest->count--) {
-        if (!rest->count) return false;
-        rest->left = *rest->lengths++;
+    while (!rest->left) {
+        if (rest->count) {
+            rest->left = *rest->lengths++;
+            rest->count--;
+        } else if (rest->then)
+            *rest = leaves_of(rest->then, rest->block, NULL);
+        else
+            return false;
     }
     hs_sha256_init(&leaf->sha);
     leaf->at = rest->at;
@@ -64,38 +80,6 @@ static bool has_lanes(void) {
         atomic_store_explicit(&known, has, memory_order_relaxed);
     }
     return has == YES;
-}
-
-/* w[i] of all lanes from the 16 words of a block of each lane: a transposition, and bytes turned round. */
-WIDE inline void words_of(__m512i w[16], const uint8_t *const p[LANES], size_t at) {
-    const __m512i swap = _mm512_set4_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203);
-    __m512i r[16], t[16];
-#pragma GCC unroll 16
-    for (int l = 0; l < 16; l++)
-        r[l] = _mm512_shuffle_epi8(_mm512_loadu_si512((const void *)(p[l] + at)), swap);
-#pragma GCC unroll 16
-    for (int l = 0; l < 16; l += 2) {
-        t[l] = _mm512_unpacklo_epi32(r[l], r[l + 1]);
-        t[l + 1] = _mm512_unpackhi_epi32(r[l], r[l + 1]);
-    }
-#pragma GCC unroll 16
-    for (int l = 0; l < 16; l += 4) { /* r[l + j]: word j (mod 4) of lanes l to l + 3 */
-        r[l] = _mm512_unpacklo_epi64(t[l], t[l + 2]);
-        r[l + 1] = _mm512_unpackhi_epi64(t[l], t[l + 2]);
-        r[l + 2] = _mm512_unpacklo_epi64(t[l + 1], t[l + 3]);
-        r[l + 3] = _mm512_unpackhi_epi64(t[l + 1], t[l + 3]);
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < 4; j++) {
-        __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88); /* words j, 8 + j of lanes 0-7 */
-        __m512i odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);  /* 4 + j, 12 + j */
-        __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        w[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
-        w[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-        w[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-        w[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-    }
 }
 
 #define ROR(x, n)      _mm512_ror_epi32(x, n)
@@ -148,9 +132,16 @@ WIDE void sha_lanes(uint32_t states[8][LANES], const uint8_t *const p[LANES], si
     _mm256_zeroupper(); /* as in crc32.c */
 }
 
+/* So much of it is in its state. */
+static void taken(lane *leaf, size_t bytes) {
+    leaf->at += bytes;
+    leaf->left -= bytes;
+    leaf->sha.bytes += bytes;
+}
+
 /* Sixteen leaves side by side; where one ends, the next begins in its lane. What is left when few are, stays in
- * `lanes`, begun; how many those are. */
-WIDE size_t leaves_lanes(walk *rest, lane lanes[LANES]) {
+ * `lanes`, begun; how many those are. Beside them, unless it is NULL, two that are not of `rest`, as far as both go. */
+WIDE size_t leaves_lanes(walk *rest, lane lanes[LANES], lane *two) {
     _Alignas(64) uint32_t states[8][LANES] = {{0}};
     size_t n = 0;
     for (;;) {
@@ -163,11 +154,18 @@ WIDE size_t leaves_lanes(walk *rest, lane lanes[LANES]) {
             p[l] = lanes[l < n ? l : 0].at;
             if (l < n && lanes[l].left < least) least = lanes[l].left;
         }
-        sha_lanes(states, p, least / 64);
+        size_t blocks = least / 64;
+        const size_t beside =
+            two ? (two[0].left < two[1].left ? two[0].left : two[1].left) / HS_BESIDE_BYTES : 0;
+        if (beside) {
+            if (beside < blocks) blocks = beside;
+            hs_sha256_beside(states, p, (uint32_t *[]){two[0].sha.state, two[1].sha.state},
+                             (const uint8_t *[]){two[0].at, two[1].at}, blocks);
+            for (int l = 0; l < 2; l++) taken(&two[l], blocks * HS_BESIDE_BYTES);
+        } else
+            sha_lanes(states, p, blocks);
         for (size_t l = n; l-- > 0;) {
-            lanes[l].at += least / 64 * 64;
-            lanes[l].left -= least / 64 * 64;
-            lanes[l].sha.bytes += least / 64 * 64;
+            taken(&lanes[l], 64 * blocks);
             if (lanes[l].left >= 64) continue;
             for (int i = 0; i < 8; i++) lanes[l].sha.state[i] = states[i][l];
             end_leaf(&lanes[l]);
@@ -183,8 +181,8 @@ WIDE size_t leaves_lanes(walk *rest, lane lanes[LANES]) {
 static bool has_lanes(void) {
     return false;
 }
-static size_t leaves_lanes(walk *rest, lane lanes[LANES]) {
-    (void)rest, (void)lanes;
+static size_t leaves_lanes(walk *rest, lane lanes[LANES], lane *two) {
+    (void)rest, (void)lanes, (void)two;
     return 0;
 }
 #endif
@@ -223,10 +221,32 @@ static void leaves_and_whole(walk *rest, uint8_t *whole) {
 
 void hs_sha256_leaves(const void *data, const uint64_t *lengths, size_t count, size_t block,
                       uint8_t *leaves, uint8_t *whole) {
-    walk rest = {.at = data, .lengths = lengths, .count = count, .block = block, .to = leaves};
+    const hs_sha256_chunk chunk = {data, lengths, count, leaves, whole};
+    walk rest = leaves_of(&chunk, block, NULL);
     lane lanes[LANES];
     if (whole)
         leaves_and_whole(&rest, whole);
     else
-        leaves_pairs(&rest, lanes, has_lanes() ? leaves_lanes(&rest, lanes) : 0);
+        leaves_pairs(&rest, lanes, has_lanes() ? leaves_lanes(&rest, lanes, NULL) : 0);
+}
+
+static lane whole_of(const hs_sha256_chunk *chunk) {
+    lane all = {.at = chunk->data, .to = chunk->whole};
+    hs_sha256_init(&all.sha);
+    for (size_t i = 0; i < chunk->count; i++) all.left += chunk->lengths[i];
+    return all;
+}
+
+void hs_sha256_two_chunks(const hs_sha256_chunk chunks[2], size_t block) {
+    lane two[2] = {whole_of(&chunks[0]), whole_of(&chunks[1])}, begun[LANES + 2];
+    walk rest = leaves_of(&chunks[0], block, &chunks[1]);
+    if (has_lanes() && two[0].sha.by_instructions) {
+        size_t n = leaves_lanes(&rest, begun, two);
+        begun[n++] = two[0];
+        begun[n++] = two[1];
+        leaves_pairs(&rest, begun, n);
+    } else
+        for (int c = 0; c < 2; c++)
+            hs_sha256_leaves(chunks[c].data, chunks[c].lengths, chunks[c].count, block,
+                             chunks[c].leaves, chunks[c].whole);
 }
