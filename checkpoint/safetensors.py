@@ -75,6 +75,9 @@ def _instead(folder: Path) -> str:
         there = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
+    for name in there:
+        if name.endswith((".safetensors", INDEX)) and not (folder / name).exists():
+            return f"{name} is a link to {os.readlink(folder / name)}, which is not there; download it again"
     for what, ending, mend in _OTHERS:
         for name in there:
             if re.fullmatch(ending, name):
@@ -99,6 +102,10 @@ def read_file(path: Path) -> dict[str, FileTensor]:
     if head == b"version ":
         raise NoWeights(f"{path} is a pointer of Git LFS, not the file: `git lfs pull` in its folder fetches that")
     size = path.stat().st_size
+    if not size:
+        raise NoWeights(f"{path} is empty: fetch it again")
+    if re.match(rb"\s*<(!doctype|html|\?xml)", _read(path, 64), re.IGNORECASE):
+        raise NoWeights(f"{path} is a page of HTML or XML, such as a login or an error: fetch the file itself again")
     length = int.from_bytes(head, "little")
     if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise NoWeights(f"{path} is not safetensors, or was cut short: its header would have {length} of {size} bytes")
@@ -114,6 +121,8 @@ def read_file(path: Path) -> dict[str, FileTensor]:
         if tensor.offset < end:
             raise NoWeights(f"{path}: tensor {tensor.name[:80]!r} overlaps another one")
         end = tensor.offset + tensor.elements * DTYPES[tensor.dtype]
+    if found and end < size:
+        raise NoWeights(f"{path} has {size - end} bytes behind its last tensor: it is damaged, fetch it again")
     return found
 
 
@@ -166,11 +175,21 @@ def _read(path: Path, count: int) -> bytes:
         raise NoWeights(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON map none of whose keys comes twice: readers differ in which they take. ValueError for another."""
+    value: dict[str, Any] = {}
+    for key, held in pairs:
+        if key in value:
+            raise ValueError(f"{key[:60]!r} is in it twice")
+        value[key] = held
+    return value
+
+
 def _json(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise NoWeights(f"{path}: what should be its table is no JSON ({str(error)[:80]})") from error
+        raise NoWeights(f"{path}: what should be its table is no JSON ({str(error)[:90]})") from error
     if not isinstance(value, dict):
         raise NoWeights(f"{path}: what should be its table is no map")
     return value

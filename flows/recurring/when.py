@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -35,6 +36,13 @@ def zone_of(name: str | None) -> str:
     known = available_timezones()
     if name in known:
         return name
+    shift = re.fullmatch(r"(?:UTC|GMT)?([+-])0?(\d{1,2})(?::?00)?", name, re.IGNORECASE)
+    if shift and int(shift[2]) <= 12:  # of the database's names Etc/GMT-1 is an hour *ahead* of UTC
+        fixed = f"Etc/GMT{'-' if shift[1] == '+' else '+'}{int(shift[2])}" if int(shift[2]) else "UTC"
+        raise ValueError(
+            f"{name!r} is no time zone of the IANA database: {fixed} is always so far from UTC (its sign counts the "
+            "other way), a place such as Europe/Berlin follows its clocks"
+        )
     folded = {zone.casefold(): zone for zone in known}
     near = difflib.get_close_matches(name.casefold().replace(" ", "_"), folded, n=3, cutoff=0.5)
     places = [zone for zone in sorted(known) if name.casefold().replace(" ", "_") in zone.casefold().split("/")]

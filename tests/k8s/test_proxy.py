@@ -26,6 +26,12 @@ def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.lower(), raising=False)
 
 
+def test_a_kubeconfig_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("apiVersion: v1\n  bad: [\n")
+    with pytest.raises(LaunchRefused, match=r"config is no YAML: .* line 2"):
+        Api.load(str(tmp_path / "config"))
+
+
 @pytest.mark.parametrize(
     ("server", "no_proxy", "past"),
     [

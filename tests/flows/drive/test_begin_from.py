@@ -182,12 +182,19 @@ def test_a_run_that_began_by_itself_or_from_other_weights_is_left_alone(
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "not safetensors, or was cut short"),
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html>", "a page of HTML"),
+        (b"short", "not safetensors, or was cut short"),
         (b"\xff" * 8 + b"{}", "not safetensors, or was cut short"),
         (b"\x02\0\0\0\0\0\0\0[]", "is no map"),
         (b"\x03\0\0\0\0\0\0\0{x}", "no JSON"),
         (header := b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "not safetensors"),
         (len(header).to_bytes(8, "little") + header + b"1234", "it was cut short, fetch it again"),
+        (len(header).to_bytes(8, "little") + header + b"12345678abc", "3 bytes behind its last tensor"),
+        (
+            (2 * len(header) - 1).to_bytes(8, "little") + header[:-1] + b"," + header[1:] + b"12345678",
+            "'a' is in it twice",
+        ),
         (len(header).to_bytes(8, "little") + header.replace(b"F32", b"I99") + b"12345678", "of type"),
         (len(header).to_bytes(8, "little") + header.replace(b"[2]", b"-2 ") + b"12345678", "no shape"),
         (len(header).to_bytes(8, "little") + header.replace(b"[0,8]", b"[8,0]") + b"12345678", "do not hold"),
@@ -196,6 +203,12 @@ def test_a_run_that_began_by_itself_or_from_other_weights_is_left_alone(
 def test_files_that_are_none_are_named(tmp_path: Path, data: bytes, says: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(NoWeights, match=says):
+        read_folder(tmp_path)
+
+
+def test_a_link_to_weights_that_are_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("../blobs/abc")
+    with pytest.raises(NoWeights, match=r"is a link to \.\./blobs/abc, which is not there"):
         read_folder(tmp_path)
 
 

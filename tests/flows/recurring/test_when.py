@@ -55,6 +55,14 @@ def test_a_zone_that_is_none_names_near_ones(name: str, near: str) -> None:
     assert zone_of(None) == "UTC"
 
 
+@pytest.mark.parametrize(
+    ("name", "zone"), [("UTC+1", "Etc/GMT-1"), ("gmt-05:00", r"Etc/GMT\+5"), ("+01:00", "Etc/GMT-1")]
+)
+def test_an_offset_is_told_the_zone_that_is_so_far_from_utc(name: str, zone: str) -> None:
+    with pytest.raises(ValueError, match=f": {zone} is always"):
+        zone_of(name)
+
+
 WITHOUT = ("2027-03-28T00:30+00:00", "2027-03-28T01:30+00:00")
 """02:30 by Berlin's clocks in the night that goes from 02:00 to 03:00: it is 01:30 or 03:30, by the server's Python."""
 NIGHTS = {
