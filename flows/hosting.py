@@ -63,7 +63,7 @@ class Prefect:
             if not answers(self._found.url) and not self._told:
                 self._told = True
                 self.say(
-                    f"Prefect does not answer at {self._found.url} ({self._found.source}): going on without it (the "
+                    f"Prefect does not answer at {self._found.shown} ({self._found.source}): going on without it (the "
                     "log in the store has everything); its page is written where it comes back"
                 )
             return Client.connect(None)

@@ -5,6 +5,7 @@ Nothing here is called by a driver: `flows/page/` calls it from a thread of its 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 if TYPE_CHECKING:
@@ -77,6 +79,21 @@ class Configured:
     url: str
     source: str
 
+    @property
+    def shown(self) -> str:
+        """The URL as it may be printed."""
+        return without_login(self.url)
+
+
+def without_login(url: str) -> str:
+    """A URL without the user and password that it may hold: what is printed, and what is kept.
+
+    >>> without_login("https://ann:secret@prefect.example/api")
+    'https://prefect.example/api'
+    """
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
 
 def configured() -> Configured | None:
     """The API that Prefect's own settings name: environment, .env, prefect.toml, pyproject.toml or the profile in use.
@@ -122,14 +139,14 @@ def _names_url(path: Path) -> bool:
 
 def why_not(found: Configured) -> str:
     """Why work that needs Prefect cannot be done there, with the mend; empty where it can."""
-    url = found.url.rstrip("/")
+    url = found.shown.rstrip("/")
     try:
         with Client.open(url=None) as client:
             client.check()
     except Refused as error:
         return f"Prefect at {url} ({found.source}) refuses: {error}"
     except Gone as error:
-        if not url.endswith("/api") and answers(f"{url}/api"):
+        if not url.endswith("/api") and answers(f"{found.url.rstrip('/')}/api"):
             return f"nothing answers at {url} ({found.source}), but a server does at {url}/api: set that"
         return f"nothing answers at {url} ({found.source}): {error}"
     return ""
@@ -137,8 +154,13 @@ def why_not(found: Configured) -> str:
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
     """True where a Prefect API answers at this URL (…/api)."""
+    parts = urlsplit(url)
+    request = urllib.request.Request(f"{without_login(url).rstrip('/')}/health")
+    if parts.username:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        request.add_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout_s) as reply:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             return bool(reply.status == 200)
     except (OSError, ValueError, urllib.error.URLError):
         return False
@@ -157,6 +179,7 @@ class Client:
 
     inner: SyncPrefectClient
     url: str
+    """As it may be printed."""
     _close: Callable[[], None]
     patience_s: float = 0.0
 
@@ -186,7 +209,7 @@ class Client:
         context.__enter__()  # of this thread alone
         settings: dict[str, Any] = {"timeout": httpx.Timeout(TIMEOUT_S)}
         inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
-        return cls(inner, str(inner.api_url).rstrip("/"), lambda: context.__exit__(None, None, None))
+        return cls(inner, without_login(str(inner.api_url)).rstrip("/"), lambda: context.__exit__(None, None, None))
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -242,10 +265,10 @@ class Client:
         """Where a browser finds the flow run."""
         from prefect.utilities.urls import url_for
 
-        known = url_for("flow-run", obj_id=flow_run)
+        known = without_login(url_for("flow-run", obj_id=flow_run) or "")
         base = self.url.removesuffix("/api")
         if known and not known.startswith(base):
-            return str(known)  # Cloud, or PREFECT_UI_URL
+            return known  # Cloud, or PREFECT_UI_URL
         prefix = ""
         with contextlib.suppress(Exception):  # an older server has one page only
             import httpx

@@ -196,7 +196,7 @@ def serve(store: str | None, every: float) -> int:
         serve_until_signal(None)
         return 0
     if not answers(found.url):
-        say(f"waiting for Prefect at {found.url}")
+        say(f"waiting for Prefect at {found.shown}")
     from flows.deployments import on_demand
     from flows.serve import Server
 

@@ -226,7 +226,7 @@ def serve_fired(
     plan = when if when is not None else Interval(timedelta(seconds=interval or 0), timezone=zone)
     told = f"cron {cron!r} in {zone}" if cron else f"every {interval:g} s"
     ends = f"the workers of pool {pool} start its runs" if pool else "Ctrl-C ends the schedule, not what runs"
-    say(f"scheduled {title} ({told}) at {found.url}; {ends}")
+    say(f"scheduled {title} ({told}) at {found.shown}; {ends}")
     server = Server(
         lambda: make(plan, told),
         say,
@@ -243,10 +243,10 @@ def serve_fired(
             beside.start()
         serve_until_signal(server)
     except Refused as error:
-        complain(f"hotstage: Prefect at {found.url} ({found.source}) refuses: {error}")
+        complain(f"hotstage: Prefect at {found.shown} ({found.source}) refuses: {error}")
         return 78
     except Gone as error:
-        complain(f"hotstage: Prefect at {found.url} ({found.source}) is away: {error}")
+        complain(f"hotstage: Prefect at {found.shown} ({found.source}) is away: {error}")
         return 78
     sys.stdout.flush()
     return 0

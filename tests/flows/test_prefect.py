@@ -8,11 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from base64 import b64encode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.prefect_api import answers
 from tests.flows.conftest import Api, Trained, started
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
@@ -204,3 +208,47 @@ def test_where_prefect_is_may_be_said_in_every_place_that_prefect_reads(tmp_path
         assert source in said[name].out
     assert said["nothing"].out.strip() == "None"
     assert said["broken"].code == 0, said["broken"].err
+
+
+def test_a_password_in_the_url_is_used_and_never_told(tmp_path: Path) -> None:
+    """By a server that wants it, by one that refuses it, and where nobody answers."""
+    given: list[str | None] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            given.append(self.headers["Authorization"])
+            self.send_response(200 if given[-1] == f"Basic {b64encode(b'ann:p@ss').decode()}" else 401)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing to the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        where = f"127.0.0.1:{server.server_port}"
+        assert answers(f"http://ann:p%40ss@{where}/api")
+        assert not answers(f"http://ann:else@{where}/api")
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            urls = [f"http://ann:secretpw@{host}/api" for host in (where, f"127.0.0.1:{closed.getsockname()[1]}")]
+            commands = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "flows.cli", "schedules", "ls"],
+                    cwd=tmp_path,
+                    env=os.environ | {"PREFECT_API_URL": url, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                for url in urls
+            ]
+            refused, silent = (finish(command, 60) for command in commands)
+        server.shutdown()
+        thread.join()
+    assert "not accepted" in refused.err
+    assert f"no answer at {urls[1].replace('ann:secretpw@', '')}" in silent.err
+    for said in (refused, silent):
+        assert said.code == 78
+        assert "secretpw" not in said.out + said.err
