@@ -3,6 +3,7 @@
 Trains a case of ``tests/bench/peers/cases.py`` with a trace of kernel calls (``HS_TRACE_CALLS``) and adds up, for each
 kernel, what its calls of a step took: medians over steps. Beside them operations to the peak of the same minute, and
 bytes (every operand once, twice where it is read and written) to a copy's; what is left of a step lies between calls.
+In a trace nothing waits (``kernels/deferred.h``): AdamW has its whole time here, of which other steps hide some.
 """
 
 from __future__ import annotations
