@@ -8,7 +8,7 @@
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
-#include "kernels/cpu/vec_math.h"
+#include "kernels/cpu/softmax.h"
 
 typedef struct classifier_job {
     float *loss;   /* of the chunk's rows */

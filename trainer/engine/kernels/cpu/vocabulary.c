@@ -6,7 +6,7 @@
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/share.h"
-#include "kernels/cpu/vec_math.h"
+#include "kernels/cpu/softmax.h"
 
 /* Of a row: largest logit, sum of exp(logit - it), logit of the target. */
 typedef struct row_sums {
