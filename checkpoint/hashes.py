@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from trainer import wire
 
@@ -90,16 +91,22 @@ def sha256_leaves(data: Data, lengths: Sequence[int], block: int, *, whole: bool
     and that of everything, where it is asked for.
     """
     view = memoryview(data).cast("B")
-    if sum(lengths) != view.nbytes:
-        raise ValueError(f"pieces of {sum(lengths)} bytes in {view.nbytes}")
+    sizes, found, total = _memory(view, lengths, block)
     if _LIBRARY is None or not view.nbytes:
         return _plain(view, lengths, block, whole)
-    count = sum(-(-length // block) for length in lengths)
-    found, total = ctypes.create_string_buffer(32 * count), ctypes.create_string_buffer(32)
-    sizes = (ctypes.c_uint64 * len(lengths))(*lengths)
     with _address(view) as at:
         _LIBRARY.hs_sha256_leaves(at, sizes, len(lengths), block, found, total if whole else None)
     return found.raw, total.raw if whole else b""
+
+
+def _memory(view: memoryview, lengths: Sequence[int], block: int) -> tuple[Any, Any, Any]:
+    """Pieces' lengths as C takes them, and room for their leaves' digests and for the whole's. ValueError where the
+    pieces are not all of the view."""
+    if sum(lengths) != view.nbytes:
+        raise ValueError(f"pieces of {sum(lengths)} bytes in {view.nbytes}")
+    leaves = sum(-(-length // block) for length in lengths)
+    sizes = (ctypes.c_uint64 * len(lengths))(*lengths)
+    return sizes, ctypes.create_string_buffer(32 * leaves), ctypes.create_string_buffer(32)
 
 
 def sha256_two_chunks(
@@ -109,21 +116,14 @@ def sha256_two_chunks(
     views = [memoryview(data).cast("B") for data, _ in chunks]
     if _LIBRARY is None or not all(view.nbytes for view in views):
         return tuple(sha256_leaves(data, lengths, block, whole=True) for data, lengths in chunks)
-    told = (_Chunk * 2)()
-    kept, found = [], []
+    told, memory = (_Chunk * 2)(), []
     with ExitStack() as held:
         for to, view, (_, lengths) in zip(told, views, chunks, strict=True):
-            if sum(lengths) != view.nbytes:
-                raise ValueError(f"pieces of {sum(lengths)} bytes in {view.nbytes}")
-            sizes = (ctypes.c_uint64 * len(lengths))(*lengths)
-            leaves = ctypes.create_string_buffer(32 * sum(-(-length // block) for length in lengths))
-            whole = ctypes.create_string_buffer(32)
+            memory.append(_memory(view, lengths, block))
             to.data, to.count = held.enter_context(_address(view)), len(lengths)
-            to.lengths, to.leaves, to.whole = (ctypes.addressof(memory) for memory in (sizes, leaves, whole))
-            kept.append(sizes)
-            found.append((leaves, whole))
+            to.lengths, to.leaves, to.whole = map(ctypes.addressof, memory[-1])
         _LIBRARY.hs_sha256_two_chunks(ctypes.addressof(told), block)
-    return tuple((leaves.raw, whole.raw) for leaves, whole in found)
+    return tuple((leaves.raw, whole.raw) for _, leaves, whole in memory)
 
 
 def crc32(data: Data, crc: int = 0) -> int:

@@ -87,7 +87,7 @@ static bool take_ahead(hs_deferred *d, int64_t item) {
 
 void hs_deferred_do(hs_deferred *d, const hs_deferred_slice *slice, int worker) {
     hs_deferred_call *call = slice->call;
-    if (call != &d->calls[d->rows < 0 ? HS_DEFERRED_CALLS : d->rows]) {
+    if (call - d->calls != d->rows) {
         call->fn(call->job, slice->begin, slice->end, worker);
         return;
     }
@@ -120,21 +120,21 @@ static void finish(hs_deferred *d, hs_pool *pool, int number) {
     while (d->count > 0 && !d->open[d->count - 1]) d->count--;
 }
 
-static bool touches(const hs_deferred_call *call, const uint8_t *at, uint64_t bytes) {
+/* The first of a call's ranges that these bytes meet; NULL: none. */
+static const hs_deferred_range *met(const hs_deferred_call *call, const uint8_t *at,
+                                    uint64_t bytes) {
     for (int i = 0; i < HS_DEFERRED_RANGES; i++) {
         const hs_deferred_range *r = &call->touches[i];
         const uint64_t size = (uint64_t)call->elements * r->element;
         if (!r->at) continue;
-        if (at < r->at ? (uint64_t)(r->at - at) < bytes : (uint64_t)(at - r->at) < size)
-            return true;
+        if (at < r->at ? (uint64_t)(r->at - at) < bytes : (uint64_t)(at - r->at) < size) return r;
     }
-    return false;
+    return NULL;
 }
 
 void hs_deferred_settle(hs_deferred *d, hs_pool *pool, const void *at, uint64_t bytes) {
     for (int i = d ? d->count - 1 : -1; i >= 0; i--)
-        if (d->open[i] && (bytes == UINT64_MAX || touches(&d->calls[i], at, bytes)))
-            finish(d, pool, i);
+        if (d->open[i] && (bytes == UINT64_MAX || met(&d->calls[i], at, bytes))) finish(d, pool, i);
 }
 
 /* --- embeddings --------------------------------------------------------------------------- */
@@ -159,20 +159,12 @@ static void lookup_range(void *ctx, int64_t begin, int64_t end, int worker) {
     }
 }
 
-/* A call that changes the table of a lookup: only the rows that are looked up are done, and it goes behind all others that
- * wait, as it is needed last. False: it has to be finished. */
-static bool look_up(hs_deferred *d, hs_pool *pool, int number, const hs_embed_fwd_args *a) {
+/* A call that changes the table of a lookup, of which that is the range: only the rows that are looked up are done, and it
+ * goes behind all others that wait, as it is needed last. False: it has to be finished. */
+static bool look_up(hs_deferred *d, hs_pool *pool, int number, const hs_deferred_range *its,
+                    const hs_embed_fwd_args *a) {
     const hs_deferred_call *call = &d->calls[number];
-    const uint8_t *table = a->wte;
-    const hs_deferred_range *its = NULL;
-    for (int i = 0; i < HS_DEFERRED_RANGES; i++) {
-        const hs_deferred_range *r = &call->touches[i];
-        const uint64_t size = (uint64_t)(a->V * a->C) * r->element;
-        if (r->at && (table < r->at ? (uint64_t)(r->at - table) < size
-                                    : table - r->at < call->elements * (int64_t)r->element))
-            its = r;
-    }
-    if (!its || items_of(call) > HS_DEFERRED_ROWS) return false;
+    if (items_of(call) > HS_DEFERRED_ROWS) return false;
     if (d->rows != number) {
         if (d->rows >= 0) return false;
         for (int w = 0; w < d->threads; w++)
@@ -182,7 +174,7 @@ static bool look_up(hs_deferred *d, hs_pool *pool, int number, const hs_embed_fw
         d->rows = d->count - 1;
         for (int64_t i = 0; i < items_of(call); i += 64) d->done[i / 64] = 0;
     }
-    lookup l = {d, a, (table - its->at) / (int64_t)its->element};
+    lookup l = {d, a, ((const uint8_t *)a->wte - its->at) / (int64_t)its->element};
     hs_parallel_for(pool, a->R, lookup_range, &l);
     return true;
 }
@@ -197,10 +189,10 @@ void hs_deferred_before(hs_deferred *d, hs_pool *pool, uint16_t kernel, const hs
         if (!args->ptr[o]) continue;
         (void)hs_kernel_extent(kernel, (uint16_t)args->dtype, args->dim, o, &bytes);
         for (int i = d->count - 1; i >= 0; i--) {
-            if (i >= d->count || !d->open[i] || !touches(&d->calls[i], args->ptr[o], bytes))
-                continue;
-            if (args->ptr[o] == embed.wte && look_up(d, pool, i, &embed)) continue;
-            finish(d, pool, i);
+            const hs_deferred_range *its =
+                i < d->count && d->open[i] ? met(&d->calls[i], args->ptr[o], bytes) : NULL;
+            if (its && (args->ptr[o] != embed.wte || !look_up(d, pool, i, its, &embed)))
+                finish(d, pool, i);
         }
     }
 }

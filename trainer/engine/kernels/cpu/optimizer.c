@@ -162,11 +162,6 @@ static void adamw_range(void *ctx, int64_t begin, int64_t end, int worker) {
      .decay = (float)(a)->decay,                                                                   \
      __VA_ARGS__}
 
-static void adamw_share(hs_kernel_ctx *ctx, adamw_job *j) {
-    hs_parallel_for(j->n < SHARE_FROM ? NULL : ctx->pool, hs_ceil_div(j->n, HS_DEFERRED_ITEM),
-                    adamw_range, j);
-}
-
 static void adamw_op(hs_kernel_ctx *ctx, hs_adamw_args *a) {
     adamw_job j = ADAMW_JOB(a, .zero = a->ZERO_G != 0);
     const void *const all[HS_DEFERRED_RANGES] = {a->w, a->m, a->v, a->g, a->wc};
@@ -175,12 +170,13 @@ static void adamw_op(hs_kernel_ctx *ctx, hs_adamw_args *a) {
     for (int i = 0; i < HS_DEFERRED_RANGES; i++)
         waits.touches[i] = (hs_deferred_range){
             all[i], i < HS_DEFERRED_READS ? 4 : (uint32_t)dt_size((int)a->dtype)};
-    if (a->n < HS_DEFERRED_ITEM || !hs_deferred_leave(ctx->deferred, &waits)) adamw_share(ctx, &j);
+    if (a->n < HS_DEFERRED_ITEM || !hs_deferred_leave(ctx->deferred, &waits))
+        share_rows(ctx, hs_ceil_div(a->n, HS_DEFERRED_ITEM), HS_DEFERRED_ITEM, adamw_range, &j);
 }
 
 static void adamw_copy_op(hs_kernel_ctx *ctx, hs_adamw_copy_args *a) {
     adamw_job j = ADAMW_JOB(a, .copy_only = true);
-    adamw_share(ctx, &j);
+    share_rows(ctx, hs_ceil_div(a->n, HS_DEFERRED_ITEM), HS_DEFERRED_ITEM, adamw_range, &j);
 }
 
 static void zero_range(void *ctx, int64_t begin, int64_t end, int worker) {
