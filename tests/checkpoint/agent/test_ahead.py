@@ -171,7 +171,12 @@ class World:
 
     @property
     def disk_bytes(self) -> int:
-        return sum(held_bytes(self.file(shard)) for shard in range(len(SHARDS)))
+        """Of one moment: another thread fills and empties the files, so they are looked at until two looks in a row
+        find the same."""
+        found: list[int] = []
+        while (now := [held_bytes(self.file(shard)) for shard in range(len(SHARDS))]) != found:
+            found = now
+        return sum(found)
 
 
 def world(folder: Path, leaf_bytes: int | None = LEAF, **changes: Any) -> World:
