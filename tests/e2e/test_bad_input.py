@@ -85,7 +85,7 @@ def resumed(place: Place, run: str, digest: str, *more: str) -> None:
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
 def test_a_spec_that_cannot_be(place: Place, sets: list[str], words: list[str]) -> None:
-    refused(train(place, *sets), REFUSED, *words)
+    refused(place.refused_train(*sets), REFUSED, *words)
     assert not (place.folder / "store").exists()  # refused before anything is written
     assert not (place.folder / "out").exists()
 
@@ -94,15 +94,15 @@ def test_a_file_that_is_no_spec(place: Place) -> None:
     spec = place.folder / "spec.toml"
     text = spec.read_text()
     spec.write_text(text + "[train]\n")
-    refused(train(place), REFUSED, "spec.toml")
+    refused(place.refused_train(), REFUSED, "spec.toml")
     spec.write_text(text.replace("steps", "stepz"))
-    refused(train(place), REFUSED, "spec.toml", "train.stepz", "train.steps")
-    refused(place.call("train", "nothing.toml", "--no-prefect"), REFUSED, "nothing.toml")
+    refused(place.refused_train(), REFUSED, "spec.toml", "train.stepz", "train.steps")
+    refused(place.here("train", "nothing.toml", "--no-prefect"), REFUSED, "nothing.toml")
 
 
 def test_names_that_do_not_exist(place: Place) -> None:
     for command in (["runs", "resume"], ["ckpt", "ls"]):
-        done = place.call(*command, "nobody-123456")
+        done = place.here(*command, "nobody-123456")
         refused(done, REFUSED, "nobody-123456", "--store")
 
 
@@ -113,8 +113,8 @@ def test_a_file_for_a_result_that_cannot_be_written(place: Place) -> None:
         ("plan", "spec.toml", "--trace", "/proc/none/plan.json"),
         ("demo", "--no-prefect", "--out", "file"),
     ):
-        refused(place.call(*command), REFUSED, command[-1], "cannot be written", "choose another")
-    refused(finish(place.start("train", "spec.toml", "--no-prefect", "--out", "file")), REFUSED, "file", "with --out")
+        refused(place.here(*command), REFUSED, command[-1], "cannot be written", "choose another")
+    refused(place.here("train", "spec.toml", "--no-prefect", "--out", "file"), REFUSED, "file", "with --out")
     assert (place.folder / "file").read_text() == "not a folder"
 
 
@@ -122,14 +122,14 @@ def test_a_file_for_a_result_that_cannot_be_written(place: Place) -> None:
 
 
 def test_a_corpus_that_is_not_there_or_empty(place: Place) -> None:
-    refused(train(place, "data.source=text:none/*.txt"), DATA, "none/*.txt", "matches no file")
+    refused(place.refused_train("data.source=text:none/*.txt"), DATA, "none/*.txt", "matches no file")
     (place.folder / "corpus" / "empty.text").write_text(" \n\n")
-    refused(train(place, "data.source=text:corpus/*.text"), DATA, "corpus/*.text", "empty")
+    refused(place.refused_train("data.source=text:corpus/*.text"), DATA, "corpus/*.text", "empty")
     (place.folder / "corpus" / "a.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
-    refused(train(place, "data.source=jsonl:corpus/*.jsonl"), DATA, "a.jsonl:2", "mend the line")
-    refused(train(place, f"data.source=dataset:{'0' * 64}"), DATA, "000000", "data prepare")
+    refused(place.refused_train("data.source=jsonl:corpus/*.jsonl"), DATA, "a.jsonl:2", "mend the line")
+    refused(place.refused_train(f"data.source=dataset:{'0' * 64}"), DATA, "000000", "data prepare")
     (place.folder / "corpus" / "short.text").write_text("abc")
-    refused(train(place, "data.source=text:corpus/*.text"), REFUSED, "train.sequence 64", "add text")
+    refused(place.refused_train("data.source=text:corpus/*.text"), REFUSED, "train.sequence 64", "add text")
 
 
 def foreign_dataset(place: Place, tokens: np.ndarray, vocab: int) -> str:
@@ -173,15 +173,15 @@ def test_a_token_beyond_the_vocabulary(place: Place) -> None:
 
 def test_a_shard_cut_short_or_changed(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
-    place.run("data", "prepare", "spec.toml")
+    place.said("data", "prepare", "spec.toml")
     shard = next((place.folder / "store" / "data").glob("*/00000.bin"))
     good = shard.read_bytes()
     shard.write_bytes(good[:-100])
-    refused(train(place), DATA, "00000.bin", "data prepare SPEC --again")
+    refused(place.refused_train(), DATA, "00000.bin", "data prepare SPEC --again")
     shard.write_bytes(good[:-2] + b"\xff\xff")
     refused(train(place), DATA, "00000.bin", "damaged", "data prepare SPEC --again", "runs resume")
     place.all_gone()
-    place.run("data", "prepare", "spec.toml", "--again")  # what the message says to do
+    place.said("data", "prepare", "spec.toml", "--again")  # what the message says to do
     assert shard.read_bytes() == good
     resumed(place, run, digest)
 
@@ -220,7 +220,7 @@ def test_a_plan_object_that_does_not_hold(
         refused(done, REFUSED, f"plans/{plan.name}", "does not hold", "remove that object")
     place.all_gone()
     if done.code != 0:
-        refused(place.call("runs", "resume", run, "--no-prefect"), REFUSED, f"plans/{plan.name}", "damaged", "remove")
+        refused(place.here("runs", "resume", run, "--no-prefect"), REFUSED, f"plans/{plan.name}", "damaged", "remove")
         plan.unlink()
         resumed(place, run, digest)
 
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_said_loudly_and_the_one_before_is_used(
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    told = place.call("ckpt", "verify", run)
+    told = place.here("ckpt", "verify", run)
     assert told.code == 76, told.out + told.err
     assert (told.out + told.err).count("DAMAGED") == told.out.count("DAMAGED") == 1, told.out + told.err
     assert victim.name in told.out
@@ -270,7 +270,7 @@ def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(
     assert done.code == 76, done.out + done.err
     for word in ("log records", "step 0", "ckpt verify", "runs fork", "--begin-anew"):
         assert word in done.told, done.err
-    assert place.call("runs", "resume", run, "--no-prefect").code == 76  # nor does the next command
+    assert place.here("runs", "resume", run, "--no-prefect").code == 76  # nor does the next command
     resumed(place, run, digest, "--begin-anew")
 
 
@@ -281,9 +281,9 @@ def test_a_store_that_cannot_be_written(place: Place) -> None:
     (place.folder / "file").write_text("not a folder")
     for url in ("file", "file/deeper"):
         place.env["HOTSTAGE_STORE"] = str(place.folder / url)
-        refused(train(place), REFUSED, "file", "correct --store")
+        refused(place.refused_train(), REFUSED, "file", "correct --store")
     place.env["HOTSTAGE_STORE"] = "ftp://somewhere"
-    refused(train(place), REFUSED, "ftp://somewhere", "file:///", "s3://")
+    refused(place.refused_train(), REFUSED, "ftp://somewhere", "file:///", "s3://")
     assert (place.folder / "file").read_text() == "not a folder"
 
 
@@ -320,7 +320,7 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
 def test_a_store_that_is_read_only(place: Place) -> None:
     with mounted(place.folder / "ro", "size=8m,ro"):
         place.env["HOTSTAGE_STORE"] = str(place.folder / "ro")
-        refused(train(place), REFUSED, str(place.folder / "ro"), "Read-only", "mount it writable")
+        refused(place.refused_train(), REFUSED, str(place.folder / "ro"), "Read-only", "mount it writable")
         place.stop_all()
 
 
@@ -390,7 +390,7 @@ def test_a_store_that_cannot_order_writers(place: Place) -> None:
     with hostile_s3() as server:
         server.ignore_conditions = True
         place.env |= {"HOTSTAGE_STORE": server.url(), "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-        refused(train(place), REFUSED, "cannot order writers", "racing creators", "--store")
+        refused(place.refused_train(), REFUSED, "cannot order writers", "racing creators", "--store")
         assert not [name for name in server.objects if "/runs/" in name or "/data/" in name]
 
 
@@ -411,17 +411,17 @@ def test_a_port_in_use(place: Place, undisturbed: tuple[str, str]) -> None:
 
 def test_a_checkpoint_of_another_model(place: Place) -> None:
     run = place.train("train.steps=8")["run"]
-    before = json.loads(place.run("ckpt", "digest", run, "--json"))
-    done = place.call("runs", "fork", run, "--no-prefect", "--json", "--set", "name=wide", "--set", "model.width=32")
+    before = json.loads(place.said("ckpt", "digest", run, "--json"))
+    done = place.here("runs", "fork", run, "--no-prefect", "--json", "--set", "name=wide", "--set", "model.width=32")
     refused(done, REFUSED, "model", "start a new run")
     # the context is a tensor's shape for GPT-2
-    done = place.call(
+    done = place.here(
         *("runs", "fork", run, "--no-prefect", "--json", "--set", "name=long", "--set", "train.steps=20"),
         *("--set", "model.context=128"),
     )
     refused(done, REFUSED, "wpe", "(64, 64)", "start a new run")
     place.all_gone()
-    assert json.loads(place.run("ckpt", "digest", run, "--json")) == before
+    assert json.loads(place.said("ckpt", "digest", run, "--json")) == before
 
 
 # --- Ctrl-C and SIGTERM at any time -------------------------------------------------------------------------
@@ -501,7 +501,7 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     assert done.code == 0, done.err
     assert (done.json()["outcome"], done.json()["state_digest"]) == ("succeeded", digest)
     place.all_gone()
-    assert json.loads(place.run("runs", "show", run, "--json"))["state"] == "succeeded"
+    assert json.loads(place.said("runs", "show", run, "--json"))["state"] == "succeeded"
 
 
 def _newest(log: Path) -> bytes:

@@ -123,8 +123,8 @@ def test_a_bit_that_flips_in_memory_is_found_and_the_store_has_the_state(
     assert (told["run"], told["outcome"], told["state_digest"]) == (run, "succeeded", digest)
     assert told["attempts"] > 2
     assert spoiled[0] >= 4
-    assert "is damaged (checksum)" in place.run("runs", "show", run)
-    assert place.call("ckpt", "verify", run).code == 0
+    assert "is damaged (checksum)" in place.said("runs", "show", run)
+    assert place.here("ckpt", "verify", run).code == 0
 
 
 def test_a_driver_killed_again_and_again_loses_nothing(place: Place, undisturbed: tuple[str, str]) -> None:
@@ -193,11 +193,11 @@ def test_cancel_ends_it_for_good_and_resume_opens_it_again(place: Place, undistu
     manifests = place.folder / "store" / "runs" / run / "manifests"
     wait_for(lambda: any(manifests.glob("*/manifest")), "a checkpoint", 60)
     with frozen(place.folder / "out", 0):
-        place.run("runs", "cancel", run)
+        place.said("runs", "cancel", run)
         wait_for(lambda: process.poll() is not None, "the driver to leave", 60)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, json.loads(out)["outcome"]) == (1, "cancelled")
-    assert json.loads(place.run("runs", "show", run, "--json"))["state"] == "cancelled"
+    assert json.loads(place.said("runs", "show", run, "--json"))["state"] == "cancelled"
     told = json.loads(place.run("runs", "resume", run, "--no-prefect", "--json"))
     assert (told["outcome"], told["state_digest"]) == ("succeeded", digest)
 
@@ -205,16 +205,16 @@ def test_cancel_ends_it_for_good_and_resume_opens_it_again(place: Place, undistu
 def test_a_fork_with_the_same_what_has_the_same_bits(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
     place.train()
-    steps = [c["step"] for c in json.loads(place.run("ckpt", "ls", run, "--json"))]
+    steps = [c["step"] for c in json.loads(place.said("ckpt", "ls", run, "--json"))]
     out = place.run("runs", "fork", run, "--step", str(steps[1]), "--no-prefect", "--json",
                     "--set", "name=again", "--set", "parallel.stages=3")  # fmt: skip
     told = json.loads(out)
     assert (told["outcome"], told["state_digest"]) == ("succeeded", digest)
-    shown = json.loads(place.run("runs", "show", told["run"], "--json"))
+    shown = json.loads(place.said("runs", "show", told["run"], "--json"))
     assert shown["attempts_list"][0]["step"] == steps[1]  # it began there, not from the start
-    pins = {c["step"]: c["pins"] for c in json.loads(place.run("ckpt", "ls", run, "--json")) if c["pins"]}
+    pins = {c["step"]: c["pins"] for c in json.loads(place.said("ckpt", "ls", run, "--json")) if c["pins"]}
     assert pins == {steps[1]: [f"fork-{told['run']}"]}
-    refused = place.call("runs", "fork", run, "--step", str(steps[0]), "--no-prefect", "--json", "--set", "name=again")
+    refused = place.here("runs", "fork", run, "--step", str(steps[0]), "--no-prefect", "--json", "--set", "name=again")
     assert refused.code == 78
     assert f"{told['run']} is there already, a fork of step {steps[1]} of {run}" in refused.told
 
@@ -222,10 +222,10 @@ def test_a_fork_with_the_same_what_has_the_same_bits(place: Place, undisturbed: 
 def test_output_is_kept_after_the_processes_are_gone(place: Place, undisturbed: tuple[str, str]) -> None:
     run, _ = undisturbed
     place.train()
-    lines = place.run("logs", run, "--rank", "0", "--tail", "8").splitlines()
+    lines = place.said("logs", run, "--rank", "0", "--tail", "8").splitlines()
     assert len(lines) == 8
     assert "end" in [json.loads(line)["event"] for line in lines]  # stdout and stderr are two pipes: no fixed order
-    steps = [json.loads(line) for line in place.run("logs", run).splitlines() if '"event":"step"' in line]
+    steps = [json.loads(line) for line in place.said("logs", run).splitlines() if '"event":"step"' in line]
     assert [s["step"] for s in steps] == list(range(1, STEPS + 1))
 
 
@@ -277,6 +277,6 @@ def test_two_nodes_and_a_kill_in_one(place: Place, undisturbed: tuple[str, str],
         assert watcher.wait(5) == 0, f"{fault}: the place was never seen"
     assert (result["run"], result["outcome"], result["step"]) == (run, "succeeded", STEPS)
     assert result["state_digest"] == digest
-    shown = json.loads(place.run("ckpt", "ls", run, "--json"))
+    shown = json.loads(place.said("ckpt", "ls", run, "--json"))
     assert STEPS in [saved["step"] for saved in shown]  # one of an earlier step may be committed behind it
     place.all_gone()

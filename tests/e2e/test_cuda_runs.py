@@ -81,7 +81,7 @@ def test_a_run_on_gpus_survives_a_kill_with_the_bits_of_one_on_the_cpu(gpus: Pla
     assert told.json()["attempts"] == 2
     assert told.told.count("node 0: on Emulated 9.0 (CUDA device 0, 1)") == 1
     run = told.json()["run"]
-    show = json.loads(gpus.run("runs", "show", run, "--json"))
+    show = json.loads(gpus.said("runs", "show", run, "--json"))
     assert len(show["attempts_list"]) == 2
     on_cpu = Place(tmp_path / "cpu", SPEC).train("parallel.device=cpu", "parallel.stages=1")
     assert (on_cpu["run"], on_cpu["state_digest"]) == (run, told.json()["state_digest"])

@@ -117,16 +117,16 @@ def test_a_run_resumes_exports_and_speaks(tmp_path: Path) -> None:
     place = Place(tmp_path / "place")
     sets = ("train.precision=fp8", "train.steps=12")
     try:
-        assert "fp8" in place.run("plan", "spec.toml", *(word for s in sets for word in ("--set", s)))
+        assert "fp8" in place.said("plan", "spec.toml", *(word for s in sets for word in ("--set", s)))
         told = place.train(*sets, "parallel.stages=1")
         run = told["run"]
-        steps = [c["step"] for c in json.loads(place.run("ckpt", "ls", run, "--json"))]
+        steps = [c["step"] for c in json.loads(place.said("ckpt", "ls", run, "--json"))]
         out = place.run("runs", "fork", run, "--step", str(steps[0]), "--no-prefect", "--json",
                         "--set", "name=again", "--set", "parallel.stages=3")  # fmt: skip
         again = json.loads(out)
         assert (again["outcome"], again["state_digest"]) == ("succeeded", told["state_digest"])
-        assert str(tmp_path / "model") in place.run("ckpt", "export", run, "-o", str(tmp_path / "model"))
-        assert place.run("generate", run, "--prompt", "the quick brown", "--tokens", "4")
+        assert str(tmp_path / "model") in place.said("ckpt", "export", run, "-o", str(tmp_path / "model"))
+        assert place.said("generate", run, "--prompt", "the quick brown", "--tokens", "4")
     finally:
         place.stop_all()
 

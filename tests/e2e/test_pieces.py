@@ -22,8 +22,8 @@ TWO_BY_TWO = ("parallel.stages=2", "parallel.replicas=2", "launch.nodes=2")
 
 
 def exported(place: Place, run: str) -> bytes:
-    place.run("ckpt", "verify", run)
-    place.run("ckpt", "export", run, "-o", "model")
+    place.said("ckpt", "verify", run)
+    place.said("ckpt", "export", run, "-o", "model")
     return (place.folder / "model" / "model.safetensors").read_bytes()
 
 
@@ -50,10 +50,10 @@ def test_what_replicas_saved_in_pieces_goes_on_in_one_process(tmp_path: Path) ->
         chunks = {path.name.split("-")[0] for path in (pieces.run_folder(run) / "chunks").glob("*-00000001/*")}
         assert chunks == {f"{rank:06d}" for rank in range(4)}  # each rank stored something of its own
         assert exported(pieces, run) == exported(alone, run)
-        shown = pieces.run("runs", "show", run)
+        shown = pieces.said("runs", "show", run)
         assert "2 stages x 2 replicas on 2 nodes" in shown
         assert "1 stage x 1 replica on 1 node" in shown
-        assert f"step {STEPS}, attempt 2: " in pieces.run("ckpt", "show", run)  # not the record's number
+        assert f"step {STEPS}, attempt 2: " in pieces.said("ckpt", "show", run)  # not the record's number
     finally:
         for place in places:
             place.stop_all()

@@ -189,7 +189,7 @@ def test_steps_are_computed_again_beside_a_run_that_trains(tmp_path: Path) -> No
         assert finish(process).code == 85
         place.all_gone()
         (run,) = saved(place, 12)
-        shown = json.loads(place.run("runs", "show", run, "--json"))["replays"]
+        shown = json.loads(place.said("runs", "show", run, "--json"))["replays"]
         assert (shown["steps"] >= told["steps"], shown["differ"]) == (True, [])
     finally:
         place.stop_all()

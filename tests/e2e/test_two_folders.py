@@ -104,7 +104,7 @@ def test_a_run_that_was_ended_elsewhere_goes_on_here(place: Place, undisturbed: 
     manifests = place.run_folder(run) / "manifests"
     wait_for(lambda: any(manifests.glob("*/manifest")), "a checkpoint", 60)
     with frozen(place.folder / "a", 0):
-        place.run("runs", "cancel", run)
+        place.said("runs", "cancel", run)
     assert finish(first).code == 1
     place.all_gone()
     (claim,) = (place.run_folder(run) / "live" / "launch").iterdir()

@@ -61,15 +61,15 @@ def test_every_number_is_where_a_person_looks(place: Place, undisturbed: tuple[s
     losses = {e.step: e.value for e in found.Scalars("validation/loss")}
     assert max(losses) == STEPS
     assert found.Scalars("eval/count/step")[-1].value == STEPS
-    told = json.loads(place.run("runs", "show", run, "--json"))
+    told = json.loads(place.said("runs", "show", run, "--json"))
     newest = told["evaluations"][0]
     assert (newest["step"], float(newest["validation/loss"])) == (str(STEPS), float(f"{losses[STEPS]:.6g}"))
     assert newest["count/files"] == "5"
     assert newest["failed"].startswith("fails: it exited with 3; it said last: no such task; hangs: it had not ended")
-    shown = place.run("runs", "show", run)
+    shown = place.said("runs", "show", run)
     assert f"evaluated at step {STEPS:>6}  validation/loss {newest['validation/loss']}" in shown
-    assert f"validation {newest['validation/loss']}" in place.run("runs", "watch", run)
-    place.run("report", run, "-o", "report.html")
+    assert f"validation {newest['validation/loss']}" in place.said("runs", "watch", run)
+    place.said("report", run, "-o", "report.html")
     page = (place.folder / "report.html").read_text()
     assert f"at step {STEPS}</title></circle>" in page
     assert "<h2>Evaluations</h2>" in page

@@ -58,13 +58,13 @@ def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: 
     assert (progress["type"], float(progress["data"])) == ("progress", 100.0)
     assert progress["description"] == f"step {STEPS} of {STEPS}, step {STEPS} saved"
     loss = artifacts[f"{result['run']}-loss"]["data"]
-    curve = [json.loads(line) for line in hosted.run("logs", result["run"]).splitlines() if '"event":"step"' in line]
+    curve = [json.loads(line) for line in hosted.said("logs", result["run"]).splitlines() if '"event":"step"' in line]
     assert "```mermaid\n" in loss
     assert "\nxychart-beta\n" in loss
     assert f"loss {curve[0]['loss']:.4f} → {curve[-1]['loss']:.4f} at step {STEPS}" in loss
     (attempt,) = json.loads(artifacts[f"{result['run']}-attempts"]["data"])
     assert (attempt["attempt"], attempt["from step"], attempt["because"]) == (1, 0, "start")
-    shown = json.loads(hosted.run("runs", "show", result["run"], "--json"))
+    shown = json.loads(hosted.said("runs", "show", result["run"], "--json"))
     assert [a["stages"] for a in shown["attempts_list"]] == [2]  # the spec's own layout, also inside the flow
 
     files = artifacts[f"{result['run']}-files"]["data"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
 import threading
 import time
 import uuid
@@ -23,6 +24,12 @@ from k8s.labels import AGENT, ENGINE, INDEX
 
 Json = dict[str, Any]
 HISTORY = 20_000
+
+
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client may be killed while it is answered
+            super().handle_error(request, client_address)
 
 
 class ApiServer:
@@ -43,7 +50,7 @@ class ApiServer:
         self.latency_s, self.bookmark_s = 0.0, 0.2
         self.mute = self.closed = False
         handler = type("Handler", (_Handler,), {"server_state": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.http = _Http(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()

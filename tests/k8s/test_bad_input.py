@@ -16,7 +16,7 @@ JOBS_AT = "/apis/batch/v1/namespaces/train/jobs"
 def refused(place: Place, *sets: str) -> str:
     """What it says; one line of an error, no trace of the code."""
     more = [item for text in sets for item in ("--set", text)]
-    done = place.call("train", "spec.toml", "--no-prefect", "--json", *SETS, *more)
+    done = place.here("train", "spec.toml", "--no-prefect", "--json", *SETS, *more)
     assert done.code == REFUSED, done.err
     assert "Traceback" not in done.err
     return done.err
@@ -104,12 +104,12 @@ def test_an_object_of_the_same_name_made_by_someone_else(place: Place, server: A
 
 def test_a_fabric_that_is_not_run_is_still_rendered(place: Place, server: ApiServer) -> None:
     fabric = ("--set", "launch.fabric=infiniband")
-    done = place.call("k8s", "render", "spec.toml", *SETS, *fabric)
+    done = place.here("k8s", "render", "spec.toml", *SETS, *fabric)
     assert done.code == 0, done.err
     assert "IPC_LOCK" in done.out
     assert "launch.fabric = 'infiniband' is rendered, not run" in done.err
     for how in ((), ("--dry-run",)):
-        done = place.call("k8s", "apply", "spec.toml", *SETS, *fabric, *how)
+        done = place.here("k8s", "apply", "spec.toml", *SETS, *fabric, *how)
         assert done.code == REFUSED
         assert "launch.fabric = 'infiniband' is for ranks on GPUs alone; set launch.fabric = 'tcp'" in done.err
     assert not server.bodies

@@ -25,11 +25,17 @@ def _signals_kept() -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def called(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of a command in this process, and what it said."""
+def outcome(arguments: list[str]) -> tuple[int, str, str]:
+    """The exit code of a command in this process, its output, and what it said on stderr."""
     with _signals_kept(), CliRunner().isolation() as (out, err, _):
         for stream in (sys.stdout, sys.stderr):
             assert isinstance(stream, io.TextIOWrapper)
             stream.reconfigure(errors=terminal.register())
         code = exit_code_of(arguments)
-    return code, (out.getvalue() + err.getvalue()).decode(errors="replace")
+    return code, out.getvalue().decode(errors="replace"), err.getvalue().decode(errors="replace")
+
+
+def called(arguments: list[str]) -> tuple[int, str]:
+    """The exit code, and all that it said."""
+    code, out, err = outcome(arguments)
+    return code, out + err

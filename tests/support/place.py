@@ -1,11 +1,16 @@
 """A folder with a spec and a corpus, and the real command run in it: what the end-to-end tests share.
 
+A command that trains, or whose process is what a test is about, is one (``start``, ``call``, ``run``); what only looks,
+writes a file or is refused is called in the test's own process (``here``, ``said``): the same code, without a second of
+imports each time.
+
 Owns the processes that it starts, and those that they leave behind: ``stop_all`` ends whatever works below the folder,
 by process id. Judges nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.support.calls import outcome
 from tests.support.wait import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,8 +133,30 @@ class Place:
         assert done.code == code, done.out + done.err
         return done.out
 
+    def here(self, *args: str) -> Done:
+        """The command in this process, with the place's folder and environment."""
+        before = dict(os.environ)
+        with contextlib.chdir(self.folder):
+            try:
+                os.environ.clear()
+                os.environ.update(self.env)
+                return Done(*outcome(list(args)))
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+
+    def said(self, *args: str) -> str:
+        """What it says there when all is well."""
+        done = self.here(*args)
+        assert done.code == 0, done.out + done.err
+        return done.out
+
     def start_train(self, *sets: str) -> subprocess.Popen[bytes]:
         return self.start("train", "spec.toml", "--no-prefect", "--json", *_set_args(sets))
+
+    def refused_train(self, *sets: str) -> Done:
+        """A `train` that is refused before anything is started."""
+        return self.here("train", "spec.toml", "--no-prefect", "--json", *_set_args(sets))
 
     def train(self, *sets: str, code: int = 0) -> dict[str, Any]:
         return dict(json.loads(self.run("train", "spec.toml", "--no-prefect", "--json", *_set_args(sets), code=code)))

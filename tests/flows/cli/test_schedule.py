@@ -51,7 +51,7 @@ def test_each_firing_is_a_new_run(prefect: Api, hosted: Place, scheduling: list[
         assert sorted(done_tasks(prefect, flow_run)) == ["attempt 1", "compile plan", "prepare data"]
     assert not of(prefect, "often", "FAILED")
 
-    runs = {row["run"]: row for row in json.loads(hosted.run("runs", "ls", "--json"))}
+    runs = {row["run"]: row for row in json.loads(hosted.said("runs", "ls", "--json"))}
     for flow_run in completed:
         at = re.sub(r"[-:]", "", flow_run["expected_start_time"].partition(".")[0]).lower()
         assert flow_run["name"].endswith(at[:15]), flow_run["name"]
@@ -100,7 +100,7 @@ def test_overlap_is_skipped_an_outage_ends_nothing_and_ctrl_c_leaves_the_run_alo
     last = newest(log / run)
     wait_for(lambda: newest(log / run) > last, "the gang to go on by itself", 60)
     assert any("hotstage-engine" in line for line in hosted.left().values())
-    hosted.run("runs", "cancel", run)  # its driver is there, and tells Prefect
+    hosted.said("runs", "cancel", run)  # its driver is there, and tells Prefect
     wait_for(lambda: prefect.flow_runs(id={"any_": [flow_run["id"]]})[0]["state_type"] == "CANCELLED", "its end", 60)
     hosted.all_gone(30)
 
@@ -124,8 +124,8 @@ def test_it_needs_a_server_and_a_time_that_comes(place: Place) -> None:
     done = place.call("schedule", "spec.toml", "--interval", "3")
     assert (done.code, "PREFECT_API_URL is not set" in done.err) == (78, True), done.err
     place.env["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
-    done = place.call("schedule", "spec.toml", "--cron", "30 2 * * *", "--timezone", "europe/berlin")
+    done = place.here("schedule", "spec.toml", "--cron", "30 2 * * *", "--timezone", "europe/berlin")
     assert (done.code, "near ones: Europe/Berlin" in done.err) == (2, True), done.err
     done = place.call("schedule", "spec.toml", "--interval", "3")
     assert (done.code, "nothing answers" in done.err) == (78, True), done.err
-    assert place.call("schedule", "spec.toml").code == 2
+    assert place.here("schedule", "spec.toml").code == 2

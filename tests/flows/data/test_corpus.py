@@ -509,12 +509,12 @@ def test_a_corpus_shorter_than_a_sequence_is_refused_before_anything_is_written(
 
 def test_data_prepare_refuses_what_train_would(place: Place) -> None:
     (place.folder / "corpus" / "a.txt").write_text("abc")
-    done = place.call("data", "prepare", "spec.toml")
+    done = place.here("data", "prepare", "spec.toml")
     assert done.code == 78, done.err
     assert "train.sequence 64 needs a shard of 65 tokens, the longest has" in done.err
     assert not list((place.folder / "store").glob("data/*"))
     (place.folder / "corpus" / "a.txt").write_text(WORDS * 20)
-    done = place.call("data", "prepare", "spec.toml", "--set", "model.vocab=280")
+    done = place.here("data", "prepare", "spec.toml", "--set", "model.vocab=280")
     assert done.code == 78, done.err
     assert "model.vocab 280 is smaller" in done.err
-    place.run("data", "prepare", "spec.toml", "--set", "train.sequence=8")
+    place.said("data", "prepare", "spec.toml", "--set", "train.sequence=8")

@@ -116,7 +116,7 @@ def test_a_corpus_that_is_none(
 
 
 def test_the_command_refuses_a_corpus_that_is_none(place: Place) -> None:
-    done = place.call("train", "spec.toml", "--no-prefect", "--set", "data.source='text:nothing/*.txt'")
+    done = place.here("train", "spec.toml", "--no-prefect", "--set", "data.source='text:nothing/*.txt'")
     assert done.code == 65, done.err
     assert done.err.startswith("hotstage: data.source 'text:nothing/*.txt' matches no file")
     assert not list((place.folder / "store").glob("runs/*"))

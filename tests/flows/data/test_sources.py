@@ -432,7 +432,7 @@ def test_the_command_exits_with_what_is_wrong(place: Place) -> None:
         (78, "model.vocab 100 is smaller than the vocabulary of", source, "model.vocab=100"),
         (0, "dataset", source, "data.filter.min_length=50", "data.dedupe.exact=true", "data.validation=0.3"),
     ):
-        done = place.call("data", "prepare", "spec.toml", *(word for s in sets for word in ("--set", s)))
+        done = place.here("data", "prepare", "spec.toml", *(word for s in sets for word in ("--set", s)))
         assert done.code == code, done.err
         assert words in done.err + done.out
         assert "Traceback" not in done.err

@@ -231,15 +231,15 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, index: object, says: str
 def test_a_run_trains_on_from_the_weights_that_another_exported(trained: Trained, tmp_path: Path) -> None:
     """By the commands alone: what was trained 60 steps begins again at step 0 with a loss that is as low."""
     place, out = trained.place, tmp_path / "model"
-    place.run("ckpt", "export", trained.run, "-o", str(out))
+    place.said("ckpt", "export", trained.run, "-o", str(out))
     sets = ("--set", "name=again", "--set", "train.steps=2", "--set", "parallel.stages=1")
-    told = json.loads(place.run("ckpt", "import", str(out), "spec.toml", *sets, "--json"))
+    told = json.loads(place.said("ckpt", "import", str(out), "spec.toml", *sets, "--json"))
     assert Imported(told["parent"], told["run"], told["weights_digest"]).run.startswith("again-")
     said = place.run("train", "spec.toml", *sets, "--json", "--no-prefect")
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    result = json.loads(place.run("runs", "show", told["run"], "--json"))
+    result = json.loads(place.said("runs", "show", told["run"], "--json"))
     assert (result["state"], result["saved_step"]) == ("succeeded", 2), lines
-    begins = json.loads(place.run("ckpt", "digest", told["parent"], "--json"))
+    begins = json.loads(place.said("ckpt", "digest", told["parent"], "--json"))
     assert begins["step"] == 0
-    place.run("ckpt", "export", told["parent"], "-o", str(tmp_path / "again"))
+    place.said("ckpt", "export", told["parent"], "-o", str(tmp_path / "again"))
     assert digest_of(read_folder(tmp_path / "again")) == told["weights_digest"] == digest_of(read_folder(out))

@@ -122,7 +122,7 @@ def test_a_sweep_of_four_two_at_once_has_a_table(prefect: Api, chained: tuple[Pl
     place, said = chained
     name, words = said[5]
     assert (name, words.partition(";")[0]) == ("Completed", "4 of 4 runs succeeded")
-    rows = json.loads(place.run("runs", "ls", "--json"))
+    rows = json.loads(place.said("runs", "ls", "--json"))
     swept = {row["run"] for row in rows if row["run"].startswith("swept-")}
     assert len(swept) == 4
     (flow_run,) = [f for f in prefect.named("swept") if f["parameters"].get("points")]

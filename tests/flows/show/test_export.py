@@ -41,7 +41,7 @@ def model(trained: Trained, store: Store) -> ModelSpec:
 @pytest.fixture(scope="module")
 def folder(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "model"
-    said = trained.place.run("ckpt", "export", trained.run, "-o", str(out))
+    said = trained.place.said("ckpt", "export", trained.run, "-o", str(out))
     assert str(out / "model.safetensors") in said
     return out
 
@@ -100,13 +100,13 @@ def test_ends_of_a_run_with_a_given_tokenizer(tmp_path: Path, end: str) -> None:
     sets = ("data.tokenizer=t.json", f"data.end_token='{end}'", "train.steps=1", "train.sequence=16")
     result = place.train(*sets)
     out = place.folder / "model"
-    place.run("ckpt", "export", result["run"], "-o", str(out))
+    place.said("ckpt", "export", result["run"], "-o", str(out))
     eot = len(words) + 1 if end else None
     for file, keys in (("config.json", ["bos", "eos"]), ("generation_config.json", ["bos", "eos", "pad"])):
         told = json.loads((out / file).read_text())
         assert [told[f"{key}_token_id"] for key in keys] == [eot] * len(keys)
     assert json.loads((out / "tokenizer_config.json").read_text()).get("eos_token") == (end or None)
-    text = place.run("generate", result["run"], "--prompt", "the quick", "--tokens", "3")
+    text = place.said("generate", result["run"], "--prompt", "the quick", "--tokens", "3")
     assert "the quick" in text
     place.stop_all()
 
@@ -143,7 +143,7 @@ def test_a_prompt_that_is_no_text(trained: Trained, store: Store) -> None:
 
 def test_a_folder_that_cannot_be_written(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    done = trained.place.call("ckpt", "export", trained.run, "-o", str(tmp_path / "file" / "below"))
+    done = trained.place.here("ckpt", "export", trained.run, "-o", str(tmp_path / "file" / "below"))
     assert done.code == 78, done.err
     assert "choose a folder" in done.err
 
@@ -181,7 +181,7 @@ def test_temperature_zero_takes_what_the_float64_model_finds_likeliest(
 def test_a_seed_gives_the_same_text(trained: Trained, store: Store) -> None:
     texts = [generate(store, trained.run, PROMPT, tokens=12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    said = trained.place.run(
+    said = trained.place.said(
         *("generate", trained.run, "--prompt", PROMPT, "--tokens", "12", "--temperature", "1.5", "--seed", "1")
     )
     assert said.rstrip("\n") == texts[0].rstrip("\n")

@@ -186,7 +186,7 @@ def test_plain_lines_where_the_terminal_is_dumb_and_json_where_asked(place: Plac
     assert "\x1b" not in done.out + done.err
     assert re.search(r"^attempt 1: at step 0 from the start$", done.out, re.MULTILINE)
     assert "nodes know" not in done.out
-    refused = place.call("train", "spec.toml", "--no-prefect", "--json", "--set", "parallel.stages=99")
+    refused = place.here("train", "spec.toml", "--no-prefect", "--json", "--set", "parallel.stages=99")
     assert refused.code == 78
     assert refused.out == ""
     (line,) = refused.err.splitlines()
@@ -234,17 +234,17 @@ def test_logs_before_anything_ran(place: Place) -> None:
     spec = place.folder / "spec.toml"
     sets = [f"data.source='text:{place.folder}/corpus/*.txt'"]
     run = prepare_run(load_spec(spec, sets), open_store(f"file://{place.folder / 'store'}")).run
-    done = place.call("logs", run)
+    done = place.here("logs", run)
     assert (done.code, done.out) == (0, "")
     assert "no attempt yet" in done.err
-    (row,) = json.loads(place.run("runs", "ls", "--json"))
+    (row,) = json.loads(place.said("runs", "ls", "--json"))
     assert (row["run"], row["state"], row["attempts"]) == (run, "planned", 0)
-    assert place.call("logs", "nothing").code == 78
+    assert place.here("logs", "nothing").code == 78
 
 
 def test_logs_of_an_attempt_by_its_number(trained: Trained) -> None:
-    assert trained.place.run("logs", trained.run, "--attempt", "1", "--tail", "1").startswith("{")
-    done = trained.place.call("logs", trained.run, "--attempt", "2")
+    assert trained.place.said("logs", trained.run, "--attempt", "1", "--tail", "1").startswith("{")
+    done = trained.place.here("logs", trained.run, "--attempt", "2")
     assert done.code == 2
     assert "has 1 attempt(s); there is no attempt 2" in done.err
 

@@ -152,7 +152,7 @@ def test_different_digests_are_shouted() -> None:
 
 def test_the_page_of_a_real_run_says_what_the_log_says(trained: Trained, tmp_path: Path) -> None:
     path = tmp_path / "below" / "report.html"
-    trained.place.run("report", trained.run, "-o", str(path))
+    trained.place.said("report", trained.run, "-o", str(path))
     page = path.read_text()
     text = "".join(read(page).text)
     store = open_store(f"file://{trained.place.folder / 'store'}")
@@ -163,7 +163,7 @@ def test_the_page_of_a_real_run_says_what_the_log_says(trained: Trained, tmp_pat
         assert checkpoint.state_digest in text
     facts = report_facts(store, trained.run)
     assert list(facts.curve) == list(range(1, STEPS + 1))
-    told = json.loads(trained.place.run("report", trained.run, "-o", str(path), "--json"))
+    told = json.loads(trained.place.said("report", trained.run, "-o", str(path), "--json"))
     assert (told["run"], told["outcome"], told["digest"]) == (trained.run, "succeeded", trained.digest)
     assert len(told["attempts"]) == len(state.attempts) == 1
     prepared = load_run(store, trained.run)

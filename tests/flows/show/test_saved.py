@@ -44,9 +44,9 @@ def test_the_size_is_that_of_the_manifest(trained: Trained) -> None:
     store = open_store(f"file://{trained.place.folder / 'store'}")
     manifest: Manifest = checkpoint_at(store, trained.run, None)[1]
     assert {c["bytes"] for c in details(store, trained.run)["checkpoints"]} == {manifest.total_bytes}
-    said = trained.place.run("ckpt", "ls", trained.run)
+    said = trained.place.said("ckpt", "ls", trained.run)
     assert "MB each" in said
     assert trained.digest in said
-    shown = json.loads(trained.place.run("ckpt", "show", trained.run, "--json"))
+    shown = json.loads(trained.place.said("ckpt", "show", trained.run, "--json"))
     assert (shown["bytes"], shown["pins"]) == (manifest.total_bytes, [])
-    assert " ago" in trained.place.run("ckpt", "show", trained.run)
+    assert " ago" in trained.place.said("ckpt", "show", trained.run)

@@ -86,12 +86,12 @@ def test_as_a_table_and_as_a_line() -> None:
 
 def test_the_command_tells_a_run_that_has_ended_and_leaves(trained: Trained) -> None:
     place = trained.place
-    (line,) = place.run("runs", "watch", trained.run, "--every", "0.2").splitlines()
+    (line,) = place.said("runs", "watch", trained.run, "--every", "0.2").splitlines()
     assert line.startswith(f"{trained.run}  succeeded  step 60/60  loss ")
-    told = json.loads(place.run("runs", "watch", trained.run, "--json"))
+    told = json.loads(place.said("runs", "watch", trained.run, "--json"))
     assert (told["state"], told["step"], told["steps"]) == ("succeeded", 60, 60)
-    assert "no run is open" in place.run("runs", "watch", "--all", "--once")
-    assert "give a RUN, or --all" in place.call("runs", "watch").err
+    assert "no run is open" in place.said("runs", "watch", "--all", "--once")
+    assert "give a RUN, or --all" in place.here("runs", "watch").err
 
 
 def test_one_that_is_going_is_followed_to_its_end(tmp_path: Path) -> None:
