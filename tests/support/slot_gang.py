@@ -10,8 +10,9 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoint import keys
@@ -60,6 +61,16 @@ def train(plan: Plan, data: Path, folder: Path, *, step: int = -1, fill: Fill | 
         assert table.close()
 
 
+@contextmanager
+def shortened(folder: Path) -> Iterator[Path]:
+    """A name of the folder for sockets of this process, which may have only 107 bytes, however deep it lies."""
+    here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Path(f"/proc/self/fd/{here}")
+    finally:
+        os.close(here)
+
+
 def _run(plan: Plan, data: Path, folder: Path, table: SlotTable, step: int) -> None:
     plan_path, attempt_path, words = folder / "plan", folder / "attempt", folder / "words"
     plan_path.write_bytes(plan.to_bytes())
@@ -68,14 +79,16 @@ def _run(plan: Plan, data: Path, folder: Path, table: SlotTable, step: int) -> N
     ports = [listener.getsockname()[1] for listener in listeners]
     attempt_path.write_bytes(attempt_bytes(plan, ports, data, folder, start_step=step))
     processes: list[subprocess.Popen[bytes]] = []
-    with agent_at(Path(os.path.relpath(folder / "agent"))) as agent, words.open("wb") as log:
+    with shortened(folder) as here, agent_at(here / "agent") as agent, words.open("wb") as log:
         try:
             for rank, listener in enumerate(listeners):
                 command = [str(engine_binary()), "rank", "--plan", str(plan_path), "--attempt", str(attempt_path)]
-                command += ["--rank", str(rank), "--agent", str(agent.link.path)]
+                command += ["--rank", str(rank), "--agent", "agent"]
                 command += ["--listen-fd", str(listener.fileno())]
                 processes.append(
-                    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, pass_fds=[listener.fileno()])
+                    subprocess.Popen(
+                        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=log, pass_fds=[listener.fileno()]
+                    )
                 )
             end, heard = time.monotonic() + DEADLINE_S, 0
             while any(process.poll() is None for process in processes):
