@@ -44,20 +44,23 @@ PROMPT = "class Queue:\n    def __init__(self"
 
 @dataclass
 class Killer:
-    """Kills the last rank with SIGKILL once: halfway, between two snapshots, once a checkpoint is durable."""
+    """Kills the last rank with SIGKILL once: halfway, between two snapshots, once a checkpoint is durable. Whichever
+    of the two is told last.
+    """
 
     store: Store
     run: str
     at_step: int
     say: Callable[[str], None]
     killed_rank: int | None = None
-    _durable: int = -1
+    _durable: bool = False
+    _halfway: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, event: Event) -> None:
-        if event.kind == "checkpoint":
-            self._durable = int(event.facts["step"])
-        if event.kind != "step" or int(event.facts["step"]) < self.at_step or self._durable < 0:
+        self._durable |= event.kind == "checkpoint"
+        self._halfway |= event.kind == "step" and int(event.facts["step"]) >= self.at_step
+        if not (self._durable and self._halfway):
             return
         with self._lock:
             if self.killed_rank is None:

@@ -40,6 +40,7 @@ def points(store: Store, run: str) -> set[tuple[int, int] | None]:
     return {keys.point_of(info.key.removeprefix(prefix)) for folder in folders for info in store.list(folder)}
 
 
+@pytest.mark.long_run
 def test_killed_and_collected_under_three_identities(
     place: Place, server: S3Server, undisturbed: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +68,7 @@ def test_killed_and_collected_under_three_identities(
     newest = {(c.step, c.epoch) for c in state.lineage()[:2]}
     staying = {(c.step, c.epoch) for c in state.checkpoints if c.n not in state.buried}
     assert len(state.checkpoints) > len(staying)
-    assert (60, state.epoch) in newest <= staying
+    assert (LONG_STEPS, state.epoch) in newest <= staying
     assert len(staying) <= 3  # and the one that the newest attempt began from
 
     def small() -> bool:  # the last second is over, which S3 does not tell apart
@@ -88,7 +89,7 @@ def test_in_a_folder_the_driver_collects(place: Place, undisturbed: tuple[str, s
     assert state.buried  # nobody but the driver has looked yet
     store = open_store((place.folder / "store").as_uri())
     wait_for(lambda: collect(store, name) and len(points(store, name)) == 2, "the store to be small", 20)
-    rows = json.loads(place.run("ckpt", "ls", name, "--json"))
+    rows = json.loads(place.said("ckpt", "ls", name, "--json"))
     newest = [info.step for info in state.lineage()[:2]]
     assert [row["step"] for row in rows if not row["given_up"]] == newest[::-1]
     assert newest[0] == LONG_STEPS

@@ -6,20 +6,28 @@ import json
 
 import pytest
 
-from tests.support.place import LONG_STEPS, Place
+from tests.support.chaos import frozen, rank_step
+from tests.support.place import LONG_STEPS, Place, finish
+from tests.support.wait import wait_for
 
 
 @pytest.mark.long_run
 def test_a_run_is_parked_and_goes_on(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
-    parked = place.call("train", "spec.toml", "--no-prefect", "--json", "--set", "limits.device_hours=0.0001")
+    process = place.start_train("limits.device_hours=0.0001")
+    wait_for(lambda: (rank_step(place.folder / "out", 0) or 0) > 1, "a step", 60)
+    with frozen(place.folder / "out", 0):  # a driver looks each 2 s at least: the run would be over
+        assert process.stderr is not None
+        while b"the run saves its state and is parked" not in process.stderr.readline():
+            assert process.poll() is None
+    parked = finish(process)
     assert parked.code == 85, parked.err
     told = parked.json()
     assert (told["run"], told["outcome"]) == (run, "parked")
     assert 0 < told["step"] < LONG_STEPS
     assert f"`hotstage runs resume {run} --set limits.device_hours=…` goes on" in told["reason"]
     place.all_gone()
-    rows = json.loads(place.run("runs", "ls", "--state", "parked", "--since", "1h", "--json"))
+    rows = json.loads(place.said("runs", "ls", "--state", "parked", "--since", "1h", "--json"))
     assert [(row["run"], row["saved_step"], row["limit_hours"]) for row in rows] == [(run, told["step"], 0.0001)]
     assert rows[0]["device_hours"] > 0.0
     assert rows[0]["owner"]

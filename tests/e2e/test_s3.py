@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import spec_of
 from tests.support.chaos import Fault, rank_step, unleashed
-from tests.support.place import SPEC, Done, Place, finish
+from tests.support.place import SPEC, Place, finish
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 from tests.support.wait import wait_for
 
@@ -25,9 +26,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def there(tmp_path: Path, server: S3Server) -> Iterator[Place]:
+def there(request: pytest.FixtureRequest, tmp_path: Path, server: S3Server) -> Iterator[Place]:
     """A place whose store is a prefix of its own on the server."""
-    made = Place(tmp_path / "p", store=server.url(tmp_path.name), env=server.environment("trainer"))
+    made = Place(tmp_path / "p", spec_of(request), store=server.url(tmp_path.name), env=server.environment("trainer"))
     try:
         yield made
     finally:
@@ -39,6 +40,7 @@ def objects(server: S3Server, place: Place) -> Path:
     return server.data / BUCKET / place.folder.parent.name
 
 
+@pytest.mark.long_run
 def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
     there: Place, server: S3Server, undisturbed: tuple[str, str]
 ) -> None:
@@ -70,9 +72,9 @@ def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
         assert files
         for path in files:
             assert secret.encode() not in path.read_bytes(), path
-    told = json.loads(there.run("ckpt", "digest", run, "--json"))
+    told = json.loads(there.said("ckpt", "digest", run, "--json"))
     assert told["digest"] == digest
-    events = [json.loads(line).get("event") for line in there.run("logs", run).splitlines()]
+    events = [json.loads(line).get("event") for line in there.said("logs", run).splitlines()]
     assert "end" in events
 
 
@@ -108,7 +110,7 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
     assert done.code == 0, done.err
     result = done.json()
     assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, 160)
-    saved = [c["step"] for c in json.loads(there.run("ckpt", "ls", result["run"], "--json"))]
+    saved = [c["step"] for c in json.loads(there.said("ckpt", "ls", result["run"], "--json"))]
     assert [s for s in saved if left_at + 40 < s], saved
 
     folder = Place(tmp_path / "folder", SPEC)
@@ -135,7 +137,7 @@ def test_ctrl_c_is_heard_while_the_store_does_not_answer(there: Place, server: S
 
 
 def refused(place: Place, code: int, secret: str, *words: str) -> None:
-    done: Done = finish(place.start_train())
+    done = place.refused_train()
     assert done.code == code, done.out + done.err
     assert "Traceback" not in done.err
     assert len([line for line in done.told.splitlines() if line.startswith("hotstage: ")]) == 1

@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,10 +147,10 @@ def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> 
 # --- the watcher ------------------------------------------------------------------------------------------
 
 
-def pids_below(work: Path) -> Iterator[tuple[int, list[str]]]:
-    """Processes that work below a folder, with their arguments."""
+def pids_below(work: Path, strangers: Collection[int] = ()) -> Iterator[tuple[int, list[str]]]:
+    """Processes that work below a folder, with their arguments. ``strangers``: they are not looked at."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
+        if not entry.name.isdigit() or int(entry.name) in strangers:
             continue
         try:
             args = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -161,8 +161,8 @@ def pids_below(work: Path) -> Iterator[tuple[int, list[str]]]:
             yield int(entry.name), args
 
 
-def _rank_pid(work: Path, rank: int) -> int | None:
-    for pid, args in pids_below(work):
+def _rank_pid(work: Path, rank: int, strangers: Collection[int] = ()) -> int | None:
+    for pid, args in pids_below(work, strangers):
         if "rank" in args[1:2] and "--rank" in args and args[args.index("--rank") + 1] == str(rank):
             return pid
     return None
@@ -225,8 +225,10 @@ def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
     """Spin on the rank's page until it is at the place in that step (or a later one: spinning may miss a short one)."""
     kind, op = _KINDS[fault.place]
     checked = _Checked()
+    here = {pid for pid, _ in pids_below(work)}
+    strangers = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()} - here
     while time.monotonic() < deadline:
-        pid = _rank_pid(work, fault.rank)
+        pid = _rank_pid(work, fault.rank, strangers)
         page = _page_of(pid) if pid else None
         if pid is None or page is None:
             time.sleep(0.002)

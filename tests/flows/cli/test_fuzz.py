@@ -12,6 +12,7 @@ import math
 import os
 import random
 import shutil
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -335,8 +336,13 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         make(NoBoard(), lambda _: None) if name else make()
         return 0
 
-    def wait(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    sleep = time.sleep
+
+    def wait(seconds: float) -> None:
+        """Ctrl-C of the command; threads that an earlier test has left behind sleep on."""
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        sleep(seconds)
 
     def start(*_: object, **__: object) -> None:
         raise LaunchError("no process is started here")
