@@ -14,13 +14,13 @@ import os
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import urllib3
 
 from k8s.errors import ApiUnavailable, Unauthenticated, translate
+from k8s.kubeconfig import load as load_cluster
 from k8s.proxy import Proxy, proxy_for
 from trainer.errors import LaunchRefused
 
@@ -70,31 +70,7 @@ class Api:
 
         Raises LaunchRefused where there is none, or where it does not hold.
         """
-        from kubernetes import config
-        from kubernetes.client import Configuration
-        from yaml import YAMLError
-
-        configuration = Configuration(proxy="")  # afterwards it is the kubeconfig's own, or none
-        given = kubeconfig or os.environ.get("HOTSTAGE_KUBECONFIG")
-        inside = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
-        default = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
-        file = given or default
-        try:
-            if given is None and not any(Path(p).exists() for p in default.split(os.pathsep)) and inside.exists():
-                config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-                namespace: str | None = inside.with_name("namespace").read_text().strip()
-            else:
-                config.load_kube_config(  # type: ignore[no-untyped-call]
-                    config_file=file, context=context, client_configuration=configuration
-                )
-                _, active = config.list_kube_config_contexts(config_file=file)  # type: ignore[no-untyped-call]
-                namespace = (active or {}).get("context", {}).get("namespace")
-        except YAMLError as error:
-            raise LaunchRefused(f"no cluster to talk to: {file} is no YAML: {' '.join(str(error).split())}") from error
-        except (config.ConfigException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise LaunchRefused(
-                f"no cluster to talk to: {error}; set HOTSTAGE_KUBECONFIG or KUBECONFIG to a kubeconfig file"
-            ) from error
+        configuration, namespace = load_cluster(kubeconfig or os.environ.get("HOTSTAGE_KUBECONFIG"), context)
         return cls(configuration, namespace, configuration.proxy or "")
 
     # --- verbs --------------------------------------------------------------------------------------------

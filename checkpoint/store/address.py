@@ -2,7 +2,7 @@
 
 A text that begins with ``file://``, ``file:/``, ``s3://`` or another scheme and ``://`` is a URL; ``memory:`` is the
 store in memory; everything else is the path of a folder, taken literally whatever it holds, but for a ``~`` at the
-beginning.
+beginning, and for what begins like an address and is none (``s3:/b``, quotes around one): that is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 from checkpoint.errors import StoreRefused
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|file:/|memory:\Z)", re.IGNORECASE)
+_ALMOST = re.compile(r"[\s\"'<]*(?:s3[an]?|gs|gcs|az|abfss?|https?|hdfs|file|memory):", re.IGNORECASE)
 _CONTROL = re.compile(r"[\0-\x20\x7f]")
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -33,6 +34,16 @@ def address(text: str) -> str:
         return text
     if "\0" in text:
         raise StoreRefused(f"store {text!r}: a path holds no NUL byte; take it out")
+    if _ALMOST.match(text):
+        raise StoreRefused(
+            f"store {text.rpartition('@')[2]!r} is no address, and begins like one: write s3://bucket/prefix or "
+            "file:///absolute/path, without blanks or quotes around it; for a folder of that name put ./ before it"
+        )
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise StoreRefused(
+            f"store {text!r}: there is no home folder of {text.partition('/')[0]!r}; give an absolute path, or put ./ "
+            "before it"
+        )
     try:
         path = Path(os.path.abspath(os.path.expanduser(text)) if text.startswith("~") else _absolute(text))
     except OSError as error:

@@ -351,8 +351,17 @@ class FileStore:
             missing.append(folder)
             folder = folder.parent
         for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another creator's
+            try:
                 os.mkdir(folder)
+            except FileExistsError:
+                pass  # another creator's
+            except FileNotFoundError as error:
+                if not (self.root.is_relative_to(folder) and folder.parent.is_dir()):
+                    raise  # a collector's
+                raise StoreRefused(
+                    f"the file store {self.root}: {folder.parent} takes no folders of people (it is the system's own); "
+                    "choose another with --store"
+                ) from error
             if durable:
                 _fsync_folder(folder.parent)
 

@@ -30,8 +30,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-import boto3
-import boto3.exceptions
 import botocore.config
 import botocore.exceptions
 import botocore.parsers
@@ -45,6 +43,7 @@ from checkpoint.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from checkpoint.store import s3_settings
 from checkpoint.store.base import (
     PAID,
     Data,
@@ -118,22 +117,18 @@ class S3Store:
     def _open(self) -> tuple[Any, Any]:
         """A client with the credentials of now, and the session that found them."""
         try:
-            session = boto3.session.Session()
-            if session.region_name is None:  # every SDK but boto3 knows this name, and pods are given it
-                session = boto3.session.Session(region_name=os.environ.get("AWS_REGION"))
-            config = self._config.merge(botocore.config.Config(**_unless_configured(session, self._path_style)))
-            client = session.client("s3", config=config, **self._options)
+            made = s3_settings.session()
+            config = self._config.merge(botocore.config.Config(**s3_settings.unless_configured(made, self._path_style)))
+            client: Any = made.client("s3", config=config, **self._options)
+            s3_settings.check_bundle(made, str(client.meta.endpoint_url))
             client.meta.events.register_last("before-call.s3.PutObject", hand_over)
-            return client, session
+            return client, made
         except FOREIGN as error:
             if isinstance(error, CREDENTIALS):
                 raise translate(error, f"opening {self._url}", self._url) from error
-            mend = (
-                "; name the region with ?region=… or AWS_REGION"
-                if isinstance(error, botocore.exceptions.NoRegionError)
-                else ""
-            )
-            raise StoreRefused(f"opening {self._url}: {error}{mend}") from error
+            raise StoreRefused(
+                f"opening {self._url}: {error}{s3_settings.mend(error, self._options['region_name'])}"
+            ) from error
 
     @property
     def url(self) -> str:
@@ -487,25 +482,6 @@ class S3Store:
             return self._holds(key, body, sha256)
         except NotFound:
             raise unclear from None
-
-
-def _unless_configured(session: Any, path_style: bool | None) -> dict[str, Any]:
-    """What a client gets where neither the environment nor the profile says otherwise.
-
-    Checksums beside the SHA-256 of a create only where they must be: many servers choke on them.
-    """
-    try:
-        profile = session._session.get_scoped_config()
-    except botocore.exceptions.ProfileNotFound:
-        profile = {}  # making the client says so
-    found: dict[str, Any] = {
-        name: "when_required"
-        for name in ("request_checksum_calculation", "response_checksum_validation")
-        if not os.environ.get(f"AWS_{name.upper()}") and name not in profile
-    }
-    if path_style is not None:
-        found["s3"] = {"addressing_style": "path" if path_style else "virtual"}
-    return found
 
 
 def _when(answer: dict[str, Any]) -> float | None:

@@ -36,15 +36,28 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         raise StoreRefused(
             f"store {shown}: must be s3://bucket/prefix, the bucket of 3 to 63 letters, digits, dots and dashes"
         )
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if "//" in parts.path:
+        raise StoreRefused(
+            f"store {shown}: a prefix has no empty part (//), which is one of a name to S3: write "
+            f"s3://{'/'.join(filter(None, (parts.netloc, *parts.path.split('/'))))}"
+        )
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise StoreRefused(
             f"store {shown}: unknown option {unknown[0][:40]!r}; there are {', '.join(OPTIONS)} (credentials never)"
         )
+    twice = next((name for name, value in pairs if not value or options[name] != value), None)
+    if twice is not None:
+        why = "has no value: write one, or leave it out" if not options[twice] else "stands twice: leave one of them"
+        raise StoreRefused(f"store {shown}: option {twice} {why}")
     prefix = parts.path.strip("/")
     if prefix:
-        check_key(prefix)
+        try:
+            check_key(prefix)
+        except StoreRefused as error:
+            raise StoreRefused(f"store {shown}: its prefix cannot be; {error}") from error
     endpoint = options.get("endpoint")
     if endpoint is not None:
         try:

@@ -216,7 +216,11 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
         if code in _RETRY_CODES or (status in _RETRY_STATUS and code not in _MEND):
             return StoreUnavailable(said)
         return StoreRefused(f"{said}: {_MEND.get(code, 'check the address, the rights and what the server supports')}")
+    if (refused := _unsent(error, what, store)) is not None:
+        return refused
     said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
+    if isinstance(error, botocore.exceptions.EndpointConnectionError) and ".amazonaws.com" in said:
+        said += "; is the region right (?region=…, AWS_REGION), and does this machine reach AWS?"
     if isinstance(error, botocore.parsers.ResponseParserError):
         return StoreRefused(f"{said}; {NOT_S3}")
     if isinstance(error, CREDENTIALS):
@@ -239,3 +243,19 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
         return StoreUnavailable(said)
     return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")
+
+
+def _unsent(error: BaseException, what: str, store: str) -> StoreRefused | None:
+    """What never left this machine: an HTTP client did not take the credentials, or the name of a proxy."""
+    inner = error.kwargs.get("error") if isinstance(error, botocore.exceptions.HTTPClientError) else None
+    if not isinstance(inner, ValueError):
+        return None
+    if "header value" in str(inner):  # which holds them
+        return CredentialsRefused(
+            f"{what}: {store}: the credentials hold what no header can, such as a line's end: take it out of "
+            "AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN, or of the profile"
+        )
+    return StoreRefused(
+        f"{what}: {store}: {str(inner)[:300]}; look at HTTP_PROXY, HTTPS_PROXY and the endpoint: write them as "
+        "http://host:port"
+    )

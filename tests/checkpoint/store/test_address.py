@@ -73,7 +73,7 @@ def test_a_plain_path_is_taken_literally(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("s3:x", "a%41", "x", "s3:/bucket"):
+    for name in ("./s3:x", "a%41", "x", "./s3:/bucket", "s3x:/b"):
         store = store_at(name)
         assert isinstance(store, FileStore)
         assert store.root == tmp_path / name
@@ -83,7 +83,6 @@ def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "h%41"))
     monkeypatch.chdir(tmp_path)
     assert store_url("~/runs") == (tmp_path / "h%41" / "runs").as_uri()
-    assert store_url("~nobody-of-that-name/runs") == (tmp_path / "~nobody-of-that-name" / "runs").as_uri()
     monkeypatch.delenv("HOTSTAGE_STORE", raising=False)
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     assert store_url(None) == (tmp_path / "h%41" / ".local" / "share" / "hotstage").as_uri()
@@ -148,3 +147,38 @@ def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StoreRefused, match="give an absolute path"):
         store_at("runs")
     assert store_at(str(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3:/b", "s3:b", "S3:/b/p", " s3://b/p", '"s3://b/p"', "'s3://b/p'", "s3:\\\\b", "file:x", "gs:b", "memory:x"],
+)
+def test_what_begins_like_an_address_is_no_folder(text: str) -> None:
+    with pytest.raises(StoreRefused, match=r"begins like one: write s3://bucket/prefix .* put ./ before it"):
+        store_at(text)
+
+
+def test_a_home_folder_that_nobody_has() -> None:
+    with pytest.raises(StoreRefused, match="there is no home folder of '~nobody-of-this-name'"):
+        store_at("~nobody-of-this-name/runs")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://bucket//p//", "has no empty part .*: write s3://bucket/p$"),
+        ("s3://bucket/a//b", "write s3://bucket/a/b$"),
+        ("s3://bucket//", "write s3://bucket$"),
+        ("s3://bucket/p?region=", "option region has no value"),
+        ("s3://bucket/p?region=a&region=b", "option region stands twice"),
+        ("s3://bucket/a b", "store s3://bucket/a b: its prefix cannot be; .*'a b' is not a plain name"),
+    ],
+)
+def test_an_address_that_would_be_read_as_another(url: str, words: str) -> None:
+    with pytest.raises(StoreRefused, match=words):
+        open_store(url)
+
+
+def test_a_folder_of_the_kernels_own() -> None:
+    with pytest.raises(StoreRefused, match=r"/proc takes no folders of people .*; choose another with --store"):
+        store_at("/proc/x").create("probe/a", b"x")

@@ -116,6 +116,44 @@ def test_which_region_is_taken(peer: HostileS3, keys: None, home: Path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"AWS_ENDPOINT_URL": "localhost:9000"}, "localhost:9000; write AWS_ENDPOINT_URL as http://host:port"),
+        ({"AWS_ENDPOINT_URL_S3": "http:/a"}, "http:/a; write AWS_ENDPOINT_URL_S3 as http://host:port"),
+        ({"AWS_REGION": "eu west"}, "'eu west' .*; write AWS_REGION as eu-west-1"),
+        ({"AWS_CONFIG_FILE": "{bad}"}, "Unable to parse config file: .*; mend that file"),
+        ({"AWS_REQUEST_CHECKSUM_CALCULATION": "never"}, "never.*; correct it where it is said"),
+        ({"AWS_CA_BUNDLE": "/none.pem"}, "AWS_CA_BUNDLE names '/none.pem', .* No such file"),
+        ({"REQUESTS_CA_BUNDLE": "{bad}"}, "REQUESTS_CA_BUNDLE names .* no certificates in PEM"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_setting_that_cannot_be_is_told_with_its_mend(
+    keys: None, home: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], words: str
+) -> None:
+    (home / "bad").write_text("garbage\n")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value.format(bad=home / "bad"))
+    with pytest.raises(StoreRefused, match=words):
+        open_store("s3://bucket/p")
+
+
+def test_what_no_header_can_hold_is_not_asked_and_not_told(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "hush\n")
+    with pytest.raises(CredentialsRefused, match="such as a line's end: take it out of AWS_ACCESS_KEY_ID") as caught:
+        open_store("s3://bucket/p?endpoint=http://127.0.0.1:1&region=us-east-1").head(KEY)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_proxy_that_is_none(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "foo:bar")
+    with pytest.raises(StoreRefused, match=r"foo:bar.*; look at HTTP_PROXY"):
+        open_store("s3://bucket/p?endpoint=http://store.example&region=us-east-1").head(KEY)
+
+
+@pytest.mark.parametrize(
     ("option", "asked"),
     [
         ("endpoint=http://store.example", "http://store.example/bucket/p/"),

@@ -1,0 +1,93 @@
+"""boto3's own configuration, as a store takes it: what holds where it says nothing, and what it says wrong.
+
+What is wrong there is found when a store is opened and told with where it was said, its value and the mend. No value of
+a credential is told.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from typing import Any
+
+import boto3
+import botocore.exceptions
+
+from checkpoint.errors import StoreRefused
+
+_FILES = "the profiles are in AWS_CONFIG_FILE (~/.aws/config) and AWS_SHARED_CREDENTIALS_FILE (~/.aws/credentials)"
+
+
+def session() -> boto3.session.Session:
+    """A session with the credentials of now. ``AWS_REGION`` counts: every SDK but boto3 knows it, and pods are given
+    it."""
+    made = boto3.session.Session()
+    region = made.region_name or os.environ.get("AWS_REGION")
+    if made.region_name == "" and not region:
+        raise StoreRefused(
+            "the region is set and empty (AWS_DEFAULT_REGION, or the profile's region): write it as eu-west-1, or "
+            "leave it out"
+        )
+    return made if made.region_name else boto3.session.Session(region_name=region)
+
+
+def unless_configured(made: boto3.session.Session, path_style: bool | None) -> dict[str, Any]:
+    """What a client gets where neither the environment nor the profile says otherwise.
+
+    Checksums beside the SHA-256 of a create only where they must be: many servers choke on them.
+    """
+    profile = _profile(made)
+    found: dict[str, Any] = {
+        name: "when_required"
+        for name in ("request_checksum_calculation", "response_checksum_validation")
+        if not os.environ.get(f"AWS_{name.upper()}") and name not in profile
+    }
+    if path_style is not None:
+        found["s3"] = {"addressing_style": "path" if path_style else "virtual"}
+    return found
+
+
+def check_bundle(made: boto3.session.Session, endpoint: str) -> None:
+    """StoreRefused where an https server would be asked by certificates of authorities that cannot be read."""
+    said = {
+        "AWS_CA_BUNDLE": os.environ.get("AWS_CA_BUNDLE"),
+        "the profile's ca_bundle": _profile(made).get("ca_bundle"),
+        "REQUESTS_CA_BUNDLE": os.environ.get("REQUESTS_CA_BUNDLE"),
+    }
+    by, path = next(((by, path) for by, path in said.items() if path), ("", ""))
+    if not path or os.path.isdir(path) or not endpoint.lower().startswith("https"):
+        return
+    try:
+        ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:
+        why = (
+            "it holds no certificates in PEM" if isinstance(error, ssl.SSLError) else getattr(error, "strerror", error)
+        )
+        raise StoreRefused(
+            f"{by} names {path!r}, which cannot be used: {why}; name a file with the certificates of your authority, "
+            "or unset it"
+        ) from error
+
+
+def mend(error: BaseException, region: str | None) -> str:
+    """Where the setting stands that a client could not be made with, and how it is written; begins with "; ".
+    ``region``: the address's."""
+    if isinstance(error, botocore.exceptions.NoRegionError):
+        return "; name the region with ?region=… or AWS_REGION"
+    if isinstance(error, botocore.exceptions.ConfigParseError):
+        return f"; mend that file (lines of key = value below [default] or [profile NAME]); {_FILES}"
+    if isinstance(error, botocore.exceptions.InvalidRegionError):
+        named = [name for name in ("AWS_DEFAULT_REGION", "AWS_REGION") if os.environ.get(name)]
+        by = "the address's ?region=" if region else named[0] if named else "the profile's region"
+        return f"; write {by} as eu-west-1"
+    if str(error).startswith("Invalid endpoint: "):
+        named = [name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name)]
+        return f"; write {named[0] if named else 'the endpoint_url of the profile'} as http://host:port or https://host:port"
+    return f"; correct it where it is said: AWS_… in the environment, or the profile; {_FILES}"
+
+
+def _profile(made: boto3.session.Session) -> dict[str, Any]:
+    try:
+        return dict(made._session.get_scoped_config())
+    except botocore.exceptions.ProfileNotFound:
+        return {}  # making the client says so
