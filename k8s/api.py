@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 import urllib3
 
 from k8s.errors import ApiUnavailable, Unauthenticated, translate
-from k8s.kubeconfig import load as load_cluster
+from k8s.kubeconfig import load_cluster
 from k8s.proxy import Proxy, proxy_for
 from trainer.errors import LaunchRefused
 

@@ -34,7 +34,7 @@ _FILES = {"cluster": ("certificate-authority",), "user": ("client-certificate", 
 Json = Mapping[str, Any]
 
 
-def load(given: str | None, context: str | None) -> tuple[Any, str | None]:
+def load_cluster(given: str | None, context: str | None) -> tuple[Any, str | None]:
     """The client's configuration and the context's namespace, if it has one. ``given``: a file, or several with colons
     between them; None: KUBECONFIG, ~/.kube/config, else the pod's service account.
 
@@ -54,7 +54,7 @@ def load(given: str | None, context: str | None) -> tuple[Any, str | None]:
             raise LaunchRefused(f"no cluster to talk to: the pod's own account: {error}; {_SET}") from error
     if not there:
         raise LaunchRefused(f"no cluster to talk to: {_no_file(file)}")
-    chosen = choose(file, [(path, _read(path)) for path in there], context)
+    chosen = choose_context(file, [(path, _read(path)) for path in there], context)
     _check_files(chosen)
     said: list[str] = []
     try:
@@ -96,7 +96,7 @@ class Context:
         return str(said.get("command") or "") if isinstance(said, Mapping) else ""
 
 
-def choose(file: str, trees: Sequence[tuple[str, Json]], wanted: str | None) -> Context:
+def choose_context(file: str, trees: Sequence[tuple[str, Json]], wanted: str | None) -> Context:
     """The context to use, of files in kubectl's order. LaunchRefused where there is none of that name, or where it
     names what is not there."""
     name = wanted or next((str(tree["current-context"]) for _, tree in trees if tree.get("current-context")), "")

@@ -12,12 +12,12 @@ import copy
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k8s.diagnosis import Limits
 from k8s.labels import AGENT, ENGINE, LAUNCH, QUEUE, SPEC_DIGEST, labels, object_name
+from k8s.names import check_names
 from k8s.patch import apply_patch, check_quantity
 from k8s.quantity import amount
 from trainer.errors import LaunchRefused
@@ -26,7 +26,6 @@ from trainer.plan import Plan
 from trainer.plan.devices import on_host
 from trainer.plan.memory import more_threads_bytes
 from trainer.spec import RunSpec
-from trainer.spec_fields import shown
 
 SOCKET = "/run/hotstage/agent.sock"
 WORK = "/var/lib/hotstage"
@@ -91,7 +90,7 @@ def render_launch(
 
     Raises LaunchRefused where a quantity, a name or ``launch.pod_patch`` does not hold.
     """
-    _check_names(spec)
+    check_names(spec)
     launch = launch or f"{run}-k1"
     name = object_name(launch, spec.launch.nodes)
     marks = labels(run, launch)
@@ -117,33 +116,6 @@ def render_launch(
         "immutable": True,
     }
     return [job, service, secret]
-
-
-_OBJECT = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")
-_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
-_OBJECTS = ("service_account", "store_secret", "queue", "runtime_class", "priority_class")
-"""Keys of ``launch`` that name an object of the cluster."""
-
-
-def _check_names(spec: RunSpec) -> None:
-    """LaunchRefused where ``launch`` names what the API server takes for no name."""
-    launch = spec.launch
-    for key in _OBJECTS:
-        value = getattr(launch, key)
-        if value and _OBJECT.match(value) is None:
-            raise LaunchRefused(
-                f"launch.{key} = {shown(value)} is no object's name: lower-case letters and digits, dashes and dots "
-                "inside; correct it"
-            )
-    for key in ("image", "agent_image"):
-        value = getattr(launch, key)
-        if re.search(r"\s|://", value):
-            raise LaunchRefused(f"launch.{key} = {shown(value)} is no image; write for example registry/name:tag")
-    for key, label in (("spread", launch.spread), *(("node_selector", name) for name in launch.node_selector)):
-        if label and _LABEL_KEY.match(label) is None:
-            raise LaunchRefused(
-                f"launch.{key}: {shown(label)} is no label of a machine; write as kubernetes.io/hostname"
-            )
 
 
 def owned(item: Mapping[str, Any], job_name: str, job_uid: str) -> dict[str, Any]:

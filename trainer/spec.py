@@ -15,8 +15,10 @@ Example::
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import re
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +79,8 @@ SPEC_SCHEMA = 1
 """Version of the What half; part of its digest."""
 
 MAX_SPEC_BYTES = 1 << 20
+STDIN = "-"
+"""In place of a file's name: standard input."""
 CLUSTER_KEY = "cluster"
 """Of a spec's file: the machines that ``hotstage plan`` plans for, a table or the path of a file with one."""
 
@@ -115,21 +119,21 @@ def _not_text(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def load_spec(path: str | Path, sets: Sequence[str] = ()) -> RunSpec:
-    """Read a TOML file and apply ``--set`` overrides (``train.steps=20``; the value is TOML, else a string).
+    """Read a TOML file and apply ``--set`` overrides (``train.steps=20``; the value is TOML, ``null`` for none, else a
+    string).
 
     A shortened key is taken where one key below fits: ``train.lr`` is ``train.optimizer.lr``. ``cluster`` is left to
     the planner: it says what machines there are, and is of neither half.
     """
     tree = read_toml(Path(path), "a spec")
-    return parse_spec({key: value for key, value in tree.items() if key != CLUSTER_KEY}, sets, origin=str(path))
+    return parse_spec({key: value for key, value in tree.items() if key != CLUSTER_KEY}, sets, origin=_said(path))
 
 
 def read_toml(file: Path, what: str) -> dict[str, Any]:
     """The values of a TOML file that a person wrote. SpecError where it cannot be read; ``what`` it should be."""
     hint = "; 'hotstage init' writes a spec to start from" if what == "a spec" else ""
     try:
-        with file.open("rb") as source:  # not to its end: a device may have none
-            data = source.read(MAX_SPEC_BYTES + 1)
+        data = _standard_input() if str(file) == STDIN else _first_bytes(file)
         if len(data) > MAX_SPEC_BYTES:
             raise SpecError(f"{file}: is larger than {MAX_SPEC_BYTES} bytes; {what} is a TOML file of a few keys")
         text = data.decode("utf-8-sig")
@@ -145,6 +149,21 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
         raise SpecError(f"{file}: is not TOML: {toml_problem(text, error)}") from error
     except RecursionError as error:
         raise SpecError(f"{file}: its values are nested too deep to be read; flatten them") from error
+
+
+def _said(path: str | Path) -> str:
+    return "standard input" if str(path) == STDIN else str(path)
+
+
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as source:  # not to its end: a device may have none
+        return source.read(MAX_SPEC_BYTES + 1)
+
+
+@functools.cache
+def _standard_input() -> bytes:
+    """Read once: a command may ask for its spec again."""
+    return sys.stdin.buffer.read(MAX_SPEC_BYTES + 1)
 
 
 def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
@@ -204,6 +223,8 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.steps=100")
     parts = re.findall(r'\s*("[^"]*"|[^.]*)\s*(?:\.|\Z)', key)[:-1] if '"' in key else key.split(".")
     path = _full_path(tuple(part.strip().strip('"') for part in parts), text)
+    if path[:2] in _TABLES and len(path) > 3:
+        path = (*path[:2], ".".join(path[2:]))
     node = tree
     for number, part in enumerate(path[:-1], 1):
         below = node.setdefault(part, {})
@@ -214,6 +235,9 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         if not isinstance(below, dict):
             raise SpecError(f"--set {text!r}: {part} is a value, not a section")
         node = below
+    if raw.strip() == UNSET:
+        node.pop(path[-1], None)
+        return
     try:
         node[path[-1]] = tomllib.loads(f"v = {raw.strip()}")["v"]
     except ValueError:  # TOMLDecodeError, and a number of thousands of digits
@@ -222,6 +246,10 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         raise SpecError(f"--set {text[:80]!r}…: its value is nested too deep to be read; flatten it") from error
 
 
+UNSET = "null"
+"""After ``--set key=``: the key is left out, so that its default holds."""
+_TABLES = tuple(("launch", key) for key in ("resources", "agent_resources", "node_selector"))
+"""Tables whose keys hold dots."""
 _OPEN_KEYS = ("pod_patch", "resources", "node_selector")
 _SHORT: dict[tuple[str, ...], str] = {("parallel", "recompute"): "kind"}
 """Sections that one of their keys stands for alone."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
 
 MAX_INT32 = (1 << 31) - 1
 MAX_LAYERS = 10_000
@@ -22,6 +23,28 @@ class Section(BaseModel):
     """Keys that belong together; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True is no number, though it counts as 1 in Python; -0.0 is 0.0: a run's name is of the bytes."""
+        if isinstance(value, bool):
+            wanted = cls.model_fields[str(info.field_name)].annotation
+            if float in (wanted, *get_args(wanted)):
+                raise PydanticKnownError("float_type")
+        return 0.0 if isinstance(value, float) and value == 0 else value
+
+
+def _as_quantity(value: Any) -> Any:
+    """Numbers of a table as the text that they are, as in a pod's YAML."""
+    if not isinstance(value, dict):
+        return value
+    number = {key: isinstance(item, int | float) and not isinstance(item, bool) for key, item in value.items()}
+    return {key: str(item) if number[key] else item for key, item in value.items()}
+
+
+Quantities = Annotated[dict[str, str], BeforeValidator(_as_quantity)]
+"""Kubernetes quantities by resource: "500m", "16Gi", 2."""
 
 
 def size(default: Any = ..., *, low: int = 1, high: int = MAX_INT32, text: str) -> Any:

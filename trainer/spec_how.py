@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictInt, model_validator
 
-from trainer.spec_fields import DNS_LABEL, MAX_LAYERS, Section, power_of_two, shown, size
+from trainer.spec_fields import DNS_LABEL, MAX_LAYERS, Quantities, Section, power_of_two, shown, size
 from trainer.wire import CUDA_PATHS, VOCAB_BLOCKS
 
 KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda", "avx512_bf16", "neon"]
@@ -277,8 +277,8 @@ class LaunchSpec(Section):
     image: str = Field("", description="kubernetes: image of the engine")
     agent_image: str = Field("", description="kubernetes: image of the agent; unset: same as image")
     service_account: str = Field("", description="kubernetes: service account of the pods; unset: the default one")
-    resources: dict[str, str] = Field(default_factory=dict, description="kubernetes: of the engine, e.g. cpu, memory")
-    agent_resources: dict[str, str] = Field(default_factory=dict, description="kubernetes: of the agent")
+    resources: Quantities = Field(default_factory=dict, description="kubernetes: of the engine, e.g. cpu, memory")
+    agent_resources: Quantities = Field(default_factory=dict, description="kubernetes: of the agent")
     store_secret: str = Field("", description="kubernetes: Secret with the store's credentials, for the agent only")
     pod_patch: dict[str, Any] = Field(default_factory=dict, description="kubernetes: strategic-merge patch of the pod")
     fabric: Literal["tcp", "infiniband", "roce", "efa", "nvl72"] = "tcp"

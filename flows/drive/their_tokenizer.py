@@ -6,22 +6,25 @@ would say so.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from checkpoint.store import Store
-from flows.data import load_dataset, load_tokenizer, may_end, parse_tokenizer
+from flows.data import load_dataset, load_tokenizer, may_end, parse_tokenizer, vocab_of
 from flows.drive.run import find_run, load_what
 from trainer.errors import DatasetError, SpecError
 from trainer.models.hf_config import end_token_ids, read_config
 from trainer.spec import DataSpec
 
+log = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 MENDS = (
     "data.tokenizer in a spec, --tokenizer of `hotstage import`; transformers' "
@@ -100,15 +103,29 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
 
     An id whose token is an ordinary one is a default of other programs (2 of Llama's), and passed over.
     """
+    vocab = vocab_of(tokenizer)
     for name in ("config.json", "generation_config.json"):
-        for number in end_token_ids(read_config(folder / name)) if (folder / name).is_file() else ():
+        for number in end_token_ids(_beside(folder / name)) if (folder / name).is_file() else ():
+            if not 0 <= number < vocab:
+                log.warning(
+                    "%s: eos_token_id %d is passed over: the tokenizer's ids are 0 to %d",
+                    folder / name,
+                    number,
+                    vocab - 1,
+                )
+                continue
             token = tokenizer.id_to_token(number)
             if token is not None and may_end(tokenizer, token):
                 return token
     named = folder / "tokenizer_config.json"
-    said = read_config(named).get("eos_token") if named.is_file() else None
+    said = _beside(named).get("eos_token") if named.is_file() else None
     said = said.get("content") if isinstance(said, Mapping) else said
     return said if isinstance(said, str) and tokenizer.token_to_id(said) is not None else None
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """A file of JSON that says which token ends a text. SpecError where it is none."""
+    return read_config(file, f"fetch {file.name} anew, or remove it and name the token that ends a text (--end-token)")
 
 
 @contextmanager

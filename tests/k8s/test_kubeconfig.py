@@ -1,4 +1,4 @@
-"""Kubeconfigs as people have them: what is wrong is told with the file, the context and the mend, before it is asked."""
+"""Kubeconfigs: what is wrong is told with the file, the context and the mend, before it is asked."""
 
 from __future__ import annotations
 

@@ -49,6 +49,42 @@ def rendered(*sets: str, **launch: Any) -> list[dict[str, Any]]:
     )
 
 
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ({"node_selector": {"gpu": "a b"}}, r"node_selector.gpu = 'a b' is no label's value: at most 63 letters"),
+        ({"node_selector": {"gpu": "x" * 64}}, "is no label's value"),
+        ({"node_selector": {"gpu": "-a"}}, "is no label's value"),
+        ({"node_selector": {"a/b/c": "x"}}, "'a/b/c' is no label of a machine"),
+        ({"tolerations": [{"key": "a b"}]}, r"tolerations\[0\] has the key 'a b', which no taint has"),
+        ({"tolerations": [{"ky": "a"}]}, "has the key 'ky'; there are key, operator"),
+        (
+            {"tolerations": [{"effect": "NoSchedule"}]},
+            'has no key; name one, or bear all taints by operator = "Exists"',
+        ),
+        ({"tolerations": [{"key": "a", "operator": "Equals"}]}, "has the operator 'Equals'; take one of Exists"),
+        ({"tolerations": [{"key": "a", "effect": "NoScedule"}]}, "has the effect 'NoScedule'; take one of NoSchedule"),
+        ({"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}, "value 'b' with operator \"Exists\""),
+        ({"tolerations": [{"key": "a", "value": True}]}, "has the value True: it is at most 63"),
+        ({"tolerations": [{"key": "a", "tolerationSeconds": 5}]}, 'goes with effect = "NoExecute" alone'),
+        ({"image": "registry/Name:tag"}, "is no image: Name is written in lower case"),
+    ],
+)
+def test_names_that_the_api_server_does_not_take(launch: dict[str, Any], words: str) -> None:
+    with pytest.raises(LaunchRefused, match=words):
+        rendered(**launch)
+
+
+def test_names_at_their_limits_are_taken() -> None:
+    bears = [{"operator": "Exists"}, {"key": "a.b/c_D", "value": "", "effect": "NoExecute", "tolerationSeconds": 0}]
+    selects = {"a.b/c": "x" * 63, "gpu": "", "A_b": "1.0"}
+    image = "Registry.example:5000/a/b:Tag@sha256:0A"
+    job, _, _ = rendered(node_selector=selects, tolerations=bears, image=image)
+    pod = job["spec"]["template"]["spec"]
+    assert (pod["nodeSelector"], pod["containers"][0]["image"]) == (selects, image)
+    assert all(bear in pod["tolerations"] for bear in bears)
+
+
 def test_objects_pass_the_clients_models() -> None:
     job, service, _ = rendered()
     V1Service.model_validate(service)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from trainer.presets import PRESETS
 from trainer.spec import (
     MAX_HOW_BYTES,
     RunSpec,
+    _standard_input,
     how_map,
     load_spec,
     parse_spec,
@@ -99,6 +102,10 @@ def refusal(value: dict[str, Any], sets: tuple[str, ...] = ()) -> str:
             ['"fp8"', "multiple of 16", "microbatch 4 * sequence 19 is 76"],
         ),
         ({"train__optimizer": {"lr": 0}}, ["train.optimizer.lr 0", "above 0"]),
+        ({"train__optimizer": {"lr": True}}, ["train.optimizer.lr True is not a number"]),
+        ({"train__optimizer": {"lr": 1e-3, "clip": False}}, ["train.optimizer.clip False is not a number"]),
+        ({"data__dedupe": {"near": True}}, ["data.dedupe.near True is not a number"]),
+        ({"launch__resources": {"cpu": True}}, ["launch.resources.cpu True is not a string in quotes"]),
         ({"train__optimizer": {"lr": float("nan")}}, ["train.optimizer.lr", "finite"]),
         ({"train__optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, ["min_lr 0.01", "above lr 0.001"]),
         ({"train__optimizer": {"momentum": 0.9}}, ["momentum 0.9 is muon's", "beta1", "name = 'muon'"]),
@@ -198,6 +205,31 @@ def test_sets_override_and_find_their_section() -> None:
     assert parse_spec(tree(), ["launch.resources.cpu='4'"]).launch.resources == {"cpu": "4"}
 
 
+def test_quantities_are_text_or_numbers_and_their_names_hold_dots() -> None:
+    sets = ["launch.resources.cpu=2", "launch.resources.limits.cpu=+4", "launch.resources.nvidia.com/gpu=1"]
+    launch = parse_spec(tree(), [*sets, "launch.agent_resources.cpu=0.5", "launch.node_selector.a.b/c=d"]).launch
+    assert launch.resources == {"cpu": "2", "limits.cpu": "4", "nvidia.com/gpu": "1"}
+    assert (launch.agent_resources, launch.node_selector) == ({"cpu": "0.5"}, {"a.b/c": "d"})
+    assert parse_spec(tree(launch={"resources": {"memory": 1e3, "cpu": "500m"}})).launch.resources == {
+        "memory": "1000.0",
+        "cpu": "500m",
+    }
+
+
+def test_null_leaves_a_key_out() -> None:
+    value = tree(data={"tokenizer": "t.json", "end_token": "x"}, checkpoint={"keep": {"last": 3}})
+    spec = parse_spec(value, ["data.tokenizer=null", "data.end_token=null", "checkpoint.keep=null"])
+    assert (spec.data.tokenizer, spec.checkpoint.keep) == (None, None)
+    assert parse_spec(tree(), ['data.tokenizer="null"']).data.tokenizer == "null"
+    assert "train.steps is missing" in refusal(tree(), ("train.steps=null",))
+
+
+def test_minus_zero_is_zero() -> None:
+    """A run's name is of the bytes, and -0.0 has others."""
+    zero, minus = (parse_spec(tree(), [f"train.optimizer.weight_decay={text}"]) for text in ("0.0", "-0.0"))
+    assert what_bytes(zero, DATA) == what_bytes(minus, DATA)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -215,6 +247,20 @@ def test_sets_do_not_change_the_callers_tree() -> None:
     value = tree()
     parse_spec(value, ["train.steps=20"])
     assert value == tree()
+
+
+def test_a_spec_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, as `plan` reads it: for the spec, and for its cluster."""
+    text = PRESETS["gpt2-demo"].encode()
+    for data in (b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"), b""):
+        _standard_input.cache_clear()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        if data:
+            assert load_spec("-", ["train.steps=700"]) == load_spec("-", ["train.steps=700"])
+        else:
+            with pytest.raises(SpecError, match="standard input: name is missing"):
+                load_spec("-")
+    _standard_input.cache_clear()
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -54,19 +54,19 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _DROPOUT = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, or that of a folder. SpecError where it is none."""
+def read_config(path: Path, mend: str = "give a model's config.json") -> dict[str, Any]:
+    """A config.json, or that of a folder; or another file of JSON beside it. SpecError where it is none."""
     file = path / "config.json" if path.is_dir() else path
     try:
         if not file.is_file() and file.exists():
-            raise SpecError(f"{file}: is no regular file; give a model's config.json")
+            raise SpecError(f"{file}: is no regular file; {mend}")
         tree = json.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except OSError as error:
-        raise SpecError(f"{file}: cannot be read: {error.strerror}; give a model's config.json") from error
+        raise SpecError(f"{file}: cannot be read: {error.strerror}; {mend}") from error
     except (ValueError, RecursionError) as error:  # of JSON, of its encoding, a NUL byte in the path
-        raise SpecError(f"{file}: is no JSON ({str(error)[:100]}); give a model's config.json") from error
+        raise SpecError(f"{file}: is no JSON ({str(error)[:100]}); {mend}") from error
     if not isinstance(tree, dict):
-        raise SpecError(f"{file}: is no JSON object; give a model's config.json")
+        raise SpecError(f"{file}: is no JSON object; {mend}")
     return tree
 
 

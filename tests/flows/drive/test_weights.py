@@ -191,6 +191,31 @@ def test_an_ordinary_token_ends_no_text(said_by: Any, tmp_path: Path) -> None:
     assert end_of(folder, tokenizer) == ("<|end|>" if said_by == [2, 0] else None)
 
 
+@pytest.mark.parametrize("beyond", [-1, 293, 10**20])
+def test_an_end_token_beyond_the_vocabulary_is_passed_over_and_told(
+    beyond: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"eos_token_id": beyond}))
+    (folder / "generation_config.json").unlink()
+    assert end_of(folder, Tokenizer.from_file(str(folder / "tokenizer.json"))) == "<|end|>"
+    assert f"config.json: eos_token_id {beyond} is passed over: the tokenizer's ids are 0 to" in caplog.text
+
+
+@pytest.mark.parametrize("data", [b"{bad", b"[]", b"\xff\xfe{}"])
+def test_a_broken_file_beside_the_tokenizer_is_named_with_its_mend(data: bytes, tmp_path: Path) -> None:
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(tree | {"eos_token_id": 2}))
+    (folder / "tokenizer_config.json").write_bytes(data)
+    with pytest.raises(
+        SpecError, match=r"tokenizer_config.json: is no JSON.*; fetch tokenizer_config.json anew, or rem"
+    ):
+        end_of(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
 def test_an_end_token_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
     folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
     (folder / "generation_config.json").unlink()

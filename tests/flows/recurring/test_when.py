@@ -26,6 +26,14 @@ from trainer.spec import load_spec
         ("H 2 * * *", "is no cron line"),
         ("", "is no cron line"),
         ("*/5 * * * * *", "has 6 fields"),
+        ("TZ=CET 0 2 * * *", r"an option of its own: --timezone CET --cron '0 2 \* \* \*'"),
+        ("CRON_TZ=Europe/Berlin @daily", "--timezone Europe/Berlin --cron '@daily'"),
+        ("'0 2 * * *'", "it has quotes inside"),
+        ("@every 5m", "--interval SECONDS"),
+        ("daily", "write @daily"),
+        ("Mon *-*-* 02:00:00", "a calendar of systemd"),
+        ("0 H(1-3) * * *", "H is Jenkins's"),
+        ("\uff10 2 * * *", "beyond ASCII"),
         ("0 0 31 2 *", "never fires"),
         ("0 0 30 feb *", "never fires"),
         ("0 0 31 4,6,9,11 *", "never fires"),
@@ -46,13 +54,34 @@ def test_cron_lines_that_are_taken(line: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("Europe/Berln", "Europe/Berlin"), ("Berlin", "Europe/Berlin"), ("new york", "America/New_York"), ("CEST", "C")],
+    [
+        ("Europe/Berln", "Europe/Berlin"),
+        ("Berlin", "Europe/Berlin"),
+        ("new york", "America/New_York"),
+        ("CEST", "Europe/Berlin"),
+    ],
 )
 def test_a_zone_that_is_none_names_near_ones(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=near):
         zone_of(name)
     assert zone_of(near if "/" in near else "UTC")
     assert zone_of(None) == "UTC"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("PST", "America/Los_Angeles.*: name the place"),
+        ("ist", "Europe/Dublin|Asia/Kolkata"),
+        ("UTC+5:30", "the clocks of Asia/Kolkata, .*: name the place"),
+        ("+14:00", "Etc/GMT-14 is always"),
+        ("-13", "no clock is so far from UTC"),
+        ("Europe/berlin ", "near ones: Europe/Berlin$"),
+    ],
+)
+def test_zones_as_clocks_and_calendars_say_them(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        zone_of(name)
 
 
 @pytest.mark.parametrize(
