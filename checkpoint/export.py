@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from checkpoint.export_to import Buffer, Destination
+from checkpoint.export_to import RUN_MARK, Buffer, Destination
 from checkpoint.manifest import PARAM, Manifest
 from checkpoint.read import StateReader
 from checkpoint.store.base import Store
@@ -128,7 +128,7 @@ def export_safetensors(
 
     files = shards(tensors, shard_bytes)
     state = manifest.state_digest.hex()
-    said = {"format": "pt", "hotstage_run": manifest.run, "hotstage_step": str(manifest.step),
+    said = {"format": "pt", RUN_MARK: manifest.run, "hotstage_step": str(manifest.step),
             "hotstage_state_digest": state, **(metadata or {})}  # fmt: skip
     index = {
         "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},

@@ -23,6 +23,9 @@ _NO_FOLDER = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT),
 }
+RUN_MARK = "hotstage_run"
+"""Of the run, in the header of exported weights; it stands at the beginning."""
+_HEAD_BYTES = 512
 Buffer = bytes | bytearray | memoryview
 """Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
 
@@ -42,7 +45,7 @@ class Destination(Protocol):
 
 
 class Folder:
-    """A folder of this machine; what has a name already is replaced."""
+    """A folder of this machine. An older export of a run is replaced; files that somebody else put there are not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,6 +60,12 @@ class Folder:
         except OSError as error:
             raise _refusal(self.path, error) from error
         refuse_others(str(self.path), there, names, weights)
+        replaced = sorted(self._there & set(names))
+        if replaced and not any(_exported(self.path / name) for name in replaced if name.endswith(".safetensors")):
+            raise StoreRefused(
+                f"{self.path} holds {replaced[0]}{' and more' if len(replaced) > 1 else ''} that no export of a run "
+                "wrote, and this one would replace: choose an empty folder with -o, or remove it first"
+            )
 
     def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
         path = write_pieces(self.path / name, pieces)
@@ -68,6 +77,15 @@ class Folder:
             for name in self._written:
                 if name not in self._there:
                     os.unlink(self.path / name)
+
+
+def _exported(path: Path) -> bool:
+    """Whether weights were written by an export of a run: their header says which."""
+    try:
+        with path.open("rb") as file:
+            return f'"{RUN_MARK}":'.encode() in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 class Bucket:

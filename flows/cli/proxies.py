@@ -6,24 +6,64 @@ read ``NO_PROXY``, and not one leaves loopback out by itself. ``k8s.proxy`` has 
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
+_ADDRESSES = ("PREFECT_API_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+"""Servers that the clients here are told by the environment."""
+
+
 def pass_loopback_by(environment: MutableMapping[str, str]) -> None:
-    """Add loopback to the list of what is reached directly, in both of its spellings, where a proxy is named at all.
+    """Add loopback to the list of what is reached directly, in both of its spellings, where a proxy is named at all;
+    and servers that the list names in a way that kubectl knows and other clients do not: by a range of addresses.
 
     The lower spelling holds for these clients where both are there, even an empty one; afterwards they are the same.
     """
     if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES):
         return
     said = environment.get("no_proxy", environment.get("NO_PROXY", ""))
-    entries = [entry for entry in re.split(r"[,\s]+", said) if entry]
+    entries = [found for entry in re.split(r"[,\s]+", said) if entry and (found := _read_by_all(entry))]
     if "*" in entries:
         entries = ["*"]  # some know it only where it is alone
     else:
-        entries += [name for name in LOOPBACK if name not in entries]
+        entries += [name for name in (*LOOPBACK, *_within(said, environment)) if name not in entries]
     environment["no_proxy"] = environment["NO_PROXY"] = ",".join(entries)
+
+
+def _within(said: str, environment: MutableMapping[str, str]) -> Iterator[str]:
+    """Hosts of servers that lie within what is said."""
+    from k8s.proxy import passes_by
+
+    store = parse_qs(urlsplit(environment.get("HOTSTAGE_STORE", "")).query).get("endpoint", [])
+    for url in (*(environment.get(name, "") for name in _ADDRESSES), *store):
+        with contextlib.suppress(ValueError):  # whoever uses it says that it is none
+            if (host := urlsplit(url).hostname) and passes_by(url, said):
+                yield host
+
+
+def _read_by_all(entry: str) -> str:
+    """The entry in a form that no client trips over; empty where there is none. httpx, which is Prefect's, reads a
+    colon as the beginning of a port and a name as one of DNS; a pattern of its own (``all://``) it takes as it is.
+    """
+    bare = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\]", entry)
+    if bare is not None:
+        return bare[1]
+    if re.fullmatch(r"\[[0-9A-Fa-f:.]+\]:\d{1,5}", entry):
+        return f"all://{entry}"
+    if ":" in entry and "/" in entry and "://" not in entry:
+        try:
+            net = ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            return ""
+        return str(net[0]) if net.num_addresses == 1 else f"all://[{net.network_address}]/{net.prefixlen}"
+    try:
+        return entry if entry.isascii() else entry.encode("idna").decode()
+    except UnicodeError:
+        return ""

@@ -150,5 +150,6 @@ def pick(row: npt.NDArray[np.float64], temperature: float, top_k: int, rng: np.r
     if temperature <= 0:
         return int(row.argmax())
     best = np.argsort(row)[-max(1, min(top_k, len(row))) :]
-    weights = np.exp((row[best] - row[best].max()) / temperature)
+    with np.errstate(over="ignore"):  # of a temperature of next to nothing: what is not the best has weight 0
+        weights = np.exp((row[best] - row[best].max()) / temperature)
     return int(rng.choice(best, p=weights / weights.sum()))

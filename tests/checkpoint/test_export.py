@@ -146,6 +146,23 @@ def test_a_folder_that_cannot_be_is_refused(saved: tuple[Store, Manifest], tmp_p
             export_safetensors(store, manifest, [ExportTensor("a", (1,), full)], Folder(tmp_path / "o"), texts={})
 
 
+@pytest.mark.parametrize("theirs", ["a", "model.safetensors"])
+def test_files_that_somebody_else_put_there_are_not_replaced(
+    saved: tuple[Store, Manifest], tmp_path: Path, theirs: str
+) -> None:
+    store, manifest = saved
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / theirs).write_bytes(b"theirs")
+    with pytest.raises(StoreRefused, match=f"{theirs} that no export of a run wrote, .*: choose an empty folder"):
+        export_safetensors(store, manifest, [], Folder(out), texts={"a": "ours"})
+    assert [path.read_bytes() for path in out.iterdir()] == [b"theirs"]
+    (out / theirs).unlink()
+    for text in ("one", "two"):  # an older export is replaced
+        export_safetensors(store, manifest, [], Folder(out), texts={"a": text})
+        assert (out / "a").read_text() == text
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """240 MB of weights go through less than 48 MB (a NumPy of a whole tensor would be 80)."""
     store = FileStore(tmp_path / "store")

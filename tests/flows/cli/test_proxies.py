@@ -10,7 +10,7 @@ import pytest
 from botocore.utils import get_environ_proxies
 
 from flows.cli.proxies import pass_loopback_by
-from k8s.proxy import proxy_for
+from k8s.proxy import passes_by, proxy_for
 from tests.flows.conftest import Api
 from tests.k8s.recording_proxy import RecordingProxy
 from tests.support.place import Place, finish
@@ -44,6 +44,45 @@ def test_every_client_reaches_this_machine_directly(
     for url in URLS:
         assert proxy_for(url, os.environ) is None
     assert urllib.request.proxy_bypass("127.0.0.1:4200")
+
+
+FORMS = [
+    "[::1]",
+    "::1/128",
+    "fe80::/10",
+    "[fd00::1]:80",
+    "fe80::/999",
+    "\u00fc.example",
+    "10.0.0.0/8",
+    "a:80",
+    ".x:8080",
+]
+
+
+@pytest.mark.parametrize("listed", FORMS)
+def test_a_list_that_a_client_trips_over_is_read_by_all(monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", listed)
+    pass_loopback_by(os.environ)
+    pass_loopback_by(os.environ)  # as a command that a command starts
+    with httpx.Client() as client:
+        assert client._transport_for_url(httpx.URL(URLS[2])) is client._transport
+    for server in ("http://[fe80::7]:6443", "http://[fd00::1]:80", "http://10.1.2.3", "http://a:80", "http://b.x:8080"):
+        assert passes_by(server, os.environ["NO_PROXY"]) == passes_by(server, listed), server
+
+
+def test_servers_within_a_range_are_reached_directly_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,.svc:9000")
+    monkeypatch.setenv("PREFECT_API_URL", "http://10.1.2.3:4200/api")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio.svc:9000")
+    monkeypatch.setenv("HOTSTAGE_STORE", "s3://b/p?endpoint=http://10.7.7.7:9000")
+    pass_loopback_by(os.environ)
+    for url in ("http://10.1.2.3:4200", "http://minio.svc:9000", "http://10.7.7.7:9000"):
+        assert get_environ_proxies(url) == {}
+    with httpx.Client() as client:
+        assert client._transport_for_url(httpx.URL("http://10.1.2.3:4200/api")) is client._transport
+        assert client._transport_for_url(httpx.URL("http://10.1.2.4")) is not client._transport
 
 
 def test_what_is_elsewhere_still_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
