@@ -104,15 +104,18 @@ def test_bits_of_other_numerics_are_said_by_the_attempt_and_refused_by_who_does_
     log = RunLog(MemoryStore(), RUN, writer="d")
     state = log.append("attempt", attempt_body(), log.fold())  # of a version that did not say it
     state = log.append("checkpoint", point_body(3), state, epoch=1)
+    ours = wire.NUMERICS_VERSION
     with monkeypatch.context() as later:
-        later.setattr(wire, "NUMERICS_VERSION", 3)
-        state = log.append("attempt", attempt_body(2, 3, numerics=3), state)
+        later.setattr(wire, "NUMERICS_VERSION", ours + 1)
+        state = log.append("attempt", attempt_body(2, 3, numerics=ours + 1), state)
         state = log.append("checkpoint", point_body(6, 3), state, epoch=3)
-        assert [state.numerics(c) for c in state.checkpoints] == [1, 3]
+        assert [state.numerics(c) for c in state.checkpoints] == [1, ours + 1]
         assert log.fold() == state
     seen = log.fold()
     assert (seen.n, seen.newer) == (2, True)
-    with pytest.raises(OtherVersion, match="numerics has version 3, this hotstage reads versions 1 to 2"):
+    with pytest.raises(
+        OtherVersion, match=f"numerics has version {ours + 1}, .* reads versions 1 to {ours}"
+    ):
         seen.of_this_version()
 
 

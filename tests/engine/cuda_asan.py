@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.engine.cuda_lib import CudaLib
+from tests.engine.kernel_calls import CASES, Call, Case
 from tests.engine.kernel_lib import KernelLib, build
 from tests.engine.test_flash import FLASH_CASES
-from tests.engine.test_kernels_cpu import CASES, Call, Case
 from tests.engine.test_kernels_cuda import ON_DEVICES
 from trainer import wire
 

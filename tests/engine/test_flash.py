@@ -13,9 +13,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tests.engine.attention_bound import outputs_of, whole_of
 from tests.engine.cuda_lib import CudaLib, build
+from tests.engine.kernel_calls import Call, Case, attention_cases
 from tests.engine.kernel_lib import Array, KernelLib, decode, encode
-from tests.engine.test_kernels_cpu import Call, Case, attention_cases
 from trainer import wire
 
 # Lengths around the tiles of 64, all head sizes, grouped queries, rows that lie apart; by 3 and 1: addresses that
@@ -36,7 +37,6 @@ FLASH_CASES = [
     *attention_cases(1, 129, 1, 1, 96, 3, window=1),
     *attention_cases(1, 260, 1, 1, 128, window=100, documents=True),
 ]
-U16, F32 = 2.0**-8, 2.0**-24  # half a unit in the last place
 
 
 @pytest.fixture(scope="module")
@@ -44,94 +44,8 @@ def cuda() -> CudaLib:
     return CudaLib(build())
 
 
-@dataclass
-class Whole:
-    """Attention of one call in float64, with the sums of magnitudes that errors are measured by."""
-
-    want: list[Array]
-    bound: list[Array]
-
-
-def rows(flat: Array, b: int, t: int, heads: int, d: int, ld: int) -> Array:
-    """[b, heads, t, d] of an operand whose rows are ld apart."""
-    padded = np.zeros(b * t * ld)
-    padded[: flat.size] = decode(flat, wire.BF16)
-    return padded.reshape(b, t, ld)[:, :, : heads * d].reshape(b, t, heads, d).transpose(0, 2, 1, 3)
-
-
-def read(call: Call) -> Array:
-    """[b, 1, t, t]: which keys a query reads."""
-    b, t = call.case.dims[:2]
-    window = dict(enumerate(call.case.dims)).get(9 if call.case.kernel == "attention_fwd" else 13) or t
-    first, place = call.inputs[-1], np.arange(t)
-    low = np.maximum(place - window + 1, np.zeros((b, t), int) if first is None else first.reshape(b, t))
-    return (low[..., None] <= place)[:, None] & np.tril(np.ones((t, t), bool))
-
-
-def float64(call: Call) -> Whole:
-    """The bounds: every p, and every ds, is rounded to bf16 once (U16); sums of n
-    products in f32, in any order, rounded or cut off: 2 n F32 of their magnitudes; the result is rounded to bf16."""
-    backward = call.case.kernel == "attention_igrad"
-    b, t, h, g, d = call.case.dims[:5]
-    lds = call.case.dims[5:]
-    heads = (h, g, g, h, h, h, g, g) if backward else (h, 0, h, g, g)
-    a = call.inputs
-    scale = call.case.reals[0]
-    if backward:
-        dy, y, q, k, v = (rows(a[i], b, t, heads[i], d, lds[i]) for i in range(3, 8))  # type: ignore[arg-type]
-    else:
-        q, k, v = (rows(a[i], b, t, heads[i], d, lds[i - 1]) for i in range(2, 5))  # type: ignore[arg-type]
-    k, v = (np.repeat(x, h // g, axis=1) for x in (k, v))
-    seen = read(call)
-    s = np.where(seen, scale * q @ k.swapaxes(-1, -2), -np.inf)
-    off = 2 * d * F32 * scale * np.abs(q) @ np.abs(k).swapaxes(-1, -2)  # of a score, and so of p relatively
-    if not backward:
-        off = np.where(seen, off, 0)
-        top = s.max(-1, keepdims=True)
-        total = np.exp(s - top).sum(-1, keepdims=True)
-        lse = top + np.log(total)
-        p = np.exp(s - lse)
-        worst = off.max(-1, keepdims=True) + 4e-6 + 2 * t * F32
-        o = p @ v
-        return Whole(
-            [o, lse[..., 0]],
-            [(p * (U16 + 2 * worst)) @ np.abs(v) + U16 * np.abs(o), (worst + 2 * F32 * np.abs(lse))[..., 0]],
-        )
-    lse = a[8].astype(np.float64).reshape(b, h, t, 1)  # type: ignore[union-attr]
-    p = np.where(seen, np.exp(s - lse), 0)
-    rel = off + 4e-6 + 4 * F32 * np.abs(lse) + 2 * t * F32
-    delta = (dy * y).sum(-1, keepdims=True)
-    dp = dy @ v.swapaxes(-1, -2)
-    ds = p * (dp - delta)
-    off_dp = 2 * d * F32 * (np.abs(dy) @ np.abs(v).swapaxes(-1, -2) + (np.abs(dy) * np.abs(y)).sum(-1, keepdims=True))
-    off_ds = np.abs(ds) * (U16 + rel) + p * off_dp
-    off_p = p * (U16 + rel)
-
-    def grouped(x: Array) -> Array:
-        return np.asarray(x.reshape(b, g, h // g, t, d).sum(2))
-
-    want = [scale * ds @ k, grouped(scale * ds.swapaxes(-1, -2) @ q), grouped(p.swapaxes(-1, -2) @ dy)]
-    bound = [
-        scale * off_ds @ np.abs(k),
-        grouped(scale * off_ds.swapaxes(-1, -2) @ np.abs(q)),
-        grouped(off_p.swapaxes(-1, -2) @ np.abs(dy)),
-    ]
-    return Whole(want, [x + U16 * np.abs(w) + 1e-30 for x, w in zip(bound, want, strict=True)])
-
-
-def outputs(call: Call, arrays: list[Array | None]) -> list[Array]:
-    b, t, h, g, d = call.case.dims[:5]
-    lds = call.case.dims[5:]
-    if call.case.kernel == "attention_fwd":
-        o, lse = arrays[:2]
-        assert o is not None
-        assert lse is not None
-        return [rows(o, b, t, h, d, lds[0]), lse.reshape(b, h, t)]
-    return [rows(x, b, t, n, d, ld) for x, n, ld in zip(arrays[:3], (h, g, g), lds, strict=False) if x is not None]
-
-
 def written(call: Call, arrays: list[Array | None]) -> list[bytes]:
-    return [x.tobytes() for x in outputs(call, arrays)]
+    return [x.tobytes() for x in outputs_of(call, arrays)]
 
 
 @pytest.mark.parametrize("case", FLASH_CASES, ids=lambda case: case.name)
@@ -143,9 +57,9 @@ def test_right_and_equal(kernels: KernelLib, cuda: CudaLib, case: Case) -> None:
     got = call.run(cuda, "flash")
     assert cuda.c.hs_emulated_conflicts() == 0
     assert any(op in (5, 6) for _, _, op in cuda.sites()), "the plain kernels ran"
-    whole = float64(call)
-    ref = outputs(call, call.run(kernels, "ref"))
-    for x, want, bound, oracle in zip(outputs(call, got), whole.want, whole.bound, ref, strict=True):
+    whole = whole_of(call)
+    ref = outputs_of(call, call.run(kernels, "ref"))
+    for x, want, bound, oracle in zip(outputs_of(call, got), whole.want, whole.bound, ref, strict=True):
         assert np.max(np.abs(oracle - want) - bound) <= 0, "the oracle and this file disagree"
         assert np.max(np.abs(x - want) - bound) <= 0, np.max(np.abs(x - want) / bound)
     before = [None if x is None else x.copy() for x in call.inputs]

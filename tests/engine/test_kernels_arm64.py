@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.engine.kernel_calls import WITH_DTYPE, Call, Case
 from tests.engine.kernel_lib import KernelLib, build_server
 from tests.engine.kernel_served import ServedKernels, cross_compiler, emulator
-from tests.engine.test_kernels_cpu import WITH_DTYPE, Call, Case
 from trainer import wire
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ import re
 import numpy as np
 import pytest
 
+from tests.engine.chains import least_numbers
 from tests.engine.cuda_lib import CUDA, SYNC, WAIT, CudaLib, build, sanitized
-from tests.engine.kernel_lib import Array, KernelLib, decode, encode
-from tests.engine.test_kernels_cpu import (
+from tests.engine.kernel_calls import (
     CASES,
     WITH_DTYPE,
     WRITING,
@@ -26,8 +26,8 @@ from tests.engine.test_kernels_cpu import (
     bits_by_chunk,
     head_in_parts,
     head_in_place,
-    least_numbers,
 )
+from tests.engine.kernel_lib import Array, KernelLib, decode, encode
 from trainer import wire
 
 # cuda.h: operands whose sums have an order of this set's own; everything else has the CPU set's bits

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.kernel_calls import WITH_DTYPE, Call, Case
 from tests.engine.kernel_lib import CPU_PATHS, KernelLib, fastest_path
 from tests.engine.kernel_served import ServedKernels
 from tests.engine.native import PROGRAMS, build_program
-from tests.engine.test_kernels_cpu import WITH_DTYPE, Call, Case
 from trainer import wire
 
 pytestmark = pytest.mark.slow

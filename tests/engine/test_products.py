@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.engine.cuda_lib import CudaLib, Refused, build
+from tests.engine.kernel_calls import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
 from tests.engine.kernel_lib import Array, KernelLib, decode, encode
-from tests.engine.test_kernels_cpu import CASES, WITH_DTYPE, Call, Case, assert_close_to_ref
 from trainer import wire
 
 FP8 = ("linear8_fwd", "linear8_igrad", "linear8_wgrad")

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.engine.kernel_calls import CASES, Call, Case, assert_close_to_ref, attention_cases
 from tests.engine.kernel_lib import Array, KernelLib, decode
-from tests.engine.test_kernels_cpu import CASES, Call, Case, assert_close_to_ref, attention_cases
 from tests.engine.test_kernels_cuda import ON_DEVICES, OWN_ORDER
 from tests.gpu import stages
 from tests.gpu.device_lib import DeviceLib

@@ -70,7 +70,7 @@ CUDA_PATHS = ("cuda-exact", "cuda")
 
 PLAN_MAGIC, PLAN_VERSION, PLAN_PLAIN = b"HSPLAN\r\n", 3, 2
 """The newest version is of a plan with a mixture; one without is written as it was."""
-NUMERICS_VERSION, NUMERICS_F32 = 2, 1
+NUMERICS_VERSION, NUMERICS_F32 = 3, 1
 """What the bits of a step mean: the newest that is known here, and that of float32."""
 SECTIONS = (
     "config",

@@ -273,26 +273,26 @@ def test_an_order_for_a_cluster_wants_a_driver_also_where_its_command_died(place
 def test_a_run_of_older_numerics_goes_on_with_a_plan_of_this_one_and_says_so(
     place: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An upgrade that changes bits strands no run: its record says from where on they are others. That of version 2
-    concerns bf16 and fp8 alone.
+    """An upgrade that changes bits strands no run: its record says from where on they are others. Those of
+    versions 2 and 3 concern bf16 and fp8 alone.
     """
     store, of_f32 = place
     assert of_f32.plan.config.numerics_version == 1
     data = {**SPEC["data"], "source": of_f32.spec.data.source}
     spec = parse_spec({**SPEC, "train": {**SPEC["train"], "precision": "bf16"}, "data": data})
     prepared = prepare_run(spec, store)
-    assert prepared.plan.config.numerics_version == 2
+    assert prepared.plan.config.numerics_version == 3
     log = RunLog(store, prepared.run)
     store.create(plan_key(prepared.run, "0" * 64), prepared.plan.to_bytes())
     body = attempt_body(prepared, "k1", {"checkpoint": None, "step": 0, "slots": None}, reason="start")
-    state = log.append("attempt", body | {"plan": "0" * 64, "numerics": 1}, log.fold())
+    state = log.append("attempt", body | {"plan": "0" * 64, "numerics": 2}, log.fold())
     driver = Driver(
         prepared, store, Cluster(), lambda ready, name, avoid: Launch(ready.run, name, 2, store.url, Path("out"))
     )
     launch = Launch(prepared.run, "k1", 2, store.url, Path("out"))
     driver._start(StartAttempt(Restore(None, 0), (), "recover", same_plan=True), state, launch)
     newest = log.fold().attempts[-1]
-    assert (newest.plan, newest.numerics) == (prepared.plan.digest, 2)
+    assert (newest.plan, newest.numerics) == (prepared.plan.digest, 3)
     assert (
-        "from step 1 on the run's bits are those of numerics version 2; up to there they are version 1's" in caplog.text
+        "from step 1 on the run's bits are those of numerics version 3; up to there they are version 2's" in caplog.text
     )

@@ -10,7 +10,9 @@
  * low(t), the first key that row t reads, is first[b,t] (borders.h), or t - WINDOW + 1 where WINDOW is
  * above 0 and that is later. Where neither is given it is 0.
  *
- * Outputs are written, not added to, and rounded once; scores are never rounded to dt nor kept.
+ * Outputs are written, not added to, and rounded once; scores are never kept. In bf16 p and ds are rounded to it
+ * where they are multiplied with v, dy, k and q (the sum of p and delta are of what they were before), and products
+ * go over pairs, as linear layers' do (linear.h).
  * delta [B,H,T] is scratch: written, meaningless afterwards. Attention has no weights, so no wgrad.
  * The order of the sums over u (blocks and a running maximum) is that of a set and depends on T, D
  * and what row t reads alone, never on threads, B, or the other rows. D is at most HS_ATTENTION_HEAD_MAX.

@@ -24,8 +24,8 @@
 /* What the bits of a step mean: one spec gives equal bits in all engines of one number. Plans,
  * attempts and manifests say it; a change of a kernel, of a sum's order or of a generator that
  * makes golden digests differ raises it, for the precisions that it concerns. Version 2: products of
- * bf16 and FP8 add in pairs (kernels/linear.h). */
-#define HS_NUMERICS_VERSION 2u
+ * bf16 and FP8 add in pairs (kernels/linear.h). Version 3: so does attention in bf16 (kernels/attention.h). */
+#define HS_NUMERICS_VERSION 3u
 #define HS_NUMERICS_F32     1u /* of plans of float32 */
 
 enum {

@@ -14,7 +14,7 @@
  *
  * Bits: all tables, gcc and clang, and any number of threads give equal results (vec.h says
  * why); a row of a result does not depend on how many rows there are.
- * tests/engine/test_kernels_cpu.py holds them to it.
+ * tests/engine/test_kernels_cpu.py and test_attention_cpu.py hold them to it.
  */
 #include "kernels/args.h"
 

@@ -2,7 +2,11 @@
  *
  * Order of the sums, the same for every build and any number of threads:
  *
- *   scores  one chain of fma over d ascending, then times scale.
+ *   chain   In f32 one of fma, ascending. In bf16 over pairs ascending, those of gemm.h: (2i, 2i+1) of d, of a
+ *           head's keys or of its rows, an odd last one beside 0; p and ds are rounded to bf16 as they enter one
+ *           (denormal numbers are zero), the sum of p and delta are of what they were before. A whole sum that is
+ *           zero is +0.
+ *   scores  one chain over d, then times scale.
  *   fwd     Keys in blocks of KEYS, cut at its multiples. A block: the new maximum; p = exp(s - maximum); the sum
  *           of p in 16 lane partials (lane = key % 16) joined by v_sum; shrink = exp(old maximum -
  *           new); l = l shrink + sum; o = o shrink, then one chain over the block's keys.
@@ -16,8 +20,8 @@
  * what no row of a tile reads is left out, the same on every path. Where rows have a first key, a
  * maximum begins with LEAST, and sums with 0: a block may come before a row's first.
  *
- * Every operand is laid out once, as f32: turned, [d][row], or straight, [row][d]. A tile of scores
- * is an operand of the products that follow as it lies: forward it is turned, [key][query], so that
+ * Every operand is laid out once: turned, [d][row], or straight, [row][d]. A tile of scores
+ * is an operand of the products that follow as it lies, in bf16 rounded: forward it is turned, [key][query], so that
  * what is done to a row of the mathematics is done to 16 of them side by side, and o is made turned
  * too; backward it is [query][key], dk and dv are made turned, and dq reads it by rows.
  *
@@ -50,6 +54,8 @@ typedef struct attention_job {
     float *scratch;
     int64_t T, H, G, D;
     int64_t wide; /* D in whole vectors */
+    int pairs;    /* whether chains go over pairs */
+    int64_t deep; /* rows of an operand over d (packed_length) */
     const int32_t *first;
     int64_t window;
     bool banded; /* there are rows that do not read all before them */
@@ -88,33 +94,35 @@ static head head_of(const attention_job *j, void *operand, int64_t ld, int64_t b
 
 /* A worker's scratch. Strip s of a group of queries has its own at s STRIP times what a query has. */
 typedef struct forward {
-    float *queries;       /* [strip][d][STRIP] */
+    float *queries;       /* [strip][deep][STRIP] */
     float *sums;          /* [strip][d][STRIP], the running o */
     float *tops, *totals; /* [WIDE] */
     float *score;         /* [KEYS][STRIP] */
-    float *keys;          /* [block][d][KEYS] */
+    float *narrow;        /* the same in pairs */
+    float *keys;          /* [block][deep][KEYS] */
     float *values;        /* [key][wide] */
     bool kept;            /* all blocks of a head are there; else there is room for one */
 } forward;
 
 static forward forward_of(const attention_job *j, int worker) {
-    const int64_t D = j->D, all = hs_ceil_div(j->T, KEYS) * KEYS;
+    const int64_t all = hs_ceil_div(j->T, KEYS) * KEYS;
     float *at = j->scratch + (int64_t)worker * WORKER_FLOATS, *end = at + WORKER_FLOATS;
     forward f = {.queries = at};
-    f.sums = f.queries + WIDE * D;
+    f.sums = f.queries + WIDE * j->deep;
     f.tops = f.sums + WIDE * j->wide;
     f.totals = f.tops + WIDE;
     f.score = f.totals + WIDE;
-    f.keys = f.score + KEYS * STRIP;
-    f.kept = all * (D + j->wide) <= end - f.keys;
-    f.values = f.keys + (f.kept ? all : KEYS) * D;
+    f.narrow = f.score + KEYS * STRIP;
+    f.keys = f.narrow + KEYS * STRIP;
+    f.kept = all * j->deep + packed_length(all, j->pairs) * j->wide <= end - f.keys;
+    f.values = f.keys + (f.kept ? all : KEYS) * j->deep;
     return f;
 }
 
 static void lay_block(const attention_job *j, const forward *f, head k, head v, int64_t k0) {
     const int64_t at = f->kept ? k0 : 0, keys = hs_min(KEYS, j->T - k0);
-    lay_turned(f->keys + at * j->D, KEYS, k, k0, keys);
-    lay_straight(f->values + at * j->wide, v, k0, keys);
+    lay_turned(f->keys + at * j->deep, KEYS, k, k0, keys);
+    lay_straight(rows_from(matrix_of(f->values, j->wide), at, j->pairs).p, v, k0, keys);
 }
 
 /* A sum of each of LANES parts: part[0] = the tree of 8, 4, 2, 1. */
@@ -212,9 +220,9 @@ static void attention_fwd_tile(const attention_job *j, const forward *f, int64_t
                                int64_t s0, int64_t queries, int64_t k0) {
     const int64_t t = q0 + s0, keys = hs_min(KEYS, t + queries - k0), at = f->kept ? k0 : 0;
     float *sums = f->sums + s0 * j->wide, shrink[STRIP];
-    const matrix score = matrix_of(f->score, STRIP);
-    product(keys, queries, j->D, matrix_of(f->keys + at * j->D, KEYS),
-            matrix_of(f->queries + s0 * j->D, STRIP), score, 0, NULL);
+    const matrix score = matrix_of(f->score, STRIP), narrow = matrix_of(f->narrow, STRIP);
+    product(keys, queries, j->D, matrix_of(f->keys + at * j->deep, KEYS),
+            matrix_of(f->queries + s0 * j->deep, STRIP), score, j->pairs, 0, NULL);
     const bool whole = queries == STRIP && k0 + KEYS <= t + 1 && low_of(j, b, t + STRIP - 1) <= k0;
     if (whole && j->scale > 0)
         softmax_tile(f->score, j->scale, f->tops + s0, f->totals + s0, shrink);
@@ -226,13 +234,15 @@ static void attention_fwd_tile(const attention_job *j, const forward *f, int64_t
     }
     /* the first block starts the chains (it masks no row wholly), later ones go on */
     const int later = j->banded || k0 > 0;
-    product(j->D, queries, keys, matrix_of(f->values + at * j->wide, j->wide), score,
-            matrix_of(sums, STRIP), later, later ? shrink : NULL);
+    if (j->pairs) narrow_rows(narrow, score, keys, queries);
+    product(j->D, queries, keys, rows_from(matrix_of(f->values, j->wide), at, j->pairs),
+            j->pairs ? narrow : score, matrix_of(sums, STRIP), j->pairs, later,
+            later ? shrink : NULL);
 }
 
 static void attention_fwd_head(const attention_job *j, const forward *f, int64_t b, int64_t h) {
     const hs_attention_fwd_args *a = j->fwd;
-    const int64_t T = j->T, D = j->D, kv = h / (j->H / j->G);
+    const int64_t T = j->T, kv = h / (j->H / j->G);
     head o = head_of(j, a->y, a->ldy, b, h), q = head_of(j, a->q, a->ldq, b, h);
     head k = head_of(j, a->k, a->ldk, b, kv), v = head_of(j, a->v, a->ldv, b, kv);
     float *lse = (float *)a->lse + (b * j->H + h) * T;
@@ -240,7 +250,7 @@ static void attention_fwd_head(const attention_job *j, const forward *f, int64_t
     for (int64_t q0 = 0; q0 < T; q0 += WIDE) {
         int64_t rows = hs_min(WIDE, T - q0);
         for (int64_t s0 = 0; s0 < rows; s0 += STRIP)
-            lay_turned(f->queries + s0 * D, STRIP, q, q0 + s0, hs_min(STRIP, rows - s0));
+            lay_turned(f->queries + s0 * j->deep, STRIP, q, q0 + s0, hs_min(STRIP, rows - s0));
         for (int64_t i = 0; i < WIDE; i += LANES)
             v_store(f->tops + i, least), v_store(f->totals + i, v_zero());
         if (j->banded) memset(f->sums, 0, (size_t)(WIDE * j->wide) * sizeof(float));
@@ -284,6 +294,8 @@ static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
                        .G = a->G,
                        .D = a->D,
                        .wide = wide_of(a->D),
+                       .pairs = a->dtype == HS_BF16,
+                       .deep = packed_length(a->D, a->dtype == HS_BF16),
                        .first = a->first,
                        .window = a->WINDOW,
                        .banded = a->first || a->WINDOW,
@@ -296,10 +308,12 @@ static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
 
 /* A worker's scratch. */
 typedef struct backward {
-    float *queries_turned, *grads_turned; /* [d][ROWS] */
+    float *queries_turned, *grads_turned; /* [deep][ROWS] */
     float *queries, *grads, *dq;          /* [ROWS][wide] */
     float *score, *other;                 /* [ROWS][KEYS], which become p and ds */
-    float *keys_turned, *values_turned;   /* [block][d][KEYS] */
+    float *narrow_p, *narrow_ds;          /* a strip of them in pairs of rows */
+    float *narrow_along;                  /* ds in pairs of keys, [ROWS][TILE_WORDS] */
+    float *keys_turned, *values_turned;   /* [block][deep][KEYS] */
     float *keys;                          /* [key][wide] */
     float *dk, *dv;                       /* [block][wide][KEYS], of keys [begin, begin + span) */
     bool kept;    /* all blocks of a head are there; else there is room for one */
@@ -307,26 +321,34 @@ typedef struct backward {
 } backward;
 
 _Static_assert(SPAN % KEYS == 0 && SPAN % ROWS == 0, "a row's own span has all its later keys");
-_Static_assert(HS_ATTENTION_HEAD_MAX * (5 * ROWS + 3 * KEYS + 2 * SPAN) + 2 * ROWS * KEYS <=
+_Static_assert(HS_ATTENTION_HEAD_MAX * (5 * ROWS + 3 * KEYS + 2 * SPAN) + 3 * ROWS * KEYS +
+                       2 * ROWS * STRIP <=
                    WORKER_FLOATS,
                "a span of the widest head fits the scratch");
+_Static_assert(HS_ATTENTION_HEAD_MAX % LANES == 0 && KEYS % 2 == 0 && ROWS % 2 == 0 &&
+                   STRIP == 2 * LANES,
+               "no pair is cut, and none makes the widest head deeper");
 
 static backward backward_of(const attention_job *j, int worker) {
-    const int64_t D = j->D, wide = j->wide, all = hs_ceil_div(j->T, KEYS) * KEYS;
+    const int64_t deep = j->deep, wide = j->wide, all = hs_ceil_div(j->T, KEYS) * KEYS;
     float *at = j->scratch + (int64_t)worker * WORKER_FLOATS, *end = at + WORKER_FLOATS;
     backward w = {.queries_turned = at};
-    w.grads_turned = w.queries_turned + ROWS * D;
-    w.queries = w.grads_turned + ROWS * D;
+    w.grads_turned = w.queries_turned + ROWS * deep;
+    w.queries = w.grads_turned + ROWS * deep;
     w.grads = w.queries + ROWS * wide;
     w.dq = w.grads + ROWS * wide;
     w.score = w.dq + ROWS * wide;
     w.other = w.score + ROWS * KEYS;
-    w.keys_turned = w.other + ROWS * KEYS;
-    w.kept = all * (2 * D + 3 * wide) <= end - w.keys_turned; /* dk and dv of all too */
+    w.narrow_p = w.other + ROWS * KEYS;
+    w.narrow_ds = w.narrow_p + ROWS * STRIP;
+    w.narrow_along = w.narrow_ds + ROWS * STRIP;
+    w.keys_turned = w.narrow_along + ROWS * TILE_WORDS;
+    w.kept = all * (2 * deep + 2 * wide) + packed_length(all, j->pairs) * wide <=
+             end - w.keys_turned; /* dk and dv of all too */
     const int64_t laid = w.kept ? all : KEYS;
-    w.values_turned = w.keys_turned + laid * D;
-    w.keys = w.values_turned + laid * D;
-    w.dk = w.keys + laid * wide;
+    w.values_turned = w.keys_turned + laid * deep;
+    w.keys = w.values_turned + laid * deep;
+    w.dk = w.keys + packed_length(laid, j->pairs) * wide;
     const int64_t room = (end - w.dk) / (2 * wide);
     w.span = all <= room ? all : room / SPAN * SPAN;
     w.dv = w.dk + w.span * wide;
@@ -352,9 +374,9 @@ VINLINE void delta_rows_dt(head grad, head out, int64_t T, int64_t D, float *del
 
 static void lay_keys(const attention_job *j, const backward *w, const pair *h, int64_t k0) {
     const int64_t at = w->kept ? k0 : 0, keys = hs_min(KEYS, j->T - k0);
-    lay_turned(w->keys_turned + at * j->D, KEYS, h->k, k0, keys);
-    lay_turned(w->values_turned + at * j->D, KEYS, h->v, k0, keys);
-    lay_straight(w->keys + at * j->wide, h->k, k0, keys);
+    lay_turned(w->keys_turned + at * j->deep, KEYS, h->k, k0, keys);
+    lay_turned(w->values_turned + at * j->deep, KEYS, h->v, k0, keys);
+    lay_straight(rows_from(matrix_of(w->keys, j->wide), at, j->pairs).p, h->k, k0, keys);
 }
 
 /* Scores of rows [first, end) of the tile from q0 on with n keys from k on, which begin a strip's columns: z becomes p,
@@ -412,34 +434,47 @@ static void softmax_strip(const attention_job *j, const pair *h, float *z, float
 static void attention_igrad_tile(const attention_job *j, const backward *w, const pair *h,
                                  int64_t q0, int64_t rows, int64_t k0, bool with_dq, float *dk,
                                  float *dv) {
-    const int64_t D = j->D, wide = j->wide, at = w->kept ? k0 : 0;
+    const int64_t D = j->D, deep = j->deep, wide = j->wide, at = w->kept ? k0 : 0;
     const int64_t keys = hs_min(KEYS, q0 + rows - k0);
     const int64_t end = rows_before(j, h->b, q0, rows, k0 + keys);
-    const matrix k_td = matrix_of(w->keys + at * wide, wide);
+    const int pairs = j->pairs;
+    const matrix k_td = rows_from(matrix_of(w->keys, wide), at, pairs);
     int64_t above = hs_max(0, k0 - q0); /* rows before it do not see the strip, */
     for (int64_t u = 0; u < keys; u += STRIP) {
         const int64_t n = hs_min(STRIP, keys - u), k = k0 + u, first = above;
         float *z = w->score + u, *y = w->other + u;
         above = u + n < keys ? hs_max(0, k + STRIP - q0) : end; /* nor before this the next */
         if (first >= end) break;
-        const matrix z_tu = matrix_of(z + first * KEYS, KEYS),
-                     y_tu = matrix_of(y + first * KEYS, KEYS);
+        matrix p = matrix_of(z + first * KEYS, KEYS), ds = matrix_of(y + first * KEYS, KEYS),
+               ds_rows = matrix_of(w->other + first * KEYS, KEYS);
         product(end - first, n, D, matrix_of(w->queries_turned + first, ROWS),
-                matrix_of(w->keys_turned + at * D + u, KEYS), z_tu, 0, NULL);
+                matrix_of(w->keys_turned + at * deep + u, KEYS), p, pairs, 0, NULL);
         product(end - first, n, D, matrix_of(w->grads_turned + first, ROWS),
-                matrix_of(w->values_turned + at * D + u, KEYS), y_tu, 0, NULL);
+                matrix_of(w->values_turned + at * deep + u, KEYS), ds, pairs, 0, NULL);
         if (n == STRIP && k + n <= q0 + first + 1 && low_of(j, h->b, q0 + end - 1) <= k)
             softmax_strip(j, h, z, y, q0, first, end);
         else
             softmax_rows(j, h, z, y, q0, first, end, k, n);
+        if (pairs) {
+            ds_rows = matrix_of(w->narrow_along + first * TILE_WORDS, TILE_WORDS);
+            if (with_dq)
+                narrow_along(matrix_of(ds_rows.p + packed_length(u, pairs), TILE_WORDS), ds,
+                             end - first, n);
+            if (dk) {
+                narrow_rows(matrix_of(w->narrow_p, STRIP), p, end - first, n);
+                narrow_rows(matrix_of(w->narrow_ds, STRIP), ds, end - first, n);
+                p = matrix_of(w->narrow_p, STRIP);
+                ds = matrix_of(w->narrow_ds, STRIP);
+            }
+        }
         if (with_dq) /* rows that see no later strip of the block: keys up to here */
-            product_by_rows(hs_min(above, end) - first, wide, u + n, w->other + first * KEYS, k_td,
-                            matrix_of(w->dq + first * wide, wide));
+            product_by_rows(hs_min(above, end) - first, wide, u + n, ds_rows, k_td,
+                            matrix_of(w->dq + first * wide, wide), pairs);
         if (!dk) continue;
-        product(D, n, end - first, matrix_of(w->grads + first * wide, wide), z_tu,
-                matrix_of(dv + u, KEYS), 1, NULL);
-        product(D, n, end - first, matrix_of(w->queries + first * wide, wide), y_tu,
-                matrix_of(dk + u, KEYS), 1, NULL);
+        product(D, n, end - first, rows_from(matrix_of(w->grads, wide), first, pairs), p,
+                matrix_of(dv + u, KEYS), pairs, 1, NULL);
+        product(D, n, end - first, rows_from(matrix_of(w->queries, wide), first, pairs), ds,
+                matrix_of(dk + u, KEYS), pairs, 1, NULL);
     }
 }
 
@@ -518,6 +553,8 @@ static void attention_igrad_op(hs_kernel_ctx *ctx, hs_attention_igrad_args *a) {
                        .G = a->G,
                        .D = a->D,
                        .wide = wide_of(a->D),
+                       .pairs = a->dtype == HS_BF16,
+                       .deep = packed_length(a->D, a->dtype == HS_BF16),
                        .first = a->first,
                        .window = a->WINDOW,
                        .banded = a->first || a->WINDOW,

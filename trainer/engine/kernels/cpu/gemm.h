@@ -47,6 +47,7 @@ enum {
 
 /* How a panel's rows are added, one after the other. */
 enum { IN_TURN, ODD_FIRST, WORDS };
+#define PAIRS_HOW (HS_DOT ? WORDS : ODD_FIRST) /* as operands in pairs are */
 
 VINLINE vf v_dot(vf words_a, vf words_b, vf c) {
 #if HS_DOT
@@ -129,8 +130,8 @@ typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, i
 #define MICRO(mr)                                                                                  \
     MICRO_OF(micro_##mr##_1, mr, 1, IN_TURN)                                                       \
     MICRO_OF(micro_##mr##_2, mr, NR / LANES, IN_TURN)                                              \
-    MICRO_OF(pairs_##mr##_1, mr, 1, HS_DOT ? WORDS : ODD_FIRST)                                    \
-    MICRO_OF(pairs_##mr##_2, mr, NR / LANES, HS_DOT ? WORDS : ODD_FIRST)
+    MICRO_OF(pairs_##mr##_1, mr, 1, PAIRS_HOW)                                                     \
+    MICRO_OF(pairs_##mr##_2, mr, NR / LANES, PAIRS_HOW)
 /* as many rows as a tile may have */
 #if MR > 6
 #define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)

@@ -1,6 +1,7 @@
 /* Causal flash attention, without tensor cores, deterministic. Order of all sums and so the bits
  * are those of the fast CPU set (kernels/cpu/attention.c): keys in blocks of TILE, those that no row
- * of a tile reads left out, with a running maximum, a block's p summed in 16 lanes (key % 16), o, dq, dk, dv one chain each.
+ * of a tile reads left out, with a running maximum, a block's p summed in 16 lanes (key % 16), o, dq, dk, dv one chain each;
+ * in bf16 over pairs, p and ds rounded as they enter one.
  *
  * A block has TILE rows of one head (queries; for dk and dv keys) and walks the other side tile by
  * tile. Thread (y, x) = (t / 16, t % 16) has rows 4 y .. 4 y + 3 and, of a tile of scores, columns
@@ -27,6 +28,22 @@ union panel {
     float rows[INNER][SLICE];
 };
 
+/* Whether chains go over pairs, the odd one of each first. INNER is even, and a panel's rest is zero. */
+template <typename T> struct chains {
+    static const bool PAIRS = sizeof(T) < sizeof(float);
+    HS_DEVICE int turns(int n) { return PAIRS ? (n + 1) / 2 * 2 : n; }
+    HS_DEVICE int at(int turn) { return PAIRS ? turn ^ 1 : turn; }
+    /* p or ds, as it enters one */
+    HS_DEVICE float operand(float x) {
+        if (!PAIRS) return x;
+        bf16 narrowed;
+        narrow(fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x, &narrowed);
+        return widen(narrowed);
+    }
+    /* A zero of pairs is +0: its sign can depend on products with a masked key's 0. */
+    HS_DEVICE float whole(float sum) { return PAIRS ? sum + 0.0f : sum; }
+};
+
 /* to[d][i] = h(first + i, d0 + d), 0 outside. */
 template <typename T>
 HS_DEVICE void fetch_turned(float (&to)[INNER][TILE + 1], head<const T> h, int64_t first,
@@ -39,7 +56,7 @@ HS_DEVICE void fetch_turned(float (&to)[INNER][TILE + 1], head<const T> h, int64
     for (int k = 0; k < N; k++) to[d + k][i] = v.x[k];
 }
 
-/* s[i][j] = row a0 + 4 y + i of a times row b0 + x + 16 j of b, a chain over d ascending. */
+/* s[i][j] = row a0 + 4 y + i of a times row b0 + x + 16 j of b, a chain over d. */
 template <typename T>
 HS_DEVICE void scores(float (&s)[4][4], panel &p, head<const T> a, int64_t a0, head<const T> b,
                       int64_t b0, int64_t rows, int64_t D, bool wide) {
@@ -51,22 +68,24 @@ HS_DEVICE void scores(float (&s)[4][4], panel &p, head<const T> a, int64_t a0, h
         fetch_turned(p.b, b, b0, rows, d0, D, wide);
         __syncthreads();
         const int n = (int)min64(INNER, D - d0);
-        for (int d = 0; d < n; d++)
+        for (int turn = 0; turn < chains<T>::turns(n); turn++) {
+            const int d = chains<T>::at(turn);
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    s[i][j] = v_fma(p.a[d][y + i], p.b[d][x + 16 * j], s[i][j]);
+                    s[i][j] = chain<chains<T>::PAIRS>(p.a[d][y + i], p.b[d][x + 16 * j], s[i][j]);
+        }
         __syncthreads();
     }
 }
 
-HS_DEVICE void put_scores(score_tile &tile, const float (&s)[4][4]) {
+template <typename T> HS_DEVICE void put_scores(score_tile &tile, const float (&s)[4][4]) {
     const int y = threadIdx.x / 16 * 4, x = threadIdx.x % 16;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) tile[y + i][x + 16 * j] = s[i][j];
+        for (int j = 0; j < 4; j++) tile[y + i][x + 16 * j] = chains<T>::operand(s[i][j]);
 }
 
 /* sum[i][j] += over u < count of tile[4 y + i][u] h(first + u, d0 + x + 16 j), one chain. The tile
@@ -84,14 +103,16 @@ HS_DEVICE void add_rows(float (&sum)[4][OWN], panel &p, const score_tile &tile, 
         }
         __syncthreads(); /* the rows are there, and before the first the tile */
         const int n = (int)min64(INNER, count - u0);
-        for (int u = 0; u < n; u++)
+        for (int turn = 0; turn < chains<T>::turns(n); turn++) {
+            const int u = chains<T>::at(turn);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float f = tile[y + i][u0 + u];
 #pragma unroll
                 for (int j = 0; j < OWN; j++)
-                    sum[i][j] = v_fma(f, p.rows[u][x + 16 * j], sum[i][j]);
+                    sum[i][j] = chain<chains<T>::PAIRS>(f, p.rows[u][x + 16 * j], sum[i][j]);
             }
+        }
         __syncthreads(); /* before the panel, and after the last the tile, are written anew */
     }
 }
@@ -106,7 +127,8 @@ HS_DEVICE void put_rows(head<T> h, const float (&sum)[4][OWN], int64_t first, in
 #pragma unroll
         for (int j = 0; j < OWN; j++) {
             const int64_t row = first + y + i, d = d0 + x + 16 * j;
-            const float v = over ? v_div(sum[i][j], over[i]) : sum[i][j] * times;
+            const float whole = chains<T>::whole(sum[i][j]);
+            const float v = over ? v_div(whole, over[i]) : whole * times;
             if (row < rows && d < D) narrow(v, h.p + row * h.ld + d);
         }
 }
@@ -161,7 +183,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
             total[i] = total[i] + lane;
         }
-        put_scores(tile, z);
+        put_scores<T>(tile, z);
         add_rows(sum, p, tile, v, k0, min64(TILE, s.T - k0), d0, s.D, s.wide);
     }
     put_rows(head_of(o_.p, o_.ld, s, b, h), sum, q0, s.T, d0, s.D, 0.0f, total);
@@ -219,7 +241,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 z[i][j] = low[i] <= key && key <= row ? prob * (dp[i][j] - e) : 0.0f;
             }
         }
-        put_scores(tile, z);
+        put_scores<T>(tile, z);
         add_rows(sum, p, tile, k, k0, min64(TILE, s.T - k0), d0, s.D, s.wide);
     }
     put_rows(head_of(dq_.p, dq_.ld, s, b, h), sum, q0, s.T, d0, s.D, s.scale, NULL);
@@ -262,9 +284,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                     z[i][j] = seen ? prob : 0.0f;
                 }
             }
-            put_scores(tile, z);
+            put_scores<T>(tile, z);
             add_rows(dv, p, tile, grad, q0, queries, d0, s.D, s.wide);
-            put_scores(tile, ds);
+            put_scores<T>(tile, ds);
             add_rows(dk, p, tile, q, q0, queries, d0, s.D, s.wide);
         }
     }

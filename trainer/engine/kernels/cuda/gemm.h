@@ -51,24 +51,6 @@ HS_DEVICE void gemm_fetch(gemm_panel &panel, const gemm_side<T> &s, int64_t firs
     }
 }
 
-/* fma where denormal operands and results are zero of their sign. What is denormal is said after
- * rounding to 24 bits, as x86 has it: below 2^-126 - 2^-151. */
-HS_DEVICE float fma_flushed(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
-    float sum;
-    asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
-    return sum;
-#else
-    const auto zeroed = [](float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; };
-    a = zeroed(a), b = zeroed(b), c = zeroed(c);
-    const float sum = fmaf(a, b, c);
-    if (!(fabsf(sum) <= 0x1p-126f)) return sum;
-    /* near the edge: the product is exact in double, and so is the sum but for bits far below */
-    const double exact = (double)a * (double)b + (double)c;
-    return fabs(exact) < 0x1p-126 - 0x1p-151 ? copysignf(0.0f, sum) : sum;
-#endif
-}
-
 template <typename I, typename O, typename J>
 __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O, J> g, int64_t tiles_n) {
     constexpr bool pairs = sizeof(I) < sizeof(float) && sizeof(J) < sizeof(float);
@@ -93,8 +75,7 @@ __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O, J> g,
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    c[i][j] = pairs ? fma_flushed(a[k][ti + i], b[k][tj + 16 * j], c[i][j])
-                                    : v_fma(a[k][ti + i], b[k][tj + 16 * j], c[i][j]);
+                    c[i][j] = chain<pairs>(a[k][ti + i], b[k][tj + 16 * j], c[i][j]);
         }
         __syncthreads();
     }

@@ -84,6 +84,29 @@ VINLINE vi vi_shr(vi a, int count) {
 
 #include "kernels/cpu/vec_math.h"
 
+/* fma where denormal operands and results are zero of their sign. What is denormal is said after
+ * rounding to 24 bits, as x86 has it: below 2^-126 - 2^-151. */
+HS_DEVICE float fma_flushed(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    float sum;
+    asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
+    return sum;
+#else
+    const auto zeroed = [](float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; };
+    a = zeroed(a), b = zeroed(b), c = zeroed(c);
+    const float sum = fmaf(a, b, c);
+    if (!(fabsf(sum) <= 0x1p-126f)) return sum;
+    /* near the edge: the product is exact in double, and so is the sum but for bits far below */
+    const double exact = (double)a * (double)b + (double)c;
+    return fabs(exact) < 0x1p-126 - 0x1p-151 ? copysignf(0.0f, sum) : sum;
+#endif
+}
+
+/* A step of a chain of products (kernels/cpu/gemm.h): over pairs denormal numbers count as zero. */
+template <bool pairs> HS_DEVICE float chain(float a, float b, float c) {
+    return pairs ? fma_flushed(a, b, c) : v_fma(a, b, c);
+}
+
 /* Rows whose sums have the 16-lane order of the CPU (lane = column % 16, each a chain, joined 8, 4,
  * 2, 1): 16 / pack threads side by side do a row, each with the chains of its pack's columns. */
 template <typename T> struct row_of {
