@@ -1,5 +1,5 @@
 """Attention of one call of bf16 in float64, and the bound of docs/numerics.md for what rounds p and ds to bf16:
-tensor cores (flash.h), and pairs on CPUs (kernels/cpu/attention.c).
+tensor cores (flash.h), and pairs on CPUs (kernels/cpu/attention.h).
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@
 #include "kernels/cpu/vec_fp8.h"
 #include "kernels/cpu/vec_math.h"
 
-#include "kernels/cpu/attention.c"
+#include "kernels/cpu/attention_fwd.c"
+#include "kernels/cpu/attention_igrad.c"
 #include "kernels/cpu/borders.c"
 #include "kernels/cpu/classifier.c"
 #include "kernels/cpu/delay.c"

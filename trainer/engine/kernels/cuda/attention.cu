@@ -1,5 +1,5 @@
 /* Causal flash attention, without tensor cores, deterministic. Order of all sums and so the bits
- * are those of the fast CPU set (kernels/cpu/attention.c): keys in blocks of TILE, those that no row
+ * are those of the fast CPU set (kernels/cpu/attention.h): keys in blocks of TILE, those that no row
  * of a tile reads left out, with a running maximum, a block's p summed in 16 lanes (key % 16), o, dq, dk, dv one chain each;
  * in bf16 over pairs, p and ds rounded as they enter one.
  *
