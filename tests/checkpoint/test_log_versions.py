@@ -113,9 +113,7 @@ def test_bits_of_other_numerics_are_said_by_the_attempt_and_refused_by_who_does_
         assert log.fold() == state
     seen = log.fold()
     assert (seen.n, seen.newer) == (2, True)
-    with pytest.raises(
-        OtherVersion, match=f"numerics has version {ours + 1}, .* reads versions 1 to {ours}"
-    ):
+    with pytest.raises(OtherVersion, match=f"numerics has version {ours + 1}, .* reads versions 1 to {ours}"):
         seen.of_this_version()
 
 
