@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from trainer import wire
 from trainer.engine_path import cuda_environment, engine_binary
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
@@ -43,6 +44,8 @@ from trainer.wire.files import create_file
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+FOLDER_MOST = wire.Attempt.data_dir.size - 1 - len(f"/data-cache/{'0' * 64}")
+"""Bytes of a node's folder: an attempt file holds the name of its data, which lie below it."""
 _ENGINE_ENV = re.compile(
     r"(PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|(A|L|UB|T)SAN_OPTIONS|HOTSTAGE_ENGINE_\w+|"
     r"HOTSTAGE_(CUDA|CUDA_LIBRARIES|DEVICES)|(CUDA|NVIDIA|NCCL|CUBLAS|CUBLASLT|CUDNN|HS_EMULATED)_\w+)\Z"
@@ -177,6 +180,11 @@ class LocalLauncher:
             raise LaunchRefused(
                 f"the folder {str(folder)!a} has a name that is not text in UTF-8, as its nodes are told it: choose "
                 "another with --out"
+            )
+        if (long := len(os.fsencode(folder / f"node{launch.nodes}"))) > FOLDER_MOST:
+            raise LaunchRefused(
+                f"the nodes' folders below {folder} have names of {long} bytes, and ranks are told names of at most "
+                f"{FOLDER_MOST}: choose a shorter one with --out"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ every rank of the node still holds, else a checkpoint that is read into slots, e
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -22,6 +23,7 @@ from checkpoint.layout import PlanLayout, PlanRefused
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.restore import restore_slots
 from checkpoint.store import Store
+from trainer import wire
 
 PREFAULT_FIRST_BYTES = 64 << 20
 """Slots of up to this size have their pages made here; larger ones while the ranks start."""
@@ -110,7 +112,14 @@ class Preparer:
         if gang.how("data", "cache_gib"):
             cache = self._options.work / FOLDER
             return cache if data.mixed else cache / data.parts[0].digest
-        return fetch_data(self._store, layout, folder)
+        found = fetch_data(self._store, layout, folder)
+        if (long := len(os.fsencode(found))) >= wire.Attempt.data_dir.size:
+            raise CannotStart(
+                78,
+                f"the data are in {found}, a name of {long} bytes, and ranks are told names of at most "
+                f"{wire.Attempt.data_dir.size - 1}: have the store in a folder of a shorter name",
+            )
+        return found
 
     @property
     def figures(self) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused
 from trainer.launch import Launch, LaunchedNode
-from trainer.local_launch import LocalLauncher, ProcessMark
+from trainer.local_launch import FOLDER_MOST, LocalLauncher, ProcessMark
 from trainer.spec import how_map
 
 
@@ -103,6 +103,38 @@ def test_ranks_listen_where_the_spec_says(tmp_path: Path) -> None:
         wait_for(lambda: any(c.step == 12 for c in run.fold().checkpoints), "the last checkpoint", 60)
         [told] = (tmp_path / "out").rglob("attempt-*")
         assert told.read_bytes().count(b"127.0.0.2\0") == 2  # where its two ranks found each other
+    finally:
+        launcher.stop(launch.launch_id, 0)
+
+
+def test_a_run_in_the_deepest_folder_that_ranks_can_be_told(tmp_path: Path) -> None:
+    """Sockets, of which a name may have 107 bytes, are met by names within it."""
+    spec = tiny_spec(parallel__stages=2)
+    run, plan = make_run(tmp_path, spec)
+    below = len(os.fsencode(Path("runs", run.name, run.launch, "node1"))) + 2
+    out = tmp_path.joinpath("x" * 150, "y" * 100)
+    out /= "z" * (FOLDER_MOST - below - len(os.fsencode(out)))
+    launch = Launch(run.name, run.launch, 1, run.store.url, out)
+    launcher = LocalLauncher(out)
+    try:
+        launcher.ensure(launch)
+        run.attempt(spec, plan)
+        wait_for(lambda: any(c.step == 12 for c in run.fold().checkpoints), "the last checkpoint", 60)
+    finally:
+        launcher.stop(launch.launch_id, 0)
+
+
+def test_a_store_too_deep_to_tell_ranks_of_is_refused(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    run, plan = make_run(tmp_path.joinpath(*["x" * 100] * 5), spec)
+    launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
+    launcher = LocalLauncher(tmp_path / "out")
+    try:
+        launcher.ensure(launch)
+        run.attempt(spec, plan)
+        status = wait_for(lambda: (s := run.status()) and s["ranks"].get("0", {}).get("code") and s, "the refusal", 60)
+        assert status["ranks"]["0"]["code"] == 78
+        assert "ranks are told names of at most 511: have the store in a folder" in status["ranks"]["0"]["words"]
     finally:
         launcher.stop(launch.launch_id, 0)
 
@@ -212,6 +244,10 @@ def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, why in (("\udce9", "is not text in UTF-8"), ("x" * 300, "File name too long")):
         with pytest.raises(LaunchRefused, match=f"{why}.*--out"):
             LocalLauncher(tmp_path / name).ensure(Launch("run", "a", 1, "memory:", tmp_path))
+    deep = tmp_path.joinpath(*["x" * 100] * 5)
+    with pytest.raises(LaunchRefused, match=rf"have names of 5\d\d bytes, and .* at most {FOLDER_MOST}: .*--out"):
+        LocalLauncher(deep).ensure(Launch("run", "a", 1, "memory:", deep))
+    assert not deep.exists()
     assert launcher.observe("nothing").state == "absent"
     launcher.stop("nothing", 0)
     monkeypatch.setenv("HOTSTAGE_ENGINE", str(tmp_path / "no-engine"))
