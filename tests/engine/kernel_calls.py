@@ -106,6 +106,7 @@ CASES = [
     Case("layernorm_wgrad", (600, 70), rel=1e-5),  # rows beyond a part of the CUDA set's column sums
     Case("rmsnorm_wgrad", (300, 3, 24, 72, 80), rel=1e-5),
     Case("linear_wgrad", (900, 33, 7, 40, 7, 1)),
+    Case("linear_wgrad", (64, 13, 40, 13, 40, 1)),  # a tile of 7 rows before one of 6, where a tile has 12
     Case("linear8_wgrad", (528, 48, 16, 48)),
     *attention_cases(1, 1, 1, 1, 16),
     *attention_cases(2, 3, 2, 1, 2, 1),

@@ -12,9 +12,11 @@
  * Packing (pack.h): a worker packs A once for every block of columns. A panel of B is multiplied
  * right after it was packed; where there are more rows than a block it is kept for the others (it
  * fits PACK_B unless k is huge), else the next panel takes its place in the near caches. What will be
- * packed next, where a panel's sums go, and what they are added to, is asked for from memory meanwhile, a
- * line with every k. A tile is finished (bias, residual, rounding) as soon as its sums are whole. Between
- * tiles a worker does slices of what waits (kernels/deferred.h), whose memory was asked for in the same way.
+ * packed next, where a panel's sums go or begin, and what they are added to, is asked for from memory
+ * meanwhile, a line with every k; and what a tile begins or ends with once more right before it is needed:
+ * in the nearest cache nothing outlasts a tile, least of all rows that lie a multiple of 4 KiB apart. A
+ * tile is finished (bias, residual, rounding) as soon as its sums are whole. Between tiles a worker does
+ * slices of what waits (kernels/deferred.h), whose memory was asked for in the same way.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
@@ -109,6 +111,8 @@ VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, c
         a += (1 + odd) * lda;
         b += (1 + odd) * ldb;
     }
+    /* the rows' addresses are made anew: while the loop runs there is no room for them */
+    __asm__("" : "+r"(c), "+r"(ldc));
     ROWS_OF_TILE(PUT)
 #undef ADD
 #undef DECLARE
@@ -121,17 +125,20 @@ VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, c
 typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,
                          int64_t n, int load, const char *const *ask);
 
-#define MICRO_OF(name, mr, nv, how)                                                                \
+#define MICRO_OF(name, mr, nv, columns, how)                                                       \
     static __attribute__((unused)) void name(int64_t kn, const float *a, const float *b, float *c, \
                                              int64_t ldc, int64_t n, int load,                     \
                                              const char *const *ask) {                             \
-        micro_tile(mr, nv, how, kn, a, 1, mr, b, NR, c, ldc, n, load, NULL, ask);                  \
+        (void)n;                                                                                   \
+        micro_tile(mr, nv, how, kn, a, 1, mr, b, NR, c, ldc, columns, load, NULL, ask);            \
     }
 #define MICRO(mr)                                                                                  \
-    MICRO_OF(micro_##mr##_1, mr, 1, IN_TURN)                                                       \
-    MICRO_OF(micro_##mr##_2, mr, NR / LANES, IN_TURN)                                              \
-    MICRO_OF(pairs_##mr##_1, mr, 1, PAIRS_HOW)                                                     \
-    MICRO_OF(pairs_##mr##_2, mr, NR / LANES, PAIRS_HOW)
+    MICRO_OF(micro_##mr##_1, mr, 1, n, IN_TURN)                                                    \
+    MICRO_OF(micro_##mr##_2, mr, NR / LANES, n, IN_TURN)                                           \
+    MICRO_OF(micro_##mr##_3, mr, NR / LANES, NR, IN_TURN)                                          \
+    MICRO_OF(pairs_##mr##_1, mr, 1, n, PAIRS_HOW)                                                  \
+    MICRO_OF(pairs_##mr##_2, mr, NR / LANES, n, PAIRS_HOW)                                         \
+    MICRO_OF(pairs_##mr##_3, mr, NR / LANES, NR, PAIRS_HOW)
 /* as many rows as a tile may have */
 #if MR > 6
 #define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
@@ -146,11 +153,11 @@ TILES_OF_ROWS(MICRO)
 
 #define BOTH(mr)                                                                                   \
     {                                                                                              \
-        {micro_##mr##_1, micro_##mr##_2},                                                          \
-        {pairs_##mr##_1, pairs_##mr##_2},                                                          \
+        {micro_##mr##_1, micro_##mr##_2, micro_##mr##_3},                                          \
+        {pairs_##mr##_1, pairs_##mr##_2, pairs_##mr##_3},                                          \
     },
-/* by rows, whether in pairs, and whether wider than a vector */
-static const micro_fn micro[MR + 1][2][2] = {{{NULL, NULL}, {NULL, NULL}}, TILES_OF_ROWS(BOTH)};
+/* by rows, whether in pairs, and columns: at most a vector, more, all */
+static const micro_fn micro[MR + 1][2][3] = {{{NULL}, {NULL}}, TILES_OF_ROWS(BOTH)};
 #undef BOTH
 
 /* Cache lines that are needed soon: `runs` of `length` each; the lines of a run are `step` bytes apart, the
@@ -165,6 +172,7 @@ typedef struct ahead {
 enum {
     NEXT_A,   /* of A, what will be packed next */
     NEXT_B,   /* of B */
+    SUMS,     /* what the next panel's sums begin with, or where they are made */
     OUT,      /* where the finished panel goes */
     RESIDUAL, /* what it is added to */
     AHEADS
@@ -301,9 +309,24 @@ static void beside_end(beside *with) {
     if (with->slice.call) hs_deferred_do(with->deferred, &with->slice, with->worker);
 }
 
+/* For the last turns of a tile's loop: two lines of each of MR rows, `stride` bytes apart, of so many bytes. */
+static void ask_last(const char **list, const char *at, int64_t stride, int64_t bytes) {
+    for (int64_t r = 0; r < MR; r++, at += stride) {
+        list[2 * r] = at;
+        list[2 * r + 1] = at + bytes - 1;
+    }
+}
+
+enum {
+    LAST = 2 * MR,        /* lines of ask_last, */
+    LATE = 6,             /* so many turns before the loop's end */
+    LINE = 60,            /* bytes to the last float of a line */
+    ASKS_TWICE = 4 * LAST /* in a loop of so many turns: others are over too soon */
+};
+
 /* c[m, n] (f32, rows ldc apart), n <= NR, from A's packed panels and one of B, each kn long. next: AHEADS of what is to
- * be asked for meanwhile, as are c's own lines (kn <= KC then). whole: each tile is finished from the nearest cache and
- * goes there (c is one tile's room if nothing is loaded); NULL: it stays in c. with: what waits is done beside it */
+ * be asked for meanwhile (kn <= KC then). whole: each tile is finished from the nearest cache and goes there (c is one
+ * tile's room if nothing is loaded); NULL: it stays in c. with: what waits is done beside it */
 static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
                            const float *b, float *c, int64_t ldc, int load, ahead *next,
                            const place *whole, beside *with) {
@@ -311,22 +334,38 @@ static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const fl
     const int64_t most = flushes ? kn / 2 : kn;     /* turns of a tile's loop */
     const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
     const int64_t step = whole && !load ? 0 : ldc;
+    const int twice = ASKS_WITHIN && most >= ASKS_TWICE, sums = twice && step && load;
+    const gemm *g = twice && whole && whole->g->dt_out == HS_F32 ? whole->g : NULL;
+    int64_t far = twice ? most - LATE : most; /* turns for what is asked for the first time */
+    const int64_t at_sums = sums ? far -= LAST : 0;
+    const int64_t at_out = g ? far -= LAST : 0; /* of bf16 a row is a line: nothing was gained */
+    const char *res = g ? g->res : NULL;
+    const int64_t at_res = res ? far -= LAST : 0;
     const char *list[KC + ASKS_AT_ONCE];
     for (int64_t i = 0; ASKS_WITHIN && i < most; i++)
         list[i] = (const char *)b; /* where there is no other */
     flush_mode before = flushes ? flush_begin() : 0;
-    for (int64_t i = 0; i < m; i += MR) {
-        int64_t mr = hs_min(MR, m - i), asks = 0;
+    for (int64_t i = 0, mr; i < m; i += mr) {
+        int64_t asks = 0;
         float *tile = c + i * step;
-        for (int64_t r = i + soon; step && r < hs_min(i + soon + MR, m); r++) {
+        mr = rows_of_tile(m - i);
+        for (int64_t r = i + soon; step && !sums && r < hs_min(i + soon + MR, m); r++) {
             __builtin_prefetch(c + r * ldc, 1);
             __builtin_prefetch(c + r * ldc + n - 1, 1);
         }
         for (int what = 0; what < AHEADS; what++)
-            if (next[what].runs) asks = ask_for(next + what, list, asks, most);
+            if (next[what].runs) asks = ask_for(next + what, list, asks, far);
         for (int what = 0; what < HS_DEFERRED_READS && with->slice.call; what++)
-            if (with->reads[what].runs) asks = ask_for(with->reads + what, list, asks, most);
-        micro[mr][pairs][n > LANES](kn, a + i * kn, b, tile, ldc, n, load, list);
+            if (with->reads[what].runs) asks = ask_for(with->reads + what, list, asks, far);
+        if (sums) ask_last(list + at_sums, (const char *)(tile + mr * ldc), ldc * 4, n * 4);
+        if (at_out)
+            ask_last(list + at_out,
+                     (const char *)g->out + ((whole->i + i) * g->ld_out + whole->j) * 4,
+                     g->ld_out * 4, n * 4);
+        if (at_res)
+            ask_last(list + at_res, res + ((whole->i + i) * g->ld_res + whole->j) * 4,
+                     g->ld_res * 4, n * 4);
+        micro[mr][pairs][n == NR ? 2 : n > LANES](kn, a + i * kn, b, tile, ldc, n, load, list);
         if (!whole && !with->slice.call) continue;
         if (flushes) flush_end(before);
         if (whole) finish(whole, tile, ldc, i, mr, n);
@@ -400,6 +439,14 @@ static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0
                     next[NEXT_B] = pack ? ahead_of(&g->b, j0 + j + NR, left, k, kn, tiles)
                                         : spread((const char *)(b + NR * length), 0, 1,
                                                  NR * length * 4, tiles);
+                /* LINE: where a row does not begin with a line, this panel asked for the first one of the next */
+                if (ASKS_WITHIN && direct && left > 0)
+                    next[SUMS] = spread((const char *)(c + NR) + LINE, ldc * 4, m, left * 4, tiles);
+                else if (ASKS_WITHIN && direct && last && i + mc < i1)
+                    next[SUMS] = spread((const char *)(c - j + mc * ldc) + LINE, ldc * 4,
+                                        hs_min(mc, i1 - i - mc), hs_min(NR, n) * 4, tiles);
+                else if (ASKS_WITHIN && g->k > kc && left > 0)
+                    next[SUMS] = spread((const char *)(c + NR * mc), 0, 1, m * NR * 4, tiles);
                 if (ASKS_WITHIN && !direct && last)
                     next[OUT] = spread((const char *)g->out + (i * g->ld_out + j0 + j) * size_out,
                                        g->ld_out * size_out, m, nn * size_out, tiles);

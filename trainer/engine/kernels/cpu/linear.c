@@ -43,7 +43,8 @@ typedef struct bias_job {
     int dt;
 } bias_job;
 
-/* Of rows [r, r + rows): as they lie in memory, some at a time; the sums wait in the nearest cache. */
+/* Of rows [r, r + rows): as they lie in memory, some at a time; the sums wait in the nearest cache. The rows after them
+ * are asked for. */
 VINLINE void bias_rows(const bias_job *j, int64_t r, int64_t rows, int64_t begin, int64_t end,
                        int dt) {
     for (int64_t n = begin; n < end; n += LANES) {
@@ -52,6 +53,9 @@ VINLINE void bias_rows(const bias_job *j, int64_t r, int64_t rows, int64_t begin
         for (int64_t k = r; k < r + rows; k++)
             s = v_add(s, v_load_dt_n(j->dy, k * j->ld + n, left, dt));
         v_store_n(j->db + n, s, left);
+        if (n % (64 / dt_size(dt))) continue;
+        for (int64_t k = r + rows; k < hs_min(r + 2 * rows, j->R); k++)
+            __builtin_prefetch((const char *)j->dy + (k * j->ld + n) * dt_size(dt));
     }
 }
 
